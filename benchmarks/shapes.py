@@ -1,0 +1,24 @@
+"""The shapes the benchmarks measure: (num_tokens, in_features, out_features)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Shape(NamedTuple):
+    num_tokens: int
+    in_features: int
+    out_features: int
+
+    def __str__(self) -> str:
+        return f"{self.num_tokens} x {self.in_features} -> {self.out_features}"
+
+
+# MiniLM's and BERT's widths at fine-tuning batches, then decoder-sized layers.
+CPU_SHAPES = [
+    Shape(1536, 384, 384),
+    Shape(512, 768, 768),
+    Shape(2048, 768, 3072),
+    Shape(1024, 2048, 2048),
+    Shape(2048, 4096, 4096),
+]

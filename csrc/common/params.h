@@ -1,0 +1,60 @@
+// What a binding hands to a kernel: plain structs, raw pointers, the shape of every pointer beside it.
+// Matrices have unit column stride; *_stride is the distance between rows in elements.
+// "acc" is the accumulation dtype: float64 for float64 tensors, float32 for the others.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace lora_ext {
+
+// y (+)= bias + xa @ lora_B^T with xa = scale * (mask o x) @ lora_A^T
+struct LoraForwardParams {
+  int64_t num_tokens, in_features, out_features, rank;
+  const void* x;        // [num_tokens, in_features], dtype
+  const void* lora_A;   // [rank, in_features], contiguous, factor_dtype
+  const void* lora_B;   // [out_features, rank], contiguous, factor_dtype
+  const void* bias;     // [out_features], dtype; null: none
+  const int64_t* seed;  // [1]; null when threshold == 0
+  void* y;              // [num_tokens, out_features], contiguous, dtype
+  void* xa;             // [num_tokens, rank], contiguous, acc
+  uint8_t* mask;        // [num_tokens, mask_row_bytes(in_features)], written; null when threshold == 0
+  int64_t x_stride;
+  DType dtype, factor_dtype;
+  double scale;        // scaling / (1 - p)
+  uint32_t threshold;  // dropout: keep when the 16-bit random number is >= threshold
+  bool accumulate;     // y already holds x @ weight^T: add to it
+};
+
+// grad_xa = scale * grad_y @ lora_B
+// grad_lora_A = grad_xa^T @ (mask o x)    grad_lora_B = grad_y^T @ xa    grad_x (+)= mask o (grad_xa @ lora_A)
+struct LoraBackwardParams {
+  int64_t num_tokens, in_features, out_features, rank;
+  const void* grad_y;   // [num_tokens, out_features], dtype
+  const void* x;        // [num_tokens, in_features], dtype; null when grad_lora_A is
+  const void* lora_A;   // [rank, in_features], contiguous, factor_dtype
+  const void* lora_B;   // [out_features, rank], contiguous, factor_dtype
+  const void* xa;       // [num_tokens, rank], contiguous, acc; null when grad_lora_B is
+  const uint8_t* mask;  // [num_tokens, mask_row_bytes(in_features)]; null: no dropout
+  void* grad_x;         // [num_tokens, in_features], contiguous, dtype; null: not wanted
+  void* grad_lora_A;    // [rank, in_features], contiguous, factor_dtype; null: not wanted
+  void* grad_lora_B;    // [out_features, rank], contiguous, factor_dtype; null: not wanted
+  int64_t grad_y_stride, x_stride;
+  DType dtype, factor_dtype;
+  double scale;     // scaling / (1 - p)
+  bool accumulate;  // grad_x already holds grad_y @ weight: add to it
+};
+
+// weight += scaling * lora_B @ lora_A, accumulated in acc and rounded once
+struct LoraMergeParams {
+  int64_t in_features, out_features, rank;
+  void* weight;        // [out_features, in_features], dtype
+  const void* lora_A;  // [rank, in_features], contiguous, factor_dtype
+  const void* lora_B;  // [out_features, rank], contiguous, factor_dtype
+  int64_t weight_stride;
+  DType dtype, factor_dtype;
+  double scaling;
+};
+
+}  // namespace lora_ext

@@ -1,0 +1,62 @@
+// Which instruction sets the CPU kernels are compiled for, and which of them this machine runs. Knows no kernel, so that
+// lora_ext._C can answer without linking them.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+namespace lora_ext::cpu {
+
+enum class Isa : int { kGeneric, kAvx2, kAvx512 };
+
+inline const char* isa_name(Isa isa) { return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "generic"; }
+inline constexpr Isa kBestFirst[] = {Isa::kAvx512, Isa::kAvx2, Isa::kGeneric};
+
+inline bool runs_here(Isa isa) {
+#if defined(__x86_64__)
+  if (isa == Isa::kAvx512) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && runs_here(Isa::kAvx2);
+  }
+  if (isa == Isa::kAvx2) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+           __builtin_cpu_supports("bmi2");
+  }
+#endif
+  return isa == Isa::kGeneric;
+}
+
+// The first that runs here and that `wanted` does not rule out; null or empty rules out none.
+inline bool find_isa(const char* wanted, Isa* found) {
+  for (const Isa isa : kBestFirst) {
+    if (runs_here(isa) && (wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, isa_name(isa)) == 0)) {
+      *found = isa;
+      return true;
+    }
+  }
+  return false;
+}
+
+// The best one this machine runs, or the one the environment variable LORA_EXT_CPU_ISA names; decided once per process.
+// False when LORA_EXT_CPU_ISA names one that this machine does not run or that does not exist.
+inline bool select_isa(Isa* selected) {
+  static Isa isa = Isa::kGeneric;
+  static const bool found = find_isa(std::getenv("LORA_EXT_CPU_ISA"), &isa);
+  *selected = isa;
+  return found;
+}
+
+// Comma-separated names of those this machine runs, best first.
+inline const char* available_isas() {
+  static const std::string names = [] {
+    std::string joined;
+    for (const Isa isa : kBestFirst) {
+      if (runs_here(isa)) joined += (joined.empty() ? "" : ",") + std::string(isa_name(isa));
+    }
+    return joined;
+  }();
+  return names.c_str();
+}
+
+}  // namespace lora_ext::cpu

@@ -1,0 +1,24 @@
+// Every op's schema, in one place: the table of contents of the compiled part.
+// Shapes, formulas and errors are documented in lora_ext/functional.py; the maths in plain PyTorch in lora_ext/reference.py.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(lora_ext, m) {
+  // y = x @ weight^T + bias + scaling * dropout(x) @ lora_A^T @ lora_B^T. Also returns what the backward wants:
+  // xa = scaling / (1 - p) * (mask o x) @ lora_A^T in the accumulation dtype, and the mask as bits (empty without dropout).
+  m.def(
+      "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, "
+      "float dropout_p=0.0, Tensor? seed=None) -> (Tensor y, Tensor xa, Tensor mask)");
+
+  // Gradients of x, lora_A and lora_B, each only where output_mask asks for it. x is read for grad_lora_A alone, xa for
+  // grad_lora_B alone; either may be None where its gradient is not wanted.
+  m.def(
+      "lora_linear_backward(Tensor grad_y, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? xa, "
+      "Tensor? mask, float scaling, float dropout_p, bool[3] output_mask) "
+      "-> (Tensor? grad_x, Tensor? grad_lora_A, Tensor? grad_lora_B)");
+
+  // weight += scaling * lora_B @ lora_A in place, accumulated in float32 (float64 for float64) and rounded once.
+  m.def("lora_merge_(Tensor(a!) weight, Tensor lora_A, Tensor lora_B, float scaling) -> ()");
+
+  // The dropout mask lora_linear uses for this seed, as bits: uint8 [num_tokens, ceil(in_features / 64) * 8].
+  m.def("lora_dropout_mask(Tensor seed, SymInt num_tokens, SymInt in_features, float dropout_p) -> Tensor");
+}

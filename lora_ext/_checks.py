@@ -1,0 +1,92 @@
+"""What a user may pass to an op, and the words for what they may not.
+
+The fake kernels run these checks when a graph is traced. In eager mode the compiled op checks first, at no Python cost,
+and these run only once it has refused, to say why as a ``ValueError`` or ``TypeError``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_scaling(op: str, scaling: float) -> None:
+    if not math.isfinite(scaling):
+        raise ValueError(f"{op}: scaling is {scaling}, want a finite number")
+
+
+def check_dropout(op: str, dropout_p: float) -> None:
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{op}: dropout_p is {dropout_p}, want 0 <= dropout_p < 1")
+
+
+def check_factors(op: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+    """weight [out, in], lora_A [r, in], lora_B [out, r]: two dimensions each, matching sizes, one device."""
+    for name, tensor in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+        if tensor.dim() != 2:
+            raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}, want 2 dimensions")
+        if tensor.dtype not in FLOATING:
+            raise TypeError(
+                f"{op}: {name} has dtype {_name(tensor.dtype)}, want one of {', '.join(map(_name, FLOATING))}"
+            )
+        if tensor.device != weight.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device} but weight is on {weight.device}")
+    if lora_A.dtype != lora_B.dtype:
+        raise TypeError(f"{op}: lora_B has dtype {_name(lora_B.dtype)} but lora_A has {_name(lora_A.dtype)}")
+    if lora_A.shape[0] == 0:
+        raise ValueError(f"{op}: lora_A has rank 0, want at least 1")
+    if lora_A.shape[1] != weight.shape[1]:
+        raise ValueError(f"{op}: lora_A has in_features={lora_A.shape[1]} but weight has {weight.shape[1]}")
+    if lora_B.shape[0] != weight.shape[0]:
+        raise ValueError(f"{op}: lora_B has out_features={lora_B.shape[0]} but weight has {weight.shape[0]}")
+    if lora_B.shape[1] != lora_A.shape[0]:
+        raise ValueError(f"{op}: lora_B has rank {lora_B.shape[1]} but lora_A has {lora_A.shape[0]}")
+
+
+def check_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> None:
+    op = "lora_linear"
+    check_factors(op, weight, lora_A, lora_B)
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x has no dimension, want [..., in_features]")
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"{op}: weight has in_features={weight.shape[1]} but x has {x.shape[-1]}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"{op}: {name} has dtype {_name(tensor.dtype)} but x has {_name(x.dtype)}")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device} but x is on {x.device}")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"{op}: bias has shape {list(bias.shape)}, want [{weight.shape[0]}]")
+    check_scaling(op, scaling)
+    check_dropout(op, dropout_p)
+    if dropout_p > 0.0:
+        if seed is None:
+            raise ValueError(f"{op}: dropout_p is {dropout_p} but seed is None, want an int64 tensor of one element")
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise ValueError(
+                f"{op}: seed is {_name(seed.dtype)} {list(seed.shape)}, want an int64 tensor of one element"
+            )
+        if seed.device != x.device:
+            raise ValueError(f"{op}: seed is on {seed.device} but x is on {x.device}")
+
+
+def check_lora_merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
+    check_factors("lora_merge_", weight, lora_A, lora_B)
+    check_scaling("lora_merge_", scaling)

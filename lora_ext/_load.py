@@ -1,0 +1,55 @@
+"""Loads the compiled part. Without it there is no lora_ext: a failure here is an ImportError that says what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+_HERE = Path(__file__).resolve().parent
+_REBUILD = "Build it with `pip install .` in a checkout, or reinstall the package with `pip install --force-reinstall lora_ext`."
+
+
+def _reason(error: BaseException) -> str:
+    # torch.ops.load_library wraps the loader's message.
+    return str(error.__cause__ or error)
+
+
+def _load_cpu() -> None:
+    library = _HERE / "liblora_ext.so"
+    if not library.exists():
+        raise ImportError(f"lora_ext: the compiled library {library.name} is missing from {_HERE}. {_REBUILD}")
+    try:
+        torch.ops.load_library(str(library))
+    except (OSError, RuntimeError) as error:
+        raise ImportError(
+            f"lora_ext: {library.name} does not load with torch {torch.__version__} (it needs torch "
+            f"{build_info()['torch_minimum']} or newer): {_reason(error)}. {_REBUILD}"
+        ) from error
+
+
+def _load_cuda() -> str:
+    """Loads the CUDA kernels where they can run. Returns why not, or "" when they are loaded."""
+    library = _HERE / "liblora_ext_cuda.so"
+    if reason := build_info()["no_cuda_reason"]:
+        return reason
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    try:
+        torch.ops.load_library(str(library))
+    except (OSError, RuntimeError) as error:
+        return f"{library.name} does not load: {_reason(error)}"
+    return ""
+
+
+def build_info() -> dict[str, str]:
+    """How the binary was built: version, torch, compiler, CUDA. Strings, empty where they do not apply."""
+    try:
+        from . import _C
+    except ImportError as error:
+        raise ImportError(f"lora_ext: the compiled module lora_ext._C does not load: {error}. {_REBUILD}") from error
+    return _C.build_info()
+
+
+_load_cpu()
+cuda_unavailable_reason: str = _load_cuda()

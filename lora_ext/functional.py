@@ -1,0 +1,80 @@
+"""The ops as typed functions: they choose defaults, call the op, and explain a refusal."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _checks
+
+_INT64_MAX = torch.iinfo(torch.int64).max
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A fresh dropout seed, int64 ``[]``, from PyTorch's default generator of ``device`` (``torch.manual_seed``)."""
+    return torch.randint(_INT64_MAX, (), dtype=torch.int64, device=device)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """A linear layer with a low-rank update (Hu et al. 2021, arXiv 2106.09685, eq. 3).
+
+    ``y = x @ weight.T + bias + scaling * dropout(x) @ lora_A.T @ lora_B.T``
+
+    Args:
+        x: ``[..., in_features]``, float64, float32, bfloat16 or float16; any leading dimensions, any strides.
+        weight: ``[out_features, in_features]``, dtype and device of ``x``. Frozen: its gradient is computed only if it
+            requires one.
+        bias: ``[out_features]``, dtype of ``x``, or None.
+        lora_A: ``[r, in_features]``, in any of the four dtypes; float32 beside a 16-bit ``x`` is computed in float32.
+        lora_B: ``[out_features, r]``, dtype of ``lora_A``.
+        scaling: usually ``lora_alpha / r``.
+        dropout_p: probability that an element of the adapter's input is zeroed, in [0, 1); quantised to 2**-16.
+        seed: int64 tensor of one element on ``x``'s device; names the dropout mask. Drawn from the default generator
+            when None. The same seed gives the same mask on every device and with any number of threads.
+
+    Returns:
+        ``[..., out_features]``, dtype of ``x``. Products accumulate in float32 (float64 for float64).
+
+    Raises:
+        ValueError, TypeError: naming the argument and both values.
+    """
+    if dropout_p > 0.0 and seed is None:
+        seed = draw_seed(x.device)
+    if torch.compiler.is_compiling():
+        return torch.ops.lora_ext.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)[0]
+    try:
+        return torch.ops.lora_ext.lora_linear.default(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)[0]
+    except RuntimeError:
+        if not torch.is_autocast_enabled(x.device.type):  # under autocast the op saw other dtypes than these
+            _checks.check_lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
+        raise
+
+
+def lora_merge_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """``weight += scaling * lora_B @ lora_A`` in place; one read and one write of ``weight``.
+
+    Accumulates in float32 (float64 for float64) and rounds once. Shapes as in :func:`lora_linear`; ``weight`` may have
+    any row stride. A negated ``scaling`` takes the update out again, to rounding.
+
+    Returns:
+        ``weight``.
+
+    Raises:
+        ValueError, TypeError: naming the argument and both values; ``weight`` is then untouched.
+    """
+    try:
+        torch.ops.lora_ext.lora_merge_.default(weight, lora_A, lora_B, scaling)
+    except RuntimeError:
+        _checks.check_lora_merge(weight, lora_A, lora_B, scaling)
+        raise
+    torch.autograd.graph.increment_version(weight)  # mutating stable-ABI ops do not
+    return weight

@@ -1,0 +1,58 @@
+"""What `lora-ext info` prints: the binary, the machine, and what of the one runs on the other."""
+
+from __future__ import annotations
+
+import json as json_module
+import platform
+
+import torch
+
+from . import _C, _load
+
+
+def gather() -> dict[str, object]:
+    """Facts about this installation, ready for JSON."""
+    built = _load.build_info()
+    cuda_loaded = _load.cuda_unavailable_reason == ""
+    return {
+        "version": built["version"],
+        "torch": torch.__version__,
+        "torch_built_against": built["torch_built_against"],
+        "torch_minimum": built["torch_minimum"],
+        "python": platform.python_version(),
+        "compiler": built["compiler"],
+        "cpu": {
+            "isa": _C.cpu_isa() or None,
+            "isas_available": _C.available_cpu_isas().split(","),
+            "threads": torch.get_num_threads(),
+        },
+        "cuda": {
+            "kernels_built": bool(built["cuda_archs"]),
+            "kernels_loaded": cuda_loaded,
+            "reason": _load.cuda_unavailable_reason or None,
+            "toolkit": built["cuda_version"] or None,
+            "architectures": built["cuda_archs"].split(",") if built["cuda_archs"] else [],
+            "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda_loaded else [],
+        },
+    }
+
+
+def info(json: bool = False) -> str:
+    """:func:`gather` as text for people, or as JSON."""
+    facts = gather()
+    if json:
+        return json_module.dumps(facts, indent=2)
+    cpu, cuda = facts["cpu"], facts["cuda"]
+    built = f"yes, for sm_{', sm_'.join(cuda['architectures'])} (CUDA {cuda['toolkit']})" if cuda["kernels_built"] else "no"
+    in_use = f"yes: {', '.join(cuda['devices']) or 'no GPU found'}" if cuda["kernels_loaded"] else f"no: {cuda['reason']}"
+    rows = [
+        ("lora_ext", facts["version"]),
+        ("torch", f"{facts['torch']} (built against {facts['torch_built_against']}, needs {facts['torch_minimum']})"),
+        ("python", facts["python"]),
+        ("compiler", facts["compiler"]),
+        ("CPU kernels", f"{cpu['isa']} (this machine runs {', '.join(cpu['isas_available'])})"),
+        ("CPU threads", cpu["threads"]),
+        ("CUDA built", built),
+        ("CUDA in use", in_use),
+    ]
+    return "\n".join(f"{name:<12} {value}" for name, value in rows)

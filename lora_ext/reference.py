@@ -1,0 +1,86 @@
+"""The ops' maths in plain PyTorch: the oracle of tests and benchmarks.
+
+Written for clarity, not speed. Every function here has a compiled twin in ``torch.ops.lora_ext`` and takes any device and
+dtype; pass float64 tensors to get the reference value a low-precision result is compared with.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_U32 = 0xFFFFFFFF
+
+
+def _mul_hi_lo(multiplier: int, value: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of ``multiplier * value``, both below 2**32 and held in int64, without overflowing int64."""
+    low_product = (multiplier & 0xFFFF) * value
+    high_product = (multiplier >> 16) * value + (low_product >> 16)
+    return high_product >> 16, ((high_product & 0xFFFF) << 16) | (low_product & 0xFFFF)
+
+
+def philox4x32_10(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 (Salmon et al., SC'11) on int64 tensors that hold 32-bit words."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & _U32, (seed >> 32) & _U32
+    for _ in range(10):
+        hi0, lo0 = _mul_hi_lo(_M0, c0)
+        hi1, lo1 = _mul_hi_lo(_M1, c2)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + _W0) & _U32, (k1 + _W1) & _U32
+    return c0, c1, c2, c3
+
+
+def dropout_threshold(dropout_p: float) -> int:
+    """``dropout_p`` in units of 2**-16, the resolution of the mask; 0 means no dropout."""
+    return min(int(dropout_p * 65536.0 + 0.5), 65535)
+
+
+def dropout_keep(seed: int, num_tokens: int, in_features: int, dropout_p: float) -> Tensor:
+    """The dropout mask as booleans, True = kept: ``[num_tokens, in_features]``. csrc/common/dropout.h defines it."""
+    num_blocks = (in_features + 7) // 8
+    block = torch.arange(num_blocks).expand(num_tokens, num_blocks)
+    row = torch.arange(num_tokens).unsqueeze(1).expand(num_tokens, num_blocks)
+    words = philox4x32_10((block, torch.zeros_like(block), row & _U32, row >> 32), seed)
+    halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
+    return halves.flatten(1)[:, :in_features] >= dropout_threshold(dropout_p)
+
+
+def unpack_mask(mask: Tensor, in_features: int) -> Tensor:
+    """Bits ``uint8 [num_tokens, bytes]`` as the op returns them -> booleans ``[num_tokens, in_features]``."""
+    bits = (mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
+    return bits.flatten(1)[:, :in_features].bool()
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """``x @ weight.T + bias + scaling * dropout(x) @ lora_A.T @ lora_B.T``; differentiable by autograd.
+
+    The adapter's products run in the wider of the two dtypes, as PEFT computes them.
+    """
+    x_dropped = x
+    threshold = dropout_threshold(dropout_p)
+    if threshold > 0:
+        assert seed is not None
+        keep = dropout_keep(int(seed), x[..., 0].numel(), x.shape[-1], dropout_p).view(x.shape).to(x.device)
+        x_dropped = x * keep * (65536.0 / (65536.0 - threshold))
+    wide = torch.promote_types(x.dtype, lora_A.dtype)
+    xa = x_dropped.to(wide) @ lora_A.to(wide).T
+    y = torch.nn.functional.linear(x, weight, bias)
+    return (y + scaling * (xa @ lora_B.to(wide).T)).to(x.dtype)
+
+
+def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """``weight + scaling * lora_B @ lora_A`` accumulated in float32 (float64 for float64) and rounded once."""
+    acc = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return (weight.to(acc) + scaling * (lora_B.to(acc) @ lora_A.to(acc))).to(weight.dtype)

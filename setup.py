@@ -1,0 +1,158 @@
+"""Builds the compiled part: lora_ext._C, liblora_ext.so and, where nvcc is found, liblora_ext_cuda.so.
+
+Environment variables:
+    LORA_EXT_CUDA        0: never build the CUDA part; 1: fail without it; unset: build it where nvcc is found
+    LORA_EXT_CUDA_ARCHS  architectures to build for, for example "90a" or "80,90a,120"
+    CUDA_HOME            the CUDA toolkit; else the one nvcc on PATH belongs to, else pip's nvidia-cuda-nvcc
+    MAX_JOBS             parallel compiler processes (read by torch)
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from pybind11 import get_include as pybind11_include
+from setuptools import Extension, setup
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).resolve().parent
+TORCH_TARGET = (2, 11)  # the oldest torch whose stable ABI the binary uses, and so the oldest it runs with
+MIN_NVCC = (12, 8)  # the first that knows sm_120
+CUDA_ARCHS = "80,90a,100,120"  # sm_80 code also runs on sm_86 and sm_89
+
+VERSION = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+HEADERS = sorted(str(p.relative_to(ROOT)) for ext in ("*.h", "*.cuh", "*.inc") for p in (ROOT / "csrc").rglob(ext))
+
+
+def sources(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
+
+
+def find_cuda_home() -> Path | None:
+    nvcc = shutil.which("nvcc")
+    candidates = [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
+    if nvcc:
+        # nvcc on PATH may be a wrapper script elsewhere: ask it where its toolkit lies.
+        dryrun = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", "-"], capture_output=True, text=True, input="").stderr
+        top = re.search(r"^#\$ TOP=(.+)$", dryrun, re.M)
+        candidates.append(Path(top[1].strip()) if top else Path(nvcc).resolve().parent.parent)
+    candidates += [home for path in sys.path for home in sorted(Path(path or ".").glob("nvidia/cu[0-9]*"))]
+    return next((home.resolve() for home in candidates if (home / "bin" / "nvcc").exists()), None)
+
+
+def plan_cuda() -> tuple[Path | None, str, str]:
+    """The toolkit's directory (None: do not build), its version, and why not."""
+    wanted = os.environ.get("LORA_EXT_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        sys.exit(f"LORA_EXT_CUDA is {wanted!r}, want 0, 1 or unset")
+    home, version, reason = None, "", ""
+    if wanted == "0":
+        reason = "LORA_EXT_CUDA=0 when it was built"
+    elif (home := find_cuda_home()) is None:
+        reason = "no nvcc was found when it was built (CUDA_HOME, PATH, pip's nvidia-cuda-nvcc)"
+    else:
+        text = subprocess.check_output([home / "bin" / "nvcc", "--version"], text=True)
+        version = re.search(r"release (\d+\.\d+)", text)[1]
+        torch_cuda = torch.version.cuda
+        if tuple(map(int, version.split("."))) < MIN_NVCC:
+            reason = f"nvcc {version} was found when it was built, want {'.'.join(map(str, MIN_NVCC))} or newer"
+        elif torch_cuda and torch_cuda.split(".")[0] != version.split(".")[0]:
+            reason = f"nvcc {version} was found when it was built, but that torch was for CUDA {torch_cuda}"
+    if reason and wanted == "1":
+        sys.exit(f"LORA_EXT_CUDA=1, but the CUDA part cannot be built: {reason}")
+    return (None if reason else home), version, reason
+
+
+CUDA_HOME, NVCC_VERSION, NO_CUDA_REASON = plan_cuda()
+ARCHS = re.split(r"[,; ]+", os.environ.get("LORA_EXT_CUDA_ARCHS") or CUDA_ARCHS)
+
+TARGET_FLAG = f"-DTORCH_TARGET_VERSION={TORCH_TARGET[0] << 56 | TORCH_TARGET[1] << 48:#018x}"
+CXX_FLAGS = ["-std=c++20", "-O3", "-Wall", "-Wextra", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
+TORCH_INCLUDES = [f"-isystem{path}" for path in cpp_extension.include_paths()]  # their warnings are not ours
+CXX_FLAGS += [f"-ffile-prefix-map={ROOT}/="]  # error messages carry no build paths
+
+
+def native_library(name: str, files: list[str], **options) -> Extension:
+    """A shared library without Python in it, in the package's folder; torch.ops.load_library loads it."""
+    return Extension(
+        f"lora_ext.{name}",
+        files,
+        depends=HEADERS,
+        library_dirs=cpp_extension.library_paths(),
+        language="c++",
+        **options,
+    )
+
+
+def string_macros(**values: str) -> list[str]:
+    return [f'-DLORA_EXT_{name.upper()}="{value}"' for name, value in values.items()]
+
+
+extensions = [
+    native_library(
+        "liblora_ext",
+        sources("library.cpp", "bindings/cpu_*.cpp", "cpu/*.cpp"),
+        extra_compile_args={"cxx": [*CXX_FLAGS, *TORCH_INCLUDES, TARGET_FLAG]},
+        extra_link_args=["-ltorch_cpu", "-Wl,-z,defs"],
+    ),
+    Extension(
+        "lora_ext._C",
+        sources("module.cpp"),
+        depends=HEADERS,
+        include_dirs=[pybind11_include()],
+        language="c++",
+        extra_compile_args={
+            "cxx": CXX_FLAGS
+            + string_macros(
+                version=VERSION,
+                torch_version=torch.__version__,
+                torch_target=".".join(map(str, TORCH_TARGET)),
+                cuda_version=NVCC_VERSION if CUDA_HOME else "",
+                cuda_archs=",".join(ARCHS) if CUDA_HOME else "",
+                no_cuda_reason=NO_CUDA_REASON,
+            )
+        },
+    ),
+]
+if CUDA_HOME:
+    cpp_extension.CUDA_HOME = str(CUDA_HOME)  # torch's CPU build sets None
+    gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+    cuda_library = native_library(
+        "liblora_ext_cuda",
+        sources("bindings/cuda_*.cpp", "cuda/**/*.cu"),
+        extra_compile_args={
+            "cxx": [*CXX_FLAGS, *TORCH_INCLUDES, TARGET_FLAG, "-DUSE_CUDA"],
+            "nvcc": ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden,-Wall", *gencode],
+        },
+        # libtorch.so needs libtorch_cuda.so in CUDA builds of torch, and exists in every build.
+        extra_link_args=["-Wl,--push-state,--no-as-needed", "-ltorch", "-Wl,--pop-state", "-ltorch_cpu"]
+        + [f"-L{CUDA_HOME}/{lib}" for lib in ("lib64", "lib")]
+        + ["-lcudart_static", "-ldl", "-lrt", "-lpthread"],
+    )
+    cuda_library.include_dirs.append(str(CUDA_HOME / "include"))
+    extensions.append(cuda_library)
+
+
+class BuildExtension(cpp_extension.BuildExtension):
+    def get_ext_filename(self, name):
+        # liblora_ext.so carries no Python: no Python ABI in its name.
+        if name.rpartition(".")[2].startswith("lib"):
+            return name.replace(".", os.sep) + ".so"
+        return super().get_ext_filename(name)
+
+    def build_extensions(self):
+        # nvcc writes no dependency file for ninja: rebuild every CUDA object older than a header.
+        newest = max(os.path.getmtime(ROOT / header) for header in HEADERS)
+        for path in Path(self.build_temp).rglob("cuda/**/*.o"):
+            if path.stat().st_mtime < newest:
+                path.unlink()
+        super().build_extensions()
+        built = f"CUDA {NVCC_VERSION} for {','.join(ARCHS)}" if CUDA_HOME else f"without CUDA: {NO_CUDA_REASON}"
+        print(f"lora_ext {VERSION}: built against torch {torch.__version__}, {built}")
+
+
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension})
