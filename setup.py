@@ -25,11 +25,10 @@ MIN_NVCC = (12, 8)  # the first that knows sm_120
 CUDA_ARCHS = "80,90a,100,120"  # sm_80 code also runs on sm_86 and sm_89
 
 VERSION = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
-HEADERS = sorted(str(p.relative_to(ROOT)) for ext in ("*.h", "*.cuh", "*.inc") for p in (ROOT / "csrc").rglob(ext))
 
 
 def sources(*patterns: str) -> list[str]:
-    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(f"csrc/{pattern}"))
 
 
 def find_cuda_home() -> Path | None:
@@ -37,8 +36,8 @@ def find_cuda_home() -> Path | None:
     candidates = [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
     if nvcc:
         # nvcc on PATH may be a wrapper script elsewhere: ask it where its toolkit lies.
-        dryrun = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", "-"], capture_output=True, text=True, input="").stderr
-        top = re.search(r"^#\$ TOP=(.+)$", dryrun, re.M)
+        dryrun = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
+        top = re.search(r"^#\$ TOP=(.+)$", dryrun.stderr, re.M)
         candidates.append(Path(top[1].strip()) if top else Path(nvcc).resolve().parent.parent)
     candidates += [home for path in sys.path for home in sorted(Path(path or ".").glob("nvidia/cu[0-9]*"))]
     return next((home.resolve() for home in candidates if (home / "bin" / "nvcc").exists()), None)
@@ -67,77 +66,69 @@ def plan_cuda() -> tuple[Path | None, str, str]:
     return (None if reason else home), version, reason
 
 
+HEADERS = sources("**/*.h", "**/*.cuh", "**/*.inc")
 CUDA_HOME, NVCC_VERSION, NO_CUDA_REASON = plan_cuda()
 ARCHS = re.split(r"[,; ]+", os.environ.get("LORA_EXT_CUDA_ARCHS") or CUDA_ARCHS)
 
-TARGET_FLAG = f"-DTORCH_TARGET_VERSION={TORCH_TARGET[0] << 56 | TORCH_TARGET[1] << 48:#018x}"
-CXX_FLAGS = ["-std=c++20", "-O3", "-Wall", "-Wextra", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
-TORCH_INCLUDES = [f"-isystem{path}" for path in cpp_extension.include_paths()]  # their warnings are not ours
-CXX_FLAGS += [f"-ffile-prefix-map={ROOT}/="]  # error messages carry no build paths
+TORCH_FLAGS = [f"-isystem{path}" for path in cpp_extension.include_paths()]  # their warnings are not ours
+TORCH_FLAGS += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET[0] << 56 | TORCH_TARGET[1] << 48:#018x}"]
+CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-Wall", "-Wextra", "-fvisibility=hidden", "-ffp-contract=fast"]
+CXX_FLAGS += ["-fno-math-errno", f"-ffile-prefix-map={ROOT}/="]  # error messages carry no build paths
 
 
-def native_library(name: str, files: list[str], **options) -> Extension:
-    """A shared library without Python in it, in the package's folder; torch.ops.load_library loads it."""
-    return Extension(
-        f"lora_ext.{name}",
-        files,
-        depends=HEADERS,
-        library_dirs=cpp_extension.library_paths(),
-        language="c++",
-        **options,
-    )
+COMMON = {"depends": HEADERS, "language": "c++", "library_dirs": cpp_extension.library_paths()}
+FACTS = {
+    "VERSION": VERSION,
+    "TORCH_VERSION": torch.__version__,
+    "TORCH_TARGET": ".".join(map(str, TORCH_TARGET)),
+    "CUDA_VERSION": NVCC_VERSION if CUDA_HOME else "",
+    "CUDA_ARCHS": ",".join(ARCHS) if CUDA_HOME else "",
+    "NO_CUDA_REASON": NO_CUDA_REASON,
+}
 
-
-def string_macros(**values: str) -> list[str]:
-    return [f'-DLORA_EXT_{name.upper()}="{value}"' for name, value in values.items()]
-
-
+# liblora_ext*.so have no Python in them: torch.ops.load_library loads them.
 extensions = [
-    native_library(
-        "liblora_ext",
+    Extension(
+        "lora_ext.liblora_ext",
         sources("library.cpp", "bindings/cpu_*.cpp", "cpu/*.cpp"),
-        extra_compile_args={"cxx": [*CXX_FLAGS, *TORCH_INCLUDES, TARGET_FLAG]},
+        extra_compile_args={"cxx": [*CXX_FLAGS, *TORCH_FLAGS]},
         extra_link_args=["-ltorch_cpu", "-Wl,-z,defs"],
+        **COMMON,
     ),
     Extension(
         "lora_ext._C",
         sources("module.cpp"),
-        depends=HEADERS,
         include_dirs=[pybind11_include()],
-        language="c++",
-        extra_compile_args={
-            "cxx": CXX_FLAGS
-            + string_macros(
-                version=VERSION,
-                torch_version=torch.__version__,
-                torch_target=".".join(map(str, TORCH_TARGET)),
-                cuda_version=NVCC_VERSION if CUDA_HOME else "",
-                cuda_archs=",".join(ARCHS) if CUDA_HOME else "",
-                no_cuda_reason=NO_CUDA_REASON,
-            )
-        },
+        extra_compile_args={"cxx": CXX_FLAGS + [f'-DLORA_EXT_{name}="{fact}"' for name, fact in FACTS.items()]},
+        **COMMON,
     ),
 ]
 if CUDA_HOME:
     cpp_extension.CUDA_HOME = str(CUDA_HOME)  # torch's CPU build sets None
     gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
-    cuda_library = native_library(
-        "liblora_ext_cuda",
-        sources("bindings/cuda_*.cpp", "cuda/**/*.cu"),
-        extra_compile_args={
-            "cxx": [*CXX_FLAGS, *TORCH_INCLUDES, TARGET_FLAG, "-DUSE_CUDA"],
-            "nvcc": ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden,-Wall", *gencode],
-        },
-        # libtorch.so needs libtorch_cuda.so in CUDA builds of torch, and exists in every build.
-        extra_link_args=["-Wl,--push-state,--no-as-needed", "-ltorch", "-Wl,--pop-state", "-ltorch_cpu"]
-        + [f"-L{CUDA_HOME}/{lib}" for lib in ("lib64", "lib")]
-        + ["-lcudart_static", "-ldl", "-lrt", "-lpthread"],
+    extensions.append(
+        Extension(
+            "lora_ext.liblora_ext_cuda",
+            sources("bindings/cuda_*.cpp", "cuda/**/*.cu"),
+            include_dirs=[str(CUDA_HOME / "include")],
+            extra_compile_args={
+                "cxx": [*CXX_FLAGS, *TORCH_FLAGS, "-DUSE_CUDA"],
+                "nvcc": ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden,-Wall", *gencode],
+            },
+            # libtorch.so needs libtorch_cuda.so in CUDA builds of torch, and exists in every build.
+            extra_link_args=["-Wl,--push-state,--no-as-needed", "-ltorch", "-Wl,--pop-state", "-ltorch_cpu"]
+            + [f"-L{CUDA_HOME}/lib64", f"-L{CUDA_HOME}/lib", "-lcudart_static", "-ldl", "-lrt", "-lpthread"],
+            **COMMON,
+        )
     )
-    cuda_library.include_dirs.append(str(CUDA_HOME / "include"))
-    extensions.append(cuda_library)
 
 
 class BuildExtension(cpp_extension.BuildExtension):
+    def finalize_options(self):
+        super().finalize_options()
+        # Editable installs build in a temporary folder: keep the objects, so that the next build is incremental.
+        self.build_temp = str(ROOT / "build" / f"objects-{sys.implementation.cache_tag}")
+
     def get_ext_filename(self, name):
         # liblora_ext.so carries no Python: no Python ABI in its name.
         if name.rpartition(".")[2].startswith("lib"):

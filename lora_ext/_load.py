@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -51,5 +52,16 @@ def build_info() -> dict[str, str]:
     return _C.build_info()
 
 
+def _check_isa() -> None:
+    from . import _C
+
+    if not _C.cpu_isa():
+        raise ImportError(
+            f"lora_ext: LORA_EXT_CPU_ISA is {os.environ['LORA_EXT_CPU_ISA']!r}, want one of "
+            f"{_C.available_cpu_isas().replace(',', ', ')} on this machine, or unset it"
+        )
+
+
 _load_cpu()
+_check_isa()
 cuda_unavailable_reason: str = _load_cuda()

@@ -75,8 +75,9 @@ inline Tensor empty_bytes(const std::vector<int64_t>& sizes, const Tensor& like)
 inline Tensor as_matrix(const Tensor& tensor, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
   const int64_t sizes[2] = {rows, cols}, strides[2] = {row_stride, col_stride};
   AtenTensorHandle handle;
+  constexpr int64_t kFromItsFirstElement = 0;  // an increment of tensor's own offset, not an offset into the storage
   TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, tensor.storage_offset(), &handle));
+      aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, kFromItsFirstElement, &handle));
   return Tensor(handle);
 }
 

@@ -50,11 +50,11 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& we
 
   const Tensor y_2d = as_matrix(y, p.num_tokens, p.out_features, p.out_features, 1), weight_t = transposed(weight);
   const int64_t num_chunks = count_chunks(p.num_tokens);
-  const WorkspaceTensor workspace(x, accumulation_dtype(p.dtype), p.in_features, p.out_features, p.rank, num_chunks,
+  const Workspace workspace = make_workspace(accumulation_dtype(p.dtype), p.in_features, p.out_features, p.rank, num_chunks,
                                   false, false);
   if (p.accumulate) base_product(y_2d, x_2d, weight_t, false);
-  pack_factors(kernels, p, *workspace);
-  run_chunks(kernels.forward, p, *workspace, num_chunks);
+  pack_factors(kernels, p, workspace);
+  run_chunks(kernels.forward, p, workspace, num_chunks);
   if (!p.accumulate) base_product(y_2d, x_2d, weight_t, true);
   return {y, xa, mask};
 }
@@ -92,17 +92,17 @@ std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>> 
   p.accumulate = base_product_first(p.dtype);
 
   const int64_t num_chunks = count_chunks(p.num_tokens);  // zero chunks sum to zero gradients
-  const WorkspaceTensor workspace(grad_y, accumulation_dtype(p.dtype), p.in_features, p.out_features, p.rank,
+  const Workspace workspace = make_workspace(accumulation_dtype(p.dtype), p.in_features, p.out_features, p.rank,
                                   num_chunks, want_A, want_B);
   const Tensor grad_x_2d =
       want_x ? as_matrix(*grad_x, p.num_tokens, p.in_features, p.in_features, 1) : grad_y_2d;
   const bool with_base = want_x && p.num_tokens > 0;
   if (with_base && p.accumulate) base_product(grad_x_2d, grad_y_2d, weight, false);
-  pack_factors(kernels, p, *workspace);
-  run_chunks(kernels.backward, p, *workspace, num_chunks);
+  pack_factors(kernels, p, workspace);
+  run_chunks(kernels.backward, p, workspace, num_chunks);
   if (want_A || want_B) {
     torch::stable::parallel_for(0, p.rank, 4, [&](int64_t begin, int64_t end) {
-      kernels.reduce_grads(p, *workspace, num_chunks, begin, end);
+      kernels.reduce_grads(p, workspace, num_chunks, begin, end);
     });
   }
   if (with_base && !p.accumulate) base_product(grad_x_2d, grad_y_2d, weight, true);

@@ -41,6 +41,8 @@ class LoraAdapter(nn.Module):
         super().__init__()
         if r < 1:
             raise ValueError(f"LoraAdapter: r is {r}, want at least 1")
+        if not math.isfinite(lora_alpha):
+            raise ValueError(f"LoraAdapter: lora_alpha is {lora_alpha}, want a finite number")
         if not 0.0 <= lora_dropout < 1.0:
             raise ValueError(f"LoraAdapter: lora_dropout is {lora_dropout}, want 0 <= lora_dropout < 1")
         self.r = r
@@ -85,13 +87,14 @@ class LoraLinear(nn.Module):
         super().__init__()
         if type(base_layer).forward is not nn.Linear.forward:
             raise TypeError(f"LoraLinear: base_layer is a {type(base_layer).__name__}, want an nn.Linear")
-        self.base_layer = base_layer.requires_grad_(False)
+        self.base_layer = base_layer
         self.adapters = nn.ModuleDict()
         self.active_adapter: str | None = None
         self.merged_adapter: str | None = None
         self.train(base_layer.training)
         if adapter is not None:
             self.add_adapter(adapter_name, adapter)
+        base_layer.requires_grad_(False)  # last: a refused adapter leaves the layer as it was
 
     def add_adapter(self, name: str, adapter: LoraAdapter) -> None:
         """Attaches ``adapter`` under ``name`` and makes it the active one."""

@@ -1,0 +1,87 @@
+# The two commands: `make finetune` and `make test`. Each sets up what it needs, once; `make help` lists the rest.
+PYTHON ?= python3
+VENV   ?= .venv
+OUT    ?= out/demo
+
+BIN     := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+CXX_FILES = $(shell git ls-files '*.cpp' '*.h' '*.inc' '*.cu' '*.cuh')
+
+.PHONY: help finetune test lint format build wheel test-abi info bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make finetune   fine-tune a real model with LoRA on real reviews; the result lands in $(OUT)'
+	@echo 'make test       the whole test suite (PYTEST_ARGS="-k name" for a part)'
+	@echo 'make lint       ruff and clang-format, without building anything'
+	@echo 'make format     let both rewrite the files'
+	@echo 'make build      compile what changed'
+	@echo 'make bench      what the layer costs against the frozen one, on this machine'
+	@echo 'make wheel      a wheel in dist/'
+	@echo 'make test-abi   op tests of one wheel under other torch releases (TORCH_BUILD=2.13.0 TORCH_RUN="2.11.0 2.15.0")'
+	@echo 'make info       what was built and what of it runs here'
+	@echo 'make clean      remove the environment and everything built'
+
+finetune: $(VENV)/.demo $(VENV)/.built
+	$(BIN)/python -m lora_ext finetune --out $(OUT) $(ARGS)
+
+# Waiting threads sleep instead of spinning: the test processes share the cores.
+test: $(VENV)/.test $(VENV)/.built
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+build: $(VENV)/.built
+
+bench: $(VENV)/.test $(VENV)/.built
+	$(BIN)/python benchmarks/bench_layer.py $(ARGS)
+
+info: $(VENV)/.built
+	$(BIN)/python -m lora_ext info $(ARGS)
+
+wheel: $(VENV)/.torch
+	$(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+test-abi:
+	scripts/test_abi.sh "$(PYTHON)" "$(or $(TORCH_BUILD),2.11.0)" $(or $(TORCH_RUN),2.15.0)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info lora_ext/*.so out
+
+# --- set-up, each step once -----------------------------------------------------------------------------------------------
+
+$(VENV)/.created: scripts/preflight.sh
+	scripts/preflight.sh "$(PYTHON)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.created
+	$(BIN)/pip install --quiet 'ruff>=0.6' 'clang-format>=18'
+	touch $@
+
+# What building needs, torch first: the package is built against the torch it will run with.
+$(VENV)/.torch: $(VENV)/.created
+	@echo 'Installing torch and the build tools ...'
+	$(BIN)/pip install --quiet 'setuptools>=77' wheel 'pybind11>=2.12' 'ninja>=1.11' numpy 'torch>=2.11'
+	touch $@
+
+# An editable install with its extras; it compiles into build/, where later builds find their objects again.
+$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: pyproject.toml | $(VENV)/.torch
+	@echo 'Installing lora_ext[$*] and compiling ...'
+	$(BIN)/pip install --quiet --no-build-isolation --editable '.[$*]'
+	touch $@ $(VENV)/.built
+
+$(VENV)/.built: $(SOURCES) | $(VENV)/.torch
+	@echo 'Compiling what changed ...'
+	@$(BIN)/python setup.py build_ext --inplace >build.log 2>&1 || { cat build.log; exit 1; }
+	@grep '^lora_ext ' build.log; rm build.log
+	@touch $@

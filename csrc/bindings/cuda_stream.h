@@ -1,0 +1,34 @@
+// What the CUDA bindings share: the current stream, scratch memory, and ATen's base product on that stream.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+
+#include "../cuda/launch.h"
+#include "checks.h"
+
+namespace lora_ext::cuda {
+
+using torch::stable::accelerator::DeviceGuard;
+
+inline cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// Freed when the binding returns, while kernels may still use it: the caching allocator gives it only to later work on
+// the same stream.
+template <class Params>
+Tensor allocate_workspace(const Params& params, const Tensor& like) {
+  return empty_bytes({workspace_bytes(params)}, like);
+}
+
+// out [m, n] += a [m, k] @ b [k, n] on the current stream. The shim bypasses autograd and autocast.
+inline void add_base_product(const Tensor& out, const Tensor& a, const Tensor& b) {
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
+}
+
+}  // namespace lora_ext::cuda

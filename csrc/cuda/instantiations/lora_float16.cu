@@ -1,0 +1,7 @@
+#include "../lora.cuh"
+
+namespace lora_ext::cuda {
+
+template struct LoraLaunches<__half>;
+
+}  // namespace lora_ext::cuda

@@ -1,0 +1,7 @@
+#include "../lora.cuh"
+
+namespace lora_ext::cuda {
+
+template struct LoraLaunches<float>;
+
+}  // namespace lora_ext::cuda

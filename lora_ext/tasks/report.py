@@ -1,0 +1,144 @@
+"""What a run leaves behind: figures, the plot of the loss, predictions, and the table on the console."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from .data import Example
+
+
+def accuracy(predicted: np.ndarray, expected: np.ndarray) -> float:
+    """Share of equal class indices; both ``[num_examples]``."""
+    return float((predicted == expected).mean())
+
+
+def macro_f1(predicted: np.ndarray, expected: np.ndarray) -> float:
+    """Mean over the classes that occur of ``2 tp / (2 tp + fp + fn)``; both ``[num_examples]``, class indices."""
+    scores = []
+    for label in np.union1d(predicted, expected):
+        hits = np.sum((predicted == label) & (expected == label))
+        scores.append(2 * hits / (np.sum(predicted == label) + np.sum(expected == label)))
+    return float(np.mean(scores))
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process has held so far: on the GPU by PyTorch's count, else resident in RAM."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def tensor_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the model's distinct tensors: what its checkpoint takes, less a header of some kilobytes."""
+    tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def directory_bytes(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+
+
+@torch.inference_mode()
+def median_latencies(
+    models: Mapping[str, torch.nn.Module], inputs: Mapping[str, torch.Tensor], rounds: int = 21
+) -> dict[str, float]:
+    """Median seconds of one forward pass of each model. They take turns, so that a busy machine slows all alike."""
+    synchronize: Callable[[], None] = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for round_number in range(rounds + 2):
+        for name, model in models.items():
+            synchronize()
+            start = time.perf_counter()
+            model(**inputs)
+            synchronize()
+            if round_number >= 2:  # the first ones warm up
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def write_predictions(
+    path: Path, examples: list[Example], logits: np.ndarray, expected: np.ndarray, labels: list[str]
+) -> None:
+    """One JSON object a line: the line of the input file, text, label, predicted label, logits in the order of labels."""
+    with path.open("w", encoding="utf-8") as file:
+        for example, scores, label in zip(examples, logits, expected, strict=True):
+            row = {
+                "line": example.line,
+                "text": example.text,
+                "label": labels[label],
+                "predicted": labels[int(scores.argmax())],
+                "logits": [float(score) for score in scores],
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def plot_loss(path: Path, history: list[dict[str, float]], title: str) -> None:
+    """The training loss, and the validation loss where there is one, by epoch. ``history`` is the Trainer's log."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o--")):
+        points = [(entry["epoch"], float(entry[key])) for entry in history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label)
+    axes.set(xlabel="epoch", ylabel="cross-entropy loss", title=title, ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def table(metrics: Mapping[str, Any]) -> str:
+    """The figures of ``metrics.json`` for people."""
+    before, after, merged = metrics["before"], metrics["after"], metrics.get("merged")
+    share = metrics["trainable_parameters"] / metrics["total_parameters"]
+    rows = [
+        ("parameters trained", f"{metrics['trainable_parameters']:,} of {metrics['total_parameters']:,} ({share:.2%})"),
+        ("test accuracy", f"{before['accuracy']:.2%} before, {after['accuracy']:.2%} after"),
+        ("test macro-F1", f"{before['macro_f1']:.3f} before, {after['macro_f1']:.3f} after"),
+        ("training", f"{metrics['train_seconds']:.0f} s, {metrics['tokens_per_second']:,.0f} tokens/s"),
+        ("peak memory", f"{metrics['peak_memory_bytes'] / 2**20:,.0f} MiB"),
+    ]
+    if merged is not None:
+        adapter, full = metrics["adapter_bytes"], metrics["full_checkpoint_bytes"]
+        base_ms, merged_ms = 1e3 * merged["base_seconds"], 1e3 * merged["merged_seconds"]
+        rows += [
+            ("on disk", f"adapter {_megabytes(adapter)}, full checkpoint {_megabytes(full)} ({full / adapter:.0f} times)"),
+            ("merged accuracy", f"{merged['accuracy']:.2%}; logits differ by at most {merged['max_logit_difference']:.1e}"),
+            ("merged latency", f"{merged_ms:.1f} ms a batch, base model {base_ms:.1f} ms ({merged_ms / base_ms:.2f} times)"),
+        ]
+    return "\n".join(f"  {name:<20} {value}" for name, value in rows)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.2f} MB"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

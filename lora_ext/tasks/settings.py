@@ -1,0 +1,57 @@
+"""What defines a fine-tuning run: the values that must not change when it is resumed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from . import TaskError
+
+METHODS = ("lora", "full")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Defaults are those of the demo, chosen on its validation split. None for model and data means the demo's own."""
+
+    model: str | None = None
+    data: str | None = None
+    eval_file: str | None = None
+    text_column: str = "text"
+    label_column: str = "label"
+    validation_split: float = 0.1
+    test_split: float = 0.1
+    method: str = "lora"
+    r: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.1
+    target_modules: str = "all-linear"
+    modules_to_save: str = "classifier"
+    epochs: float = 2.0
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    warmup: float = 0.06
+    max_length: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise TaskError(f"--method is {self.method!r}, want one of {', '.join(METHODS)}")
+        for name in ("epochs", "batch_size", "learning_rate", "max_length"):
+            if not getattr(self, name) > 0:
+                raise TaskError(f"--{name.replace('_', '-')} is {getattr(self, name)}, want more than 0")
+        if not 0.0 <= self.warmup < 1.0:
+            raise TaskError(f"--warmup is {self.warmup}, want 0 <= warmup < 1, as a fraction of all steps")
+        if self.eval_file is not None and self.data is None:
+            raise TaskError("--eval-file goes with --data; the demo data has a test set of its own")
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Settings:
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise TaskError(f"{path} does not hold the settings of a run: {error}") from error

@@ -1,0 +1,145 @@
+"""``transformers.Trainer`` with what a LoRA run needs: small checkpoints, exact resumption, a clean stop on Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from lora_ext import save_adapter
+from lora_ext.adapters import lora_modules
+
+from . import TaskError
+from .report import accuracy, macro_f1
+from .settings import Settings
+
+
+class FinetuneTrainer(Trainer):
+    """Writes only the adapter of a model that has one, and draws the same batches in a resumed run.
+
+    Evaluation and prediction keep the order of the dataset.
+    """
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return _EpochSampler(self.args.train_batch_size, [len(row["input_ids"]) for row in dataset], self.args.seed)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if lora_modules(self.model):
+            save_adapter(self.model, output_dir or self.args.output_dir)
+        else:
+            super()._save(output_dir, state_dict)
+
+
+class _EpochSampler(LengthGroupedSampler):
+    """Rows of like length together, in an order that follows from the seed and the epoch alone."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:  # accelerate's data loader calls it
+        self.generator = torch.Generator().manual_seed(self.seed + epoch)
+
+
+class _LossInBar(ProgressCallback):
+    """The progress bar with the current loss in it, in place of a printed line for every logged one."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix(epoch=f"{state.epoch:.2f}", loss=f"{float(logs['loss']):.3f}")
+
+
+class _StopOnInterrupt(TrainerCallback):
+    """The first Ctrl-C ends the run after the current step, with a checkpoint; the second one ends it at once."""
+
+    requested = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        def handler(signum: int, frame: Any) -> None:
+            if self.requested:
+                raise KeyboardInterrupt
+            self.requested = True
+            print("\nstopping after this step; press Ctrl-C again to stop at once", flush=True)
+
+        previous = signal.signal(signal.SIGINT, handler)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.requested:
+            control.should_save = control.should_training_stop = True
+
+
+def build_trainer(model, settings: Settings, out: Path, train, validation, collator) -> FinetuneTrainer:
+    """``train`` and ``validation`` are lists of ``{"input_ids": [...], "labels": class index}``."""
+    steps = len(train) / settings.batch_size * settings.epochs
+    arguments = TrainingArguments(
+        output_dir=str(out / "checkpoints"),
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=round(settings.warmup * steps),
+        eval_strategy="epoch" if validation else "no",
+        logging_steps=0.01,  # of all steps: a hundred points on the loss curve, however long the run
+        save_steps=0.1,
+        save_total_limit=2,
+        include_num_input_tokens_seen="non_padding",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to=[],
+        seed=settings.seed,
+    )
+    trainer = FinetuneTrainer(
+        model,
+        arguments,
+        train_dataset=train,
+        eval_dataset=validation or None,
+        data_collator=collator,
+        compute_metrics=lambda output: {
+            "accuracy": accuracy(output.predictions.argmax(-1), output.label_ids),
+            "macro_f1": macro_f1(output.predictions.argmax(-1), output.label_ids),
+        },
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_LossInBar())
+    return trainer
+
+
+def train(trainer: FinetuneTrainer, checkpoint: Path | None) -> bool:
+    """Trains to the end, or to the first Ctrl-C: then a checkpoint of the last step is on disk and False is returned."""
+    stop = _StopOnInterrupt()
+    trainer.add_callback(stop)
+    with stop.listening():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.remove_callback(stop)
+    return not stop.requested
+
+
+def predict(trainer: FinetuneTrainer, examples: list[dict[str, Any]]) -> np.ndarray:
+    """Logits ``[len(examples), num_labels]`` of the trainer's model, float32, in the order of ``examples``."""
+    return trainer.predict(examples).predictions
+
+
+def last_checkpoint(out: Path) -> Path:
+    """The newest checkpoint that was written to its end (``trainer_state.json`` comes last).
+
+    Raises:
+        TaskError: there is none.
+    """
+    complete = [state.parent for state in out.glob("checkpoints/checkpoint-*/trainer_state.json")]
+    if not complete:
+        raise TaskError(f"--resume: {out} holds no checkpoint; start the run without --resume")
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]))

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Says what a fresh machine lacks for building lora_ext, and what to install. Usage: preflight.sh PYTHON
+set -u
+python=$1
+problems=0
+complain() { # what is missing, what to do
+  printf 'lora_ext set-up: %s\n    %s\n' "$1" "$2" >&2
+  problems=1
+}
+
+if ! command -v "$python" >/dev/null; then
+  complain "no $python on PATH" "Install Python 3.10 or newer (apt-get install python3 python3-venv python3-dev), or name one: make PYTHON=/path/to/python3"
+else
+  version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+    complain "$python is Python $version, want 3.10 or newer" "Install a newer one and name it: make PYTHON=/path/to/python3.12"
+  "$python" -c 'import venv, ensurepip' 2>/dev/null ||
+    complain "$python has no venv module" "apt-get install python3-venv (Debian, Ubuntu), or use another Python"
+  "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
+    complain "the headers of $python are missing (Python.h)" "apt-get install python3-dev (Debian, Ubuntu) or dnf install python3-devel (Fedora)"
+fi
+
+compiler=${CXX:-c++}
+if ! command -v "${compiler%% *}" >/dev/null; then
+  complain "no C++ compiler ($compiler)" "apt-get install g++ (Debian, Ubuntu) or dnf install gcc-c++ (Fedora), or set CXX"
+else
+  object=$(mktemp)
+  printf '#include <bit>\nint main() { return std::bit_cast<int>(0.0f); }\n' | $compiler -std=c++20 -x c++ -c -o "$object" - 2>/dev/null ||
+    complain "$compiler does not compile C++20" "Install g++ 11 or newer, or clang 16 or newer, and set CXX"
+  rm -f "$object"
+fi
+exit $problems

@@ -1,0 +1,145 @@
+"""LoraAdapter and LoraLinear: state, errors, and equality with plain PyTorch."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lora_ext.nn import LoraAdapter, LoraLinear
+
+
+def test_starts_as_its_base_layer():
+    base = nn.Linear(24, 20)
+    x = torch.randn(5, 24)
+    layer = LoraLinear(base, LoraAdapter(24, 20, 4, 8, lora_dropout=0.5))
+    torch.testing.assert_close(layer(x), base(x), rtol=1e-6, atol=1e-6)
+    assert not layer.adapters.default.lora_B.any() and layer.adapters.default.lora_A.any()
+
+
+def test_only_the_adapter_trains():
+    layer = LoraLinear(nn.Linear(24, 20), LoraAdapter(24, 20, 4, 8))
+    assert {name for name, p in layer.named_parameters() if p.requires_grad} == {
+        "adapters.default.lora_A",
+        "adapters.default.lora_B",
+    }
+
+
+@pytest.mark.parametrize("r, alpha, rslora, scaling", [(8, 16, False, 2.0), (16, 8, False, 0.5), (16, 8, True, 2.0)])
+def test_scaling(r, alpha, rslora, scaling):
+    assert LoraAdapter(24, 20, r, alpha, use_rslora=rslora).scaling == scaling
+
+
+def test_gaussian_initialisation():
+    adapter = LoraAdapter(4000, 20, 8, 8, init_lora_weights="gaussian")
+    assert adapter.lora_A.std().item() == pytest.approx(1 / 8, rel=0.03)
+    assert not adapter.lora_B.any()
+
+
+def test_kaiming_initialisation_matches_nn_linear():
+    adapter = LoraAdapter(400, 20, 64, 8)
+    bound = 1 / math.sqrt(400)  # what nn.Linear's reset_parameters gives, and PEFT's
+    assert adapter.lora_A.abs().max() <= bound and adapter.lora_A.std().item() == pytest.approx(
+        bound / math.sqrt(3), rel=0.03
+    )
+
+
+def test_dropout_only_while_training():
+    layer = LoraLinear(nn.Linear(24, 20), LoraAdapter(24, 20, 4, 8, 0.5, init_lora_weights=False))
+    x = torch.randn(50, 24)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + x @ layer.delta_weight().T)
+
+
+def test_follows_the_mode_of_the_layer_it_wraps():
+    assert not LoraLinear(nn.Linear(4, 4).eval(), LoraAdapter(4, 4, 1, 1)).adapters.default.training
+
+
+def test_is_a_linear_layer_to_those_who_look():
+    base = nn.Linear(24, 20)
+    layer = LoraLinear(base, LoraAdapter(24, 20, 4, 8))
+    assert layer.weight is base.weight and layer.bias is base.bias
+    assert (layer.in_features, layer.out_features) == (24, 20)
+    assert "in_features=24, out_features=20, active='default'" in repr(layer) and "r=4" in repr(layer)
+
+
+def test_inactive_adapter_costs_and_changes_nothing():
+    layer = LoraLinear(nn.Linear(24, 20), LoraAdapter(24, 20, 4, 8, init_lora_weights=False))
+    x = torch.randn(5, 24)
+    layer.active_adapter = None
+    assert torch.equal(layer(x), layer.base_layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_merge_and_unmerge(dtype):
+    layer = LoraLinear(nn.Linear(64, 48, dtype=dtype), LoraAdapter(64, 48, 4, 8, init_lora_weights=False)).eval()
+    x = torch.randn(5, 64, dtype=dtype)
+    before, weight = layer(x), layer.weight.clone()
+    layer.merge()
+    assert layer.is_merged and not torch.equal(layer.weight, weight)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(layer(x), before, rtol=8 * eps, atol=8 * eps)
+    layer.unmerge()
+    assert not layer.is_merged
+    torch.testing.assert_close(layer.weight, weight, rtol=2 * eps, atol=2 * eps)
+
+
+def test_merge_state_errors():
+    layer = LoraLinear(nn.Linear(4, 4), LoraAdapter(4, 4, 1, 1, init_lora_weights=False))
+    with pytest.raises(RuntimeError, match="no adapter is merged"):
+        layer.unmerge()
+    layer.merge()
+    with pytest.raises(RuntimeError, match="adapter 'default' is already merged"):
+        layer.merge()
+    with pytest.raises(RuntimeError, match=r"'default' is merged and would not train; call unmerge\(model\)"):
+        layer(torch.randn(2, 4))
+    with torch.no_grad():
+        layer(torch.randn(2, 4))
+    layer.eval()(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        ({"r": 0}, "r is 0, want at least 1"),
+        ({"r": -3}, "r is -3, want at least 1"),
+        ({"lora_dropout": 1.0}, "lora_dropout is 1.0, want 0 <= lora_dropout < 1"),
+        ({"lora_dropout": float("nan")}, "lora_dropout is nan"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan, want a finite number"),
+        ({"lora_alpha": float("inf")}, "lora_alpha is inf, want a finite number"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', want True, False or \"gaussian\""),
+    ],
+)
+def test_adapter_refuses(arguments, text):
+    with pytest.raises(ValueError, match=f"^LoraAdapter: {text}"):
+        LoraAdapter(**({"in_features": 4, "out_features": 4, "r": 2, "lora_alpha": 2} | arguments))
+
+
+def test_layer_refuses():
+    with pytest.raises(TypeError, match="base_layer is a Conv1d, want an nn.Linear"):
+        LoraLinear(nn.Conv1d(4, 4, 1))
+    layer = LoraLinear(nn.Linear(4, 6), LoraAdapter(4, 6, 2, 2))
+    with pytest.raises(ValueError, match=r"adapter 'default' exists; the adapters are \['default'\]"):
+        layer.add_adapter("default", LoraAdapter(4, 6, 2, 2))
+    with pytest.raises(ValueError, match=r"lora_B has shape \[5, 2\], want \[6, 2\]"):
+        layer.add_adapter("other", LoraAdapter(4, 5, 2, 2))
+    assert list(layer.adapters) == ["default"] and layer.active_adapter == "default"
+
+
+def test_a_refused_base_layer_is_left_as_it_was():
+    base = nn.Linear(4, 6)
+    with pytest.raises(ValueError, match="lora_A has shape"):
+        LoraLinear(base, LoraAdapter(5, 6, 2, 2))
+    assert base.weight.requires_grad
+
+
+def test_frozen_weight_can_be_unfrozen():
+    """Nobody asks for it by default, but a user who does gets the linear layer's own gradients."""
+    layer = LoraLinear(nn.Linear(24, 20), LoraAdapter(24, 20, 4, 8, init_lora_weights=False))
+    layer.base_layer.requires_grad_(True)
+    x, grad_y = torch.randn(2, 3, 24), torch.randn(2, 3, 20)
+    layer(x).backward(grad_y)
+    torch.testing.assert_close(layer.weight.grad, grad_y.flatten(0, 1).T @ x.flatten(0, 1))
+    torch.testing.assert_close(layer.bias.grad, grad_y.sum((0, 1)))
