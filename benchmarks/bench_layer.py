@@ -1,4 +1,4 @@
-"""What does a LoRA linear layer cost beyond its frozen base? Forward and backward, against the frozen layer and the peers.
+"""What does a LoRA linear layer cost beyond its frozen base? Forward and backward, against it and the peers.
 
     python benchmarks/bench_layer.py [--dropout 0.1] [--rank 16] [--rounds 30] [--write]
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 from collections.abc import Callable
@@ -130,10 +129,7 @@ def main() -> None:
     torch.manual_seed(0)
 
     facts = info.gather()
-    cpu_model = next(
-        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
-        platform.machine(),
-    )
+    cpu_model = info.cpu_model()
     heading = (
         f"Forward + backward against the frozen layer, r={args.rank}, dropout {args.dropout}; {cpu_model}, "
         f"{args.threads} threads, {facts['cpu']['isa']} kernels; lora_ext {lora_ext.__version__}, torch "

@@ -1,10 +1,12 @@
 // Every op's schema, in one place: the table of contents of the compiled part.
-// Shapes, formulas and errors are documented in lora_ext/functional.py; the maths in plain PyTorch in lora_ext/reference.py.
+// Shapes, formulas and errors are documented in lora_ext/functional.py; the maths in plain PyTorch in
+// lora_ext/reference.py.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(lora_ext, m) {
   // y = x @ weight^T + bias + scaling * dropout(x) @ lora_A^T @ lora_B^T. Also returns what the backward wants:
-  // xa = scaling / (1 - p) * (mask o x) @ lora_A^T in the accumulation dtype, and the mask as bits (empty without dropout).
+  // xa = scaling / (1 - p) * (mask o x) @ lora_A^T in the accumulation dtype, and the mask as bits (empty without
+  // dropout).
   m.def(
       "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, "
       "float dropout_p=0.0, Tensor? seed=None) -> (Tensor y, Tensor xa, Tensor mask)");

@@ -1,5 +1,5 @@
-// lora_ext._C: facts about this binary, for `python -m lora_ext info` and for tests. Includes no torch header: the ops are
-// in liblora_ext.so, which has no Python in it.
+// lora_ext._C: facts about this binary, for `python -m lora_ext info` and for tests. Includes no torch header: the ops
+// are in liblora_ext.so, which has no Python in it.
 #include <pybind11/pybind11.h>
 
 #include <string>

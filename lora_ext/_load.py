@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 _HERE = Path(__file__).resolve().parent
-_REBUILD = "Build it with `pip install .` in a checkout, or reinstall the package with `pip install --force-reinstall lora_ext`."
+_REBUILD = "Build it with `pip install .` in a checkout, or run `pip install --force-reinstall lora_ext`."
 
 
 def _reason(error: BaseException) -> str:
@@ -43,23 +44,26 @@ def _load_cuda() -> str:
     return ""
 
 
-def build_info() -> dict[str, str]:
-    """How the binary was built: version, torch, compiler, CUDA. Strings, empty where they do not apply."""
+def _check_isa() -> None:
+    module = _compiled_module()
+    if not module.cpu_isa():
+        raise ImportError(
+            f"lora_ext: LORA_EXT_CPU_ISA is {os.environ['LORA_EXT_CPU_ISA']!r}, want one of "
+            f"{module.available_cpu_isas().replace(',', ', ')} on this machine, or unset it"
+        )
+
+
+def _compiled_module() -> ModuleType:
     try:
         from . import _C
     except ImportError as error:
         raise ImportError(f"lora_ext: the compiled module lora_ext._C does not load: {error}. {_REBUILD}") from error
-    return _C.build_info()
+    return _C
 
 
-def _check_isa() -> None:
-    from . import _C
-
-    if not _C.cpu_isa():
-        raise ImportError(
-            f"lora_ext: LORA_EXT_CPU_ISA is {os.environ['LORA_EXT_CPU_ISA']!r}, want one of "
-            f"{_C.available_cpu_isas().replace(',', ', ')} on this machine, or unset it"
-        )
+def build_info() -> dict[str, str]:
+    """How the binary was built: version, torch, compiler, CUDA. Strings, empty where they do not apply."""
+    return _compiled_module().build_info()
 
 
 _load_cpu()

@@ -1,7 +1,7 @@
 """Fake (meta), autograd and autocast registrations of the compiled ops. csrc/library.cpp has their schemas.
 
-The autograd kernel sits on the Autograd dispatch key itself, not behind ``torch.library.register_autograd``: it costs half
-as much per call, and goes straight below autograd where no gradient is wanted.
+The autograd kernel sits on the Autograd dispatch key itself, not behind ``torch.library.register_autograd``: it costs
+half as much per call, and goes straight below autograd where no gradient is wanted.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from .reference import dropout_threshold
 
 _LIBRARY = torch.library.Library("lora_ext", "FRAGMENT")
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -33,7 +34,7 @@ def _(x, weight, bias, lora_A, lora_B, scaling, dropout_p=0.0, seed=None):
     num_tokens = 1
     for size in x.shape[:-1]:
         num_tokens = num_tokens * size
-    has_mask = round_threshold(dropout_p) > 0
+    has_mask = dropout_threshold(dropout_p) > 0
     return (
         x.new_empty((*x.shape[:-1], weight.shape[0])),
         x.new_empty((num_tokens, lora_A.shape[0]), dtype=_accumulation_dtype(x.dtype)),
@@ -59,11 +60,6 @@ def _(weight, lora_A, lora_B, scaling):
 @torch.library.register_fake("lora_ext::lora_dropout_mask")
 def _(seed, num_tokens, in_features, dropout_p):
     return seed.new_empty((num_tokens, _mask_row_bytes(in_features)), dtype=torch.uint8)
-
-
-def round_threshold(dropout_p: float) -> int:
-    """``dropout_p`` in units of 2**-16, as the kernels quantise it (csrc/common/dropout.h)."""
-    return min(int(dropout_p * 65536.0 + 0.5), 65535)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -153,7 +149,7 @@ _LIBRARY.impl("lora_linear_backward", _lora_linear_backward_autograd, "Autograd"
 _LIBRARY.impl("lora_merge_", _lora_merge_autograd, "Autograd")
 
 
-# --- autocast: x, weight and bias go to autocast's dtype as in nn.Linear; the adapter keeps its own ---------------------
+# --- autocast: x, weight and bias go to autocast's dtype as in nn.Linear; the adapter keeps its own -------------------
 
 
 def _register_autocast(device_type: str, dispatch_key: str) -> None:

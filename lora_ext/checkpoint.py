@@ -41,10 +41,10 @@ _PREFIX = "base_model.model."
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Writes the adapter of an injected ``model`` into ``directory``, which PEFT's ``from_pretrained`` reads.
 
-    The directory is made if need be; an adapter in it is replaced, other files stay. Both files are written in full and
-    synced before the first is moved into place, and an error puts the old ones back. A process killed between the moves
-    leaves a directory without ``adapter_config.json``, never an old file beside a new one; the missing files are then in
-    its ``.saving-*`` subdirectory.
+    The directory is made if need be; an adapter in it is replaced, other files stay. Both files are written in full
+    before the first is moved into place, and an error puts the old ones back. A process killed between the moves leaves
+    a directory without ``adapter_config.json``, never an old file beside a new one; its ``.saving-*`` subdirectory then
+    has the missing files.
 
     Raises:
         ValueError: the model is not injected.
@@ -60,29 +60,14 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         for key, tensor in _adapter_tensors(injection).items()
     }
 
-    directory = Path(directory)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        # Inside the directory: moves must not cross file systems, nor need rights on its parent.
-        staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"save_adapter: cannot write there ({error.strerror}); choose another directory",
-            str(directory),
-        ) from error
-    try:
-        (staging / CONFIG_FILE).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
-        _move_into_place(staging, directory)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    _write_pair(Path(directory), json.dumps(values, indent=2, sort_keys=True) + "\n", tensors)
 
 
 def load_adapter(model: ModelT, directory: str | os.PathLike[str], trainable: bool = False) -> ModelT:
     """Loads an adapter that :func:`save_adapter` or PEFT wrote; injects into ``model`` by the file's config if need be.
 
-    Values are cast to the dtype of the parameters they go to. Modules trained in full are overwritten in place.
+    Values are cast to the dtype of the parameters they go to. Modules trained in full are overwritten in place, as are
+    base layers where the file has them.
 
     Args:
         model: a bare model, or one injected with the same layers, rank and scaling.
@@ -95,8 +80,8 @@ def load_adapter(model: ModelT, directory: str | os.PathLike[str], trainable: bo
 
     Raises:
         FileNotFoundError: naming the file that is missing.
-        ValueError: a file is corrupted, its config is not supported or differs from the model's, or its tensors do not fit
-            the model: every missing and unexpected key, wrong shape and wrong dtype is listed.
+        ValueError: a file is corrupted, its config is not supported or differs from the model's, or its tensors do not
+            fit the model: every missing and unexpected key, wrong shape and wrong dtype is listed.
         RuntimeError: the model's adapter is merged.
         Also what :func:`lora_ext.inject` raises. The model is then unchanged.
     """
@@ -110,7 +95,8 @@ def load_adapter(model: ModelT, directory: str | os.PathLike[str], trainable: bo
     else:
         injection = find_injection(model)
         _check_same_kind(model, injection, config, directory)
-    targets = _adapter_tensors(injection)
+    base = _base_tensors(model, injection)
+    targets = _adapter_tensors(injection) | {key: tensor for key, tensor in base.items() if key in tensors}
     _check_fit(targets, tensors, directory / WEIGHTS_FILE)
 
     # Nothing below fails: the adapter's tensors are filled before it is attached.
@@ -133,25 +119,49 @@ def _adapter_tensors(injection: Injection) -> dict[str, Tensor]:
     return tensors
 
 
+def _base_tensors(model: nn.Module, injection: Injection) -> dict[str, Tensor]:
+    """The frozen tensors under the adapters, by the key that PEFT gives the weight of an adapted output head."""
+    layers = {path: root_module(model).get_submodule(path) for path in injection.adapters}
+    return {
+        f"{_PREFIX}{path}.base_layer.{name}": tensor
+        for path, layer in layers.items()
+        for name, tensor in getattr(layer, "base_layer", layer).state_dict().items()
+    }
+
+
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _move_into_place(staging: Path, directory: Path) -> None:
-    """Moves the old pair out to ``staging`` and the new one in: the config goes first and comes last. Undone on an error."""
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        with open(staging / name, "rb") as file:
-            os.fsync(file.fileno())
+def _write_pair(directory: Path, config: str, tensors: dict[str, Tensor]) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        # Inside the directory: moves must not cross file systems, nor need rights on its parent.
+        staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"save_adapter: cannot write there ({error.strerror}); choose another directory",
+            str(directory),
+        ) from error
+
     old = [(directory / name, staging / f"old_{name}") for name in (CONFIG_FILE, WEIGHTS_FILE)]
     new = [(staging / name, directory / name) for name in (WEIGHTS_FILE, CONFIG_FILE)]
     done: list[tuple[Path, Path]] = []
     try:
+        (staging / CONFIG_FILE).write_text(config, encoding="utf-8")
+        save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
+        for source, _ in new:
+            with open(source, "rb") as file:
+                os.fsync(file.fileno())
         for source, target in [move for move in old if move[0].exists()] + new:
             os.replace(source, target)
             done.append((source, target))
     except BaseException:
         for source, target in reversed(done):
             os.replace(target, source)
+        shutil.rmtree(staging, ignore_errors=True)
         raise
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _checks
+from . import _checks, _load
 
 _INT64_MAX = torch.iinfo(torch.int64).max
 
@@ -13,6 +13,15 @@ _INT64_MAX = torch.iinfo(torch.int64).max
 def draw_seed(device: torch.device) -> Tensor:
     """A fresh dropout seed, int64 ``[]``, from PyTorch's default generator of ``device`` (``torch.manual_seed``)."""
     return torch.randint(_INT64_MAX, (), dtype=torch.int64, device=device)
+
+
+def _check_kernels_exist(op: str, device: torch.device) -> None:
+    if device.type == "cuda" and _load.cuda_unavailable_reason:
+        raise RuntimeError(
+            f"{op}: tensors are on {device}, but there are no CUDA kernels: {_load.cuda_unavailable_reason}"
+        )
+    if device.type not in ("cpu", "cuda", "meta"):
+        raise RuntimeError(f"{op}: tensors are on {device}, but there are kernels for cpu and cuda only")
 
 
 def lora_linear(
@@ -56,6 +65,7 @@ def lora_linear(
     except RuntimeError:
         if not torch.is_autocast_enabled(x.device.type):  # under autocast the op saw other dtypes than these
             _checks.check_lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
+        _check_kernels_exist("lora_linear", x.device)
         raise
 
 
@@ -75,6 +85,7 @@ def lora_merge_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) 
         torch.ops.lora_ext.lora_merge_.default(weight, lora_A, lora_B, scaling)
     except RuntimeError:
         _checks.check_lora_merge(weight, lora_A, lora_B, scaling)
+        _check_kernels_exist("lora_merge_", weight.device)
         raise
     torch.autograd.graph.increment_version(weight)  # mutating stable-ABI ops do not
     return weight

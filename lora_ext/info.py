@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import json as json_module
 import platform
+import re
+from pathlib import Path
 
 import torch
 
 from . import _C, _load
+
+
+def cpu_model() -> str:
+    """The processor's name as Linux tells it, or its architecture."""
+    try:
+        names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        names = []
+    return names[0] if names else platform.machine()
 
 
 def gather() -> dict[str, object]:
@@ -22,6 +33,7 @@ def gather() -> dict[str, object]:
         "python": platform.python_version(),
         "compiler": built["compiler"],
         "cpu": {
+            "model": cpu_model(),
             "isa": _C.cpu_isa() or None,
             "isas_available": _C.available_cpu_isas().split(","),
             "threads": torch.get_num_threads(),
@@ -43,15 +55,19 @@ def info(json: bool = False) -> str:
     if json:
         return json_module.dumps(facts, indent=2)
     cpu, cuda = facts["cpu"], facts["cuda"]
-    built = f"yes, for sm_{', sm_'.join(cuda['architectures'])} (CUDA {cuda['toolkit']})" if cuda["kernels_built"] else "no"
-    in_use = f"yes: {', '.join(cuda['devices']) or 'no GPU found'}" if cuda["kernels_loaded"] else f"no: {cuda['reason']}"
+    built = (
+        f"yes, for sm_{', sm_'.join(cuda['architectures'])} (CUDA {cuda['toolkit']})" if cuda["kernels_built"] else "no"
+    )
+    in_use = (
+        f"yes: {', '.join(cuda['devices']) or 'no GPU found'}" if cuda["kernels_loaded"] else f"no: {cuda['reason']}"
+    )
     rows = [
         ("lora_ext", facts["version"]),
         ("torch", f"{facts['torch']} (built against {facts['torch_built_against']}, needs {facts['torch_minimum']})"),
         ("python", facts["python"]),
         ("compiler", facts["compiler"]),
+        ("CPU", f"{cpu['model']}, {cpu['threads']} threads"),
         ("CPU kernels", f"{cpu['isa']} (this machine runs {', '.join(cpu['isas_available'])})"),
-        ("CPU threads", cpu["threads"]),
         ("CUDA built", built),
         ("CUDA in use", in_use),
     ]

@@ -37,8 +37,8 @@ def inject(model: ModelT, config: LoraConfig, adapter_name: str = "default") -> 
     ``nn.TransformerEncoder``'s inference fast path reads its layers' weights without calling them; it is switched off
     in the encoders that hold an adapter. With it goes its habit of zeroing the outputs at padded positions.
 
-    If a Hugging Face model has gradient checkpointing on, its embeddings' outputs are made to require gradients, as
-    reentrant checkpointing needs; to turn that on later, call ``model.enable_input_require_grads()`` too.
+    Reentrant gradient checkpointing passes no gradient unless its input requires one; with frozen embeddings that takes
+    ``model.enable_input_require_grads()``, which recent Transformers call by themselves.
 
     Args:
         model: any module; weights may be on the meta device.
@@ -56,7 +56,7 @@ def inject(model: ModelT, config: LoraConfig, adapter_name: str = "default") -> 
 
     Warns:
         UserWarning: an entry of ``target_modules``, ``exclude_modules`` or ``modules_to_save`` matches nothing while
-            others do; or "all-linear" leaves out the ``out_proj`` of an ``nn.MultiheadAttention``, which is never called.
+            others do; or "all-linear" leaves out the ``out_proj`` of an ``nn.MultiheadAttention``.
     """
     injection = plan_injection(model, config, adapter_name)
     apply_injection(model, injection)
@@ -108,8 +108,6 @@ def apply_injection(model: nn.Module, injection: Injection) -> None:
             parameter.requires_grad_(parameter.is_floating_point() and not injection.config.inference_mode)
     setattr(root, _CONFIGS, {injection.adapter_name: injection.config})
     _switch_off_fast_path(root)
-    if getattr(root, "is_gradient_checkpointing", False) and hasattr(root, "enable_input_require_grads"):
-        root.enable_input_require_grads()
 
 
 def find_injection(model: nn.Module) -> Injection:
@@ -300,7 +298,7 @@ def _report_unmatched(root: nn.Module, key: str, unmatched: list[str], *, fatal:
 
 
 def _why_unsupported(module: nn.Module, weight_only: bool) -> str | None:
-    """Why a LoRA layer, which reads the weight and bias of ``module`` instead of calling it, would be wrong; or None."""
+    """Why a LoRA layer, which reads the weight and bias of ``module`` but does not call it, would be wrong; or None."""
     if weight_only:
         return "nn.MultiheadAttention reads its weight and never calls it, so an adapter would do nothing; exclude it"
     if not isinstance(module, nn.Linear):

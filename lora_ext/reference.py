@@ -1,7 +1,7 @@
 """The ops' maths in plain PyTorch: the oracle of tests and benchmarks.
 
-Written for clarity, not speed. Every function here has a compiled twin in ``torch.ops.lora_ext`` and takes any device and
-dtype; pass float64 tensors to get the reference value a low-precision result is compared with.
+Written for clarity, not speed. Every function here has a compiled twin in ``torch.ops.lora_ext`` and takes any device
+and dtype; pass float64 tensors to get the reference value a low-precision result is compared with.
 """
 
 from __future__ import annotations

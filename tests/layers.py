@@ -21,8 +21,8 @@ DTYPES = [
     (torch.float64, torch.float32),
 ]
 
-# (num_tokens, in_features, out_features, rank): no rows, one row, odd tails, ranks that are no multiple of 16, and sizes
-# that cross every block boundary of the kernels.
+# (num_tokens, in_features, out_features, rank): no rows, one row, odd tails, ranks that are no multiple of 16, and
+# sizes that cross every block boundary of the kernels.
 SHAPES = [
     (0, 5, 3, 2),
     (1, 1, 1, 1),

@@ -1,4 +1,4 @@
-"""Every refusal names the argument and the values, from the functions, the ops and under compile, and changes nothing."""
+"""Every refusal names the argument and the values, from the functions and the ops, and changes nothing."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_lora_linear_refuses(case, requires_grad):
 @pytest.mark.parametrize("case", [case for case in BAD_LINEAR if case != "device"])
 def test_the_compiled_op_refuses_by_itself(case):
     """The last guard: nothing that Python lets through reaches a pointer."""
-    change, _, text = BAD_LINEAR[case]
+    change, _, _ = BAD_LINEAR[case]
     with pytest.raises(RuntimeError, match="lora_linear: ") as error:
         torch.ops.lora_ext.lora_linear(**(good_call() | change))
     assert "/work" not in str(error.value) and "/home" not in str(error.value)  # no build paths

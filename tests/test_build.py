@@ -68,7 +68,12 @@ def package_copy(tmp_path):
 
 
 def import_error(directory) -> str:
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(directory)!r}); import lora_ext"]
+    """Imports the copy, out of reach of an editable install's finder, and returns what it says."""
+    code = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f)]; "
+        f"sys.path.insert(0, {str(directory)!r}); import lora_ext"
+    )
+    command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, cwd=directory)
     assert result.returncode == 1
     return result.stderr
@@ -98,7 +103,10 @@ def test_preflight_names_what_is_missing():
     assert result.returncode == 1
     assert "no no-such-python on PATH" in result.stderr and "apt-get install python3" in result.stderr
     result = subprocess.run(
-        [script, sys.executable], capture_output=True, text=True, env={"PATH": "/bin:/usr/bin", "CXX": "no-such-compiler"}
+        [script, sys.executable],
+        capture_output=True,
+        text=True,
+        env={"PATH": "/bin:/usr/bin", "CXX": "no-such-compiler"},
     )
     assert result.returncode == 1 and "no C++ compiler (no-such-compiler)" in result.stderr
 

@@ -77,7 +77,15 @@ def test_one_dimension():
         lambda x: x[:1].expand(6, -1, -1),
         lambda x: x[0, 0].expand(2, 3, -1),
     ],
-    ids=["swapped", "every-other-token", "column-slice", "every-other-column", "features-strided", "expanded", "one-row"],
+    ids=[
+        "swapped",
+        "every-other-token",
+        "column-slice",
+        "every-other-column",
+        "features-strided",
+        "expanded",
+        "one-row",
+    ],
 )
 def test_x_and_grad_y_of_any_strides(view):
     x, grad_y = view(torch.randn(6, 30, 40)), view(torch.randn(6, 30, 40))
@@ -198,7 +206,7 @@ def test_float32_adapters_over_16_bits_keep_float32_gradients():
     assert relative_error(ours["grad_B"], exact["grad_B"]) < 1e-5
 
 
-# --- dropout ------------------------------------------------------------------------------------------------------------
+# --- dropout ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 64), (33, 100), (40, 384), (5, 1000)], ids=str)
@@ -259,7 +267,7 @@ def test_dropout_is_unbiased():
     assert ((dropped.mean(0) - exact).abs() < 5 * standard_error).all()
 
 
-# --- determinism and threads --------------------------------------------------------------------------------------------
+# --- determinism and threads ------------------------------------------------------------------------------------------
 
 
 def test_repeated_runs_are_bit_identical():
@@ -294,7 +302,7 @@ def test_concurrent_callers():
                     torch.testing.assert_close(result[name], wanted[name])
 
 
-# --- instruction sets ---------------------------------------------------------------------------------------------------
+# --- instruction sets -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])

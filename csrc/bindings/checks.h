@@ -1,6 +1,6 @@
-// What every binding needs before it may touch a pointer: checks that name the op, the argument and both values, and the
-// few tensor helpers the stable ABI lacks. lora_ext/_checks.py says the same to Python users as ValueError or TypeError;
-// these are the last guard.
+// What every binding needs before it may touch a pointer: checks that name the op, the argument and both values, and
+// the few tensor helpers the stable ABI lacks. lora_ext/_checks.py says the same to Python users as ValueError or
+// TypeError; these are the last guard.
 #pragma once
 
 #include <cmath>

@@ -36,8 +36,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& we
 
   const Tensor y = empty(sizes_with_last(x, p.out_features), p.dtype, x);
   const Tensor xa = empty({p.num_tokens, p.rank}, accumulation_dtype(p.dtype), x);
-  const Tensor mask = p.threshold > 0 ? empty_bytes({p.num_tokens, mask_row_bytes(p.in_features)}, x)
-                                      : empty_bytes({0}, x);
+  const Tensor mask =
+      p.threshold > 0 ? empty_bytes({p.num_tokens, mask_row_bytes(p.in_features)}, x) : empty_bytes({0}, x);
   if (p.num_tokens == 0) return {y, xa, mask};
 
   p.x = x_2d.const_data_ptr(), p.x_stride = x_2d.stride(0);
@@ -50,8 +50,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& we
 
   const Tensor y_2d = as_matrix(y, p.num_tokens, p.out_features, p.out_features, 1), weight_t = transposed(weight);
   const int64_t num_chunks = count_chunks(p.num_tokens);
-  const Workspace workspace = make_workspace(accumulation_dtype(p.dtype), p.in_features, p.out_features, p.rank, num_chunks,
-                                  false, false);
+  const Workspace workspace =
+      make_workspace(accumulation_dtype(p.dtype), p.in_features, p.out_features, p.rank, num_chunks, false, false);
   if (p.accumulate) base_product(y_2d, x_2d, weight_t, false);
   pack_factors(kernels, p, workspace);
   run_chunks(kernels.forward, p, workspace, num_chunks);
@@ -92,18 +92,16 @@ std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>> 
   p.accumulate = base_product_first(p.dtype);
 
   const int64_t num_chunks = count_chunks(p.num_tokens);  // zero chunks sum to zero gradients
-  const Workspace workspace = make_workspace(accumulation_dtype(p.dtype), p.in_features, p.out_features, p.rank,
-                                  num_chunks, want_A, want_B);
-  const Tensor grad_x_2d =
-      want_x ? as_matrix(*grad_x, p.num_tokens, p.in_features, p.in_features, 1) : grad_y_2d;
+  const Workspace workspace =
+      make_workspace(accumulation_dtype(p.dtype), p.in_features, p.out_features, p.rank, num_chunks, want_A, want_B);
+  const Tensor grad_x_2d = want_x ? as_matrix(*grad_x, p.num_tokens, p.in_features, p.in_features, 1) : grad_y_2d;
   const bool with_base = want_x && p.num_tokens > 0;
   if (with_base && p.accumulate) base_product(grad_x_2d, grad_y_2d, weight, false);
   pack_factors(kernels, p, workspace);
   run_chunks(kernels.backward, p, workspace, num_chunks);
   if (want_A || want_B) {
-    torch::stable::parallel_for(0, p.rank, 4, [&](int64_t begin, int64_t end) {
-      kernels.reduce_grads(p, workspace, num_chunks, begin, end);
-    });
+    torch::stable::parallel_for(
+        0, p.rank, 4, [&](int64_t begin, int64_t end) { kernels.reduce_grads(p, workspace, num_chunks, begin, end); });
   }
   if (with_base && !p.accumulate) base_product(grad_x_2d, grad_y_2d, weight, true);
   return {grad_x, grad_A, grad_B};

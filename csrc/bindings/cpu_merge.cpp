@@ -9,8 +9,8 @@ namespace {
 void lora_merge_(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling) {
   check_factors("lora_merge_", weight, lora_A, lora_B);
   check_scaling("lora_merge_", scaling);
-  STD_TORCH_CHECK(weight.size(1) <= 1 || weight.stride(1) == 1,
-                  "lora_merge_: weight has column stride ", weight.stride(1), ", want 1");
+  STD_TORCH_CHECK(weight.size(1) <= 1 || weight.stride(1) == 1, "lora_merge_: weight has column stride ",
+                  weight.stride(1), ", want 1");
   const Kernels& kernels = checked_kernels();
 
   const Tensor A = as_contiguous(lora_A), B = as_contiguous(lora_B);
@@ -22,8 +22,8 @@ void lora_merge_(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_
   p.scaling = scaling;
 
   const int64_t num_chunks = count_chunks(p.out_features);
-  const Workspace workspace = make_workspace(accumulation_dtype(p.dtype), p.in_features, p.out_features, p.rank,
-                                  num_chunks, false, false);
+  const Workspace workspace =
+      make_workspace(accumulation_dtype(p.dtype), p.in_features, p.out_features, p.rank, num_chunks, false, false);
   pack_factors(kernels, p, workspace);
   run_chunks(kernels.merge, p, workspace, num_chunks);
 }

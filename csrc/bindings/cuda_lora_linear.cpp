@@ -1,6 +1,7 @@
 // lora_linear and lora_linear_backward on CUDA. csrc/library.cpp has the schemas.
 //
-// The adapter's term is written first and the base product accumulates onto it: no pass over y or grad_x for the adapter.
+// The adapter's term is written first and the base product accumulates onto it: no pass over y or grad_x for the
+// adapter.
 #include <torch/csrc/stable/library.h>
 
 #include "cuda_stream.h"
@@ -24,8 +25,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& we
 
   const Tensor y = empty(sizes_with_last(x, p.out_features), p.dtype, x);
   const Tensor xa = empty({p.num_tokens, p.rank}, accumulation_dtype(p.dtype), x);
-  const Tensor mask = p.threshold > 0 ? empty_bytes({p.num_tokens, mask_row_bytes(p.in_features)}, x)
-                                      : empty_bytes({0}, x);
+  const Tensor mask =
+      p.threshold > 0 ? empty_bytes({p.num_tokens, mask_row_bytes(p.in_features)}, x) : empty_bytes({0}, x);
   if (p.num_tokens == 0) return {y, xa, mask};
 
   p.x = x_2d.const_data_ptr(), p.x_stride = x_2d.stride(0);

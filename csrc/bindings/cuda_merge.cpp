@@ -9,8 +9,8 @@ namespace {
 void lora_merge_(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling) {
   check_factors("lora_merge_", weight, lora_A, lora_B);
   check_scaling("lora_merge_", scaling);
-  STD_TORCH_CHECK(weight.size(1) <= 1 || weight.stride(1) == 1,
-                  "lora_merge_: weight has column stride ", weight.stride(1), ", want 1");
+  STD_TORCH_CHECK(weight.size(1) <= 1 || weight.stride(1) == 1, "lora_merge_: weight has column stride ",
+                  weight.stride(1), ", want 1");
   const DeviceGuard guard(weight.get_device_index());
 
   const Tensor A = as_contiguous(lora_A), B = as_contiguous(lora_B);

@@ -1,8 +1,8 @@
 // The dropout mask: one definition for the CPU kernels, the CUDA kernels and the Python reference.
 //
-// Element (row, col) of x belongs to Philox block (row, col / 8): key = seed, counter = {col / 8, 0, row low, row high}.
-// The block's four 32-bit words are eight 16-bit numbers, low half first; element col uses number col % 8 and is kept
-// when that number is >= threshold. The mask therefore depends on the seed and on the position alone: not on the
+// Element (row, col) of x belongs to Philox block (row, col / 8): key = seed, counter = {col / 8, 0, row low, row
+// high}. The block's four 32-bit words are eight 16-bit numbers, low half first; element col uses number col % 8 and is
+// kept when that number is >= threshold. The mask therefore depends on the seed and on the position alone: not on the
 // device, the number of threads, the tile sizes or the dtype.
 //
 // Memory layout: one bit per element, 1 = kept, bit (col % 8) of byte (row * mask_row_bytes + col / 8). Rows are padded
@@ -28,9 +28,9 @@ inline double dropout_rescale(uint32_t threshold) { return 65536.0 / (65536.0 - 
 
 // The mask byte of columns [8 * block, 8 * block + 8) of a row.
 LORA_EXT_HOST_DEVICE inline uint8_t dropout_mask_byte(uint64_t seed, int64_t row, uint32_t block, uint32_t threshold) {
-  const Philox4x32 words = philox4x32_10(
-      {block, 0u, static_cast<uint32_t>(row), static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32)},
-      static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+  const Philox4x32 words =
+      philox4x32_10({block, 0u, static_cast<uint32_t>(row), static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32)},
+                    static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
   uint32_t bits = 0;
   for (int i = 0; i < 4; ++i) {
     bits |= static_cast<uint32_t>((words.v[i] & 0xFFFFu) >= threshold) << (2 * i);

@@ -1,5 +1,5 @@
-// Which instruction sets the CPU kernels are compiled for, and which of them this machine runs. Knows no kernel, so that
-// lora_ext._C can answer without linking them.
+// Which instruction sets the CPU kernels are compiled for, and which of them this machine runs. Knows no kernel, so
+// that lora_ext._C can answer without linking them.
 #pragma once
 
 #include <cstdlib>

@@ -1,7 +1,7 @@
 // The CPU kernels as the bindings see them: one table of functions per instruction set, chosen once per process.
 //
-// A kernel works on one chunk of the rows; the binding runs the chunks in parallel. Every result depends on the number of
-// chunks only through the order in which grad_lora_A and grad_lora_B are summed.
+// A kernel works on one chunk of the rows; the binding runs the chunks in parallel. Every result depends on the number
+// of chunks only through the order in which grad_lora_A and grad_lora_B are summed.
 #pragma once
 
 #include <cstdint>

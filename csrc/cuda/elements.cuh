@@ -1,6 +1,6 @@
-// How kernels read and write elements: to and from the accumulation dtype, and the bits of the dropout mask. from_acc is
-// the only place where a result is rounded. Intrinsics, not operators: torch's build flags switch the operators of the
-// 16-bit types off.
+// How kernels read and write elements: to and from the accumulation dtype, and the bits of the dropout mask. from_acc
+// is the only place where a result is rounded. Intrinsics, not operators: torch's build flags switch the operators of
+// the 16-bit types off.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -22,15 +22,21 @@ __device__ __forceinline__ float to_acc(float value) { return value; }
 __device__ __forceinline__ float to_acc(__nv_bfloat16 value) { return __bfloat162float(value); }
 __device__ __forceinline__ float to_acc(__half value) { return __half2float(value); }
 
-// T is named; A is the accumulation dtype of the sum, float64 beside a 16-bit T where float64 tensors have 16-bit factors.
+// A may be float64 beside a 16-bit T: the gradient of a 16-bit factor under a float64 x.
 template <class T, class A>
 __device__ __forceinline__ T from_acc(A value) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    if constexpr (std::is_same_v<A, double>) return __double2bfloat16(value);
-    else return __float2bfloat16(value);
+    if constexpr (std::is_same_v<A, double>) {
+      return __double2bfloat16(value);
+    } else {
+      return __float2bfloat16(value);
+    }
   } else if constexpr (std::is_same_v<T, __half>) {
-    if constexpr (std::is_same_v<A, double>) return __double2half(value);
-    else return __float2half(value);
+    if constexpr (std::is_same_v<A, double>) {
+      return __double2half(value);
+    } else {
+      return __float2half(value);
+    }
   } else {
     return static_cast<T>(value);
   }
@@ -57,8 +63,8 @@ __device__ __forceinline__ void store_as(void* array, int64_t index, DType dtype
   }
 }
 
-// Whether the mask keeps an element of x. mask [*, row_bytes], or null: everything is kept. csrc/common/dropout.h defines
-// the layout. Eight neighbouring threads read the same byte.
+// Whether the mask keeps an element of x. mask [*, row_bytes], or null: everything is kept. csrc/common/dropout.h
+// defines the layout. Eight neighbouring threads read the same byte.
 __device__ __forceinline__ bool is_kept(const uint8_t* mask, int64_t row_bytes, int64_t row, int64_t col) {
   return mask == nullptr || ((mask[row * row_bytes + col / 8] >> (col % 8)) & 1) != 0;
 }

@@ -27,21 +27,18 @@ int64_t workspace_bytes(const LoraBackwardParams& params) { return plan_workspac
 int64_t workspace_bytes(const LoraMergeParams& params) { return plan_workspace(params).total; }
 
 void launch_lora_forward(const LoraForwardParams& params, void* workspace, cudaStream_t stream) {
-  with_type_of(params.dtype, [&](auto type) {
-    LoraLaunches<typename decltype(type)::type>::forward(params, workspace, stream);
-  });
+  with_type_of(params.dtype,
+               [&](auto type) { LoraLaunches<typename decltype(type)::type>::forward(params, workspace, stream); });
 }
 
 void launch_lora_backward(const LoraBackwardParams& params, void* workspace, cudaStream_t stream) {
-  with_type_of(params.dtype, [&](auto type) {
-    LoraLaunches<typename decltype(type)::type>::backward(params, workspace, stream);
-  });
+  with_type_of(params.dtype,
+               [&](auto type) { LoraLaunches<typename decltype(type)::type>::backward(params, workspace, stream); });
 }
 
 void launch_lora_merge(const LoraMergeParams& params, void* workspace, cudaStream_t stream) {
-  with_type_of(params.dtype, [&](auto type) {
-    LoraLaunches<typename decltype(type)::type>::merge(params, workspace, stream);
-  });
+  with_type_of(params.dtype,
+               [&](auto type) { LoraLaunches<typename decltype(type)::type>::merge(params, workspace, stream); });
 }
 
 void launch_dropout_mask(const DropoutMaskParams& params, cudaStream_t stream) {

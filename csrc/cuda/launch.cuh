@@ -1,5 +1,5 @@
-// The one way a kernel is started: launch(kernel, grid, threads, stream, params). A function, not <<<>>>, so that a host
-// compiler can read the same files; it then brings its own launch() and the CUDA builtins.
+// The one way a kernel is started: launch(kernel, grid, threads, stream, params). A function, not <<<>>>, so that a
+// host compiler can read the same files; it then brings its own launch() and the CUDA builtins.
 #pragma once
 
 #include <cuda_runtime_api.h>

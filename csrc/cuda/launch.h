@@ -1,7 +1,9 @@
-// The CUDA kernels as the bindings see them: how much scratch memory a call needs, and the launch. Free of any torch header.
+// The CUDA kernels as the bindings see them: how much scratch memory a call needs, and the launch. Free of any torch
+// header.
 //
-// Every launch_* only enqueues work on `stream`: it does not synchronise, does not allocate, and reads the dropout seed on
-// the device, so that all of it can be captured in a CUDA graph. An error stays in cudaGetLastError() for the caller.
+// Every launch_* only enqueues work on `stream`: it does not synchronise, does not allocate, and reads the dropout seed
+// on the device, so that all of it can be captured in a CUDA graph. An error stays in cudaGetLastError() for the
+// caller.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -138,10 +138,10 @@ void LoraLaunches<T>::merge(const LoraMergeParams& p, void* workspace, cudaStrea
   char* base = static_cast<char*>(workspace);
   void *lora_A = base + plan.lora_A, *lora_B = base + plan.lora_B;
 
-  launch_pack_factors<Acc<T>>({.factors = {{p.lora_A, lora_A, p.rank, p.in_features, false},
-                                           {p.lora_B, lora_B, p.out_features, p.rank, false}},
-                               .dtype = p.factor_dtype},
-                              stream);
+  launch_pack_factors<Acc<T>>(
+      {.factors = {{p.lora_A, lora_A, p.rank, p.in_features, false}, {p.lora_B, lora_B, p.out_features, p.rank, false}},
+       .dtype = p.factor_dtype},
+      stream);
   launch_expand<T>({.rows = p.out_features,
                     .cols = p.in_features,
                     .rank = p.rank,

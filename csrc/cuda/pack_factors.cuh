@@ -1,5 +1,5 @@
-// Copies of the factors in the accumulation dtype, so that the kernels that read x know one type beside x's: the factors,
-// rank * (in_features + out_features) elements, are small beside x.
+// Copies of the factors in the accumulation dtype, so that the kernels that read x know one type beside x's: the
+// factors, rank * (in_features + out_features) elements, are small beside x.
 #pragma once
 
 #include "elements.cuh"

@@ -21,8 +21,8 @@ struct TokenChunks {
 };
 
 inline TokenChunks plan_token_chunks(int64_t num_tokens, int64_t features, int64_t rank) {
-  // Enough blocks to keep a large GPU busy (about four on each of an H100's 132 multiprocessors), but chunks so long that
-  // writing and reading a chunk's partial sums, 8 * rank bytes a column, is little beside reading its tokens.
+  // Enough blocks to keep a large GPU busy (about four on each of an H100's 132 multiprocessors), but chunks so long
+  // that writing and reading a chunk's partial sums, 8 * rank bytes a column, is little beside reading its tokens.
   constexpr int64_t kTargetBlocks = 512, kMinTokens = 256, kTokenStep = 32, kTileColumns = 128;
   if (num_tokens == 0) return {0, 0};
   const int64_t tiles = std::max<int64_t>(ceil_div(features, kTileColumns) * ceil_div(rank, rank_bucket(rank)), 1);

@@ -2,8 +2,8 @@
 //
 //   out [num_tokens, rank] = scale * (mask o x) [num_tokens, features] @ factor [rank, features]^T
 //
-// xa (x = x, factor = lora_A, dropout) and grad_xa (x = grad_y, factor = lora_B^T, none). Reads x once up to rank 64, in
-// 16-bit types 2 * num_tokens * features bytes, and writes one mask bit per element: beside x the rest is small.
+// xa (x = x, factor = lora_A, dropout) and grad_xa (x = grad_y, factor = lora_B^T, none). Reads x once up to rank 64,
+// in 16-bit types 2 * num_tokens * features bytes, and writes one mask bit per element: beside x the rest is small.
 // Ranks beyond 64 are further blocks, which read x and draw the same bits again; the first one writes them.
 #pragma once
 
@@ -15,9 +15,9 @@ namespace lora_ext::cuda {
 
 struct ShrinkParams {
   int64_t num_tokens, features, rank;
-  const void* x;       // [num_tokens, features], T
-  const void* factor;  // [rank, features], acc
-  void* out;           // [num_tokens, rank], acc
+  const void* x;        // [num_tokens, features], T
+  const void* factor;   // [rank, features], acc
+  void* out;            // [num_tokens, rank], acc
   const int64_t* seed;  // [1]; null: no dropout
   uint8_t* mask;        // [num_tokens, mask_row_bytes], written; null: no dropout
   int64_t x_stride, mask_row_bytes;

@@ -1,10 +1,12 @@
-// token_sum: the gradient of a factor, a sum over all tokens, in two stages and without atomics: the same bits every run.
+// token_sum: the gradient of a factor, a sum over all tokens, in two stages and without atomics: the same bits every
+// run.
 //
 //   partial [chunk, rank, features] = left [tokens of chunk, rank]^T @ (mask o right) [tokens of chunk, features]
 //   grad [rank, features] (or its transpose) = the sum of partial over the chunks, in order
 //
-// grad_lora_A (left = grad_xa, right = x, mask) and grad_lora_B^T (left = xa, right = grad_y). Stage one reads right once up
-// to rank 64, in 16-bit types 2 * num_tokens * features bytes; the partial sums are written and read once, in acc.
+// grad_lora_A (left = grad_xa, right = x, mask) and grad_lora_B^T (left = xa, right = grad_y). Stage one reads right
+// once up to rank 64, in 16-bit types 2 * num_tokens * features bytes; the partial sums are written and read once, in
+// acc.
 #pragma once
 
 #include "elements.cuh"
@@ -49,7 +51,8 @@ __global__ void __launch_bounds__(TokenSumTraits<kRankBucket>::kThreads)
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int64_t col0 = static_cast<int64_t>(blockIdx.x) * kBlockN, rank0 = static_cast<int64_t>(blockIdx.y) * kBlockR;
   const int64_t begin = static_cast<int64_t>(blockIdx.z) * p.chunks.tokens_per_chunk;
-  const int64_t end = begin + p.chunks.tokens_per_chunk < p.num_tokens ? begin + p.chunks.tokens_per_chunk : p.num_tokens;
+  const int64_t end =
+      begin + p.chunks.tokens_per_chunk < p.num_tokens ? begin + p.chunks.tokens_per_chunk : p.num_tokens;
 
   A sum[kThreadR][kThreadN] = {};
   for (int64_t token0 = begin; token0 < end; token0 += kBlockT) {
@@ -57,10 +60,10 @@ __global__ void __launch_bounds__(TokenSumTraits<kRankBucket>::kThreads)
 #pragma unroll 8
     for (int element = thread; element < kBlockT * kBlockN; element += kThreads) {
       const int64_t token = token0 + element / kBlockN, col = col0 + element % kBlockN;
+      // Dropped elements are read too: it saves no line of memory to wait for their bits.
       const bool inside = token < end && col < p.features;
-      right_tile[element] = inside && is_kept(p.mask, p.mask_row_bytes, token, col)
-                                ? to_acc(right[token * p.right_stride + col])
-                                : A(0);
+      const A value = inside ? to_acc(right[token * p.right_stride + col]) : A(0);
+      right_tile[element] = inside && is_kept(p.mask, p.mask_row_bytes, token, col) ? value : A(0);
     }
 #pragma unroll 4
     for (int element = thread; element < kBlockT * kBlockR; element += kThreads) {
@@ -111,8 +114,7 @@ __global__ void __launch_bounds__(kSumThreads) sum_chunks_kernel(const __grid_co
 template <class T, int kRankBucket>
 void launch_token_sum_bucket(const TokenSumParams& p, cudaStream_t stream) {
   using Traits = TokenSumTraits<kRankBucket>;
-  const dim3 grid =
-      make_grid(ceil_div(p.features, Traits::kBlockN), ceil_div(p.rank, Traits::kBlockR), p.chunks.count);
+  const dim3 grid = make_grid(ceil_div(p.features, Traits::kBlockN), ceil_div(p.rank, Traits::kBlockR), p.chunks.count);
   launch(&token_sum_kernel<T, kRankBucket>, grid, Traits::kThreads, stream, p);
 }
 

@@ -18,8 +18,8 @@ class LoraAdapter(nn.Module):
         r: rank, at least 1.
         lora_alpha: ``scaling = lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora`` (arXiv 2312.03732).
         lora_dropout: dropout on the adapter's input while training, in [0, 1).
-        init_lora_weights: True: ``lora_A`` Kaiming-uniform and ``lora_B`` zero (the layer starts as its base); "gaussian":
-            ``lora_A`` normal with standard deviation ``1/r``, ``lora_B`` zero; False: both random (for tests).
+        init_lora_weights: True: ``lora_A`` Kaiming-uniform and ``lora_B`` zero (the layer starts as its base);
+            "gaussian": ``lora_A`` normal, standard deviation ``1/r``, ``lora_B`` zero; False: both random (for tests).
         dtype, device: of the factors.
 
     Raises:
@@ -83,7 +83,9 @@ class LoraLinear(nn.Module):
         merged_adapter: name of the adapter whose update the base weight now contains, or None.
     """
 
-    def __init__(self, base_layer: nn.Linear, adapter: LoraAdapter | None = None, adapter_name: str = "default") -> None:
+    def __init__(
+        self, base_layer: nn.Linear, adapter: LoraAdapter | None = None, adapter_name: str = "default"
+    ) -> None:
         super().__init__()
         if type(base_layer).forward is not nn.Linear.forward:
             raise TypeError(f"LoraLinear: base_layer is a {type(base_layer).__name__}, want an nn.Linear")
@@ -139,8 +141,8 @@ class LoraLinear(nn.Module):
         if self.merged_adapter is not None:
             if self.training and torch.is_grad_enabled():
                 raise RuntimeError(
-                    f"LoraLinear: adapter {self.merged_adapter!r} is merged and would not train; call unmerge(model) or "
-                    "model.eval() first"
+                    f"LoraLinear: adapter {self.merged_adapter!r} is merged and would not train; "
+                    "call unmerge(model) or model.eval() first"
                 )
             return self.base_layer(x)
         if self.active_adapter is None:

@@ -27,8 +27,8 @@ class Splits(NamedTuple):
 def read_examples(path: str | Path, text_column: str = "text", label_column: str = "label") -> list[Example]:
     """Reads labelled texts from a UTF-8 file; its suffix names the format.
 
-    ``.csv``: header line, comma-separated, fields may be quoted. ``.tsv``: header line, tab-separated, quotes are ordinary
-    characters. ``.jsonl``: one object a line. Labels are strings or integers; both are kept as strings.
+    ``.csv``: header line, comma-separated, fields may be quoted. ``.tsv``: header line, tab-separated, quotes are
+    ordinary characters. ``.jsonl``: one object a line. Labels are strings or integers; both are kept as strings.
 
     Raises:
         TaskError: naming the file, the line and what is wrong with it.
@@ -140,7 +140,7 @@ def _read_jsonl(path: Path, file: Iterable[str]) -> Iterator[tuple[int, dict[str
 def _example(path: Path, line: int, row: dict[str, Any], text_column: str, label_column: str) -> Example:
     for column, option in ((text_column, "--text-column"), (label_column, "--label-column")):
         if column not in row:
-            raise TaskError(f"{path}, line {line}: no column {column!r}, only {', '.join(row)}; {option} chooses another")
+            raise TaskError(f"{path}, line {line}: no column {column!r} but {', '.join(row)}; set {option}")
     text, label = row[text_column], row[label_column]
     if not isinstance(text, str):
         raise TaskError(f"{path}, line {line}: {text_column!r} is {json.dumps(text)}, want a string")

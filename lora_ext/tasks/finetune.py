@@ -1,13 +1,13 @@
-"""``lora-ext finetune``: fine-tunes a sequence classifier with ``transformers.Trainer`` and reports what it cost and gave."""
+"""``lora-ext finetune``: fine-tunes a text classifier with ``transformers.Trainer``; reports what it cost and gave."""
 
 from __future__ import annotations
 
-import copy
 import json
+import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,22 +15,32 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 
 from lora_ext import LoraConfig, inject, save_adapter
 from lora_ext.adapters import merge_and_unload, trainable_parameter_counts
 
 from . import TaskError, demo, report
 from .data import Example, Splits, label_names, read_examples, split_examples, without_texts_of
-from .settings import Settings
-from .trainer import build_trainer, last_checkpoint, predict, train
+from .settings import SETTINGS_FILE, Settings
+from .trainer import FinetuneTrainer, build_trainer, last_checkpoint, predict, train
 
-SETTINGS_FILE = "settings.json"
 _OUTPUTS = (SETTINGS_FILE, "checkpoints", "adapter", "model", "metrics.json", "loss_curve.png", "predictions.jsonl")
 
 
-class Interrupted(Exception):
-    """Ctrl-C during training; the checkpoint of the last step is on disk."""
+class Encoded(NamedTuple):
+    """Texts as token ids, shortest first: batches of like length need little padding."""
+
+    examples: list[Example]
+    rows: list[dict[str, Any]]  # {"input_ids": [...], "labels": class index}
+    classes: np.ndarray  # [num_examples] class indices
 
 
 def finetune(
@@ -51,32 +61,31 @@ def finetune(
         Interrupted: after the first Ctrl-C during training.
     """
     transformers.logging.set_verbosity_error()
-    check_out(out, resume, overwrite)
+    _check_out(out, resume, overwrite)
     checkpoint = last_checkpoint(out) if resume else None
     splits = _load_data(settings, say)
     labels = label_names([example for split in splits for example in split])
-
-    say(f"loading the model {settings.model or 'of the demo'} ...")
-    model_path = settings.model or str(demo.model_path())
+    model_path = _model_path(settings.model)
+    say(f"loading {model_path} ...")
     set_seed(settings.seed)  # the new head, and the adapters
-    tokenizer, model = _load_model(model_path, labels)
+    tokenizer, model = _load_model(model_path, labels, settings.max_length)
     full_checkpoint_bytes = report.tensor_bytes(model)
-    base_model = copy.deepcopy(model).eval() if settings.method == "lora" else None
     if settings.method == "lora":
         _inject(model, settings, model_path)
     trainable, total = trainable_parameter_counts(model)
-
-    train_rows, validation_rows, test_rows = (_encode(split, tokenizer, labels, settings, say) for split in splits)
-    collator = DataCollatorWithPadding(tokenizer)
-    trainer = build_trainer(model, settings, out, train_rows.rows, validation_rows.rows, collator)
-    _clear(out, keep=resume)
-    settings.save(out / SETTINGS_FILE)
+    say("tokenising ...")
+    train_rows, validation_rows, test_rows = (
+        _encode(split, tokenizer, labels, settings.max_length) for split in splits
+    )
+    _prepare_out(out, settings, resume)
+    trainer = build_trainer(
+        model, settings, out, train_rows.rows, validation_rows.rows, DataCollatorWithPadding(tokenizer)
+    )
 
     say(f"evaluating on {len(test_rows.rows):,} test texts before training ...")
     before = _score(predict(trainer, test_rows.rows), test_rows)
     say(f"training {trainable:,} of {total:,} parameters on {len(train_rows.rows):,} texts ...")
-    if not train(trainer, checkpoint):
-        raise Interrupted
+    throughput = train(trainer, checkpoint)
     peak_memory = report.peak_memory_bytes(model.device)
     say("evaluating on the test texts after training ...")
     logits = predict(trainer, test_rows.rows)
@@ -85,41 +94,174 @@ def finetune(
         "command": ["lora-ext", *sys.argv[1:]],
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": report.machine(),
-        "settings": settings.__dict__,
-        "id2label": dict(enumerate(labels)),
+        "settings": asdict(settings),
+        "id2label": {str(index): label for index, label in enumerate(labels)},
         "examples": {name: len(split) for name, split in splits._asdict().items()},
         "trainable_parameters": trainable,
         "total_parameters": total,
         "before": before,
         "validation": _last_validation(trainer.state.log_history),
         "after": _score(logits, test_rows),
-        "train_seconds": trainer.train_seconds,
-        "tokens_per_second": trainer.tokens_per_second,
+        "train_seconds": throughput.seconds,
+        "tokens_per_second": throughput.tokens / throughput.seconds if throughput.seconds else 0.0,
         "peak_memory_bytes": peak_memory,
         "full_checkpoint_bytes": full_checkpoint_bytes,
     }
-    if base_model is None:
-        trainer.save_model(str(out / "model"))
-    else:
+    if settings.method == "lora":
         save_adapter(model, out / "adapter")
         metrics["adapter_bytes"] = report.directory_bytes(out / "adapter")
-        say("merging the adapter, and comparing the merged model with the base ...")
-        merge_and_unload(model)
-        merged_logits = predict(trainer, test_rows.rows)
-        inputs = collator([{"input_ids": row["input_ids"]} for row in test_rows.rows[: settings.batch_size]])
-        models = {"base": base_model.to(model.device), "merged": model.eval()}
-        latencies = report.median_latencies(models, inputs.to(model.device))
-        metrics["merged"] = {
-            **_score(merged_logits, test_rows),
-            "max_logit_difference": float(np.abs(merged_logits - logits).max()),
-            "base_seconds": latencies["base"],
-            "merged_seconds": latencies["merged"],
-        }
+        say("merging the adapter, and comparing the merged model with the base model ...")
+        base_model = _load_model(model_path, labels, settings.max_length)[1]
+        metrics["merged"] = _merge_and_compare(trainer, base_model, test_rows, logits)
+    else:
+        trainer.save_model(str(out / "model"))
+        tokenizer.save_pretrained(out / "model")
 
     report.write_predictions(out / "predictions.jsonl", test_rows.examples, logits, test_rows.classes, labels)
-    report.plot_loss(out / "loss_curve.png", trainer.state.log_history, f"{settings.method}, {len(train_rows.rows):,} texts")
+    title = f"{settings.method}, {len(train_rows.rows):,} texts"
+    report.plot_loss(out / "loss_curve.png", trainer.state.log_history, title)
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     say(f"\n{report.table(metrics)}\n\nin {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
     if settings.model is None or settings.data is None:
         say(demo.CREDIT)
     return metrics
+
+
+def _check_out(out: Path, resume: bool, overwrite: bool) -> None:
+    """Refuses to mix a run with other files, or to replace one unasked."""
+    if resume and overwrite:
+        raise TaskError("--resume continues the run in --out and --overwrite replaces it; give one of them")
+    if out.exists() and not out.is_dir():
+        raise TaskError(f"--out {out} is not a directory")
+    if resume or not out.exists() or not any(out.iterdir()):
+        return
+    if not (out / SETTINGS_FILE).is_file():
+        raise TaskError(f"--out {out} holds files that are not of a fine-tuning run; choose another directory")
+    if not overwrite:
+        raise TaskError(f"--out {out} holds a run already; --resume continues it, --overwrite replaces it")
+
+
+def _prepare_out(out: Path, settings: Settings, resume: bool) -> None:
+    try:
+        for path in [] if resume else [out / name for name in _OUTPUTS]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        settings.save(out)
+    except OSError as error:
+        raise TaskError(f"--out {out} cannot be written: {error.strerror}") from error
+
+
+def _load_data(settings: Settings, say: Callable[[str], None]) -> Splits:
+    if settings.data is None:
+        name, examples = "the demo data", demo.examples(say)
+    else:
+        name = settings.data
+        examples = read_examples(name, settings.text_column, settings.label_column)
+    if settings.eval_file is None:
+        splits = split_examples(examples, settings.validation_split, settings.test_split)
+    else:
+        test = read_examples(settings.eval_file, settings.text_column, settings.label_column)
+        examples = without_texts_of(examples, test)
+        splits = split_examples(examples, settings.validation_split, 0.0)._replace(test=test)
+    if not splits.test:
+        raise TaskError(f"{name}: no text is left for testing; raise --test-split, or name an --eval-file")
+    known = label_names(splits.train)
+    if len(known) < 2:
+        raise TaskError(f"{name}: every text for training has the label {known[0]!r}; a classifier needs at least two")
+    for side, examples in (("validation", splits.validation), ("test", splits.test)):
+        if unknown := sorted({example.label for example in examples} - set(known)):
+            raise TaskError(f"{name}: labels {unknown} occur in the {side} texts only; for training there are {known}")
+    sizes = ", ".join(f"{len(split):,} for {side}" for side, split in splits._asdict().items())
+    say(f"{name}: {sizes}; labels {', '.join(known)}")
+    return splits
+
+
+def _model_path(model: str | None) -> str:
+    """Local directories by their absolute path: the adapter's config names its base model by it."""
+    if model is None:
+        return str(demo.model_path())
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
+
+
+def _load_model(path: str, labels: list[str], max_length: int) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            path,
+            num_labels=len(labels),
+            id2label=dict(enumerate(labels)),
+            label2id={label: index for index, label in enumerate(labels)},
+            dtype=torch.float32,
+        )
+    except (OSError, ValueError) as error:
+        raise TaskError(f"--model {path} cannot be loaded: {error}") from error
+    if max_length > tokenizer.model_max_length:
+        raise TaskError(f"--max-length is {max_length}, but {path} takes at most {tokenizer.model_max_length} tokens")
+    if tokenizer.pad_token is None:  # language models have none
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer, model
+
+
+def _inject(model: PreTrainedModel, settings: Settings, model_path: str) -> None:
+    try:
+        config = LoraConfig(
+            r=settings.r,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            target_modules=_module_names(settings.target_modules),
+            modules_to_save=settings.modules_to_save.split(",") if settings.modules_to_save else None,
+            task_type="SEQ_CLS",  # trains the head as well
+            base_model_name_or_path=model_path,
+        )
+        inject(model, config)
+    except (ValueError, TypeError) as error:
+        raise TaskError(str(error)) from error
+
+
+def _module_names(value: str) -> list[str] | str:
+    """``query,value`` is a list of names; ``all-linear``, and what has a character no name has, is an expression."""
+    return value if value == "all-linear" or re.search(r"[^\w.,-]", value) else value.split(",")
+
+
+def _encode(examples: list[Example], tokenizer: PreTrainedTokenizerBase, labels: list[str], max_length: int) -> Encoded:
+    if not examples:
+        return Encoded([], [], np.empty(0, np.int64))
+    token_ids = tokenizer([example.text for example in examples], truncation=True, max_length=max_length)["input_ids"]
+    order = sorted(range(len(examples)), key=lambda index: len(token_ids[index]))
+    classes = [labels.index(examples[index].label) for index in order]
+    rows = [{"input_ids": token_ids[index], "labels": label} for index, label in zip(order, classes, strict=True)]
+    return Encoded([examples[index] for index in order], rows, np.array(classes))
+
+
+def _merge_and_compare(
+    trainer: FinetuneTrainer, base_model: PreTrainedModel, test_rows: Encoded, logits: np.ndarray
+) -> dict[str, float]:
+    """Merges the trained model's adapter for good; ``logits`` are those it gave on ``test_rows`` before."""
+    merged = merge_and_unload(trainer.model)
+    merged_logits = predict(trainer, test_rows.rows)
+    batch = trainer.data_collator(test_rows.rows[-trainer.args.eval_batch_size :]).to(merged.device)
+    models = {"base": base_model.to(merged.device).eval(), "merged": merged.eval()}
+    seconds = report.median_latencies(models, batch)
+    return {
+        **_score(merged_logits, test_rows),
+        "max_logit_difference": float(np.abs(merged_logits - logits).max()),
+        "base_seconds": seconds["base"],
+        "merged_seconds": seconds["merged"],
+    }
+
+
+def _score(logits: np.ndarray, encoded: Encoded) -> dict[str, float]:
+    predicted = logits.argmax(-1)
+    return {
+        "accuracy": report.accuracy(predicted, encoded.classes),
+        "macro_f1": report.macro_f1(predicted, encoded.classes),
+    }
+
+
+def _last_validation(history: list[dict[str, float]]) -> dict[str, float] | None:
+    scores = [entry for entry in history if "eval_accuracy" in entry]
+    return {key: scores[-1][f"eval_{key}"] for key in ("loss", "accuracy", "macro_f1")} if scores else None

@@ -53,7 +53,7 @@ def directory_bytes(directory: Path) -> int:
 
 @torch.inference_mode()
 def median_latencies(
-    models: Mapping[str, torch.nn.Module], inputs: Mapping[str, torch.Tensor], rounds: int = 21
+    models: Mapping[str, torch.nn.Module], inputs: Mapping[str, torch.Tensor], rounds: int = 11
 ) -> dict[str, float]:
     """Median seconds of one forward pass of each model. They take turns, so that a busy machine slows all alike."""
     synchronize: Callable[[], None] = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
@@ -83,7 +83,7 @@ def machine() -> dict[str, Any]:
 def write_predictions(
     path: Path, examples: list[Example], logits: np.ndarray, expected: np.ndarray, labels: list[str]
 ) -> None:
-    """One JSON object a line: the line of the input file, text, label, predicted label, logits in the order of labels."""
+    """One JSON object a line: line of the input, text, label, predicted label, logits in the order of ``labels``."""
     with path.open("w", encoding="utf-8") as file:
         for example, scores, label in zip(examples, logits, expected, strict=True):
             row = {
@@ -124,16 +124,13 @@ def table(metrics: Mapping[str, Any]) -> str:
     if merged is not None:
         adapter, full = metrics["adapter_bytes"], metrics["full_checkpoint_bytes"]
         base_ms, merged_ms = 1e3 * merged["base_seconds"], 1e3 * merged["merged_seconds"]
+        difference = merged["max_logit_difference"]
         rows += [
-            ("on disk", f"adapter {_megabytes(adapter)}, full checkpoint {_megabytes(full)} ({full / adapter:.0f} times)"),
-            ("merged accuracy", f"{merged['accuracy']:.2%}; logits differ by at most {merged['max_logit_difference']:.1e}"),
-            ("merged latency", f"{merged_ms:.1f} ms a batch, base model {base_ms:.1f} ms ({merged_ms / base_ms:.2f} times)"),
+            ("on disk", f"adapter {adapter / 1e6:.2f} MB, full checkpoint {full / 1e6:.2f} MB"),
+            ("merged accuracy", f"{merged['accuracy']:.2%}; logits differ by at most {difference:.1e}"),
+            ("merged latency", f"{merged_ms:.1f} ms a batch, base model {base_ms:.1f} ms"),
         ]
     return "\n".join(f"  {name:<20} {value}" for name, value in rows)
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.2f} MB"
 
 
 def _processor() -> str:

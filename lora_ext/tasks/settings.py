@@ -8,6 +8,7 @@ from pathlib import Path
 
 from . import TaskError
 
+SETTINGS_FILE = "settings.json"
 METHODS = ("lora", "full")
 
 
@@ -27,10 +28,10 @@ class Settings:
     lora_alpha: float = 16.0
     lora_dropout: float = 0.1
     target_modules: str = "all-linear"
-    modules_to_save: str = "classifier"
+    modules_to_save: str | None = None
     epochs: float = 2.0
     batch_size: int = 32
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     warmup: float = 0.06
     max_length: int = 128
     seed: int = 0
@@ -46,12 +47,13 @@ class Settings:
         if self.eval_file is not None and self.data is None:
             raise TaskError("--eval-file goes with --data; the demo data has a test set of its own")
 
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+    def save(self, out: Path) -> None:
+        (out / SETTINGS_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
-    def load(cls, path: Path) -> Settings:
+    def load(cls, out: Path) -> Settings:
+        """The settings of the run in ``out``."""
         try:
-            return cls(**json.loads(path.read_text()))
+            return cls(**json.loads((out / SETTINGS_FILE).read_text()))
         except (OSError, ValueError, TypeError) as error:
-            raise TaskError(f"{path} does not hold the settings of a run: {error}") from error
+            raise TaskError(f"--resume: {out} holds no run to continue: {error}") from error

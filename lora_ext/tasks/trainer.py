@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +14,20 @@ import torch
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from lora_ext import save_adapter
+from lora_ext import load_adapter, save_adapter
 from lora_ext.adapters import lora_modules
 
 from . import TaskError
 from .report import accuracy, macro_f1
 from .settings import Settings
+
+
+def is_adapted(model: torch.nn.Module) -> bool:
+    return any(True for _ in lora_modules(model))
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during training; a checkpoint of the last step is on disk."""
 
 
 class FinetuneTrainer(Trainer):
@@ -32,10 +41,16 @@ class FinetuneTrainer(Trainer):
         return _EpochSampler(self.args.train_batch_size, [len(row["input_ids"]) for row in dataset], self.args.seed)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if lora_modules(self.model):
+        if is_adapted(self.model):
             save_adapter(self.model, output_dir or self.args.output_dir)
         else:
             super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if is_adapted(self.model):
+            load_adapter(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
 class _EpochSampler(LengthGroupedSampler):
@@ -56,6 +71,22 @@ class _LossInBar(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None and "loss" in (logs or {}):
             self.training_bar.set_postfix(epoch=f"{state.epoch:.2f}", loss=f"{float(logs['loss']):.3f}")
+
+
+class Throughput(TrainerCallback):
+    """Seconds spent in training steps, and the tokens in them, padding not counted."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.tokens = 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._start = time.perf_counter(), state.num_input_tokens_seen
+
+    def on_step_end(self, args, state, control, **kwargs):
+        start, tokens = self._start
+        self.seconds += time.perf_counter() - start
+        self.tokens += state.num_input_tokens_seen - tokens
 
 
 class _StopOnInterrupt(TrainerCallback):
@@ -99,6 +130,7 @@ def build_trainer(model, settings: Settings, out: Path, train, validation, colla
         save_total_limit=2,
         include_num_input_tokens_seen="non_padding",
         dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=False,  # whatever the verbosity
         report_to=[],
         seed=settings.seed,
     )
@@ -118,14 +150,20 @@ def build_trainer(model, settings: Settings, out: Path, train, validation, colla
     return trainer
 
 
-def train(trainer: FinetuneTrainer, checkpoint: Path | None) -> bool:
-    """Trains to the end, or to the first Ctrl-C: then a checkpoint of the last step is on disk and False is returned."""
-    stop = _StopOnInterrupt()
+def train(trainer: FinetuneTrainer, checkpoint: Path | None) -> Throughput:
+    """Trains to the end, from ``checkpoint`` if given.
+
+    Raises:
+        Interrupted: on the first Ctrl-C, after a checkpoint of the step then finished was written.
+    """
+    stop, throughput = _StopOnInterrupt(), Throughput()
     trainer.add_callback(stop)
+    trainer.add_callback(throughput)
     with stop.listening():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.remove_callback(stop)
-    return not stop.requested
+    if stop.requested:
+        raise Interrupted
+    return throughput
 
 
 def predict(trainer: FinetuneTrainer, examples: list[dict[str, Any]]) -> np.ndarray:

@@ -29,14 +29,14 @@ namespace {
 
 int failures = 0;
 
-#define CHECK(condition, ...)                                  \
-  do {                                                         \
-    if (!(condition)) {                                        \
+#define CHECK(condition, ...)                                     \
+  do {                                                            \
+    if (!(condition)) {                                           \
       std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::printf(__VA_ARGS__);                                \
-      std::printf("\n");                                       \
-      if (++failures > 20) std::exit(1);                       \
-    }                                                          \
+      std::printf(__VA_ARGS__);                                   \
+      std::printf("\n");                                          \
+      if (++failures > 20) std::exit(1);                          \
+    }                                                             \
   } while (0)
 
 double half_value(uint16_t bits) {
@@ -104,7 +104,8 @@ void vectors_convert_like_scalars() {
 }
 
 void philox_gives_the_published_words() {
-  const Philox4x32 words = philox4x32_10({0x243F6A88u, 0x85A308D3u, 0x13198A2Eu, 0x03707344u}, 0xA4093822u, 0x299F31D0u);
+  const Philox4x32 words =
+      philox4x32_10({0x243F6A88u, 0x85A308D3u, 0x13198A2Eu, 0x03707344u}, 0xA4093822u, 0x299F31D0u);
   const uint32_t published[4] = {0xD16CFE09u, 0x94FDCCEBu, 0x5001E420u, 0x24126EA1u};
   for (int i = 0; i < 4; ++i) CHECK(words.v[i] == published[i], "word %d", i);
 }

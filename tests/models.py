@@ -1,0 +1,117 @@
+"""Small models, and whether one was changed: shared by the tests of injection, adapters and files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+_ENCODER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+VOCABULARY = 50
+
+
+def bert() -> BertForSequenceClassification:
+    return BertForSequenceClassification(
+        BertConfig(vocab_size=VOCABULARY, num_labels=3, max_position_embeddings=32, **_ENCODER, **_NO_DROPOUT)
+    )
+
+
+def roberta() -> RobertaForSequenceClassification:
+    return RobertaForSequenceClassification(
+        RobertaConfig(vocab_size=VOCABULARY, num_labels=3, max_position_embeddings=32, **_ENCODER, **_NO_DROPOUT)
+    )
+
+
+def llama(tied: bool = False) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            max_position_embeddings=32,
+            num_key_value_heads=1,
+            tie_word_embeddings=tied,
+            **_ENCODER,
+        )
+    )
+
+
+def gpt2() -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=32, n_embd=16, n_layer=1, n_head=2))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 10)
+        self.down = nn.Linear(10, 6, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class Net(nn.Module):
+    """A model that no library knows: two blocks, a norm with buffers, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.norm = nn.BatchNorm1d(6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def token_ids(rows: int = 2, length: int = 7) -> Tensor:
+    return torch.randint(VOCABULARY, (rows, length))
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """What must not change when an operation is refused: modules, flags, values, and attributes of the model."""
+    return {
+        "modules": {path: id(module) for path, module in model.named_modules(remove_duplicate=False)},
+        "training": {path: module.training for path, module in model.named_modules()},
+        "requires_grad": {path: p.requires_grad for path, p in model.named_parameters(remove_duplicate=False)},
+        "parameters": {path: id(p) for path, p in model.named_parameters(remove_duplicate=False)},
+        "values": {path: tensor.clone() for path, tensor in model.state_dict().items()},
+        "attributes": {path: sorted(vars(module)) for path, module in model.named_modules()},
+    }
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
+    after = snapshot(model)
+    values = before["values"], after["values"]
+    assert {k: v for k, v in after.items() if k != "values"} == {k: v for k, v in before.items() if k != "values"}
+    assert values[0].keys() == values[1].keys()
+    for path, tensor in values[0].items():
+        assert tensor.is_meta or torch.equal(tensor, values[1][path]), path
+
+
+@contextmanager
+def refused(model: nn.Module, error: type[Exception], *fragments: str) -> Iterator[None]:
+    """The body raises ``error``, whose text has every fragment, and leaves ``model`` as it was."""
+    before = snapshot(model)
+    with pytest.raises(error) as caught:
+        yield
+    for fragment in fragments:
+        assert fragment in str(caught.value), str(caught.value)
+    assert_unchanged(model, before)
+
+
+FAMILIES: dict[str, Callable[[], nn.Module]] = {"bert": bert, "roberta": roberta, "llama": llama, "net": Net}

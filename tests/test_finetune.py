@@ -1,0 +1,288 @@
+"""The whole task on a tiny model; once on the real one. What it writes is read back with PEFT."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_classifier
+import torch
+from peft import AutoPeftModelForSequenceClassification
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, pipeline
+
+from lora_ext.tasks import TaskError, demo, report
+from lora_ext.tasks.finetune import finetune
+from lora_ext.tasks.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    directory = tmp_path_factory.mktemp("tiny")
+    return Settings(
+        model=str(tiny_classifier.save_model(directory / "model")),
+        data=str(tiny_classifier.save_reviews(directory / "reviews.csv", tiny_classifier.reviews(300))),
+        target_modules="query,value",
+        r=4,
+        lora_alpha=8,
+        epochs=4,
+        batch_size=16,
+        learning_rate=2e-2,
+        max_length=32,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Settings, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("run")
+    return out, finetune(tiny, out)
+
+
+def read_predictions(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+
+
+def adapter_weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def assert_equal_weights(first: Path, second: Path) -> None:
+    a, b = adapter_weights(first), adapter_weights(second)
+    assert a.keys() == b.keys()
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+
+
+def assert_peft_predicts_the_same(out: Path, num_labels: int) -> None:
+    model = AutoPeftModelForSequenceClassification.from_pretrained(out / "adapter", num_labels=num_labels).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model.peft_config["default"].base_model_name_or_path)
+    metrics = json.loads((out / "metrics.json").read_text())
+    predictions = read_predictions(out)
+    batch = tokenizer([row["text"] for row in predictions], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**batch).logits
+    torch.testing.assert_close(logits, torch.tensor([row["logits"] for row in predictions]), rtol=1e-4, atol=1e-5)
+    predicted = [metrics["id2label"][str(index)] for index in logits.argmax(-1).tolist()]
+    assert predicted == [row["predicted"] for row in predictions]
+
+
+def test_it_learns_and_reports(tiny: Settings, run: tuple[Path, dict[str, Any]]):
+    out, metrics = run
+    assert metrics == json.loads((out / "metrics.json").read_text())
+    assert metrics["id2label"] == {"0": "neg", "1": "pos"}
+    assert metrics["after"]["accuracy"] > 0.9 > metrics["before"]["accuracy"]
+    assert metrics["after"]["macro_f1"] > 0.9 > metrics["before"]["macro_f1"]
+    # query and value of two layers: A [4, 32] and B [32, 4] each; the head: [2, 32] and [2]
+    assert metrics["trainable_parameters"] == 4 * (4 * 32 + 32 * 4) + 2 * 32 + 2
+    assert metrics["examples"]["test"] == len(read_predictions(out))
+    assert 4 * metrics["trainable_parameters"] < metrics["adapter_bytes"] < metrics["full_checkpoint_bytes"]
+    assert 4 * (metrics["total_parameters"] - 4 * (4 * 32 + 32 * 4)) <= metrics["full_checkpoint_bytes"]
+    assert metrics["merged"]["accuracy"] == metrics["after"]["accuracy"]
+    assert metrics["merged"]["max_logit_difference"] < 1e-4
+    assert metrics["merged"]["base_seconds"] > 0 < metrics["merged"]["merged_seconds"]
+    assert metrics["tokens_per_second"] > 0 < metrics["peak_memory_bytes"]
+    assert metrics["machine"]["torch"] == torch.__version__
+    assert (out / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_predictions_belong_to_their_texts(tiny: Settings, run: tuple[Path, dict[str, Any]]):
+    out, metrics = run
+    rows = read_predictions(out)
+    with open(tiny.data, newline="") as file:
+        source = list(csv.reader(file))
+    assert all(source[row["line"] - 1] == [row["text"], row["label"]] for row in rows)
+    share = sum(row["label"] == row["predicted"] for row in rows) / len(rows)
+    assert share == pytest.approx(metrics["after"]["accuracy"])
+
+
+def test_peft_loads_the_adapter_and_predicts_the_same(run: tuple[Path, dict[str, Any]]):
+    assert_peft_predicts_the_same(run[0], num_labels=2)
+
+
+def test_checkpoints_are_few_and_hold_no_base_weights(run: tuple[Path, dict[str, Any]]):
+    checkpoints = sorted((run[0] / "checkpoints").iterdir())
+    assert len(checkpoints) == 2
+    names = {path.name for path in checkpoints[-1].iterdir()}
+    assert {"adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"} <= names
+    assert not {"model.safetensors", "pytorch_model.bin"} & names
+
+
+def test_the_seed_decides_the_result(tiny: Settings, run: tuple[Path, dict[str, Any]], tmp_path: Path):
+    finetune(tiny, tmp_path / "same")
+    assert_equal_weights(run[0], tmp_path / "same")
+    finetune(Settings(**{**vars(tiny), "seed": 1}), tmp_path / "other")
+    key = next(key for key in adapter_weights(run[0]) if "lora_B" in key)
+    assert not torch.equal(adapter_weights(run[0])[key], adapter_weights(tmp_path / "other")[key])
+
+
+def test_interrupted_and_resumed_ends_like_uninterrupted(tiny: Settings, tmp_path: Path):
+    settings = ["--model", tiny.model, "--data", tiny.data, "--target-modules", "query,value", "--epochs", "16"]
+    settings += ["--batch-size", "8", "--max-length", "32"]
+    command = [sys.executable, "-m", "lora_ext", "finetune"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    out = tmp_path / "interrupted"
+    process = subprocess.Popen(
+        [*command, *settings, "--out", str(out)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while not list(out.glob("checkpoints/*/trainer_state.json")):  # a tenth of the way
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate()[0]
+    assert process.returncode == 130, output
+    assert "stopping after this step" in output
+    assert f"to continue: lora-ext finetune --resume --out {out}" in output
+    assert not (out / "metrics.json").exists()
+    newest = max(int(path.name.split("-")[1]) for path in (out / "checkpoints").iterdir())
+    assert newest % 30 != 0, "want a checkpoint in the middle of an epoch, which has 30 steps"
+
+    whole = tmp_path / "whole"
+    subprocess.run([*command, "--resume", "--out", str(out)], env=environment, check=True)
+    subprocess.run([*command, *settings, "--out", str(whole)], env=environment, check=True)
+    assert_equal_weights(out, whole)
+    resumed, uninterrupted = (json.loads((path / "metrics.json").read_text()) for path in (out, whole))
+    assert resumed["before"] == uninterrupted["before"]
+    assert resumed["after"] == uninterrupted["after"]
+    assert resumed["validation"] == uninterrupted["validation"]
+
+
+def test_resuming_a_finished_run_trains_no_further(tiny: Settings, tmp_path: Path):
+    settings = Settings(**{**vars(tiny), "epochs": 1})
+    first = finetune(settings, tmp_path)
+    weights = adapter_weights(tmp_path)
+    again = finetune(settings, tmp_path, resume=True)
+    assert again["after"] == first["after"]
+    assert again["tokens_per_second"] == 0
+    assert all(torch.equal(weights[key], value) for key, value in adapter_weights(tmp_path).items())
+
+
+def test_an_eval_file_is_the_test_set_and_its_texts_are_not_trained_on(tiny: Settings, tmp_path: Path):
+    rows = tiny_classifier.reviews(200)
+    test_rows = rows[:50]
+    distinct = len({text for text, _ in test_rows})
+    test_file = tiny_classifier.save_reviews(tmp_path / "test.csv", test_rows)
+    data = tiny_classifier.save_reviews(tmp_path / "all.csv", rows)
+    settings = Settings(**{**vars(tiny), "data": str(data), "eval_file": str(test_file), "epochs": 1})
+    metrics = finetune(settings, tmp_path / "out")
+    assert metrics["examples"]["test"] == 50
+    assert metrics["examples"]["train"] + metrics["examples"]["validation"] <= 200 - distinct
+
+
+def test_full_fine_tuning_saves_a_whole_model(tiny: Settings, tmp_path: Path):
+    settings = Settings(**{**vars(tiny), "method": "full", "learning_rate": 5e-3, "epochs": 2})
+    metrics = finetune(settings, tmp_path)
+    assert metrics["trainable_parameters"] == metrics["total_parameters"]
+    assert "merged" not in metrics
+    whole = pipeline("text-classification", model=str(tmp_path / "model"))
+    predictions = read_predictions(tmp_path)
+    assert [whole(row["text"])[0]["label"] for row in predictions] == [row["predicted"] for row in predictions]
+    assert finetune(settings, tmp_path, resume=True)["after"] == metrics["after"]
+
+
+def test_all_linear_and_regular_expressions_select_layers(tiny: Settings, tmp_path: Path):
+    counts = {}
+    for targets in ("all-linear", r"bert\.encoder\.layer\.1\..*(query|value)"):
+        settings = Settings(**{**vars(tiny), "target_modules": targets, "epochs": 1})
+        counts[targets] = finetune(settings, tmp_path / str(len(counts)))["trainable_parameters"]
+    head = 2 * 32 + 2
+    layer = 4 * (4 * 64) + 2 * 4 * (32 + 48)  # query, key, value, output; intermediate, output
+    assert list(counts.values()) == [2 * layer + 4 * 64 + head, 2 * (4 * 64) + head]  # the first with the pooler
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_modules": "qeury,value_proj"}, "close matches: 'query'"),
+        ({"r": 0}, "LoraConfig: r is 0"),
+        ({"lora_dropout": 1.0}, "LoraConfig: lora_dropout is 1.0"),
+        ({"max_length": 64}, "--max-length is 64, but .* takes at most 32 tokens"),
+        ({"text_column": "body"}, "no column 'body' but text, label"),
+        ({"test_split": 0.0}, "no text is left for testing; raise --test-split, or name an --eval-file"),
+        ({"model": "/nowhere/model"}, "--model /nowhere/model cannot be loaded"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_written(
+    tiny: Settings, tmp_path: Path, changes: dict[str, Any], message: str
+):
+    with pytest.raises(TaskError, match=message):
+        finetune(Settings(**{**vars(tiny), **changes}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("a film", "pos"), ("a plot", "pos")] * 10, "has the label 'pos'; a classifier needs at least two"),
+        ([], "holds no examples"),
+    ],
+)
+def test_data_that_cannot_train_a_classifier(tiny: Settings, tmp_path: Path, rows: list[tuple[str, str]], message: str):
+    data = tiny_classifier.save_reviews(tmp_path / "data.csv", [(f"{text} {i}", y) for i, (text, y) in enumerate(rows)])
+    with pytest.raises(TaskError, match=message):
+        finetune(Settings(**{**vars(tiny), "data": str(data)}), tmp_path / "out")
+
+
+def test_labels_that_only_the_test_file_has(tiny: Settings, tmp_path: Path):
+    test_file = tiny_classifier.save_reviews(tmp_path / "test.csv", [("the plot is fine", "positive")])
+    with pytest.raises(TaskError, match=r"labels \['positive'\] occur in the test texts only; for training there are"):
+        finetune(Settings(**{**vars(tiny), "eval_file": str(test_file)}), tmp_path / "out")
+
+
+def test_the_output_directory_is_guarded(tiny: Settings, run: tuple[Path, dict[str, Any]], tmp_path: Path):
+    with pytest.raises(TaskError, match="holds a run already; --resume continues it, --overwrite replaces it"):
+        finetune(tiny, run[0])
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(TaskError, match="holds files that are not of a fine-tuning run; choose another directory"):
+        finetune(tiny, tmp_path, overwrite=True)
+    with pytest.raises(TaskError, match="file is not a directory"):
+        finetune(tiny, tmp_path / "file")
+    with pytest.raises(TaskError, match=r"--out .*file/out cannot be written: Not a directory"):
+        finetune(tiny, tmp_path / "file" / "out")
+    with pytest.raises(TaskError, match="holds no checkpoint; start the run without --resume"):
+        finetune(tiny, tmp_path / "new", resume=True)
+    with pytest.raises(TaskError, match="give one of them"):
+        finetune(tiny, tmp_path, resume=True, overwrite=True)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_overwrite_replaces_a_run_and_keeps_other_files(tiny: Settings, tmp_path: Path):
+    finetune(Settings(**{**vars(tiny), "method": "full", "epochs": 1}), tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    finetune(Settings(**{**vars(tiny), "epochs": 1}), tmp_path, overwrite=True)
+    assert (tmp_path / "adapter").is_dir()
+    assert not (tmp_path / "model").exists()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_macro_f1_weighs_the_classes_that_occur_alike():
+    predicted, expected = np.array([0, 0, 1, 2, 2]), np.array([0, 1, 1, 2, 2])
+    assert report.macro_f1(predicted, expected) == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
+    assert report.accuracy(predicted, expected) == pytest.approx(0.8)
+    assert report.macro_f1(np.array([0, 0]), np.array([0, 0])) == 1.0
+
+
+def test_the_real_model_on_real_reviews(tmp_path: Path):
+    rows = [(e.text, e.label) for e in demo.examples() if e.label != "neutral"][:200]
+    data = tiny_classifier.save_reviews(tmp_path / "reviews.csv", rows)
+    metrics = finetune(Settings(data=str(data), epochs=1), tmp_path / "out")
+    # B.A of rank 8 on the six linear layers of each of six blocks and on the pooler; the head
+    block = 4 * 8 * (384 + 384) + 2 * 8 * (384 + 1536)
+    assert metrics["trainable_parameters"] == 6 * block + 8 * (384 + 384) + 2 * 384 + 2
+    assert metrics["merged"]["max_logit_difference"] < 1e-4
+    state = json.loads(max((tmp_path / "out").glob("checkpoints/*/trainer_state.json")).read_text())
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert_peft_predicts_the_same(tmp_path / "out", num_labels=2)
