@@ -11,7 +11,7 @@ CXX_FILES = $(shell git ls-files '*.cpp' '*.h' '*.inc' '*.cu' '*.cuh')
 .DELETE_ON_ERROR:
 
 help:
-	@echo 'make finetune   fine-tune a real model with LoRA on real reviews; the result lands in $(OUT)'
+	@echo 'make finetune   fine-tune a real model with LoRA on real reviews; the result lands in $(OUT) (ARGS=--resume to go on)'
 	@echo 'make test       the whole test suite (PYTEST_ARGS="-k name" for a part)'
 	@echo 'make lint       ruff and clang-format, without building anything'
 	@echo 'make format     let both rewrite the files'
@@ -23,7 +23,7 @@ help:
 	@echo 'make clean      remove the environment and everything built'
 
 finetune: $(VENV)/.demo $(VENV)/.built
-	$(BIN)/python -m lora_ext finetune --out $(OUT) $(ARGS)
+	$(BIN)/python -m lora_ext finetune --out $(OUT) $(or $(ARGS),--overwrite)
 
 # Waiting threads sleep instead of spinning: the test processes share the cores.
 test: $(VENV)/.test $(VENV)/.built
@@ -70,7 +70,7 @@ $(VENV)/.lint: $(VENV)/.created
 
 # What building needs, torch first: the package is built against the torch it will run with.
 $(VENV)/.torch: $(VENV)/.created
-	@echo 'Installing torch and the build tools ...'
+	@echo 'Installing torch and the build tools; torch alone may be a download of gigabytes ...'
 	$(BIN)/pip install --quiet 'setuptools>=77' wheel 'pybind11>=2.12' 'ninja>=1.11' numpy 'torch>=2.11'
 	touch $@
 

@@ -1,6 +1,6 @@
 """What does a LoRA linear layer cost beyond its frozen base? Forward and backward, against it and the peers.
 
-    python benchmarks/bench_layer.py [--dropout 0.1] [--rank 16] [--rounds 30] [--write]
+    python benchmarks/bench_layer.py [--dropout 0.1] [--rank 16] [--rounds 60] [--write]
 
 Every contestant goes through its public module, autograd and Python included, on the same weights and inputs. They must
 agree on outputs and gradients (without dropout) before any is timed. Time is that of forward plus backward to x and the
@@ -55,7 +55,7 @@ def make_peft(base: nn.Linear, A: Tensor, B: Tensor, dropout: float) -> nn.Modul
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(r=A.shape[0], lora_alpha=ALPHA_OVER_R * A.shape[0], lora_dropout=dropout, target_modules=["0"])
-    layer = inject_adapter_in_model(config, nn.Sequential(base), autocast_adapter_dtype=False)[0]
+    layer = inject_adapter_in_model(config, nn.Sequential(base))[0]
     with torch.no_grad():
         layer.lora_A.default.weight.copy_(A), layer.lora_B.default.weight.copy_(B)
     return layer.to(A.dtype)
@@ -102,6 +102,7 @@ def measure(shape: Shape, dtype: torch.dtype, rank: int, dropout: float, rounds:
 
     seconds = interleaved({name: lambda m=module: step(m) for name, module in modules.items()}, rounds)
     row: dict[str, object] = {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
+    row["rounds"] = len(seconds["frozen"])
     row["frozen_ms"] = 1e3 * statistics.median(seconds["frozen"])
     row["ratio"] = {name: ratio(seconds[name], seconds["frozen"]) for name in CONTESTANTS}
     return row
@@ -121,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=60, help="at most; slow shapes get fewer, at least 11")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--write", action="store_true", help="also write benchmarks/results/layer_cpu.{json,md}")
     args = parser.parse_args()
@@ -133,7 +134,7 @@ def main() -> None:
     heading = (
         f"Forward + backward against the frozen layer, r={args.rank}, dropout {args.dropout}; {cpu_model}, "
         f"{args.threads} threads, {facts['cpu']['isa']} kernels; lora_ext {lora_ext.__version__}, torch "
-        f"{torch.__version__}; {date.today()}; medians of {args.rounds} rounds (quartiles)"
+        f"{torch.__version__}; {date.today()}; medians (quartiles)"
     )
     print(heading, flush=True)
     rows = []

@@ -8,12 +8,20 @@ import time
 from collections.abc import Callable
 
 
-def interleaved(contestants: dict[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, list[float]]:
-    """Seconds per call and round, by contestant; the rounds of two contestants pair up for :func:`ratio`."""
+def interleaved(
+    contestants: dict[str, Callable[[], object]], rounds: int, budget_s: float = 20.0, least: int = 11, warmup: int = 3
+) -> dict[str, list[float]]:
+    """Seconds per call and round, by contestant; the rounds of two contestants pair up for :func:`ratio`.
+
+    Stops after ``rounds``, or once ``budget_s`` seconds are spent and ``least`` rounds are done.
+    """
     names = list(contestants)
     order = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    start = time.perf_counter()
     for round_number in range(-warmup, rounds):
+        if round_number >= least and time.perf_counter() - start > budget_s:
+            break
         order.shuffle(names)
         for name in names:
             begin = time.perf_counter()

@@ -58,9 +58,14 @@ def info(json: bool = False) -> str:
     built = (
         f"yes, for sm_{', sm_'.join(cuda['architectures'])} (CUDA {cuda['toolkit']})" if cuda["kernels_built"] else "no"
     )
-    in_use = (
-        f"yes: {', '.join(cuda['devices']) or 'no GPU found'}" if cuda["kernels_loaded"] else f"no: {cuda['reason']}"
-    )
+    if cuda["kernels_loaded"]:
+        in_use = (
+            f"yes, on {', '.join(cuda['devices'])}"
+            if cuda["devices"]
+            else "no: the kernels are loaded, but no GPU is found"
+        )
+    else:
+        in_use = f"no: {cuda['reason']}"
     rows = [
         ("lora_ext", facts["version"]),
         ("torch", f"{facts['torch']} (built against {facts['torch_built_against']}, needs {facts['torch_minimum']})"),

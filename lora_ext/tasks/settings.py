@@ -14,7 +14,12 @@ METHODS = ("lora", "full")
 
 @dataclass(frozen=True)
 class Settings:
-    """Defaults are those of the demo, chosen on its validation split. None for model and data means the demo's own."""
+    """None for model and data means the demo's own.
+
+    The defaults were chosen by a few runs on the demo's validation texts, seed 0 if not said otherwise. Adapters on
+    every linear layer did better than on query and value alone, in about the same time. Batches of 32 with twice the
+    learning rate did about as well, but failed to learn from seed 1. A third epoch (seed 2) did not help.
+    """
 
     model: str | None = None
     data: str | None = None
@@ -30,9 +35,9 @@ class Settings:
     target_modules: str = "all-linear"
     modules_to_save: str | None = None
     epochs: float = 2.0
-    batch_size: int = 32
-    learning_rate: float = 2e-3
-    warmup: float = 0.06
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    warmup: float = 0.1
     max_length: int = 128
     seed: int = 0
 

@@ -80,13 +80,15 @@ class Throughput(TrainerCallback):
         self.seconds = 0.0
         self.tokens = 0
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._tokens_before = state.num_input_tokens_seen  # not 0 in a resumed run
+
     def on_step_begin(self, args, state, control, **kwargs):
-        self._start = time.perf_counter(), state.num_input_tokens_seen
+        self._start = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        start, tokens = self._start
-        self.seconds += time.perf_counter() - start
-        self.tokens += state.num_input_tokens_seen - tokens
+        self.seconds += time.perf_counter() - self._start
+        self.tokens = state.num_input_tokens_seen - self._tokens_before
 
 
 class _StopOnInterrupt(TrainerCallback):
