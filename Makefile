@@ -59,26 +59,27 @@ clean:
 # --- set-up, each step once -----------------------------------------------------------------------------------------------
 
 $(VENV)/.created: scripts/preflight.sh
-	scripts/preflight.sh "$(PYTHON)"
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	touch $@
+	@scripts/preflight.sh "$(PYTHON)"
+	@echo 'Creating the virtual environment $(VENV) ...'
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --upgrade pip
+	@touch $@
 
 $(VENV)/.lint: $(VENV)/.created
-	$(BIN)/pip install --quiet 'ruff>=0.6' 'clang-format>=18'
-	touch $@
+	@$(BIN)/pip install --quiet 'ruff>=0.6' 'clang-format>=18'
+	@touch $@
 
 # What building needs, torch first: the package is built against the torch it will run with.
 $(VENV)/.torch: $(VENV)/.created
 	@echo 'Installing torch and the build tools; torch alone may be a download of gigabytes ...'
-	$(BIN)/pip install --quiet 'setuptools>=77' wheel 'pybind11>=2.12' 'ninja>=1.11' numpy 'torch>=2.11'
-	touch $@
+	@$(BIN)/pip install --quiet 'setuptools>=77' wheel 'pybind11>=2.12' 'ninja>=1.11' numpy 'torch>=2.11'
+	@touch $@
 
 # An editable install with its extras; it compiles into build/, where later builds find their objects again.
 $(VENV)/.demo $(VENV)/.test: $(VENV)/.%: pyproject.toml | $(VENV)/.torch
 	@echo 'Installing lora_ext[$*] and compiling ...'
-	$(BIN)/pip install --quiet --no-build-isolation --editable '.[$*]'
-	touch $@ $(VENV)/.built
+	@$(BIN)/pip install --no-build-isolation --editable '.[$*]' >$(VENV)/install.log 2>&1 || { tail -n 80 $(VENV)/install.log; exit 1; }
+	@touch $@ $(VENV)/.built
 
 $(VENV)/.built: $(SOURCES) | $(VENV)/.torch
 	@echo 'Compiling what changed ...'

@@ -150,6 +150,8 @@ def _write_pair(directory: Path, config: str, tensors: dict[str, Tensor]) -> Non
     try:
         (staging / CONFIG_FILE).write_text(config, encoding="utf-8")
         save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
+        # safetensors lets only the owner read what it writes; both files get what the user's umask gives.
+        (staging / WEIGHTS_FILE).chmod((staging / CONFIG_FILE).stat().st_mode)
         for source, _ in new:
             with open(source, "rb") as file:
                 os.fsync(file.fileno())

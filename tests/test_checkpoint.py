@@ -457,3 +457,13 @@ def test_loading_on_the_meta_device(tmp_path):
 def test_a_directory_can_be_copied_and_named_by_a_string(tmp_path):
     shutil.copytree(adapter_of_net(tmp_path / "first"), tmp_path / "copy")
     assert len(list(lora_modules(load_adapter(Net(), str(tmp_path / "copy"))))) == 2
+
+
+def test_files_are_as_readable_as_any_other_of_the_user(tmp_path):
+    before = os.umask(0o022)
+    try:
+        save_adapter(inject(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"])), tmp_path)
+    finally:
+        os.umask(before)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o644, name
