@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from lora_ext import reference
+from lora_ext import functional, reference
 
 # x's dtype and the factors': the usual pairs, and two unusual ones.
 DTYPES = [
@@ -85,15 +85,33 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
     return ((value.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-300)).item()
 
 
-def assert_as_good_as_torch(ours: dict, layer: Layer, dropout_p: float = 0.0, seed: Tensor | None = None) -> None:
-    """The error against float64 is at most twice that of plain PyTorch at the same dtypes."""
-    exact = forward_backward(reference.lora_linear, layer.to(torch.float64), dropout_p, seed)
-    plain = forward_backward(reference.lora_linear, layer, dropout_p, seed)
+def assert_as_good_as_torch(layers: Layer | list[Layer], dropout_p: float = 0.0, seed: Tensor | None = None) -> None:
+    """``functional.lora_linear``'s error against float64 is at most twice that of plain PyTorch at the same dtypes.
+
+    Several layers are judged by their joint error: of a handful of numbers, either side may happen to be exact.
+    """
+    layers = [layers] if isinstance(layers, Layer) else layers
+    joint: dict[str, list[list[Tensor]]] = {}
+    for layer in layers:
+        ours = forward_backward(functional.lora_linear, layer, dropout_p, seed)
+        exact = forward_backward(reference.lora_linear, layer.to(torch.float64), dropout_p, seed)
+        plain = forward_backward(reference.lora_linear, layer, dropout_p, seed)
+        for name in ours:
+            assert ours[name].shape == exact[name].shape and ours[name].dtype == plain[name].dtype, name
+            joint.setdefault(name, []).append([result[name].flatten() for result in (ours, exact, plain)])
     # Where plain PyTorch happens to be exact, the last bit of a float32 (float64) sum is still allowed.
-    floor = 1e-14 if layer.x.dtype == torch.float64 else 1e-6
-    if layer.lora_A.dtype != layer.x.dtype:
-        floor = max(floor, torch.finfo(layer.lora_A.dtype).eps)
-    for name, value in ours.items():
-        assert value.shape == exact[name].shape and value.dtype == plain[name].dtype, name
-        error, allowed = relative_error(value, exact[name]), 2 * relative_error(plain[name], exact[name]) + floor
-        assert error <= allowed, f"{name}: error {error:.3g}, plain PyTorch's {(allowed - floor) / 2:.3g}"
+    x_dtype, factor_dtype = layers[0].x.dtype, layers[0].lora_A.dtype
+    floor = 1e-14 if x_dtype == torch.float64 else 1e-6
+    if factor_dtype != x_dtype:
+        floor = max(floor, torch.finfo(factor_dtype).eps)
+    for name, results in joint.items():
+        value, exact_value, plain_value = (torch.cat(parts) for parts in zip(*results, strict=True))
+        error, plain_error = relative_error(value, exact_value), relative_error(plain_value, exact_value)
+        assert error <= 2 * plain_error + floor, f"{name}: error {error:.3g}, plain PyTorch's {plain_error:.3g}"
+
+
+def random_layers(shape, *args, **kwargs) -> list[Layer]:
+    """As many layers of a shape as it takes for each result to have a few hundred elements in all."""
+    num_tokens, in_features, out_features, rank = shape
+    smallest = min(max(num_tokens, 1) * min(in_features, out_features), rank * min(in_features, out_features))
+    return [random_layer(shape, *args, **kwargs) for _ in range(-(-300 // smallest))]

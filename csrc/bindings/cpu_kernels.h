@@ -58,7 +58,8 @@ inline Workspace make_workspace(DType acc, int64_t in_features, int64_t out_feat
     int64_t count;
   } parts[] = {{&workspace.lora_A, rank * in_row},
                {&workspace.lora_B_t, rank * out_row},
-               {&workspace.partial_sum, num_chunks * kBlockRows * rank * kLanes},
+               {&workspace.partial_sum, num_chunks * kBlockRows * rank * kMaxWidth},
+               {&workspace.left, num_chunks * 2 * kBlockRows * rank},
                {&workspace.grad_A, want_grad_A ? num_chunks * rank * in_row : 0},
                {&workspace.grad_B_t, want_grad_B ? num_chunks * rank * out_row : 0}};
   int64_t total = 0;
@@ -71,18 +72,11 @@ inline Workspace make_workspace(DType acc, int64_t in_features, int64_t out_feat
   return workspace;
 }
 
-// Params: any of the structs that carry the factors, their sizes and both dtypes.
+// Packs both factors, in parallel, for the kernel that pack belongs to.
 template <class Params>
-void pack_factors(const Kernels& kernels, const Params& p, const Workspace& w) {
-  const DType acc = accumulation_dtype(p.dtype);
+void pack_factors(void (*pack)(const Params&, const Workspace&, int), const Params& p, const Workspace& w) {
   torch::stable::parallel_for(0, 2, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      if (i == 0) {
-        kernels.pack(p.factor_dtype, p.lora_A, p.rank, p.in_features, false, acc, w.lora_A);
-      } else {
-        kernels.pack(p.factor_dtype, p.lora_B, p.out_features, p.rank, true, acc, w.lora_B_t);
-      }
-    }
+    for (int64_t which = begin; which < end; ++which) pack(p, w, static_cast<int>(which));
   });
 }
 

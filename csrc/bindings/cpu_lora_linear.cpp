@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& we
   const Workspace workspace =
       make_workspace(accumulation_dtype(p.dtype), p.in_features, p.out_features, p.rank, num_chunks, false, false);
   if (p.accumulate) base_product(y_2d, x_2d, weight_t, false);
-  pack_factors(kernels, p, workspace);
+  pack_factors(kernels.pack_forward, p, workspace);
   run_chunks(kernels.forward, p, workspace, num_chunks);
   if (!p.accumulate) base_product(y_2d, x_2d, weight_t, true);
   return {y, xa, mask};
@@ -97,7 +97,7 @@ std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>> 
   const Tensor grad_x_2d = want_x ? as_matrix(*grad_x, p.num_tokens, p.in_features, p.in_features, 1) : grad_y_2d;
   const bool with_base = want_x && p.num_tokens > 0;
   if (with_base && p.accumulate) base_product(grad_x_2d, grad_y_2d, weight, false);
-  pack_factors(kernels, p, workspace);
+  pack_factors(kernels.pack_backward, p, workspace);
   run_chunks(kernels.backward, p, workspace, num_chunks);
   if (want_A || want_B) {
     torch::stable::parallel_for(

@@ -24,7 +24,7 @@ void lora_merge_(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_
   const int64_t num_chunks = count_chunks(p.out_features);
   const Workspace workspace =
       make_workspace(accumulation_dtype(p.dtype), p.in_features, p.out_features, p.rank, num_chunks, false, false);
-  pack_factors(kernels, p, workspace);
+  pack_factors(kernels.pack_merge, p, workspace);
   run_chunks(kernels.merge, p, workspace, num_chunks);
 }
 

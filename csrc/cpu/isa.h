@@ -8,13 +8,18 @@
 
 namespace lora_ext::cpu {
 
-enum class Isa : int { kGeneric, kAvx2, kAvx512 };
+enum class Isa : int { kGeneric, kAvx2, kAvx512, kAvx512Bf16 };
 
-inline const char* isa_name(Isa isa) { return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "generic"; }
-inline constexpr Isa kBestFirst[] = {Isa::kAvx512, Isa::kAvx2, Isa::kGeneric};
+inline const char* isa_name(Isa isa) {
+  constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512_bf16"};
+  return kNames[static_cast<int>(isa)];
+}
+
+inline constexpr Isa kBestFirst[] = {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kGeneric};
 
 inline bool runs_here(Isa isa) {
 #if defined(__x86_64__)
+  if (isa == Isa::kAvx512Bf16) return __builtin_cpu_supports("avx512bf16") && runs_here(Isa::kAvx512);
   if (isa == Isa::kAvx512) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && runs_here(Isa::kAvx2);

@@ -12,6 +12,7 @@
 #define LORA_EXT_VECTOR_BYTES 32
 #define LORA_EXT_AVX512 0
 #define LORA_EXT_AVX2 1
+#define LORA_EXT_AVX512_BF16 0
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi,bmi2"))), apply_to = function)
@@ -29,6 +30,7 @@
 #endif
 
 namespace lora_ext::cpu {
-extern const Kernels kAvx2Kernels = {pack, forward, backward, reduce_grads, merge, dropout_mask_rows};
+extern const Kernels kAvx2Kernels = {pack_forward, pack_backward, pack_merge, forward,
+                                     backward,     reduce_grads,  merge,      dropout_mask_rows};
 }  // namespace lora_ext::cpu
 #endif

@@ -13,9 +13,11 @@
 #define LORA_EXT_VECTOR_BYTES 16
 #define LORA_EXT_AVX512 0
 #define LORA_EXT_AVX2 0
+#define LORA_EXT_AVX512_BF16 0
 
 #include "isa.inc"
 
 namespace lora_ext::cpu {
-extern const Kernels kGenericKernels = {pack, forward, backward, reduce_grads, merge, dropout_mask_rows};
+extern const Kernels kGenericKernels = {pack_forward, pack_backward, pack_merge, forward,
+                                        backward,     reduce_grads,  merge,      dropout_mask_rows};
 }  // namespace lora_ext::cpu

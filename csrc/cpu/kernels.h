@@ -13,22 +13,28 @@
 namespace lora_ext::cpu {
 
 constexpr int64_t kBlockRows = 32;  // rows a kernel handles together; chunks are multiples of it
-constexpr int64_t kLanes = 16;      // packed rows are padded to this many elements: no kernel needs a column tail
+constexpr int64_t kPadding = 32;    // packed rows are padded to a multiple of this: no sum over columns has a tail
+constexpr int64_t kMaxWidth = 16;   // numbers in the widest vector
 
-constexpr int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+constexpr int64_t padded(int64_t n) { return (n + kPadding - 1) / kPadding * kPadding; }
 
-// Scratch memory of one call, all in the accumulation dtype, 64-byte aligned.
+// Scratch memory of one call, 64-byte aligned; sizes in elements of the accumulation dtype. How factors are packed is
+// the kernels' own affair: as numbers of the accumulation dtype, or as bfloat16 where the instruction set multiplies
+// those.
 struct Workspace {
   void* lora_A;       // [rank, padded(in_features)]: packed, zero padded
   void* lora_B_t;     // [rank, padded(out_features)]: lora_B transposed, packed, zero padded
-  void* partial_sum;  // [num_chunks, kBlockRows, rank, kLanes]: per-lane sums of the dot products
+  void* partial_sum;  // [num_chunks, kBlockRows, rank, kMaxWidth]: sums of the dot products, vector lane by vector lane
+  void* left;         // [num_chunks, 2, kBlockRows, rank]: the small operands of the block at hand
   void* grad_A;       // [num_chunks, rank, padded(in_features)]; null where not wanted
   void* grad_B_t;     // [num_chunks, rank, padded(out_features)]; null where not wanted
 };
 
 struct Kernels {
-  // factor [rows, cols] contiguous -> packed [rows, padded(cols)], or its transpose [cols, padded(rows)]
-  void (*pack)(DType from, const void* factor, int64_t rows, int64_t cols, bool transpose, DType to, void* packed);
+  // Pack lora_A (which = 0) or lora_B (which = 1) as the kernel of the same name reads it.
+  void (*pack_forward)(const LoraForwardParams&, const Workspace&, int which);
+  void (*pack_backward)(const LoraBackwardParams&, const Workspace&, int which);
+  void (*pack_merge)(const LoraMergeParams&, const Workspace&, int which);
 
   // Chunk `chunk` of `num_chunks` of the token rows.
   void (*forward)(const LoraForwardParams&, const Workspace&, int64_t chunk, int64_t num_chunks);
@@ -49,10 +55,12 @@ extern const Kernels kGenericKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512Bf16Kernels;
 #endif
 
 inline const Kernels& kernels_of(Isa isa) {
 #if defined(__x86_64__)
+  if (isa == Isa::kAvx512Bf16) return kAvx512Bf16Kernels;
   if (isa == Isa::kAvx512) return kAvx512Kernels;
   if (isa == Isa::kAvx2) return kAvx2Kernels;
 #endif

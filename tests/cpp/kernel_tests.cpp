@@ -19,6 +19,7 @@
 #define LORA_EXT_VECTOR_BYTES 16
 #define LORA_EXT_AVX512 0
 #define LORA_EXT_AVX2 0
+#define LORA_EXT_AVX512_BF16 0
 namespace lora_ext::cpu {
 #include "cpu/simd.inc"
 #include "cpu/dropout.inc"
@@ -143,7 +144,8 @@ void forward_follows_its_formula(const Kernels& kernels, const char* isa, int64_
   std::vector<float> y(kTokens * kOut, NAN), xa(kTokens * kRank, NAN);
   std::vector<uint8_t> mask(static_cast<size_t>(kTokens * mask_row_bytes(kIn)));
   std::vector<float> packed_A(kRank * padded(kIn)), packed_B(kRank * padded(kOut)),
-      partial(static_cast<size_t>(num_chunks * kBlockRows * kRank * kLanes));
+      partial(static_cast<size_t>(num_chunks * kBlockRows * kRank * kMaxWidth)),
+      left(static_cast<size_t>(num_chunks * 2 * kBlockRows * kRank));
   const int64_t seed = static_cast<int64_t>(kSeed);
 
   LoraForwardParams p{};
@@ -152,9 +154,8 @@ void forward_follows_its_formula(const Kernels& kernels, const char* isa, int64_
   p.y = y.data(), p.xa = xa.data(), p.mask = mask.data();
   p.dtype = p.factor_dtype = DType::kFloat32;
   p.threshold = 16384, p.scale = 0.5 * dropout_rescale(p.threshold);
-  const Workspace w{packed_A.data(), packed_B.data(), partial.data(), nullptr, nullptr};
-  kernels.pack(p.factor_dtype, p.lora_A, kRank, kIn, false, DType::kFloat32, w.lora_A);
-  kernels.pack(p.factor_dtype, p.lora_B, kOut, kRank, true, DType::kFloat32, w.lora_B_t);
+  const Workspace w{packed_A.data(), packed_B.data(), partial.data(), left.data(), nullptr, nullptr};
+  for (const int which : {0, 1}) kernels.pack_forward(p, w, which);
   for (int64_t chunk = 0; chunk < num_chunks; ++chunk) kernels.forward(p, w, chunk, num_chunks);
 
   for (int64_t m = 0; m < kTokens; ++m) {
