@@ -6,7 +6,7 @@
 #include <new>
 
 #include "../cpu/kernels.h"
-#include "checks.h"
+#include "calls.h"
 
 namespace lora_ext::cpu {
 

@@ -7,19 +7,9 @@ namespace lora_ext::cpu {
 namespace {
 
 void lora_merge_(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling) {
-  check_factors("lora_merge_", weight, lora_A, lora_B);
-  check_scaling("lora_merge_", scaling);
-  STD_TORCH_CHECK(weight.size(1) <= 1 || weight.stride(1) == 1, "lora_merge_: weight has column stride ",
-                  weight.stride(1), ", want 1");
+  const MergeCall call = prepare_merge(weight, lora_A, lora_B, scaling);
   const Kernels& kernels = checked_kernels();
-
-  const Tensor A = as_contiguous(lora_A), B = as_contiguous(lora_B);
-  LoraMergeParams p{};
-  p.in_features = weight.size(1), p.out_features = weight.size(0), p.rank = A.size(0);
-  p.dtype = dtype_of(weight), p.factor_dtype = dtype_of(A);
-  p.weight = weight.mutable_data_ptr(), p.weight_stride = weight.stride(0);
-  p.lora_A = A.const_data_ptr(), p.lora_B = B.const_data_ptr();
-  p.scaling = scaling;
+  const LoraMergeParams& p = call.params;
 
   const int64_t num_chunks = count_chunks(p.out_features);
   const Workspace workspace =

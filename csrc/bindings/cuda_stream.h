@@ -7,7 +7,7 @@
 #include <torch/csrc/stable/macros.h>
 
 #include "../cuda/launch.h"
-#include "checks.h"
+#include "calls.h"
 
 namespace lora_ext::cuda {
 
