@@ -9,6 +9,7 @@ CXX_FILES = $(shell git ls-files '*.cpp' '*.h' '*.inc' '*.cu' '*.cuh')
 
 .PHONY: help finetune test lint format build wheel test-abi info bench clean
 .DELETE_ON_ERROR:
+.NOTPARALLEL:
 
 help:
 	@echo 'make finetune   fine-tune a real model with LoRA on real reviews; the result lands in $(OUT) (ARGS=--resume to go on)'
@@ -72,7 +73,7 @@ $(VENV)/.lint: $(VENV)/.created
 # What building needs, torch first: the package is built against the torch it will run with.
 $(VENV)/.torch: $(VENV)/.created
 	@echo 'Installing torch and the build tools; torch alone may be a download of gigabytes ...'
-	@$(BIN)/pip install --quiet 'setuptools>=77' wheel 'pybind11>=2.12' 'ninja>=1.11' numpy 'torch>=2.11'
+	@$(BIN)/pip install --quiet 'setuptools>=77' wheel 'pybind11>=2.12' 'ninja>=1.11' numpy 'torch>=2.11' 'safetensors[torch]>=0.4'
 	@touch $@
 
 # An editable install with its extras; it compiles into build/, where later builds find their objects again.

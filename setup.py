@@ -46,9 +46,9 @@ def find_cuda_home() -> Path | None:
 def plan_cuda() -> tuple[Path | None, str, str]:
     """The toolkit's directory (None: do not build), its version, and why not."""
     wanted = os.environ.get("LORA_EXT_CUDA", "")
+    home, version, reason = None, "", ""
     if wanted not in ("", "0", "1"):
         sys.exit(f"LORA_EXT_CUDA is {wanted!r}, want 0, 1 or unset")
-    home, version, reason = None, "", ""
     if wanted == "0":
         reason = "LORA_EXT_CUDA=0 when it was built"
     elif (home := find_cuda_home()) is None:
@@ -74,8 +74,6 @@ TORCH_FLAGS = [f"-isystem{path}" for path in cpp_extension.include_paths()]  # t
 TORCH_FLAGS += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET[0] << 56 | TORCH_TARGET[1] << 48:#018x}"]
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-Wall", "-Wextra", "-fvisibility=hidden", "-ffp-contract=fast"]
 CXX_FLAGS += ["-fno-math-errno", f"-ffile-prefix-map={ROOT}/="]  # error messages carry no build paths
-
-
 COMMON = {"depends": HEADERS, "language": "c++", "library_dirs": cpp_extension.library_paths()}
 FACTS = {
     "VERSION": VERSION,
@@ -142,8 +140,11 @@ class BuildExtension(cpp_extension.BuildExtension):
             if path.stat().st_mtime < newest:
                 path.unlink()
         super().build_extensions()
-        built = f"CUDA {NVCC_VERSION} for {','.join(ARCHS)}" if CUDA_HOME else f"without CUDA: {NO_CUDA_REASON}"
-        print(f"lora_ext {VERSION}: built against torch {torch.__version__}, {built}")
+        if not CUDA_HOME:  # an older build's library must not outlive it
+            for folder in (ROOT, Path(self.build_lib)):
+                (folder / "lora_ext/liblora_ext_cuda.so").unlink(missing_ok=True)
+        cuda = f"CUDA {NVCC_VERSION} for {','.join(ARCHS)}" if CUDA_HOME else f"without CUDA: {NO_CUDA_REASON}"
+        print(f"lora_ext {VERSION}: built against torch {torch.__version__}, {cuda}")
 
 
 setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension})

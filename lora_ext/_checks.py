@@ -75,6 +75,8 @@ def check_lora_linear(
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"{op}: bias has shape {list(bias.shape)}, want [{weight.shape[0]}]")
     check_scaling(op, scaling)
+    if scaling < 0.0:
+        raise ValueError(f"{op}: scaling is {scaling}, want at least 0")
     check_dropout(op, dropout_p)
     if dropout_p > 0.0:
         if seed is None:
@@ -89,4 +91,10 @@ def check_lora_linear(
 
 def check_lora_merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
     check_factors("lora_merge_", weight, lora_A, lora_B)
+    if weight.shape[1] > 1 and weight.stride(1) != 1:
+        raise ValueError(f"lora_merge_: weight has column stride {weight.stride(1)}, want 1; merge a contiguous one")
+    if weight.shape[0] > 1 and weight.stride(0) < weight.shape[1]:
+        raise ValueError(
+            f"lora_merge_: weight has row stride {weight.stride(0)} but {weight.shape[1]} columns: its rows overlap"
+        )
     check_scaling("lora_merge_", scaling)

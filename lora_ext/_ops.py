@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _checks
 from .reference import dropout_threshold
@@ -107,7 +108,19 @@ class _LoraLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, grad_A, grad_B, None, None, None
 
 
+def _refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """Below autograd a tangent would be dropped, and read as zero."""
+    if forward_ad._current_level >= 0 and any(
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    ):
+        raise RuntimeError(
+            "lora_linear: forward-mode differentiation (jvp) is not supported; "
+            "use lora_ext.reference.lora_linear where you need it"
+        )
+
+
 def _lora_linear_autograd(x, weight, bias, lora_A, lora_B, scaling, dropout_p=0.0, seed=None):
+    _refuse_forward_mode(x, weight, bias, lora_A, lora_B)
     if torch.is_grad_enabled() and (
         lora_A.requires_grad
         or lora_B.requires_grad
@@ -142,6 +155,8 @@ def _lora_merge_autograd(weight, lora_A, lora_B, scaling):
         )
     with _below_autograd():
         torch.ops.lora_ext.lora_merge_.default(weight, lora_A, lora_B, scaling)
+    if not weight.is_inference():
+        torch.autograd.graph.increment_version(weight)  # mutating stable-ABI ops do not
 
 
 _LIBRARY.impl("lora_linear", _lora_linear_autograd, "Autograd")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.command == "info":
-            print(info.info(json=args.json))
+            print(info.info(json=args.json), flush=True)
         else:
             _finetune(args, parser, finetune_parser, argv)
     except TaskError as error:
@@ -32,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("lora-ext: interrupted", file=sys.stderr)
         return _EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -46,6 +49,9 @@ def _finetune(
         saved = Settings.load(args.out)
         finetune_parser.set_defaults(**asdict(saved))  # nobody need repeat what the run was started with ...
         args = parser.parse_args(argv)
+    for name in ("data", "eval_file"):  # a resumed run may start in another directory
+        if (path := getattr(args, name)) is not None:
+            setattr(args, name, str(Path(path).resolve()))
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
     if saved is not None and settings != saved:
         changed = ", ".join(

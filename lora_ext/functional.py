@@ -45,7 +45,7 @@ def lora_linear(
         bias: ``[out_features]``, dtype of ``x``, or None.
         lora_A: ``[r, in_features]``, in any of the four dtypes; float32 beside a 16-bit ``x`` is computed in float32.
         lora_B: ``[out_features, r]``, dtype of ``lora_A``.
-        scaling: usually ``lora_alpha / r``.
+        scaling: usually ``lora_alpha / r``; at least 0.
         dropout_p: probability that an element of the adapter's input is zeroed, in [0, 1); quantised to 2**-16.
         seed: int64 tensor of one element on ``x``'s device; names the dropout mask. Drawn from the default generator
             when None. The same seed gives the same mask on every device and with any number of threads.
@@ -87,5 +87,4 @@ def lora_merge_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) 
         _checks.check_lora_merge(weight, lora_A, lora_B, scaling)
         _check_kernels_exist("lora_merge_", weight.device)
         raise
-    torch.autograd.graph.increment_version(weight)  # mutating stable-ABI ops do not
     return weight

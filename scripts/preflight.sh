@@ -25,8 +25,8 @@ if ! command -v "${compiler%% *}" >/dev/null; then
   complain "no C++ compiler ($compiler)" "apt-get install g++ (Debian, Ubuntu) or dnf install gcc-c++ (Fedora), or set CXX"
 else
   object=$(mktemp)
-  printf '#include <bit>\nint main() { return std::bit_cast<int>(0.0f); }\n' | $compiler -std=c++20 -x c++ -c -o "$object" - 2>/dev/null ||
-    complain "$compiler does not compile C++20" "Install g++ 11 or newer, or clang 16 or newer, and set CXX"
+  printf '#include <bit>\nint main() {\n#ifdef __x86_64__\n__builtin_cpu_supports("avx512bf16");\n#endif\nreturn std::bit_cast<int>(0.0f); }\n' | $compiler -std=c++20 -x c++ -c -o "$object" - 2>/dev/null ||
+    complain "$compiler is too old: it does not compile C++20, or does not know AVX512-BF16" "Install g++ 11 or newer, or clang 16 or newer, and set CXX"
   rm -f "$object"
 fi
 exit $problems

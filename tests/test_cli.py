@@ -46,9 +46,9 @@ def test_missing_extra_is_named(tmp_path: Path):
     ("arguments", "message"),
     [
         (["--method", "dora"], "--method is 'dora', want one of lora, full"),
-        (["--epochs", "0"], "--epochs is 0.0, want more than 0"),
-        (["--batch-size", "-1"], "--batch-size is -1, want more than 0"),
-        (["--learning-rate", "nan"], "--learning-rate is nan, want more than 0"),
+        (["--epochs", "0"], "--epochs is 0.0, want a finite number above 0"),
+        (["--batch-size", "-1"], "--batch-size is -1, want a finite number above 0"),
+        (["--learning-rate", "nan"], "--learning-rate is nan, want a finite number above 0"),
         (["--warmup", "1"], "--warmup is 1.0, want 0 <= warmup < 1"),
         (["--eval-file", "x.csv"], "--eval-file goes with --data"),
         (["--data", "x.parquet"], "x.parquet: the suffix '.parquet' is none of .csv, .tsv, .jsonl"),

@@ -127,6 +127,12 @@ def test_double_backward_says_it_is_not_supported():
         torch.autograd.grad(y.square().sum(), x, create_graph=True)
 
 
+def test_forward_mode_says_it_is_not_supported():
+    layer = random_layer((6, 24, 20, 4))
+    with pytest.raises(RuntimeError, match=r"forward-mode differentiation \(jvp\) is not supported"):
+        torch.func.jvp(lambda x: functional.lora_linear(x, *layer.args()[1:]), (layer.x,), (layer.x,))
+
+
 def test_deepcopy_and_pickle(tmp_path):
     module = adapted(dropout=0.1).eval()
     x = torch.randn(3, 24)

@@ -306,6 +306,31 @@ def test_concurrent_callers():
                     torch.testing.assert_close(result[name], wanted[name])
 
 
+def test_recovers_from_running_out_of_memory():
+    """A call that cannot get its scratch memory fails alone; the next one works."""
+    code = """if True:
+        import resource, torch
+        from lora_ext import functional, reference
+        def call(rank):
+            x, weight, A, B = (torch.randn(size) for size in ((4, 8), (6, 8), (rank, 8), (6, rank)))
+            torch.testing.assert_close(
+                functional.lora_linear(x, weight, None, A, B, 0.01), reference.lora_linear(x, weight, None, A, B, 0.01)
+            )
+        call(8)
+        pages = int(open("/proc/self/statm").read().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 500 * 2**20,) * 2)
+        try:
+            call(400_000)
+        except (MemoryError, RuntimeError) as error:
+            print("refused:", type(error).__name__)
+        call(8)
+        call(300)
+        print("recovered")
+    """
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "refused:" in result.stdout and "recovered" in result.stdout, (result.returncode, result.stderr[-2000:])
+
+
 # --- instruction sets -------------------------------------------------------------------------------------------------
 
 

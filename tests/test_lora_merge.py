@@ -55,11 +55,11 @@ def test_row_strides_and_untouched_neighbours():
 
 
 def test_saved_weight_is_detected_as_changed():
-    """Stable-ABI ops do not tell autograd that they mutate; the function does."""
+    """Stable-ABI kernels do not tell autograd that they mutate; the op's autograd kernel does."""
     weight, A, B = torch.randn(4, 5), torch.randn(2, 5), torch.randn(4, 2)
     x = torch.randn(3, 5, requires_grad=True)
     y = x @ weight.T
-    functional.lora_merge_(weight, A, B, 1.0)
+    torch.ops.lora_ext.lora_merge_(weight, A, B, 1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 

@@ -17,6 +17,15 @@ def test_starts_as_its_base_layer():
     assert not layer.adapters.default.lora_B.any() and layer.adapters.default.lora_A.any()
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_starts_with_the_bits_of_its_base_layer(dtype, bias):
+    base = nn.Linear(384, 200, bias=bias, dtype=dtype)
+    x = torch.randn(4, 33, 384).to(dtype)
+    layer = LoraLinear(base, LoraAdapter(384, 200, 8, 16, dtype=torch.float32))
+    assert torch.equal(layer(x), base(x))
+
+
 def test_only_the_adapter_trains():
     layer = LoraLinear(nn.Linear(24, 20), LoraAdapter(24, 20, 4, 8))
     assert {name for name, p in layer.named_parameters() if p.requires_grad} == {
@@ -107,7 +116,8 @@ def test_merge_state_errors():
         ({"r": -3}, "r is -3, want at least 1"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0, want 0 <= lora_dropout < 1"),
         ({"lora_dropout": float("nan")}, "lora_dropout is nan"),
-        ({"lora_alpha": float("nan")}, "lora_alpha is nan, want a finite number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan, want a finite number of at least 0"),
+        ({"lora_alpha": -1.0}, "lora_alpha is -1.0, want a finite number of at least 0"),
         ({"lora_alpha": float("inf")}, "lora_alpha is inf, want a finite number"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', want True, False or \"gaussian\""),
     ],

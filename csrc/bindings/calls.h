@@ -101,6 +101,8 @@ inline MergeCall prepare_merge(const Tensor& weight, const Tensor& lora_A, const
   check_scaling("lora_merge_", scaling);
   STD_TORCH_CHECK(weight.size(1) <= 1 || weight.stride(1) == 1, "lora_merge_: weight has column stride ",
                   weight.stride(1), ", want 1");
+  STD_TORCH_CHECK(weight.size(0) <= 1 || weight.stride(0) >= weight.size(1), "lora_merge_: weight has row stride ",
+                  weight.stride(0), " but ", weight.size(1), " columns: its rows overlap");
   MergeCall call{.lora_A = as_contiguous(lora_A), .lora_B = as_contiguous(lora_B)};
   LoraMergeParams& p = call.params;
   p.in_features = weight.size(1), p.out_features = weight.size(0), p.rank = lora_A.size(0);

@@ -183,6 +183,7 @@ inline void check_lora_linear(const Tensor& x, const Tensor& weight, const std::
     STD_TORCH_CHECK(bias->dim() == 1, op, ": bias has ", bias->dim(), " dimensions, want 1");
   }
   check_scaling(op, scaling);
+  STD_TORCH_CHECK(scaling >= 0.0, op, ": scaling is ", scaling, ", want at least 0");
   check_dropout(op, dropout_p);
   if (dropout_p > 0.0) {
     STD_TORCH_CHECK(seed.has_value(), op, ": dropout_p is ", dropout_p, " but seed is None");

@@ -32,6 +32,7 @@ class ScratchMemory {
   char* at_least(int64_t bytes) {
     if (bytes > size_) {
       memory_.reset();
+      size_ = 0;  // should the next line throw
       memory_.reset(static_cast<char*>(::operator new(static_cast<size_t>(bytes), std::align_val_t{kAlignment})));
       size_ = bytes;
     }

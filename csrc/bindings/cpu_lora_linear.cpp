@@ -7,17 +7,19 @@
 namespace lora_ext::cpu {
 namespace {
 
-// out [m, n] (+)= a [m, k] @ b [k, n] by the library ATen uses for nn.Linear. The shim bypasses autograd and autocast.
-void base_product(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
-  if (accumulate) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
+// out [m, n] = start + a [m, k] @ b [k, n] by the library ATen uses for nn.Linear; start is a row [n], out itself, or
+// nothing. The shim bypasses autograd and autocast.
+void base_product(const Tensor& out, const std::optional<Tensor>& start, const Tensor& a, const Tensor& b) {
+  if (start) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), start->get(), a.get(), b.get(), 1.0, 1.0));
   } else {
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
   }
 }
 
 // float32 and float64: the adapter's term is written first and the base product accumulates onto it: one pass less.
-// 16 bits: the base product first, and the adapter's term is added in float32: one rounding less.
+// 16 bits: the base product first, with the bias as nn.Linear has it, and the adapter's term is added in float32: an
+// adapter that is zero leaves the base layer's bits.
 bool base_product_first(DType dtype) { return dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
 
 std::tuple<Tensor, Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -33,10 +35,13 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& we
   const int64_t num_chunks = count_chunks(p.num_tokens);
   const Workspace workspace =
       make_workspace(accumulation_dtype(p.dtype), p.in_features, p.out_features, p.rank, num_chunks, false, false);
-  if (p.accumulate) base_product(y_rows, call.x, weight_t, false);
+  if (p.accumulate) {
+    base_product(y_rows, call.bias, call.x, weight_t);
+    p.bias = nullptr;
+  }
   pack_factors(kernels.pack_forward, p, workspace);
   run_chunks(kernels.forward, p, workspace, num_chunks);
-  if (!p.accumulate) base_product(y_rows, call.x, weight_t, true);
+  if (!p.accumulate) base_product(y_rows, y_rows, call.x, weight_t);
   return {call.y, call.xa, call.mask};
 }
 
@@ -54,14 +59,14 @@ std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>> 
   const Workspace workspace = make_workspace(accumulation_dtype(p.dtype), p.in_features, p.out_features, p.rank,
                                              num_chunks, call.grad_A.has_value(), call.grad_B.has_value());
   const bool with_base = call.grad_x && p.num_tokens > 0;
-  if (with_base && p.accumulate) base_product(call.grad_x_rows(), call.grad_y, weight, false);
+  if (with_base && p.accumulate) base_product(call.grad_x_rows(), std::nullopt, call.grad_y, weight);
   pack_factors(kernels.pack_backward, p, workspace);
   run_chunks(kernels.backward, p, workspace, num_chunks);
   if (call.grad_A || call.grad_B) {
     torch::stable::parallel_for(
         0, p.rank, 4, [&](int64_t begin, int64_t end) { kernels.reduce_grads(p, workspace, num_chunks, begin, end); });
   }
-  if (with_base && !p.accumulate) base_product(call.grad_x_rows(), call.grad_y, weight, true);
+  if (with_base && !p.accumulate) base_product(call.grad_x_rows(), call.grad_x_rows(), call.grad_y, weight);
   return {call.grad_x, call.grad_A, call.grad_B};
 }
 

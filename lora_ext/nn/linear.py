@@ -39,10 +39,12 @@ class LoraAdapter(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(r, int) or isinstance(r, bool):
+            raise TypeError(f"LoraAdapter: r is {r!r} of type {type(r).__name__}, want an integer of at least 1")
         if r < 1:
             raise ValueError(f"LoraAdapter: r is {r}, want at least 1")
-        if not math.isfinite(lora_alpha):
-            raise ValueError(f"LoraAdapter: lora_alpha is {lora_alpha}, want a finite number")
+        if not (math.isfinite(lora_alpha) and lora_alpha >= 0):
+            raise ValueError(f"LoraAdapter: lora_alpha is {lora_alpha}, want a finite number of at least 0")
         if not 0.0 <= lora_dropout < 1.0:
             raise ValueError(f"LoraAdapter: lora_dropout is {lora_dropout}, want 0 <= lora_dropout < 1")
         self.r = r
@@ -134,7 +136,10 @@ class LoraLinear(nn.Module):
 
     def delta_weight(self, name: str | None = None) -> Tensor:
         """``scaling * lora_B @ lora_A``, ``[out_features, in_features]`` in the factors' dtype; allocates it."""
-        adapter = self.adapters[name or self.active_adapter]
+        name = self.active_adapter if name is None else name
+        if name not in self.adapters:
+            raise KeyError(f"LoraLinear: no adapter {name!r}; the adapters are {sorted(self.adapters)}")
+        adapter = self.adapters[name]
         return adapter.scaling * (adapter.lora_B @ adapter.lora_A)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -213,7 +213,7 @@ def _inject(model: PreTrainedModel, settings: Settings, model_path: str) -> None
             lora_alpha=settings.lora_alpha,
             lora_dropout=settings.lora_dropout,
             target_modules=_module_names(settings.target_modules),
-            modules_to_save=settings.modules_to_save.split(",") if settings.modules_to_save else None,
+            modules_to_save=_names(settings.modules_to_save) if settings.modules_to_save else None,
             task_type="SEQ_CLS",  # trains the head as well
             base_model_name_or_path=model_path,
         )
@@ -224,7 +224,13 @@ def _inject(model: PreTrainedModel, settings: Settings, model_path: str) -> None
 
 def _module_names(value: str) -> list[str] | str:
     """``query,value`` is a list of names; ``all-linear``, and what has a character no name has, is an expression."""
-    return value if value == "all-linear" or re.search(r"[^\w.,-]", value) else value.split(",")
+    if value == "all-linear" or re.search(r"[^\w., -]", value):
+        return value
+    return _names(value)
+
+
+def _names(value: str) -> list[str]:
+    return [name.strip() for name in value.split(",")]
 
 
 def _encode(examples: list[Example], tokenizer: PreTrainedTokenizerBase, labels: list[str], max_length: int) -> Encoded:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -45,8 +46,10 @@ class Settings:
         if self.method not in METHODS:
             raise TaskError(f"--method is {self.method!r}, want one of {', '.join(METHODS)}")
         for name in ("epochs", "batch_size", "learning_rate", "max_length"):
-            if not getattr(self, name) > 0:
-                raise TaskError(f"--{name.replace('_', '-')} is {getattr(self, name)}, want more than 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise TaskError(f"--{name.replace('_', '-')} is {getattr(self, name)}, want a finite number above 0")
+        if not 0 <= self.seed < 2**32:
+            raise TaskError(f"--seed is {self.seed}, want 0 <= seed < 2**32")
         if not 0.0 <= self.warmup < 1.0:
             raise TaskError(f"--warmup is {self.warmup}, want 0 <= warmup < 1, as a fraction of all steps")
         if self.eval_file is not None and self.data is None:
