@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,6 +122,22 @@ def test_the_seed_decides_the_result(tiny: Settings, run: tuple[Path, dict[str, 
     finetune(Settings(**{**vars(tiny), "seed": 1}), tmp_path / "other")
     key = next(key for key in adapter_weights(run[0]) if "lora_B" in key)
     assert not torch.equal(adapter_weights(run[0])[key], adapter_weights(tmp_path / "other")[key])
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt"])
+def test_damaged_checkpoint_is_named_and_the_one_before_still_works(
+    run: tuple[Path, dict[str, Any]], tiny: Settings, tmp_path: Path, name: str
+):
+    finished, metrics = run
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    newest, before = sorted(out.glob("checkpoints/checkpoint-*"), key=lambda p: -int(p.name.rpartition("-")[2]))[:2]
+    (newest / name).write_bytes(b"damaged")
+    with pytest.raises(TaskError, match=rf"--resume: .*{newest.name} cannot be read .*; delete it to continue from"):
+        finetune(tiny, out, resume=True)
+    shutil.rmtree(newest)
+    assert before.is_dir()
+    assert finetune(tiny, out, resume=True)["after"] == metrics["after"]
 
 
 def test_interrupted_and_resumed_ends_like_uninterrupted(tiny: Settings, tmp_path: Path):

@@ -47,10 +47,27 @@ class FinetuneTrainer(Trainer):
             super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if is_adapted(self.model):
-            load_adapter(self.model, resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with _explaining_damage(resume_from_checkpoint):
+            if is_adapted(self.model):
+                load_adapter(self.model, resume_from_checkpoint)
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _explaining_damage(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+
+@contextmanager
+def _explaining_damage(checkpoint: str | None) -> Iterator[None]:
+    """Whatever a checkpoint's files do not load with becomes one line that says what to do."""
+    try:
+        yield
+    except Exception as error:  # torch.load raises what the damage happens to cause
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TaskError(
+            f"--resume: {checkpoint} cannot be read ({reason}); delete it to continue from the one before"
+        ) from error
 
 
 class _EpochSampler(LengthGroupedSampler):
