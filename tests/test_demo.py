@@ -94,7 +94,7 @@ def test_without_a_network_the_error_says_what_to_do(cache: Path):
     with pytest.raises(TaskError) as caught:
         demo.examples()
     assert "cannot fetch the demo data: ERROR: No matching distribution found" in str(caught.value)
-    assert f"put {SDIST} from pypi.org/project/vaderSentiment into {cache}" in str(caught.value)
+    assert f"put {SDIST} (of the package vaderSentiment) into {cache}" in str(caught.value)
     assert "--data" in str(caught.value)
 
 

@@ -115,7 +115,7 @@ def _fetch(say: Callable[[str], None]) -> bytes:
             reason = (result.stderr.strip().splitlines() or ["pip failed without a message"])[-1]
             raise TaskError(
                 f"cannot fetch the demo data: {reason}\n"
-                f"Without a network, put {_SDIST} from pypi.org/project/vaderSentiment into {cache_directory()}, "
+                f"Without a network, put {_SDIST} (of the package vaderSentiment) into {cache_directory()}, "
                 "or name your own data with --data."
             )
         return Path(directory, _SDIST).read_bytes()
