@@ -1,5 +1,7 @@
 """Every refusal names the argument and the values, from the functions and the ops, and changes nothing."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from layers import random_layer
@@ -62,7 +64,7 @@ def test_the_compiled_op_refuses_by_itself(case):
     change, _, _ = BAD_LINEAR[case]
     with pytest.raises(RuntimeError, match="lora_linear: ") as error:
         torch.ops.lora_ext.lora_linear(**(good_call() | change))
-    assert "/work" not in str(error.value) and "/home" not in str(error.value)  # no build paths
+    assert str(Path(__file__).parents[1]) not in str(error.value)  # no build paths
 
 
 def test_seed_is_required_by_the_op():
