@@ -43,7 +43,7 @@ def inject(model: ModelT, config: LoraConfig, adapter_name: str = "default") -> 
     Args:
         model: any module; weights may be on the meta device.
         config: what to adapt.
-        adapter_name: the adapter's key in each layer. One adapter per model for now.
+        adapter_name: the adapter's key in each layer. One adapter per model.
 
     Returns:
         ``model``, the same object.
