@@ -18,7 +18,7 @@ struct ForwardCall {
   Tensor y{}, xa{}, mask{};      // the op's results
   LoraForwardParams params{};
 
-  Tensor y_rows() const { return as_rows(y, params.num_tokens, params.out_features); }
+  Tensor y_rows() const { return as_rows(y, params.num_tokens, params.siblings[0].out_features); }
 };
 
 inline ForwardCall prepare_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -29,20 +29,21 @@ inline ForwardCall prepare_forward(const Tensor& x, const Tensor& weight, const 
   if (bias) call.bias = as_contiguous(*bias);
 
   LoraForwardParams& p = call.params;
-  p.num_tokens = call.x.size(0), p.rank = lora_A.size(0);
-  p.in_features = weight.size(1), p.out_features = weight.size(0);
+  LoraForwardSibling& s = p.siblings[0];
+  p.num_siblings = 1, p.num_tokens = call.x.size(0), p.in_features = weight.size(1);
+  s.rank = p.total_rank = lora_A.size(0), s.out_features = weight.size(0);
   p.dtype = dtype_of(x), p.factor_dtype = dtype_of(lora_A);
   p.threshold = dropout_threshold(dropout_p);
-  p.scale = scaling * dropout_rescale(p.threshold);
+  s.scale = scaling * dropout_rescale(p.threshold);
 
-  call.y = empty(sizes_with_last(x, p.out_features), p.dtype, x);
-  call.xa = empty({p.num_tokens, p.rank}, accumulation_dtype(p.dtype), x);
+  call.y = empty(sizes_with_last(x, s.out_features), p.dtype, x);
+  call.xa = empty({p.num_tokens, p.total_rank}, accumulation_dtype(p.dtype), x);
   call.mask = p.threshold > 0 ? empty_bytes({p.num_tokens, mask_row_bytes(p.in_features)}, x) : empty_bytes({0}, x);
 
   p.x = call.x.const_data_ptr(), p.x_stride = call.x.stride(0);
-  p.lora_A = call.lora_A.const_data_ptr(), p.lora_B = call.lora_B.const_data_ptr();
-  if (call.bias) p.bias = call.bias->const_data_ptr();
-  p.y = call.y.mutable_data_ptr(), p.xa = call.xa.mutable_data_ptr();
+  s.lora_A = call.lora_A.const_data_ptr(), s.lora_B = call.lora_B.const_data_ptr();
+  if (call.bias) s.bias = call.bias->const_data_ptr();
+  s.y = call.y.mutable_data_ptr(), p.xa = call.xa.mutable_data_ptr();
   if (p.threshold > 0) {
     p.seed = static_cast<const int64_t*>(seed->const_data_ptr());
     p.mask = static_cast<uint8_t*>(call.mask.mutable_data_ptr());
@@ -70,24 +71,25 @@ inline BackwardCall prepare_backward(const Tensor& grad_y, const std::optional<T
   if (want_B) call.xa = as_contiguous(*xa);
 
   LoraBackwardParams& p = call.params;
-  p.num_tokens = call.grad_y.size(0), p.rank = lora_A.size(0);
-  p.in_features = weight.size(1), p.out_features = weight.size(0);
+  LoraBackwardSibling& s = p.siblings[0];
+  p.num_siblings = 1, p.num_tokens = call.grad_y.size(0), p.in_features = weight.size(1);
+  s.rank = p.total_rank = lora_A.size(0), s.out_features = weight.size(0);
   p.dtype = dtype_of(grad_y), p.factor_dtype = dtype_of(lora_A);
   const uint32_t threshold = dropout_threshold(dropout_p);
-  p.scale = scaling * dropout_rescale(threshold);
+  s.scale = scaling * dropout_rescale(threshold);
 
   if (want_x) call.grad_x = empty(sizes_with_last(grad_y, p.in_features), p.dtype, grad_y);
-  if (want_A) call.grad_A = empty({p.rank, p.in_features}, p.factor_dtype, grad_y);
-  if (want_B) call.grad_B = empty({p.out_features, p.rank}, p.factor_dtype, grad_y);
+  if (want_A) call.grad_A = empty({s.rank, p.in_features}, p.factor_dtype, grad_y);
+  if (want_B) call.grad_B = empty({s.out_features, s.rank}, p.factor_dtype, grad_y);
 
-  p.grad_y = call.grad_y.const_data_ptr(), p.grad_y_stride = call.grad_y.stride(0);
-  p.lora_A = call.lora_A.const_data_ptr(), p.lora_B = call.lora_B.const_data_ptr();
+  s.grad_y = call.grad_y.const_data_ptr(), s.grad_y_stride = call.grad_y.stride(0);
+  s.lora_A = call.lora_A.const_data_ptr(), s.lora_B = call.lora_B.const_data_ptr();
   if (want_A) p.x = call.x->const_data_ptr(), p.x_stride = call.x->stride(0);
   if (want_B) p.xa = call.xa->const_data_ptr();
   if (threshold > 0 && (want_x || want_A)) p.mask = static_cast<const uint8_t*>(mask->const_data_ptr());
   if (want_x) p.grad_x = call.grad_x->mutable_data_ptr();
-  if (want_A) p.grad_lora_A = call.grad_A->mutable_data_ptr();
-  if (want_B) p.grad_lora_B = call.grad_B->mutable_data_ptr();
+  if (want_A) s.grad_lora_A = call.grad_A->mutable_data_ptr();
+  if (want_B) s.grad_lora_B = call.grad_B->mutable_data_ptr();
   return call;
 }
 

@@ -33,11 +33,11 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& we
 
   const Tensor y_rows = call.y_rows(), weight_t = transposed(weight);
   const int64_t num_chunks = count_chunks(p.num_tokens);
-  const Workspace workspace =
-      make_workspace(accumulation_dtype(p.dtype), p.in_features, p.out_features, p.rank, num_chunks, false, false);
+  const Workspace workspace = make_workspace(accumulation_dtype(p.dtype), p.in_features, p.siblings[0].out_features,
+                                             p.siblings[0].rank, num_chunks, false, false);
   if (p.accumulate) {
     base_product(y_rows, call.bias, call.x, weight_t);
-    p.bias = nullptr;
+    p.siblings[0].bias = nullptr;
   }
   pack_factors(kernels.pack_forward, p, workspace);
   run_chunks(kernels.forward, p, workspace, num_chunks);
@@ -56,15 +56,17 @@ std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>> 
   p.accumulate = base_product_first(p.dtype);
 
   const int64_t num_chunks = count_chunks(p.num_tokens);  // zero chunks sum to zero gradients
-  const Workspace workspace = make_workspace(accumulation_dtype(p.dtype), p.in_features, p.out_features, p.rank,
-                                             num_chunks, call.grad_A.has_value(), call.grad_B.has_value());
+  const Workspace workspace =
+      make_workspace(accumulation_dtype(p.dtype), p.in_features, p.siblings[0].out_features, p.siblings[0].rank,
+                     num_chunks, call.grad_A.has_value(), call.grad_B.has_value());
   const bool with_base = call.grad_x && p.num_tokens > 0;
   if (with_base && p.accumulate) base_product(call.grad_x_rows(), std::nullopt, call.grad_y, weight);
   pack_factors(kernels.pack_backward, p, workspace);
   run_chunks(kernels.backward, p, workspace, num_chunks);
   if (call.grad_A || call.grad_B) {
-    torch::stable::parallel_for(
-        0, p.rank, 4, [&](int64_t begin, int64_t end) { kernels.reduce_grads(p, workspace, num_chunks, begin, end); });
+    torch::stable::parallel_for(0, p.siblings[0].rank, 4, [&](int64_t begin, int64_t end) {
+      kernels.reduce_grads(p, workspace, num_chunks, begin, end);
+    });
   }
   if (with_base && !p.accumulate) base_product(call.grad_x_rows(), call.grad_x_rows(), call.grad_y, weight);
   return {call.grad_x, call.grad_A, call.grad_B};

@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& we
 
   launch_lora_forward(p, workspace.mutable_data_ptr(), current_stream(x));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  if (p.in_features > 0 && p.out_features > 0) add_base_product(call.y_rows(), call.x, transposed(weight));
+  if (p.in_features > 0 && p.siblings[0].out_features > 0) add_base_product(call.y_rows(), call.x, transposed(weight));
   return {call.y, call.xa, call.mask};
 }
 
@@ -40,7 +40,7 @@ std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>> 
 
   launch_lora_backward(p, workspace.mutable_data_ptr(), current_stream(grad_y));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  if (call.grad_x && p.in_features > 0 && p.out_features > 0) {
+  if (call.grad_x && p.in_features > 0 && p.siblings[0].out_features > 0) {
     add_base_product(call.grad_x_rows(), call.grad_y, weight);
   }
   return {call.grad_x, call.grad_A, call.grad_B};

@@ -9,41 +9,60 @@
 
 namespace lora_ext {
 
+// Siblings: layers that read one x (q/k/v, gate/up). They share x, its dropout mask and the factors' dtype; ranks,
+// widths and scalings are their own. A single layer is one sibling. Their ranks stand side by side in xa and grad_xa:
+// sibling s has columns [rank_begin, rank_begin + rank) of a row of total_rank.
+constexpr int kMaxSiblings = 8;
+
 // y (+)= bias + xa @ lora_B^T with xa = scale * (mask o x) @ lora_A^T
+struct LoraForwardSibling {
+  int64_t out_features, rank, rank_begin;
+  const void* lora_A;  // [rank, in_features], contiguous, factor_dtype
+  const void* lora_B;  // [out_features, rank], contiguous, factor_dtype
+  const void* bias;    // [out_features], dtype; null: none
+  void* y;             // [num_tokens, out_features], contiguous, dtype
+  double scale;        // scaling / (1 - p)
+};
+
 struct LoraForwardParams {
-  int64_t num_tokens, in_features, out_features, rank;
+  int64_t num_tokens, in_features, total_rank;
   const void* x;        // [num_tokens, in_features], dtype
-  const void* lora_A;   // [rank, in_features], contiguous, factor_dtype
-  const void* lora_B;   // [out_features, rank], contiguous, factor_dtype
-  const void* bias;     // [out_features], dtype; null: none
   const int64_t* seed;  // [1]; null when threshold == 0
-  void* y;              // [num_tokens, out_features], contiguous, dtype
-  void* xa;             // [num_tokens, rank], contiguous, acc
+  void* xa;             // [num_tokens, total_rank], contiguous, acc
   uint8_t* mask;        // [num_tokens, mask_row_bytes(in_features)], written; null when threshold == 0
   int64_t x_stride;
   DType dtype, factor_dtype;
-  double scale;        // scaling / (1 - p)
   uint32_t threshold;  // dropout: keep when the 16-bit random number is >= threshold
   bool accumulate;     // y already holds x @ weight^T: add to it
+  int num_siblings;
+  LoraForwardSibling siblings[kMaxSiblings];
 };
 
 // grad_xa = scale * grad_y @ lora_B
-// grad_lora_A = grad_xa^T @ (mask o x)    grad_lora_B = grad_y^T @ xa    grad_x (+)= mask o (grad_xa @ lora_A)
+// grad_lora_A = grad_xa^T @ (mask o x)    grad_lora_B = grad_y^T @ xa
+struct LoraBackwardSibling {
+  int64_t out_features, rank, rank_begin;
+  const void* grad_y;  // [num_tokens, out_features], dtype
+  const void* lora_A;  // [rank, in_features], contiguous, factor_dtype
+  const void* lora_B;  // [out_features, rank], contiguous, factor_dtype
+  void* grad_lora_A;   // [rank, in_features], contiguous, factor_dtype; null: not wanted, of every sibling
+  void* grad_lora_B;   // [out_features, rank], contiguous, factor_dtype; null: not wanted, of every sibling
+  int64_t grad_y_stride;
+  double scale;  // scaling / (1 - p)
+};
+
+// grad_x (+)= mask o (the sum over siblings of grad_xa @ lora_A)
 struct LoraBackwardParams {
-  int64_t num_tokens, in_features, out_features, rank;
-  const void* grad_y;   // [num_tokens, out_features], dtype
-  const void* x;        // [num_tokens, in_features], dtype; null when grad_lora_A is
-  const void* lora_A;   // [rank, in_features], contiguous, factor_dtype
-  const void* lora_B;   // [out_features, rank], contiguous, factor_dtype
-  const void* xa;       // [num_tokens, rank], contiguous, acc; null when grad_lora_B is
+  int64_t num_tokens, in_features, total_rank;
+  const void* x;        // [num_tokens, in_features], dtype; null when no grad_lora_A is wanted
+  const void* xa;       // [num_tokens, total_rank], contiguous, acc; null when no grad_lora_B is wanted
   const uint8_t* mask;  // [num_tokens, mask_row_bytes(in_features)]; null: no dropout
   void* grad_x;         // [num_tokens, in_features], contiguous, dtype; null: not wanted
-  void* grad_lora_A;    // [rank, in_features], contiguous, factor_dtype; null: not wanted
-  void* grad_lora_B;    // [out_features, rank], contiguous, factor_dtype; null: not wanted
-  int64_t grad_y_stride, x_stride;
+  int64_t x_stride;
   DType dtype, factor_dtype;
-  double scale;     // scaling / (1 - p)
-  bool accumulate;  // grad_x already holds grad_y @ weight: add to it
+  bool accumulate;  // grad_x already holds the sum of grad_y @ weight: add to it
+  int num_siblings;
+  LoraBackwardSibling siblings[kMaxSiblings];
 };
 
 // weight += scaling * lora_B @ lora_A, accumulated in acc and rounded once

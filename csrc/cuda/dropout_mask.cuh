@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "../common/dropout.h"
+#include "launch.cuh"
 #include "launch.h"
 
 namespace lora_ext::cuda {

@@ -1,10 +1,14 @@
 // From a dtype known at run time to the kernels compiled for it.
 #include "launch.h"
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <type_traits>
 
 #include "dropout_mask.cuh"
-#include "lora.cuh"
+#include "lora_launches.h"
+#include "merge.cuh"
 
 namespace lora_ext::cuda {
 namespace {
@@ -22,8 +26,20 @@ void with_type_of(DType dtype, F f) {
 
 }  // namespace
 
-int64_t workspace_bytes(const LoraForwardParams& params) { return plan_workspace(params).total; }
-int64_t workspace_bytes(const LoraBackwardParams& params) { return plan_workspace(params).total; }
+int64_t workspace_bytes(const LoraForwardParams& params) {
+  int64_t bytes = 0;
+  with_type_of(params.dtype,
+               [&](auto type) { bytes = LoraLaunches<typename decltype(type)::type>::workspace_bytes(params); });
+  return bytes;
+}
+
+int64_t workspace_bytes(const LoraBackwardParams& params) {
+  int64_t bytes = 0;
+  with_type_of(params.dtype,
+               [&](auto type) { bytes = LoraLaunches<typename decltype(type)::type>::workspace_bytes(params); });
+  return bytes;
+}
+
 int64_t workspace_bytes(const LoraMergeParams& params) { return plan_workspace(params).total; }
 
 void launch_lora_forward(const LoraForwardParams& params, void* workspace, cudaStream_t stream) {
@@ -38,12 +54,12 @@ void launch_lora_backward(const LoraBackwardParams& params, void* workspace, cud
 
 void launch_lora_merge(const LoraMergeParams& params, void* workspace, cudaStream_t stream) {
   with_type_of(params.dtype,
-               [&](auto type) { LoraLaunches<typename decltype(type)::type>::merge(params, workspace, stream); });
+               [&](auto type) { launch_merge_of<typename decltype(type)::type>(params, workspace, stream); });
 }
 
 void launch_dropout_mask(const DropoutMaskParams& params, cudaStream_t stream) {
   const int64_t num_bytes = params.num_tokens * params.row_bytes;
-  launch(&dropout_mask_kernel, make_grid(ceil_div(num_bytes, kMaskThreads)), kMaskThreads, stream, params);
+  launch(&dropout_mask_kernel, make_grid(ceil_div(num_bytes, kMaskThreads)), kMaskThreads, 0, stream, params);
 }
 
 }  // namespace lora_ext::cuda

@@ -1,33 +1,49 @@
-// The one way a kernel is started: launch(kernel, grid, threads, stream, params). A function, not <<<>>>, so that a
-// host compiler can read the same files; it then brings its own launch() and the CUDA builtins.
+// The one way a kernel is started: launch(kernel, grid, threads, shared_bytes, stream, params). A function, not <<<>>>,
+// so that a host compiler can read the same files; tests/simt then brings its own launch() and the CUDA builtins.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 
-#include "plan.h"
-
 namespace lora_ext::cuda {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A size beyond what the hardware takes becomes one that it refuses, so that the launch check reports it.
 inline unsigned grid_size(int64_t blocks) {
   return static_cast<unsigned>(std::min<int64_t>(blocks, std::numeric_limits<unsigned>::max()));
 }
 
+// y and z take at most 65535 blocks: what grows with the number of tokens belongs on x.
 inline dim3 make_grid(int64_t x, int64_t y = 1, int64_t z = 1) { return {grid_size(x), grid_size(y), grid_size(z)}; }
 
-#if defined(__CUDACC__)
+}  // namespace lora_ext::cuda
+
+#if !defined(__CUDACC__)
+#include "simt_launch.h"
+#else
+
+namespace lora_ext::cuda {
+
+// shared_bytes: of dynamic shared memory, up to what the architecture has (99 KiB everywhere).
 template <class Params>
-void launch(void (*kernel)(Params), dim3 grid, int threads, cudaStream_t stream, const Params& params) {
+void launch(void (*kernel)(Params), dim3 grid, int threads, uint32_t shared_bytes, cudaStream_t stream,
+            const Params& params) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;  // an empty result is no launch
+  if (shared_bytes > 48 * 1024) {  // beyond it a kernel must be told, on each device; legal during graph capture
+    cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         static_cast<int>(shared_bytes));
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   cudaLaunchKernelEx(&config, kernel, params);  // an error stays in cudaGetLastError()
 }
-#endif
 
 }  // namespace lora_ext::cuda
+#endif

@@ -149,11 +149,19 @@ void forward_follows_its_formula(const Kernels& kernels, const char* isa, int64_
   const int64_t seed = static_cast<int64_t>(kSeed);
 
   LoraForwardParams p{};
-  p.num_tokens = kTokens, p.in_features = kIn, p.out_features = kOut, p.rank = kRank;
-  p.x = x.data(), p.x_stride = kIn, p.lora_A = A.data(), p.lora_B = B.data(), p.bias = bias.data(), p.seed = &seed;
-  p.y = y.data(), p.xa = xa.data(), p.mask = mask.data();
+  p.num_siblings = 1, p.num_tokens = kTokens, p.in_features = kIn, p.total_rank = kRank;
+  p.x = x.data(), p.x_stride = kIn, p.seed = &seed, p.xa = xa.data(), p.mask = mask.data();
   p.dtype = p.factor_dtype = DType::kFloat32;
-  p.threshold = 16384, p.scale = 0.5 * dropout_rescale(p.threshold);
+  p.threshold = 16384;
+  const double scale = 0.5 * dropout_rescale(p.threshold);
+  p.siblings[0] = {.out_features = kOut,
+                   .rank = kRank,
+                   .rank_begin = 0,
+                   .lora_A = A.data(),
+                   .lora_B = B.data(),
+                   .bias = bias.data(),
+                   .y = y.data(),
+                   .scale = scale};
   const Workspace w{packed_A.data(), packed_B.data(), partial.data(), left.data(), nullptr, nullptr};
   for (const int which : {0, 1}) kernels.pack_forward(p, w, which);
   for (int64_t chunk = 0; chunk < num_chunks; ++chunk) kernels.forward(p, w, chunk, num_chunks);
@@ -166,7 +174,7 @@ void forward_follows_its_formula(const Kernels& kernels, const char* isa, int64_
         const uint8_t bits = dropout_mask_byte(kSeed, m, static_cast<uint32_t>(k / 8), p.threshold);
         if (bits >> (k % 8) & 1) sum += static_cast<double>(x[m * kIn + k]) * A[r * kIn + k];
       }
-      expected_xa[r] = sum * p.scale;
+      expected_xa[r] = sum * scale;
       CHECK(std::fabs(xa[m * kRank + r] - expected_xa[r]) < 1e-4, "%s: xa[%d, %d]", isa, int(m), int(r));
     }
     for (int64_t n = 0; n < kOut; ++n) {

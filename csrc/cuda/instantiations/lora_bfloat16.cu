@@ -1,4 +1,4 @@
-#include "../lora.cuh"
+#include "../fma/lora.cuh"
 
 namespace lora_ext::cuda {
 

@@ -7,9 +7,10 @@
 // Ranks beyond 64 are further blocks, which read x and draw the same bits again; the first one writes them.
 #pragma once
 
-#include "../common/dropout.h"
-#include "elements.cuh"
-#include "launch.cuh"
+#include "../../common/dropout.h"
+#include "../elements.cuh"
+#include "../launch.cuh"
+#include "plan.h"
 
 namespace lora_ext::cuda {
 
@@ -128,7 +129,7 @@ void launch_shrink_bucket(const ShrinkParams& p, cudaStream_t stream) {
   using Traits = ShrinkTraits<T, kRankBucket>;
   const dim3 grid = make_grid(ceil_div(p.num_tokens, Traits::kBlockM), ceil_div(p.rank, Traits::kBlockR));
   launch(p.mask ? &shrink_kernel<T, kRankBucket, true> : &shrink_kernel<T, kRankBucket, false>, grid, Traits::kThreads,
-         stream, p);
+         0, stream, p);
 }
 
 template <class T>

@@ -9,8 +9,9 @@
 // acc.
 #pragma once
 
-#include "elements.cuh"
-#include "launch.cuh"
+#include "../elements.cuh"
+#include "../launch.cuh"
+#include "plan.h"
 
 namespace lora_ext::cuda {
 
@@ -115,7 +116,7 @@ template <class T, int kRankBucket>
 void launch_token_sum_bucket(const TokenSumParams& p, cudaStream_t stream) {
   using Traits = TokenSumTraits<kRankBucket>;
   const dim3 grid = make_grid(ceil_div(p.features, Traits::kBlockN), ceil_div(p.rank, Traits::kBlockR), p.chunks.count);
-  launch(&token_sum_kernel<T, kRankBucket>, grid, Traits::kThreads, stream, p);
+  launch(&token_sum_kernel<T, kRankBucket>, grid, Traits::kThreads, 0, stream, p);
 }
 
 template <class T>
@@ -125,7 +126,7 @@ void launch_token_sum(const TokenSumParams& p, cudaStream_t stream) {
   } else {
     launch_token_sum_bucket<T, kRankBucketLarge>(p, stream);
   }
-  launch(&sum_chunks_kernel<Acc<T>>, make_grid(ceil_div(p.rank * p.features, kSumThreads)), kSumThreads, stream, p);
+  launch(&sum_chunks_kernel<Acc<T>>, make_grid(ceil_div(p.rank * p.features, kSumThreads)), kSumThreads, 0, stream, p);
 }
 
 }  // namespace lora_ext::cuda

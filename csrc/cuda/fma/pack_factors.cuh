@@ -2,8 +2,9 @@
 // factors, rank * (in_features + out_features) elements, are small beside x.
 #pragma once
 
-#include "elements.cuh"
-#include "launch.cuh"
+#include "../elements.cuh"
+#include "../launch.cuh"
+#include "plan.h"
 
 namespace lora_ext::cuda {
 
@@ -35,7 +36,7 @@ void launch_pack_factors(const PackFactorsParams& p, cudaStream_t stream) {
   for (const auto& factor : p.factors) {
     if (factor.packed) largest = std::max(largest, factor.rows * factor.cols);
   }
-  launch(&pack_factors_kernel<A>, make_grid(ceil_div(largest, kPackThreads), 2), kPackThreads, stream, p);
+  launch(&pack_factors_kernel<A>, make_grid(ceil_div(largest, kPackThreads), 2), kPackThreads, 0, stream, p);
 }
 
 }  // namespace lora_ext::cuda

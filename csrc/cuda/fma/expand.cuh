@@ -7,8 +7,9 @@
 // them; beside that, the mask's bits and the two skinny matrices are small.
 #pragma once
 
-#include "elements.cuh"
-#include "launch.cuh"
+#include "../elements.cuh"
+#include "../launch.cuh"
+#include "plan.h"
 
 namespace lora_ext::cuda {
 
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(ExpandTraits::kThreads) expand_kernel(const __
 template <class T>
 void launch_expand(const ExpandParams& p, cudaStream_t stream) {
   const dim3 grid = make_grid(ceil_div(p.rows, ExpandTraits::kBlockM), ceil_div(p.cols, ExpandTraits::kBlockN));
-  launch(&expand_kernel<T>, grid, ExpandTraits::kThreads, stream, p);
+  launch(&expand_kernel<T>, grid, ExpandTraits::kThreads, 0, stream, p);
 }
 
 }  // namespace lora_ext::cuda

@@ -5,11 +5,10 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../common/params.h"
+#include "../../common/params.h"
+#include "../launch.cuh"
 
 namespace lora_ext::cuda {
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The ranks a block handles together: the only tile size that depends on the shape.
 constexpr int kRankBucketSmall = 16, kRankBucketLarge = 64;
@@ -47,13 +46,6 @@ struct WorkspacePlan {
   }
 };
 
-inline WorkspacePlan plan_workspace(const LoraForwardParams& p) {
-  WorkspacePlan plan;
-  plan.lora_A = plan.take(p.rank * p.in_features, p.dtype);
-  plan.lora_B = plan.take(p.rank * p.out_features, p.dtype);
-  return plan;
-}
-
 inline WorkspacePlan plan_workspace(const LoraMergeParams& p) {
   WorkspacePlan plan;
   plan.lora_A = plan.take(p.rank * p.in_features, p.dtype);
@@ -61,18 +53,25 @@ inline WorkspacePlan plan_workspace(const LoraMergeParams& p) {
   return plan;
 }
 
+inline WorkspacePlan plan_workspace(const LoraForwardParams& p) {
+  WorkspacePlan plan;
+  plan.lora_A = plan.take(p.siblings[0].rank * p.in_features, p.dtype);
+  plan.lora_B = plan.take(p.siblings[0].rank * p.siblings[0].out_features, p.dtype);
+  return plan;
+}
+
 inline WorkspacePlan plan_workspace(const LoraBackwardParams& p) {
   WorkspacePlan plan;
-  if (p.grad_x) plan.lora_A = plan.take(p.rank * p.in_features, p.dtype);
-  if (p.grad_x || p.grad_lora_A) {
-    plan.lora_B = plan.take(p.rank * p.out_features, p.dtype);
-    plan.grad_xa = plan.take(p.num_tokens * p.rank, p.dtype);
+  if (p.grad_x) plan.lora_A = plan.take(p.siblings[0].rank * p.in_features, p.dtype);
+  if (p.grad_x || p.siblings[0].grad_lora_A) {
+    plan.lora_B = plan.take(p.siblings[0].rank * p.siblings[0].out_features, p.dtype);
+    plan.grad_xa = plan.take(p.num_tokens * p.siblings[0].rank, p.dtype);
   }
   auto partial_elements = [&](int64_t features) {
-    return plan_token_chunks(p.num_tokens, features, p.rank).count * p.rank * features;
+    return plan_token_chunks(p.num_tokens, features, p.siblings[0].rank).count * p.siblings[0].rank * features;
   };
-  plan.partial = plan.take(std::max(p.grad_lora_A ? partial_elements(p.in_features) : 0,
-                                    p.grad_lora_B ? partial_elements(p.out_features) : 0),
+  plan.partial = plan.take(std::max(p.siblings[0].grad_lora_A ? partial_elements(p.in_features) : 0,
+                                    p.siblings[0].grad_lora_B ? partial_elements(p.siblings[0].out_features) : 0),
                            p.dtype);
   return plan;
 }

@@ -1,0 +1,63 @@
+// Every PTX primitive the kernels use, one function each and nothing else. PTX ISA 8.7 has their definitions; the
+// section is named beside each. A host compiler reads tests/simt's versions of the same functions instead.
+#pragma once
+
+#include <cstdint>
+
+#if !defined(__CUDACC__)
+#include "simt_ptx.h"
+#else
+
+namespace lora_ext::cuda::ptx {
+
+// The 32-bit address of shared memory that the instructions below take.
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Copies 16 bytes from global to shared memory, both aligned to 16, past the registers and the first-level cache:
+// `bytes` of them (0 to 16) are read, the rest become zero. Visible to this thread after a wait, to others after a
+// barrier that follows it. (9.7.9.25.3.1)
+__device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, uint32_t bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+// Closes the group of copies issued since the last commit; an empty group counts. (9.7.9.25.3.2)
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most kPending of this thread's latest groups are unfinished. (9.7.9.25.3.3)
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit elements: lane i gives the address of row i % 8 of matrix i / 8 (16 bytes, aligned).
+// Lane i receives of each matrix the elements (row i / 4, columns 2 * (i % 4) and the next). (9.7.14.5.15)
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&out)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(row)
+               : "memory");
+}
+
+// The same, of each matrix transposed: lane i receives (rows 2 * (i % 4) and the next, column i / 4).
+__device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t (&out)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(row)
+               : "memory");
+}
+
+// d [16, 8] += a [16, 16] @ b [16, 8], bfloat16 with float32 accumulation. With g = lane / 4 and q = 2 * (lane % 4):
+// a[0..3] hold rows g, g + 8, g, g + 8 and columns q, q, q + 8, q + 8 (and the next); b[0..1] hold rows q, q + 8 (and
+// the next) of column g; d holds (g, q), (g, q + 1), (g + 8, q), (g + 8, q + 1). (9.7.14.5.8)
+__device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+}  // namespace lora_ext::cuda::ptx
+#endif

@@ -1,0 +1,43 @@
+// Dynamic shared memory, carved into named arrays. Arrays of up to 48 KiB in all may be __shared__ variables; what is
+// larger, or differs between instantiations, is carved here.
+#pragma once
+
+#include <cstdint>
+
+namespace lora_ext::cuda {
+
+constexpr uint32_t kSharedAlignment = 128;  // of every array: 8 rows of 16 bytes, what ldmatrix and swizzles want
+
+constexpr uint32_t shared_bytes_of(uint32_t bytes) {
+  return (bytes + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
+}
+
+}  // namespace lora_ext::cuda
+
+#if !defined(__CUDACC__)
+#include "simt_shared_memory.h"  // the same class, which knows where each array ends
+#else
+
+namespace lora_ext::cuda {
+
+class SharedMemory {
+ public:
+  __device__ __forceinline__ SharedMemory() {
+    extern __shared__ __align__(kSharedAlignment) uint8_t dynamic_shared_memory[];
+    next_ = dynamic_shared_memory;
+  }
+
+  // The next `count` elements. The launch asks for the sum of shared_bytes_of(count * sizeof(T)) over all calls.
+  template <class T>
+  __device__ __forceinline__ T* take(uint32_t count, [[maybe_unused]] const char* name) {
+    T* array = reinterpret_cast<T*>(next_);
+    next_ += shared_bytes_of(count * static_cast<uint32_t>(sizeof(T)));
+    return array;
+  }
+
+ private:
+  uint8_t* next_;
+};
+
+}  // namespace lora_ext::cuda
+#endif
