@@ -185,7 +185,7 @@ def violations(kernel: Kernel) -> list[str]:
 
     has = kernel.instructions
     rule(
-        kernel.stack == 0, f"has a stack frame of {kernel.stack} bytes, want none (spilled registers, or local arrays)"
+        kernel.stack == 0, f"has a stack frame of {kernel.stack} bytes, want none (spills, or local arrays)"
     )
     rule(kernel.local == 0 and has["local"] == 0, f"uses local memory ({has['local']} LDL or STL), want none")
     rule(has["all"] > 0, "has no machine code for this architecture")
