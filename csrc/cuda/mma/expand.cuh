@@ -21,9 +21,10 @@ inline int64_t divide_columns(const ExpandParams& p, int64_t tile_cols, ExpandTi
   int64_t count = 0;
   for (int s = 0; s < p.num_siblings; ++s) {
     const ExpandSibling& sibling = p.siblings[s];
-    const int64_t pieces = ceil_div(sibling.cols, kPieceCols), own = ceil_div(sibling.cols, tile_cols);
+    const int64_t own = ceil_div(sibling.cols, tile_cols);
+    const int64_t steps = ceil_div(ceil_div(sibling.cols, kPackedColumnStep), std::max<int64_t>(own, 1));
     tiles.siblings[s] = {.begin = count,
-                         .cols = own == 0 ? kPieceCols : static_cast<int>(ceil_div(pieces, own) * kPieceCols),
+                         .cols = static_cast<int>(steps * kPackedColumnStep),
                          .pairs = is_aligned(p.left, 8) && p.left_stride % 2 == 0 && sibling.rank_begin % 2 == 0,
                          .eights = is_aligned(sibling.out, 16) && is_aligned(sibling.bias, 16) &&
                                    sibling.out_stride % 8 == 0 && sibling.cols % 8 == 0};
@@ -45,10 +46,10 @@ void launch_expand_short(const ExpandParams& p, cudaStream_t stream) {
 
   int64_t rows = 0;
   for (int s = 0; s < p.num_siblings; ++s) rows = std::max(rows, kParts * PackedShape(p.siblings[s].rank, 0).rows);
-  int64_t tile_cols = std::min(kMaxTileCols, kMaxSharedBytes / (rows * 2) / kPieceCols * kPieceCols);
+  int64_t tile_cols = std::min(kMaxTileCols, kMaxSharedBytes / (rows * 2) / kPackedColumnStep * kPackedColumnStep);
   int64_t col_tiles = divide_columns(p, tile_cols, tiles);
-  while (tile_cols > kPieceCols && row_tiles * col_tiles < kTargetBlocks) {
-    tile_cols = ceil_div(tile_cols / 2, kPieceCols) * kPieceCols;
+  while (tile_cols > kPackedColumnStep && row_tiles * col_tiles < kTargetBlocks) {
+    tile_cols = ceil_div(tile_cols / 2, kPackedColumnStep) * kPackedColumnStep;
     col_tiles = divide_columns(p, tile_cols, tiles);
   }
 

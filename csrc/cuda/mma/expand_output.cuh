@@ -33,7 +33,7 @@ struct ExpandTiles {
   int row_warps;  // how many warps of a block have rows of their own; those that share rows share out the columns
   struct Sibling {
     int64_t begin;  // its first tile
-    int cols;       // of a tile, a multiple of kPieceCols
+    int cols;       // of a tile, a multiple of kPackedColumnStep
     bool pairs;     // left can be read in aligned pairs
     bool eights;    // out and bias can be read and written in aligned groups of eight
   } siblings[kMaxSiblings];
@@ -45,7 +45,7 @@ struct ExpandLaunch {
 };
 
 constexpr int kExpandThreads = 256, kExpandWarps = kExpandThreads / 32;
-constexpr int kPieceRows = 16, kPieceCols = 64;  // a warp's piece of output: its sums are 32 registers
+constexpr int kPieceRows = 16, kPieceCols = 32;  // a warp's piece of output: its sums are 16 registers
 
 __device__ __forceinline__ int find_sibling(const ExpandLaunch& p) {
   int sibling = p.params.num_siblings - 1;
@@ -88,108 +88,112 @@ __device__ __forceinline__ float element_of(const Eight& eight, int e) {
   }
 }
 
-// count: of elements inside the row; eight of them, or none, where whole groups can be read.
 template <class T>
-__device__ __forceinline__ Eight load_eight(const T* from, int64_t count, bool eights) {
-  Eight eight = {};
-  if (eights) {
-    if (count > 0) {
-      const uint4 words = *reinterpret_cast<const uint4*>(from);
-      eight = {{words.x, words.y, words.z, words.w}};
-    }
-  } else {
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      if (e < count) eight.word[e / 2] |= static_cast<uint32_t>(bits_of(from[e])) << (e % 2 * 16);
-    }
-  }
-  return eight;
+__device__ __forceinline__ Eight load_eight(const T* from) {
+  const uint4 words = *reinterpret_cast<const uint4*>(from);
+  return {{words.x, words.y, words.z, words.w}};
 }
 
+// value[e] += from[e] where rows do not come in aligned groups.
 template <class T>
-__device__ __forceinline__ void store_eight(T* to, const float (&value)[8], int64_t count, bool eights) {
-  T rounded[8];
+__device__ __forceinline__ void add_single(float (&value)[8], const T* from, int count) {
 #pragma unroll
-  for (int e = 0; e < 8; ++e) rounded[e] = from_acc<T>(value[e]);
-  if (eights) {
-    uint32_t word[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      word[i] = bits_of(rounded[2 * i]) | static_cast<uint32_t>(bits_of(rounded[2 * i + 1])) << 16;
-    }
-    if (count > 0) *reinterpret_cast<uint4*>(to) = make_uint4(word[0], word[1], word[2], word[3]);
-  } else {
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      if (e < count) to[e] = rounded[e];
-    }
+  for (int e = 0; e < 8; ++e) {
+    if (e < count) value[e] += to_acc(from[e]);
   }
 }
 
-// One warp's piece of output. Lane 4 * g + t has rows g and g + 8 and, by the interleaved order of right's columns,
-// columns 8 * t to 8 * t + 7 of either half of 32.
 template <class T>
-class ExpandPiece {
+__device__ __forceinline__ void add_eight(float (&value)[8], const Eight& eight) {
+#pragma unroll
+  for (int e = 0; e < 8; ++e) value[e] += element_of<T>(eight, e);
+}
+
+template <class T>
+__device__ __forceinline__ void store_eight(T* to, const float (&value)[8]) {
+  uint32_t word[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    word[i] = bits_of(from_acc<T>(value[2 * i])) | static_cast<uint32_t>(bits_of(from_acc<T>(value[2 * i + 1]))) << 16;
+  }
+  *reinterpret_cast<uint4*>(to) = make_uint4(word[0], word[1], word[2], word[3]);
+}
+
+template <class T>
+__device__ __forceinline__ void store_single(T* to, const float (&value)[8], int count) {
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    if (e < count) to[e] = from_acc<T>(value[e]);
+  }
+}
+
+// A warp's way along 16 rows of output, piece by piece. Lane 4 * g + t has rows g and g + 8 and, by the interleaved
+// order of right's columns, columns 8 * t to 8 * t + 7 of a piece.
+template <class T>
+class ExpandOutput {
  public:
-  // Reads what will be added to the sums; called before they are made, so that the loads overlap with that.
-  __device__ __forceinline__ ExpandPiece(const ExpandParams& p, const ExpandSibling& sibling, bool eights, int64_t row0,
-                                         int64_t col0)
-      : p_(p), sibling_(sibling), eights_(eights) {
+  __device__ __forceinline__ ExpandOutput(const ExpandParams& p, const ExpandSibling& sibling, bool eights,
+                                          int64_t row0, int64_t col0)
+      : accumulate_(p.accumulate), eights_(eights) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    row_ = row0 + lane / 4;
-    col_ = col0 + lane % 4 * 8;
+    const int64_t row = row0 + lane / 4, col = col0 + lane % 4 * 8;
+    constexpr int64_t kFar = 1 << 30;
+    rows_ = static_cast<int>(min(p.num_tokens - row, kFar));
+    cols_ = static_cast<int>(min(sibling.cols - col, kFar));
+    out_ = static_cast<T*>(sibling.out) + row * sibling.out_stride + col;
+    out_step_ = 8 * sibling.out_stride;
+    bias_ = sibling.bias ? static_cast<const T*>(sibling.bias) + col : nullptr;
+    mask_ = p.mask ? p.mask + row * p.mask_row_bytes + col / 8 : nullptr;
+    mask_step_ = 8 * p.mask_row_bytes;
+  }
+
+  // Reads what will be added to the sums of the piece at column `col`; before they are made, so that both overlap.
+  __device__ __forceinline__ void prefetch(int col) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t col = col_ + 32 * half;
-      if (p.accumulate) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) held_[half][i] = load_eight(out(half, i), count(half, i), eights);
-      }
-      if (p.mask) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (count(half, i) > 0) keep_[half][i] = p.mask[(row_ + 8 * i) * p.mask_row_bytes + col / 8];
-        }
-      }
-      if (sibling.bias) {
-        bias_[half] = load_eight(static_cast<const T*>(sibling.bias) + col, sibling.cols - col, eights);
-      }
+    for (int i = 0; i < 2; ++i) {
+      if (count(i, col) <= 0) continue;
+      if (accumulate_ && eights_) held_[i] = load_eight(out_ + i * out_step_ + col);
+      if (mask_) keep_[i] = mask_[i * mask_step_ + col / 8];
     }
   }
 
   // sum[n]: of the piece's n-th 8 columns in right's order, as an mma leaves them.
-  __device__ __forceinline__ void finish(const float (&sum)[8][4]) const {
+  __device__ __forceinline__ void finish(int col, const float (&sum)[4][4]) const {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int i = 0; i < 2; ++i) {
+      const int elements = count(i, col);
+      if (elements <= 0) continue;
+      float value[8];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float value[8];
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          value[e] = sum[4 * half + e / 2][2 * i + e % 2];
-          if (p_.mask && !((keep_[half][i] >> e) & 1)) value[e] = 0.0f;  // whatever the sum is, NaN included
-          if (sibling_.bias) value[e] += element_of<T>(bias_[half], e);
-          if (p_.accumulate) value[e] += element_of<T>(held_[half][i], e);
-        }
-        store_eight(out(half, i), value, count(half, i), eights_);
+      for (int e = 0; e < 8; ++e) {
+        value[e] = sum[e / 2][2 * i + e % 2];
+        if (mask_ && !((keep_[i] >> e) & 1)) value[e] = 0.0f;  // whatever the sum is, NaN included
+      }
+      T* out = out_ + i * out_step_ + col;
+      if (eights_) {
+        if (bias_) add_eight<T>(value, load_eight(bias_ + col));  // from the first-level cache: all rows read it
+        if (accumulate_) add_eight<T>(value, held_[i]);
+        store_eight(out, value);
+      } else {
+        if (bias_) add_single(value, bias_ + col, elements);
+        if (accumulate_) add_single(value, out, elements);
+        store_single(out, value, elements);
       }
     }
   }
 
  private:
-  __device__ __forceinline__ T* out(int half, int i) const {
-    return static_cast<T*>(sibling_.out) + (row_ + 8 * i) * sibling_.out_stride + col_ + 32 * half;
-  }
-  __device__ __forceinline__ int64_t count(int half, int i) const {
-    return row_ + 8 * i < p_.num_tokens ? sibling_.cols - col_ - 32 * half : 0;
-  }
+  // Elements from column `col` to the end of row g + 8 * i, none where there is no such row.
+  __device__ __forceinline__ int count(int i, int col) const { return 8 * i < rows_ ? cols_ - col : 0; }
 
-  const ExpandParams& p_;
-  const ExpandSibling& sibling_;
-  bool eights_;
-  int64_t row_, col_;
-  Eight held_[2][2], bias_[2];
-  uint32_t keep_[2][2] = {};
+  const bool accumulate_, eights_;
+  int rows_, cols_;
+  int64_t out_step_, mask_step_;  // 8 rows
+  T* out_;
+  const T* bias_;
+  const uint8_t* mask_;
+  Eight held_[2] = {};
+  uint32_t keep_[2] = {};
 };
 
 }  // namespace lora_ext::cuda::mma

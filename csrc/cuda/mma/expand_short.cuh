@@ -19,18 +19,21 @@ constexpr int kShortRank = 64;
 template <int kParts>
 __device__ __forceinline__ void load_right_tile(uint32_t shared, const ExpandSibling& sibling, PackedShape shape,
                                                 int64_t col0, int cols) {
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int groups = cols / 8, rows = kParts * static_cast<int>(shape.rows);
-  for (int i = static_cast<int>(threadIdx.x); i < rows * groups; i += kExpandThreads) {
-    const int row = i / groups, group = i % groups;
-    ptx::cp_async_16(shared + (row * groups + (group ^ (row % 8))) * 16,
-                     sibling.right + row * shape.cols + col0 + group * 8, 16);
+  for (int row = warp; row < rows; row += kExpandWarps) {
+    const __nv_bfloat16* from = sibling.right + row * shape.cols + col0;
+    for (int group = lane; group < groups; group += 32) {
+      ptx::cp_async_16(shared + (row * groups + (group ^ (row % 8))) * 16, from + group * 8, 16);
+    }
   }
   ptx::cp_async_commit();
 }
 
 // kSteps: of 16 ranks, at most.
 template <class T, int kParts, int kSteps>
-__global__ void __launch_bounds__(kExpandThreads, 2) expand_short_kernel(const __grid_constant__ ExpandLaunch call) {
+__global__ void __launch_bounds__(kExpandThreads, kParts == 1 || kSteps == 1 ? 3 : 2)
+    expand_short_kernel(const __grid_constant__ ExpandLaunch call) {
   const ExpandParams& p = call.params;
   const int s = find_sibling(call);
   const ExpandSibling& sibling = p.siblings[s];
@@ -41,11 +44,11 @@ __global__ void __launch_bounds__(kExpandThreads, 2) expand_short_kernel(const _
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int64_t row0 = (static_cast<int64_t>(blockIdx.x) * row_warps + warp % row_warps) * kPieceRows;
   const int64_t col0 = (blockIdx.y - tiles.begin) * tiles.cols;
-  const int cols = static_cast<int>(min(static_cast<int64_t>(tiles.cols), shape.cols - col0));
+  const int padded_cols = static_cast<int>(min(static_cast<int64_t>(tiles.cols), shape.cols - col0));
 
   SharedMemory memory;
   const uint32_t right = ptx::shared_address(memory.take<__nv_bfloat16>(kParts * rank_rows * tiles.cols, "right"));
-  load_right_tile<kParts>(right, sibling, shape, col0, cols);
+  load_right_tile<kParts>(right, sibling, shape, col0, padded_cols);
 
   // The mma fragment of 16 rows and 16 ranks: registers 0 and 1 are rows g and g + 8, 2 and 3 the same 8 ranks on.
   uint32_t left[kSteps][kParts][4];
@@ -70,21 +73,24 @@ __global__ void __launch_bounds__(kExpandThreads, 2) expand_short_kernel(const _
   if (row0 >= p.num_tokens) return;
 
   // Lane i of a warp gives ldmatrix row i % 16 of 16 ranks and 8 columns, those after 8 more from lane 16 on.
-  const uint32_t pitch = cols * 2, right_lane = right + lane % 16 * pitch;
+  const uint32_t pitch = padded_cols * 2, right_lane = right + lane % 16 * pitch;
   const uint32_t group_lane = static_cast<uint32_t>(lane / 16 ^ lane % 8);
-  for (int piece = warp / row_warps; piece < cols / kPieceCols; piece += kExpandWarps / row_warps) {
-    const ExpandPiece<T> output(p, sibling, tiles.eights, row0, col0 + piece * kPieceCols);
-    float sum[8][4] = {};
+  const int pieces = static_cast<int>(
+      min((sibling.cols - col0 + kPieceCols - 1) / kPieceCols, static_cast<int64_t>(padded_cols / kPieceCols)));
+  ExpandOutput<T> output(p, sibling, tiles.eights, row0, col0);
+  for (int piece = warp / row_warps; piece < pieces; piece += kExpandWarps / row_warps) {
+    output.prefetch(piece * kPieceCols);
+    float sum[4][4] = {};
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       if (step * 16 >= rank_rows) break;
 #pragma unroll
       for (int j = 0; j < kParts; ++j) {
-        const uint32_t rows = right_lane + (j * rank_rows + step * 16) * pitch + piece * kPieceCols * 2;
+        const uint32_t rows = right_lane + (j * rank_rows + step * 16) * pitch;
 #pragma unroll
-        for (int n = 0; n < 8; n += 2) {
+        for (int n = 0; n < 4; n += 2) {
           uint32_t b[4];
-          ptx::ldmatrix_x4_transposed(b, rows + (n ^ group_lane) * 16);
+          ptx::ldmatrix_x4_transposed(b, rows + ((piece * 4 + n) ^ group_lane) * 16);
 #pragma unroll
           for (int i = 0; i + j < kParts; ++i) {  // a part is 2^-8 of the one before: the rest is below the last part
             ptx::mma_bf16(sum[n], left[step][i], b[0], b[1]);
@@ -93,7 +99,7 @@ __global__ void __launch_bounds__(kExpandThreads, 2) expand_short_kernel(const _
         }
       }
     }
-    output.finish(sum);
+    output.finish(piece * kPieceCols, sum);
   }
 }
 

@@ -13,9 +13,9 @@ namespace lora_ext::cuda::mma {
 
 // rows = ranks and cols = features, of the factor and of its image alike.
 struct PackJob {
-  const void* from;          // [rows, cols], or [cols, rows] when transposed; contiguous, PackFactorsParams::dtype
-  __nv_bfloat16* packed;     // [parts][rows_written, cols_padded]: the job's first row in the first part
-  int64_t rows, cols;        // that hold numbers; the rest of rows_written and cols_padded becomes zero
+  const void* from;       // [rows, cols], or [cols, rows] when transposed; contiguous, PackFactorsParams::dtype
+  __nv_bfloat16* packed;  // [parts][rows_written, cols_padded]: the job's first row in the first part
+  int64_t rows, cols;     // that hold numbers; the rest of rows_written and cols_padded becomes zero
   int64_t rows_written, cols_padded, part_stride, tiles;
   bool transposed, interleaved;
 };
