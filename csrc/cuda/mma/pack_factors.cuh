@@ -11,13 +11,17 @@
 
 namespace lora_ext::cuda::mma {
 
-// rows = ranks and cols = features, of the factor and of its image alike.
-struct PackJob {
-  const void* from;       // [rows, cols], or [cols, rows] when transposed; contiguous, PackFactorsParams::dtype
-  __nv_bfloat16* packed;  // [parts][rows_written, cols_padded]: the job's first row in the first part
-  int64_t rows, cols;     // that hold numbers; the rest of rows_written and cols_padded becomes zero
-  int64_t rows_written, cols_padded, part_stride, tiles;
-  bool transposed, interleaved;
+// A factor, and where in an image it goes.
+struct PackSource {
+  const void* from;  // [rank, features], or [features, rank] when transposed; contiguous
+  int64_t rank, features;
+  bool transposed;
+};
+struct PackTarget {
+  void* image;  // packed, of `shape`
+  PackedShape shape;
+  int64_t rank, row_begin;  // of the image, padding excluded; the factor's first row in it
+  bool interleaved;         // the order of columns, see interleaved_column()
 };
 
 constexpr int kMaxPackJobs = 2 * kMaxSiblings;
@@ -25,26 +29,30 @@ constexpr int kPackThreads = 256;
 constexpr int kPackRows = 16, kPackCols = 64;  // of the image, per block
 constexpr int kPackPitch = kPackCols + 2;      // no two lanes of a transposed write meet in a bank
 
+struct PackJob {
+  PackSource source;
+  bool interleaved;
+  __nv_bfloat16* packed;  // [parts][rows_written, cols_padded]: the job's first row in the first part
+  int64_t rows_written, cols_padded, part_stride;
+  int64_t tiles;
+};
+
 struct PackFactorsParams {
   DType dtype;
   int num_jobs;
   PackJob jobs[kMaxPackJobs];
 
-  // Packs a factor into rows [row_begin, row_begin + rank) of an image; `last` if they are its last, so that the
-  // padding below them becomes zero.
-  void add(const void* from, int64_t rank, int64_t features, bool transposed, void* image, PackedShape shape,
-           int64_t row_begin, bool last, bool interleaved) {
-    const int64_t rows_written = last ? shape.rows - row_begin : rank;
-    jobs[num_jobs++] = {.from = from,
-                        .packed = static_cast<__nv_bfloat16*>(image) + row_begin * shape.cols,
-                        .rows = rank,
-                        .cols = features,
-                        .rows_written = rows_written,
-                        .cols_padded = shape.cols,
-                        .part_stride = shape.part_stride(),
-                        .tiles = ceil_div(rows_written, kPackRows) * (shape.cols / kPackCols),
-                        .transposed = transposed,
-                        .interleaved = interleaved};
+  void add(const PackSource& source, const PackTarget& target) {
+    // Where the image's last factor ends, its padding begins: zeros, written with that factor.
+    const bool last = source.rank + target.row_begin == target.rank;
+    const int64_t rows = last ? target.shape.rows - target.row_begin : source.rank;
+    jobs[num_jobs++] = {.source = source,
+                        .interleaved = target.interleaved,
+                        .packed = static_cast<__nv_bfloat16*>(target.image) + target.row_begin * target.shape.cols,
+                        .rows_written = rows,
+                        .cols_padded = target.shape.cols,
+                        .part_stride = target.shape.part_stride(),
+                        .tiles = ceil_div(rows, kPackRows) * (target.shape.cols / kPackCols)};
   }
 };
 
@@ -58,17 +66,17 @@ __device__ __forceinline__ int interleaved_column(int position) {
 
 // Reads along the factor's rows, whichever way they lie in the image.
 template <class F>
-__device__ __forceinline__ void load_pack_tile(const PackJob& job, int64_t row0, int64_t col0,
+__device__ __forceinline__ void load_pack_tile(const PackSource& source, int64_t row0, int64_t col0,
                                                float (&tile)[kPackRows][kPackPitch]) {
-  const F* from = static_cast<const F*>(job.from);
+  const F* from = static_cast<const F*>(source.from);
 #pragma unroll
   for (int i = 0; i < kPackRows * kPackCols / kPackThreads; ++i) {
     const int element = static_cast<int>(threadIdx.x) + i * kPackThreads;
-    const int r = job.transposed ? element % kPackRows : element / kPackCols;
-    const int c = job.transposed ? element / kPackRows : element % kPackCols;
+    const int r = source.transposed ? element % kPackRows : element / kPackCols;
+    const int c = source.transposed ? element / kPackRows : element % kPackCols;
     const int64_t row = row0 + r, col = col0 + c;
-    const bool inside = row < job.rows && col < job.cols;
-    const int64_t index = job.transposed ? col * job.rows + row : row * job.cols + col;
+    const bool inside = row < source.rank && col < source.features;
+    const int64_t index = source.transposed ? col * source.rank + row : row * source.features + col;
     tile[r][c] = inside ? static_cast<float>(to_acc(from[index])) : 0.0f;
   }
 }
@@ -83,10 +91,10 @@ __global__ void __launch_bounds__(kPackThreads) pack_factors_kernel(const __grid
   const int64_t row0 = blockIdx.x / col_tiles * kPackRows, col0 = blockIdx.x % col_tiles * kPackCols;
 
   switch (p.dtype) {
-    case DType::kFloat64: load_pack_tile<double>(job, row0, col0, tile); break;
-    case DType::kFloat32: load_pack_tile<float>(job, row0, col0, tile); break;
-    case DType::kBFloat16: load_pack_tile<__nv_bfloat16>(job, row0, col0, tile); break;
-    case DType::kFloat16: load_pack_tile<__half>(job, row0, col0, tile); break;
+    case DType::kFloat64: load_pack_tile<double>(job.source, row0, col0, tile); break;
+    case DType::kFloat32: load_pack_tile<float>(job.source, row0, col0, tile); break;
+    case DType::kBFloat16: load_pack_tile<__nv_bfloat16>(job.source, row0, col0, tile); break;
+    case DType::kFloat16: load_pack_tile<__half>(job.source, row0, col0, tile); break;
   }
   __syncthreads();
 
