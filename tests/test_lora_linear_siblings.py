@@ -361,8 +361,8 @@ def test_every_instruction_set(isa):
 
     if isa not in _C.available_cpu_isas().split(","):
         pytest.skip(f"this machine does not run {isa}")
-    names = ("test_values_and_gradients", "test_equals_the_layers_one_by_one", "test_unused_outputs")
-    tests = [f"{__file__}::{name}" for name in names]
+    names = ("test_values_and_gradients", "test_equals_the_layers_one_by_one")
+    tests = [*(f"{__file__}::{name}" for name in names), "-k", "0.3"]  # with dropout
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
     result = subprocess.run(command, env={**os.environ, "LORA_EXT_CPU_ISA": isa}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]

@@ -34,7 +34,7 @@ def test_opcheck(dtypes, dropout_p):
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("used", [(0, 1, 2), (0, 2)], ids=str)
 def test_compile_fullgraph_dynamic(backend, used):
-    siblings = random_siblings(((1, 24), ((24, 4), (20, 3), (24, 2))))
+    siblings = random_siblings(((1, 24), ((24, 4), (20, 3), (24, 2))), (torch.float64, torch.float64))
     _, weights, biases, As, Bs, scalings = siblings.args()
     As, Bs = ([t.requires_grad_() for t in ts] for ts in (As, Bs))
 
@@ -46,7 +46,7 @@ def test_compile_fullgraph_dynamic(backend, used):
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=backend)
     leaves = [*(As[i] for i in used), *(Bs[i] for i in used)]
     for batch in (3, 5):
-        x = torch.randn(batch, 7, 24, requires_grad=True)
+        x = torch.randn(batch, 7, 24, dtype=torch.float64, requires_grad=True)
         expected, result = loss(x), compiled(x)
         torch.testing.assert_close(result, expected)
         wanted, grads = (torch.autograd.grad(value, [x, *leaves]) for value in (expected, result))
