@@ -155,16 +155,6 @@ __forceinline__ unsigned __brev(unsigned value) {
 __forceinline__ unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
 }
-// Four bytes out of the eight of {b, a}: each half-byte of the selector names one.
-__forceinline__ unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
-  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
-  unsigned result = 0;
-  for (int i = 0; i < 4; ++i) {
-    const unsigned select = selector >> (4 * i) & 0xF, byte = bytes >> (8 * (select & 7)) & 0xFF;
-    result |= (select & 8 ? (byte & 0x80 ? 0xFFu : 0u) : byte) << (8 * i);
-  }
-  return result;
-}
 
 __forceinline__ unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
 __forceinline__ float __uint_as_float(unsigned value) { return std::bit_cast<float>(value); }
