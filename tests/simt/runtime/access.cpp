@@ -25,16 +25,17 @@ void fail_access(const Verdict& verdict, const uint8_t* address, size_t bytes, s
   (void)address, (void)index;
   switch (verdict.problem) {
     case Problem::kNone: return;
-    case Problem::kOutOfBounds:
-      return fail((std::string("out-of-bounds-") + memory).c_str(), access.place, subject);
+    case Problem::kOutOfBounds: return fail((std::string("out-of-bounds-") + memory).c_str(), access.place, subject);
     case Problem::kNotWaited:
-      return fail("async-copy-not-waited", access.place, subject + ": the copy issued by " + other + " may be in flight");
+      return fail("async-copy-not-waited", access.place,
+                  subject + ": the copy issued by " + other + " may be in flight");
     case Problem::kUninitialised:
       return fail("uninitialised-read", access.place, subject + ": nothing was written there");
     case Problem::kReadAfterWrite:
       return fail(race.c_str(), access.place, subject + ", written by " + other + ", with nothing that orders the two");
     case Problem::kWriteAfterWrite:
-      return fail(race.c_str(), access.place, subject + ", also written by " + other + ", with nothing that orders the two");
+      return fail(race.c_str(), access.place,
+                  subject + ", also written by " + other + ", with nothing that orders the two");
     case Problem::kWriteAfterRead:
       return fail(race.c_str(), access.place, subject + ", read by " + other + ", with nothing that orders the two");
   }
@@ -57,7 +58,8 @@ void access_memory(const void* pointer, size_t bytes, AccessKind kind, uint32_t 
   uint8_t* address = static_cast<uint8_t*>(const_cast<void*>(pointer));
   if (!current_thread) {
     if (global_memory().contains(address)) {
-      fail("host-access", place, std::string("host code accesses device memory at ") + global_memory().describe(address));
+      fail("host-access", place,
+           std::string("host code accesses device memory at ") + global_memory().describe(address));
     }
     return;
   }
