@@ -16,5 +16,7 @@ EXPORT void run_LoraForwardParams(const LoraForwardParams* p, void* workspace) {
 EXPORT void run_LoraBackwardParams(const LoraBackwardParams* p, void* workspace) {
   launch_lora_backward(*p, workspace, nullptr);
 }
-EXPORT void run_LoraMergeParams(const LoraMergeParams* p, void* workspace) { launch_lora_merge(*p, workspace, nullptr); }
+EXPORT void run_LoraMergeParams(const LoraMergeParams* p, void* workspace) {
+  launch_lora_merge(*p, workspace, nullptr);
+}
 EXPORT void run_DropoutMaskParams(const DropoutMaskParams* p, void*) { launch_dropout_mask(*p, nullptr); }

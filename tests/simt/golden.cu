@@ -105,8 +105,8 @@ __global__ void golden_arithmetic_kernel(const __grid_constant__ GoldenParams p)
   put(static_cast<uint32_t>(__ffs(static_cast<int>(value))));
   put(__brev(value));
   put(__umulhi(value, 0xD2511F53u));
-  put(__byte_perm(value, ~value, 0x7250));
-  put(__byte_perm(value, ~value, 0x9C31));
+  put(ptx::permute_bytes(value, ~value, 0x7250));
+  put(ptx::permute_bytes(value, ~value, 0x9C31));
   put(__bfloat16_as_ushort(__float2bfloat16_rn(__uint_as_float(value))));
   put(__half_as_ushort(__float2half_rn(__uint_as_float(value))));
 }

@@ -12,8 +12,8 @@ constexpr int kStackPoison = 0xFF;
 constexpr size_t kPoisonedBytes = 8 << 10;  // the part nearest to the top, where a kernel's variables lie
 
 uint8_t* map_stack(size_t guard_bytes, size_t bytes) {
-  void* memory = mmap(nullptr, guard_bytes + bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                      -1, 0);
+  void* memory =
+      mmap(nullptr, guard_bytes + bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   mprotect(memory, guard_bytes, PROT_NONE);
   return static_cast<uint8_t*>(memory) + guard_bytes;
 }

@@ -20,7 +20,8 @@ class Fiber {
   void suspend();  // by the fiber: back to the scheduler
 
   bool owns(const void* address) const {
-    return static_cast<const uint8_t*>(address) >= stack_ && static_cast<const uint8_t*>(address) < stack_ + kStackBytes;
+    return static_cast<const uint8_t*>(address) >= stack_ &&
+           static_cast<const uint8_t*>(address) < stack_ + kStackBytes;
   }
 
  private:

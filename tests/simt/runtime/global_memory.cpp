@@ -80,8 +80,8 @@ std::string GlobalMemory::describe(const uint8_t* address) const {
   if (!buffer || (has_next && next->begin - address < address - (buffer->begin + buffer->bytes))) buffer = next;
   if (!buffer || buffers_.empty()) return format("%p", static_cast<const void*>(address));
   const long long offset = address - buffer->begin;
-  return format("%s %c %lld (of %zu bytes)", buffer->name.c_str(), offset < 0 ? '-' : '+', offset < 0 ? -offset : offset,
-                buffer->bytes);
+  return format("%s %c %lld (of %zu bytes)", buffer->name.c_str(), offset < 0 ? '-' : '+',
+                offset < 0 ? -offset : offset, buffer->bytes);
 }
 
 }  // namespace simt

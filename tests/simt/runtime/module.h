@@ -19,7 +19,7 @@ struct SharedVariable {
 };
 
 struct Module {
-  const char* base;                  // where the library is loaded
+  const char* base;                     // where the library is loaded
   const char *image_begin, *image_end;  // its code and data, constants among them
   std::string path;
 

@@ -30,7 +30,7 @@ struct Thread {
   Site wait_site{};
   uint32_t wait_place = 0;
 
-  std::vector<AsyncCopy> open_copies;               // issued since the last commit
+  std::vector<AsyncCopy> open_copies;              // issued since the last commit
   std::deque<std::vector<AsyncCopy>> copy_groups;  // committed, oldest first
 };
 
@@ -49,7 +49,7 @@ struct LaunchState {
   uint3 thread_index(int thread) const { return {static_cast<unsigned>(thread), 0, 0}; }
 };
 
-extern Thread* current_thread;       // null: host code runs
+extern Thread* current_thread;        // null: host code runs
 const LaunchState* current_launch();  // null outside of a launch
 Thread& thread_at(int index);
 
@@ -59,6 +59,9 @@ void set_schedule(uint64_t seed);
 // Gives way to other threads until somebody makes this one ready again.
 void wait_in(const char* what, Site site, uint32_t place);
 void make_ready(int thread);
+
+// Called by the last to arrive where threads meet: in order the first thread goes on first, shuffled anyone.
+void let_others_go_first();
 
 [[noreturn]] void abandon_launch();
 

@@ -35,8 +35,8 @@ void remember_read(Cell& cell, const Access& access) {
   const bool first_known =
       cell.first_lanes != 0 && (cell.first_block != access.block || clocks.in_this_phase(cell.first_stamp));
   if (first_known && (cell.first_block != access.block || cell.first_warp != warp)) {
-    const bool second_known =
-        (cell.flags & Cell::kSecondRead) && (cell.second_block != access.block || clocks.in_this_phase(cell.second_stamp));
+    const bool second_known = (cell.flags & Cell::kSecondRead) &&
+                              (cell.second_block != access.block || clocks.in_this_phase(cell.second_stamp));
     if (second_known) return;
     cell.flags |= Cell::kSecondRead;
     cell.second_reader = static_cast<uint16_t>(access.thread);

@@ -16,8 +16,8 @@ SharedMemory& shared_memory() {
 
 void SharedMemory::start_launch(const FunctionSymbol& kernel, uint32_t dynamic_bytes) {
   if (!dynamic_) {
-    dynamic_ = static_cast<uint8_t*>(mmap(nullptr, kDynamicBytes, PROT_READ | PROT_WRITE,
-                                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    dynamic_ = static_cast<uint8_t*>(
+        mmap(nullptr, kDynamicBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     dynamic_cells_ = std::make_unique<Cell[]>(kDynamicBytes);
   }
   for (const Array& array : dynamic_arrays_) {
@@ -88,7 +88,9 @@ std::string SharedMemory::describe(const uint8_t* address) const {
   size_t least = SIZE_MAX;
   for (const Array& array : arrays) {
     const size_t end = array.offset + array.bytes;
-    const size_t distance = position < array.offset ? array.offset - position : position >= end ? position - end + 1 : 0;
+    const size_t distance = position < array.offset ? array.offset - position
+                            : position >= end       ? position - end + 1
+                                                    : 0;
     if (distance < least) least = distance, nearest = &array;
   }
   if (!nearest) return dynamic ? "dynamic shared memory" : "a __shared__ variable of another function";

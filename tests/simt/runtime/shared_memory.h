@@ -29,8 +29,8 @@ class SharedMemory {
   uint8_t* pointer_to(uint32_t address, uint32_t place) const;
 
  private:
-  static constexpr size_t kDynamicBytes = 2 << 20;  // red zones included
-  static constexpr size_t kRedZone = 16 << 10;      // beside every array
+  static constexpr size_t kDynamicBytes = 2 << 20;     // red zones included
+  static constexpr size_t kRedZone = 16 << 10;         // beside every array
   static constexpr uint32_t kStaticWindow = 1u << 30;  // where addresses of __shared__ variables begin
 
   struct Array {

@@ -36,9 +36,8 @@ void exchange(const Lanes& lanes) {
     if (!shuffle || shuffle->source_lane < 0) continue;
     const auto* source = static_cast<const Shuffle*>(lanes.argument[shuffle->source_lane]);
     if (!source) {
-      fail("divergent-warp", lanes.place,
-           format("lane %d reads the value of lane %d, which takes no part in the shuffle", lane,
-                  shuffle->source_lane));
+      fail_about(lanes.first_thread + lane, "divergent-warp", lanes.place,
+                 format("reads the value of lane %d, which takes no part in the shuffle", shuffle->source_lane));
     }
     shuffle->result = source->value;
   }
@@ -72,15 +71,17 @@ void warp_collective(const char* name, uint32_t mask, void* argument, void (*ope
   const int lanes_in_warp = std::min(32, current_launch()->num_threads - warp * 32);
   if (lanes_in_warp < 32) mask &= (1u << lanes_in_warp) - 1;
   if (!(mask >> lane & 1)) {
-    fail("divergent-warp", place, format("lane %d calls ", lane) + describe(name, mask, site) + ", which names other lanes");
+    fail("divergent-warp", place,
+         format("lane %d calls ", lane) + describe(name, mask, site) + ", which names other lanes");
   }
   std::vector<Collective>& pending = pending_of_warp[warp];
   auto mine = pending.end();
   for (auto other = pending.begin(); other != pending.end(); ++other) {
     if (!(other->lanes.mask & mask)) continue;
     if (other->lanes.mask != mask || strcmp(other->name, name) != 0 || !same_site(other->site, site)) {
-      fail("divergent-warp", place, format("lane %d is in ", lane) + describe(name, mask, site) + ", while others wait in " +
-                                        describe(other->name, other->lanes.mask, other->site));
+      fail("divergent-warp", place,
+           format("lane %d is in ", lane) + describe(name, mask, site) + ", while others wait in " +
+               describe(other->name, other->lanes.mask, other->site));
     }
     mine = other;
   }
@@ -98,6 +99,7 @@ void warp_collective(const char* name, uint32_t mask, void* argument, void (*ope
   for (int i = 0; i < 32; ++i) {
     if ((mask >> i & 1) && i != lane) make_ready(warp * 32 + i);
   }
+  let_others_go_first();
 }
 
 int lane_index() { return current_thread->index % 32; }

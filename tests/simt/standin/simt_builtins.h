@@ -67,8 +67,7 @@ template <class T>
 __forceinline__ T shuffle_value(uint32_t mask, T value, int source_lane, const char* name, Site site) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 32 or 64 bits");
   using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-  return std::bit_cast<T>(
-      static_cast<Bits>(shuffle(mask, std::bit_cast<Bits>(value), source_lane, name, site)));
+  return std::bit_cast<T>(static_cast<Bits>(shuffle(mask, std::bit_cast<Bits>(value), source_lane, name, site)));
 }
 
 // -1, the lane's own value, where the source lies in another segment of `width` lanes.
@@ -101,7 +100,8 @@ __forceinline__ T __shfl_up_sync(uint32_t mask, T value, unsigned delta, int wid
   return simt::shuffle_value(mask, value, source, "__shfl_up_sync", SIMT_SITE);
 }
 
-// --- atomics ----------------------------------------------------------------------------------------------------------
+// --- atomics
+// ----------------------------------------------------------------------------------------------------------
 
 namespace simt {
 
@@ -115,20 +115,20 @@ __attribute__((no_sanitize("thread"))) T atomic_update(T* address, F update) {
 
 }  // namespace simt
 
-#define SIMT_ATOMIC(name, T, expression)                                                        \
-  __forceinline__ T name(T* address, T value) {                                                 \
-    simt::check_atomic(address, sizeof(T));                                                     \
+#define SIMT_ATOMIC(name, T, expression)                                                                         \
+  __forceinline__ T name(T* address, T value) {                                                                  \
+    simt::check_atomic(address, sizeof(T));                                                                      \
     return simt::atomic_update(address, [value]([[maybe_unused]] T old) { return static_cast<T>(expression); }); \
   }
-#define SIMT_ATOMICS(T)                              \
-  SIMT_ATOMIC(atomicMax, T, old > value ? old : value) \
-  SIMT_ATOMIC(atomicMin, T, old < value ? old : value) \
-  SIMT_ATOMIC(atomicOr, T, old | value)                \
-  SIMT_ATOMIC(atomicAnd, T, old & value)               \
-  SIMT_ATOMIC(atomicExch, T, value)                    \
-  __forceinline__ T atomicCAS(T* address, T compare, T value) {                                               \
-    simt::check_atomic(address, sizeof(T));                                                                   \
-    return simt::atomic_update(address, [compare, value](T old) { return old == compare ? value : old; });    \
+#define SIMT_ATOMICS(T)                                                                                    \
+  SIMT_ATOMIC(atomicMax, T, old > value ? old : value)                                                     \
+  SIMT_ATOMIC(atomicMin, T, old < value ? old : value)                                                     \
+  SIMT_ATOMIC(atomicOr, T, old | value)                                                                    \
+  SIMT_ATOMIC(atomicAnd, T, old& value)                                                                    \
+  SIMT_ATOMIC(atomicExch, T, value)                                                                        \
+  __forceinline__ T atomicCAS(T* address, T compare, T value) {                                            \
+    simt::check_atomic(address, sizeof(T));                                                                \
+    return simt::atomic_update(address, [compare, value](T old) { return old == compare ? value : old; }); \
   }
 SIMT_ATOMICS(int)
 SIMT_ATOMICS(unsigned)
@@ -141,7 +141,8 @@ SIMT_ATOMIC(atomicAdd, unsigned long long, old + value)
 #undef SIMT_ATOMIC
 #undef SIMT_ATOMICS
 
-// --- arithmetic and bits ------------------------------------------------------------------------------------------------
+// --- arithmetic and bits
+// ------------------------------------------------------------------------------------------------
 
 __forceinline__ int __popc(unsigned value) { return std::popcount(value); }
 __forceinline__ int __popcll(unsigned long long value) { return std::popcount(value); }
@@ -154,16 +155,6 @@ __forceinline__ unsigned __brev(unsigned value) {
 }
 __forceinline__ unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
-}
-// Four bytes out of the eight of {b, a}: each half-byte of the selector names one.
-__forceinline__ unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
-  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
-  unsigned result = 0;
-  for (int i = 0; i < 4; ++i) {
-    const unsigned select = selector >> (4 * i) & 0xF, byte = bytes >> (8 * (select & 7)) & 0xFF;
-    result |= (select & 8 ? (byte & 0x80 ? 0xFFu : 0u) : byte) << (8 * i);
-  }
-  return result;
 }
 
 __forceinline__ unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }

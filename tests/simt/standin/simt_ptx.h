@@ -31,4 +31,15 @@ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0
   simt::mma_m16n8k16(d, a, b, simt::MmaType::kBFloat16, SIMT_SITE);
 }
 
+inline uint32_t permute_bytes(uint32_t first, uint32_t second, uint32_t selector) {
+  const uint64_t source = static_cast<uint64_t>(second) << 32 | first;
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t digit = selector >> (4 * i) & 0xF, byte = source >> (8 * (digit & 7)) & 0xFF;
+    const uint32_t sign = byte & 0x80 ? 0xFF : 0;
+    out |= (digit & 8 ? sign : byte) << (8 * i);
+  }
+  return out;
+}
+
 }  // namespace lora_ext::cuda::ptx
