@@ -162,7 +162,6 @@ def measure_ceilings() -> dict[str, float]:
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
     ceilings = {"copy": 2 * source.nbytes / seconds_of(lambda: target.copy_(source), 20)}
-    del source, target
     for dtype, n in ((torch.bfloat16, 8192), (torch.float16, 8192), (torch.float32, 4096), (torch.float64, 2048)):
         a, b = (torch.randn(n, n, dtype=dtype, device="cuda") for _ in range(2))
         out = torch.empty_like(a)
@@ -171,14 +170,30 @@ def measure_ceilings() -> dict[str, float]:
     return ceilings
 
 
-def profiled(call: Callable[[], object]) -> list[tuple[str, float]]:
-    """(kernel, seconds) of our kernels in a call, in the order they ran."""
+def profiled(calls: list[Callable[[], object]]) -> list[list[tuple[str, float]]]:
+    """(kernel, seconds) of our kernels in each of the calls, which launch alike, in the order they ran."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
+        for call in calls:
+            call()
         torch.cuda.synchronize()
     events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    events.sort(key=lambda event: event.time_range.start)
-    return [(event.name, event.time_range.elapsed_us() * 1e-6) for event in events if is_ours(event.name)]
+    events = sorted((event for event in events if is_ours(event.name)), key=lambda event: event.time_range.start)
+    kernels = [(event.name, event.time_range.elapsed_us() * 1e-6) for event in events]
+    each, rest = divmod(len(kernels), len(calls))
+    if rest or not each:
+        raise SystemExit(f"the profiler saw {len(kernels)} kernels of lora_ext in {len(calls)} equal calls")
+    return [kernels[i : i + each] for i in range(0, len(kernels), each)]
+
+
+def sums_by_stage(kernels: list[tuple[str, float]], stages: list[str]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for stage, (_, seconds) in zip(stages, kernels, strict=True):
+        total[stage] = total.get(stage, 0.0) + seconds
+    return total
+
+
+def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    return {stage: statistics.median(one[stage] for one in rounds) for stage in rounds[0]}
 
 
 def stage_seconds(
@@ -188,15 +203,8 @@ def stage_seconds(
     for call in calls:
         call()
     torch.cuda.synchronize()
-    rounds: dict[str, list[float]] = {}
-    for repeat in range(repeats):
-        kernels = profiled(calls[repeat % len(calls)])
-        total: dict[str, float] = {}
-        for stage, (_, seconds) in zip(stages_of([name for name, _ in kernels]), kernels, strict=True):
-            total[stage] = total.get(stage, 0.0) + seconds
-        for stage, seconds in total.items():
-            rounds.setdefault(stage, []).append(seconds)
-    return {stage: statistics.median(values) for stage, values in rounds.items()}
+    rounds = profiled([calls[repeat % len(calls)] for repeat in range(repeats)])
+    return medians([sums_by_stage(kernels, stages_of([name for name, _ in kernels])) for kernels in rounds])
 
 
 @dataclass
@@ -250,26 +258,20 @@ def measure(case: Case, repeats: int) -> dict[str, float]:
 
 def measure_merge(case: Case, repeats: int) -> dict[str, float]:
     """Seconds by stage of a merge and of taking it out again."""
-    tokens, features, outputs = case.shape
+    _, features, outputs = case.shape
     layers = []
     for _ in range(count_of_sets(case, torch.cuda.get_device_properties().L2_cache_size)):
         base = nn.Linear(features, outputs, bias=False, dtype=case.dtype, device="cuda")
         adapter = LoraAdapter(features, outputs, case.rank, case.rank, dtype=case.dtype, device="cuda")
         nn.init.normal_(adapter.lora_B, std=0.02)
         layers.append(LoraLinear(base, adapter).eval())
-    # A layer must be merged and taken out in turn: every other round is of one kind.
-    merges, unmerges = ([getattr(layer, name) for layer in layers] for name in ("merge", "unmerge"))
-    seconds: dict[str, list[float]] = {}
-    for repeat in range(-1, repeats):
-        for stage, calls in (("merge", merges), ("unmerge", unmerges)):
-            for call in calls:
-                total: dict[str, float] = {}
-                kernels = profiled(call)
-                for part, (_, t) in zip(merge_stages(stage, [name for name, _ in kernels]), kernels, strict=True):
-                    total[part] = total.get(part, 0.0) + t
-                if repeat >= 0 and stage in total:
-                    seconds.setdefault(stage, []).append(total[stage])
-    return {stage: statistics.median(values) for stage, values in seconds.items()}
+    rounds: dict[str, list[dict[str, float]]] = {"merge": [], "unmerge": []}
+    for repeat in range(-1, max(repeats // len(layers), 2)):  # a layer is merged and restored in turn
+        for stage, seen in rounds.items():
+            for kernels in profiled([getattr(layer, stage) for layer in layers]):
+                if repeat >= 0:
+                    seen.append(sums_by_stage(kernels, merge_stages(stage, [name for name, _ in kernels])))
+    return medians(rounds["merge"]) | medians(rounds["unmerge"])
 
 
 def rows_of(case: Case, seconds: dict[str, float], ceilings: dict[str, float]) -> list[dict[str, object]]:
@@ -325,8 +327,6 @@ def main() -> None:
         except torch.cuda.OutOfMemoryError:
             print(f"{case}: not measured, too large for this card's memory", flush=True)
             continue
-        if not new:
-            raise SystemExit(f"{case}: the profiler saw no kernel of lora_ext")
         rows += new
         print("\n".join(table(new).splitlines()[2:]), flush=True)
         if args.json:
