@@ -178,10 +178,14 @@ def profiled(calls: list[Callable[[], object]]) -> list[list[tuple[str, float]]]
         torch.cuda.synchronize()
     events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     events = sorted((event for event in events if is_ours(event.name)), key=lambda event: event.time_range.start)
-    kernels = [(event.name, event.time_range.elapsed_us() * 1e-6) for event in events]
-    each, rest = divmod(len(kernels), len(calls))
+    return split_evenly([(event.name, event.time_range.elapsed_us() * 1e-6) for event in events], len(calls))
+
+
+def split_evenly(kernels: list, calls: int) -> list[list]:
+    """The kernels of each of several calls that launch alike."""
+    each, rest = divmod(len(kernels), calls)
     if rest or not each:
-        raise SystemExit(f"the profiler saw {len(kernels)} kernels of lora_ext in {len(calls)} equal calls")
+        raise SystemExit(f"the profiler saw {len(kernels)} kernels of lora_ext in {calls} equal calls")
     return [kernels[i : i + each] for i in range(0, len(kernels), each)]
 
 

@@ -331,8 +331,9 @@ def main() -> int:
 
     outcomes = run_all(parts, args.seconds)
     result = collect(facts, outcomes, read_json(LOGS / "kernels.json"), read_json(LOGS / "layer.json"))
-    args.results.mkdir(parents=True, exist_ok=True)
-    path = args.results / result_name(facts["card"])
+    folder = LOGS if args.only else args.results  # a part alone does not replace a whole result
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / result_name(facts["card"])
     path.write_text(json.dumps(result, indent=1) + "\n")
     for outcome in outcomes:
         if outcome.status in (FAILED, TIMED_OUT) and (log := LOGS / f"{outcome.name}.log").exists():
