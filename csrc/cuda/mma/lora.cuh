@@ -15,15 +15,18 @@
 namespace lora_ext::cuda {
 namespace mma {
 
+// The parts of factors wider than x.
+constexpr int kWideParts = 3;
+
 // Calls f with the number of bfloat16 parts of the factors, xa and grad_xa as a std::integral_constant.
 template <class T, class F>
 void with_parts(DType factor_dtype, F f) {
   constexpr DType kDType = std::is_same_v<T, __nv_bfloat16> ? DType::kBFloat16 : DType::kFloat16;
-  constexpr int kNarrow = skinny_parts(kDType, kDType), kWide = skinny_parts(kDType, DType::kFloat32);
-  if (skinny_parts(kDType, factor_dtype) == kNarrow) {
-    f(std::integral_constant<int, kNarrow>{});
+  constexpr int kOwnParts = skinny_parts(kDType, kDType);
+  if (skinny_parts(kDType, factor_dtype) == kOwnParts) {
+    f(std::integral_constant<int, kOwnParts>{});
   } else {
-    f(std::integral_constant<int, kWide>{});
+    f(std::integral_constant<int, kWideParts>{});
   }
 }
 
@@ -33,23 +36,24 @@ void add_stacked_lora_A(const Params& p, void* image, bool interleaved, PackFact
   const PackedShape shape(p.total_rank, p.in_features);
   for (int s = 0; s < p.num_siblings; ++s) {
     const auto& sibling = p.siblings[s];
-    pack.add({.from = sibling.lora_A, .rank = sibling.rank, .features = p.in_features, .transposed = false},
-             {.image = image,
-              .shape = shape,
-              .rank = p.total_rank,
-              .row_begin = sibling.rank_begin,
-              .interleaved = interleaved});
+    pack.add(PackSource{.from = sibling.lora_A, .rank = sibling.rank, .features = p.in_features, .transposed = false},
+             PackTarget{.image = image,
+                        .shape = shape,
+                        .rank = p.total_rank,
+                        .row_begin = sibling.rank_begin,
+                        .interleaved = interleaved});
   }
 }
 
 template <class Sibling>
 void add_lora_B(const Sibling& sibling, void* image, bool interleaved, PackFactorsParams& pack) {
-  pack.add({.from = sibling.lora_B, .rank = sibling.rank, .features = sibling.out_features, .transposed = true},
-           {.image = image,
-            .shape = {sibling.rank, sibling.out_features},
-            .rank = sibling.rank,
-            .row_begin = 0,
-            .interleaved = interleaved});
+  pack.add(
+      PackSource{.from = sibling.lora_B, .rank = sibling.rank, .features = sibling.out_features, .transposed = true},
+      PackTarget{.image = image,
+                 .shape = PackedShape(sibling.rank, sibling.out_features),
+                 .rank = sibling.rank,
+                 .row_begin = 0,
+                 .interleaved = interleaved});
 }
 
 template <class T, int kParts>
