@@ -12,30 +12,32 @@ namespace lora_ext::cuda::mma {
 // A left operand [m, k], or a right one [n, k]^T, whose rows are rows of the tile and whose k runs along them.
 // Left: registers are (rows 0-7, k 0-7), (rows 8-15, k 0-7), (rows 0-7, k 8-15), (rows 8-15, k 8-15).
 template <int kChunks>
-__device__ __forceinline__ void load_left(uint32_t (&out)[4], const uint4* tile, int row0, int chunk0, int lane) {
-  const int row = row0 + lane % 16, chunk = chunk0 + lane / 16;
+__device__ __forceinline__ void load_left(uint32_t (&out)[4], const uint4* tile, unsigned row0, unsigned chunk0,
+                                          unsigned lane) {
+  const unsigned row = row0 + lane % 16, chunk = chunk0 + lane / 16;
   ptx::ldmatrix_x4(out, ptx::shared_address(tile + chunk_index<kChunks>(row, chunk)));
 }
 
 // Right: (rows 0-7, k 0-7), (rows 0-7, k 8-15), (rows 8-15, k 0-7), (rows 8-15, k 8-15).
 template <int kChunks>
-__device__ __forceinline__ void load_right(uint32_t (&out)[4], const uint4* tile, int row0, int chunk0, int lane) {
-  const int row = row0 + lane / 16 * 8 + lane % 8, chunk = chunk0 + lane / 8 % 2;
+__device__ __forceinline__ void load_right(uint32_t (&out)[4], const uint4* tile, unsigned row0, unsigned chunk0,
+                                           unsigned lane) {
+  const unsigned row = row0 + lane / 16 * 8 + lane % 8, chunk = chunk0 + lane / 8 % 2;
   ptx::ldmatrix_x4(out, ptx::shared_address(tile + chunk_index<kChunks>(row, chunk)));
 }
 
 // The same of a tile [k, m] or [k, n]: k runs down its rows.
 template <int kChunks>
-__device__ __forceinline__ void load_left_transposed(uint32_t (&out)[4], const uint4* tile, int row0, int chunk0,
-                                                     int lane) {
-  const int row = row0 + lane / 16 * 8 + lane % 8, chunk = chunk0 + lane / 8 % 2;
+__device__ __forceinline__ void load_left_transposed(uint32_t (&out)[4], const uint4* tile, unsigned row0,
+                                                     unsigned chunk0, unsigned lane) {
+  const unsigned row = row0 + lane / 16 * 8 + lane % 8, chunk = chunk0 + lane / 8 % 2;
   ptx::ldmatrix_x4_transposed(out, ptx::shared_address(tile + chunk_index<kChunks>(row, chunk)));
 }
 
 template <int kChunks>
-__device__ __forceinline__ void load_right_transposed(uint32_t (&out)[4], const uint4* tile, int row0, int chunk0,
-                                                      int lane) {
-  const int row = row0 + lane % 16, chunk = chunk0 + lane / 16;
+__device__ __forceinline__ void load_right_transposed(uint32_t (&out)[4], const uint4* tile, unsigned row0,
+                                                      unsigned chunk0, unsigned lane) {
+  const unsigned row = row0 + lane % 16, chunk = chunk0 + lane / 16;
   ptx::ldmatrix_x4_transposed(out, ptx::shared_address(tile + chunk_index<kChunks>(row, chunk)));
 }
 

@@ -22,6 +22,7 @@ struct ShrinkKernelParams {
   int64_t factor_rows, factor_columns;
   KeepMask mask;
   RankSumsTarget out;
+  RankScales scales;
   int64_t features_per_range;
   unsigned ranges, rank_tiles, first_rank_tile;
 };
@@ -43,12 +44,13 @@ __global__ void __launch_bounds__(ShrinkTraits<kParts, kRanks>::kThreads, 2)
     shrink_kernel(const __grid_constant__ ShrinkKernelParams<T> p) {
   using Traits = ShrinkTraits<kParts, kRanks>;
   constexpr int kWarps = Traits::kWarps, kWarpTokens = Traits::kWarpTokens, kFeatures = Traits::kFeatures;
-  constexpr int kRowChunks = Traits::kRowChunks, kStages = Traits::kStages;
+  constexpr int kThreads = Traits::kThreads, kRowChunks = Traits::kRowChunks, kStages = Traits::kStages;
+  constexpr unsigned kFactorCopies = (Traits::kFactorChunks + kThreads - 1) / kThreads;
   SharedMemory shared;
   uint4* x_tiles = shared.take<uint4>(kStages * kWarps * Traits::kWarpChunks, "x_tiles");
   uint4* factor_tiles = shared.take<uint4>(kStages * Traits::kFactorChunks, "factor_tiles");
 
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const unsigned thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int64_t rank0 = static_cast<int64_t>(p.first_rank_tile + blockIdx.x % p.rank_tiles) * kRanks;
   const int64_t range = blockIdx.x / p.rank_tiles % p.ranges, chunk = blockIdx.x / p.rank_tiles / p.ranges;
   const int64_t token0 = chunk * Traits::kTokens + warp * kWarpTokens;
@@ -57,6 +59,18 @@ __global__ void __launch_bounds__(ShrinkTraits<kParts, kRanks>::kThreads, 2)
   const int64_t begin = range * p.features_per_range;
   const int steps = static_cast<int>(min(p.features_per_range, p.factor_columns - begin) / kFeatures);
 
+  auto copy_factor = [&](uint4* tile, int64_t column0) {
+    const unsigned chunk = thread % kRowChunks;
+#pragma unroll
+    for (unsigned i = 0; i < kFactorCopies; ++i) {
+      const unsigned tile_row = i * (kThreads / kRowChunks) + thread / kRowChunks;  // of all parts
+      const unsigned part = tile_row / kRanks, row = tile_row % kRanks;
+      if (part >= kParts || static_cast<int>(row) >= ranks) continue;
+      const __nv_bfloat16* from =
+          p.factor + (part * p.factor_rows + rank0 + row) * p.factor_columns + column0 + chunk * kChunk;
+      ptx::cp_async_16(ptx::shared_address(tile + chunk_index<kRowChunks>(tile_row, chunk)), from, 16);
+    }
+  };
   auto copy = [&](int step) {
     if (step < steps) {
       const int stage = step % kStages;
@@ -65,17 +79,7 @@ __global__ void __launch_bounds__(ShrinkTraits<kParts, kRanks>::kThreads, 2)
         copy_tile<kWarpTokens, kFeatures, 32>(x_tiles + (stage * kWarps + warp) * Traits::kWarpChunks, p.x, token0,
                                               column0, lane);
       }
-#pragma unroll
-      for (int i = thread; i < Traits::kFactorChunks; i += Traits::kThreads) {
-        const int row = i / kRowChunks % kRanks, part = i / kRowChunks / kRanks;
-        if (row < ranks) {
-          ptx::cp_async_16(
-              ptx::shared_address(factor_tiles + stage * Traits::kFactorChunks +
-                                  chunk_index<kRowChunks>(part * kRanks + row, i % kRowChunks)),
-              p.factor + (part * p.factor_rows + rank0 + row) * p.factor_columns + column0 + i % kRowChunks * kChunk,
-              16);
-        }
-      }
+      copy_factor(factor_tiles + stage * Traits::kFactorChunks, column0);
     }
     ptx::cp_async_commit();
   };
@@ -134,7 +138,8 @@ __global__ void __launch_bounds__(ShrinkTraits<kParts, kRanks>::kThreads, 2)
   for (int n = 0; n < kRanks / 8; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      p.out.store(range, token0 + lane / 4 + i / 2 * 8, rank0 + n * 8 + lane % 4 * 2 + i % 2, sums[n][i]);
+      const int64_t token = token0 + lane / 4 + i / 2 * 8, rank = rank0 + n * 8 + lane % 4 * 2 + i % 2;
+      p.out.store(range, token, rank, p.scales.of(rank) * sums[n][i]);
     }
   }
 }

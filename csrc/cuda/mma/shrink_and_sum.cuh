@@ -24,6 +24,7 @@ struct ShrinkAndSumKernelParams {
   int64_t factor_rows, factor_columns;
   SkinnyMatrix left;  // [num_tokens, rank]
   RankSumsTarget rank_sums;
+  float rank_scale;
   FeatureSumsTarget feature_sums;
   int64_t tokens_per_chunk;
   unsigned ranges;
@@ -57,7 +58,8 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kParts, kRanks>::kThreads, 
   uint4* left_tiles = shared.take<uint4>(2 * Left::kChunks, "left_tiles");
   float4* shares = shared.take<float4>(2 * kWarps * Traits::kShares, "shares");
 
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const unsigned thread = threadIdx.x, lane = thread % 32;
+  const int warp = static_cast<int>(thread / 32);
   const int64_t range = blockIdx.x % p.ranges, chunk = blockIdx.x / p.ranges;
   const int64_t block_feature0 = range * Traits::kFeatures, feature0 = block_feature0 + warp * kWarpFeatures;
   const int64_t features_left = p.factor_columns - block_feature0;
@@ -81,12 +83,12 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kParts, kRanks>::kThreads, 
   auto add_shares = [&](int step) {
     const float* warp_share = reinterpret_cast<const float*>(shares + step % 2 * kWarps * Traits::kShares);
 #pragma unroll
-    for (int i = thread; i < kTokens * kRanks; i += kThreads) {
+    for (unsigned i = thread; i < kTokens * kRanks; i += kThreads) {
       float sum = 0.0f;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) sum += w < busy_warps ? warp_share[w * Traits::kShares * 4 + i] : 0.0f;
-      const int token = i / 4 % 32 / 4 + i % 4 / 2 * 8, rank = i / 128 * 8 + i / 4 % 4 * 2 + i % 2;
-      p.rank_sums.store(range, begin + static_cast<int64_t>(step) * kTokens + token, rank, sum);
+      const unsigned token = i / 16 % 8 + i % 4 / 2 * 8, rank = i / 128 * 8 + i / 4 % 4 * 2 + i % 2;
+      p.rank_sums.store(range, begin + static_cast<int64_t>(step) * kTokens + token, rank, p.rank_scale * sum);
     }
   };
 

@@ -18,25 +18,26 @@ class SkinnyTile {
   static constexpr int kRowChunks = kRanks / kChunk, kPartChunks = kTokens * kRowChunks;
   static constexpr int kChunks = kParts * kPartChunks;
 
-  // Zeros outside the matrix.
-  __device__ __forceinline__ void fetch(const SkinnyMatrix& matrix, int64_t token0, int64_t rank0, int thread) {
+  // Zeros outside the matrix. A thread has pairs of ranks of tokens kTokenStep apart.
+  __device__ __forceinline__ void fetch(const SkinnyMatrix& matrix, int64_t token0, int64_t rank0, unsigned thread) {
+    const unsigned token_begin = thread / kRowPairs, rank = thread % kRowPairs * 2;
+    const int tokens = inside<kTokens>(token0, matrix.rows), ranks = inside<2>(rank0 + rank, matrix.columns);
+    const float* from = matrix.data + (token0 + token_begin) * matrix.stride + rank0 + rank;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      const int pair = i * kThreads + thread;
-      const int64_t token = token0 + pair / (kRanks / 2), rank = rank0 + pair % (kRanks / 2) * 2;
-      const bool inside = token < matrix.rows && pair < kAllPairs;
-      const float* from = matrix.data + token * matrix.stride + rank;
-      values_[i][0] = inside && rank < matrix.columns ? from[0] : 0.0f;
-      values_[i][1] = inside && rank + 1 < matrix.columns ? from[1] : 0.0f;
+      const bool token_inside = static_cast<int>(token_begin) + i * kTokenStep < tokens;
+      values_[i][0] = token_inside && ranks > 0 ? from[0] : 0.0f;
+      values_[i][1] = token_inside && ranks > 1 ? from[1] : 0.0f;
+      from += kTokenStep * matrix.stride;
     }
   }
 
-  __device__ __forceinline__ void store(uint4* tile, int thread) const {
+  __device__ __forceinline__ void store(uint4* tile, unsigned thread) const {
+    const unsigned token_begin = thread / kRowPairs, rank = thread % kRowPairs * 2;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      const int pair = i * kThreads + thread;
-      if (pair >= kAllPairs) break;
-      const int token = pair / (kRanks / 2), rank = pair % (kRanks / 2) * 2;
+      const unsigned token = token_begin + i * kTokenStep;
+      if (token >= kTokens) break;  // only where there are more threads than pairs
       __nv_bfloat16 first[kParts], second[kParts];
       split(values_[i][0], first);
       split(values_[i][1], second);
@@ -49,7 +50,9 @@ class SkinnyTile {
   }
 
  private:
-  static constexpr int kAllPairs = kTokens * kRanks / 2, kPairs = (kAllPairs + kThreads - 1) / kThreads;
+  static constexpr int kRowPairs = kRanks / 2, kTokenStep = kThreads / kRowPairs;
+  static constexpr int kPairs = (kTokens + kTokenStep - 1) / kTokenStep;
+  static_assert(kThreads % kRowPairs == 0, "a thread keeps its ranks");
   float values_[kPairs][2];
 };
 

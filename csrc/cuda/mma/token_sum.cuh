@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(TokenSumTraits<kParts, kRanks>::kThreads, 2)
   uint4* left_tiles = shared.take<uint4>(2 * Left::kChunks, "left_tiles");
   uint16_t* keep_tiles = shared.take<uint16_t>(kMasked ? 2 * Traits::kKeepWords : 0, "keep_tiles");
 
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const unsigned thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int64_t rank0 = static_cast<int64_t>(blockIdx.x % p.rank_tiles) * kRanks;
   const int64_t range = blockIdx.x / p.rank_tiles % p.ranges, chunk = blockIdx.x / p.rank_tiles / p.ranges;
   const int64_t feature0 = range * kFeatures, begin = chunk * p.tokens_per_chunk;
