@@ -67,10 +67,17 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kParts, kRanks>::kThreads, 
   const int64_t begin = chunk * p.tokens_per_chunk, tokens = min(p.tokens_per_chunk, p.x.rows - begin);
   const int steps = static_cast<int>((tokens + kTokens - 1) / kTokens);
 
+  // Whole tiles come first. A warp without features copies nothing.
+  const bool whole_columns = p.x.in_chunks && feature0 + kWarpFeatures <= p.x.columns;
+  const int whole_steps = whole_columns ? static_cast<int>(tokens / kTokens) : 0;
   auto copy = [&](int step) {
-    if (step < steps && warp < busy_warps) {
-      copy_tile<kTokens, kWarpFeatures, 32>(x_tiles + (step % kStages * kWarps + warp) * Traits::kWarpChunks, p.x,
-                                            begin + static_cast<int64_t>(step) * kTokens, feature0, lane);
+    const int64_t token0 = begin + static_cast<int64_t>(step) * kTokens;
+    using Copy = TileCopy<kTokens, kWarpFeatures, 32>;
+    uint4* x_tile = x_tiles + (step % kStages * kWarps + warp) * Traits::kWarpChunks;
+    if (step < whole_steps) {
+      Copy::whole(x_tile, p.x.data + token0 * p.x.stride + feature0, p.x.stride, lane);
+    } else if (step < steps && warp < busy_warps) {
+      Copy::edge(x_tile, p.x, token0, feature0, lane);
     }
     ptx::cp_async_commit();
   };
@@ -122,13 +129,15 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kParts, kRanks>::kThreads, 
     if (step + 1 < steps) fetch(step + 1);
     if (step > 0) add_shares(step - 1);
     if (warp < busy_warps) {
-      const uint4* x_tile = x_tiles + (step % kStages * kWarps + warp) * Traits::kWarpChunks;
-      const uint4* left_tile = left_tiles + step % 2 * Left::kChunks;
+      // One address serves both: grad_y as a left operand, and transposed as a right one.
+      const uint32_t x_address =
+          left_address<kRowChunks>(x_tiles + (step % kStages * kWarps + warp) * Traits::kWarpChunks, lane);
+      const uint32_t left_operand = right_address<Left::kRowChunks>(left_tiles + step % 2 * Left::kChunks, lane);
       float rank_sums[kRanks / 8][4] = {};  // [16 tokens, 8 ranks] each
 #pragma unroll
       for (int k = 0; k < kSteps16; ++k) {
         uint32_t x[4], x_parts[kTokenParts<T>][4];
-        load_left<kRowChunks>(x, x_tile, 0, 2 * k, lane);
+        ptx::ldmatrix_x4(x, operand_at<kRowChunks>(x_address, 0, 2 * k));
         split_fragment<T>(x, x_parts);
 #pragma unroll
         for (int n = 0; n < kRanks / 8; ++n) {
@@ -151,14 +160,14 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kParts, kRanks>::kThreads, 
 #pragma unroll
       for (int n = 0; n < kSteps16; ++n) {
         uint32_t x[4], x_parts[kTokenParts<T>][4];
-        load_right_transposed<kRowChunks>(x, x_tile, 0, 2 * n, lane);
+        ptx::ldmatrix_x4_transposed(x, operand_at<kRowChunks>(x_address, 0, 2 * n));
         split_fragment<T>(x, x_parts);
 #pragma unroll
         for (int group = 0; group < kRanks / 16; ++group) {
 #pragma unroll
           for (int j = 0; j < kParts; ++j) {
             uint32_t a[4];
-            load_left_transposed<Left::kRowChunks>(a, left_tile + j * Left::kPartChunks, 0, 2 * group, lane);
+            ptx::ldmatrix_x4_transposed(a, operand_at<Left::kRowChunks>(left_operand, j * kTokens, 2 * group));
 #pragma unroll
             for (int i = 0; i < kTokenParts<T>; ++i) {
               if (!counts<T, kParts>(i, j)) continue;

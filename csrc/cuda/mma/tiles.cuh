@@ -52,44 +52,57 @@ __device__ __forceinline__ uint4 gather_chunk(const T* from, int width) {
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// How many of `count` rows or columns from `begin` on lie inside a matrix that has `end`.
+// How many of kCount rows or columns from `begin` on lie inside a matrix that has `end`.
 template <int kCount>
 __device__ __forceinline__ int inside(int64_t begin, int64_t end) {
   const int64_t left = end - begin;
   return left >= kCount ? kCount : left > 0 ? static_cast<int>(left) : 0;
 }
 
-// kThreads threads copy kRows x kColumns elements from (row0, column0) on; what lies outside the matrix becomes zero.
-// Visible to other threads after cp_async_wait and a barrier.
-template <int kRows, int kColumns, int kThreads, class T>
-__device__ __forceinline__ void copy_tile(uint4* tile, const TokenMatrix<T>& matrix, int64_t row0, int64_t column0,
-                                          unsigned thread) {
-  constexpr unsigned kChunks = kColumns / kChunk, kRowStep = kThreads / kChunks, kCopies = kRows / kRowStep;
+// kThreads threads copy kRows x kColumns elements. A thread copies the same chunk of rows kRowStep apart.
+template <int kRows, int kColumns, int kThreads>
+struct TileCopy {
+  static constexpr unsigned kChunks = kColumns / kChunk, kRowStep = kThreads / kChunks, kCopies = kRows / kRowStep;
   static_assert(kThreads % kChunks == 0 && kRows % kRowStep == 0, "every thread copies the same number of chunks");
-  const unsigned chunk = thread % kChunks, row_begin = thread / kChunks;
-  const int64_t column = column0 + chunk * kChunk, step = kRowStep * matrix.stride;
-  const T* from = matrix.data + (row0 + row_begin) * matrix.stride + column;
-  if (matrix.in_chunks && row0 + kRows <= matrix.rows && column0 + kColumns <= matrix.columns) {  // almost every tile
+  static_assert((kRowStep & (kRowStep - 1)) == 0, "a row step changes bits of the row that row_begin does not have");
+
+  // A tile that lies inside the matrix, whose chunks are aligned: almost every one.
+  template <class T>
+  static __device__ __forceinline__ void whole(uint4* tile, const T* corner, int64_t stride, unsigned thread) {
+    const unsigned chunk = thread % kChunks, row_begin = thread / kChunks;
+    const T* from = corner + (row_begin * stride + chunk * kChunk);
+    const uint32_t to = ptx::shared_address(tile + chunk_index<kChunks>(row_begin, chunk));
 #pragma unroll
-    for (unsigned i = 0; i < kCopies; ++i) {
-      const unsigned row = row_begin + i * kRowStep;
-      ptx::cp_async_16(ptx::shared_address(tile + chunk_index<kChunks>(row, chunk)), from + i * step, 16);
+    for (unsigned i = 0; i < kCopies; ++i) {  // the same as chunk_index of these rows, from fewer instructions
+      constexpr uint32_t kBytes = kChunk * sizeof(T);
+      ptx::cp_async_16(
+          (to ^ chunk_index<kChunks>(i * kRowStep, 0) % kChunks * kBytes) + i * kRowStep * kChunks * kBytes, from,
+          kBytes);
+      from += kRowStep * stride;
     }
-    return;
   }
-  const int rows = inside<kRows>(row0, matrix.rows), width = inside<kChunk>(column, matrix.columns);
+
+  // Any tile: what lies outside the matrix becomes zero.
+  template <class T>
+  static __device__ __forceinline__ void edge(uint4* tile, const TokenMatrix<T>& matrix, int64_t row0, int64_t column0,
+                                              unsigned thread) {
+    const unsigned chunk = thread % kChunks, row_begin = thread / kChunks;
+    const int64_t column = column0 + chunk * kChunk;
+    const int rows = inside<kRows>(row0, matrix.rows), width = inside<kChunk>(column, matrix.columns);
+    const T* from = matrix.data + (row0 + row_begin) * matrix.stride + column;
 #pragma unroll 1
-  for (unsigned i = 0; i < kCopies; ++i) {
-    const unsigned row = row_begin + i * kRowStep;
-    const int row_width = static_cast<int>(row) < rows ? width : 0;
-    uint4* to = tile + chunk_index<kChunks>(row, chunk);
-    if (matrix.in_chunks) {
-      ptx::cp_async_16(ptx::shared_address(to), row_width > 0 ? from + i * step : matrix.data,
-                       row_width * static_cast<uint32_t>(sizeof(T)));
-    } else {
-      *to = gather_chunk(from + i * step, row_width);
+    for (unsigned row = row_begin; row < kRows; row += kRowStep) {
+      const int row_width = static_cast<int>(row) < rows ? width : 0;
+      uint4* to = tile + chunk_index<kChunks>(row, chunk);
+      if (matrix.in_chunks) {
+        ptx::cp_async_16(ptx::shared_address(to), row_width > 0 ? from : matrix.data,
+                         row_width * static_cast<uint32_t>(sizeof(T)));
+      } else {
+        *to = gather_chunk(from, row_width);
+      }
+      from += kRowStep * matrix.stride;
     }
   }
-}
+};
 
 }  // namespace lora_ext::cuda::mma

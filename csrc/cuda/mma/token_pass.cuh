@@ -64,7 +64,7 @@ void launch_shrink(const ShrinkParams& p, cudaStream_t stream) {
   kernel.factor = static_cast<const __nv_bfloat16*>(p.factor);
   kernel.factor_rows = padded_ranks(p.rank);
   kernel.factor_columns = padded_features(p.features);
-  kernel.mask = {p.mask, p.seed, p.num_tokens, mask_row_bytes(p.features), p.threshold};
+  kernel.mask = {p.mask, p.seed, mask_row_bytes(p.features), p.threshold};
   launch_rank_pass<T, kParts>(kernel, result, plan.ranks, p.partial, stream);
 }
 

@@ -59,10 +59,19 @@ __global__ void __launch_bounds__(TokenSumTraits<kParts, kRanks>::kThreads, 2)
   const int64_t tokens = min(p.tokens_per_chunk, p.x.rows - begin);
   const int steps = static_cast<int>((tokens + kTokens - 1) / kTokens);
 
+  // Whole tiles come first.
+  const bool whole_columns = p.x.in_chunks && feature0 + kFeatures <= p.x.columns;
+  const int whole_steps = whole_columns ? static_cast<int>(tokens / kTokens) : 0;
   auto copy = [&](int step) {
     if (step < steps) {
-      copy_tile<kTokens, kFeatures, Traits::kThreads>(x_tiles + step % kStages * Traits::kChunks, p.x,
-                                                      begin + static_cast<int64_t>(step) * kTokens, feature0, thread);
+      const int64_t token0 = begin + static_cast<int64_t>(step) * kTokens;
+      using Copy = TileCopy<kTokens, kFeatures, Traits::kThreads>;
+      uint4* x_tile = x_tiles + step % kStages * Traits::kChunks;
+      if (step < whole_steps) {
+        Copy::whole(x_tile, p.x.data + token0 * p.x.stride + feature0, p.x.stride, thread);
+      } else {
+        Copy::edge(x_tile, p.x, token0, feature0, thread);
+      }
     }
     ptx::cp_async_commit();
   };
@@ -97,12 +106,13 @@ __global__ void __launch_bounds__(TokenSumTraits<kParts, kRanks>::kThreads, 2)
     __syncthreads();  // the tiles of this step are complete, and nobody reads those of the last step any more
     copy(step + kStages - 1);
     if (step + 1 < steps) fetch(step + 1);
-    const uint4* x_tile = x_tiles + step % kStages * Traits::kChunks;
-    const uint4* left_tile = left_tiles + step % 2 * Left::kChunks;
+    const uint32_t x_address =
+        operand_at<kRowChunks>(left_address<kRowChunks>(x_tiles + step % kStages * Traits::kChunks, lane), 0, 2 * warp);
+    const uint32_t left_operand = right_address<Left::kRowChunks>(left_tiles + step % 2 * Left::kChunks, lane);
 #pragma unroll
     for (int k = 0; k < kTokens / 16; ++k) {
       uint32_t x[4], x_parts[kTokenParts<T>][4];
-      load_right_transposed<kRowChunks>(x, x_tile, 16 * k, 2 * warp, lane);
+      ptx::ldmatrix_x4_transposed(x, operand_at<kRowChunks>(x_address, 16 * k, 0));
       if constexpr (kMasked) {
         const uint16_t* keep =
             keep_tiles + step % 2 * Traits::kKeepWords + warp * Traits::kKeepPitch + 16 * k + lane % 4 * 2;
@@ -115,7 +125,7 @@ __global__ void __launch_bounds__(TokenSumTraits<kParts, kRanks>::kThreads, 2)
 #pragma unroll
         for (int j = 0; j < kParts; ++j) {
           uint32_t a[4];
-          load_left_transposed<Left::kRowChunks>(a, left_tile + j * Left::kPartChunks, 16 * k, 2 * group, lane);
+          ptx::ldmatrix_x4_transposed(a, operand_at<Left::kRowChunks>(left_operand, j * kTokens + 16 * k, 2 * group));
 #pragma unroll
           for (int i = 0; i < kTokenParts<T>; ++i) {
             if (!counts<T, kParts>(i, j)) continue;
