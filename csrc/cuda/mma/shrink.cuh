@@ -62,14 +62,16 @@ __global__ void __launch_bounds__(ShrinkTraits<kParts, kRanks>::kThreads, 2)
   // Whole tiles come first. A warp without tokens copies its share of the factor only.
   const bool whole_rows = p.x.in_chunks && token0 + kWarpTokens <= p.x.rows;
   const int whole_steps = whole_rows ? static_cast<int>(min(p.features_per_range, p.x.columns - begin) / kFeatures) : 0;
+  using Copy = TileCopy<kWarpTokens, kFeatures, 32>;
+  const T* x_from = p.x.data + (token0 * p.x.stride + begin) + Copy::first_element(p.x.stride, lane);
   auto copy = [&](int step) {
     if (step < steps) {
       const int stage = step % kStages;
       const int64_t column0 = begin + static_cast<int64_t>(step) * kFeatures;
-      using Copy = TileCopy<kWarpTokens, kFeatures, 32>;
       uint4* x_tile = x_tiles + (stage * kWarps + warp) * Traits::kWarpChunks;
       if (step < whole_steps) {
-        Copy::whole(x_tile, p.x.data + token0 * p.x.stride + column0, p.x.stride, lane);
+        Copy::whole(ptx::shared_address(x_tile + Copy::first_chunk(lane)), x_from, p.x.stride);
+        x_from += kFeatures;
       } else if (has_tokens) {
         Copy::edge(x_tile, p.x, token0, column0, lane);
       }

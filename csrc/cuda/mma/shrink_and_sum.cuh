@@ -36,7 +36,7 @@ struct ShrinkAndSumTraits {
   static constexpr int kTokens = static_cast<int>(kFusedTokens), kFeatures = static_cast<int>(kFusedFeatures);
   static constexpr int kWarpFeatures = kFeatures / kWarps, kRowChunks = kWarpFeatures / kChunk;
   static constexpr int kWarpChunks = kTokens * kRowChunks;  // of a warp's tile of x
-  using Left = SkinnyTile<kParts, kTokens, kRanks, kThreads>;
+  using Left = SkinnyTiles<kParts, kTokens, kRanks, kThreads>;
   static constexpr int kShares = kTokens * kRanks / 4;  // of a warp's share of the rank sums: four numbers each
   // As deep as 99 KiB allow.
   static constexpr int kStages =
@@ -64,26 +64,27 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kParts, kRanks>::kThreads, 
   const int64_t block_feature0 = range * Traits::kFeatures, feature0 = block_feature0 + warp * kWarpFeatures;
   const int64_t features_left = p.factor_columns - block_feature0;
   const int busy_warps = static_cast<int>(min(static_cast<int64_t>(kWarps), features_left / kWarpFeatures));
-  const int64_t begin = chunk * p.tokens_per_chunk, tokens = min(p.tokens_per_chunk, p.x.rows - begin);
-  const int steps = static_cast<int>((tokens + kTokens - 1) / kTokens);
+  const int64_t begin = chunk * p.tokens_per_chunk;
+  const int tokens = static_cast<int>(min(p.tokens_per_chunk, p.x.rows - begin));
+  const int steps = (tokens + kTokens - 1) / kTokens;
 
   // Whole tiles come first. A warp without features copies nothing.
   const bool whole_columns = p.x.in_chunks && feature0 + kWarpFeatures <= p.x.columns;
-  const int whole_steps = whole_columns ? static_cast<int>(tokens / kTokens) : 0;
+  const int whole_steps = whole_columns ? tokens / kTokens : 0;
+  using Copy = TileCopy<kTokens, kWarpFeatures, 32>;
+  const T* x_from = p.x.data + (begin * p.x.stride + feature0) + Copy::first_element(p.x.stride, lane);
   auto copy = [&](int step) {
-    const int64_t token0 = begin + static_cast<int64_t>(step) * kTokens;
-    using Copy = TileCopy<kTokens, kWarpFeatures, 32>;
     uint4* x_tile = x_tiles + (step % kStages * kWarps + warp) * Traits::kWarpChunks;
     if (step < whole_steps) {
-      Copy::whole(x_tile, p.x.data + token0 * p.x.stride + feature0, p.x.stride, lane);
+      Copy::whole(ptx::shared_address(x_tile + Copy::first_chunk(lane)), x_from, p.x.stride);
+      x_from += kTokens * p.x.stride;
     } else if (step < steps && warp < busy_warps) {
-      Copy::edge(x_tile, p.x, token0, feature0, lane);
+      Copy::edge(x_tile, p.x, begin + static_cast<int64_t>(step) * kTokens, feature0, lane);
     }
     ptx::cp_async_commit();
   };
-  Left left;
-  auto fetch = [&](int step) { left.fetch(p.left, begin + static_cast<int64_t>(step) * kTokens, 0, thread); };
-  auto store = [&](int step) { left.store(left_tiles + step % 2 * Left::kChunks, thread); };
+  Left left(p.left, begin, 0, thread);
+  auto store = [&](int step) { left.store(left_tiles + step % 2 * Left::kChunks); };
 
   // Adds the warps' shares of a step's rank sums. Element i of them is number i % 4 of lane i / 4 % 32 in the result of
   // product i / 128, which has 8 ranks.
@@ -95,12 +96,12 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kParts, kRanks>::kThreads, 
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) sum += w < busy_warps ? warp_share[w * Traits::kShares * 4 + i] : 0.0f;
       const unsigned token = i / 16 % 8 + i % 4 / 2 * 8, rank = i / 128 * 8 + i / 4 % 4 * 2 + i % 2;
-      p.rank_sums.store(range, begin + static_cast<int64_t>(step) * kTokens + token, rank, p.rank_scale * sum);
+      p.rank_sums.store(range, begin + step * kTokens + token, rank, p.rank_scale * sum);
     }
   };
 
   for (int step = 0; step < kStages - 1; ++step) copy(step);
-  fetch(0);
+  left.fetch();
   store(0);
 
   uint32_t factor[kParts][kSteps16][kRanks / 8][2];  // right operands: [16 features, 8 ranks] each
@@ -126,7 +127,7 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kParts, kRanks>::kThreads, 
     ptx::cp_async_wait<kStages - 2>();
     __syncthreads();  // this step's tiles and the last one's shares are complete; the last one's tiles are free
     copy(step + kStages - 1);
-    if (step + 1 < steps) fetch(step + 1);
+    if (step + 1 < steps) left.fetch();
     if (step > 0) add_shares(step - 1);
     if (warp < busy_warps) {
       // One address serves both: grad_y as a left operand, and transposed as a right one.

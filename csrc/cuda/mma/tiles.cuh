@@ -64,20 +64,26 @@ template <int kRows, int kColumns, int kThreads>
 struct TileCopy {
   static constexpr unsigned kChunks = kColumns / kChunk, kRowStep = kThreads / kChunks, kCopies = kRows / kRowStep;
   static_assert(kThreads % kChunks == 0 && kRows % kRowStep == 0, "every thread copies the same number of chunks");
-  static_assert((kRowStep & (kRowStep - 1)) == 0, "a row step changes bits of the row that row_begin does not have");
+  static_assert((kRowStep & (kRowStep - 1)) == 0,
+                "a row step changes bits of the row that the first row does not have");
 
-  // A tile that lies inside the matrix, whose chunks are aligned: almost every one.
+  // A thread's first chunk: where it lies in the tile, and its first element in the matrix beside the tile's.
+  static __device__ __forceinline__ unsigned first_chunk(unsigned thread) {
+    return chunk_index<kChunks>(thread / kChunks, thread % kChunks);
+  }
+  static __device__ __forceinline__ int64_t first_element(int64_t stride, unsigned thread) {
+    return thread / kChunks * stride + thread % kChunks * kChunk;
+  }
+
+  // A tile that lies inside the matrix, whose chunks are aligned: almost every one. From and to the first chunk.
   template <class T>
-  static __device__ __forceinline__ void whole(uint4* tile, const T* corner, int64_t stride, unsigned thread) {
-    const unsigned chunk = thread % kChunks, row_begin = thread / kChunks;
-    const T* from = corner + (row_begin * stride + chunk * kChunk);
-    const uint32_t to = ptx::shared_address(tile + chunk_index<kChunks>(row_begin, chunk));
+  static __device__ __forceinline__ void whole(uint32_t to, const T* from, int64_t stride) {
+    constexpr uint32_t kBytes = kChunk * sizeof(T);
 #pragma unroll
     for (unsigned i = 0; i < kCopies; ++i) {  // the same as chunk_index of these rows, from fewer instructions
-      constexpr uint32_t kBytes = kChunk * sizeof(T);
-      ptx::cp_async_16(
-          (to ^ chunk_index<kChunks>(i * kRowStep, 0) % kChunks * kBytes) + i * kRowStep * kChunks * kBytes, from,
-          kBytes);
+      constexpr unsigned kStepChunks = kRowStep * kChunks;
+      const uint32_t permuted = to ^ chunk_index<kChunks>(i * kRowStep, 0) % kChunks * kBytes;
+      ptx::cp_async_16(permuted + i * kStepChunks * kBytes, from, kBytes);
       from += kRowStep * stride;
     }
   }

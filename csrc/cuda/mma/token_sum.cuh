@@ -31,7 +31,7 @@ struct TokenSumTraits {
   static constexpr int kThreads = 256, kWarps = kThreads / 32;
   static constexpr int kTokens = static_cast<int>(kSumTokens), kFeatures = static_cast<int>(kSumFeatures);
   static constexpr int kRowChunks = kFeatures / kChunk, kChunks = kTokens * kRowChunks;  // of a tile of x
-  using Left = SkinnyTile<kParts, kTokens, kRanks, kThreads>;
+  using Left = SkinnyTiles<kParts, kTokens, kRanks, kThreads>;
   // Keep bits of a warp's 16 features, a number for every token; rows 16 bytes apart in banks, for the writers' sake.
   static constexpr int kKeepPitch = kTokens + 8, kKeepWords = kWarps * kKeepPitch;
   static constexpr int kStages = std::min(4, (97 * 1024 / 16 - 2 * Left::kChunks) / kChunks);
@@ -56,40 +56,42 @@ __global__ void __launch_bounds__(TokenSumTraits<kParts, kRanks>::kThreads, 2)
   const int64_t range = blockIdx.x / p.rank_tiles % p.ranges, chunk = blockIdx.x / p.rank_tiles / p.ranges;
   const int64_t feature0 = range * kFeatures, begin = chunk * p.tokens_per_chunk;
   const int ranks = static_cast<int>(min(static_cast<int64_t>(kRanks), p.out.rank - rank0));
-  const int64_t tokens = min(p.tokens_per_chunk, p.x.rows - begin);
-  const int steps = static_cast<int>((tokens + kTokens - 1) / kTokens);
+  const int tokens = static_cast<int>(min(p.tokens_per_chunk, p.x.rows - begin));
+  const int steps = (tokens + kTokens - 1) / kTokens;
 
   // Whole tiles come first.
   const bool whole_columns = p.x.in_chunks && feature0 + kFeatures <= p.x.columns;
-  const int whole_steps = whole_columns ? static_cast<int>(tokens / kTokens) : 0;
+  const int whole_steps = whole_columns ? tokens / kTokens : 0;
+  using Copy = TileCopy<kTokens, kFeatures, Traits::kThreads>;
+  const T* x_from = p.x.data + (begin * p.x.stride + feature0) + Copy::first_element(p.x.stride, thread);
   auto copy = [&](int step) {
     if (step < steps) {
-      const int64_t token0 = begin + static_cast<int64_t>(step) * kTokens;
-      using Copy = TileCopy<kTokens, kFeatures, Traits::kThreads>;
       uint4* x_tile = x_tiles + step % kStages * Traits::kChunks;
       if (step < whole_steps) {
-        Copy::whole(x_tile, p.x.data + token0 * p.x.stride + feature0, p.x.stride, thread);
+        Copy::whole(ptx::shared_address(x_tile + Copy::first_chunk(thread)), x_from, p.x.stride);
+        x_from += kTokens * p.x.stride;
       } else {
-        Copy::edge(x_tile, p.x, token0, feature0, thread);
+        Copy::edge(x_tile, p.x, begin + static_cast<int64_t>(step) * kTokens, feature0, thread);
       }
     }
     ptx::cp_async_commit();
   };
 
   // Of the tile's keep bits a thread has 32 features of a token.
-  Left left;
+  Left left(p.left, begin, rank0, thread);
+  const int64_t keep_byte = feature0 / 8 + thread % 4 * 4;
+  const uint8_t* keep_from = p.mask + ((begin + thread / 4) * p.mask_row_bytes + keep_byte);
   uint32_t keep_word = 0;
   auto fetch = [&](int step) {
-    const int64_t token0 = begin + static_cast<int64_t>(step) * kTokens;
-    left.fetch(p.left, token0, rank0, thread);
+    left.fetch();
     if constexpr (kMasked) {
-      const int64_t token = token0 + thread / 4, byte = feature0 / 8 + thread % 4 * 4;
-      const bool inside = token < p.x.rows && byte < p.mask_row_bytes;
-      keep_word = inside ? *reinterpret_cast<const uint32_t*>(p.mask + token * p.mask_row_bytes + byte) : 0u;
+      const bool inside = static_cast<int>(thread / 4) < tokens - step * kTokens && keep_byte < p.mask_row_bytes;
+      keep_word = inside ? *reinterpret_cast<const uint32_t*>(keep_from) : 0u;
+      keep_from += kTokens * p.mask_row_bytes;
     }
   };
   auto store = [&](int step) {
-    left.store(left_tiles + step % 2 * Left::kChunks, thread);
+    left.store(left_tiles + step % 2 * Left::kChunks);
     if constexpr (kMasked) {
       uint16_t* keep = keep_tiles + step % 2 * Traits::kKeepWords + thread % 4 * 2 * Traits::kKeepPitch + thread / 4;
       keep[0] = static_cast<uint16_t>(keep_word);
