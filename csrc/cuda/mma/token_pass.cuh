@@ -16,6 +16,7 @@ void launch_rank_pass(ShrinkKernelParams<T> p, const RankSumsResult& result, con
                       float* partial, cudaStream_t stream) {
   const int64_t num_tokens = p.x.rows, rank_tiles = ceil_div(result.rank, kRankTile);
   p.out = rank_sums_target(result, partial, split.ranges, num_tokens);
+  p.scales = rank_sums_scales(result, split.ranges);
   p.features_per_range = split.features_per_range;
   p.ranges = static_cast<unsigned>(split.ranges);
   const bool small = result.rank <= kSmallRankTile, dropout = p.mask.bits != nullptr;
@@ -63,7 +64,7 @@ void launch_shrink(const ShrinkParams& p, cudaStream_t stream) {
   kernel.factor = static_cast<const __nv_bfloat16*>(p.factor);
   kernel.factor_rows = padded_ranks(p.rank);
   kernel.factor_columns = padded_features(p.features);
-  kernel.mask = {p.mask, p.seed, p.num_tokens, mask_row_bytes(p.features), p.threshold};
+  kernel.mask = {p.mask, p.seed, mask_row_bytes(p.features), p.threshold};
   launch_rank_pass<T, kParts>(kernel, result, plan.ranks, p.partial, stream);
 }
 
@@ -101,6 +102,7 @@ void launch_grad_b(const GradBParams& p, cudaStream_t stream) {
                                              factor_columns,
                                              xa,
                                              rank_sums_target(grad_xa, rank_partial, plan.ranks.ranges, p.num_tokens),
+                                             rank_sums_scales(grad_xa, plan.ranks.ranges).scale[0],
                                              {feature_partial, p.rank, grad_lora_B.pitch},
                                              plan.features.tokens_per_chunk,
                                              static_cast<unsigned>(plan.features.ranges)};
