@@ -36,23 +36,23 @@ struct RankSumsResult {
   }
 };
 
-// What a pass over the features writes: [ranges, num_tokens, pitch], and nothing beyond num_tokens and rank.
+// What a pass over the features writes: [ranges, num_tokens, columns], nothing outside it.
 struct RankSumsTarget {
   float* to;
-  int64_t range_stride, pitch, num_tokens, rank;
+  int64_t range_stride, stride, num_tokens, columns;
   RankScales scales;
 
   __device__ __forceinline__ void store(int64_t range, int64_t token, int64_t column, float sum) const {
-    if (token < num_tokens && column < rank)
-      to[range * range_stride + token * pitch + column] = scales.of(column) * sum;
+    if (token >= num_tokens || column >= columns) return;
+    to[range * range_stride + token * stride + column] = scales.of(column) * sum;
   }
 };
 
-// The result itself if there is one range; otherwise partial sums, not scaled yet.
+// The result itself if there is one range; otherwise partial sums, not scaled yet, with their padding.
 inline RankSumsTarget rank_sums_target(const RankSumsResult& result, float* partial, int64_t ranges,
                                        int64_t num_tokens) {
   if (ranges == 1) return {result.to, 0, result.stride, num_tokens, result.rank, result.scales};
-  return {partial, num_tokens * result.pitch, result.pitch, num_tokens, result.rank, single_scale(1.0)};
+  return {partial, num_tokens * result.pitch, result.pitch, num_tokens, result.pitch, single_scale(1.0)};
 }
 
 inline void launch_rank_sums(const RankSumsResult& result, const float* partial, int64_t ranges, int64_t num_tokens,
