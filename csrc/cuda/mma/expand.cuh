@@ -53,13 +53,12 @@ void launch_expand_short(const ExpandParams& p, cudaStream_t stream) {
     col_tiles = divide_columns(p, tile_cols, tiles);
   }
 
-  uint32_t shared_bytes = 0;
   for (int s = 0; s < p.num_siblings; ++s) {
     const int64_t elements = kParts * PackedShape(p.siblings[s].rank, 0).rows * tiles.siblings[s].cols;
-    shared_bytes = std::max(shared_bytes, shared_bytes_of(static_cast<uint32_t>(elements * 2)));
+    tiles.right_elements = std::max(tiles.right_elements, static_cast<uint32_t>(elements));
   }
-  launch(&expand_short_kernel<T, kParts, kSteps>, make_grid(row_tiles, col_tiles), kExpandThreads, shared_bytes, stream,
-         launch_params);
+  launch(&expand_short_kernel<T, kParts, kSteps>, make_grid(row_tiles, col_tiles), kExpandThreads,
+         shared_bytes_of(tiles.right_elements * 2), stream, launch_params);
 }
 
 template <class T, int kParts>

@@ -30,6 +30,7 @@ struct ExpandParams {
 // How the launch divides the work. The columns of the output are cut into tiles, sibling after sibling; blockIdx.y
 // counts through all of them.
 struct ExpandTiles {
+  uint32_t right_elements;  // room in shared memory for the largest tile of right; of the short kernel
   int row_warps;  // how many warps of a block have rows of their own; those that share rows share out the columns
   struct Sibling {
     int64_t begin;  // its first tile

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kExpandThreads, kParts == 1 || kSteps == 1 ? 3
   const int padded_cols = static_cast<int>(min(static_cast<int64_t>(tiles.cols), shape.cols - col0));
 
   SharedMemory memory;
-  const uint32_t right = ptx::shared_address(memory.take<__nv_bfloat16>(kParts * rank_rows * tiles.cols, "right"));
+  const uint32_t right = ptx::shared_address(memory.take<__nv_bfloat16>(call.tiles.right_elements, "right"));
   load_right_tile<kParts>(right, sibling, shape, col0, padded_cols);
 
   // The mma fragment of 16 rows and 16 ranks: registers 0 and 1 are rows g and g + 8, 2 and 3 the same 8 ranks on.
