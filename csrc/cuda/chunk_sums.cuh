@@ -12,11 +12,15 @@ namespace lora_ext::cuda {
 // of few elements (decode) are not one thread's long walk.
 constexpr int kSumThreads = 256, kSumElements = 64, kSumGroups = kSumThreads / kSumElements;
 
+// A block's shared memory for its groups' sums.
+template <class A>
+using GroupSums = A[kSumGroups][kSumElements];
+
 // The sum over chunks of partial[chunk * chunk_stride], in group 0; the others' return value is no result. Every thread
 // of the block calls it; those with nothing to sum pass chunks = 0.
 template <class A>
-__device__ __forceinline__ A sum_chunks(const A* partial, int64_t chunk_stride, int64_t chunks) {
-  __shared__ A group_sums[kSumGroups][kSumElements];
+__device__ __forceinline__ A sum_chunks(GroupSums<A>& group_sums, const A* partial, int64_t chunk_stride,
+                                        int64_t chunks) {
   const int element = static_cast<int>(threadIdx.x) % kSumElements;
   const int group = static_cast<int>(threadIdx.x) / kSumElements;
   A sum = 0;
@@ -55,11 +59,12 @@ struct RankSumsParams {
 
 template <class A>
 __global__ void __launch_bounds__(kSumThreads) rank_sums_kernel(const __grid_constant__ RankSumsParams p) {
+  __shared__ GroupSums<A> group_sums;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kSumElements + threadIdx.x % kSumElements;
   const int64_t count = p.num_tokens * p.total_rank;
   const int sibling = sibling_of_rank(p.scales, index % p.total_rank);
-  const A sum =
-      sum_chunks(static_cast<const A*>(p.partial) + index, count, index < count ? p.ranges[sibling] : int64_t{0});
+  const A sum = sum_chunks<A>(group_sums, static_cast<const A*>(p.partial) + index, count,
+                              index < count ? p.ranges[sibling] : int64_t{0});
   if (threadIdx.x < kSumElements && index < count) {
     static_cast<A*>(p.out)[index] = static_cast<A>(p.scales.scale[sibling]) * sum;
   }
@@ -86,10 +91,11 @@ struct GradientSumsParams {
 // blockIdx.y is the gradient.
 template <class A>
 __global__ void __launch_bounds__(kSumThreads) gradient_sums_kernel(const __grid_constant__ GradientSumsParams p) {
+  __shared__ GroupSums<A> group_sums;
   const GradientSumsParams::Gradient& gradient = p.gradients[blockIdx.y];
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kSumElements + threadIdx.x % kSumElements;
-  const A sum = sum_chunks(static_cast<const A*>(gradient.partial) + index, gradient.chunk_stride,
-                           index < gradient.count ? gradient.chunks : int64_t{0});
+  const A sum = sum_chunks<A>(group_sums, static_cast<const A*>(gradient.partial) + index, gradient.chunk_stride,
+                              index < gradient.count ? gradient.chunks : int64_t{0});
   if (threadIdx.x < kSumElements && index < gradient.count) store_as(gradient.grad, index, p.dtype, sum);
 }
 
