@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(ShrinkTraits<kParts, kRanks>::kThreads, 2)
   // A lane's keep word: of the four lanes that share rows lane / 4 and lane / 4 + 8 of left operands, lane 0 has the
   // first 32 columns of the first row, 1 those of the second, 2 and 3 the other 32.
   const int64_t keep_token = token0 + lane / 4 + lane % 2 * 8;
-  uint8_t* keep_row = p.mask.bits + keep_token * p.mask.row_bytes;
+  uint8_t* keep_row = kKeep == KeepBits::kNone ? nullptr : p.mask.bits + keep_token * p.mask.row_bytes;
   const bool keep_inside = keep_token < p.x.rows;
   const PairThreshold threshold(p.mask.threshold);
   uint64_t seed = 0;
@@ -101,10 +101,13 @@ __global__ void __launch_bounds__(ShrinkTraits<kParts, kRanks>::kThreads, 2)
   auto keep_word = [&](int step) -> uint32_t {
     const int64_t byte = begin / 8 + static_cast<int64_t>(step) * (kFeatures / 8) + lane % 4 / 2 * 4;
     uint32_t* memory = reinterpret_cast<uint32_t*>(keep_row + byte);
-    if constexpr (kKeep == KeepBits::kRead) return keep_inside ? *memory : 0u;
-    const uint32_t drawn = draw_word(seed, keep_token, static_cast<uint32_t>(byte), threshold);
-    if (keep_inside) *memory = drawn;
-    return drawn;
+    if constexpr (kKeep == KeepBits::kRead) {
+      return keep_inside ? *memory : 0u;
+    } else {
+      const uint32_t drawn = draw_word(seed, keep_token, static_cast<uint32_t>(byte), threshold);
+      if (keep_inside) *memory = drawn;
+      return drawn;
+    }
   };
 
   for (int step = 0; step < kStages - 1; ++step) copy(step);

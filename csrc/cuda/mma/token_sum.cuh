@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(TokenSumTraits<kParts, kRanks>::kThreads, 2)
   // Of the tile's keep bits a thread has 32 features of a token.
   Left left(p.left, begin, rank0, thread);
   const int64_t keep_byte = feature0 / 8 + thread % 4 * 4;
-  const uint8_t* keep_from = p.mask + ((begin + thread / 4) * p.mask_row_bytes + keep_byte);
+  const uint8_t* keep_from = kMasked ? p.mask + ((begin + thread / 4) * p.mask_row_bytes + keep_byte) : nullptr;
   uint32_t keep_word = 0;
   auto fetch = [&](int step) {
     left.fetch();
