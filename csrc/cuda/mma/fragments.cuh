@@ -60,30 +60,27 @@ __host__ __device__ constexpr bool counts(int i, int j) {
   return i + j < (kTokenParts<T> > kParts ? kTokenParts<T> : kParts);
 }
 
-// sum [16, 8] twice += x times a skinny operand, k = 16. multiply(i, j, into) adds the product of parts i and j.
+// sum [16, 8] twice += x times a skinny operand, k = 16. load(j, operand) loads the skinny operand's part j, and
+// multiply(i, operand, into) adds its product with x's part i.
 //
 // Tensor cores round what they add towards zero, which over thousands of additions is too much for float32's last bits
 // (Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores", 2022). Operands of three parts are
 // there for these bits: their products start from zero, the smallest first, and are added to the sum outside.
-template <class T, int kParts, class Multiply>
-__device__ __forceinline__ void add_products(float (&sum)[2][4], Multiply multiply) {
-  if constexpr (kParts < 3) {
+template <class T, int kParts, class Load, class Multiply>
+__device__ __forceinline__ void add_products(float (&sum)[2][4], Load load, Multiply multiply) {
+  constexpr bool kOutside = kParts >= 3;
+  float products[2][4] = {};
+  float (&into)[2][4] = kOutside ? products : sum;
 #pragma unroll
-    for (int j = 0; j < kParts; ++j) {
+  for (int j = kParts - 1; j >= 0; --j) {
+    uint32_t operand[4];
+    load(j, operand);
 #pragma unroll
-      for (int i = 0; i < kTokenParts<T>; ++i) {
-        if (counts<T, kParts>(i, j)) multiply(i, j, sum);
-      }
+    for (int i = kTokenParts<T> - 1; i >= 0; --i) {
+      if (counts<T, kParts>(i, j)) multiply(i, operand, into);
     }
-  } else {
-    float products[2][4] = {};
-#pragma unroll
-    for (int j = kParts - 1; j >= 0; --j) {
-#pragma unroll
-      for (int i = kTokenParts<T> - 1; i >= 0; --i) {
-        if (counts<T, kParts>(i, j)) multiply(i, j, products);
-      }
-    }
+  }
+  if constexpr (kOutside) {
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
 #pragma unroll

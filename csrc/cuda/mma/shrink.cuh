@@ -138,15 +138,16 @@ __global__ void __launch_bounds__(ShrinkTraits<kParts, kRanks>::kThreads, 2)
 #pragma unroll
       for (int group = 0; group < kRanks / 16; ++group) {
         if (group > 0 && group * 16 >= ranks) break;
-        uint32_t factor[kParts][4];
-#pragma unroll
-        for (int j = 0; j < kParts; ++j) {
-          ptx::ldmatrix_x4(factor[j], operand_at<kRowChunks>(factor_address, j * kRanks + group * 16, 2 * k));
-        }
-        add_products<T, kParts>(sums[group], [&](int i, int j, float (&into)[2][4]) {
-          ptx::mma_bf16(into[0], x_parts[i], factor[j][0], factor[j][1]);
-          ptx::mma_bf16(into[1], x_parts[i], factor[j][2], factor[j][3]);
-        });
+        add_products<T, kParts>(
+            sums[group],
+            [&](int j, uint32_t (&factor)[4]) {
+              const unsigned row = j * kRanks + group * 16;  // of all parts
+              ptx::ldmatrix_x4(factor, operand_at<kRowChunks>(factor_address, row, 2 * k));
+            },
+            [&](int i, const uint32_t (&factor)[4], float (&into)[2][4]) {
+              ptx::mma_bf16(into[0], x_parts[i], factor[0], factor[1]);
+              ptx::mma_bf16(into[1], x_parts[i], factor[2], factor[3]);
+            });
       }
     }
     keep = next_keep;

@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kParts, kRanks>::kThreads, 
   left.fetch();
   store(0);
 
-  uint32_t factor[kParts][kSteps16][kRanks / 16][2][2];  // right operands: [16 features, 8 ranks] each
+  uint32_t factor[kParts][kSteps16][kRanks / 16][4];  // right operands of two products: [16 features, 16 ranks] each
   if (warp < busy_warps) {
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
@@ -115,8 +115,9 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kParts, kRanks>::kThreads, 
           const int64_t rank = n * 8 + lane / 4, feature = feature0 + 16 * k + lane % 4 * 2;
           const __nv_bfloat16* from = p.factor + (part * p.factor_rows + rank) * p.factor_columns + feature;
           const bool inside = rank < p.factor_rows;
-          factor[part][k][n / 2][n % 2][0] = inside ? *reinterpret_cast<const uint32_t*>(from) : 0u;
-          factor[part][k][n / 2][n % 2][1] = inside ? *reinterpret_cast<const uint32_t*>(from + 8) : 0u;
+          uint32_t* registers = factor[part][k][n / 2] + n % 2 * 2;
+          registers[0] = inside ? *reinterpret_cast<const uint32_t*>(from) : 0u;
+          registers[1] = inside ? *reinterpret_cast<const uint32_t*>(from + 8) : 0u;
         }
       }
     }
@@ -142,10 +143,16 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kParts, kRanks>::kThreads, 
         split_fragment<T>(x, x_parts);
 #pragma unroll
         for (int group = 0; group < kRanks / 16; ++group) {
-          add_products<T, kParts>(rank_sums[group], [&](int i, int j, float (&into)[2][4]) {
-            ptx::mma_bf16(into[0], x_parts[i], factor[j][k][group][0][0], factor[j][k][group][0][1]);
-            ptx::mma_bf16(into[1], x_parts[i], factor[j][k][group][1][0], factor[j][k][group][1][1]);
-          });
+          add_products<T, kParts>(
+              rank_sums[group],
+              [&](int j, uint32_t (&b)[4]) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) b[i] = factor[j][k][group][i];
+              },
+              [&](int i, const uint32_t (&b)[4], float (&into)[2][4]) {
+                ptx::mma_bf16(into[0], x_parts[i], b[0], b[1]);
+                ptx::mma_bf16(into[1], x_parts[i], b[2], b[3]);
+              });
         }
       }
       float4* share = shares + (step % 2 * kWarps + warp) * Traits::kShares;
@@ -161,15 +168,15 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kParts, kRanks>::kThreads, 
         split_fragment<T>(x, x_parts);
 #pragma unroll
         for (int group = 0; group < kRanks / 16; ++group) {
-          uint32_t a[kParts][4];
-#pragma unroll
-          for (int j = 0; j < kParts; ++j) {
-            ptx::ldmatrix_x4_transposed(a[j], operand_at<Left::kRowChunks>(left_operand, j * kTokens, 2 * group));
-          }
-          add_products<T, kParts>(feature_sums[group][n], [&](int i, int j, float (&into)[2][4]) {
-            ptx::mma_bf16(into[0], a[j], x_parts[i][0], x_parts[i][1]);
-            ptx::mma_bf16(into[1], a[j], x_parts[i][2], x_parts[i][3]);
-          });
+          add_products<T, kParts>(
+              feature_sums[group][n],
+              [&](int j, uint32_t (&a)[4]) {
+                ptx::ldmatrix_x4_transposed(a, operand_at<Left::kRowChunks>(left_operand, j * kTokens, 2 * group));
+              },
+              [&](int i, const uint32_t (&a)[4], float (&into)[2][4]) {
+                ptx::mma_bf16(into[0], a, x_parts[i][0], x_parts[i][1]);
+                ptx::mma_bf16(into[1], a, x_parts[i][2], x_parts[i][3]);
+              });
         }
       }
     }

@@ -124,16 +124,16 @@ __global__ void __launch_bounds__(TokenSumTraits<kParts, kRanks>::kThreads, 2)
 #pragma unroll
       for (int group = 0; group < kRanks / 16; ++group) {
         if (group > 0 && group * 16 >= ranks) break;
-        uint32_t a[kParts][4];
-#pragma unroll
-        for (int j = 0; j < kParts; ++j) {
-          const unsigned row = j * kTokens + 16 * k;  // of all parts
-          ptx::ldmatrix_x4_transposed(a[j], operand_at<Left::kRowChunks>(left_operand, row, 2 * group));
-        }
-        add_products<T, kParts>(sums[group], [&](int i, int j, float (&into)[2][4]) {
-          ptx::mma_bf16(into[0], a[j], x_parts[i][0], x_parts[i][1]);
-          ptx::mma_bf16(into[1], a[j], x_parts[i][2], x_parts[i][3]);
-        });
+        add_products<T, kParts>(
+            sums[group],
+            [&](int j, uint32_t (&a)[4]) {
+              const unsigned row = j * kTokens + 16 * k;  // of all parts
+              ptx::ldmatrix_x4_transposed(a, operand_at<Left::kRowChunks>(left_operand, row, 2 * group));
+            },
+            [&](int i, const uint32_t (&a)[4], float (&into)[2][4]) {
+              ptx::mma_bf16(into[0], a, x_parts[i][0], x_parts[i][1]);
+              ptx::mma_bf16(into[1], a, x_parts[i][2], x_parts[i][3]);
+            });
       }
     }
     if (step + 1 < steps) store(step + 1);
