@@ -22,3 +22,9 @@ CPU_SHAPES = [
     Shape(1024, 2048, 2048),
     Shape(2048, 4096, 4096),
 ]
+
+# Attention's q, k and v: each of three layers.
+SIBLING_SHAPES = [
+    Shape(512, 768, 768),
+    Shape(1024, 2048, 2048),
+]
