@@ -1,5 +1,7 @@
 #include "shadow.h"
 
+#include <cstring>
+
 #include "clocks.h"
 
 namespace simt {
@@ -100,11 +102,20 @@ inline Verdict check_byte(Cell& cell, const Access& access, uint32_t generation,
 }  // namespace
 
 Verdict check_access(Cell* cells, size_t bytes, const Access& access, uint32_t generation, uint8_t lasting_flags) {
+  // The bytes of an element mostly have the same history: then what becomes of the first becomes of the others.
+  Cell before, after;
   for (size_t i = 0; i < bytes; ++i) {
+    if (i > 0 && memcmp(&cells[i], &before, sizeof before) == 0) {
+      cells[i] = after;
+      continue;
+    }
+    before = cells[i];
     Verdict verdict = check_byte(cells[i], access, generation, lasting_flags);
-    if (verdict.problem == Problem::kNone) continue;
-    verdict.byte = i;
-    return verdict;
+    if (verdict.problem != Problem::kNone) {
+      verdict.byte = i;
+      return verdict;
+    }
+    after = cells[i];
   }
   return {};
 }
