@@ -75,7 +75,7 @@ def test_kernels_are_told_apart_by_stage():
     split = ["pack_factors_kernel", "shrink_kernel", "partial_sums_kernel", "token_sum_kernel", "partial_sums_kernel"]
     expected = ["pack", "grad_b", "grad_b", "grad_b", "grad_b", "grad_a", "grad_a", "grad_x"]
     assert bench_kernels.backward_stages(named(*split, *last)) == expected
-    assert bench_kernels.merge_stages("merge", named("merge_plan_kernel", "merge_kernel")) == ["plan", "merge"]
+    assert bench_kernels.merge_stages("merge", named("merge_kernel", "merge_kernel")) == ["plan", "merge"]
 
 
 def test_inputs_rotate_beyond_the_cache():
