@@ -200,6 +200,10 @@ def test_the_whole_plan_fits():
     assert sum(one.least_s for one in parts) < 300 < 465 < 480
     assert parts[0].environment["LORA_EXT_CUDA_ARCHS"] == "90a"
     assert all(one.not_run == "" for one in parts if one.name in ("tests", "kernels", "layer"))
+    commands = [gpu_check.shown(one.command) for one in parts]
+    assert commands[0] == "python setup.py build_ext --inplace"
+    assert commands[-2] == "python benchmarks/bench_kernels.py --json build/gpu_check/kernels.json --seconds 45"
+    assert not any(str(BENCHMARKS.parent) in command for command in commands)
     without = gpu_check.plan(FACTS, None, 2)
     assert without[0].not_run == "no CUDA toolkit for torch's CUDA 13.0: set CUDA_HOME"
 
