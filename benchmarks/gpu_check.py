@@ -89,7 +89,7 @@ def cuda_home_candidates() -> list[Path]:
     homes = [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
     if nvcc := shutil.which("nvcc"):  # it may be a wrapper script elsewhere: ask it where its toolkit lies
         dryrun = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
-        homes += [Path(top[1].strip())] if (top := re.search(r"^#\$ TOP=(.+)$", dryrun.stderr, re.M)) else []
+        homes += [Path(top[1].strip()).resolve()] if (top := re.search(r"^#\$ TOP=(.+)$", dryrun.stderr, re.M)) else []
     homes += [Path("/usr/local/cuda"), *sorted(Path("/usr/local").glob("cuda-*"), reverse=True)]
     homes += [home for path in sys.path for home in sorted(Path(path or ".").glob("nvidia/cu[0-9]*"))]
     return homes
