@@ -8,15 +8,11 @@ using namespace lora_ext::cuda;
 
 EXPORT int64_t workspace_bytes_LoraForwardParams(const LoraForwardParams* p) { return workspace_bytes(*p); }
 EXPORT int64_t workspace_bytes_LoraBackwardParams(const LoraBackwardParams* p) { return workspace_bytes(*p); }
-EXPORT int64_t workspace_bytes_LoraMergeParams(const LoraMergeParams* p) { return workspace_bytes(*p); }
 
 EXPORT void run_LoraForwardParams(const LoraForwardParams* p, void* workspace) {
   launch_lora_forward(*p, workspace, nullptr);
 }
 EXPORT void run_LoraBackwardParams(const LoraBackwardParams* p, void* workspace) {
   launch_lora_backward(*p, workspace, nullptr);
-}
-EXPORT void run_LoraMergeParams(const LoraMergeParams* p, void* workspace) {
-  launch_lora_merge(*p, workspace, nullptr);
 }
 EXPORT void run_DropoutMaskParams(const DropoutMaskParams* p, void*) { launch_dropout_mask(*p, nullptr); }
