@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(ExpandTraits<T>::kThreads, 2) expand_kernel(co
     for (int e = 0; e < kVec<A>; ++e) {
       result.v[e] += (kept >> e & 1) != 0 ? static_cast<A>(p.scale) * sum[i].v[e] : A(0);
     }
-    store_vector(target, result, inside, update.out_aligned);
+    store_elements(target, result, inside, update.out_aligned);
   }
 }
 
