@@ -7,6 +7,7 @@ and these run only once it has refused, to say why as a ``ValueError`` or ``Type
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -89,12 +90,43 @@ def check_lora_linear(
             raise ValueError(f"{op}: seed is on {seed.device} but x is on {x.device}")
 
 
-def check_lora_merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
-    check_factors("lora_merge_", weight, lora_A, lora_B)
+# --- merging ----------------------------------------------------------------------------------------------------------
+
+MERGE_SEGMENT = 256  # columns that share a record: csrc/common/merge_record.h
+
+
+def merge_segments(in_features: int) -> int:
+    return (in_features + MERGE_SEGMENT - 1) // MERGE_SEGMENT
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_merge_weight(op: str, weight: Tensor) -> None:
     if weight.shape[1] > 1 and weight.stride(1) != 1:
-        raise ValueError(f"lora_merge_: weight has column stride {weight.stride(1)}, want 1; merge a contiguous one")
+        raise ValueError(f"{op}: weight has column stride {weight.stride(1)}, want 1; merge a contiguous one")
     if weight.shape[0] > 1 and weight.stride(0) < weight.shape[1]:
         raise ValueError(
-            f"lora_merge_: weight has row stride {weight.stride(0)} but {weight.shape[1]} columns: its rows overlap"
+            f"{op}: weight has row stride {weight.stride(0)} but {weight.shape[1]} columns: its rows overlap"
         )
-    check_scaling("lora_merge_", scaling)
+
+
+def check_merge(op: str, weights: Sequence[Tensor], lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> None:
+    """What the merge ops take: lists of equal length, one dtype and device, factors in the accumulation dtype."""
+    if not weights:
+        raise ValueError(f"{op}: weights is empty, want at least one")
+    if not len(weights) == len(lora_A) == len(lora_B):
+        raise ValueError(
+            f"{op}: there are {len(weights)} weights, but {len(lora_A)} lora_A and {len(lora_B)} lora_B"
+        )
+    for weight, A, B in zip(weights, lora_A, lora_B, strict=True):
+        check_factors(op, weight, A, B)
+        check_merge_weight(op, weight)
+        if weight.dtype != weights[0].dtype:
+            raise TypeError(f"{op}: weights differ in dtype: {_name(weights[0].dtype)} and {_name(weight.dtype)}")
+        if weight.device != weights[0].device:
+            raise ValueError(f"{op}: weights are on {weights[0].device} and {weight.device}")
+        acc = accumulation_dtype(weight.dtype)
+        if A.dtype != acc:
+            raise TypeError(f"{op}: lora_A has dtype {_name(A.dtype)}, want {_name(acc)} beside {_name(weight.dtype)}")

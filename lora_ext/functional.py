@@ -67,24 +67,3 @@ def lora_linear(
             _checks.check_lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
         _check_kernels_exist("lora_linear", x.device)
         raise
-
-
-def lora_merge_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """``weight += scaling * lora_B @ lora_A`` in place; one read and one write of ``weight``.
-
-    Accumulates in float32 (float64 for float64) and rounds once. Shapes as in :func:`lora_linear`; ``weight`` may have
-    any row stride. A negated ``scaling`` takes the update out again, to rounding.
-
-    Returns:
-        ``weight``.
-
-    Raises:
-        ValueError, TypeError: naming the argument and both values; ``weight`` is then untouched.
-    """
-    try:
-        torch.ops.lora_ext.lora_merge_.default(weight, lora_A, lora_B, scaling)
-    except RuntimeError:
-        _checks.check_lora_merge(weight, lora_A, lora_B, scaling)
-        _check_kernels_exist("lora_merge_", weight.device)
-        raise
-    return weight
