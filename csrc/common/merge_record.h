@@ -22,7 +22,7 @@ namespace lora_ext {
 
 constexpr int kMergeSegment = 256;  // columns: their position fits a byte
 constexpr int kLargestCorrection = 127;
-constexpr uint16_t kOutlierMark = 0x80;  // the high byte of an outlier's first word
+constexpr int kOutlierMark = -kLargestCorrection - 1;  // in place of the correction
 
 constexpr int64_t merge_segments(int64_t in_features) { return (in_features + kMergeSegment - 1) / kMergeSegment; }
 
@@ -58,13 +58,12 @@ LORA_EXT_HOST_DEVICE inline uint16_t correction_word(int col, int correction) {
 }
 LORA_EXT_HOST_DEVICE inline int word_column(uint16_t word) { return word & 0xFF; }
 LORA_EXT_HOST_DEVICE inline int word_correction(uint16_t word) { return static_cast<int8_t>(word >> 8); }
-LORA_EXT_HOST_DEVICE inline bool is_outlier_word(uint16_t word) { return word >> 8 == kOutlierMark; }
+LORA_EXT_HOST_DEVICE inline bool is_outlier_word(uint16_t word) { return word_correction(word) == kOutlierMark; }
 
-// Words of the record of a segment of `cols` columns with `corrections` elements to correct, `outliers` of them beyond
-// kLargestCorrection; element_words: 16-bit words of an element.
-LORA_EXT_HOST_DEVICE inline int record_words(int corrections, int outliers, int cols, int element_words) {
-  const int sparse = corrections + outliers * element_words, whole = cols * element_words;
-  return sparse < whole ? sparse : whole;
+// Words of the record of a segment of `cols` columns whose sparse form takes `sparse` words: one a correction, and
+// element_words more for each that is an outlier.
+LORA_EXT_HOST_DEVICE inline int64_t record_words(int64_t sparse, int64_t cols, int element_words) {
+  return sparse < cols * element_words ? sparse : cols * element_words;
 }
 
 }  // namespace lora_ext
