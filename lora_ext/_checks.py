@@ -117,9 +117,7 @@ def check_merge(op: str, weights: Sequence[Tensor], lora_A: Sequence[Tensor], lo
     if not weights:
         raise ValueError(f"{op}: weights is empty, want at least one")
     if not len(weights) == len(lora_A) == len(lora_B):
-        raise ValueError(
-            f"{op}: there are {len(weights)} weights, but {len(lora_A)} lora_A and {len(lora_B)} lora_B"
-        )
+        raise ValueError(f"{op}: there are {len(weights)} weights, but {len(lora_A)} lora_A and {len(lora_B)} lora_B")
     for weight, A, B in zip(weights, lora_A, lora_B, strict=True):
         check_factors(op, weight, A, B)
         check_merge_weight(op, weight)

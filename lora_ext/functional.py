@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from . import _checks, _load
+from .exact_merge import MergeRecord, lora_merge_, lora_unmerge_
+
+__all__ = ["MergeRecord", "draw_seed", "lora_linear", "lora_merge_", "lora_unmerge_"]
 
 _INT64_MAX = torch.iinfo(torch.int64).max
 
@@ -13,15 +16,6 @@ _INT64_MAX = torch.iinfo(torch.int64).max
 def draw_seed(device: torch.device) -> Tensor:
     """A fresh dropout seed, int64 ``[]``, from PyTorch's default generator of ``device`` (``torch.manual_seed``)."""
     return torch.randint(_INT64_MAX, (), dtype=torch.int64, device=device)
-
-
-def _check_kernels_exist(op: str, device: torch.device) -> None:
-    if device.type == "cuda" and _load.cuda_unavailable_reason:
-        raise RuntimeError(
-            f"{op}: tensors are on {device}, but there are no CUDA kernels: {_load.cuda_unavailable_reason}"
-        )
-    if device.type not in ("cpu", "cuda", "meta"):
-        raise RuntimeError(f"{op}: tensors are on {device}, but there are kernels for cpu and cuda only")
 
 
 def lora_linear(
@@ -65,5 +59,5 @@ def lora_linear(
     except RuntimeError:
         if not torch.is_autocast_enabled(x.device.type):  # under autocast the op saw other dtypes than these
             _checks.check_lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
-        _check_kernels_exist("lora_linear", x.device)
+        _load.check_kernels_exist("lora_linear", x.device)
         raise
