@@ -24,7 +24,9 @@ constexpr int kMergeSegment = 256;  // columns: their position fits a byte
 constexpr int kLargestCorrection = 127;
 constexpr int kOutlierMark = -kLargestCorrection - 1;  // in place of the correction
 
-constexpr int64_t merge_segments(int64_t in_features) { return (in_features + kMergeSegment - 1) / kMergeSegment; }
+LORA_EXT_HOST_DEVICE constexpr int64_t merge_segments(int64_t in_features) {
+  return (in_features + kMergeSegment - 1) / kMergeSegment;
+}
 
 // An element's bits -> an integer that grows with the element's value; its own inverse. Arithmetic on it wraps.
 LORA_EXT_HOST_DEVICE inline uint16_t ordered(uint16_t bits) {

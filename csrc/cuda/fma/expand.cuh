@@ -2,9 +2,8 @@
 //
 //   out [rows, cols] (+)= bias + mask o (scale * left [rows, rank] @ right [rank, cols])
 //
-// y (left = xa, right = lora_B^T, bias), grad_x (left = grad_xa, right = lora_A, mask) and the merge (out = weight,
-// left = lora_B, right = lora_A, added in place). Writes rows * cols elements, and reads them first where it adds to
-// them; beside that, the mask's bits and the two skinny matrices are small.
+// y (left = xa, right = lora_B^T, bias) and grad_x (left = grad_xa, right = lora_A, mask). Writes rows * cols elements,
+// and reads them first where it adds to them; beside that, the mask's bits and the two skinny matrices are small.
 #pragma once
 
 #include "../elements.cuh"

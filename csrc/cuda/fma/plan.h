@@ -33,7 +33,7 @@ inline TokenChunks plan_token_chunks(int64_t num_tokens, int64_t features, int64
 // Byte offsets into a call's workspace; everything in it is in the accumulation dtype.
 struct WorkspacePlan {
   int64_t lora_A = 0;   // [rank, in_features]
-  int64_t lora_B = 0;   // [rank, out_features], transposed; for the merge [out_features, rank] as it is
+  int64_t lora_B = 0;   // [rank, out_features], transposed
   int64_t grad_xa = 0;  // [num_tokens, rank]
   int64_t partial = 0;  // [chunks, rank, in_features or out_features]: for one gradient at a time
   int64_t total = 0;
@@ -45,13 +45,6 @@ struct WorkspacePlan {
     return offset;
   }
 };
-
-inline WorkspacePlan plan_workspace(const LoraMergeParams& p) {
-  WorkspacePlan plan;
-  plan.lora_A = plan.take(p.rank * p.in_features, p.dtype);
-  plan.lora_B = plan.take(p.rank * p.out_features, p.dtype);
-  return plan;
-}
 
 inline WorkspacePlan plan_workspace(const LoraForwardParams& p) {
   WorkspacePlan plan;
