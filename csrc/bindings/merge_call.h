@@ -27,6 +27,9 @@ inline void check_merge_weight(const char* op, const Tensor& weight, const Tenso
                   ", want 1");
   STD_TORCH_CHECK(weight.size(0) <= 1 || weight.stride(0) >= weight.size(1), op, ": weight has row stride ",
                   weight.stride(0), " but ", weight.size(1), " columns: its rows overlap");
+  constexpr int64_t kLargest = 1ll << 30;  // the kernels count rows and columns, rounded up, in 32 bits
+  STD_TORCH_CHECK(weight.size(0) <= kLargest && weight.size(1) <= kLargest, op, ": weight is ", weight.size(0), " by ",
+                  weight.size(1), ", want at most 2^30 rows and columns");
 }
 
 inline MergeCall prepare_merge(const char* op, const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_A,

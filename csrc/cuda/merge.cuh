@@ -29,9 +29,10 @@ static_assert(sizeof(MergeLaunch) <= 4096, "a kernel takes 4 KB of parameters be
 template <class T>
 struct MergeTraits {
   static constexpr int kThreads = 256, kWarps = kThreads / 32;
-  static constexpr int kWarpRows = sizeof(T) == 8 ? 2 : 4;  // 32 registers of sums a lane
+  static constexpr int kWarpRows = sizeof(T) == 2 ? 4 : 2;  // a lane keeps their sums and elements in registers
   static constexpr int kTileRows = kWarps * kWarpRows;
   static constexpr int kRankTile = 16;
+  static constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;  // a multiprocessor: 128 registers a thread, or 255
 };
 
 // The tile of lora_A lies in shared memory as lanes read it: 16 bytes each, chunk by chunk.
@@ -110,10 +111,15 @@ __device__ __forceinline__ void write_record(uint16_t* record, int words, const 
   }
 }
 
-// Candidates in memory -> the original weight, by the sparse record of one row's segment: record [words].
+// Candidates in memory -> the original weight, by the record of one row's segment where that is sparse.
 template <class T>
-__device__ __forceinline__ void apply_record(const uint16_t* record, int words, int cols, T* weight, int lane) {
-  constexpr int kOutlierWords = 1 + static_cast<int>(sizeof(T)) / 2;
+__device__ __forceinline__ void apply_record(const MergeParams& p, const MergeLaunch::Layer& layer, int64_t segment,
+                                             T* weight, int cols, int lane) {
+  constexpr int kElementWords = sizeof(T) / 2, kOutlierWords = 1 + kElementWords;
+  const RecordRange range = record_range(p, layer, segment);
+  const int words = static_cast<int>(range.end - range.begin);
+  const uint16_t* record = layer.corrections + range.begin;
+  if (words == cols * kElementWords) return;
   int first_outlier = words;
   for (int begin = 0; begin < first_outlier; begin += 32) {
     const int index = begin + lane;
@@ -163,26 +169,20 @@ __device__ __forceinline__ void finish_row(const MergeParams& p, const MergeLaun
     const int words = static_cast<int>(range.end - range.begin);
     uint16_t* record = layer.corrections + range.begin;
     const bool is_whole = words == cols * kElementWords;
-    if constexpr (kMode == MergeMode::kMergeRecord) {
-      if (is_whole) {
-        original.store_as_words(record, cols, lane);
-      } else if (words > 0) {
-        write_record(record, words, original, result, update, lane);
-      }
-      result.store(weight, cols, layer.aligned, lane);
-    } else {
+    if constexpr (kMode == MergeMode::kUnmerge) {
       if (is_whole) result.load_from_words(record, cols, lane);
-      result.store(weight, cols, layer.aligned, lane);
-      if (words > 0 && !is_whole) {
-        __syncwarp();  // the candidates are there for every lane
-        apply_record(record, words, cols, weight, lane);
-      }
+    } else if (is_whole) {
+      original.store_as_words(record, cols, lane);
+    } else if (words > 0) {
+      write_record(record, words, original, result, update, lane);
     }
+    result.store(weight, cols, layer.aligned, lane);
   }
 }
 
 template <class T, MergeMode kMode>
-__global__ void __launch_bounds__(MergeTraits<T>::kThreads, 2) merge_kernel(const __grid_constant__ MergeLaunch p) {
+__global__ void __launch_bounds__(MergeTraits<T>::kThreads, MergeTraits<T>::kBlocks)
+    merge_kernel(const __grid_constant__ MergeLaunch p) {
   using A = Acc<T>;
   using Traits = MergeTraits<T>;
   constexpr int kWarpRows = Traits::kWarpRows, kTileRows = Traits::kTileRows, kRankTile = Traits::kRankTile;
@@ -193,46 +193,47 @@ __global__ void __launch_bounds__(MergeTraits<T>::kThreads, 2) merge_kernel(cons
   int index = 0;
   while (index + 1 < p.num_layers && blockIdx.x >= p.layers[index + 1].first_block) ++index;
   const MergeLaunch::Layer& layer = p.layers[index];
-  const int64_t block = blockIdx.x - layer.first_block, segments = merge_segments(layer.in_features);
-  const int64_t col0 = block % segments * kMergeSegment;
-  const int cols = static_cast<int>(min(layer.in_features - col0, static_cast<int64_t>(kMergeSegment)));
+  // 32 bits suffice for one matrix's rows and columns; registers are scarce here.
+  const int out_features = static_cast<int>(layer.out_features), rank = static_cast<int>(layer.rank);
+  const int block = static_cast<int>(blockIdx.x - layer.first_block);
+  const int segments = static_cast<int>(merge_segments(layer.in_features));
+  const int first_tile = block / segments * p.tiles_per_block, col0 = block % segments * kMergeSegment;
+  const int cols = min(static_cast<int>(layer.in_features) - col0, kMergeSegment);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  const A* lora_A = static_cast<const A*>(layer.lora_A);
+  const A* lora_A = static_cast<const A*>(layer.lora_A) + col0;
   const A* lora_B = static_cast<const A*>(layer.lora_B);
 
   for (int tile = 0; tile < p.tiles_per_block; ++tile) {
-    const int64_t tile_row = (block / segments * p.tiles_per_block + tile) * kTileRows;
-    if (tile_row >= layer.out_features) break;
-    const int64_t warp_row = tile_row + warp * kWarpRows;
+    const int tile_row = (first_tile + tile) * kTileRows, warp_row = tile_row + warp * kWarpRows;
+    if (tile_row >= out_features) break;
     T* weight = static_cast<T*>(layer.weight) + warp_row * layer.weight_stride + col0;  // [kWarpRows, cols]
     LaneElements<T> original[kWarpRows];
 #pragma unroll
     for (int i = 0; i < kWarpRows; ++i) {
-      if (warp_row + i < layer.out_features) {
+      if (warp_row + i < out_features) {
         original[i].load(weight + i * layer.weight_stride, cols, layer.aligned, lane);
       }
     }
 
     A update[kWarpRows][8] = {};
-    for (int64_t r0 = 0; r0 < layer.rank; r0 += kRankTile) {
-      const int ranks = static_cast<int>(min(layer.rank - r0, static_cast<int64_t>(kRankTile)));
+    for (int r0 = 0; r0 < rank; r0 += kRankTile) {
+      const int ranks = min(rank - r0, kRankTile);
       if (tile > 0 || r0 > 0) __syncthreads();  // nobody reads the last tiles any more
       for (int element = thread; element < kTileRows * kRankTile; element += Traits::kThreads) {
         const int row = element / kRankTile, r = element % kRankTile;
-        const bool inside = tile_row + row < layer.out_features && r < ranks;
-        left_tile[r * kTileRows + row] = inside ? lora_B[(tile_row + row) * layer.rank + r0 + r] : A(0);
+        const bool inside = tile_row + row < out_features && r < ranks;
+        left_tile[r * kTileRows + row] = inside ? lora_B[static_cast<int64_t>(tile_row + row) * rank + r0 + r] : A(0);
       }
-      if (tile == 0 || layer.rank > kRankTile) {
+      if (tile == 0 || rank > kRankTile) {
         const int to = shared_column<T>(thread);  // a thread, a column
 #pragma unroll 4
         for (int r = 0; r < ranks; ++r) {
-          right_tile[r * kMergeSegment + to] =
-              thread < cols ? lora_A[(r0 + r) * layer.in_features + col0 + thread] : A(0);
+          right_tile[r * kMergeSegment + to] = thread < cols ? lora_A[(r0 + r) * layer.in_features + thread] : A(0);
         }
       }
       __syncthreads();
       // Not a rank more than there are: adding zero would turn an update of -0.0 into 0.0.
-#pragma unroll 4
+#pragma unroll 2
       for (int r = 0; r < ranks; ++r) {
         A right[8], left[kWarpRows];
 #pragma unroll
@@ -240,9 +241,7 @@ __global__ void __launch_bounds__(MergeTraits<T>::kThreads, 2) merge_kernel(cons
           load_16_bytes(right_tile + r * kMergeSegment + (chunk * 32 + lane) * kChunk, &right[chunk * kChunk]);
         }
 #pragma unroll
-        for (int i = 0; i < kWarpRows; i += kChunk) {
-          load_16_bytes(left_tile + r * kTileRows + warp * kWarpRows + i, &left[i]);  // a broadcast
-        }
+        for (int i = 0; i < kWarpRows; ++i) left[i] = left_tile[r * kTileRows + warp * kWarpRows + i];  // a broadcast
 #pragma unroll
         for (int i = 0; i < kWarpRows; ++i) {
 #pragma unroll
@@ -253,10 +252,18 @@ __global__ void __launch_bounds__(MergeTraits<T>::kThreads, 2) merge_kernel(cons
 
 #pragma unroll
     for (int i = 0; i < kWarpRows; ++i) {
-      const int64_t row = warp_row + i;
-      if (row < layer.out_features) {
-        finish_row<T, kMode>(p.params, layer, row * segments + block % segments, weight + i * layer.weight_stride, cols,
-                             original[i], update[i], lane);
+      if (warp_row + i < out_features) {
+        const int64_t segment = static_cast<int64_t>(warp_row + i) * segments + block % segments;
+        finish_row<T, kMode>(p.params, layer, segment, weight + i * layer.weight_stride, cols, original[i], update[i],
+                             lane);
+      }
+    }
+    if constexpr (kMode == MergeMode::kUnmerge) {
+      __syncwarp();  // the candidates are there for every lane
+#pragma unroll 1
+      for (int i = 0; i < min(kWarpRows, out_features - warp_row); ++i) {
+        const int64_t segment = static_cast<int64_t>(warp_row + i) * segments + block % segments;
+        apply_record(p.params, layer, segment, weight + i * layer.weight_stride, cols, lane);
       }
     }
   }
