@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../common/merge_params.h"
-#include "checks.h"
+#include "layer_arguments.h"
 
 namespace lora_ext {
 

@@ -59,5 +59,13 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Four bytes out of the eight of first (0 to 3) and second (4 to 7), one per hexadecimal digit of the selector, lowest
+// byte first; a digit of 8 + i stands for eight copies of the highest bit of byte i. (9.7.9.7)
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t first, uint32_t second, uint32_t selector) {
+  uint32_t out;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(first), "r"(second), "r"(selector));
+  return out;
+}
+
 }  // namespace lora_ext::cuda::ptx
 #endif

@@ -2,13 +2,15 @@
 // larger, or differs between instantiations, is carved here.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include <cstdint>
 
 namespace lora_ext::cuda {
 
 constexpr uint32_t kSharedAlignment = 128;  // of every array: 8 rows of 16 bytes, what ldmatrix and swizzles want
 
-constexpr uint32_t shared_bytes_of(uint32_t bytes) {
+__host__ __device__ constexpr uint32_t shared_bytes_of(uint32_t bytes) {
   return (bytes + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
 }
 

@@ -20,10 +20,12 @@ template <>
 constexpr int kTokenParts<__nv_bfloat16> = 1;
 
 // Parts of a factor and of xa and grad_xa, chosen by the dtypes of x and the factors: beside 16-bit factors they keep
-// at least x's precision, as plain PyTorch's intermediates do; beside float32 factors they keep float32's.
+// at least x's precision, as plain PyTorch's intermediates do; beside float32 factors they keep float32's. Factors of
+// the other 16-bit type are rare: they share the kernels of float32 ones where two parts would do.
 constexpr int skinny_parts(DType dtype, DType factor_dtype) {
   if (factor_dtype == DType::kFloat32 || factor_dtype == DType::kFloat64) return 3;
-  return dtype == DType::kBFloat16 && factor_dtype == DType::kBFloat16 ? 1 : 2;
+  if (dtype == DType::kFloat16) return 2;
+  return factor_dtype == DType::kBFloat16 ? 1 : 3;
 }
 
 // part[0] is value rounded, part[1] what that left, rounded, and so on. An infinite or NaN value is all in part[0].

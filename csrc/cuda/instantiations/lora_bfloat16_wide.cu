@@ -1,0 +1,8 @@
+#include "../mma/lora.cuh"
+
+namespace lora_ext::cuda {
+
+template void mma::launch_forward<__nv_bfloat16, mma::kWideParts>(const LoraForwardParams&, char*, cudaStream_t);
+template void mma::launch_backward<__nv_bfloat16, mma::kWideParts>(const LoraBackwardParams&, char*, cudaStream_t);
+
+}  // namespace lora_ext::cuda

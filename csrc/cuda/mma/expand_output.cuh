@@ -1,0 +1,200 @@
+// What the expand kernels have in common: their parameters, the split of the left operand, and a warp's way from sums
+// to the output.
+#pragma once
+
+#include "../../common/params.h"
+#include "../elements.cuh"
+#include "../launch.cuh"
+#include "parts.cuh"
+
+namespace lora_ext::cuda::mma {
+
+// out [num_tokens, cols] (+)= bias + mask o (left [num_tokens, rank] @ right [rank, cols]), for every sibling.
+struct ExpandSibling {
+  const __nv_bfloat16* right;  // [parts][rank_padded, cols_padded], packed_shape.h, columns interleaved
+  const void* bias;            // [cols], T; null: none
+  void* out;                   // [num_tokens, cols], T
+  int64_t cols, out_stride;
+  int64_t rank, rank_begin;  // the columns of left that are this sibling's
+};
+
+struct ExpandParams {
+  int64_t num_tokens, left_stride, mask_row_bytes;
+  const float* left;    // [num_tokens, left_stride]
+  const uint8_t* mask;  // [num_tokens, mask_row_bytes]; null: everything is kept
+  bool accumulate;      // add to what out holds
+  int num_siblings;
+  ExpandSibling siblings[kMaxSiblings];
+};
+
+// How the launch divides the work. The columns of the output are cut into tiles, sibling after sibling; blockIdx.y
+// counts through all of them.
+struct ExpandTiles {
+  uint32_t right_elements;  // room in shared memory for the largest tile of right; of the short kernel
+  int row_warps;  // how many warps of a block have rows of their own; those that share rows share out the columns
+  struct Sibling {
+    int64_t begin;  // its first tile
+    int cols;       // of a tile, a multiple of kPackedColumnStep
+    bool pairs;     // left can be read in aligned pairs
+    bool eights;    // out and bias can be read and written in aligned groups of eight
+  } siblings[kMaxSiblings];
+};
+
+struct ExpandLaunch {
+  ExpandParams params;
+  ExpandTiles tiles;
+};
+
+constexpr int kExpandThreads = 256, kExpandWarps = kExpandThreads / 32;
+constexpr int kPieceRows = 16, kPieceCols = 32;  // a warp's piece of output: its sums are 16 registers
+
+__device__ __forceinline__ int find_sibling(const ExpandLaunch& p) {
+  int sibling = p.params.num_siblings - 1;
+  while (blockIdx.y < p.tiles.siblings[sibling].begin) --sibling;
+  return sibling;
+}
+
+// left[row, r] and its neighbour. `row` points to the sibling's columns; beyond them lie another sibling's numbers,
+// which may be NaN: zero instead.
+__device__ __forceinline__ float2 load_left_pair(const float* row, int64_t r, int64_t rank, bool pairs) {
+  if (pairs && r + 1 < rank) return *reinterpret_cast<const float2*>(row + r);
+  return make_float2(r < rank ? row[r] : 0.0f, r + 1 < rank ? row[r + 1] : 0.0f);
+}
+
+// One register of an mma fragment for each part.
+template <int kParts>
+__device__ __forceinline__ void split_pair(float2 pair, uint32_t (&part)[kParts]) {
+  __nv_bfloat16 first[kParts], second[kParts];
+  split(pair.x, first);
+  split(pair.y, second);
+#pragma unroll
+  for (int i = 0; i < kParts; ++i) part[i] = join(first[i], second[i]);
+}
+
+// Eight neighbouring elements of a row, two to a word.
+struct Eight {
+  uint32_t word[4];
+};
+
+__device__ __forceinline__ uint16_t bits_of(__nv_bfloat16 value) { return __bfloat16_as_ushort(value); }
+__device__ __forceinline__ uint16_t bits_of(__half value) { return __half_as_ushort(value); }
+
+template <class T>
+__device__ __forceinline__ float element_of(const Eight& eight, int e) {
+  const uint16_t bits = static_cast<uint16_t>(eight.word[e / 2] >> (e % 2 * 16));
+  if constexpr (std::is_same_v<T, __half>) {
+    return to_acc(__ushort_as_half(bits));
+  } else {
+    return to_acc(__ushort_as_bfloat16(bits));
+  }
+}
+
+template <class T>
+__device__ __forceinline__ Eight load_eight(const T* from) {
+  const uint4 words = *reinterpret_cast<const uint4*>(from);
+  return {{words.x, words.y, words.z, words.w}};
+}
+
+// value[e] += from[e] where rows do not come in aligned groups.
+template <class T>
+__device__ __forceinline__ void add_single(float (&value)[8], const T* from, int count) {
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    if (e < count) value[e] += to_acc(from[e]);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void add_eight(float (&value)[8], const Eight& eight) {
+#pragma unroll
+  for (int e = 0; e < 8; ++e) value[e] += element_of<T>(eight, e);
+}
+
+template <class T>
+__device__ __forceinline__ void store_eight(T* to, const float (&value)[8]) {
+  uint32_t word[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    word[i] = bits_of(from_acc<T>(value[2 * i])) | static_cast<uint32_t>(bits_of(from_acc<T>(value[2 * i + 1]))) << 16;
+  }
+  *reinterpret_cast<uint4*>(to) = make_uint4(word[0], word[1], word[2], word[3]);
+}
+
+template <class T>
+__device__ __forceinline__ void store_single(T* to, const float (&value)[8], int count) {
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    if (e < count) to[e] = from_acc<T>(value[e]);
+  }
+}
+
+// A warp's way along 16 rows of output, piece by piece. Lane 4 * g + t has rows g and g + 8 and, by the interleaved
+// order of right's columns, columns 8 * t to 8 * t + 7 of a piece.
+template <class T>
+class ExpandOutput {
+ public:
+  __device__ __forceinline__ ExpandOutput(const ExpandParams& p, const ExpandSibling& sibling, bool eights,
+                                          int64_t row0, int64_t col0)
+      : accumulate_(p.accumulate), eights_(eights) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int64_t row = row0 + lane / 4, col = col0 + lane % 4 * 8;
+    constexpr int64_t kFar = 1 << 30;
+    rows_ = static_cast<int>(min(p.num_tokens - row, kFar));
+    cols_ = static_cast<int>(min(sibling.cols - col, kFar));
+    out_ = static_cast<T*>(sibling.out) + row * sibling.out_stride + col;
+    out_step_ = 8 * sibling.out_stride;
+    bias_ = sibling.bias ? static_cast<const T*>(sibling.bias) + col : nullptr;
+    mask_ = p.mask ? p.mask + row * p.mask_row_bytes + col / 8 : nullptr;
+    mask_step_ = 8 * p.mask_row_bytes;
+  }
+
+  // Reads what will be added to the sums of the piece at column `col`; before they are made, so that both overlap.
+  __device__ __forceinline__ void prefetch(int col) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (count(i, col) <= 0) continue;
+      if (accumulate_ && eights_) held_[i] = load_eight(out_ + i * out_step_ + col);
+      if (mask_) keep_[i] = mask_[i * mask_step_ + col / 8];
+    }
+  }
+
+  // sum[n]: of the piece's n-th 8 columns in right's order, as an mma leaves them.
+  __device__ __forceinline__ void finish(int col, const float (&sum)[4][4]) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int elements = count(i, col);
+      if (elements <= 0) continue;
+      float value[8];
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        value[e] = sum[e / 2][2 * i + e % 2];
+        if (mask_ && !((keep_[i] >> e) & 1)) value[e] = 0.0f;  // whatever the sum is, NaN included
+      }
+      T* out = out_ + i * out_step_ + col;
+      if (eights_) {
+        if (bias_) add_eight<T>(value, load_eight(bias_ + col));  // from the first-level cache: all rows read it
+        if (accumulate_) add_eight<T>(value, held_[i]);
+        store_eight(out, value);
+      } else {
+        if (bias_) add_single(value, bias_ + col, elements);
+        if (accumulate_) add_single(value, out, elements);
+        store_single(out, value, elements);
+      }
+    }
+  }
+
+ private:
+  // Elements from column `col` to the end of row g + 8 * i, none where there is no such row.
+  __device__ __forceinline__ int count(int i, int col) const { return 8 * i < rows_ ? cols_ - col : 0; }
+
+  const bool accumulate_, eights_;
+  int rows_, cols_;
+  int64_t out_step_, mask_step_;  // 8 rows
+  T* out_;
+  const T* bias_;
+  const uint8_t* mask_;
+  Eight held_[2] = {};
+  uint32_t keep_[2] = {};
+};
+
+}  // namespace lora_ext::cuda::mma

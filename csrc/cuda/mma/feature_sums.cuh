@@ -1,0 +1,48 @@
+// Feature sums, over tokens: grad_lora_A and grad_lora_B. What a pass over the tokens writes, and how its chunks become
+// the gradients: the only rounding to the factors' dtype.
+#pragma once
+
+#include <cstdint>
+
+#include "../elements.cuh"
+#include "partial_sums.cuh"
+#include "token_pass.h"
+
+namespace lora_ext::cuda::mma {
+
+// What a pass writes: [chunks, rank, pitch], nothing beyond rank and pitch, and zeros between features and pitch.
+struct FeatureSumsTarget {
+  float* to;
+  int64_t rank, pitch;
+
+  // feature: even
+  __device__ __forceinline__ void store(int64_t chunk, int64_t row, int64_t feature, float first, float second) const {
+    if (row >= rank || feature >= pitch) return;
+    *reinterpret_cast<float2*>(to + (chunk * rank + row) * pitch + feature) = make_float2(first, second);
+  }
+};
+
+struct FeatureSumsResult {
+  int64_t features, pitch;
+  DType dtype;
+  bool transposed;  // [features, rank], of lora_B; otherwise [rank, features], of lora_A
+  int num_siblings;
+  GradASibling siblings[kMaxSiblings];
+
+  __device__ __forceinline__ void store(int64_t index, float sum) const {
+    const int64_t row = index / pitch, feature = index % pitch;
+    if (feature >= features) return;
+    int s = 0;
+    while (s + 1 < num_siblings && row >= siblings[s + 1].rank_begin) ++s;
+    const int64_t rank = row - siblings[s].rank_begin;
+    store_as(siblings[s].grad_lora_A, transposed ? feature * siblings[s].rank + rank : rank * features + feature, dtype,
+             sum);
+  }
+};
+
+inline void launch_feature_sums(const FeatureSumsResult& result, const float* partial, int64_t chunks, int64_t rank,
+                                cudaStream_t stream) {
+  launch_partial_sums<FeatureSumsResult>({partial, chunks, rank * result.pitch, result}, stream);
+}
+
+}  // namespace lora_ext::cuda::mma

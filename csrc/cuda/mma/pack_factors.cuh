@@ -1,0 +1,126 @@
+// One launch turns every factor of a call into the format of packed_shape.h. The factors, rank * (in_features +
+// out_features) elements a layer, are small beside x.
+#pragma once
+
+#include <algorithm>
+
+#include "../elements.cuh"
+#include "../launch.cuh"
+#include "packed_shape.h"
+#include "parts.cuh"
+
+namespace lora_ext::cuda::mma {
+
+// A factor, and where in an image it goes.
+struct PackSource {
+  const void* from;  // [rank, features], or [features, rank] when transposed; contiguous
+  int64_t rank, features;
+  bool transposed;
+};
+struct PackTarget {
+  void* image;  // packed, of `shape`
+  PackedShape shape;
+  int64_t rank, row_begin;  // of the image, padding excluded; the factor's first row in it
+  bool interleaved;         // the order of columns, see interleaved_column()
+};
+
+constexpr int kMaxPackJobs = 2 * kMaxSiblings;
+constexpr int kPackThreads = 256;
+constexpr int kPackRows = 16, kPackCols = 64;  // of the image, per block
+constexpr int kPackPitch = kPackCols + 2;      // no two lanes of a transposed write meet in a bank
+
+struct PackJob {
+  PackSource source;
+  bool interleaved;
+  __nv_bfloat16* packed;  // [parts][rows_written, cols_padded]: the job's first row in the first part
+  int64_t rows_written, cols_padded, part_stride;
+  int64_t tiles;
+};
+
+struct PackFactorsParams {
+  DType dtype;
+  int num_jobs;
+  PackJob jobs[kMaxPackJobs];
+
+  void add(const PackSource& source, const PackTarget& target) {
+    // Where the image's last factor ends, its padding begins: zeros, written with that factor.
+    const bool last = source.rank + target.row_begin == target.rank;
+    const int64_t rows = last ? target.shape.rows - target.row_begin : source.rank;
+    jobs[num_jobs++] = {.source = source,
+                        .interleaved = target.interleaved,
+                        .packed = static_cast<__nv_bfloat16*>(target.image) + target.row_begin * target.shape.cols,
+                        .rows_written = rows,
+                        .cols_padded = target.shape.cols,
+                        .part_stride = target.shape.part_stride(),
+                        .tiles = ceil_div(rows, kPackRows) * (target.shape.cols / kPackCols)};
+  }
+};
+
+// The order of columns within 32 in which expand reads its right operand: position 8 * j + n holds column
+// 8 * (n / 2) + 2 * j + n % 2. An mma leaves columns n = 2 * t and 2 * t + 1 of tile j with lane t of four; in this
+// order the sums of tiles j = 0..3 are eight neighbouring columns, 16 bytes of output, without an exchange of lanes.
+__device__ __forceinline__ int interleaved_column(int position) {
+  const int tile = position % 32 / 8, n = position % 8;
+  return position / 32 * 32 + 8 * (n / 2) + 2 * tile + n % 2;
+}
+
+// Reads along the factor's rows, whichever way they lie in the image.
+template <class F>
+__device__ __forceinline__ void load_pack_tile(const PackSource& source, int64_t row0, int64_t col0,
+                                               float (&tile)[kPackRows][kPackPitch]) {
+  const F* from = static_cast<const F*>(source.from);
+#pragma unroll
+  for (int i = 0; i < kPackRows * kPackCols / kPackThreads; ++i) {
+    const int element = static_cast<int>(threadIdx.x) + i * kPackThreads;
+    const int r = source.transposed ? element % kPackRows : element / kPackCols;
+    const int c = source.transposed ? element / kPackRows : element % kPackCols;
+    const int64_t row = row0 + r, col = col0 + c;
+    const bool inside = row < source.rank && col < source.features;
+    const int64_t index = source.transposed ? col * source.rank + row : row * source.features + col;
+    tile[r][c] = inside ? static_cast<float>(to_acc(from[index])) : 0.0f;
+  }
+}
+
+// blockIdx.y is the job, blockIdx.x its tile.
+template <int kParts>
+__global__ void __launch_bounds__(kPackThreads) pack_factors_kernel(const __grid_constant__ PackFactorsParams p) {
+  alignas(16) __shared__ float tile[kPackRows][kPackPitch];
+  const PackJob& job = p.jobs[blockIdx.y];
+  if (blockIdx.x >= job.tiles) return;  // jobs differ in size
+  const int64_t col_tiles = job.cols_padded / kPackCols;
+  const int64_t row0 = blockIdx.x / col_tiles * kPackRows, col0 = blockIdx.x % col_tiles * kPackCols;
+
+  switch (p.dtype) {
+    case DType::kFloat64: load_pack_tile<double>(job.source, row0, col0, tile); break;
+    case DType::kFloat32: load_pack_tile<float>(job.source, row0, col0, tile); break;
+    case DType::kBFloat16: load_pack_tile<__nv_bfloat16>(job.source, row0, col0, tile); break;
+    case DType::kFloat16: load_pack_tile<__half>(job.source, row0, col0, tile); break;
+  }
+  __syncthreads();
+
+  // A warp writes the 128 bytes of a row; neighbours in the image are neighbours in the factor, two by two.
+#pragma unroll
+  for (int i = 0; i < kPackRows * kPackCols / (2 * kPackThreads); ++i) {
+    const int pair = static_cast<int>(threadIdx.x) + i * kPackThreads;
+    const int r = pair / (kPackCols / 2), position = pair % (kPackCols / 2) * 2;
+    if (row0 + r >= job.rows_written) continue;
+    const int c = job.interleaved ? interleaved_column(position) : position;
+    __nv_bfloat16 first[kParts], second[kParts];
+    split(tile[r][c], first);
+    split(tile[r][c + 1], second);
+    __nv_bfloat16* to = job.packed + (row0 + r) * job.cols_padded + col0 + position;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      *reinterpret_cast<uint32_t*>(to + part * job.part_stride) = join(first[part], second[part]);
+    }
+  }
+}
+
+template <int kParts>
+void launch_pack_factors(const PackFactorsParams& p, cudaStream_t stream) {
+  int64_t tiles = 0;
+  for (int i = 0; i < p.num_jobs; ++i) tiles = std::max(tiles, p.jobs[i].tiles);
+  launch(&pack_factors_kernel<kParts>, make_grid(tiles, p.num_jobs), kPackThreads, 0, stream, p);
+}
+
+}  // namespace lora_ext::cuda::mma

@@ -1,0 +1,176 @@
+// shrink: a tall matrix times a skinny one, dropout drawn on the way.
+//
+//   out [num_tokens, rank] = scale * (mask o x) [num_tokens, features] @ factor [rank, features]^T
+//
+// xa, with dropout, and grad_xa where it is not made together with grad_lora_B, without. A block has 128 tokens, a warp
+// 16 of them: it copies its own rows and draws their keep bits, each once, for the tile after the one it multiplies.
+// Every 64 ranks read x once; their blocks follow each other and find it in the second-level cache. The first 64 draw
+// the bits, in a launch of their own, and the others read them.
+#pragma once
+
+#include "../launch.cuh"
+#include "fragments.cuh"
+#include "keep_bits.cuh"
+#include "rank_sums.cuh"
+
+namespace lora_ext::cuda::mma {
+
+template <class T>
+struct ShrinkKernelParams {
+  TokenMatrix<T> x;             // [num_tokens, features]
+  const __nv_bfloat16* factor;  // packed [kParts, factor_rows, factor_columns]
+  int64_t factor_rows, factor_columns;
+  KeepMask mask;
+  RankSumsTarget out;
+  RankScales scales;
+  int64_t features_per_range;
+  unsigned ranges, rank_tiles, first_rank_tile;
+};
+
+template <int kParts, int kRanks>
+struct ShrinkTraits {
+  static constexpr int kThreads = 256, kWarps = kThreads / 32;
+  static constexpr int kTokens = static_cast<int>(kShrinkTokens), kWarpTokens = kTokens / kWarps;
+  static constexpr int kFeatures = static_cast<int>(kShrinkFeatures), kRowChunks = kFeatures / kChunk;
+  static constexpr int kWarpChunks = kWarpTokens * kRowChunks;  // of a tile of x
+  static constexpr int kFactorChunks = kParts * kRanks * kRowChunks;
+  // As deep as 96 KiB allow: two blocks on a multiprocessor of 228 KiB, one on those that give a block 99.
+  static constexpr int kStages = std::clamp(96 * 1024 / 16 / (kWarps * kWarpChunks + kFactorChunks), 2, 4);
+  static_assert(kWarpTokens == 16, "a warp has the rows of one left operand");
+};
+
+template <class T, int kParts, int kRanks, KeepBits kKeep>
+__global__ void __launch_bounds__(ShrinkTraits<kParts, kRanks>::kThreads, 2)
+    shrink_kernel(const __grid_constant__ ShrinkKernelParams<T> p) {
+  using Traits = ShrinkTraits<kParts, kRanks>;
+  constexpr int kWarps = Traits::kWarps, kWarpTokens = Traits::kWarpTokens, kFeatures = Traits::kFeatures;
+  constexpr int kThreads = Traits::kThreads, kRowChunks = Traits::kRowChunks, kStages = Traits::kStages;
+  constexpr unsigned kFactorCopies = (Traits::kFactorChunks + kThreads - 1) / kThreads;
+  SharedMemory shared;
+  uint4* x_tiles = shared.take<uint4>(kStages * kWarps * Traits::kWarpChunks, "x_tiles");
+  uint4* factor_tiles = shared.take<uint4>(kStages * Traits::kFactorChunks, "factor_tiles");
+
+  const unsigned thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int64_t rank0 = static_cast<int64_t>(p.first_rank_tile + blockIdx.x % p.rank_tiles) * kRanks;
+  const int64_t range = blockIdx.x / p.rank_tiles % p.ranges, chunk = blockIdx.x / p.rank_tiles / p.ranges;
+  const int64_t token0 = chunk * Traits::kTokens + warp * kWarpTokens;
+  const bool has_tokens = token0 < p.x.rows;  // the same in all lanes; others copy the factor only
+  const int ranks = static_cast<int>(min(static_cast<int64_t>(kRanks), p.factor_rows - rank0));
+  const int64_t begin = range * p.features_per_range;
+  const int steps = static_cast<int>(min(p.features_per_range, p.factor_columns - begin) / kFeatures);
+
+  // Whole tiles come first. A warp without tokens copies its share of the factor only.
+  const bool whole_rows = p.x.in_chunks && token0 + kWarpTokens <= p.x.rows;
+  const int whole_steps = whole_rows ? static_cast<int>(min(p.features_per_range, p.x.columns - begin) / kFeatures) : 0;
+  using Copy = TileCopy<kWarpTokens, kFeatures, 32>;
+  const T* x_from = p.x.data + (token0 * p.x.stride + begin) + Copy::first_element(p.x.stride, lane);
+  auto copy = [&](int step) {
+    if (step < steps) {
+      const int stage = step % kStages;
+      const int64_t column0 = begin + static_cast<int64_t>(step) * kFeatures;
+      uint4* x_tile = x_tiles + (stage * kWarps + warp) * Traits::kWarpChunks;
+      if (step < whole_steps) {
+        Copy::whole(ptx::shared_address(x_tile + Copy::first_chunk(lane)), x_from, p.x.stride);
+        x_from += kFeatures;
+      } else if (has_tokens) {
+        Copy::edge(x_tile, p.x, token0, column0, lane);
+      }
+      uint4* factor_tile = factor_tiles + stage * Traits::kFactorChunks;
+      const unsigned chunk = thread % kRowChunks;
+#pragma unroll
+      for (unsigned i = 0; i < kFactorCopies; ++i) {
+        const unsigned tile_row = i * (kThreads / kRowChunks) + thread / kRowChunks;  // of all parts
+        const unsigned part = tile_row / kRanks, row = tile_row % kRanks;
+        if (part >= kParts || static_cast<int>(row) >= ranks) continue;
+        const __nv_bfloat16* from =
+            p.factor + column0 + ((part * p.factor_rows + rank0 + row) * p.factor_columns + chunk * kChunk);
+        ptx::cp_async_16(ptx::shared_address(factor_tile + chunk_index<kRowChunks>(tile_row, chunk)), from, 16);
+      }
+    }
+    ptx::cp_async_commit();
+  };
+
+  // A lane's keep word: of the four lanes that share rows lane / 4 and lane / 4 + 8 of left operands, lane 0 has the
+  // first 32 columns of the first row, 1 those of the second, 2 and 3 the other 32.
+  const int64_t keep_token = token0 + lane / 4 + lane % 2 * 8;
+  uint8_t* keep_row = p.mask.bits + keep_token * p.mask.row_bytes;
+  const bool keep_inside = keep_token < p.x.rows;
+  const PairThreshold threshold(p.mask.threshold);
+  uint64_t seed = 0;
+  if constexpr (kKeep == KeepBits::kDraw) seed = static_cast<uint64_t>(*p.mask.seed);
+  auto keep_word = [&](int step) -> uint32_t {
+    const int64_t byte = begin / 8 + static_cast<int64_t>(step) * (kFeatures / 8) + lane % 4 / 2 * 4;
+    uint32_t* memory = reinterpret_cast<uint32_t*>(keep_row + byte);
+    if constexpr (kKeep == KeepBits::kRead) return keep_inside ? *memory : 0u;
+    const uint32_t drawn = draw_word(seed, keep_token, static_cast<uint32_t>(byte), threshold);
+    if (keep_inside) *memory = drawn;
+    return drawn;
+  };
+
+  for (int step = 0; step < kStages - 1; ++step) copy(step);
+  uint32_t keep = 0;
+  if (kKeep != KeepBits::kNone && has_tokens) keep = keep_word(0);
+  float sums[kRanks / 8][4] = {};  // [16 tokens, 8 ranks] each
+  for (int step = 0; step < steps; ++step) {
+    ptx::cp_async_wait<kStages - 2>();
+    __syncthreads();  // the tiles of this step are complete, and nobody reads those of the last step any more
+    copy(step + kStages - 1);
+    if (!has_tokens) continue;
+    uint32_t next_keep = 0;
+    if (kKeep != KeepBits::kNone && step + 1 < steps) next_keep = keep_word(step + 1);
+    const uint32_t x_address =
+        left_address<kRowChunks>(x_tiles + (step % kStages * kWarps + warp) * Traits::kWarpChunks, lane);
+    const uint32_t factor_address =
+        right_address<kRowChunks>(factor_tiles + step % kStages * Traits::kFactorChunks, lane);
+#pragma unroll
+    for (int k = 0; k < kFeatures / 16; ++k) {
+      uint32_t x[4], x_parts[kTokenParts<T>][4];
+      ptx::ldmatrix_x4(x, operand_at<kRowChunks>(x_address, 0, 2 * k));
+      if constexpr (kKeep != KeepBits::kNone) {
+        const uint32_t row_0 = __shfl_sync(0xFFFFFFFFu, keep, k / 2 * 2, 4);
+        const uint32_t row_8 = __shfl_sync(0xFFFFFFFFu, keep, k / 2 * 2 + 1, 4);
+        drop_left(x, row_0, row_8, k % 2 * 2, lane);
+      }
+      split_fragment<T>(x, x_parts);
+#pragma unroll
+      for (int group = 0; group < kRanks / 16; ++group) {
+        if (group > 0 && group * 16 >= ranks) break;
+#pragma unroll
+        for (int j = 0; j < kParts; ++j) {
+          uint32_t factor[4];
+          ptx::ldmatrix_x4(factor, operand_at<kRowChunks>(factor_address, j * kRanks + group * 16, 2 * k));
+#pragma unroll
+          for (int i = 0; i < kTokenParts<T>; ++i) {
+            if (!counts<T, kParts>(i, j)) continue;
+            ptx::mma_bf16(sums[2 * group], x_parts[i], factor[0], factor[1]);
+            ptx::mma_bf16(sums[2 * group + 1], x_parts[i], factor[2], factor[3]);
+          }
+        }
+      }
+    }
+    keep = next_keep;
+  }
+
+#pragma unroll
+  for (int n = 0; n < kRanks / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t token = token0 + lane / 4 + i / 2 * 8, rank = rank0 + n * 8 + lane % 4 * 2 + i % 2;
+      p.out.store(range, token, rank, p.scales.of(rank) * sums[n][i]);
+    }
+  }
+}
+
+template <class T, int kParts, int kRanks, KeepBits kKeep>
+void launch_shrink_kernel(ShrinkKernelParams<T> p, int64_t chunks, int64_t first_rank_tile, int64_t rank_tiles,
+                          cudaStream_t stream) {
+  using Traits = ShrinkTraits<kParts, kRanks>;
+  constexpr uint32_t kShared = shared_bytes_of(Traits::kStages * Traits::kWarps * Traits::kWarpChunks * 16) +
+                               shared_bytes_of(Traits::kStages * Traits::kFactorChunks * 16);
+  p.first_rank_tile = static_cast<unsigned>(first_rank_tile);
+  p.rank_tiles = static_cast<unsigned>(rank_tiles);
+  launch(&shrink_kernel<T, kParts, kRanks, kKeep>, make_grid(rank_tiles * p.ranges * chunks), Traits::kThreads, kShared,
+         stream, p);
+}
+
+}  // namespace lora_ext::cuda::mma

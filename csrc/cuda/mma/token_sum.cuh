@@ -1,0 +1,165 @@
+// token_sum: the gradient of a factor, a sum over tokens.
+//
+//   partial [chunk, rank, features] = left [tokens of chunk, rank]^T @ (mask o x) [tokens of chunk, features]
+//
+// grad_lora_A (left = grad_xa, of all siblings, x = x, mask), and grad_lora_B^T (left = xa, x = grad_y) where it is not
+// made together with grad_xa. A block has 128 features, a warp 16 of them, and walks through the tokens of a chunk.
+// Every 64 ranks read x once; their blocks follow each other and find it in the second-level cache.
+#pragma once
+
+#include "../launch.cuh"
+#include "feature_sums.cuh"
+#include "fragments.cuh"
+#include "keep_bits.cuh"
+#include "skinny_tile.cuh"
+
+namespace lora_ext::cuda::mma {
+
+template <class T>
+struct TokenSumKernelParams {
+  TokenMatrix<T> x;     // [num_tokens, features]
+  SkinnyMatrix left;    // [num_tokens, rank]
+  const uint8_t* mask;  // [num_tokens, mask_row_bytes]; null: everything is kept
+  int64_t mask_row_bytes;
+  FeatureSumsTarget out;
+  int64_t tokens_per_chunk;
+  unsigned ranges, rank_tiles;
+};
+
+template <int kParts, int kRanks>
+struct TokenSumTraits {
+  static constexpr int kThreads = 256, kWarps = kThreads / 32;
+  static constexpr int kTokens = static_cast<int>(kSumTokens), kFeatures = static_cast<int>(kSumFeatures);
+  static constexpr int kRowChunks = kFeatures / kChunk, kChunks = kTokens * kRowChunks;  // of a tile of x
+  using Left = SkinnyTiles<kParts, kTokens, kRanks, kThreads>;
+  // Keep bits of a warp's 16 features, a number for every token; rows 16 bytes apart in banks, for the writers' sake.
+  static constexpr int kKeepPitch = kTokens + 8, kKeepWords = kWarps * kKeepPitch;
+  static constexpr int kStages = std::min(4, (97 * 1024 / 16 - 2 * Left::kChunks) / kChunks);
+  static_assert(kFeatures == 16 * kWarps, "a warp has the columns of two right operands");
+  static_assert(kTokens * kFeatures / 32 == kThreads, "a thread has one word of keep bits");
+};
+
+template <class T, int kParts, int kRanks, bool kMasked>
+__global__ void __launch_bounds__(TokenSumTraits<kParts, kRanks>::kThreads, 2)
+    token_sum_kernel(const __grid_constant__ TokenSumKernelParams<T> p) {
+  using Traits = TokenSumTraits<kParts, kRanks>;
+  using Left = typename Traits::Left;
+  constexpr int kTokens = Traits::kTokens, kFeatures = Traits::kFeatures, kStages = Traits::kStages;
+  constexpr int kRowChunks = Traits::kRowChunks;
+  SharedMemory shared;
+  uint4* x_tiles = shared.take<uint4>(kStages * Traits::kChunks, "x_tiles");
+  uint4* left_tiles = shared.take<uint4>(2 * Left::kChunks, "left_tiles");
+  uint16_t* keep_tiles = shared.take<uint16_t>(kMasked ? 2 * Traits::kKeepWords : 0, "keep_tiles");
+
+  const unsigned thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int64_t rank0 = static_cast<int64_t>(blockIdx.x % p.rank_tiles) * kRanks;
+  const int64_t range = blockIdx.x / p.rank_tiles % p.ranges, chunk = blockIdx.x / p.rank_tiles / p.ranges;
+  const int64_t feature0 = range * kFeatures, begin = chunk * p.tokens_per_chunk;
+  const int ranks = static_cast<int>(min(static_cast<int64_t>(kRanks), p.out.rank - rank0));
+  const int tokens = static_cast<int>(min(p.tokens_per_chunk, p.x.rows - begin));
+  const int steps = (tokens + kTokens - 1) / kTokens;
+
+  // Whole tiles come first.
+  const bool whole_columns = p.x.in_chunks && feature0 + kFeatures <= p.x.columns;
+  const int whole_steps = whole_columns ? tokens / kTokens : 0;
+  using Copy = TileCopy<kTokens, kFeatures, Traits::kThreads>;
+  const T* x_from = p.x.data + (begin * p.x.stride + feature0) + Copy::first_element(p.x.stride, thread);
+  auto copy = [&](int step) {
+    if (step < steps) {
+      uint4* x_tile = x_tiles + step % kStages * Traits::kChunks;
+      if (step < whole_steps) {
+        Copy::whole(ptx::shared_address(x_tile + Copy::first_chunk(thread)), x_from, p.x.stride);
+        x_from += kTokens * p.x.stride;
+      } else {
+        Copy::edge(x_tile, p.x, begin + static_cast<int64_t>(step) * kTokens, feature0, thread);
+      }
+    }
+    ptx::cp_async_commit();
+  };
+
+  // Of the tile's keep bits a thread has 32 features of a token.
+  Left left(p.left, begin, rank0, thread);
+  const int64_t keep_byte = feature0 / 8 + thread % 4 * 4;
+  const uint8_t* keep_from = p.mask + ((begin + thread / 4) * p.mask_row_bytes + keep_byte);
+  uint32_t keep_word = 0;
+  auto fetch = [&](int step) {
+    left.fetch();
+    if constexpr (kMasked) {
+      const bool inside = static_cast<int>(thread / 4) < tokens - step * kTokens && keep_byte < p.mask_row_bytes;
+      keep_word = inside ? *reinterpret_cast<const uint32_t*>(keep_from) : 0u;
+      keep_from += kTokens * p.mask_row_bytes;
+    }
+  };
+  auto store = [&](int step) {
+    left.store(left_tiles + step % 2 * Left::kChunks);
+    if constexpr (kMasked) {
+      uint16_t* keep = keep_tiles + step % 2 * Traits::kKeepWords + thread % 4 * 2 * Traits::kKeepPitch + thread / 4;
+      keep[0] = static_cast<uint16_t>(keep_word);
+      keep[Traits::kKeepPitch] = static_cast<uint16_t>(keep_word >> 16);
+    }
+  };
+
+  for (int step = 0; step < kStages - 1; ++step) copy(step);
+  fetch(0);
+  store(0);
+  float sums[kRanks / 16][2][4] = {};  // [16 ranks, 8 features] each
+  for (int step = 0; step < steps; ++step) {
+    ptx::cp_async_wait<kStages - 2>();
+    __syncthreads();  // the tiles of this step are complete, and nobody reads those of the last step any more
+    copy(step + kStages - 1);
+    if (step + 1 < steps) fetch(step + 1);
+    const uint32_t x_address =
+        operand_at<kRowChunks>(left_address<kRowChunks>(x_tiles + step % kStages * Traits::kChunks, lane), 0, 2 * warp);
+    const uint32_t left_operand = right_address<Left::kRowChunks>(left_tiles + step % 2 * Left::kChunks, lane);
+#pragma unroll
+    for (int k = 0; k < kTokens / 16; ++k) {
+      uint32_t x[4], x_parts[kTokenParts<T>][4];
+      ptx::ldmatrix_x4_transposed(x, operand_at<kRowChunks>(x_address, 16 * k, 0));
+      if constexpr (kMasked) {
+        const uint16_t* keep =
+            keep_tiles + step % 2 * Traits::kKeepWords + warp * Traits::kKeepPitch + 16 * k + lane % 4 * 2;
+        drop_right(x, *reinterpret_cast<const uint32_t*>(keep), *reinterpret_cast<const uint32_t*>(keep + 8), lane);
+      }
+      split_fragment<T>(x, x_parts);
+#pragma unroll
+      for (int group = 0; group < kRanks / 16; ++group) {
+        if (group > 0 && group * 16 >= ranks) break;
+#pragma unroll
+        for (int j = 0; j < kParts; ++j) {
+          uint32_t a[4];
+          ptx::ldmatrix_x4_transposed(a, operand_at<Left::kRowChunks>(left_operand, j * kTokens + 16 * k, 2 * group));
+#pragma unroll
+          for (int i = 0; i < kTokenParts<T>; ++i) {
+            if (!counts<T, kParts>(i, j)) continue;
+            ptx::mma_bf16(sums[group][0], a, x_parts[i][0], x_parts[i][1]);
+            ptx::mma_bf16(sums[group][1], a, x_parts[i][2], x_parts[i][3]);
+          }
+        }
+      }
+    }
+    if (step + 1 < steps) store(step + 1);
+  }
+
+#pragma unroll
+  for (int group = 0; group < kRanks / 16; ++group) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const float (&sum)[4] = sums[group][n];
+      const int64_t rank = rank0 + group * 16 + lane / 4, feature = feature0 + warp * 16 + n * 8 + lane % 4 * 2;
+      p.out.store(chunk, rank, feature, sum[0], sum[1]);
+      p.out.store(chunk, rank + 8, feature, sum[2], sum[3]);
+    }
+  }
+}
+
+template <class T, int kParts, int kRanks>
+void launch_token_sum_kernel(const TokenSumKernelParams<T>& p, int64_t chunks, cudaStream_t stream) {
+  using Traits = TokenSumTraits<kParts, kRanks>;
+  constexpr uint32_t kTiles =
+      shared_bytes_of(Traits::kStages * Traits::kChunks * 16) + shared_bytes_of(2 * Traits::Left::kChunks * 16);
+  const uint32_t keep = p.mask ? shared_bytes_of(2 * Traits::kKeepWords * 2) : 0;
+  launch(p.mask ? &token_sum_kernel<T, kParts, kRanks, true> : &token_sum_kernel<T, kParts, kRanks, false>,
+         make_grid(static_cast<int64_t>(p.rank_tiles) * p.ranges * chunks), Traits::kThreads, kTiles + keep, stream, p);
+}
+
+}  // namespace lora_ext::cuda::mma

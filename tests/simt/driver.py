@@ -1,0 +1,155 @@
+"""A built library, its device memory and its reports."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import params
+from .build import CACHE, ROOT, SIMT, build_library
+
+STAND_IN = ("tests/simt/standin/", "tests/simt/runtime/")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found, where. `block` and `thread` are (x, y, z)."""
+
+    kind: str
+    kernel: str
+    block: tuple[int, int, int]
+    thread: tuple[int, int, int]
+    file: str
+    line: int
+    text: str
+
+    def __str__(self) -> str:
+        kernel = re.sub(r"^void |lora_ext::cuda::|\(.*\)$", "", self.kernel) or "host code"
+        where = f"block {self.block} thread {self.thread}".replace(" (", "(").replace(", ", ",")
+        return f"[{self.kind}] {kernel} {where} at {self.file}:{self.line}: {self.text}"
+
+
+class SimtError(AssertionError):
+    """A run with reports."""
+
+    def __init__(self, reports: list[Report]):
+        super().__init__("\n".join(map(str, reports)))
+        self.reports = reports
+
+
+class _CReport(ctypes.Structure):  # mirrors CReport of runtime/api.cpp
+    _fields_ = [
+        ("kind", ctypes.c_char_p),
+        ("text", ctypes.c_char_p),
+        ("kernel", ctypes.c_char_p),
+        ("block", ctypes.c_uint32 * 3),
+        ("thread", ctypes.c_uint32 * 3),
+        ("place", ctypes.c_uint64),
+    ]
+
+
+class Library:
+    """One built library. It has one device memory, so that a run begins with `reset`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.c = ctypes.CDLL(str(path))
+        u64, pointer = ctypes.c_uint64, ctypes.c_void_p
+        self.c.simt_reset.argtypes = [u64]
+        self.c.simt_allocate.argtypes = [u64, u64, u64, ctypes.c_char_p]
+        self.c.simt_allocate.restype = pointer
+        self.c.simt_write.argtypes = self.c.simt_read.argtypes = [pointer, pointer, u64]
+        self.c.simt_first_uninitialised.argtypes = [pointer, u64]
+        self.c.simt_first_uninitialised.restype = ctypes.c_int64
+        self.c.simt_get_report.argtypes = [ctypes.c_int, pointer]
+
+    # --- runs -----------------------------------------------------------------------------------------------------
+
+    def reset(self, schedule: int = 0) -> None:
+        """Frees device memory and forgets reports. schedule: 0 runs threads in order, others shuffle them."""
+        self.c.simt_reset(schedule)
+
+    def reports(self) -> list[Report]:
+        found = []
+        for i in range(self.c.simt_num_reports()):
+            c = _CReport()
+            self.c.simt_get_report(i, ctypes.byref(c))
+            place = self._place(c.place)
+            text = re.sub(r"\{pc:(\w+)\}", lambda m: "{}:{}".format(*self._place(int(m[1], 16))), c.text.decode())
+            text = text.replace(f"{ROOT}/", "")
+            found.append(Report(c.kind.decode(), c.kernel.decode(), tuple(c.block), tuple(c.thread), *place, text))
+        return found
+
+    def check(self) -> None:
+        """Raises SimtError if the runs since `reset` had reports."""
+        if reports := self.reports():
+            raise SimtError(reports)
+
+    @functools.cache  # noqa: B019  libraries live as long as the process
+    def _place(self, offset: int) -> tuple[str, int]:
+        """File and line of the call before a return address: the innermost that is not the stand-in's own."""
+        command = ["addr2line", "-i", "-e", str(self.path), hex(max(offset - 1, 0))]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
+        places = [re.sub(r" \(discriminator.*", "", line).rpartition(":") for line in lines if ":" in line]
+        places = [(str(Path(file).resolve()) if "?" not in file else file, line) for file, _, line in places]
+        places = [(file.removeprefix(f"{ROOT}/"), int(line) if line.isdigit() else 0) for file, line in places]
+        own = [place for place in places if not place[0].startswith(STAND_IN)]
+        return (own or places)[0]
+
+    # --- device memory ----------------------------------------------------------------------------------------------
+
+    def allocate(self, num_bytes: int, name: str, alignment: int = 16, offset: int = 0) -> int:
+        """The address of a new buffer, an odd multiple of alignment plus offset. Its contents are undefined."""
+        return self.c.simt_allocate(num_bytes, alignment, offset, name.encode())
+
+    def upload(self, tensor: Tensor | None, name: str) -> int | None:
+        """Copies a matrix or vector whose last stride is 1, the gaps between its rows left undefined.
+
+        A view that begins inside of its storage is as misaligned on the device as it is there.
+        """
+        if tensor is None:
+            return None
+        size = tensor.element_size()
+        rows = tensor.reshape(1, -1) if tensor.dim() < 2 else tensor
+        assert rows.dim() == 2 and (rows.shape[1] <= 1 or rows.stride(1) == 1), "want a matrix with unit column stride"
+        row_bytes, pitch = rows.shape[1] * size, rows.stride(0) * size
+        num_bytes = (rows.shape[0] - 1) * pitch + row_bytes if rows.numel() else 0
+        address = self.allocate(num_bytes, name, offset=tensor.storage_offset() * size % 16)
+        if pitch == row_bytes and num_bytes:
+            self.c.simt_write(address, tensor.data_ptr(), num_bytes)
+        elif num_bytes:
+            for row in range(rows.shape[0]):
+                self.c.simt_write(address + row * pitch, rows.data_ptr() + row * pitch, row_bytes)
+        return address
+
+    def download(self, address: int, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> Tensor:
+        """A contiguous array, every byte of which must have been written."""
+        tensor = torch.empty(shape, dtype=dtype)
+        num_bytes = tensor.numel() * tensor.element_size()
+        if num_bytes:
+            unwritten = self.c.simt_first_uninitialised(address, num_bytes)
+            if unwritten >= 0:
+                raise AssertionError(f"{name}: byte {unwritten} of {num_bytes} was never written")
+            self.c.simt_read(tensor.data_ptr(), address, num_bytes)
+        return tensor
+
+
+@functools.cache
+def kernels() -> Library:
+    """The kernels of csrc/cuda, built on first use."""
+    sources = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
+    others = [SIMT / "entry.cpp", params.layout_check(CACHE / "layout_check.cpp")]
+    return Library(build_library("kernels", sources, others))
+
+
+@functools.cache
+def library_of(name: str, *sources: Path) -> Library:
+    """A library of kernel sources with C functions of their own."""
+    return Library(build_library(name, list(sources)))

@@ -1,0 +1,157 @@
+"""Inputs for golden.cu and the outputs that the documentation promises, as lists of 32-bit words.
+
+Written from the PTX ISA's figures and CuTe's traits (SM80_16x8x16), not from the stand-in.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+WARP = range(32)
+ALL = 0xFFFFFFFF
+
+
+def words(values: list | Tensor) -> Tensor:
+    """Numbers below 2**32 as an int32 tensor of the same bits."""
+    values = torch.as_tensor(values, dtype=torch.int64).flatten()
+    return (values & ALL).where(values < 2**31, (values & ALL) - 2**32).to(torch.int32)
+
+
+def _random(count: int, seed: int = 1) -> list[int]:
+    return torch.randint(0, 2**32, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def ldmatrix(transposed: bool) -> tuple[Tensor, Tensor]:
+    element = torch.arange(4 * 8 * 8).view(4, 8, 8) * 7 + 1  # [matrix][row][column]
+    pairs = element.flatten().view(-1, 2)
+    matrices = element.transpose(1, 2) if transposed else element
+    out = [
+        int(matrices[m, lane // 4, 2 * (lane % 4)]) | int(matrices[m, lane // 4, 2 * (lane % 4) + 1]) << 16
+        for lane in WARP
+        for m in range(4)
+    ]
+    return words(pairs[:, 0] | pairs[:, 1] << 16), words(out)
+
+
+def mma_bf16() -> tuple[Tensor, Tensor]:
+    """A product of small integers, exact in every order of summation."""
+    generator = torch.Generator().manual_seed(2)
+    a, b, c = (torch.randint(-9, 10, shape, generator=generator).float() for shape in ((16, 16), (16, 8), (16, 8)))
+    d = a @ b + c
+
+    # CuTe's layouts: (thread (4, 8), value) -> offset into the matrix stored by columns.
+    def a_at(t: int, v: tuple[int, int, int]) -> float:  # strides ((32, 1), (16, 8, 128)) into M16 x K16
+        offset = 32 * (t % 4) + t // 4 + 16 * v[0] + 8 * v[1] + 128 * v[2]
+        return a[offset % 16, offset // 16].item()
+
+    def b_at(t: int, v: tuple[int, int]) -> float:  # strides ((16, 1), (8, 64)) into N8 x K16
+        offset = 16 * (t % 4) + t // 4 + 8 * v[0] + 64 * v[1]
+        return b[offset // 8, offset % 8].item()
+
+    def c_at(matrix: Tensor, t: int, v: tuple[int, int]) -> float:  # strides ((32, 1), (16, 8)) into M16 x N8
+        offset = 32 * (t % 4) + t // 4 + 16 * v[0] + 8 * v[1]
+        return matrix[offset % 16, offset // 16].item()
+
+    def bf16_pair(low: float, high: float) -> int:
+        return _float_bits(low) >> 16 | _float_bits(high) >> 16 << 16
+
+    inputs, outputs = [], []
+    for t in WARP:
+        for v2, v1 in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            inputs.append(bf16_pair(a_at(t, (0, v1, v2)), a_at(t, (1, v1, v2))))
+        inputs += [bf16_pair(b_at(t, (0, v1)), b_at(t, (1, v1))) for v1 in (0, 1)]
+        values = [(v0, v1) for v1 in (0, 1) for v0 in (0, 1)]
+        inputs += [_float_bits(c_at(c, t, v)) for v in values]
+        outputs += [_float_bits(c_at(d, t, v)) for v in values]
+    return words(inputs), words(outputs)
+
+
+def cp_async() -> tuple[Tensor, Tensor]:
+    inputs = words(_random(4 * 32))
+    data = inputs.view(torch.uint8).view(32, 16).clone()
+    for lane in WARP:
+        data[lane, lane % 17 :] = 0
+    return inputs, data.flatten().view(torch.int32)
+
+
+def warp() -> tuple[Tensor, Tensor]:
+    value = _random(32, 3)
+    half = [0x0000FFFF, 0xFFFF0000]
+    ballot = lambda mask, bit: sum(1 << i for i in WARP if mask >> i & 1 and value[i] & bit)  # noqa: E731
+    rows = [
+        [value[5]] * 32,
+        [value[i // 4 * 4 + (i + 1) % 4] for i in WARP],
+        [value[i ^ 3] for i in WARP],
+        # Segments of 8: an earlier segment may be read, a later one gives the lane's own value.
+        [value[i ^ 8] if i & 8 else value[i] for i in WARP],
+        [value[i + 2] if i % 8 < 6 else value[i] for i in WARP],
+        [value[i - 3] if i % 16 >= 3 else value[i] for i in WARP],
+        [value[i ^ 1] for i in WARP],
+        [value[i ^ 16] & 0x3FFFFFFF for i in WARP],
+        [ballot(ALL, 1)] * 32,
+        [1] * 32,
+        [0] * 32,
+        [ballot(half[i // 16], 2) for i in WARP],
+    ]
+    return words(value), words(rows)
+
+
+def arithmetic() -> tuple[Tensor, Tensor]:
+    value = [0, 1, 2**31, ALL, 0x3F800000, 0x3F808000, 0x3F818000, 0x7F800000, 0x7F7FFFFF, 0x33800000] + _random(22, 4)
+    value = [v & 0x7FFFFFFF if v & 0x7F800000 == 0x7F800000 and v & 0x7FFFFF else v for v in value]
+
+    def byte_perm(v: int, selector: int) -> int:
+        source = struct.pack("<II", v, v ^ ALL)
+        picked = []
+        for i in range(4):
+            select = selector >> 4 * i & 15
+            byte = source[select & 7]
+            picked.append((0xFF if byte & 0x80 else 0) if select & 8 else byte)
+        return int.from_bytes(bytes(picked), "little")
+
+    floats = words(value).view(torch.float32)
+    narrow = [
+        [0x7FFF if f.isnan() else int(f.to(dtype).view(torch.int16)) & 0xFFFF for f in floats]
+        for dtype in (torch.bfloat16, torch.float16)
+    ]
+    rows = [
+        [v.bit_count() for v in value],
+        [32 - v.bit_length() for v in value],
+        [(v & -v).bit_length() for v in value],
+        [int(f"{v:032b}"[::-1], 2) for v in value],
+        [v * 0xD2511F53 >> 32 for v in value],
+        [byte_perm(v, 0x7250) for v in value],
+        [byte_perm(v, 0x9C31) for v in value],
+        *narrow,
+    ]
+    return words(value), words(rows)
+
+
+def atomics() -> tuple[Tensor, Tensor]:
+    """out begins as zeros. Word 3 depends on who comes first: -1 stands for any number."""
+    value = _random(64, 5)
+    union = 0
+    for v in value:
+        union |= 1 << (v & 31)
+    largest = max(value) << 20
+    out = [2 * sum(value) & ALL, max(value), union, -1, 1, 0, largest & ALL, largest >> 32]
+    return words(value), words(out)
+
+
+def _float_bits(value: float) -> int:
+    return struct.unpack("<I", struct.pack("<f", value))[0]
+
+
+# In the order of golden.cu.
+PRIMITIVES = {
+    "ldmatrix": lambda: ldmatrix(False),
+    "ldmatrix transposed": lambda: ldmatrix(True),
+    "mma bf16": mma_bf16,
+    "cp.async": cp_async,
+    "shuffles and votes": warp,
+    "bits and conversions": arithmetic,
+    "atomics": atomics,
+}

@@ -1,0 +1,166 @@
+"""The kernels behind lora_linear, as functions of torch tensors: allocate device memory, launch, fetch the results.
+
+Beside the numbers every run checks what tests/simt finds, that every byte of every output was written, and that the
+launch kept to the workspace it had asked for. The base product is not the kernels' business: y and grad_x hold it when
+`accumulate` says so, else they begin undefined.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lora_ext.reference import dropout_threshold
+
+from . import params
+from .driver import Library, kernels
+
+DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/common/dtype.h
+WORKSPACE_ALIGNMENT = 256
+
+
+@dataclass
+class Sibling:
+    """One of the layers that read the same x."""
+
+    lora_A: Tensor  # [rank, in_features]
+    lora_B: Tensor  # [out_features, rank]
+    scaling: float
+    bias: Tensor | None = None  # [out_features]
+
+
+@dataclass
+class Forward:
+    ys: list[Tensor]  # of each sibling [num_tokens, out_features]
+    xa: Tensor  # [num_tokens, total_rank], in the accumulation dtype
+    mask: Tensor | None  # uint8 [num_tokens, row_bytes]
+
+
+@dataclass
+class Backward:
+    grad_x: Tensor | None
+    grad_As: list[Tensor] = field(default_factory=list)
+    grad_Bs: list[Tensor] = field(default_factory=list)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def mask_row_bytes(in_features: int) -> int:
+    return (in_features + 63) // 64 * 8
+
+
+def run(p: ctypes.Structure, library: Library) -> None:
+    """Launches what takes these parameters, with a workspace of exactly the bytes it asks for."""
+    name, pointer, workspace = type(p).__name__, ctypes.byref(p), None
+    workspace_bytes = getattr(library.c, f"workspace_bytes_{name}", None) if name != "DropoutMaskParams" else None
+    if workspace_bytes:
+        workspace_bytes.restype = ctypes.c_int64
+        workspace = library.allocate(workspace_bytes(pointer), "workspace", WORKSPACE_ALIGNMENT)
+    getattr(library.c, f"run_{name}")(pointer, ctypes.c_void_p(workspace))
+    library.check()
+
+
+def _fill_siblings(p: ctypes.Structure, siblings: list[Sibling], dropout_p: float) -> None:
+    """Shapes, ranks, scales and factors' dtype, which forward and backward have in common."""
+    threshold = dropout_threshold(dropout_p)
+    p.num_siblings, p.factor_dtype = len(siblings), DTYPES[siblings[0].lora_A.dtype]
+    for s, sibling in zip(p.siblings, siblings, strict=False):
+        s.out_features, s.rank = sibling.lora_B.shape
+        s.rank_begin = p.total_rank
+        s.scale = sibling.scaling * 65536.0 / (65536.0 - threshold)
+        p.total_rank += s.rank
+
+
+def lora_forward(
+    x: Tensor,
+    siblings: list[Sibling],
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    ys: list[Tensor] | None = None,
+    schedule: int = 0,
+) -> Forward:
+    """ys: what the results are added to, the base layers' products; None: they are written without being read."""
+    library = kernels()
+    library.reset(schedule)
+    p = params.LoraForwardParams(num_tokens=x.shape[0], in_features=x.shape[1], x_stride=x.stride(0))
+    p.dtype, p.accumulate, p.threshold = DTYPES[x.dtype], ys is not None, dropout_threshold(dropout_p)
+    _fill_siblings(p, siblings, dropout_p)
+    p.x = library.upload(x, "x")
+    acc = accumulation_dtype(x.dtype)
+    p.xa = library.allocate(p.num_tokens * p.total_rank * acc.itemsize, "xa")
+    mask_shape = (p.num_tokens, mask_row_bytes(p.in_features))
+    if p.threshold:
+        p.seed = library.upload(torch.tensor([seed]), "seed")
+        p.mask = library.allocate(mask_shape[0] * mask_shape[1], "mask")
+    for i, sibling in enumerate(siblings):
+        s = p.siblings[i]
+        s.lora_A, s.lora_B = library.upload(sibling.lora_A, "lora_A"), library.upload(sibling.lora_B, "lora_B")
+        s.bias = library.upload(sibling.bias, "bias")
+        s.y = library.upload(ys[i], "y") if ys else library.allocate(x.shape[0] * s.out_features * x.itemsize, "y")
+    run(p, library)
+    results = [library.download(s.y, (x.shape[0], s.out_features), x.dtype, "y") for s in p.siblings[: p.num_siblings]]
+    xa = library.download(p.xa, (p.num_tokens, p.total_rank), acc, "xa")
+    return Forward(results, xa, library.download(p.mask, mask_shape, torch.uint8, "mask") if p.threshold else None)
+
+
+def lora_backward(
+    grad_ys: list[Tensor],
+    x: Tensor,
+    siblings: list[Sibling],
+    xa: Tensor,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    output_mask: tuple[bool, bool, bool] = (True, True, True),
+    grad_x: Tensor | None = None,
+    schedule: int = 0,
+) -> Backward:
+    """grad_x: what it is added to. output_mask: which of grad_x, the grad_As and the grad_Bs are wanted; what only
+    the others read is not handed to the kernels, as in the op."""
+    library = kernels()
+    library.reset(schedule)
+    want_x, want_A, want_B = output_mask
+    p = params.LoraBackwardParams(num_tokens=x.shape[0], in_features=x.shape[1], x_stride=x.stride(0))
+    p.dtype, p.accumulate = DTYPES[x.dtype], grad_x is not None
+    _fill_siblings(p, siblings, dropout_p)
+    if want_A:
+        p.x = library.upload(x, "x")
+    if want_B:
+        p.xa = library.upload(xa, "xa")
+    if want_A or want_x:
+        p.mask = library.upload(mask, "mask")
+    if want_x:
+        num_bytes = x.numel() * x.itemsize
+        p.grad_x = library.allocate(num_bytes, "grad_x") if grad_x is None else library.upload(grad_x, "grad_x")
+    for s, sibling, grad_y in zip(p.siblings, siblings, grad_ys, strict=False):
+        A, B = sibling.lora_A, sibling.lora_B
+        s.grad_y, s.grad_y_stride = library.upload(grad_y, "grad_y"), grad_y.stride(0)
+        s.lora_A, s.lora_B = library.upload(A, "lora_A"), library.upload(B, "lora_B")
+        if want_A:
+            s.grad_lora_A = library.allocate(A.numel() * A.itemsize, "grad_lora_A")
+        if want_B:
+            s.grad_lora_B = library.allocate(B.numel() * B.itemsize, "grad_lora_B")
+    run(p, library)
+    result = Backward(library.download(p.grad_x, tuple(x.shape), x.dtype, "grad_x") if want_x else None)
+    for s, sibling in zip(p.siblings, siblings, strict=False):
+        A, B = sibling.lora_A, sibling.lora_B
+        if want_A:
+            result.grad_As.append(library.download(s.grad_lora_A, tuple(A.shape), A.dtype, "grad_lora_A"))
+        if want_B:
+            result.grad_Bs.append(library.download(s.grad_lora_B, tuple(B.shape), B.dtype, "grad_lora_B"))
+    return result
+
+
+def dropout_mask(seed: int, num_tokens: int, in_features: int, dropout_p: float, schedule: int = 0) -> Tensor:
+    library = kernels()
+    library.reset(schedule)
+    row_bytes = mask_row_bytes(in_features)
+    p = params.DropoutMaskParams(num_tokens=num_tokens, row_bytes=row_bytes, threshold=dropout_threshold(dropout_p))
+    p.seed = library.upload(torch.tensor([seed]), "seed")
+    p.mask = library.allocate(num_tokens * row_bytes, "mask")
+    run(p, library)
+    return library.download(p.mask, (num_tokens, row_bytes), torch.uint8, "mask")

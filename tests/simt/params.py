@@ -1,0 +1,85 @@
+"""The kernels' parameter structs for ctypes, read from the C++ headers that define them.
+
+They are plain structs of integers, pointers, flags, enums and arrays of such structs; the compiler checks every offset
+(`layout_check`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from pathlib import Path
+
+from .build import ROOT
+
+HEADERS = ["csrc/common/params.h", "csrc/common/merge_params.h", "csrc/cuda/launch.h"]
+NAMESPACES = ["lora_ext", "lora_ext::cuda"]
+
+SCALARS = {
+    "int64_t": ctypes.c_int64,
+    "uint64_t": ctypes.c_uint64,
+    "int32_t": ctypes.c_int32,
+    "uint32_t": ctypes.c_uint32,
+    "uint8_t": ctypes.c_uint8,
+    "int": ctypes.c_int,
+    "bool": ctypes.c_bool,
+    "double": ctypes.c_double,
+    "float": ctypes.c_float,
+    "DType": ctypes.c_int8,
+}
+
+
+def _parse() -> tuple[dict[str, type[ctypes.Structure]], list[str]]:
+    structs: dict[str, type[ctypes.Structure]] = {}
+    constants: dict[str, int] = {}
+    for header in HEADERS:
+        if not (ROOT / header).exists():
+            continue
+        text = re.sub(r"//.*", "", (ROOT / header).read_text())
+        constants |= {name: int(value) for name, value in re.findall(r"constexpr int (k\w+) = (\d+);", text)}
+        for name, body in re.findall(r"struct (\w+) \{(.*?)\n\};", text, re.DOTALL):
+            structs[name] = type(name, (ctypes.Structure,), {"_fields_": _fields(body, structs, constants)})
+    return structs, [header for header in HEADERS if (ROOT / header).exists()]
+
+
+def _fields(body: str, structs: dict, constants: dict[str, int]) -> list[tuple[str, type]]:
+    fields = []
+    for declaration in filter(None, (part.strip() for part in body.split(";"))):
+        match = re.fullmatch(r"(?:const )?(\w+)(\*?) ?(.+)", declaration)
+        if not match:
+            raise ValueError(f"tests/simt/params.py cannot read the declaration {declaration!r}")
+        base, star, names = match.groups()
+        for name in names.split(","):
+            name, _, count = name.strip().partition("[")
+            type_ = ctypes.c_void_p if star else (SCALARS.get(base) or structs[base])
+            if count:
+                count = count.rstrip("]")
+                type_ = type_ * (constants[count] if count in constants else int(count))
+            fields.append((name.lstrip("* "), type_))
+    return fields
+
+
+STRUCTS, PRESENT_HEADERS = _parse()
+
+
+def __getattr__(name: str) -> type[ctypes.Structure]:
+    try:
+        return STRUCTS[name]
+    except KeyError:
+        raise AttributeError(name) from None
+
+
+def layout_check(path: Path) -> Path:
+    """Writes a C++ file that compiles when every struct has the layout that Python believes in."""
+    lines = ["#include <cstddef>", *(f'#include "{ROOT / header}"' for header in PRESENT_HEADERS)]
+    lines += [f"using namespace {namespace};" for namespace in NAMESPACES]
+    for name, struct in STRUCTS.items():
+        lines.append(f'static_assert(sizeof({name}) == {ctypes.sizeof(struct)}, "size of {name}");')
+        for field, _ in struct._fields_:
+            offset = getattr(struct, field).offset
+            lines.append(f'static_assert(offsetof({name}, {field}) == {offset}, "offset of {name}::{field}");')
+    text = "\n".join(lines) + "\n"
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return path

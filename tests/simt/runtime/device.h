@@ -1,0 +1,55 @@
+// What the stand-in's headers ask of the runtime: the operations of a CUDA thread. A site is a place in the kernel's
+// source, file and line of the call: threads that meet must have come to the same one.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace simt {
+
+struct Site {
+  const char* file;
+  int line;
+};
+
+// The kernel as the runtime calls it for every thread.
+struct Launch {
+  const void* kernel;  // for its name
+  void (*run)(const void* closure);
+  const void* closure;
+};
+
+struct LaunchShape {
+  unsigned grid_x, grid_y, grid_z;
+  int threads;
+  uint32_t shared_bytes;
+};
+
+void launch(const Launch& launch, const LaunchShape& shape);
+
+// Barriers and votes.
+void sync_threads(Site site);
+void sync_warp(uint32_t mask, Site site);
+uint32_t ballot(uint32_t mask, bool predicate, Site site);
+// The value of lane source_lane; source_lane < 0: the lane's own.
+uint64_t shuffle(uint32_t mask, uint64_t value, int source_lane, const char* name, Site site);
+int lane_index();
+
+// Checks an atomic operation on memory that the caller then carries out.
+void check_atomic(const void* address, size_t bytes);
+
+// Dynamic shared memory.
+void* take_shared(size_t index, size_t bytes, size_t reserved_bytes, const char* name);
+uint32_t shared_address(const void* pointer);
+
+// cp.async of 16 bytes, `bytes` of them read and the rest zero.
+void async_copy(uint32_t to, const void* from, uint32_t bytes);
+void async_commit();
+void async_wait(int pending);
+
+// Tensor cores.
+void load_matrices(uint32_t* out, int count, bool transposed, uint32_t row, Site site);
+enum class MmaType { kBFloat16, kFloat16 };
+void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, MmaType type, Site site);
+
+}  // namespace simt

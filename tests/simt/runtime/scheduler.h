@@ -1,0 +1,68 @@
+// Runs a launch: block after block, the threads of a block as fibers, in an order that the seed decides.
+#pragma once
+
+#include <vector_types.h>
+
+#include <cstdint>
+#include <deque>
+#include <vector>
+
+#include "device.h"
+#include "fiber.h"
+
+namespace simt {
+
+// A cp.async that was issued and not waited for. async_copy.cpp explains.
+struct AsyncCopy {
+  uint8_t* to;
+  const uint8_t* from;
+  uint32_t bytes, place;
+};
+
+struct Thread {
+  enum class State : uint8_t { kReady, kWaiting, kDone };
+
+  int index = 0;  // linear, in the block
+  State state = State::kReady;
+  Fiber fiber;
+  // What it waits in.
+  const char* waits_in = "";
+  Site wait_site{};
+  uint32_t wait_place = 0;
+
+  std::vector<AsyncCopy> open_copies;              // issued since the last commit
+  std::deque<std::vector<AsyncCopy>> copy_groups;  // committed, oldest first
+};
+
+struct LaunchState {
+  const void* kernel;
+  dim3 grid;
+  int num_threads;
+  uint32_t block = 0;  // linear
+  // Which launch, and which block of which launch, this is: shadow cells of another one are stale.
+  uint32_t launch_generation = 0, block_generation = 0;
+
+  uint3 block_index_of(uint32_t linear) const {
+    return {linear % grid.x, linear / grid.x % grid.y, linear / grid.x / grid.y};
+  }
+  uint3 block_index() const { return block_index_of(block); }
+  uint3 thread_index(int thread) const { return {static_cast<unsigned>(thread), 0, 0}; }
+};
+
+extern Thread* current_thread;        // null: host code runs
+const LaunchState* current_launch();  // null outside of a launch
+Thread& thread_at(int index);
+
+// 0: warps and lanes in order. Any other number: blocks, warps and lanes shuffled, and warps that run ahead of others.
+void set_schedule(uint64_t seed);
+
+// Gives way to other threads until somebody makes this one ready again.
+void wait_in(const char* what, Site site, uint32_t place);
+void make_ready(int thread);
+
+// Called by the last to arrive where threads meet: in order the first thread goes on first, shuffled anyone.
+void let_others_go_first();
+
+[[noreturn]] void abandon_launch();
+
+}  // namespace simt

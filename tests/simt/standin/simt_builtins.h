@@ -1,0 +1,170 @@
+// The CUDA builtins that kernels may use, on the host. The build includes this file first in every kernel source, as
+// nvcc includes its own. What is not here is not to be used; there is no atomicAdd of floats, for results must be the
+// same bits every run.
+#pragma once
+
+#include <cstddef>
+
+// Must come before anything that declares them: also calls that the compiler itself makes take these names, so that
+// they are checked (runtime/hooks.cpp).
+extern "C" {
+void* memcpy(void*, const void*, std::size_t) noexcept __asm__("simt_memcpy");
+void* memmove(void*, const void*, std::size_t) noexcept __asm__("simt_memmove");
+void* memset(void*, int, std::size_t) noexcept __asm__("simt_memset");
+}
+
+#include <cuda_runtime_api.h>
+#include <vector_functions.h>
+#include <vector_types.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+
+#include "../runtime/device.h"
+
+// All fibers run on one OS thread: its thread-local variables are what the threads of a block share.
+#undef __shared__
+#define __shared__ static thread_local
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+#undef __grid_constant__
+#define __grid_constant__
+
+// The place of a call, as last parameters of a function and as an argument inside of it.
+#define SIMT_SITE_PARAMETERS const char *site_file = __builtin_FILE(), int site_line = __builtin_LINE()
+#define SIMT_SITE \
+  ::simt::Site { site_file, site_line }
+
+// The runtime defines them and sets them whenever it switches threads.
+extern const uint3 threadIdx, blockIdx;
+extern const dim3 blockDim, gridDim;
+constexpr int warpSize = 32;
+
+using std::fma;
+using std::max;
+using std::min;
+
+__forceinline__ void __syncthreads(SIMT_SITE_PARAMETERS) { simt::sync_threads(SIMT_SITE); }
+__forceinline__ void __syncwarp(uint32_t mask = 0xFFFFFFFFu, SIMT_SITE_PARAMETERS) { simt::sync_warp(mask, SIMT_SITE); }
+
+__forceinline__ uint32_t __ballot_sync(uint32_t mask, int predicate, SIMT_SITE_PARAMETERS) {
+  return simt::ballot(mask, predicate != 0, SIMT_SITE);
+}
+__forceinline__ int __any_sync(uint32_t mask, int predicate, SIMT_SITE_PARAMETERS) {
+  return simt::ballot(mask, predicate != 0, SIMT_SITE) != 0;
+}
+__forceinline__ int __all_sync(uint32_t mask, int predicate, SIMT_SITE_PARAMETERS) {
+  return simt::ballot(mask, predicate == 0, SIMT_SITE) == 0;
+}
+
+// --- shuffles -------------------------------------------------------------------------------------------------------
+
+namespace simt {
+
+template <class T>
+__forceinline__ T shuffle_value(uint32_t mask, T value, int source_lane, const char* name, Site site) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 32 or 64 bits");
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  return std::bit_cast<T>(static_cast<Bits>(shuffle(mask, std::bit_cast<Bits>(value), source_lane, name, site)));
+}
+
+// -1, the lane's own value, where the source lies in another segment of `width` lanes.
+__forceinline__ int within_segment(int source_lane, int width) {
+  return source_lane >= 0 && source_lane / width == lane_index() / width ? source_lane : -1;
+}
+
+}  // namespace simt
+
+template <class T>
+__forceinline__ T __shfl_sync(uint32_t mask, T value, int lane, int width = 32, SIMT_SITE_PARAMETERS) {
+  const int source = simt::lane_index() / width * width + (lane & (width - 1));
+  return simt::shuffle_value(mask, value, source, "__shfl_sync", SIMT_SITE);
+}
+template <class T>
+__forceinline__ T __shfl_xor_sync(uint32_t mask, T value, int lane_mask, int width = 32, SIMT_SITE_PARAMETERS) {
+  // Lanes of an earlier segment may be read, those of a later one not.
+  const int source = simt::lane_index() ^ lane_mask;
+  const bool readable = source / width <= simt::lane_index() / width;
+  return simt::shuffle_value(mask, value, readable ? source : -1, "__shfl_xor_sync", SIMT_SITE);
+}
+template <class T>
+__forceinline__ T __shfl_down_sync(uint32_t mask, T value, unsigned delta, int width = 32, SIMT_SITE_PARAMETERS) {
+  const int source = simt::within_segment(simt::lane_index() + static_cast<int>(delta), width);
+  return simt::shuffle_value(mask, value, source, "__shfl_down_sync", SIMT_SITE);
+}
+template <class T>
+__forceinline__ T __shfl_up_sync(uint32_t mask, T value, unsigned delta, int width = 32, SIMT_SITE_PARAMETERS) {
+  const int source = simt::within_segment(simt::lane_index() - static_cast<int>(delta), width);
+  return simt::shuffle_value(mask, value, source, "__shfl_up_sync", SIMT_SITE);
+}
+
+// --- atomics
+// ----------------------------------------------------------------------------------------------------------
+
+namespace simt {
+
+// The runtime checks the access; the memory itself is touched unseen by the instrumentation.
+template <class T, class F>
+__attribute__((no_sanitize("thread"))) T atomic_update(T* address, F update) {
+  const T old = *address;
+  *address = update(old);
+  return old;
+}
+
+}  // namespace simt
+
+#define SIMT_ATOMIC(name, T, expression)                                                                         \
+  __forceinline__ T name(T* address, T value) {                                                                  \
+    simt::check_atomic(address, sizeof(T));                                                                      \
+    return simt::atomic_update(address, [value]([[maybe_unused]] T old) { return static_cast<T>(expression); }); \
+  }
+#define SIMT_ATOMICS(T)                                                                                    \
+  SIMT_ATOMIC(atomicMax, T, old > value ? old : value)                                                     \
+  SIMT_ATOMIC(atomicMin, T, old < value ? old : value)                                                     \
+  SIMT_ATOMIC(atomicOr, T, old | value)                                                                    \
+  SIMT_ATOMIC(atomicAnd, T, old& value)                                                                    \
+  SIMT_ATOMIC(atomicExch, T, value)                                                                        \
+  __forceinline__ T atomicCAS(T* address, T compare, T value) {                                            \
+    simt::check_atomic(address, sizeof(T));                                                                \
+    return simt::atomic_update(address, [compare, value](T old) { return old == compare ? value : old; }); \
+  }
+SIMT_ATOMICS(int)
+SIMT_ATOMICS(unsigned)
+SIMT_ATOMICS(unsigned long long)
+SIMT_ATOMIC(atomicMax, long long, old > value ? old : value)
+SIMT_ATOMIC(atomicMin, long long, old < value ? old : value)
+SIMT_ATOMIC(atomicAdd, int, static_cast<unsigned>(old) + static_cast<unsigned>(value))
+SIMT_ATOMIC(atomicAdd, unsigned, old + value)
+SIMT_ATOMIC(atomicAdd, unsigned long long, old + value)
+#undef SIMT_ATOMIC
+#undef SIMT_ATOMICS
+
+// --- arithmetic and bits
+// ------------------------------------------------------------------------------------------------
+
+__forceinline__ int __popc(unsigned value) { return std::popcount(value); }
+__forceinline__ int __popcll(unsigned long long value) { return std::popcount(value); }
+__forceinline__ int __clz(int value) { return std::countl_zero(static_cast<unsigned>(value)); }
+__forceinline__ int __ffs(int value) { return __builtin_ffs(value); }
+__forceinline__ unsigned __brev(unsigned value) {
+  unsigned reversed = 0;
+  for (int i = 0; i < 32; ++i) reversed |= (value >> i & 1) << (31 - i);
+  return reversed;
+}
+__forceinline__ unsigned __umulhi(unsigned a, unsigned b) {
+  return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
+}
+
+__forceinline__ unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
+__forceinline__ float __uint_as_float(unsigned value) { return std::bit_cast<float>(value); }
+__forceinline__ int __float_as_int(float value) { return std::bit_cast<int>(value); }
+__forceinline__ float __int_as_float(int value) { return std::bit_cast<float>(value); }
+__forceinline__ long long __double_as_longlong(double value) { return std::bit_cast<long long>(value); }
+__forceinline__ double __longlong_as_double(long long value) { return std::bit_cast<double>(value); }
+
+template <class T>
+__forceinline__ T __ldg(const T* address) {
+  return *address;
+}
