@@ -37,15 +37,15 @@ STABLE_TORCH_LIBRARY(lora_ext, m) {
 
   // What merging would come to: non_finite int64 [layers] counts results that are NaN or infinite; words int16, a row
   // of [out_features, ceil(in_features / 256)] after the other over all layers, is the length of each segment's record.
-  m.def("lora_merge_plan(Tensor[] weights, Tensor[] lora_A, Tensor[] lora_B) -> (Tensor non_finite, Tensor words)");
+  m.def("lora_merge_plan(Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs) -> (Tensor non_finite, Tensor words)");
 
   // With ends, the running sum of the plan's words, the record is written to corrections: one int16 vector a layer.
   m.def(
-      "lora_merge_(Tensor(a!)[] weights, Tensor[] lora_A, Tensor[] lora_B, Tensor? ends, "
+      "lora_merge_(Tensor(a!)[] weights, Tensor[] lora_As, Tensor[] lora_Bs, Tensor? ends, "
       "Tensor(b!)[] corrections) -> ()");
 
   m.def(
-      "lora_unmerge_(Tensor(a!)[] weights, Tensor[] lora_A, Tensor[] lora_B, Tensor? ends, "
+      "lora_unmerge_(Tensor(a!)[] weights, Tensor[] lora_As, Tensor[] lora_Bs, Tensor? ends, "
       "Tensor[] corrections) -> ()");
 
   // The dropout mask lora_linear uses for this seed, as bits: uint8 [num_tokens, ceil(in_features / 64) * 8].

@@ -49,8 +49,8 @@ def _(grad_y, x, weight, lora_A, lora_B, xa, mask, scaling, dropout_p, output_ma
 
 
 @torch.library.register_fake("lora_ext::lora_merge_plan")
-def _(weights, lora_A, lora_B):
-    _checks.check_merge("lora_merge_plan", weights, lora_A, lora_B)
+def _(weights, lora_As, lora_Bs):
+    _checks.check_merge("lora_merge_plan", weights, lora_As, lora_Bs)
     num_segments = sum(weight.shape[0] * _checks.merge_segments(weight.shape[1]) for weight in weights)
     return (
         weights[0].new_empty((len(weights),), dtype=torch.int64),
@@ -59,13 +59,13 @@ def _(weights, lora_A, lora_B):
 
 
 @torch.library.register_fake("lora_ext::lora_merge_")
-def _(weights, lora_A, lora_B, ends, corrections):
-    _checks.check_merge("lora_merge_", weights, lora_A, lora_B)
+def _(weights, lora_As, lora_Bs, ends, corrections):
+    _checks.check_merge("lora_merge_", weights, lora_As, lora_Bs)
 
 
 @torch.library.register_fake("lora_ext::lora_unmerge_")
-def _(weights, lora_A, lora_B, ends, corrections):
-    _checks.check_merge("lora_unmerge_", weights, lora_A, lora_B)
+def _(weights, lora_As, lora_Bs, ends, corrections):
+    _checks.check_merge("lora_unmerge_", weights, lora_As, lora_Bs)
 
 
 @torch.library.register_fake("lora_ext::lora_dropout_mask")
@@ -140,22 +140,22 @@ def _lora_linear_backward_autograd(grad_y, x, weight, lora_A, lora_B, xa, mask, 
         )
 
 
-def _lora_merge_plan_autograd(weights, lora_A, lora_B):
+def _lora_merge_plan_autograd(weights, lora_As, lora_Bs):
     with _below_autograd():  # it returns counts
-        return torch.ops.lora_ext.lora_merge_plan.default(weights, lora_A, lora_B)
+        return torch.ops.lora_ext.lora_merge_plan.default(weights, lora_As, lora_Bs)
 
 
 def _changes_weights(op):
     """The autograd kernel of an op that changes its first argument, a list of weights, in place."""
 
-    def autograd_kernel(weights, lora_A, lora_B, ends, corrections):
+    def autograd_kernel(weights, lora_As, lora_Bs, ends, corrections):
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
             raise RuntimeError(
                 f"{op.__name__}: weight requires grad; merging in place would corrupt its gradient. "
                 "Call weight.requires_grad_(False) or merge under torch.no_grad()"
             )
         with _below_autograd():
-            op.default(weights, lora_A, lora_B, ends, corrections)
+            op.default(weights, lora_As, lora_Bs, ends, corrections)
         for weight in weights:
             if not weight.is_inference():
                 torch.autograd.graph.increment_version(weight)  # mutating stable-ABI ops do not

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from ._checks import check_merge_layer
 from .exact_merge import merge_all_, pack_factors
 from .inject import forget_injection, lora_modules, parameter_paths, replace_modules, root_module
 from .nn import LoraLinear
@@ -121,11 +122,13 @@ def merge_and_unload(model: ModelT) -> ModelT:
         _check_untied(model, wanted)
         adapters = [layer.adapters[name] for layer, (name,) in wanted.values()]
         weights = [layer.weight for layer, _ in wanted.values()]
+        labels = [f"the weight of {path!r}" for path in wanted]
+        for label, weight, adapter in zip(labels, weights, adapters, strict=True):
+            check_merge_layer(f"merge: {label}", weight, adapter.lora_A, adapter.lora_B)
         factors = [
             pack_factors(weight.dtype, [(adapter.lora_A, adapter.lora_B, adapter.scaling)])
             for weight, adapter in zip(weights, adapters, strict=True)
         ]
-        labels = [f"the weight of {path!r}" for path in wanted]
         merge_all_("merge", weights, [A for A, _ in factors], [B for _, B in factors], labels, record=False)
     replace_modules(model, {layer: layer.base_layer for layer in layers.values()})
     forget_injection(model)

@@ -82,7 +82,7 @@ def lora_merge_(
         The weight is then untouched.
     """
     op = "lora_merge_"
-    _checks.check_factors(op, weight, lora_A, lora_B)
+    _checks.check_merge_layer(op, weight, lora_A, lora_B)
     _checks.check_scaling(op, scaling)
     _check_needs_no_grad(op, weight)
     A, B = pack_factors(weight.dtype, [(lora_A, lora_B, scaling)])
@@ -134,11 +134,10 @@ def merge_all_(
     weights in messages. Errors as :func:`lora_merge_`.
     """
     labels = ["weight"] * len(weights) if labels is None else labels
-    groups = _groups(weights)
+    groups = _groups(caller, weights)
     plans = {}
     for key, members in groups.items():
         arguments = [[tensors[i] for i in members] for tensors in (weights, lora_A, lora_B)]
-        _check(caller, *arguments)
         plans[key] = arguments, *torch.ops.lora_ext.lora_merge_plan.default(*arguments)
     for key, members in groups.items():
         for i, count in zip(members, plans[key][1].tolist(), strict=True):
@@ -176,10 +175,9 @@ def unmerge_all_(
     for weight, record, label in zip(weights, records, labels, strict=True):
         check_unmerge(caller, weight, record, label)
     launches = []
-    for members in _groups(weights).values():
+    for members in _groups(caller, weights).values():
         own = [records[i].to(weights[i].device) for i in members]
         arguments = [weights[i] for i in members], [r.lora_A for r in own], [r.lora_B for r in own]
-        _check(caller, *arguments)
         if all(r.words is None for r in own):
             launches.append((*arguments, None, []))
             continue
@@ -205,23 +203,20 @@ def check_unmerge(caller: str, weight: Tensor, record: MergeRecord, label: str =
         )
 
 
-def _groups(weights: Sequence[Tensor]) -> dict[object, list[int]]:
+def _groups(caller: str, weights: Sequence[Tensor]) -> dict[object, list[int]]:
     """Indices of the weights that an op takes together: those of one device and dtype."""
     groups: dict[object, list[int]] = defaultdict(list)
     for i, weight in enumerate(weights):
         groups[weight.device, weight.dtype].append(i)
+    for device, _ in groups:
+        _load.check_kernels_exist(caller, device)
+        if device.type == "meta":
+            raise RuntimeError(f"{caller}: a weight is on the meta device, where it has no values to merge into")
     return groups
 
 
 def _num_segments(weight: Tensor) -> int:
     return weight.shape[0] * _checks.merge_segments(weight.shape[1])
-
-
-def _check(caller: str, weights: list[Tensor], lora_A: list[Tensor], lora_B: list[Tensor]) -> None:
-    _checks.check_merge(caller, weights, lora_A, lora_B)
-    _load.check_kernels_exist(caller, weights[0].device)
-    if weights[0].is_meta:
-        raise RuntimeError(f"{caller}: weight is on the meta device, where it has no values to merge into")
 
 
 def _check_needs_no_grad(op: str, weight: Tensor) -> None:

@@ -33,26 +33,26 @@ void run(const MergeCall& call, MergeMode mode) {
   }
 }
 
-std::tuple<Tensor, Tensor> lora_merge_plan(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_A,
-                                           const std::vector<Tensor>& lora_B) {
-  MergeCall call = prepare_merge("lora_merge_plan", weights, lora_A, lora_B);
+std::tuple<Tensor, Tensor> lora_merge_plan(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
+                                           const std::vector<Tensor>& lora_Bs) {
+  MergeCall call = prepare_merge("lora_merge_plan", weights, lora_As, lora_Bs);
   const auto results = allocate_plan(call, weights[0]);
   run(call, MergeMode::kPlan);
   return results;
 }
 
-void lora_merge_(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_A,
-                 const std::vector<Tensor>& lora_B, const std::optional<Tensor>& ends,
+void lora_merge_(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
+                 const std::vector<Tensor>& lora_Bs, const std::optional<Tensor>& ends,
                  const std::vector<Tensor>& corrections) {
-  MergeCall call = prepare_merge("lora_merge_", weights, lora_A, lora_B);
+  MergeCall call = prepare_merge("lora_merge_", weights, lora_As, lora_Bs);
   attach_record("lora_merge_", call, ends, corrections, weights[0]);
   run(call, ends ? MergeMode::kMergeRecord : MergeMode::kMerge);
 }
 
-void lora_unmerge_(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_A,
-                   const std::vector<Tensor>& lora_B, const std::optional<Tensor>& ends,
+void lora_unmerge_(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
+                   const std::vector<Tensor>& lora_Bs, const std::optional<Tensor>& ends,
                    const std::vector<Tensor>& corrections) {
-  MergeCall call = prepare_merge("lora_unmerge_", weights, lora_A, lora_B);
+  MergeCall call = prepare_merge("lora_unmerge_", weights, lora_As, lora_Bs);
   attach_record("lora_unmerge_", call, ends, corrections, weights[0]);
   run(call, MergeMode::kUnmerge);
 }

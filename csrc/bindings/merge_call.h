@@ -19,39 +19,43 @@ struct MergeCall {
   }
 };
 
-inline void check_merge_weight(const char* op, const Tensor& weight, const Tensor& first) {
-  STD_TORCH_CHECK(weight.scalar_type() == first.scalar_type(), op,
-                  ": weights differ in dtype; merge those of each dtype in a call of their own");
-  check_device(op, "a weight", weight, first);
-  STD_TORCH_CHECK(weight.size(1) <= 1 || weight.stride(1) == 1, op, ": weight has column stride ", weight.stride(1),
+inline void check_merge_weight(const char* op, const Tensor& weight, int index, const Tensor& first) {
+  const ArgumentName name{"weight", index}, first_name{"weight", 0};
+  STD_TORCH_CHECK(weight.scalar_type() == first.scalar_type(), op, ": ", name, " has another dtype than ", first_name,
+                  "; merge weights of each dtype in a call of their own");
+  check_device(op, name, weight, first_name, first);
+  STD_TORCH_CHECK(weight.size(1) <= 1 || weight.stride(1) == 1, op, ": ", name, " has column stride ", weight.stride(1),
                   ", want 1");
-  STD_TORCH_CHECK(weight.size(0) <= 1 || weight.stride(0) >= weight.size(1), op, ": weight has row stride ",
+  STD_TORCH_CHECK(weight.size(0) <= 1 || weight.stride(0) >= weight.size(1), op, ": ", name, " has row stride ",
                   weight.stride(0), " but ", weight.size(1), " columns: its rows overlap");
   constexpr int64_t kLargest = 1ll << 30;  // the kernels count rows and columns, rounded up, in 32 bits
-  STD_TORCH_CHECK(weight.size(0) <= kLargest && weight.size(1) <= kLargest, op, ": weight is ", weight.size(0), " by ",
-                  weight.size(1), ", want at most 2^30 rows and columns");
+  STD_TORCH_CHECK(weight.size(0) <= kLargest && weight.size(1) <= kLargest, op, ": ", name, " is ", weight.size(0),
+                  " by ", weight.size(1), ", want at most 2^30 rows and columns");
 }
 
-inline MergeCall prepare_merge(const char* op, const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_A,
-                               const std::vector<Tensor>& lora_B) {
+inline MergeCall prepare_merge(const char* op, const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
+                               const std::vector<Tensor>& lora_Bs) {
   STD_TORCH_CHECK(!weights.empty(), op, ": weights is empty, want at least one");
-  STD_TORCH_CHECK(lora_A.size() == weights.size() && lora_B.size() == weights.size(), op, ": there are ",
-                  weights.size(), " weights, but ", lora_A.size(), " lora_A and ", lora_B.size(), " lora_B");
+  STD_TORCH_CHECK(lora_As.size() == weights.size() && lora_Bs.size() == weights.size(), op, ": there are ",
+                  weights.size(), " weights, but ", lora_As.size(), " lora_As and ", lora_Bs.size(), " lora_Bs");
   MergeCall call;
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor& weight = weights[i];
-    check_factors(op, weight, lora_A[i], lora_B[i]);
-    check_merge_weight(op, weight, weights[0]);
+    const int index = static_cast<int>(i);
+    check_factors(op, weight, lora_As[i], lora_Bs[i], index);
+    check_merge_weight(op, weight, index, weights[0]);
     call.params.dtype = dtype_of(weight);
-    STD_TORCH_CHECK(dtype_of(lora_A[i]) == accumulation_dtype(call.params.dtype), op,
-                    ": lora_A and lora_B must have the accumulation dtype: float64 for a float64 weight, else float32");
+    STD_TORCH_CHECK(dtype_of(lora_As[i]) == accumulation_dtype(call.params.dtype), op, ": ",
+                    ArgumentName{"lora_A", index},
+                    " must have the accumulation dtype: float64 beside float64, else "
+                    "float32");
     MergeLayer layer{};
-    layer.in_features = weight.size(1), layer.out_features = weight.size(0), layer.rank = lora_A[i].size(0);
+    layer.in_features = weight.size(1), layer.out_features = weight.size(0), layer.rank = lora_As[i].size(0);
     layer.weight = weight.mutable_data_ptr(), layer.weight_stride = weight.stride(0);
     layer.first_segment = call.num_segments;
     call.num_segments += layer.out_features * merge_segments(layer.in_features);
-    call.keep(lora_A[i], &layer.lora_A);
-    call.keep(lora_B[i], &layer.lora_B);
+    call.keep(lora_As[i], &layer.lora_A);
+    call.keep(lora_Bs[i], &layer.lora_B);
     call.layers.push_back(layer);
   }
   return call;
@@ -67,7 +71,7 @@ inline void attach_record(const char* op, MergeCall& call, const std::optional<T
   STD_TORCH_CHECK(ends->scalar_type() == ScalarType::Long && ends->dim() == 1 && ends->is_contiguous() &&
                       ends->size(0) == call.num_segments,
                   op, ": ends must be int64 [", call.num_segments, "], contiguous");
-  check_device(op, "ends", *ends, like);
+  check_device(op, {"ends"}, *ends, {"weight", 0}, like);
   STD_TORCH_CHECK(corrections.size() == call.layers.size(), op, ": there are ", call.layers.size(), " weights, but ",
                   corrections.size(), " corrections");
   call.params.ends = static_cast<const int64_t*>(ends->const_data_ptr());
@@ -75,7 +79,7 @@ inline void attach_record(const char* op, MergeCall& call, const std::optional<T
     STD_TORCH_CHECK(corrections[i].scalar_type() == ScalarType::Short && corrections[i].dim() == 1 &&
                         corrections[i].is_contiguous(),
                     op, ": corrections must be int16 vectors, contiguous");
-    check_device(op, "a vector of corrections", corrections[i], like);
+    check_device(op, {"corrections"}, corrections[i], {"weight", 0}, like);
     call.layers[i].corrections = static_cast<uint16_t*>(corrections[i].mutable_data_ptr());
     call.layers[i].num_corrections = corrections[i].size(0);
   }

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .._checks import check_merge_layer
 from ..exact_merge import MergeRecord, check_unmerge, merge_all_, pack_factors, unmerge_all_
 
 if TYPE_CHECKING:
@@ -61,6 +62,11 @@ def change_merged(caller: str, wanted: Mapping[LoraLinear, Collection[str]], lab
         check_unmerge(caller, layer.weight, merged.record, labels[layer])
     merge = {layer: sorted(names) for layer, names in wanted.items() if names}
     ranks = {layer: {name: _rank(layer, name) for name in names} for layer, names in merge.items()}
+    for layer, names in merge.items():
+        for name in names:
+            if not _stays(layer, name):
+                adapter = layer.adapters[name]
+                check_merge_layer(f"{caller}: {labels[layer]}", layer.weight, adapter.lora_A, adapter.lora_B)
     factors = [pack_factors(layer.weight.dtype, _adapters(layer, names)) for layer, names in merge.items()]
 
     try:
