@@ -25,7 +25,8 @@ inline int64_t divide_columns(const ExpandParams& p, int64_t tile_cols, ExpandTi
     const int64_t steps = ceil_div(ceil_div(sibling.cols, kPackedColumnStep), std::max<int64_t>(own, 1));
     tiles.siblings[s] = {.begin = count,
                          .cols = static_cast<int>(steps * kPackedColumnStep),
-                         .pairs = is_aligned(p.left, 8) && p.left_stride % 2 == 0 && sibling.rank_begin % 2 == 0,
+                         .pairs = is_aligned(p.left, 8) && p.left_stride % 2 == 0 && sibling.rank_begin % 2 == 0 &&
+                                  sibling.rank % 2 == 0,
                          .eights = is_aligned(sibling.out, 16) && is_aligned(sibling.bias, 16) &&
                                    sibling.out_stride % 8 == 0 && sibling.cols % 8 == 0};
     count += own;
@@ -73,7 +74,7 @@ void launch_expand_long(const ExpandParams& p, cudaStream_t stream) {
 // beside x and the weight, and replaces this launch and the accumulating product after it.
 template <class T, int kParts>
 void launch_expand(const ExpandParams& p, cudaStream_t stream) {
-  int64_t rank = 0;
+  int rank = 0;
   for (int s = 0; s < p.num_siblings; ++s) rank = std::max(rank, p.siblings[s].rank);
   if (rank <= 16) {
     launch_expand_short<T, kParts, 1>(p, stream);

@@ -16,11 +16,11 @@ constexpr int kLongRows = 128, kLongCols = 128, kLongRank = 32;
 constexpr int kLongRowWarps = 4;                                 // and 2 beside each other in columns
 constexpr int kLongRowPieces = 2, kLongColPieces = 2;            // of a warp
 constexpr int kLongPairRows = kExpandThreads / (kLongRank / 2);  // of left, read at once
-constexpr int kLongPairs = kLongRows / kLongPairRows;            // of left, per thread
+constexpr int kLongPairs = kLongRows / 2 / kLongPairRows;        // of left, per thread
 constexpr uint32_t kLongLeftElements = kLongRows * kLongRank, kLongRightElements = kLongRank * kLongCols;
 
 constexpr uint32_t expand_long_shared_bytes(int parts) {
-  return 2 * (shared_bytes_of(parts * kLongLeftElements * 2) + shared_bytes_of(parts * kLongRightElements * 2));
+  return shared_bytes_of(2 * parts * kLongLeftElements * 2) + shared_bytes_of(2 * parts * kLongRightElements * 2);
 }
 
 // Left lies in shared memory as [row][32 ranks], right as [rank][128 columns], each in groups of 16 bytes. Group g of a
@@ -41,125 +41,132 @@ class ExpandLong {
         row0_(static_cast<int64_t>(blockIdx.x) * kLongRows),
         col0_((blockIdx.y - tiles_.begin) * kLongCols) {
     SharedMemory memory;
-    left_0_ = memory.take<uint32_t>(kParts * kLongLeftElements / 2, "left 0");
-    left_1_ = memory.take<uint32_t>(kParts * kLongLeftElements / 2, "left 1");
-    right_0_ = ptx::shared_address(memory.take<__nv_bfloat16>(kParts * kLongRightElements, "right 0"));
-    right_1_ = ptx::shared_address(memory.take<__nv_bfloat16>(kParts * kLongRightElements, "right 1"));
+    left_ = memory.take<uint32_t>(2 * kParts * kLongLeftElements / 2, "left");
+    right_ = ptx::shared_address(memory.take<__nv_bfloat16>(2 * kParts * kLongRightElements, "right"));
     const int row = static_cast<int>(threadIdx.x) / (kLongRank / 2);
+    left_rank_ = static_cast<int>(threadIdx.x) % (kLongRank / 2) * 2;
     left_rows_ = static_cast<int>(min(p_.num_tokens - row0_, static_cast<int64_t>(kLongRows))) - row;
-    left_from_ = p_.left + (row0_ + row) * p_.left_stride + sibling_.rank_begin;
+    left_from_ = p_.left + (row0_ + row) * p_.left_stride + sibling_.rank_begin + left_rank_;
   }
 
   __device__ __forceinline__ void run() {
     float sum[kLongRowPieces][kLongColPieces][4][4] = {};
-    const int64_t steps = (sibling_.rank + kLongRank - 1) / kLongRank;
+    const int steps = (sibling_.rank + kLongRank - 1) / kLongRank;
     load_right(0, 0);
-    load_left(0);
-    store_left(0);
-    for (int64_t step = 0; step < steps; ++step) {
-      const int buffer = static_cast<int>(step % 2);
+    for (int half = 0; half < 2; ++half) {
+      load_left(0, half);
+      store_left(0, half);
+    }
+    for (int step = 0; step < steps; ++step) {
+      const int buffer = step % 2;
       const bool more = step + 1 < steps;
       ptx::cp_async_wait<0>();
       __syncthreads();  // this buffer is full, and nobody reads the other any more
-      if (more) {
-        load_right(1 - buffer, step + 1);
-        load_left(step + 1);
+      if (more) load_right(1 - buffer, step + 1);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (more) load_left(step + 1, half);
+        multiply(buffer, half, sum);
+        if (more) store_left(1 - buffer, half);
       }
-      multiply(buffer, sum);
-      if (more) store_left(1 - buffer);
     }
     const int warp = static_cast<int>(threadIdx.x) / 32;
 #pragma unroll
     for (int m = 0; m < kLongRowPieces; ++m) {
       const int64_t row0 = row0_ + (warp % kLongRowWarps * kLongRowPieces + m) * kPieceRows;
       const int64_t col0 = col0_ + warp / kLongRowWarps * kLongColPieces * kPieceCols;
-      ExpandOutput<T> output(p_, sibling_, tiles_.eights, row0, col0);
+      const ExpandOutput<T> output(p_, sibling_, tiles_.eights, row0, col0);
 #pragma unroll
       for (int n = 0; n < kLongColPieces; ++n) {
-        output.prefetch(n * kPieceCols);
-        output.finish(n * kPieceCols, sum[m][n]);
+        output.finish(n * kPieceCols, sum[m][n], output.prefetch(n * kPieceCols));
       }
     }
   }
 
  private:
-  __device__ __forceinline__ void load_right(int buffer, int64_t step) {
+  __device__ __forceinline__ void load_right(int buffer, int step) {
     constexpr int kGroups = kLongCols / 8, kRows = kExpandThreads / kGroups;  // read at once
     const int row = static_cast<int>(threadIdx.x) / kGroups, group = static_cast<int>(threadIdx.x) % kGroups;
-    const uint32_t to =
-        (buffer == 0 ? right_0_ : right_1_) + row * kLongRightPitch + (group ^ long_right_swizzle(row)) * 16;
-    const int64_t r = step * kLongRank + row, col = col0_ + group * 8;
+    const uint32_t to = right_ + buffer * kParts * kLongRightElements * 2 + row * kLongRightPitch +
+                        (group ^ long_right_swizzle(row)) * 16;
+    const int64_t col = col0_ + group * 8;
+    // Ranks from this thread's first on; of columns beyond the image, none.
+    const int ranks = col < shape_.cols ? static_cast<int>(shape_.rows) - row - step * kLongRank : 0;
+    const __nv_bfloat16* from = sibling_.right + (row + step * kLongRank) * shape_.cols + col;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
 #pragma unroll
       for (int i = 0; i < kLongRank; i += kRows) {
-        const bool inside = r + i < shape_.rows && col < shape_.cols;
-        const int64_t from = inside ? (part * shape_.rows + r + i) * shape_.cols + col : 0;
-        ptx::cp_async_16(to + (part * kLongRank + i) * kLongRightPitch, sibling_.right + from, inside ? 16 : 0);
+        const bool inside = i < ranks;
+        ptx::cp_async_16(to + (part * kLongRank + i) * kLongRightPitch,
+                         inside ? from + (part * shape_.rows + i) * shape_.cols : sibling_.right, inside ? 16 : 0);
       }
     }
     ptx::cp_async_commit();
   }
 
   // Sixteen neighbouring threads read the 128 bytes of a row.
-  __device__ __forceinline__ void load_left(int64_t step) {
-    const int64_t r = step * kLongRank + threadIdx.x % (kLongRank / 2) * 2;
+  template <bool kPairs>
+  __device__ __forceinline__ void load_left(int step, int half) {
+    const int ranks = sibling_.rank - left_rank_ - step * kLongRank, row0 = half * kLongRows / 2;
+    const float* from = left_from_ + step * kLongRank + row0 * p_.left_stride;
+    const int64_t next_row = kLongPairRows * p_.left_stride;
 #pragma unroll
     for (int i = 0; i < kLongPairs; ++i) {
-      loaded_[i] = make_float2(0.0f, 0.0f);
-      if (i * kLongPairRows < left_rows_) {
-        loaded_[i] = load_left_pair(left_from_ + i * kLongPairRows * p_.left_stride, r, sibling_.rank, tiles_.pairs);
-      }
+      loaded_[i] = load_left_pair(from, row0 + i * kLongPairRows < left_rows_ ? ranks : 0, kPairs);
+      from += next_row;
     }
   }
 
-  __device__ __forceinline__ void store_left(int buffer) {
+  __device__ __forceinline__ void load_left(int step, int half) {
+    tiles_.pairs ? load_left<true>(step, half) : load_left<false>(step, half);
+  }
+
+  __device__ __forceinline__ void store_left(int buffer, int half) {
     const int row = static_cast<int>(threadIdx.x) / (kLongRank / 2), pair = threadIdx.x % (kLongRank / 2);
-    uint32_t* to = (buffer == 0 ? left_0_ : left_1_) + row * kLongLeftPitch / 4 +
+    uint32_t* to = left_ + buffer * kParts * kLongLeftElements / 2 + row * kLongLeftPitch / 4 +
                    (pair / 4 ^ long_left_swizzle(row)) * 4 + pair % 4;
 #pragma unroll
     for (int i = 0; i < kLongPairs; ++i) {
       uint32_t part[kParts];
       split_pair(loaded_[i], part);
 #pragma unroll
-      for (int j = 0; j < kParts; ++j) to[(j * kLongRows + i * kLongPairRows) * kLongLeftPitch / 4] = part[j];
+      for (int j = 0; j < kParts; ++j)
+        to[(j * kLongRows + half * kLongRows / 2 + i * kLongPairRows) * kLongLeftPitch / 4] = part[j];
     }
   }
 
-  __device__ __forceinline__ void multiply(int buffer, float (&sum)[kLongRowPieces][kLongColPieces][4][4]) {
+  __device__ __forceinline__ void multiply(int buffer, int half, float (&sum)[kLongRowPieces][kLongColPieces][4][4]) {
     // Lane i gives ldmatrix row i % 16, and the group beside it from lane 16 on.
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-    const uint32_t left = ptx::shared_address(buffer == 0 ? left_0_ : left_1_) +
+    const uint32_t left = ptx::shared_address(left_) + buffer * kParts * kLongLeftElements * 2 +
                           (warp % kLongRowWarps * kLongRowPieces * kPieceRows + lane % 16) * kLongLeftPitch;
-    const uint32_t right = (buffer == 0 ? right_0_ : right_1_) + lane % 16 * kLongRightPitch +
+    const uint32_t right = right_ + buffer * kParts * kLongRightElements * 2 + lane % 16 * kLongRightPitch +
                            warp / kLongRowWarps * kLongColPieces * kPieceCols * 2;
     const int left_group = lane / 16 ^ long_left_swizzle(lane % 16),
               right_group = lane / 16 ^ long_right_swizzle(lane % 16);
+    uint32_t a[kLongRowPieces][kParts][4];
 #pragma unroll
-    for (int step = 0; step < kLongRank / 16; ++step) {
-      uint32_t a[kLongRowPieces][kParts][4];
+    for (int m = 0; m < kLongRowPieces; ++m) {
 #pragma unroll
-      for (int m = 0; m < kLongRowPieces; ++m) {
-#pragma unroll
-        for (int i = 0; i < kParts; ++i) {
-          const int row = i * kLongRows + m * kPieceRows;
-          ptx::ldmatrix_x4(a[m][i], left + row * kLongLeftPitch + (step * 2 ^ left_group) * 16);
-        }
+      for (int i = 0; i < kParts; ++i) {
+        const int row = i * kLongRows + m * kPieceRows;
+        ptx::ldmatrix_x4(a[m][i], left + row * kLongLeftPitch + (half * 2 ^ left_group) * 16);
       }
+    }
 #pragma unroll
-      for (int j = 0; j < kParts; ++j) {
-        const int row = j * kLongRank + step * 16;
+    for (int j = 0; j < kParts; ++j) {
+      const int row = j * kLongRank + half * 16;
 #pragma unroll
-        for (int n = 0; n < 4 * kLongColPieces; n += 2) {
-          uint32_t b[4];
-          ptx::ldmatrix_x4_transposed(b, right + row * kLongRightPitch + (n ^ right_group) * 16);
+      for (int n = 0; n < 4 * kLongColPieces; n += 2) {
+        uint32_t b[4];
+        ptx::ldmatrix_x4_transposed(b, right + row * kLongRightPitch + (n ^ right_group) * 16);
 #pragma unroll
-          for (int m = 0; m < kLongRowPieces; ++m) {
+        for (int m = 0; m < kLongRowPieces; ++m) {
 #pragma unroll
-            for (int i = 0; i + j < kParts; ++i) {  // as in expand_short.cuh
-              ptx::mma_bf16(sum[m][n / 4][n % 4], a[m][i], b[0], b[1]);
-              ptx::mma_bf16(sum[m][n / 4][n % 4 + 1], a[m][i], b[2], b[3]);
-            }
+          for (int i = 0; i + j < kParts; ++i) {  // as in expand_short.cuh
+            ptx::mma_bf16(sum[m][n / 4][n % 4], a[m][i], b[0], b[1]);
+            ptx::mma_bf16(sum[m][n / 4][n % 4 + 1], a[m][i], b[2], b[3]);
           }
         }
       }
@@ -171,10 +178,10 @@ class ExpandLong {
   const ExpandTiles::Sibling& tiles_;
   const PackedShape shape_;
   const int64_t row0_, col0_;
-  uint32_t *left_0_, *left_1_;  // [kParts][kLongRows][kLongRank] bfloat16
-  uint32_t right_0_, right_1_;  // [kParts][kLongRank][kLongCols]
-  const float* left_from_;      // this thread's first row of left, and how many there are from it on
-  int left_rows_;
+  uint32_t* left_;          // [2 buffers][kParts][kLongRows][kLongRank] bfloat16, in pairs
+  uint32_t right_;          // [2 buffers][kParts][kLongRank][kLongCols] bfloat16
+  const float* left_from_;  // this thread's first pair of left: its rank, and how many rows there are from it on
+  int left_rank_, left_rows_;
   float2 loaded_[kLongPairs];
 };
 

@@ -15,7 +15,8 @@ struct ExpandSibling {
   const void* bias;            // [cols], T; null: none
   void* out;                   // [num_tokens, cols], T
   int64_t cols, out_stride;
-  int64_t rank, rank_begin;  // the columns of left that are this sibling's
+  int64_t rank_begin;  // the columns of left that are this sibling's: `rank` from there on
+  int rank;
 };
 
 struct ExpandParams {
@@ -35,7 +36,7 @@ struct ExpandTiles {
   struct Sibling {
     int64_t begin;  // its first tile
     int cols;       // of a tile, a multiple of kPackedColumnStep
-    bool pairs;     // left can be read in aligned pairs
+    bool pairs;     // left consists of aligned pairs
     bool eights;    // out and bias can be read and written in aligned groups of eight
   } siblings[kMaxSiblings];
 };
@@ -54,11 +55,17 @@ __device__ __forceinline__ int find_sibling(const ExpandLaunch& p) {
   return sibling;
 }
 
-// left[row, r] and its neighbour. `row` points to the sibling's columns; beyond them lie another sibling's numbers,
-// which may be NaN: zero instead.
-__device__ __forceinline__ float2 load_left_pair(const float* row, int64_t r, int64_t rank, bool pairs) {
-  if (pairs && r + 1 < rank) return *reinterpret_cast<const float2*>(row + r);
-  return make_float2(r < rank ? row[r] : 0.0f, r + 1 < rank ? row[r + 1] : 0.0f);
+// Two neighbours of left, an even number of ranks from the sibling's first. count: of ranks from there on that are the
+// sibling's; beyond them lie another one's numbers, which may be NaN: zero instead.
+__device__ __forceinline__ float2 load_left_pair(const float* from, int count, bool pairs) {
+  float2 pair = make_float2(0.0f, 0.0f);
+  if (pairs) {
+    if (count > 0) pair = *reinterpret_cast<const float2*>(from);
+  } else {
+    if (count > 0) pair.x = from[0];
+    if (count > 1) pair.y = from[1];
+  }
+  return pair;
 }
 
 // One register of an mma fragment for each part.
@@ -128,6 +135,12 @@ __device__ __forceinline__ void store_single(T* to, const float (&value)[8], int
   }
 }
 
+// What is added to a lane's sums of a piece: eight elements of each of its two rows, and a byte of the mask.
+struct ExpandAddends {
+  Eight held[2] = {};
+  uint32_t keep = 0;
+};
+
 // A warp's way along 16 rows of output, piece by piece. Lane 4 * g + t has rows g and g + 8 and, by the interleaved
 // order of right's columns, columns 8 * t to 8 * t + 7 of a piece.
 template <class T>
@@ -148,18 +161,20 @@ class ExpandOutput {
     mask_step_ = 8 * p.mask_row_bytes;
   }
 
-  // Reads what will be added to the sums of the piece at column `col`; before they are made, so that both overlap.
-  __device__ __forceinline__ void prefetch(int col) {
+  // Reads what the piece at column `col` will need; long before it does, so that the loads overlap with other work.
+  __device__ __forceinline__ ExpandAddends prefetch(int col) const {
+    ExpandAddends addends;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (count(i, col) <= 0) continue;
-      if (accumulate_ && eights_) held_[i] = load_eight(out_ + i * out_step_ + col);
-      if (mask_) keep_[i] = mask_[i * mask_step_ + col / 8];
+      if (accumulate_ && eights_) addends.held[i] = load_eight(out_ + i * out_step_ + col);
+      if (mask_) addends.keep |= static_cast<uint32_t>(mask_[i * mask_step_ + col / 8]) << (8 * i);
     }
+    return addends;
   }
 
   // sum[n]: of the piece's n-th 8 columns in right's order, as an mma leaves them.
-  __device__ __forceinline__ void finish(int col, const float (&sum)[4][4]) const {
+  __device__ __forceinline__ void finish(int col, const float (&sum)[4][4], const ExpandAddends& addends) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int elements = count(i, col);
@@ -168,12 +183,12 @@ class ExpandOutput {
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         value[e] = sum[e / 2][2 * i + e % 2];
-        if (mask_ && !((keep_[i] >> e) & 1)) value[e] = 0.0f;  // whatever the sum is, NaN included
+        if (mask_ && !((addends.keep >> (8 * i + e)) & 1)) value[e] = 0.0f;  // whatever the sum is, NaN included
       }
       T* out = out_ + i * out_step_ + col;
       if (eights_) {
         if (bias_) add_eight<T>(value, load_eight(bias_ + col));  // from the first-level cache: all rows read it
-        if (accumulate_) add_eight<T>(value, held_[i]);
+        if (accumulate_) add_eight<T>(value, addends.held[i]);
         store_eight(out, value);
       } else {
         if (bias_) add_single(value, bias_ + col, elements);
@@ -193,8 +208,6 @@ class ExpandOutput {
   T* out_;
   const T* bias_;
   const uint8_t* mask_;
-  Eight held_[2] = {};
-  uint32_t keep_[2] = {};
 };
 
 }  // namespace lora_ext::cuda::mma

@@ -32,7 +32,7 @@ __device__ __forceinline__ void load_right_tile(uint32_t shared, const ExpandSib
 
 // kSteps: of 16 ranks, at most.
 template <class T, int kParts, int kSteps>
-__global__ void __launch_bounds__(kExpandThreads, kParts == 1 || kSteps == 1 ? 3 : 2)
+__global__ void __launch_bounds__(kExpandThreads, kParts == 1 ? 3 : 2)
     expand_short_kernel(const __grid_constant__ ExpandLaunch call) {
   const ExpandParams& p = call.params;
   const int s = find_sibling(call);
@@ -50,20 +50,33 @@ __global__ void __launch_bounds__(kExpandThreads, kParts == 1 || kSteps == 1 ? 3
   const uint32_t right = ptx::shared_address(memory.take<__nv_bfloat16>(call.tiles.right_elements, "right"));
   load_right_tile<kParts>(right, sibling, shape, col0, padded_cols);
 
-  // The mma fragment of 16 rows and 16 ranks: registers 0 and 1 are rows g and g + 8, 2 and 3 the same 8 ranks on.
+  // The mma fragment of 16 rows and 16 ranks: registers 0 and 1 are rows g and g + 8, 2 and 3 the same 8 ranks on. All
+  // loads come before the first split, so that they overlap.
+  float2 pairs[kSteps][4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int64_t row = row0 + lane / 4 + i % 2 * 8;
+    const int r = lane % 4 * 2 + i / 2 * 8;
+    const float* from = p.left + row * p.left_stride + sibling.rank_begin + r;
+    const int count = row < p.num_tokens ? sibling.rank - r : 0;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      pairs[step][i] = load_left_pair(from + step * 16, count - step * 16, tiles.pairs);
+    }
+  }
+  const int column_warps = kExpandWarps / row_warps;
+  const int pieces =
+      static_cast<int>(min(sibling.cols - col0, static_cast<int64_t>(tiles.cols)) + kPieceCols - 1) / kPieceCols;
+  int piece = warp / row_warps;
+  const ExpandOutput<T> output(p, sibling, tiles.eights, row0, col0);
+  ExpandAddends next = output.prefetch(piece * kPieceCols);
   uint32_t left[kSteps][kParts][4];
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int64_t row = row0 + lane / 4 + i % 2 * 8;
-      const int64_t r = step * 16 + lane % 4 * 2 + i / 2 * 8;
-      float2 pair = make_float2(0.0f, 0.0f);
-      if (row < p.num_tokens) {
-        pair = load_left_pair(p.left + row * p.left_stride + sibling.rank_begin, r, sibling.rank, tiles.pairs);
-      }
       uint32_t part[kParts];
-      split_pair(pair, part);
+      split_pair(pairs[step][i], part);
 #pragma unroll
       for (int j = 0; j < kParts; ++j) left[step][j][i] = part[j];
     }
@@ -75,11 +88,9 @@ __global__ void __launch_bounds__(kExpandThreads, kParts == 1 || kSteps == 1 ? 3
   // Lane i of a warp gives ldmatrix row i % 16 of 16 ranks and 8 columns, those after 8 more from lane 16 on.
   const uint32_t pitch = padded_cols * 2, right_lane = right + lane % 16 * pitch;
   const uint32_t group_lane = static_cast<uint32_t>(lane / 16 ^ lane % 8);
-  const int pieces = static_cast<int>(
-      min((sibling.cols - col0 + kPieceCols - 1) / kPieceCols, static_cast<int64_t>(padded_cols / kPieceCols)));
-  ExpandOutput<T> output(p, sibling, tiles.eights, row0, col0);
-  for (int piece = warp / row_warps; piece < pieces; piece += kExpandWarps / row_warps) {
-    output.prefetch(piece * kPieceCols);
+  for (; piece < pieces; piece += column_warps) {
+    const ExpandAddends addends = next;
+    next = output.prefetch((piece + column_warps) * kPieceCols);
     float sum[4][4] = {};
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
@@ -99,7 +110,7 @@ __global__ void __launch_bounds__(kExpandThreads, kParts == 1 || kSteps == 1 ? 3
         }
       }
     }
-    output.finish(piece * kPieceCols, sum);
+    output.finish(piece * kPieceCols, sum, addends);
   }
 }
 

@@ -60,4 +60,36 @@ __host__ __device__ constexpr bool counts(int i, int j) {
   return i + j < (kTokenParts<T> > kParts ? kTokenParts<T> : kParts);
 }
 
+// sum [16, 8] twice += x times a skinny operand, k = 16. multiply(i, j, into) adds the product of parts i and j.
+//
+// Tensor cores round what they add towards zero, which over thousands of additions is too much for float32's last bits
+// (Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores", 2022). Operands of three parts are
+// there for these bits: their products start from zero, the smallest first, and are added to the sum outside.
+template <class T, int kParts, class Multiply>
+__device__ __forceinline__ void add_products(float (&sum)[2][4], Multiply multiply) {
+  if constexpr (kParts < 3) {
+#pragma unroll
+    for (int j = 0; j < kParts; ++j) {
+#pragma unroll
+      for (int i = 0; i < kTokenParts<T>; ++i) {
+        if (counts<T, kParts>(i, j)) multiply(i, j, sum);
+      }
+    }
+  } else {
+    float products[2][4] = {};
+#pragma unroll
+    for (int j = kParts - 1; j >= 0; --j) {
+#pragma unroll
+      for (int i = kTokenParts<T> - 1; i >= 0; --i) {
+        if (counts<T, kParts>(i, j)) multiply(i, j, products);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[n][i] += products[n][i];
+    }
+  }
+}
+
 }  // namespace lora_ext::cuda::mma

@@ -91,8 +91,8 @@ void launch_forward(const LoraForwardParams& p, char* workspace, cudaStream_t st
                           .out = sibling.y,
                           .cols = sibling.out_features,
                           .out_stride = sibling.out_features,
-                          .rank = sibling.rank,
-                          .rank_begin = sibling.rank_begin};
+                          .rank_begin = sibling.rank_begin,
+                          .rank = static_cast<int>(sibling.rank)};
   }
   launch_pack_factors<kParts>(pack, stream);
   launch_shrink<T, kParts>(shrink, stream);
@@ -164,8 +164,8 @@ void launch_backward(const LoraBackwardParams& p, char* workspace, cudaStream_t 
                                             .out = p.grad_x,
                                             .cols = p.in_features,
                                             .out_stride = p.in_features,
-                                            .rank = p.total_rank,
-                                            .rank_begin = 0}}},
+                                            .rank_begin = 0,
+                                            .rank = static_cast<int>(p.total_rank)}}},
                              stream);
   }
 }

@@ -25,7 +25,7 @@ struct RankScales {
 inline RankScales single_scale(double scale) { return {1, {}, {static_cast<float>(scale)}}; }
 
 struct RankSumsResult {
-  float* to;  // [num_tokens, rank]
+  float* to;  // [num_tokens, rank]; null: not wanted
   int64_t stride, rank;
   int64_t pitch;  // of the partial sums
   RankScales scales;
@@ -58,10 +58,11 @@ inline RankScales rank_sums_scales(const RankSumsResult& result, int64_t ranges)
   return ranges == 1 ? result.scales : single_scale(1.0);
 }
 
-inline void launch_rank_sums(const RankSumsResult& result, const float* partial, int64_t ranges, int64_t num_tokens,
-                             cudaStream_t stream) {
-  if (ranges == 1) return;
-  launch_partial_sums<RankSumsResult>({partial, ranges, num_tokens * result.pitch, result}, stream);
+// What is left to add: nothing of one range.
+inline PartialSumsParams<RankSumsResult> rank_sums_left(const RankSumsResult& result, const float* partial,
+                                                        int64_t ranges, int64_t num_tokens) {
+  const bool add = result.to != nullptr && ranges != 1;
+  return {partial, ranges, add ? num_tokens * result.pitch : 0, result};
 }
 
 }  // namespace lora_ext::cuda::mma

@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(ShrinkTraits<kParts, kRanks>::kThreads, 2)
   // A lane's keep word: of the four lanes that share rows lane / 4 and lane / 4 + 8 of left operands, lane 0 has the
   // first 32 columns of the first row, 1 those of the second, 2 and 3 the other 32.
   const int64_t keep_token = token0 + lane / 4 + lane % 2 * 8;
-  uint8_t* keep_row = p.mask.bits + keep_token * p.mask.row_bytes;
+  uint8_t* keep_row = kKeep == KeepBits::kNone ? nullptr : p.mask.bits + keep_token * p.mask.row_bytes;
   const bool keep_inside = keep_token < p.x.rows;
   const PairThreshold threshold(p.mask.threshold);
   uint64_t seed = 0;
@@ -101,16 +101,19 @@ __global__ void __launch_bounds__(ShrinkTraits<kParts, kRanks>::kThreads, 2)
   auto keep_word = [&](int step) -> uint32_t {
     const int64_t byte = begin / 8 + static_cast<int64_t>(step) * (kFeatures / 8) + lane % 4 / 2 * 4;
     uint32_t* memory = reinterpret_cast<uint32_t*>(keep_row + byte);
-    if constexpr (kKeep == KeepBits::kRead) return keep_inside ? *memory : 0u;
-    const uint32_t drawn = draw_word(seed, keep_token, static_cast<uint32_t>(byte), threshold);
-    if (keep_inside) *memory = drawn;
-    return drawn;
+    if constexpr (kKeep == KeepBits::kRead) {
+      return keep_inside ? *memory : 0u;
+    } else {
+      const uint32_t drawn = draw_word(seed, keep_token, static_cast<uint32_t>(byte), threshold);
+      if (keep_inside) *memory = drawn;
+      return drawn;
+    }
   };
 
   for (int step = 0; step < kStages - 1; ++step) copy(step);
   uint32_t keep = 0;
   if (kKeep != KeepBits::kNone && has_tokens) keep = keep_word(0);
-  float sums[kRanks / 8][4] = {};  // [16 tokens, 8 ranks] each
+  float sums[kRanks / 16][2][4] = {};  // [16 tokens, 8 ranks] each
   for (int step = 0; step < steps; ++step) {
     ptx::cp_async_wait<kStages - 2>();
     __syncthreads();  // the tiles of this step are complete, and nobody reads those of the last step any more
@@ -135,17 +138,15 @@ __global__ void __launch_bounds__(ShrinkTraits<kParts, kRanks>::kThreads, 2)
 #pragma unroll
       for (int group = 0; group < kRanks / 16; ++group) {
         if (group > 0 && group * 16 >= ranks) break;
+        uint32_t factor[kParts][4];
 #pragma unroll
         for (int j = 0; j < kParts; ++j) {
-          uint32_t factor[4];
-          ptx::ldmatrix_x4(factor, operand_at<kRowChunks>(factor_address, j * kRanks + group * 16, 2 * k));
-#pragma unroll
-          for (int i = 0; i < kTokenParts<T>; ++i) {
-            if (!counts<T, kParts>(i, j)) continue;
-            ptx::mma_bf16(sums[2 * group], x_parts[i], factor[0], factor[1]);
-            ptx::mma_bf16(sums[2 * group + 1], x_parts[i], factor[2], factor[3]);
-          }
+          ptx::ldmatrix_x4(factor[j], operand_at<kRowChunks>(factor_address, j * kRanks + group * 16, 2 * k));
         }
+        add_products<T, kParts>(sums[group], [&](int i, int j, float (&into)[2][4]) {
+          ptx::mma_bf16(into[0], x_parts[i], factor[j][0], factor[j][1]);
+          ptx::mma_bf16(into[1], x_parts[i], factor[j][2], factor[j][3]);
+        });
       }
     }
     keep = next_keep;
@@ -156,7 +157,7 @@ __global__ void __launch_bounds__(ShrinkTraits<kParts, kRanks>::kThreads, 2)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int64_t token = token0 + lane / 4 + i / 2 * 8, rank = rank0 + n * 8 + lane % 4 * 2 + i % 2;
-      p.out.store(range, token, rank, p.scales.of(rank) * sums[n][i]);
+      p.out.store(range, token, rank, p.scales.of(rank) * sums[n / 2][n % 2][i]);
     }
   }
 }

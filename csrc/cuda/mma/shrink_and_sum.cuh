@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kParts, kRanks>::kThreads, 
   left.fetch();
   store(0);
 
-  uint32_t factor[kParts][kSteps16][kRanks / 8][2];  // right operands: [16 features, 8 ranks] each
+  uint32_t factor[kParts][kSteps16][kRanks / 16][2][2];  // right operands: [16 features, 8 ranks] each
   if (warp < busy_warps) {
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
@@ -115,14 +115,14 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kParts, kRanks>::kThreads, 
           const int64_t rank = n * 8 + lane / 4, feature = feature0 + 16 * k + lane % 4 * 2;
           const __nv_bfloat16* from = p.factor + (part * p.factor_rows + rank) * p.factor_columns + feature;
           const bool inside = rank < p.factor_rows;
-          factor[part][k][n][0] = inside ? *reinterpret_cast<const uint32_t*>(from) : 0u;
-          factor[part][k][n][1] = inside ? *reinterpret_cast<const uint32_t*>(from + 8) : 0u;
+          factor[part][k][n / 2][n % 2][0] = inside ? *reinterpret_cast<const uint32_t*>(from) : 0u;
+          factor[part][k][n / 2][n % 2][1] = inside ? *reinterpret_cast<const uint32_t*>(from + 8) : 0u;
         }
       }
     }
   }
 
-  float feature_sums[kRanks / 16][kWarpFeatures / 8][4] = {};  // [16 ranks, 8 features] each
+  float feature_sums[kRanks / 16][kSteps16][2][4] = {};  // [16 ranks, 8 features] each
   for (int step = 0; step < steps; ++step) {
     ptx::cp_async_wait<kStages - 2>();
     __syncthreads();  // this step's tiles and the last one's shares are complete; the last one's tiles are free
@@ -134,28 +134,24 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kParts, kRanks>::kThreads, 
       const uint32_t x_address =
           left_address<kRowChunks>(x_tiles + (step % kStages * kWarps + warp) * Traits::kWarpChunks, lane);
       const uint32_t left_operand = right_address<Left::kRowChunks>(left_tiles + step % 2 * Left::kChunks, lane);
-      float rank_sums[kRanks / 8][4] = {};  // [16 tokens, 8 ranks] each
+      float rank_sums[kRanks / 16][2][4] = {};  // [16 tokens, 8 ranks] each
 #pragma unroll
       for (int k = 0; k < kSteps16; ++k) {
         uint32_t x[4], x_parts[kTokenParts<T>][4];
         ptx::ldmatrix_x4(x, operand_at<kRowChunks>(x_address, 0, 2 * k));
         split_fragment<T>(x, x_parts);
 #pragma unroll
-        for (int n = 0; n < kRanks / 8; ++n) {
-#pragma unroll
-          for (int j = 0; j < kParts; ++j) {
-#pragma unroll
-            for (int i = 0; i < kTokenParts<T>; ++i) {
-              if (!counts<T, kParts>(i, j)) continue;
-              ptx::mma_bf16(rank_sums[n], x_parts[i], factor[j][k][n][0], factor[j][k][n][1]);
-            }
-          }
+        for (int group = 0; group < kRanks / 16; ++group) {
+          add_products<T, kParts>(rank_sums[group], [&](int i, int j, float (&into)[2][4]) {
+            ptx::mma_bf16(into[0], x_parts[i], factor[j][k][group][0][0], factor[j][k][group][0][1]);
+            ptx::mma_bf16(into[1], x_parts[i], factor[j][k][group][1][0], factor[j][k][group][1][1]);
+          });
         }
       }
       float4* share = shares + (step % 2 * kWarps + warp) * Traits::kShares;
 #pragma unroll
       for (int n = 0; n < kRanks / 8; ++n) {
-        const float (&sum)[4] = rank_sums[n];
+        const float (&sum)[4] = rank_sums[n / 2][n % 2];
         share[n * 32 + lane] = make_float4(sum[0], sum[1], sum[2], sum[3]);
       }
 #pragma unroll
@@ -165,17 +161,15 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kParts, kRanks>::kThreads, 
         split_fragment<T>(x, x_parts);
 #pragma unroll
         for (int group = 0; group < kRanks / 16; ++group) {
+          uint32_t a[kParts][4];
 #pragma unroll
           for (int j = 0; j < kParts; ++j) {
-            uint32_t a[4];
-            ptx::ldmatrix_x4_transposed(a, operand_at<Left::kRowChunks>(left_operand, j * kTokens, 2 * group));
-#pragma unroll
-            for (int i = 0; i < kTokenParts<T>; ++i) {
-              if (!counts<T, kParts>(i, j)) continue;
-              ptx::mma_bf16(feature_sums[group][2 * n], a, x_parts[i][0], x_parts[i][1]);
-              ptx::mma_bf16(feature_sums[group][2 * n + 1], a, x_parts[i][2], x_parts[i][3]);
-            }
+            ptx::ldmatrix_x4_transposed(a[j], operand_at<Left::kRowChunks>(left_operand, j * kTokens, 2 * group));
           }
+          add_products<T, kParts>(feature_sums[group][n], [&](int i, int j, float (&into)[2][4]) {
+            ptx::mma_bf16(into[0], a[j], x_parts[i][0], x_parts[i][1]);
+            ptx::mma_bf16(into[1], a[j], x_parts[i][2], x_parts[i][3]);
+          });
         }
       }
     }
@@ -189,7 +183,7 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kParts, kRanks>::kThreads, 
   for (int group = 0; group < kRanks / 16; ++group) {
 #pragma unroll
     for (int n = 0; n < kWarpFeatures / 8; ++n) {
-      const float (&sum)[4] = feature_sums[group][n];
+      const float (&sum)[4] = feature_sums[group][n / 2][n % 2];
       const int64_t rank = group * 16 + lane / 4, feature = feature0 + n * 8 + lane % 4 * 2;
       p.feature_sums.store(chunk, rank, feature, sum[0], sum[1]);
       p.feature_sums.store(chunk, rank + 8, feature, sum[2], sum[3]);

@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(TokenSumTraits<kParts, kRanks>::kThreads, 2)
   // Of the tile's keep bits a thread has 32 features of a token.
   Left left(p.left, begin, rank0, thread);
   const int64_t keep_byte = feature0 / 8 + thread % 4 * 4;
-  const uint8_t* keep_from = p.mask + ((begin + thread / 4) * p.mask_row_bytes + keep_byte);
+  const uint8_t* keep_from = kMasked ? p.mask + ((begin + thread / 4) * p.mask_row_bytes + keep_byte) : nullptr;
   uint32_t keep_word = 0;
   auto fetch = [&](int step) {
     left.fetch();
@@ -124,17 +124,16 @@ __global__ void __launch_bounds__(TokenSumTraits<kParts, kRanks>::kThreads, 2)
 #pragma unroll
       for (int group = 0; group < kRanks / 16; ++group) {
         if (group > 0 && group * 16 >= ranks) break;
+        uint32_t a[kParts][4];
 #pragma unroll
         for (int j = 0; j < kParts; ++j) {
-          uint32_t a[4];
-          ptx::ldmatrix_x4_transposed(a, operand_at<Left::kRowChunks>(left_operand, j * kTokens + 16 * k, 2 * group));
-#pragma unroll
-          for (int i = 0; i < kTokenParts<T>; ++i) {
-            if (!counts<T, kParts>(i, j)) continue;
-            ptx::mma_bf16(sums[group][0], a, x_parts[i][0], x_parts[i][1]);
-            ptx::mma_bf16(sums[group][1], a, x_parts[i][2], x_parts[i][3]);
-          }
+          const unsigned row = j * kTokens + 16 * k;  // of all parts
+          ptx::ldmatrix_x4_transposed(a[j], operand_at<Left::kRowChunks>(left_operand, row, 2 * group));
         }
+        add_products<T, kParts>(sums[group], [&](int i, int j, float (&into)[2][4]) {
+          ptx::mma_bf16(into[0], a[j], x_parts[i][0], x_parts[i][1]);
+          ptx::mma_bf16(into[1], a[j], x_parts[i][2], x_parts[i][3]);
+        });
       }
     }
     if (step + 1 < steps) store(step + 1);
