@@ -24,8 +24,8 @@ def replace_once(text: str, old: str, new: str, where: str) -> str:
 
 
 @functools.cache
-def edited_kernels(name: str, edits: tuple[Edit, ...], instantiations: str) -> Library:
-    """The kernels with edits, of which the files csrc/cuda/instantiations/<instantiations>.cu are compiled anew."""
+def edited_kernels(name: str, edits: tuple[Edit, ...], sources: str = "*") -> Library:
+    """The kernels with edits, of which the files csrc/cuda/**/<sources>.cu are compiled anew."""
     folder = CACHE / "edited" / name
     for part in ("csrc/common", "csrc/cuda"):
         shutil.rmtree(folder / part, ignore_errors=True)
@@ -33,8 +33,8 @@ def edited_kernels(name: str, edits: tuple[Edit, ...], instantiations: str) -> L
     for edit in edits:
         path = folder / edit.path
         path.write_text(replace_once(path.read_text(), edit.old, edit.new, f"{name}: {edit.path}"))
-    anew = sorted((folder / "csrc/cuda/instantiations").glob(f"{instantiations}.cu"))
-    assert anew, f"{name}: there is no csrc/cuda/instantiations/{instantiations}.cu"
+    anew = sorted((folder / "csrc/cuda").rglob(f"{sources}.cu"))
+    assert anew, f"{name}: csrc/cuda has no {sources}.cu"
     return kernel_library(name, {path.name: path for path in anew})
 
 
@@ -44,8 +44,9 @@ FEW_BLOCKS = (
     Edit("csrc/cuda/mma/token_pass.h", "kBlocks = 128, kMoreBlocks = 256;", "kBlocks = 4, kMoreBlocks = 8;"),
     Edit("csrc/cuda/mma/expand.cuh", "kTargetBlocks = 512;", "kTargetBlocks = 4;"),
     Edit("csrc/cuda/fma/plan.h", "kTargetBlocks = 384;", "kTargetBlocks = 4;"),
+    Edit("csrc/cuda/merge.cuh", "kEnoughBlocks = 512;", "kEnoughBlocks = 2;"),
 )
 
 
 def few_blocks() -> Library:
-    return edited_kernels("few_blocks", FEW_BLOCKS, "*")
+    return edited_kernels("few_blocks", FEW_BLOCKS)
