@@ -12,6 +12,8 @@ import pytest
 import torch
 from layers import DTYPES, Siblings, assert_errors_as_plain, random_siblings
 from simt import ops
+from simt.driver import Library, kernels
+from simt.edits import few_blocks
 from torch import Tensor
 
 from lora_ext import reference
@@ -35,6 +37,13 @@ def siblings_of(count: int, shape, dtypes) -> Siblings:
     return siblings
 
 
+def misaligned(matrix: Tensor) -> Tensor:
+    """The same numbers in a view in which no row is aligned to 16 bytes."""
+    wide = matrix.new_empty(matrix.shape[0], matrix.shape[1] // 8 * 8 + 16)
+    view = wide[:, 1 : 1 + matrix.shape[1]]
+    return view.copy_(matrix)
+
+
 def as_operands(siblings: Siblings) -> list[ops.Sibling]:
     return [ops.Sibling(layer.lora_A, layer.lora_B, layer.scaling, layer.bias) for layer in siblings.layers]
 
@@ -50,17 +59,17 @@ def run_kernels(
     schedule: int = 0,
     output_mask: tuple[bool, bool, bool] = (True, True, True),
     add_to: tuple[list[Tensor], Tensor] | None = None,
+    library: Library | None = None,
 ) -> dict[str, Tensor]:
     """add_to: what y and grad_x already hold."""
     operands = as_operands(siblings)
     ys, grad_x = add_to or (None, None)
-    forward = ops.lora_forward(siblings.x, operands, dropout_p, SEED, ys, schedule)
+    forward = ops.lora_forward(siblings.x, operands, dropout_p, SEED, ys, schedule, library)
     if dropout_p:
         keep = reference.dropout_keep(SEED, *siblings.x.shape, dropout_p)
         assert torch.equal(reference.unpack_mask(forward.mask, siblings.x.shape[1]), keep)
-    backward = ops.lora_backward(
-        siblings.grad_ys(), siblings.x, operands, forward.xa, forward.mask, dropout_p, output_mask, grad_x, schedule
-    )
+    arguments = siblings.grad_ys(), siblings.x, operands, forward.xa, forward.mask, dropout_p
+    backward = ops.lora_backward(*arguments, output_mask, grad_x, schedule, library)
     return named(forward.ys, backward.grad_x, backward.grad_As, backward.grad_Bs)
 
 
@@ -115,15 +124,29 @@ def test_shapes_with_tails(dtypes, shape, dropout_p, count):
 @pytest.mark.parametrize(
     ("shape", "dropout_p"),
     [
-        ((150, 424, 296, 20), 0.1),  # more tiles than a pipeline has stages, in every direction
+        ((150, 424, 296, 20), 0.1),  # several tiles in every direction
         ((5, 1800, 1300, 16), 0.1),  # few tokens: the sums over features are split
         ((600, 40, 24, 4), 0.0),  # many tokens: the sums over tokens are split
     ],
     ids=str,
 )
 @pytest.mark.parametrize("dtypes", [*MAIN_DTYPES, (torch.bfloat16, torch.float32)], ids=dtype_name)
-def test_shapes_that_cross_every_tile(dtypes, shape, dropout_p):
+def test_shapes_that_many_blocks_share(dtypes, shape, dropout_p):
     assert_as_good_as_torch(siblings_of(1, shape, dtypes), dropout_p)
+
+
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("rank", [12, 40])
+@pytest.mark.parametrize("dtypes", [*MAIN_DTYPES, (torch.bfloat16, torch.float32)], ids=dtype_name)
+def test_pipelines_go_round(dtypes, rank, aligned):
+    """Every block has more steps than its pipeline has stages, the last of them with a tail."""
+    shape = (400, 840, 600, rank) if dtypes[0].itemsize == 2 else (200, 400, 300, rank)
+    siblings = siblings_of(1, shape, dtypes)
+    if not aligned:
+        (layer,) = siblings.layers
+        layer = replace(layer, x=misaligned(layer.x), grad_y=misaligned(layer.grad_y))
+        siblings = Siblings(layer.x, [layer])
+    assert_as_good_as_torch(siblings, 0.1, library=few_blocks())
 
 
 @pytest.mark.parametrize("count", SIBLINGS)
@@ -179,14 +202,17 @@ def test_only_wanted_gradients(output_mask, dtypes, count):
     assert [name for name in results if name in ("grad_x", "A[0]", "B[0]")] == sorted(wanted)
 
 
-@pytest.mark.parametrize("count", SIBLINGS)
-@pytest.mark.parametrize("shape", [(70, 264, 136, 20), (3, 900, 130, 5), (300, 24, 16, 17)], ids=str)
+@pytest.mark.parametrize("blocks", ["many blocks", "few blocks"])
+@pytest.mark.parametrize(
+    ("shape", "count"), [((70, 264, 136, 20), max(SIBLINGS)), ((3, 900, 130, 5), 1), ((300, 24, 16, 17), 1)], ids=str
+)
 @pytest.mark.parametrize("dtypes", MAIN_DTYPES, ids=dtype_name)
-def test_same_bits_in_every_order_of_threads(dtypes, shape, count):
+def test_same_bits_in_every_order_of_threads(dtypes, shape, count, blocks):
+    library = few_blocks() if blocks == "few blocks" else kernels()
     siblings = siblings_of(count, shape, dtypes)
-    first = run_kernels(siblings, 0.1)
+    first = run_kernels(siblings, 0.1, library=library)
     for schedule in (0, 1, 2):
-        for name, result in run_kernels(siblings, 0.1, schedule).items():
+        for name, result in run_kernels(siblings, 0.1, schedule, library=library).items():
             assert torch.equal(result, first[name]), f"{name} in schedule {schedule}"
 
 

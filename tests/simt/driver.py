@@ -129,6 +129,18 @@ class Library:
                 self.c.simt_write(address + row * pitch, rows.data_ptr() + row * pitch, row_bytes)
         return address
 
+    def download_rows(self, address: int, like: Tensor, name: str) -> Tensor:
+        """A matrix of the shape and strides of `like`, as `upload` laid it out; nothing may lie between its rows."""
+        size, (rows, columns) = like.element_size(), like.shape
+        pitch, gap = like.stride(0) * size, max(like.stride(0) - columns, 0) * size
+        tensor = torch.empty(rows, columns, dtype=like.dtype)
+        for row in range(rows):
+            tensor[row] = self.download(address + row * pitch, (columns,), like.dtype, f"{name} row {row}")
+            for byte in range(columns * size, columns * size + gap if row + 1 < rows else 0):
+                if self.c.simt_first_uninitialised(address + row * pitch + byte, 1) != 0:
+                    raise AssertionError(f"{name}: something was written {byte} bytes after the begin of row {row}")
+        return tensor
+
     def download(self, address: int, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> Tensor:
         """A contiguous array, every byte of which must have been written."""
         tensor = torch.empty(shape, dtype=dtype)
@@ -141,12 +153,17 @@ class Library:
         return tensor
 
 
+def kernel_library(name: str, instead: dict[str, Path]) -> Library:
+    """The kernels of csrc/cuda, with other sources for those of these names."""
+    sources = [instead.get(path.name, path) for path in sorted((ROOT / "csrc/cuda").rglob("*.cu"))]
+    others = [SIMT / "entry.cpp", params.layout_check(CACHE / "layout_check.cpp")]
+    return Library(build_library(name, sources, others))
+
+
 @functools.cache
 def kernels() -> Library:
     """The kernels of csrc/cuda, built on first use."""
-    sources = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
-    others = [SIMT / "entry.cpp", params.layout_check(CACHE / "layout_check.cpp")]
-    return Library(build_library("kernels", sources, others))
+    return kernel_library("kernels", {})
 
 
 @functools.cache
