@@ -5,9 +5,11 @@ OUT    ?= out/demo
 
 BIN     := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+# Everything a wheel is built for, and what its sm_80 code also runs on.
+CUDA_ARCHS := 80,86,89,90a,100,120
 CXX_FILES = $(shell git ls-files '*.cpp' '*.h' '*.inc' '*.cu' '*.cuh')
 
-.PHONY: help finetune test lint format build wheel test-abi info bench clean
+.PHONY: help finetune test lint format build cuda wheel test-abi info bench clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -17,6 +19,7 @@ help:
 	@echo 'make lint       ruff and clang-format, without building anything'
 	@echo 'make format     let both rewrite the files'
 	@echo 'make build      compile what changed'
+	@echo 'make cuda       compile the CUDA kernels for every architecture and check what the compiler made of them; needs no GPU'
 	@echo 'make bench      what the layer costs against the frozen one, on this machine'
 	@echo 'make wheel      a wheel in dist/'
 	@echo 'make test-abi   op tests of one wheel under other torch releases (TORCH_BUILD=2.13.0 TORCH_RUN="2.11.0 2.15.0")'
@@ -41,6 +44,13 @@ format: $(VENV)/.lint
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 build: $(VENV)/.built
+
+cuda: $(VENV)/.cuda
+	@mkdir -p build
+	@echo 'Compiling the CUDA kernels for $(CUDA_ARCHS) ...'
+	@LORA_EXT_CUDA=1 LORA_EXT_CUDA_ARCHS=$(CUDA_ARCHS) $(BIN)/python setup.py build_cuda >build/cuda.log 2>&1 || { cat build/cuda.log; exit 1; }
+	@grep '^lora_ext ' build/cuda.log
+	@$(BIN)/python scripts/kernel_report.py build/cuda/lora_ext/liblora_ext_cuda.so
 
 bench: $(VENV)/.test $(VENV)/.built
 	$(BIN)/python benchmarks/bench_layer.py $(ARGS)
@@ -74,6 +84,11 @@ $(VENV)/.lint: $(VENV)/.created
 $(VENV)/.torch: $(VENV)/.created
 	@echo 'Installing torch and the build tools; torch alone may be a download of gigabytes ...'
 	@$(BIN)/pip install --quiet 'setuptools>=77' wheel 'pybind11>=2.12' 'ninja>=1.11' numpy 'torch>=2.11' 'safetensors[torch]>=0.4'
+	@touch $@
+
+# What reads compiled kernels; any version reads those of older compilers.
+$(VENV)/.cuda: $(VENV)/.torch
+	@$(BIN)/pip install --quiet 'nvidia-cuda-cuobjdump>=13' 'nvidia-cuda-nvdisasm>=13'
 	@touch $@
 
 # An editable install with its extras; it compiles into build/, where later builds find their objects again.

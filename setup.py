@@ -34,8 +34,7 @@ def sources(*patterns: str) -> list[str]:
 def find_cuda_home() -> Path | None:
     nvcc = shutil.which("nvcc")
     candidates = [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
-    if nvcc:
-        # nvcc on PATH may be a wrapper script elsewhere: ask it where its toolkit lies.
+    if nvcc:  # it may be a wrapper script elsewhere: ask it where its toolkit lies
         dryrun = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
         top = re.search(r"^#\$ TOP=(.+)$", dryrun.stderr, re.M)
         candidates.append(Path(top[1].strip()) if top else Path(nvcc).resolve().parent.parent)
@@ -45,8 +44,7 @@ def find_cuda_home() -> Path | None:
 
 def plan_cuda() -> tuple[Path | None, str, str]:
     """The toolkit's directory (None: do not build), its version, and why not."""
-    wanted = os.environ.get("LORA_EXT_CUDA", "")
-    home, version, reason = None, "", ""
+    wanted, home, version, reason = os.environ.get("LORA_EXT_CUDA", ""), None, "", ""
     if wanted not in ("", "0", "1"):
         sys.exit(f"LORA_EXT_CUDA is {wanted!r}, want 0, 1 or unset")
     if wanted == "0":
@@ -54,13 +52,12 @@ def plan_cuda() -> tuple[Path | None, str, str]:
     elif (home := find_cuda_home()) is None:
         reason = "no nvcc was found when it was built (CUDA_HOME, PATH, pip's nvidia-cuda-nvcc)"
     else:
-        text = subprocess.check_output([home / "bin" / "nvcc", "--version"], text=True)
-        version = re.search(r"release (\d+\.\d+)", text)[1]
-        torch_cuda = torch.version.cuda
+        says = subprocess.check_output([home / "bin/nvcc", "--version"], text=True)
+        version = re.search(r"release (\d+\.\d+)", says)[1]
         if tuple(map(int, version.split("."))) < MIN_NVCC:
             reason = f"nvcc {version} was found when it was built, want {'.'.join(map(str, MIN_NVCC))} or newer"
-        elif torch_cuda and torch_cuda.split(".")[0] != version.split(".")[0]:
-            reason = f"nvcc {version} was found when it was built, but that torch was for CUDA {torch_cuda}"
+        elif torch.version.cuda and torch.version.cuda.split(".")[0] != version.split(".")[0]:
+            reason = f"nvcc {version} was found when it was built, but that torch was for CUDA {torch.version.cuda}"
     if reason and wanted == "1":
         sys.exit(f"LORA_EXT_CUDA=1, but the CUDA part cannot be built: {reason}")
     return (None if reason else home), version, reason
@@ -84,8 +81,7 @@ FACTS = {
     "NO_CUDA_REASON": NO_CUDA_REASON,
 }
 
-# liblora_ext*.so have no Python in them: torch.ops.load_library loads them.
-extensions = [
+extensions = [  # liblora_ext*.so have no Python in them: torch.ops.load_library loads them
     Extension(
         "lora_ext.liblora_ext",
         sources("library.cpp", "bindings/cpu_*.cpp", "cpu/*.cpp"),
@@ -104,21 +100,20 @@ extensions = [
 if CUDA_HOME:
     cpp_extension.CUDA_HOME = str(CUDA_HOME)  # torch's CPU build sets None
     gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
-    extensions.append(
-        Extension(
-            "lora_ext.liblora_ext_cuda",
-            sources("bindings/cuda_*.cpp", "cuda/**/*.cu"),
-            include_dirs=[str(CUDA_HOME / "include")],
-            extra_compile_args={
-                "cxx": [*CXX_FLAGS, *TORCH_FLAGS, "-DUSE_CUDA"],
-                "nvcc": ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden,-Wall", *gencode],
-            },
-            # libtorch.so needs libtorch_cuda.so in CUDA builds of torch, and exists in every build.
-            extra_link_args=["-Wl,--push-state,--no-as-needed", "-ltorch", "-Wl,--pop-state", "-ltorch_cpu"]
-            + [f"-L{CUDA_HOME}/lib64", f"-L{CUDA_HOME}/lib", "-lcudart_static", "-ldl", "-lrt", "-lpthread"],
-            **COMMON,
-        )
+    cuda_extension = Extension(
+        "lora_ext.liblora_ext_cuda",
+        sources("bindings/cuda_*.cpp", "cuda/**/*.cu"),
+        include_dirs=[str(CUDA_HOME / "include")],
+        extra_compile_args={
+            "cxx": [*CXX_FLAGS, *TORCH_FLAGS, "-DUSE_CUDA"],
+            "nvcc": ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden,-Wall", *gencode],
+        },
+        # libtorch.so needs libtorch_cuda.so in CUDA builds of torch, and exists in every build.
+        extra_link_args=["-Wl,--push-state,--no-as-needed", "-ltorch", "-Wl,--pop-state", "-ltorch_cpu"]
+        + [f"-L{CUDA_HOME}/lib64", f"-L{CUDA_HOME}/lib", "-lcudart_static", "-ldl", "-lrt", "-lpthread"],
+        **COMMON,
     )
+    extensions.append(cuda_extension)
 
 
 class BuildExtension(cpp_extension.BuildExtension):
@@ -128,10 +123,8 @@ class BuildExtension(cpp_extension.BuildExtension):
         self.build_temp = str(ROOT / "build" / f"objects-{sys.implementation.cache_tag}")
 
     def get_ext_filename(self, name):
-        # liblora_ext.so carries no Python: no Python ABI in its name.
-        if name.rpartition(".")[2].startswith("lib"):
-            return name.replace(".", os.sep) + ".so"
-        return super().get_ext_filename(name)
+        is_plain_library = name.rpartition(".")[2].startswith("lib")  # no Python in it: no Python ABI in its name
+        return name.replace(".", os.sep) + ".so" if is_plain_library else super().get_ext_filename(name)
 
     def build_extensions(self):
         # nvcc writes no dependency file for ninja: rebuild every CUDA object older than a header.
@@ -147,4 +140,11 @@ class BuildExtension(cpp_extension.BuildExtension):
         print(f"lora_ext {VERSION}: built against torch {torch.__version__}, {cuda}")
 
 
-setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension})
+class BuildCuda(BuildExtension):  # for `make cuda`: the CUDA library alone, beside the development build
+    def finalize_options(self):
+        super().finalize_options()
+        self.build_lib, self.build_temp = str(ROOT / "build/cuda"), str(ROOT / "build/cuda/objects")
+        self.extensions = [extension for extension in self.extensions if extension.name.endswith("_cuda")]
+
+
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension, "build_cuda": BuildCuda})

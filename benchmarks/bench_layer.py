@@ -1,26 +1,31 @@
 """What does a LoRA linear layer cost beyond its frozen base? Forward and backward, against it and the peers.
 
-    python benchmarks/bench_layer.py [--dropout 0.1] [--rank 16] [--rounds 60] [--write]
+    python benchmarks/bench_layer.py [--device cpu] [--dropout 0.1] [--rank 16] [--rounds 60] [--write]
 
 Every contestant goes through its public module, autograd and Python included, on the same weights and inputs. They must
 agree on outputs and gradients (without dropout) before any is timed. Time is that of forward plus backward to x and the
 adapter; a ratio is that of the medians to the frozen layer's (forward plus backward to x), with the quartiles of the
 round-by-round ratios behind it.
+
+On a GPU a shape's time is the one between two CUDA events with the second-level cache flushed before (timing.py), and
+torch.compile of the hand-written layer is a contestant at the first shape.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
 import torch
-from shapes import CPU_SHAPES, Shape
-from timing import interleaved, ratio
+from shapes import CPU_SHAPES, CUDA_SHAPES, Shape
+from timing import Clock, CudaClock, interleaved, ratio, wall_clock
 from torch import Tensor, nn
 
 import lora_ext
@@ -45,7 +50,8 @@ class HandWritten(nn.Module):
 
 
 def make_lora_ext(base: nn.Linear, A: Tensor, B: Tensor, dropout: float) -> nn.Module:
-    adapter = LoraAdapter(A.shape[1], B.shape[0], A.shape[0], ALPHA_OVER_R * A.shape[0], dropout, dtype=A.dtype)
+    features, r = (A.shape[1], B.shape[0]), A.shape[0]
+    adapter = LoraAdapter(*features, r, ALPHA_OVER_R * r, dropout, dtype=A.dtype, device=A.device)
     with torch.no_grad():
         adapter.lora_A.copy_(A), adapter.lora_B.copy_(B)
     return LoraLinear(base, adapter)
@@ -66,11 +72,14 @@ CONTESTANTS: dict[str, Callable[..., nn.Module]] = {
     "peft": make_peft,
     "hand-written": HandWritten,
 }
+if importlib.util.find_spec("peft") is None:
+    del CONTESTANTS["peft"]
+COMPILED = "compiled"
 
 
 def check_agreement(modules: dict[str, nn.Module], x: Tensor, grad_y: Tensor) -> None:
     """Outputs and gradients of all contestants agree with float64 to the dtype's rounding, or nothing is timed."""
-    tolerance = {torch.float32: 1e-4, torch.bfloat16: 3e-2}[x.dtype]
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}[x.dtype]
     results = {}
     for name, module in modules.items():
         leaf = x.detach().clone().requires_grad_()
@@ -85,70 +94,100 @@ def check_agreement(modules: dict[str, nn.Module], x: Tensor, grad_y: Tensor) ->
                 sys.exit(f"{name} and lora_ext disagree by {error:.2e} on {tuple(ours.shape)}: not timed")
 
 
-def measure(shape: Shape, dtype: torch.dtype, rank: int, dropout: float, rounds: int) -> dict[str, object]:
-    x = torch.randn(shape.num_tokens, shape.in_features, dtype=dtype, requires_grad=True)
-    grad_y = torch.randn(shape.num_tokens, shape.out_features, dtype=dtype)
-    A = (torch.randn(rank, shape.in_features) / shape.in_features**0.5).to(dtype)
-    B = (torch.randn(shape.out_features, rank) * 0.1).to(dtype)
-    base = nn.Linear(shape.in_features, shape.out_features, dtype=dtype).requires_grad_(False)
+def measure(
+    shape: Shape, dtype: torch.dtype, args: argparse.Namespace, clock: Clock, with_compile: bool
+) -> dict[str, object]:
+    def random(*size: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*size, device=args.device) * scale).to(dtype)
+
+    x = random(shape.num_tokens, shape.in_features).requires_grad_()
+    grad_y = random(shape.num_tokens, shape.out_features)
+    A = random(args.rank, shape.in_features, scale=shape.in_features**-0.5)
+    B = random(shape.out_features, args.rank, scale=0.1)
+    base = nn.Linear(shape.in_features, shape.out_features, dtype=dtype, device=args.device).requires_grad_(False)
 
     check_agreement({name: make(base, A, B, 0.0) for name, make in CONTESTANTS.items()}, x, grad_y)
-    modules = {"frozen": base} | {name: make(base, A, B, dropout) for name, make in CONTESTANTS.items()}
+    modules = {"frozen": base} | {name: make(base, A, B, args.dropout) for name, make in CONTESTANTS.items()}
+    if with_compile:
+        modules[COMPILED] = torch.compile(HandWritten(base, A, B, args.dropout))
 
     def step(module: nn.Module) -> None:
         x.grad = None
         module.zero_grad(set_to_none=True)
         module(x).backward(grad_y)
 
-    seconds = interleaved({name: lambda m=module: step(m) for name, module in modules.items()}, rounds)
+    calls = {name: lambda m=module: step(m) for name, module in modules.items()}
+    seconds = interleaved(calls, args.rounds, clock=clock)
     row: dict[str, object] = {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
     row["rounds"] = len(seconds["frozen"])
     row["frozen_ms"] = 1e3 * statistics.median(seconds["frozen"])
-    row["ratio"] = {name: ratio(seconds[name], seconds["frozen"]) for name in CONTESTANTS}
+    row["ratio"] = {name: ratio(seconds[name], seconds["frozen"]) for name in modules if name != "frozen"}
     return row
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["| tokens x in -> out | dtype | frozen, ms | " + " | ".join(CONTESTANTS) + " |"]
-    lines.append("|" + "---|" * (3 + len(CONTESTANTS)))
+    names = list(dict.fromkeys(name for row in rows for name in row["ratio"]))
+    lines = ["| tokens x in -> out | dtype | frozen, ms | " + " | ".join(names) + " |"]
+    lines.append("|" + "---|" * (3 + len(names)))
     for row in rows:
-        ratios = [f"{r:.2f} ({low:.2f}-{high:.2f})" for r, low, high in row["ratio"].values()]
-        cells = [str(Shape(*row["shape"])), row["dtype"], f"{row['frozen_ms']:.2f}", *ratios]
+        ratios = [row["ratio"].get(name) for name in names]
+        ratios = ["{:.2f} ({:.2f}-{:.2f})".format(*values) if values else "" for values in ratios]
+        cells = [
+            str(Shape(*row["shape"])),
+            row["dtype"],
+            f"{row['frozen_ms']:.{2 if row['frozen_ms'] >= 1 else 3}f}",
+            *ratios,
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--rounds", type=int, default=60, help="at most; slow shapes get fewer, at least 11")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--write", action="store_true", help="also write benchmarks/results/layer_cpu.{json,md}")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no shape after so many")
+    parser.add_argument("--write", action="store_true", help="also write benchmarks/results/layer_<device>.{json,md}")
+    parser.add_argument("--json", type=Path, help="also write the rows there, each as soon as it is measured")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    begin = time.perf_counter()
 
     facts = info.gather()
-    cpu_model = info.cpu_model()
+    on_cuda = args.device == "cuda"
+    machine = torch.cuda.get_device_name() if on_cuda else info.cpu_model()
+    kernels = "CUDA" if on_cuda else f"{args.threads} threads, {facts['cpu']['isa']}"
     heading = (
-        f"Forward + backward against the frozen layer, r={args.rank}, dropout {args.dropout}; {cpu_model}, "
-        f"{args.threads} threads, {facts['cpu']['isa']} kernels; lora_ext {lora_ext.__version__}, torch "
-        f"{torch.__version__}; {date.today()}; medians (quartiles)"
+        f"Forward + backward against the frozen layer, r={args.rank}, dropout {args.dropout}; {machine}, {kernels} "
+        f"kernels; lora_ext {lora_ext.__version__}, torch {torch.__version__}; {date.today()}; medians (quartiles)"
     )
     print(heading, flush=True)
-    rows = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for shape in CPU_SHAPES:
-            rows.append(measure(shape, dtype, args.rank, args.dropout, args.rounds))
-            print(table(rows).splitlines()[-1], flush=True)
+    clock = CudaClock() if on_cuda else wall_clock
+    # The second dtype only at the first shapes of a GPU: there time is short, and the 16-bit types are what is used.
+    cases = [(dtype, shape) for dtype in (torch.float32, torch.bfloat16) for shape in CPU_SHAPES]
+    if on_cuda:
+        cases = [(torch.bfloat16, CUDA_SHAPES[0]), (torch.float16, CUDA_SHAPES[0]), (torch.float32, CUDA_SHAPES[0])]
+        cases += [(torch.bfloat16, shape) for shape in CUDA_SHAPES[1:]]
+    rows: list[dict] = []
+    for dtype, shape in cases:
+        if time.perf_counter() - begin > args.seconds:
+            print(f"out of time: {len(cases) - len(rows)} cases are not measured", flush=True)
+            break
+        rows.append(measure(shape, dtype, args, clock, with_compile=on_cuda and not rows))
+        print(table(rows).splitlines()[-1], flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(rows, indent=1) + "\n")
     print(f"\n{table(rows)}")
     if args.write:
         RESULTS.mkdir(exist_ok=True)
         command = " ".join(["python benchmarks/bench_layer.py", *sys.argv[1:]])
-        (RESULTS / "layer_cpu.md").write_text(f"{heading}\n\n    {command}\n\n{table(rows)}\n")
-        result = {"command": command, "date": str(date.today()), "cpu": cpu_model, "info": facts, "rows": rows}
-        (RESULTS / "layer_cpu.json").write_text(json.dumps(result, indent=1) + "\n")
+        (RESULTS / f"layer_{args.device}.md").write_text(f"{heading}\n\n    {command}\n\n{table(rows)}\n")
+        result = {"command": command, "date": str(date.today()), args.device: machine, "info": facts, "rows": rows}
+        (RESULTS / f"layer_{args.device}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,3 +22,19 @@ CPU_SHAPES = [
     Shape(1024, 2048, 2048),
     Shape(2048, 4096, 4096),
 ]
+
+# On a GPU, the most telling first: a run that is short of time stops early. Decoder layers (Llama-3-8B's widths), wider
+# ones, decoding steps, and the encoders' widths again.
+CUDA_SHAPES = [
+    Shape(8192, 4096, 4096),
+    Shape(4096, 4096, 14336),
+    Shape(4096, 14336, 4096),
+    Shape(8192, 4096, 1024),
+    Shape(2048, 4096, 4096),
+    Shape(4096, 5120, 5120),
+    Shape(4096, 8192, 8192),
+    Shape(1, 4096, 4096),
+    Shape(64, 4096, 4096),
+    Shape(1536, 384, 384),
+    Shape(8192, 768, 3072),
+]

@@ -18,6 +18,18 @@ STABLE_TORCH_LIBRARY(lora_ext, m) {
       "Tensor? mask, float scaling, float dropout_p, bool[3] output_mask) "
       "-> (Tensor? grad_x, Tensor? grad_lora_A, Tensor? grad_lora_B)");
 
+  // The same for 1 to 8 layers that read one x (q/k/v, gate/up): x is read once, for one dropout mask that they share.
+  // Ranks, widths and scalings are their own. xa has their ranks side by side: [num_tokens, total rank].
+  m.def(
+      "lora_linear_siblings(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_As, Tensor[] lora_Bs, "
+      "float[] scalings, float dropout_p=0.0, Tensor? seed=None) -> (Tensor[] ys, Tensor xa, Tensor mask)");
+
+  // As lora_linear_backward; grad_x sums over the layers. A list that output_mask does not ask for is empty.
+  m.def(
+      "lora_linear_siblings_backward(Tensor[] grad_ys, Tensor? x, Tensor[] weights, Tensor[] lora_As, "
+      "Tensor[] lora_Bs, Tensor? xa, Tensor? mask, float[] scalings, float dropout_p, bool[3] output_mask) "
+      "-> (Tensor? grad_x, Tensor[] grad_lora_As, Tensor[] grad_lora_Bs)");
+
   // weight += scaling * lora_B @ lora_A in place, accumulated in float32 (float64 for float64) and rounded once.
   m.def("lora_merge_(Tensor(a!) weight, Tensor lora_A, Tensor lora_B, float scaling) -> ()");
 

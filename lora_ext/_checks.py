@@ -7,20 +7,22 @@ and these run only once it has refused, to say why as a ``ValueError`` or ``Type
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MAX_SIBLINGS = 8  # csrc/common/params.h
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_scaling(op: str, scaling: float) -> None:
+def check_scaling(op: str, scaling: float, name: str = "scaling") -> None:
     if not math.isfinite(scaling):
-        raise ValueError(f"{op}: scaling is {scaling}, want a finite number")
+        raise ValueError(f"{op}: {name} is {scaling}, want a finite number")
 
 
 def check_dropout(op: str, dropout_p: float) -> None:
@@ -28,9 +30,10 @@ def check_dropout(op: str, dropout_p: float) -> None:
         raise ValueError(f"{op}: dropout_p is {dropout_p}, want 0 <= dropout_p < 1")
 
 
-def check_factors(op: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+def check_factors(op: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: int | None = None) -> None:
     """weight [out, in], lora_A [r, in], lora_B [out, r]: two dimensions each, matching sizes, one device."""
-    for name, tensor in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+    weight_name, A_name, B_name = (_argument(name, index) for name in ("weight", "lora_A", "lora_B"))
+    for name, tensor in ((weight_name, weight), (A_name, lora_A), (B_name, lora_B)):
         if tensor.dim() != 2:
             raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}, want 2 dimensions")
         if tensor.dtype not in FLOATING:
@@ -38,17 +41,65 @@ def check_factors(op: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> No
                 f"{op}: {name} has dtype {_name(tensor.dtype)}, want one of {', '.join(map(_name, FLOATING))}"
             )
         if tensor.device != weight.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device} but weight is on {weight.device}")
+            raise ValueError(f"{op}: {name} is on {tensor.device} but {weight_name} is on {weight.device}")
     if lora_A.dtype != lora_B.dtype:
-        raise TypeError(f"{op}: lora_B has dtype {_name(lora_B.dtype)} but lora_A has {_name(lora_A.dtype)}")
+        raise TypeError(f"{op}: {B_name} has dtype {_name(lora_B.dtype)} but {A_name} has {_name(lora_A.dtype)}")
     if lora_A.shape[0] == 0:
-        raise ValueError(f"{op}: lora_A has rank 0, want at least 1")
+        raise ValueError(f"{op}: {A_name} has rank 0, want at least 1")
     if lora_A.shape[1] != weight.shape[1]:
-        raise ValueError(f"{op}: lora_A has in_features={lora_A.shape[1]} but weight has {weight.shape[1]}")
+        raise ValueError(f"{op}: {A_name} has in_features={lora_A.shape[1]} but {weight_name} has {weight.shape[1]}")
     if lora_B.shape[0] != weight.shape[0]:
-        raise ValueError(f"{op}: lora_B has out_features={lora_B.shape[0]} but weight has {weight.shape[0]}")
+        raise ValueError(f"{op}: {B_name} has out_features={lora_B.shape[0]} but {weight_name} has {weight.shape[0]}")
     if lora_B.shape[1] != lora_A.shape[0]:
-        raise ValueError(f"{op}: lora_B has rank {lora_B.shape[1]} but lora_A has {lora_A.shape[0]}")
+        raise ValueError(f"{op}: {B_name} has rank {lora_B.shape[1]} but {A_name} has {lora_A.shape[0]}")
+
+
+def _argument(name: str, index: int | None) -> str:
+    """An argument in a message: ``weight`` of an op on one layer, ``weights[1]`` of an op on a list of them."""
+    if index is None:
+        return name
+    return f"{name}{'es' if name.endswith('s') else 's'}[{index}]"
+
+
+def _check_layer(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    index: int | None = None,
+) -> None:
+    check_factors(op, weight, lora_A, lora_B, index)
+    weight_name, bias_name, scaling_name = (_argument(name, index) for name in ("weight", "bias", "scaling"))
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x has no dimension, want [..., in_features]")
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"{op}: {weight_name} has in_features={weight.shape[1]} but x has {x.shape[-1]}")
+    for name, tensor in ((weight_name, weight), (bias_name, bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"{op}: {name} has dtype {_name(tensor.dtype)} but x has {_name(x.dtype)}")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device} but x is on {x.device}")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"{op}: {bias_name} has shape {list(bias.shape)}, want [{weight.shape[0]}]")
+    check_scaling(op, scaling, scaling_name)
+    if scaling < 0.0:
+        raise ValueError(f"{op}: {scaling_name} is {scaling}, want at least 0")
+
+
+def _check_dropout_and_seed(op: str, x: Tensor, dropout_p: float, seed: Tensor | None) -> None:
+    check_dropout(op, dropout_p)
+    if dropout_p > 0.0:
+        if seed is None:
+            raise ValueError(f"{op}: dropout_p is {dropout_p} but seed is None, want an int64 tensor of one element")
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise ValueError(
+                f"{op}: seed is {_name(seed.dtype)} {list(seed.shape)}, want an int64 tensor of one element"
+            )
+        if seed.device != x.device:
+            raise ValueError(f"{op}: seed is on {seed.device} but x is on {x.device}")
 
 
 def check_lora_linear(
@@ -62,31 +113,49 @@ def check_lora_linear(
     seed: Tensor | None,
 ) -> None:
     op = "lora_linear"
-    check_factors(op, weight, lora_A, lora_B)
-    if x.dim() == 0:
-        raise ValueError(f"{op}: x has no dimension, want [..., in_features]")
-    if x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"{op}: weight has in_features={weight.shape[1]} but x has {x.shape[-1]}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise TypeError(f"{op}: {name} has dtype {_name(tensor.dtype)} but x has {_name(x.dtype)}")
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device} but x is on {x.device}")
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"{op}: bias has shape {list(bias.shape)}, want [{weight.shape[0]}]")
-    check_scaling(op, scaling)
-    if scaling < 0.0:
-        raise ValueError(f"{op}: scaling is {scaling}, want at least 0")
-    check_dropout(op, dropout_p)
-    if dropout_p > 0.0:
-        if seed is None:
-            raise ValueError(f"{op}: dropout_p is {dropout_p} but seed is None, want an int64 tensor of one element")
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise ValueError(
-                f"{op}: seed is {_name(seed.dtype)} {list(seed.shape)}, want an int64 tensor of one element"
+    _check_layer(op, x, weight, bias, lora_A, lora_B, scaling)
+    _check_dropout_and_seed(op, x, dropout_p, seed)
+
+
+def check_num_siblings(
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+) -> None:
+    """Lists, all as long as weights."""
+    op = "lora_linear_siblings"
+    lists = {"weights": weights, "biases": biases, "lora_As": lora_As, "lora_Bs": lora_Bs, "scalings": scalings}
+    for name, entries in lists.items():
+        if not isinstance(entries, (list, tuple)):
+            raise TypeError(f"{op}: {name} is a {type(entries).__name__}, want a list with one entry a layer")
+    if not 1 <= len(weights) <= MAX_SIBLINGS:
+        raise ValueError(f"{op}: weights has {len(weights)} entries, want 1 to {MAX_SIBLINGS}")
+    for name, entries in lists.items():
+        if len(entries) != len(weights):
+            raise ValueError(f"{op}: {name} has {len(entries)} entries but weights has {len(weights)}")
+
+
+def check_lora_linear_siblings(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    dropout_p: float,
+    seed: Tensor | None,
+) -> None:
+    op = "lora_linear_siblings"
+    check_num_siblings(weights, biases, lora_As, lora_Bs, scalings)
+    for i, layer in enumerate(zip(weights, biases, lora_As, lora_Bs, scalings, strict=True)):
+        _check_layer(op, x, *layer, index=i)
+        if lora_As[i].dtype != lora_As[0].dtype:
+            raise TypeError(
+                f"{op}: lora_As[{i}] has dtype {_name(lora_As[i].dtype)} but lora_As[0] has {_name(lora_As[0].dtype)}"
             )
-        if seed.device != x.device:
-            raise ValueError(f"{op}: seed is on {seed.device} but x is on {x.device}")
+    _check_dropout_and_seed(op, x, dropout_p, seed)
 
 
 def check_lora_merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:

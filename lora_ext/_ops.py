@@ -7,24 +7,21 @@ half as much per call, and goes straight below autograd where no gradient is wan
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import _checks
+from ._registration import (
+    LIBRARY,
+    accumulation_dtype,
+    below_autograd,
+    bias_gradient,
+    count_tokens,
+    mask_row_bytes,
+    refuse_double_backward,
+    refuse_forward_mode,
+    register_autocast,
+    weight_gradient,
+)
 from .reference import dropout_threshold
-
-_LIBRARY = torch.library.Library("lora_ext", "FRAGMENT")
-_below_autograd = torch._C._AutoDispatchBelowAutograd
-
-
-def _mask_row_bytes(in_features: int) -> int:
-    """Bytes of one row of the bit mask: whole 64-bit words. csrc/common/dropout.h."""
-    return (in_features + 63) // 64 * 8
-
-
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
 
 # --- fake kernels: shapes and dtypes only -----------------------------------------------------------------------------
 
@@ -32,14 +29,12 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 @torch.library.register_fake("lora_ext::lora_linear")
 def _(x, weight, bias, lora_A, lora_B, scaling, dropout_p=0.0, seed=None):
     _checks.check_lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
-    num_tokens = 1
-    for size in x.shape[:-1]:
-        num_tokens = num_tokens * size
+    num_tokens = count_tokens(x)
     has_mask = dropout_threshold(dropout_p) > 0
     return (
         x.new_empty((*x.shape[:-1], weight.shape[0])),
-        x.new_empty((num_tokens, lora_A.shape[0]), dtype=_accumulation_dtype(x.dtype)),
-        x.new_empty((num_tokens, _mask_row_bytes(x.shape[-1])) if has_mask else (0,), dtype=torch.uint8),
+        x.new_empty((num_tokens, lora_A.shape[0]), dtype=accumulation_dtype(x.dtype)),
+        x.new_empty((num_tokens, mask_row_bytes(x.shape[-1])) if has_mask else (0,), dtype=torch.uint8),
     )
 
 
@@ -60,7 +55,7 @@ def _(weight, lora_A, lora_B, scaling):
 
 @torch.library.register_fake("lora_ext::lora_dropout_mask")
 def _(seed, num_tokens, in_features, dropout_p):
-    return seed.new_empty((num_tokens, _mask_row_bytes(in_features)), dtype=torch.uint8)
+    return seed.new_empty((num_tokens, mask_row_bytes(in_features)), dtype=torch.uint8)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -69,7 +64,7 @@ def _(seed, num_tokens, in_features, dropout_p):
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
-        with _below_autograd():
+        with below_autograd():
             y, xa, mask = torch.ops.lora_ext.lora_linear.default(
                 x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed
             )
@@ -102,25 +97,14 @@ class _LoraLinear(torch.autograd.Function):
             )
         # The weight and bias are frozen in LoRA; a user who unfreezes them gets the plain linear layer's gradients.
         if want_weight:
-            grad_weight = grad_y.flatten(0, -2).T @ x.flatten(0, -2) if x.dim() > 1 else torch.outer(grad_y, x)
+            grad_weight = weight_gradient(grad_y, x)
         if want_bias:
-            grad_bias = grad_y.flatten(0, -2).sum(0) if grad_y.dim() > 1 else grad_y
+            grad_bias = bias_gradient(grad_y)
         return grad_x, grad_weight, grad_bias, grad_A, grad_B, None, None, None
 
 
-def _refuse_forward_mode(*tensors: Tensor | None) -> None:
-    """Below autograd a tangent would be dropped, and read as zero."""
-    if forward_ad._current_level >= 0 and any(
-        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
-    ):
-        raise RuntimeError(
-            "lora_linear: forward-mode differentiation (jvp) is not supported; "
-            "use lora_ext.reference.lora_linear where you need it"
-        )
-
-
 def _lora_linear_autograd(x, weight, bias, lora_A, lora_B, scaling, dropout_p=0.0, seed=None):
-    _refuse_forward_mode(x, weight, bias, lora_A, lora_B)
+    refuse_forward_mode("lora_linear", x, weight, bias, lora_A, lora_B)
     if torch.is_grad_enabled() and (
         lora_A.requires_grad
         or lora_B.requires_grad
@@ -129,19 +113,13 @@ def _lora_linear_autograd(x, weight, bias, lora_A, lora_B, scaling, dropout_p=0.
         or (bias is not None and bias.requires_grad)
     ):
         return _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
-    with _below_autograd():
+    with below_autograd():
         return torch.ops.lora_ext.lora_linear.default(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
 
 
 def _lora_linear_backward_autograd(grad_y, x, weight, lora_A, lora_B, xa, mask, scaling, dropout_p, output_mask):
-    if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (grad_y, x, weight, lora_A, lora_B, xa)
-    ):
-        raise RuntimeError(
-            "lora_linear_backward: gradients of gradients (create_graph=True) are not supported; "
-            "use lora_ext.reference.lora_linear where you need them"
-        )
-    with _below_autograd():
+    refuse_double_backward("lora_linear_backward", grad_y, x, weight, lora_A, lora_B, xa)
+    with below_autograd():
         return torch.ops.lora_ext.lora_linear_backward.default(
             grad_y, x, weight, lora_A, lora_B, xa, mask, scaling, dropout_p, output_mask
         )
@@ -153,45 +131,18 @@ def _lora_merge_autograd(weight, lora_A, lora_B, scaling):
             "lora_merge_: weight requires grad; merging in place would corrupt its gradient. "
             "Call weight.requires_grad_(False) or merge under torch.no_grad()"
         )
-    with _below_autograd():
+    with below_autograd():
         torch.ops.lora_ext.lora_merge_.default(weight, lora_A, lora_B, scaling)
     if not weight.is_inference():
         torch.autograd.graph.increment_version(weight)  # mutating stable-ABI ops do not
 
 
-_LIBRARY.impl("lora_linear", _lora_linear_autograd, "Autograd")
-_LIBRARY.impl("lora_linear_backward", _lora_linear_backward_autograd, "Autograd")
-_LIBRARY.impl("lora_merge_", _lora_merge_autograd, "Autograd")
+LIBRARY.impl("lora_linear", _lora_linear_autograd, "Autograd")
+LIBRARY.impl("lora_linear_backward", _lora_linear_backward_autograd, "Autograd")
+LIBRARY.impl("lora_merge_", _lora_merge_autograd, "Autograd")
 
 
 # --- autocast: x, weight and bias go to autocast's dtype as in nn.Linear; the adapter keeps its own -------------------
 
-
-def _register_autocast(device_type: str, dispatch_key: str) -> None:
-    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, dispatch_key))
-
-    def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        # As ATen's autocast: float64 stays, everything else that floats is cast.
-        eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
-        return tensor.to(dtype) if eligible else tensor
-
-    def lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p=0.0, seed=None):
-        dtype = torch.get_autocast_dtype(device_type)
-        with torch._C._ExcludeDispatchKeyGuard(excluded):
-            return torch.ops.lora_ext.lora_linear.default(
-                cast(x, dtype), cast(weight, dtype), cast(bias, dtype), lora_A, lora_B, scaling, dropout_p, seed
-            )
-
-    def lora_linear_backward(grad_y, x, weight, lora_A, lora_B, xa, mask, scaling, dropout_p, output_mask):
-        # Dtypes were settled in the forward; without this, products inside would be autocast once more.
-        with torch._C._ExcludeDispatchKeyGuard(excluded):
-            return torch.ops.lora_ext.lora_linear_backward.default(
-                grad_y, x, weight, lora_A, lora_B, xa, mask, scaling, dropout_p, output_mask
-            )
-
-    _LIBRARY.impl("lora_linear", lora_linear, dispatch_key)
-    _LIBRARY.impl("lora_linear_backward", lora_linear_backward, dispatch_key)
-
-
-_register_autocast("cpu", "AutocastCPU")
-_register_autocast("cuda", "AutocastCUDA")
+register_autocast("lora_linear", num_cast=3)
+register_autocast("lora_linear_backward", num_cast=0)

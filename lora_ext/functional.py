@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -66,6 +68,61 @@ def lora_linear(
         if not torch.is_autocast_enabled(x.device.type):  # under autocast the op saw other dtypes than these
             _checks.check_lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
         _check_kernels_exist("lora_linear", x.device)
+        raise
+
+
+def lora_linear_siblings(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> list[Tensor]:
+    """Layers that read one ``x``, as :func:`lora_linear` computes each: q/k/v, gate/up.
+
+    ``ys[i] = x @ weights[i].T + biases[i] + scalings[i] * dropout(x) @ lora_As[i].T @ lora_Bs[i].T``
+
+    In one call ``x`` is read once for all layers, forward and backward, and its gradient is written once, summed over
+    the layers. The layers share one dropout mask, drawn and kept once; separate layers, as in PEFT, draw one each. With
+    the same ``seed``, ``ys`` and the gradients of the factors are those of separate calls; the gradient of ``x`` is
+    their sum, rounded fewer times.
+
+    Args:
+        x: ``[..., in_features]``, float64, float32, bfloat16 or float16; any leading dimensions, any strides.
+        weights: 1 to 8 layers' ``[out_features, in_features]``, dtype and device of ``x``; ``out_features`` may differ.
+            Frozen: a gradient is computed only where one is required.
+        biases: for each layer ``[out_features]``, dtype of ``x``, or None.
+        lora_As: for each layer ``[r, in_features]``, all of one of the four dtypes; ``r`` may differ.
+        lora_Bs: for each layer ``[out_features, r]``, dtype of ``lora_As``.
+        scalings: for each layer, usually ``lora_alpha / r``; at least 0.
+        dropout_p: probability that an element of the adapters' input is zeroed, in [0, 1); quantised to 2**-16.
+        seed: int64 tensor of one element on ``x``'s device; names the dropout mask. Drawn from the default generator
+            when None.
+
+    Returns:
+        For each layer ``[..., out_features]``, dtype of ``x``. Products accumulate in float32 (float64 for float64).
+        Layers whose output goes unused cost nothing in the backward.
+
+    Raises:
+        ValueError, TypeError: naming the argument, the layer and both values.
+    """
+    if dropout_p > 0.0 and seed is None:
+        seed = draw_seed(x.device)
+    if torch.compiler.is_compiling():
+        return torch.ops.lora_ext.lora_linear_siblings(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)[
+            0
+        ]
+    try:
+        return torch.ops.lora_ext.lora_linear_siblings.default(
+            x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed
+        )[0]
+    except RuntimeError:
+        if not torch.is_autocast_enabled(x.device.type):  # under autocast the op saw other dtypes than these
+            _checks.check_lora_linear_siblings(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)
+        _check_kernels_exist("lora_linear_siblings", x.device)
         raise
 
 

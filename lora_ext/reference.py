@@ -6,6 +6,8 @@ and dtype; pass float64 tensors to get the reference value a low-precision resul
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -78,6 +80,21 @@ def lora_linear(
     xa = x_dropped.to(wide) @ lora_A.to(wide).T
     y = torch.nn.functional.linear(x, weight, bias)
     return (y + scaling * (xa @ lora_B.to(wide).T)).to(x.dtype)
+
+
+def lora_linear_siblings(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> list[Tensor]:
+    """:func:`lora_linear` of each layer on the same ``x`` with the same dropout mask; differentiable by autograd."""
+    layers = zip(weights, biases, lora_As, lora_Bs, scalings, strict=True)
+    return [lora_linear(x, *layer, dropout_p, seed) for layer in layers]
 
 
 def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

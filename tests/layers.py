@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_ext import functional, reference
 
@@ -91,21 +92,30 @@ def assert_as_good_as_torch(layers: Layer | list[Layer], dropout_p: float = 0.0,
     Several layers are judged by their joint error: of a handful of numbers, either side may happen to be exact.
     """
     layers = [layers] if isinstance(layers, Layer) else layers
-    joint: dict[str, list[list[Tensor]]] = {}
+    results = []
     for layer in layers:
         ours = forward_backward(functional.lora_linear, layer, dropout_p, seed)
         exact = forward_backward(reference.lora_linear, layer.to(torch.float64), dropout_p, seed)
         plain = forward_backward(reference.lora_linear, layer, dropout_p, seed)
+        results.append((ours, exact, plain))
+    assert_errors_as_plain(results, layers[0].x.dtype, layers[0].lora_A.dtype)
+
+
+def assert_errors_as_plain(
+    results: list[tuple[dict[str, Tensor], ...]], x_dtype: torch.dtype, factor_dtype: torch.dtype
+) -> None:
+    """Of (ours, exact, plain PyTorch's) results by name: our joint error is at most twice plain PyTorch's."""
+    joint: dict[str, list[list[Tensor]]] = {}
+    for ours, exact, plain in results:
         for name in ours:
             assert ours[name].shape == exact[name].shape and ours[name].dtype == plain[name].dtype, name
             joint.setdefault(name, []).append([result[name].flatten() for result in (ours, exact, plain)])
     # Where plain PyTorch happens to be exact, the last bit of a float32 (float64) sum is still allowed.
-    x_dtype, factor_dtype = layers[0].x.dtype, layers[0].lora_A.dtype
     floor = 1e-14 if x_dtype == torch.float64 else 1e-6
     if factor_dtype != x_dtype:
         floor = max(floor, torch.finfo(factor_dtype).eps)
-    for name, results in joint.items():
-        value, exact_value, plain_value = (torch.cat(parts) for parts in zip(*results, strict=True))
+    for name, values in joint.items():
+        value, exact_value, plain_value = (torch.cat(parts) for parts in zip(*values, strict=True))
         error, plain_error = relative_error(value, exact_value), relative_error(plain_value, exact_value)
         assert error <= 2 * plain_error + floor, f"{name}: error {error:.3g}, plain PyTorch's {plain_error:.3g}"
 
@@ -115,3 +125,45 @@ def random_layers(shape, *args, **kwargs) -> list[Layer]:
     num_tokens, in_features, out_features, rank = shape
     smallest = min(max(num_tokens, 1) * min(in_features, out_features), rank * min(in_features, out_features))
     return [random_layer(shape, *args, **kwargs) for _ in range(-(-300 // smallest))]
+
+
+def saved_bytes(function: Callable[[], object]) -> list[tuple[tuple, int]]:
+    """Shapes and bytes of what autograd keeps for the backward, without the layer's own parameters."""
+    saved = []
+
+    def pack(tensor):
+        if not isinstance(tensor, nn.Parameter):
+            saved.append((tuple(tensor.shape), tensor.nbytes))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return saved
+
+
+@dataclass
+class Siblings:
+    """The arguments of ``lora_linear_siblings`` but for dropout, as layers that share x, each with its gradient."""
+
+    x: Tensor
+    layers: list[Layer]
+
+    def args(self) -> tuple:
+        names = ("weight", "bias", "lora_A", "lora_B", "scaling")
+        return self.x, *([getattr(layer, name) for layer in self.layers] for name in names)
+
+    def grad_ys(self) -> list[Tensor]:
+        return [layer.grad_y for layer in self.layers]
+
+    def to(self, dtype: torch.dtype) -> Siblings:
+        return Siblings(self.x.to(dtype), [layer.to(dtype) for layer in self.layers])
+
+
+def random_siblings(shape, dtypes=(torch.float32, torch.float32), leading: tuple = ()) -> Siblings:
+    """Every other layer has a bias; scalings differ."""
+    (num_tokens, in_features), sizes = shape
+    layers = []
+    for i, (out_features, rank) in enumerate(sizes):
+        layer = random_layer((num_tokens, in_features, out_features, rank), dtypes, bias=i % 2 == 0, leading=leading)
+        layers.append(replace(layer, scaling=0.75 + i / 2))
+    return Siblings(layers[0].x, layers)

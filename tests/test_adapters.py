@@ -59,6 +59,7 @@ def test_merge_and_unload_gives_the_plain_model(merged):
     inject(model, LoraConfig(target_modules=["up"]))  # and again
 
 
+@pytest.mark.cpu_only("a default device switches the encoder's fast path off")
 def test_unloading_switches_the_encoder_fast_path_on_again():
     layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
     model = nn.TransformerEncoder(layer, 2).eval()

@@ -67,7 +67,7 @@ def test_compile_fullgraph_dynamic(backend, dropout):
 def test_autocast_casts_like_nn_linear_and_keeps_the_adapter(dtype):
     module = adapted()
     x = torch.randn(6, 24, requires_grad=True)
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(torch.get_default_device().type, dtype=dtype):
         y, base = module(x), module.base_layer(x)
     assert y.dtype == base.dtype == dtype
     torch.testing.assert_close(y.float(), module(x), rtol=3e-2, atol=3e-2)
@@ -77,7 +77,7 @@ def test_autocast_casts_like_nn_linear_and_keeps_the_adapter(dtype):
 
 def test_autocast_leaves_float64_alone():
     module = adapted(dtype=torch.float64).double()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         assert module(torch.randn(3, 24, dtype=torch.float64)).dtype == torch.float64
 
 

@@ -291,6 +291,7 @@ def test_attention_out_proj_is_refused_by_name_and_left_out_of_all_linear():
     assert sorted({path.rpartition(".")[2] for path, _ in lora_modules(model)}) == ["linear1", "linear2"]
 
 
+@pytest.mark.cpu_only("a default device switches the encoder's fast path off")
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 def test_transformer_encoder_uses_the_adapter_in_eval_mode(norm_first, masked):

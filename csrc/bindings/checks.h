@@ -1,11 +1,11 @@
 // What every binding needs before it may touch a pointer: checks that name the op, the argument and both values, and
 // the few tensor helpers the stable ABI lacks. lora_ext/_checks.py says the same to Python users as ValueError or
-// TypeError; these are the last guard.
+// TypeError; these are the last guard. layer_arguments.h has the checks between the tensors of a layer.
 #pragma once
 
 #include <cmath>
-#include <optional>
-#include <tuple>
+#include <ostream>
+#include <string_view>
 #include <vector>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -113,6 +113,11 @@ inline Tensor flatten_tokens(const Tensor& tensor) {
   return as_matrix(tensor, num_tokens, features, row_stride < features ? features : row_stride, 1);
 }
 
+// [rows, cols] view of a contiguous tensor
+inline Tensor as_rows(const Tensor& tensor, int64_t rows, int64_t cols) {
+  return as_matrix(tensor, rows, cols, cols, 1);
+}
+
 // Product of the leading dimensions of [..., features].
 inline int64_t count_tokens(const Tensor& tensor) {
   int64_t count = 1;
@@ -120,37 +125,41 @@ inline int64_t count_tokens(const Tensor& tensor) {
   return count;
 }
 
-inline void check_dtype(const char* op, const char* name, const Tensor& tensor) {
+// Sizes of tensor with the last one replaced.
+inline std::vector<int64_t> sizes_with_last(const Tensor& tensor, int64_t last) {
+  const auto sizes = tensor.sizes();
+  std::vector<int64_t> result(sizes.begin(), sizes.end());
+  result.back() = last;
+  return result;
+}
+
+// An argument in a message: "weight" of an op on one layer, "weights[1]" of an op on a list of them.
+constexpr int kOnlyLayer = -1;
+
+struct ArgumentName {
+  const char* singular;
+  int index = kOnlyLayer;
+};
+
+inline std::ostream& operator<<(std::ostream& out, const ArgumentName& name) {
+  out << name.singular;
+  if (name.index == kOnlyLayer) return out;
+  return out << (std::string_view(name.singular).back() == 's' ? "es[" : "s[") << name.index << "]";
+}
+
+inline void check_dtype(const char* op, const ArgumentName& name, const Tensor& tensor) {
   STD_TORCH_CHECK(is_supported(tensor), op, ": ", name,
                   " has an unsupported dtype, want float64, float32, bfloat16 or float16");
 }
 
-inline void check_device(const char* op, const char* name, const Tensor& tensor, const Tensor& like) {
+inline void check_device(const char* op, const ArgumentName& name, const Tensor& tensor, const ArgumentName& like_name,
+                         const Tensor& like) {
   STD_TORCH_CHECK(tensor.is_cuda() == like.is_cuda() && tensor.get_device_index() == like.get_device_index(), op, ": ",
-                  name, " is on another device than weight");
+                  name, " is on another device than ", like_name);
 }
 
-// weight [out_features, in_features], lora_A [rank, in_features], lora_B [out_features, rank]
-inline void check_factors(const char* op, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B) {
-  const Tensor* tensors[] = {&weight, &lora_A, &lora_B};
-  const char* names[] = {"weight", "lora_A", "lora_B"};
-  for (int i = 0; i < 3; ++i) {
-    STD_TORCH_CHECK(tensors[i]->dim() == 2, op, ": ", names[i], " has ", tensors[i]->dim(), " dimensions, want 2");
-    check_dtype(op, names[i], *tensors[i]);
-    check_device(op, names[i], *tensors[i], weight);
-  }
-  STD_TORCH_CHECK(lora_A.scalar_type() == lora_B.scalar_type(), op, ": lora_B has another dtype than lora_A");
-  STD_TORCH_CHECK(lora_A.size(0) >= 1, op, ": lora_A has rank 0, want at least 1");
-  STD_TORCH_CHECK(lora_A.size(1) == weight.size(1), op, ": lora_A has in_features=", lora_A.size(1), " but weight has ",
-                  weight.size(1));
-  STD_TORCH_CHECK(lora_B.size(0) == weight.size(0), op, ": lora_B has out_features=", lora_B.size(0),
-                  " but weight has ", weight.size(0));
-  STD_TORCH_CHECK(lora_B.size(1) == lora_A.size(0), op, ": lora_B has rank ", lora_B.size(1), " but lora_A has ",
-                  lora_A.size(0));
-}
-
-inline void check_scaling(const char* op, double scaling) {
-  STD_TORCH_CHECK(std::isfinite(scaling), op, ": scaling is ", scaling, ", want a finite number");
+inline void check_scaling(const char* op, double scaling, const ArgumentName& name = {"scaling"}) {
+  STD_TORCH_CHECK(std::isfinite(scaling), op, ": ", name, " is ", scaling, ", want a finite number");
 }
 
 inline void check_dropout(const char* op, double dropout_p) {
@@ -160,79 +169,6 @@ inline void check_dropout(const char* op, double dropout_p) {
 inline void check_seed(const char* op, const Tensor& seed) {
   STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, op,
                   ": seed must be an int64 tensor of one element");
-}
-
-// tensor [..., features] in weight's dtype and on its device
-inline void check_tokens(const char* op, const char* name, const Tensor& tensor, const Tensor& weight, int64_t features,
-                         const char* features_name) {
-  STD_TORCH_CHECK(tensor.dim() >= 1, op, ": ", name, " has no dimension, want [..., ", features_name, "]");
-  const int64_t given = tensor.size(tensor.dim() - 1);
-  STD_TORCH_CHECK(given == features, op, ": weight has ", features_name, "=", features, " but ", name, " has ", given);
-  STD_TORCH_CHECK(tensor.scalar_type() == weight.scalar_type(), op, ": ", name, " has another dtype than weight");
-  check_device(op, name, tensor, weight);
-}
-
-inline void check_lora_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                              const Tensor& lora_A, const Tensor& lora_B, double scaling, double dropout_p,
-                              const std::optional<Tensor>& seed) {
-  const char* op = "lora_linear";
-  check_factors(op, weight, lora_A, lora_B);
-  check_tokens(op, "x", x, weight, weight.size(1), "in_features");
-  if (bias) {
-    check_tokens(op, "bias", *bias, weight, weight.size(0), "out_features");
-    STD_TORCH_CHECK(bias->dim() == 1, op, ": bias has ", bias->dim(), " dimensions, want 1");
-  }
-  check_scaling(op, scaling);
-  STD_TORCH_CHECK(scaling >= 0.0, op, ": scaling is ", scaling, ", want at least 0");
-  check_dropout(op, dropout_p);
-  if (dropout_p > 0.0) {
-    STD_TORCH_CHECK(seed.has_value(), op, ": dropout_p is ", dropout_p, " but seed is None");
-    check_seed(op, *seed);
-    check_device(op, "seed", *seed, weight);
-  }
-}
-
-// What the forward saved must be what the backward is given.
-inline void check_lora_linear_backward(const Tensor& grad_y, const std::optional<Tensor>& x, const Tensor& weight,
-                                       const Tensor& lora_A, const Tensor& lora_B, const std::optional<Tensor>& xa,
-                                       const std::optional<Tensor>& mask, double scaling, double dropout_p,
-                                       const std::vector<bool>& output_mask) {
-  const char* op = "lora_linear_backward";
-  check_factors(op, weight, lora_A, lora_B);
-  check_tokens(op, "grad_y", grad_y, weight, weight.size(0), "out_features");
-  check_scaling(op, scaling);
-  check_dropout(op, dropout_p);
-  STD_TORCH_CHECK(output_mask.size() == 3, op, ": output_mask has ", output_mask.size(), " entries, want 3");
-  const int64_t num_tokens = count_tokens(grad_y);
-  if (output_mask[1]) {
-    STD_TORCH_CHECK(x.has_value(), op, ": grad_lora_A is wanted but x is None");
-    check_tokens(op, "x", *x, weight, weight.size(1), "in_features");
-    STD_TORCH_CHECK(count_tokens(*x) == num_tokens, op, ": x has ", count_tokens(*x), " tokens but grad_y has ",
-                    num_tokens);
-  }
-  if (output_mask[2]) {
-    STD_TORCH_CHECK(xa.has_value(), op, ": grad_lora_B is wanted but xa is None");
-    STD_TORCH_CHECK(xa->dim() == 2 && xa->size(0) == num_tokens && xa->size(1) == lora_A.size(0), op,
-                    ": xa must be [num_tokens, rank] = [", num_tokens, ", ", lora_A.size(0), "]");
-    STD_TORCH_CHECK(is_supported(*xa) && dtype_of(*xa) == accumulation_dtype(dtype_of(weight)), op,
-                    ": xa has another dtype than the accumulation dtype");
-    check_device(op, "xa", *xa, weight);
-  }
-  if ((output_mask[0] || output_mask[1]) && dropout_threshold(dropout_p) > 0) {
-    STD_TORCH_CHECK(mask.has_value(), op, ": dropout_p is ", dropout_p, " but mask is None");
-    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Byte && mask->dim() == 2 && mask->size(0) == num_tokens &&
-                        mask->size(1) == mask_row_bytes(weight.size(1)) && mask->is_contiguous(),
-                    op, ": mask must be uint8 [", num_tokens, ", ", mask_row_bytes(weight.size(1)), "], contiguous");
-    check_device(op, "mask", *mask, weight);
-  }
-}
-
-// Sizes of tensor with the last one replaced.
-inline std::vector<int64_t> sizes_with_last(const Tensor& tensor, int64_t last) {
-  const auto sizes = tensor.sizes();
-  std::vector<int64_t> result(sizes.begin(), sizes.end());
-  result.back() = last;
-  return result;
 }
 
 }  // namespace lora_ext

@@ -6,7 +6,7 @@
 #include <new>
 
 #include "../cpu/kernels.h"
-#include "calls.h"
+#include "checks.h"
 
 namespace lora_ext::cpu {
 
@@ -48,35 +48,48 @@ class ScratchMemory {
   int64_t size_ = 0;
 };
 
-// Sizes first, then one piece of memory, then the pointers. Valid until this thread's next call.
-inline Workspace make_workspace(DType acc, int64_t in_features, int64_t out_features, int64_t rank, int64_t num_chunks,
-                                bool want_grad_A, bool want_grad_B) {
+// Sizes first, then one piece of memory, then the pointers. Valid until this thread's next call. Sibling: any struct
+// with a layer's rank and out_features.
+template <class Sibling>
+Workspace make_workspace(DType acc, int64_t in_features, const Sibling* siblings, int num_siblings, int64_t num_chunks,
+                         bool want_grad_A, bool want_grad_B) {
   static thread_local ScratchMemory scratch;
   Workspace workspace{};
-  const int64_t in_row = padded(in_features), out_row = padded(out_features);
-  const struct {
+  struct Part {
     void** pointer;
     int64_t count;
-  } parts[] = {{&workspace.lora_A, rank * in_row},
-               {&workspace.lora_B_t, rank * out_row},
-               {&workspace.partial_sum, num_chunks * kBlockRows * rank * kMaxWidth},
-               {&workspace.left, num_chunks * 2 * kBlockRows * rank},
-               {&workspace.grad_A, want_grad_A ? num_chunks * rank * in_row : 0},
-               {&workspace.grad_B_t, want_grad_B ? num_chunks * rank * out_row : 0}};
+  };
+  constexpr int kSharedParts = 4;
+  Part parts[kSharedParts + 2 * kMaxSiblings];
+  int num_parts = kSharedParts;
+  int64_t total_rank = 0;
+  for (int i = 0; i < num_siblings; ++i) {
+    const int64_t rank = siblings[i].rank, out_row = padded(siblings[i].out_features);
+    total_rank += rank;
+    parts[num_parts++] = {&workspace.lora_B_t[i], rank * out_row};
+    parts[num_parts++] = {&workspace.grad_B_t[i], want_grad_B ? num_chunks * rank * out_row : 0};
+  }
+  const int64_t in_row = padded(in_features);
+  parts[0] = {&workspace.lora_A, total_rank * in_row};
+  parts[1] = {&workspace.partial_sum, num_chunks * kBlockRows * total_rank * kMaxWidth};
+  parts[2] = {&workspace.left, num_chunks * 2 * kBlockRows * total_rank};
+  parts[3] = {&workspace.grad_A, want_grad_A ? num_chunks * total_rank * in_row : 0};
+
   int64_t total = 0;
-  for (const auto& part : parts) total += part.count * dtype_size(acc);  // each a multiple of 64 bytes
+  for (int i = 0; i < num_parts; ++i) total += parts[i].count * dtype_size(acc);  // each a multiple of 64 bytes
   char* next = scratch.at_least(total);
-  for (const auto& part : parts) {
-    *part.pointer = part.count == 0 ? nullptr : next;
-    next += part.count * dtype_size(acc);
+  for (int i = 0; i < num_parts; ++i) {
+    *parts[i].pointer = parts[i].count == 0 ? nullptr : next;
+    next += parts[i].count * dtype_size(acc);
   }
   return workspace;
 }
 
-// Packs both factors, in parallel, for the kernel that pack belongs to.
+// Packs the factors of all siblings, in parallel, for the kernel that pack belongs to.
 template <class Params>
-void pack_factors(void (*pack)(const Params&, const Workspace&, int), const Params& p, const Workspace& w) {
-  torch::stable::parallel_for(0, 2, 1, [&](int64_t begin, int64_t end) {
+void pack_factors(void (*pack)(const Params&, const Workspace&, int), int num_siblings, const Params& p,
+                  const Workspace& w) {
+  torch::stable::parallel_for(0, 2 * num_siblings, 1, [&](int64_t begin, int64_t end) {
     for (int64_t which = begin; which < end; ++which) pack(p, w, static_cast<int>(which));
   });
 }

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu_kernels.h"
+#include "merge_call.h"
 
 namespace lora_ext::cpu {
 namespace {
@@ -13,8 +14,8 @@ void lora_merge_(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_
 
   const int64_t num_chunks = count_chunks(p.out_features);
   const Workspace workspace =
-      make_workspace(accumulation_dtype(p.dtype), p.in_features, p.out_features, p.rank, num_chunks, false, false);
-  pack_factors(kernels.pack_merge, p, workspace);
+      make_workspace(accumulation_dtype(p.dtype), p.in_features, &p, 1, num_chunks, false, false);
+  pack_factors(kernels.pack_merge, 1, p, workspace);
   run_chunks(kernels.merge, p, workspace, num_chunks);
 }
 

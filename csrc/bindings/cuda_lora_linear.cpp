@@ -1,50 +1,54 @@
-// lora_linear and lora_linear_backward on CUDA. csrc/library.cpp has the schemas.
+// lora_linear, lora_linear_siblings, their backwards and the dropout mask on CUDA. csrc/library.cpp has the schemas.
 //
 // The adapter's term is written first and the base product accumulates onto it: no pass over y or grad_x for the
 // adapter.
 #include <torch/csrc/stable/library.h>
 
 #include "cuda_stream.h"
+#include "dropout_mask_call.h"
+#include "lora_linear_ops.h"
 
 namespace lora_ext::cuda {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                                               const Tensor& lora_A, const Tensor& lora_B, double scaling,
-                                               double dropout_p, const std::optional<Tensor>& seed) {
-  const DeviceGuard guard(x.get_device_index());
-  const ForwardCall call = prepare_forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed);
-  const LoraForwardParams& p = call.params;
-  if (p.num_tokens == 0) return {call.y, call.xa, call.mask};
-  const Tensor workspace = allocate_workspace(p, x);
+struct Cuda {
+  struct Guard {
+    DeviceGuard device;
+    explicit Guard(const Tensor& tensor) : device(tensor.get_device_index()) {}
+  };
 
-  launch_lora_forward(p, workspace.mutable_data_ptr(), current_stream(x));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  if (p.in_features > 0 && p.siblings[0].out_features > 0) add_base_product(call.y_rows(), call.x, transposed(weight));
-  return {call.y, call.xa, call.mask};
-}
+  static void forward(ForwardCall& call) {
+    const LoraForwardParams& p = call.params;
+    if (p.num_tokens == 0) return;
+    const Tensor workspace = allocate_workspace(p, call.x);
 
-std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>> lora_linear_backward(
-    const Tensor& grad_y, const std::optional<Tensor>& x, const Tensor& weight, const Tensor& lora_A,
-    const Tensor& lora_B, const std::optional<Tensor>& xa, const std::optional<Tensor>& mask, double scaling,
-    double dropout_p, const std::vector<bool>& output_mask) {
-  const DeviceGuard guard(grad_y.get_device_index());
-  BackwardCall call = prepare_backward(grad_y, x, weight, lora_A, lora_B, xa, mask, scaling, dropout_p, output_mask);
-  const LoraBackwardParams& p = call.params;
-  if (p.num_tokens == 0) {
-    if (call.grad_A) torch::stable::zero_(*call.grad_A);
-    if (call.grad_B) torch::stable::zero_(*call.grad_B);
-    return {call.grad_x, call.grad_A, call.grad_B};
+    launch_lora_forward(p, workspace.mutable_data_ptr(), current_stream(call.x));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    for (size_t i = 0; i < call.layers.size(); ++i) {
+      if (p.in_features == 0 || p.siblings[i].out_features == 0) continue;
+      add_base_product(call.y_rows(i), call.x, transposed(call.layers[i].weight));
+    }
   }
-  const Tensor workspace = allocate_workspace(p, grad_y);
 
-  launch_lora_backward(p, workspace.mutable_data_ptr(), current_stream(grad_y));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  if (call.grad_x && p.in_features > 0 && p.siblings[0].out_features > 0) {
-    add_base_product(call.grad_x_rows(), call.grad_y, weight);
+  static void backward(BackwardCall& call) {
+    const LoraBackwardParams& p = call.params;
+    if (p.num_tokens == 0) {
+      for (Tensor& grad : call.grad_lora_A) torch::stable::zero_(grad);
+      for (Tensor& grad : call.grad_lora_B) torch::stable::zero_(grad);
+      return;
+    }
+    const Tensor workspace = allocate_workspace(p, call.grad_y[0]);
+
+    launch_lora_backward(p, workspace.mutable_data_ptr(), current_stream(call.grad_y[0]));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    if (!call.grad_x || p.in_features == 0) return;
+    const Tensor grad_x_rows = call.grad_x_rows();
+    for (size_t i = 0; i < call.layers.size(); ++i) {
+      if (p.siblings[i].out_features == 0) continue;
+      add_base_product(grad_x_rows, call.grad_y[i], call.layers[i].weight);
+    }
   }
-  return {call.grad_x, call.grad_A, call.grad_B};
-}
+};
 
 Tensor lora_dropout_mask(const Tensor& seed, int64_t num_tokens, int64_t in_features, double dropout_p) {
   const DeviceGuard guard(seed.get_device_index());
@@ -64,7 +68,6 @@ Tensor lora_dropout_mask(const Tensor& seed, int64_t num_tokens, int64_t in_feat
 }  // namespace lora_ext::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(lora_ext, CUDA, m) {
-  m.impl("lora_linear", TORCH_BOX(&lora_ext::cuda::lora_linear));
-  m.impl("lora_linear_backward", TORCH_BOX(&lora_ext::cuda::lora_linear_backward));
+  LORA_EXT_REGISTER_LORA_LINEAR_OPS(m, lora_ext::LoraLinearOps<lora_ext::cuda::Cuda>);
   m.impl("lora_dropout_mask", TORCH_BOX(&lora_ext::cuda::lora_dropout_mask));
 }

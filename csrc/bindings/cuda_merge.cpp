@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cuda_stream.h"
+#include "merge_call.h"
 
 namespace lora_ext::cuda {
 namespace {

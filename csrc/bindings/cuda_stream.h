@@ -7,7 +7,7 @@
 #include <torch/csrc/stable/macros.h>
 
 #include "../cuda/launch.h"
-#include "calls.h"
+#include "checks.h"
 
 namespace lora_ext::cuda {
 

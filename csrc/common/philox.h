@@ -20,12 +20,16 @@ constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;  // multipl
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;  // Weyl increments of the key
 constexpr int kPhiloxRounds = 10;
 
+LORA_EXT_HOST_DEVICE inline Philox4x32 philox4x32_round(const Philox4x32& counter, uint32_t key0, uint32_t key1) {
+  const uint64_t product0 = static_cast<uint64_t>(kPhiloxM0) * counter.v[0];
+  const uint64_t product1 = static_cast<uint64_t>(kPhiloxM1) * counter.v[2];
+  return {static_cast<uint32_t>(product1 >> 32) ^ counter.v[1] ^ key0, static_cast<uint32_t>(product1),
+          static_cast<uint32_t>(product0 >> 32) ^ counter.v[3] ^ key1, static_cast<uint32_t>(product0)};
+}
+
 LORA_EXT_HOST_DEVICE inline Philox4x32 philox4x32_10(Philox4x32 counter, uint32_t key0, uint32_t key1) {
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const uint64_t product0 = static_cast<uint64_t>(kPhiloxM0) * counter.v[0];
-    const uint64_t product1 = static_cast<uint64_t>(kPhiloxM1) * counter.v[2];
-    counter = {static_cast<uint32_t>(product1 >> 32) ^ counter.v[1] ^ key0, static_cast<uint32_t>(product1),
-               static_cast<uint32_t>(product0 >> 32) ^ counter.v[3] ^ key1, static_cast<uint32_t>(product0)};
+    counter = philox4x32_round(counter, key0, key1);
     key0 += kPhiloxW0;
     key1 += kPhiloxW1;
   }

@@ -22,16 +22,16 @@ constexpr int64_t padded(int64_t n) { return (n + kPadding - 1) / kPadding * kPa
 // the kernels' own affair: as numbers of the accumulation dtype, or as bfloat16 where the instruction set multiplies
 // those.
 struct Workspace {
-  void* lora_A;       // [rank, padded(in_features)]: packed, zero padded
-  void* lora_B_t;     // [rank, padded(out_features)]: lora_B transposed, packed, zero padded
-  void* partial_sum;  // [num_chunks, kBlockRows, rank, kMaxWidth]: sums of the dot products, vector lane by vector lane
-  void* left;         // [num_chunks, 2, kBlockRows, rank]: the small operands of the block at hand
-  void* grad_A;       // [num_chunks, rank, padded(in_features)]; null where not wanted
-  void* grad_B_t;     // [num_chunks, rank, padded(out_features)]; null where not wanted
+  void* lora_A;       // [total_rank, padded(in_features)]: the siblings' one below the other, packed, zero padded
+  void* partial_sum;  // [num_chunks, kBlockRows, total_rank, kMaxWidth]: sums of the dot products, lane by vector lane
+  void* left;         // [num_chunks, 2, kBlockRows, total_rank]: the small operands of the block at hand
+  void* grad_A;       // [num_chunks, total_rank, padded(in_features)]; null where not wanted
+  void* lora_B_t[kMaxSiblings];  // [rank, padded(out_features)] each: lora_B transposed, packed, zero padded
+  void* grad_B_t[kMaxSiblings];  // [num_chunks, rank, padded(out_features)] each; null where not wanted
 };
 
 struct Kernels {
-  // Pack lora_A (which = 0) or lora_B (which = 1) as the kernel of the same name reads it.
+  // Pack sibling which / 2's lora_A (even) or lora_B (odd) as the kernel of the same name reads it.
   void (*pack_forward)(const LoraForwardParams&, const Workspace&, int which);
   void (*pack_backward)(const LoraBackwardParams&, const Workspace&, int which);
   void (*pack_merge)(const LoraMergeParams&, const Workspace&, int which);
@@ -40,7 +40,8 @@ struct Kernels {
   void (*forward)(const LoraForwardParams&, const Workspace&, int64_t chunk, int64_t num_chunks);
   void (*backward)(const LoraBackwardParams&, const Workspace&, int64_t chunk, int64_t num_chunks);
 
-  // Sums the chunks' grad_A and grad_B_t into grad_lora_A and grad_lora_B, for ranks [begin, end).
+  // Sums the chunks' grad_A and grad_B_t into grad_lora_A and grad_lora_B, for rows [begin, end) of
+  // total_rank.
   void (*reduce_grads)(const LoraBackwardParams&, const Workspace&, int64_t num_chunks, int64_t begin, int64_t end);
 
   // Rows of weight, chunk by chunk. Reads the packed factors.

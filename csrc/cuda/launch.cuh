@@ -10,7 +10,7 @@
 
 namespace lora_ext::cuda {
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A size beyond what the hardware takes becomes one that it refuses, so that the launch check reports it.
 inline unsigned grid_size(int64_t blocks) {

@@ -111,7 +111,12 @@ void philox_gives_the_published_words() {
   for (int i = 0; i < 4; ++i) CHECK(words.v[i] == published[i], "word %d", i);
 }
 
-constexpr int64_t kTokens = 37, kIn = 301, kOut = 270, kRank = 11;
+constexpr int64_t kTokens = 37, kIn = 301;
+constexpr struct {
+  int64_t out, rank;
+} kLayers[] = {{270, 11}, {33, 3}};  // siblings: they read one x
+constexpr int kNumLayers = 2;
+constexpr int64_t kTotalRank = 14;
 constexpr uint64_t kSeed = 0x0123456789ABCDEFull;
 
 void masks_follow_their_definition(const Kernels& kernels, const char* isa) {
@@ -139,49 +144,65 @@ std::vector<float> random_values(int64_t count) {
 
 // Forward in any number of chunks against plain loops in double.
 void forward_follows_its_formula(const Kernels& kernels, const char* isa, int64_t num_chunks) {
-  const std::vector<float> x = random_values(kTokens * kIn), A = random_values(kRank * kIn),
-                           B = random_values(kOut * kRank), bias = random_values(kOut);
-  std::vector<float> y(kTokens * kOut, NAN), xa(kTokens * kRank, NAN);
+  const std::vector<float> x = random_values(kTokens * kIn);
+  std::vector<float> xa(kTokens * kTotalRank, NAN);
   std::vector<uint8_t> mask(static_cast<size_t>(kTokens * mask_row_bytes(kIn)));
-  std::vector<float> packed_A(kRank * padded(kIn)), packed_B(kRank * padded(kOut)),
-      partial(static_cast<size_t>(num_chunks * kBlockRows * kRank * kMaxWidth)),
-      left(static_cast<size_t>(num_chunks * 2 * kBlockRows * kRank));
   const int64_t seed = static_cast<int64_t>(kSeed);
 
   LoraForwardParams p{};
-  p.num_siblings = 1, p.num_tokens = kTokens, p.in_features = kIn, p.total_rank = kRank;
+  p.num_siblings = kNumLayers, p.num_tokens = kTokens, p.in_features = kIn, p.total_rank = kTotalRank;
   p.x = x.data(), p.x_stride = kIn, p.seed = &seed, p.xa = xa.data(), p.mask = mask.data();
   p.dtype = p.factor_dtype = DType::kFloat32;
   p.threshold = 16384;
-  const double scale = 0.5 * dropout_rescale(p.threshold);
-  p.siblings[0] = {.out_features = kOut,
-                   .rank = kRank,
-                   .rank_begin = 0,
-                   .lora_A = A.data(),
-                   .lora_B = B.data(),
-                   .bias = bias.data(),
-                   .y = y.data(),
-                   .scale = scale};
-  const Workspace w{packed_A.data(), packed_B.data(), partial.data(), left.data(), nullptr, nullptr};
-  for (const int which : {0, 1}) kernels.pack_forward(p, w, which);
+
+  std::vector<float> packed_A(kTotalRank * padded(kIn)),
+      partial(static_cast<size_t>(num_chunks * kBlockRows * kTotalRank * kMaxWidth)),
+      left(static_cast<size_t>(num_chunks * 2 * kBlockRows * kTotalRank));
+  Workspace w{};
+  w.lora_A = packed_A.data(), w.partial_sum = partial.data(), w.left = left.data();
+
+  std::vector<float> A[kNumLayers], B[kNumLayers], bias[kNumLayers], y[kNumLayers], packed_B[kNumLayers];
+  int64_t rank_begin = 0;
+  for (int i = 0; i < kNumLayers; ++i) {
+    const auto [out, rank] = kLayers[i];
+    A[i] = random_values(rank * kIn), B[i] = random_values(out * rank), bias[i] = random_values(out);
+    y[i].assign(static_cast<size_t>(kTokens * out), NAN);
+    packed_B[i].resize(static_cast<size_t>(rank * padded(out)));
+    p.siblings[i] = {.out_features = out,
+                     .rank = rank,
+                     .rank_begin = rank_begin,
+                     .lora_A = A[i].data(),
+                     .lora_B = B[i].data(),
+                     .bias = bias[i].data(),
+                     .y = y[i].data(),
+                     .scale = 0.5 * (i + 1) * dropout_rescale(p.threshold)};
+    w.lora_B_t[i] = packed_B[i].data();
+    rank_begin += rank;
+  }
+  for (int which = 0; which < 2 * kNumLayers; ++which) kernels.pack_forward(p, w, which);
   for (int64_t chunk = 0; chunk < num_chunks; ++chunk) kernels.forward(p, w, chunk, num_chunks);
 
-  for (int64_t m = 0; m < kTokens; ++m) {
-    double expected_xa[kRank];
-    for (int64_t r = 0; r < kRank; ++r) {
-      double sum = 0;
-      for (int64_t k = 0; k < kIn; ++k) {
-        const uint8_t bits = dropout_mask_byte(kSeed, m, static_cast<uint32_t>(k / 8), p.threshold);
-        if (bits >> (k % 8) & 1) sum += static_cast<double>(x[m * kIn + k]) * A[r * kIn + k];
+  for (int i = 0; i < kNumLayers; ++i) {
+    const LoraForwardSibling& s = p.siblings[i];
+    for (int64_t m = 0; m < kTokens; ++m) {
+      std::vector<double> expected_xa(static_cast<size_t>(s.rank));
+      for (int64_t r = 0; r < s.rank; ++r) {
+        double sum = 0;
+        for (int64_t k = 0; k < kIn; ++k) {
+          const uint8_t bits = dropout_mask_byte(kSeed, m, static_cast<uint32_t>(k / 8), p.threshold);
+          if (bits >> (k % 8) & 1) sum += static_cast<double>(x[m * kIn + k]) * A[i][r * kIn + k];
+        }
+        expected_xa[r] = sum * s.scale;
+        CHECK(std::fabs(xa[m * kTotalRank + s.rank_begin + r] - expected_xa[r]) < 1e-4, "%s: layer %d xa[%d, %d]", isa,
+              i, int(m), int(r));
       }
-      expected_xa[r] = sum * scale;
-      CHECK(std::fabs(xa[m * kRank + r] - expected_xa[r]) < 1e-4, "%s: xa[%d, %d]", isa, int(m), int(r));
-    }
-    for (int64_t n = 0; n < kOut; ++n) {
-      double expected = bias[n];
-      for (int64_t r = 0; r < kRank; ++r) expected += expected_xa[r] * B[n * kRank + r];
-      CHECK(std::fabs(y[m * kOut + n] - expected) < 1e-4, "%s: y[%d, %d] = %g, want %g", isa, int(m), int(n),
-            y[m * kOut + n], expected);
+      for (int64_t n = 0; n < s.out_features; ++n) {
+        double expected = bias[i][n];
+        for (int64_t r = 0; r < s.rank; ++r) expected += expected_xa[r] * B[i][n * s.rank + r];
+        const float value = y[i][m * s.out_features + n];
+        CHECK(std::fabs(value - expected) < 1e-4, "%s: layer %d y[%d, %d] = %g, want %g", isa, i, int(m), int(n), value,
+              expected);
+      }
     }
   }
 }

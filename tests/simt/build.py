@@ -64,7 +64,13 @@ def _locked(name: str) -> Iterator[None]:
 
 def _compile(source: Path, flags: list[str]) -> Path:
     """The object of a source, compiled unless one of the same command, source and headers is there."""
-    command = [_compiler(), *flags, f"-I{SIMT / 'standin'}", *(f"-isystem{path}" for path in cuda_headers.find())]
+    command = [
+        _compiler(),
+        *flags,
+        f"-I{SIMT / 'standin'}",
+        f"-I{ROOT}",
+        *(f"-isystem{path}" for path in cuda_headers.find()),
+    ]
     name = f"{source.stem}-{_key([*command, str(source)], [])[:8]}"
     dependencies = CACHE / f"{name}.d"  # what the last compilation read
     if dependencies.exists():

@@ -83,6 +83,7 @@ class Library:
             self.c.simt_get_report(i, ctypes.byref(c))
             place = self._place(c.place)
             text = re.sub(r"\{pc:(\w+)\}", lambda m: "{}:{}".format(*self._place(int(m[1], 16))), c.text.decode())
+            text = text.replace(f"{ROOT}/", "")
             found.append(Report(c.kind.decode(), c.kernel.decode(), tuple(c.block), tuple(c.thread), *place, text))
         return found
 
@@ -91,7 +92,7 @@ class Library:
         if reports := self.reports():
             raise SimtError(reports)
 
-    @functools.cache  # noqa: B019: libraries live as long as the process
+    @functools.cache  # noqa: B019  libraries live as long as the process
     def _place(self, offset: int) -> tuple[str, int]:
         """File and line of the call before a return address: the innermost that is not the stand-in's own."""
         command = ["addr2line", "-i", "-e", str(self.path), hex(max(offset - 1, 0))]

@@ -14,7 +14,7 @@ WARP = range(32)
 ALL = 0xFFFFFFFF
 
 
-def words(values: list[int] | Tensor) -> Tensor:
+def words(values: list | Tensor) -> Tensor:
     """Numbers below 2**32 as an int32 tensor of the same bits."""
     values = torch.as_tensor(values, dtype=torch.int64).flatten()
     return (values & ALL).where(values < 2**31, (values & ALL) - 2**32).to(torch.int32)
@@ -96,7 +96,7 @@ def warp() -> tuple[Tensor, Tensor]:
         [0] * 32,
         [ballot(half[i // 16], 2) for i in WARP],
     ]
-    return words(value), words(sum(rows, []))
+    return words(value), words(rows)
 
 
 def arithmetic() -> tuple[Tensor, Tensor]:
@@ -127,7 +127,7 @@ def arithmetic() -> tuple[Tensor, Tensor]:
         [byte_perm(v, 0x9C31) for v in value],
         *narrow,
     ]
-    return words(value), words(sum(rows, []))
+    return words(value), words(rows)
 
 
 def atomics() -> tuple[Tensor, Tensor]:

@@ -103,9 +103,7 @@ def lora_forward(
         s.bias = library.upload(sibling.bias, "bias")
         s.y = library.upload(ys[i], "y") if ys else library.allocate(x.shape[0] * s.out_features * x.itemsize, "y")
     run(p, library)
-    results = [
-        library.download(s.y, (x.shape[0], s.out_features), x.dtype, "y") for s in p.siblings[: p.num_siblings]
-    ]
+    results = [library.download(s.y, (x.shape[0], s.out_features), x.dtype, "y") for s in p.siblings[: p.num_siblings]]
     xa = library.download(p.xa, (p.num_tokens, p.total_rank), acc, "xa")
     return Forward(results, xa, library.download(p.mask, mask_shape, torch.uint8, "mask") if p.threshold else None)
 

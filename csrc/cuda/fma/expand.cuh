@@ -1,100 +1,201 @@
-// expand: an update of low rank, written once.
+// expand: updates of low rank, written once.
 //
-//   out [rows, cols] (+)= bias + mask o (scale * left [rows, rank] @ right [rank, cols])
+//   out [rows, cols] (+)= bias + mask o (left [rows, rank] @ right [rank, cols])
 //
-// y (left = xa, right = lora_B^T, bias), grad_x (left = grad_xa, right = lora_A, mask) and the merge (out = weight,
-// left = lora_B, right = lora_A, added in place). Writes rows * cols elements, and reads them first where it adds to
-// them; beside that, the mask's bits and the two skinny matrices are small.
+// y of all siblings in one launch (left = a sibling's columns of xa, right = lora_B^T, bias), grad_x (left = grad_xa,
+// right = all lora_A stacked, mask) and the merge (out = weight, left = lora_B, right = lora_A, added in place). Writes
+// rows * cols elements, and reads them first where it adds to them; beside that, the mask's bits and the skinny
+// matrices are small.
+//
+// A block owns 64 rows and 512 bytes of columns, and walks the ranks 16 at a time in two stages: while one is
+// multiplied, cp.async brings the next part of right, and registers the next part of left, which is turned on its way
+// to shared memory.
 #pragma once
 
-#include "../elements.cuh"
 #include "../launch.cuh"
+#include "../shared_memory.cuh"
 #include "plan.h"
+#include "vectors.cuh"
 
-namespace lora_ext::cuda {
+namespace lora_ext::cuda::fma {
 
 struct ExpandParams {
-  int64_t rows, cols, rank;
-  const void* left;     // [rows, rank], acc
-  const void* right;    // [rank, cols], acc
-  const void* bias;     // [cols], T; null: none
+  struct Update {
+    const void* left;   // [rows, rank], acc
+    const void* right;  // [rank, padded_features(cols)], acc
+    const void* bias;   // [cols], T; null: none
+    void* out;          // [rows, cols], T
+    int64_t rank, cols, out_stride;
+    int64_t first_tile;  // of the grid's column tiles; launch_expand sets it and out_aligned
+    bool out_aligned;    // rows of out begin at 16-byte boundaries
+  } updates[kMaxSiblings];
+  int num_updates;
+  int64_t rows, left_stride;
   const uint8_t* mask;  // [rows, mask_row_bytes]; null: everything is kept
-  void* out;            // [rows, cols], T
-  int64_t out_stride, mask_row_bytes;
-  double scale;
+  int64_t mask_row_bytes;
+  double scale;     // of left @ right
   bool accumulate;  // add to what out holds
 };
 
+template <class T>
 struct ExpandTraits {
-  static constexpr int kThreads = 256, kWarps = kThreads / 32;
-  static constexpr int kBlockM = 32, kBlockN = 128, kBlockR = 16;
-  // A thread owns rows warp * kThreadM + i and columns lane + 32 * j: a warp writes whole lines.
-  static constexpr int kThreadM = kBlockM / kWarps, kThreadN = kBlockN / 32;
+  using A = Acc<T>;
+  static constexpr int kThreads = 256, kWarps = kThreads / 32, kStages = 2;
+  // A thread owns rows warp * kThreadM + i and one vector of columns: a warp writes 512 bytes of a row.
+  static constexpr int kThreadM = 8, kBlockM = kWarps * kThreadM, kBlockN = 32 * kVec<A>, kBlockR = 16;
+  static constexpr int kLeftPitch = kBlockM + kVec<A>;  // of [rank, row]: aligned vectors, fewer bank conflicts
+  static constexpr int kLeftElements = kBlockR * kLeftPitch, kRightElements = kBlockR * kBlockN;
+  static constexpr int kLeftLoads = kBlockM * kBlockR / kThreads, kRightLoads = kBlockR / kWarps;
+  static constexpr uint32_t kSharedBytes =
+      shared_bytes_of(kStages * kLeftElements * sizeof(A)) + shared_bytes_of(kStages * kRightElements * sizeof(A));
 };
 
+// One thread's part of moving the ranks [rank0, rank0 + kBlockR) of both matrices into a stage.
 template <class T>
-__global__ void __launch_bounds__(ExpandTraits::kThreads) expand_kernel(const __grid_constant__ ExpandParams p) {
+class ExpandLoader {
+  using Traits = ExpandTraits<T>;
   using A = Acc<T>;
-  constexpr int kThreads = ExpandTraits::kThreads, kBlockM = ExpandTraits::kBlockM, kBlockN = ExpandTraits::kBlockN;
-  constexpr int kBlockR = ExpandTraits::kBlockR, kThreadM = ExpandTraits::kThreadM, kThreadN = ExpandTraits::kThreadN;
-  alignas(16) __shared__ A left_tile[kBlockM * kBlockR];
-  alignas(16) __shared__ A right_tile[kBlockR * kBlockN];
 
-  const A* left = static_cast<const A*>(p.left);
-  const A* right = static_cast<const A*>(p.right);
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kBlockM, col0 = static_cast<int64_t>(blockIdx.y) * kBlockN;
+ public:
+  __device__ __forceinline__ ExpandLoader(const ExpandParams& p, const ExpandParams::Update& update, int64_t row0,
+                                          int64_t col0)
+      : p_(p), update_(update), row0_(row0), col_(col0 + threadIdx.x % 32 * kVec<A>) {}
 
-  A sum[kThreadM][kThreadN] = {};
-  for (int64_t r0 = 0; r0 < p.rank; r0 += kBlockR) {
-    if (r0 > 0) __syncthreads();  // nobody reads the last tiles any more
+  __device__ __forceinline__ void copy_right(A* right_stage, int64_t rank0) const {
+    const A* right = static_cast<const A*>(update_.right);
+    const int64_t pitch = padded_features(update_.cols);
+    const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll
-    for (int element = thread; element < kBlockM * kBlockR; element += kThreads) {
-      const int64_t row = row0 + element / kBlockR, r = r0 + element % kBlockR;
-      left_tile[element] = row < p.rows && r < p.rank ? left[row * p.rank + r] : A(0);
+    for (int i = 0; i < Traits::kRightLoads; ++i) {
+      const int row = i * Traits::kWarps + thread / 32;
+      const int64_t rank = rank0 + row;
+      copy_vector(right_stage + row * Traits::kBlockN + thread % 32 * kVec<A>, right + rank * pitch + col_, right,
+                  rank < update_.rank && col_ < pitch ? kVec<A> : 0);
     }
+  }
+
+  __device__ __forceinline__ void load_left(int64_t rank0) {
+    const A* left = static_cast<const A*>(update_.left);
+    const int64_t rank = rank0 + threadIdx.x % Traits::kBlockR;
 #pragma unroll
-    for (int element = thread; element < kBlockR * kBlockN; element += kThreads) {
-      const int64_t r = r0 + element / kBlockN, col = col0 + element % kBlockN;
-      right_tile[element] = r < p.rank && col < p.cols ? right[r * p.cols + col] : A(0);
+    for (int i = 0; i < Traits::kLeftLoads; ++i) {
+      const int64_t row = row0_ + (i * Traits::kThreads + threadIdx.x) / Traits::kBlockR;
+      left_[i] = row < p_.rows && rank < update_.rank ? left[row * p_.left_stride + rank] : A(0);
     }
-    __syncthreads();
+  }
+
+  __device__ __forceinline__ void store_left(A* left_stage) const {
+#pragma unroll
+    for (int i = 0; i < Traits::kLeftLoads; ++i) {
+      const int row = (i * Traits::kThreads + static_cast<int>(threadIdx.x)) / Traits::kBlockR;
+      left_stage[static_cast<int>(threadIdx.x) % Traits::kBlockR * Traits::kLeftPitch + row] = left_[i];
+    }
+  }
+
+ private:
+  const ExpandParams& p_;
+  const ExpandParams::Update& update_;
+  int64_t row0_, col_;
+  A left_[Traits::kLeftLoads];
+};
+
+// The grid: row tiles, and the updates' column tiles one after another.
+template <class T>
+__global__ void __launch_bounds__(ExpandTraits<T>::kThreads, 2) expand_kernel(const __grid_constant__ ExpandParams p) {
+  using Traits = ExpandTraits<T>;
+  using A = Acc<T>;
+  constexpr int kThreadM = Traits::kThreadM, kBlockR = Traits::kBlockR;
+  SharedMemory shared;
+  A* left_stages = shared.take<A>(Traits::kStages * Traits::kLeftElements, "expand left");
+  A* right_stages = shared.take<A>(Traits::kStages * Traits::kRightElements, "expand right");
+
+  int index = 0;
+  while (index + 1 < p.num_updates && blockIdx.y >= p.updates[index + 1].first_tile) ++index;
+  const ExpandParams::Update& update = p.updates[index];
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int64_t row0 = static_cast<int64_t>(blockIdx.x) * Traits::kBlockM;
+  const int64_t col0 = (blockIdx.y - update.first_tile) * Traits::kBlockN;
+  const int64_t first_row = row0 + warp * kThreadM;  // this thread's
+
+  ExpandLoader<T> loader(p, update, row0, col0);
+  loader.copy_right(right_stages, 0);
+  ptx::cp_async_commit();
+  loader.load_left(0);
+  loader.store_left(left_stages);
+
+  Vector<A> sum[kThreadM] = {};
+  int slot = 0;
+  for (int64_t rank0 = 0; rank0 < update.rank; rank0 += kBlockR) {
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // this stage is full, and nobody reads the other any more
+    const bool more = rank0 + kBlockR < update.rank;
+    if (more) {
+      loader.copy_right(right_stages + (slot ^ 1) * Traits::kRightElements, rank0 + kBlockR);
+      loader.load_left(rank0 + kBlockR);
+    }
+    ptx::cp_async_commit();
+    if (first_row < p.rows) {  // at decode most warps have no row
+      const A* left = left_stages + slot * Traits::kLeftElements + warp * kThreadM;
+      const A* right = right_stages + slot * Traits::kRightElements + lane * kVec<A>;
+      const int ranks = static_cast<int>(min(update.rank - rank0, static_cast<int64_t>(kBlockR)));
 #pragma unroll 4
-    for (int r = 0; r < kBlockR; ++r) {
-      A left_r[kThreadM], right_r[kThreadN];
+      for (int r = 0; r < ranks; ++r) {
+        const Vector<A> right_r = load_vector(right + r * Traits::kBlockN);
 #pragma unroll
-      for (int i = 0; i < kThreadM; ++i) left_r[i] = left_tile[(warp * kThreadM + i) * kBlockR + r];  // a broadcast
+        for (int i = 0; i < kThreadM; i += kVec<A>) {
+          const Vector<A> left_r = load_vector(left + r * Traits::kLeftPitch + i);  // a broadcast
 #pragma unroll
-      for (int j = 0; j < kThreadN; ++j) right_r[j] = right_tile[r * kBlockN + lane + 32 * j];
+          for (int n = 0; n < kVec<A>; ++n) {
 #pragma unroll
-      for (int i = 0; i < kThreadM; ++i) {
-#pragma unroll
-        for (int j = 0; j < kThreadN; ++j) sum[i][j] += left_r[i] * right_r[j];
+            for (int e = 0; e < kVec<A>; ++e) sum[i + n].v[e] += left_r.v[n] * right_r.v[e];
+          }
+        }
       }
     }
+    if (more) loader.store_left(left_stages + (slot ^ 1) * Traits::kLeftElements);
+    slot ^= 1;
   }
+  ptx::cp_async_wait<0>();
 
-  T* out = static_cast<T*>(p.out);
+  const int64_t col = col0 + lane * kVec<A>;
+  const int inside = elements_inside<A>(col, update.cols);
+  if (inside == 0) return;
+  Vector<A> bias = {};
 #pragma unroll
-  for (int j = 0; j < kThreadN; ++j) {
-    const int64_t col = col0 + lane + 32 * j;
-    if (col >= p.cols) continue;
-    const A bias = p.bias ? to_acc(static_cast<const T*>(p.bias)[col]) : A(0);
+  for (int e = 0; e < kVec<A>; ++e) {
+    if (update.bias && e < inside) bias.v[e] = to_acc(static_cast<const T*>(update.bias)[col + e]);
+  }
 #pragma unroll
-    for (int i = 0; i < kThreadM; ++i) {
-      const int64_t row = row0 + warp * kThreadM + i;
-      if (row >= p.rows) continue;
-      const A update = is_kept(p.mask, p.mask_row_bytes, row, col) ? static_cast<A>(p.scale) * sum[i][j] : A(0);
-      T* target = out + row * p.out_stride + col;
-      *target = from_acc<T>((p.accumulate ? to_acc(*target) : A(0)) + bias + update);
+  for (int i = 0; i < kThreadM; ++i) {
+    const int64_t row = first_row + i;
+    if (row >= p.rows) return;
+    T* target = static_cast<T*>(update.out) + row * update.out_stride + col;
+    const uint32_t kept = p.mask ? p.mask[row * p.mask_row_bytes + col / 8] >> (col % 8) : 0xffu;
+    Vector<A> result = bias;
+    if (p.accumulate) {
+      const Vector<A> held = load_elements<T>(target, inside, update.out_aligned);
+#pragma unroll
+      for (int e = 0; e < kVec<A>; ++e) result.v[e] += held.v[e];
     }
+#pragma unroll
+    for (int e = 0; e < kVec<A>; ++e) {
+      result.v[e] += (kept >> e & 1) != 0 ? static_cast<A>(p.scale) * sum[i].v[e] : A(0);
+    }
+    store_vector(target, result, inside, update.out_aligned);
   }
 }
 
 template <class T>
-void launch_expand(const ExpandParams& p, cudaStream_t stream) {
-  const dim3 grid = make_grid(ceil_div(p.rows, ExpandTraits::kBlockM), ceil_div(p.cols, ExpandTraits::kBlockN));
-  launch(&expand_kernel<T>, grid, ExpandTraits::kThreads, 0, stream, p);
+void launch_expand(ExpandParams p, cudaStream_t stream) {
+  int64_t tiles = 0;
+  for (int i = 0; i < p.num_updates; ++i) {
+    ExpandParams::Update& update = p.updates[i];
+    update.first_tile = tiles;
+    update.out_aligned = rows_are_aligned(update.out, update.out_stride, sizeof(T));
+    tiles += ceil_div(update.cols, ExpandTraits<T>::kBlockN);
+  }
+  const dim3 grid = make_grid(ceil_div(p.rows, ExpandTraits<T>::kBlockM), tiles);
+  launch(&expand_kernel<T>, grid, ExpandTraits<T>::kThreads, ExpandTraits<T>::kSharedBytes, stream, p);
 }
 
-}  // namespace lora_ext::cuda
+}  // namespace lora_ext::cuda::fma

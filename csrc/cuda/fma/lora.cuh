@@ -1,6 +1,7 @@
 // The order of the launches for tensors of dtype T, on plain multiply-adds.
 #pragma once
 
+#include "../chunk_sums.cuh"
 #include "../lora_launches.h"
 #include "expand.cuh"
 #include "pack_factors.cuh"
@@ -9,131 +10,258 @@
 #include "token_sum.cuh"
 
 namespace lora_ext::cuda {
+namespace fma {
+
+template <class Siblings>
+RankScales rank_scales(const Siblings& siblings, int num_siblings) {
+  RankScales scales{.num_siblings = num_siblings};
+  for (int s = 0; s < num_siblings; ++s) {
+    scales.rank_end[s] = siblings[s].rank_begin + siblings[s].rank;
+    scales.scale[s] = siblings[s].scale;
+  }
+  return scales;
+}
+
+inline RankScales single_scale(int64_t rank, double scale) {
+  return {.num_siblings = 1, .rank_end = {rank}, .scale = {scale}};
+}
+
+template <class A>
+void pack_forward_factors(const LoraForwardParams& p, const ForwardPlan& plan, char* workspace, cudaStream_t stream) {
+  PackFactorsParams pack{.factors = {}, .num_factors = 0, .dtype = p.factor_dtype};
+  A* stacked_A = reinterpret_cast<A*>(workspace + plan.lora_A);
+  for (int s = 0; s < p.num_siblings; ++s) {
+    const LoraForwardSibling& sibling = p.siblings[s];
+    A* packed_A = stacked_A + sibling.rank_begin * padded_features(p.in_features);
+    pack.factors[pack.num_factors++] = {sibling.lora_A, packed_A, sibling.rank, p.in_features, false};
+    pack.factors[pack.num_factors++] = {sibling.lora_B, workspace + plan.lora_B_t[s], sibling.rank,
+                                        sibling.out_features, true};
+  }
+  launch_pack_factors<A>(pack, stream);
+}
+
+template <class A>
+void pack_backward_factors(const LoraBackwardParams& p, const BackwardPlan& plan, char* workspace,
+                           cudaStream_t stream) {
+  PackFactorsParams pack{.factors = {}, .num_factors = 0, .dtype = p.factor_dtype};
+  A* stacked_A = reinterpret_cast<A*>(workspace + plan.lora_A);
+  for (int s = 0; s < p.num_siblings; ++s) {
+    const LoraBackwardSibling& sibling = p.siblings[s];
+    if (p.grad_x) {
+      A* packed_A = stacked_A + sibling.rank_begin * padded_features(p.in_features);
+      pack.factors[pack.num_factors++] = {sibling.lora_A, packed_A, sibling.rank, p.in_features, false};
+    }
+    pack.factors[pack.num_factors++] = {sibling.lora_B, workspace + plan.siblings[s].lora_B_t, sibling.rank,
+                                        sibling.out_features, true};
+  }
+  launch_pack_factors<A>(pack, stream);
+}
+
+// The passes over grad_y: grad_xa and the partial sums of grad_lora_B, whichever are wanted.
+template <class T>
+void launch_grad_y_passes(const LoraBackwardParams& p, const BackwardPlan& plan, char* workspace, cudaStream_t stream) {
+  using A = Acc<T>;
+  // With one range everywhere grad_xa is written at once, scaled; else rank_sums scales it.
+  const bool direct = plan.max_ranges <= 1;
+  A* grad_xa = reinterpret_cast<A*>(workspace + (direct ? plan.grad_xa : plan.grad_xa_partial));
+  RankSumsParams sums{.num_tokens = p.num_tokens,
+                      .total_rank = p.total_rank,
+                      .partial = grad_xa,
+                      .out = workspace + plan.grad_xa,
+                      .scales = rank_scales(p.siblings, p.num_siblings),
+                      .ranges = {}};
+  for (int s = 0; s < p.num_siblings; ++s) {
+    const LoraBackwardSibling& sibling = p.siblings[s];
+    const BackwardPlan::Sibling& parts = plan.siblings[s];
+    const bool aligned = rows_are_aligned(sibling.grad_y, sibling.grad_y_stride, sizeof(T));
+    sums.ranges[s] = parts.ranges.count;
+    if (plan.need_grad_xa && !parts.one_pass) {
+      launch_shrink<T>({.num_tokens = p.num_tokens,
+                        .features = sibling.out_features,
+                        .rank = sibling.rank,
+                        .x = sibling.grad_y,
+                        .factor = workspace + parts.lora_B_t,
+                        .out = grad_xa + sibling.rank_begin,
+                        .seed = nullptr,
+                        .mask = nullptr,
+                        .x_stride = sibling.grad_y_stride,
+                        .out_stride = p.total_rank,
+                        .range_stride = p.num_tokens * p.total_rank,
+                        .mask_row_bytes = 0,
+                        .ranges = parts.ranges,
+                        .scales = single_scale(sibling.rank, direct ? sibling.scale : 1.0),
+                        .threshold = 0,
+                        .x_aligned = aligned},
+                       stream);
+    }
+    if (sibling.grad_lora_B) {
+      launch_token_sum<T>({.num_tokens = p.num_tokens,
+                           .features = sibling.out_features,
+                           .rank = sibling.rank,
+                           .left = static_cast<const A*>(p.xa) + sibling.rank_begin,
+                           .right = sibling.grad_y,
+                           .mask = nullptr,
+                           .partial = workspace + parts.grad_B_partial,
+                           .factor = parts.one_pass ? workspace + parts.lora_B_t : nullptr,
+                           .product = grad_xa + sibling.rank_begin,
+                           .left_stride = p.total_rank,
+                           .right_stride = sibling.grad_y_stride,
+                           .mask_row_bytes = 0,
+                           .product_stride = p.total_rank,
+                           .range_stride = p.num_tokens * p.total_rank,
+                           .chunks = parts.grad_B_chunks,
+                           .product_scale = direct ? sibling.scale : 1.0,
+                           .transposed = true,
+                           .right_aligned = aligned},
+                          stream);
+    }
+  }
+  if (!direct) launch_rank_sums<A>(sums, stream);
+}
+
+template <class A>
+void launch_factor_gradient_sums(const LoraBackwardParams& p, const BackwardPlan& plan, char* workspace,
+                                 cudaStream_t stream) {
+  GradientSumsParams sums{.gradients = {}, .num_gradients = 0, .dtype = p.factor_dtype};
+  const A* partial_A = reinterpret_cast<const A*>(workspace + plan.grad_A_partial);
+  for (int s = 0; s < p.num_siblings; ++s) {
+    const LoraBackwardSibling& sibling = p.siblings[s];
+    if (sibling.grad_lora_A) {
+      sums.gradients[sums.num_gradients++] = {.partial = partial_A + sibling.rank_begin * p.in_features,
+                                              .grad = sibling.grad_lora_A,
+                                              .chunks = plan.grad_A_chunks.count,
+                                              .chunk_stride = p.total_rank * p.in_features,
+                                              .count = sibling.rank * p.in_features};
+    }
+    if (sibling.grad_lora_B) {
+      sums.gradients[sums.num_gradients++] = {.partial = workspace + plan.siblings[s].grad_B_partial,
+                                              .grad = sibling.grad_lora_B,
+                                              .chunks = plan.siblings[s].grad_B_chunks.count,
+                                              .chunk_stride = sibling.out_features * sibling.rank,
+                                              .count = sibling.out_features * sibling.rank};
+    }
+  }
+  if (sums.num_gradients > 0) launch_gradient_sums<A>(sums, stream);
+}
+
+}  // namespace fma
 
 template <class T>
 int64_t LoraLaunches<T>::workspace_bytes(const LoraForwardParams& p) {
-  return plan_workspace(p).total;
+  return fma::plan_forward(p).total;
 }
 
 template <class T>
 int64_t LoraLaunches<T>::workspace_bytes(const LoraBackwardParams& p) {
-  return plan_workspace(p).total;
+  return fma::plan_backward(p).total;
 }
 
 template <class T>
-void LoraLaunches<T>::forward(const LoraForwardParams& p, void* workspace, cudaStream_t stream) {
-  const WorkspacePlan plan = plan_workspace(p);
-  char* base = static_cast<char*>(workspace);
-  void *lora_A = base + plan.lora_A, *lora_B_t = base + plan.lora_B;
+void LoraLaunches<T>::forward(const LoraForwardParams& p, void* workspace_block, cudaStream_t stream) {
+  using A = Acc<T>;
+  const fma::ForwardPlan plan = fma::plan_forward(p);
+  char* workspace = static_cast<char*>(workspace_block);
+  fma::pack_forward_factors<A>(p, plan, workspace, stream);
 
-  launch_pack_factors<Acc<T>>(
-      {.factors = {{p.siblings[0].lora_A, lora_A, p.siblings[0].rank, p.in_features, false},
-                   {p.siblings[0].lora_B, lora_B_t, p.siblings[0].out_features, p.siblings[0].rank, true}},
-       .dtype = p.factor_dtype},
-      stream);
-  launch_shrink<T>({.num_tokens = p.num_tokens,
-                    .features = p.in_features,
-                    .rank = p.siblings[0].rank,
-                    .x = p.x,
-                    .factor = lora_A,
-                    .out = p.xa,
-                    .seed = p.seed,
-                    .mask = p.mask,
-                    .x_stride = p.x_stride,
-                    .mask_row_bytes = mask_row_bytes(p.in_features),
-                    .scale = p.siblings[0].scale,
-                    .threshold = p.threshold},
-                   stream);
-  launch_expand<T>({.rows = p.num_tokens,
-                    .cols = p.siblings[0].out_features,
-                    .rank = p.siblings[0].rank,
-                    .left = p.xa,
-                    .right = lora_B_t,
-                    .bias = p.siblings[0].bias,
-                    .mask = nullptr,
-                    .out = p.siblings[0].y,
-                    .out_stride = p.siblings[0].out_features,
-                    .mask_row_bytes = 0,
-                    .scale = 1.0,
-                    .accumulate = p.accumulate},
-                   stream);
-}
-
-template <class T>
-void LoraLaunches<T>::backward(const LoraBackwardParams& p, void* workspace, cudaStream_t stream) {
-  const WorkspacePlan plan = plan_workspace(p);
-  char* base = static_cast<char*>(workspace);
-  void *lora_A = base + plan.lora_A, *lora_B_t = base + plan.lora_B;
-  void *grad_xa = base + plan.grad_xa, *partial = base + plan.partial;
-  const int64_t row_bytes = mask_row_bytes(p.in_features);
-
-  if (p.grad_x || p.siblings[0].grad_lora_A) {
-    launch_pack_factors<Acc<T>>(
-        {.factors = {{p.siblings[0].lora_A, p.grad_x ? lora_A : nullptr, p.siblings[0].rank, p.in_features, false},
-                     {p.siblings[0].lora_B, lora_B_t, p.siblings[0].out_features, p.siblings[0].rank, true}},
-         .dtype = p.factor_dtype},
-        stream);
-    launch_shrink<T>({.num_tokens = p.num_tokens,
-                      .features = p.siblings[0].out_features,
-                      .rank = p.siblings[0].rank,
-                      .x = p.siblings[0].grad_y,
-                      .factor = lora_B_t,
-                      .out = grad_xa,
-                      .seed = nullptr,
-                      .mask = nullptr,
-                      .x_stride = p.siblings[0].grad_y_stride,
-                      .mask_row_bytes = 0,
-                      .scale = p.siblings[0].scale,
-                      .threshold = 0},
-                     stream);
-  }
-  // Both gradients use the same partial sums' memory, one after the other.
-  if (p.siblings[0].grad_lora_B) {
-    launch_token_sum<T>({.num_tokens = p.num_tokens,
-                         .features = p.siblings[0].out_features,
-                         .rank = p.siblings[0].rank,
-                         .left = p.xa,
-                         .right = p.siblings[0].grad_y,
-                         .mask = nullptr,
-                         .partial = partial,
-                         .grad = p.siblings[0].grad_lora_B,
-                         .right_stride = p.siblings[0].grad_y_stride,
-                         .mask_row_bytes = 0,
-                         .chunks = plan_token_chunks(p.num_tokens, p.siblings[0].out_features, p.siblings[0].rank),
-                         .grad_dtype = p.factor_dtype,
-                         .transposed = true},
-                        stream);
-  }
-  if (p.siblings[0].grad_lora_A) {
-    launch_token_sum<T>({.num_tokens = p.num_tokens,
+  const bool direct = plan.ranges.count == 1;
+  const RankScales scales = fma::rank_scales(p.siblings, p.num_siblings);
+  void* xa_partial = workspace + plan.xa_partial;
+  fma::launch_shrink<T>({.num_tokens = p.num_tokens,
                          .features = p.in_features,
-                         .rank = p.siblings[0].rank,
-                         .left = grad_xa,
-                         .right = p.x,
+                         .rank = p.total_rank,
+                         .x = p.x,
+                         .factor = workspace + plan.lora_A,
+                         .out = direct ? p.xa : xa_partial,
+                         .seed = p.seed,
                          .mask = p.mask,
-                         .partial = partial,
-                         .grad = p.siblings[0].grad_lora_A,
-                         .right_stride = p.x_stride,
-                         .mask_row_bytes = row_bytes,
-                         .chunks = plan_token_chunks(p.num_tokens, p.in_features, p.siblings[0].rank),
-                         .grad_dtype = p.factor_dtype,
-                         .transposed = false},
+                         .x_stride = p.x_stride,
+                         .out_stride = p.total_rank,
+                         .range_stride = p.num_tokens * p.total_rank,
+                         .mask_row_bytes = mask_row_bytes(p.in_features),
+                         .ranges = plan.ranges,
+                         .scales = direct ? scales : fma::single_scale(p.total_rank, 1.0),
+                         .threshold = p.threshold,
+                         .x_aligned = fma::rows_are_aligned(p.x, p.x_stride, sizeof(T))},
                         stream);
+  if (!direct) {
+    RankSumsParams sums{.num_tokens = p.num_tokens,
+                        .total_rank = p.total_rank,
+                        .partial = xa_partial,
+                        .out = p.xa,
+                        .scales = scales,
+                        .ranges = {}};
+    for (int s = 0; s < p.num_siblings; ++s) sums.ranges[s] = plan.ranges.count;
+    launch_rank_sums<A>(sums, stream);
   }
+
+  fma::ExpandParams expand{.updates = {},
+                           .num_updates = p.num_siblings,
+                           .rows = p.num_tokens,
+                           .left_stride = p.total_rank,
+                           .mask = nullptr,
+                           .mask_row_bytes = 0,
+                           .scale = 1.0,
+                           .accumulate = p.accumulate};
+  for (int s = 0; s < p.num_siblings; ++s) {
+    const LoraForwardSibling& sibling = p.siblings[s];
+    expand.updates[s] = {.left = static_cast<const A*>(p.xa) + sibling.rank_begin,
+                         .right = workspace + plan.lora_B_t[s],
+                         .bias = sibling.bias,
+                         .out = sibling.y,
+                         .rank = sibling.rank,
+                         .cols = sibling.out_features,
+                         .out_stride = sibling.out_features};
+  }
+  fma::launch_expand<T>(expand, stream);
+}
+
+template <class T>
+void LoraLaunches<T>::backward(const LoraBackwardParams& p, void* workspace_block, cudaStream_t stream) {
+  using A = Acc<T>;
+  const fma::BackwardPlan plan = fma::plan_backward(p);
+  char* workspace = static_cast<char*>(workspace_block);
+  if (plan.need_grad_xa) fma::pack_backward_factors<A>(p, plan, workspace, stream);
+  fma::launch_grad_y_passes<T>(p, plan, workspace, stream);
+
+  if (p.siblings[0].grad_lora_A) {
+    fma::launch_token_sum<T>({.num_tokens = p.num_tokens,
+                              .features = p.in_features,
+                              .rank = p.total_rank,
+                              .left = workspace + plan.grad_xa,
+                              .right = p.x,
+                              .mask = p.mask,
+                              .partial = workspace + plan.grad_A_partial,
+                              .factor = nullptr,
+                              .product = nullptr,
+                              .left_stride = p.total_rank,
+                              .right_stride = p.x_stride,
+                              .mask_row_bytes = mask_row_bytes(p.in_features),
+                              .product_stride = 0,
+                              .range_stride = 0,
+                              .chunks = plan.grad_A_chunks,
+                              .product_scale = 1.0,
+                              .transposed = false,
+                              .right_aligned = fma::rows_are_aligned(p.x, p.x_stride, sizeof(T))},
+                             stream);
+  }
+  fma::launch_factor_gradient_sums<A>(p, plan, workspace, stream);
+
   if (p.grad_x) {
-    launch_expand<T>({.rows = p.num_tokens,
-                      .cols = p.in_features,
-                      .rank = p.siblings[0].rank,
-                      .left = grad_xa,
-                      .right = lora_A,
-                      .bias = nullptr,
-                      .mask = p.mask,
-                      .out = p.grad_x,
-                      .out_stride = p.in_features,
-                      .mask_row_bytes = row_bytes,
-                      .scale = 1.0,
-                      .accumulate = p.accumulate},
-                     stream);
+    fma::launch_expand<T>({.updates = {{.left = workspace + plan.grad_xa,
+                                        .right = workspace + plan.lora_A,
+                                        .bias = nullptr,
+                                        .out = p.grad_x,
+                                        .rank = p.total_rank,
+                                        .cols = p.in_features,
+                                        .out_stride = p.in_features}},
+                           .num_updates = 1,
+                           .rows = p.num_tokens,
+                           .left_stride = p.total_rank,
+                           .mask = p.mask,
+                           .mask_row_bytes = mask_row_bytes(p.in_features),
+                           .scale = 1.0,
+                           .accumulate = p.accumulate},
+                          stream);
   }
 }
 

@@ -1,42 +1,62 @@
-// Copies of the factors in the accumulation dtype, so that the kernels that read x know one type beside x's: the
-// factors, rank * (in_features + out_features) elements, are small beside x.
+// Copies of the factors in the accumulation dtype and in one orientation, [rank, features] with rows of whole mask
+// words, zero filled: the kernels that read x then know one type and one layout, and copy 16 bytes at a time without
+// tails. The factors, rank * (in_features + out_features) elements, are small beside x.
 #pragma once
 
 #include "../elements.cuh"
 #include "../launch.cuh"
 #include "plan.h"
 
-namespace lora_ext::cuda {
+namespace lora_ext::cuda::fma {
 
 struct PackFactorsParams {
   struct Factor {
-    const void* from;    // [rows, cols], dtype
-    void* packed;        // [rows, cols], or [cols, rows] when transposed; acc. Null: skip
-    int64_t rows, cols;  // of from
+    const void* from;  // [rank, features], or [features, rank] when transposed; dtype
+    void* packed;      // [rank, padded_features(features)], acc
+    int64_t rank, features;
     bool transposed;
-  } factors[2];
+  } factors[2 * kMaxSiblings];
+  int num_factors;
   DType dtype;
 };
 
-constexpr int kPackThreads = 256;
+constexpr int kPackTile = 32, kPackThreads = 256;
 
-// blockIdx.y is the factor. Writes are coalesced; the transposed reads of a few ranks share cache lines.
+// blockIdx.y is the factor, blockIdx.x a tile of it. Lanes read along from's rows and write along packed's: a
+// transposed tile turns in shared memory, whose odd pitch keeps both ways free of bank conflicts.
 template <class A>
 __global__ void __launch_bounds__(kPackThreads) pack_factors_kernel(const __grid_constant__ PackFactorsParams p) {
+  __shared__ A tile[kPackTile][kPackTile + 1];  // [rank, feature]
   const PackFactorsParams::Factor& factor = p.factors[blockIdx.y];
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kPackThreads + threadIdx.x;
-  if (factor.packed == nullptr || index >= factor.rows * factor.cols) return;
-  const int64_t from = factor.transposed ? index % factor.rows * factor.cols + index / factor.rows : index;
-  static_cast<A*>(factor.packed)[index] = load_as<A>(factor.from, from, p.dtype);
+  const int64_t pitch = padded_features(factor.features), feature_tiles = pitch / kPackTile;
+  const int64_t rank0 = blockIdx.x / feature_tiles * kPackTile, feature0 = blockIdx.x % feature_tiles * kPackTile;
+  if (rank0 >= factor.rank) return;
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+#pragma unroll
+  for (int line = warp; line < kPackTile; line += kPackThreads / 32) {
+    const int row = factor.transposed ? lane : line, col = factor.transposed ? line : lane;
+    const int64_t rank = rank0 + row, feature = feature0 + col;
+    const int64_t from = factor.transposed ? feature * factor.rank + rank : rank * factor.features + feature;
+    const bool inside = rank < factor.rank && feature < factor.features;
+    tile[row][col] = inside ? load_as<A>(factor.from, from, p.dtype) : A(0);
+  }
+  __syncthreads();
+#pragma unroll
+  for (int line = warp; line < kPackTile; line += kPackThreads / 32) {
+    const int64_t rank = rank0 + line;
+    if (rank < factor.rank) static_cast<A*>(factor.packed)[rank * pitch + feature0 + lane] = tile[line][lane];
+  }
 }
 
 template <class A>
 void launch_pack_factors(const PackFactorsParams& p, cudaStream_t stream) {
-  int64_t largest = 0;
-  for (const auto& factor : p.factors) {
-    if (factor.packed) largest = std::max(largest, factor.rows * factor.cols);
+  int64_t most_tiles = 0;
+  for (int i = 0; i < p.num_factors; ++i) {
+    const auto& factor = p.factors[i];
+    most_tiles =
+        std::max(most_tiles, ceil_div(factor.rank, kPackTile) * (padded_features(factor.features) / kPackTile));
   }
-  launch(&pack_factors_kernel<A>, make_grid(ceil_div(largest, kPackThreads), 2), kPackThreads, 0, stream, p);
+  launch(&pack_factors_kernel<A>, make_grid(most_tiles, p.num_factors), kPackThreads, 0, stream, p);
 }
 
-}  // namespace lora_ext::cuda
+}  // namespace lora_ext::cuda::fma

@@ -2,124 +2,233 @@
 //
 //   out [num_tokens, rank] = scale * (mask o x) [num_tokens, features] @ factor [rank, features]^T
 //
-// xa (x = x, factor = lora_A, dropout) and grad_xa (x = grad_y, factor = lora_B^T, none). Reads x once up to rank 64,
-// in 16-bit types 2 * num_tokens * features bytes, and writes one mask bit per element: beside x the rest is small.
-// Ranks beyond 64 are further blocks, which read x and draw the same bits again; the first one writes them.
+// xa of all siblings (x = x, factor = their lora_A stacked, dropout), and grad_xa of one where it is not token_sum's
+// by-product (x = grad_y, factor = lora_B^T, none). Reads x once up to rank 64, and once more with the same bits drawn
+// again for each 64 ranks beyond; beside x the rest is small. Where tokens alone make too few blocks the features are
+// split into ranges, whose sums rank_sums adds.
+//
+// A block owns 64 tokens, a rank bucket and a range of features, and walks it in tiles of 128 bytes a row, which
+// cp.async brings in kStages - 1 steps ahead. Each step has one barrier: before it a thread zeroes what dropout takes
+// from the vectors it copied itself, after it the slot of the step before is free to be filled again.
 #pragma once
 
 #include "../../common/dropout.h"
-#include "../elements.cuh"
+#include "../chunk_sums.cuh"
 #include "../launch.cuh"
+#include "../shared_memory.cuh"
 #include "plan.h"
+#include "vectors.cuh"
 
-namespace lora_ext::cuda {
+namespace lora_ext::cuda::fma {
 
 struct ShrinkParams {
   int64_t num_tokens, features, rank;
   const void* x;        // [num_tokens, features], T
-  const void* factor;   // [rank, features], acc
-  void* out;            // [num_tokens, rank], acc
+  const void* factor;   // [rank, padded_features(features)], acc, zero beyond features
+  void* out;            // [ranges.count, num_tokens, rank], acc; rows out_stride and ranges range_stride apart
   const int64_t* seed;  // [1]; null: no dropout
   uint8_t* mask;        // [num_tokens, mask_row_bytes], written; null: no dropout
-  int64_t x_stride, mask_row_bytes;
-  double scale;
+  int64_t x_stride, out_stride, range_stride, mask_row_bytes;
+  FeatureRanges ranges;
+  RankScales scales;
   uint32_t threshold;
+  bool x_aligned;  // rows of x begin at 16-byte boundaries
 };
 
 template <class T, int kRankBucket>
 struct ShrinkTraits {
-  static constexpr int kThreads = 128;
-  static constexpr int kBlockM = 32, kBlockR = kRankBucket;
-  static constexpr int kBlockK = 256 / sizeof(Acc<T>);  // so that both tiles of float64 fit in 48 KiB
-  // A thread owns tokens token_group + i * kTokenGroups and ranks rank_group + j * kRankGroups.
-  static constexpr int kRankGroups = 8, kTokenGroups = kThreads / kRankGroups;
-  static constexpr int kThreadM = kBlockM / kTokenGroups, kThreadR = kBlockR / kRankGroups;
-  // 16 bytes of padding: rows stay aligned for 16-byte reads and the eight rank groups hit different banks.
-  static constexpr int kPitch = kBlockK + 16 / sizeof(Acc<T>);
-  static constexpr int kLoads = kBlockM * kBlockK / kThreads;  // elements of x per thread and tile
-  static_assert(kBlockM % kTokenGroups == 0 && kBlockR % kRankGroups == 0, "threads must cover the tile of the result");
-  static_assert(kBlockM * kBlockK % kThreads == 0, "threads must cover the tile of x");
+  using A = Acc<T>;
+  static constexpr int kThreads = 256, kStages = 3;
+  static constexpr int kBlockM = kShrinkTokens, kBlockR = kRankBucket;
+  static constexpr int kRowVectors = 8, kBlockK = kRowVectors * kVec<A>;
+  // 16 bytes of padding: neighbouring rows' vectors of the same features lie in different banks.
+  static constexpr int kPitch = kBlockK + kVec<A>;
+  static constexpr int kStageElements = (kBlockM + kBlockR) * kPitch;  // x's rows, then the factor's
+  // A thread owns tokens token_group + i * kTokenGroups and ranks rank_group + j * kRankGroups, and of each row the
+  // vectors k_group + v * kKGroups. A warp is 8 token groups by 4 rank groups: its reads are mostly broadcasts.
+  static constexpr int kThreadM = 4, kThreadR = kRankBucket == 16 || sizeof(A) == 8 ? 4 : 8;
+  static constexpr int kTokenGroups = kBlockM / kThreadM, kRankGroups = kBlockR / kThreadR;
+  static constexpr int kGroupThreads = kTokenGroups * kRankGroups, kKGroups = kThreads / kGroupThreads;
+  static constexpr int kRounds = kBlockM * kRowVectors / kThreads;  // vectors of x per thread and tile
+  static constexpr uint32_t kSharedBytes = shared_bytes_of(kStages * kStageElements * sizeof(A));
+  static_assert(kRankGroups % 4 == 0 && kTokenGroups % 8 == 0, "a warp is 8 token groups by 4 rank groups");
+  static_assert(kThreads % kGroupThreads == 0 && kRowVectors % kKGroups == 0, "k groups share a row evenly");
+  static_assert(kStages * kStageElements >= kBlockM * kBlockR, "the tiles' memory also adds up the k groups");
 };
 
+// One thread's part of copying tiles into shared memory, one after another along the features.
+template <class T, int kRankBucket>
+class ShrinkTileLoader {
+  using Traits = ShrinkTraits<T, kRankBucket>;
+  using A = Acc<T>;
+  static constexpr int kRoundRows = Traits::kThreads / Traits::kRowVectors;
+
+ public:
+  __device__ __forceinline__ ShrinkTileLoader(const ShrinkParams& p, int64_t token0, int64_t rank0, int64_t col0)
+      : p_(p), col_(col0 + thread() % Traits::kRowVectors * kVec<A>) {
+    const int64_t token = token0 + row(), rank = rank0 + row();
+    x_ = static_cast<const T*>(p.x) + token * p.x_stride + col_;
+    factor_ = static_cast<const A*>(p.factor) + rank * padded_features(p.features) + col_;
+    rows_left_ = static_cast<int>(min(p.num_tokens - token, static_cast<int64_t>(Traits::kBlockM)));
+    ranks_left_ = static_cast<int>(p.rank - rank);
+  }
+
+  // Rows and columns outside the matrices become zero.
+  __device__ __forceinline__ void copy(A* stage) {
+    const int inside = elements_inside<A>(col_, p_.features);
+    A* x_row = stage + row() * Traits::kPitch + thread() % Traits::kRowVectors * kVec<A>;
+    copy_vectors<Traits::kRounds>(x_row, kRoundRows * Traits::kPitch, x_, kRoundRows * p_.x_stride,
+                                  static_cast<const T*>(p_.x), p_.x_aligned,
+                                  [&](int round) { return round * kRoundRows < rows_left_ ? inside : 0; });
+    A* factor_row = x_row + Traits::kBlockM * Traits::kPitch;
+    const int64_t pitch = padded_features(p_.features);
+#pragma unroll
+    for (int first = 0; first < Traits::kBlockR; first += kRoundRows) {
+      if (Traits::kBlockR < kRoundRows && row() >= Traits::kBlockR) break;
+      copy_vector(factor_row + first * Traits::kPitch, factor_ + first * pitch, static_cast<const A*>(p_.factor),
+                  first < ranks_left_ && col_ < pitch ? kVec<A> : 0);
+    }
+    x_ += Traits::kBlockK, factor_ += Traits::kBlockK, col_ += Traits::kBlockK;
+  }
+
+ private:
+  __device__ __forceinline__ static int thread() { return static_cast<int>(threadIdx.x); }
+  __device__ __forceinline__ static int row() { return thread() / Traits::kRowVectors; }
+
+  const ShrinkParams& p_;
+  const T* x_;       // this thread's vector of the first round, of the next tile
+  const A* factor_;  // likewise
+  int64_t col_;
+  int rows_left_, ranks_left_;  // from the first round's row on
+};
+
+// Draws the mask of a tile. Lanes that copied vectors of the same mask byte take turns: each draws the byte of another
+// round, and all receive it. Returns in kept[round] the bits of this thread's vector of that round.
+template <class T, int kRankBucket>
+__device__ __forceinline__ void draw_shrink_bits(const ShrinkParams& p, uint64_t seed, int64_t token0, int64_t col0,
+                                                 uint32_t (&kept)[ShrinkTraits<T, kRankBucket>::kRounds]) {
+  using Traits = ShrinkTraits<T, kRankBucket>;
+  constexpr int kByteVectors = 8 / kVec<Acc<T>>;
+  static_assert(Traits::kRounds <= kByteVectors, "every round has a lane that draws its byte");
+  const int thread = static_cast<int>(threadIdx.x), turn = thread % kByteVectors;
+  uint32_t drawn = 0;
+  if (turn < Traits::kRounds) {
+    const int64_t token = token0 + (turn * Traits::kThreads + thread) / Traits::kRowVectors;
+    const int64_t block = col0 / 8 + thread % Traits::kRowVectors / kByteVectors;
+    drawn = dropout_mask_byte(seed, token, static_cast<uint32_t>(block), p.threshold);
+    if (blockIdx.z == 0 && token < p.num_tokens && block < p.mask_row_bytes) {
+      p.mask[token * p.mask_row_bytes + block] = static_cast<uint8_t>(drawn);
+    }
+  }
+#pragma unroll
+  for (int round = 0; round < Traits::kRounds; ++round) {
+    kept[round] =
+        __shfl_sync(0xffffffffu, drawn, thread % 32 / kByteVectors * kByteVectors + round) >> (turn * kVec<Acc<T>>);
+  }
+}
+
+// The grid: token tiles, feature ranges, rank buckets.
 template <class T, int kRankBucket, bool kDropout>
-__global__ void __launch_bounds__(ShrinkTraits<T, kRankBucket>::kThreads)
+__global__ void __launch_bounds__(ShrinkTraits<T, kRankBucket>::kThreads, 2)
     shrink_kernel(const __grid_constant__ ShrinkParams p) {
   using Traits = ShrinkTraits<T, kRankBucket>;
   using A = Acc<T>;
-  constexpr int kThreads = Traits::kThreads, kBlockM = Traits::kBlockM, kBlockR = Traits::kBlockR;
-  constexpr int kBlockK = Traits::kBlockK, kPitch = Traits::kPitch;
-  constexpr int kThreadM = Traits::kThreadM, kThreadR = Traits::kThreadR, kLoads = Traits::kLoads;
-  alignas(16) __shared__ A x_tile[kBlockM * kPitch];
-  alignas(16) __shared__ A factor_tile[kBlockR * kPitch];
-  __shared__ uint8_t mask_tile[kBlockM * kBlockK / 8];
+  constexpr int kStages = Traits::kStages, kPitch = Traits::kPitch, kThreadM = Traits::kThreadM;
+  constexpr int kThreadR = Traits::kThreadR, kGroupThreads = Traits::kGroupThreads, kKGroups = Traits::kKGroups;
+  SharedMemory shared;
+  A* stages = shared.take<A>(kStages * Traits::kStageElements, "shrink stages");
 
-  const T* x = static_cast<const T*>(p.x);
-  const A* factor = static_cast<const A*>(p.factor);
-  const int thread = static_cast<int>(threadIdx.x);
-  const int64_t token0 = static_cast<int64_t>(blockIdx.x) * kBlockM, rank0 = static_cast<int64_t>(blockIdx.y) * kBlockR;
-  const int rank_group = thread % Traits::kRankGroups, token_group = thread / Traits::kRankGroups;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+  const int k_group = thread / kGroupThreads, group_warp = thread % kGroupThreads / 32;
+  const int token_group = lane % 8 + group_warp % (Traits::kTokenGroups / 8) * 8;
+  const int rank_group = lane / 8 + group_warp / (Traits::kTokenGroups / 8) * 4;
+  const int64_t token0 = static_cast<int64_t>(blockIdx.x) * Traits::kBlockM;
+  const int64_t rank0 = static_cast<int64_t>(blockIdx.z) * Traits::kBlockR;
+  const int64_t begin = static_cast<int64_t>(blockIdx.y) * p.ranges.features_per_range;
   // The mask's padding columns are drawn too, so that every byte of it is defined.
   const int64_t num_columns = kDropout ? p.mask_row_bytes * 8 : p.features;
+  const int64_t end = min(begin + p.ranges.features_per_range, num_columns);
+  const int num_tiles = static_cast<int>((end - begin + Traits::kBlockK - 1) / Traits::kBlockK);
+  const uint64_t seed = kDropout ? static_cast<uint64_t>(*p.seed) : 0;
+
+  ShrinkTileLoader<T, kRankBucket> loader(p, token0, rank0, begin);
+#pragma unroll
+  for (int tile = 0; tile < kStages - 1; ++tile) {
+    if (tile < num_tiles) loader.copy(stages + tile * Traits::kStageElements);
+    ptx::cp_async_commit();
+  }
 
   A sum[kThreadM][kThreadR] = {};
-  for (int64_t k0 = 0; k0 < num_columns; k0 += kBlockK) {
-    // Neighbouring threads load neighbouring columns. The loads are in flight while Philox runs.
-    A loaded[kLoads];
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int element = i * kThreads + thread;
-      const int64_t token = token0 + element / kBlockK, col = k0 + element % kBlockK;
-      loaded[i] = token < p.num_tokens && col < p.features ? to_acc(x[token * p.x_stride + col]) : A(0);
-    }
+  int slot = 0;
+  for (int tile = 0; tile < num_tiles; ++tile) {
+    A* stage = stages + slot * Traits::kStageElements;
+    const int64_t col0 = begin + static_cast<int64_t>(tile) * Traits::kBlockK;
     if constexpr (kDropout) {
-      constexpr int kRowBytes = kBlockK / 8;
-      const uint64_t seed = static_cast<uint64_t>(*p.seed);
-      for (int byte = thread; byte < kBlockM * kRowBytes; byte += kThreads) {
-        const int64_t token = token0 + byte / kRowBytes, block = k0 / 8 + byte % kRowBytes;
-        const uint8_t bits = dropout_mask_byte(seed, token, static_cast<uint32_t>(block), p.threshold);
-        mask_tile[byte] = bits;
-        if (blockIdx.y == 0 && token < p.num_tokens && block < p.mask_row_bytes) {
-          p.mask[token * p.mask_row_bytes + block] = bits;
+      uint32_t kept[Traits::kRounds];
+      draw_shrink_bits<T, kRankBucket>(p, seed, token0, col0, kept);  // while the copies are on their way
+      ptx::cp_async_wait<kStages - 2>();
+#pragma unroll
+      for (int round = 0; round < Traits::kRounds; ++round) {
+        const int row = (round * Traits::kThreads + thread) / Traits::kRowVectors;
+        clear_dropped(stage + row * kPitch + thread % Traits::kRowVectors * kVec<A>, kept[round]);
+      }
+    } else {
+      ptx::cp_async_wait<kStages - 2>();
+    }
+    __syncthreads();
+
+    const int free_slot = slot == 0 ? kStages - 1 : slot - 1;
+    if (tile + kStages - 1 < num_tiles) loader.copy(stages + free_slot * Traits::kStageElements);
+    ptx::cp_async_commit();
+
+    const A* x_rows = stage + token_group * kPitch;
+    const A* factor_rows = stage + (Traits::kBlockM + rank_group) * kPitch;
+#pragma unroll 1
+    for (int v = 0; v < Traits::kRowVectors / kKGroups; ++v) {
+      const int k = (v * kKGroups + k_group) * kVec<A>;
+      Vector<A> left[kThreadM];
+#pragma unroll
+      for (int i = 0; i < kThreadM; ++i) left[i] = load_vector(x_rows + i * Traits::kTokenGroups * kPitch + k);
+#pragma unroll
+      for (int j = 0; j < kThreadR; ++j) {
+        const Vector<A> right = load_vector(factor_rows + j * Traits::kRankGroups * kPitch + k);
+#pragma unroll
+        for (int i = 0; i < kThreadM; ++i) {
+#pragma unroll
+          for (int e = 0; e < kVec<A>; ++e) sum[i][j] += left[i].v[e] * right.v[e];
         }
       }
     }
-    __syncthreads();  // the bits are drawn, and nobody reads the last tiles any more
+    slot = slot == kStages - 1 ? 0 : slot + 1;
+  }
+  ptx::cp_async_wait<0>();
+
+  // The k groups' sums, added in order by the first group; the tiles' memory carries one group's at a time.
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int element = i * kThreads + thread;
-      const bool kept = !kDropout || ((mask_tile[element / 8] >> (element % 8)) & 1) != 0;
-      x_tile[element / kBlockK * kPitch + element % kBlockK] = kept ? loaded[i] : A(0);
-    }
-#pragma unroll 4
-    for (int element = thread; element < kBlockR * kBlockK; element += kThreads) {
-      const int64_t rank = rank0 + element / kBlockK, col = k0 + element % kBlockK;
-      factor_tile[element / kBlockK * kPitch + element % kBlockK] =
-          rank < p.rank && col < p.features ? factor[rank * p.features + col] : A(0);
+  for (int group = 1; group < kKGroups; ++group) {
+    __syncthreads();
+    A* others = stages + thread % kGroupThreads;
+    if (k_group == group) {
+#pragma unroll
+      for (int n = 0; n < kThreadM * kThreadR; ++n) others[n * kGroupThreads] = sum[n / kThreadR][n % kThreadR];
     }
     __syncthreads();
-#pragma unroll 4
-    for (int k = 0; k < kBlockK; ++k) {
-      A left[kThreadM], right[kThreadR];
+    if (k_group == 0) {
 #pragma unroll
-      for (int i = 0; i < kThreadM; ++i) left[i] = x_tile[(token_group + i * Traits::kTokenGroups) * kPitch + k];
-#pragma unroll
-      for (int j = 0; j < kThreadR; ++j) right[j] = factor_tile[(rank_group + j * Traits::kRankGroups) * kPitch + k];
-#pragma unroll
-      for (int i = 0; i < kThreadM; ++i) {
-#pragma unroll
-        for (int j = 0; j < kThreadR; ++j) sum[i][j] += left[i] * right[j];
-      }
+      for (int n = 0; n < kThreadM * kThreadR; ++n) sum[n / kThreadR][n % kThreadR] += others[n * kGroupThreads];
     }
   }
-
-  A* out = static_cast<A*>(p.out);
+  if (k_group != 0) return;
+  A* out = static_cast<A*>(p.out) + static_cast<int64_t>(blockIdx.y) * p.range_stride;
 #pragma unroll
-  for (int i = 0; i < kThreadM; ++i) {
+  for (int j = 0; j < kThreadR; ++j) {
+    const int64_t rank = rank0 + rank_group + j * Traits::kRankGroups;
+    if (rank >= p.rank) continue;
+    const A scale = static_cast<A>(p.scales.scale[sibling_of_rank(p.scales, rank)]);
 #pragma unroll
-    for (int j = 0; j < kThreadR; ++j) {
+    for (int i = 0; i < kThreadM; ++i) {
       const int64_t token = token0 + token_group + i * Traits::kTokenGroups;
-      const int64_t rank = rank0 + rank_group + j * Traits::kRankGroups;
-      if (token < p.num_tokens && rank < p.rank) out[token * p.rank + rank] = static_cast<A>(p.scale) * sum[i][j];
+      if (token < p.num_tokens) out[token * p.out_stride + rank] = scale * sum[i][j];
     }
   }
 }
@@ -127,18 +236,19 @@ __global__ void __launch_bounds__(ShrinkTraits<T, kRankBucket>::kThreads)
 template <class T, int kRankBucket>
 void launch_shrink_bucket(const ShrinkParams& p, cudaStream_t stream) {
   using Traits = ShrinkTraits<T, kRankBucket>;
-  const dim3 grid = make_grid(ceil_div(p.num_tokens, Traits::kBlockM), ceil_div(p.rank, Traits::kBlockR));
+  const dim3 grid =
+      make_grid(ceil_div(p.num_tokens, Traits::kBlockM), p.ranges.count, ceil_div(p.rank, Traits::kBlockR));
   launch(p.mask ? &shrink_kernel<T, kRankBucket, true> : &shrink_kernel<T, kRankBucket, false>, grid, Traits::kThreads,
-         0, stream, p);
+         Traits::kSharedBytes, stream, p);
 }
 
 template <class T>
 void launch_shrink(const ShrinkParams& p, cudaStream_t stream) {
-  if (rank_bucket(p.rank) == kRankBucketSmall) {
-    launch_shrink_bucket<T, kRankBucketSmall>(p, stream);
-  } else {
-    launch_shrink_bucket<T, kRankBucketLarge>(p, stream);
+  switch (rank_bucket(p.rank)) {
+    case 16: return launch_shrink_bucket<T, 16>(p, stream);
+    case 32: return launch_shrink_bucket<T, 32>(p, stream);
+    default: return launch_shrink_bucket<T, 64>(p, stream);
   }
 }
 
-}  // namespace lora_ext::cuda
+}  // namespace lora_ext::cuda::fma

@@ -22,12 +22,17 @@ struct FeatureSumsTarget {
   }
 };
 
+struct FeatureSumsSibling {
+  int64_t rank_begin, rank;
+  void* grad;  // null: not wanted, of every sibling
+};
+
 struct FeatureSumsResult {
   int64_t features, pitch;
   DType dtype;
-  bool transposed;  // [features, rank], of lora_B; otherwise [rank, features], of lora_A
+  bool transposed;  // gradients are [features, rank], as of lora_B; otherwise [rank, features], as of lora_A
   int num_siblings;
-  GradASibling siblings[kMaxSiblings];
+  FeatureSumsSibling siblings[kMaxSiblings];  // in the order of their ranks
 
   __device__ __forceinline__ void store(int64_t index, float sum) const {
     const int64_t row = index / pitch, feature = index % pitch;
@@ -35,14 +40,14 @@ struct FeatureSumsResult {
     int s = 0;
     while (s + 1 < num_siblings && row >= siblings[s + 1].rank_begin) ++s;
     const int64_t rank = row - siblings[s].rank_begin;
-    store_as(siblings[s].grad_lora_A, transposed ? feature * siblings[s].rank + rank : rank * features + feature, dtype,
-             sum);
+    store_as(siblings[s].grad, transposed ? feature * siblings[s].rank + rank : rank * features + feature, dtype, sum);
   }
 };
 
-inline void launch_feature_sums(const FeatureSumsResult& result, const float* partial, int64_t chunks, int64_t rank,
-                                cudaStream_t stream) {
-  launch_partial_sums<FeatureSumsResult>({partial, chunks, rank * result.pitch, result}, stream);
+// What is left to add: all chunks, even if there is one, to round the sum.
+inline PartialSumsParams<FeatureSumsResult> feature_sums_left(const FeatureSumsResult& result, const float* partial,
+                                                              int64_t chunks, int64_t rank) {
+  return {partial, chunks, result.siblings[0].grad ? rank * result.pitch : 0, result};
 }
 
 }  // namespace lora_ext::cuda::mma

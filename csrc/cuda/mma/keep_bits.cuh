@@ -17,25 +17,62 @@ enum class KeepBits {
 struct KeepMask {
   uint8_t* bits;        // [num_tokens, row_bytes]
   const int64_t* seed;  // [1]
-  int64_t num_tokens, row_bytes;
+  int64_t row_bytes;
   uint32_t threshold;
 };
 
-// The 32 keep bits of a row from column byte * 8 on, a multiple of 32; 0 beyond the matrix. A Philox call has 8 of
-// them.
-template <KeepBits kKeep>
-__device__ __forceinline__ uint32_t keep_word(const KeepMask& mask, uint64_t seed, int64_t row, int64_t byte) {
-  const bool inside = row < mask.num_tokens && byte < mask.row_bytes;
-  uint32_t* word = reinterpret_cast<uint32_t*>(mask.bits + row * mask.row_bytes + byte);
-  if constexpr (kKeep == KeepBits::kRead) return inside ? *word : 0u;
-  uint32_t drawn = 0;
+// Compares pairs of 16-bit numbers with the threshold, both at once: in bits 15 and 31 of the result, 1 = kept. With
+// its highest bit set a number does not borrow from its neighbour; the highest bits themselves decide where they
+// differ.
+struct PairThreshold {
+  uint32_t lower;     // both halves: the threshold's lower 15 bits
+  uint32_t is_below;  // all ones if its highest bit is 0
+
+  explicit __device__ __forceinline__ PairThreshold(uint32_t threshold)
+      : lower((threshold & 0x7FFFu) * 0x10001u), is_below(threshold & 0x8000u ? 0u : 0xFFFFFFFFu) {}
+
+  __device__ __forceinline__ uint32_t compare(uint32_t pair) const {
+    const uint32_t lower_kept = (pair | 0x80008000u) - lower;
+    return (pair & lower_kept) | ((pair | lower_kept) & is_below);
+  }
+};
+
+// Of two words, the first's bits where kFirst has ones.
+template <uint32_t kFirst>
+__device__ __forceinline__ uint32_t select_bits(uint32_t first, uint32_t second) {
+  return (first & kFirst) | (second & ~kFirst);
+}
+
+// The keep bits of columns [byte * 8, byte * 8 + 32) of a row: what dropout_mask_byte makes of each of four Philox
+// calls. They are made side by side and share the keys of a round and the first products, which only depend on the row.
+__device__ __forceinline__ uint32_t draw_word(uint64_t seed, int64_t row, uint32_t byte, PairThreshold threshold) {
+  const uint64_t row_bits = static_cast<uint64_t>(row);
+  Philox4x32 numbers[4];
+#pragma unroll
+  for (uint32_t i = 0; i < 4; ++i) {
+    numbers[i] = {byte + i, 0u, static_cast<uint32_t>(row_bits), static_cast<uint32_t>(row_bits >> 32)};
+  }
+  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+#pragma unroll
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) numbers[i] = philox4x32_round(numbers[i], key0, key1);
+    key0 += kPhiloxW0;
+    key1 += kPhiloxW1;
+  }
+  uint32_t bytes[4];  // in the highest byte of each
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint8_t bits = dropout_mask_byte(seed, row, static_cast<uint32_t>(byte) + i, mask.threshold);
-    drawn |= static_cast<uint32_t>(bits) << (8 * i);
+    // Bits 9, 11, 13, 15: the even columns', from the lower halves; 25, 27, 29, 31: the odd ones'.
+    uint32_t bits = threshold.compare(numbers[i].v[3]);
+    bits = select_bits<0x80008000u>(bits, threshold.compare(numbers[i].v[2]) >> 2);
+    bits = select_bits<0xA000A000u>(bits, threshold.compare(numbers[i].v[1]) >> 4);
+    bits = select_bits<0xA800A800u>(bits, threshold.compare(numbers[i].v[0]) >> 6);
+    bytes[i] = select_bits<0xAA000000u>(bits, bits << 15);
   }
-  if (inside) *word = drawn;
-  return drawn;
+  const uint32_t lower = ptx::permute_bytes(bytes[0], bytes[1], 0x0073u);
+  const uint32_t upper = ptx::permute_bytes(bytes[2], bytes[3], 0x7300u);
+  return ptx::permute_bytes(lower, upper, 0x7610u);
 }
 
 // A pair of 16-bit elements in a register: all bits of the low one where the highest bit of byte `low` is set, of the
@@ -47,11 +84,11 @@ __device__ __forceinline__ uint32_t keep_pair(uint32_t first, uint32_t second, u
 // Clears what is dropped of a left operand. Lane i's keep words of rows i / 4 and i / 4 + 8 hold 32 columns, of which
 // the operand has 16, from byte `byte` on.
 __device__ __forceinline__ void drop_left(uint32_t (&left)[4], uint32_t row_0, uint32_t row_8, uint32_t byte,
-                                          int lane) {
-  // Columns 2 * (lane % 4) and the next, in the highest bit of every byte.
-  const int shift = 7 - lane % 4 * 2;
-  const uint32_t even_0 = row_0 << shift, odd_0 = row_0 << (shift - 1);
-  const uint32_t even_8 = row_8 << shift, odd_8 = row_8 << (shift - 1);
+                                          unsigned lane) {
+  // Columns 2 * (lane % 4) and the next, in the highest bit of every byte. Multiplied, not shifted: of the two units
+  // for integers the one for multiplications has less to do.
+  const uint32_t even = 128u >> (lane % 4 * 2), odd = even / 2;
+  const uint32_t even_0 = row_0 * even, odd_0 = row_0 * odd, even_8 = row_8 * even, odd_8 = row_8 * odd;
   left[0] &= keep_pair(even_0, odd_0, byte, 4 + byte);
   left[1] &= keep_pair(even_8, odd_8, byte, 4 + byte);
   left[2] &= keep_pair(even_0, odd_0, byte + 1, 5 + byte);
@@ -60,9 +97,9 @@ __device__ __forceinline__ void drop_left(uint32_t (&left)[4], uint32_t row_0, u
 
 // Clears what is dropped of a right operand, k = tokens. Lane i's words hold 16 columns of tokens 2 * (i % 4), in the
 // low half, and the next; token_8 those of 8 tokens later.
-__device__ __forceinline__ void drop_right(uint32_t (&right)[4], uint32_t token_0, uint32_t token_8, int lane) {
-  const int shift = 7 - lane / 4;  // column lane / 4 of eight, in the highest bit of every byte
-  const uint32_t bits_0 = token_0 << shift, bits_8 = token_8 << shift;
+__device__ __forceinline__ void drop_right(uint32_t (&right)[4], uint32_t token_0, uint32_t token_8, unsigned lane) {
+  const uint32_t column = 128u >> (lane / 4);  // moves column lane / 4 of eight to the highest bit of every byte
+  const uint32_t bits_0 = token_0 * column, bits_8 = token_8 * column;
   right[0] &= keep_pair(bits_0, 0, 0, 2);
   right[1] &= keep_pair(bits_8, 0, 0, 2);
   right[2] &= keep_pair(bits_0, 0, 1, 3);

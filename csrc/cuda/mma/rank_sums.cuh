@@ -25,7 +25,7 @@ struct RankScales {
 inline RankScales single_scale(double scale) { return {1, {}, {static_cast<float>(scale)}}; }
 
 struct RankSumsResult {
-  float* to;  // [num_tokens, rank]
+  float* to;  // [num_tokens, rank]; null: not wanted
   int64_t stride, rank;
   int64_t pitch;  // of the partial sums
   RankScales scales;
@@ -40,25 +40,29 @@ struct RankSumsResult {
 struct RankSumsTarget {
   float* to;
   int64_t range_stride, stride, num_tokens, columns;
-  RankScales scales;
 
   __device__ __forceinline__ void store(int64_t range, int64_t token, int64_t column, float sum) const {
     if (token >= num_tokens || column >= columns) return;
-    to[range * range_stride + token * stride + column] = scales.of(column) * sum;
+    to[range * range_stride + token * stride + column] = sum;
   }
 };
 
-// The result itself if there is one range; otherwise partial sums, not scaled yet, with their padding.
+// The result itself if there is one range, scaled by the pass; otherwise partial sums, with their padding.
 inline RankSumsTarget rank_sums_target(const RankSumsResult& result, float* partial, int64_t ranges,
                                        int64_t num_tokens) {
-  if (ranges == 1) return {result.to, 0, result.stride, num_tokens, result.rank, result.scales};
-  return {partial, num_tokens * result.pitch, result.pitch, num_tokens, result.pitch, single_scale(1.0)};
+  if (ranges == 1) return {result.to, 0, result.stride, num_tokens, result.rank};
+  return {partial, num_tokens * result.pitch, result.pitch, num_tokens, result.pitch};
 }
 
-inline void launch_rank_sums(const RankSumsResult& result, const float* partial, int64_t ranges, int64_t num_tokens,
-                             cudaStream_t stream) {
-  if (ranges == 1) return;
-  launch_partial_sums<RankSumsResult>({partial, ranges, num_tokens * result.pitch, result}, stream);
+inline RankScales rank_sums_scales(const RankSumsResult& result, int64_t ranges) {
+  return ranges == 1 ? result.scales : single_scale(1.0);
+}
+
+// What is left to add: nothing of one range.
+inline PartialSumsParams<RankSumsResult> rank_sums_left(const RankSumsResult& result, const float* partial,
+                                                        int64_t ranges, int64_t num_tokens) {
+  const bool add = result.to != nullptr && ranges != 1;
+  return {partial, ranges, add ? num_tokens * result.pitch : 0, result};
 }
 
 }  // namespace lora_ext::cuda::mma

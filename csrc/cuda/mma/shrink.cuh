@@ -22,6 +22,7 @@ struct ShrinkKernelParams {
   int64_t factor_rows, factor_columns;
   KeepMask mask;
   RankSumsTarget out;
+  RankScales scales;
   int64_t features_per_range;
   unsigned ranges, rank_tiles, first_rank_tile;
 };
@@ -43,12 +44,13 @@ __global__ void __launch_bounds__(ShrinkTraits<kParts, kRanks>::kThreads, 2)
     shrink_kernel(const __grid_constant__ ShrinkKernelParams<T> p) {
   using Traits = ShrinkTraits<kParts, kRanks>;
   constexpr int kWarps = Traits::kWarps, kWarpTokens = Traits::kWarpTokens, kFeatures = Traits::kFeatures;
-  constexpr int kRowChunks = Traits::kRowChunks, kStages = Traits::kStages;
+  constexpr int kThreads = Traits::kThreads, kRowChunks = Traits::kRowChunks, kStages = Traits::kStages;
+  constexpr unsigned kFactorCopies = (Traits::kFactorChunks + kThreads - 1) / kThreads;
   SharedMemory shared;
   uint4* x_tiles = shared.take<uint4>(kStages * kWarps * Traits::kWarpChunks, "x_tiles");
   uint4* factor_tiles = shared.take<uint4>(kStages * Traits::kFactorChunks, "factor_tiles");
 
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const unsigned thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int64_t rank0 = static_cast<int64_t>(p.first_rank_tile + blockIdx.x % p.rank_tiles) * kRanks;
   const int64_t range = blockIdx.x / p.rank_tiles % p.ranges, chunk = blockIdx.x / p.rank_tiles / p.ranges;
   const int64_t token0 = chunk * Traits::kTokens + warp * kWarpTokens;
@@ -57,24 +59,32 @@ __global__ void __launch_bounds__(ShrinkTraits<kParts, kRanks>::kThreads, 2)
   const int64_t begin = range * p.features_per_range;
   const int steps = static_cast<int>(min(p.features_per_range, p.factor_columns - begin) / kFeatures);
 
+  // Whole tiles come first. A warp without tokens copies its share of the factor only.
+  const bool whole_rows = p.x.in_chunks && token0 + kWarpTokens <= p.x.rows;
+  const int whole_steps = whole_rows ? static_cast<int>(min(p.features_per_range, p.x.columns - begin) / kFeatures) : 0;
+  using Copy = TileCopy<kWarpTokens, kFeatures, 32>;
+  const T* x_from = p.x.data + (token0 * p.x.stride + begin) + Copy::first_element(p.x.stride, lane);
   auto copy = [&](int step) {
     if (step < steps) {
       const int stage = step % kStages;
       const int64_t column0 = begin + static_cast<int64_t>(step) * kFeatures;
-      if (has_tokens) {
-        copy_tile<kWarpTokens, kFeatures, 32>(x_tiles + (stage * kWarps + warp) * Traits::kWarpChunks, p.x, token0,
-                                              column0, lane);
+      uint4* x_tile = x_tiles + (stage * kWarps + warp) * Traits::kWarpChunks;
+      if (step < whole_steps) {
+        Copy::whole(ptx::shared_address(x_tile + Copy::first_chunk(lane)), x_from, p.x.stride);
+        x_from += kFeatures;
+      } else if (has_tokens) {
+        Copy::edge(x_tile, p.x, token0, column0, lane);
       }
+      uint4* factor_tile = factor_tiles + stage * Traits::kFactorChunks;
+      const unsigned chunk = thread % kRowChunks;
 #pragma unroll
-      for (int i = thread; i < Traits::kFactorChunks; i += Traits::kThreads) {
-        const int row = i / kRowChunks % kRanks, part = i / kRowChunks / kRanks;
-        if (row < ranks) {
-          ptx::cp_async_16(
-              ptx::shared_address(factor_tiles + stage * Traits::kFactorChunks +
-                                  chunk_index<kRowChunks>(part * kRanks + row, i % kRowChunks)),
-              p.factor + (part * p.factor_rows + rank0 + row) * p.factor_columns + column0 + i % kRowChunks * kChunk,
-              16);
-        }
+      for (unsigned i = 0; i < kFactorCopies; ++i) {
+        const unsigned tile_row = i * (kThreads / kRowChunks) + thread / kRowChunks;  // of all parts
+        const unsigned part = tile_row / kRanks, row = tile_row % kRanks;
+        if (part >= kParts || static_cast<int>(row) >= ranks) continue;
+        const __nv_bfloat16* from =
+            p.factor + column0 + ((part * p.factor_rows + rank0 + row) * p.factor_columns + chunk * kChunk);
+        ptx::cp_async_16(ptx::shared_address(factor_tile + chunk_index<kRowChunks>(tile_row, chunk)), from, 16);
       }
     }
     ptx::cp_async_commit();
@@ -82,29 +92,43 @@ __global__ void __launch_bounds__(ShrinkTraits<kParts, kRanks>::kThreads, 2)
 
   // A lane's keep word: of the four lanes that share rows lane / 4 and lane / 4 + 8 of left operands, lane 0 has the
   // first 32 columns of the first row, 1 those of the second, 2 and 3 the other 32.
+  const int64_t keep_token = token0 + lane / 4 + lane % 2 * 8;
+  uint8_t* keep_row = kKeep == KeepBits::kNone ? nullptr : p.mask.bits + keep_token * p.mask.row_bytes;
+  const bool keep_inside = keep_token < p.x.rows;
+  const PairThreshold threshold(p.mask.threshold);
   uint64_t seed = 0;
   if constexpr (kKeep == KeepBits::kDraw) seed = static_cast<uint64_t>(*p.mask.seed);
-  auto keep_word_of = [&](int step) -> uint32_t {
-    if (kKeep == KeepBits::kNone || step >= steps || !has_tokens) return 0;
-    return keep_word<kKeep>(p.mask, seed, token0 + lane / 4 + lane % 2 * 8,
-                            begin / 8 + static_cast<int64_t>(step) * (kFeatures / 8) + lane % 4 / 2 * 4);
+  auto keep_word = [&](int step) -> uint32_t {
+    const int64_t byte = begin / 8 + static_cast<int64_t>(step) * (kFeatures / 8) + lane % 4 / 2 * 4;
+    uint32_t* memory = reinterpret_cast<uint32_t*>(keep_row + byte);
+    if constexpr (kKeep == KeepBits::kRead) {
+      return keep_inside ? *memory : 0u;
+    } else {
+      const uint32_t drawn = draw_word(seed, keep_token, static_cast<uint32_t>(byte), threshold);
+      if (keep_inside) *memory = drawn;
+      return drawn;
+    }
   };
 
   for (int step = 0; step < kStages - 1; ++step) copy(step);
-  uint32_t keep = keep_word_of(0);
-  float sums[kRanks / 8][4] = {};  // [16 tokens, 8 ranks] each
+  uint32_t keep = 0;
+  if (kKeep != KeepBits::kNone && has_tokens) keep = keep_word(0);
+  float sums[kRanks / 16][2][4] = {};  // [16 tokens, 8 ranks] each
   for (int step = 0; step < steps; ++step) {
     ptx::cp_async_wait<kStages - 2>();
     __syncthreads();  // the tiles of this step are complete, and nobody reads those of the last step any more
     copy(step + kStages - 1);
     if (!has_tokens) continue;
-    const uint32_t next_keep = keep_word_of(step + 1);
-    const uint4* x_tile = x_tiles + (step % kStages * kWarps + warp) * Traits::kWarpChunks;
-    const uint4* factor_tile = factor_tiles + step % kStages * Traits::kFactorChunks;
+    uint32_t next_keep = 0;
+    if (kKeep != KeepBits::kNone && step + 1 < steps) next_keep = keep_word(step + 1);
+    const uint32_t x_address =
+        left_address<kRowChunks>(x_tiles + (step % kStages * kWarps + warp) * Traits::kWarpChunks, lane);
+    const uint32_t factor_address =
+        right_address<kRowChunks>(factor_tiles + step % kStages * Traits::kFactorChunks, lane);
 #pragma unroll
     for (int k = 0; k < kFeatures / 16; ++k) {
       uint32_t x[4], x_parts[kTokenParts<T>][4];
-      load_left<kRowChunks>(x, x_tile, 0, 2 * k, lane);
+      ptx::ldmatrix_x4(x, operand_at<kRowChunks>(x_address, 0, 2 * k));
       if constexpr (kKeep != KeepBits::kNone) {
         const uint32_t row_0 = __shfl_sync(0xFFFFFFFFu, keep, k / 2 * 2, 4);
         const uint32_t row_8 = __shfl_sync(0xFFFFFFFFu, keep, k / 2 * 2 + 1, 4);
@@ -114,17 +138,16 @@ __global__ void __launch_bounds__(ShrinkTraits<kParts, kRanks>::kThreads, 2)
 #pragma unroll
       for (int group = 0; group < kRanks / 16; ++group) {
         if (group > 0 && group * 16 >= ranks) break;
-#pragma unroll
-        for (int j = 0; j < kParts; ++j) {
-          uint32_t factor[4];
-          load_right<kRowChunks>(factor, factor_tile, j * kRanks + group * 16, 2 * k, lane);
-#pragma unroll
-          for (int i = 0; i < kTokenParts<T>; ++i) {
-            if (!counts<T, kParts>(i, j)) continue;
-            ptx::mma_bf16(sums[2 * group], x_parts[i], factor[0], factor[1]);
-            ptx::mma_bf16(sums[2 * group + 1], x_parts[i], factor[2], factor[3]);
-          }
-        }
+        add_products<T, kParts>(
+            sums[group],
+            [&](int j, uint32_t (&factor)[4]) {
+              const unsigned row = j * kRanks + group * 16;  // of all parts
+              ptx::ldmatrix_x4(factor, operand_at<kRowChunks>(factor_address, row, 2 * k));
+            },
+            [&](int i, const uint32_t (&factor)[4], float (&into)[2][4]) {
+              ptx::mma_bf16(into[0], x_parts[i], factor[0], factor[1]);
+              ptx::mma_bf16(into[1], x_parts[i], factor[2], factor[3]);
+            });
       }
     }
     keep = next_keep;
@@ -134,7 +157,8 @@ __global__ void __launch_bounds__(ShrinkTraits<kParts, kRanks>::kThreads, 2)
   for (int n = 0; n < kRanks / 8; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      p.out.store(range, token0 + lane / 4 + i / 2 * 8, rank0 + n * 8 + lane % 4 * 2 + i % 2, sums[n][i]);
+      const int64_t token = token0 + lane / 4 + i / 2 * 8, rank = rank0 + n * 8 + lane % 4 * 2 + i % 2;
+      p.out.store(range, token, rank, p.scales.of(rank) * sums[n / 2][n % 2][i]);
     }
   }
 }

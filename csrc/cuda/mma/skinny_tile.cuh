@@ -10,46 +10,59 @@ struct SkinnyMatrix {
   int64_t rows, columns, stride;
 };
 
-// kThreads threads make a tile [kParts][kTokens][kRanks] in two steps: fetch, early, and store, once the numbers have
-// come and the tile is no longer read.
+// kThreads threads make tiles [kParts][kTokens][kRanks], one after the other, from (token0, rank0) on. Each in two
+// steps: fetch, early, and store, once the numbers have come and the tile's place is free. A thread has pairs of ranks
+// of tokens kTokenStep apart; what lies outside the matrix is zero.
 template <int kParts, int kTokens, int kRanks, int kThreads>
-class SkinnyTile {
+class SkinnyTiles {
  public:
   static constexpr int kRowChunks = kRanks / kChunk, kPartChunks = kTokens * kRowChunks;
   static constexpr int kChunks = kParts * kPartChunks;
 
-  // Zeros outside the matrix.
-  __device__ __forceinline__ void fetch(const SkinnyMatrix& matrix, int64_t token0, int64_t rank0, int thread) {
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      const int pair = i * kThreads + thread;
-      const int64_t token = token0 + pair / (kRanks / 2), rank = rank0 + pair % (kRanks / 2) * 2;
-      const bool inside = token < matrix.rows && pair < kAllPairs;
-      const float* from = matrix.data + token * matrix.stride + rank;
-      values_[i][0] = inside && rank < matrix.columns ? from[0] : 0.0f;
-      values_[i][1] = inside && rank + 1 < matrix.columns ? from[1] : 0.0f;
-    }
+  __device__ __forceinline__ SkinnyTiles(const SkinnyMatrix& matrix, int64_t token0, int64_t rank0, unsigned thread)
+      : token_(thread / kRowPairs), rank_(thread % kRowPairs * 2), stride_(matrix.stride) {
+    from_ = matrix.data + ((token0 + token_) * stride_ + rank0 + rank_);
+    tokens_ = static_cast<int>(min(matrix.rows - token0, int64_t{0x7FFFFFFF})) - static_cast<int>(token_);
+    ranks_ = inside<2>(rank0 + rank_, matrix.columns);
   }
 
-  __device__ __forceinline__ void store(uint4* tile, int thread) const {
+  __device__ __forceinline__ void fetch() {
+    const float* from = from_;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      const int pair = i * kThreads + thread;
-      if (pair >= kAllPairs) break;
-      const int token = pair / (kRanks / 2), rank = pair % (kRanks / 2) * 2;
+      const bool token_inside = i * kTokenStep < tokens_;
+      values_[i][0] = token_inside && ranks_ > 0 ? from[0] : 0.0f;
+      values_[i][1] = token_inside && ranks_ > 1 ? from[1] : 0.0f;
+      from += kTokenStep * stride_;
+    }
+    from_ += kTokens * stride_;
+    tokens_ -= kTokens;
+  }
+
+  __device__ __forceinline__ void store(uint4* tile) const {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const unsigned token = token_ + i * kTokenStep;
+      if (token >= kTokens) break;  // only where there are more threads than pairs
       __nv_bfloat16 first[kParts], second[kParts];
       split(values_[i][0], first);
       split(values_[i][1], second);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        uint4* chunk = tile + part * kPartChunks + chunk_index<kRowChunks>(token, rank / kChunk);
-        reinterpret_cast<uint32_t*>(chunk)[rank % kChunk / 2] = join(first[part], second[part]);
+        uint4* chunk = tile + part * kPartChunks + chunk_index<kRowChunks>(token, rank_ / kChunk);
+        reinterpret_cast<uint32_t*>(chunk)[rank_ % kChunk / 2] = join(first[part], second[part]);
       }
     }
   }
 
  private:
-  static constexpr int kAllPairs = kTokens * kRanks / 2, kPairs = (kAllPairs + kThreads - 1) / kThreads;
+  static constexpr int kRowPairs = kRanks / 2, kTokenStep = kThreads / kRowPairs;
+  static constexpr int kPairs = (kTokens + kTokenStep - 1) / kTokenStep;
+  static_assert(kThreads % kRowPairs == 0, "a thread keeps its ranks");
+  unsigned token_, rank_;  // of the thread's first pair, in a tile
+  int64_t stride_;
+  const float* from_;   // the first pair of the next tile
+  int tokens_, ranks_;  // how many there are from it on
   float values_[kPairs][2];
 };
 

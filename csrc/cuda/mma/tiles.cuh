@@ -16,11 +16,11 @@ namespace lora_ext::cuda::mma {
 
 constexpr int kChunk = 8;  // elements of a chunk
 
-// Index of a chunk in a tile of rows of kChunks chunks.
+// Index of a chunk in a tile of rows of kChunks chunks. Unsigned: divisions and remainders are shifts and masks.
 template <int kChunks>
-__host__ __device__ constexpr int chunk_index(int row, int chunk) {
+__host__ __device__ constexpr unsigned chunk_index(unsigned row, unsigned chunk) {
   static_assert((kChunks & (kChunks - 1)) == 0, "the permutation is an exclusive or");
-  constexpr int kSpread = kChunks < 8 ? kChunks : 8, kRowsPer128Bytes = 8 / kSpread;
+  constexpr unsigned kSpread = kChunks < 8 ? kChunks : 8, kRowsPer128Bytes = 8 / kSpread;
   return row * kChunks + (chunk ^ (row / kRowsPer128Bytes % kSpread));
 }
 
@@ -52,34 +52,63 @@ __device__ __forceinline__ uint4 gather_chunk(const T* from, int width) {
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// kThreads threads copy kRows x kColumns elements from (row0, column0) on; what lies outside the matrix becomes zero.
-// Visible to other threads after cp_async_wait and a barrier.
-template <int kRows, int kColumns, int kThreads, class T>
-__device__ __forceinline__ void copy_tile(uint4* tile, const TokenMatrix<T>& matrix, int64_t row0, int64_t column0,
-                                          int thread) {
-  constexpr int kChunks = kColumns / kChunk, kRowStep = kThreads / kChunks;
+// How many of kCount rows or columns from `begin` on lie inside a matrix that has `end`.
+template <int kCount>
+__device__ __forceinline__ int inside(int64_t begin, int64_t end) {
+  const int64_t left = end - begin;
+  return left >= kCount ? kCount : left > 0 ? static_cast<int>(left) : 0;
+}
+
+// kThreads threads copy kRows x kColumns elements. A thread copies the same chunk of rows kRowStep apart.
+template <int kRows, int kColumns, int kThreads>
+struct TileCopy {
+  static constexpr unsigned kChunks = kColumns / kChunk, kRowStep = kThreads / kChunks, kCopies = kRows / kRowStep;
   static_assert(kThreads % kChunks == 0 && kRows % kRowStep == 0, "every thread copies the same number of chunks");
-  const int chunk = thread % kChunks, row_begin = thread / kChunks;
-  const int64_t column = column0 + chunk * kChunk;
-  const int64_t columns_left = matrix.columns - column;
-  const int width = columns_left >= kChunk ? kChunk : columns_left > 0 ? static_cast<int>(columns_left) : 0;
-  const int64_t rows_left = matrix.rows - row0;
-  const T* from = matrix.data + (row0 + row_begin) * matrix.stride + column;
-  if (matrix.in_chunks) {
+  static_assert((kRowStep & (kRowStep - 1)) == 0,
+                "a row step changes bits of the row that the first row does not have");
+
+  // A thread's first chunk: where it lies in the tile, and its first element in the matrix beside the tile's.
+  static __device__ __forceinline__ unsigned first_chunk(unsigned thread) {
+    return chunk_index<kChunks>(thread / kChunks, thread % kChunks);
+  }
+  static __device__ __forceinline__ int64_t first_element(int64_t stride, unsigned thread) {
+    return thread / kChunks * stride + thread % kChunks * kChunk;
+  }
+
+  // A tile that lies inside the matrix, whose chunks are aligned: almost every one. From and to the first chunk.
+  template <class T>
+  static __device__ __forceinline__ void whole(uint32_t to, const T* from, int64_t stride) {
+    constexpr uint32_t kBytes = kChunk * sizeof(T);
 #pragma unroll
-    for (int row = row_begin; row < row_begin + kRows; row += kRowStep) {
-      const bool inside = row < rows_left && width > 0;
-      ptx::cp_async_16(ptx::shared_address(tile + chunk_index<kChunks>(row, chunk)), inside ? from : matrix.data,
-                       inside ? width * sizeof(T) : 0u);
-      from += kRowStep * matrix.stride;
+    for (unsigned i = 0; i < kCopies; ++i) {  // the same as chunk_index of these rows, from fewer instructions
+      constexpr unsigned kStepChunks = kRowStep * kChunks;
+      const uint32_t permuted = to ^ chunk_index<kChunks>(i * kRowStep, 0) % kChunks * kBytes;
+      ptx::cp_async_16(permuted + i * kStepChunks * kBytes, from, kBytes);
+      from += kRowStep * stride;
     }
-  } else {
+  }
+
+  // Any tile: what lies outside the matrix becomes zero.
+  template <class T>
+  static __device__ __forceinline__ void edge(uint4* tile, const TokenMatrix<T>& matrix, int64_t row0, int64_t column0,
+                                              unsigned thread) {
+    const unsigned chunk = thread % kChunks, row_begin = thread / kChunks;
+    const int64_t column = column0 + chunk * kChunk;
+    const int rows = inside<kRows>(row0, matrix.rows), width = inside<kChunk>(column, matrix.columns);
+    const T* from = matrix.data + (row0 + row_begin) * matrix.stride + column;
 #pragma unroll 1
-    for (int row = row_begin; row < row_begin + kRows; row += kRowStep) {
-      tile[chunk_index<kChunks>(row, chunk)] = gather_chunk(from, row < rows_left ? width : 0);
+    for (unsigned row = row_begin; row < kRows; row += kRowStep) {
+      const int row_width = static_cast<int>(row) < rows ? width : 0;
+      uint4* to = tile + chunk_index<kChunks>(row, chunk);
+      if (matrix.in_chunks) {
+        ptx::cp_async_16(ptx::shared_address(to), row_width > 0 ? from : matrix.data,
+                         row_width * static_cast<uint32_t>(sizeof(T)));
+      } else {
+        *to = gather_chunk(from, row_width);
+      }
       from += kRowStep * matrix.stride;
     }
   }
-}
+};
 
 }  // namespace lora_ext::cuda::mma

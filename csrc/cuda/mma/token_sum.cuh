@@ -31,7 +31,7 @@ struct TokenSumTraits {
   static constexpr int kThreads = 256, kWarps = kThreads / 32;
   static constexpr int kTokens = static_cast<int>(kSumTokens), kFeatures = static_cast<int>(kSumFeatures);
   static constexpr int kRowChunks = kFeatures / kChunk, kChunks = kTokens * kRowChunks;  // of a tile of x
-  using Left = SkinnyTile<kParts, kTokens, kRanks, kThreads>;
+  using Left = SkinnyTiles<kParts, kTokens, kRanks, kThreads>;
   // Keep bits of a warp's 16 features, a number for every token; rows 16 bytes apart in banks, for the writers' sake.
   static constexpr int kKeepPitch = kTokens + 8, kKeepWords = kWarps * kKeepPitch;
   static constexpr int kStages = std::min(4, (97 * 1024 / 16 - 2 * Left::kChunks) / kChunks);
@@ -51,36 +51,47 @@ __global__ void __launch_bounds__(TokenSumTraits<kParts, kRanks>::kThreads, 2)
   uint4* left_tiles = shared.take<uint4>(2 * Left::kChunks, "left_tiles");
   uint16_t* keep_tiles = shared.take<uint16_t>(kMasked ? 2 * Traits::kKeepWords : 0, "keep_tiles");
 
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const unsigned thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int64_t rank0 = static_cast<int64_t>(blockIdx.x % p.rank_tiles) * kRanks;
   const int64_t range = blockIdx.x / p.rank_tiles % p.ranges, chunk = blockIdx.x / p.rank_tiles / p.ranges;
   const int64_t feature0 = range * kFeatures, begin = chunk * p.tokens_per_chunk;
   const int ranks = static_cast<int>(min(static_cast<int64_t>(kRanks), p.out.rank - rank0));
-  const int64_t tokens = min(p.tokens_per_chunk, p.x.rows - begin);
-  const int steps = static_cast<int>((tokens + kTokens - 1) / kTokens);
+  const int tokens = static_cast<int>(min(p.tokens_per_chunk, p.x.rows - begin));
+  const int steps = (tokens + kTokens - 1) / kTokens;
 
+  // Whole tiles come first.
+  const bool whole_columns = p.x.in_chunks && feature0 + kFeatures <= p.x.columns;
+  const int whole_steps = whole_columns ? tokens / kTokens : 0;
+  using Copy = TileCopy<kTokens, kFeatures, Traits::kThreads>;
+  const T* x_from = p.x.data + (begin * p.x.stride + feature0) + Copy::first_element(p.x.stride, thread);
   auto copy = [&](int step) {
     if (step < steps) {
-      copy_tile<kTokens, kFeatures, Traits::kThreads>(x_tiles + step % kStages * Traits::kChunks, p.x,
-                                                      begin + static_cast<int64_t>(step) * kTokens, feature0, thread);
+      uint4* x_tile = x_tiles + step % kStages * Traits::kChunks;
+      if (step < whole_steps) {
+        Copy::whole(ptx::shared_address(x_tile + Copy::first_chunk(thread)), x_from, p.x.stride);
+        x_from += kTokens * p.x.stride;
+      } else {
+        Copy::edge(x_tile, p.x, begin + static_cast<int64_t>(step) * kTokens, feature0, thread);
+      }
     }
     ptx::cp_async_commit();
   };
 
   // Of the tile's keep bits a thread has 32 features of a token.
-  Left left;
+  Left left(p.left, begin, rank0, thread);
+  const int64_t keep_byte = feature0 / 8 + thread % 4 * 4;
+  const uint8_t* keep_from = kMasked ? p.mask + ((begin + thread / 4) * p.mask_row_bytes + keep_byte) : nullptr;
   uint32_t keep_word = 0;
   auto fetch = [&](int step) {
-    const int64_t token0 = begin + static_cast<int64_t>(step) * kTokens;
-    left.fetch(p.left, token0, rank0, thread);
+    left.fetch();
     if constexpr (kMasked) {
-      const int64_t token = token0 + thread / 4, byte = feature0 / 8 + thread % 4 * 4;
-      const bool inside = token < p.x.rows && byte < p.mask_row_bytes;
-      keep_word = inside ? *reinterpret_cast<const uint32_t*>(p.mask + token * p.mask_row_bytes + byte) : 0u;
+      const bool inside = static_cast<int>(thread / 4) < tokens - step * kTokens && keep_byte < p.mask_row_bytes;
+      keep_word = inside ? *reinterpret_cast<const uint32_t*>(keep_from) : 0u;
+      keep_from += kTokens * p.mask_row_bytes;
     }
   };
   auto store = [&](int step) {
-    left.store(left_tiles + step % 2 * Left::kChunks, thread);
+    left.store(left_tiles + step % 2 * Left::kChunks);
     if constexpr (kMasked) {
       uint16_t* keep = keep_tiles + step % 2 * Traits::kKeepWords + thread % 4 * 2 * Traits::kKeepPitch + thread / 4;
       keep[0] = static_cast<uint16_t>(keep_word);
@@ -97,12 +108,13 @@ __global__ void __launch_bounds__(TokenSumTraits<kParts, kRanks>::kThreads, 2)
     __syncthreads();  // the tiles of this step are complete, and nobody reads those of the last step any more
     copy(step + kStages - 1);
     if (step + 1 < steps) fetch(step + 1);
-    const uint4* x_tile = x_tiles + step % kStages * Traits::kChunks;
-    const uint4* left_tile = left_tiles + step % 2 * Left::kChunks;
+    const uint32_t x_address =
+        operand_at<kRowChunks>(left_address<kRowChunks>(x_tiles + step % kStages * Traits::kChunks, lane), 0, 2 * warp);
+    const uint32_t left_operand = right_address<Left::kRowChunks>(left_tiles + step % 2 * Left::kChunks, lane);
 #pragma unroll
     for (int k = 0; k < kTokens / 16; ++k) {
       uint32_t x[4], x_parts[kTokenParts<T>][4];
-      load_right_transposed<kRowChunks>(x, x_tile, 16 * k, 2 * warp, lane);
+      ptx::ldmatrix_x4_transposed(x, operand_at<kRowChunks>(x_address, 16 * k, 0));
       if constexpr (kMasked) {
         const uint16_t* keep =
             keep_tiles + step % 2 * Traits::kKeepWords + warp * Traits::kKeepPitch + 16 * k + lane % 4 * 2;
@@ -112,17 +124,16 @@ __global__ void __launch_bounds__(TokenSumTraits<kParts, kRanks>::kThreads, 2)
 #pragma unroll
       for (int group = 0; group < kRanks / 16; ++group) {
         if (group > 0 && group * 16 >= ranks) break;
-#pragma unroll
-        for (int j = 0; j < kParts; ++j) {
-          uint32_t a[4];
-          load_left_transposed<Left::kRowChunks>(a, left_tile + j * Left::kPartChunks, 16 * k, 2 * group, lane);
-#pragma unroll
-          for (int i = 0; i < kTokenParts<T>; ++i) {
-            if (!counts<T, kParts>(i, j)) continue;
-            ptx::mma_bf16(sums[group][0], a, x_parts[i][0], x_parts[i][1]);
-            ptx::mma_bf16(sums[group][1], a, x_parts[i][2], x_parts[i][3]);
-          }
-        }
+        add_products<T, kParts>(
+            sums[group],
+            [&](int j, uint32_t (&a)[4]) {
+              const unsigned row = j * kTokens + 16 * k;  // of all parts
+              ptx::ldmatrix_x4_transposed(a, operand_at<Left::kRowChunks>(left_operand, row, 2 * group));
+            },
+            [&](int i, const uint32_t (&a)[4], float (&into)[2][4]) {
+              ptx::mma_bf16(into[0], a, x_parts[i][0], x_parts[i][1]);
+              ptx::mma_bf16(into[1], a, x_parts[i][2], x_parts[i][3]);
+            });
       }
     }
     if (step + 1 < steps) store(step + 1);

@@ -13,31 +13,40 @@ const char* verb(AccessKind kind) {
   return kind == AccessKind::kRead ? "read" : kind == AccessKind::kWrite ? "write" : "atomic operation";
 }
 
-// Reports what is wrong with byte `index` of an access.
-void fail_access(const Verdict& verdict, const uint8_t* address, size_t bytes, size_t index, const Access& access,
-                 const char* memory, const std::string& name) {
-  const std::string subject =
-      format("%s of %zu bytes at %s", verb(access.kind), bytes, name.c_str()) +
-      (access.thread == current_thread->index ? "" : " for " + describe_thread(access.block, access.thread));
-  const std::string other =
-      describe_thread(verdict.other_block, verdict.other_thread) + " at " + placeholder(verdict.other_place);
-  const std::string race = std::string("race-") + memory;
-  (void)address, (void)index;
+// `name` is that of the first byte with a problem.
+[[noreturn]] void fail_access(const Verdict& verdict, size_t bytes, const Access& access, const std::string& memory,
+                              const std::string& name) {
+  const std::string what = format("%s of %zu bytes at %s", verb(access.kind), bytes, name.c_str());
+  const std::string unordered = ", with nothing that orders the two";
+  const auto fail_with = [&](const std::string& kind, const std::string& text) {
+    fail_about(access.thread, kind.c_str(), access.place, text);
+  };
+  const auto other = [&] {
+    return describe_thread(verdict.other_block, verdict.other_thread) + " at " + placeholder(verdict.other_place);
+  };
   switch (verdict.problem) {
-    case Problem::kNone: return;
-    case Problem::kOutOfBounds: return fail((std::string("out-of-bounds-") + memory).c_str(), access.place, subject);
+    case Problem::kNone: break;
+    case Problem::kOutOfBounds: fail_with("out-of-bounds-" + memory, what); break;
     case Problem::kNotWaited:
-      return fail("async-copy-not-waited", access.place,
-                  subject + ": the copy issued by " + other + " may be in flight");
-    case Problem::kUninitialised:
-      return fail("uninitialised-read", access.place, subject + ": nothing was written there");
-    case Problem::kReadAfterWrite:
-      return fail(race.c_str(), access.place, subject + ", written by " + other + ", with nothing that orders the two");
+      fail_with("async-copy-not-waited", what + ", where the cp.async by " + other() + " may be in flight");
+      break;
+    case Problem::kUninitialised: fail_with("uninitialised-read", what + ", where nothing was written"); break;
+    case Problem::kReadAfterWrite: fail_with("race-" + memory, what + ", written by " + other() + unordered); break;
     case Problem::kWriteAfterWrite:
-      return fail(race.c_str(), access.place,
-                  subject + ", also written by " + other + ", with nothing that orders the two");
-    case Problem::kWriteAfterRead:
-      return fail(race.c_str(), access.place, subject + ", read by " + other + ", with nothing that orders the two");
+      fail_with("race-" + memory, what + ", also written by " + other() + unordered);
+      break;
+    case Problem::kWriteAfterRead: fail_with("race-" + memory, what + ", read by " + other() + unordered); break;
+  }
+  __builtin_unreachable();
+}
+
+template <class Memory>
+void check_bytes(const Memory& memory, const char* memory_name, Cell* cells, const uint8_t* address, size_t bytes,
+                 const Access& access, uint32_t generation, uint8_t lasting_flags) {
+  for (size_t i = 0; i < bytes; ++i) {
+    const Verdict verdict = check_access(cells[i], access, generation, lasting_flags);
+    if (verdict.problem == Problem::kNone) continue;
+    fail_access(verdict, bytes, access, memory_name, memory.describe(address + i));
   }
 }
 
@@ -66,29 +75,15 @@ void access_memory(const void* pointer, size_t bytes, AccessKind kind, uint32_t 
   if (current_thread->fiber.owns(address)) return;
   const Access access{kind, thread < 0 ? current_thread->index : thread, current_launch()->block, place};
   if (Cell* cells = shared_memory().cells_of(address, bytes)) {
-    const uint32_t generation = current_launch()->block_generation;
-    for (size_t i = 0; i < bytes; ++i) {
-      const Verdict verdict = check_access(cells[i], access, generation, Cell::kLive);
-      if (verdict.problem != Problem::kNone) {
-        fail_access(verdict, address, bytes, i, access, "shared", shared_memory().describe(address + i));
-      }
-    }
-    return;
+    return check_bytes(shared_memory(), "shared", cells, address, bytes, access, current_launch()->block_generation,
+                       Cell::kLive);
   }
   if (global_memory().contains(address)) {
-    Cell* cells = global_memory().cells_of(address, bytes);
-    if (!cells) {
-      return fail_access({Problem::kOutOfBounds}, address, bytes, 0, access, "global",
-                         global_memory().describe(address));
+    if (Cell* cells = global_memory().cells_of(address, bytes)) {
+      return check_bytes(global_memory(), "global", cells, address, bytes, access, current_launch()->launch_generation,
+                         Cell::kLive | Cell::kInitialised);
     }
-    const uint32_t generation = current_launch()->launch_generation;
-    for (size_t i = 0; i < bytes; ++i) {
-      const Verdict verdict = check_access(cells[i], access, generation, Cell::kLive | Cell::kInitialised);
-      if (verdict.problem != Problem::kNone) {
-        fail_access(verdict, address, bytes, i, access, "global", global_memory().describe(address + i));
-      }
-    }
-    return;
+    fail_access({Problem::kOutOfBounds}, bytes, access, "global", global_memory().describe(address));
   }
   const char* byte = reinterpret_cast<const char*>(address);
   if (kind == AccessKind::kRead && byte >= this_module().image_begin && byte + bytes <= this_module().image_end) {

@@ -43,6 +43,11 @@ void fail(const char* kind, uint32_t place, const std::string& text) {
   if (current_thread) abandon_launch();
 }
 
+void fail_about(int thread, const char* kind, uint32_t place, const std::string& text) {
+  report_about(thread, kind, place, text);
+  abandon_launch();
+}
+
 std::string format(const char* pattern, ...) {
   char buffer[1024];
   va_list arguments;

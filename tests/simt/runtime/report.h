@@ -25,11 +25,12 @@ std::string placeholder(uint32_t place);
 // Records a report about the thread that runs, or about host code when none does.
 void report(const char* kind, uint32_t place, const std::string& text);
 
-// The same about a thread named by its index in the running block.
+// Records a report about a thread of the running block: what it does in a warp, another may carry out for it.
 void report_about(int thread, const char* kind, uint32_t place, const std::string& text);
 
-// Records a report about the thread that runs and abandons the launch. Returns only in host code.
+// The same two, and the launch is abandoned. fail returns in host code only.
 void fail(const char* kind, uint32_t place, const std::string& text);
+[[noreturn]] void fail_about(int thread, const char* kind, uint32_t place, const std::string& text);
 
 std::string format(const char* pattern, ...) __attribute__((format(printf, 1, 2)));
 

@@ -87,29 +87,25 @@ bool run_ready_threads(std::vector<int>& warps, std::vector<int>& lanes) {
   return any;
 }
 
-// Nobody can go on: some threads wait for others that wait elsewhere or have exited.
+// Nobody can go on: some threads wait for others that wait elsewhere or have exited. The first that waits in a warp's
+// operation is named, or else the first at the barrier: what keeps a warp from the barrier is in the warp.
 void report_deadlock() {
   std::map<std::string, std::vector<int>> groups;
-  int first_waiting = -1;
-  bool at_barrier = false;
-  for (int i = 0; i < running->state.num_threads; ++i) {
+  int in_warp = -1, at_barrier = -1;
+  for (int i = running->state.num_threads - 1; i >= 0; --i) {  // so that the first is found last
     const Thread& thread = *threads[i];
     const bool waits = thread.state == Thread::State::kWaiting;
-    groups[waits ? std::string("in ") + thread.waits_in + " at " + placeholder(thread.wait_place) : "have exited"]
+    groups[waits ? std::string("wait in ") + thread.waits_in + " at " + placeholder(thread.wait_place) : "have exited"]
         .push_back(i);
-    if (!waits) continue;
-    at_barrier |= thread.waits_in == kSyncThreads;
-    if (first_waiting < 0 || (thread.waits_in == kSyncThreads) > (threads[first_waiting]->waits_in == kSyncThreads)) {
-      first_waiting = i;
-    }
+    if (waits) (thread.waits_in == kSyncThreads ? at_barrier : in_warp) = i;
   }
   std::string text = "the block cannot go on:";
   for (const auto& [where, indices] : groups) {
-    text += format(" %zu threads (the first is %d) ", indices.size(), indices[0]) + where + ";";
+    text += format(" %zu threads (the first is %d) ", indices.size(), indices.back()) + where + ";";
   }
   text.pop_back();
-  report_about(first_waiting, at_barrier ? "divergent-barrier" : "divergent-warp", threads[first_waiting]->wait_place,
-               text);
+  const int named = in_warp >= 0 ? in_warp : at_barrier;
+  report_about(named, in_warp >= 0 ? "divergent-warp" : "divergent-barrier", threads[named]->wait_place, text);
 }
 
 void run_block(uint32_t block) {
@@ -188,6 +184,10 @@ void wait_in(const char* what, Site site, uint32_t place) {
   thread.fiber.suspend();
 }
 
+void let_others_go_first() {
+  if (schedule_seed == 0 || random_number() % 2) current_thread->fiber.suspend();
+}
+
 void make_ready(int thread) { threads[thread]->state = Thread::State::kReady; }
 
 void abandon_launch() {
@@ -210,10 +210,7 @@ void sync_threads(Site site) {
   for (int i = 0; i < running->state.num_threads; ++i) {
     if (threads[i]->state == Thread::State::kWaiting) make_ready(i);
   }
-  // In a shuffled schedule the last to arrive is not always the first to go on.
-  if (schedule_seed && random_number() % 2) {
-    current_thread->fiber.suspend();
-  }
+  let_others_go_first();
 }
 
 }  // namespace simt

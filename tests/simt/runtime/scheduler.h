@@ -60,6 +60,9 @@ void set_schedule(uint64_t seed);
 void wait_in(const char* what, Site site, uint32_t place);
 void make_ready(int thread);
 
+// Called by the last to arrive where threads meet: in order the first thread goes on first, shuffled anyone.
+void let_others_go_first();
+
 [[noreturn]] void abandon_launch();
 
 }  // namespace simt

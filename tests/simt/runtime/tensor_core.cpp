@@ -32,8 +32,8 @@ void load_for_all_lanes(const Lanes& lanes) {
       const int lane = matrix * 8 + i;
       const uint32_t address = static_cast<const MatrixLoad*>(lanes.argument[lane])->row;
       if (address % kRowBytes != 0) {
-        fail("misaligned", lanes.place,
-             format("ldmatrix: the row address %#x of lane %d is no multiple of 16", address, lane));
+        fail_about(lanes.first_thread + lane, "misaligned", lanes.place,
+                   format("ldmatrix of the row at shared address %#x, which is no multiple of 16", address));
       }
       access_shared(address, kRowBytes, AccessKind::kRead, lanes.place, lanes.first_thread + lane);
       memcpy(element[i], shared_memory().pointer_to(address, lanes.place), kRowBytes);

@@ -36,9 +36,8 @@ void exchange(const Lanes& lanes) {
     if (!shuffle || shuffle->source_lane < 0) continue;
     const auto* source = static_cast<const Shuffle*>(lanes.argument[shuffle->source_lane]);
     if (!source) {
-      fail(
-          "divergent-warp", lanes.place,
-          format("lane %d reads the value of lane %d, which takes no part in the shuffle", lane, shuffle->source_lane));
+      fail_about(lanes.first_thread + lane, "divergent-warp", lanes.place,
+                 format("reads the value of lane %d, which takes no part in the shuffle", shuffle->source_lane));
     }
     shuffle->result = source->value;
   }
@@ -100,6 +99,7 @@ void warp_collective(const char* name, uint32_t mask, void* argument, void (*ope
   for (int i = 0; i < 32; ++i) {
     if ((mask >> i & 1) && i != lane) make_ready(warp * 32 + i);
   }
+  let_others_go_first();
 }
 
 int lane_index() { return current_thread->index % 32; }

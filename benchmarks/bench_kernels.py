@@ -1,0 +1,342 @@
+"""How near is every CUDA kernel to what the card can move and multiply? Needs a GPU.
+
+    python benchmarks/bench_kernels.py [--seconds 60] [--json kernels.json]
+
+Both ceilings are measured in the same run: the rate of a large copy (bytes read plus bytes written) and that of a large
+matrix product. The kernels are timed inside the ops, by PyTorch's profiler, on rotating inputs larger than the
+second-level cache. A stage is what one step of the algorithm takes, second launches that add partial sums included;
+its bytes are those that it cannot do without (stage_bytes), so that a stage's GB/s fall where it moves more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from shapes import CUDA_SHAPES, Shape
+from torch import Tensor, nn
+
+from lora_ext import functional
+from lora_ext.nn import LoraAdapter, LoraLinear
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: Shape
+    rank: int = 16
+    dtype: torch.dtype = torch.bfloat16
+    dropout: float = 0.1
+
+    def __str__(self) -> str:
+        dropout = f", p={self.dropout}" if self.dropout else ""
+        return f"{self.shape}, r={self.rank}, {str(self.dtype).removeprefix('torch.')}{dropout}"
+
+
+MAIN = CUDA_SHAPES[0]
+# The most telling first: a run that is short of time stops early.
+CASES = [
+    Case(MAIN),
+    Case(MAIN, dtype=torch.float16),
+    Case(MAIN, dtype=torch.float32),
+    Case(MAIN, dropout=0.0),
+    *(Case(MAIN, rank=rank) for rank in (4, 8, 64, 256)),
+    *(Case(shape) for shape in CUDA_SHAPES[1:]),
+    *(Case(Shape(tokens, 4096, 4096), dropout=0.0) for tokens in (1, 8, 64)),
+    Case(Shape(2048, 1024, 1024), dtype=torch.float64),
+]
+
+
+# --- the model: what a stage must read, write and multiply ------------------------------------------------------------
+
+
+def stage_bytes(case: Case) -> dict[str, int]:
+    """Bytes of each stage: its tall matrix once, the mask's bits, and the skinny operands (float32; factors own dtype).
+
+    pack is left out: its bytes are those of the factors, which are small.
+    """
+    tokens, features, outputs = case.shape
+    wide = 8 if case.dtype == torch.float64 else 4
+    element = case.dtype.itemsize
+    mask = tokens * (-(-features // 64) * 8) if case.dropout else 0
+    x, y, skinny = tokens * features * element, tokens * outputs * element, tokens * case.rank * wide
+    A, B = case.rank * features * element, case.rank * outputs * element
+    return {
+        "shrink": x + mask + A + skinny,
+        "expand": y + B + skinny,
+        "grad_b": y + B + skinny + skinny + B,
+        "grad_a": x + mask + skinny + A,
+        "grad_x": x + mask + A + skinny,
+        "merge": 2 * features * outputs * element + A + B,
+        "unmerge": 2 * features * outputs * element + A + B,
+    }
+
+
+def stage_flops(case: Case) -> dict[str, int]:
+    tokens, features, outputs = case.shape
+    of_x, of_y = 2 * tokens * features * case.rank, 2 * tokens * outputs * case.rank
+    merge = 2 * features * outputs * case.rank
+    return {
+        "shrink": of_x,
+        "expand": of_y,
+        "grad_b": 2 * of_y,
+        "grad_a": of_x,
+        "grad_x": of_x,
+        "merge": merge,
+        "unmerge": merge,
+    }
+
+
+def floor_seconds(case: Case, stage: str, copy_rate: float, matrix_rate: float) -> float:
+    """The time no implementation can beat: bytes at the copy's rate, or products at the matrix product's."""
+    return max(stage_bytes(case)[stage] / copy_rate, stage_flops(case)[stage] / matrix_rate)
+
+
+# --- from kernels to stages -------------------------------------------------------------------------------------------
+
+
+def is_ours(kernel: str) -> bool:
+    return "lora_ext::" in kernel
+
+
+def _short(kernel: str) -> str:
+    return re.sub(r"^void |lora_ext::cuda::(mma::)?|\(.*", "", kernel)
+
+
+def forward_stages(kernels: list[str]) -> list[str]:
+    """The stage of each kernel of one lora_linear, in the order of their launches."""
+    stages = []
+    for name in map(_short, kernels):
+        stages.append("pack" if name.startswith("pack") else "expand" if name.startswith("expand") else "shrink")
+    return stages
+
+
+def backward_stages(kernels: list[str]) -> list[str]:
+    """The stage of each kernel of one lora_linear_backward that computes all three gradients.
+
+    grad_b and grad_a share kernels: grad_a begins at the last sum over tokens.
+    """
+    names = [_short(kernel) for kernel in kernels]
+    sums = [i for i, name in enumerate(names) if re.match(r"token_sum|shrink_and_sum", name)]
+    stages = []
+    for i, name in enumerate(names):
+        if name.startswith("pack"):
+            stages.append("pack")
+        elif name.startswith("expand"):
+            stages.append("grad_x")
+        else:
+            stages.append("grad_a" if sums and i >= sums[-1] else "grad_b")
+    return stages
+
+
+def merge_stages(stage: str, kernels: list[str]) -> list[str]:
+    """Of one merge: planning the exact record is a stage of its own."""
+    names = [_short(kernel) for kernel in kernels]
+    return ["plan" if "plan" in name or name.startswith("pack") else stage for name in names]
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def seconds_of(call: Callable[[], object], repeats: int) -> float:
+    """Median seconds between two events around a call."""
+    times = []
+    for _ in range(repeats + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e-3)
+    return statistics.median(times[3:])
+
+
+def measure_ceilings() -> dict[str, float]:
+    """copy: bytes a second, read plus written. matrix_<dtype>: floating-point operations a second on random data."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    ceilings = {"copy": 2 * source.nbytes / seconds_of(lambda: target.copy_(source), 20)}
+    for dtype, n in ((torch.bfloat16, 8192), (torch.float16, 8192), (torch.float32, 4096), (torch.float64, 2048)):
+        a, b = (torch.randn(n, n, dtype=dtype, device="cuda") for _ in range(2))
+        out = torch.empty_like(a)
+        rate = 2 * n**3 / seconds_of(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), 10)
+        ceilings[f"matrix_{str(dtype).removeprefix('torch.')}"] = rate
+    return ceilings
+
+
+def profiled(calls: list[Callable[[], object]]) -> list[list[tuple[str, float]]]:
+    """(kernel, seconds) of our kernels in each of the calls, which launch alike, in the order they ran."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    events = sorted((event for event in events if is_ours(event.name)), key=lambda event: event.time_range.start)
+    return split_evenly([(event.name, event.time_range.elapsed_us() * 1e-6) for event in events], len(calls))
+
+
+def split_evenly(kernels: list, calls: int) -> list[list]:
+    """The kernels of each of several calls that launch alike."""
+    each, rest = divmod(len(kernels), calls)
+    if rest or not each:
+        raise SystemExit(f"the profiler saw {len(kernels)} kernels of lora_ext in {calls} equal calls")
+    return [kernels[i : i + each] for i in range(0, len(kernels), each)]
+
+
+def sums_by_stage(kernels: list[tuple[str, float]], stages: list[str]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for stage, (_, seconds) in zip(stages, kernels, strict=True):
+        total[stage] = total.get(stage, 0.0) + seconds
+    return total
+
+
+def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    return {stage: statistics.median(one[stage] for one in rounds) for stage in rounds[0]}
+
+
+def stage_seconds(
+    calls: list[Callable[[], object]], stages_of: Callable[[list[str]], list[str]], repeats: int
+) -> dict[str, float]:
+    """Median seconds of each stage over the repeats, which go round the calls and with them round their inputs."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    rounds = profiled([calls[repeat % len(calls)] for repeat in range(repeats)])
+    return medians([sums_by_stage(kernels, stages_of([name for name, _ in kernels])) for kernels in rounds])
+
+
+@dataclass
+class Inputs:
+    x: Tensor
+    grad_y: Tensor
+    weight: Tensor
+    A: Tensor
+    B: Tensor
+
+
+def make_inputs(case: Case) -> Inputs:
+    tokens, features, outputs = case.shape
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, device="cuda").to(case.dtype)
+
+    return Inputs(
+        x=random(tokens, features).requires_grad_(),
+        grad_y=random(tokens, outputs),
+        weight=random(outputs, features) / features**0.5,
+        A=(random(case.rank, features) / features**0.5).requires_grad_(),
+        B=random(outputs, case.rank).requires_grad_(),
+    )
+
+
+def count_of_sets(case: Case, cache_bytes: int) -> int:
+    """So many inputs that a set has left the cache when its turn comes again."""
+    tokens, features, outputs = case.shape
+    one = (tokens * (features + outputs) + features * outputs) * case.dtype.itemsize
+    return min(max(-(-4 * cache_bytes // one), 2), 16)
+
+
+def measure(case: Case, repeats: int) -> dict[str, float]:
+    """Seconds by stage."""
+    cache_bytes = torch.cuda.get_device_properties().L2_cache_size
+    sets = [make_inputs(case) for _ in range(count_of_sets(case, cache_bytes))]
+    seed = torch.tensor(7, device="cuda")
+
+    def forward(i: Inputs) -> Tensor:
+        return functional.lora_linear(i.x, i.weight, None, i.A, i.B, 2.0, case.dropout, seed)
+
+    seconds = stage_seconds([lambda i=i: forward(i) for i in sets], forward_stages, repeats)
+    outputs = [forward(i) for i in sets]
+    backward = [
+        lambda y=y, i=i: torch.autograd.grad(y, (i.x, i.A, i.B), i.grad_y, retain_graph=True)
+        for y, i in zip(outputs, sets, strict=True)
+    ]
+    return seconds | stage_seconds(backward, backward_stages, repeats)
+
+
+def measure_merge(case: Case, repeats: int) -> dict[str, float]:
+    """Seconds by stage of a merge and of taking it out again."""
+    _, features, outputs = case.shape
+    layers = []
+    for _ in range(count_of_sets(case, torch.cuda.get_device_properties().L2_cache_size)):
+        base = nn.Linear(features, outputs, bias=False, dtype=case.dtype, device="cuda")
+        adapter = LoraAdapter(features, outputs, case.rank, case.rank, dtype=case.dtype, device="cuda")
+        nn.init.normal_(adapter.lora_B, std=0.02)
+        layers.append(LoraLinear(base, adapter).eval())
+    rounds: dict[str, list[dict[str, float]]] = {"merge": [], "unmerge": []}
+    for repeat in range(-1, max(repeats // len(layers), 2)):  # a layer is merged and restored in turn
+        for stage, seen in rounds.items():
+            for kernels in profiled([getattr(layer, stage) for layer in layers]):
+                if repeat >= 0:
+                    seen.append(sums_by_stage(kernels, merge_stages(stage, [name for name, _ in kernels])))
+    return medians(rounds["merge"]) | medians(rounds["unmerge"])
+
+
+def rows_of(case: Case, seconds: dict[str, float], ceilings: dict[str, float]) -> list[dict[str, object]]:
+    matrix_rate = ceilings[f"matrix_{str(case.dtype).removeprefix('torch.')}"]
+    rows = []
+    for stage, time_s in seconds.items():
+        row: dict[str, object] = {"case": str(case), "stage": stage, "us": 1e6 * time_s}
+        if stage in stage_bytes(case):
+            rate = stage_bytes(case)[stage] / time_s
+            floor = floor_seconds(case, stage, ceilings["copy"], matrix_rate)
+            row |= {"gb_s": rate / 1e9, "of_copy": rate / ceilings["copy"], "of_floor": floor / time_s}
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    lines = [
+        "| tokens x in -> out, rank, dtype | stage | us | GB/s | of copy | of floor |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [row["case"], row["stage"], f"{row['us']:.1f}"]
+        if "gb_s" in row:
+            cells += [f"{row['gb_s']:.0f}", f"{row['of_copy']:.0%}", f"{row['of_floor']:.0%}"]
+        else:
+            cells += ["", "", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after so many")
+    parser.add_argument("--json", type=Path, help="also write the results there, each as soon as it is measured")
+    args = parser.parse_args()
+    begin = time.perf_counter()
+    torch.manual_seed(0)
+
+    ceilings = measure_ceilings()
+    matrix = ", ".join(f"{k.removeprefix('matrix_')} {v / 1e12:.0f}" for k, v in ceilings.items() if k != "copy")
+    print(f"{torch.cuda.get_device_name()}: copy {ceilings['copy'] / 1e9:.0f} GB/s, TFLOP/s {matrix}", flush=True)
+    rows: list[dict] = []
+    plan = [(measure, case) for case in CASES]
+    plan.insert(1, (measure_merge, Case(Shape(1, 8192, 8192), dropout=0.0)))
+    plan.append((measure_merge, Case(Shape(1, 4096, 4096), dropout=0.0, dtype=torch.float32)))
+    for number, (measure_one, case) in enumerate(plan):
+        if time.perf_counter() - begin > args.seconds:
+            print(f"out of time: {len(plan) - number} cases are not measured", flush=True)
+            break
+        try:
+            new = rows_of(case, measure_one(case, args.repeats), ceilings)
+        except torch.cuda.OutOfMemoryError:
+            print(f"{case}: not measured, too large for this card's memory", flush=True)
+            continue
+        rows += new
+        print("\n".join(table(new).splitlines()[2:]), flush=True)
+        if args.json:
+            cases = [asdict(case) | {"dtype": str(case.dtype), "shape": list(case.shape)} for _, case in plan]
+            args.json.write_text(json.dumps({"ceilings": ceilings, "rows": rows, "cases": cases}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+// The tensors of a layer as the ops are given them, and what must hold between them. The ops on one layer and the ops
+// on a list of siblings share all of it; only the names in the messages differ.
+#pragma once
+
+#include <initializer_list>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "../common/params.h"
+#include "checks.h"
+
+namespace lora_ext {
+
+struct Op {
+  const char* name;
+  bool takes_lists;
+
+  // The name of layer i's argument.
+  ArgumentName argument(const char* singular, size_t i) const {
+    return {singular, takes_lists ? static_cast<int>(i) : kOnlyLayer};
+  }
+};
+
+struct ForwardLayer {
+  const Tensor& weight;               // [out_features, in_features]
+  const std::optional<Tensor>& bias;  // [out_features]
+  const Tensor& lora_A;               // [rank, in_features]
+  const Tensor& lora_B;               // [out_features, rank]
+  double scaling;
+};
+
+struct BackwardLayer {
+  const Tensor& grad_y;  // [..., out_features]
+  const Tensor& weight;  // [out_features, in_features]
+  const Tensor& lora_A;  // [rank, in_features]
+  const Tensor& lora_B;  // [out_features, rank]
+  double scaling;
+};
+
+// weight [out_features, in_features], lora_A [rank, in_features], lora_B [out_features, rank]
+inline void check_factors(const char* op, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+                          int index = kOnlyLayer) {
+  const ArgumentName weight_name{"weight", index}, A_name{"lora_A", index}, B_name{"lora_B", index};
+  const Tensor* tensors[] = {&weight, &lora_A, &lora_B};
+  const ArgumentName* names[] = {&weight_name, &A_name, &B_name};
+  for (int i = 0; i < 3; ++i) {
+    STD_TORCH_CHECK(tensors[i]->dim() == 2, op, ": ", *names[i], " has ", tensors[i]->dim(), " dimensions, want 2");
+    check_dtype(op, *names[i], *tensors[i]);
+    check_device(op, *names[i], *tensors[i], weight_name, weight);
+  }
+  STD_TORCH_CHECK(lora_A.scalar_type() == lora_B.scalar_type(), op, ": ", B_name, " has another dtype than ", A_name);
+  STD_TORCH_CHECK(lora_A.size(0) >= 1, op, ": ", A_name, " has rank 0, want at least 1");
+  STD_TORCH_CHECK(lora_A.size(1) == weight.size(1), op, ": ", A_name, " has in_features=", lora_A.size(1), " but ",
+                  weight_name, " has ", weight.size(1));
+  STD_TORCH_CHECK(lora_B.size(0) == weight.size(0), op, ": ", B_name, " has out_features=", lora_B.size(0), " but ",
+                  weight_name, " has ", weight.size(0));
+  STD_TORCH_CHECK(lora_B.size(1) == lora_A.size(0), op, ": ", B_name, " has rank ", lora_B.size(1), " but ", A_name,
+                  " has ", lora_A.size(0));
+}
+
+// Each layer in itself, and that all read one x with factors of one dtype. Layers: a span of either struct above.
+template <class Layers>
+void check_layers(const Op& op, const Layers& layers) {
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const auto &layer = layers[i], &first = layers[0];
+    check_factors(op.name, layer.weight, layer.lora_A, layer.lora_B, op.argument("weight", i).index);
+    check_scaling(op.name, layer.scaling, op.argument("scaling", i));
+    if (i == 0) continue;
+    const ArgumentName name = op.argument("weight", i), first_name = op.argument("weight", 0);
+    STD_TORCH_CHECK(layer.weight.size(1) == first.weight.size(1), op.name, ": ", name,
+                    " has in_features=", layer.weight.size(1), " but ", first_name, " has ", first.weight.size(1));
+    STD_TORCH_CHECK(layer.weight.scalar_type() == first.weight.scalar_type(), op.name, ": ", name,
+                    " has another dtype than ", first_name);
+    check_device(op.name, name, layer.weight, first_name, first.weight);
+    STD_TORCH_CHECK(layer.lora_A.scalar_type() == first.lora_A.scalar_type(), op.name, ": ", op.argument("lora_A", i),
+                    " has another dtype than ", op.argument("lora_A", 0));
+  }
+}
+
+// tensor [..., features] in weight's dtype and on its device
+inline void check_tokens(const char* op, const ArgumentName& name, const Tensor& tensor,
+                         const ArgumentName& weight_name, const Tensor& weight, int64_t features,
+                         const char* features_name) {
+  STD_TORCH_CHECK(tensor.dim() >= 1, op, ": ", name, " has no dimension, want [..., ", features_name, "]");
+  const int64_t given = tensor.size(tensor.dim() - 1);
+  STD_TORCH_CHECK(given == features, op, ": ", weight_name, " has ", features_name, "=", features, " but ", name,
+                  " has ", given);
+  STD_TORCH_CHECK(tensor.scalar_type() == weight.scalar_type(), op, ": ", name, " has another dtype than ",
+                  weight_name);
+  check_device(op, name, tensor, weight_name, weight);
+}
+
+struct ListLength {
+  const char* name;
+  size_t length;
+};
+
+// Of the ops on lists: one entry a layer in each, and no more layers than the kernels take.
+inline void check_lengths(const Op& op, size_t num_layers, std::initializer_list<ListLength> lists) {
+  STD_TORCH_CHECK(num_layers >= 1 && num_layers <= kMaxSiblings, op.name, ": weights has ", num_layers,
+                  " entries, want 1 to ", kMaxSiblings);
+  for (const auto& [name, length] : lists) {
+    STD_TORCH_CHECK(length == num_layers, op.name, ": ", name, " has ", length, " entries but weights has ",
+                    num_layers);
+  }
+}
+
+// Fills in a sibling's part of the parameters that forward and backward share. Tensors the kernels read are kept alive
+// in `kept`: contiguous copies have no other owner.
+template <class Layer, class Sibling>
+void set_factors(const Layer& layer, int64_t rank_begin, double rescale, std::vector<Tensor>& kept, Sibling& sibling) {
+  sibling.out_features = layer.weight.size(0), sibling.rank = layer.lora_A.size(0), sibling.rank_begin = rank_begin;
+  sibling.lora_A = kept.emplace_back(as_contiguous(layer.lora_A)).const_data_ptr();
+  sibling.lora_B = kept.emplace_back(as_contiguous(layer.lora_B)).const_data_ptr();
+  sibling.scale = layer.scaling * rescale;
+}
+
+}  // namespace lora_ext

@@ -1,0 +1,95 @@
+// lora_linear, lora_linear_siblings and their backwards on one device. csrc/library.cpp has the schemas.
+//
+// A single layer is one sibling: the ops differ in how their arguments arrive, and in nothing else. Device brings
+//   Guard     constructed from a tensor: makes its device the current one
+//   forward   fills in the results of a ForwardCall
+//   backward  fills in the results of a BackwardCall
+#pragma once
+
+#include <tuple>
+
+#include "backward_call.h"
+#include "forward_call.h"
+
+namespace lora_ext {
+
+template <class Device>
+struct LoraLinearOps {
+  static std::tuple<Tensor, Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight,
+                                                        const std::optional<Tensor>& bias, const Tensor& lora_A,
+                                                        const Tensor& lora_B, double scaling, double dropout_p,
+                                                        const std::optional<Tensor>& seed) {
+    const ForwardLayer layer{weight, bias, lora_A, lora_B, scaling};
+    const typename Device::Guard guard(x);
+    ForwardCall call = prepare_forward({"lora_linear", false}, x, {&layer, 1}, dropout_p, seed);
+    Device::forward(call);
+    return {std::move(call.y[0]), std::move(call.xa), std::move(call.mask)};
+  }
+
+  static std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>> lora_linear_backward(
+      const Tensor& grad_y, const std::optional<Tensor>& x, const Tensor& weight, const Tensor& lora_A,
+      const Tensor& lora_B, const std::optional<Tensor>& xa, const std::optional<Tensor>& mask, double scaling,
+      double dropout_p, const std::vector<bool>& output_mask) {
+    const BackwardLayer layer{grad_y, weight, lora_A, lora_B, scaling};
+    const typename Device::Guard guard(grad_y);
+    BackwardCall call =
+        prepare_backward({"lora_linear_backward", false}, x, {&layer, 1}, xa, mask, dropout_p, output_mask);
+    if (!call.wants_nothing()) Device::backward(call);
+    const auto only = [](std::vector<Tensor>& grads) {
+      return grads.empty() ? std::optional<Tensor>() : std::optional<Tensor>(std::move(grads[0]));
+    };
+    return {std::move(call.grad_x), only(call.grad_lora_A), only(call.grad_lora_B)};
+  }
+
+  static std::tuple<std::vector<Tensor>, Tensor, Tensor> lora_linear_siblings(
+      const Tensor& x, const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
+      const std::vector<Tensor>& lora_As, const std::vector<Tensor>& lora_Bs, const std::vector<double>& scalings,
+      double dropout_p, const std::optional<Tensor>& seed) {
+    const Op op{"lora_linear_siblings", true};
+    check_lengths(op, weights.size(),
+                  {{"biases", biases.size()},
+                   {"lora_As", lora_As.size()},
+                   {"lora_Bs", lora_Bs.size()},
+                   {"scalings", scalings.size()}});
+    std::vector<ForwardLayer> layers;
+    layers.reserve(weights.size());
+    for (size_t i = 0; i < weights.size(); ++i) {
+      layers.push_back({weights[i], biases[i], lora_As[i], lora_Bs[i], scalings[i]});
+    }
+    const typename Device::Guard guard(x);
+    ForwardCall call = prepare_forward(op, x, layers, dropout_p, seed);
+    Device::forward(call);
+    return {std::move(call.y), std::move(call.xa), std::move(call.mask)};
+  }
+
+  static std::tuple<std::optional<Tensor>, std::vector<Tensor>, std::vector<Tensor>> lora_linear_siblings_backward(
+      const std::vector<Tensor>& grad_ys, const std::optional<Tensor>& x, const std::vector<Tensor>& weights,
+      const std::vector<Tensor>& lora_As, const std::vector<Tensor>& lora_Bs, const std::optional<Tensor>& xa,
+      const std::optional<Tensor>& mask, const std::vector<double>& scalings, double dropout_p,
+      const std::vector<bool>& output_mask) {
+    const Op op{"lora_linear_siblings_backward", true};
+    check_lengths(op, weights.size(),
+                  {{"grad_ys", grad_ys.size()},
+                   {"lora_As", lora_As.size()},
+                   {"lora_Bs", lora_Bs.size()},
+                   {"scalings", scalings.size()}});
+    std::vector<BackwardLayer> layers;
+    layers.reserve(weights.size());
+    for (size_t i = 0; i < weights.size(); ++i) {
+      layers.push_back({grad_ys[i], weights[i], lora_As[i], lora_Bs[i], scalings[i]});
+    }
+    const typename Device::Guard guard(grad_ys[0]);
+    BackwardCall call = prepare_backward(op, x, layers, xa, mask, dropout_p, output_mask);
+    if (!call.wants_nothing()) Device::backward(call);
+    return {std::move(call.grad_x), std::move(call.grad_lora_A), std::move(call.grad_lora_B)};
+  }
+};
+
+}  // namespace lora_ext
+
+// Inside STABLE_TORCH_LIBRARY_IMPL(lora_ext, <key>, m).
+#define LORA_EXT_REGISTER_LORA_LINEAR_OPS(m, Ops)                        \
+  m.impl("lora_linear", TORCH_BOX(&Ops::lora_linear));                   \
+  m.impl("lora_linear_backward", TORCH_BOX(&Ops::lora_linear_backward)); \
+  m.impl("lora_linear_siblings", TORCH_BOX(&Ops::lora_linear_siblings)); \
+  m.impl("lora_linear_siblings_backward", TORCH_BOX(&Ops::lora_linear_siblings_backward))

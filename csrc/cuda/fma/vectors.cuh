@@ -1,0 +1,103 @@
+// 16 bytes of neighbouring elements: the unit in which these kernels move tiles between global and shared memory, and
+// registers. A tile in shared memory holds the accumulation dtype.
+#pragma once
+
+#include "../elements.cuh"
+#include "../ptx.cuh"
+
+namespace lora_ext::cuda::fma {
+
+template <class A>
+constexpr int kVec = 16 / sizeof(A);
+
+template <class A>
+struct alignas(16) Vector {
+  A v[kVec<A>];
+};
+
+// `from` is aligned to 16 bytes.
+template <class A>
+__device__ __forceinline__ Vector<A> load_vector(const A* from) {
+  return *reinterpret_cast<const Vector<A>*>(from);
+}
+
+// The first `inside` elements at `from`, and zeros; one 16-byte load where `aligned` says that `from` allows it.
+template <class T>
+__device__ __forceinline__ Vector<Acc<T>> load_elements(const T* from, int inside, bool aligned) {
+  using A = Acc<T>;
+  if constexpr (std::is_same_v<T, A>) {
+    if (aligned && inside == kVec<A>) return load_vector(from);
+  }
+  Vector<A> values;
+#pragma unroll
+  for (int i = 0; i < kVec<A>; ++i) values.v[i] = i < inside ? to_acc(from[i]) : A(0);
+  return values;
+}
+
+// The first `inside` elements of a vector go to `to`, which is aligned to 16 bytes where `aligned` says so.
+template <class T, class A>
+__device__ __forceinline__ void store_vector(T* to, const Vector<A>& values, int inside, bool aligned) {
+  if constexpr (std::is_same_v<T, A>) {
+    if (aligned && inside == kVec<A>) {
+      *reinterpret_cast<Vector<A>*>(to) = values;
+      return;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kVec<A>; ++i) {
+    if (i < inside) to[i] = from_acc<T>(values.v[i]);
+  }
+}
+
+// How many elements of the vector at `col` lie before `cols`: 0 to kVec.
+template <class A>
+__device__ __forceinline__ int elements_inside(int64_t col, int64_t cols) {
+  const int64_t left = cols - col;
+  return left >= kVec<A> ? kVec<A> : left > 0 ? static_cast<int>(left) : 0;
+}
+
+// Whether rows that start at `matrix` and lie `stride` elements apart all begin at 16-byte boundaries.
+inline bool rows_are_aligned(const void* matrix, int64_t stride, int64_t element_bytes) {
+  return reinterpret_cast<uintptr_t>(matrix) % 16 == 0 && stride * element_bytes % 16 == 0;
+}
+
+// Starts the copy of a vector into shared memory, in this thread's open cp.async group; the elements from `inside` on
+// become zero, so that nothing beyond a matrix, NaN or not, takes part in a sum. Where nothing is inside, `matrix` is
+// named instead of `from`: an address that may be read.
+template <class A>
+__device__ __forceinline__ void copy_vector(A* to, const A* from, const A* matrix, int inside) {
+  ptx::cp_async_16(ptx::shared_address(to), inside > 0 ? from : matrix, static_cast<uint32_t>(inside * sizeof(A)));
+}
+
+// One thread's vectors of a tile: kRounds of them, `to_step` and `from_step` elements apart. inside_of(round): how many
+// elements of the vector lie inside the matrix. Unaligned rows take plain loads, one vector after another: they are
+// rare, and a loop unrolled for them would cost every kernel registers.
+template <int kRounds, class T, class Inside>
+__device__ __forceinline__ void copy_vectors(Acc<T>* to, int to_step, const T* from, int64_t from_step, const T* matrix,
+                                             bool aligned, Inside inside_of) {
+  if constexpr (std::is_same_v<T, Acc<T>>) {
+    if (aligned) {
+#pragma unroll
+      for (int round = 0; round < kRounds; ++round) {
+        copy_vector(to + round * to_step, from + round * from_step, matrix, inside_of(round));
+      }
+      return;
+    }
+  }
+#pragma unroll 1
+  for (int round = 0; round < kRounds; ++round) {
+    *reinterpret_cast<Vector<Acc<T>>*>(to + round * to_step) =
+        load_elements(from + round * from_step, inside_of(round), false);
+  }
+}
+
+// Makes the dropped elements of a vector in shared memory zero, whatever they hold. Bit i of `bits`: element i is kept.
+template <class A>
+__device__ __forceinline__ void clear_dropped(A* vector, uint32_t bits) {
+#pragma unroll
+  for (int i = 0; i < kVec<A>; ++i) {
+    if (((bits >> i) & 1) == 0) vector[i] = A(0);
+  }
+}
+
+}  // namespace lora_ext::cuda::fma

@@ -1,0 +1,87 @@
+"""What the registrations of the ops share: their library, sizes of what they save, refusals, autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+LIBRARY = torch.library.Library("lora_ext", "FRAGMENT")
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def count_tokens(x: Tensor) -> int:
+    """Product of the leading dimensions of ``[..., features]``."""
+    num_tokens = 1
+    for size in x.shape[:-1]:
+        num_tokens = num_tokens * size
+    return num_tokens
+
+
+def mask_row_bytes(in_features: int) -> int:
+    """Bytes of one row of the bit mask: whole 64-bit words. csrc/common/dropout.h."""
+    return (in_features + 63) // 64 * 8
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def weight_gradient(grad_y: Tensor, x: Tensor) -> Tensor:
+    """The plain linear layer's, for a user who unfreezes the weight; LoRA itself has no use for it."""
+    return grad_y.flatten(0, -2).T @ x.flatten(0, -2) if x.dim() > 1 else torch.outer(grad_y, x)
+
+
+def bias_gradient(grad_y: Tensor) -> Tensor:
+    return grad_y.flatten(0, -2).sum(0) if grad_y.dim() > 1 else grad_y
+
+
+def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
+    """Below autograd a tangent would be dropped, and read as zero."""
+    if forward_ad._current_level >= 0 and any(
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    ):
+        raise RuntimeError(
+            f"{op}: forward-mode differentiation (jvp) is not supported; use lora_ext.reference.{op} where you need it"
+        )
+
+
+def refuse_double_backward(op: str, *tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(
+            f"{op}: gradients of gradients (create_graph=True) are not supported; "
+            f"use lora_ext.reference.{op.removesuffix('_backward')} where you need them"
+        )
+
+
+def _cast(argument: Tensor | list | None, dtype: torch.dtype) -> Tensor | list | None:
+    """As ATen's autocast: float64 stays, everything else that floats is cast."""
+    if isinstance(argument, (list, tuple)):
+        return [_cast(entry, dtype) for entry in argument]
+    eligible = argument is not None and argument.is_floating_point() and argument.dtype != torch.float64
+    return argument.to(dtype) if eligible else argument
+
+
+def _autocast_kernel(op: Callable, device_type: str, dispatch_key: str, num_cast: int) -> Callable:
+    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, dispatch_key))
+
+    def kernel(*arguments):
+        dtype = torch.get_autocast_dtype(device_type)
+        cast = [_cast(argument, dtype) for argument in arguments[:num_cast]]
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            return op(*cast, *arguments[num_cast:])
+
+    return kernel
+
+
+def register_autocast(name: str, num_cast: int) -> None:
+    """Under autocast the op's first ``num_cast`` arguments go to autocast's dtype, the others keep theirs.
+
+    Zero is for a backward: its dtypes were settled in the forward, but without a kernel here the products inside of it
+    would be autocast once more.
+    """
+    op = getattr(torch.ops.lora_ext, name).default
+    for device_type, dispatch_key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        LIBRARY.impl(name, _autocast_kernel(op, device_type, dispatch_key, num_cast), dispatch_key)

@@ -1,0 +1,313 @@
+#!/usr/bin/env python3
+"""Reads what the compiler made of every CUDA kernel, and fails where it is not what was meant.
+
+    python scripts/kernel_report.py build/cuda/lora_ext/liblora_ext_cuda.so
+
+Needs no GPU: cuobjdump and nvdisasm (of the CUDA toolkit, or pip's nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm)
+print the registers, the shared memory and the machine code of each kernel for each architecture. What must hold is
+stated once per family of kernels, in FAMILIES; the kernels are those that the binary has.
+
+Prints a table. Exit status 1 when a rule is broken, with the list; 2 when the binary or the tools cannot be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the kernels of one family are written for. The first family whose pattern is found in a name has it."""
+
+    name: str
+    pattern: str  # regular expression, searched in the short demangled name
+    tensor_cores: bool = False  # multiplies on HMMA
+    wide_loads: bool = False  # reads device memory 16 bytes a thread, with or without cp.async
+    wide_stores: bool = False  # writes device memory 16 bytes a thread
+    async_copies: bool = False  # fills its pipeline by cp.async of 16 bytes
+    blocks_per_sm: int = 2  # how many blocks must fit on a multiprocessor; the second number of __launch_bounds__
+    dynamic_shared: int = 0  # bytes the launch adds at most: not in the binary, so stated here
+
+
+SIXTEEN_BITS = r"<.*(__nv_bfloat16|__half)"
+
+FAMILIES = [
+    Family("dropout mask", r"^dropout_mask_kernel"),
+    Family("pack factors", r"^pack_\w*kernel"),
+    Family("sums", r"^(sum|rank_sums|feature_sums)\w*_kernel"),
+    Family("plain", r"^\w+_kernel<(float|double)", blocks_per_sm=1),
+    Family("plain 16-bit", r"^\w+_kernel" + SIXTEEN_BITS, blocks_per_sm=1),
+]
+
+
+@dataclass(frozen=True)
+class Sm:
+    """What a multiprocessor has, by the CUDA programming guide's table of technical specifications."""
+
+    threads: int
+    shared: int  # bytes for all blocks together
+    reserved_shared: int  # bytes the driver takes of each block's; from sm_90 on the compiler's figure includes them
+
+
+REGISTERS_PER_SM, MAX_BLOCK_SHARED = 65536, 99 * 1024  # the second: what every architecture below gives one block
+SMS = {
+    "sm_80": Sm(2048, 164 * 1024, 1024),
+    "sm_86": Sm(1536, 100 * 1024, 1024),
+    "sm_89": Sm(1536, 100 * 1024, 1024),
+    "sm_90": Sm(2048, 228 * 1024, 0),
+    "sm_100": Sm(2048, 228 * 1024, 0),
+    "sm_120": Sm(1536, 100 * 1024, 0),
+}
+
+# Columns of the table: how often an instruction occurs. LDGSTS is cp.async; HMMA the tensor cores on 16 bits.
+INSTRUCTIONS = {
+    "HMMA": r"HMMA\.",
+    "LDGSTS.128": r"LDGSTS\..*\b128\b",
+    "LDG.128": r"LDG\..*\b128\b",
+    "STG.128": r"STG\..*\b128\b",
+    "LDSM": r"LDSM\.",
+    "local": r"(LDL|STL)\b",  # spilled registers, and arrays that are indexed at run time
+}
+
+
+@dataclass
+class Kernel:
+    arch: str
+    symbol: str
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+    local: int = 0
+    max_threads: int = 0  # of __launch_bounds__; 0: none
+    instructions: Counter[str] = field(default_factory=Counter)
+    name: str = ""  # demangled, without namespaces and parameters
+
+    def blocks_per_sm(self, dynamic_shared: int) -> int:
+        """How many blocks of max_threads fit on a multiprocessor at once."""
+        sm = SMS[self.arch.rstrip("af")]
+        warps = -(-self.max_threads // 32)
+        warp_registers = -(-self.registers * 32 // 256) * 256  # handed out in units of 256 registers a warp
+        warps_by_registers = REGISTERS_PER_SM // max(warp_registers, 256) // 4 * 4  # four schedulers, filled alike
+        shared = self.shared + dynamic_shared + sm.reserved_shared
+        by_shared = sm.shared // shared if shared else sm.threads
+        return min(warps_by_registers // warps, sm.threads // (32 * warps), by_shared)
+
+
+# --- reading the tools' output ----------------------------------------------------------------------------------------
+
+_ARCH = re.compile(r"^arch = (\S+)$")
+_RESOURCES_OF = re.compile(r"^ Function (\S+):$")
+_RESOURCES = re.compile(r"^  REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+) ")
+_CODE_OF = re.compile(r"^\s+Function : (\S+)$")
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)")
+_NV_INFO_OF = re.compile(r"^\.nv\.info\.(\S+)$")
+_INTERESTING = {column: re.compile(pattern) for column, pattern in INSTRUCTIONS.items()}
+
+
+def parse_code(lines: Iterable[str]) -> list[Kernel]:
+    """The kernels in the output of ``cuobjdump --dump-resource-usage --dump-sass``, one per object and architecture."""
+    kernels: list[Kernel] = []
+    arch, of_object, current = "", {}, None
+    counted: dict[str, list[str]] = {}  # opcode -> the columns it counts in
+    for line in lines:
+        if match := _INSTRUCTION.match(line):
+            opcode = match[1]
+            if opcode not in counted:
+                counted[opcode] = [column for column, pattern in _INTERESTING.items() if pattern.match(opcode)]
+            if current:
+                current.instructions["all"] += 1
+                current.instructions.update(counted[opcode])
+        elif match := _ARCH.match(line):
+            arch, of_object, current = match[1], {}, None
+        elif match := _RESOURCES_OF.match(line):
+            current = of_object.setdefault(match[1], Kernel(arch, match[1]))
+            if current not in kernels[-len(of_object) :]:
+                kernels.append(current)
+        elif match := _RESOURCES.match(line):
+            if current:
+                current.registers, current.stack, current.shared, current.local = map(int, match.groups())
+        elif match := _CODE_OF.match(line):
+            current = of_object.get(match[1])
+    return kernels
+
+
+def parse_max_threads(lines: Iterable[str]) -> dict[str, int]:
+    """Threads a block by symbol, from the EIATTR_MAX_THREADS attributes in the output of ``cuobjdump --dump-elf``."""
+    threads: dict[str, int] = {}
+    symbol, wanted = "", False
+    for line in lines:
+        if match := _NV_INFO_OF.match(line):
+            symbol = match[1]
+        elif line.lstrip().startswith("Attribute:"):
+            wanted = "EIATTR_MAX_THREADS" in line
+        elif wanted and symbol and line.lstrip().startswith("Value:"):
+            x, y, z = (int(value, 16) for value in line.split()[1:4])
+            threads[symbol], wanted = x * y * z, False
+    return threads
+
+
+def short_name(demangled: str) -> str:
+    """``void lora_ext::cuda::f<(int)16, true>(Params)`` -> ``f<16, true>``."""
+    name = re.sub(r"\(anonymous namespace\)::|\blora_ext::(cuda::)?|^void ", "", demangled)
+    name = re.sub(r"\((int|bool|unsigned int|long|lora_ext::\w+)\)", "", name)
+    depth = 0
+    for position, character in enumerate(name):  # the parameter list: the first bracket outside <>
+        depth += (character == "<") - (character == ">")
+        if character == "(" and depth == 0:
+            return name[:position]
+    return name
+
+
+# --- the rules --------------------------------------------------------------------------------------------------------
+
+
+def family_of(name: str) -> Family | None:
+    return next((family for family in FAMILIES if re.search(family.pattern, name)), None)
+
+
+def violations(kernel: Kernel) -> list[str]:
+    """What of the rules for its family the kernel breaks, in words."""
+    found = []
+
+    def rule(holds: bool, text: str) -> None:
+        if not holds:
+            found.append(text)
+
+    has = kernel.instructions
+    rule(
+        kernel.stack == 0, f"has a stack frame of {kernel.stack} bytes, want none (spills, or local arrays)"
+    )
+    rule(kernel.local == 0 and has["local"] == 0, f"uses local memory ({has['local']} LDL or STL), want none")
+    rule(has["all"] > 0, "has no machine code for this architecture")
+    rule(kernel.max_threads > 0, "has no __launch_bounds__")
+    family = family_of(kernel.name)
+    if family is None:
+        return [*found, "belongs to no family: say in FAMILIES what it is built to be"]
+    if family.tensor_cores:
+        rule(has["HMMA"] > 0, "has no HMMA, but multiplies on tensor cores")
+    if family.wide_loads:
+        rule(has["LDG.128"] + has["LDGSTS.128"] > 0, "reads nothing 16 bytes wide (LDG or LDGSTS .128)")
+    if family.async_copies:
+        rule(has["LDGSTS.128"] > 0, "has no cp.async of 16 bytes (LDGSTS.128)")
+    if family.wide_stores:
+        rule(has["STG.128"] > 0, "writes nothing 16 bytes wide (STG.128)")
+    block_shared = kernel.shared + family.dynamic_shared
+    rule(block_shared <= MAX_BLOCK_SHARED, f"wants {block_shared} bytes of shared memory, at most {MAX_BLOCK_SHARED}")
+    if kernel.max_threads:
+        blocks = kernel.blocks_per_sm(family.dynamic_shared)
+        rule(
+            blocks >= family.blocks_per_sm,
+            f"fits {blocks} times on a multiprocessor, want {family.blocks_per_sm} ({kernel.registers} registers x "
+            f"{kernel.max_threads} threads, {block_shared} bytes of shared memory)",
+        )
+    return found
+
+
+def report(kernels: list[Kernel]) -> tuple[str, list[str]]:
+    """The table (a row for architectures that agree) and the violations."""
+    heads = ["kernel", "sm", "threads", "registers", "shared", "blocks/SM", "code", *INSTRUCTIONS]
+    rows: dict[tuple[str, ...], list[str]] = {}
+    broken = []
+    for kernel in kernels:
+        family = family_of(kernel.name)
+        dynamic = family.dynamic_shared if family else 0
+        fits = kernel.blocks_per_sm(dynamic) if kernel.max_threads else 0
+        shared = f"{kernel.shared}+{dynamic}" if dynamic else str(kernel.shared)
+        counts = [str(kernel.instructions[column] or "-") for column in INSTRUCTIONS]
+        cells = (kernel.max_threads, kernel.registers, shared, fits, kernel.instructions["all"])
+        rows.setdefault((kernel.name, *map(str, cells), *counts), []).append(kernel.arch.removeprefix("sm_"))
+        broken += [f"{kernel.name} for {kernel.arch}: {text}" for text in violations(kernel)]
+    table = [heads] + [[row[0], ",".join(dict.fromkeys(archs)), *row[1:]] for row, archs in rows.items()]
+    widths = [max(len(row[column]) for row in table) for column in range(len(heads))]
+    lines = []
+    for row in table:
+        left = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
+        right = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
+        lines.append("  ".join([*left, *right]).rstrip())
+    return "\n".join(lines), list(dict.fromkeys(broken))
+
+
+# --- the tools --------------------------------------------------------------------------------------------------------
+
+
+def find_tools() -> Path | None:
+    """The folder that has cuobjdump and nvdisasm: pip's, PATH's or the toolkit's."""
+    folders = [bin_ for path in sys.path for bin_ in sorted(Path(path or ".").glob("nvidia/cu[0-9]*/bin"))]
+    folders += [Path(found).parent] if (found := shutil.which("cuobjdump")) else []
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    folders += [Path(home) / "bin" for home in homes if home]
+    return next((f for f in folders if (f / "cuobjdump").exists() and (f / "nvdisasm").exists()), None)
+
+
+def read_kernels(library: Path, tools: Path, jobs: int) -> list[Kernel]:
+    """Every kernel of the library for every architecture; ones that several objects hold alike, once."""
+    # cuobjdump starts nvdisasm by its name.
+    environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
+
+    def cuobjdump(*options: str) -> list[str]:
+        command = [tools / "cuobjdump", *options, library]
+        return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.splitlines()
+
+    def of_arch(arch: str) -> list[Kernel]:
+        threads = parse_max_threads(cuobjdump("--dump-elf", "--gpu-architecture", arch))
+        kernels = parse_code(cuobjdump("--dump-resource-usage", "--dump-sass", "--gpu-architecture", arch))
+        for kernel in kernels:
+            kernel.max_threads = threads.get(kernel.symbol, 0)
+        return kernels
+
+    listed = cuobjdump("--list-elf")
+    archs = dict.fromkeys(match[1] for line in listed if (match := re.search(r"\.(sm_\w+)\.cubin", line)))
+    with ThreadPoolExecutor(jobs) as pool:
+        found = [kernel for kernels in pool.map(of_arch, archs) for kernel in kernels]
+    symbols = list(dict.fromkeys(kernel.symbol for kernel in found))
+    demangled = symbols
+    if shutil.which("c++filt"):  # comes with the linker, so wherever something was built
+        filtered = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True)
+        demangled = filtered.stdout.splitlines()
+    names = dict(zip(symbols, map(short_name, demangled), strict=True))
+    unique: list[Kernel] = []
+    for kernel in found:
+        kernel.name = names[kernel.symbol]
+        if kernel not in unique:
+            unique.append(kernel)
+    order = list(archs)
+    return sorted(unique, key=lambda kernel: (kernel.name, order.index(kernel.arch)))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("library", type=Path)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="architectures read at a time")
+    args = parser.parse_args()
+    tools = find_tools()
+    if tools is None:
+        print("kernel_report: no cuobjdump and nvdisasm; pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+        return 2
+    if not args.library.exists():
+        print(f"kernel_report: {args.library} is not there; `make cuda` builds it")
+        return 2
+    kernels = read_kernels(args.library, tools, args.jobs)
+    if not kernels:
+        print(f"kernel_report: {args.library} has no kernels in it")
+        return 2
+    table, broken = report(kernels)
+    print(table)
+    num_names, num_archs = len({kernel.name for kernel in kernels}), len({kernel.arch for kernel in kernels})
+    print(f"\n{num_names} kernels for {num_archs} architectures, {len(broken)} rules broken")
+    for text in broken:
+        print(f"  {text}")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
