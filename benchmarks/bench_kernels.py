@@ -106,7 +106,7 @@ def is_ours(kernel: str) -> bool:
 
 
 def _short(kernel: str) -> str:
-    return re.sub(r"^void |lora_ext::cuda::(mma::)?|\(.*", "", kernel)
+    return re.sub(r"^void |lora_ext::cuda::([fm]ma::)?|\(.*", "", kernel)
 
 
 def forward_stages(kernels: list[str]) -> list[str]:
@@ -136,9 +136,8 @@ def backward_stages(kernels: list[str]) -> list[str]:
 
 
 def merge_stages(stage: str, kernels: list[str]) -> list[str]:
-    """Of one merge: planning the exact record is a stage of its own."""
-    names = [_short(kernel) for kernel in kernels]
-    return ["plan" if "plan" in name or name.startswith("pack") else stage for name in names]
+    """Of one merge or unmerge, whose last kernel writes the weight: what comes before it plans the exact record."""
+    return ["plan"] * (len(kernels) - 1) + [stage]
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------

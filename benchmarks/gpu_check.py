@@ -87,7 +87,9 @@ def find_cuda_home(torch_cuda: str, candidates: list[Path]) -> Path | None:
 
 def cuda_home_candidates() -> list[Path]:
     homes = [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
-    homes += [Path(nvcc).resolve().parent.parent] if (nvcc := shutil.which("nvcc")) else []
+    if nvcc := shutil.which("nvcc"):  # it may be a wrapper script elsewhere: ask it where its toolkit lies
+        dryrun = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
+        homes += [Path(top[1].strip()).resolve()] if (top := re.search(r"^#\$ TOP=(.+)$", dryrun.stderr, re.M)) else []
     homes += [Path("/usr/local/cuda"), *sorted(Path("/usr/local").glob("cuda-*"), reverse=True)]
     homes += [home for path in sys.path for home in sorted(Path(path or ".").glob("nvidia/cu[0-9]*"))]
     return homes
@@ -106,7 +108,6 @@ def plan(facts: dict[str, str], home: Path | None, cores: int) -> list[Part]:
     workers = ["-n", str(min(8, cores))] if importlib.util.find_spec("xdist") else []
     no_toolkit = "" if home else f"no CUDA toolkit for torch's CUDA {facts['cuda']}: set CUDA_HOME"
     build = {"LORA_EXT_CUDA": "1", "LORA_EXT_CUDA_ARCHS": arch, "CUDA_HOME": str(home or ""), "MAX_JOBS": str(cores)}
-    script = str(ROOT / "benchmarks" / "gpu_check.py")
 
     def sanitize(tool: str, **environment: str) -> Part:
         command = [sanitizer or "compute-sanitizer", "--tool", tool, "--kernel-name", "kns=lora_ext"]
@@ -118,7 +119,7 @@ def plan(facts: dict[str, str], home: Path | None, cores: int) -> list[Part]:
     kernels = [python, "benchmarks/bench_kernels.py", "--json", str(LOGS / "kernels.json")]
     return [
         Part("build", [python, "setup.py", "build_ext", "--inplace"], 200, 60, build, no_toolkit),
-        Part("golden", [python, script, "--golden", str(home), arch], 40, 15, {}, no_toolkit),
+        Part("golden", [python, "benchmarks/gpu_check.py", "--golden", str(home), arch], 40, 15, {}, no_toolkit),
         Part("small", [python, "benchmarks/sanitize_ops.py"], 30, 10, {}, "", ("build",)),
         Part(
             "tests",
@@ -141,8 +142,13 @@ def plan(facts: dict[str, str], home: Path | None, cores: int) -> list[Part]:
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
+def shown(command: list[str]) -> str:
+    """A command as someone else would type it: no paths of this machine's."""
+    return " ".join("python" if word == sys.executable else word.replace(f"{ROOT}/", "") for word in command)
+
+
 def run(part: Part, limit_s: float) -> Outcome:
-    command = " ".join(part.command)
+    command = shown(part.command)
     if part.not_run:
         return Outcome(part.name, NOT_RUN, 0.0, command, part.not_run)
     if limit_s < 5:
@@ -182,7 +188,7 @@ def run_all(parts: list[Part], budget_s: float, clock=time.monotonic, run_part=r
     for number, part in enumerate(parts):
         missing = [o.name for o in outcomes if o.name in part.needs and o.status != PASSED]
         if missing:
-            outcome = Outcome(part.name, FAILED, 0.0, " ".join(part.command), f"{missing[0]} did not pass")
+            outcome = Outcome(part.name, FAILED, 0.0, shown(part.command), f"{missing[0]} did not pass")
         else:
             later = [other for other in parts[number + 1 :] if not other.not_run]
             outcome = run_part(part, seconds_for(part, later, end - clock()))

@@ -38,3 +38,9 @@ CUDA_SHAPES = [
     Shape(1536, 384, 384),
     Shape(8192, 768, 3072),
 ]
+
+# Attention's q, k and v: each of three layers.
+SIBLING_SHAPES = [
+    Shape(512, 768, 768),
+    Shape(1024, 2048, 2048),
+]

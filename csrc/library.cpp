@@ -30,8 +30,23 @@ STABLE_TORCH_LIBRARY(lora_ext, m) {
       "Tensor[] lora_Bs, Tensor? xa, Tensor? mask, float[] scalings, float dropout_p, bool[3] output_mask) "
       "-> (Tensor? grad_x, Tensor[] grad_lora_As, Tensor[] grad_lora_Bs)");
 
-  // weight += scaling * lora_B @ lora_A in place, accumulated in float32 (float64 for float64) and rounded once.
-  m.def("lora_merge_(Tensor(a!) weight, Tensor lora_A, Tensor lora_B, float scaling) -> ()");
+  // Merging and unmerging of many layers: weight += lora_B @ lora_A in place, rounded once, and back to the very bits.
+  // Weights of one dtype; factors in the accumulation dtype, lora_B times the scaling. csrc/common/merge_params.h
+  // defines the results to the bit, csrc/common/merge_record.h the record; lora_ext/exact_merge.py puts the three ops
+  // together.
+
+  // What merging would come to: non_finite int64 [layers] counts results that are NaN or infinite; words int16, a row
+  // of [out_features, ceil(in_features / 256)] after the other over all layers, is the length of each segment's record.
+  m.def("lora_merge_plan(Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs) -> (Tensor non_finite, Tensor words)");
+
+  // With ends, the running sum of the plan's words, the record is written to corrections: one int16 vector a layer.
+  m.def(
+      "lora_merge_(Tensor(a!)[] weights, Tensor[] lora_As, Tensor[] lora_Bs, Tensor? ends, "
+      "Tensor(b!)[] corrections) -> ()");
+
+  m.def(
+      "lora_unmerge_(Tensor(a!)[] weights, Tensor[] lora_As, Tensor[] lora_Bs, Tensor? ends, "
+      "Tensor[] corrections) -> ()");
 
   // The dropout mask lora_linear uses for this seed, as bits: uint8 [num_tokens, ceil(in_features / 64) * 8].
   m.def("lora_dropout_mask(Tensor seed, SymInt num_tokens, SymInt in_features, float dropout_p) -> Tensor");

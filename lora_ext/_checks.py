@@ -158,12 +158,45 @@ def check_lora_linear_siblings(
     _check_dropout_and_seed(op, x, dropout_p, seed)
 
 
-def check_lora_merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
-    check_factors("lora_merge_", weight, lora_A, lora_B)
+# --- merging ----------------------------------------------------------------------------------------------------------
+
+MERGE_SEGMENT = 256  # columns that share a record: csrc/common/merge_record.h
+
+
+def merge_segments(in_features: int) -> int:
+    return (in_features + MERGE_SEGMENT - 1) // MERGE_SEGMENT
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_merge_layer(op: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: int | None = None) -> None:
+    """A weight that can be merged into, and factors that fit it; these in any dtype."""
+    check_factors(op, weight, lora_A, lora_B, index)
+    name = _argument("weight", index)
     if weight.shape[1] > 1 and weight.stride(1) != 1:
-        raise ValueError(f"lora_merge_: weight has column stride {weight.stride(1)}, want 1; merge a contiguous one")
+        raise ValueError(f"{op}: {name} has column stride {weight.stride(1)}, want 1; merge a contiguous one")
     if weight.shape[0] > 1 and weight.stride(0) < weight.shape[1]:
         raise ValueError(
-            f"lora_merge_: weight has row stride {weight.stride(0)} but {weight.shape[1]} columns: its rows overlap"
+            f"{op}: {name} has row stride {weight.stride(0)} but {weight.shape[1]} columns: its rows overlap"
         )
-    check_scaling("lora_merge_", scaling)
+
+
+def check_merge(op: str, weights: Sequence[Tensor], lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor]) -> None:
+    """What the merge ops take: lists of equal length, one dtype and device, factors in the accumulation dtype."""
+    if not weights:
+        raise ValueError(f"{op}: weights is empty, want at least one")
+    if not len(weights) == len(lora_As) == len(lora_Bs):
+        raise ValueError(
+            f"{op}: there are {len(weights)} weights, but {len(lora_As)} lora_As and {len(lora_Bs)} lora_Bs"
+        )
+    for i, (weight, A, B) in enumerate(zip(weights, lora_As, lora_Bs, strict=True)):
+        check_merge_layer(op, weight, A, B, i)
+        for what in ("dtype", "device"):
+            ours, first = getattr(weight, what), getattr(weights[0], what)
+            if ours != first:
+                raise ValueError(f"{op}: weights[{i}] has {what} {ours} but weights[0] has {first}")
+        acc = accumulation_dtype(weight.dtype)
+        if A.dtype != acc:
+            raise TypeError(f"{op}: lora_As[{i}] has dtype {_name(A.dtype)}, want the accumulation dtype {_name(acc)}")

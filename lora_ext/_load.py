@@ -66,6 +66,14 @@ def build_info() -> dict[str, str]:
     return _compiled_module().build_info()
 
 
+def check_kernels_exist(op: str, device: torch.device) -> None:
+    """RuntimeError where there are no kernels for tensors on ``device``, which says why."""
+    if device.type == "cuda" and cuda_unavailable_reason:
+        raise RuntimeError(f"{op}: tensors are on {device}, but there are no CUDA kernels: {cuda_unavailable_reason}")
+    if device.type not in ("cpu", "cuda", "meta"):
+        raise RuntimeError(f"{op}: tensors are on {device}, but there are kernels for cpu and cuda only")
+
+
 _load_cpu()
 _check_isa()
 cuda_unavailable_reason: str = _load_cuda()

@@ -48,9 +48,24 @@ def _(grad_y, x, weight, lora_A, lora_B, xa, mask, scaling, dropout_p, output_ma
     )
 
 
+@torch.library.register_fake("lora_ext::lora_merge_plan")
+def _(weights, lora_As, lora_Bs):
+    _checks.check_merge("lora_merge_plan", weights, lora_As, lora_Bs)
+    num_segments = sum(weight.shape[0] * _checks.merge_segments(weight.shape[1]) for weight in weights)
+    return (
+        weights[0].new_empty((len(weights),), dtype=torch.int64),
+        weights[0].new_empty((num_segments,), dtype=torch.int16),
+    )
+
+
 @torch.library.register_fake("lora_ext::lora_merge_")
-def _(weight, lora_A, lora_B, scaling):
-    _checks.check_lora_merge(weight, lora_A, lora_B, scaling)
+def _(weights, lora_As, lora_Bs, ends, corrections):
+    _checks.check_merge("lora_merge_", weights, lora_As, lora_Bs)
+
+
+@torch.library.register_fake("lora_ext::lora_unmerge_")
+def _(weights, lora_As, lora_Bs, ends, corrections):
+    _checks.check_merge("lora_unmerge_", weights, lora_As, lora_Bs)
 
 
 @torch.library.register_fake("lora_ext::lora_dropout_mask")
@@ -125,21 +140,34 @@ def _lora_linear_backward_autograd(grad_y, x, weight, lora_A, lora_B, xa, mask, 
         )
 
 
-def _lora_merge_autograd(weight, lora_A, lora_B, scaling):
-    if torch.is_grad_enabled() and weight.requires_grad:
-        raise RuntimeError(
-            "lora_merge_: weight requires grad; merging in place would corrupt its gradient. "
-            "Call weight.requires_grad_(False) or merge under torch.no_grad()"
-        )
-    with below_autograd():
-        torch.ops.lora_ext.lora_merge_.default(weight, lora_A, lora_B, scaling)
-    if not weight.is_inference():
-        torch.autograd.graph.increment_version(weight)  # mutating stable-ABI ops do not
+def _lora_merge_plan_autograd(weights, lora_As, lora_Bs):
+    with _below_autograd():  # it returns counts
+        return torch.ops.lora_ext.lora_merge_plan.default(weights, lora_As, lora_Bs)
+
+
+def _changes_weights(op):
+    """The autograd kernel of an op that changes its first argument, a list of weights, in place."""
+
+    def autograd_kernel(weights, lora_As, lora_Bs, ends, corrections):
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
+            raise RuntimeError(
+                f"{op.__name__}: weight requires grad; merging in place would corrupt its gradient. "
+                "Call weight.requires_grad_(False) or merge under torch.no_grad()"
+            )
+        with _below_autograd():
+            op.default(weights, lora_As, lora_Bs, ends, corrections)
+        for weight in weights:
+            if not weight.is_inference():
+                torch.autograd.graph.increment_version(weight)  # mutating stable-ABI ops do not
+
+    return autograd_kernel
 
 
 LIBRARY.impl("lora_linear", _lora_linear_autograd, "Autograd")
 LIBRARY.impl("lora_linear_backward", _lora_linear_backward_autograd, "Autograd")
-LIBRARY.impl("lora_merge_", _lora_merge_autograd, "Autograd")
+LIBRARY.impl("lora_merge_plan", _lora_merge_plan_autograd, "Autograd")
+LIBRARY.impl("lora_merge_", _changes_weights(torch.ops.lora_ext.lora_merge_), "Autograd")
+LIBRARY.impl("lora_unmerge_", _changes_weights(torch.ops.lora_ext.lora_unmerge_), "Autograd")
 
 
 # --- autocast: x, weight and bias go to autocast's dtype as in nn.Linear; the adapter keeps its own -------------------

@@ -8,6 +8,16 @@ import torch
 from torch import Tensor
 
 from . import _checks, _load
+from .exact_merge import MergeRecord, lora_merge_, lora_unmerge_
+
+__all__ = [
+    "MergeRecord",
+    "draw_seed",
+    "lora_linear",
+    "lora_linear_siblings",
+    "lora_merge_",
+    "lora_unmerge_",
+]
 
 _INT64_MAX = torch.iinfo(torch.int64).max
 
@@ -15,15 +25,6 @@ _INT64_MAX = torch.iinfo(torch.int64).max
 def draw_seed(device: torch.device) -> Tensor:
     """A fresh dropout seed, int64 ``[]``, from PyTorch's default generator of ``device`` (``torch.manual_seed``)."""
     return torch.randint(_INT64_MAX, (), dtype=torch.int64, device=device)
-
-
-def _check_kernels_exist(op: str, device: torch.device) -> None:
-    if device.type == "cuda" and _load.cuda_unavailable_reason:
-        raise RuntimeError(
-            f"{op}: tensors are on {device}, but there are no CUDA kernels: {_load.cuda_unavailable_reason}"
-        )
-    if device.type not in ("cpu", "cuda", "meta"):
-        raise RuntimeError(f"{op}: tensors are on {device}, but there are kernels for cpu and cuda only")
 
 
 def lora_linear(
@@ -67,7 +68,7 @@ def lora_linear(
     except RuntimeError:
         if not torch.is_autocast_enabled(x.device.type):  # under autocast the op saw other dtypes than these
             _checks.check_lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
-        _check_kernels_exist("lora_linear", x.device)
+        _load.check_kernels_exist("lora_linear", x.device)
         raise
 
 
@@ -122,26 +123,5 @@ def lora_linear_siblings(
     except RuntimeError:
         if not torch.is_autocast_enabled(x.device.type):  # under autocast the op saw other dtypes than these
             _checks.check_lora_linear_siblings(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)
-        _check_kernels_exist("lora_linear_siblings", x.device)
+        _load.check_kernels_exist("lora_linear_siblings", x.device)
         raise
-
-
-def lora_merge_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """``weight += scaling * lora_B @ lora_A`` in place; one read and one write of ``weight``.
-
-    Accumulates in float32 (float64 for float64) and rounds once. Shapes as in :func:`lora_linear`; ``weight`` may have
-    any row stride. A negated ``scaling`` takes the update out again, to rounding.
-
-    Returns:
-        ``weight``.
-
-    Raises:
-        ValueError, TypeError: naming the argument and both values; ``weight`` is then untouched.
-    """
-    try:
-        torch.ops.lora_ext.lora_merge_.default(weight, lora_A, lora_B, scaling)
-    except RuntimeError:
-        _checks.check_lora_merge(weight, lora_A, lora_B, scaling)
-        _check_kernels_exist("lora_merge_", weight.device)
-        raise
-    return weight

@@ -24,29 +24,59 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+# Bytes of shared memory that every architecture gives a block: what a pipeline's stages are counted to fill.
+MAX_BLOCK_SHARED = 99 * 1024
+
 
 @dataclass(frozen=True)
 class Family:
-    """What the kernels of one family are written for. The first family whose pattern is found in a name has it."""
+    """What the kernels of one family are written for. The first family whose pattern is found in a name has it.
+
+    blocks_per_sm is the second number of __launch_bounds__, which the binary does not keep: so many blocks must fit by
+    registers and threads everywhere, and by shared memory too where a multiprocessor has 228 KiB (sm_90, sm_100); those
+    with less run fewer. dynamic_shared, bytes that the launch adds at most, is not in the binary either.
+    """
 
     name: str
     pattern: str  # regular expression, searched in the short demangled name
+    blocks_per_sm: int = 2
+    dynamic_shared: int = 0
     tensor_cores: bool = False  # multiplies on HMMA
     wide_loads: bool = False  # reads device memory 16 bytes a thread, with or without cp.async
-    wide_stores: bool = False  # writes device memory 16 bytes a thread
     async_copies: bool = False  # fills its pipeline by cp.async of 16 bytes
-    blocks_per_sm: int = 2  # how many blocks must fit on a multiprocessor; the second number of __launch_bounds__
-    dynamic_shared: int = 0  # bytes the launch adds at most: not in the binary, so stated here
+    wide_stores: bool = False  # writes device memory 16 bytes a thread
 
 
-SIXTEEN_BITS = r"<.*(__nv_bfloat16|__half)"
+PASS = dict(async_copies=True, wide_loads=True, dynamic_shared=MAX_BLOCK_SHARED)  # over a tall matrix
+MMA = dict(tensor_cores=True, **PASS)
 
 FAMILIES = [
     Family("dropout mask", r"^dropout_mask_kernel"),
-    Family("pack factors", r"^pack_\w*kernel"),
-    Family("sums", r"^(sum|rank_sums|feature_sums)\w*_kernel"),
-    Family("plain", r"^\w+_kernel<(float|double)", blocks_per_sm=1),
-    Family("plain 16-bit", r"^\w+_kernel" + SIXTEEN_BITS, blocks_per_sm=1),
+    Family("merge's plan", r"^merge_kernel<\w+, 0>", wide_loads=True),
+    Family("merge", r"^merge_kernel<", wide_loads=True, wide_stores=True),
+    Family("pack factors", r"^(fma|mma)::pack_factors_kernel"),
+    # Sums of 16 bits come from float32 partial sums, four at a time.
+    Family("sums on tensor cores' partial sums", r"^mma::partial_sums_kernel", wide_loads=True),
+    Family("sums", r"^(rank_sums|gradient_sums)_kernel"),
+    # One block on a multiprocessor: both sums in registers.
+    Family("mma shrink and sum", r"^mma::shrink_and_sum_kernel", blocks_per_sm=1, **MMA),
+    Family("mma shrink", r"^mma::shrink_kernel", **MMA),
+    Family("mma sum over tokens", r"^mma::token_sum_kernel", **MMA),
+    # Template arguments: parts of the skinny operands, steps of 16 ranks.
+    Family(
+        "mma expand, small",
+        r"^mma::expand_short_kernel<\w+, (1, \d+|\d+, 1)[,>]",
+        blocks_per_sm=3,
+        wide_stores=True,
+        **MMA | dict(dynamic_shared=48 * 1024),
+    ),
+    Family("mma expand", r"^mma::expand_short_kernel", wide_stores=True, **MMA | dict(dynamic_shared=48 * 1024)),
+    Family("mma expand, long, one part", r"^mma::expand_long_kernel<\w+, 1[,>]", wide_stores=True, **MMA),
+    Family("mma expand, long", r"^mma::expand_long_kernel", blocks_per_sm=1, wide_stores=True, **MMA),
+    Family("fma shrink", r"^fma::shrink_kernel", **PASS),
+    Family("fma sum over tokens", r"^fma::token_sum_kernel", **PASS),
+    Family("fma expand, float64", r"^fma::expand_kernel<double", **PASS),  # writes 8 bytes, whole lines a warp
+    Family("fma expand", r"^fma::expand_kernel", wide_stores=True, **PASS),
 ]
 
 
@@ -55,19 +85,19 @@ class Sm:
     """What a multiprocessor has, by the CUDA programming guide's table of technical specifications."""
 
     threads: int
-    shared: int  # bytes for all blocks together
-    reserved_shared: int  # bytes the driver takes of each block's; from sm_90 on the compiler's figure includes them
+    shared: int  # bytes for all blocks together, each with RESERVED_SHARED of the driver's
 
 
-REGISTERS_PER_SM, MAX_BLOCK_SHARED = 65536, 99 * 1024  # the second: what every architecture below gives one block
+REGISTERS_PER_SM, RESERVED_SHARED = 65536, 1024
 SMS = {
-    "sm_80": Sm(2048, 164 * 1024, 1024),
-    "sm_86": Sm(1536, 100 * 1024, 1024),
-    "sm_89": Sm(1536, 100 * 1024, 1024),
-    "sm_90": Sm(2048, 228 * 1024, 0),
-    "sm_100": Sm(2048, 228 * 1024, 0),
-    "sm_120": Sm(1536, 100 * 1024, 0),
+    "sm_80": Sm(2048, 164 * 1024),
+    "sm_86": Sm(1536, 100 * 1024),
+    "sm_89": Sm(1536, 100 * 1024),
+    "sm_90": Sm(2048, 228 * 1024),
+    "sm_100": Sm(2048, 228 * 1024),
+    "sm_120": Sm(1536, 100 * 1024),
 }
+LARGE_SHARED = 228 * 1024
 
 # Columns of the table: how often an instruction occurs. LDGSTS is cp.async; HMMA the tensor cores on 16 bits.
 INSTRUCTIONS = {
@@ -92,15 +122,26 @@ class Kernel:
     instructions: Counter[str] = field(default_factory=Counter)
     name: str = ""  # demangled, without namespaces and parameters
 
-    def blocks_per_sm(self, dynamic_shared: int) -> int:
-        """How many blocks of max_threads fit on a multiprocessor at once."""
-        sm = SMS[self.arch.rstrip("af")]
+    @property
+    def sm(self) -> Sm:
+        return SMS[self.arch.rstrip("af")]
+
+    @property
+    def own_shared(self) -> int:
+        """Static shared memory; from sm_90 on the compiler's figure includes the driver's."""
+        counts_reserved = int(re.sub(r"\D", "", self.arch)) >= 90
+        return max(self.shared - RESERVED_SHARED, 0) if counts_reserved else self.shared
+
+    def blocks_by_registers(self) -> int:
+        """How many blocks of max_threads a multiprocessor has registers and threads for."""
         warps = -(-self.max_threads // 32)
-        warp_registers = -(-self.registers * 32 // 256) * 256  # handed out in units of 256 registers a warp
-        warps_by_registers = REGISTERS_PER_SM // max(warp_registers, 256) // 4 * 4  # four schedulers, filled alike
-        shared = self.shared + dynamic_shared + sm.reserved_shared
-        by_shared = sm.shared // shared if shared else sm.threads
-        return min(warps_by_registers // warps, sm.threads // (32 * warps), by_shared)
+        warp_registers = max(-(-self.registers * 32 // 256) * 256, 256)  # handed out to warps in units of 256
+        by_registers = REGISTERS_PER_SM // warp_registers // 4 * 4  # warps on four schedulers, filled alike
+        return min(by_registers // warps, self.sm.threads // (32 * warps))
+
+    def blocks_per_sm(self, dynamic_shared: int) -> int:
+        """How many fit at once, shared memory included."""
+        return min(self.blocks_by_registers(), self.sm.shared // (self.own_shared + dynamic_shared + RESERVED_SHARED))
 
 
 # --- reading the tools' output ----------------------------------------------------------------------------------------
@@ -159,7 +200,8 @@ def parse_max_threads(lines: Iterable[str]) -> dict[str, int]:
 def short_name(demangled: str) -> str:
     """``void lora_ext::cuda::f<(int)16, true>(Params)`` -> ``f<16, true>``."""
     name = re.sub(r"\(anonymous namespace\)::|\blora_ext::(cuda::)?|^void ", "", demangled)
-    name = re.sub(r"\((int|bool|unsigned int|long|lora_ext::\w+)\)", "", name)
+    name = re.sub(r"\([\w: ]+\)(?=-?\d)", "", name)  # (int)16, (KeepBits)1
+    name = re.sub(r"(?<=[<, ])(fma|mma)::", "", name)  # the kernel's own folder stays
     depth = 0
     for position, character in enumerate(name):  # the parameter list: the first bracket outside <>
         depth += (character == "<") - (character == ">")
@@ -184,9 +226,7 @@ def violations(kernel: Kernel) -> list[str]:
             found.append(text)
 
     has = kernel.instructions
-    rule(
-        kernel.stack == 0, f"has a stack frame of {kernel.stack} bytes, want none (spills, or local arrays)"
-    )
+    rule(kernel.stack == 0, f"has a stack frame of {kernel.stack} bytes, want none (spills, or local arrays)")
     rule(kernel.local == 0 and has["local"] == 0, f"uses local memory ({has['local']} LDL or STL), want none")
     rule(has["all"] > 0, "has no machine code for this architecture")
     rule(kernel.max_threads > 0, "has no __launch_bounds__")
@@ -201,10 +241,11 @@ def violations(kernel: Kernel) -> list[str]:
         rule(has["LDGSTS.128"] > 0, "has no cp.async of 16 bytes (LDGSTS.128)")
     if family.wide_stores:
         rule(has["STG.128"] > 0, "writes nothing 16 bytes wide (STG.128)")
-    block_shared = kernel.shared + family.dynamic_shared
+    block_shared = kernel.own_shared + family.dynamic_shared
     rule(block_shared <= MAX_BLOCK_SHARED, f"wants {block_shared} bytes of shared memory, at most {MAX_BLOCK_SHARED}")
     if kernel.max_threads:
-        blocks = kernel.blocks_per_sm(family.dynamic_shared)
+        has_room = kernel.sm.shared >= LARGE_SHARED
+        blocks = kernel.blocks_per_sm(family.dynamic_shared) if has_room else kernel.blocks_by_registers()
         rule(
             blocks >= family.blocks_per_sm,
             f"fits {blocks} times on a multiprocessor, want {family.blocks_per_sm} ({kernel.registers} registers x "
@@ -222,7 +263,7 @@ def report(kernels: list[Kernel]) -> tuple[str, list[str]]:
         family = family_of(kernel.name)
         dynamic = family.dynamic_shared if family else 0
         fits = kernel.blocks_per_sm(dynamic) if kernel.max_threads else 0
-        shared = f"{kernel.shared}+{dynamic}" if dynamic else str(kernel.shared)
+        shared = f"{kernel.own_shared}+{dynamic}" if dynamic else str(kernel.own_shared)
         counts = [str(kernel.instructions[column] or "-") for column in INSTRUCTIONS]
         cells = (kernel.max_threads, kernel.registers, shared, fits, kernel.instructions["all"])
         rows.setdefault((kernel.name, *map(str, cells), *counts), []).append(kernel.arch.removeprefix("sm_"))
@@ -249,7 +290,7 @@ def find_tools() -> Path | None:
     return next((f for f in folders if (f / "cuobjdump").exists() and (f / "nvdisasm").exists()), None)
 
 
-def read_kernels(library: Path, tools: Path, jobs: int) -> list[Kernel]:
+def read_kernels(library: Path, tools: Path, jobs: int, only_arch: str | None = None) -> list[Kernel]:
     """Every kernel of the library for every architecture; ones that several objects hold alike, once."""
     # cuobjdump starts nvdisasm by its name.
     environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
@@ -267,6 +308,8 @@ def read_kernels(library: Path, tools: Path, jobs: int) -> list[Kernel]:
 
     listed = cuobjdump("--list-elf")
     archs = dict.fromkeys(match[1] for line in listed if (match := re.search(r"\.(sm_\w+)\.cubin", line)))
+    if only_arch:
+        archs = {arch: None for arch in archs if arch == only_arch}
     with ThreadPoolExecutor(jobs) as pool:
         found = [kernel for kernels in pool.map(of_arch, archs) for kernel in kernels]
     symbols = list(dict.fromkeys(kernel.symbol for kernel in found))
@@ -287,6 +330,7 @@ def read_kernels(library: Path, tools: Path, jobs: int) -> list[Kernel]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("library", type=Path)
+    parser.add_argument("--arch", help="only this one, for example sm_90a")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="architectures read at a time")
     args = parser.parse_args()
     tools = find_tools()
@@ -296,9 +340,9 @@ def main() -> int:
     if not args.library.exists():
         print(f"kernel_report: {args.library} is not there; `make cuda` builds it")
         return 2
-    kernels = read_kernels(args.library, tools, args.jobs)
+    kernels = read_kernels(args.library, tools, args.jobs, args.arch)
     if not kernels:
-        print(f"kernel_report: {args.library} has no kernels in it")
+        print(f"kernel_report: {args.library} has no kernels in it for {args.arch or 'any architecture'}")
         return 2
     table, broken = report(kernels)
     print(table)

@@ -75,7 +75,7 @@ def test_kernels_are_told_apart_by_stage():
     split = ["pack_factors_kernel", "shrink_kernel", "partial_sums_kernel", "token_sum_kernel", "partial_sums_kernel"]
     expected = ["pack", "grad_b", "grad_b", "grad_b", "grad_b", "grad_a", "grad_a", "grad_x"]
     assert bench_kernels.backward_stages(named(*split, *last)) == expected
-    assert bench_kernels.merge_stages("merge", named("merge_plan_kernel", "merge_kernel")) == ["plan", "merge"]
+    assert bench_kernels.merge_stages("merge", named("merge_kernel", "merge_kernel")) == ["plan", "merge"]
 
 
 def test_inputs_rotate_beyond_the_cache():
@@ -200,6 +200,10 @@ def test_the_whole_plan_fits():
     assert sum(one.least_s for one in parts) < 300 < 465 < 480
     assert parts[0].environment["LORA_EXT_CUDA_ARCHS"] == "90a"
     assert all(one.not_run == "" for one in parts if one.name in ("tests", "kernels", "layer"))
+    commands = [gpu_check.shown(one.command) for one in parts]
+    assert commands[0] == "python setup.py build_ext --inplace"
+    assert commands[-2] == "python benchmarks/bench_kernels.py --json build/gpu_check/kernels.json --seconds 45"
+    assert not any(str(BENCHMARKS.parent) in command for command in commands)
     without = gpu_check.plan(FACTS, None, 2)
     assert without[0].not_run == "no CUDA toolkit for torch's CUDA 13.0: set CUDA_HOME"
 

@@ -1,24 +1,50 @@
-// lora_merge_ on CUDA. csrc/library.cpp has the schema.
+// lora_merge_plan, lora_merge_ and lora_unmerge_ on CUDA. csrc/library.cpp has the schemas.
 #include <torch/csrc/stable/library.h>
 
+#include "../cuda/merge.h"
 #include "cuda_stream.h"
 #include "merge_call.h"
 
 namespace lora_ext::cuda {
 namespace {
 
-void lora_merge_(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling) {
-  const DeviceGuard guard(weight.get_device_index());
-  const MergeCall call = prepare_merge(weight, lora_A, lora_B, scaling);
-  const LoraMergeParams& p = call.params;
-  if (p.in_features == 0 || p.out_features == 0) return;
-  const Tensor workspace = allocate_workspace(p, weight);
-
-  launch_lora_merge(p, workspace.mutable_data_ptr(), current_stream(weight));
+void run(const MergeCall& call, MergeMode mode, const Tensor& like) {
+  launch_merge(mode, call.params, call.layers, current_stream(like));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+std::tuple<Tensor, Tensor> lora_merge_plan(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
+                                           const std::vector<Tensor>& lora_Bs) {
+  const DeviceGuard guard(weights.at(0).get_device_index());
+  MergeCall call = prepare_merge("lora_merge_plan", weights, lora_As, lora_Bs);
+  const auto results = allocate_plan(call, weights[0]);
+  run(call, MergeMode::kPlan, weights[0]);
+  return results;
+}
+
+void lora_merge_(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
+                 const std::vector<Tensor>& lora_Bs, const std::optional<Tensor>& ends,
+                 const std::vector<Tensor>& corrections) {
+  const DeviceGuard guard(weights.at(0).get_device_index());
+  MergeCall call = prepare_merge("lora_merge_", weights, lora_As, lora_Bs);
+  attach_record("lora_merge_", call, ends, corrections, weights[0]);
+  run(call, ends ? MergeMode::kMergeRecord : MergeMode::kMerge, weights[0]);
+}
+
+void lora_unmerge_(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
+                   const std::vector<Tensor>& lora_Bs, const std::optional<Tensor>& ends,
+                   const std::vector<Tensor>& corrections) {
+  const DeviceGuard guard(weights.at(0).get_device_index());
+  MergeCall call = prepare_merge("lora_unmerge_", weights, lora_As, lora_Bs);
+  attach_record("lora_unmerge_", call, ends, corrections, weights[0]);
+  run(call, MergeMode::kUnmerge, weights[0]);
 }
 
 }  // namespace
 }  // namespace lora_ext::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(lora_ext, CUDA, m) { m.impl("lora_merge_", TORCH_BOX(&lora_ext::cuda::lora_merge_)); }
+STABLE_TORCH_LIBRARY_IMPL(lora_ext, CUDA, m) {
+  m.impl("lora_merge_plan", TORCH_BOX(&lora_ext::cuda::lora_merge_plan));
+  m.impl("lora_merge_", TORCH_BOX(&lora_ext::cuda::lora_merge_));
+  m.impl("lora_unmerge_", TORCH_BOX(&lora_ext::cuda::lora_unmerge_));
+}

@@ -1,31 +1,100 @@
-// lora_merge_'s part that is the same on every device.
+// The part of the merge's bindings that is the same on every device: arguments checked, the kernels' view of each layer
+// filled in. All of them take lists: many layers, in one launch where that pays.
 #pragma once
 
-#include "../common/params.h"
+#include "../common/merge_params.h"
 #include "layer_arguments.h"
 
 namespace lora_ext {
 
 struct MergeCall {
-  Tensor lora_A, lora_B;  // contiguous
-  LoraMergeParams params{};
+  std::vector<Tensor> factors{};  // contiguous; kept until the launch
+  MergeParams params{};
+  std::vector<MergeLayer> layers{};  // those that have elements
+  int64_t num_segments = 0;
+
+  void keep(const Tensor& factor, const void** pointer) {
+    factors.push_back(as_contiguous(factor));
+    *pointer = factors.back().const_data_ptr();
+  }
 };
 
-inline MergeCall prepare_merge(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling) {
-  check_factors("lora_merge_", weight, lora_A, lora_B);
-  check_scaling("lora_merge_", scaling);
-  STD_TORCH_CHECK(weight.size(1) <= 1 || weight.stride(1) == 1, "lora_merge_: weight has column stride ",
-                  weight.stride(1), ", want 1");
-  STD_TORCH_CHECK(weight.size(0) <= 1 || weight.stride(0) >= weight.size(1), "lora_merge_: weight has row stride ",
+inline void check_merge_weight(const char* op, const Tensor& weight, int index, const Tensor& first) {
+  const ArgumentName name{"weight", index}, first_name{"weight", 0};
+  STD_TORCH_CHECK(weight.scalar_type() == first.scalar_type(), op, ": ", name, " has another dtype than ", first_name,
+                  "; merge weights of each dtype in a call of their own");
+  check_device(op, name, weight, first_name, first);
+  STD_TORCH_CHECK(weight.size(1) <= 1 || weight.stride(1) == 1, op, ": ", name, " has column stride ", weight.stride(1),
+                  ", want 1");
+  STD_TORCH_CHECK(weight.size(0) <= 1 || weight.stride(0) >= weight.size(1), op, ": ", name, " has row stride ",
                   weight.stride(0), " but ", weight.size(1), " columns: its rows overlap");
-  MergeCall call{.lora_A = as_contiguous(lora_A), .lora_B = as_contiguous(lora_B)};
-  LoraMergeParams& p = call.params;
-  p.in_features = weight.size(1), p.out_features = weight.size(0), p.rank = lora_A.size(0);
-  p.dtype = dtype_of(weight), p.factor_dtype = dtype_of(lora_A);
-  p.weight = weight.mutable_data_ptr(), p.weight_stride = weight.stride(0);
-  p.lora_A = call.lora_A.const_data_ptr(), p.lora_B = call.lora_B.const_data_ptr();
-  p.scaling = scaling;
+  constexpr int64_t kLargest = 1ll << 30;  // the kernels count rows and columns, rounded up, in 32 bits
+  STD_TORCH_CHECK(weight.size(0) <= kLargest && weight.size(1) <= kLargest, op, ": ", name, " is ", weight.size(0),
+                  " by ", weight.size(1), ", want at most 2^30 rows and columns");
+}
+
+inline MergeCall prepare_merge(const char* op, const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
+                               const std::vector<Tensor>& lora_Bs) {
+  STD_TORCH_CHECK(!weights.empty(), op, ": weights is empty, want at least one");
+  STD_TORCH_CHECK(lora_As.size() == weights.size() && lora_Bs.size() == weights.size(), op, ": there are ",
+                  weights.size(), " weights, but ", lora_As.size(), " lora_As and ", lora_Bs.size(), " lora_Bs");
+  MergeCall call;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Tensor& weight = weights[i];
+    const int index = static_cast<int>(i);
+    check_factors(op, weight, lora_As[i], lora_Bs[i], index);
+    check_merge_weight(op, weight, index, weights[0]);
+    call.params.dtype = dtype_of(weight);
+    STD_TORCH_CHECK(dtype_of(lora_As[i]) == accumulation_dtype(call.params.dtype), op, ": ",
+                    ArgumentName{"lora_A", index},
+                    " must have the accumulation dtype: float64 beside float64, else "
+                    "float32");
+    MergeLayer layer{};
+    layer.in_features = weight.size(1), layer.out_features = weight.size(0), layer.rank = lora_As[i].size(0);
+    layer.weight = weight.mutable_data_ptr(), layer.weight_stride = weight.stride(0);
+    layer.first_segment = call.num_segments;
+    call.num_segments += layer.out_features * merge_segments(layer.in_features);
+    call.keep(lora_As[i], &layer.lora_A);
+    call.keep(lora_Bs[i], &layer.lora_B);
+    call.layers.push_back(layer);
+  }
   return call;
+}
+
+// ends and the layers' corrections, where there are any.
+inline void attach_record(const char* op, MergeCall& call, const std::optional<Tensor>& ends,
+                          const std::vector<Tensor>& corrections, const Tensor& like) {
+  if (!ends) {
+    STD_TORCH_CHECK(corrections.empty(), op, ": corrections are given, but ends is None");
+    return;
+  }
+  STD_TORCH_CHECK(ends->scalar_type() == ScalarType::Long && ends->dim() == 1 && ends->is_contiguous() &&
+                      ends->size(0) == call.num_segments,
+                  op, ": ends must be int64 [", call.num_segments, "], contiguous");
+  check_device(op, {"ends"}, *ends, {"weight", 0}, like);
+  STD_TORCH_CHECK(corrections.size() == call.layers.size(), op, ": there are ", call.layers.size(), " weights, but ",
+                  corrections.size(), " corrections");
+  call.params.ends = static_cast<const int64_t*>(ends->const_data_ptr());
+  for (size_t i = 0; i < corrections.size(); ++i) {
+    STD_TORCH_CHECK(corrections[i].scalar_type() == ScalarType::Short && corrections[i].dim() == 1 &&
+                        corrections[i].is_contiguous(),
+                    op, ": corrections must be int16 vectors, contiguous");
+    check_device(op, {"corrections"}, corrections[i], {"weight", 0}, like);
+    call.layers[i].corrections = static_cast<uint16_t*>(corrections[i].mutable_data_ptr());
+    call.layers[i].num_corrections = corrections[i].size(0);
+  }
+}
+
+// lora_merge_plan's results, attached to the call: non_finite [num_layers], zeroed, and words [num_segments].
+inline std::tuple<Tensor, Tensor> allocate_plan(MergeCall& call, const Tensor& like) {
+  Tensor non_finite = empty({static_cast<int64_t>(call.layers.size())}, aoti_torch_dtype_int64(), like);
+  torch::stable::zero_(non_finite);
+  Tensor words = empty({call.num_segments}, aoti_torch_dtype_int16(), like);
+  call.params.words = static_cast<int16_t*>(words.mutable_data_ptr());
+  for (size_t i = 0; i < call.layers.size(); ++i) {
+    call.layers[i].non_finite = static_cast<int64_t*>(non_finite.mutable_data_ptr()) + i;
+  }
+  return {non_finite, words};
 }
 
 }  // namespace lora_ext

@@ -65,15 +65,4 @@ struct LoraBackwardParams {
   LoraBackwardSibling siblings[kMaxSiblings];
 };
 
-// weight += scaling * lora_B @ lora_A, accumulated in acc and rounded once
-struct LoraMergeParams {
-  int64_t in_features, out_features, rank;
-  void* weight;        // [out_features, in_features], dtype
-  const void* lora_A;  // [rank, in_features], contiguous, factor_dtype
-  const void* lora_B;  // [out_features, rank], contiguous, factor_dtype
-  int64_t weight_stride;
-  DType dtype, factor_dtype;
-  double scaling;
-};
-
 }  // namespace lora_ext

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "../common/dtype.h"
+#include "../common/merge_params.h"
 #include "../common/params.h"
 #include "isa.h"
 
@@ -34,7 +35,6 @@ struct Kernels {
   // Pack sibling which / 2's lora_A (even) or lora_B (odd) as the kernel of the same name reads it.
   void (*pack_forward)(const LoraForwardParams&, const Workspace&, int which);
   void (*pack_backward)(const LoraBackwardParams&, const Workspace&, int which);
-  void (*pack_merge)(const LoraMergeParams&, const Workspace&, int which);
 
   // Chunk `chunk` of `num_chunks` of the token rows.
   void (*forward)(const LoraForwardParams&, const Workspace&, int64_t chunk, int64_t num_chunks);
@@ -44,8 +44,11 @@ struct Kernels {
   // total_rank.
   void (*reduce_grads)(const LoraBackwardParams&, const Workspace&, int64_t num_chunks, int64_t begin, int64_t end);
 
-  // Rows of weight, chunk by chunk. Reads the packed factors.
-  void (*merge)(const LoraMergeParams&, const Workspace&, int64_t chunk, int64_t num_chunks);
+  // Packs lora_A of segments [begin, end) into panels [segments][rank][kMergeSegment] of the accumulation dtype.
+  void (*pack_merge)(DType, const MergeLayer&, void* panels, int64_t begin, int64_t end);
+
+  // Rows [begin, end) of a layer's weight. Returns how many results are not finite, for MergeMode::kPlan.
+  int64_t (*merge)(const MergeParams&, MergeMode, const MergeLayer&, const void* panels, int64_t begin, int64_t end);
 
   // Bits of rows [begin, end): mask [num_tokens, mask_row_bytes(in_features)]
   void (*dropout_mask)(uint64_t seed, uint32_t threshold, int64_t in_features, int64_t begin, int64_t end,

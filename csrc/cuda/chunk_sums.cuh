@@ -80,9 +80,10 @@ void launch_rank_sums(const RankSumsParams& p, cudaStream_t stream) {
 // factor's dtype here and nowhere else.
 struct GradientSumsParams {
   struct Gradient {
-    const void* partial;  // [chunks, chunk_stride], acc; the first `count` of each chunk
-    void* grad;           // [count], dtype
-    int64_t chunks, chunk_stride, count;
+    const void* partial;  // [chunks, rank, pitch], acc; chunks chunk_stride apart, nothing wanted beyond features
+    void* grad;           // [rank, features], or [features, rank] when transposed; dtype
+    int64_t chunks, chunk_stride, rank, features, pitch;
+    bool transposed;
   } gradients[2 * kMaxSiblings];
   int num_gradients;
   DType dtype;
@@ -94,15 +95,20 @@ __global__ void __launch_bounds__(kSumThreads) gradient_sums_kernel(const __grid
   __shared__ GroupSums<A> group_sums;
   const GradientSumsParams::Gradient& gradient = p.gradients[blockIdx.y];
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kSumElements + threadIdx.x % kSumElements;
+  const bool inside = index < gradient.rank * gradient.pitch;
+  const int64_t rank = inside ? index / gradient.pitch : 0, feature = inside ? index % gradient.pitch : 0;
+  const bool wanted = inside && feature < gradient.features;
   const A sum = sum_chunks<A>(group_sums, static_cast<const A*>(gradient.partial) + index, gradient.chunk_stride,
-                              index < gradient.count ? gradient.chunks : int64_t{0});
-  if (threadIdx.x < kSumElements && index < gradient.count) store_as(gradient.grad, index, p.dtype, sum);
+                              wanted ? gradient.chunks : int64_t{0});
+  if (threadIdx.x >= kSumElements || !wanted) return;
+  const int64_t to = gradient.transposed ? feature * gradient.rank + rank : rank * gradient.features + feature;
+  store_as(gradient.grad, to, p.dtype, sum);
 }
 
 template <class A>
 void launch_gradient_sums(const GradientSumsParams& p, cudaStream_t stream) {
   int64_t largest = 0;
-  for (int i = 0; i < p.num_gradients; ++i) largest = std::max(largest, p.gradients[i].count);
+  for (int i = 0; i < p.num_gradients; ++i) largest = std::max(largest, p.gradients[i].rank * p.gradients[i].pitch);
   const dim3 grid = make_grid(ceil_div(largest, kSumElements), p.num_gradients);
   launch(&gradient_sums_kernel<A>, grid, kSumThreads, 0, stream, p);
 }

@@ -1,30 +1,11 @@
 // From a dtype known at run time to the kernels compiled for it.
 #include "launch.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <type_traits>
-
 #include "dropout_mask.cuh"
 #include "lora_launches.h"
-#include "merge.cuh"
+#include "with_type.h"
 
 namespace lora_ext::cuda {
-namespace {
-
-// Calls f with a std::type_identity of the element type.
-template <class F>
-void with_type_of(DType dtype, F f) {
-  switch (dtype) {
-    case DType::kFloat64: return f(std::type_identity<double>{});
-    case DType::kFloat32: return f(std::type_identity<float>{});
-    case DType::kBFloat16: return f(std::type_identity<__nv_bfloat16>{});
-    case DType::kFloat16: return f(std::type_identity<__half>{});
-  }
-}
-
-}  // namespace
 
 int64_t workspace_bytes(const LoraForwardParams& params) {
   int64_t bytes = 0;
@@ -40,8 +21,6 @@ int64_t workspace_bytes(const LoraBackwardParams& params) {
   return bytes;
 }
 
-int64_t workspace_bytes(const LoraMergeParams& params) { return plan_workspace(params).total; }
-
 void launch_lora_forward(const LoraForwardParams& params, void* workspace, cudaStream_t stream) {
   with_type_of(params.dtype,
                [&](auto type) { LoraLaunches<typename decltype(type)::type>::forward(params, workspace, stream); });
@@ -50,11 +29,6 @@ void launch_lora_forward(const LoraForwardParams& params, void* workspace, cudaS
 void launch_lora_backward(const LoraBackwardParams& params, void* workspace, cudaStream_t stream) {
   with_type_of(params.dtype,
                [&](auto type) { LoraLaunches<typename decltype(type)::type>::backward(params, workspace, stream); });
-}
-
-void launch_lora_merge(const LoraMergeParams& params, void* workspace, cudaStream_t stream) {
-  with_type_of(params.dtype,
-               [&](auto type) { launch_merge_of<typename decltype(type)::type>(params, workspace, stream); });
 }
 
 void launch_dropout_mask(const DropoutMaskParams& params, cudaStream_t stream) {

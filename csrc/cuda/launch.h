@@ -25,11 +25,9 @@ struct DropoutMaskParams {
 // Bytes behind `workspace`, which must be aligned to 16 bytes. For the backward, set the gradient pointers first.
 int64_t workspace_bytes(const LoraForwardParams& params);
 int64_t workspace_bytes(const LoraBackwardParams& params);
-int64_t workspace_bytes(const LoraMergeParams& params);
 
 void launch_lora_forward(const LoraForwardParams& params, void* workspace, cudaStream_t stream);
 void launch_lora_backward(const LoraBackwardParams& params, void* workspace, cudaStream_t stream);
-void launch_lora_merge(const LoraMergeParams& params, void* workspace, cudaStream_t stream);
 void launch_dropout_mask(const DropoutMaskParams& params, cudaStream_t stream);
 
 }  // namespace lora_ext::cuda

@@ -1,54 +1,308 @@
-// The launches behind lora_merge_, for a weight of dtype T.
+// Merge and unmerge of many weights in one launch: csrc/common/merge_params.h defines every bit of the result,
+// csrc/common/merge_record.h the record.
+//
+// One read and one write of every weight, 16 bytes at a time. A block owns one segment of columns and a few tiles of
+// rows; a warp, a few rows of each tile; a lane, eight columns of them, whose updates it accumulates in registers, rank
+// by rank in order, from factors in shared memory. The weight's loads are issued first and arrive meanwhile.
 #pragma once
 
-#include "fma/expand.cuh"
-#include "fma/pack_factors.cuh"
-#include "fma/plan.h"
+#include "elements.cuh"
+#include "launch.cuh"
+#include "merge.h"
+#include "merge_elements.cuh"
 
 namespace lora_ext::cuda {
 
-// Byte offsets of the factors in the accumulation dtype, with padded rows.
-struct MergePlan {
-  int64_t lora_A;  // [rank, padded in_features]
-  int64_t lora_B;  // [out_features, padded rank]
-  int64_t total;
+constexpr int kMaxMergeLayers = 32;  // in one launch: what fits 4 KB of kernel parameters
+
+struct MergeLaunch {
+  struct Layer : MergeLayer {
+    unsigned first_block;
+    bool aligned;  // 16-byte accesses are
+  };
+  MergeParams params;
+  int num_layers, tiles_per_block;
+  Layer layers[kMaxMergeLayers];
+};
+static_assert(sizeof(MergeLaunch) <= 4096, "a kernel takes 4 KB of parameters before CUDA 12.1 and on older GPUs");
+
+template <class T>
+struct MergeTraits {
+  static constexpr int kThreads = 256, kWarps = kThreads / 32;
+  static constexpr int kWarpRows = sizeof(T) == 2 ? 4 : 2;  // a lane keeps their sums and elements in registers
+  static constexpr int kTileRows = kWarps * kWarpRows;
+  static constexpr int kRankTile = 16;
+  static constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;  // a multiprocessor: 128 registers a thread, or 255
 };
 
-inline MergePlan plan_workspace(const LoraMergeParams& p) {
-  fma::WorkspaceCarver carver(p.dtype);
-  MergePlan plan{};
-  plan.lora_A = carver.take(p.rank * fma::padded_features(p.in_features));
-  plan.lora_B = carver.take(p.out_features * fma::padded_features(p.rank));
-  plan.total = carver.total();
-  return plan;
+// The tile of lora_A lies in shared memory as lanes read it: 16 bytes each, chunk by chunk.
+template <class T>
+__device__ __forceinline__ int shared_column(int col) {
+  constexpr int kVec = LaneElements<T>::kVec, kChunk = 16 / static_cast<int>(sizeof(Acc<T>));
+  const int lane = col % (32 * kVec) / kVec, element = col / (32 * kVec) * kVec + col % kVec;
+  return element / kChunk * 32 * kChunk + lane * kChunk + element % kChunk;
+}
+
+// A warp's exclusive prefix sum; total: of all lanes.
+__device__ __forceinline__ int exclusive_sum(int value, int lane, int* total) {
+  int sum = value;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int below = __shfl_up_sync(0xFFFFFFFFu, sum, step);
+    if (lane >= step) sum += below;
+  }
+  *total = __shfl_sync(0xFFFFFFFFu, sum, 31);
+  return sum - value;
+}
+
+// Counts of one row's segment: words of its sparse record (at most 5 an element) low, results not finite high.
+template <class T>
+__device__ __forceinline__ int count_lane(const LaneElements<T>& original, const LaneElements<T>& merged,
+                                          const Acc<T> (&update)[8]) {
+  constexpr int kElementWords = sizeof(T) / 2;
+  int counts = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const Word<T> was = original.word(i), candidate = word_of<T>(element_of<T>(merged.word(i)), -update[i]);
+    if (was != candidate) counts += 1 + (is_outlier(correction_of(was, candidate)) ? kElementWords : 0);
+    if (!is_finite_word<T>(merged.word(i))) counts += 1 << 16;
+  }
+  return counts;
+}
+
+// Writes the sparse record of one row's segment: [words].
+template <class T>
+__device__ __forceinline__ void write_record(uint16_t* record, int words, const LaneElements<T>& original,
+                                             const LaneElements<T>& merged, const Acc<T> (&update)[8], int lane) {
+  constexpr int kVec = LaneElements<T>::kVec, kOutlierWords = 1 + static_cast<int>(sizeof(T)) / 2;
+  int front = 0, outliers = 0;  // corrections and outliers of earlier columns
+#pragma unroll
+  for (int group = 0; group < 8 / kVec; ++group) {
+    int correction[kVec], counts = 0;
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      const Word<T> was = original.word(group * kVec + i);
+      const Word<T> candidate = word_of<T>(element_of<T>(merged.word(group * kVec + i)), -update[group * kVec + i]);
+      const auto difference = correction_of(was, candidate);
+      correction[i] = is_outlier(difference) ? kOutlierMark : static_cast<int>(difference);
+      counts += correction[i] == 0 ? 0 : correction[i] == kOutlierMark ? 1 << 16 : 1;
+    }
+    int total;
+    const int before = exclusive_sum(counts, lane, &total);
+    int at = front + (before & 0xFFFF), outlier = outliers + (before >> 16);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      if (correction[i] == 0) continue;
+      const int col = LaneElements<T>::column(lane, group * kVec + i);
+      const uint16_t word = correction_word(col, correction[i]);
+      if (correction[i] != kOutlierMark) {
+        if (at < words) record[at] = word;  // always, for the weight that was planned for
+        ++at;
+      } else {
+        ++outlier;
+        const int begin = words - outlier * kOutlierWords;
+        if (begin < 0) continue;
+        record[begin] = word;
+        store_words(record + begin + 1, original.word(group * kVec + i));
+      }
+    }
+    front += total & 0xFFFF;
+    outliers += total >> 16;
+  }
+}
+
+// Candidates in memory -> the original weight, by the record of one row's segment where that is sparse.
+template <class T>
+__device__ __forceinline__ void apply_record(const MergeParams& p, const MergeLaunch::Layer& layer, int64_t segment,
+                                             T* weight, int cols, int lane) {
+  constexpr int kElementWords = sizeof(T) / 2, kOutlierWords = 1 + kElementWords;
+  const RecordRange range = record_range(p, layer, segment);
+  const int words = static_cast<int>(range.end - range.begin);
+  const uint16_t* record = layer.corrections + range.begin;
+  if (words == cols * kElementWords) return;
+  int first_outlier = words;
+  for (int begin = 0; begin < first_outlier; begin += 32) {
+    const int index = begin + lane;
+    const uint16_t word = index < words ? record[index] : uint16_t{0};
+    const unsigned marks = __ballot_sync(0xFFFFFFFFu, index < words && is_outlier_word(word));
+    if (marks != 0) first_outlier = begin + __ffs(static_cast<int>(marks)) - 1;
+    const int col = word_column(word);
+    if (index < first_outlier && col < cols) {
+      weight[col] = element_of<T>(corrected(word_of<T>(weight[col]), word_correction(word)));
+    }
+  }
+  for (int at = first_outlier + lane * kOutlierWords; at + kOutlierWords <= words; at += 32 * kOutlierWords) {
+    const int col = word_column(record[at]);
+    if (col < cols) weight[col] = element_of<T>(load_words<T>(record + at + 1));
+  }
+}
+
+// What becomes of one row's segment, once its updates are known. weight [cols] is the row's, original what it held.
+template <class T, MergeMode kMode>
+__device__ __forceinline__ void finish_row(const MergeParams& p, const MergeLaunch::Layer& layer, int64_t segment,
+                                           T* weight, int cols, const LaneElements<T>& original,
+                                           const Acc<T> (&update)[8], int lane) {
+  constexpr int kElementWords = sizeof(T) / 2;
+  LaneElements<T> result;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const T element = element_of<T>(original.word(i));
+    result.set(i, word_of<T>(element, kMode == MergeMode::kUnmerge ? -update[i] : update[i]));
+  }
+
+  if constexpr (kMode == MergeMode::kPlan) {
+    int counts = count_lane(original, result, update);
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) counts += __shfl_xor_sync(0xFFFFFFFFu, counts, step);
+    if (lane == 0) {
+      const int64_t words = record_words(counts & 0xFFFF, cols, kElementWords);
+      p.words[layer.first_segment + segment] = static_cast<int16_t>(words);
+      if (counts >> 16) {
+        atomicAdd(reinterpret_cast<unsigned long long*>(layer.non_finite),
+                  static_cast<unsigned long long>(counts >> 16));
+      }
+    }
+  } else if constexpr (kMode == MergeMode::kMerge) {
+    result.store(weight, cols, layer.aligned, lane);
+  } else {
+    const RecordRange range = record_range(p, layer, segment);
+    const int words = static_cast<int>(range.end - range.begin);
+    uint16_t* record = layer.corrections + range.begin;
+    const bool is_whole = words == cols * kElementWords;
+    if constexpr (kMode == MergeMode::kUnmerge) {
+      if (is_whole) result.load_from_words(record, cols, lane);
+    } else if (is_whole) {
+      original.store_as_words(record, cols, lane);
+    } else if (words > 0) {
+      write_record(record, words, original, result, update, lane);
+    }
+    result.store(weight, cols, layer.aligned, lane);
+  }
+}
+
+template <class T, MergeMode kMode>
+__global__ void __launch_bounds__(MergeTraits<T>::kThreads, MergeTraits<T>::kBlocks)
+    merge_kernel(const __grid_constant__ MergeLaunch p) {
+  using A = Acc<T>;
+  using Traits = MergeTraits<T>;
+  constexpr int kWarpRows = Traits::kWarpRows, kTileRows = Traits::kTileRows, kRankTile = Traits::kRankTile;
+  constexpr int kChunk = 16 / static_cast<int>(sizeof(A));
+  alignas(16) __shared__ A left_tile[kRankTile * kTileRows];       // lora_B: [rank][row]
+  alignas(16) __shared__ A right_tile[kRankTile * kMergeSegment];  // lora_A: [rank][shared_column]
+
+  int index = 0;
+  while (index + 1 < p.num_layers && blockIdx.x >= p.layers[index + 1].first_block) ++index;
+  const MergeLaunch::Layer& layer = p.layers[index];
+  // 32 bits suffice for one matrix's rows and columns; registers are scarce here.
+  const int out_features = static_cast<int>(layer.out_features), rank = static_cast<int>(layer.rank);
+  const int block = static_cast<int>(blockIdx.x - layer.first_block);
+  const int segments = static_cast<int>(merge_segments(layer.in_features));
+  const int first_tile = block / segments * p.tiles_per_block, col0 = block % segments * kMergeSegment;
+  const int cols = min(static_cast<int>(layer.in_features) - col0, kMergeSegment);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const A* lora_A = static_cast<const A*>(layer.lora_A) + col0;
+  const A* lora_B = static_cast<const A*>(layer.lora_B);
+
+  for (int tile = 0; tile < p.tiles_per_block; ++tile) {
+    const int tile_row = (first_tile + tile) * kTileRows, warp_row = tile_row + warp * kWarpRows;
+    if (tile_row >= out_features) break;
+    T* weight = static_cast<T*>(layer.weight) + warp_row * layer.weight_stride + col0;  // [kWarpRows, cols]
+    LaneElements<T> original[kWarpRows];
+#pragma unroll
+    for (int i = 0; i < kWarpRows; ++i) {
+      if (warp_row + i < out_features) {
+        original[i].load(weight + i * layer.weight_stride, cols, layer.aligned, lane);
+      }
+    }
+
+    A update[kWarpRows][8] = {};
+    for (int r0 = 0; r0 < rank; r0 += kRankTile) {
+      const int ranks = min(rank - r0, kRankTile);
+      if (tile > 0 || r0 > 0) __syncthreads();  // nobody reads the last tiles any more
+      for (int element = thread; element < kTileRows * kRankTile; element += Traits::kThreads) {
+        const int row = element / kRankTile, r = element % kRankTile;
+        const bool inside = tile_row + row < out_features && r < ranks;
+        left_tile[r * kTileRows + row] = inside ? lora_B[static_cast<int64_t>(tile_row + row) * rank + r0 + r] : A(0);
+      }
+      if (tile == 0 || rank > kRankTile) {
+        const int to = shared_column<T>(thread);  // a thread, a column
+#pragma unroll 4
+        for (int r = 0; r < ranks; ++r) {
+          right_tile[r * kMergeSegment + to] = thread < cols ? lora_A[(r0 + r) * layer.in_features + thread] : A(0);
+        }
+      }
+      __syncthreads();
+      // Not a rank more than there are: adding zero would turn an update of -0.0 into 0.0.
+#pragma unroll 2
+      for (int r = 0; r < ranks; ++r) {
+        A right[8], left[kWarpRows];
+#pragma unroll
+        for (int chunk = 0; chunk < 8 / kChunk; ++chunk) {
+          load_16_bytes(right_tile + r * kMergeSegment + (chunk * 32 + lane) * kChunk, &right[chunk * kChunk]);
+        }
+#pragma unroll
+        for (int i = 0; i < kWarpRows; ++i) left[i] = left_tile[r * kTileRows + warp * kWarpRows + i];  // a broadcast
+#pragma unroll
+        for (int i = 0; i < kWarpRows; ++i) {
+#pragma unroll
+          for (int j = 0; j < 8; ++j) update[i][j] = fma_rn(left[i], right[j], update[i][j]);
+        }
+      }
+    }
+
+#pragma unroll
+    for (int i = 0; i < kWarpRows; ++i) {
+      if (warp_row + i < out_features) {
+        const int64_t segment = static_cast<int64_t>(warp_row + i) * segments + block % segments;
+        finish_row<T, kMode>(p.params, layer, segment, weight + i * layer.weight_stride, cols, original[i], update[i],
+                             lane);
+      }
+    }
+    if constexpr (kMode == MergeMode::kUnmerge) {
+      __syncwarp();  // the candidates are there for every lane
+#pragma unroll 1
+      for (int i = 0; i < min(kWarpRows, out_features - warp_row); ++i) {
+        const int64_t segment = static_cast<int64_t>(warp_row + i) * segments + block % segments;
+        apply_record(p.params, layer, segment, weight + i * layer.weight_stride, cols, lane);
+      }
+    }
+  }
+}
+
+// Tiles a block works through: more of them read lora_A less often, fewer fill the GPU with small layers.
+inline int plan_tiles_per_block(int64_t num_tiles) {
+  constexpr int64_t kEnoughBlocks = 512;  // about two for each of a large GPU's multiprocessors, twice over
+  return static_cast<int>(std::clamp<int64_t>(num_tiles / kEnoughBlocks, 1, 4));
 }
 
 template <class T>
-void launch_merge_of(const LoraMergeParams& p, void* workspace, cudaStream_t stream) {
-  const MergePlan plan = plan_workspace(p);
-  char* base = static_cast<char*>(workspace);
-  void *lora_A = base + plan.lora_A, *lora_B = base + plan.lora_B;
+bool takes_16_bytes(const MergeLayer& layer) {
+  const bool strides_fit = layer.weight_stride * static_cast<int64_t>(sizeof(T)) % 16 == 0 || layer.out_features == 1;
+  return reinterpret_cast<uintptr_t>(layer.weight) % 16 == 0 && strides_fit;
+}
 
-  fma::launch_pack_factors<Acc<T>>(
-      {.factors = {{p.lora_A, lora_A, p.rank, p.in_features, false}, {p.lora_B, lora_B, p.out_features, p.rank, false}},
-       .num_factors = 2,
-       .dtype = p.factor_dtype},
-      stream);
-  fma::launch_expand<T>({.updates = {{.left = lora_B,
-                                      .right = lora_A,
-                                      .bias = nullptr,
-                                      .out = p.weight,
-                                      .rank = p.rank,
-                                      .cols = p.in_features,
-                                      .out_stride = p.weight_stride}},
-                         .num_updates = 1,
-                         .rows = p.out_features,
-                         .left_stride = fma::padded_features(p.rank),
-                         .mask = nullptr,
-                         .mask_row_bytes = 0,
-                         .scale = p.scaling,
-                         .accumulate = true},
-                        stream);
+template <class T>
+void launch_merge_of(MergeMode mode, const MergeParams& params, const MergeLayer* layers, int64_t num_layers,
+                     cudaStream_t stream) {
+  MergeLaunch p{};
+  p.params = params;
+  int64_t num_tiles = 0;
+  for (int64_t i = 0; i < num_layers; ++i) {
+    num_tiles += ceil_div(layers[i].out_features, MergeTraits<T>::kTileRows) * merge_segments(layers[i].in_features);
+  }
+  p.tiles_per_block = plan_tiles_per_block(num_tiles);
+  int64_t num_blocks = 0;
+  for (int64_t i = 0; i < num_layers; ++i) {
+    if (layers[i].out_features == 0 || layers[i].in_features == 0) continue;
+    p.layers[p.num_layers++] = {layers[i], grid_size(num_blocks), takes_16_bytes<T>(layers[i])};
+    num_blocks += ceil_div(layers[i].out_features, MergeTraits<T>::kTileRows * p.tiles_per_block) *
+                  merge_segments(layers[i].in_features);
+  }
+  const auto kernel = mode == MergeMode::kPlan          ? &merge_kernel<T, MergeMode::kPlan>
+                      : mode == MergeMode::kMerge       ? &merge_kernel<T, MergeMode::kMerge>
+                      : mode == MergeMode::kMergeRecord ? &merge_kernel<T, MergeMode::kMergeRecord>
+                                                        : &merge_kernel<T, MergeMode::kUnmerge>;
+  launch(kernel, make_grid(num_blocks), MergeTraits<T>::kThreads, 0, stream, p);
 }
 
 }  // namespace lora_ext::cuda

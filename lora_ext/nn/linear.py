@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional
+from .merged import MergedAdapters, change_merged
 
 
 class LoraAdapter(nn.Module):
@@ -82,7 +84,12 @@ class LoraLinear(nn.Module):
     Attributes:
         adapters: ``nn.ModuleDict`` of :class:`LoraAdapter` by adapter name.
         active_adapter: name of the adapter that forward uses, or None for the base layer alone.
-        merged_adapter: name of the adapter whose update the base weight now contains, or None.
+        merged_adapters: names of the adapters whose updates the base weight now contains; forward is then the base
+            layer alone.
+
+    A merged layer may be moved to another device, deep-copied and pickled: what :meth:`unmerge` needs goes with it. It
+    is not part of the ``state_dict``, which holds the merged weight; load that into a layer with nothing merged, or
+    call :meth:`forget_merge` after loading another weight. Converting the dtype while merged loses the way back.
     """
 
     def __init__(
@@ -94,7 +101,7 @@ class LoraLinear(nn.Module):
         self.base_layer = base_layer
         self.adapters = nn.ModuleDict()
         self.active_adapter: str | None = None
-        self.merged_adapter: str | None = None
+        self._merged: MergedAdapters | None = None
         self.train(base_layer.training)
         if adapter is not None:
             self.add_adapter(adapter_name, adapter)
@@ -131,23 +138,32 @@ class LoraLinear(nn.Module):
         return self.base_layer.bias
 
     @property
+    def merged_adapters(self) -> tuple[str, ...]:
+        return self._merged.names if self._merged else ()
+
+    @property
     def is_merged(self) -> bool:
-        return self.merged_adapter is not None
+        return self._merged is not None
+
+    @property
+    def merge_record_bytes(self) -> int:
+        """Bytes kept for :meth:`unmerge`: the merged factors, and what rounding lost; 0 while nothing is merged."""
+        return self._merged.record.nbytes if self._merged else 0
 
     def delta_weight(self, name: str | None = None) -> Tensor:
         """``scaling * lora_B @ lora_A``, ``[out_features, in_features]`` in the factors' dtype; allocates it."""
         name = self.active_adapter if name is None else name
-        if name not in self.adapters:
-            raise KeyError(f"LoraLinear: no adapter {name!r}; the adapters are {sorted(self.adapters)}")
+        self._check_exists(name)
         adapter = self.adapters[name]
         return adapter.scaling * (adapter.lora_B @ adapter.lora_A)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.merged_adapter is not None:
+        if self._merged is not None:
             if self.training and torch.is_grad_enabled():
+                names = self.merged_adapters
                 raise RuntimeError(
-                    f"LoraLinear: adapter {self.merged_adapter!r} is merged and would not train; "
-                    "call unmerge(model) or model.eval() first"
+                    f"LoraLinear: {', '.join(map(repr, names))} {'is' if len(names) == 1 else 'are'} merged and would "
+                    "not train; call unmerge(model) or model.eval() first"
                 )
             return self.base_layer(x)
         if self.active_adapter is None:
@@ -163,26 +179,68 @@ class LoraLinear(nn.Module):
             adapter.lora_dropout if self.training else 0.0,
         )
 
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Adds the active adapter's update to the base weight in place; forward is then the base layer alone."""
-        if self.merged_adapter is not None:
-            raise RuntimeError(f"LoraLinear: adapter {self.merged_adapter!r} is already merged")
-        if self.active_adapter is None:
-            raise RuntimeError(f"LoraLinear: no adapter is active; the adapters are {sorted(self.adapters)}")
-        adapter = self.adapters[self.active_adapter]
-        functional.lora_merge_(self.base_layer.weight, adapter.lora_A, adapter.lora_B, adapter.scaling)
-        self.merged_adapter = self.active_adapter
+    def merge(self, *names: str) -> int:
+        """Adds the updates of the adapters ``names`` (of the active one) to the base weight in place.
 
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Takes the merged adapter's update out of the base weight again, to rounding."""
-        if self.merged_adapter is None:
+        The weight is then what merging all the merged adapters into the pristine weight gives, rounded once, whatever
+        the order they were merged in. Their values are those at the time they were merged, trained on or not.
+
+        Returns:
+            Bytes kept to restore the weight: :attr:`merge_record_bytes`.
+
+        Raises:
+            KeyError: there is no such adapter.
+            RuntimeError: it is merged already, or none is active.
+            ValueError: an element would become NaN or infinite.
+            The layer is then unchanged.
+        """
+        if not names:
+            if self.active_adapter is None:
+                raise RuntimeError(f"LoraLinear: no adapter is active; the adapters are {sorted(self.adapters)}")
+            names = (self.active_adapter,)
+        for name in names:
+            if name in self.merged_adapters:
+                raise RuntimeError(f"LoraLinear: adapter {name!r} is already merged")
+            self._check_exists(name)
+        change_merged("LoraLinear", {self: {*self.merged_adapters, *names}}, {self: "the weight"})
+        return self.merge_record_bytes
+
+    def unmerge(self, *names: str) -> None:
+        """Takes the updates of the adapters ``names`` (of all that are merged) out of the base weight again.
+
+        Once the last is out, every bit of the weight is what it was before the first was merged. The weight must be
+        what :meth:`merge` left; see :meth:`forget_merge`.
+
+        Raises:
+            RuntimeError: an adapter is not merged; or the weight was converted to another dtype meanwhile.
+            TypeError, ValueError: the weight was replaced by one of another dtype or shape.
+            The layer is then unchanged.
+        """
+        if self._merged is None:
             raise RuntimeError("LoraLinear: no adapter is merged")
-        adapter = self.adapters[self.merged_adapter]
-        functional.lora_merge_(self.base_layer.weight, adapter.lora_A, adapter.lora_B, -adapter.scaling)
-        self.merged_adapter = None
+        for name in names:
+            if name not in self.merged_adapters:
+                raise RuntimeError(f"LoraLinear: adapter {name!r} is not merged; those are {self.merged_adapters}")
+        change_merged(
+            "LoraLinear", {self: set(self.merged_adapters) - set(names or self.merged_adapters)}, {self: "the weight"}
+        )
+
+    def forget_merge(self) -> None:
+        """Takes the base weight as it is for the pristine one: for callers that have replaced a merged weight."""
+        self._merged = None
+
+    def _check_exists(self, name: str | None) -> None:
+        if name not in self.adapters:
+            raise KeyError(f"LoraLinear: no adapter {name!r}; the adapters are {sorted(self.adapters)}")
+
+    def _apply(self, fn, recurse: bool = True):
+        dtype = self.base_layer.weight.dtype
+        super()._apply(fn, recurse)
+        if self._merged is not None and self.base_layer.weight.dtype != dtype:
+            lost = f"was converted from {dtype} to {self.base_layer.weight.dtype} while merged, which cannot be undone"
+            self._merged = dataclasses.replace(self._merged, lost=lost)
+        return self
 
     def extra_repr(self) -> str:
-        state = f"merged={self.merged_adapter!r}" if self.is_merged else f"active={self.active_adapter!r}"
+        state = f"merged={self.merged_adapters}" if self.is_merged else f"active={self.active_adapter!r}"
         return f"in_features={self.in_features}, out_features={self.out_features}, {state}"

@@ -141,12 +141,17 @@ class Library:
         return tensor
 
 
+def kernel_library(name: str, instead: dict[str, Path]) -> Library:
+    """The kernels of csrc/cuda, with other sources for those of these names."""
+    sources = [instead.get(path.name, path) for path in sorted((ROOT / "csrc/cuda").rglob("*.cu"))]
+    others = [SIMT / "entry.cpp", params.layout_check(CACHE / "layout_check.cpp")]
+    return Library(build_library(name, sources, others))
+
+
 @functools.cache
 def kernels() -> Library:
     """The kernels of csrc/cuda, built on first use."""
-    sources = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
-    others = [SIMT / "entry.cpp", params.layout_check(CACHE / "layout_check.cpp")]
-    return Library(build_library("kernels", sources, others))
+    return kernel_library("kernels", {})
 
 
 @functools.cache

@@ -1,5 +1,7 @@
-// The kernels' launch functions (csrc/cuda/launch.h) for Python. To add one: a line here and a method in ops.py.
+// The kernels' launch functions (csrc/cuda/launch.h, merge.h) for Python. To add one: a line here and a method in
+// ops.py.
 #include "../../csrc/cuda/launch.h"
+#include "../../csrc/cuda/merge.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -8,7 +10,6 @@ using namespace lora_ext::cuda;
 
 EXPORT int64_t workspace_bytes_LoraForwardParams(const LoraForwardParams* p) { return workspace_bytes(*p); }
 EXPORT int64_t workspace_bytes_LoraBackwardParams(const LoraBackwardParams* p) { return workspace_bytes(*p); }
-EXPORT int64_t workspace_bytes_LoraMergeParams(const LoraMergeParams* p) { return workspace_bytes(*p); }
 
 EXPORT void run_LoraForwardParams(const LoraForwardParams* p, void* workspace) {
   launch_lora_forward(*p, workspace, nullptr);
@@ -16,7 +17,9 @@ EXPORT void run_LoraForwardParams(const LoraForwardParams* p, void* workspace) {
 EXPORT void run_LoraBackwardParams(const LoraBackwardParams* p, void* workspace) {
   launch_lora_backward(*p, workspace, nullptr);
 }
-EXPORT void run_LoraMergeParams(const LoraMergeParams* p, void* workspace) {
-  launch_lora_merge(*p, workspace, nullptr);
-}
 EXPORT void run_DropoutMaskParams(const DropoutMaskParams* p, void*) { launch_dropout_mask(*p, nullptr); }
+
+// mode: of MergeMode; layers [num_layers]
+EXPORT void run_merge(int mode, const MergeParams* p, const MergeLayer* layers, int64_t num_layers) {
+  launch_merge(static_cast<MergeMode>(mode), *p, {layers, layers + num_layers}, nullptr);
+}

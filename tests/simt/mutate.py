@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from .build import CACHE, SIMT
 from .driver import Library, library_of
+from .edits import replace_once
 
 SOURCE = SIMT / "mutants" / "product.cu"
 FOLDER = CACHE / "mutants"
@@ -128,20 +129,14 @@ MUTATIONS = [
 ]
 
 
-def mutated(source: str, mutation: Mutation) -> str:
-    count = source.count(mutation.old)
-    if count != 1:
-        raise ValueError(f"{mutation.name}: the text to replace is {count} times in {SOURCE.name}: {mutation.old!r}")
-    return source.replace(mutation.old, mutation.new)
-
-
 @functools.cache
 def library() -> Library:
     """All mutants in one library: compiling them together takes a tenth of the time."""
     together = []
     for mutation in MUTATIONS:
         mutation.path.parent.mkdir(parents=True, exist_ok=True)
-        mutation.path.write_text(mutated(SOURCE.read_text(), mutation))
+        text = replace_once(SOURCE.read_text(), mutation.old, mutation.new, f"{mutation.name}: {SOURCE.name}")
+        mutation.path.write_text(text)
         together.append(f'#define MUTANT {mutation.name}\n#include "{mutation.path}"\n#undef MUTANT\n')
     (FOLDER / "mutants.cu").write_text("".join(together))
     return library_of("mutants", FOLDER / "mutants.cu")

@@ -83,9 +83,10 @@ def lora_forward(
     seed: int = 0,
     ys: list[Tensor] | None = None,
     schedule: int = 0,
+    library: Library | None = None,
 ) -> Forward:
     """ys: what the results are added to, the base layers' products; None: they are written without being read."""
-    library = kernels()
+    library = library or kernels()
     library.reset(schedule)
     p = params.LoraForwardParams(num_tokens=x.shape[0], in_features=x.shape[1], x_stride=x.stride(0))
     p.dtype, p.accumulate, p.threshold = DTYPES[x.dtype], ys is not None, dropout_threshold(dropout_p)
@@ -118,10 +119,11 @@ def lora_backward(
     output_mask: tuple[bool, bool, bool] = (True, True, True),
     grad_x: Tensor | None = None,
     schedule: int = 0,
+    library: Library | None = None,
 ) -> Backward:
     """grad_x: what it is added to. output_mask: which of grad_x, the grad_As and the grad_Bs are wanted; what only
     the others read is not handed to the kernels, as in the op."""
-    library = kernels()
+    library = library or kernels()
     library.reset(schedule)
     want_x, want_A, want_B = output_mask
     p = params.LoraBackwardParams(num_tokens=x.shape[0], in_features=x.shape[1], x_stride=x.stride(0))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .build import ROOT
 
-HEADERS = ["csrc/common/params.h", "csrc/cuda/launch.h"]
+HEADERS = ["csrc/common/dtype.h", "csrc/common/params.h", "csrc/common/merge_params.h", "csrc/cuda/launch.h"]
 NAMESPACES = ["lora_ext", "lora_ext::cuda"]
 
 SCALARS = {
@@ -22,27 +22,32 @@ SCALARS = {
     "uint32_t": ctypes.c_uint32,
     "uint8_t": ctypes.c_uint8,
     "int": ctypes.c_int,
+    "int8_t": ctypes.c_int8,
+    "int16_t": ctypes.c_int16,
+    "uint16_t": ctypes.c_uint16,
     "bool": ctypes.c_bool,
     "double": ctypes.c_double,
     "float": ctypes.c_float,
-    "DType": ctypes.c_int8,
 }
 
 
 def _parse() -> tuple[dict[str, type[ctypes.Structure]], list[str]]:
     structs: dict[str, type[ctypes.Structure]] = {}
+    types: dict[str, type] = dict(SCALARS)
     constants: dict[str, int] = {}
     for header in HEADERS:
         if not (ROOT / header).exists():
             continue
         text = re.sub(r"//.*", "", (ROOT / header).read_text())
         constants |= {name: int(value) for name, value in re.findall(r"constexpr int (k\w+) = (\d+);", text)}
+        types |= {name: SCALARS[base or "int"] for name, base in re.findall(r"enum class (\w+)(?: : (\w+))?", text)}
         for name, body in re.findall(r"struct (\w+) \{(.*?)\n\};", text, re.DOTALL):
-            structs[name] = type(name, (ctypes.Structure,), {"_fields_": _fields(body, structs, constants)})
+            structs[name] = type(name, (ctypes.Structure,), {"_fields_": _fields(body, types, constants)})
+            types[name] = structs[name]
     return structs, [header for header in HEADERS if (ROOT / header).exists()]
 
 
-def _fields(body: str, structs: dict, constants: dict[str, int]) -> list[tuple[str, type]]:
+def _fields(body: str, types: dict[str, type], constants: dict[str, int]) -> list[tuple[str, type]]:
     fields = []
     for declaration in filter(None, (part.strip() for part in body.split(";"))):
         match = re.fullmatch(r"(?:const )?(\w+)(\*?) ?(.+)", declaration)
@@ -51,7 +56,7 @@ def _fields(body: str, structs: dict, constants: dict[str, int]) -> list[tuple[s
         base, star, names = match.groups()
         for name in names.split(","):
             name, _, count = name.strip().partition("[")
-            type_ = ctypes.c_void_p if star else (SCALARS.get(base) or structs[base])
+            type_ = ctypes.c_void_p if star else types[base]
             if count:
                 count = count.rstrip("]")
                 type_ = type_ * (constants[count] if count in constants else int(count))

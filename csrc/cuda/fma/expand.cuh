@@ -2,10 +2,9 @@
 //
 //   out [rows, cols] (+)= bias + mask o (left [rows, rank] @ right [rank, cols])
 //
-// y of all siblings in one launch (left = a sibling's columns of xa, right = lora_B^T, bias), grad_x (left = grad_xa,
-// right = all lora_A stacked, mask) and the merge (out = weight, left = lora_B, right = lora_A, added in place). Writes
-// rows * cols elements, and reads them first where it adds to them; beside that, the mask's bits and the skinny
-// matrices are small.
+// y of all siblings in one launch (left = a sibling's columns of xa, right = lora_B^T, bias) and grad_x (left =
+// grad_xa, right = all lora_A stacked, mask). Writes rows * cols elements, and reads them first where it adds to them;
+// beside that, the mask's bits and the skinny matrices are small.
 //
 // A block owns 64 rows and 512 bytes of columns, and walks the ranks 16 at a time in two stages: while one is
 // multiplied, cp.async brings the next part of right, and registers the next part of left, which is turned on its way
@@ -181,7 +180,7 @@ __global__ void __launch_bounds__(ExpandTraits<T>::kThreads, 2) expand_kernel(co
     for (int e = 0; e < kVec<A>; ++e) {
       result.v[e] += (kept >> e & 1) != 0 ? static_cast<A>(p.scale) * sum[i].v[e] : A(0);
     }
-    store_vector(target, result, inside, update.out_aligned);
+    store_elements(target, result, inside, update.out_aligned);
   }
 }
 

@@ -111,7 +111,6 @@ void launch_grad_y_passes(const LoraBackwardParams& p, const BackwardPlan& plan,
                            .range_stride = p.num_tokens * p.total_rank,
                            .chunks = parts.grad_B_chunks,
                            .product_scale = direct ? sibling.scale : 1.0,
-                           .transposed = true,
                            .right_aligned = aligned},
                           stream);
     }
@@ -127,18 +126,26 @@ void launch_factor_gradient_sums(const LoraBackwardParams& p, const BackwardPlan
   for (int s = 0; s < p.num_siblings; ++s) {
     const LoraBackwardSibling& sibling = p.siblings[s];
     if (sibling.grad_lora_A) {
-      sums.gradients[sums.num_gradients++] = {.partial = partial_A + sibling.rank_begin * p.in_features,
+      const int64_t pitch = padded_features(p.in_features);
+      sums.gradients[sums.num_gradients++] = {.partial = partial_A + sibling.rank_begin * pitch,
                                               .grad = sibling.grad_lora_A,
                                               .chunks = plan.grad_A_chunks.count,
-                                              .chunk_stride = p.total_rank * p.in_features,
-                                              .count = sibling.rank * p.in_features};
+                                              .chunk_stride = p.total_rank * pitch,
+                                              .rank = sibling.rank,
+                                              .features = p.in_features,
+                                              .pitch = pitch,
+                                              .transposed = false};
     }
     if (sibling.grad_lora_B) {
+      const int64_t pitch = padded_features(sibling.out_features);
       sums.gradients[sums.num_gradients++] = {.partial = workspace + plan.siblings[s].grad_B_partial,
                                               .grad = sibling.grad_lora_B,
                                               .chunks = plan.siblings[s].grad_B_chunks.count,
-                                              .chunk_stride = sibling.out_features * sibling.rank,
-                                              .count = sibling.out_features * sibling.rank};
+                                              .chunk_stride = sibling.rank * pitch,
+                                              .rank = sibling.rank,
+                                              .features = sibling.out_features,
+                                              .pitch = pitch,
+                                              .transposed = true};
     }
   }
   if (sums.num_gradients > 0) launch_gradient_sums<A>(sums, stream);
@@ -240,7 +247,6 @@ void LoraLaunches<T>::backward(const LoraBackwardParams& p, void* workspace_bloc
                               .range_stride = 0,
                               .chunks = plan.grad_A_chunks,
                               .product_scale = 1.0,
-                              .transposed = false,
                               .right_aligned = fma::rows_are_aligned(p.x, p.x_stride, sizeof(T))},
                              stream);
   }

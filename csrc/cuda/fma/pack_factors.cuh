@@ -29,8 +29,8 @@ __global__ void __launch_bounds__(kPackThreads) pack_factors_kernel(const __grid
   __shared__ A tile[kPackTile][kPackTile + 1];  // [rank, feature]
   const PackFactorsParams::Factor& factor = p.factors[blockIdx.y];
   const int64_t pitch = padded_features(factor.features), feature_tiles = pitch / kPackTile;
+  if (blockIdx.x >= ceil_div(factor.rank, kPackTile) * feature_tiles) return;
   const int64_t rank0 = blockIdx.x / feature_tiles * kPackTile, feature0 = blockIdx.x % feature_tiles * kPackTile;
-  if (rank0 >= factor.rank) return;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
 #pragma unroll
   for (int line = warp; line < kPackTile; line += kPackThreads / 32) {

@@ -108,7 +108,7 @@ inline ForwardPlan plan_forward(const LoraForwardParams& p) {
 struct BackwardPlan {
   struct Sibling {
     int64_t lora_B_t;        // [rank, padded out_features]
-    int64_t grad_B_partial;  // [chunks, out_features, rank]
+    int64_t grad_B_partial;  // [chunks, rank, padded out_features]
     bool one_pass;           // grad_xa and grad_lora_B come from one pass over grad_y
     FeatureRanges ranges;    // of grad_xa's sums
     TokenChunks grad_B_chunks;
@@ -118,7 +118,7 @@ struct BackwardPlan {
   int64_t grad_xa;          // [num_tokens, total_rank]
   int64_t grad_xa_partial;  // [max_ranges, num_tokens, total_rank]; nothing for one range
   int64_t max_ranges;       // the siblings' largest number of ranges
-  int64_t grad_A_partial;   // [chunks, total_rank, in_features]
+  int64_t grad_A_partial;   // [chunks, total_rank, padded in_features]
   TokenChunks grad_A_chunks;
   int64_t total;
 };
@@ -143,14 +143,14 @@ inline BackwardPlan plan_backward(const LoraBackwardParams& p) {
     if (want_B) {
       out.grad_B_chunks =
           plan_token_chunks(p.num_tokens, sibling.out_features, sibling.rank, carver.acc_bytes(), out.one_pass);
-      out.grad_B_partial = carver.take(out.grad_B_chunks.count * sibling.out_features * sibling.rank);
+      out.grad_B_partial = carver.take(out.grad_B_chunks.count * sibling.rank * padded_features(sibling.out_features));
     }
   }
   if (plan.need_grad_xa) plan.grad_xa = carver.take(p.num_tokens * p.total_rank);
   if (plan.max_ranges > 1) plan.grad_xa_partial = carver.take(plan.max_ranges * p.num_tokens * p.total_rank);
   if (want_A) {
     plan.grad_A_chunks = plan_token_chunks(p.num_tokens, p.in_features, p.total_rank, carver.acc_bytes(), false);
-    plan.grad_A_partial = carver.take(plan.grad_A_chunks.count * p.total_rank * p.in_features);
+    plan.grad_A_partial = carver.take(plan.grad_A_chunks.count * p.total_rank * padded_features(p.in_features));
   }
   plan.total = carver.total();
   return plan;

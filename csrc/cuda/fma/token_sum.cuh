@@ -30,13 +30,12 @@ struct TokenSumParams {
   const void* left;     // [num_tokens, rank], acc, rows left_stride apart
   const void* right;    // [num_tokens, features], T
   const uint8_t* mask;  // [num_tokens, mask_row_bytes]; null: everything is kept
-  void* partial;        // [chunks.count, rank, features], or [chunks.count, features, rank] when transposed; acc
+  void* partial;        // [chunks.count, rank, padded_features(features)], acc
   const void* factor;   // [rank, padded_features(features)], acc; null: no products
   void* product;        // [feature ranges, num_tokens, rank], acc; rows product_stride and ranges range_stride apart
   int64_t left_stride, right_stride, mask_row_bytes, product_stride, range_stride;
   TokenChunks chunks;
   double product_scale;
-  bool transposed;
   bool right_aligned;  // rows of right begin at 16-byte boundaries
 };
 
@@ -280,33 +279,18 @@ __global__ void __launch_bounds__(TokenSumTraits<T, kRankBucket, kProducts>::kTh
                               num_rows - (num_tiles - 1) * kBlockT, rank0);
   }
 
-  A* partial = static_cast<A*>(p.partial) + static_cast<int64_t>(blockIdx.x) * p.rank * p.features;
+  // Whole vectors, and an array of them: nvcc then stores 16 bytes at once. What lies beyond features is zero.
+  const int64_t pitch = padded_features(p.features);
+  Vector<A>* partial = static_cast<Vector<A>*>(p.partial);
 #pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-    const int64_t col = col0 + first_col + v * kVectorStep;
-    const int inside = elements_inside<A>(col, p.features);
-    if (kProducts || p.transposed) {
-      const bool aligned = p.rank % kVec<A> == 0;  // partial itself is
+  for (int j = 0; j < kThreadR; ++j) {
+    const int64_t rank = rank0 + first_rank + j;
+    if (rank >= p.rank) continue;
+    Vector<A>* row = partial + (blockIdx.x * p.rank + rank) * (pitch / kVec<A>);
 #pragma unroll
-      for (int e = 0; e < kVec<A>; ++e) {
-#pragma unroll
-        for (int j0 = 0; j0 < kThreadR; j0 += kVec<A>) {
-          const int64_t rank = rank0 + first_rank + j0;
-          Vector<A> ranks;
-#pragma unroll
-          for (int n = 0; n < kVec<A>; ++n) ranks.v[n] = sum[j0 + n][v].v[e];
-          if (e < inside) {
-            store_vector(partial + (col + e) * p.rank + rank, ranks, elements_inside<A>(rank, p.rank), aligned);
-          }
-        }
-      }
-    } else {
-      const bool aligned = p.features % kVec<A> == 0;
-#pragma unroll
-      for (int j = 0; j < kThreadR; ++j) {
-        const int64_t rank = rank0 + first_rank + j;
-        if (rank < p.rank) store_vector(partial + rank * p.features + col, sum[j][v], inside, aligned);
-      }
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t col = col0 + first_col + v * kVectorStep;
+      if (col < pitch) row[col / kVec<A>] = sum[j][v];
     }
   }
 }

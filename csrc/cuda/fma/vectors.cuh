@@ -21,6 +21,12 @@ __device__ __forceinline__ Vector<A> load_vector(const A* from) {
   return *reinterpret_cast<const Vector<A>*>(from);
 }
 
+// `to` is aligned to 16 bytes.
+template <class A>
+__device__ __forceinline__ void store_vector(A* to, const Vector<A>& values) {
+  *reinterpret_cast<Vector<A>*>(to) = values;
+}
+
 // The first `inside` elements at `from`, and zeros; one 16-byte load where `aligned` says that `from` allows it.
 template <class T>
 __device__ __forceinline__ Vector<Acc<T>> load_elements(const T* from, int inside, bool aligned) {
@@ -36,10 +42,10 @@ __device__ __forceinline__ Vector<Acc<T>> load_elements(const T* from, int insid
 
 // The first `inside` elements of a vector go to `to`, which is aligned to 16 bytes where `aligned` says so.
 template <class T, class A>
-__device__ __forceinline__ void store_vector(T* to, const Vector<A>& values, int inside, bool aligned) {
+__device__ __forceinline__ void store_elements(T* to, const Vector<A>& values, int inside, bool aligned) {
   if constexpr (std::is_same_v<T, A>) {
     if (aligned && inside == kVec<A>) {
-      *reinterpret_cast<Vector<A>*>(to) = values;
+      store_vector(to, values);
       return;
     }
   }
@@ -86,8 +92,7 @@ __device__ __forceinline__ void copy_vectors(Acc<T>* to, int to_step, const T* f
   }
 #pragma unroll 1
   for (int round = 0; round < kRounds; ++round) {
-    *reinterpret_cast<Vector<Acc<T>>*>(to + round * to_step) =
-        load_elements(from + round * from_step, inside_of(round), false);
+    store_vector(to + round * to_step, load_elements(from + round * from_step, inside_of(round), false));
   }
 }
 

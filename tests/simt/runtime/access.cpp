@@ -41,13 +41,11 @@ const char* verb(AccessKind kind) {
 }
 
 template <class Memory>
-void check_bytes(const Memory& memory, const char* memory_name, Cell* cells, const uint8_t* address, size_t bytes,
-                 const Access& access, uint32_t generation, uint8_t lasting_flags) {
-  for (size_t i = 0; i < bytes; ++i) {
-    const Verdict verdict = check_access(cells[i], access, generation, lasting_flags);
-    if (verdict.problem == Problem::kNone) continue;
-    fail_access(verdict, bytes, access, memory_name, memory.describe(address + i));
-  }
+void check_in(const Memory& memory, const char* memory_name, Cell* cells, const uint8_t* address, size_t bytes,
+              const Access& access, uint32_t generation, uint8_t lasting_flags) {
+  const Verdict verdict = check_access(cells, bytes, access, generation, lasting_flags);
+  if (verdict.problem == Problem::kNone) return;
+  fail_access(verdict, bytes, access, memory_name, memory.describe(address + verdict.byte));
 }
 
 }  // namespace
@@ -75,13 +73,13 @@ void access_memory(const void* pointer, size_t bytes, AccessKind kind, uint32_t 
   if (current_thread->fiber.owns(address)) return;
   const Access access{kind, thread < 0 ? current_thread->index : thread, current_launch()->block, place};
   if (Cell* cells = shared_memory().cells_of(address, bytes)) {
-    return check_bytes(shared_memory(), "shared", cells, address, bytes, access, current_launch()->block_generation,
-                       Cell::kLive);
+    return check_in(shared_memory(), "shared", cells, address, bytes, access, current_launch()->block_generation,
+                    Cell::kLive);
   }
   if (global_memory().contains(address)) {
     if (Cell* cells = global_memory().cells_of(address, bytes)) {
-      return check_bytes(global_memory(), "global", cells, address, bytes, access, current_launch()->launch_generation,
-                         Cell::kLive | Cell::kInitialised);
+      return check_in(global_memory(), "global", cells, address, bytes, access, current_launch()->launch_generation,
+                      Cell::kLive | Cell::kInitialised);
     }
     fail_access({Problem::kOutOfBounds}, bytes, access, "global", global_memory().describe(address));
   }

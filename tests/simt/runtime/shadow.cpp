@@ -1,5 +1,7 @@
 #include "shadow.h"
 
+#include <cstring>
+
 #include "clocks.h"
 
 namespace simt {
@@ -18,13 +20,13 @@ Verdict find_unordered_read(const Cell& cell, const Access& access) {
         const int reader = cell.first_warp * 32 + lane;
         if (!(cell.first_lanes >> lane & 1)) continue;
         if (ordered_before(access, cell.first_block, reader, cell.first_stamp)) continue;
-        return {Problem::kWriteAfterRead, reader, cell.first_block, cell.first_place};
+        return {Problem::kWriteAfterRead, 0, reader, cell.first_block, cell.first_place};
       }
     }
   }
   if ((cell.flags & Cell::kSecondRead) &&
       !ordered_before(access, cell.second_block, cell.second_reader, cell.second_stamp)) {
-    return {Problem::kWriteAfterRead, cell.second_reader, cell.second_block, cell.second_place};
+    return {Problem::kWriteAfterRead, 0, cell.second_reader, cell.second_block, cell.second_place};
   }
   return {};
 }
@@ -63,9 +65,7 @@ void remember_read(Cell& cell, const Access& access) {
   cell.first_place = access.place;
 }
 
-}  // namespace
-
-Verdict check_access(Cell& cell, const Access& access, uint32_t generation, uint8_t lasting_flags) {
+inline Verdict check_byte(Cell& cell, const Access& access, uint32_t generation, uint8_t lasting_flags) {
   if (cell.generation != generation) {
     cell.generation = generation;
     cell.flags &= lasting_flags;
@@ -73,14 +73,14 @@ Verdict check_access(Cell& cell, const Access& access, uint32_t generation, uint
   }
   if (!(cell.flags & Cell::kLive)) return {Problem::kOutOfBounds};
   if (cell.flags & Cell::kPending) {
-    return {Problem::kNotWaited, cell.writer, cell.write_block, cell.write_place};
+    return {Problem::kNotWaited, 0, cell.writer, cell.write_block, cell.write_place};
   }
   const bool writes = access.kind != AccessKind::kRead, reads = access.kind != AccessKind::kWrite;
   if (reads && !(cell.flags & Cell::kInitialised)) return {Problem::kUninitialised};
   const bool both_atomic = access.kind == AccessKind::kAtomic && (cell.flags & Cell::kAtomic);
   if ((cell.flags & Cell::kWritten) && !both_atomic &&
       !ordered_before(access, cell.write_block, cell.writer, cell.write_stamp)) {
-    return {writes ? Problem::kWriteAfterWrite : Problem::kReadAfterWrite, cell.writer, cell.write_block,
+    return {writes ? Problem::kWriteAfterWrite : Problem::kReadAfterWrite, 0, cell.writer, cell.write_block,
             cell.write_place};
   }
   if (!writes) {
@@ -96,6 +96,27 @@ Verdict check_access(Cell& cell, const Access& access, uint32_t generation, uint
   cell.write_stamp = clocks.now(access.thread);
   cell.write_place = access.place;
   cell.write_block = access.block;
+  return {};
+}
+
+}  // namespace
+
+Verdict check_access(Cell* cells, size_t bytes, const Access& access, uint32_t generation, uint8_t lasting_flags) {
+  // The bytes of an element mostly have the same history: then what becomes of the first becomes of the others.
+  Cell before, after;
+  for (size_t i = 0; i < bytes; ++i) {
+    if (i > 0 && memcmp(&cells[i], &before, sizeof before) == 0) {
+      cells[i] = after;
+      continue;
+    }
+    before = cells[i];
+    Verdict verdict = check_byte(cells[i], access, generation, lasting_flags);
+    if (verdict.problem != Problem::kNone) {
+      verdict.byte = i;
+      return verdict;
+    }
+    after = cells[i];
+  }
   return {};
 }
 

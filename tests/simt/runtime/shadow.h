@@ -1,6 +1,7 @@
 // Shadow memory: what is known about each byte of shared and global memory, and the check of one access against it.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace simt {
@@ -50,13 +51,14 @@ enum class Problem : uint8_t {
 
 struct Verdict {
   Problem problem = Problem::kNone;
+  size_t byte = 0;  // of the access
   // The other side of a race.
   int other_thread = 0;
   uint32_t other_block = 0, other_place = 0;
 };
 
-// Checks an access to the byte behind the cell, and remembers it if there is no problem. lasting_flags: what a cell of
-// an earlier generation keeps.
-Verdict check_access(Cell& cell, const Access& access, uint32_t generation, uint8_t lasting_flags);
+// Checks an access to the bytes behind the cells, one by one, and remembers it as far as there is no problem. Returns
+// the first problem. lasting_flags: what a cell of an earlier generation keeps.
+Verdict check_access(Cell* cells, size_t bytes, const Access& access, uint32_t generation, uint8_t lasting_flags);
 
 }  // namespace simt

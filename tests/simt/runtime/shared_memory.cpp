@@ -28,8 +28,11 @@ void SharedMemory::start_launch(const FunctionSymbol& kernel, uint32_t dynamic_b
   dynamic_reserved_ = 0;
   dynamic_end_ = kRedZone;
 
+  for (const Array& array : static_arrays_) {
+    for (size_t i = 0; i < array.bytes; ++i) static_cells_[array.offset + i].flags = 0;
+  }
   static_ = thread_local_block();
-  static_cells_.assign(static_.size, Cell{});
+  static_cells_.resize(static_.size);
   static_arrays_.clear();
   for (const SharedVariable& variable : this_module().shared_variables_of(kernel)) {
     static_arrays_.push_back({variable.name, variable.offset, variable.size});

@@ -1,0 +1,177 @@
+"""What do LoRA layers that read one x (q/k/v) cost beyond their frozen bases: in one op, as separate layers, in PEFT?
+
+    python benchmarks/bench_siblings.py [--dropout 0.1] [--rank 16] [--rounds 60] [--device cpu] [--write]
+
+Three layers on the same x, forward plus backward to x and the adapters, autograd and Python included. The contestants
+must agree on outputs and gradients (without dropout) before any is timed. A ratio is that of the medians to the three
+frozen layers (forward plus backward to x), with the quartiles of the round-by-round ratios behind it. The last column
+is what the one op costs beyond the frozen layers, as a part of what separate layers cost beyond them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from datetime import date
+from pathlib import Path
+
+import torch
+from bench_layer import ALPHA_OVER_R, make_lora_ext, make_peft
+from shapes import SIBLING_SHAPES, Shape
+from timing import interleaved, ratio
+from torch import Tensor, nn
+
+import lora_ext
+from lora_ext import functional, info
+
+RESULTS = Path(__file__).parent / "results"
+NUM_LAYERS = 3
+
+
+class Separate(nn.Module):
+    """The layers one after the other."""
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [layer(x) for layer in self.layers]
+
+
+class Siblings(nn.Module):
+    """The layers in one op."""
+
+    def __init__(self, bases: list[nn.Linear], As: list[Tensor], Bs: list[Tensor], dropout: float) -> None:
+        super().__init__()
+        self.bases, self.dropout = bases, dropout
+        self.lora_As = nn.ParameterList(A.clone() for A in As)
+        self.lora_Bs = nn.ParameterList(B.clone() for B in Bs)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        weights, biases = [base.weight for base in self.bases], [base.bias for base in self.bases]
+        scalings = [ALPHA_OVER_R] * len(weights)
+        return functional.lora_linear_siblings(
+            x, weights, biases, list(self.lora_As), list(self.lora_Bs), scalings, self.dropout
+        )
+
+
+def separate(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    return lambda bases, As, Bs, dropout: Separate(
+        make(base, A, B, dropout) for base, A, B in zip(bases, As, Bs, strict=True)
+    )
+
+
+CONTESTANTS: dict[str, Callable[..., nn.Module]] = {
+    "siblings": Siblings,
+    "separate": separate(make_lora_ext),
+    "peft": separate(make_peft),
+}
+
+
+def factors(module: nn.Module, name: str) -> list[Tensor]:
+    return [parameter for key, parameter in module.named_parameters() if name in key]
+
+
+def check_agreement(modules: dict[str, nn.Module], x: Tensor, grad_ys: list[Tensor]) -> None:
+    """Outputs and gradients of all contestants agree to the dtype's rounding, or nothing is timed."""
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 3e-2}[x.dtype]
+    results = {}
+    for name, module in modules.items():
+        leaf = x.detach().clone().requires_grad_()
+        ys = module(leaf)
+        leaves = [leaf, *factors(module, "lora_A"), *factors(module, "lora_B")]
+        results[name] = [*ys, *torch.autograd.grad(ys, leaves, grad_ys)]
+    for name, values in results.items():
+        for ours, theirs in zip(results["siblings"], values, strict=True):
+            error = ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
+            if error > tolerance:
+                sys.exit(f"{name} and siblings disagree by {error:.2e} on {tuple(ours.shape)}: not timed")
+
+
+def measure(shape: Shape, dtype: torch.dtype, args: argparse.Namespace) -> dict[str, object]:
+    num_tokens, in_features, out_features = shape
+    kwargs = {"dtype": dtype, "device": args.device}
+    x = torch.randn(num_tokens, in_features, **kwargs).requires_grad_()
+    grad_ys = [torch.randn(num_tokens, out_features, **kwargs) for _ in range(NUM_LAYERS)]
+    bases = [nn.Linear(in_features, out_features, **kwargs).requires_grad_(False) for _ in range(NUM_LAYERS)]
+    As = [torch.randn(args.rank, in_features, **kwargs) / in_features**0.5 for _ in range(NUM_LAYERS)]
+    Bs = [torch.randn(out_features, args.rank, **kwargs) * 0.1 for _ in range(NUM_LAYERS)]
+
+    check_agreement({name: make(bases, As, Bs, 0.0) for name, make in CONTESTANTS.items()}, x, grad_ys)
+    modules = {"frozen": Separate(bases)} | {
+        name: make(bases, As, Bs, args.dropout) for name, make in CONTESTANTS.items()
+    }
+
+    def step(module: nn.Module) -> None:
+        x.grad = None
+        module.zero_grad(set_to_none=True)
+        torch.autograd.backward(module(x), grad_ys)
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+
+    seconds = interleaved({name: lambda m=module: step(m) for name, module in modules.items()}, args.rounds)
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    return {
+        "shape": list(shape),
+        "dtype": str(dtype).removeprefix("torch."),
+        "rounds": len(seconds["frozen"]),
+        "frozen_ms": 1e3 * median["frozen"],
+        "ratio": {name: ratio(seconds[name], seconds["frozen"]) for name in CONTESTANTS},
+        "overhead": (median["siblings"] - median["frozen"]) / (median["separate"] - median["frozen"]),
+    }
+
+
+def table(rows: list[dict]) -> str:
+    lines = ["| tokens x in -> 3 x out | dtype | frozen, ms | " + " | ".join(CONTESTANTS) + " | overhead |"]
+    lines.append("|" + "---|" * (4 + len(CONTESTANTS)))
+    for row in rows:
+        ratios = [f"{r:.2f} ({low:.2f}-{high:.2f})" for r, low, high in row["ratio"].values()]
+        cells = [str(Shape(*row["shape"])), row["dtype"], f"{row['frozen_ms']:.2f}", *ratios, f"{row['overhead']:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--rounds", type=int, default=60, help="at most; slow shapes get fewer, at least 11")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--write", action="store_true", help="also write benchmarks/results/siblings_<device>.{json,md}"
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+
+    facts = info.gather()
+    machine = info.cpu_model() if args.device == "cpu" else torch.cuda.get_device_name()
+    kernels = f"{args.threads} threads, {facts['cpu']['isa']} kernels; " if args.device == "cpu" else ""
+    heading = (
+        f"Three layers on one x, forward + backward against the frozen layers, r={args.rank}, dropout {args.dropout}; "
+        f"{machine}; {kernels}lora_ext {lora_ext.__version__}, torch {torch.__version__}; {date.today()}; medians "
+        "(quartiles)"
+    )
+    print(heading, flush=True)
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in SIBLING_SHAPES:
+            rows.append(measure(shape, dtype, args))
+            print(table(rows).splitlines()[-1], flush=True)
+    print(f"\n{table(rows)}")
+    if args.write:
+        RESULTS.mkdir(exist_ok=True)
+        command = " ".join(["python benchmarks/bench_siblings.py", *sys.argv[1:]])
+        name = f"siblings_{args.device}"
+        (RESULTS / f"{name}.md").write_text(f"{heading}\n\n    {command}\n\n{table(rows)}\n")
+        result = {"command": command, "date": str(date.today()), "machine": machine, "info": facts, "rows": rows}
+        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

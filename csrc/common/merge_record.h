@@ -1,0 +1,71 @@
+// How the corrections of a merge are kept, so that unmerging restores every bit. merge_params.h defines a correction.
+//
+// A row is cut into segments of kMergeSegment columns (the last may be shorter). A segment's record is a run of 16-bit
+// words; how many is kept per segment, and the runs of a layer follow each other in the order of the segments.
+//
+//   no words          the segment needs no correction
+//   sparse            corrections of -127 to 127, a word each in the order of the columns: column within the segment in
+//                     the low byte, correction in the high byte. Then the outliers, last column first: a word whose
+//                     high byte is -128, and the original element in as many words as it takes, low word first.
+//   whole segment     the original elements, where that takes no more words than the sparse form. A sparse form of that
+//                     very length is never written, so that the length alone tells the two apart.
+//
+// A record therefore never takes more than the weight itself, beside 2 bytes a segment. The ordered integers of
+// neighbouring floating-point numbers differ by one, and those of -0.0 and 0.0 do as well: signs of zero are restored.
+#pragma once
+
+#include <cstdint>
+
+#include "philox.h"  // LORA_EXT_HOST_DEVICE
+
+namespace lora_ext {
+
+constexpr int kMergeSegment = 256;  // columns: their position fits a byte
+constexpr int kLargestCorrection = 127;
+constexpr int kOutlierMark = -kLargestCorrection - 1;  // in place of the correction
+
+LORA_EXT_HOST_DEVICE constexpr int64_t merge_segments(int64_t in_features) {
+  return (in_features + kMergeSegment - 1) / kMergeSegment;
+}
+
+// An element's bits -> an integer that grows with the element's value; its own inverse. Arithmetic on it wraps.
+LORA_EXT_HOST_DEVICE inline uint16_t ordered(uint16_t bits) {
+  return static_cast<uint16_t>(bits & 0x8000u ? bits ^ 0x7FFFu : bits);
+}
+LORA_EXT_HOST_DEVICE inline uint32_t ordered(uint32_t bits) { return bits >> 31 ? bits ^ 0x7FFFFFFFu : bits; }
+LORA_EXT_HOST_DEVICE inline uint64_t ordered(uint64_t bits) { return bits >> 63 ? bits ^ 0x7FFFFFFFFFFFFFFFull : bits; }
+
+LORA_EXT_HOST_DEVICE inline int16_t correction_of(uint16_t original, uint16_t candidate) {
+  return static_cast<int16_t>(ordered(original) - ordered(candidate));
+}
+LORA_EXT_HOST_DEVICE inline int32_t correction_of(uint32_t original, uint32_t candidate) {
+  return static_cast<int32_t>(ordered(original) - ordered(candidate));
+}
+LORA_EXT_HOST_DEVICE inline int64_t correction_of(uint64_t original, uint64_t candidate) {
+  return static_cast<int64_t>(ordered(original) - ordered(candidate));
+}
+
+LORA_EXT_HOST_DEVICE inline uint16_t corrected(uint16_t candidate, int correction) {
+  return ordered(static_cast<uint16_t>(ordered(candidate) + static_cast<uint16_t>(correction)));
+}
+LORA_EXT_HOST_DEVICE inline uint32_t corrected(uint32_t candidate, int correction) {
+  return ordered(ordered(candidate) + static_cast<uint32_t>(correction));
+}
+LORA_EXT_HOST_DEVICE inline uint64_t corrected(uint64_t candidate, int correction) {
+  return ordered(ordered(candidate) + static_cast<uint64_t>(static_cast<int64_t>(correction)));
+}
+
+LORA_EXT_HOST_DEVICE inline uint16_t correction_word(int col, int correction) {
+  return static_cast<uint16_t>(col | (correction & 0xFF) << 8);
+}
+LORA_EXT_HOST_DEVICE inline int word_column(uint16_t word) { return word & 0xFF; }
+LORA_EXT_HOST_DEVICE inline int word_correction(uint16_t word) { return static_cast<int8_t>(word >> 8); }
+LORA_EXT_HOST_DEVICE inline bool is_outlier_word(uint16_t word) { return word_correction(word) == kOutlierMark; }
+
+// Words of the record of a segment of `cols` columns whose sparse form takes `sparse` words: one a correction, and
+// element_words more for each that is an outlier.
+LORA_EXT_HOST_DEVICE inline int64_t record_words(int64_t sparse, int64_t cols, int element_words) {
+  return sparse < cols * element_words ? sparse : cols * element_words;
+}
+
+}  // namespace lora_ext

@@ -1,0 +1,171 @@
+// A warp's view of one segment of a row: 256 elements, eight a lane, as bits. The eight are groups of 16 bytes, so that
+// the lanes of a warp together read and write whole lines.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/merge_record.h"
+#include "elements.cuh"
+
+namespace lora_ext::cuda {
+
+template <class T>
+using Word = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
+
+__device__ __forceinline__ float fma_rn(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ __forceinline__ double fma_rn(double a, double b, double c) { return fma(a, b, c); }
+
+// --- an element and its bits ---
+
+template <class T>
+__device__ __forceinline__ T element_of(Word<T> word) {
+  if constexpr (std::is_same_v<T, double>) {
+    return __longlong_as_double(static_cast<long long>(word));
+  } else if constexpr (std::is_same_v<T, float>) {
+    return __uint_as_float(word);
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __ushort_as_half(word);
+  } else {
+    return __ushort_as_bfloat16(word);
+  }
+}
+__device__ __forceinline__ uint64_t bits_of(double v) { return static_cast<uint64_t>(__double_as_longlong(v)); }
+__device__ __forceinline__ uint32_t bits_of(float v) { return __float_as_uint(v); }
+__device__ __forceinline__ uint16_t bits_of(__half v) { return __half_as_ushort(v); }
+__device__ __forceinline__ uint16_t bits_of(__nv_bfloat16 v) { return __bfloat16_as_ushort(v); }
+
+template <class T>
+__device__ __forceinline__ Word<T> word_of(T element) {
+  return bits_of(element);
+}
+// round(acc(element) + update)
+template <class T>
+__device__ __forceinline__ Word<T> word_of(T element, Acc<T> update) {
+  return bits_of(from_acc<T>(to_acc(element) + update));
+}
+
+template <class T>
+__device__ __forceinline__ bool is_finite_word(Word<T> word) {
+  constexpr Word<T> kExponent = std::is_same_v<T, double>          ? Word<T>(0x7FF0000000000000u)
+                                : std::is_same_v<T, float>         ? Word<T>(0x7F800000u)
+                                : std::is_same_v<T, __nv_bfloat16> ? Word<T>(0x7F80u)
+                                                                   : Word<T>(0x7C00u);
+  return (word & kExponent) != kExponent;
+}
+
+template <class Integer>
+__device__ __forceinline__ bool is_outlier(Integer correction) {
+  return correction < -kLargestCorrection || correction > kLargestCorrection;
+}
+
+// --- an element in a record, in 16-bit words, low word first ---
+
+template <class W>
+__device__ __forceinline__ void store_words(uint16_t* to, W word) {
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(W)) / 2; ++i) to[i] = static_cast<uint16_t>(word >> (16 * i));
+}
+template <class T>
+__device__ __forceinline__ Word<T> load_words(const uint16_t* from) {
+  Word<T> word = 0;
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(T)) / 2; ++i) {
+    word = static_cast<Word<T>>(word | static_cast<Word<T>>(from[i]) << (16 * i));
+  }
+  return word;
+}
+
+// --- 16 bytes of shared memory, aligned ---
+
+__device__ __forceinline__ void load_16_bytes(const float* from, float* to) {
+  const float4 v = *reinterpret_cast<const float4*>(from);
+  to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+}
+__device__ __forceinline__ void load_16_bytes(const double* from, double* to) {
+  const double2 v = *reinterpret_cast<const double2*>(from);
+  to[0] = v.x, to[1] = v.y;
+}
+
+// --- a lane's eight elements ---
+
+template <class T>
+struct LaneElements {
+  static constexpr int kVec = 16 / static_cast<int>(sizeof(T));       // elements of 16 bytes
+  static constexpr int kUnits = 8 * static_cast<int>(sizeof(T)) / 4;  // 32-bit units of the eight elements
+  uint32_t units[kUnits];
+
+  // Column within the segment of a lane's i-th element.
+  static __device__ __forceinline__ int column(int lane, int i) { return (i / kVec * 32 + lane) * kVec + i % kVec; }
+
+  __device__ __forceinline__ Word<T> word(int i) const {
+    if constexpr (sizeof(T) == 8) {
+      return units[2 * i] | static_cast<uint64_t>(units[2 * i + 1]) << 32;
+    } else if constexpr (sizeof(T) == 4) {
+      return units[i];
+    } else {
+      return static_cast<uint16_t>(units[i / 2] >> (16 * (i % 2)));
+    }
+  }
+  __device__ __forceinline__ void set(int i, Word<T> word) {
+    if constexpr (sizeof(T) == 8) {
+      units[2 * i] = static_cast<uint32_t>(word), units[2 * i + 1] = static_cast<uint32_t>(word >> 32);
+    } else if constexpr (sizeof(T) == 4) {
+      units[i] = word;
+    } else {
+      const uint32_t other = i % 2 == 0 ? units[i / 2] & 0xFFFF0000u : units[i / 2] & 0xFFFFu;
+      units[i / 2] = other | static_cast<uint32_t>(word) << (16 * (i % 2));
+    }
+  }
+
+  // row [cols]; elements beyond are zero.
+  __device__ __forceinline__ void load(const T* row, int cols, bool aligned, int lane) {
+#pragma unroll
+    for (int group = 0; group < 8 / kVec; ++group) {
+      const int col = column(lane, group * kVec);
+      if (aligned && col + kVec <= cols) {
+        const uint4 v = *reinterpret_cast<const uint4*>(row + col);
+        units[4 * group] = v.x, units[4 * group + 1] = v.y, units[4 * group + 2] = v.z, units[4 * group + 3] = v.w;
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) units[4 * group + i] = 0;
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) {
+          if (col + i < cols) set(group * kVec + i, word_of<T>(row[col + i]));
+        }
+      }
+    }
+  }
+  __device__ __forceinline__ void store(T* row, int cols, bool aligned, int lane) const {
+#pragma unroll
+    for (int group = 0; group < 8 / kVec; ++group) {
+      const int col = column(lane, group * kVec);
+      if (aligned && col + kVec <= cols) {
+        *reinterpret_cast<uint4*>(row + col) =
+            make_uint4(units[4 * group], units[4 * group + 1], units[4 * group + 2], units[4 * group + 3]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) {
+          if (col + i < cols) row[col + i] = element_of<T>(word(group * kVec + i));
+        }
+      }
+    }
+  }
+
+  // The whole segment as a record keeps it.
+  __device__ __forceinline__ void store_as_words(uint16_t* record, int cols, int lane) const {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int col = column(lane, i);
+      if (col < cols) store_words(record + col * (static_cast<int>(sizeof(T)) / 2), word(i));
+    }
+  }
+  __device__ __forceinline__ void load_from_words(const uint16_t* record, int cols, int lane) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int col = column(lane, i);
+      if (col < cols) set(i, load_words<T>(record + col * (static_cast<int>(sizeof(T)) / 2)));
+    }
+  }
+};
+
+}  // namespace lora_ext::cuda

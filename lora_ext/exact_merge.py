@@ -1,0 +1,240 @@
+"""Merging updates into weights in place, and taking them out again to the very bit.
+
+A merged weight is ``round(W + d)``, the update ``d = scaling * lora_B @ lora_A`` accumulated in float32 (float64 for
+float64 weights) and rounded once. Rounding loses bits; the record of a merge keeps what it lost: where
+``round(merged - d)`` is not ``W``, the difference in units in the last place. csrc/common/merge_params.h defines all of
+it to the bit, the same on every device; csrc/common/merge_record.h the record's layout.
+
+A merge takes two passes: the first changes nothing, finds results that are NaN or infinite, and how long the record
+will be; the second merges. Lists of weights go through both together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _checks, _load
+
+__all__ = ["MergeRecord", "lora_merge_", "lora_unmerge_", "merge_all_", "pack_factors", "unmerge_all_"]
+
+
+@dataclasses.dataclass(eq=False)
+class MergeRecord:
+    """What brings back a weight that an update was merged into: the update's factors and the lost bits.
+
+    Tensors of its own throughout, so that it holds whatever becomes of the adapter. It does not know the weight, and
+    may be copied, pickled and moved (:meth:`to`) like one.
+
+    Attributes:
+        lora_A: ``[r, in_features]``, float32 (float64 for a float64 weight).
+        lora_B: ``[out_features, r]`` in the same dtype, multiplied by the scaling.
+        dtype: the weight's.
+        words: int16 ``[out_features, segments]``, 16-bit words of each segment's corrections; None: none needed any.
+        corrections: int16 ``[words.sum()]``, or None.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    dtype: torch.dtype
+    words: Tensor | None = None
+    corrections: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the record takes: factors, lengths and corrections."""
+        return sum(tensor.nbytes for tensor in self._tensors().values())
+
+    def to(self, device: torch.device) -> MergeRecord:
+        """The record on ``device``: itself where it is there already."""
+        if self.lora_A.device == device:
+            return self
+        return dataclasses.replace(self, **{name: tensor.to(device) for name, tensor in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        fields = {"lora_A": self.lora_A, "lora_B": self.lora_B, "words": self.words, "corrections": self.corrections}
+        return {name: tensor for name, tensor in fields.items() if tensor is not None}
+
+
+def lora_merge_(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, record: bool = True
+) -> MergeRecord | None:
+    """``weight += scaling * lora_B @ lora_A`` in place, such that :func:`lora_unmerge_` restores every bit.
+
+    Args:
+        weight: ``[out_features, in_features]``, float64, float32, bfloat16 or float16; any row stride.
+        lora_A: ``[r, in_features]``, in any of the four dtypes.
+        lora_B: ``[out_features, r]``, dtype of ``lora_A``.
+        scaling: any finite number.
+        record: keep what the rounding loses. Without it there is no way back, and nothing to store.
+
+    Returns:
+        The record, or None without one. It takes 0.03 to 0.25 bytes per element in float32 for updates of 0.5 % to
+        10 % of the weight's size (standard deviations), and never more than the weight, beside the factors' copies.
+
+    Raises:
+        ValueError: a result would be NaN or infinite; or an argument is wrong, which the message names.
+        TypeError: a wrong dtype.
+        The weight is then untouched.
+    """
+    op = "lora_merge_"
+    _checks.check_merge_layer(op, weight, lora_A, lora_B)
+    _checks.check_scaling(op, scaling)
+    _check_needs_no_grad(op, weight)
+    A, B = pack_factors(weight.dtype, [(lora_A, lora_B, scaling)])
+    return merge_all_(op, [weight], [A], [B], record=record)[0]
+
+
+def lora_unmerge_(weight: Tensor, record: MergeRecord) -> Tensor:
+    """Takes the update of :func:`lora_merge_` out of ``weight`` in place: its bits are those before the merge.
+
+    ``weight`` must hold what the merge left, on any device; a record that lies elsewhere is copied there.
+
+    Returns:
+        ``weight``.
+
+    Raises:
+        ValueError, TypeError: ``weight`` has another shape or dtype than the merged one. It is then untouched.
+    """
+    _check_needs_no_grad("lora_unmerge_", weight)
+    unmerge_all_("lora_unmerge_", [weight], [record])
+    return weight
+
+
+@torch.no_grad()
+def pack_factors(dtype: torch.dtype, adapters: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor]:
+    """Copies of ``(lora_A, lora_B, scaling)`` as the ops read them beside a weight of ``dtype``.
+
+    ``lora_A [r, in_features]`` and ``scaling * lora_B [out_features, r]`` in the accumulation dtype; of several
+    adapters side by side along the rank, in the order given.
+    """
+    acc = _checks.accumulation_dtype(dtype)
+    return (
+        torch.cat([A.detach().to(acc) for A, _, _ in adapters]),
+        torch.cat([B.detach().to(acc) * scaling for _, B, scaling in adapters], dim=1),
+    )
+
+
+@torch.no_grad()
+def merge_all_(
+    caller: str,
+    weights: Sequence[Tensor],
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    labels: Sequence[str] | None = None,
+    record: bool = True,
+) -> list[MergeRecord | None]:
+    """Merges factors of :func:`pack_factors` into their weights, or into none of them.
+
+    Nothing is changed before every result is known to be finite and every record has its memory. ``labels`` name the
+    weights in messages. Errors as :func:`lora_merge_`.
+    """
+    labels = ["weight"] * len(weights) if labels is None else labels
+    groups = _groups(caller, weights)
+    plans = {}
+    for key, members in groups.items():
+        arguments = [[tensors[i] for i in members] for tensors in (weights, lora_A, lora_B)]
+        plans[key] = arguments, *torch.ops.lora_ext.lora_merge_plan.default(*arguments)
+    for key, members in groups.items():
+        for i, count in zip(members, plans[key][1].tolist(), strict=True):
+            if count:
+                _refuse(caller, labels[i], count, weights[i], lora_A[i], lora_B[i])
+    if not record:
+        for arguments, _, _ in plans.values():
+            torch.ops.lora_ext.lora_merge_.default(*arguments, None, [])
+        return [None] * len(weights)
+
+    records: dict[int, MergeRecord] = {}
+    launches = []
+    for key, members in groups.items():
+        arguments, _, words = plans.pop(key)
+        ends = words.cumsum(0)  # int64
+        per_layer = words.split([_num_segments(weight) for weight in arguments[0]])
+        totals = [int(total) for total in torch.stack([part.sum() for part in per_layer]).tolist()]
+        corrections = [words.new_empty(total) for total in totals]
+        launches.append((*arguments, ends, corrections))
+        for i, part, own in zip(members, per_layer, corrections, strict=True):
+            shape = weights[i].shape[0], _checks.merge_segments(weights[i].shape[1])
+            kept = (part.reshape(shape).clone(), own) if own.numel() else (None, None)
+            records[i] = MergeRecord(lora_A[i], lora_B[i], weights[i].dtype, *kept)
+    for launch in launches:
+        torch.ops.lora_ext.lora_merge_.default(*launch)
+    return [records[i] for i in range(len(weights))]
+
+
+@torch.no_grad()
+def unmerge_all_(
+    caller: str, weights: Sequence[Tensor], records: Sequence[MergeRecord], labels: Sequence[str] | None = None
+) -> None:
+    """Takes each record's update out of its weight: of all of them, or of none where one does not fit."""
+    labels = ["weight"] * len(weights) if labels is None else labels
+    for weight, record, label in zip(weights, records, labels, strict=True):
+        check_unmerge(caller, weight, record, label)
+    launches = []
+    for members in _groups(caller, weights).values():
+        own = [records[i].to(weights[i].device) for i in members]
+        arguments = [weights[i] for i in members], [r.lora_A for r in own], [r.lora_B for r in own]
+        if all(r.words is None for r in own):
+            launches.append((*arguments, None, []))
+            continue
+        none = own[0].lora_A.new_empty(0, dtype=torch.int16)
+        words = [
+            none.new_zeros(_num_segments(weight)) if r.words is None else r.words.flatten()
+            for weight, r in zip(arguments[0], own, strict=True)
+        ]
+        corrections = [none if r.corrections is None else r.corrections for r in own]
+        launches.append((*arguments, torch.cat(words).cumsum(0), corrections))
+    for launch in launches:
+        torch.ops.lora_ext.lora_unmerge_.default(*launch)
+
+
+def check_unmerge(caller: str, weight: Tensor, record: MergeRecord, label: str = "weight") -> None:
+    """A weight that a record was not made for cannot be restored: ValueError or TypeError."""
+    shape = record.lora_B.shape[0], record.lora_A.shape[1]
+    if tuple(weight.shape) != shape:
+        raise ValueError(f"{caller}: {label} has shape {list(weight.shape)}, but {list(shape)} was merged")
+    if weight.dtype != record.dtype:
+        raise TypeError(
+            f"{caller}: {label} is {weight.dtype} now, but {record.dtype} was merged: its bits cannot be restored"
+        )
+
+
+def _groups(caller: str, weights: Sequence[Tensor]) -> dict[object, list[int]]:
+    """Indices of the weights that an op takes together: those of one device and dtype."""
+    groups: dict[object, list[int]] = defaultdict(list)
+    for i, weight in enumerate(weights):
+        groups[weight.device, weight.dtype].append(i)
+    for device, _ in groups:
+        _load.check_kernels_exist(caller, device)
+        if device.type == "meta":
+            raise RuntimeError(f"{caller}: a weight is on the meta device, where it has no values to merge into")
+    return groups
+
+
+def _num_segments(weight: Tensor) -> int:
+    return weight.shape[0] * _checks.merge_segments(weight.shape[1])
+
+
+def _check_needs_no_grad(op: str, weight: Tensor) -> None:
+    if torch.is_grad_enabled() and weight.requires_grad:
+        raise RuntimeError(
+            f"{op}: weight requires grad; merging in place would corrupt its gradient. "
+            "Call weight.requires_grad_(False) or merge under torch.no_grad()"
+        )
+
+
+def _refuse(caller: str, label: str, count: int, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+    if not (lora_A.isfinite().all() and lora_B.isfinite().all()):
+        reason = "the adapter has NaN or infinite values"
+    elif not weight.isfinite().all():
+        reason = "the weight has NaN or infinite values"
+    else:
+        limit = torch.finfo(weight.dtype).max
+        reason = f"the sum overflows {weight.dtype} (at most {limit:g}); convert to a wider dtype first"
+    raise ValueError(
+        f"{caller}: merging would make {count} of {weight.numel()} elements of {label} NaN or infinite: {reason}"
+    )

@@ -1,0 +1,113 @@
+"""Which adapters a layer's base weight contains, and how that set changes.
+
+The weight is a function of the set: the pristine weight plus the updates of just those adapters, added up in the order
+of their names and rounded once. To change the set, every bit of the pristine weight is restored first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .._checks import check_merge_layer
+from ..exact_merge import MergeRecord, check_unmerge, merge_all_, pack_factors, unmerge_all_
+
+if TYPE_CHECKING:
+    from .linear import LoraLinear
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MergedAdapters:
+    """The adapters merged into one weight.
+
+    Attributes:
+        ranks: by adapter name, sorted: the record's factors have them side by side.
+        record: how to restore the weight. It holds the factors as they were when merged.
+        lost: why the weight can no longer be restored, or None.
+    """
+
+    ranks: Mapping[str, int]
+    record: MergeRecord
+    lost: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.ranks)
+
+    def factors(self, name: str, device: torch.device) -> tuple[Tensor, Tensor, float]:
+        """What was merged under ``name``, as :func:`~lora_ext.exact_merge.pack_factors` takes it."""
+        begin = sum(rank for other, rank in self.ranks.items() if other < name)
+        end = begin + self.ranks[name]
+        return self.record.lora_A[begin:end].to(device), self.record.lora_B[:, begin:end].to(device), 1.0
+
+
+def change_merged(caller: str, wanted: Mapping[LoraLinear, Collection[str]], labels: Mapping[LoraLinear, str]) -> None:
+    """Gives every layer the adapters ``wanted`` of it, merged, and no others; or leaves all layers as they are.
+
+    Adapters that stay merged keep the values they were merged with. ``labels`` name the layers' weights in messages.
+
+    Raises:
+        ValueError: a result would be NaN or infinite.
+        RuntimeError: a weight was converted to another dtype while merged.
+    """
+    before = {layer: layer._merged for layer in wanted}
+    restore = {layer: merged for layer, merged in before.items() if merged is not None}
+    for layer, merged in restore.items():
+        if merged.lost:
+            raise RuntimeError(f"{caller}: {labels[layer]} {merged.lost}; forget_merge() takes it as it is now")
+        check_unmerge(caller, layer.weight, merged.record, labels[layer])
+    merge = {layer: sorted(names) for layer, names in wanted.items() if names}
+    ranks = {layer: {name: _rank(layer, name) for name in names} for layer, names in merge.items()}
+    for layer, names in merge.items():
+        for name in names:
+            if not _stays(layer, name):
+                adapter = layer.adapters[name]
+                check_merge_layer(f"{caller}: {labels[layer]}", layer.weight, adapter.lora_A, adapter.lora_B)
+    factors = [pack_factors(layer.weight.dtype, _adapters(layer, names)) for layer, names in merge.items()]
+
+    try:
+        unmerge_all_(
+            caller,
+            [layer.weight for layer in restore],
+            [merged.record for merged in restore.values()],
+            [labels[layer] for layer in restore],
+        )
+        records = merge_all_(
+            caller,
+            [layer.weight for layer in merge],
+            [A for A, _ in factors],
+            [B for _, B in factors],
+            [labels[layer] for layer in merge],
+        )
+    except Exception:  # nothing was merged: what was there before goes back in, to the same bits
+        own = [merged.record.to(layer.weight.device) for layer, merged in restore.items()]
+        merge_all_(
+            caller, [layer.weight for layer in restore], [r.lora_A for r in own], [r.lora_B for r in own], record=False
+        )
+        raise
+    after = {layer: MergedAdapters(ranks[layer], record) for layer, record in zip(merge, records, strict=True)}
+    for layer in wanted:
+        layer._merged = after.get(layer)
+
+
+def _adapters(layer: LoraLinear, names: list[str]) -> list[tuple[Tensor, Tensor, float]]:
+    adapters = []
+    for name in names:
+        if _stays(layer, name):
+            adapters.append(layer._merged.factors(name, layer.weight.device))
+        else:
+            adapter = layer.adapters[name]
+            adapters.append((adapter.lora_A, adapter.lora_B, adapter.scaling))
+    return adapters
+
+
+def _rank(layer: LoraLinear, name: str) -> int:
+    return layer._merged.ranks[name] if _stays(layer, name) else layer.adapters[name].r
+
+
+def _stays(layer: LoraLinear, name: str) -> bool:
+    return layer._merged is not None and name in layer._merged.ranks

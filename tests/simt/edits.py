@@ -1,0 +1,51 @@
+"""Textual edits of source files: the kernels with a bug planted, or with another plan."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from dataclasses import dataclass
+
+from .build import CACHE, ROOT
+from .driver import Library, kernel_library
+
+
+@dataclass(frozen=True)
+class Edit:
+    path: str  # below the repository's root
+    old: str  # there exactly once
+    new: str
+
+
+def replace_once(text: str, old: str, new: str, where: str) -> str:
+    if (count := text.count(old)) != 1:
+        raise ValueError(f"{where}: the text to replace is there {count} times, want once: {old!r}")
+    return text.replace(old, new)
+
+
+@functools.cache
+def edited_kernels(name: str, edits: tuple[Edit, ...], instantiations: str) -> Library:
+    """The kernels with edits, of which the files csrc/cuda/instantiations/<instantiations>.cu are compiled anew."""
+    folder = CACHE / "edited" / name
+    for part in ("csrc/common", "csrc/cuda"):
+        shutil.rmtree(folder / part, ignore_errors=True)
+        shutil.copytree(ROOT / part, folder / part)
+    for edit in edits:
+        path = folder / edit.path
+        path.write_text(replace_once(path.read_text(), edit.old, edit.new, f"{name}: {edit.path}"))
+    anew = sorted((folder / "csrc/cuda/instantiations").glob(f"{instantiations}.cu"))
+    assert anew, f"{name}: there is no csrc/cuda/instantiations/{instantiations}.cu"
+    return kernel_library(name, {path.name: path for path in anew})
+
+
+# The plans split work over the blocks of a large GPU. At a test's sizes that leaves a block one step: with plans for a
+# handful of blocks, loops and pipelines go round.
+FEW_BLOCKS = (
+    Edit("csrc/cuda/mma/token_pass.h", "kBlocks = 128, kMoreBlocks = 256;", "kBlocks = 4, kMoreBlocks = 8;"),
+    Edit("csrc/cuda/mma/expand.cuh", "kTargetBlocks = 512;", "kTargetBlocks = 4;"),
+    Edit("csrc/cuda/fma/plan.h", "kTargetBlocks = 384;", "kTargetBlocks = 4;"),
+)
+
+
+def few_blocks() -> Library:
+    return edited_kernels("few_blocks", FEW_BLOCKS, "*")
