@@ -75,7 +75,7 @@ class ExpandLong {
     for (int m = 0; m < kLongRowPieces; ++m) {
       const int64_t row0 = row0_ + (warp % kLongRowWarps * kLongRowPieces + m) * kPieceRows;
       const int64_t col0 = col0_ + warp / kLongRowWarps * kLongColPieces * kPieceCols;
-      const ExpandOutput<T> output(p_, sibling_, tiles_.eights, row0, col0);
+      const ExpandOutput<T> output(p_, sibling_, tiles_.eights, row0, col0, kLongColPieces * kPieceCols);
 #pragma unroll
       for (int n = 0; n < kLongColPieces; ++n) {
         output.finish(n * kPieceCols, sum[m][n], output.prefetch(n * kPieceCols));

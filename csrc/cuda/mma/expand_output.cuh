@@ -25,7 +25,7 @@ struct ExpandParams {
   const uint8_t* mask;  // [num_tokens, mask_row_bytes]; null: everything is kept
   bool accumulate;      // add to what out holds
   int num_siblings;
-  ExpandSibling siblings[kMaxSiblings];
+  ExpandSibling siblings[kMaxSiblings] = {};
 };
 
 // How the launch divides the work. The columns of the output are cut into tiles, sibling after sibling; blockIdx.y
@@ -146,14 +146,14 @@ struct ExpandAddends {
 template <class T>
 class ExpandOutput {
  public:
+  // From (row0, col0) on, at most `cols` columns: beyond them, even reading would race with another warp.
   __device__ __forceinline__ ExpandOutput(const ExpandParams& p, const ExpandSibling& sibling, bool eights,
-                                          int64_t row0, int64_t col0)
+                                          int64_t row0, int64_t col0, int cols)
       : accumulate_(p.accumulate), eights_(eights) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int64_t row = row0 + lane / 4, col = col0 + lane % 4 * 8;
-    constexpr int64_t kFar = 1 << 30;
-    rows_ = static_cast<int>(min(p.num_tokens - row, kFar));
-    cols_ = static_cast<int>(min(sibling.cols - col, kFar));
+    rows_ = static_cast<int>(min(p.num_tokens - row, static_cast<int64_t>(kPieceRows)));
+    cols_ = static_cast<int>(min(sibling.cols - col0, static_cast<int64_t>(cols)) - lane % 4 * 8);
     out_ = static_cast<T*>(sibling.out) + row * sibling.out_stride + col;
     out_step_ = 8 * sibling.out_stride;
     bias_ = sibling.bias ? static_cast<const T*>(sibling.bias) + col : nullptr;
@@ -199,7 +199,7 @@ class ExpandOutput {
   }
 
  private:
-  // Elements from column `col` to the end of row g + 8 * i, none where there is no such row.
+  // Elements from column `col` to the end, in row g + 8 * i; none where there is no such row.
   __device__ __forceinline__ int count(int i, int col) const { return 8 * i < rows_ ? cols_ - col : 0; }
 
   const bool accumulate_, eights_;

@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kExpandThreads, kParts == 1 ? 3 : 2)
   const int pieces =
       static_cast<int>(min(sibling.cols - col0, static_cast<int64_t>(tiles.cols)) + kPieceCols - 1) / kPieceCols;
   int piece = warp / row_warps;
-  const ExpandOutput<T> output(p, sibling, tiles.eights, row0, col0);
+  const ExpandOutput<T> output(p, sibling, tiles.eights, row0, col0, tiles.cols);
   ExpandAddends next = output.prefetch(piece * kPieceCols);
   uint32_t left[kSteps][kParts][4];
 #pragma unroll

@@ -39,8 +39,8 @@ struct PackJob {
 
 struct PackFactorsParams {
   DType dtype;
-  int num_jobs;
-  PackJob jobs[kMaxPackJobs];
+  int num_jobs = 0;
+  PackJob jobs[kMaxPackJobs] = {};
 
   void add(const PackSource& source, const PackTarget& target) {
     // Where the image's last factor ends, its padding begins: zeros, written with that factor.
