@@ -141,7 +141,7 @@ def _lora_linear_backward_autograd(grad_y, x, weight, lora_A, lora_B, xa, mask, 
 
 
 def _lora_merge_plan_autograd(weights, lora_As, lora_Bs):
-    with _below_autograd():  # it returns counts
+    with below_autograd():  # it returns counts
         return torch.ops.lora_ext.lora_merge_plan.default(weights, lora_As, lora_Bs)
 
 
@@ -154,7 +154,7 @@ def _changes_weights(op):
                 f"{op.__name__}: weight requires grad; merging in place would corrupt its gradient. "
                 "Call weight.requires_grad_(False) or merge under torch.no_grad()"
             )
-        with _below_autograd():
+        with below_autograd():
             op.default(weights, lora_As, lora_Bs, ends, corrections)
         for weight in weights:
             if not weight.is_inference():
