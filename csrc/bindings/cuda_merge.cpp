@@ -15,8 +15,8 @@ void run(const MergeCall& call, MergeMode mode, const Tensor& like) {
 
 std::tuple<Tensor, Tensor> lora_merge_plan(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
                                            const std::vector<Tensor>& lora_Bs) {
-  const DeviceGuard guard(weights.at(0).get_device_index());
   MergeCall call = prepare_merge("lora_merge_plan", weights, lora_As, lora_Bs);
+  const DeviceGuard guard(weights[0].get_device_index());
   const auto results = allocate_plan(call, weights[0]);
   run(call, MergeMode::kPlan, weights[0]);
   return results;
@@ -25,8 +25,8 @@ std::tuple<Tensor, Tensor> lora_merge_plan(const std::vector<Tensor>& weights, c
 void lora_merge_(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
                  const std::vector<Tensor>& lora_Bs, const std::optional<Tensor>& ends,
                  const std::vector<Tensor>& corrections) {
-  const DeviceGuard guard(weights.at(0).get_device_index());
   MergeCall call = prepare_merge("lora_merge_", weights, lora_As, lora_Bs);
+  const DeviceGuard guard(weights[0].get_device_index());
   attach_record("lora_merge_", call, ends, corrections, weights[0]);
   run(call, ends ? MergeMode::kMergeRecord : MergeMode::kMerge, weights[0]);
 }
@@ -34,8 +34,8 @@ void lora_merge_(const std::vector<Tensor>& weights, const std::vector<Tensor>& 
 void lora_unmerge_(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
                    const std::vector<Tensor>& lora_Bs, const std::optional<Tensor>& ends,
                    const std::vector<Tensor>& corrections) {
-  const DeviceGuard guard(weights.at(0).get_device_index());
   MergeCall call = prepare_merge("lora_unmerge_", weights, lora_As, lora_Bs);
+  const DeviceGuard guard(weights[0].get_device_index());
   attach_record("lora_unmerge_", call, ends, corrections, weights[0]);
   run(call, MergeMode::kUnmerge, weights[0]);
 }
