@@ -52,6 +52,9 @@ MMA = dict(tensor_cores=True, **PASS)
 
 FAMILIES = [
     Family("dropout mask", r"^dropout_mask_kernel"),
+    # float64: twice the registers, of which two blocks would leave too few.
+    Family("merge's plan, float64", r"^merge_kernel<double, 0>", blocks_per_sm=1, wide_loads=True),
+    Family("merge, float64", r"^merge_kernel<double, ", blocks_per_sm=1, wide_loads=True, wide_stores=True),
     Family("merge's plan", r"^merge_kernel<\w+, 0>", wide_loads=True),
     Family("merge", r"^merge_kernel<", wide_loads=True, wide_stores=True),
     Family("pack factors", r"^(fma|mma)::pack_factors_kernel"),
@@ -62,10 +65,10 @@ FAMILIES = [
     Family("mma shrink and sum", r"^mma::shrink_and_sum_kernel", blocks_per_sm=1, **MMA),
     Family("mma shrink", r"^mma::shrink_kernel", **MMA),
     Family("mma sum over tokens", r"^mma::token_sum_kernel", **MMA),
-    # Template arguments: parts of the skinny operands, steps of 16 ranks.
+    # The second template argument: parts of the skinny operands. One part takes the fewest registers.
     Family(
-        "mma expand, small",
-        r"^mma::expand_short_kernel<\w+, (1, \d+|\d+, 1)[,>]",
+        "mma expand, one part",
+        r"^mma::expand_short_kernel<\w+, 1[,>]",
         blocks_per_sm=3,
         wide_stores=True,
         **MMA | dict(dynamic_shared=48 * 1024),

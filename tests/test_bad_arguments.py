@@ -96,8 +96,12 @@ def test_lora_merge_refuses_and_changes_nothing(case):
     before = arguments["weight"].clone()
     with pytest.raises(exception, match=f"^lora_merge_: {text}"):
         functional.lora_merge_(**arguments)
-    with pytest.raises(RuntimeError, match="lora_merge_: "):
-        torch.ops.lora_ext.lora_merge_(**arguments)
+    if "scaling" not in change:  # the op's lora_B comes multiplied by it
+        lists = [arguments["weight"]], [arguments["lora_A"]], [arguments["lora_B"]]
+        for mode in ("lora_merge_plan", "lora_merge_", "lora_unmerge_"):
+            record = () if mode == "lora_merge_plan" else (None, [])
+            with pytest.raises(RuntimeError, match=f"{mode}: "):
+                getattr(torch.ops.lora_ext, mode)(*lists, *record)
     assert torch.equal(arguments["weight"], before)
 
 

@@ -33,9 +33,6 @@ def test_opcheck(dtypes, dropout_p):
             (layer.grad_y, layer.x.detach(), layer.weight, layer.lora_A.detach(), layer.lora_B.detach())
             + (xa, mask if dropout_p else None, layer.scaling, dropout_p, (True, False, True)),
         )
-        torch.library.opcheck(
-            torch.ops.lora_ext.lora_merge_.default, (layer.weight, layer.lora_A.detach(), layer.lora_B.detach(), 0.5)
-        )
     torch.library.opcheck(torch.ops.lora_ext.lora_dropout_mask.default, (SEED, 5, 20, 0.3))
 
 
