@@ -104,22 +104,17 @@ class TokenTileLoader {
     }
   }
 
-  __device__ __forceinline__ void load_left(int rows) {
+  // Element by element: left's rows need not be aligned.
+  __device__ __forceinline__ void copy_left(A* left_tile, int rows) {
 #pragma unroll
     for (int i = 0; i < Traits::kLeftLoads; ++i) {
-      const int left_row = thread() / Traits::kBlockR + i * kLeftRows;
-      const bool inside = rank_inside_ && left_row < min(rows, Traits::kBlockT);
-      loaded_left_[i] = inside ? left_[i * kLeftRows * p_.left_stride] : A(0);
+      const int element = i * Traits::kThreads + thread(), row = element / Traits::kBlockR;
+      if (Traits::kLeftElements % Traits::kThreads != 0 && element >= Traits::kLeftElements) continue;
+      const bool inside = rank_inside_ && row < rows;
+      ptx::cp_async_small<sizeof(A)>(ptx::shared_address(left_tile + element),
+                                     inside ? left_ + i * kLeftRows * p_.left_stride : p_.left, inside);
     }
     left_ += Traits::kBlockT * p_.left_stride;
-  }
-
-  __device__ __forceinline__ void store_left(A* left_tile) const {
-#pragma unroll
-    for (int i = 0; i < Traits::kLeftLoads; ++i) {
-      const int element = i * Traits::kThreads + thread();
-      if (element < Traits::kLeftElements) left_tile[element] = loaded_left_[i];
-    }
   }
 
  private:
@@ -136,7 +131,6 @@ class TokenTileLoader {
   int inside_, first_bit_;
   bool rank_inside_;
   uint8_t kept_[Traits::kRounds];
-  A loaded_left_[Traits::kLeftLoads];
 };
 
 // Adds up the feature warps' products of a tile of tokens and writes them.
@@ -146,7 +140,7 @@ __device__ __forceinline__ void write_products(const TokenSumParams& p, const A*
   A* out = static_cast<A*>(p.product) + static_cast<int64_t>(blockIdx.y) * p.range_stride + token0 * p.product_stride +
            rank0;
   constexpr int kElements = Traits::kBlockT * Traits::kBlockR;
-#pragma unroll
+#pragma unroll 1  // unrolled, its addresses take registers that the sums need
   for (int element = static_cast<int>(threadIdx.x); element < kElements; element += Traits::kThreads) {
     const int row = element / Traits::kBlockR, rank = element % Traits::kBlockR;
     A sum = products[element];
@@ -187,8 +181,7 @@ __global__ void __launch_bounds__(TokenSumTraits<T, kRankBucket, kProducts>::kTh
   for (int tile = 0; tile < kStages - 1; ++tile) {
     if (tile < num_tiles) {
       loader.copy_right(tiles + tile * Traits::kTileElements, num_rows - tile * kBlockT);
-      loader.load_left(num_rows - tile * kBlockT);
-      loader.store_left(left_tiles + tile * Traits::kLeftElements);
+      loader.copy_left(left_tiles + tile * Traits::kLeftElements, num_rows - tile * kBlockT);
     }
     ptx::cp_async_commit();
   }
@@ -220,7 +213,7 @@ __global__ void __launch_bounds__(TokenSumTraits<T, kRankBucket, kProducts>::kTh
     const int free_slot = slot == 0 ? kStages - 1 : slot - 1, next_rows = rows - (kStages - 1) * kBlockT;
     if (next_rows > 0) {
       loader.copy_right(tiles + free_slot * Traits::kTileElements, next_rows);
-      loader.load_left(next_rows);
+      loader.copy_left(left_tiles + free_slot * Traits::kLeftElements, next_rows);
     }
     ptx::cp_async_commit();
     if (masked) loader.load_bits(rows - kBlockT);
@@ -268,7 +261,6 @@ __global__ void __launch_bounds__(TokenSumTraits<T, kRankBucket, kProducts>::kTh
         if (lane % kLanes == 0) mine[token * kBlockR + rank] = total;
       }
     }
-    if (next_rows > 0) loader.store_left(left_tiles + free_slot * Traits::kLeftElements);
     slot = slot == kStages - 1 ? 0 : slot + 1;
   }
   ptx::cp_async_wait<0>();

@@ -158,7 +158,7 @@ class ExpandOutput {
     out_step_ = 8 * sibling.out_stride;
     bias_ = sibling.bias ? static_cast<const T*>(sibling.bias) + col : nullptr;
     mask_ = p.mask ? p.mask + row * p.mask_row_bytes + col / 8 : nullptr;
-    mask_step_ = 8 * p.mask_row_bytes;
+    mask_step_ = static_cast<int>(8 * p.mask_row_bytes);
   }
 
   // Reads what the piece at column `col` will need; long before it does, so that the loads overlap with other work.
@@ -204,7 +204,8 @@ class ExpandOutput {
 
   const bool accumulate_, eights_;
   int rows_, cols_;
-  int64_t out_step_, mask_step_;  // 8 rows
+  int64_t out_step_;  // 8 rows
+  int mask_step_;     // the same
   T* out_;
   const T* bias_;
   const uint8_t* mask_;

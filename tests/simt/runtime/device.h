@@ -42,8 +42,8 @@ void check_atomic(const void* address, size_t bytes);
 void* take_shared(size_t index, size_t bytes, size_t reserved_bytes, const char* name);
 uint32_t shared_address(const void* pointer);
 
-// cp.async of 16 bytes, `bytes` of them read and the rest zero.
-void async_copy(uint32_t to, const void* from, uint32_t bytes);
+// cp.async of `size` bytes, `bytes` of them read and the rest zero.
+void async_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t size);
 void async_commit();
 void async_wait(int pending);
 

@@ -9,7 +9,14 @@ namespace lora_ext::cuda::ptx {
 
 __forceinline__ uint32_t shared_address(const void* pointer) { return simt::shared_address(pointer); }
 
-__forceinline__ void cp_async_16(uint32_t to, const void* from, uint32_t bytes) { simt::async_copy(to, from, bytes); }
+__forceinline__ void cp_async_16(uint32_t to, const void* from, uint32_t bytes) {
+  simt::async_copy(to, from, bytes, 16);
+}
+
+template <int kBytes>
+__forceinline__ void cp_async_small(uint32_t to, const void* from, bool read) {
+  simt::async_copy(to, from, read ? kBytes : 0, kBytes);
+}
 
 __forceinline__ void cp_async_commit() { simt::async_commit(); }
 
