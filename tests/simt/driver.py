@@ -76,6 +76,10 @@ class Library:
         """Frees device memory and forgets reports. schedule: 0 runs threads in order, others shuffle them."""
         self.c.simt_reset(schedule)
 
+    def allow_races(self) -> None:
+        """Until `reset`: for rubbish, of which a kernel promises where it does not write, but not what."""
+        self.c.simt_allow_races()
+
     def reports(self) -> list[Report]:
         found = []
         for i in range(self.c.simt_num_reports()):
