@@ -289,6 +289,7 @@ def test_instruction_sets_and_threads_agree_to_the_bit():
         ("factor nan", "the adapter has NaN or infinite values"),
         ("factor inf", "the adapter has NaN or infinite values"),
         ("factor of a zero", "the adapter has NaN or infinite values"),
+        ("row", "the adapter has NaN or infinite values"),
     ],
 )
 def test_what_is_not_finite_is_refused_and_changes_nothing(change, reason, record):
@@ -300,10 +301,12 @@ def test_what_is_not_finite_is_refused_and_changes_nothing(change, reason, recor
         A[0, 299] = 1.0
     elif change == "factor of a zero":  # inf * 0 is NaN
         A[1, 7], B[:, 1] = float("inf"), 0.0
+    elif change == "row":  # its 300 columns, and no padding of theirs
+        B[4, 1] = float("inf")
     else:
         target = {"weight": weight, "factor": A}[change.split()[0]]
         target[1, 7] = float(change.split()[1])
-    count = 9 if change.startswith("factor") else 1
+    count = {"factor": 9, "row": 300}.get(change.split()[0], 1)
     before, version = weight.clone(), weight._version
     with pytest.raises(ValueError, match=f"would make {count} of 2700 elements of weight NaN or infinite: {reason}"):
         functional.lora_merge_(weight, A, B, 1.0, record=record)

@@ -55,17 +55,18 @@ __device__ __forceinline__ int exclusive_sum(int value, int lane, int* total) {
   return sum - value;
 }
 
-// Counts of one row's segment: words of its sparse record (at most 5 an element) low, results not finite high.
+// Counts of one row's segment [cols]: words of its sparse record (at most 5 an element) low, results not finite high.
 template <class T>
 __device__ __forceinline__ int count_lane(const LaneElements<T>& original, const LaneElements<T>& merged,
-                                          const Acc<T> (&update)[8]) {
+                                          const Acc<T> (&update)[8], int cols, int lane) {
   constexpr int kElementWords = sizeof(T) / 2;
   int counts = 0;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const Word<T> was = original.word(i), candidate = word_of<T>(element_of<T>(merged.word(i)), -update[i]);
     if (was != candidate) counts += 1 + (is_outlier(correction_of(was, candidate)) ? kElementWords : 0);
-    if (!is_finite_word<T>(merged.word(i))) counts += 1 << 16;
+    // Beyond cols lora_A is zero, but infinity times zero is not.
+    if (!is_finite_word<T>(merged.word(i)) && LaneElements<T>::column(lane, i) < cols) counts += 1 << 16;
   }
   return counts;
 }
@@ -151,7 +152,7 @@ __device__ __forceinline__ void finish_row(const MergeParams& p, const MergeLaun
   }
 
   if constexpr (kMode == MergeMode::kPlan) {
-    int counts = count_lane(original, result, update);
+    int counts = count_lane(original, result, update, cols, lane);
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) counts += __shfl_xor_sync(0xFFFFFFFFu, counts, step);
     if (lane == 0) {

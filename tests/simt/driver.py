@@ -76,6 +76,10 @@ class Library:
         """Frees device memory and forgets reports. schedule: 0 runs threads in order, others shuffle them."""
         self.c.simt_reset(schedule)
 
+    def allow_races(self) -> None:
+        """Until `reset`: for rubbish, of which a kernel promises where it does not write, but not what."""
+        self.c.simt_allow_races()
+
     def reports(self) -> list[Report]:
         found = []
         for i in range(self.c.simt_num_reports()):
@@ -153,10 +157,10 @@ class Library:
         return tensor
 
 
-def kernel_library(name: str, instead: dict[str, Path]) -> Library:
-    """The kernels of csrc/cuda, with other sources for those of these names."""
+def kernel_library(name: str, instead: dict[str, Path], more: tuple[Path, ...] = ()) -> Library:
+    """The kernels of csrc/cuda, with other sources for those of these names, and more that are no kernels."""
     sources = [instead.get(path.name, path) for path in sorted((ROOT / "csrc/cuda").rglob("*.cu"))]
-    others = [SIMT / "entry.cpp", params.layout_check(CACHE / "layout_check.cpp")]
+    others = [SIMT / "entry.cpp", params.layout_check(CACHE / "layout_check.cpp"), *more]
     return Library(build_library(name, sources, others))
 
 

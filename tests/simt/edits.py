@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 from .build import CACHE, ROOT
 from .driver import Library, kernel_library
@@ -24,8 +25,10 @@ def replace_once(text: str, old: str, new: str, where: str) -> str:
 
 
 @functools.cache
-def edited_kernels(name: str, edits: tuple[Edit, ...], sources: str = "*") -> Library:
-    """The kernels with edits, of which the files csrc/cuda/**/<sources>.cu are compiled anew."""
+def edited_kernels(
+    name: str, edits: tuple[Edit, ...], sources: tuple[str, ...] = ("*",), others: tuple[Path, ...] = ()
+) -> Library:
+    """The kernels with edits, of which the files csrc/cuda/**/<sources>.cu are compiled anew, and other sources."""
     folder = CACHE / "edited" / name
     for part in ("csrc/common", "csrc/cuda"):
         shutil.rmtree(folder / part, ignore_errors=True)
@@ -33,9 +36,9 @@ def edited_kernels(name: str, edits: tuple[Edit, ...], sources: str = "*") -> Li
     for edit in edits:
         path = folder / edit.path
         path.write_text(replace_once(path.read_text(), edit.old, edit.new, f"{name}: {edit.path}"))
-    anew = sorted((folder / "csrc/cuda").rglob(f"{sources}.cu"))
-    assert anew, f"{name}: csrc/cuda has no {sources}.cu"
-    return kernel_library(name, {path.name: path for path in anew})
+    anew = [path for source in sources for path in (folder / "csrc/cuda").rglob(f"{source}.cu")]
+    assert anew, f"{name}: csrc/cuda has no {sources}"
+    return kernel_library(name, {path.name: path for path in anew}, others)
 
 
 # The plans split work over the blocks of a large GPU. At a test's sizes that leaves a block one step: with plans for a

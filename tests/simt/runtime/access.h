@@ -15,6 +15,9 @@ struct ShadowedRange {
   Cell* cells;  // null: not in this memory
 };
 
+// Whether accesses that nothing orders are reported. Others are in any case.
+extern bool races_matter;
+
 // On behalf of the running thread (or of `thread`, where a warp acts together).
 void access_memory(const void* address, size_t bytes, AccessKind kind, uint32_t place, int thread = -1);
 

@@ -2,6 +2,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "access.h"
 #include "global_memory.h"
 #include "report.h"
 #include "scheduler.h"
@@ -19,7 +20,10 @@ EXPORT void simt_reset(uint64_t schedule_seed) {
   simt::global_memory().free_all();
   simt::reports().clear();
   simt::set_schedule(schedule_seed);
+  simt::races_matter = true;
 }
+
+EXPORT void simt_allow_races() { simt::races_matter = false; }
 
 EXPORT void* simt_allocate(uint64_t bytes, uint64_t alignment, uint64_t offset, const char* name) {
   return simt::global_memory().allocate(bytes, alignment, offset, name);

@@ -37,6 +37,12 @@ void* memset(void*, int, std::size_t) noexcept __asm__("simt_memset");
 #define SIMT_SITE \
   ::simt::Site { site_file, site_line }
 
+namespace simt {
+// Whether the kernels have this bug now. Only in kernels into which ../kernel_mutations.py planted some; nowhere else
+// is it defined.
+bool planted(const char* bug);
+}  // namespace simt
+
 // The runtime defines them and sets them whenever it switches threads.
 extern const uint3 threadIdx, blockIdx;
 extern const dim3 blockDim, gridDim;

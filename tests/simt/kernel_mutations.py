@@ -1,0 +1,259 @@
+"""Bugs to plant in the kernels themselves, and what tests/simt must say about each.
+
+All of them are in one library, each behind a question that is answered when the kernel runs (mutants/planted.cpp): the
+kernels are compiled once more, and not once for every bug. An edit adds and removes no line, so that reports name the
+lines of csrc/cuda. With the plans for few blocks, pipelines go round at small sizes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import merge_ops, ops
+from .build import SIMT
+from .driver import Library
+from .edits import FEW_BLOCKS, Edit, edited_kernels
+
+SOURCES = ("lora_bfloat16", "lora_float32", "merge")  # of csrc/cuda, compiled anew
+
+
+@dataclass(frozen=True)
+class KernelMutation:
+    """An edit, the run that meets it, and the first report of that run in whatever order threads run."""
+
+    name: str
+    run: Callable[[Library, int], object]
+    path: str  # of the edit, below csrc/cuda
+    old: str  # there exactly once
+    new: str  # BUG: whether it is planted
+    kinds: tuple[str, ...]
+    kernel: str
+    at: str  # in the line that is named
+    at_path: str = ""  # its file, where that is another
+
+    @property
+    def edit(self) -> Edit:
+        assert self.old.count("\n") == self.new.count("\n"), f"{self.name} moves lines"
+        return Edit(f"csrc/cuda/{self.path}", self.old, self.new.replace("BUG", f'simt::planted("{self.name}")'))
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def _random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def _sibling(dtype: torch.dtype, in_features: int, out_features: int, rank: int) -> ops.Sibling:
+    return ops.Sibling(_random(rank, in_features, dtype=dtype), _random(out_features, rank, dtype=dtype), 1.0)
+
+
+def forward(dtype: torch.dtype, tokens: int, in_features: int, out_features: int, rank: int):
+    def run(library: Library, schedule: int) -> None:
+        x, sibling = _random(tokens, in_features, dtype=dtype), _sibling(dtype, in_features, out_features, rank)
+        ops.lora_forward(x, [sibling], library=library, schedule=schedule)
+
+    return run
+
+
+def backward(dtype: torch.dtype, tokens: int, in_features: int, out_features: int, rank: int, wanted: str):
+    """wanted: of "xAB", the gradients of x, lora_A and lora_B."""
+
+    def run(library: Library, schedule: int) -> None:
+        x, grad_y = _random(tokens, in_features, dtype=dtype), _random(tokens, out_features, dtype=dtype)
+        sibling, xa = _sibling(dtype, in_features, out_features, rank), _random(tokens, rank)
+        output_mask = tuple(name in wanted for name in "xAB")
+        ops.lora_backward([grad_y], x, [sibling], xa, output_mask=output_mask, library=library, schedule=schedule)
+
+    return run
+
+
+def merge(rows: int, cols: int, rank: int):
+    def run(library: Library, schedule: int) -> None:
+        merge_ops.merge([_random(rows, cols)], [_random(rank, cols)], [_random(rows, rank)], schedule, library)
+
+    return run
+
+
+def unmerge(library: Library, schedule: int) -> None:
+    """Every element has a correction, some of them an outlier."""
+    cols = 256
+    words = torch.arange(cols, dtype=torch.int16) + 256
+    arguments = [_random(1, cols)], [_random(2, cols)], [_random(1, 2)]
+    merge_ops.unmerge(*arguments, torch.tensor([cols]), [words], schedule, library)
+
+
+BF16, F32 = torch.bfloat16, torch.float32
+RACE, NOT_WAITED, UNINITIALISED = ("race-shared",), ("async-copy-not-waited",), ("uninitialised-read",)
+OUT_OF_BOUNDS = ("out-of-bounds-global",)
+
+MUTATIONS = [
+    # --- merge
+    KernelMutation(
+        "merge_refills_tiles_in_use",
+        merge(20, 300, 20),
+        "merge.cuh",
+        "if (tile > 0 || r0 > 0) __syncthreads();",
+        "if ((tile > 0 || r0 > 0) && !BUG) __syncthreads();",
+        RACE,
+        "merge_kernel",
+        "_tile",
+    ),
+    KernelMutation(
+        "merge_forgets_the_last_columns",
+        merge(20, 300, 20),
+        "merge.cuh",
+        "thread < cols ? lora_A[",
+        "thread < cols || BUG ? lora_A[",
+        OUT_OF_BOUNDS,
+        "merge_kernel",
+        "lora_A[(r0 + r)",
+    ),
+    KernelMutation(
+        "merge_leaves_missing_rows_undefined",
+        merge(5, 300, 3),
+        "merge.cuh",
+        "left_tile[r * kTileRows + row] = inside",
+        "if (inside || !BUG) left_tile[r * kTileRows + row] = inside",
+        UNINITIALISED,
+        "merge_kernel",
+        "left[i] = left_tile[",
+    ),
+    KernelMutation(
+        "unmerge_corrects_before_others_have_written",
+        unmerge,
+        "merge.cuh",
+        "__syncwarp();  // the candidates",
+        "if (!BUG) __syncwarp();  // the candidates",
+        ("race-global",),
+        "merge_kernel",
+        "weight[col]",
+    ),
+    # --- token passes
+    KernelMutation(
+        "shrink_does_not_wait",
+        forward(BF16, 40, 840, 40, 8),
+        "mma/shrink.cuh",
+        "    ptx::cp_async_wait<kStages - 2>();\n",
+        "    if (!BUG) ptx::cp_async_wait<kStages - 2>();\n",
+        NOT_WAITED,
+        "shrink_kernel",
+        "ldmatrix_x4",
+    ),
+    KernelMutation(
+        "tile_copy_forgets_the_last_rows",
+        forward(BF16, 40, 840, 40, 8),
+        "mma/tiles.cuh",
+        "static_cast<int>(row) < rows ? width",
+        "static_cast<int>(row) < rows || BUG ? width",
+        OUT_OF_BOUNDS,
+        "shrink_kernel",
+        "ptx::cp_async_16(",
+    ),
+    KernelMutation(
+        "token_sum_lacks_its_barrier",
+        backward(BF16, 400, 72, 40, 20, "A"),
+        "mma/token_sum.cuh",
+        "    ptx::cp_async_wait<kStages - 2>();\n    __syncthreads();",
+        "    ptx::cp_async_wait<kStages - 2>();\n    if (!BUG || step == 0) __syncthreads();",
+        RACE + NOT_WAITED,
+        "token_sum_kernel",
+        "ldmatrix_x4",
+    ),
+    KernelMutation(
+        "shrink_and_sum_adds_shares_too_early",
+        backward(BF16, 40, 72, 136, 16, "xB"),
+        "mma/shrink_and_sum.cuh",
+        "  __syncthreads();\n  add_shares(steps - 1);",
+        "  if (!BUG) __syncthreads();\n  add_shares(steps - 1);",
+        RACE + UNINITIALISED,
+        "shrink_and_sum_kernel",
+        "warp_share[",
+    ),
+    # --- expand
+    KernelMutation(
+        "expand_short_waits_after_the_barrier",
+        forward(BF16, 21, 72, 136, 8),
+        "mma/expand_short.cuh",
+        "  ptx::cp_async_wait<0>();\n  __syncthreads();\n",
+        "  if (!BUG) ptx::cp_async_wait<0>();\n  __syncthreads();  if (BUG) ptx::cp_async_wait<0>();\n",
+        NOT_WAITED,
+        "expand_short_kernel",
+        "ldmatrix_x4_transposed(b",
+    ),
+    KernelMutation(
+        "expand_long_fills_the_buffer_in_use",
+        forward(BF16, 21, 72, 136, 100),
+        "mma/expand_long.cuh",
+        "load_right(1 - buffer, step + 1);",
+        "load_right(BUG ? buffer : 1 - buffer, step + 1);",
+        RACE + NOT_WAITED,
+        "expand_long_kernel",
+        "ldmatrix_x4_transposed(b",
+    ),
+    KernelMutation(
+        "expand_forgets_the_last_rows",
+        forward(BF16, 21, 72, 136, 8),
+        "mma/expand_output.cuh",
+        "8 * i < rows_ ?",
+        "8 * i < rows_ || BUG ?",
+        OUT_OF_BOUNDS,
+        "expand_short_kernel",
+        "reinterpret_cast<uint4*>(to)",
+    ),
+    # --- float32
+    KernelMutation(
+        "fma_token_sum_waits_for_one_copy_less",
+        backward(F32, 200, 72, 40, 8, "A"),
+        "fma/token_sum.cuh",
+        "    ptx::cp_async_wait<kStages - 2>();\n",
+        "    BUG ? ptx::cp_async_wait<kStages - 1>() : ptx::cp_async_wait<kStages - 2>();\n",
+        NOT_WAITED,
+        "token_sum_kernel",
+        "return *reinterpret_cast<const Vector<A>*>",
+        "fma/vectors.cuh",
+    ),
+    KernelMutation(
+        "fma_expand_fills_the_stage_in_use",
+        forward(F32, 21, 72, 40, 40),
+        "fma/expand.cuh",
+        "loader.copy_right(right_stages + (slot ^ 1) *",
+        "loader.copy_right(right_stages + (slot ^ (BUG ? 0 : 1)) *",
+        NOT_WAITED,
+        "expand_kernel",
+        "return *reinterpret_cast<const Vector<A>*>",
+        "fma/vectors.cuh",
+    ),
+    KernelMutation(
+        "sums_of_groups_are_read_too_early",
+        backward(F32, 200, 72, 40, 8, "A"),
+        "chunk_sums.cuh",
+        "  group_sums[group][element] = sum;\n  __syncthreads();\n",
+        "  group_sums[group][element] = sum;\n  if (!BUG) __syncthreads();\n",
+        RACE + UNINITIALISED,
+        "gradient_sums_kernel",
+        "sum += group_sums[other][element]",
+    ),
+]
+
+
+@functools.cache
+def library() -> Library:
+    """The kernels with all of the bugs, none of them in place."""
+    edits = FEW_BLOCKS + tuple(mutation.edit for mutation in MUTATIONS)
+    return edited_kernels("planted", edits, SOURCES, (SIMT / "mutants" / "planted.cpp",))
+
+
+@contextlib.contextmanager
+def planted(mutation: KernelMutation) -> Iterator[Library]:
+    library().c.simt_plant(mutation.name.encode())
+    try:
+        yield library()
+    finally:
+        library().c.simt_plant(b"")

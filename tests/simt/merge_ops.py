@@ -1,0 +1,139 @@
+"""The merge kernels as functions of torch tensors: many layers in one call, as the ops of csrc/bindings take them.
+
+Nothing is changed in place: what a launch leaves in a weight is returned. Every run checks what tests/simt finds, that
+nothing lies between the rows of a weight, and that every word of a record was written.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from . import params
+from .driver import Library, kernels
+from .ops import DTYPES
+
+SEGMENT = 256  # columns; csrc/common/merge_record.h
+
+
+class Mode(IntEnum):  # csrc/common/merge_params.h
+    PLAN, MERGE, MERGE_RECORD, UNMERGE = range(4)
+
+
+def num_segments(weight: Tensor) -> int:
+    return weight.shape[0] * -(-weight.shape[1] // SEGMENT)
+
+
+def plan(
+    weights: list[Tensor], As: list[Tensor], Bs: list[Tensor], schedule: int = 0, library: Library | None = None
+) -> tuple[Tensor, Tensor]:
+    """How many results of each layer are not finite [layers], and the words of each segment's record [segments]."""
+    run = _Run(weights, As, Bs, schedule, library)
+    segments = sum(map(num_segments, weights))
+    run.params.words = run.library.allocate(segments * 2, "words")
+    counts = run.library.upload(torch.zeros(len(weights), dtype=torch.int64), "non_finite")
+    for i, layer in enumerate(run.layers):
+        layer.non_finite = counts + 8 * i
+    left = run.launch(Mode.PLAN)
+    for weight, after in zip(weights, left, strict=True):
+        assert torch.equal(_bytes(weight), _bytes(after)), "the plan wrote to a weight"
+    words = run.library.download(run.params.words, (segments,), torch.int16, "words")
+    return run.library.download(counts, (len(weights),), torch.int64, "non_finite"), words
+
+
+def merge(
+    weights: list[Tensor], As: list[Tensor], Bs: list[Tensor], schedule: int = 0, library: Library | None = None
+) -> list[Tensor]:
+    return _Run(weights, As, Bs, schedule, library).launch(Mode.MERGE)
+
+
+def merge_record(
+    weights: list[Tensor],
+    As: list[Tensor],
+    Bs: list[Tensor],
+    ends: Tensor,
+    corrections: list[Tensor] | list[int],
+    schedule: int = 0,
+    library: Library | None = None,
+    rubbish: bool = False,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The merged weights and their corrections.
+
+    corrections: their lengths, or what they hold before. rubbish: ends do not fit, so that lanes may get in each
+    other's way.
+    """
+    run = _Run(weights, As, Bs, schedule, library)
+    run.set_record(ends, corrections, rubbish)
+    merged = run.launch(Mode.MERGE_RECORD)
+    return merged, [
+        run.library.download(layer.corrections, (layer.num_corrections,), torch.int16, "corrections")
+        for layer in run.layers
+    ]
+
+
+def unmerge(
+    weights: list[Tensor],
+    As: list[Tensor],
+    Bs: list[Tensor],
+    ends: Tensor | None = None,
+    corrections: list[Tensor] = (),
+    schedule: int = 0,
+    library: Library | None = None,
+    rubbish: bool = False,
+) -> list[Tensor]:
+    """rubbish: the record is of no merge, so that lanes may get in each other's way."""
+    run = _Run(weights, As, Bs, schedule, library)
+    if ends is not None:
+        run.set_record(ends, corrections, rubbish)
+    return run.launch(Mode.UNMERGE)
+
+
+class _Run:
+    """One call: its parameters, and its layers in device memory."""
+
+    def __init__(
+        self, weights: list[Tensor], As: list[Tensor], Bs: list[Tensor], schedule: int, library: Library | None
+    ):
+        self.library = library or kernels()
+        self.library.reset(schedule)
+        self.weights = weights
+        self.params = params.MergeParams(dtype=DTYPES[weights[0].dtype])
+        self.layers = (params.MergeLayer * len(weights))()
+        first_segment = 0
+        for layer, weight, A, B in zip(self.layers, weights, As, Bs, strict=True):
+            layer.out_features, layer.in_features = weight.shape
+            layer.rank, layer.weight_stride = A.shape[0], weight.stride(0)
+            layer.weight = self.library.upload(weight, "weight")
+            layer.lora_A, layer.lora_B = self.library.upload(A, "lora_A"), self.library.upload(B, "lora_B")
+            layer.first_segment = first_segment
+            first_segment += num_segments(weight)
+
+    def set_record(self, ends: Tensor, corrections: list[Tensor] | list[int], rubbish: bool) -> None:
+        if rubbish:
+            self.library.allow_races()
+        self.params.ends = self.library.upload(ends, "ends")
+        for layer, own in zip(self.layers, corrections, strict=True):
+            if isinstance(own, int):
+                layer.num_corrections = own
+                layer.corrections = self.library.allocate(own * 2, "corrections")
+            else:
+                layer.num_corrections = own.numel()
+                layer.corrections = self.library.upload(own, "corrections")
+
+    def launch(self, mode: Mode) -> list[Tensor]:
+        """What the weights are then."""
+        run = self.library.c.run_merge
+        run.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+        run(mode, ctypes.byref(self.params), self.layers, len(self.layers))
+        self.library.check()
+        return [
+            self.library.download_rows(layer.weight, weight, "weight") if weight.numel() else weight.clone()
+            for layer, weight in zip(self.layers, self.weights, strict=True)
+        ]
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
