@@ -65,6 +65,19 @@ __global__ void golden_cp_async_kernel(const __grid_constant__ GoldenParams p) {
   ptx::cp_async_wait<0>();
 }
 
+// in and out: two words a lane, zeros in out where lane % 3 is 0; then one a lane, zeros where it is 1.
+__global__ void golden_cp_async_small_kernel(const __grid_constant__ GoldenParams p) {
+  SharedMemory memory;
+  uint32_t* copied = memory.take<uint32_t>(3 * kWarp, "copied");
+  const int lane = static_cast<int>(threadIdx.x), other = lane ^ 1;
+  ptx::cp_async_small<8>(ptx::shared_address(copied + 2 * lane), p.in + 2 * lane, lane % 3 != 0);
+  ptx::cp_async_small<4>(ptx::shared_address(copied + 2 * kWarp + lane), p.in + 2 * kWarp + lane, lane % 3 != 1);
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();
+  __syncwarp();
+  for (int i = 0; i < 3; ++i) p.out[i * kWarp + other] = copied[i * kWarp + other];
+}
+
 // in: one number a lane. out [row][lane], a row per operation.
 __global__ void golden_warp_kernel(const __grid_constant__ GoldenParams p) {
   const int lane = static_cast<int>(threadIdx.x);
@@ -140,9 +153,10 @@ extern "C" __attribute__((visibility("default"))) int golden(int primitive, cons
     case 1: run(&golden_ldmatrix_kernel<true>, params, on); break;
     case 2: run(&golden_mma_bf16_kernel, params, on); break;
     case 3: run(&golden_cp_async_kernel, params, on); break;
-    case 4: run(&golden_warp_kernel, params, on); break;
-    case 5: run(&golden_arithmetic_kernel, params, on); break;
-    case 6: run(&golden_atomics_kernel, params, on, 2, 64); break;
+    case 4: run(&golden_cp_async_small_kernel, params, on); break;
+    case 5: run(&golden_warp_kernel, params, on); break;
+    case 6: run(&golden_arithmetic_kernel, params, on); break;
+    case 7: run(&golden_atomics_kernel, params, on, 2, 64); break;
     default: return -1;
   }
 #if defined(__CUDACC__)

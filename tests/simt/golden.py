@@ -77,6 +77,14 @@ def cp_async() -> tuple[Tensor, Tensor]:
     return inputs, data.flatten().view(torch.int32)
 
 
+def cp_async_small() -> tuple[Tensor, Tensor]:
+    inputs = words(_random(3 * 32, 6))
+    expected, lane = inputs.clone(), torch.arange(32)
+    expected[:64].view(32, 2)[lane % 3 == 0] = 0
+    expected[64:][lane % 3 == 1] = 0
+    return inputs, expected
+
+
 def warp() -> tuple[Tensor, Tensor]:
     value = _random(32, 3)
     half = [0x0000FFFF, 0xFFFF0000]
@@ -151,6 +159,7 @@ PRIMITIVES = {
     "ldmatrix transposed": lambda: ldmatrix(True),
     "mma bf16": mma_bf16,
     "cp.async": cp_async,
+    "cp.async of 4 and 8 bytes": cp_async_small,
     "shuffles and votes": warp,
     "bits and conversions": arithmetic,
     "atomics": atomics,
