@@ -13,18 +13,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from . import _checks, _load
+from ._interrupts import uninterrupted
 
 __all__ = ["MergeRecord", "lora_merge_", "lora_unmerge_", "merge_all_", "pack_factors", "unmerge_all_"]
 
-# weights, lora_A, lora_B, ends, corrections: csrc/library.cpp
-UnmergeArguments: TypeAlias = tuple[list[Tensor], list[Tensor], list[Tensor], "Tensor | None", list[Tensor]]
+# weights, lora_A, lora_B, ends, corrections: what lora_merge_ and lora_unmerge_ take (csrc/library.cpp)
+LaunchArguments: TypeAlias = tuple[list[Tensor], list[Tensor], list[Tensor], "Tensor | None", list[Tensor]]
 
 
 @dataclasses.dataclass(eq=False)
@@ -83,7 +84,7 @@ def lora_merge_(
     Raises:
         ValueError: a result would be NaN or infinite; or an argument is wrong, which the message names.
         TypeError: a wrong dtype.
-        The weight is then untouched.
+        The weight is then untouched; so it is after Ctrl-C, unless there is no record.
     """
     op = "lora_merge_"
     _checks.check_merge_layer(op, weight, lora_A, lora_B)
@@ -136,8 +137,9 @@ def merge_all_(
 ) -> list[MergeRecord | None]:
     """Merges factors of :func:`pack_factors` into their weights, or into none of them.
 
-    Nothing is changed before every result is known to be finite and every record has its memory. ``labels`` name the
-    weights in messages. Errors as :func:`lora_merge_`; ValueError also where two weights share memory.
+    Nothing is changed before every result is known to be finite and every record has its memory. With records, what was
+    changed is restored where a launch fails or Ctrl-C is pressed. ``labels`` name the weights in messages. Errors as
+    :func:`lora_merge_`; ValueError also where two weights share memory.
     """
     labels = ["weight"] * len(weights) if labels is None else labels
     groups = _groups(caller, weights, labels)
@@ -167,8 +169,7 @@ def merge_all_(
             shape = weights[i].shape[0], _checks.merge_segments(weights[i].shape[1])
             kept = (part.reshape(shape).clone(), own) if own.numel() else (None, None)
             records[i] = MergeRecord(lora_A[i], lora_B[i], weights[i].dtype, *kept)
-    for launch in launches:
-        torch.ops.lora_ext.lora_merge_.default(*launch)
+    _launch_all(torch.ops.lora_ext.lora_merge_, launches, undo=run_unmerge)
     return [records[i] for i in range(len(weights))]
 
 
@@ -177,19 +178,18 @@ def unmerge_all_(
     caller: str, weights: Sequence[Tensor], records: Sequence[MergeRecord], labels: Sequence[str] | None = None
 ) -> None:
     """Takes each record's update out of its weight: of all of them, or of none where one does not fit."""
-    for launch in plan_unmerge(caller, weights, records, labels):
-        torch.ops.lora_ext.lora_unmerge_.default(*launch)
+    run_unmerge(plan_unmerge(caller, weights, records, labels))
 
 
 @torch.no_grad()
 def plan_unmerge(
     caller: str, weights: Sequence[Tensor], records: Sequence[MergeRecord], labels: Sequence[str] | None = None
-) -> list[UnmergeArguments]:
+) -> list[LaunchArguments]:
     """What ``lora_unmerge_`` takes to restore the weights, a tuple a launch: all is checked, all memory is there."""
     labels = ["weight"] * len(weights) if labels is None else labels
     for weight, record, label in zip(weights, records, labels, strict=True):
         check_unmerge(caller, weight, record, label)
-    launches: list[UnmergeArguments] = []
+    launches: list[LaunchArguments] = []
     for members in _groups(caller, weights, labels).values():
         own = [records[i].to(weights[i].device) for i in members]
         arguments = [weights[i] for i in members], [r.lora_A for r in own], [r.lora_B for r in own]
@@ -206,10 +206,29 @@ def plan_unmerge(
     return launches
 
 
-def remerge(launches: Sequence[UnmergeArguments]) -> None:
+@torch.no_grad()
+def run_unmerge(launches: Sequence[LaunchArguments]) -> None:
+    """Restores the weights: all of them, or none where a launch fails or Ctrl-C is pressed."""
+    _launch_all(torch.ops.lora_ext.lora_unmerge_, launches, undo=remerge)
+
+
+@torch.no_grad()
+def remerge(launches: Sequence[LaunchArguments]) -> None:
     """Merges again what these launches took out, to the same bits; allocates nothing."""
     for weights, lora_A, lora_B, _, _ in launches:
         torch.ops.lora_ext.lora_merge_.default(weights, lora_A, lora_B, None, [])
+
+
+def _launch_all(op, launches: Sequence[LaunchArguments], undo: Callable[[list[LaunchArguments]], None]) -> None:
+    done: list[LaunchArguments] = []
+    try:
+        with uninterrupted():  # an interrupt would leave open whether the last op has run
+            for launch in launches:
+                op.default(*launch)
+                done.append(launch)
+    except BaseException:  # the caller learns of no change, and must find none
+        undo(done)
+        raise
 
 
 def check_unmerge(caller: str, weight: Tensor, record: MergeRecord, label: str = "weight") -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._checks import check_merge_layer
 from .._interrupts import uninterrupted
-from ..exact_merge import MergeRecord, check_unmerge, merge_all_, pack_factors, plan_unmerge, remerge
+from ..exact_merge import MergeRecord, check_unmerge, merge_all_, pack_factors, plan_unmerge, remerge, run_unmerge
 
 if TYPE_CHECKING:
     from .linear import LoraLinear
@@ -81,8 +81,7 @@ def change_merged(caller: str, wanted: Mapping[LoraLinear, Collection[str]], lab
     )
 
     with uninterrupted():  # from here on the weights and what is noted about them change in step
-        for launch in launches:
-            torch.ops.lora_ext.lora_unmerge_.default(*launch)
+        run_unmerge(launches)
         for layer in restore:
             layer._merged = None
         try:

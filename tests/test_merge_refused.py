@@ -1,44 +1,29 @@
-"""Merges that are refused, fail or are interrupted: every layer keeps its bits and what it knows about them."""
+"""Merges that are refused: every layer keeps its bits and what it knows about them."""
 
 from __future__ import annotations
 
-import copy
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
+from merged_models import (
+    add_adapter,
+    all_same,
+    assert_restores,
+    hard_layer,
+    hard_model,
+    merged_sets,
+    refused,
+    weights,
+)
 from merging import FLOATING, same_bits
 from models import llama
-from test_merged_layers import add_adapter, all_same, dtype_id, hard_layer, hard_model, merged_sets, weights
 from torch import nn
 
 from lora_ext import LoraConfig, functional, inject, merge, unmerge
 from lora_ext.adapters import lora_modules, merge_and_unload
-from lora_ext.exact_merge import MergeRecord, merge_all_, pack_factors, unmerge_all_
+from lora_ext.exact_merge import merge_all_, pack_factors, unmerge_all_
 from lora_ext.nn import LoraLinear
-from lora_ext.nn import merged as merged_module
-
-
-@contextmanager
-def refused(model: nn.Module, error: type[BaseException], text: str) -> Iterator[None]:
-    """The body raises, and leaves weights, merged sets and the way back as they were."""
-    bits, sets = weights(model), merged_sets(model)
-    with pytest.raises(error, match=text):
-        yield
-    assert all_same(weights(model), bits) and merged_sets(model) == sets
-
-
-def assert_restores(model: nn.Module, pristine: list[torch.Tensor]) -> None:
-    for _, layer in lora_modules(model):
-        if layer.is_merged:
-            layer.unmerge()
-    assert all_same(weights(model), pristine)
-
-
-# --- refused ----------------------------------------------------------------------------------------------------------
 
 
 def overflow(layer: LoraLinear) -> str:
@@ -204,7 +189,7 @@ def test_a_computed_weight():
 # --- weights that share memory ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
 def test_layers_whose_weights_share_memory_are_refused(dtype):
     model = nn.ModuleDict({name: hard_layer(dtype) for name in ("x", "y", "z")})
     whole = torch.cat([model["x"].weight, model["x"].weight])
@@ -263,126 +248,3 @@ def test_unmerging_the_same_weight_twice_in_one_call():
     with pytest.raises(ValueError, match="shares memory"):
         unmerge_all_("test", [weight, weight], [record, record])
     assert same_bits(weight, after)
-
-
-# --- failures and interrupts in the middle ----------------------------------------------------------------------------
-
-
-def test_out_of_memory_before_the_first_weight_changes(monkeypatch):
-    model = hard_model([torch.float32, torch.bfloat16])
-    pristine = weights(model)
-    merge(model, "a")
-
-    failed = []
-
-    def fail_once(self, device):
-        if self.dtype == torch.bfloat16 and not failed:
-            failed.append(True)
-            raise torch.OutOfMemoryError("nothing left")
-        return self
-
-    with monkeypatch.context() as patch:
-        patch.setattr(MergeRecord, "to", fail_once)
-        for change in (lambda: unmerge(model), lambda: merge(model, "b")):
-            failed.clear()
-            with refused(model, torch.OutOfMemoryError, "nothing left"):
-                change()
-    assert_restores(model, pristine)
-
-
-@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt, SystemExit])
-def test_an_error_when_the_old_set_is_out_and_the_new_one_not_in(monkeypatch, error):
-    model = hard_model([torch.float32, torch.bfloat16])
-    pristine = weights(model)
-    merge(model, "a")
-
-    original, failed = merged_module.merge_all_, []
-
-    def fail_once(caller, weights, *arguments, **options):
-        if failed:
-            return original(caller, weights, *arguments, **options)
-        failed.append(all_same(weights, pristine[: len(weights)]))
-        raise error("now")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(merged_module, "merge_all_", fail_once)
-        for change in (lambda: merge(model, "b"), lambda: model["layer0"].merge("b")):
-            failed.clear()
-            with refused(model, error, "now"):
-                change()
-            assert failed == [True]
-    assert_restores(model, pristine)
-
-
-class PressesCtrlC:
-    """A stand-in for an op during which Ctrl-C is pressed: Python raises KeyboardInterrupt as it returns."""
-
-    def __init__(self, op) -> None:
-        self.default, self.calls = self, 0
-        self.op = op
-
-    def __call__(self, *arguments):
-        result = self.op.default(*arguments)
-        self.calls += 1
-        signal.raise_signal(signal.SIGINT)
-        return result
-
-
-@pytest.fixture
-def ctrl_c() -> Iterator[None]:
-    """SIGINT raises KeyboardInterrupt, as it does in a program that does nothing about it."""
-    if threading.current_thread() is not threading.main_thread():
-        pytest.skip("signals are for the main thread")
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    signal.signal(signal.SIGINT, previous)
-
-
-@pytest.mark.parametrize("op", ["lora_merge_plan", "lora_merge_", "lora_unmerge_"])
-def test_ctrl_c_during_an_op_takes_effect_when_all_is_noted(monkeypatch, ctrl_c, op):
-    model = hard_model([torch.float32, torch.bfloat16])
-    pristine, expected = weights(model), copy.deepcopy(model)
-    merge(model, "a")
-    merge(expected, ["a", "b"])
-    with monkeypatch.context() as patch:
-        pressed = PressesCtrlC(getattr(torch.ops.lora_ext, op))
-        patch.setattr(torch.ops.lora_ext, op, pressed)
-        with pytest.raises(KeyboardInterrupt):
-            merge(model, "b")
-        assert pressed.calls >= 2
-    assert merged_sets(model) == [("a", "b")] * 2 and all_same(weights(model), weights(expected))
-    assert_restores(model, pristine)
-
-
-def test_ctrl_c_while_unloading(monkeypatch, ctrl_c):
-    model = nn.ModuleList([hard_layer(torch.float32)])
-    expected = copy.deepcopy(model[0])
-    expected.merge()
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.ops.lora_ext, "lora_merge_", PressesCtrlC(torch.ops.lora_ext.lora_merge_))
-        with pytest.raises(KeyboardInterrupt):
-            merge_and_unload(model)
-    assert type(model[0]) is nn.Linear and same_bits(model[0].weight, expected.weight)
-
-
-def test_ctrl_c_during_a_merge_that_is_refused(monkeypatch, ctrl_c):
-    model = hard_model([torch.float32, torch.bfloat16])
-    pristine = weights(model)
-    merge(model, "a")
-    with torch.no_grad():
-        overflow(model["layer1"])
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.ops.lora_ext, "lora_unmerge_", PressesCtrlC(torch.ops.lora_ext.lora_unmerge_))
-        with refused(model, KeyboardInterrupt, "^$"):
-            merge(model, "b")
-    assert_restores(model, pristine)
-
-
-def test_merging_in_another_thread():
-    layer = hard_layer(torch.float32)
-    pristine = layer.weight.clone()
-    for action in (layer.merge, layer.unmerge):
-        thread = threading.Thread(target=action)
-        thread.start(), thread.join()
-    assert same_bits(layer.weight, pristine) and not layer.is_merged
