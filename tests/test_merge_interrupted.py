@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -39,6 +41,42 @@ def test_out_of_memory_before_the_first_weight_changes(monkeypatch):
             with refused(model, torch.OutOfMemoryError, "nothing left"):
                 change()
     assert_restores(model, pristine)
+
+
+SHORT_OF_MEMORY = """
+import resource, threading, torch
+from lora_ext.exact_merge import merge_all_, unmerge_all_
+
+torch.set_num_threads(1)
+weights = [torch.randn(4, 300), torch.randn(1, 2**20)]
+before = [weight.clone() for weight in weights]
+factors = [torch.randn(2, 300), torch.randn(64, 2**20)], [torch.randn(4, 2), torch.randn(1, 64)]  # 256 MiB
+records = merge_all_("test", weights, *factors)
+merged, errors = [weight.clone() for weight in weights], []
+
+def unmerge():
+    try:
+        unmerge_all_("test", weights, records)
+    except MemoryError as error:
+        errors.append(error)
+
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, -1))
+thread = threading.Thread(target=unmerge)  # without the memory that the merge has left in this one
+thread.start(), thread.join()
+assert errors and all(map(torch.equal, weights, merged))
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+unmerge_all_("test", weights, records)
+assert all(map(torch.equal, weights, before))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a limit on memory")
+@pytest.mark.cpu_only("limits the CPU's memory")
+def test_out_of_memory_in_an_op():
+    """The second weight's copy of lora_A has no room; the first weight needs little."""
+    result = subprocess.run([sys.executable, "-c", SHORT_OF_MEMORY], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt, SystemExit])
