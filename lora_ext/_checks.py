@@ -174,7 +174,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def check_merge_layer(op: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: int | None = None) -> None:
     """A weight that can be merged into, and factors that fit it; these in any dtype."""
     check_factors(op, weight, lora_A, lora_B, index)
-    name = _argument("weight", index)
+    check_merge_strides(op, weight, _argument("weight", index))
+
+
+def check_merge_strides(op: str, weight: Tensor, name: str) -> None:
+    """Where the merge's kernels can write: rows of unit column stride that do not overlap."""
     if weight.shape[1] > 1 and weight.stride(1) != 1:
         raise ValueError(f"{op}: {name} has column stride {weight.stride(1)}, want 1; merge a contiguous one")
     if weight.shape[0] > 1 and weight.stride(0) < weight.shape[1]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
 from torch import nn
 
 from ._checks import check_merge_layer
+from ._interrupts import uninterrupted
 from .exact_merge import merge_all_, pack_factors
 from .inject import forget_injection, lora_modules, parameter_paths, replace_modules, root_module
-from .nn import LoraLinear
-from .nn.merged import change_merged
+from .nn import LoraAdapter, LoraLinear
+from .nn.merged import change_merged, check_is_stored
 
 __all__ = [
     "disable_adapters",
@@ -37,7 +38,7 @@ def merge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> Mo
     0.03 to 0.25 bytes per float32 weight for updates of 0.5 % to 10 % of its size; :func:`merge_record_bytes` says how
     many, and so does an INFO message of the ``lora_ext.adapters`` logger.
 
-    All layers are checked before the first is changed: all of them are merged, or none.
+    All layers are checked before the first is changed: all of them are merged, or none. Ctrl-C waits for that.
 
     Args:
         model: holds LoRA layers.
@@ -48,9 +49,10 @@ def merge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> Mo
 
     Raises:
         ValueError: there is no LoRA layer; a base weight is tied to another module, which would change with it (a
-            language model's head and embedding); an element would become NaN or infinite.
+            language model's head and embedding), or shares memory with that of another LoRA layer; an element would
+            become NaN or infinite.
         KeyError: no layer has an adapter of that name.
-        RuntimeError: an adapter is merged already, or disabled.
+        RuntimeError: an adapter is merged already, or disabled; a base weight is computed by a parametrization.
     """
     layers = _all_lora_modules("merge", model)
     wanted = _wanted("merge", layers, adapter_names)
@@ -60,8 +62,8 @@ def merge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> Mo
         {layer: {*layer.merged_adapters, *names} for layer, names in wanted.values()},
         {layer: f"the weight of {path!r}" for path, (layer, _) in wanted.items()},
     )
-    total, elements = merge_record_bytes(model), sum(layer.weight.numel() for layer, _ in wanted.values())
-    per_weight = total / max(elements, 1)
+    total = sum(layer.merge_record_bytes for layer, _ in wanted.values())
+    per_weight = total / max(sum(layer.weight.numel() for layer, _ in wanted.values()), 1)
     _LOGGER.info("merged %d layers; unmerging keeps %d bytes, %.3f per weight", len(wanted), total, per_weight)
     return model
 
@@ -81,8 +83,8 @@ def unmerge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> 
     Raises:
         ValueError: there is no LoRA layer.
         KeyError: no layer has an adapter of that name.
-        RuntimeError: a layer is not merged, or was converted to another dtype while it was. The model is then
-            unchanged.
+        RuntimeError: a layer is not merged, or was converted to another dtype while it was.
+        Other errors as :meth:`~lora_ext.nn.LoraLinear.unmerge`. The model is then unchanged.
     """
     layers = _all_lora_modules("unmerge", model)
     names = _names(adapter_names)
@@ -90,8 +92,10 @@ def unmerge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> 
         wanted = {path: (layer, set[str]()) for path, layer in layers.items()}
         wrong = [path for path, layer in layers.items() if not layer.is_merged]
     else:
-        _check_known("unmerge", layers, names)
-        chosen = {path: layer for path, layer in layers.items() if names & layer.adapters.keys()}
+        # An adapter may have been removed from its layer since it was merged.
+        known = {path: {*layer.adapters, *layer.merged_adapters} for path, layer in layers.items()}
+        _check_known("unmerge", known, names)
+        chosen = {path: layer for path, layer in layers.items() if names & known[path]}
         wanted = {path: (layer, set(layer.merged_adapters) - names) for path, layer in chosen.items()}
         wrong = [path for path, layer in chosen.items() if names & layer.adapters.keys() - {*layer.merged_adapters}]
     if wrong:
@@ -117,20 +121,28 @@ def merge_and_unload(model: ModelT) -> ModelT:
         ``model``, the same object.
     """
     layers = _all_lora_modules("merge_and_unload", model)
+    merge: list[tuple[str, LoraLinear, LoraAdapter]] = []
     if not all(layer.is_merged for layer in layers.values()):
         wanted = _wanted("merge", layers, None)
         _check_untied(model, wanted)
-        adapters = [layer.adapters[name] for layer, (name,) in wanted.values()]
-        weights = [layer.weight for layer, _ in wanted.values()]
-        labels = [f"the weight of {path!r}" for path in wanted]
-        for label, weight, adapter in zip(labels, weights, adapters, strict=True):
-            check_merge_layer(f"merge: {label}", weight, adapter.lora_A, adapter.lora_B)
-        factors = [
-            pack_factors(weight.dtype, [(adapter.lora_A, adapter.lora_B, adapter.scaling)])
-            for weight, adapter in zip(weights, adapters, strict=True)
-        ]
-        merge_all_("merge", weights, [A for A, _ in factors], [B for _, B in factors], labels, record=False)
-    replace_modules(model, {layer: layer.base_layer for layer in layers.values()})
+        merge = [(f"the weight of {path!r}", layer, layer.adapters[name]) for path, (layer, (name,)) in wanted.items()]
+    for label, layer, adapter in merge:
+        check_is_stored("merge", layer, label)
+        check_merge_layer(f"merge: {label}", layer.weight, adapter.lora_A, adapter.lora_B)
+    factors = [
+        pack_factors(layer.weight.dtype, [(adapter.lora_A, adapter.lora_B, adapter.scaling)])
+        for _, layer, adapter in merge
+    ]
+    with uninterrupted():  # a weight that contains its adapter must not stay beside it
+        merge_all_(
+            "merge",
+            [layer.weight for _, layer, _ in merge],
+            [A for A, _ in factors],
+            [B for _, B in factors],
+            [label for label, _, _ in merge],
+            record=False,
+        )
+        replace_modules(model, {layer: layer.base_layer for layer in layers.values()})
     forget_injection(model)
     return model
 
@@ -175,8 +187,8 @@ def _names(adapter_names: str | Iterable[str] | None) -> set[str] | None:
     return {adapter_names} if isinstance(adapter_names, str) else None if adapter_names is None else set(adapter_names)
 
 
-def _check_known(caller: str, layers: dict[str, LoraLinear], names: set[str]) -> None:
-    known = {name for layer in layers.values() for name in layer.adapters}
+def _check_known(caller: str, by_layer: Mapping[str, Collection[str]], names: set[str]) -> None:
+    known = {name for own in by_layer.values() for name in own}
     if unknown := names - known:
         raise KeyError(f"{caller}: no layer has an adapter {sorted(unknown)[0]!r}; the adapters are {sorted(known)}")
 
@@ -194,7 +206,7 @@ def _wanted(
         if disabled:
             raise RuntimeError(f"{caller}: no adapter is active in {_some(disabled)}; leave disable_adapters first")
         return {path: (layer, {layer.active_adapter}) for path, layer in layers.items()}
-    _check_known(caller, layers, names)
+    _check_known(caller, {path: layer.adapters.keys() for path, layer in layers.items()}, names)
     wanted = {path: (layer, own) for path, layer in layers.items() if (own := names & layer.adapters.keys())}
     merged = [path for path, (layer, own) in wanted.items() if own & {*layer.merged_adapters}]
     if merged:

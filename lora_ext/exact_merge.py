@@ -13,14 +13,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from . import _checks, _load
+from ._interrupts import uninterrupted
 
 __all__ = ["MergeRecord", "lora_merge_", "lora_unmerge_", "merge_all_", "pack_factors", "unmerge_all_"]
+
+# weights, lora_A, lora_B, ends, corrections: what lora_merge_ and lora_unmerge_ take (csrc/library.cpp)
+LaunchArguments: TypeAlias = tuple[list[Tensor], list[Tensor], list[Tensor], "Tensor | None", list[Tensor]]
 
 
 @dataclasses.dataclass(eq=False)
@@ -79,7 +84,7 @@ def lora_merge_(
     Raises:
         ValueError: a result would be NaN or infinite; or an argument is wrong, which the message names.
         TypeError: a wrong dtype.
-        The weight is then untouched.
+        The weight is then untouched; so it is after Ctrl-C, unless there is no record.
     """
     op = "lora_merge_"
     _checks.check_merge_layer(op, weight, lora_A, lora_B)
@@ -113,9 +118,11 @@ def pack_factors(dtype: torch.dtype, adapters: Sequence[tuple[Tensor, Tensor, fl
     adapters side by side along the rank, in the order given.
     """
     acc = _checks.accumulation_dtype(dtype)
+    # Factors that were scaled before stay as they are: a product would flush their subnormals where the caller has that
+    # switched on (torch.set_flush_denormal).
     return (
         torch.cat([A.detach().to(acc) for A, _, _ in adapters]),
-        torch.cat([B.detach().to(acc) * scaling for _, B, scaling in adapters], dim=1),
+        torch.cat([B.detach().to(acc) * s if s != 1.0 else B.detach().to(acc) for _, B, s in adapters], dim=1),
     )
 
 
@@ -130,11 +137,12 @@ def merge_all_(
 ) -> list[MergeRecord | None]:
     """Merges factors of :func:`pack_factors` into their weights, or into none of them.
 
-    Nothing is changed before every result is known to be finite and every record has its memory. ``labels`` name the
-    weights in messages. Errors as :func:`lora_merge_`.
+    Nothing is changed before every result is known to be finite and every record has its memory. With records, what was
+    changed is restored where a launch fails or Ctrl-C is pressed. ``labels`` name the weights in messages. Errors as
+    :func:`lora_merge_`; ValueError also where two weights share memory.
     """
     labels = ["weight"] * len(weights) if labels is None else labels
-    groups = _groups(caller, weights)
+    groups = _groups(caller, weights, labels)
     plans = {}
     for key, members in groups.items():
         arguments = [[tensors[i] for i in members] for tensors in (weights, lora_A, lora_B)]
@@ -161,8 +169,7 @@ def merge_all_(
             shape = weights[i].shape[0], _checks.merge_segments(weights[i].shape[1])
             kept = (part.reshape(shape).clone(), own) if own.numel() else (None, None)
             records[i] = MergeRecord(lora_A[i], lora_B[i], weights[i].dtype, *kept)
-    for launch in launches:
-        torch.ops.lora_ext.lora_merge_.default(*launch)
+    _launch_all(torch.ops.lora_ext.lora_merge_, launches, undo=run_unmerge)
     return [records[i] for i in range(len(weights))]
 
 
@@ -171,11 +178,19 @@ def unmerge_all_(
     caller: str, weights: Sequence[Tensor], records: Sequence[MergeRecord], labels: Sequence[str] | None = None
 ) -> None:
     """Takes each record's update out of its weight: of all of them, or of none where one does not fit."""
+    run_unmerge(plan_unmerge(caller, weights, records, labels))
+
+
+@torch.no_grad()
+def plan_unmerge(
+    caller: str, weights: Sequence[Tensor], records: Sequence[MergeRecord], labels: Sequence[str] | None = None
+) -> list[LaunchArguments]:
+    """What ``lora_unmerge_`` takes to restore the weights, a tuple a launch: all is checked, all memory is there."""
     labels = ["weight"] * len(weights) if labels is None else labels
     for weight, record, label in zip(weights, records, labels, strict=True):
         check_unmerge(caller, weight, record, label)
-    launches = []
-    for members in _groups(caller, weights).values():
+    launches: list[LaunchArguments] = []
+    for members in _groups(caller, weights, labels).values():
         own = [records[i].to(weights[i].device) for i in members]
         arguments = [weights[i] for i in members], [r.lora_A for r in own], [r.lora_B for r in own]
         if all(r.words is None for r in own):
@@ -188,8 +203,32 @@ def unmerge_all_(
         ]
         corrections = [none if r.corrections is None else r.corrections for r in own]
         launches.append((*arguments, torch.cat(words).cumsum(0), corrections))
-    for launch in launches:
-        torch.ops.lora_ext.lora_unmerge_.default(*launch)
+    return launches
+
+
+@torch.no_grad()
+def run_unmerge(launches: Sequence[LaunchArguments]) -> None:
+    """Restores the weights: all of them, or none where a launch fails or Ctrl-C is pressed."""
+    _launch_all(torch.ops.lora_ext.lora_unmerge_, launches, undo=remerge)
+
+
+@torch.no_grad()
+def remerge(launches: Sequence[LaunchArguments]) -> None:
+    """Merges again what these launches took out, to the same bits; allocates nothing."""
+    for weights, lora_A, lora_B, _, _ in launches:
+        torch.ops.lora_ext.lora_merge_.default(weights, lora_A, lora_B, None, [])
+
+
+def _launch_all(op, launches: Sequence[LaunchArguments], undo: Callable[[list[LaunchArguments]], None]) -> None:
+    done: list[LaunchArguments] = []
+    try:
+        with uninterrupted():  # an interrupt would leave open whether the last op has run
+            for launch in launches:
+                op.default(*launch)
+                done.append(launch)
+    except BaseException:  # the caller learns of no change, and must find none
+        undo(done)
+        raise
 
 
 def check_unmerge(caller: str, weight: Tensor, record: MergeRecord, label: str = "weight") -> None:
@@ -201,10 +240,11 @@ def check_unmerge(caller: str, weight: Tensor, record: MergeRecord, label: str =
         raise TypeError(
             f"{caller}: {label} is {weight.dtype} now, but {record.dtype} was merged: its bits cannot be restored"
         )
+    _checks.check_merge_strides(caller, weight, label)
 
 
-def _groups(caller: str, weights: Sequence[Tensor]) -> dict[object, list[int]]:
-    """Indices of the weights that an op takes together: those of one device and dtype."""
+def _groups(caller: str, weights: Sequence[Tensor], labels: Sequence[str]) -> dict[object, list[int]]:
+    """Indices of the weights that an op takes together: those of one device and dtype. No two may share memory."""
     groups: dict[object, list[int]] = defaultdict(list)
     for i, weight in enumerate(weights):
         groups[weight.device, weight.dtype].append(i)
@@ -212,7 +252,40 @@ def _groups(caller: str, weights: Sequence[Tensor]) -> dict[object, list[int]]:
         _load.check_kernels_exist(caller, device)
         if device.type == "meta":
             raise RuntimeError(f"{caller}: a weight is on the meta device, where it has no values to merge into")
+    _check_disjoint(caller, weights, labels)
     return groups
+
+
+def _check_disjoint(caller: str, weights: Sequence[Tensor], labels: Sequence[str]) -> None:
+    """A weight's plan and its record hold for one update to it, not for that of another weight as well."""
+    if len(weights) < 2:
+        return
+    begins = sorted((str(w.device), w.data_ptr(), i) for i, w in enumerate(weights) if w.numel())
+    reaching: list[int] = []  # those that begin before and end behind
+    for device, begin, i in begins:
+        reaching = [j for j in reaching if str(weights[j].device) == device and _end(weights[j]) > begin]
+        for j in reaching:
+            if _overlap(weights[j], weights[i]):
+                raise ValueError(
+                    f"{caller}: {labels[min(i, j)]} shares memory with {labels[max(i, j)]}, which would change with "
+                    "it; give one a clone of the weight"
+                )
+        reaching.append(i)
+
+
+def _end(weight: Tensor) -> int:
+    rows, cols = weight.shape
+    return weight.data_ptr() + ((rows - 1) * weight.stride(0) + cols) * weight.element_size()
+
+
+def _overlap(first: Tensor, second: Tensor) -> bool:
+    """Whether two weights share elements, of which the second begins where the first has not ended yet."""
+    size, stride = first.element_size(), first.stride(0)
+    distance = second.data_ptr() - first.data_ptr()
+    if second.element_size() != size or second.stride(0) != stride or distance % size:
+        return True
+    column = distance // size % stride  # two blocks of columns of one matrix lie side by side
+    return column < first.shape[1] or column + second.shape[1] > stride
 
 
 def _num_segments(weight: Tensor) -> int:

@@ -30,8 +30,8 @@ def test_merge_and_unmerge_keep_the_output(dtype):
         assert layer.is_merged
         torch.testing.assert_close(layer.weight, weight + layer.delta_weight())
     assert unmerge(model) is model
-    torch.testing.assert_close(weights(model), before)
-    torch.testing.assert_close(model(x), expected)
+    assert all(map(torch.equal, weights(model), before))
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
 
 
 def test_merged_model_refuses_to_train():
@@ -151,7 +151,7 @@ def test_an_adapter_that_is_not_finite(factor, value):
         getattr(model.blocks[1].down.adapters["default"], factor)[1, 0] = value
     before = weights(model)
     for operation in (merge, merge_and_unload):
-        with pytest.raises(ValueError, match=r"of the weight of 'blocks.1.down' NaN or infinite: the adapter has NaN"):
+        with pytest.raises(ValueError, match=r"of the weight of 'blocks.1.down' .*: the adapter has NaN or infinite"):
             operation(model)
     assert all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
     assert not any(layer.is_merged for _, layer in lora_modules(model))
@@ -159,7 +159,7 @@ def test_an_adapter_that_is_not_finite(factor, value):
 
 def test_an_update_that_overflows_the_weight():
     model = net(torch.float16, lora_alpha=1e7)
-    with refused(model, ValueError, "of the weight of 'blocks.0.up' NaN or infinite: the sum overflows torch.float16"):
+    with refused(model, ValueError, "the weight of 'blocks.0.up' NaN or infinite: the sum overflows torch.float16"):
         merge(model)
 
 

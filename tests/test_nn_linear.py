@@ -93,7 +93,7 @@ def test_merge_and_unmerge(dtype):
     torch.testing.assert_close(layer(x), before, rtol=8 * eps, atol=8 * eps)
     layer.unmerge()
     assert not layer.is_merged
-    torch.testing.assert_close(layer.weight, weight, rtol=2 * eps, atol=2 * eps)
+    assert torch.equal(layer.weight, weight)
 
 
 def test_merge_state_errors():

@@ -18,10 +18,14 @@ int64_t rows_per_task(const MergeLayer& layer) {
 void run(const MergeCall& call, MergeMode mode) {
   static thread_local ScratchMemory scratch;
   const Kernels& kernels = checked_kernels();
+  int64_t panel_elements = 0;
+  for (const MergeLayer& layer : call.layers) {
+    panel_elements = std::max(panel_elements, merge_segments(layer.in_features) * layer.rank * kMergeSegment);
+  }
+  // For all layers, before the first weight changes: there may be no such memory.
+  void* const panels = scratch.at_least(panel_elements * dtype_size(accumulation_dtype(call.params.dtype)));
   for (const MergeLayer& layer : call.layers) {
     const int64_t segments = merge_segments(layer.in_features);
-    void* panels =
-        scratch.at_least(segments * layer.rank * kMergeSegment * dtype_size(accumulation_dtype(call.params.dtype)));
     torch::stable::parallel_for(0, segments, 8, [&](int64_t begin, int64_t end) {
       kernels.pack_merge(call.params.dtype, layer, panels, begin, end);
     });

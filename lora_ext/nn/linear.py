@@ -89,7 +89,8 @@ class LoraLinear(nn.Module):
 
     A merged layer may be moved to another device, deep-copied and pickled: what :meth:`unmerge` needs goes with it. It
     is not part of the ``state_dict``, which holds the merged weight; load that into a layer with nothing merged, or
-    call :meth:`forget_merge` after loading another weight. Converting the dtype while merged loses the way back.
+    call :meth:`forget_merge` after loading another weight. Converting the dtype while merged loses the way back. Of two
+    layers that share a weight, merge one only: neither knows of the other.
     """
 
     def __init__(
@@ -190,7 +191,7 @@ class LoraLinear(nn.Module):
 
         Raises:
             KeyError: there is no such adapter.
-            RuntimeError: it is merged already, or none is active.
+            RuntimeError: it is merged already, or none is active; or the weight is computed by a parametrization.
             ValueError: an element would become NaN or infinite.
             The layer is then unchanged.
         """
@@ -214,6 +215,7 @@ class LoraLinear(nn.Module):
         Raises:
             RuntimeError: an adapter is not merged; or the weight was converted to another dtype meanwhile.
             TypeError, ValueError: the weight was replaced by one of another dtype or shape.
+            ValueError: the sum of the adapters that stay is too large for the dtype, as that of all was not.
             The layer is then unchanged.
         """
         if self._merged is None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .._checks import check_merge_layer
-from ..exact_merge import MergeRecord, check_unmerge, merge_all_, pack_factors, unmerge_all_
+from .._interrupts import uninterrupted
+from ..exact_merge import MergeRecord, check_unmerge, merge_all_, pack_factors, plan_unmerge, remerge, run_unmerge
 
 if TYPE_CHECKING:
     from .linear import LoraLinear
@@ -45,17 +46,20 @@ class MergedAdapters:
         return self.record.lora_A[begin:end].to(device), self.record.lora_B[:, begin:end].to(device), 1.0
 
 
+@torch.no_grad()
 def change_merged(caller: str, wanted: Mapping[LoraLinear, Collection[str]], labels: Mapping[LoraLinear, str]) -> None:
     """Gives every layer the adapters ``wanted`` of it, merged, and no others; or leaves all layers as they are.
 
     Adapters that stay merged keep the values they were merged with. ``labels`` name the layers' weights in messages.
+    Ctrl-C takes effect once all layers are changed.
 
     Raises:
-        ValueError: a result would be NaN or infinite.
-        RuntimeError: a weight was converted to another dtype while merged.
+        ValueError: a result would be NaN or infinite, or two weights share memory.
+        RuntimeError: a weight was converted to another dtype while merged, or is computed by a parametrization.
     """
-    before = {layer: layer._merged for layer in wanted}
-    restore = {layer: merged for layer, merged in before.items() if merged is not None}
+    for layer in wanted:
+        check_is_stored(caller, layer, labels[layer])
+    restore = {layer: layer._merged for layer in wanted if layer._merged is not None}
     for layer, merged in restore.items():
         if merged.lost:
             raise RuntimeError(f"{caller}: {labels[layer]} {merged.lost}; forget_merge() takes it as it is now")
@@ -69,29 +73,40 @@ def change_merged(caller: str, wanted: Mapping[LoraLinear, Collection[str]], lab
                 check_merge_layer(f"{caller}: {labels[layer]}", layer.weight, adapter.lora_A, adapter.lora_B)
     factors = [pack_factors(layer.weight.dtype, _adapters(layer, names)) for layer, names in merge.items()]
 
-    try:
-        unmerge_all_(
-            caller,
-            [layer.weight for layer in restore],
-            [merged.record for merged in restore.values()],
-            [labels[layer] for layer in restore],
+    launches = plan_unmerge(
+        caller,
+        [layer.weight for layer in restore],
+        [merged.record for merged in restore.values()],
+        [labels[layer] for layer in restore],
+    )
+
+    with uninterrupted():  # from here on the weights and what is noted about them change in step
+        run_unmerge(launches)
+        for layer in restore:
+            layer._merged = None
+        try:
+            records = merge_all_(
+                caller,
+                [layer.weight for layer in merge],
+                [A for A, _ in factors],
+                [B for _, B in factors],
+                [labels[layer] for layer in merge],
+            )
+        except BaseException:  # nothing was merged: what was there before goes back in
+            remerge(launches)
+            for layer, merged in restore.items():
+                layer._merged = merged
+            raise
+        for (layer, own), record in zip(ranks.items(), records, strict=True):
+            layer._merged = MergedAdapters(own, record)
+
+
+def check_is_stored(caller: str, layer: LoraLinear, label: str) -> None:
+    """Merging into a weight that is computed on every access would be lost: RuntimeError."""
+    if layer.base_layer._parameters.get("weight") is None:
+        raise RuntimeError(
+            f"{caller}: {label} is not a parameter but computed, by a parametrization perhaps; remove that first"
         )
-        records = merge_all_(
-            caller,
-            [layer.weight for layer in merge],
-            [A for A, _ in factors],
-            [B for _, B in factors],
-            [labels[layer] for layer in merge],
-        )
-    except Exception:  # nothing was merged: what was there before goes back in, to the same bits
-        own = [merged.record.to(layer.weight.device) for layer, merged in restore.items()]
-        merge_all_(
-            caller, [layer.weight for layer in restore], [r.lora_A for r in own], [r.lora_B for r in own], record=False
-        )
-        raise
-    after = {layer: MergedAdapters(ranks[layer], record) for layer, record in zip(merge, records, strict=True)}
-    for layer in wanted:
-        layer._merged = after.get(layer)
 
 
 def _adapters(layer: LoraLinear, names: list[str]) -> list[tuple[Tensor, Tensor, float]]:

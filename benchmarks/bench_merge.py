@@ -1,0 +1,188 @@
+"""What does it cost to merge an adapter so that every bit can be restored? Against addmm_ and PEFT, which restore none.
+
+    python benchmarks/bench_merge.py [--device cpu] [--rank 16] [--size 0.03] [--rounds 60] [--write]
+
+The times are for one weight, Python included: LoraLinear.merge() and .unmerge(), the same merge without a record (as
+merge_and_unload has it), ``W.addmm_(B, A, alpha=s)`` and the same with -s, and PEFT's layer. The updates are ``--size``
+of the weight's size (standard deviations), the factors float32 as usual beside weights of either dtype; addmm_ takes
+one dtype, and gets factors in the weight's. All must agree on the merged weight before any is timed, and unmerge must
+restore every bit. What a contestant's unmerge leaves, its next merge takes.
+
+A ratio is that of the medians to addmm_'s, with the quartiles of the round-by-round ratios behind it. A record's bytes
+are per element of the weight; the factors' copies beside it are not counted. The last column is the largest difference
+that PEFT's unmerge leaves, in units of the weight's standard deviation. On a GPU the time is between two CUDA events.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import torch
+from bench_layer import ALPHA_OVER_R, make_lora_ext, make_peft
+from shapes import CPU_SHAPES, CUDA_SHAPES, Shape
+from timing import Clock, CudaClock, interleaved, ratio, wall_clock
+from torch import Tensor, nn
+
+import lora_ext
+from lora_ext import functional, info
+
+RESULTS = Path(__file__).parent / "results"
+HAS_PEFT = importlib.util.find_spec("peft") is not None
+
+
+def widths(shapes: list[Shape]) -> list[tuple[int, int]]:
+    """``(in_features, out_features)`` of the shapes, each once, and a decoder's."""
+    return list(dict.fromkeys([(shape.in_features, shape.out_features) for shape in shapes] + [(4096, 4096)]))
+
+
+class Layers:
+    """One base weight, in every contestant's hands."""
+
+    def __init__(self, base: nn.Linear, A: Tensor, B: Tensor) -> None:
+        self.pristine = base.weight.detach().clone()
+        self.ours = make_lora_ext(copy.deepcopy(base), A, B, 0.0).eval()
+        self.peft = make_peft(copy.deepcopy(base), A, B, 0.0) if HAS_PEFT else None
+        if self.peft:
+            self.peft.base_layer.to(base.weight.dtype)  # which make_peft gave the factors'
+        self.plain, self.once = self.pristine.clone(), self.pristine.clone()
+        self.factors = A, B
+        self.A, self.B = A.to(self.plain.dtype), B.to(self.plain.dtype)
+
+    def addmm(self, sign: float) -> None:
+        self.plain.addmm_(self.B, self.A, alpha=sign * ALPHA_OVER_R)
+
+    def merge_without_record(self) -> None:
+        functional.lora_merge_(self.once, *self.factors, ALPHA_OVER_R, record=False)
+
+    def check(self) -> tuple[float, float]:
+        """All agree, or nothing is timed. Returns record bytes per element, and what PEFT's unmerge leaves."""
+        self.ours.merge(), self.merge_without_record(), self.addmm(1.0)
+        merged = {"without record": self.once, "addmm_": self.plain}
+        if self.peft:
+            self.peft.merge()
+            merged["peft"] = self.peft.base_layer.weight
+            assert merged["peft"].dtype == self.plain.dtype
+        exact = self.pristine.double() + ALPHA_OVER_R * (self.factors[1].double() @ self.factors[0].double())
+        tolerance = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[self.plain.dtype]
+        for name, weight in {"lora_ext": self.ours.weight, **merged}.items():
+            error = ((weight.double() - exact).norm() / exact.norm()).item()
+            if error > tolerance:
+                sys.exit(f"{name} is off by {error:.2e} on {tuple(weight.shape)}: not timed")
+        if not torch.equal(self.once, self.ours.weight):
+            sys.exit("merging with and without a record differ: not timed")
+        record = self.ours._merged.record
+        extra = (record.nbytes - record.lora_A.nbytes - record.lora_B.nbytes) / self.plain.numel()
+        self.ours.unmerge(), self.once.copy_(self.pristine), self.addmm(-1.0)
+        integers = torch.int16 if self.plain.element_size() == 2 else torch.int32
+        if not torch.equal(self.ours.weight.view(integers), self.pristine.view(integers)):
+            sys.exit("unmerge did not restore every bit: not timed")
+        left = float("nan")
+        if self.peft:
+            self.peft.unmerge()
+            error = self.peft.base_layer.weight.double() - self.pristine.double()
+            left = (error.abs().max() / self.pristine.double().std()).item()
+        return extra, left
+
+
+def measure(widths: tuple[int, int], dtype: torch.dtype, args: argparse.Namespace, clock: Clock) -> dict[str, object]:
+    in_features, out_features = widths
+    base = nn.Linear(in_features, out_features, bias=False, dtype=dtype, device=args.device).requires_grad_(False)
+    base.weight.normal_(std=in_features**-0.5)
+    A = torch.randn(args.rank, in_features, device=args.device) * in_features**-0.5
+    B = torch.randn(out_features, args.rank, device=args.device) * args.size / ALPHA_OVER_R / args.rank**0.5
+    layers = Layers(base, A, B)
+    extra, left = layers.check()
+
+    # A round is a merge and an unmerge of each; the two are timed apart.
+    pairs: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "addmm_": (lambda: layers.addmm(1.0), lambda: layers.addmm(-1.0)),
+        "lora_ext": (layers.ours.merge, layers.ours.unmerge),
+        "no record": (layers.merge_without_record, lambda: layers.once.copy_(layers.pristine)),
+    }
+    if layers.peft:
+        pairs["peft"] = layers.peft.merge, layers.peft.unmerge
+    unmerges: dict[str, list[float]] = {name: [] for name in pairs}
+
+    def round_trip(name: str) -> float:
+        merge, unmerge = pairs[name]
+        seconds = clock(merge)
+        unmerges[name].append(clock(unmerge))
+        return seconds
+
+    calls = {name: lambda n=name: n for name in pairs}
+    merges = interleaved(calls, args.rounds, clock=lambda call: round_trip(call()))
+    unmerges = {name: seconds[-len(merges[name]) :] for name, seconds in unmerges.items()}  # without the warm-up
+    reference = merges["addmm_"]
+    columns = {f"merge, {name}": seconds for name, seconds in merges.items() if name != "addmm_"}
+    columns |= {f"unmerge, {name}": unmerges[name] for name in ("lora_ext", "peft") if name in unmerges}
+    return {
+        "shape": [in_features, out_features],
+        "dtype": str(dtype).removeprefix("torch."),
+        "rounds": len(reference),
+        "addmm_ms": 1e3 * statistics.median(reference),
+        "ms": {name: 1e3 * statistics.median(seconds) for name, seconds in columns.items()},
+        "ratio": {name: ratio(seconds, reference) for name, seconds in columns.items()},
+        "record_bytes_per_element": extra,
+        "peft_leaves": left,
+    }
+
+
+def table(rows: list[dict]) -> str:
+    names = list(rows[0]["ratio"])
+    lines = ["| in -> out | dtype | addmm_, ms | " + " | ".join(names) + " | record, bytes/element | PEFT leaves |"]
+    lines.append("|" + "---|" * (5 + len(names)))
+    for row in rows:
+        ratios = ["{:.2f} ({:.2f}-{:.2f})".format(*row["ratio"][name]) for name in names]
+        cells = ["{} -> {}".format(*row["shape"]), row["dtype"], f"{row['addmm_ms']:.3f}", *ratios]
+        cells += [f"{row['record_bytes_per_element']:.3f}", f"{row['peft_leaves']:.1e}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--size", type=float, default=0.03, help="of the update, beside the weight")
+    parser.add_argument("--rounds", type=int, default=60, help="at most; slow shapes get fewer, at least 11")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--write", action="store_true", help="also write benchmarks/results/merge_<device>.{json,md}")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+
+    facts = info.gather()
+    on_cuda = args.device == "cuda"
+    machine = torch.cuda.get_device_name() if on_cuda else info.cpu_model()
+    kernels = "CUDA" if on_cuda else f"{args.threads} threads, {facts['cpu']['isa']}"
+    heading = (
+        f"Merging and unmerging one weight against addmm_, r={args.rank}, updates {args.size:g} of the weight's size; "
+        f"{machine}, {kernels} kernels; lora_ext {lora_ext.__version__}, torch {torch.__version__}; {date.today()}; "
+        "medians (quartiles)"
+    )
+    print(heading, flush=True)
+    clock = CudaClock() if on_cuda else wall_clock
+    rows: list[dict] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for size in widths(CUDA_SHAPES if on_cuda else CPU_SHAPES):
+            rows.append(measure(size, dtype, args, clock))
+            print(table(rows).splitlines()[-1], flush=True)
+    print(f"\n{table(rows)}")
+    if args.write:
+        RESULTS.mkdir(exist_ok=True)
+        command = " ".join(["python benchmarks/bench_merge.py", *sys.argv[1:]])
+        (RESULTS / f"merge_{args.device}.md").write_text(f"{heading}\n\n    {command}\n\n{table(rows)}\n")
+        result = {"command": command, "date": str(date.today()), args.device: machine, "info": facts, "rows": rows}
+        (RESULTS / f"merge_{args.device}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
