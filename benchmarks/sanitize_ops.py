@@ -49,6 +49,11 @@ def worst_error(shape: tuple[int, int, int, int], dtypes: tuple[torch.dtype, tor
     on_gpu = [tensor.cuda() for tensor in tensors]
     ours = results(functional.lora_linear, on_gpu, grad_y.cuda(), seed.cuda())
 
+    y = grad_y.cuda()
+    ours.append(functional.lora_delta_(y, on_gpu[0], on_gpu[3], on_gpu[4], 0.75, 0.3, seed.cuda()))
+    x, A, B = (tensors[i].double() for i in (0, 3, 4))
+    exact.append(grad_y.double() + reference.lora_delta(x, A, B, 0.75, 0.3, seed))
+
     base = nn.Linear(in_features, out_features, bias=False).to(dtypes[0])
     layer = LoraLinear(base, LoraAdapter(in_features, out_features, rank, rank, dtype=dtypes[1])).eval()
     with torch.no_grad():

@@ -30,6 +30,18 @@ STABLE_TORCH_LIBRARY(lora_ext, m) {
       "Tensor[] lora_Bs, Tensor? xa, Tensor? mask, float[] scalings, float dropout_p, bool[3] output_mask) "
       "-> (Tensor? grad_x, Tensor[] grad_lora_As, Tensor[] grad_lora_Bs)");
 
+  // The adapter beside a base layer of any kind (quantised, convolution, tensor-parallel), whose output y holds:
+  // y += scaling * dropout(x) @ lora_A^T @ lora_B^T in place. xa and mask as above.
+  m.def(
+      "lora_delta_(Tensor(a!) y, Tensor x, Tensor lora_A, Tensor lora_B, float scaling, float dropout_p=0.0, "
+      "Tensor? seed=None) -> (Tensor xa, Tensor mask)");
+
+  // As lora_linear_backward, without a base layer: y's gradient is grad_y itself.
+  m.def(
+      "lora_delta_backward(Tensor grad_y, Tensor? x, Tensor lora_A, Tensor lora_B, Tensor? xa, Tensor? mask, "
+      "float scaling, float dropout_p, bool[3] output_mask) "
+      "-> (Tensor? grad_x, Tensor? grad_lora_A, Tensor? grad_lora_B)");
+
   // Merging and unmerging of many layers: weight += lora_B @ lora_A in place, rounded once, and back to the very bits.
   // Weights of one dtype; factors in the accumulation dtype, lora_B times the scaling. csrc/common/merge_params.h
   // defines the results to the bit, csrc/common/merge_record.h the record; lora_ext/exact_merge.py puts the three ops

@@ -34,24 +34,35 @@ def check_factors(op: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor, index
     """weight [out, in], lora_A [r, in], lora_B [out, r]: two dimensions each, matching sizes, one device."""
     weight_name, A_name, B_name = (_argument(name, index) for name in ("weight", "lora_A", "lora_B"))
     for name, tensor in ((weight_name, weight), (A_name, lora_A), (B_name, lora_B)):
-        if tensor.dim() != 2:
-            raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}, want 2 dimensions")
-        if tensor.dtype not in FLOATING:
-            raise TypeError(
-                f"{op}: {name} has dtype {_name(tensor.dtype)}, want one of {', '.join(map(_name, FLOATING))}"
-            )
-        if tensor.device != weight.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device} but {weight_name} is on {weight.device}")
-    if lora_A.dtype != lora_B.dtype:
-        raise TypeError(f"{op}: {B_name} has dtype {_name(lora_B.dtype)} but {A_name} has {_name(lora_A.dtype)}")
-    if lora_A.shape[0] == 0:
-        raise ValueError(f"{op}: {A_name} has rank 0, want at least 1")
+        _check_matrix(op, name, tensor, weight_name, weight)
+    _check_factor_pair(op, lora_A, lora_B, index)
     if lora_A.shape[1] != weight.shape[1]:
         raise ValueError(f"{op}: {A_name} has in_features={lora_A.shape[1]} but {weight_name} has {weight.shape[1]}")
     if lora_B.shape[0] != weight.shape[0]:
         raise ValueError(f"{op}: {B_name} has out_features={lora_B.shape[0]} but {weight_name} has {weight.shape[0]}")
+
+
+def _check_factor_pair(op: str, lora_A: Tensor, lora_B: Tensor, index: int | None = None) -> None:
+    A_name, B_name = _argument("lora_A", index), _argument("lora_B", index)
+    if lora_A.dtype != lora_B.dtype:
+        raise TypeError(f"{op}: {B_name} has dtype {_name(lora_B.dtype)} but {A_name} has {_name(lora_A.dtype)}")
+    if lora_A.shape[0] == 0:
+        raise ValueError(f"{op}: {A_name} has rank 0, want at least 1")
     if lora_B.shape[1] != lora_A.shape[0]:
         raise ValueError(f"{op}: {B_name} has rank {lora_B.shape[1]} but {A_name} has {lora_A.shape[0]}")
+
+
+def _check_matrix(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    if tensor.dim() != 2:
+        raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}, want 2 dimensions")
+    _check_floating(op, name, tensor)
+    if tensor.device != like.device:
+        raise ValueError(f"{op}: {name} is on {tensor.device} but {like_name} is on {like.device}")
+
+
+def _check_floating(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{op}: {name} has dtype {_name(tensor.dtype)}, want one of {', '.join(map(_name, FLOATING))}")
 
 
 def _argument(name: str, index: int | None) -> str:
@@ -115,6 +126,38 @@ def check_lora_linear(
     op = "lora_linear"
     _check_layer(op, x, weight, bias, lora_A, lora_B, scaling)
     _check_dropout_and_seed(op, x, dropout_p, seed)
+
+
+def check_lora_delta(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> None:
+    op = "lora_delta_"
+    for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        _check_matrix(op, name, factor, "y", y)
+    _check_factor_pair(op, lora_A, lora_B)
+    check_scaling(op, scaling)
+    if y.dim() == 0:
+        raise ValueError(f"{op}: y has no dimension, want [..., out_features]")
+    _check_floating(op, "y", y)
+    if y.shape[-1] != lora_B.shape[0]:
+        raise ValueError(f"{op}: lora_B has out_features={lora_B.shape[0]} but y has {y.shape[-1]}")
+    if x.dim() != y.dim() or x.shape[:-1] != y.shape[:-1]:
+        raise ValueError(f"{op}: x has shape {list(x.shape)} but y has {list(y.shape)}: want the same tokens")
+    if x.shape[-1] != lora_A.shape[1]:
+        raise ValueError(f"{op}: lora_A has in_features={lora_A.shape[1]} but x has {x.shape[-1]}")
+    if x.dtype != y.dtype:
+        raise TypeError(f"{op}: x has dtype {_name(x.dtype)} but y has {_name(y.dtype)}")
+    if x.device != y.device:
+        raise ValueError(f"{op}: x is on {x.device} but y is on {y.device}")
+    _check_dropout_and_seed(op, x, dropout_p, seed)
+    if not y.is_contiguous():
+        raise ValueError(f"{op}: y has strides {list(y.stride())}, want a contiguous tensor: what a base layer returns")
 
 
 def check_num_siblings(

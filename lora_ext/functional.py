@@ -13,6 +13,7 @@ from .exact_merge import MergeRecord, lora_merge_, lora_unmerge_
 __all__ = [
     "MergeRecord",
     "draw_seed",
+    "lora_delta_",
     "lora_linear",
     "lora_linear_siblings",
     "lora_merge_",
@@ -70,6 +71,56 @@ def lora_linear(
             _checks.check_lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
         _load.check_kernels_exist("lora_linear", x.device)
         raise
+
+
+def lora_delta_(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Adds an adapter's update to the output of a base layer of any kind, in place.
+
+    ``y += scaling * dropout(x) @ lora_A.T @ lora_B.T``
+
+    For base layers that are no plain matrix product: quantised, tensor-parallel, somebody else's module. Where the base
+    is ``x @ weight.T + bias``, :func:`lora_linear` saves the pass over ``y``.
+
+    Args:
+        y: ``[..., out_features]``, contiguous, float64, float32, bfloat16 or float16: changed. Its gradient passes
+            through. What produced it must not need it for its own backward (autograd checks that).
+        x: ``[..., in_features]``, the same leading dimensions, dtype and device as ``y``; any strides. Under autocast
+            it is cast to the dtype that the base layer returned.
+        lora_A: ``[r, in_features]``, in any of the four dtypes; float32 beside a 16-bit ``x`` is computed in float32.
+        lora_B: ``[out_features, r]``, dtype of ``lora_A``.
+        scaling: any finite number.
+        dropout_p: probability that an element of the adapter's input is zeroed, in [0, 1); quantised to 2**-16.
+        seed: int64 tensor of one element on ``x``'s device; names the dropout mask, the same as :func:`lora_linear`'s.
+            Drawn from the default generator when None.
+
+    Returns:
+        ``y``. The sum is taken in float32 (float64 for float64) and rounded once.
+
+    Raises:
+        ValueError, TypeError: naming the argument and both values. ``y`` is then unchanged.
+    """
+    if dropout_p > 0.0 and seed is None:
+        seed = draw_seed(x.device)
+    if x.dtype != y.dtype and torch.is_autocast_enabled(x.device.type):
+        x = x.to(y.dtype)
+    if torch.compiler.is_compiling():
+        torch.ops.lora_ext.lora_delta_(y, x, lora_A, lora_B, scaling, dropout_p, seed)
+        return y
+    try:
+        torch.ops.lora_ext.lora_delta_.default(y, x, lora_A, lora_B, scaling, dropout_p, seed)
+    except RuntimeError:
+        _checks.check_lora_delta(y, x, lora_A, lora_B, scaling, dropout_p, seed)
+        _load.check_kernels_exist("lora_delta_", x.device)
+        raise
+    return y
 
 
 def lora_linear_siblings(

@@ -56,6 +56,25 @@ def unpack_mask(mask: Tensor, in_features: int) -> Tensor:
     return bits.flatten(1)[:, :in_features].bool()
 
 
+def lora_delta(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """``scaling * dropout(x) @ lora_A.T @ lora_B.T`` in the wider of the two dtypes, as PEFT computes it."""
+    x_dropped = x
+    threshold = dropout_threshold(dropout_p)
+    if threshold > 0:
+        assert seed is not None
+        keep = dropout_keep(int(seed), x[..., 0].numel(), x.shape[-1], dropout_p).view(x.shape).to(x.device)
+        x_dropped = x * keep * (65536.0 / (65536.0 - threshold))
+    wide = torch.promote_types(x.dtype, lora_A.dtype)
+    return scaling * (x_dropped.to(wide) @ lora_A.to(wide).T @ lora_B.to(wide).T)
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -66,20 +85,9 @@ def lora_linear(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """``x @ weight.T + bias + scaling * dropout(x) @ lora_A.T @ lora_B.T``; differentiable by autograd.
-
-    The adapter's products run in the wider of the two dtypes, as PEFT computes them.
-    """
-    x_dropped = x
-    threshold = dropout_threshold(dropout_p)
-    if threshold > 0:
-        assert seed is not None
-        keep = dropout_keep(int(seed), x[..., 0].numel(), x.shape[-1], dropout_p).view(x.shape).to(x.device)
-        x_dropped = x * keep * (65536.0 / (65536.0 - threshold))
-    wide = torch.promote_types(x.dtype, lora_A.dtype)
-    xa = x_dropped.to(wide) @ lora_A.to(wide).T
+    """``x @ weight.T + bias + scaling * dropout(x) @ lora_A.T @ lora_B.T``; differentiable by autograd."""
     y = torch.nn.functional.linear(x, weight, bias)
-    return (y + scaling * (xa @ lora_B.to(wide).T)).to(x.dtype)
+    return (y + lora_delta(x, lora_A, lora_B, scaling, dropout_p, seed)).to(x.dtype)
 
 
 def lora_linear_siblings(

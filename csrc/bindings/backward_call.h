@@ -14,67 +14,75 @@ struct BackwardCall {
   std::vector<Tensor> kept{};                        // owns what the pointers in params point to
   LoraBackwardParams params{};
 
+  bool has_base_layers() const { return layers[0].weight != nullptr; }
   bool wants_nothing() const { return !grad_x && grad_lora_A.empty() && grad_lora_B.empty(); }
   Tensor grad_x_rows() const { return as_rows(*grad_x, params.num_tokens, params.in_features); }
 };
 
-// What the forward saved must be what the backward is given.
+// What the forward saved must be what the backward is given. like: a tensor of the layer's dtype and device.
+inline void check_saved(const Op& op, const std::optional<Tensor>& xa, const std::optional<Tensor>& mask,
+                        const ArgumentName& like_name, const Tensor& like, int64_t num_tokens, int64_t in_features,
+                        int64_t total_rank, double dropout_p, const std::vector<bool>& output_mask) {
+  if (output_mask[2]) {
+    STD_TORCH_CHECK(xa.has_value(), op.name, ": grad_lora_B is wanted but xa is None");
+    STD_TORCH_CHECK(xa->dim() == 2 && xa->size(0) == num_tokens && xa->size(1) == total_rank, op.name,
+                    ": xa must be [num_tokens, ", op.takes_lists ? "total_rank" : "rank", "] = [", num_tokens, ", ",
+                    total_rank, "]");
+    STD_TORCH_CHECK(is_supported(*xa) && dtype_of(*xa) == accumulation_dtype(dtype_of(like)), op.name,
+                    ": xa has another dtype than the accumulation dtype");
+    check_device(op.name, {"xa"}, *xa, like_name, like);
+  }
+  if ((output_mask[0] || output_mask[1]) && dropout_threshold(dropout_p) > 0) {
+    STD_TORCH_CHECK(mask.has_value(), op.name, ": dropout_p is ", dropout_p, " but mask is None");
+    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Byte && mask->dim() == 2 && mask->size(0) == num_tokens &&
+                        mask->size(1) == mask_row_bytes(in_features) && mask->is_contiguous(),
+                    op.name, ": mask must be uint8 [", num_tokens, ", ", mask_row_bytes(in_features), "], contiguous");
+    check_device(op.name, {"mask"}, *mask, like_name, like);
+  }
+}
+
+inline void check_output_mask(const Op& op, const std::vector<bool>& output_mask) {
+  STD_TORCH_CHECK(output_mask.size() == 3, op.name, ": output_mask has ", output_mask.size(), " entries, want 3");
+}
+
 inline void check_backward(const Op& op, const std::optional<Tensor>& x, std::span<const BackwardLayer> layers,
                            const std::optional<Tensor>& xa, const std::optional<Tensor>& mask, double dropout_p,
                            const std::vector<bool>& output_mask) {
   check_layers(op, layers);
-  const Tensor& weight = layers[0].weight;
+  const Tensor& weight = *layers[0].weight;
   const ArgumentName weight_name = op.argument("weight", 0), grad_y_name = op.argument("grad_y", 0);
   const int64_t num_tokens = count_tokens(layers[0].grad_y);
   int64_t total_rank = 0;
   for (size_t i = 0; i < layers.size(); ++i) {
     const BackwardLayer& layer = layers[i];
     const ArgumentName name = op.argument("grad_y", i);
-    check_tokens(op.name, name, layer.grad_y, op.argument("weight", i), layer.weight, layer.weight.size(0),
+    check_tokens(op.name, name, layer.grad_y, op.argument("weight", i), *layer.weight, layer.weight->size(0),
                  "out_features");
     STD_TORCH_CHECK(count_tokens(layer.grad_y) == num_tokens, op.name, ": ", name, " has ", count_tokens(layer.grad_y),
                     " tokens but ", grad_y_name, " has ", num_tokens);
     total_rank += layer.lora_A.size(0);
   }
   check_dropout(op.name, dropout_p);
-  STD_TORCH_CHECK(output_mask.size() == 3, op.name, ": output_mask has ", output_mask.size(), " entries, want 3");
+  check_output_mask(op, output_mask);
   if (output_mask[1]) {
     STD_TORCH_CHECK(x.has_value(), op.name, ": grad_lora_A is wanted but x is None");
     check_tokens(op.name, {"x"}, *x, weight_name, weight, weight.size(1), "in_features");
     STD_TORCH_CHECK(count_tokens(*x) == num_tokens, op.name, ": x has ", count_tokens(*x), " tokens but ", grad_y_name,
                     " has ", num_tokens);
   }
-  if (output_mask[2]) {
-    STD_TORCH_CHECK(xa.has_value(), op.name, ": grad_lora_B is wanted but xa is None");
-    STD_TORCH_CHECK(xa->dim() == 2 && xa->size(0) == num_tokens && xa->size(1) == total_rank, op.name,
-                    ": xa must be [num_tokens, ", op.takes_lists ? "total_rank" : "rank", "] = [", num_tokens, ", ",
-                    total_rank, "]");
-    STD_TORCH_CHECK(is_supported(*xa) && dtype_of(*xa) == accumulation_dtype(dtype_of(weight)), op.name,
-                    ": xa has another dtype than the accumulation dtype");
-    check_device(op.name, {"xa"}, *xa, weight_name, weight);
-  }
-  if ((output_mask[0] || output_mask[1]) && dropout_threshold(dropout_p) > 0) {
-    STD_TORCH_CHECK(mask.has_value(), op.name, ": dropout_p is ", dropout_p, " but mask is None");
-    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Byte && mask->dim() == 2 && mask->size(0) == num_tokens &&
-                        mask->size(1) == mask_row_bytes(weight.size(1)) && mask->is_contiguous(),
-                    op.name, ": mask must be uint8 [", num_tokens, ", ", mask_row_bytes(weight.size(1)),
-                    "], contiguous");
-    check_device(op.name, {"mask"}, *mask, weight_name, weight);
-  }
+  check_saved(op, xa, mask, weight_name, weight, num_tokens, weight.size(1), total_rank, dropout_p, output_mask);
 }
 
-inline BackwardCall prepare_backward(const Op& op, const std::optional<Tensor>& x,
-                                     std::span<const BackwardLayer> layers, const std::optional<Tensor>& xa,
-                                     const std::optional<Tensor>& mask, double dropout_p,
-                                     const std::vector<bool>& output_mask) {
-  check_backward(op, x, layers, xa, mask, dropout_p, output_mask);
+inline BackwardCall fill_backward(const std::optional<Tensor>& x, std::span<const BackwardLayer> layers,
+                                  const std::optional<Tensor>& xa, const std::optional<Tensor>& mask, double dropout_p,
+                                  const std::vector<bool>& output_mask) {
   const bool want_x = output_mask[0], want_A = output_mask[1], want_B = output_mask[2];
   const Tensor& grad_y = layers[0].grad_y;
   const uint32_t threshold = dropout_threshold(dropout_p);
 
   BackwardCall call{.layers = layers};
   LoraBackwardParams& p = call.params;
-  p.num_tokens = count_tokens(grad_y), p.in_features = layers[0].weight.size(1);
+  p.num_tokens = count_tokens(grad_y), p.in_features = layers[0].lora_A.size(1);
   p.dtype = dtype_of(grad_y), p.factor_dtype = dtype_of(layers[0].lora_A);
   p.num_siblings = static_cast<int>(layers.size());
   call.grad_y.reserve(layers.size());
@@ -108,6 +116,14 @@ inline BackwardCall prepare_backward(const Op& op, const std::optional<Tensor>& 
     p.grad_x = call.grad_x->mutable_data_ptr();
   }
   return call;
+}
+
+inline BackwardCall prepare_backward(const Op& op, const std::optional<Tensor>& x,
+                                     std::span<const BackwardLayer> layers, const std::optional<Tensor>& xa,
+                                     const std::optional<Tensor>& mask, double dropout_p,
+                                     const std::vector<bool>& output_mask) {
+  check_backward(op, x, layers, xa, mask, dropout_p, output_mask);
+  return fill_backward(x, layers, xa, mask, dropout_p, output_mask);
 }
 
 }  // namespace lora_ext

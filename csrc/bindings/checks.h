@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cmath>
+#include <optional>
 #include <ostream>
 #include <string_view>
 #include <vector>
@@ -169,6 +170,15 @@ inline void check_dropout(const char* op, double dropout_p) {
 inline void check_seed(const char* op, const Tensor& seed) {
   STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, op,
                   ": seed must be an int64 tensor of one element");
+}
+
+inline void check_dropout_and_seed(const char* op, const Tensor& x, double dropout_p,
+                                   const std::optional<Tensor>& seed) {
+  check_dropout(op, dropout_p);
+  if (dropout_p == 0.0) return;
+  STD_TORCH_CHECK(seed.has_value(), op, ": dropout_p is ", dropout_p, " but seed is None");
+  check_seed(op, *seed);
+  check_device(op, {"seed"}, *seed, {"x"}, x);
 }
 
 }  // namespace lora_ext

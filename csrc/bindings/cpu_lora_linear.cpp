@@ -1,4 +1,5 @@
-// lora_linear, lora_linear_siblings, their backwards and the dropout mask on the CPU. csrc/library.cpp has the schemas.
+// lora_linear, lora_linear_siblings, lora_delta_, their backwards and the dropout mask on the CPU. csrc/library.cpp has
+// the schemas.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 
@@ -33,14 +34,14 @@ struct Cpu {
     const Kernels& kernels = checked_kernels();
     LoraForwardParams& p = call.params;
     if (p.num_tokens == 0) return;
-    p.accumulate = base_product_first(p.dtype);
+    p.accumulate = !call.has_base_layers() || base_product_first(p.dtype);
 
     const auto add_base_products = [&] {
+      if (!call.has_base_layers()) return;
       for (size_t i = 0; i < call.layers.size(); ++i) {
         const Tensor y_rows = call.y_rows(i);
-        const std::optional<Tensor>& bias = call.layers[i].bias;
-        const Tensor* start = !p.accumulate ? &y_rows : bias ? &*bias : nullptr;
-        base_product(y_rows, start, call.x, transposed(call.layers[i].weight));
+        const Tensor* start = p.accumulate ? call.layers[i].bias : &y_rows;
+        base_product(y_rows, start, call.x, transposed(*call.layers[i].weight));
       }
     };
     const int64_t num_chunks = count_chunks(p.num_tokens);
@@ -58,14 +59,14 @@ struct Cpu {
   static void backward(BackwardCall& call) {
     const Kernels& kernels = checked_kernels();
     LoraBackwardParams& p = call.params;
-    p.accumulate = base_product_first(p.dtype);
+    p.accumulate = call.has_base_layers() && base_product_first(p.dtype);
 
     const auto add_base_products = [&] {
-      if (!call.grad_x || p.num_tokens == 0) return;
+      if (!call.has_base_layers() || !call.grad_x || p.num_tokens == 0) return;
       const Tensor grad_x_rows = call.grad_x_rows();
       for (size_t i = 0; i < call.layers.size(); ++i) {
         const bool is_start = p.accumulate && i == 0;
-        base_product(grad_x_rows, is_start ? nullptr : &grad_x_rows, call.grad_y[i], call.layers[i].weight);
+        base_product(grad_x_rows, is_start ? nullptr : &grad_x_rows, call.grad_y[i], *call.layers[i].weight);
       }
     };
     const bool want_grad_A = !call.grad_lora_A.empty(), want_grad_B = !call.grad_lora_B.empty();

@@ -1,4 +1,5 @@
-// lora_linear, lora_linear_siblings, their backwards and the dropout mask on CUDA. csrc/library.cpp has the schemas.
+// lora_linear, lora_linear_siblings, lora_delta_, their backwards and the dropout mask on CUDA. csrc/library.cpp has
+// the schemas.
 //
 // The adapter's term is written first and the base product accumulates onto it: no pass over y or grad_x for the
 // adapter.
@@ -24,9 +25,9 @@ struct Cuda {
 
     launch_lora_forward(p, workspace.mutable_data_ptr(), current_stream(call.x));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
-    for (size_t i = 0; i < call.layers.size(); ++i) {
+    for (size_t i = 0; call.has_base_layers() && i < call.layers.size(); ++i) {
       if (p.in_features == 0 || p.siblings[i].out_features == 0) continue;
-      add_base_product(call.y_rows(i), call.x, transposed(call.layers[i].weight));
+      add_base_product(call.y_rows(i), call.x, transposed(*call.layers[i].weight));
     }
   }
 
@@ -41,11 +42,11 @@ struct Cuda {
 
     launch_lora_backward(p, workspace.mutable_data_ptr(), current_stream(call.grad_y[0]));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
-    if (!call.grad_x || p.in_features == 0) return;
+    if (!call.has_base_layers() || !call.grad_x || p.in_features == 0) return;
     const Tensor grad_x_rows = call.grad_x_rows();
     for (size_t i = 0; i < call.layers.size(); ++i) {
       if (p.siblings[i].out_features == 0) continue;
-      add_base_product(grad_x_rows, call.grad_y[i], call.layers[i].weight);
+      add_base_product(grad_x_rows, call.grad_y[i], *call.layers[i].weight);
     }
   }
 };

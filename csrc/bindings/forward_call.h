@@ -14,39 +14,35 @@ struct ForwardCall {
   std::vector<Tensor> kept{};  // owns what the pointers in params point to
   LoraForwardParams params{};
 
+  bool has_base_layers() const { return layers[0].weight != nullptr; }
   Tensor y_rows(size_t i) const { return as_rows(y[i], params.num_tokens, params.siblings[i].out_features); }
 };
 
 inline void check_forward(const Op& op, const Tensor& x, std::span<const ForwardLayer> layers, double dropout_p,
                           const std::optional<Tensor>& seed) {
   check_layers(op, layers);
-  const Tensor& weight = layers[0].weight;
+  const Tensor& weight = *layers[0].weight;
   check_tokens(op.name, {"x"}, x, op.argument("weight", 0), weight, weight.size(1), "in_features");
   for (size_t i = 0; i < layers.size(); ++i) {
     const ForwardLayer& layer = layers[i];
     if (layer.bias) {
       const ArgumentName name = op.argument("bias", i);
-      check_tokens(op.name, name, *layer.bias, op.argument("weight", i), layer.weight, layer.weight.size(0),
+      check_tokens(op.name, name, *layer.bias, op.argument("weight", i), *layer.weight, layer.weight->size(0),
                    "out_features");
       STD_TORCH_CHECK(layer.bias->dim() == 1, op.name, ": ", name, " has ", layer.bias->dim(), " dimensions, want 1");
     }
     STD_TORCH_CHECK(layer.scaling >= 0.0, op.name, ": ", op.argument("scaling", i), " is ", layer.scaling,
                     ", want at least 0");
   }
-  check_dropout(op.name, dropout_p);
-  if (dropout_p > 0.0) {
-    STD_TORCH_CHECK(seed.has_value(), op.name, ": dropout_p is ", dropout_p, " but seed is None");
-    check_seed(op.name, *seed);
-    check_device(op.name, {"seed"}, *seed, {"x"}, x);
-  }
+  check_dropout_and_seed(op.name, x, dropout_p, seed);
 }
 
-inline ForwardCall prepare_forward(const Op& op, const Tensor& x, std::span<const ForwardLayer> layers,
-                                   double dropout_p, const std::optional<Tensor>& seed) {
-  check_forward(op, x, layers, dropout_p, seed);
+// y_given: of a single layer whose y holds the base layer's output already; what it is added to.
+inline ForwardCall fill_forward(const Tensor& x, std::span<const ForwardLayer> layers, double dropout_p,
+                                const std::optional<Tensor>& seed, const Tensor* y_given = nullptr) {
   const DType dtype = dtype_of(x);
   const uint32_t threshold = dropout_threshold(dropout_p);
-  const int64_t num_tokens = count_tokens(x), in_features = layers[0].weight.size(1);
+  const int64_t num_tokens = count_tokens(x), in_features = layers[0].lora_A.size(1);
   int64_t total_rank = 0;
   for (const ForwardLayer& layer : layers) total_rank += layer.lora_A.size(0);
 
@@ -64,7 +60,7 @@ inline ForwardCall prepare_forward(const Op& op, const Tensor& x, std::span<cons
     p.mask = static_cast<uint8_t*>(call.mask.mutable_data_ptr());
   }
   p.dtype = dtype, p.factor_dtype = dtype_of(layers[0].lora_A);
-  p.threshold = threshold;
+  p.threshold = threshold, p.accumulate = y_given != nullptr;
 
   p.num_siblings = static_cast<int>(layers.size());
   call.y.reserve(layers.size());
@@ -75,9 +71,16 @@ inline ForwardCall prepare_forward(const Op& op, const Tensor& x, std::span<cons
     set_factors(layers[i], rank_begin, dropout_rescale(threshold), call.kept, s);
     rank_begin += s.rank;
     if (layers[i].bias) s.bias = call.kept.emplace_back(as_contiguous(*layers[i].bias)).const_data_ptr();
-    s.y = call.y.emplace_back(empty(sizes_with_last(x, s.out_features), dtype, x)).mutable_data_ptr();
+    Tensor& y = call.y.emplace_back(y_given ? *y_given : empty(sizes_with_last(x, s.out_features), dtype, x));
+    s.y = y.mutable_data_ptr();
   }
   return call;
+}
+
+inline ForwardCall prepare_forward(const Op& op, const Tensor& x, std::span<const ForwardLayer> layers,
+                                   double dropout_p, const std::optional<Tensor>& seed) {
+  check_forward(op, x, layers, dropout_p, seed);
+  return fill_forward(x, layers, dropout_p, seed);
 }
 
 }  // namespace lora_ext

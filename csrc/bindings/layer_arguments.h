@@ -5,6 +5,7 @@
 #include <initializer_list>
 #include <optional>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "../common/params.h"
@@ -23,20 +24,29 @@ struct Op {
 };
 
 struct ForwardLayer {
-  const Tensor& weight;               // [out_features, in_features]
-  const std::optional<Tensor>& bias;  // [out_features]
-  const Tensor& lora_A;               // [rank, in_features]
-  const Tensor& lora_B;               // [out_features, rank]
+  const Tensor* weight;  // [out_features, in_features]; null: y holds the base layer's output already
+  const Tensor* bias;    // [out_features]; null: none
+  const Tensor& lora_A;  // [rank, in_features]
+  const Tensor& lora_B;  // [out_features, rank]
   double scaling;
 };
 
 struct BackwardLayer {
   const Tensor& grad_y;  // [..., out_features]
-  const Tensor& weight;  // [out_features, in_features]
+  const Tensor* weight;  // [out_features, in_features]; null: grad_x is the adapter's alone
   const Tensor& lora_A;  // [rank, in_features]
   const Tensor& lora_B;  // [out_features, rank]
   double scaling;
 };
+
+// Two matrices: lora_A [rank, in_features], lora_B [out_features, rank]
+inline void check_factor_pair(const char* op, const ArgumentName& A_name, const Tensor& lora_A,
+                              const ArgumentName& B_name, const Tensor& lora_B) {
+  STD_TORCH_CHECK(lora_A.scalar_type() == lora_B.scalar_type(), op, ": ", B_name, " has another dtype than ", A_name);
+  STD_TORCH_CHECK(lora_A.size(0) >= 1, op, ": ", A_name, " has rank 0, want at least 1");
+  STD_TORCH_CHECK(lora_B.size(1) == lora_A.size(0), op, ": ", B_name, " has rank ", lora_B.size(1), " but ", A_name,
+                  " has ", lora_A.size(0));
+}
 
 // weight [out_features, in_features], lora_A [rank, in_features], lora_B [out_features, rank]
 inline void check_factors(const char* op, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
@@ -49,14 +59,11 @@ inline void check_factors(const char* op, const Tensor& weight, const Tensor& lo
     check_dtype(op, *names[i], *tensors[i]);
     check_device(op, *names[i], *tensors[i], weight_name, weight);
   }
-  STD_TORCH_CHECK(lora_A.scalar_type() == lora_B.scalar_type(), op, ": ", B_name, " has another dtype than ", A_name);
-  STD_TORCH_CHECK(lora_A.size(0) >= 1, op, ": ", A_name, " has rank 0, want at least 1");
+  check_factor_pair(op, A_name, lora_A, B_name, lora_B);
   STD_TORCH_CHECK(lora_A.size(1) == weight.size(1), op, ": ", A_name, " has in_features=", lora_A.size(1), " but ",
                   weight_name, " has ", weight.size(1));
   STD_TORCH_CHECK(lora_B.size(0) == weight.size(0), op, ": ", B_name, " has out_features=", lora_B.size(0), " but ",
                   weight_name, " has ", weight.size(0));
-  STD_TORCH_CHECK(lora_B.size(1) == lora_A.size(0), op, ": ", B_name, " has rank ", lora_B.size(1), " but ", A_name,
-                  " has ", lora_A.size(0));
 }
 
 // Each layer in itself, and that all read one x with factors of one dtype. Layers: a span of either struct above.
@@ -64,15 +71,15 @@ template <class Layers>
 void check_layers(const Op& op, const Layers& layers) {
   for (size_t i = 0; i < layers.size(); ++i) {
     const auto &layer = layers[i], &first = layers[0];
-    check_factors(op.name, layer.weight, layer.lora_A, layer.lora_B, op.argument("weight", i).index);
+    check_factors(op.name, *layer.weight, layer.lora_A, layer.lora_B, op.argument("weight", i).index);
     check_scaling(op.name, layer.scaling, op.argument("scaling", i));
     if (i == 0) continue;
     const ArgumentName name = op.argument("weight", i), first_name = op.argument("weight", 0);
-    STD_TORCH_CHECK(layer.weight.size(1) == first.weight.size(1), op.name, ": ", name,
-                    " has in_features=", layer.weight.size(1), " but ", first_name, " has ", first.weight.size(1));
-    STD_TORCH_CHECK(layer.weight.scalar_type() == first.weight.scalar_type(), op.name, ": ", name,
+    STD_TORCH_CHECK(layer.weight->size(1) == first.weight->size(1), op.name, ": ", name,
+                    " has in_features=", layer.weight->size(1), " but ", first_name, " has ", first.weight->size(1));
+    STD_TORCH_CHECK(layer.weight->scalar_type() == first.weight->scalar_type(), op.name, ": ", name,
                     " has another dtype than ", first_name);
-    check_device(op.name, name, layer.weight, first_name, first.weight);
+    check_device(op.name, name, *layer.weight, first_name, *first.weight);
     STD_TORCH_CHECK(layer.lora_A.scalar_type() == first.lora_A.scalar_type(), op.name, ": ", op.argument("lora_A", i),
                     " has another dtype than ", op.argument("lora_A", 0));
   }
@@ -89,6 +96,37 @@ inline void check_tokens(const char* op, const ArgumentName& name, const Tensor&
   STD_TORCH_CHECK(tensor.scalar_type() == weight.scalar_type(), op, ": ", name, " has another dtype than ",
                   weight_name);
   check_device(op, name, tensor, weight_name, weight);
+}
+
+// An adapter beside a base layer of any kind: tensor, y or grad_y, is [..., out_features], and x [..., in_features] has
+// its leading dimensions, dtype and device.
+inline void check_delta(const char* op, const ArgumentName& name, const Tensor& tensor, const ArgumentName& x_name,
+                        const std::optional<Tensor>& x, const Tensor& lora_A, const Tensor& lora_B, double scaling) {
+  const ArgumentName A_name{"lora_A"}, B_name{"lora_B"};
+  for (const auto& [factor_name, factor] : {std::pair{A_name, &lora_A}, std::pair{B_name, &lora_B}}) {
+    STD_TORCH_CHECK(factor->dim() == 2, op, ": ", factor_name, " has ", factor->dim(), " dimensions, want 2");
+    check_dtype(op, factor_name, *factor);
+    check_device(op, factor_name, *factor, name, tensor);
+  }
+  check_factor_pair(op, A_name, lora_A, B_name, lora_B);
+  check_scaling(op, scaling);
+  STD_TORCH_CHECK(tensor.dim() >= 1, op, ": ", name, " has no dimension, want [..., out_features]");
+  check_dtype(op, name, tensor);
+  const int64_t out_features = tensor.size(tensor.dim() - 1);
+  STD_TORCH_CHECK(out_features == lora_B.size(0), op, ": ", B_name, " has out_features=", lora_B.size(0), " but ", name,
+                  " has ", out_features);
+  if (!x) return;
+  STD_TORCH_CHECK(x->dim() == tensor.dim(), op, ": ", x_name, " has ", x->dim(), " dimensions but ", name, " has ",
+                  tensor.dim());
+  for (int64_t i = 0; i + 1 < tensor.dim(); ++i) {
+    STD_TORCH_CHECK(x->size(i) == tensor.size(i), op, ": ", x_name, " has size ", x->size(i), " in dimension ", i,
+                    " but ", name, " has ", tensor.size(i));
+  }
+  const int64_t in_features = x->size(x->dim() - 1);
+  STD_TORCH_CHECK(in_features == lora_A.size(1), op, ": ", A_name, " has in_features=", lora_A.size(1), " but ", x_name,
+                  " has ", in_features);
+  STD_TORCH_CHECK(x->scalar_type() == tensor.scalar_type(), op, ": ", x_name, " has another dtype than ", name);
+  check_device(op, x_name, *x, name, tensor);
 }
 
 struct ListLength {
@@ -110,7 +148,7 @@ inline void check_lengths(const Op& op, size_t num_layers, std::initializer_list
 // in `kept`: contiguous copies have no other owner.
 template <class Layer, class Sibling>
 void set_factors(const Layer& layer, int64_t rank_begin, double rescale, std::vector<Tensor>& kept, Sibling& sibling) {
-  sibling.out_features = layer.weight.size(0), sibling.rank = layer.lora_A.size(0), sibling.rank_begin = rank_begin;
+  sibling.out_features = layer.lora_B.size(0), sibling.rank = layer.lora_A.size(0), sibling.rank_begin = rank_begin;
   sibling.lora_A = kept.emplace_back(as_contiguous(layer.lora_A)).const_data_ptr();
   sibling.lora_B = kept.emplace_back(as_contiguous(layer.lora_B)).const_data_ptr();
   sibling.scale = layer.scaling * rescale;

@@ -1,6 +1,7 @@
-// lora_linear, lora_linear_siblings and their backwards on one device. csrc/library.cpp has the schemas.
+// lora_linear, lora_linear_siblings, lora_delta_ and their backwards on one device. csrc/library.cpp has the schemas.
 //
-// A single layer is one sibling: the ops differ in how their arguments arrive, and in nothing else. Device brings
+// A single layer is one sibling, and a delta a layer without a weight: the ops differ in how their arguments arrive.
+// Device brings
 //   Guard     constructed from a tensor: makes its device the current one
 //   forward   fills in the results of a ForwardCall
 //   backward  fills in the results of a BackwardCall
@@ -19,7 +20,7 @@ struct LoraLinearOps {
                                                         const std::optional<Tensor>& bias, const Tensor& lora_A,
                                                         const Tensor& lora_B, double scaling, double dropout_p,
                                                         const std::optional<Tensor>& seed) {
-    const ForwardLayer layer{weight, bias, lora_A, lora_B, scaling};
+    const ForwardLayer layer{&weight, address_of(bias), lora_A, lora_B, scaling};
     const typename Device::Guard guard(x);
     ForwardCall call = prepare_forward({"lora_linear", false}, x, {&layer, 1}, dropout_p, seed);
     Device::forward(call);
@@ -30,14 +31,11 @@ struct LoraLinearOps {
       const Tensor& grad_y, const std::optional<Tensor>& x, const Tensor& weight, const Tensor& lora_A,
       const Tensor& lora_B, const std::optional<Tensor>& xa, const std::optional<Tensor>& mask, double scaling,
       double dropout_p, const std::vector<bool>& output_mask) {
-    const BackwardLayer layer{grad_y, weight, lora_A, lora_B, scaling};
+    const BackwardLayer layer{grad_y, &weight, lora_A, lora_B, scaling};
     const typename Device::Guard guard(grad_y);
     BackwardCall call =
         prepare_backward({"lora_linear_backward", false}, x, {&layer, 1}, xa, mask, dropout_p, output_mask);
     if (!call.wants_nothing()) Device::backward(call);
-    const auto only = [](std::vector<Tensor>& grads) {
-      return grads.empty() ? std::optional<Tensor>() : std::optional<Tensor>(std::move(grads[0]));
-    };
     return {std::move(call.grad_x), only(call.grad_lora_A), only(call.grad_lora_B)};
   }
 
@@ -54,7 +52,7 @@ struct LoraLinearOps {
     std::vector<ForwardLayer> layers;
     layers.reserve(weights.size());
     for (size_t i = 0; i < weights.size(); ++i) {
-      layers.push_back({weights[i], biases[i], lora_As[i], lora_Bs[i], scalings[i]});
+      layers.push_back({&weights[i], address_of(biases[i]), lora_As[i], lora_Bs[i], scalings[i]});
     }
     const typename Device::Guard guard(x);
     ForwardCall call = prepare_forward(op, x, layers, dropout_p, seed);
@@ -76,20 +74,61 @@ struct LoraLinearOps {
     std::vector<BackwardLayer> layers;
     layers.reserve(weights.size());
     for (size_t i = 0; i < weights.size(); ++i) {
-      layers.push_back({grad_ys[i], weights[i], lora_As[i], lora_Bs[i], scalings[i]});
+      layers.push_back({grad_ys[i], &weights[i], lora_As[i], lora_Bs[i], scalings[i]});
     }
     const typename Device::Guard guard(grad_ys[0]);
     BackwardCall call = prepare_backward(op, x, layers, xa, mask, dropout_p, output_mask);
     if (!call.wants_nothing()) Device::backward(call);
     return {std::move(call.grad_x), std::move(call.grad_lora_A), std::move(call.grad_lora_B)};
   }
+
+  static std::tuple<Tensor, Tensor> lora_delta_(const Tensor& y, const Tensor& x, const Tensor& lora_A,
+                                                const Tensor& lora_B, double scaling, double dropout_p,
+                                                const std::optional<Tensor>& seed) {
+    const char* const op = "lora_delta_";
+    check_delta(op, {"y"}, y, {"x"}, x, lora_A, lora_B, scaling);
+    check_dropout_and_seed(op, x, dropout_p, seed);
+    STD_TORCH_CHECK(y.is_contiguous(), op, ": y is not contiguous, want the base layer's output as it wrote it");
+    const ForwardLayer layer{nullptr, nullptr, lora_A, lora_B, scaling};
+    const typename Device::Guard guard(x);
+    ForwardCall call = fill_forward(x, {&layer, 1}, dropout_p, seed, &y);
+    Device::forward(call);
+    return {std::move(call.xa), std::move(call.mask)};
+  }
+
+  static std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>> lora_delta_backward(
+      const Tensor& grad_y, const std::optional<Tensor>& x, const Tensor& lora_A, const Tensor& lora_B,
+      const std::optional<Tensor>& xa, const std::optional<Tensor>& mask, double scaling, double dropout_p,
+      const std::vector<bool>& output_mask) {
+    const Op op{"lora_delta_backward", false};
+    check_output_mask(op, output_mask);
+    STD_TORCH_CHECK(x.has_value() || !output_mask[1], op.name, ": grad_lora_A is wanted but x is None");
+    check_delta(op.name, {"grad_y"}, grad_y, {"x"}, output_mask[1] ? *x : std::optional<Tensor>(), lora_A, lora_B,
+                scaling);
+    check_dropout(op.name, dropout_p);
+    check_saved(op, xa, mask, {"grad_y"}, grad_y, count_tokens(grad_y), lora_A.size(1), lora_A.size(0), dropout_p,
+                output_mask);
+    const BackwardLayer layer{grad_y, nullptr, lora_A, lora_B, scaling};
+    const typename Device::Guard guard(grad_y);
+    BackwardCall call = fill_backward(x, {&layer, 1}, xa, mask, dropout_p, output_mask);
+    if (!call.wants_nothing()) Device::backward(call);
+    return {std::move(call.grad_x), only(call.grad_lora_A), only(call.grad_lora_B)};
+  }
+
+ private:
+  static const Tensor* address_of(const std::optional<Tensor>& tensor) { return tensor ? &*tensor : nullptr; }
+  static std::optional<Tensor> only(std::vector<Tensor>& grads) {
+    return grads.empty() ? std::optional<Tensor>() : std::optional<Tensor>(std::move(grads[0]));
+  }
 };
 
 }  // namespace lora_ext
 
 // Inside STABLE_TORCH_LIBRARY_IMPL(lora_ext, <key>, m).
-#define LORA_EXT_REGISTER_LORA_LINEAR_OPS(m, Ops)                        \
-  m.impl("lora_linear", TORCH_BOX(&Ops::lora_linear));                   \
-  m.impl("lora_linear_backward", TORCH_BOX(&Ops::lora_linear_backward)); \
-  m.impl("lora_linear_siblings", TORCH_BOX(&Ops::lora_linear_siblings)); \
-  m.impl("lora_linear_siblings_backward", TORCH_BOX(&Ops::lora_linear_siblings_backward))
+#define LORA_EXT_REGISTER_LORA_LINEAR_OPS(m, Ops)                                          \
+  m.impl("lora_linear", TORCH_BOX(&Ops::lora_linear));                                     \
+  m.impl("lora_linear_backward", TORCH_BOX(&Ops::lora_linear_backward));                   \
+  m.impl("lora_linear_siblings", TORCH_BOX(&Ops::lora_linear_siblings));                   \
+  m.impl("lora_linear_siblings_backward", TORCH_BOX(&Ops::lora_linear_siblings_backward)); \
+  m.impl("lora_delta_", TORCH_BOX(&Ops::lora_delta_));                                     \
+  m.impl("lora_delta_backward", TORCH_BOX(&Ops::lora_delta_backward))
