@@ -192,6 +192,19 @@ def test_a_base_whose_backward_needs_its_output_is_caught():
         y.sum().backward()
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_base_that_returns_its_input_is_refused(requires_grad):
+    x = torch.randn(2, 6, 20)
+    before = x.clone()
+    A, B = torch.randn(4, 20, requires_grad=requires_grad), torch.randn(20, 4)
+    for y in (x, x.view(12, 20).view(2, 6, 20)):
+        with pytest.raises(ValueError, match="y shares memory with x, which the backward reads; pass y.clone"):
+            functional.lora_delta_(y, x, A, B, 1.0)
+    assert torch.equal(x, before)
+    functional.lora_delta_(x[1], x[0], A.detach(), B, 1.0)  # neighbours
+    torch.testing.assert_close(x[1], before[1] + reference.lora_delta(before[0], A.detach(), B, 1.0))
+
+
 def test_a_leaf_that_requires_grad_is_refused():
     layer = random_layer((6, 24, 20, 4))
     with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):

@@ -119,6 +119,18 @@ inline Tensor as_rows(const Tensor& tensor, int64_t rows, int64_t cols) {
   return as_matrix(tensor, rows, cols, cols, 1);
 }
 
+// Whether the memory from the first to the last element of one reaches into the other's.
+inline bool may_overlap(const Tensor& a, const Tensor& b) {
+  const auto bytes_of = [](const Tensor& tensor) {
+    int64_t last = 0;
+    for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
+    return tensor.numel() == 0 ? 0 : (last + 1) * static_cast<int64_t>(tensor.element_size());
+  };
+  const char *a_begin = static_cast<const char*>(a.const_data_ptr()),
+             *b_begin = static_cast<const char*>(b.const_data_ptr());
+  return a_begin < b_begin + bytes_of(b) && b_begin < a_begin + bytes_of(a);
+}
+
 // Product of the leading dimensions of [..., features].
 inline int64_t count_tokens(const Tensor& tensor) {
   int64_t count = 1;

@@ -89,6 +89,8 @@ struct LoraLinearOps {
     check_delta(op, {"y"}, y, {"x"}, x, lora_A, lora_B, scaling);
     check_dropout_and_seed(op, x, dropout_p, seed);
     STD_TORCH_CHECK(y.is_contiguous(), op, ": y is not contiguous, want the base layer's output as it wrote it");
+    STD_TORCH_CHECK(!may_overlap(x, y), op,
+                    ": y shares memory with x, which the backward reads; want a tensor of its own");
     const ForwardLayer layer{nullptr, nullptr, lora_A, lora_B, scaling};
     const typename Device::Guard guard(x);
     ForwardCall call = fill_forward(x, {&layer, 1}, dropout_p, seed, &y);
