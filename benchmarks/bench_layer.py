@@ -20,19 +20,16 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
+import report
 import torch
 from shapes import CPU_SHAPES, CUDA_SHAPES, Shape
-from timing import Clock, CudaClock, interleaved, ratio, wall_clock
+from timing import Clock, interleaved, ratio
 from torch import Tensor, nn
 
-import lora_ext
-from lora_ext import info
 from lora_ext.nn import LoraAdapter, LoraLinear
 
-RESULTS = Path(__file__).parent / "results"
 ALPHA_OVER_R = 2.0
 
 
@@ -143,33 +140,16 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rank", type=int, default=16)
+    parser = report.parser(__doc__, "layer")
     parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--rounds", type=int, default=60, help="at most; slow shapes get fewer, at least 11")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no shape after so many")
-    parser.add_argument("--write", action="store_true", help="also write benchmarks/results/layer_<device>.{json,md}")
     parser.add_argument("--json", type=Path, help="also write the rows there, each as soon as it is measured")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
     begin = time.perf_counter()
-
-    facts = info.gather()
-    on_cuda = args.device == "cuda"
-    machine = torch.cuda.get_device_name() if on_cuda else info.cpu_model()
-    kernels = "CUDA" if on_cuda else f"{args.threads} threads, {facts['cpu']['isa']}"
-    heading = (
-        f"Forward + backward against the frozen layer, r={args.rank}, dropout {args.dropout}; {machine}, {kernels} "
-        f"kernels; lora_ext {lora_ext.__version__}, torch {torch.__version__}; {date.today()}; medians (quartiles)"
-    )
-    print(heading, flush=True)
-    clock = CudaClock() if on_cuda else wall_clock
+    run = report.Report(args, f"Forward + backward against the frozen layer, r={args.rank}, dropout {args.dropout}")
     # The second dtype only at the first shapes of a GPU: there time is short, and the 16-bit types are what is used.
     cases = [(dtype, shape) for dtype in (torch.float32, torch.bfloat16) for shape in CPU_SHAPES]
-    if on_cuda:
+    if run.on_cuda:
         cases = [(torch.bfloat16, CUDA_SHAPES[0]), (torch.float16, CUDA_SHAPES[0]), (torch.float32, CUDA_SHAPES[0])]
         cases += [(torch.bfloat16, shape) for shape in CUDA_SHAPES[1:]]
     rows: list[dict] = []
@@ -177,17 +157,11 @@ def main() -> None:
         if time.perf_counter() - begin > args.seconds:
             print(f"out of time: {len(cases) - len(rows)} cases are not measured", flush=True)
             break
-        rows.append(measure(shape, dtype, args, clock, with_compile=on_cuda and not rows))
+        rows.append(measure(shape, dtype, args, run.clock, with_compile=run.on_cuda and not rows))
         print(table(rows).splitlines()[-1], flush=True)
         if args.json:
             args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    print(f"\n{table(rows)}")
-    if args.write:
-        RESULTS.mkdir(exist_ok=True)
-        command = " ".join(["python benchmarks/bench_layer.py", *sys.argv[1:]])
-        (RESULTS / f"layer_{args.device}.md").write_text(f"{heading}\n\n    {command}\n\n{table(rows)}\n")
-        result = {"command": command, "date": str(date.today()), args.device: machine, "info": facts, "rows": rows}
-        (RESULTS / f"layer_{args.device}.json").write_text(json.dumps(result, indent=1) + "\n")
+    run.finish(rows, table(rows))
 
 
 if __name__ == "__main__":

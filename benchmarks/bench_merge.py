@@ -18,23 +18,19 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import json
 import statistics
 import sys
 from collections.abc import Callable
-from datetime import date
-from pathlib import Path
 
+import report
 import torch
 from bench_layer import ALPHA_OVER_R, make_lora_ext, make_peft
 from shapes import CPU_SHAPES, CUDA_SHAPES, Shape
-from timing import Clock, CudaClock, interleaved, ratio, wall_clock
+from timing import Clock, interleaved, ratio
 from torch import Tensor, nn
 
-import lora_ext
-from lora_ext import functional, info
+from lora_ext import functional
 
-RESULTS = Path(__file__).parent / "results"
 HAS_PEFT = importlib.util.find_spec("peft") is not None
 
 
@@ -148,40 +144,19 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rank", type=int, default=16)
+    parser = report.parser(__doc__, "merge")
     parser.add_argument("--size", type=float, default=0.03, help="of the update, beside the weight")
-    parser.add_argument("--rounds", type=int, default=60, help="at most; slow shapes get fewer, at least 11")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--write", action="store_true", help="also write benchmarks/results/merge_<device>.{json,md}")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-
-    facts = info.gather()
-    on_cuda = args.device == "cuda"
-    machine = torch.cuda.get_device_name() if on_cuda else info.cpu_model()
-    kernels = "CUDA" if on_cuda else f"{args.threads} threads, {facts['cpu']['isa']}"
-    heading = (
-        f"Merging and unmerging one weight against addmm_, r={args.rank}, updates {args.size:g} of the weight's size; "
-        f"{machine}, {kernels} kernels; lora_ext {lora_ext.__version__}, torch {torch.__version__}; {date.today()}; "
-        "medians (quartiles)"
+    title = (
+        f"Merging and unmerging one weight against addmm_, r={args.rank}, updates {args.size:g} of the weight's size"
     )
-    print(heading, flush=True)
-    clock = CudaClock() if on_cuda else wall_clock
+    run = report.Report(args, title)
     rows: list[dict] = []
     for dtype in (torch.float32, torch.bfloat16):
-        for size in widths(CUDA_SHAPES if on_cuda else CPU_SHAPES):
-            rows.append(measure(size, dtype, args, clock))
+        for size in widths(CUDA_SHAPES if run.on_cuda else CPU_SHAPES):
+            rows.append(measure(size, dtype, args, run.clock))
             print(table(rows).splitlines()[-1], flush=True)
-    print(f"\n{table(rows)}")
-    if args.write:
-        RESULTS.mkdir(exist_ok=True)
-        command = " ".join(["python benchmarks/bench_merge.py", *sys.argv[1:]])
-        (RESULTS / f"merge_{args.device}.md").write_text(f"{heading}\n\n    {command}\n\n{table(rows)}\n")
-        result = {"command": command, "date": str(date.today()), args.device: machine, "info": facts, "rows": rows}
-        (RESULTS / f"merge_{args.device}.json").write_text(json.dumps(result, indent=1) + "\n")
+    run.finish(rows, table(rows))
 
 
 if __name__ == "__main__":

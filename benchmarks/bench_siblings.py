@@ -11,23 +11,19 @@ is what the one op costs beyond the frozen layers, as a part of what separate la
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable, Iterable
-from datetime import date
-from pathlib import Path
 
+import report
 import torch
 from bench_layer import ALPHA_OVER_R, make_lora_ext, make_peft
 from shapes import SIBLING_SHAPES, Shape
-from timing import interleaved, ratio
+from timing import Clock, interleaved, ratio
 from torch import Tensor, nn
 
-import lora_ext
-from lora_ext import functional, info
+from lora_ext import functional
 
-RESULTS = Path(__file__).parent / "results"
 NUM_LAYERS = 3
 
 
@@ -92,7 +88,7 @@ def check_agreement(modules: dict[str, nn.Module], x: Tensor, grad_ys: list[Tens
                 sys.exit(f"{name} and siblings disagree by {error:.2e} on {tuple(ours.shape)}: not timed")
 
 
-def measure(shape: Shape, dtype: torch.dtype, args: argparse.Namespace) -> dict[str, object]:
+def measure(shape: Shape, dtype: torch.dtype, args: argparse.Namespace, clock: Clock) -> dict[str, object]:
     num_tokens, in_features, out_features = shape
     kwargs = {"dtype": dtype, "device": args.device}
     x = torch.randn(num_tokens, in_features, **kwargs).requires_grad_()
@@ -110,10 +106,9 @@ def measure(shape: Shape, dtype: torch.dtype, args: argparse.Namespace) -> dict[
         x.grad = None
         module.zero_grad(set_to_none=True)
         torch.autograd.backward(module(x), grad_ys)
-        if args.device == "cuda":
-            torch.cuda.synchronize()
 
-    seconds = interleaved({name: lambda m=module: step(m) for name, module in modules.items()}, args.rounds)
+    calls = {name: lambda m=module: step(m) for name, module in modules.items()}
+    seconds = interleaved(calls, args.rounds, clock=clock)
     median = {name: statistics.median(times) for name, times in seconds.items()}
     return {
         "shape": list(shape),
@@ -136,41 +131,17 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rank", type=int, default=16)
+    parser = report.parser(__doc__, "siblings")
     parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--rounds", type=int, default=60, help="at most; slow shapes get fewer, at least 11")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument(
-        "--write", action="store_true", help="also write benchmarks/results/siblings_<device>.{json,md}"
-    )
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-
-    facts = info.gather()
-    machine = info.cpu_model() if args.device == "cpu" else torch.cuda.get_device_name()
-    kernels = f"{args.threads} threads, {facts['cpu']['isa']} kernels; " if args.device == "cpu" else ""
-    heading = (
-        f"Three layers on one x, forward + backward against the frozen layers, r={args.rank}, dropout {args.dropout}; "
-        f"{machine}; {kernels}lora_ext {lora_ext.__version__}, torch {torch.__version__}; {date.today()}; medians "
-        "(quartiles)"
-    )
-    print(heading, flush=True)
-    rows = []
+    title = "Three layers on one x, forward + backward against the frozen layers"
+    run = report.Report(args, f"{title}, r={args.rank}, dropout {args.dropout}")
+    rows: list[dict] = []
     for dtype in (torch.float32, torch.bfloat16):
         for shape in SIBLING_SHAPES:
-            rows.append(measure(shape, dtype, args))
+            rows.append(measure(shape, dtype, args, run.clock))
             print(table(rows).splitlines()[-1], flush=True)
-    print(f"\n{table(rows)}")
-    if args.write:
-        RESULTS.mkdir(exist_ok=True)
-        command = " ".join(["python benchmarks/bench_siblings.py", *sys.argv[1:]])
-        name = f"siblings_{args.device}"
-        (RESULTS / f"{name}.md").write_text(f"{heading}\n\n    {command}\n\n{table(rows)}\n")
-        result = {"command": command, "date": str(date.today()), "machine": machine, "info": facts, "rows": rows}
-        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    run.finish(rows, table(rows))
 
 
 if __name__ == "__main__":
