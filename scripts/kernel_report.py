@@ -65,10 +65,10 @@ FAMILIES = [
     Family("mma shrink and sum", r"^mma::shrink_and_sum_kernel", blocks_per_sm=1, **MMA),
     Family("mma shrink", r"^mma::shrink_kernel", **MMA),
     Family("mma sum over tokens", r"^mma::token_sum_kernel", **MMA),
-    # The second template argument: parts of the skinny operands. One part takes the fewest registers.
+    # Template arguments: parts of the skinny operands, steps of 16 ranks.
     Family(
-        "mma expand, one part",
-        r"^mma::expand_short_kernel<\w+, 1[,>]",
+        "mma expand, small",
+        r"^mma::expand_short_kernel<\w+, (1, \d+|\d+, 1)[,>]",
         blocks_per_sm=3,
         wide_stores=True,
         **MMA | dict(dynamic_shared=48 * 1024),

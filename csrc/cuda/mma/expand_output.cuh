@@ -155,7 +155,7 @@ class ExpandOutput {
     rows_ = static_cast<int>(min(p.num_tokens - row, static_cast<int64_t>(kPieceRows)));
     cols_ = static_cast<int>(min(sibling.cols - col0, static_cast<int64_t>(cols)) - lane % 4 * 8);
     out_ = static_cast<T*>(sibling.out) + row * sibling.out_stride + col;
-    out_step_ = 8 * sibling.out_stride;
+    out_step_ = static_cast<int>(8 * sibling.out_stride);
     bias_ = sibling.bias ? static_cast<const T*>(sibling.bias) + col : nullptr;
     mask_ = p.mask ? p.mask + row * p.mask_row_bytes + col / 8 : nullptr;
     mask_step_ = static_cast<int>(8 * p.mask_row_bytes);
@@ -204,8 +204,7 @@ class ExpandOutput {
 
   const bool accumulate_, eights_;
   int rows_, cols_;
-  int64_t out_step_;  // 8 rows
-  int mask_step_;     // the same
+  int out_step_, mask_step_;  // 8 rows: of at most 2^25 columns, 65535 tiles being the most that a grid has
   T* out_;
   const T* bias_;
   const uint8_t* mask_;

@@ -32,14 +32,14 @@ __device__ __forceinline__ void load_right_tile(uint32_t shared, const ExpandSib
 
 // kSteps: of 16 ranks, at most.
 template <class T, int kParts, int kSteps>
-__global__ void __launch_bounds__(kExpandThreads, kParts == 1 ? 3 : 2)
+__global__ void __launch_bounds__(kExpandThreads, kParts == 1 || kSteps == 1 ? 3 : 2)
     expand_short_kernel(const __grid_constant__ ExpandLaunch call) {
   const ExpandParams& p = call.params;
   const int s = find_sibling(call);
   const ExpandSibling& sibling = p.siblings[s];
   const ExpandTiles::Sibling& tiles = call.tiles.siblings[s];
   const PackedShape shape(sibling.rank, sibling.cols);
-  const int rank_rows = static_cast<int>(shape.rows);
+  const int rank_rows = kSteps == 1 ? 16 : static_cast<int>(shape.rows);  // known: a register less
   const int row_warps = call.tiles.row_warps;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int64_t row0 = (static_cast<int64_t>(blockIdx.x) * row_warps + warp % row_warps) * kPieceRows;
