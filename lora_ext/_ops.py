@@ -11,17 +11,16 @@ import torch
 from . import _checks
 from ._registration import (
     LIBRARY,
-    accumulation_dtype,
     below_autograd,
     bias_gradient,
-    count_tokens,
+    fake_gradients,
+    fake_saved,
     mask_row_bytes,
     refuse_double_backward,
     refuse_forward_mode,
     register_autocast,
     weight_gradient,
 )
-from .reference import dropout_threshold
 
 # --- fake kernels: shapes and dtypes only -----------------------------------------------------------------------------
 
@@ -29,13 +28,7 @@ from .reference import dropout_threshold
 @torch.library.register_fake("lora_ext::lora_linear")
 def _(x, weight, bias, lora_A, lora_B, scaling, dropout_p=0.0, seed=None):
     _checks.check_lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
-    num_tokens = count_tokens(x)
-    has_mask = dropout_threshold(dropout_p) > 0
-    return (
-        x.new_empty((*x.shape[:-1], weight.shape[0])),
-        x.new_empty((num_tokens, lora_A.shape[0]), dtype=accumulation_dtype(x.dtype)),
-        x.new_empty((num_tokens, mask_row_bytes(x.shape[-1])) if has_mask else (0,), dtype=torch.uint8),
-    )
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), *fake_saved(x, lora_A.shape[0], dropout_p)
 
 
 @torch.library.register_fake("lora_ext::lora_linear_backward")
@@ -43,8 +36,8 @@ def _(grad_y, x, weight, lora_A, lora_B, xa, mask, scaling, dropout_p, output_ma
     want_x, want_A, want_B = output_mask
     return (
         grad_y.new_empty((*grad_y.shape[:-1], weight.shape[1])) if want_x else None,
-        torch.empty_like(lora_A, memory_format=torch.contiguous_format) if want_A else None,
-        torch.empty_like(lora_B, memory_format=torch.contiguous_format) if want_B else None,
+        *(fake_gradients([lora_A]) if want_A else [None]),
+        *(fake_gradients([lora_B]) if want_B else [None]),
     )
 
 

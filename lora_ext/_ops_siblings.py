@@ -7,17 +7,15 @@ import torch
 from . import _checks
 from ._registration import (
     LIBRARY,
-    accumulation_dtype,
     below_autograd,
     bias_gradient,
-    count_tokens,
-    mask_row_bytes,
+    fake_gradients,
+    fake_saved,
     refuse_double_backward,
     refuse_forward_mode,
     register_autocast,
     weight_gradient,
 )
-from .reference import dropout_threshold
 
 # --- fake kernels: shapes and dtypes only -----------------------------------------------------------------------------
 
@@ -25,26 +23,17 @@ from .reference import dropout_threshold
 @torch.library.register_fake("lora_ext::lora_linear_siblings")
 def _(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p=0.0, seed=None):
     _checks.check_lora_linear_siblings(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)
-    num_tokens, total_rank = count_tokens(x), sum(lora_A.shape[0] for lora_A in lora_As)
-    has_mask = dropout_threshold(dropout_p) > 0
-    return (
-        [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights],
-        x.new_empty((num_tokens, total_rank), dtype=accumulation_dtype(x.dtype)),
-        x.new_empty((num_tokens, mask_row_bytes(x.shape[-1])) if has_mask else (0,), dtype=torch.uint8),
-    )
+    ys = [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
+    return ys, *fake_saved(x, sum(lora_A.shape[0] for lora_A in lora_As), dropout_p)
 
 
 @torch.library.register_fake("lora_ext::lora_linear_siblings_backward")
 def _(grad_ys, x, weights, lora_As, lora_Bs, xa, mask, scalings, dropout_p, output_mask):
     want_x, want_A, want_B = output_mask
-
-    def like(factors):
-        return [torch.empty_like(factor, memory_format=torch.contiguous_format) for factor in factors]
-
     return (
         grad_ys[0].new_empty((*grad_ys[0].shape[:-1], weights[0].shape[1])) if want_x else None,
-        like(lora_As) if want_A else [],
-        like(lora_Bs) if want_B else [],
+        fake_gradients(lora_As) if want_A else [],
+        fake_gradients(lora_Bs) if want_B else [],
     )
 
 

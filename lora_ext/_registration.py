@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from ._checks import accumulation_dtype
+from .reference import dropout_threshold
 
 LIBRARY = torch.library.Library("lora_ext", "FRAGMENT")
 below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -25,8 +28,19 @@ def mask_row_bytes(in_features: int) -> int:
     return (in_features + 63) // 64 * 8
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def fake_saved(x: Tensor, total_rank: int, dropout_p: float) -> tuple[Tensor, Tensor]:
+    """What a forward returns for its backward, without values: xa and the bit mask."""
+    num_tokens = count_tokens(x)
+    has_mask = dropout_threshold(dropout_p) > 0
+    return (
+        x.new_empty((num_tokens, total_rank), dtype=accumulation_dtype(x.dtype)),
+        x.new_empty((num_tokens, mask_row_bytes(x.shape[-1])) if has_mask else (0,), dtype=torch.uint8),
+    )
+
+
+def fake_gradients(factors: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of factors without values: contiguous, whatever the factors are."""
+    return [torch.empty_like(factor, memory_format=torch.contiguous_format) for factor in factors]
 
 
 def weight_gradient(grad_y: Tensor, x: Tensor) -> Tensor:

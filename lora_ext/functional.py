@@ -118,9 +118,9 @@ def lora_delta_(
         torch.ops.lora_ext.lora_delta_.default(y, x, lora_A, lora_B, scaling, dropout_p, seed)
     except RuntimeError:
         _checks.check_lora_delta(y, x, lora_A, lora_B, scaling, dropout_p, seed)
+        _load.check_kernels_exist("lora_delta_", x.device)
         if x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr():
             raise ValueError("lora_delta_: y shares memory with x, which the backward reads; pass y.clone()") from None
-        _load.check_kernels_exist("lora_delta_", x.device)
         raise
     return y
 

@@ -5,7 +5,6 @@
 #include <initializer_list>
 #include <optional>
 #include <span>
-#include <utility>
 #include <vector>
 
 #include "../common/params.h"
@@ -39,6 +38,14 @@ struct BackwardLayer {
   double scaling;
 };
 
+// tensor: a matrix of a dtype that the kernels know, on like's device
+inline void check_matrix(const char* op, const ArgumentName& name, const Tensor& tensor, const ArgumentName& like_name,
+                         const Tensor& like) {
+  STD_TORCH_CHECK(tensor.dim() == 2, op, ": ", name, " has ", tensor.dim(), " dimensions, want 2");
+  check_dtype(op, name, tensor);
+  check_device(op, name, tensor, like_name, like);
+}
+
 // Two matrices: lora_A [rank, in_features], lora_B [out_features, rank]
 inline void check_factor_pair(const char* op, const ArgumentName& A_name, const Tensor& lora_A,
                               const ArgumentName& B_name, const Tensor& lora_B) {
@@ -52,13 +59,9 @@ inline void check_factor_pair(const char* op, const ArgumentName& A_name, const 
 inline void check_factors(const char* op, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                           int index = kOnlyLayer) {
   const ArgumentName weight_name{"weight", index}, A_name{"lora_A", index}, B_name{"lora_B", index};
-  const Tensor* tensors[] = {&weight, &lora_A, &lora_B};
-  const ArgumentName* names[] = {&weight_name, &A_name, &B_name};
-  for (int i = 0; i < 3; ++i) {
-    STD_TORCH_CHECK(tensors[i]->dim() == 2, op, ": ", *names[i], " has ", tensors[i]->dim(), " dimensions, want 2");
-    check_dtype(op, *names[i], *tensors[i]);
-    check_device(op, *names[i], *tensors[i], weight_name, weight);
-  }
+  check_matrix(op, weight_name, weight, weight_name, weight);
+  check_matrix(op, A_name, lora_A, weight_name, weight);
+  check_matrix(op, B_name, lora_B, weight_name, weight);
   check_factor_pair(op, A_name, lora_A, B_name, lora_B);
   STD_TORCH_CHECK(lora_A.size(1) == weight.size(1), op, ": ", A_name, " has in_features=", lora_A.size(1), " but ",
                   weight_name, " has ", weight.size(1));
@@ -98,16 +101,13 @@ inline void check_tokens(const char* op, const ArgumentName& name, const Tensor&
   check_device(op, name, tensor, weight_name, weight);
 }
 
-// An adapter beside a base layer of any kind: tensor, y or grad_y, is [..., out_features], and x [..., in_features] has
-// its leading dimensions, dtype and device.
-inline void check_delta(const char* op, const ArgumentName& name, const Tensor& tensor, const ArgumentName& x_name,
-                        const std::optional<Tensor>& x, const Tensor& lora_A, const Tensor& lora_B, double scaling) {
-  const ArgumentName A_name{"lora_A"}, B_name{"lora_B"};
-  for (const auto& [factor_name, factor] : {std::pair{A_name, &lora_A}, std::pair{B_name, &lora_B}}) {
-    STD_TORCH_CHECK(factor->dim() == 2, op, ": ", factor_name, " has ", factor->dim(), " dimensions, want 2");
-    check_dtype(op, factor_name, *factor);
-    check_device(op, factor_name, *factor, name, tensor);
-  }
+// An adapter beside a base layer of any kind: tensor, y or grad_y, is [..., out_features], and x [..., in_features], if
+// there is one, has its leading dimensions, dtype and device.
+inline void check_delta(const char* op, const ArgumentName& name, const Tensor& tensor, const Tensor* x,
+                        const Tensor& lora_A, const Tensor& lora_B, double scaling) {
+  const ArgumentName x_name{"x"}, A_name{"lora_A"}, B_name{"lora_B"};
+  check_matrix(op, A_name, lora_A, name, tensor);
+  check_matrix(op, B_name, lora_B, name, tensor);
   check_factor_pair(op, A_name, lora_A, B_name, lora_B);
   check_scaling(op, scaling);
   STD_TORCH_CHECK(tensor.dim() >= 1, op, ": ", name, " has no dimension, want [..., out_features]");

@@ -86,7 +86,7 @@ struct LoraLinearOps {
                                                 const Tensor& lora_B, double scaling, double dropout_p,
                                                 const std::optional<Tensor>& seed) {
     const char* const op = "lora_delta_";
-    check_delta(op, {"y"}, y, {"x"}, x, lora_A, lora_B, scaling);
+    check_delta(op, {"y"}, y, &x, lora_A, lora_B, scaling);
     check_dropout_and_seed(op, x, dropout_p, seed);
     STD_TORCH_CHECK(y.is_contiguous(), op, ": y is not contiguous, want the base layer's output as it wrote it");
     STD_TORCH_CHECK(!may_overlap(x, y), op,
@@ -105,8 +105,7 @@ struct LoraLinearOps {
     const Op op{"lora_delta_backward", false};
     check_output_mask(op, output_mask);
     STD_TORCH_CHECK(x.has_value() || !output_mask[1], op.name, ": grad_lora_A is wanted but x is None");
-    check_delta(op.name, {"grad_y"}, grad_y, {"x"}, output_mask[1] ? *x : std::optional<Tensor>(), lora_A, lora_B,
-                scaling);
+    check_delta(op.name, {"grad_y"}, grad_y, output_mask[1] ? &*x : nullptr, lora_A, lora_B, scaling);
     check_dropout(op.name, dropout_p);
     check_saved(op, xa, mask, {"grad_y"}, grad_y, count_tokens(grad_y), lora_A.size(1), lora_A.size(0), dropout_p,
                 output_mask);
