@@ -55,7 +55,7 @@ def test_info_tells_the_facts():
 def test_info_command_prints_text_and_json():
     command = [sys.executable, "-m", "lora_ext", "info"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert re.search(r"^CPU kernels +(avx512_bf16|avx512|avx2|generic) \(this machine runs ", text, re.M)
+    assert re.search(r"^CPU kernels +(amx|avx512_bf16|avx512|avx2|generic) \(this machine runs ", text, re.M)
     assert re.search(r"^CUDA in use +(yes|no: )", text, re.M)
     printed = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
     assert printed["version"] == lora_ext.__version__

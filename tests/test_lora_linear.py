@@ -321,7 +321,7 @@ def test_recovers_from_running_out_of_memory():
 # --- instruction sets -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_every_instruction_set(isa):
     from lora_ext import _C
 

@@ -355,7 +355,7 @@ def test_repeated_runs_are_bit_identical():
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_every_instruction_set(isa):
     from lora_ext import _C
 

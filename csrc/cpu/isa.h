@@ -5,20 +5,43 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace lora_ext::cpu {
 
-enum class Isa : int { kGeneric, kAvx2, kAvx512, kAvx512Bf16 };
+enum class Isa : int { kGeneric, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 inline const char* isa_name(Isa isa) {
-  constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512_bf16"};
+  constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512_bf16", "amx"};
   return kNames[static_cast<int>(isa)];
 }
 
-inline constexpr Isa kBestFirst[] = {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kGeneric};
+inline constexpr Isa kBestFirst[] = {Isa::kAmx, Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kGeneric};
+
+// Whether the processor has AMX tiles with bfloat16 products and the operating system lets this process use them: Linux
+// gives a process their 8 KiB of state only once it has asked.
+inline bool may_use_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // of CPUID leaf 7, edx
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;   // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  if ((edx & kAmxBf16) == 0 || (edx & kAmxTile) == 0) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 inline bool runs_here(Isa isa) {
 #if defined(__x86_64__)
+  if (isa == Isa::kAmx) return may_use_amx() && runs_here(Isa::kAvx512Bf16);
   if (isa == Isa::kAvx512Bf16) return __builtin_cpu_supports("avx512bf16") && runs_here(Isa::kAvx512);
   if (isa == Isa::kAvx512) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -19,15 +19,20 @@ constexpr int64_t kMaxWidth = 16;   // numbers in the widest vector
 
 constexpr int64_t padded(int64_t n) { return (n + kPadding - 1) / kPadding * kPadding; }
 
+// Ranks that scratch memory has room for: some instruction sets pack few ranks as if they were more.
+constexpr int64_t roomy_ranks(int64_t ranks) { return ranks < 8 ? 8 : ranks; }
+constexpr int64_t block_lanes(int64_t ranks) { return kBlockRows * roomy_ranks(ranks); }
+constexpr int64_t kLeftBlocks = 3;
+
 // Scratch memory of one call, 64-byte aligned; sizes in elements of the accumulation dtype. How factors are packed is
 // the kernels' own affair: as numbers of the accumulation dtype, or as bfloat16 where the instruction set multiplies
 // those.
 struct Workspace {
-  void* lora_A;       // [total_rank, padded(in_features)]: the siblings' one below the other, packed, zero padded
+  void* lora_A;       // [roomy_ranks, padded(in_features)]: the siblings' one below the other, packed, zero padded
   void* partial_sum;  // [num_chunks, kBlockRows, total_rank, kMaxWidth]: sums of the dot products, lane by vector lane
-  void* left;         // [num_chunks, 2, kBlockRows, total_rank]: the small operands of the block at hand
+  void* left;         // [num_chunks, kLeftBlocks, block_lanes]: the small operands of the block at hand
   void* grad_A;       // [num_chunks, total_rank, padded(in_features)]; null where not wanted
-  void* lora_B_t[kMaxSiblings];  // [rank, padded(out_features)] each: lora_B transposed, packed, zero padded
+  void* lora_B_t[kMaxSiblings];  // [roomy_ranks, padded(out_features)] each: lora_B transposed, packed, zero padded
   void* grad_B_t[kMaxSiblings];  // [num_chunks, rank, padded(out_features)] each; null where not wanted
 };
 
@@ -60,10 +65,12 @@ extern const Kernels kGenericKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512Bf16Kernels;
+extern const Kernels kAmxKernels;
 #endif
 
 inline const Kernels& kernels_of(Isa isa) {
 #if defined(__x86_64__)
+  if (isa == Isa::kAmx) return kAmxKernels;
   if (isa == Isa::kAvx512Bf16) return kAvx512Bf16Kernels;
   if (isa == Isa::kAvx512) return kAvx512Kernels;
   if (isa == Isa::kAvx2) return kAvx2Kernels;
