@@ -307,7 +307,7 @@ def test_recovers_from_running_out_of_memory():
         pages = int(open("/proc/self/statm").read().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 500 * 2**20,) * 2)
         try:
-            call(400_000)
+            call(1_000_000)
         except (MemoryError, RuntimeError) as error:
             print("refused:", type(error).__name__)
         call(8)

@@ -66,12 +66,13 @@ Workspace make_workspace(DType acc, int64_t in_features, const Sibling* siblings
   for (int i = 0; i < num_siblings; ++i) {
     const int64_t rank = siblings[i].rank, out_row = padded(siblings[i].out_features);
     total_rank += rank;
+    workspace.partial_stride += roomy_ranks(rank);
     parts[num_parts++] = {&workspace.lora_B_t[i], roomy_ranks(rank) * out_row};
     parts[num_parts++] = {&workspace.grad_B_t[i], want_grad_B ? num_chunks * rank * out_row : 0};
   }
   const int64_t in_row = padded(in_features);
   parts[0] = {&workspace.lora_A, roomy_ranks(total_rank) * in_row};
-  parts[1] = {&workspace.partial_sum, num_chunks * kBlockRows * total_rank * kMaxWidth};
+  parts[1] = {&workspace.partial_sum, num_chunks * kBlockRows * workspace.partial_stride};
   parts[2] = {&workspace.left, num_chunks * kLeftBlocks * block_lanes(total_rank)};
   parts[3] = {&workspace.grad_A, want_grad_A ? num_chunks * total_rank * in_row : 0};
 

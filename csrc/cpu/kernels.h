@@ -19,8 +19,8 @@ constexpr int64_t kMaxWidth = 16;   // numbers in the widest vector
 
 constexpr int64_t padded(int64_t n) { return (n + kPadding - 1) / kPadding * kPadding; }
 
-// Ranks that scratch memory has room for: some instruction sets pack few ranks as if they were more.
-constexpr int64_t roomy_ranks(int64_t ranks) { return ranks < 8 ? 8 : ranks; }
+// Ranks that scratch memory has room for: whole vectors.
+constexpr int64_t roomy_ranks(int64_t ranks) { return (ranks + kMaxWidth - 1) / kMaxWidth * kMaxWidth; }
 constexpr int64_t block_lanes(int64_t ranks) { return kBlockRows * roomy_ranks(ranks); }
 constexpr int64_t kLeftBlocks = 3;
 
@@ -28,10 +28,11 @@ constexpr int64_t kLeftBlocks = 3;
 // the kernels' own affair: as numbers of the accumulation dtype, or as bfloat16 where the instruction set multiplies
 // those.
 struct Workspace {
-  void* lora_A;       // [roomy_ranks, padded(in_features)]: the siblings' one below the other, packed, zero padded
-  void* partial_sum;  // [num_chunks, kBlockRows, total_rank, kMaxWidth]: sums of the dot products, lane by vector lane
-  void* left;         // [num_chunks, kLeftBlocks, block_lanes]: the small operands of the block at hand
-  void* grad_A;       // [num_chunks, total_rank, padded(in_features)]; null where not wanted
+  void* lora_A;            // [roomy_ranks, padded(in_features)]: the siblings' one below the other, packed, zero padded
+  void* partial_sum;       // [num_chunks, kBlockRows, partial_stride]: xa or grad_xa on the way through the columns
+  void* left;              // [num_chunks, kLeftBlocks, block_lanes]: the small operands of the block at hand
+  void* grad_A;            // [num_chunks, total_rank, padded(in_features)]; null where not wanted
+  int64_t partial_stride;  // roomy_ranks of all siblings
   void* lora_B_t[kMaxSiblings];  // [roomy_ranks, padded(out_features)] each: lora_B transposed, packed, zero padded
   void* grad_B_t[kMaxSiblings];  // [num_chunks, rank, padded(out_features)] each; null where not wanted
 };

@@ -116,7 +116,7 @@ constexpr struct {
   int64_t out, rank;
 } kLayers[] = {{270, 11}, {33, 3}};  // siblings: they read one x
 constexpr int kNumLayers = 2;
-constexpr int64_t kTotalRank = 14;
+constexpr int64_t kTotalRank = 14, kPartialStride = kNumLayers * roomy_ranks(1);  // ranks up to one vector
 constexpr uint64_t kSeed = 0x0123456789ABCDEFull;
 
 void masks_follow_their_definition(const Kernels& kernels, const char* isa) {
@@ -155,11 +155,12 @@ void forward_follows_its_formula(const Kernels& kernels, const char* isa, int64_
   p.dtype = p.factor_dtype = DType::kFloat32;
   p.threshold = 16384;
 
-  std::vector<float> packed_A(kTotalRank * padded(kIn)),
-      partial(static_cast<size_t>(num_chunks * kBlockRows * kTotalRank * kMaxWidth)),
-      left(static_cast<size_t>(num_chunks * 2 * kBlockRows * kTotalRank));
+  std::vector<float> packed_A(roomy_ranks(kTotalRank) * padded(kIn)),
+      partial(static_cast<size_t>(num_chunks * kBlockRows * kPartialStride)),
+      left(static_cast<size_t>(num_chunks * kLeftBlocks * block_lanes(kTotalRank)));
   Workspace w{};
   w.lora_A = packed_A.data(), w.partial_sum = partial.data(), w.left = left.data();
+  w.partial_stride = kPartialStride;
 
   std::vector<float> A[kNumLayers], B[kNumLayers], bias[kNumLayers], y[kNumLayers], packed_B[kNumLayers];
   int64_t rank_begin = 0;
@@ -167,7 +168,7 @@ void forward_follows_its_formula(const Kernels& kernels, const char* isa, int64_
     const auto [out, rank] = kLayers[i];
     A[i] = random_values(rank * kIn), B[i] = random_values(out * rank), bias[i] = random_values(out);
     y[i].assign(static_cast<size_t>(kTokens * out), NAN);
-    packed_B[i].resize(static_cast<size_t>(rank * padded(out)));
+    packed_B[i].resize(static_cast<size_t>(roomy_ranks(rank) * padded(out)));
     p.siblings[i] = {.out_features = out,
                      .rank = rank,
                      .rank_begin = rank_begin,
