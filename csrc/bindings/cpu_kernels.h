@@ -48,12 +48,17 @@ class ScratchMemory {
   int64_t size_ = 0;
 };
 
+// One piece of memory for each calling thread; a call that takes it again invalidates what it held.
+inline char* scratch_memory(int64_t bytes) {
+  static thread_local ScratchMemory scratch;
+  return scratch.at_least(bytes);
+}
+
 // Sizes first, then one piece of memory, then the pointers. Valid until this thread's next call. Sibling: any struct
 // with a layer's rank and out_features.
 template <class Sibling>
 Workspace make_workspace(DType acc, int64_t in_features, const Sibling* siblings, int num_siblings, int64_t num_chunks,
                          bool want_grad_A, bool want_grad_B) {
-  static thread_local ScratchMemory scratch;
   Workspace workspace{};
   struct Part {
     void** pointer;
@@ -78,7 +83,7 @@ Workspace make_workspace(DType acc, int64_t in_features, const Sibling* siblings
 
   int64_t total = 0;
   for (int i = 0; i < num_parts; ++i) total += parts[i].count * dtype_size(acc);  // each a multiple of 64 bytes
-  char* next = scratch.at_least(total);
+  char* next = scratch_memory(total);
   for (int i = 0; i < num_parts; ++i) {
     *parts[i].pointer = parts[i].count == 0 ? nullptr : next;
     next += parts[i].count * dtype_size(acc);

@@ -3,6 +3,7 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 
+#include "cpu_few_tokens.h"
 #include "cpu_kernels.h"
 #include "dropout_mask_call.h"
 #include "lora_linear_ops.h"
@@ -34,6 +35,7 @@ struct Cpu {
     const Kernels& kernels = checked_kernels();
     LoraForwardParams& p = call.params;
     if (p.num_tokens == 0) return;
+    if (streams_weights(kernels, call)) return stream_forward(kernels, call);
     p.accumulate = !call.has_base_layers() || base_product_first(p.dtype);
 
     const auto add_base_products = [&] {

@@ -37,6 +37,25 @@ struct Workspace {
   void* grad_B_t[kMaxSiblings];  // [num_chunks, rank, padded(out_features)] each; null where not wanted
 };
 
+// out [num_tokens, rows] = bias + scale * (tokens @ weight^T) + low_rank @ factor^T, for few tokens.
+// Tokens that a kernel takes together; those too many are zero.
+constexpr int64_t streamed_tokens(int64_t num_tokens) {
+  return num_tokens <= 2 ? num_tokens : num_tokens <= 4 ? 4 : num_tokens <= 8 ? 8 : 16;
+}
+
+struct StreamedRows {
+  int64_t num_tokens, in_features, rank;
+  const void* tokens;    // packed by pack_tokens: padded(in_features) * streamed_tokens numbers of acc
+  const void* weight;    // [rows, in_features], weight_dtype
+  const void* low_rank;  // packed by pack_low_rank: roomy_ranks(rank) * kMaxWidth numbers of acc; rank 0: none
+  const void* factor;    // [rows, rank], contiguous, factor_dtype
+  const void* bias;      // [rows], out_dtype; null: none
+  void* out;             // rows of out_stride elements of out_dtype
+  int64_t weight_stride, out_stride;
+  DType tokens_dtype, weight_dtype, factor_dtype, out_dtype;
+  double scale;
+};
+
 struct Kernels {
   // Pack sibling which / 2's lora_A (even) or lora_B (odd) as the kernel of the same name reads it.
   void (*pack_forward)(const LoraForwardParams&, const Workspace&, int which);
@@ -49,6 +68,15 @@ struct Kernels {
   // Sums the chunks' grad_A and grad_B_t into grad_lora_A and grad_lora_B, for rows [begin, end) of
   // total_rank.
   void (*reduce_grads)(const LoraBackwardParams&, const Workspace&, int64_t num_chunks, int64_t begin, int64_t end);
+
+  // The most tokens of a dtype, beside factors of another, that a weight is streamed for.
+  int64_t (*few_tokens)(DType dtype, DType factor_dtype);
+
+  // Few tokens: x [num_tokens, in_features] of tokens_dtype, or what multiplies the factor [num_tokens, rank] of acc,
+  // as rows [begin, end) of the weight meet them.
+  void (*pack_tokens)(const StreamedRows&, const void* x, int64_t stride, void* packed);
+  void (*pack_low_rank)(const StreamedRows&, const void* xa, int64_t stride, void* packed);
+  void (*stream_rows)(const StreamedRows&, int64_t begin, int64_t end);
 
   // Packs lora_A of segments [begin, end) into panels [segments][rank][kMergeSegment] of the accumulation dtype.
   void (*pack_merge)(DType, const MergeLayer&, void* panels, int64_t begin, int64_t end);
