@@ -1,0 +1,82 @@
+"""Few tokens: the weight is streamed by a product of our own (csrc/cpu/stream.inc), every other call goes to ATen's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from layers import DTYPES, assert_as_good_as_torch, random_layer, random_siblings
+
+from lora_ext import functional
+
+# Both sides of every width the kernels take tokens in, and one token more than any streams.
+TOKENS = [1, 2, 3, 4, 5, 8, 9, 16, 17]
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tokens", TOKENS)
+def test_as_good_as_torch(num_tokens, dtypes):
+    sizes = ((33, 19, 1), (70, 130, 20), (512, 48, 16))
+    assert_as_good_as_torch([random_layer((num_tokens, *size), dtypes) for size in sizes])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_siblings(dtype):
+    for num_tokens in (1, 3, 8):
+        siblings = random_siblings(((num_tokens, 70), [(40, 5), (17, 20), (33, 1)]), (dtype, dtype))
+        ys = functional.lora_linear_siblings(*siblings.args())
+        for y, layer in zip(ys, siblings.layers, strict=True):
+            assert torch.equal(y, functional.lora_linear(siblings.x, *layer.args()[1:]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_the_number_of_threads(dtype):
+    layer = random_layer((4, 600, 900, 16), (dtype, dtype))
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            results.append(functional.lora_linear(*layer.args()))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_weights_of_any_strides():
+    layer = random_layer((3, 40, 24, 4))
+    expected = functional.lora_linear(*layer.args())
+    x, weight, bias, A, B, scaling = layer.args()
+    wide = torch.full((24, 64), float("nan"))
+    wide[:, :40] = weight
+    assert torch.equal(functional.lora_linear(x, wide[:, :40], bias, A, B, scaling), expected)
+    transposed = weight.T.contiguous().T  # not streamed
+    torch.testing.assert_close(functional.lora_linear(x, transposed, bias, A, B, scaling), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reads_nothing_behind_the_tensors(dtype):
+    """The last row's tail, and tokens that a kernel adds to fill its width, must not reach a result."""
+    for num_tokens in (1, 3, 7):
+        for in_features in (1, 31, 33):
+            buffer = torch.full((40 * in_features + 64,), float("nan"), dtype=dtype)
+            weight = buffer[: 24 * in_features].view(24, in_features).normal_()
+            x = torch.randn(num_tokens, in_features, dtype=dtype)
+            A, B = torch.randn(3, in_features, dtype=dtype), torch.randn(24, 3, dtype=dtype)
+            assert functional.lora_linear(x, weight, None, A, B, 1.0).isfinite().all()
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx"])
+def test_every_instruction_set(isa):
+    from lora_ext import _C
+
+    if isa not in _C.available_cpu_isas().split(","):
+        pytest.skip(f"this machine does not run {isa}")
+    names = ("test_as_good_as_torch", "test_siblings", "test_reads_nothing_behind_the_tensors")
+    tests = [f"{__file__}::{name}" for name in names]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
+    result = subprocess.run(command, env={**os.environ, "LORA_EXT_CPU_ISA": isa}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
