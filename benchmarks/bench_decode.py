@@ -17,29 +17,33 @@ import statistics
 import contestants
 import report
 import torch
-from contestants import FROZEN, LORA_EXT
+from contestants import FROZEN, LORA_EXT, Make
 from report import Report
 from shapes import DECODE_TOKENS, DECODE_WIDTHS, Shape
 from timing import ratio
-from torch import nn
+from torch import Tensor
+
+STACK_MIB = 512
 
 
 class Stack:
-    """Layers of one width in every contestant's hands, for any number of tokens."""
+    """Layers of one width in every contestant's hands, for any number of tokens; their weights exceed ``stack_mib``."""
 
-    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, args: argparse.Namespace) -> None:
-        self.options = {"dtype": dtype, "device": args.device}
-        self.in_features, self.out_features, self.rank = in_features, out_features, args.rank
-        of_one = in_features * out_features * dtype.itemsize
-        self.depth = max(-(-(args.stack_mib << 20) // of_one), 1)
-        self.stacks: dict[str, list[nn.Module]] = {name: [] for name in (FROZEN, *contestants.LAYERS)}
-        for _ in range(self.depth):
-            base = nn.Linear(in_features, out_features, **self.options).requires_grad_(False)
-            A = torch.randn(args.rank, in_features, **self.options) * in_features**-0.5
-            B = torch.randn(out_features, args.rank, **self.options) * 0.1
-            self.stacks[FROZEN].append(base)
-            for name, make in contestants.LAYERS.items():
-                self.stacks[name].append(make(base, A, B, 0.0))
+    def __init__(
+        self,
+        widths: tuple[int, int],
+        dtype: torch.dtype,
+        device: str,
+        rank: int,
+        stack_mib: int,
+        makes: dict[str, Make],
+    ) -> None:
+        self.in_features, self.out_features = widths
+        self.rank, self.options = rank, {"dtype": dtype, "device": device}
+        self.depth = -(-(stack_mib << 20) // (self.in_features * self.out_features * dtype.itemsize))
+        shape = Shape(1, *widths)
+        layers = [contestants.on_same_weights(shape, dtype, device, rank, [0.0], makes)[0.0] for _ in range(self.depth)]
+        self.stacks = {name: [layer[name] for layer in layers] for name in layers[0]}
 
     def bytes_of_a_layer(self, num_tokens: int) -> dict[str, int]:
         """That cannot be avoided: of the frozen layer, and of one with an adapter."""
@@ -48,15 +52,18 @@ class Stack:
         item = self.options["dtype"].itemsize
         return {FROZEN: item * frozen, LORA_EXT: item * (frozen + self.rank * both)}
 
+    def seconds(self, x: Tensor, run: Report) -> dict[str, list[float]]:
+        """Of one layer, by contestant and round."""
+        with torch.no_grad():
+            calls = {name: lambda s=layers: [layer(x) for layer in s] for name, layers in self.stacks.items()}
+            return {name: [t / self.depth for t in times] for name, times in run.interleaved(calls).items()}
+
     def measure(self, num_tokens: int, run: Report) -> dict[str, object]:
         x = torch.randn(num_tokens, self.in_features, **self.options)
         grad_y = torch.randn(num_tokens, self.out_features, **self.options)
-        first = {name: layers[0] for name, layers in self.stacks.items() if name != FROZEN}
-        contestants.check_agreement(first, x, [grad_y])
-        with torch.no_grad():
-            calls = {name: lambda s=layers: [layer(x) for layer in s] for name, layers in self.stacks.items()}
-            seconds = run.interleaved(calls)
-        median = {name: statistics.median(times) / self.depth for name, times in seconds.items()}
+        contestants.check_agreement({name: layers[0] for name, layers in self.stacks.items()}, x, [grad_y])
+        seconds = self.seconds(x, run)
+        median = {name: statistics.median(times) for name, times in seconds.items()}
         return {
             "shape": [num_tokens, self.in_features, self.out_features],
             "dtype": report.dtype_name(self.options["dtype"]),
@@ -93,7 +100,9 @@ def main() -> None:
     parser = report.parser(__doc__, "decode")
     parser.add_argument("--tokens", type=lambda text: [int(part) for part in text.split(",")], default=DECODE_TOKENS)
     parser.add_argument("--widths", type=widths, default=DECODE_WIDTHS, help="INxOUT, separated by commas")
-    parser.add_argument("--stack-mib", type=int, default=512, help="MiB of the weights that a call goes through")
+    parser.add_argument(
+        "--stack-mib", type=report.at_least(1), default=STACK_MIB, help="of the weights that a call goes through"
+    )
     args = parser.parse_args()
     run = Report(args, f"Decoding through a stack of layers of {args.stack_mib} MiB, per layer, r={args.rank}")
     rows: list[dict] = []
@@ -102,7 +111,8 @@ def main() -> None:
     for width, dtype, num_tokens in run.cases(cases):
         if (width, dtype) != key:
             stack = None  # before the next one is made: two may not fit
-            stack, key = Stack(*width, dtype, args), (width, dtype)
+            stack = Stack(width, dtype, args.device, args.rank, args.stack_mib, contestants.LAYERS)
+            key = width, dtype
         rows.append(stack.measure(num_tokens, run))
         print(table(rows).splitlines()[-1], flush=True)
     run.finish(rows, table(rows))

@@ -21,29 +21,12 @@ from pathlib import Path
 import contestants
 import report
 import torch
-from contestants import COMPILED, FROZEN
+from contestants import COMPILED, FROZEN, training_step
 from report import Report
 from shapes import CPU_SHAPES, CUDA_SHAPES, Shape
 from timing import ratio
-from torch import Tensor, nn
 
 FORWARD, TRAINING = "forward", "forward + backward"
-
-
-def modules_of(shape: Shape, dtype: torch.dtype, run: Report, dropouts: list[float], with_compile: bool):
-    """By dropout, the frozen layer and its contestants on the same weights."""
-    options = {"dtype": dtype, "device": run.args.device}
-    A = torch.randn(run.args.rank, shape.in_features, **options) * shape.in_features**-0.5
-    B = torch.randn(shape.out_features, run.args.rank, **options) * 0.1
-    base = nn.Linear(shape.in_features, shape.out_features, **options).requires_grad_(False)
-    makes = contestants.LAYERS | ({COMPILED: contestants.make_compiled} if with_compile else {})
-    return {p: {FROZEN: base} | {name: make(base, A, B, p) for name, make in makes.items()} for p in dropouts}
-
-
-def training_step(module: nn.Module, x: Tensor, grad_y: Tensor) -> None:
-    x.grad = None
-    module.zero_grad(set_to_none=True)
-    module(x).backward(grad_y)
 
 
 def measure(shape: Shape, dtype: torch.dtype, run: Report, with_compile: bool) -> list[dict[str, object]]:
@@ -51,15 +34,15 @@ def measure(shape: Shape, dtype: torch.dtype, run: Report, with_compile: bool) -
     dropouts = sorted({0.0, run.args.dropout})
     if with_compile:
         contestants.forget_compiled()
-    modules = modules_of(shape, dtype, run, dropouts, with_compile)
+    makes = contestants.LAYERS | ({COMPILED: contestants.make_compiled} if with_compile else {})
+    modules = contestants.on_same_weights(shape, dtype, run.args.device, run.args.rank, dropouts, makes)
     x = torch.randn(shape.num_tokens, shape.in_features, dtype=dtype, device=run.args.device).requires_grad_()
     grad_y = torch.randn(shape.num_tokens, shape.out_features, dtype=dtype, device=run.args.device)
-    peers = {name: module for name, module in modules[0.0].items() if name != FROZEN}
-    contestants.check_agreement(peers, x, [grad_y])
+    contestants.check_agreement(modules[0.0], x, [grad_y])
 
     calls = {(FORWARD, 0.0): {name: lambda m=m: m(x) for name, m in modules[0.0].items()}}
     for p in reversed(dropouts):
-        calls[TRAINING, p] = {name: lambda m=m: training_step(m, x, grad_y) for name, m in modules[p].items()}
+        calls[TRAINING, p] = {name: lambda m=m: training_step(m, x, [grad_y]) for name, m in modules[p].items()}
     rows = []
     for (what, dropout), of_contestants in calls.items():
         with torch.set_grad_enabled(what == TRAINING):

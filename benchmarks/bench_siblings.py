@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 import contestants
 import report
 import torch
-from contestants import ALPHA_OVER_R, FROZEN
+from contestants import ALPHA_OVER_R, FROZEN, training_step
 from report import Report
 from shapes import SIBLING_SHAPES, Shape
 from timing import ratio
@@ -81,12 +81,7 @@ def measure(shape: Shape, dtype: torch.dtype, run: Report) -> dict[str, object]:
         name: make(bases, As, Bs, args.dropout) for name, make in CONTESTANTS.items()
     }
 
-    def step(module: nn.Module) -> None:
-        x.grad = None
-        module.zero_grad(set_to_none=True)
-        torch.autograd.backward(module(x), grad_ys)
-
-    seconds = run.interleaved({name: lambda m=module: step(m) for name, module in modules.items()})
+    seconds = run.interleaved({name: lambda m=module: training_step(m, x, grad_ys) for name, module in modules.items()})
     median = {name: statistics.median(times) for name, times in seconds.items()}
     return {
         "shape": list(shape),

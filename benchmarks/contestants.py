@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable
 
 import torch
+from shapes import Shape
 from torch import Tensor, nn
 
 from lora_ext.nn import LoraAdapter, LoraLinear
@@ -90,6 +91,24 @@ LAYERS: dict[str, Make] = {
 }
 
 
+def on_same_weights(
+    shape: Shape, dtype: torch.dtype, device: str, rank: int, dropouts: Iterable[float], makes: dict[str, Make]
+) -> dict[float, dict[str, nn.Module]]:
+    """By dropout: the frozen layer and each contestant, all on the same random weight, A and B."""
+    options = {"dtype": dtype, "device": device}
+    A = torch.randn(rank, shape.in_features, **options) * shape.in_features**-0.5
+    B = torch.randn(shape.out_features, rank, **options) * 0.1
+    base = nn.Linear(shape.in_features, shape.out_features, **options).requires_grad_(False)
+    return {p: {FROZEN: base} | {name: make(base, A, B, p) for name, make in makes.items()} for p in dropouts}
+
+
+def training_step(module: nn.Module, x: Tensor, grad_ys: Iterable[Tensor]) -> None:
+    """Forward and backward, to x and the factors."""
+    x.grad = None
+    module.zero_grad(set_to_none=True)
+    torch.autograd.backward(outputs(module, x), list(grad_ys))
+
+
 def factors(module: nn.Module) -> list[Tensor]:
     """All A's of a module, then all its B's, whatever the contestant calls their owners."""
     named = list(module.named_parameters())
@@ -105,13 +124,15 @@ def outputs(module: nn.Module, x: Tensor) -> list[Tensor]:
 def check_agreement(modules: dict[str, nn.Module], x: Tensor, grad_ys: Iterable[Tensor]) -> None:
     """Outputs and gradients (to x and the factors) of all contestants agree to the dtype's rounding.
 
-    modules: without dropout. The first is what the others are compared with.
+    modules: without dropout; the frozen layer is left out. The first is what the others are compared with.
 
     Raises:
         SystemExit: naming the contestant and the error; nothing is timed then.
     """
     grad_ys, expected, first = list(grad_ys), [], ""
     for name, module in modules.items():
+        if name == FROZEN:
+            continue
         leaf = x.detach().clone().requires_grad_()
         ys = outputs(module, leaf)
         results = [*ys, *torch.autograd.grad(ys, [leaf, *factors(module)], grad_ys)]

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import machine_isa
 import torch
+from machine_load import MachineLoad
 from shapes import Shape
 from timing import Clock, CudaClock, interleaved, wall_clock
 
@@ -24,11 +25,18 @@ MOST_SECONDS_PER_CASE = 20.0
 Case = TypeVar("Case")
 
 
-def rounds(text: str) -> int:
-    """The type of options that count rounds: one alone has no quartiles."""
-    if not text.isdecimal() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"{text!r} rounds, want an integer of at least 2")
-    return int(text)
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an option that counts something."""
+
+    def count(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}, want an integer of at least {least}")
+        return int(text)
+
+    return count
+
+
+rounds = at_least(2)  # one alone has no quartiles
 
 
 def parser(description: str, name: str) -> argparse.ArgumentParser:
@@ -62,14 +70,19 @@ def add_shapes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", type=shapes, help="TOKENSxINxOUT, separated by commas")
 
 
+def check_device(device: str) -> None:
+    """Raises SystemExit where there is no such device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit(f"--device cuda: torch {torch.__version__} finds no GPU here; leave it out to measure the CPU")
+
+
 class Report:
     """One run of a benchmark: its clock, its time, its machine, its heading, printed at once."""
 
     def __init__(self, args: argparse.Namespace, title: str) -> None:
         machine_isa.restrict(args.machine_isa)
         self.args, self.on_cuda = args, args.device == "cuda"
-        if self.on_cuda and not torch.cuda.is_available():
-            sys.exit(f"--device cuda: torch {torch.__version__} finds no GPU here; leave it out to measure the CPU")
+        check_device(args.device)
         torch.set_num_threads(args.threads)
         torch.manual_seed(0)
         self.facts = info.gather() | {"torch_cpu": machine_isa.facts()}
@@ -84,6 +97,7 @@ class Report:
             f"{date.today()}; medians (quartiles)"
         )
         self.begin = time.perf_counter()
+        self.load = MachineLoad()
         self.case_s = MOST_SECONDS_PER_CASE
         print(self.heading, flush=True)
 
@@ -105,6 +119,9 @@ class Report:
 
     def finish(self, rows: object, table: str, **more: object) -> None:
         """Prints the whole table, and writes the result files where --write asks for them. more: into the JSON."""
+        others = self.load.of_others()
+        if others is not None:
+            table += f"\n\nOther processes had {others:.0%} of the processors meanwhile."
         print(f"\n{table}", flush=True)
         if not self.args.write:
             return
@@ -113,7 +130,8 @@ class Report:
         isa = f"_{self.args.machine_isa}" if self.args.machine_isa else ""
         path = self.args.results / f"{self.args.name}_{self.args.device}{isa}"
         result = {"command": command, "date": str(date.today()), "heading": self.heading}
-        result |= {self.args.device: self.machine, "info": self.facts, "rows": rows, **more}
+        result |= {self.args.device: self.machine, "info": self.facts, "load_of_others": others}
+        result |= {"rows": rows, **more}
         path.with_suffix(".md").write_text(f"{self.heading}\n\n    {command}\n\n{table}\n")
         path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
 
