@@ -1,10 +1,11 @@
 """How does the cost of an adapter grow with its rank, the tokens of a batch, and the width of the layer?
 
-    python benchmarks/bench_curves.py [--dropout 0.1] [--rank 16] [--tokens 512] [--width 1024] [--device cpu] [--write]
+    python benchmarks/bench_curves.py [--rank 16] [--tokens 512] [--width 1024] [--of-rank 4,64] [--write]
 
 Forward plus backward (to x and the adapter) of square layers, as bench_layer.py measures them; one of the three sizes
-varies, the others stay at ``--rank``, ``--tokens`` and ``--width``. A ratio is that of the medians to the frozen
-layer's, with the quartiles of the round-by-round ratios behind it.
+varies (over ``--of-rank``, ``--of-tokens``, ``--of-width``), the others stay at ``--rank``, ``--tokens`` and
+``--width``. A ratio is that of the medians to the frozen layer's, with the quartiles of the round-by-round ratios
+behind it.
 """
 
 from __future__ import annotations
@@ -64,14 +65,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--width", type=int, default=1024)
     for axis, values in VALUES.items():
-        parser.add_argument(f"--{axis}s", type=lambda text: [int(part) for part in text.split(",")], default=values)
+        parser.add_argument(f"--of-{axis}", type=lambda text: [int(part) for part in text.split(",")], default=values)
     args = parser.parse_args()
     run = Report(args, f"Forward + backward against the frozen layer, one size varied, dropout {args.dropout}")
     fixed = {axis: getattr(args, axis) for axis in VALUES}
     cases = [
         (fixed | {axis: value}, axis, dtype)
         for axis in VALUES
-        for value in getattr(args, f"{axis}s")
+        for value in getattr(args, f"of_{axis}")
         for dtype in (torch.float32, torch.bfloat16)
     ]
     rows: list[dict] = []

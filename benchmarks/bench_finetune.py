@@ -248,7 +248,7 @@ def cases(data: Demo | None, run: Report) -> Iterator[tuple[str, Callable[[], ob
 
 def main() -> None:
     parser = report.parser(__doc__, "finetune")
-    parser.set_defaults(rank=8, rounds=20)
+    parser.set_defaults(rank=8, rounds=12)
     parser.add_argument("--dropout", type=float, default=0.1, help="of the adapters and of the models' own")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--batch-size", type=int, default=16, help="reviews in a batch")
@@ -258,9 +258,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768, help="of the BERT")
     parser.add_argument("--steps", type=int, default=20, help="of the loss curves")
     parser.add_argument("--accuracy", type=float, default=0.75, help="to be reached on the validation texts")
-    parser.add_argument("--most-steps", type=int, default=160, help="after which the accuracy is given up")
+    parser.add_argument("--most-steps", type=int, default=120, help="after which the accuracy is given up")
     parser.add_argument("--evaluate-every", type=int, default=20, help="steps")
-    parser.add_argument("--validation-texts", type=int, default=300)
+    parser.add_argument("--validation-texts", type=int, default=200)
     parser.add_argument("--no-demo", action="store_true", help="the BERT with random weights only")
     args = parser.parse_args()
     run = Report(args, f"Fine-tuning, adapters on every linear layer, r={args.rank}, dropout {args.dropout}, AdamW")

@@ -17,11 +17,14 @@ HEAD_ONLY = "head only"  # no gradient passes through the frozen model: what no 
 HAS_PEFT = importlib.util.find_spec("peft") is not None
 
 
-def bert(dtype: torch.dtype, dropout: float, layers: int = 4, width: int = 768, labels: int = 3) -> nn.Module:
+def bert(
+    dtype: torch.dtype, dropout: float, layers: int = 4, width: int = 768, labels: int = 3, vocabulary: int = 30522
+) -> nn.Module:
     """A BERT of BERT-base's widths with random weights, a classifier of sequences."""
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(
+        vocab_size=vocabulary,
         hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=max(width // 64, 1),
@@ -64,7 +67,7 @@ def adapted(model: nn.Module, rank: int, dropout: float, factors: torch.dtype | 
         import peft
 
         models["peft"] = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**options))
-        _copy_factors(ours, models["peft"])
+        copy_factors(ours, models["peft"])
     for adapted_model in models.values():
         for name, parameter in adapted_model.named_parameters():
             if factors and "lora_" in name:
@@ -73,7 +76,7 @@ def adapted(model: nn.Module, rank: int, dropout: float, factors: torch.dtype | 
     return models
 
 
-def _copy_factors(ours: nn.Module, theirs: nn.Module) -> None:
+def copy_factors(ours: nn.Module, theirs: nn.Module) -> None:
     """Raises SystemExit where the two adapt different layers: their times could not be compared."""
     layers = {path: layer.adapters.default for path, layer in lora_modules(ours)}
     peers = {
