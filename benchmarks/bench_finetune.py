@@ -231,6 +231,7 @@ def cases(data: Demo | None, run: Report) -> Iterator[tuple[str, Callable[[], ob
 
         yield "rows", lambda: measure_steps(name, minilm(args.dropout), data.train, run)
         yield "losses", lambda: measure_curves(minilm(0.0), data.train, run)
+        yield "accuracy", lambda: measure_accuracy(minilm(args.dropout), data, run)
     batches = random_batches(args.bert_batch, args.length, 3, args.device)
     sizes = f"{args.layers} layers of {args.width}"
     for dtype, factors in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.bfloat16)):
@@ -242,21 +243,19 @@ def cases(data: Demo | None, run: Report) -> Iterator[tuple[str, Callable[[], ob
                 w, models.bert(d, args.dropout, args.layers, args.width), batches, run, factors=f
             ),
         )
-    if data:
-        yield "accuracy", lambda: measure_accuracy(minilm(args.dropout), data, run)
 
 
 def main() -> None:
     parser = report.parser(__doc__, "finetune")
-    parser.set_defaults(rank=8, rounds=12)
+    parser.set_defaults(rank=8, rounds=10)
     parser.add_argument("--dropout", type=float, default=0.1, help="of the adapters and of the models' own")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--batch-size", type=int, default=16, help="reviews in a batch")
-    parser.add_argument("--bert-batch", type=int, default=8)
+    parser.add_argument("--bert-batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128, help="tokens of a text of the BERT")
     parser.add_argument("--layers", type=int, default=4, help="of the BERT")
     parser.add_argument("--width", type=int, default=768, help="of the BERT")
-    parser.add_argument("--steps", type=int, default=20, help="of the loss curves")
+    parser.add_argument("--steps", type=int, default=12, help="of the loss curves")
     parser.add_argument("--accuracy", type=float, default=0.75, help="to be reached on the validation texts")
     parser.add_argument("--most-steps", type=int, default=120, help="after which the accuracy is given up")
     parser.add_argument("--evaluate-every", type=int, default=20, help="steps")

@@ -23,7 +23,7 @@ import report
 import torch
 from contestants import ALPHA_OVER_R, LORA_EXT
 from report import Report
-from timing import interleaved, ratio
+from timing import interleaved, ratio, wall_clock
 from torch import nn
 
 import lora_ext
@@ -93,7 +93,7 @@ def measure_inject(run: Report) -> list[dict[str, object]]:
 
     def clock(call: Callable[[], object]) -> float:
         name, model = call(), make_model(args.layers)
-        return run.clock(lambda: adapt[name](model))
+        return wall_clock(lambda: adapt[name](model))  # no device has a part in it
 
     seconds = run.interleaved({name: lambda n=name: n for name in adapt}, clock=clock)
     return rows_of(f"adapt {count} layers", seconds)

@@ -93,7 +93,7 @@ def main() -> None:
     rows: list[dict] = []
     for dtype, shape in run.cases(cases):
         rows += measure(shape, dtype, run, with_compile=shape in compiled and not args.no_compile)
-        print(f"{shape}, {report.dtype_name(dtype)}: measured", flush=True)
+        print(f"{shape}, {report.dtype_name(dtype)}: measured, {run.elapsed():.0f} s so far", flush=True)
         if args.json:
             args.json.write_text(json.dumps(rows, indent=1) + "\n")
     run.finish(rows, table(rows))

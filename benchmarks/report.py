@@ -101,10 +101,14 @@ class Report:
         self.case_s = MOST_SECONDS_PER_CASE
         print(self.heading, flush=True)
 
+    def elapsed(self) -> float:
+        """Seconds since the heading was printed."""
+        return time.perf_counter() - self.begin
+
     def cases(self, cases: Sequence[Case]) -> Iterator[Case]:
         """The cases, each with its share of the time left (``case_s``); says so where time runs out before they do."""
         for number, case in enumerate(cases):
-            left = self.args.seconds - (time.perf_counter() - self.begin)
+            left = self.args.seconds - self.elapsed()
             if left < 0:
                 print(f"out of time: {len(cases) - number} cases are not measured", flush=True)
                 return

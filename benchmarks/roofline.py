@@ -2,8 +2,8 @@
 
     python benchmarks/roofline.py [--shapes 512x768x768] [--memory-mib 1024] [--device cpu] [--write]
 
-The ceilings are measured in the same run: the rate of a large copy (bytes read plus written), of a copy and a read
-within the cache, and of a large product in each dtype. A point is an operation on a layer with an adapter: its
+The ceilings are measured in the same run: the rate of a large copy (bytes read plus written), of a large read, of a
+copy within the cache, and of a large product in each dtype. A point is an operation on a layer with an adapter: its
 floating-point operations, the bytes it cannot do without (every operand and result once), and its time. "of ceiling" is
 its rate of operations by what the roofline allows at its operations per byte: the product's rate, or the bytes at the
 large copy's rate. Decoding goes through a stack of layers larger than the caches, as in bench_decode.py; the operands

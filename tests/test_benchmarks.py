@@ -61,6 +61,7 @@ def run(monkeypatch, tmp_path):
 def test_layer(run, capsys):
     result = run("bench_layer", "--shapes", "8x16x24,3x40x8", "--no-compile")
     rows = result["rows"]
+    assert PEERS == ["lora_ext", "peft", "loralib", "hand-written"]  # all of the extra `bench` are installed
     assert len(rows) == 2 * 2 * 3
     assert {(row["pass"], row["dropout"]) for row in rows} == {
         ("forward", 0.0),
