@@ -209,7 +209,7 @@ def roofline(result: dict) -> Figure:
                 if key == "copy":  # its name right of its foot, the other's left of its head: where no line passes
                     axes.annotate(text, (low, low * rates[key]), (14, -2), textcoords="offset points", fontsize=8)
                 else:
-                    place = {"xytext": (-10, -14), "textcoords": "offset points", "ha": "right", "fontsize": 8}
+                    place = {"xytext": (-36, -2), "textcoords": "offset points", "ha": "right", "fontsize": 8}
                     axes.annotate(text.replace(", ", "\n"), (ridge, product), va="top", **place)
         ridge = product / max(rates[key] for key in ("copy", "copy_in_cache") if key in rates)
         axes.plot([ridge, high], [product, product], "-", color="black", linewidth=1.2)
