@@ -20,7 +20,7 @@ help:
 	@echo 'make format     let both rewrite the files'
 	@echo 'make build      compile what changed'
 	@echo 'make cuda       compile the CUDA kernels for every architecture and check what the compiler made of them; needs no GPU'
-	@echo 'make bench      what the layer costs against the frozen one, on this machine'
+	@echo 'make bench      what LoRA costs on this machine against the frozen model and the peers: tables and pictures in benchmarks/results'
 	@echo 'make wheel      a wheel in dist/'
 	@echo 'make test-abi   op tests of one wheel under other torch releases (TORCH_BUILD=2.13.0 TORCH_RUN="2.11.0 2.15.0")'
 	@echo 'make info       what was built and what of it runs here'
@@ -52,8 +52,8 @@ cuda: $(VENV)/.cuda
 	@grep '^lora_ext ' build/cuda.log
 	@$(BIN)/python scripts/kernel_report.py build/cuda/lora_ext/liblora_ext_cuda.so
 
-bench: $(VENV)/.test $(VENV)/.built
-	$(BIN)/python benchmarks/bench_layer.py $(ARGS)
+bench: $(VENV)/.bench $(VENV)/.built
+	$(BIN)/python benchmarks/run_all.py $(ARGS)
 
 info: $(VENV)/.built
 	$(BIN)/python -m lora_ext info $(ARGS)
@@ -92,7 +92,7 @@ $(VENV)/.cuda: $(VENV)/.torch
 	@touch $@
 
 # An editable install with its extras; it compiles into build/, where later builds find their objects again.
-$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: pyproject.toml | $(VENV)/.torch
+$(VENV)/.demo $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: pyproject.toml | $(VENV)/.torch
 	@echo 'Installing lora_ext[$*] and compiling ...'
 	@$(BIN)/pip install --no-build-isolation --editable '.[$*]' >$(VENV)/install.log 2>&1 || { tail -n 80 $(VENV)/install.log; exit 1; }
 	@touch $@ $(VENV)/.built

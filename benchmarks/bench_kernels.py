@@ -19,8 +19,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import ceilings
 import torch
 from shapes import CUDA_SHAPES, Shape
+from timing import CudaClock
 from torch import Tensor, nn
 
 from lora_ext import functional
@@ -143,30 +145,13 @@ def merge_stages(stage: str, kernels: list[str]) -> list[str]:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def seconds_of(call: Callable[[], object], repeats: int) -> float:
-    """Median seconds between two events around a call."""
-    times = []
-    for _ in range(repeats + 3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e-3)
-    return statistics.median(times[3:])
-
-
 def measure_ceilings() -> dict[str, float]:
     """copy: bytes a second, read plus written. matrix_<dtype>: floating-point operations a second on random data."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    ceilings = {"copy": 2 * source.nbytes / seconds_of(lambda: target.copy_(source), 20)}
+    clock, rates = CudaClock(), {}
+    rates["copy"] = ceilings.copy_rate(2**30, "cuda", clock)
     for dtype, n in ((torch.bfloat16, 8192), (torch.float16, 8192), (torch.float32, 4096), (torch.float64, 2048)):
-        a, b = (torch.randn(n, n, dtype=dtype, device="cuda") for _ in range(2))
-        out = torch.empty_like(a)
-        rate = 2 * n**3 / seconds_of(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), 10)
-        ceilings[f"matrix_{str(dtype).removeprefix('torch.')}"] = rate
-    return ceilings
+        rates[f"matrix_{str(dtype).removeprefix('torch.')}"] = ceilings.matrix_rate(dtype, n, "cuda", clock)
+    return rates
 
 
 def profiled(calls: list[Callable[[], object]]) -> list[list[tuple[str, float]]]:
@@ -277,15 +262,15 @@ def measure_merge(case: Case, repeats: int) -> dict[str, float]:
     return medians(rounds["merge"]) | medians(rounds["unmerge"])
 
 
-def rows_of(case: Case, seconds: dict[str, float], ceilings: dict[str, float]) -> list[dict[str, object]]:
-    matrix_rate = ceilings[f"matrix_{str(case.dtype).removeprefix('torch.')}"]
+def rows_of(case: Case, seconds: dict[str, float], rates: dict[str, float]) -> list[dict[str, object]]:
+    matrix_rate = rates[f"matrix_{str(case.dtype).removeprefix('torch.')}"]
     rows = []
     for stage, time_s in seconds.items():
         row: dict[str, object] = {"case": str(case), "stage": stage, "us": 1e6 * time_s}
         if stage in stage_bytes(case):
             rate = stage_bytes(case)[stage] / time_s
-            floor = floor_seconds(case, stage, ceilings["copy"], matrix_rate)
-            row |= {"gb_s": rate / 1e9, "of_copy": rate / ceilings["copy"], "of_floor": floor / time_s}
+            floor = floor_seconds(case, stage, rates["copy"], matrix_rate)
+            row |= {"gb_s": rate / 1e9, "of_copy": rate / rates["copy"], "of_floor": floor / time_s}
         rows.append(row)
     return rows
 
@@ -314,9 +299,9 @@ def main() -> None:
     begin = time.perf_counter()
     torch.manual_seed(0)
 
-    ceilings = measure_ceilings()
-    matrix = ", ".join(f"{k.removeprefix('matrix_')} {v / 1e12:.0f}" for k, v in ceilings.items() if k != "copy")
-    print(f"{torch.cuda.get_device_name()}: copy {ceilings['copy'] / 1e9:.0f} GB/s, TFLOP/s {matrix}", flush=True)
+    rates = measure_ceilings()
+    matrix = ", ".join(f"{k.removeprefix('matrix_')} {v / 1e12:.0f}" for k, v in rates.items() if k != "copy")
+    print(f"{torch.cuda.get_device_name()}: copy {rates['copy'] / 1e9:.0f} GB/s, TFLOP/s {matrix}", flush=True)
     rows: list[dict] = []
     plan = [(measure, case) for case in CASES]
     plan.insert(1, (measure_merge, Case(Shape(1, 8192, 8192), dropout=0.0)))
@@ -326,7 +311,7 @@ def main() -> None:
             print(f"out of time: {len(plan) - number} cases are not measured", flush=True)
             break
         try:
-            new = rows_of(case, measure_one(case, args.repeats), ceilings)
+            new = rows_of(case, measure_one(case, args.repeats), rates)
         except torch.cuda.OutOfMemoryError:
             print(f"{case}: not measured, too large for this card's memory", flush=True)
             continue
@@ -334,7 +319,7 @@ def main() -> None:
         print("\n".join(table(new).splitlines()[2:]), flush=True)
         if args.json:
             cases = [asdict(case) | {"dtype": str(case.dtype), "shape": list(case.shape)} for _, case in plan]
-            args.json.write_text(json.dumps({"ceilings": ceilings, "rows": rows, "cases": cases}, indent=1) + "\n")
+            args.json.write_text(json.dumps({"ceilings": rates, "rows": rows, "cases": cases}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

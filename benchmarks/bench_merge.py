@@ -24,7 +24,7 @@ from collections.abc import Callable
 
 import report
 import torch
-from bench_layer import ALPHA_OVER_R, make_lora_ext, make_peft
+from contestants import ALPHA_OVER_R, make_lora_ext, make_peft
 from shapes import CPU_SHAPES, CUDA_SHAPES, Shape
 from timing import Clock, interleaved, ratio
 from torch import Tensor, nn

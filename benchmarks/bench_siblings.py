@@ -1,4 +1,4 @@
-"""What do LoRA layers that read one x (q/k/v) cost beyond their frozen bases: in one op, as separate layers, in PEFT?
+"""What do LoRA layers that read one x (q/k/v) cost beyond their frozen bases: in one op, and as separate layers?
 
     python benchmarks/bench_siblings.py [--dropout 0.1] [--rank 16] [--rounds 60] [--device cpu] [--write]
 
@@ -10,16 +10,16 @@ is what the one op costs beyond the frozen layers, as a part of what separate la
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 from collections.abc import Callable, Iterable
 
+import contestants
 import report
 import torch
-from bench_layer import ALPHA_OVER_R, make_lora_ext, make_peft
+from contestants import ALPHA_OVER_R, FROZEN, training_step
+from report import Report
 from shapes import SIBLING_SHAPES, Shape
-from timing import Clock, interleaved, ratio
+from timing import ratio
 from torch import Tensor, nn
 
 from lora_ext import functional
@@ -61,35 +61,14 @@ def separate(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     )
 
 
-CONTESTANTS: dict[str, Callable[..., nn.Module]] = {
-    "siblings": Siblings,
-    "separate": separate(make_lora_ext),
-    "peft": separate(make_peft),
+CONTESTANTS: dict[str, Callable[..., nn.Module]] = {"siblings": Siblings} | {
+    "separate" if name == contestants.LORA_EXT else name: separate(make) for name, make in contestants.LAYERS.items()
 }
 
 
-def factors(module: nn.Module, name: str) -> list[Tensor]:
-    return [parameter for key, parameter in module.named_parameters() if name in key]
-
-
-def check_agreement(modules: dict[str, nn.Module], x: Tensor, grad_ys: list[Tensor]) -> None:
-    """Outputs and gradients of all contestants agree to the dtype's rounding, or nothing is timed."""
-    tolerance = {torch.float32: 1e-4, torch.bfloat16: 3e-2}[x.dtype]
-    results = {}
-    for name, module in modules.items():
-        leaf = x.detach().clone().requires_grad_()
-        ys = module(leaf)
-        leaves = [leaf, *factors(module, "lora_A"), *factors(module, "lora_B")]
-        results[name] = [*ys, *torch.autograd.grad(ys, leaves, grad_ys)]
-    for name, values in results.items():
-        for ours, theirs in zip(results["siblings"], values, strict=True):
-            error = ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
-            if error > tolerance:
-                sys.exit(f"{name} and siblings disagree by {error:.2e} on {tuple(ours.shape)}: not timed")
-
-
-def measure(shape: Shape, dtype: torch.dtype, args: argparse.Namespace, clock: Clock) -> dict[str, object]:
+def measure(shape: Shape, dtype: torch.dtype, run: Report) -> dict[str, object]:
     num_tokens, in_features, out_features = shape
+    args = run.args
     kwargs = {"dtype": dtype, "device": args.device}
     x = torch.randn(num_tokens, in_features, **kwargs).requires_grad_()
     grad_ys = [torch.randn(num_tokens, out_features, **kwargs) for _ in range(NUM_LAYERS)]
@@ -97,50 +76,46 @@ def measure(shape: Shape, dtype: torch.dtype, args: argparse.Namespace, clock: C
     As = [torch.randn(args.rank, in_features, **kwargs) / in_features**0.5 for _ in range(NUM_LAYERS)]
     Bs = [torch.randn(out_features, args.rank, **kwargs) * 0.1 for _ in range(NUM_LAYERS)]
 
-    check_agreement({name: make(bases, As, Bs, 0.0) for name, make in CONTESTANTS.items()}, x, grad_ys)
-    modules = {"frozen": Separate(bases)} | {
+    contestants.check_agreement({name: make(bases, As, Bs, 0.0) for name, make in CONTESTANTS.items()}, x, grad_ys)
+    modules = {FROZEN: Separate(bases)} | {
         name: make(bases, As, Bs, args.dropout) for name, make in CONTESTANTS.items()
     }
 
-    def step(module: nn.Module) -> None:
-        x.grad = None
-        module.zero_grad(set_to_none=True)
-        torch.autograd.backward(module(x), grad_ys)
-
-    calls = {name: lambda m=module: step(m) for name, module in modules.items()}
-    seconds = interleaved(calls, args.rounds, clock=clock)
+    seconds = run.interleaved({name: lambda m=module: training_step(m, x, grad_ys) for name, module in modules.items()})
     median = {name: statistics.median(times) for name, times in seconds.items()}
     return {
         "shape": list(shape),
-        "dtype": str(dtype).removeprefix("torch."),
-        "rounds": len(seconds["frozen"]),
-        "frozen_ms": 1e3 * median["frozen"],
-        "ratio": {name: ratio(seconds[name], seconds["frozen"]) for name in CONTESTANTS},
-        "overhead": (median["siblings"] - median["frozen"]) / (median["separate"] - median["frozen"]),
+        "dtype": report.dtype_name(dtype),
+        "rounds": len(seconds[FROZEN]),
+        "frozen_ms": 1e3 * median[FROZEN],
+        "ratio": {name: ratio(seconds[name], seconds[FROZEN]) for name in CONTESTANTS},
+        "overhead": (median["siblings"] - median[FROZEN]) / (median["separate"] - median[FROZEN]),
     }
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["| tokens x in -> 3 x out | dtype | frozen, ms | " + " | ".join(CONTESTANTS) + " | overhead |"]
-    lines.append("|" + "---|" * (4 + len(CONTESTANTS)))
-    for row in rows:
-        ratios = [f"{r:.2f} ({low:.2f}-{high:.2f})" for r, low, high in row["ratio"].values()]
-        cells = [str(Shape(*row["shape"])), row["dtype"], f"{row['frozen_ms']:.2f}", *ratios, f"{row['overhead']:.2f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    names = report.names_in(rows)
+    cells = (
+        [str(Shape(*row["shape"])), row["dtype"], report.milliseconds(row["frozen_ms"])]
+        + report.ratio_cells(row, names)
+        + [f"{row['overhead']:.2f}"]
+        for row in rows
+    )
+    return report.markdown(["tokens x in -> 3 x out", "dtype", "frozen, ms", *names, "overhead"], cells)
 
 
 def main() -> None:
     parser = report.parser(__doc__, "siblings")
+    report.add_shapes(parser)
     parser.add_argument("--dropout", type=float, default=0.1)
     args = parser.parse_args()
     title = "Three layers on one x, forward + backward against the frozen layers"
-    run = report.Report(args, f"{title}, r={args.rank}, dropout {args.dropout}")
+    run = Report(args, f"{title}, r={args.rank}, dropout {args.dropout}")
+    cases = [(dtype, shape) for dtype in (torch.float32, torch.bfloat16) for shape in args.shapes or SIBLING_SHAPES]
     rows: list[dict] = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for shape in SIBLING_SHAPES:
-            rows.append(measure(shape, dtype, args, run.clock))
-            print(table(rows).splitlines()[-1], flush=True)
+    for dtype, shape in run.cases(cases):
+        rows.append(measure(shape, dtype, run))
+        print(table(rows).splitlines()[-1], flush=True)
     run.finish(rows, table(rows))
 
 

@@ -306,7 +306,7 @@ def format_report(result: dict) -> str:
     if result["layer"]:
         from bench_layer import table
 
-        lines += ["", "Layer, forward + backward, times the frozen layer's:", "", table(result["layer"])]
+        lines += ["", table(result["layer"])]
     return "\n".join(lines)
 
 

@@ -13,6 +13,18 @@ class Shape(NamedTuple):
     def __str__(self) -> str:
         return f"{self.num_tokens} x {self.in_features} -> {self.out_features}"
 
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """From ``TOKENSxINxOUT``, for example 512x768x3072.
+
+        Raises:
+            ValueError: naming the text.
+        """
+        numbers = text.split("x")
+        if len(numbers) != 3 or not all(number.isdecimal() and int(number) for number in numbers):
+            raise ValueError(f"shape {text!r} is not TOKENSxINxOUT in positive integers, for example 512x768x3072")
+        return cls(*map(int, numbers))
+
 
 # MiniLM's and BERT's widths at fine-tuning batches, then decoder-sized layers.
 CPU_SHAPES = [
@@ -38,6 +50,10 @@ CUDA_SHAPES = [
     Shape(1536, 384, 384),
     Shape(8192, 768, 3072),
 ]
+
+# One decoding step of a stack of decoder layers (Llama-3-8B's widths), for so many sequences.
+DECODE_TOKENS = [1, 2, 4, 8, 16, 32, 64]
+DECODE_WIDTHS = [(4096, 4096), (4096, 14336)]
 
 # Attention's q, k and v: each of three layers.
 SIBLING_SHAPES = [

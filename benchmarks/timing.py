@@ -44,21 +44,25 @@ def interleaved(
     contestants: dict[str, Callable[[], object]],
     rounds: int,
     budget_s: float = 20.0,
-    least: int = 11,
+    least: int = 5,
     warmup: int = 3,
     clock: Clock = wall_clock,
 ) -> dict[str, list[float]]:
     """Seconds per call and round, by contestant; the rounds of two contestants pair up for :func:`ratio`.
 
-    Stops after ``rounds``, or once ``budget_s`` seconds are spent and ``least`` rounds are done.
+    Stops after ``rounds``, or once ``budget_s`` seconds are spent and ``least`` rounds are done. Warm-up rounds, which
+    are not counted, are no more than one where they would take a quarter of the budget.
     """
     names = list(contestants)
     order = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     start = time.perf_counter()
     for round_number in range(-warmup, rounds):
-        if round_number >= least and time.perf_counter() - start > budget_s:
+        spent = time.perf_counter() - start
+        if round_number >= least and spent > budget_s:
             break
+        if -warmup < round_number < 0 and spent > budget_s / 4:
+            continue
         order.shuffle(names)
         for name in names:
             elapsed = clock(contestants[name])

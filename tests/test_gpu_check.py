@@ -211,7 +211,8 @@ def test_the_whole_plan_fits():
 def test_report_and_json():
     kernel = {"case": "a case", "stage": "expand", "us": 25.0, "gb_s": 2700.0, "of_copy": 0.9, "of_floor": 0.91}
     kernels = {"ceilings": {"copy": 3e12, "matrix_bfloat16": 7.9e14}, "rows": [kernel]}
-    row = {"shape": [8192, 4096, 4096], "dtype": "bfloat16", "rounds": 60, "frozen_ms": 0.7}
+    row = {"pass": "forward + backward", "dropout": 0.1, "shape": [8192, 4096, 4096], "dtype": "bfloat16"}
+    row |= {"rounds": 60, "frozen_ms": 0.7}
     layer = [row | {"ratio": {"lora_ext": [1.1, 1.09, 1.12]}}]
     outcomes = [
         Outcome("build", PASSED, 61.2, "python setup.py", "built"),
@@ -222,7 +223,8 @@ def test_report_and_json():
     text = gpu_check.format_report(result)
     for expected in ("NVIDIA H100 80GB HBM3", "| tests | failed | 9 | 1 failed |", "copy 3000 GB/s", "bfloat16 790"):
         assert expected in text
-    assert "| a case | expand | 25.0 | 2700 | 90% | 91% |" in text and "1.10 (1.09-1.12)" in text
+    assert "| a case | expand | 25.0 | 2700 | 90% | 91% |" in text
+    assert "forward + backward, dropout 0.1" in text and "1.10 (1.09-1.12)" in text
     # A run of which nothing was measured still reports.
     empty = gpu_check.collect(FACTS, outcomes, None, None)
     assert "| build | passed | 61 | built |" in gpu_check.format_report(empty)

@@ -1,0 +1,152 @@
+"""How long does it take to adapt a large model, and to import what adapts it?
+
+    python benchmarks/bench_inject.py [--layers 80] [--rounds 15] [--imports 5] [--write]
+
+``inject`` adapts every linear layer of a decoder of 80 blocks with 7 linear layers each (Llama-3-70B's depth at
+Llama-3-8B's widths), against PEFT's ``inject_adapter_in_model`` and ``get_peft_model``. The weights are on the meta
+device, which has shapes and no memory: the time is that of finding, checking, building and replacing modules. PEFT by
+default initialises factors on the CPU, whatever the device; with ``low_cpu_mem_usage`` it makes them on meta, too, as
+``inject`` does. Every call gets a fresh model; ratios are to ``inject``.
+
+Importing is timed in fresh processes, in turn, each after ``import torch``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+
+import report
+import torch
+from contestants import ALPHA_OVER_R, LORA_EXT
+from report import Report
+from timing import interleaved, ratio, wall_clock
+from torch import nn
+
+import lora_ext
+
+WIDTH, KEY_WIDTH, MLP_WIDTH = 4096, 1024, 14336
+HAS_PEFT = importlib.util.find_spec("peft") is not None
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+
+        def linear(in_features: int, out_features: int) -> nn.Linear:
+            return nn.Linear(in_features, out_features, bias=False)
+
+        self.self_attn = nn.ModuleDict(
+            {name: linear(WIDTH, KEY_WIDTH if name in ("k_proj", "v_proj") else WIDTH) for name in ATTENTION}
+        )
+        self.mlp = nn.ModuleDict(
+            {"gate_proj": linear(WIDTH, MLP_WIDTH), "up_proj": linear(WIDTH, MLP_WIDTH)}
+            | {"down_proj": linear(MLP_WIDTH, WIDTH)}
+        )
+
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+TARGETS = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+
+
+def make_model(layers: int) -> nn.Module:
+    with torch.device("meta"):
+        return nn.ModuleDict({"layers": nn.ModuleList(Block() for _ in range(layers))})
+
+
+def injectors(rank: int) -> dict[str, Callable[[nn.Module], object]]:
+    options = {"r": rank, "lora_alpha": ALPHA_OVER_R * rank, "lora_dropout": 0.1, "target_modules": TARGETS}
+    result = {LORA_EXT: lambda model: lora_ext.inject(model, lora_ext.LoraConfig(**options))}
+    if HAS_PEFT:
+        import peft
+
+        result["peft inject, meta"] = lambda model: peft.inject_adapter_in_model(
+            peft.LoraConfig(**options), model, low_cpu_mem_usage=True
+        )
+        result["peft inject"] = lambda model: peft.inject_adapter_in_model(peft.LoraConfig(**options), model)
+        result["get_peft_model"] = lambda model: peft.get_peft_model(model, peft.LoraConfig(**options))
+    return result
+
+
+def check(layers: int, rank: int) -> int:
+    """All adapt the same layers with factors of the same sizes, or nothing is timed. Returns how many layers."""
+    found: dict[str, list] = {}
+    for name, inject in injectors(rank).items():
+        model = make_model(layers)
+        inject(model)
+        trained = [list(parameter.shape) for parameter in model.parameters() if parameter.requires_grad]
+        found[name] = sorted(trained)
+    first = found[LORA_EXT]
+    for name, shapes in found.items():
+        if shapes != first:
+            sys.exit(f"{name} and {LORA_EXT} train different parameters ({len(shapes)}, {len(first)}): not timed")
+    return len(first) // 2
+
+
+def measure_inject(run: Report) -> list[dict[str, object]]:
+    args = run.args
+    count = check(args.layers, args.rank)
+    adapt = injectors(args.rank)
+
+    def clock(call: Callable[[], object]) -> float:
+        name, model = call(), make_model(args.layers)
+        return wall_clock(lambda: adapt[name](model))  # no device has a part in it
+
+    seconds = run.interleaved({name: lambda n=name: n for name in adapt}, clock=clock)
+    return rows_of(f"adapt {count} layers", seconds)
+
+
+def rows_of(what: str, seconds: dict[str, list[float]]) -> list[dict[str, object]]:
+    return [
+        {
+            "what": what,
+            "contestant": name,
+            "rounds": len(times),
+            "ms": 1e3 * statistics.median(times),
+            "ratio": ratio(times, seconds[LORA_EXT]),
+        }
+        for name, times in seconds.items()
+    ]
+
+
+def seconds_to_import(module: str) -> float:
+    code = f"import time, torch; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if result.returncode != 0:
+        sys.exit(f"import {module} failed: {result.stderr.strip().splitlines()[-1]}")
+    return float(result.stdout.split()[-1])
+
+
+def measure_imports(rounds: int) -> list[dict[str, object]]:
+    modules = [LORA_EXT, *(["peft"] if HAS_PEFT else [])]
+    calls = {name: lambda n=name: n for name in modules}
+    seconds = interleaved(calls, rounds, least=rounds, warmup=1, clock=lambda call: seconds_to_import(call()))
+    return rows_of("import, after torch", seconds)
+
+
+def table(rows: list[dict]) -> str:
+    cells = (
+        [row["what"], row["contestant"], report.milliseconds(row["ms"]), "{:.2f} ({:.2f}-{:.2f})".format(*row["ratio"])]
+        for row in rows
+    )
+    return report.markdown(["what", "by", "ms", f"times {LORA_EXT}'s"], cells)
+
+
+def main() -> None:
+    parser = report.parser(__doc__, "inject")
+    parser.add_argument("--layers", type=int, default=80, help="blocks of 7 linear layers each")
+    parser.add_argument("--imports", type=report.rounds, default=5, help="rounds of importing, each in fresh processes")
+    args = parser.parse_args()
+    run = Report(args, f"Adapting {7 * args.layers} linear layers on the meta device, and importing, r={args.rank}")
+    rows: list[dict] = []
+    for measure in run.cases([measure_inject, lambda run: measure_imports(args.imports)]):
+        rows += measure(run)
+        print("\n".join(table(rows).splitlines()[2:]), flush=True)
+    run.finish(rows, table(rows))
+
+
+if __name__ == "__main__":
+    main()

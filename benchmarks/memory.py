@@ -1,0 +1,54 @@
+"""What a training step holds and allocates, counted from PyTorch's own records, not from the process's size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+
+def saved_storages(call: Callable[[], object], beyond: Iterable[Tensor] = ()) -> dict[int, int]:
+    """What autograd keeps for the backward of what ``call`` computes: bytes by address, each storage once.
+
+    beyond: tensors that exist anyway, as parameters do; what shares their storage is not counted.
+    """
+    known = {tensor.untyped_storage().data_ptr() for tensor in beyond}
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.nbytes() and storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call()  # holds the graph, and with it the addresses, until all are counted
+    del result
+    return found
+
+
+def activation_bytes(model: nn.Module, call: Callable[[], object]) -> int:
+    """Bytes that autograd keeps for the backward of one forward of ``model``, beyond its parameters and buffers."""
+    return sum(saved_storages(call, [*model.parameters(), *model.buffers()]).values())
+
+
+def allocations(call: Callable[[], object]) -> tuple[object, list[int]]:
+    """What ``call`` returns, and each allocation of CPU tensors in it by its bytes, in order; freeing is negative."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = call()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return result, [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+def peak_bytes(call: Callable[[], object], device: str) -> int:
+    """The most that ``call`` holds at a time, of tensors on ``device``, beyond what was held before."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    return max(accumulate(allocations(call)[1], initial=0))

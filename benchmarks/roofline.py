@@ -1,0 +1,160 @@
+"""How near is the layer to what the machine can move and multiply?
+
+    python benchmarks/roofline.py [--shapes 512x768x768] [--memory-mib 1024] [--device cpu] [--write]
+
+The ceilings are measured in the same run: the rate of a large copy (bytes read plus written), of a large read, of a
+copy within the cache, and of a large product in each dtype. A point is an operation on a layer with an adapter: its
+floating-point operations, the bytes it cannot do without (every operand and result once), and its time. "of ceiling" is
+its rate of operations by what the roofline allows at its operations per byte: the product's rate, or the bytes at the
+large copy's rate. Decoding goes through a stack of layers larger than the caches, as in bench_decode.py; the operands
+of the other operations may lie in the cache, which moves more than the large copy.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+import ceilings
+import contestants
+import report
+import torch
+from bench_decode import STACK_MIB, Stack
+from contestants import FROZEN, LORA_EXT, training_step
+from report import Report
+from shapes import CPU_SHAPES, CUDA_SHAPES, Shape
+
+FORWARD, TRAINING, DECODE, MERGE = "forward", "forward + backward", "decode", "merge"
+DECODE_SHAPES = [Shape(1, 4096, 4096), Shape(64, 4096, 4096)]
+DROPOUT = 0.1
+
+
+@dataclass(frozen=True)
+class Work:
+    flops: int
+    bytes: int
+
+
+def work(what: str, shape: Shape, rank: int, item: int, adapted: bool) -> Work:
+    """What the operation must do. item: bytes of an element. The mask of the dropout, a bit an element, is left out."""
+    tokens, features, outputs = shape
+    x, y, weight = tokens * features, tokens * outputs, features * outputs
+    r = rank if adapted else 0
+    factors, skinny = r * (features + outputs), 2 * r * tokens * (features + outputs)
+    if what == MERGE:
+        return Work(2 * rank * weight, item * (2 * weight + factors))
+    if what in (FORWARD, DECODE):
+        return Work(2 * tokens * weight + skinny, item * (x + weight + y + factors))
+    # Backward: grad_y and the weight give grad_x; with an adapter x is read again, and the factors get gradients.
+    backward = y + weight + x + (x + 2 * factors if adapted else 0)
+    return Work(4 * tokens * weight + 3 * skinny, item * (x + weight + y + factors + backward))
+
+
+def measure_ceilings(run: Report) -> dict[str, float]:
+    """Bytes and floating-point operations a second."""
+    args, clock = run.args, run.clock
+    rates = {"copy": ceilings.copy_rate(args.memory_mib << 20, args.device, clock)}
+    rates["read"] = ceilings.read_rate(args.memory_mib << 20, args.device, clock)
+    if not run.on_cuda:  # the clock of a GPU empties its cache
+        rates["copy_in_cache"] = ceilings.copy_rate(args.cache_kib << 10, args.device, clock)
+    for dtype in (torch.float32, torch.bfloat16):
+        name = f"matrix_{report.dtype_name(dtype)}"
+        rates[name] = ceilings.matrix_rate(dtype, args.matrix, args.device, clock)
+    return rates
+
+
+def measure(what: str, shape: Shape, dtype: torch.dtype, run: Report, rates: dict[str, float]) -> list[dict]:
+    rank, device = run.args.rank, run.args.device
+    makes = {LORA_EXT: contestants.make_lora_ext}
+    x = torch.randn(shape.num_tokens, shape.in_features, dtype=dtype, device=device)
+    if what == DECODE:
+        stack = Stack(shape[1:], dtype, device, rank, run.args.stack_mib, makes)
+        return rows_of(what, shape, dtype, rank, stack.seconds(x, run), rates)
+    dropout = DROPOUT if what == TRAINING else 0.0
+    modules = contestants.on_same_weights(shape, dtype, device, rank, [dropout], makes)[dropout]
+    grad_y = torch.randn(shape.num_tokens, shape.out_features, dtype=dtype, device=device)
+    if what == MERGE:
+        layer = modules[LORA_EXT].eval()
+
+        def clock(call) -> float:  # the merge alone; what it added is taken out again
+            seconds = run.clock(call)
+            layer.unmerge()
+            return seconds
+
+        seconds = run.interleaved({LORA_EXT: layer.merge}, clock=clock)
+    elif what == FORWARD:
+        with torch.no_grad():
+            seconds = run.interleaved({name: lambda m=module: m(x) for name, module in modules.items()})
+    else:
+        x.requires_grad_()
+        calls = {name: lambda m=module: training_step(m, x, [grad_y]) for name, module in modules.items()}
+        seconds = run.interleaved(calls)
+    return rows_of(what, shape, dtype, rank, seconds, rates)
+
+
+def rows_of(
+    what: str, shape: Shape, dtype: torch.dtype, rank: int, seconds: dict[str, list[float]], rates: dict[str, float]
+) -> list[dict]:
+    rows = []
+    for name, times in seconds.items():
+        needed, median = work(what, shape, rank, dtype.itemsize, name != FROZEN), statistics.median(times)
+        intensity = needed.flops / needed.bytes
+        ceiling = min(rates[f"matrix_{report.dtype_name(dtype)}"], intensity * rates["copy"])
+        rows.append(
+            {
+                "what": what,
+                "contestant": name,
+                "shape": list(shape),
+                "dtype": report.dtype_name(dtype),
+                "rounds": len(times),
+                "ms": 1e3 * median,
+                "flops_per_byte": intensity,
+                "flop_s": needed.flops / median,
+                "byte_s": needed.bytes / median,
+                "of_ceiling": needed.flops / median / ceiling,
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict], rates: dict[str, float]) -> str:
+    matrix = {name.removeprefix("matrix_"): rate for name, rate in rates.items() if name.startswith("matrix_")}
+    moved = (f"{name.replace('_', ' ')} {rate / 1e9:.1f} GB/s" for name, rate in rates.items() if "matrix" not in name)
+    products = (f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in matrix.items())
+    cells = (
+        [row["what"], str(Shape(*row["shape"])), row["dtype"], row["contestant"], report.milliseconds(row["ms"])]
+        + [f"{row['flops_per_byte']:.1f}", f"{row['flop_s'] / 1e9:.1f}", f"{row['byte_s'] / 1e9:.1f}"]
+        + [f"{row['of_ceiling']:.0%}"]
+        for row in rows
+    )
+    columns = ["operation", "tokens x in -> out", "dtype", "contestant", "ms", "FLOP/byte", "GFLOP/s", "GB/s"]
+    ceilings_line = f"Ceilings: {', '.join(moved)}; products: {', '.join(products)}."
+    return f"{ceilings_line}\n\n{report.markdown([*columns, 'of ceiling'], cells)}"
+
+
+def main() -> None:
+    parser = report.parser(__doc__, "roofline")
+    report.add_shapes(parser)
+    parser.add_argument("--memory-mib", type=int, default=1024, help="MiB of the large copy")
+    parser.add_argument("--cache-kib", type=int, default=512, help="KiB of the copy within the cache")
+    parser.add_argument("--stack-mib", type=report.at_least(1), default=STACK_MIB, help="as bench_decode.py's")
+    parser.add_argument("--matrix", type=int, default=2048, help="rows and columns of the large product")
+    args = parser.parse_args()
+    if args.device == "cuda":
+        args.matrix = max(args.matrix, 8192)
+    run = Report(args, f"Against what the machine can move and multiply, r={args.rank}, dropout {DROPOUT} in training")
+    rates = measure_ceilings(run)
+    shapes = args.shapes or (CUDA_SHAPES[:3] if run.on_cuda else CPU_SHAPES[1:4])
+    operations = [(what, shape) for shape in shapes for what in (FORWARD, TRAINING)]
+    small = [args.shapes[0]] if args.shapes else DECODE_SHAPES
+    operations += [(DECODE, shape) for shape in small] + [(MERGE, small[0])]
+    rows: list[dict] = []
+    cases = [(*operation, dtype) for operation in operations for dtype in (torch.float32, torch.bfloat16)]
+    for what, shape, dtype in run.cases(cases):
+        rows += measure(what, shape, dtype, run, rates)
+        print(table(rows[-1:], rates).splitlines()[-1], flush=True)
+    run.finish(rows, table(rows, rates), ceilings=rates)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Every benchmark of this folder, one after the other, then the pictures: what `make bench` runs, in under ten minutes.
+
+    python benchmarks/run_all.py [--device cpu] [--machine-isa avx2] [--only layer,decode] [--results DIR]
+
+Each script is a process of its own, prints its table and writes its result files. One that fails does not stop the
+others; at the end the failed ones are named, and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import machine_isa
+import report
+
+HERE = Path(__file__).parent
+# Seconds are the scripts' own measure of when to begin no further case; together, with what starting them takes, they
+# stay below ten minutes on two cores.
+SCRIPTS = {
+    "layer": ["bench_layer.py", "--seconds", "85"],
+    "siblings": ["bench_siblings.py", "--seconds", "20"],
+    "decode": ["bench_decode.py", "--seconds", "75"],
+    "merge": ["bench_merge.py", "--rounds", "20"],
+    "inject": ["bench_inject.py", "--rounds", "7", "--imports", "3"],
+    "finetune": ["bench_finetune.py", "--seconds", "110"],
+    "curves": ["bench_curves.py", "--seconds", "50"],
+    "roofline": ["roofline.py", "--seconds", "32"],
+}
+
+
+def run_all(commands: dict[str, list[str]], say: Callable[[str], None] = print) -> list[str]:
+    """Runs the commands; returns the names of those that failed."""
+    failed = []
+    for name, command in commands.items():
+        say(f"\n=== {' '.join(['python', Path(command[1]).name, *command[2:]])}")
+        begin = time.perf_counter()
+        try:
+            status = subprocess.run(command).returncode
+        except OSError as error:
+            status = error
+        if status != 0:
+            failed.append(name)
+        say(f"=== {name}: {'done' if status == 0 else f'FAILED ({status})'}, {time.perf_counter() - begin:.0f} s")
+    return failed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--machine-isa", choices=list(machine_isa.LIMITS), help="see bench_layer.py --help")
+    parser.add_argument("--results", type=Path, default=report.RESULTS)
+    parser.add_argument("--only", help=f"of {','.join(SCRIPTS)}; separated by commas")
+    args = parser.parse_args()
+    names = args.only.split(",") if args.only else list(SCRIPTS)
+    if unknown := [name for name in names if name not in SCRIPTS]:
+        sys.exit(f"--only: no benchmark {', '.join(unknown)}; there are {', '.join(SCRIPTS)}")
+    report.check_device(args.device)
+
+    options = ["--device", args.device, "--write"]
+    options += ["--machine-isa", args.machine_isa] if args.machine_isa else []
+    options += ["--results", str(args.results)] if args.results != report.RESULTS else []
+    begin = time.perf_counter()
+    commands = {name: [sys.executable, str(HERE / SCRIPTS[name][0]), *SCRIPTS[name][1:], *options] for name in names}
+    failed = run_all(commands, say=lambda text: print(text, flush=True))
+    picture_options = [word for word in options if word != "--write"]
+    failed += run_all({"plots": [sys.executable, str(HERE / "plots.py"), *picture_options]})
+    print(f"\n{time.perf_counter() - begin:.0f} s; results in {args.results}")
+    if failed:
+        print(f"FAILED: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
