@@ -58,6 +58,13 @@ def run(monkeypatch, tmp_path):
 # --- every script -----------------------------------------------------------------------------------------------------
 
 
+def test_stages(run):
+    rows = run("bench_stages", "--shapes", "40x48x64", "--rank", "4")["rows"]
+    assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
+    for row in rows:
+        assert row["us"]["forward"] > 0 and row["gflop_s"] > 0
+
+
 def test_layer(run, capsys):
     result = run("bench_layer", "--shapes", "8x16x24,3x40x8", "--no-compile")
     rows = result["rows"]
