@@ -4,5 +4,6 @@
 #define LORA_EXT_AVX512 0
 #define LORA_EXT_AVX2 0
 #define LORA_EXT_AVX512_BF16 0
+#define LORA_EXT_AVX512_VBMI2 0
 
 #include "isa.inc"
