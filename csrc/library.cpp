@@ -44,21 +44,28 @@ STABLE_TORCH_LIBRARY(lora_ext, m) {
 
   // Merging and unmerging of many layers: weight += lora_B @ lora_A in place, rounded once, and back to the very bits.
   // Weights of one dtype; factors in the accumulation dtype, lora_B times the scaling. csrc/common/merge_params.h
-  // defines the results to the bit, csrc/common/merge_record.h the record; lora_ext/exact_merge.py puts the three ops
-  // together.
+  // defines the results to the bit, csrc/common/merge_record.h the record: of each layer words, int16 [out_features,
+  // ceil(in_features / 256)], the lengths of the segments' records, and corrections, an int16 vector.
+  // lora_ext/exact_merge.py puts the ops together.
+  m.def("lora_merge_(Tensor(a!)[] weights, Tensor[] lora_As, Tensor[] lora_Bs) -> ()");
 
-  // What merging would come to: non_finite int64 [layers] counts results that are NaN or infinite; words int16, a row
-  // of [out_features, ceil(in_features / 256)] after the other over all layers, is the length of each segment's record.
-  m.def("lora_merge_plan(Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs) -> (Tensor non_finite, Tensor words)");
-
-  // With ends, the running sum of the plan's words, the record is written to corrections: one int16 vector a layer.
+  // Without words and corrections: what a merge without corrections leaves is taken back.
   m.def(
-      "lora_merge_(Tensor(a!)[] weights, Tensor[] lora_As, Tensor[] lora_Bs, Tensor? ends, "
-      "Tensor(b!)[] corrections) -> ()");
-
-  m.def(
-      "lora_unmerge_(Tensor(a!)[] weights, Tensor[] lora_As, Tensor[] lora_Bs, Tensor? ends, "
+      "lora_unmerge_(Tensor(a!)[] weights, Tensor[] lora_As, Tensor[] lora_Bs, Tensor[] words, "
       "Tensor[] corrections) -> ()");
+
+  // On the CPU, a merge with a record in one pass. non_finite int64 [layers] counts results that are NaN or infinite:
+  // if there are any, the weights are what they were, layers behind are not counted, and there is no record.
+  m.def(
+      "lora_merge_record_(Tensor(a!)[] weights, Tensor[] lora_As, Tensor[] lora_Bs) "
+      "-> (Tensor non_finite, Tensor[] words, Tensor[] corrections)");
+
+  // On CUDA, which must know beforehand how long the record is, in two. The first changes nothing; it counts all
+  // layers' results that are NaN or infinite, and its words are those of all layers, one after the other.
+  m.def("lora_merge_plan(Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs) -> (Tensor non_finite, Tensor words)");
+  m.def(
+      "lora_merge_planned_(Tensor(a!)[] weights, Tensor[] lora_As, Tensor[] lora_Bs, Tensor[] words, "
+      "Tensor(b!)[] corrections) -> ()");
 
   // The dropout mask lora_linear uses for this seed, as bits: uint8 [num_tokens, ceil(in_features / 64) * 8].
   m.def("lora_dropout_mask(Tensor seed, SymInt num_tokens, SymInt in_features, float dropout_p) -> Tensor");

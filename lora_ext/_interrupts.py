@@ -7,23 +7,31 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_inside = False  # the main thread is in such a block
+
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block.
+    """Ctrl-C waits for the end of the block, and of all blocks around it.
 
     Python raises KeyboardInterrupt as soon as an op returns that was running when the key was pressed: just before the
     caller can note what the op has done. It raises it in the main thread alone, so that others need nothing.
     """
+    global _inside
+    if threading.current_thread() is not threading.main_thread() or _inside:
+        yield
+        return
     previous = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(previous):
+    if not callable(previous):
         yield
         return
     caught: list[tuple] = []
     signal.signal(signal.SIGINT, lambda *arguments: caught.append(arguments))
+    _inside = True
     try:
         yield
     finally:
+        _inside = False
         signal.signal(signal.SIGINT, previous)
         if caught:
             previous(*caught[-1])

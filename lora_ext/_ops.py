@@ -51,13 +51,29 @@ def _(weights, lora_As, lora_Bs):
     )
 
 
+@torch.library.register_fake("lora_ext::lora_merge_record_")
+def _(weights, lora_As, lora_Bs):
+    _checks.check_merge("lora_merge_record_", weights, lora_As, lora_Bs)
+    num_corrections = [torch.library.get_ctx().new_dynamic_size() for _ in weights]
+    return (
+        weights[0].new_empty((len(weights),), dtype=torch.int64),
+        [w.new_empty((w.shape[0], _checks.merge_segments(w.shape[1])), dtype=torch.int16) for w in weights],
+        [w.new_empty((count,), dtype=torch.int16) for w, count in zip(weights, num_corrections, strict=True)],
+    )
+
+
 @torch.library.register_fake("lora_ext::lora_merge_")
-def _(weights, lora_As, lora_Bs, ends, corrections):
+def _(weights, lora_As, lora_Bs):
     _checks.check_merge("lora_merge_", weights, lora_As, lora_Bs)
 
 
+@torch.library.register_fake("lora_ext::lora_merge_planned_")
+def _(weights, lora_As, lora_Bs, words, corrections):
+    _checks.check_merge("lora_merge_planned_", weights, lora_As, lora_Bs)
+
+
 @torch.library.register_fake("lora_ext::lora_unmerge_")
-def _(weights, lora_As, lora_Bs, ends, corrections):
+def _(weights, lora_As, lora_Bs, words, corrections):
     _checks.check_merge("lora_unmerge_", weights, lora_As, lora_Bs)
 
 
@@ -141,17 +157,20 @@ def _lora_merge_plan_autograd(weights, lora_As, lora_Bs):
 def _changes_weights(op):
     """The autograd kernel of an op that changes its first argument, a list of weights, in place."""
 
-    def autograd_kernel(weights, lora_As, lora_Bs, ends, corrections):
+    def autograd_kernel(weights, *arguments):
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
             raise RuntimeError(
                 f"{op.__name__}: weight requires grad; merging in place would corrupt its gradient. "
                 "Call weight.requires_grad_(False) or merge under torch.no_grad()"
             )
         with below_autograd():
-            op.default(weights, lora_As, lora_Bs, ends, corrections)
+            result = op.default(weights, *arguments)
+        if result is not None and not result[1]:  # lora_merge_record_ has merged nothing
+            return result
         for weight in weights:
             if not weight.is_inference():
                 torch.autograd.graph.increment_version(weight)  # mutating stable-ABI ops do not
+        return result
 
     return autograd_kernel
 
@@ -159,8 +178,8 @@ def _changes_weights(op):
 LIBRARY.impl("lora_linear", _lora_linear_autograd, "Autograd")
 LIBRARY.impl("lora_linear_backward", _lora_linear_backward_autograd, "Autograd")
 LIBRARY.impl("lora_merge_plan", _lora_merge_plan_autograd, "Autograd")
-LIBRARY.impl("lora_merge_", _changes_weights(torch.ops.lora_ext.lora_merge_), "Autograd")
-LIBRARY.impl("lora_unmerge_", _changes_weights(torch.ops.lora_ext.lora_unmerge_), "Autograd")
+for _name in ("lora_merge_", "lora_merge_record_", "lora_merge_planned_", "lora_unmerge_"):
+    LIBRARY.impl(_name, _changes_weights(getattr(torch.ops.lora_ext, _name)), "Autograd")
 
 
 # --- autocast: x, weight and bias go to autocast's dtype as in nn.Linear; the adapter keeps its own -------------------

@@ -5,13 +5,15 @@ float64 weights) and rounded once. Rounding loses bits; the record of a merge ke
 ``round(merged - d)`` is not ``W``, the difference in units in the last place. csrc/common/merge_params.h defines all of
 it to the bit, the same on every device; csrc/common/merge_record.h the record's layout.
 
-A merge takes two passes: the first changes nothing, finds results that are NaN or infinite, and how long the record
-will be; the second merges. Lists of weights go through both together.
+On the CPU a merge is one pass, which restores what it has changed when it meets a result that is NaN or infinite. On
+CUDA it takes two: the first changes nothing, and finds such results and how long the record will be. Lists of weights
+go through together.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
@@ -24,8 +26,8 @@ from ._interrupts import uninterrupted
 
 __all__ = ["MergeRecord", "lora_merge_", "lora_unmerge_", "merge_all_", "pack_factors", "unmerge_all_"]
 
-# weights, lora_A, lora_B, ends, corrections: what lora_merge_ and lora_unmerge_ take (csrc/library.cpp)
-LaunchArguments: TypeAlias = tuple[list[Tensor], list[Tensor], list[Tensor], "Tensor | None", list[Tensor]]
+# weights, lora_A, lora_B, words, corrections: what lora_unmerge_ takes (csrc/library.cpp)
+LaunchArguments: TypeAlias = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 
 @dataclasses.dataclass(eq=False)
@@ -120,6 +122,10 @@ def pack_factors(dtype: torch.dtype, adapters: Sequence[tuple[Tensor, Tensor, fl
     acc = _checks.accumulation_dtype(dtype)
     # Factors that were scaled before stay as they are: a product would flush their subnormals where the caller has that
     # switched on (torch.set_flush_denormal).
+    if len(adapters) == 1:
+        ((A, B, scaling),) = adapters
+        A, scaled = A.detach().to(acc, copy=True, memory_format=torch.contiguous_format), B.detach().to(acc)
+        return A, scaled * scaling if scaling != 1.0 else scaled.clone(memory_format=torch.contiguous_format)
     return (
         torch.cat([A.detach().to(acc) for A, _, _ in adapters]),
         torch.cat([B.detach().to(acc) * s if s != 1.0 else B.detach().to(acc) for _, B, s in adapters], dim=1),
@@ -137,40 +143,65 @@ def merge_all_(
 ) -> list[MergeRecord | None]:
     """Merges factors of :func:`pack_factors` into their weights, or into none of them.
 
-    Nothing is changed before every result is known to be finite and every record has its memory. With records, what was
-    changed is restored where a launch fails or Ctrl-C is pressed. ``labels`` name the weights in messages. Errors as
-    :func:`lora_merge_`; ValueError also where two weights share memory.
+    What was changed is restored where a result is not finite, a launch fails or Ctrl-C is pressed; merges without a
+    record on CUDA are not interrupted. ``labels`` name the weights in messages. Errors as :func:`lora_merge_`;
+    ValueError also where two weights share memory.
     """
     labels = ["weight"] * len(weights) if labels is None else labels
-    groups = _groups(caller, weights, labels)
-    plans = {}
-    for key, members in groups.items():
-        arguments = [[tensors[i] for i in members] for tensors in (weights, lora_A, lora_B)]
-        plans[key] = arguments, *torch.ops.lora_ext.lora_merge_plan.default(*arguments)
-    for key, members in groups.items():
-        for i, count in zip(members, plans[key][1].tolist(), strict=True):
-            if count:
-                _refuse(caller, labels[i], count, weights[i], lora_A[i], lora_B[i])
-    if not record:
-        for arguments, _, _ in plans.values():
-            torch.ops.lora_ext.lora_merge_.default(*arguments, None, [])
-        return [None] * len(weights)
-
-    records: dict[int, MergeRecord] = {}
     launches = []
-    for key, members in groups.items():
-        arguments, _, words = plans.pop(key)
-        ends = words.cumsum(0)  # int64
-        per_layer = words.split([_num_segments(weight) for weight in arguments[0]])
-        totals = [int(total) for total in torch.stack([part.sum() for part in per_layer]).tolist()]
-        corrections = [words.new_empty(total) for total in totals]
-        launches.append((*arguments, ends, corrections))
-        for i, part, own in zip(members, per_layer, corrections, strict=True):
-            shape = weights[i].shape[0], _checks.merge_segments(weights[i].shape[1])
-            kept = (part.reshape(shape).clone(), own) if own.numel() else (None, None)
+    for (device, _), members in _groups(caller, weights, labels).items():
+        lists = tuple([tensors[i] for i in members] for tensors in (weights, lora_A, lora_B))
+        refuse = functools.partial(_refuse_non_finite, caller, lists, [labels[i] for i in members])
+        launches.append(
+            (members, _one_pass(lists, refuse) if device.type == "cpu" else _planned(lists, refuse, record))
+        )
+    done = _all_or_none([launch for _, launch in launches], undo=run_unmerge)
+    if not record:
+        return [None] * len(weights)
+    records: list[MergeRecord | None] = [None] * len(weights)
+    for (members, _), (*_, words, corrections) in zip(launches, done, strict=True):
+        for i, own_words, own in zip(members, words, corrections, strict=True):
+            kept = (own_words, own) if own.numel() else (None, None)
             records[i] = MergeRecord(lora_A[i], lora_B[i], weights[i].dtype, *kept)
-    _launch_all(torch.ops.lora_ext.lora_merge_, launches, undo=run_unmerge)
-    return [records[i] for i in range(len(weights))]
+    return records
+
+
+def _one_pass(lists: tuple[list[Tensor], ...], refuse: Callable[[Tensor], None]) -> Callable[[], LaunchArguments]:
+    """A merge of these weights, lora_A and lora_B on the CPU: its result is what unmerging them takes."""
+
+    def launch() -> LaunchArguments:
+        non_finite, words, corrections = torch.ops.lora_ext.lora_merge_record_.default(*lists)
+        if not words:  # the op has restored the weights
+            refuse(non_finite)
+        return *lists, words, corrections
+
+    return launch
+
+
+def _planned(
+    lists: tuple[list[Tensor], ...], refuse: Callable[[Tensor], None], record: bool
+) -> Callable[[], LaunchArguments]:
+    """As :func:`_one_pass`, on CUDA: refused or planned now, with all the memory that it takes, and merged later."""
+    non_finite, all_words = torch.ops.lora_ext.lora_merge_plan.default(*lists)
+    refuse(non_finite)
+    if not record:
+
+        def launch() -> LaunchArguments:
+            torch.ops.lora_ext.lora_merge_.default(*lists)
+            return [], [], [], [], []
+
+        return launch
+    shapes = [(weight.shape[0], _checks.merge_segments(weight.shape[1])) for weight in lists[0]]
+    parts = all_words.split([rows * segments for rows, segments in shapes])
+    totals = [int(total) for total in torch.stack([part.sum() for part in parts]).tolist()]
+    words = [part.view(shape).clone() for part, shape in zip(parts, shapes, strict=True)]
+    corrections = [all_words.new_empty(total) for total in totals]
+
+    def launch() -> LaunchArguments:
+        torch.ops.lora_ext.lora_merge_planned_.default(*lists, words, corrections)
+        return *lists, words, corrections
+
+    return launch
 
 
 @torch.no_grad()
@@ -194,41 +225,48 @@ def plan_unmerge(
         own = [records[i].to(weights[i].device) for i in members]
         arguments = [weights[i] for i in members], [r.lora_A for r in own], [r.lora_B for r in own]
         if all(r.words is None for r in own):
-            launches.append((*arguments, None, []))
+            launches.append((*arguments, [], []))
             continue
         none = own[0].lora_A.new_empty(0, dtype=torch.int16)
         words = [
-            none.new_zeros(_num_segments(weight)) if r.words is None else r.words.flatten()
+            none.new_zeros(weight.shape[0], _checks.merge_segments(weight.shape[1])) if r.words is None else r.words
             for weight, r in zip(arguments[0], own, strict=True)
         ]
-        corrections = [none if r.corrections is None else r.corrections for r in own]
-        launches.append((*arguments, torch.cat(words).cumsum(0), corrections))
+        launches.append((*arguments, words, [none if r.corrections is None else r.corrections for r in own]))
     return launches
 
 
 @torch.no_grad()
 def run_unmerge(launches: Sequence[LaunchArguments]) -> None:
     """Restores the weights: all of them, or none where a launch fails or Ctrl-C is pressed."""
-    _launch_all(torch.ops.lora_ext.lora_unmerge_, launches, undo=remerge)
+
+    def unmerge(launch: LaunchArguments) -> LaunchArguments:
+        if launch[0]:
+            torch.ops.lora_ext.lora_unmerge_.default(*launch)
+        return launch
+
+    _all_or_none([functools.partial(unmerge, launch) for launch in launches], undo=remerge)
 
 
 @torch.no_grad()
 def remerge(launches: Sequence[LaunchArguments]) -> None:
     """Merges again what these launches took out, to the same bits; allocates nothing."""
     for weights, lora_A, lora_B, _, _ in launches:
-        torch.ops.lora_ext.lora_merge_.default(weights, lora_A, lora_B, None, [])
+        torch.ops.lora_ext.lora_merge_.default(weights, lora_A, lora_B)
 
 
-def _launch_all(op, launches: Sequence[LaunchArguments], undo: Callable[[list[LaunchArguments]], None]) -> None:
+def _all_or_none(
+    launches: Sequence[Callable[[], LaunchArguments]], undo: Callable[[list[LaunchArguments]], None]
+) -> list[LaunchArguments]:
     done: list[LaunchArguments] = []
     try:
         with uninterrupted():  # an interrupt would leave open whether the last op has run
             for launch in launches:
-                op.default(*launch)
-                done.append(launch)
+                done.append(launch())
     except BaseException:  # the caller learns of no change, and must find none
         undo(done)
         raise
+    return done
 
 
 def check_unmerge(caller: str, weight: Tensor, record: MergeRecord, label: str = "weight") -> None:
@@ -288,10 +326,6 @@ def _overlap(first: Tensor, second: Tensor) -> bool:
     return column < first.shape[1] or column + second.shape[1] > stride
 
 
-def _num_segments(weight: Tensor) -> int:
-    return weight.shape[0] * _checks.merge_segments(weight.shape[1])
-
-
 def _check_needs_no_grad(op: str, weight: Tensor) -> None:
     if torch.is_grad_enabled() and weight.requires_grad:
         raise RuntimeError(
@@ -300,14 +334,18 @@ def _check_needs_no_grad(op: str, weight: Tensor) -> None:
         )
 
 
-def _refuse(caller: str, label: str, count: int, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
-    if not (lora_A.isfinite().all() and lora_B.isfinite().all()):
-        reason = "the adapter has NaN or infinite values"
-    elif not weight.isfinite().all():
-        reason = "the weight has NaN or infinite values"
-    else:
-        limit = torch.finfo(weight.dtype).max
-        reason = f"the sum overflows {weight.dtype} (at most {limit:g}); convert to a wider dtype first"
-    raise ValueError(
-        f"{caller}: merging would make {count} of {weight.numel()} elements of {label} NaN or infinite: {reason}"
-    )
+def _refuse_non_finite(caller: str, lists: tuple[list[Tensor], ...], labels: Sequence[str], non_finite: Tensor) -> None:
+    """ValueError where a count is not zero, about the first such layer. The weights are unchanged or restored."""
+    for weight, lora_A, lora_B, label, count in zip(*lists, labels, non_finite.tolist(), strict=True):
+        if count == 0:
+            continue
+        if not (lora_A.isfinite().all() and lora_B.isfinite().all()):
+            reason = "the adapter has NaN or infinite values"
+        elif not weight.isfinite().all():
+            reason = "the weight has NaN or infinite values"
+        else:
+            limit = torch.finfo(weight.dtype).max
+            reason = f"the sum overflows {weight.dtype} (at most {limit:g}); convert to a wider dtype first"
+        raise ValueError(
+            f"{caller}: merging would make {count} of {weight.numel()} elements of {label} NaN or infinite: {reason}"
+        )

@@ -98,10 +98,9 @@ def test_lora_merge_refuses_and_changes_nothing(case):
         functional.lora_merge_(**arguments)
     if "scaling" not in change:  # the op's lora_B comes multiplied by it
         lists = [arguments["weight"]], [arguments["lora_A"]], [arguments["lora_B"]]
-        for mode in ("lora_merge_plan", "lora_merge_", "lora_unmerge_"):
-            record = () if mode == "lora_merge_plan" else (None, [])
-            with pytest.raises(RuntimeError, match=rf"{mode}: (weight|lora_[AB])s\[0\] "):
-                getattr(torch.ops.lora_ext, mode)(*lists, *record)
+        for op, record in {"lora_merge_": (), "lora_merge_record_": (), "lora_unmerge_": ([], [])}.items():
+            with pytest.raises(RuntimeError, match=rf"{op}: (weight|lora_[AB])s\[0\] "):
+                getattr(torch.ops.lora_ext, op)(*lists, *record)
     assert torch.equal(arguments["weight"], before)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from merged_models import all_same, assert_restores, hard_layer, hard_model, merged_sets, refused, weights
-from merging import same_bits
+from merging import MERGE_OP, same_bits
 from torch import nn
 
 from lora_ext import functional, merge, unmerge
@@ -71,11 +71,42 @@ assert all(map(torch.equal, weights, before))
 """
 
 
+SHORT_OF_MEMORY_FOR_RECORDS = """
+import resource, torch
+from lora_ext.exact_merge import merge_all_
+
+torch.set_num_threads(2)
+shapes = [(600, 500), (4096, 4096)]
+weights = [torch.randn(shape) for shape in shapes]
+before = [weight.clone() for weight in weights]
+As, Bs = [torch.randn(2, k) for _, k in shapes], [1e3 * torch.randn(n, 2) for n, _ in shapes]
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + {room} * 2**20, -1))
+try:
+    records = merge_all_("test", weights, As, Bs)
+except (MemoryError, RuntimeError) as error:
+    assert isinstance(error, MemoryError) or "allocate" in str(error) or "failed" in str(error), error
+    assert all(map(torch.equal, weights, before))
+else:
+    raise AssertionError("there was room for a record as large as the weight")
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+merge_all_("test", weights, As, Bs)
+assert not any(map(torch.equal, weights, before))
+"""
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a limit on memory")
 @pytest.mark.cpu_only("limits the CPU's memory")
-def test_out_of_memory_in_an_op():
-    """The second weight's copy of lora_A has no room; the first weight needs little."""
-    result = subprocess.run([sys.executable, "-c", SHORT_OF_MEMORY], capture_output=True, text=True)
+@pytest.mark.parametrize(
+    "script",
+    [
+        SHORT_OF_MEMORY,  # the second weight's copy of lora_A has no room; the first weight needs little
+        *(SHORT_OF_MEMORY_FOR_RECORDS.format(room=room) for room in (16, 40, 80, 120)),  # of 64 MiB, twice
+    ],
+    ids=["factors", "records, 16", "records, 40", "records, 80", "records, 120"],
+)
+def test_out_of_memory_in_an_op(script):
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
@@ -128,7 +159,7 @@ def ctrl_c() -> Iterator[None]:
     signal.signal(signal.SIGINT, previous)
 
 
-@pytest.mark.parametrize("op", ["lora_merge_plan", "lora_merge_", "lora_unmerge_"])
+@pytest.mark.parametrize("op", [MERGE_OP, "lora_unmerge_"])
 def test_ctrl_c_during_an_op_takes_effect_when_all_is_noted(monkeypatch, ctrl_c, op):
     model = hard_model([torch.float32, torch.bfloat16])
     pristine, expected = weights(model), copy.deepcopy(model)
@@ -149,7 +180,8 @@ def test_ctrl_c_while_unloading(monkeypatch, ctrl_c):
     expected = copy.deepcopy(model[0])
     expected.merge()
     with monkeypatch.context() as patch:
-        patch.setattr(torch.ops.lora_ext, "lora_merge_", PressesCtrlC(torch.ops.lora_ext.lora_merge_))
+        op = MERGE_OP if MERGE_OP == "lora_merge_record_" else "lora_merge_"  # without a record
+        patch.setattr(torch.ops.lora_ext, op, PressesCtrlC(getattr(torch.ops.lora_ext, op)))
         with pytest.raises(KeyboardInterrupt):
             merge_and_unload(model)
     assert type(model[0]) is nn.Linear and same_bits(model[0].weight, expected.weight)
@@ -168,25 +200,23 @@ def test_ctrl_c_during_a_merge_that_is_refused(monkeypatch, ctrl_c):
     assert_restores(model, pristine)
 
 
-@pytest.mark.parametrize("op", ["lora_merge_", "lora_unmerge_"])
+@pytest.mark.parametrize("op", [MERGE_OP, "lora_unmerge_"])
 def test_ctrl_c_leaves_a_weight_outside_layers_as_it_was(monkeypatch, ctrl_c, op):
     """Nobody would have the record, or know that it is used up."""
     weight = torch.randn(6, 300)
     before, arguments = weight.clone(), (torch.randn(2, 300), torch.randn(6, 2), 0.3)
     record = functional.lora_merge_(weight, *arguments)
     merged_weight = weight.clone()
-    if op == "lora_merge_":
+    if op == MERGE_OP:
         functional.lora_unmerge_(weight, record)
     with monkeypatch.context() as patch:
         patch.setattr(torch.ops.lora_ext, op, PressesCtrlC(getattr(torch.ops.lora_ext, op)))
         with pytest.raises(KeyboardInterrupt):
-            functional.lora_merge_(weight, *arguments) if op == "lora_merge_" else functional.lora_unmerge_(
-                weight, record
-            )
-    assert same_bits(weight, before if op == "lora_merge_" else merged_weight)
+            functional.lora_merge_(weight, *arguments) if op == MERGE_OP else functional.lora_unmerge_(weight, record)
+    assert same_bits(weight, before if op == MERGE_OP else merged_weight)
 
 
-@pytest.mark.parametrize("op", ["lora_merge_", "lora_unmerge_"])
+@pytest.mark.parametrize("op", [MERGE_OP, "lora_unmerge_"])
 def test_a_launch_that_fails_after_another(monkeypatch, op):
     model = hard_model([torch.float32, torch.bfloat16])
     pristine = weights(model)

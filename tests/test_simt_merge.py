@@ -10,7 +10,7 @@ from simt.driver import Library, kernels
 from simt.edits import few_blocks
 from torch import Tensor
 
-from lora_ext.exact_merge import merge_all_, pack_factors, unmerge_all_
+from lora_ext.exact_merge import pack_factors
 
 RANKS = [1, 3, 8, 16, 17, 64, 100]
 MAX_LAYERS_OF_A_LAUNCH = 32
@@ -35,19 +35,16 @@ def whole_cycle(layers: list[tuple[Tensor, ...]], schedule: int = 0, library: Li
     weights, As, Bs = map(list, zip(*layers, strict=True))
     options = {"schedule": schedule, "library": library}
     non_finite, words = merge_ops.plan(weights, As, Bs, **options)
-    cpu_non_finite, cpu_words = torch.ops.lora_ext.lora_merge_plan(weights, As, Bs)
-    assert torch.equal(non_finite, cpu_non_finite) and not non_finite.any()
-    assert torch.equal(words, cpu_words)
-
     on_cpu = [weight.clone() for weight in weights]
-    records = merge_all_("test", on_cpu, As, Bs)
-    lengths = [0 if record.corrections is None else record.corrections.numel() for record in records]
+    cpu_non_finite, cpu_words, cpu_corrections = torch.ops.lora_ext.lora_merge_record_(on_cpu, As, Bs)
+    assert torch.equal(non_finite, cpu_non_finite) and not non_finite.any()
+    assert torch.equal(words, torch.cat([own.flatten() for own in cpu_words]))
+    lengths = [own.numel() for own in cpu_corrections]
     ends = words.cumsum(0)
     results, corrections = merge_ops.merge_record(weights, As, Bs, ends, lengths, **options)
     assert all(map(same_bits, results, on_cpu))
     assert all(map(same_bits, merge_ops.merge(weights, As, Bs, **options), on_cpu))
-    for record, own in zip(records, corrections, strict=True):
-        assert own.numel() == 0 if record.corrections is None else torch.equal(record.corrections, own)
+    assert all(map(torch.equal, corrections, cpu_corrections))
 
     # The weights as they lie in memory, that is with their strides.
     places = [weight.clone() if weight.is_contiguous() else in_place_of(weight) for weight in weights]
@@ -56,9 +53,7 @@ def whole_cycle(layers: list[tuple[Tensor, ...]], schedule: int = 0, library: Li
     assert all(map(same_bits, merge_ops.unmerge(places, As, Bs, ends, corrections, **options), weights))
 
     candidates = merge_ops.unmerge(places, As, Bs, **options)
-    for record in records:
-        record.words = record.corrections = None
-    unmerge_all_("test", on_cpu, records)
+    torch.ops.lora_ext.lora_unmerge_(on_cpu, As, Bs, [], [])
     assert all(map(same_bits, candidates, on_cpu))
     return results
 
@@ -109,7 +104,7 @@ def test_tiny_and_huge_updates(dtype, size):
 def test_every_kind_of_record_in_a_row(dtype):
     """Each segment its own: none, corrections, outliers among them, outliers only, a whole segment."""
     layer = layer_of_records(dtype, 5)
-    words = torch.ops.lora_ext.lora_merge_plan(*([tensor] for tensor in layer))[1].view(5, 5)
+    words = merge_ops.plan(*([tensor] for tensor in layer))[1].view(5, 5)
     whole, outlier = 256 * dtype.itemsize // 2, 1 + dtype.itemsize // 2
     assert (words[:, 0] == 0).all()
     assert (words[:, 1:3] > 0).all() and (words[:, 1:3] < whole).all()
@@ -218,9 +213,10 @@ def test_non_finite_results_are_counted(dtype, schedule):
     layers[3][0][5, 6], layers[3][1][:, 6], layers[3][2][5] = limit, limit / 8, 4.0  # overflows
     weights, As, Bs = map(list, zip(*layers, strict=True))
     non_finite, words = merge_ops.plan(weights, As, Bs, schedule)
-    cpu_non_finite, cpu_words = torch.ops.lora_ext.lora_merge_plan(weights, As, Bs)
-    assert non_finite.tolist() == cpu_non_finite.tolist() == [3, 9, 300, 1, 0]
-    assert torch.equal(words[-18:], cpu_words[-18:])  # of what is finite
+    assert non_finite.tolist() == [3, 9, 300, 1, 0]
+    on_cpu = [torch.ops.lora_ext.lora_merge_record_([weight], [A], [B]) for weight, A, B in layers]
+    assert [int(counts) for counts, _, _ in on_cpu] == non_finite.tolist()
+    assert torch.equal(words[-18:], on_cpu[-1][1][0].flatten())  # of what is finite
 
 
 RUBBISH = {

@@ -1,4 +1,4 @@
-// lora_merge_plan, lora_merge_ and lora_unmerge_ on CUDA. csrc/library.cpp has the schemas.
+// lora_merge_, lora_merge_plan, lora_merge_planned_ and lora_unmerge_ on CUDA. csrc/library.cpp has the schemas.
 #include <torch/csrc/stable/library.h>
 
 #include "../cuda/merge.h"
@@ -13,30 +13,74 @@ void run(const MergeCall& call, MergeMode mode, const Tensor& like) {
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+// int64 [1, segments]: the running sum of all layers' words, from which every block reads where its records lie.
+Tensor segment_ends(const std::vector<Tensor>& words) {
+  std::vector<Tensor> rows;
+  std::vector<AtenTensorHandle> handles;
+  for (const Tensor& own : words) {
+    const int64_t count = own.size(0) * own.size(1);
+    rows.push_back(as_matrix(own, 1, count, count, 1));
+    handles.push_back(rows.back().get());
+  }
+  AtenTensorHandle all, ends;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_cat(handles.data(), static_cast<int64_t>(handles.size()), 1, &all));
+  const Tensor owner(all);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_cumsum(all, 1, nullptr, &ends));
+  return Tensor(ends);
+}
+
+// The record for the kernels. Returns ends, which must live until they are launched.
+std::optional<Tensor> attach_record(const char* op, MergeCall& call, const std::vector<Tensor>& words,
+                                    const std::vector<Tensor>& corrections, const Tensor& like) {
+  check_record(op, call, words, corrections, like);
+  if (words.empty()) return std::nullopt;
+  const Tensor ends = segment_ends(words);
+  call.params.ends = static_cast<const int64_t*>(ends.const_data_ptr());
+  for (size_t i = 0; i < corrections.size(); ++i) {
+    call.layers[i].corrections = static_cast<uint16_t*>(corrections[i].mutable_data_ptr());
+    call.layers[i].num_corrections = corrections[i].size(0);
+  }
+  return ends;
+}
+
+void lora_merge_(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
+                 const std::vector<Tensor>& lora_Bs) {
+  const MergeCall call = prepare_merge("lora_merge_", weights, lora_As, lora_Bs);
+  const DeviceGuard guard(weights[0].get_device_index());
+  run(call, MergeMode::kMerge, weights[0]);
+}
+
+// Counts non_finite [num_layers] and words [segments of all layers].
 std::tuple<Tensor, Tensor> lora_merge_plan(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
                                            const std::vector<Tensor>& lora_Bs) {
   MergeCall call = prepare_merge("lora_merge_plan", weights, lora_As, lora_Bs);
   const DeviceGuard guard(weights[0].get_device_index());
-  const auto results = allocate_plan(call, weights[0]);
+  Tensor non_finite = empty({static_cast<int64_t>(call.layers.size())}, aoti_torch_dtype_int64(), weights[0]);
+  torch::stable::zero_(non_finite);
+  Tensor words = empty({call.num_segments}, aoti_torch_dtype_int16(), weights[0]);
+  call.params.words = static_cast<int16_t*>(words.mutable_data_ptr());
+  for (size_t i = 0; i < call.layers.size(); ++i) {
+    call.layers[i].non_finite = static_cast<int64_t*>(non_finite.mutable_data_ptr()) + i;
+  }
   run(call, MergeMode::kPlan, weights[0]);
-  return results;
+  return {non_finite, words};
 }
 
-void lora_merge_(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
-                 const std::vector<Tensor>& lora_Bs, const std::optional<Tensor>& ends,
-                 const std::vector<Tensor>& corrections) {
-  MergeCall call = prepare_merge("lora_merge_", weights, lora_As, lora_Bs);
+void lora_merge_planned_(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
+                         const std::vector<Tensor>& lora_Bs, const std::vector<Tensor>& words,
+                         const std::vector<Tensor>& corrections) {
+  MergeCall call = prepare_merge("lora_merge_planned_", weights, lora_As, lora_Bs);
   const DeviceGuard guard(weights[0].get_device_index());
-  attach_record("lora_merge_", call, ends, corrections, weights[0]);
-  run(call, ends ? MergeMode::kMergeRecord : MergeMode::kMerge, weights[0]);
+  const auto ends = attach_record("lora_merge_planned_", call, words, corrections, weights[0]);
+  run(call, MergeMode::kMergeRecord, weights[0]);
 }
 
 void lora_unmerge_(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
-                   const std::vector<Tensor>& lora_Bs, const std::optional<Tensor>& ends,
+                   const std::vector<Tensor>& lora_Bs, const std::vector<Tensor>& words,
                    const std::vector<Tensor>& corrections) {
   MergeCall call = prepare_merge("lora_unmerge_", weights, lora_As, lora_Bs);
   const DeviceGuard guard(weights[0].get_device_index());
-  attach_record("lora_unmerge_", call, ends, corrections, weights[0]);
+  const auto ends = attach_record("lora_unmerge_", call, words, corrections, weights[0]);
   run(call, MergeMode::kUnmerge, weights[0]);
 }
 
@@ -44,7 +88,8 @@ void lora_unmerge_(const std::vector<Tensor>& weights, const std::vector<Tensor>
 }  // namespace lora_ext::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(lora_ext, CUDA, m) {
-  m.impl("lora_merge_plan", TORCH_BOX(&lora_ext::cuda::lora_merge_plan));
   m.impl("lora_merge_", TORCH_BOX(&lora_ext::cuda::lora_merge_));
+  m.impl("lora_merge_plan", TORCH_BOX(&lora_ext::cuda::lora_merge_plan));
+  m.impl("lora_merge_planned_", TORCH_BOX(&lora_ext::cuda::lora_merge_planned_));
   m.impl("lora_unmerge_", TORCH_BOX(&lora_ext::cuda::lora_unmerge_));
 }

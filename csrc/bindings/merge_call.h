@@ -61,40 +61,25 @@ inline MergeCall prepare_merge(const char* op, const std::vector<Tensor>& weight
   return call;
 }
 
-// ends and the layers' corrections, where there are any.
-inline void attach_record(const char* op, MergeCall& call, const std::optional<Tensor>& ends,
-                          const std::vector<Tensor>& corrections, const Tensor& like) {
-  if (!ends) {
-    STD_TORCH_CHECK(corrections.empty(), op, ": corrections are given, but ends is None");
-    return;
-  }
-  STD_TORCH_CHECK(ends->scalar_type() == ScalarType::Long && ends->dim() == 1 && ends->is_contiguous() &&
-                      ends->size(0) == call.num_segments,
-                  op, ": ends must be int64 [", call.num_segments, "], contiguous");
-  check_device(op, {"ends"}, *ends, {"weight", 0}, like);
-  STD_TORCH_CHECK(corrections.size() == call.layers.size(), op, ": there are ", call.layers.size(), " weights, but ",
-                  corrections.size(), " corrections");
-  call.params.ends = static_cast<const int64_t*>(ends->const_data_ptr());
-  for (size_t i = 0; i < corrections.size(); ++i) {
+// Of each layer the words of its segments and its corrections, or empty lists.
+inline void check_record(const char* op, const MergeCall& call, const std::vector<Tensor>& words,
+                         const std::vector<Tensor>& corrections, const Tensor& like) {
+  if (words.empty() && corrections.empty()) return;
+  STD_TORCH_CHECK(words.size() == call.layers.size() && corrections.size() == call.layers.size(), op, ": there are ",
+                  call.layers.size(), " weights, but ", words.size(), " words and ", corrections.size(),
+                  " corrections");
+  for (size_t i = 0; i < call.layers.size(); ++i) {
+    const MergeLayer& layer = call.layers[i];
+    const int64_t rows = layer.out_features, segments = merge_segments(layer.in_features);
+    STD_TORCH_CHECK(words[i].scalar_type() == ScalarType::Short && words[i].dim() == 2 && words[i].size(0) == rows &&
+                        words[i].size(1) == segments && words[i].is_contiguous(),
+                    op, ": words[", i, "] must be int16 [", rows, ", ", segments, "], contiguous");
     STD_TORCH_CHECK(corrections[i].scalar_type() == ScalarType::Short && corrections[i].dim() == 1 &&
                         corrections[i].is_contiguous(),
-                    op, ": corrections must be int16 vectors, contiguous");
+                    op, ": corrections[", i, "] must be an int16 vector, contiguous");
+    check_device(op, {"words"}, words[i], {"weight", 0}, like);
     check_device(op, {"corrections"}, corrections[i], {"weight", 0}, like);
-    call.layers[i].corrections = static_cast<uint16_t*>(corrections[i].mutable_data_ptr());
-    call.layers[i].num_corrections = corrections[i].size(0);
   }
-}
-
-// lora_merge_plan's results, attached to the call: non_finite [num_layers], zeroed, and words [num_segments].
-inline std::tuple<Tensor, Tensor> allocate_plan(MergeCall& call, const Tensor& like) {
-  Tensor non_finite = empty({static_cast<int64_t>(call.layers.size())}, aoti_torch_dtype_int64(), like);
-  torch::stable::zero_(non_finite);
-  Tensor words = empty({call.num_segments}, aoti_torch_dtype_int16(), like);
-  call.params.words = static_cast<int16_t*>(words.mutable_data_ptr());
-  for (size_t i = 0; i < call.layers.size(); ++i) {
-    call.layers[i].non_finite = static_cast<int64_t*>(non_finite.mutable_data_ptr()) + i;
-  }
-  return {non_finite, words};
 }
 
 }  // namespace lora_ext

@@ -22,12 +22,13 @@
 namespace lora_ext {
 
 enum class MergeMode {
-  kPlan,         // writes nothing but words and non_finite: what merging with a record would come to
+  kPlan,         // on CUDA alone. Writes nothing but words and non_finite: what merging with a record would come to
   kMerge,        // weight becomes merged
-  kMergeRecord,  // the same, and the corrections are written where the plan's words say
+  kMergeRecord,  // the same, and the corrections are written: on CUDA, where the plan's words say
   kUnmerge,      // weight becomes candidate + correction: what it was before the merge
 };
 
+// Of a launch on CUDA, which many blocks begin at once: ends says where each segment's record lies.
 struct MergeParams {
   const int64_t* ends;  // [segments]: running sum of words over all layers; null: no layer has corrections
   int16_t* words;       // [segments]: 16-bit words of each segment's record; written by kPlan

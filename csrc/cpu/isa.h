@@ -42,7 +42,9 @@ inline bool may_use_amx() {
 inline bool runs_here(Isa isa) {
 #if defined(__x86_64__)
   if (isa == Isa::kAmx) return may_use_amx() && runs_here(Isa::kAvx512Bf16);
-  if (isa == Isa::kAvx512Bf16) return __builtin_cpu_supports("avx512bf16") && runs_here(Isa::kAvx512);
+  if (isa == Isa::kAvx512Bf16) {  // with VBMI2, which all that have the former have but the short-lived Cooper Lake
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2") && runs_here(Isa::kAvx512);
+  }
   if (isa == Isa::kAvx512) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && runs_here(Isa::kAvx2);

@@ -6,7 +6,9 @@
 #define LORA_EXT_AVX2 0
 #define LORA_EXT_AVX512_BF16 1
 #define LORA_EXT_AMX 1
-#define LORA_EXT_TARGET "avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16"
+#define LORA_EXT_AVX512_VBMI2 1
+#define LORA_EXT_TARGET \
+  "avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi2,amx-tile,amx-bf16"
 
 #include "isa.inc"
 #endif

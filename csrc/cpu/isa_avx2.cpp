@@ -6,6 +6,7 @@
 #define LORA_EXT_AVX2 1
 #define LORA_EXT_AVX512_BF16 0
 #define LORA_EXT_AMX 0
+#define LORA_EXT_AVX512_VBMI2 0
 #define LORA_EXT_TARGET "avx2,fma,f16c,bmi,bmi2"
 
 #include "isa.inc"

@@ -6,6 +6,7 @@
 #define LORA_EXT_AVX2 0
 #define LORA_EXT_AVX512_BF16 0
 #define LORA_EXT_AMX 0
+#define LORA_EXT_AVX512_VBMI2 0
 #define LORA_EXT_TARGET "avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512vl,avx512dq"
 
 #include "isa.inc"

@@ -5,5 +5,6 @@
 #define LORA_EXT_AVX2 0
 #define LORA_EXT_AVX512_BF16 0
 #define LORA_EXT_AMX 0
+#define LORA_EXT_AVX512_VBMI2 0
 
 #include "isa.inc"

@@ -37,12 +37,12 @@ struct Workspace {
   void* grad_B_t[kMaxSiblings];  // [num_chunks, rank, padded(out_features)] each; null where not wanted
 };
 
-// out [num_tokens, rows] = bias + scale * (tokens @ weight^T) + low_rank @ factor^T, for few tokens.
 // Tokens that a kernel takes together; those too many are zero.
 constexpr int64_t streamed_tokens(int64_t num_tokens) {
   return num_tokens <= 2 ? num_tokens : num_tokens <= 4 ? 4 : num_tokens <= 8 ? 8 : 16;
 }
 
+// out [num_tokens, rows] = bias + scale * (tokens @ weight^T) + low_rank @ factor^T, for few tokens.
 struct StreamedRows {
   int64_t num_tokens, in_features, rank;
   const void* tokens;    // packed by pack_tokens: padded(in_features) * streamed_tokens numbers of acc
@@ -55,6 +55,40 @@ struct StreamedRows {
   DType tokens_dtype, weight_dtype, factor_dtype, out_dtype;
   double scale;
 };
+
+// The records of rows that follow each other, csrc/common/merge_record.h. To write them, corrections must have room for
+// most_record_words() of the rows.
+struct RowRecords {
+  int16_t* words;           // [rows, segments]: of each segment; read by unmerge, where null says that there are none
+  uint16_t* corrections;    // [num_corrections]
+  int64_t num_corrections;  // that may be read
+};
+
+// What a merge with a record comes to.
+struct MergedRows {
+  int64_t words;       // of the rows' records
+  int64_t non_finite;  // results that are NaN or infinite
+};
+
+constexpr int64_t kMergeBlockRows = 32;  // that use a panel of lora_A while it is in the first-level cache
+
+// Records are written before it is known that a whole segment is shorter, and copied whole vectors at a time.
+constexpr int64_t kMergeSlack = kMergeSegment * (1 + sizeof(double) / 2) + 32;
+constexpr int64_t most_record_words(DType dtype, int64_t rows, int64_t in_features) {
+  return rows * in_features * (dtype_size(dtype) / 2) + kMergeSlack;
+}
+// Of the scratch memory that merge_record wants: the records in the order that they are made in, and where each begins.
+constexpr int64_t merge_scratch_bytes(DType dtype, int64_t rows, int64_t in_features) {
+  return 2 * most_record_words(dtype, rows, in_features) +
+         rows * merge_segments(in_features) * int64_t{sizeof(int64_t)};
+}
+
+// Words of `count` segments' records. A length below zero is nobody's.
+inline int64_t count_words(const int16_t* words, int64_t count) {
+  int64_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += words[i] > 0 ? words[i] : 0;
+  return sum;
+}
 
 struct Kernels {
   // Pack sibling which / 2's lora_A (even) or lora_B (odd) as the kernel of the same name reads it.
@@ -78,11 +112,15 @@ struct Kernels {
   void (*pack_low_rank)(const StreamedRows&, const void* xa, int64_t stride, void* packed);
   void (*stream_rows)(const StreamedRows&, int64_t begin, int64_t end);
 
-  // Packs lora_A of segments [begin, end) into panels [segments][rank][kMergeSegment] of the accumulation dtype.
+  // Packs lora_A of segments [begin, end) into panels [segments][rank][kMergeSegment] of the accumulation dtype, as the
+  // kernels below read it beside a weight of that dtype.
   void (*pack_merge)(DType, const MergeLayer&, void* panels, int64_t begin, int64_t end);
 
-  // Rows [begin, end) of a layer's weight. Returns how many results are not finite, for MergeMode::kPlan.
-  int64_t (*merge)(const MergeParams&, MergeMode, const MergeLayer&, const void* panels, int64_t begin, int64_t end);
+  // Rows [begin, end) of a layer's weight: merged; merged with a record, at most kMergeBlockRows of them; unmerged.
+  void (*merge)(DType, const MergeLayer&, const void* panels, int64_t begin, int64_t end);
+  MergedRows (*merge_record)(DType, const MergeLayer&, const void* panels, int64_t begin, int64_t end,
+                             const RowRecords&, void* scratch);
+  void (*unmerge)(DType, const MergeLayer&, const void* panels, int64_t begin, int64_t end, const RowRecords&);
 
   // Bits of rows [begin, end): mask [num_tokens, mask_row_bytes(in_features)]
   void (*dropout_mask)(uint64_t seed, uint32_t threshold, int64_t in_features, int64_t begin, int64_t end,

@@ -1,0 +1,194 @@
+// The CPU's merges: layer by layer, the rows of each in parallel, with records in memory that grows as they come.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "cpu_kernels.h"
+
+namespace lora_ext::cpu {
+
+// 16-bit words in memory that grows. Kept from call to call unless it has become large: fresh memory is page-faulted
+// anew each time, which at 4096 x 4096 would cost a tenth of the merge.
+class RecordBuffer {
+ public:
+  // Room for `more` words behind those in use; false: there is no such memory, and what is in use is still there.
+  bool reserve(int64_t more) {
+    if (used_ + more <= capacity_) return true;
+    const int64_t wanted = used_ + more + used_ / 2;
+    void* grown = std::realloc(words_.get(), 2 * static_cast<size_t>(wanted));
+    if (grown == nullptr) return false;
+    (void)words_.release();  // realloc has freed it
+    words_.reset(static_cast<uint16_t*>(grown)), capacity_ = wanted;
+    return true;
+  }
+  void append(int64_t words) { used_ += words; }
+  void clear() {
+    constexpr int64_t kKeptWords = 4 << 20;
+    used_ = 0;
+    if (capacity_ > kKeptWords) words_.reset(), capacity_ = 0;
+  }
+
+  uint16_t* begin() const { return words_.get(); }
+  uint16_t* end() const { return words_.get() + used_; }
+  int64_t size() const { return used_; }
+
+ private:
+  struct Free {
+    void operator()(uint16_t* words) const { std::free(words); }
+  };
+  std::unique_ptr<uint16_t, Free> words_;
+  int64_t used_ = 0, capacity_ = 0;
+};
+
+// One call of a merge op. All memory but that of records is there once it is constructed.
+class MergeRun {
+ public:
+  MergeRun(DType dtype, const std::vector<MergeLayer>& layers)
+      : dtype_(dtype), kernels_(checked_kernels()), memory_(this_threads_memory()) {
+    int64_t panel_elements = 0;
+    for (const MergeLayer& layer : layers) {
+      panel_elements = std::max(panel_elements, merge_segments(layer.in_features) * layer.rank * kMergeSegment);
+    }
+    panels_ = memory_.panels.at_least(panel_elements * dtype_size(accumulation_dtype(dtype)));
+    memory_.chunks.resize(std::max<size_t>(memory_.chunks.size(), torch::stable::get_num_threads()));
+  }
+  ~MergeRun() {
+    for (Chunk& chunk : memory_.chunks) chunk.records.clear(), chunk.scratch.clear();
+  }
+
+  void merge(const MergeLayer& layer) {
+    for_rows(layer, [&](Chunk& chunk) { kernels_.merge(dtype_, layer, panels_, chunk.begin, chunk.end); });
+  }
+
+  // records.words: null where the layer has no record.
+  void unmerge(const MergeLayer& layer, const RowRecords& records) {
+    const int64_t segments = merge_segments(layer.in_features);
+    for_rows(layer, [&](Chunk& chunk) {
+      RowRecords own = records;
+      if (records.words != nullptr) {
+        const int64_t before = count_words(records.words, chunk.begin * segments);
+        own.words += chunk.begin * segments;
+        own.num_corrections = std::max<int64_t>(records.num_corrections - before, 0);
+        own.corrections += std::min(before, records.num_corrections);
+      }
+      kernels_.unmerge(dtype_, layer, panels_, chunk.begin, chunk.end, own);
+    });
+  }
+
+  // Returns how many results are NaN or infinite. words: [out_features, segments]; the corrections are this object's
+  // until take_corrections() copies them, and take_back() restores the weight by them. Throws where there is no memory
+  // for more of them.
+  int64_t merge_record(const MergeLayer& layer, int16_t* words) {
+    current_ = &layer, words_ = words;
+    const int64_t segments = merge_segments(layer.in_features), block = block_rows(layer);
+    for_rows(layer, [&](Chunk& chunk) {
+      chunk.records.clear();
+      for (; chunk.done < chunk.end; chunk.done += std::min(block, chunk.end - chunk.done)) {
+        const int64_t rows = std::min(block, chunk.end - chunk.done);
+        if (!chunk.scratch.reserve(merge_scratch_bytes(dtype_, rows, layer.in_features) / 2) ||
+            !chunk.records.reserve(most_record_words(dtype_, rows, layer.in_features))) {
+          break;
+        }
+        const RowRecords records{words + chunk.done * segments, chunk.records.end(), 0};
+        const MergedRows merged = kernels_.merge_record(dtype_, layer, panels_, chunk.done, chunk.done + rows, records,
+                                                        chunk.scratch.begin());
+        chunk.records.append(merged.words);
+        chunk.non_finite += merged.non_finite;
+      }
+    });
+    int64_t non_finite = 0;
+    for (int64_t i = 0; i < num_chunks_; ++i) {
+      if (memory_.chunks[i].done < memory_.chunks[i].end) throw std::bad_alloc();
+      non_finite += memory_.chunks[i].non_finite;
+    }
+    return non_finite;
+  }
+
+  int64_t num_corrections() const {
+    int64_t total = 0;
+    for (int64_t i = 0; i < num_chunks_; ++i) total += memory_.chunks[i].records.size();
+    return total;
+  }
+
+  // What merge_record() left, to memory of the caller's: [num_corrections()]. The weight is done with.
+  void take_corrections(uint16_t* corrections) {
+    int64_t total = 0;
+    for (int64_t i = 0; i < num_chunks_; ++i) {
+      memory_.chunks[i].place = total;
+      total += memory_.chunks[i].records.size();
+    }
+    for_chunks(
+        [&](const Chunk& chunk) { std::copy(chunk.records.begin(), chunk.records.end(), corrections + chunk.place); });
+    current_ = nullptr;
+  }
+
+  // Restores what merge_record() has changed, if its corrections are still here. Allocates nothing.
+  void take_back() {
+    if (current_ == nullptr) return;
+    const MergeLayer& layer = *current_;
+    for_chunks([&](const Chunk& chunk) {
+      const RowRecords records{words_ + chunk.begin * merge_segments(layer.in_features), chunk.records.begin(),
+                               chunk.records.size()};
+      kernels_.unmerge(dtype_, layer, panels_, chunk.begin, chunk.done, records);
+    });
+    current_ = nullptr;
+  }
+
+ private:
+  // Rows that follow each other, and what one thread makes of them.
+  struct Chunk {
+    int64_t begin, end, done, non_finite;
+    RecordBuffer records, scratch;
+    int64_t place;  // of its records among those of the layer
+  };
+  struct Memory {
+    ScratchMemory panels;
+    std::vector<Chunk> chunks;
+  };
+  static Memory& this_threads_memory() {
+    static thread_local Memory memory;
+    return memory;
+  }
+
+  // Fewer than usual where rows are so long that a block's largest record would not fit the second-level cache.
+  int64_t block_rows(const MergeLayer& layer) const {
+    constexpr int64_t kBlockBytes = 2 << 20, kLeastRows = 4;
+    const int64_t fitting = kBlockBytes / std::max<int64_t>(layer.in_features * dtype_size(dtype_), 1);
+    return std::min(std::max(fitting, kLeastRows), kMergeBlockRows);
+  }
+
+  // Packs lora_A and runs f(chunk) on all rows of the layer.
+  template <class F>
+  void for_rows(const MergeLayer& layer, const F& f) {
+    constexpr int64_t kChunkElements = 32768;  // that are worth a thread of their own
+    torch::stable::parallel_for(0, merge_segments(layer.in_features), 8, [&](int64_t begin, int64_t end) {
+      kernels_.pack_merge(dtype_, layer, panels_, begin, end);
+    });
+    const int64_t rows = layer.out_features, threads = std::ssize(memory_.chunks);
+    num_chunks_ = std::min(threads, std::max<int64_t>(rows * layer.in_features / kChunkElements, 1));
+    for (int64_t i = 0; i < num_chunks_; ++i) {
+      Chunk& chunk = memory_.chunks[i];
+      chunk.begin = chunk.done = rows * i / num_chunks_, chunk.end = rows * (i + 1) / num_chunks_;
+      chunk.non_finite = 0;
+    }
+    for_chunks(f);
+  }
+
+  template <class F>
+  void for_chunks(const F& f) {
+    torch::stable::parallel_for(0, num_chunks_, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) f(memory_.chunks[i]);
+    });
+  }
+
+  DType dtype_;
+  const Kernels& kernels_;
+  Memory& memory_;
+  void* panels_;
+  int64_t num_chunks_ = 0;
+  const MergeLayer* current_ = nullptr;  // whose corrections lie in the chunks
+  int16_t* words_ = nullptr;
+};
+
+}  // namespace lora_ext::cpu
