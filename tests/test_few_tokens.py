@@ -12,8 +12,8 @@ from layers import DTYPES, assert_as_good_as_torch, random_layer, random_sibling
 
 from lora_ext import functional
 
-# Both sides of every width the kernels take tokens in, and one token more than any streams.
-TOKENS = [1, 2, 3, 4, 5, 8, 9, 16, 17]
+# Both sides of every width the kernels take tokens in, alone and in groups, and one token more than any streams.
+TOKENS = [1, 2, 3, 4, 5, 8, 9, 16, 17, 18, 24, 32, 33]
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
@@ -25,7 +25,7 @@ def test_as_good_as_torch(num_tokens, dtypes):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_siblings(dtype):
-    for num_tokens in (1, 3, 8):
+    for num_tokens in (1, 3, 8, 27):
         siblings = random_siblings(((num_tokens, 70), [(40, 5), (17, 20), (33, 1)]), (dtype, dtype))
         ys = functional.lora_linear_siblings(*siblings.args())
         for y, layer in zip(ys, siblings.layers, strict=True):
@@ -60,7 +60,7 @@ def test_weights_of_any_strides():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_reads_nothing_behind_the_tensors(dtype):
     """The last row's tail, and tokens that a kernel adds to fill its width, must not reach a result."""
-    for num_tokens in (1, 3, 7):
+    for num_tokens in (1, 3, 7, 19):
         for in_features in (1, 31, 33):
             buffer = torch.full((40 * in_features + 64,), float("nan"), dtype=dtype)
             weight = buffer[: 24 * in_features].view(24, in_features).normal_()

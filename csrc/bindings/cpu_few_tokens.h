@@ -35,14 +35,15 @@ inline void stream_forward(const Kernels& kernels, const ForwardCall& call) {
   for (int i = 0; i < p.num_siblings; ++i) {
     if (p.siblings[i].rank > most_ranks) most_ranks = p.siblings[i].rank;
   }
-  const int64_t together = streamed_tokens(p.num_tokens),
-                token_bytes = padded(p.in_features) * together * dtype_size(acc);
-  char* scratch = scratch_memory(2 * token_bytes + roomy_ranks(most_ranks) * kMaxWidth * dtype_size(acc));
+  const int64_t together = (p.num_tokens + 15) / 16 * 16, groups = (p.num_tokens + 7) / 8;
+  const int64_t token_bytes = padded(p.in_features) * together * dtype_size(acc);
+  char* scratch = scratch_memory(2 * token_bytes + groups * roomy_ranks(most_ranks) * kMaxWidth * dtype_size(acc));
   char *tokens = scratch, *tokens_for_factor = tokens + token_bytes, *low_rank = tokens_for_factor + token_bytes;
 
   StreamedRows shrink{}, expand{};
   shrink.num_tokens = expand.num_tokens = p.num_tokens, shrink.in_features = expand.in_features = p.in_features;
-  shrink.tokens_dtype = expand.tokens_dtype = p.dtype, shrink.weight_dtype = expand.factor_dtype = p.factor_dtype;
+  shrink.tokens_dtype = expand.tokens_dtype = p.dtype, shrink.weight_dtype = p.factor_dtype;
+  shrink.factor_dtype = expand.factor_dtype = p.factor_dtype;
   shrink.out_dtype = acc, expand.out_dtype = expand.weight_dtype = p.dtype, expand.scale = 1.0;
   shrink.weight_stride = p.in_features, shrink.out_stride = p.total_rank;
   expand.tokens = tokens, expand.low_rank = low_rank;

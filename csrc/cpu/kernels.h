@@ -37,6 +37,8 @@ struct Workspace {
   void* grad_B_t[kMaxSiblings];  // [num_chunks, rank, padded(out_features)] each; null where not wanted
 };
 
+constexpr int64_t kMostFewTokens = 32;
+
 // Tokens that a kernel takes together; those too many are zero.
 constexpr int64_t streamed_tokens(int64_t num_tokens) {
   return num_tokens <= 2 ? num_tokens : num_tokens <= 4 ? 4 : num_tokens <= 8 ? 8 : 16;
@@ -44,10 +46,11 @@ constexpr int64_t streamed_tokens(int64_t num_tokens) {
 
 // out [num_tokens, rows] = bias + scale * (tokens @ weight^T) + low_rank @ factor^T, for few tokens.
 struct StreamedRows {
-  int64_t num_tokens, in_features, rank;
-  const void* tokens;    // packed by pack_tokens: padded(in_features) * streamed_tokens numbers of acc
+  int64_t num_tokens, in_features, rank;  // rank 0: no low-rank term
+  const void* tokens;    // packed by pack_tokens: padded(in_features) numbers of acc for each of streamed_tokens or,
+                         // of more than 16, whole 16
   const void* weight;    // [rows, in_features], weight_dtype
-  const void* low_rank;  // packed by pack_low_rank: roomy_ranks(rank) * kMaxWidth numbers of acc; rank 0: none
+  const void* low_rank;  // packed by pack_low_rank: roomy_ranks(rank) * kMaxWidth numbers of acc for every 8 tokens
   const void* factor;    // [rows, rank], contiguous, factor_dtype
   const void* bias;      // [rows], out_dtype; null: none
   void* out;             // rows of out_stride elements of out_dtype
