@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import memory
-import models
 import report
 import torch
+import whole_models
 from contestants import FROZEN, LORA_EXT
 from report import Report
 from timing import ratio
@@ -118,7 +118,7 @@ class Trainer:
 def trainers(
     model: nn.Module, batches: list[Batch], run: Report, dropout: float, factors: torch.dtype | None = None
 ) -> dict[str, Trainer]:
-    copies = models.adapted(model.to(run.args.device), run.args.rank, dropout, factors)
+    copies = whole_models.adapted(model.to(run.args.device), run.args.rank, dropout, factors)
     return {name: Trainer(copy, batches, run.args.learning_rate) for name, copy in copies.items()}
 
 
@@ -227,7 +227,7 @@ def cases(data: Demo | None, run: Report) -> Iterator[tuple[str, Callable[[], ob
         name = f"MiniLM, float32, {args.batch_size} reviews"
 
         def minilm(dropout: float) -> nn.Module:
-            return models.pretrained(data.path, dropout, data.labels)
+            return whole_models.pretrained(data.path, dropout, data.labels)
 
         yield "rows", lambda: measure_steps(name, minilm(args.dropout), data.train, run)
         yield "losses", lambda: measure_curves(minilm(0.0), data.train, run)
@@ -240,7 +240,7 @@ def cases(data: Demo | None, run: Report) -> Iterator[tuple[str, Callable[[], ob
         yield (
             "rows",
             lambda w=what, d=dtype, f=factors: measure_steps(
-                w, models.bert(d, args.dropout, args.layers, args.width), batches, run, factors=f
+                w, whole_models.bert(d, args.dropout, args.layers, args.width), batches, run, factors=f
             ),
         )
 

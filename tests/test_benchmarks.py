@@ -27,11 +27,11 @@ import bench_siblings  # noqa: E402
 import contestants  # noqa: E402
 import machine_isa  # noqa: E402
 import machine_load  # noqa: E402
-import models  # noqa: E402
 import plots  # noqa: E402
 import report  # noqa: E402
 import run_all  # noqa: E402
 import timing  # noqa: E402
+import whole_models  # noqa: E402
 from shapes import Shape  # noqa: E402
 
 PEERS = list(contestants.LAYERS)
@@ -228,7 +228,7 @@ def test_models_adapted_in_different_layers_are_refused():
     options = {"r": 2, "lora_alpha": 4, "target_modules": ["0"]}
     ours = lora_ext.inject(nn.Sequential(nn.Linear(4, 4)), lora_ext.LoraConfig(**options))
     with pytest.raises(SystemExit, match=r"adapt different layers: \['0'\]: not timed"):
-        models.copy_factors(ours, nn.Sequential(nn.Linear(4, 4)))
+        whole_models.copy_factors(ours, nn.Sequential(nn.Linear(4, 4)))
 
 
 # --- time, options, machine -------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import contestants
 import memory
-import models
+import whole_models
 
 TOKENS, IN, OUT, RANK, DROPOUT = 192, 320, 448, 8, 0.1
 MOST_OF_PEFT = 0.7  # the project's claim, for adapters on every linear layer
@@ -101,10 +101,10 @@ def test_a_model_holds_at_most_seven_tenths_of_pefts(dtype, factors):
     ratio either way.
     """
     pytest.importorskip("peft")
-    copies = models.adapted(models.bert(dtype, dropout=0.0, vocabulary=100), RANK, DROPOUT, factors)
+    copies = whole_models.adapted(whole_models.bert(dtype, dropout=0.0, vocabulary=100), RANK, DROPOUT, factors)
     tokens = torch.randint(100, (2, 64))
     held = {name: memory.activation_bytes(copies[name], lambda m=copies[name]: m(tokens).logits) for name in copies}
-    assert held[models.HEAD_ONLY] < held["frozen"] < held["lora_ext"] <= MOST_OF_PEFT * held["peft"]
+    assert held[whole_models.HEAD_ONLY] < held["frozen"] < held["lora_ext"] <= MOST_OF_PEFT * held["peft"]
 
 
 def split(sizes: list[int], expected: list[int]) -> list[int]:
