@@ -58,6 +58,27 @@ def test_weights_of_any_strides():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_features_at_all(dtype):
+    bias, B = torch.randn(5, dtype=dtype), torch.randn(5, 2, dtype=dtype)
+    for num_tokens in (1, 20, 40):
+        x, weight, A = (torch.empty(rows, 0, dtype=dtype) for rows in (num_tokens, 5, 2))
+        assert torch.equal(functional.lora_linear(x, weight, bias, A, B, 1.0), bias.expand(num_tokens, 5))
+        x, weight, A = (torch.randn(rows, 3, dtype=dtype) for rows in (num_tokens, 0, 2))
+        assert functional.lora_linear(x, weight, bias[:0], A, B[:0], 1.0).shape == (num_tokens, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_far_apart(dtype):
+    """As of a long batch's last positions: the third row begins beyond 2**31 bytes. Only what is read takes memory."""
+    layer = random_layer((3, 40, 24, 4), (dtype, dtype))
+    distance = 2**31 // (2 * dtype.itemsize) + 8
+    far = torch.empty(3 * distance, dtype=dtype).as_strided((3, 40), (distance, 1))
+    far.copy_(layer.x)
+    _, *rest = layer.args()
+    assert torch.equal(functional.lora_linear(far, *rest), functional.lora_linear(layer.x, *rest))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_reads_nothing_behind_the_tensors(dtype):
     """The last row's tail, and tokens that a kernel adds to fill its width, must not reach a result."""
     for num_tokens in (1, 3, 7, 19):

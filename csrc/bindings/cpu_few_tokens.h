@@ -9,7 +9,7 @@ namespace lora_ext::cpu {
 
 inline bool streams_weights(const Kernels& kernels, const ForwardCall& call) {
   const LoraForwardParams& p = call.params;
-  if (!call.has_base_layers() || p.threshold > 0) return false;
+  if (!call.has_base_layers() || p.threshold > 0 || p.in_features == 0) return false;
   if (p.num_tokens > kernels.few_tokens(p.dtype, p.factor_dtype)) return false;
   for (const ForwardLayer& layer : call.layers) {
     if (layer.weight->stride(1) != 1) return false;
