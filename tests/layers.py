@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_ext import functional, reference
+from lora_ext import _C, functional, reference
 
 # x's dtype and the factors': the usual pairs, and two unusual ones.
 DTYPES = [
@@ -167,3 +171,15 @@ def random_siblings(shape, dtypes=(torch.float32, torch.float32), leading: tuple
         layer = random_layer((num_tokens, in_features, out_features, rank), dtypes, bias=i % 2 == 0, leading=leading)
         layers.append(replace(layer, scaling=0.75 + i / 2))
     return Siblings(layers[0].x, layers)
+
+
+ISAS = ["generic", "avx2", "avx512", "avx512_bf16", "amx"]
+
+
+def run_on_isa(isa: str, *pytest_arguments: str) -> None:
+    """Runs tests in a process whose CPU kernels are those of one instruction set; skips where the machine lacks it."""
+    if isa not in _C.available_cpu_isas().split(","):
+        pytest.skip(f"this machine does not run {isa}")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *pytest_arguments]
+    result = subprocess.run(command, env={**os.environ, "LORA_EXT_CPU_ISA": isa}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]

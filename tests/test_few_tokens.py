@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from layers import DTYPES, assert_as_good_as_torch, random_layer, random_siblings
+from layers import DTYPES, ISAS, assert_as_good_as_torch, random_layer, random_siblings, run_on_isa
 
 from lora_ext import functional
 
@@ -90,14 +86,7 @@ def test_reads_nothing_behind_the_tensors(dtype):
             assert functional.lora_linear(x, weight, None, A, B, 1.0).isfinite().all()
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa):
-    from lora_ext import _C
-
-    if isa not in _C.available_cpu_isas().split(","):
-        pytest.skip(f"this machine does not run {isa}")
     names = ("test_as_good_as_torch", "test_siblings", "test_reads_nothing_behind_the_tensors")
-    tests = [f"{__file__}::{name}" for name in names]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
-    result = subprocess.run(command, env={**os.environ, "LORA_EXT_CPU_ISA": isa}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+    run_on_isa(isa, *(f"{__file__}::{name}" for name in names))

@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import (
     DTYPES,
+    ISAS,
     SHAPES,
     assert_as_good_as_torch,
     forward_backward,
     random_layer,
     random_layers,
     relative_error,
+    run_on_isa,
     saved_bytes,
 )
 from torch import nn
@@ -321,17 +323,10 @@ def test_recovers_from_running_out_of_memory():
 # --- instruction sets -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa):
-    from lora_ext import _C
-
-    if isa not in _C.available_cpu_isas().split(","):
-        pytest.skip(f"this machine does not run {isa}")
     names = ("test_values_and_gradients", "test_mask_is_the_reference_mask", "test_any_number_of_threads")
-    tests = [f"{__file__}::{name}" for name in names]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
-    result = subprocess.run(command, env={**os.environ, "LORA_EXT_CPU_ISA": isa}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+    run_on_isa(isa, *(f"{__file__}::{name}" for name in names))
 
 
 def test_unknown_instruction_set_fails_the_import():

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import DTYPES, Siblings, assert_errors_as_plain, random_siblings, saved_bytes
+from layers import DTYPES, ISAS, Siblings, assert_errors_as_plain, random_siblings, run_on_isa, saved_bytes
 from torch import Tensor, nn
 
 from lora_ext import functional, reference
@@ -355,14 +352,7 @@ def test_repeated_runs_are_bit_identical():
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa):
-    from lora_ext import _C
-
-    if isa not in _C.available_cpu_isas().split(","):
-        pytest.skip(f"this machine does not run {isa}")
     names = ("test_values_and_gradients", "test_equals_the_layers_one_by_one")
-    tests = [*(f"{__file__}::{name}" for name in names), "-k", "0.3"]  # with dropout
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
-    result = subprocess.run(command, env={**os.environ, "LORA_EXT_CPU_ISA": isa}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+    run_on_isa(isa, *(f"{__file__}::{name}" for name in names), "-k", "0.3")  # with dropout
