@@ -198,7 +198,7 @@ def _check_same_kind(adapter: Adapter, config: LoraConfig, directory: Path) -> N
 
 
 def _check_fit(targets: Mapping[str, Tensor], file: AdapterFile) -> None:
-    keys = [key for key in file.keys() if not key.endswith(_PEFT_ORIGINALS)]  # noqa: SIM118  it is no dict
+    keys = [key for key in file.keys() if not key.endswith(_PEFT_DUPLICATES)]  # noqa: SIM118  it is no dict
     problems = [f"missing key: {key}" for key in targets if key not in file]
     problems += [f"unexpected key: {key}" for key in keys if key not in targets]
     filled: dict[tuple[torch.device, int], str] = {}
@@ -220,5 +220,5 @@ def _check_fit(targets: Mapping[str, Tensor], file: AdapterFile) -> None:
         raise ValueError(f"load_adapter: {file.path} does not fit the model:\n  " + "\n  ".join(problems))
 
 
-# With bias="all" PEFT also writes the frozen biases that its copies of modules_to_save stand in for.
-_PEFT_ORIGINALS = (".original_module.bias",)
+# With bias="all" PEFT also writes the biases of modules_to_save under the names they have inside its wrappers.
+_PEFT_DUPLICATES = (".original_module.bias", ".modules_to_save.bias")

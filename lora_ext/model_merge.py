@@ -70,16 +70,14 @@ def unmerge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> 
     Raises:
         ValueError: there is no LoRA layer.
         KeyError: no layer has an adapter of that name.
-        RuntimeError: a layer is not merged, or was converted to another dtype while it was.
+        RuntimeError: an adapter is not merged, or no layer is, or one was converted to another dtype while it was.
         Other errors as :meth:`~lora_ext.nn.LoraLinear.unmerge`. The model is then unchanged.
     """
     layers = _all_lora_modules("unmerge", model)
     names = _names(adapter_names)
     if names is None:
         wanted = {path: (layer, set[str]()) for path, layer in layers.items() if layer.is_merged}
-        wrong = [path for path, layer in layers.items() if layer.active_adapters and not layer.is_merged]
-        if not wanted and not wrong:
-            raise RuntimeError("unmerge: no adapter is merged")
+        wrong = [] if wanted else list(layers)
     else:
         # An adapter may have been removed from its layer since it was merged.
         known = {path: {*layer.adapters, *layer.merged_adapters} for path, layer in layers.items()}
