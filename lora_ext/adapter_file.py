@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -149,9 +148,9 @@ def _read_pickle(caller: str, path: Path) -> dict[str, Tensor]:
     try:
         # Only torch's zip files can be mapped; what torch wrote before 1.6 is read whole.
         values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # a wrong pickle fails in any way
         raise ValueError(
-            f"{caller}: {path} is corrupted, or holds other things than tensors: {str(error).splitlines()[0]}"
+            f"{caller}: {path} is corrupted, or holds other things than tensors ({type(error).__name__})"
         ) from error
     if not isinstance(values, dict) or not all(isinstance(tensor, Tensor) for tensor in values.values()):
         raise ValueError(f"{caller}: {path} holds a {type(values).__name__}, want a dict of tensors")
