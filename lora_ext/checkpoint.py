@@ -95,7 +95,7 @@ def load_adapter(
         Also what :func:`lora_ext.inject` raises. The model is then unchanged.
     """
     file = AdapterFile.open(directory, allow_pickle=allow_pickle, caller="load_adapter")
-    config = _config_of(file)
+    config = config_of(file, "load_adapter")
     merged = [path for path, layer in lora_modules(model) if layer.is_merged]
     if merged:
         raise RuntimeError(f"load_adapter: an adapter is merged into {merged[0]!r}; call unmerge(model) first")
@@ -118,11 +118,12 @@ def load_adapter(
     return model
 
 
-def _config_of(file: AdapterFile) -> LoraConfig:
+def config_of(file: AdapterFile, caller: str) -> LoraConfig:
+    """The file's config; ValueError: it is not supported, or wrong."""
     try:
         return LoraConfig.from_dict(file.config)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"load_adapter: {file.directory / CONFIG_FILE}: {error}") from error
+        raise ValueError(f"{caller}: {file.directory / CONFIG_FILE}: {error}") from error
 
 
 def _targets(model: nn.Module, adapter: Adapter, file: AdapterFile) -> dict[str, Tensor]:
