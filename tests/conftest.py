@@ -14,6 +14,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch.use_de
 
 # Under --device cuda all other modules run as they are: PyTorch's default device is the GPU.
 CPU_ONLY = {
+    "test_adapter_file": "is about files, which hold CPU tensors",
     "test_benchmarks": "runs the scripts on the CPU",
     "test_build": "is about the binary",
     "test_checkpoint": "is about files, which hold CPU tensors",
@@ -27,6 +28,7 @@ CPU_ONLY = {
     "test_gpu_check": "tests a script's arithmetic",
     "test_huggingface": "the Trainer chooses the device",
     "test_memory_claims": "reads the CPU allocator's records",
+    "test_offline": "is about files, which hold CPU tensors",
     "test_readme": "the README's lines name no device",
     "test_simt": "emulates the CUDA kernels on the CPU",
 }

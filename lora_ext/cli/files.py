@@ -1,0 +1,45 @@
+"""What the commands on files share: their options, and which errors are the user's."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..tasks import TaskError
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+_DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
+
+
+@contextmanager
+def mistakes() -> Iterator[None]:
+    """Errors about the given files are told without a traceback."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError, RuntimeError) as error:
+        raise TaskError(str(error)) from error
+
+
+def size(text: str) -> int:
+    """Bytes, as ``5GB`` or ``500MiB``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?", text.strip().upper())
+    if match is None or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}, want a size such as 5GB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def dtype(text: str) -> torch.dtype:
+    """A floating-point dtype by PyTorch's name."""
+    if text not in _DTYPES:
+        raise argparse.ArgumentTypeError(f"{text!r}, want one of {', '.join(_DTYPES)}")
+    return _DTYPES[text]
+
+
+def add_pickle(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--allow-pickle", action="store_true", help="read adapter_model.bin: of tensors, by pickle")

@@ -1,0 +1,18 @@
+"""``lora-ext info``"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from .. import info
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("info", help="what was built, and what of it runs on this machine")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> None:
+    print(info.info(json=args.json), flush=True)

@@ -1,0 +1,81 @@
+"""``lora-ext merge``"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from . import files
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "merge",
+        help="merge adapters into a checkpoint on disk",
+        description=(
+            "Merges adapters into a checkpoint of safetensors files, in the memory of some rows of a tensor. A run "
+            "that was killed is continued by the same command."
+        ),
+    )
+    add = parser.add_argument
+    add("--base", type=Path, required=True, metavar="DIR", help="the checkpoint: a directory, or one safetensors file")
+    add(
+        "--adapter",
+        dest="adapters",
+        type=Path,
+        required=True,
+        nargs="+",
+        action="extend",
+        metavar="DIR",
+        help="in PEFT's format; several are added, in this order, before the result is rounded",
+    )
+    add("--out", type=Path, required=True, metavar="DIR", help="gets the merged checkpoint, when it is complete")
+    add("--dtype", type=files.dtype, help="convert floating-point tensors: float32, bfloat16, float16 or float64")
+    add("--shard-size", type=files.size, metavar="SIZE", help="at most so much in a file (5GB); else the base's files")
+    add(
+        "--fan-in-fan-out",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="how square weights lie where nothing else tells: [in, out] as in Conv1D, or not",
+    )
+    add("--untie", action="store_true", help="store tied weights apart where the adapter changes one of them")
+    add("--verify", action="store_true", help="read the result back and compare every bit with a second computation")
+    add("--overwrite", action="store_true", help="replace the checkpoint in --out")
+    files.add_pickle(parser)
+    add("--json", action="store_true", help="print what was done as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> None:
+    from ..offline.merge import merge
+
+    with files.mistakes():
+        report = merge(
+            args.base,
+            args.adapters,
+            args.out,
+            dtype=args.dtype,
+            shard_bytes=args.shard_size,
+            fan_in_fan_out=args.fan_in_fan_out,
+            untie=args.untie,
+            verify=args.verify,
+            overwrite=args.overwrite,
+            allow_pickle=args.allow_pickle,
+            show_progress=True,
+        )
+    if args.json:
+        print(json.dumps(dataclasses.asdict(report), indent=2))
+        return
+    added = f" ({report.added} of them new)" if report.added else ""
+    print(
+        f"{args.out}: {report.merged} tensors merged, {report.replaced} replaced{added}, {report.copied} copied; "
+        f"{report.nbytes / 1e9:.2f} GB in {report.files} files, {report.seconds:.1f} s"
+        + (", verified" if report.verified else "")
+    )
+    if report.kept:
+        print(f"{report.kept} of the files were there from a run that did not end")
+    if report.skipped:
+        print(f"not copied, as they hold the base's weights: {', '.join(report.skipped)}")

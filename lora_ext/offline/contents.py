@@ -1,0 +1,231 @@
+"""What an adapter's file says about the layers, by its keys alone.
+
+PEFT's keys, after ``base_model.model.``, where ``.base_layer`` may follow any module that is wrapped:
+
+    <path>.lora_A.weight, <path>.lora_B.weight       Linear, Conv1D, ConvNd, MultiheadAttention.in_proj_weight
+    <path>.lora_B.bias                               with lora_bias
+    <path>.lora_embedding_A, <path>.lora_embedding_B Embedding
+    <path>.lora_A.weight, <path>.base_layer.lora_A.weight ...   target_parameters of one module, the first innermost
+    <path>.token_adapter.trainable_tokens_delta      rows of an Embedding
+    <path>.<name>                                    a parameter or buffer that replaces the base's
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from ..adapter_file import KEY_PREFIX, AdapterFile
+
+__all__ = ["AdapterContents", "LowRankUpdate", "TokenRows", "read_contents", "strip_base_layer"]
+
+Kind = Literal["linear", "embedding", "conv", "attention", "parameter"]
+
+_FACTOR = re.compile(r"(?:(?P<path>.*)\.)?lora_(?P<side>A\.weight|B\.weight|B\.bias|embedding_A|embedding_B)")
+_TOKENS = re.compile(r"(?P<path>.*?)(?:\.token_adapter)?\.trainable_tokens_delta")
+
+# Set to anything, these make an adapter more, or something else, than lora_B @ lora_A beside the weight on disk.
+_UNSUPPORTED = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+    "arrow_config",
+    "megatron_config",
+)
+# Other initialisations than these change the base weights: the update then fits other weights than those on disk.
+_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRankUpdate:
+    """One pair of factors.
+
+    Attributes:
+        path: the module's, without ``.base_layer``.
+        kind: what is known without the model: ``conv`` by the number of dimensions, ``attention`` by the out_proj
+            beside it, ``parameter`` by the config.
+        lora_A: key in the file; ``[r, in]``, for a convolution ``[r, in / groups, *kernel]``, for an embedding
+            ``[r, num_embeddings]``, for a parameter of ``experts`` matrices ``[experts * r, in]``.
+        lora_B: key in the file; ``[out, r]``, ``[out, r / groups, 1...]``, ``[dim, r]``, ``[out, r * experts]``.
+        r: the rank.
+        scaling: of the update.
+        lora_bias: key of what is added to the bias, scaled as well, or None.
+        parameters: for a parameter, the names that it may have, which no key holds.
+    """
+
+    path: str
+    kind: Kind
+    lora_A: str
+    lora_B: str
+    r: int
+    scaling: float
+    lora_bias: str | None = None
+    parameters: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenRows:
+    """Rows that replace those of an embedding: the tensor ``key [len(indices), dim]``."""
+
+    path: str
+    key: str
+    indices: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterContents:
+    """All that an adapter file holds: each of its keys is named by one entry."""
+
+    file: AdapterFile
+    updates: list[LowRankUpdate]
+    tokens: list[TokenRows]
+    replaced: dict[str, str]  # a base tensor's path and name -> key in the file
+
+
+def read_contents(file: AdapterFile) -> AdapterContents:
+    """Sorts the keys of ``file`` by what they are; reads no tensor.
+
+    Raises:
+        ValueError: the adapter is not LoRA, or of a kind that is not supported; a factor is without its other half, or
+            their shapes do not fit each other, or the rank that the config gives the layer. All such are listed.
+    """
+    _check_supported(file)
+    factors: dict[str, dict[str, str]] = {}  # by the path with its .base_layer
+    tokens, replaced, problems = [], {}, []
+    for key in file.keys():  # noqa: SIM118  it is no mapping
+        name = key.removeprefix(KEY_PREFIX)
+        if match := _FACTOR.fullmatch(name):
+            factors.setdefault(match["path"] or "", {})[match["side"]] = key
+        elif match := _TOKENS.fullmatch(name):
+            path = strip_base_layer(match["path"])
+            tokens.append(TokenRows(path, key, _token_indices(file, path)))
+        elif "lora_" in name.rpartition(".")[0] + name.rpartition(".")[2]:
+            problems.append(f"unknown key: {key}")
+        else:
+            replaced[strip_base_layer(name)] = key
+
+    layers: dict[str, list[str]] = {}
+    for wrapped in factors:
+        layers.setdefault(strip_base_layer(wrapped), []).append(wrapped)
+    updates = []
+    for path, levels in layers.items():
+        for wrapped in levels:
+            try:
+                updates.append(_update(file, path, wrapped, factors, nested=len(levels)))
+            except ValueError as error:
+                problems.append(str(error))
+    if problems:
+        raise ValueError(f"{file.path} is no adapter that can be used here:\n  " + "\n  ".join(problems))
+    if not updates and not tokens and not replaced:
+        raise ValueError(f"{file.path} holds no tensor")
+    return AdapterContents(file, updates, tokens, replaced)
+
+
+def strip_base_layer(path: str) -> str:
+    """The path in the model without adapters."""
+    return ".".join(part for part in path.split(".") if part != "base_layer")
+
+
+def rank_and_scaling(config: Mapping[str, Any], name: str) -> tuple[int, float]:
+    """Of the layer ``name``: PEFT matches the patterns' keys as regular expressions against the end of the name."""
+
+    def pattern(key: str, default: Any) -> Any:
+        for expression, value in (config.get(f"{key}_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({expression})$", name):
+                return value
+        return default
+
+    r, alpha = pattern("rank", config.get("r", 8)), pattern("alpha", config.get("lora_alpha", 8))
+    if type(r) is not int or r < 1 or type(alpha) not in (int, float):
+        raise ValueError(f"{name}: the config gives it r={r!r} and lora_alpha={alpha!r}")
+    return r, alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
+
+
+def _update(
+    file: AdapterFile, path: str, wrapped: str, factors: Mapping[str, dict[str, str]], nested: int
+) -> LowRankUpdate:
+    sides = factors[wrapped]
+    embedding = "embedding_A" in sides or "embedding_B" in sides
+    A, B = (sides.get(side) for side in (("embedding_A", "embedding_B") if embedding else ("A.weight", "B.weight")))
+    if A is None or B is None:
+        raise ValueError(f"missing key: the other half of {next(iter(sides.values()))}")
+    shape_A, shape_B = file.shape(A), file.shape(B)
+    if len(shape_A) < 2 or len(shape_B) != len(shape_A) or 0 in shape_A + shape_B or set(shape_B[2:]) - {1}:
+        raise ValueError(f"shapes of {path}: lora_A {list(shape_A)}, lora_B {list(shape_B)}")
+
+    parameters = _parameters(file.config, path)
+    if nested > 1 and len(parameters) < nested:
+        raise ValueError(f"{path} has {nested} updates, but the config's target_parameters are {list(parameters)}")
+    if _is_attention(wrapped, factors):
+        kind, parameters = "attention", ()
+    elif parameters and not embedding:
+        kind = "parameter"
+    else:
+        kind, parameters = "embedding" if embedding else "linear" if len(shape_A) == 2 else "conv", ()
+
+    settings = {rank_and_scaling(file.config, f"{path}.{name}") for name in parameters} or {
+        rank_and_scaling(file.config, path)
+    }
+    if len(settings) > 1:
+        raise ValueError(f"{path}: rank_pattern or alpha_pattern tell its parameters {list(parameters)} apart")
+    r, scaling = settings.pop()
+    fits = shape_A[0] == shape_B[1] == r
+    if kind == "parameter":
+        fits = shape_A[0] == shape_B[1] and shape_A[0] % r == 0
+    elif kind == "conv":
+        fits = shape_A[0] == r and r % shape_B[1] == 0
+    if not fits:
+        raise ValueError(
+            f"rank of {path}: lora_A {list(shape_A)} and lora_B {list(shape_B)}, but the config gives it r={r}"
+        )
+    if _is_attention(wrapped.removesuffix(".base_layer.out_proj"), factors) and wrapped.endswith(".out_proj"):
+        scaling *= 2  # so PEFT computes, merged or not: its attention merges this update, and has the layer do so again
+    return LowRankUpdate(path, kind, A, B, r, scaling, sides.get("B.bias"), parameters)
+
+
+def _is_attention(wrapped: str, factors: Mapping[str, Any]) -> bool:
+    """MultiheadAttention has an update of its own, and one of the out_proj in it."""
+    return wrapped in factors and f"{wrapped}.base_layer.out_proj" in factors
+
+
+def _parameters(config: Mapping[str, Any], path: str) -> tuple[str, ...]:
+    """Names of the module's own parameters that ``target_parameters`` may mean."""
+    names = {}
+    for target in config.get("target_parameters") or ():
+        module, _, name = target.rpartition(".")
+        if not module or path == module or path.endswith(f".{module}"):
+            names[name] = None
+    return tuple(names)
+
+
+def _token_indices(file: AdapterFile, path: str) -> tuple[int, ...]:
+    indices = file.config.get("trainable_token_indices")
+    if isinstance(indices, dict):
+        found = [own for name, own in indices.items() if path == name or path.endswith(f".{name}")]
+        indices = found[0] if found else None
+    if not isinstance(indices, list):
+        raise ValueError(f"{file.directory}: trainable_token_indices of the config does not name {path}'s rows")
+    return tuple(indices)
+
+
+def _check_supported(file: AdapterFile) -> None:
+    config = file.config
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{file.directory}: peft_type is {config.get('peft_type')!r}, want 'LORA'")
+    problems = [f"{key}={config[key]!r}" for key in _UNSUPPORTED if config.get(key)]
+    if problems:
+        raise ValueError(f"{file.directory}: {', '.join(problems)} not supported; it changes what the adapter computes")
+    initialisation = config.get("init_lora_weights")
+    if initialisation not in _INITIALISATIONS:
+        raise ValueError(
+            f"{file.directory}: init_lora_weights is {initialisation!r}: the adapter goes with base weights that were "
+            "changed at its start; save it with PEFT's path_initial_model_for_weight_conversion"
+        )

@@ -1,0 +1,51 @@
+"""Output heads that share the weight of the input embedding, of which a checkpoint stores one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+from .checkpoint_files import Checkpoint
+
+__all__ = ["Tie", "find_tie"]
+
+_LANGUAGE_MODEL = re.compile(r"LMHead|ForCausalLM|ForMaskedLM|ForConditionalGeneration|ForPreTraining|WithLM")
+# The embedding's name -> the head's, the more special ones first.
+_HEADS = (
+    ("embed_tokens", ("lm_head",)),
+    ("wte", ("lm_head",)),
+    ("shared", ("lm_head",)),
+    ("embed_in", ("embed_out",)),
+    ("word_embeddings", ("cls.predictions.decoder", "lm_head.decoder", "lm_head")),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tie:
+    """``head``, which the checkpoint lacks, is the tensor that it stores as ``embedding``."""
+
+    embedding: str
+    head: str
+
+
+def find_tie(checkpoint: Checkpoint) -> Tie | None:
+    """By the model's config: a language model whose embedding is stored and whose head is not."""
+    path = checkpoint.directory / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    architectures = " ".join(config.get("architectures") or ())
+    if not _LANGUAGE_MODEL.search(architectures) or not config.get("tie_word_embeddings", True):
+        return None
+    for name, heads in _HEADS:
+        stored = [key for key in checkpoint if key == f"{name}.weight" or key.endswith(f".{name}.weight")]
+        if len(stored) != 1:
+            continue
+        if any(f"{head}.weight" in checkpoint for head in heads):
+            return None
+        # A head with layers of its own (BERT's transform) stores their tensors.
+        parents = [head for head in heads if any(key.startswith(f"{head.rpartition('.')[0]}.") for key in checkpoint)]
+        return Tie(stored[0], f"{(parents or heads[-1:])[0]}.weight")
+    return None

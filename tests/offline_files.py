@@ -1,0 +1,92 @@
+"""Checkpoints and adapters on disk, as transformers and PEFT write them: shared by the tests of what reads them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+EVERY_LAYER = {
+    "target_modules": ["attn", "conv1d", "conv2d", "conv3d", "lin", "square", "embed"],
+    "target_parameters": ["experts.gate_up", "experts.down", "single.weight"],
+    "modules_to_save": ["head"],
+}
+
+
+class EveryLayer(nn.Module):
+    """A layer of each type that PEFT adapts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.attn = nn.MultiheadAttention(8, 2)
+        self.conv1d = nn.Conv1d(4, 6, 3)
+        self.conv2d = nn.Conv2d(4, 6, (3, 2), bias=False)
+        self.conv3d = nn.Conv3d(2, 3, (1, 2, 3))
+        self.lin = nn.Linear(8, 12)
+        self.square = nn.Linear(8, 8)
+        self.experts = nn.Module()
+        self.experts.gate_up = nn.Parameter(torch.randn(3, 10, 8))
+        self.experts.down = nn.Parameter(torch.randn(3, 8, 5))
+        self.single = nn.Linear(6, 5)
+        self.norm = nn.BatchNorm1d(8)
+        self.head = nn.Linear(8, 3)
+
+
+def save_checkpoint(tensors: dict[str, Tensor], directory: Path, shards: int = 3) -> Path:
+    """In so many files, with an index and small other files."""
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps({"model_type": "own", "dtype": "float32"}))
+    (directory / "tokenizer.json").write_text("{}")
+    keys = list(tensors)
+    names = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+    weight_map = {}
+    for i, name in enumerate(names):
+        own = {key: tensors[key].detach().clone().contiguous() for key in keys[i::shards]}
+        save_file(own, directory / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(own, name)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+def peft_adapter(model: nn.Module, directory: Path, **settings: Any) -> peft.PeftModel:
+    """A copy of ``model`` with an adapter that changes what it computes, saved by PEFT."""
+    settings = {"r": 2, "lora_alpha": 5, "init_lora_weights": False} | settings
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**settings))
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        adapted.save_pretrained(directory)
+    return adapted
+
+
+def merged_by_peft(adapted: peft.PeftModel) -> dict[str, Tensor]:
+    """The state of the model with its adapter merged, by PEFT."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return dict(copy.deepcopy(adapted).merge_and_unload().state_dict())
+
+
+def tensors_of(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint's files."""
+    tensors = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    """Every file below ``directory``."""
+    return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
