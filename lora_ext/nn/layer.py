@@ -102,6 +102,7 @@ class LoraLayer(AdapterLayer):
 
     base_kinds: ClassVar[str]  # in messages: what this class adapts
     weight_name: ClassVar[str] = "weight"
+    stores_transposed: bool = False  # the weight is [in, out]
 
     def __init__(
         self,
