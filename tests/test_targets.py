@@ -119,6 +119,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("bert", {"target_modules": ATTENTION, "layers_to_transform": [1], "layers_pattern": "layer"}),
     ("bert", {"target_modules": ATTENTION, "layers_to_transform": [1], "layers_pattern": ["block", "lay.r"]}),
     ("bert", {"target_modules": ["dense"], "layers_to_transform": [0], "layers_pattern": []}),
+    ("bert", {"target_modules": ["dense"], "layers_to_transform": [0], "layers_pattern": ""}),
     (
         "bert",
         {"target_modules": ["query", "bert.encoder.layer.0.attention.self.value"], "layers_to_transform": 1},
