@@ -74,7 +74,7 @@ class Layers:
                 sys.exit(f"{name} is off by {error:.2e} on {tuple(weight.shape)}: not timed")
         if not torch.equal(self.once, self.ours.weight):
             sys.exit("merging with and without a record differ: not timed")
-        record = self.ours._merged.record
+        record = self.ours._merged.matrices["weight"].record
         extra = (record.nbytes - record.lora_A.nbytes - record.lora_B.nbytes) / self.plain.numel()
         self.ours.unmerge(), self.once.copy_(self.pristine), self.addmm(-1.0)
         integers = torch.int16 if self.plain.element_size() == 2 else torch.int32

@@ -1,173 +1,231 @@
-"""Acts on all the LoRA layers of a model at once: merge, unmerge, disable, unload, count."""
+"""What can be done with the named adapters of a model: its public functions, wherever they are written."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import dataclasses
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 from torch import nn
 
-from ._checks import check_merge_layer
 from ._interrupts import uninterrupted
-from .exact_merge import merge_all_, pack_factors
-from .inject import forget_injection, lora_modules, parameter_paths, replace_modules, root_module
-from .nn import LoraAdapter, LoraLinear
-from .nn.merged import change_merged, check_is_stored
+from .adapter_set import adapter_set, check_names, find_adapters
+from .bare_model import adapter_layers, root_module
+from .hotswap import hotswap_adapter, prepare_hotswap
+from .inject import check_adapter_name, lora_modules, replace_modules
+from .model_combine import add_weighted_adapter
+from .model_merge import merge, merge_and_unload, merge_record_bytes, some, unload, unmerge
+from .nn import LoraAdapter, LoraLayer
 
 __all__ = [
+    "AdapterStatus",
+    "adapter_names",
+    "adapter_status",
+    "add_weighted_adapter",
+    "delete_adapter",
     "disable_adapters",
+    "hotswap_adapter",
     "lora_modules",
     "merge",
     "merge_and_unload",
     "merge_record_bytes",
+    "prepare_hotswap",
+    "rename_adapter",
+    "set_adapter",
     "trainable_parameter_counts",
+    "unload",
     "unmerge",
 ]
-
-_LOGGER = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-def merge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> ModelT:
-    """Adds adapters to their base weights in place: the model then runs at the base model's speed.
+def set_adapter(model: ModelT, names: str | Iterable[str], trainable: bool | None = None) -> ModelT:
+    """Uses these adapters of an injected model, and no others.
 
-    Every bit of the weights can be restored (:func:`unmerge`). Where rounding lost bits they are kept, which takes
-    0.03 to 0.25 bytes per float32 weight for updates of 0.5 % to 10 % of its size; :func:`merge_record_bytes` says how
-    many, and so does an INFO message of the ``lora_ext.adapters`` logger.
-
-    All layers are checked before the first is changed: all of them are merged, or none. Ctrl-C waits for that.
+    Several add up. Parameters of adapters that go out of use are frozen; those of adapters that come into use are
+    trainable as they were when added (``config.inference_mode``). Layers share one list of the names in use, so that a
+    switch costs the same however many adapters the model holds. Merged adapters act until unmerged, whatever is in use.
 
     Args:
-        model: holds LoRA layers.
-        adapter_names: which adapters, in the layers that have them, beside those merged already; None: the active ones.
+        model: was injected.
+        names: one or several adapter names; none: the base model alone.
+        trainable: makes the adapters trainable, or frozen, from now on.
 
     Returns:
         ``model``, the same object.
 
     Raises:
-        ValueError: there is no LoRA layer; a base weight is tied to another module, which would change with it (a
-            language model's head and embedding), or shares memory with that of another LoRA layer; an element would
-            become NaN or infinite.
-        KeyError: no layer has an adapter of that name.
-        RuntimeError: an adapter is merged already, or disabled; a base weight is computed by a parametrization.
+        ValueError: the model is not injected, or a name is given twice.
+        KeyError: there is no adapter of that name; the message lists them. Nothing is changed.
     """
-    layers = _all_lora_modules("merge", model)
-    wanted = _wanted("merge", layers, adapter_names)
-    _check_untied(model, wanted)
-    change_merged(
-        "merge",
-        {layer: {*layer.merged_adapters, *names} for layer, names in wanted.values()},
-        {layer: f"the weight of {path!r}" for path, (layer, _) in wanted.items()},
-    )
-    total = sum(layer.merge_record_bytes for layer, _ in wanted.values())
-    per_weight = total / max(sum(layer.weight.numel() for layer, _ in wanted.values()), 1)
-    _LOGGER.info("merged %d layers; unmerging keeps %d bytes, %.3f per weight", len(wanted), total, per_weight)
+    adapters = find_adapters(model, "set_adapter")
+    names = (names,) if isinstance(names, str) else tuple(names)
+    check_names("set_adapter", adapters.configs, names)
+    if len(set(names)) < len(names):
+        raise ValueError(f"set_adapter: names are {list(names)}, want each once")
+    adapters.switch(names, trainable)
     return model
 
 
-def unmerge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> ModelT:
-    """Takes merged adapters out of their base weights again, in place.
-
-    Of a layer with none left, every bit of the weight is what it was before the first was merged.
-
-    Args:
-        model: holds merged LoRA layers.
-        adapter_names: which adapters, in the layers that have them; None: all that are merged.
-
-    Returns:
-        ``model``, the same object.
-
-    Raises:
-        ValueError: there is no LoRA layer.
-        KeyError: no layer has an adapter of that name.
-        RuntimeError: a layer is not merged, or was converted to another dtype while it was.
-        Other errors as :meth:`~lora_ext.nn.LoraLinear.unmerge`. The model is then unchanged.
-    """
-    layers = _all_lora_modules("unmerge", model)
-    names = _names(adapter_names)
-    if names is None:
-        wanted = {path: (layer, set[str]()) for path, layer in layers.items()}
-        wrong = [path for path, layer in layers.items() if not layer.is_merged]
-    else:
-        # An adapter may have been removed from its layer since it was merged.
-        known = {path: {*layer.adapters, *layer.merged_adapters} for path, layer in layers.items()}
-        _check_known("unmerge", known, names)
-        chosen = {path: layer for path, layer in layers.items() if names & known[path]}
-        wanted = {path: (layer, set(layer.merged_adapters) - names) for path, layer in chosen.items()}
-        wrong = [path for path, layer in chosen.items() if names & layer.adapters.keys() - {*layer.merged_adapters}]
-    if wrong:
-        raise RuntimeError(f"unmerge: {_some(wrong)} not merged")
-    change_merged(
-        "unmerge", dict(wanted.values()), {layer: f"the weight of {path!r}" for path, (layer, _) in wanted.items()}
-    )
-    return model
-
-
-def merge_record_bytes(model: nn.Module) -> int:
-    """Bytes kept to take merged adapters out again: copies of their factors, and what rounding lost."""
-    return sum(layer.merge_record_bytes for _, layer in lora_modules(root_module(model)))
-
-
-def merge_and_unload(model: ModelT) -> ModelT:
-    """Merges the active adapters, unless some are merged, and puts each base layer back: the plain model again.
-
-    Nothing is kept to unmerge by. Parameters keep their ``requires_grad``: the base stays frozen. Errors as in
-    :func:`merge`.
-
-    Returns:
-        ``model``, the same object.
-    """
-    layers = _all_lora_modules("merge_and_unload", model)
-    merge: list[tuple[str, LoraLinear, LoraAdapter]] = []
-    if not all(layer.is_merged for layer in layers.values()):
-        wanted = _wanted("merge", layers, None)
-        _check_untied(model, wanted)
-        merge = [(f"the weight of {path!r}", layer, layer.adapters[name]) for path, (layer, (name,)) in wanted.items()]
-    for label, layer, adapter in merge:
-        check_is_stored("merge", layer, label)
-        check_merge_layer(f"merge: {label}", layer.weight, adapter.lora_A, adapter.lora_B)
-    factors = [
-        pack_factors(layer.weight.dtype, [(adapter.lora_A, adapter.lora_B, adapter.scaling)])
-        for _, layer, adapter in merge
-    ]
-    with uninterrupted():  # a weight that contains its adapter must not stay beside it
-        merge_all_(
-            "merge",
-            [layer.weight for _, layer, _ in merge],
-            [A for A, _ in factors],
-            [B for _, B in factors],
-            [label for label, _, _ in merge],
-            record=False,
-        )
-        replace_modules(model, {layer: layer.base_layer for layer in layers.values()})
-    forget_injection(model)
-    return model
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of the adapters that an injected model holds, in the order they were added; empty if it is not."""
+    adapters = adapter_set(model)
+    return list(adapters.configs) if adapters is not None else []
 
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Within the context every LoRA layer computes what its base layer computes.
-
-    Modules trained in full (``modules_to_save``) have no base to fall back to and stay as they are.
+    """Within the context the model computes what its base model computes, with its own heads and biases.
 
     Raises:
+        ValueError: there is no LoRA layer.
         RuntimeError: an adapter is merged, so that the base weights are not the base's.
     """
-    layers = _all_lora_modules("disable_adapters", model)
-    merged = [path for path, layer in layers.items() if layer.is_merged]
+    layers = dict(adapter_layers(model))
+    if not layers:
+        raise ValueError(
+            f"disable_adapters: {type(model).__name__} has no LoRA layer; call inject(model, config) first"
+        )
+    merged = [path for path, layer in lora_modules(model) if layer.is_merged]
     if merged:
-        raise RuntimeError(f"disable_adapters: {_some(merged)} merged; call unmerge(model) first")
-    active = {layer: layer.active_adapter for layer in layers.values()}
+        raise RuntimeError(f"disable_adapters: {some(merged)} merged; call unmerge(model) first")
+    active = {layer.active: layer.active.names for layer in layers.values()}
+    biases = list(adapters.biases.values()) if (adapters := adapter_set(model)) is not None else []
+    used = [own.used for own in biases]
     try:
-        for layer in active:
-            layer.active_adapter = None
+        for shared in active:
+            shared.names = ()
+        for own in biases:
+            own.use(False)
         yield
     finally:
-        for layer, name in active.items():
-            layer.active_adapter = name
+        for shared, names in active.items():
+            shared.names = names
+        for own, was_used in zip(biases, used, strict=True):
+            own.use(was_used)
+
+
+def delete_adapter(model: ModelT, name: str) -> ModelT:
+    """Removes an adapter, which must not be in use. A layer without any left is the plain base layer again.
+
+    Returns:
+        ``model``, the same object.
+
+    Raises:
+        ValueError: the model is not injected.
+        KeyError: there is no such adapter; the message lists them.
+        RuntimeError: it is active or merged. Nothing is changed.
+    """
+    adapters = find_adapters(model, "delete_adapter")
+    check_names("delete_adapter", adapters.configs, [name])
+    if name in adapters.active.names:
+        others = sorted(adapters.configs.keys() - {name})
+        raise RuntimeError(
+            f"delete_adapter: {name!r} is active; "
+            + (
+                f"call set_adapter(model, ...) first: there is {others}"
+                if others
+                else "it is the last: call unload(model)"
+            )
+        )
+    _check_unmerged("delete_adapter", model, name)
+    with uninterrupted():
+        adapters.remove(name)
+        empty = {}
+        for _, layer in adapter_layers(model):
+            if name in layer.adapters:
+                del layer.adapters[name]
+            if not layer.adapters:
+                empty[layer] = layer.base_layer
+        while empty:  # one may be around another
+            replace_modules(root_module(model), empty)
+            held = {layer for _, layer in adapter_layers(model)}
+            empty = {layer: base for layer, base in empty.items() if layer in held}
+    return model
+
+
+def rename_adapter(model: ModelT, old: str, new: str) -> ModelT:
+    """Gives an adapter another name. Files do not hold names, and need no change.
+
+    Returns:
+        ``model``, the same object.
+
+    Raises:
+        ValueError: the model is not injected, or ``new`` is taken or cannot be a name.
+        KeyError: there is no adapter ``old``; the message lists them.
+        RuntimeError: it is merged. Nothing is changed.
+    """
+    adapters = find_adapters(model, "rename_adapter")
+    check_names("rename_adapter", adapters.configs, [old])
+    if new == old:
+        return model
+    check_adapter_name("rename_adapter", new, adapters)
+    _check_unmerged("rename_adapter", model, old)
+    with uninterrupted():
+        for _, layer in adapter_layers(model):
+            held = {new if name == old else name: adapter for name, adapter in layer.adapters.items()}
+            layer.adapters.clear()
+            layer.adapters.update(held)
+        adapters.rename(old, new)
+    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterStatus:
+    """One adapter of one layer.
+
+    Attributes:
+        layer: the layer's path.
+        kind: its class.
+        adapter: the adapter's name.
+        r, scaling: of a low-rank update; None of a module trained in full.
+        active, merged: whether it is in use; whether the base weight contains it.
+        trainable: whether all its parameters require a gradient; None: some do.
+        dtype, device: of its parameters.
+        parameters: how many numbers it holds.
+    """
+
+    layer: str
+    kind: str
+    adapter: str
+    r: int | None
+    scaling: float | None
+    active: bool
+    merged: bool
+    trainable: bool | None
+    dtype: torch.dtype
+    device: torch.device
+    parameters: int
+
+
+def adapter_status(model: nn.Module) -> list[AdapterStatus]:
+    """What every layer of ``model`` holds, an entry for each layer and adapter; empty if it holds none."""
+    status = []
+    for path, layer in adapter_layers(model):
+        for name, adapter in layer.adapters.items():
+            parameters = list(adapter.parameters())
+            flags = {parameter.requires_grad for parameter in parameters if parameter.is_floating_point()}
+            first = next((p for p in parameters if p.is_floating_point()), parameters[0])
+            low_rank = isinstance(adapter, LoraAdapter)
+            status.append(
+                AdapterStatus(
+                    path,
+                    type(layer).__name__,
+                    name,
+                    adapter.r if low_rank else None,
+                    adapter.scaling if low_rank else None,
+                    name in layer.active.names,
+                    isinstance(layer, LoraLayer) and name in layer.merged_adapters,
+                    flags.pop() if len(flags) == 1 else None,
+                    first.dtype,
+                    first.device,
+                    sum(parameter.numel() for parameter in parameters),
+                )
+            )
+    return status
 
 
 def trainable_parameter_counts(model: nn.Module) -> tuple[int, int]:
@@ -176,56 +234,7 @@ def trainable_parameter_counts(model: nn.Module) -> tuple[int, int]:
     return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)
 
 
-def _all_lora_modules(caller: str, model: nn.Module) -> dict[str, LoraLinear]:
-    layers = dict(lora_modules(root_module(model)))
-    if not layers:
-        raise ValueError(f"{caller}: {type(model).__name__} has no LoRA layer; call inject(model, config) first")
-    return layers
-
-
-def _names(adapter_names: str | Iterable[str] | None) -> set[str] | None:
-    return {adapter_names} if isinstance(adapter_names, str) else None if adapter_names is None else set(adapter_names)
-
-
-def _check_known(caller: str, by_layer: Mapping[str, Collection[str]], names: set[str]) -> None:
-    known = {name for own in by_layer.values() for name in own}
-    if unknown := names - known:
-        raise KeyError(f"{caller}: no layer has an adapter {sorted(unknown)[0]!r}; the adapters are {sorted(known)}")
-
-
-def _wanted(
-    caller: str, layers: dict[str, LoraLinear], adapter_names: str | Iterable[str] | None
-) -> dict[str, tuple[LoraLinear, set[str]]]:
-    """What is to be merged: the layers that have the adapters, and the names, none of them merged yet."""
-    names = _names(adapter_names)
-    if names is None:
-        merged = [path for path, layer in layers.items() if layer.is_merged]
-        if merged:
-            raise RuntimeError(f"{caller}: {_some(merged)} merged already")
-        disabled = [path for path, layer in layers.items() if layer.active_adapter is None]
-        if disabled:
-            raise RuntimeError(f"{caller}: no adapter is active in {_some(disabled)}; leave disable_adapters first")
-        return {path: (layer, {layer.active_adapter}) for path, layer in layers.items()}
-    _check_known(caller, {path: layer.adapters.keys() for path, layer in layers.items()}, names)
-    wanted = {path: (layer, own) for path, layer in layers.items() if (own := names & layer.adapters.keys())}
-    merged = [path for path, (layer, own) in wanted.items() if own & {*layer.merged_adapters}]
+def _check_unmerged(caller: str, model: nn.Module, name: str) -> None:
+    merged = [path for path, layer in lora_modules(model) if name in layer.merged_adapters]
     if merged:
-        raise RuntimeError(f"{caller}: {_some(merged)} merged already")
-    return wanted
-
-
-def _check_untied(model: nn.Module, wanted: dict[str, tuple[LoraLinear, set[str]]]) -> None:
-    paths = parameter_paths(root_module(model))
-    for path, (layer, _) in wanted.items():
-        others = [other for other in paths[id(layer.weight)] if other != f"{path}.base_layer"]
-        if others:
-            raise ValueError(
-                f"merge: the weight of {path!r} is also that of {others[0]!r}, which would change with it; untie them "
-                "(give one a clone of the weight), or run unmerged"
-            )
-
-
-def _some(paths: list[str]) -> str:
-    """The first few paths and how many more: models have hundreds of layers."""
-    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-    return f"{', '.join(map(repr, paths[:3]))}{more}"
+        raise RuntimeError(f"{caller}: {name!r} is merged in {some(merged)}; call unmerge(model, {name!r}) first")

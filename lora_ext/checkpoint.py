@@ -1,7 +1,8 @@
 """Adapter files in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors`` in a directory.
 
-Keys are ``base_model.model.<path>.lora_A.weight`` and ``.lora_B.weight`` for the factors, and
-``base_model.model.<path>.<name>`` for the parameters and buffers of a module trained in full.
+Keys are ``base_model.model.<path>.lora_A.weight`` and ``.lora_B.weight`` for the factors of a linear layer, those of
+``file_tensors`` of its class for another layer, and ``base_model.model.<path>.<name>`` for the parameters and buffers
+of a module trained in full. lora_ext/adapter_file.py reads them.
 """
 
 from __future__ import annotations
@@ -11,122 +12,139 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .adapter_file import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, AdapterFile
+from .adapter_set import Adapter, adapter_set, find_adapter
+from .bare_model import BareModel, root_module
 from .config import LoraConfig
-from .inject import (
-    Injection,
-    apply_injection,
-    find_injection,
-    is_injected,
-    lora_modules,
-    plan_injection,
-    root_module,
-)
+from .inject import apply_injection, lora_modules, plan_injection
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 
-
-def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Writes the adapter of an injected ``model`` into ``directory``, which PEFT's ``from_pretrained`` reads.
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None) -> None:
+    """Writes an adapter of an injected ``model`` into ``directory``, which PEFT's ``from_pretrained`` reads.
 
     The directory is made if need be; an adapter in it is replaced, other files stay. Both files are written in full
     before the first is moved into place, and an error puts the old ones back. A process killed between the moves leaves
     a directory without ``adapter_config.json``, never an old file beside a new one; its ``.saving-*`` subdirectory then
     has the missing files.
 
+    Args:
+        model: was injected.
+        directory: where to.
+        adapter_name: which adapter; None: the active one.
+
     Raises:
-        ValueError: the model is not injected.
+        ValueError: the model is not injected, or without a name, not just one adapter is active.
+        KeyError: there is no such adapter; the message lists them.
         OSError: the directory cannot be written; what was there is untouched.
     """
-    injection = find_injection(model)
-    values = injection.config.to_dict() | {"inference_mode": True}  # as PEFT: loading is for inference unless asked
+    adapter = find_adapter(model, "save_adapter", adapter_name)
+    values = adapter.config.to_dict() | {"inference_mode": True}  # as PEFT: loading is for inference unless asked
     if values["base_model_name_or_path"] is None:
         values["base_model_name_or_path"] = getattr(root_module(model), "name_or_path", None)
     # A copy each: safetensors refuses tensors that share memory, as tied modules do.
     tensors = {
-        key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for key, tensor in _adapter_tensors(injection).items()
+        f"{KEY_PREFIX}{key}": tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for key, tensor in adapter.tensors().items()
     }
-
     _write_pair(Path(directory), json.dumps(values, indent=2, sort_keys=True) + "\n", tensors)
 
 
-def load_adapter(model: ModelT, directory: str | os.PathLike[str], trainable: bool = False) -> ModelT:
-    """Loads an adapter that :func:`save_adapter` or PEFT wrote; injects into ``model`` by the file's config if need be.
+def load_adapter(
+    model: ModelT,
+    directory: str | os.PathLike[str],
+    trainable: bool = False,
+    adapter_name: str = "default",
+    *,
+    allow_pickle: bool = False,
+) -> ModelT:
+    """Loads an adapter that :func:`save_adapter` or PEFT wrote, under a name.
 
-    Values are cast to the dtype of the parameters they go to. Modules trained in full are overwritten in place, as are
-    base layers where the file has them.
+    A bare model is injected by the file's config; to an injected one the adapter is added, and is then the active one.
+    If the model has an adapter of that name, its values are replaced in place, and nothing else changes.
+
+    The file is mapped, and each tensor read as it is copied. Values are cast to the dtype of the parameters they go to.
+    Base layers are overwritten too where the file has them, as PEFT's have those of adapted or resized embeddings.
 
     Args:
-        model: a bare model, or one injected with the same layers, rank and scaling.
+        model: any module.
         directory: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
-        trainable: inject the adapter, and its modules trained in full, with ``requires_grad``. A model that is injected
-            already keeps its ``requires_grad`` flags.
+        trainable: the adapter requires gradients. An adapter whose values are replaced keeps its flags.
+        adapter_name: what to call it in the model.
+        allow_pickle: load ``adapter_model.bin`` where there is no safetensors file. Only tensors are unpickled.
 
     Returns:
         ``model``, the same object.
 
     Raises:
         FileNotFoundError: naming the file that is missing.
-        ValueError: a file is corrupted, its config is not supported or differs from the model's, or its tensors do not
-            fit the model: every missing and unexpected key, wrong shape and wrong dtype is listed.
-        RuntimeError: the model's adapter is merged.
+        ValueError: a file is corrupted, its config is not supported or differs from that of the adapter it is to
+            replace, or its tensors do not fit the model: every missing and unexpected key, wrong shape and wrong dtype
+            is listed.
+        RuntimeError: an adapter is merged.
         Also what :func:`lora_ext.inject` raises. The model is then unchanged.
     """
-    directory = Path(directory)
-    config = _read_config(directory / CONFIG_FILE)
-    tensors = _read_tensors(directory / WEIGHTS_FILE)
-
-    inject_first = not is_injected(model)
-    if inject_first:
-        injection = plan_injection(model, dataclasses.replace(config, inference_mode=not trainable))
+    file = AdapterFile.open(directory, allow_pickle=allow_pickle, caller="load_adapter")
+    config = config_of(file, "load_adapter")
+    merged = [path for path, layer in lora_modules(model) if layer.is_merged]
+    if merged:
+        raise RuntimeError(f"load_adapter: an adapter is merged into {merged[0]!r}; call unmerge(model) first")
+    adapters = adapter_set(model)
+    replaces = adapters is not None and adapter_name in adapters.configs
+    if replaces:
+        adapter = find_adapter(model, "load_adapter", adapter_name)
+        _check_same_kind(adapter, config, file.directory)
     else:
-        injection = find_injection(model)
-        _check_same_kind(model, injection, config, directory)
-    base = _base_tensors(model, injection)
-    targets = _adapter_tensors(injection) | {key: tensor for key, tensor in base.items() if key in tensors}
-    _check_fit(targets, tensors, directory / WEIGHTS_FILE)
+        adapter = plan_injection(model, dataclasses.replace(config, inference_mode=not trainable), adapter_name)
+    targets = _targets(model, adapter, file)
+    _check_fit(targets, file)
 
     # Nothing below fails: the adapter's tensors are filled before it is attached.
     with torch.no_grad():
         for key, target in targets.items():
-            target.copy_(tensors[key])
-    if inject_first:
-        apply_injection(model, injection)
+            target.copy_(file.tensor(key))
+    if not replaces:
+        apply_injection(model, adapter)
     return model
 
 
-def _adapter_tensors(injection: Injection) -> dict[str, Tensor]:
-    """The live tensors of an adapter by their key in the file."""
-    tensors = {}
-    for path, adapter in injection.adapters.items():
-        tensors[f"{_PREFIX}{path}.lora_A.weight"] = adapter.lora_A
-        tensors[f"{_PREFIX}{path}.lora_B.weight"] = adapter.lora_B
-    for path, module in injection.trained.items():
-        tensors |= {f"{_PREFIX}{path}.{name}": tensor for name, tensor in module.state_dict().items()}
-    return tensors
+def config_of(file: AdapterFile, caller: str) -> LoraConfig:
+    """The file's config; ValueError: it is not supported, or wrong."""
+    try:
+        return LoraConfig.from_dict(file.config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{caller}: {file.directory / CONFIG_FILE}: {error}") from error
 
 
-def _base_tensors(model: nn.Module, injection: Injection) -> dict[str, Tensor]:
-    """The frozen tensors under the adapters, by the key that PEFT gives the weight of an adapted output head."""
-    layers = {path: root_module(model).get_submodule(path) for path in injection.adapters}
-    return {
-        f"{_PREFIX}{path}.base_layer.{name}": tensor
-        for path, layer in layers.items()
-        for name, tensor in getattr(layer, "base_layer", layer).state_dict().items()
-    }
+def _targets(model: nn.Module, adapter: Adapter, file: AdapterFile) -> dict[str, Tensor]:
+    """The tensors of the model that the file fills, by the file's keys; unless it lacks some."""
+    targets = adapter.tensors()
+    if adapter.biases is not None and adapter.config.bias == "lora_only":
+        biases = adapter.biases.file_tensors()
+        if not any(f"{KEY_PREFIX}{key}" in file for key in biases):
+            warnings.warn(
+                f'load_adapter: {file.path} has no bias, though its config says bias="lora_only": PEFT before 0.18 '
+                "did not save them. They keep the model's values",
+                stacklevel=4,
+            )
+            targets = {key: tensor for key, tensor in targets.items() if key not in biases}
+    bare = BareModel(root_module(model))
+    base = adapter.base_tensors()
+    for path, module in bare.modules.items():
+        if module is bare.embedding or module is bare.head:
+            base |= {f"{path}.{name}": tensor for name, tensor in module.state_dict().items()}
+    targets |= {key: tensor for key, tensor in base.items() if f"{KEY_PREFIX}{key}" in file and key not in targets}
+    return {f"{KEY_PREFIX}{key}": tensor for key, tensor in targets.items()}
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -166,66 +184,42 @@ def _write_pair(directory: Path, config: str, tensors: dict[str, Tensor]) -> Non
     shutil.rmtree(staging, ignore_errors=True)
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- what fits --------------------------------------------------------------------------------------------------------
 
 
-def _read_config(path: Path) -> LoraConfig:
-    if not path.is_file():
-        raise FileNotFoundError(f"load_adapter: {path} is missing; want a directory that save_adapter or PEFT wrote")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"load_adapter: {path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"load_adapter: {path} holds a {type(values).__name__}, want an object with PEFT's keys")
-    try:
-        return LoraConfig.from_dict(values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"load_adapter: {path}: {error}") from error
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        pickled = path.with_name("adapter_model.bin")
-        advice = f"; {pickled.name} is there: save it again as safetensors" if pickled.is_file() else ""
-        raise FileNotFoundError(f"load_adapter: {path} is missing{advice}")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"load_adapter: {path} is corrupted or not a safetensors file: {error}") from error
-
-
-def _check_same_kind(model: nn.Module, injection: Injection, config: LoraConfig, directory: Path) -> None:
-    """Rank and layers show in the tensors; scaling does not, nor does an update that the base weights now contain."""
-    merged = [path for path, layer in lora_modules(root_module(model)) if layer.is_merged]
-    if merged:
-        raise RuntimeError(f"load_adapter: the adapter of {merged[0]!r} is merged; call unmerge(model) first")
-    for key in ("r", "lora_alpha", "use_rslora"):
-        ours, theirs = getattr(injection.config, key), getattr(config, key)
+def _check_same_kind(adapter: Adapter, config: LoraConfig, directory: Path) -> None:
+    """Rank and layers show in the tensors; scaling does not."""
+    for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
+        ours, theirs = getattr(adapter.config, key), getattr(config, key)
         if ours != theirs:
             raise ValueError(
                 f"load_adapter: {directory} has {key}={theirs} but the model was injected with {key}={ours}; inject "
-                "with the same config, or load into a bare model"
+                "with the same config, or load under another adapter_name"
             )
 
 
-def _check_fit(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> None:
-    problems = [f"missing key: {key}" for key in targets if key not in tensors]
-    problems += [f"unexpected key: {key}" for key in tensors if key not in targets]
+def _check_fit(targets: Mapping[str, Tensor], file: AdapterFile) -> None:
+    keys = [key for key in file.keys() if not key.endswith(_PEFT_DUPLICATES)]  # noqa: SIM118  it is no dict
+    problems = [f"missing key: {key}" for key in targets if key not in file]
+    problems += [f"unexpected key: {key}" for key in keys if key not in targets]
     filled: dict[tuple[torch.device, int], str] = {}
     for key, target in targets.items():
-        if key not in tensors:
+        if key not in file:
             continue
-        tensor = tensors[key]
-        if tensor.shape != target.shape:
-            problems.append(f"shape of {key}: {list(tensor.shape)} in the file, {list(target.shape)} in the model")
-        if tensor.is_floating_point() != target.is_floating_point() or tensor.is_complex():
-            problems.append(f"dtype of {key}: {tensor.dtype} in the file, {target.dtype} in the model")
+        shape, dtype = file.shape(key), file.dtype(key)
+        if shape != tuple(target.shape):
+            problems.append(f"shape of {key}: {list(shape)} in the file, {list(target.shape)} in the model")
+        if dtype.is_floating_point != target.is_floating_point() or dtype.is_complex:
+            problems.append(f"dtype of {key}: {dtype} in the file, {target.dtype} in the model")
         if target.is_meta:
             problems.append(f"device of {key}: the model is on the meta device; give it memory (to_empty) first")
         # Tied modules hold one tensor under two keys.
         twin = filled.setdefault((target.device, target.data_ptr()), key) if target.numel() else key
-        if twin != key and not target.is_meta and not torch.equal(tensors[twin], tensor):
+        if twin != key and not target.is_meta and not torch.equal(file.tensor(twin), file.tensor(key)):
             problems.append(f"values of {key}: tied to {twin} in the model, but they differ in the file")
     if problems:
-        raise ValueError(f"load_adapter: {path} does not fit the model:\n  " + "\n  ".join(problems))
+        raise ValueError(f"load_adapter: {file.path} does not fit the model:\n  " + "\n  ".join(problems))
+
+
+# With bias="all" PEFT also writes the biases of modules_to_save under the names they have inside its wrappers.
+_PEFT_DUPLICATES = (".original_module.bias", ".modules_to_save.bias")

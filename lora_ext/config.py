@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+from ._config_values import (
+    FrozenDict,
+    check_alpha,
+    check_number,
+    check_rank,
+    check_regex,
+    enabled_parts,
+    layer_numbers,
+    names,
+    pattern,
+    thaw,
+    token_indices,
+)
 
 ALL_LINEAR = "all-linear"
 """The ``target_modules`` that stands for every linear layer but the output head."""
@@ -21,30 +36,67 @@ _TASK_HEADS: dict[str, tuple[str, ...]] = {
     "FEATURE_EXTRACTION": (),
 }
 
-# Keys PEFT writes that never change what a plain LoRA adapter computes. Any other key without a field here must be off.
+# Keys of PEFT that change nothing an adapter of ours computes: notes, settings of how PEFT itself runs, and details of
+# an initialisation or variant that another key switches on. Any other key without a field here must be off.
 _INFORMATIONAL = frozenset(
-    {"auto_mapping", "peft_version", "revision", "megatron_core", "qalora_group_size", "loftq_config", "runtime_config"}
+    {
+        "auto_mapping",
+        "corda_config",
+        "eva_config",
+        "loftq_config",
+        "lora_ga_config",
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+    }
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Which layers get a low-rank adapter, and of what kind. Means what ``peft.LoraConfig`` means.
+    """Which parts of a model get a low-rank adapter, and of what kind. Means what ``peft.LoraConfig`` means.
+
+    Lists may be given as any sequence or set; they are kept as tuples, and dicts as :class:`FrozenDict`.
 
     Args:
         r: rank of the update, at least 1.
         lora_alpha: the update is scaled by ``lora_alpha / r`` (``lora_alpha / sqrt(r)`` with ``use_rslora``); positive.
         lora_dropout: dropout probability on the adapter's input while training, in [0, 1).
-        target_modules: which ``nn.Linear`` to adapt: a list of names, each matching a module's whole path or the end of
-            it after a dot; or a regular expression that matches the whole path; or ``"all-linear"``.
+        target_modules: the modules to adapt: a list of names, each matching a module's whole path or the end of it
+            after a dot; or a regular expression that matches the whole path; or ``"all-linear"``. May be None or empty
+            with ``target_parameters`` (PEFT reads None as its own choice for model types it knows; we adapt no module).
         exclude_modules: never adapt these; a list or a regular expression, matched in the same way.
+        target_parameters: bare ``nn.Parameter`` objects to adapt (the experts of a mixture): names of the form
+            ``module.parameter``, each matching a parameter's whole path or the end of it after a dot.
+        layers_to_transform: adapt only layers with these numbers (one or a list; an empty list means all), where
+            ``target_modules`` is a list. A path's layer is its first number with two names before it: 1 in
+            ``model.layers.1.mlp``, none in ``layers.1.mlp``, which is then not adapted. An entry of ``target_modules``
+            that is a module's whole path holds in any layer.
+        layers_pattern: name (a regular expression, or a list of them) of the ``nn.ModuleList`` whose numbers
+            ``layers_to_transform`` means, such as ``"layers"`` or ``"h"``; the first that occurs in the path decides.
+        rank_pattern: other ranks for some targets: a regular expression that matches a path, or the end of it after a
+            dot, to a rank; the first match decides.
+        alpha_pattern: likewise, other ``lora_alpha``.
         modules_to_save: modules to train in full and to save with the adapter (a new classification head): each entry
             matches a module whose path ends with it. Nothing inside them is adapted.
-        bias: only ``"none"``: biases stay frozen.
+        trainable_token_indices: train only these rows of an embedding: a list of token numbers for the model's input
+            embedding, or a dict from an embedding's name (the end of its path) to such a list.
+        ensure_weight_tying: what shares its weight with the input embedding follows the embedding: in
+            ``target_modules``, ``modules_to_save`` and ``trainable_token_indices``.
+        bias: biases to train: ``"none"``, ``"all"`` in the model, or ``"lora_only"``, those of the adapted layers.
+        lora_bias: the adapter has a bias of its own, added after ``lora_B``.
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).
-        fan_in_fan_out: only False: weights are ``[out_features, in_features]``, as in ``nn.Linear``.
-        init_lora_weights: True (``lora_A`` Kaiming-uniform, ``lora_B`` zero), ``"gaussian"`` (``lora_A`` normal), or
-            False (both random, so that the adapter changes the output at once: for tests).
+        fan_in_fan_out: the targets' weights are ``[in_features, out_features]``, as in Transformers' ``Conv1D``.
+        init_lora_weights: True (``lora_A`` Kaiming-uniform, ``lora_B`` zero), ``"gaussian"`` (``lora_A`` normal with
+            standard deviation ``1 / r``), ``"orthogonal"`` (rows of ``lora_A`` and columns of ``lora_B`` from the two
+            halves of a random rotation, so that their product is zero; even ranks), or False (both random, so that the
+            adapter changes the output at once: for tests).
+        enable_lora: for weights that hold several projections side by side (query, key and value in one): the name of
+            the module (matched as in ``target_modules``) to one bool for each of its equal parts, as in loralib;
+            ``{"c_attn": (True, False, True)}`` adapts query and value. Parts that are off cost nothing. Not a key of
+            PEFT: :meth:`to_dict` leaves it out.
         task_type: None or one of PEFT's, e.g. ``"SEQ_CLS"``, which adds the heads "classifier" and "score" to
             ``modules_to_save``.
         base_model_name_or_path: for the record; written to ``adapter_config.json``.
@@ -60,50 +112,102 @@ class LoraConfig:
     lora_dropout: float = 0.0
     target_modules: tuple[str, ...] | list[str] | str | None = None
     exclude_modules: tuple[str, ...] | list[str] | str | None = None
+    target_parameters: tuple[str, ...] | list[str] | None = None
+    layers_to_transform: tuple[int, ...] | list[int] | int | None = None
+    layers_pattern: tuple[str, ...] | list[str] | str | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=FrozenDict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=FrozenDict)
     modules_to_save: tuple[str, ...] | list[str] | None = None
+    trainable_token_indices: tuple[int, ...] | list[int] | Mapping[str, tuple[int, ...] | list[int]] | None = None
+    ensure_weight_tying: bool = False
     bias: str = "none"
+    lora_bias: bool = False
     use_rslora: bool = False
     fan_in_fan_out: bool = False
     init_lora_weights: bool | str = True
+    enable_lora: Mapping[str, tuple[bool, ...] | list[bool]] | None = None
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     inference_mode: bool = False
-    metadata: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    metadata: Mapping[str, Any] = field(default_factory=FrozenDict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        _check_number("r", self.r, (int,), lambda r: r >= 1, "an integer of at least 1")
-        _check_number(
-            "lora_alpha", self.lora_alpha, (int, float), lambda alpha: 0 < alpha < math.inf, "a positive finite number"
-        )
-        _check_number("lora_dropout", self.lora_dropout, (int, float), lambda p: 0 <= p < 1, "0 <= lora_dropout < 1")
-        for key in ("use_rslora", "fan_in_fan_out", "inference_mode"):
+        check_rank("r", self.r)
+        check_alpha("lora_alpha", self.lora_alpha)
+        check_number("lora_dropout", self.lora_dropout, (int, float), lambda p: 0 <= p < 1, "0 <= lora_dropout < 1")
+        for key in ("use_rslora", "fan_in_fan_out", "inference_mode", "lora_bias", "ensure_weight_tying"):
             if not isinstance(getattr(self, key), bool):
                 raise TypeError(f"LoraConfig: {key} is {getattr(self, key)!r}, want True or False")
-
-        if self.target_modules is None:
-            raise ValueError(
-                'LoraConfig: target_modules is None; name the layers to adapt, e.g. ["query", "value"], or "all-linear"'
-            )
-        object.__setattr__(self, "target_modules", _names("target_modules", self.target_modules, may_be_regex=True))
-        object.__setattr__(self, "exclude_modules", _names("exclude_modules", self.exclude_modules, may_be_regex=True))
-        object.__setattr__(self, "modules_to_save", _names("modules_to_save", self.modules_to_save, may_be_regex=False))
-        if not self.target_modules:
-            raise ValueError('LoraConfig: target_modules is empty; name at least one layer, or use "all-linear"')
-
-        if self.bias != "none":
-            raise ValueError(f'LoraConfig: bias is {self.bias!r}; only bias="none" is supported')
-        if self.fan_in_fan_out:
-            raise ValueError(
-                "LoraConfig: fan_in_fan_out is True, which is for Conv1D layers; only nn.Linear is supported (False)"
-            )
-        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights != "gaussian":
-            raise ValueError(
-                f'LoraConfig: init_lora_weights is {self.init_lora_weights!r}, want True, False or "gaussian"'
-            )
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ValueError(f'LoraConfig: bias is {self.bias!r}, want "none", "all" or "lora_only"')
         if self.task_type is not None and self.task_type not in _TASK_HEADS:
             raise ValueError(
                 f"LoraConfig: task_type is {self.task_type!r}, want None or one of {', '.join(sorted(_TASK_HEADS))}"
             )
+        self._freeze_values()
+        self._check_targets()
+        self._check_initialisation()
+
+    def _freeze_values(self) -> None:
+        set_ = functools.partial(object.__setattr__, self)
+        for key in ("target_modules", "exclude_modules", "layers_pattern"):
+            set_(key, names(key, getattr(self, key), may_be_regex=True))
+        for key in ("modules_to_save", "target_parameters"):
+            set_(key, names(key, getattr(self, key), may_be_regex=False))
+        for name in self.layers_pattern or () if not isinstance(self.layers_pattern, str) else ():
+            check_regex("layers_pattern", name)
+        set_("layers_to_transform", layer_numbers(self.layers_to_transform))
+        set_("rank_pattern", pattern("rank_pattern", self.rank_pattern, check_rank))
+        set_("alpha_pattern", pattern("alpha_pattern", self.alpha_pattern, check_alpha))
+        set_("trainable_token_indices", token_indices(self.trainable_token_indices))
+        set_("enable_lora", enabled_parts(self.enable_lora))
+        set_("metadata", FrozenDict(self.metadata))
+
+    def _check_targets(self) -> None:
+        if self.target_modules is None and not self.target_parameters:
+            raise ValueError(
+                'LoraConfig: target_modules is None; name the layers to adapt, e.g. ["query", "value"], or "all-linear"'
+            )
+        if not self.target_modules and not self.target_parameters:
+            raise ValueError('LoraConfig: target_modules is empty; name at least one layer, or use "all-linear"')
+        for key in ("layers_to_transform", "layers_pattern"):
+            value = getattr(self, key)
+            if isinstance(self.target_modules, str) and value not in (None, ()):
+                raise ValueError(
+                    f"LoraConfig: {key} is {value!r}, but target_modules is the string {self.target_modules!r}; "
+                    "give target_modules as a list of names, or put the layers into the regular expression"
+                )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"LoraConfig: layers_pattern is {self.layers_pattern!r}, but layers_to_transform is None; "
+                "set layers_to_transform to the numbers of the layers"
+            )
+        if self.target_parameters:
+            for key in ("lora_dropout", "lora_bias", "fan_in_fan_out"):
+                if getattr(self, key):
+                    raise ValueError(
+                        f"LoraConfig: {key} is {getattr(self, key)}, but target_parameters is set: a bare parameter's "
+                        f"adapter knows only the weight, not the input or output; leave {key} at its default"
+                    )
+
+    def _check_initialisation(self) -> None:
+        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights not in ("gaussian", "orthogonal"):
+            raise ValueError(
+                f"LoraConfig: init_lora_weights is {self.init_lora_weights!r}, want True, False, "
+                '"gaussian" or "orthogonal"'
+            )
+        if self.lora_bias and not isinstance(self.init_lora_weights, bool):
+            raise ValueError(
+                f"LoraConfig: lora_bias is True, but init_lora_weights is {self.init_lora_weights!r}; "
+                "lora_bias goes with init_lora_weights True or False only"
+            )
+        if self.init_lora_weights == "orthogonal":
+            ranks = {"r": self.r} | {f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}
+            for key, rank in ranks.items():
+                if rank % 2:
+                    raise ValueError(
+                        f'LoraConfig: {key} is {rank}, but init_lora_weights="orthogonal" needs an even rank'
+                    )
 
     @property
     def task_heads(self) -> tuple[str, ...]:
@@ -115,11 +219,27 @@ class LoraConfig:
         """``modules_to_save`` and the heads of ``task_type``."""
         return (*(self.modules_to_save or ()), *self.task_heads)
 
+    def rank_for(self, path: str) -> int:
+        """The rank at ``path``, a module's or (``module.parameter``) a target parameter's."""
+        return next((rank for key, rank in self.rank_pattern.items() if pattern_covers(key, path)), self.r)
+
+    def alpha_for(self, path: str) -> float:
+        """``lora_alpha`` at ``path``."""
+        return next((alpha for key, alpha in self.alpha_pattern.items() if pattern_covers(key, path)), self.lora_alpha)
+
+    def scaling_for(self, path: str) -> float:
+        """The factor of the update at ``path``: ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``."""
+        rank = self.rank_for(path)
+        return self.alpha_for(path) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def enable_lora_for(self, path: str) -> tuple[bool, ...] | None:
+        """Which parts of the merged projection at ``path`` have an adapter; None for a layer of one part."""
+        return next((parts for name, parts in (self.enable_lora or {}).items() if name_covers(name, path)), None)
+
     def to_dict(self) -> dict[str, Any]:
         """The content of ``adapter_config.json``: PEFT's keys, lists for tuples, unsupported keys as they were read."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "metadata"}
-        own = {key: list(value) if isinstance(value, tuple) else value for key, value in own.items()}
-        return {**self.metadata, **own, "peft_type": "LORA"}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("metadata", "enable_lora")}
+        return {**self.metadata, **{key: thaw(value) for key, value in own.items()}, "peft_type": "LORA"}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoraConfig:
@@ -150,28 +270,11 @@ class LoraConfig:
         return cls(**{key: value for key, value in values.items() if key in own}, metadata=metadata)
 
 
-def _check_number(key: str, value: Any, types: tuple[type, ...], is_valid: Callable[[Any], bool], want: str) -> None:
-    if not isinstance(value, types) or isinstance(value, bool):
-        raise TypeError(f"LoraConfig: {key} is {value!r} of type {type(value).__name__}, want {want}")
-    if not is_valid(value):
-        raise ValueError(f"LoraConfig: {key} is {value}, want {want}")
+def name_covers(name: str, path: str) -> bool:
+    """Whether ``name`` is ``path``, or the end of it after a dot: how lists of modules match."""
+    return path == name or path.endswith(f".{name}")
 
 
-def _names(key: str, value: Any, *, may_be_regex: bool) -> tuple[str, ...] | str | None:
-    """Checks a list of module names, or a regular expression where allowed; returns a tuple or the expression."""
-    if value is None:
-        return None
-    if isinstance(value, str):
-        if not may_be_regex:
-            raise TypeError(f"LoraConfig: {key} is the string {value!r}, want a list of module names: [{value!r}]")
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"LoraConfig: {key} is {value!r}, not a regular expression: {error}") from error
-        return value
-    if not isinstance(value, (list, tuple, set, frozenset)):
-        raise TypeError(f"LoraConfig: {key} is {value!r} of type {type(value).__name__}, want a list of module names")
-    for name in value:
-        if not isinstance(name, str) or not name:
-            raise TypeError(f"LoraConfig: {key} has the entry {name!r}, want non-empty strings")
-    return tuple(sorted(value)) if isinstance(value, (set, frozenset)) else tuple(value)
+def pattern_covers(pattern: str, path: str) -> bool:
+    """Whether a regular expression matches ``path``, or the end of it after a dot, as in ``rank_pattern``."""
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None

@@ -24,6 +24,7 @@ def add_adapter(layer: LoraLinear, name: str, rank: int, size: float) -> None:
     with torch.no_grad():
         adapter.lora_A.copy_(A), adapter.lora_B.copy_(B)
     layer.add_adapter(name, adapter)
+    layer.set_active(name)
 
 
 def hard_layer(dtype: torch.dtype, shape: tuple[int, int] = (9, 270), sizes: Collection[float] = (0.1, 3.0, 1e-4)):

@@ -164,7 +164,7 @@ def test_requires_grad_after_loading(tmp_path):
     adapter_of_net(tmp_path)
     assert not any(p.requires_grad for p in load_adapter(Net(), tmp_path).parameters())
     model = load_adapter(Net(), tmp_path, trainable=True)
-    assert {path.split(".")[-2] for path, p in model.named_parameters() if p.requires_grad} == {"default", "head"}
+    assert {path.split(".")[-2] for path, p in model.named_parameters() if p.requires_grad} == {"default"}
     model.head.bias.requires_grad_(False)
     before = {path: p.requires_grad for path, p in model.named_parameters()}
     load_adapter(model, tmp_path)  # injected already: flags stay
@@ -442,7 +442,7 @@ def test_a_model_the_adapter_is_not_for(tmp_path):
 def test_loading_while_merged(tmp_path):
     adapter_of_net(tmp_path)
     net = merge(inject(Net().eval(), LoraConfig(target_modules=["up"], modules_to_save=["head"], **ALIVE)))
-    with refused(net, RuntimeError, "the adapter of 'blocks.0.up' is merged; call unmerge(model) first"):
+    with refused(net, RuntimeError, "an adapter is merged into 'blocks.0.up'; call unmerge(model) first"):
         load_adapter(net, tmp_path)
 
 

@@ -72,13 +72,13 @@ def test_is_a_linear_layer_to_those_who_look():
     layer = LoraLinear(base, LoraAdapter(24, 20, 4, 8))
     assert layer.weight is base.weight and layer.bias is base.bias
     assert (layer.in_features, layer.out_features) == (24, 20)
-    assert "in_features=24, out_features=20, active='default'" in repr(layer) and "r=4" in repr(layer)
+    assert "in_features=24, out_features=20, active=('default',)" in repr(layer) and "r=4" in repr(layer)
 
 
 def test_inactive_adapter_costs_and_changes_nothing():
     layer = LoraLinear(nn.Linear(24, 20), LoraAdapter(24, 20, 4, 8, init_lora_weights=False))
     x = torch.randn(5, 24)
-    layer.active_adapter = None
+    layer.set_active()
     assert torch.equal(layer(x), layer.base_layer(x))
 
 
@@ -120,7 +120,10 @@ def test_merge_state_errors():
         ({"lora_alpha": float("nan")}, "lora_alpha is nan, want a finite number of at least 0"),
         ({"lora_alpha": -1.0}, "lora_alpha is -1.0, want a finite number of at least 0"),
         ({"lora_alpha": float("inf")}, "lora_alpha is inf, want a finite number"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', want True, False or \"gaussian\""),
+        (
+            {"init_lora_weights": "pissa"},
+            'init_lora_weights is \'pissa\', want True, False, "gaussian" or "orthogonal"',
+        ),
     ],
 )
 def test_adapter_refuses(arguments, text):
@@ -129,14 +132,14 @@ def test_adapter_refuses(arguments, text):
 
 
 def test_layer_refuses():
-    with pytest.raises(TypeError, match="base_layer is a Conv1d, want an nn.Linear"):
+    with pytest.raises(TypeError, match="base_layer is a Conv1d, want an nn.Linear or Conv1D"):
         LoraLinear(nn.Conv1d(4, 4, 1))
     layer = LoraLinear(nn.Linear(4, 6), LoraAdapter(4, 6, 2, 2))
     with pytest.raises(ValueError, match=r"adapter 'default' exists; the adapters are \['default'\]"):
         layer.add_adapter("default", LoraAdapter(4, 6, 2, 2))
     with pytest.raises(ValueError, match=r"lora_B has shape \[5, 2\], want \[6, 2\]"):
         layer.add_adapter("other", LoraAdapter(4, 5, 2, 2))
-    assert list(layer.adapters) == ["default"] and layer.active_adapter == "default"
+    assert list(layer.adapters) == ["default"] and layer.active_adapters == ("default",)
 
 
 def test_a_refused_base_layer_is_left_as_it_was():

@@ -1,5 +1,10 @@
 """Modules that hold a frozen base layer and its adapters."""
 
-from .linear import LoraAdapter, LoraLinear
+from .adapter import LoraAdapter
+from .layer import ActiveAdapters, AdapterLayer, LoraLayer
+from .linear import LoraLinear
 
-__all__ = ["LoraAdapter", "LoraLinear"]
+LORA_LAYERS: tuple[type[LoraLayer], ...] = (LoraLinear,)
+"""The layers that inject can make, by what they adapt: the first that ``adapts`` a module takes it."""
+
+__all__ = ["LORA_LAYERS", "ActiveAdapters", "AdapterLayer", "LoraAdapter", "LoraLayer", "LoraLinear"]

@@ -1,0 +1,140 @@
+"""The values a :class:`LoraConfig` may hold: checked, and turned into types that cannot change."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn
+
+
+class FrozenDict(dict[str, Any]):
+    """A dict that cannot change after construction; hashable (if its values are), picklable and copyable."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError("FrozenDict: cannot be changed; build another config with dataclasses.replace")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)
+
+
+def check_number(key: str, value: Any, types: tuple[type, ...], is_valid: Callable[[Any], bool], want: str) -> None:
+    if not isinstance(value, types) or isinstance(value, bool):
+        raise TypeError(f"LoraConfig: {key} is {value!r} of type {type(value).__name__}, want {want}")
+    if not is_valid(value):
+        raise ValueError(f"LoraConfig: {key} is {value}, want {want}")
+
+
+def check_rank(key: str, value: Any) -> None:
+    check_number(key, value, (int,), lambda r: r >= 1, "an integer of at least 1")
+
+
+def check_alpha(key: str, value: Any) -> None:
+    check_number(key, value, (int, float), lambda alpha: 0 < alpha < math.inf, "a positive finite number")
+
+
+def check_regex(key: str, value: str) -> None:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"LoraConfig: {key} is {value!r}, not a regular expression: {error}") from error
+
+
+def names(key: str, value: Any, *, may_be_regex: bool) -> tuple[str, ...] | str | None:
+    """Checks a list of names, or a regular expression where allowed; returns a tuple or the expression."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        if not may_be_regex:
+            raise TypeError(f"LoraConfig: {key} is the string {value!r}, want a list of module names: [{value!r}]")
+        check_regex(key, value)
+        return value
+    values = _sequence(key, value, "module names")
+    for name in values:
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"LoraConfig: {key} has the entry {name!r}, want non-empty strings")
+    return values
+
+
+def _sequence(key: str, value: Any, what: str) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple, set, frozenset)):
+        raise TypeError(f"LoraConfig: {key} is {value!r} of type {type(value).__name__}, want a list of {what}")
+    return tuple(sorted(value)) if isinstance(value, (set, frozenset)) else tuple(value)
+
+
+def _whole_numbers(key: str, value: Any, what: str) -> tuple[int, ...]:
+    values = _sequence(key, value, what)
+    for number in values:
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise TypeError(f"LoraConfig: {key} has the entry {number!r}, want {what}")
+        if number < 0:
+            raise ValueError(f"LoraConfig: {key} has the entry {number}, want {what}, at least 0")
+    return values
+
+
+def layer_numbers(value: Any) -> tuple[int, ...] | int | None:
+    if value is None:
+        return None
+    if isinstance(value, int):
+        return _whole_numbers("layers_to_transform", [value], "layer numbers")[0]
+    return _whole_numbers("layers_to_transform", value, "layer numbers")
+
+
+def _mapping(key: str, value: Any, want: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"LoraConfig: {key} is {value!r} of type {type(value).__name__}, want {want}")
+    for name in value:
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"LoraConfig: {key} has the key {name!r}, want non-empty strings")
+    return value
+
+
+def pattern(key: str, value: Any, check: Callable[[str, Any], None]) -> FrozenDict:
+    # PEFT's type allows None, and some files have it.
+    for pattern, number in _mapping(key, {} if value is None else value, "a dict of path patterns").items():
+        check_regex(key, pattern)
+        check(f"{key}[{pattern!r}]", number)
+    return FrozenDict(value or {})
+
+
+def token_indices(value: Any) -> tuple[int, ...] | FrozenDict | None:
+    key = "trainable_token_indices"
+
+    def indices(where: str, tokens: Any) -> tuple[int, ...]:
+        tokens = _whole_numbers(where, tokens, "token numbers")
+        if twice := sorted({token for token in tokens if tokens.count(token) > 1}):
+            raise ValueError(f"LoraConfig: {where} has {twice} more than once; name each token once")
+        return tokens
+
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        value = _mapping(key, value, "")
+        return FrozenDict({name: indices(f"{key}[{name!r}]", tokens) for name, tokens in value.items()})
+    return indices(key, value)
+
+
+def enabled_parts(value: Any) -> FrozenDict | None:
+    if value is None:
+        return None
+    parts = {}
+    for name, flags in _mapping("enable_lora", value, "a dict: module name to one bool for each part").items():
+        flags = flags if isinstance(flags, Iterable) and not isinstance(flags, str) else (flags,)
+        parts[name] = tuple(flags)
+        if not all(isinstance(flag, bool) for flag in parts[name]) or not any(parts[name]):
+            raise ValueError(f"LoraConfig: enable_lora[{name!r}] is {flags!r}, want bools, at least one of them True")
+    return FrozenDict(parts)
+
+
+def thaw(value: Any) -> Any:
+    """What JSON has: lists for tuples, plain dicts."""
+    if isinstance(value, tuple):
+        return [thaw(entry) for entry in value]
+    if isinstance(value, Mapping):
+        return {key: thaw(entry) for key, entry in value.items()}
+    return value

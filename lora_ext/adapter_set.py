@@ -1,0 +1,190 @@
+"""The adapters that one model holds: their configs, and which of them are in use."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
+
+from .bare_model import BareModel, adapter_layers, root_module
+from .config import LoraConfig
+from .nn import ActiveAdapters, AdapterLayer, LoraAdapter
+from .trained_biases import TrainedBiases
+
+_ATTRIBUTE = "_lora_adapters"  # of an injected model
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One layer's share in an adapter.
+
+    Attributes:
+        path: of the layer in the bare model.
+        file_path: in keys of files: ``path`` with ``.base_layer`` behind every adapted module around the layer.
+        layer: which holds the adapter, or will.
+        adapter: the parameters.
+        replaces: the module in whose place the layer is to be put, or None where it is there already.
+    """
+
+    path: str
+    file_path: str
+    layer: AdapterLayer
+    adapter: nn.Module
+    replaces: nn.Module | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """All that one adapter consists of, attached to its model or about to be: what a file of it holds."""
+
+    name: str
+    config: LoraConfig
+    into: AdapterSet
+    parts: tuple[Part, ...]
+    biases: TrainedBiases | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The live tensors by their keys in a file, without the prefix that all have."""
+        tensors = {}
+        for part in self.parts:
+            tensors |= part.layer.file_tensors(part.file_path, part.adapter)
+        if self.biases is not None:
+            tensors |= self.biases.file_tensors()
+        return tensors
+
+    def base_tensors(self) -> dict[str, Tensor]:
+        """Frozen tensors of the base layers that a file may hold too, as PEFT's do of adapted embeddings and heads."""
+        tensors = {}
+        for part in self.parts:
+            tensors |= part.layer.file_tensors_of_base(part.file_path)
+        return tensors
+
+
+class AdapterSet:
+    """The named adapters of an injected model: an attribute of its root, copied and pickled with it.
+
+    Attributes:
+        configs: by adapter name, in the order they were added.
+        active: the names in use; every layer of the model holds this object.
+        biases: of the adapter that trains the model's own biases, if one does.
+    """
+
+    def __init__(self) -> None:
+        self.configs: dict[str, LoraConfig] = {}
+        self.active = ActiveAdapters()
+        self.biases: dict[str, TrainedBiases] = {}
+        self._trainable: set[str] = set()
+        self._modules: dict[str, list[nn.Module]] = {}
+
+    def add(self, adapter: Adapter) -> None:
+        """Takes note of an adapter whose parts are attached."""
+        self.configs[adapter.name] = adapter.config
+        self._modules[adapter.name] = [part.adapter for part in adapter.parts]
+        if adapter.biases is not None:
+            self.biases[adapter.name] = adapter.biases
+        if not adapter.config.inference_mode:
+            self._trainable.add(adapter.name)
+        self._set_requires_grad(adapter.name, False)  # until it is used
+
+    def remove(self, name: str) -> None:
+        del self.configs[name], self._modules[name]
+        self.biases.pop(name, None)
+        self._trainable.discard(name)
+
+    def rename(self, old: str, new: str) -> None:
+        """Under its new name it keeps its place in the order."""
+        for held in (self.configs, self._modules, self.biases):
+            entries = {new if name == old else name: value for name, value in held.items()}
+            held.clear()
+            held.update(entries)
+        self.active.names = tuple(new if name == old else name for name in self.active.names)
+        self._trainable = {new if name == old else name for name in self._trainable}
+
+    def switch(self, names: tuple[str, ...], trainable: bool | None = None) -> None:
+        """Uses these adapters. Only parameters of trainable adapters that begin or cease to be used are touched."""
+        before, self.active.names = self.active.names, names
+        touched = set()
+        if trainable is not None:
+            touched |= set(names)
+            self._trainable = self._trainable | set(names) if trainable else self._trainable - set(names)
+        touched |= self._trainable & (set(before) ^ set(names))
+        for name in touched:
+            self._set_requires_grad(name, name in names and name in self._trainable)
+        for name, biases in self.biases.items():
+            biases.use(name in names)
+
+    def _set_requires_grad(self, name: str, requires_grad: bool) -> None:
+        for module in self._modules[name]:
+            # nn.Module.parameters() would take most of the time of a switch; what is no LoRA adapter is a module to
+            # save, of any kind.
+            if isinstance(module, LoraAdapter):
+                for parameter in module._parameters.values():
+                    if parameter is not None:
+                        parameter.requires_grad = requires_grad
+            else:
+                for parameter in module.parameters():
+                    parameter.requires_grad = requires_grad and parameter.is_floating_point()
+        if (biases := self.biases.get(name)) is not None:
+            biases.requires_grad_(requires_grad)
+
+
+def adapter_set(model: nn.Module) -> AdapterSet | None:
+    """The adapters of a model that was injected, or None."""
+    return vars(root_module(model)).get(_ATTRIBUTE)
+
+
+def attach_adapter_set(model: nn.Module, adapters: AdapterSet) -> None:
+    setattr(root_module(model), _ATTRIBUTE, adapters)
+
+
+def forget_adapter_set(module: nn.Module) -> None:
+    """Clears what :func:`attach_adapter_set` left on a module."""
+    vars(module).pop(_ATTRIBUTE, None)
+
+
+def find_adapters(model: nn.Module, caller: str) -> AdapterSet:
+    """The adapters of an injected model.
+
+    Raises:
+        ValueError: it is not injected.
+    """
+    adapters = adapter_set(model)
+    if adapters is None:
+        raise ValueError(
+            f"{caller}: {type(root_module(model)).__name__} is not injected; call lora_ext.inject on it (on this "
+            "module, not on a part of it)"
+        )
+    return adapters
+
+
+def find_adapter(model: nn.Module, caller: str, name: str | None = None) -> Adapter:
+    """One adapter of an injected model; None: the active one.
+
+    Raises:
+        ValueError: the model is not injected, or without a name, not exactly one adapter is active.
+        KeyError: there is no such adapter.
+    """
+    adapters = find_adapters(model, caller)
+    if name is None:
+        if len(adapters.active.names) != 1:
+            raise ValueError(
+                f"{caller}: the active adapters are {list(adapters.active.names)}, not just one: say which is meant; "
+                f"the adapters are {sorted(adapters.configs)}"
+            )
+        (name,) = adapters.active.names
+    check_names(caller, adapters.configs, [name])
+    paths = {id(layer): path for path, around in BareModel(root_module(model)).layers.items() for layer in around}
+    parts = tuple(
+        Part(paths[id(layer)], path, layer, layer.adapters[name])
+        for path, layer in adapter_layers(model)
+        if name in layer.adapters
+    )
+    return Adapter(name, adapters.configs[name], adapters, parts, adapters.biases.get(name))
+
+
+def check_names(caller: str, known: Mapping[str, object] | Iterable[str], names: Iterable[str]) -> None:
+    known = sorted(known)
+    for name in names:
+        if name not in known:
+            raise KeyError(f"{caller}: there is no adapter {name!r}; the adapters are {known}")

@@ -1,0 +1,192 @@
+"""Replaces an adapter's values in a model that is compiled or captured already, whatever the new one's rank.
+
+Compiled code holds on to the parameters' addresses, shapes and the scaling: all stay. Ranks are made as large as the
+largest to come beforehand; an adapter of a smaller one fills a part, and the rest is zero. A scaling that differs goes
+into ``lora_B``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .adapter_file import KEY_PREFIX, AdapterFile
+from .adapter_set import Adapter, Part, find_adapter
+from .checkpoint import config_of
+from .config import LoraConfig
+from .inject import lora_modules
+from .nn import LoraAdapter
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def prepare_hotswap(model: ModelT, r: int, adapter_name: str | None = None) -> ModelT:
+    """Pads an adapter to rank ``r`` with zeros, so that adapters up to that rank can be swapped in.
+
+    Call it before ``torch.compile`` or a graph's capture, and before an optimizer is made: it makes new parameters. The
+    model computes what it computed before; training leaves the zeros zero. Saved, the adapter has rank ``r``.
+
+    Args:
+        model: was injected.
+        r: the largest rank to come.
+        adapter_name: which adapter; None: the active one.
+
+    Returns:
+        ``model``, the same object.
+
+    Raises:
+        ValueError: the model is not injected, a layer's rank is above ``r``, or its factors cannot be padded (grouped
+            convolutions, merged projections, experts).
+        KeyError: there is no such adapter.
+        RuntimeError: it is merged. Nothing is changed.
+    """
+    adapter = find_adapter(model, "prepare_hotswap", adapter_name)
+    _check_unmerged("prepare_hotswap", model, adapter.name)
+    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+        raise ValueError(f"prepare_hotswap: r is {r!r}, want an integer of at least 1")
+    low_rank = [part for part in adapter.parts if isinstance(part.adapter, LoraAdapter)]
+    padded = [_padded(part, r) for part in low_rank]
+    alphas = {part.path: part.adapter.scaling * r for part in low_rank}
+    alpha = max(alphas.values(), key=list(alphas.values()).count, default=adapter.config.lora_alpha)
+    adapter.into.configs[adapter.name] = dataclasses.replace(
+        adapter.config,
+        r=r,
+        lora_alpha=alpha,
+        use_rslora=False,
+        rank_pattern={},
+        alpha_pattern={path.replace(".", r"\."): own for path, own in alphas.items() if own != alpha},
+    )
+    for part, (lora_A, lora_B) in zip(low_rank, padded, strict=True):
+        part.adapter.lora_A, part.adapter.lora_B = lora_A, lora_B
+        part.adapter.r, part.adapter.lora_alpha = r, alphas[part.path]
+    return model
+
+
+def hotswap_adapter(
+    model: ModelT, directory: str | os.PathLike[str], adapter_name: str | None = None, *, allow_pickle: bool = False
+) -> ModelT:
+    """Puts the values of the adapter in ``directory`` in the place of those that an adapter of ``model`` has.
+
+    No parameter, shape or scaling changes: compiled code and captured graphs go on, without recompilation. Layers that
+    the file does not adapt are adapted by zero. To swap in larger ranks than the present one, call
+    :func:`prepare_hotswap` first.
+
+    Args:
+        model: was injected; compiled or not.
+        directory: an adapter that :func:`lora_ext.save_adapter` or PEFT wrote.
+        adapter_name: whose values to replace; None: the active one's.
+        allow_pickle: as in :func:`lora_ext.load_adapter`.
+
+    Returns:
+        ``model``, the same object.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`lora_ext.load_adapter`; or the file adapts other layers, or one with a
+            rank above the present one: all of it is listed.
+        KeyError: there is no such adapter.
+        RuntimeError: it is merged. The model is then unchanged.
+    """
+    file = AdapterFile.open(directory, allow_pickle=allow_pickle, caller="hotswap_adapter")
+    config = config_of(file, "hotswap_adapter")
+    adapter = find_adapter(model, "hotswap_adapter", adapter_name)
+    _check_unmerged("hotswap_adapter", model, adapter.name)
+    slots = _slots(adapter, config, file)
+    with torch.no_grad():
+        for slot in slots:
+            if slot.key is None:
+                slot.tensor.zero_()
+                continue
+            values = file.tensor(slot.key)
+            if slot.rank_dim is None:
+                slot.tensor.copy_(values * slot.factor if slot.factor != 1.0 else values)
+                continue
+            rank = values.shape[slot.rank_dim]
+            part = slot.tensor.narrow(slot.rank_dim, 0, rank)
+            part.copy_(values.to(slot.tensor.dtype) * slot.factor if slot.factor != 1.0 else values)
+            slot.tensor.narrow(slot.rank_dim, rank, slot.tensor.shape[slot.rank_dim] - rank).zero_()
+    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """A tensor of the model and what fills it: the file's tensor ``key``, times ``factor``; None: zero."""
+
+    tensor: Tensor
+    key: str | None
+    rank_dim: int | None = None
+    factor: float = 1.0
+
+
+def _slots(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> list[_Slot]:
+    slots, problems, expected = [], [], set()
+    for part in adapter.parts:
+        tensors = {f"{KEY_PREFIX}{key}": t for key, t in part.layer.file_tensors(part.file_path, part.adapter).items()}
+        expected |= tensors.keys()
+        low_rank = isinstance(part.adapter, LoraAdapter)
+        absent = low_rank and not any(key in file for key in tensors)
+        ratio = config.scaling_for(part.path) / part.adapter.scaling if low_rank and part.adapter.scaling else 1.0
+        for key, tensor in tensors.items():
+            dim = _rank_dim(part, tensor)
+            factor = ratio if low_rank and tensor is not part.adapter.lora_A else 1.0
+            slots.append(_Slot(tensor, None if absent else key, dim, factor))
+            if absent:
+                continue
+            if key not in file:
+                problems.append(f"missing key: {key}")
+            elif not _fits(file.shape(key), tuple(tensor.shape), dim):
+                problems.append(
+                    f"shape of {key}: {list(file.shape(key))} in the file, {list(tensor.shape)} in the model"
+                )
+    if adapter.biases is not None:
+        biases = {f"{KEY_PREFIX}{key}": tensor for key, tensor in adapter.biases.file_tensors().items()}
+        expected |= biases.keys()
+        problems += [f"missing key: {key}" for key in biases if key not in file]
+        slots += [_Slot(tensor, key) for key, tensor in biases.items()]
+    base = {f"{KEY_PREFIX}{key}" for key in adapter.base_tensors()}
+    problems += [f"unexpected key: {key}" for key in file.keys() if key not in expected | base]  # noqa: SIM118
+    if problems:
+        raise ValueError(
+            f"hotswap_adapter: {file.path} does not fit the adapter {adapter.name!r} (a larger rank takes "
+            "prepare_hotswap first):\n  " + "\n  ".join(problems)
+        )
+    return slots
+
+
+def _rank_dim(part: Part, tensor: Tensor) -> int | None:
+    """The dimension that may be shorter in the file."""
+    if not isinstance(part.adapter, LoraAdapter) or not part.adapter.has_plain_rank:
+        return None
+    return 0 if tensor is part.adapter.lora_A else 1 if tensor is part.adapter.lora_B else None
+
+
+def _fits(shape: tuple[int, ...], target: tuple[int, ...], rank_dim: int | None) -> bool:
+    if rank_dim is None or len(shape) != len(target):
+        return shape == target
+    same = [a == b for i, (a, b) in enumerate(zip(shape, target, strict=True)) if i != rank_dim]
+    return all(same) and shape[rank_dim] <= target[rank_dim]
+
+
+def _padded(part: Part, r: int) -> tuple[nn.Parameter, nn.Parameter]:
+    adapter = part.adapter
+    if adapter.r > r:
+        raise ValueError(f"prepare_hotswap: r is {r}, but {part.path!r} has rank {adapter.r}; choose at least that")
+    if not adapter.has_plain_rank:
+        raise ValueError(f"prepare_hotswap: the factors at {part.path!r} cannot be padded: {type(part.layer).__name__}")
+    padded = []
+    for dim, factor in ((0, adapter.lora_A), (1, adapter.lora_B)):
+        shape = list(factor.shape)
+        shape[dim] = r
+        larger = factor.detach().new_zeros(shape)
+        larger.narrow(dim, 0, adapter.r).copy_(factor.detach())
+        padded.append(nn.Parameter(larger, requires_grad=factor.requires_grad))
+    return padded[0], padded[1]
+
+
+def _check_unmerged(caller: str, model: nn.Module, name: str) -> None:
+    for path, layer in lora_modules(model):
+        if name in layer.merged_adapters:
+            raise RuntimeError(f"{caller}: {name!r} is merged into {path!r}; call unmerge(model) first")

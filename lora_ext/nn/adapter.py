@@ -1,0 +1,136 @@
+"""One low-rank update and its parameters."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from ..config import LoraConfig
+
+
+class LoraAdapter(nn.Module):
+    """One (A, B, scaling) set: the trainable low-rank update ``scaling * lora_B @ lora_A`` of a weight.
+
+    Args:
+        in_features, out_features: sizes of the layer it adapts.
+        r: rank, at least 1.
+        lora_alpha: ``scaling = lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora`` (arXiv 2312.03732).
+        lora_dropout: dropout on the adapter's input while training, in [0, 1).
+        init_lora_weights: True: ``lora_A`` Kaiming-uniform and ``lora_B`` zero (the layer starts as its base);
+            "gaussian": ``lora_A`` normal, standard deviation ``1/r``, ``lora_B`` zero; "orthogonal": both random with
+            orthogonal ranges, so that ``lora_B @ lora_A`` is zero but neither factor is (even ranks only); False: both
+            random (for tests).
+        lora_bias: a trainable bias ``[out_features]`` on ``lora_B``, scaled like the rest of the update.
+        shapes: of ``lora_A`` and ``lora_B``, where they are not ``[r, in_features]`` and ``[out_features, r]``.
+        dtype, device: of the parameters.
+
+    Raises:
+        ValueError, TypeError: naming the argument and its value.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+        lora_bias: bool = False,
+        *,
+        shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(r, int) or isinstance(r, bool):
+            raise TypeError(f"LoraAdapter: r is {r!r} of type {type(r).__name__}, want an integer of at least 1")
+        if r < 1:
+            raise ValueError(f"LoraAdapter: r is {r}, want at least 1")
+        if not (math.isfinite(lora_alpha) and lora_alpha >= 0):
+            raise ValueError(f"LoraAdapter: lora_alpha is {lora_alpha}, want a finite number of at least 0")
+        if not 0.0 <= lora_dropout < 1.0:
+            raise ValueError(f"LoraAdapter: lora_dropout is {lora_dropout}, want 0 <= lora_dropout < 1")
+        self.r = r
+        self.lora_alpha = lora_alpha
+        self.lora_dropout = float(lora_dropout)
+        self.scaling = float(lora_alpha) / (math.sqrt(r) if use_rslora else r)
+        shape_A, shape_B = shapes or ((r, in_features), (out_features, r))
+        self.lora_A = nn.Parameter(torch.empty(shape_A, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.empty(shape_B, dtype=dtype, device=device))
+        self.lora_bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if lora_bias else None
+        self.reset_parameters(init_lora_weights)
+
+    @property
+    def has_plain_rank(self) -> bool:
+        """Whether the rank is a dimension of its own: the first of ``lora_A``, the second of ``lora_B``."""
+        return self.lora_A.shape[0] == self.r == self.lora_B.shape[1]
+
+    @classmethod
+    def from_config(
+        cls, config: LoraConfig, path: str, in_features: int, out_features: int, like: torch.Tensor, **arguments
+    ) -> LoraAdapter:
+        """The adapter that ``config`` asks for at ``path``, on the device of the weight ``like``.
+
+        In the dtype of ``like``, or in float32 where that is a 16-bit one.
+        """
+        return cls(
+            in_features,
+            out_features,
+            **{
+                "r": config.rank_for(path),
+                "lora_alpha": config.alpha_for(path),
+                "lora_dropout": config.lora_dropout,
+                "use_rslora": config.use_rslora,
+                "init_lora_weights": config.init_lora_weights,
+                "lora_bias": config.lora_bias,
+                "dtype": torch.float32 if like.dtype in (torch.bfloat16, torch.float16) else like.dtype,
+                "device": like.device,
+            }
+            | arguments,
+        )
+
+    def reset_parameters(self, init_lora_weights: bool | str = True) -> None:
+        if init_lora_weights == "orthogonal":
+            self._reset_orthogonal()
+            return
+        if init_lora_weights == "gaussian":
+            nn.init.normal_(self.lora_A, std=1.0 / self.r)
+        elif isinstance(init_lora_weights, bool):
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        else:
+            raise ValueError(
+                f'LoraAdapter: init_lora_weights is {init_lora_weights!r}, want True, False, "gaussian" or "orthogonal"'
+            )
+        if init_lora_weights is False:
+            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+        else:
+            nn.init.zeros_(self.lora_B)
+
+    @torch.no_grad()
+    def _reset_orthogonal(self) -> None:
+        """A spans the odd rows of a random orthogonal matrix, B the even ones: PEFT's initialisation."""
+        if self.r % 2:
+            raise ValueError(
+                f"LoraAdapter: r is {self.r}, but orthogonal initialisation halves the rank; choose an even one"
+            )
+        if self.lora_A.shape[0] != self.r or self.lora_B.shape[1] != self.r or self.lora_A.dim() != 2:
+            raise ValueError(
+                f"LoraAdapter: orthogonal initialisation is for plain matrices, not for factors of shapes "
+                f"{list(self.lora_A.shape)} and {list(self.lora_B.shape)}"
+            )
+        if self.lora_A.is_meta:
+            return
+        half, device = self.r // 2, self.lora_A.device
+        orthogonal, _ = torch.linalg.qr(torch.randn(self.r, self.r, device=device))
+        odd, even = orthogonal[0::2], orthogonal[1::2]
+        self.lora_A.copy_((torch.randn(self.lora_A.shape[1], half, device=device) @ odd).T / 10.0)
+        self.lora_B.copy_(torch.randn(half, self.lora_B.shape[0], device=device).T @ even / 10.0)
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, scaling={self.scaling:g}"

@@ -1,0 +1,318 @@
+"""What every adapted layer is: a frozen base layer, its adapters by name, and which of them it uses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import FLOATING
+from .adapter import LoraAdapter
+from .merged import MergedAdapters, change_merged
+
+if TYPE_CHECKING:
+    from ..config import LoraConfig
+
+
+class ActiveAdapters:
+    """The names of the adapters in use. All layers of a model share one, so that switching is one assignment."""
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self.names: tuple[str, ...] = tuple(names)
+
+
+class Matrix(NamedTuple):
+    """A frozen matrix that an update is merged into.
+
+    Attributes:
+        owner, name: the module and the name of its parameter.
+        view: of that parameter, or of a part of it: ``[rows, cols]``, unit column stride.
+    """
+
+    owner: nn.Module
+    name: str
+    view: Tensor
+
+
+class AdapterLayer(nn.Module):
+    """A base layer and what adapters change about it.
+
+    Attributes:
+        base_layer: the layer in whose place this one is; kept, not copied.
+        adapters: ``nn.ModuleDict`` by adapter name.
+        active: names of the adapters in use, shared by the layers of a model; some may not be in this layer.
+    """
+
+    def __init__(self, base_layer: nn.Module, active: ActiveAdapters | None = None) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapters = nn.ModuleDict()
+        self.active = ActiveAdapters() if active is None else active
+        self.training = self.adapters.training = base_layer.training  # train() would reach into the base layer
+
+    @property
+    def active_adapters(self) -> tuple[str, ...]:
+        """Names of the adapters in use that this layer has, in the order they were activated in."""
+        return tuple(name for name in self.active.names if name in self.adapters)
+
+    def set_active(self, *names: str) -> None:
+        """Uses these adapters and no others, here and in all layers that share :attr:`active`."""
+        for name in names:
+            self._check_exists(name)
+        self.active.names = names
+
+    def file_tensors(self, path: str, adapter: nn.Module) -> dict[str, Tensor]:
+        """What a file holds of an adapter of this layer, attached or not yet: the live tensors by PEFT's keys."""
+        raise NotImplementedError
+
+    def file_tensors_of_base(self, path: str) -> dict[str, Tensor]:
+        """Frozen tensors that a file may hold beside the adapter, by PEFT's keys."""
+        return {f"{path}.base_layer.{name}": tensor for name, tensor in self.base_layer.state_dict().items()}
+
+    def unloaded(self, merged: bool) -> nn.Module:
+        """What stands in this layer's place without adapters; ``merged``: with the active one for good."""
+        return self.base_layer
+
+    def _check_exists(self, name: str | None) -> None:
+        if name not in self.adapters:
+            raise KeyError(f"{type(self).__name__}: no adapter {name!r}; the adapters are {sorted(self.adapters)}")
+
+    def _check_is_new(self, name: str) -> None:
+        if name in self.adapters:
+            raise ValueError(
+                f"{type(self).__name__}: adapter {name!r} exists; the adapters are {sorted(self.adapters)}"
+            )
+
+
+class LoraLayer(AdapterLayer):
+    """An adapter layer whose adapters are low-rank updates of frozen weights, which can be merged into them.
+
+    Subclasses say which base layers they adapt (:meth:`adapts`, :meth:`why_not`), what an adapter looks like
+    (:meth:`new_adapter`, :meth:`factor_shapes`), which matrices it updates and how (:meth:`matrices`, :meth:`factors`),
+    and compute the forward.
+
+    A merged layer may be moved to another device, deep-copied and pickled: what :meth:`unmerge` needs goes with it. It
+    is not part of the ``state_dict``, which holds the merged weight; load that into a layer with nothing merged, or
+    call :meth:`forget_merge` after loading another weight. Converting the dtype while merged loses the way back. Of two
+    layers that share a weight, merge one only: neither knows of the other.
+    """
+
+    base_kinds: ClassVar[str]  # in messages: what this class adapts
+    weight_name: ClassVar[str] = "weight"
+    stores_transposed: bool = False  # the weight is [in, out]
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter: LoraAdapter | None = None,
+        adapter_name: str = "default",
+        active: ActiveAdapters | None = None,
+    ) -> None:
+        if not self.adapts(base_layer):
+            raise TypeError(
+                f"{type(self).__name__}: base_layer is a {type(base_layer).__name__}, want {self.base_kinds}"
+            )
+        super().__init__(base_layer, active)
+        self._merged: MergedAdapters | None = None
+        if adapter is not None:
+            self.add_adapter(adapter_name, adapter)
+            if active is None:
+                self.active.names = (adapter_name,)
+
+    # --- what a subclass says about itself ---------------------------------------------------------------------------
+
+    @classmethod
+    def adapts(cls, module: nn.Module) -> bool:
+        """Whether ``module`` is of the kind that this class adapts."""
+        raise NotImplementedError
+
+    @classmethod
+    def why_not(cls, module: nn.Module, config: LoraConfig) -> str | None:
+        """Why a module of this kind cannot be adapted as ``config`` asks, or None."""
+        return why_weight_unusable(module, cls.weight_name)
+
+    @classmethod
+    def new_adapter(cls, base_layer: nn.Module, config: LoraConfig, path: str) -> LoraAdapter:
+        """A fresh adapter for ``base_layer``, found at ``path``."""
+        raise NotImplementedError
+
+    def factor_shapes(self, adapter: LoraAdapter) -> dict[str, tuple[int, ...]]:
+        """The shapes that the parameters of ``adapter`` must have here."""
+        return {"lora_A": (adapter.r, self.in_features), "lora_B": (self.out_features, adapter.r)}
+
+    def matrices(self) -> dict[str, Matrix]:
+        """The matrices that adapters update, by a key."""
+        matrices = {"weight": Matrix(self.base_layer, "weight", self.weight)}
+        if self.bias is not None:
+            matrices["bias"] = Matrix(self.base_layer, "bias", self.bias.view(1, -1))
+        return matrices
+
+    def factors(self, name: str) -> dict[str, tuple[Tensor, Tensor, float]]:
+        """The update of adapter ``name`` by the matrix's key: ``lora_A [r, cols]``, ``lora_B [rows, r]``, scaling."""
+        adapter = self.adapters[name]
+        return {"weight": (adapter.lora_A, adapter.lora_B, adapter.scaling), **self._bias_factors(adapter)}
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight: what code that inspects a layer expects."""
+        return getattr(self.base_layer, self.weight_name)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    def file_tensors(self, path: str, adapter: LoraAdapter) -> dict[str, Tensor]:
+        tensors = {f"{path}.lora_A.weight": adapter.lora_A, f"{path}.lora_B.weight": adapter.lora_B}
+        if adapter.lora_bias is not None:
+            tensors[f"{path}.lora_B.bias"] = adapter.lora_bias
+        return tensors
+
+    # --- adapters ----------------------------------------------------------------------------------------------------
+
+    def add_adapter(self, name: str, adapter: LoraAdapter) -> None:
+        """Holds ``adapter`` under ``name``, beside those that are there. :meth:`set_active` says which are used.
+
+        The base layer's parameters are frozen.
+
+        Raises:
+            ValueError: the name is taken, or a factor has the wrong shape. The layer is then unchanged.
+        """
+        self._check_is_new(name)
+        for factor, shape in self.factor_shapes(adapter).items():
+            if tuple(getattr(adapter, factor).shape) != shape:
+                raise ValueError(
+                    f"{type(self).__name__}: {factor} has shape {list(getattr(adapter, factor).shape)}, "
+                    f"want {list(shape)}"
+                )
+        self.adapters[name] = adapter.train(self.training)
+        self.base_layer.requires_grad_(False)
+
+    def _applied(self) -> tuple[str, ...]:
+        """The adapters that the forward adds to what the base layer computes: the active ones that are not merged."""
+        if self._merged is None:
+            return self.active_adapters
+        merged = self._merged.names
+        if self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{type(self).__name__}: {', '.join(map(repr, merged))} {'is' if len(merged) == 1 else 'are'} merged "
+                "and would not train; call unmerge(model) or model.eval() first"
+            )
+        return tuple(name for name in self.active_adapters if name not in merged)
+
+    # --- merging -----------------------------------------------------------------------------------------------------
+
+    @property
+    def merged_adapters(self) -> tuple[str, ...]:
+        """Names of the adapters whose updates the base weight now contains. They act until unmerged, active or not."""
+        return self._merged.names if self._merged else ()
+
+    @property
+    def is_merged(self) -> bool:
+        return self._merged is not None
+
+    @property
+    def merge_record_bytes(self) -> int:
+        """Bytes kept for :meth:`unmerge`: the merged factors, and what rounding lost; 0 while nothing is merged."""
+        return self._merged.nbytes if self._merged else 0
+
+    def delta_weight(self, name: str | None = None) -> Tensor:
+        """``scaling * lora_B @ lora_A`` of an adapter (the active one), in the factors' dtype; allocates it."""
+        if name is None:
+            (name,) = self.active_adapters or (None,)
+        self._check_exists(name)
+        A, B, scaling = self.factors(name)["weight"]
+        return scaling * (B @ A)
+
+    def merge(self, *names: str) -> int:
+        """Adds the updates of the adapters ``names`` (of the active ones) to the base weight in place.
+
+        The weight is then what merging all the merged adapters into the pristine weight gives, rounded once, whatever
+        the order they were merged in. Their values are those at the time they were merged, trained on or not.
+
+        Returns:
+            Bytes kept to restore the weight: :attr:`merge_record_bytes`.
+
+        Raises:
+            KeyError: there is no such adapter.
+            RuntimeError: it is merged already, or none is active; or the weight is computed by a parametrization.
+            ValueError: an element would become NaN or infinite; or the update cannot be merged, which the message says.
+            The layer is then unchanged.
+        """
+        caller = type(self).__name__
+        if not names:
+            names = self.active_adapters
+            if not names:
+                raise RuntimeError(f"{caller}: no adapter is active; the adapters are {sorted(self.adapters)}")
+        for name in names:
+            if name in self.merged_adapters:
+                raise RuntimeError(f"{caller}: adapter {name!r} is already merged")
+            self._check_exists(name)
+        change_merged(caller, {self: {*self.merged_adapters, *names}}, {self: ""})
+        return self.merge_record_bytes
+
+    def unmerge(self, *names: str) -> None:
+        """Takes the updates of the adapters ``names`` (of all that are merged) out of the base weight again.
+
+        Once the last is out, every bit of the weight is what it was before the first was merged. The weight must be
+        what :meth:`merge` left; see :meth:`forget_merge`.
+
+        Raises:
+            RuntimeError: an adapter is not merged; or the weight was converted to another dtype meanwhile.
+            TypeError, ValueError: the weight was replaced by one of another dtype or shape.
+            ValueError: the sum of the adapters that stay is too large for the dtype, as that of all was not.
+            The layer is then unchanged.
+        """
+        caller = type(self).__name__
+        if self._merged is None:
+            raise RuntimeError(f"{caller}: no adapter is merged")
+        for name in names:
+            if name not in self.merged_adapters:
+                raise RuntimeError(f"{caller}: adapter {name!r} is not merged; those are {self.merged_adapters}")
+        change_merged(caller, {self: set(self.merged_adapters) - set(names or self.merged_adapters)}, {self: ""})
+
+    def forget_merge(self) -> None:
+        """Takes the base weight as it is for the pristine one: for callers that have replaced a merged weight."""
+        self._merged = None
+
+    def _bias_factors(self, adapter: LoraAdapter) -> Mapping[str, tuple[Tensor, Tensor, float]]:
+        """A bias merges as a matrix of one row, by an update of rank 1."""
+        if adapter.lora_bias is None:
+            return {}
+        if self.bias is None:
+            raise ValueError(
+                f"{type(self).__name__}: lora_bias cannot be merged, as the base layer has no bias; run unmerged"
+            )
+        return {"bias": (adapter.lora_bias.view(1, -1), adapter.lora_bias.new_ones(1, 1), adapter.scaling)}
+
+    def _apply(self, fn, recurse: bool = True):
+        dtype = self.weight.dtype
+        super()._apply(fn, recurse)
+        if self._merged is not None and self.weight.dtype != dtype:
+            lost = f"was converted from {dtype} to {self.weight.dtype} while merged, which cannot be undone"
+            self._merged = dataclasses.replace(self._merged, lost=lost)
+        return self
+
+    def _state(self) -> str:
+        return f"merged={self.merged_adapters}" if self.is_merged else f"active={self.active_adapters}"
+
+
+def why_weight_unusable(module: nn.Module, name: str = "weight") -> str | None:
+    """Why a layer that reads the parameter ``name`` of ``module``, and does not call it, would be wrong; or None."""
+    weight = module._parameters.get(name)
+    if weight is None:
+        return f"its {name} is computed by a parametrization; remove that first"
+    if torch.nn.parameter.is_lazy(weight):
+        return f"its {name} is not initialised yet; run the model once first"
+    if weight.dtype not in FLOATING:
+        return f"its {name} is {weight.dtype}, want one of {', '.join(map(str, FLOATING))}"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "it has hooks, which would no longer run; remove them first"
+    return None
+
+
+def has_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether ``module`` computes what ``kind`` computes: its forward is neither overridden nor patched."""
+    return type(module).forward is kind.forward and "forward" not in vars(module)

@@ -1,0 +1,55 @@
+"""A module that adapters train in full (``modules_to_save``): a copy each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .layer import AdapterLayer
+
+
+class TrainedModule(AdapterLayer):
+    """A module and, by adapter name, copies of it that are trained; the copy of the active adapter is used.
+
+    Attributes that it lacks are those of the module in use: code that reads ``model.lm_head.weight`` goes on working.
+
+    Args:
+        base_layer: the module; kept, frozen, and used where no active adapter has a copy.
+        active: which adapters are used, where other layers share that.
+    """
+
+    def add_adapter(self, name: str, copy: nn.Module) -> None:
+        """Holds ``copy`` under ``name``, and freezes the module itself. ValueError: the name is taken."""
+        self._check_is_new(name)
+        self.adapters[name] = copy
+        self.base_layer.requires_grad_(False)
+
+    @property
+    def in_use(self) -> nn.Module:
+        """The first active adapter's copy, or the module itself."""
+        adapters = self._modules["adapters"]
+        for name in self.active.names:
+            if name in adapters:
+                return adapters[name]
+        return self._modules["base_layer"]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.in_use(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "active" not in vars(self):  # not initialised yet, as while unpickling
+                raise
+            return getattr(self.in_use, name)
+
+    def file_tensors(self, path: str, adapter: nn.Module) -> dict[str, Tensor]:
+        return {f"{path}.{name}": tensor for name, tensor in adapter.state_dict().items()}
+
+    def file_tensors_of_base(self, path: str) -> dict[str, Tensor]:
+        return {}
+
+    def unloaded(self, merged: bool) -> nn.Module:
+        return self.in_use if merged else self.base_layer

@@ -1,0 +1,360 @@
+"""Which parts of a model a config names, by PEFT's rules, so that a PEFT user's config selects the same parts here.
+
+Pure functions of names and modules: whether a part's type can be adapted is for others to say.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .config import ALL_LINEAR, LoraConfig, name_covers, pattern_covers
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What to adapt, to train and to tie, by path, in the model's order.
+
+    Attributes:
+        modules: modules to adapt.
+        parameters: bare parameters to adapt: module path -> names. PEFT nests a wrapper for each around the module, in
+            this order, the first innermost, and names them so in its files.
+        trained: modules to train in full.
+        tokens: embeddings to train rows of: path -> token numbers.
+        tied: modules that share their weight with the input embedding and follow it: path -> the embedding's path,
+            which is in ``modules``, ``trained`` or ``tokens``.
+    """
+
+    modules: dict[str, nn.Module]
+    parameters: dict[str, tuple[str, ...]]
+    trained: dict[str, nn.Module]
+    tokens: dict[str, tuple[int, ...]]
+    tied: dict[str, str]
+
+
+def find_targets(
+    config: LoraConfig,
+    root_name: str,
+    modules: Mapping[str, nn.Module],
+    output_head: nn.Module | None = None,
+    input_embedding: nn.Module | None = None,
+) -> Targets:
+    """Finds what ``config`` names in a model.
+
+    Args:
+        config: the names.
+        root_name: the model's class, for messages.
+        modules: path -> module of the bare model in the order of ``named_modules()``, each module once, without the
+            root.
+        output_head: what ``get_output_embeddings()`` returns; "all-linear" leaves it out.
+        input_embedding: what ``get_input_embeddings()`` returns: a plain list of tokens is about it, and what shares
+            its weight is tied to it.
+
+    Raises:
+        ValueError: nothing matches (names close matches); something is named for two purposes; a module to save shares
+            a parameter with what is not saved; tied embeddings are to train different tokens.
+
+    Warns:
+        UserWarning: an entry matches nothing while others do (PEFT is silent then, and a misspelt layer stays as it
+            is); "all-linear" leaves out the ``out_proj`` of an ``nn.MultiheadAttention``; there is nothing to tie.
+    """
+    return _Search(config, root_name, modules, output_head, input_embedding).run()
+
+
+def is_inside(path: str, parents: Iterable[str]) -> bool:
+    """Whether ``path`` is one of ``parents``, or lies below one."""
+    return any(path == parent or path.startswith(f"{parent}.") for parent in parents)
+
+
+class _Search:
+    def __init__(
+        self,
+        config: LoraConfig,
+        root_name: str,
+        modules: Mapping[str, nn.Module],
+        output_head: nn.Module | None,
+        input_embedding: nn.Module | None,
+    ) -> None:
+        self.config = config
+        self.root_name = root_name
+        self.modules = modules
+        self.output_head = output_head
+        self.embedding, self.twins = _tied_embedding(modules, input_embedding)
+        self.warnings: list[str] = []
+        self.tied: dict[str, str] = {}
+
+    def run(self) -> Targets:
+        trained = self.find_trained()
+        parameters = self.find_parameters(trained)
+        targets = self.find_modules(trained, parameters)
+        tokens = self.find_tokens(trained, targets)
+        self.check_leftovers({*targets, *self.tied, *(f"{path}.{n}" for path in parameters for n in parameters[path])})
+        for message in self.warnings:
+            warnings.warn(message, stacklevel=5)  # the caller of inject
+        return Targets(targets, parameters, trained, tokens, self.tied)
+
+    def find_trained(self) -> dict[str, nn.Module]:
+        """Modules to train in full: those whose path ends with an entry, dot or not."""
+        trained = {path: m for path, m in self.modules.items() if path.endswith(self.config.trained_modules)}
+        # The heads that a task adds (and PEFT writes into the file) are not the user's to get right.
+        names = set(self.config.modules_to_save or ()) - set(self.config.task_heads)
+        unmatched = sorted(name for name in names if not any(path.endswith(name) for path in trained))
+        self.report_unmatched("modules_to_save", unmatched, fatal=not trained)
+        trained = self.tie(trained)
+
+        paths = _parameter_paths(self.modules)
+        for path, module in trained.items():
+            for parameter in module.parameters():
+                for other in paths[id(parameter)]:
+                    # It would train, and on loading overwrite, its twin too; PEFT would untie the two.
+                    if not is_inside(other, trained) and other not in self.tied:
+                        tie = "set ensure_weight_tying=True, " if {path, other} <= {self.embedding, *self.twins} else ""
+                        raise ValueError(
+                            f"inject: modules_to_save has {path!r}, whose parameter is also that of {other!r}; "
+                            f"add {other!r} to modules_to_save, {tie}or untie the two"
+                        )
+        return trained
+
+    def find_parameters(self, trained: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
+        names = self.config.target_parameters or ()
+        found: dict[str, list[str]] = defaultdict(list)
+        for path, name in _parameters(self.modules, names):
+            if any(name_covers(entry, f"{path}.{name}") for entry in names):
+                if is_inside(path, trained):
+                    raise ValueError(
+                        f"inject: target_parameters names {path + '.' + name!r}, and modules_to_save trains it in "
+                        "full; take it out of one of the two"
+                    )
+                found[path].append(name)
+        every = [f"{path}.{name}" for path, name in _parameters(self.modules, names)]
+        unmatched = [entry for entry in names if not any(name_covers(entry, path) for path in every)]
+        self.report_unmatched("target_parameters", unmatched, fatal=not found and not self.config.target_modules)
+        return {path: tuple(names) for path, names in found.items()}
+
+    def find_modules(
+        self, trained: Mapping[str, nn.Module], parameters: Mapping[str, tuple[str, ...]]
+    ) -> dict[str, nn.Module]:
+        config = self.config
+        if is_all_linear(config):
+            named = self.all_linear()
+        else:
+            named = [path for path in self.modules if _matches(config.target_modules, path)]
+            unmatched = self.unmatched(config.target_modules)
+            self.report_unmatched("target_modules", unmatched, fatal=not named and not parameters)
+        self.report_unmatched("exclude_modules", self.unmatched(config.exclude_modules), fatal=False)
+
+        in_layers = [path for path in named if _is_in_layers(config, path)]
+        targets = {
+            path: self.modules[path]
+            for path in in_layers
+            if not _matches(config.exclude_modules, path) and not is_inside(path, (*trained, *self.tied))
+        }
+        targets = self.tie(targets)
+        if self.embedding in targets and _matches(config.exclude_modules, self.embedding):
+            raise ValueError(
+                f"inject: exclude_modules has {self.embedding!r}, but ensure_weight_tying is True and target_modules "
+                f"names what is tied to it; take it out of exclude_modules, or set ensure_weight_tying=False"
+            )
+        if not targets and not parameters:
+            raise ValueError(self.why_nothing(named, in_layers))
+        for path in parameters:
+            if path in targets:
+                raise ValueError(
+                    f"inject: target_parameters names {list(parameters[path])} of {path!r}, and target_modules names "
+                    f"{path!r} itself; name one of them (target_modules=[] adapts no module)"
+                )
+        return targets
+
+    def find_tokens(
+        self, trained: Mapping[str, nn.Module], targets: Mapping[str, nn.Module]
+    ) -> dict[str, tuple[int, ...]]:
+        key = "trainable_token_indices"
+        wanted = self.config.trainable_token_indices
+        if wanted is None:
+            return {}
+        if not isinstance(wanted, Mapping):
+            wanted = {self.embedding or "embed_tokens": wanted}  # the latter is PEFT's guess
+        matches = {name: [path for path in self.modules if path.endswith(name)] for name in wanted}
+        self.report_unmatched(key, [name for name, paths in matches.items() if not paths], fatal=True)
+
+        tokens: dict[str, tuple[int, ...]] = {}
+        for name, paths in matches.items():
+            indices = wanted[name]
+            for path in paths:
+                for other, others in (("modules_to_save", trained), ("target_modules", targets)):
+                    if is_inside(path, others):
+                        raise ValueError(
+                            f"inject: {key} names {path!r}, and so does {other}; take it out of one of the two"
+                        )
+                if tokens.setdefault(path, indices) != indices:
+                    raise ValueError(f"inject: {key} names {path!r} twice, with different tokens")
+
+        listed = {path: tokens[path] for path in (self.embedding, *self.twins) if path in tokens}
+        differ = len(set(listed.values())) > 1
+        if differ and self.config.ensure_weight_tying:
+            settings = ", ".join(f"{path}: {list(indices)}" for path, indices in listed.items())
+            raise ValueError(
+                f"inject: {key} names different tokens for tied embeddings ({settings}); name the same ones, or set "
+                "ensure_weight_tying=False"
+            )
+        if self.embedding in tokens and not differ:  # tied without being asked to, as in PEFT
+            for twin in self.twins:
+                tokens.pop(twin, None)
+                self.tied[twin] = self.embedding
+        return tokens
+
+    def all_linear(self) -> list[str]:
+        """Every linear layer (Transformers' ``Conv1D`` is one) but the output head."""
+        weight_only = {id(m.out_proj) for m in self.modules.values() if isinstance(m, nn.MultiheadAttention)}
+        linear = [
+            path
+            for path, module in self.modules.items()
+            if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and module is not self.output_head
+        ]
+        skipped = [path for path in linear if id(self.modules[path]) in weight_only]
+        if skipped:
+            self.warnings.append(
+                f'inject: "all-linear" leaves out {skipped}: nn.MultiheadAttention reads the weight of its out_proj '
+                "and never calls it, so an adapter there would do nothing"
+            )
+        return [path for path in linear if path not in skipped]
+
+    def tie(self, found: dict[str, nn.Module]) -> dict[str, nn.Module]:
+        """With ``ensure_weight_tying``, the input embedding in place of all in ``found`` that shares its weight."""
+        if not (self.config.ensure_weight_tying and self.twins and {self.embedding, *self.twins} & found.keys()):
+            return found
+        self.tied.update(dict.fromkeys(self.twins, self.embedding))
+        paths = ({self.embedding} | found.keys()) - set(self.twins)
+        return {path: module for path, module in self.modules.items() if path in paths}
+
+    def unmatched(self, names: tuple[str, ...] | str | None) -> list[str]:
+        """The entries of a list, or the regular expression, that cover no module."""
+        if isinstance(names, str):
+            return [] if any(_matches(names, path) for path in self.modules) else [names]
+        return [name for name in names or () if not any(name_covers(name, path) for path in self.modules)]
+
+    def why_nothing(self, named: list[str], in_layers: list[str]) -> str:
+        config = self.config
+        if not named:
+            return f"inject: {self.root_name} has no linear layer to adapt beside its output head"
+        message = f"inject: nothing is left to adapt in {self.root_name}: target_modules matches {named}, and "
+        if in_layers:
+            return message + "exclude_modules or modules_to_save takes all of that out"
+        pattern = f" (layers_pattern {config.layers_pattern!r})" if config.layers_pattern else ""
+        return message + f"none of that is in layers_to_transform {config.layers_to_transform!r}{pattern}"
+
+    def check_leftovers(self, targets: set[str]) -> None:
+        """Warns about settings that were of no use."""
+        for key, covers in (
+            ("rank_pattern", pattern_covers),
+            ("alpha_pattern", pattern_covers),
+            ("enable_lora", name_covers),
+        ):
+            entries = getattr(self.config, key) or ()
+            if unused := [entry for entry in entries if not any(covers(entry, path) for path in targets)]:
+                self.warnings.append(f"inject: {key} {unused} matches nothing that is adapted in {self.root_name}")
+        if self.config.ensure_weight_tying and not self.tied:
+            self.warnings.append(
+                "inject: ensure_weight_tying is True, but "
+                + (
+                    f"neither {self.embedding!r} nor {self.twins}, which are tied, is to be adapted or trained"
+                    if self.twins
+                    else f"nothing in {self.root_name} shares its weight with the input embedding"
+                )
+            )
+
+    def report_unmatched(self, key: str, unmatched: list[str], *, fatal: bool) -> None:
+        if not unmatched:
+            return
+        if key == "target_parameters":
+            kind, plural = "parameter", "parameters"
+            paths = [f"{path}.{name}" for path, name in _parameters(self.modules)]
+            candidates = [path.split(".", path.count(".") - 1)[-1] for path in paths]
+            known = paths
+        else:
+            kind = "module"
+            layer, plural = (
+                (nn.Embedding, "embeddings") if key == "trainable_token_indices" else (nn.Linear, "linear layers")
+            )
+            paths = [path for path, module in self.modules.items() if isinstance(module, layer)]
+            candidates = [path.rpartition(".")[2] for path in (*paths, *self.modules)]
+            known = [path.rpartition(".")[2] for path in paths]
+        candidates = [*dict.fromkeys(candidates), *paths]
+        close = dict.fromkeys(match for name in unmatched for match in difflib.get_close_matches(name, candidates))
+        some = list(dict.fromkeys(known))[:8]
+        message = (
+            f"inject: {key} {unmatched} matches no {kind} of {self.root_name}; "
+            + (f"close matches: {', '.join(map(repr, close))}; " if close else "")
+            + f"its {plural} include {', '.join(map(repr, some)) or 'none'}"
+        )
+        if fatal:
+            raise ValueError(message)
+        self.warnings.append(message)
+
+
+def is_all_linear(config: LoraConfig) -> bool:
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
+
+
+def _matches(names: tuple[str, ...] | str | None, path: str) -> bool:
+    """Whether names (a whole path, or its end after a dot) or a regular expression (a whole path) cover ``path``."""
+    if isinstance(names, str):
+        return bool(names) and re.fullmatch(names, path) is not None
+    return any(name_covers(name, path) for name in names or ())
+
+
+def _is_in_layers(config: LoraConfig, path: str) -> bool:
+    """Whether ``layers_to_transform`` lets a matched path through. An entry that is the whole path always passes."""
+    numbers = config.layers_to_transform
+    if numbers is None or numbers == () or path in (config.target_modules or ()):
+        return True
+    patterns = (config.layers_pattern,) if isinstance(config.layers_pattern, str) else config.layers_pattern
+    # Lazy, so that the first number counts: an expert's comes after its layer's.
+    expressions = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in patterns or ()] or [
+        r".*?\.[^.]*\.(?P<idx>\d+)\."
+    ]
+    match = next(filter(None, (re.match(expression, path) for expression in expressions)), None)
+    return match is not None and int(match["idx"]) in ((numbers,) if isinstance(numbers, int) else numbers)
+
+
+def _tied_embedding(modules: Mapping[str, nn.Module], embedding: nn.Module | None) -> tuple[str, list[str]]:
+    """The path of the input embedding (empty if there is none) and those of all modules that hold its weight too."""
+    paths = [path for path, module in modules.items() if module is embedding]
+    if embedding is None or not paths:
+        return "", []
+    weights = {id(parameter) for parameter in embedding._parameters.values() if parameter is not None}
+    holders = _parameter_paths(modules)
+    shared = {path for weight in weights for path in holders[weight]} - set(paths)
+    return paths[0], [path for path in modules if path in shared]
+
+
+def _parameter_paths(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:
+    """``id(parameter)`` -> the paths of the modules that hold it."""
+    paths: dict[int, list[str]] = defaultdict(list)
+    for path, module in modules.items():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                paths[id(parameter)].append(path)
+    return paths
+
+
+def _parameters(modules: Mapping[str, nn.Module], whole_paths: Iterable[str] = ()) -> Iterator[tuple[str, str]]:
+    """``(module path, name)`` of every parameter that can be named as a target, in PEFT's order.
+
+    A module with parametrizations holds its parameters elsewhere; PEFT then takes entries that are whole paths only.
+    """
+    for path, module in modules.items():
+        if hasattr(module, "parametrizations"):
+            for entry in sorted(set(whole_paths)):
+                parent, _, name = entry.rpartition(".")
+                if parent == path and isinstance(getattr(module, name, None), Tensor):
+                    yield path, name
+        else:
+            for name, _ in module.named_parameters(recurse=False):
+                yield path, name
