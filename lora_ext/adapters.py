@@ -15,7 +15,7 @@ from .adapter_set import adapter_set, check_names, find_adapters
 from .bare_model import adapter_layers, root_module
 from .inject import check_adapter_name, lora_modules, replace_modules
 from .model_merge import merge, merge_and_unload, merge_record_bytes, some, unload, unmerge
-from .nn import LoraAdapter, LoraLayer
+from .nn import LoraLayer
 
 __all__ = [
     "AdapterStatus",
@@ -129,12 +129,10 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
     _check_unmerged("delete_adapter", model, name)
     with uninterrupted():
         adapters.remove(name)
-        empty = {}
         for _, layer in adapter_layers(model):
             if name in layer.adapters:
                 del layer.adapters[name]
-            if not layer.adapters:
-                empty[layer] = layer.base_layer
+        empty = {layer: layer.base_layer for _, layer in adapter_layers(model) if not layer.is_needed}
         while empty:  # one may be around another
             replace_modules(root_module(model), empty)
             held = {layer for _, layer in adapter_layers(model)}
@@ -204,7 +202,7 @@ def adapter_status(model: nn.Module) -> list[AdapterStatus]:
             parameters = list(adapter.parameters())
             flags = {parameter.requires_grad for parameter in parameters if parameter.is_floating_point()}
             first = next((p for p in parameters if p.is_floating_point()), parameters[0])
-            low_rank = isinstance(adapter, LoraAdapter)
+            low_rank = isinstance(layer, LoraLayer)
             status.append(
                 AdapterStatus(
                     path,
