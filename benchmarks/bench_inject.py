@@ -1,4 +1,4 @@
-"""How long does it take to adapt a large model, and to import what adapts it?
+"""How long does it take to adapt a large model, to switch its adapters, and to import what does?
 
     python benchmarks/bench_inject.py [--layers 80] [--rounds 15] [--imports 5] [--write]
 
@@ -7,6 +7,8 @@ Llama-3-8B's widths), against PEFT's ``inject_adapter_in_model`` and ``get_peft_
 device, which has shapes and no memory: the time is that of finding, checking, building and replacing modules. PEFT by
 default initialises factors on the CPU, whatever the device; with ``low_cpu_mem_usage`` it makes them on meta, too, as
 ``inject`` does. Every call gets a fresh model; ratios are to ``inject``.
+
+Switching goes back and forth between two of the adapters that the model holds, 2 and 8: ``set_adapter``, a call.
 
 Importing is timed in fresh processes, in turn, each after ``import torch``.
 """
@@ -99,6 +101,32 @@ def measure_inject(run: Report) -> list[dict[str, object]]:
     return rows_of(f"adapt {count} layers", seconds)
 
 
+def measure_switching(run: Report, held: int) -> list[dict[str, object]]:
+    """A switch from one adapter to the other, Python alone: the time of a call, out of pairs there and back."""
+    args = run.args
+    options = {"r": args.rank, "lora_alpha": ALPHA_OVER_R * args.rank, "target_modules": TARGETS}
+    ours = make_model(args.layers)
+    for i in range(held):
+        lora_ext.inject(ours, lora_ext.LoraConfig(**options), f"adapter{i}")
+    switches = {LORA_EXT: lambda name: lora_ext.set_adapter(ours, name)}
+    if HAS_PEFT:
+        import peft
+
+        theirs = peft.get_peft_model(make_model(args.layers), peft.LoraConfig(**options), "adapter0")
+        for i in range(1, held):
+            theirs.add_adapter(f"adapter{i}", peft.LoraConfig(**options), low_cpu_mem_usage=True)
+        switches["peft"] = theirs.set_adapter
+
+    def clock(call: Callable[[], object]) -> float:
+        switch = switches[call()]
+        switch("adapter0")
+        return wall_clock(lambda: (switch("adapter1"), switch("adapter0"))) / 2
+
+    return rows_of(
+        f"switch 1 of {held} adapters", run.interleaved({name: lambda n=name: n for name in switches}, clock=clock)
+    )
+
+
 def rows_of(what: str, seconds: dict[str, list[float]]) -> list[dict[str, object]]:
     return [
         {
@@ -140,9 +168,17 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=80, help="blocks of 7 linear layers each")
     parser.add_argument("--imports", type=report.rounds, default=5, help="rounds of importing, each in fresh processes")
     args = parser.parse_args()
-    run = Report(args, f"Adapting {7 * args.layers} linear layers on the meta device, and importing, r={args.rank}")
+    run = Report(
+        args, f"Adapting {7 * args.layers} linear layers on the meta device, switching, importing, r={args.rank}"
+    )
     rows: list[dict] = []
-    for measure in run.cases([measure_inject, lambda run: measure_imports(args.imports)]):
+    measures = [
+        measure_inject,
+        lambda run: measure_switching(run, 2),
+        lambda run: measure_switching(run, 8),
+        lambda run: measure_imports(args.imports),
+    ]
+    for measure in run.cases(measures):
         rows += measure(run)
         print("\n".join(table(rows).splitlines()[2:]), flush=True)
     run.finish(rows, table(rows))

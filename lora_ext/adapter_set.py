@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .bare_model import BareModel, adapter_layers, file_paths, root_module
 from .config import LoraConfig
-from .nn import ActiveAdapters, AdapterLayer
+from .nn import ActiveAdapters, AdapterLayer, LoraAdapter
 from .trained_biases import TrainedBiases
 
 _ATTRIBUTE = "_lora_adapters"  # of an injected model
@@ -86,6 +86,7 @@ class AdapterSet:
             self.biases[adapter.name] = adapter.biases
         if not adapter.config.inference_mode:
             self._trainable.add(adapter.name)
+        self._set_requires_grad(adapter.name, False)  # until it is used
 
     def remove(self, name: str) -> None:
         del self.configs[name], self._modules[name]
@@ -102,25 +103,30 @@ class AdapterSet:
         self._trainable = {new if name == old else name for name in self._trainable}
 
     def switch(self, names: tuple[str, ...], trainable: bool | None = None) -> None:
-        """Uses these adapters. Only parameters of adapters that begin or cease to be used are touched."""
+        """Uses these adapters. Only parameters of trainable adapters that begin or cease to be used are touched."""
         before, self.active.names = self.active.names, names
+        touched = set()
         if trainable is not None:
+            touched |= set(names)
             self._trainable = self._trainable | set(names) if trainable else self._trainable - set(names)
-        for name in before:
-            if name not in names and name in self.configs:
-                self._change_use(name, False, False)
-        for name in names:
-            if name not in before or trainable is not None:
-                self._change_use(name, True, name in self._trainable)
+        touched |= self._trainable & (set(before) ^ set(names))
+        for name in touched:
+            self._set_requires_grad(name, name in names and name in self._trainable)
+        for name, biases in self.biases.items():
+            biases.use(name in names)
 
-    def _change_use(self, name: str, used: bool, requires_grad: bool) -> None:
+    def _set_requires_grad(self, name: str, requires_grad: bool) -> None:
         for module in self._modules[name]:
-            # Most have no children; nn.Module.parameters() would take most of the time of a switch.
-            for parameter in module.parameters() if module._modules else module._parameters.values():
-                if parameter is not None and parameter.is_floating_point():
-                    parameter.requires_grad = requires_grad
+            # nn.Module.parameters() would take most of the time of a switch; what is no LoRA adapter is a module to
+            # save, of any kind.
+            if isinstance(module, LoraAdapter):
+                for parameter in module._parameters.values():
+                    if parameter is not None:
+                        parameter.requires_grad = requires_grad
+            else:
+                for parameter in module.parameters():
+                    parameter.requires_grad = requires_grad and parameter.is_floating_point()
         if (biases := self.biases.get(name)) is not None:
-            biases.use(used)
             biases.requires_grad_(requires_grad)
 
 

@@ -1,4 +1,4 @@
-"""The named adapters of a model: switch, disable, rename, delete, list. Merging and unloading are here too."""
+"""What can be done with the named adapters of a model: its public functions, wherever they are written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from torch import nn
 from ._interrupts import uninterrupted
 from .adapter_set import adapter_set, check_names, find_adapters
 from .bare_model import adapter_layers, root_module
+from .hotswap import hotswap_adapter, prepare_hotswap
 from .inject import check_adapter_name, lora_modules, replace_modules
+from .model_combine import add_weighted_adapter
 from .model_merge import merge, merge_and_unload, merge_record_bytes, some, unload, unmerge
 from .nn import LoraLayer
 
@@ -21,12 +23,15 @@ __all__ = [
     "AdapterStatus",
     "adapter_names",
     "adapter_status",
+    "add_weighted_adapter",
     "delete_adapter",
     "disable_adapters",
+    "hotswap_adapter",
     "lora_modules",
     "merge",
     "merge_and_unload",
     "merge_record_bytes",
+    "prepare_hotswap",
     "rename_adapter",
     "set_adapter",
     "trainable_parameter_counts",

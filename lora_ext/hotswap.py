@@ -158,7 +158,7 @@ def _slots(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> list[_Slo
 
 def _rank_dim(part: Part, tensor: Tensor) -> int | None:
     """The dimension that may be shorter in the file."""
-    if not isinstance(part.adapter, LoraAdapter) or not _is_padded_simply(part.adapter):
+    if not isinstance(part.adapter, LoraAdapter) or not part.adapter.has_plain_rank:
         return None
     return 0 if tensor is part.adapter.lora_A else 1 if tensor is part.adapter.lora_B else None
 
@@ -170,16 +170,11 @@ def _fits(shape: tuple[int, ...], target: tuple[int, ...], rank_dim: int | None)
     return all(same) and shape[rank_dim] <= target[rank_dim]
 
 
-def _is_padded_simply(adapter: LoraAdapter) -> bool:
-    """Whether the rank is a dimension of its own: the first of lora_A, the second of lora_B."""
-    return adapter.lora_A.shape[0] == adapter.r == adapter.lora_B.shape[1]
-
-
 def _padded(part: Part, r: int) -> tuple[nn.Parameter, nn.Parameter]:
     adapter = part.adapter
     if adapter.r > r:
         raise ValueError(f"prepare_hotswap: r is {r}, but {part.path!r} has rank {adapter.r}; choose at least that")
-    if not _is_padded_simply(adapter):
+    if not adapter.has_plain_rank:
         raise ValueError(f"prepare_hotswap: the factors at {part.path!r} cannot be padded: {type(part.layer).__name__}")
     padded = []
     for dim, factor in ((0, adapter.lora_A), (1, adapter.lora_B)):

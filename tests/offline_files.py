@@ -90,3 +90,17 @@ def tensors_of(directory: Path) -> dict[str, Tensor]:
 def snapshot(directory: Path) -> dict[str, bytes]:
     """Every file below ``directory``."""
     return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+
+
+def integers(tensor: Tensor) -> Tensor:
+    """The bits of floating-point numbers: zeros of both signs differ."""
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert actual[key].dtype == tensor.dtype, key
+        assert torch.equal(integers(actual[key]), integers(tensor)), key

@@ -105,7 +105,8 @@ def test_inject(run, monkeypatch):
     measured = bench_inject.seconds_to_import
     monkeypatch.setattr(bench_inject, "seconds_to_import", lambda m: 9.0 if m == "peft" else measured(m))  # it is slow
     rows = run("bench_inject", "--layers", "1", "--imports", "2")["rows"]
-    assert {row["what"] for row in rows} == {"adapt 7 layers", "import, after torch"}
+    what = {"adapt 7 layers", "switch 1 of 2 adapters", "switch 1 of 8 adapters", "import, after torch"}
+    assert {row["what"] for row in rows} == what
     assert {row["contestant"] for row in rows} >= {"lora_ext", "get_peft_model", "peft"}
     with pytest.raises(SystemExit, match="import no_such_module failed: ModuleNotFoundError"):
         measured("no_such_module")

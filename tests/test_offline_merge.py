@@ -12,6 +12,7 @@ from models import bert, gpt2, llama
 from offline_files import (
     EVERY_LAYER,
     EveryLayer,
+    assert_same_bits,
     merged_by_peft,
     peft_adapter,
     save_checkpoint,
@@ -27,18 +28,6 @@ from lora_ext.offline import merging
 from lora_ext.offline.merge import merge
 
 INDEX = "model.safetensors.index.json"
-
-
-def integers(tensor: Tensor) -> Tensor:
-    """The bits, so that zeros of both signs differ."""
-    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
-
-
-def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for key, tensor in expected.items():
-        assert actual[key].dtype == tensor.dtype, key
-        assert torch.equal(integers(actual[key]), integers(tensor)), key
 
 
 def assert_close_to(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -10,8 +10,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from models import VOCABULARY, Net, bert, gpt2, llama, refused, roberta
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
@@ -198,6 +201,42 @@ def test_a_parametrized_parameter_is_named_by_its_whole_path():
     for names in ([up, "down"], ["up"], [down], [up, down]):
         settings = {"target_modules": [], "target_parameters": names}
         assert ours(model, LoraConfig(**settings)).parameters == theirs(copy.deepcopy(model), settings)["parameters"]
+
+
+NAMES = st.sampled_from(["layers", "heads", "q", "v", "0", "1", "2"])
+SUFFIXES = st.lists(NAMES, min_size=1, max_size=3).map(".".join)
+TREES = st.lists(st.lists(NAMES, min_size=1, max_size=6), min_size=1, max_size=8).map(
+    lambda paths: sorted({".".join(path[: i + 1]) for path in paths for i in range(len(path))})
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    TREES,
+    st.fixed_dictionaries(
+        {"target_modules": st.lists(SUFFIXES, min_size=1, max_size=4)},
+        optional={
+            "exclude_modules": st.one_of(st.lists(SUFFIXES, max_size=2), SUFFIXES),
+            "modules_to_save": st.lists(SUFFIXES.filter(lambda name: "." not in name), max_size=2),
+            "layers_to_transform": st.one_of(st.integers(0, 2), st.lists(st.integers(0, 2), max_size=2)),
+        },
+    ),
+    st.sampled_from([None, "layers", "heads", ["heads", "layers"], "[a-z]+", [], ""]),
+)
+def test_any_names_match_as_in_peft(paths, options, layers_pattern):
+    if "layers_to_transform" in options:
+        options["layers_pattern"] = layers_pattern
+    theirs = peft.LoraConfig(**options)
+    expected = {path for path in paths if check_target_module_exists(theirs, path)}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            targets = find_targets(LoraConfig(**options), "Tree", {path: nn.Identity() for path in paths})
+    except ValueError as refusal:
+        # A target or a module to save that is not there: only the first is an error in PEFT too.
+        assert not expected or "modules_to_save" in str(refusal)
+    else:
+        assert targets.modules.keys() == expected
 
 
 def test_a_shared_module_is_found_once_under_its_first_path():

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..tasks import TaskError
-from . import finetune, info, merge
+from . import finetune, info, merge, unmerge
 
 _EXIT_MISTAKE, _EXIT_INTERRUPTED = 2, 130
 
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0, or what the command says; 2 after a mistake, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="lora-ext", description="LoRA in fused kernels.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (info, finetune, merge):
+    for module in (info, finetune, merge, unmerge):
         module.add_parser(commands)
     args = parser.parse_args(argv)
 

@@ -43,3 +43,12 @@ def dtype(text: str) -> torch.dtype:
 
 def add_pickle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-pickle", action="store_true", help="read adapter_model.bin: of tensors, by pickle")
+
+
+def add_fan_in_fan_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--fan-in-fan-out",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="how square weights lie where nothing else tells: [in, out] as in Conv1D, or not",
+    )

@@ -35,13 +35,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--out", type=Path, required=True, metavar="DIR", help="gets the merged checkpoint, when it is complete")
     add("--dtype", type=files.dtype, help="convert floating-point tensors: float32, bfloat16, float16 or float64")
     add("--shard-size", type=files.size, metavar="SIZE", help="at most so much in a file (5GB); else the base's files")
-    add(
-        "--fan-in-fan-out",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="how square weights lie where nothing else tells: [in, out] as in Conv1D, or not",
-    )
+    files.add_fan_in_fan_out(parser)
     add("--untie", action="store_true", help="store tied weights apart where the adapter changes one of them")
+    add("--record", action="store_true", help="keep what rounding loses in OUT/merge_record, for unmerge")
     add("--verify", action="store_true", help="read the result back and compare every bit with a second computation")
     add("--overwrite", action="store_true", help="replace the checkpoint in --out")
     files.add_pickle(parser)
@@ -61,6 +57,7 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
             shard_bytes=args.shard_size,
             fan_in_fan_out=args.fan_in_fan_out,
             untie=args.untie,
+            record=args.record,
             verify=args.verify,
             overwrite=args.overwrite,
             allow_pickle=args.allow_pickle,

@@ -66,6 +66,11 @@ class LoraAdapter(nn.Module):
         self.lora_bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if lora_bias else None
         self.reset_parameters(init_lora_weights)
 
+    @property
+    def has_plain_rank(self) -> bool:
+        """Whether the rank is a dimension of its own: the first of ``lora_A``, the second of ``lora_B``."""
+        return self.lora_A.shape[0] == self.r == self.lora_B.shape[1]
+
     @classmethod
     def from_config(
         cls, config: LoraConfig, path: str, in_features: int, out_features: int, like: torch.Tensor, **arguments

@@ -111,6 +111,7 @@ class LoraLayer(AdapterLayer):
     base_kinds: ClassVar[str]  # in messages: what this class adapts
     adapted_along: ClassVar[tuple[str, ...]] = ()  # paths of modules inside that are adapted whenever it is
     weight_name: ClassVar[str] = "weight"
+    stores_transposed: bool = False  # the weight is [in, out]
 
     def __init__(
         self,

@@ -56,9 +56,13 @@ class LoraLinear(LoraLayer):
     def out_features(self) -> int:
         return linear_sizes(self.base_layer)[1]
 
+    @property
+    def stores_transposed(self) -> bool:
+        return is_conv1d(self.base_layer)
+
     def factors(self, name: str) -> dict[str, tuple[Tensor, Tensor, float]]:
         factors = super().factors(name)
-        if is_conv1d(self.base_layer):  # W.T += (B A).T
+        if self.stores_transposed:  # W.T += (B A).T
             A, B, scaling = factors["weight"]
             factors["weight"] = B.T, A.T, scaling
         return factors

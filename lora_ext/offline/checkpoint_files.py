@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..safetensors_format import TensorInfo, read_header
 
-__all__ = ["INDEX_FILE", "SINGLE_FILE", "Checkpoint", "read_into", "tensor_bytes"]
+__all__ = ["INDEX_FILE", "SINGLE_FILE", "Checkpoint", "raw_blocks", "read_into", "read_tensor", "tensor_bytes"]
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -124,17 +124,26 @@ class Checkpoint:
 
     def tensor(self, key: str) -> Tensor:
         """The whole tensor, in memory of its own."""
-        info = self.info(key)
-        with open(self.file(key), "rb", buffering=0) as file:
-            tensor = torch.empty(info.shape, dtype=dtype_of(key, info))
-            read_into(file.fileno(), info.begin, tensor)
-        return tensor
+        return read_tensor(self.file(key), self.info(key))
 
 
-def dtype_of(key: str, info: TensorInfo) -> torch.dtype:
+def read_tensor(path: Path, info: TensorInfo) -> Tensor:
+    """A whole tensor of a file, in memory of its own."""
     if info.torch_dtype is None:
-        raise ValueError(f"{key} has dtype {info.dtype}, which torch {torch.__version__} lacks")
-    return info.torch_dtype
+        raise ValueError(f"{path} has a tensor of dtype {info.dtype}, which torch {torch.__version__} lacks")
+    tensor = torch.empty(info.shape, dtype=info.torch_dtype)
+    with open(path, "rb", buffering=0) as file:
+        read_into(file.fileno(), info.begin, tensor)
+    return tensor
+
+
+def raw_blocks(path: Path, info: TensorInfo, block_bytes: int) -> Iterator[Tensor]:
+    """A tensor's bytes, of whatever dtype, in order and at most so many at a time."""
+    with open(path, "rb", buffering=0) as file:
+        for begin in range(0, info.nbytes, block_bytes):
+            values = torch.empty(min(block_bytes, info.nbytes - begin), dtype=torch.uint8)
+            read_into(file.fileno(), info.begin + begin, values)
+            yield values
 
 
 def check_inside(index: Path, name: object) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
-import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +14,16 @@ import torch
 
 from .. import _load
 from .._checks import FLOATING
-from ..adapter_file import AdapterFile
+from ..adapter_file import CONFIG_FILE, AdapterFile
 from ..safetensors_format import DTYPE_NAMES, DTYPES
-from .checkpoint_files import INDEX_FILE, SINGLE_FILE, Checkpoint
+from .checkpoint_files import SINGLE_FILE, Checkpoint
 from .contents import read_contents
-from .merging import blocks
-from .other_files import copy_other_files
+from .merging import Block, blocks
+from .output import Output, check_apart
 from .plan import MergePlan, TensorPlan, plan_merge
-from .progress import progress
-from .staging import Staging, fingerprint
-from .writing import Description, compare_file, write_file
+from .record import RecordWriter
+from .staging import fingerprint
+from .writing import Description
 
 __all__ = ["MergeReport", "merge"]
 
@@ -63,10 +61,11 @@ def merge(
     shard_bytes: int | None = None,
     fan_in_fan_out: bool | None = None,
     untie: bool = False,
+    record: bool = False,
     verify: bool = False,
     overwrite: bool = False,
     allow_pickle: bool = False,
-    multiplier: float = 1.0,
+    subtract: bool = False,
     show_progress: bool = False,
 ) -> MergeReport:
     """Writes the checkpoint ``base`` with ``adapters`` merged into it to the new directory ``out``.
@@ -83,10 +82,11 @@ def merge(
         shard_bytes: at most so many in a file, but for a larger tensor; None: the files of the base.
         fan_in_fan_out: how square weights lie whose neighbours do not tell: True for ``[in, out]``, as in Conv1D.
         untie: store tied weights apart where an adapter changes one of them only.
+        record: also write ``merge_record/``, from which :func:`~lora_ext.offline.unmerge.unmerge` restores every bit.
         verify: read the result back, and compare every bit with a second computation.
         overwrite: replace the checkpoint that is at ``out``.
         allow_pickle: read ``adapter_model.bin`` where there is no safetensors file.
-        multiplier: of every update.
+        subtract: take the updates out again, up to rounding.
 
     Raises:
         FileNotFoundError: something is missing.
@@ -94,70 +94,56 @@ def merge(
         ValueError: a file is corrupted; an adapter does not fit: all that does not is listed; a result is not finite.
         OSError: the disk is too small, or cannot be written.
     """
+    caller = "unmerge" if subtract else "merge"
+    if record and (dtype is not None or untie):
+        raise ValueError("merge: record goes without dtype and untie, which cannot be undone")
     begin = time.perf_counter()
     checkpoint = Checkpoint.open(base)
-    files = [AdapterFile.open(directory, allow_pickle=allow_pickle, caller="merge") for directory in adapters]
+    files = [AdapterFile.open(directory, allow_pickle=allow_pickle, caller=caller) for directory in adapters]
     if not files:
-        raise ValueError("merge: no adapter is given")
+        raise ValueError(f"{caller}: no adapter is given")
+    contents = [read_contents(file) for file in files]
     plan = plan_merge(
-        checkpoint,
-        [read_contents(file) for file in files],
-        fan_in_fan_out=fan_in_fan_out,
-        untie=untie,
-        multiplier=multiplier,
+        checkpoint, contents, fan_in_fan_out=fan_in_fan_out, untie=untie, multiplier=-1.0 if subtract else 1.0
     )
-    shards = _shards(checkpoint, plan, dtype, shard_bytes)
+    if subtract and (whole := [key for key, tensor in plan.tensors.items() if tensor.replacement or tensor.rows]):
+        raise ValueError(
+            f"{caller}: the adapter replaced tensors in full, whose old values only a record has (merge --record):\n  "
+            + "\n  ".join(whole)
+        )
     out = Path(out).absolute()
-    _check_apart(out, [checkpoint.directory, *(file.directory for file in files)])
-    what = {
-        "version": _load.build_info()["version"],
-        "base": fingerprint([checkpoint.directory / name for name in checkpoint.shards], contents=False),
-        "adapters": [fingerprint([file.path, file.directory / "adapter_config.json"], contents=True) for file in files],
-        "options": [str(dtype), shard_bytes, fan_in_fan_out, untie, multiplier],
-    }
-    total = sum(nbytes for tensors in shards.values() for _, _, nbytes in tensors.values())
-    with Staging(out, what, overwrite) as staging:
-        kept = len(staging.finished)
-        _check_space(out, total - sum(staging.finished.values()))
-        with progress("merge", total * (1 + verify), show_progress) as shown:
-            for name, tensors in shards.items():
-                shown.file(name)
-                if name in staging.finished:
-                    shown.advance(sum(nbytes for _, _, nbytes in tensors.values()))
-                    continue
-                write_file(
-                    staging.path / name,
-                    tensors,
-                    _metadata(checkpoint),
-                    lambda key: blocks(plan.tensors[key], key, checkpoint, _target(plan.tensors[key], dtype)),
-                    shown.advance,
-                )
-                staging.finish(name)
-            for name, tensors in shards.items() if verify else ():
-                shown.file(name)
-                compare_file(
-                    staging.path / name,
-                    tensors,
-                    lambda key: blocks(plan.tensors[key], key, checkpoint, _target(plan.tensors[key], dtype)),
-                    shown.advance,
-                )
-        if list(shards) != [SINGLE_FILE] and (len(shards) > 1 or checkpoint.index is not None):
-            (staging.path / INDEX_FILE).write_text(_index(checkpoint, shards), encoding="utf-8")
-        changes: dict[str, Any] = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
-        if plan.untied:
-            changes["tie_word_embeddings"] = False
-        skipped = copy_other_files(checkpoint, staging.path, changes)
-        staging.publish()
+    check_apart(caller, out, [checkpoint.directory, *(file.directory for file in files)])
+
+    def values(key: str, kept: bool = False) -> Iterator[Block]:
+        return blocks(plan.tensors[key], key, checkpoint, _target(plan.tensors[key], dtype), record=kept)
+
+    output = Output(
+        checkpoint,
+        _shards(checkpoint, plan, dtype, shard_bytes),
+        values,
+        what={
+            "version": _load.build_info()["version"],
+            "base": fingerprint([checkpoint.directory / name for name in checkpoint.shards], contents=False),
+            "adapters": [fingerprint([file.path, file.directory / CONFIG_FILE], contents=True) for file in files],
+            "options": [str(dtype), shard_bytes, fan_in_fan_out, untie, record, subtract],
+        },
+        config_changes=_config_changes(plan, dtype),
+    )
+    if record:
+        writer = RecordWriter(plan, checkpoint)
+        output.blocks, output.blocks_again = lambda key: writer.watch(key, values(key, kept=True)), values
+        output.after_file = lambda directory, name: writer.write(directory, name, output.shards[name])
+    written = output.write(out, caller, verify=verify, overwrite=overwrite, show_progress=show_progress)
     tensors = plan.tensors.values()
     return MergeReport(
         merged=sum(bool(tensor.terms) for tensor in tensors),
         replaced=sum(bool(tensor.replacement or tensor.rows) for tensor in tensors),
         added=len(plan.tensors) - len(checkpoint),
         copied=sum(not tensor.is_changed for tensor in tensors),
-        files=len(shards),
-        kept=kept,
-        skipped=skipped,
-        nbytes=total,
+        files=len(output.shards),
+        kept=written.kept,
+        skipped=written.skipped,
+        nbytes=output.nbytes,
         seconds=time.perf_counter() - begin,
         verified=verify,
     )
@@ -166,6 +152,11 @@ def merge(
 def _target(tensor: TensorPlan, dtype: torch.dtype | None) -> torch.dtype | None:
     """What a tensor is converted to: indices and quantised weights stay."""
     return dtype if DTYPES.get(tensor.dtype) in FLOATING else None
+
+
+def _config_changes(plan: MergePlan, dtype: torch.dtype | None) -> dict[str, Any]:
+    changes: dict[str, Any] = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
+    return changes | ({"tie_word_embeddings": False} if plan.untied else {})
 
 
 def _shards(
@@ -198,30 +189,3 @@ def _describe(tensor: TensorPlan, base: Checkpoint, to: torch.dtype | None) -> D
         return tensor.dtype, tensor.shape, base.info(tensor.source).nbytes
     dtype = DTYPES[tensor.dtype] if to is None else to
     return DTYPE_NAMES[dtype], tensor.shape, math.prod(tensor.shape) * dtype.itemsize
-
-
-def _metadata(base: Checkpoint) -> dict[str, str]:
-    return next(iter(base.metadata.values())) or {"format": "pt"}
-
-
-def _index(base: Checkpoint, shards: Mapping[str, Mapping[str, Description]]) -> str:
-    described = {key: one for tensors in shards.values() for key, one in tensors.items()}
-    metadata = dict((base.index or {}).get("metadata") or {})
-    metadata["total_size"] = sum(nbytes for *_, nbytes in described.values())
-    if "total_parameters" in metadata:
-        metadata["total_parameters"] = sum(math.prod(shape) for _, shape, _ in described.values())
-    weight_map = {key: name for name, tensors in shards.items() for key in tensors}
-    return json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n"
-
-
-def _check_apart(out: Path, sources: Sequence[Path]) -> None:
-    for source in sources:
-        if out.resolve() == source.resolve() or out.resolve() in source.resolve().parents:
-            raise ValueError(f"merge: out is {out}, which holds {source}, that is read; choose another directory")
-
-
-def _check_space(out: Path, needed: int) -> None:
-    parent = next(path for path in (out, *out.parents) if path.exists())
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise OSError(f"merge: {out} takes {needed / 1e9:.2f} GB more, but its disk has {free / 1e9:.2f} GB free")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ..exact_merge import MergeRecord, merge_all_, pack_factors
 from ..safetensors_format import DTYPES
-from .checkpoint_files import Checkpoint, read_into
+from .checkpoint_files import Checkpoint, raw_blocks, read_into, tensor_bytes
 from .plan import TensorPlan, Term
 
 __all__ = ["BLOCK_BYTES", "Block", "Factors", "blocks", "factors", "matrix_shape"]
@@ -36,10 +37,16 @@ class Factors:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Consecutive rows of the result, and the record of each merge into them: (rows of the matrix, record)."""
+    """Consecutive rows of the result.
+
+    Attributes:
+        records: of each merge into them: first row, row behind the last, record.
+        checksum: of the base's tensor up to here, where a record is kept.
+    """
 
     values: Tensor
-    records: list[tuple[int, int, MergeRecord]]
+    records: list[tuple[int, int, MergeRecord]] = dataclasses.field(default_factory=list)
+    checksum: int = 0
 
 
 def matrix_shape(plan: TensorPlan) -> tuple[int, int]:
@@ -102,17 +109,21 @@ def blocks(
     stored = DTYPES.get(plan.dtype)
     out = stored if dtype is None else dtype
     if stored is None or (out == stored and not plan.is_changed):
-        yield from _raw(plan, base)
+        for values in raw_blocks(base.file(plan.source), base.info(plan.source), BLOCK_BYTES):
+            yield Block(values)
         return
     work = torch.promote_types(stored, out)
     rows, cols = matrix_shape(plan)
     row_bytes = cols * max(work.itemsize, stored.itemsize)
     height = max(BLOCK_BYTES // max(row_bytes, 1), 1)
     own, replaced = factors(plan, work), _rows(plan)
+    checksum = 0
     with _open_source(plan, base, stored) as read:
         for begin in range(0, rows, height):
             end = min(begin + height, rows)
             values = read(begin, end, cols).to(work)
+            if record:
+                checksum = zlib.crc32(tensor_bytes(values), checksum)
             for index, row in replaced.items():
                 if begin <= index < end:
                     values[index - begin] = row
@@ -120,7 +131,7 @@ def blocks(
             converted = values.to(out)
             if out != work and not converted.isfinite().all() and values.isfinite().all():
                 raise ValueError(f"merge: {key} has values that {out} cannot hold; choose a wider dtype")
-            yield Block(converted, records)
+            yield Block(converted, records, checksum)
 
 
 def _merge(
@@ -160,13 +171,3 @@ def _open_source(plan: TensorPlan, base: Checkpoint, dtype: torch.dtype) -> Iter
             return values
 
         yield read
-
-
-def _raw(plan: TensorPlan, base: Checkpoint) -> Iterator[Block]:
-    """The bytes of a tensor that stays as it is, of whatever dtype."""
-    info = base.info(plan.source)
-    with open(base.file(plan.source), "rb", buffering=0) as file:
-        for begin in range(0, info.nbytes, BLOCK_BYTES):
-            values = torch.empty(min(BLOCK_BYTES, info.nbytes - begin), dtype=torch.uint8)
-            read_into(file.fileno(), info.begin + begin, values)
-            yield Block(values, [])

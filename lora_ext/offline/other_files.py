@@ -10,7 +10,10 @@ from typing import Any
 
 from .checkpoint_files import Checkpoint
 
-__all__ = ["copy_other_files"]
+__all__ = ["RECORD_DIRECTORY", "copy_other_files"]
+
+RECORD_DIRECTORY = "merge_record"
+"""Where a merge keeps what it lost: of no use beside any other weights."""
 
 # Weights in other formats: copied, they would be those from before the merge.
 _OTHER_WEIGHTS = (
@@ -49,7 +52,8 @@ def copy_other_files(base: Checkpoint, out: Path, changes: Mapping[str, Any]) ->
         if not file.is_file() or any(part.startswith(".") for part in name.parts):
             continue
         if any(name.match(pattern) for pattern in _OTHER_WEIGHTS):
-            if str(name) not in base.shards and not name.match("*.safetensors.index.json"):
+            ours = str(name) in base.shards or name.parts[0] == RECORD_DIRECTORY
+            if not ours and not name.match("*.safetensors.index.json"):
                 skipped.append(str(name))
             continue
         (out / name).parent.mkdir(parents=True, exist_ok=True)

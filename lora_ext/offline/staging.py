@@ -58,9 +58,9 @@ class Staging:
             os.close(self._lock)
             raise RuntimeError(f"another process is writing {self.out}") from error
         self.finished = self._read_journal()
-        for entry in self.path.iterdir():
-            if entry.name not in self.finished:
-                _remove(entry)
+        for file in [entry for entry in self.path.rglob("*") if not entry.is_dir()]:
+            if str(file.relative_to(self.path)) not in self.finished:
+                file.unlink()
         return self
 
     def __exit__(
@@ -91,7 +91,8 @@ class Staging:
             with open(self.path / name, "rb") as file:
                 os.fsync(file.fileno())
             self.finished[name] = (self.path / name).stat().st_size
-        fsync_directory(self.path)  # before the journal says so
+        for directory in {(self.path / name).parent for name in names} | {self.path}:
+            fsync_directory(directory)  # before the journal says so
         temporary = self._journal.with_suffix(".new")
         with open(temporary, "w", encoding="utf-8") as file:
             json.dump({"what": self.what, "files": self.finished}, file)

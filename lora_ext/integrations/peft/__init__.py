@@ -1,0 +1,17 @@
+"""PEFT's LoRA layers on lora_ext's ops: the models, their files and their API stay PEFT's own.
+
+from lora_ext.integrations.peft import accelerate, report
+
+model = accelerate(get_peft_model(base, config))
+print(report(model))
+"""
+
+try:
+    import peft  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError(f"lora_ext.integrations.peft needs peft ({error}); pip install 'lora_ext[peft]'") from error
+
+from .reporting import LayerReport, Report, report
+from .swap import accelerate, restore
+
+__all__ = ["LayerReport", "Report", "accelerate", "report", "restore"]

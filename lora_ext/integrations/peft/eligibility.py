@@ -1,0 +1,130 @@
+"""What of PEFT's layers the ops can take, and in words why they cannot: asked by every forward, and by report()."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from transformers.pytorch_utils import Conv1D
+
+from ... import _load
+from ..._checks import FLOATING
+
+DISABLED = "now: the adapters are disabled, so that the base layer alone runs"
+MERGED = "now: adapters are merged, so that the base layer alone runs"
+NONE_ACTIVE = "now: the layer has none of the active adapters, so that the base layer alone runs"
+NOT_CAST = "now: PEFT is told not to cast inputs (disable_input_dtype_casting)"
+
+
+class Adapter(NamedTuple):
+    """An active adapter as the ops take it: ``lora_A [r, in]``, ``lora_B [out, r]``, its ``bias [out]`` or None."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    bias: Tensor | None
+    scaling: float
+    dropout_p: float
+
+
+def is_eligible_call(x: object) -> bool:
+    """Whether ``x`` is an ordinary tensor with kernels for its device, outside of what must see PyTorch's own ops.
+
+    That is forward-mode differentiation, torch.func's transforms, tracing and exporting.
+    """
+    if type(x) is not Tensor and type(x) is not nn.Parameter:
+        return False
+    if not (x.is_cpu or (x.is_cuda and not _load.cuda_unavailable_reason)):
+        return False
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()
+    return (
+        forward_ad._current_level < 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def state_obstacle(layer: LoraLayer) -> str:
+    """Why the layer runs its base alone, or ""."""
+    return DISABLED if layer.disable_adapters else MERGED if layer.merged_adapters else ""
+
+
+def active_adapters(layer: LoraLayer) -> list[Adapter] | str:
+    """The active adapters of a linear layer, or why PEFT's own forward runs instead."""
+    if reason := state_obstacle(layer):
+        return reason
+    if not getattr(layer, "cast_input_dtype_enabled", True):
+        return NOT_CAST
+    children = layer._modules
+    lora_As, lora_Bs, dropouts = (children[name]._modules for name in ("lora_A", "lora_B", "lora_dropout"))
+    adapters = []
+    for name in layer.active_adapters:
+        if name not in lora_As:
+            continue
+        if variant := variant_of(layer, name):
+            return f"adapter {name!r} is a variant of LoRA ({variant})"
+        lora_A, lora_B, dropout = lora_As[name], lora_Bs[name], dropouts[name]
+        for role, module in (("lora_A", lora_A), ("lora_B", lora_B)):
+            if reason := _module_obstacle(module):
+                return f"{role} of adapter {name!r} {reason}"
+        A, B = lora_A._parameters["weight"], lora_B._parameters["weight"]
+        if A.dtype != B.dtype or A.dtype not in FLOATING:
+            return f"lora_A and lora_B of adapter {name!r} are {A.dtype} and {B.dtype}"
+        if type(dropout) is nn.Dropout and 0.0 <= dropout.p < 1.0:
+            dropout_p = dropout.p if dropout.training else 0.0
+        elif type(dropout) is nn.Identity:
+            dropout_p = 0.0
+        else:
+            return f"the dropout of adapter {name!r} is {dropout}"
+        scaling, bias = layer.scaling[name], lora_B._parameters["bias"]
+        if bias is not None:
+            bias = bias * scaling
+        if isinstance(scaling, Tensor):  # as PEFT's prepare_model_for_compiled_hotswap leaves it
+            B, scaling = B * scaling, 1.0
+        elif not -math.inf < scaling < math.inf:
+            return f"the scaling of adapter {name!r} is {scaling}"
+        adapters.append(Adapter(A, B, bias, scaling, dropout_p))
+    return adapters or NONE_ACTIVE
+
+
+def plain_weight(base: nn.Module) -> Tensor | None:
+    """``[out_features, in_features]`` of a base layer that is a product with this matrix and nothing else, or None."""
+    if type(base) is not nn.Linear and type(base) is not Conv1D:
+        return None
+    weight = base._parameters.get("weight")
+    if type(weight) is not nn.Parameter or has_hooks(base):
+        return None
+    return weight if type(base) is nn.Linear else weight.t()
+
+
+def variant_of(layer: LoraLayer, name: str) -> str:
+    """The name of the variant (DoRA, aLoRA, ...) that PEFT makes of an adapter, or ""."""
+    variants = getattr(layer, "lora_variant", None)
+    if variants is None:  # before peft 0.16
+        return "DoRA" if layer.use_dora.get(name) else ""
+    return type(variants[name]).__name__ if name in variants else ""
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward."""
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _module_obstacle(module: nn.Module) -> str:
+    """Why a factor's weight cannot be used without calling its module, or ""."""
+    if type(module) is not nn.Linear:
+        return f"is a {type(module).__name__}, not an nn.Linear"
+    weight = module._parameters.get("weight")
+    if type(weight) is not nn.Parameter:
+        return f"has a weight that is no plain parameter but a {type(weight).__name__}"
+    return "has hooks or a replaced forward" if has_hooks(module) else ""

@@ -1,0 +1,50 @@
+"""The forward of PEFT's embedding LoRA layers: PEFT's gather, and the expand in one product onto the base's result.
+
+PEFT makes the update a tensor, scales it into another and adds that into a third. One ``addmm`` in their place takes
+0.6 to 0.8 of the layer's time, forward and backward (2048 features, float32 and bfloat16, CPU).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .eligibility import NONE_ACTIVE, is_eligible_call, state_obstacle, variant_of
+
+
+class EmbeddingForward:
+    """Overrides ``forward`` of a LoRA layer over ``nn.Embedding``: ids ``[...]`` to ``[..., embedding_dim]``."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if args or kwargs or not is_eligible_call(x) or x.dim() == 0 or self.forward_obstacle():
+            return super().forward(x, *args, **kwargs)
+        y = self.base_layer(x)
+        for name in self.active_adapters:
+            if name in self.lora_embedding_A:
+                xa = self._embed(x, self.lora_embedding_A[name].T)
+                y = _add_product(y, xa, self.lora_embedding_B[name].T, self.scaling[name])
+        return y
+
+    def forward_obstacle(self) -> str:
+        """Why calls run PEFT's code, or ""."""
+        if reason := state_obstacle(self):
+            return reason
+        active = [name for name in self.active_adapters if name in self.lora_embedding_A]
+        for name in active:
+            if variant := variant_of(self, name):
+                return f"adapter {name!r} is a variant of LoRA ({variant})"
+        if getattr(self, "tp_layer", None) is not None:
+            return "the embedding is sharded (tensor parallel)"
+        if (embed_scale := getattr(self, "_get_embed_scale", None)) and embed_scale() is not None:
+            return f"a {type(self.get_base_layer()).__name__} scales what it looks up"
+        return "" if active else NONE_ACTIVE
+
+
+def _add_product(y: Tensor, xa: Tensor, B: Tensor, scaling: float | Tensor) -> Tensor:
+    """``y [..., out] + scaling * xa [..., r] @ B [r, out]`` in ``y``'s dtype, computed in the widest of theirs."""
+    if isinstance(scaling, Tensor):  # as PEFT's prepare_model_for_compiled_hotswap leaves it
+        xa, scaling = xa * scaling, 1.0
+    dtype = torch.promote_types(y.dtype, B.dtype)
+    operands = [tensor.flatten(0, -2).to(dtype) for tensor in (y, xa)]
+    with torch.autocast(y.device.type, enabled=False):  # which would round y as well
+        return torch.addmm(*operands, B.to(dtype), alpha=scaling).to(y.dtype).view(y.shape)

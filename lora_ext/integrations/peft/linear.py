@@ -1,0 +1,54 @@
+"""The forward of PEFT's linear LoRA layers on the ops."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..._checks import FLOATING
+from ...functional import lora_delta_, lora_linear
+from .eligibility import Adapter, active_adapters, is_eligible_call, plain_weight
+
+
+class LinearForward:
+    """Overrides ``forward`` of a LoRA layer whose base maps ``[..., in_features]`` to ``[..., out_features]``.
+
+    Where the base is a plain matrix product, it and the first adapter are one op; every other adapter is added in
+    place. Other base layers (quantised, with hooks, ...) are called, and get all adapters added to a copy of their
+    result, which they may have kept.
+    """
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        adapters = active_adapters(self)
+        if args or kwargs or isinstance(adapters, str) or not is_eligible_call(x):
+            return super().forward(x, *args, **kwargs)
+        weight = plain_weight(self.base_layer)
+        if weight is not None and adapters[0].scaling >= 0.0:
+            if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+                return super().forward(x)
+            first, *others = adapters
+            bias = _sum_of_biases(self.base_layer.bias, adapters, weight.dtype)
+            y = lora_linear(x, weight, bias, first.lora_A, first.lora_B, first.scaling, first.dropout_p)
+        else:
+            if x.dtype not in FLOATING:
+                return super().forward(x)
+            others, y = adapters, self.base_layer(x)
+            bias = _sum_of_biases(None, adapters, y.dtype)
+            y = (y.clone() if bias is None else y + bias).contiguous()
+        if others and x.dtype != y.dtype:
+            x = x.to(y.dtype)
+        for adapter in others:
+            lora_delta_(y, x, adapter.lora_A, adapter.lora_B, adapter.scaling, adapter.dropout_p)
+        return y
+
+    def forward_obstacle(self) -> str:
+        """Why calls run PEFT's code, or ""."""
+        adapters = active_adapters(self)
+        return adapters if isinstance(adapters, str) else ""
+
+
+def _sum_of_biases(bias: Tensor | None, adapters: list[Adapter], dtype: torch.dtype) -> Tensor | None:
+    for adapter in adapters:
+        if adapter.bias is not None:
+            bias = adapter.bias.to(dtype) if bias is None else (bias + adapter.bias).to(dtype)
+    return bias

@@ -1,0 +1,157 @@
+"""PEFT's merge and unmerge with lora_ext's exact records: unmerge() brings back every bit of the weight.
+
+PEFT's bookkeeping (``merged_adapters``) stays as it is. Beside it a layer holds a record of each adapter merged here;
+they are taken out in reverse. A checksum tells whether a weight still is what the merge left. Where it was replaced or
+changed meanwhile, PEFT's own subtraction takes the adapter out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from ... import _load
+from ..._checks import FLOATING
+from ..._interrupts import uninterrupted
+from ...exact_merge import MergeRecord, merge_all_, pack_factors, unmerge_all_
+from .eligibility import variant_of
+
+_MERGES = "_lora_ext_merges"  # in the layer's __dict__ while there are any, so that copies and pickles have them
+_NO_BIAS = "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias."  # PEFT's words
+
+
+@dataclasses.dataclass(eq=False)
+class ExactMerge:
+    """One adapter in a weight, and in a bias where the adapter has one (lora_bias).
+
+    Attributes:
+        records: how to restore the weight, and the bias.
+        checksums: theirs, as the merge left them.
+    """
+
+    records: list[MergeRecord]
+    checksums: list[int]
+
+
+class ExactMerging:
+    """Overrides ``merge`` and ``unmerge`` of a LoRA layer."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        for name in check_adapters_to_merge(self, adapter_names) or ():
+            if has_adapter(self, name) and not _merge_exactly(self, name):
+                super().merge(safe_merge=safe_merge, adapter_names=[name])
+
+    def unmerge(self) -> None:
+        if _MERGES not in self.__dict__:
+            super().unmerge()
+            return
+        while self.merged_adapters:
+            if not _unmerge_exactly(self, self.merged_adapters[-1]):
+                *others, name = self.merged_adapters
+                self.merged_adapters = [name]
+                try:
+                    super().unmerge()
+                finally:
+                    self.merged_adapters = others
+        del self.__dict__[_MERGES]
+
+
+def merge_obstacle(layer: LoraLayer, name: str) -> str:
+    """Why adapter ``name`` is merged by PEFT's own code, or ""."""
+    if variant := variant_of(layer, name):
+        return f"adapter {name!r} is a variant of LoRA ({variant})"
+    weight = layer.get_base_layer()._parameters.get("weight")
+    if type(weight) is not nn.Parameter:
+        return f"the base layer's weight is no plain parameter but a {type(weight).__name__}"
+    if weight.dtype not in FLOATING or not weight.is_contiguous():
+        return f"the base layer's weight is {weight.dtype} with strides {tuple(weight.stride())}"
+    if not (weight.is_cpu or (weight.is_cuda and not _load.cuda_unavailable_reason)):
+        return f"the base layer's weight is on {weight.device}"
+    A, B = _factors(layer, name)
+    if A.device != weight.device or (B.shape[0], A.shape[1]) != _matrix(weight).shape:
+        return f"adapter {name!r} does not lie beside the base layer's weight as a whole (offloaded, sharded, grouped)"
+    return ""
+
+
+def has_exact_merges(layer: nn.Module) -> bool:
+    """Whether something is merged into the layer whose weight only its own unmerge() restores to the bit."""
+    return _MERGES in layer.__dict__
+
+
+def has_adapter(layer: LoraLayer, name: str) -> bool:
+    return name in layer.lora_A or name in layer.lora_embedding_A
+
+
+def _factors(layer: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
+    """``A [r, columns]`` and ``B [rows, r]``: ``B @ A`` is what the adapter adds to the weight as it is stored."""
+    if name in layer.lora_embedding_A:
+        return layer.lora_embedding_B[name].T, layer.lora_embedding_A[name].T
+    A, B = layer.lora_A[name].weight.flatten(1), layer.lora_B[name].weight.flatten(1)
+    return (B.T, A.T) if getattr(layer, "fan_in_fan_out", False) else (A, B)
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """The stored weight as ``[rows, columns]``, sharing its memory; a bias as one row."""
+    return weight.flatten(1) if weight.dim() > 1 else weight.unsqueeze(0)
+
+
+def _merge_exactly(layer: LoraLayer, name: str) -> bool:
+    """False, and nothing changed, where PEFT's code has to decide: results that are not finite, weights of its own."""
+    if merge_obstacle(layer, name):
+        return False
+    base, scaling = layer.get_base_layer(), float(layer.scaling[name])
+    parameters, factors = [base.weight], [(*_factors(layer, name), scaling)]
+    lora_bias = layer.lora_B[name].bias if name in layer.lora_B else None
+    if lora_bias is not None:
+        if base.bias is None:
+            raise RuntimeError(_NO_BIAS)
+        parameters.append(base.bias)
+        factors.append((lora_bias.unsqueeze(0), lora_bias.new_ones(1, 1), scaling))
+    with torch.no_grad():
+        weights = [_matrix(parameter) for parameter in parameters]
+        packed = [pack_factors(weight.dtype, [of]) for weight, of in zip(weights, factors, strict=True)]
+        with uninterrupted():
+            try:
+                records = merge_all_("merge", weights, [A for A, _ in packed], [B for _, B in packed])
+            except ValueError:
+                return False
+            layer.__dict__.setdefault(_MERGES, {})[name] = ExactMerge(records, [_checksum(w) for w in weights])
+            layer.merged_adapters.append(name)
+    return True
+
+
+def _unmerge_exactly(layer: LoraLayer, name: str) -> bool:
+    merges: dict[str, ExactMerge] = layer.__dict__[_MERGES]
+    if name not in merges:
+        return False
+    merge, base = merges[name], layer.get_base_layer()
+    parameters = [base._parameters.get(which) for which in ("weight", "bias")[: len(merge.records)]]
+    with torch.no_grad(), uninterrupted():
+        if all(parameter is not None and parameter.is_contiguous() for parameter in parameters):
+            weights = [_matrix(parameter) for parameter in parameters]
+            if [_checksum(weight) for weight in weights] == merge.checksums:
+                unmerge_all_("unmerge", weights, merge.records)
+                del merges[name]
+                layer.merged_adapters.pop()
+                return True
+        del merges[name]
+    warnings.warn(
+        f"The base weight into which adapter {name!r} was merged has been replaced or changed meanwhile: PEFT "
+        "subtracts the update from what is there now, which rounds.",
+        stacklevel=3,
+    )
+    return False
+
+
+def _checksum(weight: Tensor) -> int:
+    """The sum of a contiguous tensor's bits, as 64-bit integers as far as these reach: a pass at memory's speed."""
+    item = weight.element_size()
+    flat = weight.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[item]).view(-1)
+    per_word = 8 // item
+    whole = flat.numel() // per_word * per_word if flat.storage_offset() % per_word == 0 else 0
+    return int(flat[:whole].view(torch.int64).sum()) + int(flat[whole:].sum())

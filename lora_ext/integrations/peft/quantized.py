@@ -1,0 +1,15 @@
+"""As layers.py, for base layers that bitsandbytes quantised. Merging into them rounds anew in PEFT's own code."""
+
+from __future__ import annotations
+
+from peft.tuners.lora import bnb as peft_layers
+
+from .linear import LinearForward
+
+
+class Linear8bitLt(LinearForward, peft_layers.Linear8bitLt):
+    """Over ``bitsandbytes.nn.Linear8bitLt``."""
+
+
+class Linear4bit(LinearForward, peft_layers.Linear4bit):
+    """Over ``bitsandbytes.nn.Linear4bit``."""

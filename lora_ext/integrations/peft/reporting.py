@@ -1,0 +1,105 @@
+"""Which of a model's PEFT layers run on the ops, and in words why the others do not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator
+
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from .merging import merge_obstacle
+from .swap import accelerated_class, check_is_module, is_accelerated, lora_layers
+
+_PER_CALL = (
+    "Calls with adapter_names (mixed batches) or other extra arguments, under torch.func, in forward-mode "
+    "differentiation and while a model is traced or exported run PEFT's code."
+)
+_NOT_ACCELERATED = "accelerate() was not called since PEFT made the layer"
+_REASONS = {
+    "MultiheadAttention": "PEFT's MultiheadAttention merges before and unmerges after each forward of the base layer",
+    "ParamWrapper": "PEFT parametrizes the base layer's parameter in each forward (target_parameters)",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """One LoRA layer.
+
+    Attributes:
+        path: in the model.
+        kind: PEFT's class, ``"Linear"`` for one.
+        forward: why calls run PEFT's forward now, or "" where they run the ops. A reason that begins with "now:" comes
+            from a state that PEFT's methods change; merged or disabled adapters for one.
+        merge: why ``merge`` and ``unmerge`` are PEFT's own, or "" where they are exact.
+    """
+
+    path: str
+    kind: str
+    forward: str
+    merge: str
+
+    @property
+    def accelerated(self) -> bool:
+        """Whether the next forward runs the ops."""
+        return not self.forward
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """All LoRA layers of a model, in its order; ``print`` it."""
+
+    layers: tuple[LayerReport, ...]
+
+    def __iter__(self) -> Iterator[LayerReport]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "no LoRA layers of PEFT's"
+        lines = []
+        for what, attribute in (("forward and backward", "forward"), ("merge and unmerge", "merge")):
+            by_reason: dict[str, list[LayerReport]] = defaultdict(list)
+            for layer in self.layers:
+                by_reason[getattr(layer, attribute)].append(layer)
+            lines.append(f"{what}: {len(by_reason.pop('', []))} of {len(self.layers)} LoRA layers on lora_ext's ops")
+            for reason, layers in by_reason.items():
+                lines.append(f"  {len(layers)} in PEFT's code: {reason}")
+                lines += [f"    {layer.path} ({layer.kind})" for layer in layers[:4]]
+                lines += [f"    and {len(layers) - 4} more"] if len(layers) > 4 else []
+        return "\n".join([*lines, _PER_CALL])
+
+
+def report(model: nn.Module) -> Report:
+    """What each of PEFT's LoRA layers in ``model`` runs on, accelerated or not.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``.
+    """
+    check_is_module("report", model)
+    return Report(tuple(_of_layer(path, layer) for path, layer in lora_layers(model)))
+
+
+def _of_layer(path: str, layer: LoraLayer) -> LayerReport:
+    kind = type(layer).__name__
+    if not is_accelerated(layer):
+        reason = _NOT_ACCELERATED
+        if accelerated_class(type(layer)) is None:
+            reason = _REASONS.get(kind, f"lora_ext has no counterpart of {type(layer).__module__}.{kind}")
+        return LayerReport(path, kind, reason, reason)
+    if "forward" in vars(layer):
+        forward = "the layer's forward was replaced on the instance, by a hook for one"
+    elif type(layer.get_base_layer()) is nn.modules.linear.NonDynamicallyQuantizableLinear:
+        forward = "belongs to a MultiheadAttention, which reads the weight and does not call the layer"
+    else:
+        forward = layer.forward_obstacle()
+    return LayerReport(path, kind, forward, _merge(layer))
+
+
+def _merge(layer: LoraLayer) -> str:
+    obstacles = (merge_obstacle(layer, name) for name in sorted({*layer.lora_A, *layer.lora_embedding_A}))
+    return next(filter(None, obstacles), "")

@@ -1,0 +1,156 @@
+"""A new adapter out of several, for a whole model. lora_ext/combine.py has the arithmetic."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from torch import nn
+
+from .adapter_set import Adapter, Part, check_names, find_adapter, find_adapters
+from .bare_model import BareModel, root_module
+from .combine import check_combination, combine_factors
+from .config import LoraConfig, name_covers
+from .inject import apply_injection, check_adapter_name
+from .nn import LoraAdapter, LoraLayer
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def add_weighted_adapter(
+    model: ModelT,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    combination_type: str = "svd",
+    *,
+    svd_rank: int | None = None,
+    svd_clamp: float | None = None,
+    svd_driver: str | None = None,
+    density: float | None = None,
+    majority_sign_method: str = "total",
+) -> ModelT:
+    """Adds an adapter that combines others, and makes it the active one. It is frozen; the others stay as they are.
+
+    Kinds and numbers are PEFT's: :func:`lora_ext.combine.combine_factors` explains them. ``"cat"`` is the weighted sum
+    of the updates itself, at the sum of the ranks; ``"svd"`` its best approximation of lower rank. A layer combines
+    those of the adapters that it has. Biases of the adapters (``lora_bias``) add up, weighted. Modules trained in full
+    are copied from the one adapter that has them.
+
+    Args:
+        model: was injected.
+        adapters, weights: the names of one or more adapters, and a weight for each; negative ones subtract.
+        adapter_name: of the new adapter.
+        combination_type: one of :data:`lora_ext.combine.COMBINATIONS`.
+        svd_rank, svd_clamp, svd_driver, density, majority_sign_method: as :func:`~lora_ext.combine.combine_factors`.
+
+    Returns:
+        ``model``, the same object.
+
+    Raises:
+        ValueError: the model is not injected, the name is taken, a setting is wrong, ranks differ where factors are
+            added, two adapters train the same module in full, one trains the model's biases, or a layer's factors
+            cannot be combined in this way.
+        KeyError: there is no such adapter; the message lists them. Nothing is changed.
+    """
+    caller = "add_weighted_adapter"
+    held = find_adapters(model, caller)
+    check_names(caller, held.configs, adapters)
+    check_adapter_name(caller, adapter_name, held)
+    settings = {
+        "density": density,
+        "majority_sign_method": majority_sign_method,
+        "svd_rank": svd_rank,
+        "svd_clamp": svd_clamp,
+    }
+    kind = check_combination(combination_type, weights, len(adapters), **settings)
+    if biased := [name for name in adapters if name in held.biases]:
+        raise ValueError(f"{caller}: {biased[0]!r} trains the model's own biases, which cannot be combined")
+
+    sources = [find_adapter(model, caller, name) for name in adapters]
+    parts: list[Part] = []
+    for own in _by_layer(sources).values():
+        first, _ = next(iter(own.values()))
+        if isinstance(first.layer, LoraLayer):
+            layer_weights = [weights[i] for i in own]
+            parts.append(_combined(kind, [part for part, _ in own.values()], layer_weights, settings, svd_driver))
+        elif len(own) > 1:
+            names = [adapters[i] for i in own]
+            raise ValueError(f"{caller}: {first.path!r} is trained in full by {names}; only one of them may")
+        else:
+            parts.append(dataclasses.replace(first, adapter=copy.deepcopy(first.adapter)))
+    config = _config(BareModel(root_module(model)), sources, parts)
+    apply_injection(model, Adapter(adapter_name, config, held, tuple(parts)))
+    return model
+
+
+def _by_layer(sources: Sequence[Adapter]) -> dict[int, dict[int, tuple[Part, Adapter]]]:
+    """By layer, what each source (by its number) has there."""
+    layers: dict[int, dict[int, tuple[Part, Adapter]]] = {}
+    for i, source in enumerate(sources):
+        for part in source.parts:
+            layers.setdefault(id(part.layer), {})[i] = part, source
+    return layers
+
+
+def _combined(
+    kind: str, parts: Sequence[Part], weights: Sequence[float], settings: Mapping, svd_driver: str | None
+) -> Part:
+    adapters: list[LoraAdapter] = [part.adapter for part in parts]
+    path, layer = parts[0].path, parts[0].layer
+    if (kind == "cat" or kind.endswith("svd")) and not all(adapter.has_plain_rank for adapter in adapters):
+        raise ValueError(
+            f"add_weighted_adapter: {kind} cannot combine the factors at {path!r} ({type(layer).__name__}); the kinds "
+            "that work element by element can"
+        )
+    factors = [(adapter.lora_A.detach(), adapter.lora_B.detach(), adapter.scaling) for adapter in adapters]
+    try:
+        lora_A, lora_B, scaling = combine_factors(
+            kind, factors, weights, **settings, svd_driver=svd_driver, transposed=layer.stores_transposed
+        )
+    except ValueError as error:
+        raise ValueError(f"add_weighted_adapter: at {path!r}: {error}") from error
+    new = copy.deepcopy(adapters[0])
+    new.lora_A, new.lora_B = nn.Parameter(lora_A.contiguous()), nn.Parameter(lora_B.contiguous())
+    new.r = lora_A.shape[0] if new.has_plain_rank or adapters[0].has_plain_rank else adapters[0].r
+    new.lora_alpha, new.scaling = new.r, scaling
+    biases = [
+        weight * adapter.scaling * adapter.lora_bias.detach()
+        for weight, adapter in zip(weights, adapters, strict=True)
+        if adapter.lora_bias is not None
+    ]
+    new.lora_bias = nn.Parameter(torch.stack(biases).sum(0)) if biases else None
+    return dataclasses.replace(parts[0], adapter=new)
+
+
+def _config(bare: BareModel, sources: Sequence[Adapter], parts: Sequence[Part]) -> LoraConfig:
+    """A config that names just these layers, at their ranks and with a scaling of 1."""
+    first = sources[0].config
+    low_rank = {part.path: part.adapter for part in parts if isinstance(part.adapter, LoraAdapter)}
+    ranks = [adapter.r for adapter in low_rank.values()]
+    rank = max(ranks, key=ranks.count)
+    others = {re.escape(path): adapter.r for path, adapter in low_rank.items() if adapter.r != rank}
+    modules = tuple(path for path in low_rank if path in bare.modules)
+    named = {path for path in bare.modules for name in modules if name_covers(name, path)}
+    saved = dict.fromkeys(name for source in sources for name in source.config.modules_to_save or ())
+    return dataclasses.replace(
+        first,
+        r=rank,
+        lora_alpha=rank,
+        use_rslora=False,
+        rank_pattern=others,
+        alpha_pattern=others,
+        # Names also match the ends of other paths; a regular expression the whole path.
+        target_modules=modules if named == set(modules) else "|".join(map(re.escape, modules)),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        modules_to_save=tuple(saved) or None,
+        lora_bias=any(adapter.lora_bias is not None for adapter in low_rank.values()),
+        bias="none",
+        init_lora_weights=True,
+        inference_mode=True,
+    )

@@ -1,0 +1,107 @@
+"""``lora-ext unmerge``: the base of a merged checkpoint, from the record of the merge, or less an adapter's update."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import _load
+from .checkpoint_files import Checkpoint
+from .merge import merge
+from .other_files import RECORD_DIRECTORY
+from .output import Output, check_apart
+from .record import Record
+from .staging import fingerprint
+
+__all__ = ["UnmergeReport", "unmerge"]
+
+
+@dataclasses.dataclass(frozen=True)
+class UnmergeReport:
+    """What an unmerge did. ``exact``: every bit of the base was restored, as checksums have shown."""
+
+    exact: bool
+    tensors: int
+    files: int
+    kept: int
+    nbytes: int
+    seconds: float
+
+
+def unmerge(
+    merged: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    adapters: Sequence[str | os.PathLike[str]] = (),
+    fan_in_fan_out: bool | None = None,
+    verify: bool = False,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+    show_progress: bool = False,
+) -> UnmergeReport:
+    """Writes the checkpoint that ``merged`` was made of to the new directory ``out``.
+
+    From the record that ``merge(record=True)`` left in it, to the bit. Otherwise less the updates of ``adapters``: that
+    is rounded, and differs from the base by what the merge and this lost. Other files are copied.
+
+    Args:
+        merged: a merged checkpoint.
+        adapters: what was merged into it, where it has no record.
+        fan_in_fan_out, verify, overwrite, allow_pickle: as :func:`~lora_ext.offline.merge.merge`.
+
+    Raises:
+        FileNotFoundError: something is missing.
+        FileExistsError: ``out`` exists.
+        ValueError: there is neither record nor adapter, or both; a tensor was changed since it was merged; an adapter
+            does not fit, or had replaced tensors, whose old values are not in it.
+        OSError: the disk is too small, or cannot be written.
+    """
+    begin = time.perf_counter()
+    checkpoint = Checkpoint.open(merged)
+    has_record = (checkpoint.directory / RECORD_DIRECTORY).is_dir()
+    if adapters and has_record:
+        raise ValueError(f"unmerge: {merged} has a record of its merge, which is exact; give no adapter, or remove it")
+    if adapters:
+        report = merge(
+            merged,
+            adapters,
+            out,
+            fan_in_fan_out=fan_in_fan_out,
+            verify=verify,
+            overwrite=overwrite,
+            allow_pickle=allow_pickle,
+            show_progress=show_progress,
+            subtract=True,
+        )
+        return UnmergeReport(False, report.merged, report.files, report.kept, report.nbytes, report.seconds)
+    if not has_record:
+        raise ValueError(
+            f"unmerge: {merged} has no {RECORD_DIRECTORY}, which merge --record writes; give the adapters that were "
+            "merged, to subtract them (rounded)"
+        )
+    record = Record(checkpoint)
+    out = Path(out).absolute()
+    check_apart("unmerge", out, [checkpoint.directory])
+    shards = {}
+    for name, tensors in checkpoint.shards.items():
+        infos = {key: record.info(key) for key in tensors if key not in record.added}
+        if infos:
+            shards[name] = {key: (info.dtype, info.shape, info.nbytes) for key, info in infos.items()}
+    files = [checkpoint.directory / name for name in checkpoint.shards]
+    what = {
+        "version": _load.build_info()["version"],
+        "merged": fingerprint([*files, *record.files], contents=False),
+    }
+    output = Output(checkpoint, shards, record.restored, what)
+    written = output.write(out, "unmerge", verify=verify, overwrite=overwrite, show_progress=show_progress)
+    return UnmergeReport(
+        exact=True,
+        tensors=record.num_tensors,
+        files=len(shards),
+        kept=written.kept,
+        nbytes=output.nbytes,
+        seconds=time.perf_counter() - begin,
+    )
