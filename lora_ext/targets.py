@@ -62,7 +62,7 @@ def find_targets(
 
     Warns:
         UserWarning: an entry matches nothing while others do (PEFT is silent then, and a misspelt layer stays as it
-            is); "all-linear" leaves out the ``out_proj`` of an ``nn.MultiheadAttention``; there is nothing to tie.
+            is); there is nothing to tie.
     """
     return _Search(config, root_name, modules, output_head, input_embedding).run()
 
@@ -212,19 +212,11 @@ class _Search:
 
     def all_linear(self) -> list[str]:
         """Every linear layer (Transformers' ``Conv1D`` is one) but the output head."""
-        weight_only = {id(m.out_proj) for m in self.modules.values() if isinstance(m, nn.MultiheadAttention)}
-        linear = [
+        return [
             path
             for path, module in self.modules.items()
             if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and module is not self.output_head
         ]
-        skipped = [path for path in linear if id(self.modules[path]) in weight_only]
-        if skipped:
-            self.warnings.append(
-                f'inject: "all-linear" leaves out {skipped}: nn.MultiheadAttention reads the weight of its out_proj '
-                "and never calls it, so an adapter there would do nothing"
-            )
-        return [path for path in linear if path not in skipped]
 
     def tie(self, found: dict[str, nn.Module]) -> dict[str, nn.Module]:
         """With ``ensure_weight_tying``, the input embedding in place of all in ``found`` that shares its weight."""

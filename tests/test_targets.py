@@ -350,11 +350,6 @@ def test_what_cannot_be_is_said(family, settings, fragments):
             {"target_modules": ["q_proj"], "ensure_weight_tying": True},
             "neither 'model.embed_tokens' nor ['lm_head'], which are tied, is to be adapted or trained",
         ),
-        (
-            "mixture",
-            {"target_modules": "all-linear"},
-            "leaves out ['body.layers.0.attention.out_proj', 'body.layers.1.attention.out_proj']",
-        ),
     ],
 )
 def test_what_is_of_no_use_is_warned_about(family, settings, text):
