@@ -134,7 +134,7 @@ class Zoo(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fine = nn.Linear(4, 4)
-        self.embedding = nn.Embedding(4, 4)
+        self.embedding = nn.EmbeddingBag(4, 4)
         self.scaled = ScaledLinear(4, 4)
         self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
         self.hooked = nn.Linear(4, 4)
@@ -154,7 +154,7 @@ def test_every_unsupported_target_is_listed():
         inject(zoo, LoraConfig(target_modules=r"(?!norm).+[a-z]$|normed", exclude_modules=r"normed\..*"))
     text = str(caught.value)
     for line in (
-        "embedding (Embedding): no LoRA layer adapts Embedding",
+        "embedding (EmbeddingBag): no LoRA layer adapts EmbeddingBag",
         "scaled (ScaledLinear): its forward is not nn.Linear's",
         "normed (ParametrizedLinear): its weight is computed by a parametrization",
         "hooked (Linear): it has hooks",

@@ -2,17 +2,20 @@
 
 from .adapter import LoraAdapter
 from .attention import LoraMultiheadAttention
+from .embedding import EmbeddingAdapter, LoraEmbedding
 from .layer import ActiveAdapters, AdapterLayer, LoraLayer
 from .linear import LoraLinear
 
-LORA_LAYERS: tuple[type[LoraLayer], ...] = (LoraLinear, LoraMultiheadAttention)
+LORA_LAYERS: tuple[type[LoraLayer], ...] = (LoraLinear, LoraEmbedding, LoraMultiheadAttention)
 """The layers that inject can make, by what they adapt: the first that ``adapts`` a module takes it."""
 
 __all__ = [
     "LORA_LAYERS",
     "ActiveAdapters",
     "AdapterLayer",
+    "EmbeddingAdapter",
     "LoraAdapter",
+    "LoraEmbedding",
     "LoraLayer",
     "LoraLinear",
     "LoraMultiheadAttention",

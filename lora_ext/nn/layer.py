@@ -319,8 +319,8 @@ def freeze(module: nn.Module) -> None:
             freeze(child)
 
 
-def why_weight_unusable(module: nn.Module, name: str = "weight") -> str | None:
-    """Why a layer that reads the parameter ``name`` of ``module``, and does not call it, would be wrong; or None."""
+def why_weight_unusable(module: nn.Module, name: str = "weight", *, called: bool = False) -> str | None:
+    """Why a layer that reads the parameter ``name`` of ``module``, and does not call it unless ``called``, is wrong."""
     weight = module._parameters.get(name)
     if weight is None:
         return f"its {name} is computed by a parametrization; remove that first"
@@ -328,6 +328,8 @@ def why_weight_unusable(module: nn.Module, name: str = "weight") -> str | None:
         return f"its {name} is not initialised yet; run the model once first"
     if weight.dtype not in FLOATING:
         return f"its {name} is {weight.dtype}, want one of {', '.join(map(str, FLOATING))}"
+    if called:
+        return None
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "it has hooks, which would no longer run; remove them first"
     return None
