@@ -1,11 +1,12 @@
 """Modules that hold a frozen base layer and its adapters."""
 
 from .adapter import LoraAdapter
+from .conv import LoraConv
 from .embedding import EmbeddingAdapter, LoraEmbedding
 from .layer import ActiveAdapters, AdapterLayer, LoraLayer
 from .linear import LoraLinear
 
-LORA_LAYERS: tuple[type[LoraLayer], ...] = (LoraLinear, LoraEmbedding)
+LORA_LAYERS: tuple[type[LoraLayer], ...] = (LoraLinear, LoraEmbedding, LoraConv)
 """The layers that inject can make, by what they adapt: the first that ``adapts`` a module takes it."""
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "AdapterLayer",
     "EmbeddingAdapter",
     "LoraAdapter",
+    "LoraConv",
     "LoraEmbedding",
     "LoraLayer",
     "LoraLinear",
