@@ -2,11 +2,12 @@
 
 from .adapter import LoraAdapter
 from .attention import LoraMultiheadAttention
+from .conv import LoraConv
 from .embedding import EmbeddingAdapter, LoraEmbedding
 from .layer import ActiveAdapters, AdapterLayer, LoraLayer
 from .linear import LoraLinear
 
-LORA_LAYERS: tuple[type[LoraLayer], ...] = (LoraLinear, LoraEmbedding, LoraMultiheadAttention)
+LORA_LAYERS: tuple[type[LoraLayer], ...] = (LoraLinear, LoraEmbedding, LoraConv, LoraMultiheadAttention)
 """The layers that inject can make, by what they adapt: the first that ``adapts`` a module takes it."""
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "AdapterLayer",
     "EmbeddingAdapter",
     "LoraAdapter",
+    "LoraConv",
     "LoraEmbedding",
     "LoraLayer",
     "LoraLinear",
