@@ -196,7 +196,7 @@ def test_what_is_wrong_with_the_keys_is_listed(directory: Path):
         ({"layer_replication": [[0, 2]]}, "layer_replication="),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'"),
         ({"r": 3}, "the config gives it r=3"),
-        ({"r": "2"}, "the config gives it r='2'"),
+        ({"r": "2"}, "r is '2' of type str"),
     ],
 )
 def test_configs_that_mean_something_else(directory: Path, values: dict, message: str):

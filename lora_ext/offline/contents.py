@@ -13,12 +13,12 @@ PEFT's keys, after ``base_model.model.``, where ``.base_layer`` may follow any m
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from ..adapter_file import KEY_PREFIX, AdapterFile
+from ..config import LoraConfig, name_covers
 
 __all__ = ["AdapterContents", "LowRankUpdate", "TokenRows", "read_contents", "strip_base_layer"]
 
@@ -26,22 +26,6 @@ Kind = Literal["linear", "embedding", "conv", "attention", "parameter"]
 
 _FACTOR = re.compile(r"(?:(?P<path>.*)\.)?lora_(?P<side>A\.weight|B\.weight|B\.bias|embedding_A|embedding_B)")
 _TOKENS = re.compile(r"(?P<path>.*?)(?:\.token_adapter)?\.trainable_tokens_delta")
-
-# Set to anything, these make an adapter more, or something else, than lora_B @ lora_A beside the weight on disk.
-_UNSUPPORTED = (
-    "use_dora",
-    "use_qalora",
-    "use_bdlora",
-    "alora_invocation_tokens",
-    "layer_replication",
-    "kasa_config",
-    "velora_config",
-    "monteclora_config",
-    "arrow_config",
-    "megatron_config",
-)
-# Other initialisations than these change the base weights: the update then fits other weights than those on disk.
-_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +81,7 @@ def read_contents(file: AdapterFile) -> AdapterContents:
         ValueError: the adapter is not LoRA, or of a kind that is not supported; a factor is without its other half, or
             their shapes do not fit each other, or the rank that the config gives the layer. All such are listed.
     """
-    _check_supported(file)
+    config = _config(file)
     factors: dict[str, dict[str, str]] = {}  # by the path with its .base_layer
     tokens, replaced, problems = [], {}, []
     for key in file.keys():  # noqa: SIM118  it is no mapping
@@ -109,7 +93,8 @@ def read_contents(file: AdapterFile) -> AdapterContents:
             tokens.append(TokenRows(path, key, _token_indices(file, path)))
         elif "lora_" in name.rpartition(".")[0] + name.rpartition(".")[2]:
             problems.append(f"unknown key: {key}")
-        else:
+        elif not {"original_module", "modules_to_save"} & set(name.split(".")):
+            # With bias="all", PEFT also writes the wrapper's own copies of the biases in a module to save.
             replaced[strip_base_layer(name)] = key
 
     layers: dict[str, list[str]] = {}
@@ -119,7 +104,7 @@ def read_contents(file: AdapterFile) -> AdapterContents:
     for path, levels in layers.items():
         for wrapped in levels:
             try:
-                updates.append(_update(file, path, wrapped, factors, nested=len(levels)))
+                updates.append(_update(file, config, path, wrapped, factors, nested=len(levels)))
             except ValueError as error:
                 problems.append(str(error))
     if problems:
@@ -134,23 +119,8 @@ def strip_base_layer(path: str) -> str:
     return ".".join(part for part in path.split(".") if part != "base_layer")
 
 
-def rank_and_scaling(config: Mapping[str, Any], name: str) -> tuple[int, float]:
-    """Of the layer ``name``: PEFT matches the patterns' keys as regular expressions against the end of the name."""
-
-    def pattern(key: str, default: Any) -> Any:
-        for expression, value in (config.get(f"{key}_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({expression})$", name):
-                return value
-        return default
-
-    r, alpha = pattern("rank", config.get("r", 8)), pattern("alpha", config.get("lora_alpha", 8))
-    if type(r) is not int or r < 1 or type(alpha) not in (int, float):
-        raise ValueError(f"{name}: the config gives it r={r!r} and lora_alpha={alpha!r}")
-    return r, alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
-
-
 def _update(
-    file: AdapterFile, path: str, wrapped: str, factors: Mapping[str, dict[str, str]], nested: int
+    file: AdapterFile, config: LoraConfig, path: str, wrapped: str, factors: Mapping[str, dict[str, str]], nested: int
 ) -> LowRankUpdate:
     sides = factors[wrapped]
     embedding = "embedding_A" in sides or "embedding_B" in sides
@@ -161,7 +131,7 @@ def _update(
     if len(shape_A) < 2 or len(shape_B) != len(shape_A) or 0 in shape_A + shape_B or set(shape_B[2:]) - {1}:
         raise ValueError(f"shapes of {path}: lora_A {list(shape_A)}, lora_B {list(shape_B)}")
 
-    parameters = _parameters(file.config, path)
+    parameters = _parameters(config, path)
     if nested > 1 and len(parameters) < nested:
         raise ValueError(f"{path} has {nested} updates, but the config's target_parameters are {list(parameters)}")
     if _is_attention(wrapped, factors):
@@ -171,9 +141,8 @@ def _update(
     else:
         kind, parameters = "embedding" if embedding else "linear" if len(shape_A) == 2 else "conv", ()
 
-    settings = {rank_and_scaling(file.config, f"{path}.{name}") for name in parameters} or {
-        rank_and_scaling(file.config, path)
-    }
+    names = [f"{path}.{name}" for name in parameters] or [path]
+    settings = {(config.rank_for(name), config.scaling_for(name)) for name in names}
     if len(settings) > 1:
         raise ValueError(f"{path}: rank_pattern or alpha_pattern tell its parameters {list(parameters)} apart")
     r, scaling = settings.pop()
@@ -196,12 +165,12 @@ def _is_attention(wrapped: str, factors: Mapping[str, Any]) -> bool:
     return wrapped in factors and f"{wrapped}.base_layer.out_proj" in factors
 
 
-def _parameters(config: Mapping[str, Any], path: str) -> tuple[str, ...]:
+def _parameters(config: LoraConfig, path: str) -> tuple[str, ...]:
     """Names of the module's own parameters that ``target_parameters`` may mean."""
     names = {}
-    for target in config.get("target_parameters") or ():
+    for target in config.target_parameters or ():
         module, _, name = target.rpartition(".")
-        if not module or path == module or path.endswith(f".{module}"):
+        if not module or name_covers(module, path):
             names[name] = None
     return tuple(names)
 
@@ -209,23 +178,15 @@ def _parameters(config: Mapping[str, Any], path: str) -> tuple[str, ...]:
 def _token_indices(file: AdapterFile, path: str) -> tuple[int, ...]:
     indices = file.config.get("trainable_token_indices")
     if isinstance(indices, dict):
-        found = [own for name, own in indices.items() if path == name or path.endswith(f".{name}")]
+        found = [own for name, own in indices.items() if name_covers(name, path)]
         indices = found[0] if found else None
     if not isinstance(indices, list):
         raise ValueError(f"{file.directory}: trainable_token_indices of the config does not name {path}'s rows")
     return tuple(indices)
 
 
-def _check_supported(file: AdapterFile) -> None:
-    config = file.config
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{file.directory}: peft_type is {config.get('peft_type')!r}, want 'LORA'")
-    problems = [f"{key}={config[key]!r}" for key in _UNSUPPORTED if config.get(key)]
-    if problems:
-        raise ValueError(f"{file.directory}: {', '.join(problems)} not supported; it changes what the adapter computes")
-    initialisation = config.get("init_lora_weights")
-    if initialisation not in _INITIALISATIONS:
-        raise ValueError(
-            f"{file.directory}: init_lora_weights is {initialisation!r}: the adapter goes with base weights that were "
-            "changed at its start; save it with PEFT's path_initial_model_for_weight_conversion"
-        )
+def _config(file: AdapterFile) -> LoraConfig:
+    try:
+        return LoraConfig.from_dict(file.config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file.directory}: {error}") from error

@@ -64,7 +64,7 @@ def factors(plan: TensorPlan, dtype: torch.dtype) -> list[Factors]:
     if not plan.terms:
         return []
     rows, _ = matrix_shape(plan)
-    each = [_pairs(term, dtype) for term in plan.terms]
+    each = [_pairs(term) for term in plan.terms]
     height = rows // len(each[0])
     result = []
     for i, pairs in enumerate(zip(*each, strict=True)):
@@ -75,7 +75,7 @@ def factors(plan: TensorPlan, dtype: torch.dtype) -> list[Factors]:
     return result
 
 
-def _pairs(term: Term, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, float]]:
+def _pairs(term: Term) -> list[tuple[Tensor, Tensor, float]]:
     """``(lora_A, lora_B, scaling)`` of each matrix of the stack, as it lies."""
     B = term.file.tensor(term.lora_B)
     if term.lora_A is None:
@@ -89,9 +89,7 @@ def _pairs(term: Term, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, float]]
         Bs = B.flatten(1).chunk(term.matrices)
     if term.layout == "plain":
         return [(A, B, term.scaling) for A, B in zip(As, Bs, strict=True)]
-    # The scaling goes to B here as well: the bits are those of the transposed sum.
-    scaled = [pack_factors(dtype, [(A, B, term.scaling)]) for A, B in zip(As, Bs, strict=True)]
-    return [(B.T, A.T, 1.0) for A, B in scaled]
+    return [(B.T, A.T, term.scaling) for A, B in zip(As, Bs, strict=True)]
 
 
 def blocks(
