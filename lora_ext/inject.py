@@ -37,6 +37,10 @@ def inject(model: ModelT, config: LoraConfig, adapter_name: str = "default") -> 
     trained. Adapters live on their base layer's device, in its dtype, or in float32 where that is a 16-bit one. A layer
     that the model holds in several places is replaced in all of them by the same one; the first path names it.
 
+    With ``config.ensure_weight_tying``, modules that share the input embedding's weight have one adapter with it: both
+    compute with the same updated weight, and merging changes it once. Without, each named module has an adapter of its
+    own, and merging a weight that is in another module too is refused.
+
     Called again with another name, it adds another adapter, on the same or on other layers, and makes it the active
     one; :func:`lora_ext.adapters.set_adapter` switches back.
 
@@ -57,7 +61,7 @@ def inject(model: ModelT, config: LoraConfig, adapter_name: str = "default") -> 
     Raises:
         ValueError: nothing matches ``target_modules`` or ``modules_to_save`` (names close matches), the model has an
             adapter of that name, adapters are merged, a module to save shares a parameter with the rest of the model,
-            or a second adapter would train biases.
+            a second adapter would train biases, or a token whose row is to be trained does not exist.
         TypeError: a target is not of a kind that can be adapted (names every such target).
         The model is then unchanged.
 
@@ -181,7 +185,7 @@ def _check_kinds(bare: BareModel, targets: Targets, config: LoraConfig) -> None:
     problems = []
     for path, module, setting in _adapted(bare, targets):
         kind = lora_layer_for(module)
-        if path in targets.tied and not _can_follow(module, bare.modules[setting]):
+        if targets.tied.get(path) in targets.modules and not _can_follow(module, bare.modules[setting]):
             problem = f"its weight is that of {setting!r}, but it is no nn.Linear or nn.Embedding tied to an embedding"
             problems.append(f"{path} ({type(module).__name__}): {problem}; set ensure_weight_tying=False")
             continue
@@ -246,7 +250,7 @@ class _Planner:
         adapters = {}
         for path, module, setting in _adapted(self.bare, targets):
             kind = lora_layer_for(module)
-            if path in targets.tied:
+            if targets.tied.get(path) in targets.modules:
                 adapter = TiedAdapter(adapters[setting], transposed=isinstance(module, nn.Linear))
             else:
                 adapter = adapters[path] = kind.new_adapter(module, self.config, setting)
