@@ -9,13 +9,14 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CUDA_ARCHS := 80,86,89,90a,100,120
 CXX_FILES = $(shell git ls-files '*.cpp' '*.h' '*.inc' '*.cu' '*.cuh')
 
-.PHONY: help finetune test lint format build cuda wheel test-abi info bench clean
+.PHONY: help finetune test peft-conformance lint format build cuda wheel test-abi info bench clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help:
 	@echo 'make finetune   fine-tune a real model with LoRA on real reviews; the result lands in $(OUT) (ARGS=--resume to go on)'
 	@echo 'make test       the whole test suite (PYTEST_ARGS="-k name" for a part)'
+	@echo 'make peft-conformance  the LoRA tests of a peft source tree, without and with our layers (PEFT_SOURCE=path)'
 	@echo 'make lint       ruff and clang-format, without building anything'
 	@echo 'make format     let both rewrite the files'
 	@echo 'make build      compile what changed'
@@ -32,6 +33,10 @@ finetune: $(VENV)/.demo $(VENV)/.built
 # Waiting threads sleep instead of spinning: the test processes share the cores.
 test: $(VENV)/.test $(VENV)/.built
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+# What passes with PEFT itself must pass with our layers in the places of PEFT's.
+peft-conformance: $(VENV)/.conformance $(VENV)/.built
+	$(BIN)/python scripts/peft_conformance.py "$(PEFT_SOURCE)"
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -89,6 +94,11 @@ $(VENV)/.torch: $(VENV)/.created
 # What reads compiled kernels; any version reads those of older compilers.
 $(VENV)/.cuda: $(VENV)/.torch
 	@$(BIN)/pip install --quiet 'nvidia-cuda-cuobjdump>=13' 'nvidia-cuda-nvdisasm>=13'
+	@touch $@
+
+# What PEFT's tests import beside PEFT.
+$(VENV)/.conformance: $(VENV)/.test
+	@$(BIN)/pip install --quiet diffusers datasets
 	@touch $@
 
 # An editable install with its extras; it compiles into build/, where later builds find their objects again.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from .bare_model import BareModel, adapter_layers, root_module
+from .bare_model import BareModel, adapter_layers, file_paths, root_module
 from .config import LoraConfig
 from .nn import ActiveAdapters, AdapterLayer, LoraAdapter
 from .trained_biases import TrainedBiases
@@ -21,17 +21,18 @@ class Part:
 
     Attributes:
         path: of the layer in the bare model.
-        file_path: in keys of files: ``path`` with ``.base_layer`` behind every adapted module around the layer.
+        file_path: in keys of files, from :func:`~lora_ext.bare_model.file_paths`.
         layer: which holds the adapter, or will.
         adapter: the parameters.
-        replaces: the module in whose place the layer is to be put, or None where it is there already.
+        replaced: modules of the model and what is to be put in their places, the layer among it; empty where it is
+            there already.
     """
 
     path: str
     file_path: str
     layer: AdapterLayer
     adapter: nn.Module
-    replaces: nn.Module | None = None
+    replaced: Mapping[nn.Module, nn.Module] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,11 +176,9 @@ def find_adapter(model: nn.Module, caller: str, name: str | None = None) -> Adap
         (name,) = adapters.active.names
     check_names(caller, adapters.configs, [name])
     paths = {id(layer): path for path, around in BareModel(root_module(model)).layers.items() for layer in around}
-    parts = tuple(
-        Part(paths[id(layer)], path, layer, layer.adapters[name])
-        for path, layer in adapter_layers(model)
-        if name in layer.adapters
-    )
+    layers = [(paths[id(layer)], layer) for _, layer in adapter_layers(model) if name in layer.adapters]
+    in_file = file_paths(layers)
+    parts = tuple(Part(path, in_file[layer], layer, layer.adapters[name]) for path, layer in layers)
     return Adapter(name, adapters.configs[name], adapters, parts, adapters.biases.get(name))
 
 

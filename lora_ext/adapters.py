@@ -17,7 +17,7 @@ from .hotswap import hotswap_adapter, prepare_hotswap
 from .inject import check_adapter_name, lora_modules, replace_modules
 from .model_combine import add_weighted_adapter
 from .model_merge import merge, merge_and_unload, merge_record_bytes, some, unload, unmerge
-from .nn import LoraAdapter, LoraLayer
+from .nn import LoraLayer
 
 __all__ = [
     "AdapterStatus",
@@ -134,12 +134,10 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
     _check_unmerged("delete_adapter", model, name)
     with uninterrupted():
         adapters.remove(name)
-        empty = {}
         for _, layer in adapter_layers(model):
             if name in layer.adapters:
                 del layer.adapters[name]
-            if not layer.adapters:
-                empty[layer] = layer.base_layer
+        empty = {layer: layer.base_layer for _, layer in adapter_layers(model) if not layer.is_needed}
         while empty:  # one may be around another
             replace_modules(root_module(model), empty)
             held = {layer for _, layer in adapter_layers(model)}
@@ -209,7 +207,7 @@ def adapter_status(model: nn.Module) -> list[AdapterStatus]:
             parameters = list(adapter.parameters())
             flags = {parameter.requires_grad for parameter in parameters if parameter.is_floating_point()}
             first = next((p for p in parameters if p.is_floating_point()), parameters[0])
-            low_rank = isinstance(adapter, LoraAdapter)
+            low_rank = isinstance(layer, LoraLayer)
             status.append(
                 AdapterStatus(
                     path,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
-from .nn import AdapterLayer
+from .nn import AdapterLayer, LoraLayer
 
 
 def root_module(model: nn.Module) -> nn.Module:
@@ -36,12 +36,14 @@ class BareModel:
     """The modules of a model as they were before anything was adapted.
 
     Attributes:
+        root: the model.
         modules: by path, the root left out; a module in several places under its first path.
         layers: by the same paths, the adapter layers around a module, the outermost first.
         head, embedding: the output and input embeddings of a Transformers model, or None.
     """
 
     def __init__(self, root: nn.Module) -> None:
+        self.root = root
         self.modules: dict[str, nn.Module] = {}
         self.layers: dict[str, list[AdapterLayer]] = {}
         self._visit("", root, set())
@@ -75,12 +77,32 @@ class BareModel:
             answer = answer.base_layer
         return answer
 
-    def file_path(self, path: str, wrapped: Mapping[str, object]) -> str:
-        """``path`` in keys of files, once the modules at ``wrapped`` are in adapter layers too."""
-        parts, names = [], path.split(".")
-        for i, name in enumerate(names):
-            parts.append(name)
-            prefix = ".".join(names[: i + 1])
-            if i + 1 < len(names) and (prefix in wrapped or prefix in self.layers):
-                parts.append("base_layer")
-        return ".".join(parts)
+
+def file_paths(layers: Iterable[tuple[str, AdapterLayer]]) -> dict[AdapterLayer, str]:
+    """Where PEFT's files have the layers that hold an adapter.
+
+    That depends on nothing else that the model holds: behind every module that has the adapter itself, PEFT puts
+    ``.base_layer``. Where several layers are around one module, it does so behind each but the innermost.
+
+    Args:
+        layers: all of them, each with its path in the bare model.
+    """
+    around: dict[str, list[AdapterLayer]] = defaultdict(list)
+    for path, layer in layers:
+        around[path].append(layer)
+    lora = {path: sum(isinstance(layer, LoraLayer) for layer in own) for path, own in around.items()}
+    return {
+        layer: file_path(path, lora) + ".base_layer" * depth
+        for path, own in around.items()
+        for depth, layer in enumerate(sorted(own, key=lambda layer: layer.place, reverse=True))
+    }
+
+
+def file_path(path: str, layers: Mapping[str, int]) -> str:
+    """``path`` in keys of files, with so many LoRA layers around the modules at these paths."""
+    parts, names = [], path.split(".")
+    for i, name in enumerate(names):
+        parts.append(name)
+        if i + 1 < len(names):
+            parts += ["base_layer"] * layers.get(".".join(names[: i + 1]), 0)
+    return ".".join(parts)

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 from torch import nn
 
 from .adapter_set import Adapter, AdapterSet, Part, adapter_set, attach_adapter_set, forget_adapter_set
-from .bare_model import BareModel, adapter_layers, root_module
+from .bare_model import BareModel, adapter_layers, file_path, file_paths, root_module
 from .config import ALL_LINEAR, LoraConfig
 from .nn import LORA_LAYERS, ActiveAdapters, AdapterLayer, LoraLayer
+from .nn.attention import LoraMultiheadAttention
 from .nn.trained import TrainedModule
-from .targets import Targets, find_targets
+from .targets import Targets, find_targets, is_inside
 from .trained_biases import TrainedBiases
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -59,7 +61,7 @@ def inject(model: ModelT, config: LoraConfig, adapter_name: str = "default") -> 
 
     Warns:
         UserWarning: an entry of ``target_modules``, ``exclude_modules`` or ``modules_to_save`` matches nothing while
-            others do; or "all-linear" leaves out the ``out_proj`` of an ``nn.MultiheadAttention``.
+            others do.
     """
     apply_injection(model, plan_injection(model, config, adapter_name))
     return model
@@ -82,14 +84,14 @@ def plan_injection(model: nn.Module, config: LoraConfig, adapter_name: str = "de
 
     into = AdapterSet() if adapters is None else adapters
     planner = _Planner(bare, config, into.active)
-    parts = (*planner.lora_parts(targets), *planner.trained_parts(targets))
+    parts = planner.parts(targets)
     return Adapter(adapter_name, config, into, parts, planner.biases(parts))
 
 
 def apply_injection(model: nn.Module, adapter: Adapter) -> None:
     """Carries out a plan: the adapter is attached, and active."""
     root = root_module(model)
-    replace_modules(root, {part.replaces: part.layer for part in adapter.parts if part.replaces is not None})
+    replace_modules(root, {old: new for part in adapter.parts for old, new in part.replaced.items()})
     if adapter_set(model) is None:
         root.requires_grad_(False)
         attach_adapter_set(model, adapter.into)
@@ -158,11 +160,27 @@ def lora_layer_for(module: nn.Module) -> type[LoraLayer] | None:
     return next((kind for kind in LORA_LAYERS if kind.adapts(module)), None)
 
 
+def _adapted(bare: BareModel, targets: Targets) -> Iterator[tuple[str, nn.Module, str]]:
+    """The modules to adapt, and those that are adapted along with them, each with the path that sets its rank."""
+    seen = set()
+    for path, module in targets.modules.items():
+        along = getattr(lora_layer_for(module), "adapted_along", ())
+        for whole in (path, *(f"{path}.{name}" for name in along)):
+            if whole not in seen and not is_inside(whole, targets.trained):
+                seen.add(whole)
+                yield whole, bare.modules[whole], path
+
+
 def _check_kinds(bare: BareModel, targets: Targets, config: LoraConfig) -> None:
     problems = []
-    for path, module in targets.modules.items():
+    for path, module, _ in _adapted(bare, targets):
         kind = lora_layer_for(module)
         problem = f"no LoRA layer adapts {type(module).__name__}" if kind is None else kind.why_not(module, config)
+        if problem is None and (attention := _attention_around(bare, path)) is not None:
+            problem = LoraMultiheadAttention.why_not(attention, config)
+            if problem is None and attention is bare.root:
+                problem = "it is the model itself; put it into another module"
+            problem = problem and f"nn.MultiheadAttention reads its weight and never calls it, and {problem}"
         if problem:
             problems.append(f"{path} ({type(module).__name__}): {problem}")
     if problems:
@@ -173,43 +191,63 @@ def _check_kinds(bare: BareModel, targets: Targets, config: LoraConfig) -> None:
         )
 
 
+def _attention_around(bare: BareModel, path: str) -> nn.MultiheadAttention | None:
+    """The attention whose ``out_proj`` is at ``path``."""
+    parent, _, name = path.rpartition(".")
+    module = bare.modules[parent] if parent else bare.root
+    return module if isinstance(module, nn.MultiheadAttention) and name == "out_proj" else None
+
+
 class _Planner:
     """Builds the parts of one adapter."""
 
     def __init__(self, bare: BareModel, config: LoraConfig, active: ActiveAdapters) -> None:
         self.bare, self.config, self.active = bare, config, active
+        self.made: dict[tuple[str, Callable], AdapterLayer] = {}
+
+    def parts(self, targets: Targets) -> tuple[Part, ...]:
+        parts = [*self.lora_parts(targets), *self.trained_parts(targets)]
+        in_file = file_paths((part.path, part.layer) for part in parts)
+        return tuple(dataclasses.replace(part, file_path=in_file[part.layer]) for part in parts)
 
     def lora_parts(self, targets: Targets) -> Iterator[Part]:
-        for path, module in targets.modules.items():
-            adapter = lora_layer_for(module).new_adapter(module, self.config, path)
-            layer, replaces = self._layer(path, module, lora_layer_for(module))
-            yield Part(path, self.bare.file_path(path, targets.modules), layer, adapter, replaces)
+        for path, module, setting in _adapted(self.bare, targets):
+            kind = lora_layer_for(module)
+            adapter = kind.new_adapter(module, self.config, setting)
+            layer, replaced = self._layer(path, module, kind)
+            if (attention := _attention_around(self.bare, path)) is not None:  # which calls it, once in such a layer
+                replaced |= self._layer(path.rpartition(".")[0], attention, LoraMultiheadAttention)[1]
+            yield Part(path, path, layer, adapter, replaced)
 
     def trained_parts(self, targets: Targets) -> Iterator[Part]:
         copied: dict = {}  # shared, so that the copies of tied modules are tied
         for path, module in targets.trained.items():
-            layer, replaces = self._layer(path, module, TrainedModule)
-            yield Part(path, path, layer, copy.deepcopy(module, copied), replaces)
+            layer, replaced = self._layer(path, module, TrainedModule)
+            yield Part(path, path, layer, copy.deepcopy(module, copied), replaced)
 
-    def _layer(self, path: str, module: nn.Module, kind: Callable) -> tuple[AdapterLayer, nn.Module | None]:
+    def _layer(
+        self, path: str, module: nn.Module, kind: type[AdapterLayer]
+    ) -> tuple[AdapterLayer, dict[nn.Module, nn.Module]]:
         """The layer of this kind that is around the module, or a new one, and what that replaces."""
         for layer in self.bare.layers.get(path, ()):
             if isinstance(layer, kind):
-                return layer, None
-        return kind(module, active=self.active), module
+                return layer, {}
+        if (path, kind) not in self.made:
+            self.made[path, kind] = kind(module, active=self.active)
+        layer = self.made[path, kind]
+        return layer, {module: layer}
 
     def biases(self, parts: tuple[Part, ...]) -> TrainedBiases | None:
         if self.config.bias == "none":
             return None
-        wrapped = {part.path for part in parts}
+        wrapped = Counter(part.path for part in parts if isinstance(part.layer, LoraLayer))
         trained = {part.path for part in parts if isinstance(part.layer, TrainedModule)}
         owners = {}
         for path, module in self.bare.modules.items():
             if module._parameters.get("bias") is None or any(path == p or path.startswith(f"{p}.") for p in trained):
                 continue
             if self.config.bias == "all" or path in wrapped:
-                inner = ".base_layer" if path in wrapped or path in self.bare.layers else ""
-                owners[self.bare.file_path(path, wrapped) + inner] = module
+                owners[file_path(path, wrapped) + ".base_layer" * wrapped[path]] = module
         return TrainedBiases(owners)
 
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from .adapter_set import Adapter, Part, check_names, find_adapter, find_adapters

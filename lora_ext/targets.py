@@ -9,7 +9,7 @@ import difflib
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ def find_targets(
 
     Warns:
         UserWarning: an entry matches nothing while others do (PEFT is silent then, and a misspelt layer stays as it
-            is); "all-linear" leaves out the ``out_proj`` of an ``nn.MultiheadAttention``; there is nothing to tie.
+            is); there is nothing to tie.
     """
     return _Search(config, root_name, modules, output_head, input_embedding).run()
 
@@ -144,19 +144,20 @@ class _Search:
         if is_all_linear(config):
             named = self.all_linear()
         else:
-            named = [path for path in self.modules if _matches(config.target_modules, path)]
+            named = list(filter(_matcher(config.target_modules), self.modules))
             unmatched = self.unmatched(config.target_modules)
             self.report_unmatched("target_modules", unmatched, fatal=not named and not parameters)
         self.report_unmatched("exclude_modules", self.unmatched(config.exclude_modules), fatal=False)
 
         in_layers = [path for path in named if _is_in_layers(config, path)]
+        excluded = _matcher(config.exclude_modules)
         targets = {
             path: self.modules[path]
             for path in in_layers
-            if not _matches(config.exclude_modules, path) and not is_inside(path, (*trained, *self.tied))
+            if not excluded(path) and not is_inside(path, (*trained, *self.tied))
         }
         targets = self.tie(targets)
-        if self.embedding in targets and _matches(config.exclude_modules, self.embedding):
+        if self.embedding in targets and excluded(self.embedding):
             raise ValueError(
                 f"inject: exclude_modules has {self.embedding!r}, but ensure_weight_tying is True and target_modules "
                 f"names what is tied to it; take it out of exclude_modules, or set ensure_weight_tying=False"
@@ -211,19 +212,11 @@ class _Search:
 
     def all_linear(self) -> list[str]:
         """Every linear layer (Transformers' ``Conv1D`` is one) but the output head."""
-        weight_only = {id(m.out_proj) for m in self.modules.values() if isinstance(m, nn.MultiheadAttention)}
-        linear = [
+        return [
             path
             for path, module in self.modules.items()
             if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and module is not self.output_head
         ]
-        skipped = [path for path in linear if id(self.modules[path]) in weight_only]
-        if skipped:
-            self.warnings.append(
-                f'inject: "all-linear" leaves out {skipped}: nn.MultiheadAttention reads the weight of its out_proj '
-                "and never calls it, so an adapter there would do nothing"
-            )
-        return [path for path in linear if path not in skipped]
 
     def tie(self, found: dict[str, nn.Module]) -> dict[str, nn.Module]:
         """With ``ensure_weight_tying``, the input embedding in place of all in ``found`` that shares its weight."""
@@ -236,8 +229,9 @@ class _Search:
     def unmatched(self, names: tuple[str, ...] | str | None) -> list[str]:
         """The entries of a list, or the regular expression, that cover no module."""
         if isinstance(names, str):
-            return [] if any(_matches(names, path) for path in self.modules) else [names]
-        return [name for name in names or () if not any(name_covers(name, path) for path in self.modules)]
+            return [] if any(map(_matcher(names), self.modules)) else [names]
+        ends = {end for path in self.modules for end in _ends(path)}
+        return [name for name in names or () if name not in ends]
 
     def why_nothing(self, named: list[str], in_layers: list[str]) -> str:
         config = self.config
@@ -302,11 +296,20 @@ def is_all_linear(config: LoraConfig) -> bool:
     return isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
 
 
-def _matches(names: tuple[str, ...] | str | None, path: str) -> bool:
-    """Whether names (a whole path, or its end after a dot) or a regular expression (a whole path) cover ``path``."""
+def _matcher(names: tuple[str, ...] | str | None) -> Callable[[str], bool]:
+    """Whether names (a whole path, or its end after a dot) or a regular expression (a whole path) cover a path."""
     if isinstance(names, str):
-        return bool(names) and re.fullmatch(names, path) is not None
-    return any(name_covers(name, path) for name in names or ())
+        return lambda path: bool(names) and re.fullmatch(names, path) is not None
+    wanted = frozenset(names or ())
+    return lambda path: not wanted.isdisjoint(_ends(path))  # in time that does not grow with the list
+
+
+def _ends(path: str) -> Iterator[str]:
+    """``path``, and what follows each of its dots."""
+    yield path
+    while "." in path:
+        path = path.partition(".")[2]
+        yield path
 
 
 def _is_in_layers(config: LoraConfig, path: str) -> bool:
@@ -314,11 +317,11 @@ def _is_in_layers(config: LoraConfig, path: str) -> bool:
     numbers = config.layers_to_transform
     if numbers is None or numbers == () or path in (config.target_modules or ()):
         return True
-    patterns = (config.layers_pattern,) if isinstance(config.layers_pattern, str) else config.layers_pattern
+    patterns = config.layers_pattern or ()
+    patterns = (patterns,) if isinstance(patterns, str) else patterns
     # Lazy, so that the first number counts: an expert's comes after its layer's.
-    expressions = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in patterns or ()] or [
-        r".*?\.[^.]*\.(?P<idx>\d+)\."
-    ]
+    expressions = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in patterns]
+    expressions = expressions or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
     match = next(filter(None, (re.match(expression, path) for expression in expressions)), None)
     return match is not None and int(match["idx"]) in ((numbers,) if isinstance(numbers, int) else numbers)
 

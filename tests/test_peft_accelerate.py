@@ -276,6 +276,7 @@ def test_compiles_into_one_graph():
         )
 
 
+@pytest.mark.skipif(peft.__version__ < "0.20", reason="PEFT itself recompiles before 0.20")
 def test_hot_swap_into_a_compiled_model_without_recompilation(tmp_path):
     from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 

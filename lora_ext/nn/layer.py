@@ -44,7 +44,10 @@ class AdapterLayer(nn.Module):
         base_layer: the layer in whose place this one is; kept, not copied.
         adapters: ``nn.ModuleDict`` by adapter name.
         active: names of the adapters in use, shared by the layers of a model; some may not be in this layer.
+        place: orders the layers around one module from the innermost, as PEFT's files do.
     """
+
+    place = 0
 
     def __init__(self, base_layer: nn.Module, active: ActiveAdapters | None = None) -> None:
         super().__init__()
@@ -76,6 +79,11 @@ class AdapterLayer(nn.Module):
         """What stands in this layer's place without adapters; ``merged``: with the active one for good."""
         return self.base_layer
 
+    @property
+    def is_needed(self) -> bool:
+        """Whether the base layer alone would compute something else, with some adapter in use."""
+        return len(self.adapters) > 0
+
     def _check_exists(self, name: str | None) -> None:
         if name not in self.adapters:
             raise KeyError(f"{type(self).__name__}: no adapter {name!r}; the adapters are {sorted(self.adapters)}")
@@ -101,6 +109,7 @@ class LoraLayer(AdapterLayer):
     """
 
     base_kinds: ClassVar[str]  # in messages: what this class adapts
+    adapted_along: ClassVar[tuple[str, ...]] = ()  # paths of modules inside that are adapted whenever it is
     weight_name: ClassVar[str] = "weight"
     stores_transposed: bool = False  # the weight is [in, out]
 
@@ -182,13 +191,11 @@ class LoraLayer(AdapterLayer):
         """
         self._check_is_new(name)
         for factor, shape in self.factor_shapes(adapter).items():
-            if tuple(getattr(adapter, factor).shape) != shape:
-                raise ValueError(
-                    f"{type(self).__name__}: {factor} has shape {list(getattr(adapter, factor).shape)}, "
-                    f"want {list(shape)}"
-                )
+            own = tuple(adapter.get_parameter(factor).shape)
+            if own != shape:
+                raise ValueError(f"{type(self).__name__}: {factor} has shape {list(own)}, want {list(shape)}")
         self.adapters[name] = adapter.train(self.training)
-        self.base_layer.requires_grad_(False)
+        freeze(self.base_layer)
 
     def _applied(self) -> tuple[str, ...]:
         """The adapters that the forward adds to what the base layer computes: the active ones that are not merged."""
@@ -218,12 +225,15 @@ class LoraLayer(AdapterLayer):
         """Bytes kept for :meth:`unmerge`: the merged factors, and what rounding lost; 0 while nothing is merged."""
         return self._merged.nbytes if self._merged else 0
 
-    def delta_weight(self, name: str | None = None) -> Tensor:
-        """``scaling * lora_B @ lora_A`` of an adapter (the active one), in the factors' dtype; allocates it."""
+    def delta_weight(self, name: str | None = None, key: str = "weight") -> Tensor:
+        """``scaling * lora_B @ lora_A`` of an adapter (the active one), in the factors' dtype; allocates it.
+
+        ``key`` says of which of the :meth:`matrices`, where there are several.
+        """
         if name is None:
             (name,) = self.active_adapters or (None,)
         self._check_exists(name)
-        A, B, scaling = self.factors(name)["weight"]
+        A, B, scaling = self.factors(name)[key]
         return scaling * (B @ A)
 
     def merge(self, *names: str) -> int:
@@ -299,8 +309,18 @@ class LoraLayer(AdapterLayer):
         return f"merged={self.merged_adapters}" if self.is_merged else f"active={self.active_adapters}"
 
 
-def why_weight_unusable(module: nn.Module, name: str = "weight") -> str | None:
-    """Why a layer that reads the parameter ``name`` of ``module``, and does not call it, would be wrong; or None."""
+def freeze(module: nn.Module) -> None:
+    """Freezes the parameters of ``module``, but not those of adapters inside of it."""
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            parameter.requires_grad_(False)
+    for name, child in module._modules.items():
+        if child is not None and not (name == "adapters" and isinstance(module, AdapterLayer)):
+            freeze(child)
+
+
+def why_weight_unusable(module: nn.Module, name: str = "weight", *, called: bool = False) -> str | None:
+    """Why a layer that reads the parameter ``name`` of ``module``, and does not call it unless ``called``, is wrong."""
     weight = module._parameters.get(name)
     if weight is None:
         return f"its {name} is computed by a parametrization; remove that first"
@@ -308,6 +328,8 @@ def why_weight_unusable(module: nn.Module, name: str = "weight") -> str | None:
         return f"its {name} is not initialised yet; run the model once first"
     if weight.dtype not in FLOATING:
         return f"its {name} is {weight.dtype}, want one of {', '.join(map(str, FLOATING))}"
+    if called:
+        return None
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "it has hooks, which would no longer run; remove them first"
     return None

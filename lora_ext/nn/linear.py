@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from .. import functional
@@ -38,10 +39,6 @@ class LoraLinear(LoraLayer):
     def why_not(cls, module: nn.Module, config: LoraConfig) -> str | None:
         if is_conv1d(module):
             return "its forward was replaced" if "forward" in vars(module) else super().why_not(module, config)
-        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            return (
-                "nn.MultiheadAttention reads its weight and never calls it, so an adapter would do nothing; exclude it"
-            )
         return (
             super().why_not(module, config) if has_forward_of(module, nn.Linear) else "its forward is not nn.Linear's"
         )
@@ -84,17 +81,26 @@ class LoraLinear(LoraLayer):
 
 def add_adapters(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: list[LoraAdapter], training: bool) -> Tensor:
     """``x @ weight.T + bias`` and what ``adapters``, at least one, add to it."""
+    updates = [(a.lora_A, a.lora_B, a.scaling, a.lora_dropout if training else 0.0) for a in adapters]
+    return add_updates(x, weight, add_lora_biases(bias, weight.dtype, adapters), updates)
+
+
+def add_lora_biases(bias: Tensor | None, dtype: torch.dtype, adapters: list[LoraAdapter]) -> Tensor | None:
+    """``bias`` and what the adapters' own biases add to it."""
     for adapter in adapters:
         if adapter.lora_bias is not None:
-            scaled = (adapter.scaling * adapter.lora_bias).to(weight.dtype)
+            scaled = (adapter.scaling * adapter.lora_bias).to(dtype)
             bias = scaled if bias is None else bias + scaled
-    y = None
-    for adapter in adapters:
-        arguments = adapter.lora_A, adapter.lora_B, adapter.scaling, adapter.lora_dropout if training else 0.0
-        if y is None:
-            y = functional.lora_linear(x, weight, bias, *arguments)
-        else:
-            y = functional.lora_delta_(y, x, *arguments)
+    return bias
+
+
+def add_updates(
+    x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[tuple[Tensor, Tensor, float, float]]
+) -> Tensor:
+    """``x @ weight.T + bias`` and at least one update of it: ``lora_A``, ``lora_B``, scaling, dropout probability."""
+    y = functional.lora_linear(x, weight, bias, *updates[0])
+    for update in updates[1:]:
+        y = functional.lora_delta_(y, x, *update)
     return y
 
 

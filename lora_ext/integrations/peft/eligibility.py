@@ -57,7 +57,7 @@ def active_adapters(layer: LoraLayer) -> list[Adapter] | str:
     """The active adapters of a linear layer, or why PEFT's own forward runs instead."""
     if reason := state_obstacle(layer):
         return reason
-    if not getattr(layer, "cast_input_dtype_enabled", True):
+    if not layer.cast_input_dtype_enabled:
         return NOT_CAST
     children = layer._modules
     lora_As, lora_Bs, dropouts = (children[name]._modules for name in ("lora_A", "lora_B", "lora_dropout"))
@@ -103,10 +103,8 @@ def plain_weight(base: nn.Module) -> Tensor | None:
 
 def variant_of(layer: LoraLayer, name: str) -> str:
     """The name of the variant (DoRA, aLoRA, ...) that PEFT makes of an adapter, or ""."""
-    variants = getattr(layer, "lora_variant", None)
-    if variants is None:  # before peft 0.16
-        return "DoRA" if layer.use_dora.get(name) else ""
-    return type(variants[name]).__name__ if name in variants else ""
+    variant = layer.lora_variant.get(name)
+    return "" if variant is None else type(variant).__name__
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -35,7 +35,7 @@ class EmbeddingForward:
                 return f"adapter {name!r} is a variant of LoRA ({variant})"
         if getattr(self, "tp_layer", None) is not None:
             return "the embedding is sharded (tensor parallel)"
-        if (embed_scale := getattr(self, "_get_embed_scale", None)) and embed_scale() is not None:
+        if self._get_embed_scale() is not None:
             return f"a {type(self.get_base_layer()).__name__} scales what it looks up"
         return "" if active else NONE_ACTIVE
 

@@ -1,0 +1,316 @@
+"""A frozen ``nn.MultiheadAttention`` and its low-rank adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import functional
+from .adapter import LoraAdapter
+from .layer import AdapterLayer, LoraLayer, Matrix, has_forward_of, why_weight_unusable
+from .linear import add_lora_biases, add_updates
+
+if TYPE_CHECKING:
+    from ..config import LoraConfig
+
+_SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+class SeparateProjections(nn.ModuleDict):
+    """One adapter of an attention whose query, key and value weights are parameters of their own: one for each.
+
+    By the names of the parameters: ``q_proj_weight``, ``k_proj_weight``, ``v_proj_weight``.
+    """
+
+    @property
+    def r(self) -> int:
+        return self["q_proj_weight"].r
+
+    @property
+    def scaling(self) -> float:
+        return self["q_proj_weight"].scaling
+
+
+class LoraMultiheadAttention(LoraLayer):
+    """What ``nn.MultiheadAttention`` computes with ``in_proj_weight + scaling * lora_B @ lora_A``, in fused kernels.
+
+    The frozen weights are neither written nor copied. ``lora_A`` is ``[r, embed_dim]`` and ``lora_B`` ``[3 * embed_dim,
+    r]``, as in PEFT; where ``kdim`` or ``vdim`` differ from ``embed_dim``, the query, key and value weights have
+    adapters of their own (:class:`SeparateProjections`). Inputs that are one tensor (self-attention; key and value)
+    are read in one pass and share a dropout mask.
+
+    ``out_proj``, which ``nn.MultiheadAttention`` does not call, is called here, so that it may be a
+    :class:`~lora_ext.nn.LoraLinear`: ``inject`` adapts it along with the attention, or alone. Its update counts once;
+    PEFT 0.21 adds it twice (its ``merge`` adds it, and then calls that of ``out_proj``), and never uses that of an
+    ``out_proj`` adapted alone. With nothing to add, the base attention itself is called.
+
+    In files, an adapter of separate weights has the keys ``<path>.q_proj_weight.lora_A.weight`` and so on: PEFT cannot
+    adapt such an attention but by ``target_parameters``, which makes a copy of each weight in every call.
+
+    Args:
+        base_layer: the attention; kept, not copied.
+        adapter, adapter_name, active: as of :class:`~lora_ext.nn.LoraLinear`.
+    """
+
+    base_kinds = "nn.MultiheadAttention"
+    adapted_along = ("out_proj",)
+    weight_name = "in_proj_weight"
+
+    @classmethod
+    def adapts(cls, module: nn.Module) -> bool:
+        return isinstance(module, nn.MultiheadAttention)
+
+    @classmethod
+    def why_not(cls, module: nn.Module, config: LoraConfig) -> str | None:
+        if not has_forward_of(module, nn.MultiheadAttention):
+            return "its forward is not nn.MultiheadAttention's"
+        names = ("in_proj_weight",) if module._qkv_same_embed_dim else _SEPARATE
+        return next(filter(None, (why_weight_unusable(module, name) for name in names)), None)
+
+    @classmethod
+    def new_adapter(cls, base_layer: nn.Module, config: LoraConfig, path: str) -> nn.Module:
+        E = base_layer.embed_dim
+        if base_layer._qkv_same_embed_dim:
+            return LoraAdapter.from_config(config, path, E, 3 * E, base_layer.in_proj_weight)
+        weights = {name: getattr(base_layer, name) for name in _SEPARATE}
+        return SeparateProjections(
+            {name: LoraAdapter.from_config(config, path, w.shape[1], E, w) for name, w in weights.items()}
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        """What else the base attention has: ``nn.TransformerEncoder`` and its like read its attributes."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base_layer" not in vars(self).get("_modules", ()):
+                raise
+            return getattr(self.base_layer, name)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the query, key and value weights are one parameter."""
+        return self.base_layer._qkv_same_embed_dim
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.in_proj_weight if self.is_packed else self.base_layer.q_proj_weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.in_proj_bias
+
+    @property
+    def is_needed(self) -> bool:
+        out_proj = self.base_layer.out_proj
+        return super().is_needed or (isinstance(out_proj, AdapterLayer) and out_proj.is_needed)
+
+    def factor_shapes(self, adapter: nn.Module) -> dict[str, tuple[int, ...]]:
+        E = self.base_layer.embed_dim
+        if self.is_packed:
+            return {"lora_A": (adapter.r, E), "lora_B": (3 * E, adapter.r)}
+        shapes = {}
+        for name in _SEPARATE:
+            shapes[f"{name}.lora_A"] = (adapter[name].r, getattr(self.base_layer, name).shape[1])
+            shapes[f"{name}.lora_B"] = (E, adapter[name].r)
+        return shapes
+
+    def matrices(self) -> dict[str, Matrix]:
+        base, bias = self.base_layer, self.bias
+        if self.is_packed:
+            matrices = {"weight": Matrix(base, "in_proj_weight", base.in_proj_weight)}
+            return matrices if bias is None else matrices | {"bias": Matrix(base, "in_proj_bias", bias.view(1, -1))}
+        matrices = {name: Matrix(base, name, getattr(base, name)) for name in _SEPARATE}
+        for name, own in zip(_SEPARATE, () if bias is None else bias.chunk(3), strict=bias is not None):
+            matrices[f"{name} bias"] = Matrix(base, "in_proj_bias", own.view(1, -1))
+        return matrices
+
+    def factors(self, name: str) -> dict[str, tuple[Tensor, Tensor, float]]:
+        if self.is_packed:
+            return super().factors(name)
+        factors = {}
+        for key, own in self.adapters[name].items():
+            factors[key] = own.lora_A, own.lora_B, own.scaling
+            factors |= {f"{key} {name}": update for name, update in self._bias_factors(own).items()}
+        return factors
+
+    def file_tensors(self, path: str, adapter: nn.Module) -> dict[str, Tensor]:
+        if self.is_packed:
+            return super().file_tensors(path, adapter)
+        tensors = {}
+        for name in _SEPARATE:
+            tensors |= super().file_tensors(f"{path}.{name}", adapter[name])
+        return tensors
+
+    # --- forward -----------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As ``nn.MultiheadAttention.forward``, which documents the arguments.
+
+        Raises:
+            ValueError: shapes do not fit; nested tensors, while an adapter is in use; ``is_causal`` without a mask.
+        """
+        base, names = self.base_layer, self._applied()
+        out_proj = base.out_proj
+        if not names and not (isinstance(out_proj, LoraLayer) and out_proj._applied()):
+            return base(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        self._check_inputs(query, key, value, key_padding_mask, attn_mask)
+        if is_causal and attn_mask is None:
+            raise ValueError(f"{type(self).__name__}: is_causal is a hint about attn_mask, which is None; pass it")
+
+        is_batched = query.dim() == 3
+        project = self._project_packed if self.is_packed else self._project_separate
+        q, k, v = (self._split_heads(y) for y in project((query, key, value), names))
+        k, v, num_extra = self._extend(k, v)
+        is_causal = is_causal and key_padding_mask is None
+        if is_causal and not need_weights:
+            mask = None  # the hint says it all
+        else:
+            mask, is_causal = self._additive_mask(q, attn_mask, key_padding_mask, num_extra), False
+        dropout_p = base.dropout if self.training else 0.0
+
+        if need_weights:
+            scores = (q * base.head_dim**-0.5) @ k.transpose(-2, -1)
+            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout_p)
+            y = weights @ v
+            weights = weights.mean(1) if average_attn_weights else weights
+            weights = weights if is_batched else weights.squeeze(0)
+        else:
+            weights, y = None, F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
+        y = y.transpose(1, 2) if base.batch_first or not is_batched else y.permute(2, 0, 1, 3)
+        y = y.flatten(-2)
+        return out_proj(y if is_batched else y.squeeze(0)), weights
+
+    def _project_packed(self, inputs: tuple[Tensor, Tensor, Tensor], names: tuple[str, ...]) -> Iterator[Tensor]:
+        adapters = [self.adapters[name] for name in names]
+        E, weight = self.base_layer.embed_dim, self.base_layer.in_proj_weight
+        bias = add_lora_biases(self.bias, weight.dtype, adapters)
+        for begin, end in _runs(inputs):
+            rows = slice(begin * E, end * E)
+            own = weight[rows], None if bias is None else bias[rows]
+            if adapters:
+                updates = [(a.lora_A, a.lora_B[rows], a.scaling, self._dropout(a)) for a in adapters]
+                y = add_updates(inputs[begin], *own, updates)
+            else:
+                y = F.linear(inputs[begin], *own)
+            yield from y.chunk(end - begin, dim=-1)
+
+    def _project_separate(self, inputs: tuple[Tensor, Tensor, Tensor], names: tuple[str, ...]) -> Iterator[Tensor]:
+        own = [[self.adapters[name][key] for name in names] for key in _SEPARATE]
+        weights = [getattr(self.base_layer, key) for key in _SEPARATE]
+        biases = (None, None, None) if self.bias is None else self.bias.chunk(3)
+        biases = [add_lora_biases(b, w.dtype, adapters) for b, w, adapters in zip(biases, weights, own, strict=True)]
+        for begin, end in _runs(inputs):
+            x, group = inputs[begin], slice(begin, end)
+            if not names:
+                yield from (F.linear(x, w, b) for w, b in zip(weights[group], biases[group], strict=True))
+                continue
+            first = [adapters[0] for adapters in own[group]]
+            factors = [a.lora_A for a in first], [a.lora_B for a in first], [a.scaling for a in first]
+            ys = functional.lora_linear_siblings(x, weights[group], biases[group], *factors, self._dropout(first[0]))
+            for y, adapters in zip(ys, own[group], strict=True):
+                for a in adapters[1:]:
+                    y = functional.lora_delta_(y, x, a.lora_A, a.lora_B, a.scaling, self._dropout(a))
+                yield y
+
+    def _dropout(self, adapter: LoraAdapter) -> float:
+        return adapter.lora_dropout if self.training else 0.0
+
+    def _split_heads(self, y: Tensor) -> Tensor:
+        """``[batch, num_heads, length, head_dim]``."""
+        y = y.unflatten(-1, (self.base_layer.num_heads, self.base_layer.head_dim))
+        if y.dim() == 3:
+            return y.transpose(0, 1).unsqueeze(0)
+        return y.transpose(1, 2) if self.base_layer.batch_first else y.permute(1, 2, 0, 3)
+
+    def _extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Appends what ``add_bias_kv`` and ``add_zero_attn`` do, and says how many positions that is."""
+        base, extra = self.base_layer, []
+        N, H, _, D = k.shape
+        if base.bias_k is not None:
+            extra.append([b.view(1, H, 1, D).expand(N, -1, -1, -1).to(k.dtype) for b in (base.bias_k, base.bias_v)])
+        if base.add_zero_attn:
+            extra.append([k.new_zeros(N, H, 1, D)] * 2)
+        if not extra:
+            return k, v, 0
+        more_k, more_v = zip(*extra, strict=True)
+        return torch.cat([k, *more_k], dim=2), torch.cat([v, *more_v], dim=2), len(extra)
+
+    def _additive_mask(
+        self, q: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, num_extra: int
+    ) -> Tensor | None:
+        """The sum of both masks, ``[batch or 1, num_heads or 1, queries or 1, keys]``, or None."""
+        N, H, _, _ = q.shape
+        masks = []
+        if attn_mask is not None:
+            masks.append(attn_mask.unflatten(0, (N, H)) if attn_mask.dim() == 3 else attn_mask[None, None])
+        if key_padding_mask is not None:
+            masks.append(key_padding_mask.view(N, 1, 1, -1))
+        total = None
+        for mask in masks:
+            if mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, float("-inf"))
+            total = mask.to(q.dtype) if total is None else total + mask.to(q.dtype)
+        return total if total is None or num_extra == 0 else F.pad(total, (0, num_extra))
+
+    def _check_inputs(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
+    ) -> None:
+        base, who = self.base_layer, type(self).__name__
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if x.is_nested:
+                raise ValueError(
+                    f"{who}: {name} is a nested tensor, which adapters cannot be added to; pad it, or merge the adapter"
+                )
+            if x.dim() not in (2, 3) or x.dim() != query.dim():
+                raise ValueError(f"{who}: {name} has shape {list(x.shape)}, want 2 or 3 dimensions, as many as query")
+        batch = 0 if base.batch_first else 1
+        is_batched = query.dim() == 3
+        N, L, S = (
+            (query.shape[batch], query.shape[1 - batch], key.shape[1 - batch])
+            if is_batched
+            else (1, query.shape[0], key.shape[0])
+        )
+        if key.shape[:-1] != value.shape[:-1] or (is_batched and key.shape[batch] != N):
+            raise ValueError(
+                f"{who}: query, key and value have shapes {list(query.shape)}, {list(key.shape)} and "
+                f"{list(value.shape)}, want one batch size, and one length of key and value"
+            )
+        per_head = (N * base.num_heads, L, S)
+        masks = {
+            "key_padding_mask": (key_padding_mask, [(N, S) if is_batched else (S,)]),
+            "attn_mask": (attn_mask, [(L, S), per_head]),
+        }
+        for name, (mask, shapes) in masks.items():
+            if mask is None:
+                continue
+            if tuple(mask.shape) not in shapes:
+                wanted = " or ".join(str(list(shape)) for shape in shapes)
+                raise ValueError(f"{who}: {name} has shape {list(mask.shape)}, want {wanted}")
+            if mask.dtype != torch.bool and not mask.is_floating_point():
+                raise TypeError(f"{who}: {name} is {mask.dtype}, want torch.bool or a floating-point dtype")
+
+    def extra_repr(self) -> str:
+        return self._state()
+
+
+def _runs(inputs: tuple[Tensor, Tensor, Tensor]) -> Iterator[tuple[int, int]]:
+    """``(begin, end)`` of the inputs that follow one another and are one tensor."""
+    begin = 0
+    for end in range(1, 4):
+        if end == 3 or inputs[end] is not inputs[begin]:
+            yield begin, end
+            begin = end

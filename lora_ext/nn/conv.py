@@ -1,0 +1,155 @@
+"""A frozen convolution and its low-rank adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .adapter import LoraAdapter
+from .expand import expand_onto_
+from .layer import LoraLayer, Matrix, why_weight_unusable
+
+if TYPE_CHECKING:
+    from ..config import LoraConfig
+
+_CONVOLVE = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+
+
+class LoraConv(LoraLayer):
+    """``base_layer(x) + scaling * conv1x1(conv(dropout(x), lora_A), lora_B)`` with the base layer frozen.
+
+    The convolution with ``lora_A``, ``[r, in_channels, *kernel_size]``, has the base layer's stride, padding, padding
+    mode and dilation. ``lora_B`` is ``[out_channels, r / groups, 1, ...]`` and grouped as the base layer is. ``lora_A``
+    is not: with ``groups > 1`` it sees all channels, as in PEFT. The update is then no weight of a grouped convolution
+    and cannot be merged.
+
+    Args:
+        base_layer: an ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``; kept, not copied. Its parameters are frozen here.
+        adapter: the first adapter, or None. It is active.
+        adapter_name: its name.
+        active: which adapters are used, where other layers share that; else the first adapter is.
+    """
+
+    base_kinds = "an nn.Conv1d, nn.Conv2d or nn.Conv3d"
+
+    @classmethod
+    def adapts(cls, module: nn.Module) -> bool:
+        return isinstance(module, tuple(_CONVOLVE))
+
+    @classmethod
+    def why_not(cls, module: nn.Module, config: LoraConfig) -> str | None:
+        kind = _kind(module)
+        for method in ("forward", "_conv_forward"):
+            if getattr(type(module), method) is not getattr(kind, method) or method in vars(module):
+                return f"its forward is not nn.{kind.__name__}'s"
+        return why_weight_unusable(module, called=True)
+
+    @classmethod
+    def new_adapter(cls, base_layer: nn.Module, config: LoraConfig, path: str) -> LoraAdapter:
+        """Raises ValueError: the rank cannot be divided by the layer's groups."""
+        rank = config.rank_for(path)
+        if rank % base_layer.groups:
+            raise ValueError(
+                f"{cls.__name__}: {path!r} has groups={base_layer.groups}, by which the rank {rank} cannot be divided; "
+                "choose another rank (rank_pattern), or exclude the layer"
+            )
+        return LoraAdapter.from_config(
+            config,
+            path,
+            base_layer.in_channels,
+            base_layer.out_channels,
+            base_layer.weight,
+            shapes=_shapes(base_layer, rank),
+        )
+
+    def factor_shapes(self, adapter: LoraAdapter) -> dict[str, tuple[int, ...]]:
+        return dict(zip(("lora_A", "lora_B"), _shapes(self.base_layer, adapter.r), strict=True))
+
+    @property
+    def in_features(self) -> int:
+        """The number of input channels."""
+        return self.base_layer.in_channels
+
+    @property
+    def out_features(self) -> int:
+        """The number of output channels."""
+        return self.base_layer.out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        base = self.base_layer
+        y = base(x)
+        names = self._applied()
+        if names and base._forward_hooks:
+            y = y.clone()  # a hook may have kept it
+        for name in names:
+            y = self._add(y, x, self.adapters[name])
+        return y
+
+    def _add(self, y: Tensor, x: Tensor, adapter: LoraAdapter) -> Tensor:
+        base = self.base_layer
+        convolve = _CONVOLVE[_kind(base)]
+        x, padding = F.dropout(x, adapter.lora_dropout, self.training).to(adapter.lora_A.dtype), base.padding
+        if base.padding_mode != "zeros":
+            x, padding = F.pad(x, base._reversed_padding_repeated_twice, base.padding_mode), 0
+        xa = convolve(x, adapter.lora_A, None, base.stride, padding, base.dilation)
+        if adapter.lora_bias is not None:
+            bias = (adapter.scaling * adapter.lora_bias).to(y.dtype)
+            y = y.add_(bias.view(-1, *[1] * len(base.kernel_size)))
+        lora_B = adapter.lora_B.to(xa.dtype)  # autocast may have made it another
+        if base.groups > 1:
+            return y.add_(convolve(xa, lora_B, groups=base.groups), alpha=adapter.scaling)
+        if y.dim() == len(base.kernel_size) + 1:  # no batch
+            return expand_onto_(y.unsqueeze(0), xa.unsqueeze(0), lora_B.flatten(1), adapter.scaling, dim=1).squeeze(0)
+        return expand_onto_(y, xa, lora_B.flatten(1), adapter.scaling, dim=1)
+
+    # --- merging -----------------------------------------------------------------------------------------------------
+
+    def matrices(self) -> dict[str, Matrix]:
+        matrices = super().matrices()
+        rows = self.weight.permute(self._order())
+        matrices["weight"] = matrices["weight"]._replace(view=rows.view(len(rows), -1))
+        return matrices
+
+    def factors(self, name: str) -> dict[str, tuple[Tensor, Tensor, float]]:
+        if self.base_layer.groups > 1:
+            raise ValueError(
+                f"{type(self).__name__}: an update of a convolution with groups={self.base_layer.groups} cannot be "
+                "merged, as its lora_A sees the channels of all groups; run unmerged"
+            )
+        adapter = self.adapters[name]
+        weight = adapter.lora_A.permute(self._order()).flatten(1), adapter.lora_B.flatten(1), adapter.scaling
+        return {"weight": weight, **self._bias_factors(adapter)}
+
+    def delta_weight(self, name: str | None = None) -> Tensor:
+        """The update of an adapter (the active one) in the shape of the weight; allocates it."""
+        order = self._order()
+        shape = [self.weight.shape[dim] for dim in order]
+        return super().delta_weight(name).view(shape).permute([order.index(dim) for dim in range(len(order))])
+
+    def _order(self) -> list[int]:
+        """The weight's dimensions as they lie in memory, behind the first: channels may be last."""
+        weight = self.weight
+        return [0, *sorted(range(1, weight.dim()), key=lambda dim: -weight.stride(dim) * (weight.shape[dim] > 1))]
+
+    def _apply(self, fn, recurse: bool = True):
+        order = self._order()
+        super()._apply(fn, recurse)
+        if self._merged is not None and self._order() != order:
+            lost = "was converted to another memory format while merged, which cannot be undone"
+            self._merged = dataclasses.replace(self._merged, lost=lost)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"in_channels={self.in_features}, out_channels={self.out_features}, {self._state()}"
+
+
+def _kind(module: nn.Module) -> type[nn.Module]:
+    return next(kind for kind in _CONVOLVE if isinstance(module, kind))
+
+
+def _shapes(base: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    ones = (1,) * len(base.kernel_size)
+    return (rank, base.in_channels, *base.kernel_size), (base.out_channels, rank // base.groups, *ones)

@@ -1,0 +1,106 @@
+"""Adds an up-projection onto what a base layer returned, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Elements that exist at once of a product that cannot be accumulated in place: 4 MiB of float32.
+_CHUNK = 1 << 20
+
+
+def expand_onto_(y: Tensor, xa: Tensor, lora_B: Tensor, scaling: float, dim: int = -1) -> Tensor:
+    """``y += scaling * xa @ lora_B.T`` along ``dim``; the sum is rounded once.
+
+    Args:
+        y: ``[..., out_features]``, or ``[batch, out_features, *spatial]`` with ``dim=1``; contiguous, or with its
+            channels last: changed. What made it must not need it for its own backward (autograd checks that).
+        xa: as ``y``, with ``r`` in place of ``out_features``. Float32 factors beside a 16-bit ``y`` are multiplied in
+            float32.
+        lora_B: ``[out_features, r]``, dtype of ``xa``.
+        scaling: the factor of the update.
+        dim: the dimension of the features, -1 or 1.
+
+    Returns:
+        ``y``.
+    """
+    return _Expand.apply(y, xa, lora_B, scaling, dim)
+
+
+class _Expand(torch.autograd.Function):
+    """Neither the product nor, where dtypes differ, the cast of the gradient exists as a whole."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, xa: Tensor, lora_B: Tensor, scaling: float, dim: int) -> Tensor:
+        last = y.movedim(dim, -1).is_contiguous()
+        Y, X = _matrices(y, dim, last), _matrices(xa, dim, last)
+        if y.dtype == xa.dtype:
+            _add_product_(Y, lora_B, X, scaling)
+        else:
+            acc = torch.promote_types(y.dtype, xa.dtype)
+            for part in _chunks(Y):  # adding tensors of two dtypes is many times slower than converting one
+                total = Y[part].to(acc)
+                _add_product_(total, lora_B.to(acc), X[part].to(acc), scaling)
+                Y[part].copy_(total)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(xa, lora_B)
+        ctx.scaling, ctx.dim, ctx.last = scaling, dim, last
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y: Tensor):
+        xa, lora_B = ctx.saved_tensors
+        G, X = _matrices(grad_y, ctx.dim, ctx.last), _matrices(xa, ctx.dim, ctx.last)
+        grad_X = torch.empty_like(X)
+        grad_B = torch.zeros_like(lora_B)
+        for part in _chunks(G) if grad_y.dtype != xa.dtype else [(slice(None),)]:
+            grad = G[part].to(xa.dtype)
+            grad_X[part] = _product(ctx.scaling * lora_B.T, grad)
+            if len(grad) == 1:
+                grad_B.addmm_(grad[0], X[part][0].T, alpha=ctx.scaling)
+            else:
+                grad_B.add_((grad @ X[part].mT).sum(0), alpha=ctx.scaling)
+        if ctx.last:
+            grad_xa = grad_X.mT.reshape(xa.movedim(ctx.dim, -1).shape).movedim(-1, ctx.dim)
+        else:
+            grad_xa = grad_X.reshape(xa.shape)
+        return grad_y, grad_xa, grad_B, None, None
+
+
+def _add_product_(Y: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+    if len(Y) == 1:
+        Y[0].addmm_(left, right[0], alpha=alpha)
+    else:
+        Y.baddbmm_(left.expand(len(Y), *left.shape), right, alpha=alpha)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right``, laid out in memory as ``right``."""
+    return left @ right if right.stride(-1) == 1 else (right.mT @ left.T).mT
+
+
+def _matrices(tensor: Tensor, dim: int, last: bool) -> Tensor:
+    """``[batch, features, rest]``; ``last``: with the features last in memory, and one batch."""
+    if last:
+        return tensor.movedim(dim, -1).reshape(1, -1, tensor.shape[dim]).mT
+    return tensor.flatten(2)
+
+
+def _chunks(Y: Tensor) -> Iterator[tuple[slice, ...]]:
+    """Indices of parts of at most ``_CHUNK`` elements: several matrices, or columns of one."""
+    batch, features, rest = Y.shape
+    if batch * features * rest <= _CHUNK or torch.compiler.is_compiling():
+        yield (slice(None),)
+    elif features * rest <= _CHUNK:
+        step = _CHUNK // (features * rest)
+        for begin in range(0, batch, step):
+            yield (slice(begin, begin + step),)
+    else:
+        step = max(1, _CHUNK // features)
+        for i in range(batch):
+            for begin in range(0, rest, step):
+                yield slice(i, i + 1), slice(None), slice(begin, begin + step)
