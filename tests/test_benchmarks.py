@@ -23,6 +23,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import bench_finetune  # noqa: E402
 import bench_inject  # noqa: E402
 import bench_merge  # noqa: E402
+import bench_offline_merge  # noqa: E402
 import bench_siblings  # noqa: E402
 import contestants  # noqa: E402
 import machine_isa  # noqa: E402
@@ -99,6 +100,17 @@ def test_decode(run):
 def test_merge(run, monkeypatch):
     monkeypatch.setattr(bench_merge, "widths", lambda shapes: [(24, 40)])
     assert [row["shape"] for row in run("bench_merge")["rows"]] == [[24, 40], [24, 40]]
+
+
+def test_offline_merge(run, monkeypatch):
+    for name, size in {"HIDDEN": 64, "INTERMEDIATE": 48, "KEY_VALUE": 8, "VOCABULARY": 40, "SHARD_BYTES": 9000}.items():
+        monkeypatch.setattr(bench_offline_merge, name, size)
+    for name in ("merge, verify", "PEFT"):  # start processes that import for seconds
+        monkeypatch.delitem(bench_offline_merge.CONTESTANTS, name)
+    result = run("bench_offline_merge", "--layers", "2", "--rank", "2")
+    assert [row["name"] for row in result["rows"]] == ["merge", "merge, record", "unmerge"]
+    assert all(row["seconds"] > 0 and row["resident_bytes"] < result["bound_bytes"] for row in result["rows"])
+    assert result["record_bytes"] > 0
 
 
 def test_inject(run, monkeypatch):
