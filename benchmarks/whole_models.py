@@ -7,7 +7,7 @@ import importlib.util
 import sys
 
 import torch
-from contestants import ALPHA_OVER_R, FROZEN, LORA_EXT
+from contestants import ACCELERATED, ALPHA_OVER_R, FROZEN, LORA_EXT
 from torch import nn
 
 import lora_ext
@@ -68,6 +68,9 @@ def adapted(model: nn.Module, rank: int, dropout: float, factors: torch.dtype | 
 
         models["peft"] = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**options))
         copy_factors(ours, models["peft"])
+        from lora_ext.integrations.peft import accelerate
+
+        models[ACCELERATED] = accelerate(copy.deepcopy(models["peft"]))
     for adapted_model in models.values():
         for name, parameter in adapted_model.named_parameters():
             if factors and "lora_" in name:

@@ -69,7 +69,7 @@ def test_stages(run):
 def test_layer(run, capsys):
     result = run("bench_layer", "--shapes", "8x16x24,3x40x8", "--no-compile")
     rows = result["rows"]
-    assert PEERS == ["lora_ext", "peft", "loralib", "hand-written"]  # all of the extra `bench` are installed
+    assert PEERS == ["lora_ext", "peft", "peft accelerated", "loralib", "hand-written"]  # of the extra `bench`
     assert len(rows) == 2 * 2 * 3
     assert {(row["pass"], row["dropout"]) for row in rows} == {
         ("forward", 0.0),
@@ -168,11 +168,11 @@ def test_finetune(run, tiny_demo, capsys):
     options = ("--steps", "4", "--most-steps", "4", "--evaluate-every", "2", "--accuracy", "1.01")
     result = run("bench_finetune", *TINY_BERT, *options)
     rows = result["rows"]
-    assert [row["contestant"] for row in rows] == 4 * ["head only", "frozen", "lora_ext", "peft"]
+    assert [row["contestant"] for row in rows] == 4 * ["head only", "frozen", "lora_ext", "peft", "peft accelerated"]
     assert all(row["peak_bytes"] >= row["activation_bytes"] for row in rows)
-    for i in range(0, len(rows), 4):
-        _, frozen, ours, theirs = (row["activation_bytes"] for row in rows[i : i + 4])
-        assert frozen < ours < theirs
+    for i in range(0, len(rows), 5):
+        _, frozen, ours, theirs, accelerated = (row["activation_bytes"] for row in rows[i : i + 5])
+        assert frozen < ours < theirs and accelerated == ours
     # The same curve but for rounding.
     ours, theirs = (torch.tensor(result["losses"][name]) for name in ("lora_ext", "peft"))
     assert len(ours) == 4 and len(set(result["losses"]["peft"])) == 4
@@ -193,7 +193,7 @@ def test_without_the_demo_the_rest_is_measured(run, monkeypatch, capsys):
     monkeypatch.setattr(bench_finetune.demo, "examples", missing)
     result = run("bench_finetune", *TINY_BERT)
     assert "the demo model is NOT measured: cannot fetch the demo data: no network" in capsys.readouterr().out
-    assert len(result["rows"]) == 3 * 4 and "losses" not in result
+    assert len(result["rows"]) == 3 * 5 and "losses" not in result
 
 
 # --- no timing of contestants that disagree ---------------------------------------------------------------------------
