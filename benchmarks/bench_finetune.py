@@ -272,8 +272,9 @@ def main() -> None:
     found: dict[str, object] = {}
     for key, measure in run.cases(list(cases(data, run))):
         if key == "rows":
-            rows += measure()
-            print("\n".join(table(rows[-4:]).splitlines()[2:]), flush=True)
+            measured = measure()
+            rows += measured
+            print("\n".join(table(measured).splitlines()[2:]), flush=True)
         else:
             found[key] = measure()
     lines = [curve_line(found["losses"])] if "losses" in found else []

@@ -57,6 +57,13 @@ def make_peft(base: nn.Linear, A: Tensor, B: Tensor, dropout: float) -> nn.Modul
     return layer.to(A.dtype)
 
 
+def make_accelerated(base: nn.Linear, A: Tensor, B: Tensor, dropout: float) -> nn.Module:
+    """PEFT's own layer, on lora_ext's ops."""
+    from lora_ext.integrations.peft import accelerate
+
+    return accelerate(make_peft(base, A, B, dropout))
+
+
 def make_loralib(base: nn.Linear, A: Tensor, B: Tensor, dropout: float) -> nn.Module:
     import loralib
 
@@ -79,12 +86,14 @@ def forget_compiled() -> None:
 
 
 LORA_EXT = "lora_ext"
-_MODULES = {"peft": "peft", "loralib": "loralib"}  # contestants that are packages of their own
+ACCELERATED = "peft accelerated"
+_MODULES = {"peft": "peft", ACCELERATED: "peft", "loralib": "loralib"}  # contestants that are packages of their own
 LAYERS: dict[str, Make] = {
     name: make
     for name, make in {
         LORA_EXT: make_lora_ext,
         "peft": make_peft,
+        ACCELERATED: make_accelerated,
         "loralib": make_loralib,
         "hand-written": HandWritten,
     }.items()

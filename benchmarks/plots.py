@@ -24,6 +24,7 @@ RESULTS = Path(__file__).parent / "results"
 COLOURS = {
     "lora_ext": "#0072B2",
     "peft": "#D55E00",
+    "peft accelerated": "#56B4E9",
     "loralib": "#E69F00",
     "hand-written": "#009E73",
     "compiled": "#CC79A7",
@@ -79,9 +80,9 @@ def layer(result: dict) -> Figure:
             present = [name for name in names if name in row["ratio"]]
             for bar, name in enumerate(present):
                 middle, low, high = row["ratio"][name]
-                x = group + (bar - (len(present) - 1) / 2) * 0.16
+                x = group + (bar - (len(present) - 1) / 2) * 0.14
                 label = name if group == 0 else None
-                axes.bar(x, middle, 0.15, color=COLOURS[name], label=label)
+                axes.bar(x, middle, 0.13, color=COLOURS[name], label=label)
                 axes.vlines(x, low, high, color="black", linewidth=0.7)
                 axes.text(x, max(middle, high), f"{middle:.2f}", ha="center", va="bottom", fontsize=7)
         labels = ["{} x {} → {}\nfrozen {:.3g} ms".format(*row["shape"], row["frozen_ms"]) for row in shown]

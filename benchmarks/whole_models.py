@@ -7,7 +7,7 @@ import importlib.util
 import sys
 
 import torch
-from contestants import ALPHA_OVER_R, FROZEN, LORA_EXT
+from contestants import ACCELERATED, ALPHA_OVER_R, FROZEN, LORA_EXT
 from torch import nn
 
 import lora_ext
@@ -50,7 +50,8 @@ def adapted(model: nn.Module, rank: int, dropout: float, factors: torch.dtype | 
     """Copies of ``model`` in training mode, its classifier trained in each.
 
     "head only"; "frozen", whose backward passes through the model to its embeddings all the same: what adapters in the
-    first layer need at least; and adapters on every other linear layer by each contestant, with the same factors.
+    first layer need at least; and adapters on every other linear layer by each contestant ("peft accelerated": PEFT's
+    model on our ops), with the same factors.
     factors: their dtype, else what the contestants choose (float32 beside a 16-bit model).
     """
     options = {"r": rank, "lora_alpha": ALPHA_OVER_R * rank, "lora_dropout": dropout}
@@ -68,6 +69,9 @@ def adapted(model: nn.Module, rank: int, dropout: float, factors: torch.dtype | 
 
         models["peft"] = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**options))
         copy_factors(ours, models["peft"])
+        from lora_ext.integrations.peft import accelerate
+
+        models[ACCELERATED] = accelerate(copy.deepcopy(models["peft"]))
     for adapted_model in models.values():
         for name, parameter in adapted_model.named_parameters():
             if factors and "lora_" in name:

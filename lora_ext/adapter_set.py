@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .bare_model import BareModel, adapter_layers, file_paths, root_module
 from .config import LoraConfig
-from .nn import ActiveAdapters, AdapterLayer, LoraAdapter
+from .nn import ActiveAdapters, AdapterLayer, LoraAdapter, LoraLayer
 from .trained_biases import TrainedBiases
 
 _ATTRIBUTE = "_lora_adapters"  # of an injected model
@@ -26,6 +26,7 @@ class Part:
         adapter: the parameters.
         replaced: modules of the model and what is to be put in their places, the layer among it; empty where it is
             there already.
+        target: what the patterns of a config know it by.
     """
 
     path: str
@@ -33,6 +34,27 @@ class Part:
     layer: AdapterLayer
     adapter: nn.Module
     replaced: Mapping[nn.Module, nn.Module] = dataclasses.field(default_factory=dict)
+    target: str = ""
+
+
+def located(parts: Iterable[Part]) -> tuple[Part, ...]:
+    """The parts of an adapter, all of them, with :attr:`Part.file_path` and :attr:`Part.target` filled in."""
+    parts = tuple(parts)
+    in_file = file_paths((part.path, part.layer) for part in parts)
+    along = {
+        f"{part.path}.{name}": part.path
+        for part in parts
+        if isinstance(part.layer, LoraLayer)
+        for name in part.layer.adapted_along
+    }
+    return tuple(
+        dataclasses.replace(
+            part,
+            file_path=in_file[part.layer],
+            target=along.get(part.path, part.layer.target_name(part.path)),
+        )
+        for part in parts
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,8 +199,7 @@ def find_adapter(model: nn.Module, caller: str, name: str | None = None) -> Adap
     check_names(caller, adapters.configs, [name])
     paths = {id(layer): path for path, around in BareModel(root_module(model)).layers.items() for layer in around}
     layers = [(paths[id(layer)], layer) for _, layer in adapter_layers(model) if name in layer.adapters]
-    in_file = file_paths(layers)
-    parts = tuple(Part(path, in_file[layer], layer, layer.adapters[name]) for path, layer in layers)
+    parts = located(Part(path, path, layer, layer.adapters[name]) for path, layer in layers)
     return Adapter(name, adapters.configs[name], adapters, parts, adapters.biases.get(name))
 
 

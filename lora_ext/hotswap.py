@@ -51,7 +51,7 @@ def prepare_hotswap(model: ModelT, r: int, adapter_name: str | None = None) -> M
         raise ValueError(f"prepare_hotswap: r is {r!r}, want an integer of at least 1")
     low_rank = [part for part in adapter.parts if isinstance(part.adapter, LoraAdapter)]
     padded = [_padded(part, r) for part in low_rank]
-    alphas = {part.path: part.adapter.scaling * r for part in low_rank}
+    alphas = {part.target: part.adapter.scaling * r for part in low_rank}
     alpha = max(alphas.values(), key=list(alphas.values()).count, default=adapter.config.lora_alpha)
     adapter.into.configs[adapter.name] = dataclasses.replace(
         adapter.config,
@@ -63,7 +63,7 @@ def prepare_hotswap(model: ModelT, r: int, adapter_name: str | None = None) -> M
     )
     for part, (lora_A, lora_B) in zip(low_rank, padded, strict=True):
         part.adapter.lora_A, part.adapter.lora_B = lora_A, lora_B
-        part.adapter.r, part.adapter.lora_alpha = r, alphas[part.path]
+        part.adapter.r, part.adapter.lora_alpha = r, alphas[part.target]
     return model
 
 
@@ -131,7 +131,7 @@ def _slots(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> list[_Slo
             continue
         low_rank = isinstance(part.adapter, LoraAdapter)
         absent = low_rank and not any(key in file for key in tensors)
-        ratio = config.scaling_for(part.path) / part.adapter.scaling if low_rank and part.adapter.scaling else 1.0
+        ratio = config.scaling_for(part.target) / part.adapter.scaling if low_rank and part.adapter.scaling else 1.0
         for key, tensor in tensors.items():
             dim = _rank_dim(part, tensor)
             factor = ratio if low_rank and tensor is not part.adapter.lora_A else 1.0

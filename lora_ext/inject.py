@@ -14,10 +14,10 @@ from typing import TypeVar
 
 from torch import nn
 
-from .adapter_set import Adapter, AdapterSet, Part, adapter_set, attach_adapter_set, forget_adapter_set
-from .bare_model import BareModel, adapter_layers, file_path, file_paths, root_module
+from .adapter_set import Adapter, AdapterSet, Part, adapter_set, attach_adapter_set, forget_adapter_set, located
+from .bare_model import BareModel, adapter_layers, file_path, root_module
 from .config import ALL_LINEAR, LoraConfig
-from .nn import LORA_LAYERS, ActiveAdapters, AdapterLayer, LoraLayer
+from .nn import LORA_LAYERS, ActiveAdapters, AdapterLayer, LoraLayer, LoraParameter
 from .nn.attention import LoraMultiheadAttention
 from .nn.tied import TiedAdapter
 from .nn.trainable_tokens import TiedRows, TokenRows, TrainableTokens
@@ -63,6 +63,8 @@ def inject(model: ModelT, config: LoraConfig, adapter_name: str = "default") -> 
             adapter of that name, adapters are merged, a module to save shares a parameter with the rest of the model,
             a second adapter would train biases, or a token whose row is to be trained does not exist.
         TypeError: a target is not of a kind that can be adapted (names every such target).
+        ValueError: another adapter has a module as one of ``target_modules`` that this one has in
+            ``target_parameters``, or the other way round.
         The model is then unchanged.
 
     Warns:
@@ -85,6 +87,7 @@ def plan_injection(model: nn.Module, config: LoraConfig, adapter_name: str = "de
     targets = find_targets(config, type(root).__name__, bare.modules, bare.head, bare.embedding)
     _check_kinds(bare, targets, config)
     _check_tokens(bare, targets)
+    _check_parameters(bare, targets)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
         # Like PEFT, remember the layers, not the rule: it would find others once the model has changed.
         config = dataclasses.replace(config, target_modules=tuple(targets.modules))
@@ -227,6 +230,30 @@ def _check_tokens(bare: BareModel, targets: Targets) -> None:
             )
 
 
+def _check_parameters(bare: BareModel, targets: Targets) -> None:
+    problems = []
+    for path, names in targets.parameters.items():
+        for name in names:
+            if (reason := LoraParameter.why_not_parameter(bare.modules[path], name)) is not None:
+                problems.append(f"{path}.{name}: {reason}")
+            elif _attention_around(bare, path) is not None:
+                problems.append(
+                    f"{path}.{name}: nn.MultiheadAttention reads it and never calls its module; name {path!r} in "
+                    "target_modules"
+                )
+    if problems:
+        raise TypeError("inject: target_parameters matches what cannot be adapted:\n  " + "\n  ".join(problems))
+
+    for path in (*targets.modules, *targets.parameters):
+        for layer in bare.layers.get(path, ()):
+            if isinstance(layer, LoraLayer) and isinstance(layer, LoraParameter) != (path in targets.parameters):
+                raise ValueError(
+                    f"inject: {path!r} is adapted by {list(layer.adapters)} as a target of "
+                    f"{'target_parameters' if isinstance(layer, LoraParameter) else 'target_modules'}; it cannot be a "
+                    "target of the other kind too. Adapt it in the same way, or delete_adapter(model, ...) first"
+                )
+
+
 def _attention_around(bare: BareModel, path: str) -> nn.MultiheadAttention | None:
     """The attention whose ``out_proj`` is at ``path``."""
     parent, _, name = path.rpartition(".")
@@ -242,9 +269,9 @@ class _Planner:
         self.made: dict[tuple[str, Callable], AdapterLayer] = {}
 
     def parts(self, targets: Targets) -> tuple[Part, ...]:
-        parts = [*self.lora_parts(targets), *self.trained_parts(targets), *self.token_parts(targets)]
-        in_file = file_paths((part.path, part.layer) for part in parts)
-        return tuple(dataclasses.replace(part, file_path=in_file[part.layer]) for part in parts)
+        parts = [*self.lora_parts(targets), *self.parameter_parts(targets), *self.trained_parts(targets)]
+        replaced = {old: new for part in parts for old, new in part.replaced.items()}
+        return located((*parts, *self.token_parts(targets, replaced)))
 
     def lora_parts(self, targets: Targets) -> Iterator[Part]:
         adapters = {}
@@ -259,6 +286,20 @@ class _Planner:
                 replaced |= self._layer(path.rpartition(".")[0], attention, LoraMultiheadAttention)[1]
             yield Part(path, path, layer, adapter, replaced)
 
+    def parameter_parts(self, targets: Targets) -> Iterator[Part]:
+        for path, names in targets.parameters.items():
+            module = self.bare.modules[path]
+            there = [layer for layer in self.bare.layers.get(path, ()) if isinstance(layer, LoraParameter)]
+            layers = {layer.parameter_name: layer for layer in there}
+            outermost = before = there[0] if there else module
+            for name in names:
+                if name not in layers:
+                    outermost = layers[name] = LoraParameter(outermost, name, active=self.active)
+            for name in names:
+                adapter = LoraParameter.new_adapter_of(module, name, self.config, f"{path}.{name}")
+                replaced = {} if outermost is before else {before: outermost}
+                yield Part(path, path, layers[name], adapter, replaced)
+
     def trained_parts(self, targets: Targets) -> Iterator[Part]:
         copied: dict = {}  # shared, so that the copies of tied modules are tied
         tied = [path for path, source in targets.tied.items() if source in targets.trained]
@@ -266,20 +307,20 @@ class _Planner:
             layer, replaced = self._layer(path, self.bare.modules[path], TrainedModule)
             yield Part(path, path, layer, copy.deepcopy(self.bare.modules[path], copied), replaced)
 
-    def token_parts(self, targets: Targets) -> Iterator[Part]:
+    def token_parts(self, targets: Targets, replaced: Mapping[nn.Module, nn.Module]) -> Iterator[Part]:
+        """``replaced``: what is put in the place of which module for other parts."""
         rows: dict[str, TokenRows | TiedRows] = {
             path: TokenRows(self.bare.modules[path].weight, tokens) for path, tokens in targets.tokens.items()
         }
         rows |= {path: TiedRows(rows[source]) for path, source in targets.tied.items() if source in rows}
         for path, adapter in rows.items():
-            # Around the layers that are there, or are being put there.
-            around = [*self.bare.layers.get(path, ()), *(layer for (p, _), layer in self.made.items() if p == path)]
-            outermost = self.bare.layers.get(path, [self.bare.modules[path]])[0]
+            around = self.bare.layers.get(path, ())
             layer = next((layer for layer in around if isinstance(layer, TrainableTokens)), None)
             if layer is not None:
                 yield Part(path, path, layer, adapter)
             else:
-                layer = TrainableTokens((around or [outermost])[0], active=self.active)
+                outermost = around[0] if around else self.bare.modules[path]
+                layer = TrainableTokens(replaced.get(outermost, outermost), active=self.active)
                 yield Part(path, path, layer, adapter, {outermost: layer})
 
     def _layer(

@@ -17,6 +17,7 @@ from .combine import check_combination, combine_factors
 from .config import LoraConfig, name_covers
 from .inject import apply_injection, check_adapter_name
 from .nn import LoraAdapter, LoraLayer
+from .nn.attention import SeparateProjections
 from .nn.tied import TiedAdapter
 from .nn.trainable_tokens import TiedRows
 
@@ -124,8 +125,14 @@ def _is_tied(own: Mapping[int, tuple[Part, Adapter]]) -> bool:
 def _combined(
     kind: str, parts: Sequence[Part], weights: Sequence[float], settings: Mapping, svd_driver: str | None
 ) -> Part:
+    path, layer = parts[0].target, parts[0].layer
+    if isinstance(parts[0].adapter, SeparateProjections):
+        new = copy.deepcopy(parts[0].adapter)
+        for name in new:
+            own = [dataclasses.replace(part, adapter=part.adapter[name]) for part in parts]
+            new[name] = _combined(kind, own, weights, settings, svd_driver).adapter
+        return dataclasses.replace(parts[0], adapter=new)
     adapters: list[LoraAdapter] = [part.adapter for part in parts]
-    path, layer = parts[0].path, parts[0].layer
     if (kind == "cat" or kind.endswith("svd")) and not all(adapter.has_plain_rank for adapter in adapters):
         raise ValueError(
             f"add_weighted_adapter: {kind} cannot combine the factors at {path!r} ({type(layer).__name__}); the kinds "
@@ -154,11 +161,20 @@ def _combined(
 def _config(bare: BareModel, sources: Sequence[Adapter], parts: Sequence[Part]) -> LoraConfig:
     """A config that names just these layers, at their ranks and with a scaling of 1."""
     first = sources[0].config
-    low_rank = {part.path: part.adapter for part in parts if isinstance(part.adapter, LoraAdapter)}
+    low_rank: dict[str, nn.Module] = {}
+    for part in parts:
+        if isinstance(part.layer, LoraLayer):
+            adapter = low_rank.setdefault(part.target, part.adapter)
+            if part.adapter.r != adapter.r:
+                raise ValueError(
+                    f"add_weighted_adapter: {part.path!r} would have rank {part.adapter.r}, but what is adapted with "
+                    f"it rank {adapter.r}, which no config can say; choose a combination that keeps the ranks"
+                )
     ranks = [adapter.r for adapter in low_rank.values()]
     rank = max(ranks, key=ranks.count)
     others = {re.escape(path): adapter.r for path, adapter in low_rank.items() if adapter.r != rank}
     modules = tuple(path for path in low_rank if path in bare.modules)
+    parameters = tuple(path for path in low_rank if path not in bare.modules)
     named = {path for path in bare.modules for name in modules if name_covers(name, path)}
     saved = dict.fromkeys(name for source in sources for name in source.config.modules_to_save or ())
     tokens = [own for source in sources if (own := source.config.trainable_token_indices) is not None]
@@ -171,6 +187,7 @@ def _config(bare: BareModel, sources: Sequence[Adapter], parts: Sequence[Part]) 
         alpha_pattern=others,
         # Names also match the ends of other paths; a regular expression the whole path.
         target_modules=modules if named == set(modules) else "|".join(map(re.escape, modules)),
+        target_parameters=parameters or None,
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,

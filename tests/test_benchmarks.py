@@ -23,6 +23,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import bench_finetune  # noqa: E402
 import bench_inject  # noqa: E402
 import bench_merge  # noqa: E402
+import bench_offline_merge  # noqa: E402
 import bench_siblings  # noqa: E402
 import contestants  # noqa: E402
 import machine_isa  # noqa: E402
@@ -68,7 +69,7 @@ def test_stages(run):
 def test_layer(run, capsys):
     result = run("bench_layer", "--shapes", "8x16x24,3x40x8", "--no-compile")
     rows = result["rows"]
-    assert PEERS == ["lora_ext", "peft", "loralib", "hand-written"]  # all of the extra `bench` are installed
+    assert PEERS == ["lora_ext", "peft", "peft accelerated", "loralib", "hand-written"]  # of the extra `bench`
     assert len(rows) == 2 * 2 * 3
     assert {(row["pass"], row["dropout"]) for row in rows} == {
         ("forward", 0.0),
@@ -99,6 +100,17 @@ def test_decode(run):
 def test_merge(run, monkeypatch):
     monkeypatch.setattr(bench_merge, "widths", lambda shapes: [(24, 40)])
     assert [row["shape"] for row in run("bench_merge")["rows"]] == [[24, 40], [24, 40]]
+
+
+def test_offline_merge(run, monkeypatch):
+    for name, size in {"HIDDEN": 64, "INTERMEDIATE": 48, "KEY_VALUE": 8, "VOCABULARY": 40, "SHARD_BYTES": 9000}.items():
+        monkeypatch.setattr(bench_offline_merge, name, size)
+    for name in ("merge, verify", "PEFT"):  # start processes that import for seconds
+        monkeypatch.delitem(bench_offline_merge.CONTESTANTS, name)
+    result = run("bench_offline_merge", "--layers", "2", "--rank", "2")
+    assert [row["name"] for row in result["rows"]] == ["merge", "merge, record", "unmerge"]
+    assert all(row["seconds"] > 0 and row["resident_bytes"] < result["bound_bytes"] for row in result["rows"])
+    assert result["record_bytes"] > 0
 
 
 def test_inject(run, monkeypatch):
@@ -156,11 +168,11 @@ def test_finetune(run, tiny_demo, capsys):
     options = ("--steps", "4", "--most-steps", "4", "--evaluate-every", "2", "--accuracy", "1.01")
     result = run("bench_finetune", *TINY_BERT, *options)
     rows = result["rows"]
-    assert [row["contestant"] for row in rows] == 4 * ["head only", "frozen", "lora_ext", "peft"]
+    assert [row["contestant"] for row in rows] == 4 * ["head only", "frozen", "lora_ext", "peft", "peft accelerated"]
     assert all(row["peak_bytes"] >= row["activation_bytes"] for row in rows)
-    for i in range(0, len(rows), 4):
-        _, frozen, ours, theirs = (row["activation_bytes"] for row in rows[i : i + 4])
-        assert frozen < ours < theirs
+    for i in range(0, len(rows), 5):
+        _, frozen, ours, theirs, accelerated = (row["activation_bytes"] for row in rows[i : i + 5])
+        assert frozen < ours < theirs and accelerated == ours
     # The same curve but for rounding.
     ours, theirs = (torch.tensor(result["losses"][name]) for name in ("lora_ext", "peft"))
     assert len(ours) == 4 and len(set(result["losses"]["peft"])) == 4
@@ -181,7 +193,7 @@ def test_without_the_demo_the_rest_is_measured(run, monkeypatch, capsys):
     monkeypatch.setattr(bench_finetune.demo, "examples", missing)
     result = run("bench_finetune", *TINY_BERT)
     assert "the demo model is NOT measured: cannot fetch the demo data: no network" in capsys.readouterr().out
-    assert len(result["rows"]) == 3 * 4 and "losses" not in result
+    assert len(result["rows"]) == 3 * 5 and "losses" not in result
 
 
 # --- no timing of contestants that disagree ---------------------------------------------------------------------------

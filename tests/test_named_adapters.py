@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 
 import peft
 import pytest
 import torch
 from models import Net, bert, gpt2, llama, refused, token_ids
+from safetensors.torch import save_file
 from torch import nn
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
@@ -458,3 +460,50 @@ def test_another_rank_under_the_same_name(tmp_path):
     with refused(model, ValueError, "has r=4 but the model was injected with r=2", "under another adapter_name"):
         load_adapter(model, tmp_path)
     assert adapter_names(load_adapter(model, tmp_path, adapter_name="other")) == ["default", "other"]
+
+
+# As PEFT 0.10 wrote it; that release left out the biases of bias="lora_only".
+PEFT_0_10 = {
+    "alpha_pattern": {},
+    "auto_mapping": {"base_model_class": "Net", "parent_library": "__main__"},
+    "base_model_name_or_path": None,
+    "bias": "lora_only",
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": False,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "modules_to_save": None,
+    "peft_type": "LORA",
+    "r": 2,
+    "rank_pattern": {},
+    "revision": None,
+    "target_modules": ["up"],
+    "task_type": None,
+    "use_dora": False,
+    "use_rslora": False,
+}
+
+
+def test_a_file_of_peft_0_10(tmp_path):
+    tensors = {}
+    for i in range(2):
+        tensors[f"base_model.model.blocks.{i}.up.lora_A.weight"] = torch.randn(2, 6)
+        tensors[f"base_model.model.blocks.{i}.up.lora_B.weight"] = torch.randn(10, 2)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(PEFT_0_10))
+    model = Net().eval()
+    bias = model.blocks[0].up.bias.clone()
+    with pytest.warns(UserWarning, match='has no bias, though its config says bias="lora_only"'):
+        load_adapter(model, tmp_path)
+    assert torch.equal(model.blocks[0].up.bias, bias)
+    expected = 4 * tensors["base_model.model.blocks.0.up.lora_B.weight"]
+    torch.testing.assert_close(
+        model.blocks[0].up.delta_weight(), expected @ tensors["base_model.model.blocks.0.up.lora_A.weight"]
+    )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
 from lora_ext.adapters import (
     adapter_status,
+    add_weighted_adapter,
     delete_adapter,
     disable_adapters,
     lora_modules,
@@ -24,6 +25,7 @@ from lora_ext.adapters import (
     set_adapter,
     unload,
 )
+from lora_ext.hotswap import hotswap_adapter
 from lora_ext.nn import LoraLinear, LoraMultiheadAttention
 
 E, H, N, L, S = 12, 3, 2, 5, 4
@@ -419,6 +421,34 @@ def test_files_do_not_depend_on_other_adapters(settings, tmp_path):
     torch.testing.assert_close(other(*tensors), model(*tensors))
     load_adapter(other, tmp_path / "first")
     torch.testing.assert_close(other(*tensors), model(*tensors))
+
+
+@pytest.mark.parametrize("kind", ["linear", "cat", "ties"])
+@pytest.mark.parametrize("settings", [{}, {"kdim": 7, "vdim": 5}])
+def test_weighted_combination(settings, kind, tmp_path):
+    base = Wrapper(**settings)
+    model = adapted(adapted(copy.deepcopy(base), name="a", lora_bias=True), name="b", lora_bias=True)
+    extra = {"density": 0.5} if kind == "ties" else {}
+    add_weighted_adapter(model, ["a", "b"], [0.5, 2.0], "c", kind, **extra)
+    tensors = inputs("all" if settings else "self", False, True, *(settings.values() or (E, E)))
+    assert_same(model, merged_copy(model), tensors)
+    save_adapter(model, tmp_path, "c")
+    torch.testing.assert_close(load_adapter(base, tmp_path)(*tensors), model(*tensors))
+
+
+def test_a_combination_whose_ranks_no_config_can_say():
+    model = adapted(adapted(Wrapper(), name="a"), ["out_proj"], "b")
+    with refused(model, ValueError, "'attention.out_proj' would have rank 4, but what is adapted with it rank 2"):
+        add_weighted_adapter(model, ["a", "b"], [1.0, 1.0], "c", "cat")
+
+
+def test_hot_swap_scales_out_proj_like_its_attention(tmp_path):
+    base, x = encoder().eval(), torch.randn(N, L, E, dtype=torch.float64)
+    swapped_in = adapted(copy.deepcopy(base), ["self_attn"], alpha_pattern={"layers.1.self_attn": 9})
+    save_adapter(swapped_in, tmp_path)
+    model = adapted(copy.deepcopy(base), ["self_attn"])
+    hotswap_adapter(model, tmp_path)
+    torch.testing.assert_close(model(x), swapped_in(x))
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

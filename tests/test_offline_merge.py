@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -471,6 +474,45 @@ def test_a_full_disk_is_met_before_anything_is_written(llama_files, tmp_path, mo
     with pytest.raises(OSError, match=r"takes 0\.00 GB more, but its disk has 0\.00 GB free"):
         merge(base, [adapter], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads VmHWM")
+def test_resident_memory_does_not_grow_with_the_checkpoint(tmp_path):
+    """At most 1.5 times the largest tensor and 300 MB, PyTorch included; bench_offline_merge.py measures 2.2 GB."""
+    weights = {f"layers.{i}.weight": torch.randn(2048, 4096).to(torch.bfloat16) for i in range(23)}
+    weights["embed.weight"] = torch.randn(8192, 4096).to(torch.bfloat16)
+    save_checkpoint(weights, tmp_path / "base", shards=6)
+    total, largest = sum(t.nbytes for t in weights.values()), max(t.nbytes for t in weights.values())
+    factors = {}
+    for key, (rows, cols) in ((key, tensor.shape) for key, tensor in weights.items()):
+        path = f"base_model.model.{key.removesuffix('.weight')}"
+        if key.startswith("embed"):
+            factors[f"{path}.lora_embedding_A"] = torch.randn(4, rows) * 0.01
+            factors[f"{path}.lora_embedding_B"] = torch.randn(cols, 4)
+        else:
+            factors[f"{path}.lora_A.weight"] = torch.randn(4, cols) * 0.01
+            factors[f"{path}.lora_B.weight"] = torch.randn(rows, 4)
+    (tmp_path / "adapter").mkdir()
+    save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": "all-linear"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    script = """
+import sys
+from lora_ext.offline.merge import merge
+report = merge(sys.argv[1], [sys.argv[2]], sys.argv[3], record=True, verify=True)
+assert report.merged == 24
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+"""
+    arguments = [str(tmp_path / name) for name in ("base", "adapter", "out")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    bound = 1.5 * largest + 300e6
+    assert total > bound, "or a process that holds all of it would pass"
+    assert 1024 * int(done.stdout) < bound
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

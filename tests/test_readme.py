@@ -3,19 +3,47 @@
 import re
 from pathlib import Path
 
-from lora_ext.adapters import lora_modules
+import pytest
+from transformers import AutoModelForSequenceClassification
+
+from lora_ext.adapters import adapter_names, lora_modules
 from lora_ext.tasks import demo
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+FIRST, SEVERAL, PEFT = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
-def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert '"path/or/id"' in code
-    monkeypatch.chdir(tmp_path)
-    names: dict = {}
+def run(code: str, **names: object) -> dict:
     exec(compile(code.replace("path/or/id", str(demo.model_path())), "README.md", "exec"), names)
-    assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
+    return names
+
+
+def bare_model():
+    return AutoModelForSequenceClassification.from_pretrained(demo.model_path(), num_labels=3)
+
+
+@pytest.fixture
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_one_adapter(in_tmp_path):
+    assert '"path/or/id"' in FIRST
+    names = run(FIRST)
+    assert (in_tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
     layers = dict(lora_modules(names["model"]))
     assert len(layers) == 12 and all(layer.is_merged for layer in layers.values())
     assert len(names["optimizer"].param_groups[0]["params"]) == 2 * 12 + 2
+
+
+def test_several_adapters(in_tmp_path):
+    run(FIRST)
+    names = run(SEVERAL, model=bare_model())
+    assert adapter_names(names["model"]) == ["first", "second", "both"]
+
+
+def test_peft():
+    names = run(PEFT, model=bare_model())
+    entries = names["report"](names["model"]).layers
+    assert len(entries) == 12 and all(entry.accelerated for entry in entries)

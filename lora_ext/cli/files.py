@@ -52,3 +52,10 @@ def add_fan_in_fan_out(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="how square weights lie where nothing else tells: [in, out] as in Conv1D, or not",
     )
+
+
+def table(rows: list[list[str]]) -> str:
+    """Columns side by side, the first to the left and numbers to the right; the first row is the heading."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

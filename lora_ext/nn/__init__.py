@@ -6,9 +6,13 @@ from .conv import LoraConv
 from .embedding import EmbeddingAdapter, LoraEmbedding
 from .layer import ActiveAdapters, AdapterLayer, LoraLayer
 from .linear import LoraLinear
+from .parameter import LoraParameter
 
 LORA_LAYERS: tuple[type[LoraLayer], ...] = (LoraLinear, LoraEmbedding, LoraConv, LoraMultiheadAttention)
-"""The layers that inject can make, by what they adapt: the first that ``adapts`` a module takes it."""
+"""The layers that inject can make, by what they adapt: the first that ``adapts`` a module takes it.
+
+:class:`LoraParameter` adapts what ``target_parameters`` names.
+"""
 
 __all__ = [
     "LORA_LAYERS",
@@ -21,4 +25,5 @@ __all__ = [
     "LoraLayer",
     "LoraLinear",
     "LoraMultiheadAttention",
+    "LoraParameter",
 ]

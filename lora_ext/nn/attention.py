@@ -34,6 +34,10 @@ class SeparateProjections(nn.ModuleDict):
     def scaling(self) -> float:
         return self["q_proj_weight"].scaling
 
+    @property
+    def lora_bias(self) -> Tensor | None:
+        return self["q_proj_weight"].lora_bias
+
 
 class LoraMultiheadAttention(LoraLayer):
     """What ``nn.MultiheadAttention`` computes with ``in_proj_weight + scaling * lora_B @ lora_A``, in fused kernels.

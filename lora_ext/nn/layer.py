@@ -68,6 +68,10 @@ class AdapterLayer(nn.Module):
             self._check_exists(name)
         self.active.names = names
 
+    def target_name(self, path: str) -> str:
+        """By what a config names what is adapted here; ``path`` is the base layer's."""
+        return path
+
     def file_tensors(self, path: str, adapter: nn.Module) -> dict[str, Tensor]:
         """What a file holds of an adapter of this layer, attached or not yet: the live tensors by PEFT's keys."""
         raise NotImplementedError

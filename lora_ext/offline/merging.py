@@ -20,7 +20,7 @@ from ..safetensors_format import DTYPES
 from .checkpoint_files import Checkpoint, raw_blocks, read_into, tensor_bytes
 from .plan import TensorPlan, Term
 
-__all__ = ["BLOCK_BYTES", "Block", "Factors", "blocks", "factors", "matrix_shape"]
+__all__ = ["BLOCK_BYTES", "Block", "Factors", "blocks", "factors", "matrix_shape", "split_stack"]
 
 BLOCK_BYTES = 32 << 20  # of the source; large enough for the disk, and little beside PyTorch itself
 
@@ -81,15 +81,20 @@ def _pairs(term: Term) -> list[tuple[Tensor, Tensor, float]]:
     if term.lora_A is None:
         return [(B[None], torch.ones(1, 1, dtype=B.dtype), term.scaling)]
     A = term.file.tensor(term.lora_A)
-    if term.is_parameter:  # A [matrices * r, in], B [out, r * matrices], of which the matrix is the faster index
-        As = A.reshape(term.matrices, -1, A.shape[-1]).unbind()
-        Bs = B.reshape(B.shape[0], -1, term.matrices).unbind(-1)
-    else:
-        As = A.flatten(1).chunk(term.matrices)
-        Bs = B.flatten(1).chunk(term.matrices)
+    pairs = split_stack(A, B, term.matrices, term.is_parameter)
     if term.layout == "plain":
-        return [(A, B, term.scaling) for A, B in zip(As, Bs, strict=True)]
-    return [(B.T, A.T, term.scaling) for A, B in zip(As, Bs, strict=True)]
+        return [(A, B, term.scaling) for A, B in pairs]
+    return [(B.T, A.T, term.scaling) for A, B in pairs]
+
+
+def split_stack(A: Tensor, B: Tensor, matrices: int, is_parameter: bool) -> list[tuple[Tensor, Tensor]]:
+    """``(lora_A [r, in], lora_B [out, r])`` of each matrix of a stack, as PEFT stores them."""
+    if is_parameter:  # A [matrices * r, in], B [out, r * matrices], of which the matrix is the faster index
+        As = A.reshape(matrices, -1, A.shape[-1]).unbind()
+        Bs = B.reshape(B.shape[0], -1, matrices).unbind(-1)
+    else:
+        As, Bs = A.flatten(1).chunk(matrices), B.flatten(1).chunk(matrices)
+    return list(zip(As, Bs, strict=True))
 
 
 def blocks(

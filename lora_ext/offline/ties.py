@@ -8,7 +8,7 @@ import re
 
 from .checkpoint_files import Checkpoint
 
-__all__ = ["Tie", "find_tie"]
+__all__ = ["Tie", "find_tie", "is_embedding"]
 
 _LANGUAGE_MODEL = re.compile(r"LMHead|ForCausalLM|ForMaskedLM|ForConditionalGeneration|ForPreTraining|WithLM")
 # The embedding's name -> the head's, the more special ones first.
@@ -49,3 +49,8 @@ def find_tie(checkpoint: Checkpoint) -> Tie | None:
         parents = [head for head in heads if any(key.startswith(f"{head.rpartition('.')[0]}.") for key in checkpoint)]
         return Tie(stored[0], f"{(parents or heads[-1:])[0]}.weight")
     return None
+
+
+def is_embedding(path: str) -> bool:
+    """Whether a module's name is that of an embedding: nothing else in a checkpoint tells it from a linear layer."""
+    return re.search(r"embed|(^|\.)(wte|wpe|shared)$", path) is not None

@@ -1,0 +1,185 @@
+"""Merging an adapter into a checkpoint on disk: seconds and resident memory, against PEFT, which loads the model.
+
+Each contestant is a process of its own. The checkpoint is a Llama of random bfloat16 weights in files of 500 MB, with
+an adapter on every linear layer; it is removed at the end. Resident memory is the most that the process ever had
+(VmHWM), PyTorch's libraries included. Reads come from the page cache, as of files just downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import report
+import torch
+from safetensors.torch import save_file
+
+HIDDEN, INTERMEDIATE, KEY_VALUE, VOCABULARY = 2048, 5632, 256, 32000  # of TinyLlama 1.1B, which has 22 layers
+SHARD_BYTES = 500_000_000
+
+MERGE = "from lora_ext.offline.merge import merge; merge(base, [adapter], out{options})"
+CONTESTANTS = {
+    "merge": MERGE.format(options=""),
+    "merge, verify": MERGE.format(options=", verify=True"),
+    "merge, record": MERGE.format(options=", record=True"),
+    "unmerge": "from lora_ext.offline.unmerge import unmerge; unmerge(recorded, out)",
+    "PEFT": """
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), adapter)
+model.merge_and_unload().save_pretrained(out, max_shard_size="500MB")
+""",
+}
+DRIVER = """
+import json, sys, time
+base, adapter, out, recorded = sys.argv[1:5]
+begin = time.perf_counter()
+{call}
+seconds = time.perf_counter() - begin
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+print(json.dumps({{"seconds": seconds, "resident_bytes": 1024 * int(status["VmHWM"].split()[0])}}))
+"""
+
+
+def weights(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes, in the order of the files."""
+    yield "model.embed_tokens.weight", (VOCABULARY, HIDDEN)
+    for i in range(layers):
+        prefix = f"model.layers.{i}"
+        for name, out_features, in_features in (
+            ("self_attn.q_proj", HIDDEN, HIDDEN),
+            ("self_attn.k_proj", KEY_VALUE, HIDDEN),
+            ("self_attn.v_proj", KEY_VALUE, HIDDEN),
+            ("self_attn.o_proj", HIDDEN, HIDDEN),
+            ("mlp.gate_proj", INTERMEDIATE, HIDDEN),
+            ("mlp.up_proj", INTERMEDIATE, HIDDEN),
+            ("mlp.down_proj", HIDDEN, INTERMEDIATE),
+        ):
+            yield f"{prefix}.{name}.weight", (out_features, in_features)
+        yield f"{prefix}.input_layernorm.weight", (HIDDEN,)
+        yield f"{prefix}.post_attention_layernorm.weight", (HIDDEN,)
+    yield "model.norm.weight", (HIDDEN,)
+    yield "lm_head.weight", (VOCABULARY, HIDDEN)
+
+
+def make_files(folder: Path, layers: int, rank: int) -> tuple[int, int]:
+    """``base`` and ``adapter`` in ``folder``; returns the bytes of all tensors, and of the largest."""
+    (folder / "base").mkdir()
+    (folder / "adapter").mkdir()
+    weight_map: dict[str, str] = {}
+    held: dict[str, torch.Tensor] = {}
+    factors: dict[str, torch.Tensor] = {}
+    sizes: list[int] = []
+
+    def flush() -> None:
+        name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
+        save_file(held, folder / "base" / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(held, name))
+        held.clear()
+
+    for key, shape in weights(layers):
+        tensor = (torch.randn(shape) * 0.02).to(torch.bfloat16) if len(shape) > 1 else torch.ones(shape).bfloat16()
+        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > SHARD_BYTES:
+            flush()
+        held[key] = tensor
+        sizes.append(tensor.nbytes)
+        if "_proj" in key:
+            path = f"base_model.model.{key.removesuffix('.weight')}"
+            factors[f"{path}.lora_A.weight"] = torch.randn(rank, shape[1]) * shape[1] ** -0.5
+            factors[f"{path}.lora_B.weight"] = torch.randn(shape[0], rank) * 0.01
+    flush()
+    save_file(factors, folder / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+    names = sorted({key.rpartition(".")[0].rpartition(".")[2] for key, _ in weights(1) if "_proj" in key})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": names}
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+    (folder / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
+    model = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": False,
+    }
+    (folder / "base" / "config.json").write_text(json.dumps(model))
+    return sum(sizes), max(sizes)
+
+
+def measure(name: str, folder: Path, threads: int) -> dict[str, float]:
+    """One run in a process of its own."""
+    out = folder / ("recorded" if name == "merge, record" else "out")
+    shutil.rmtree(out, ignore_errors=True)
+    arguments = [str(folder / "base"), str(folder / "adapter"), str(out), str(folder / "recorded")]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, sys.path)])
+    command = [sys.executable, "-c", DRIVER.format(call=CONTESTANTS[name]), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{name} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = report.parser(__doc__, "offline_merge")
+    parser.add_argument("--layers", type=report.at_least(1), default=22, help="of the model; 22 are 2.2 GB")
+    parser.add_argument("--folder", type=Path, help="where the files are made, some four times their size; a temporary")
+    parser.set_defaults(rounds=3)
+    args = parser.parse_args()
+    run = report.Report(args, f"An adapter of rank {args.rank} into a checkpoint on disk")
+    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
+        folder = Path(temporary)
+        nbytes, largest = make_files(folder, args.layers, args.rank)
+        bound = 1.5 * largest + 300e6
+        rounds: dict[str, list[dict[str, float]]] = {name: [] for name in CONTESTANTS}
+        for _ in range(args.rounds):
+            for name, done in rounds.items():
+                done.append(measure(name, folder, args.threads))
+                print(f"{name}: {done[-1]['seconds']:.1f} s, {done[-1]['resident_bytes'] / 1e6:.0f} MB", flush=True)
+        record = sum(file.stat().st_size for file in (folder / "recorded" / "merge_record").iterdir())
+    rows = [
+        {
+            "name": name,
+            "rounds": len(done),
+            "seconds": statistics.median(one["seconds"] for one in done),
+            "resident_bytes": max(one["resident_bytes"] for one in done),
+        }
+        for name, done in rounds.items()
+    ]
+    table = report.markdown(
+        ["", "s", "GB/s", "resident, MB"],
+        [
+            [
+                row["name"],
+                f"{row['seconds']:.1f}",
+                f"{nbytes / row['seconds'] / 1e9:.2f}",
+                f"{row['resident_bytes'] / 1e6:.0f}",
+            ]
+            for row in rows
+        ],
+    )
+    sizes = {"tensors": nbytes, "largest": largest, "bound": bound, "record": record}
+    table += (
+        "\n\n{tensors:.0f} MB in bfloat16, the largest tensor {largest:.0f} MB; 1.5 times that and 300 MB are "
+        "{bound:.0f} MB. The record takes {record:.0f} MB.".format(**{key: size / 1e6 for key, size in sizes.items()})
+        + f" Medians of {args.rounds} rounds; the most memory."
+    )
+    run.finish(rows, table, nbytes=nbytes, largest_bytes=largest, bound_bytes=bound, record_bytes=record)
+    over = [row["name"] for row in rows if row["name"] != "PEFT" and row["resident_bytes"] > bound]
+    if over:
+        sys.exit(f"more resident memory than 1.5 times the largest tensor and 300 MB: {', '.join(over)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""``lora-ext diff``"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from . import files
+
+_EXIT_DIFFERENT = 1
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "diff",
+        help="compare two adapters or two checkpoints",
+        description="Compares two adapters or two checkpoints, bit by bit. Exits with 1 where they differ.",
+    )
+    parser.add_argument("a", type=Path, help="a directory, or a safetensors file")
+    parser.add_argument("b", type=Path, help="what to compare it with")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> int:
+    from ..offline.diff import diff
+
+    with files.mistakes():
+        found = diff(args.a, args.b)
+    if args.json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+        return _EXIT_DIFFERENT if found else 0
+    for where, keys in ((args.a, found.only_a), (args.b, found.only_b)):
+        for key in keys:
+            print(f"only in {where}: {key}")
+    for key, (ours, theirs) in found.kinds.items():
+        print(f"{key}: {ours}, {theirs}")
+    for key, (ours, theirs) in found.config.items():
+        print(f"config, {key}: {json.dumps(ours)}, {json.dumps(theirs)}")
+    if found.values:
+        rows = [["tensor", "largest difference", "relative"]]
+        for key, sizes in found.values.items():
+            rows.append([key, *("" if size is None else f"{size:.3g}" for size in sizes.values())])
+        print(files.table(rows))
+    print(f"{found.equal} tensors are equal, {len(found.values) + len(found.kinds)} differ")
+    return _EXIT_DIFFERENT if found else 0

@@ -1,0 +1,48 @@
+"""``lora-ext inspect``"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import files
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("inspect", help="say what an adapter or a checkpoint holds")
+    parser.add_argument("path", type=Path, help="an adapter's directory, or a checkpoint's, or a safetensors file")
+    files.add_pickle(parser)
+    parser.add_argument("--json", action="store_true", help="as JSON, with every tensor and the whole config")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> None:
+    from ..offline.inspect import inspect
+
+    with files.mistakes():
+        found = inspect(args.path, allow_pickle=args.allow_pickle)
+    if args.json:
+        print(json.dumps(found, indent=2))
+        return
+    print(files.table(_adapter(found) if found["kind"] == "adapter" else _checkpoint(found)))
+    dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in found["dtypes"].items())
+    print(f"{args.path}: {found['kind']}, {found['parameters']:,} parameters ({dtypes}), {found['bytes'] / 1e6:.2f} MB")
+
+
+def _adapter(found: dict[str, Any]) -> list[list[str]]:
+    rows = [["layer", "kind", "r", "scaling", "dtype", "parameters", "norm of the update"]]
+    for layer in found["layers"]:
+        sizes = [str(layer["r"]), f"{layer['scaling']:g}", layer["dtype"], f"{layer['parameters']:,}"]
+        rows.append([layer["path"], layer["kind"], *sizes, f"{layer['norm']:.4g}"])
+    rows += [[name, "in full", "", "", "", str(shape), ""] for name, shape in found["saved"].items()]
+    return rows
+
+
+def _checkpoint(found: dict[str, Any]) -> list[list[str]]:
+    rows = [["tensor", "dtype", "shape", "MB"]]
+    for key, one in found["tensors"].items():
+        rows.append([key, one["dtype"], str(one["shape"]), f"{one['bytes'] / 1e6:.2f}"])
+    return rows
