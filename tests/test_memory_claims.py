@@ -15,7 +15,8 @@ from torch import nn
 
 from lora_ext import functional
 from lora_ext._registration import mask_row_bytes
-from lora_ext.nn import LoraLinear
+from lora_ext.nn import EmbeddingAdapter, LoraEmbedding, LoraLinear
+from lora_ext.nn.trainable_tokens import TokenRows, TrainableTokens
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -162,3 +163,32 @@ def test_the_workspace_does_not_grow_with_the_tokens():
     before = heap_bytes()
     step(16384)
     assert heap_bytes() - before < 16384 * RANK * 4  # not even as much as one more xa
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_embedding_holds_xa_and_allocates_nothing_as_large_as_its_output(dtype):
+    tokens, dim = 16384, 256
+    base = nn.Embedding(1000, dim, dtype=dtype)
+    layer = LoraEmbedding(base, EmbeddingAdapter(1000, dim, RANK, 8, dtype=torch.float32))
+    ids, grad_y = torch.randint(1000, (tokens,)), torch.randn(tokens, dim, dtype=dtype)
+    held = memory.saved_storages(lambda: layer(ids), [ids, *layer.parameters()])
+    assert list(held.values()) == [xa_bytes(RANK, tokens)]
+
+    y, sizes = memory.allocations(lambda: layer(ids))
+    rest = split(sizes, [y.nbytes, xa_bytes(RANK, tokens)])
+    gradients, sizes = memory.allocations(lambda: torch.autograd.grad(y, list(layer.adapters.parameters()), grad_y))
+    rest += split(sizes, [gradient.nbytes for gradient in gradients])
+    assert not any(size >= y.nbytes for size in rest), rest
+    if dtype == torch.float32:
+        assert max(rest) <= xa_bytes(RANK, tokens)
+
+
+def test_trained_rows_allocate_nothing_as_large_as_the_weight():
+    base = nn.Embedding(20000, 64)
+    layer = TrainableTokens(base)
+    layer.add_adapter("default", TokenRows(base.weight, (5, 7)))
+    layer.set_active("default")
+    ids = torch.randint(20000, (50,))
+    y, sizes = memory.allocations(lambda: layer(ids))
+    sizes += memory.allocations(lambda: torch.autograd.grad(y, layer.adapters.default.rows, torch.ones_like(y)))[1]
+    assert max(sizes) <= y.nbytes

@@ -298,7 +298,7 @@ def test_meta_models_get_their_tokens_with_their_memory():
     with torch.device("meta"):
         model = llama(True)
     inject(model, LoraConfig(target_modules=["q_proj"], trainable_token_indices=TOKENS))
-    model.to_empty(device="cpu")
+    model.to_empty(device=torch.get_default_device())
     assert model.lm_head.adapters.default.source.index.tolist() == TOKENS
     source = inject(llama(True), LoraConfig(target_modules=["q_proj"], trainable_token_indices=TOKENS))
     model.load_state_dict(shaken(source).state_dict())
