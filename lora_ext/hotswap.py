@@ -20,6 +20,7 @@ from .checkpoint import config_of
 from .config import LoraConfig
 from .inject import lora_modules
 from .nn import LoraAdapter
+from .nn.tied import TiedAdapter
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -126,6 +127,8 @@ def _slots(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> list[_Slo
     for part in adapter.parts:
         tensors = {f"{KEY_PREFIX}{key}": t for key, t in part.layer.file_tensors(part.file_path, part.adapter).items()}
         expected |= tensors.keys()
+        if isinstance(part.adapter, TiedAdapter):  # whose values are another part's
+            continue
         low_rank = isinstance(part.adapter, LoraAdapter)
         absent = low_rank and not any(key in file for key in tensors)
         ratio = config.scaling_for(part.target) / part.adapter.scaling if low_rank and part.adapter.scaling else 1.0

@@ -19,6 +19,8 @@ from .bare_model import BareModel, adapter_layers, file_path, root_module
 from .config import ALL_LINEAR, LoraConfig
 from .nn import LORA_LAYERS, ActiveAdapters, AdapterLayer, LoraLayer, LoraParameter
 from .nn.attention import LoraMultiheadAttention
+from .nn.tied import TiedAdapter
+from .nn.trainable_tokens import TiedRows, TokenRows, TrainableTokens
 from .nn.trained import TrainedModule
 from .targets import Targets, find_targets, is_inside
 from .trained_biases import TrainedBiases
@@ -81,6 +83,7 @@ def plan_injection(model: nn.Module, config: LoraConfig, adapter_name: str = "de
     targets = find_targets(config, type(root).__name__, bare.modules, bare.head, bare.embedding)
     _check_kinds(bare, targets, config)
     _check_parameters(bare, targets)
+    _check_tokens(bare, targets)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
         # Like PEFT, remember the layers, not the rule: it would find others once the model has changed.
         config = dataclasses.replace(config, target_modules=tuple(targets.modules))
@@ -164,7 +167,7 @@ def lora_layer_for(module: nn.Module) -> type[LoraLayer] | None:
 
 
 def _adapted(bare: BareModel, targets: Targets) -> Iterator[tuple[str, nn.Module, str]]:
-    """The modules to adapt, and those that are adapted along with them, each with the path that sets its rank."""
+    """The modules to adapt, those adapted along with them, and those tied to one, with the path that sets the rank."""
     seen = set()
     for path, module in targets.modules.items():
         along = getattr(lora_layer_for(module), "adapted_along", ())
@@ -172,12 +175,19 @@ def _adapted(bare: BareModel, targets: Targets) -> Iterator[tuple[str, nn.Module
             if whole not in seen and not is_inside(whole, targets.trained):
                 seen.add(whole)
                 yield whole, bare.modules[whole], path
+    for path, source in targets.tied.items():
+        if source in targets.modules:
+            yield path, bare.modules[path], source
 
 
 def _check_kinds(bare: BareModel, targets: Targets, config: LoraConfig) -> None:
     problems = []
-    for path, module, _ in _adapted(bare, targets):
+    for path, module, setting in _adapted(bare, targets):
         kind = lora_layer_for(module)
+        if path in targets.tied and not _can_follow(module, bare.modules[setting]):
+            problem = f"its weight is that of {setting!r}, but it is no nn.Linear or nn.Embedding tied to an embedding"
+            problems.append(f"{path} ({type(module).__name__}): {problem}; set ensure_weight_tying=False")
+            continue
         problem = f"no LoRA layer adapts {type(module).__name__}" if kind is None else kind.why_not(module, config)
         if problem is None and (attention := _attention_around(bare, path)) is not None:
             problem = LoraMultiheadAttention.why_not(attention, config)
@@ -218,6 +228,28 @@ def _check_parameters(bare: BareModel, targets: Targets) -> None:
                 )
 
 
+def _can_follow(module: nn.Module, source: nn.Module) -> bool:
+    """Whether a module can have a :class:`TiedAdapter` of the adapter of ``source``."""
+    return isinstance(module, nn.Linear | nn.Embedding) and isinstance(source, nn.Embedding)
+
+
+def _check_tokens(bare: BareModel, targets: Targets) -> None:
+    for path in (*targets.tokens, *(path for path, source in targets.tied.items() if source in targets.tokens)):
+        module = bare.modules[path]
+        if problem := TrainableTokens.why_not(module):
+            raise TypeError(
+                f"inject: trainable_token_indices cannot train rows of {path!r} ({type(module).__name__}): {problem}"
+            )
+        if path in targets.tokens and not targets.tokens[path]:
+            raise ValueError(f"inject: trainable_token_indices names no token of {path!r}; leave it out")
+        wrong = [token for token in targets.tokens.get(path, ()) if not 0 <= token < len(module.weight)]
+        if wrong:
+            raise ValueError(
+                f"inject: trainable_token_indices names the tokens {wrong}, but {path!r} has {len(module.weight)}; "
+                "resize the embedding first (resize_token_embeddings)"
+            )
+
+
 def _attention_around(bare: BareModel, path: str) -> nn.MultiheadAttention | None:
     """The attention whose ``out_proj`` is at ``path``."""
     parent, _, name = path.rpartition(".")
@@ -233,12 +265,17 @@ class _Planner:
         self.made: dict[tuple[str, Callable], AdapterLayer] = {}
 
     def parts(self, targets: Targets) -> tuple[Part, ...]:
-        return located((*self.lora_parts(targets), *self.parameter_parts(targets), *self.trained_parts(targets)))
+        kinds = self.lora_parts, self.parameter_parts, self.trained_parts, self.token_parts
+        return located(part for parts in kinds for part in parts(targets))
 
     def lora_parts(self, targets: Targets) -> Iterator[Part]:
+        adapters = {}
         for path, module, setting in _adapted(self.bare, targets):
             kind = lora_layer_for(module)
-            adapter = kind.new_adapter(module, self.config, setting)
+            if path in targets.tied:
+                adapter = TiedAdapter(adapters[setting], transposed=isinstance(module, nn.Linear))
+            else:
+                adapter = adapters[path] = kind.new_adapter(module, self.config, setting)
             layer, replaced = self._layer(path, module, kind)
             if (attention := _attention_around(self.bare, path)) is not None:  # which calls it, once in such a layer
                 replaced |= self._layer(path.rpartition(".")[0], attention, LoraMultiheadAttention)[1]
@@ -260,9 +297,26 @@ class _Planner:
 
     def trained_parts(self, targets: Targets) -> Iterator[Part]:
         copied: dict = {}  # shared, so that the copies of tied modules are tied
-        for path, module in targets.trained.items():
-            layer, replaced = self._layer(path, module, TrainedModule)
-            yield Part(path, path, layer, copy.deepcopy(module, copied), replaced)
+        tied = [path for path, source in targets.tied.items() if source in targets.trained]
+        for path in (*targets.trained, *tied):
+            layer, replaced = self._layer(path, self.bare.modules[path], TrainedModule)
+            yield Part(path, path, layer, copy.deepcopy(self.bare.modules[path], copied), replaced)
+
+    def token_parts(self, targets: Targets) -> Iterator[Part]:
+        rows: dict[str, TokenRows | TiedRows] = {
+            path: TokenRows(self.bare.modules[path].weight, tokens) for path, tokens in targets.tokens.items()
+        }
+        rows |= {path: TiedRows(rows[source]) for path, source in targets.tied.items() if source in rows}
+        for path, adapter in rows.items():
+            # Around the layers that are there, or are being put there.
+            around = [*self.bare.layers.get(path, ()), *(layer for (p, _), layer in self.made.items() if p == path)]
+            outermost = self.bare.layers.get(path, [self.bare.modules[path]])[0]
+            layer = next((layer for layer in around if isinstance(layer, TrainableTokens)), None)
+            if layer is not None:
+                yield Part(path, path, layer, adapter)
+            else:
+                layer = TrainableTokens((around or [outermost])[0], active=self.active)
+                yield Part(path, path, layer, adapter, {outermost: layer})
 
     def _layer(
         self, path: str, module: nn.Module, kind: type[AdapterLayer]
