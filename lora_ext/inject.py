@@ -37,6 +37,10 @@ def inject(model: ModelT, config: LoraConfig, adapter_name: str = "default") -> 
     trained. Adapters live on their base layer's device, in its dtype, or in float32 where that is a 16-bit one. A layer
     that the model holds in several places is replaced in all of them by the same one; the first path names it.
 
+    With ``config.ensure_weight_tying``, modules that share the input embedding's weight have one adapter with it: both
+    compute with the same updated weight, and merging changes it once. Without, each named module has an adapter of its
+    own, and merging a weight that is in another module too is refused.
+
     Called again with another name, it adds another adapter, on the same or on other layers, and makes it the active
     one; :func:`lora_ext.adapters.set_adapter` switches back.
 
@@ -57,7 +61,7 @@ def inject(model: ModelT, config: LoraConfig, adapter_name: str = "default") -> 
     Raises:
         ValueError: nothing matches ``target_modules`` or ``modules_to_save`` (names close matches), the model has an
             adapter of that name, adapters are merged, a module to save shares a parameter with the rest of the model,
-            or a second adapter would train biases.
+            a second adapter would train biases, or a token whose row is to be trained does not exist.
         TypeError: a target is not of a kind that can be adapted (names every such target).
         ValueError: another adapter has a module as one of ``target_modules`` that this one has in
             ``target_parameters``, or the other way round.
@@ -82,8 +86,8 @@ def plan_injection(model: nn.Module, config: LoraConfig, adapter_name: str = "de
     bare = BareModel(root)
     targets = find_targets(config, type(root).__name__, bare.modules, bare.head, bare.embedding)
     _check_kinds(bare, targets, config)
-    _check_parameters(bare, targets)
     _check_tokens(bare, targets)
+    _check_parameters(bare, targets)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
         # Like PEFT, remember the layers, not the rule: it would find others once the model has changed.
         config = dataclasses.replace(config, target_modules=tuple(targets.modules))
@@ -184,7 +188,7 @@ def _check_kinds(bare: BareModel, targets: Targets, config: LoraConfig) -> None:
     problems = []
     for path, module, setting in _adapted(bare, targets):
         kind = lora_layer_for(module)
-        if path in targets.tied and not _can_follow(module, bare.modules[setting]):
+        if targets.tied.get(path) in targets.modules and not _can_follow(module, bare.modules[setting]):
             problem = f"its weight is that of {setting!r}, but it is no nn.Linear or nn.Embedding tied to an embedding"
             problems.append(f"{path} ({type(module).__name__}): {problem}; set ensure_weight_tying=False")
             continue
@@ -202,6 +206,28 @@ def _check_kinds(bare: BareModel, targets: Targets, config: LoraConfig) -> None:
             f"inject: target_modules matches what cannot be adapted; these can be: {kinds}. Narrow target_modules, or "
             "add to exclude_modules:\n  " + "\n  ".join(problems)
         )
+
+
+def _can_follow(module: nn.Module, source: nn.Module) -> bool:
+    """Whether a module can have a :class:`TiedAdapter` of the adapter of ``source``."""
+    return isinstance(module, nn.Linear | nn.Embedding) and isinstance(source, nn.Embedding)
+
+
+def _check_tokens(bare: BareModel, targets: Targets) -> None:
+    for path in (*targets.tokens, *(path for path, source in targets.tied.items() if source in targets.tokens)):
+        module = bare.modules[path]
+        if problem := TrainableTokens.why_not(module):
+            raise TypeError(
+                f"inject: trainable_token_indices cannot train rows of {path!r} ({type(module).__name__}): {problem}"
+            )
+        if path in targets.tokens and not targets.tokens[path]:
+            raise ValueError(f"inject: trainable_token_indices names no token of {path!r}; leave it out")
+        wrong = [token for token in targets.tokens.get(path, ()) if not 0 <= token < len(module.weight)]
+        if wrong:
+            raise ValueError(
+                f"inject: trainable_token_indices names the tokens {wrong}, but {path!r} has {len(module.weight)}; "
+                "resize the embedding first (resize_token_embeddings)"
+            )
 
 
 def _check_parameters(bare: BareModel, targets: Targets) -> None:
@@ -228,28 +254,6 @@ def _check_parameters(bare: BareModel, targets: Targets) -> None:
                 )
 
 
-def _can_follow(module: nn.Module, source: nn.Module) -> bool:
-    """Whether a module can have a :class:`TiedAdapter` of the adapter of ``source``."""
-    return isinstance(module, nn.Linear | nn.Embedding) and isinstance(source, nn.Embedding)
-
-
-def _check_tokens(bare: BareModel, targets: Targets) -> None:
-    for path in (*targets.tokens, *(path for path, source in targets.tied.items() if source in targets.tokens)):
-        module = bare.modules[path]
-        if problem := TrainableTokens.why_not(module):
-            raise TypeError(
-                f"inject: trainable_token_indices cannot train rows of {path!r} ({type(module).__name__}): {problem}"
-            )
-        if path in targets.tokens and not targets.tokens[path]:
-            raise ValueError(f"inject: trainable_token_indices names no token of {path!r}; leave it out")
-        wrong = [token for token in targets.tokens.get(path, ()) if not 0 <= token < len(module.weight)]
-        if wrong:
-            raise ValueError(
-                f"inject: trainable_token_indices names the tokens {wrong}, but {path!r} has {len(module.weight)}; "
-                "resize the embedding first (resize_token_embeddings)"
-            )
-
-
 def _attention_around(bare: BareModel, path: str) -> nn.MultiheadAttention | None:
     """The attention whose ``out_proj`` is at ``path``."""
     parent, _, name = path.rpartition(".")
@@ -265,14 +269,15 @@ class _Planner:
         self.made: dict[tuple[str, Callable], AdapterLayer] = {}
 
     def parts(self, targets: Targets) -> tuple[Part, ...]:
-        kinds = self.lora_parts, self.parameter_parts, self.trained_parts, self.token_parts
-        return located(part for parts in kinds for part in parts(targets))
+        parts = [*self.lora_parts(targets), *self.parameter_parts(targets), *self.trained_parts(targets)]
+        replaced = {old: new for part in parts for old, new in part.replaced.items()}
+        return located((*parts, *self.token_parts(targets, replaced)))
 
     def lora_parts(self, targets: Targets) -> Iterator[Part]:
         adapters = {}
         for path, module, setting in _adapted(self.bare, targets):
             kind = lora_layer_for(module)
-            if path in targets.tied:
+            if targets.tied.get(path) in targets.modules:
                 adapter = TiedAdapter(adapters[setting], transposed=isinstance(module, nn.Linear))
             else:
                 adapter = adapters[path] = kind.new_adapter(module, self.config, setting)
@@ -302,20 +307,20 @@ class _Planner:
             layer, replaced = self._layer(path, self.bare.modules[path], TrainedModule)
             yield Part(path, path, layer, copy.deepcopy(self.bare.modules[path], copied), replaced)
 
-    def token_parts(self, targets: Targets) -> Iterator[Part]:
+    def token_parts(self, targets: Targets, replaced: Mapping[nn.Module, nn.Module]) -> Iterator[Part]:
+        """``replaced``: what is put in the place of which module for other parts."""
         rows: dict[str, TokenRows | TiedRows] = {
             path: TokenRows(self.bare.modules[path].weight, tokens) for path, tokens in targets.tokens.items()
         }
         rows |= {path: TiedRows(rows[source]) for path, source in targets.tied.items() if source in rows}
         for path, adapter in rows.items():
-            # Around the layers that are there, or are being put there.
-            around = [*self.bare.layers.get(path, ()), *(layer for (p, _), layer in self.made.items() if p == path)]
-            outermost = self.bare.layers.get(path, [self.bare.modules[path]])[0]
+            around = self.bare.layers.get(path, ())
             layer = next((layer for layer in around if isinstance(layer, TrainableTokens)), None)
             if layer is not None:
                 yield Part(path, path, layer, adapter)
             else:
-                layer = TrainableTokens((around or [outermost])[0], active=self.active)
+                outermost = around[0] if around else self.bare.modules[path]
+                layer = TrainableTokens(replaced.get(outermost, outermost), active=self.active)
                 yield Part(path, path, layer, adapter, {outermost: layer})
 
     def _layer(

@@ -15,6 +15,7 @@ from .bare_model import adapter_layers, parameter_paths, root_module
 from .inject import forget_injection, lora_modules, replace_modules
 from .nn import AdapterLayer, LoraLayer
 from .nn.merged import MergedMatrix, change_merged, merge_for_good, stored_matrices, update_identity
+from .nn.trainable_tokens import TrainableTokens
 from .targets import is_inside
 
 _LOGGER = logging.getLogger("lora_ext.adapters")
@@ -215,7 +216,14 @@ def _where(wanted: dict[str, tuple[LoraLayer, set[str]]]) -> dict[LoraLayer, str
 
 
 def _check_untied(caller: str, model: nn.Module, wanted: dict[str, tuple[LoraLayer, set[str]]]) -> None:
-    """A weight is in one module, or adapters that are tied adapt all that it is in."""
+    """A weight is in one module, or adapters that are tied adapt all that it is in; and no rows of it are trained."""
+    for layer in (layer for _, layer in adapter_layers(model) if isinstance(layer, TrainableTokens)):
+        for path, (inner, _) in wanted.items():
+            if layer.base_layer is inner and isinstance(layer.inner_layer, nn.Linear):
+                raise ValueError(
+                    f"{caller}: the weight of {path!r} has rows that are trained (trainable_token_indices), which "
+                    "would lose the update; run unmerged"
+                )
     paths = parameter_paths(root_module(model))
     holders: dict[int, dict[str, tuple]] = defaultdict(dict)  # parameter -> path of a layer -> its updates
     labels: dict[int, str] = {}
