@@ -26,6 +26,7 @@ from .adapter_set import Adapter, adapter_set, find_adapter
 from .bare_model import BareModel, root_module
 from .config import LoraConfig
 from .inject import apply_injection, lora_modules, plan_injection
+from .merged_projection_file import as_peft_has_it, as_we_have_it
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -57,7 +58,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         f"{KEY_PREFIX}{key}": tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for key, tensor in adapter.tensors().items()
     }
-    _write_pair(Path(directory), json.dumps(values, indent=2, sort_keys=True) + "\n", tensors)
+    values, tensors, metadata = as_peft_has_it(adapter, values, tensors)
+    # Sorted, but not what is inside: of patterns the first that matches counts.
+    text = json.dumps({key: values[key] for key in sorted(values)}, indent=2)
+    _write_pair(Path(directory), text + "\n", tensors, metadata)
 
 
 def load_adapter(
@@ -94,7 +98,7 @@ def load_adapter(
         RuntimeError: an adapter is merged.
         Also what :func:`lora_ext.inject` raises. The model is then unchanged.
     """
-    file = AdapterFile.open(directory, allow_pickle=allow_pickle, caller="load_adapter")
+    file = as_we_have_it(AdapterFile.open(directory, allow_pickle=allow_pickle, caller="load_adapter"), "load_adapter")
     config = config_of(file, "load_adapter")
     merged = [path for path, layer in lora_modules(model) if layer.is_merged]
     if merged:
@@ -150,7 +154,7 @@ def _targets(model: nn.Module, adapter: Adapter, file: AdapterFile) -> dict[str,
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _write_pair(directory: Path, config: str, tensors: dict[str, Tensor]) -> None:
+def _write_pair(directory: Path, config: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         # Inside the directory: moves must not cross file systems, nor need rights on its parent.
@@ -167,7 +171,7 @@ def _write_pair(directory: Path, config: str, tensors: dict[str, Tensor]) -> Non
     done: list[tuple[Path, Path]] = []
     try:
         (staging / CONFIG_FILE).write_text(config, encoding="utf-8")
-        save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt", **metadata})
         # safetensors lets only the owner read what it writes; both files get what the user's umask gives.
         (staging / WEIGHTS_FILE).chmod((staging / CONFIG_FILE).stat().st_mode)
         for source, _ in new:
@@ -188,8 +192,16 @@ def _write_pair(directory: Path, config: str, tensors: dict[str, Tensor]) -> Non
 
 
 def _check_same_kind(adapter: Adapter, config: LoraConfig, directory: Path) -> None:
-    """Rank and layers show in the tensors; scaling and the numbers of tokens do not."""
-    for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "trainable_token_indices"):
+    """Rank and layers show in the tensors; scaling, which parts of a weight and the numbers of tokens do not."""
+    for key in (
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "enable_lora",
+        "trainable_token_indices",
+    ):
         ours, theirs = getattr(adapter.config, key), getattr(config, key)
         if ours != theirs:
             raise ValueError(

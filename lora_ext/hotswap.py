@@ -19,6 +19,7 @@ from .adapter_set import Adapter, Part, find_adapter
 from .checkpoint import config_of
 from .config import LoraConfig
 from .inject import lora_modules
+from .merged_projection_file import as_we_have_it
 from .nn import LoraAdapter
 from .nn.tied import TiedAdapter
 
@@ -92,6 +93,7 @@ def hotswap_adapter(
         RuntimeError: it is merged. The model is then unchanged.
     """
     file = AdapterFile.open(directory, allow_pickle=allow_pickle, caller="hotswap_adapter")
+    file = as_we_have_it(file, "hotswap_adapter")
     config = config_of(file, "hotswap_adapter")
     adapter = find_adapter(model, "hotswap_adapter", adapter_name)
     _check_unmerged("hotswap_adapter", model, adapter.name)
@@ -138,6 +140,9 @@ def _slots(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> list[_Slo
             slots.append(_Slot(tensor, None if absent else key, dim, factor))
             if absent:
                 continue
+            theirs, ours = config.enable_lora_for(part.target), getattr(part.adapter, "enable_lora", None)
+            if low_rank and theirs != ours:
+                problems.append(f"enable_lora of {part.target}: {theirs} in the file, {ours} in the model")
             if key not in file:
                 problems.append(f"missing key: {key}")
             elif not _fits(file.shape(key), tuple(tensor.shape), dim):

@@ -17,7 +17,7 @@ from torch import nn
 from .adapter_set import Adapter, AdapterSet, Part, adapter_set, attach_adapter_set, forget_adapter_set, located
 from .bare_model import BareModel, adapter_layers, file_path, root_module
 from .config import ALL_LINEAR, LoraConfig
-from .nn import LORA_LAYERS, ActiveAdapters, AdapterLayer, LoraLayer, LoraParameter
+from .nn import LORA_LAYERS, ActiveAdapters, AdapterLayer, LoraLayer, LoraLinear, LoraMergedLinear, LoraParameter
 from .nn.attention import LoraMultiheadAttention
 from .nn.tied import TiedAdapter
 from .nn.trainable_tokens import TiedRows, TokenRows, TrainableTokens
@@ -165,16 +165,18 @@ def _check_state(root: nn.Module, adapters: AdapterSet | None, config: LoraConfi
         )
 
 
-def lora_layer_for(module: nn.Module) -> type[LoraLayer] | None:
+def lora_layer_for(module: nn.Module, config: LoraConfig, path: str) -> type[LoraLayer] | None:
     """The class of LoRA layer that adapts modules like this one, or None."""
+    if config.enable_lora_for(path) is not None:
+        return LoraMergedLinear if LoraMergedLinear.adapts(module) else None
     return next((kind for kind in LORA_LAYERS if kind.adapts(module)), None)
 
 
-def _adapted(bare: BareModel, targets: Targets) -> Iterator[tuple[str, nn.Module, str]]:
+def _adapted(bare: BareModel, targets: Targets, config: LoraConfig) -> Iterator[tuple[str, nn.Module, str]]:
     """The modules to adapt, those adapted along with them, and those tied to one, with the path that sets the rank."""
     seen = set()
     for path, module in targets.modules.items():
-        along = getattr(lora_layer_for(module), "adapted_along", ())
+        along = getattr(lora_layer_for(module, config, path), "adapted_along", ())
         for whole in (path, *(f"{path}.{name}" for name in along)):
             if whole not in seen and not is_inside(whole, targets.trained):
                 seen.add(whole)
@@ -186,13 +188,15 @@ def _adapted(bare: BareModel, targets: Targets) -> Iterator[tuple[str, nn.Module
 
 def _check_kinds(bare: BareModel, targets: Targets, config: LoraConfig) -> None:
     problems = []
-    for path, module, setting in _adapted(bare, targets):
-        kind = lora_layer_for(module)
+    for path, module, setting in _adapted(bare, targets, config):
+        kind = lora_layer_for(module, config, setting)
         if targets.tied.get(path) in targets.modules and not _can_follow(module, bare.modules[setting]):
             problem = f"its weight is that of {setting!r}, but it is no nn.Linear or nn.Embedding tied to an embedding"
             problems.append(f"{path} ({type(module).__name__}): {problem}; set ensure_weight_tying=False")
             continue
         problem = f"no LoRA layer adapts {type(module).__name__}" if kind is None else kind.why_not(module, config)
+        if kind is None and config.enable_lora_for(setting) is not None:
+            problem = f"enable_lora names it, and is for {LoraMergedLinear.base_kinds}"
         if problem is None and (attention := _attention_around(bare, path)) is not None:
             problem = LoraMultiheadAttention.why_not(attention, config)
             if problem is None and attention is bare.root:
@@ -275,13 +279,16 @@ class _Planner:
 
     def lora_parts(self, targets: Targets) -> Iterator[Part]:
         adapters = {}
-        for path, module, setting in _adapted(self.bare, targets):
-            kind = lora_layer_for(module)
+        for path, module, setting in _adapted(self.bare, targets, self.config):
+            kind = lora_layer_for(module, self.config, setting)
             if targets.tied.get(path) in targets.modules:
                 adapter = TiedAdapter(adapters[setting], transposed=isinstance(module, nn.Linear))
             else:
                 adapter = adapters[path] = kind.new_adapter(module, self.config, setting)
-            layer, replaced = self._layer(path, module, kind)
+            if kind is LoraMergedLinear:
+                layer, replaced = self._merged_linear(path, module, len(self.config.enable_lora_for(setting)))
+            else:
+                layer, replaced = self._layer(path, module, kind)
             if (attention := _attention_around(self.bare, path)) is not None:  # which calls it, once in such a layer
                 replaced |= self._layer(path.rpartition(".")[0], attention, LoraMultiheadAttention)[1]
             yield Part(path, path, layer, adapter, replaced)
@@ -334,6 +341,24 @@ class _Planner:
             self.made[path, kind] = kind(module, active=self.active)
         layer = self.made[path, kind]
         return layer, {module: layer}
+
+    def _merged_linear(
+        self, path: str, module: nn.Module, num_parts: int
+    ) -> tuple[LoraMergedLinear, dict[nn.Module, nn.Module]]:
+        """As :meth:`_layer`; a new one takes the place of a plain layer, whose adapters it then has too."""
+        made = LoraMergedLinear(module, num_parts, active=self.active)
+        for layer in self.bare.layers.get(path, ()):
+            if isinstance(layer, LoraMergedLinear):
+                if layer.num_parts != num_parts:
+                    raise ValueError(
+                        f"inject: enable_lora has {num_parts} parts for {path!r}, but other adapters have "
+                        f"{layer.num_parts} there; give it as many"
+                    )
+                return layer, {}
+            if isinstance(layer, LoraLinear):
+                made.adapters = layer.adapters
+                return made, {layer: made}
+        return made, {module: made}
 
     def biases(self, parts: tuple[Part, ...]) -> TrainedBiases | None:
         if self.config.bias == "none":

@@ -18,6 +18,7 @@ from .config import LoraConfig, name_covers
 from .inject import apply_injection, check_adapter_name
 from .nn import LoraAdapter, LoraLayer
 from .nn.attention import SeparateProjections
+from .nn.merged_linear import MergedAdapter
 from .nn.tied import TiedAdapter
 from .nn.trainable_tokens import TiedRows
 
@@ -138,6 +139,9 @@ def _combined(
             f"add_weighted_adapter: {kind} cannot combine the factors at {path!r} ({type(layer).__name__}); the kinds "
             "that work element by element can"
         )
+    enabled = [getattr(adapter, "enable_lora", None) for adapter in adapters]
+    if len(set(enabled)) > 1:
+        raise ValueError(f"add_weighted_adapter: at {path!r}: enable_lora differs: {enabled}")
     factors = [(adapter.lora_A.detach(), adapter.lora_B.detach(), adapter.scaling) for adapter in adapters]
     try:
         lora_A, lora_B, scaling = combine_factors(
@@ -188,6 +192,7 @@ def _config(bare: BareModel, sources: Sequence[Adapter], parts: Sequence[Part]) 
         # Names also match the ends of other paths; a regular expression the whole path.
         target_modules=modules if named == set(modules) else "|".join(map(re.escape, modules)),
         target_parameters=parameters or None,
+        enable_lora={path: a.enable_lora for path, a in low_rank.items() if isinstance(a, MergedAdapter)} or None,
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,

@@ -201,6 +201,16 @@ def test_metadata_of_a_peft_file_is_written_back(tmp_path):
     assert read[0]["revision"] == "v2" and read[0]["inference_mode"] is True
 
 
+def test_patterns_keep_their_order(tmp_path):
+    settings = {"rank_pattern": {"blocks.1.up": 3, "blocks..*": 4}, "alpha_pattern": {"up": 5, "blocks.0.up": 6}}
+    model = inject(Net(), LoraConfig(target_modules=["up"], **settings))
+    save_adapter(model, tmp_path)
+    again = load_adapter(Net(), tmp_path)
+    for ours, other in zip(lora_modules(model), lora_modules(again), strict=True):
+        assert ours[1].adapters.default.r == other[1].adapters.default.r
+        assert ours[1].adapters.default.scaling == other[1].adapters.default.scaling
+
+
 def test_all_linear_is_saved_as_the_layers_it_meant(tmp_path):
     model = nn.TransformerEncoderLayer(8, 2, 12)
     inject(model, LoraConfig(target_modules="all-linear"))
