@@ -50,7 +50,8 @@ def adapted(model: nn.Module, rank: int, dropout: float, factors: torch.dtype | 
     """Copies of ``model`` in training mode, its classifier trained in each.
 
     "head only"; "frozen", whose backward passes through the model to its embeddings all the same: what adapters in the
-    first layer need at least; and adapters on every other linear layer by each contestant, with the same factors.
+    first layer need at least; and adapters on every other linear layer by each contestant ("peft accelerated": PEFT's
+    model on our ops), with the same factors.
     factors: their dtype, else what the contestants choose (float32 beside a 16-bit model).
     """
     options = {"r": rank, "lora_alpha": ALPHA_OVER_R * rank, "lora_dropout": dropout}

@@ -80,7 +80,7 @@ class Adapter:
         """Frozen tensors of the base layers that a file may hold too, as PEFT's do of adapted embeddings and heads."""
         tensors = {}
         for part in self.parts:
-            tensors |= part.layer.file_tensors_of_base(part.file_path)
+            tensors |= part.layer.file_tensors_of_base(part.file_path, part.adapter)
         return tensors
 
 

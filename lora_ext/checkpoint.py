@@ -192,8 +192,16 @@ def _write_pair(directory: Path, config: str, tensors: dict[str, Tensor], metada
 
 
 def _check_same_kind(adapter: Adapter, config: LoraConfig, directory: Path) -> None:
-    """Rank and layers show in the tensors; scaling does not."""
-    for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "enable_lora"):
+    """Rank and layers show in the tensors; scaling, which parts of a weight and the numbers of tokens do not."""
+    for key in (
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "enable_lora",
+        "trainable_token_indices",
+    ):
         ours, theirs = getattr(adapter.config, key), getattr(config, key)
         if ours != theirs:
             raise ValueError(
@@ -218,11 +226,19 @@ def _check_fit(targets: Mapping[str, Tensor], file: AdapterFile) -> None:
         if target.is_meta:
             problems.append(f"device of {key}: the model is on the meta device; give it memory (to_empty) first")
         # Tied modules hold one tensor under two keys.
-        twin = filled.setdefault((target.device, target.data_ptr()), key) if target.numel() else key
-        if twin != key and not target.is_meta and not torch.equal(file.tensor(twin), file.tensor(key)):
+        if target.is_meta or not target.numel() or shape != tuple(target.shape):
+            continue
+        twin = filled.setdefault((target.device, target.data_ptr()), key)
+        both = (_in_order_of(targets[each], file.tensor(each)) for each in (twin, key))
+        if twin != key and not torch.equal(*both):
             problems.append(f"values of {key}: tied to {twin} in the model, but they differ in the file")
     if problems:
         raise ValueError(f"load_adapter: {file.path} does not fit the model:\n  " + "\n  ".join(problems))
+
+
+def _in_order_of(target: Tensor, values: Tensor) -> Tensor:
+    """``values`` in the order that they have in the memory of ``target``: that of a tied head is transposed."""
+    return values.permute(sorted(range(values.dim()), key=lambda dim: -target.stride(dim))).flatten()
 
 
 # With bias="all" PEFT also writes the biases of modules_to_save under the names they have inside its wrappers.

@@ -82,9 +82,12 @@ class LoraConfig:
         modules_to_save: modules to train in full and to save with the adapter (a new classification head): each entry
             matches a module whose path ends with it. Nothing inside them is adapted.
         trainable_token_indices: train only these rows of an embedding: a list of token numbers for the model's input
-            embedding, or a dict from an embedding's name (the end of its path) to such a list.
-        ensure_weight_tying: what shares its weight with the input embedding follows the embedding: in
-            ``target_modules``, ``modules_to_save`` and ``trainable_token_indices``.
+            embedding, or a dict from an embedding's name (the end of its path) to such a list. A head tied to the input
+            embedding follows it, unless the dict gives it other tokens.
+        ensure_weight_tying: what shares its weight with the input embedding (a language model's tied head) follows the
+            embedding: if ``target_modules`` or ``modules_to_save`` names one of them, they have one adapter, or one
+            copy, together. Otherwise each named module has its own, what is not named does not see it, and such an
+            adapter cannot be merged, as it would change the others.
         bias: biases to train: ``"none"``, ``"all"`` in the model, or ``"lora_only"``, those of the adapted layers.
         lora_bias: the adapter has a bias of its own, added after ``lora_B``.
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).

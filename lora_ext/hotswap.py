@@ -21,6 +21,7 @@ from .config import LoraConfig
 from .inject import lora_modules
 from .merged_projection_file import as_we_have_it
 from .nn import LoraAdapter
+from .nn.tied import TiedAdapter
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -128,6 +129,8 @@ def _slots(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> list[_Slo
     for part in adapter.parts:
         tensors = {f"{KEY_PREFIX}{key}": t for key, t in part.layer.file_tensors(part.file_path, part.adapter).items()}
         expected |= tensors.keys()
+        if isinstance(part.adapter, TiedAdapter):  # whose values are another part's
+            continue
         low_rank = isinstance(part.adapter, LoraAdapter)
         absent = low_rank and not any(key in file for key in tensors)
         ratio = config.scaling_for(part.target) / part.adapter.scaling if low_rank and part.adapter.scaling else 1.0

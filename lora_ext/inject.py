@@ -19,6 +19,8 @@ from .bare_model import BareModel, adapter_layers, file_path, root_module
 from .config import ALL_LINEAR, LoraConfig
 from .nn import LORA_LAYERS, ActiveAdapters, AdapterLayer, LoraLayer, LoraLinear, LoraMergedLinear, LoraParameter
 from .nn.attention import LoraMultiheadAttention
+from .nn.tied import TiedAdapter
+from .nn.trainable_tokens import TiedRows, TokenRows, TrainableTokens
 from .nn.trained import TrainedModule
 from .targets import Targets, find_targets, is_inside
 from .trained_biases import TrainedBiases
@@ -34,6 +36,10 @@ def inject(model: ModelT, config: LoraConfig, adapter_name: str = "default") -> 
     ``config.modules_to_save`` and ``config.bias``. The model computes what it computed before until the adapter is
     trained. Adapters live on their base layer's device, in its dtype, or in float32 where that is a 16-bit one. A layer
     that the model holds in several places is replaced in all of them by the same one; the first path names it.
+
+    With ``config.ensure_weight_tying``, modules that share the input embedding's weight have one adapter with it: both
+    compute with the same updated weight, and merging changes it once. Without, each named module has an adapter of its
+    own, and merging a weight that is in another module too is refused.
 
     Called again with another name, it adds another adapter, on the same or on other layers, and makes it the active
     one; :func:`lora_ext.adapters.set_adapter` switches back.
@@ -55,7 +61,7 @@ def inject(model: ModelT, config: LoraConfig, adapter_name: str = "default") -> 
     Raises:
         ValueError: nothing matches ``target_modules`` or ``modules_to_save`` (names close matches), the model has an
             adapter of that name, adapters are merged, a module to save shares a parameter with the rest of the model,
-            or a second adapter would train biases.
+            a second adapter would train biases, or a token whose row is to be trained does not exist.
         TypeError: a target is not of a kind that can be adapted (names every such target).
         ValueError: another adapter has a module as one of ``target_modules`` that this one has in
             ``target_parameters``, or the other way round.
@@ -80,6 +86,7 @@ def plan_injection(model: nn.Module, config: LoraConfig, adapter_name: str = "de
     bare = BareModel(root)
     targets = find_targets(config, type(root).__name__, bare.modules, bare.head, bare.embedding)
     _check_kinds(bare, targets, config)
+    _check_tokens(bare, targets)
     _check_parameters(bare, targets)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
         # Like PEFT, remember the layers, not the rule: it would find others once the model has changed.
@@ -166,7 +173,7 @@ def lora_layer_for(module: nn.Module, config: LoraConfig, path: str) -> type[Lor
 
 
 def _adapted(bare: BareModel, targets: Targets, config: LoraConfig) -> Iterator[tuple[str, nn.Module, str]]:
-    """The modules to adapt, and those that are adapted along with them, each with the path that sets its rank."""
+    """The modules to adapt, those adapted along with them, and those tied to one, with the path that sets the rank."""
     seen = set()
     for path, module in targets.modules.items():
         along = getattr(lora_layer_for(module, config, path), "adapted_along", ())
@@ -174,12 +181,19 @@ def _adapted(bare: BareModel, targets: Targets, config: LoraConfig) -> Iterator[
             if whole not in seen and not is_inside(whole, targets.trained):
                 seen.add(whole)
                 yield whole, bare.modules[whole], path
+    for path, source in targets.tied.items():
+        if source in targets.modules:
+            yield path, bare.modules[path], source
 
 
 def _check_kinds(bare: BareModel, targets: Targets, config: LoraConfig) -> None:
     problems = []
     for path, module, setting in _adapted(bare, targets, config):
         kind = lora_layer_for(module, config, setting)
+        if targets.tied.get(path) in targets.modules and not _can_follow(module, bare.modules[setting]):
+            problem = f"its weight is that of {setting!r}, but it is no nn.Linear or nn.Embedding tied to an embedding"
+            problems.append(f"{path} ({type(module).__name__}): {problem}; set ensure_weight_tying=False")
+            continue
         problem = f"no LoRA layer adapts {type(module).__name__}" if kind is None else kind.why_not(module, config)
         if kind is None and config.enable_lora_for(setting) is not None:
             problem = f"enable_lora names it, and is for {LoraMergedLinear.base_kinds}"
@@ -196,6 +210,28 @@ def _check_kinds(bare: BareModel, targets: Targets, config: LoraConfig) -> None:
             f"inject: target_modules matches what cannot be adapted; these can be: {kinds}. Narrow target_modules, or "
             "add to exclude_modules:\n  " + "\n  ".join(problems)
         )
+
+
+def _can_follow(module: nn.Module, source: nn.Module) -> bool:
+    """Whether a module can have a :class:`TiedAdapter` of the adapter of ``source``."""
+    return isinstance(module, nn.Linear | nn.Embedding) and isinstance(source, nn.Embedding)
+
+
+def _check_tokens(bare: BareModel, targets: Targets) -> None:
+    for path in (*targets.tokens, *(path for path, source in targets.tied.items() if source in targets.tokens)):
+        module = bare.modules[path]
+        if problem := TrainableTokens.why_not(module):
+            raise TypeError(
+                f"inject: trainable_token_indices cannot train rows of {path!r} ({type(module).__name__}): {problem}"
+            )
+        if path in targets.tokens and not targets.tokens[path]:
+            raise ValueError(f"inject: trainable_token_indices names no token of {path!r}; leave it out")
+        wrong = [token for token in targets.tokens.get(path, ()) if not 0 <= token < len(module.weight)]
+        if wrong:
+            raise ValueError(
+                f"inject: trainable_token_indices names the tokens {wrong}, but {path!r} has {len(module.weight)}; "
+                "resize the embedding first (resize_token_embeddings)"
+            )
 
 
 def _check_parameters(bare: BareModel, targets: Targets) -> None:
@@ -237,12 +273,18 @@ class _Planner:
         self.made: dict[tuple[str, Callable], AdapterLayer] = {}
 
     def parts(self, targets: Targets) -> tuple[Part, ...]:
-        return located((*self.lora_parts(targets), *self.parameter_parts(targets), *self.trained_parts(targets)))
+        parts = [*self.lora_parts(targets), *self.parameter_parts(targets), *self.trained_parts(targets)]
+        replaced = {old: new for part in parts for old, new in part.replaced.items()}
+        return located((*parts, *self.token_parts(targets, replaced)))
 
     def lora_parts(self, targets: Targets) -> Iterator[Part]:
+        adapters = {}
         for path, module, setting in _adapted(self.bare, targets, self.config):
             kind = lora_layer_for(module, self.config, setting)
-            adapter = kind.new_adapter(module, self.config, setting)
+            if targets.tied.get(path) in targets.modules:
+                adapter = TiedAdapter(adapters[setting], transposed=isinstance(module, nn.Linear))
+            else:
+                adapter = adapters[path] = kind.new_adapter(module, self.config, setting)
             if kind is LoraMergedLinear:
                 layer, replaced = self._merged_linear(path, module, len(self.config.enable_lora_for(setting)))
             else:
@@ -267,9 +309,26 @@ class _Planner:
 
     def trained_parts(self, targets: Targets) -> Iterator[Part]:
         copied: dict = {}  # shared, so that the copies of tied modules are tied
-        for path, module in targets.trained.items():
-            layer, replaced = self._layer(path, module, TrainedModule)
-            yield Part(path, path, layer, copy.deepcopy(module, copied), replaced)
+        tied = [path for path, source in targets.tied.items() if source in targets.trained]
+        for path in (*targets.trained, *tied):
+            layer, replaced = self._layer(path, self.bare.modules[path], TrainedModule)
+            yield Part(path, path, layer, copy.deepcopy(self.bare.modules[path], copied), replaced)
+
+    def token_parts(self, targets: Targets, replaced: Mapping[nn.Module, nn.Module]) -> Iterator[Part]:
+        """``replaced``: what is put in the place of which module for other parts."""
+        rows: dict[str, TokenRows | TiedRows] = {
+            path: TokenRows(self.bare.modules[path].weight, tokens) for path, tokens in targets.tokens.items()
+        }
+        rows |= {path: TiedRows(rows[source]) for path, source in targets.tied.items() if source in rows}
+        for path, adapter in rows.items():
+            around = self.bare.layers.get(path, ())
+            layer = next((layer for layer in around if isinstance(layer, TrainableTokens)), None)
+            if layer is not None:
+                yield Part(path, path, layer, adapter)
+            else:
+                outermost = around[0] if around else self.bare.modules[path]
+                layer = TrainableTokens(replaced.get(outermost, outermost), active=self.active)
+                yield Part(path, path, layer, adapter, {outermost: layer})
 
     def _layer(
         self, path: str, module: nn.Module, kind: type[AdapterLayer]

@@ -19,6 +19,8 @@ from .inject import apply_injection, check_adapter_name
 from .nn import LoraAdapter, LoraLayer
 from .nn.attention import SeparateProjections
 from .nn.merged_linear import MergedAdapter
+from .nn.tied import TiedAdapter
+from .nn.trainable_tokens import TiedRows
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -73,18 +75,36 @@ def add_weighted_adapter(
     if biased := [name for name in adapters if name in held.biases]:
         raise ValueError(f"{caller}: {biased[0]!r} trains the model's own biases, which cannot be combined")
 
+    if len(training := [name for name in adapters if held.configs[name].trainable_token_indices is not None]) > 1:
+        raise ValueError(
+            f"{caller}: {training} train rows of embeddings (trainable_token_indices); only one of them may"
+        )
+
     sources = [find_adapter(model, caller, name) for name in adapters]
     parts: list[Part] = []
-    for own in _by_layer(sources).values():
+    copied: dict = {}  # shared, so that what was tied stays tied
+    layers = _by_layer(sources).values()
+    embeddings = [[part.adapter for part, _ in own.values()] for own in layers]
+    for own in sorted(layers, key=_is_tied):  # tied adapters come after what they are tied to
         first, _ = next(iter(own.values()))
-        if isinstance(first.layer, LoraLayer):
+        names = [adapters[i] for i in own]
+        if isinstance(first.layer, LoraLayer) and not _is_tied(own):
             layer_weights = [weights[i] for i in own]
-            parts.append(_combined(kind, [part for part, _ in own.values()], layer_weights, settings, svd_driver))
+            part = _combined(kind, [part for part, _ in own.values()], layer_weights, settings, svd_driver)
+            copied[id(first.adapter)] = part.adapter
+            parts.append(part)
+        elif isinstance(first.layer, LoraLayer):
+            tied_to = [getattr(part.adapter, "source", None) for part, _ in own.values()]
+            if tied_to not in embeddings:
+                raise ValueError(
+                    f"{caller}: not all of the adapters have the one at {first.path!r} tied to the input embedding's "
+                    "(ensure_weight_tying); combine those of one kind"
+                )
+            parts.append(dataclasses.replace(first, adapter=copy.deepcopy(first.adapter, copied)))
         elif len(own) > 1:
-            names = [adapters[i] for i in own]
             raise ValueError(f"{caller}: {first.path!r} is trained in full by {names}; only one of them may")
         else:
-            parts.append(dataclasses.replace(first, adapter=copy.deepcopy(first.adapter)))
+            parts.append(dataclasses.replace(first, adapter=copy.deepcopy(first.adapter, copied)))
     config = _config(BareModel(root_module(model)), sources, parts)
     apply_injection(model, Adapter(adapter_name, config, held, tuple(parts)))
     return model
@@ -97,6 +117,10 @@ def _by_layer(sources: Sequence[Adapter]) -> dict[int, dict[int, tuple[Part, Ada
         for part in source.parts:
             layers.setdefault(id(part.layer), {})[i] = part, source
     return layers
+
+
+def _is_tied(own: Mapping[int, tuple[Part, Adapter]]) -> bool:
+    return any(isinstance(part.adapter, TiedAdapter | TiedRows) for part, _ in own.values())
 
 
 def _combined(
@@ -157,6 +181,7 @@ def _config(bare: BareModel, sources: Sequence[Adapter], parts: Sequence[Part]) 
     parameters = tuple(path for path in low_rank if path not in bare.modules)
     named = {path for path in bare.modules for name in modules if name_covers(name, path)}
     saved = dict.fromkeys(name for source in sources for name in source.config.modules_to_save or ())
+    tokens = [own for source in sources if (own := source.config.trainable_token_indices) is not None]
     return dataclasses.replace(
         first,
         r=rank,
@@ -172,6 +197,8 @@ def _config(bare: BareModel, sources: Sequence[Adapter], parts: Sequence[Part]) 
         layers_to_transform=None,
         layers_pattern=None,
         modules_to_save=tuple(saved) or None,
+        trainable_token_indices=tokens[0] if tokens else None,
+        ensure_weight_tying=any(source.config.ensure_weight_tying for source in sources),
         lora_bias=any(adapter.lora_bias is not None for adapter in low_rank.values()),
         bias="none",
         init_lora_weights=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
 
@@ -13,7 +14,9 @@ from .adapter_set import adapter_set
 from .bare_model import adapter_layers, parameter_paths, root_module
 from .inject import forget_injection, lora_modules, replace_modules
 from .nn import AdapterLayer, LoraLayer
-from .nn.merged import change_merged, merge_for_good, stored_matrices
+from .nn.merged import MergedMatrix, change_merged, merge_for_good, stored_matrices, update_identity
+from .nn.trainable_tokens import TrainableTokens
+from .targets import is_inside
 
 _LOGGER = logging.getLogger("lora_ext.adapters")
 
@@ -48,8 +51,8 @@ def merge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> Mo
     change_merged(
         "merge", {layer: {*layer.merged_adapters, *names} for layer, names in wanted.values()}, _where(wanted)
     )
-    total = sum(layer.merge_record_bytes for layer, _ in wanted.values())
-    merged = [matrix for layer, _ in wanted.values() for matrix in layer._merged.matrices.values()]
+    merged = _merged_matrices(layer for layer, _ in wanted.values())
+    total = sum(matrix.record.nbytes for matrix in merged)
     per_weight = total / max(sum(matrix.numel for matrix in merged), 1)
     _LOGGER.info("merged %d layers; unmerging keeps %d bytes, %.3f per weight", len(wanted), total, per_weight)
     return model
@@ -93,7 +96,13 @@ def unmerge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> 
 
 def merge_record_bytes(model: nn.Module) -> int:
     """Bytes kept to take merged adapters out again: copies of their factors, and what rounding lost."""
-    return sum(layer.merge_record_bytes for _, layer in lora_modules(root_module(model)))
+    return sum(matrix.record.nbytes for matrix in _merged_matrices(layer for _, layer in lora_modules(model)))
+
+
+def _merged_matrices(layers: Iterable[LoraLayer]) -> list[MergedMatrix]:
+    """Each once: tied layers share one."""
+    merged = [layer._merged for layer in layers if layer._merged is not None]
+    return list({id(matrix): matrix for own in merged for matrix in own.matrices.values()}.values())
 
 
 def merge_and_unload(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> ModelT:
@@ -207,15 +216,36 @@ def _where(wanted: dict[str, tuple[LoraLayer, set[str]]]) -> dict[LoraLayer, str
 
 
 def _check_untied(caller: str, model: nn.Module, wanted: dict[str, tuple[LoraLayer, set[str]]]) -> None:
-    paths = parameter_paths(root_module(model))
-    for path, (layer, _) in wanted.items():
-        for _, matrix, _, label in stored_matrices(caller, layer, f" of {path!r}"):
-            others = [other for other in paths[id(matrix.owner._parameters[matrix.name])] if not other.startswith(path)]
-            if others:
+    """A weight is in one module, or adapters that are tied adapt all that it is in; and no rows of it are trained."""
+    for layer in (layer for _, layer in adapter_layers(model) if isinstance(layer, TrainableTokens)):
+        for path, (inner, _) in wanted.items():
+            if layer.base_layer is inner and isinstance(layer.inner_layer, nn.Linear):
                 raise ValueError(
-                    f"{caller}: {label} is also that of {others[0]!r}, which would change with it; untie them "
-                    "(give one a clone of the weight), or run unmerged"
+                    f"{caller}: the weight of {path!r} has rows that are trained (trainable_token_indices), which "
+                    "would lose the update; run unmerged"
                 )
+    paths = parameter_paths(root_module(model))
+    holders: dict[int, dict[str, tuple]] = defaultdict(dict)  # parameter -> path of a layer -> its updates
+    labels: dict[int, str] = {}
+    for path, (layer, names) in wanted.items():
+        for key, matrix, _, label in stored_matrices(caller, layer, f" of {path!r}"):
+            parameter = id(matrix.owner._parameters[matrix.name])
+            if len(paths[parameter]) > 1:
+                updates = [update_identity(layer, key, name) for name in sorted(names) if key in layer.factors(name)]
+                holders[parameter][path] = (*holders[parameter].get(path, ()), *updates)
+                labels.setdefault(parameter, label)
+    for parameter, updates in holders.items():
+        first = next(iter(updates))
+        others = [
+            path
+            for path in paths[parameter]
+            if not any(is_inside(path, [other]) and updates[other] == updates[first] for other in updates)
+        ]
+        if others:
+            raise ValueError(
+                f"{caller}: {labels[parameter]} is also that of {others[0]!r}, which would change with it; adapt both "
+                "with ensure_weight_tying=True, untie them (give one a clone of the weight), or run unmerged"
+            )
 
 
 def some(paths: list[str]) -> str:

@@ -159,6 +159,7 @@ def no_casting(model):
         (other_dropout, "the dropout of adapter 'default' is Dropout(p=1.0, inplace=False)"),
         (restore, "accelerate() was not called since PEFT made the layer"),
     ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
 def test_reasons_of_linear_layers(change, reason):
     model = one_layer()

@@ -32,6 +32,8 @@ class LoraAdapter(nn.Module):
         ValueError, TypeError: naming the argument and its value.
     """
 
+    is_tied = False  # whether a TiedAdapter has the same parameters
+
     def __init__(
         self,
         in_features: int,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -75,8 +76,8 @@ class AdapterLayer(nn.Module):
         """What a file holds of an adapter of this layer, attached or not yet: the live tensors by PEFT's keys."""
         raise NotImplementedError
 
-    def file_tensors_of_base(self, path: str) -> dict[str, Tensor]:
-        """Frozen tensors that a file may hold beside the adapter, by PEFT's keys."""
+    def file_tensors_of_base(self, path: str, adapter: nn.Module) -> dict[str, Tensor]:
+        """Frozen and tied tensors that a file may hold beside the adapter's own, by PEFT's keys."""
         return {f"{path}.base_layer.{name}": tensor for name, tensor in self.base_layer.state_dict().items()}
 
     def unloaded(self, merged: bool) -> nn.Module:
@@ -195,7 +196,7 @@ class LoraLayer(AdapterLayer):
         """
         self._check_is_new(name)
         for factor, shape in self.factor_shapes(adapter).items():
-            own = tuple(adapter.get_parameter(factor).shape)
+            own = tuple(operator.attrgetter(factor)(adapter).shape)
             if own != shape:
                 raise ValueError(f"{type(self).__name__}: {factor} has shape {list(own)}, want {list(shape)}")
         self.adapters[name] = adapter.train(self.training)
@@ -251,7 +252,8 @@ class LoraLayer(AdapterLayer):
 
         Raises:
             KeyError: there is no such adapter.
-            RuntimeError: it is merged already, or none is active; or the weight is computed by a parametrization.
+            RuntimeError: it is merged already, is tied to another layer's, or none is active; or the weight is computed
+                by a parametrization.
             ValueError: an element would become NaN or infinite; or the update cannot be merged, which the message says.
             The layer is then unchanged.
         """
@@ -264,6 +266,7 @@ class LoraLayer(AdapterLayer):
             if name in self.merged_adapters:
                 raise RuntimeError(f"{caller}: adapter {name!r} is already merged")
             self._check_exists(name)
+        self._check_not_tied(names, "merge")
         change_merged(caller, {self: {*self.merged_adapters, *names}}, {self: ""})
         return self.merge_record_bytes
 
@@ -274,7 +277,8 @@ class LoraLayer(AdapterLayer):
         what :meth:`merge` left; see :meth:`forget_merge`.
 
         Raises:
-            RuntimeError: an adapter is not merged; or the weight was converted to another dtype meanwhile.
+            RuntimeError: an adapter is not merged, or is tied to another layer's; or the weight was converted to
+                another dtype meanwhile.
             TypeError, ValueError: the weight was replaced by one of another dtype or shape.
             ValueError: the sum of the adapters that stay is too large for the dtype, as that of all was not.
             The layer is then unchanged.
@@ -285,7 +289,17 @@ class LoraLayer(AdapterLayer):
         for name in names:
             if name not in self.merged_adapters:
                 raise RuntimeError(f"{caller}: adapter {name!r} is not merged; those are {self.merged_adapters}")
+        self._check_not_tied(names or self.merged_adapters, "unmerge")
         change_merged(caller, {self: set(self.merged_adapters) - set(names or self.merged_adapters)}, {self: ""})
+
+    def _check_not_tied(self, names: Iterable[str], operation: str) -> None:
+        """The other layer with this weight has to know."""
+        for name in names:
+            if name in self.adapters and getattr(self.adapters[name], "is_tied", False):
+                raise RuntimeError(
+                    f"{type(self).__name__}: adapter {name!r} is tied to that of another layer with the same weight; "
+                    f"call lora_ext.{operation}(model), which changes both"
+                )
 
     def forget_merge(self) -> None:
         """Takes the base weight as it is for the pristine one: for callers that have replaced a merged weight."""

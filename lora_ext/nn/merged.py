@@ -76,17 +76,25 @@ class MergedAdapters:
 
 
 @dataclasses.dataclass
-class _Matrices:
-    """Matrices that go into one call of the ops, with what they are called and whose they are."""
+class _Merge:
+    """What one call of the op merges, by matrix.
 
-    layers: list[Mergeable] = dataclasses.field(default_factory=list)
-    keys: list[str] = dataclasses.field(default_factory=list)
+    Attributes:
+        holders: the layers that hold the matrix, each with its key there: several where adapters are tied.
+        views, labels: the matrix, and what it is called.
+        factors: the packed updates.
+        ranks: by adapter name, sorted.
+    """
+
+    holders: list[list[tuple[Mergeable, str]]] = dataclasses.field(default_factory=list)
     views: list[Tensor] = dataclasses.field(default_factory=list)
     labels: list[str] = dataclasses.field(default_factory=list)
+    factors: list[tuple[Tensor, Tensor]] = dataclasses.field(default_factory=list)
+    ranks: list[dict[str, int]] = dataclasses.field(default_factory=list)
 
-    def append(self, layer: Mergeable, key: str, view: Tensor, label: str) -> None:
-        for column, value in zip(vars(self).values(), (layer, key, view, label), strict=True):
-            column.append(value)
+    def run(self, caller: str, record: bool = True) -> list[MergeRecord]:
+        lora_As, lora_Bs = [A for A, _ in self.factors], [B for _, B in self.factors]
+        return merge_all_(caller, self.views, lora_As, lora_Bs, self.labels, record=record)
 
 
 @torch.no_grad()
@@ -100,39 +108,39 @@ def change_merged(caller: str, wanted: Mapping[Mergeable, Collection[str]], wher
         ValueError: a result would be NaN or infinite, two weights share memory, or an update cannot be merged.
         RuntimeError: a weight was converted to another dtype while merged, or is computed by a parametrization.
     """
-    restore, records = _Matrices(), []
-    merge, factors, ranks = _Matrices(), [], []
+    records: dict[int, MergeRecord] = {}  # tied layers have one
+    views, labels = [], []
     for layer in wanted:
         for key, _, view, label in stored_matrices(caller, layer, where[layer]):
             if layer._merged is not None and key in layer._merged.matrices:
                 if layer._merged.lost:
                     raise RuntimeError(f"{caller}: {label} {layer._merged.lost}; forget_merge() takes it as it is now")
-                check_unmerge(caller, view, layer._merged.matrices[key].record, label)
-                restore.append(layer, key, view, label)
-                records.append(layer._merged.matrices[key].record)
-            updates = _updates(caller, layer, key, view, label, sorted(wanted[layer]))
-            if updates:
-                merge.append(layer, key, view, label)
-                factors.append(pack_factors(view.dtype, list(updates.values())))
-                ranks.append({name: A.shape[0] for name, (A, _, _) in updates.items()})
-
+                record = layer._merged.matrices[key].record
+                check_unmerge(caller, view, record, label)
+                if id(record) not in records:
+                    records[id(record)] = record
+                    views.append(view)
+                    labels.append(label)
+    merge = _plan_merge(caller, wanted, where)
     before = {layer: layer._merged for layer in wanted}
-    launches = plan_unmerge(caller, restore.views, records, restore.labels)
+    launches = plan_unmerge(caller, views, list(records.values()), labels)
 
     with uninterrupted():  # from here on the weights and what is noted about them change in step
         run_unmerge(launches)
         for layer in wanted:
             layer._merged = None
         try:
-            made = merge_all_(caller, merge.views, [A for A, _ in factors], [B for _, B in factors], merge.labels)
+            made = merge.run(caller)
         except BaseException:  # nothing was merged: what was there before goes back in
             remerge(launches)
             for layer, merged in before.items():
                 layer._merged = merged
             raise
         matrices: dict[Mergeable, dict[str, MergedMatrix]] = {layer: {} for layer, names in wanted.items() if names}
-        for layer, key, own, record in zip(merge.layers, merge.keys, ranks, made, strict=True):
-            matrices[layer][key] = MergedMatrix(own, record)
+        for holders, ranks, record in zip(merge.holders, merge.ranks, made, strict=True):
+            matrix = MergedMatrix(ranks, record)
+            for layer, key in holders:
+                matrices[layer][key] = matrix
         for layer, own in matrices.items():
             layer._merged = MergedAdapters(tuple(sorted(wanted[layer])), own)
 
@@ -143,14 +151,37 @@ def merge_for_good(caller: str, wanted: Mapping[Mergeable, Collection[str]], whe
 
     Errors as :func:`change_merged`; all layers are then unchanged.
     """
-    merge, factors = _Matrices(), []
+    _plan_merge(caller, wanted, where).run(caller, record=False)
+
+
+def _plan_merge(caller: str, wanted: Mapping[Mergeable, Collection[str]], where: Mapping[Mergeable, str]) -> _Merge:
+    merge = _Merge()
+    known: dict[tuple, int] = {}
     for layer, names in wanted.items():
-        for key, _, view, label in stored_matrices(caller, layer, where[layer]):
+        for key, matrix, view, label in stored_matrices(caller, layer, where[layer]):
             updates = _updates(caller, layer, key, view, label, sorted(names))
-            if updates:
-                merge.append(layer, key, view, label)
-                factors.append(pack_factors(view.dtype, list(updates.values())))
-    merge_all_(caller, merge.views, [A for A, _ in factors], [B for _, B in factors], merge.labels, record=False)
+            if not updates:
+                continue
+            parameter = matrix.owner._parameters[matrix.name]
+            same = (id(parameter), view.storage_offset(), *(update_identity(layer, key, name) for name in updates))
+            if same in known:
+                merge.holders[known[same]].append((layer, key))
+                continue
+            known[same] = len(merge.holders)
+            merge.holders.append([(layer, key)])
+            merge.views.append(view)
+            merge.labels.append(label)
+            merge.factors.append(pack_factors(view.dtype, list(updates.values())))
+            merge.ranks.append({name: A.shape[0] for name, (A, _, _) in updates.items()})
+    return merge
+
+
+def update_identity(layer: Mergeable, key: str, name: str) -> tuple:
+    """Tells the update of one adapter from others: equal only for those of tied adapters."""
+    if layer._merged is not None and name in layer._merged.names:
+        return name, id(layer._merged.matrices[key].record)
+    A, B, scaling = layer.factors(name)[key]
+    return name, A.data_ptr(), A.stride(), B.data_ptr(), B.stride(), scaling
 
 
 def stored_matrices(caller: str, layer: Mergeable, where: str) -> Iterator[tuple[str, object, Tensor, str]]:

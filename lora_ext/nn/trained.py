@@ -48,7 +48,7 @@ class TrainedModule(AdapterLayer):
     def file_tensors(self, path: str, adapter: nn.Module) -> dict[str, Tensor]:
         return {f"{path}.{name}": tensor for name, tensor in adapter.state_dict().items()}
 
-    def file_tensors_of_base(self, path: str) -> dict[str, Tensor]:
+    def file_tensors_of_base(self, path: str, adapter: nn.Module) -> dict[str, Tensor]:
         return {}
 
     def unloaded(self, merged: bool) -> nn.Module:

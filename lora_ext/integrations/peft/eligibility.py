@@ -21,7 +21,7 @@ NOT_CAST = "now: PEFT is told not to cast inputs (disable_input_dtype_casting)"
 
 
 class Adapter(NamedTuple):
-    """An active adapter as the ops take it: ``lora_A [r, in]``, ``lora_B [out, r]``, its ``bias [out]`` or None."""
+    """An active adapter as the ops take it: ``lora_A [r, in]``, ``lora_B [out, r]``, the scaled ``bias [out]``."""
 
     lora_A: Tensor
     lora_B: Tensor
@@ -87,6 +87,8 @@ def active_adapters(layer: LoraLayer) -> list[Adapter] | str:
             B, scaling = B * scaling, 1.0
         elif not -math.inf < scaling < math.inf:
             return f"the scaling of adapter {name!r} is {scaling}"
+        elif scaling < 0.0:  # lora_linear takes none
+            B, scaling = -B, -scaling
         adapters.append(Adapter(A, B, bias, scaling, dropout_p))
     return adapters or NONE_ACTIVE
 

@@ -23,7 +23,7 @@ class LinearForward:
         if args or kwargs or isinstance(adapters, str) or not is_eligible_call(x):
             return super().forward(x, *args, **kwargs)
         weight = plain_weight(self.base_layer)
-        if weight is not None and adapters[0].scaling >= 0.0:
+        if weight is not None:
             if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
                 return super().forward(x)
             first, *others = adapters

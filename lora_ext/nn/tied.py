@@ -1,0 +1,58 @@
+"""One adapter for modules that hold one weight: the input embedding's, and those of what is tied to it."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .adapter import LoraAdapter
+
+
+class TiedAdapter(nn.Module):
+    """The update of an embedding's weight for another layer with that weight: not a copy, the same parameters.
+
+    Gradients of both layers add up in them. Has the attributes of a :class:`LoraAdapter` that a layer reads.
+
+    Args:
+        source: the embedding's adapter.
+        transposed: for an output projection, whose update is ``lora_B @ lora_A`` where the embedding's is
+            ``(lora_B @ lora_A).T``.
+    """
+
+    is_tied = True
+
+    def __init__(self, source: LoraAdapter, transposed: bool) -> None:
+        super().__init__()
+        self.source = source
+        self.transposed = transposed
+        source.is_tied = True
+
+    @property
+    def lora_A(self) -> Tensor:
+        return self.source.lora_B.T if self.transposed else self.source.lora_A
+
+    @property
+    def lora_B(self) -> Tensor:
+        return self.source.lora_A.T if self.transposed else self.source.lora_B
+
+    @property
+    def r(self) -> int:
+        return self.source.r
+
+    @property
+    def lora_alpha(self) -> float:
+        return self.source.lora_alpha
+
+    @property
+    def scaling(self) -> float:
+        return self.source.scaling
+
+    @property
+    def lora_dropout(self) -> float:
+        return self.source.lora_dropout
+
+    @property
+    def lora_bias(self) -> None:
+        return None
+
+    def extra_repr(self) -> str:
+        return f"transposed={self.transposed}"

@@ -1,0 +1,179 @@
+"""An embedding of which adapters train a few rows (``trainable_token_indices``): new tokens, mostly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layer import AdapterLayer, freeze, has_forward_of, why_weight_unusable
+
+
+class TokenRows(nn.Module):
+    """Rows to stand in for those of a weight ``[num_embeddings, embedding_dim]``.
+
+    Attributes:
+        rows: ``[num_tokens, embedding_dim]``, trained: at first what the weight has, in float32 where that is 16 bits.
+        tokens: their numbers.
+    """
+
+    def __init__(self, weight: Tensor, tokens: tuple[int, ...]) -> None:
+        super().__init__()
+        self.tokens = tokens
+        dtype = torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
+        index = torch.tensor(tokens, device=weight.device)
+        self.rows = nn.Parameter(weight.detach()[index].to(dtype))
+        self._make_buffers()
+
+    def _make_buffers(self) -> None:
+        index = torch.tensor(self.tokens, device=self.rows.device)
+        self.register_buffer("index", index, persistent=False)
+        in_order, order = index.sort()
+        self.register_buffer("in_order", in_order, persistent=False)
+        self.register_buffer("order", order, persistent=False)
+
+    def find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Which rows ``ids`` mean, and which of them mean any: two tensors like ``ids``."""
+        place = torch.searchsorted(self.in_order, ids.to(self.in_order.dtype)).clamp_(max=len(self.tokens) - 1)
+        return self.order[place], self.in_order[place] == ids
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        self._make_buffers()  # to_empty() leaves nothing in them
+        return self
+
+    def extra_repr(self) -> str:
+        return f"num_tokens={len(self.tokens)}, embedding_dim={self.rows.shape[1]}"
+
+
+class TiedRows(nn.Module):
+    """The rows of an embedding for another module with the same weight: not a copy, the same parameter."""
+
+    is_tied = True
+
+    def __init__(self, source: TokenRows) -> None:
+        super().__init__()
+        self.source = source
+
+
+class TrainableTokens(AdapterLayer):
+    """An embedding, or an output projection tied to one, with some rows of the weight replaced by trained ones.
+
+    The frozen weight is not copied: an embedding's result is replaced where its ids are among the tokens; to an output
+    projection's, the difference that their rows make is added. Of several adapters in use, all replace their rows.
+
+    Args:
+        base_layer: an ``nn.Embedding`` or ``nn.Linear``, perhaps in other adapter layers; kept, and frozen.
+        active: which adapters are used, where other layers share that.
+    """
+
+    place = -1  # PEFT has it inside of LoRA layers
+
+    @staticmethod
+    def why_not(module: nn.Module) -> str | None:
+        """Why rows of ``module`` cannot be trained, or None."""
+        if isinstance(module, nn.Embedding):
+            if module.max_norm is not None:
+                return "it has max_norm, which changes the frozen weight in every forward"
+            if module.scale_grad_by_freq:
+                return "it has scale_grad_by_freq, which counts tokens among those that are not trained"
+            scales = hasattr(module, "embed_scale") and "forward" not in vars(module)
+            if not (scales or has_forward_of(module, nn.Embedding)):
+                return "its forward is not nn.Embedding's"
+        elif not isinstance(module, nn.Linear):
+            return "want an nn.Embedding or nn.Linear"
+        elif not has_forward_of(module, nn.Linear):
+            return "its forward is not nn.Linear's"
+        return why_weight_unusable(module, called=True)
+
+    def add_adapter(self, name: str, rows: TokenRows | TiedRows) -> None:
+        """Holds ``rows`` under ``name``, and freezes the base layer. ValueError: the name is taken."""
+        self._check_is_new(name)
+        self.adapters[name] = rows.train(self.training)
+        freeze(self.base_layer)
+
+    @property
+    def inner_layer(self) -> nn.Module:
+        """The embedding or projection itself."""
+        layer = self._modules["base_layer"]
+        while isinstance(layer, AdapterLayer):
+            layer = layer.base_layer
+        return layer
+
+    @property
+    def rows_in_use(self) -> list[TokenRows]:
+        """ValueError: two adapters in use replace the same row."""
+        adapters = [self.adapters[name] for name in self.active_adapters]
+        rows = [adapter.source if isinstance(adapter, TiedRows) else adapter for adapter in adapters]
+        if len(rows) > 1:
+            tokens = [token for own in rows for token in own.tokens]
+            if twice := sorted({token for token in tokens if tokens.count(token) > 1}):
+                raise ValueError(
+                    f"TrainableTokens: the adapters {list(self.active_adapters)} are all in use and have rows of their "
+                    f"own for the tokens {twice}; use one of them (set_adapter)"
+                )
+        return rows
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight with the rows in their places: allocates it, where there are any."""
+        weight = self.base_layer.weight
+        for rows in self.rows_in_use:
+            weight = weight.index_copy(0, rows.index, rows.rows.to(weight.dtype))
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows_in_use = self.rows_in_use
+        y = self.base_layer(x)
+        if isinstance(self.inner_layer, nn.Embedding):
+            for rows in rows_in_use:
+                y = self._looked_up(y, x, rows)
+        else:
+            if rows_in_use and self.inner_layer._forward_hooks:
+                y = y.clone()  # a hook may have kept it
+            for rows in rows_in_use:
+                y = self._projected(y, x, rows)
+        return y
+
+    def _looked_up(self, y: Tensor, ids: Tensor, rows: TokenRows) -> Tensor:
+        base = self.inner_layer
+        place, found = rows.find(ids)
+        padding = rows.tokens.index(base.padding_idx) if base.padding_idx in rows.tokens else None
+        looked_up = F.embedding(place, rows.rows.to(base.weight.dtype), padding)
+        if (scale := getattr(base, "embed_scale", None)) is not None:
+            looked_up = looked_up * (scale.to(base.weight.dtype) if isinstance(scale, Tensor) else scale)
+        return torch.where(found.unsqueeze(-1), looked_up, y)
+
+    def _projected(self, y: Tensor, x: Tensor, rows: TokenRows) -> Tensor:
+        # Replacing columns of y would copy all of its gradient; adding to them does not.
+        weight = self.base_layer.weight
+        change = F.linear(x, (rows.rows - weight[rows.index]).to(x.dtype))
+        return y.index_add_(-1, rows.index, change.to(y.dtype))
+
+    def file_tensors(self, path: str, adapter: TokenRows | TiedRows) -> dict[str, Tensor]:
+        if isinstance(adapter, TiedRows):
+            return {}
+        return {f"{path}.token_adapter.trainable_tokens_delta": adapter.rows}
+
+    def file_tensors_of_base(self, path: str, adapter: TokenRows | TiedRows) -> dict[str, Tensor]:
+        base = {f"{path}.token_adapter.base_layer.{name}": t for name, t in self.inner_layer.state_dict().items()}
+        if isinstance(adapter, TiedRows):
+            base |= self.file_tensors(path, adapter.source)
+        return base
+
+    @torch.no_grad()
+    def unloaded(self, merged: bool) -> nn.Module:
+        for rows in self.rows_in_use if merged else ():
+            weight = self.base_layer.weight
+            weight.index_copy_(0, rows.index, rows.rows.to(weight.dtype))
+        return self.base_layer
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "active" not in vars(self):  # not initialised yet, as while unpickling
+                raise
+            return getattr(self._modules["base_layer"], name)
