@@ -204,6 +204,8 @@ def test_a_layer_of_its_own():
     x = torch.randn(4, 6)
     assert (layer(x, scale=1.0) - experts(x, scale=1.0)).abs().max() > 1e-2
     assert layer.delta_weight().shape == (3, 10, 6) and layer.delta_weight(key="weight[1]").shape == (10, 6)
+    outer = LoraParameter(layer, "mix", LoraAdapter(6, 6, 2, 4))
+    assert all(p.requires_grad == ("adapters" in name) for name, p in outer.named_parameters())
     assert layer.shift is experts.shift and "parameter_name='up'" in repr(layer)
     for name, text in (("shift", "its shift has 1 dimensions, want 2, or 3"), ("nothing", "its nothing is computed")):
         with pytest.raises(TypeError, match=text):
