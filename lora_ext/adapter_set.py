@@ -27,6 +27,7 @@ class Part:
         replaced: modules of the model and what is to be put in their places, the layer among it; empty where it is
             there already.
         target: what the patterns of a config know it by.
+        file_scale: of the update in files, where that is another than here.
     """
 
     path: str
@@ -35,10 +36,20 @@ class Part:
     adapter: nn.Module
     replaced: Mapping[nn.Module, nn.Module] = dataclasses.field(default_factory=dict)
     target: str = ""
+    file_scale: float = 1.0
+
+    def file_scale_of(self, tensor: Tensor) -> float:
+        """What to multiply a tensor of the adapter by for a file, and to divide one of a file by: exact powers of 2."""
+        return 1.0 if tensor is getattr(self.adapter, "lora_A", None) else self.file_scale
 
 
 def located(parts: Iterable[Part]) -> tuple[Part, ...]:
-    """The parts of an adapter, all of them, with :attr:`Part.file_path` and :attr:`Part.target` filled in."""
+    """The parts of an adapter, all of them, with what depends on the others filled in.
+
+    Files hold half the update of an attention's ``out_proj`` that is adapted along with it, as PEFT (0.21) adds that
+    twice, in every forward and when it merges. So a file means the same there and here. Attentions with query, key and
+    value weights of their own are not for PEFT to read.
+    """
     parts = tuple(parts)
     in_file = file_paths((part.path, part.layer) for part in parts)
     along = {
@@ -47,11 +58,13 @@ def located(parts: Iterable[Part]) -> tuple[Part, ...]:
         if isinstance(part.layer, LoraLayer)
         for name in part.layer.adapted_along
     }
+    halved = {f"{part.path}.out_proj" for part in parts if getattr(part.layer, "is_packed", False)}
     return tuple(
         dataclasses.replace(
             part,
             file_path=in_file[part.layer],
             target=along.get(part.path, part.layer.target_name(part.path)),
+            file_scale=0.5 if part.path in halved else 1.0,
         )
         for part in parts
     )
@@ -75,6 +88,15 @@ class Adapter:
         if self.biases is not None:
             tensors |= self.biases.file_tensors()
         return tensors
+
+    def file_scales(self) -> dict[str, float]:
+        """Of the same keys, those of tensors that files hold multiplied by a number, and that number."""
+        return {
+            key: part.file_scale_of(tensor)
+            for part in self.parts
+            if part.file_scale != 1.0
+            for key, tensor in part.layer.file_tensors(part.file_path, part.adapter).items()
+        }
 
     def base_tensors(self) -> dict[str, Tensor]:
         """Frozen tensors of the base layers that a file may hold too, as PEFT's do of adapted embeddings and heads."""

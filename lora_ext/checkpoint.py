@@ -53,11 +53,14 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     values = adapter.config.to_dict() | {"inference_mode": True}  # as PEFT: loading is for inference unless asked
     if values["base_model_name_or_path"] is None:
         values["base_model_name_or_path"] = getattr(root_module(model), "name_or_path", None)
+    scales = adapter.file_scales()
     # A copy each: safetensors refuses tensors that share memory, as tied modules do.
     tensors = {
         f"{KEY_PREFIX}{key}": tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for key, tensor in adapter.tensors().items()
     }
+    for key, scale in scales.items():
+        tensors[f"{KEY_PREFIX}{key}"] *= scale
     values, tensors, metadata = as_peft_has_it(adapter, values, tensors)
     # Sorted, but not what is inside: of patterns the first that matches counts.
     text = json.dumps({key: values[key] for key in sorted(values)}, indent=2)
@@ -117,6 +120,8 @@ def load_adapter(
     with torch.no_grad():
         for key, target in targets.items():
             target.copy_(file.tensor(key))
+        for key, scale in adapter.file_scales().items():
+            targets[f"{KEY_PREFIX}{key}"].div_(scale)
     if not replaces:
         apply_injection(model, adapter)
     return model

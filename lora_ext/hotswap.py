@@ -136,7 +136,7 @@ def _slots(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> list[_Slo
         ratio = config.scaling_for(part.target) / part.adapter.scaling if low_rank and part.adapter.scaling else 1.0
         for key, tensor in tensors.items():
             dim = _rank_dim(part, tensor)
-            factor = ratio if low_rank and tensor is not part.adapter.lora_A else 1.0
+            factor = ratio / part.file_scale_of(tensor) if low_rank and tensor is not part.adapter.lora_A else 1.0
             slots.append(_Slot(tensor, None if absent else key, dim, factor))
             if absent:
                 continue

@@ -48,9 +48,9 @@ class LoraMultiheadAttention(LoraLayer):
     are read in one pass and share a dropout mask.
 
     ``out_proj``, which ``nn.MultiheadAttention`` does not call, is called here, so that it may be a
-    :class:`~lora_ext.nn.LoraLinear`: ``inject`` adapts it along with the attention, or alone. Its update counts once;
-    PEFT 0.21 adds it twice (its ``merge`` adds it, and then calls that of ``out_proj``), and never uses that of an
-    ``out_proj`` adapted alone. With nothing to add, the base attention itself is called.
+    :class:`~lora_ext.nn.LoraLinear`: ``inject`` adapts it along with the attention, or alone. PEFT 0.21 adds its update
+    twice (``merge`` adds it, and then calls that of ``out_proj``), for which files hold half of it, and never uses that
+    of an ``out_proj`` adapted alone. With nothing to add, the base attention itself is called.
 
     In files, an adapter of separate weights has the keys ``<path>.q_proj_weight.lora_A.weight`` and so on: PEFT cannot
     adapt such an attention but by ``target_parameters``, which makes a copy of each weight in every call.
