@@ -37,7 +37,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--target-modules", metavar="NAMES", help="layers to adapt: q_proj,v_proj; else all matrices but embeddings")
     add("--no-save-others", action="store_true", help="other differences are an error; else saved in full")
     add("--fan-in-fan-out", action="store_true", help="matrices are [in, out], as in Conv1D of GPT-2")
-    add("--dtype", type=files.dtype, default=torch.float32, help="of the factors: float32, bfloat16 or float16")
+    add("--dtype", type=files.dtype, default="float32", help="of the factors: float32, bfloat16 or float16")
     add("--overwrite", action="store_true", help="replace the adapter in --out")
     add("--json", action="store_true", help="print what was found as JSON")
     parser.set_defaults(run=run)

@@ -41,7 +41,7 @@ class Staging:
         if not self.out.exists() or not any(self.out.iterdir()):
             return
         if not self.overwrite:
-            raise FileExistsError(f"{self.out} exists; choose another directory, or overwrite it (overwrite)")
+            raise FileExistsError(f"{self.out} exists; choose another directory, or overwrite it (--overwrite)")
         if not any(self.out.glob("*.safetensors")):
             raise FileExistsError(f"{self.out} holds no safetensors file: it is not overwritten; remove it yourself")
 
