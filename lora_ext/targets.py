@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .config import ALL_LINEAR, LoraConfig, name_covers, pattern_covers
+from .nn.linear import is_linear
 
 
 @dataclass(frozen=True)
@@ -212,11 +213,7 @@ class _Search:
 
     def all_linear(self) -> list[str]:
         """Every linear layer (Transformers' ``Conv1D`` is one) but the output head."""
-        return [
-            path
-            for path, module in self.modules.items()
-            if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and module is not self.output_head
-        ]
+        return [path for path, module in self.modules.items() if is_linear(module) and module is not self.output_head]
 
     def tie(self, found: dict[str, nn.Module]) -> dict[str, nn.Module]:
         """With ``ensure_weight_tying``, the input embedding in place of all in ``found`` that shares its weight."""

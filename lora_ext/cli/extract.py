@@ -8,8 +8,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from . import files
 from .formatter import HelpFormatter
 

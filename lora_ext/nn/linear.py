@@ -33,7 +33,7 @@ class LoraLinear(LoraLayer):
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
-        return isinstance(module, nn.Linear) or is_conv1d(module)
+        return is_linear(module)
 
     @classmethod
     def why_not(cls, module: nn.Module, config: LoraConfig) -> str | None:
@@ -102,6 +102,11 @@ def add_updates(
     for update in updates[1:]:
         y = functional.lora_delta_(y, x, *update)
     return y
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear layer, of PyTorch's or of Transformers'."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def is_conv1d(module: nn.Module) -> bool:
