@@ -270,10 +270,10 @@ class _Search:
             known = paths
         else:
             kind = "module"
-            layer, plural = (
-                (nn.Embedding, "embeddings") if key == "trainable_token_indices" else (nn.Linear, "linear layers")
-            )
-            paths = [path for path, module in self.modules.items() if isinstance(module, layer)]
+            if key == "trainable_token_indices":
+                plural, paths = "embeddings", [path for path, m in self.modules.items() if isinstance(m, nn.Embedding)]
+            else:
+                plural, paths = "linear layers", [path for path, m in self.modules.items() if is_linear(m)]
             candidates = [path.rpartition(".")[2] for path in (*paths, *self.modules)]
             known = [path.rpartition(".")[2] for path in paths]
         candidates = [*dict.fromkeys(candidates), *paths]
