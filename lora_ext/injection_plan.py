@@ -177,8 +177,12 @@ class Planner:
     def trained_parts(self, targets: Targets) -> Iterator[Part]:
         copied: dict = {}  # shared, so that the copies of tied modules are tied
         tied = [path for path, source in targets.tied.items() if source in targets.trained]
+        for path, around in reversed(self.bare.layers.items()):  # the copies are bare: other adapters are not theirs
+            if is_inside(path, (*targets.trained, *tied)):
+                copied |= dict.fromkeys(map(id, around), copy.deepcopy(self.bare.modules[path], copied))
         for path in (*targets.trained, *tied):
-            layer, replaced = self._layer(path, self.bare.modules[path], TrainedModule)
+            outermost = next(iter(self.bare.layers.get(path, ())), self.bare.modules[path])
+            layer, replaced = self._layer(path, outermost, TrainedModule)
             yield Part(path, path, layer, copy.deepcopy(self.bare.modules[path], copied), replaced)
 
     def token_parts(self, targets: Targets, replaced: Mapping[nn.Module, nn.Module]) -> Iterator[Part]:
@@ -193,7 +197,8 @@ class Planner:
             if layer is not None:
                 yield Part(path, path, layer, adapter)
             else:
-                outermost = around[0] if around else self.bare.modules[path]
+                lora = (layer for layer in around if not isinstance(layer, TrainedModule))
+                outermost = next(lora, self.bare.modules[path])  # but for copies trained in full: they take no rows
                 layer = TrainableTokens(replaced.get(outermost, outermost), active=self.active)
                 yield Part(path, path, layer, adapter, {outermost: layer})
 

@@ -322,7 +322,7 @@ def test_trained_together_with_a_module_to_save_of_another_adapter():
     model, ids = tuned(False), ids_with_tokens()
     expected = logits(model, ids)
     inject(model, LoraConfig(**ALIVE | {"modules_to_save": ["embed_tokens"]}), "saved")
-    nn.init.zeros_(model.model.embed_tokens.base_layer.in_use.weight)
+    nn.init.zeros_(model.model.embed_tokens.in_use.weight)
     assert not model.model.embed_tokens(ids).any()
     set_adapter(model, "default")
     torch.testing.assert_close(logits(model, ids), expected)

@@ -1,0 +1,88 @@
+"""Adapters of one model that meet in one module: neither may change what the other means."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import VOCABULARY, Net, llama, token_ids
+from torch import Tensor, nn
+
+from lora_ext import LoraConfig, inject, save_adapter
+from lora_ext.adapters import set_adapter, unload
+
+
+def randomized(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if ".adapters." in path:
+                parameter.normal_(std=0.3)
+    return model
+
+
+def computed(model: nn.Module, x: Tensor, *names: str) -> Tensor:
+    return set_adapter(model, names)(x).detach()
+
+
+def square() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)).eval()
+
+
+@pytest.mark.parametrize("saved_first", [False, True])
+def test_one_adapter_trains_in_full_what_another_adapts(saved_first):
+    x, base = torch.randn(3, 6), square()
+    adapting = LoraConfig(r=2, target_modules=["2"])
+    saving = LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"])
+    wanted = {}
+    for name, config in (("adapting", adapting), ("saving", saving)):
+        torch.manual_seed(7)
+        wanted[name] = randomized(inject(copy.deepcopy(base), config, name))(x).detach()
+
+    model, order = copy.deepcopy(base), [("adapting", adapting), ("saving", saving)]
+    for name, config in reversed(order) if saved_first else order:
+        torch.manual_seed(7)
+        alone = randomized(inject(copy.deepcopy(base), config, name))
+        inject(model, config, name)
+        own, theirs = dict(alone.named_parameters()), dict(model.named_parameters())
+        with torch.no_grad():
+            for path, parameter in theirs.items():
+                if f".adapters.{name}." in path:
+                    parameter.copy_(own[path.replace("2.base_layer.", "2.")])
+    for name, y in wanted.items():
+        assert torch.equal(computed(model, x, name), y), name
+    assert torch.equal(computed(model, x), base(x))
+    set_adapter(model, "adapting")
+    assert torch.equal(unload(model)(x), base(x))
+
+
+def test_a_block_trained_in_full_is_copied_without_the_adapters_in_it(tmp_path):
+    x, base = torch.randn(3, 6), Net().eval()
+    model = randomized(inject(copy.deepcopy(base), LoraConfig(r=2, target_modules=["up"]), "a"))
+    adapted = computed(model, x, "a")
+    inject(model, LoraConfig(r=2, target_modules=["head"], modules_to_save=["blocks.0"]), "b")
+    torch.testing.assert_close(model(x), base(x))
+    assert torch.equal(computed(model, x, "a"), adapted)
+    for name in "ab":
+        save_adapter(model, tmp_path / name, name)
+    assert torch.equal(unload(model)(x), base(x))
+
+
+@pytest.mark.parametrize("saved_first", [False, True])
+def test_a_copy_trained_in_full_has_no_rows_of_another_adapter(saved_first):
+    ids, model = token_ids(), llama().eval()
+    tokens = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=list(range(VOCABULARY)))
+    saving = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    for name, config in sorted({"tokens": tokens, "saving": saving}.items(), reverse=not saved_first):
+        inject(model, config, name)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if path.endswith("adapters.tokens.rows"):
+                parameter.fill_(5.0)
+            elif path.endswith("adapters.saving.weight"):
+                parameter.fill_(7.0)
+    embedded = {
+        names: set_adapter(model, names).model.embed_tokens(ids) for names in [("tokens",), ("tokens", "saving")]
+    }
+    assert (embedded["tokens",] == 5).all()
+    assert (embedded["tokens", "saving"] == 7).all()
