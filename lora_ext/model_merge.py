@@ -42,12 +42,13 @@ def merge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> Mo
     Raises:
         ValueError: there is no LoRA layer; a base weight is tied to another module, which would change with it (a
             language model's head and embedding), or shares memory with that of another LoRA layer; an element would
-            become NaN or infinite.
+            become NaN or infinite; a ``lora_bias`` would go into a bias that is trained (``bias``).
         KeyError: no layer has an adapter of that name.
         RuntimeError: an adapter is merged already, or disabled; a base weight is computed by a parametrization.
     """
     wanted = _to_merge("merge", _all_lora_modules("merge", model), adapter_names)
     _check_untied("merge", model, wanted)
+    _check_biases(model, wanted)
     change_merged(
         "merge", {layer: {*layer.merged_adapters, *names} for layer, names in wanted.values()}, _where(wanted)
     )
@@ -246,6 +247,19 @@ def _check_untied(caller: str, model: nn.Module, wanted: dict[str, tuple[LoraLay
                 f"{caller}: {labels[parameter]} is also that of {others[0]!r}, which would change with it; adapt both "
                 "with ensure_weight_tying=True, untie them (give one a clone of the weight), or run unmerged"
             )
+
+
+def _check_biases(model: nn.Module, wanted: dict[str, tuple[LoraLayer, set[str]]]) -> None:
+    """No bias that an update would be merged into is one that another is put in the place of."""
+    adapters = adapter_set(model)
+    for trainer, biases in adapters.biases.items() if adapters is not None else ():
+        for path, (layer, names) in wanted.items():
+            biased = any(layer.adapters[name].lora_bias is not None for name in names)
+            if biased and layer.bias is not None and biases.owns(layer.bias):
+                raise ValueError(
+                    f"merge: {path!r} has a lora_bias to merge into a bias that {trainer!r} trains, which is switched "
+                    "with that adapter; run unmerged, or merge for good (merge_and_unload)"
+                )
 
 
 def some(paths: list[str]) -> str:

@@ -16,8 +16,11 @@ class TrainedBiases:
     """
 
     def __init__(self, owners: Mapping[str, nn.Module]) -> None:
-        self._owners = dict(owners)
         self.used = True
+        first: dict[int, str] = {}
+        # BERT's head has one bias in two modules: each path, and the first with that parameter.
+        self._first = {path: first.setdefault(id(owner.bias), path) for path, owner in owners.items()}
+        self._owners = {path: owners[path] for path in first.values()}
         self._others = {path: owner.bias.detach().clone() for path, owner in self._owners.items()}  # not in place now
 
     @torch.no_grad()
@@ -35,6 +38,10 @@ class TrainedBiases:
         for owner in self._owners.values():
             owner.bias.requires_grad = requires_grad
 
+    def owns(self, parameter: Tensor) -> bool:
+        return any(owner.bias is parameter for owner in self._owners.values())
+
     def file_tensors(self) -> dict[str, Tensor]:
         """The trained values by their keys in a file."""
-        return {f"{path}.bias": owner.bias if self.used else self._others[path] for path, owner in self._owners.items()}
+        values = {path: owner.bias for path, owner in self._owners.items()} if self.used else self._others
+        return {f"{path}.bias": values[first] for path, first in self._first.items()}

@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
-from models import VOCABULARY, Net, llama, token_ids
+from models import VOCABULARY, Net, llama, refused, token_ids
 from torch import Tensor, nn
+from transformers import BertConfig, BertForMaskedLM
 
-from lora_ext import LoraConfig, inject, save_adapter
-from lora_ext.adapters import set_adapter, unload
+from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter
+from lora_ext.adapters import disable_adapters, merge_and_unload, set_adapter, unload
 
 
 def randomized(model: nn.Module) -> nn.Module:
@@ -86,3 +87,30 @@ def test_a_copy_trained_in_full_has_no_rows_of_another_adapter(saved_first):
     }
     assert (embedded["tokens",] == 5).all()
     assert (embedded["tokens", "saving"] == 7).all()
+
+
+def test_a_bias_in_two_modules_is_switched_once(tmp_path):
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    model = BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, **size)).eval()
+    head = model.cls.predictions
+    assert head.bias is head.decoder.bias
+    inject(model, LoraConfig(r=2, target_modules=["query"], bias="all"))
+    nn.init.constant_(head.bias, 3.0)
+    with disable_adapters(model):
+        assert not head.bias.any()
+    assert (head.bias == 3).all()
+    save_adapter(set_adapter(model, ()), tmp_path, "default")
+    assert not head.bias.any()
+    again = load_adapter(unload(model), tmp_path)
+    assert (again.cls.predictions.bias == 3).all()
+
+
+def test_a_bias_that_is_trained_takes_no_merged_lora_bias():
+    x, model = torch.randn(3, 6), Net().eval()
+    inject(model, LoraConfig(r=2, target_modules=["up"], bias="all"), "a")
+    inject(model, LoraConfig(r=2, target_modules=["up"], lora_bias=True), "b")
+    randomized(model)
+    with refused(model, ValueError, "merge: 'blocks.0.up' has a lora_bias to merge", "'a' trains", "merge_and_unload"):
+        merge(model, "b")
+    expected = model(x)
+    torch.testing.assert_close(merge_and_unload(model)(x), expected)
