@@ -113,14 +113,24 @@ class AdapterSet:
         configs: by adapter name, in the order they were added.
         active: the names in use; every layer of the model holds this object.
         biases: of the adapter that trains the model's own biases, if one does.
+        disabled: within :func:`~lora_ext.adapters.disable_adapters`, which will restore what is in use now.
     """
 
     def __init__(self) -> None:
         self.configs: dict[str, LoraConfig] = {}
         self.active = ActiveAdapters()
         self.biases: dict[str, TrainedBiases] = {}
+        self.disabled = False
         self._trainable: set[str] = set()
         self._modules: dict[str, list[nn.Module]] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        return vars(self) | {"disabled": False}  # what ends the context has no hold of a copy
+
+    def check_enabled(self, caller: str) -> None:
+        """RuntimeError: what is in use cannot change now, as it is to be restored."""
+        if self.disabled:
+            raise RuntimeError(f"{caller}: the adapters are disabled; leave disable_adapters first")
 
     def add(self, adapter: Adapter) -> None:
         """Takes note of an adapter whose parts are attached."""

@@ -59,9 +59,11 @@ def set_adapter(model: ModelT, names: str | Iterable[str], trainable: bool | Non
 
     Raises:
         ValueError: the model is not injected, or a name is given twice.
-        KeyError: there is no adapter of that name; the message lists them. Nothing is changed.
+        KeyError: there is no adapter of that name; the message lists them.
+        RuntimeError: within :func:`disable_adapters`. Nothing is changed.
     """
     adapters = find_adapters(model, "set_adapter")
+    adapters.check_enabled("set_adapter")
     names = (names,) if isinstance(names, str) else tuple(names)
     check_names("set_adapter", adapters.configs, names)
     if len(set(names)) < len(names):
@@ -80,6 +82,8 @@ def adapter_names(model: nn.Module) -> list[str]:
 def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Within the context the model computes what its base model computes, with its own heads and biases.
 
+    It restores what was in use: adapters cannot be added, switched, renamed or removed within it.
+
     Raises:
         ValueError: there is no LoRA layer.
         RuntimeError: an adapter is merged, so that the base weights are not the base's.
@@ -93,15 +97,21 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     if merged:
         raise RuntimeError(f"disable_adapters: {some(merged)} merged; call unmerge(model) first")
     active = {layer.active: layer.active.names for layer in layers.values()}
-    biases = list(adapters.biases.values()) if (adapters := adapter_set(model)) is not None else []
+    adapters = adapter_set(model)
+    biases = list(adapters.biases.values()) if adapters is not None else []
     used = [own.used for own in biases]
+    was_disabled = adapters is not None and adapters.disabled
     try:
+        if adapters is not None:
+            adapters.disabled = True
         for shared in active:
             shared.names = ()
         for own in biases:
             own.use(False)
         yield
     finally:
+        if adapters is not None:
+            adapters.disabled = was_disabled
         for shared, names in active.items():
             shared.names = names
         for own, was_used in zip(biases, used, strict=True):
@@ -117,9 +127,10 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
     Raises:
         ValueError: the model is not injected.
         KeyError: there is no such adapter; the message lists them.
-        RuntimeError: it is active or merged. Nothing is changed.
+        RuntimeError: it is active or merged, or adapters are disabled. Nothing is changed.
     """
     adapters = find_adapters(model, "delete_adapter")
+    adapters.check_enabled("delete_adapter")
     check_names("delete_adapter", adapters.configs, [name])
     if name in adapters.active.names:
         others = sorted(adapters.configs.keys() - {name})
@@ -154,9 +165,10 @@ def rename_adapter(model: ModelT, old: str, new: str) -> ModelT:
     Raises:
         ValueError: the model is not injected, or ``new`` is taken or cannot be a name.
         KeyError: there is no adapter ``old``; the message lists them.
-        RuntimeError: it is merged. Nothing is changed.
+        RuntimeError: it is merged, or adapters are disabled. Nothing is changed.
     """
     adapters = find_adapters(model, "rename_adapter")
+    adapters.check_enabled("rename_adapter")
     check_names("rename_adapter", adapters.configs, [old])
     if new == old:
         return model
@@ -182,7 +194,7 @@ class AdapterStatus:
         r, scaling: of a low-rank update; None of a module trained in full.
         active, merged: whether it is in use; whether the base weight contains it.
         trainable: whether all its parameters require a gradient; None: some do.
-        dtype, device: of its parameters.
+        dtype, device: of its parameters; None where it has none.
         parameters: how many numbers it holds.
     """
 
@@ -194,8 +206,8 @@ class AdapterStatus:
     active: bool
     merged: bool
     trainable: bool | None
-    dtype: torch.dtype
-    device: torch.device
+    dtype: torch.dtype | None
+    device: torch.device | None
     parameters: int
 
 
@@ -206,7 +218,7 @@ def adapter_status(model: nn.Module) -> list[AdapterStatus]:
         for name, adapter in layer.adapters.items():
             parameters = list(adapter.parameters())
             flags = {parameter.requires_grad for parameter in parameters if parameter.is_floating_point()}
-            first = next((p for p in parameters if p.is_floating_point()), parameters[0])
+            first = next((p for p in parameters if p.is_floating_point()), next(iter(parameters), None))
             low_rank = isinstance(layer, LoraLayer)
             status.append(
                 AdapterStatus(
@@ -218,8 +230,8 @@ def adapter_status(model: nn.Module) -> list[AdapterStatus]:
                     name in layer.active.names,
                     isinstance(layer, LoraLayer) and name in layer.merged_adapters,
                     flags.pop() if len(flags) == 1 else None,
-                    first.dtype,
-                    first.device,
+                    None if first is None else first.dtype,
+                    None if first is None else first.device,
                     sum(parameter.numel() for parameter in parameters),
                 )
             )

@@ -142,6 +142,8 @@ def check_adapter_name(caller: str, name: str, adapters: AdapterSet | None) -> N
 
 
 def _check_state(root: nn.Module, adapters: AdapterSet | None, config: LoraConfig) -> None:
+    if adapters is not None:
+        adapters.check_enabled("inject")
     for path, layer in lora_modules(root):
         if adapters is None:
             raise ValueError(

@@ -63,6 +63,7 @@ def add_weighted_adapter(
     """
     caller = "add_weighted_adapter"
     held = find_adapters(model, caller)
+    held.check_enabled(caller)
     check_names(caller, held.configs, adapters)
     check_adapter_name(caller, adapter_name, held)
     settings = {

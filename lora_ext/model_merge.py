@@ -130,6 +130,7 @@ def merge_and_unload(model: ModelT, adapter_names: str | Iterable[str] | None = 
     missing = {path: (layer, own - {*layer.merged_adapters}) for path, (layer, own) in chosen.items()}
     wanted = {path: (layer, own) for path, (layer, own) in missing.items() if own}
     _check_untied("merge_and_unload", model, wanted)
+    _check_can_unload("merge_and_unload", model, merged=True)
     with uninterrupted():  # a weight that contains its adapter must not stay beside it
         if some_merged:  # a weight is rounded once for all its adapters: those merged come out first
             change_merged(
@@ -153,12 +154,21 @@ def unload(model: ModelT) -> ModelT:
     """
     if not any(adapter_layers(model)):
         raise ValueError(f"unload: {type(model).__name__} has no LoRA layer; call inject(model, config) first")
+    _check_can_unload("unload", model, merged=False)
     merged = [path for path, layer in lora_modules(model) if layer.is_merged]
     if merged:
         raise RuntimeError(f"unload: {some(merged)} merged; call unmerge(model) first, or merge_and_unload(model)")
     with uninterrupted():
         _unload(model, merged=False)
     return model
+
+
+def _check_can_unload(caller: str, model: nn.Module, merged: bool) -> None:
+    if (adapters := adapter_set(model)) is not None:
+        adapters.check_enabled(caller)
+    for _, layer in adapter_layers(model) if merged else ():
+        if isinstance(layer, TrainableTokens):
+            _ = layer.rows_in_use  # ValueError: two adapters in use have the same
 
 
 def _unload(model: nn.Module, merged: bool) -> None:

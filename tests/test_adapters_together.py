@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter
-from lora_ext.adapters import disable_adapters, merge_and_unload, set_adapter, unload
+from lora_ext.adapters import (
+    adapter_status,
+    add_weighted_adapter,
+    delete_adapter,
+    disable_adapters,
+    merge_and_unload,
+    rename_adapter,
+    set_adapter,
+    unload,
+)
 
 
 def randomized(model: nn.Module) -> nn.Module:
@@ -114,3 +123,45 @@ def test_a_bias_that_is_trained_takes_no_merged_lora_bias():
         merge(model, "b")
     expected = model(x)
     torch.testing.assert_close(merge_and_unload(model)(x), expected)
+
+
+CHANGES = {
+    "set_adapter": lambda model: set_adapter(model, "b"),
+    "delete_adapter": lambda model: delete_adapter(model, "b"),
+    "rename_adapter": lambda model: rename_adapter(model, "a", "c"),
+    "add_weighted_adapter": lambda model: add_weighted_adapter(model, ["a"], [1.0], "c"),
+    "inject": lambda model: inject(model, LoraConfig(target_modules=["up"]), "c"),
+    "unload": unload,
+    "merge_and_unload": lambda model: merge_and_unload(model, "a"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_adapters_that_are_disabled_do_not_change(name):
+    x, model = torch.randn(3, 6), Net().eval()
+    for adapter in "ba":
+        inject(model, LoraConfig(r=2, target_modules=["up"]), adapter)
+    expected = randomized(model)(x)
+    with disable_adapters(model), disable_adapters(model), refused(model, RuntimeError, f"{name}: ", "leave disable"):
+        CHANGES[name](model)
+    with disable_adapters(model):
+        enabled_copy = copy.deepcopy(model)
+    assert torch.equal(model(x), expected)
+    assert torch.equal(set_adapter(enabled_copy, "a")(x), expected)
+    CHANGES[name](model)
+
+
+def test_unloading_for_good_checks_trained_rows_before_it_merges():
+    model = llama()
+    for name in "ab":
+        inject(model, LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 2]), name)
+    set_adapter(randomized(model), ["a", "b"])
+    with refused(model, ValueError, "rows of their own for the tokens [1, 2]"):
+        merge_and_unload(model)
+
+
+def test_status_of_a_saved_module_without_parameters():
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
+    inject(model, LoraConfig(target_modules=["0"], modules_to_save=["1"]))
+    _, status = adapter_status(model)
+    assert (status.dtype, status.device, status.trainable, status.parameters) == (None, None, None, 0)
