@@ -21,6 +21,7 @@ from .config import LoraConfig
 from .inject import lora_modules
 from .merged_projection_file import as_we_have_it
 from .nn import LoraAdapter
+from .nn.attention import SeparateProjections
 from .nn.tied import TiedAdapter
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -50,7 +51,9 @@ def prepare_hotswap(model: ModelT, r: int, adapter_name: str | None = None) -> M
     _check_unmerged("prepare_hotswap", model, adapter.name)
     if not isinstance(r, int) or isinstance(r, bool) or r < 1:
         raise ValueError(f"prepare_hotswap: r is {r!r}, want an integer of at least 1")
-    low_rank = [part for part in adapter.parts if isinstance(part.adapter, LoraAdapter)]
+    low_rank = [
+        dataclasses.replace(part, adapter=update) for part in adapter.parts for update in _updates_of(part.adapter)
+    ]
     padded = [_padded(part, r) for part in low_rank]
     alphas = {part.target: part.adapter.scaling * r for part in low_rank}
     alpha = max(alphas.values(), key=list(alphas.values()).count, default=adapter.config.lora_alpha)
@@ -126,22 +129,28 @@ class _Slot:
 
 def _slots(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> list[_Slot]:
     slots, problems, expected = [], [], set()
+    theirs, ours = config.trainable_token_indices, adapter.config.trainable_token_indices
+    if theirs != ours:
+        problems.append(f"trainable_token_indices: {theirs} in the file, {ours} in the model")
     for part in adapter.parts:
         tensors = {f"{KEY_PREFIX}{key}": t for key, t in part.layer.file_tensors(part.file_path, part.adapter).items()}
         expected |= tensors.keys()
         if isinstance(part.adapter, TiedAdapter):  # whose values are another part's
             continue
-        low_rank = isinstance(part.adapter, LoraAdapter)
-        absent = low_rank and not any(key in file for key in tensors)
-        ratio = config.scaling_for(part.target) / part.adapter.scaling if low_rank and part.adapter.scaling else 1.0
+        updates = _updates_of(part.adapter)
+        absent = bool(updates) and not any(key in file for key in tensors)
         for key, tensor in tensors.items():
-            dim = _rank_dim(part, tensor)
-            factor = ratio / part.file_scale_of(tensor) if low_rank and tensor is not part.adapter.lora_A else 1.0
+            dim, factor = None, 1.0
+            if updates:
+                update = next(own for own in updates if any(tensor is each for each in own.parameters()))
+                dim = _rank_dim(update, tensor)
+                if tensor is not update.lora_A:
+                    factor = config.scaling_for(part.target) / update.scaling / part.file_scale_of(tensor)
             slots.append(_Slot(tensor, None if absent else key, dim, factor))
             if absent:
                 continue
             theirs, ours = config.enable_lora_for(part.target), getattr(part.adapter, "enable_lora", None)
-            if low_rank and theirs != ours:
+            if updates and theirs != ours:
                 problems.append(f"enable_lora of {part.target}: {theirs} in the file, {ours} in the model")
             if key not in file:
                 problems.append(f"missing key: {key}")
@@ -164,11 +173,18 @@ def _slots(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> list[_Slo
     return slots
 
 
-def _rank_dim(part: Part, tensor: Tensor) -> int | None:
+def _updates_of(adapter: nn.Module) -> list[LoraAdapter]:
+    """The low-rank updates that the adapter of one layer consists of; none, if it is a module trained in full."""
+    if isinstance(adapter, SeparateProjections):
+        return list(adapter.values())
+    return [adapter] if isinstance(adapter, LoraAdapter) else []
+
+
+def _rank_dim(update: LoraAdapter, tensor: Tensor) -> int | None:
     """The dimension that may be shorter in the file."""
-    if not isinstance(part.adapter, LoraAdapter) or not part.adapter.has_plain_rank:
+    if not update.has_plain_rank:
         return None
-    return 0 if tensor is part.adapter.lora_A else 1 if tensor is part.adapter.lora_B else None
+    return 0 if tensor is update.lora_A else 1 if tensor is update.lora_B else None
 
 
 def _fits(shape: tuple[int, ...], target: tuple[int, ...], rank_dim: int | None) -> bool:

@@ -7,7 +7,8 @@ import copy
 import peft
 import pytest
 import torch
-from models import Net, bert, refused, token_ids
+from models import Net, bert, llama, refused, token_ids
+from torch import Tensor, nn
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter
 from lora_ext.adapters import adapter_names, lora_modules
@@ -102,6 +103,30 @@ def test_one_of_several(tmp_path):
     assert adapter_names(model) == ["a", "b"]
 
 
+def test_an_attention_with_weights_of_its_own_for_query_key_and_value(tmp_path):
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = nn.MultiheadAttention(8, 2, kdim=6, vdim=5, batch_first=True)
+
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return self.attn(*inputs)[0]
+
+    base, inputs = Attention().eval(), (torch.randn(2, 3, 8), torch.randn(2, 4, 6), torch.randn(2, 4, 5))
+    directory, other = saved(tmp_path / "other", base, r=3, lora_alpha=9, target_modules=["attn"], lora_bias=True)
+    nn.init.normal_(other.attn.adapters["default"]["q_proj_weight"].lora_bias)
+    save_adapter(other, directory)
+    config = LoraConfig(r=2, target_modules=["attn"], lora_alpha=2, lora_bias=True, **ALIVE)
+    model = inject(copy.deepcopy(base), config)
+    before = model(*inputs)
+    prepare_hotswap(model, 4)
+    torch.testing.assert_close(model(*inputs), before)
+    save_adapter(model, tmp_path / "padded")
+    torch.testing.assert_close(load_adapter(copy.deepcopy(base), tmp_path / "padded")(*inputs), before)
+    hotswap_adapter(model, directory)
+    torch.testing.assert_close(model(*inputs), other(*inputs))
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -118,6 +143,13 @@ def test_what_does_not_fit_is_listed(settings, text, tmp_path):
     directory, _ = saved(tmp_path, Net(), **{"r": 2} | settings)
     model = inject(Net(), LoraConfig(r=2, target_modules=["up", "down"]))
     with refused(model, ValueError, "hotswap_adapter", "does not fit the adapter 'default'", "prepare_hotswap", text):
+        hotswap_adapter(model, directory)
+
+
+def test_rows_of_other_tokens(tmp_path):
+    directory, _ = saved(tmp_path, llama(), target_modules=["q_proj"], trainable_token_indices=[1, 2])
+    model = inject(llama(), LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 4]))
+    with refused(model, ValueError, "trainable_token_indices: (1, 2) in the file, (3, 4) in the model"):
         hotswap_adapter(model, directory)
 
 
