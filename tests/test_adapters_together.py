@@ -78,6 +78,35 @@ def test_a_block_trained_in_full_is_copied_without_the_adapters_in_it(tmp_path):
     assert torch.equal(unload(model)(x), base(x))
 
 
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attn(x, x, x)[0]
+
+
+@pytest.mark.parametrize("saved_first", [False, True])
+def test_the_output_projection_of_an_attention_that_another_adapter_trains_in_full(saved_first, tmp_path):
+    x, base = torch.randn(2, 3, 8), Attention().eval()
+    model = copy.deepcopy(base)
+    adapting = LoraConfig(r=2, target_modules=["out_proj"])
+    saving = LoraConfig(r=2, target_modules=["attn"], modules_to_save=["out_proj"])
+    for name, config in sorted({"adapting": adapting, "saving": saving}.items(), reverse=saved_first):
+        inject(model, config, name)
+    randomized(model)
+    for name in ("adapting", "saving"):
+        expected = computed(model, x, name)
+        assert not torch.allclose(expected, base(x))
+        save_adapter(model, tmp_path / name, name)
+        torch.testing.assert_close(load_adapter(copy.deepcopy(base), tmp_path / name)(x), expected)
+        torch.testing.assert_close(merge_and_unload(copy.deepcopy(model))(x), expected)
+    expected = computed(model, x, "adapting")
+    torch.testing.assert_close(delete_adapter(model, "saving")(x), expected)
+    assert type(unload(model).attn) is nn.MultiheadAttention
+
+
 @pytest.mark.parametrize("saved_first", [False, True])
 def test_a_copy_trained_in_full_has_no_rows_of_another_adapter(saved_first):
     ids, model = token_ids(), llama().eval()

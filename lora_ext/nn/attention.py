@@ -109,8 +109,7 @@ class LoraMultiheadAttention(LoraLayer):
 
     @property
     def is_needed(self) -> bool:
-        out_proj = self.base_layer.out_proj
-        return super().is_needed or (isinstance(out_proj, AdapterLayer) and out_proj.is_needed)
+        return super().is_needed or any(layer.is_needed for layer in _layers_around(self.base_layer.out_proj))
 
     def factor_shapes(self, adapter: nn.Module) -> dict[str, tuple[int, ...]]:
         E = self.base_layer.embed_dim
@@ -169,7 +168,8 @@ class LoraMultiheadAttention(LoraLayer):
         """
         base, names = self.base_layer, self._applied()
         out_proj = base.out_proj
-        if not names and not (isinstance(out_proj, LoraLayer) and out_proj._applied()):
+        around = _layers_around(out_proj)
+        if not names and not any(isinstance(layer, LoraLayer) and layer._applied() for layer in around):
             return base(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         self._check_inputs(query, key, value, key_padding_mask, attn_mask)
         if is_causal and attn_mask is None:
@@ -309,6 +309,14 @@ class LoraMultiheadAttention(LoraLayer):
 
     def extra_repr(self) -> str:
         return self._state()
+
+
+def _layers_around(module: nn.Module) -> list[AdapterLayer]:
+    layers = []
+    while isinstance(module, AdapterLayer):
+        layers.append(module)
+        module = module.base_layer
+    return layers
 
 
 def _runs(inputs: tuple[Tensor, Tensor, Tensor]) -> Iterator[tuple[int, int]]:
