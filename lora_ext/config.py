@@ -281,3 +281,16 @@ def name_covers(name: str, path: str) -> bool:
 def pattern_covers(pattern: str, path: str) -> bool:
     """Whether a regular expression matches ``path``, or the end of it after a dot, as in ``rank_pattern``."""
     return re.match(rf"(.*\.)?({pattern})$", path) is not None
+
+
+def exact_patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """``rank_pattern`` or ``alpha_pattern`` that gives just these paths their values, where they are not ``default``.
+
+    A pattern covers paths that end with it too, and the first that covers one counts: longer paths come first, also
+    those with the default that a shorter one would cover.
+    """
+    others = [path for path, value in values.items() if value != default]
+    ends = tuple(f".{path}" for path in others)
+    wanted = {path for path in values if path.endswith(ends)} | set(others)
+    longest_first = sorted(values, key=lambda path: path.count("."), reverse=True)
+    return {re.escape(path): values[path] for path in longest_first if path in wanted}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .adapter_file import KEY_PREFIX, AdapterFile
 from .adapter_set import Adapter, Part, find_adapter
 from .checkpoint import config_of
-from .config import LoraConfig
+from .config import LoraConfig, exact_patterns
 from .inject import lora_modules
 from .merged_projection_file import as_we_have_it
 from .nn import LoraAdapter
@@ -63,7 +63,7 @@ def prepare_hotswap(model: ModelT, r: int, adapter_name: str | None = None) -> M
         lora_alpha=alpha,
         use_rslora=False,
         rank_pattern={},
-        alpha_pattern={path.replace(".", r"\."): own for path, own in alphas.items() if own != alpha},
+        alpha_pattern=exact_patterns(alphas, alpha),
     )
     for part, (lora_A, lora_B) in zip(low_rank, padded, strict=True):
         part.adapter.lora_A, part.adapter.lora_B = lora_A, lora_B

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from .adapter_file import KEY_PREFIX, AdapterFile
 from .adapter_set import Adapter
+from .config import exact_patterns
 from .nn import LoraLayer
 from .nn.merged_linear import MergedAdapter, gather_blocks, spread_blocks
 
@@ -42,7 +42,7 @@ def as_peft_has_it(
     tensors, ranks, alphas, blocks = dict(tensors), {}, {}, {}
     for part in adapter.parts:
         if isinstance(part.layer, LoraLayer):  # all by name: a pattern of the user's may cover merged ones and others
-            own, path = part.adapter, re.escape(part.target)
+            own, path = part.adapter, part.target
             enabled = own.enable_lora if isinstance(own, MergedAdapter) else (True,)
             ranks[path] = own.r * sum(enabled)
             alphas[path] = own.scaling * (math.sqrt(ranks[path]) if values["use_rslora"] else ranks[path])
@@ -53,8 +53,8 @@ def as_peft_has_it(
                     tensors[whole] = spread_blocks(tensors[whole], enabled)
     note = {"blocks": blocks, "config": {key: _plain(getattr(adapter.config, key)) for key in _RESTORED}}
     patterns = {
-        "rank_pattern": {path: r for path, r in ranks.items() if r != values["r"]},
-        "alpha_pattern": {path: alpha for path, alpha in alphas.items() if alpha != values["lora_alpha"]},
+        "rank_pattern": exact_patterns(ranks, values["r"]),
+        "alpha_pattern": exact_patterns(alphas, values["lora_alpha"]),
     }
     return values | patterns, tensors, {_METADATA_KEY: json.dumps(note, sort_keys=True)}
 

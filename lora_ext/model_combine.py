@@ -14,7 +14,7 @@ from torch import nn
 from .adapter_set import Adapter, Part, check_names, find_adapter, find_adapters
 from .bare_model import BareModel, root_module
 from .combine import check_combination, combine_factors
-from .config import LoraConfig, name_covers
+from .config import LoraConfig, exact_patterns, name_covers
 from .inject import apply_injection, check_adapter_name
 from .nn import LoraAdapter, LoraLayer
 from .nn.attention import SeparateProjections
@@ -177,7 +177,7 @@ def _config(bare: BareModel, sources: Sequence[Adapter], parts: Sequence[Part]) 
                 )
     ranks = [adapter.r for adapter in low_rank.values()]
     rank = max(ranks, key=ranks.count)
-    others = {re.escape(path): adapter.r for path, adapter in low_rank.items() if adapter.r != rank}
+    others = exact_patterns({path: adapter.r for path, adapter in low_rank.items()}, rank)
     modules = tuple(path for path in low_rank if path in bare.modules)
     parameters = tuple(path for path in low_rank if path not in bare.modules)
     named = {path for path in bare.modules for name in modules if name_covers(name, path)}

@@ -14,6 +14,7 @@ from peft.utils.other import get_pattern_key
 
 from lora_ext import LoraConfig
 from lora_ext._config_values import FrozenDict
+from lora_ext.config import exact_patterns
 
 
 def peft_file(tmp_path, **settings) -> dict:
@@ -327,3 +328,15 @@ def test_patterns_decide_as_in_peft(ranks, alphas, path, use_rslora):
     alpha = alphas.get(get_pattern_key(alphas.keys(), path), 32)
     assert (config.rank_for(path), config.alpha_for(path)) == (rank, alpha)
     assert config.scaling_for(path) == (alpha / math.sqrt(rank) if use_rslora else alpha / rank)
+
+
+PATHS = st.lists(st.sampled_from(["a", "b", "a+"]), min_size=1, max_size=3).map(".".join)
+
+
+@given(st.dictionaries(PATHS, st.integers(1, 3), min_size=1))
+def test_exact_patterns_mean_the_same_here_and_in_peft(ranks):
+    patterns = exact_patterns(ranks, 2)
+    config = LoraConfig(r=2, target_modules=["a"], rank_pattern=patterns)
+    for path, rank in ranks.items():
+        assert config.rank_for(path) == rank
+        assert patterns.get(get_pattern_key(patterns, path), 2) == rank
