@@ -86,7 +86,7 @@ def plan_injection(model: nn.Module, config: LoraConfig, adapter_name: str = "de
         config = dataclasses.replace(config, target_modules=tuple(targets.modules))
 
     into = AdapterSet() if adapters is None else adapters
-    planner = Planner(bare, config, into.active)
+    planner = Planner(bare, config, into)
     parts = planner.parts(targets)
     return Adapter(adapter_name, config, into, parts, planner.biases(parts))
 

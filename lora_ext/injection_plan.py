@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 
 from torch import nn
 
-from .adapter_set import Part, located
+from .adapter_set import AdapterSet, Part, located
 from .bare_model import BareModel, file_path
 from .config import LoraConfig
-from .nn import LORA_LAYERS, ActiveAdapters, AdapterLayer, LoraLayer, LoraLinear, LoraMergedLinear, LoraParameter
+from .nn import LORA_LAYERS, AdapterLayer, LoraLayer, LoraLinear, LoraMergedLinear, LoraParameter
 from .nn.attention import LoraMultiheadAttention
 from .nn.tied import TiedAdapter
 from .nn.trainable_tokens import TiedRows, TokenRows, TrainableTokens
@@ -133,10 +133,11 @@ def _attention_around(bare: BareModel, path: str) -> nn.MultiheadAttention | Non
 
 
 class Planner:
-    """Builds the parts of one adapter."""
+    """Builds the parts of one adapter, for a model that holds the adapters ``into`` already."""
 
-    def __init__(self, bare: BareModel, config: LoraConfig, active: ActiveAdapters) -> None:
-        self.bare, self.config, self.active = bare, config, active
+    def __init__(self, bare: BareModel, config: LoraConfig, into: AdapterSet) -> None:
+        self.bare, self.config, self.active = bare, config, into.active
+        self.untrained = {key: own for biases in into.biases.values() for key, own in biases.originals().items()}
         self.made: dict[tuple[str, Callable], AdapterLayer] = {}
 
     def parts(self, targets: Targets) -> tuple[Part, ...]:
@@ -175,7 +176,7 @@ class Planner:
                 yield Part(path, path, layers[name], adapter, replaced)
 
     def trained_parts(self, targets: Targets) -> Iterator[Part]:
-        copied: dict = {}  # shared, so that the copies of tied modules are tied
+        copied: dict = dict(self.untrained)  # shared, so that the copies of tied modules are tied
         tied = [path for path, source in targets.tied.items() if source in targets.trained]
         for path, around in reversed(self.bare.layers.items()):  # the copies are bare: other adapters are not theirs
             if is_inside(path, (*targets.trained, *tied)):

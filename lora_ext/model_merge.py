@@ -143,7 +143,7 @@ def merge_and_unload(model: ModelT, adapter_names: str | Iterable[str] | None = 
 
 
 def unload(model: ModelT) -> ModelT:
-    """Removes all adapters: the plain model as it was before :func:`lora_ext.inject`.
+    """Removes all adapters: the plain model as it was before :func:`lora_ext.inject`, but that it stays frozen.
 
     Returns:
         ``model``, the same object.

@@ -41,6 +41,11 @@ class TrainedBiases:
     def owns(self, parameter: Tensor) -> bool:
         return any(owner.bias is parameter for owner in self._owners.values())
 
+    def originals(self) -> dict[int, nn.Parameter]:
+        """The model's own values, by the ``id`` of the parameter that has others now."""
+        used = self._owners.items() if self.used else ()
+        return {id(owner.bias): nn.Parameter(self._others[path].clone().to(owner.bias)) for path, owner in used}
+
     def file_tensors(self) -> dict[str, Tensor]:
         """The trained values by their keys in a file."""
         values = {path: owner.bias for path, owner in self._owners.items()} if self.used else self._others

@@ -143,6 +143,16 @@ def test_a_bias_in_two_modules_is_switched_once(tmp_path):
     assert (again.cls.predictions.bias == 3).all()
 
 
+def test_a_copy_trained_in_full_has_no_biases_of_another_adapter():
+    x, base = torch.randn(3, 6), Net().eval()
+    model = inject(copy.deepcopy(base), LoraConfig(r=2, target_modules=["up"], bias="all"), "a")
+    nn.init.constant_(model.head.bias, 3.0)
+    adapted = model(x)
+    inject(model, LoraConfig(r=2, target_modules=["up"], modules_to_save=["head"]), "b")
+    torch.testing.assert_close(model(x), base(x))
+    torch.testing.assert_close(computed(model, x, "a"), adapted.detach())
+
+
 def test_a_bias_that_is_trained_takes_no_merged_lora_bias():
     x, model = torch.randn(3, 6), Net().eval()
     inject(model, LoraConfig(r=2, target_modules=["up"], bias="all"), "a")
