@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from ._interrupts import uninterrupted
 from .bare_model import BareModel, adapter_layers, file_paths, root_module
 from .config import LoraConfig
 from .nn import ActiveAdapters, AdapterLayer, LoraAdapter, LoraLayer
@@ -158,16 +159,17 @@ class AdapterSet:
 
     def switch(self, names: tuple[str, ...], trainable: bool | None = None) -> None:
         """Uses these adapters. Only parameters of trainable adapters that begin or cease to be used are touched."""
-        before, self.active.names = self.active.names, names
-        touched = set()
-        if trainable is not None:
-            touched |= set(names)
-            self._trainable = self._trainable | set(names) if trainable else self._trainable - set(names)
-        touched |= self._trainable & (set(before) ^ set(names))
-        for name in touched:
-            self._set_requires_grad(name, name in names and name in self._trainable)
-        for name, biases in self.biases.items():
-            biases.use(name in names)
+        with uninterrupted():
+            before, self.active.names = self.active.names, names
+            touched = set()
+            if trainable is not None:
+                touched |= set(names)
+                self._trainable = self._trainable | set(names) if trainable else self._trainable - set(names)
+            touched |= self._trainable & (set(before) ^ set(names))
+            for name in touched:
+                self._set_requires_grad(name, name in names and name in self._trainable)
+            for name, biases in self.biases.items():
+                biases.use(name in names)
 
     def _set_requires_grad(self, name: str, requires_grad: bool) -> None:
         for module in self._modules[name]:

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ._interrupts import uninterrupted
 from .adapter_file import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, AdapterFile
 from .adapter_set import Adapter, adapter_set, find_adapter
 from .bare_model import BareModel, root_module
@@ -116,14 +117,14 @@ def load_adapter(
     targets = _targets(model, adapter, file)
     _check_fit(targets, file)
 
-    # Nothing below fails: the adapter's tensors are filled before it is attached.
-    with torch.no_grad():
+    # Nothing below fails, and Ctrl-C waits: the adapter's tensors are filled before it is attached.
+    with torch.no_grad(), uninterrupted():
         for key, target in targets.items():
             target.copy_(file.tensor(key))
         for key, scale in adapter.file_scales().items():
             targets[f"{KEY_PREFIX}{key}"].div_(scale)
-    if not replaces:
-        apply_injection(model, adapter)
+        if not replaces:
+            apply_injection(model, adapter)
     return model
 
 

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ._interrupts import uninterrupted
 from .adapter_file import KEY_PREFIX, AdapterFile
 from .adapter_set import Adapter, Part, find_adapter
 from .checkpoint import config_of
@@ -57,17 +58,18 @@ def prepare_hotswap(model: ModelT, r: int, adapter_name: str | None = None) -> M
     padded = [_padded(part, r) for part in low_rank]
     alphas = {part.target: part.adapter.scaling * r for part in low_rank}
     alpha = max(alphas.values(), key=list(alphas.values()).count, default=adapter.config.lora_alpha)
-    adapter.into.configs[adapter.name] = dataclasses.replace(
-        adapter.config,
-        r=r,
-        lora_alpha=alpha,
-        use_rslora=False,
-        rank_pattern={},
-        alpha_pattern=exact_patterns(alphas, alpha),
-    )
-    for part, (lora_A, lora_B) in zip(low_rank, padded, strict=True):
-        part.adapter.lora_A, part.adapter.lora_B = lora_A, lora_B
-        part.adapter.r, part.adapter.lora_alpha = r, alphas[part.target]
+    with uninterrupted():
+        adapter.into.configs[adapter.name] = dataclasses.replace(
+            adapter.config,
+            r=r,
+            lora_alpha=alpha,
+            use_rslora=False,
+            rank_pattern={},
+            alpha_pattern=exact_patterns(alphas, alpha),
+        )
+        for part, (lora_A, lora_B) in zip(low_rank, padded, strict=True):
+            part.adapter.lora_A, part.adapter.lora_B = lora_A, lora_B
+            part.adapter.r, part.adapter.lora_alpha = r, alphas[part.target]
     return model
 
 
@@ -101,7 +103,7 @@ def hotswap_adapter(
     adapter = find_adapter(model, "hotswap_adapter", adapter_name)
     _check_unmerged("hotswap_adapter", model, adapter.name)
     slots = _slots(adapter, config, file)
-    with torch.no_grad():
+    with torch.no_grad(), uninterrupted():
         for slot in slots:
             if slot.key is None:
                 slot.tensor.zero_()

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from ._interrupts import uninterrupted
 from .adapter_set import Adapter, AdapterSet, adapter_set, attach_adapter_set, forget_adapter_set
 from .bare_model import BareModel, adapter_layers, root_module
 from .config import ALL_LINEAR, LoraConfig
@@ -92,17 +93,18 @@ def plan_injection(model: nn.Module, config: LoraConfig, adapter_name: str = "de
 
 
 def apply_injection(model: nn.Module, adapter: Adapter) -> None:
-    """Carries out a plan: the adapter is attached, and active."""
+    """Carries out a plan: the adapter is attached, and active. Ctrl-C waits for that."""
     root = root_module(model)
-    replace_modules(root, {old: new for part in adapter.parts for old, new in part.replaced.items()})
-    if adapter_set(model) is None:
-        root.requires_grad_(False)
-        attach_adapter_set(model, adapter.into)
-    for part in adapter.parts:
-        part.layer.add_adapter(adapter.name, part.adapter)
-    adapter.into.add(adapter)
-    adapter.into.switch((adapter.name,))
-    _switch_off_fast_path(root)
+    with uninterrupted():
+        replace_modules(root, {old: new for part in adapter.parts for old, new in part.replaced.items()})
+        if adapter_set(model) is None:
+            root.requires_grad_(False)
+            attach_adapter_set(model, adapter.into)
+        for part in adapter.parts:
+            part.layer.add_adapter(adapter.name, part.adapter)
+        adapter.into.add(adapter)
+        adapter.into.switch((adapter.name,))
+        _switch_off_fast_path(root)
 
 
 def forget_injection(model: nn.Module) -> None:

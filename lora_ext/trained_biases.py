@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ._interrupts import uninterrupted
+
 
 class TrainedBiases:
     """Biases that an adapter trains in place, and their values of before: PEFT loses those.
@@ -28,11 +30,12 @@ class TrainedBiases:
         """Whether the model has the trained values or its own."""
         if used == self.used:
             return
-        for path, owner in self._owners.items():
-            other = self._others[path].to(owner.bias)
-            self._others[path] = owner.bias.detach().clone()
-            owner.bias.copy_(other)
-        self.used = used
+        with uninterrupted():
+            for path, owner in self._owners.items():
+                other = self._others[path].to(owner.bias)
+                self._others[path] = owner.bias.detach().clone()
+                owner.bias.copy_(other)
+            self.used = used
 
     def requires_grad_(self, requires_grad: bool) -> None:
         for owner in self._owners.values():
