@@ -14,7 +14,7 @@ from ._interrupts import uninterrupted
 from .adapter_set import adapter_set, check_names, find_adapters
 from .bare_model import adapter_layers, root_module
 from .hotswap import hotswap_adapter, prepare_hotswap
-from .inject import check_adapter_name, lora_modules, replace_modules
+from .inject import check_adapter_name, forget_injection, lora_modules, replace_modules
 from .model_combine import add_weighted_adapter
 from .model_merge import merge, merge_and_unload, merge_record_bytes, some, unload, unmerge
 from .nn import LoraLayer
@@ -119,7 +119,8 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def delete_adapter(model: ModelT, name: str) -> ModelT:
-    """Removes an adapter, which must not be in use. A layer without any left is the plain base layer again.
+    """Removes an adapter, which must not be in use. A layer without any left is the plain base layer again, and so is
+    the model.
 
     Returns:
         ``model``, the same object.
@@ -153,6 +154,8 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
             replace_modules(root_module(model), empty)
             held = {layer for _, layer in adapter_layers(model)}
             empty = {layer: base for layer, base in empty.items() if layer in held}
+        if not adapters.configs:
+            forget_injection(model)
     return model
 
 

@@ -204,3 +204,12 @@ def test_status_of_a_saved_module_without_parameters():
     inject(model, LoraConfig(target_modules=["0"], modules_to_save=["1"]))
     _, status = adapter_status(model)
     assert (status.dtype, status.device, status.trainable, status.parameters) == (None, None, None, 0)
+
+
+def test_the_model_is_plain_again_without_its_last_adapter():
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval()
+    before = vars(model).keys(), {key: value for key, value in vars(model[0]).items() if not key.startswith("_")}
+    set_adapter(inject(model, LoraConfig(target_modules=["linear1"]), "a"), ())
+    delete_adapter(model, "a")
+    assert before == (vars(model).keys(), {k: v for k, v in vars(model[0]).items() if not k.startswith("_")})
+    assert not any("lora" in key for key in (*vars(model), *vars(model[0])))
