@@ -16,6 +16,7 @@ Importing is timed in fresh processes, in turn, each after ``import torch``.
 from __future__ import annotations
 
 import importlib.util
+import os
 import statistics
 import subprocess
 import sys
@@ -142,7 +143,9 @@ def rows_of(what: str, seconds: dict[str, list[float]]) -> list[dict[str, object
 
 def seconds_to_import(module: str) -> float:
     code = f"import time, torch; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    # As users import it: from byte code, which the first run writes.
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     if result.returncode != 0:
         sys.exit(f"import {module} failed: {result.stderr.strip().splitlines()[-1]}")
     return float(result.stdout.split()[-1])

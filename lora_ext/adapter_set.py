@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ._interrupts import uninterrupted
 from .bare_model import BareModel, adapter_layers, file_paths, root_module
 from .config import LoraConfig
-from .nn import ActiveAdapters, AdapterLayer, LoraAdapter, LoraLayer
+from .nn import ActiveAdapters, AdapterLayer, LoraLayer
 from .trained_biases import TrainedBiases
 
 _ATTRIBUTE = "_lora_adapters"  # of an injected model
@@ -123,7 +123,9 @@ class AdapterSet:
         self.biases: dict[str, TrainedBiases] = {}
         self.disabled = False
         self._trainable: set[str] = set()
-        self._modules: dict[str, list[nn.Module]] = {}
+        # By adapter name, the dicts in which its modules keep their parameters: looking for them would take most of the
+        # time of a switch.
+        self._parameters: dict[str, list[dict[str, nn.Parameter | None]]] = {}
 
     def __getstate__(self) -> dict[str, object]:
         return vars(self) | {"disabled": False}  # what ends the context has no hold of a copy
@@ -136,7 +138,8 @@ class AdapterSet:
     def add(self, adapter: Adapter) -> None:
         """Takes note of an adapter whose parts are attached."""
         self.configs[adapter.name] = adapter.config
-        self._modules[adapter.name] = [part.adapter for part in adapter.parts]
+        modules = (module for part in adapter.parts for module in part.adapter.modules())
+        self._parameters[adapter.name] = [module._parameters for module in modules if module._parameters]
         if adapter.biases is not None:
             self.biases[adapter.name] = adapter.biases
         if not adapter.config.inference_mode:
@@ -144,13 +147,13 @@ class AdapterSet:
         self._set_requires_grad(adapter.name, False)  # until it is used
 
     def remove(self, name: str) -> None:
-        del self.configs[name], self._modules[name]
+        del self.configs[name], self._parameters[name]
         self.biases.pop(name, None)
         self._trainable.discard(name)
 
     def rename(self, old: str, new: str) -> None:
         """Under its new name it keeps its place in the order."""
-        for held in (self.configs, self._modules, self.biases):
+        for held in (self.configs, self._parameters, self.biases):
             entries = {new if name == old else name: value for name, value in held.items()}
             held.clear()
             held.update(entries)
@@ -172,16 +175,14 @@ class AdapterSet:
                 biases.use(name in names)
 
     def _set_requires_grad(self, name: str, requires_grad: bool) -> None:
-        for module in self._modules[name]:
-            # nn.Module.parameters() would take most of the time of a switch; what is no LoRA adapter is a module to
-            # save, of any kind.
-            if isinstance(module, LoraAdapter):
-                for parameter in module._parameters.values():
-                    if parameter is not None:
+        for parameters in self._parameters[name]:
+            for parameter in parameters.values():
+                if parameter is not None:
+                    try:
                         parameter.requires_grad = requires_grad
-            else:
-                for parameter in module.parameters():
-                    parameter.requires_grad = requires_grad and parameter.is_floating_point()
+                    except RuntimeError:
+                        if parameter.is_floating_point():  # a module to save may have others
+                            raise
         if (biases := self.biases.get(name)) is not None:
             biases.requires_grad_(requires_grad)
 
