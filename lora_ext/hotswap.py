@@ -160,6 +160,8 @@ def _slots(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> list[_Slo
                 problems.append(
                     f"shape of {key}: {list(file.shape(key))} in the file, {list(tensor.shape)} in the model"
                 )
+            elif file.dtype(key).is_floating_point != tensor.is_floating_point() or file.dtype(key).is_complex:
+                problems.append(f"dtype of {key}: {file.dtype(key)} in the file, {tensor.dtype} in the model")
     if adapter.biases is not None:
         biases = {f"{KEY_PREFIX}{key}": tensor for key, tensor in adapter.biases.file_tensors().items()}
         expected |= biases.keys()

@@ -63,6 +63,8 @@ def add_weighted_adapter(
     """
     caller = "add_weighted_adapter"
     held = find_adapters(model, caller)
+    if isinstance(adapters, str):
+        raise TypeError(f"{caller}: adapters is the string {adapters!r}, want a list of names: [{adapters!r}]")
     held.check_enabled(caller)
     check_names(caller, held.configs, adapters)
     check_adapter_name(caller, adapter_name, held)

@@ -189,7 +189,12 @@ def _all_lora_modules(caller: str, model: nn.Module) -> dict[str, LoraLayer]:
 
 
 def _names(adapter_names: str | Iterable[str] | None) -> set[str] | None:
-    return {adapter_names} if isinstance(adapter_names, str) else None if adapter_names is None else set(adapter_names)
+    if adapter_names is None or isinstance(adapter_names, str):
+        return None if adapter_names is None else {adapter_names}
+    names = set(adapter_names)
+    if not names:
+        raise ValueError("adapter_names is empty: name at least one adapter, or pass None for those in use")
+    return names
 
 
 def _check_known(caller: str, by_layer: Mapping[str, Collection[str]], names: set[str]) -> None:

@@ -10,7 +10,7 @@ from models import VOCABULARY, Net, llama, refused, token_ids
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM
 
-from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter
+from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
 from lora_ext.adapters import (
     adapter_status,
     add_weighted_adapter,
@@ -213,3 +213,24 @@ def test_the_model_is_plain_again_without_its_last_adapter():
     delete_adapter(model, "a")
     assert before == (vars(model).keys(), {k: v for k, v in vars(model[0]).items() if not k.startswith("_")})
     assert not any("lora" in key for key in (*vars(model), *vars(model[0])))
+
+
+# --- misuse -----------------------------------------------------------------------------------------------------------
+
+
+def test_two_adapters_that_train_one_module_in_full_are_not_used_together():
+    model = inject(Net(), LoraConfig(target_modules=["up"], modules_to_save=["head"]), "a")
+    inject(model, LoraConfig(target_modules=["up"], modules_to_save=["head"]), "b")
+    with refused(
+        model, ValueError, "set_adapter: 'head' is trained in full by ['a', 'b'], and can be one of them only"
+    ):
+        set_adapter(model, ["a", "b"])
+
+
+def test_names_given_as_one_string_or_not_at_all():
+    model = inject(Net().eval(), LoraConfig(target_modules=["up"]), "a")
+    with refused(model, TypeError, "adapters is the string 'a', want a list of names: ['a']"):
+        add_weighted_adapter(model, "a", [1.0], "b")
+    for change in (merge, unmerge, merge_and_unload):
+        with refused(model, ValueError, "adapter_names is empty: name at least one adapter"):
+            change(model, [])
