@@ -41,6 +41,15 @@ def dtype(text: str) -> torch.dtype:
     return _DTYPES[text]
 
 
+def add_writing(parser: argparse.ArgumentParser) -> None:
+    """The options of commands that write a checkpoint."""
+    add = parser.add_argument
+    add("--verify", action="store_true", help="read the result back and compare every bit with a second computation")
+    add("--overwrite", action="store_true", help="replace the checkpoint in --out")
+    add_pickle(parser)
+    add("--json", action="store_true", help="print what was done as JSON")
+
+
 def add_pickle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-pickle", action="store_true", help="read adapter_model.bin: of tensors, by pickle")
 

@@ -38,10 +38,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     files.add_fan_in_fan_out(parser)
     add("--untie", action="store_true", help="store tied weights apart where the adapter changes one of them")
     add("--record", action="store_true", help="keep what rounding loses in OUT/merge_record, for unmerge")
-    add("--verify", action="store_true", help="read the result back and compare every bit with a second computation")
-    add("--overwrite", action="store_true", help="replace the checkpoint in --out")
-    files.add_pickle(parser)
-    add("--json", action="store_true", help="print what was done as JSON")
+    files.add_writing(parser)
     parser.set_defaults(run=run)
 
 

@@ -25,10 +25,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--adapter", dest="adapters", type=Path, nargs="+", action="extend", default=[], metavar="DIR", help="subtract")
     add("--out", type=Path, required=True, metavar="DIR", help="gets the base, when it is complete")
     files.add_fan_in_fan_out(parser)
-    add("--verify", action="store_true", help="read the result back and compare every bit with a second computation")
-    add("--overwrite", action="store_true", help="replace the checkpoint in --out")
-    files.add_pickle(parser)
-    add("--json", action="store_true", help="print what was done as JSON")
+    files.add_writing(parser)
     parser.set_defaults(run=run)
 
 

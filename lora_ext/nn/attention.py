@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from .adapter import LoraAdapter
-from .layer import AdapterLayer, LoraLayer, Matrix, has_forward_of, why_weight_unusable
+from .layer import AdapterLayer, LoraLayer, Matrix, TransparentLayer, has_forward_of, why_weight_unusable
 from .linear import add_lora_biases, add_updates
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class SeparateProjections(nn.ModuleDict):
         return self["q_proj_weight"].lora_bias
 
 
-class LoraMultiheadAttention(LoraLayer):
+class LoraMultiheadAttention(TransparentLayer, LoraLayer):
     """What ``nn.MultiheadAttention`` computes with ``in_proj_weight + scaling * lora_B @ lora_A``, in fused kernels.
 
     The frozen weights are neither written nor copied. ``lora_A`` is ``[r, embed_dim]`` and ``lora_B`` ``[3 * embed_dim,
@@ -84,15 +84,6 @@ class LoraMultiheadAttention(LoraLayer):
         return SeparateProjections(
             {name: LoraAdapter.from_config(config, path, w.shape[1], E, w) for name, w in weights.items()}
         )
-
-    def __getattr__(self, name: str) -> Any:
-        """What else the base attention has: ``nn.TransformerEncoder`` and its like read its attributes."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "base_layer" not in vars(self).get("_modules", ()):
-                raise
-            return getattr(self.base_layer, name)
 
     @property
     def is_packed(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +100,26 @@ class AdapterLayer(nn.Module):
             )
 
 
+class TransparentLayer(AdapterLayer):
+    """An adapter layer whose missing attributes are those of the module in use: for modules that others look into.
+
+    Not for every layer: the detour makes each access to a submodule slower.
+    """
+
+    @property
+    def in_use(self) -> nn.Module:
+        """The module that answers."""
+        return self._modules["base_layer"]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "active" not in vars(self):  # not initialised yet, as while unpickling
+                raise
+            return getattr(self.in_use, name)
+
+
 class LoraLayer(AdapterLayer):
     """An adapter layer whose adapters are low-rank updates of frozen weights, which can be merged into them.
 
@@ -131,10 +151,13 @@ class LoraLayer(AdapterLayer):
             )
         super().__init__(base_layer, active)
         self._merged: MergedAdapters | None = None
+        self._begin_with(adapter, adapter_name, active)
+
+    def _begin_with(self, adapter: nn.Module | None, name: str, active: ActiveAdapters | None) -> None:
         if adapter is not None:
-            self.add_adapter(adapter_name, adapter)
+            self.add_adapter(name, adapter)
             if active is None:
-                self.active.names = (adapter_name,)
+                self.active.names = (name,)
 
     # --- what a subclass says about itself ---------------------------------------------------------------------------
 

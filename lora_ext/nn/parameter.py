@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import LoraAdapter
-from .layer import ActiveAdapters, AdapterLayer, LoraLayer, Matrix, why_weight_unusable
+from .layer import ActiveAdapters, AdapterLayer, LoraLayer, Matrix, TransparentLayer, why_weight_unusable
 
 if TYPE_CHECKING:
     from ..config import LoraConfig
 
 
-class LoraParameter(LoraLayer):
+class LoraParameter(TransparentLayer, LoraLayer):
     """Calls ``base_layer`` with its parameter ``W`` replaced by ``W + scaling * lora_B @ lora_A``, for the call.
 
     For modules that use a parameter as they like: experts of a mixture (``[num_experts, out_features, in_features]``,
@@ -52,10 +52,7 @@ class LoraParameter(LoraLayer):
         super().__init__(base_layer, None, adapter_name, active)
         self.parameter_name = parameter_name
         self.place = list(self.module._parameters).index(parameter_name)
-        if adapter is not None:
-            self.add_adapter(adapter_name, adapter)
-            if active is None:
-                self.active.names = (adapter_name,)
+        self._begin_with(adapter, adapter_name, active)
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
@@ -78,15 +75,6 @@ class LoraParameter(LoraLayer):
         r = config.rank_for(path)
         shapes = (r * num_experts, in_features), (out_features, r * num_experts)
         return LoraAdapter.from_config(config, path, in_features, out_features, module._parameters[name], shapes=shapes)
-
-    def __getattr__(self, name: str) -> Any:
-        """What else the module has: models read attributes of their parts."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "base_layer" not in vars(self).get("_modules", ()):
-                raise
-            return getattr(self.base_layer, name)
 
     def target_name(self, path: str) -> str:
         return f"{path}.{self.parameter_name}"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layer import AdapterLayer, freeze, has_forward_of, why_weight_unusable
+from .layer import AdapterLayer, TransparentLayer, freeze, has_forward_of, why_weight_unusable
 
 
 class TokenRows(nn.Module):
@@ -58,7 +56,7 @@ class TiedRows(nn.Module):
         self.source = source
 
 
-class TrainableTokens(AdapterLayer):
+class TrainableTokens(TransparentLayer):
     """An embedding, or an output projection tied to one, with some rows of the weight replaced by trained ones.
 
     The frozen weight is not copied: an embedding's result is replaced where its ids are among the tokens; to an output
@@ -169,11 +167,3 @@ class TrainableTokens(AdapterLayer):
             weight = self.base_layer.weight
             weight.index_copy_(0, rows.index, rows.rows.to(weight.dtype))
         return self.base_layer
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "active" not in vars(self):  # not initialised yet, as while unpickling
-                raise
-            return getattr(self._modules["base_layer"], name)

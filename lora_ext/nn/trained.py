@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .layer import AdapterLayer
+from .layer import TransparentLayer
 
 
-class TrainedModule(AdapterLayer):
+class TrainedModule(TransparentLayer):
     """A module and, by adapter name, copies of it that are trained; the copy of the active adapter is used.
 
     Attributes that it lacks are those of the module in use: code that reads ``model.lm_head.weight`` goes on working.
@@ -36,14 +36,6 @@ class TrainedModule(AdapterLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.in_use(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "active" not in vars(self):  # not initialised yet, as while unpickling
-                raise
-            return getattr(self.in_use, name)
 
     def file_tensors(self, path: str, adapter: nn.Module) -> dict[str, Tensor]:
         return {f"{path}.{name}": tensor for name, tensor in adapter.state_dict().items()}
