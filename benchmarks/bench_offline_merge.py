@@ -2,7 +2,10 @@
 
 Each contestant is a process of its own. The checkpoint is a Llama of random bfloat16 weights in files of 500 MB, with
 an adapter on every linear layer; it is removed at the end. Resident memory is the most that the process ever had
-(VmHWM), PyTorch's libraries included. Reads come from the page cache, as of files just downloaded.
+(VmHWM), PyTorch's libraries included: importing torch takes 220 to 290 MB, as its libraries lie in the page cache (in
+larger or smaller pieces, of which more or less is mapped along). What a run takes beyond that is held to 1.5 times the
+largest tensor and 75 MB, which with 225 MB for torch make 300. Reads come from the page cache, as of files just
+downloaded.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from safetensors.torch import save_file
 
 HIDDEN, INTERMEDIATE, KEY_VALUE, VOCABULARY = 2048, 5632, 256, 32000  # of TinyLlama 1.1B, which has 22 layers
 SHARD_BYTES = 500_000_000
+BEYOND_TORCH = 75e6
 
 MERGE = "from lora_ext.offline.merge import merge; merge(base, [adapter], out{options})"
 CONTESTANTS = {
@@ -39,12 +43,17 @@ model.merge_and_unload().save_pretrained(out, max_shard_size="500MB")
 }
 DRIVER = """
 import json, sys, time
+import torch
+
+def resident():
+    return 1024 * int(dict(line.split(":", 1) for line in open("/proc/self/status"))["VmHWM"].split()[0])
+
 base, adapter, out, recorded = sys.argv[1:5]
+torch_bytes = resident()
 begin = time.perf_counter()
 {call}
 seconds = time.perf_counter() - begin
-status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-print(json.dumps({{"seconds": seconds, "resident_bytes": 1024 * int(status["VmHWM"].split()[0])}}))
+print(json.dumps({{"seconds": seconds, "resident_bytes": resident(), "torch_bytes": torch_bytes}}))
 """
 
 
@@ -141,7 +150,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         folder = Path(temporary)
         nbytes, largest = make_files(folder, args.layers, args.rank)
-        bound = 1.5 * largest + 300e6
+        bound = 1.5 * largest + BEYOND_TORCH
         rounds: dict[str, list[dict[str, float]]] = {name: [] for name in CONTESTANTS}
         for _ in range(args.rounds):
             for name, done in rounds.items():
@@ -154,31 +163,35 @@ def main() -> None:
             "rounds": len(done),
             "seconds": statistics.median(one["seconds"] for one in done),
             "resident_bytes": max(one["resident_bytes"] for one in done),
+            "beyond_torch_bytes": max(one["resident_bytes"] - one["torch_bytes"] for one in done),
         }
         for name, done in rounds.items()
     ]
     table = report.markdown(
-        ["", "s", "GB/s", "resident, MB"],
+        ["", "s", "GB/s", "resident, MB", "beyond importing torch, MB"],
         [
             [
                 row["name"],
                 f"{row['seconds']:.1f}",
                 f"{nbytes / row['seconds'] / 1e9:.2f}",
                 f"{row['resident_bytes'] / 1e6:.0f}",
+                f"{row['beyond_torch_bytes'] / 1e6:.0f}",
             ]
             for row in rows
         ],
     )
     sizes = {"tensors": nbytes, "largest": largest, "bound": bound, "record": record}
     table += (
-        "\n\n{tensors:.0f} MB in bfloat16, the largest tensor {largest:.0f} MB; 1.5 times that and 300 MB are "
-        "{bound:.0f} MB. The record takes {record:.0f} MB.".format(**{key: size / 1e6 for key, size in sizes.items()})
+        "\n\n{tensors:.0f} MB in bfloat16, the largest tensor {largest:.0f} MB; 1.5 times that and 75 MB, to be taken "
+        "beyond importing torch, are {bound:.0f} MB. The record takes {record:.0f} MB.".format(
+            **{key: size / 1e6 for key, size in sizes.items()}
+        )
         + f" Medians of {args.rounds} rounds; the most memory."
     )
     run.finish(rows, table, nbytes=nbytes, largest_bytes=largest, bound_bytes=bound, record_bytes=record)
-    over = [row["name"] for row in rows if row["name"] != "PEFT" and row["resident_bytes"] > bound]
+    over = [row["name"] for row in rows if row["name"] != "PEFT" and row["beyond_torch_bytes"] > bound]
     if over:
-        sys.exit(f"more resident memory than 1.5 times the largest tensor and 300 MB: {', '.join(over)}")
+        sys.exit(f"more memory beyond torch than 1.5 times the largest tensor and 75 MB: {', '.join(over)}")
 
 
 if __name__ == "__main__":
