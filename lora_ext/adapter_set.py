@@ -11,6 +11,7 @@ from ._interrupts import uninterrupted
 from .bare_model import BareModel, adapter_layers, file_paths, root_module
 from .config import LoraConfig
 from .nn import ActiveAdapters, AdapterLayer, LoraLayer
+from .nn.trained import TrainedModule
 from .trained_biases import TrainedBiases
 
 _ATTRIBUTE = "_lora_adapters"  # of an injected model
@@ -114,6 +115,7 @@ class AdapterSet:
         configs: by adapter name, in the order they were added.
         active: the names in use; every layer of the model holds this object.
         biases: of the adapter that trains the model's own biases, if one does.
+        trained: by adapter name, the paths of the modules that it trains in full.
         disabled: within :func:`~lora_ext.adapters.disable_adapters`, which will restore what is in use now.
     """
 
@@ -121,6 +123,7 @@ class AdapterSet:
         self.configs: dict[str, LoraConfig] = {}
         self.active = ActiveAdapters()
         self.biases: dict[str, TrainedBiases] = {}
+        self.trained: dict[str, frozenset[str]] = {}
         self.disabled = False
         self._trainable: set[str] = set()
         # By adapter name, the dicts in which its modules keep their parameters: looking for them would take most of the
@@ -140,6 +143,9 @@ class AdapterSet:
         self.configs[adapter.name] = adapter.config
         modules = (module for part in adapter.parts for module in part.adapter.modules())
         self._parameters[adapter.name] = [module._parameters for module in modules if module._parameters]
+        self.trained[adapter.name] = frozenset(
+            part.path for part in adapter.parts if isinstance(part.layer, TrainedModule)
+        )
         if adapter.biases is not None:
             self.biases[adapter.name] = adapter.biases
         if not adapter.config.inference_mode:
@@ -147,13 +153,13 @@ class AdapterSet:
         self._set_requires_grad(adapter.name, False)  # until it is used
 
     def remove(self, name: str) -> None:
-        del self.configs[name], self._parameters[name]
+        del self.configs[name], self._parameters[name], self.trained[name]
         self.biases.pop(name, None)
         self._trainable.discard(name)
 
     def rename(self, old: str, new: str) -> None:
         """Under its new name it keeps its place in the order."""
-        for held in (self.configs, self._parameters, self.biases):
+        for held in (self.configs, self._parameters, self.trained, self.biases):
             entries = {new if name == old else name: value for name, value in held.items()}
             held.clear()
             held.update(entries)

@@ -18,7 +18,6 @@ from .inject import check_adapter_name, forget_injection, lora_modules, replace_
 from .model_combine import add_weighted_adapter
 from .model_merge import merge, merge_and_unload, merge_record_bytes, some, unload, unmerge
 from .nn import LoraLayer
-from .nn.trained import TrainedModule
 
 __all__ = [
     "AdapterStatus",
@@ -70,12 +69,11 @@ def set_adapter(model: ModelT, names: str | Iterable[str], trainable: bool | Non
     check_names("set_adapter", adapters.configs, names)
     if len(set(names)) < len(names):
         raise ValueError(f"set_adapter: names are {list(names)}, want each once")
-    if len(names) > 1:
-        for path, layer in adapter_layers(model):
-            if isinstance(layer, TrainedModule) and len(held := [name for name in names if name in layer.adapters]) > 1:
-                raise ValueError(
-                    f"set_adapter: {path!r} is trained in full by {held}, and can be one of them only; use one of these"
-                )
+    for path in {path for name in names for path in adapters.trained[name]}:
+        if len(held := [name for name in names if path in adapters.trained[name]]) > 1:
+            raise ValueError(
+                f"set_adapter: {path!r} is trained in full by {held}, and can be one of them only; use one of these"
+            )
     adapters.switch(names, trainable)
     return model
 

@@ -22,10 +22,10 @@ def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
             yield path, module
 
 
-def parameter_paths(model: nn.Module) -> dict[int, list[str]]:
-    """``id(parameter)`` -> the paths of the modules that hold it; a module in several places counts once."""
+def parameter_paths(modules: Iterable[tuple[str, nn.Module]]) -> dict[int, list[str]]:
+    """``id(parameter)`` -> the paths of those of ``modules``, each with its path, that hold it."""
     paths: dict[int, list[str]] = defaultdict(list)
-    for path, module in model.named_modules():
+    for path, module in modules:
         for parameter in module._parameters.values():
             if parameter is not None:
                 paths[id(parameter)].append(path)

@@ -16,10 +16,10 @@ from torch import nn
 from ._interrupts import uninterrupted
 from .adapter_set import Adapter, AdapterSet, adapter_set, attach_adapter_set, forget_adapter_set
 from .bare_model import BareModel, adapter_layers, root_module
-from .config import ALL_LINEAR, LoraConfig
+from .config import LoraConfig
 from .injection_plan import Planner, check_targets
 from .nn import LoraLayer
-from .targets import find_targets
+from .targets import find_targets, is_all_linear
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -82,7 +82,7 @@ def plan_injection(model: nn.Module, config: LoraConfig, adapter_name: str = "de
     bare = BareModel(root)
     targets = find_targets(config, type(root).__name__, bare.modules, bare.head, bare.embedding)
     check_targets(bare, targets, config)
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
+    if is_all_linear(config):
         # Like PEFT, remember the layers, not the rule: it would find others once the model has changed.
         config = dataclasses.replace(config, target_modules=tuple(targets.modules))
 

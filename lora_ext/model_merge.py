@@ -240,7 +240,7 @@ def _check_untied(caller: str, model: nn.Module, wanted: dict[str, tuple[LoraLay
                     f"{caller}: the weight of {path!r} has rows that are trained (trainable_token_indices), which "
                     "would lose the update; run unmerged"
                 )
-    paths = parameter_paths(root_module(model))
+    paths = parameter_paths(root_module(model).named_modules())
     holders: dict[int, dict[str, tuple]] = defaultdict(dict)  # parameter -> path of a layer -> its updates
     labels: dict[int, str] = {}
     for path, (layer, names) in wanted.items():

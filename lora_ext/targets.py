@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from .bare_model import parameter_paths
 from .config import ALL_LINEAR, LoraConfig, name_covers, pattern_covers
 from .nn.linear import is_linear
 
@@ -109,7 +110,7 @@ class _Search:
         self.report_unmatched("modules_to_save", unmatched, fatal=not trained)
         trained = self.tie(trained)
 
-        paths = _parameter_paths(self.modules)
+        paths = parameter_paths(self.modules.items())
         for path, module in trained.items():
             for parameter in module.parameters():
                 for other in paths[id(parameter)]:
@@ -329,19 +330,9 @@ def _tied_embedding(modules: Mapping[str, nn.Module], embedding: nn.Module | Non
     if embedding is None or not paths:
         return "", []
     weights = {id(parameter) for parameter in embedding._parameters.values() if parameter is not None}
-    holders = _parameter_paths(modules)
+    holders = parameter_paths(modules.items())
     shared = {path for weight in weights for path in holders[weight]} - set(paths)
     return paths[0], [path for path in modules if path in shared]
-
-
-def _parameter_paths(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:
-    """``id(parameter)`` -> the paths of the modules that hold it."""
-    paths: dict[int, list[str]] = defaultdict(list)
-    for path, module in modules.items():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                paths[id(parameter)].append(path)
-    return paths
 
 
 def _parameters(modules: Mapping[str, nn.Module], whole_paths: Iterable[str] = ()) -> Iterator[tuple[str, str]]:
