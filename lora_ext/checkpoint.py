@@ -10,15 +10,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ._interrupts import uninterrupted
@@ -28,6 +25,7 @@ from .bare_model import BareModel, root_module
 from .config import LoraConfig
 from .inject import apply_injection, lora_modules, plan_injection
 from .merged_projection_file import as_peft_has_it, as_we_have_it
+from .staged_files import staged_files, write_tensors
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -161,37 +159,9 @@ def _targets(model: nn.Module, adapter: Adapter, file: AdapterFile) -> dict[str,
 
 
 def _write_pair(directory: Path, config: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        # Inside the directory: moves must not cross file systems, nor need rights on its parent.
-        staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"save_adapter: cannot write there ({error.strerror}); choose another directory",
-            str(directory),
-        ) from error
-
-    old = [(directory / name, staging / f"old_{name}") for name in (CONFIG_FILE, WEIGHTS_FILE)]
-    new = [(staging / name, directory / name) for name in (WEIGHTS_FILE, CONFIG_FILE)]
-    done: list[tuple[Path, Path]] = []
-    try:
+    with staged_files(directory, (WEIGHTS_FILE, CONFIG_FILE), "save_adapter") as staging:
         (staging / CONFIG_FILE).write_text(config, encoding="utf-8")
-        save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt", **metadata})
-        # safetensors lets only the owner read what it writes; both files get what the user's umask gives.
-        (staging / WEIGHTS_FILE).chmod((staging / CONFIG_FILE).stat().st_mode)
-        for source, _ in new:
-            with open(source, "rb") as file:
-                os.fsync(file.fileno())
-        for source, target in [move for move in old if move[0].exists()] + new:
-            os.replace(source, target)
-            done.append((source, target))
-    except BaseException:
-        for source, target in reversed(done):
-            os.replace(target, source)
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    shutil.rmtree(staging, ignore_errors=True)
+        write_tensors(staging / WEIGHTS_FILE, tensors, {"format": "pt", **metadata})
 
 
 # --- what fits --------------------------------------------------------------------------------------------------------

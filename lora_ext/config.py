@@ -27,7 +27,7 @@ ALL_LINEAR = "all-linear"
 """The ``target_modules`` that stands for every linear layer but the output head."""
 
 # PEFT trains these heads along with the adapter, whatever modules_to_save says.
-_TASK_HEADS: dict[str, tuple[str, ...]] = {
+TASK_HEADS: dict[str, tuple[str, ...]] = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
@@ -143,9 +143,9 @@ class LoraConfig:
                 raise TypeError(f"LoraConfig: {key} is {getattr(self, key)!r}, want True or False")
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f'LoraConfig: bias is {self.bias!r}, want "none", "all" or "lora_only"')
-        if self.task_type is not None and self.task_type not in _TASK_HEADS:
+        if self.task_type is not None and self.task_type not in TASK_HEADS:
             raise ValueError(
-                f"LoraConfig: task_type is {self.task_type!r}, want None or one of {', '.join(sorted(_TASK_HEADS))}"
+                f"LoraConfig: task_type is {self.task_type!r}, want None or one of {', '.join(sorted(TASK_HEADS))}"
             )
         self._freeze_values()
         self._check_targets()
@@ -215,7 +215,7 @@ class LoraConfig:
     @property
     def task_heads(self) -> tuple[str, ...]:
         """Heads that ``task_type`` adds to ``modules_to_save``, where the model has them."""
-        return _TASK_HEADS[self.task_type] if self.task_type is not None else ()
+        return TASK_HEADS[self.task_type] if self.task_type is not None else ()
 
     @property
     def trained_modules(self) -> tuple[str, ...]:

@@ -1,0 +1,25 @@
+"""The methods that the LoRA paper compares with, and LoRA, behind one interface: a file each.
+
+``apply_method(model, new_method("adapter-h", bottleneck_size=16))`` adapts a Transformers model in place;
+:func:`save_method` and :func:`load_method` keep what was trained; ``method.count(model)`` is the paper's formula.
+"""
+
+from .adapted import apply_method, method_of, remove_method
+from .architectures import ARCHITECTURES
+from .base import Method
+from .files import load_method, read_method, save_method
+from .registry import METHODS, new_method, option_names
+
+__all__ = [
+    "ARCHITECTURES",
+    "METHODS",
+    "Method",
+    "apply_method",
+    "load_method",
+    "method_of",
+    "new_method",
+    "option_names",
+    "read_method",
+    "remove_method",
+    "save_method",
+]

@@ -1,0 +1,121 @@
+"""Applying a method to a model, taking it out again, and what of the model is then trained."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+from .._interrupts import uninterrupted
+from ..adapter_set import Adapter, adapter_set
+from ..bare_model import BareModel, root_module
+from ..inject import apply_injection, plan_injection
+from ..model_merge import unload
+from .base import Method, head_paths
+from .inserted import Inserted, Insertion, insert, remove_inserted
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+_ATTRIBUTE = "_adaptation_method"  # of the root
+
+
+def apply_method(model: ModelT, method: Method) -> ModelT:
+    """Adapts ``model`` in place: freezes it but for what ``method`` trains, and inserts what it inserts.
+
+    A new head (the classifier of a Transformers model for classification) is trained along. The model computes what it
+    computed before, until it is trained; only tokens and activations put beside the input act at once.
+
+    Args:
+        model: not adapted yet; for methods that insert something, a Transformers model of a type that the message of
+            the TypeError lists.
+        method: see :func:`new_method`.
+
+    Returns:
+        ``model``, the same object.
+
+    Raises:
+        TypeError: the method does not know the architecture, or the model has nothing for it to train.
+        ValueError: the model is adapted already, or an option does not go with it.
+        The model is then unchanged.
+    """
+    check_is_bare(model, "apply_method")
+    insertions = method.insertions(model)
+    method.trained_parameters(BareModel(root_module(model)))
+    config = method.lora_config(model)
+    adapter = None if config is None else plan_injection(model, config)
+    carry_out(model, method, insertions, adapter)
+    return model
+
+
+def carry_out(model: nn.Module, method: Method, insertions: list[Insertion], adapter: Adapter | None = None) -> None:
+    """Does what was planned. Without ``adapter`` the model has its low-rank adapter already, or is to have none."""
+    root = root_module(model)
+    with uninterrupted():
+        if adapter is not None:
+            apply_injection(model, adapter)
+        elif adapter_set(model) is None:
+            root.requires_grad_(False)
+        for insertion in insertions:
+            insert(insertion)
+        setattr(root, _ATTRIBUTE, method)
+        for parameter in own_parameters(model).values():
+            parameter.requires_grad_(True)
+
+
+def method_of(model: nn.Module) -> Method | None:
+    """The method that was applied to ``model``; None: none."""
+    return getattr(root_module(model), _ATTRIBUTE, None)
+
+
+def applied_method(model: nn.Module, caller: str) -> Method:
+    """The same; ValueError: none was applied."""
+    method = method_of(model)
+    if method is None:
+        raise ValueError(f"{caller}: {type(root_module(model)).__name__} is not adapted; call apply_method(model, ...)")
+    return method
+
+
+def remove_method(model: ModelT) -> ModelT:
+    """Takes out what :func:`apply_method` put in. What was trained in place (biases, a head, all) stays as trained.
+
+    All parameters are then trainable, as in a new model.
+
+    Returns:
+        ``model``, the same object.
+
+    Raises:
+        ValueError: no method was applied.
+        RuntimeError: a low-rank adapter is merged. Nothing is changed.
+    """
+    applied_method(model, "remove_method")
+    if adapter_set(model) is not None:
+        unload(model)
+    with uninterrupted():
+        remove_inserted(root_module(model))
+        delattr(root_module(model), _ATTRIBUTE)
+        root_module(model).requires_grad_(True)
+    return model
+
+
+def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What the applied method trains, by paths in the bare model, but for low-rank adapters and what goes with them.
+
+    With those, the head is a copy in the adapter; otherwise it is trained in place, and here.
+    """
+    bare = BareModel(root_module(model))
+    method = applied_method(model, "own_parameters")
+    found = dict(method.trained_parameters(bare))
+    modules = {path: module for path, module in bare.modules.items() if isinstance(module, Inserted)}
+    if method.lora_config(model) is None:
+        modules |= {path: bare.modules[path] for path in head_paths(bare)}
+    for path, module in modules.items():
+        found |= {f"{path}.{name}": parameter for name, parameter in module.named_parameters()}
+    return found
+
+
+def check_is_bare(model: nn.Module, caller: str) -> None:
+    """ValueError: ``model`` is adapted already."""
+    if (method := method_of(model)) is not None:
+        raise ValueError(f"{caller}: the model is adapted by {method.name} already; call remove_method(model) first")
+    if adapter_set(model) is not None:
+        raise ValueError(f"{caller}: the model is injected already; call lora_ext.adapters.unload(model) first")

@@ -1,0 +1,23 @@
+"""Adapters after Houlsby et al. 2019 (arXiv 1902.00751), the paper's Adapter^H."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .architectures import Architecture
+from .bottleneck import BottleneckMethod
+
+
+@dataclass(frozen=True)
+class AdapterH(BottleneckMethod):
+    """A bottleneck after attention and one after the MLP of every layer, each before the residual is added.
+
+    ``h + up(activation(down(h)))``, where ``h`` is what the residual stream would be added to.
+    """
+
+    activation: str = "silu"
+    name: ClassVar[str] = "adapter-h"
+
+    def places(self, architecture: Architecture) -> list[str]:
+        return [architecture.attention_output, architecture.mlp_output]

@@ -1,0 +1,39 @@
+"""Adapters after Pfeiffer et al. 2021 (arXiv 2005.00247), the paper's Adapter^P."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from .architectures import Architecture
+from .bottleneck import Bottleneck, BottleneckMethod
+
+
+class BeforeNorm(Bottleneck):
+    """On the LayerNorm that ends a layer: it reads what that returns, and adds to what that is given.
+
+    ``host(z + up(activation(down(host(z)))))``: the structure that AdapterHub searched for and found.
+    """
+
+    def leave(self, host: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        return host.forward(self(output, args[0]))  # not host(): this is in its hook
+
+
+@dataclass(frozen=True)
+class AdapterP(BottleneckMethod):
+    """A bottleneck at the end of every layer, after the MLP.
+
+    Where layers end with a LayerNorm, between the residual sum ``z`` and that:
+    ``norm(z + up(activation(down(norm(z)))))``. Where they begin with one, ``z + up(activation(down(z)))``.
+    """
+
+    name: ClassVar[str] = "adapter-p"
+
+    def places(self, architecture: Architecture) -> list[str]:
+        return [architecture.layer_output]
+
+    def new_bottleneck(self, architecture: Architecture, like: Tensor) -> Bottleneck:
+        kind = BeforeNorm if architecture.post_norm else Bottleneck
+        return kind(self.bottleneck_size, self.activation, like)

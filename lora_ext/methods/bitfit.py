@@ -1,0 +1,33 @@
+"""BitFit (Ben Zaken et al. 2021, arXiv 2106.10199)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from ..bare_model import BareModel, root_module
+from .base import Method, head_paths
+from .full import parameters_outside
+
+
+@dataclass(frozen=True)
+class BitFit(Method):
+    """The biases are trained, and nothing else."""
+
+    name: ClassVar[str] = "bitfit"
+
+    def trained_parameters(self, bare: BareModel) -> dict[str, nn.Parameter]:
+        outside = parameters_outside(bare, head_paths(bare))
+        biases = {path: each for path, each in outside.items() if path.rpartition(".")[2].endswith("bias")}
+        if not biases:
+            raise TypeError(
+                f"bitfit: {type(bare.root).__name__} has no biases to train; BERT, RoBERTa and GPT-2 have, and Llama "
+                "with attention_bias=True or mlp_bias=True"
+            )
+        return biases
+
+    def count(self, model: nn.Module) -> int:
+        """One for each feature that a layer with a bias returns."""
+        return sum(bias.numel() for bias in self.trained_parameters(BareModel(root_module(model))).values())

@@ -1,0 +1,46 @@
+"""Several methods at once: the paper's LoRA+PE and LoRA+PL (appendix E), and any others that go together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..bare_model import BareModel
+from ..config import LoraConfig
+from .base import Method
+from .inserted import Insertion
+
+
+@dataclass(frozen=True)
+class Combined(Method):
+    """What each of ``parts`` trains is trained.
+
+    ValueError: two of a kind, or one that leaves nothing to combine (full, head-only).
+    """
+
+    parts: tuple[Method, ...] = ()  # type: ignore[override]
+
+    def __post_init__(self) -> None:
+        names = [part.name for part in self.parts]
+        if alone := {"full", "head-only"} & set(names):
+            raise ValueError(f"{self.name}: {min(alone)} cannot be combined with another method")
+        if len(set(names)) < len(names):
+            raise ValueError(f"{self.name}: names {names}, want each method once")
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return "+".join(part.name for part in self.parts)
+
+    def trained_parameters(self, bare: BareModel) -> dict[str, nn.Parameter]:
+        return {path: each for part in self.parts for path, each in part.trained_parameters(bare).items()}
+
+    def insertions(self, model: nn.Module) -> list[Insertion]:
+        return [insertion for part in self.parts for insertion in part.insertions(model)]
+
+    def lora_config(self, model: nn.Module) -> LoraConfig | None:
+        return next((config for part in self.parts if (config := part.lora_config(model)) is not None), None)
+
+    def count(self, model: nn.Module) -> int:
+        """The sum of the parts' counts."""
+        return sum(part.count(model) for part in self.parts)

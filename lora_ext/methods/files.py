@@ -1,0 +1,140 @@
+"""Files of adapted models: ``method.json`` and ``method.safetensors``, and for low-rank adapters PEFT's pair beside."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..adapter_file import CONFIG_FILE, WEIGHTS_FILE, AdapterFile
+from ..adapter_set import adapter_set
+from ..bare_model import BareModel, root_module
+from ..checkpoint import config_of, load_adapter, save_adapter
+from ..staged_files import staged_files, write_tensors
+from .adapted import applied_method, carry_out, check_is_bare, own_parameters
+from .base import Method, head_paths
+from .combined import Combined
+from .lora import Lora
+from .registry import new_method
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+METHOD_FILE = "method.json"
+TENSORS_FILE = "method.safetensors"
+
+
+def save_method(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Writes what the applied method trains into ``directory``, and how to apply it again.
+
+    Low-rank adapters become ``adapter_config.json`` and ``adapter_model.safetensors``, which PEFT reads. All files are
+    written in full before the first replaces an old one.
+
+    Raises:
+        ValueError: no method was applied.
+        OSError: the directory cannot be written; what was there is untouched.
+    """
+    method = applied_method(model, "save_method")
+    tensors = {path: each.detach().to("cpu").contiguous() for path, each in own_parameters(model).items()}
+    content = {
+        "format": "lora_ext.methods/1",
+        "methods": [{"name": part.name, "options": part.options()} for part in method.parts],
+        "base_model_name_or_path": getattr(root_module(model), "name_or_path", None),
+    }
+    names = (TENSORS_FILE, WEIGHTS_FILE, CONFIG_FILE, METHOD_FILE)
+    with staged_files(Path(directory), names, "save_method") as staging:
+        if adapter_set(model) is not None:
+            save_adapter(model, staging)
+        if tensors:
+            write_tensors(staging / TENSORS_FILE, tensors, {"format": "pt"})
+        (staging / METHOD_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def load_method(model: ModelT, directory: str | os.PathLike[str], trainable: bool = False) -> ModelT:
+    """Applies the method of a directory that :func:`save_method` wrote to a bare ``model``, with what was trained.
+
+    Values are cast to the dtype of the parameters they go to.
+
+    Args:
+        model: of the architecture it was saved from, not adapted.
+        directory: holds ``method.json``.
+        trainable: what was trained requires gradients again; otherwise all is frozen.
+
+    Returns:
+        ``model``, the same object.
+
+    Raises:
+        FileNotFoundError: naming the file that is missing.
+        ValueError: a file is corrupted, or does not fit the model: every missing and unexpected key and wrong shape is
+            listed.
+        Also what :func:`apply_method` raises. The model is then unchanged.
+    """
+    directory = Path(directory)
+    check_is_bare(model, "load_method")
+    method = read_method(directory)
+    insertions = method.insertions(model)
+    bare = BareModel(root_module(model))
+    has_lora = method.lora_config(model) is not None
+    targets: dict[str, Tensor] = dict(method.trained_parameters(bare))
+    for path, module in [(f"{each.path}.{each.name}".lstrip("."), each.module) for each in insertions]:
+        targets |= {f"{path}.{name}": parameter for name, parameter in module.named_parameters()}
+    for path in [] if has_lora else head_paths(bare):
+        targets |= {f"{path}.{name}": parameter for name, parameter in bare.modules[path].named_parameters()}
+
+    values = _read_tensors(directory / TENSORS_FILE, targets) if targets else {}
+    if has_lora:
+        load_adapter(model, directory, trainable)
+    carry_out(model, method, insertions)
+    with torch.no_grad():
+        for path, target in targets.items():
+            target.copy_(values[path])
+            target.requires_grad_(trainable)
+    return model
+
+
+def read_method(directory: str | os.PathLike[str]) -> Method:
+    """The method of a directory that :func:`save_method` wrote.
+
+    FileNotFoundError: there is none. ValueError: the file is not what its name says.
+    """
+    directory = Path(directory)
+    path = directory / METHOD_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"load_method: there is no {path}; save_method writes it")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        parts = [
+            Lora(config_of(AdapterFile.open(directory, caller="load_method"), "load_method"))
+            if part["name"] == Lora.name
+            else new_method(part["name"], **part["options"])
+            for part in content["methods"]
+        ]
+        return parts[0] if len(parts) == 1 else Combined(tuple(parts))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"load_method: {path} is not a method's file: {error}") from error
+
+
+def _read_tensors(path: Path, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors at ``path``, once they are found to fit ``targets``."""
+    if not path.is_file():
+        raise FileNotFoundError(f"load_method: there is no {path}; save_method writes it beside {METHOD_FILE}")
+    try:
+        values = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"load_method: {path} is corrupted: {error}") from error
+    problems = [f"missing key: {key}" for key in targets if key not in values]
+    problems += [f"unexpected key: {key}" for key in values if key not in targets]
+    problems += [
+        f"shape of {key}: {list(values[key].shape)} in the file, {list(target.shape)} in the model"
+        for key, target in targets.items()
+        if key in values and values[key].shape != target.shape
+    ]
+    if problems:
+        raise ValueError(f"load_method: {path} does not fit the model:\n  " + "\n  ".join(problems))
+    return values

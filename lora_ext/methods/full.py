@@ -1,0 +1,39 @@
+"""Fine-tuning of all parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from ..bare_model import BareModel, root_module
+from .base import Method, head_paths
+from .inserted import Inserted
+
+
+@dataclass(frozen=True)
+class Full(Method):
+    """Every parameter is trained."""
+
+    name: ClassVar[str] = "full"
+
+    def trained_parameters(self, bare: BareModel) -> dict[str, nn.Parameter]:
+        return parameters_outside(bare, head_paths(bare))
+
+    def count(self, model: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in self.trained_parameters(BareModel(root_module(model))).values())
+
+
+def parameters_outside(bare: BareModel, paths: list[str]) -> dict[str, nn.Parameter]:
+    """The parameters the bare model came with, without those below ``paths``; a shared one once."""
+    found, seen = {}, set()
+    inserted = [path for path, module in bare.modules.items() if isinstance(module, Inserted)]
+    below = tuple(f"{path}." for path in [*paths, *inserted])
+    for path, module in [("", bare.root), *bare.modules.items()]:
+        for name, parameter in module._parameters.items():
+            full = f"{path}.{name}" if path else name
+            if parameter is not None and id(parameter) not in seen and not full.startswith(below):
+                seen.add(id(parameter))
+                found[full] = parameter
+    return found

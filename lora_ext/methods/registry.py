@@ -1,0 +1,57 @@
+"""The methods by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ..config import LoraConfig
+from .adapter_drop import AdapterDrop
+from .adapter_h import AdapterH
+from .adapter_l import AdapterL
+from .adapter_p import AdapterP
+from .base import Method
+from .bitfit import BitFit
+from .combined import Combined
+from .full import Full
+from .head_only import HeadOnly
+from .lora import Lora
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Full, BitFit, AdapterH, AdapterL, AdapterP, AdapterDrop, Lora, HeadOnly)
+}
+
+
+def new_method(name: str, **options: Any) -> Method:
+    """A method by its name, or several joined by ``+``.
+
+    Args:
+        name: as in :data:`METHODS`, e.g. ``"lora"`` or ``"lora+prefix-embed"``.
+        options: fields of the method's class, and for ``lora`` those of :class:`lora_ext.LoraConfig`. Of several
+            methods, each takes those that it has.
+
+    Raises:
+        ValueError: there is no such method, or a value cannot be.
+        TypeError: an option that none of the methods has.
+    """
+    names = name.split("+")
+    if unknown := [each for each in names if each not in METHODS]:
+        raise ValueError(f"method: {unknown[0]!r}, want one of {', '.join(METHODS)}, or several joined by +")
+    known = {each: option_names(each) for each in names}
+    every = sorted({option for own in known.values() for option in own})
+    if strange := sorted(set(options) - set(every)):
+        raise TypeError(f"{name}: has no option {strange[0]!r}; it has {every}")
+    parts = tuple(
+        _new(each, {option: value for option, value in options.items() if option in known[each]}) for each in names
+    )
+    return parts[0] if len(parts) == 1 else Combined(parts)
+
+
+def option_names(name: str) -> list[str]:
+    """What :func:`new_method` takes for the one method ``name``."""
+    owner = LoraConfig if METHODS[name] is Lora else METHODS[name]
+    return [field.name for field in dataclasses.fields(owner) if field.init]
+
+
+def _new(name: str, options: dict[str, Any]) -> Method:
+    return Lora(LoraConfig(**options)) if METHODS[name] is Lora else METHODS[name](**options)

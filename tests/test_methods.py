@@ -1,0 +1,252 @@
+"""Every method on every architecture: what it trains, what it computes at first, its files, its removal."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from models import VOCABULARY, Net, refused, token_ids
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    RobertaConfig,
+    T5Config,
+)
+
+from lora_ext import LoraConfig, inject
+from lora_ext.adapters import lora_modules, trainable_parameter_counts
+from lora_ext.methods import METHODS, apply_method, load_method, method_of, new_method, remove_method, save_method
+
+D_MODEL, LAYERS, D_FF = 16, 3, 24
+_SIZES = {"hidden_size": D_MODEL, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": D_FF}
+_BERT = {**_SIZES, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_LLAMA = {**_SIZES, "num_key_value_heads": 1}
+_COMMON = {"vocab_size": VOCABULARY, "max_position_embeddings": 40, "num_labels": 3, "pad_token_id": 1}
+CONFIGS = {
+    "bert": BertConfig(**_COMMON, **_BERT),
+    "roberta": RobertaConfig(**_COMMON, **_BERT),
+    "gpt2": GPT2Config(
+        vocab_size=VOCABULARY, n_positions=40, n_embd=D_MODEL, n_layer=LAYERS, n_head=2, n_inner=D_FF, num_labels=3,
+        pad_token_id=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    ),
+    "llama": LlamaConfig(**_COMMON, **_LLAMA, attention_bias=True),
+    "mistral": MistralConfig(**_COMMON, **_LLAMA),
+    "qwen2": Qwen2Config(**_COMMON, **_LLAMA),
+}  # fmt: skip
+OPTIONS = {
+    "lora": {"r": 2, "target_modules": "all-linear"},
+    "adapter-h": {"bottleneck_size": 5},
+    "adapter-l": {"bottleneck_size": 5},
+    "adapter-p": {"bottleneck_size": 5},
+    "adapter-drop": {"bottleneck_size": 5, "drop_layers": 2},
+    "lora+adapter-p": {"bottleneck_size": 5, "r": 2, "target_modules": "all-linear"},
+    "lora+bitfit": {"r": 2, "target_modules": "all-linear"},
+}
+NAMES = sorted({*METHODS, *OPTIONS})
+HEADS = {"bert": 3 * D_MODEL + 3, "roberta": D_MODEL**2 + D_MODEL + 3 * D_MODEL + 3}
+
+
+def model_of(family: str, seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    return AutoModelForSequenceClassification.from_config(copy.deepcopy(CONFIGS[family])).eval()
+
+
+def method(name: str):
+    return new_method(name, **OPTIONS.get(name, {}))
+
+
+def supported(name: str, family: str) -> bool:
+    return not ("bitfit" in name and family == "mistral")  # which has no biases
+
+
+PAIRS = [(name, family) for name in NAMES for family in CONFIGS if supported(name, family)]
+
+
+def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=(ids != 1).long()).logits
+
+
+def ids_with_padding() -> torch.Tensor:
+    ids = token_ids(3, 7).clamp_min(2)
+    ids[1, 5:] = ids[2, 3:] = 1
+    return ids
+
+
+def train_a_little(model: nn.Module) -> None:
+    torch.manual_seed(1)
+    ids, labels = ids_with_padding(), torch.tensor([0, 1, 2])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(input_ids=ids, attention_mask=(ids != 1).long(), labels=labels).loss.backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("name", "family"), PAIRS)
+def test_it_trains_as_many_parameters_as_the_formula_says(name, family):
+    model = model_of(family)
+    predicted = method(name).count(model)
+    head = HEADS.get(family, 3 * D_MODEL)
+    apply_method(model, method(name))
+    assert trainable_parameter_counts(model)[0] == predicted + head
+    train_a_little(model)
+    for path, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, path
+
+
+@pytest.mark.parametrize(("name", "family"), PAIRS)
+def test_what_is_trained_changes_the_output_and_nothing_else_is_trained(name, family):
+    model, ids = model_of(family), ids_with_padding()
+    before, frozen = logits(model, ids), copy.deepcopy(model.state_dict())
+    apply_method(model, method(name))
+    torch.testing.assert_close(logits(model, ids), before)
+    train_a_little(model)
+    assert not torch.equal(logits(model, ids), before)
+    trained = {path for path, parameter in model.named_parameters() if parameter.requires_grad}
+    for path, tensor in model.state_dict().items():
+        if path in frozen and path not in trained:
+            assert torch.equal(tensor, frozen[path]), path
+
+
+@pytest.mark.parametrize(("name", "family"), PAIRS)
+def test_files_restore_what_was_trained(name, family, tmp_path):
+    model, ids = model_of(family), ids_with_padding()
+    apply_method(model, method(name))
+    train_a_little(model)
+    save_method(model, tmp_path / "saved")
+    other = model_of(family)
+    load_method(other, tmp_path / "saved")
+    torch.testing.assert_close(logits(other, ids), logits(model, ids), rtol=0, atol=0)
+    assert not any(parameter.requires_grad for parameter in other.parameters())
+    assert method_of(other).name == name
+    # what comes back trains, and makes the same file
+    third = load_method(model_of(family), tmp_path / "saved", trainable=True)
+    assert trainable_parameter_counts(third) == trainable_parameter_counts(model)
+    save_method(third, tmp_path / "again")
+    for file in (tmp_path / "saved").iterdir():
+        if file.name != "adapter_config.json":
+            assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize(("name", "family"), PAIRS)
+def test_removal_leaves_the_bare_model(name, family):
+    model, ids = model_of(family), ids_with_padding()
+    before, modules = logits(model, ids), dict(model.named_modules())
+    apply_method(model, method(name))
+    train_a_little(model)
+    trained_in_place = name in ("full", "bitfit", "lora+bitfit")
+    remove_method(model)
+    assert dict(model.named_modules()) == modules
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+    assert method_of(model) is None
+    if not trained_in_place:
+        for path, head in model.named_modules():
+            if path in ("classifier", "score") and "lora" not in name:
+                head.load_state_dict(model_of(family).get_submodule(path).state_dict())
+        torch.testing.assert_close(logits(model, ids), before, rtol=0, atol=0)
+    apply_method(model, method("adapter-p"))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_copy_is_independent(name, copied):
+    model, ids = apply_method(model_of("bert"), method(name)), ids_with_padding()
+    before = logits(model, ids)
+    other = copied(model)
+    train_a_little(other)
+    torch.testing.assert_close(logits(model, ids), before, rtol=0, atol=0)
+    assert not torch.equal(logits(other, ids), before)
+    remove_method(other)
+
+
+def test_what_files_hold(tmp_path):
+    model = apply_method(model_of("bert"), method("lora+adapter-p"))
+    save_method(model, tmp_path)
+    content = json.loads((tmp_path / "method.json").read_text())
+    assert [part["name"] for part in content["methods"]] == ["lora", "adapter-p"]
+    assert content["methods"][1]["options"] == {"bottleneck_size": 5, "activation": "relu"}
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "method.json",
+        "method.safetensors",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    # another method in the same place leaves nothing behind
+    save_method(apply_method(model_of("bert"), method("bitfit")), tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"method.json", "method.safetensors"}
+
+
+def test_bad_files_change_nothing(tmp_path):
+    save_method(apply_method(model_of("bert"), method("adapter-h")), tmp_path / "bert")
+    model = model_of("gpt2")
+    with refused(
+        model, ValueError, "missing key: transformer.h.0.attn.resid_dropout.bottleneck.down.weight", "unexpected"
+    ):
+        load_method(model, tmp_path / "bert")
+    with refused(model, FileNotFoundError, "method.json"):
+        load_method(model, tmp_path)
+    (tmp_path / "bert" / "method.json").write_text("[]")
+    with refused(model, ValueError, "not a method's file"):
+        load_method(model, tmp_path / "bert")
+    (tmp_path / "bert" / "method.json").write_text('{"methods": [{"name": "adapter-p", "options": {"width": 3}}]}')
+    with refused(model, ValueError, "no option 'width'"):
+        load_method(model, tmp_path / "bert")
+
+
+def test_bad_options():
+    for name, options, error, text in [
+        ("adapter", {}, ValueError, "want one of full, bitfit"),
+        ("adapter-h", {"bottleneck_size": 0}, ValueError, "bottleneck_size is 0, want at least 1"),
+        ("adapter-h", {"bottleneck_size": 2.0}, TypeError, "want an integer"),
+        ("adapter-p", {"activation": "tanh"}, ValueError, "want one of relu, gelu, silu, identity"),
+        ("adapter-p", {"r": 8}, TypeError, "no option 'r'; it has"),
+        ("adapter-drop", {"drop_layers": -1}, ValueError, "drop_layers is -1"),
+        ("bitfit+bitfit", {}, ValueError, "each method once"),
+        ("full+bitfit", {}, ValueError, "full cannot be combined"),
+    ]:
+        with pytest.raises(error, match=text.replace("+", r"\+")):
+            new_method(name, **options)
+
+
+def test_bad_models():
+    model = Net()
+    with refused(model, TypeError, "Net", "not supported", "bert, roberta", "llama"):
+        apply_method(model, method("adapter-h"))
+    t5 = AutoModelForSequenceClassification.from_config(
+        T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, num_labels=2)
+    )
+    with refused(t5, TypeError, "T5ForSequenceClassification", "'t5'", "supported are", "gpt2"):
+        apply_method(t5, method("adapter-p"))
+    model = model_of("mistral")
+    with refused(model, TypeError, "has no biases"):
+        apply_method(model, method("bitfit"))
+    model = model_of("bert")
+    with refused(model, ValueError, "drop_layers is 3", "has 3 layers"):
+        apply_method(model, new_method("adapter-drop", drop_layers=3))
+    apply_method(model, method("bitfit"))
+    with refused(model, ValueError, "adapted by bitfit already"):
+        apply_method(model, method("full"))
+    model = inject(model_of("bert"), LoraConfig(r=2, target_modules=["query"]))
+    with refused(model, ValueError, "injected already"):
+        apply_method(model, method("bitfit"))
+
+
+def test_lora_is_what_inject_does():
+    model, other = model_of("bert"), model_of("bert")
+    torch.manual_seed(3)
+    apply_method(model, new_method("lora", r=2, target_modules=["query", "value"]))
+    torch.manual_seed(3)
+    inject(other, LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS"))
+    assert model.state_dict().keys() == other.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+    assert len(list(lora_modules(model))) == 2 * LAYERS
