@@ -45,7 +45,7 @@ def test_missing_extra_is_named(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "dora"], "--method is 'dora', want one of lora, full"),
+        (["--method", "dora"], "--method is 'dora', want one of full, bitfit"),
         (["--epochs", "0"], "--epochs is 0.0, want a finite number above 0"),
         (["--batch-size", "-1"], "--batch-size is -1, want a finite number above 0"),
         (["--learning-rate", "nan"], "--learning-rate is nan, want a finite number above 0"),

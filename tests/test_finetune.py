@@ -19,8 +19,9 @@ import tiny_classifier
 import torch
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, pipeline
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
+from lora_ext.methods import METHODS, load_method
 from lora_ext.tasks import TaskError, demo, report
 from lora_ext.tasks.finetune import finetune
 from lora_ext.tasks.settings import Settings
@@ -89,6 +90,7 @@ def test_it_learns_and_reports(tiny: Settings, run: tuple[Path, dict[str, Any]])
     assert metrics["merged"]["accuracy"] == metrics["after"]["accuracy"]
     assert metrics["merged"]["max_logit_difference"] < 1e-4
     assert metrics["merged"]["base_seconds"] > 0 < metrics["merged"]["merged_seconds"]
+    assert metrics["latency"]["base_seconds"] > 0 < metrics["latency"]["adapted_seconds"]
     assert metrics["tokens_per_second"] > 0 < metrics["peak_memory_bytes"]
     assert metrics["machine"]["torch"] == torch.__version__
     assert (out / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
@@ -195,6 +197,28 @@ def test_an_eval_file_is_the_test_set_and_its_texts_are_not_trained_on(tiny: Set
     metrics = finetune(settings, tmp_path / "out")
     assert metrics["examples"]["test"] == 50
     assert metrics["examples"]["train"] + metrics["examples"]["validation"] <= 200 - distinct
+
+
+@pytest.mark.parametrize("method", sorted({*METHODS, "lora+adapter-p"} - {"lora", "full"}))
+def test_every_method_learns_and_resumes(tiny: Settings, tmp_path: Path, method: str):
+    learning_rate = 0.1 if method in ("bitfit", "head-only") else tiny.learning_rate
+    settings = Settings(**{**vars(tiny), "method": method, "learning_rate": learning_rate})
+    metrics = finetune(settings, tmp_path)
+    assert metrics["after"]["accuracy"] > 0.6 > metrics["before"]["accuracy"]
+    checkpoint = max(tmp_path.glob("checkpoints/*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    shutil.rmtree(checkpoint)
+    again = finetune(settings, tmp_path, resume=True)
+    assert again["after"] == metrics["after"]
+    assert again["trainable_parameters"] == metrics["trainable_parameters"] < metrics["total_parameters"] / 2
+    assert metrics["adapter_bytes"] < metrics["full_checkpoint_bytes"] / 2
+
+    model = AutoModelForSequenceClassification.from_pretrained(tiny.model, num_labels=2)
+    load_method(model, tmp_path / "adapter").eval()
+    rows = read_predictions(tmp_path)
+    batch = AutoTokenizer.from_pretrained(tiny.model)([row["text"] for row in rows], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**batch).logits
+    torch.testing.assert_close(logits, torch.tensor([row["logits"] for row in rows]), rtol=1e-4, atol=1e-5)
 
 
 def test_full_fine_tuning_saves_a_whole_model(tiny: Settings, tmp_path: Path):

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from ..methods import METHODS
 from ..tasks import TaskError
-from ..tasks.settings import METHODS, Settings
+from ..tasks.settings import Settings
 from .formatter import HelpFormatter
 
 
@@ -30,19 +31,28 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--label-column", metavar="NAME", help="column of the labels, strings or integers")
     add("--validation-split", type=float, metavar="FRACTION", help="part of --data to evaluate on after each epoch")
     add("--test-split", type=float, metavar="FRACTION", help="part of --data held out until the end")
-    add("--method", metavar="NAME", help=f"one of {', '.join(METHODS)}; full trains every weight, for comparison")
+    add("--method", metavar="NAME", help=f"{', '.join(METHODS)}, or several joined by +, as lora+prefix-embed")
     add("--r", type=int, metavar="RANK", help="rank of the adapters")
     add("--lora-alpha", type=float, metavar="ALPHA", help="the update is scaled by ALPHA / RANK")
     add("--lora-dropout", type=float, metavar="P", help="dropout on the adapters' input")
     add("--target-modules", metavar="NAMES", help="layers to adapt: query,value, or all-linear, or a regex")
     add("--modules-to-save", metavar="NAMES", help="modules to train in full beside the head")
+    add("--bottleneck-size", type=int, metavar="SIZE", help="hidden features of adapter-h, -l, -p and -drop")
+    add("--drop-layers", type=int, metavar="N", help="lower layers without adapter-drop's adapters; else 5 of 12")
+    add(
+        "--prefix-length",
+        type=int,
+        metavar="TOKENS",
+        help="trained tokens in front of prefix-embed's and -layer's input",
+    )
+    add("--infix-length", type=int, metavar="TOKENS", help="trained tokens behind it")
     add("--epochs", type=float, help="passes over the training texts")
     add("--batch-size", type=int, help="texts a step")
-    add("--learning-rate", type=float, help="peak; falls linearly to 0")
+    add("--learning-rate", type=float, help="peak; falls linearly to 0; else the method's own default")
     add("--warmup", type=float, metavar="FRACTION", help="part of the steps in which the learning rate rises")
     add("--max-length", type=int, metavar="TOKENS", help="longer texts are cut")
     add("--seed", type=int, help="of the new head, the adapters, the order of the texts and dropout")
-    parser.set_defaults(**asdict(Settings()))
+    parser.set_defaults(**asdict(Settings()) | {"learning_rate": None})
     add("--out", type=Path, required=True, metavar="DIR", help="gets the adapter, metrics, loss curve and predictions")
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
     add("--overwrite", action="store_true", help="replace the run in --out")

@@ -13,14 +13,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .._interrupts import uninterrupted
 from ..adapter_file import CONFIG_FILE, WEIGHTS_FILE, AdapterFile
 from ..adapter_set import adapter_set
 from ..bare_model import BareModel, root_module
 from ..checkpoint import config_of, load_adapter, save_adapter
 from ..staged_files import staged_files, write_tensors
-from .adapted import applied_method, carry_out, check_is_bare, own_parameters
+from .adapted import applied_method, carry_out, check_is_bare, method_of, own_parameters
 from .base import Method, head_paths
 from .combined import Combined
+from .inserted import Insertion
 from .lora import Lora
 from .registry import new_method
 
@@ -59,42 +61,46 @@ def save_method(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 def load_method(model: ModelT, directory: str | os.PathLike[str], trainable: bool = False) -> ModelT:
     """Applies the method of a directory that :func:`save_method` wrote to a bare ``model``, with what was trained.
 
+    In a model that is adapted by the same method already, the values are replaced in place, and nothing else changes.
     Values are cast to the dtype of the parameters they go to.
 
     Args:
-        model: of the architecture it was saved from, not adapted.
+        model: of the architecture it was saved from.
         directory: holds ``method.json``.
-        trainable: what was trained requires gradients again; otherwise all is frozen.
+        trainable: what was trained requires gradients again; otherwise all is frozen. Values that are replaced keep
+            their flags.
 
     Returns:
         ``model``, the same object.
 
     Raises:
         FileNotFoundError: naming the file that is missing.
-        ValueError: a file is corrupted, or does not fit the model: every missing and unexpected key and wrong shape is
-            listed.
+        ValueError: a file is corrupted, of another method than the model is adapted by, or does not fit the model:
+            every missing and unexpected key and wrong shape is listed.
         Also what :func:`apply_method` raises. The model is then unchanged.
     """
     directory = Path(directory)
-    check_is_bare(model, "load_method")
     method = read_method(directory)
-    insertions = method.insertions(model)
-    bare = BareModel(root_module(model))
-    has_lora = method.lora_config(model) is not None
-    targets: dict[str, Tensor] = dict(method.trained_parameters(bare))
-    for path, module in [(f"{each.path}.{each.name}".lstrip("."), each.module) for each in insertions]:
-        targets |= {f"{path}.{name}": parameter for name, parameter in module.named_parameters()}
-    for path in [] if has_lora else head_paths(bare):
-        targets |= {f"{path}.{name}": parameter for name, parameter in bare.modules[path].named_parameters()}
+    has_lora = any(isinstance(part, Lora) for part in method.parts)
+    if (applied := method_of(model)) is not None:
+        _check_same(applied, method, directory)
+        targets = own_parameters(model)
+        values = _read_tensors(directory / TENSORS_FILE, targets) if targets else {}
+        if has_lora:
+            load_adapter(model, directory)
+        _copy(values, targets)
+        return model
 
+    check_is_bare(model, "load_method")
+    insertions = method.insertions(model)
+    targets = _targets(model, method, insertions)
     values = _read_tensors(directory / TENSORS_FILE, targets) if targets else {}
     if has_lora:
         load_adapter(model, directory, trainable)
+    _copy(values, targets)
     carry_out(model, method, insertions)
-    with torch.no_grad():
-        for path, target in targets.items():
-            target.copy_(values[path])
-            target.requires_grad_(trainable)
+    for target in targets.values():
+        target.requires_grad_(trainable)
     return model
 
 
@@ -118,6 +124,32 @@ def read_method(directory: str | os.PathLike[str]) -> Method:
         return parts[0] if len(parts) == 1 else Combined(tuple(parts))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"load_method: {path} is not a method's file: {error}") from error
+
+
+def _targets(model: nn.Module, method: Method, insertions: list[Insertion]) -> dict[str, nn.Parameter]:
+    """What :func:`own_parameters` will say once the method is applied."""
+    bare = BareModel(root_module(model))
+    targets = dict(method.trained_parameters(bare))
+    modules = {f"{each.path}.{each.name}".lstrip("."): each.module for each in insertions}
+    if method.lora_config(model) is None:
+        modules |= {path: bare.modules[path] for path in head_paths(bare)}
+    for path, module in modules.items():
+        targets |= {f"{path}.{name}": parameter for name, parameter in module.named_parameters()}
+    return targets
+
+
+def _check_same(applied: Method, method: Method, directory: Path) -> None:
+    ours, theirs = ([(p.name, p.options()) for p in each.parts] for each in (applied, method))
+    if ours != theirs:  # of low-rank adapters, load_adapter compares the configs
+        raise ValueError(
+            f"load_method: {directory} has {theirs}, but the model is adapted by {ours}; call remove_method(model) first"
+        )
+
+
+def _copy(values: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
+    with torch.no_grad(), uninterrupted():
+        for path, target in targets.items():
+            target.copy_(values[path])
 
 
 def _read_tensors(path: Path, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:

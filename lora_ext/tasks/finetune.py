@@ -24,8 +24,8 @@ from transformers import (
     set_seed,
 )
 
-from lora_ext import LoraConfig, inject, save_adapter
 from lora_ext.adapters import merge_and_unload, trainable_parameter_counts
+from lora_ext.methods import apply_method, new_method, option_names, save_method
 
 from . import TaskError, demo, report
 from .data import Example, Splits, label_names, read_examples, split_examples, without_texts_of
@@ -70,8 +70,7 @@ def finetune(
     set_seed(settings.seed)  # the new head, and the adapters
     tokenizer, model = _load_model(model_path, labels, settings.max_length)
     full_checkpoint_bytes = report.tensor_bytes(model)
-    if settings.method == "lora":
-        _inject(model, settings, model_path)
+    _adapt(model, settings, model_path)
     trainable, total = trainable_parameter_counts(model)
     say("tokenising ...")
     train_rows, validation_rows, test_rows = (
@@ -107,15 +106,24 @@ def finetune(
         "peak_memory_bytes": peak_memory,
         "full_checkpoint_bytes": full_checkpoint_bytes,
     }
-    if settings.method == "lora":
-        save_adapter(model, out / "adapter")
-        metrics["adapter_bytes"] = report.directory_bytes(out / "adapter")
-        say("merging the adapter, and comparing the merged model with the base model ...")
-        base_model = _load_model(model_path, labels, settings.max_length)[1]
-        metrics["merged"] = _merge_and_compare(trainer, base_model, test_rows, logits)
-    else:
+    if settings.method == "full":
         trainer.save_model(str(out / "model"))
         tokenizer.save_pretrained(out / "model")
+    else:
+        save_method(model, out / "adapter")
+        metrics["adapter_bytes"] = report.directory_bytes(out / "adapter")
+        say("comparing with the base model ...")
+        models = {"base": _load_model(model_path, labels, settings.max_length)[1].to(model.device), "adapted": model}
+        metrics["latency"] = _latencies(trainer, models, test_rows)
+        if settings.method == "lora":
+            say("merging the adapter, and comparing the merged model with the base model ...")
+            merged = {"base": models["base"], "merged": merge_and_unload(model)}
+            merged_logits = predict(trainer, test_rows.rows)
+            metrics["merged"] = {
+                **_score(merged_logits, test_rows),
+                "max_logit_difference": float(np.abs(merged_logits - logits).max()),
+                **_latencies(trainer, merged, test_rows),
+            }
 
     report.write_predictions(out / "predictions.jsonl", test_rows.examples, logits, test_rows.classes, labels)
     title = f"{settings.method}, {len(train_rows.rows):,} texts"
@@ -206,20 +214,18 @@ def _load_model(path: str, labels: list[str], max_length: int) -> tuple[PreTrain
     return tokenizer, model
 
 
-def _inject(model: PreTrainedModel, settings: Settings, model_path: str) -> None:
+def _adapt(model: PreTrainedModel, settings: Settings, model_path: str) -> None:
+    values = asdict(settings) | {
+        "target_modules": _module_names(settings.target_modules),
+        "modules_to_save": _names(settings.modules_to_save) if settings.modules_to_save else None,
+        "base_model_name_or_path": model_path,
+    }
     try:
-        config = LoraConfig(
-            r=settings.r,
-            lora_alpha=settings.lora_alpha,
-            lora_dropout=settings.lora_dropout,
-            target_modules=_module_names(settings.target_modules),
-            modules_to_save=_names(settings.modules_to_save) if settings.modules_to_save else None,
-            task_type="SEQ_CLS",  # trains the head as well
-            base_model_name_or_path=model_path,
-        )
-        inject(model, config)
+        options = {option for name in settings.method.split("+") for option in option_names(name)}
+        method = new_method(settings.method, **{key: value for key, value in values.items() if key in options})
+        apply_method(model, method)
     except (ValueError, TypeError) as error:
-        raise TaskError(str(error)) from error
+        raise TaskError(f"--method {settings.method}: {error}") from error
 
 
 def _module_names(value: str) -> list[str] | str:
@@ -243,21 +249,11 @@ def _encode(examples: list[Example], tokenizer: PreTrainedTokenizerBase, labels:
     return Encoded([examples[index] for index in order], rows, np.array(classes))
 
 
-def _merge_and_compare(
-    trainer: FinetuneTrainer, base_model: PreTrainedModel, test_rows: Encoded, logits: np.ndarray
-) -> dict[str, float]:
-    """Merges the trained model's adapter for good; ``logits`` are those it gave on ``test_rows`` before."""
-    merged = merge_and_unload(trainer.model)
-    merged_logits = predict(trainer, test_rows.rows)
-    batch = trainer.data_collator(test_rows.rows[-trainer.args.eval_batch_size :]).to(merged.device)
-    models = {"base": base_model.to(merged.device).eval(), "merged": merged.eval()}
-    seconds = report.median_latencies(models, batch)
-    return {
-        **_score(merged_logits, test_rows),
-        "max_logit_difference": float(np.abs(merged_logits - logits).max()),
-        "base_seconds": seconds["base"],
-        "merged_seconds": seconds["merged"],
-    }
+def _latencies(trainer: FinetuneTrainer, models: dict[str, PreTrainedModel], rows: Encoded) -> dict[str, float]:
+    """Median seconds a forward of the longest texts takes each of ``models``, as ``<name>_seconds``."""
+    batch = trainer.data_collator(rows.rows[-trainer.args.eval_batch_size :]).to(trainer.model.device)
+    seconds = report.median_latencies({name: model.eval() for name, model in models.items()}, batch)
+    return {f"{name}_seconds": value for name, value in seconds.items()}
 
 
 def _score(logits: np.ndarray, encoded: Encoded) -> dict[str, float]:

@@ -7,15 +7,19 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from lora_ext.methods import METHODS
+
 from . import TaskError
 
 SETTINGS_FILE = "settings.json"
-METHODS = ("lora", "full")
+
+LEARNING_RATES = {"full": 1e-4, "bitfit": 2e-3, "prefix-embed": 1e-2, "prefix-layer": 5e-3, "head-only": 5e-3}
+"""Defaults by method, of combinations the smallest of their parts'; 1e-3 for the others."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """None for model and data means the demo's own.
+    """None for model and data means the demo's own; for the learning rate, the method's.
 
     The defaults were chosen by a few runs on the demo's validation texts, seed 0 if not said otherwise. Adapters on
     every linear layer did better than on query and value alone, in about the same time. Batches of 32 with twice the
@@ -35,16 +39,26 @@ class Settings:
     lora_dropout: float = 0.1
     target_modules: str = "all-linear"
     modules_to_save: str | None = None
+    bottleneck_size: int = 16
+    drop_layers: int | None = None
+    prefix_length: int = 8
+    infix_length: int = 0
     epochs: float = 2.0
     batch_size: int = 16
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     warmup: float = 0.1
     max_length: int = 128
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise TaskError(f"--method is {self.method!r}, want one of {', '.join(METHODS)}")
+        names = self.method.split("+")
+        if unknown := [name for name in names if name not in METHODS]:
+            raise TaskError(f"--method is {unknown[0]!r}, want one of {', '.join(METHODS)}, or several joined by +")
+        if self.learning_rate is None:
+            rates = [LEARNING_RATES.get(name, 1e-3) for name in names]
+            object.__setattr__(self, "learning_rate", min(rates))  # in files and messages, what is used
+        if self.modules_to_save is not None and "lora" not in names:
+            raise TaskError(f"--modules-to-save goes with lora, not with --method {self.method}")
         for name in ("epochs", "batch_size", "learning_rate", "max_length"):
             if not 0 < getattr(self, name) < math.inf:
                 raise TaskError(f"--{name.replace('_', '-')} is {getattr(self, name)}, want a finite number above 0")

@@ -14,16 +14,11 @@ import torch
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from lora_ext import load_adapter, save_adapter
-from lora_ext.adapters import lora_modules
+from lora_ext.methods import load_method, method_of, save_method
 
 from . import TaskError
 from .report import accuracy, macro_f1
 from .settings import Settings
-
-
-def is_adapted(model: torch.nn.Module) -> bool:
-    return any(True for _ in lora_modules(model))
 
 
 class Interrupted(KeyboardInterrupt):
@@ -31,7 +26,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class FinetuneTrainer(Trainer):
-    """Writes only the adapter of a model that has one, and draws the same batches in a resumed run.
+    """Writes only what is trained, and draws the same batches in a resumed run.
 
     Evaluation and prediction keep the order of the dataset.
     """
@@ -41,17 +36,17 @@ class FinetuneTrainer(Trainer):
         return _EpochSampler(self.args.train_batch_size, [len(row["input_ids"]) for row in dataset], self.args.seed)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if is_adapted(self.model):
-            save_adapter(self.model, output_dir or self.args.output_dir)
-        else:
+        if method_of(self.model).name == "full":  # the whole model, as others read it
             super()._save(output_dir, state_dict)
+        else:
+            save_method(self.model, output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with _explaining_damage(resume_from_checkpoint):
-            if is_adapted(self.model):
-                load_adapter(self.model, resume_from_checkpoint)
-            else:
+            if method_of(self.model).name == "full":
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
+            else:
+                load_method(self.model, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _explaining_damage(checkpoint):
