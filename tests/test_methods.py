@@ -169,6 +169,22 @@ def test_a_copy_is_independent(name, copied):
     remove_method(other)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_values_are_replaced_in_place(name, tmp_path):
+    model, ids = apply_method(model_of("bert"), method(name)), ids_with_padding()
+    train_a_little(model)
+    save_method(model, tmp_path)
+    before, parameters = logits(model, ids), [id(p) for p in model.parameters()]
+    train_a_little(model)
+    load_method(model, tmp_path)
+    torch.testing.assert_close(logits(model, ids), before, rtol=0, atol=0)
+    assert [id(p) for p in model.parameters()] == parameters
+    train_a_little(model)  # it still can be
+    other = apply_method(model_of("bert"), new_method("adapter-l", bottleneck_size=7))
+    with refused(other, ValueError, "but the model is adapted by [('adapter-l', {'bottleneck_size': 7"):
+        load_method(other, tmp_path)
+
+
 def test_what_files_hold(tmp_path):
     model = apply_method(model_of("bert"), method("lora+adapter-p"))
     save_method(model, tmp_path)

@@ -43,7 +43,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--prefix-length",
         type=int,
         metavar="TOKENS",
-        help="trained tokens in front of prefix-embed's and -layer's input",
+        help="trained tokens in front of the input: prefix-embed, -layer",
     )
     add("--infix-length", type=int, metavar="TOKENS", help="trained tokens behind it")
     add("--epochs", type=float, help="passes over the training texts")

@@ -142,7 +142,8 @@ def _check_same(applied: Method, method: Method, directory: Path) -> None:
     ours, theirs = ([(p.name, p.options()) for p in each.parts] for each in (applied, method))
     if ours != theirs:  # of low-rank adapters, load_adapter compares the configs
         raise ValueError(
-            f"load_method: {directory} has {theirs}, but the model is adapted by {ours}; call remove_method(model) first"
+            f"load_method: {directory} has {theirs}, but the model is adapted by {ours}; "
+            "call remove_method(model) first"
         )
 
 
