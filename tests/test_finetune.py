@@ -17,13 +17,16 @@ import numpy as np
 import pytest
 import tiny_classifier
 import torch
+from models import bert, gpt2, llama
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
+from lora_ext import LoraConfig, inject
 from lora_ext.methods import METHODS, load_method
 from lora_ext.tasks import TaskError, demo, report
 from lora_ext.tasks.finetune import finetune
+from lora_ext.tasks.lora_targets import lora_targets
 from lora_ext.tasks.settings import Settings
 
 
@@ -327,3 +330,20 @@ def test_the_real_model_on_real_reviews(tmp_path: Path):
     losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
     assert losses[-1] < losses[0]
     assert_peft_predicts_the_same(tmp_path / "out", num_labels=2)
+
+
+@pytest.mark.parametrize(("family", "text", "modules", "enable_lora"), [
+    ("bert", "q,v", ["query", "value"], None),
+    ("bert", "q, o", ["query", "attention.output.dense"], None),
+    ("llama", "q,k,v,o", ["q_proj", "k_proj", "v_proj", "o_proj"], None),
+    ("gpt2", "q,v", ["c_attn"], {"c_attn": (True, False, True)}),
+    ("gpt2", "o", ["attn.c_proj"], None),
+    ("gpt2", "c_attn,c_fc", ["c_attn", "c_fc"], None),
+    ("llama", "all-linear", "all-linear", None),
+    ("llama", r".*\.(q|k)_proj", r".*\.(q|k)_proj", None),
+])  # fmt: skip
+def test_the_papers_names_of_weights(family, text, modules, enable_lora):
+    model = {"bert": bert, "llama": llama, "gpt2": gpt2}[family]()
+    targets = lora_targets(model, text)
+    assert targets == {"target_modules": modules} | ({"enable_lora": enable_lora} if enable_lora else {})
+    inject(model, LoraConfig(r=2, **targets))

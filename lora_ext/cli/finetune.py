@@ -35,7 +35,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--r", type=int, metavar="RANK", help="rank of the adapters")
     add("--lora-alpha", type=float, metavar="ALPHA", help="the update is scaled by ALPHA / RANK")
     add("--lora-dropout", type=float, metavar="P", help="dropout on the adapters' input")
-    add("--target-modules", metavar="NAMES", help="layers to adapt: query,value, or all-linear, or a regex")
+    add(
+        "--target-modules",
+        metavar="NAMES",
+        help="layers to adapt: of q,k,v,o; or module names; or all-linear; or a regex",
+    )
     add("--modules-to-save", metavar="NAMES", help="modules to train in full beside the head")
     add("--bottleneck-size", type=int, metavar="SIZE", help="hidden features of adapter-h, -l, -p and -drop")
     add("--drop-layers", type=int, metavar="N", help="lower layers without adapter-drop's adapters; else 5 of 12")

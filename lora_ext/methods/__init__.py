@@ -6,7 +6,7 @@
 
 from .adapted import apply_method, method_of, remove_method
 from .architectures import ARCHITECTURES
-from .base import Method
+from .base import Method, head_parameter_count
 from .files import load_method, read_method, save_method
 from .registry import METHODS, new_method, option_names
 
@@ -15,6 +15,7 @@ __all__ = [
     "METHODS",
     "Method",
     "apply_method",
+    "head_parameter_count",
     "load_method",
     "method_of",
     "new_method",

@@ -20,6 +20,7 @@ class Architecture:
         attention_output, mlp_output: their outputs are what the residual stream is added to.
         layer_output: its output is the layer's; "": the layer itself.
         post_norm: whether the layer ends with a normalisation, which is ``layer_output``.
+        projections: computing queries, keys, values, and the attention's output; the first three may be one.
         keeps_first: whether the first token stands for the whole text, so that nothing may be put in front of it.
     """
 
@@ -30,6 +31,7 @@ class Architecture:
     mlp_output: str
     layer_output: str
     post_norm: bool
+    projections: tuple[str, str, str, str]
     keeps_first: bool
 
 
@@ -41,6 +43,7 @@ _BERT = Architecture(
     mlp_output="output.dropout",
     layer_output="output.LayerNorm",
     post_norm=True,
+    projections=("query", "key", "value", "attention.output.dense"),
     keeps_first=True,
 )
 _GPT2 = Architecture(
@@ -51,6 +54,7 @@ _GPT2 = Architecture(
     mlp_output="mlp",
     layer_output="",
     post_norm=False,
+    projections=("c_attn", "c_attn", "c_attn", "attn.c_proj"),
     keeps_first=False,
 )
 _LLAMA = Architecture(
@@ -61,6 +65,7 @@ _LLAMA = Architecture(
     mlp_output="mlp",
     layer_output="",
     post_norm=False,
+    projections=("q_proj", "k_proj", "v_proj", "o_proj"),
     keeps_first=False,
 )
 

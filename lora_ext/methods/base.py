@@ -79,6 +79,12 @@ def head_paths(bare: BareModel) -> list[str]:
     return [path for path in bare.modules if path in names]
 
 
+def head_parameter_count(model: nn.Module) -> int:
+    """Parameters of the new heads of the bare ``model``, which :meth:`Method.count` leaves out."""
+    bare = BareModel(root_module(model))
+    return sum(parameter.numel() for path in head_paths(bare) for parameter in bare.modules[path].parameters())
+
+
 _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",

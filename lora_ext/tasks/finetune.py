@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -25,10 +23,12 @@ from transformers import (
 )
 
 from lora_ext.adapters import merge_and_unload, trainable_parameter_counts
-from lora_ext.methods import apply_method, new_method, option_names, save_method
+from lora_ext.methods import apply_method, head_parameter_count, new_method, option_names, save_method
 
 from . import TaskError, demo, report
 from .data import Example, Splits, label_names, read_examples, split_examples, without_texts_of
+from .lora_targets import lora_targets, split_names
+from .run_directory import check_out, prepare_out
 from .settings import SETTINGS_FILE, Settings
 from .trainer import FinetuneTrainer, build_trainer, last_checkpoint, predict, train
 
@@ -50,8 +50,13 @@ def finetune(
     resume: bool = False,
     overwrite: bool = False,
     say: Callable[[str], None] = print,
+    on_progress: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
     """Runs the whole task and leaves adapter/, metrics.json, loss_curve.png and predictions.jsonl in ``out``.
+
+    Args:
+        say: shows a line to the user.
+        on_progress: is told, after every step, the part of the training that is done.
 
     Returns:
         The content of metrics.json.
@@ -61,7 +66,7 @@ def finetune(
         Interrupted: after the first Ctrl-C during training.
     """
     transformers.logging.set_verbosity_error()
-    _check_out(out, resume, overwrite)
+    check_out(out, resume, overwrite, marker=SETTINGS_FILE, what="a fine-tuning run")
     checkpoint = last_checkpoint(out) if resume else None
     splits = _load_data(settings, say)
     labels = label_names([example for split in splits for example in split])
@@ -70,13 +75,14 @@ def finetune(
     set_seed(settings.seed)  # the new head, and the adapters
     tokenizer, model = _load_model(model_path, labels, settings.max_length)
     full_checkpoint_bytes = report.tensor_bytes(model)
-    _adapt(model, settings, model_path)
+    head_parameters = head_parameter_count(model)
+    adapt(model, settings, model_path)
     trainable, total = trainable_parameter_counts(model)
     say("tokenising ...")
     train_rows, validation_rows, test_rows = (
         _encode(split, tokenizer, labels, settings.max_length) for split in splits
     )
-    _prepare_out(out, settings, resume)
+    prepare_out(out, _OUTPUTS, resume, settings.save)
     trainer = build_trainer(
         model, settings, out, train_rows.rows, validation_rows.rows, DataCollatorWithPadding(tokenizer)
     )
@@ -84,7 +90,7 @@ def finetune(
     say(f"evaluating on {len(test_rows.rows):,} test texts before training ...")
     before = _score(predict(trainer, test_rows.rows), test_rows)
     say(f"training {trainable:,} of {total:,} parameters on {len(train_rows.rows):,} texts ...")
-    throughput = train(trainer, checkpoint)
+    throughput = train(trainer, checkpoint, on_progress)
     peak_memory = report.peak_memory_bytes(model.device)
     say("evaluating on the test texts after training ...")
     logits = predict(trainer, test_rows.rows)
@@ -98,6 +104,7 @@ def finetune(
         "examples": {name: len(split) for name, split in splits._asdict().items()},
         "trainable_parameters": trainable,
         "total_parameters": total,
+        "head_parameters": head_parameters,
         "before": before,
         "validation": _last_validation(trainer.state.log_history),
         "after": _score(logits, test_rows),
@@ -133,33 +140,6 @@ def finetune(
     if settings.model is None or settings.data is None:
         say(demo.CREDIT)
     return metrics
-
-
-def _check_out(out: Path, resume: bool, overwrite: bool) -> None:
-    """Refuses to mix a run with other files, or to replace one unasked."""
-    if resume and overwrite:
-        raise TaskError("--resume continues the run in --out and --overwrite replaces it; give one of them")
-    if out.exists() and not out.is_dir():
-        raise TaskError(f"--out {out} is not a directory")
-    if resume or not out.exists() or not any(out.iterdir()):
-        return
-    if not (out / SETTINGS_FILE).is_file():
-        raise TaskError(f"--out {out} holds files that are not of a fine-tuning run; choose another directory")
-    if not overwrite:
-        raise TaskError(f"--out {out} holds a run already; --resume continues it, --overwrite replaces it")
-
-
-def _prepare_out(out: Path, settings: Settings, resume: bool) -> None:
-    try:
-        for path in [] if resume else [out / name for name in _OUTPUTS]:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-        out.mkdir(parents=True, exist_ok=True)
-        settings.save(out)
-    except OSError as error:
-        raise TaskError(f"--out {out} cannot be written: {error.strerror}") from error
 
 
 def _load_data(settings: Settings, say: Callable[[str], None]) -> Splits:
@@ -214,10 +194,11 @@ def _load_model(path: str, labels: list[str], max_length: int) -> tuple[PreTrain
     return tokenizer, model
 
 
-def _adapt(model: PreTrainedModel, settings: Settings, model_path: str) -> None:
+def adapt(model: PreTrainedModel, settings: Settings, model_path: str) -> None:
+    """Applies the method of ``settings``. TaskError: it does not fit the model, or an option is wrong."""
     values = asdict(settings) | {
-        "target_modules": _module_names(settings.target_modules),
-        "modules_to_save": _names(settings.modules_to_save) if settings.modules_to_save else None,
+        **lora_targets(model, settings.target_modules),
+        "modules_to_save": split_names(settings.modules_to_save) if settings.modules_to_save else None,
         "base_model_name_or_path": model_path,
     }
     try:
@@ -226,17 +207,6 @@ def _adapt(model: PreTrainedModel, settings: Settings, model_path: str) -> None:
         apply_method(model, method)
     except (ValueError, TypeError) as error:
         raise TaskError(f"--method {settings.method}: {error}") from error
-
-
-def _module_names(value: str) -> list[str] | str:
-    """``query,value`` is a list of names; ``all-linear``, and what has a character no name has, is an expression."""
-    if value == "all-linear" or re.search(r"[^\w., -]", value):
-        return value
-    return _names(value)
-
-
-def _names(value: str) -> list[str]:
-    return [name.strip() for name in value.split(",")]
 
 
 def _encode(examples: list[Example], tokenizer: PreTrainedTokenizerBase, labels: list[str], max_length: int) -> Encoded:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -164,8 +164,18 @@ def build_trainer(model, settings: Settings, out: Path, train, validation, colla
     return trainer
 
 
-def train(trainer: FinetuneTrainer, checkpoint: Path | None) -> Throughput:
-    """Trains to the end, from ``checkpoint`` if given.
+class _Progress(TrainerCallback):
+    def __init__(self, tell: Callable[[float], None]) -> None:
+        self.tell = tell
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.tell(state.global_step / max(state.max_steps, 1))
+
+
+def train(
+    trainer: FinetuneTrainer, checkpoint: Path | None, on_progress: Callable[[float], None] | None = None
+) -> Throughput:
+    """Trains to the end, from ``checkpoint`` if given; ``on_progress`` is told the part that is done.
 
     Raises:
         Interrupted: on the first Ctrl-C, after a checkpoint of the step then finished was written.
@@ -173,6 +183,8 @@ def train(trainer: FinetuneTrainer, checkpoint: Path | None) -> Throughput:
     stop, throughput = _StopOnInterrupt(), Throughput()
     trainer.add_callback(stop)
     trainer.add_callback(throughput)
+    if on_progress is not None:
+        trainer.add_callback(_Progress(on_progress))
     with stop.listening():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.requested:

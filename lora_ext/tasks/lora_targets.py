@@ -1,0 +1,34 @@
+"""``--target-modules`` as a config has it; the paper's names of the attention's weights for any architecture."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lora_ext.methods import ARCHITECTURES
+
+
+def lora_targets(model: PreTrainedModel, text: str) -> dict[str, Any]:
+    """Fields of :class:`lora_ext.LoraConfig` for ``text``.
+
+    ``q``, ``k``, ``v`` and ``o`` are the attention's projections, where the architecture is known and all names are of
+    these; parts of a merged projection become ``enable_lora``. ``query,value`` is a list of names. ``all-linear``, and
+    what has a character no name has, is an expression.
+    """
+    names = split_names(text)
+    architecture = ARCHITECTURES.get(model.config.model_type)
+    if architecture is not None and set(names) <= {"q", "k", "v", "o"}:
+        modules = dict(zip("qkvo", architecture.projections, strict=True))
+        targets = list(dict.fromkeys(modules[name] for name in names))
+        if modules["q"] == modules["k"] and set(names) & set("qkv"):
+            return {"target_modules": targets, "enable_lora": {modules["q"]: tuple(part in names for part in "qkv")}}
+        return {"target_modules": targets}
+    if text == "all-linear" or re.search(r"[^\w., -]", text):
+        return {"target_modules": text}
+    return {"target_modules": names}
+
+
+def split_names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
