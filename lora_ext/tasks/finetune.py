@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -23,7 +24,7 @@ from transformers import (
 )
 
 from lora_ext.adapters import merge_and_unload, trainable_parameter_counts
-from lora_ext.methods import apply_method, head_parameter_count, new_method, option_names, save_method
+from lora_ext.methods import Method, apply_method, head_parameter_count, new_method, option_names, save_method
 
 from . import TaskError, demo, report
 from .data import Example, Splits, label_names, read_examples, split_examples, without_texts_of
@@ -68,20 +69,18 @@ def finetune(
     transformers.logging.set_verbosity_error()
     check_out(out, resume, overwrite, marker=SETTINGS_FILE, what="a fine-tuning run")
     checkpoint = last_checkpoint(out) if resume else None
-    splits = _load_data(settings, say)
+    splits = load_data(settings, say)
     labels = label_names([example for split in splits for example in split])
-    model_path = _model_path(settings.model)
+    model_path = model_path_of(settings.model)
     say(f"loading {model_path} ...")
     set_seed(settings.seed)  # the new head, and the adapters
-    tokenizer, model = _load_model(model_path, labels, settings.max_length)
+    tokenizer, model = load_model(model_path, labels, settings.max_length)
     full_checkpoint_bytes = report.tensor_bytes(model)
     head_parameters = head_parameter_count(model)
     adapt(model, settings, model_path)
     trainable, total = trainable_parameter_counts(model)
     say("tokenising ...")
-    train_rows, validation_rows, test_rows = (
-        _encode(split, tokenizer, labels, settings.max_length) for split in splits
-    )
+    train_rows, validation_rows, test_rows = (encode(split, tokenizer, labels, settings.max_length) for split in splits)
     prepare_out(out, _OUTPUTS, resume, settings.save)
     trainer = build_trainer(
         model, settings, out, train_rows.rows, validation_rows.rows, DataCollatorWithPadding(tokenizer)
@@ -120,7 +119,7 @@ def finetune(
         save_method(model, out / "adapter")
         metrics["adapter_bytes"] = report.directory_bytes(out / "adapter")
         say("comparing with the base model ...")
-        models = {"base": _load_model(model_path, labels, settings.max_length)[1].to(model.device), "adapted": model}
+        models = {"base": load_model(model_path, labels, settings.max_length)[1].to(model.device), "adapted": model}
         metrics["latency"] = _latencies(trainer, models, test_rows)
         if settings.method == "lora":
             say("merging the adapter, and comparing the merged model with the base model ...")
@@ -142,7 +141,7 @@ def finetune(
     return metrics
 
 
-def _load_data(settings: Settings, say: Callable[[str], None]) -> Splits:
+def load_data(settings: Settings, say: Callable[[str], None]) -> Splits:
     if settings.data is None:
         name, examples = "the demo data", demo.examples(say)
     else:
@@ -167,14 +166,14 @@ def _load_data(settings: Settings, say: Callable[[str], None]) -> Splits:
     return splits
 
 
-def _model_path(model: str | None) -> str:
+def model_path_of(model: str | None) -> str:
     """Local directories by their absolute path: the adapter's config names its base model by it."""
     if model is None:
         return str(demo.model_path())
     return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
-def _load_model(path: str, labels: list[str], max_length: int) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+def load_model(path: str, labels: list[str], max_length: int) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForSequenceClassification.from_pretrained(
@@ -194,22 +193,29 @@ def _load_model(path: str, labels: list[str], max_length: int) -> tuple[PreTrain
     return tokenizer, model
 
 
-def adapt(model: PreTrainedModel, settings: Settings, model_path: str) -> None:
-    """Applies the method of ``settings``. TaskError: it does not fit the model, or an option is wrong."""
+def adapt(model: PreTrainedModel, settings: Settings, model_path: str) -> PreTrainedModel:
+    """Applies the method of ``settings`` to ``model``, which it returns.
+
+    TaskError: the method does not fit the model, or an option is wrong.
+    """
+    try:
+        return apply_method(model, method_for(model, settings, model_path))
+    except (ValueError, TypeError) as error:
+        raise TaskError(f"--method {settings.method}: {error}") from error
+
+
+def method_for(model: PreTrainedModel, settings: Settings, model_path: str) -> Method:
+    """The method that ``settings`` ask for. ValueError, TypeError: they ask for what cannot be."""
     values = asdict(settings) | {
         **lora_targets(model, settings.target_modules),
         "modules_to_save": split_names(settings.modules_to_save) if settings.modules_to_save else None,
         "base_model_name_or_path": model_path,
     }
-    try:
-        options = {option for name in settings.method.split("+") for option in option_names(name)}
-        method = new_method(settings.method, **{key: value for key, value in values.items() if key in options})
-        apply_method(model, method)
-    except (ValueError, TypeError) as error:
-        raise TaskError(f"--method {settings.method}: {error}") from error
+    options = {option for name in settings.method.split("+") for option in option_names(name)}
+    return new_method(settings.method, **{key: value for key, value in values.items() if key in options})
 
 
-def _encode(examples: list[Example], tokenizer: PreTrainedTokenizerBase, labels: list[str], max_length: int) -> Encoded:
+def encode(examples: list[Example], tokenizer: PreTrainedTokenizerBase, labels: list[str], max_length: int) -> Encoded:
     if not examples:
         return Encoded([], [], np.empty(0, np.int64))
     token_ids = tokenizer([example.text for example in examples], truncation=True, max_length=max_length)["input_ids"]
@@ -222,8 +228,8 @@ def _encode(examples: list[Example], tokenizer: PreTrainedTokenizerBase, labels:
 def _latencies(trainer: FinetuneTrainer, models: dict[str, PreTrainedModel], rows: Encoded) -> dict[str, float]:
     """Median seconds a forward of the longest texts takes each of ``models``, as ``<name>_seconds``."""
     batch = trainer.data_collator(rows.rows[-trainer.args.eval_batch_size :]).to(trainer.model.device)
-    seconds = report.median_latencies({name: model.eval() for name, model in models.items()}, batch)
-    return {f"{name}_seconds": value for name, value in seconds.items()}
+    seconds = report.latencies({name: model.eval() for name, model in models.items()}, batch)
+    return {f"{name}_seconds": statistics.median(values) for name, values in seconds.items()}
 
 
 def _score(logits: np.ndarray, encoded: Encoded) -> dict[str, float]:

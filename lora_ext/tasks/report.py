@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import platform
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +18,8 @@ from matplotlib.figure import Figure
 from lora_ext import info
 
 from .data import Example
+
+Key = TypeVar("Key")
 
 
 def accuracy(predicted: np.ndarray, expected: np.ndarray) -> float:
@@ -54,12 +55,12 @@ def directory_bytes(directory: Path) -> int:
 
 
 @torch.inference_mode()
-def median_latencies(
-    models: Mapping[str, torch.nn.Module], inputs: Mapping[str, torch.Tensor], rounds: int = 11
-) -> dict[str, float]:
-    """Median seconds of one forward pass of each model. They take turns, so that a busy machine slows all alike."""
+def latencies(
+    models: Mapping[Key, torch.nn.Module], inputs: Mapping[str, torch.Tensor], rounds: int = 11
+) -> dict[Key, list[float]]:
+    """Seconds of ``rounds`` forward passes of each model. They take turns, so that a busy machine slows all alike."""
     synchronize: Callable[[], None] = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+    seconds: dict[Key, list[float]] = {name: [] for name in models}
     for round_number in range(rounds + 2):
         for name, model in models.items():
             synchronize()
@@ -68,7 +69,7 @@ def median_latencies(
             synchronize()
             if round_number >= 2:  # the first ones warm up
                 seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
 
 
 def machine() -> dict[str, Any]:
@@ -80,6 +81,13 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def measured_on(result: Mapping[str, Any]) -> str:
+    """A line for the foot of a table: where and when ``result["machine"]`` and ``["date"]`` say it was measured."""
+    own = result["machine"]
+    gpu = own["gpu"] or "no GPU"
+    return f"{own['processor']}, {own['threads']} threads, {gpu}, torch {own['torch']}, {result['date'][:10]}."
 
 
 def write_predictions(

@@ -12,6 +12,8 @@ from lora_ext.methods import METHODS
 from . import TaskError
 
 SETTINGS_FILE = "settings.json"
+COMPARE_FILE = "compare-settings.json"
+SWEEP_FILE = "sweep-settings.json"
 
 LEARNING_RATES = {"full": 1e-4, "bitfit": 2e-3, "prefix-embed": 1e-2, "prefix-layer": 5e-3, "head-only": 5e-3}
 """Defaults by method, of combinations the smallest of their parts'; 1e-3 for the others."""

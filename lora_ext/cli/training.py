@@ -1,0 +1,110 @@
+"""Options of the commands that train: of finetune itself, and of those that run it many times."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from ..methods import METHODS
+from ..tasks import TaskError
+from ..tasks.settings import Settings
+
+
+def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
+    """An option for every field of :class:`Settings` but ``without``, with its default."""
+
+    def add(option: str, **arguments: Any) -> None:
+        if option.removeprefix("--").replace("-", "_") not in without:
+            parser.add_argument(option, **arguments)
+
+    add("--model", metavar="PATH_OR_ID", help="a directory or hub id that transformers loads; else the demo model")
+    add("--data", metavar="FILE", help=".csv, .tsv or .jsonl with a text and a label column; else the demo reviews")
+    add("--eval-file", metavar="FILE", help="test on this file, in place of a part of --data")
+    add("--text-column", metavar="NAME", help="column of the texts")
+    add("--label-column", metavar="NAME", help="column of the labels, strings or integers")
+    add("--validation-split", type=float, metavar="FRACTION", help="part of --data to evaluate on after each epoch")
+    add("--test-split", type=float, metavar="FRACTION", help="part of --data held out until the end")
+    add("--method", metavar="NAME", help=f"{', '.join(METHODS)}, or several joined by +, as lora+prefix-embed")
+    add("--r", type=int, metavar="RANK", help="rank of the adapters")
+    add("--lora-alpha", type=float, metavar="ALPHA", help="the update is scaled by ALPHA / RANK")
+    add("--lora-dropout", type=float, metavar="P", help="dropout on the adapters' input")
+    targets = "layers to adapt: of q,k,v,o; or module names; or all-linear; or a regex"
+    add("--target-modules", metavar="NAMES", help=targets)
+    add("--modules-to-save", metavar="NAMES", help="modules to train in full beside the head")
+    add("--bottleneck-size", type=int, metavar="SIZE", help="hidden features of adapter-h, -l, -p and -drop")
+    add("--drop-layers", type=int, metavar="N", help="lower layers without adapter-drop's adapters; else 5 of 12")
+    prefix = "trained tokens in front of the input: prefix-embed, -layer"
+    add("--prefix-length", type=int, metavar="TOKENS", help=prefix)
+    add("--infix-length", type=int, metavar="TOKENS", help="trained tokens behind it")
+    add("--epochs", type=float, help="passes over the training texts")
+    add("--batch-size", type=int, help="texts a step")
+    add("--learning-rate", type=float, help="peak; falls linearly to 0; else the method's own default")
+    add("--warmup", type=float, metavar="FRACTION", help="part of the steps in which the learning rate rises")
+    add("--max-length", type=int, metavar="TOKENS", help="longer texts are cut")
+    add("--seed", type=int, help="of the new head, the adapters, the order of the texts and dropout")
+    defaults = asdict(Settings()) | {"learning_rate": None}
+    parser.set_defaults(**{name: value for name, value in defaults.items() if name not in without})
+
+
+def options_of(args: argparse.Namespace, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The values of :func:`add_options`; files by absolute paths, as a resumed run may start in another directory."""
+    options = {field.name: getattr(args, field.name) for field in fields(Settings) if field.name not in without}
+    for name in ("data", "eval_file"):
+        if options[name] is not None:
+            options[name] = str(Path(options[name]).resolve())
+    return options
+
+
+def add_out(parser: argparse.ArgumentParser, gets: str) -> None:
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help=f"gets {gets}")
+    add("--resume", action="store_true", help="continue the run in --out")
+    add("--overwrite", action="store_true", help="replace the run in --out")
+
+
+def check_installed(command: str) -> None:
+    """TaskError: what training needs is missing; the message says how to get it."""
+    missing = [name for name in ("transformers", "accelerate", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise TaskError(f"{command} needs {', '.join(missing)}: pip install 'lora_ext[finetune]'")
+
+
+def integers(text: str) -> list[int]:
+    """``0,1,2``"""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, want integers such as 0,1,2") from None
+
+
+def with_saved(
+    args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace], name: str
+) -> argparse.Namespace:
+    """The arguments with those that the run in ``args.out`` was started with as defaults.
+
+    Others may be given: what is done already and not changed by them is not done again.
+    """
+    path = args.out / name
+    try:
+        saved = json.loads(path.read_text())
+        options = saved.pop("options")
+    except (OSError, ValueError, KeyError) as error:
+        raise TaskError(f"--resume: {args.out} holds no run to continue: {error}") from error
+    return parse_again(**saved, **options)
+
+
+@contextmanager
+def saying_how_to_resume(command: str, out: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\nto continue: lora-ext {command} --resume --out {shlex.quote(str(out))}", file=sys.stderr)
+        raise

@@ -1,0 +1,172 @@
+"""``lora-ext compare``: methods side by side on one model and data, over several seeds (the paper's figure 2)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from . import report
+from .costs import measure_costs
+from .many_runs import Run, in_process, run_all, settings_for
+from .markdown import table
+from .run_directory import check_out, prepare_out, write_whole
+from .settings import COMPARE_FILE, Settings
+from .spread import percent, summary, winner
+
+_OUTPUTS = (COMPARE_FILE, "compare.json", "compare.md", "compare.png", "costs.json", "costs.log", "runs")
+
+
+def compare(
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    options: Mapping[str, Any],
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Fine-tunes with every method from every seed, measures costs, leaves compare.json, .md and .png in ``out``.
+
+    Args:
+        methods: ``name`` or ``name:option=value...``, options of finetune; the text is the method's label.
+        seeds: each method is trained from each.
+        options: fields of :class:`~lora_ext.tasks.settings.Settings` for all runs, the learning rate None for each
+            method's own.
+
+    Returns:
+        The content of compare.json.
+
+    Raises:
+        TaskError: a mistake in the arguments, before anything is run; or a run that failed.
+        KeyboardInterrupt: Ctrl-C; ``resume`` goes on.
+    """
+    check_out(out, resume, overwrite, marker=COMPARE_FILE, what="a comparison")
+    settings = {label: settings_for(label, options, seeds[0]) for label in dict.fromkeys(methods)}
+    runs = [Run(label, settings_for(label, options, seed)) for label in settings for seed in dict.fromkeys(seeds)]
+    plan = {"methods": list(settings), "seeds": list(dict.fromkeys(seeds)), "options": dict(options)}
+    prepare_out(out, _OUTPUTS, resume, lambda out: write_whole(out / COMPARE_FILE, json.dumps(plan, indent=2) + "\n"))
+
+    metrics = run_all(runs, out, "compare")
+    costs = _costs(settings, out, say)
+    result = {
+        "command": ["lora-ext", *sys.argv[1:]],
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": report.machine(),
+        **plan,
+        "methods": [_row(label, [metrics[run] for run in runs if run.label == label], costs) for label in settings],
+        "base_forward_ms": costs["base"]["forward_ms"],
+        "examples": metrics[runs[0]]["examples"],
+    }
+    result["best"] = winner({row["label"]: row["accuracy"] for row in result["methods"]})
+    _plot(out / "compare.png", result)
+    write_whole(out / "compare.md", markdown(result))
+    write_whole(out / "compare.json", json.dumps(result, indent=2) + "\n")
+    say(f"{markdown(result)}\nin {out}: compare.json, compare.md, compare.png; runs/ has every run")
+    return result
+
+
+def _costs(settings: Mapping[str, Settings], out: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Measured once: a resumed comparison of the same methods has them already."""
+    wanted = {label: asdict(own) for label, own in settings.items()}
+    path = out / "costs.json"
+    if path.is_file() and (known := json.loads(path.read_text()))["settings"] == wanted:
+        return known["costs"]
+    say("measuring a training step and a forward of every method ...")
+    costs = in_process(measure_costs, dict(settings), log=out / "costs.log")
+    write_whole(path, json.dumps({"settings": wanted, "costs": costs}, indent=2) + "\n")
+    return costs
+
+
+def _row(label: str, metrics: Sequence[Mapping[str, Any]], costs: Mapping[str, Any]) -> dict[str, Any]:
+    first = metrics[0]
+    return {
+        "label": label,
+        "method": first["settings"]["method"],
+        "settings": first["settings"],
+        "trained_parameters": first["trainable_parameters"],
+        "head_parameters": first["head_parameters"],
+        "total_parameters": first["total_parameters"],
+        "accuracy": summary([each["after"]["accuracy"] for each in metrics]),
+        "macro_f1": summary([each["after"]["macro_f1"] for each in metrics]),
+        "validation_accuracy": summary([each["validation"]["accuracy"] for each in metrics])
+        if all(each["validation"] for each in metrics)
+        else None,
+        "train_seconds": summary([each["train_seconds"] for each in metrics]),
+        "peak_memory_bytes": summary([each["peak_memory_bytes"] for each in metrics]),
+        "checkpoint_bytes": first.get("adapter_bytes", first["full_checkpoint_bytes"]),
+        **costs[label],
+    }
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The table, and what it was measured on."""
+    base = result["base_forward_ms"]["median"]
+    rows = []
+    for row in result["methods"]:
+        own = row["trained_parameters"] - row["head_parameters"]
+        forward = f"{row['forward_ms']['median'] / base:.2f}"
+        if "merged_forward_ms" in row:
+            forward += f"; merged {row['merged_forward_ms']['median'] / base:.2f}"
+        accuracy = percent(row["accuracy"])
+        rows.append(
+            [
+                row["label"],
+                f"{own:,}",
+                f"{row['trained_parameters'] / row['total_parameters']:.2%}",
+                f"**{accuracy}**" if row["label"] == result["best"] else accuracy,
+                percent(row["macro_f1"]),
+                f"{row['step_ms']['median']:.0f} ({row['step_ms']['q1']:.0f}-{row['step_ms']['q3']:.0f})",
+                f"{row['train_seconds']['mean']:.0f}",
+                f"{row['peak_memory_bytes']['mean'] / 2**20:,.0f}",
+                f"{row['checkpoint_bytes'] / 1e6:.2f}",
+                forward,
+            ]
+        )
+    heading = ["method", "parameters", "trained", "accuracy, %", "macro-F1, %", "step, ms", "training, s"]
+    heading += ["peak memory, MiB", "checkpoint, MB", "forward / base"]
+    head = result["methods"][0]["head_parameters"]
+    seeds = ", ".join(map(str, result["seeds"]))
+    marked = "bold: ahead of every other by more" if result["best"] else "none is ahead of every other by more"
+    return f"""# Methods compared
+
+{table(heading, rows)}
+
+Mean ± standard deviation over seeds {seeds}, on {result["examples"]["test"]:,} test texts; {marked}.
+"parameters" leaves out the new head ({head:,}), which every method trains; "trained" is the share of all parameters,
+with it. A step is of a batch of median length, a forward of one of the longest texts, as a multiple of the base
+model's {base:.1f} ms; medians and quartiles of interleaved rounds. Peak memory is that of each run's own process.
+
+{report.measured_on(result)}
+"""
+
+
+def _plot(path: Path, result: Mapping[str, Any]) -> None:
+    """Accuracy against trained parameters, the paper's figure 2."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    kinds = list(dict.fromkeys(row["method"] for row in result["methods"]))
+    markers = "osD^vP*X<>hdp8H"
+    for index, kind in enumerate(kinds):
+        rows = [row for row in result["methods"] if row["method"] == kind]
+        rows.sort(key=lambda row: row["trained_parameters"])
+        axes.errorbar(
+            [row["trained_parameters"] for row in rows],
+            [100 * row["accuracy"]["mean"] for row in rows],
+            [100 * (row["accuracy"]["sd"] or 0.0) for row in rows],
+            marker=markers[index % len(markers)],
+            capsize=3,
+            label=kind,
+        )
+    axes.set(xscale="log", xlabel="trained parameters, head included", ylabel="test accuracy, %")
+    axes.set_title(f"mean and standard deviation over {len(result['seeds'])} seeds")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, dpi=120)

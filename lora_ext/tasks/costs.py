@@ -1,0 +1,107 @@
+"""What each method costs beside the others: seconds of a training step and of a forward, measured in turn."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DataCollatorWithPadding, PreTrainedModel, set_seed
+
+from lora_ext.adapters import merge_and_unload
+
+from . import report
+from .data import label_names
+from .finetune import adapt, encode, load_data, load_model, model_path_of
+from .settings import Settings
+
+_ROUNDS = 15
+
+
+def measure_costs(
+    settings: Mapping[str, Settings], on_progress: Callable[[float], None] = lambda part: None
+) -> dict[str, dict[str, Any]]:
+    """Median milliseconds of a step and of a forward under each of ``settings``, which are for one model and data.
+
+    All models share one set of frozen weights, and take turns in every round, so that a busy machine slows all alike.
+    A step is forward, backward and AdamW on ``batch_size`` texts of median length; a forward is in eval mode, without
+    autograd, on as many of the longest texts. Quartiles are of the rounds.
+
+    Returns:
+        By the labels of ``settings``: ``step_ms``, ``forward_ms`` and, of LoRA, ``merged_forward_ms``, each a dict of
+        ``median``, ``q1``, ``q3``; ``"base"`` has the ``forward_ms`` of the model that no method touched.
+    """
+    first = next(iter(settings.values()))
+    splits = load_data(first, say=lambda line: None)
+    labels = label_names([example for split in splits for example in split])
+    path = model_path_of(first.model)
+    set_seed(first.seed)
+    tokenizer, base = load_model(path, labels, first.max_length)
+    rows = encode(splits.train, tokenizer, labels, first.max_length).rows
+    collate, size = DataCollatorWithPadding(tokenizer), min(first.batch_size, len(rows))
+    middle = (len(rows) - size) // 2
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    base.to(device).eval()
+    step_batch = collate(rows[middle : middle + size]).to(device)
+    long_batch = collate(rows[-size:]).to(device)
+
+    adapted, trained, merged = {}, {}, {}
+    for label, own in settings.items():
+        adapted[label] = adapt(_sharing(base), own, path)
+        trained[label] = {id(p) for p in adapted[label].parameters() if p.requires_grad}
+        if own.method == "lora":
+            merged[label] = merge_and_unload(adapt(copy.deepcopy(base), own, path)).eval()
+    steps = _step_times(adapted, trained, step_batch, on_progress)
+    for model in adapted.values():
+        model.eval()
+    names = {("base", "forward_ms"): base}
+    names |= {(label, "forward_ms"): model for label, model in adapted.items()}
+    names |= {(label, "merged_forward_ms"): model for label, model in merged.items()}
+    forwards = report.latencies(names, long_batch, _ROUNDS)
+
+    costs: dict[str, dict[str, Any]] = {label: {"step_ms": _summary(steps[label])} for label in settings}
+    for (label, key), seconds in forwards.items():
+        costs.setdefault(label, {})[key] = _summary(seconds)
+    return costs
+
+
+def _sharing(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy with the very parameters of ``model``."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
+def _step_times(
+    models: Mapping[str, nn.Module],
+    trained: Mapping[str, set[int]],
+    batch: Mapping[str, torch.Tensor],
+    on_progress: Callable[[float], None],
+) -> dict[str, list[float]]:
+    synchronize: Callable[[], None] = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    optimizers = {  # at a rate of 0 the arithmetic is the same, and what the models share keeps its values
+        label: torch.optim.AdamW([p for p in model.parameters() if id(p) in trained[label]], lr=0.0, weight_decay=0.0)
+        for label, model in models.items()
+    }
+    seconds: dict[str, list[float]] = {label: [] for label in models}
+    for number in range(_ROUNDS + 2):
+        for label, model in models.items():
+            for parameter in model.train().parameters():
+                parameter.requires_grad_(id(parameter) in trained[label])
+            synchronize()
+            start = time.perf_counter()
+            model(**batch).loss.backward()
+            optimizers[label].step()
+            optimizers[label].zero_grad()
+            synchronize()
+            if number >= 2:  # the first ones warm up
+                seconds[label].append(time.perf_counter() - start)
+        on_progress((number + 1) / (_ROUNDS + 2))
+    return seconds
+
+
+def _summary(seconds: list[float]) -> dict[str, float]:
+    q1, median, q3 = (1e3 * value for value in statistics.quantiles(seconds, n=4))
+    return {"median": median, "q1": q1, "q3": q3}

@@ -1,0 +1,217 @@
+"""Many fine-tuning runs, each in a process of its own, one after another: what compare and sweep are made of."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass, fields
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from . import TaskError
+from .settings import Settings
+
+_FIELDS = {field.name: str(field.type) for field in fields(Settings)}
+# What all runs have in common, and what tells them apart anyway.
+_SHARED = ("method", "seed", "model", "data", "eval_file", "text_column", "label_column")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One of many.
+
+    Attributes:
+        label: of the group it belongs to, which differ by seed alone.
+        settings: of the run.
+    """
+
+    label: str
+    settings: Settings
+
+    def directory(self, out: Path) -> Path:
+        """Where in ``out`` the run is."""
+        name = "".join(char if char.isalnum() or char in "+-=._" else "-" for char in self.label)
+        return out / "runs" / name / f"seed-{self.settings.seed}"
+
+
+def settings_for(spec: str, options: Mapping[str, Any], seed: int) -> Settings:
+    """The settings of ``name`` or ``name:option=value:option=value``, with ``options`` of finetune for the rest.
+
+    Raises:
+        TaskError: an option does not exist, or its value cannot be.
+    """
+    method, *pairs = spec.split(":")
+    changes: dict[str, Any] = {"method": method, "seed": seed}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        name = name.replace("-", "_")
+        if not equals or name not in _FIELDS or name in _SHARED:
+            raise TaskError(f"{spec!r}: {pair!r} is no option=value of finetune, such as r=4 or learning-rate=1e-3")
+        changes[name] = _value(spec, name, text)
+    return Settings(**{**options, **changes})
+
+
+def _value(spec: str, name: str, text: str) -> Any:
+    kind = _FIELDS[name]
+    try:
+        return int(text) if kind.startswith("int") else float(text) if kind.startswith("float") else text
+    except ValueError:
+        raise TaskError(f"{spec!r}: {name} is {text!r}, want a number") from None
+
+
+def run_all(runs: Sequence[Run], out: Path, what: str) -> dict[Run, dict[str, Any]]:
+    """Carries the runs out that are not finished yet, under one progress bar; returns the metrics of all of them.
+
+    Each leaves what ``finetune`` leaves, without checkpoints, and its output in a log beside. A run that was
+    interrupted goes on from its last checkpoint.
+
+    Args:
+        runs: all of them; equal ones are carried out once.
+        out: the directory they share.
+        what: begins the bar.
+
+    Raises:
+        TaskError: a run failed; the message names its log.
+        KeyboardInterrupt: Ctrl-C; the run at hand has left a checkpoint.
+    """
+    metrics = {}
+    bar_format = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f} of {total} runs [{elapsed}<{remaining}]{postfix}"
+    with tqdm(total=len(runs), desc=what, bar_format=bar_format, file=sys.stderr) as bar:
+        for number, run in enumerate(runs):
+            bar.set_postfix_str(f"{run.label}, seed {run.settings.seed}")
+            directory = run.directory(out)
+            metrics[run] = finished(run, out) or _carry_out(run, directory, lambda part, n=number: _show(bar, n + part))
+            _show(bar, number + 1)
+        bar.set_postfix_str("")
+    return metrics
+
+
+def finished(run: Run, out: Path) -> dict[str, Any] | None:
+    """The metrics of a run that is complete; None: it is not, or was started with other settings."""
+    try:
+        metrics = json.loads((run.directory(out) / "metrics.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return metrics if metrics.get("settings") == asdict(run.settings) else None
+
+
+def _show(bar: tqdm, done: float) -> None:
+    bar.n = done
+    bar.refresh()
+
+
+def _carry_out(run: Run, directory: Path, on_progress: Callable[[float], None]) -> dict[str, Any]:
+    resume, log = _can_resume(run, directory), directory.with_name(f"{directory.name}.log")
+    if not resume and directory.exists():
+        shutil.rmtree(directory)
+        log.unlink(missing_ok=True)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    in_process(_finetune, run.settings, directory, resume, on_progress=on_progress, log=log)
+    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+    return json.loads((directory / "metrics.json").read_text())
+
+
+def _can_resume(run: Run, directory: Path) -> bool:
+    try:
+        same = Settings.load(directory) == run.settings
+    except TaskError:
+        return False
+    return same and any(directory.glob("checkpoints/checkpoint-*/trainer_state.json"))
+
+
+def _finetune(
+    settings: Settings, directory: Path, resume: bool, on_progress: Callable[[float], None] = lambda part: None
+) -> None:
+    from .finetune import finetune
+
+    finetune(settings, directory, resume=resume, on_progress=on_progress)
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+def in_process(
+    function: Callable[..., Any], *args: Any, log: Path, on_progress: Callable[[float], None] = lambda part: None
+) -> Any:
+    """``function(*args, on_progress=...)`` in a new process, whose peak memory is its own; output goes to ``log``.
+
+    Returns:
+        What it returned.
+
+    Raises:
+        TaskError: of the function, or that it died, with the end of its log.
+        KeyboardInterrupt: Ctrl-C, after the process, which got it too, has ended.
+    """
+    context = _context()
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(theirs, log, function, args))
+    process.start()
+    theirs.close()
+    outcome: tuple[str, Any] = ("died", None)
+    interrupted = False
+    while True:
+        try:
+            kind, value = ours.recv()
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            interrupted = True
+            continue
+        if kind == "progress":
+            on_progress(value)
+        else:
+            outcome = (kind, value)
+    process.join()
+    kind, value = outcome
+    if interrupted or kind == "interrupted":
+        raise KeyboardInterrupt
+    if kind == "mistake":
+        raise TaskError(value)
+    if kind != "done":
+        lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
+        last = lines[-1] if lines else f"exit code {process.exitcode}"
+        raise TaskError(f"a run failed: {last}; {log} has the rest")
+    return value
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    """A server that has imported everything, but computed nothing, and forks: processes start seconds sooner."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lora_ext.tasks.costs"])
+    return context
+
+
+def _child(connection: Connection, log: Path, function: Callable[..., Any], args: tuple) -> None:
+    with _output_to(log):
+        try:
+            value = function(*args, on_progress=lambda part: connection.send(("progress", part)))
+            connection.send(("done", value))
+        except TaskError as error:
+            connection.send(("mistake", str(error)))
+        except KeyboardInterrupt:
+            connection.send(("interrupted", None))
+        except BaseException:
+            traceback.print_exc()
+            raise SystemExit(1) from None
+        finally:
+            connection.close()
+
+
+@contextmanager
+def _output_to(log: Path):
+    """Everything written to the two streams, by libraries in C too."""
+    with log.open("a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        yield

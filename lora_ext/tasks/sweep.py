@@ -1,0 +1,178 @@
+"""``lora-ext sweep``: LoRA by rank and by which weights it adapts (the paper's tables 5 and 6)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from . import TaskError, report
+from .data import label_names
+from .finetune import load_data, load_model, method_for, model_path_of
+from .many_runs import Run, run_all, settings_for
+from .markdown import table
+from .run_directory import check_out, prepare_out, write_whole
+from .settings import SWEEP_FILE
+from .spread import percent, summary, winner
+
+_OUTPUTS = (SWEEP_FILE, "sweep.json", "sweep.md", "sweep.png", "runs")
+
+
+def sweep(
+    ranks: Sequence[int],
+    targets: Sequence[str],
+    seeds: Sequence[int],
+    options: Mapping[str, Any],
+    out: Path,
+    *,
+    budget: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Fine-tunes with LoRA of every rank on every set of weights, and, in a second table, at one number of parameters.
+
+    ``lora_alpha`` stays the same at all ranks, as in the paper.
+
+    Args:
+        ranks: of the first table.
+        targets: sets of weights, each as finetune's ``--target-modules`` has it.
+        seeds: each cell is trained from each.
+        options: fields of :class:`~lora_ext.tasks.settings.Settings` for all runs.
+        budget: parameters that each set gets in the second table, by the highest rank that keeps within, at least 1;
+            None: those of the first set at rank 8.
+        out: gets sweep.json, .md and .png.
+
+    Returns:
+        The content of sweep.json.
+
+    Raises:
+        TaskError: a mistake in the arguments, before anything is run; or a run that failed.
+        KeyboardInterrupt: Ctrl-C; ``resume`` goes on.
+    """
+    check_out(out, resume, overwrite, marker=SWEEP_FILE, what="a sweep")
+    options = {**options, "method": "lora"}
+    ranks, targets, seeds = (list(dict.fromkeys(values)) for values in (ranks, targets, seeds))
+    per_rank = _parameters_per_rank(targets, options)
+    budget = 8 * per_rank[targets[0]] if budget is None else budget
+    within = {target: max(1, budget // per_rank[target]) for target in targets}
+    plan = {"ranks": ranks, "targets": targets, "seeds": seeds, "budget": budget, "options": options}
+
+    cells = [(rank, target) for target in targets for rank in ranks]
+    cells += [cell for target in targets if (cell := (within[target], target)) not in cells]
+    runs = {
+        (rank, target): [
+            Run(f"r={rank} {target}", settings_for("lora", {**options, "r": rank, "target_modules": target}, seed))
+            for seed in seeds
+        ]
+        for rank, target in cells
+    }
+    prepare_out(out, _OUTPUTS, resume, lambda out: write_whole(out / SWEEP_FILE, json.dumps(plan, indent=2) + "\n"))
+    metrics = run_all([run for own in runs.values() for run in own], out, "sweep")
+
+    results = {
+        cell: {
+            "r": cell[0],
+            "target_modules": cell[1],
+            "parameters": cell[0] * per_rank[cell[1]],
+            "accuracy": summary([metrics[run]["after"]["accuracy"] for run in own]),
+            "macro_f1": summary([metrics[run]["after"]["macro_f1"] for run in own]),
+        }
+        for cell, own in runs.items()
+    }
+    result = {
+        "command": ["lora-ext", *sys.argv[1:]],
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": report.machine(),
+        **plan,
+        "cells": list(results.values()),
+        "best_rank": {
+            target: winner({rank: results[rank, target]["accuracy"] for rank in ranks}) for target in targets
+        },
+        "within_budget": [results[within[target], target] for target in targets],
+        "best_within_budget": winner({target: results[within[target], target]["accuracy"] for target in targets}),
+        "examples": next(iter(metrics.values()))["examples"],
+    }
+    _plot(out / "sweep.png", result)
+    write_whole(out / "sweep.md", markdown(result))
+    write_whole(out / "sweep.json", json.dumps(result, indent=2) + "\n")
+    say(f"{markdown(result)}\nin {out}: sweep.json, sweep.md, sweep.png; runs/ has every run")
+    return result
+
+
+def _parameters_per_rank(targets: Sequence[str], options: Mapping[str, Any]) -> dict[str, int]:
+    """What rank 1 costs on each set of weights; so every mistake in a set is found before anything is run."""
+    settings = settings_for("lora", options, seed=0)
+    splits = load_data(settings, say=lambda line: None)
+    path = model_path_of(settings.model)
+    _, model = load_model(path, label_names([each for split in splits for each in split]), settings.max_length)
+    counts = {}
+    for target in targets:
+        own = settings_for("lora", {**options, "r": 1, "target_modules": target}, seed=0)
+        try:
+            counts[target] = method_for(model, own, path).count(model)
+        except (TypeError, ValueError) as error:
+            raise TaskError(f"--targets {target}: {error}") from error
+    return counts
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """Both tables, and what they were measured on."""
+    cells = {(cell["r"], cell["target_modules"]): cell for cell in result["cells"]}
+    by_rank = []
+    for target in result["targets"]:
+        row = [f"`{target}`", f"{cells[result['ranks'][0], target]['parameters'] // result['ranks'][0]:,}"]
+        for rank in result["ranks"]:
+            text = percent(cells[rank, target]["accuracy"])
+            row.append(f"**{text}**" if result["best_rank"][target] == rank else text)
+        by_rank.append(row)
+    by_weights = []
+    for cell in result["within_budget"]:
+        text = percent(cell["accuracy"])
+        text = f"**{text}**" if cell["target_modules"] == result["best_within_budget"] else text
+        by_weights.append([f"`{cell['target_modules']}`", str(cell["r"]), f"{cell['parameters']:,}", text])
+    seeds = ", ".join(map(str, result["seeds"]))
+    return f"""# LoRA by rank and by weights
+
+Test accuracy in percent, mean ± standard deviation over seeds {seeds}, on {result["examples"]["test"]:,} texts. Bold:
+ahead of every other of its row (of its column in the second table) by more than the spread, the root of the sum of both
+squared deviations. Where nothing is bold, the seeds differ by as much as the settings.
+
+## Ranks
+
+{table(["weights", "parameters a rank", *(f"r = {rank}" for rank in result["ranks"])], by_rank)}
+
+## Which weights, at {result["budget"]:,} parameters
+
+{table(["weights", "r", "parameters", "accuracy, %"], by_weights)}
+
+{report.measured_on(result)}
+"""
+
+
+def _plot(path: Path, result: Mapping[str, Any]) -> None:
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    cells = {(cell["r"], cell["target_modules"]): cell["accuracy"] for cell in result["cells"]}
+    for target in result["targets"]:
+        own = [cells[rank, target] for rank in sorted(result["ranks"])]
+        axes.errorbar(
+            sorted(result["ranks"]),
+            [100 * each["mean"] for each in own],
+            [100 * (each["sd"] or 0.0) for each in own],
+            marker="o",
+            capsize=3,
+            label=target,
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(result["ranks"]), [str(rank) for rank in sorted(result["ranks"])])
+    axes.set(xlabel="rank", ylabel="test accuracy, %")
+    axes.set_title(f"mean and standard deviation over {len(result['seeds'])} seeds")
+    axes.grid(alpha=0.3)
+    axes.legend(title="weights")
+    figure.savefig(path, dpi=120)
