@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from . import TaskError
@@ -153,7 +154,7 @@ def in_process(
     """
     context = _context()
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(theirs, log, function, args))
+    process = context.Process(target=_child, args=(theirs, log, torch.get_num_threads(), function, args))
     process.start()
     theirs.close()
     outcome: tuple[str, Any] = ("died", None)
@@ -192,7 +193,8 @@ def _context() -> multiprocessing.context.BaseContext:
     return context
 
 
-def _child(connection: Connection, log: Path, function: Callable[..., Any], args: tuple) -> None:
+def _child(connection: Connection, log: Path, num_threads: int, function: Callable[..., Any], args: tuple) -> None:
+    torch.set_num_threads(num_threads)
     with _output_to(log):
         try:
             value = function(*args, on_progress=lambda part: connection.send(("progress", part)))

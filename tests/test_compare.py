@@ -1,0 +1,218 @@
+"""compare and sweep on a tiny model: what they report is what the runs gave, whatever interrupts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_classifier
+
+from lora_ext.cli import main
+from lora_ext.tasks import TaskError, many_runs
+from lora_ext.tasks.finetune import finetune
+from lora_ext.tasks.many_runs import Run, in_process, settings_for
+from lora_ext.tasks.settings import LEARNING_RATES, Settings
+from lora_ext.tasks.spread import summary, winner
+
+METHODS = ["full:learning-rate=5e-3", "lora:r=2", "lora+adapter-p"]
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    directory = tmp_path_factory.mktemp("tiny")
+    model = tiny_classifier.save_model(directory / "model")
+    data = tiny_classifier.save_reviews(directory / "reviews.csv", tiny_classifier.reviews(120))
+    options = ["--model", str(model), "--data", str(data), "--max-length", "32", "--epochs", "1"]
+    return [*options, "--test-split", "0.3", "--batch-size", "8"]
+
+
+@pytest.fixture(scope="module")
+def compared(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("compared")
+    assert main(["compare", *options, "--methods", *METHODS, "--seeds", "0,1", "--out", str(out)]) == 0
+    return out
+
+
+def runs_of(out: Path) -> dict[Path, dict[str, Any]]:
+    return {path.parent.relative_to(out): json.loads(path.read_text()) for path in sorted(out.rglob("metrics.json"))}
+
+
+def test_the_table_has_what_the_runs_gave(compared: Path):
+    result, runs = json.loads((compared / "compare.json").read_text()), runs_of(compared)
+    assert [row["label"] for row in result["methods"]] == METHODS
+    assert len(runs) == 6
+    for row in result["methods"]:
+        own = [each for each in runs.values() if each["settings"] | {"seed": 0} == row["settings"]]
+        assert row["accuracy"]["values"] == [each["after"]["accuracy"] for each in own]
+        assert row["accuracy"]["mean"] == pytest.approx(sum(row["accuracy"]["values"]) / 2)
+        assert row["trained_parameters"] == own[0]["trainable_parameters"]
+        assert row["head_parameters"] == 2 * 32 + 2
+        assert row["step_ms"]["q1"] <= row["step_ms"]["median"] <= row["step_ms"]["q3"]
+        assert ("merged_forward_ms" in row) == (row["method"] == "lora")
+    full, lora, both = result["methods"]
+    assert full["trained_parameters"] == full["total_parameters"]
+    assert lora["settings"]["r"] == 2 and both["settings"]["r"] == 8
+    assert full["settings"]["learning_rate"] == 5e-3 and lora["settings"]["learning_rate"] == 1e-3
+    assert lora["checkpoint_bytes"] < both["checkpoint_bytes"] < full["checkpoint_bytes"]
+    text = (compared / "compare.md").read_text()
+    assert all(f"| {method} |" in text for method in METHODS) and "over seeds 0, 1, on 35 test texts" in text
+    assert (compared / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(compared.rglob("checkpoints"))
+
+
+def test_a_run_is_what_finetune_does(compared: Path, tmp_path: Path):
+    directory, metrics = next((path, each) for path, each in runs_of(compared).items() if "lora-r=2" in str(path))
+    alone = finetune(Settings(**metrics["settings"]), tmp_path / "alone")
+    assert alone["after"] == metrics["after"]
+    file = Path("adapter", "adapter_model.safetensors")
+    assert (compared / directory / file).read_bytes() == (tmp_path / "alone" / file).read_bytes()
+
+
+def test_resuming_a_finished_comparison_adds_methods_and_repeats_nothing(options, compared: Path):
+    before = {path: path.stat().st_mtime_ns for path in compared.rglob("metrics.json")}
+    first = json.loads((compared / "compare.json").read_text())
+    assert main(["compare", "--resume", "--out", str(compared), "--methods", *METHODS, "head-only"]) == 0
+    result = json.loads((compared / "compare.json").read_text())
+    assert result["methods"][3]["label"] == "head-only"
+    assert [row["accuracy"] for row in result["methods"][:3]] == [row["accuracy"] for row in first["methods"]]
+    after = {path: path.stat().st_mtime_ns for path in compared.rglob("metrics.json")}
+    assert {path: after[path] for path in before} == before and len(after) == len(before) + 2
+
+
+def test_interrupted_and_resumed_ends_like_uninterrupted(options: list[str], tmp_path: Path):
+    longer = [*options, "--epochs", "6", "--methods", "lora", "bitfit", "--seeds", "0"]
+    command = [sys.executable, "-m", "lora_ext", "compare"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    out = tmp_path / "interrupted"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen([*command, *longer, "--out", str(out)], env=environment, start_new_session=True, **pipes)
+    while not list(out.glob("runs/lora/seed-0/checkpoints/*/trainer_state.json")):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    output = process.communicate()[0]
+    assert process.returncode == 130, output
+    assert f"to continue: lora-ext compare --resume --out {out}" in output
+    assert not runs_of(out) and list(out.glob("runs/lora/seed-0/checkpoints/*"))
+
+    subprocess.run([*command, "--resume", "--out", str(out)], env=environment, check=True, **pipes)
+    assert main(["compare", *longer, "--out", str(tmp_path / "whole")]) == 0
+    resumed, whole = runs_of(out), runs_of(tmp_path / "whole")
+    assert {path: each["after"] for path, each in resumed.items()} == {p: each["after"] for p, each in whole.items()}
+    assert len(whole) == 2
+
+
+def test_sweep_tabulates_ranks_and_weights(options: list[str], tmp_path: Path):
+    arguments = ["--ranks", "1,3", "--targets", "q;q,v,o", "--seeds", "0", "--budget", "600", "--out", str(tmp_path)]
+    assert main(["sweep", *options, *arguments]) == 0
+    result, runs = json.loads((tmp_path / "sweep.json").read_text()), runs_of(tmp_path)
+    # rank 1 on q of two layers: 2 * (32 + 32); 600 parameters are rank 4 of that, and rank 1 of q, v, o
+    cells = {(cell["r"], cell["target_modules"]): cell for cell in result["cells"]}
+    assert set(cells) == {(1, "q"), (3, "q"), (1, "q,v,o"), (3, "q,v,o"), (4, "q")}
+    assert {key: cell["parameters"] for key, cell in cells.items()} == {
+        (r, targets): r * len(targets.split(",")) * 2 * 64 for r, targets in cells
+    }
+    assert [cell["parameters"] for cell in result["within_budget"]] == [512, 384]
+    assert result["best_rank"] == {"q": None, "q,v,o": None}  # of one seed nobody knows
+    for metrics in runs.values():
+        own = metrics["settings"]
+        assert metrics["trainable_parameters"] == cells[own["r"], own["target_modules"]]["parameters"] + 66
+        assert cells[own["r"], own["target_modules"]]["accuracy"]["values"] == [metrics["after"]["accuracy"]]
+    assert "| `q,v,o` | 384 |" in (tmp_path / "sweep.md").read_text()
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_winners_must_exceed_the_spread():
+    assert summary([0.5]) == {"values": [0.5], "mean": 0.5, "sd": None}
+    a, b = summary([0.80, 0.82, 0.84]), summary([0.70, 0.71, 0.72])  # sd 0.02 and 0.01
+    assert winner({"a": a, "b": b}) == "a"
+    assert winner({"a": a, "b": summary([0.78, 0.80, 0.82])}) is None  # 0.02 apart, within 0.028
+    assert winner({"a": a, "b": b, "c": summary([0.83, 0.84, 0.85])}) is None
+    assert winner({"a": a}) is None
+    assert winner({"a": summary([0.9]), "b": summary([0.1])}) is None
+
+
+def test_a_method_may_carry_options():
+    common = asdict(Settings()) | {"learning_rate": None, "r": 4}
+    settings = settings_for("adapter-drop:bottleneck-size=8:drop-layers=2:epochs=0.5", common, seed=3)
+    assert (settings.bottleneck_size, settings.drop_layers, settings.epochs, settings.seed) == (8, 2, 0.5, 3)
+    assert settings_for("full", common, 0).learning_rate == LEARNING_RATES["full"]
+    assert settings_for("full:learning-rate=1e-5", common, 0).learning_rate == 1e-5
+    assert settings_for("lora", common, 0).r == 4
+    assert settings_for("lora+bitfit", common, 0).learning_rate == 1e-3
+    for spec, message in [
+        ("lora:r", "'r' is no option=value"),
+        ("lora:rank=3", "'rank=3' is no option=value"),
+        ("lora:seed=3", "'seed=3' is no option=value"),
+        ("lora:r=two", "r is 'two', want a number"),
+        ("dora", "--method is 'dora', want one of full"),
+    ]:
+        with pytest.raises(TaskError, match=message):
+            settings_for(spec, common, 0)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["compare", "--methods", "lora", "loro"], "--method is 'loro', want one of full, bitfit"),
+        (["compare", "--methods", "lora:r=0"], "LoraConfig: r is 0"),
+        (["sweep", "--targets", "q;qeury"], "--targets qeury: .*close matches: 'query'"),
+        (["sweep", "--seeds", "a"], "'a', want integers such as 0,1,2"),
+        (["sweep", "--targets", ";"], "want sets of weights such as 'q;q,v'"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_run(options, tmp_path: Path, capsys, command, message):
+    arguments = [command[0], *options, *command[1:], "--out", str(tmp_path / "out")]
+    try:
+        code = main(arguments)
+    except SystemExit as error:  # argparse's way
+        code = error.code
+    assert code == 2
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("metrics.json"))
+    assert re.search(message, capsys.readouterr().err, re.S)
+
+
+def test_a_directory_of_something_else_is_refused(options, compared: Path, tmp_path: Path, capsys):
+    assert main(["compare", *options, "--out", str(compared)]) == 2
+    assert "holds a run already; --resume continues it" in capsys.readouterr().err
+    (tmp_path / "mine.txt").write_text("mine")
+    assert main(["sweep", *options, "--overwrite", "--out", str(tmp_path)]) == 2
+    assert "holds files that are not of a sweep" in capsys.readouterr().err
+    assert main(["sweep", "--resume", "--out", str(tmp_path)]) == 2
+    assert "holds no run to continue" in capsys.readouterr().err
+
+
+def dies(on_progress) -> None:
+    on_progress(0.5)
+    print("so far")
+    os._exit(3)
+
+
+def fails(on_progress) -> None:
+    raise RuntimeError("no luck")
+
+
+def test_a_process_that_dies_is_told_with_its_log(tmp_path: Path):
+    parts = []
+    with pytest.raises(TaskError, match=r"a run failed: .*; .*log.txt has the rest"):
+        in_process(dies, log=tmp_path / "log.txt", on_progress=parts.append)
+    assert parts == [0.5]
+    with pytest.raises(TaskError, match="a run failed: RuntimeError: no luck; .*log.txt has the rest"):
+        in_process(fails, log=tmp_path / "log.txt")
+    assert "Traceback" in (tmp_path / "log.txt").read_text()
+
+
+def test_runs_of_different_labels_have_different_directories(tmp_path: Path):
+    labels = ["lora", "lora:r=2", "lora:r=2:lora-alpha=3", "r=1 q,v", "r=1 q;v"]
+    runs = [Run(label, Settings(seed=seed)) for label in labels for seed in (0, 1)]
+    assert len({run.directory(tmp_path) for run in runs}) >= len(runs) - 2  # "q,v" and "q;v" would share one
+    assert many_runs.finished(runs[0], tmp_path) is None
