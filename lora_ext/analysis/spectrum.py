@@ -32,7 +32,7 @@ def stable_rank(singular_values: Tensor) -> float:
 
 
 def energy_rank(singular_values: Tensor, energy: float) -> int:
-    """The smallest rank that keeps the part ``energy``, in (0, 1], of the squared norm (Frobenius); 0 for a zero matrix."""
+    """The smallest rank that keeps ``energy``, in (0, 1], as a part of the squared norm; 0 for a zero matrix."""
     if not 0 < energy <= 1:
         raise ValueError(f"energy_rank: energy is {energy}, want 0 < energy <= 1")
     kept = _normalised(singular_values).square().cumsum(0)

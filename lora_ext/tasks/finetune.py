@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -29,6 +28,7 @@ from lora_ext.adapters import merge_and_unload, trainable_parameter_counts
 
 from . import TaskError, demo, report
 from .data import Example, Splits, label_names, read_examples, split_examples, without_texts_of
+from .run_directory import check_out, prepare_out
 from .settings import SETTINGS_FILE, Settings
 from .trainer import FinetuneTrainer, build_trainer, last_checkpoint, predict, train
 
@@ -61,7 +61,7 @@ def finetune(
         Interrupted: after the first Ctrl-C during training.
     """
     transformers.logging.set_verbosity_error()
-    _check_out(out, resume, overwrite)
+    check_out(out, resume, overwrite, marker=SETTINGS_FILE, what="a fine-tuning run")
     checkpoint = last_checkpoint(out) if resume else None
     splits = _load_data(settings, say)
     labels = label_names([example for split in splits for example in split])
@@ -77,7 +77,7 @@ def finetune(
     train_rows, validation_rows, test_rows = (
         _encode(split, tokenizer, labels, settings.max_length) for split in splits
     )
-    _prepare_out(out, settings, resume)
+    prepare_out(out, _OUTPUTS, resume, settings.save)
     trainer = build_trainer(
         model, settings, out, train_rows.rows, validation_rows.rows, DataCollatorWithPadding(tokenizer)
     )
@@ -125,33 +125,6 @@ def finetune(
     if settings.model is None or settings.data is None:
         say(demo.CREDIT)
     return metrics
-
-
-def _check_out(out: Path, resume: bool, overwrite: bool) -> None:
-    """Refuses to mix a run with other files, or to replace one unasked."""
-    if resume and overwrite:
-        raise TaskError("--resume continues the run in --out and --overwrite replaces it; give one of them")
-    if out.exists() and not out.is_dir():
-        raise TaskError(f"--out {out} is not a directory")
-    if resume or not out.exists() or not any(out.iterdir()):
-        return
-    if not (out / SETTINGS_FILE).is_file():
-        raise TaskError(f"--out {out} holds files that are not of a fine-tuning run; choose another directory")
-    if not overwrite:
-        raise TaskError(f"--out {out} holds a run already; --resume continues it, --overwrite replaces it")
-
-
-def _prepare_out(out: Path, settings: Settings, resume: bool) -> None:
-    try:
-        for path in [] if resume else [out / name for name in _OUTPUTS]:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-        out.mkdir(parents=True, exist_ok=True)
-        settings.save(out)
-    except OSError as error:
-        raise TaskError(f"--out {out} cannot be written: {error.strerror}") from error
 
 
 def _load_data(settings: Settings, say: Callable[[str], None]) -> Splits:

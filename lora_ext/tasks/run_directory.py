@@ -1,0 +1,59 @@
+"""The directory that a run leaves its results in: whose it is, and what may be replaced there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from . import TaskError
+
+__all__ = ["check_out", "prepare_out", "write_whole"]
+
+
+def check_out(out: Path, resume: bool, overwrite: bool, *, marker: str, what: str) -> None:
+    """Refuses to mix a run with other files, or to replace one unasked.
+
+    Args:
+        marker: name of the file that every run of this kind has in its directory.
+        what: the kind, with its article.
+
+    Raises:
+        TaskError: saying which option or directory would do.
+    """
+    if resume and overwrite:
+        raise TaskError("--resume continues the run in --out and --overwrite replaces it; give one of them")
+    if out.exists() and not out.is_dir():
+        raise TaskError(f"--out {out} is not a directory")
+    if resume or not out.exists() or not any(out.iterdir()):
+        return
+    if not (out / marker).is_file():
+        raise TaskError(f"--out {out} holds files that are not of {what}; choose another directory")
+    if not overwrite:
+        raise TaskError(f"--out {out} holds a run already; --resume continues it, --overwrite replaces it")
+
+
+def prepare_out(out: Path, outputs: Sequence[str], resume: bool, save: Callable[[Path], object]) -> None:
+    """Makes ``out``, without the ``outputs`` (names or patterns) of an earlier run unless it is resumed.
+
+    ``save(out)`` then writes what the run is started with.
+    """
+    try:
+        for pattern in () if resume else outputs:
+            for path in list(out.glob(pattern)):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+        out.mkdir(parents=True, exist_ok=True)
+        save(out)
+    except OSError as error:
+        raise TaskError(f"--out {out} cannot be written: {error.strerror}") from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes the file, which is at no time there in part."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
