@@ -11,15 +11,14 @@ downloaded.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import own_process
 import report
 import torch
 from safetensors.torch import save_file
@@ -41,20 +40,6 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dty
 model.merge_and_unload().save_pretrained(out, max_shard_size="500MB")
 """,
 }
-DRIVER = """
-import json, sys, time
-import torch
-
-def resident():
-    return 1024 * int(dict(line.split(":", 1) for line in open("/proc/self/status"))["VmHWM"].split()[0])
-
-base, adapter, out, recorded = sys.argv[1:5]
-torch_bytes = resident()
-begin = time.perf_counter()
-{call}
-seconds = time.perf_counter() - begin
-print(json.dumps({{"seconds": seconds, "resident_bytes": resident(), "torch_bytes": torch_bytes}}))
-"""
 
 
 def weights(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -130,14 +115,9 @@ def measure(name: str, folder: Path, threads: int) -> dict[str, float]:
     """One run in a process of its own."""
     out = folder / ("recorded" if name == "merge, record" else "out")
     shutil.rmtree(out, ignore_errors=True)
-    arguments = [str(folder / "base"), str(folder / "adapter"), str(out), str(folder / "recorded")]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, sys.path)])
-    command = [sys.executable, "-c", DRIVER.format(call=CONTESTANTS[name]), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{name} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    arguments = [folder / "base", folder / "adapter", out, folder / "recorded"]
+    call = f"base, adapter, out, recorded = sys.argv[1:]\n{CONTESTANTS[name]}"
+    return own_process.measure(name, call, arguments, threads)
 
 
 def main() -> None:

@@ -14,6 +14,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch.use_de
 
 # Under --device cuda all other modules run as they are: PyTorch's default device is the GPU.
 CPU_ONLY = {
+    "test_analysis": "compares with numpy",
+    "test_analyze": "is about files, which hold CPU tensors",
     "test_adapter_file": "is about files, which hold CPU tensors",
     "test_benchmarks": "runs the scripts on the CPU",
     "test_build": "is about the binary",

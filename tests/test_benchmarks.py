@@ -20,6 +20,7 @@ from lora_ext.tasks.data import Example
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import bench_analyze  # noqa: E402
 import bench_finetune  # noqa: E402
 import bench_inject  # noqa: E402
 import bench_merge  # noqa: E402
@@ -111,6 +112,20 @@ def test_offline_merge(run, monkeypatch):
     assert [row["name"] for row in result["rows"]] == ["merge", "merge, record", "unmerge"]
     assert all(row["seconds"] > 0 and row["beyond_torch_bytes"] < result["bound_bytes"] for row in result["rows"])
     assert result["record_bytes"] > 0
+
+
+def test_analyze(run, monkeypatch):
+    for name, size in {"HIDDEN": 32, "INTERMEDIATE": 48, "KEY_VALUE": 8}.items():
+        monkeypatch.setattr(bench_analyze, name, size)
+    monkeypatch.delitem(bench_analyze.CONTESTANTS, "analyze, without the weights")  # a process that imports for seconds
+    result = run("bench_analyze", "--rank", "2")
+    ours, full = result["rows"]
+    assert (ours["name"], full["name"]) == ("analyze", "one layer in full")
+    assert ours["extrapolated_seconds"] == pytest.approx(32 * ours["seconds"])
+    # Of 32 by 32, 8 by 32 and 48 by 32: two, two and three in a block.
+    cost = 2 * 32**3 + 2 * 8 * 8 * 32 + 3 * 48 * 32**2
+    assert full["extrapolated_seconds"] == pytest.approx(32 * cost / 32**3 * full["seconds"])
+    assert result["nbytes"] == 2 * (2 * 32 * 32 + 2 * 8 * 32 + 3 * 48 * 32)
 
 
 def test_inject(run, monkeypatch):

@@ -1,0 +1,156 @@
+"""Analysing two adapters of an 8-billion-parameter Llama: seconds and resident memory, against decompositions in full.
+
+Each contestant is a process of its own, on a few blocks of random bfloat16 weights with adapters on all seven linear
+layers; what 32 blocks take is extrapolated from these, and labelled so. The contestant in full multiplies the update
+of one layer out and decomposes it and its weight with torch.linalg.svd, as a script would that has never heard of
+factors; what all layers would take is extrapolated by out * in * min(out, in). Pictures are part of the time.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import own_process
+import report
+import torch
+from safetensors.torch import save_file
+
+HIDDEN, INTERMEDIATE, KEY_VALUE, BLOCKS = 4096, 14336, 1024, 32  # Llama 3.1 8B
+FULL_LAYER = "self_attn.q_proj"
+
+ANALYZE = """
+from pathlib import Path
+from lora_ext.tasks.analyze import AnalysisSettings, analyze
+base, first, second, out = sys.argv[1:5]
+analyze(AnalysisSettings((first, second), {settings}), Path(out), say=lambda text: None)
+"""
+FULL = """
+from safetensors import safe_open
+base, adapter, layer, rank = sys.argv[1], sys.argv[2], f"model.layers.0.{sys.argv[5]}", int(sys.argv[6])
+with safe_open(f"{base}/model.safetensors", "pt") as file:
+    W = file.get_tensor(f"{layer}.weight").float()
+with safe_open(f"{adapter}/adapter_model.safetensors", "pt") as file:
+    A, B = (file.get_tensor(f"base_model.model.{layer}.lora_{side}.weight") for side in "AB")
+U, S, Vh = torch.linalg.svd(2.0 * B @ A, full_matrices=False)
+own = torch.linalg.svd(W, full_matrices=False)
+for left, right in ((U, Vh), (own.U, own.Vh)):
+    torch.linalg.matrix_norm(left[:, :rank].T @ W @ right[:rank].T)
+"""
+CONTESTANTS = {
+    "analyze": ANALYZE.format(settings="base=base"),
+    "analyze, without the weights": ANALYZE.format(settings="use_base=False"),
+    "one layer in full": FULL,
+}
+
+
+def shapes() -> dict[str, tuple[int, int]]:
+    """``(out, in)`` of the linear layers of a block."""
+    return {
+        "self_attn.q_proj": (HIDDEN, HIDDEN),
+        "self_attn.k_proj": (KEY_VALUE, HIDDEN),
+        "self_attn.v_proj": (KEY_VALUE, HIDDEN),
+        "self_attn.o_proj": (HIDDEN, HIDDEN),
+        "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
+        "mlp.up_proj": (INTERMEDIATE, HIDDEN),
+        "mlp.down_proj": (HIDDEN, INTERMEDIATE),
+    }
+
+
+def make_files(folder: Path, blocks: int, rank: int) -> int:
+    """``base``, ``first`` and ``second`` in ``folder``; returns the bytes of the weights."""
+    for name in ("base", "first", "second"):
+        (folder / name).mkdir()
+    names = {f"model.layers.{i}.{name}": shape for i in range(blocks) for name, shape in shapes().items()}
+    weights = {f"{name}.weight": (torch.randn(shape) * 0.02).bfloat16() for name, shape in names.items()}
+    save_file(weights, folder / "base" / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": [n.split(".")[1] for n in shapes()],
+    }
+    for adapter in ("first", "second"):
+        factors = {}
+        for name, (out, in_) in names.items():
+            factors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(rank, in_) * in_**-0.5
+            factors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(out, rank) * 0.01
+        save_file(factors, folder / adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+        (folder / adapter / "adapter_config.json").write_text(json.dumps(config))
+    return sum(weight.nbytes for weight in weights.values())
+
+
+def factor_to_all(name: str, blocks: int) -> float:
+    """By what a measured time is multiplied to be that of the whole model."""
+    if name != "one layer in full":
+        return BLOCKS / blocks
+    cost = {layer: out * in_ * min(out, in_) for layer, (out, in_) in shapes().items()}
+    return BLOCKS * sum(cost.values()) / cost[FULL_LAYER]
+
+
+def main() -> None:
+    parser = report.parser(__doc__, "analyze")
+    parser.add_argument("--blocks", type=report.at_least(1), default=1, help="that are measured, of 32; 0.44 GB each")
+    parser.add_argument("--folder", type=Path, help="where the files are made; a temporary one")
+    parser.set_defaults(rounds=2)
+    args = parser.parse_args()
+    run = report.Report(args, f"Two adapters of rank {args.rank} of an 8-billion-parameter Llama, analysed")
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in CONTESTANTS}
+    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
+        folder = Path(temporary)
+        nbytes = make_files(folder, args.blocks, args.rank)
+        for _ in range(args.rounds):
+            for name, done in rounds.items():
+                shutil.rmtree(folder / "out", ignore_errors=True)
+                paths = [folder / one for one in ("base", "first", "second", "out")]
+                arguments = [*paths, FULL_LAYER, args.rank]
+                done.append(own_process.measure(name, CONTESTANTS[name], arguments, args.threads))
+                print(f"{name}: {done[-1]['seconds']:.1f} s, {done[-1]['resident_bytes'] / 1e6:.0f} MB", flush=True)
+    rows = [
+        {
+            "name": name,
+            "rounds": len(done),
+            "seconds": statistics.median(one["seconds"] for one in done),
+            "extrapolated_seconds": statistics.median(one["seconds"] for one in done)
+            * factor_to_all(name, args.blocks),
+            "resident_bytes": max(one["resident_bytes"] for one in done),
+            "beyond_torch_bytes": max(one["resident_bytes"] - one["torch_bytes"] for one in done),
+        }
+        for name, done in rounds.items()
+    ]
+    measured = f"{args.blocks} of {BLOCKS} blocks" if args.blocks > 1 else f"one of {BLOCKS} blocks"
+    table = report.markdown(
+        [
+            "",
+            f"s, measured on {measured}",
+            f"s, extrapolated to {BLOCKS}",
+            "resident, MB",
+            "beyond importing torch, MB",
+        ],
+        [
+            [
+                row["name"] + (f" ({FULL_LAYER}, one adapter)" if row["name"] == "one layer in full" else ""),
+                f"{row['seconds']:.1f}",
+                f"{row['extrapolated_seconds']:.0f}",
+                f"{row['resident_bytes'] / 1e6:.0f}",
+                f"{row['beyond_torch_bytes'] / 1e6:.0f}",
+            ]
+            for row in rows
+        ],
+    )
+    largest, full = 2 * HIDDEN * INTERMEDIATE, factor_to_all("one layer in full", args.blocks)
+    table += (
+        f"\n\n{nbytes / 1e6:.0f} MB of weights in bfloat16, the largest tensor {largest / 1e6:.0f} MB. Medians of "
+        f"{args.rounds} rounds; the most memory. The time of analyze is multiplied by {BLOCKS / args.blocks:g}, imports "
+        f"and pictures included; that in full by {full:.0f}, as out * in * min(out, in) of all layers is to that of the "
+        "one."
+    )
+    run.finish(rows, table, nbytes=nbytes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

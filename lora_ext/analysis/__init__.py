@@ -1,0 +1,35 @@
+"""What an adapter learned, as functions of tensors: section 7 and appendix H of the LoRA paper (arXiv 2106.09685).
+
+An update is never multiplied out: all is computed from its factors, and from products of the weight with a few vectors.
+``lora_ext.analysis.plots`` draws the results, and needs matplotlib.
+"""
+
+from .decomposition import Svd, block_krylov_svd, factored_svd
+from .projection import ProjectionTable, expected_random_norm, project, projection_table
+from .spectrum import effective_rank, energy_rank, numerical_rank, stable_rank
+from .subspace import (
+    expected_random_similarity,
+    orthonormal_columns,
+    random_similarity_std,
+    singular_basis,
+    subspace_similarity,
+)
+
+__all__ = [
+    "ProjectionTable",
+    "Svd",
+    "block_krylov_svd",
+    "effective_rank",
+    "energy_rank",
+    "expected_random_norm",
+    "expected_random_similarity",
+    "factored_svd",
+    "numerical_rank",
+    "orthonormal_columns",
+    "project",
+    "projection_table",
+    "random_similarity_std",
+    "singular_basis",
+    "stable_rank",
+    "subspace_similarity",
+]

@@ -1,0 +1,49 @@
+"""Products of a large matrix with a few vectors, a block of its rows at a time: no converted copy of it is made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .._checks import accumulation_dtype
+
+__all__ = ["frobenius_norm", "multiply", "multiply_transposed"]
+
+BLOCK_ELEMENTS = 512 << 10  # 2 MB in float32: still in the cache when it is multiplied, which halves the time
+
+
+def multiply(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """``matrix @ vectors``: ``[rows, cols]`` of any floating dtype times ``[cols, k]``, as float64 ``[rows, k]``.
+
+    Computed in float32; in float64 where the matrix is.
+    """
+    vectors = vectors.to(accumulation_dtype(matrix.dtype))
+    return torch.cat([(block @ vectors).double() for _, block in _blocks(matrix)])
+
+
+def multiply_transposed(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """``matrix.T @ vectors``: ``[rows, cols]`` of any floating dtype and ``[rows, k]``, as float64 ``[cols, k]``.
+
+    Computed as in :func:`multiply`; the blocks' shares are added up in float64.
+    """
+    vectors = vectors.to(accumulation_dtype(matrix.dtype))
+    total = torch.zeros(vectors.shape[1], matrix.shape[1], dtype=torch.float64, device=matrix.device)
+    for begin, block in _blocks(matrix):
+        total += vectors[begin : begin + len(block)].T @ block
+    return total.T
+
+
+def frobenius_norm(matrix: Tensor) -> float:
+    """Of a matrix of any floating dtype, in float64."""
+    norms = (torch.linalg.vector_norm(block, dtype=torch.float64).item() for _, block in _blocks(matrix))
+    return math.hypot(*norms)
+
+
+def _blocks(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """``(first row, rows)`` in the dtype that is computed in."""
+    height = max(BLOCK_ELEMENTS // max(matrix.shape[1], 1), 1)
+    for begin in range(0, len(matrix), height):
+        yield begin, matrix[begin : begin + height].to(accumulation_dtype(matrix.dtype))

@@ -1,0 +1,112 @@
+"""How much two subspaces have in common (section 7.2 and appendix G of the LoRA paper, arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .spectrum import numerical_rank
+
+__all__ = [
+    "expected_random_similarity",
+    "orthonormal_columns",
+    "random_similarity_std",
+    "singular_basis",
+    "subspace_similarity",
+]
+
+
+def singular_basis(matrix: Tensor) -> Tensor:
+    """The right singular vectors of ``matrix [r, n]``, by falling singular value: of ``lora_A``, as in the paper.
+
+    Give it ``lora_B.T`` for the left ones of ``lora_B``.
+
+    Returns:
+        Orthonormal columns, float64 ``[n, k]``; ``k`` is the numerical rank
+        (:func:`~lora_ext.analysis.numerical_rank`): rows that others make up add no direction.
+
+    Raises:
+        ValueError: it is no matrix, or not finite.
+    """
+    if matrix.dim() != 2 or not matrix.isfinite().all():
+        raise ValueError(f"singular_basis: matrix is {list(matrix.shape)}, want a finite one of 2 dimensions")
+    Q, R = torch.linalg.qr(matrix.double().T)
+    U, S, _ = torch.linalg.svd(R)
+    return Q @ U[:, : numerical_rank(S)]
+
+
+def subspace_similarity(first: Tensor, second: Tensor) -> Tensor:
+    """The paper's ``phi(i, j) = |first[:, :i].T @ second[:, :j]|_F^2 / min(i, j)`` for every ``i`` and ``j`` at once.
+
+    0: the subspaces are orthogonal; 1: the smaller lies in the larger. One subspace with itself gives 1 everywhere.
+
+    Args:
+        first: orthonormal columns ``[n, i_max]``, the most important first.
+        second: the same, ``[n, j_max]``.
+
+    Returns:
+        float64 ``[i_max, j_max]`` in [0, 1]; ``phi(i, j)`` is at ``[i - 1, j - 1]``.
+
+    Raises:
+        ValueError: they are not of one space.
+    """
+    if first.dim() != 2 or second.dim() != 2 or len(first) != len(second):
+        raise ValueError(
+            f"subspace_similarity: bases {list(first.shape)} and {list(second.shape)} are not of one space"
+        )
+    squares = (first.double().T @ second.double()).square()
+    i, j = _counts(*squares.shape)
+    # Rounding alone takes a sum of squared cosines beyond the number of directions.
+    return (squares.cumsum(0).cumsum(1) / torch.minimum(i, j)).clamp(max=1.0)
+
+
+def expected_random_similarity(i_max: int, j_max: int, dim: int) -> Tensor:
+    """The mean of ``phi(i, j)`` between uniformly random subspaces of ``dim`` dimensions: ``max(i, j) / dim``.
+
+    A random direction has ``i / dim`` of its square in any ``i`` dimensions; ``j`` of them have ``i * j / dim``, which
+    ``phi`` divides by ``min(i, j)``. The spans of Gaussian matrices, with which figure 4 of the paper compares, are
+    uniform.
+
+    Returns:
+        float64 ``[i_max, j_max]``.
+    """
+    _check_counts("expected_random_similarity", i_max, j_max, dim)
+    return torch.maximum(*_counts(i_max, j_max)) / dim
+
+
+def random_similarity_std(i_max: int, j_max: int, dim: int) -> Tensor:
+    """The standard deviation of ``phi(i, j)`` between uniformly random subspaces of ``dim`` dimensions.
+
+    ``sqrt(2 i (n - i) j (n - j) / (n^2 (n - 1) (n + 2))) / min(i, j)``, from the second moments of the trace of a
+    product of random projections.
+
+    Returns:
+        float64 ``[i_max, j_max]``.
+    """
+    _check_counts("random_similarity_std", i_max, j_max, dim)
+    i, j = _counts(i_max, j_max)
+    variance = 2 * i * (dim - i) * j * (dim - j) / (dim**2 * max(dim - 1, 1) * (dim + 2))
+    return variance.sqrt() / torch.minimum(i, j)
+
+
+def orthonormal_columns(dim: int, count: int, generator: torch.Generator) -> Tensor:
+    """Uniformly random orthonormal columns, float64 ``[dim, count]``: an orthonormalised Gaussian matrix.
+
+    The signs make it uniform, which a bare QR decomposition is not (Mezzadri, arXiv math-ph/0609050).
+    """
+    if not 0 <= count <= dim:
+        raise ValueError(f"orthonormal_columns: {count} columns in {dim} dimensions")
+    gaussian = torch.randn(dim, count, dtype=torch.float64, generator=generator, device=generator.device)
+    Q, R = torch.linalg.qr(gaussian)
+    return Q * R.diagonal().sign()
+
+
+def _counts(i_max: int, j_max: int) -> tuple[Tensor, Tensor]:
+    i = torch.arange(1, i_max + 1, dtype=torch.float64)
+    j = torch.arange(1, j_max + 1, dtype=torch.float64)
+    return torch.meshgrid(i, j, indexing="ij")
+
+
+def _check_counts(caller: str, i_max: int, j_max: int, dim: int) -> None:
+    if max(i_max, j_max) > dim:
+        raise ValueError(f"{caller}: {max(i_max, j_max)} directions in {dim} dimensions")

@@ -1,0 +1,77 @@
+"""``lora-ext analyze``"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from ..tasks import TaskError
+from . import files
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "analyze",
+        help="say what adapters learned: subspaces, spectra, amplification, layers that changed most",
+        description=(
+            "Analyses adapters as section 7 of the LoRA paper does: similarity of subspaces, singular values and "
+            "effective ranks of the updates, their place in the base's weights. Works from the factors, and has one "
+            "weight in memory at a time."
+        ),
+    )
+    add = parser.add_argument
+    add(
+        "--adapter",
+        dest="adapters",
+        nargs="+",
+        action="extend",
+        metavar="DIR",
+        help="in PEFT's format; two or more are compared with each other, layer by layer",
+    )
+    add("--base", metavar="PATH_OR_ID", help="safetensors of the base model; else what the adapters name, if found")
+    add("--no-base", dest="use_base", action="store_false", help="leave out what needs the base's weights")
+    add("--layers", metavar="REGEX", help="only layers in whose names this is found: 'layers\\.0\\.|q_proj'")
+    add("--directions", type=int, metavar="N", help="compare at most so many directions of a side (default: 64)")
+    files.add_fan_in_fan_out(parser)
+    files.add_pickle(parser)
+    add("--seed", type=int, help="of the random directions (default: 0)")
+    add("--out", type=Path, required=True, metavar="DIR", help="gets analysis.json, analysis.md and pictures")
+    add("--resume", action="store_true", help="continue the run in --out with the first layer that is missing")
+    add("--overwrite", action="store_true", help="replace the run in --out")
+    parser.set_defaults(run=run, use_base=None, allow_pickle=None)
+
+
+def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise TaskError("analyze needs matplotlib: pip install 'lora_ext[analyze]'")
+    from ..tasks.analyze import JOURNAL_FILE, AnalysisSettings, analyze  # imports matplotlib
+
+    # None where the user says nothing: a resumed run takes what it was started with.
+    names = ("adapters", "base", "use_base", "layers", "directions", "fan_in_fan_out", "allow_pickle", "seed")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    # A resumed run may start in another directory.
+    given |= {"adapters": tuple(str(Path(path).resolve()) for path in given.get("adapters", ()))}
+    if "base" in given and Path(given["base"]).exists():
+        given["base"] = str(Path(given["base"]).resolve())
+    if args.resume:
+        settings = AnalysisSettings.load(args.out)
+        changed = [
+            f"--{'adapter' if name == 'adapters' else name.replace('_', '-')} {getattr(settings, name)}, now {value}"
+            for name, value in given.items()
+            if value not in ((), getattr(settings, name))
+        ]
+        if changed:
+            raise TaskError(f"--resume: the run in {args.out} was started with {', '.join(changed)}")
+    else:
+        settings = AnalysisSettings(**given)
+    try:
+        with files.mistakes():
+            analyze(settings, args.out, resume=args.resume, overwrite=args.overwrite, show_progress=True)
+    except KeyboardInterrupt:
+        if (args.out / JOURNAL_FILE).is_file():
+            print(f"\nto continue: lora-ext analyze --resume --out {shlex.quote(str(args.out))}", file=sys.stderr)
+        raise
