@@ -16,16 +16,21 @@ class Architecture:
     Attributes:
         layers: the list.
         attention: computes queries, keys and values.
+        key_value: in ``attention``, the projections to keys and to values; one: to queries, keys and values, side by
+            side.
         attention_norm: what attention's input was normalised by; "": it is the previous layer's output as it is.
         attention_output, mlp_output: their outputs are what the residual stream is added to.
         layer_output: its output is the layer's; "": the layer itself.
         post_norm: whether the layer ends with a normalisation, which is ``layer_output``.
         projections: computing queries, keys, values, and the attention's output; the first three may be one.
         keeps_first: whether the first token stands for the whole text, so that nothing may be put in front of it.
+        position_table: in the base model, the embedding of positions; "": they are rotations of queries and keys.
+        rotary: in the base model, what has the frequencies of those rotations; "": there are none.
     """
 
     layers: str
     attention: str
+    key_value: tuple[str, ...]
     attention_norm: str
     attention_output: str
     mlp_output: str
@@ -33,11 +38,14 @@ class Architecture:
     post_norm: bool
     projections: tuple[str, str, str, str]
     keeps_first: bool
+    position_table: str = ""
+    rotary: str = ""
 
 
 _BERT = Architecture(
     layers="encoder.layer",
     attention="attention.self",
+    key_value=("key", "value"),
     attention_norm="",
     attention_output="attention.output.dropout",
     mlp_output="output.dropout",
@@ -45,10 +53,12 @@ _BERT = Architecture(
     post_norm=True,
     projections=("query", "key", "value", "attention.output.dense"),
     keeps_first=True,
+    position_table="embeddings.position_embeddings",
 )
 _GPT2 = Architecture(
     layers="h",
     attention="attn",
+    key_value=("c_attn",),
     attention_norm="ln_1",
     attention_output="attn.resid_dropout",
     mlp_output="mlp",
@@ -56,10 +66,12 @@ _GPT2 = Architecture(
     post_norm=False,
     projections=("c_attn", "c_attn", "c_attn", "attn.c_proj"),
     keeps_first=False,
+    position_table="wpe",
 )
 _LLAMA = Architecture(
     layers="layers",
     attention="self_attn",
+    key_value=("k_proj", "v_proj"),
     attention_norm="input_layernorm",
     attention_output="self_attn",
     mlp_output="mlp",
@@ -67,6 +79,7 @@ _LLAMA = Architecture(
     post_norm=False,
     projections=("q_proj", "k_proj", "v_proj", "o_proj"),
     keeps_first=False,
+    rotary="rotary_emb",
 )
 
 ARCHITECTURES = {
@@ -100,12 +113,17 @@ def architecture_of(model: nn.Module, method: str) -> Architecture:
     return ARCHITECTURES[model_type]
 
 
+def base_path(model: nn.Module) -> str:
+    """Where :func:`base_model` is in ``model``; "": it is the model itself."""
+    base = base_model(model)
+    return next(path for path, module in root_module(model).named_modules() if module is base)
+
+
 def layers_of(model: nn.Module, architecture: Architecture) -> list[tuple[str, nn.Module]]:
     """``(path in model, layer)`` from the first to the last."""
-    root, base = root_module(model), base_model(model)
-    prefix = next(path for path, module in root.named_modules() if module is base)
-    path = f"{prefix}.{architecture.layers}" if prefix else architecture.layers
-    return [(f"{path}.{name}", layer) for name, layer in root.get_submodule(path).named_children()]
+    path = f"{base_path(model)}.{architecture.layers}".lstrip(".")
+    layers = root_module(model).get_submodule(path).named_children()
+    return [(f"{path}.{name}", layer) for name, layer in layers]
 
 
 def hidden_size(model: nn.Module) -> int:

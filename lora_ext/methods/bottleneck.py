@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .architectures import Architecture, architecture_of, hidden_size, layers_of
 from .base import Method, check_at_least
-from .inserted import Inserted, Insertion
+from .inserted import Inserted, Insertion, own_dtype
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "identity": lambda x: x}
 
@@ -27,7 +26,7 @@ class Bottleneck(Inserted):
 
     def __init__(self, size: int, activation: str, like: Tensor) -> None:
         super().__init__()
-        dtype = torch.float32 if like.dtype in (torch.bfloat16, torch.float16) else like.dtype
+        dtype = own_dtype(like)
         self.activation = activation
         self.down = nn.Linear(like.shape[-1], size, device=like.device, dtype=dtype)
         self.up = nn.Linear(size, like.shape[-1], device=like.device, dtype=dtype)

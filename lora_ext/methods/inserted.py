@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .._interrupts import uninterrupted
 
@@ -33,6 +35,31 @@ class Insertion(NamedTuple):
     host: nn.Module
     name: str
     module: Inserted
+
+
+def parameter_names(host: nn.Module) -> tuple[str, ...]:
+    """Of its ``forward``. To be asked once, and not in a hook, where ``torch.compile`` would have to trace it."""
+    return tuple(inspect.signature(host.forward).parameters)
+
+
+def by_name(names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by keyword; ``names`` as :func:`parameter_names` gave them. The cache is ``cache``
+    where the host calls it so, as Transformers does from 5.24 on, and ``past_key_values`` elsewhere."""
+    named = dict(zip(names, args, strict=False)) | kwargs
+    for other, own in (("past_key_values", "cache"), ("cache", "past_key_values")):
+        if other in named and other not in names and own in names:
+            named[own] = named.pop(other)
+    return named
+
+
+def cache_name(names: tuple[str, ...]) -> str:
+    """What a host whose parameters are ``names`` calls its cache of keys and values."""
+    return "cache" if "cache" in names else "past_key_values"
+
+
+def own_dtype(like: Tensor) -> torch.dtype:
+    """Of new parameters beside ``like``: its own, but float32 where that is a 16-bit one; they are cast at use."""
+    return torch.float32 if like.dtype in (torch.bfloat16, torch.float16) else like.dtype
 
 
 def insert(insertion: Insertion) -> None:

@@ -16,9 +16,12 @@ from .combined import Combined
 from .full import Full
 from .head_only import HeadOnly
 from .lora import Lora
+from .prefix_embed import PrefixEmbed
+from .prefix_layer import PrefixLayer
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Full, BitFit, AdapterH, AdapterL, AdapterP, AdapterDrop, Lora, HeadOnly)
+    method.name: method
+    for method in (Full, BitFit, PrefixEmbed, PrefixLayer, AdapterH, AdapterL, AdapterP, AdapterDrop, Lora, HeadOnly)
 }
 
 

@@ -1,0 +1,55 @@
+"""What the methods that put trained tokens beside the input have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..bare_model import root_module
+from .architectures import Architecture, architecture_of
+from .base import Method, check_at_least
+
+
+@dataclass(frozen=True)
+class PrefixMethod(Method):
+    """Options of :class:`PrefixEmbed` and :class:`PrefixLayer`.
+
+    Args:
+        prefix_length: the paper's ``l_p``: special tokens in front of the input.
+        infix_length: the paper's ``l_i``: special tokens behind it.
+
+    Raises:
+        ValueError: both are 0, or one is negative.
+    """
+
+    prefix_length: int = 8
+    infix_length: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least(self.name, 0, prefix_length=self.prefix_length, infix_length=self.infix_length)
+        if self.special_tokens == 0:
+            raise ValueError(f"{self.name}: prefix_length and infix_length are 0, want at least 1 for one of them")
+
+    @property
+    def special_tokens(self) -> int:
+        """``l_p + l_i``."""
+        return self.prefix_length + self.infix_length
+
+
+def is_causal(model: nn.Module, architecture: Architecture) -> bool:
+    """Whether tokens do not see what is behind them."""
+    return not architecture.keeps_first or getattr(root_module(model).config, "is_decoder", False)
+
+
+def architecture_with_prefix(model: nn.Module, method: str) -> Architecture:
+    """:func:`architecture_of`; TypeError also for an encoder used as a decoder, whose first token nothing precedes."""
+    architecture = architecture_of(model, method)
+    if architecture.keeps_first and is_causal(model, architecture):
+        raise TypeError(f"{method}: {type(root_module(model)).__name__} has is_decoder=True, which is not supported")
+    return architecture
+
+
+def counted(mask: Tensor) -> Tensor:
+    """``[batch, length]``, 1 for real tokens and 0 for padding -> how many real tokens precede each; -1 in front."""
+    return mask.long().cumsum(1) - 1

@@ -1,0 +1,226 @@
+"""Prefix-embedding tuning, the paper's PreEmbed (section 5.1): trained embeddings of tokens beside the input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..bare_model import root_module
+from .architectures import base_model, base_path, hidden_size
+from .inserted import Inserted, Insertion, by_name, cache_name, own_dtype, parameter_names
+from .prefix_base import PrefixMethod, architecture_with_prefix, counted
+
+
+class SpecialTokens(Inserted):
+    """Inserts its tokens into what a base model is called with, and takes their positions out of what it returns.
+
+    An encoder's first token, [CLS], keeps its place, as the heads read it: the prefix has the positions behind it. In
+    memory all special tokens follow the input there, which attention in both directions does not notice. In a decoder
+    the order in memory is prefix, input, infix. Positions are given explicitly and count no padding.
+
+    Nothing is kept between calls. With a cache of keys and values, the tokens are inserted when it is empty; later
+    they are in it.
+
+    Args:
+        weight: the first values, ``[prefix_length + infix_length, d_model]``, the prefix first.
+        prefix_length, infix_length: see :class:`PrefixEmbed`.
+        keeps_first: the host is an encoder.
+        table: the host's embedding of positions; None: it rotates queries and keys.
+        names: :func:`parameter_names` of the host.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        prefix_length: int,
+        infix_length: int,
+        keeps_first: bool,
+        table: nn.Embedding | None,
+        names: tuple[str, ...],
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.prefix_length, self.infix_length = prefix_length, infix_length
+        self.keeps_first, self.names = keeps_first, names
+        self.first_position = 0 if table is None or table.padding_idx is None else table.padding_idx + 1
+        self.max_positions = None if table is None else table.num_embeddings - self.first_position
+
+    @property
+    def special_tokens(self) -> int:
+        return self.prefix_length + self.infix_length
+
+    @property
+    def in_front(self) -> int:
+        """How many special tokens precede the input in memory."""
+        return 0 if self.keeps_first else self.prefix_length
+
+    def enter(self, host: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        call = by_name(self.names, args, kwargs)
+        ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+        if ids is None and embeds is None:
+            return args, kwargs  # the host has a message for that
+        if ids is not None and embeds is not None:
+            raise ValueError("prefix-embed: both input_ids and inputs_embeds are given, want one of them")
+        mask, cache = call.get("attention_mask"), call.get(cache_name(self.names))
+        past = 0 if cache is None else cache.get_seq_length()
+        batch, length = (ids if embeds is None else embeds).shape[:2]
+        self._check(host, mask, past, batch, length)
+        if past == 0:
+            call["inputs_embeds"] = self._with_special(host.get_input_embeddings()(ids) if embeds is None else embeds)
+            call.pop("input_ids", None)
+            if call.get("token_type_ids") is not None:
+                call["token_type_ids"] = self._padded(call["token_type_ids"], 0)
+            call.update(self._masked(mask, call.get("position_ids"), call["inputs_embeds"], length))
+            return (), call
+        if call.get("position_ids") is not None:
+            call["position_ids"] = call["position_ids"] + self.special_tokens
+        if mask is not None:
+            call["attention_mask"] = nn.functional.pad(mask, (self.prefix_length, 0), value=1)
+            call["attention_mask"] = nn.functional.pad(call["attention_mask"], (0, self.infix_length), value=1)
+            if call.get("position_ids") is None:
+                call["position_ids"] = counted(call["attention_mask"])[:, -length:].clamp_min(0)
+        return (), call
+
+    def leave(self, host: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        embeds, cache = kwargs.get("inputs_embeds"), kwargs.get(cache_name(self.names))
+        if embeds is None or (cache is not None and cache.get_seq_length() > embeds.shape[1]):
+            return output  # there were tokens in the cache before, and so the special ones
+        return self._without_special(output, kwargs["attention_mask"])
+
+    def _with_special(self, embeds: Tensor) -> Tensor:
+        """``[batch, length, d_model]`` -> ``[batch, length + special_tokens, d_model]``"""
+        special = self.weight.to(embeds.dtype).expand(len(embeds), -1, -1)
+        return torch.cat([special[:, : self.in_front], embeds, special[:, self.in_front :]], dim=1)
+
+    def _padded(self, per_token: Tensor, value: int) -> Tensor:
+        """``[batch, length]`` -> ``[batch, length + special_tokens]``, ``value`` for the special tokens."""
+        behind = self.special_tokens - self.in_front
+        return nn.functional.pad(per_token, (self.in_front, behind), value=value)
+
+    def _masked(
+        self, mask: Tensor | None, position_ids: Tensor | None, embeds: Tensor, length: int
+    ) -> Mapping[str, Tensor]:
+        """``attention_mask`` and ``position_ids``, both ``[batch, length + special_tokens]``.
+
+        The mask is never None: without one, Transformers takes positions that do not rise by one for the starts of
+        packed texts.
+        """
+        if mask is None:
+            mask = torch.ones(len(embeds), length, dtype=torch.long, device=embeds.device)
+        if position_ids is None:
+            ordinal = counted(mask)
+        else:
+            ordinal = (position_ids - self.first_position).expand(len(embeds), -1)
+        count = ordinal.masked_fill(mask == 0, -1).amax(1, keepdim=True) + 1
+        ordinal = ordinal.clamp_min(0)  # padding, where it is in front
+        pushed = ordinal >= 1 if self.keeps_first else torch.ones_like(ordinal, dtype=torch.bool)
+        prefix = torch.arange(self.prefix_length, device=embeds.device) + int(self.keeps_first)
+        infix = count + self.prefix_length + torch.arange(self.infix_length, device=embeds.device)
+        special = torch.cat([prefix.expand(len(embeds), -1), infix], dim=1)
+        tokens = ordinal + self.prefix_length * pushed
+        positions = torch.cat([special[:, : self.in_front], tokens, special[:, self.in_front :]], dim=1)
+        return {"attention_mask": self._padded(mask, 1), "position_ids": positions + self.first_position}
+
+    def _without_special(self, output: Any, mask: Tensor) -> Any:
+        """What is three-dimensional are hidden states ``[batch, length + special_tokens, d_model]``; the rest, the
+        pooled first token, attentions and the cache, stays as it is."""
+        if isinstance(output, Tensor) and output.ndim == 3:
+            hidden = output[:, self.in_front : mask.shape[1] - self.special_tokens + self.in_front]
+            if self.keeps_first or self.infix_length == 0:
+                return hidden.contiguous()  # as the host returns it
+            real = mask[:, self.in_front : self.in_front + hidden.shape[1]] != 0
+            places = torch.arange(hidden.shape[1], device=hidden.device)
+            last = (places * real).amax(1, keepdim=True)
+            return torch.where((places == last)[..., None], output[:, -1:], hidden)
+        if isinstance(output, dict):  # a ModelOutput
+            for key, value in list(output.items()):
+                output[key] = self._without_special(value, mask)
+            return output
+        if isinstance(output, (tuple, list)):
+            return type(output)(self._without_special(each, mask) for each in output)
+        return output
+
+    def _check(self, host: nn.Module, mask: Any, past: int, batch: int, length: int) -> None:
+        """ValueError: what it would not do right."""
+        tokens = past + length - (self.special_tokens if past else 0)
+        if mask is not None:
+            if not isinstance(mask, Tensor) or mask.ndim != 2:
+                what = f"{list(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+                raise ValueError(
+                    f"prefix-embed: attention_mask is {what}, want the padding mask, [batch, length] "
+                    f"= {[batch, tokens]}; generate passes it on with the dynamic cache, its default"
+                )
+            if tuple(mask.shape) != (batch, tokens):
+                raise ValueError(f"prefix-embed: attention_mask is {list(mask.shape)}, want {[batch, tokens]}")
+        if self.max_positions is not None and tokens + self.special_tokens > self.max_positions:
+            raise ValueError(
+                f"prefix-embed: {tokens} tokens and {self.special_tokens} special ones, but {type(host).__name__} has "
+                f"{self.max_positions} positions; shorten the input to {self.max_positions - self.special_tokens} "
+                "tokens, padding included, or choose a smaller prefix_length or infix_length"
+            )
+
+    def extra_repr(self) -> str:
+        return f"prefix_length={self.prefix_length}, infix_length={self.infix_length}"
+
+
+@dataclass(frozen=True)
+class PrefixEmbed(PrefixMethod):
+    """Special tokens in front of the input and behind it, whose embeddings are trained.
+
+    They start as embeddings of tokens drawn from the vocabulary, which Lester et al. 2021 (arXiv 2104.08691, section
+    3.2) found better than noise. Hidden states come back without their positions, so that heads, labels and shapes are
+    as without them; only ``attentions`` show them. In an encoder the prefix stands behind the first token, [CLS], which
+    heads read. In a decoder with an infix, the last real token of each row returns what the infix's last token does:
+    that is what a classifier reads and what is generated from. A loss over the other tokens does not see the infix, so
+    for training a language model use a prefix.
+
+    The attention mask, if there is one, is the padding mask ``[batch, length]``. With a cache of keys and values, the
+    infix is behind what the empty cache is filled with: in ``generate``, between prompt and answer. Without a cache it
+    is behind all of the text so far. With a cache, an infix wants padding on the left, as ``generate`` does. Cutting
+    off the end of a cache by the length of the text, as assisted generation does, counts the special tokens wrongly.
+    Sliding windows are over the special tokens, too: tokens further away do not see the prefix.
+    """
+
+    name: ClassVar[str] = "prefix-embed"
+
+    def insertions(self, model: nn.Module) -> list[Insertion]:
+        architecture = architecture_with_prefix(model, self.name)
+        base = base_model(model)
+        table = base.get_submodule(architecture.position_table) if architecture.position_table else None
+        module = SpecialTokens(
+            _random_tokens(base, self.special_tokens),
+            self.prefix_length,
+            self.infix_length,
+            architecture.keeps_first,
+            table,
+            parameter_names(base),
+        )
+        if module.max_positions is not None and self.special_tokens >= module.max_positions:
+            raise ValueError(
+                f"{self.name}: {self.special_tokens} special tokens leave no room for others: "
+                f"{type(root_module(model)).__name__} has {module.max_positions} positions"
+            )
+        return [Insertion(base_path(model), base, "special_tokens", module)]
+
+    def count(self, model: nn.Module) -> int:
+        """``d_model * (l_p + l_i)``, section 5.1 of the paper."""
+        architecture_with_prefix(model, self.name)
+        return hidden_size(model) * self.special_tokens
+
+
+def _random_tokens(base: nn.Module, number: int) -> Tensor:
+    """``[number, d_model]``: embeddings of tokens that are no special ones as far as the config tells."""
+    table = base.get_input_embeddings().weight.detach()
+    special: set[int] = set()
+    for key, value in vars(base.config).items():
+        if key.endswith("_token_id") and value is not None:
+            special.update(value if isinstance(value, (list, tuple)) else [value])
+    allowed = torch.ones(len(table), dtype=torch.bool)
+    allowed[[each for each in special if 0 <= each < len(table)]] = False
+    ids = allowed.nonzero()[:, 0]
+    ids = ids[torch.randint(len(ids), (number,))].to(table.device)
+    return table[ids].to(own_dtype(table))
