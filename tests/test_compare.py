@@ -9,12 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_classifier
+import torch
 
 from lora_ext.cli import main
 from lora_ext.tasks import TaskError, many_runs
@@ -38,8 +41,16 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture(scope="module")
 def compared(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("compared")
-    assert main(["compare", *options, "--methods", *METHODS, "--seeds", "0,1", "--out", str(out)]) == 0
+    assert main(["compare", *options, "--methods", *METHODS, "--seeds", "0,1", "--jobs", "2", "--out", str(out)]) == 0
     return out
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def runs_of(out: Path) -> dict[Path, dict[str, Any]]:
@@ -71,7 +82,8 @@ def test_the_table_has_what_the_runs_gave(compared: Path):
 
 def test_a_run_is_what_finetune_does(compared: Path, tmp_path: Path):
     directory, metrics = next((path, each) for path, each in runs_of(compared).items() if "lora-r=2" in str(path))
-    alone = finetune(Settings(**metrics["settings"]), tmp_path / "alone")
+    with one_thread():
+        alone = finetune(Settings(**metrics["settings"]), tmp_path / "alone")
     assert alone["after"] == metrics["after"]
     file = Path("adapter", "adapter_model.safetensors")
     assert (compared / directory / file).read_bytes() == (tmp_path / "alone" / file).read_bytes()
@@ -164,7 +176,8 @@ def test_a_method_may_carry_options():
     ("command", "message"),
     [
         (["compare", "--methods", "lora", "loro"], "--method is 'loro', want one of full, bitfit"),
-        (["compare", "--methods", "lora:r=0"], "LoraConfig: r is 0"),
+        (["compare", "--methods", "lora:r=0"], "--methods lora:r=0: LoraConfig: r is 0"),
+        (["compare", "--methods", "adapter-drop:drop-layers=2"], "drop_layers is 2, but the model has 2 layers"),
         (["sweep", "--targets", "q;qeury"], "--targets qeury: .*close matches: 'query'"),
         (["sweep", "--seeds", "a"], "'a', want integers such as 0,1,2"),
         (["sweep", "--targets", ";"], "want sets of weights such as 'q;q,v'"),
@@ -177,7 +190,7 @@ def test_mistakes_are_told_before_anything_is_run(options, tmp_path: Path, capsy
     except SystemExit as error:  # argparse's way
         code = error.code
     assert code == 2
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("metrics.json"))
+    assert not (tmp_path / "out").exists()
     assert re.search(message, capsys.readouterr().err, re.S)
 
 
@@ -211,8 +224,16 @@ def test_a_process_that_dies_is_told_with_its_log(tmp_path: Path):
     assert "Traceback" in (tmp_path / "log.txt").read_text()
 
 
-def test_runs_of_different_labels_have_different_directories(tmp_path: Path):
-    labels = ["lora", "lora:r=2", "lora:r=2:lora-alpha=3", "r=1 q,v", "r=1 q;v"]
-    runs = [Run(label, Settings(seed=seed)) for label in labels for seed in (0, 1)]
-    assert len({run.directory(tmp_path) for run in runs}) >= len(runs) - 2  # "q,v" and "q;v" would share one
+def test_labels_that_would_share_a_directory_are_refused(tmp_path: Path):
+    runs = [Run(label, Settings()) for label in ("r=1 q,v", "r=1 q;v")]
+    with pytest.raises(TaskError, match="would share a directory"):
+        many_runs.run_all(runs, tmp_path, "compare")
     assert many_runs.finished(runs[0], tmp_path) is None
+
+
+def test_a_failing_run_ends_the_others(options: list[str], compared: Path, tmp_path: Path):
+    common = json.loads((compared / "compare-settings.json").read_text())["options"]
+    runs = [Run("long", settings_for("lora:epochs=500", common, 0)), Run("bad", settings_for("lora:r=0", common, 0))]
+    with pytest.raises(TaskError, match="r is 0"):
+        many_runs.run_all(runs, tmp_path, "compare", jobs=2)
+    assert not runs_of(tmp_path)

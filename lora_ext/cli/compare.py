@@ -39,6 +39,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--methods", nargs="+", default=_METHODS, metavar="METHOD", help="which, in the order of the table")
     add("--seeds", type=training.integers, default=[0, 1, 2], metavar="0,1,2", help="each method is trained from each")
     training.add_options(parser, _WITHOUT)
+    training.add_jobs(parser)
     training.add_out(parser, "compare.json, compare.md, compare.png, and every run in runs/")
     parser.set_defaults(run=run)
 
@@ -51,4 +52,4 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
 
     options: dict[str, Any] = training.options_of(args, _WITHOUT)
     with training.saying_how_to_resume("compare", args.out):
-        compare(args.methods, args.seeds, options, args.out, resume=args.resume, overwrite=args.overwrite)
+        compare(args.methods, args.seeds, options, args.out, jobs=args.jobs, **training.mode(args))

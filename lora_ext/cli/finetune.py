@@ -43,7 +43,7 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
     from ..tasks.finetune import finetune  # imports transformers, which takes seconds
 
     try:
-        finetune(settings, args.out, resume=args.resume, overwrite=args.overwrite)
+        finetune(settings, args.out, **training.mode(args))
     except KeyboardInterrupt:
         if any(args.out.glob("checkpoints/checkpoint-*")):
             print(f"\nto continue: lora-ext finetune --resume --out {shlex.quote(str(args.out))}", file=sys.stderr)

@@ -32,6 +32,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     add("--seeds", type=training.integers, default=[0, 1, 2], metavar="0,1,2", help="each cell is trained from each")
     training.add_options(parser, _WITHOUT)
+    training.add_jobs(parser)
     training.add_out(parser, "sweep.json, sweep.md, sweep.png, and every run in runs/")
     parser.set_defaults(run=run)
 
@@ -50,8 +51,8 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
             training.options_of(args, _WITHOUT),
             args.out,
             budget=args.budget,
-            resume=args.resume,
-            overwrite=args.overwrite,
+            jobs=args.jobs,
+            **training.mode(args),
         )
 
 

@@ -70,6 +70,21 @@ def add_out(parser: argparse.ArgumentParser, gets: str) -> None:
     add("--overwrite", action="store_true", help="replace the run in --out")
 
 
+def mode(args: argparse.Namespace) -> dict[str, bool]:
+    """Of the options of :func:`add_out`, what is not the directory."""
+    return {"resume": args.resume, "overwrite": args.overwrite}
+
+
+def add_jobs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--jobs", type=_at_least_1, default=1, metavar="N", help="runs at once, sharing the threads")
+
+
+def _at_least_1(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, want an integer of at least 1")
+    return int(text)
+
+
 def check_installed(command: str) -> None:
     """TaskError: what training needs is missing; the message says how to get it."""
     missing = [name for name in ("transformers", "accelerate", "matplotlib") if importlib.util.find_spec(name) is None]

@@ -4,7 +4,7 @@
 :func:`save_method` and :func:`load_method` keep what was trained; ``method.count(model)`` is the paper's formula.
 """
 
-from .adapted import apply_method, method_of, remove_method
+from .adapted import apply_method, method_of, plan_method, remove_method
 from .architectures import ARCHITECTURES
 from .base import Method, head_parameter_count
 from .files import load_method, read_method, save_method
@@ -20,6 +20,7 @@ __all__ = [
     "method_of",
     "new_method",
     "option_names",
+    "plan_method",
     "read_method",
     "remove_method",
     "save_method",

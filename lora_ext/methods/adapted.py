@@ -38,13 +38,17 @@ def apply_method(model: ModelT, method: Method) -> ModelT:
         ValueError: the model is adapted already, or an option does not go with it.
         The model is then unchanged.
     """
+    carry_out(model, method, *plan_method(model, method))
+    return model
+
+
+def plan_method(model: nn.Module, method: Method) -> tuple[list[Insertion], Adapter | None]:
+    """What :func:`apply_method` will put into ``model``, and raises what that does; ``model`` is not changed."""
     check_is_bare(model, "apply_method")
     insertions = method.insertions(model)
     method.trained_parameters(BareModel(root_module(model)))
     config = method.lora_config(model)
-    adapter = None if config is None else plan_injection(model, config)
-    carry_out(model, method, insertions, adapter)
-    return model
+    return insertions, None if config is None else plan_injection(model, config)
 
 
 def carry_out(model: nn.Module, method: Method, insertions: list[Insertion], adapter: Adapter | None = None) -> None:

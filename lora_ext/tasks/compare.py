@@ -12,8 +12,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from . import report
+from lora_ext.methods import plan_method
+
+from . import TaskError, report
 from .costs import measure_costs
+from .finetune import load_task_model, method_for
 from .many_runs import Run, in_process, run_all, settings_for
 from .markdown import table
 from .run_directory import check_out, prepare_out, write_whole
@@ -29,6 +32,7 @@ def compare(
     options: Mapping[str, Any],
     out: Path,
     *,
+    jobs: int = 1,
     resume: bool = False,
     overwrite: bool = False,
     say: Callable[[str], None] = print,
@@ -40,6 +44,7 @@ def compare(
         seeds: each method is trained from each.
         options: fields of :class:`~lora_ext.tasks.settings.Settings` for all runs, the learning rate None for each
             method's own.
+        jobs: so many runs at once; then times are of runs that share the machine.
 
     Returns:
         The content of compare.json.
@@ -51,10 +56,11 @@ def compare(
     check_out(out, resume, overwrite, marker=COMPARE_FILE, what="a comparison")
     settings = {label: settings_for(label, options, seeds[0]) for label in dict.fromkeys(methods)}
     runs = [Run(label, settings_for(label, options, seed)) for label in settings for seed in dict.fromkeys(seeds)]
+    _check(settings)
     plan = {"methods": list(settings), "seeds": list(dict.fromkeys(seeds)), "options": dict(options)}
     prepare_out(out, _OUTPUTS, resume, lambda out: write_whole(out / COMPARE_FILE, json.dumps(plan, indent=2) + "\n"))
 
-    metrics = run_all(runs, out, "compare")
+    metrics = run_all(runs, out, "compare", jobs)
     costs = _costs(settings, out, say)
     result = {
         "command": ["lora-ext", *sys.argv[1:]],
@@ -71,6 +77,17 @@ def compare(
     write_whole(out / "compare.json", json.dumps(result, indent=2) + "\n")
     say(f"{markdown(result)}\nin {out}: compare.json, compare.md, compare.png; runs/ has every run")
     return result
+
+
+def _check(settings: Mapping[str, Settings]) -> None:
+    """TaskError: the data are wrong, or a method does not go with the model."""
+    first = next(iter(settings.values()))
+    model, path = load_task_model(first)
+    for label, own in settings.items():
+        try:
+            plan_method(model, method_for(model, own, path))
+        except (TypeError, ValueError) as error:
+            raise TaskError(f"--methods {label}: {error}") from error
 
 
 def _costs(settings: Mapping[str, Settings], out: Path, say: Callable[[str], None]) -> dict[str, Any]:

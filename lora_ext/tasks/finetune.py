@@ -166,6 +166,12 @@ def load_data(settings: Settings, say: Callable[[str], None]) -> Splits:
     return splits
 
 
+def load_task_model(settings: Settings) -> tuple[PreTrainedModel, str]:
+    """The bare model that ``settings`` start from, and its path. TaskError: it or the data cannot be had."""
+    splits, path = load_data(settings, say=lambda line: None), model_path_of(settings.model)
+    return load_model(path, label_names([each for split in splits for each in split]), settings.max_length)[1], path
+
+
 def model_path_of(model: str | None) -> str:
     """Local directories by their absolute path: the adapter's config names its base model by it."""
     if model is None:

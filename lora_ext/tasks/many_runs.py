@@ -6,9 +6,11 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, fields
 from multiprocessing.connection import Connection
@@ -69,31 +71,56 @@ def _value(spec: str, name: str, text: str) -> Any:
         raise TaskError(f"{spec!r}: {name} is {text!r}, want a number") from None
 
 
-def run_all(runs: Sequence[Run], out: Path, what: str) -> dict[Run, dict[str, Any]]:
+def run_all(runs: Sequence[Run], out: Path, what: str, jobs: int = 1) -> dict[Run, dict[str, Any]]:
     """Carries the runs out that are not finished yet, under one progress bar; returns the metrics of all of them.
 
     Each leaves what ``finetune`` leaves, without checkpoints, and its output in a log beside. A run that was
     interrupted goes on from its last checkpoint.
 
     Args:
-        runs: all of them; equal ones are carried out once.
+        runs: all of them.
         out: the directory they share.
         what: begins the bar.
+        jobs: so many at once, which share this process's number of threads.
 
     Raises:
-        TaskError: a run failed; the message names its log.
-        KeyboardInterrupt: Ctrl-C; the run at hand has left a checkpoint.
+        TaskError: a run failed, or two would share a directory; the message names it. Others that had begun are ended.
+        KeyboardInterrupt: Ctrl-C; the runs at hand have left checkpoints.
     """
-    metrics = {}
+    directories = {run: run.directory(out) for run in runs}
+    if len(set(directories.values())) < len(runs):
+        raise TaskError(f"{what}: two of {sorted({run.label for run in runs})} would share a directory; rename one")
+    done = dict.fromkeys(runs, 0.0)
     bar_format = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f} of {total} runs [{elapsed}<{remaining}]{postfix}"
     with tqdm(total=len(runs), desc=what, bar_format=bar_format, file=sys.stderr) as bar:
-        for number, run in enumerate(runs):
-            bar.set_postfix_str(f"{run.label}, seed {run.settings.seed}")
-            directory = run.directory(out)
-            metrics[run] = finished(run, out) or _carry_out(run, directory, lambda part, n=number: _show(bar, n + part))
-            _show(bar, number + 1)
-        bar.set_postfix_str("")
-    return metrics
+
+        def show(run: Run, part: float) -> None:
+            done[run] = part
+            bar.n = sum(done.values())
+            at_hand = [f"{each.label}, seed {each.settings.seed}" for each in runs if 0 < done[each] < 1]
+            bar.set_postfix_str("; ".join(at_hand))
+
+        def carry_out(run: Run) -> dict[str, Any]:
+            metrics = finished(run, out)
+            if metrics is None:
+                threads = max(1, torch.get_num_threads() // jobs)
+                metrics = _carry_out(run, directories[run], threads, lambda part: show(run, min(part, 0.999)))
+            show(run, 1.0)
+            return metrics
+
+        if jobs == 1:
+            return {run: carry_out(run) for run in runs}
+        with ThreadPoolExecutor(jobs) as pool:
+            futures = {run: pool.submit(carry_out, run) for run in runs}
+            try:
+                ended, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
+                for future in ended:
+                    future.result()
+                return {run: future.result() for run, future in futures.items()}
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                end_processes()
+                raise
 
 
 def finished(run: Run, out: Path) -> dict[str, Any] | None:
@@ -105,18 +132,13 @@ def finished(run: Run, out: Path) -> dict[str, Any] | None:
     return metrics if metrics.get("settings") == asdict(run.settings) else None
 
 
-def _show(bar: tqdm, done: float) -> None:
-    bar.n = done
-    bar.refresh()
-
-
-def _carry_out(run: Run, directory: Path, on_progress: Callable[[float], None]) -> dict[str, Any]:
+def _carry_out(run: Run, directory: Path, threads: int, on_progress: Callable[[float], None]) -> dict[str, Any]:
     resume, log = _can_resume(run, directory), directory.with_name(f"{directory.name}.log")
     if not resume and directory.exists():
         shutil.rmtree(directory)
         log.unlink(missing_ok=True)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    in_process(_finetune, run.settings, directory, resume, on_progress=on_progress, log=log)
+    in_process(_finetune, run.settings, directory, resume, log=log, threads=threads, on_progress=on_progress)
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
     return json.loads((directory / "metrics.json").read_text())
 
@@ -137,13 +159,23 @@ def _finetune(
     finetune(settings, directory, resume=resume, on_progress=on_progress)
 
 
+_PROCESSES: set[multiprocessing.process.BaseProcess] = set()  # that are waited for
+
+
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
 def in_process(
-    function: Callable[..., Any], *args: Any, log: Path, on_progress: Callable[[float], None] = lambda part: None
+    function: Callable[..., Any],
+    *args: Any,
+    log: Path,
+    threads: int | None = None,
+    on_progress: Callable[[float], None] = lambda part: None,
 ) -> Any:
     """``function(*args, on_progress=...)`` in a new process, whose peak memory is its own; output goes to ``log``.
+
+    Args:
+        threads: that PyTorch computes with in it; None: as many as in this one.
 
     Returns:
         What it returned.
@@ -154,8 +186,9 @@ def in_process(
     """
     context = _context()
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(theirs, log, torch.get_num_threads(), function, args))
+    process = context.Process(target=_child, args=(theirs, log, threads or torch.get_num_threads(), function, args))
     process.start()
+    _PROCESSES.add(process)
     theirs.close()
     outcome: tuple[str, Any] = ("died", None)
     interrupted = False
@@ -172,6 +205,7 @@ def in_process(
         else:
             outcome = (kind, value)
     process.join()
+    _PROCESSES.discard(process)
     kind, value = outcome
     if interrupted or kind == "interrupted":
         raise KeyboardInterrupt
@@ -182,6 +216,13 @@ def in_process(
         last = lines[-1] if lines else f"exit code {process.exitcode}"
         raise TaskError(f"a run failed: {last}; {log} has the rest")
     return value
+
+
+def end_processes() -> None:
+    """Ctrl-C for every process that :func:`in_process` waits for: runs leave a checkpoint, and end."""
+    for process in list(_PROCESSES):
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGINT)
 
 
 def _context() -> multiprocessing.context.BaseContext:

@@ -12,8 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from . import TaskError, report
-from .data import label_names
-from .finetune import load_data, load_model, method_for, model_path_of
+from .finetune import load_task_model, method_for
 from .many_runs import Run, run_all, settings_for
 from .markdown import table
 from .run_directory import check_out, prepare_out, write_whole
@@ -31,6 +30,7 @@ def sweep(
     out: Path,
     *,
     budget: int | None = None,
+    jobs: int = 1,
     resume: bool = False,
     overwrite: bool = False,
     say: Callable[[str], None] = print,
@@ -47,6 +47,7 @@ def sweep(
         budget: parameters that each set gets in the second table, by the highest rank that keeps within, at least 1;
             None: those of the first set at rank 8.
         out: gets sweep.json, .md and .png.
+        jobs: so many runs at once.
 
     Returns:
         The content of sweep.json.
@@ -73,7 +74,7 @@ def sweep(
         for rank, target in cells
     }
     prepare_out(out, _OUTPUTS, resume, lambda out: write_whole(out / SWEEP_FILE, json.dumps(plan, indent=2) + "\n"))
-    metrics = run_all([run for own in runs.values() for run in own], out, "sweep")
+    metrics = run_all([run for own in runs.values() for run in own], out, "sweep", jobs)
 
     results = {
         cell: {
@@ -107,10 +108,7 @@ def sweep(
 
 def _parameters_per_rank(targets: Sequence[str], options: Mapping[str, Any]) -> dict[str, int]:
     """What rank 1 costs on each set of weights; so every mistake in a set is found before anything is run."""
-    settings = settings_for("lora", options, seed=0)
-    splits = load_data(settings, say=lambda line: None)
-    path = model_path_of(settings.model)
-    _, model = load_model(path, label_names([each for split in splits for each in split]), settings.max_length)
+    model, path = load_task_model(settings_for("lora", options, seed=0))
     counts = {}
     for target in targets:
         own = settings_for("lora", {**options, "r": 1, "target_modules": target}, seed=0)
