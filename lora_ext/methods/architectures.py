@@ -16,13 +16,12 @@ class Architecture:
     Attributes:
         layers: the list.
         attention: computes queries, keys and values.
-        key_value: in ``attention``, the projections to keys and to values; one: to queries, keys and values, side by
-            side.
         attention_norm: what attention's input was normalised by; "": it is the previous layer's output as it is.
         attention_output, mlp_output: their outputs are what the residual stream is added to.
         layer_output: its output is the layer's; "": the layer itself.
         post_norm: whether the layer ends with a normalisation, which is ``layer_output``.
-        projections: computing queries, keys, values, and the attention's output; the first three may be one.
+        projections: computing queries, keys, values, and the attention's output; the first three may be one,
+            which returns them side by side.
         keeps_first: whether the first token stands for the whole text, so that nothing may be put in front of it.
         position_table: in the base model, the embedding of positions; "": they are rotations of queries and keys.
         rotary: in the base model, what has the frequencies of those rotations; "": there are none.
@@ -30,7 +29,6 @@ class Architecture:
 
     layers: str
     attention: str
-    key_value: tuple[str, ...]
     attention_norm: str
     attention_output: str
     mlp_output: str
@@ -45,7 +43,6 @@ class Architecture:
 _BERT = Architecture(
     layers="encoder.layer",
     attention="attention.self",
-    key_value=("key", "value"),
     attention_norm="",
     attention_output="attention.output.dropout",
     mlp_output="output.dropout",
@@ -58,7 +55,6 @@ _BERT = Architecture(
 _GPT2 = Architecture(
     layers="h",
     attention="attn",
-    key_value=("c_attn",),
     attention_norm="ln_1",
     attention_output="attn.resid_dropout",
     mlp_output="mlp",
@@ -71,7 +67,6 @@ _GPT2 = Architecture(
 _LLAMA = Architecture(
     layers="layers",
     attention="self_attn",
-    key_value=("k_proj", "v_proj"),
     attention_norm="input_layernorm",
     attention_output="self_attn",
     mlp_output="mlp",

@@ -70,11 +70,11 @@ class PrefixKeys(Inserted):
     them, so the lengths and positions that the model takes from it are those of the text.
 
     Args:
-        key_value: see :class:`Architecture`.
+        key_value: the host's projections to keys and to values; the same twice: it makes queries, keys and values.
         names: :func:`parameter_names` of the host.
     """
 
-    def __init__(self, key_value: tuple[str, ...], names: tuple[str, ...]) -> None:
+    def __init__(self, key_value: tuple[str, str], names: tuple[str, ...]) -> None:
         super().__init__()
         self.key_value, self.names = key_value, names
 
@@ -103,11 +103,11 @@ class PrefixKeys(Inserted):
 
     def _projected(self, host: nn.Module, states: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, ``[1, special_tokens, heads * head_dim]``, by the layer's own projections."""
-        if len(self.key_value) == 1:
-            _, keys, values = getattr(host, self.key_value[0])(states).chunk(3, dim=-1)
+        key, value = self.key_value
+        if key == value:
+            _, keys, values = getattr(host, key)(states).chunk(3, dim=-1)
             return keys, values
-        keys, values = (getattr(host, name)(states) for name in self.key_value)
-        return keys, values
+        return getattr(host, key)(states), getattr(host, value)(states)
 
 
 class PrefixedKeys:
@@ -201,7 +201,7 @@ class PrefixLayer(PrefixMethod):
         for path, layer in layers_of(model, architecture):
             attention = layer.get_submodule(architecture.attention)
             states = PrefixStates(self._first_values(layer, model), architecture.attention_norm)
-            keys = PrefixKeys(architecture.key_value, parameter_names(attention))
+            keys = PrefixKeys(architecture.projections[1:3], parameter_names(attention))
             found.append(Insertion(path, layer, "prefix_states", states))
             found.append(Insertion(f"{path}.{architecture.attention}", attention, "prefix_keys", keys))
         return found
