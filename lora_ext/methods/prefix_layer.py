@@ -209,6 +209,7 @@ class PrefixLayer(PrefixMethod):
     def _first_values(self, layer: nn.Module, model: nn.Module) -> Tensor:
         like = next(p for p in layer.parameters() if p.shape[-1] == hidden_size(model))
         weight = torch.empty(self.special_tokens, hidden_size(model), device=like.device, dtype=own_dtype(like))
+        # as Transformers' models draw their own weights; tokens that start as the same one, zeros, would stay the same
         return nn.init.normal_(weight, std=0.02)
 
     def _architecture(self, model: nn.Module) -> Architecture:
