@@ -145,9 +145,9 @@ def main() -> None:
     largest, full = 2 * HIDDEN * INTERMEDIATE, factor_to_all("one layer in full", args.blocks)
     table += (
         f"\n\n{nbytes / 1e6:.0f} MB of weights in bfloat16, the largest tensor {largest / 1e6:.0f} MB. Medians of "
-        f"{args.rounds} rounds; the most memory. The time of analyze is multiplied by {BLOCKS / args.blocks:g}, imports "
-        f"and pictures included; that in full by {full:.0f}, as out * in * min(out, in) of all layers is to that of the "
-        "one."
+        f"{args.rounds} rounds; the most memory. The time of analyze is multiplied by {BLOCKS / args.blocks:g}, "
+        f"imports and pictures included; that in full by {full:.0f}, as out * in * min(out, in) of all layers is to "
+        "that of the one."
     )
     run.finish(rows, table, nbytes=nbytes)
 

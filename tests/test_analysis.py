@@ -19,6 +19,7 @@ from lora_ext.analysis import (
     expected_random_norm,
     expected_random_similarity,
     factored_svd,
+    leading_ranks,
     numerical_rank,
     orthonormal_columns,
     project,
@@ -315,6 +316,7 @@ def test_an_update_across_the_weight_and_no_update():
     A[0, 1] = B[3, 0] = 1.0
     table = projection_table(W, factored_svd(A, B), seed=0)
     assert table.delta == [0.0] and table.amplification == [math.inf]
+    assert [leading_ranks(count) for count in (0, 1, 2, 6, 8)] == [[], [1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
     nothing = projection_table(W, factored_svd(A, B * 0), seed=0)
     assert nothing.ranks == [] and nothing.amplification == [] and nothing.delta_norm == 0
 

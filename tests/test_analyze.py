@@ -443,6 +443,23 @@ def test_two_runs_do_not_write_one_file(tmp_path):
         assert journal.entries == [{"a": 1}]
 
 
+def test_a_picture_has_so_many_panels_as_can_be_looked_at(files, tmp_path, monkeypatch):
+    analysis = run(tmp_path / "out", files / "four", files / "six", base=files / "base")
+    report, drawn = analyze.analysis_report, {}
+    for name in ("plot_similarity", "plot_spectra", "plot_changes"):
+        monkeypatch.setattr(report, name, lambda *arguments, name=name: drawn.update({name: arguments}))
+    report.draw(analysis, tmp_path)
+    assert set(drawn["plot_changes"][1]) == {"mlp.up_proj", "self_attn.q_proj", "self_attn.v_proj"}
+    assert drawn["plot_changes"][4] == "|dW| / |W|, by kind of layer"
+    sizes = {
+        kind: max(size for own in bars.values() for _, size in own) for kind, bars in drawn["plot_changes"][1].items()
+    }
+    monkeypatch.setattr(report, "_MOST_PANELS", 2)
+    report.draw(analysis, tmp_path)
+    assert list(drawn["plot_changes"][1]) == sorted(sizes, key=sizes.get, reverse=True)[:2]
+    assert drawn["plot_changes"][4].endswith(": the 2 of 3 kinds with the largest")
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ An update is never multiplied out: all is computed from its factors, and from pr
 """
 
 from .decomposition import Svd, block_krylov_svd, factored_svd
-from .projection import ProjectionTable, expected_random_norm, project, projection_table
+from .projection import ProjectionTable, expected_random_norm, leading_ranks, project, projection_table
 from .spectrum import effective_rank, energy_rank, numerical_rank, stable_rank
 from .subspace import (
     expected_random_similarity,
@@ -24,6 +24,7 @@ __all__ = [
     "expected_random_norm",
     "expected_random_similarity",
     "factored_svd",
+    "leading_ranks",
     "numerical_rank",
     "orthonormal_columns",
     "project",

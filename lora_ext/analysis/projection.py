@@ -13,7 +13,7 @@ from .row_blocks import frobenius_norm, multiply
 from .spectrum import numerical_rank
 from .subspace import orthonormal_columns
 
-__all__ = ["ProjectionTable", "expected_random_norm", "project", "projection_table"]
+__all__ = ["ProjectionTable", "expected_random_norm", "leading_ranks", "project", "projection_table"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def projection_table(weight: Tensor, update: Svd, *, seed: int, own: Svd | None 
     out, in_ = weight.shape
     generator = torch.Generator(device=weight.device).manual_seed(seed)
     random = orthonormal_columns(out, count, generator), orthonormal_columns(in_, count, generator)
-    ranks = sorted({2**i for i in range(count.bit_length()) if 2**i <= count} | {count})
+    ranks = leading_ranks(count)
     delta = _leading_norms(project(weight, update.U[:, :count], update.V[:, :count]), ranks)
     sizes = [torch.linalg.vector_norm(update.S[:r]).item() for r in ranks]
     return ProjectionTable(
@@ -94,6 +94,11 @@ def expected_random_norm(weight_norm: float, out_features: int, in_features: int
     ``r * |W|_F / sqrt(out * in)``: each of the ``r^2`` entries has its even share of the square.
     """
     return r * weight_norm / math.sqrt(out_features * in_features)
+
+
+def leading_ranks(count: int) -> list[int]:
+    """Numbers of leading directions to tell figures for: 1, 2, 4, ... and ``count``, all of them."""
+    return sorted({2**i for i in range(count.bit_length())} | {count}) if count else []
 
 
 def _leading_norms(projected: Tensor, ranks: list[int]) -> list[float]:

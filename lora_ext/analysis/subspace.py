@@ -55,9 +55,9 @@ def subspace_similarity(first: Tensor, second: Tensor) -> Tensor:
             f"subspace_similarity: bases {list(first.shape)} and {list(second.shape)} are not of one space"
         )
     squares = (first.double().T @ second.double()).square()
-    i, j = _counts(*squares.shape)
+    smaller = torch.minimum(*_counts(*squares.shape)).to(squares.device)
     # Rounding alone takes a sum of squared cosines beyond the number of directions.
-    return (squares.cumsum(0).cumsum(1) / torch.minimum(i, j)).clamp(max=1.0)
+    return (squares.cumsum(0).cumsum(1) / smaller).clamp(max=1.0)
 
 
 def expected_random_similarity(i_max: int, j_max: int, dim: int) -> Tensor:

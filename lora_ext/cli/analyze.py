@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from ..tasks import TaskError
-from . import files
+from . import files, training
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -39,16 +37,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     files.add_fan_in_fan_out(parser)
     files.add_pickle(parser)
     add("--seed", type=int, help="of the random directions (default: 0)")
-    add("--out", type=Path, required=True, metavar="DIR", help="gets analysis.json, analysis.md and pictures")
-    add("--resume", action="store_true", help="continue the run in --out with the first layer that is missing")
-    add("--overwrite", action="store_true", help="replace the run in --out")
+    training.add_out(parser, "analysis.json, analysis.md and pictures")
     parser.set_defaults(run=run, use_base=None, allow_pickle=None)
 
 
 def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise TaskError("analyze needs matplotlib: pip install 'lora_ext[analyze]'")
-    from ..tasks.analyze import JOURNAL_FILE, AnalysisSettings, analyze  # imports matplotlib
+    from ..tasks.analyze import AnalysisSettings, analyze  # imports matplotlib
 
     # None where the user says nothing: a resumed run takes what it was started with.
     names = ("adapters", "base", "use_base", "layers", "directions", "fan_in_fan_out", "allow_pickle", "seed")
@@ -68,10 +64,5 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
             raise TaskError(f"--resume: the run in {args.out} was started with {', '.join(changed)}")
     else:
         settings = AnalysisSettings(**given)
-    try:
-        with files.mistakes():
-            analyze(settings, args.out, resume=args.resume, overwrite=args.overwrite, show_progress=True)
-    except KeyboardInterrupt:
-        if (args.out / JOURNAL_FILE).is_file():
-            print(f"\nto continue: lora-ext analyze --resume --out {shlex.quote(str(args.out))}", file=sys.stderr)
-        raise
+    with files.mistakes(), training.saying_how_to_resume("analyze", args.out):
+        analyze(settings, args.out, resume=args.resume, overwrite=args.overwrite, show_progress=True)

@@ -24,6 +24,7 @@ from ..analysis import (
     stable_rank,
     subspace_similarity,
 )
+from ..analysis.row_blocks import frobenius_norm
 from .analysis_layers import Layer, Weight
 
 __all__ = ["SIDES", "measure", "rounded"]
@@ -106,7 +107,7 @@ def _update(layer: Layer, number: int, svd: Svd, table: dict[str, Any] | None) -
 def _against(weight: Weight, svds: dict[int, Svd], seed: int) -> dict[int, dict[str, Any]]:
     """The projection table of each update, by the adapter's number; the weight's own directions are found once."""
     matrix = weight.read()
-    if not matrix.isfinite().all():
+    if not math.isfinite(frobenius_norm(matrix)):  # in blocks, where isfinite() would make three copies
         raise ValueError(f"{weight.key} of {weight.checkpoint.directory} is not finite")
     # Norms of projections do not change when all is transposed: the weight stays as it lies.
     lying = {n: Svd(svd.V, svd.S, svd.U) if weight.transposed else svd for n, svd in svds.items()}

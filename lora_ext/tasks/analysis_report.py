@@ -9,15 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from ..analysis import expected_random_similarity
+from ..analysis import expected_random_similarity, leading_ranks
 from ..analysis.plots import plot_changes, plot_similarity, plot_spectra
+from . import report
 from .analysis_layers import places
 from .analysis_measures import SIDES
-from .analysis_summary import change, pair_of
+from .analysis_summary import changes, pair_of
+from .markdown import table
 
 __all__ = ["PICTURES", "draw", "markdown"]
 
 PICTURES = ("similarity_*.png", "spectrum.png", "change.png")
+_MOST_PANELS = 24  # of a picture that can still be looked at
 
 
 def draw(analysis: dict[str, Any], out: Path) -> list[str]:
@@ -25,33 +28,36 @@ def draw(analysis: dict[str, Any], out: Path) -> list[str]:
     layers, place = analysis["layers"], places([layer["name"] for layer in analysis["layers"]])
     names = []
     for pair in analysis["summary"]["similarity"]:
-        first, second = pair["of"]
-        names.append(f"similarity_{first + 1}_{second + 1}.png" if first != second else "similarity_1.png")
+        names.append(f"similarity_{'_'.join(str(n + 1) for n in dict.fromkeys(pair['of']))}.png")
         _draw_similarity(analysis, pair, out / names[-1])
     spectra: dict[str, dict[str, list[list[float]]]] = {}
-    changes: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for number, _ in enumerate(analysis["adapters"]):
+    bars: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for number in range(len(analysis["adapters"])):
         label = f"adapter {number + 1}"
         for layer in layers:
-            if (own := layer["adapters"][number]) is None:
-                continue
-            block, kind = place[layer["name"]]
-            spectra.setdefault(label, {}).setdefault(kind, []).append(own["singular_values"])
-            changes.setdefault(kind, {}).setdefault(label, []).append((block or 0, change(layer, number)))
+            if (own := layer["adapters"][number]) is not None:
+                kind = place[layer["name"]][1]
+                spectra.setdefault(label, {}).setdefault(kind, []).append(own["singular_values"])
+        for name, size in changes(layers, number).items():
+            block, kind = place[name]
+            bars.setdefault(kind, {}).setdefault(label, []).append((block or 0, size))
     plot_spectra(out / "spectrum.png", spectra, "Singular values of the updates")
-    what = _change_heading(analysis)
-    plot_changes(out / "change.png", changes, "block", what, f"{what}, by kind of layer")
+    what, shown = _change_heading(analysis), bars
+    title = f"{what}, by kind of layer"
+    if len(bars) > _MOST_PANELS:
+        largest = sorted(bars, key=lambda kind: -max(size for own in bars[kind].values() for _, size in own))
+        shown = {kind: bars[kind] for kind in largest[:_MOST_PANELS]}
+        title += f": the {_MOST_PANELS} of {len(bars)} kinds with the largest"
+    plot_changes(out / "change.png", shown, "block", what, title)
     return [*names, "spectrum.png", "change.png"]
 
 
 def markdown(analysis: dict[str, Any], pictures: Sequence[str]) -> str:
     """The report for people: what was analysed, figures by kind of layer, similarity, and a line for each layer."""
-    machine = analysis["machine"]
     parts = [
         "# What the adapters learned" if len(analysis["adapters"]) > 1 else "# What the adapter learned",
         f"    {shlex.join(analysis['command'])}",
-        f"{analysis['date']}; {machine['processor']}, {machine['threads']} threads, torch {machine['torch']}; "
-        f"base: {analysis['base'] or 'none'}.",
+        f"Base: {analysis['base'] or 'none'}. {report.measured_on(analysis)}",
         *analysis["notes"],
         _table(
             ["adapter", "directory", "r", "layers", "norm of the update", "of the weights' norm"],
@@ -82,31 +88,29 @@ def markdown(analysis: dict[str, Any], pictures: Sequence[str]) -> str:
 
 def _draw_similarity(analysis: dict[str, Any], pair: dict[str, Any], path: Path) -> None:
     """The mean over the layers, and those that changed most, in the middle and least, beside random subspaces."""
-    of, layers = tuple(pair["of"]), analysis["layers"]
-    both = [layer for layer in layers if pair_of(layer, of) is not None]
-    both.sort(key=lambda layer: -change(layer, of[0]))  # stable: layers that changed alike stay in the file's order
-    rows: dict[str, list[np.ndarray | None]] = {f"mean of {pair['layers']} layers": []}
-    for side in SIDES:
-        mean = pair[side]
-        rows[f"mean of {pair['layers']} layers"] += [
-            np.array(mean[key]) if mean else None for key in ("phi", "random_mean")
-        ]
-    chosen = dict(zip(("changed most", "median", "changed least"), (0, len(both) // 2, -1), strict=True))
-    for what, index in chosen.items() if len(both) > 2 else [("", 0)]:
-        layer = both[index]
-        row = rows.setdefault(f"{layer['name']}{f' ({what})' if what else ''}", [])
+    of = tuple(pair["of"])
+    mean = [np.array(own[key]) if (own := pair[side]) else None for side in SIDES for key in ("phi", "random_mean")]
+    rows = {f"mean of {pair['layers']} layers": mean}
+    sizes = changes(analysis["layers"], of[0])
+    both = [layer for layer in analysis["layers"] if pair_of(layer, of) is not None]
+    both.sort(key=lambda layer: -sizes.get(layer["name"], 0.0))  # stable: what changed alike stays in the file's order
+    chosen = {" (changed most)": 0, " (median)": len(both) // 2, " (changed least)": -1} if len(both) > 2 else {"": 0}
+    for what, index in chosen.items():
+        row = rows[f"{both[index]['name']}{what}"] = []
         for side in SIDES:
-            own = pair_of(layer, of)[side]
-            grid = np.array(own["phi"]) if own["last"] is not None else None
-            row += [grid, None if grid is None else expected_random_similarity(*grid.shape, own["dimension"]).numpy()]
-    alone = of[0] == of[1]
-    others = ("the update's right", "the update's left") if alone else ("lora_A", "lora_B")
-    columns = []
-    for side, other in zip(SIDES, others, strict=True):
-        columns += [f"lora_{side} and {other if alone else 'lora_' + side}", "random, expected"]
-    labels = ("i, of the factor", "j, of the update") if alone else tuple(f"directions of adapter {n + 1}" for n in of)
-    title = "A factor's directions and the update's" if alone else f"Adapters {_pair_name(of)}"
-    plot_similarity(path, rows, columns, labels, f"{title}: similarity of subspaces")
+            own = pair_of(both[index], of)[side]
+            if own["last"] is None:
+                row += [None, None]
+            else:
+                phi = np.array(own["phi"])
+                row += [phi, expected_random_similarity(*phi.shape, own["dimension"]).numpy()]
+    if of[0] == of[1]:
+        columns = ["lora_A and right of the update", "random, expected", "lora_B and left of the update"]
+        labels, title = ("i, of the factor", "j, of the update"), "The factors and the update"
+    else:
+        columns = ["lora_A of both", "random, expected", "lora_B of both"]
+        labels, title = tuple(f"directions of adapter {n + 1}" for n in of), f"Adapters {_pair_name(of)}"
+    plot_similarity(path, rows, [*columns, "random, expected"], labels, f"{title}: similarity of subspaces")
 
 
 def _kinds(analysis: dict[str, Any]) -> str:
@@ -152,9 +156,8 @@ def _similarity(analysis: dict[str, Any]) -> list[str]:
             if (mean := pair[side]) is None:
                 continue
             phi, random = np.array(mean["phi"]), np.array(mean["random_mean"])
-            steps = [2**k for k in range(min(phi.shape).bit_length()) if 2**k <= min(phi.shape)]
-            for r in sorted({*steps, min(phi.shape)}):
-                rows.append([_pair_name(pair["of"]), f"lora_{side}", f"{r}", phi[r - 1, r - 1], random[r - 1, r - 1]])
+            for r in leading_ranks(min(phi.shape)):
+                rows.append([_pair_name(pair["of"]), f"lora_{side}", r, phi[r - 1, r - 1], random[r - 1, r - 1]])
     parts.append(_table(["adapters", "side", "i = j", "phi", "random"], rows) if rows else "No layer has directions.")
     return parts
 
@@ -167,18 +170,17 @@ def _layers(analysis: dict[str, Any]) -> str:
         for i, own in enumerate(layer["adapters"], 1):
             if own is None:
                 continue
-            table = own["projection"] or {}
+            projection = own["projection"] or {}
             rows.append(
                 [layer["name"], f"{i}", own["r"], own["norm"], own["relative_change"], own["effective_rank"]]
                 + [own["stable_rank"], own["rank_of_90_percent"], own["rank_of_99_percent"]]
-                + [(table.get(key) or [None])[-1] for key in ("delta", "weight", "random", "amplification")]
+                + [(projection.get(key) or [None])[-1] for key in ("delta", "weight", "random", "amplification")]
             )
     return _table(heading, rows)
 
 
 def _table(heading: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [f"| {' | '.join(heading)} |", "|" + "---|" * len(heading)]
-    return "\n".join(lines + [f"| {' | '.join(map(_cell, row))} |" for row in rows])
+    return table(heading, [[_cell(value) for value in row] for row in rows])
 
 
 def _cell(value: Any) -> str:

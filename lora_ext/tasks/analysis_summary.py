@@ -13,7 +13,7 @@ from ..analysis import expected_random_similarity
 from .analysis_layers import places
 from .analysis_measures import SIDES, rounded
 
-__all__ = ["change", "pair_of", "summarise"]
+__all__ = ["changes", "pair_of", "summarise"]
 
 _MOST_CHANGED = 10
 
@@ -26,7 +26,7 @@ def summarise(layers: Sequence[dict[str, Any]], num_adapters: int) -> dict[str, 
 
     Returns:
         ``adapters``, for each: ``layers``; ``norm`` and ``relative_change`` of all its updates together; ``kinds``,
-        means by kind of layer; ``most_changed``, names with what :func:`change` gives, the largest first.
+        means by kind of layer; ``most_changed``, the largest of :func:`changes` first.
         ``similarity``, for each pair: ``of``, ``layers`` that both have and, by side, :func:`_mean_similarity`.
     """
     summary = {
@@ -43,10 +43,11 @@ def summarise(layers: Sequence[dict[str, Any]], num_adapters: int) -> dict[str, 
     return rounded(summary)
 
 
-def change(layer: dict[str, Any], number: int) -> float:
-    """By how much an adapter changed a layer: relative to the weight, or the update's norm where there is no weight."""
-    own = layer["adapters"][number]
-    return own["norm"] if own["relative_change"] is None else own["relative_change"]
+def changes(layers: Sequence[dict[str, Any]], number: int) -> dict[str, float]:
+    """By how much an adapter changed each layer: relative to the weight; the updates' norms where no layer has one."""
+    own = {layer["name"]: layer["adapters"][number] for layer in layers if layer["adapters"][number] is not None}
+    relative = {name: one["relative_change"] for name, one in own.items() if one["relative_change"] is not None}
+    return relative or {name: one["norm"] for name, one in own.items()}
 
 
 def _mean_similarity(layers: Sequence[dict[str, Any]], pair: tuple[int, int], side: str) -> dict[str, Any] | None:
@@ -81,13 +82,13 @@ def _adapter(layers: Sequence[dict[str, Any]], number: int) -> dict[str, Any]:
     weighed = [layer for layer in own if layer["weight_norm"] is not None]
     weight_norm = math.hypot(*(layer["weight_norm"] for layer in weighed))
     changed = math.hypot(*(layer["adapters"][number]["norm"] for layer in weighed))
-    ranking = sorted(own, key=lambda layer: -change(layer, number))[:_MOST_CHANGED]
+    ranking = sorted(changes(layers, number).items(), key=lambda item: -item[1])[:_MOST_CHANGED]
     return {
         "layers": len(own),
         "norm": norm,
         "relative_change": changed / weight_norm if weight_norm else None,
         "kinds": {kind: _means(of_kind, number) for kind, of_kind in kinds.items()},
-        "most_changed": [{"name": layer["name"], "change": change(layer, number)} for layer in ranking],
+        "most_changed": [{"name": name, "change": size} for name, size in ranking],
     }
 
 
