@@ -9,7 +9,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CUDA_ARCHS := 80,86,89,90a,100,120
 CXX_FILES = $(shell git ls-files '*.cpp' '*.h' '*.inc' '*.cu' '*.cuh')
 
-.PHONY: help finetune test peft-conformance lint format build cuda wheel test-abi info bench clean
+.PHONY: help finetune test peft-conformance adapterhub-conformance lint format build cuda wheel test-abi info bench clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -17,6 +17,7 @@ help:
 	@echo 'make finetune   fine-tune a real model with LoRA on real reviews; the result lands in $(OUT) (ARGS=--resume to go on)'
 	@echo 'make test       the whole test suite (PYTEST_ARGS="-k name" for a part)'
 	@echo 'make peft-conformance  the LoRA tests of a peft source tree, without and with our layers (PEFT_SOURCE=path)'
+	@echo 'make adapterhub-conformance  bottleneck adapters computed by AdapterHub, in an environment of its own, and here'
 	@echo 'make lint       ruff and clang-format, without building anything'
 	@echo 'make format     let both rewrite the files'
 	@echo 'make build      compile what changed'
@@ -37,6 +38,13 @@ test: $(VENV)/.test $(VENV)/.built
 # What passes with PEFT itself must pass with our layers in the places of PEFT's.
 peft-conformance: $(VENV)/.conformance $(VENV)/.built
 	$(BIN)/python scripts/peft_conformance.py "$(PEFT_SOURCE)"
+
+# AdapterHub is pinned to a release of transformers that is not ours.
+adapterhub-conformance: $(VENV)/.test $(VENV)/.built
+	test -x build/adapterhub/bin/python || $(PYTHON) -m venv build/adapterhub
+	build/adapterhub/bin/pip install --quiet adapters torch safetensors
+	build/adapterhub/bin/python scripts/adapterhub_conformance.py export build/adapterhub/exported
+	$(BIN)/python scripts/adapterhub_conformance.py check build/adapterhub/exported
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
