@@ -1,0 +1,94 @@
+"""PhoBERT and UIT-VSFC in small: its tokenizer and architecture, and files with the columns sentence and sentiment."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, RobertaConfig, RobertaForMaskedLM
+
+from lora_ext.cli import main
+
+GOOD, BAD = ["hay", "tốt", "nhiệt_tình"], ["chán", "khó_hiểu", "tệ"]
+NOUNS = ["thầy", "giảng_viên", "môn_học", "sinh_viên", "slide", "phòng"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few thousand weights of PhoBERT's architecture, with a vocabulary of whole words."""
+    directory = tmp_path_factory.mktemp("phobert")
+    words = [*GOOD, *BAD, *NOUNS, "rất", "là"]
+    characters = sorted({char for word in words for char in word})
+    pieces = words + [f"{char}@@" for char in characters] + characters
+    (directory / "vocab.txt").write_text("".join(f"{piece} 1\n" for piece in pieces), encoding="utf-8")
+    merges, seen = [], set()
+    for word in words:  # from the left, one character at a time
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        while len(parts) > 1:
+            if (pair := (parts[0], parts[1])) not in seen:
+                seen.add(pair)
+                merges.append(f"{pair[0]} {pair[1]} 1")
+            parts[:2] = ["".join(pair)]
+    (directory / "bpe.codes").write_text("\n".join([*merges, ""]), encoding="utf-8")
+    settings = {"tokenizer_class": "PhobertTokenizer", "model_max_length": 30}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    config = RobertaConfig(
+        vocab_size=len(pieces) + 5,
+        max_position_embeddings=32,
+        type_vocab_size=1,
+        pad_token_id=1,
+        initializer_range=0.1,
+        **sizes,
+    )
+    RobertaForMaskedLM(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng, path = random.Random(0), tmp_path_factory.mktemp("vsfc") / "train.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["sentence", "sentiment", "topic"])
+        for _ in range(400):
+            label = rng.choice([0, 2])
+            nouns = " ".join(rng.choices(NOUNS, k=rng.randint(1, 4)))
+            writer.writerow([f"{nouns} rất {rng.choice(GOOD if label else BAD)}", label, 1])
+    return path
+
+
+def test_the_tokenizer_knows_segmented_words(model: Path):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert type(tokenizer).__name__ == "PhobertTokenizer"
+    assert tokenizer.tokenize("giảng_viên rất nhiệt_tình") == ["giảng_viên", "rất", "nhiệt_tình"]
+    assert len(tokenizer.tokenize("giảng viên")) > 2  # what is not segmented falls into pieces
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix-embed", "adapter-p"])
+def test_it_learns_from_its_files(model: Path, data: Path, tmp_path: Path, method: str):
+    columns = ["--text-column", "sentence", "--label-column", "sentiment"]
+    options = [
+        "--max-length",
+        "20",
+        "--epochs",
+        "8",
+        "--batch-size",
+        "8",
+        "--learning-rate",
+        "1e-2",
+        "--target-modules",
+        "q,v",
+    ]
+    command = ["finetune", "--model", str(model), "--data", str(data), *columns, *options, "--method", method]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["id2label"] == {"0": "0", "1": "2"}
+    assert metrics["after"]["accuracy"] > 0.9
+    if method == "lora":  # query and value of two layers at rank 8, and RoBERTa's head of two layers
+        assert metrics["trainable_parameters"] == 4 * 8 * 64 + 32 * 32 + 32 + 2 * 32 + 2
