@@ -70,7 +70,7 @@ def test_the_tokenizer_knows_segmented_words(model: Path):
     assert len(tokenizer.tokenize("giảng viên")) > 2  # what is not segmented falls into pieces
 
 
-@pytest.mark.parametrize("method", ["lora", "prefix-embed", "adapter-p"])
+@pytest.mark.parametrize("method", ["lora", "adapter-p", "lora+prefix-layer"])
 def test_it_learns_from_its_files(model: Path, data: Path, tmp_path: Path, method: str):
     columns = ["--text-column", "sentence", "--label-column", "sentiment"]
     options = [

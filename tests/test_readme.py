@@ -7,10 +7,11 @@ import pytest
 from transformers import AutoModelForSequenceClassification
 
 from lora_ext.adapters import adapter_names, lora_modules
+from lora_ext.methods import method_of
 from lora_ext.tasks import demo
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-FIRST, SEVERAL, PEFT = re.findall(r"```python\n(.*?)```", README, re.S)
+FIRST, SEVERAL, PEFT, METHODS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def run(code: str, **names: object) -> dict:
@@ -47,3 +48,10 @@ def test_peft():
     names = run(PEFT, model=bare_model())
     entries = names["report"](names["model"]).layers
     assert len(entries) == 12 and all(entry.accelerated for entry in entries)
+
+
+def test_the_other_methods(in_tmp_path, capsys):
+    names = run(METHODS, model=bare_model())
+    assert method_of(names["model"]) == names["method"]
+    assert capsys.readouterr().out == f"{12 * (2 * 384 * 16 + 16 + 384)}\n"
+    assert (in_tmp_path / "my-adapter" / "method.safetensors").is_file()
