@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 __all__ = ["plot_changes", "plot_similarity", "plot_spectra"]
 
 _DPI = 100
+_TITLE_LENGTH = 42  # letters of size 8 above a heat map
 
 
 def plot_similarity(
@@ -36,7 +37,8 @@ def plot_similarity(
     all_axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for axes_of_row, (name, grids) in zip(all_axes, rows.items(), strict=True):
         for axes, column, grid in zip(axes_of_row, columns, grids, strict=True):
-            axes.set_title(f"{name}\n{column}", fontsize=8)
+            lines = [*name.split("\n"), column]
+            axes.set_title("\n".join(map(_shortened, lines)), fontsize=8)
             if grid is None:
                 axes.set_axis_off()
                 continue
@@ -106,6 +108,11 @@ def plot_changes(
     if len(series) > 1:
         figure.legend(*all_axes[0].get_legend_handles_labels(), fontsize=8, loc="outside upper right")
     figure.savefig(path)
+
+
+def _shortened(text: str) -> str:
+    """What fits above a panel: of a layer's path the end says most."""
+    return text if len(text) <= _TITLE_LENGTH else f"\N{HORIZONTAL ELLIPSIS}{text[-_TITLE_LENGTH:]}"
 
 
 def _colour(names: Sequence[str], name: str) -> tuple[float, ...]:

@@ -94,9 +94,9 @@ def _draw_similarity(analysis: dict[str, Any], pair: dict[str, Any], path: Path)
     sizes = changes(analysis["layers"], of[0])
     both = [layer for layer in analysis["layers"] if pair_of(layer, of) is not None]
     both.sort(key=lambda layer: -sizes.get(layer["name"], 0.0))  # stable: what changed alike stays in the file's order
-    chosen = {" (changed most)": 0, " (median)": len(both) // 2, " (changed least)": -1} if len(both) > 2 else {"": 0}
+    chosen = {"changed most\n": 0, "median\n": len(both) // 2, "changed least\n": -1} if len(both) > 2 else {"": 0}
     for what, index in chosen.items():
-        row = rows[f"{both[index]['name']}{what}"] = []
+        row = rows[f"{what}{both[index]['name']}"] = []
         for side in SIDES:
             own = pair_of(both[index], of)[side]
             if own["last"] is None:
