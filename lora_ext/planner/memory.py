@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from .layers import SAMPLES, are_alike, extrapolated, layer_list
 from .optimizers import OPTIMIZERS
-from .step import FORWARD, UPDATE, Step, simulate_forward, simulate_step, trained_parameters
-from .tracker import Peak
+from .step import FORWARD, Step, simulate_forward, simulate_step, trained_parameters
 from .weights import WEIGHT_DTYPES, tensor_bytes, weight_bytes
 
 
@@ -74,6 +73,8 @@ class Source(Protocol):
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one device, at the moment of a step when they are the most.
+
+    That is in the forward or the backward: the update, by a fused optimizer, makes no tensors beside its state.
 
     Attributes:
         weights: parameters and buffers, trained and frozen.
@@ -162,14 +163,13 @@ class Planner:
             raise ValueError("nothing is trained: the model has no new head, and the method trains nothing else")
         weights, all_gradients = weight_bytes(model, dtype), tensor_bytes(trained)
         step = self._step(setup, self._simulate_step)
-        peaks = step.peaks | {UPDATE: Peak(all_gradients, all_gradients)}
-        moment = max(peaks, key=lambda part: peaks[part].total)
-        total, gradients = peaks[moment]
+        moment = max(step.peaks, key=lambda part: step.peaks[part].total)
+        total, gradients = step.peaks[moment]
         return Memory(
             weights=weights.total,
             optimizer_state=OPTIMIZERS[setup.optimizer].state_bytes(trained),
             gradients=gradients,
-            activations=total - gradients + (0 if moment == UPDATE else weights.unpacked),
+            activations=total - gradients + weights.unpacked,
             moment=moment,
             kept=step.activations,
             all_gradients=all_gradients,

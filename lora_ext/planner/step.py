@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .device_kernels import device_kernels
 from .tracker import Peak, StorageTracker
 
-FORWARD, BACKWARD, HEAD_BACKWARD, UPDATE = "forward", "backward", "backward of the head", "update"
+FORWARD, BACKWARD, HEAD_BACKWARD = "forward", "backward", "backward of the head"
 
 
 @dataclass(frozen=True)
