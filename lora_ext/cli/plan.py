@@ -1,0 +1,65 @@
+"""``lora-ext plan``"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+from ..planner import OPTIMIZERS, WEIGHT_DTYPES
+from ..tasks.settings import Settings
+from . import files, training
+from .formatter import HelpFormatter
+
+_ABBREVIATIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_TRAINING = ("model", "method", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save")
+_TRAINING += ("bottleneck_size", "drop_layers", "prefix_length", "infix_length", "batch_size")
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="say what memory and disk a method takes, whether it fits, and what would make it",
+        description="Counts the memory of training by running a step without data and without weights, and compares "
+        "the method with full fine-tuning. Without --model: the demo model.",
+        formatter_class=HelpFormatter,
+    )
+    add = parser.add_argument
+    training.add_options(parser, tuple(field.name for field in fields(Settings) if field.name not in _TRAINING))
+    add(
+        "--seq-len", type=int, default=Settings.max_length, metavar="TOKENS", help="tokens a text, none of them padding"
+    )
+    add("--task", help="classification or language-model; else what the config says")
+    add("--dtype", default="float32", type=lambda text: _ABBREVIATIONS.get(text, text), help=", ".join(WEIGHT_DTYPES))
+    add("--optimizer", default="adamw", help=", ".join(OPTIMIZERS))
+    add("--gradient-checkpointing", action="store_true", help="keep a layer's input, and compute the layer again")
+    add("--accumulation-steps", type=int, default=1, metavar="N", help="batches whose gradients are added up")
+    add("--attention", default="sdpa", choices=["sdpa", "eager"], help="as transformers has it")
+    add("--device", default="cuda", choices=["cuda", "cpu"], help="whose kernels it would run on")
+    add("--gpu-memory", type=files.size, metavar="SIZE", help="80GB or 80GiB: whether it fits, and what would make it")
+    add("--reserve", type=files.size, default="1GB", metavar="SIZE", help="part of it that tensors cannot have")
+    add("--disk", type=files.size, metavar="SIZE", help="how many checkpoints it holds")
+    add("--out", type=Path, metavar="DIR", help="gets plan.json, plan.md and plan.png")
+    add("--overwrite", action="store_true", help="replace the plan in --out")
+    add("--json", action="store_true", help="print the plan as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> None:
+    training.check_installed("plan")
+    from ..tasks import plan_report
+    from ..tasks.plan import PlanSettings, plan  # imports transformers, which takes seconds
+
+    finetune = Settings(**{name: getattr(args, name) for name in _TRAINING}, max_length=args.seq_len)
+    names = ("task", "attention", "dtype", "optimizer", "gradient_checkpointing", "accumulation_steps", "device")
+    own = {name: getattr(args, name) for name in (*names, "gpu_memory", "reserve", "disk")}
+    result = plan(PlanSettings(finetune, **own), args.out, overwrite=args.overwrite)
+    if args.json:
+        print(json.dumps(result, indent=2))
+        return
+    print(plan_report.title(result))
+    print(files.table(plan_report.rows(result)))
+    for line in plan_report.notes(result):
+        print(line)

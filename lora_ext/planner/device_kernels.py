@@ -1,0 +1,100 @@
+"""What a device's own kernels keep for the backward, where operators on the meta device would choose others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_FLASH_MOST_FEATURES = 256  # of a head, in PyTorch's FlashAttention kernels for CUDA
+
+
+@contextmanager
+def device_kernels(device: str) -> Iterator[None]:
+    """Within ``with``, dropout and attention of meta tensors are the operators that they would be on ``device``.
+
+    Dropout keeps a byte an element on CUDA, and a number of the input's dtype on the CPU. Attention keeps its inputs,
+    its output and a float32 number for each query, in the kernel that PyTorch prefers: FlashAttention (Dao 2023, arXiv
+    2307.08691) or the memory-efficient one (Rabe and Staats 2021, arXiv 2112.05682) on CUDA, its own FlashAttention on
+    the CPU. Where it has none of these for the arguments, the probabilities are kept, too.
+
+    The two functions of ``torch.nn.functional`` are replaced. A ``TorchFunctionMode`` would not do: it is off while
+    ``backward`` runs, in which checkpointed layers are computed again.
+
+    ValueError: ``device`` is neither ``"cuda"`` nor ``"cpu"``.
+    """
+    if device not in _KERNELS:
+        raise ValueError(f"device is {device!r}, want one of {', '.join(_KERNELS)}")
+    kernels = _KERNELS[device]
+    before = {name: getattr(F, name) for name in kernels}
+    try:
+        for name, kernel in kernels.items():
+            setattr(F, name, kernel)
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(F, name, function)
+
+
+_plain_attention = F.scaled_dot_product_attention
+
+
+def _fused_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    return torch.native_dropout(input, p, training)[0] if training and p > 0 else input
+
+
+def _cuda_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    is_16_bit = query.dtype in (torch.float16, torch.bfloat16)
+    if is_16_bit and attn_mask is None and query.shape[-1] == value.shape[-1] <= _FLASH_MOST_FEATURES:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention.default
+        return flash(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+    if key.shape[1] == query.shape[1] and query.dtype != torch.float64:
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention.default
+        bias = _as_bias(attn_mask, query, key)
+        return efficient(query, key, value, bias, query.requires_grad, dropout_p, is_causal, scale=scale)[0]
+    return _plain_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def _cpu_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if dropout_p == 0 and query.shape[-1] == value.shape[-1]:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        bias = _as_bias(attn_mask, query, key)
+        return flash(query, key, value, dropout_p, is_causal, attn_mask=bias, scale=scale)[0]
+    return _plain_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def _as_bias(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """The mask as PyTorch hands it to the kernels: numbers that are added to the scores."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), -math.inf)
+    return mask.expand(*query.shape[:2], query.shape[2], key.shape[2])
+
+
+_KERNELS = {
+    "cuda": {"scaled_dot_product_attention": _cuda_attention, "dropout": _fused_dropout},
+    "cpu": {"scaled_dot_product_attention": _cpu_attention},
+}

@@ -1,0 +1,72 @@
+"""Bytes of the state that optimizers keep for a parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+_STEP = 4  # the number of steps, a float32 for each parameter
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """An optimizer, as far as its memory goes.
+
+    Attributes:
+        about: what is kept, and where that is from.
+        parameter_bytes: of the state of one parameter.
+    """
+
+    about: str
+    parameter_bytes: Callable[[Tensor], int]
+
+    def state_bytes(self, parameters: Iterable[Tensor]) -> int:
+        """Of the state of ``parameters``, each trained."""
+        return sum(self.parameter_bytes(parameter) for parameter in parameters)
+
+
+def _adamw(parameter: Tensor) -> int:
+    return 2 * parameter.nbytes + _STEP
+
+
+def _adamw_master(parameter: Tensor) -> int:
+    return 12 * parameter.numel() + _STEP if parameter.itemsize == 2 else _adamw(parameter)
+
+
+def _adamw8bit(parameter: Tensor) -> int:
+    if parameter.numel() < 4096:  # which bitsandbytes leaves in float32
+        return 2 * 4 * parameter.numel()
+    return 2 * (parameter.numel() + 4 * -(-parameter.numel() // 256))
+
+
+def _adafactor(parameter: Tensor) -> int:
+    if parameter.dim() < 2:
+        return parameter.nbytes + _STEP
+    *leading, rows, columns = parameter.shape
+    for size in leading:
+        rows, columns = rows * size, columns * size
+    return (rows + columns) * parameter.itemsize + _STEP
+
+
+OPTIMIZERS = {
+    "adamw": Optimizer(
+        "two moments in the parameter's dtype: torch.optim.AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101)", _adamw
+    ),
+    "adamw-master": Optimizer(
+        "for 16-bit parameters a float32 copy and two float32 moments: mixed precision (Micikevicius et al. 2018, "
+        "arXiv 1710.03740), the 12 bytes a parameter of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054)",
+        _adamw_master,
+    ),
+    "adamw8bit": Optimizer(
+        "two moments in 8 bits, a float32 scale for every 256: bitsandbytes (Dettmers et al. 2022, arXiv 2110.02861)",
+        _adamw8bit,
+    ),
+    "adafactor": Optimizer(
+        "a moment of each row and each column: torch.optim.Adafactor (Shazeer and Stern 2018, arXiv 1804.04235)",
+        _adafactor,
+    ),
+    "sgd-momentum": Optimizer("a moment in the parameter's dtype: torch.optim.SGD", lambda parameter: parameter.nbytes),
+    "sgd": Optimizer("nothing: torch.optim.SGD", lambda parameter: 0),
+}
