@@ -32,6 +32,7 @@ CPU_ONLY = {
     "test_memory_claims": "reads the CPU allocator's records",
     "test_offline": "is about files, which hold CPU tensors",
     "test_readme": "the README's lines name no device",
+    "test_report": "is about files",
     "test_simt": "emulates the CUDA kernels on the CPU",
 }
 

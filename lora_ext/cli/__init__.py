@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..tasks import TaskError
-from . import analyze, compare, diff, extract, finetune, info, inspect, merge, plan, sweep, unmerge
+from . import analyze, compare, diff, extract, finetune, info, inspect, merge, plan, report, sweep, unmerge
 
 _EXIT_MISTAKE, _EXIT_INTERRUPTED = 2, 130
 
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0, or what the command says; 2 after a mistake, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="lora-ext", description="LoRA in fused kernels.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (info, finetune, compare, sweep, plan, analyze, merge, unmerge, extract, inspect, diff):
+    for module in (info, finetune, compare, sweep, analyze, plan, report, merge, unmerge, extract, inspect, diff):
         module.add_parser(commands)
     args = parser.parse_args(argv)
 

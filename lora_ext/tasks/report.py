@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from lora_ext import info
 
@@ -108,6 +107,8 @@ def write_predictions(
 
 def plot_loss(path: Path, history: list[dict[str, float]], title: str) -> None:
     """The training loss, and the validation loss where there is one, by epoch. ``history`` is the Trainer's log."""
+    from matplotlib.figure import Figure  # here: to show what others have measured takes no matplotlib
+
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o--")):
@@ -121,7 +122,12 @@ def plot_loss(path: Path, history: list[dict[str, float]], title: str) -> None:
 
 
 def table(metrics: Mapping[str, Any]) -> str:
-    """The figures of ``metrics.json`` for people."""
+    """The figures of ``metrics.json`` on the console."""
+    return "\n".join(f"  {name:<20} {value}" for name, value in figures(metrics))
+
+
+def figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The figures of ``metrics.json`` for people, each with its name."""
     before, after, merged = metrics["before"], metrics["after"], metrics.get("merged")
     share = metrics["trainable_parameters"] / metrics["total_parameters"]
     rows = [
@@ -140,4 +146,4 @@ def table(metrics: Mapping[str, Any]) -> str:
             ("merged accuracy", f"{merged['accuracy']:.2%}; logits differ by at most {difference:.1e}"),
             ("merged latency", f"{merged_ms:.1f} ms a batch, base model {base_ms:.1f} ms"),
         ]
-    return "\n".join(f"  {name:<20} {value}" for name, value in rows)
+    return rows

@@ -1,0 +1,84 @@
+"""Results as compare, sweep, analyze, plan and finetune leave them, of runs on a tiny model."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_classifier
+
+from lora_ext.tasks import analyze, compare, many_runs, sweep
+
+METHODS = ["bitfit", "lora:r=2", "lora:r=3"]
+COMPARE, SWEEP, ANALYSIS = Path("compare/compare.json"), Path("sweep/sweep.json"), Path("analysis/analysis.json")
+PLAN = Path("plan/plan.json")
+_MEMORY = ("weights", "optimizer_state", "gradients", "activations")
+
+
+def results_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with ``compare``, ``sweep``, ``analysis``, ``plan`` and ``single``; made once, for all modules."""
+    return _save_results(tmp_path_factory.getbasetemp() / "report")
+
+
+@functools.cache
+def _save_results(folder: Path) -> Path:
+    folder.mkdir()
+    model = tiny_classifier.save_model(folder / "model")
+    data = tiny_classifier.save_reviews(folder / "reviews.csv", tiny_classifier.reviews(60))
+    options = {"model": str(model), "data": str(data), "max_length": 32, "epochs": 1.0, "test_split": 0.3}
+    out = folder / "results"
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (many_runs, compare):
+            patch.setattr(module, "in_process", _here)  # processes take longer than all the rest
+        patch.setattr(analyze.analysis_report, "draw", lambda analysis, out: [])
+        compare.compare(METHODS, [0, 1], options, out / "compare", say=_silent)
+        sweep.sweep([1, 2], ["q", "q,v"], [0, 1], options, out / "sweep", budget=256, say=_silent)
+        runs = out / "compare" / "runs" / "lora-r=3"
+        adapters = tuple(str(runs / f"seed-{seed}" / "adapter") for seed in (0, 1))
+        analyze.analyze(analyze.AnalysisSettings(adapters, base=str(model)), out / "analysis", say=_silent)
+    shutil.copytree(runs / "seed-0", out / "single")
+    (out / PLAN.parent).mkdir()
+    (out / PLAN).write_text(json.dumps(plan()))
+    return out
+
+
+def plan() -> dict[str, Any]:
+    """The content of plan.json for a model that needs a change to fit."""
+
+    def memory(*sizes: int) -> dict[str, int]:
+        return dict(zip(_MEMORY, sizes, strict=True)) | {"peak": sum(sizes)}
+
+    runs = {
+        "full": memory(350_000, 700_000, 350_001, 20_000)
+        | {"trained_parameters": 175_000, "checkpoint_bytes": 350_002},
+        "lora": memory(350_100, 151, 83, 9_000) | {"trained_parameters": 19, "checkpoint_bytes": 38},
+        "inference": memory(349_900, 0, 0, 2_000),
+    }
+    change = {"what": ["gradient checkpointing", "5 devices, sharded"], "devices": 5, **memory(70_020, 31, 17, 5_003)}
+    capacity = {"usable": 79_004, "fits": {"full": False, "lora": False}, "changes": [change]}
+    return {
+        "model": "tiny-gpt",
+        "method": "lora",
+        "settings": {"gpu_memory": 80_005},
+        "runs": runs,
+        "capacity": capacity,
+    }
+
+
+def change_json(path: Path, change: Callable[[Any], object]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def _here(function: Callable[..., Any], *args: Any, log: Path, threads: int | None = None, **more: Any) -> Any:
+    return function(*args, **more)
+
+
+def _silent(line: str) -> None:
+    pass
