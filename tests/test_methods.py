@@ -24,7 +24,16 @@ from transformers import (
 
 from lora_ext import LoraConfig, inject
 from lora_ext.adapters import lora_modules, trainable_parameter_counts
-from lora_ext.methods import METHODS, apply_method, load_method, method_of, new_method, remove_method, save_method
+from lora_ext.methods import (
+    METHODS,
+    apply_method,
+    load_method,
+    method_of,
+    new_method,
+    read_method,
+    remove_method,
+    save_method,
+)
 
 D_MODEL, LAYERS, D_FF = 16, 3, 24
 _SIZES = {"hidden_size": D_MODEL, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": D_FF}
@@ -261,6 +270,27 @@ def test_bad_models():
     model = inject(model_of("bert"), LoraConfig(r=2, target_modules=["query"]))
     with refused(model, ValueError, "injected already"):
         apply_method(model, method("bitfit"))
+
+
+@pytest.mark.parametrize("enabled", [(True, False, False), (True, False, True), (True, True, True)])
+def test_parts_of_a_merged_projection_count_and_come_back_from_the_file(enabled, tmp_path):
+    lora = new_method("lora", r=2, target_modules=["c_attn"], enable_lora={"c_attn": enabled})
+    model = model_of("gpt2")
+    assert lora.count(model) == LAYERS * sum(enabled) * 2 * (D_MODEL + D_MODEL)
+    apply_method(model, lora)
+    trained = trainable_parameter_counts(model)
+    assert trained[0] == lora.count(model_of("gpt2")) + 3 * D_MODEL
+    train_a_little(model)
+    save_method(model, tmp_path)
+    # the method itself, not PEFT's view of it
+    again = read_method(tmp_path)
+    assert again.config.enable_lora == lora.config.enable_lora
+    assert again.count(model_of("gpt2")) == lora.count(model_of("gpt2"))
+    assert trainable_parameter_counts(apply_method(model_of("gpt2"), again)) == trained
+    other = load_method(model_of("gpt2"), tmp_path)
+    assert method_of(other).config.enable_lora == lora.config.enable_lora
+    ids = ids_with_padding()
+    torch.testing.assert_close(logits(other, ids), logits(model, ids), rtol=0, atol=0)
 
 
 def test_lora_is_what_inject_does():

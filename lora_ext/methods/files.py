@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ from ..adapter_file import CONFIG_FILE, WEIGHTS_FILE, AdapterFile
 from ..adapter_set import adapter_set
 from ..bare_model import BareModel, root_module
 from ..checkpoint import config_of, load_adapter, save_adapter
+from ..config import LoraConfig
+from ..merged_projection_file import as_we_have_it
 from ..staged_files import staged_files, write_tensors
 from .adapted import applied_method, carry_out, check_is_bare, method_of, own_parameters
 from .base import Method, head_paths
@@ -116,7 +119,7 @@ def read_method(directory: str | os.PathLike[str]) -> Method:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         parts = [
-            Lora(config_of(AdapterFile.open(directory, caller="load_method"), "load_method"))
+            Lora(_adapter_config(directory))
             if part["name"] == Lora.name
             else new_method(part["name"], **part["options"])
             for part in content["methods"]
@@ -124,6 +127,12 @@ def read_method(directory: str | os.PathLike[str]) -> Method:
         return parts[0] if len(parts) == 1 else Combined(tuple(parts))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"load_method: {path} is not a method's file: {error}") from error
+
+
+def _adapter_config(directory: Path) -> LoraConfig:
+    file = as_we_have_it(AdapterFile.open(directory, caller="load_method"), "load_method")
+    # that files are for inference is how they are loaded, not what the method is
+    return dataclasses.replace(config_of(file, "load_method"), inference_mode=False)
 
 
 def _targets(model: nn.Module, method: Method, insertions: list[Insertion]) -> dict[str, nn.Parameter]:

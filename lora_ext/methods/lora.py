@@ -34,6 +34,8 @@ class Lora(Method):
     def count(self, model: nn.Module) -> int:
         """``r * (in_features + out_features)`` of every target; the paper's ``2 * L_LoRA * d_model * r`` if square.
 
+        Each part of a merged projection that is adapted (``enable_lora``) counts as a layer of its own.
+
         TypeError: a target is no linear layer.
         """
         bare, config = BareModel(root_module(model)), self.lora_config(model)
@@ -41,7 +43,12 @@ class Lora(Method):
         if others := [path for path, each in targets.items() if not (is_linear(each) or is_conv1d(each))]:
             kind = type(targets[others[0]]).__name__
             raise TypeError(f"lora: {others[0]} is a {kind}; the formula is for linear layers")
-        return sum(config.rank_for(path) * sum(linear_sizes(each)) for path, each in targets.items())
+        count = 0
+        for path, each in targets.items():
+            enabled = config.enable_lora_for(path) or (True,)
+            in_features, out_features = linear_sizes(each)
+            count += config.rank_for(path) * sum(enabled) * (in_features + out_features // len(enabled))
+        return count
 
     def options(self) -> dict[str, Any]:
         """None: the adapter's own config has them."""
