@@ -12,6 +12,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ._interrupts import uninterrupted
+
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """A safetensors file with the rights that the user's umask gives; safetensors itself lets only the owner read."""
@@ -49,12 +51,14 @@ def staged_files(directory: Path, names: Sequence[str], caller: str) -> Iterator
         for source, _ in new:
             with open(source, "rb") as file:
                 os.fsync(file.fileno())
-        for source, target in old + new:
-            os.replace(source, target)
-            done.append((source, target))
+        with uninterrupted():  # a move that is not noted would not be undone
+            for source, target in old + new:
+                os.replace(source, target)
+                done.append((source, target))
     except BaseException:
-        for source, target in reversed(done):
-            os.replace(target, source)
-        shutil.rmtree(staging, ignore_errors=True)
+        with uninterrupted():
+            for source, target in reversed(done):
+                os.replace(target, source)
+            shutil.rmtree(staging, ignore_errors=True)
         raise
     shutil.rmtree(staging, ignore_errors=True)

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -282,6 +283,24 @@ def test_an_error_while_moving_keeps_the_old_pair(failing_move, tmp_path, monkey
 
     monkeypatch.setattr(os, "replace", failing_replace)
     with pytest.raises(OSError, match="disk gone"):
+        adapter_of_net(tmp_path, r=3, lora_alpha=5)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("move", [1, 2, 3, 4])
+def test_an_interrupt_while_moving_keeps_the_old_pair(move, tmp_path, monkeypatch):
+    adapter_of_net(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    replace, moves = os.replace, []
+
+    def interrupted_replace(source, target):
+        replace(source, target)
+        moves.append(source)
+        if len(moves) == move:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(os, "replace", interrupted_replace)
+    with pytest.raises(KeyboardInterrupt):
         adapter_of_net(tmp_path, r=3, lora_alpha=5)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

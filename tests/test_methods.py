@@ -23,8 +23,17 @@ from transformers import (
 )
 
 from lora_ext import LoraConfig, inject
-from lora_ext.adapters import lora_modules, trainable_parameter_counts
-from lora_ext.methods import METHODS, apply_method, load_method, method_of, new_method, remove_method, save_method
+from lora_ext.adapters import lora_modules, merge_and_unload, trainable_parameter_counts
+from lora_ext.methods import (
+    METHODS,
+    apply_method,
+    load_method,
+    method_of,
+    new_method,
+    read_method,
+    remove_method,
+    save_method,
+)
 
 D_MODEL, LAYERS, D_FF = 16, 3, 24
 _SIZES = {"hidden_size": D_MODEL, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": D_FF}
@@ -261,6 +270,109 @@ def test_bad_models():
     model = inject(model_of("bert"), LoraConfig(r=2, target_modules=["query"]))
     with refused(model, ValueError, "injected already"):
         apply_method(model, method("bitfit"))
+
+
+@pytest.mark.parametrize("enabled", [(True, False, False), (True, False, True), (True, True, True)])
+def test_parts_of_a_merged_projection_count_and_come_back_from_the_file(enabled, tmp_path):
+    lora = new_method("lora", r=2, target_modules=["c_attn"], enable_lora={"c_attn": enabled})
+    model = model_of("gpt2")
+    assert lora.count(model) == LAYERS * sum(enabled) * 2 * (D_MODEL + D_MODEL)
+    apply_method(model, lora)
+    trained = trainable_parameter_counts(model)
+    assert trained[0] == lora.count(model_of("gpt2")) + 3 * D_MODEL
+    train_a_little(model)
+    save_method(model, tmp_path)
+    # the method itself, not PEFT's view of it
+    again = read_method(tmp_path)
+    assert again.config.enable_lora == lora.config.enable_lora
+    assert again.count(model_of("gpt2")) == lora.count(model_of("gpt2"))
+    assert trainable_parameter_counts(apply_method(model_of("gpt2"), again)) == trained
+    other = load_method(model_of("gpt2"), tmp_path)
+    assert method_of(other).config.enable_lora == lora.config.enable_lora
+    ids = ids_with_padding()
+    torch.testing.assert_close(logits(other, ids), logits(model, ids), rtol=0, atol=0)
+
+
+def test_an_adapter_that_was_merged_for_good_is_not_saved_or_loaded(tmp_path):
+    model = apply_method(model_of("bert"), method("lora+adapter-p"))
+    save_method(model, tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    merge_and_unload(model)
+    with refused(model, ValueError, "save_method: the low-rank adapter", "call remove_method(model)"):
+        save_method(model, tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    with refused(model, ValueError, "load_method: the low-rank adapter", "call remove_method(model)"):
+        load_method(model, tmp_path)
+    load_method(remove_method(model), tmp_path)
+
+
+def test_an_adapter_added_beside_is_not_the_methods(tmp_path):
+    model, ids = apply_method(model_of("bert"), method("lora+adapter-p")), ids_with_padding()
+    train_a_little(model)
+    expected = logits(model, ids)
+    inject(model, LoraConfig(r=3, target_modules=["query"]), "beside")
+    save_method(model, tmp_path)
+    torch.testing.assert_close(logits(load_method(model_of("bert"), tmp_path), ids), expected, rtol=0, atol=0)
+
+
+def test_methods_that_do_not_go_together():
+    model = model_of("bert")
+    with refused(model, ValueError, "adapter-l+adapter-p", "bert.encoder.layer.0.output.LayerNorm"):
+        apply_method(model, new_method("adapter-l+adapter-p"))
+    both = new_method("lora+adapter-p", r=2, target_modules=["query"], modules_to_save=["output.LayerNorm"])
+    with refused(model, ValueError, "lora+adapter-p", "output.LayerNorm", "modules_to_save"):
+        apply_method(model, both)  # the copy that is trained would not have the bottleneck
+
+
+class Odd(nn.Module):
+    """Parameters that cannot be trained, and statistics that training changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.codes = nn.Parameter(torch.ones(4, dtype=torch.int8), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.linear(x))
+
+
+@pytest.mark.parametrize("name", ["full", "bitfit"])
+def test_integers_are_not_trained(name):
+    model = apply_method(Odd(), method(name))
+    assert trainable_parameter_counts(model)[0] == method(name).count(Odd()) == {"full": 28, "bitfit": 8}[name]
+    remove_method(model)
+    assert model.linear.weight.requires_grad and not model.codes.requires_grad
+
+
+def test_adapters_beside_quantised_weights():
+    model = model_of("bert")
+    for layer in model.bert.encoder.layer:
+        codes = torch.ones(D_MODEL, D_MODEL, dtype=torch.int8)
+        layer.attention.self.query.weight = nn.Parameter(codes, requires_grad=False)
+        layer.attention.scale = nn.Parameter(torch.tensor(1.0))
+    for name in ("adapter-p", "prefix-layer"):
+        apply_method(model, method(name))
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+        remove_method(model)
+
+
+def test_files_of_full_hold_the_statistics_of_batch_norms(tmp_path):
+    torch.manual_seed(0)
+    model, x = apply_method(Odd(), method("full")), torch.randn(9, 4)
+    model(x)
+    save_method(model.eval(), tmp_path)
+    torch.testing.assert_close(load_method(Odd(), tmp_path).eval()(x), model(x), rtol=0, atol=0)
+
+
+def test_models_without_a_head_or_without_memory(tmp_path):
+    model = model_of("bert").bert
+    with refused(model, TypeError, "head-only: BertModel has no new head"):
+        apply_method(model, method("head-only"))
+    save_method(apply_method(model_of("bert"), method("adapter-p")), tmp_path)
+    with torch.device("meta"):
+        model = model_of("bert")
+    with pytest.raises(ValueError, match="meta device; give it memory"):
+        load_method(model, tmp_path)
 
 
 def test_lora_is_what_inject_does():

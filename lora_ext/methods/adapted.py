@@ -48,7 +48,23 @@ def plan_method(model: nn.Module, method: Method) -> tuple[list[Insertion], Adap
     insertions = method.insertions(model)
     method.trained_parameters(BareModel(root_module(model)))
     config = method.lora_config(model)
-    return insertions, None if config is None else plan_injection(model, config)
+    adapter = None if config is None else plan_injection(model, config)
+    _check_apart(method, insertions, adapter)
+    return insertions, adapter
+
+
+def _check_apart(method: Method, insertions: list[Insertion], adapter: Adapter | None) -> None:
+    """ValueError: two modules would be inserted as one, or one into a module that another takes the place of."""
+    places = [(each.path, each.name) for each in insertions]
+    if twice := [path for path, name in places if places.count((path, name)) > 1]:
+        raise ValueError(f"{method.name}: its methods would both put a module at {twice[0]!r}; choose one of them")
+    replaced = {old for part in adapter.parts for old in part.replaced} if adapter is not None else set()
+    inside = {module for old in replaced for module in old.modules()}
+    if lost := [each.path for each in insertions if each.host in inside]:
+        raise ValueError(
+            f"{method.name}: {lost[0]!r} is to hold a module of the method, but the low-rank adapter replaces it; "
+            "leave it out of target_modules and modules_to_save"
+        )
 
 
 def carry_out(model: nn.Module, method: Method, insertions: list[Insertion], adapter: Adapter | None = None) -> None:
@@ -97,7 +113,9 @@ def remove_method(model: ModelT) -> ModelT:
     with uninterrupted():
         remove_inserted(root_module(model))
         delattr(root_module(model), _ATTRIBUTE)
-        root_module(model).requires_grad_(True)
+        for parameter in model.parameters():
+            if parameter.is_floating_point():  # quantised weights cannot
+                parameter.requires_grad_(True)
     return model
 
 

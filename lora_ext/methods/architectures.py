@@ -121,6 +121,12 @@ def layers_of(model: nn.Module, architecture: Architecture) -> list[tuple[str, n
     return [(f"{path}.{name}", layer) for name, layer in layers]
 
 
+def weight_of(layer: nn.Module, model: nn.Module) -> nn.Parameter:
+    """One of ``layer`` that reads or makes hidden states, whose device and dtype new modules take; no integers."""
+    parameters = (each for each in layer.parameters() if each.is_floating_point())
+    return next(each for each in parameters if each.shape[-1:] == (hidden_size(model),))
+
+
 def hidden_size(model: nn.Module) -> int:
     """``d_model`` of the paper's formulas."""
     return root_module(model).config.hidden_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..bare_model import BareModel, root_module
 from ..config import TASK_HEADS
@@ -31,6 +31,10 @@ class Method:
 
     def trained_parameters(self, bare: BareModel) -> dict[str, nn.Parameter]:
         """Parameters that the bare model has and that are trained in place, by their paths; the head's left out."""
+        return {}
+
+    def buffers(self, bare: BareModel) -> dict[str, Tensor]:
+        """Buffers of the bare model that belong to what is trained, by their paths: files hold them."""
         return {}
 
     def insertions(self, model: nn.Module) -> list[Insertion]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .architectures import Architecture, architecture_of, hidden_size, layers_of
+from .architectures import Architecture, architecture_of, hidden_size, layers_of, weight_of
 from .base import Method, check_at_least
 from .inserted import Inserted, Insertion, own_dtype
 
@@ -81,7 +81,7 @@ class BottleneckMethod(Method):
         architecture = architecture_of(model, self.name)
         found = []
         for path, layer in self.adapted_layers(model):
-            like = next(p for p in layer.parameters() if p.shape[-1] == hidden_size(model))
+            like = weight_of(layer, model)
             for place in self.places(architecture):
                 host, bottleneck = layer.get_submodule(place), self.new_bottleneck(architecture, like)
                 found.append(Insertion(f"{path}.{place}".rstrip("."), host, "bottleneck", bottleneck))

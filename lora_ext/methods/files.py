@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ from ..adapter_file import CONFIG_FILE, WEIGHTS_FILE, AdapterFile
 from ..adapter_set import adapter_set
 from ..bare_model import BareModel, root_module
 from ..checkpoint import config_of, load_adapter, save_adapter
+from ..config import LoraConfig
+from ..merged_projection_file import as_we_have_it
 from ..staged_files import staged_files, write_tensors
 from .adapted import applied_method, carry_out, check_is_bare, method_of, own_parameters
 from .base import Method, head_paths
@@ -39,11 +42,13 @@ def save_method(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     written in full before the first replaces an old one.
 
     Raises:
-        ValueError: no method was applied.
+        ValueError: no method was applied, or its low-rank adapter was merged for good or taken out.
         OSError: the directory cannot be written; what was there is untouched.
     """
     method = applied_method(model, "save_method")
-    tensors = {path: each.detach().to("cpu").contiguous() for path, each in own_parameters(model).items()}
+    _check_has_adapter(model, method, "save_method")
+    own = own_parameters(model) | method.buffers(BareModel(root_module(model)))
+    tensors = {path: each.detach().to("cpu").contiguous() for path, each in own.items()}
     content = {
         "format": "lora_ext.methods/1",
         "methods": [{"name": part.name, "options": part.options()} for part in method.parts],
@@ -52,7 +57,7 @@ def save_method(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     names = (TENSORS_FILE, WEIGHTS_FILE, CONFIG_FILE, METHOD_FILE)
     with staged_files(Path(directory), names, "save_method") as staging:
         if adapter_set(model) is not None:
-            save_adapter(model, staging)
+            save_adapter(model, staging, "default")  # others may have been added since
         if tensors:
             write_tensors(staging / TENSORS_FILE, tensors, {"format": "pt"})
         (staging / METHOD_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -84,23 +89,27 @@ def load_method(model: ModelT, directory: str | os.PathLike[str], trainable: boo
     has_lora = any(isinstance(part, Lora) for part in method.parts)
     if (applied := method_of(model)) is not None:
         _check_same(applied, method, directory)
-        targets = own_parameters(model)
+        _check_has_adapter(model, applied, "load_method")
+        targets = own_parameters(model) | method.buffers(BareModel(root_module(model)))
         values = _read_tensors(directory / TENSORS_FILE, targets) if targets else {}
-        if has_lora:
-            load_adapter(model, directory)
-        _copy(values, targets)
+        with uninterrupted():
+            if has_lora:
+                load_adapter(model, directory)
+            _copy(values, targets)
         return model
 
     check_is_bare(model, "load_method")
     insertions = method.insertions(model)
-    targets = _targets(model, method, insertions)
+    parameters = _targets(model, method, insertions)
+    targets = parameters | method.buffers(BareModel(root_module(model)))
     values = _read_tensors(directory / TENSORS_FILE, targets) if targets else {}
-    if has_lora:
-        load_adapter(model, directory, trainable)
-    _copy(values, targets)
-    carry_out(model, method, insertions)
-    for target in targets.values():
-        target.requires_grad_(trainable)
+    with uninterrupted():
+        if has_lora:
+            load_adapter(model, directory, trainable)
+        _copy(values, targets)
+        carry_out(model, method, insertions)
+        for parameter in parameters.values():
+            parameter.requires_grad_(trainable)
     return model
 
 
@@ -116,7 +125,7 @@ def read_method(directory: str | os.PathLike[str]) -> Method:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         parts = [
-            Lora(config_of(AdapterFile.open(directory, caller="load_method"), "load_method"))
+            Lora(_adapter_config(directory))
             if part["name"] == Lora.name
             else new_method(part["name"], **part["options"])
             for part in content["methods"]
@@ -124,6 +133,12 @@ def read_method(directory: str | os.PathLike[str]) -> Method:
         return parts[0] if len(parts) == 1 else Combined(tuple(parts))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"load_method: {path} is not a method's file: {error}") from error
+
+
+def _adapter_config(directory: Path) -> LoraConfig:
+    file = as_we_have_it(AdapterFile.open(directory, caller="load_method"), "load_method")
+    # that files are for inference is how they are loaded, not what the method is
+    return dataclasses.replace(config_of(file, "load_method"), inference_mode=False)
 
 
 def _targets(model: nn.Module, method: Method, insertions: list[Insertion]) -> dict[str, nn.Parameter]:
@@ -147,8 +162,16 @@ def _check_same(applied: Method, method: Method, directory: Path) -> None:
         )
 
 
+def _check_has_adapter(model: nn.Module, method: Method, caller: str) -> None:
+    if method.lora_config(model) is not None and adapter_set(model) is None:
+        raise ValueError(
+            f"{caller}: the low-rank adapter of {method.name} is not in the model any more, merged for good or taken "
+            "out; call remove_method(model), which leaves the weights as they are"
+        )
+
+
 def _copy(values: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
-    with torch.no_grad(), uninterrupted():
+    with torch.no_grad():
         for path, target in targets.items():
             target.copy_(values[path])
 
@@ -168,6 +191,8 @@ def _read_tensors(path: Path, targets: Mapping[str, Tensor]) -> dict[str, Tensor
         for key, target in targets.items()
         if key in values and values[key].shape != target.shape
     ]
+    if any(target.is_meta for target in targets.values()):
+        problems.append("the model is on the meta device; give it memory (to_empty) first")
     if problems:
         raise ValueError(f"load_method: {path} does not fit the model:\n  " + "\n  ".join(problems))
     return values

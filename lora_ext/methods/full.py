@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..bare_model import BareModel, root_module
 from .base import Method, head_paths
@@ -14,26 +14,37 @@ from .inserted import Inserted
 
 @dataclass(frozen=True)
 class Full(Method):
-    """Every parameter is trained."""
+    """Every parameter is trained, but for integers: quantised weights."""
 
     name: ClassVar[str] = "full"
 
     def trained_parameters(self, bare: BareModel) -> dict[str, nn.Parameter]:
         return parameters_outside(bare, head_paths(bare))
 
+    def buffers(self, bare: BareModel) -> dict[str, Tensor]:
+        """All that checkpoints have, as the statistics of batch norms."""
+        return {
+            f"{path}.{name}".lstrip("."): buffer
+            for path, module in [("", bare.root), *bare.modules.items()]
+            for name, buffer in module._buffers.items()
+            if buffer is not None and name not in module._non_persistent_buffers_set
+        }
+
     def count(self, model: nn.Module) -> int:
         return sum(parameter.numel() for parameter in self.trained_parameters(BareModel(root_module(model))).values())
 
 
 def parameters_outside(bare: BareModel, paths: list[str]) -> dict[str, nn.Parameter]:
-    """The parameters the bare model came with, without those below ``paths``; a shared one once."""
+    """The parameters the bare model came with, without those below ``paths``; a shared one once, integers never."""
     found, seen = {}, set()
     inserted = [path for path, module in bare.modules.items() if isinstance(module, Inserted)]
     below = tuple(f"{path}." for path in [*paths, *inserted])
     for path, module in [("", bare.root), *bare.modules.items()]:
         for name, parameter in module._parameters.items():
             full = f"{path}.{name}" if path else name
-            if parameter is not None and id(parameter) not in seen and not full.startswith(below):
+            if parameter is None or not parameter.is_floating_point():
+                continue
+            if id(parameter) not in seen and not full.startswith(below):
                 seen.add(id(parameter))
                 found[full] = parameter
     return found

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from .base import Method
+from ..bare_model import BareModel
+from .base import Method, head_paths
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,11 @@ class HeadOnly(Method):
     """Nothing but the new head is trained, which every method trains."""
 
     name: ClassVar[str] = "head-only"
+
+    def trained_parameters(self, bare: BareModel) -> dict[str, nn.Parameter]:
+        if not head_paths(bare):
+            raise TypeError(f"head-only: {type(bare.root).__name__} has no new head to train; want a model with one")
+        return {}
 
     def count(self, model: nn.Module) -> int:
         return 0

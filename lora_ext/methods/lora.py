@@ -34,7 +34,7 @@ class Lora(Method):
     def count(self, model: nn.Module) -> int:
         """``r * (in_features + out_features)`` of every target; the paper's ``2 * L_LoRA * d_model * r`` if square.
 
-        Of a merged projection (``enable_lora``), each enabled part counts as a target.
+        Each part of a merged projection that is adapted (``enable_lora``) counts as a layer of its own.
 
         TypeError: a target is no linear layer.
         """
@@ -43,11 +43,12 @@ class Lora(Method):
         if others := [path for path, each in targets.items() if not (is_linear(each) or is_conv1d(each))]:
             kind = type(targets[others[0]]).__name__
             raise TypeError(f"lora: {others[0]} is a {kind}; the formula is for linear layers")
-        total = 0
+        count = 0
         for path, each in targets.items():
-            (in_features, out_features), parts = linear_sizes(each), config.enable_lora_for(path) or (True,)
-            total += config.rank_for(path) * sum(parts) * (in_features + out_features // len(parts))
-        return total
+            enabled = config.enable_lora_for(path) or (True,)
+            in_features, out_features = linear_sizes(each)
+            count += config.rank_for(path) * sum(enabled) * (in_features + out_features // len(enabled))
+        return count
 
     def options(self) -> dict[str, Any]:
         """None: the adapter's own config has them."""

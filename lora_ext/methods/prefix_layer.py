@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .architectures import Architecture, base_model, base_path, hidden_size, layers_of
+from .architectures import Architecture, base_model, base_path, hidden_size, layers_of, weight_of
 from .inserted import Inserted, Insertion, by_name, cache_name, own_dtype, parameter_names
 from .prefix_base import PrefixMethod, architecture_with_prefix, counted, is_causal
 
@@ -207,7 +207,7 @@ class PrefixLayer(PrefixMethod):
         return found
 
     def _first_values(self, layer: nn.Module, model: nn.Module) -> Tensor:
-        like = next(p for p in layer.parameters() if p.shape[-1] == hidden_size(model))
+        like = weight_of(layer, model)
         weight = torch.empty(self.special_tokens, hidden_size(model), device=like.device, dtype=own_dtype(like))
         # as Transformers' models draw their own weights; tokens that start as the same one, zeros, would stay the same
         return nn.init.normal_(weight, std=0.02)

@@ -86,21 +86,23 @@ class _LossInBar(ProgressCallback):
 
 
 class Throughput(TrainerCallback):
-    """Seconds spent in training steps, and the tokens in them, padding not counted."""
+    """Seconds spent in training steps, and the tokens in them, padding not counted; before a resumption, too."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self.tokens = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._tokens_before = state.num_input_tokens_seen  # not 0 in a resumed run
+        self.seconds = state.stateful_callbacks.get("Throughput", {}).get("seconds", 0.0)
+        self.tokens = state.num_input_tokens_seen
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._start = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds += time.perf_counter() - self._start
-        self.tokens = state.num_input_tokens_seen - self._tokens_before
+        self.tokens = state.num_input_tokens_seen
+        state.stateful_callbacks["Throughput"] = {"seconds": self.seconds}  # goes into checkpoints
 
 
 class _StopOnInterrupt(TrainerCallback):
