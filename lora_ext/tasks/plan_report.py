@@ -6,11 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from . import markdown
 
-_KINDS = {
+KINDS = {  # of memory, by their keys in plan.json
     "weights": "weights",
     "optimizer_state": "optimizer state",
     "gradients": "gradients",
@@ -60,7 +58,7 @@ def rows(plan: Mapping[str, Any]) -> list[list[str]]:
     table = [
         ["", *runs],
         row("parameters trained", lambda label, run: f"{run.get('trained_parameters', 0):,}"),
-        *(row(text, lambda label, run, key=key: readable(run[key])) for key, text in _KINDS.items()),
+        *(row(text, lambda label, run, key=key: readable(run[key])) for key, text in KINDS.items()),
         row("peak", lambda label, run: readable(run["peak"])),
         row("when", lambda label, run: run["moment"]),
         row("kept for the backward", lambda label, run: readable(run["kept"])),
@@ -114,12 +112,14 @@ def document(plan: Mapping[str, Any]) -> str:
 
 def plot(path: Path, plan: Mapping[str, Any]) -> None:
     """A bar for each run, of what it holds when that is the most."""
+    from matplotlib.figure import Figure  # here: the rest is for machines without it, too
+
     runs = dict(reversed(plan["runs"].items()))
     unit, divisor = ("GB", 1e9) if max(run["peak"] for run in runs.values()) >= 1e9 else ("MB", 1e6)
     figure = Figure(figsize=(8, 1.4 + 0.6 * len(runs)), layout="constrained")
     axes = figure.subplots()
     left = dict.fromkeys(runs, 0.0)
-    for key, text in _KINDS.items():
+    for key, text in KINDS.items():
         widths = [run[key] / divisor for run in runs.values()]
         axes.barh(list(runs), widths, left=list(left.values()), label=text)
         left = {name: start + width for (name, start), width in zip(left.items(), widths, strict=True)}
