@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import tiny_classifier
 
-from lora_ext.tasks import analyze, compare, many_runs, sweep
+from lora_ext.tasks import analyze, compare, many_runs, plan, sweep
+from lora_ext.tasks.settings import Settings
 
 METHODS = ["bitfit", "lora:r=2", "lora:r=3"]
 COMPARE, SWEEP, ANALYSIS = Path("compare/compare.json"), Path("sweep/sweep.json"), Path("analysis/analysis.json")
 PLAN = Path("plan/plan.json")
-_MEMORY = ("weights", "optimizer_state", "gradients", "activations")
 
 
 def results_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -42,32 +42,9 @@ def _save_results(folder: Path) -> Path:
         adapters = tuple(str(runs / f"seed-{seed}" / "adapter") for seed in (0, 1))
         analyze.analyze(analyze.AnalysisSettings(adapters, base=str(model)), out / "analysis", say=_silent)
     shutil.copytree(runs / "seed-0", out / "single")
-    (out / PLAN.parent).mkdir()
-    (out / PLAN).write_text(json.dumps(plan()))
+    planned = Settings(model=str(model), method="lora", r=2, max_length=32)
+    plan.plan(plan.PlanSettings(planned, gpu_memory=700_000, reserve=100_000), out / PLAN.parent)
     return out
-
-
-def plan() -> dict[str, Any]:
-    """The content of plan.json for a model that needs a change to fit."""
-
-    def memory(*sizes: int) -> dict[str, int]:
-        return dict(zip(_MEMORY, sizes, strict=True)) | {"peak": sum(sizes)}
-
-    runs = {
-        "full": memory(350_000, 700_000, 350_001, 20_000)
-        | {"trained_parameters": 175_000, "checkpoint_bytes": 350_002},
-        "lora": memory(350_100, 151, 83, 9_000) | {"trained_parameters": 19, "checkpoint_bytes": 38},
-        "inference": memory(349_900, 0, 0, 2_000),
-    }
-    change = {"what": ["gradient checkpointing", "5 devices, sharded"], "devices": 5, **memory(70_020, 31, 17, 5_003)}
-    capacity = {"usable": 79_004, "fits": {"full": False, "lora": False}, "changes": [change]}
-    return {
-        "model": "tiny-gpt",
-        "method": "lora",
-        "settings": {"gpu_memory": 80_005},
-        "runs": runs,
-        "capacity": capacity,
-    }
 
 
 def change_json(path: Path, change: Callable[[Any], object]) -> None:

@@ -22,6 +22,7 @@ from report_results import ANALYSIS, COMPARE, METHODS, PLAN, SWEEP, change_json,
 from lora_ext.cli import main
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.html_report import write_report
+from lora_ext.tasks.plan_report import readable
 from lora_ext.tasks.spread import percent, summary
 
 
@@ -194,10 +195,14 @@ def test_every_figure_of_analyze(results: Path, page: Path):
 def test_every_figure_of_plan_and_finetune(results: Path, page: Path):
     plan, parsed = json.loads((results / PLAN).read_text()), Parsed(page)
     assert parsed.values >= {*numbers(plan)}
-    assert "Training with lora takes 359 kB, of which 97% are weights." in parsed.text
-    assert "What fits: lora with gradient checkpointing and 5 devices, sharded." in parsed.text
-    fits = {cells[0]: cells[-1] for cells in parsed.rows if cells[-1] in ("yes", "no")}
-    assert list(fits.values()) == ["no", "no", "no", "yes"] and list(fits)[:3] == ["full", "lora", "inference"]
+    size, full = (readable(plan["runs"][name]["peak"]) for name in ("lora", "full"))
+    assert re.search(rf"Training with lora takes {size}, of which \d+% are activations, temporaries\.", parsed.text)
+    assert f"of what full fine-tuning takes ({full})." in parsed.text
+    assert "It does not fit into 600 kB, which the line marks." in parsed.text
+    fits = [(cells[0], cells[-1]) for cells in parsed.rows if cells[-1] in ("yes", "no")]
+    changed = [f"lora with {' and '.join(change['what'])}" for change in plan["capacity"]["changes"]]
+    assert fits == [("full", "no"), ("lora", "no"), ("inference", "yes"), *((name, "yes") for name in changed)]
+    assert len(changed) > 1 and f"What fits: {'; '.join(changed)}." in parsed.text
     metrics = json.loads((results / "single" / "metrics.json").read_text())
     assert [
         "training",
