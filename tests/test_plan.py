@@ -210,7 +210,7 @@ def test_every_kind_of_method(tmp_path):
         (["--accumulation-steps", "0"], ["--accumulation-steps is 0"]),
         (["--gpu-memory", "1GB"], ["--reserve takes all of --gpu-memory"]),
         (["--method", "full", "--dtype", "int8"], ["--method full", "frozen linear layers"]),
-        (["--method", "head-only"], ["--method head-only", "nothing is trained"]),
+        (["--method", "head-only"], ["--method head-only", "no new head to train"]),
         (["--target-modules", "query"], ["--method lora", "matches no module"]),
     ],
 )

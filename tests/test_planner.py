@@ -350,7 +350,7 @@ def test_16_bit_weights_have_float32_factors(planner):
 
 
 def test_a_frozen_model_trains_nothing():
-    with pytest.raises(ValueError, match="nothing is trained"):
+    with pytest.raises(TypeError, match="no new head to train"):
         Planner(source("gpt2", "head-only")).training(SETUP)
 
 

@@ -155,12 +155,11 @@ class Planner:
         """The memory of training as ``setup`` says.
 
         Raises:
-            ValueError: nothing is trained, or weights would be quantised and none is frozen.
+            ValueError: weights would be quantised and none is frozen.
             RuntimeError: the model asks its input for more than yes or no.
         """
         model, dtype = self.model(setup.dtype), WEIGHT_DTYPES[setup.dtype]
-        if not (trained := trained_parameters(model)):
-            raise ValueError("nothing is trained: the model has no new head, and the method trains nothing else")
+        trained = trained_parameters(model)
         weights, all_gradients = weight_bytes(model, dtype), tensor_bytes(trained)
         step = self._step(setup, self._simulate_step)
         moment = max(step.peaks, key=lambda part: step.peaks[part].total)
