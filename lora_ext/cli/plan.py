@@ -36,7 +36,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--optimizer", default="adamw", help=", ".join(OPTIMIZERS))
     add("--gradient-checkpointing", action="store_true", help="keep a layer's input, and compute the layer again")
     add("--accumulation-steps", type=int, default=1, metavar="N", help="batches whose gradients are added up")
-    add("--attention", default="sdpa", choices=["sdpa", "eager"], help="as transformers has it")
+    add("--attention", choices=["sdpa", "eager"], help="the implementation; else what transformers takes by itself")
     add("--device", default="cuda", choices=["cuda", "cpu"], help="whose kernels it would run on")
     add("--gpu-memory", type=files.size, metavar="SIZE", help="80GB or 80GiB: whether it fits, and what would make it")
     add("--reserve", type=files.size, default="1GB", metavar="SIZE", help="part of it that tensors cannot have")

@@ -31,7 +31,7 @@ class PlanSettings:
     Attributes:
         finetune: the model, the method and its options, the batch; ``max_length`` is the tokens a text.
         task: one of ``TASKS``; None: what the config says.
-        attention: transformers' name of the implementation.
+        attention: transformers' name of the implementation; None: what it takes by itself.
         dtype, optimizer, gradient_checkpointing: as of :class:`lora_ext.planner.Setup`.
         accumulation_steps: batches whose gradients are added up.
         device: whose kernels it runs on, ``"cuda"`` or ``"cpu"``.
@@ -42,7 +42,7 @@ class PlanSettings:
 
     finetune: Settings
     task: str | None = None
-    attention: str = "sdpa"
+    attention: str | None = None
     dtype: str = "float32"
     optimizer: str = "adamw"
     gradient_checkpointing: bool = False
@@ -121,6 +121,8 @@ def _count(settings: PlanSettings, config: PretrainedConfig, setup: Setup) -> di
         capacity = _capacity(settings, planners[method], runs)
     except (ValueError, TypeError) as error:
         raise TaskError(f"--method {method}: {error}") from error
+    except AttributeError as error:  # transformers reads a field
+        raise TaskError(f"--model: the config of this {config.model_type} says too little: {error}") from error
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise TaskError(

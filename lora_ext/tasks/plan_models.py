@@ -76,7 +76,7 @@ class ConfigSource:
     Args:
         config: of the bare model.
         task: one of :data:`TASKS`.
-        attention: transformers' name of the implementation.
+        attention: transformers' name of the implementation; None: what it takes by itself.
         method_for: the method that adapts a model; None: the model is frozen.
 
     Raises:
@@ -87,7 +87,7 @@ class ConfigSource:
         self,
         config: PretrainedConfig,
         task: str,
-        attention: str,
+        attention: str | None,
         method_for: Callable[[PreTrainedModel], Method] | None,
     ) -> None:
         self.task, self.attention, self.method_for = task, attention, method_for

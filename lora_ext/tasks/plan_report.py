@@ -94,7 +94,7 @@ def notes(plan: Mapping[str, Any]) -> list[str]:
         return lines
     if not capacity["changes"]:
         return [*lines, f"{method} would not fit with any change that was tried."]
-    lines.append(f"{method} fits with any of:")
+    lines.append(f"{method} fits with one of these:")
     for change in capacity["changes"]:
         each = " each" if change["devices"] > 1 else ""
         lines.append(f"  {' and '.join(change['what'])}: {readable(change['peak'])}{each}")
