@@ -25,6 +25,7 @@ import bench_finetune  # noqa: E402
 import bench_inject  # noqa: E402
 import bench_merge  # noqa: E402
 import bench_offline_merge  # noqa: E402
+import bench_plan  # noqa: E402
 import bench_siblings  # noqa: E402
 import contestants  # noqa: E402
 import machine_isa  # noqa: E402
@@ -112,6 +113,17 @@ def test_offline_merge(run, monkeypatch):
     assert [row["name"] for row in result["rows"]] == ["merge", "merge, record", "unmerge"]
     assert all(row["seconds"] > 0 and row["beyond_torch_bytes"] < result["bound_bytes"] for row in result["rows"])
     assert result["record_bytes"] > 0
+
+
+def test_plan(run, monkeypatch):
+    """tests/test_plan.py trains in processes of its own."""
+    asked = []
+    monkeypatch.setattr(bench_plan.training_memory, "growth", lambda *arguments: asked.append(arguments) or 2 * 10**8)
+    rows = run("bench_plan", "--batch-size", "2", "--seq-len", "16")["rows"]
+    assert [row["method"] for row in rows] == ["full", "lora", "adapter-h", "bitfit"]
+    assert asked == [(row["method"], 2, 16, 8, 2, gives_back) for row in rows for gives_back in (True, False)]
+    assert all(row["measured"] == {"given_back": 2 * 10**8, "as_it_is": 2 * 10**8} for row in rows)
+    assert rows[0]["predicted"]["peak"] > rows[1]["predicted"]["peak"] > 9 * 10**7  # the weights alone
 
 
 def test_analyze(run, monkeypatch):
