@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -20,7 +21,8 @@ import tiny_classifier
 import torch
 
 from lora_ext.cli import main
-from lora_ext.tasks import TaskError, many_runs
+from lora_ext.cli.training import options_of
+from lora_ext.tasks import TaskError, compare, many_runs
 from lora_ext.tasks.finetune import finetune
 from lora_ext.tasks.many_runs import Run, in_process, settings_for
 from lora_ext.tasks.settings import LEARNING_RATES, Settings
@@ -179,6 +181,9 @@ def test_a_method_may_carry_options():
         (["compare", "--methods", "lora:r=0"], "--methods lora:r=0: LoraConfig: r is 0"),
         (["compare", "--methods", "adapter-drop:drop-layers=2"], "drop_layers is 2, but the model has 2 layers"),
         (["sweep", "--targets", "q;qeury"], "--targets qeury: .*close matches: 'query'"),
+        (["compare", "--methods", "lora", "lora:test-split=0.5"], "'test-split=0.5' is no option=value"),
+        (["sweep", "--ranks", "2,0"], "--ranks: LoraConfig: r is 0"),
+        (["sweep", "--budget", "0"], "--budget is 0, want at least 1"),
         (["sweep", "--seeds", "a"], "'a', want integers such as 0,1,2"),
         (["sweep", "--targets", ";"], "want sets of weights such as 'q;q,v'"),
     ],
@@ -204,6 +209,24 @@ def test_a_directory_of_something_else_is_refused(options, compared: Path, tmp_p
     assert "holds no run to continue" in capsys.readouterr().err
 
 
+def test_a_local_model_is_found_from_another_directory(options: list[str], tmp_path: Path, monkeypatch):
+    model = Path(options[1])
+    monkeypatch.chdir(model.parent)
+    arguments = argparse.Namespace(**asdict(Settings(model=model.name, data="reviews.csv")))
+    assert options_of(arguments)["model"] == str(model)
+    arguments.model = "vinai/phobert-base"
+    assert options_of(arguments)["model"] == "vinai/phobert-base"
+
+
+def test_costs_are_measured_again_on_another_machine(tmp_path: Path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(compare, "in_process", lambda *args, **kwargs: calls.append(args) or {"base": len(calls)})
+    costs = [compare._costs({"lora": Settings()}, tmp_path, say=calls.count) for _ in range(2)]
+    assert costs == [{"base": 1}] * 2 and len(calls) == 1
+    monkeypatch.setattr(compare.report, "machine", lambda: {"processor": "another"})
+    assert compare._costs({"lora": Settings()}, tmp_path, say=calls.count) == {"base": 2}
+
+
 def dies(on_progress) -> None:
     on_progress(0.5)
     print("so far")
@@ -222,6 +245,56 @@ def test_a_process_that_dies_is_told_with_its_log(tmp_path: Path):
     with pytest.raises(TaskError, match="a run failed: RuntimeError: no luck; .*log.txt has the rest"):
         in_process(fails, log=tmp_path / "log.txt")
     assert "Traceback" in (tmp_path / "log.txt").read_text()
+
+
+def counts_interrupts(settings: Settings, directory: Path, resume: bool, on_progress) -> None:
+    """In the place of a run: writes how many SIGINT it got in the second after the first one."""
+    got = []
+    signal.signal(signal.SIGINT, lambda *args: got.append(args))
+    directory.mkdir(parents=True)
+    (directory / "started").touch()
+    while not got:
+        time.sleep(0.01)
+    time.sleep(1)
+    (directory / "count").write_text(str(len(got)))
+    raise KeyboardInterrupt
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+import test_compare
+from lora_ext.tasks import many_runs
+from lora_ext.tasks.many_runs import Run
+from lora_ext.tasks.settings import Settings
+
+if __name__ == "__main__":
+    many_runs._finetune = test_compare.counts_interrupts
+    runs = [Run("lora", Settings(seed=seed)) for seed in range(3)]
+    many_runs.run_all(runs, Path(sys.argv[1]), "compare", jobs=int(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("send", [os.killpg, os.kill])  # what a terminal does, and a supervisor
+def test_every_run_gets_one_interrupt_and_none_is_left_behind(tmp_path: Path, jobs: int, send):
+    (script := tmp_path / "script.py").write_text(INTERRUPTED)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path), str(jobs)],
+        env=environment,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while len(list(tmp_path.glob("runs/lora/*/started"))) < jobs:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    send(process.pid, signal.SIGINT)
+    output = process.communicate(timeout=60)[1]
+    assert process.returncode == -signal.SIGINT and "KeyboardInterrupt" in output
+    counts = {path.parent.name: path.read_text() for path in tmp_path.glob("runs/lora/*/count")}
+    assert counts == {f"seed-{seed}": "1" for seed in range(jobs)}
 
 
 def test_labels_that_would_share_a_directory_are_refused(tmp_path: Path):

@@ -57,8 +57,8 @@ def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) 
 def options_of(args: argparse.Namespace, without: tuple[str, ...] = ()) -> dict[str, Any]:
     """The values of :func:`add_options`; files by absolute paths, as a resumed run may start in another directory."""
     options = {field.name: getattr(args, field.name) for field in fields(Settings) if field.name not in without}
-    for name in ("data", "eval_file"):
-        if options[name] is not None:
+    for name in ("data", "eval_file", "model"):
+        if options[name] is not None and (name != "model" or Path(options[name]).is_dir()):  # else it is an id
             options[name] = str(Path(options[name]).resolve())
     return options
 

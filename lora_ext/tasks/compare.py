@@ -91,14 +91,14 @@ def _check(settings: Mapping[str, Settings]) -> None:
 
 
 def _costs(settings: Mapping[str, Settings], out: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Measured once: a resumed comparison of the same methods has them already."""
-    wanted = {label: asdict(own) for label, own in settings.items()}
+    """Measured once: a comparison of the same methods that is resumed on the same machine has them already."""
+    wanted = {"settings": {label: asdict(own) for label, own in settings.items()}, "machine": report.machine()}
     path = out / "costs.json"
-    if path.is_file() and (known := json.loads(path.read_text()))["settings"] == wanted:
+    if path.is_file() and {**(known := json.loads(path.read_text())), **wanted} == known:
         return known["costs"]
     say("measuring a training step and a forward of every method ...")
     costs = in_process(measure_costs, dict(settings), log=out / "costs.log")
-    write_whole(path, json.dumps({"settings": wanted, "costs": costs}, indent=2) + "\n")
+    write_whole(path, json.dumps({**wanted, "costs": costs}, indent=2) + "\n")
     return costs
 
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, fields
 from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from .settings import Settings
 _FIELDS = {field.name: str(field.type) for field in fields(Settings)}
 # What all runs have in common, and what tells them apart anyway.
 _SHARED = ("method", "seed", "model", "data", "eval_file", "text_column", "label_column")
+_SHARED += ("validation_split", "test_split")  # or accuracies would be of different texts
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,11 @@ def run_all(runs: Sequence[Run], out: Path, what: str, jobs: int = 1) -> dict[Ru
             metrics = finished(run, out)
             if metrics is None:
                 threads = max(1, torch.get_num_threads() // jobs)
-                metrics = _carry_out(run, directories[run], threads, lambda part: show(run, min(part, 0.999)))
+                metrics = _carry_out(run, directories[run], threads, ending, lambda part: show(run, min(part, 0.999)))
             show(run, 1.0)
             return metrics
 
+        ending = Event()
         if jobs == 1:
             return {run: carry_out(run) for run in runs}
         with ThreadPoolExecutor(jobs) as pool:
@@ -118,8 +121,14 @@ def run_all(runs: Sequence[Run], out: Path, what: str, jobs: int = 1) -> dict[Ru
                     future.result()
                 return {run: future.result() for run, future in futures.items()}
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                ending.set()
                 end_processes()
+                while True:
+                    try:
+                        pool.shutdown(cancel_futures=True)
+                        break
+                    except KeyboardInterrupt:  # once more: at once
+                        end_processes()
                 raise
 
 
@@ -132,13 +141,16 @@ def finished(run: Run, out: Path) -> dict[str, Any] | None:
     return metrics if metrics.get("settings") == asdict(run.settings) else None
 
 
-def _carry_out(run: Run, directory: Path, threads: int, on_progress: Callable[[float], None]) -> dict[str, Any]:
+def _carry_out(
+    run: Run, directory: Path, threads: int, ending: Event, on_progress: Callable[[float], None]
+) -> dict[str, Any]:
     resume, log = _can_resume(run, directory), directory.with_name(f"{directory.name}.log")
     if not resume and directory.exists():
         shutil.rmtree(directory)
         log.unlink(missing_ok=True)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    in_process(_finetune, run.settings, directory, resume, log=log, threads=threads, on_progress=on_progress)
+    arguments = (run.settings, directory, resume)
+    in_process(_finetune, *arguments, log=log, threads=threads, on_progress=on_progress, ending=ending)
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
     return json.loads((directory / "metrics.json").read_text())
 
@@ -171,39 +183,43 @@ def in_process(
     log: Path,
     threads: int | None = None,
     on_progress: Callable[[float], None] = lambda part: None,
+    ending: Event | None = None,
 ) -> Any:
     """``function(*args, on_progress=...)`` in a new process, whose peak memory is its own; output goes to ``log``.
 
     Args:
         threads: that PyTorch computes with in it; None: as many as in this one.
+        ending: is set before :func:`end_processes` is called, so that none is started behind its back.
 
     Returns:
         What it returned.
 
     Raises:
         TaskError: of the function, or that it died, with the end of its log.
-        KeyboardInterrupt: Ctrl-C, after the process, which got it too, has ended.
+        KeyboardInterrupt: Ctrl-C, which was handed on to the process, after that has ended.
     """
     context = _context()
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(theirs, log, threads or torch.get_num_threads(), function, args))
-    process.start()
     _PROCESSES.add(process)
+    process.start()
     theirs.close()
+    if ending is not None and ending.is_set():
+        _interrupt(process)
     outcome: tuple[str, Any] = ("died", None)
     interrupted = False
     while True:
         try:
             kind, value = ours.recv()
+            if kind == "progress":
+                on_progress(value)
+            else:
+                outcome = (kind, value)
         except EOFError:
             break
         except KeyboardInterrupt:
             interrupted = True
-            continue
-        if kind == "progress":
-            on_progress(value)
-        else:
-            outcome = (kind, value)
+            _interrupt(process)
     process.join()
     _PROCESSES.discard(process)
     kind, value = outcome
@@ -221,8 +237,12 @@ def in_process(
 def end_processes() -> None:
     """Ctrl-C for every process that :func:`in_process` waits for: runs leave a checkpoint, and end."""
     for process in list(_PROCESSES):
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGINT)
+        _interrupt(process)
+
+
+def _interrupt(process: multiprocessing.process.BaseProcess) -> None:
+    if process.is_alive():
+        os.kill(process.pid, signal.SIGINT)
 
 
 def _context() -> multiprocessing.context.BaseContext:
@@ -235,6 +255,7 @@ def _context() -> multiprocessing.context.BaseContext:
 
 
 def _child(connection: Connection, log: Path, num_threads: int, function: Callable[..., Any], args: tuple) -> None:
+    os.setpgid(0, 0)  # a terminal's Ctrl-C comes by way of the parent, and so once: the second one stops at once
     torch.set_num_threads(num_threads)
     with _output_to(log):
         try:

@@ -11,6 +11,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from lora_ext import LoraConfig
+
 from . import TaskError, report
 from .finetune import load_task_model, method_for
 from .many_runs import Run, run_all, settings_for
@@ -58,7 +60,14 @@ def sweep(
     """
     check_out(out, resume, overwrite, marker=SWEEP_FILE, what="a sweep")
     options = {**options, "method": "lora"}
+    if budget is not None and budget < 1:
+        raise TaskError(f"--budget is {budget}, want at least 1")
     ranks, targets, seeds = (list(dict.fromkeys(values)) for values in (ranks, targets, seeds))
+    for rank in ranks:
+        try:
+            LoraConfig(r=rank, target_modules="all-linear")
+        except (TypeError, ValueError) as error:
+            raise TaskError(f"--ranks: {error}") from error
     per_rank = _parameters_per_rank(targets, options)
     budget = 8 * per_rank[targets[0]] if budget is None else budget
     within = {target: max(1, budget // per_rank[target]) for target in targets}
