@@ -53,7 +53,9 @@ def change_json(path: Path, change: Callable[[Any], object]) -> None:
     path.write_text(json.dumps(content))
 
 
-def _here(function: Callable[..., Any], *args: Any, log: Path, threads: int | None = None, **more: Any) -> Any:
+def _here(
+    function: Callable[..., Any], *args: Any, log: Path, threads: int | None = None, ending: object = None, **more: Any
+) -> Any:
     return function(*args, **more)
 
 
