@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeVar
 
 from torch import nn
@@ -125,9 +126,15 @@ def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     With those, the head is a copy in the adapter; otherwise it is trained in place, and here.
     """
     bare = BareModel(root_module(model))
-    method = applied_method(model, "own_parameters")
+    inserted = {path: module for path, module in bare.modules.items() if isinstance(module, Inserted)}
+    return parameters_of(model, applied_method(model, "own_parameters"), inserted)
+
+
+def parameters_of(model: nn.Module, method: Method, inserted: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The same for a ``method`` that puts ``inserted`` into ``model``, by their paths there, or has done so."""
+    bare = BareModel(root_module(model))
     found = dict(method.trained_parameters(bare))
-    modules = {path: module for path, module in bare.modules.items() if isinstance(module, Inserted)}
+    modules = dict(inserted)
     if method.lora_config(model) is None:
         modules |= {path: bare.modules[path] for path in head_paths(bare)}
     for path, module in modules.items():

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from .architectures import Architecture, architecture_of, hidden_size
+from .architectures import Architecture, hidden_size
 from .bottleneck import Bottleneck, BottleneckMethod
 
 
@@ -18,10 +18,8 @@ class NormedBottleneck(Bottleneck):
         super().__init__(size, activation, like)
         self.norm = nn.LayerNorm(like.shape[-1], device=like.device, dtype=self.down.weight.dtype)
 
-    def leave(self, host: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        h = output[0] if isinstance(output, tuple) else output
-        adapted = self(self.norm(h.to(self.norm.weight.dtype)).to(h.dtype), h)
-        return (adapted, *output[1:]) if isinstance(output, tuple) else adapted
+    def adapted(self, h: Tensor) -> Tensor:
+        return self(self.norm(h.to(self.norm.weight.dtype)).to(h.dtype), h)
 
 
 @dataclass(frozen=True)
@@ -38,5 +36,4 @@ class AdapterL(BottleneckMethod):
 
     def count(self, model: nn.Module) -> int:
         """``L_Adpt * (2 * d_model * r + r + d_model) + 2 * L_LN * d_model``, a LayerNorm for each adapter."""
-        architecture_of(model, self.name)
         return super().count(model) + 2 * len(self.adapted_layers(model)) * hidden_size(model)

@@ -39,11 +39,15 @@ class Bottleneck(Inserted):
         hidden = ACTIVATIONS[self.activation](hidden)
         return residual + F.linear(hidden, self.up.weight.to(x.dtype), self.up.bias.to(x.dtype))
 
+    def adapted(self, h: Tensor) -> Tensor:
+        """What takes the place of ``h``, which the host returns."""
+        return self(h, h)
+
     def leave(self, host: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Adds to what the host returns, or to the first thing that it does."""
         if isinstance(output, tuple):
-            return (self(output[0], output[0]), *output[1:])
-        return self(output, output)
+            return (self.adapted(output[0]), *output[1:])
+        return self.adapted(output)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"

@@ -22,10 +22,9 @@ from ..checkpoint import config_of, load_adapter, save_adapter
 from ..config import LoraConfig
 from ..merged_projection_file import as_we_have_it
 from ..staged_files import staged_files, write_tensors
-from .adapted import applied_method, carry_out, check_is_bare, method_of, own_parameters
-from .base import Method, head_paths
+from .adapted import applied_method, carry_out, check_is_bare, method_of, own_parameters, parameters_of
+from .base import Method
 from .combined import Combined
-from .inserted import Insertion
 from .lora import Lora
 from .registry import new_method
 
@@ -100,7 +99,8 @@ def load_method(model: ModelT, directory: str | os.PathLike[str], trainable: boo
 
     check_is_bare(model, "load_method")
     insertions = method.insertions(model)
-    parameters = _targets(model, method, insertions)
+    inserted = {f"{each.path}.{each.name}".lstrip("."): each.module for each in insertions}
+    parameters = parameters_of(model, method, inserted)
     targets = parameters | method.buffers(BareModel(root_module(model)))
     values = _read_tensors(directory / TENSORS_FILE, targets) if targets else {}
     with uninterrupted():
@@ -139,18 +139,6 @@ def _adapter_config(directory: Path) -> LoraConfig:
     file = as_we_have_it(AdapterFile.open(directory, caller="load_method"), "load_method")
     # that files are for inference is how they are loaded, not what the method is
     return dataclasses.replace(config_of(file, "load_method"), inference_mode=False)
-
-
-def _targets(model: nn.Module, method: Method, insertions: list[Insertion]) -> dict[str, nn.Parameter]:
-    """What :func:`own_parameters` will say once the method is applied."""
-    bare = BareModel(root_module(model))
-    targets = dict(method.trained_parameters(bare))
-    modules = {f"{each.path}.{each.name}".lstrip("."): each.module for each in insertions}
-    if method.lora_config(model) is None:
-        modules |= {path: bare.modules[path] for path in head_paths(bare)}
-    for path, module in modules.items():
-        targets |= {f"{path}.{name}": parameter for name, parameter in module.named_parameters()}
-    return targets
 
 
 def _check_same(applied: Method, method: Method, directory: Path) -> None:
