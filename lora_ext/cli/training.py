@@ -48,6 +48,7 @@ def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) 
     add("--batch-size", type=int, help="texts a step")
     add("--learning-rate", type=float, help="peak; falls linearly to 0; else the method's own default")
     add("--warmup", type=float, metavar="FRACTION", help="part of the steps in which the learning rate rises")
+    add("--precision", metavar="DTYPE", help="of the products: float32, or bfloat16 by autocast; weights stay float32")
     add("--max-length", type=int, metavar="TOKENS", help="longer texts are cut")
     add("--seed", type=int, help="of the new head, the adapters, the order of the texts and dropout")
     defaults = asdict(Settings()) | {"learning_rate": None}

@@ -18,6 +18,7 @@ from . import report
 from .data import label_names
 from .finetune import adapt, encode, load_data, load_model, model_path_of
 from .settings import Settings
+from .trainer import forward_of
 
 _ROUNDS = 15
 
@@ -55,13 +56,13 @@ def measure_costs(
         trained[label] = {id(p) for p in adapted[label].parameters() if p.requires_grad}
         if own.method == "lora":
             merged[label] = merge_and_unload(adapt(copy.deepcopy(base), own, path)).eval()
-    steps = _step_times(adapted, trained, step_batch, on_progress)
+    steps = _step_times(adapted, trained, settings, step_batch, on_progress)
     for model in adapted.values():
         model.eval()
     names = {("base", "forward_ms"): base}
     names |= {(label, "forward_ms"): model for label, model in adapted.items()}
     names |= {(label, "merged_forward_ms"): model for label, model in merged.items()}
-    forwards = report.latencies(names, long_batch, _ROUNDS)
+    forwards = report.latencies({name: forward_of(model, first) for name, model in names.items()}, long_batch, _ROUNDS)
 
     costs: dict[str, dict[str, Any]] = {label: {"step_ms": _summary(steps[label])} for label in settings}
     for (label, key), seconds in forwards.items():
@@ -77,6 +78,7 @@ def _sharing(model: PreTrainedModel) -> PreTrainedModel:
 def _step_times(
     models: Mapping[str, nn.Module],
     trained: Mapping[str, set[int]],
+    settings: Mapping[str, Settings],
     batch: Mapping[str, torch.Tensor],
     on_progress: Callable[[float], None],
 ) -> dict[str, list[float]]:
@@ -85,6 +87,7 @@ def _step_times(
         label: torch.optim.AdamW([p for p in model.parameters() if id(p) in trained[label]], lr=0.0, weight_decay=0.0)
         for label, model in models.items()
     }
+    forwards = {label: forward_of(model, settings[label]) for label, model in models.items()}
     seconds: dict[str, list[float]] = {label: [] for label in models}
     for number in range(_ROUNDS + 2):
         for label, model in models.items():
@@ -92,7 +95,7 @@ def _step_times(
                 parameter.requires_grad_(id(parameter) in trained[label])
             synchronize()
             start = time.perf_counter()
-            model(**batch).loss.backward()
+            forwards[label](**batch).loss.backward()
             optimizers[label].step()
             optimizers[label].zero_grad()
             synchronize()

@@ -31,7 +31,7 @@ from .data import Example, Splits, label_names, read_examples, split_examples, w
 from .lora_targets import lora_targets, split_names
 from .run_directory import check_out, prepare_out
 from .settings import SETTINGS_FILE, Settings
-from .trainer import FinetuneTrainer, build_trainer, last_checkpoint, predict, train
+from .trainer import FinetuneTrainer, build_trainer, forward_of, last_checkpoint, predict, train
 
 _OUTPUTS = (SETTINGS_FILE, "checkpoints", "adapter", "model", "metrics.json", "loss_curve.png", "predictions.jsonl")
 
@@ -120,7 +120,7 @@ def finetune(
         metrics["adapter_bytes"] = report.directory_bytes(out / "adapter")
         say("comparing with the base model ...")
         models = {"base": load_model(model_path, labels, settings.max_length)[1].to(model.device), "adapted": model}
-        metrics["latency"] = _latencies(trainer, models, test_rows)
+        metrics["latency"] = _latencies(trainer, settings, models, test_rows)
         if settings.method == "lora":
             say("merging the adapter, and comparing the merged model with the base model ...")
             merged = {"base": models["base"], "merged": merge_and_unload(model)}
@@ -128,7 +128,7 @@ def finetune(
             metrics["merged"] = {
                 **_score(merged_logits, test_rows),
                 "max_logit_difference": float(np.abs(merged_logits - logits).max()),
-                **_latencies(trainer, merged, test_rows),
+                **_latencies(trainer, settings, merged, test_rows),
             }
 
     report.write_predictions(out / "predictions.jsonl", test_rows.examples, logits, test_rows.classes, labels)
@@ -231,10 +231,13 @@ def encode(examples: list[Example], tokenizer: PreTrainedTokenizerBase, labels: 
     return Encoded([examples[index] for index in order], rows, np.array(classes))
 
 
-def _latencies(trainer: FinetuneTrainer, models: dict[str, PreTrainedModel], rows: Encoded) -> dict[str, float]:
+def _latencies(
+    trainer: FinetuneTrainer, settings: Settings, models: dict[str, PreTrainedModel], rows: Encoded
+) -> dict[str, float]:
     """Median seconds a forward of the longest texts takes each of ``models``, as ``<name>_seconds``."""
     batch = trainer.data_collator(rows.rows[-trainer.args.eval_batch_size :]).to(trainer.model.device)
-    seconds = report.latencies({name: model.eval() for name, model in models.items()}, batch)
+    forwards = {name: forward_of(model.eval(), settings) for name, model in models.items()}
+    seconds = report.latencies(forwards, batch)
     return {f"{name}_seconds": statistics.median(values) for name, values in seconds.items()}
 
 

@@ -28,6 +28,7 @@ _FIELDS = {field.name: str(field.type) for field in fields(Settings)}
 # What all runs have in common, and what tells them apart anyway.
 _SHARED = ("method", "seed", "model", "data", "eval_file", "text_column", "label_column")
 _SHARED += ("validation_split", "test_split")  # or accuracies would be of different texts
+_SHARED += ("precision",)  # or times would be of different arithmetic
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def directory_bytes(directory: Path) -> int:
 
 @torch.inference_mode()
 def latencies(
-    models: Mapping[Key, torch.nn.Module], inputs: Mapping[str, torch.Tensor], rounds: int = 11
+    models: Mapping[Key, Callable[..., Any]], inputs: Mapping[str, torch.Tensor], rounds: int = 11
 ) -> dict[Key, list[float]]:
     """Seconds of ``rounds`` forward passes of each model. They take turns, so that a busy machine slows all alike."""
     synchronize: Callable[[], None] = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None

@@ -18,6 +18,9 @@ SWEEP_FILE = "sweep-settings.json"
 LEARNING_RATES = {"full": 1e-4, "bitfit": 2e-3, "prefix-embed": 1e-2, "prefix-layer": 5e-3, "head-only": 5e-3}
 """Defaults by method, of combinations the smallest of their parts'; 1e-3 for the others."""
 
+PRECISIONS = ("float32", "bfloat16")
+"""Of the products; bfloat16 is PyTorch's autocast. Weights, their gradients and sums stay float32."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -49,6 +52,7 @@ class Settings:
     batch_size: int = 16
     learning_rate: float | None = None
     warmup: float = 0.1
+    precision: str = "float32"
     max_length: int = 128
     seed: int = 0
 
@@ -64,6 +68,8 @@ class Settings:
         for name in ("epochs", "batch_size", "learning_rate", "max_length"):
             if not 0 < getattr(self, name) < math.inf:
                 raise TaskError(f"--{name.replace('_', '-')} is {getattr(self, name)}, want a finite number above 0")
+        if self.precision not in PRECISIONS:
+            raise TaskError(f"--precision is {self.precision!r}, want one of {', '.join(PRECISIONS)}")
         if not 0 <= self.seed < 2**32:
             raise TaskError(f"--seed is {self.seed}, want 0 <= seed < 2**32")
         if not 0.0 <= self.warmup < 1.0:

@@ -146,6 +146,8 @@ def build_trainer(model, settings: Settings, out: Path, train, validation, colla
         save_total_limit=2,
         include_num_input_tokens_seen="non_padding",
         dataloader_pin_memory=torch.cuda.is_available(),
+        bf16=settings.precision == "bfloat16",
+        use_cpu=not torch.cuda.is_available(),  # or bf16 is refused
         disable_tqdm=False,  # whatever the verbosity
         report_to=[],
         seed=settings.seed,
@@ -164,6 +166,17 @@ def build_trainer(model, settings: Settings, out: Path, train, validation, colla
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_LossInBar())
     return trainer
+
+
+def forward_of(model: torch.nn.Module, settings: Settings) -> Callable[..., Any]:
+    """The forward of ``model`` in the precision of the settings, as a trainer runs it."""
+
+    def forward(**inputs: torch.Tensor) -> Any:
+        device_type = next(iter(inputs.values())).device.type
+        with torch.autocast(device_type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+            return model(**inputs)
+
+    return forward
 
 
 class _Progress(TrainerCallback):
