@@ -42,6 +42,20 @@ STABLE_TORCH_LIBRARY(lora_ext, m) {
       "float scaling, float dropout_p, bool[3] output_mask) "
       "-> (Tensor? grad_x, Tensor? grad_lora_A, Tensor? grad_lora_B)");
 
+  // An adapter's two products by themselves, for those with something between them: lora_ext/bottleneck.py. xa = x @
+  // lora_A^T [..., rank] in the accumulation dtype; y = base + xa @ lora_B^T + bias, in base's dtype and shape.
+  m.def("lora_shrink(Tensor x, Tensor lora_A) -> Tensor");
+  m.def("lora_expand(Tensor base, Tensor xa, Tensor lora_B, Tensor? bias=None) -> Tensor");
+
+  // Gradients where output_mask asks for them. grad_x = grad_xa @ lora_A + base; x's values are read for grad_lora_A
+  // alone, as xa is for grad_lora_B.
+  m.def(
+      "lora_shrink_backward(Tensor grad_xa, Tensor x, Tensor lora_A, Tensor? base, bool[2] output_mask) "
+      "-> (Tensor? grad_x, Tensor? grad_lora_A)");
+  m.def(
+      "lora_expand_backward(Tensor grad_y, Tensor? xa, Tensor lora_B, bool[2] output_mask) "
+      "-> (Tensor? grad_xa, Tensor? grad_lora_B)");
+
   // Merging and unmerging of many layers: weight += lora_B @ lora_A in place, rounded once, and back to the very bits.
   // Weights of one dtype; factors in the accumulation dtype, lora_B times the scaling. csrc/common/merge_params.h
   // defines the results to the bit, csrc/common/merge_record.h the record: of each layer words, int16 [out_features,

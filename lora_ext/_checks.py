@@ -160,6 +160,46 @@ def check_lora_delta(
         raise ValueError(f"{op}: y has strides {list(y.stride())}, want a contiguous tensor: what a base layer returns")
 
 
+def check_bottleneck(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    residual: Tensor | None,
+) -> None:
+    op = "bottleneck"
+    base_name, base = ("x", x) if residual is None else ("residual", residual)
+    for name, tensor in (("x", x), (base_name, base)):
+        _check_floating(op, name, tensor)
+        if tensor.dim() == 0:
+            raise ValueError(f"{op}: {name} has no dimension, want [..., features]")
+    for name, weight in (("down_weight", down_weight), ("up_weight", up_weight)):
+        _check_matrix(op, name, weight, "x", x)
+    if down_weight.shape[0] == 0:
+        raise ValueError(f"{op}: down_weight has size 0, want at least 1")
+    if up_weight.shape[1] != down_weight.shape[0]:
+        raise ValueError(f"{op}: up_weight has size {up_weight.shape[1]} but down_weight has {down_weight.shape[0]}")
+    if x.shape[-1] != down_weight.shape[1]:
+        raise ValueError(f"{op}: down_weight has in_features={down_weight.shape[1]} but x has {x.shape[-1]}")
+    if base.shape[-1] != up_weight.shape[0]:
+        raise ValueError(f"{op}: up_weight has out_features={up_weight.shape[0]} but {base_name} has {base.shape[-1]}")
+    if base.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"{op}: residual has shape {list(base.shape)} but x has {list(x.shape)}: want the same tokens")
+    if accumulation_dtype(base.dtype) != accumulation_dtype(x.dtype):
+        raise TypeError(f"{op}: residual has dtype {_name(base.dtype)} but x has {_name(x.dtype)}")
+    if base.device != x.device:
+        raise ValueError(f"{op}: residual is on {base.device} but x is on {x.device}")
+    for name, bias, size in (("down_bias", down_bias, len(down_weight)), ("up_bias", up_bias, len(up_weight))):
+        if bias is None:
+            continue
+        _check_floating(op, name, bias)
+        if tuple(bias.shape) != (size,):
+            raise ValueError(f"{op}: {name} has shape {list(bias.shape)}, want [{size}]")
+        if bias.device != x.device:
+            raise ValueError(f"{op}: {name} is on {bias.device} but x is on {x.device}")
+
+
 def check_num_siblings(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],

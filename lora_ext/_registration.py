@@ -48,8 +48,9 @@ def weight_gradient(grad_y: Tensor, x: Tensor) -> Tensor:
     return grad_y.flatten(0, -2).T @ x.flatten(0, -2) if x.dim() > 1 else torch.outer(grad_y, x)
 
 
-def bias_gradient(grad_y: Tensor) -> Tensor:
-    return grad_y.flatten(0, -2).sum(0) if grad_y.dim() > 1 else grad_y
+def bias_gradient(grad_y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """In ``dtype``; None: that of ``grad_y``."""
+    return grad_y.flatten(0, -2).sum(0, dtype=dtype) if grad_y.dim() > 1 else grad_y.to(dtype or grad_y.dtype)
 
 
 def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:

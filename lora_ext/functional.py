@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from . import _checks, _load
+from .bottleneck import bottleneck
 from .exact_merge import MergeRecord, lora_merge_, lora_unmerge_
 
 __all__ = [
     "MergeRecord",
+    "bottleneck",
     "draw_seed",
     "lora_delta_",
     "lora_linear",

@@ -105,6 +105,26 @@ def lora_linear_siblings(
     return [lora_linear(x, *layer, dropout_p, seed) for layer in layers]
 
 
+def bottleneck(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    activation: str = "relu",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``residual + activation(x @ down_weight.T + down_bias) @ up_weight.T + up_bias``; differentiable by autograd."""
+    residual = x if residual is None else residual
+    wide = torch.promote_types(x.dtype, down_weight.dtype)
+    hidden = torch.nn.functional.linear(x.to(wide), down_weight.to(wide))
+    hidden = hidden if down_bias is None else hidden + down_bias.to(wide)
+    hidden = hidden if activation == "identity" else getattr(torch.nn.functional, activation)(hidden)
+    wide = torch.promote_types(residual.dtype, up_weight.dtype)
+    y = residual + torch.nn.functional.linear(hidden.to(wide), up_weight.to(wide))
+    return (y if up_bias is None else y + up_bias.to(wide)).to(residual.dtype)
+
+
 def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """``weight + scaling * lora_B @ lora_A`` accumulated in float32 (float64 for float64) and rounded once."""
     acc = torch.float64 if weight.dtype == torch.float64 else torch.float32

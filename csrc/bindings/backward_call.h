@@ -7,17 +7,22 @@
 namespace lora_ext {
 
 struct BackwardCall {
-  std::span<const BackwardLayer> layers;             // the op's arguments
+  std::span<const BackwardLayer> layers;             // the op's arguments; none: the adapter's products alone
   std::vector<Tensor> grad_y{};                      // one a layer: [num_tokens, out_features] with unit column stride
   std::optional<Tensor> grad_x{};                    // the op's results: those that are wanted,
   std::vector<Tensor> grad_lora_A{}, grad_lora_B{};  // one a layer or empty
   std::vector<Tensor> kept{};                        // owns what the pointers in params point to
   LoraBackwardParams params{};
 
-  bool has_base_layers() const { return layers[0].weight != nullptr; }
+  bool has_base_layers() const { return !layers.empty() && layers[0].weight != nullptr; }
   bool wants_nothing() const { return !grad_x && grad_lora_A.empty() && grad_lora_B.empty(); }
   Tensor grad_x_rows() const { return as_rows(*grad_x, params.num_tokens, params.in_features); }
 };
+
+// The gradient of a single layer's factor, if it is wanted.
+inline std::optional<Tensor> only(std::vector<Tensor>& grads) {
+  return grads.empty() ? std::optional<Tensor>() : std::optional<Tensor>(std::move(grads[0]));
+}
 
 // What the forward saved must be what the backward is given. like: a tensor of the layer's dtype and device.
 inline void check_saved(const Op& op, const std::optional<Tensor>& xa, const std::optional<Tensor>& mask,

@@ -1,5 +1,5 @@
-// lora_linear, lora_linear_siblings, lora_delta_, their backwards and the dropout mask on the CPU. csrc/library.cpp has
-// the schemas.
+// lora_linear, lora_linear_siblings, lora_delta_, lora_shrink, lora_expand, their backwards and the dropout mask on the
+// CPU. csrc/library.cpp has the schemas.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 
@@ -7,6 +7,7 @@
 #include "cpu_kernels.h"
 #include "dropout_mask_call.h"
 #include "lora_linear_ops.h"
+#include "shrink_expand_ops.h"
 
 namespace lora_ext::cpu {
 namespace {
@@ -36,38 +37,37 @@ struct Cpu {
     LoraForwardParams& p = call.params;
     if (p.num_tokens == 0) return;
     if (streams_weights(kernels, call)) return stream_forward(kernels, call);
-    p.accumulate = !call.has_base_layers() || base_product_first(p.dtype);
+    const bool base_first = base_product_first(p.dtype);
 
     const auto add_base_products = [&] {
-      if (!call.has_base_layers()) return;
       for (size_t i = 0; i < call.layers.size(); ++i) {
         const Tensor y_rows = call.y_rows(i);
-        const Tensor* start = p.accumulate ? call.layers[i].bias : &y_rows;
+        const Tensor* start = base_first ? call.layers[i].bias : &y_rows;
         base_product(y_rows, start, call.x, transposed(*call.layers[i].weight));
       }
     };
     const int64_t num_chunks = count_chunks(p.num_tokens);
     const Workspace workspace = make_workspace(accumulation_dtype(p.dtype), p.in_features, p.siblings, p.num_siblings,
                                                num_chunks, false, false);
-    if (p.accumulate) {
+    if (call.has_base_layers() && base_first) {
       add_base_products();
-      for (LoraForwardSibling& sibling : p.siblings) sibling.bias = nullptr;
+      for (LoraForwardSibling& sibling : p.siblings) sibling.bias = nullptr, sibling.base = sibling.y;
     }
     pack_factors(kernels.pack_forward, p.num_siblings, p, workspace);
     run_chunks(kernels.forward, p, workspace, num_chunks);
-    if (!p.accumulate) add_base_products();
+    if (call.has_base_layers() && !base_first) add_base_products();
   }
 
   static void backward(BackwardCall& call) {
     const Kernels& kernels = checked_kernels();
     LoraBackwardParams& p = call.params;
-    p.accumulate = call.has_base_layers() && base_product_first(p.dtype);
+    const bool base_first = base_product_first(p.dtype);
 
     const auto add_base_products = [&] {
       if (!call.has_base_layers() || !call.grad_x || p.num_tokens == 0) return;
       const Tensor grad_x_rows = call.grad_x_rows();
       for (size_t i = 0; i < call.layers.size(); ++i) {
-        const bool is_start = p.accumulate && i == 0;
+        const bool is_start = base_first && i == 0;
         base_product(grad_x_rows, is_start ? nullptr : &grad_x_rows, call.grad_y[i], *call.layers[i].weight);
       }
     };
@@ -75,7 +75,10 @@ struct Cpu {
     const int64_t num_chunks = count_chunks(p.num_tokens);  // zero chunks sum to zero gradients
     const Workspace workspace = make_workspace(accumulation_dtype(p.dtype), p.in_features, p.siblings, p.num_siblings,
                                                num_chunks, want_grad_A, want_grad_B);
-    if (p.accumulate) add_base_products();
+    if (base_first) {
+      add_base_products();
+      if (call.has_base_layers()) p.base = p.grad_x;
+    }
     pack_factors(kernels.pack_backward, p.num_siblings, p, workspace);
     run_chunks(kernels.backward, p, workspace, num_chunks);
     if (want_grad_A || want_grad_B) {
@@ -83,7 +86,7 @@ struct Cpu {
         kernels.reduce_grads(p, workspace, num_chunks, begin, end);
       });
     }
-    if (!p.accumulate) add_base_products();
+    if (!base_first) add_base_products();
   }
 };
 
@@ -103,5 +106,6 @@ Tensor lora_dropout_mask(const Tensor& seed, int64_t num_tokens, int64_t in_feat
 
 STABLE_TORCH_LIBRARY_IMPL(lora_ext, CPU, m) {
   LORA_EXT_REGISTER_LORA_LINEAR_OPS(m, lora_ext::LoraLinearOps<lora_ext::cpu::Cpu>);
+  LORA_EXT_REGISTER_SHRINK_EXPAND_OPS(m, lora_ext::ShrinkExpandOps<lora_ext::cpu::Cpu>);
   m.impl("lora_dropout_mask", TORCH_BOX(&lora_ext::cpu::lora_dropout_mask));
 }

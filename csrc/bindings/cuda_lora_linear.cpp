@@ -1,5 +1,5 @@
-// lora_linear, lora_linear_siblings, lora_delta_, their backwards and the dropout mask on CUDA. csrc/library.cpp has
-// the schemas.
+// lora_linear, lora_linear_siblings, lora_delta_, lora_shrink, lora_expand, their backwards and the dropout mask on
+// CUDA. csrc/library.cpp has the schemas.
 //
 // The adapter's term is written first and the base product accumulates onto it: no pass over y or grad_x for the
 // adapter.
@@ -8,6 +8,7 @@
 #include "cuda_stream.h"
 #include "dropout_mask_call.h"
 #include "lora_linear_ops.h"
+#include "shrink_expand_ops.h"
 
 namespace lora_ext::cuda {
 namespace {
@@ -70,5 +71,6 @@ Tensor lora_dropout_mask(const Tensor& seed, int64_t num_tokens, int64_t in_feat
 
 STABLE_TORCH_LIBRARY_IMPL(lora_ext, CUDA, m) {
   LORA_EXT_REGISTER_LORA_LINEAR_OPS(m, lora_ext::LoraLinearOps<lora_ext::cuda::Cuda>);
+  LORA_EXT_REGISTER_SHRINK_EXPAND_OPS(m, lora_ext::ShrinkExpandOps<lora_ext::cuda::Cuda>);
   m.impl("lora_dropout_mask", TORCH_BOX(&lora_ext::cuda::lora_dropout_mask));
 }

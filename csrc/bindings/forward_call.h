@@ -7,14 +7,14 @@
 namespace lora_ext {
 
 struct ForwardCall {
-  std::span<const ForwardLayer> layers;  // the op's arguments
+  std::span<const ForwardLayer> layers;  // the op's arguments; none: the adapter's products alone
   Tensor x;                              // [num_tokens, in_features] with unit column stride
   std::vector<Tensor> y{};               // the op's results, y one a layer
   Tensor xa, mask;
   std::vector<Tensor> kept{};  // owns what the pointers in params point to
   LoraForwardParams params{};
 
-  bool has_base_layers() const { return layers[0].weight != nullptr; }
+  bool has_base_layers() const { return !layers.empty() && layers[0].weight != nullptr; }
   Tensor y_rows(size_t i) const { return as_rows(y[i], params.num_tokens, params.siblings[i].out_features); }
 };
 
@@ -60,7 +60,7 @@ inline ForwardCall fill_forward(const Tensor& x, std::span<const ForwardLayer> l
     p.mask = static_cast<uint8_t*>(call.mask.mutable_data_ptr());
   }
   p.dtype = dtype, p.factor_dtype = dtype_of(layers[0].lora_A);
-  p.threshold = threshold, p.accumulate = y_given != nullptr;
+  p.threshold = threshold;
 
   p.num_siblings = static_cast<int>(layers.size());
   call.y.reserve(layers.size());
@@ -73,6 +73,7 @@ inline ForwardCall fill_forward(const Tensor& x, std::span<const ForwardLayer> l
     if (layers[i].bias) s.bias = call.kept.emplace_back(as_contiguous(*layers[i].bias)).const_data_ptr();
     Tensor& y = call.y.emplace_back(y_given ? *y_given : empty(sizes_with_last(x, s.out_features), dtype, x));
     s.y = y.mutable_data_ptr();
+    if (y_given) s.base = s.y;
   }
   return call;
 }

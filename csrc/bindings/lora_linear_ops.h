@@ -118,9 +118,6 @@ struct LoraLinearOps {
 
  private:
   static const Tensor* address_of(const std::optional<Tensor>& tensor) { return tensor ? &*tensor : nullptr; }
-  static std::optional<Tensor> only(std::vector<Tensor>& grads) {
-    return grads.empty() ? std::optional<Tensor>() : std::optional<Tensor>(std::move(grads[0]));
-  }
 };
 
 }  // namespace lora_ext

@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ..bottleneck import ACTIVATIONS, bottleneck
 from .architectures import Architecture, architecture_of, hidden_size, layers_of, weight_of
 from .base import Method, check_at_least
 from .inserted import Inserted, Insertion, own_dtype
-
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "identity": lambda x: x}
 
 
 class Bottleneck(Inserted):
@@ -35,9 +33,8 @@ class Bottleneck(Inserted):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        hidden = F.linear(x, self.down.weight.to(x.dtype), self.down.bias.to(x.dtype))
-        hidden = ACTIVATIONS[self.activation](hidden)
-        return residual + F.linear(hidden, self.up.weight.to(x.dtype), self.up.bias.to(x.dtype))
+        weights = self.down.weight, self.down.bias, self.up.weight, self.up.bias
+        return bottleneck(x, *weights, self.activation, None if residual is x else residual)
 
     def adapted(self, h: Tensor) -> Tensor:
         """What takes the place of ``h``, which the host returns."""

@@ -1,6 +1,6 @@
 // expand: updates of low rank, written once.
 //
-//   out [rows, cols] (+)= bias + mask o (left [rows, rank] @ right [rank, cols])
+//   out [rows, cols] = base + bias + mask o (left [rows, rank] @ right [rank, cols])
 //
 // y of all siblings in one launch (left = a sibling's columns of xa, right = lora_B^T, bias) and grad_x (left =
 // grad_xa, right = all lora_A stacked, mask). Writes rows * cols elements, and reads them first where it adds to them;
@@ -23,17 +23,17 @@ struct ExpandParams {
     const void* left;   // [rows, rank], acc
     const void* right;  // [rank, padded_features(cols)], acc
     const void* bias;   // [cols], T; null: none
+    const void* base;   // [rows, cols], with out's stride, T; null: nothing; out: what it holds already
     void* out;          // [rows, cols], T
     int64_t rank, cols, out_stride;
     int64_t first_tile;  // of the grid's column tiles; launch_expand sets it and out_aligned
-    bool out_aligned;    // rows of out begin at 16-byte boundaries
+    bool out_aligned;    // rows of out and base begin at 16-byte boundaries
   } updates[kMaxSiblings];
   int num_updates;
   int64_t rows, left_stride;
   const uint8_t* mask;  // [rows, mask_row_bytes]; null: everything is kept
   int64_t mask_row_bytes;
-  double scale;     // of left @ right
-  bool accumulate;  // add to what out holds
+  double scale;  // of left @ right
 };
 
 template <class T>
@@ -168,11 +168,11 @@ __global__ void __launch_bounds__(ExpandTraits<T>::kThreads, 2) expand_kernel(co
   for (int i = 0; i < kThreadM; ++i) {
     const int64_t row = first_row + i;
     if (row >= p.rows) return;
-    T* target = static_cast<T*>(update.out) + row * update.out_stride + col;
+    const int64_t at = row * update.out_stride + col;
     const uint32_t kept = p.mask ? p.mask[row * p.mask_row_bytes + col / 8] >> (col % 8) : 0xffu;
     Vector<A> result = bias;
-    if (p.accumulate) {
-      const Vector<A> held = load_elements<T>(target, inside, update.out_aligned);
+    if (update.base) {
+      const Vector<A> held = load_elements<T>(static_cast<const T*>(update.base) + at, inside, update.out_aligned);
 #pragma unroll
       for (int e = 0; e < kVec<A>; ++e) result.v[e] += held.v[e];
     }
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(ExpandTraits<T>::kThreads, 2) expand_kernel(co
     for (int e = 0; e < kVec<A>; ++e) {
       result.v[e] += (kept >> e & 1) != 0 ? static_cast<A>(p.scale) * sum[i].v[e] : A(0);
     }
-    store_elements(target, result, inside, update.out_aligned);
+    store_elements(static_cast<T*>(update.out) + at, result, inside, update.out_aligned);
   }
 }
 
@@ -190,7 +190,8 @@ void launch_expand(ExpandParams p, cudaStream_t stream) {
   for (int i = 0; i < p.num_updates; ++i) {
     ExpandParams::Update& update = p.updates[i];
     update.first_tile = tiles;
-    update.out_aligned = rows_are_aligned(update.out, update.out_stride, sizeof(T));
+    update.out_aligned = rows_are_aligned(update.out, update.out_stride, sizeof(T)) &&
+                         rows_are_aligned(update.base, update.out_stride, sizeof(T));
     tiles += ceil_div(update.cols, ExpandTraits<T>::kBlockN);
   }
   const dim3 grid = make_grid(ceil_div(p.rows, ExpandTraits<T>::kBlockM), tiles);

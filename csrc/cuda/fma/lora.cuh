@@ -57,17 +57,59 @@ void pack_backward_factors(const LoraBackwardParams& p, const BackwardPlan& plan
   launch_pack_factors<A>(pack, stream);
 }
 
+// The pass over x: xa and the mask.
+template <class T>
+void launch_xa_pass(const LoraForwardParams& p, const ForwardPlan& plan, char* workspace, cudaStream_t stream) {
+  using A = Acc<T>;
+  const bool direct = plan.ranges.count == 1;
+  const RankScales scales = rank_scales(p.siblings, p.num_siblings);
+  void* xa_partial = workspace + plan.xa_partial;
+  launch_shrink<T>({.num_tokens = p.num_tokens,
+                    .features = p.in_features,
+                    .rank = p.total_rank,
+                    .x = p.x,
+                    .factor = workspace + plan.lora_A,
+                    .out = direct ? p.xa : xa_partial,
+                    .seed = p.seed,
+                    .mask = p.mask,
+                    .x_stride = p.x_stride,
+                    .out_stride = p.total_rank,
+                    .range_stride = p.num_tokens * p.total_rank,
+                    .mask_row_bytes = mask_row_bytes(p.in_features),
+                    .ranges = plan.ranges,
+                    .scales = direct ? scales : single_scale(p.total_rank, 1.0),
+                    .threshold = p.threshold,
+                    .x_aligned = rows_are_aligned(p.x, p.x_stride, sizeof(T))},
+                   stream);
+  if (!direct) {
+    RankSumsParams sums{.num_tokens = p.num_tokens,
+                        .total_rank = p.total_rank,
+                        .partial = xa_partial,
+                        .out = p.xa,
+                        .scales = scales,
+                        .ranges = {}};
+    for (int s = 0; s < p.num_siblings; ++s) sums.ranges[s] = plan.ranges.count;
+    launch_rank_sums<A>(sums, stream);
+  }
+}
+
+// Where grad_xa is: handed from or to the other product's call, or between the passes of this one.
+inline void* grad_xa_of(const LoraBackwardParams& p, const BackwardPlan& plan, char* workspace) {
+  return p.grad_xa ? p.grad_xa : workspace + plan.grad_xa;
+}
+
 // The passes over grad_y: grad_xa and the partial sums of grad_lora_B, whichever are wanted.
 template <class T>
 void launch_grad_y_passes(const LoraBackwardParams& p, const BackwardPlan& plan, char* workspace, cudaStream_t stream) {
   using A = Acc<T>;
   // With one range everywhere grad_xa is written at once, scaled; else rank_sums scales it.
   const bool direct = plan.max_ranges <= 1;
-  A* grad_xa = reinterpret_cast<A*>(workspace + (direct ? plan.grad_xa : plan.grad_xa_partial));
+  void* out = grad_xa_of(p, plan, workspace);
+  A* grad_xa = static_cast<A*>(direct ? out : workspace + plan.grad_xa_partial);
   RankSumsParams sums{.num_tokens = p.num_tokens,
                       .total_rank = p.total_rank,
                       .partial = grad_xa,
-                      .out = workspace + plan.grad_xa,
+                      .out = out,
                       .scales = rank_scales(p.siblings, p.num_siblings),
                       .ranges = {}};
   for (int s = 0; s < p.num_siblings; ++s) {
@@ -169,37 +211,7 @@ void LoraLaunches<T>::forward(const LoraForwardParams& p, void* workspace_block,
   const fma::ForwardPlan plan = fma::plan_forward(p);
   char* workspace = static_cast<char*>(workspace_block);
   fma::pack_forward_factors<A>(p, plan, workspace, stream);
-
-  const bool direct = plan.ranges.count == 1;
-  const RankScales scales = fma::rank_scales(p.siblings, p.num_siblings);
-  void* xa_partial = workspace + plan.xa_partial;
-  fma::launch_shrink<T>({.num_tokens = p.num_tokens,
-                         .features = p.in_features,
-                         .rank = p.total_rank,
-                         .x = p.x,
-                         .factor = workspace + plan.lora_A,
-                         .out = direct ? p.xa : xa_partial,
-                         .seed = p.seed,
-                         .mask = p.mask,
-                         .x_stride = p.x_stride,
-                         .out_stride = p.total_rank,
-                         .range_stride = p.num_tokens * p.total_rank,
-                         .mask_row_bytes = mask_row_bytes(p.in_features),
-                         .ranges = plan.ranges,
-                         .scales = direct ? scales : fma::single_scale(p.total_rank, 1.0),
-                         .threshold = p.threshold,
-                         .x_aligned = fma::rows_are_aligned(p.x, p.x_stride, sizeof(T))},
-                        stream);
-  if (!direct) {
-    RankSumsParams sums{.num_tokens = p.num_tokens,
-                        .total_rank = p.total_rank,
-                        .partial = xa_partial,
-                        .out = p.xa,
-                        .scales = scales,
-                        .ranges = {}};
-    for (int s = 0; s < p.num_siblings; ++s) sums.ranges[s] = plan.ranges.count;
-    launch_rank_sums<A>(sums, stream);
-  }
+  if (p.products != Products::kExpand) fma::launch_xa_pass<T>(p, plan, workspace, stream);
 
   fma::ExpandParams expand{.updates = {},
                            .num_updates = p.num_siblings,
@@ -207,13 +219,13 @@ void LoraLaunches<T>::forward(const LoraForwardParams& p, void* workspace_block,
                            .left_stride = p.total_rank,
                            .mask = nullptr,
                            .mask_row_bytes = 0,
-                           .scale = 1.0,
-                           .accumulate = p.accumulate};
+                           .scale = 1.0};
   for (int s = 0; s < p.num_siblings; ++s) {
     const LoraForwardSibling& sibling = p.siblings[s];
     expand.updates[s] = {.left = static_cast<const A*>(p.xa) + sibling.rank_begin,
                          .right = workspace + plan.lora_B_t[s],
                          .bias = sibling.bias,
+                         .base = sibling.base,
                          .out = sibling.y,
                          .rank = sibling.rank,
                          .cols = sibling.out_features,
@@ -228,13 +240,14 @@ void LoraLaunches<T>::backward(const LoraBackwardParams& p, void* workspace_bloc
   const fma::BackwardPlan plan = fma::plan_backward(p);
   char* workspace = static_cast<char*>(workspace_block);
   if (plan.need_grad_xa) fma::pack_backward_factors<A>(p, plan, workspace, stream);
-  fma::launch_grad_y_passes<T>(p, plan, workspace, stream);
+  const void* grad_xa = fma::grad_xa_of(p, plan, workspace);
+  if (p.products != Products::kShrink) fma::launch_grad_y_passes<T>(p, plan, workspace, stream);
 
   if (p.siblings[0].grad_lora_A) {
     fma::launch_token_sum<T>({.num_tokens = p.num_tokens,
                               .features = p.in_features,
                               .rank = p.total_rank,
-                              .left = workspace + plan.grad_xa,
+                              .left = grad_xa,
                               .right = p.x,
                               .mask = p.mask,
                               .partial = workspace + plan.grad_A_partial,
@@ -253,9 +266,10 @@ void LoraLaunches<T>::backward(const LoraBackwardParams& p, void* workspace_bloc
   fma::launch_factor_gradient_sums<A>(p, plan, workspace, stream);
 
   if (p.grad_x) {
-    fma::launch_expand<T>({.updates = {{.left = workspace + plan.grad_xa,
+    fma::launch_expand<T>({.updates = {{.left = grad_xa,
                                         .right = workspace + plan.lora_A,
                                         .bias = nullptr,
+                                        .base = p.base,
                                         .out = p.grad_x,
                                         .rank = p.total_rank,
                                         .cols = p.in_features,
@@ -265,8 +279,7 @@ void LoraLaunches<T>::backward(const LoraBackwardParams& p, void* workspace_bloc
                            .left_stride = p.total_rank,
                            .mask = p.mask,
                            .mask_row_bytes = mask_row_bytes(p.in_features),
-                           .scale = 1.0,
-                           .accumulate = p.accumulate},
+                           .scale = 1.0},
                           stream);
   }
 }

@@ -1,6 +1,6 @@
 // expand: an update of low rank on tensor cores, written once, for all siblings in one launch.
 //
-//   out [num_tokens, cols] (+)= bias + mask o (left [num_tokens, rank] @ right [rank, cols])
+//   out [num_tokens, cols] = base + bias + mask o (left [num_tokens, rank] @ right [rank, cols])
 //
 // y (left = xa, right = lora_B^T, bias) and grad_x (left = grad_xa of all siblings, right = lora_A of all siblings,
 // mask). Writes 2 * num_tokens * cols bytes, and reads them first where it adds to them; beside that, the mask's bits
@@ -27,8 +27,9 @@ inline int64_t divide_columns(const ExpandParams& p, int64_t tile_cols, ExpandTi
                          .cols = static_cast<int>(steps * kPackedColumnStep),
                          .pairs = is_aligned(p.left, 8) && p.left_stride % 2 == 0 && sibling.rank_begin % 2 == 0 &&
                                   sibling.rank % 2 == 0,
-                         .eights = is_aligned(sibling.out, 16) && is_aligned(sibling.bias, 16) &&
-                                   sibling.out_stride % 8 == 0 && sibling.cols % 8 == 0};
+                         .eights = is_aligned(sibling.out, 16) && is_aligned(sibling.base, 16) &&
+                                   is_aligned(sibling.bias, 16) && sibling.out_stride % 8 == 0 &&
+                                   sibling.cols % 8 == 0};
     count += own;
   }
   return count;

@@ -9,10 +9,11 @@
 
 namespace lora_ext::cuda::mma {
 
-// out [num_tokens, cols] (+)= bias + mask o (left [num_tokens, rank] @ right [rank, cols]), for every sibling.
+// out [num_tokens, cols] = base + bias + mask o (left [num_tokens, rank] @ right [rank, cols]), for every sibling.
 struct ExpandSibling {
   const __nv_bfloat16* right;  // [parts][rank_padded, cols_padded], packed_shape.h, columns interleaved
   const void* bias;            // [cols], T; null: none
+  const void* base;            // [num_tokens, cols], with out's stride, T; null: nothing; out: what it holds already
   void* out;                   // [num_tokens, cols], T
   int64_t cols, out_stride;
   int64_t rank_begin;  // the columns of left that are this sibling's: `rank` from there on
@@ -23,7 +24,6 @@ struct ExpandParams {
   int64_t num_tokens, left_stride, mask_row_bytes;
   const float* left;    // [num_tokens, left_stride]
   const uint8_t* mask;  // [num_tokens, mask_row_bytes]; null: everything is kept
-  bool accumulate;      // add to what out holds
   int num_siblings;
   ExpandSibling siblings[kMaxSiblings] = {};
 };
@@ -37,7 +37,7 @@ struct ExpandTiles {
     int64_t begin;  // its first tile
     int cols;       // of a tile, a multiple of kPackedColumnStep
     bool pairs;     // left consists of aligned pairs
-    bool eights;    // out and bias can be read and written in aligned groups of eight
+    bool eights;    // out, base and bias can be read and written in aligned groups of eight
   } siblings[kMaxSiblings];
 };
 
@@ -149,12 +149,13 @@ class ExpandOutput {
   // From (row0, col0) on, at most `cols` columns: beyond them, even reading would race with another warp.
   __device__ __forceinline__ ExpandOutput(const ExpandParams& p, const ExpandSibling& sibling, bool eights,
                                           int64_t row0, int64_t col0, int cols)
-      : accumulate_(p.accumulate), eights_(eights) {
+      : eights_(eights) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int64_t row = row0 + lane / 4, col = col0 + lane % 4 * 8;
     rows_ = static_cast<int>(min(p.num_tokens - row, static_cast<int64_t>(kPieceRows)));
     cols_ = static_cast<int>(min(sibling.cols - col0, static_cast<int64_t>(cols)) - lane % 4 * 8);
     out_ = static_cast<T*>(sibling.out) + row * sibling.out_stride + col;
+    base_ = sibling.base ? static_cast<const T*>(sibling.base) + row * sibling.out_stride + col : nullptr;
     out_step_ = static_cast<int>(8 * sibling.out_stride);
     bias_ = sibling.bias ? static_cast<const T*>(sibling.bias) + col : nullptr;
     mask_ = p.mask ? p.mask + row * p.mask_row_bytes + col / 8 : nullptr;
@@ -167,7 +168,7 @@ class ExpandOutput {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (count(i, col) <= 0) continue;
-      if (accumulate_ && eights_) addends.held[i] = load_eight(out_ + i * out_step_ + col);
+      if (base_ && eights_) addends.held[i] = load_eight(base_ + i * out_step_ + col);
       if (mask_) addends.keep |= static_cast<uint32_t>(mask_[i * mask_step_ + col / 8]) << (8 * i);
     }
     return addends;
@@ -188,11 +189,11 @@ class ExpandOutput {
       T* out = out_ + i * out_step_ + col;
       if (eights_) {
         if (bias_) add_eight<T>(value, load_eight(bias_ + col));  // from the first-level cache: all rows read it
-        if (accumulate_) add_eight<T>(value, addends.held[i]);
+        if (base_) add_eight<T>(value, addends.held[i]);
         store_eight(out, value);
       } else {
         if (bias_) add_single(value, bias_ + col, elements);
-        if (accumulate_) add_single(value, out, elements);
+        if (base_) add_single(value, base_ + i * out_step_ + col, elements);
         store_single(out, value, elements);
       }
     }
@@ -202,11 +203,11 @@ class ExpandOutput {
   // Elements from column `col` to the end, in row g + 8 * i; none where there is no such row.
   __device__ __forceinline__ int count(int i, int col) const { return 8 * i < rows_ ? cols_ - col : 0; }
 
-  const bool accumulate_, eights_;
+  const bool eights_;
   int rows_, cols_;
   int out_step_, mask_step_;  // 8 rows: of at most 2^25 columns, 65535 tiles being the most that a grid has
   T* out_;
-  const T* bias_;
+  const T *base_, *bias_;
   const uint8_t* mask_;
 };
 

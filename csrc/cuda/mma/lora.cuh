@@ -78,7 +78,6 @@ void launch_forward(const LoraForwardParams& p, char* workspace, cudaStream_t st
                       .mask_row_bytes = 0,
                       .left = static_cast<const float*>(p.xa),
                       .mask = nullptr,
-                      .accumulate = p.accumulate,
                       .num_siblings = p.num_siblings};
   add_stacked_lora_A(p, workspace + plan.lora_A, /*interleaved=*/false, pack);
   for (int s = 0; s < p.num_siblings; ++s) {
@@ -88,6 +87,7 @@ void launch_forward(const LoraForwardParams& p, char* workspace, cudaStream_t st
     shrink.siblings[s] = {.rank_begin = sibling.rank_begin, .rank = sibling.rank, .scale = sibling.scale};
     expand.siblings[s] = {.right = reinterpret_cast<const __nv_bfloat16*>(lora_B),
                           .bias = sibling.bias,
+                          .base = sibling.base,
                           .out = sibling.y,
                           .cols = sibling.out_features,
                           .out_stride = sibling.out_features,
@@ -95,14 +95,14 @@ void launch_forward(const LoraForwardParams& p, char* workspace, cudaStream_t st
                           .rank = static_cast<int>(sibling.rank)};
   }
   launch_pack_factors<kParts>(pack, stream);
-  launch_shrink<T, kParts>(shrink, stream);
+  if (p.products != Products::kExpand) launch_shrink<T, kParts>(shrink, stream);
   launch_expand<T, kParts>(expand, stream);
 }
 
 template <class T, int kParts>
 void launch_backward(const LoraBackwardParams& p, char* workspace, cudaStream_t stream) {
   const BackwardWorkspace plan = plan_workspace(p, kParts);
-  float* grad_xa = reinterpret_cast<float*>(workspace + plan.grad_xa);
+  float* grad_xa = p.grad_xa ? static_cast<float*>(p.grad_xa) : reinterpret_cast<float*>(workspace + plan.grad_xa);
   float* partial = reinterpret_cast<float*>(workspace + plan.partial);  // each pass has done with it before the next
 
   PackFactorsParams pack{.dtype = p.factor_dtype};
@@ -112,7 +112,7 @@ void launch_backward(const LoraBackwardParams& p, char* workspace, cudaStream_t 
   if (p.grad_x) add_stacked_lora_A(p, workspace + plan.lora_A, /*interleaved=*/true, pack);
   launch_pack_factors<kParts>(pack, stream);
 
-  for (int s = 0; s < p.num_siblings; ++s) {
+  for (int s = 0; p.products != Products::kShrink && s < p.num_siblings; ++s) {
     const LoraBackwardSibling& sibling = p.siblings[s];
     if (!needs_grad_xa(p) && !sibling.grad_lora_B) continue;
     launch_grad_b<T, kParts>(
@@ -157,10 +157,10 @@ void launch_backward(const LoraBackwardParams& p, char* workspace, cudaStream_t 
                               .mask_row_bytes = mask_row_bytes(p.in_features),
                               .left = grad_xa,
                               .mask = p.mask,
-                              .accumulate = p.accumulate,
                               .num_siblings = 1,
                               .siblings = {{.right = reinterpret_cast<const __nv_bfloat16*>(workspace + plan.lora_A),
                                             .bias = nullptr,
+                                            .base = p.base,
                                             .out = p.grad_x,
                                             .cols = p.in_features,
                                             .out_stride = p.in_features,

@@ -45,13 +45,10 @@ inline ForwardWorkspace plan_workspace(const LoraForwardParams& p, int parts) {
   return plan;
 }
 
-// What a backward call computes on the way to the gradients that are wanted.
-inline bool needs_grad_xa(const LoraBackwardParams& p) { return p.grad_x || p.siblings[0].grad_lora_A; }
-
 struct BackwardWorkspace {
   int64_t lora_A;                // packed, of all siblings: [total_rank, in_features]; for grad_x
   int64_t lora_B[kMaxSiblings];  // packed, transposed: [rank, out_features]; for grad_xa
-  int64_t grad_xa;               // float32 [num_tokens, total_rank]
+  int64_t grad_xa;               // float32 [num_tokens, total_rank], where it stays within the call
   int64_t partial;               // of one token pass at a time
   int64_t total;
 };
@@ -72,7 +69,7 @@ inline BackwardWorkspace plan_workspace(const LoraBackwardParams& p, int parts) 
     const TokenPassPlan grad_a = plan_token_pass(p.num_tokens, p.in_features, p.total_rank, {.features = true});
     partial = std::max(partial, grad_a.partial_bytes());
   }
-  if (needs_grad_xa(p)) plan.grad_xa = offsets.take(p.num_tokens * p.total_rank * static_cast<int64_t>(sizeof(float)));
+  if (needs_grad_xa(p) && !p.grad_xa) plan.grad_xa = offsets.take(p.num_tokens * p.total_rank * static_cast<int64_t>(sizeof(float)));
   if (p.grad_x) plan.lora_A = offsets.take(PackedShape(p.total_rank, p.in_features).bytes(parts));
   plan.partial = offsets.take(partial);
   plan.total = offsets.total();

@@ -1,0 +1,192 @@
+// lora_shrink, lora_expand and their backwards on one device: the adapter's two products by themselves, for what stands
+// between them in other adapters than LoRA (a bottleneck's activation). csrc/library.cpp has the schemas; Device is
+// that of lora_linear_ops.h.
+#pragma once
+
+#include <tuple>
+
+#include "backward_call.h"
+#include "forward_call.h"
+
+namespace lora_ext {
+
+// tensor [..., features], whose name and the factor's that has `features` columns or rows stand in the messages
+inline void check_features(const char* op, const ArgumentName& name, const Tensor& tensor, const ArgumentName& factor,
+                           int64_t features, const char* features_name) {
+  STD_TORCH_CHECK(tensor.dim() >= 1, op, ": ", name, " has no dimension, want [..., ", features_name, "]");
+  check_dtype(op, name, tensor);
+  const int64_t given = tensor.size(tensor.dim() - 1);
+  STD_TORCH_CHECK(given == features, op, ": ", factor, " has ", features_name, "=", features, " but ", name, " has ",
+                  given);
+}
+
+inline void check_rank(const char* op, const ArgumentName& name, int64_t rank) {
+  STD_TORCH_CHECK(rank >= 1, op, ": ", name, " has rank 0, want at least 1");
+}
+
+// tensor [..., rank] in the accumulation dtype of like, with like's tokens
+inline void check_low_rank(const char* op, const ArgumentName& name, const Tensor& tensor, const ArgumentName& factor,
+                           int64_t rank, const ArgumentName& like_name, const Tensor& like) {
+  check_features(op, name, tensor, factor, rank, "rank");
+  STD_TORCH_CHECK(count_tokens(tensor) == count_tokens(like), op, ": ", name, " has ", count_tokens(tensor),
+                  " tokens but ", like_name, " has ", count_tokens(like));
+  STD_TORCH_CHECK(dtype_of(tensor) == accumulation_dtype(dtype_of(like)), op, ": ", name,
+                  " has another dtype than the accumulation dtype of ", like_name);
+  check_device(op, name, tensor, like_name, like);
+}
+
+inline void check_like(const char* op, const ArgumentName& name, const Tensor& tensor, const ArgumentName& like_name,
+                       const Tensor& like) {
+  STD_TORCH_CHECK(tensor.numel() == like.numel() && tensor.size(tensor.dim() - 1) == like.size(like.dim() - 1), op,
+                  ": ", name, " has another shape than ", like_name);
+  STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), op, ": ", name, " has another dtype than ", like_name);
+  check_device(op, name, tensor, like_name, like);
+}
+
+inline void check_two_outputs(const char* op, const std::vector<bool>& output_mask) {
+  STD_TORCH_CHECK(output_mask.size() == 2, op, ": output_mask has ", output_mask.size(), " entries, want 2");
+}
+
+template <class Device>
+struct ShrinkExpandOps {
+  static Tensor lora_shrink(const Tensor& x, const Tensor& lora_A) {
+    const char* const op = "lora_shrink";
+    check_matrix(op, {"lora_A"}, lora_A, {"x"}, x);
+    check_rank(op, {"lora_A"}, lora_A.size(0));
+    check_features(op, {"x"}, x, {"lora_A"}, lora_A.size(1), "in_features");
+
+    const typename Device::Guard guard(x);
+    ForwardCall call{.layers = {},
+                     .x = flatten_tokens(x),
+                     .xa = empty(sizes_with_last(x, lora_A.size(0)), accumulation_dtype(dtype_of(x)), x)};
+    LoraForwardParams& p = call.params;
+    p.num_tokens = count_tokens(x), p.in_features = lora_A.size(1), p.total_rank = lora_A.size(0);
+    p.x = call.x.const_data_ptr(), p.x_stride = call.x.stride(0), p.xa = call.xa.mutable_data_ptr();
+    p.dtype = dtype_of(x), p.factor_dtype = dtype_of(lora_A);
+    p.products = Products::kShrink, p.num_siblings = 1;
+    const Tensor& factor = call.kept.emplace_back(as_contiguous(lora_A));
+    p.siblings[0] = {.rank = p.total_rank, .lora_A = factor.const_data_ptr(), .scale = 1.0};
+    Device::forward(call);
+    return std::move(call.xa);
+  }
+
+  static Tensor lora_expand(const Tensor& base, const Tensor& xa, const Tensor& lora_B,
+                            const std::optional<Tensor>& bias) {
+    const char* const op = "lora_expand";
+    check_matrix(op, {"lora_B"}, lora_B, {"base"}, base);
+    check_rank(op, {"lora_B"}, lora_B.size(1));
+    check_features(op, {"base"}, base, {"lora_B"}, lora_B.size(0), "out_features");
+    check_low_rank(op, {"xa"}, xa, {"lora_B"}, lora_B.size(1), {"base"}, base);
+    if (bias) {
+      STD_TORCH_CHECK(bias->dim() == 1, op, ": bias has ", bias->dim(), " dimensions, want 1");
+      check_tokens(op, {"bias"}, *bias, {"base"}, base, lora_B.size(0), "out_features");
+    }
+
+    const typename Device::Guard guard(base);
+    ForwardCall call{.layers = {}, .x = as_contiguous(base), .xa = as_contiguous(xa)};
+    LoraForwardParams& p = call.params;
+    p.num_tokens = count_tokens(base), p.total_rank = lora_B.size(1);
+    p.xa = const_cast<void*>(call.xa.const_data_ptr());  // read, as products says
+    p.dtype = dtype_of(base), p.factor_dtype = dtype_of(lora_B);
+    p.products = Products::kExpand, p.num_siblings = 1;
+    call.kept.reserve(2);
+    const Tensor& factor = call.kept.emplace_back(as_contiguous(lora_B));
+    const auto sizes = base.sizes();
+    const Tensor& y = call.y.emplace_back(empty({sizes.begin(), sizes.end()}, p.dtype, base));
+    p.siblings[0] = {.out_features = lora_B.size(0),
+                     .rank = p.total_rank,
+                     .lora_B = factor.const_data_ptr(),
+                     .bias = bias ? call.kept.emplace_back(as_contiguous(*bias)).const_data_ptr() : nullptr,
+                     .base = call.x.const_data_ptr(),
+                     .y = y.mutable_data_ptr()};
+    Device::forward(call);
+    return std::move(call.y[0]);
+  }
+
+  static std::tuple<std::optional<Tensor>, std::optional<Tensor>> lora_shrink_backward(
+      const Tensor& grad_xa, const Tensor& x, const Tensor& lora_A, const std::optional<Tensor>& base,
+      const std::vector<bool>& output_mask) {
+    const char* const op = "lora_shrink_backward";
+    check_two_outputs(op, output_mask);
+    check_matrix(op, {"lora_A"}, lora_A, {"x"}, x);
+    check_rank(op, {"lora_A"}, lora_A.size(0));
+    check_features(op, {"x"}, x, {"lora_A"}, lora_A.size(1), "in_features");
+    check_low_rank(op, {"grad_xa"}, grad_xa, {"lora_A"}, lora_A.size(0), {"x"}, x);
+    if (base) check_like(op, {"base"}, *base, {"x"}, x);
+
+    const typename Device::Guard guard(x);
+    BackwardCall call{.layers = {}};
+    LoraBackwardParams& p = call.params;
+    const Tensor& rows = call.grad_y.emplace_back(as_contiguous(grad_xa));  // in its place as the pass to come has it
+    p.num_tokens = count_tokens(x), p.in_features = lora_A.size(1), p.total_rank = lora_A.size(0);
+    p.grad_xa = const_cast<void*>(rows.const_data_ptr());  // read, as products says
+    p.dtype = dtype_of(x), p.factor_dtype = dtype_of(lora_A);
+    p.products = Products::kShrink, p.num_siblings = 1;
+    call.kept.reserve(3);
+    const Tensor& factor = call.kept.emplace_back(as_contiguous(lora_A));
+    p.siblings[0] = {.rank = p.total_rank, .lora_A = factor.const_data_ptr(), .scale = 1.0};
+    if (output_mask[0]) {
+      const auto sizes = x.sizes();
+      call.grad_x = empty({sizes.begin(), sizes.end()}, p.dtype, x);
+      p.grad_x = call.grad_x->mutable_data_ptr();
+      if (base) p.base = call.kept.emplace_back(as_contiguous(*base)).const_data_ptr();
+    }
+    if (output_mask[1]) {
+      const Tensor& x_rows = call.kept.emplace_back(flatten_tokens(x));
+      p.x = x_rows.const_data_ptr(), p.x_stride = x_rows.stride(0);
+      const Tensor& grad = call.grad_lora_A.emplace_back(empty({p.total_rank, p.in_features}, p.factor_dtype, x));
+      p.siblings[0].grad_lora_A = grad.mutable_data_ptr();
+    }
+    if (!call.wants_nothing()) Device::backward(call);
+    return {std::move(call.grad_x), only(call.grad_lora_A)};
+  }
+
+  static std::tuple<std::optional<Tensor>, std::optional<Tensor>> lora_expand_backward(
+      const Tensor& grad_y, const std::optional<Tensor>& xa, const Tensor& lora_B,
+      const std::vector<bool>& output_mask) {
+    const char* const op = "lora_expand_backward";
+    check_two_outputs(op, output_mask);
+    check_matrix(op, {"lora_B"}, lora_B, {"grad_y"}, grad_y);
+    check_rank(op, {"lora_B"}, lora_B.size(1));
+    check_features(op, {"grad_y"}, grad_y, {"lora_B"}, lora_B.size(0), "out_features");
+    STD_TORCH_CHECK(xa.has_value() || !output_mask[1], op, ": grad_lora_B is wanted but xa is None");
+    if (xa) check_low_rank(op, {"xa"}, *xa, {"lora_B"}, lora_B.size(1), {"grad_y"}, grad_y);
+
+    const typename Device::Guard guard(grad_y);
+    BackwardCall call{.layers = {}};
+    LoraBackwardParams& p = call.params;
+    const Tensor& rows = call.grad_y.emplace_back(flatten_tokens(grad_y));
+    p.num_tokens = count_tokens(grad_y), p.total_rank = lora_B.size(1);
+    p.dtype = dtype_of(grad_y), p.factor_dtype = dtype_of(lora_B);
+    p.products = Products::kExpand, p.num_siblings = 1;
+    call.kept.reserve(2);
+    const Tensor& factor = call.kept.emplace_back(as_contiguous(lora_B));
+    p.siblings[0] = {.out_features = lora_B.size(0),
+                     .rank = p.total_rank,
+                     .grad_y = rows.const_data_ptr(),
+                     .lora_B = factor.const_data_ptr(),
+                     .grad_y_stride = rows.stride(0),
+                     .scale = 1.0};
+    std::optional<Tensor> grad_xa;
+    if (output_mask[0]) {
+      grad_xa = empty(sizes_with_last(grad_y, p.total_rank), accumulation_dtype(p.dtype), grad_y);
+      p.grad_xa = grad_xa->mutable_data_ptr();
+    }
+    if (output_mask[1]) {
+      p.xa = call.kept.emplace_back(as_contiguous(*xa)).const_data_ptr();
+      const Tensor& grad = call.grad_lora_B.emplace_back(empty({lora_B.size(0), p.total_rank}, p.factor_dtype, grad_y));
+      p.siblings[0].grad_lora_B = grad.mutable_data_ptr();
+    }
+    if (output_mask[0] || output_mask[1]) Device::backward(call);
+    return {std::move(grad_xa), only(call.grad_lora_B)};
+  }
+};
+
+}  // namespace lora_ext
+
+// Inside STABLE_TORCH_LIBRARY_IMPL(lora_ext, <key>, m).
+#define LORA_EXT_REGISTER_SHRINK_EXPAND_OPS(m, Ops)                      \
+  m.impl("lora_shrink", TORCH_BOX(&Ops::lora_shrink));                   \
+  m.impl("lora_shrink_backward", TORCH_BOX(&Ops::lora_shrink_backward)); \
+  m.impl("lora_expand", TORCH_BOX(&Ops::lora_expand));                   \
+  m.impl("lora_expand_backward", TORCH_BOX(&Ops::lora_expand_backward))
