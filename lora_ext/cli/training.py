@@ -36,6 +36,8 @@ def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) 
     add("--r", type=int, metavar="RANK", help="rank of the adapters")
     add("--lora-alpha", type=float, metavar="ALPHA", help="the update is scaled by ALPHA / RANK")
     add("--lora-dropout", type=float, metavar="P", help="dropout on the adapters' input")
+    ratio = "learning rate of lora_B over that of all else (LoRA+, arXiv 2402.12354)"
+    add("--lora-plus-ratio", type=float, metavar="RATIO", help=ratio)
     targets = "layers to adapt: of q,k,v,o; or module names; or all-linear; or a regex"
     add("--target-modules", metavar="NAMES", help=targets)
     add("--modules-to-save", metavar="NAMES", help="modules to train in full beside the head")

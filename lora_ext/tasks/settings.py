@@ -42,6 +42,7 @@ class Settings:
     r: int = 8
     lora_alpha: float = 16.0
     lora_dropout: float = 0.1
+    lora_plus_ratio: float = 1.0
     target_modules: str = "all-linear"
     modules_to_save: str | None = None
     bottleneck_size: int = 16
@@ -65,7 +66,9 @@ class Settings:
             object.__setattr__(self, "learning_rate", min(rates))  # in files and messages, what is used
         if self.modules_to_save is not None and "lora" not in names:
             raise TaskError(f"--modules-to-save goes with lora, not with --method {self.method}")
-        for name in ("epochs", "batch_size", "learning_rate", "max_length"):
+        if self.lora_plus_ratio != 1.0 and "lora" not in names:
+            raise TaskError(f"--lora-plus-ratio goes with lora, not with --method {self.method}")
+        for name in ("epochs", "batch_size", "learning_rate", "lora_plus_ratio", "max_length"):
             if not 0 < getattr(self, name) < math.inf:
                 raise TaskError(f"--{name.replace('_', '-')} is {getattr(self, name)}, want a finite number above 0")
         if self.precision not in PRECISIONS:

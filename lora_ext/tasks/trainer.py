@@ -29,7 +29,26 @@ class FinetuneTrainer(Trainer):
     """Writes only what is trained, and draws the same batches in a resumed run.
 
     Evaluation and prediction keep the order of the dataset.
+
+    Attributes:
+        lora_plus_ratio: the learning rate of ``lora_B`` over that of all else (LoRA+, Hayou et al. 2024, arXiv
+            2402.12354).
     """
+
+    lora_plus_ratio = 1.0
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        factors = {id(parameter) for name, parameter in self.model.named_parameters() if name.endswith(".lora_B")}
+        for group in list(optimizer.param_groups) if self.lora_plus_ratio != 1.0 else ():
+            faster = [parameter for parameter in group["params"] if id(parameter) in factors]
+            if faster:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in factors]
+                rate = self.lora_plus_ratio * group["lr"]
+                optimizer.add_param_group({**group, "params": faster, "lr": rate})
+        return optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -163,6 +182,7 @@ def build_trainer(model, settings: Settings, out: Path, train, validation, colla
             "macro_f1": macro_f1(output.predictions.argmax(-1), output.label_ids),
         },
     )
+    trainer.lora_plus_ratio = settings.lora_plus_ratio
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_LossInBar())
     return trainer

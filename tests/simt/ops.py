@@ -1,8 +1,8 @@
 """The kernels behind lora_linear, as functions of torch tensors: allocate device memory, launch, fetch the results.
 
 Beside the numbers every run checks what tests/simt finds, that every byte of every output was written, and that the
-launch kept to the workspace it had asked for. The base product is not the kernels' business: y and grad_x hold it when
-`accumulate` says so, else they begin undefined.
+launch kept to the workspace it had asked for. The base product is not the kernels' business: y and grad_x hold it where
+`base` is theirs, else they begin undefined.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def lora_forward(
     library = library or kernels()
     library.reset(schedule)
     p = params.LoraForwardParams(num_tokens=x.shape[0], in_features=x.shape[1], x_stride=x.stride(0))
-    p.dtype, p.accumulate, p.threshold = DTYPES[x.dtype], ys is not None, dropout_threshold(dropout_p)
+    p.dtype, p.threshold = DTYPES[x.dtype], dropout_threshold(dropout_p)
     _fill_siblings(p, siblings, dropout_p)
     p.x = library.upload(x, "x")
     acc = accumulation_dtype(x.dtype)
@@ -103,6 +103,7 @@ def lora_forward(
         s.lora_A, s.lora_B = library.upload(sibling.lora_A, "lora_A"), library.upload(sibling.lora_B, "lora_B")
         s.bias = library.upload(sibling.bias, "bias")
         s.y = library.upload(ys[i], "y") if ys else library.allocate(x.shape[0] * s.out_features * x.itemsize, "y")
+        s.base = s.y if ys else None
     run(p, library)
     results = [library.download(s.y, (x.shape[0], s.out_features), x.dtype, "y") for s in p.siblings[: p.num_siblings]]
     xa = library.download(p.xa, (p.num_tokens, p.total_rank), acc, "xa")
@@ -127,7 +128,7 @@ def lora_backward(
     library.reset(schedule)
     want_x, want_A, want_B = output_mask
     p = params.LoraBackwardParams(num_tokens=x.shape[0], in_features=x.shape[1], x_stride=x.stride(0))
-    p.dtype, p.accumulate = DTYPES[x.dtype], grad_x is not None
+    p.dtype = DTYPES[x.dtype]
     _fill_siblings(p, siblings, dropout_p)
     if want_A:
         p.x = library.upload(x, "x")
@@ -138,6 +139,7 @@ def lora_backward(
     if want_x:
         num_bytes = x.numel() * x.itemsize
         p.grad_x = library.allocate(num_bytes, "grad_x") if grad_x is None else library.upload(grad_x, "grad_x")
+        p.base = None if grad_x is None else p.grad_x
     for s, sibling, grad_y in zip(p.siblings, siblings, grad_ys, strict=False):
         A, B = sibling.lora_A, sibling.lora_B
         s.grad_y, s.grad_y_stride = library.upload(grad_y, "grad_y"), grad_y.stride(0)
@@ -155,6 +157,89 @@ def lora_backward(
         if want_B:
             result.grad_Bs.append(library.download(s.grad_lora_B, tuple(B.shape), B.dtype, "grad_lora_B"))
     return result
+
+
+SHRINK, EXPAND = 1, 2  # csrc/common/params.h: Products
+
+
+def _product(params_type, products: int, like: Tensor, factor: Tensor) -> ctypes.Structure:
+    """Parameters of one of the products, without dropout, scaling or siblings."""
+    rank, features = factor.shape if products == SHRINK else factor.shape[::-1]
+    p = params_type(num_tokens=like.shape[0], total_rank=rank, products=products, num_siblings=1)
+    p.dtype, p.factor_dtype = DTYPES[like.dtype], DTYPES[factor.dtype]
+    p.siblings[0].rank, p.siblings[0].scale = rank, 1.0
+    if products == SHRINK:
+        p.in_features = features
+    else:
+        p.siblings[0].out_features = features
+    return p
+
+
+def shrink(x: Tensor, lora_A: Tensor, schedule: int = 0) -> Tensor:
+    library = kernels()
+    library.reset(schedule)
+    p = _product(params.LoraForwardParams, SHRINK, x, lora_A)
+    acc = accumulation_dtype(x.dtype)
+    p.x, p.x_stride = library.upload(x, "x"), x.stride(0)
+    p.siblings[0].lora_A = library.upload(lora_A, "lora_A")
+    p.xa = library.allocate(p.num_tokens * p.total_rank * acc.itemsize, "xa")
+    run(p, library)
+    return library.download(p.xa, (p.num_tokens, p.total_rank), acc, "xa")
+
+
+def expand(base: Tensor, xa: Tensor, lora_B: Tensor, bias: Tensor | None, schedule: int = 0) -> Tensor:
+    library = kernels()
+    library.reset(schedule)
+    p = _product(params.LoraForwardParams, EXPAND, base, lora_B)
+    s = p.siblings[0]
+    p.xa, s.lora_B = library.upload(xa, "xa"), library.upload(lora_B, "lora_B")
+    s.base, s.bias = library.upload(base, "base"), library.upload(bias, "bias")
+    s.y = library.allocate(base.numel() * base.itemsize, "y")
+    run(p, library)
+    return library.download(s.y, tuple(base.shape), base.dtype, "y")
+
+
+def shrink_backward(
+    grad_xa: Tensor, x: Tensor, lora_A: Tensor, base: Tensor | None, output_mask: tuple[bool, bool], schedule: int = 0
+) -> tuple[Tensor | None, Tensor | None]:
+    library = kernels()
+    library.reset(schedule)
+    want_x, want_A = output_mask
+    p = _product(params.LoraBackwardParams, SHRINK, x, lora_A)
+    s = p.siblings[0]
+    p.grad_xa, s.lora_A = library.upload(grad_xa, "grad_xa"), library.upload(lora_A, "lora_A")
+    if want_x:
+        p.grad_x, p.base = library.allocate(x.numel() * x.itemsize, "grad_x"), library.upload(base, "base")
+    if want_A:
+        p.x, p.x_stride = library.upload(x, "x"), x.stride(0)
+        s.grad_lora_A = library.allocate(lora_A.numel() * lora_A.itemsize, "grad_lora_A")
+    run(p, library)
+    return (
+        library.download(p.grad_x, tuple(x.shape), x.dtype, "grad_x") if want_x else None,
+        library.download(s.grad_lora_A, tuple(lora_A.shape), lora_A.dtype, "grad_lora_A") if want_A else None,
+    )
+
+
+def expand_backward(
+    grad_y: Tensor, xa: Tensor, lora_B: Tensor, output_mask: tuple[bool, bool], schedule: int = 0
+) -> tuple[Tensor | None, Tensor | None]:
+    library = kernels()
+    library.reset(schedule)
+    want_xa, want_B = output_mask
+    p = _product(params.LoraBackwardParams, EXPAND, grad_y, lora_B)
+    s, acc = p.siblings[0], accumulation_dtype(grad_y.dtype)
+    s.grad_y, s.grad_y_stride = library.upload(grad_y, "grad_y"), grad_y.stride(0)
+    s.lora_B = library.upload(lora_B, "lora_B")
+    if want_xa:
+        p.grad_xa = library.allocate(p.num_tokens * p.total_rank * acc.itemsize, "grad_xa")
+    if want_B:
+        p.xa = library.upload(xa, "xa")
+        s.grad_lora_B = library.allocate(lora_B.numel() * lora_B.itemsize, "grad_lora_B")
+    run(p, library)
+    return (
+        library.download(p.grad_xa, (p.num_tokens, p.total_rank), acc, "grad_xa") if want_xa else None,
+        library.download(s.grad_lora_B, tuple(lora_B.shape), lora_B.dtype, "grad_lora_B") if want_B else None,
+    )
 
 
 def dropout_mask(seed: int, num_tokens: int, in_features: int, dropout_p: float, schedule: int = 0) -> Tensor:
