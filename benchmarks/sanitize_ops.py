@@ -9,6 +9,7 @@ dtype, ranks of one and of several tiles. Results are compared with float64, so 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,12 @@ def results(function, tensors: list[Tensor], grad_y: Tensor, seed: Tensor) -> li
     return [y, *torch.autograd.grad(y, leaves, grad_y)]
 
 
+def bottleneck_results(function, tensors: list[Tensor], to: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    *leaves, residual = (to(tensor.detach()).requires_grad_() for tensor in tensors)
+    y = function(*leaves, "gelu", residual)
+    return [y, *torch.autograd.grad(y, [*leaves, residual], residual.detach())]
+
+
 def worst_error(shape: tuple[int, int, int, int], dtypes: tuple[torch.dtype, torch.dtype]) -> float:
     num_tokens, in_features, out_features, rank = shape
     sizes = [(num_tokens, in_features), (out_features, in_features), (out_features,)]
@@ -53,6 +60,10 @@ def worst_error(shape: tuple[int, int, int, int], dtypes: tuple[torch.dtype, tor
     ours.append(functional.lora_delta_(y, on_gpu[0], on_gpu[3], on_gpu[4], 0.75, 0.3, seed.cuda()))
     x, A, B = (tensors[i].double() for i in (0, 3, 4))
     exact.append(grad_y.double() + reference.lora_delta(x, A, B, 0.75, 0.3, seed))
+
+    narrow = (tensors[3], torch.randn(rank).to(dtypes[1]), tensors[4], tensors[2])
+    exact += bottleneck_results(reference.bottleneck, [tensors[0], *narrow, grad_y], torch.Tensor.double)
+    ours += bottleneck_results(functional.bottleneck, [tensors[0], *narrow, grad_y], torch.Tensor.cuda)
 
     base = nn.Linear(in_features, out_features, bias=False).to(dtypes[0])
     layer = LoraLinear(base, LoraAdapter(in_features, out_features, rank, rank, dtype=dtypes[1])).eval()

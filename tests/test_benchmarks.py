@@ -21,6 +21,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import bench_analyze  # noqa: E402
+import bench_bottleneck  # noqa: E402
 import bench_finetune  # noqa: E402
 import bench_inject  # noqa: E402
 import bench_merge  # noqa: E402
@@ -90,6 +91,20 @@ def test_the_compiled_layer_is_one_graph_of_its_shape(run):
 def test_siblings(run):
     rows = run("bench_siblings", "--shapes", "8x16x24")["rows"]
     assert all(list(row["ratio"]) == ["siblings", "separate", *PEERS[1:]] for row in rows) and len(rows) == 2
+
+
+def test_bottleneck(run):
+    rows = run("bench_bottleneck", "--shapes", "8x16x16", "--size", "4")["rows"]
+    assert all(list(row["training"]) == list(row["forward"]) == ["lora_ext", "compiled"] for row in rows)
+    assert len(rows) == 2
+    with pytest.raises(SystemExit, match="--shapes 8 x 16 -> 24: a bottleneck's residual is its input"):
+        run("bench_bottleneck", "--shapes", "8x16x24")
+
+
+def test_disagreement_of_bottlenecks_is_refused(run, monkeypatch):
+    monkeypatch.setattr(bench_bottleneck.Ours, "forward", lambda self, x: 1.1 * bench_bottleneck.Plain.forward(self, x))
+    with pytest.raises(SystemExit, match="lora_ext is off by .*: not timed"):
+        run("bench_bottleneck", "--shapes", "8x16x16")
 
 
 def test_decode(run):

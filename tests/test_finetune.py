@@ -225,6 +225,35 @@ def test_every_method_learns_and_resumes(tiny: Settings, tmp_path: Path, method:
     torch.testing.assert_close(logits, torch.tensor([row["logits"] for row in rows]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["full", *sorted({*METHODS, "lora+prefix-layer"} - {"full"})])
+def test_every_method_learns_in_bfloat16(tiny: Settings, tmp_path: Path, method: str):
+    rates = {"bitfit": 0.1, "head-only": 0.1, "full": 5e-3}
+    rate = rates.get(method, tiny.learning_rate)
+    settings = Settings(**{**vars(tiny), "method": method, "learning_rate": rate, "precision": "bfloat16"})
+    metrics = finetune(settings, tmp_path)
+    assert metrics["after"]["accuracy"] > 0.6 > metrics["before"]["accuracy"]
+    weights = load_file(
+        next(tmp_path.glob("adapter/*.safetensors") if method != "full" else tmp_path.glob("model/*.saf*"))
+    )
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    if method == "lora":  # merged in float32, the products differ by their rounding
+        assert 0 < metrics["merged"]["max_logit_difference"] < 0.2
+
+
+def test_lora_plus_is_a_higher_rate_of_lora_B_alone(tiny: Settings, tmp_path: Path):
+    """The first step of AdamW moves each number by its learning rate, or hardly less where the gradient is tiny."""
+    settings = Settings(**{**vars(tiny), "lora_plus_ratio": 4.0, "epochs": 0.01, "warmup": 0.0, "lora_dropout": 0.0})
+    finetune(settings, tmp_path)
+    trained = adapter_weights(tmp_path)
+    moved = {name: tensor.abs().max().item() for name, tensor in trained.items() if "lora_B" in name}  # from zero
+    most = 4 * settings.learning_rate
+    assert moved and all(0.9 * most < value < most * (1 + 1e-5) for value in moved.values())
+    with pytest.raises(TaskError, match="--lora-plus-ratio goes with lora, not with --method bitfit"):
+        Settings(method="bitfit", lora_plus_ratio=4.0)
+    with pytest.raises(TaskError, match="--lora-plus-ratio is 0.0, want a finite number above 0"):
+        Settings(lora_plus_ratio=0.0)
+
+
 def test_full_fine_tuning_saves_a_whole_model(tiny: Settings, tmp_path: Path):
     settings = Settings(**{**vars(tiny), "method": "full", "learning_rate": 5e-3, "epochs": 2})
     metrics = finetune(settings, tmp_path)
