@@ -308,6 +308,14 @@ def test_data_that_cannot_train_a_classifier(tiny: Settings, tmp_path: Path, row
         finetune(Settings(**{**vars(tiny), "data": str(data)}), tmp_path / "out")
 
 
+def test_texts_that_leave_no_room_for_special_tokens(tiny: Settings, tmp_path: Path):
+    settings = Settings(**{**vars(tiny), "method": "prefix-embed", "prefix_length": 26, "infix_length": 1})
+    message = r"a text has \d+ tokens, but the model has 32 positions, .* takes 27; want --max-length 5, or fewer"
+    with pytest.raises(TaskError, match=message):
+        finetune(settings, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_labels_that_only_the_test_file_has(tiny: Settings, tmp_path: Path):
     test_file = tiny_classifier.save_reviews(tmp_path / "test.csv", [("the plot is fine", "positive")])
     with pytest.raises(TaskError, match=r"labels \['positive'\] occur in the test texts only; for training there are"):

@@ -29,8 +29,8 @@ def measure_costs(
     """Median milliseconds of a step and of a forward under each of ``settings``, which are for one model and data.
 
     All models share one set of frozen weights, and take turns in every round, so that a busy machine slows all alike.
-    A step is forward, backward and AdamW on ``batch_size`` texts of median length; a forward is in eval mode, without
-    autograd, on as many of the longest texts. Quartiles are of the rounds.
+    A step is forward, backward and AdamW on a method's own ``batch_size`` of texts of median length; a forward is in
+    eval mode, without autograd, on the first one's number of the longest texts. Quartiles are of the rounds.
 
     Returns:
         By the labels of ``settings``: ``step_ms``, ``forward_ms`` and, of LoRA, ``merged_forward_ms``, each a dict of
@@ -43,12 +43,13 @@ def measure_costs(
     set_seed(first.seed)
     tokenizer, base = load_model(path, labels, first.max_length)
     rows = encode(splits.train, tokenizer, labels, first.max_length).rows
-    collate, size = DataCollatorWithPadding(tokenizer), min(first.batch_size, len(rows))
-    middle = (len(rows) - size) // 2
+    collate = DataCollatorWithPadding(tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base.to(device).eval()
-    step_batch = collate(rows[middle : middle + size]).to(device)
-    long_batch = collate(rows[-size:]).to(device)
+    step_batches = {
+        label: collate(_of_median_length(rows, own.batch_size)).to(device) for label, own in settings.items()
+    }
+    long_batch = collate(rows[-first.batch_size :]).to(device)
 
     adapted, trained, merged = {}, {}, {}
     for label, own in settings.items():
@@ -56,7 +57,7 @@ def measure_costs(
         trained[label] = {id(p) for p in adapted[label].parameters() if p.requires_grad}
         if own.method == "lora":
             merged[label] = merge_and_unload(adapt(copy.deepcopy(base), own, path)).eval()
-    steps = _step_times(adapted, trained, settings, step_batch, on_progress)
+    steps = _step_times(adapted, trained, settings, step_batches, on_progress)
     for model in adapted.values():
         model.eval()
     names = {("base", "forward_ms"): base}
@@ -70,6 +71,11 @@ def measure_costs(
     return costs
 
 
+def _of_median_length(rows: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
+    begin = max(0, (len(rows) - size) // 2)
+    return rows[begin : begin + size]
+
+
 def _sharing(model: PreTrainedModel) -> PreTrainedModel:
     """A copy with the very parameters of ``model``."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
@@ -79,7 +85,7 @@ def _step_times(
     models: Mapping[str, nn.Module],
     trained: Mapping[str, set[int]],
     settings: Mapping[str, Settings],
-    batch: Mapping[str, torch.Tensor],
+    batches: Mapping[str, Mapping[str, torch.Tensor]],
     on_progress: Callable[[float], None],
 ) -> dict[str, list[float]]:
     synchronize: Callable[[], None] = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
@@ -95,7 +101,7 @@ def _step_times(
                 parameter.requires_grad_(id(parameter) in trained[label])
             synchronize()
             start = time.perf_counter()
-            forwards[label](**batch).loss.backward()
+            forwards[label](**batches[label]).loss.backward()
             optimizers[label].step()
             optimizers[label].zero_grad()
             synchronize()

@@ -25,6 +25,7 @@ from transformers import (
 
 from lora_ext.adapters import merge_and_unload, trainable_parameter_counts
 from lora_ext.methods import Method, apply_method, head_parameter_count, new_method, option_names, save_method
+from lora_ext.methods.prefix_embed import SpecialTokens
 
 from . import TaskError, demo, report
 from .data import Example, Splits, label_names, read_examples, split_examples, without_texts_of
@@ -81,6 +82,7 @@ def finetune(
     trainable, total = trainable_parameter_counts(model)
     say("tokenising ...")
     train_rows, validation_rows, test_rows = (encode(split, tokenizer, labels, settings.max_length) for split in splits)
+    _check_room(model, [*train_rows.rows, *validation_rows.rows, *test_rows.rows])
     prepare_out(out, _OUTPUTS, resume, settings.save)
     trainer = build_trainer(
         model, settings, out, train_rows.rows, validation_rows.rows, DataCollatorWithPadding(tokenizer)
@@ -229,6 +231,19 @@ def encode(examples: list[Example], tokenizer: PreTrainedTokenizerBase, labels: 
     classes = [labels.index(examples[index].label) for index in order]
     rows = [{"input_ids": token_ids[index], "labels": label} for index, label in zip(order, classes, strict=True)]
     return Encoded([examples[index] for index in order], rows, np.array(classes))
+
+
+def _check_room(model: PreTrainedModel, rows: list[dict[str, Any]]) -> None:
+    """TaskError: the longest text and the special tokens of prefix-embed are more than the model has positions for."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    for module in model.modules():
+        if isinstance(module, SpecialTokens) and module.max_positions is not None:
+            room = module.max_positions - module.special_tokens
+            if longest > room:
+                raise TaskError(
+                    f"a text has {longest} tokens, but the model has {module.max_positions} positions, of which "
+                    f"prefix-embed takes {module.special_tokens}; want --max-length {room}, or fewer special tokens"
+                )
 
 
 def _latencies(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,8 @@ def _count(settings: PlanSettings, config: PretrainedConfig, setup: Setup) -> di
             f"--model: {config.model_type} cannot run without data, which planning has none of: {reason}"
         ) from error
     return {
+        "command": ["lora-ext", *sys.argv[1:]],
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": settings.finetune.model or "demo",
         "model_type": config.model_type,
         "task": task,
