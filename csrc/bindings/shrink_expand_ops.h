@@ -65,7 +65,8 @@ struct ShrinkExpandOps {
     p.dtype = dtype_of(x), p.factor_dtype = dtype_of(lora_A);
     p.products = Products::kShrink, p.num_siblings = 1;
     const Tensor& factor = call.kept.emplace_back(as_contiguous(lora_A));
-    p.siblings[0] = {.rank = p.total_rank, .lora_A = factor.const_data_ptr(), .scale = 1.0};
+    LoraForwardSibling& s = p.siblings[0];
+    s.rank = p.total_rank, s.lora_A = factor.const_data_ptr(), s.scale = 1.0;
     Device::forward(call);
     return std::move(call.xa);
   }
@@ -93,12 +94,10 @@ struct ShrinkExpandOps {
     const Tensor& factor = call.kept.emplace_back(as_contiguous(lora_B));
     const auto sizes = base.sizes();
     const Tensor& y = call.y.emplace_back(empty({sizes.begin(), sizes.end()}, p.dtype, base));
-    p.siblings[0] = {.out_features = lora_B.size(0),
-                     .rank = p.total_rank,
-                     .lora_B = factor.const_data_ptr(),
-                     .bias = bias ? call.kept.emplace_back(as_contiguous(*bias)).const_data_ptr() : nullptr,
-                     .base = call.x.const_data_ptr(),
-                     .y = y.mutable_data_ptr()};
+    LoraForwardSibling& s = p.siblings[0];
+    s.out_features = lora_B.size(0), s.rank = p.total_rank, s.lora_B = factor.const_data_ptr();
+    if (bias) s.bias = call.kept.emplace_back(as_contiguous(*bias)).const_data_ptr();
+    s.base = call.x.const_data_ptr(), s.y = y.mutable_data_ptr();
     Device::forward(call);
     return std::move(call.y[0]);
   }
@@ -124,7 +123,8 @@ struct ShrinkExpandOps {
     p.products = Products::kShrink, p.num_siblings = 1;
     call.kept.reserve(3);
     const Tensor& factor = call.kept.emplace_back(as_contiguous(lora_A));
-    p.siblings[0] = {.rank = p.total_rank, .lora_A = factor.const_data_ptr(), .scale = 1.0};
+    LoraBackwardSibling& s = p.siblings[0];
+    s.rank = p.total_rank, s.lora_A = factor.const_data_ptr(), s.scale = 1.0;
     if (output_mask[0]) {
       const auto sizes = x.sizes();
       call.grad_x = empty({sizes.begin(), sizes.end()}, p.dtype, x);
@@ -135,7 +135,7 @@ struct ShrinkExpandOps {
       const Tensor& x_rows = call.kept.emplace_back(flatten_tokens(x));
       p.x = x_rows.const_data_ptr(), p.x_stride = x_rows.stride(0);
       const Tensor& grad = call.grad_lora_A.emplace_back(empty({p.total_rank, p.in_features}, p.factor_dtype, x));
-      p.siblings[0].grad_lora_A = grad.mutable_data_ptr();
+      s.grad_lora_A = grad.mutable_data_ptr();
     }
     if (!call.wants_nothing()) Device::backward(call);
     return {std::move(call.grad_x), only(call.grad_lora_A)};
@@ -161,12 +161,9 @@ struct ShrinkExpandOps {
     p.products = Products::kExpand, p.num_siblings = 1;
     call.kept.reserve(2);
     const Tensor& factor = call.kept.emplace_back(as_contiguous(lora_B));
-    p.siblings[0] = {.out_features = lora_B.size(0),
-                     .rank = p.total_rank,
-                     .grad_y = rows.const_data_ptr(),
-                     .lora_B = factor.const_data_ptr(),
-                     .grad_y_stride = rows.stride(0),
-                     .scale = 1.0};
+    LoraBackwardSibling& s = p.siblings[0];
+    s.out_features = lora_B.size(0), s.rank = p.total_rank, s.lora_B = factor.const_data_ptr(), s.scale = 1.0;
+    s.grad_y = rows.const_data_ptr(), s.grad_y_stride = rows.stride(0);
     std::optional<Tensor> grad_xa;
     if (output_mask[0]) {
       grad_xa = empty(sizes_with_last(grad_y, p.total_rank), accumulation_dtype(p.dtype), grad_y);
@@ -175,7 +172,7 @@ struct ShrinkExpandOps {
     if (output_mask[1]) {
       p.xa = call.kept.emplace_back(as_contiguous(*xa)).const_data_ptr();
       const Tensor& grad = call.grad_lora_B.emplace_back(empty({lora_B.size(0), p.total_rank}, p.factor_dtype, grad_y));
-      p.siblings[0].grad_lora_B = grad.mutable_data_ptr();
+      s.grad_lora_B = grad.mutable_data_ptr();
     }
     if (output_mask[0] || output_mask[1]) Device::backward(call);
     return {std::move(grad_xa), only(call.grad_lora_B)};
