@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from .costs import measure_costs
 from .finetune import load_task_model, method_for
 from .many_runs import Run, in_process, run_all, settings_for
 from .markdown import table
-from .run_directory import check_out, prepare_out, write_whole
+from .run_directory import check_out, leave_results, prepare_out, write_json
 from .settings import COMPARE_FILE, Settings
 from .spread import percent, summary, winner
 
@@ -58,13 +56,12 @@ def compare(
     runs = [Run(label, settings_for(label, options, seed)) for label in settings for seed in dict.fromkeys(seeds)]
     _check(settings)
     plan = {"methods": list(settings), "seeds": list(dict.fromkeys(seeds)), "options": dict(options)}
-    prepare_out(out, _OUTPUTS, resume, lambda out: write_whole(out / COMPARE_FILE, json.dumps(plan, indent=2) + "\n"))
+    prepare_out(out, _OUTPUTS, resume, lambda out: write_json(out / COMPARE_FILE, plan))
 
     metrics = run_all(runs, out, "compare", jobs)
     costs = _costs(settings, out, say)
     result = {
-        "command": ["lora-ext", *sys.argv[1:]],
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **report.made_by(),
         "machine": report.machine(),
         **plan,
         "methods": [_row(label, [metrics[run] for run in runs if run.label == label], costs) for label in settings],
@@ -73,9 +70,7 @@ def compare(
     }
     result["best"] = winner({row["label"]: row["accuracy"] for row in result["methods"]})
     _plot(out / "compare.png", result)
-    write_whole(out / "compare.md", markdown(result))
-    write_whole(out / "compare.json", json.dumps(result, indent=2) + "\n")
-    say(f"{markdown(result)}\nin {out}: compare.json, compare.md, compare.png; runs/ has every run")
+    leave_results(out, "compare", result, markdown(result), say)
     return result
 
 
@@ -98,7 +93,7 @@ def _costs(settings: Mapping[str, Settings], out: Path, say: Callable[[str], Non
         return known["costs"]
     say("measuring a training step and a forward of every method ...")
     costs = in_process(measure_costs, dict(settings), log=out / "costs.log")
-    write_whole(path, json.dumps({**wanted, "costs": costs}, indent=2) + "\n")
+    write_json(path, {**wanted, "costs": costs})
     return costs
 
 

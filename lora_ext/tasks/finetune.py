@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,8 +95,7 @@ def finetune(
     logits = predict(trainer, test_rows.rows)
 
     metrics: dict[str, Any] = {
-        "command": ["lora-ext", *sys.argv[1:]],
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **report.made_by(),
         "machine": report.machine(),
         "settings": asdict(settings),
         "id2label": {str(index): label for index, label in enumerate(labels)},

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +12,10 @@ from transformers import PretrainedConfig
 
 from lora_ext.planner import WEIGHT_DTYPES, Change, Memory, Planner, Setup, changes_that_fit
 
-from . import TaskError, plan_report
+from . import TaskError, plan_report, report
 from .finetune import method_for
 from .plan_models import TASKS, ConfigSource, most_tokens, read_config, task_of
-from .run_directory import check_out, prepare_out, write_whole
+from .run_directory import check_out, prepare_out, write_json, write_whole
 from .settings import Settings
 
 PLAN_FILE = "plan.json"
@@ -101,7 +98,7 @@ def plan(settings: PlanSettings, out: Path | None = None, *, overwrite: bool = F
     if out is not None:
         prepare_out(out, _OUTPUTS, False, lambda path: plan_report.plot(path / "plan.png", result))
         write_whole(out / "plan.md", plan_report.document(result))
-        write_whole(out / PLAN_FILE, json.dumps(result, indent=2) + "\n")
+        write_json(out / PLAN_FILE, result)
     return result
 
 
@@ -131,8 +128,7 @@ def _count(settings: PlanSettings, config: PretrainedConfig, setup: Setup) -> di
             f"--model: {config.model_type} cannot run without data, which planning has none of: {reason}"
         ) from error
     return {
-        "command": ["lora-ext", *sys.argv[1:]],
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **report.made_by(),
         "model": settings.finetune.model or "demo",
         "model_type": config.model_type,
         "task": task,

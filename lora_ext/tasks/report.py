@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,6 +70,14 @@ def latencies(
             if round_number >= 2:  # the first ones warm up
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def made_by() -> dict[str, Any]:
+    """The command and the time, for a result."""
+    return {
+        "command": ["lora-ext", *sys.argv[1:]],
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def machine() -> dict[str, Any]:

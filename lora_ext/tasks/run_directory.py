@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from . import TaskError
 
-__all__ = ["check_out", "prepare_out", "write_whole"]
+__all__ = ["check_out", "leave_results", "prepare_out", "write_json", "write_whole"]
 
 
 def check_out(out: Path, resume: bool, overwrite: bool, *, marker: str, what: str) -> None:
@@ -57,3 +59,14 @@ def write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.new")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def leave_results(out: Path, name: str, result: Any, document: str, say: Callable[[str], None]) -> None:
+    """A command's ``name``.json and .md, beside the .png that is there already, and the document for the user."""
+    write_whole(out / f"{name}.md", document)
+    write_json(out / f"{name}.json", result)
+    say(f"{document}\nin {out}: {name}.json, {name}.md, {name}.png; runs/ has every run")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ from . import TaskError, report
 from .finetune import load_task_model, method_for
 from .many_runs import Run, run_all, settings_for
 from .markdown import table
-from .run_directory import check_out, prepare_out, write_whole
+from .run_directory import check_out, leave_results, prepare_out, write_json
 from .settings import SWEEP_FILE
 from .spread import percent, summary, winner
 
@@ -82,7 +79,7 @@ def sweep(
         ]
         for rank, target in cells
     }
-    prepare_out(out, _OUTPUTS, resume, lambda out: write_whole(out / SWEEP_FILE, json.dumps(plan, indent=2) + "\n"))
+    prepare_out(out, _OUTPUTS, resume, lambda out: write_json(out / SWEEP_FILE, plan))
     metrics = run_all([run for own in runs.values() for run in own], out, "sweep", jobs)
 
     results = {
@@ -96,8 +93,7 @@ def sweep(
         for cell, own in runs.items()
     }
     result = {
-        "command": ["lora-ext", *sys.argv[1:]],
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **report.made_by(),
         "machine": report.machine(),
         **plan,
         "cells": list(results.values()),
@@ -109,9 +105,7 @@ def sweep(
         "examples": next(iter(metrics.values()))["examples"],
     }
     _plot(out / "sweep.png", result)
-    write_whole(out / "sweep.md", markdown(result))
-    write_whole(out / "sweep.json", json.dumps(result, indent=2) + "\n")
-    say(f"{markdown(result)}\nin {out}: sweep.json, sweep.md, sweep.png; runs/ has every run")
+    leave_results(out, "sweep", result, markdown(result), say)
     return result
 
 
