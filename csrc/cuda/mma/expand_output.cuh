@@ -149,17 +149,14 @@ class ExpandOutput {
   // From (row0, col0) on, at most `cols` columns: beyond them, even reading would race with another warp.
   __device__ __forceinline__ ExpandOutput(const ExpandParams& p, const ExpandSibling& sibling, bool eights,
                                           int64_t row0, int64_t col0, int cols)
-      : eights_(eights) {
+      : p_(p), sibling_(sibling), eights_(eights) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int64_t row = row0 + lane / 4, col = col0 + lane % 4 * 8;
     rows_ = static_cast<int>(min(p.num_tokens - row, static_cast<int64_t>(kPieceRows)));
     cols_ = static_cast<int>(min(sibling.cols - col0, static_cast<int64_t>(cols)) - lane % 4 * 8);
     out_ = static_cast<T*>(sibling.out) + row * sibling.out_stride + col;
-    base_ = sibling.base ? static_cast<const T*>(sibling.base) + row * sibling.out_stride + col : nullptr;
-    out_step_ = static_cast<int>(8 * sibling.out_stride);
-    bias_ = sibling.bias ? static_cast<const T*>(sibling.bias) + col : nullptr;
+    first_col_ = static_cast<int>(col);
     mask_ = p.mask ? p.mask + row * p.mask_row_bytes + col / 8 : nullptr;
-    mask_step_ = static_cast<int>(8 * p.mask_row_bytes);
   }
 
   // Reads what the piece at column `col` will need; long before it does, so that the loads overlap with other work.
@@ -168,8 +165,8 @@ class ExpandOutput {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (count(i, col) <= 0) continue;
-      if (base_ && eights_) addends.held[i] = load_eight(base_ + i * out_step_ + col);
-      if (mask_) addends.keep |= static_cast<uint32_t>(mask_[i * mask_step_ + col / 8]) << (8 * i);
+      if (sibling_.base && eights_) addends.held[i] = load_eight(base_of(out_ + i * out_step() + col));
+      if (mask_) addends.keep |= static_cast<uint32_t>(mask_[i * mask_step() + col / 8]) << (8 * i);
     }
     return addends;
   }
@@ -186,14 +183,14 @@ class ExpandOutput {
         value[e] = sum[e / 2][2 * i + e % 2];
         if (mask_ && !((addends.keep >> (8 * i + e)) & 1)) value[e] = 0.0f;  // whatever the sum is, NaN included
       }
-      T* out = out_ + i * out_step_ + col;
+      T* out = out_ + i * out_step() + col;
       if (eights_) {
-        if (bias_) add_eight<T>(value, load_eight(bias_ + col));  // from the first-level cache: all rows read it
-        if (base_) add_eight<T>(value, addends.held[i]);
+        if (sibling_.bias) add_eight<T>(value, load_eight(bias_of(col)));  // from the first-level cache: all rows do
+        if (sibling_.base) add_eight<T>(value, addends.held[i]);
         store_eight(out, value);
       } else {
-        if (bias_) add_single(value, bias_ + col, elements);
-        if (base_) add_single(value, base_ + i * out_step_ + col, elements);
+        if (sibling_.bias) add_single(value, bias_of(col), elements);
+        if (sibling_.base) add_single(value, base_of(out), elements);
         store_single(out, value, elements);
       }
     }
@@ -203,11 +200,25 @@ class ExpandOutput {
   // Elements from column `col` to the end, in row g + 8 * i; none where there is no such row.
   __device__ __forceinline__ int count(int i, int col) const { return 8 * i < rows_ ? cols_ - col : 0; }
 
+  // What the kernel's parameters say is taken from them each time: members would be registers that the kernels of wide
+  // factors do not have. 8 rows: of at most 2^25 columns, 65535 tiles being the most that a grid has.
+  __device__ __forceinline__ int out_step() const { return static_cast<int>(8 * sibling_.out_stride); }
+  __device__ __forceinline__ int mask_step() const { return static_cast<int>(8 * p_.mask_row_bytes); }
+
+  // Base's element that stands where `out` does, and the bias of a column.
+  __device__ __forceinline__ const T* base_of(const T* out) const {
+    return static_cast<const T*>(sibling_.base) + (out - static_cast<const T*>(sibling_.out));
+  }
+
+  __device__ __forceinline__ const T* bias_of(int col) const {
+    return static_cast<const T*>(sibling_.bias) + first_col_ + col;
+  }
+
+  const ExpandParams& p_;
+  const ExpandSibling& sibling_;
   const bool eights_;
-  int rows_, cols_;
-  int out_step_, mask_step_;  // 8 rows: of at most 2^25 columns, 65535 tiles being the most that a grid has
+  int rows_, cols_, first_col_;
   T* out_;
-  const T *base_, *bias_;
   const uint8_t* mask_;
 };
 
