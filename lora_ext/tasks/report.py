@@ -58,11 +58,16 @@ def directory_bytes(directory: Path) -> int:
 def latencies(
     models: Mapping[Key, Callable[..., Any]], inputs: Mapping[str, torch.Tensor], rounds: int = 11
 ) -> dict[Key, list[float]]:
-    """Seconds of ``rounds`` forward passes of each model. They take turns, so that a busy machine slows all alike."""
+    """Seconds of ``rounds`` forward passes of each model. They take turns, so that a busy machine slows all alike.
+
+    Each follows one of the same model that is not timed: models that share weights would else find them in the cache,
+    and the first of them would not.
+    """
     synchronize: Callable[[], None] = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     seconds: dict[Key, list[float]] = {name: [] for name in models}
     for round_number in range(rounds + 2):
         for name, model in models.items():
+            model(**inputs)
             synchronize()
             start = time.perf_counter()
             model(**inputs)
