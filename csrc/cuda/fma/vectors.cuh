@@ -2,6 +2,8 @@
 // registers. A tile in shared memory holds the accumulation dtype.
 #pragma once
 
+#include <cstring>
+
 #include "../elements.cuh"
 #include "../ptx.cuh"
 
@@ -40,12 +42,15 @@ __device__ __forceinline__ Vector<Acc<T>> load_elements(const T* from, int insid
   return values;
 }
 
-// The first `inside` elements of a vector go to `to`, which is aligned to 16 bytes where `aligned` says so.
+// The first `inside` elements of a vector go to `to` in global memory, which is aligned to 16 bytes where `aligned`
+// says so.
 template <class T, class A>
 __device__ __forceinline__ void store_elements(T* to, const Vector<A>& values, int inside, bool aligned) {
   if constexpr (std::is_same_v<T, A>) {
     if (aligned && inside == kVec<A>) {
-      store_vector(to, values);
+      uint32_t words[4];
+      std::memcpy(words, &values, sizeof(words));
+      ptx::store_global_16(to, words);
       return;
     }
   }
