@@ -69,7 +69,8 @@ inline BackwardWorkspace plan_workspace(const LoraBackwardParams& p, int parts) 
     const TokenPassPlan grad_a = plan_token_pass(p.num_tokens, p.in_features, p.total_rank, {.features = true});
     partial = std::max(partial, grad_a.partial_bytes());
   }
-  if (needs_grad_xa(p) && !p.grad_xa) plan.grad_xa = offsets.take(p.num_tokens * p.total_rank * static_cast<int64_t>(sizeof(float)));
+  if (needs_grad_xa(p) && !p.grad_xa)
+    plan.grad_xa = offsets.take(p.num_tokens * p.total_rank * static_cast<int64_t>(sizeof(float)));
   if (p.grad_x) plan.lora_A = offsets.take(PackedShape(p.total_rank, p.in_features).bytes(parts));
   plan.partial = offsets.take(partial);
   plan.total = offsets.total();
