@@ -54,7 +54,7 @@ def _key(command: list[str], files: list[Path]) -> str:
 
 
 @contextlib.contextmanager
-def _locked(name: str) -> Iterator[None]:
+def locked(name: str) -> Iterator[None]:
     """One process builds, the others wait for it: test processes run side by side."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / f"{name}.lock").open("w") as lock:
@@ -93,7 +93,7 @@ def _remove_old(suffix: str) -> None:
 
 def build_library(name: str, kernels: list[Path], others: list[Path] = ()) -> Path:
     """A shared library of the runtime, of kernel sources (instrumented) and of `others` (not)."""
-    with _locked(name):
+    with locked(name):
         jobs = [(path, RUNTIME_FLAGS) for path in [*sorted((SIMT / "runtime").glob("*.cpp")), *others]]
         jobs = [(path, KERNEL_FLAGS) for path in kernels] + jobs
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:

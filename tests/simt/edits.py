@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from .build import CACHE, ROOT
+from .build import CACHE, ROOT, locked
 from .driver import Library, kernel_library
 
 
@@ -30,15 +30,16 @@ def edited_kernels(
 ) -> Library:
     """The kernels with edits, of which the files csrc/cuda/**/<sources>.cu are compiled anew, and other sources."""
     folder = CACHE / "edited" / name
-    for part in ("csrc/common", "csrc/cuda"):
-        shutil.rmtree(folder / part, ignore_errors=True)
-        shutil.copytree(ROOT / part, folder / part)
-    for edit in edits:
-        path = folder / edit.path
-        path.write_text(replace_once(path.read_text(), edit.old, edit.new, f"{name}: {edit.path}"))
-    anew = [path for source in sources for path in (folder / "csrc/cuda").rglob(f"{source}.cu")]
-    assert anew, f"{name}: csrc/cuda has no {sources}"
-    return kernel_library(name, {path.name: path for path in anew}, others)
+    with locked(f"{name}-edited"):  # until it is built: another process would take the sources away
+        for part in ("csrc/common", "csrc/cuda"):
+            shutil.rmtree(folder / part, ignore_errors=True)
+            shutil.copytree(ROOT / part, folder / part)
+        for edit in edits:
+            path = folder / edit.path
+            path.write_text(replace_once(path.read_text(), edit.old, edit.new, f"{name}: {edit.path}"))
+        anew = [path for source in sources for path in (folder / "csrc/cuda").rglob(f"{source}.cu")]
+        assert anew, f"{name}: csrc/cuda has no {sources}"
+        return kernel_library(name, {path.name: path for path in anew}, others)
 
 
 # The plans split work over the blocks of a large GPU. At a test's sizes that leaves a block one step: with plans for a
