@@ -124,6 +124,13 @@ def assert_errors_as_plain(
         assert error <= 2 * plain_error + floor, f"{name}: error {error:.3g}, plain PyTorch's {plain_error:.3g}"
 
 
+def misaligned(matrix: Tensor) -> Tensor:
+    """The same numbers in a view in which no row is aligned to 16 bytes."""
+    wide = matrix.new_empty(matrix.shape[0], matrix.shape[1] // 8 * 8 + 16)
+    view = wide[:, 1 : 1 + matrix.shape[1]]
+    return view.copy_(matrix)
+
+
 def random_layers(shape, *args, **kwargs) -> list[Layer]:
     """As many layers of a shape as it takes for each result to have a few hundred elements in all."""
     num_tokens, in_features, out_features, rank = shape

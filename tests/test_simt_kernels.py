@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from layers import DTYPES, Siblings, assert_errors_as_plain, random_siblings
+from layers import DTYPES, Siblings, assert_errors_as_plain, misaligned, random_siblings
 from simt import ops
 from simt.driver import Library, kernels
 from simt.edits import few_blocks
@@ -35,13 +35,6 @@ def siblings_of(count: int, shape, dtypes) -> Siblings:
     for layer in siblings.layers:
         layer.weight.zero_()
     return siblings
-
-
-def misaligned(matrix: Tensor) -> Tensor:
-    """The same numbers in a view in which no row is aligned to 16 bytes."""
-    wide = matrix.new_empty(matrix.shape[0], matrix.shape[1] // 8 * 8 + 16)
-    view = wide[:, 1 : 1 + matrix.shape[1]]
-    return view.copy_(matrix)
 
 
 def as_operands(siblings: Siblings) -> list[ops.Sibling]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layers import DTYPES, assert_errors_as_plain
+from layers import DTYPES, assert_errors_as_plain, misaligned
 from simt import ops
 from torch import Tensor
 
@@ -16,20 +16,10 @@ def exact_and_plain(function, *arguments: Tensor) -> tuple[Tensor, Tensor]:
     return function(*(each.double() for each in arguments)), function(*arguments)
 
 
-def wide(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(a.dtype, b.dtype)
-    return a.to(dtype), b.to(dtype)
-
-
 def product(a: Tensor, b: Tensor) -> Tensor:
-    a, b = wide(a, b)
-    return a @ b
-
-
-def misaligned(matrix: Tensor) -> Tensor:
-    """The same numbers in a view in which no row is aligned to 16 bytes."""
-    view = matrix.new_empty(matrix.shape[0], matrix.shape[1] // 8 * 8 + 16)[:, 1 : 1 + matrix.shape[1]]
-    return view.copy_(matrix)
+    """In the wider of the two dtypes."""
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return a.to(dtype) @ b.to(dtype)
 
 
 @pytest.mark.parametrize("aligned", [True, False])

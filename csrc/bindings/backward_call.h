@@ -46,8 +46,9 @@ inline void check_saved(const Op& op, const std::optional<Tensor>& xa, const std
   }
 }
 
-inline void check_output_mask(const Op& op, const std::vector<bool>& output_mask) {
-  STD_TORCH_CHECK(output_mask.size() == 3, op.name, ": output_mask has ", output_mask.size(), " entries, want 3");
+inline void check_output_mask(const char* op, const std::vector<bool>& output_mask, size_t entries) {
+  STD_TORCH_CHECK(output_mask.size() == entries, op, ": output_mask has ", output_mask.size(), " entries, want ",
+                  entries);
 }
 
 inline void check_backward(const Op& op, const std::optional<Tensor>& x, std::span<const BackwardLayer> layers,
@@ -68,7 +69,7 @@ inline void check_backward(const Op& op, const std::optional<Tensor>& x, std::sp
     total_rank += layer.lora_A.size(0);
   }
   check_dropout(op.name, dropout_p);
-  check_output_mask(op, output_mask);
+  check_output_mask(op.name, output_mask, 3);
   if (output_mask[1]) {
     STD_TORCH_CHECK(x.has_value(), op.name, ": grad_lora_A is wanted but x is None");
     check_tokens(op.name, {"x"}, *x, weight_name, weight, weight.size(1), "in_features");

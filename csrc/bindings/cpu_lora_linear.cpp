@@ -37,9 +37,10 @@ struct Cpu {
     LoraForwardParams& p = call.params;
     if (p.num_tokens == 0) return;
     if (streams_weights(kernels, call)) return stream_forward(kernels, call);
-    const bool base_first = base_product_first(p.dtype);
+    const bool base_first = call.has_base_layers() && base_product_first(p.dtype);
 
     const auto add_base_products = [&] {
+      if (!call.has_base_layers()) return;
       for (size_t i = 0; i < call.layers.size(); ++i) {
         const Tensor y_rows = call.y_rows(i);
         const Tensor* start = base_first ? call.layers[i].bias : &y_rows;
@@ -49,19 +50,19 @@ struct Cpu {
     const int64_t num_chunks = count_chunks(p.num_tokens);
     const Workspace workspace = make_workspace(accumulation_dtype(p.dtype), p.in_features, p.siblings, p.num_siblings,
                                                num_chunks, false, false);
-    if (call.has_base_layers() && base_first) {
+    if (base_first) {
       add_base_products();
       for (LoraForwardSibling& sibling : p.siblings) sibling.bias = nullptr, sibling.base = sibling.y;
     }
     pack_factors(kernels.pack_forward, p.num_siblings, p, workspace);
     run_chunks(kernels.forward, p, workspace, num_chunks);
-    if (call.has_base_layers() && !base_first) add_base_products();
+    if (!base_first) add_base_products();
   }
 
   static void backward(BackwardCall& call) {
     const Kernels& kernels = checked_kernels();
     LoraBackwardParams& p = call.params;
-    const bool base_first = base_product_first(p.dtype);
+    const bool base_first = call.has_base_layers() && base_product_first(p.dtype);
 
     const auto add_base_products = [&] {
       if (!call.has_base_layers() || !call.grad_x || p.num_tokens == 0) return;
@@ -77,7 +78,7 @@ struct Cpu {
                                                num_chunks, want_grad_A, want_grad_B);
     if (base_first) {
       add_base_products();
-      if (call.has_base_layers()) p.base = p.grad_x;
+      p.base = p.grad_x;
     }
     pack_factors(kernels.pack_backward, p.num_siblings, p, workspace);
     run_chunks(kernels.backward, p, workspace, num_chunks);

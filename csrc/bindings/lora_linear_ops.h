@@ -103,7 +103,7 @@ struct LoraLinearOps {
       const std::optional<Tensor>& xa, const std::optional<Tensor>& mask, double scaling, double dropout_p,
       const std::vector<bool>& output_mask) {
     const Op op{"lora_delta_backward", false};
-    check_output_mask(op, output_mask);
+    check_output_mask(op.name, output_mask, 3);
     STD_TORCH_CHECK(x.has_value() || !output_mask[1], op.name, ": grad_lora_A is wanted but x is None");
     check_delta(op.name, {"grad_y"}, grad_y, output_mask[1] ? &*x : nullptr, lora_A, lora_B, scaling);
     check_dropout(op.name, dropout_p);

@@ -43,10 +43,6 @@ inline void check_like(const char* op, const ArgumentName& name, const Tensor& t
   check_device(op, name, tensor, like_name, like);
 }
 
-inline void check_two_outputs(const char* op, const std::vector<bool>& output_mask) {
-  STD_TORCH_CHECK(output_mask.size() == 2, op, ": output_mask has ", output_mask.size(), " entries, want 2");
-}
-
 template <class Device>
 struct ShrinkExpandOps {
   static Tensor lora_shrink(const Tensor& x, const Tensor& lora_A) {
@@ -106,7 +102,7 @@ struct ShrinkExpandOps {
       const Tensor& grad_xa, const Tensor& x, const Tensor& lora_A, const std::optional<Tensor>& base,
       const std::vector<bool>& output_mask) {
     const char* const op = "lora_shrink_backward";
-    check_two_outputs(op, output_mask);
+    check_output_mask(op, output_mask, 2);
     check_matrix(op, {"lora_A"}, lora_A, {"x"}, x);
     check_rank(op, {"lora_A"}, lora_A.size(0));
     check_features(op, {"x"}, x, {"lora_A"}, lora_A.size(1), "in_features");
@@ -145,7 +141,7 @@ struct ShrinkExpandOps {
       const Tensor& grad_y, const std::optional<Tensor>& xa, const Tensor& lora_B,
       const std::vector<bool>& output_mask) {
     const char* const op = "lora_expand_backward";
-    check_two_outputs(op, output_mask);
+    check_output_mask(op, output_mask, 2);
     check_matrix(op, {"lora_B"}, lora_B, {"grad_y"}, grad_y);
     check_rank(op, {"lora_B"}, lora_B.size(1));
     check_features(op, {"grad_y"}, grad_y, {"lora_B"}, lora_B.size(0), "out_features");

@@ -54,6 +54,11 @@ class SpecialTokens(Inserted):
         return self.prefix_length + self.infix_length
 
     @property
+    def most_tokens(self) -> int | None:
+        """How many tokens a text may have, padding included; None: as many as one likes."""
+        return None if self.max_positions is None else self.max_positions - self.special_tokens
+
+    @property
     def in_front(self) -> int:
         """How many special tokens precede the input in memory."""
         return 0 if self.keeps_first else self.prefix_length
@@ -156,10 +161,10 @@ class SpecialTokens(Inserted):
                 )
             if tuple(mask.shape) != (batch, tokens):
                 raise ValueError(f"prefix-embed: attention_mask is {list(mask.shape)}, want {[batch, tokens]}")
-        if self.max_positions is not None and tokens + self.special_tokens > self.max_positions:
+        if self.most_tokens is not None and tokens > self.most_tokens:
             raise ValueError(
                 f"prefix-embed: {tokens} tokens and {self.special_tokens} special ones, but {type(host).__name__} has "
-                f"{self.max_positions} positions; shorten the input to {self.max_positions - self.special_tokens} "
+                f"{self.max_positions} positions; shorten the input to {self.most_tokens} "
                 "tokens, padding included, or choose a smaller prefix_length or infix_length"
             )
 

@@ -22,7 +22,7 @@ from .analysis_measures import measure
 from .analysis_summary import summarise
 from .base_checkpoint import open_base
 from .journal import Journal
-from .run_directory import check_out, prepare_out, write_whole
+from .run_directory import check_out, prepare_out, write_json, write_whole
 
 __all__ = ["AnalysisSettings", "analyze"]
 
@@ -111,9 +111,7 @@ def analyze(
     }
     if resume:
         started = _check_resumed(out, started)
-    prepare_out(
-        out, _OUTPUTS, resume, lambda out: write_whole(out / SETTINGS_FILE, json.dumps(started, indent=2) + "\n")
-    )
+    prepare_out(out, _OUTPUTS, resume, lambda out: write_json(out / SETTINGS_FILE, started))
 
     with Journal(out / JOURNAL_FILE) as journal:
         finished = {entry["name"] for entry in journal.entries}

@@ -234,13 +234,12 @@ def _check_room(model: PreTrainedModel, rows: list[dict[str, Any]]) -> None:
     """TaskError: the longest text and the special tokens of prefix-embed are more than the model has positions for."""
     longest = max(len(row["input_ids"]) for row in rows)
     for module in model.modules():
-        if isinstance(module, SpecialTokens) and module.max_positions is not None:
-            room = module.max_positions - module.special_tokens
-            if longest > room:
-                raise TaskError(
-                    f"a text has {longest} tokens, but the model has {module.max_positions} positions, of which "
-                    f"prefix-embed takes {module.special_tokens}; want --max-length {room}, or fewer special tokens"
-                )
+        if isinstance(module, SpecialTokens) and module.most_tokens is not None and longest > module.most_tokens:
+            raise TaskError(
+                f"a text has {longest} tokens, but the model has {module.max_positions} positions, of which "
+                f"prefix-embed takes {module.special_tokens}; want --max-length {module.most_tokens}, "
+                "or fewer special tokens"
+            )
 
 
 def _latencies(
