@@ -87,6 +87,7 @@ class _Bottleneck(torch.autograd.Function):
         # Of the size of x, nothing is kept but x itself, which is shared with its producer.
         ctx.save_for_backward(x if want_x or want_down else None, down_weight, up_weight, hidden)
         ctx.activation, ctx.is_own_residual = activation, residual is None
+        ctx.up_bias_dtype = None if up_bias is None else up_bias.dtype
         return y
 
     @staticmethod
@@ -108,5 +109,5 @@ class _Bottleneck(torch.autograd.Function):
             )
         if want_down_bias:
             grad_down_bias = bias_gradient(grad_hidden)
-        grad_up_bias = bias_gradient(grad_y, hidden.dtype) if want_up_bias else None
+        grad_up_bias = bias_gradient(grad_y, ctx.up_bias_dtype) if want_up_bias else None
         return grad_x, grad_down, grad_down_bias, grad_up, grad_up_bias, grad_y if want_residual else None, None

@@ -93,6 +93,13 @@ def test_values_and_gradients(shape, dtypes, own_residual):
     assert_as_good_as_torch(shape, dtypes, activation="gelu", own_residual=own_residual)
 
 
+def test_float32_biases_of_many_16_bit_tokens():
+    """What is summed in pieces (bias_gradient), not all of them of one size."""
+    case = random_case((2000, 24, 97, 4), (torch.bfloat16, torch.float32))
+    grads = [results(f, case, "silu")["grad_up_bias"] for f in (functional.bottleneck, reference.bottleneck)]
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_every_activation(activation, bias):

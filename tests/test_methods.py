@@ -172,6 +172,22 @@ def test_removal_leaves_the_bare_model(name, family):
     apply_method(model, method("adapter-p"))
 
 
+def test_biases_inside_modules_to_save_are_trained_with_their_copies(tmp_path):
+    def combined():
+        return new_method("lora+bitfit", r=2, target_modules=("query",), modules_to_save=("pooler",))
+
+    model, ids = model_of("bert"), ids_with_padding()
+    predicted = combined().count(model)
+    pooler = D_MODEL**2 + D_MODEL
+    apply_method(model, combined())
+    assert trainable_parameter_counts(model)[0] == predicted + pooler + HEADS["bert"]
+    train_a_little(model)
+    for path, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, path
+    save_method(model, tmp_path)
+    torch.testing.assert_close(logits(load_method(model_of("bert"), tmp_path), ids), logits(model, ids), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_copy_is_independent(name, copied):

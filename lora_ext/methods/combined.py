@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..bare_model import BareModel
+from ..bare_model import BareModel, root_module
 from ..config import LoraConfig
+from ..targets import is_inside
 from .base import Method
 from .inserted import Insertion
 
@@ -33,6 +34,13 @@ class Combined(Method):
         return "+".join(part.name for part in self.parts)
 
     def trained_parameters(self, bare: BareModel) -> dict[str, nn.Parameter]:
+        """Without those of ``modules_to_save``: the model computes with copies of these modules, trained in full."""
+        config = self.lora_config(bare.root)
+        saved = () if config is None else config.trained_modules
+        copied = [path for path in bare.modules if path.endswith(saved)]
+        return {path: each for path, each in self._of_parts(bare).items() if not is_inside(path, copied)}
+
+    def _of_parts(self, bare: BareModel) -> dict[str, nn.Parameter]:
         return {path: each for part in self.parts for path, each in part.trained_parameters(bare).items()}
 
     def insertions(self, model: nn.Module) -> list[Insertion]:
@@ -42,5 +50,8 @@ class Combined(Method):
         return next((config for part in self.parts if (config := part.lora_config(model)) is not None), None)
 
     def count(self, model: nn.Module) -> int:
-        """The sum of the parts' counts."""
-        return sum(part.count(model) for part in self.parts)
+        """The sum of the parts' counts, without what ``modules_to_save`` train."""
+        bare = BareModel(root_module(model))
+        left_out = self._of_parts(bare).keys() - self.trained_parameters(bare).keys()
+        copied = sum(each.numel() for path, each in self._of_parts(bare).items() if path in left_out)
+        return sum(part.count(model) for part in self.parts) - copied
