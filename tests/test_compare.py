@@ -102,6 +102,20 @@ def test_resuming_a_finished_comparison_adds_methods_and_repeats_nothing(options
     assert {path: after[path] for path in before} == before and len(after) == len(before) + 2
 
 
+def test_resuming_with_other_texts_repeats_what_was_done_with_the_old_ones(tmp_path: Path):
+    directory = tmp_path / "files"
+    rows = tiny_classifier.reviews(60)
+    options = ["--model", str(tiny_classifier.save_model(directory)), "--max-length", "32", "--epochs", "1"]
+    data, out = tiny_classifier.save_reviews(directory / "reviews.csv", rows), tmp_path / "out"
+    arguments = ["compare", *options, "--data", str(data), "--methods", "head-only", "--seeds", "0"]
+    assert main([*arguments, "--out", str(out)]) == 0
+    first = runs_of(out)
+    tiny_classifier.save_reviews(data, rows[:30])
+    assert main(["compare", "--resume", "--out", str(out)]) == 0
+    again = runs_of(out)
+    assert [each["examples"]["train"] for each in (*first.values(), *again.values())] == [48, 24]
+
+
 def test_interrupted_and_resumed_ends_like_uninterrupted(options: list[str], tmp_path: Path):
     longer = [*options, "--epochs", "6", "--methods", "lora", "bitfit", "--seeds", "0"]
     command = [sys.executable, "-m", "lora_ext", "compare"]
@@ -270,7 +284,7 @@ from lora_ext.tasks.settings import Settings
 
 if __name__ == "__main__":
     many_runs._finetune = test_compare.counts_interrupts
-    runs = [Run("lora", Settings(seed=seed)) for seed in range(3)]
+    runs = [Run("lora", Settings(seed=seed), "") for seed in range(3)]
     many_runs.run_all(runs, Path(sys.argv[1]), "compare", jobs=int(sys.argv[2]))
 """
 
@@ -298,7 +312,7 @@ def test_every_run_gets_one_interrupt_and_none_is_left_behind(tmp_path: Path, jo
 
 
 def test_labels_that_would_share_a_directory_are_refused(tmp_path: Path):
-    runs = [Run(label, Settings()) for label in ("r=1 q,v", "r=1 q;v")]
+    runs = [Run(label, Settings(), "") for label in ("r=1 q,v", "r=1 q;v")]
     with pytest.raises(TaskError, match="would share a directory"):
         many_runs.run_all(runs, tmp_path, "compare")
     assert many_runs.finished(runs[0], tmp_path) is None
@@ -306,7 +320,8 @@ def test_labels_that_would_share_a_directory_are_refused(tmp_path: Path):
 
 def test_a_failing_run_ends_the_others(options: list[str], compared: Path, tmp_path: Path):
     common = json.loads((compared / "compare-settings.json").read_text())["options"]
-    runs = [Run("long", settings_for("lora:epochs=500", common, 0)), Run("bad", settings_for("lora:r=0", common, 0))]
+    specs = {"long": "lora:epochs=500", "bad": "lora:r=0"}
+    runs = [Run(label, settings_for(spec, common, 0), "") for label, spec in specs.items()]
     with pytest.raises(TaskError, match="r is 0"):
         many_runs.run_all(runs, tmp_path, "compare", jobs=2)
     assert not runs_of(tmp_path)

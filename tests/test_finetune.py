@@ -340,6 +340,19 @@ def test_the_output_directory_is_guarded(tiny: Settings, run: tuple[Path, dict[s
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
+def test_resuming_with_other_texts_is_refused(tiny: Settings, tmp_path: Path):
+    rows = tiny_classifier.reviews(60)
+    data = tiny_classifier.save_reviews(tmp_path / "reviews.csv", rows)
+    settings = Settings(**{**vars(tiny), "data": str(data), "epochs": 1})
+    out = tmp_path / "out"
+    metrics = finetune(settings, out)
+    tiny_classifier.save_reviews(data, [*rows[:-1], ("the plot is fine", "neg")])
+    with pytest.raises(TaskError, match=r"--resume: the texts are not those that the run in .*out was started with"):
+        finetune(settings, out, resume=True)
+    tiny_classifier.save_reviews(data, rows[::-1])  # the same ones
+    assert finetune(settings, out, resume=True)["after"] == metrics["after"]
+
+
 def test_overwrite_replaces_a_run_and_keeps_other_files(tiny: Settings, tmp_path: Path):
     finetune(Settings(**{**vars(tiny), "method": "full", "epochs": 1}), tmp_path)
     (tmp_path / "notes.txt").write_text("mine")

@@ -14,7 +14,8 @@ from lora_ext.methods import plan_method
 
 from . import TaskError, report
 from .costs import measure_costs
-from .finetune import load_task_model, method_for
+from .data import fingerprint
+from .finetune import load_data, load_task_model, method_for
 from .many_runs import Run, in_process, run_all, settings_for
 from .markdown import table
 from .run_directory import check_out, leave_results, prepare_out, write_json
@@ -53,8 +54,11 @@ def compare(
     """
     check_out(out, resume, overwrite, marker=COMPARE_FILE, what="a comparison")
     settings = {label: settings_for(label, options, seeds[0]) for label in dict.fromkeys(methods)}
-    runs = [Run(label, settings_for(label, options, seed)) for label in settings for seed in dict.fromkeys(seeds)]
     _check(settings)
+    texts = fingerprint(load_data(settings[methods[0]], say=lambda line: None))
+    runs = [
+        Run(label, settings_for(label, options, seed), texts) for label in settings for seed in dict.fromkeys(seeds)
+    ]
     plan = {"methods": list(settings), "seeds": list(dict.fromkeys(seeds)), "options": dict(options)}
     prepare_out(out, _OUTPUTS, resume, lambda out: write_json(out / COMPARE_FILE, plan))
 

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from . import TaskError
 
+DATA_FILE = "data.json"
+
 
 class Example(NamedTuple):
     text: str
@@ -85,6 +87,24 @@ def split_examples(examples: list[Example], validation_fraction: float, test_fra
         )
     sides = keys[num_test + num_validation :], keys[num_test : num_test + num_validation], keys[:num_test]
     return Splits(*([example for key in side for example in by_text[key]] for side in sides))
+
+
+def fingerprint(splits: Splits) -> str:
+    """The same for the same texts with the same labels on the same sides, and for no others: SHA-256, hexadecimal."""
+    content = [[example[:2] for example in split] for split in splits]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def save_fingerprint(out: Path, sha256: str) -> None:
+    (out / DATA_FILE).write_text(json.dumps({"sha256": sha256}) + "\n")
+
+
+def saved_fingerprint(out: Path) -> str | None:
+    """Of the texts that the run in ``out`` was started with; None: the file is missing."""
+    try:
+        return json.loads((out / DATA_FILE).read_text())["sha256"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def without_texts_of(examples: list[Example], others: Iterable[Example]) -> list[Example]:

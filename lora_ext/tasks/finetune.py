@@ -26,13 +26,25 @@ from lora_ext.methods import Method, apply_method, head_parameter_count, new_met
 from lora_ext.methods.prefix_embed import SpecialTokens
 
 from . import TaskError, demo, report
-from .data import Example, Splits, label_names, read_examples, split_examples, without_texts_of
+from .data import (
+    DATA_FILE,
+    Example,
+    Splits,
+    fingerprint,
+    label_names,
+    read_examples,
+    save_fingerprint,
+    saved_fingerprint,
+    split_examples,
+    without_texts_of,
+)
 from .lora_targets import lora_targets, split_names
 from .run_directory import check_out, prepare_out
 from .settings import SETTINGS_FILE, Settings
 from .trainer import FinetuneTrainer, build_trainer, forward_of, last_checkpoint, predict, train
 
-_OUTPUTS = (SETTINGS_FILE, "checkpoints", "adapter", "model", "metrics.json", "loss_curve.png", "predictions.jsonl")
+_OUTPUTS = (SETTINGS_FILE, DATA_FILE, "checkpoints", "adapter", "model", "metrics.json", "loss_curve.png")
+_OUTPUTS += ("predictions.jsonl",)
 
 
 class Encoded(NamedTuple):
@@ -69,6 +81,9 @@ def finetune(
     check_out(out, resume, overwrite, marker=SETTINGS_FILE, what="a fine-tuning run")
     checkpoint = last_checkpoint(out) if resume else None
     splits = load_data(settings, say)
+    texts = fingerprint(splits)
+    if resume and saved_fingerprint(out) not in (None, texts):
+        raise TaskError(f"--resume: the texts are not those that the run in {out} was started with; begin a new run")
     labels = label_names([example for split in splits for example in split])
     model_path = model_path_of(settings.model)
     say(f"loading {model_path} ...")
@@ -81,7 +96,12 @@ def finetune(
     say("tokenising ...")
     train_rows, validation_rows, test_rows = (encode(split, tokenizer, labels, settings.max_length) for split in splits)
     _check_room(model, [*train_rows.rows, *validation_rows.rows, *test_rows.rows])
-    prepare_out(out, _OUTPUTS, resume, settings.save)
+
+    def save(out: Path) -> None:
+        settings.save(out)
+        save_fingerprint(out, texts)
+
+    prepare_out(out, _OUTPUTS, resume, save)
     trainer = build_trainer(
         model, settings, out, train_rows.rows, validation_rows.rows, DataCollatorWithPadding(tokenizer)
     )
@@ -100,6 +120,7 @@ def finetune(
         "settings": asdict(settings),
         "id2label": {str(index): label for index, label in enumerate(labels)},
         "examples": {name: len(split) for name, split in splits._asdict().items()},
+        "data_sha256": texts,
         "trainable_parameters": trainable,
         "total_parameters": total,
         "head_parameters": head_parameters,

@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from . import TaskError
+from .data import saved_fingerprint
 from .settings import Settings
 
 _FIELDS = {field.name: str(field.type) for field in fields(Settings)}
@@ -38,10 +39,12 @@ class Run:
     Attributes:
         label: of the group it belongs to, which differ by seed alone.
         settings: of the run.
+        data_sha256: the fingerprint of its texts: with others, or other settings, it is another run.
     """
 
     label: str
     settings: Settings
+    data_sha256: str
 
     def directory(self, out: Path) -> Path:
         """Where in ``out`` the run is."""
@@ -134,12 +137,13 @@ def run_all(runs: Sequence[Run], out: Path, what: str, jobs: int = 1) -> dict[Ru
 
 
 def finished(run: Run, out: Path) -> dict[str, Any] | None:
-    """The metrics of a run that is complete; None: it is not, or was started with other settings."""
+    """The metrics of a run that is complete; None: it is not, or was started with other settings or texts."""
     try:
         metrics = json.loads((run.directory(out) / "metrics.json").read_text())
     except (OSError, ValueError):
         return None
-    return metrics if metrics.get("settings") == asdict(run.settings) else None
+    wanted = {"settings": asdict(run.settings), "data_sha256": run.data_sha256}
+    return metrics if metrics == {**metrics, **wanted} else None
 
 
 def _carry_out(
@@ -161,7 +165,11 @@ def _can_resume(run: Run, directory: Path) -> bool:
         same = Settings.load(directory) == run.settings
     except TaskError:
         return False
-    return same and any(directory.glob("checkpoints/checkpoint-*/trainer_state.json"))
+    return (
+        same
+        and saved_fingerprint(directory) == run.data_sha256
+        and any(directory.glob("checkpoints/checkpoint-*/trainer_state.json"))
+    )
 
 
 def _finetune(

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from lora_ext import LoraConfig
 
 from . import TaskError, report
-from .finetune import load_task_model, method_for
+from .data import fingerprint
+from .finetune import load_data, load_task_model, method_for
 from .many_runs import Run, run_all, settings_for
 from .markdown import table
 from .run_directory import check_out, leave_results, prepare_out, write_json
@@ -72,13 +73,13 @@ def sweep(
 
     cells = [(rank, target) for target in targets for rank in ranks]
     cells += [cell for target in targets if (cell := (within[target], target)) not in cells]
-    runs = {
-        (rank, target): [
-            Run(f"r={rank} {target}", settings_for("lora", {**options, "r": rank, "target_modules": target}, seed))
-            for seed in seeds
-        ]
-        for rank, target in cells
-    }
+    texts = fingerprint(load_data(settings_for("lora", options, seeds[0]), say=lambda line: None))
+
+    def run_of(rank: int, target: str, seed: int) -> Run:
+        own = {**options, "r": rank, "target_modules": target}
+        return Run(f"r={rank} {target}", settings_for("lora", own, seed), texts)
+
+    runs = {(rank, target): [run_of(rank, target, seed) for seed in seeds] for rank, target in cells}
     prepare_out(out, _OUTPUTS, resume, lambda out: write_json(out / SWEEP_FILE, plan))
     metrics = run_all([run for own in runs.values() for run in own], out, "sweep", jobs)
 
