@@ -85,6 +85,11 @@ def cp_async_small() -> tuple[Tensor, Tensor]:
     return inputs, expected
 
 
+def store() -> tuple[Tensor, Tensor]:
+    inputs = words(_random(4 * 32, 7))
+    return inputs, inputs.view(16, 2, 4).flip(1).flatten()
+
+
 def warp() -> tuple[Tensor, Tensor]:
     value = _random(32, 3)
     half = [0x0000FFFF, 0xFFFF0000]
@@ -160,6 +165,7 @@ PRIMITIVES = {
     "mma bf16": mma_bf16,
     "cp.async": cp_async,
     "cp.async of 4 and 8 bytes": cp_async_small,
+    "store of 16 bytes": store,
     "shuffles and votes": warp,
     "bits and conversions": arithmetic,
     "atomics": atomics,
