@@ -45,8 +45,8 @@ def main(method: str, batch_size: int, seq_len: int, r: int) -> None:
     import transformers
     from transformers import BertConfig, BertForSequenceClassification
 
-    from lora_ext.tasks.finetune import adapt, load_model, model_path_of
     from lora_ext.tasks.settings import Settings
+    from lora_ext.tasks.task_model import adapt, load_model, model_path_of
 
     transformers.logging.set_verbosity_error()
     settings = Settings(method=method, r=r)
@@ -64,7 +64,7 @@ def main(method: str, batch_size: int, seq_len: int, r: int) -> None:
     train(adapt(BertForSequenceClassification(tiny), settings, "tiny"), 2, 8)
     before = _resident("VmRSS")
     path = model_path_of(None)
-    model = adapt(load_model(path, ["a", "b", "c"], seq_len)[1], settings, path)
+    model = adapt(load_model(path, ["a", "b", "c"], seq_len).model, settings, path)
     train(model, batch_size, seq_len)
     print(_resident("VmHWM") - before)
 

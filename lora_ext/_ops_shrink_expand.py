@@ -86,7 +86,7 @@ def _autograd_kernel(name: str, function: type[torch.autograd.Function]):
 
     def kernel(*arguments):
         arguments += (None,) * (len(op._schema.arguments) - len(arguments))
-        refuse_forward_mode(name, *arguments)
+        refuse_forward_mode("bottleneck", *arguments)
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in arguments):
             return function.apply(*arguments)
         with below_autograd():

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,7 @@ def test_an_eval_file_is_the_test_set_and_its_texts_are_not_trained_on(tiny: Set
 @pytest.mark.parametrize("method", sorted({*METHODS, "lora+adapter-p"} - {"lora", "full"}))
 def test_every_method_learns_and_resumes(tiny: Settings, tmp_path: Path, method: str):
     learning_rate = 0.1 if method in ("bitfit", "head-only") else tiny.learning_rate
-    settings = Settings(**{**vars(tiny), "method": method, "learning_rate": learning_rate})
+    settings = Settings(**{**vars(tiny.with_method(method)), "learning_rate": learning_rate})
     metrics = finetune(settings, tmp_path)
     assert metrics["after"]["accuracy"] > 0.6 > metrics["before"]["accuracy"]
     checkpoint = max(tmp_path.glob("checkpoints/*"), key=lambda path: int(path.name.rpartition("-")[2]))
@@ -225,11 +226,38 @@ def test_every_method_learns_and_resumes(tiny: Settings, tmp_path: Path, method:
     torch.testing.assert_close(logits, torch.tensor([row["logits"] for row in rows]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_an_average_is_evaluated_saved_and_resumed(tiny: Settings, tmp_path: Path, method: str):
+    rate = {"lora": tiny.learning_rate, "full": 5e-3}[method]
+    changes = {"learning_rate": rate, "epochs": 2, "schedule": "constant"}
+    plain = Settings(**{**vars(tiny.with_method(method)), **changes})
+    finetune(plain, tmp_path / "plain")
+    settings = replace(plain, ema_decay=0.9)
+    metrics = finetune(settings, tmp_path / "averaged")
+    assert metrics["after"]["accuracy"] > 0.6
+    file = {"lora": "adapter/adapter_model.safetensors", "full": "model/model.safetensors"}[method]
+    last, averaged = (load_file(tmp_path / name / file) for name in ("plain", "averaged"))
+    different = [name for name in last if not torch.equal(last[name], averaged[name])]
+    assert len(different) > len(last) / 2  # the same steps, and another result
+    checkpoint = max(tmp_path.glob("averaged/checkpoints/*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    trained = load_file(checkpoint / Path(file).name)
+    assert all(torch.equal(trained[name], last[name]) for name in last)  # checkpoints go on from the steps
+    shutil.rmtree(checkpoint)
+    again = finetune(settings, tmp_path / "averaged", resume=True)
+    assert (again["after"], again["validation"]) == (metrics["after"], metrics["validation"])
+    resumed = load_file(tmp_path / "averaged" / file)
+    assert all(torch.equal(resumed[name], averaged[name]) for name in averaged)
+    with pytest.raises(TaskError, match="--ema-decay is 1.0, want 0 <= decay < 1"):
+        replace(settings, ema_decay=1.0)
+    with pytest.raises(TaskError, match="--schedule is 'cosine', want one of linear, constant"):
+        replace(settings, schedule="cosine")
+
+
 @pytest.mark.parametrize("method", ["full", *sorted({*METHODS, "lora+prefix-layer"} - {"full"})])
 def test_every_method_learns_in_bfloat16(tiny: Settings, tmp_path: Path, method: str):
     rates = {"bitfit": 0.1, "head-only": 0.1, "full": 5e-3}
     rate = rates.get(method, tiny.learning_rate)
-    settings = Settings(**{**vars(tiny), "method": method, "learning_rate": rate, "precision": "bfloat16"})
+    settings = Settings(**{**vars(tiny.with_method(method)), "learning_rate": rate, "precision": "bfloat16"})
     metrics = finetune(settings, tmp_path)
     assert metrics["after"]["accuracy"] > 0.6 > metrics["before"]["accuracy"]
     weights = load_file(
@@ -255,7 +283,7 @@ def test_lora_plus_is_a_higher_rate_of_lora_B_alone(tiny: Settings, tmp_path: Pa
 
 
 def test_full_fine_tuning_saves_a_whole_model(tiny: Settings, tmp_path: Path):
-    settings = Settings(**{**vars(tiny), "method": "full", "learning_rate": 5e-3, "epochs": 2})
+    settings = Settings(**{**vars(tiny.with_method("full")), "learning_rate": 5e-3, "epochs": 2})
     metrics = finetune(settings, tmp_path)
     assert metrics["trainable_parameters"] == metrics["total_parameters"]
     assert "merged" not in metrics
@@ -309,7 +337,7 @@ def test_data_that_cannot_train_a_classifier(tiny: Settings, tmp_path: Path, row
 
 
 def test_texts_that_leave_no_room_for_special_tokens(tiny: Settings, tmp_path: Path):
-    settings = Settings(**{**vars(tiny), "method": "prefix-embed", "prefix_length": 26, "infix_length": 1})
+    settings = Settings(**{**vars(tiny.with_method("prefix-embed")), "prefix_length": 26, "infix_length": 1})
     message = r"a text has \d+ tokens, but the model has 32 positions, .* takes 27; want --max-length 5, or fewer"
     with pytest.raises(TaskError, match=message):
         finetune(settings, tmp_path / "out")
@@ -332,7 +360,7 @@ def test_the_output_directory_is_guarded(tiny: Settings, run: tuple[Path, dict[s
         finetune(tiny, tmp_path / "file")
     with pytest.raises(TaskError, match=r"--out .*file/out cannot be written: Not a directory"):
         finetune(tiny, tmp_path / "file" / "out")
-    with pytest.raises(TaskError, match="holds no checkpoint; start the run without --resume"):
+    with pytest.raises(TaskError, match="holds no checkpoint; start the run anew, with --overwrite"):
         finetune(tiny, tmp_path / "new", resume=True)
     with pytest.raises(TaskError, match="give one of them"):
         finetune(tiny, tmp_path, resume=True, overwrite=True)
@@ -354,7 +382,7 @@ def test_resuming_with_other_texts_is_refused(tiny: Settings, tmp_path: Path):
 
 
 def test_overwrite_replaces_a_run_and_keeps_other_files(tiny: Settings, tmp_path: Path):
-    finetune(Settings(**{**vars(tiny), "method": "full", "epochs": 1}), tmp_path)
+    finetune(Settings(**{**vars(tiny.with_method("full")), "epochs": 1}), tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     finetune(Settings(**{**vars(tiny), "epochs": 1}), tmp_path, overwrite=True)
     assert (tmp_path / "adapter").is_dir()

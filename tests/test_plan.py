@@ -123,8 +123,8 @@ def test_the_demo_is_what_finetune_trains():
 
 
 def command(*options: str, model: str) -> list[str]:
-    base = ["plan", "--model", model, "--seq-len", "32", "--batch-size", "4", "--target-modules", "q,v", "--r", "2"]
-    return [*base, *options]
+    lora = [] if "--method" in options else ["--target-modules", "q,v", "--r", "2"]
+    return ["plan", "--model", model, "--seq-len", "32", "--batch-size", "4", *lora, *options]
 
 
 def test_console_and_files(gpt2_directory, tmp_path, capsys):
@@ -192,7 +192,8 @@ def test_every_kind_of_method(tmp_path):
     )
     config.save_pretrained(tmp_path)
     for method in ("adapter-drop", "head-only", "prefix-embed", "lora+prefix-layer"):
-        result = plan(PlanSettings(Settings(model=str(tmp_path), method=method, max_length=16, drop_layers=1)))
+        options = {"drop_layers": 1} if method == "adapter-drop" else {}
+        result = plan(PlanSettings(Settings(model=str(tmp_path), method=method, max_length=16, **options)))
         run = result["runs"][method]
         assert 0 < run["trained_parameters"] < result["parameters"]
         assert run["weights"] + run["optimizer_state"] < result["runs"]["full"]["optimizer_state"]
@@ -205,6 +206,7 @@ def test_every_kind_of_method(tmp_path):
         (["--dtype", "fp8"], ["dtype is 'fp8'", "float32, bfloat16, float16, int8, nf4"]),
         (["--method", "magic"], ["--method is 'magic'", "bitfit"]),
         (["--task", "poetry"], ["--task is 'poetry'", "language-model"]),
+        (["--seq-len", "0"], ["--seq-len is 0"]),
         (["--seq-len", "65"], ["--seq-len is 65", "at most 64 tokens"]),
         (["--batch-size", "0"], ["--batch-size is 0"]),
         (["--accumulation-steps", "0"], ["--accumulation-steps is 0"]),

@@ -44,7 +44,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise TaskError("analyze needs matplotlib: pip install 'lora_ext[analyze]'")
-    from ..tasks.analyze import AnalysisSettings, analyze  # imports matplotlib
+    from ..tasks.analyze import SETTINGS_FILE, AnalysisSettings, analyze  # imports matplotlib
 
     # None where the user says nothing: a resumed run takes what it was started with.
     names = ("adapters", "base", "use_base", "layers", "directions", "fan_in_fan_out", "allow_pickle", "seed")
@@ -64,5 +64,5 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
             raise TaskError(f"--resume: the run in {args.out} was started with {', '.join(changed)}")
     else:
         settings = AnalysisSettings(**given)
-    with files.mistakes(), training.saying_how_to_resume("analyze", args.out):
+    with files.mistakes(), training.saying_how_to_resume("analyze", args.out, SETTINGS_FILE):
         analyze(settings, args.out, resume=args.resume, overwrite=args.overwrite, show_progress=True)

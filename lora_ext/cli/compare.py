@@ -51,5 +51,5 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
     from ..tasks.compare import compare
 
     options: dict[str, Any] = training.options_of(args, _WITHOUT)
-    with training.saying_how_to_resume("compare", args.out):
+    with training.saying_how_to_resume("compare", args.out, COMPARE_FILE, args.jobs):
         compare(args.methods, args.seeds, options, args.out, jobs=args.jobs, **training.mode(args))

@@ -45,6 +45,6 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
     try:
         finetune(settings, args.out, **training.mode(args))
     except KeyboardInterrupt:
-        if any(args.out.glob("checkpoints/checkpoint-*")):
+        if any(args.out.glob("checkpoints/checkpoint-*/trainer_state.json")):
             print(f"\nto continue: lora-ext finetune --resume --out {shlex.quote(str(args.out))}", file=sys.stderr)
         raise

@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from ..planner import OPTIMIZERS, WEIGHT_DTYPES
+from ..tasks import TaskError
 from ..tasks.settings import Settings
 from . import files, training
 from .formatter import HelpFormatter
@@ -39,7 +40,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--attention", choices=["sdpa", "eager"], help="the implementation; else what transformers takes by itself")
     add("--device", default="cuda", choices=["cuda", "cpu"], help="whose kernels it would run on")
     add("--gpu-memory", type=files.size, metavar="SIZE", help="80GB or 80GiB: whether it fits, and what would make it")
-    add("--reserve", type=files.size, default="1GB", metavar="SIZE", help="part of it that tensors cannot have")
+    zero_too = lambda text: 0 if text == "0" else files.size(text)  # noqa: E731
+    add("--reserve", type=zero_too, default="1GB", metavar="SIZE", help="part of it that tensors cannot have")
     add("--disk", type=files.size, metavar="SIZE", help="how many checkpoints it holds")
     add("--out", type=Path, metavar="DIR", help="gets plan.json, plan.md and plan.png")
     add("--overwrite", action="store_true", help="replace the plan in --out")
@@ -52,6 +54,8 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
     from ..tasks import plan_report
     from ..tasks.plan import PlanSettings, plan  # imports transformers, which takes seconds
 
+    if args.seq_len < 1:
+        raise TaskError(f"--seq-len is {args.seq_len}, want at least 1")
     finetune = Settings(**{name: getattr(args, name) for name in _TRAINING}, max_length=args.seq_len)
     names = ("task", "attention", "dtype", "optimizer", "gradient_checkpointing", "accumulation_steps", "device")
     own = {name: getattr(args, name) for name in (*names, "gpu_memory", "reserve", "disk")}

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
     training.check_installed("sweep")
     from ..tasks.sweep import sweep
 
-    with training.saying_how_to_resume("sweep", args.out):
+    with training.saying_how_to_resume("sweep", args.out, SWEEP_FILE, args.jobs):
         sweep(
             args.ranks,
             args.targets,

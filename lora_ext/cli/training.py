@@ -48,8 +48,11 @@ def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) 
     add("--infix-length", type=int, metavar="TOKENS", help="trained tokens behind it")
     add("--epochs", type=float, help="passes over the training texts")
     add("--batch-size", type=int, help="texts a step")
-    add("--learning-rate", type=float, help="peak; falls linearly to 0; else the method's own default")
+    add("--learning-rate", type=float, help="peak; else the method's own default")
     add("--warmup", type=float, metavar="FRACTION", help="part of the steps in which the learning rate rises")
+    add("--schedule", metavar="NAME", help="of the learning rate after the warmup: linear, to 0, or constant")
+    average = "of an exponential moving average of what is trained, which is evaluated and saved; 0: none"
+    add("--ema-decay", type=float, metavar="DECAY", help=average)
     add("--precision", metavar="DTYPE", help="of the products: float32, or bfloat16 by autocast; weights stay float32")
     add("--max-length", type=int, metavar="TOKENS", help="longer texts are cut")
     add("--seed", type=int, help="of the new head, the adapters, the order of the texts and dropout")
@@ -108,7 +111,8 @@ def with_saved(
 ) -> argparse.Namespace:
     """The arguments with those that the run in ``args.out`` was started with as defaults.
 
-    Others may be given: what is done already and not changed by them is not done again.
+    Others may be given: what is done already and not changed by them is not done again. Lists, as of methods and
+    seeds, are added to what there is.
     """
     path = args.out / name
     try:
@@ -116,13 +120,20 @@ def with_saved(
         options = saved.pop("options")
     except (OSError, ValueError, KeyError) as error:
         raise TaskError(f"--resume: {args.out} holds no run to continue: {error}") from error
-    return parse_again(**saved, **options)
+    again = parse_again(**saved, **options)
+    for key, known in saved.items():
+        if isinstance(known, list):
+            setattr(again, key, list(dict.fromkeys([*known, *getattr(again, key)])))
+    return again
 
 
 @contextmanager
-def saying_how_to_resume(command: str, out: Path) -> Iterator[None]:
+def saying_how_to_resume(command: str, out: Path, marker: str, jobs: int = 1) -> Iterator[None]:
+    """On Ctrl-C, where the run in ``out`` had begun (``marker`` is there) by then."""
     try:
         yield
     except KeyboardInterrupt:
-        print(f"\nto continue: lora-ext {command} --resume --out {shlex.quote(str(out))}", file=sys.stderr)
+        if (out / marker).is_file():
+            more = f" --jobs {jobs}" if jobs != 1 else ""
+            print(f"\nto continue: lora-ext {command} --resume --out {shlex.quote(str(out))}{more}", file=sys.stderr)
         raise

@@ -77,10 +77,12 @@ def task_type(model: nn.Module) -> str | None:
 def head_paths(bare: BareModel) -> list[str]:
     """Where a new head is, which every method trains beside its own parameters.
 
+    Those that LoRA trains with ``task_type``, by PEFT's rule: ``pre_classifier`` is one, as its name ends like one.
     Empty for language models and base models: what they have is pretrained.
     """
     names = TASK_HEADS.get(task_type(bare.root), ())
-    return [path for path in bare.modules if path in names]
+    found = [path for path in bare.modules if names and path.endswith(names)]
+    return [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
 
 
 def head_parameter_count(model: nn.Module) -> int:

@@ -27,7 +27,7 @@ from .run_directory import check_out, prepare_out, write_json, write_whole
 __all__ = ["AnalysisSettings", "analyze"]
 
 SETTINGS_FILE, JOURNAL_FILE = "analysis_settings.json", "layers.jsonl"
-_OUTPUTS = (SETTINGS_FILE, JOURNAL_FILE, "analysis.json", "analysis.md", *analysis_report.PICTURES)
+_OUTPUTS = (JOURNAL_FILE, "analysis.json", "analysis.md", *analysis_report.PICTURES, SETTINGS_FILE)
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,14 @@ from lora_ext.methods import plan_method
 from . import TaskError, report
 from .costs import measure_costs
 from .data import fingerprint
-from .finetune import load_data, load_task_model, method_for
 from .many_runs import Run, in_process, run_all, settings_for
 from .markdown import table
 from .run_directory import check_out, leave_results, prepare_out, write_json
-from .settings import COMPARE_FILE, Settings
+from .settings import COMPARE_FILE, Settings, command_line
 from .spread import percent, summary, winner
+from .task_model import check_fits, load_task_model, method_for
 
-_OUTPUTS = (COMPARE_FILE, "compare.json", "compare.md", "compare.png", "costs.json", "costs.log", "runs")
+_OUTPUTS = ("compare.json", "compare.md", "compare.png", "costs.json", "costs.log", "runs", COMPARE_FILE)
 
 
 def compare(
@@ -52,10 +52,10 @@ def compare(
         TaskError: a mistake in the arguments, before anything is run; or a run that failed.
         KeyboardInterrupt: Ctrl-C; ``resume`` goes on.
     """
-    check_out(out, resume, overwrite, marker=COMPARE_FILE, what="a comparison")
+    inputs = [options.get(name) for name in ("model", "data", "eval_file")]
+    check_out(out, resume, overwrite, marker=COMPARE_FILE, what="a comparison", outputs=_OUTPUTS, inputs=inputs)
     settings = {label: settings_for(label, options, seeds[0]) for label in dict.fromkeys(methods)}
-    _check(settings)
-    texts = fingerprint(load_data(settings[methods[0]], say=lambda line: None))
+    texts = _check(settings)
     runs = [
         Run(label, settings_for(label, options, seed), texts) for label in settings for seed in dict.fromkeys(seeds)
     ]
@@ -65,7 +65,7 @@ def compare(
     metrics = run_all(runs, out, "compare", jobs)
     costs = _costs(settings, out, say)
     result = {
-        **report.made_by(),
+        **report.made_by(_command(plan, out, jobs)),
         "machine": report.machine(),
         **plan,
         "methods": [_row(label, [metrics[run] for run in runs if run.label == label], costs) for label in settings],
@@ -78,15 +78,24 @@ def compare(
     return result
 
 
-def _check(settings: Mapping[str, Settings]) -> None:
-    """TaskError: the data are wrong, or a method does not go with the model."""
+def _check(settings: Mapping[str, Settings]) -> str:
+    """The fingerprint of the texts. TaskError: they are wrong, or a method does not go with the model."""
     first = next(iter(settings.values()))
-    model, path = load_task_model(first)
+    task_model, splits = load_task_model(first)
     for label, own in settings.items():
         try:
-            plan_method(model, method_for(model, own, path))
-        except (TypeError, ValueError) as error:
+            check_fits(task_model, own)
+            plan_method(task_model.model, method_for(task_model.model, own, task_model.path))
+        except (TaskError, TypeError, ValueError) as error:
             raise TaskError(f"--methods {label}: {error}") from error
+    return fingerprint(splits)
+
+
+def _command(plan: Mapping[str, Any], out: Path, jobs: int) -> list[str]:
+    """What makes the whole comparison anew, however often it was interrupted and added to."""
+    seeds = ",".join(map(str, plan["seeds"]))
+    first = ["--methods", *plan["methods"], "--seeds", seeds, *(["--jobs", str(jobs)] if jobs != 1 else [])]
+    return command_line("compare", plan["options"], out, *first)
 
 
 def _costs(settings: Mapping[str, Settings], out: Path, say: Callable[[str], None]) -> dict[str, Any]:

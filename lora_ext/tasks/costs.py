@@ -16,8 +16,9 @@ from lora_ext.adapters import merge_and_unload
 
 from . import report
 from .data import label_names
-from .finetune import adapt, encode, load_data, load_model, model_path_of
 from .settings import Settings
+from .task_data import encode, load_data
+from .task_model import adapt, load_model, model_path_of
 from .trainer import forward_of
 
 _ROUNDS = 15
@@ -28,9 +29,10 @@ def measure_costs(
 ) -> dict[str, dict[str, Any]]:
     """Median milliseconds of a step and of a forward under each of ``settings``, which are for one model and data.
 
-    All models share one set of frozen weights, and take turns in every round, so that a busy machine slows all alike.
-    A step is forward, backward and AdamW on a method's own ``batch_size`` of texts of median length; a forward is in
-    eval mode, without autograd, on the first one's number of the longest texts. Quartiles are of the rounds.
+    All models but the merged ones share one set of frozen weights, and all take turns in every round, so that a busy
+    machine slows all alike. A step is forward, backward and AdamW on a method's own ``batch_size`` of texts of median
+    length, without an average; a forward is in eval mode, without autograd, on the first one's number of the longest
+    texts. Quartiles are of the rounds.
 
     Returns:
         By the labels of ``settings``: ``step_ms``, ``forward_ms`` and, of LoRA, ``merged_forward_ms``, each a dict of
@@ -41,7 +43,7 @@ def measure_costs(
     labels = label_names([example for split in splits for example in split])
     path = model_path_of(first.model)
     set_seed(first.seed)
-    tokenizer, base = load_model(path, labels, first.max_length)
+    _, tokenizer, base, _ = load_model(path, labels, first.max_length)
     rows = encode(splits.train, tokenizer, labels, first.max_length).rows
     collate = DataCollatorWithPadding(tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

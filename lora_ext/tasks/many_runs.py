@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
 import traceback
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Event
@@ -23,11 +25,12 @@ from tqdm import tqdm
 
 from . import TaskError
 from .data import saved_fingerprint
-from .settings import Settings
+from .settings import OWNERS, Settings, has_option
 
-_FIELDS = {field.name: str(field.type) for field in fields(Settings)}
-# What all runs have in common, and what tells them apart anyway.
-_SHARED = ("method", "seed", "model", "data", "eval_file", "text_column", "label_column")
+_TYPES = typing.get_type_hints(Settings)
+_APART = ("method", "seed")  # what tells runs apart anyway
+# What all runs have in common.
+_SHARED = ("model", "data", "eval_file", "text_column", "label_column")
 _SHARED += ("validation_split", "test_split")  # or accuracies would be of different texts
 _SHARED += ("precision",)  # or times would be of different arithmetic
 
@@ -58,21 +61,25 @@ def settings_for(spec: str, options: Mapping[str, Any], seed: int) -> Settings:
     Raises:
         TaskError: an option does not exist, or its value cannot be.
     """
-    method, *pairs = spec.split(":")
+    method, *pairs = re.split(r":(?=[\w-]+=|[^:=]*$)", spec)  # a value may have a colon, as an expression has
     changes: dict[str, Any] = {"method": method, "seed": seed}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         name = name.replace("-", "_")
-        if not equals or name not in _FIELDS or name in _SHARED:
+        if not equals or name not in _TYPES or name in _APART:
             raise TaskError(f"{spec!r}: {pair!r} is no option=value of finetune, such as r=4 or learning-rate=1e-3")
+        if name in _SHARED:
+            raise TaskError(f"{spec!r}: {name} is the same for all; give --{name.replace('_', '-')}")
+        if not has_option(method, name):
+            raise TaskError(f"{spec!r}: {name} goes with {', '.join(OWNERS[name])}, not with {method}")
         changes[name] = _value(spec, name, text)
-    return Settings(**{**options, **changes})
+    return Settings(**{**{name: value for name, value in options.items() if has_option(method, name)}, **changes})
 
 
 def _value(spec: str, name: str, text: str) -> Any:
-    kind = _FIELDS[name]
+    kinds = typing.get_args(_TYPES[name]) or (_TYPES[name],)
     try:
-        return int(text) if kind.startswith("int") else float(text) if kind.startswith("float") else text
+        return int(text) if int in kinds else float(text) if float in kinds else text
     except ValueError:
         raise TaskError(f"{spec!r}: {name} is {text!r}, want a number") from None
 
@@ -142,8 +149,11 @@ def finished(run: Run, out: Path) -> dict[str, Any] | None:
         metrics = json.loads((run.directory(out) / "metrics.json").read_text())
     except (OSError, ValueError):
         return None
-    wanted = {"settings": asdict(run.settings), "data_sha256": run.data_sha256}
-    return metrics if metrics == {**metrics, **wanted} else None
+    try:
+        same = Settings(**metrics["settings"]) == run.settings  # options that are new since have their defaults
+    except (KeyError, TypeError, TaskError):
+        return None
+    return metrics if same and metrics.get("data_sha256") == run.data_sha256 else None
 
 
 def _carry_out(

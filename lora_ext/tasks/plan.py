@@ -13,13 +13,13 @@ from transformers import PretrainedConfig
 from lora_ext.planner import WEIGHT_DTYPES, Change, Memory, Planner, Setup, changes_that_fit
 
 from . import TaskError, plan_report, report
-from .finetune import method_for
-from .plan_models import TASKS, ConfigSource, most_tokens, read_config, task_of
+from .plan_models import TASKS, ConfigSource, read_config, task_of
 from .run_directory import check_out, prepare_out, write_json, write_whole
 from .settings import Settings
+from .task_model import method_for, most_tokens
 
 PLAN_FILE = "plan.json"
-_OUTPUTS = (PLAN_FILE, "plan.md", "plan.png")
+_OUTPUTS = ("plan.md", "plan.png", PLAN_FILE)
 _TASKS = 100  # the paper's section 4.2 counts the disk for so many
 
 
@@ -106,7 +106,7 @@ def _count(settings: PlanSettings, config: PretrainedConfig, setup: Setup) -> di
     task, method = settings.task or task_of(config), settings.finetune.method
 
     def planner(name: str | None) -> Planner:
-        own = replace(settings.finetune, method=name or "full")
+        own = settings.finetune.with_method(name or "full")
         adapting = (lambda model: method_for(model, own, settings.finetune.model)) if name else None
         return Planner(ConfigSource(config, task, settings.attention, adapting), settings.device)
 

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lora_ext.methods import ARCHITECTURES, Method, apply_method
+from lora_ext.methods import Method, apply_method
 
 from . import TaskError, demo
 
@@ -138,12 +138,3 @@ class ConfigSource:
 
     def outputs(self, model: PreTrainedModel, batch_size: int, seq_len: int) -> Tensor:
         return model(input_ids=torch.zeros(batch_size, seq_len, dtype=torch.long, device="meta")).logits
-
-
-def most_tokens(model: PreTrainedModel) -> int | None:
-    """How many tokens a text may have; None: the config does not say."""
-    architecture = ARCHITECTURES.get(model.config.model_type)
-    if architecture is None or not architecture.position_table:
-        return getattr(model.config, "max_position_embeddings", None)
-    table = model.base_model.get_submodule(architecture.position_table)
-    return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)

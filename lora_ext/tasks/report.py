@@ -7,7 +7,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
@@ -77,10 +77,10 @@ def latencies(
     return seconds
 
 
-def made_by() -> dict[str, Any]:
-    """The command and the time, for a result."""
+def made_by(command: Sequence[str] | None = None) -> dict[str, Any]:
+    """The command, by default that of this process, and the time, for a result."""
     return {
-        "command": ["lora-ext", *sys.argv[1:]],
+        "command": ["lora-ext", *sys.argv[1:]] if command is None else list(command),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 

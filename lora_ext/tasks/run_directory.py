@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,23 @@ from . import TaskError
 __all__ = ["check_out", "leave_results", "prepare_out", "write_json", "write_whole"]
 
 
-def check_out(out: Path, resume: bool, overwrite: bool, *, marker: str, what: str) -> None:
+def check_out(
+    out: Path,
+    resume: bool,
+    overwrite: bool,
+    *,
+    marker: str,
+    what: str,
+    outputs: Sequence[str] = (),
+    inputs: Iterable[str | None] = (),
+) -> None:
     """Refuses to mix a run with other files, or to replace one unasked.
 
     Args:
         marker: name of the file that every run of this kind has in its directory.
         what: the kind, with its article.
+        outputs: names or patterns of what :func:`prepare_out` will remove.
+        inputs: files and directories that the run reads, or ids of something else, or None.
 
     Raises:
         TaskError: saying which option or directory would do.
@@ -34,6 +45,11 @@ def check_out(out: Path, resume: bool, overwrite: bool, *, marker: str, what: st
         raise TaskError(f"--out {out} holds files that are not of {what}; choose another directory")
     if not overwrite:
         raise TaskError(f"--out {out} holds a run already; --resume continues it, --overwrite replaces it")
+    removed = [path.resolve() for pattern in outputs for path in out.glob(pattern)]
+    for name in filter(None, inputs):
+        path = Path(name).resolve()
+        if any(path == old or path.is_relative_to(old) for old in removed):
+            raise TaskError(f"--overwrite would remove {name}, which the run is to read; choose another --out")
 
 
 def prepare_out(out: Path, outputs: Sequence[str], resume: bool, save: Callable[[Path], object]) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from lora_ext.methods import METHODS
+from lora_ext.methods import METHODS, option_names
 
 from . import TaskError
 
@@ -20,6 +22,9 @@ LEARNING_RATES = {"full": 1e-4, "bitfit": 2e-3, "prefix-embed": 1e-2, "prefix-la
 
 PRECISIONS = ("float32", "bfloat16")
 """Of the products; bfloat16 is PyTorch's autocast. Weights, their gradients and sums stay float32."""
+
+SCHEDULES = ("linear", "constant")
+"""Of the learning rate, once it has risen: to 0, or as it is."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,8 @@ class Settings:
     batch_size: int = 16
     learning_rate: float | None = None
     warmup: float = 0.1
+    schedule: str = "linear"
+    ema_decay: float = 0.0
     precision: str = "float32"
     max_length: int = 128
     seed: int = 0
@@ -64,21 +71,33 @@ class Settings:
         if self.learning_rate is None:
             rates = [LEARNING_RATES.get(name, 1e-3) for name in names]
             object.__setattr__(self, "learning_rate", min(rates))  # in files and messages, what is used
-        if self.modules_to_save is not None and "lora" not in names:
-            raise TaskError(f"--modules-to-save goes with lora, not with --method {self.method}")
-        if self.lora_plus_ratio != 1.0 and "lora" not in names:
-            raise TaskError(f"--lora-plus-ratio goes with lora, not with --method {self.method}")
+        for field in fields(self):
+            if getattr(self, field.name) != field.default and not has_option(self.method, field.name):
+                raise TaskError(
+                    f"--{field.name.replace('_', '-')} goes with {', '.join(OWNERS[field.name])}, "
+                    f"not with --method {self.method}"
+                )
         for name in ("epochs", "batch_size", "learning_rate", "lora_plus_ratio", "max_length"):
             if not 0 < getattr(self, name) < math.inf:
                 raise TaskError(f"--{name.replace('_', '-')} is {getattr(self, name)}, want a finite number above 0")
         if self.precision not in PRECISIONS:
             raise TaskError(f"--precision is {self.precision!r}, want one of {', '.join(PRECISIONS)}")
+        if self.schedule not in SCHEDULES:
+            raise TaskError(f"--schedule is {self.schedule!r}, want one of {', '.join(SCHEDULES)}")
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise TaskError(f"--ema-decay is {self.ema_decay}, want 0 <= decay < 1, such as 0.99; 0: no average")
         if not 0 <= self.seed < 2**32:
             raise TaskError(f"--seed is {self.seed}, want 0 <= seed < 2**32")
         if not 0.0 <= self.warmup < 1.0:
             raise TaskError(f"--warmup is {self.warmup}, want 0 <= warmup < 1, as a fraction of all steps")
         if self.eval_file is not None and self.data is None:
             raise TaskError("--eval-file goes with --data; the demo data has a test set of its own")
+
+    def with_method(self, method: str) -> Settings:
+        """The same for another method, which has not all the options that this one has."""
+        return Settings(
+            **{name: v for name, v in asdict(self).items() if has_option(method, name)} | {"method": method}
+        )
 
     def save(self, out: Path) -> None:
         (out / SETTINGS_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
@@ -90,3 +109,24 @@ class Settings:
             return cls(**json.loads((out / SETTINGS_FILE).read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise TaskError(f"--resume: {out} holds no run to continue: {error}") from error
+
+
+OWNERS = {
+    field.name: [name for name in METHODS if field.name in option_names(name)]
+    for field in fields(Settings)
+    if any(field.name in option_names(name) for name in METHODS)
+} | {"lora_plus_ratio": ["lora"]}
+"""Options that only some methods have -> these."""
+
+
+def has_option(method: str, option: str) -> bool:
+    """Whether an option of finetune changes what ``method``, or one of those that it joins by +, does."""
+    return option not in OWNERS or not set(OWNERS[option]).isdisjoint(method.split("+"))
+
+
+def command_line(command: str, options: Mapping[str, Any], out: Path, *first: str) -> list[str]:
+    """What starts the same run anew: ``first``, and those of the ``options`` that are not the defaults."""
+    defaults = asdict(Settings(method=options.get("method", "lora")))
+    changed = {name: value for name, value in options.items() if value is not None and value != defaults.get(name)}
+    rest = [part for name, value in changed.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    return ["lora-ext", command, *first, *rest, "--out", str(out)]

@@ -12,14 +12,14 @@ from lora_ext import LoraConfig
 
 from . import TaskError, report
 from .data import fingerprint
-from .finetune import load_data, load_task_model, method_for
 from .many_runs import Run, run_all, settings_for
 from .markdown import table
 from .run_directory import check_out, leave_results, prepare_out, write_json
-from .settings import SWEEP_FILE
+from .settings import SWEEP_FILE, command_line
 from .spread import percent, summary, winner
+from .task_model import check_fits, load_task_model, method_for
 
-_OUTPUTS = (SWEEP_FILE, "sweep.json", "sweep.md", "sweep.png", "runs")
+_OUTPUTS = ("sweep.json", "sweep.md", "sweep.png", "runs", SWEEP_FILE)
 
 
 def sweep(
@@ -44,8 +44,8 @@ def sweep(
         targets: sets of weights, each as finetune's ``--target-modules`` has it.
         seeds: each cell is trained from each.
         options: fields of :class:`~lora_ext.tasks.settings.Settings` for all runs.
-        budget: parameters that each set gets in the second table, by the highest rank that keeps within, at least 1;
-            None: those of the first set at rank 8.
+        budget: parameters that each set gets in the second table, by the highest rank that keeps within; None: those
+            of the first set at rank 8, or of the widest one at rank 1 if these are more.
         out: gets sweep.json, .md and .png.
         jobs: so many runs at once.
 
@@ -56,24 +56,27 @@ def sweep(
         TaskError: a mistake in the arguments, before anything is run; or a run that failed.
         KeyboardInterrupt: Ctrl-C; ``resume`` goes on.
     """
-    check_out(out, resume, overwrite, marker=SWEEP_FILE, what="a sweep")
+    inputs = [options.get(name) for name in ("model", "data", "eval_file")]
+    check_out(out, resume, overwrite, marker=SWEEP_FILE, what="a sweep", outputs=_OUTPUTS, inputs=inputs)
     options = {**options, "method": "lora"}
-    if budget is not None and budget < 1:
-        raise TaskError(f"--budget is {budget}, want at least 1")
     ranks, targets, seeds = (list(dict.fromkeys(values)) for values in (ranks, targets, seeds))
     for rank in ranks:
         try:
             LoraConfig(r=rank, target_modules="all-linear")
         except (TypeError, ValueError) as error:
             raise TaskError(f"--ranks: {error}") from error
-    per_rank = _parameters_per_rank(targets, options)
-    budget = 8 * per_rank[targets[0]] if budget is None else budget
-    within = {target: max(1, budget // per_rank[target]) for target in targets}
+    per_rank, texts = _parameters_per_rank(targets, options)
+    widest = max(targets, key=lambda target: per_rank[target])
+    budget = max(8 * per_rank[targets[0]], per_rank[widest]) if budget is None else budget
+    if budget < per_rank[widest]:
+        raise TaskError(
+            f"--budget is {budget}, but {widest} has {per_rank[widest]} parameters at rank 1; want no fewer"
+        )
+    within = {target: budget // per_rank[target] for target in targets}
     plan = {"ranks": ranks, "targets": targets, "seeds": seeds, "budget": budget, "options": options}
 
     cells = [(rank, target) for target in targets for rank in ranks]
     cells += [cell for target in targets if (cell := (within[target], target)) not in cells]
-    texts = fingerprint(load_data(settings_for("lora", options, seeds[0]), say=lambda line: None))
 
     def run_of(rank: int, target: str, seed: int) -> Run:
         own = {**options, "r": rank, "target_modules": target}
@@ -94,7 +97,7 @@ def sweep(
         for cell, own in runs.items()
     }
     result = {
-        **report.made_by(),
+        **report.made_by(_command(plan, out, jobs)),
         "machine": report.machine(),
         **plan,
         "cells": list(results.values()),
@@ -110,17 +113,32 @@ def sweep(
     return result
 
 
-def _parameters_per_rank(targets: Sequence[str], options: Mapping[str, Any]) -> dict[str, int]:
-    """What rank 1 costs on each set of weights; so every mistake in a set is found before anything is run."""
-    model, path = load_task_model(settings_for("lora", options, seed=0))
+def _parameters_per_rank(targets: Sequence[str], options: Mapping[str, Any]) -> tuple[dict[str, int], str]:
+    """What rank 1 costs on each set of weights, and the fingerprint of the texts.
+
+    So every mistake in a set, and in the data, is found before anything is run.
+    """
+    first = settings_for("lora", options, seed=0)
+    task_model, splits = load_task_model(first)
+    check_fits(task_model, first)
     counts = {}
     for target in targets:
         own = settings_for("lora", {**options, "r": 1, "target_modules": target}, seed=0)
         try:
-            counts[target] = method_for(model, own, path).count(model)
+            counts[target] = method_for(task_model.model, own, task_model.path).count(task_model.model)
         except (TypeError, ValueError) as error:
             raise TaskError(f"--targets {target}: {error}") from error
-    return counts
+    return counts, fingerprint(splits)
+
+
+def _command(plan: Mapping[str, Any], out: Path, jobs: int) -> list[str]:
+    """What makes the whole sweep anew, however often it was interrupted and added to."""
+    lists = {"--ranks": ",", "--targets": ";", "--seeds": ","}
+    first = [part for name, by in lists.items() for part in (name, by.join(map(str, plan[name.removeprefix("--")])))]
+    first += ["--budget", str(plan["budget"]), *(["--jobs", str(jobs)] if jobs != 1 else [])]
+    return command_line(
+        "sweep", {name: value for name, value in plan["options"].items() if name != "method"}, out, *first
+    )
 
 
 def markdown(result: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from lora_ext.methods import load_method, method_of, save_method
 
 from . import TaskError
+from .moving_average import MovingAverage
 from .report import accuracy, macro_f1
 from .settings import Settings
 
@@ -28,14 +29,16 @@ class Interrupted(KeyboardInterrupt):
 class FinetuneTrainer(Trainer):
     """Writes only what is trained, and draws the same batches in a resumed run.
 
-    Evaluation and prediction keep the order of the dataset.
+    Evaluation and prediction keep the order of the dataset, and take of a model's outputs the logits alone.
 
     Attributes:
         lora_plus_ratio: the learning rate of ``lora_B`` over that of all else (LoRA+, Hayou et al. 2024, arXiv
             2402.12354).
+        average: which is evaluated during training, and what the model has after it; or None.
     """
 
     lora_plus_ratio = 1.0
+    average: MovingAverage | None = None
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is not None:
@@ -54,6 +57,14 @@ class FinetuneTrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         return _EpochSampler(self.args.train_batch_size, [len(row["input_ids"]) for row in dataset], self.args.seed)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.average.in_place() if self.average is not None else nullcontext():
+            return super().evaluate(*args, **kwargs)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        loss, outputs, labels = super().prediction_step(*args, **kwargs)
+        return loss, outputs[0] if isinstance(outputs, tuple) else outputs, labels
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if method_of(self.model).name == "full":  # the whole model, as others read it
             super()._save(output_dir, state_dict)
@@ -67,9 +78,16 @@ class FinetuneTrainer(Trainer):
             else:
                 load_method(self.model, resume_from_checkpoint)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.average is not None:
+            self.average.save(Path(output_dir))
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _explaining_damage(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None and self.average is not None:
+                self.average.load(Path(checkpoint))
 
 
 @contextmanager
@@ -77,11 +95,21 @@ def _explaining_damage(checkpoint: str | None) -> Iterator[None]:
     """Whatever a checkpoint's files do not load with becomes one line that says what to do."""
     try:
         yield
+    except (torch.OutOfMemoryError, PermissionError):
+        raise
     except Exception as error:  # torch.load raises what the damage happens to cause
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TaskError(
             f"--resume: {checkpoint} cannot be read ({reason}); delete it to continue from the one before"
         ) from error
+
+
+class _Averaging(TrainerCallback):
+    def __init__(self, average: MovingAverage) -> None:
+        self.average = average
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.average.update(state.global_step)
 
 
 class _EpochSampler(LengthGroupedSampler):
@@ -157,7 +185,7 @@ def build_trainer(model, settings: Settings, out: Path, train, validation, colla
         per_device_eval_batch_size=settings.batch_size,
         num_train_epochs=settings.epochs,
         learning_rate=settings.learning_rate,
-        lr_scheduler_type="linear",
+        lr_scheduler_type={"linear": "linear", "constant": "constant_with_warmup"}[settings.schedule],
         warmup_steps=round(settings.warmup * steps),
         eval_strategy="epoch" if validation else "no",
         logging_steps=0.01,  # of all steps: a hundred points on the loss curve, however long the run
@@ -183,6 +211,9 @@ def build_trainer(model, settings: Settings, out: Path, train, validation, colla
         },
     )
     trainer.lora_plus_ratio = settings.lora_plus_ratio
+    if settings.ema_decay:
+        trainer.average = MovingAverage(model, settings.ema_decay)
+        trainer.add_callback(_Averaging(trainer.average))
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_LossInBar())
     return trainer
@@ -224,6 +255,8 @@ def train(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.requested:
         raise Interrupted
+    if trainer.average is not None:
+        trainer.average.keep()
     return throughput
 
 
@@ -240,5 +273,5 @@ def last_checkpoint(out: Path) -> Path:
     """
     complete = [state.parent for state in out.glob("checkpoints/checkpoint-*/trainer_state.json")]
     if not complete:
-        raise TaskError(f"--resume: {out} holds no checkpoint; start the run without --resume")
+        raise TaskError(f"--resume: {out} holds no checkpoint; start the run anew, with --overwrite")
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]))
