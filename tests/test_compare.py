@@ -97,6 +97,8 @@ def test_resuming_a_finished_comparison_adds_methods_and_repeats_nothing(options
     assert main(["compare", "--resume", "--out", str(compared), "--methods", "head-only"]) == 0
     result = json.loads((compared / "compare.json").read_text())
     assert result["methods"][3]["label"] == "head-only"
+    assert result["command"][:7] == ["lora-ext", "compare", "--methods", *METHODS, "head-only"]
+    assert result["command"][7:9] == ["--seeds", "0,1"] and result["command"][-2:] == ["--out", str(compared)]
     assert [row["accuracy"] for row in result["methods"][:3]] == [row["accuracy"] for row in first["methods"]]
     after = {path: path.stat().st_mtime_ns for path in compared.rglob("metrics.json")}
     assert {path: after[path] for path in before} == before and len(after) == len(before) + 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -14,32 +15,36 @@ GOOD, BAD = ["good", "fine", "moving"], ["bad", "dull", "hollow"]
 NOUNS = ["film", "plot", "cast", "score", "scene", "ending", "script", "story"]
 
 
-def save_model(directory: Path) -> Path:
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "is", *GOOD, *BAD, *NOUNS]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "is", *GOOD, *BAD, *NOUNS]
+LENGTH = 32  # positions
+
+
+def save_tokenizer(directory: Path, **options: Any) -> None:
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        model_max_length=32,
-    )
-    fast.save_pretrained(directory)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
+    options = {"pad_token": "[PAD]", "unk_token": "[UNK]", "model_max_length": LENGTH} | options
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options).save_pretrained(directory)
+
+
+def config(**options: Any) -> BertConfig:
+    return BertConfig(
+        vocab_size=len(VOCABULARY),
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=48,
-        max_position_embeddings=32,
+        max_position_embeddings=LENGTH,
+        **options,
     )
-    BertForSequenceClassification(config).bert.save_pretrained(directory)
+
+
+def save_model(directory: Path) -> Path:
+    save_tokenizer(directory)
+    torch.manual_seed(0)
+    BertForSequenceClassification(config()).bert.save_pretrained(directory)
     return directory
 
 

@@ -116,8 +116,8 @@ def _draw_similarity(analysis: dict[str, Any], pair: dict[str, Any], path: Path)
 def _kinds(analysis: dict[str, Any]) -> str:
     columns = {
         "layers": "layers",
-        "norm": "\\|dW\\|",
-        "relative_change": "\\|dW\\| / \\|W\\|",
+        "norm": "|dW|",
+        "relative_change": "|dW| / |W|",
         "effective_rank": "effective rank",
         "stable_rank": "stable rank",
         "delta": "UᵀWV: of dW",
@@ -138,7 +138,7 @@ def _most_changed(analysis: dict[str, Any]) -> str:
     rows = [
         [f"{i}", one["name"], one["change"]] for i, adapter in enumerate(adapters, 1) for one in adapter["most_changed"]
     ]
-    return _table(["adapter", "layer", _change_heading(analysis).replace("|", "\\|")], rows)
+    return _table(["adapter", "layer", _change_heading(analysis)], rows)
 
 
 def _similarity(analysis: dict[str, Any]) -> list[str]:
@@ -163,7 +163,7 @@ def _similarity(analysis: dict[str, Any]) -> list[str]:
 
 
 def _layers(analysis: dict[str, Any]) -> str:
-    heading = ["layer", "adapter", "r", "\\|dW\\|", "\\|dW\\| / \\|W\\|", "effective rank", "stable rank"]
+    heading = ["layer", "adapter", "r", "|dW|", "|dW| / |W|", "effective rank", "stable rank"]
     heading += ["90 %", "99 %", "UᵀWV: of dW", "of W", "random", "amplification"]
     rows = []
     for layer in analysis["layers"]:

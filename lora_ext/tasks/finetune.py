@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import transformers
 from transformers import DataCollatorWithPadding, PreTrainedModel, set_seed
 
 from lora_ext.adapters import merge_and_unload, trainable_parameter_counts
@@ -49,7 +48,6 @@ def finetune(
         TaskError: a mistake in the settings, the data or the directory; found before training starts.
         Interrupted: after the first Ctrl-C during training.
     """
-    transformers.logging.set_verbosity_error()
     inputs = (settings.model, settings.data, settings.eval_file)
     check_out(out, resume, overwrite, marker=SETTINGS_FILE, what="a fine-tuning run", outputs=_OUTPUTS, inputs=inputs)
     checkpoint = last_checkpoint(out) if resume else None

@@ -8,7 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    logging,
+)
 
 from lora_ext.bare_model import BareModel
 from lora_ext.methods import ARCHITECTURES, Method, apply_method, new_method, option_names
@@ -47,6 +53,7 @@ def load_task_model(settings: Settings) -> tuple[TaskModel, Splits]:
 
 def load_model(path: str, labels: list[str], max_length: int) -> TaskModel:
     """A classifier of ``labels``. TaskError: there is none at ``path``, or not for so many tokens."""
+    logging.set_verbosity_error()  # it reports every new head; what else is new, check_fits does
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
@@ -92,7 +99,7 @@ def check_fits(task_model: TaskModel, settings: Settings) -> None:
         raise TaskError(
             f"--method {settings.method}: {task_model.path} has no values for {', '.join(left)}, which would stay as "
             f"they were drawn, and be in no file; train them along: --method lora --modules-to-save "
-            f"{','.join(path.rpartition('.')[2] for path in left)}, or --method full"
+            f"{','.join(left)}, or --method full"
         )
 
 
