@@ -68,7 +68,9 @@ def test_decoders_learn_though_their_tokenizers_have_no_padding(tmp_path: Path, 
 def test_weights_that_the_checkpoint_has_not_are_trained_or_refused(tmp_path: Path):
     """A masked language model's checkpoint has no pooler, and a classifier has."""
     model = saved(tmp_path / "model", lambda: BertForMaskedLM(tiny_classifier.config()))
-    message = r"has no values for bert\.pooler\.dense, .*--method lora --modules-to-save bert.pooler.dense, or --method full"
+    message = (
+        r"has no values for bert\.pooler\.dense, .*--method lora --modules-to-save bert.pooler.dense, or --method full"
+    )
     for method in ("lora", "bitfit", "head-only"):
         with pytest.raises(TaskError, match=message):
             finetune(settings_for(model, tmp_path, method=method), tmp_path / "out")

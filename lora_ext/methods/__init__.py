@@ -6,7 +6,7 @@
 
 from .adapted import apply_method, method_of, plan_method, remove_method
 from .architectures import ARCHITECTURES
-from .base import Method, head_parameter_count
+from .base import Method, head_parameter_count, head_parameters
 from .files import load_method, read_method, save_method
 from .registry import METHODS, new_method, option_names
 
@@ -16,6 +16,7 @@ __all__ = [
     "Method",
     "apply_method",
     "head_parameter_count",
+    "head_parameters",
     "load_method",
     "method_of",
     "new_method",

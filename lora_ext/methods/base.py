@@ -85,10 +85,15 @@ def head_paths(bare: BareModel) -> list[str]:
     return [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
 
 
-def head_parameter_count(model: nn.Module) -> int:
-    """Parameters of the new heads of the bare ``model``, which :meth:`Method.count` leaves out."""
+def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Of the new heads of the bare ``model``, by their paths: what :meth:`Method.count` leaves out."""
     bare = BareModel(root_module(model))
-    return sum(parameter.numel() for path in head_paths(bare) for parameter in bare.modules[path].parameters())
+    heads = {path: bare.modules[path] for path in head_paths(bare)}
+    return {f"{path}.{name}": each for path, head in heads.items() for name, each in head.named_parameters()}
+
+
+def head_parameter_count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in head_parameters(model).values())
 
 
 _TASKS = {

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 from lora_ext.methods import plan_method
 
@@ -63,7 +65,7 @@ def compare(
     prepare_out(out, _OUTPUTS, resume, lambda out: write_json(out / COMPARE_FILE, plan))
 
     metrics = run_all(runs, out, "compare", jobs)
-    costs = _costs(settings, out, say)
+    costs = _costs(settings, out)
     result = {
         **report.made_by(_command(plan, out, jobs)),
         "machine": report.machine(),
@@ -98,14 +100,20 @@ def _command(plan: Mapping[str, Any], out: Path, jobs: int) -> list[str]:
     return command_line("compare", plan["options"], out, *first)
 
 
-def _costs(settings: Mapping[str, Settings], out: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def _costs(settings: Mapping[str, Settings], out: Path) -> dict[str, Any]:
     """Measured once: a comparison of the same methods that is resumed on the same machine has them already."""
     wanted = {"settings": {label: asdict(own) for label, own in settings.items()}, "machine": report.machine()}
     path = out / "costs.json"
     if path.is_file() and {**(known := json.loads(path.read_text())), **wanted} == known:
         return known["costs"]
-    say("measuring a training step and a forward of every method ...")
-    costs = in_process(measure_costs, dict(settings), log=out / "costs.log")
+    bar_format = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
+    with tqdm(total=1.0, desc="compare: a step and a forward of each", bar_format=bar_format, file=sys.stderr) as bar:
+
+        def show(part: float) -> None:
+            bar.n = part
+            bar.refresh()
+
+        costs = in_process(measure_costs, dict(settings), log=out / "costs.log", on_progress=show)
     write_json(path, {**wanted, "costs": costs})
     return costs
 

@@ -16,9 +16,7 @@ from transformers import (
     logging,
 )
 
-from lora_ext.bare_model import BareModel
-from lora_ext.methods import ARCHITECTURES, Method, apply_method, new_method, option_names
-from lora_ext.methods.base import head_paths
+from lora_ext.methods import ARCHITECTURES, Method, apply_method, head_parameters, new_method, option_names
 from lora_ext.methods.prefix_embed import SpecialTokens
 
 from . import TaskError, demo
@@ -74,8 +72,7 @@ def load_model(path: str, labels: list[str], max_length: int) -> TaskModel:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     drawn = {*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])}
-    heads = tuple(f"{head}." for head in head_paths(BareModel(model)))
-    return TaskModel(path, tokenizer, model, tuple(sorted(name for name in drawn if not name.startswith(heads))))
+    return TaskModel(path, tokenizer, model, tuple(sorted(drawn - head_parameters(model).keys())))
 
 
 def adapt(model: PreTrainedModel, settings: Settings, model_path: str) -> PreTrainedModel:
