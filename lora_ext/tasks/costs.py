@@ -66,6 +66,7 @@ def measure_costs(
     names |= {(label, "forward_ms"): model for label, model in adapted.items()}
     names |= {(label, "merged_forward_ms"): model for label, model in merged.items()}
     forwards = report.latencies({name: forward_of(model, first) for name, model in names.items()}, long_batch, _ROUNDS)
+    on_progress(1.0)
 
     costs: dict[str, dict[str, Any]] = {label: {"step_ms": _summary(steps[label])} for label in settings}
     for (label, key), seconds in forwards.items():
