@@ -240,10 +240,10 @@ def test_a_local_model_is_found_from_another_directory(options: list[str], tmp_p
 def test_costs_are_measured_again_on_another_machine(tmp_path: Path, monkeypatch):
     calls = []
     monkeypatch.setattr(compare, "in_process", lambda *args, **kwargs: calls.append(args) or {"base": len(calls)})
-    costs = [compare._costs({"lora": Settings()}, tmp_path, say=calls.count) for _ in range(2)]
+    costs = [compare._costs({"lora": Settings()}, tmp_path) for _ in range(2)]
     assert costs == [{"base": 1}] * 2 and len(calls) == 1
     monkeypatch.setattr(compare.report, "machine", lambda: {"processor": "another"})
-    assert compare._costs({"lora": Settings()}, tmp_path, say=calls.count) == {"base": 2}
+    assert compare._costs({"lora": Settings()}, tmp_path) == {"base": 2}
 
 
 def dies(on_progress) -> None:

@@ -73,18 +73,8 @@ def test_the_tokenizer_knows_segmented_words(model: Path):
 @pytest.mark.parametrize("method", ["lora", "adapter-p", "lora+prefix-layer"])
 def test_it_learns_from_its_files(model: Path, data: Path, tmp_path: Path, method: str):
     columns = ["--text-column", "sentence", "--label-column", "sentiment"]
-    options = [
-        "--max-length",
-        "20",
-        "--epochs",
-        "8",
-        "--batch-size",
-        "8",
-        "--learning-rate",
-        "1e-2",
-        "--target-modules",
-        "q,v",
-    ]
+    options = ["--max-length", "20", "--epochs", "8", "--batch-size", "8", "--learning-rate", "1e-2"]
+    options += ["--target-modules", "q,v"] if "lora" in method else []
     command = ["finetune", "--model", str(model), "--data", str(data), *columns, *options, "--method", method]
     assert main([*command, "--out", str(tmp_path / "run")]) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
