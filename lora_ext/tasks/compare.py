@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -187,6 +188,8 @@ def _plot(path: Path, result: Mapping[str, Any]) -> None:
     axes = figure.subplots()
     kinds = list(dict.fromkeys(row["method"] for row in result["methods"]))
     markers = "osD^vP*X<>hdp8H"
+    if len(kinds) > 10:  # or colours repeat
+        axes.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors)
     for index, kind in enumerate(kinds):
         rows = [row for row in result["methods"] if row["method"] == kind]
         rows.sort(key=lambda row: row["trained_parameters"])
