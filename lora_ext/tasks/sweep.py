@@ -40,7 +40,7 @@ def sweep(
     ``lora_alpha`` stays the same at all ranks, as in the paper.
 
     Args:
-        ranks: of the first table.
+        ranks: of the first table, whatever their order.
         targets: sets of weights, each as finetune's ``--target-modules`` has it.
         seeds: each cell is trained from each.
         options: fields of :class:`~lora_ext.tasks.settings.Settings` for all runs.
@@ -59,7 +59,7 @@ def sweep(
     inputs = [options.get(name) for name in ("model", "data", "eval_file")]
     check_out(out, resume, overwrite, marker=SWEEP_FILE, what="a sweep", outputs=_OUTPUTS, inputs=inputs)
     options = {**options, "method": "lora"}
-    ranks, targets, seeds = (list(dict.fromkeys(values)) for values in (ranks, targets, seeds))
+    ranks, targets, seeds = sorted(set(ranks)), list(dict.fromkeys(targets)), list(dict.fromkeys(seeds))
     for rank in ranks:
         try:
             LoraConfig(r=rank, target_modules="all-linear")
@@ -180,9 +180,9 @@ def _plot(path: Path, result: Mapping[str, Any]) -> None:
     axes = figure.subplots()
     cells = {(cell["r"], cell["target_modules"]): cell["accuracy"] for cell in result["cells"]}
     for target in result["targets"]:
-        own = [cells[rank, target] for rank in sorted(result["ranks"])]
+        own = [cells[rank, target] for rank in result["ranks"]]
         axes.errorbar(
-            sorted(result["ranks"]),
+            result["ranks"],
             [100 * each["mean"] for each in own],
             [100 * (each["sd"] or 0.0) for each in own],
             marker="o",
@@ -190,7 +190,7 @@ def _plot(path: Path, result: Mapping[str, Any]) -> None:
             label=target,
         )
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted(result["ranks"]), [str(rank) for rank in sorted(result["ranks"])])
+    axes.set_xticks(result["ranks"], [str(rank) for rank in sorted(result["ranks"])])
     axes.set(xlabel="rank", ylabel="test accuracy, %")
     axes.set_title(f"mean and standard deviation over {len(result['seeds'])} seeds")
     axes.grid(alpha=0.3)
