@@ -52,18 +52,19 @@ _CACHED = 2**17  # elements whose copy in another dtype stays in a core's cache
 
 
 def bias_gradient(grad_y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """In ``dtype``; None: that of ``grad_y``. The sum is float32 (float64) in either case, and rounded once."""
+    """In ``dtype``; None: that of ``grad_y``. The sum is float32 (float64) in either case."""
     dtype = dtype or grad_y.dtype
     if grad_y.dim() == 1:
         return grad_y.to(dtype)
     rows = grad_y.flatten(0, -2)
-    if rows.device.type != "cpu" or rows.dtype == dtype or rows.numel() <= _CACHED:
-        return rows.sum(0, dtype=dtype)
+    wide = torch.promote_types(rows.dtype, dtype)
+    if rows.device.type != "cpu" or rows.dtype == wide or rows.numel() <= _CACHED:
+        return rows.sum(0, dtype=wide).to(dtype)
     # PyTorch's own kernel for the CPU copies what it sums to the dtype of the result: all at once, 4 times as slow.
-    total = rows.new_zeros(rows.shape[1], dtype=dtype)
+    total = rows.new_zeros(rows.shape[1], dtype=wide)
     for part in rows.split(max(1, _CACHED // rows.shape[1])):
-        total += part.sum(0, dtype=dtype)
-    return total
+        total += part.sum(0, dtype=wide)
+    return total.to(dtype)
 
 
 def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:

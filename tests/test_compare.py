@@ -102,6 +102,9 @@ def test_resuming_a_finished_comparison_adds_methods_and_repeats_nothing(options
     assert [row["accuracy"] for row in result["methods"][:3]] == [row["accuracy"] for row in first["methods"]]
     after = {path: path.stat().st_mtime_ns for path in compared.rglob("metrics.json")}
     assert {path: after[path] for path in before} == before and len(after) == len(before) + 2
+    assert main(["compare", "--resume", "--out", str(compared), "--without", "head-only"]) == 0
+    result = json.loads((compared / "compare.json").read_text())
+    assert [row["label"] for row in result["methods"]] == METHODS
 
 
 def test_resuming_with_other_texts_repeats_what_was_done_with_the_old_ones(tmp_path: Path):
@@ -116,6 +119,8 @@ def test_resuming_with_other_texts_repeats_what_was_done_with_the_old_ones(tmp_p
     assert main(["compare", "--resume", "--out", str(out)]) == 0
     again = runs_of(out)
     assert [each["examples"]["train"] for each in (*first.values(), *again.values())] == [48, 24]
+    fingerprints = [each["data_sha256"] for each in (*first.values(), *again.values())]
+    assert json.loads((out / "costs.json").read_text())["data_sha256"] == fingerprints[1] != fingerprints[0]
 
 
 def test_interrupted_and_resumed_ends_like_uninterrupted(options: list[str], tmp_path: Path):
@@ -178,7 +183,8 @@ def test_a_method_may_carry_options():
     assert settings_for("full", common, 0).learning_rate == LEARNING_RATES["full"]
     assert settings_for("full:learning-rate=1e-5", common, 0).learning_rate == 1e-5
     assert settings_for("lora", common, 0).r == 4
-    assert settings_for("lora:target-modules=(?:query|value):r=2", common, 0).target_modules == "(?:query|value)"
+    for spec in ("lora:target-modules=(?:query|value):r=2", "lora:r=2:target-modules=(?:query|value)"):
+        assert settings_for(spec, common, 0).target_modules == "(?:query|value)"
     assert settings_for("lora+bitfit", common, 0).learning_rate == 1e-3
     for spec, message in [
         ("lora:r", "'r' is no option=value"),
@@ -186,6 +192,7 @@ def test_a_method_may_carry_options():
         ("lora:seed=3", "'seed=3' is no option=value"),
         ("lora:precision=bfloat16", "precision is the same for all; give --precision"),
         ("lora:r=two", "r is 'two', want a number"),
+        ("dora:r=3", "--method is 'dora', want one of full"),
         ("dora", "--method is 'dora', want one of full"),
     ]:
         with pytest.raises(TaskError, match=message):
@@ -201,6 +208,11 @@ def test_a_method_may_carry_options():
         (["sweep", "--targets", "q;qeury"], "--targets qeury: .*close matches: 'query'"),
         (["compare", "--methods", "lora", "lora:test-split=0.5"], "test_split is the same for all; give --test-split"),
         (["compare", "--methods", "adapter-h:r=64"], "r goes with lora, not with adapter-h"),
+        (
+            ["compare", "--methods", "lora", "prefix-embed:prefix-length=26"],
+            "--methods prefix-embed.*takes 26",
+        ),
+        (["compare", "--methods", "lora", "--without", "bitfit"], "--without bitfit: there are lora"),
         (["sweep", "--ranks", "2,0"], "--ranks: LoraConfig: r is 0"),
         (["sweep", "--budget", "0"], "--budget is 0, but all-linear has .* parameters at rank 1; want no fewer"),
         (["sweep", "--seeds", "a"], "'a', want integers such as 0,1,2"),
@@ -237,13 +249,14 @@ def test_a_local_model_is_found_from_another_directory(options: list[str], tmp_p
     assert options_of(arguments)["model"] == "vinai/phobert-base"
 
 
-def test_costs_are_measured_again_on_another_machine(tmp_path: Path, monkeypatch):
+def test_costs_are_measured_again_on_another_machine_or_with_other_texts(tmp_path: Path, monkeypatch):
     calls = []
     monkeypatch.setattr(compare, "in_process", lambda *args, **kwargs: calls.append(args) or {"base": len(calls)})
-    costs = [compare._costs({"lora": Settings()}, tmp_path) for _ in range(2)]
+    costs = [compare._costs({"lora": Settings()}, "texts", tmp_path) for _ in range(2)]
     assert costs == [{"base": 1}] * 2 and len(calls) == 1
+    assert compare._costs({"lora": Settings()}, "others", tmp_path) == {"base": 2}
     monkeypatch.setattr(compare.report, "machine", lambda: {"processor": "another"})
-    assert compare._costs({"lora": Settings()}, tmp_path) == {"base": 2}
+    assert compare._costs({"lora": Settings()}, "others", tmp_path) == {"base": 3}
 
 
 def dies(on_progress) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -23,12 +24,12 @@ from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from lora_ext import LoraConfig, inject
+from lora_ext import LoraConfig, cli, inject
 from lora_ext.methods import METHODS, load_method
 from lora_ext.tasks import TaskError, demo, report
 from lora_ext.tasks.finetune import finetune
 from lora_ext.tasks.lora_targets import lora_targets
-from lora_ext.tasks.settings import Settings
+from lora_ext.tasks.settings import Settings, command_line
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +187,7 @@ def test_resuming_a_finished_run_trains_no_further(tiny: Settings, tmp_path: Pat
     first = finetune(settings, tmp_path)
     weights = adapter_weights(tmp_path)
     again = finetune(settings, tmp_path, resume=True)
-    assert again["after"] == first["after"]
+    assert again["after"] == first["after"] and again["validation"] == first["validation"]
     assert again["train_seconds"] == first["train_seconds"] > 0  # what all parts of the run took
     assert again["tokens_per_second"] == first["tokens_per_second"]
     assert all(torch.equal(weights[key], value) for key, value in adapter_weights(tmp_path).items())
@@ -224,6 +225,21 @@ def test_every_method_learns_and_resumes(tiny: Settings, tmp_path: Path, method:
     with torch.no_grad():
         logits = model(**batch).logits
     torch.testing.assert_close(logits, torch.tensor([row["logits"] for row in rows]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "lora+prefix-layer"])
+def test_the_command_in_the_results_starts_the_same_run(method: str):
+    options = {
+        "lora": {"r": 4, "lora_plus_ratio": 2.0, "target_modules": "(?:query|value)", "learning_rate": 1e-4},
+        "adapter-drop": {"drop_layers": 1, "bottleneck_size": 8},
+        "lora+prefix-layer": {"prefix_length": 3, "modules_to_save": "pooler", "epochs": 1.5},
+    }
+    settings = Settings(method=method, seed=3, ema_decay=0.5, **options.get(method, {}))
+    command = command_line("finetune", vars(settings), Path("some where"))
+    parser = argparse.ArgumentParser()
+    cli.finetune.add_parser(parser.add_subparsers())
+    args = parser.parse_args(command[1:])
+    assert Settings(**cli.training.options_of(args)) == settings and args.out == Path("some where")
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -64,5 +64,5 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
             raise TaskError(f"--resume: the run in {args.out} was started with {', '.join(changed)}")
     else:
         settings = AnalysisSettings(**given)
-    with files.mistakes(), training.saying_how_to_resume("analyze", args.out, SETTINGS_FILE):
+    with files.mistakes(), training.saying_how_to_resume("analyze", args.out, SETTINGS_FILE, args.resume):
         analyze(settings, args.out, resume=args.resume, overwrite=args.overwrite, show_progress=True)

@@ -37,6 +37,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     add = parser.add_argument
     add("--methods", nargs="+", default=_METHODS, metavar="METHOD", help="which, in the order of the table")
+    without = "of these, or of a comparison that is resumed, leave some out"
+    add("--without", nargs="+", default=[], metavar="METHOD", help=without)
     add("--seeds", type=training.integers, default=[0, 1, 2], metavar="0,1,2", help="each method is trained from each")
     training.add_options(parser, _WITHOUT)
     training.add_jobs(parser)
@@ -51,5 +53,6 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
     from ..tasks.compare import compare
 
     options: dict[str, Any] = training.options_of(args, _WITHOUT)
-    with training.saying_how_to_resume("compare", args.out, COMPARE_FILE, args.jobs):
-        compare(args.methods, args.seeds, options, args.out, jobs=args.jobs, **training.mode(args))
+    with training.saying_how_to_resume("compare", args.out, COMPARE_FILE, args.resume, args.jobs):
+        methods = training.without(args.methods, args.without)
+        compare(methods, args.seeds, options, args.out, jobs=args.jobs, **training.mode(args))

@@ -27,18 +27,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> None:
-    saved = None
     if args.resume:
-        saved = Settings.load(args.out)
-        args = parse_again(**asdict(saved))  # nobody need repeat what the run was started with ...
+        saved = asdict(Settings.load(args.out))
+        args = parse_again(**saved)  # nobody need repeat what the run was started with ...
+        given = training.options_of(args)
+        if changed := [name for name, value in saved.items() if given[name] != value]:
+            were = ", ".join(f"--{name.replace('_', '-')} {saved[name]}, now {given[name]}" for name in changed)
+            raise TaskError(f"--resume: the run in {args.out} was started with {were}")  # ... or may change it
     settings = Settings(**training.options_of(args))
-    if saved is not None and settings != saved:
-        changed = ", ".join(
-            f"--{name.replace('_', '-')} {value}, now {asdict(settings)[name]}"
-            for name, value in asdict(saved).items()
-            if asdict(settings)[name] != value
-        )
-        raise TaskError(f"--resume: the run in {args.out} was started with {changed}")  # ... or may change it
     training.check_installed("finetune")
     from ..tasks.finetune import finetune  # imports transformers, which takes seconds
 

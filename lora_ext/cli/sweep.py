@@ -28,7 +28,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--budget",
         type=int,
         metavar="N",
-        help="parameters at which to compare sets; else the first one's at rank 8",
+        help="parameters at which to compare sets; else the first one's at rank 8, or the widest's at 1",
     )
     add("--seeds", type=training.integers, default=[0, 1, 2], metavar="0,1,2", help="each cell is trained from each")
     training.add_options(parser, _WITHOUT)
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
     training.check_installed("sweep")
     from ..tasks.sweep import sweep
 
-    with training.saying_how_to_resume("sweep", args.out, SWEEP_FILE, args.jobs):
+    with training.saying_how_to_resume("sweep", args.out, SWEEP_FILE, args.resume, args.jobs):
         sweep(
             args.ranks,
             args.targets,

@@ -106,6 +106,13 @@ def integers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r}, want integers such as 0,1,2") from None
 
 
+def without(methods: list[str], left_out: list[str]) -> list[str]:
+    """TaskError: one that is to be left out is not there."""
+    if unknown := [each for each in left_out if each not in methods]:
+        raise TaskError(f"--without {unknown[0]}: there are {', '.join(methods)}")
+    return [each for each in methods if each not in left_out]
+
+
 def with_saved(
     args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace], name: str
 ) -> argparse.Namespace:
@@ -128,12 +135,14 @@ def with_saved(
 
 
 @contextmanager
-def saying_how_to_resume(command: str, out: Path, marker: str, jobs: int = 1) -> Iterator[None]:
-    """On Ctrl-C, where the run in ``out`` had begun (``marker`` is there) by then."""
+def saying_how_to_resume(command: str, out: Path, marker: str, resume: bool, jobs: int = 1) -> Iterator[None]:
+    """On Ctrl-C, where by then a run had begun, which writes ``marker`` into ``out``."""
+    path = out / marker
+    before = path.stat().st_mtime_ns if path.is_file() else None
     try:
         yield
     except KeyboardInterrupt:
-        if (out / marker).is_file():
+        if resume or (path.is_file() and path.stat().st_mtime_ns != before):
             more = f" --jobs {jobs}" if jobs != 1 else ""
             print(f"\nto continue: lora-ext {command} --resume --out {shlex.quote(str(out))}{more}", file=sys.stderr)
         raise

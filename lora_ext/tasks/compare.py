@@ -17,13 +17,14 @@ from lora_ext.methods import plan_method
 
 from . import TaskError, report
 from .costs import measure_costs
-from .data import fingerprint
+from .data import fingerprint, label_names
 from .many_runs import Run, in_process, run_all, settings_for
 from .markdown import table
 from .run_directory import check_out, leave_results, prepare_out, write_json
 from .settings import COMPARE_FILE, Settings, command_line
 from .spread import percent, summary, winner
-from .task_model import check_fits, load_task_model, method_for
+from .task_data import encode
+from .task_model import check_fits, check_room, load_task_model, method_for, most_tokens
 
 _OUTPUTS = ("compare.json", "compare.md", "compare.png", "costs.json", "costs.log", "runs", COMPARE_FILE)
 
@@ -66,7 +67,7 @@ def compare(
     prepare_out(out, _OUTPUTS, resume, lambda out: write_json(out / COMPARE_FILE, plan))
 
     metrics = run_all(runs, out, "compare", jobs)
-    costs = _costs(settings, out)
+    costs = _costs(settings, texts, out)
     result = {
         **report.made_by(_command(plan, out, jobs)),
         "machine": report.machine(),
@@ -85,10 +86,15 @@ def _check(settings: Mapping[str, Settings]) -> str:
     """The fingerprint of the texts. TaskError: they are wrong, or a method does not go with the model."""
     first = next(iter(settings.values()))
     task_model, splits = load_task_model(first)
+    texts = [example for split in splits for example in split]
+    rows: dict[int, list[dict[str, Any]]] = {}
     for label, own in settings.items():
         try:
             check_fits(task_model, own)
-            plan_method(task_model.model, method_for(task_model.model, own, task_model.path))
+            insertions, _ = plan_method(task_model.model, method_for(task_model.model, own, task_model.path))
+            if own.max_length not in rows:
+                rows[own.max_length] = encode(texts, task_model.tokenizer, label_names(texts), own.max_length).rows
+            check_room([each.module for each in insertions], most_tokens(task_model.model), rows[own.max_length])
         except (TaskError, TypeError, ValueError) as error:
             raise TaskError(f"--methods {label}: {error}") from error
     return fingerprint(splits)
@@ -101,9 +107,10 @@ def _command(plan: Mapping[str, Any], out: Path, jobs: int) -> list[str]:
     return command_line("compare", plan["options"], out, *first)
 
 
-def _costs(settings: Mapping[str, Settings], out: Path) -> dict[str, Any]:
+def _costs(settings: Mapping[str, Settings], texts: str, out: Path) -> dict[str, Any]:
     """Measured once: a comparison of the same methods that is resumed on the same machine has them already."""
     wanted = {"settings": {label: asdict(own) for label, own in settings.items()}, "machine": report.machine()}
+    wanted["data_sha256"] = texts
     path = out / "costs.json"
     if path.is_file() and {**(known := json.loads(path.read_text())), **wanted} == known:
         return known["costs"]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from . import TaskError
 
-DATA_FILE = "data.json"
+DATA_FILE = "data-fingerprint.json"
 
 
 class Example(NamedTuple):
@@ -91,7 +91,7 @@ def split_examples(examples: list[Example], validation_fraction: float, test_fra
 
 def fingerprint(splits: Splits) -> str:
     """The same for the same texts with the same labels on the same sides, and for no others: SHA-256, hexadecimal."""
-    content = [[example[:2] for example in split] for split in splits]
+    content = [sorted(example[:2] for example in split) for split in splits]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -103,7 +103,7 @@ def saved_fingerprint(out: Path) -> str | None:
     """Of the texts that the run in ``out`` was started with; None: the file is missing."""
     try:
         return json.loads((out / DATA_FILE).read_text())["sha256"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

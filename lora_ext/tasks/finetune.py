@@ -67,7 +67,7 @@ def finetune(
     trainable, total = trainable_parameter_counts(model)
     say("tokenising ...")
     train_rows, validation_rows, test_rows = (encode(split, tokenizer, labels, settings.max_length) for split in splits)
-    check_room(model, most, [*train_rows.rows, *validation_rows.rows, *test_rows.rows])
+    check_room(model.modules(), most, [*train_rows.rows, *validation_rows.rows, *test_rows.rows])
 
     def save(out: Path) -> None:
         settings.save(out)

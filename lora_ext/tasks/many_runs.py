@@ -61,7 +61,8 @@ def settings_for(spec: str, options: Mapping[str, Any], seed: int) -> Settings:
     Raises:
         TaskError: an option does not exist, or its value cannot be.
     """
-    method, *pairs = re.split(r":(?=[\w-]+=|[^:=]*$)", spec)  # a value may have a colon, as an expression has
+    method, *pairs = re.split(r":(?=[\w-]+(?:=|$))", spec)  # a value may have a colon, as an expression has
+    Settings(method=method)  # or the name is told first
     changes: dict[str, Any] = {"method": method, "seed": seed}
     for pair in pairs:
         name, equals, text = pair.partition("=")
@@ -118,6 +119,7 @@ def run_all(runs: Sequence[Run], out: Path, what: str, jobs: int = 1) -> dict[Ru
             if metrics is None:
                 threads = max(1, torch.get_num_threads() // jobs)
                 metrics = _carry_out(run, directories[run], threads, ending, lambda part: show(run, min(part, 0.999)))
+            shutil.rmtree(directories[run] / "checkpoints", ignore_errors=True)
             show(run, 1.0)
             return metrics
 
@@ -153,7 +155,7 @@ def finished(run: Run, out: Path) -> dict[str, Any] | None:
         same = Settings(**metrics["settings"]) == run.settings  # options that are new since have their defaults
     except (KeyError, TypeError, TaskError):
         return None
-    return metrics if same and metrics.get("data_sha256") == run.data_sha256 else None
+    return metrics if same and metrics.get("data_sha256") in (None, run.data_sha256) else None
 
 
 def _carry_out(
@@ -166,7 +168,6 @@ def _carry_out(
     directory.parent.mkdir(parents=True, exist_ok=True)
     arguments = (run.settings, directory, resume)
     in_process(_finetune, *arguments, log=log, threads=threads, on_progress=on_progress, ending=ending)
-    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
     return json.loads((directory / "metrics.json").read_text())
 
 
@@ -177,7 +178,7 @@ def _can_resume(run: Run, directory: Path) -> bool:
         return False
     return (
         same
-        and saved_fingerprint(directory) == run.data_sha256
+        and saved_fingerprint(directory) in (None, run.data_sha256)
         and any(directory.glob("checkpoints/checkpoint-*/trainer_state.json"))
     )
 

@@ -126,7 +126,10 @@ def has_option(method: str, option: str) -> bool:
 
 def command_line(command: str, options: Mapping[str, Any], out: Path, *first: str) -> list[str]:
     """What starts the same run anew: ``first``, and those of the ``options`` that are not the defaults."""
-    defaults = asdict(Settings(method=options.get("method", "lora")))
+    if "method" in options:
+        defaults = asdict(Settings(method=options["method"])) | {"method": Settings.method}
+    else:  # of several methods, each of which has a learning rate of its own
+        defaults = asdict(Settings()) | {"learning_rate": None}
     changed = {name: value for name, value in options.items() if value is not None and value != defaults.get(name)}
     rest = [part for name, value in changed.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     return ["lora-ext", command, *first, *rest, "--out", str(out)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -71,8 +73,10 @@ def load_model(path: str, labels: list[str], max_length: int) -> TaskModel:
     if tokenizer.pad_token is None:  # language models have none
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    drawn = {*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])}
-    return TaskModel(path, tokenizer, model, tuple(sorted(drawn - head_parameters(model).keys())))
+    head = head_parameters(model).keys()
+    if wrong := sorted({name for name, *_ in loaded["mismatched_keys"]} - head):
+        raise TaskError(f"--model {path}: {wrong[0]} has another shape than the config beside it says")
+    return TaskModel(path, tokenizer, model, tuple(sorted(set(loaded["missing_keys"]) - head)))
 
 
 def adapt(model: PreTrainedModel, settings: Settings, model_path: str) -> PreTrainedModel:
@@ -117,10 +121,16 @@ def method_for(model: PreTrainedModel, settings: Settings, model_path: str) -> M
     return new_method(settings.method, **{key: value for key, value in values.items() if key in options})
 
 
-def check_room(model: PreTrainedModel, most: int | None, rows: list[dict[str, Any]]) -> None:
-    """TaskError: the longest text has more tokens than the adapted ``model`` has positions for, ``most`` when bare."""
+def check_room(modules: Iterable[nn.Module], most: int | None, rows: list[dict[str, Any]]) -> None:
+    """TaskError: the longest text has more tokens than the model has positions for.
+
+    Args:
+        modules: of the adapted model, or those that will be put into it.
+        most: what the bare model can read, by :func:`most_tokens`.
+        rows: all texts, encoded.
+    """
     longest = max(len(row["input_ids"]) for row in rows)
-    for module in model.modules():
+    for module in modules:
         if isinstance(module, SpecialTokens) and module.most_tokens is not None and longest > module.most_tokens:
             raise TaskError(
                 f"a text has {longest} tokens, but the model has {module.max_positions} positions, of which "
@@ -135,6 +145,8 @@ def most_tokens(model: PreTrainedModel) -> int | None:
     """How many tokens a text may have; None: the config does not say."""
     architecture = ARCHITECTURES.get(model.config.model_type)
     if architecture is None or not architecture.position_table:
-        return getattr(model.config, "max_position_embeddings", None)
+        most = getattr(model.config, "max_position_embeddings", None)
+        has_positions = getattr(model.config, "position_biased_input", True)  # DeBERTa's may be relative alone
+        return most if has_positions and isinstance(most, int) and most > 0 else None  # XLNet's is -1
     table = model.base_model.get_submodule(architecture.position_table)
     return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)

@@ -95,8 +95,10 @@ def _explaining_damage(checkpoint: str | None) -> Iterator[None]:
     """Whatever a checkpoint's files do not load with becomes one line that says what to do."""
     try:
         yield
-    except (torch.OutOfMemoryError, PermissionError):
+    except torch.OutOfMemoryError:
         raise
+    except PermissionError as error:
+        raise TaskError(f"--resume: {checkpoint} cannot be read: {error}") from error
     except Exception as error:  # torch.load raises what the damage happens to cause
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TaskError(
@@ -255,6 +257,9 @@ def train(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.requested:
         raise Interrupted
+    steps = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    if trainer.eval_dataset is not None and steps[-1:] != [trainer.state.global_step]:
+        trainer.evaluate()  # the last checkpoint comes before it, and so it is missing from what is resumed there
     if trainer.average is not None:
         trainer.average.keep()
     return throughput
