@@ -15,7 +15,7 @@ from typing import Any
 
 from ..methods import METHODS
 from ..tasks import TaskError
-from ..tasks.settings import Settings
+from ..tasks.settings import INPUTS, Settings
 
 
 def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
@@ -63,7 +63,7 @@ def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) 
 def options_of(args: argparse.Namespace, without: tuple[str, ...] = ()) -> dict[str, Any]:
     """The values of :func:`add_options`; files by absolute paths, as a resumed run may start in another directory."""
     options = {field.name: getattr(args, field.name) for field in fields(Settings) if field.name not in without}
-    for name in ("data", "eval_file", "model"):
+    for name in INPUTS:
         if options[name] is not None and (name != "model" or Path(options[name]).is_dir()):  # else it is an id
             options[name] = str(Path(options[name]).resolve())
     return options

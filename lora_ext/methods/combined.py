@@ -52,6 +52,6 @@ class Combined(Method):
     def count(self, model: nn.Module) -> int:
         """The sum of the parts' counts, without what ``modules_to_save`` train."""
         bare = BareModel(root_module(model))
-        left_out = self._of_parts(bare).keys() - self.trained_parameters(bare).keys()
-        copied = sum(each.numel() for path, each in self._of_parts(bare).items() if path in left_out)
+        own = self.trained_parameters(bare)
+        copied = sum(each.numel() for path, each in self._of_parts(bare).items() if path not in own)
         return sum(part.count(model) for part in self.parts) - copied

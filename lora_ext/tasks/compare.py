@@ -17,11 +17,11 @@ from lora_ext.methods import plan_method
 
 from . import TaskError, report
 from .costs import measure_costs
-from .data import fingerprint, label_names
+from .data import fingerprint
 from .many_runs import Run, in_process, run_all, settings_for
 from .markdown import table
 from .run_directory import check_out, leave_results, prepare_out, write_json
-from .settings import COMPARE_FILE, Settings, command_line
+from .settings import COMPARE_FILE, INPUTS, Settings, command_line
 from .spread import percent, summary, winner
 from .task_data import encode
 from .task_model import check_fits, check_room, load_task_model, method_for, most_tokens
@@ -56,7 +56,7 @@ def compare(
         TaskError: a mistake in the arguments, before anything is run; or a run that failed.
         KeyboardInterrupt: Ctrl-C; ``resume`` goes on.
     """
-    inputs = [options.get(name) for name in ("model", "data", "eval_file")]
+    inputs = [options.get(name) for name in INPUTS]
     check_out(out, resume, overwrite, marker=COMPARE_FILE, what="a comparison", outputs=_OUTPUTS, inputs=inputs)
     settings = {label: settings_for(label, options, seeds[0]) for label in dict.fromkeys(methods)}
     texts = _check(settings)
@@ -93,7 +93,7 @@ def _check(settings: Mapping[str, Settings]) -> str:
             check_fits(task_model, own)
             insertions, _ = plan_method(task_model.model, method_for(task_model.model, own, task_model.path))
             if own.max_length not in rows:
-                rows[own.max_length] = encode(texts, task_model.tokenizer, label_names(texts), own.max_length).rows
+                rows[own.max_length] = encode(texts, task_model.tokenizer, splits.labels, own.max_length).rows
             check_room([each.module for each in insertions], most_tokens(task_model.model), rows[own.max_length])
         except (TaskError, TypeError, ValueError) as error:
             raise TaskError(f"--methods {label}: {error}") from error
@@ -102,9 +102,8 @@ def _check(settings: Mapping[str, Settings]) -> str:
 
 def _command(plan: Mapping[str, Any], out: Path, jobs: int) -> list[str]:
     """What makes the whole comparison anew, however often it was interrupted and added to."""
-    seeds = ",".join(map(str, plan["seeds"]))
-    first = ["--methods", *plan["methods"], "--seeds", seeds, *(["--jobs", str(jobs)] if jobs != 1 else [])]
-    return command_line("compare", plan["options"], out, *first)
+    first = ["--methods", *plan["methods"], "--seeds", ",".join(map(str, plan["seeds"]))]
+    return command_line("compare", plan["options"], out, *first, jobs=jobs)
 
 
 def _costs(settings: Mapping[str, Settings], texts: str, out: Path) -> dict[str, Any]:

@@ -15,10 +15,9 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, set_seed
 from lora_ext.adapters import merge_and_unload
 
 from . import report
-from .data import label_names
 from .settings import Settings
-from .task_data import encode, load_data
-from .task_model import adapt, load_model, model_path_of
+from .task_data import encode
+from .task_model import adapt, load_task_model
 from .trainer import forward_of
 
 _ROUNDS = 15
@@ -39,12 +38,9 @@ def measure_costs(
         ``median``, ``q1``, ``q3``; ``"base"`` has the ``forward_ms`` of the model that no method touched.
     """
     first = next(iter(settings.values()))
-    splits = load_data(first, say=lambda line: None)
-    labels = label_names([example for split in splits for example in split])
-    path = model_path_of(first.model)
     set_seed(first.seed)
-    _, tokenizer, base, _ = load_model(path, labels, first.max_length)
-    rows = encode(splits.train, tokenizer, labels, first.max_length).rows
+    (path, tokenizer, base, _), splits = load_task_model(first)
+    rows = encode(splits.train, tokenizer, splits.labels, first.max_length).rows
     collate = DataCollatorWithPadding(tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base.to(device).eval()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import TaskError
+from .run_directory import write_json
 
 DATA_FILE = "data-fingerprint.json"
 
@@ -24,6 +25,11 @@ class Splits(NamedTuple):
     train: list[Example]
     validation: list[Example]
     test: list[Example]
+
+    @property
+    def labels(self) -> list[str]:
+        """Of all three, as :func:`label_names` has them."""
+        return label_names(example for split in self for example in split)
 
 
 def read_examples(path: str | Path, text_column: str = "text", label_column: str = "label") -> list[Example]:
@@ -96,7 +102,7 @@ def fingerprint(splits: Splits) -> str:
 
 
 def save_fingerprint(out: Path, sha256: str) -> None:
-    (out / DATA_FILE).write_text(json.dumps({"sha256": sha256}) + "\n")
+    write_json(out / DATA_FILE, {"sha256": sha256})
 
 
 def saved_fingerprint(out: Path) -> str | None:

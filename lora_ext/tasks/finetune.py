@@ -15,9 +15,9 @@ from lora_ext.adapters import merge_and_unload, trainable_parameter_counts
 from lora_ext.methods import head_parameter_count, save_method
 
 from . import TaskError, demo, report
-from .data import DATA_FILE, Splits, fingerprint, label_names, save_fingerprint, saved_fingerprint
+from .data import DATA_FILE, fingerprint, save_fingerprint, saved_fingerprint
 from .run_directory import check_out, prepare_out, write_json
-from .settings import SETTINGS_FILE, Settings, command_line
+from .settings import INPUTS, SETTINGS_FILE, Settings, command_line
 from .task_data import Encoded, encode, load_data
 from .task_model import adapt, check_fits, check_room, load_model, model_path_of, most_tokens
 from .trainer import FinetuneTrainer, build_trainer, forward_of, last_checkpoint, predict, train
@@ -48,14 +48,14 @@ def finetune(
         TaskError: a mistake in the settings, the data or the directory; found before training starts.
         Interrupted: after the first Ctrl-C during training.
     """
-    inputs = (settings.model, settings.data, settings.eval_file)
+    inputs = [getattr(settings, name) for name in INPUTS]
     check_out(out, resume, overwrite, marker=SETTINGS_FILE, what="a fine-tuning run", outputs=_OUTPUTS, inputs=inputs)
     checkpoint = last_checkpoint(out) if resume else None
     splits = load_data(settings, say)
     texts = fingerprint(splits)
     if resume and saved_fingerprint(out) not in (None, texts):
         raise TaskError(f"--resume: the texts are not those that the run in {out} was started with; begin a new run")
-    labels = label_names([example for split in splits for example in split])
+    labels = splits.labels
     model_path = model_path_of(settings.model)
     say(f"loading {model_path} ...")
     set_seed(settings.seed)  # the new head, and the adapters
@@ -91,7 +91,7 @@ def finetune(
         "machine": report.machine(),
         "settings": asdict(settings),
         "id2label": {str(index): label for index, label in enumerate(labels)},
-        "examples": _sizes(splits),
+        "examples": {name: len(split) for name, split in splits._asdict().items()},
         "data_sha256": texts,
         "trainable_parameters": trainable,
         "total_parameters": total,
@@ -159,10 +159,6 @@ def _latencies(
     forwards = {name: forward_of(model.eval(), settings) for name, model in models.items()}
     seconds = report.latencies(forwards, batch)
     return {f"{name}_seconds": statistics.median(values) for name, values in seconds.items()}
-
-
-def _sizes(splits: Splits) -> dict[str, int]:
-    return {name: len(split) for name, split in splits._asdict().items()}
 
 
 def _score(logits: np.ndarray, encoded: Encoded) -> dict[str, float]:

@@ -23,8 +23,11 @@ LEARNING_RATES = {"full": 1e-4, "bitfit": 2e-3, "prefix-embed": 1e-2, "prefix-la
 PRECISIONS = ("float32", "bfloat16")
 """Of the products; bfloat16 is PyTorch's autocast. Weights, their gradients and sums stay float32."""
 
-SCHEDULES = ("linear", "constant")
-"""Of the learning rate, once it has risen: to 0, or as it is."""
+SCHEDULES = {"linear": "linear", "constant": "constant_with_warmup"}
+"""Of the learning rate, once it has risen: to 0, or as it is; by the names that transformers has for them."""
+
+INPUTS = ("model", "data", "eval_file")
+"""Options that name what is read: files and directories, or the id of a model, or None."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ def has_option(method: str, option: str) -> bool:
     return option not in OWNERS or not set(OWNERS[option]).isdisjoint(method.split("+"))
 
 
-def command_line(command: str, options: Mapping[str, Any], out: Path, *first: str) -> list[str]:
+def command_line(command: str, options: Mapping[str, Any], out: Path, *first: str, jobs: int = 1) -> list[str]:
     """What starts the same run anew: ``first``, and those of the ``options`` that are not the defaults."""
     if "method" in options:
         defaults = asdict(Settings(method=options["method"])) | {"method": Settings.method}
@@ -132,4 +135,4 @@ def command_line(command: str, options: Mapping[str, Any], out: Path, *first: st
         defaults = asdict(Settings()) | {"learning_rate": None}
     changed = {name: value for name, value in options.items() if value is not None and value != defaults.get(name)}
     rest = [part for name, value in changed.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    return ["lora-ext", command, *first, *rest, "--out", str(out)]
+    return ["lora-ext", command, *first, *(["--jobs", str(jobs)] if jobs != 1 else []), *rest, "--out", str(out)]

@@ -15,7 +15,7 @@ from .data import fingerprint
 from .many_runs import Run, run_all, settings_for
 from .markdown import table
 from .run_directory import check_out, leave_results, prepare_out, write_json
-from .settings import SWEEP_FILE, command_line
+from .settings import INPUTS, SWEEP_FILE, command_line
 from .spread import percent, summary, winner
 from .task_model import check_fits, load_task_model, method_for
 
@@ -56,7 +56,7 @@ def sweep(
         TaskError: a mistake in the arguments, before anything is run; or a run that failed.
         KeyboardInterrupt: Ctrl-C; ``resume`` goes on.
     """
-    inputs = [options.get(name) for name in ("model", "data", "eval_file")]
+    inputs = [options.get(name) for name in INPUTS]
     check_out(out, resume, overwrite, marker=SWEEP_FILE, what="a sweep", outputs=_OUTPUTS, inputs=inputs)
     options = {**options, "method": "lora"}
     ranks, targets, seeds = sorted(set(ranks)), list(dict.fromkeys(targets)), list(dict.fromkeys(seeds))
@@ -135,10 +135,9 @@ def _command(plan: Mapping[str, Any], out: Path, jobs: int) -> list[str]:
     """What makes the whole sweep anew, however often it was interrupted and added to."""
     lists = {"--ranks": ",", "--targets": ";", "--seeds": ","}
     first = [part for name, by in lists.items() for part in (name, by.join(map(str, plan[name.removeprefix("--")])))]
-    first += ["--budget", str(plan["budget"]), *(["--jobs", str(jobs)] if jobs != 1 else [])]
-    return command_line(
-        "sweep", {name: value for name, value in plan["options"].items() if name != "method"}, out, *first
-    )
+    first += ["--budget", str(plan["budget"])]
+    options = {name: value for name, value in plan["options"].items() if name != "method"}
+    return command_line("sweep", options, out, *first, jobs=jobs)
 
 
 def markdown(result: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from lora_ext.methods import ARCHITECTURES, Method, apply_method, head_parameter
 from lora_ext.methods.prefix_embed import SpecialTokens
 
 from . import TaskError, demo
-from .data import Splits, label_names
+from .data import Splits
 from .lora_targets import lora_targets, split_names
 from .settings import Settings
 from .task_data import load_data
@@ -47,8 +47,7 @@ def model_path_of(model: str | None) -> str:
 def load_task_model(settings: Settings) -> tuple[TaskModel, Splits]:
     """The bare model and the texts that ``settings`` start from. TaskError: they cannot be had."""
     splits = load_data(settings, say=lambda line: None)
-    labels = label_names([each for split in splits for each in split])
-    return load_model(model_path_of(settings.model), labels, settings.max_length), splits
+    return load_model(model_path_of(settings.model), splits.labels, settings.max_length), splits
 
 
 def load_model(path: str, labels: list[str], max_length: int) -> TaskModel:
@@ -94,9 +93,9 @@ def check_fits(task_model: TaskModel, settings: Settings) -> None:
     """TaskError: the method of ``settings`` leaves at random, and in no file, what the checkpoint has no values for."""
     if settings.method == "full":
         return
-    saved = tuple(split_names(settings.modules_to_save)) if settings.modules_to_save else ()
-    modules = {name.rpartition(".")[0] for name in task_model.drawn}
-    if left := sorted(path for path in modules if not (saved and any(_ends(path, name) for name in saved))):
+    names = tuple(_modules_to_save(settings) or ())
+    saved = tuple(f"{path}." for path, _ in task_model.model.named_modules() if path.endswith(names))
+    if left := sorted({name.rpartition(".")[0] for name in task_model.drawn if not name.startswith(saved)}):
         raise TaskError(
             f"--method {settings.method}: {task_model.path} has no values for {', '.join(left)}, which would stay as "
             f"they were drawn, and be in no file; train them along: --method lora --modules-to-save "
@@ -104,17 +103,15 @@ def check_fits(task_model: TaskModel, settings: Settings) -> None:
         )
 
 
-def _ends(path: str, name: str) -> bool:
-    """Whether a module that ``modules_to_save`` names, by the end of its path, is at or above ``path``."""
-    parts = path.split(".")
-    return any(".".join(parts[:length]).endswith(name) for length in range(1, len(parts) + 1))
+def _modules_to_save(settings: Settings) -> list[str] | None:
+    return split_names(settings.modules_to_save) if settings.modules_to_save else None
 
 
 def method_for(model: PreTrainedModel, settings: Settings, model_path: str) -> Method:
     """The method that ``settings`` ask for. ValueError, TypeError: they ask for what cannot be."""
     values = asdict(settings) | {
         **lora_targets(model, settings.target_modules),
-        "modules_to_save": split_names(settings.modules_to_save) if settings.modules_to_save else None,
+        "modules_to_save": _modules_to_save(settings),
         "base_model_name_or_path": model_path,
     }
     options = {option for name in settings.method.split("+") for option in option_names(name)}

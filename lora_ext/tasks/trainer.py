@@ -19,7 +19,7 @@ from lora_ext.methods import load_method, method_of, save_method
 from . import TaskError
 from .moving_average import MovingAverage
 from .report import accuracy, macro_f1
-from .settings import Settings
+from .settings import SCHEDULES, Settings
 
 
 class Interrupted(KeyboardInterrupt):
@@ -187,7 +187,7 @@ def build_trainer(model, settings: Settings, out: Path, train, validation, colla
         per_device_eval_batch_size=settings.batch_size,
         num_train_epochs=settings.epochs,
         learning_rate=settings.learning_rate,
-        lr_scheduler_type={"linear": "linear", "constant": "constant_with_warmup"}[settings.schedule],
+        lr_scheduler_type=SCHEDULES[settings.schedule],
         warmup_steps=round(settings.warmup * steps),
         eval_strategy="epoch" if validation else "no",
         logging_steps=0.01,  # of all steps: a hundred points on the loss curve, however long the run
