@@ -2,88 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from faults import run_script
 from offline_files import peft_adapter, save_checkpoint, snapshot, tensors_of
 from torch import nn
 
 from lora_ext.offline import staging
 from lora_ext.offline.merge import merge
-
-# The process forks for each try, before it has used a thread.
-DRIVER = """
-import json, os, signal, sys
-from pathlib import Path
-from lora_ext.offline.merge import merge  # and nothing larger: a fork copies the page tables
-
-base, adapter, out, overwrite = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4] == "overwrite"
-CALLS = ("pwrite", "fsync", "replace", "rename", "mkdir", "rmdir", "unlink")
-
-def snapshot(directory):
-    return {file.name: file.read_bytes() for file in directory.iterdir()}
-
-def run(kill_at):
-    report, write = os.pipe()
-    if (child := os.fork()) == 0:
-        count = 0
-        def counted(function):
-            def call(*args, **kwargs):
-                nonlocal count
-                count += 1
-                if count == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return function(*args, **kwargs)
-            return call
-        os.fsync = lambda fd: None  # slow, and of use only where the machine stops
-        for name in CALLS:
-            setattr(os, name, counted(getattr(os, name)))
-        done = merge(base, [adapter], out, overwrite=overwrite)
-        os.write(write, str(done.kept).encode())
-        os._exit(0)
-    os.close(write)
-    kept = os.read(report, 100)
-    os.close(report)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in (0, -signal.SIGKILL), status
-    return int(kept) if status == 0 else None
-
-old = snapshot(out) if overwrite else None
-assert run(0) == 0
-new = snapshot(out)
-kept, kill_at = [], 0
-while True:
-    kill_at += 1
-    for path in out.iterdir():
-        path.unlink()
-    out.rmdir()
-    if overwrite:
-        out.mkdir()
-        for name, content in old.items():
-            (out / name).write_bytes(content)
-    ended = run(kill_at)
-    there = snapshot(out) if out.exists() else None
-    assert there in (None, old, new), (kill_at, sorted(there))
-    if there is None and overwrite:
-        assert snapshot(out.parent / f".{out.name}.replaced") == old
-    if ended is not None:
-        break
-    if there != new:
-        kept.append(run(0))
-        assert snapshot(out) == new, kill_at
-    elif not overwrite:
-        try:
-            merge(base, [adapter], out)
-        except FileExistsError:
-            pass
-hidden = [path.name for path in out.parent.iterdir() if path.name.startswith(".")]
-print(json.dumps({"kept": kept, "hidden": hidden}))
-"""
 
 
 @pytest.fixture
@@ -99,14 +28,7 @@ def test_a_killed_merge_leaves_nothing_half_and_is_continued(files, tmp_path, mo
     out = tmp_path / "out"
     if mode == "overwrite":
         save_checkpoint({"x": torch.ones(3)}, out, shards=1)
-    result = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(base), str(adapter), str(out), mode],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    outcome = json.loads(result.stdout)
+    outcome = run_script("merge_killed", base, adapter, out, mode)
     assert set(outcome["kept"]) == {0, 1, 2, 3}  # none were made twice that were complete
     assert outcome["hidden"] == []
 

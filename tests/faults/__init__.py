@@ -1,0 +1,61 @@
+"""Kills a process at each call that changes files, or lets the call fail: what is on disk afterwards is checked.
+
+A test runs a script of this directory (:func:`run_script`) in a process that starts with ``interpose.c`` in front of
+libc. The script forks for each try (tests/faults/tries.py), so that imports are paid once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FAULTS = Path(__file__).resolve().parent
+BUILD = FAULTS.parents[1] / "build" / "faults"
+
+
+def library() -> Path:
+    """Compiles ``interpose.c``, unless that was done before."""
+    source = FAULTS / "interpose.c"
+    compiled = BUILD / f"interpose-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}.so"
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / "lock").open("w") as lock:  # test processes run next to each other
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not compiled.exists():
+            fresh = compiled.with_suffix(".new")
+            subprocess.run(
+                ["cc", "-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-o", fresh, source, "-ldl"], check=True
+            )
+            fresh.rename(compiled)
+    return compiled
+
+
+def run_script(name: str, *arguments: str | Path) -> Any:
+    """Runs ``tests/faults/<name>.py`` with ``arguments``; returns the JSON that its last line holds.
+
+    The script asserts; its assertion errors fail the test with their whole text.
+    """
+    if not sys.platform.startswith("linux") or shutil.which("cc") is None:
+        pytest.skip("interposing libc's calls needs Linux and a C compiler (cc)")
+    result = subprocess.run(
+        [sys.executable, "-m", f"faults.{name}", *map(str, arguments)],
+        env={
+            **os.environ,
+            "LD_PRELOAD": str(library()),
+            "PYTHONPATH": os.pathsep.join([str(FAULTS.parent), *filter(None, sys.path)]),
+            "OMP_NUM_THREADS": "1",  # a process that has used its threads cannot fork
+            "PYTHONDONTWRITEBYTECODE": "1",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, f"{name} {' '.join(map(str, arguments))}\n{result.stdout[-2000:]}\n{result.stderr}"
+    return json.loads(result.stdout.splitlines()[-1])
