@@ -122,7 +122,7 @@ def each_call(
 
 
 def snapshot(directory: Path) -> dict[str, bytes | None] | None:
-    """Returns the bytes of every file below ``directory``, None for a directory; None where there is no ``directory``."""
+    """Returns the bytes of every file below ``directory`` (None for a directory inside), or None if there is none."""
     if not directory.exists():
         return None
     return {
