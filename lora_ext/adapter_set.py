@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from ._interrupts import uninterrupted
+from ._changes import changing
 from .bare_model import BareModel, adapter_layers, file_paths, root_module
 from .config import LoraConfig
 from .nn import ActiveAdapters, AdapterLayer, LoraLayer
@@ -116,7 +116,6 @@ class AdapterSet:
         active: the names in use; every layer of the model holds this object.
         biases: of the adapter that trains the model's own biases, if one does.
         trained: by adapter name, the paths of the modules that it trains in full.
-        disabled: within :func:`~lora_ext.adapters.disable_adapters`, which will restore what is in use now.
     """
 
     def __init__(self) -> None:
@@ -124,18 +123,14 @@ class AdapterSet:
         self.active = ActiveAdapters()
         self.biases: dict[str, TrainedBiases] = {}
         self.trained: dict[str, frozenset[str]] = {}
-        self.disabled = False
         self._trainable: set[str] = set()
         # By adapter name, the dicts in which its modules keep their parameters: looking for them would take most of the
         # time of a switch.
         self._parameters: dict[str, list[dict[str, nn.Parameter | None]]] = {}
 
-    def __getstate__(self) -> dict[str, object]:
-        return vars(self) | {"disabled": False}  # what ends the context has no hold of a copy
-
     def check_enabled(self, caller: str) -> None:
         """RuntimeError: what is in use cannot change now, as it is to be restored."""
-        if self.disabled:
+        if self.active.is_disabled:
             raise RuntimeError(f"{caller}: the adapters are disabled; leave disable_adapters first")
 
     def add(self, adapter: Adapter) -> None:
@@ -168,7 +163,7 @@ class AdapterSet:
 
     def switch(self, names: tuple[str, ...], trainable: bool | None = None) -> None:
         """Uses these adapters. Only parameters of trainable adapters that begin or cease to be used are touched."""
-        with uninterrupted():
+        with changing(self.active):
             before, self.active.names = self.active.names, names
             touched = set()
             if trainable is not None:

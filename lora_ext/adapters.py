@@ -10,14 +10,14 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ._interrupts import uninterrupted
+from ._changes import changing, one_at_a_time
 from .adapter_set import adapter_set, check_names, find_adapters
 from .bare_model import adapter_layers, root_module
 from .hotswap import hotswap_adapter, prepare_hotswap
 from .inject import check_adapter_name, forget_injection, lora_modules, replace_modules
 from .model_combine import add_weighted_adapter
 from .model_merge import merge, merge_and_unload, merge_record_bytes, some, unload, unmerge
-from .nn import LoraLayer
+from .nn import ActiveAdapters, LoraLayer
 
 __all__ = [
     "AdapterStatus",
@@ -42,6 +42,7 @@ __all__ = [
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
+@one_at_a_time
 def set_adapter(model: ModelT, names: str | Iterable[str], trainable: bool | None = None) -> ModelT:
     """Uses these adapters of an injected model, and no others.
 
@@ -88,42 +89,57 @@ def adapter_names(model: nn.Module) -> list[str]:
 def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Within the context the model computes what its base model computes, with its own heads and biases.
 
-    It restores what was in use: adapters cannot be added, switched, renamed or removed within it.
+    It restores what was in use: adapters cannot be added, switched, renamed or removed within it. Forwards of other
+    threads compute with the base model too.
 
     Raises:
         ValueError: there is no LoRA layer.
-        RuntimeError: an adapter is merged, so that the base weights are not the base's.
+        RuntimeError: an adapter is merged, so that the base weights are not the base's; or another thread is within
+            such a context, whose end would enable the adapters.
     """
-    layers = dict(adapter_layers(model))
-    if not layers:
+    shared = _disable(model)
+    try:
+        yield
+    finally:
+        _enable(model, shared)
+
+
+@one_at_a_time
+def _disable(model: nn.Module) -> set[ActiveAdapters]:
+    """Returns what was disabled: what the layers share."""
+    shared = {layer.active for _, layer in adapter_layers(model)}
+    if not shared:
         raise ValueError(
             f"disable_adapters: {type(model).__name__} has no LoRA layer; call inject(model, config) first"
         )
     merged = [path for path, layer in lora_modules(model) if layer.is_merged]
     if merged:
         raise RuntimeError(f"disable_adapters: {some(merged)} merged; call unmerge(model) first")
-    active = {layer.active: layer.active.names for layer in layers.values()}
+    if any(active.is_disabled_elsewhere for active in shared):
+        raise RuntimeError("disable_adapters: another thread is within disable_adapters(model); wait for its end")
+    with changing(*shared):
+        for active in shared:
+            active.disable()
+        _use_biases(model)
+    return shared
+
+
+@one_at_a_time
+def _enable(model: nn.Module, shared: set[ActiveAdapters]) -> None:
+    with changing(*shared):
+        for active in shared:
+            active.enable()
+        _use_biases(model)
+
+
+def _use_biases(model: nn.Module) -> None:
+    """Gives the model its own biases, or those of the adapter in use."""
     adapters = adapter_set(model)
-    biases = list(adapters.biases.values()) if adapters is not None else []
-    used = [own.used for own in biases]
-    was_disabled = adapters is not None and adapters.disabled
-    try:
-        if adapters is not None:
-            adapters.disabled = True
-        for shared in active:
-            shared.names = ()
-        for own in biases:
-            own.use(False)
-        yield
-    finally:
-        if adapters is not None:
-            adapters.disabled = was_disabled
-        for shared, names in active.items():
-            shared.names = names
-        for own, was_used in zip(biases, used, strict=True):
-            own.use(was_used)
+    for name, biases in adapters.biases.items() if adapters is not None else ():
+        biases.use(name in adapters.active.names)
 
 
+@one_at_a_time
 def delete_adapter(model: ModelT, name: str) -> ModelT:
     """Removes an adapter, which must not be in use. A layer without any left is the plain base layer again, and so is
     the model.
@@ -150,7 +166,7 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
             )
         )
     _check_unmerged("delete_adapter", model, name)
-    with uninterrupted():
+    with changing(adapters.active):
         adapters.remove(name)
         for _, layer in adapter_layers(model):
             if name in layer.adapters:
@@ -165,6 +181,7 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
     return model
 
 
+@one_at_a_time
 def rename_adapter(model: ModelT, old: str, new: str) -> ModelT:
     """Gives an adapter another name. Files do not hold names, and need no change.
 
@@ -183,7 +200,7 @@ def rename_adapter(model: ModelT, old: str, new: str) -> ModelT:
         return model
     check_adapter_name("rename_adapter", new, adapters)
     _check_unmerged("rename_adapter", model, old)
-    with uninterrupted():
+    with changing(adapters.active):
         for _, layer in adapter_layers(model):
             held = {new if name == old else name: adapter for name, adapter in layer.adapters.items()}
             layer.adapters.clear()

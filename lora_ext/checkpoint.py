@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._interrupts import uninterrupted
+from ._changes import changing, one_at_a_time
 from .adapter_file import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, AdapterFile
 from .adapter_set import Adapter, adapter_set, find_adapter
 from .bare_model import BareModel, root_module
@@ -30,6 +30,7 @@ from .staged_files import staged_files, write_tensors
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
+@one_at_a_time
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None) -> None:
     """Writes an adapter of an injected ``model`` into ``directory``, which PEFT's ``from_pretrained`` reads.
 
@@ -66,6 +67,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     _write_pair(Path(directory), text + "\n", tensors, metadata)
 
 
+@one_at_a_time
 def load_adapter(
     model: ModelT,
     directory: str | os.PathLike[str],
@@ -116,7 +118,7 @@ def load_adapter(
     _check_fit(targets, file)
 
     # Nothing below fails, and Ctrl-C waits: the adapter's tensors are filled before it is attached.
-    with torch.no_grad(), uninterrupted():
+    with torch.no_grad(), changing(adapter.into.active):
         for key, target in targets.items():
             target.copy_(file.tensor(key))
         for key, scale in adapter.file_scales().items():
@@ -143,7 +145,7 @@ def _targets(model: nn.Module, adapter: Adapter, file: AdapterFile) -> dict[str,
             warnings.warn(
                 f'load_adapter: {file.path} has no bias, though its config says bias="lora_only": PEFT before 0.18 '
                 "did not save them. They keep the model's values",
-                stacklevel=4,
+                stacklevel=5,
             )
             targets = {key: tensor for key, tensor in targets.items() if key not in biases}
     bare = BareModel(root_module(model))

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._interrupts import uninterrupted
+from ._changes import changing, one_at_a_time
 from .adapter_file import KEY_PREFIX, AdapterFile
 from .adapter_set import Adapter, Part, find_adapter
 from .checkpoint import config_of
@@ -28,6 +28,7 @@ from .nn.tied import TiedAdapter
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
+@one_at_a_time
 def prepare_hotswap(model: ModelT, r: int, adapter_name: str | None = None) -> ModelT:
     """Pads an adapter to rank ``r`` with zeros, so that adapters up to that rank can be swapped in.
 
@@ -58,7 +59,7 @@ def prepare_hotswap(model: ModelT, r: int, adapter_name: str | None = None) -> M
     padded = [_padded(part, r) for part in low_rank]
     alphas = {part.target: part.adapter.scaling * r for part in low_rank}
     alpha = max(alphas.values(), key=list(alphas.values()).count, default=adapter.config.lora_alpha)
-    with uninterrupted():
+    with changing(adapter.into.active):
         adapter.into.configs[adapter.name] = dataclasses.replace(
             adapter.config,
             r=r,
@@ -73,6 +74,7 @@ def prepare_hotswap(model: ModelT, r: int, adapter_name: str | None = None) -> M
     return model
 
 
+@one_at_a_time
 def hotswap_adapter(
     model: ModelT, directory: str | os.PathLike[str], adapter_name: str | None = None, *, allow_pickle: bool = False
 ) -> ModelT:
@@ -103,7 +105,7 @@ def hotswap_adapter(
     adapter = find_adapter(model, "hotswap_adapter", adapter_name)
     _check_unmerged("hotswap_adapter", model, adapter.name)
     slots = _slots(adapter, config, file)
-    with torch.no_grad(), uninterrupted():
+    with torch.no_grad(), changing(adapter.into.active):
         for slot in slots:
             if slot.key is None:
                 slot.tensor.zero_()

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from ._interrupts import uninterrupted
+from ._changes import changing, one_at_a_time
 from .adapter_set import Adapter, AdapterSet, adapter_set, attach_adapter_set, forget_adapter_set
 from .bare_model import BareModel, adapter_layers, root_module
 from .config import LoraConfig
@@ -24,6 +24,7 @@ from .targets import find_targets, is_all_linear
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
+@one_at_a_time
 def inject(model: ModelT, config: LoraConfig, adapter_name: str = "default") -> ModelT:
     """Adapts ``model`` in place: every targeted layer becomes one that holds a low-rank adapter.
 
@@ -95,7 +96,7 @@ def plan_injection(model: nn.Module, config: LoraConfig, adapter_name: str = "de
 def apply_injection(model: nn.Module, adapter: Adapter) -> None:
     """Carries out a plan: the adapter is attached, and active. Ctrl-C waits for that."""
     root = root_module(model)
-    with uninterrupted():
+    with changing(adapter.into.active):
         replace_modules(root, {old: new for part in adapter.parts for old, new in part.replaced.items()})
         if adapter_set(model) is None:
             root.requires_grad_(False)

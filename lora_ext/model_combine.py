@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from ._changes import one_at_a_time
 from .adapter_set import Adapter, Part, check_names, find_adapter, find_adapters
 from .bare_model import BareModel, root_module
 from .combine import check_combination, combine_factors
@@ -25,6 +26,7 @@ from .nn.trainable_tokens import TiedRows
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
+@one_at_a_time
 def add_weighted_adapter(
     model: ModelT,
     adapters: Sequence[str],

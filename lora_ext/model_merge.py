@@ -9,11 +9,11 @@ from typing import TypeVar
 
 from torch import nn
 
-from ._interrupts import uninterrupted
+from ._changes import changing, one_at_a_time
 from .adapter_set import adapter_set
 from .bare_model import adapter_layers, parameter_paths, root_module
 from .inject import forget_injection, lora_modules, replace_modules
-from .nn import AdapterLayer, LoraLayer
+from .nn import ActiveAdapters, AdapterLayer, LoraLayer
 from .nn.merged import MergedMatrix, change_merged, merge_for_good, stored_matrices, update_identity
 from .nn.trainable_tokens import TrainableTokens
 from .targets import is_inside
@@ -23,6 +23,7 @@ _LOGGER = logging.getLogger("lora_ext.adapters")
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
+@one_at_a_time
 def merge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> ModelT:
     """Adds adapters to their base weights in place: the model then runs at the base model's speed.
 
@@ -30,7 +31,10 @@ def merge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> Mo
     0.03 to 0.25 bytes per float32 weight for updates of 0.5 % to 10 % of its size; :func:`merge_record_bytes` says how
     many, and so does an INFO message of the ``lora_ext.adapters`` logger.
 
-    All layers are checked before the first is changed: all of them are merged, or none. Ctrl-C waits for that.
+    All layers are checked before the first is changed: all of them are merged, or none. Ctrl-C waits for that, and so
+    does every other function that changes a model, in any thread. A forward that runs meanwhile computes each layer
+    with the weights of before or those of after; from one layer to the next it may see the change. On a GPU that holds
+    for forwards on the same stream.
 
     Args:
         model: holds LoRA layers.
@@ -59,6 +63,7 @@ def merge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> Mo
     return model
 
 
+@one_at_a_time
 def unmerge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> ModelT:
     """Takes merged adapters out of their base weights again, in place.
 
@@ -106,6 +111,7 @@ def _merged_matrices(layers: Iterable[LoraLayer]) -> list[MergedMatrix]:
     return list({id(matrix): matrix for own in merged for matrix in own.matrices.values()}.values())
 
 
+@one_at_a_time
 def merge_and_unload(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> ModelT:
     """Merges adapters for good and puts each base layer back: the plain model again.
 
@@ -131,7 +137,7 @@ def merge_and_unload(model: ModelT, adapter_names: str | Iterable[str] | None = 
     wanted = {path: (layer, own) for path, (layer, own) in missing.items() if own}
     _check_untied("merge_and_unload", model, wanted)
     _check_can_unload("merge_and_unload", model, merged=True)
-    with uninterrupted():  # a weight that contains its adapter must not stay beside it
+    with changing(*_shared(model)):  # a weight that contains its adapter must not stay beside it
         if some_merged:  # a weight is rounded once for all its adapters: those merged come out first
             change_merged(
                 "merge", {layer: {*layer.merged_adapters, *own} for layer, own in wanted.values()}, _where(wanted)
@@ -142,6 +148,7 @@ def merge_and_unload(model: ModelT, adapter_names: str | Iterable[str] | None = 
     return model
 
 
+@one_at_a_time
 def unload(model: ModelT) -> ModelT:
     """Removes all adapters: the plain model as it was before :func:`lora_ext.inject`, but that it stays frozen.
 
@@ -158,7 +165,7 @@ def unload(model: ModelT) -> ModelT:
     merged = [path for path, layer in lora_modules(model) if layer.is_merged]
     if merged:
         raise RuntimeError(f"unload: {some(merged)} merged; call unmerge(model) first, or merge_and_unload(model)")
-    with uninterrupted():
+    with changing(*_shared(model)):
         _unload(model, merged=False)
     return model
 
@@ -169,6 +176,11 @@ def _check_can_unload(caller: str, model: nn.Module, merged: bool) -> None:
     for _, layer in adapter_layers(model) if merged else ():
         if isinstance(layer, TrainableTokens):
             _ = layer.rows_in_use  # ValueError: two adapters in use have the same
+
+
+def _shared(model: nn.Module) -> set[ActiveAdapters]:
+    """What its layers share: one for those that were injected."""
+    return {layer.active for _, layer in adapter_layers(model)}
 
 
 def _unload(model: nn.Module, merged: bool) -> None:

@@ -98,7 +98,7 @@ class _Search:
         tokens = self.find_tokens(trained, targets)
         self.check_leftovers({*targets, *self.tied, *(f"{path}.{n}" for path in parameters for n in parameters[path])})
         for message in self.warnings:
-            warnings.warn(message, stacklevel=5)  # the caller of inject
+            warnings.warn(message, stacklevel=6)  # the caller of inject
         return Targets(targets, parameters, trained, tokens, self.tied)
 
     def find_trained(self) -> dict[str, nn.Module]:

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from .._changes import one_at_a_time
 from .._interrupts import uninterrupted
 from ..adapter_set import Adapter, adapter_set
 from ..bare_model import BareModel, root_module
@@ -20,6 +21,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 _ATTRIBUTE = "_adaptation_method"  # of the root
 
 
+@one_at_a_time
 def apply_method(model: ModelT, method: Method) -> ModelT:
     """Adapts ``model`` in place: freezes it but for what ``method`` trains, and inserts what it inserts.
 
@@ -96,6 +98,7 @@ def applied_method(model: nn.Module, caller: str) -> Method:
     return method
 
 
+@one_at_a_time
 def remove_method(model: ModelT) -> ModelT:
     """Takes out what :func:`apply_method` put in. What was trained in place (biases, a head, all) stays as trained.
 

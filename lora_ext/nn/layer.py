@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .._changes import of_one_state, one_at_a_time
 from .._checks import FLOATING
 from .adapter import LoraAdapter
 from .merged import MergedAdapters, change_merged
@@ -19,10 +22,53 @@ if TYPE_CHECKING:
 
 
 class ActiveAdapters:
-    """The names of the adapters in use. All layers of a model share one, so that switching is one assignment."""
+    """The names of the adapters in use. All layers of a model share one, so that switching is one assignment.
+
+    Attributes:
+        names: in the order they were activated in.
+        changes: how often a change of the layers has begun or ended: odd while one is under way.
+    """
+
+    changes = 0
+    _disabled: tuple[int, int, tuple[str, ...]] | None = None  # by which thread, how many times, the names of before
 
     def __init__(self, names: Iterable[str] = ()) -> None:
         self.names: tuple[str, ...] = tuple(names)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"names": self.names}  # nobody is changing a copy, and what enables the adapters has no hold of it
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """The block in which layers change; blocks may be inside one another."""
+        outermost = not self.changes % 2
+        self.changes += outermost
+        try:
+            yield
+        finally:
+            self.changes += outermost
+
+    @property
+    def is_disabled(self) -> bool:
+        """Whether no adapter is used until :meth:`enable` is called."""
+        return self._disabled is not None
+
+    @property
+    def is_disabled_elsewhere(self) -> bool:
+        """Whether it was another thread that called :meth:`disable`."""
+        return self._disabled is not None and self._disabled[0] != threading.get_ident()
+
+    def disable(self) -> None:
+        """Uses no adapter. Each call takes one of :meth:`enable`, the last of which restores the names."""
+        thread, depth, names = self._disabled or (threading.get_ident(), 0, self.names)
+        self._disabled, self.names = (thread, depth + 1, names), ()
+
+    def enable(self) -> None:
+        thread, depth, names = self._disabled
+        if depth > 1:
+            self._disabled = thread, depth - 1, names
+        else:
+            self._disabled, self.names = None, names
 
 
 class Matrix(NamedTuple):
@@ -138,6 +184,11 @@ class LoraLayer(AdapterLayer):
     weight_name: ClassVar[str] = "weight"
     stores_transposed: bool = False  # the weight is [in, out]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "forward" in vars(cls):
+            cls.forward = of_one_state(cls.forward)
+
     def __init__(
         self,
         base_layer: nn.Module,
@@ -209,6 +260,7 @@ class LoraLayer(AdapterLayer):
 
     # --- adapters ----------------------------------------------------------------------------------------------------
 
+    @one_at_a_time
     def add_adapter(self, name: str, adapter: LoraAdapter) -> None:
         """Holds ``adapter`` under ``name``, beside those that are there. :meth:`set_active` says which are used.
 
@@ -264,6 +316,7 @@ class LoraLayer(AdapterLayer):
         A, B, scaling = self.factors(name)[key]
         return scaling * (B @ A)
 
+    @one_at_a_time
     def merge(self, *names: str) -> int:
         """Adds the updates of the adapters ``names`` (of the active ones) to the base weight in place.
 
@@ -293,6 +346,7 @@ class LoraLayer(AdapterLayer):
         change_merged(caller, {self: {*self.merged_adapters, *names}}, {self: ""})
         return self.merge_record_bytes
 
+    @one_at_a_time
     def unmerge(self, *names: str) -> None:
         """Takes the updates of the adapters ``names`` (of all that are merged) out of the base weight again.
 
@@ -324,6 +378,7 @@ class LoraLayer(AdapterLayer):
                     f"call lora_ext.{operation}(model), which changes both"
                 )
 
+    @one_at_a_time
     def forget_merge(self) -> None:
         """Takes the base weight as it is for the pristine one: for callers that have replaced a merged weight."""
         self._merged = None
@@ -338,6 +393,7 @@ class LoraLayer(AdapterLayer):
             )
         return {"bias": (adapter.lora_bias.view(1, -1), adapter.lora_bias.new_ones(1, 1), adapter.scaling)}
 
+    @one_at_a_time
     def _apply(self, fn, recurse: bool = True):
         dtype = self.weight.dtype
         super()._apply(fn, recurse)

@@ -7,15 +7,18 @@ their names and rounded once. To change the set, every bit of the pristine weigh
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
-from typing import Protocol
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
+from .._changes import changing
 from .._checks import check_merge_layer
-from .._interrupts import uninterrupted
 from ..exact_merge import MergeRecord, check_unmerge, merge_all_, pack_factors, plan_unmerge, remerge, run_unmerge
+
+if TYPE_CHECKING:
+    from .layer import ActiveAdapters
 
 Factors = tuple[Tensor, Tensor, float]  # lora_A [r, cols], lora_B [rows, r], scaling
 
@@ -24,6 +27,7 @@ class Mergeable(Protocol):
     """What merging needs of a layer; :class:`~lora_ext.nn.layer.LoraLayer` has it all."""
 
     _merged: MergedAdapters | None
+    active: ActiveAdapters
 
     def matrices(self) -> Mapping[str, object]:
         """The matrices that adapters update: :class:`~lora_ext.nn.layer.Matrix` by a key."""
@@ -125,7 +129,7 @@ def change_merged(caller: str, wanted: Mapping[Mergeable, Collection[str]], wher
     before = {layer: layer._merged for layer in wanted}
     launches = plan_unmerge(caller, views, list(records.values()), labels)
 
-    with uninterrupted():  # from here on the weights and what is noted about them change in step
+    with changing(*_shared(wanted)):  # from here on the weights and what is noted about them change in step
         run_unmerge(launches)
         for layer in wanted:
             layer._merged = None
@@ -151,7 +155,14 @@ def merge_for_good(caller: str, wanted: Mapping[Mergeable, Collection[str]], whe
 
     Errors as :func:`change_merged`; all layers are then unchanged.
     """
-    _plan_merge(caller, wanted, where).run(caller, record=False)
+    merge = _plan_merge(caller, wanted, where)
+    with changing(*_shared(wanted)):
+        merge.run(caller, record=False)
+
+
+def _shared(layers: Iterable[Mergeable]) -> set[ActiveAdapters]:
+    """What the layers of each model share."""
+    return {layer.active for layer in layers}
 
 
 def _plan_merge(caller: str, wanted: Mapping[Mergeable, Collection[str]], where: Mapping[Mergeable, str]) -> _Merge:

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ... import _load
+from ..._changes import one_at_a_time
 from ..._checks import FLOATING
 from ..._interrupts import uninterrupted
 from ...exact_merge import MergeRecord, merge_all_, pack_factors, unmerge_all_
@@ -41,11 +42,13 @@ class ExactMerge:
 class ExactMerging:
     """Overrides ``merge`` and ``unmerge`` of a LoRA layer."""
 
+    @one_at_a_time
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         for name in check_adapters_to_merge(self, adapter_names) or ():
             if has_adapter(self, name) and not _merge_exactly(self, name):
                 super().merge(safe_merge=safe_merge, adapter_names=[name])
 
+    @one_at_a_time
     def unmerge(self) -> None:
         if _MERGES not in self.__dict__:
             super().unmerge()
@@ -143,7 +146,7 @@ def _unmerge_exactly(layer: LoraLayer, name: str) -> bool:
     warnings.warn(
         f"The base weight into which adapter {name!r} was merged has been replaced or changed meanwhile: PEFT "
         "subtracts the update from what is there now, which rounds.",
-        stacklevel=3,
+        stacklevel=4,
     )
     return False
 
