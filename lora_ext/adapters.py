@@ -10,11 +10,12 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from ._arguments import checked
 from ._changes import changing, one_at_a_time
 from .adapter_set import adapter_set, check_names, find_adapters
 from .bare_model import adapter_layers, root_module
 from .hotswap import hotswap_adapter, prepare_hotswap
-from .inject import check_adapter_name, forget_injection, lora_modules, replace_modules
+from .inject import check_new_name, forget_injection, lora_modules, replace_modules
 from .model_combine import add_weighted_adapter
 from .model_merge import merge, merge_and_unload, merge_record_bytes, some, unload, unmerge
 from .nn import ActiveAdapters, LoraLayer
@@ -42,6 +43,7 @@ __all__ = [
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
+@checked
 @one_at_a_time
 def set_adapter(model: ModelT, names: str | Iterable[str], trainable: bool | None = None) -> ModelT:
     """Uses these adapters of an injected model, and no others.
@@ -79,12 +81,14 @@ def set_adapter(model: ModelT, names: str | Iterable[str], trainable: bool | Non
     return model
 
 
+@checked
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of the adapters that an injected model holds, in the order they were added; empty if it is not."""
     adapters = adapter_set(model)
     return list(adapters.configs) if adapters is not None else []
 
 
+@checked
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Within the context the model computes what its base model computes, with its own heads and biases.
@@ -139,6 +143,7 @@ def _use_biases(model: nn.Module) -> None:
         biases.use(name in adapters.active.names)
 
 
+@checked
 @one_at_a_time
 def delete_adapter(model: ModelT, name: str) -> ModelT:
     """Removes an adapter, which must not be in use. A layer without any left is the plain base layer again, and so is
@@ -181,6 +186,7 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
     return model
 
 
+@checked
 @one_at_a_time
 def rename_adapter(model: ModelT, old: str, new: str) -> ModelT:
     """Gives an adapter another name. Files do not hold names, and need no change.
@@ -198,7 +204,7 @@ def rename_adapter(model: ModelT, old: str, new: str) -> ModelT:
     check_names("rename_adapter", adapters.configs, [old])
     if new == old:
         return model
-    check_adapter_name("rename_adapter", new, adapters)
+    check_new_name("rename_adapter", new, adapters)
     _check_unmerged("rename_adapter", model, old)
     with changing(adapters.active):
         for _, layer in adapter_layers(model):
@@ -237,6 +243,7 @@ class AdapterStatus:
     parameters: int
 
 
+@checked
 def adapter_status(model: nn.Module) -> list[AdapterStatus]:
     """What every layer of ``model`` holds, an entry for each layer and adapter; empty if it holds none."""
     status = []
@@ -264,6 +271,7 @@ def adapter_status(model: nn.Module) -> list[AdapterStatus]:
     return status
 
 
+@checked
 def trainable_parameter_counts(model: nn.Module) -> tuple[int, int]:
     """``(trainable, total)`` numbers of parameter elements; a shared parameter counts once."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +17,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ._arguments import checked
 from ._changes import changing, one_at_a_time
+from ._warnings import warn_user
 from .adapter_file import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, AdapterFile
 from .adapter_set import Adapter, adapter_set, find_adapter
 from .bare_model import BareModel, root_module
@@ -30,6 +31,7 @@ from .staged_files import staged_files, write_tensors
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
+@checked
 @one_at_a_time
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None) -> None:
     """Writes an adapter of an injected ``model`` into ``directory``, which PEFT's ``from_pretrained`` reads.
@@ -67,6 +69,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     _write_pair(Path(directory), text + "\n", tensors, metadata)
 
 
+@checked
 @one_at_a_time
 def load_adapter(
     model: ModelT,
@@ -142,10 +145,9 @@ def _targets(model: nn.Module, adapter: Adapter, file: AdapterFile) -> dict[str,
     if adapter.biases is not None and adapter.config.bias == "lora_only":
         biases = adapter.biases.file_tensors()
         if not any(f"{KEY_PREFIX}{key}" in file for key in biases):
-            warnings.warn(
+            warn_user(
                 f'load_adapter: {file.path} has no bias, though its config says bias="lora_only": PEFT before 0.18 '
                 "did not save them. They keep the model's values",
-                stacklevel=5,
             )
             targets = {key: tensor for key, tensor in targets.items() if key not in biases}
     bare = BareModel(root_module(model))

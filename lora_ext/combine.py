@@ -51,7 +51,7 @@ def check_combination(
         ValueError, TypeError: naming the setting, its value and what is wanted.
     """
     if num_adapters < 1:
-        raise ValueError("combine: no adapters; name at least one")
+        raise ValueError("combine: adapters is empty; name at least one")
     if num_adapters == 1 and kind in COMBINATIONS:
         kind = "linear"
     _check_settings(kind, weights, num_adapters, density, majority_sign_method, svd_rank, svd_clamp)
@@ -237,13 +237,13 @@ def _check_settings(
     if kind not in COMBINATIONS:
         raise ValueError(f"combine: combination_type is {kind!r}, want one of {', '.join(COMBINATIONS)}")
     if len(weights) != num_adapters:
-        raise ValueError(f"combine: {len(weights)} weights for {num_adapters} adapters; give one for each")
+        raise ValueError(f"combine: weights has {len(weights)} entries for {num_adapters} adapters; give one for each")
     for weight in weights:
         _check_number("weights", weight, -math.inf, math.inf, "finite numbers")
-    if _prunes(kind):
-        if density is None:
-            raise ValueError(f"combine: density is None; {kind} wants the fraction of values to keep, 0 < density <= 1")
+    if density is not None:
         _check_number("density", density, 0, math.nextafter(1, 2), "0 < density <= 1")
+    elif _prunes(kind):
+        raise ValueError(f"combine: density is None; {kind} wants the fraction of values to keep, 0 < density <= 1")
     if majority_sign_method not in ("total", "frequency"):
         raise ValueError(f'combine: majority_sign_method is {majority_sign_method!r}, want "total" or "frequency"')
     if svd_rank is not None and (not isinstance(svd_rank, int) or isinstance(svd_rank, bool) or svd_rank < 1):

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ._arguments import checked
 from ._changes import changing, one_at_a_time
 from .adapter_file import KEY_PREFIX, AdapterFile
 from .adapter_set import Adapter, Part, find_adapter
@@ -28,6 +29,7 @@ from .nn.tied import TiedAdapter
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
+@checked
 @one_at_a_time
 def prepare_hotswap(model: ModelT, r: int, adapter_name: str | None = None) -> ModelT:
     """Pads an adapter to rank ``r`` with zeros, so that adapters up to that rank can be swapped in.
@@ -51,8 +53,8 @@ def prepare_hotswap(model: ModelT, r: int, adapter_name: str | None = None) -> M
     """
     adapter = find_adapter(model, "prepare_hotswap", adapter_name)
     _check_unmerged("prepare_hotswap", model, adapter.name)
-    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-        raise ValueError(f"prepare_hotswap: r is {r!r}, want an integer of at least 1")
+    if r < 1:
+        raise ValueError(f"prepare_hotswap: r is {r}, want an integer of at least 1")
     low_rank = [
         dataclasses.replace(part, adapter=update) for part in adapter.parts for update in _updates_of(part.adapter)
     ]
@@ -74,6 +76,7 @@ def prepare_hotswap(model: ModelT, r: int, adapter_name: str | None = None) -> M
     return model
 
 
+@checked
 @one_at_a_time
 def hotswap_adapter(
     model: ModelT, directory: str | os.PathLike[str], adapter_name: str | None = None, *, allow_pickle: bool = False

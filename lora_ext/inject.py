@@ -13,17 +13,20 @@ from typing import TypeVar
 
 from torch import nn
 
+from ._arguments import checked
 from ._changes import changing, one_at_a_time
 from .adapter_set import Adapter, AdapterSet, adapter_set, attach_adapter_set, forget_adapter_set
 from .bare_model import BareModel, adapter_layers, root_module
 from .config import LoraConfig
 from .injection_plan import Planner, check_targets
 from .nn import LoraLayer
+from .nn.layer import check_adapter_name
 from .targets import find_targets, is_all_linear
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
+@checked
 @one_at_a_time
 def inject(model: ModelT, config: LoraConfig, adapter_name: str = "default") -> ModelT:
     """Adapts ``model`` in place: every targeted layer becomes one that holds a low-rank adapter.
@@ -75,9 +78,7 @@ def inject(model: ModelT, config: LoraConfig, adapter_name: str = "default") -> 
 def plan_injection(model: nn.Module, config: LoraConfig, adapter_name: str = "default") -> Adapter:
     """Finds and checks all targets and builds the adapter, without touching ``model``. Errors as :func:`inject`."""
     root, adapters = root_module(model), adapter_set(model)
-    if not isinstance(config, LoraConfig):
-        raise TypeError(f"inject: config is a {type(config).__name__}, want a LoraConfig")
-    check_adapter_name("inject", adapter_name, adapters)
+    check_new_name("inject", adapter_name, adapters)
     _check_state(root, adapters, config)
 
     bare = BareModel(root)
@@ -115,6 +116,7 @@ def forget_injection(model: nn.Module) -> None:
         _restore_fast_path(module)
 
 
+@checked
 def lora_modules(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     """``(path, layer)`` of every LoRA layer in ``model``, each layer once."""
     for path, layer in adapter_layers(model):
@@ -130,10 +132,9 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
                 setattr(parent, name, replacements[child])
 
 
-def check_adapter_name(caller: str, name: str, adapters: AdapterSet | None) -> None:
+def check_new_name(caller: str, name: str, adapters: AdapterSet | None) -> None:
     """A name for a new adapter: ValueError if it is taken, or cannot be one."""
-    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
-        raise ValueError(f"{caller}: adapter_name is {name!r}, want a name without dots, such as 'default'")
+    check_adapter_name(caller, name)
     if adapters is not None and name in adapters.configs:
         raise ValueError(
             f"{caller}: there is an adapter {name!r} already; the adapters are {sorted(adapters.configs)}. Choose "

@@ -6,17 +6,18 @@ import copy
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
 
+from ._arguments import checked
 from ._changes import one_at_a_time
 from .adapter_set import Adapter, Part, check_names, find_adapter, find_adapters
 from .bare_model import BareModel, root_module
 from .combine import check_combination, combine_factors
 from .config import LoraConfig, exact_patterns, name_covers
-from .inject import apply_injection, check_adapter_name
+from .inject import apply_injection, check_new_name
 from .nn import LoraAdapter, LoraLayer
 from .nn.attention import SeparateProjections
 from .nn.merged_linear import MergedAdapter
@@ -26,6 +27,7 @@ from .nn.trainable_tokens import TiedRows
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
+@checked
 @one_at_a_time
 def add_weighted_adapter(
     model: ModelT,
@@ -36,7 +38,7 @@ def add_weighted_adapter(
     *,
     svd_rank: int | None = None,
     svd_clamp: float | None = None,
-    svd_driver: str | None = None,
+    svd_driver: Literal["gesvd", "gesvdj", "gesvda"] | None = None,
     density: float | None = None,
     majority_sign_method: str = "total",
 ) -> ModelT:
@@ -65,11 +67,9 @@ def add_weighted_adapter(
     """
     caller = "add_weighted_adapter"
     held = find_adapters(model, caller)
-    if isinstance(adapters, str):
-        raise TypeError(f"{caller}: adapters is the string {adapters!r}, want a list of names: [{adapters!r}]")
     held.check_enabled(caller)
     check_names(caller, held.configs, adapters)
-    check_adapter_name(caller, adapter_name, held)
+    check_new_name(caller, adapter_name, held)
     settings = {
         "density": density,
         "majority_sign_method": majority_sign_method,

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from ._arguments import checked
 from ._changes import changing, one_at_a_time
 from .adapter_set import adapter_set
 from .bare_model import adapter_layers, parameter_paths, root_module
@@ -23,6 +24,7 @@ _LOGGER = logging.getLogger("lora_ext.adapters")
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
+@checked
 @one_at_a_time
 def merge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> ModelT:
     """Adds adapters to their base weights in place: the model then runs at the base model's speed.
@@ -63,6 +65,7 @@ def merge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> Mo
     return model
 
 
+@checked
 @one_at_a_time
 def unmerge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> ModelT:
     """Takes merged adapters out of their base weights again, in place.
@@ -83,7 +86,7 @@ def unmerge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> 
         Other errors as :meth:`~lora_ext.nn.LoraLinear.unmerge`. The model is then unchanged.
     """
     layers = _all_lora_modules("unmerge", model)
-    names = _names(adapter_names)
+    names = _names("unmerge", adapter_names)
     if names is None:
         wanted = {path: (layer, set[str]()) for path, layer in layers.items() if layer.is_merged}
         wrong = [] if wanted else list(layers)
@@ -100,6 +103,7 @@ def unmerge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> 
     return model
 
 
+@checked
 def merge_record_bytes(model: nn.Module) -> int:
     """Bytes kept to take merged adapters out again: copies of their factors, and what rounding lost."""
     return sum(matrix.record.nbytes for matrix in _merged_matrices(layer for _, layer in lora_modules(model)))
@@ -111,6 +115,7 @@ def _merged_matrices(layers: Iterable[LoraLayer]) -> list[MergedMatrix]:
     return list({id(matrix): matrix for own in merged for matrix in own.matrices.values()}.values())
 
 
+@checked
 @one_at_a_time
 def merge_and_unload(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> ModelT:
     """Merges adapters for good and puts each base layer back: the plain model again.
@@ -130,7 +135,7 @@ def merge_and_unload(model: ModelT, adapter_names: str | Iterable[str] | None = 
         As :func:`merge`, but for adapters that are merged already. The model is then unchanged.
     """
     layers = _all_lora_modules("merge_and_unload", model)
-    names = _names(adapter_names)
+    names = _names("merge_and_unload", adapter_names)
     some_merged = any(layer.is_merged for layer in layers.values())
     chosen = _chosen("merge_and_unload", layers, names, allow_none=some_merged)
     missing = {path: (layer, own - {*layer.merged_adapters}) for path, (layer, own) in chosen.items()}
@@ -148,6 +153,7 @@ def merge_and_unload(model: ModelT, adapter_names: str | Iterable[str] | None = 
     return model
 
 
+@checked
 @one_at_a_time
 def unload(model: ModelT) -> ModelT:
     """Removes all adapters: the plain model as it was before :func:`lora_ext.inject`, but that it stays frozen.
@@ -200,12 +206,12 @@ def _all_lora_modules(caller: str, model: nn.Module) -> dict[str, LoraLayer]:
     return layers
 
 
-def _names(adapter_names: str | Iterable[str] | None) -> set[str] | None:
+def _names(caller: str, adapter_names: str | Iterable[str] | None) -> set[str] | None:
     if adapter_names is None or isinstance(adapter_names, str):
         return None if adapter_names is None else {adapter_names}
     names = set(adapter_names)
     if not names:
-        raise ValueError("adapter_names is empty: name at least one adapter, or pass None for those in use")
+        raise ValueError(f"{caller}: adapter_names is empty: name at least one adapter, or pass None for those in use")
     return names
 
 
@@ -232,7 +238,7 @@ def _to_merge(
     caller: str, layers: dict[str, LoraLayer], adapter_names: str | Iterable[str] | None
 ) -> dict[str, tuple[LoraLayer, set[str]]]:
     """What is to be merged: the layers that have the adapters, and the names, none of them merged yet."""
-    wanted = _chosen(caller, layers, _names(adapter_names))
+    wanted = _chosen(caller, layers, _names(caller, adapter_names))
     merged = [path for path, (layer, own) in wanted.items() if own & {*layer.merged_adapters}]
     if merged:
         raise RuntimeError(f"{caller}: {some(merged)} merged already")

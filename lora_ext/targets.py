@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import difflib
 import re
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ._warnings import warn_user
 from .bare_model import parameter_paths
 from .config import ALL_LINEAR, LoraConfig, name_covers, pattern_covers
 from .nn.linear import is_linear
@@ -98,7 +98,7 @@ class _Search:
         tokens = self.find_tokens(trained, targets)
         self.check_leftovers({*targets, *self.tied, *(f"{path}.{n}" for path in parameters for n in parameters[path])})
         for message in self.warnings:
-            warnings.warn(message, stacklevel=6)  # the caller of inject
+            warn_user(message)
         return Targets(targets, parameters, trained, tokens, self.tied)
 
     def find_trained(self) -> dict[str, nn.Module]:

@@ -229,7 +229,7 @@ def test_two_adapters_that_train_one_module_in_full_are_not_used_together():
 
 def test_names_given_as_one_string_or_not_at_all():
     model = inject(Net().eval(), LoraConfig(target_modules=["up"]), "a")
-    with refused(model, TypeError, "adapters is the string 'a', want a list of names: ['a']"):
+    with refused(model, TypeError, "adapters is 'a' of type str, want a list of strings"):
         add_weighted_adapter(model, "a", [1.0], "b")
     for change in (merge, unmerge, merge_and_unload):
         with refused(model, ValueError, "adapter_names is empty: name at least one adapter"):

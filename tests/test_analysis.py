@@ -157,7 +157,7 @@ def test_in_a_full_space_random_subspaces_do_not_differ():
     assert torch.equal(random_similarity_std(1, 1, 1), torch.zeros(1, 1, dtype=torch.float64))
     # Two directions of a plane: the squared cosine of a uniform angle.
     assert random_similarity_std(1, 1, 2).item() == pytest.approx(math.sqrt(1 / 8))
-    with pytest.raises(ValueError, match="expected_random_similarity: 5 directions in 4 dimensions"):
+    with pytest.raises(ValueError, match="expected_random_similarity: j_max is 5, want 0 to dim=4"):
         expected_random_similarity(2, 5, 4)
 
 
@@ -166,7 +166,7 @@ def test_random_columns_are_orthonormal_and_uniform():
     drawn = torch.stack([orthonormal_columns(6, 2, generator) for _ in range(800)])
     torch.testing.assert_close(drawn[0].T @ drawn[0], torch.eye(2, dtype=torch.float64))
     assert drawn.mean(0).abs().max() < 5 * (1 / 6 / 800) ** 0.5  # no sign is preferred, as in a bare QR it would be
-    with pytest.raises(ValueError, match="orthonormal_columns: 7 columns in 6 dimensions"):
+    with pytest.raises(ValueError, match="orthonormal_columns: count is 7, want 0 to dim=6"):
         orthonormal_columns(6, 7, generator)
 
 

@@ -193,7 +193,7 @@ def test_half_precision_is_computed_in_float32(kind, dtype):
     ("options", "error", "text"),
     [
         ({"kind": "sum"}, ValueError, "combination_type is 'sum', want one of linear, cat, svd, ties, ties_svd, dare_"),
-        ({"weights": [1.0]}, ValueError, "1 weights for 2 adapters; give one for each"),
+        ({"weights": [1.0]}, ValueError, "weights has 1 entries for 2 adapters; give one for each"),
         ({"weights": [1.0, math.nan]}, ValueError, "weights has nan, want finite numbers"),
         ({"weights": [1.0, "2"]}, TypeError, "weights has '2' of type str, want finite numbers"),
         ({"kind": "ties"}, ValueError, "density is None; ties wants the fraction of values to keep, 0 < density <= 1"),
@@ -223,7 +223,7 @@ def test_adapters_that_do_not_fit_together_are_refused():
     mixed = random_factors([2], 3, 4) + random_factors([2], 3, 5)
     with pytest.raises(ValueError, match=r"different layers: lora_A \[2, 4\] and lora_B \[3, 2\], and lora_A \[2, 5\]"):
         combine_factors("cat", mixed, [1, 1])
-    with pytest.raises(ValueError, match="no adapters; name at least one"):
+    with pytest.raises(ValueError, match="adapters is empty; name at least one"):
         check_combination("linear", [], 0)
 
 

@@ -233,7 +233,7 @@ def test_bad_adapter_name(name):
 
 def test_config_of_another_type():
     model = Net()
-    with refused(model, TypeError, "config is a dict, want a LoraConfig"):
+    with refused(model, TypeError, "config is {'target_modules': ['up']} of type dict, want a LoraConfig"):
         inject(model, {"target_modules": ["up"]})
 
 

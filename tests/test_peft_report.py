@@ -53,7 +53,7 @@ def test_injected_layers_count_as_well():
 
 @pytest.mark.parametrize("call", [accelerate, restore, report])
 def test_no_module(call):
-    with pytest.raises(TypeError, match=f"{call.__name__}: model is a str, want an nn.Module that PEFT has adapted"):
+    with pytest.raises(TypeError, match=f"{call.__name__}: model is 'model' of type str, want an nn.Module"):
         call("model")
 
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .row_blocks import multiply, multiply_transposed
+from .._arguments import checked
+from .row_blocks import frobenius_norm, multiply, multiply_transposed
 
 __all__ = ["Svd", "block_krylov_svd", "factored_svd"]
 
@@ -25,6 +26,7 @@ class Svd(NamedTuple):
     V: Tensor
 
 
+@checked
 def factored_svd(lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Svd:
     """The decomposition of the update ``scaling * lora_B @ lora_A``, which is never made.
 
@@ -59,6 +61,7 @@ def factored_svd(lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Svd:
     return Svd(Q_B @ U, S, Q_A @ Vh.T)
 
 
+@checked
 def block_krylov_svd(weight: Tensor, rank: int, *, seed: int) -> Svd:
     """The ``rank`` leading singular values of ``weight [out, in]`` and their vectors.
 
@@ -75,7 +78,12 @@ def block_krylov_svd(weight: Tensor, rank: int, *, seed: int) -> Svd:
     Returns:
         Values that are at most the true ones, and nearly these. Vectors near the ``rank``-th are mixed where its value
         and the next are nearly equal.
+
+    Raises:
+        ValueError: the weight is no finite matrix, or has not so many singular values.
     """
+    if weight.dim() != 2 or not math.isfinite(frobenius_norm(weight)):
+        raise ValueError(f"block_krylov_svd: weight is {list(weight.shape)}, want a finite one of 2 dimensions")
     small = min(weight.shape)
     if not 1 <= rank <= small:
         raise ValueError(

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from .._arguments import checked
 from .decomposition import Svd, block_krylov_svd
 from .row_blocks import frobenius_norm, multiply
 from .spectrum import numerical_rank
@@ -42,18 +43,23 @@ class ProjectionTable:
     weight_norm: float
 
 
+@checked
 def project(weight: Tensor, U: Tensor, V: Tensor) -> Tensor:
     """``U.T @ weight @ V``: float64 ``[k, l]`` of ``weight [out, in]`` in any floating dtype, read once by rows.
 
     Args:
         U: ``[out, k]``.
         V: ``[in, l]``.
+
+    Raises:
+        ValueError: their shapes do not fit.
     """
-    if (len(U), len(V)) != tuple(weight.shape):
+    if U.dim() != 2 or V.dim() != 2 or (len(U), len(V)) != tuple(weight.shape):
         raise ValueError(f"project: U {list(U.shape)} and V {list(V.shape)} do not fit the weight {list(weight.shape)}")
     return U.double().T @ multiply(weight, V)
 
 
+@checked
 def projection_table(weight: Tensor, update: Svd, *, seed: int, own: Svd | None = None) -> ProjectionTable:
     """Compares ``weight [out, in]`` with an update of it, as table 7 does.
 
@@ -63,8 +69,17 @@ def projection_table(weight: Tensor, update: Svd, *, seed: int, own: Svd | None 
         seed: of the random directions, and of finding the weight's own.
         own: the weight's leading directions where they are known, at least as many as the update has;
             :func:`~lora_ext.analysis.block_krylov_svd` finds them otherwise.
+
+    Raises:
+        ValueError: the update is of another shape, the weight's directions are too few, or something is not finite.
     """
+    for name, svd in (("update", update), ("own", own)):
+        if svd is not None and (len(svd.U), len(svd.V)) != tuple(weight.shape):
+            shape = [len(svd.U), len(svd.V)]
+            raise ValueError(f"projection_table: {name} is of shape {shape}, but weight is {list(weight.shape)}")
     count = numerical_rank(update.S)
+    if own is not None and len(own.S) < count:
+        raise ValueError(f"projection_table: own has {len(own.S)} directions, want {count}, as many as update has")
     delta_norm, weight_norm = torch.linalg.vector_norm(update.S).item(), frobenius_norm(weight)
     if count == 0:
         return ProjectionTable([], [], [], [], [], [], delta_norm, weight_norm)
@@ -88,16 +103,31 @@ def projection_table(weight: Tensor, update: Svd, *, seed: int, own: Svd | None 
     )
 
 
+@checked
 def expected_random_norm(weight_norm: float, out_features: int, in_features: int, r: int) -> float:
     """The root of the mean of ``|U.T @ W @ V|_F^2`` over uniformly random orthonormal ``U [out, r]`` and ``V [in, r]``.
 
     ``r * |W|_F / sqrt(out * in)``: each of the ``r^2`` entries has its even share of the square.
+
+    Raises:
+        ValueError: there are no such matrices.
     """
+    if not (0 <= r <= min(out_features, in_features) and min(out_features, in_features) > 0):
+        raise ValueError(
+            f"expected_random_norm: r is {r}, of a matrix with out_features={out_features}, in_features={in_features}; "
+            "want 0 <= r <= the smaller, and that at least 1"
+        )
     return r * weight_norm / math.sqrt(out_features * in_features)
 
 
+@checked
 def leading_ranks(count: int) -> list[int]:
-    """Numbers of leading directions to tell figures for: 1, 2, 4, ... and ``count``, all of them."""
+    """Numbers of leading directions to tell figures for: 1, 2, 4, ... and ``count``, all of them.
+
+    ValueError: ``count`` is below 0.
+    """
+    if count < 0:
+        raise ValueError(f"leading_ranks: count is {count}, want at least 0")
     return sorted({2**i for i in range(count.bit_length())} | {count}) if count else []
 
 

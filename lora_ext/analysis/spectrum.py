@@ -1,12 +1,14 @@
 """How many directions a matrix really has, by its singular values: several answers to one question.
 
-Each function takes singular values ``[k]`` in falling order, and knows no scale.
+Each function takes singular values ``[k]`` in falling order, and knows no scale. Others raise ValueError.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from .._arguments import checked
 
 __all__ = ["effective_rank", "energy_rank", "numerical_rank", "stable_rank"]
 
@@ -15,36 +17,47 @@ __all__ = ["effective_rank", "energy_rank", "numerical_rank", "stable_rank"]
 _ROUNDING = 4 * torch.finfo(torch.float32).eps
 
 
+@checked
 def effective_rank(singular_values: Tensor) -> float:
     """``exp`` of the entropy of ``S / sum(S)`` (Roy and Vetterli, 2007, "The effective rank"); 0 for a zero matrix.
 
     Between 1, for a single direction, and ``k``, for directions of equal weight.
     """
-    S = _normalised(singular_values)
+    S = _normalised("effective_rank", singular_values)
     if len(S) == 0:
         return 0.0
     return torch.special.entr(S / S.sum()).sum().exp().item()
 
 
+@checked
 def stable_rank(singular_values: Tensor) -> float:
     """``|M|_F^2 / |M|_2^2``, at most the rank and not moved by what is small; 0 for a zero matrix."""
-    return _normalised(singular_values).square().sum().item()
+    return _normalised("stable_rank", singular_values).square().sum().item()
 
 
+@checked
 def energy_rank(singular_values: Tensor, energy: float) -> int:
     """The smallest rank that keeps ``energy``, in (0, 1], as a part of the squared norm; 0 for a zero matrix."""
     if not 0 < energy <= 1:
         raise ValueError(f"energy_rank: energy is {energy}, want 0 < energy <= 1")
-    kept = _normalised(singular_values).square().cumsum(0)
+    kept = _normalised("energy_rank", singular_values).square().cumsum(0)
     return int((kept < energy * kept[-1]).sum()) + 1 if len(kept) else 0
 
 
+@checked
 def numerical_rank(singular_values: Tensor) -> int:
     """The number of singular values that are more than rounding of float32 entries: above 5e-7 of the largest."""
-    return int((_normalised(singular_values) > _ROUNDING).sum())
+    return int((_normalised("numerical_rank", singular_values) > _ROUNDING).sum())
 
 
-def _normalised(singular_values: Tensor) -> Tensor:
+def _normalised(caller: str, singular_values: Tensor) -> Tensor:
     """In float64, the largest 1; empty for a zero matrix."""
+    if singular_values.dim() != 1 or singular_values.is_complex():
+        raise ValueError(
+            f"{caller}: singular_values is {singular_values.dtype} {list(singular_values.shape)}, want real numbers of "
+            "one dimension"
+        )
     S = singular_values.double()
+    if not (S.isfinite().all() and (S >= 0).all() and (S.diff() <= 0).all()):
+        raise ValueError(f"{caller}: singular_values are not finite, at least 0 and in falling order; sort them first")
     return S / S[0] if len(S) and S[0] > 0 else S[:0]

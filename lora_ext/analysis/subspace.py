@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._arguments import checked
 from .spectrum import numerical_rank
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
 ]
 
 
+@checked
 def singular_basis(matrix: Tensor) -> Tensor:
     """The right singular vectors of ``matrix [r, n]``, by falling singular value: of ``lora_A``, as in the paper.
 
@@ -35,6 +37,7 @@ def singular_basis(matrix: Tensor) -> Tensor:
     return Q @ U[:, : numerical_rank(S)]
 
 
+@checked
 def subspace_similarity(first: Tensor, second: Tensor) -> Tensor:
     """The paper's ``phi(i, j) = |first[:, :i].T @ second[:, :j]|_F^2 / min(i, j)`` for every ``i`` and ``j`` at once.
 
@@ -60,6 +63,7 @@ def subspace_similarity(first: Tensor, second: Tensor) -> Tensor:
     return (squares.cumsum(0).cumsum(1) / smaller).clamp(max=1.0)
 
 
+@checked
 def expected_random_similarity(i_max: int, j_max: int, dim: int) -> Tensor:
     """The mean of ``phi(i, j)`` between uniformly random subspaces of ``dim`` dimensions: ``max(i, j) / dim``.
 
@@ -74,6 +78,7 @@ def expected_random_similarity(i_max: int, j_max: int, dim: int) -> Tensor:
     return torch.maximum(*_counts(i_max, j_max)) / dim
 
 
+@checked
 def random_similarity_std(i_max: int, j_max: int, dim: int) -> Tensor:
     """The standard deviation of ``phi(i, j)`` between uniformly random subspaces of ``dim`` dimensions.
 
@@ -89,13 +94,14 @@ def random_similarity_std(i_max: int, j_max: int, dim: int) -> Tensor:
     return variance.sqrt() / torch.minimum(i, j)
 
 
+@checked
 def orthonormal_columns(dim: int, count: int, generator: torch.Generator) -> Tensor:
     """Uniformly random orthonormal columns, float64 ``[dim, count]``: an orthonormalised Gaussian matrix.
 
     The signs make it uniform, which a bare QR decomposition is not (Mezzadri, arXiv math-ph/0609050).
     """
     if not 0 <= count <= dim:
-        raise ValueError(f"orthonormal_columns: {count} columns in {dim} dimensions")
+        raise ValueError(f"orthonormal_columns: count is {count}, want 0 to dim={dim}")
     gaussian = torch.randn(dim, count, dtype=torch.float64, generator=generator, device=generator.device)
     Q, R = torch.linalg.qr(gaussian)
     return Q * R.diagonal().sign()
@@ -108,5 +114,6 @@ def _counts(i_max: int, j_max: int) -> tuple[Tensor, Tensor]:
 
 
 def _check_counts(caller: str, i_max: int, j_max: int, dim: int) -> None:
-    if max(i_max, j_max) > dim:
-        raise ValueError(f"{caller}: {max(i_max, j_max)} directions in {dim} dimensions")
+    for name, count in (("i_max", i_max), ("j_max", j_max)):
+        if not 0 <= count <= dim:
+            raise ValueError(f"{caller}: {name} is {count}, want 0 to dim={dim}")

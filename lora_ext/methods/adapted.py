@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from .._arguments import checked
 from .._changes import one_at_a_time
 from .._interrupts import uninterrupted
 from ..adapter_set import Adapter, adapter_set
@@ -21,6 +22,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 _ATTRIBUTE = "_adaptation_method"  # of the root
 
 
+@checked
 @one_at_a_time
 def apply_method(model: ModelT, method: Method) -> ModelT:
     """Adapts ``model`` in place: freezes it but for what ``method`` trains, and inserts what it inserts.
@@ -45,6 +47,7 @@ def apply_method(model: ModelT, method: Method) -> ModelT:
     return model
 
 
+@checked
 def plan_method(model: nn.Module, method: Method) -> tuple[list[Insertion], Adapter | None]:
     """What :func:`apply_method` will put into ``model``, and raises what that does; ``model`` is not changed."""
     check_is_bare(model, "apply_method")
@@ -85,6 +88,7 @@ def carry_out(model: nn.Module, method: Method, insertions: list[Insertion], ada
             parameter.requires_grad_(True)
 
 
+@checked
 def method_of(model: nn.Module) -> Method | None:
     """The method that was applied to ``model``; None: none."""
     return getattr(root_module(model), _ATTRIBUTE, None)
@@ -98,6 +102,7 @@ def applied_method(model: nn.Module, caller: str) -> Method:
     return method
 
 
+@checked
 @one_at_a_time
 def remove_method(model: ModelT) -> ModelT:
     """Takes out what :func:`apply_method` put in. What was trained in place (biases, a head, all) stays as trained.

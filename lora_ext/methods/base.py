@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from .._arguments import checked
 from ..bare_model import BareModel, root_module
 from ..config import TASK_HEADS
 from .inserted import Insertion
@@ -85,6 +86,7 @@ def head_paths(bare: BareModel) -> list[str]:
     return [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
 
 
+@checked
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Of the new heads of the bare ``model``, by their paths: what :meth:`Method.count` leaves out."""
     bare = BareModel(root_module(model))
@@ -92,6 +94,7 @@ def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {f"{path}.{name}": each for path, head in heads.items() for name, each in head.named_parameters()}
 
 
+@checked
 def head_parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in head_parameters(model).values())
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .._arguments import checked
 from .._changes import one_at_a_time
 from .._interrupts import uninterrupted
 from ..adapter_file import CONFIG_FILE, WEIGHTS_FILE, AdapterFile
@@ -35,6 +36,7 @@ METHOD_FILE = "method.json"
 TENSORS_FILE = "method.safetensors"
 
 
+@checked
 @one_at_a_time
 def save_method(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Writes what the applied method trains into ``directory``, and how to apply it again.
@@ -64,6 +66,7 @@ def save_method(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         (staging / METHOD_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+@checked
 @one_at_a_time
 def load_method(model: ModelT, directory: str | os.PathLike[str], trainable: bool = False) -> ModelT:
     """Applies the method of a directory that :func:`save_method` wrote to a bare ``model``, with what was trained.
@@ -116,6 +119,7 @@ def load_method(model: ModelT, directory: str | os.PathLike[str], trainable: boo
     return model
 
 
+@checked
 def read_method(directory: str | os.PathLike[str]) -> Method:
     """The method of a directory that :func:`save_method` wrote.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from .._arguments import checked
 from ..config import LoraConfig
 from .adapter_drop import AdapterDrop
 from .adapter_h import AdapterH
@@ -25,6 +26,7 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
+@checked
 def new_method(name: str, **options: Any) -> Method:
     """A method by its name, or several joined by ``+``.
 
@@ -39,19 +41,24 @@ def new_method(name: str, **options: Any) -> Method:
     """
     names = name.split("+")
     if unknown := [each for each in names if each not in METHODS]:
-        raise ValueError(f"method: {unknown[0]!r}, want one of {', '.join(METHODS)}, or several joined by +")
+        raise ValueError(
+            f"new_method: name has {unknown[0]!r}, want one of {', '.join(METHODS)}, or several joined by +"
+        )
     known = {each: option_names(each) for each in names}
     every = sorted({option for own in known.values() for option in own})
     if strange := sorted(set(options) - set(every)):
-        raise TypeError(f"{name}: has no option {strange[0]!r}; it has {every}")
+        raise TypeError(f"new_method: {name} has no option {strange[0]!r}; it has {every}")
     parts = tuple(
         _new(each, {option: value for option, value in options.items() if option in known[each]}) for each in names
     )
     return parts[0] if len(parts) == 1 else Combined(parts)
 
 
+@checked
 def option_names(name: str) -> list[str]:
-    """What :func:`new_method` takes for the one method ``name``."""
+    """What :func:`new_method` takes for the one method ``name``. ValueError: there is no such method."""
+    if name not in METHODS:
+        raise ValueError(f"option_names: name is {name!r}, want one of {', '.join(METHODS)}")
     owner = LoraConfig if METHODS[name] is Lora else METHODS[name]
     return [field.name for field in dataclasses.fields(owner) if field.init]
 

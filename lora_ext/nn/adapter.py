@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from .._arguments import checked
+
 if TYPE_CHECKING:
     from ..config import LoraConfig
 
@@ -34,6 +36,7 @@ class LoraAdapter(nn.Module):
 
     is_tied = False  # whether a TiedAdapter has the same parameters
 
+    @checked
     def __init__(
         self,
         in_features: int,
@@ -50,10 +53,9 @@ class LoraAdapter(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(r, int) or isinstance(r, bool):
-            raise TypeError(f"LoraAdapter: r is {r!r} of type {type(r).__name__}, want an integer of at least 1")
-        if r < 1:
-            raise ValueError(f"LoraAdapter: r is {r}, want at least 1")
+        for name, size, least in (("in_features", in_features, 0), ("out_features", out_features, 0), ("r", r, 1)):
+            if size < least:
+                raise ValueError(f"LoraAdapter: {name} is {size}, want at least {least}")
         if not (math.isfinite(lora_alpha) and lora_alpha >= 0):
             raise ValueError(f"LoraAdapter: lora_alpha is {lora_alpha}, want a finite number of at least 0")
         if not 0.0 <= lora_dropout < 1.0:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._arguments import checked
 from .adapter import LoraAdapter
 from .expand import expand_onto_
 from .layer import LoraLayer, has_forward_of, why_weight_unusable
@@ -22,6 +23,7 @@ class EmbeddingAdapter(LoraAdapter):
     ``init_lora_weights=False`` both are normal.
     """
 
+    @checked
     def __init__(self, num_embeddings: int, embedding_dim: int, *args, **kwargs) -> None:
         super().__init__(num_embeddings, embedding_dim, *args, **kwargs)
         # A token's column in one piece, as lookups gather columns and their gradient scatters them.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._arguments import checked
 from .._changes import of_one_state, one_at_a_time
 from .._checks import FLOATING
 from .adapter import LoraAdapter
@@ -96,6 +97,7 @@ class AdapterLayer(nn.Module):
 
     place = 0
 
+    @checked
     def __init__(self, base_layer: nn.Module, active: ActiveAdapters | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -140,6 +142,7 @@ class AdapterLayer(nn.Module):
             raise KeyError(f"{type(self).__name__}: no adapter {name!r}; the adapters are {sorted(self.adapters)}")
 
     def _check_is_new(self, name: str) -> None:
+        check_adapter_name(type(self).__name__, name)
         if name in self.adapters:
             raise ValueError(
                 f"{type(self).__name__}: adapter {name!r} exists; the adapters are {sorted(self.adapters)}"
@@ -189,6 +192,7 @@ class LoraLayer(AdapterLayer):
         if "forward" in vars(cls):
             cls.forward = of_one_state(cls.forward)
 
+    @checked
     def __init__(
         self,
         base_layer: nn.Module,
@@ -404,6 +408,12 @@ class LoraLayer(AdapterLayer):
 
     def _state(self) -> str:
         return f"merged={self.merged_adapters}" if self.is_merged else f"active={self.active_adapters}"
+
+
+def check_adapter_name(caller: str, name: str) -> None:
+    """ValueError: what is to be the name of an adapter cannot be one."""
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+        raise ValueError(f"{caller}: adapter_name is {name!r}, want a name without dots, such as 'default'")
 
 
 def freeze(module: nn.Module) -> None:

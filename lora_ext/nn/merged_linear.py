@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._arguments import checked
 from .adapter import LoraAdapter
 from .layer import ActiveAdapters, Matrix
 from .linear import LoraLinear, add_lora_biases, add_updates, linear_sizes
@@ -32,6 +33,7 @@ class MergedAdapter(LoraAdapter):
 
     has_plain_rank = False
 
+    @checked
     def __init__(
         self,
         in_features: int,
@@ -85,6 +87,7 @@ class LoraMergedLinear(LoraLinear):
         ValueError: ``out_features`` is no multiple of ``num_parts``.
     """
 
+    @checked
     def __init__(
         self,
         base_layer: nn.Module,
@@ -94,7 +97,7 @@ class LoraMergedLinear(LoraLinear):
         active: ActiveAdapters | None = None,
     ) -> None:
         super().__init__(base_layer, None, adapter_name, active)
-        if self.out_features % num_parts:
+        if num_parts < 1 or self.out_features % num_parts:
             raise ValueError(
                 f"LoraMergedLinear: num_parts is {num_parts}, which out_features={self.out_features} is no multiple of"
             )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .._arguments import checked
 from .adapter import LoraAdapter
 from .layer import ActiveAdapters, AdapterLayer, LoraLayer, Matrix, TransparentLayer, why_weight_unusable
 
@@ -39,6 +40,7 @@ class LoraParameter(TransparentLayer, LoraLayer):
 
     base_kinds = "a module with parameters"
 
+    @checked
     def __init__(
         self,
         base_layer: nn.Module,

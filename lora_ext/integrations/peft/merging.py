@@ -8,7 +8,6 @@ changed meanwhile, PEFT's own subtraction takes the adapter out.
 from __future__ import annotations
 
 import dataclasses
-import warnings
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -19,6 +18,7 @@ from ... import _load
 from ..._changes import one_at_a_time
 from ..._checks import FLOATING
 from ..._interrupts import uninterrupted
+from ..._warnings import warn_user
 from ...exact_merge import MergeRecord, merge_all_, pack_factors, unmerge_all_
 from .eligibility import variant_of
 
@@ -143,10 +143,9 @@ def _unmerge_exactly(layer: LoraLayer, name: str) -> bool:
                 layer.merged_adapters.pop()
                 return True
         del merges[name]
-    warnings.warn(
+    warn_user(
         f"The base weight into which adapter {name!r} was merged has been replaced or changed meanwhile: PEFT "
         "subtracts the update from what is there now, which rounds.",
-        stacklevel=4,
     )
     return False
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from ..._arguments import checked
 from .merging import merge_obstacle
-from .swap import accelerated_class, check_is_module, is_accelerated, lora_layers
+from .swap import accelerated_class, is_accelerated, lora_layers
 
 _PER_CALL = (
     "Calls with adapter_names (mixed batches) or other extra arguments, under torch.func, in forward-mode "
@@ -74,13 +75,13 @@ class Report:
         return "\n".join([*lines, _PER_CALL])
 
 
+@checked
 def report(model: nn.Module) -> Report:
     """What each of PEFT's LoRA layers in ``model`` runs on, accelerated or not.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
     """
-    check_is_module("report", model)
     return Report(tuple(_of_layer(path, layer) for path, layer in lora_layers(model)))
 
 

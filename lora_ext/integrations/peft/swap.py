@@ -10,6 +10,7 @@ from typing import TypeVar
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from ..._arguments import checked
 from .merging import has_exact_merges
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -21,6 +22,7 @@ _MODULES = {"peft.tuners.lora.layer": ".layers", "peft.tuners.lora.bnb": ".quant
 _peft_init: Callable[..., None] | None = None  # of LoraLayer, while accelerate() without a model is in force
 
 
+@checked
 def accelerate(model: Model | None = None) -> Model | None:
     """Lets the LoRA layers of a model that PEFT has adapted run on lora_ext's ops; or of all models to come.
 
@@ -48,7 +50,6 @@ def accelerate(model: Model | None = None) -> Model | None:
     if model is None:
         _accelerate_new_layers()
         return None
-    check_is_module("accelerate", model)
     layers = [layer for _, layer in lora_layers(model)]
     if not layers:
         raise ValueError(
@@ -60,6 +61,7 @@ def accelerate(model: Model | None = None) -> Model | None:
     return model
 
 
+@checked
 def restore(model: Model | None = None) -> Model | None:
     """Undoes :func:`accelerate`: ``model`` runs PEFT's own code again; or, without a model, layers to come do.
 
@@ -76,7 +78,6 @@ def restore(model: Model | None = None) -> Model | None:
     if model is None:
         _restore_new_layers()
         return None
-    check_is_module("restore", model)
     layers = dict(lora_layers(model))
     merged = [path for path, layer in layers.items() if has_exact_merges(layer)]
     if merged:
@@ -128,8 +129,3 @@ def _restore_new_layers() -> None:
     global _peft_init
     if _peft_init is not None:
         LoraLayer.__init__, _peft_init = _peft_init, None
-
-
-def check_is_module(caller: str, model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller}: model is a {type(model).__name__}, want an nn.Module that PEFT has adapted")

@@ -1,0 +1,121 @@
+"""Every public function with bad arguments: the kind of error, its words, and nothing changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import snapshot
+from offline_files import snapshot as files_of
+from refusals import CALLS, Call
+from torch import Tensor, nn
+
+import lora_ext
+from lora_ext import adapters, analysis, methods
+from lora_ext import nn as layers
+from lora_ext.adapters import adapter_status, merge_record_bytes
+from lora_ext.integrations import peft as integration
+
+MODULES = (lora_ext, adapters, analysis, layers, methods, integration)
+NO_CALLS = {
+    "ActiveAdapters": "is made by layers",
+    "AdapterLayer": "is abstract",
+    "LoraConfig": "has tests/test_config.py",
+    "LoraLayer": "is abstract",
+    "Method": "is abstract",
+}
+
+
+def name_of(call: Call) -> str:
+    return call.function.__name__
+
+
+def test_no_public_function_is_missing():
+    public = {name: getattr(module, name) for module in MODULES for name in module.__all__}
+    functions = {
+        name
+        for name, value in public.items()
+        if callable(value) and not (dataclasses.is_dataclass(value) or issubclass_of_tuple(value))
+    }
+    assert functions - NO_CALLS.keys() == {name_of(call) for call in CALLS} - NO_CALLS.keys()
+
+
+def issubclass_of_tuple(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, tuple)
+
+
+def state(value: Any) -> Any:
+    """What must be the same after a refusal."""
+    if isinstance(value, nn.Module):
+        modules = snapshot(value)
+        return modules | {
+            "values": {path: state(tensor) for path, tensor in modules["values"].items()},
+            "adapters": [dataclasses.astuple(each) for each in adapter_status(value)],
+            "record": merge_record_bytes(value),
+        }
+    if isinstance(value, Tensor):
+        bits = None if value.is_meta else value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        return bits, tuple(value.shape), value._version, value.requires_grad
+    if isinstance(value, Path):
+        return files_of(value) if value.is_dir() else value.read_bytes() if value.is_file() else None
+    if isinstance(value, (list, tuple)):
+        return [state(each) for each in value]
+    return repr(value)
+
+
+def call(function: Any, arguments: dict[str, Any]) -> None:
+    result = function(**arguments)
+    if hasattr(result, "__next__"):
+        list(result)
+    elif hasattr(result, "__enter__"):
+        with result:
+            pass
+
+
+@pytest.mark.parametrize("each", CALLS, ids=name_of)
+def test_the_good_call_is_good(each, tmp_path):
+    arguments = each.arguments(tmp_path)
+    given = {*arguments, "arguments", "options", "args", "kwargs", "self"}
+    assert set(inspect.signature(each.function).parameters) <= given  # or an argument would not be tested
+    call(each.function, arguments)
+
+
+REFUSED = [(each, *refusal) for each in CALLS for refusal in each.refused]
+
+
+@pytest.mark.parametrize(
+    ("each", "change", "error", "words"), REFUSED, ids=[f"{name_of(each)}: {words[:40]}" for each, *_, words in REFUSED]
+)
+def test_bad_values(each, change, error, words, tmp_path):
+    arguments = each.arguments(tmp_path) | (change(tmp_path) if callable(change) else change)
+    before = {name: state(value) for name, value in arguments.items()}
+    with pytest.raises(error) as caught:
+        call(each.function, arguments)
+    assert words in str(caught.value)
+    assert {name: state(value) for name, value in arguments.items()} == before
+
+
+class Strange:
+    """Of no type that anything takes."""
+
+
+ARGUMENTS = [
+    (each, name)
+    for each in CALLS
+    for name, parameter in inspect.signature(each.function).parameters.items()
+    if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+]
+
+
+@pytest.mark.parametrize(("each", "name"), ARGUMENTS, ids=[f"{name_of(each)}: {name}" for each, name in ARGUMENTS])
+def test_bad_types(each, name, tmp_path):
+    arguments = each.arguments(tmp_path) | {name: Strange()}
+    before = {key: state(value) for key, value in arguments.items() if key != name}
+    with pytest.raises(TypeError) as caught:
+        call(each.function, arguments)
+    assert str(caught.value).startswith(f"{name_of(each)}: {name} is of type Strange, want "), str(caught.value)
+    assert {key: state(value) for key, value in arguments.items() if key != name} == before
