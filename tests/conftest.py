@@ -39,7 +39,7 @@ CPU_ONLY = {
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where tests make their tensors")
-    parser.addoption("--lives", type=int, default=20, help="how many models live through random operations")
+    parser.addoption("--lives", type=int, default=60, help="how many models live through random operations")
 
 
 def no_cuda_reason() -> str:
