@@ -2,7 +2,8 @@
 
 A file is the length of its header (8 bytes, little-endian), the header (JSON: each tensor's dtype, shape, place), then
 the tensors one after another. The safetensors library writes a file whole; here a header is written first and the bytes
-follow as they are made.
+follow as they are made. A header is read by the library alone, so that just the files are accepted that it accepts: the
+tensors follow each other without a hole, in the order that it gives, so that dtypes and shapes tell their places.
 """
 
 from __future__ import annotations
@@ -17,8 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
-__all__ = ["DTYPES", "DTYPE_NAMES", "TensorInfo", "encode_header", "read_header"]
+from .printable import escaped, shown
+from .regular_file import open_regular
+
+__all__ = ["DTYPES", "DTYPE_NAMES", "TensorInfo", "encode_header", "header_bytes", "read_header"]
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -27,6 +32,9 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -40,7 +48,10 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-_LARGEST_HEADER = 100_000_000  # as the safetensors library: a file that claims more is none
+# Those without a dtype of PyTorch are copied and compared, but not computed with.
+_BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+
+_LARGEST_HEADER = 100_000_000  # as the safetensors library
 _METADATA = "__metadata__"
 
 
@@ -68,30 +79,41 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
     Raises:
         FileNotFoundError, OSError: as ``open``.
-        ValueError: it is corrupted or no safetensors file.
+        ValueError: it is corrupted, no safetensors file or no file; or it was changed meanwhile; or a tensor has a
+            dtype that the installed library knows and this does not.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if length < 2 or length > min(_LARGEST_HEADER, size - 8):
-            raise ValueError(f"{path} is corrupted or not a safetensors file: it has {size} bytes and no whole header")
-        raw = file.read(length)
-    try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_repetition)
-        metadata = header.pop(_METADATA, {})
-        tensors = {name: _tensor_info(values, 8 + length) for name, values in header.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is corrupted or not a safetensors file: its header is wrong: {error!r}") from error
-    ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].nbytes)))
+        length = _header_length(file.read(8))
+        try:
+            with safe_open(path, "pt") as library:
+                metadata = library.metadata() or {}
+                slices = [(name, library.get_slice(name)) for name in library.offset_keys()]
+                described = [(name, str(one.get_dtype()), tuple(one.get_shape())) for name, one in slices]
+        except (SafetensorError, OSError) as error:
+            text = escaped(str(error))[:500]
+            raise ValueError(f"{path} is corrupted or not a safetensors file: {text}") from error
+    tensors: dict[str, TensorInfo] = {}
     end = 8 + length
-    for name, info in ordered.items():
-        if info.begin != end:
-            raise ValueError(f"{path} is corrupted: {name!r} begins at byte {info.begin}, want {end}")
-        end += info.nbytes
+    for name, dtype, shape in described:
+        if dtype not in _BITS:
+            raise ValueError(f"{path} has a tensor of an unknown dtype, {dtype}: {shown(name)}")
+        tensors[name] = TensorInfo(dtype, shape, end, math.prod(shape) * _BITS[dtype] // 8)
+        end += tensors[name].nbytes
     if end != size:
-        raise ValueError(f"{path} is corrupted or cut short: it has {size} bytes, its header describes {end}")
-    return ordered, metadata
+        raise ValueError(f"{path} was changed while it was read: it had {size} bytes, its header describes {end}")
+    return dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].nbytes, item[0]))), metadata
+
+
+def header_bytes(path: Path) -> bytes:
+    """All that comes before the tensors of a safetensors file that :func:`read_header` has accepted."""
+    with open_regular(path) as file:
+        prefix = file.read(8)
+        return prefix + file.read(min(_header_length(prefix), _LARGEST_HEADER))
+
+
+def _header_length(prefix: bytes) -> int:
+    return struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
 
 
 def encode_header(
@@ -103,34 +125,36 @@ def encode_header(
 
     Args:
         tensors: ``(dtype name, shape, bytes)`` by name.
-        metadata: of the whole file; the Hugging Face libraries want ``{"format": "pt"}``.
+        metadata: of the whole file, text by text; the Hugging Face libraries want ``{"format": "pt"}``.
+
+    Raises:
+        ValueError: the library could not read such a header: of a tensor called ``__metadata__``, metadata other than
+            text, names that are not Unicode, or more than 100 MB.
     """
-    header: dict[str, Any] = {}
+    if _METADATA in tensors:
+        raise ValueError(f"a tensor is called {_METADATA}, which a safetensors file cannot hold")
+    for pair in metadata.items():
+        if not all(isinstance(text, str) for text in pair):
+            raise ValueError(f"the metadata of a safetensors file is text, but got {shown(pair)}")
+    header: dict[str, Any] = {_METADATA: dict(metadata)}
+    places: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
     begin = 0
-    widths = {name: nbytes // max(math.prod(shape), 1) for name, (_, shape, nbytes) in tensors.items()}
-    for name in sorted(tensors, key=lambda name: (-widths[name], name)):
+    for name in sorted(tensors, key=lambda name: (-_BITS[tensors[name][0]], name)):
         dtype, shape, nbytes = tensors[name]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, begin + nbytes]}
+        places[name] = dtype, shape, begin, nbytes
         begin += nbytes
-    text = json.dumps({_METADATA: dict(metadata), **header}, separators=(",", ":"), ensure_ascii=False).encode()
+    try:
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"a name or the metadata is not Unicode: {shown(error.object[error.start - 20 :], 50)}"
+        ) from error
     text += b" " * (-len(text) % 8)
+    if len(text) > _LARGEST_HEADER:
+        raise ValueError(f"the header of a safetensors file has {len(text)} bytes, more than {_LARGEST_HEADER}")
+    data = 8 + len(text)
     return struct.pack("<Q", len(text)) + text, {
-        name: _tensor_info(values, 8 + len(text)) for name, values in header.items()
+        name: TensorInfo(dtype, tuple(shape), data + begin, nbytes)
+        for name, (dtype, shape, begin, nbytes) in places.items()
     }
-
-
-def _tensor_info(values: dict[str, Any], data: int) -> TensorInfo:
-    dtype, shape, (begin, end) = str(values["dtype"]), tuple(values["shape"]), values["data_offsets"]
-    if not all(type(size) is int and size >= 0 for size in (*shape, begin, end)) or end < begin:
-        raise ValueError(f"shape {list(shape)}, data_offsets {[begin, end]}")
-    info = TensorInfo(dtype, shape, data + begin, end - begin)
-    if info.torch_dtype is not None and info.numel * info.torch_dtype.itemsize != info.nbytes:
-        raise ValueError(f"{dtype} of shape {list(shape)} in {info.nbytes} bytes")
-    return info
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return values

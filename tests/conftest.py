@@ -34,6 +34,7 @@ CPU_ONLY = {
     "test_readme": "the README's lines name no device",
     "test_report": "is about files",
     "test_simt": "emulates the CUDA kernels on the CPU",
+    "test_safetensors_format": "is about files",
     "test_untrusted_json": "has no tensors",
 }
 
