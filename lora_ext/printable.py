@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["check_name", "escaped", "listed", "shown"]
+__all__ = ["LONGEST_NAME", "check_name", "escaped", "listed", "shown"]
 
 LONGEST_NAME = 500  # characters of a tensor's name; those of real models have up to 100
-_MOST_PROBLEMS = 100
+_MOST_PROBLEMS, _LONGEST_PROBLEM = 100, 2000  # lines, characters of one
 
 
 def escaped(text: str, keep: str = "") -> str:
@@ -32,7 +32,7 @@ def check_name(name: str, where: str) -> None:
 
 
 def listed(problems: Sequence[str]) -> str:
-    """The problems, a line each, for the end of a message."""
+    """The problems, a line each, for the end of a message; what cannot be printed in them is escaped."""
     more = len(problems) - _MOST_PROBLEMS
     lines = [*problems[:_MOST_PROBLEMS], *([f"and {more} more"] if more > 0 else [])]
-    return "".join(f"\n  {line}" for line in lines)
+    return "".join(f"\n  {escaped(line[:_LONGEST_PROBLEM])}" for line in lines)

@@ -19,21 +19,24 @@ _KINDS = {
 
 
 def open_regular(path: Path) -> FileIO:
-    """Opens a regular file for reading, unbuffered. A symbolic link to one is one.
+    """Opens a regular file for reading, unbuffered; a symbolic link to one is one. The path is the file's ``name``.
 
     Raises:
-        OSError: as ``open``; with the path in ``filename``.
+        OSError: as ``open``.
         ValueError: it is a pipe, a socket, a device or a directory. Nothing was waited for.
     """
     check_regular(path, os.stat(path).st_mode)  # before it is opened: opening a device may have effects
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    file = os.fdopen(fd, "rb", buffering=0)
+    file = open(path, "rb", buffering=0, opener=_open_without_waiting)  # noqa: SIM115  the caller closes it
     try:
-        check_regular(path, os.fstat(fd).st_mode)  # it may have been replaced meanwhile
+        check_regular(path, os.fstat(file.fileno()).st_mode)  # it may have been replaced meanwhile
     except ValueError:
         file.close()
         raise
     return file
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def check_regular(path: Path, mode: int) -> None:

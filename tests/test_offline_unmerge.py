@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_ext import cli
-from lora_ext.offline import merging, record
+from lora_ext.offline import merging, record, record_writer
 from lora_ext.offline.merge import merge
 from lora_ext.offline.unmerge import unmerge
 
@@ -37,7 +37,7 @@ def refused(merged: Path, out: Path, error: type[Exception], *fragments: str, **
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("block_bytes", [100, 32 << 20])
 def test_every_bit_of_every_layer_type_is_restored(dtype, block_bytes, tmp_path, monkeypatch):
-    for module in (merging, record):
+    for module in (merging, record, record_writer):
         monkeypatch.setattr(module, "BLOCK_BYTES", block_bytes)
     model = EveryLayer().to(dtype)
     save_checkpoint(model.state_dict(), tmp_path / "base")
@@ -128,7 +128,7 @@ def test_a_record_that_is_not_whole_is_refused(files, content):
     path.write_bytes(content)
     refused(files / "recorded", files / "out", ValueError, f"{path} is corrupted")
     save_file({"x": torch.ones(1)}, path)
-    refused(files / "recorded", files / "out", ValueError, f"{path} is no record of a merge")
+    refused(files / "recorded", files / "out", ValueError, f"{path} was changed since the merge wrote it")
 
 
 def test_the_record_is_small(tmp_path):

@@ -35,15 +35,15 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
         return _EXIT_DIFFERENT if found else 0
     for where, keys in ((args.a, found.only_a), (args.b, found.only_b)):
         for key in keys:
-            print(f"only in {where}: {key}")
+            files.tell(f"only in {where}: {key}")
     for key, (ours, theirs) in found.kinds.items():
-        print(f"{key}: {ours}, {theirs}")
+        files.tell(f"{key}: {ours}, {theirs}")
     for key, (ours, theirs) in found.config.items():
-        print(f"config, {key}: {json.dumps(ours)}, {json.dumps(theirs)}")
+        files.tell(f"config, {key}: {json.dumps(ours)}, {json.dumps(theirs)}")
     if found.values:
         rows = [["tensor", "largest difference", "relative"]]
         for key, sizes in found.values.items():
             rows.append([key, *("" if size is None else f"{size:.3g}" for size in sizes.values())])
-        print(files.table(rows))
+        files.tell(files.table(rows))
     print(f"{found.equal} tensors are equal, {len(found.values) + len(found.kinds)} differ")
     return _EXIT_DIFFERENT if found else 0

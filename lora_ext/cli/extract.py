@@ -66,9 +66,9 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
     for path, layer in report.layers.items():
         rows.append([path, *(f"{layer.errors[rank]:.2e}" if rank in layer.errors else "" for rank in ranks)])
     rows.append(["all", *(f"{error:.2e}" for error in report.errors.values())])
-    print(files.table(rows))
+    files.tell(files.table(rows))
     saved = f", saved in full: {', '.join(report.saved)}" if report.saved else ""
-    print(
+    files.tell(
         f"{args.out}: {len(report.layers)} layers adapted{saved}; {report.unchanged} tensors do not differ; "
         f"{report.nbytes / 1e6:.1f} MB, {report.seconds:.1f} s"
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+from ..printable import escaped
 from ..tasks import TaskError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -18,13 +20,13 @@ _DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat
 
 @contextmanager
 def mistakes() -> Iterator[None]:
-    """Errors about the given files are told without a traceback."""
+    """Errors about the given files are told without a traceback, and without what a terminal would obey."""
     try:
         yield
     except BrokenPipeError:
         raise
     except (ValueError, OSError, RuntimeError) as error:
-        raise TaskError(str(error)) from error
+        raise TaskError(escaped(str(error), keep="\n")) from error
 
 
 def size(text: str) -> int:
@@ -64,8 +66,14 @@ def add_fan_in_fan_out(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def tell(text: str) -> None:
+    """Prints lines with names of files in them, which may hold what a terminal obeys, or what it cannot show."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(escaped(text, keep="\n").encode(encoding, "backslashreplace").decode(encoding))
+
+
 def table(rows: list[list[str]]) -> str:
-    """Columns side by side, the first to the left and numbers to the right; the first row is the heading."""
+    """Columns next to each other, the first to the left and numbers to the right; the first row is the heading."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -27,9 +27,11 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
     if args.json:
         print(json.dumps(found, indent=2))
         return
-    print(files.table(_adapter(found) if found["kind"] == "adapter" else _checkpoint(found)))
+    files.tell(files.table(_adapter(found) if found["kind"] == "adapter" else _checkpoint(found)))
     dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in found["dtypes"].items())
-    print(f"{args.path}: {found['kind']}, {found['parameters']:,} parameters ({dtypes}), {found['bytes'] / 1e6:.2f} MB")
+    files.tell(
+        f"{args.path}: {found['kind']}, {found['parameters']:,} parameters ({dtypes}), {found['bytes'] / 1e6:.2f} MB"
+    )
 
 
 def _adapter(found: dict[str, Any]) -> list[list[str]]:

@@ -64,12 +64,12 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
         print(json.dumps(dataclasses.asdict(report), indent=2))
         return
     added = f" ({report.added} of them new)" if report.added else ""
-    print(
+    files.tell(
         f"{args.out}: {report.merged} tensors merged, {report.replaced} replaced{added}, {report.copied} copied; "
         f"{report.nbytes / 1e9:.2f} GB in {report.files} files, {report.seconds:.1f} s"
         + (", verified" if report.verified else "")
     )
     if report.kept:
-        print(f"{report.kept} of the files were there from a run that did not end")
+        files.tell(f"{report.kept} of the files were there from a run that did not end")
     if report.skipped:
-        print(f"not copied, as they hold the base's weights: {', '.join(report.skipped)}")
+        files.tell(f"not copied, as they hold the base's weights: {', '.join(report.skipped)}")

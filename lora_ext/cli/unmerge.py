@@ -8,7 +8,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from ..printable import listed
 from . import files
+
+_EXIT_NOT_EXACT = 1
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -16,7 +19,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "unmerge",
         help="restore the base of a merged checkpoint",
         description=(
-            "Restores every bit of the base from what `merge --record` kept. Without a record, --adapter subtracts the "
+            "Restores every bit of the base from what `merge --record` kept, or writes nothing. Exits with 1 where a "
+            "file next to the weights is not that of the base any more. Without a record, --adapter subtracts the "
             "update, which is rounded."
         ),
     )
@@ -29,7 +33,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> None:
+def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> int:
     from ..offline.unmerge import unmerge
 
     with files.mistakes():
@@ -43,11 +47,15 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
             allow_pickle=args.allow_pickle,
             show_progress=True,
         )
+    not_restored = not report.exact and not args.adapters
     if args.json:
         print(json.dumps(dataclasses.asdict(report), indent=2))
-        return
-    how = "restored to the bit" if report.exact else "unmerged by subtraction, rounded: not the base's bits"
-    print(
+        return _EXIT_NOT_EXACT if not_restored else 0
+    how = "restored to the bit" if not args.adapters else "unmerged by subtraction, rounded: not the base's bits"
+    files.tell(
         f"{args.out}: {report.tensors} tensors {how}; {report.nbytes / 1e9:.2f} GB in {report.files} files, "
         f"{report.seconds:.1f} s"
     )
+    if not_restored:
+        files.tell(f"not exact, because other files are not those of the base:{listed(report.because)}")
+    return _EXIT_NOT_EXACT if not_restored else 0

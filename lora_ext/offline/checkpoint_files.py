@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import ctypes
-import json
+import math
 import os
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..printable import check_name, listed, shown
+from ..regular_file import open_regular
 from ..safetensors_format import TensorInfo, read_header
+from ..untrusted_json import read_json_object
+from .file_bytes import check_unchanged, file_state, read_into
 
-__all__ = ["INDEX_FILE", "SINGLE_FILE", "Checkpoint", "raw_blocks", "read_into", "read_tensor", "tensor_bytes"]
+__all__ = ["INDEX_FILE", "SINGLE_FILE", "Checkpoint", "raw_blocks", "read_tensor"]
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+
+_INDEX_FILE_LIMIT = 100_000_000  # bytes, as of a safetensors header; the largest index of a real model has 20 million
+_LARGEST_SHAPE = 2**63 // 16  # elements: PyTorch counts bytes in 63 bits, also of tensors without elements
+_MOST_DIMENSIONS = 64
 
 
 class Checkpoint:
@@ -30,16 +38,16 @@ class Checkpoint:
         is_directory: not a lone file, whose neighbours may be anything.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        shards: dict[str, dict[str, TensorInfo]],
-        metadata: dict[str, dict[str, str]],
-        index: dict | None,
-    ) -> None:
-        self.directory, self.shards, self.metadata, self.index = directory, shards, metadata, index
-        self.is_directory = True
-        self._shard_of = {key: name for name, tensors in shards.items() for key in tensors}
+    def __init__(self, directory: Path, names: list[str], index: dict[str, Any] | None, is_directory: bool) -> None:
+        self.directory, self.index, self.is_directory = directory, index, is_directory
+        self._states = {name: file_state(directory / name) for name in names}
+        headers = {name: read_header(directory / name) for name in names}
+        self.shards: dict[str, dict[str, TensorInfo]] = {name: tensors for name, (tensors, _) in headers.items()}
+        self.metadata: dict[str, dict[str, str]] = {name: metadata for name, (_, metadata) in headers.items()}
+        self._shard_of = {key: name for name, tensors in self.shards.items() for key in tensors}
+        for name, tensors in self.shards.items():
+            for key, info in tensors.items():
+                _check_tensor(directory / name, key, info)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
@@ -47,57 +55,57 @@ class Checkpoint:
 
         Raises:
             FileNotFoundError: naming what is missing.
-            ValueError: a file is corrupted; a path in the index leads out of the directory; the index and the files
-                disagree: every such key is listed.
+            ValueError: a file is corrupted or no regular file; the index is wrong, or leads out of the directory, or
+                disagrees with the files: every such key is listed; a name cannot be printed; a shape is larger than
+                PyTorch can count.
         """
         path = Path(path)
-        if path.is_file():
-            checkpoint = cls._of_files(path.parent, [path.name], None)
-            checkpoint.is_directory = False
-            return checkpoint
-        if not path.is_dir():
-            raise FileNotFoundError(f"{path} is missing; want a directory with {SINGLE_FILE} or {INDEX_FILE}")
-        if (path / INDEX_FILE).is_file():
+        try:
+            files = sorted(os.listdir(path))
+        except NotADirectoryError:
+            return cls(path.parent, [path.name], None, is_directory=False)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{path} is missing; want a directory with {SINGLE_FILE} or {INDEX_FILE}"
+            ) from error
+        if INDEX_FILE in files:
             return cls._indexed(path)
-        names = [file.name for file in sorted(path.glob("*.safetensors")) if not file.name.startswith("adapter_model")]
+        names = [file for file in files if file.endswith(".safetensors")]
+        names = [file for file in names if not file.startswith(("adapter_model", "."))]
         if SINGLE_FILE in names:
             names = [SINGLE_FILE]
         if len(names) != 1:
             found = f"has {len(names)} safetensors files and no index" if names else f"has no {SINGLE_FILE}"
-            pickled = [file.name for file in sorted(path.glob("pytorch_model*.bin"))]
+            pickled = [file for file in files if file.startswith("pytorch_model") and file.endswith(".bin")]
             advice = f"; {pickled[0]} is there: save it again as safetensors" if pickled else ""
             raise FileNotFoundError(f"{path} {found}{advice}")
-        return cls._of_files(path, names, None)
-
-    @classmethod
-    def _of_files(cls, directory: Path, names: list[str], index: dict | None) -> Checkpoint:
-        headers = {name: read_header(directory / name) for name in names}
-        return cls(
-            directory,
-            {name: tensors for name, (tensors, _) in headers.items()},
-            {name: metadata for name, (_, metadata) in headers.items()},
-            index,
-        )
+        return cls(path, names, None, is_directory=True)
 
     @classmethod
     def _indexed(cls, directory: Path) -> Checkpoint:
         path = directory / INDEX_FILE
-        try:
-            index = json.loads(path.read_text(encoding="utf-8"))
-            weight_map = dict(index["weight_map"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is no index of a checkpoint: {error!r}") from error
+        index = read_json_object(path, "", _INDEX_FILE_LIMIT)
+        weight_map, metadata = index.get("weight_map"), index.get("metadata")
+        for part, values, wanted in (("weight_map", weight_map, dict), ("metadata", metadata, dict | None)):
+            if not isinstance(values, wanted):
+                raise ValueError(f"{path} is no index of a checkpoint: {part} is {shown(values)}, want an object")
+        for name in weight_map.values():
+            _check_file_name(path, name)
         names = list(dict.fromkeys(weight_map.values()))
-        for name in names:
-            check_inside(path, name)
-        if missing := [name for name in names if not (directory / name).is_file()]:
-            raise FileNotFoundError(f"{path} names files that are missing: {', '.join(missing)}")
-        checkpoint = cls._of_files(directory, names, index)
-        problems = [f"twice: {key}" for key, count in _counts(checkpoint.shards).items() if count > 1]
+        if not names:
+            raise ValueError(f"{path} is no index of a checkpoint: it names no file")
+        if missing := [name for name in names if not (directory / name).exists()]:
+            raise FileNotFoundError(f"{path} names files that are missing:{listed(missing)}")
+        checkpoint = cls(directory, names, index, is_directory=True)
+        counts: dict[str, int] = {}
+        for tensors in checkpoint.shards.values():
+            for key in tensors:
+                counts[key] = counts.get(key, 0) + 1
+        problems = [f"twice: {key}" for key, count in counts.items() if count > 1]
         problems += [f"not in {name}: {key}" for key, name in weight_map.items() if key not in checkpoint.shards[name]]
         problems += [f"not in the index: {key}" for key in checkpoint if key not in weight_map]
         if problems:
-            raise ValueError(f"{path} and its files disagree:\n  " + "\n  ".join(problems))
+            raise ValueError(f"{path} and its files disagree:{listed(problems)}")
         return checkpoint
 
     def __iter__(self) -> Iterator[str]:
@@ -126,53 +134,40 @@ class Checkpoint:
         """The whole tensor, in memory of its own."""
         return read_tensor(self.file(key), self.info(key))
 
+    def check_unchanged(self, caller: str) -> None:
+        """ValueError where a file was changed since it was opened: what was read of it need not belong together."""
+        check_unchanged({self.directory / name: state for name, state in self._states.items()}, caller)
+
 
 def read_tensor(path: Path, info: TensorInfo) -> Tensor:
     """A whole tensor of a file, in memory of its own."""
     if info.torch_dtype is None:
         raise ValueError(f"{path} has a tensor of dtype {info.dtype}, which torch {torch.__version__} lacks")
     tensor = torch.empty(info.shape, dtype=info.torch_dtype)
-    with open(path, "rb", buffering=0) as file:
-        read_into(file.fileno(), info.begin, tensor)
+    with open_regular(path) as file:
+        read_into(file, info.begin, tensor)
     return tensor
 
 
 def raw_blocks(path: Path, info: TensorInfo, block_bytes: int) -> Iterator[Tensor]:
     """A tensor's bytes, of whatever dtype, in order and at most so many at a time."""
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path) as file:
         for begin in range(0, info.nbytes, block_bytes):
             values = torch.empty(min(block_bytes, info.nbytes - begin), dtype=torch.uint8)
-            read_into(file.fileno(), info.begin + begin, values)
+            read_into(file, info.begin + begin, values)
             yield values
 
 
-def check_inside(index: Path, name: object) -> None:
-    """ValueError for a file name of an index that leads elsewhere than into the index's directory."""
-    parts = PurePosixPath(name).parts if isinstance(name, str) else ()
-    if not parts or PurePosixPath(name).is_absolute() or ".." in parts or PureWindowsPath(name).drive or "\\" in name:
-        raise ValueError(f"{index} names the file {name!r}, which is outside its directory; nothing was read from it")
+def _check_tensor(path: Path, key: str, info: TensorInfo) -> None:
+    check_name(key, str(path))
+    if len(info.shape) > _MOST_DIMENSIONS or math.prod(max(size, 1) for size in info.shape) > _LARGEST_SHAPE:
+        raise ValueError(f"{path} has a tensor of a shape that PyTorch cannot hold: {key} {shown(list(info.shape))}")
 
 
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
-    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
-
-
-def read_into(fd: int, offset: int, tensor: Tensor) -> None:
-    """Fills a contiguous CPU tensor with the bytes at ``offset`` of an open file."""
-    if tensor.nbytes == 0:
-        return
-    view, done = tensor_bytes(tensor), 0
-    while done < len(view):
-        count = os.preadv(fd, [view[done:]], offset + done)
-        if count == 0:
-            raise ValueError("a checkpoint's file became shorter while it was read")
-        done += count
-
-
-def _counts(shards: dict[str, dict[str, TensorInfo]]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for tensors in shards.values():
-        for key in tensors:
-            counts[key] = counts.get(key, 0) + 1
-    return counts
+def _check_file_name(index: Path, name: object) -> None:
+    """ValueError for a file name in an index that is none, that could lead elsewhere, or that other files have."""
+    if not isinstance(name, str) or os.path.basename(name) != name or "\\" in name or ":" in name:
+        raise ValueError(f"{index} names the file {shown(name)}, want a name without a path; nothing was read from it")
+    if not name.endswith(".safetensors") or name.startswith("."):
+        raise ValueError(f"{index} names the file {shown(name)}, want a name that ends with .safetensors")
+    check_name(name, str(index))

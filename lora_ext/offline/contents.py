@@ -18,7 +18,9 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from ..adapter_file import KEY_PREFIX, AdapterFile
-from ..config import LoraConfig, name_covers
+from ..config import LoraConfig
+from ..printable import check_name, listed
+from .names import ends
 
 __all__ = ["AdapterContents", "LowRankUpdate", "TokenRows", "read_contents", "strip_base_layer"]
 
@@ -82,15 +84,17 @@ def read_contents(file: AdapterFile) -> AdapterContents:
             their shapes do not fit each other, or the rank that the config gives the layer. All such are listed.
     """
     config = _config(file)
+    parameters, indices = _ParameterNames(config), _TokenIndices(file)
     factors: dict[str, dict[str, str]] = {}  # by the path with its .base_layer
     tokens, replaced, problems = [], {}, []
     for key in file.keys():  # noqa: SIM118  it is no mapping
+        check_name(key, str(file.path))
         name = key.removeprefix(KEY_PREFIX)
         if match := _FACTOR.fullmatch(name):
             factors.setdefault(match["path"] or "", {})[match["side"]] = key
         elif match := _TOKENS.fullmatch(name):
             path = strip_base_layer(match["path"])
-            tokens.append(TokenRows(path, key, _token_indices(file, path)))
+            tokens.append(TokenRows(path, key, indices.of(path)))
         elif "lora_" in name.rpartition(".")[0] + name.rpartition(".")[2]:
             problems.append(f"unknown key: {key}")
         elif not {"original_module", "modules_to_save"} & set(name.split(".")):
@@ -104,11 +108,11 @@ def read_contents(file: AdapterFile) -> AdapterContents:
     for path, levels in layers.items():
         for wrapped in levels:
             try:
-                updates.append(_update(file, config, path, wrapped, factors, nested=len(levels)))
+                updates.append(_update(file, config, parameters.of(path), path, wrapped, factors, nested=len(levels)))
             except ValueError as error:
                 problems.append(str(error))
     if problems:
-        raise ValueError(f"{file.path} is no adapter that can be used here:\n  " + "\n  ".join(problems))
+        raise ValueError(f"{file.path} is no adapter that can be used here:{listed(problems)}")
     if not updates and not tokens and not replaced:
         raise ValueError(f"{file.path} holds no tensor")
     return AdapterContents(file, updates, tokens, replaced)
@@ -120,7 +124,13 @@ def strip_base_layer(path: str) -> str:
 
 
 def _update(
-    file: AdapterFile, config: LoraConfig, path: str, wrapped: str, factors: Mapping[str, dict[str, str]], nested: int
+    file: AdapterFile,
+    config: LoraConfig,
+    parameters: tuple[str, ...],
+    path: str,
+    wrapped: str,
+    factors: Mapping[str, dict[str, str]],
+    nested: int,
 ) -> LowRankUpdate:
     sides = factors[wrapped]
     embedding = "embedding_A" in sides or "embedding_B" in sides
@@ -130,8 +140,8 @@ def _update(
     shape_A, shape_B = file.shape(A), file.shape(B)
     if len(shape_A) < 2 or len(shape_B) != len(shape_A) or 0 in shape_A + shape_B or set(shape_B[2:]) - {1}:
         raise ValueError(f"shapes of {path}: lora_A {list(shape_A)}, lora_B {list(shape_B)}")
-
-    parameters = _parameters(config, path)
+    if not (file.dtype(A).is_floating_point and file.dtype(B).is_floating_point):
+        raise ValueError(f"dtypes of {path}: lora_A {file.dtype(A)}, lora_B {file.dtype(B)}, want floating point")
     if nested > 1 and len(parameters) < nested:
         raise ValueError(f"{path} has {nested} updates, but the config's target_parameters are {list(parameters)}")
     if _is_attention(wrapped, factors):
@@ -165,24 +175,41 @@ def _is_attention(wrapped: str, factors: Mapping[str, Any]) -> bool:
     return wrapped in factors and f"{wrapped}.base_layer.out_proj" in factors
 
 
-def _parameters(config: LoraConfig, path: str) -> tuple[str, ...]:
-    """Names of the module's own parameters that ``target_parameters`` may mean."""
-    names = {}
-    for target in config.target_parameters or ():
-        module, _, name = target.rpartition(".")
-        if not module or name_covers(module, path):
-            names[name] = None
-    return tuple(names)
+class _ParameterNames:
+    """Names of a module's own parameters that ``target_parameters`` may mean."""
+
+    def __init__(self, config: LoraConfig) -> None:
+        self._by_module: dict[str, list[tuple[int, str]]] = {}
+        for position, target in enumerate(config.target_parameters or ()):
+            module, _, name = target.rpartition(".")
+            self._by_module.setdefault(module, []).append((position, name))
+
+    def of(self, path: str) -> tuple[str, ...]:
+        """Of the module at ``path``, in the order of the config."""
+        if not self._by_module:
+            return ()
+        found = [own for module in {"", path, *ends(path)} for own in self._by_module.get(module, ())]
+        return tuple(dict.fromkeys(name for _, name in sorted(found)))
 
 
-def _token_indices(file: AdapterFile, path: str) -> tuple[int, ...]:
-    indices = file.config.get("trainable_token_indices")
-    if isinstance(indices, dict):
-        found = [own for name, own in indices.items() if name_covers(name, path)]
-        indices = found[0] if found else None
-    if not isinstance(indices, list):
-        raise ValueError(f"{file.directory}: trainable_token_indices of the config does not name {path}'s rows")
-    return tuple(indices)
+class _TokenIndices:
+    """The rows that ``trainable_token_indices`` names."""
+
+    def __init__(self, file: AdapterFile) -> None:
+        self._file, self._indices = file, file.config.get("trainable_token_indices")
+        self._order = {name: i for i, name in enumerate(self._indices)} if isinstance(self._indices, dict) else {}
+
+    def of(self, path: str) -> tuple[int, ...]:
+        """Of the embedding at ``path``: by the first name in the config that is it, or the end of it after a dot."""
+        indices = self._indices
+        if isinstance(indices, dict):
+            names = [name for name in (path, *ends(path)) if name in indices]
+            indices = indices[min(names, key=self._order.__getitem__)] if names else None
+        if not isinstance(indices, list):
+            raise ValueError(
+                f"{self._file.directory}: trainable_token_indices of the config does not name {path}'s rows"
+            )
+        return tuple(indices)
 
 
 def _config(file: AdapterFile) -> LoraConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from pathlib import Path
@@ -14,8 +13,10 @@ from torch import Tensor
 from .._checks import FLOATING
 from ..adapter_file import CONFIG_FILE, WEIGHTS_FILE, AdapterFile
 from ..safetensors_format import DTYPES, TensorInfo
-from .checkpoint_files import Checkpoint, raw_blocks, tensor_bytes
+from .checkpoint_files import Checkpoint, raw_blocks
+from .file_bytes import tensor_bytes
 from .merging import BLOCK_BYTES
+from .other_files import read_model_config
 
 __all__ = ["Difference", "diff"]
 
@@ -74,6 +75,8 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> Difference:
             values[key] = measured
         else:
             equal += 1
+    for checkpoint in (first, second):
+        checkpoint.check_unchanged("diff")
     return Difference(
         [key for key in first if key not in second],
         [key for key in second if key not in first],
@@ -117,14 +120,7 @@ def _larger(largest: float, difference: Tensor) -> float:
 
 
 def _model_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    path = checkpoint.directory / "config.json"
-    if not checkpoint.is_directory or not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"diff: {path} is not JSON: {error}") from error
-    return values if isinstance(values, dict) else {}
+    return (read_model_config(checkpoint) or {}) if checkpoint.is_directory else {}
 
 
 def _ordered(config: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from torch import Tensor
 from .._checks import FLOATING, accumulation_dtype
 from ..adapter_file import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE
 from ..config import name_covers
+from ..printable import listed
 from ..safetensors_format import DTYPE_NAMES
-from .checkpoint_files import Checkpoint, raw_blocks, tensor_bytes
+from .checkpoint_files import Checkpoint, raw_blocks
+from .file_bytes import tensor_bytes
 from .low_rank import approximate
 from .merging import BLOCK_BYTES, Block
 from .output import check_apart
@@ -105,10 +107,10 @@ def extract(
     out = Path(out).absolute()
     check_apart("extract", out, [old.directory, new.directory])
     with Staging(out, {}, overwrite) as staging, progress("extract", new.nbytes, show_progress) as shown:
-        differing = []
+        differing: dict[str, None] = {}
         for key in new:
             if key not in old or not _same(old, new, key):
-                differing.append(key)
+                differing[key] = None
             shown.advance(new.info(key).nbytes)
         targets, saved = _sort(old, new, differing, target_modules, save_others)
         layers: dict[str, LayerError] = {}
@@ -120,7 +122,8 @@ def extract(
             layers[path] = LayerError(len(best.lora_A), best.norm, best.errors)
             factors[f"{KEY_PREFIX}{path}.lora_A.weight"] = best.lora_A.to(dtype)
             factors[f"{KEY_PREFIX}{path}.lora_B.weight"] = best.lora_B.to(dtype)
-        whole = {f"{KEY_PREFIX}{key}": key for path in saved for key in new if key.rpartition(".")[0] == path}
+        modules = set(saved)
+        whole = {f"{KEY_PREFIX}{key}": key for key in new if key.rpartition(".")[0] in modules}
         has_biases = any(f"{path}.bias" in differing for path in targets)
         if has_biases:  # PEFT then wants those of all adapted layers
             biases = [f"{path}.bias" for path in targets if f"{path}.bias" in new]
@@ -137,6 +140,8 @@ def extract(
             seconds=time.perf_counter() - begin,
         )
         (staging.path / REPORT_FILE).write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
+        for checkpoint in (old, new):
+            checkpoint.check_unchanged("extract")
         staging.publish()
     return report
 
@@ -153,7 +158,11 @@ def _same(old: Checkpoint, new: Checkpoint, key: str) -> bool:
 
 
 def _sort(
-    old: Checkpoint, new: Checkpoint, differing: list[str], target_modules: Sequence[str] | None, save_others: bool
+    old: Checkpoint,
+    new: Checkpoint,
+    differing: Collection[str],
+    target_modules: Sequence[str] | None,
+    save_others: bool,
 ) -> tuple[list[str], list[str]]:
     """The modules that are adapted, and those that are saved in full."""
     problems = [f"only in the base: {key}" for key in old if key not in new]
@@ -172,8 +181,9 @@ def _sort(
         else:
             others.setdefault(path, key)
     saved = []
+    with_more = {end for key in new for end in _parents(key)}
     for path, key in others.items():
-        if path in targets and all(k in (f"{path}.weight", f"{path}.bias") for k in new if k.startswith(f"{path}.")):
+        if path in targets and path not in with_more:
             continue  # its bias goes with it
         if path in targets or not path:
             problems.append(f"differs, beside the adapted weight of its module: {key}" if path else f"differs: {key}")
@@ -182,13 +192,21 @@ def _sort(
         else:
             saved.append(path)
     if problems:
-        raise ValueError(
-            f"extract: {new.directory} is not {old.directory} with an adapter:\n  " + "\n  ".join(problems)
-        )
+        raise ValueError(f"extract: {new.directory} is not {old.directory} with an adapter:{listed(problems)}")
     if not targets:
         what = "no layer to adapt differs" if differing else "no tensor differs"
         raise ValueError(f"extract: {what} between {old.directory} and {new.directory}")
     return list(targets), saved
+
+
+def _parents(key: str) -> Iterator[str]:
+    """The modules around a tensor that is neither weight nor bias of the innermost."""
+    place = key.rfind(".")
+    if key[place + 1 :] in ("weight", "bias"):
+        place = key.rfind(".", 0, max(place, 0))
+    while place >= 0:
+        yield key[:place]
+        place = key.rfind(".", 0, place)
 
 
 def _difference(old: Checkpoint, new: Checkpoint, key: str) -> Tensor:

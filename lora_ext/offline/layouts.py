@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias
 
 from ..adapter_file import AdapterFile
 from .contents import LowRankUpdate
 
-__all__ = ["Layout", "assign_parameters", "choose_layout", "fitting_layouts", "misfit", "num_matrices"]
+__all__ = ["Evidence", "Layout", "assign_parameters", "choose_layout", "fitting_layouts", "misfit", "num_matrices"]
 
 Layout: TypeAlias = Literal["plain", "transposed"]
 """``plain``: the tensor is ``[out, in]``, as in Linear; ``transposed``: ``[in, out]``, as in Conv1D and Embedding."""
@@ -41,44 +40,81 @@ def fitting_layouts(file: AdapterFile, update: LowRankUpdate, shape: tuple[int, 
     return {layout for layout, size in sizes.items() if shape == size}
 
 
+class Evidence:
+    """The layouts of those of an adapter's updates whose shapes leave no choice."""
+
+    def __init__(self, fitting: Mapping[LowRankUpdate, set[Layout]]) -> None:
+        """``fitting``: the layouts that fit, of each of the adapter's updates."""
+        self._by_kind: dict[str, set[Layout]] = {}
+        self._by_name: dict[tuple[str, str], set[Layout]] = {}
+        for update, fits in fitting.items():
+            if len(fits) == 1:
+                self._by_kind.setdefault(update.kind, set()).update(fits)
+                self._by_name.setdefault((update.kind, _leaf(update)), set()).update(fits)
+
+    def like(self, update: LowRankUpdate) -> list[set[Layout]]:
+        """The layouts of the updates most like it, then of all of its kind."""
+        return [self._by_name.get((update.kind, _leaf(update)), set()), self._by_kind.get(update.kind, set())]
+
+
 def choose_layout(
-    update: LowRankUpdate,
-    fitting: Mapping[LowRankUpdate, set[Layout]],
-    *,
-    asked: bool | None,
-    configured: bool,
+    update: LowRankUpdate, fitting: set[Layout], evidence: Evidence, *, asked: bool | None, configured: bool
 ) -> Layout | None:
     """The layout of ``update``; of a square tensor as asked, or as that of its kind; None where these disagree.
 
     Args:
-        fitting: the layouts that fit, of each of the adapter's updates.
+        fitting: the layouts that fit it.
         asked: by the user: True for transposed.
         configured: by the adapter's config, which is not to be trusted: PEFT writes what it met last.
     """
-    if len(own := fitting[update]) == 1:
-        return next(iter(own))
+    if len(fitting) == 1:
+        return next(iter(fitting))
     if asked is not None:
         return "transposed" if asked else "plain"
-    alike = {other: fits for other, fits in fitting.items() if other.kind == update.kind and len(fits) == 1}
-    leaf = update.path.rpartition(".")[2]
-    same_name = [fits for other, fits in alike.items() if other.path.rpartition(".")[2] == leaf]
-    for evidence in (same_name, list(alike.values())):
-        if len(found := set().union(*evidence)) == 1:
-            return found.pop()
-    if alike or update.kind == "parameter":
+    like = evidence.like(update)
+    for found in like:
+        if len(found) == 1:
+            return next(iter(found))
+    if like[-1] or update.kind == "parameter":
         return None
     return "transposed" if configured else "plain"
 
 
 def assign_parameters(
-    file: AdapterFile, updates: list[LowRankUpdate], shapes: Mapping[str, tuple[int, ...]]
+    file: AdapterFile, updates: Sequence[LowRankUpdate], shapes: Mapping[str, tuple[int, ...]]
 ) -> list[dict[LowRankUpdate, str]]:
-    """The ways in which updates of one module's parameters can belong to these: no key says whose an update is."""
-    return [
-        dict(zip(updates, order, strict=True))
-        for order in itertools.permutations(shapes, len(updates))
-        if all(fitting_layouts(file, update, shapes[key]) for update, key in zip(updates, order, strict=True))
-    ]
+    """Up to two ways in which updates of one module can belong to its parameters: no key says whose an update is."""
+    fits = {update: [key for key in shapes if fitting_layouts(file, update, shapes[key])] for update in updates}
+    first = _assignment(fits)
+    if first is None:
+        return []
+    for update, key in first.items():  # any other way differs somewhere
+        without = fits | {update: [other for other in fits[update] if other != key]}
+        if (second := _assignment(without)) is not None:
+            return [first, second]
+    return [first]
+
+
+def _assignment(fits: Mapping[LowRankUpdate, Sequence[str]]) -> dict[LowRankUpdate, str] | None:
+    """Gives each update a key of its own among those that fit it, by augmenting paths; None: there is no such way."""
+    owners: dict[str, LowRankUpdate] = {}
+
+    def place(update: LowRankUpdate, seen: set[str]) -> bool:
+        for key in fits[update]:
+            if key not in seen:
+                seen.add(key)
+                if key not in owners or place(owners[key], seen):
+                    owners[key] = update
+                    return True
+        return False
+
+    if not all(place(update, set()) for update in fits):
+        return None
+    return {update: key for key, update in owners.items()}
+
+
+def _leaf(update: LowRankUpdate) -> str:
+    return update.path.rpartition(".")[2]
 
 
 def misfit(file: AdapterFile, update: LowRankUpdate, key: str, shape: tuple[int, ...]) -> str:

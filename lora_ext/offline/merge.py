@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ import torch
 from .. import _load
 from .._checks import FLOATING
 from ..adapter_file import CONFIG_FILE, AdapterFile
+from ..printable import listed
 from ..safetensors_format import DTYPE_NAMES, DTYPES
 from .checkpoint_files import SINGLE_FILE, Checkpoint
 from .contents import read_contents
-from .merging import Block, blocks
-from .output import Output, check_apart
+from .merging import blocks
+from .output import Output, check_apart, index_metadata, shard_metadata
 from .plan import MergePlan, TensorPlan, plan_merge
-from .record import RecordWriter
+from .record_writer import RecordWriter
 from .staging import fingerprint
 from .writing import Description
 
@@ -102,25 +103,26 @@ def merge(
     files = [AdapterFile.open(directory, allow_pickle=allow_pickle, caller=caller) for directory in adapters]
     if not files:
         raise ValueError(f"{caller}: no adapter is given")
+    if not len(checkpoint):
+        raise ValueError(f"{caller}: {base} holds no tensor")
     contents = [read_contents(file) for file in files]
     plan = plan_merge(
         checkpoint, contents, fan_in_fan_out=fan_in_fan_out, untie=untie, multiplier=-1.0 if subtract else 1.0
     )
     if subtract and (whole := [key for key, tensor in plan.tensors.items() if tensor.replacement or tensor.rows]):
         raise ValueError(
-            f"{caller}: the adapter replaced tensors in full, whose old values only a record has (merge --record):\n  "
-            + "\n  ".join(whole)
+            f"{caller}: the adapter replaced tensors in full, whose old values only a record has (merge --record):"
+            f"{listed(whole)}"
         )
     out = Path(out).absolute()
     check_apart(caller, out, [checkpoint.directory, *(file.directory for file in files)])
-
-    def values(key: str, kept: bool = False) -> Iterator[Block]:
-        return blocks(plan.tensors[key], key, checkpoint, _target(plan.tensors[key], dtype), record=kept)
-
+    shards = _shards(checkpoint, plan, dtype, shard_bytes)
     output = Output(
         checkpoint,
-        _shards(checkpoint, plan, dtype, shard_bytes),
-        values,
+        shards,
+        lambda key: blocks(plan.tensors[key], key, checkpoint, _target(plan.tensors[key], dtype)),
+        metadata=shard_metadata(checkpoint, shards),
+        index_metadata=index_metadata(checkpoint),
         what={
             "version": _load.build_info()["version"],
             "base": fingerprint([checkpoint.directory / name for name in checkpoint.shards], contents=False),
@@ -128,11 +130,8 @@ def merge(
             "options": [str(dtype), shard_bytes, fan_in_fan_out, untie, record, subtract],
         },
         config_changes=_config_changes(plan, dtype),
+        recorder=RecordWriter(plan, checkpoint) if record else None,
     )
-    if record:
-        writer = RecordWriter(plan, checkpoint)
-        output.blocks, output.blocks_again = lambda key: writer.watch(key, values(key, kept=True)), values
-        output.after_file = lambda directory, name: writer.write(directory, name, output.shards[name])
     written = output.write(out, caller, verify=verify, overwrite=overwrite, show_progress=show_progress)
     tensors = plan.tensors.values()
     return MergeReport(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -16,8 +15,10 @@ import torch
 from torch import Tensor
 
 from ..exact_merge import MergeRecord, merge_all_, pack_factors
+from ..regular_file import open_regular
 from ..safetensors_format import DTYPES
-from .checkpoint_files import Checkpoint, raw_blocks, read_into, tensor_bytes
+from .checkpoint_files import Checkpoint, raw_blocks
+from .file_bytes import read_into, tensor_bytes
 from .plan import TensorPlan, Term
 
 __all__ = ["BLOCK_BYTES", "Block", "Factors", "blocks", "factors", "matrix_shape", "split_stack"]
@@ -40,13 +41,11 @@ class Block:
     """Consecutive rows of the result.
 
     Attributes:
-        records: of each merge into them: first row, row behind the last, record.
-        checksum: of the base's tensor up to here, where a record is kept.
+        records: for each merge into them: first row, row behind the last, record.
     """
 
     values: Tensor
     records: list[tuple[int, int, MergeRecord]] = dataclasses.field(default_factory=list)
-    checksum: int = 0
 
 
 def matrix_shape(plan: TensorPlan) -> tuple[int, int]:
@@ -98,13 +97,19 @@ def split_stack(A: Tensor, B: Tensor, matrices: int, is_parameter: bool) -> list
 
 
 def blocks(
-    plan: TensorPlan, key: str, base: Checkpoint, dtype: torch.dtype | None, record: bool = False
+    plan: TensorPlan,
+    key: str,
+    base: Checkpoint,
+    dtype: torch.dtype | None,
+    record: bool = False,
+    before: Callable[[memoryview], None] = lambda data: None,
 ) -> Iterator[Block]:
     """The tensor's values from its first row to its last.
 
     Args:
         dtype: convert to it, once all is added in the wider of this and the base's dtype; None: as stored.
         record: keep what takes the updates out again.
+        before: gets the bytes of what is changed, or copied, a block at a time and before it is changed.
 
     Raises:
         ValueError: a result is NaN or infinite; or the files changed meanwhile.
@@ -113,6 +118,7 @@ def blocks(
     out = stored if dtype is None else dtype
     if stored is None or (out == stored and not plan.is_changed):
         for values in raw_blocks(base.file(plan.source), base.info(plan.source), BLOCK_BYTES):
+            before(tensor_bytes(values))
             yield Block(values)
         return
     work = torch.promote_types(stored, out)
@@ -120,13 +126,12 @@ def blocks(
     row_bytes = cols * max(work.itemsize, stored.itemsize)
     height = max(BLOCK_BYTES // max(row_bytes, 1), 1)
     own, replaced = factors(plan, work), _rows(plan)
-    checksum = 0
     with _open_source(plan, base, stored) as read:
         for begin in range(0, rows, height):
             end = min(begin + height, rows)
-            values = read(begin, end, cols).to(work)
-            if record:
-                checksum = zlib.crc32(tensor_bytes(values), checksum)
+            values = read(begin, end, cols)
+            before(tensor_bytes(values))
+            values = values.to(work)
             for index, row in replaced.items():
                 if begin <= index < end:
                     values[index - begin] = row
@@ -134,7 +139,7 @@ def blocks(
             converted = values.to(out)
             if out != work and not converted.isfinite().all() and values.isfinite().all():
                 raise ValueError(f"merge: {key} has values that {out} cannot hold; choose a wider dtype")
-            yield Block(converted, records, checksum)
+            yield Block(converted, records)
 
 
 def _merge(
@@ -166,11 +171,11 @@ def _open_source(plan: TensorPlan, base: Checkpoint, dtype: torch.dtype) -> Iter
         adapter.release()
         return
     info = base.info(plan.source)
-    with open(base.file(plan.source), "rb", buffering=0) as file:
+    with open_regular(base.file(plan.source)) as file:
 
         def read(begin: int, end: int, cols: int) -> Tensor:
             values = torch.empty(end - begin, cols, dtype=dtype)
-            read_into(file.fileno(), info.begin + begin * cols * dtype.itemsize, values)
+            read_into(file, info.begin + begin * cols * dtype.itemsize, values)
             return values
 
         yield read

@@ -7,9 +7,11 @@ An adapter of ``BertForSequenceClassification`` calls ``bert.encoder...`` what a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 
-__all__ = ["Names", "match_names"]
+__all__ = ["Names", "ends", "match_names"]
+
+_MOST_PLACES = 5  # in a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,20 +32,22 @@ def match_names(checkpoint: Collection[str], names: Iterable[str]) -> Names:
     keys: dict[str, str] = {}
     problems: list[str] = []
     prefixes: dict[tuple[str, str], str] = {}  # (removed, added) -> the first name
-    by_end: dict[str, list[str]] = {}
-    for name in dict.fromkeys(names):
+    wanted = dict.fromkeys(names)
+    by_end: dict[str, list[str]] = {name: [] for name in wanted if name not in checkpoint}
+    if by_end:
+        for key in checkpoint:
+            for end in _ends(key):
+                if end in by_end:
+                    by_end[end].append(key)
+    for name in wanted:
         if name in checkpoint:
             keys[name] = name
             prefixes.setdefault(("", ""), name)
             continue
-        if not by_end:
-            for key in checkpoint:
-                for end in _ends(key):
-                    by_end.setdefault(end, []).append(key)
-        longer = by_end.get(name, [])
+        longer = by_end[name]
         shorter = next((end for end in _ends(name) if end in checkpoint), None)
         if len(longer) > 1:
-            problems.append(f"{name} may be any of {', '.join(sorted(longer))}")
+            problems.append(f"{name} may be any of {', '.join(sorted(longer)[:_MOST_PLACES])}")
         elif longer:
             keys[name] = longer[0]
             prefixes.setdefault(("", longer[0].removesuffix(name)), name)
@@ -52,12 +56,20 @@ def match_names(checkpoint: Collection[str], names: Iterable[str]) -> Names:
             prefixes.setdefault((name.removesuffix(shorter), ""), name)
     if len(prefixes) > 1:
         problems.append(
-            "names fit by different prefixes: " + "; ".join(f"{name} is {keys[name]}" for name in prefixes.values())
+            "names fit by different prefixes: "
+            + "; ".join(f"{name} is {keys[name]}" for name in list(prefixes.values())[:_MOST_PLACES])
         )
     return Names(keys, not prefixes.keys() - {("", "")}, problems)
 
 
-def _ends(name: str) -> Iterable[str]:
-    """What follows each dot but the last, the longest first: a parameter's name alone says nothing."""
-    parts = name.split(".")
-    return (".".join(parts[i:]) for i in range(1, len(parts) - 1))
+def ends(name: str) -> Iterator[str]:
+    """What follows each dot, the longest first."""
+    place = name.find(".")
+    while place >= 0:
+        yield name[place + 1 :]
+        place = name.find(".", place + 1)
+
+
+def _ends(name: str) -> Iterator[str]:
+    """Those with a dot: a parameter's name alone says nothing."""
+    return (end for end in ends(name) if "." in end)

@@ -10,14 +10,17 @@ import torch
 
 from .._checks import FLOATING
 from ..adapter_file import AdapterFile
+from ..printable import listed
 from ..safetensors_format import DTYPE_NAMES, DTYPES
 from .checkpoint_files import Checkpoint
 from .contents import AdapterContents, LowRankUpdate
-from .layouts import Layout, assign_parameters, choose_layout, fitting_layouts, misfit, num_matrices
+from .layouts import Evidence, Layout, assign_parameters, choose_layout, fitting_layouts, misfit, num_matrices
 from .names import match_names
 from .ties import find_tie
 
 __all__ = ["MergePlan", "TensorPlan", "Term", "plan_merge"]
+
+_MOST_PARAMETERS = 64  # of one module with updates of their own; real ones have up to 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +102,8 @@ def plan_merge(
         tensor = plan.tensors[key]
         if (tensor.terms or tensor.rows) and DTYPES.get(tensor.dtype) not in FLOATING:
             problems.append(f"dtype of {key}: {tensor.dtype}, want F64, F32, BF16 or F16; dequantise the base first")
+        if tensor.replacement is not None and not _holds(tensor):
+            problems.append(f"dtype of {key}: {tensor.dtype}, which the adapter's {_dtype(tensor.replacement)} is not")
         indices = list(itertools.chain.from_iterable(own for _, _, own in tensor.rows))
         if len(set(indices)) < len(indices):
             problems.append(f"rows of {key}: replaced more than once")
@@ -106,7 +111,7 @@ def plan_merge(
             problems.append(f"{key}: the adapters disagree on how many matrices it holds")
     if problems:
         directories = ", ".join(str(contents.file.directory) for contents in adapters)
-        raise ValueError(f"{directories} does not fit {base.directory}:\n  " + "\n  ".join(dict.fromkeys(problems)))
+        raise ValueError(f"{directories} does not fit {base.directory}:{listed(list(dict.fromkeys(problems)))}")
     return plan
 
 
@@ -151,15 +156,22 @@ class _Entry:
             if name in self.keys:
                 self._replace(self.keys[name], key)
             elif names.same_prefix:
-                dtype = DTYPE_NAMES[self.file.dtype(key)]
-                plan.tensors[name] = TensorPlan(self.file.shape(key), dtype, None, (self.file, key))
+                if (dtype := DTYPE_NAMES.get(self.file.dtype(key))) is None:
+                    self.problems.append(
+                        f"dtype of {key}: {self.file.dtype(key)}, which a safetensors file cannot hold"
+                    )
+                else:
+                    plan.tensors[name] = TensorPlan(self.file.shape(key), dtype, None, (self.file, key))
             else:
                 self.problems.append(f"not in the base, and cannot be added to it under another prefix: {name}")
         for rows in contents.tokens:
             self._replace_rows(f"{rows.path}.weight", rows.key, rows.indices)
         targets = {update: self.keys[name] for update in low_rank if (name := _weight_name(update)) in self.keys}
-        for path in dict.fromkeys(update.path for update in parameters):
-            targets |= self._parameter_targets([update for update in parameters if update.path == path])
+        by_path: dict[str, list[LowRankUpdate]] = {}
+        for update in parameters:
+            by_path.setdefault(update.path, []).append(update)
+        for own in by_path.values():
+            targets |= self._parameter_targets(own)
         self._add(targets)
         for update in biases:
             self._add_to_bias(update)
@@ -181,7 +193,7 @@ class _Entry:
         # Of tied weights PEFT replaces the rows in both.
         target = self.keys[name]
         tensor, shape = self.plan.tensors[target], self.file.shape(key)
-        if shape != (len(indices), *tensor.shape[1:]):
+        if not tensor.shape or shape != (len(indices), *tensor.shape[1:]):
             self.problems.append(
                 f"shape of {target}: {list(tensor.shape)}, but {len(indices)} rows of it are {list(shape)}"
             )
@@ -193,6 +205,9 @@ class _Entry:
             tensor.rows.append((self.file, key, indices))
 
     def _parameter_targets(self, updates: list[LowRankUpdate]) -> dict[LowRankUpdate, str]:
+        if len(updates) > _MOST_PARAMETERS:
+            self.problems.append(f"{updates[0].path} has {len(updates)} updates, want at most {_MOST_PARAMETERS}")
+            return {}
         names = [f"{updates[0].path}.{name}" for name in updates[0].parameters]
         shapes = {key: self.plan.tensors[key].shape for name in names if (key := self.keys.get(name)) is not None}
         possible = assign_parameters(self.file, updates, shapes)
@@ -211,13 +226,13 @@ class _Entry:
         fitting = {
             update: fitting_layouts(self.file, update, self.plan.tensors[key].shape) for update, key in targets.items()
         }
-        configured = bool(self.file.config.get("fan_in_fan_out"))
+        evidence, configured = Evidence(fitting), bool(self.file.config.get("fan_in_fan_out"))
         for update, key in targets.items():
             tensor = self.plan.tensors[key]
             if not fitting[update]:
                 self.problems.append(misfit(self.file, update, key, tensor.shape))
                 continue
-            layout = choose_layout(update, fitting, asked=self.fan_in_fan_out, configured=configured)
+            layout = choose_layout(update, fitting[update], evidence, asked=self.fan_in_fan_out, configured=configured)
             if layout is None:
                 self.problems.append(f"{key} is square, and may be [out, in] or [in, out]: say which (fan_in_fan_out)")
                 continue
@@ -257,6 +272,17 @@ def _weight_name(update: LowRankUpdate) -> str:
 
 def _bias_name(update: LowRankUpdate) -> str:
     return f"{update.path}.{'in_proj_bias' if update.kind == 'attention' else 'bias'}"
+
+
+def _holds(tensor: TensorPlan) -> bool:
+    """Whether the replacement's values can be converted to the base's dtype: a quantised tensor needs its scales."""
+    stored, given = DTYPES.get(tensor.dtype), _dtype(tensor.replacement)
+    return stored == given or (stored in FLOATING and given in FLOATING)
+
+
+def _dtype(replacement: tuple[AdapterFile, str]) -> torch.dtype:
+    file, key = replacement
+    return file.dtype(key)
 
 
 def _equal(first: tuple[AdapterFile, str], second: tuple[AdapterFile, str]) -> bool:

@@ -1,227 +1,209 @@
-"""What a merge on disk loses, kept beside its result: ``merge_record/<file>`` for each file of the checkpoint.
-
-For a tensor ``key`` that updates were merged into, the parts of its :class:`~lora_ext.exact_merge.MergeRecord`:
-``key:lora_A.<i>``, ``key:lora_B.<i>`` (of each matrix of a stack), ``key:words`` and ``key:corrections``. Of replaced
-rows the base's, ``key:rows`` and ``key:indices``; of a replaced tensor the base's whole, ``key:base``. The metadata has
-a checksum of each merged tensor of the base, and the keys that the base lacks.
-"""
+"""Reading ``merge_record/`` (record_format.py): every bit of the base of a merged checkpoint, or an error."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import tempfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .._checks import merge_segments
+from .._checks import FLOATING, accumulation_dtype, merge_segments
 from ..exact_merge import MergeRecord, unmerge_all_
-from ..safetensors_format import DTYPE_NAMES, DTYPES, TensorInfo, read_header
-from .checkpoint_files import Checkpoint, raw_blocks, read_into, read_tensor, tensor_bytes
-from .merging import BLOCK_BYTES, Block, factors, matrix_shape
+from ..printable import listed
+from ..regular_file import open_regular
+from ..safetensors_format import DTYPES, TensorInfo, header_bytes, read_header
+from .checkpoint_files import Checkpoint, raw_blocks, read_tensor
+from .digests import Hasher, text_digest
+from .file_bytes import read_into, tensor_bytes
+from .merging import BLOCK_BYTES, Block
 from .other_files import RECORD_DIRECTORY
-from .plan import MergePlan
-from .writing import Description, write_file
+from .record_format import MANIFEST_FILE, BaseTensor, FileRecord, Manifest
 
-__all__ = ["Record", "RecordWriter"]
+__all__ = ["Record"]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class _Kept:
-    """Of one tensor: its corrections' place in the spool, how many words each segment has, and the base's checksum."""
+    """A tensor of the base: what it was, and the parts that its record has of it, unread, in the file ``path``."""
 
-    offset: int
-    words: list[Tensor] = dataclasses.field(default_factory=list)
-    checksum: int = 0
+    base: BaseTensor
+    path: Path
+    parts: dict[str, TensorInfo]
 
+    def read(self, part: str) -> Tensor:
+        return read_tensor(self.path, self.parts[part])
 
-class RecordWriter:
-    """Collects the records of one file's tensors as they are merged, and writes them when the file is done."""
-
-    def __init__(self, plan: MergePlan, base: Checkpoint) -> None:
-        self._plan, self._base = plan, base
-        self._kept: dict[str, _Kept] = {}
-        self._spool = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  of nobody else, and gone with the process
-
-    def watch(self, key: str, made: Iterator[Block]) -> Iterator[Block]:
-        """The blocks of the tensor ``key``, once what they lost is noted."""
-        tensor = self._plan.tensors[key]
-        if not tensor.terms or tensor.replacement:
-            yield from made
-            return
-        kept = self._kept[key] = _Kept(self._spool.tell())
-        segments = merge_segments(matrix_shape(tensor)[1])
-        for block in made:
-            for first, last, record in block.records:
-                none = torch.zeros(last - first, segments, dtype=torch.int16)
-                kept.words.append(none if record.words is None else record.words)
-                if record.corrections is not None:
-                    self._spool.write(tensor_bytes(record.corrections))
-            kept.checksum = block.checksum
-            yield block
-
-    def write(self, directory: Path, name: str, tensors: Mapping[str, Description]) -> list[str]:
-        """Writes the record of the file ``name``, which has just been written; returns the name of its own file."""
-        parts: dict[str, Tensor | Callable[[], Iterator[Tensor]]] = {}
-        described: dict[str, Description] = {}
-        for key in tensors:
-            tensor = self._plan.tensors[key]
-            if tensor.source is not None and tensor.replacement is not None:
-                info = self._base.info(tensor.source)
-                described[f"{key}:base"] = info.dtype, info.shape, info.nbytes
-                parts[f"{key}:base"] = lambda own=tensor.source: raw_blocks(
-                    self._base.file(own), self._base.info(own), BLOCK_BYTES
-                )
-                continue
-            if tensor.rows:
-                indices = torch.tensor([index for *_, own in tensor.rows for index in own])
-                parts[f"{key}:indices"] = indices
-                parts[f"{key}:rows"] = self._base_rows(tensor.source, indices.tolist())
-            if (kept := self._kept.get(key)) is not None:
-                parts[f"{key}:words"] = torch.cat(kept.words)
-                count = int(parts[f"{key}:words"].sum(dtype=torch.int64))
-                described[f"{key}:corrections"] = DTYPE_NAMES[torch.int16], (count,), 2 * count
-                parts[f"{key}:corrections"] = lambda kept=kept, count=count: self._corrections(kept.offset, count)
-                for i, own in enumerate(factors(tensor, DTYPES[tensor.dtype])):
-                    parts |= {f"{key}:lora_A.{i}": own.lora_A, f"{key}:lora_B.{i}": own.lora_B}
-        for part, content in parts.items():
-            if isinstance(content, Tensor):
-                described[part] = DTYPE_NAMES[content.dtype], tuple(content.shape), content.nbytes
-
-        def blocks(part: str) -> Iterator[Block]:
-            content = parts[part]
-            for values in (content,) if isinstance(content, Tensor) else content():
-                yield Block(values)
-
-        metadata = {
-            "format": "pt",
-            "added": json.dumps([key for key in tensors if self._plan.tensors[key].source is None]),
-            "checksums": json.dumps({key: kept.checksum for key, kept in self._kept.items()}),
-        }
-        (directory / RECORD_DIRECTORY).mkdir(exist_ok=True)
-        write_file(directory / RECORD_DIRECTORY / name, described, metadata, blocks)
-        self._kept.clear()
-        self._spool.seek(0)
-        self._spool.truncate()
-        return [f"{RECORD_DIRECTORY}/{name}"]
-
-    def _corrections(self, offset: int, count: int) -> Iterator[Tensor]:
-        for begin in range(0, count, BLOCK_BYTES // 2):
-            values = torch.empty(min(BLOCK_BYTES // 2, count - begin), dtype=torch.int16)
-            read_into(self._spool.fileno(), offset + 2 * begin, values)
-            yield values
-
-    def _base_rows(self, key: str, indices: list[int]) -> Tensor:
-        info = self._base.info(key)
-        row_bytes = info.nbytes // info.shape[0]
-        rows = torch.empty(len(indices), *info.shape[1:], dtype=DTYPES[info.dtype])
-        with open(self._base.file(key), "rb", buffering=0) as file:
-            for i, index in enumerate(indices):
-                read_into(file.fileno(), info.begin + index * row_bytes, rows[i])
-        return rows
+    @property
+    def num_pairs(self) -> int:
+        return sum(part.startswith("lora_A.") for part in self.parts)
 
 
 class Record:
     """The record of a merged checkpoint, opened; no tensor is read.
 
     Attributes:
+        manifest: what it says of the whole checkpoint.
         added: keys of the checkpoint that the base lacks.
+        files: that it consists of.
     """
 
-    def __init__(self, merged: Checkpoint) -> None:
-        """Raises FileNotFoundError or ValueError: the record is missing, not whole, or corrupted."""
-        self._merged = merged
-        self._parts: dict[str, tuple[Path, TensorInfo]] = {}
-        self._checksums: dict[str, int] = {}
+    def __init__(self, merged: Checkpoint, caller: str = "unmerge") -> None:
+        """Raises OSError or ValueError: the record is missing, not whole, corrupted, or that of another checkpoint."""
+        self._merged, self._caller, self._hasher = merged, caller, Hasher()
+        directory = merged.directory / RECORD_DIRECTORY
+        self.manifest = Manifest.read(directory / MANIFEST_FILE, caller)
+        self.files = [directory / MANIFEST_FILE, *(directory / name for name in self.manifest.files)]
+        problems = [f"not of this merge: {name}" for name in merged.shards if name not in self.manifest.files]
+        problems += [f"missing: {name}" for name in self.manifest.files if name not in merged.shards]
+        if problems:
+            raise ValueError(f"{caller}: {merged.directory} has other files than its record:{listed(problems)}")
+        self._kept: dict[str, _Kept] = {}
         self.added: set[str] = set()
         for name in merged.shards:
-            path = merged.directory / RECORD_DIRECTORY / name
-            tensors, metadata = read_header(path)
-            self._parts |= {part: (path, info) for part, info in tensors.items()}
-            try:
-                self.added |= set(json.loads(metadata["added"]))
-                self._checksums |= json.loads(metadata["checksums"])
-            except (KeyError, ValueError) as error:
-                raise ValueError(f"{path} is no record of a merge") from error
+            self._open(directory / name, name)
 
-    @property
-    def files(self) -> list[Path]:
-        return [self._merged.directory / RECORD_DIRECTORY / name for name in self._merged.shards]
+    def _open(self, path: Path, name: str) -> None:
+        """Reads the headers of the record of the checkpoint's file ``name``, and compares them with that file."""
+        parts, metadata = read_header(path)
+        if text_digest(header_bytes(path)) != self.manifest.files[name]:
+            raise ValueError(f"{self._caller}: {path} was changed since the merge wrote it, or is of another merge")
+        own = FileRecord.from_metadata(path, metadata)
+        tensors = self._merged.shards[name]
+        problems = [f"not of this merge: {key}" for key in tensors if key not in own.tensors and key not in own.added]
+        problems += [f"missing: {key}" for key in [*own.tensors, *own.added] if key not in tensors]
+        if problems:
+            file = self._merged.directory / name
+            raise ValueError(f"{self._caller}: {file} has other tensors than its record:{listed(problems)}")
+        by_key: dict[str, dict[str, TensorInfo]] = {key: {} for key in own.tensors}
+        for part, info in parts.items():
+            key, _, kind = part.rpartition(":")
+            if key not in by_key:
+                raise ValueError(f"{self._caller}: {path} has a part of an unknown tensor: {part}")
+            by_key[key][kind] = info
+        for key, base in own.tensors.items():
+            kept = _Kept(base, path, by_key[key])
+            if wrong := _misfit(kept, tensors[key]):
+                raise ValueError(f"{self._caller}: {key} is not as it was merged: {wrong}")
+            self._kept[key] = kept
+        self.added |= set(own.added)
 
     @property
     def num_tensors(self) -> int:
-        """Of the base, that the merge had changed."""
-        return len({part.rpartition(":")[0] for part in self._parts})
+        """Tensors of the base that the merge had changed."""
+        return sum(bool(kept.parts) for kept in self._kept.values())
 
     def info(self, key: str) -> TensorInfo:
-        """Of the base's tensor."""
-        return self._parts[f"{key}:base"][1] if f"{key}:base" in self._parts else self._merged.info(key)
+        """The base's tensor ``key``, as it lies in the record or in the merged checkpoint."""
+        return self._kept[key].parts.get("base", self._merged.info(key))
 
     def restored(self, key: str) -> Iterator[Block]:
         """The values of the base's tensor ``key``.
 
         Raises:
-            ValueError: the merged tensor was changed since, so that the base's cannot be restored.
+            ValueError: they are not the base's, as its digest has shown behind the last block: the merged tensor, or
+                its record, was changed.
         """
-        whole = self._parts.get(f"{key}:base")
-        if whole is not None:
-            path, info = whole
-            for values in raw_blocks(path, info, BLOCK_BYTES):
-                yield Block(values)
-        elif f"{key}:words" in self._parts or f"{key}:rows" in self._parts:
-            yield from self._unmerged(key)
+        kept = self._kept[key]
+        if "words" in kept.parts or "rows" in kept.parts:
+            made = self._unmerged(key, kept)
+        elif "base" in kept.parts:
+            made = raw_blocks(kept.path, kept.parts["base"], BLOCK_BYTES)
         else:
-            for values in raw_blocks(self._merged.file(key), self._merged.info(key), BLOCK_BYTES):
-                yield Block(values)
+            made = raw_blocks(self._merged.file(key), self._merged.info(key), BLOCK_BYTES)
+        digest = self._hasher.tensor(kept.base.dtype, kept.base.shape)
+        for values in made:
+            digest.update(tensor_bytes(values))
+            yield Block(values)
+        if digest.hexdigest() != kept.base.digest:
+            raise ValueError(
+                f"{self._caller}: {key} was changed since it was merged, in {self._merged.file(key)} or in "
+                f"{kept.path}; its old bits cannot be restored"
+            )
 
-    def _unmerged(self, key: str) -> Iterator[Block]:
-        info = self._merged.info(key)
-        words = self._part(f"{key}:words")
-        pairs = []
-        while (A := self._part(f"{key}:lora_A.{len(pairs)}")) is not None:
-            pairs.append((A, self._part(f"{key}:lora_B.{len(pairs)}")))
-        originals = dict(zip(self._part(f"{key}:indices", []), self._part(f"{key}:rows", []), strict=True))
-        originals = {int(index): row for index, row in originals.items()}
+    def _unmerged(self, key: str, kept: _Kept) -> Iterator[Tensor]:
+        info, dtype = self._merged.info(key), DTYPES[kept.base.dtype]
+        words = kept.read("words") if "words" in kept.parts else None
+        pairs = [(kept.read(f"lora_A.{i}"), kept.read(f"lora_B.{i}")) for i in range(kept.num_pairs)]
+        originals = self._original_rows(key, kept)
         rows = info.shape[0] if words is None else len(words)
         cols = info.numel // max(rows, 1)
         per_pair = rows // max(len(pairs), 1)
-        height = max(BLOCK_BYTES // max(cols * DTYPES[info.dtype].itemsize, 1), 1)
+        height = max(BLOCK_BYTES // max(cols * dtype.itemsize, 1), 1)
         begins = range(0, rows, height)
         if pairs:  # a block has the factors of one matrix
             begins = [begin for i in range(len(pairs)) for begin in range(i * per_pair, (i + 1) * per_pair, height)]
-        position = checksum = 0
-        with open(self._merged.file(key), "rb", buffering=0) as file:
+            if (words < 0).any() or words.sum(dtype=torch.int64) != kept.parts["corrections"].numel:
+                raise ValueError(
+                    f"{self._caller}: {kept.path} is no record of a merge: it miscounts {key}'s corrections"
+                )
+        position = 0
+        with open_regular(self._merged.file(key)) as file, open_regular(kept.path) as record_file:
             for begin in begins:
                 end = min(begin + height, (begin // per_pair + 1) * per_pair if pairs else rows)
-                values = torch.empty(end - begin, cols, dtype=DTYPES[info.dtype])
-                read_into(file.fileno(), info.begin + begin * cols * values.itemsize, values)
+                values = torch.empty(end - begin, cols, dtype=dtype)
+                read_into(file, info.begin + begin * cols * values.itemsize, values)
                 if pairs:
                     A, B = pairs[begin // per_pair]
                     own = words[begin:end].contiguous()
                     corrections = torch.empty(int(own.sum(dtype=torch.int64)), dtype=torch.int16)
-                    self._read_corrections(key, position, corrections)
+                    read_into(record_file, kept.parts["corrections"].begin + 2 * position, corrections)
                     position += len(corrections)
                     first = begin - begin // per_pair * per_pair
                     record = MergeRecord(A, B[first : first + end - begin], values.dtype, own, corrections)
-                    unmerge_all_("unmerge", [values], [record], [key])
+                    unmerge_all_(self._caller, [values], [record], [key])
                 for index, row in originals.items():
                     if begin <= index < end:
                         values[index - begin] = row.reshape(-1)
-                checksum = zlib.crc32(tensor_bytes(values), checksum)
-                yield Block(values)
-        if self._checksums.get(key, checksum) != checksum:
-            raise ValueError(f"unmerge: {key} was changed since it was merged; its old bits cannot be restored")
+                yield values
 
-    def _read_corrections(self, key: str, position: int, values: Tensor) -> None:
-        path, info = self._parts[f"{key}:corrections"]
-        if position + len(values) > info.numel:
-            raise ValueError(f"{path} is no record of a merge: it lacks corrections of {key}")
-        with open(path, "rb", buffering=0) as file:
-            read_into(file.fileno(), info.begin + 2 * position, values)
+    def _original_rows(self, key: str, kept: _Kept) -> dict[int, Tensor]:
+        if "rows" not in kept.parts:
+            return {}
+        indices = kept.read("indices").tolist()
+        if len(set(indices)) < len(indices) or not all(0 <= index < kept.base.shape[0] for index in indices):
+            raise ValueError(f"{self._caller}: {kept.path} is no record of a merge: it names rows that {key} has not")
+        return dict(zip(indices, kept.read("rows"), strict=True))
 
-    def _part(self, part: str, default=None):
-        return read_tensor(*self._parts[part]) if part in self._parts else default
+
+def _misfit(kept: _Kept, merged: TensorInfo) -> str:
+    """Says why a tensor of the merged checkpoint cannot be what the merge made of the base's; "" if it can."""
+    base, parts = kept.base, kept.parts
+
+    def describe(dtype: str, shape: tuple[int, ...]) -> str:
+        return f"{dtype} {list(shape)}"
+
+    def has(kind: str, dtype: torch.dtype, *shape: int | None) -> bool:
+        """Whether there is such a part; None: a size that is not known."""
+        own = parts.get(kind)
+        fits = own is not None and own.torch_dtype == dtype and len(own.shape) == len(shape)
+        return fits and all(size in (None, actual) for size, actual in zip(shape, own.shape, strict=True))
+
+    stored = parts.get("base", merged)
+    if (stored.dtype, stored.shape) != (base.dtype, base.shape):
+        return f"it is {describe(stored.dtype, stored.shape)}, and was {describe(base.dtype, base.shape)}"
+    expected = {"base"} & parts.keys()
+    if "rows" in parts:
+        fits = base.shape and has("indices", torch.int64, parts["rows"].shape[0] if parts["rows"].shape else -1)
+        if not fits or not has("rows", stored.torch_dtype, None, *base.shape[1:]):
+            return "the rows that were replaced in it do not fit it"
+        expected |= {"rows", "indices"}
+    if "words" in parts:
+        if stored.torch_dtype not in FLOATING:
+            return f"it is {stored.dtype}, which nothing is merged into"
+        words, pairs = parts["words"].shape, kept.num_pairs
+        rows = words[0] if len(words) == 2 else 0
+        if rows == 0 or pairs == 0 or merged.numel % rows or rows % pairs or merged.numel == 0:
+            return "its record does not fit its shape"
+        cols, factor = merged.numel // rows, accumulation_dtype(stored.torch_dtype)
+        fits = has("words", torch.int16, rows, merge_segments(cols)) and has("corrections", torch.int16, None)
+        for i in range(pairs):
+            rank = parts[f"lora_A.{i}"].shape[0] if has(f"lora_A.{i}", factor, None, cols) else None
+            fits = fits and rank is not None and has(f"lora_B.{i}", factor, rows // pairs, rank)
+        if not fits:
+            return "its record does not fit its shape"
+        expected |= {"words", "corrections"} | {f"lora_{side}.{i}" for side in "AB" for i in range(pairs)}
+    if parts.keys() != expected or (len(expected) > 1 and "base" in expected):
+        return f"its record has parts that do not belong together: {', '.join(sorted(parts))}"
+    return ""

@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ..untrusted_json import read_json_object
+from .exchange import exchange
+
 __all__ = ["Staging", "fingerprint", "fsync_directory"]
+
+_LARGEST_JOURNAL = 100_000_000  # bytes
+_FREE_SPACE = "free some space and run the same command again"
+_REMEDIES = {
+    errno.ENOSPC: _FREE_SPACE,
+    errno.EDQUOT: _FREE_SPACE,
+    errno.EROFS: "choose a directory on another disk",
+    errno.EACCES: "choose another directory, or change its rights",
+    errno.EPERM: "choose another directory, or change its rights and owner",
+    errno.ENAMETOOLONG: "choose a shorter name: something is added to it meanwhile",
+    errno.ENOTDIR: "choose another directory, or remove what is there",
+}
 
 
 class Staging:
-    """Makes the directory ``out`` in a hidden one beside it, ``.<out>.unfinished``, that is renamed at the end.
+    """Makes the directory ``out`` in a hidden one next to it, ``.<out>.unfinished``, that takes its place at the end.
 
-    A journal beside it names the files that are complete, and ``what`` is being made: the next run with the same
-    ``what`` keeps them, any other begins anew. An error that a further try would meet again removes all of it.
+    A journal next to it names the files that are complete, and ``what`` is being made: the next run with the same
+    ``what`` keeps them, any other removes them and begins from nothing. After an OSError or Ctrl-C the complete files
+    stay for that; after other errors, which a further try would meet again, nothing does.
 
     Attributes:
         path: the hidden directory.
-        finished: names of the files in it that are complete.
+        finished: names of the files in it that are complete, and their sizes.
     """
 
     def __init__(self, out: Path, what: Mapping[str, Any], overwrite: bool = False) -> None:
@@ -33,9 +51,123 @@ class Staging:
         self._journal = out.parent / f".{out.name}.unfinished.json"
         self._old = out.parent / f".{out.name}.replaced"
         self.finished: dict[str, int] = {}
+        self._parents: list[Path] = []  # of out, that were not there
+        self._lock: int | None = None  # the hidden directory, opened
 
-    def check(self) -> None:
-        """Raises FileExistsError or OSError where ``out`` could not be made in the end."""
+    def __enter__(self) -> Staging:
+        try:
+            self._take()
+        except OSError as error:
+            self._unlock()
+            raise self._told(error) from error
+        except BaseException:
+            self._unlock()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception) and not isinstance(error, OSError):
+            self.finished = {}
+        if error is not None:
+            with suppress(OSError):  # the next run removes what cannot be removed now
+                self._remove_unfinished() if self.finished else self._discard()
+                for parent in self._parents:
+                    parent.rmdir()
+        self._unlock()
+        if isinstance(error, OSError):
+            raise self._told(error) from error
+
+    def _take(self) -> None:
+        """Makes the hidden directory, or takes what a run left that did not end."""
+        with suppress(FileNotFoundError):
+            os.lstat(self._journal)  # its name may be too long
+        self._lock = self._open()
+        if self._old.exists() and not self.out.exists():  # killed between two renames
+            os.rename(self._old, self.out)
+        journal = self._read_journal()
+        if journal is None:
+            self._discard()  # also what another run has replaced, and had no time to remove
+        self._check()
+        if journal is not None and journal["what"] != self.what:
+            self._discard()
+            journal = None
+        self._parents = [parent for parent in self.out.parents if not parent.exists()]
+        while self._lock is None:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = self._open()
+        if journal is not None:
+            self.finished = {
+                name: size
+                for name, size in journal["files"].items()
+                if (self.path / name).is_file() and (self.path / name).stat().st_size == size
+            }
+        self._remove_unfinished()
+
+    def finish(self, *names: str) -> None:
+        """Makes complete files last, and enters them into the journal: together, or none of them."""
+        for name in names:
+            with open(self.path / name, "rb") as file:
+                os.fsync(file.fileno())
+        for directory in {(self.path / name).parent for name in names} | {self.path}:
+            fsync_directory(directory)  # before the journal says so
+        finished = self.finished | {name: (self.path / name).stat().st_size for name in names}
+        with open(self._new_journal, "w", encoding="utf-8") as file:
+            json.dump({"what": self.what, "directory": _identity(self.path), "files": finished}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(self._new_journal, self._journal)
+        fsync_directory(self.out.parent)
+        self.finished = finished
+
+    def publish(self) -> None:
+        """Puts the directory in the place of ``out``, and removes what was there.
+
+        Where the file system can exchange two directories (Linux), ``out`` is either the old or the new one at any
+        time. Else it is missing between two renames; after a process was killed there, the next run puts the old one
+        back before it continues.
+        """
+        for file in self.path.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+            else:
+                fsync_directory(file)
+        fsync_directory(self.path)
+        old = None
+        try:
+            if self.out.exists():
+                old = _lock(self.out)  # so that no other run takes it for what a killed one left
+            if old is None or not exchange(self.path, self.out):
+                self._rename()
+            self.finished = {}  # nothing is left to continue, even where one of the next steps fails
+            fsync_directory(self.out.parent)
+            self._discard_old()
+        finally:
+            if old is not None:
+                os.close(old)
+
+    def _discard_old(self) -> None:
+        try:
+            self._discard()
+        except OSError as error:
+            left = next((path for path in (self.path, self._old) if path.exists()), self._journal)
+            raise RuntimeError(f"{self.out} is complete, but {left} is left and has to be removed: {error}") from error
+
+    def _rename(self) -> None:
+        if not self.out.exists():
+            os.rename(self.path, self.out)
+            return
+        os.rename(self.out, self._old)
+        try:
+            os.rename(self.path, self.out)
+        except OSError:
+            os.rename(self._old, self.out)
+            raise
+
+    def _check(self) -> None:
+        """Raises FileExistsError where ``out`` must not be made."""
         if self.out.is_symlink() or (self.out.exists() and not self.out.is_dir()):
             raise FileExistsError(f"{self.out} exists and is no directory")
         if not self.out.exists() or not any(self.out.iterdir()):
@@ -45,88 +177,84 @@ class Staging:
         if not any(self.out.glob("*.safetensors")):
             raise FileExistsError(f"{self.out} holds no safetensors file: it is not overwritten; remove it yourself")
 
-    def __enter__(self) -> Staging:
-        self.check()
+    def _open(self) -> int | None:
+        """The hidden directory, opened and locked; None where there is none."""
+        while True:
+            try:
+                fd = _lock(self.path)
+            except FileNotFoundError:
+                return None
+            except BlockingIOError as error:
+                raise RuntimeError(f"another process is writing {self.out}") from error
+            if os.fstat(fd).st_uid != os.geteuid():
+                os.close(fd)
+                raise PermissionError(errno.EPERM, "it belongs to another user", str(self.path))
+            if self.path.exists() and os.path.samestat(os.fstat(fd), self.path.stat()):
+                return fd
+            os.close(fd)  # another process removed it meanwhile
+
+    @property
+    def _new_journal(self) -> Path:
+        return self._journal.with_suffix(".new")
+
+    def _read_journal(self) -> dict[str, Any] | None:
+        """The journal, if it is about the hidden directory: not about one that has become ``out``."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError as error:
-            raise OSError(error.errno, f"cannot write there ({error.strerror})", str(self.path)) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            journal = read_json_object(self._journal, "", _LARGEST_JOURNAL)
+            about_it = journal["directory"] == _identity(self.path) and isinstance(journal["files"], dict)
+            return journal if about_it and "what" in journal else None
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def _remove_unfinished(self) -> None:
+        for entry in sorted(self.path.rglob("*"), reverse=True):  # what is in a directory before the directory
+            if entry.is_dir() and not entry.is_symlink():
+                if not any(entry.iterdir()):
+                    entry.rmdir()
+            elif str(entry.relative_to(self.path)) not in self.finished:
+                entry.unlink()
+
+    def _discard(self) -> None:
+        """Removes all that is next to ``out``, the journal first: without it, the rest is of no use to anybody."""
+        for path in (self._journal, self._new_journal, self.path, self._old):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif os.path.lexists(path):
+                path.unlink()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
             os.close(self._lock)
-            raise RuntimeError(f"another process is writing {self.out}") from error
-        self.finished = self._read_journal()
-        for file in [entry for entry in self.path.rglob("*") if not entry.is_dir()]:
-            if str(file.relative_to(self.path)) not in self.finished:
-                file.unlink()
-        return self
+            self._lock = None
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is not None and isinstance(error, Exception) and not isinstance(error, OSError):
-            shutil.rmtree(self.path, ignore_errors=True)
-            self._journal.unlink(missing_ok=True)
-        os.close(self._lock)
+    def _told(self, error: OSError) -> OSError:
+        """An error about what is written here with its path and remedy; others as they are."""
+        if error.errno is None:
+            return error
+        path = Path(error.filename2 or error.filename or self.path)
+        ours = {self.out, self.path, self._journal, self._new_journal, self._old}
+        if not ours & {path, *path.parents} and path not in self.out.parents:
+            return error
+        reason = f"{error.strerror}; {_REMEDIES.get(error.errno, 'choose a directory on another disk')}"
+        kept = f" ({len(self.finished)} complete files are kept for that)" if self.finished else ""
+        return OSError(error.errno, f"{self.out} cannot be written: {reason}{kept}", str(path))
 
-    def _read_journal(self) -> dict[str, int]:
-        try:
-            journal = json.loads(self._journal.read_text(encoding="utf-8"))
-            if journal["what"] != self.what:
-                return {}
-            files = dict(journal["files"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return {}
-        return {
-            name: size
-            for name, size in files.items()
-            if (self.path / name).is_file() and (self.path / name).stat().st_size == size
-        }
 
-    def finish(self, *names: str) -> None:
-        """Makes complete files last, and enters them into the journal: together, or none of them."""
-        for name in names:
-            with open(self.path / name, "rb") as file:
-                os.fsync(file.fileno())
-            self.finished[name] = (self.path / name).stat().st_size
-        for directory in {(self.path / name).parent for name in names} | {self.path}:
-            fsync_directory(directory)  # before the journal says so
-        temporary = self._journal.with_suffix(".new")
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump({"what": self.what, "files": self.finished}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self._journal)
-        fsync_directory(self.out.parent)
+def _lock(directory: Path) -> int:
+    """A directory, opened and locked. BlockingIOError: another process has it."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
-    def publish(self) -> None:
-        """Puts the directory in its place. Of an old one there, either it or the new one is found at any time but one.
 
-        Between two renames there is none at ``out``; a process killed there leaves both beside it, and the next run
-        completes the exchange.
-        """
-        for file in self.path.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
-            else:
-                fsync_directory(file)
-        fsync_directory(self.path)
-        replaces = self.out.exists() and any(self.out.iterdir())
-        if replaces:
-            _remove(self._old)
-            os.rename(self.out, self._old)
-        try:
-            os.rename(self.path, self.out)
-        except OSError:
-            if replaces:
-                os.rename(self._old, self.out)
-            raise
-        fsync_directory(self.out.parent)
-        self._journal.unlink(missing_ok=True)
-        _remove(self._old)
+def _identity(directory: Path) -> list[int]:
+    status = directory.stat()
+    return [status.st_dev, status.st_ino]
 
 
 def fingerprint(files: Iterable[Path], contents: bool) -> list[list[Any]]:
@@ -154,10 +282,3 @@ def fsync_directory(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

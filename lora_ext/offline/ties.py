@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 
+from ..printable import shown
 from .checkpoint_files import Checkpoint
+from .other_files import read_model_config
 
 __all__ = ["Tie", "find_tie", "is_embedding"]
 
@@ -30,14 +31,18 @@ class Tie:
 
 
 def find_tie(checkpoint: Checkpoint) -> Tie | None:
-    """By the model's config: a language model whose embedding is stored and whose head is not."""
-    path = checkpoint.directory / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-    architectures = " ".join(config.get("architectures") or ())
-    if not _LANGUAGE_MODEL.search(architectures) or not config.get("tie_word_embeddings", True):
+    """By the model's config: a language model whose embedding is stored and whose head is not.
+
+    Raises:
+        ValueError: the config is wrong.
+    """
+    config = read_model_config(checkpoint) or {}
+    architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise ValueError(
+            f"{checkpoint.directory / 'config.json'}: architectures is {shown(architectures)}, want a list of names"
+        )
+    if not _LANGUAGE_MODEL.search(" ".join(architectures)) or not config.get("tie_word_embeddings", True):
         return None
     for name, heads in _HEADS:
         stored = [key for key in checkpoint if key == f"{name}.weight" or key.endswith(f".{name}.weight")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .. import _load
@@ -21,9 +21,18 @@ __all__ = ["UnmergeReport", "unmerge"]
 
 @dataclasses.dataclass(frozen=True)
 class UnmergeReport:
-    """What an unmerge did. ``exact``: every bit of the base was restored, as checksums have shown."""
+    """What an unmerge did.
+
+    Attributes:
+        exact: every tensor of the base was restored to the bit, as its digest has shown, and every file next to them.
+        because: why it is not exact; empty if it is.
+        tensors: that were restored; the others are as they were.
+        files: written checkpoint files; ``kept`` of them by an earlier run that did not end.
+        nbytes: of all tensors.
+    """
 
     exact: bool
+    because: list[str]
     tensors: int
     files: int
     kept: int
@@ -44,8 +53,9 @@ def unmerge(
 ) -> UnmergeReport:
     """Writes the checkpoint that ``merged`` was made of to the new directory ``out``.
 
-    From the record that ``merge(record=True)`` left in it, to the bit. Otherwise less the updates of ``adapters``: that
-    is rounded, and differs from the base by what the merge and this lost. Other files are copied.
+    With the record that ``merge(record=True)`` left in it, every tensor is restored to the bit, or nothing is written.
+    Other files are copied; where they are not those of the base any more, the report says so. Without a record, the
+    updates of ``adapters`` are subtracted: that is rounded, and differs from the base by what the merge and this lost.
 
     Args:
         merged: a merged checkpoint.
@@ -55,8 +65,9 @@ def unmerge(
     Raises:
         FileNotFoundError: something is missing.
         FileExistsError: ``out`` exists.
-        ValueError: there is neither record nor adapter, or both; a tensor was changed since it was merged; an adapter
-            does not fit, or had replaced tensors, whose old values are not in it.
+        ValueError: there is neither record nor adapter, or both; a tensor or the record was changed since the merge, or
+            the record is that of another merge; an adapter does not fit, or had replaced tensors, whose old values are
+            not in it.
         OSError: the disk is too small, or cannot be written.
     """
     begin = time.perf_counter()
@@ -76,7 +87,15 @@ def unmerge(
             show_progress=show_progress,
             subtract=True,
         )
-        return UnmergeReport(False, report.merged, report.files, report.kept, report.nbytes, report.seconds)
+        return UnmergeReport(
+            exact=False,
+            because=["the updates were subtracted, which rounds"],
+            tensors=report.merged,
+            files=report.files,
+            kept=report.kept,
+            nbytes=report.nbytes,
+            seconds=report.seconds,
+        )
     if not has_record:
         raise ValueError(
             f"unmerge: {merged} has no {RECORD_DIRECTORY}, which merge --record writes; give the adapters that were "
@@ -95,13 +114,30 @@ def unmerge(
         "version": _load.build_info()["version"],
         "merged": fingerprint([*files, *record.files], contents=False),
     }
-    output = Output(checkpoint, shards, record.restored, what)
+    output = Output(
+        checkpoint,
+        shards,
+        record.restored,
+        metadata=record.manifest.metadata,
+        index_metadata=record.manifest.index_metadata,
+        what=what,
+    )
     written = output.write(out, "unmerge", verify=verify, overwrite=overwrite, show_progress=show_progress)
+    because = _differences(record.manifest.other_files, written.copied)
     return UnmergeReport(
-        exact=True,
+        exact=not because,
+        because=because,
         tensors=record.num_tensors,
         files=len(shards),
         kept=written.kept,
         nbytes=output.nbytes,
         seconds=time.perf_counter() - begin,
     )
+
+
+def _differences(expected: Mapping[str, str], copied: Mapping[str, str]) -> list[str]:
+    """How the files next to the weights differ from those of the base; both are digests by path."""
+    problems = [f"{name} is not of the base" for name in copied if name not in expected]
+    changed = [name for name in copied if name in expected and copied[name] != expected[name]]
+    problems += [f"{name} was changed since the merge" for name in changed]
+    return problems + [f"{name} is missing" for name in expected if name not in copied]

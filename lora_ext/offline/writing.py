@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
 import torch
 
-from ..safetensors_format import encode_header, read_header
-from .checkpoint_files import read_into, tensor_bytes
+from ..regular_file import open_regular
+from ..safetensors_format import TensorInfo, encode_header, read_header
+from .file_bytes import read_into, tensor_bytes, write_bytes
 from .merging import Block
 
-__all__ = ["Description", "compare_file", "write_bytes", "write_file"]
+__all__ = ["Description", "compare_file", "write_file"]
 
 Description: TypeAlias = tuple[str, tuple[int, ...], int]
-"""Of a tensor: its dtype by the name in the format, shape, bytes."""
+"""A tensor's dtype by its name in the format, shape, bytes."""
 
 
 def write_file(
@@ -29,12 +29,12 @@ def write_file(
     """Writes a safetensors file. ``blocks(key)`` gives each tensor's values in order; they are asked for once."""
     header, places = encode_header(tensors, metadata)
     with open(path, "wb", buffering=0) as file:
-        write_bytes(file.fileno(), 0, memoryview(header))
+        write_bytes(file, 0, memoryview(header))
         for key, info in places.items():
             offset = info.begin
             for block in blocks(key):
                 values = block.values.contiguous()
-                write_bytes(file.fileno(), offset, tensor_bytes(values))
+                write_bytes(file, offset, tensor_bytes(values))
                 offset += values.nbytes
                 advance(values.nbytes)
             if offset != info.begin + info.nbytes:
@@ -55,25 +55,18 @@ def compare_file(
     found, _ = read_header(path)
     if wrong := [key for key, one in tensors.items() if key not in found or _describe(found[key]) != one]:
         raise RuntimeError(f"verify: {path} has not the tensor {wrong[0]} as it should be: {found.get(wrong[0])}")
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path) as file:
         for key in tensors:
             offset = found[key].begin
             for block in blocks(key):
                 expected = block.values.contiguous()
                 actual = torch.empty_like(expected)
-                read_into(file.fileno(), offset, actual)
+                read_into(file, offset, actual)
                 if tensor_bytes(actual) != tensor_bytes(expected):
                     raise RuntimeError(f"verify: {path} differs from what was written in the tensor {key}")
                 offset += expected.nbytes
                 advance(expected.nbytes)
 
 
-def write_bytes(fd: int, offset: int, data: memoryview) -> None:
-    """All of ``data``, at ``offset`` of an open file."""
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done:], offset + done)
-
-
-def _describe(info) -> Description:
+def _describe(info: TensorInfo) -> Description:
     return info.dtype, info.shape, info.nbytes

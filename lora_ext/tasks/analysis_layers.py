@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from ..adapter_file import KEY_PREFIX, AdapterFile
-from ..offline.checkpoint_files import Checkpoint, read_into
+from ..offline.checkpoint_files import Checkpoint
 from ..offline.contents import AdapterContents, LowRankUpdate
+from ..offline.file_bytes import read_into
 from ..offline.layouts import num_matrices
 from ..offline.merging import matrix_shape, split_stack
 from ..offline.plan import MergePlan, Term, plan_merge
+from ..regular_file import open_regular
 from ..safetensors_format import TensorInfo
 
 __all__ = ["Factors", "Layer", "Weight", "find_layers", "places"]
@@ -46,8 +48,8 @@ class Weight:
     def read(self) -> Tensor:
         """The matrix as it lies, in memory of its own."""
         matrix = torch.empty(self.shape, dtype=self._info.torch_dtype)
-        with open(self.checkpoint.file(self.key), "rb", buffering=0) as file:
-            read_into(file.fileno(), self._info.begin + self.index * self.nbytes, matrix)
+        with open_regular(self.checkpoint.file(self.key)) as file:
+            read_into(file, self._info.begin + self.index * self.nbytes, matrix)
         return matrix
 
     @property

@@ -1,0 +1,68 @@
+"""Bytes between files and tensors, and whether a file is still what it was."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Mapping
+from io import FileIO
+from pathlib import Path
+
+from torch import Tensor
+
+__all__ = ["check_unchanged", "file_state", "read_into", "tensor_bytes", "write_bytes"]
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def read_into(file: FileIO, offset: int, tensor: Tensor) -> None:
+    """Fills a contiguous CPU tensor with the bytes at ``offset`` of an open file.
+
+    Raises:
+        OSError: with the file's name.
+        ValueError: it became shorter.
+    """
+    if tensor.nbytes == 0:
+        return
+    view, done = tensor_bytes(tensor), 0
+    while done < len(view):
+        try:
+            count = os.preadv(file.fileno(), [view[done:]], offset + done)
+        except OSError as error:
+            _name_error(error, file)
+            raise
+        if count == 0:
+            raise ValueError(f"{file.name} became shorter while it was read")
+        done += count
+
+
+def write_bytes(file: FileIO, offset: int, data: memoryview) -> None:
+    """All of ``data``, at ``offset`` of an open file. An OSError has the file's name."""
+    done = 0
+    while done < len(data):
+        try:
+            done += os.pwrite(file.fileno(), data[done:], offset + done)
+        except OSError as error:
+            _name_error(error, file)
+            raise
+
+
+def file_state(path: Path) -> tuple[int, ...]:
+    """What changes when a file does, or is replaced."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev
+
+
+def check_unchanged(states: Mapping[Path, tuple[int, ...]], caller: str) -> None:
+    """ValueError where the :func:`file_state` of a file is another than in ``states``."""
+    for path, state in states.items():
+        if not path.exists() or file_state(path) != state:
+            raise ValueError(f"{caller}: {path} was changed while it was read; nothing is kept of it, try again")
+
+
+def _name_error(error: OSError, file: FileIO) -> None:
+    """Enters the file's name into an error of the system, which knows a number only; a nameless file's stays so."""
+    error.filename = None if isinstance(file.name, int) else str(file.name)
