@@ -52,16 +52,18 @@ class Staging:
         self._old = out.parent / f".{out.name}.replaced"
         self.finished: dict[str, int] = {}
         self._parents: list[Path] = []  # of out, that were not there
+        self._is_new = False  # nothing was taken over from another run
         self._lock: int | None = None  # the hidden directory, opened
 
     def __enter__(self) -> Staging:
         try:
             self._take()
-        except OSError as error:
+        except BaseException as error:
+            if self._is_new:
+                self._clean()
             self._unlock()
-            raise self._told(error) from error
-        except BaseException:
-            self._unlock()
+            if isinstance(error, OSError):
+                raise self._told(error) from error
             raise
         return self
 
@@ -71,38 +73,35 @@ class Staging:
         if isinstance(error, Exception) and not isinstance(error, OSError):
             self.finished = {}
         if error is not None:
-            with suppress(OSError):  # the next run removes what cannot be removed now
-                self._remove_unfinished() if self.finished else self._discard()
-                for parent in self._parents:
-                    parent.rmdir()
+            self._clean()
         self._unlock()
         if isinstance(error, OSError):
             raise self._told(error) from error
 
     def _take(self) -> None:
         """Makes the hidden directory, or takes what a run left that did not end."""
-        with suppress(FileNotFoundError):
-            os.lstat(self._journal)  # its name may be too long
         self._lock = self._open()
-        if self._old.exists() and not self.out.exists():  # killed between two renames
-            os.rename(self._old, self.out)
-        journal = self._read_journal()
-        if journal is None:
-            self._discard()  # also what another run has replaced, and had no time to remove
+        if self._lock is None or self._read_journal() is None:
+            self._discard()  # nothing can be continued: what is there, another run replaced and could not remove
+        elif self._old.exists():
+            self._put_back()
         self._check()
-        if journal is not None and journal["what"] != self.what:
-            self._discard()
-            journal = None
         self._parents = [parent for parent in self.out.parents if not parent.exists()]
         while self._lock is None:
+            self._is_new = True
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = self._open()
-        if journal is not None:
+        with suppress(FileNotFoundError):
+            os.lstat(self._journal)  # its name may be too long
+        journal = self._read_journal()
+        if journal is not None and journal["what"] == self.what:
             self.finished = {
                 name: size
                 for name, size in journal["files"].items()
                 if (self.path / name).is_file() and (self.path / name).stat().st_size == size
             }
+        elif os.path.lexists(self._journal):
+            self._journal.unlink()  # before the files that it names, which may be made again
         self._remove_unfinished()
 
     def finish(self, *names: str) -> None:
@@ -206,6 +205,15 @@ class Staging:
         except (OSError, ValueError, KeyError):
             return None
 
+    def _clean(self) -> None:
+        """Removes what the next run cannot continue; what cannot be removed now, that run removes."""
+        with suppress(OSError):
+            if self._lock is not None:
+                self._remove_unfinished() if self.finished else self._discard()
+        with suppress(OSError):
+            for parent in self._parents:
+                parent.rmdir()
+
     def _remove_unfinished(self) -> None:
         for entry in sorted(self.path.rglob("*"), reverse=True):  # what is in a directory before the directory
             if entry.is_dir() and not entry.is_symlink():
@@ -216,12 +224,20 @@ class Staging:
 
     def _discard(self) -> None:
         """Removes all that is next to ``out``, the journal first: without it, the rest is of no use to anybody."""
-        for path in (self._journal, self._new_journal, self.path, self._old):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif os.path.lexists(path):
+        self._put_back()
+        for path in (self._journal, self._new_journal):
+            if os.path.lexists(path):
                 path.unlink()
+        if self._lock is not None and self.path.exists():  # one that is not ours may be in use
+            shutil.rmtree(self.path)
         self._unlock()
+
+    def _put_back(self) -> None:
+        """Ends what a process began that was killed between two renames."""
+        if self._old.exists() and not self.out.exists():
+            os.rename(self._old, self.out)
+        elif self._old.exists():
+            shutil.rmtree(self._old)
 
     def _unlock(self) -> None:
         if self._lock is not None:
