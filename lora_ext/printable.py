@@ -23,10 +23,10 @@ def shown(name: object, limit: int = 200) -> str:
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
 
 
-def check_name(name: str, where: str) -> None:
+def check_name(name: str, where: str, longest: int = LONGEST_NAME) -> None:
     """ValueError for the name of a tensor or a file that cannot be printed, or that is longer than any real one."""
-    if len(name) > LONGEST_NAME:
-        raise ValueError(f"{where} has a name of {len(name)} characters, want at most {LONGEST_NAME}: {shown(name)}")
+    if len(name) > longest:
+        raise ValueError(f"{where} has a name of {len(name)} characters, want at most {longest}: {shown(name)}")
     if not name.isprintable():
         raise ValueError(f"{where} has a name with characters that cannot be printed: {shown(name)}")
 

@@ -170,4 +170,4 @@ def _check_file_name(index: Path, name: object) -> None:
         raise ValueError(f"{index} names the file {shown(name)}, want a name without a path; nothing was read from it")
     if not name.endswith(".safetensors") or name.startswith("."):
         raise ValueError(f"{index} names the file {shown(name)}, want a name that ends with .safetensors")
-    check_name(name, str(index))
+    check_name(name, str(index), 255)
