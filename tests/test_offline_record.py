@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_ext import cli
-from lora_ext.offline.digests import Hasher
+from lora_ext.offline.digests import Hasher, TextDigest
 from lora_ext.offline.merge import merge
 from lora_ext.offline.record_format import FileRecord, Manifest
 from lora_ext.offline.unmerge import unmerge
@@ -287,8 +287,6 @@ def resigned(path: Path, **changes) -> None:
 
 def forged(merged: Path, name: str, parts: dict[str, torch.Tensor], **tensors) -> None:
     """Writes a record's file, and a manifest that vouches for it."""
-    from lora_ext.offline.digests import text_digest
-
     path = merged / "merge_record" / name
     _, metadata = read_header(path)
     own = FileRecord.from_metadata(path, metadata)
@@ -296,7 +294,7 @@ def forged(merged: Path, name: str, parts: dict[str, torch.Tensor], **tensors) -
     save_file(parts, path, metadata=own.to_metadata())
     manifest = merged / "merge_record" / "manifest.json"
     files = json.loads(manifest.read_text())["content"]["files"]
-    resigned(manifest, files=files | {name: text_digest(header_bytes(path))})
+    resigned(manifest, files=files | {name: TextDigest(header_bytes(path)).hexdigest()})
 
 
 def test_made_up_parts_are_refused_in_a_line(files, merged):
@@ -374,14 +372,12 @@ def test_made_up_parts_are_refused_in_a_line(files, merged):
     ],
 )
 def test_made_up_headers_are_refused_in_a_line(files, merged, metadata):
-    from lora_ext.offline.digests import text_digest
-
     name = next(path.name for path in merged.glob("*.safetensors"))
     path = merged / "merge_record" / name
     path.write_bytes(encode_header({}, metadata)[0])
     manifest = merged / "merge_record" / "manifest.json"
     all_files = json.loads(manifest.read_text())["content"]["files"]
-    resigned(manifest, files=all_files | {name: text_digest(header_bytes(path))})
+    resigned(manifest, files=all_files | {name: TextDigest(header_bytes(path)).hexdigest()})
     assert str(path) in outcome(files, merged)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from ..regular_file import open_regular
 from ..untrusted_json import read_json_object
 from .checkpoint_files import Checkpoint
+from .digests import TextDigest
 from .file_bytes import write_bytes
 
 __all__ = [
@@ -75,8 +75,7 @@ def list_other_files(base: Checkpoint) -> tuple[list[str], list[str]]:
 def copy_file(source: Path, target: Path) -> str:
     """Copies a regular file's content, and returns its digest. Makes the target's directory if need be."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.blake2b(digest_size=16)
-    offset = 0
+    digest, offset = TextDigest(), 0
     with open_regular(source) as reading, open(target, "wb", buffering=0) as writing:
         while chunk := reading.read(_CHUNK_BYTES):
             digest.update(chunk)

@@ -15,7 +15,7 @@ from ..printable import listed
 from ..regular_file import open_regular
 from ..safetensors_format import DTYPES, TensorInfo, header_bytes, read_header
 from .checkpoint_files import Checkpoint, raw_blocks, read_tensor
-from .digests import Hasher, text_digest
+from .digests import Hasher, TextDigest
 from .file_bytes import read_into, tensor_bytes
 from .merging import BLOCK_BYTES, Block
 from .other_files import RECORD_DIRECTORY
@@ -67,7 +67,7 @@ class Record:
     def _open(self, path: Path, name: str) -> None:
         """Reads the headers of the record of the checkpoint's file ``name``, and compares them with that file."""
         parts, metadata = read_header(path)
-        if text_digest(header_bytes(path)) != self.manifest.files[name]:
+        if TextDigest(header_bytes(path)).hexdigest() != self.manifest.files[name]:
             raise ValueError(f"{self._caller}: {path} was changed since the merge wrote it, or is of another merge")
         own = FileRecord.from_metadata(path, metadata)
         tensors = self._merged.shards[name]
@@ -114,8 +114,8 @@ class Record:
             made = raw_blocks(self._merged.file(key), self._merged.info(key), BLOCK_BYTES)
         digest = self._hasher.tensor(kept.base.dtype, kept.base.shape)
         for values in made:
-            digest.update(tensor_bytes(values))
-            yield Block(values)
+            with digest.reading(tensor_bytes(values)):
+                yield Block(values)
         if digest.hexdigest() != kept.base.digest:
             raise ValueError(
                 f"{self._caller}: {key} was changed since it was merged, in {self._merged.file(key)} or in "

@@ -20,7 +20,7 @@ from typing import Any
 
 from ..printable import shown
 from ..untrusted_json import parse_json_object, read_json_object
-from .digests import text_digest
+from .digests import TextDigest
 
 __all__ = ["MANIFEST_FILE", "BaseTensor", "FileRecord", "Manifest"]
 
@@ -121,7 +121,7 @@ class Manifest:
 
 
 def _digest(content: Mapping[str, Any]) -> str:
-    return text_digest(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+    return TextDigest(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _is_list_of(values: Any, kind: type) -> bool:

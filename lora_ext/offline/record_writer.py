@@ -15,7 +15,7 @@ from .._checks import merge_segments
 from ..printable import check_name
 from ..safetensors_format import DTYPE_NAMES, DTYPES, header_bytes
 from .checkpoint_files import Checkpoint, raw_blocks
-from .digests import Hasher, text_digest
+from .digests import Hasher, TextDigest
 from .file_bytes import read_into, tensor_bytes, write_bytes
 from .merging import BLOCK_BYTES, Block, blocks, factors, matrix_shape
 from .other_files import RECORD_DIRECTORY, list_other_files
@@ -139,7 +139,7 @@ class RecordWriter:
             other_files: digests of what was copied from the base.
         """
         own = directory / RECORD_DIRECTORY
-        files = {name: text_digest(header_bytes(own / name)) for name in metadata}
+        files = {name: TextDigest(header_bytes(own / name)).hexdigest() for name in metadata}
         metadata = {name: dict(values) for name, values in metadata.items()}
         Manifest(files, metadata, dict(index_metadata), dict(other_files)).write(own / MANIFEST_FILE)
 
