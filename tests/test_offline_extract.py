@@ -143,7 +143,7 @@ def test_what_no_adapter_can_do_is_listed(tmp_path):
     for problem in (
         "only in the base: gone.weight",
         "shape of b.weight: [4, 4] in the base, [5, 4] in the other",
-        "differs, beside the adapted weight of its module: a.extra",
+        "differs, next to the adapted weight of its module: a.extra",
         "differs: top",
     ):
         assert problem in str(caught.value), str(caught.value)

@@ -11,56 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 from models import llama
-from offline_files import assert_same_bits, peft_adapter, save_checkpoint, snapshot, tensors_of
+from offline_files import peft_adapter, snapshot, tensors_of
+from offline_records import INDEX, make_files, outcome, resigned
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_ext import cli
-from lora_ext.offline.digests import Hasher, TextDigest
+from lora_ext.offline.digests import Hasher
 from lora_ext.offline.merge import merge
-from lora_ext.offline.record_format import FileRecord, Manifest
+from lora_ext.offline.record_format import Manifest
 from lora_ext.offline.unmerge import unmerge
-from lora_ext.safetensors_format import encode_header, header_bytes, read_header
-
-INDEX = "model.safetensors.index.json"
+from lora_ext.safetensors_format import header_bytes, read_header
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """A base of three files and one merged from it: with tensors of every kind of change, and the record of it."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("record")
-    model = nn.ModuleDict(
-        {
-            "low": nn.Linear(30, 20),
-            "rows": nn.Embedding(9, 6),
-            "both": nn.Embedding(9, 6),
-            "full": nn.Linear(5, 4),
-            "same": nn.Linear(7, 3),
-            "new": nn.Linear(4, 2),
-        }
-    ).to(torch.bfloat16)
-    tensors = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith("new.")}
-    save_checkpoint(tensors, folder / "base")
-    (folder / "base" / "more").mkdir()
-    (folder / "base" / "more" / "code.py").write_text("code")
-    index = json.loads((folder / "base" / INDEX).read_text())
-    index["metadata"]["note"] = "of the base"
-    (folder / "base" / INDEX).write_text(json.dumps(index))
-    settings = {"lora_alpha": 40, "modules_to_save": ["full", "new"]}
-    peft_adapter(model, folder / "a", target_modules=["low"], trainable_token_indices={"rows": [7, 0]}, **settings)
-    peft_adapter(model, folder / "b", target_modules=["both"])
-    peft_adapter(model, folder / "c", target_modules=["low"], trainable_token_indices={"both": [3]})
-    merge(folder / "base", [folder / name for name in "abc"], folder / "merged", record=True)
-    report = unmerge(folder / "merged", folder / "out")
-    assert (report.exact, report.because) == (True, [])
-    assert report.tensors == 5
-    assert_same_bits(tensors_of(folder / "out"), tensors_of(folder / "base"))
-    for name in ("config.json", "tokenizer.json", "more/code.py"):
-        assert (folder / "out" / name).read_bytes() == (folder / "base" / name).read_bytes()
-    assert json.loads((folder / "out" / INDEX).read_text())["metadata"]["note"] == "of the base"
-    assert "new.weight" in tensors_of(folder / "merged")
-    return folder
+    return make_files(tmp_path_factory.mktemp("record"))
 
 
 @pytest.fixture
@@ -68,22 +34,6 @@ def merged(files, tmp_path, monkeypatch) -> Path:
     """A copy of the merged checkpoint, to be changed."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)
     return Path(shutil.copytree(files / "merged", tmp_path / "merged"))
-
-
-def outcome(files: Path, merged: Path) -> str:
-    """Unmerges; "" for exact, which must be true, else the reason. Nothing is written by what is refused."""
-    out = merged.parent / "out"
-    shutil.rmtree(out, ignore_errors=True)
-    try:
-        report = unmerge(merged, out)
-    except (ValueError, OSError) as error:
-        assert sorted(path.name for path in merged.parent.iterdir()) == ["merged"]
-        assert str(error)
-        return str(error)
-    assert report.exact == (not report.because)
-    if report.exact:
-        assert snapshot(out) == snapshot(files / "out")
-    return "; ".join(report.because)
 
 
 def places(path: Path) -> Iterator[tuple[str, int]]:
@@ -271,125 +221,6 @@ def test_records_without_digests_are_refused(files, merged):
     for text in ("[]", "{}", '{"content": {}}', '{"content": {}, "digest": 3}', "[" * 10**5):
         (record / "manifest.json").write_text(text)
         assert "manifest.json" in outcome(files, merged)
-
-
-def resigned(path: Path, **changes) -> None:
-    """The manifest with changes and the digest of these: what no accident makes."""
-    from lora_ext.offline import record_format
-
-    content = json.loads(path.read_text())["content"] | changes
-    content = {key: value for key, value in content.items() if key != "more" or value is not None}
-    path.write_text(json.dumps({"content": content, "digest": record_format._digest(content)}))
-
-
-# --- records that somebody made up ------------------------------------------------------------------------------------
-
-
-def forged(merged: Path, name: str, parts: dict[str, torch.Tensor], **tensors) -> None:
-    """Writes a record's file, and a manifest that vouches for it."""
-    path = merged / "merge_record" / name
-    _, metadata = read_header(path)
-    own = FileRecord.from_metadata(path, metadata)
-    own.tensors.update(tensors)
-    save_file(parts, path, metadata=own.to_metadata())
-    manifest = merged / "merge_record" / "manifest.json"
-    files = json.loads(manifest.read_text())["content"]["files"]
-    resigned(manifest, files=files | {name: TextDigest(header_bytes(path)).hexdigest()})
-
-
-def test_made_up_parts_are_refused_in_a_line(files, merged):
-    """Wrong shapes, dtypes, numbers and sets of parts, vouched for by digests: no traceback, no wrong bits."""
-    index = json.loads((merged / INDEX).read_text())["weight_map"]
-    record = merged / "merge_record"
-
-    def tried(key: str, **changes: torch.Tensor | None) -> str:
-        parts = load_file(record / index[key])
-        changed = parts | {f"{key}:{kind.replace('_0', '.0')}": tensor for kind, tensor in changes.items()}
-        forged(merged, index[key], {part: tensor for part, tensor in changed.items() if tensor is not None})
-        reason = outcome(files, merged)
-        forged(merged, index[key], parts)
-        return reason
-
-    words = load_file(record / index["low.weight"])["low.weight:words"]
-    corrections = load_file(record / index["low.weight"])["low.weight:corrections"]
-    rows = load_file(record / index["rows.weight"])["rows.weight:rows"]
-    for changes in (
-        {"words": words.float()},
-        {"words": words[:-1]},
-        {"words": words[:0]},
-        {"words": words.flatten()},
-        {"words": -words - 1},
-        {"words": words + 1},
-        {"words": torch.full_like(words, 2**15 - 1)},
-        {"words": words.flip(0)},
-        {"words": None},
-        {"corrections": corrections[:-1]},
-        {"corrections": corrections[None]},
-        {"corrections": torch.randint(-(2**15), 2**15, corrections.shape).short()},
-        {"corrections": None},
-        {"lora_A_0": torch.ones(3, 31)},
-        {"lora_A_0": torch.ones(0, 30)},
-        {"lora_A_0": torch.ones(30)},
-        {"lora_A_0": torch.ones(4, 30).double()},
-        {"lora_A_0": torch.full((4, 30), float("nan"))},
-        {"lora_A_0": None},
-        {"lora_B_0": torch.ones(20, 3)},
-        {"lora_B_0": None},
-        {"base": torch.ones(20, 30)},
-        {"unknown": torch.ones(1)},
-    ):
-        assert tried("low.weight", **changes), changes
-    for changes in (
-        {"indices": torch.tensor([7, 9])},
-        {"indices": torch.tensor([-1, 0])},
-        {"indices": torch.tensor([0, 0])},
-        {"indices": torch.tensor([7])},
-        {"indices": torch.tensor([7, 0]).int()},
-        {"indices": torch.tensor(7)},
-        {"indices": None},
-        {"rows": rows[:, :-1].contiguous()},
-        {"rows": rows.float()},
-        {"rows": rows[0]},
-        {"rows": None},
-    ):
-        assert tried("rows.weight", **changes), changes
-    assert tried("full.weight", base=torch.ones(4, 5))
-    assert tried("full.weight", base=None)
-    assert outcome(files, merged) == ""
-
-
-@pytest.mark.parametrize(
-    "metadata",
-    [
-        {},
-        {"lora_ext_merge_record": "[]"},
-        {"lora_ext_merge_record": "{"},
-        {"lora_ext_merge_record": '{"tensors": [], "added": []}'},
-        {"lora_ext_merge_record": '{"tensors": {}, "added": [1]}'},
-        {"lora_ext_merge_record": '{"tensors": {"a": ["F32", [1]]}, "added": []}'},
-        {"lora_ext_merge_record": '{"tensors": {"a": ["F32", ["1"], ""]}, "added": []}'},
-        {"lora_ext_merge_record": '{"tensors": {"a": {"b": 1}}, "added": []}'},
-    ],
-)
-def test_made_up_headers_are_refused_in_a_line(files, merged, metadata):
-    name = next(path.name for path in merged.glob("*.safetensors"))
-    path = merged / "merge_record" / name
-    path.write_bytes(encode_header({}, metadata)[0])
-    manifest = merged / "merge_record" / "manifest.json"
-    all_files = json.loads(manifest.read_text())["content"]["files"]
-    resigned(manifest, files=all_files | {name: TextDigest(header_bytes(path)).hexdigest()})
-    assert str(path) in outcome(files, merged)
-
-
-def test_a_pipe_in_place_of_a_record_is_not_waited_for(files, merged):
-    for name in ("manifest.json", next(path.name for path in merged.glob("*.safetensors"))):
-        path = merged / "merge_record" / name
-        content = path.read_bytes()
-        path.unlink()
-        os.mkfifo(path)
-        assert f"{path} is a pipe, want a regular file" in outcome(files, merged)
-        path.unlink()
-        path.write_bytes(content)
 
 
 # --- digests ----------------------------------------------------------------------------------------------------------

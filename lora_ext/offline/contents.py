@@ -37,7 +37,7 @@ class LowRankUpdate:
     Attributes:
         path: the module's, without ``.base_layer``.
         kind: what is known without the model: ``conv`` by the number of dimensions, ``attention`` by the out_proj
-            beside it, ``parameter`` by the config.
+            next to it, ``parameter`` by the config.
         lora_A: key in the file; ``[r, in]``, for a convolution ``[r, in / groups, *kernel]``, for an embedding
             ``[r, num_embeddings]``, for a parameter of ``experts`` matrices ``[experts * r, in]``.
         lora_B: key in the file; ``[out, r]``, ``[out, r / groups, 1...]``, ``[dim, r]``, ``[out, r * experts]``.
@@ -185,7 +185,7 @@ class _ParameterNames:
             self._by_module.setdefault(module, []).append((position, name))
 
     def of(self, path: str) -> tuple[str, ...]:
-        """Of the module at ``path``, in the order of the config."""
+        """Those of the module at ``path``, in the order of the config."""
         if not self._by_module:
             return ()
         found = [own for module in {"", path, *ends(path)} for own in self._by_module.get(module, ())]
@@ -200,7 +200,7 @@ class _TokenIndices:
         self._order = {name: i for i, name in enumerate(self._indices)} if isinstance(self._indices, dict) else {}
 
     def of(self, path: str) -> tuple[int, ...]:
-        """Of the embedding at ``path``: by the first name in the config that is it, or the end of it after a dot."""
+        """The rows of the embedding at ``path``: of the first name in the config that is it, or its end after a dot."""
         indices = self._indices
         if isinstance(indices, dict):
             names = [name for name in (path, *ends(path)) if name in indices]

@@ -36,7 +36,7 @@ REPORT_FILE = "extract.json"
 
 @dataclasses.dataclass(frozen=True)
 class LayerError:
-    """Of one layer: the rank taken, the difference's Frobenius norm, and by rank the part of it that is left."""
+    """A layer's rank, its difference's Frobenius norm, and by rank the part of that norm that is left."""
 
     r: int
     norm: float
@@ -76,7 +76,7 @@ def extract(
     overwrite: bool = False,
     show_progress: bool = False,
 ) -> ExtractReport:
-    """Writes an adapter to ``out``, in PEFT's format, that turns ``base`` into ``tuned`` but for the error reported.
+    """Writes an adapter to ``out``, in PEFT's format, that turns ``base`` into ``tuned`` except for the error reported.
 
     Each matrix that differs is approximated by a truncated singular value decomposition
     (:func:`~lora_ext.offline.low_rank.approximate`) of its difference; the scaling is 1. One tensor is in memory at a
@@ -186,7 +186,7 @@ def _sort(
         if path in targets and path not in with_more:
             continue  # its bias goes with it
         if path in targets or not path:
-            problems.append(f"differs, beside the adapted weight of its module: {key}" if path else f"differs: {key}")
+            problems.append(f"differs, next to the adapted weight of its module: {key}" if path else f"differs: {key}")
         elif not save_others:
             problems.append(f"differs, and is not adapted: {key} {list(new.info(key).shape)}")
         else:

@@ -15,7 +15,7 @@ Layout: TypeAlias = Literal["plain", "transposed"]
 
 
 def num_matrices(file: AdapterFile, update: LowRankUpdate) -> int:
-    """Of experts, or groups of a convolution: they lie one above the other in the tensor, with factors of their own."""
+    """How many matrices with factors of their own the tensor has: of experts, or groups of a convolution."""
     if update.kind == "parameter":
         return file.shape(update.lora_A)[0] // update.r
     if update.kind == "conv":

@@ -57,7 +57,7 @@ def approximate(delta: Tensor, rank: int, energy: float | None = None) -> Approx
         rank = min(rank, int((kept < energy).sum()) + 1)
     root = S[:rank].sqrt()
     A, B = root[:, None] * Vh[:rank], U[:, :rank] * root
-    # Norms of what is really left: differences of squares would lose what is small beside the norm.
+    # Norms of what is really left: differences of squares would lose what is small next to the norm.
     errors, done = {}, 0
     for r in sorted({2**i for i in range(rank.bit_length()) if 2**i <= rank} | {rank}):
         delta.addmm_(B[:, done:r], A[done:r], alpha=-1)

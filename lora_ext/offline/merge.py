@@ -79,8 +79,8 @@ def merge(
     Args:
         base: a directory with safetensors, sharded or not.
         adapters: directories in PEFT's format, of any layers that PEFT adapts.
-        dtype: convert floating-point tensors to it, once all is added in the wider of the two dtypes.
-        shard_bytes: at most so many in a file, but for a larger tensor; None: the files of the base.
+        dtype: convert floating-point tensors to it, after all is added in the wider of the two dtypes.
+        shard_bytes: at most so many in a file, except where one tensor has more; None: the files of the base.
         fan_in_fan_out: how square weights lie whose neighbours do not tell: True for ``[in, out]``, as in Conv1D.
         untie: store tied weights apart where an adapter changes one of them only.
         record: also write ``merge_record/``, from which :func:`~lora_ext.offline.unmerge.unmerge` restores every bit.

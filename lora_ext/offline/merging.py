@@ -23,7 +23,7 @@ from .plan import TensorPlan, Term
 
 __all__ = ["BLOCK_BYTES", "Block", "Factors", "blocks", "factors", "matrix_shape", "split_stack"]
 
-BLOCK_BYTES = 32 << 20  # of the source; large enough for the disk, and little beside PyTorch itself
+BLOCK_BYTES = 32 << 20  # of the source; large enough for the disk, and little next to PyTorch itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ def blocks(
     """The tensor's values from its first row to its last.
 
     Args:
-        dtype: convert to it, once all is added in the wider of this and the base's dtype; None: as stored.
+        dtype: convert to it, after all is added in the wider of this and the base's dtype; None: as stored.
         record: keep what takes the updates out again.
         before: gets the bytes of what is changed, or copied, a block at a time and before it is changed.
 

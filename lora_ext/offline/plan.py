@@ -65,7 +65,7 @@ class MergePlan:
     """The tensors of the result by key, the base's first and in its order.
 
     Attributes:
-        untied: keys of tied tensors that are stored apart now, each with that of the base that it goes beside.
+        untied: keys of tied tensors that are stored apart now, each with that of the base that it goes next to.
     """
 
     tensors: dict[str, TensorPlan]
