@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from offline_files import assert_same_bits, peft_adapter, save_checkpoint, tensors_of
+from offline_files import assert_same_bits, peft_adapter, save_checkpoint, snapshot, tensors_of
 from safetensors import deserialize
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -348,6 +348,18 @@ def test_empty_tensors_and_empty_checkpoints(files, tmp_path, capsys):
         assert cli.main([arguments[0], *paths]) == 2
         assert "empty" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_links_to_files_elsewhere_are_followed(files, tmp_path):
+    """The hub's cache consists of them."""
+    (tmp_path / "cache" / "snapshot").mkdir(parents=True)
+    for number, path in enumerate(sorted((files / "base").iterdir())):
+        shutil.copy(path, tmp_path / "cache" / f"blob {number}")
+        (tmp_path / "cache" / "snapshot" / path.name).symlink_to(Path("..") / f"blob {number}")
+    for base, out in ((tmp_path / "cache" / "snapshot", "linked"), (files / "base", "direct")):
+        merge(base, [files / "adapter"], tmp_path / out)
+    assert snapshot(tmp_path / "linked") == snapshot(tmp_path / "direct")
+    assert not any(path.is_symlink() for path in (tmp_path / "linked").iterdir())
 
 
 def test_metadata_of_each_file_is_kept(files, tmp_path):
