@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import tiny_classifier
 
 from lora_ext.tasks import analyze, compare, many_runs, plan, sweep
+from lora_ext.tasks.finetune import finetune
 from lora_ext.tasks.settings import Settings
 
 METHODS = ["bitfit", "lora:r=2", "lora:r=3"]
@@ -41,7 +41,7 @@ def _save_results(folder: Path) -> Path:
         runs = out / "compare" / "runs" / "lora-r=3"
         adapters = tuple(str(runs / f"seed-{seed}" / "adapter") for seed in (0, 1))
         analyze.analyze(analyze.AnalysisSettings(adapters, base=str(model)), out / "analysis", say=_silent)
-    shutil.copytree(runs / "seed-0", out / "single")
+    finetune(Settings.load(runs / "seed-0"), out / "single", say=_silent)
     planned = Settings(model=str(model), method="lora", r=2, max_length=32)
     plan.plan(plan.PlanSettings(planned, gpu_memory=700_000, reserve=100_000), out / PLAN.parent)
     return out

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import tiny_classifier
 
 from lora_ext import cli
+from lora_ext.install_hint import install_hint
 
 
 def run_python(*arguments: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -39,7 +41,63 @@ def test_missing_extra_is_named(tmp_path: Path):
     )
     result = run_python("-c", code)
     assert result.returncode == 2, result.stderr
-    assert "finetune needs transformers, matplotlib: pip install 'lora_ext[finetune]'" in result.stderr
+    assert "finetune needs transformers, matplotlib: pip install" in result.stderr
+    assert "[finetune]" in result.stderr
+
+
+def installed(tmp_path: Path, monkeypatch, noted: object) -> None:
+    """An installation of which pip has noted where it is from."""
+    information = tmp_path / "site" / "lora_ext-0.1.0.dist-info"
+    information.mkdir(parents=True, exist_ok=True)
+    lines = ["Metadata-Version: 2.1", "Name: lora_ext", "Version: 0.1.0", "Requires-Dist: torch>=2.11"]
+    lines += ['Requires-Dist: transformers>=5.0; extra == "finetune"', 'Requires-Dist: matplotlib; extra == "finetune"']
+    lines += ['Requires-Dist: lora_ext[finetune]; extra == "demo"', 'Requires-Dist: a-model; extra == "demo"']
+    (information / "METADATA").write_text("\n".join(lines) + "\n")
+    (information / "direct_url.json").write_text(noted if isinstance(noted, str) else json.dumps(noted))
+    monkeypatch.syspath_prepend(str(information.parent))
+
+
+def test_hints_install_from_where_the_package_is_from(tmp_path: Path, monkeypatch):
+    checkout = tmp_path / "a checkout"
+    checkout.mkdir()
+    url = checkout.as_uri()
+    monkeypatch.setattr("lora_ext.install_hint.__file__", str(tmp_path / "site" / "lora_ext" / "install_hint.py"))
+    brings = " (it brings transformers, matplotlib, a-model)"
+    for noted, expected in [
+        ({"url": url, "dir_info": {}}, f"pip install '{checkout}[demo]'"),
+        ({"url": url, "dir_info": {"editable": True}}, f"pip install --editable '{checkout}[demo]'"),
+        ({"url": f"{url}/gone", "dir_info": {}}, "pip install 'lora_ext[demo]'"),
+        (
+            {"url": "https://host/x.git", "vcs_info": {"vcs": "git", "commit_id": "0f3"}},
+            "pip install 'lora_ext[demo] @ git+https://host/x.git@0f3'",
+        ),
+        ("", "pip install 'lora_ext[demo]'"),
+        ("damaged", "pip install 'lora_ext[demo]'"),
+        ('{"url": 3}', "pip install 'lora_ext[demo]'"),
+    ]:
+        installed(tmp_path, monkeypatch, noted)
+        importlib.invalidate_caches()
+        assert install_hint("demo") == expected + brings
+    monkeypatch.setattr("lora_ext.install_hint.__file__", str(checkout / "lora_ext" / "install_hint.py"))
+    (checkout / "pyproject.toml").touch()
+    assert install_hint("demo") == f"pip install '{checkout}[demo]'{brings}"
+
+
+def test_threads_that_wait_sleep_unless_the_user_says_otherwise():
+    code = (
+        "import os, sys; from lora_ext import cli; cli.main = lambda: print(os.environ.get('OMP_WAIT_POLICY')); "
+        "os.execv = lambda path, arguments: print('again', arguments[1:]); sys.argv[1:] = {}; cli.command()"
+    )
+    before = {name: os.environ.pop(name, None) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    try:
+        again, *more = run_python("-c", code.format("['finetune']")).stdout.splitlines()
+        assert again.startswith("again ['-c',") and more == ["passive"]
+        assert run_python("-c", code.format("['compare']")).stdout == "passive\n"
+        os.environ["GOMP_SPINCOUNT"] = "10000"
+        assert run_python("-c", code.format("['finetune']")).stdout == "None\n"
+    finally:
+        del os.environ["GOMP_SPINCOUNT"]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 @pytest.mark.parametrize(

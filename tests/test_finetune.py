@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 
 from lora_ext import LoraConfig, cli, inject
 from lora_ext.methods import METHODS, load_method
-from lora_ext.tasks import TaskError, demo, report
+from lora_ext.tasks import TaskError, WriteError, checkpoints, demo, report
 from lora_ext.tasks.finetune import finetune
 from lora_ext.tasks.lora_targets import lora_targets
 from lora_ext.tasks.settings import Settings, command_line
@@ -41,7 +42,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Settings:
         target_modules="query,value",
         r=4,
         lora_alpha=8,
-        epochs=4,
+        epochs=6,
         batch_size=16,
         learning_rate=2e-2,
         max_length=32,
@@ -54,8 +55,27 @@ def run(tiny: Settings, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return out, finetune(tiny, out)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def checkpoint_after_every_step() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "SECONDS", 0.0)
+        patch.setattr(checkpoints, "_SHARE", 0.0)
+        yield
+
+
 def read_predictions(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+
+
+def assert_it_has_learned(out: Path) -> None:
+    """The loss has fallen, and more answers are right than without training. Most methods learn no more so soon."""
+    last = max(out.glob("checkpoints/*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    half = len(losses) // 2
+    assert sum(losses[half:]) / len(losses[half:]) < sum(losses[:half]) / half
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["after"]["accuracy"] >= metrics["majority"]["accuracy"]
 
 
 def adapter_weights(out: Path) -> dict[str, torch.Tensor]:
@@ -85,17 +105,18 @@ def test_it_learns_and_reports(tiny: Settings, run: tuple[Path, dict[str, Any]])
     out, metrics = run
     assert metrics == json.loads((out / "metrics.json").read_text())
     assert metrics["id2label"] == {"0": "neg", "1": "pos"}
-    assert metrics["after"]["accuracy"] > 0.9 > metrics["before"]["accuracy"]
-    assert metrics["after"]["macro_f1"] > 0.9 > metrics["before"]["macro_f1"]
+    assert metrics["after"]["accuracy"] > 0.9 > metrics["majority"]["accuracy"]
+    assert metrics["after"]["macro_f1"] > 0.9 > metrics["majority"]["macro_f1"]
+    labels = [row["label"] for row in read_predictions(out)]
+    assert metrics["majority"]["accuracy"] == labels.count(metrics["majority"]["label"]) / len(labels)
     # query and value of two layers: A [4, 32] and B [32, 4] each; the head: [2, 32] and [2]
     assert metrics["trainable_parameters"] == 4 * (4 * 32 + 32 * 4) + 2 * 32 + 2
     assert metrics["examples"]["test"] == len(read_predictions(out))
     assert 4 * metrics["trainable_parameters"] < metrics["adapter_bytes"] < metrics["full_checkpoint_bytes"]
     assert 4 * (metrics["total_parameters"] - metrics["trainable_parameters"]) <= metrics["full_checkpoint_bytes"]
-    assert metrics["merged"]["accuracy"] == metrics["after"]["accuracy"]
+    assert metrics["merged"]["texts"] == metrics["merged"]["same_answers"] == min(64, metrics["examples"]["test"])
     assert metrics["merged"]["max_logit_difference"] < 1e-4
-    assert metrics["merged"]["base_seconds"] > 0 < metrics["merged"]["merged_seconds"]
-    assert metrics["latency"]["base_seconds"] > 0 < metrics["latency"]["adapted_seconds"]
+    assert all(metrics["latency"][f"{name}_seconds"] > 0 for name in ("base", "adapted", "merged"))
     assert metrics["tokens_per_second"] > 0 < metrics["peak_memory_bytes"]
     assert metrics["machine"]["torch"] == torch.__version__
     assert (out / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
@@ -139,18 +160,29 @@ def test_damaged_checkpoint_is_named_and_the_one_before_still_works(
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     newest, before = sorted(out.glob("checkpoints/checkpoint-*"), key=lambda p: -int(p.name.rpartition("-")[2]))[:2]
+    if name == "optimizer.pt":  # which nothing is read of after the last step
+        shutil.rmtree(newest)
+        newest = before
     (newest / name).write_bytes(b"damaged")
     with pytest.raises(TaskError, match=rf"--resume: .*{newest.name} cannot be read .*; delete it to continue from"):
         finetune(tiny, out, resume=True)
     shutil.rmtree(newest)
-    assert before.is_dir()
     assert finetune(tiny, out, resume=True)["after"] == metrics["after"]
+
+
+EVERY_STEP = """
+import sys
+from lora_ext.cli import main
+from lora_ext.tasks import checkpoints
+checkpoints.SECONDS = checkpoints._SHARE = 0.0
+sys.exit(main())
+"""
 
 
 def test_interrupted_and_resumed_ends_like_uninterrupted(tiny: Settings, tmp_path: Path):
     settings = ["--model", tiny.model, "--data", tiny.data, "--target-modules", "query,value", "--epochs", "16"]
     settings += ["--batch-size", "8", "--max-length", "32"]
-    command = [sys.executable, "-m", "lora_ext", "finetune"]
+    command = [sys.executable, "-c", EVERY_STEP, "finetune"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     out = tmp_path / "interrupted"
     process = subprocess.Popen(
@@ -177,7 +209,7 @@ def test_interrupted_and_resumed_ends_like_uninterrupted(tiny: Settings, tmp_pat
     subprocess.run([*command, *settings, "--out", str(whole)], env=environment, check=True)
     assert_equal_weights(out, whole)
     resumed, uninterrupted = (json.loads((path / "metrics.json").read_text()) for path in (out, whole))
-    assert resumed["before"] == uninterrupted["before"]
+    assert resumed["majority"] == uninterrupted["majority"]
     assert resumed["after"] == uninterrupted["after"]
     assert resumed["validation"] == uninterrupted["validation"]
 
@@ -208,9 +240,9 @@ def test_an_eval_file_is_the_test_set_and_its_texts_are_not_trained_on(tiny: Set
 @pytest.mark.parametrize("method", sorted({*METHODS, "lora+adapter-p"} - {"lora", "full"}))
 def test_every_method_learns_and_resumes(tiny: Settings, tmp_path: Path, method: str):
     learning_rate = 0.1 if method in ("bitfit", "head-only") else tiny.learning_rate
-    settings = Settings(**{**vars(tiny.with_method(method)), "learning_rate": learning_rate})
+    settings = Settings(**{**vars(tiny.with_method(method)), "learning_rate": learning_rate, "epochs": 3})
     metrics = finetune(settings, tmp_path)
-    assert metrics["after"]["accuracy"] > 0.6 > metrics["before"]["accuracy"]
+    assert_it_has_learned(tmp_path)
     checkpoint = max(tmp_path.glob("checkpoints/*"), key=lambda path: int(path.name.rpartition("-")[2]))
     shutil.rmtree(checkpoint)
     again = finetune(settings, tmp_path, resume=True)
@@ -273,9 +305,9 @@ def test_an_average_is_evaluated_saved_and_resumed(tiny: Settings, tmp_path: Pat
 def test_every_method_learns_in_bfloat16(tiny: Settings, tmp_path: Path, method: str):
     rates = {"bitfit": 0.1, "head-only": 0.1, "full": 5e-3}
     rate = rates.get(method, tiny.learning_rate)
-    settings = Settings(**{**vars(tiny.with_method(method)), "learning_rate": rate, "precision": "bfloat16"})
-    metrics = finetune(settings, tmp_path)
-    assert metrics["after"]["accuracy"] > 0.6 > metrics["before"]["accuracy"]
+    changes = {"learning_rate": rate, "precision": "bfloat16", "epochs": 3}
+    metrics = finetune(Settings(**{**vars(tiny.with_method(method)), **changes}), tmp_path)
+    assert_it_has_learned(tmp_path)
     weights = load_file(
         next(tmp_path.glob("adapter/*.safetensors") if method != "full" else tmp_path.glob("model/*.saf*"))
     )
@@ -362,7 +394,7 @@ def test_texts_that_leave_no_room_for_special_tokens(tiny: Settings, tmp_path: P
 
 def test_labels_that_only_the_test_file_has(tiny: Settings, tmp_path: Path):
     test_file = tiny_classifier.save_reviews(tmp_path / "test.csv", [("the plot is fine", "positive")])
-    with pytest.raises(TaskError, match=r"labels \['positive'\] occur in the test texts only; for training there are"):
+    with pytest.raises(TaskError, match=r"labels \[positive\] occur in the test texts only; for training there are"):
         finetune(Settings(**{**vars(tiny), "eval_file": str(test_file)}), tmp_path / "out")
 
 
@@ -374,9 +406,9 @@ def test_the_output_directory_is_guarded(tiny: Settings, run: tuple[Path, dict[s
         finetune(tiny, tmp_path, overwrite=True)
     with pytest.raises(TaskError, match="file is not a directory"):
         finetune(tiny, tmp_path / "file")
-    with pytest.raises(TaskError, match=r"--out .*file/out cannot be written: Not a directory"):
+    with pytest.raises(WriteError, match=r"file/out cannot be written: Not a directory"):
         finetune(tiny, tmp_path / "file" / "out")
-    with pytest.raises(TaskError, match="holds no checkpoint; start the run anew, with --overwrite"):
+    with pytest.raises(TaskError, match="holds no run to continue: there is no settings.json"):
         finetune(tiny, tmp_path / "new", resume=True)
     with pytest.raises(TaskError, match="give one of them"):
         finetune(tiny, tmp_path, resume=True, overwrite=True)

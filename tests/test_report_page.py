@@ -293,7 +293,7 @@ def test_results_without_some_figures(copied: Path):
 
 # --- what others wrote ------------------------------------------------------------------------------------------------
 
-HOSTILE = "</td></title><script>alert(1)</script><img src=x onerror=alert(2)>\" onload='alert(3)' &amp; \ud800\x00"
+HOSTILE = "</td></title><script>alert(1)</script><img src=x onerror=alert(2)>\" onload='alert(3)' &amp; \x00"
 
 
 def test_what_files_hold_stays_text(copied: Path):
@@ -306,22 +306,24 @@ def test_what_files_hold_stays_text(copied: Path):
     change_json(copied / COMPARE, change)
     change_json(copied / PLAN, lambda content: content["runs"].update({HOSTILE: content["runs"]["full"]}))
     change_json(copied / ANALYSIS, lambda content: content["adapters"][0].update(path=HOSTILE))
-    parsed = Parsed(write_report(copied, title=HOSTILE))
+    parsed = Parsed(write_report(copied, title=f"{HOSTILE}\ud800"))
     assert [tag for tag, _ in parsed.elements].count("script") == 1
     assert not [name for _, attributes in parsed.elements for name in attributes if name.startswith("on")]
     assert all(attributes["src"].startswith("data:") for tag, attributes in parsed.elements if tag == "img")
-    shown = HOSTILE.replace("\ud800\x00", "\N{REPLACEMENT CHARACTER}" * 2)
-    assert parsed.texts["h1"] == [shown]
+    shown = HOSTILE.replace("\x00", "\N{REPLACEMENT CHARACTER}")
+    assert parsed.texts["h1"] == [shown + "\N{REPLACEMENT CHARACTER}"]
     assert [cells for cells in parsed.rows if cells[:1] == [shown]] and any(shown in cells for cells in parsed.rows)
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("compare/compare.json", '{"methods": [', r"compare\.json cannot be read: Expecting value"),
-        ("sweep/sweep.json", "[]", r"sweep\.json is not what lora-ext sweep leaves: it is no JSON object"),
+        ("compare/compare.json", '{"methods": [', r"compare\.json is not JSON: Expecting value"),
+        ("sweep/sweep.json", "[]", r"sweep\.json holds a list, want an object; run lora-ext sweep again, or move"),
         ("plan/plan.json", "{}", r"plan\.json is not what lora-ext plan leaves: it lacks method, runs"),
-        ("single/metrics.json", '"\xff', r"metrics\.json cannot be read"),
+        ("single/metrics.json", '{"settings": "\\ud800"}', r"metrics\.json has a string that is not Unicode"),
+        ("single/metrics.json", "[" * 100_000, r"metrics\.json is not JSON"),
+        ("single/metrics.json", '"\xff', r"metrics\.json is not JSON"),
         ("plan/plan.json", '{"method": "lora", "runs": {}}', r"plan\.json is not what lora-ext plan leaves \(KeyError"),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,8 +41,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise TaskError("analyze needs matplotlib: pip install 'lora_ext[analyze]'")
+    training.check_installed("analyze", "analyze", ["matplotlib"])
     from ..tasks.analyze import SETTINGS_FILE, AnalysisSettings, analyze  # imports matplotlib
 
     # None where the user says nothing: a resumed run takes what it was started with.

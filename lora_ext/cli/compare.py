@@ -32,7 +32,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "compare",
         help="fine-tune with several methods from several seeds: accuracy, time, memory, bytes",
         description="Fine-tunes with several methods, each from several seeds; compares accuracy, parameters, time, "
-        "memory, bytes on disk and latency. A method may carry options of its own: lora:r=4:learning-rate=2e-3",
+        "memory, bytes on disk and latency. A method may carry options of its own: lora:r=4:learning-rate=2e-3. One "
+        "that the checkpoint does not suit is left out, and the exit status is 3.",
         formatter_class=HelpFormatter,
     )
     add = parser.add_argument
@@ -42,17 +43,23 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--seeds", type=training.integers, default=[0, 1, 2], metavar="0,1,2", help="each method is trained from each")
     training.add_options(parser, _WITHOUT)
     training.add_jobs(parser)
+    training.add_threads(parser)
     training.add_out(parser, "compare.json, compare.md, compare.png, and every run in runs/")
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> None:
+_EXIT_LEFT_OUT = 3
+
+
+def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> int:
     if args.resume:
-        args = training.with_saved(args, parse_again, COMPARE_FILE)
+        args = training.with_saved(args, parse_again, COMPARE_FILE, {"methods": str, "seeds": int})
     training.check_installed("compare")
+    training.use_threads(args.threads)
     from ..tasks.compare import compare
 
     options: dict[str, Any] = training.options_of(args, _WITHOUT)
     with training.saying_how_to_resume("compare", args.out, COMPARE_FILE, args.resume, args.jobs):
         methods = training.without(args.methods, args.without)
-        compare(methods, args.seeds, options, args.out, jobs=args.jobs, **training.mode(args))
+        result = compare(methods, args.seeds, options, args.out, jobs=args.jobs, **training.mode(args))
+    return _EXIT_LEFT_OUT if result["left_out"] else 0

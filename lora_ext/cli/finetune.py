@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 
 from ..tasks import TaskError
-from ..tasks.settings import Settings
+from ..tasks.settings import SETTINGS_FILE, Settings, saved_threads
 from . import training
 from .formatter import HelpFormatter
 
@@ -22,6 +20,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         formatter_class=HelpFormatter,
     )
     training.add_options(parser)
+    training.add_threads(parser)
+    parser.add_argument("--no-measure", dest="measure", action="store_false", help="leave out the timing at the end")
     training.add_out(parser, "the adapter, metrics, loss curve and predictions")
     parser.set_defaults(run=run)
 
@@ -36,11 +36,8 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
             raise TaskError(f"--resume: the run in {args.out} was started with {were}")  # ... or may change it
     settings = Settings(**training.options_of(args))
     training.check_installed("finetune")
+    training.use_threads(args.threads, saved_threads(args.out) if args.resume else None)
     from ..tasks.finetune import finetune  # imports transformers, which takes seconds
 
-    try:
-        finetune(settings, args.out, **training.mode(args))
-    except KeyboardInterrupt:
-        if any(args.out.glob("checkpoints/checkpoint-*/trainer_state.json")):
-            print(f"\nto continue: lora-ext finetune --resume --out {shlex.quote(str(args.out))}", file=sys.stderr)
-        raise
+    with training.saying_how_to_resume("finetune", args.out, SETTINGS_FILE, args.resume):
+        finetune(settings, args.out, measure=args.measure, **training.mode(args))

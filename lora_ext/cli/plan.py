@@ -50,7 +50,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> None:
-    training.check_installed("plan")
+    training.check_installed("plan", names=["transformers"])
     from ..tasks import plan_report
     from ..tasks.plan import PlanSettings, plan  # imports transformers, which takes seconds
 

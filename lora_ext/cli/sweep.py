@@ -33,14 +33,16 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--seeds", type=training.integers, default=[0, 1, 2], metavar="0,1,2", help="each cell is trained from each")
     training.add_options(parser, _WITHOUT)
     training.add_jobs(parser)
+    training.add_threads(parser)
     training.add_out(parser, "sweep.json, sweep.md, sweep.png, and every run in runs/")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> None:
     if args.resume:
-        args = training.with_saved(args, parse_again, SWEEP_FILE)
+        args = training.with_saved(args, parse_again, SWEEP_FILE, {"ranks": int, "targets": str, "seeds": int})
     training.check_installed("sweep")
+    training.use_threads(args.threads)
     from ..tasks.sweep import sweep
 
     with training.saying_how_to_resume("sweep", args.out, SWEEP_FILE, args.resume, args.jobs):

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from ..install_hint import install_hint
 from ..methods import METHODS
-from ..tasks import TaskError
-from ..tasks.settings import INPUTS, Settings
+from ..tasks import TaskError, WriteError
+from ..tasks.settings import INPUTS, Settings, load_plan
 
 
 def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
@@ -82,20 +82,37 @@ def mode(args: argparse.Namespace) -> dict[str, bool]:
 
 
 def add_jobs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--jobs", type=_at_least_1, default=1, metavar="N", help="runs at once, sharing the threads")
+    parser.add_argument("--jobs", type=at_least_1, default=1, metavar="N", help="runs at once, sharing the threads")
 
 
-def _at_least_1(text: str) -> int:
+def at_least_1(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}, want an integer of at least 1")
     return int(text)
 
 
-def check_installed(command: str) -> None:
-    """TaskError: what training needs is missing; the message says how to get it."""
-    missing = [name for name in ("transformers", "accelerate", "matplotlib") if importlib.util.find_spec(name) is None]
+def check_installed(
+    command: str, extra: str = "finetune", names: Sequence[str] = ("transformers", "accelerate", "matplotlib")
+) -> None:
+    """TaskError: a package that the command needs is missing; the message says how to get it."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise TaskError(f"{command} needs {', '.join(missing)}: pip install 'lora_ext[finetune]'")
+        raise TaskError(f"{command} needs {', '.join(missing)}: {install_hint(extra)}")
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    default = "that PyTorch computes with; else as many as the machine has cores, or as a resumed run was started with"
+    parser.add_argument("--threads", type=at_least_1, metavar="N", help=default)
+
+
+def use_threads(given: int | None, before: int | None = None) -> None:
+    """Computes with the number ``given``, or that of the run that is resumed: the last bits of sums depend on it."""
+    import torch
+
+    usual = torch.get_num_threads()
+    if given is None and before not in (None, usual):
+        print(f"with {before} threads, as the run was started; --threads changes that", flush=True)
+    torch.set_num_threads(given or before or usual)
 
 
 def integers(text: str) -> list[int]:
@@ -114,35 +131,34 @@ def without(methods: list[str], left_out: list[str]) -> list[str]:
 
 
 def with_saved(
-    args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace], name: str
+    args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace], name: str, lists: Mapping[str, type]
 ) -> argparse.Namespace:
     """The arguments with those that the run in ``args.out`` was started with as defaults.
 
-    Others may be given: what is done already and not changed by them is not done again. Lists, as of methods and
-    seeds, are added to what there is.
+    Others may be given: what is done already and not changed by them is not done again. The ``lists``, as of methods
+    and seeds, are added to what there is.
     """
-    path = args.out / name
-    try:
-        saved = json.loads(path.read_text())
-        options = saved.pop("options")
-    except (OSError, ValueError, KeyError) as error:
-        raise TaskError(f"--resume: {args.out} holds no run to continue: {error}") from error
+    saved = load_plan(args.out, name, lists)
+    options = saved.pop("options")
     again = parse_again(**saved, **options)
-    for key, known in saved.items():
-        if isinstance(known, list):
-            setattr(again, key, list(dict.fromkeys([*known, *getattr(again, key)])))
+    for key in lists:
+        setattr(again, key, list(dict.fromkeys([*saved[key], *getattr(again, key)])))
     return again
 
 
 @contextmanager
 def saying_how_to_resume(command: str, out: Path, marker: str, resume: bool, jobs: int = 1) -> Iterator[None]:
-    """On Ctrl-C, where by then a run had begun, which writes ``marker`` into ``out``."""
+    """After Ctrl-C and on a full disk, where by then a run had begun, which writes ``marker`` into ``out``."""
     path = out / marker
     before = path.stat().st_mtime_ns if path.is_file() else None
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, WriteError) as error:
         if resume or (path.is_file() and path.stat().st_mtime_ns != before):
             more = f" --jobs {jobs}" if jobs != 1 else ""
-            print(f"\nto continue: lora-ext {command} --resume --out {shlex.quote(str(out))}{more}", file=sys.stderr)
+            when = "to continue" if isinstance(error, KeyboardInterrupt) else "to continue when it can be written"
+            how = f"{when}: lora-ext {command} --resume --out {shlex.quote(str(out))}{more}"
+            if isinstance(error, WriteError):
+                raise WriteError(f"{error}; {how}") from error
+            print(f"\n{how}", file=sys.stderr)
         raise

@@ -22,7 +22,8 @@ from .analysis_measures import measure
 from .analysis_summary import summarise
 from .base_checkpoint import open_base
 from .journal import Journal
-from .run_directory import check_out, prepare_out, write_json, write_whole
+from .run_directory import check_out, prepare_out
+from .whole_files import write_json, write_whole
 
 __all__ = ["AnalysisSettings", "analyze"]
 

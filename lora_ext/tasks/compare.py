@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -10,21 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from lora_ext.methods import plan_method
+from lora_ext.methods.inserted import Insertion
 
+from ..untrusted_json import read_json_object
 from . import TaskError, report
 from .costs import measure_costs
 from .data import fingerprint
 from .many_runs import Run, in_process, run_all, settings_for
 from .markdown import table
-from .run_directory import check_out, leave_results, prepare_out, write_json
+from .run_directory import check_out, leave_results, prepare_out
 from .settings import COMPARE_FILE, INPUTS, Settings, command_line
-from .spread import percent, summary, winner
+from .spread import lines_of, over_seeds, percent, summary, winner
 from .task_data import encode
-from .task_model import check_fits, check_room, load_task_model, method_for, most_tokens
+from .task_model import TaskModel, check_fits, check_room, load_task_model, method_for, most_tokens
+from .whole_files import write_json, write_picture
 
 _OUTPUTS = ("compare.json", "compare.md", "compare.png", "costs.json", "costs.log", "runs", COMPARE_FILE)
 
@@ -41,6 +44,8 @@ def compare(
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Fine-tunes with every method from every seed, measures costs, leaves compare.json, .md and .png in ``out``.
+
+    A method that the checkpoint does not suit is left out, with its reason in ``left_out`` of the result.
 
     Args:
         methods: ``name`` or ``name:option=value...``, options of finetune; the text is the method's label.
@@ -59,11 +64,15 @@ def compare(
     inputs = [options.get(name) for name in INPUTS]
     check_out(out, resume, overwrite, marker=COMPARE_FILE, what="a comparison", outputs=_OUTPUTS, inputs=inputs)
     settings = {label: settings_for(label, options, seeds[0]) for label in dict.fromkeys(methods)}
-    texts = _check(settings)
+    plan = {"methods": list(settings), "seeds": list(dict.fromkeys(seeds)), "options": dict(options)}
+    plan["threads"] = torch.get_num_threads()
+    texts, left_out = _check(settings)
+    for label, reason in left_out.items():
+        say(f"{label} is left out: {reason}")
+        del settings[label]
     runs = [
         Run(label, settings_for(label, options, seed), texts) for label in settings for seed in dict.fromkeys(seeds)
     ]
-    plan = {"methods": list(settings), "seeds": list(dict.fromkeys(seeds)), "options": dict(options)}
     prepare_out(out, _OUTPUTS, resume, lambda out: write_json(out / COMPARE_FILE, plan))
 
     metrics = run_all(runs, out, "compare", jobs)
@@ -72,6 +81,7 @@ def compare(
         **report.made_by(_command(plan, out, jobs)),
         "machine": report.machine(),
         **plan,
+        "left_out": [{"label": label, "reason": reason} for label, reason in left_out.items()],
         "methods": [_row(label, [metrics[run] for run in runs if run.label == label], costs) for label in settings],
         "base_forward_ms": costs["base"]["forward_ms"],
         "examples": metrics[runs[0]]["examples"],
@@ -82,22 +92,38 @@ def compare(
     return result
 
 
-def _check(settings: Mapping[str, Settings]) -> str:
-    """The fingerprint of the texts. TaskError: they are wrong, or a method does not go with the model."""
+def _check(settings: Mapping[str, Settings]) -> tuple[str, dict[str, str]]:
+    """The fingerprint of the texts, and why methods do not suit the checkpoint, whatever their options.
+
+    TaskError: the texts are wrong, or the options of a method are, or no method suits the checkpoint.
+    """
     first = next(iter(settings.values()))
     task_model, splits = load_task_model(first)
     texts = [example for split in splits for example in split]
     rows: dict[int, list[dict[str, Any]]] = {}
+    unsuited: dict[str, str] = {}
     for label, own in settings.items():
         try:
+            _plan(task_model, Settings(method=own.method))
             check_fits(task_model, own)
-            insertions, _ = plan_method(task_model.model, method_for(task_model.model, own, task_model.path))
+        except (TaskError, TypeError, ValueError) as error:
+            unsuited[label] = str(error)
+            continue
+        try:
+            insertions = _plan(task_model, own)
             if own.max_length not in rows:
                 rows[own.max_length] = encode(texts, task_model.tokenizer, splits.labels, own.max_length).rows
             check_room([each.module for each in insertions], most_tokens(task_model.model), rows[own.max_length])
         except (TaskError, TypeError, ValueError) as error:
             raise TaskError(f"--methods {label}: {error}") from error
-    return fingerprint(splits)
+    if len(unsuited) == len(settings):
+        raise TaskError("--methods: none suits the model: " + "; ".join(f"{k}: {v}" for k, v in unsuited.items()))
+    return fingerprint(splits), unsuited
+
+
+def _plan(task_model: TaskModel, settings: Settings) -> list[Insertion]:
+    """What the method would put into the model. TypeError, ValueError: it cannot."""
+    return plan_method(task_model.model, method_for(task_model.model, settings, task_model.path))[0]
 
 
 def _command(plan: Mapping[str, Any], out: Path, jobs: int) -> list[str]:
@@ -111,8 +137,11 @@ def _costs(settings: Mapping[str, Settings], texts: str, out: Path) -> dict[str,
     wanted = {"settings": {label: asdict(own) for label, own in settings.items()}, "machine": report.machine()}
     wanted["data_sha256"] = texts
     path = out / "costs.json"
-    if path.is_file() and {**(known := json.loads(path.read_text())), **wanted} == known:
-        return known["costs"]
+    try:
+        if {**(known := read_json_object(path, "", 10_000_000)), **wanted} == known:
+            return known["costs"]
+    except (OSError, ValueError, KeyError):
+        pass  # there is none yet, or it is damaged
     bar_format = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
     with tqdm(total=1.0, desc="compare: a step and a forward of each", bar_format=bar_format, file=sys.stderr) as bar:
 
@@ -140,6 +169,7 @@ def _row(label: str, metrics: Sequence[Mapping[str, Any]], costs: Mapping[str, A
         if all(each["validation"] for each in metrics)
         else None,
         "train_seconds": summary([each["train_seconds"] for each in metrics]),
+        "runs_at_once": max(each.get("runs_at_once", 1) for each in metrics),
         "peak_memory_bytes": summary([each["peak_memory_bytes"] for each in metrics]),
         "checkpoint_bytes": first.get("adapter_bytes", first["full_checkpoint_bytes"]),
         **costs[label],
@@ -164,7 +194,7 @@ def markdown(result: Mapping[str, Any]) -> str:
                 f"**{accuracy}**" if row["label"] == result["best"] else accuracy,
                 percent(row["macro_f1"]),
                 f"{row['step_ms']['median']:.0f} ({row['step_ms']['q1']:.0f}-{row['step_ms']['q3']:.0f})",
-                f"{row['train_seconds']['mean']:.0f}",
+                f"{row['train_seconds']['mean']:.0f}{chr(92) + '*' if row['runs_at_once'] > 1 else ''}",
                 f"{row['peak_memory_bytes']['mean'] / 2**20:,.0f}",
                 f"{row['checkpoint_bytes'] / 1e6:.2f}",
                 forward,
@@ -174,6 +204,13 @@ def markdown(result: Mapping[str, Any]) -> str:
     heading += ["peak memory, MiB", "checkpoint, MB", "forward / base"]
     head = result["methods"][0]["head_parameters"]
     seeds = ", ".join(map(str, result["seeds"]))
+    at_once = max(row["runs_at_once"] for row in result["methods"])
+    shared = left_out = ""
+    if at_once > 1:
+        shared = f"\\* Seconds of runs that shared the machine, up to {at_once} at once; steps were timed apart.\n"
+    if result["left_out"]:
+        reasons = "\n".join(f"- `{each['label']}`: {each['reason']}" for each in result["left_out"])
+        left_out = f"\nLeft out, as the checkpoint does not suit them:\n\n{reasons}\n"
     marked = "bold: ahead of every other by more" if result["best"] else "none is ahead of every other by more"
     return f"""# Methods compared
 
@@ -183,32 +220,30 @@ Mean ± standard deviation over seeds {seeds}, on {result["examples"]["test"]:,}
 "parameters" leaves out the new head ({head:,}), which every method trains; "trained" is the share of all parameters,
 with it. A step is of a batch of median length, a forward of one of the longest texts, as a multiple of the base
 model's {base:.1f} ms; medians and quartiles of interleaved rounds. Peak memory is that of each run's own process.
-
+{shared}{left_out}
 {report.measured_on(result)}
 """
 
 
 def _plot(path: Path, result: Mapping[str, Any]) -> None:
-    """Accuracy against trained parameters, the paper's figure 2."""
+    """Accuracy against trained parameters, the paper's figure 2. A line joins settings that differ by size alone."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    kinds = list(dict.fromkeys(row["method"] for row in result["methods"]))
+    lines = lines_of(result["methods"])
     markers = "osD^vP*X<>hdp8H"
-    if len(kinds) > 10:  # or colours repeat
+    if len(lines) > 10:  # or colours repeat
         axes.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors)
-    for index, kind in enumerate(kinds):
-        rows = [row for row in result["methods"] if row["method"] == kind]
-        rows.sort(key=lambda row: row["trained_parameters"])
+    for index, (name, rows) in enumerate(lines.items()):
         axes.errorbar(
             [row["trained_parameters"] for row in rows],
             [100 * row["accuracy"]["mean"] for row in rows],
             [100 * (row["accuracy"]["sd"] or 0.0) for row in rows],
             marker=markers[index % len(markers)],
             capsize=3,
-            label=kind,
+            label=name,
         )
     axes.set(xscale="log", xlabel="trained parameters, head included", ylabel="test accuracy, %")
-    axes.set_title(f"mean and standard deviation over {len(result['seeds'])} seeds")
+    axes.set_title(over_seeds(result["seeds"]))
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(path, dpi=120)
+    write_picture(path, figure)

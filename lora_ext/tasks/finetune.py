@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict
@@ -9,18 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import DataCollatorWithPadding, PreTrainedModel, set_seed
 
 from lora_ext.adapters import merge_and_unload, trainable_parameter_counts
-from lora_ext.methods import head_parameter_count, save_method
+from lora_ext.methods import head_parameter_count, load_method, save_method
 
 from . import TaskError, demo, report
+from .checkpoints import last_checkpoint
 from .data import DATA_FILE, fingerprint, save_fingerprint, saved_fingerprint
-from .run_directory import check_out, prepare_out, write_json
+from .run_directory import check_out, prepare_out
 from .settings import INPUTS, SETTINGS_FILE, Settings, command_line
 from .task_data import Encoded, encode, load_data
-from .task_model import adapt, check_fits, check_room, load_model, model_path_of, most_tokens
-from .trainer import FinetuneTrainer, build_trainer, forward_of, last_checkpoint, predict, train
+from .task_model import adapt, check_fits, check_room, load_model, model_path_of, most_tokens, sharing
+from .trainer import FinetuneTrainer, build_trainer, forward_of, predict, train
+from .whole_files import whole_directory, write_json, writing
 
 _OUTPUTS = ("checkpoints", "adapter", "model", "metrics.json", "loss_curve.png", "predictions.jsonl", DATA_FILE)
 _OUTPUTS += (SETTINGS_FILE,)  # last, when they are removed: it says whose the others are
@@ -32,12 +36,20 @@ def finetune(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    measure: bool = True,
+    runs_at_once: int = 1,
     say: Callable[[str], None] = print,
     on_progress: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
     """Runs the whole task and leaves adapter/, metrics.json, loss_curve.png and predictions.jsonl in ``out``.
 
+    metrics.json comes last: where it is, the others are whole.
+
     Args:
+        resume: goes on from the last checkpoint, or from the beginning where there is none yet, to the same result as
+            a run that nothing interrupted, bit for bit (on the same machine and with as many threads).
+        measure: times the model, adapted and merged, next to the base model, for some seconds.
+        runs_at_once: that share the machine: for metrics.json, as times are then of all of them.
         say: shows a line to the user.
         on_progress: is told, after every step, the part of the training that is done.
 
@@ -46,6 +58,7 @@ def finetune(
 
     Raises:
         TaskError: a mistake in the settings, the data or the directory; found before training starts.
+        WriteError: the disk refuses what is to be written; the last checkpoint is whole, and ``resume`` goes on.
         Interrupted: after the first Ctrl-C during training.
     """
     inputs = [getattr(settings, name) for name in INPUTS]
@@ -55,6 +68,8 @@ def finetune(
     texts = fingerprint(splits)
     if resume and saved_fingerprint(out) not in (None, texts):
         raise TaskError(f"--resume: the texts are not those that the run in {out} was started with; begin a new run")
+    if resume and checkpoint is None:
+        say(f"{out} has no checkpoint yet: the run starts from the beginning")
     labels = splits.labels
     model_path = model_path_of(settings.model)
     say(f"loading {model_path} ...")
@@ -63,6 +78,7 @@ def finetune(
     check_fits(task_model, settings)
     tokenizer, model, most = task_model.tokenizer, task_model.model, most_tokens(task_model.model)
     bare = {"head_parameters": head_parameter_count(model), "full_checkpoint_bytes": report.tensor_bytes(model)}
+    base = sharing(model) if measure and settings.method != "full" else None
     adapt(model, settings, model_path)
     trainable, total = trainable_parameter_counts(model)
     say("tokenising ...")
@@ -70,7 +86,7 @@ def finetune(
     check_room(model.modules(), most, [*train_rows.rows, *validation_rows.rows, *test_rows.rows])
 
     def save(out: Path) -> None:
-        settings.save(out)
+        settings.save(out, threads=torch.get_num_threads())
         save_fingerprint(out, texts)
 
     prepare_out(out, _OUTPUTS, resume, save)
@@ -78,12 +94,10 @@ def finetune(
         model, settings, out, train_rows.rows, validation_rows.rows, DataCollatorWithPadding(tokenizer)
     )
 
-    say(f"evaluating on {len(test_rows.rows):,} test texts before training ...")
-    before = _score(predict(trainer, test_rows.rows), test_rows)
     say(f"training {trainable:,} of {total:,} parameters on {len(train_rows.rows):,} texts ...")
-    throughput = train(trainer, checkpoint, on_progress)
+    progress = train(trainer, checkpoint, on_progress)
     peak_memory = report.peak_memory_bytes(model.device)
-    say("evaluating on the test texts after training ...")
+    say(f"evaluating on {len(test_rows.rows):,} test texts ...")
     logits = predict(trainer, test_rows.rows)
 
     metrics: dict[str, Any] = {
@@ -96,27 +110,30 @@ def finetune(
         "trainable_parameters": trainable,
         "total_parameters": total,
         **bare,
-        "before": before,
+        "majority": _majority(train_rows, test_rows, labels),
         "validation": _last_validation(trainer.state.log_history),
         "after": _score(logits, test_rows),
-        "train_seconds": throughput.seconds,
-        "tokens_per_second": throughput.tokens / throughput.seconds if throughput.seconds else 0.0,
+        "train_seconds": progress.seconds,
+        "runs_at_once": runs_at_once,
+        "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else 0.0,
         "peak_memory_bytes": peak_memory,
     }
-    if settings.method == "full":
-        trainer.save_model(str(out / "model"))
-        tokenizer.save_pretrained(out / "model")
-    else:
-        save_method(model, out / "adapter")
-        metrics["adapter_bytes"] = report.directory_bytes(out / "adapter")
+    with writing(out):
+        (out / "metrics.json").unlink(missing_ok=True)  # of a run that was finished, and is resumed
+    with whole_directory(out / ("model" if settings.method == "full" else "adapter")) as fresh:
+        if settings.method == "full":
+            model.save_pretrained(fresh)
+            tokenizer.save_pretrained(fresh)
+        else:
+            save_method(model, fresh)
+            metrics["adapter_bytes"] = report.directory_bytes(fresh)
     report.write_predictions(out / "predictions.jsonl", test_rows.examples, logits, test_rows.classes, labels)
     title = f"{settings.method}, {len(train_rows.rows):,} texts"
     report.plot_loss(out / "loss_curve.png", trainer.state.log_history, title)
     write_json(out / "metrics.json", metrics)  # what follows may want more memory than there is
-    if settings.method != "full":
-        say("comparing with the base model ...")
-        base = load_model(model_path, labels, settings.max_length).model.to(model.device)
-        metrics |= _beside(base, trainer, settings, test_rows, logits, say)
+    if base is not None:
+        say("measuring next to the base model ...")
+        metrics |= _measure(base, out / "adapter", trainer, settings, test_rows, logits, say)
         write_json(out / "metrics.json", metrics)
     say(f"\n{report.table(metrics)}\n\nin {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
     if settings.model is None or settings.data is None:
@@ -124,41 +141,57 @@ def finetune(
     return metrics
 
 
-def _beside(
+_SECONDS = 5.0  # of timing; three rounds at least
+_BATCHES = 4  # whose answers are compared, merged or not
+
+
+def _measure(
     base: PreTrainedModel,
+    adapter: Path,
     trainer: FinetuneTrainer,
     settings: Settings,
     test_rows: Encoded,
     logits: np.ndarray,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Latencies beside the base model's and, of LoRA, what merging changes: the trainer's model is merged by it."""
-    model = trainer.model
-    found = {"latency": _latencies(trainer, settings, {"base": base, "adapted": model}, test_rows)}
+    """Median seconds of a forward of the longest texts; of LoRA, whether ``adapter``, merged, gives the same answers.
+
+    All models take turns, so that a busy machine slows all alike.
+    """
+    model, size = trainer.model, trainer.args.eval_batch_size
+    models = {"base": base.to(model.device), "adapted": model}
+    found: dict[str, Any] = {}
     if settings.method == "lora":
-        say("merging the adapter, and comparing the merged model with the base model ...")
         try:
-            merged = merge_and_unload(model)
+            models["merged"] = merge_and_unload(load_method(copy.deepcopy(base), adapter))
         except ValueError as error:  # it diverged, and has values that are not finite
             say(f"the adapter cannot be merged: {error}")
-            return found
-        merged_logits = predict(trainer, test_rows.rows)
+    forwards = {name: forward_of(each.eval(), settings) for name, each in models.items()}
+    if "merged" in models:
+        first = max(0, len(test_rows.rows) - _BATCHES * size)
+        batches = [test_rows.rows[at : at + size] for at in range(first, len(test_rows.rows), size)]
+        with torch.inference_mode():
+            outputs = [forwards["merged"](**trainer.data_collator(rows).to(model.device)).logits for rows in batches]
+        merged = torch.cat(outputs).float().cpu().numpy()
         found["merged"] = {
-            **_score(merged_logits, test_rows),
-            "max_logit_difference": float(np.abs(merged_logits - logits).max()),
-            **_latencies(trainer, settings, {"base": base, "merged": merged}, test_rows),
+            "texts": len(merged),
+            "same_answers": int((merged.argmax(-1) == logits[first:].argmax(-1)).sum()),
+            "max_logit_difference": float(np.abs(merged - logits[first:]).max()),
         }
-    return found
+    batch = trainer.data_collator(test_rows.rows[-size:]).to(model.device)
+    seconds = report.latencies(forwards, batch, seconds=_SECONDS)
+    return found | {"latency": {f"{name}_seconds": statistics.median(values) for name, values in seconds.items()}}
 
 
-def _latencies(
-    trainer: FinetuneTrainer, settings: Settings, models: dict[str, PreTrainedModel], rows: Encoded
-) -> dict[str, float]:
-    """Median seconds a forward of the longest texts takes each of ``models``, as ``<name>_seconds``."""
-    batch = trainer.data_collator(rows.rows[-trainer.args.eval_batch_size :]).to(trainer.model.device)
-    forwards = {name: forward_of(model.eval(), settings) for name, model in models.items()}
-    seconds = report.latencies(forwards, batch)
-    return {f"{name}_seconds": statistics.median(values) for name, values in seconds.items()}
+def _majority(train_rows: Encoded, test_rows: Encoded, labels: list[str]) -> dict[str, Any]:
+    """What who always answers the most frequent label of the training texts gets: what there is to beat."""
+    most = int(np.bincount(train_rows.classes).argmax())
+    predicted = np.full(len(test_rows.classes), most)
+    return {
+        "label": labels[most],
+        "accuracy": report.accuracy(predicted, test_rows.classes),
+        "macro_f1": report.macro_f1(predicted, test_rows.classes),
+    }
 
 
 def _score(logits: np.ndarray, encoded: Encoded) -> dict[str, float]:

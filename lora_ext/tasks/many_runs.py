@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import re
@@ -23,11 +22,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import TaskError
+from ..untrusted_json import read_json_object
+from . import TaskError, WriteError
 from .data import saved_fingerprint
-from .settings import OWNERS, Settings, has_option
+from .settings import OPTION_TYPES, OWNERS, Settings, checked_options, has_option
+from .whole_files import writing
 
-_TYPES = typing.get_type_hints(Settings)
 _APART = ("method", "seed")  # what tells runs apart anyway
 # What all runs have in common.
 _SHARED = ("model", "data", "eval_file", "text_column", "label_column")
@@ -67,7 +67,7 @@ def settings_for(spec: str, options: Mapping[str, Any], seed: int) -> Settings:
     for pair in pairs:
         name, equals, text = pair.partition("=")
         name = name.replace("-", "_")
-        if not equals or name not in _TYPES or name in _APART:
+        if not equals or name not in OPTION_TYPES or name in _APART:
             raise TaskError(f"{spec!r}: {pair!r} is no option=value of finetune, such as r=4 or learning-rate=1e-3")
         if name in _SHARED:
             raise TaskError(f"{spec!r}: {name} is the same for all; give --{name.replace('_', '-')}")
@@ -78,7 +78,7 @@ def settings_for(spec: str, options: Mapping[str, Any], seed: int) -> Settings:
 
 
 def _value(spec: str, name: str, text: str) -> Any:
-    kinds = typing.get_args(_TYPES[name]) or (_TYPES[name],)
+    kinds = typing.get_args(OPTION_TYPES[name]) or (OPTION_TYPES[name],)
     try:
         return int(text) if int in kinds else float(text) if float in kinds else text
     except ValueError:
@@ -117,8 +117,7 @@ def run_all(runs: Sequence[Run], out: Path, what: str, jobs: int = 1) -> dict[Ru
         def carry_out(run: Run) -> dict[str, Any]:
             metrics = finished(run, out)
             if metrics is None:
-                threads = max(1, torch.get_num_threads() // jobs)
-                metrics = _carry_out(run, directories[run], threads, ending, lambda part: show(run, min(part, 0.999)))
+                metrics = _carry_out(run, out, jobs, ending, lambda part: show(run, min(part, 0.999)))
             shutil.rmtree(directories[run] / "checkpoints", ignore_errors=True)
             show(run, 1.0)
             return metrics
@@ -145,50 +144,67 @@ def run_all(runs: Sequence[Run], out: Path, what: str, jobs: int = 1) -> dict[Ru
                 raise
 
 
+_FIGURES = ("trainable_parameters", "head_parameters", "total_parameters", "full_checkpoint_bytes", "train_seconds")
+_FIGURES += ("peak_memory_bytes",)
+
+
 def finished(run: Run, out: Path) -> dict[str, Any] | None:
-    """The metrics of a run that is complete; None: it is not, or was started with other settings or texts."""
+    """The metrics of a run that is complete.
+
+    None: it is not, or was started with other settings or texts, or its file is damaged.
+    """
     try:
-        metrics = json.loads((run.directory(out) / "metrics.json").read_text())
-    except (OSError, ValueError):
+        metrics = read_json_object(run.directory(out) / "metrics.json", "", 10_000_000)
+        same = Settings(**checked_options(metrics["settings"])) == run.settings  # options new since have their defaults
+        scores = [metrics["after"], *([metrics["validation"]] if metrics["validation"] else [])]
+        figures = [metrics[name] for name in _FIGURES]
+        figures += [each[name] for each in scores for name in ("accuracy", "macro_f1")]
+        whole = all(type(each) in (int, float) for each in figures) and isinstance(metrics["examples"]["test"], int)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, TaskError):
         return None
-    try:
-        same = Settings(**metrics["settings"]) == run.settings  # options that are new since have their defaults
-    except (KeyError, TypeError, TaskError):
-        return None
-    return metrics if same and metrics.get("data_sha256") in (None, run.data_sha256) else None
+    return metrics if whole and same and metrics.get("data_sha256") in (None, run.data_sha256) else None
 
 
-def _carry_out(
-    run: Run, directory: Path, threads: int, ending: Event, on_progress: Callable[[float], None]
-) -> dict[str, Any]:
+def _carry_out(run: Run, out: Path, jobs: int, ending: Event, on_progress: Callable[[float], None]) -> dict[str, Any]:
+    directory = run.directory(out)
     resume, log = _can_resume(run, directory), directory.with_name(f"{directory.name}.log")
-    if not resume and directory.exists():
-        shutil.rmtree(directory)
-        log.unlink(missing_ok=True)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    arguments = (run.settings, directory, resume)
-    in_process(_finetune, *arguments, log=log, threads=threads, on_progress=on_progress, ending=ending)
-    return json.loads((directory / "metrics.json").read_text())
+    with writing(directory):
+        if not resume and directory.exists():
+            shutil.rmtree(directory)
+            log.unlink(missing_ok=True)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+    arguments = (run.settings, directory, resume, jobs)
+    in_process(
+        _finetune,
+        *arguments,
+        log=log,
+        threads=max(1, torch.get_num_threads() // jobs),
+        on_progress=on_progress,
+        ending=ending,
+    )
+    metrics = finished(run, out)
+    if metrics is None:
+        raise TaskError(f"{directory} does not hold what the run that has just ended there is to leave; see {log}")
+    return metrics
 
 
 def _can_resume(run: Run, directory: Path) -> bool:
     try:
-        same = Settings.load(directory) == run.settings
+        return Settings.load(directory) == run.settings and saved_fingerprint(directory) in (None, run.data_sha256)
     except TaskError:
         return False
-    return (
-        same
-        and saved_fingerprint(directory) in (None, run.data_sha256)
-        and any(directory.glob("checkpoints/checkpoint-*/trainer_state.json"))
-    )
 
 
 def _finetune(
-    settings: Settings, directory: Path, resume: bool, on_progress: Callable[[float], None] = lambda part: None
+    settings: Settings,
+    directory: Path,
+    resume: bool,
+    jobs: int,
+    on_progress: Callable[[float], None] = lambda part: None,
 ) -> None:
     from .finetune import finetune
 
-    finetune(settings, directory, resume=resume, on_progress=on_progress)
+    finetune(settings, directory, resume=resume, measure=False, runs_at_once=jobs, on_progress=on_progress)
 
 
 _PROCESSES: set[multiprocessing.process.BaseProcess] = set()  # that are waited for
@@ -245,8 +261,8 @@ def in_process(
     kind, value = outcome
     if interrupted or kind == "interrupted":
         raise KeyboardInterrupt
-    if kind == "mistake":
-        raise TaskError(value)
+    if kind in ("mistake", "disk"):
+        raise (WriteError if kind == "disk" else TaskError)(value)
     if kind != "done":
         lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
         last = lines[-1] if lines else f"exit code {process.exitcode}"
@@ -282,7 +298,7 @@ def _child(connection: Connection, log: Path, num_threads: int, function: Callab
             value = function(*args, on_progress=lambda part: connection.send(("progress", part)))
             connection.send(("done", value))
         except TaskError as error:
-            connection.send(("mistake", str(error)))
+            connection.send(("disk" if isinstance(error, WriteError) else "mistake", str(error)))
         except KeyboardInterrupt:
             connection.send(("interrupted", None))
         except BaseException:

@@ -14,9 +14,10 @@ from lora_ext.planner import WEIGHT_DTYPES, Change, Memory, Planner, Setup, chan
 
 from . import TaskError, plan_report, report
 from .plan_models import TASKS, ConfigSource, read_config, task_of
-from .run_directory import check_out, prepare_out, write_json, write_whole
+from .run_directory import check_out, prepare_out
 from .settings import Settings
 from .task_model import method_for, most_tokens
+from .whole_files import write_json, write_whole
 
 PLAN_FILE = "plan.json"
 _OUTPUTS = ("plan.md", "plan.png", PLAN_FILE)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import markdown
+from .whole_files import write_picture
 
 KINDS = {  # of memory, by their keys in plan.json
     "weights": "weights",
@@ -127,4 +128,4 @@ def plot(path: Path, plan: Mapping[str, Any]) -> None:
         axes.axvline(plan["capacity"]["usable"] / divisor, color="black", linestyle="--", label="usable")
     axes.set(xlabel=f"{unit} at the peak", title=f"{plan['model']}, {plan['settings']['dtype']}")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=3, frameon=False)
-    figure.savefig(path, dpi=120)
+    write_picture(path, figure)

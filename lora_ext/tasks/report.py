@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import resource
 import sys
@@ -18,6 +19,7 @@ import torch
 from lora_ext import info
 
 from .data import Example
+from .whole_files import write_picture, write_whole
 
 Key = TypeVar("Key")
 
@@ -56,16 +58,22 @@ def directory_bytes(directory: Path) -> int:
 
 @torch.inference_mode()
 def latencies(
-    models: Mapping[Key, Callable[..., Any]], inputs: Mapping[str, torch.Tensor], rounds: int = 11
+    models: Mapping[Key, Callable[..., Any]],
+    inputs: Mapping[str, torch.Tensor],
+    rounds: int = 11,
+    seconds: float = math.inf,
 ) -> dict[Key, list[float]]:
     """Seconds of ``rounds`` forward passes of each model. They take turns, so that a busy machine slows all alike.
 
     Each follows one of the same model that is not timed: models that share weights would else find them in the cache,
-    and the first of them would not.
+    and the first of them would not. No round begins after ``seconds``, once there are three.
     """
     synchronize: Callable[[], None] = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    seconds: dict[Key, list[float]] = {name: [] for name in models}
+    taken: dict[Key, list[float]] = {name: [] for name in models}
+    end = time.perf_counter() + seconds
     for round_number in range(rounds + 2):
+        if round_number >= 5 and time.perf_counter() > end:
+            break
         for name, model in models.items():
             model(**inputs)
             synchronize()
@@ -73,8 +81,8 @@ def latencies(
             model(**inputs)
             synchronize()
             if round_number >= 2:  # the first ones warm up
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+                taken[name].append(time.perf_counter() - start)
+    return taken
 
 
 def made_by(command: Sequence[str] | None = None) -> dict[str, Any]:
@@ -107,16 +115,17 @@ def write_predictions(
     path: Path, examples: list[Example], logits: np.ndarray, expected: np.ndarray, labels: list[str]
 ) -> None:
     """One JSON object a line: line of the input, text, label, predicted label, logits in the order of ``labels``."""
-    with path.open("w", encoding="utf-8") as file:
-        for example, scores, label in zip(examples, logits, expected, strict=True):
-            row = {
-                "line": example.line,
-                "text": example.text,
-                "label": labels[label],
-                "predicted": labels[int(scores.argmax())],
-                "logits": [float(score) for score in scores],
-            }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    lines = []
+    for example, scores, label in zip(examples, logits, expected, strict=True):
+        row = {
+            "line": example.line,
+            "text": example.text,
+            "label": labels[label],
+            "predicted": labels[int(scores.argmax())],
+            "logits": [float(score) for score in scores],
+        }
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_whole(path, "".join(lines))
 
 
 def plot_loss(path: Path, history: list[dict[str, float]], title: str) -> None:
@@ -132,7 +141,7 @@ def plot_loss(path: Path, history: list[dict[str, float]], title: str) -> None:
     axes.set(xlabel="epoch", ylabel="cross-entropy loss", title=title, ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    write_picture(path, figure)
 
 
 def table(metrics: Mapping[str, Any]) -> str:
@@ -142,22 +151,31 @@ def table(metrics: Mapping[str, Any]) -> str:
 
 def figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The figures of ``metrics.json`` for people, each with its name."""
-    before, after, merged = metrics["before"], metrics["after"], metrics.get("merged")
+    after, merged = metrics["after"], metrics.get("merged")
     share = metrics["trainable_parameters"] / metrics["total_parameters"]
+    compared = {"accuracy": "", "macro_f1": ""}
+    if "majority" in metrics:
+        most = metrics["majority"]
+        compared = {
+            "accuracy": f"; always {most['label']!r}: {most['accuracy']:.2%}",
+            "macro_f1": f"; {most['macro_f1']:.3f}",
+        }
     rows = [
         ("parameters trained", f"{metrics['trainable_parameters']:,} of {metrics['total_parameters']:,} ({share:.2%})"),
-        ("test accuracy", f"{before['accuracy']:.2%} before, {after['accuracy']:.2%} after"),
-        ("test macro-F1", f"{before['macro_f1']:.3f} before, {after['macro_f1']:.3f} after"),
+        ("test accuracy", f"{after['accuracy']:.2%}{compared['accuracy']}"),
+        ("test macro-F1", f"{after['macro_f1']:.3f}{compared['macro_f1']}"),
         ("training", f"{metrics['train_seconds']:.0f} s, {metrics['tokens_per_second']:,.0f} tokens/s"),
         ("peak memory", f"{metrics['peak_memory_bytes'] / 2**20:,.0f} MiB"),
     ]
-    if merged is not None:
+    if "adapter_bytes" in metrics:
         adapter, full = metrics["adapter_bytes"], metrics["full_checkpoint_bytes"]
-        base_ms, merged_ms = 1e3 * merged["base_seconds"], 1e3 * merged["merged_seconds"]
-        difference = merged["max_logit_difference"]
-        rows += [
-            ("on disk", f"adapter {adapter / 1e6:.2f} MB, full checkpoint {full / 1e6:.2f} MB"),
-            ("merged accuracy", f"{merged['accuracy']:.2%}; logits differ by at most {difference:.1e}"),
-            ("merged latency", f"{merged_ms:.1f} ms a batch, base model {base_ms:.1f} ms"),
-        ]
+        rows.append(("on disk", f"adapter {adapter / 1e6:.2f} MB, full checkpoint {full / 1e6:.2f} MB"))
+    if merged is not None and "texts" in merged:
+        same, texts, difference = merged["same_answers"], merged["texts"], merged["max_logit_difference"]
+        same = "the same answers" if same == texts else f"{same} of the answers the same"
+        rows.append(("merged", f"{same} on the {texts} longest test texts; logits differ by at most {difference:.1e}"))
+    latency = metrics.get("latency", {}) | (merged or {})
+    names = {"base_seconds": "base model", "adapted_seconds": "adapted", "merged_seconds": "merged"}
+    if shown := [f"{name} {1e3 * latency[key]:.1f} ms" for key, name in names.items() if key in latency]:
+        rows.append(("a batch's forward", ", ".join(shown)))
     return rows

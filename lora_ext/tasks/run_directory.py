@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import TaskError
+from .whole_files import discard, is_leftover, remove_leftovers, write_json, write_whole, writing
 
-__all__ = ["check_out", "leave_results", "prepare_out", "write_json", "write_whole"]
+__all__ = ["check_out", "leave_results", "prepare_out"]
 
 
 def check_out(
@@ -39,7 +37,9 @@ def check_out(
         raise TaskError("--resume continues the run in --out and --overwrite replaces it; give one of them")
     if out.exists() and not out.is_dir():
         raise TaskError(f"--out {out} is not a directory")
-    if resume or not out.exists() or not any(out.iterdir()):
+    if resume and not (out / marker).is_file():
+        raise TaskError(f"--resume: {out} holds no run to continue: there is no {marker}; start it without --resume")
+    if resume or not out.exists() or all(is_leftover(path) for path in out.iterdir()):
         return
     if not (out / marker).is_file():
         raise TaskError(f"--out {out} holds files that are not of {what}; choose another directory")
@@ -56,33 +56,21 @@ def prepare_out(out: Path, outputs: Sequence[str], resume: bool, save: Callable[
     """Makes ``out``, without the ``outputs`` (names or patterns) of an earlier run unless it is resumed.
 
     ``save(out)`` then writes what the run is started with.
+
+    Raises:
+        WriteError: the disk refuses.
     """
-    try:
+    with writing(out):
         for pattern in () if resume else outputs:
             for path in list(out.glob(pattern)):
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
+                discard(path)
         out.mkdir(parents=True, exist_ok=True)
-        save(out)
-    except OSError as error:
-        raise TaskError(f"--out {out} cannot be written: {error.strerror}") from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes the file, which is at no time there in part."""
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    write_whole(path, json.dumps(content, indent=2) + "\n")
+        remove_leftovers(out)
+    save(out)
 
 
 def leave_results(out: Path, name: str, result: Any, document: str, say: Callable[[str], None]) -> None:
-    """A command's ``name``.json and .md, beside the .png that is there already, and the document for the user."""
+    """A command's ``name``.json and .md, next to the .png that is there already, and the document for the user."""
     write_whole(out / f"{name}.md", document)
     write_json(out / f"{name}.json", result)
     say(f"{document}\nin {out}: {name}.json, {name}.md, {name}.png; runs/ has every run")

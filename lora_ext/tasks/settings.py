@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 
 from lora_ext.methods import METHODS, option_names
 
+from ..untrusted_json import read_json_object
 from . import TaskError
+from .whole_files import write_json
 
 SETTINGS_FILE = "settings.json"
 COMPARE_FILE = "compare-settings.json"
@@ -102,17 +105,80 @@ class Settings:
             **{name: v for name, v in asdict(self).items() if has_option(method, name)} | {"method": method}
         )
 
-    def save(self, out: Path) -> None:
-        (out / SETTINGS_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+    def save(self, out: Path, threads: int | None = None) -> None:
+        """Writes what a run is started with, and the number of threads, on which the last bits of sums depend."""
+        write_json(out / SETTINGS_FILE, asdict(self) | ({} if threads is None else {"threads": threads}))
 
     @classmethod
     def load(cls, out: Path) -> Settings:
-        """The settings of the run in ``out``."""
+        """The settings of the run in ``out``. TaskError: it has none, or they are damaged."""
+        values = _read(out, SETTINGS_FILE)
+        values.pop("threads", None)
         try:
-            return cls(**json.loads((out / SETTINGS_FILE).read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise TaskError(f"--resume: {out} holds no run to continue: {error}") from error
+            return cls(**checked_options(values))
+        except (TaskError, ValueError) as error:
+            raise TaskError(f"--resume: {out / SETTINGS_FILE} is damaged: {error}") from error
 
+
+def saved_threads(out: Path) -> int | None:
+    """The number of threads that the run in ``out`` was started with, where its settings say it."""
+    threads = _read(out, SETTINGS_FILE).get("threads")
+    return threads if type(threads) is int and threads > 0 else None
+
+
+def load_plan(out: Path, name: str, lists: Mapping[str, type]) -> dict[str, Any]:
+    """What compare or sweep was started with, of the file ``name`` in ``out``.
+
+    Args:
+        lists: names of its lists -> the type of what is in them.
+
+    Raises:
+        TaskError: there is none, or it is damaged.
+    """
+    plan = _read(out, name)
+    try:
+        for key, kind in lists.items():
+            if not isinstance(plan.get(key), list) or any(type(each) is not kind for each in plan[key]):
+                raise ValueError(f"{key} is no list of {kind.__name__}")
+        for key in plan.keys() - lists.keys() - {"options"}:
+            if plan[key] is not None and type(plan[key]) is not int:
+                raise ValueError(f"{key} is no number")
+        if not isinstance(plan.get("options"), dict):
+            raise ValueError("there are no options")
+        checked_options(plan["options"])
+    except ValueError as error:
+        raise TaskError(f"--resume: {out / name} is damaged: {error}") from error
+    return plan
+
+
+def checked_options(values: dict[str, Any]) -> dict[str, Any]:
+    """``values`` of :class:`Settings`, which a file has. ValueError: one of them is not of its type, or not known."""
+    for name, value in values.items():
+        if name not in OPTION_TYPES:
+            raise ValueError(f"it has {name!r}, which is no option")
+        kinds = typing.get_args(OPTION_TYPES[name]) or (OPTION_TYPES[name],)
+        if (
+            type(value) not in kinds
+            and not (float in kinds and type(value) is int)
+            and not (name == "learning_rate" and value is None)
+        ):
+            raise ValueError(f"{name} is {json.dumps(value)[:100]}")
+    return values
+
+
+def _read(out: Path, name: str) -> dict[str, Any]:
+    path = out / name
+    try:
+        return read_json_object(path, "", 1_000_000)
+    except FileNotFoundError as error:
+        raise TaskError(f"--resume: {out} holds no run to continue: there is no {name}") from error
+    except OSError as error:
+        raise TaskError(f"--resume: {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise TaskError(f"--resume: {error}") from error
+
+
+OPTION_TYPES: dict[str, Any] = typing.get_type_hints(Settings)
 
 OWNERS = {
     field.name: [name for name in METHODS if field.name in option_names(name)]

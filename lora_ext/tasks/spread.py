@@ -36,3 +36,47 @@ def percent(each: Mapping[str, Any]) -> str:
     """``81.2 ± 0.4`` of a :func:`summary` of shares."""
     spread = "" if each["sd"] is None else f" ± {100 * each['sd']:.1f}"
     return f"{100 * each['mean']:.1f}{spread}"
+
+
+def over_seeds(seeds: Sequence[int]) -> str:
+    """What a picture shows: ``mean and standard deviation over 3 seeds``, or of one seed."""
+    return f"seed {seeds[0]}" if len(seeds) == 1 else f"mean and standard deviation over {len(seeds)} seeds"
+
+
+_SIZES = (
+    "r",
+    "bottleneck_size",
+    "prefix_length",
+    "infix_length",
+    "drop_layers",
+)  # options that say how much is trained
+
+
+def lines_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Rows of a comparison whose settings differ by one size alone, such as the rank, by the name of their line.
+
+    Sorted by the parameters. Of other settings, as of LoRA on other weights, each row is a line of its own.
+    """
+    lines: dict[tuple, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault(_same(row["settings"], _SIZES), []).append(row)
+    named: dict[str, list[Mapping[str, Any]]] = {}
+    for own in lines.values():
+        differing = [size for size in _SIZES if len({row["settings"].get(size) for row in own}) > 1]
+        if len(differing) == 1:
+            whole = sorted(own, key=lambda row: row["trained_parameters"])
+            sizes = ", ".join(str(row["settings"][differing[0]]) for row in whole)
+            name = f"{_without_size(whole[0]['label'], differing[0])}, {differing[0].replace('_', ' ')} {sizes}"
+            named[name] = whole
+        else:  # one point, or points that two sizes tell apart
+            named |= {row["label"]: [row] for row in own}
+    return named
+
+
+def _same(settings: Mapping[str, Any], but: Sequence[str]) -> tuple:
+    return tuple(sorted((name, repr(value)) for name, value in settings.items() if name not in but))
+
+
+def _without_size(label: str, size: str) -> str:
+    parts = [part for part in label.split(":") if not part.startswith(f"{size.replace('_', '-')}=")]
+    return ":".join(parts)

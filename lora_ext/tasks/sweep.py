@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 
 from lora_ext import LoraConfig
@@ -14,10 +15,11 @@ from . import TaskError, report
 from .data import fingerprint
 from .many_runs import Run, run_all, settings_for
 from .markdown import table
-from .run_directory import check_out, leave_results, prepare_out, write_json
+from .run_directory import check_out, leave_results, prepare_out
 from .settings import INPUTS, SWEEP_FILE, command_line
-from .spread import percent, summary, winner
+from .spread import over_seeds, percent, summary, winner
 from .task_model import check_fits, load_task_model, method_for
+from .whole_files import write_json, write_picture
 
 _OUTPUTS = ("sweep.json", "sweep.md", "sweep.png", "runs", SWEEP_FILE)
 
@@ -74,6 +76,7 @@ def sweep(
         )
     within = {target: budget // per_rank[target] for target in targets}
     plan = {"ranks": ranks, "targets": targets, "seeds": seeds, "budget": budget, "options": options}
+    plan["threads"] = torch.get_num_threads()
 
     cells = [(rank, target) for target in targets for rank in ranks]
     cells += [cell for target in targets if (cell := (within[target], target)) not in cells]
@@ -191,7 +194,7 @@ def _plot(path: Path, result: Mapping[str, Any]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(result["ranks"], [str(rank) for rank in sorted(result["ranks"])])
     axes.set(xlabel="rank", ylabel="test accuracy, %")
-    axes.set_title(f"mean and standard deviation over {len(result['seeds'])} seeds")
+    axes.set_title(over_seeds(result["seeds"]))
     axes.grid(alpha=0.3)
     axes.legend(title="weights")
-    figure.savefig(path, dpi=120)
+    write_picture(path, figure)

@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from . import TaskError, demo
-from .data import Example, Splits, label_names, read_examples, split_examples, without_texts_of
+from .data import Example, Splits, check_labels, label_names, read_examples, shown, split_examples, without_texts_of
 from .settings import Settings
 
 
@@ -37,23 +37,23 @@ def load_data(settings: Settings, say: Callable[[str], None]) -> Splits:
         splits = split_examples(examples, settings.validation_split, 0.0)._replace(test=test)
     if not splits.test:
         raise TaskError(f"{name}: no text is left for testing; raise --test-split, or name an --eval-file")
+    try:
+        check_labels(splits.labels)
+    except TaskError as error:
+        raise TaskError(f"{name}: {error}") from error
     known = label_names(splits.train)
     if len(known) < 2:
         raise TaskError(f"{name}: every text for training has the label {known[0]!r}; a classifier needs at least two")
     for side, examples in (("validation", splits.validation), ("test", splits.test)):
         if unknown := sorted({example.label for example in examples} - set(known)):
             raise TaskError(
-                f"{name}: labels {unknown} occur in the {side} texts only; for training there are {_first(known)}. "
-                "Every label, a number too, is a class, which takes texts to learn; add some, or drop these"
+                f"{name}: labels [{shown(unknown)}] occur in the {side} texts only; for training there are "
+                f"{shown(known)}. Every label, a number too, is a class, which takes texts to learn; add some, or drop "
+                "these"
             )
     sizes = ", ".join(f"{len(split):,} for {side}" for side, split in splits._asdict().items())
-    say(f"{name}: {sizes}; labels {', '.join(known)}")
+    say(f"{name}: {sizes}; labels {shown(known)}")
     return splits
-
-
-def _first(labels: list[str], count: int = 10) -> str:
-    """Some thousand of them, of a column that holds no classes, say no more than a few."""
-    return ", ".join(labels[:count]) + (f" and {len(labels) - count} more" if len(labels) > count else "")
 
 
 def encode(examples: list[Example], tokenizer: PreTrainedTokenizerBase, labels: list[str], max_length: int) -> Encoded:
@@ -61,6 +61,7 @@ def encode(examples: list[Example], tokenizer: PreTrainedTokenizerBase, labels: 
         return Encoded([], [], np.empty(0, np.int64))
     token_ids = tokenizer([example.text for example in examples], truncation=True, max_length=max_length)["input_ids"]
     order = sorted(range(len(examples)), key=lambda index: len(token_ids[index]))
-    classes = [labels.index(examples[index].label) for index in order]
+    index_of = {label: index for index, label in enumerate(labels)}
+    classes = [index_of[examples[index].label] for index in order]
     rows = [{"input_ids": token_ids[index], "labels": label} for index, label in zip(order, classes, strict=True)]
     return Encoded([examples[index] for index in order], rows, np.array(classes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -11,15 +12,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from lora_ext.methods import load_method, method_of, save_method
 
 from . import TaskError
+from .checkpoints import Checkpoint, Clock, damaged, new_checkpoint
 from .moving_average import MovingAverage
 from .report import accuracy, macro_f1
 from .settings import SCHEDULES, Settings
+from .whole_files import writing
 
 
 class Interrupted(KeyboardInterrupt):
@@ -35,10 +38,16 @@ class FinetuneTrainer(Trainer):
         lora_plus_ratio: the learning rate of ``lora_B`` over that of all else (LoRA+, Hayou et al. 2024, arXiv
             2402.12354).
         average: which is evaluated during training, and what the model has after it; or None.
+        progress: what it has done so far.
+        clock: of its checkpoints.
     """
 
     lora_plus_ratio = 1.0
     average: MovingAverage | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.progress, self.clock = Progress(), Clock()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is not None:
@@ -65,11 +74,33 @@ class FinetuneTrainer(Trainer):
         loss, outputs, labels = super().prediction_step(*args, **kwargs)
         return loss, outputs[0] if isinstance(outputs, tuple) else outputs, labels
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.progress.take(loss)
+        return loss
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Writes a checkpoint that is there whole or not at all."""
+        directory = self.args.output_dir
+        self.state.stateful_callbacks[Progress.KEY] = self.progress.state()
+        with self.clock.writing_one(), new_checkpoint(Path(directory), self.state.global_step) as fresh:
+            # The Trainer makes a directory of this name in the one that its arguments name.
+            self.args.output_dir = str(fresh)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.output_dir = directory
+            (inner,) = fresh.iterdir()
+            for path in list(inner.iterdir()):
+                path.rename(fresh / path.name)
+            inner.rmdir()
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        directory = output_dir or self.args.output_dir
         if method_of(self.model).name == "full":  # the whole model, as others read it
-            super()._save(output_dir, state_dict)
+            self.model.save_pretrained(directory, state_dict=state_dict)
         else:
-            save_method(self.model, output_dir or self.args.output_dir)
+            save_method(self.model, directory)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with _explaining_damage(resume_from_checkpoint):
@@ -86,8 +117,19 @@ class FinetuneTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _explaining_damage(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
-            if checkpoint is not None and self.average is not None:
-                self.average.load(Path(checkpoint))
+            self._load_average(checkpoint)
+
+    def _load_average(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.average is not None:
+            self.average.load(Path(checkpoint))
+
+    def take_over(self, checkpoint: Checkpoint) -> None:
+        """Becomes what it was after its last step, of which ``checkpoint`` is: nothing is left to train."""
+        self._load_from_checkpoint(str(checkpoint.path))
+        with _explaining_damage(str(checkpoint.path)):
+            self._load_average(str(checkpoint.path))
+        self.state = checkpoint.state
+        self.progress.go_on(self.state)
 
 
 @contextmanager
@@ -95,15 +137,76 @@ def _explaining_damage(checkpoint: str | None) -> Iterator[None]:
     """Whatever a checkpoint's files do not load with becomes one line that says what to do."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, TaskError):
         raise
-    except PermissionError as error:
-        raise TaskError(f"--resume: {checkpoint} cannot be read: {error}") from error
     except Exception as error:  # torch.load raises what the damage happens to cause
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TaskError(
-            f"--resume: {checkpoint} cannot be read ({reason}); delete it to continue from the one before"
-        ) from error
+        raise damaged(checkpoint, error) from error
+
+
+class Progress:
+    """What a run has done, as far as it is not in its weights: time, tokens, and losses that are not logged yet.
+
+    Attributes:
+        seconds: spent in training steps, before a resumption, too.
+        tokens: in these, padding not counted.
+    """
+
+    KEY = "Progress"  # in the Trainer's state
+
+    def __init__(self) -> None:
+        self.seconds, self.tokens = 0.0, 0
+        self._loss: torch.Tensor | float = 0.0
+        self._steps = 0
+
+    def take(self, loss: torch.Tensor) -> None:
+        self._loss = self._loss + loss.double()
+        self._steps += 1
+
+    def mean_loss(self) -> float:
+        """Returns the mean of the losses since it was asked last."""
+        mean = float(self._loss) / self._steps
+        self._loss, self._steps = 0.0, 0
+        return mean
+
+    def state(self) -> dict[str, float]:
+        return {"seconds": self.seconds, "loss": float(self._loss), "steps": self._steps}
+
+    def go_on(self, state: TrainerState) -> None:
+        """Continues from what :meth:`state` put into a checkpoint."""
+        own = state.stateful_callbacks.get(self.KEY, {})
+        self.seconds, self._loss, self._steps = own.get("seconds", 0.0), own.get("loss", 0.0), own.get("steps", 0)
+        self.tokens = state.num_input_tokens_seen
+
+
+class _Steps(TrainerCallback):
+    """Says what happens at a step; all of it is in the step's checkpoint.
+
+    - Random numbers follow from the seed and the number of the step. Whatever else draws some, an evaluation or a
+      resumption, changes nothing.
+    - After it the loss is logged, at a hundredth of all steps, then the model is evaluated, at an epoch's end, and then
+      a checkpoint is written: where one is due, after the last step and after Ctrl-C.
+    """
+
+    def __init__(self, trainer: FinetuneTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.progress.go_on(state)
+        self.trainer.clock = Clock()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        torch.manual_seed(int(np.random.SeedSequence([args.seed, state.global_step]).generate_state(1, np.uint64)[0]))
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, train_dataloader=None, lr_scheduler=None, **kwargs):
+        trainer, step = self.trainer, state.global_step
+        trainer.progress.seconds += time.perf_counter() - self._start
+        trainer.progress.tokens = state.num_input_tokens_seen
+        is_last = step >= state.max_steps
+        if is_last or step % math.ceil(state.max_steps / 100) == 0:  # a hundred points, however long the run
+            trainer.log({"loss": trainer.progress.mean_loss(), "learning_rate": lr_scheduler.get_last_lr()[0]})
+        control.should_evaluate = trainer.eval_dataset is not None and (is_last or step % len(train_dataloader) == 0)
+        control.should_save = is_last or trainer.clock.is_due()
 
 
 class _Averaging(TrainerCallback):
@@ -132,26 +235,6 @@ class _LossInBar(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None and "loss" in (logs or {}):
             self.training_bar.set_postfix(epoch=f"{state.epoch:.2f}", loss=f"{float(logs['loss']):.3f}")
-
-
-class Throughput(TrainerCallback):
-    """Seconds spent in training steps, and the tokens in them, padding not counted; before a resumption, too."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.tokens = 0
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.seconds = state.stateful_callbacks.get("Throughput", {}).get("seconds", 0.0)
-        self.tokens = state.num_input_tokens_seen
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._start = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.seconds += time.perf_counter() - self._start
-        self.tokens = state.num_input_tokens_seen
-        state.stateful_callbacks["Throughput"] = {"seconds": self.seconds}  # goes into checkpoints
 
 
 class _StopOnInterrupt(TrainerCallback):
@@ -189,10 +272,9 @@ def build_trainer(model, settings: Settings, out: Path, train, validation, colla
         learning_rate=settings.learning_rate,
         lr_scheduler_type=SCHEDULES[settings.schedule],
         warmup_steps=round(settings.warmup * steps),
-        eval_strategy="epoch" if validation else "no",
-        logging_steps=0.01,  # of all steps: a hundred points on the loss curve, however long the run
-        save_steps=0.1,
-        save_total_limit=2,
+        eval_strategy="no",  # what is done after which step, _Steps says
+        logging_strategy="no",
+        save_strategy="no",
         include_num_input_tokens_seen="non_padding",
         dataloader_pin_memory=torch.cuda.is_available(),
         bf16=settings.precision == "bfloat16",
@@ -201,23 +283,25 @@ def build_trainer(model, settings: Settings, out: Path, train, validation, colla
         report_to=[],
         seed=settings.seed,
     )
-    trainer = FinetuneTrainer(
-        model,
-        arguments,
-        train_dataset=train,
-        eval_dataset=validation or None,
-        data_collator=collator,
-        compute_metrics=lambda output: {
-            "accuracy": accuracy(output.predictions.argmax(-1), output.label_ids),
-            "macro_f1": macro_f1(output.predictions.argmax(-1), output.label_ids),
-        },
-    )
+    with writing(out):  # it makes the directory of the checkpoints
+        trainer = FinetuneTrainer(
+            model,
+            arguments,
+            train_dataset=train,
+            eval_dataset=validation or None,
+            data_collator=collator,
+            compute_metrics=lambda output: {
+                "accuracy": accuracy(output.predictions.argmax(-1), output.label_ids),
+                "macro_f1": macro_f1(output.predictions.argmax(-1), output.label_ids),
+            },
+        )
     trainer.lora_plus_ratio = settings.lora_plus_ratio
     if settings.ema_decay:
         trainer.average = MovingAverage(model, settings.ema_decay)
         trainer.add_callback(_Averaging(trainer.average))
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_LossInBar())
+    trainer.add_callback(_Steps(trainer))
     return trainer
 
 
@@ -241,42 +325,30 @@ class _Progress(TrainerCallback):
 
 
 def train(
-    trainer: FinetuneTrainer, checkpoint: Path | None, on_progress: Callable[[float], None] | None = None
-) -> Throughput:
+    trainer: FinetuneTrainer, checkpoint: Checkpoint | None, on_progress: Callable[[float], None] | None = None
+) -> Progress:
     """Trains to the end, from ``checkpoint`` if given; ``on_progress`` is told the part that is done.
 
     Raises:
         Interrupted: on the first Ctrl-C, after a checkpoint of the step then finished was written.
+        WriteError: the disk refuses a checkpoint.
     """
-    stop, throughput = _StopOnInterrupt(), Throughput()
-    trainer.add_callback(stop)
-    trainer.add_callback(throughput)
-    if on_progress is not None:
-        trainer.add_callback(_Progress(on_progress))
-    with stop.listening():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if stop.requested:
-        raise Interrupted
-    steps = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    if trainer.eval_dataset is not None and steps[-1:] != [trainer.state.global_step]:
-        trainer.evaluate()  # the last checkpoint comes before it, and so it is missing from what is resumed there
+    if checkpoint is not None and checkpoint.is_last:
+        trainer.take_over(checkpoint)
+    else:
+        stop = _StopOnInterrupt()
+        trainer.add_callback(stop)
+        if on_progress is not None:
+            trainer.add_callback(_Progress(on_progress))
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        if stop.requested:
+            raise Interrupted
     if trainer.average is not None:
         trainer.average.keep()
-    return throughput
+    return trainer.progress
 
 
 def predict(trainer: FinetuneTrainer, examples: list[dict[str, Any]]) -> np.ndarray:
     """Logits ``[len(examples), num_labels]`` of the trainer's model, float32, in the order of ``examples``."""
     return trainer.predict(examples).predictions
-
-
-def last_checkpoint(out: Path) -> Path:
-    """The newest checkpoint that was written to its end (``trainer_state.json`` comes last).
-
-    Raises:
-        TaskError: there is none.
-    """
-    complete = [state.parent for state in out.glob("checkpoints/checkpoint-*/trainer_state.json")]
-    if not complete:
-        raise TaskError(f"--resume: {out} holds no checkpoint; start the run anew, with --overwrite")
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]))

@@ -9,7 +9,9 @@ print(report(model))
 try:
     import peft  # noqa: F401
 except ModuleNotFoundError as error:
-    raise ImportError(f"lora_ext.integrations.peft needs peft ({error}); pip install 'lora_ext[peft]'") from error
+    from ...install_hint import install_hint
+
+    raise ImportError(f"lora_ext.integrations.peft needs peft ({error}): {install_hint('peft')}") from error
 
 from .reporting import LayerReport, Report, report
 from .swap import accelerate, restore

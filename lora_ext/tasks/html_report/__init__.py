@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .. import TaskError
-from ..run_directory import write_whole
+from ..whole_files import write_whole
 from .analysis import show_analysis
 from .facts import data_of, description_list, model_of
 from .markup import Html
@@ -47,8 +47,8 @@ def write_report(
         The page's path.
 
     Raises:
-        TaskError: there is no result, a file is not what its command leaves, or ``out`` cannot be written; before
-            anything is.
+        TaskError: there is no result, or a file is not what its command leaves; before anything is written.
+        WriteError: the disk refuses the page.
     """
     results = find_results(directory)
     out = directory / "report.html" if out is None else out
@@ -56,11 +56,15 @@ def write_report(
     pictures = Pictures()
     sections = [_section(each, directory, pictures) for each in results]
     title = f"LoRA: {directory.resolve().name}" if title is None else title
-    text = page(title, [description_list(_facts(results))], sections)
     try:
-        write_whole(out, text)
-    except OSError as error:
-        raise TaskError(f"--out {out} cannot be written: {error.strerror}") from error
+        facts = _facts(results)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise TaskError(
+            f"{', '.join(str(each.path) for each in results)}: one of them is not what its command leaves "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    text = page(title, [description_list(facts)], sections)
+    write_whole(out, text)
     say(f"{out}: {', '.join(f'{each.heading} ({each.where})' for each in sections)}; {len(text.encode()) / 1e6:.2f} MB")
     return out
 
@@ -71,7 +75,7 @@ def _check_out(out: Path) -> None:
         raise TaskError(f"--out {out} is a directory; name the file in it, such as {out / 'report.html'}")
     if not out.parent.is_dir():
         raise TaskError(f"--out {out}: {out.parent} is no directory")
-    if out.exists() and f'content="{GENERATOR}"'.encode() not in out.read_bytes()[:4096]:
+    if out.exists() and not (out.is_file() and f'content="{GENERATOR}"'.encode() in out.read_bytes()[:4096]):
         raise TaskError(f"--out {out} is there, and no page of lora-ext report; name another file")
 
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..spread import percent, winner
+from ..settings import has_option
+from ..spread import lines_of, percent, winner
 from .bars import Bar, bars
 from .facts import reproduce
 from .line_chart import Point, Series, line_chart
@@ -14,7 +15,7 @@ from .markup import Cell, Html, bullets, cell, count, el, join, paragraph, table
 from .pictures import Pictures, curves_of_runs
 from .results import Result
 
-__all__ = ["not_behind", "seeds_text", "show_methods"]
+__all__ = ["not_behind", "own_settings", "seeds_text", "show_methods"]
 
 
 def show_methods(result: Result, pictures: Pictures) -> Html:
@@ -22,9 +23,11 @@ def show_methods(result: Result, pictures: Pictures) -> Html:
     content = result.content
     rows = content["methods"]
     best = winner({row["label"]: row["accuracy"] for row in rows})
+    at_once = max(row.get("runs_at_once", 1) for row in rows)
     return join(
         [
             paragraph(*_reading(content, best)),
+            _left_out(content),
             _table(content, best),
             el(
                 "p",
@@ -34,7 +37,11 @@ def show_methods(result: Result, pictures: Pictures) -> Html:
                 "length, a forward of one of the longest texts: as a multiple of the base model's "
                 f"{content['base_forward_ms']['median']:.1f} ms, as it was trained and merged into the weights. Times "
                 "are medians of interleaved rounds; peak memory "
-                "is that of each run's own process.",
+                "is that of each run's own process."
+                + (
+                    f" Seconds of training are of up to {at_once} runs at once, which shared the machine."
+                    * (at_once > 1)
+                ),
                 class_="note",
             ),
             el("h3", "Accuracy and trained parameters"),
@@ -135,6 +142,13 @@ def _reading_costs(content: Mapping[str, Any]) -> list[str | None]:
 # --- tables and charts ------------------------------------------------------------------------------------------------
 
 
+def _left_out(content: Mapping[str, Any]) -> Html | None:
+    if not content.get("left_out"):
+        return None
+    reasons = bullets(f"{each['label']}: {each['reason']}" for each in content["left_out"])
+    return el("div", el("p", "Left out, as the checkpoint does not suit them:"), reasons)
+
+
 def _own(row: Mapping[str, Any]) -> int:
     return row["trained_parameters"] - row["head_parameters"]
 
@@ -167,13 +181,13 @@ def _table(content: Mapping[str, Any], best: str | None) -> Html:
 
 def _accuracy_chart(rows: Sequence[Mapping[str, Any]]) -> Html:
     series = []
-    for kind in dict.fromkeys(row["method"] for row in rows):
+    for name, own in lines_of(rows).items():
         points = []
-        for row in sorted((row for row in rows if row["method"] == kind), key=lambda row: row["trained_parameters"]):
+        for row in own:
             mean, sd = 100 * row["accuracy"]["mean"], 100 * (row["accuracy"]["sd"] or 0.0)
             says = f"{row['label']}: {percent(row['accuracy'])} %, {row['trained_parameters']:,} parameters"
             points.append(Point(row["trained_parameters"], mean, says, mean - sd, mean + sd))
-        series.append(Series(kind, points))
+        series.append(Series(name, points))
     return line_chart(
         "Test accuracy by trained parameters: mean and standard deviation over seeds.",
         series,
@@ -254,10 +268,10 @@ def _details(content: Mapping[str, Any]) -> Html:
                     cell(value["peak_memory_bytes"], f"{value['peak_memory_bytes'] / 2**20:,.1f}"),
                 ]
             )
-    settings = {row["label"]: {**row["settings"]} for row in content["methods"]}
+    settings = {row["label"]: own_settings(row["settings"]) for row in content["methods"]}
     names = list(dict.fromkeys(name for own in settings.values() for name in own if name not in ("seed", "method")))
-    same = [name for name in names if len({repr(own.get(name)) for own in settings.values()}) == 1]
-    first = next(iter(settings.values()))
+    values = {name: {repr(own[name]): own[name] for own in settings.values() if name in own} for name in names}
+    same = {name: next(iter(found.values())) for name, found in values.items() if len(found) == 1}
     others = [name for name in names if name not in same]
     apart = [[label, *(_setting(own.get(name)) for name in others)] for label, own in settings.items()]
     return el(
@@ -266,8 +280,8 @@ def _details(content: Mapping[str, Any]) -> Html:
         table("Every run", heading, lines),
         _times(content),
         table("Settings in which the methods differ", ["method", *others], apart) if others else None,
-        el("p", "The same for all:"),
-        bullets(f"{name.replace('_', ' ')}: {first[name]}" for name in same if first[name] is not None),
+        el("p", "The same for all that have it:"),
+        bullets(f"{name.replace('_', ' ')}: {value}" for name, value in same.items() if value is not None),
     )
 
 
@@ -280,6 +294,11 @@ def _times(content: Mapping[str, Any]) -> Html:
         if key in row
     ]
     return table("Times, ms", ["method", "of a", "lower quartile", "median", "upper quartile"], rows)
+
+
+def own_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``settings`` that change what its method does."""
+    return {name: value for name, value in settings.items() if has_option(settings["method"], name)}
 
 
 def _setting(value: Any) -> Any:

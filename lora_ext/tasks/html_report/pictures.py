@@ -6,6 +6,7 @@ import base64
 import re
 from pathlib import Path
 
+from ...regular_file import open_regular
 from .markup import Html, count, el
 from .results import Result
 
@@ -28,8 +29,9 @@ class Pictures:
     def embed(self, path: Path, alt: str) -> Html | None:
         """The picture; None: it is not there, no PNG, or there is no room for it."""
         try:
-            content = path.read_bytes()
-        except OSError:
+            with open_regular(path) as file:
+                content = file.read(self._left)
+        except (OSError, ValueError):
             return None
         text = base64.b64encode(content).decode()
         if not content.startswith(_PNG) or len(text) > self._left:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...untrusted_json import read_json_object
 from .. import TaskError
 
 __all__ = ["Result", "find_results"]
@@ -17,8 +17,10 @@ _FILES = {  # what the command leaves -> the command, and keys that it always ha
     "sweep.json": ("sweep", ("ranks", "targets", "cells", "within_budget", "examples", "machine", "date", "command")),
     "analysis.json": ("analyze", ("adapters", "layers", "summary", "base", "notes", "machine", "date", "command")),
     "plan.json": ("plan", ("method", "runs")),
-    "metrics.json": ("finetune", ("settings", "before", "after", "examples", "machine", "date", "command")),
+    "metrics.json": ("finetune", ("settings", "after", "examples", "machine", "date", "command")),
 }
+
+_LARGEST = 200_000_000  # bytes
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,13 @@ def _unreadable(error: OSError) -> None:
 def _read(path: Path) -> Result:
     command, keys = _FILES[path.name]
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_json_object(path, "", _LARGEST)
+    except OSError as error:
+        raise TaskError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise TaskError(f"{error}; run lora-ext {command} again, or move the file away") from error
+    if missing := [key for key in keys if key not in content]:
         raise TaskError(
-            f"{path} cannot be read: {error}; run lora-ext {command} again, or move the file away"
-        ) from error
-    missing = list(keys) if not isinstance(content, dict) else [key for key in keys if key not in content]
-    if missing or not isinstance(content, dict):
-        what = f"it lacks {', '.join(missing)}" if isinstance(content, dict) else "it is no JSON object"
-        raise TaskError(f"{path} is not what lora-ext {command} leaves: {what}; move the file away")
+            f"{path} is not what lora-ext {command} leaves: it lacks {', '.join(missing)}; move the file away"
+        )
     return Result(command, path, content)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..report import figures
 from .facts import data_of, description_list, model_of, reproduce
 from .markup import Cell, Html, bullets, el, join, paragraph, table
+from .methods import own_settings
 from .pictures import CURVE, Pictures
 from .results import Result
 
@@ -16,19 +17,27 @@ def show_run(result: Result, pictures: Pictures) -> Html:
     content = result.content
     settings = content["settings"]
     curve = pictures.embed(result.directory / CURVE, "training and validation loss by epoch")
-    gained = content["after"]["accuracy"] - content["before"]["accuracy"]
     test, share = content["examples"]["test"], content["after"]["accuracy"]
     error = (share * (1 - share) / test) ** 0.5 if test else 0.0
-    merged = content.get("merged")
-    same = merged is not None and merged["accuracy"] == content["after"]["accuracy"]
+    most, merged = content.get("majority"), content.get("merged") or {}
+    beaten = (
+        f"Who always answers {most['label']!r}, the most frequent label of the training texts, is right on "
+        f"{most['accuracy']:.2%}."
+        if most
+        else None
+    )
+    same = merged.get("texts") is not None and merged["same_answers"] == merged["texts"]
+    shown = {name: value for name, value in own_settings(settings).items() if value is not None}
     facts = [("Model", model_of(content)), ("Data", data_of(content)), ("Method", settings["method"])]
     return join(
         [
             paragraph(
-                f"The share of right answers went from {content['before']['accuracy']:.2%} to "
-                f"{content['after']['accuracy']:.2%} ({100 * gained:+.1f} points); on {test:,} test texts one standard "
-                f"error is {100 * error:.1f} points.",
-                "Merged into the weights, the adapter gives the same accuracy." if same else None,
+                f"{share:.2%} of the answers are right; on {test:,} test texts one standard error is "
+                f"{100 * error:.1f} points.",
+                beaten,
+                f"Merged into the weights, the adapter gives the same answers on the {merged['texts']} longest of them."
+                if same
+                else None,
             ),
             description_list(facts),
             table(
@@ -38,7 +47,7 @@ def show_run(result: Result, pictures: Pictures) -> Html:
             el(
                 "details",
                 el("summary", "Settings"),
-                bullets(f"{name.replace('_', ' ')}: {value}" for name, value in settings.items() if value is not None),
+                bullets(f"{name.replace('_', ' ')}: {value}" for name, value in shown.items()),
             ),
             reproduce(result),
         ]
