@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import tiny_classifier
 import torch
+from transformers import BertModel
 
 from lora_ext.cli import main
 from lora_ext.cli.training import options_of
@@ -26,7 +27,7 @@ from lora_ext.tasks import TaskError, compare, many_runs
 from lora_ext.tasks.finetune import finetune
 from lora_ext.tasks.many_runs import Run, in_process, settings_for
 from lora_ext.tasks.settings import LEARNING_RATES, Settings
-from lora_ext.tasks.spread import summary, winner
+from lora_ext.tasks.spread import lines_of, over_seeds, summary, winner
 
 METHODS = ["full:learning-rate=5e-3", "lora:r=2", "lora+adapter-p"]
 
@@ -80,6 +81,9 @@ def test_the_table_has_what_the_runs_gave(compared: Path):
     assert all(f"| {method} |" in text for method in METHODS) and "over seeds 0, 1, on 35 test texts" in text
     assert (compared / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert not list(compared.rglob("checkpoints"))
+    assert all(row["runs_at_once"] == 2 for row in result["methods"]) and result["left_out"] == []
+    assert "\\* | " in text and "of runs that shared the machine, up to 2 at once" in text
+    assert all("latency" not in each for each in runs.values())  # what compare measures by itself
 
 
 def test_a_run_is_what_finetune_does(compared: Path, tmp_path: Path):
@@ -124,13 +128,14 @@ def test_resuming_with_other_texts_repeats_what_was_done_with_the_old_ones(tmp_p
 
 
 def test_interrupted_and_resumed_ends_like_uninterrupted(options: list[str], tmp_path: Path):
-    longer = [*options, "--epochs", "6", "--methods", "lora", "bitfit", "--seeds", "0"]
+    longer = [*options, "--epochs", "20", "--methods", "lora", "bitfit", "--seeds", "0"]
     command = [sys.executable, "-m", "lora_ext", "compare"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     out = tmp_path / "interrupted"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen([*command, *longer, "--out", str(out)], env=environment, start_new_session=True, **pipes)
-    while not list(out.glob("runs/lora/seed-0/checkpoints/*/trainer_state.json")):
+    log = out / "runs" / "lora" / "seed-0.log"
+    while not log.is_file() or "loss=" not in log.read_text():  # it is training
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does
@@ -144,6 +149,92 @@ def test_interrupted_and_resumed_ends_like_uninterrupted(options: list[str], tmp
     resumed, whole = runs_of(out), runs_of(tmp_path / "whole")
     assert {path: each["after"] for path, each in resumed.items()} == {p: each["after"] for p, each in whole.items()}
     assert len(whole) == 2
+
+
+def test_methods_that_do_not_suit_the_checkpoint_are_left_out(options: list[str], tmp_path: Path, capsys):
+    model = tmp_path / "model"
+    tiny_classifier.save_tokenizer(model)
+    BertModel(tiny_classifier.config(), add_pooling_layer=False).save_pretrained(model)
+    own = [*options, "--model", str(model), "--seeds", "0", "--out", str(tmp_path / "out")]
+    assert main(["compare", *own, "--methods", "full:learning-rate=5e-3", "bitfit", "lora:modules-to-save=pooler"]) == 3
+    assert "bitfit is left out: --method bitfit: " in (said := capsys.readouterr().out)
+    result, text = (tmp_path / "out" / name for name in ("compare.json", "compare.md"))
+    result = json.loads(result.read_text())
+    assert [row["label"] for row in result["methods"]] == ["full:learning-rate=5e-3", "lora:modules-to-save=pooler"]
+    ((label, reason),) = [each.values() for each in result["left_out"]]
+    assert label == "bitfit" and "has no values for bert.pooler.dense" in reason
+    assert "Left out, as the checkpoint does not suit them:\n\n- `bitfit`: " in text.read_text() and reason in said
+    assert "bitfit" in result["command"]
+    assert main(["compare", "--resume", "--out", str(tmp_path / "out")]) == 3
+    assert main(["compare", *own[:-1], str(tmp_path / "none"), "--methods", "bitfit", "head-only"]) == 2
+    assert "--methods: none suits the model: bitfit: " in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_lines_join_what_differs_by_one_size(options: list[str]):
+    def row(label: str, parameters: int) -> dict[str, Any]:
+        settings = settings_for(label, asdict(Settings()) | {"learning_rate": None}, 0)
+        return {"label": label, "settings": asdict(settings), "trained_parameters": parameters}
+
+    labels = ["lora:r=8", "lora:r=2", "lora:target-modules=q", "adapter-h", "adapter-p:bottleneck-size=8", "lora:r=4"]
+    labels += [
+        "adapter-p",
+        "prefix-layer",
+        "prefix-layer:prefix-length=2:infix-length=2",
+        "lora:r=4:learning-rate=1e-4",
+    ]
+    lines = lines_of([row(label, 10 * (len(labels) - at)) for at, label in enumerate(labels)])
+    assert {name: [each["label"] for each in rows] for name, rows in lines.items()} == {
+        "lora, r 4, 2, 8": ["lora:r=4", "lora:r=2", "lora:r=8"],
+        "lora:target-modules=q": ["lora:target-modules=q"],
+        "adapter-h": ["adapter-h"],
+        "adapter-p, bottleneck size 16, 8": ["adapter-p", "adapter-p:bottleneck-size=8"],
+        "prefix-layer": ["prefix-layer"],
+        "prefix-layer:prefix-length=2:infix-length=2": ["prefix-layer:prefix-length=2:infix-length=2"],
+        "lora:r=4:learning-rate=1e-4": ["lora:r=4:learning-rate=1e-4"],
+    }
+    assert over_seeds([3]) == "seed 3" and over_seeds([0, 1]) == "mean and standard deviation over 2 seeds"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("compare-settings.json", "{"),
+        ("compare-settings.json", "[1]"),
+        ("compare-settings.json", '{"methods": "lora", "seeds": [0], "options": {}}'),
+        ("compare-settings.json", '{"methods": ["lora"], "seeds": ["0"], "options": {}}'),
+        ("compare-settings.json", '{"methods": ["lora"], "seeds": [0], "options": {"r": "8"}}'),
+        ("compare-settings.json", '{"methods": ["lora"], "seeds": [0], "options": {"run": 1}}'),
+        ("compare-settings.json", '{"methods": ["lora"], "seeds": [0], "options": {}, "run": "x"}'),
+        ("sweep-settings.json", '{"ranks": [1.5], "targets": ["q"], "seeds": [0], "options": {}}'),
+        ("settings.json", '{"r": null}'),
+        ("settings.json", '{"method": 3}'),
+        ("settings.json", '{"dora": true}'),
+        ("settings.json", '{"epochs": true}'),
+        ("settings.json", '{"model": "\\ud800"}'),
+        ("settings.json", "[" * 100_000),
+    ],
+)
+def test_damaged_settings_are_named(tmp_path: Path, capsys, name: str, content: str):
+    (tmp_path / name).write_text(content)
+    command = {"compare-settings.json": "compare", "sweep-settings.json": "sweep", "settings.json": "finetune"}[name]
+    assert main([command, "--resume", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lora-ext: error: --resume: ") and name in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("damage", ["[]", '{"settings": 3}', "{", "[" * 100_000, None])
+def test_a_run_whose_metrics_are_damaged_is_not_finished(compared: Path, tmp_path: Path, damage: str | None):
+    path, metrics = next(iter(runs_of(compared).items()))
+    label = next(label for label in METHODS if label.replace(":", "-") in str(path))
+    run = Run(label, Settings(**metrics["settings"]), metrics["data_sha256"])
+    directory = run.directory(tmp_path)
+    directory.mkdir(parents=True)
+    (directory / "metrics.json").write_text(json.dumps(metrics))
+    assert many_runs.finished(run, tmp_path) == metrics
+    text = json.dumps({**metrics, "after": {}}) if damage is None else damage
+    (directory / "metrics.json").write_text(text)
+    assert many_runs.finished(run, tmp_path) is None
 
 
 def test_sweep_tabulates_ranks_and_weights(options: list[str], tmp_path: Path):

@@ -20,6 +20,7 @@ from transformers import (
 from lora_ext.methods import Method, apply_method
 
 from . import TaskError, demo
+from .hub import loading_options, why_not_loaded
 
 TASKS = {"classification": AutoModelForSequenceClassification, "language-model": AutoModelForCausalLM}
 DEMO_LABELS = 3
@@ -52,11 +53,11 @@ def read_config(model: str | None) -> PretrainedConfig:
         return BUILT_IN[model]()
     path = demo.model_path() if model is None else model
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, **loading_options(str(path)))
     except (OSError, ValueError, KeyError, TypeError) as error:
         built_in = "" if Path(path).exists() else f"; built in are {', '.join(BUILT_IN)}"
         raise TaskError(
-            f"--model {model}: no config that transformers knows: {str(error).strip()}{built_in}"
+            f"--model {model}: no config that transformers knows: {why_not_loaded(str(path), error).strip()}{built_in}"
         ) from error
     if model is None:
         config.num_labels = DEMO_LABELS

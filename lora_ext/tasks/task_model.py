@@ -24,6 +24,7 @@ from lora_ext.methods.prefix_embed import SpecialTokens
 
 from . import TaskError, demo
 from .data import Splits
+from .hub import loading_options, why_not_loaded
 from .lora_targets import lora_targets, split_names
 from .settings import Settings
 from .task_data import load_data
@@ -55,7 +56,8 @@ def load_model(path: str, labels: list[str], max_length: int) -> TaskModel:
     """A classifier of ``labels``. TaskError: there is none at ``path``, or not for so many tokens."""
     logging.set_verbosity_error()  # it reports every new head; what else is new, check_fits does
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        options = loading_options(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
             path,
             num_labels=len(labels),
@@ -65,9 +67,10 @@ def load_model(path: str, labels: list[str], max_length: int) -> TaskModel:
             ignore_mismatched_sizes=True,  # its head may have been for other labels
             output_loading_info=True,
             dtype=torch.float32,
+            **options,
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise TaskError(f"--model {path} cannot be loaded: {error}") from error
+        raise TaskError(f"--model {path} cannot be loaded: {why_not_loaded(path, error)}") from error
     if max_length > tokenizer.model_max_length:
         raise TaskError(f"--max-length is {max_length}, but {path} takes at most {tokenizer.model_max_length} tokens")
     if tokenizer.pad_token is None:  # language models have none

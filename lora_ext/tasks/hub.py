@@ -1,0 +1,50 @@
+"""Models by their ids: without a network, from the cache or not at all, and at once."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+__all__ = ["loading_options", "why_not_loaded"]
+
+_SECONDS = 5.0  # for the hub to answer
+
+
+def loading_options(model: str) -> dict[str, Any]:
+    """Options of ``from_pretrained`` for a directory or an id.
+
+    Of an id they keep to the cache where the hub does not answer: huggingface_hub would ask again and again, for a
+    minute, and there is no setting for that.
+    """
+    return {} if Path(model).exists() or _answers() else {"local_files_only": True}
+
+
+def why_not_loaded(model: str, error: BaseException) -> str:
+    """The reason for people; of an id, what would do."""
+    if Path(model).exists() or _answers():
+        return str(error)
+    from huggingface_hub import constants
+
+    silent = "is not asked (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "does not answer"
+    is_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model)
+    download = f", or run `hf download {model}` where there is a network" if is_id else ""
+    return (
+        f"there is no such directory, the hub ({constants.ENDPOINT}) {silent}, and its cache "
+        f"({constants.HF_HUB_CACHE}) does not have it whole; name a directory with the model's files{download}"
+    )
+
+
+@functools.cache
+def _answers() -> bool:
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_SECONDS)  # through the proxies that the library uses
+    except Exception:  # of the HTTP library, which is another one in other releases
+        return False
+    return True
