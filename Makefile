@@ -9,13 +9,14 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CUDA_ARCHS := 80,86,89,90a,100,120
 CXX_FILES = $(shell git ls-files '*.cpp' '*.h' '*.inc' '*.cu' '*.cuh')
 
-.PHONY: help finetune test peft-conformance adapterhub-conformance lint format build cuda wheel test-abi info bench clean
+.PHONY: help finetune test test-full peft-conformance adapterhub-conformance lint format build cuda wheel test-abi info bench clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help:
 	@echo 'make finetune   fine-tune a real model with LoRA on real reviews; the result lands in $(OUT) (ARGS=--resume to go on)'
 	@echo 'make test       the whole test suite (PYTEST_ARGS="-k name" for a part)'
+	@echo 'make test-full  with the tests that take minutes each'
 	@echo 'make peft-conformance  the LoRA tests of a peft source tree, without and with our layers (PEFT_SOURCE=path)'
 	@echo 'make adapterhub-conformance  bottleneck adapters computed by AdapterHub, in an environment of its own, and here'
 	@echo 'make lint       ruff and clang-format, without building anything'
@@ -34,6 +35,9 @@ finetune: $(VENV)/.demo $(VENV)/.built
 # Waiting threads sleep instead of spinning: the test processes share the cores.
 test: $(VENV)/.test $(VENV)/.built
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+test-full: $(VENV)/.test $(VENV)/.built
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal --slow $(PYTEST_ARGS)
 
 # What passes with PEFT itself must pass with our layers in the places of PEFT's.
 peft-conformance: $(VENV)/.conformance $(VENV)/.built

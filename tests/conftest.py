@@ -40,6 +40,7 @@ CPU_ONLY = {
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="tests marked slow, too")
     parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where tests make their tensors")
     parser.addoption("--lives", type=int, default=60, help="how many models live through random operations")
 
@@ -54,6 +55,7 @@ def no_cuda_reason() -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes minutes; left out unless --slow (make test-full)")
     config.addinivalue_line("markers", "cpu_only(reason): skipped under --device cuda")
     if config.getoption("--device") == "cuda":
         if reason := no_cuda_reason():
@@ -62,6 +64,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("slow") and not item.config.getoption("--slow"):
+        pytest.skip("slow: --slow (make test-full) runs it")
     if item.config.getoption("--device") != "cuda":
         return
     module = item.module.__name__

@@ -1,0 +1,43 @@
+"""compare meets faults. Arguments: a directory, the kind of fault, the step from call to call."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import tiny_classifier
+
+from faults.runs import leave_out_what_takes_long, try_calls
+from lora_ext.tasks import compare, costs, many_runs
+from lora_ext.tasks.settings import Settings
+
+top, kind, step = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+out = top / "watched" / "out"
+options = {
+    **asdict(Settings()),
+    "model": str(tiny_classifier.save_model(top / "model")),
+    "data": str(tiny_classifier.save_reviews(top / "reviews.csv", tiny_classifier.reviews(40))),
+    "epochs": 1.0,
+    "max_length": 32,
+    "learning_rate": None,
+}
+
+
+def here(function: Any, *args: Any, log: Path, threads: Any = None, ending: Any = None, **more: Any) -> Any:
+    """In the place of a process of its own: it would not be watched."""
+    return function(*args, **more)
+
+
+many_runs.in_process = compare.in_process = here
+costs._ROUNDS = 2
+leave_out_what_takes_long()
+
+
+def run(resume: bool) -> None:
+    compare.compare(["head-only", "bitfit"], [0], options, out, resume=resume, say=lambda line: None)
+
+
+print(json.dumps(try_calls(run, out, kind, step, marker="compare-settings.json", left_alone=["compare.md"])))

@@ -1,0 +1,64 @@
+"""finetune meets faults. Arguments: a directory, the kind of fault, the step from call to call, the method."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import tiny_classifier
+
+import lora_ext.tasks.finetune as module
+from faults.runs import content_of, leave_out_what_takes_long, try_calls
+from faults.tries import Fault, attempt
+from lora_ext.tasks import checkpoints
+from lora_ext.tasks.settings import Settings
+
+top, kind, step, method = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
+out = top / "watched" / "out"
+settings = Settings(
+    model=str(tiny_classifier.save_model(top / "model")),
+    data=str(tiny_classifier.save_reviews(top / "reviews.csv", tiny_classifier.reviews(40))),
+    epochs=1.5,
+    batch_size=16,
+    max_length=32,
+    ema_decay=0.5,
+    method=method,
+)
+checkpoints.SECONDS = checkpoints._SHARE = module._SECONDS = 0.0
+leave_out_what_takes_long()
+
+
+def run(resume: bool) -> None:
+    module.finetune(settings, out, resume=resume, say=lambda line: None)
+
+
+def check_nothing_is_half(expected: dict[str, Any]) -> None:
+    """Everything that has its name is what it is in a run that met no fault."""
+    for path in out.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.name == "checkpoints":
+            for each in path.glob("checkpoint-*"):
+                assert content_of(each) == written[each.name], each
+        elif path.is_dir():
+            own = {name.partition("/")[2]: c for name, c in expected.items() if name.startswith(f"{path.name}/")}
+            assert content_of(path) == own, path
+        elif path.name == "metrics.json":  # written twice: the second time with what was measured
+            there = content_of(out)
+            assert there["metrics.json"].items() <= expected["metrics.json"].items()
+            assert all(there.get(name) == content for name, content in expected.items() if name != "metrics.json")
+        elif path.name != "settings.json":
+            assert content_of(out)[path.name] == expected[path.name], path
+
+
+out.parent.mkdir()
+checkpoints._KEPT = 100
+assert attempt(lambda: run(False), Fault(out.parent)).ended == "returned"
+written = {path.name: content_of(path) for path in (out / "checkpoints").iterdir()}
+assert len(written) == 3
+checkpoints._KEPT = 2
+shutil.rmtree(out)
+print(json.dumps(try_calls(run, out, kind, step, marker="settings.json", check=check_nothing_is_half)))

@@ -1,0 +1,109 @@
+"""Runs of the command line's tasks that meet faults at their calls that change files, and are resumed without one."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from faults.tries import Fault, attempt
+from lora_ext.tasks import compare, report
+from lora_ext.tasks.whole_files import write_whole
+
+_TIMES = ("date", "train_seconds", "tokens_per_second", "peak_memory_bytes", "latency", "costs")
+_TIMED = ("seconds", "_runtime", "_per_second", "_ms")
+
+
+def leave_out_what_takes_long() -> None:
+    """Collecting garbage, drawing and syncing, none of which decides what is on the disk."""
+    gc.freeze()
+    for module in (report, compare):
+        module.write_picture = lambda path, figure: write_whole(path, b"a picture")
+    os.fsync = lambda fd: None
+
+
+def content_of(directory: Path) -> dict[str, Any]:
+    """The content of every file in ``directory``, without what differs from run to run, and what is hidden."""
+    found: dict[str, Any] = {}
+    for path in sorted(directory.rglob("*")):
+        name = str(path.relative_to(directory))
+        if name.startswith(".") or "/." in name:
+            continue
+        if path.suffix == ".json":
+            found[name] = _without_times(json.loads(path.read_text()))
+        elif path.suffix in (".pt", ".pth"):
+            found[name] = repr(torch.load(path, weights_only=False))
+        elif path.is_file():
+            found[name] = path.read_bytes()
+    return found
+
+
+def _without_times(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {k: _without_times(v) for k, v in content.items() if k not in _TIMES and not k.endswith(_TIMED)}
+    return [_without_times(each) for each in content] if isinstance(content, list) else content
+
+
+def try_calls(
+    run: Callable[[bool], None],
+    out: Path,
+    kind: str,
+    step: int,
+    *,
+    marker: str,
+    left_alone: Sequence[str] = (),
+    check: Callable[[dict[str, Any]], None] = lambda expected: None,
+) -> dict[str, Any]:
+    """Lets ``run(resume)`` meet the fault at every ``step``-th call, and resumes it.
+
+    Args:
+        run: leaves its results in ``out``, whose parent is watched.
+        marker: the file that says that there is a run to resume.
+        left_alone: names of files that differ from run to run.
+        check: of what is in ``out`` after a fault, against what a run leaves that met none.
+
+    Returns:
+        ``calls`` of a whole run, ``tries``, and ``kinds``: how many calls of each name failed.
+    """
+
+    def prepare() -> None:
+        shutil.rmtree(out.parent, ignore_errors=True)
+        out.parent.mkdir()
+
+    def left() -> dict[str, Any]:
+        return {name: content for name, content in content_of(out).items() if name not in left_alone}
+
+    prepare()
+    first = attempt(lambda: run(False), Fault(out.parent))
+    assert first.ended == "returned", first
+    expected = left()
+    at, tries, kinds = 1, 0, {}
+    while True:
+        prepare()
+        outcome = attempt(lambda: run(False), Fault(out.parent, kind, at))
+        if outcome.ended == "returned" and outcome.calls < at:
+            return {"calls": first.calls, "tries": tries, "kinds": kinds}
+        tries += 1
+        where = (kind, at, outcome)
+        if kind == "kill":
+            assert outcome.ended in ("killed", "returned"), where
+        else:
+            assert outcome.ended == "raised" and outcome.error == "WriteError", where
+            assert len(outcome.message.splitlines()) == 1 and "cannot be written: " in outcome.message, where
+            kinds[outcome.last] = kinds.get(outcome.last, 0) + 1
+        if out.exists():
+            check(expected)
+        resume = (out / marker).is_file()
+        again = attempt(lambda resume=resume: run(resume), Fault(out.parent))
+        assert again.ended == "returned", (where, again)
+        there = left()
+        different = [name for name in {**there, **expected} if there.get(name) != expected.get(name)]
+        assert not different, (where, different)
+        assert not list(out.rglob(".*")), where
+        at += step
