@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from transformers import BertModel
 
 from lora_ext.cli import main
 from lora_ext.cli.training import options_of
-from lora_ext.tasks import TaskError, compare, many_runs
+from lora_ext.tasks import TaskError, WriteError, compare, many_runs
 from lora_ext.tasks.finetune import finetune
 from lora_ext.tasks.many_runs import Run, in_process, settings_for
 from lora_ext.tasks.settings import LEARNING_RATES, Settings
@@ -358,6 +359,17 @@ def dies(on_progress) -> None:
 
 def fails(on_progress) -> None:
     raise RuntimeError("no luck")
+
+
+def fills_the_disk(on_progress) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_disk_that_is_full_for_a_process_or_its_log_is_told_as_such(tmp_path: Path):
+    with pytest.raises(WriteError, match=r"log.txt cannot be written: No space left on device"):
+        in_process(fills_the_disk, log=tmp_path / "log.txt")
+    with pytest.raises(WriteError, match=r"/dev/nowhere/log.txt cannot be written: No such file or directory"):
+        in_process(fills_the_disk, log=Path("/dev/nowhere/log.txt"))
 
 
 def test_a_process_that_dies_is_told_with_its_log(tmp_path: Path):

@@ -15,7 +15,7 @@ import tiny_classifier
 import torch
 from safetensors.torch import load_file
 
-from lora_ext.tasks import TaskError, checkpoints
+from lora_ext.tasks import TaskError, busy_machine, checkpoints
 from lora_ext.tasks.finetune import finetune
 from lora_ext.tasks.settings import Settings
 from lora_ext.tasks.trainer import Interrupted
@@ -192,3 +192,20 @@ def test_a_damaged_state_is_named(settings, every_step, tmp_path: Path, content:
     state.write_bytes(content)
     with pytest.raises(TaskError, match="--resume: .*checkpoint-3 cannot be read .*; delete it to continue from the"):
         run(settings, tmp_path, resume=True)
+
+
+def test_a_busy_machine_is_told_once_and_what_helps(settings, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    for threads, seconds, load, told in [
+        (2, 7.9, 5.2, True),
+        (1, 7.9, 5.2, False),
+        (2, 0.5, 5.2, False),
+        (2, 9, 2.0, False),
+    ]:
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        assert bool(busy_machine.advice(threads, seconds)) == told
+    monkeypatch.setattr(os, "getloadavg", lambda: (5.2, 0.0, 0.0))
+    monkeypatch.setattr(busy_machine, "_SLOW", 0.0)
+    run(settings, tmp_path)
+    said = capsys.readouterr().out
+    assert said.count("5.2 processes want the 2 cores: fewer threads than 2 may be faster (Ctrl-C, and then") == 1

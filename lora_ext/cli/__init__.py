@@ -44,10 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output left, as `head` does
         _silence()
     except OSError as error:
-        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            raise
-        _silence()  # or Python writes what is left when it ends
-        print(f"lora-ext: error: standard output cannot be written: {error.strerror}", file=sys.stderr)
+        if error.filename is None:  # standard output, or a bug
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise
+            _silence()  # or Python writes what is left when it ends
+        where = "standard output" if error.filename is None else error.filename
+        print(f"lora-ext: error: {where}: {error.strerror}", file=sys.stderr)
         return _EXIT_DISK
     return 0
 

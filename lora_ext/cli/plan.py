@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -33,6 +34,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--seq-len", type=int, default=Settings.max_length, metavar="TOKENS", help="tokens a text, none of them padding"
     )
     add("--task", help="classification or language-model; else what the config says")
+    labels = "that a classifier tells apart; else what the config says, or 2"
+    add("--num-labels", type=training.at_least_1, metavar="N", help=labels)
     add("--dtype", default="float32", type=lambda text: _ABBREVIATIONS.get(text, text), help=", ".join(WEIGHT_DTYPES))
     add("--optimizer", default="adamw", help=", ".join(OPTIMIZERS))
     add("--gradient-checkpointing", action="store_true", help="keep a layer's input, and compute the layer again")
@@ -57,9 +60,19 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
     if args.seq_len < 1:
         raise TaskError(f"--seq-len is {args.seq_len}, want at least 1")
     finetune = Settings(**{name: getattr(args, name) for name in _TRAINING}, max_length=args.seq_len)
-    names = ("task", "attention", "dtype", "optimizer", "gradient_checkpointing", "accumulation_steps", "device")
+    names = (
+        "task",
+        "num_labels",
+        "attention",
+        "dtype",
+        "optimizer",
+        "gradient_checkpointing",
+        "accumulation_steps",
+        "device",
+    )
     own = {name: getattr(args, name) for name in (*names, "gpu_memory", "reserve", "disk")}
-    result = plan(PlanSettings(finetune, **own), args.out, overwrite=args.overwrite)
+    say = lambda line: print(line, file=sys.stderr)  # noqa: E731  standard output is the plan
+    result = plan(PlanSettings(finetune, **own), args.out, overwrite=args.overwrite, say=say)
     if args.json:
         print(json.dumps(result, indent=2))
         return

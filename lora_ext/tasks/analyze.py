@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from ..offline.checkpoint_files import Checkpoint
 from ..offline.contents import AdapterContents, read_contents
 from ..offline.progress import progress
 from ..offline.staging import fingerprint
+from ..untrusted_json import read_json_object
 from . import TaskError, analysis_report, report
 from .analysis_layers import Layer, find_layers
 from .analysis_measures import measure
@@ -23,7 +25,7 @@ from .analysis_summary import summarise
 from .base_checkpoint import open_base
 from .journal import Journal
 from .run_directory import check_out, prepare_out
-from .whole_files import write_json, write_whole
+from .whole_files import write_json, write_whole, writing
 
 __all__ = ["AnalysisSettings", "analyze"]
 
@@ -73,7 +75,10 @@ class AnalysisSettings:
     @classmethod
     def load(cls, out: Path) -> AnalysisSettings:
         """The settings of the run in ``out``."""
-        return cls(**_saved(out)["settings"])
+        try:
+            return cls(**_saved(out)["settings"])
+        except (TypeError, ValueError) as error:
+            raise TaskError(f"--resume: {out / SETTINGS_FILE} is damaged: {error}") from error
 
 
 def analyze(
@@ -115,14 +120,14 @@ def analyze(
     prepare_out(out, _OUTPUTS, resume, lambda out: write_json(out / SETTINGS_FILE, started))
 
     with Journal(out / JOURNAL_FILE) as journal:
-        finished = {entry["name"] for entry in journal.entries}
+        finished = {entry.get("name") for entry in journal.entries}
         with progress("analyze", sum(layer.nbytes for layer in layers), show_progress) as shown:
             for layer in layers:
                 shown.file(layer.name)
                 if layer.name not in finished:
                     journal.add(measure(layer, len(contents), directions=settings.directions, seed=settings.seed))
                 shown.advance(layer.nbytes)
-        by_name = {entry["name"]: entry for entry in journal.entries}
+        by_name = {entry.get("name"): entry for entry in journal.entries}
     measured = [by_name[layer.name] for layer in layers]
     analysis = {
         "command": started["command"],
@@ -135,18 +140,32 @@ def analyze(
         "layers": measured,
         "summary": summarise(measured, len(contents)),
     }
-    pictures = analysis_report.draw(analysis, out)
-    write_whole(out / "analysis.json", json.dumps(analysis, indent=1, allow_nan=False) + "\n")
+    pictures = _draw(analysis, out)
     write_whole(out / "analysis.md", analysis_report.markdown(analysis, pictures))
+    write_whole(out / "analysis.json", json.dumps(analysis, indent=1, allow_nan=False) + "\n")
     say("\n".join([*notes, f"{out}: {len(measured)} layers; analysis.md, analysis.json, {', '.join(pictures)}"]))
     return analysis
+
+
+def _draw(analysis: dict[str, Any], out: Path) -> list[str]:
+    """Draws the pictures, each of which is at no time there in part; returns their names."""
+    fresh = out / ".pictures.unfinished"  # what a killed process leaves of it, the next run removes
+    with writing(out):
+        fresh.mkdir()
+        names = analysis_report.draw(analysis, fresh)
+        for name in names:
+            os.replace(fresh / name, out / name)
+        fresh.rmdir()
+    return names
 
 
 def _saved(out: Path) -> dict[str, Any]:
     """What the run in ``out`` was started with."""
     try:
-        saved = json.loads((out / SETTINGS_FILE).read_text(encoding="utf-8"))
-        return {key: saved[key] for key in ("command", "settings", "files")}
+        saved = read_json_object(out / SETTINGS_FILE, "", 10_000_000)
+        saved = {key: saved[key] for key in ("command", "settings", "files")}
+        {path: state for path, *state in saved["files"]}, {**saved["settings"]}
+        return saved
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise TaskError(f"--resume: {out} holds no analysis to continue: {error}") from error
 

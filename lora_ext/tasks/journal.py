@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from . import TaskError
+from .whole_files import writing
 
 __all__ = ["Journal"]
 
@@ -26,10 +27,12 @@ class Journal:
 
         Raises:
             TaskError: another process is writing to it.
+            WriteError: the disk refuses it.
         """
         self.path = path
         self.entries: list[dict[str, Any]] = []
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        with writing(path):
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -39,21 +42,23 @@ class Journal:
         for line in path.read_bytes().splitlines(keepends=True):
             try:
                 entry = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
+            except (ValueError, RecursionError):
                 entry = None
             if not isinstance(entry, dict):
                 break  # and with it what follows: it may be later than what is lost
             self.entries.append(entry)
             whole += len(line)
-        os.ftruncate(self._fd, whole)
+        with writing(path):
+            os.ftruncate(self._fd, whole)
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Writes ``entry`` to the disk before it returns."""
+        """Writes ``entry`` to the disk before it returns. WriteError: the disk refuses; it counts as not written."""
         line = json.dumps(entry, allow_nan=False)
         data = memoryview(f"{line}\n".encode())
-        while data:
-            data = data[os.write(self._fd, data) :]
-        os.fsync(self._fd)
+        with writing(self.path):
+            while data:
+                data = data[os.write(self._fd, data) :]
+            os.fsync(self._fd)
         self.entries.append(json.loads(line))
 
     def __enter__(self) -> Journal:

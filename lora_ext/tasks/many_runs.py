@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import re
@@ -12,7 +13,7 @@ import traceback
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from ..untrusted_json import read_json_object
-from . import TaskError, WriteError
+from . import TaskError, WriteError, busy_machine
 from .data import saved_fingerprint
 from .settings import OPTION_TYPES, OWNERS, Settings, checked_options, has_option
 from .whole_files import writing
@@ -118,11 +119,15 @@ def run_all(runs: Sequence[Run], out: Path, what: str, jobs: int = 1) -> dict[Ru
             metrics = finished(run, out)
             if metrics is None:
                 metrics = _carry_out(run, out, jobs, ending, lambda part: show(run, min(part, 0.999)))
+                line = busy_machine.advice(max(1, torch.get_num_threads() // jobs), _step_seconds(metrics))
+                if line is not None and not advised:
+                    advised.append(line)
+                    tqdm.write(line, file=sys.stderr)
             shutil.rmtree(directories[run] / "checkpoints", ignore_errors=True)
             show(run, 1.0)
             return metrics
 
-        ending = Event()
+        ending, advised = Event(), []
         if jobs == 1:
             return {run: carry_out(run) for run in runs}
         with ThreadPoolExecutor(jobs) as pool:
@@ -146,6 +151,13 @@ def run_all(runs: Sequence[Run], out: Path, what: str, jobs: int = 1) -> dict[Ru
 
 _FIGURES = ("trainable_parameters", "head_parameters", "total_parameters", "full_checkpoint_bytes", "train_seconds")
 _FIGURES += ("peak_memory_bytes",)
+
+
+def _step_seconds(metrics: Mapping[str, Any]) -> float:
+    """What a step of a run took on average."""
+    settings = metrics["settings"]
+    steps = metrics["examples"]["train"] / settings["batch_size"] * settings["epochs"]
+    return metrics["train_seconds"] / max(steps, 1)
 
 
 def finished(run: Run, out: Path) -> dict[str, Any] | None:
@@ -293,25 +305,30 @@ def _context() -> multiprocessing.context.BaseContext:
 def _child(connection: Connection, log: Path, num_threads: int, function: Callable[..., Any], args: tuple) -> None:
     os.setpgid(0, 0)  # a terminal's Ctrl-C comes by way of the parent, and so once: the second one stops at once
     torch.set_num_threads(num_threads)
-    with _output_to(log):
-        try:
+    try:
+        with _output_to(log):
             value = function(*args, on_progress=lambda part: connection.send(("progress", part)))
-            connection.send(("done", value))
-        except TaskError as error:
-            connection.send(("disk" if isinstance(error, WriteError) else "mistake", str(error)))
-        except KeyboardInterrupt:
-            connection.send(("interrupted", None))
-        except BaseException:
-            traceback.print_exc()
-            raise SystemExit(1) from None
-        finally:
-            connection.close()
+        connection.send(("done", value))
+    except TaskError as error:
+        connection.send(("disk" if isinstance(error, WriteError) else "mistake", str(error)))
+    except KeyboardInterrupt:
+        connection.send(("interrupted", None))
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            connection.send(("disk", f"{error.filename or log} cannot be written: {error.strerror}"))
+        with suppress(OSError):
+            traceback.print_exc()  # into the log: its descriptors stay
+        raise SystemExit(1) from None
+    finally:
+        connection.close()
 
 
 @contextmanager
 def _output_to(log: Path):
     """Everything written to the two streams, by libraries in C too."""
-    with log.open("a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+    with writing(log):
+        file = log.open("a", encoding="utf-8")
+    with file, redirect_stdout(file), redirect_stderr(file):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         yield

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib.util
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import transformers
 from transformers import PretrainedConfig
 
+from lora_ext.install_hint import install_hint
 from lora_ext.planner import WEIGHT_DTYPES, Change, Memory, Planner, Setup, changes_that_fit
 
 from . import TaskError, plan_report, report
@@ -31,6 +33,7 @@ class PlanSettings:
     Attributes:
         finetune: the model, the method and its options, the batch; ``max_length`` is the tokens a text.
         task: one of ``TASKS``; None: what the config says.
+        num_labels: that a classifier tells apart; None: what the config says, which is 2 where it says nothing.
         attention: transformers' name of the implementation; None: what it takes by itself.
         dtype, optimizer, gradient_checkpointing: as of :class:`lora_ext.planner.Setup`.
         accumulation_steps: batches whose gradients are added up.
@@ -42,6 +45,7 @@ class PlanSettings:
 
     finetune: Settings
     task: str | None = None
+    num_labels: int | None = None
     attention: str | None = None
     dtype: str = "float32"
     optimizer: str = "adamw"
@@ -55,6 +59,8 @@ class PlanSettings:
     def __post_init__(self) -> None:
         if self.task is not None and self.task not in TASKS:
             raise TaskError(f"--task is {self.task!r}, want one of {', '.join(TASKS)}")
+        if self.num_labels is not None and self.num_labels < 1:
+            raise TaskError(f"--num-labels is {self.num_labels}, want at least 1")
         if self.accumulation_steps < 1:
             raise TaskError(f"--accumulation-steps is {self.accumulation_steps}, want at least 1")
         if self.gpu_memory is not None and self.reserve >= self.gpu_memory:
@@ -76,7 +82,9 @@ class PlanSettings:
             raise TaskError(f"plan: {error}") from error
 
 
-def plan(settings: PlanSettings, out: Path | None = None, *, overwrite: bool = False) -> dict[str, Any]:
+def plan(
+    settings: PlanSettings, out: Path | None = None, *, overwrite: bool = False, say: Callable[[str], None] = print
+) -> dict[str, Any]:
     """Counts the memory and disk of a method, of full fine-tuning and of inference; ``out`` gets them in three files.
 
     The paper's figures for GPT-3 175B follow from ``model="gpt3-175b"``, ``dtype="float16"`` and query and value. Its
@@ -95,11 +103,18 @@ def plan(settings: PlanSettings, out: Path | None = None, *, overwrite: bool = F
     if out is not None:
         check_out(out, False, overwrite, marker=PLAN_FILE, what="a plan")
     config, setup = read_config(settings.finetune.model), settings.setup
+    if settings.num_labels is not None:
+        if (settings.task or task_of(config)) != "classification":
+            raise TaskError("--num-labels goes with --task classification; a language model has none")
+        config.num_labels = settings.num_labels
     result = _count(settings, config, setup)
     if out is not None:
-        prepare_out(out, _OUTPUTS, False, lambda path: plan_report.plot(path / "plan.png", result))
+        prepare_out(out, _OUTPUTS, False, lambda out: write_json(out / PLAN_FILE, result))
         write_whole(out / "plan.md", plan_report.document(result))
-        write_json(out / PLAN_FILE, result)
+        if importlib.util.find_spec("matplotlib") is None:
+            say(f"{out / 'plan.png'} is left out, as it takes matplotlib: {install_hint('analyze')}")
+        else:
+            plan_report.plot(out / "plan.png", result)
     return result
 
 
@@ -133,6 +148,7 @@ def _count(settings: PlanSettings, config: PretrainedConfig, setup: Setup) -> di
         "model": settings.finetune.model or "demo",
         "model_type": config.model_type,
         "task": task,
+        "num_labels": config.num_labels if task == "classification" else None,
         "method": method,
         "settings": asdict(settings),
         "parameters": frozen.sizes(setup.dtype).parameters,

@@ -40,8 +40,9 @@ def title(plan: Mapping[str, Any]) -> str:
         extras.append("gradient checkpointing")
     if own["accumulation_steps"] > 1:
         extras.append(f"{own['accumulation_steps']} batches accumulated")
+    labels = f" of {plan['num_labels']} labels" if plan.get("num_labels") else ""
     return (
-        f"{plan['model']}: {plan['model_type']}, {plan['parameters']:,} parameters, {plan['task']}; "
+        f"{plan['model']}: {plan['model_type']}, {plan['parameters']:,} parameters, {plan['task']}{labels}; "
         f"{own['dtype']} weights, {', '.join(extras)}"
     )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import math
 import signal
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from lora_ext.methods import load_method, method_of, save_method
 
-from . import TaskError
+from . import TaskError, busy_machine
 from .checkpoints import Checkpoint, Clock, damaged, new_checkpoint
 from .moving_average import MovingAverage
 from .report import accuracy, macro_f1
@@ -189,6 +192,8 @@ class _Steps(TrainerCallback):
 
     def __init__(self, trainer: FinetuneTrainer) -> None:
         self.trainer = trainer
+        self._durations: collections.deque[float] = collections.deque(maxlen=5)
+        self._has_advised = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.progress.go_on(state)
@@ -200,13 +205,20 @@ class _Steps(TrainerCallback):
 
     def on_step_end(self, args, state, control, train_dataloader=None, lr_scheduler=None, **kwargs):
         trainer, step = self.trainer, state.global_step
-        trainer.progress.seconds += time.perf_counter() - self._start
+        seconds = time.perf_counter() - self._start
+        trainer.progress.seconds += seconds
         trainer.progress.tokens = state.num_input_tokens_seen
         is_last = step >= state.max_steps
         if is_last or step % math.ceil(state.max_steps / 100) == 0:  # a hundred points, however long the run
             trainer.log({"loss": trainer.progress.mean_loss(), "learning_rate": lr_scheduler.get_last_lr()[0]})
         control.should_evaluate = trainer.eval_dataset is not None and (is_last or step % len(train_dataloader) == 0)
         control.should_save = is_last or trainer.clock.is_due()
+        self._durations.append(seconds)
+        if not self._has_advised and len(self._durations) == self._durations.maxlen:
+            line = busy_machine.advice(torch.get_num_threads(), statistics.median(self._durations))
+            if line is not None:
+                self._has_advised = True
+                tqdm.write(line)
 
 
 class _Averaging(TrainerCallback):
