@@ -32,3 +32,9 @@ def test_every_call_of_finetune(tmp_path, kind, method):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_call_of_compare(tmp_path, kind):
     assert run_script("compare_faults", tmp_path, kind, "1")["tries"] > 40
+
+
+def test_every_call_of_plan_analyze_and_report(tmp_path):
+    told = run_script("small_commands_faults", tmp_path)
+    assert told["run_report"]["kill"] >= 3 < told["run_plan"]["kill"] < told["run_analyze"]["kill"]
+    assert all(own["kill"] >= own["read-only"] >= own["disk full"] > 0 for own in told.values())

@@ -24,7 +24,7 @@ from .many_runs import Run, in_process, run_all, settings_for
 from .markdown import table
 from .run_directory import check_out, leave_results, prepare_out
 from .settings import COMPARE_FILE, INPUTS, Settings, command_line
-from .spread import lines_of, over_seeds, percent, summary, winner
+from .spread import deviation_over, lines_of, over_seeds, percent, summary, winner
 from .task_data import encode
 from .task_model import TaskModel, check_fits, check_room, load_task_model, method_for, most_tokens
 from .whole_files import write_json, write_picture
@@ -203,7 +203,6 @@ def markdown(result: Mapping[str, Any]) -> str:
     heading = ["method", "parameters", "trained", "accuracy, %", "macro-F1, %", "step, ms", "training, s"]
     heading += ["peak memory, MiB", "checkpoint, MB", "forward / base"]
     head = result["methods"][0]["head_parameters"]
-    seeds = ", ".join(map(str, result["seeds"]))
     at_once = max(row["runs_at_once"] for row in result["methods"])
     shared = left_out = ""
     if at_once > 1:
@@ -216,7 +215,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 {table(heading, rows)}
 
-Mean ± standard deviation over seeds {seeds}, on {result["examples"]["test"]:,} test texts; {marked}.
+{deviation_over(result["seeds"])}, on {result["examples"]["test"]:,} test texts; {marked}.
 "parameters" leaves out the new head ({head:,}), which every method trains; "trained" is the share of all parameters,
 with it. A step is of a batch of median length, a forward of one of the longest texts, as a multiple of the base
 model's {base:.1f} ms; medians and quartiles of interleaved rounds. Peak memory is that of each run's own process.

@@ -43,6 +43,12 @@ def over_seeds(seeds: Sequence[int]) -> str:
     return f"seed {seeds[0]}" if len(seeds) == 1 else f"mean and standard deviation over {len(seeds)} seeds"
 
 
+def deviation_over(seeds: Sequence[int]) -> str:
+    """What a table shows: ``Mean ± standard deviation over seeds 0, 1``, or ``Seed 0``."""
+    several = "Mean ± standard deviation over seeds " + ", ".join(map(str, seeds))
+    return several if len(seeds) > 1 else f"Seed {seeds[0]}"
+
+
 _SIZES = (
     "r",
     "bottleneck_size",

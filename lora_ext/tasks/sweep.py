@@ -17,7 +17,7 @@ from .many_runs import Run, run_all, settings_for
 from .markdown import table
 from .run_directory import check_out, leave_results, prepare_out
 from .settings import INPUTS, SWEEP_FILE, command_line
-from .spread import over_seeds, percent, summary, winner
+from .spread import deviation_over, over_seeds, percent, summary, winner
 from .task_model import check_fits, load_task_model, method_for
 from .whole_files import write_json, write_picture
 
@@ -158,10 +158,9 @@ def markdown(result: Mapping[str, Any]) -> str:
         text = percent(cell["accuracy"])
         text = f"**{text}**" if cell["target_modules"] == result["best_within_budget"] else text
         by_weights.append([f"`{cell['target_modules']}`", str(cell["r"]), f"{cell['parameters']:,}", text])
-    seeds = ", ".join(map(str, result["seeds"]))
     return f"""# LoRA by rank and by weights
 
-Test accuracy in percent, mean ± standard deviation over seeds {seeds}, on {result["examples"]["test"]:,} texts. Bold:
+{deviation_over(result["seeds"])}: test accuracy in percent, on {result["examples"]["test"]:,} texts. Bold:
 ahead of every other of its row (of its column in the second table) by more than the spread, the root of the sum of both
 squared deviations. Where nothing is bold, the seeds differ by as much as the settings.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..settings import has_option
-from ..spread import lines_of, percent, winner
+from ..spread import deviation_over, lines_of, over_seeds, percent, winner
 from .bars import Bar, bars
 from .facts import reproduce
 from .line_chart import Point, Series, line_chart
@@ -15,7 +15,7 @@ from .markup import Cell, Html, bullets, cell, count, el, join, paragraph, table
 from .pictures import Pictures, curves_of_runs
 from .results import Result
 
-__all__ = ["not_behind", "own_settings", "seeds_text", "show_methods"]
+__all__ = ["not_behind", "own_settings", "show_methods"]
 
 
 def show_methods(result: Result, pictures: Pictures) -> Html:
@@ -31,7 +31,7 @@ def show_methods(result: Result, pictures: Pictures) -> Html:
             _table(content, best),
             el(
                 "p",
-                f"Mean ± standard deviation over {seeds_text(content)}, on {content['examples']['test']:,} test texts. "
+                f"{deviation_over(content['seeds'])}, on {content['examples']['test']:,} test texts. "
                 f"“Own parameters” leaves out the new head ({rows[0]['head_parameters']:,}), which every method "
                 "trains; “trained” is the share of all parameters, with it. A step is of a batch of median "
                 "length, a forward of one of the longest texts: as a multiple of the base model's "
@@ -51,7 +51,7 @@ def show_methods(result: Result, pictures: Pictures) -> Html:
                 "often. A bar reaches one standard deviation to each side; where two bars overlap, chance may be all "
                 "that tells the points apart.",
             ),
-            _accuracy_chart(rows),
+            _accuracy_chart(rows, content["seeds"]),
             el("h3", "What each method costs"),
             paragraph(*_reading_costs(content)),
             _costs(content),
@@ -63,11 +63,6 @@ def show_methods(result: Result, pictures: Pictures) -> Html:
 
 
 # --- what one sees ----------------------------------------------------------------------------------------------------
-
-
-def seeds_text(content: Mapping[str, Any]) -> str:
-    """``seeds 0, 1, 2``"""
-    return f"seed{'s' * (len(content['seeds']) != 1)} {', '.join(map(str, content['seeds']))}"
 
 
 def not_behind(summaries: Mapping[Any, Mapping[str, Any]]) -> list[Any]:
@@ -179,7 +174,7 @@ def _table(content: Mapping[str, Any], best: str | None) -> Html:
     return table("Methods", heading, rows)
 
 
-def _accuracy_chart(rows: Sequence[Mapping[str, Any]]) -> Html:
+def _accuracy_chart(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> Html:
     series = []
     for name, own in lines_of(rows).items():
         points = []
@@ -189,7 +184,7 @@ def _accuracy_chart(rows: Sequence[Mapping[str, Any]]) -> Html:
             points.append(Point(row["trained_parameters"], mean, says, mean - sd, mean + sd))
         series.append(Series(name, points))
     return line_chart(
-        "Test accuracy by trained parameters: mean and standard deviation over seeds.",
+        f"Test accuracy by trained parameters: {over_seeds(seeds)}.",
         series,
         x_label="trained parameters, head included",
         y_label="test accuracy, %",
@@ -199,8 +194,8 @@ def _accuracy_chart(rows: Sequence[Mapping[str, Any]]) -> Html:
 
 def _costs(content: Mapping[str, Any]) -> Html:
     rows = content["methods"]
-    kinds = list(dict.fromkeys(row["method"] for row in rows))
-    group = {row["label"]: kinds.index(row["method"]) for row in rows}
+    # The colours are those of the chart above.
+    group = {row["label"]: index for index, own in enumerate(lines_of(rows).values()) for row in own}
 
     def timed(name: str, each: Mapping[str, float], colour: int | None) -> Bar:
         return Bar(name, [each["median"]], f"{each['median']:.1f} ms", each["q1"], each["q3"], colour)

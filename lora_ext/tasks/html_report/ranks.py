@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..spread import percent, winner
+from ..spread import deviation_over, over_seeds, percent, winner
 from .facts import reproduce
 from .line_chart import Point, Series, line_chart
 from .markup import Html, bullets, cell, count, el, join, paragraph, table
-from .methods import not_behind, seeds_text
+from .methods import not_behind
 from .pictures import Pictures, curves_of_runs
 from .results import Result
 
@@ -26,7 +26,7 @@ def show_ranks(result: Result, pictures: Pictures) -> Html:
         [
             el(
                 "p",
-                f"Test accuracy in percent, mean ± standard deviation over {seeds_text(content)}, on "
+                f"{deviation_over(content['seeds'])}: test accuracy in percent, on "
                 f"{content['examples']['test']:,} texts. Marked is what is ahead of every other of its row (in the "
                 "second table: of its column) by more than the spread, the root of the sum of both squared deviations.",
             ),
@@ -100,7 +100,7 @@ def _rank_chart(content: Mapping[str, Any], cells: _Cells) -> Html:
             points.append(Point(rank, mean, says, mean - sd, mean + sd))
         series.append(Series(target, points))
     return line_chart(
-        "Test accuracy by rank: mean and standard deviation over seeds.",
+        f"Test accuracy by rank: {over_seeds(content['seeds'])}.",
         series,
         x_label="rank",
         y_label="test accuracy, %",

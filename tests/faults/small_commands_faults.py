@@ -1,0 +1,81 @@
+"""plan, analyze and report meet every fault at every call that changes files. Argument: a directory."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tiny_classifier
+
+from faults.runs import content_of, leave_out_what_takes_long
+from faults.tries import Fault, attempt, each_call, restore
+from lora_ext.tasks import WriteError, analyze, plan, plan_report
+from lora_ext.tasks.finetune import finetune
+from lora_ext.tasks.html_report import write_report
+from lora_ext.tasks.plan import PlanSettings
+from lora_ext.tasks.settings import Settings
+from lora_ext.tasks.whole_files import write_whole
+
+top = Path(sys.argv[1])
+leave_out_what_takes_long()
+plan_report.write_picture = lambda path, figure: write_whole(path, b"a picture")
+
+
+def draw(analysis: dict[str, Any], out: Path) -> list[str]:
+    (out / "spectrum.png").write_bytes(b"a picture")
+    return ["spectrum.png"]
+
+
+analyze.analysis_report.draw = draw
+model = tiny_classifier.save_model(top / "model")
+data = tiny_classifier.save_reviews(top / "reviews.csv", tiny_classifier.reviews(40))
+settings = Settings(model=str(model), data=str(data), epochs=1.0, max_length=32, target_modules="query")
+tuned = top / "tuned"
+assert attempt(lambda: finetune(settings, tuned, measure=False, say=print), Fault(tuned)).ended == "returned"
+planned = PlanSettings(Settings(model=str(model), max_length=32), num_labels=5)
+counted = plan.plan(planned)
+plan._count = lambda *arguments: counted  # takes long, and changes no file
+analysed = analyze.AnalysisSettings((str(tuned / "adapter"),), use_base=False)
+
+
+def run_plan(out: Path, again: bool) -> Any:
+    plan.plan(planned, out, overwrite=again and (out / "plan.json").is_file())
+
+
+def run_analyze(out: Path, again: bool) -> None:
+    resume = again and (out / "analysis_settings.json").is_file()
+    analyze.analyze(analysed, out, resume=resume, say=lambda line: None)
+
+
+def run_report(out: Path, again: bool) -> None:
+    try:
+        out.mkdir(exist_ok=True)
+    except OSError as error:  # the user's own step
+        raise WriteError(str(error)) from error
+    write_report(tuned, out / "page.html", say=lambda line: None)
+
+
+def meet_all(run: Callable[[Path, bool], None]) -> dict[str, int]:
+    """Lets ``run(out, again)`` meet every fault at every call; returns how many calls there are, by the fault."""
+    watched = top / run.__name__
+    out = watched / "out"
+    watched.mkdir()
+    assert attempt(lambda: run(out, False), Fault(watched)).ended == "returned"
+    expected, calls = content_of(out), {}
+    for kind in ("kill", "disk full", "read-only"):
+        for at, outcome in each_call(lambda: run(out, False), watched, kind, lambda: restore(out, None)):
+            where = (run.__name__, kind, at, outcome)
+            if outcome.ended == "raised":
+                assert outcome.error == "WriteError" and len(outcome.message.splitlines()) == 1, where
+            assert outcome.ended == {"kill": "killed"}.get(kind, "raised") or outcome.calls < at, where
+            again = attempt(lambda: run(out, True), Fault(watched))
+            assert again.ended == "returned", (where, again)
+            assert content_of(out) == expected and not list(out.rglob(".*")), where
+            calls[kind] = at - 1
+    return calls
+
+
+print(json.dumps({run.__name__: meet_all(run) for run in (run_plan, run_analyze, run_report)}))
