@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import tiny_classifier
+import torch
 
 from lora_ext import cli
 from lora_ext.install_hint import install_hint
+from lora_ext.tasks.settings import Settings
 
 
 def run_python(*arguments: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -141,3 +143,30 @@ def test_a_resumed_run_keeps_its_settings_and_refuses_others(tmp_path: Path, cap
     output = capsys.readouterr().out
     assert "test accuracy" in output
     assert json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())["r"] == 3
+
+
+def test_a_resumed_run_computes_with_as_many_threads_as_before(tmp_path: Path, capsys, monkeypatch):
+    """The last bits of sums depend on it."""
+    used, before = [], torch.get_num_threads()
+    monkeypatch.setattr("lora_ext.tasks.finetune.finetune", lambda *a, **k: used.append(torch.get_num_threads()))
+    Settings().save(tmp_path, threads=1)
+    try:
+        for options, expected in (([], 1), (["--threads", "3"], 3)):
+            torch.set_num_threads(2)
+            assert cli.main(["finetune", "--resume", "--out", str(tmp_path), *options]) == 0
+            assert used.pop() == expected
+        assert capsys.readouterr().out == "with 1 threads, as the run was started; --threads changes that\n"
+        torch.set_num_threads(2)
+        assert cli.main(["finetune", "--out", str(tmp_path / "new")]) == 0 and used.pop() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_cannot_be_written_is_one_line(tmp_path: Path):
+    """Standard output, too."""
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "lora_ext", "info"]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        result = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 1
+    assert result.stderr == "lora-ext: error: standard output: No space left on device\n"

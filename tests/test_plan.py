@@ -250,3 +250,33 @@ def test_models_of_other_kinds(tmp_path):
 )  # fmt: skip
 def test_bytes_for_people(count, text):
     assert plan_report.readable(count) == text
+
+
+# --- what finetune would be told --------------------------------------------------------------------------------------
+
+
+def test_labels_are_counted(tmp_path):
+    config = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
+    config.save_pretrained(tmp_path)
+    settings = Settings(model=str(tmp_path), method="head-only", max_length=16)
+    for labels in (None, 7):
+        result = plan(PlanSettings(settings, num_labels=labels))
+        assert result["num_labels"] == (labels or 2)
+        assert result["runs"]["head-only"]["trained_parameters"] == (labels or 2) * (32 + 1)
+        assert f"classification of {labels or 2} labels; " in plan_report.title(result)
+    assert plan(PlanSettings(Settings()))["num_labels"] == 3
+
+
+def test_labels_of_a_language_model_are_refused(gpt2_directory, capsys):
+    assert main(["plan", "--model", gpt2_directory, "--num-labels", "3"]) == 2
+    assert "--num-labels goes with --task classification; a language model has none" in capsys.readouterr().err
+
+
+def test_text_takes_no_matplotlib_and_a_picture_says_that_it_does(gpt2_directory, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    options = ["plan", "--model", gpt2_directory, "--method", "bitfit", "--seq-len", "16"]
+    assert main(options) == 0
+    assert main([*options, "--out", str(tmp_path / "out"), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "plan.png is left out, as it takes matplotlib: pip install" in captured.err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["plan.json", "plan.md"]

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import http.server
+import os
+import socket
+import subprocess
+import sys
+import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import tiny_classifier
@@ -135,3 +141,59 @@ def test_an_adapter_that_cannot_be_merged_leaves_its_metrics(tmp_path: Path, mon
     assert "latency" in metrics and "merged" not in metrics
     assert "the adapter cannot be merged: a value is not finite" in lines
     assert (tmp_path / "out" / "metrics.json").is_file()
+
+
+HUB = """
+import sys
+from lora_ext.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def hub_command(tmp_path: Path, endpoint: str, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), **more}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    return subprocess.run([sys.executable, "-c", HUB, *arguments], env=environment, capture_output=True, text=True)
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A hub that answers, and knows no model."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_HEAD(self) -> None:
+        self.asked.append(self.path)
+        self.send_response(404)
+        self.end_headers()
+
+    do_GET = do_HEAD
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path: Path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"  # where nobody listens
+        result = hub_command(tmp_path, endpoint, "plan", "--model", "nobody/nothing")
+    assert result.returncode == 2 and "Retrying" not in result.stderr
+    assert f"there is no such directory, the hub ({endpoint}) does not answer, and its cache (" in result.stderr
+    assert "name a directory with the model's files, or run `hf download nobody/nothing`" in result.stderr
+    result = hub_command(tmp_path, endpoint, "plan", "--model", "./nothing", HF_HUB_OFFLINE="1")
+    assert "is not asked (HF_HUB_OFFLINE)" in result.stderr and "hf download" not in result.stderr
+
+
+def test_a_hub_that_answers_is_asked_for_the_model(tmp_path: Path):
+    server = http.server.HTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        result = hub_command(tmp_path, f"http://127.0.0.1:{server.server_port}", "plan", "--model", "nobody/nothing")
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert result.returncode == 2 and "does not answer" not in result.stderr
+    assert any("nobody/nothing" in path for path in Hub.asked)
