@@ -9,4 +9,5 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Prints the defaults that say something."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        says_nothing = action.default is True or action.default in (None, False)
+        return action.help if says_nothing else super()._get_help_string(action)

@@ -65,7 +65,13 @@ def new_checkpoint(directory: Path, step: int) -> Iterator[Path]:
         remove_leftovers(directory)
     with whole_directory(directory / f"checkpoint-{step}") as fresh:
         yield fresh
+    tidy(directory)
+
+
+def tidy(directory: Path) -> None:
+    """Removes all checkpoints but the last two, and what killed processes left. WriteError: the disk refuses."""
     with writing(directory):
+        remove_leftovers(directory)
         for path in _in_order(directory)[:-_KEPT]:
             discard(path)
 

@@ -17,14 +17,14 @@ from lora_ext.adapters import merge_and_unload, trainable_parameter_counts
 from lora_ext.methods import head_parameter_count, load_method, save_method
 
 from . import TaskError, demo, report
-from .checkpoints import last_checkpoint
+from .checkpoints import last_checkpoint, tidy
 from .data import DATA_FILE, fingerprint, save_fingerprint, saved_fingerprint
 from .run_directory import check_out, prepare_out
 from .settings import INPUTS, SETTINGS_FILE, Settings, command_line
 from .task_data import Encoded, encode, load_data
 from .task_model import adapt, check_fits, check_room, load_model, model_path_of, most_tokens, sharing
 from .trainer import FinetuneTrainer, build_trainer, forward_of, predict, train
-from .whole_files import remove_leftovers, whole_directory, write_json, writing
+from .whole_files import whole_directory, write_json, writing
 
 _OUTPUTS = ("checkpoints", "adapter", "model", "metrics.json", "loss_curve.png", "predictions.jsonl", DATA_FILE)
 _OUTPUTS += (SETTINGS_FILE,)  # last, when they are removed: it says whose the others are
@@ -88,8 +88,7 @@ def finetune(
     def save(out: Path) -> None:
         settings.save(out, threads=torch.get_num_threads())
         save_fingerprint(out, texts)
-        with writing(out):
-            remove_leftovers(out / "checkpoints")
+        tidy(out / "checkpoints")
 
     prepare_out(out, _OUTPUTS, resume, save)
     trainer = build_trainer(

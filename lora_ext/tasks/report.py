@@ -160,11 +160,13 @@ def figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
             "accuracy": f"; always {most['label']!r}: {most['accuracy']:.2%}",
             "macro_f1": f"; {most['macro_f1']:.3f}",
         }
+    at_once = metrics.get("runs_at_once", 1)
+    shared = f"; up to {at_once} runs shared the machine" if at_once > 1 else ""
     rows = [
         ("parameters trained", f"{metrics['trainable_parameters']:,} of {metrics['total_parameters']:,} ({share:.2%})"),
         ("test accuracy", f"{after['accuracy']:.2%}{compared['accuracy']}"),
         ("test macro-F1", f"{after['macro_f1']:.3f}{compared['macro_f1']}"),
-        ("training", f"{metrics['train_seconds']:.0f} s, {metrics['tokens_per_second']:,.0f} tokens/s"),
+        ("training", f"{metrics['train_seconds']:.0f} s, {metrics['tokens_per_second']:,.0f} tokens/s{shared}"),
         ("peak memory", f"{metrics['peak_memory_bytes'] / 2**20:,.0f} MiB"),
     ]
     if "adapter_bytes" in metrics:
