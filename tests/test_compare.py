@@ -382,7 +382,7 @@ def test_a_process_that_dies_is_told_with_its_log(tmp_path: Path):
     assert "Traceback" in (tmp_path / "log.txt").read_text()
 
 
-def counts_interrupts(settings: Settings, directory: Path, resume: bool, on_progress) -> None:
+def counts_interrupts(settings: Settings, directory: Path, resume: bool, jobs: int, on_progress) -> None:
     """In the place of a run: writes how many SIGINT it got in the second after the first one."""
     got = []
     signal.signal(signal.SIGINT, lambda *args: got.append(args))
