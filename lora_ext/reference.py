@@ -69,7 +69,7 @@ def lora_delta(
     threshold = dropout_threshold(dropout_p)
     if threshold > 0:
         assert seed is not None
-        keep = dropout_keep(int(seed), x[..., 0].numel(), x.shape[-1], dropout_p).view(x.shape).to(x.device)
+        keep = dropout_keep(int(seed), x.shape[:-1].numel(), x.shape[-1], dropout_p).view(x.shape).to(x.device)
         x_dropped = x * keep * (65536.0 / (65536.0 - threshold))
     wide = torch.promote_types(x.dtype, lora_A.dtype)
     return scaling * (x_dropped.to(wide) @ lora_A.to(wide).T @ lora_B.to(wide).T)

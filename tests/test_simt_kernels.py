@@ -7,6 +7,7 @@ The base product is not the kernels' business: weights are zero here, or the out
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -25,6 +26,10 @@ MAIN_DTYPES = [(dtype, dtype) for dtype in (torch.float64, torch.float32, torch.
 
 def dtype_name(value) -> str | None:
     return f"{value[0]}-{value[1]}".replace("torch.", "") if isinstance(value, tuple) else None
+
+
+def wanted_names(output_mask: tuple[bool, bool, bool]) -> str:
+    return "".join(name for name, want in zip("xAB", output_mask, strict=True) if want)
 
 
 def siblings_of(count: int, shape, dtypes) -> Siblings:
@@ -151,6 +156,29 @@ def test_no_tokens(dtypes, count):
     assert results["A[0]"].shape == (4, 24)
 
 
+ZEROS = {
+    "first layer": ((21, 72), ((0, 4), (40, 20), (33, 3))),
+    "middle layer": ((21, 72), ((40, 40), (0, 4), (33, 3))),
+    "last layer": ((21, 72), ((40, 20), (33, 3), (0, 40))),
+    "all layers": ((21, 72), ((0, 4), (0, 40))),
+    "no features come in": ((21, 0), ((0, 4), (40, 20))),
+    "no tokens": ((0, 72), ((40, 20), (33, 3))),
+}
+
+
+@pytest.mark.parametrize("output_mask", [m for m in product([True, False], repeat=3) if any(m)], ids=wanted_names)
+@pytest.mark.parametrize("shape", ZEROS)
+@pytest.mark.parametrize("dtypes", MAIN_DTYPES, ids=dtype_name)
+def test_sizes_of_zero(dtypes, shape, output_mask):
+    """Empty tensors' addresses are null, as torch's are, and decide nothing."""
+    siblings = random_siblings(ZEROS[shape], dtypes)
+    for layer in siblings.layers:
+        layer.weight.zero_()
+    for dropout_p in (0.0, 0.3):
+        results = assert_as_good_as_torch(siblings, dropout_p, output_mask=output_mask)
+        assert ("B[1]" in results) == output_mask[2]
+
+
 @pytest.mark.parametrize(
     "view",
     [
@@ -185,7 +213,7 @@ def test_adds_to_what_is_there(dtypes, count):
     "output_mask",
     [(True, False, False), (False, True, False), (False, False, True), (True, True, False), (True, False, True)]
     + [(False, True, True)],
-    ids=lambda wanted: "".join(name for name, want in zip("xAB", wanted, strict=True) if want),
+    ids=wanted_names,
 )
 def test_only_wanted_gradients(output_mask, dtypes, count):
     """The arguments that only the others read are null."""

@@ -90,6 +90,8 @@ inline BackwardCall fill_backward(const std::optional<Tensor>& x, std::span<cons
   LoraBackwardParams& p = call.params;
   p.num_tokens = count_tokens(grad_y), p.in_features = layers[0].lora_A.size(1);
   p.dtype = dtype_of(grad_y), p.factor_dtype = dtype_of(layers[0].lora_A);
+  p.wants_grad_x = want_x, p.wants_grad_lora_A = want_A, p.wants_grad_lora_B = want_B;
+  p.has_dropout = threshold > 0;
   p.num_siblings = static_cast<int>(layers.size());
   call.grad_y.reserve(layers.size());
   call.kept.reserve(2 * layers.size() + 2);

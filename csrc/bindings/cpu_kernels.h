@@ -85,7 +85,7 @@ Workspace make_workspace(DType acc, int64_t in_features, const Sibling* siblings
   for (int i = 0; i < num_parts; ++i) total += parts[i].count * dtype_size(acc);  // each a multiple of 64 bytes
   char* next = scratch_memory(total);
   for (int i = 0; i < num_parts; ++i) {
-    *parts[i].pointer = parts[i].count == 0 ? nullptr : next;
+    *parts[i].pointer = next;
     next += parts[i].count * dtype_size(acc);
   }
   return workspace;

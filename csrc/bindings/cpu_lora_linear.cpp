@@ -72,17 +72,16 @@ struct Cpu {
         base_product(grad_x_rows, is_start ? nullptr : &grad_x_rows, call.grad_y[i], *call.layers[i].weight);
       }
     };
-    const bool want_grad_A = !call.grad_lora_A.empty(), want_grad_B = !call.grad_lora_B.empty();
     const int64_t num_chunks = count_chunks(p.num_tokens);  // zero chunks sum to zero gradients
     const Workspace workspace = make_workspace(accumulation_dtype(p.dtype), p.in_features, p.siblings, p.num_siblings,
-                                               num_chunks, want_grad_A, want_grad_B);
+                                               num_chunks, p.wants_grad_lora_A, p.wants_grad_lora_B);
     if (base_first) {
       add_base_products();
       p.base = p.grad_x;
     }
     pack_factors(kernels.pack_backward, p.num_siblings, p, workspace);
     run_chunks(kernels.backward, p, workspace, num_chunks);
-    if (want_grad_A || want_grad_B) {
+    if (p.wants_grad_lora_A || p.wants_grad_lora_B) {
       torch::stable::parallel_for(0, p.total_rank, 4, [&](int64_t begin, int64_t end) {
         kernels.reduce_grads(p, workspace, num_chunks, begin, end);
       });

@@ -121,6 +121,7 @@ struct ShrinkExpandOps {
     const Tensor& factor = call.kept.emplace_back(as_contiguous(lora_A));
     LoraBackwardSibling& s = p.siblings[0];
     s.rank = p.total_rank, s.lora_A = factor.const_data_ptr(), s.scale = 1.0;
+    p.wants_grad_x = output_mask[0], p.wants_grad_lora_A = output_mask[1];
     if (output_mask[0]) {
       const auto sizes = x.sizes();
       call.grad_x = empty({sizes.begin(), sizes.end()}, p.dtype, x);
@@ -160,6 +161,7 @@ struct ShrinkExpandOps {
     LoraBackwardSibling& s = p.siblings[0];
     s.out_features = lora_B.size(0), s.rank = p.total_rank, s.lora_B = factor.const_data_ptr(), s.scale = 1.0;
     s.grad_y = rows.const_data_ptr(), s.grad_y_stride = rows.stride(0);
+    p.wants_grad_xa = output_mask[0], p.wants_grad_lora_B = output_mask[1];
     std::optional<Tensor> grad_xa;
     if (output_mask[0]) {
       grad_xa = empty(sizes_with_last(grad_y, p.total_rank), accumulation_dtype(p.dtype), grad_y);

@@ -31,10 +31,10 @@ struct Workspace {
   void* lora_A;            // [roomy_ranks, padded(in_features)]: the siblings' one below the other, packed, zero padded
   void* partial_sum;       // [num_chunks, kBlockRows, partial_stride]: xa or grad_xa on the way through the columns
   void* left;              // [num_chunks, kLeftBlocks, block_lanes]: the small operands of the block at hand
-  void* grad_A;            // [num_chunks, total_rank, padded(in_features)]; null where not wanted
+  void* grad_A;            // [num_chunks, total_rank, padded(in_features)]; nothing where it is not wanted
   int64_t partial_stride;  // roomy_ranks of all siblings
   void* lora_B_t[kMaxSiblings];  // [roomy_ranks, padded(out_features)] each: lora_B transposed, packed, zero padded
-  void* grad_B_t[kMaxSiblings];  // [num_chunks, rank, padded(out_features)] each; null where not wanted
+  void* grad_B_t[kMaxSiblings];  // [num_chunks, rank, padded(out_features)] each; nothing where it is not wanted
 };
 
 constexpr int64_t kMostFewTokens = 32;

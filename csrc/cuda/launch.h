@@ -22,7 +22,7 @@ struct DropoutMaskParams {
   uint32_t threshold;
 };
 
-// Bytes behind `workspace`, which must be aligned to 16 bytes. For the backward, set the gradient pointers first.
+// Bytes behind `workspace`, which must be aligned to 16 bytes. A function of the shapes and of what is wanted.
 int64_t workspace_bytes(const LoraForwardParams& params);
 int64_t workspace_bytes(const LoraBackwardParams& params);
 

@@ -109,8 +109,13 @@ class Library:
 
     # --- device memory ----------------------------------------------------------------------------------------------
 
-    def allocate(self, num_bytes: int, name: str, alignment: int = 16, offset: int = 0) -> int:
-        """The address of a new buffer, an odd multiple of alignment plus offset. Its contents are undefined."""
+    def allocate(self, num_bytes: int, name: str, alignment: int = 16, offset: int = 0) -> int | None:
+        """The address of a new buffer, an odd multiple of alignment plus offset. Its contents are undefined.
+
+        No bytes have no address: null, as torch gives to an empty tensor.
+        """
+        if num_bytes == 0:
+            return None
         return self.c.simt_allocate(num_bytes, alignment, offset, name.encode())
 
     def upload(self, tensor: Tensor | None, name: str) -> int | None:

@@ -128,7 +128,8 @@ def lora_backward(
     library.reset(schedule)
     want_x, want_A, want_B = output_mask
     p = params.LoraBackwardParams(num_tokens=x.shape[0], in_features=x.shape[1], x_stride=x.stride(0))
-    p.dtype = DTYPES[x.dtype]
+    p.dtype, p.has_dropout = DTYPES[x.dtype], mask is not None
+    p.wants_grad_x, p.wants_grad_lora_A, p.wants_grad_lora_B = output_mask
     _fill_siblings(p, siblings, dropout_p)
     if want_A:
         p.x = library.upload(x, "x")
@@ -207,6 +208,7 @@ def shrink_backward(
     want_x, want_A = output_mask
     p = _product(params.LoraBackwardParams, SHRINK, x, lora_A)
     s = p.siblings[0]
+    p.wants_grad_x, p.wants_grad_lora_A = output_mask
     p.grad_xa, s.lora_A = library.upload(grad_xa, "grad_xa"), library.upload(lora_A, "lora_A")
     if want_x:
         p.grad_x, p.base = library.allocate(x.numel() * x.itemsize, "grad_x"), library.upload(base, "base")
@@ -230,6 +232,7 @@ def expand_backward(
     s, acc = p.siblings[0], accumulation_dtype(grad_y.dtype)
     s.grad_y, s.grad_y_stride = library.upload(grad_y, "grad_y"), grad_y.stride(0)
     s.lora_B = library.upload(lora_B, "lora_B")
+    p.wants_grad_xa, p.wants_grad_lora_B = output_mask
     if want_xa:
         p.grad_xa = library.allocate(p.num_tokens * p.total_rank * acc.itemsize, "grad_xa")
     if want_B:

@@ -47,7 +47,7 @@ void pack_backward_factors(const LoraBackwardParams& p, const BackwardPlan& plan
   A* stacked_A = reinterpret_cast<A*>(workspace + plan.lora_A);
   for (int s = 0; s < p.num_siblings; ++s) {
     const LoraBackwardSibling& sibling = p.siblings[s];
-    if (p.grad_x) {
+    if (p.wants_grad_x) {
       A* packed_A = stacked_A + sibling.rank_begin * padded_features(p.in_features);
       pack.factors[pack.num_factors++] = {sibling.lora_A, packed_A, sibling.rank, p.in_features, false};
     }
@@ -95,7 +95,7 @@ void launch_xa_pass(const LoraForwardParams& p, const ForwardPlan& plan, char* w
 
 // Where grad_xa is: handed from or to the other product's call, or between the passes of this one.
 inline void* grad_xa_of(const LoraBackwardParams& p, const BackwardPlan& plan, char* workspace) {
-  return p.grad_xa ? p.grad_xa : workspace + plan.grad_xa;
+  return p.products == Products::kBoth ? workspace + plan.grad_xa : p.grad_xa;
 }
 
 // The passes over grad_y: grad_xa and the partial sums of grad_lora_B, whichever are wanted.
@@ -136,7 +136,7 @@ void launch_grad_y_passes(const LoraBackwardParams& p, const BackwardPlan& plan,
                         .x_aligned = aligned},
                        stream);
     }
-    if (sibling.grad_lora_B) {
+    if (p.wants_grad_lora_B) {
       launch_token_sum<T>({.num_tokens = p.num_tokens,
                            .features = sibling.out_features,
                            .rank = sibling.rank,
@@ -144,7 +144,7 @@ void launch_grad_y_passes(const LoraBackwardParams& p, const BackwardPlan& plan,
                            .right = sibling.grad_y,
                            .mask = nullptr,
                            .partial = workspace + parts.grad_B_partial,
-                           .factor = parts.one_pass ? workspace + parts.lora_B_t : nullptr,
+                           .factor = workspace + parts.lora_B_t,
                            .product = grad_xa + sibling.rank_begin,
                            .left_stride = p.total_rank,
                            .right_stride = sibling.grad_y_stride,
@@ -153,6 +153,7 @@ void launch_grad_y_passes(const LoraBackwardParams& p, const BackwardPlan& plan,
                            .range_stride = p.num_tokens * p.total_rank,
                            .chunks = parts.grad_B_chunks,
                            .product_scale = direct ? sibling.scale : 1.0,
+                           .with_products = parts.one_pass,
                            .right_aligned = aligned},
                           stream);
     }
@@ -167,7 +168,7 @@ void launch_factor_gradient_sums(const LoraBackwardParams& p, const BackwardPlan
   const A* partial_A = reinterpret_cast<const A*>(workspace + plan.grad_A_partial);
   for (int s = 0; s < p.num_siblings; ++s) {
     const LoraBackwardSibling& sibling = p.siblings[s];
-    if (sibling.grad_lora_A) {
+    if (p.wants_grad_lora_A) {
       const int64_t pitch = padded_features(p.in_features);
       sums.gradients[sums.num_gradients++] = {.partial = partial_A + sibling.rank_begin * pitch,
                                               .grad = sibling.grad_lora_A,
@@ -178,7 +179,7 @@ void launch_factor_gradient_sums(const LoraBackwardParams& p, const BackwardPlan
                                               .pitch = pitch,
                                               .transposed = false};
     }
-    if (sibling.grad_lora_B) {
+    if (p.wants_grad_lora_B) {
       const int64_t pitch = padded_features(sibling.out_features);
       sums.gradients[sums.num_gradients++] = {.partial = workspace + plan.siblings[s].grad_B_partial,
                                               .grad = sibling.grad_lora_B,
@@ -243,13 +244,13 @@ void LoraLaunches<T>::backward(const LoraBackwardParams& p, void* workspace_bloc
   const void* grad_xa = fma::grad_xa_of(p, plan, workspace);
   if (p.products != Products::kShrink) fma::launch_grad_y_passes<T>(p, plan, workspace, stream);
 
-  if (p.siblings[0].grad_lora_A) {
+  if (p.wants_grad_lora_A) {
     fma::launch_token_sum<T>({.num_tokens = p.num_tokens,
                               .features = p.in_features,
                               .rank = p.total_rank,
                               .left = grad_xa,
                               .right = p.x,
-                              .mask = p.mask,
+                              .mask = p.has_dropout ? p.mask : nullptr,
                               .partial = workspace + plan.grad_A_partial,
                               .factor = nullptr,
                               .product = nullptr,
@@ -260,12 +261,13 @@ void LoraLaunches<T>::backward(const LoraBackwardParams& p, void* workspace_bloc
                               .range_stride = 0,
                               .chunks = plan.grad_A_chunks,
                               .product_scale = 1.0,
+                              .with_products = false,
                               .right_aligned = fma::rows_are_aligned(p.x, p.x_stride, sizeof(T))},
                              stream);
   }
   fma::launch_factor_gradient_sums<A>(p, plan, workspace, stream);
 
-  if (p.grad_x) {
+  if (p.wants_grad_x) {
     fma::launch_expand<T>({.updates = {{.left = grad_xa,
                                         .right = workspace + plan.lora_A,
                                         .bias = nullptr,
@@ -277,7 +279,7 @@ void LoraLaunches<T>::backward(const LoraBackwardParams& p, void* workspace_bloc
                            .num_updates = 1,
                            .rows = p.num_tokens,
                            .left_stride = p.total_rank,
-                           .mask = p.mask,
+                           .mask = p.has_dropout ? p.mask : nullptr,
                            .mask_row_bytes = mask_row_bytes(p.in_features),
                            .scale = 1.0},
                           stream);

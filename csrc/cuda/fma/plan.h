@@ -115,7 +115,7 @@ struct BackwardPlan {
   } siblings[kMaxSiblings];
   bool need_grad_xa;
   int64_t lora_A;           // [total_rank, padded in_features]
-  int64_t grad_xa;          // [num_tokens, total_rank], where it stays within the call
+  int64_t grad_xa;          // [num_tokens, total_rank], of kBoth: it stays within the call
   int64_t grad_xa_partial;  // [max_ranges, num_tokens, total_rank]; nothing for one range
   int64_t max_ranges;       // the siblings' largest number of ranges
   int64_t grad_A_partial;   // [chunks, total_rank, padded in_features]
@@ -124,15 +124,15 @@ struct BackwardPlan {
 };
 
 inline BackwardPlan plan_backward(const LoraBackwardParams& p) {
-  const bool want_A = p.siblings[0].grad_lora_A != nullptr, want_B = p.siblings[0].grad_lora_B != nullptr;
   WorkspaceCarver carver(p.dtype);
   BackwardPlan plan{};
   plan.need_grad_xa = needs_grad_xa(p);
-  if (p.grad_x) plan.lora_A = carver.take(p.total_rank * padded_features(p.in_features));
+  if (p.wants_grad_x) plan.lora_A = carver.take(p.total_rank * padded_features(p.in_features));
   for (int s = 0; s < p.num_siblings; ++s) {
     const LoraBackwardSibling& sibling = p.siblings[s];
     BackwardPlan::Sibling& out = plan.siblings[s];
-    out.one_pass = plan.need_grad_xa && want_B && sibling.rank <= kMaxProductRank && sibling.out_features > 0;
+    out.one_pass =
+        plan.need_grad_xa && p.wants_grad_lora_B && sibling.rank <= kMaxProductRank && sibling.out_features > 0;
     if (plan.need_grad_xa) {
       out.lora_B_t = carver.take(sibling.rank * padded_features(sibling.out_features));
       const int64_t columns = token_sum_features(carver.acc_bytes(), rank_bucket(sibling.rank), true);
@@ -140,15 +140,15 @@ inline BackwardPlan plan_backward(const LoraBackwardParams& p) {
                                 : plan_feature_ranges(p.num_tokens, sibling.out_features, sibling.rank);
       plan.max_ranges = std::max(plan.max_ranges, out.ranges.count);
     }
-    if (want_B) {
+    if (p.wants_grad_lora_B) {
       out.grad_B_chunks =
           plan_token_chunks(p.num_tokens, sibling.out_features, sibling.rank, carver.acc_bytes(), out.one_pass);
       out.grad_B_partial = carver.take(out.grad_B_chunks.count * sibling.rank * padded_features(sibling.out_features));
     }
   }
-  if (plan.need_grad_xa && !p.grad_xa) plan.grad_xa = carver.take(p.num_tokens * p.total_rank);
+  if (plan.need_grad_xa && p.products == Products::kBoth) plan.grad_xa = carver.take(p.num_tokens * p.total_rank);
   if (plan.max_ranges > 1) plan.grad_xa_partial = carver.take(plan.max_ranges * p.num_tokens * p.total_rank);
-  if (want_A) {
+  if (p.wants_grad_lora_A) {
     plan.grad_A_chunks = plan_token_chunks(p.num_tokens, p.in_features, p.total_rank, carver.acc_bytes(), false);
     plan.grad_A_partial = carver.take(plan.grad_A_chunks.count * p.total_rank * padded_features(p.in_features));
   }

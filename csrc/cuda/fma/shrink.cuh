@@ -26,13 +26,13 @@ struct ShrinkParams {
   const void* x;        // [num_tokens, features], T
   const void* factor;   // [rank, padded_features(features)], acc, zero beyond features
   void* out;            // [ranges.count, num_tokens, rank], acc; rows out_stride and ranges range_stride apart
-  const int64_t* seed;  // [1]; null: no dropout
-  uint8_t* mask;        // [num_tokens, mask_row_bytes], written; null: no dropout
+  const int64_t* seed;  // [1], where there is dropout
+  uint8_t* mask;        // [num_tokens, mask_row_bytes], written, where there is dropout
   int64_t x_stride, out_stride, range_stride, mask_row_bytes;
   FeatureRanges ranges;
   RankScales scales;
-  uint32_t threshold;
-  bool x_aligned;  // rows of x begin at 16-byte boundaries
+  uint32_t threshold;  // 0: no dropout
+  bool x_aligned;      // rows of x begin at 16-byte boundaries
 };
 
 template <class T, int kRankBucket>
@@ -238,8 +238,8 @@ void launch_shrink_bucket(const ShrinkParams& p, cudaStream_t stream) {
   using Traits = ShrinkTraits<T, kRankBucket>;
   const dim3 grid =
       make_grid(ceil_div(p.num_tokens, Traits::kBlockM), p.ranges.count, ceil_div(p.rank, Traits::kBlockR));
-  launch(p.mask ? &shrink_kernel<T, kRankBucket, true> : &shrink_kernel<T, kRankBucket, false>, grid, Traits::kThreads,
-         Traits::kSharedBytes, stream, p);
+  launch(p.threshold > 0 ? &shrink_kernel<T, kRankBucket, true> : &shrink_kernel<T, kRankBucket, false>, grid,
+         Traits::kThreads, Traits::kSharedBytes, stream, p);
 }
 
 template <class T>

@@ -31,11 +31,12 @@ struct TokenSumParams {
   const void* right;    // [num_tokens, features], T
   const uint8_t* mask;  // [num_tokens, mask_row_bytes]; null: everything is kept
   void* partial;        // [chunks.count, rank, padded_features(features)], acc
-  const void* factor;   // [rank, padded_features(features)], acc; null: no products
+  const void* factor;   // [rank, padded_features(features)], acc; of the products
   void* product;        // [feature ranges, num_tokens, rank], acc; rows product_stride and ranges range_stride apart
   int64_t left_stride, right_stride, mask_row_bytes, product_stride, range_stride;
   TokenChunks chunks;
   double product_scale;
+  bool with_products;
   bool right_aligned;  // rows of right begin at 16-byte boundaries
 };
 
@@ -297,7 +298,7 @@ void launch_token_sum_bucket(const TokenSumParams& p, cudaStream_t stream) {
 template <class T>
 void launch_token_sum(const TokenSumParams& p, cudaStream_t stream) {
   const int bucket = rank_bucket(p.rank);
-  if (p.factor != nullptr) {
+  if (p.with_products) {
     return bucket == 16 ? launch_token_sum_bucket<T, 16, true>(p, stream)
                         : launch_token_sum_bucket<T, 32, true>(p, stream);
   }

@@ -24,7 +24,7 @@ struct FeatureSumsTarget {
 
 struct FeatureSumsSibling {
   int64_t rank_begin, rank;
-  void* grad;  // null: not wanted, of every sibling
+  void* grad;
 };
 
 struct FeatureSumsResult {
@@ -47,7 +47,7 @@ struct FeatureSumsResult {
 // What is left to add: all chunks, even if there is one, to round the sum.
 inline PartialSumsParams<FeatureSumsResult> feature_sums_left(const FeatureSumsResult& result, const float* partial,
                                                               int64_t chunks, int64_t rank) {
-  return {partial, chunks, result.siblings[0].grad ? rank * result.pitch : 0, result};
+  return {partial, chunks, rank * result.pitch, result};
 }
 
 }  // namespace lora_ext::cuda::mma

@@ -102,26 +102,27 @@ void launch_forward(const LoraForwardParams& p, char* workspace, cudaStream_t st
 template <class T, int kParts>
 void launch_backward(const LoraBackwardParams& p, char* workspace, cudaStream_t stream) {
   const BackwardWorkspace plan = plan_workspace(p, kParts);
-  float* grad_xa = p.grad_xa ? static_cast<float*>(p.grad_xa) : reinterpret_cast<float*>(workspace + plan.grad_xa);
+  float* grad_xa = p.products == Products::kBoth ? reinterpret_cast<float*>(workspace + plan.grad_xa)
+                                                 : static_cast<float*>(p.grad_xa);
   float* partial = reinterpret_cast<float*>(workspace + plan.partial);  // each pass has done with it before the next
 
   PackFactorsParams pack{.dtype = p.factor_dtype};
   for (int s = 0; needs_grad_xa(p) && s < p.num_siblings; ++s) {
     add_lora_B(p.siblings[s], workspace + plan.lora_B[s], /*interleaved=*/false, pack);
   }
-  if (p.grad_x) add_stacked_lora_A(p, workspace + plan.lora_A, /*interleaved=*/true, pack);
+  if (p.wants_grad_x) add_stacked_lora_A(p, workspace + plan.lora_A, /*interleaved=*/true, pack);
   launch_pack_factors<kParts>(pack, stream);
 
   for (int s = 0; p.products != Products::kShrink && s < p.num_siblings; ++s) {
+    if (!needs_grad_xa(p) && !p.wants_grad_lora_B) break;
     const LoraBackwardSibling& sibling = p.siblings[s];
-    if (!needs_grad_xa(p) && !sibling.grad_lora_B) continue;
     launch_grad_b<T, kParts>(
         {.num_tokens = p.num_tokens,
          .features = sibling.out_features,
          .rank = sibling.rank,
          .grad_y = sibling.grad_y,
          .factor = workspace + plan.lora_B[s],
-         .xa = sibling.grad_lora_B ? static_cast<const float*>(p.xa) + sibling.rank_begin : nullptr,
+         .xa = p.wants_grad_lora_B ? static_cast<const float*>(p.xa) + sibling.rank_begin : nullptr,
          .grad_xa = needs_grad_xa(p) ? grad_xa + sibling.rank_begin : nullptr,
          .grad_lora_B = sibling.grad_lora_B,
          .partial = partial,
@@ -129,16 +130,17 @@ void launch_backward(const LoraBackwardParams& p, char* workspace, cudaStream_t 
          .xa_stride = p.total_rank,
          .grad_xa_stride = p.total_rank,
          .scale = sibling.scale,
-         .grad_dtype = p.factor_dtype},
+         .grad_dtype = p.factor_dtype,
+         .wanted = {.ranks = needs_grad_xa(p), .features = p.wants_grad_lora_B}},
         stream);
   }
-  if (p.siblings[0].grad_lora_A) {
+  if (p.wants_grad_lora_A) {
     GradAParams grad_a{.num_tokens = p.num_tokens,
                        .features = p.in_features,
                        .rank = p.total_rank,
                        .x = p.x,
                        .grad_xa = grad_xa,
-                       .mask = p.mask,
+                       .mask = p.has_dropout ? p.mask : nullptr,
                        .partial = partial,
                        .x_stride = p.x_stride,
                        .grad_xa_stride = p.total_rank,
@@ -150,13 +152,13 @@ void launch_backward(const LoraBackwardParams& p, char* workspace, cudaStream_t 
     }
     launch_grad_a<T, kParts>(grad_a, stream);
   }
-  if (p.grad_x) {
+  if (p.wants_grad_x) {
     // The siblings' ranks are one sum: to the expand they are one sibling.
     launch_expand<T, kParts>({.num_tokens = p.num_tokens,
                               .left_stride = p.total_rank,
                               .mask_row_bytes = mask_row_bytes(p.in_features),
                               .left = grad_xa,
-                              .mask = p.mask,
+                              .mask = p.has_dropout ? p.mask : nullptr,
                               .num_siblings = 1,
                               .siblings = {{.right = reinterpret_cast<const __nv_bfloat16*>(workspace + plan.lora_A),
                                             .bias = nullptr,

@@ -48,7 +48,7 @@ inline ForwardWorkspace plan_workspace(const LoraForwardParams& p, int parts) {
 struct BackwardWorkspace {
   int64_t lora_A;                // packed, of all siblings: [total_rank, in_features]; for grad_x
   int64_t lora_B[kMaxSiblings];  // packed, transposed: [rank, out_features]; for grad_xa
-  int64_t grad_xa;               // float32 [num_tokens, total_rank], where it stays within the call
+  int64_t grad_xa;               // float32 [num_tokens, total_rank], of kBoth: it stays within the call
   int64_t partial;               // of one token pass at a time
   int64_t total;
 };
@@ -60,18 +60,17 @@ inline BackwardWorkspace plan_workspace(const LoraBackwardParams& p, int parts) 
   for (int s = 0; s < p.num_siblings; ++s) {
     const LoraBackwardSibling& sibling = p.siblings[s];
     if (needs_grad_xa(p)) plan.lora_B[s] = offsets.take(PackedShape(sibling.rank, sibling.out_features).bytes(parts));
-    const TokenPassPlan grad_b =
-        plan_token_pass(p.num_tokens, sibling.out_features, sibling.rank,
-                        {.ranks = needs_grad_xa(p), .features = sibling.grad_lora_B != nullptr});
+    const TokenPassPlan grad_b = plan_token_pass(p.num_tokens, sibling.out_features, sibling.rank,
+                                                 {.ranks = needs_grad_xa(p), .features = p.wants_grad_lora_B});
     partial = std::max(partial, grad_b.partial_bytes());
   }
-  if (p.siblings[0].grad_lora_A) {
+  if (p.wants_grad_lora_A) {
     const TokenPassPlan grad_a = plan_token_pass(p.num_tokens, p.in_features, p.total_rank, {.features = true});
     partial = std::max(partial, grad_a.partial_bytes());
   }
-  if (needs_grad_xa(p) && !p.grad_xa)
+  if (needs_grad_xa(p) && p.products == Products::kBoth)
     plan.grad_xa = offsets.take(p.num_tokens * p.total_rank * static_cast<int64_t>(sizeof(float)));
-  if (p.grad_x) plan.lora_A = offsets.take(PackedShape(p.total_rank, p.in_features).bytes(parts));
+  if (p.wants_grad_x) plan.lora_A = offsets.take(PackedShape(p.total_rank, p.in_features).bytes(parts));
   plan.partial = offsets.take(partial);
   plan.total = offsets.total();
   return plan;

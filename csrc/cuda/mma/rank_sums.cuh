@@ -25,7 +25,7 @@ struct RankScales {
 inline RankScales single_scale(double scale) { return {1, {}, {static_cast<float>(scale)}}; }
 
 struct RankSumsResult {
-  float* to;  // [num_tokens, rank]; null: not wanted
+  float* to;  // [num_tokens, rank]
   int64_t stride, rank;
   int64_t pitch;  // of the partial sums
   RankScales scales;
@@ -61,8 +61,7 @@ inline RankScales rank_sums_scales(const RankSumsResult& result, int64_t ranges)
 // What is left to add: nothing of one range.
 inline PartialSumsParams<RankSumsResult> rank_sums_left(const RankSumsResult& result, const float* partial,
                                                         int64_t ranges, int64_t num_tokens) {
-  const bool add = result.to != nullptr && ranges != 1;
-  return {partial, ranges, add ? num_tokens * result.pitch : 0, result};
+  return {partial, ranges, ranges != 1 ? num_tokens * result.pitch : 0, result};
 }
 
 }  // namespace lora_ext::cuda::mma

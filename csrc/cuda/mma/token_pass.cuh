@@ -19,7 +19,7 @@ void launch_rank_pass(ShrinkKernelParams<T> p, const RankSumsResult& result, con
   p.scales = rank_sums_scales(result, split.ranges);
   p.features_per_range = split.features_per_range;
   p.ranges = static_cast<unsigned>(split.ranges);
-  const bool small = result.rank <= kSmallRankTile, dropout = p.mask.bits != nullptr;
+  const bool small = result.rank <= kSmallRankTile, dropout = p.mask.threshold > 0;
   if (small) {
     if (dropout) {
       launch_shrink_kernel<T, kParts, kSmallRankTile, KeepBits::kDraw>(p, split.chunks, 0, 1, stream);
@@ -105,8 +105,7 @@ void launch_grad_a(const GradAParams& p, cudaStream_t stream) {
 
 template <class T, int kParts>
 void launch_grad_b(const GradBParams& p, cudaStream_t stream) {
-  const TokenPassPlan plan = plan_token_pass(p.num_tokens, p.features, p.rank,
-                                             {.ranks = p.grad_xa != nullptr, .features = p.grad_lora_B != nullptr});
+  const TokenPassPlan plan = plan_token_pass(p.num_tokens, p.features, p.rank, p.wanted);
   const RankSumsResult grad_xa{p.grad_xa, p.grad_xa_stride, p.rank, partial_pitch(p.rank), single_scale(p.scale)};
   const FeatureSumsResult grad_lora_B{p.features, partial_pitch(p.features),   p.grad_dtype, true,
                                       1,          {{0, p.rank, p.grad_lora_B}}};
@@ -130,11 +129,14 @@ void launch_grad_b(const GradBParams& p, cudaStream_t stream) {
     both.left = sum.left;
     launch_fused_pass<T, kParts>(both, grad_xa, grad_lora_B, plan.features, rank_partial, feature_partial, stream);
   } else {
-    if (p.grad_xa) launch_rank_pass<T, kParts>(shrink, grad_xa, plan.ranks, rank_partial, stream);
-    if (p.grad_lora_B) launch_feature_pass<T, kParts>(sum, grad_lora_B, plan.features, feature_partial, stream);
+    if (p.wanted.ranks) launch_rank_pass<T, kParts>(shrink, grad_xa, plan.ranks, rank_partial, stream);
+    if (p.wanted.features) launch_feature_pass<T, kParts>(sum, grad_lora_B, plan.features, feature_partial, stream);
   }
-  launch_partial_sums(rank_sums_left(grad_xa, rank_partial, plan.ranks.ranges, p.num_tokens),
-                      feature_sums_left(grad_lora_B, feature_partial, plan.features.chunks, p.rank), stream);
+  PartialSumsParams<RankSumsResult> ranks_left{};
+  PartialSumsParams<FeatureSumsResult> features_left{};
+  if (p.wanted.ranks) ranks_left = rank_sums_left(grad_xa, rank_partial, plan.ranks.ranges, p.num_tokens);
+  if (p.wanted.features) features_left = feature_sums_left(grad_lora_B, feature_partial, plan.features.chunks, p.rank);
+  launch_partial_sums(ranks_left, features_left, stream);
 }
 
 }  // namespace lora_ext::cuda::mma

@@ -61,10 +61,10 @@ struct ShrinkParams {
   const void* factor;                  // packed [kParts, padded_ranks(rank), padded_features(features)]
   float* out;                          // [num_tokens, rank]
   float* partial;                      // plan_token_pass({.ranks = true}).partial_bytes(), 16-byte aligned
-  const int64_t* seed;                 // [1]; null: no dropout
-  uint8_t* mask;                       // [num_tokens, mask_row_bytes(features)], written; null: no dropout
+  const int64_t* seed;                 // [1], where there is dropout
+  uint8_t* mask;                       // [num_tokens, mask_row_bytes(features)], written, where there is dropout
   int64_t x_stride, out_stride;
-  uint32_t threshold;
+  uint32_t threshold;  // 0: no dropout
   int num_siblings;
   ShrinkSibling siblings[kMaxSiblings];
 };
@@ -81,18 +81,19 @@ struct GradAParams {
   GradASibling siblings[kMaxSiblings];
 };
 
-// Of one sibling. grad_xa and grad_lora_B may each be unwanted, with what only they need.
+// One sibling's. grad_xa and grad_lora_B may each be unwanted, with what only they need.
 struct GradBParams {
   int64_t num_tokens, features, rank;
   const void* grad_y;  // [num_tokens, features], T
   const void* factor;  // lora_B^T, packed [kParts, padded_ranks(rank), padded_features(features)]; for grad_xa
   const float* xa;     // [num_tokens, rank]; for grad_lora_B
-  float* grad_xa;      // [num_tokens, rank]; null: not wanted
-  void* grad_lora_B;   // [features, rank], contiguous, grad_dtype; null: not wanted
-  float* partial;      // plan_token_pass({.ranks = grad_xa, .features = grad_lora_B}).partial_bytes(), 16-byte aligned
+  float* grad_xa;      // [num_tokens, rank]
+  void* grad_lora_B;   // [features, rank], contiguous, grad_dtype
+  float* partial;      // plan_token_pass(wanted).partial_bytes(), 16-byte aligned
   int64_t grad_y_stride, xa_stride, grad_xa_stride;
   double scale;
   DType grad_dtype;
+  TokenPassSums wanted;  // ranks: grad_xa, features: grad_lora_B
 };
 
 // T: of x and grad_y, __nv_bfloat16 or __half. kParts: bfloat16 parts of the skinny operands (parts.cuh).
