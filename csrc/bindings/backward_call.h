@@ -2,6 +2,8 @@
 // filled in. What is left to a binding is scratch memory and the launches.
 #pragma once
 
+#include <algorithm>
+
 #include "layer_arguments.h"
 
 namespace lora_ext {
@@ -9,13 +11,18 @@ namespace lora_ext {
 struct BackwardCall {
   std::span<const BackwardLayer> layers;             // the op's arguments; none: the adapter's products alone
   std::vector<Tensor> grad_y{};                      // one a layer: [num_tokens, out_features] with unit column stride
-  std::optional<Tensor> grad_x{};                    // the op's results: those that are wanted,
+  std::optional<Tensor> grad_x{}, grad_xa{};         // the op's results: those that are wanted,
   std::vector<Tensor> grad_lora_A{}, grad_lora_B{};  // one a layer or empty
   std::vector<Tensor> kept{};                        // owns what the pointers in params point to
   LoraBackwardParams params{};
 
   bool has_base_layers() const { return !layers.empty() && layers[0].weight != nullptr; }
-  bool wants_nothing() const { return !grad_x && grad_lora_A.empty() && grad_lora_B.empty(); }
+  // Nothing that is wanted has elements. Tokens without features may then be more than anything could hold.
+  bool has_nothing_to_write() const {
+    const auto is_empty = [](const Tensor& tensor) { return tensor.numel() == 0; };
+    return (!grad_x || is_empty(*grad_x)) && std::all_of(grad_lora_A.begin(), grad_lora_A.end(), is_empty) &&
+           std::all_of(grad_lora_B.begin(), grad_lora_B.end(), is_empty) && (!grad_xa || is_empty(*grad_xa));
+  }
   Tensor grad_x_rows() const { return as_rows(*grad_x, params.num_tokens, params.in_features); }
 };
 
@@ -24,25 +31,23 @@ inline std::optional<Tensor> only(std::vector<Tensor>& grads) {
   return grads.empty() ? std::optional<Tensor>() : std::optional<Tensor>(std::move(grads[0]));
 }
 
-// What the forward saved must be what the backward is given. like: a tensor of the layer's dtype and device.
-inline void check_saved(const Op& op, const std::optional<Tensor>& xa, const std::optional<Tensor>& mask,
-                        const ArgumentName& like_name, const Tensor& like, int64_t num_tokens, int64_t in_features,
-                        int64_t total_rank, double dropout_p, const std::vector<bool>& output_mask) {
+// What the forward saved must be what the backward is given. dtype: the layer's.
+inline void check_saved(const Op& op, const std::optional<Tensor>& xa, const std::optional<Tensor>& mask, DType dtype,
+                        int64_t num_tokens, int64_t in_features, int64_t total_rank, double dropout_p,
+                        const std::vector<bool>& output_mask) {
   if (output_mask[2]) {
     STD_TORCH_CHECK(xa.has_value(), op.name, ": grad_lora_B is wanted but xa is None");
     STD_TORCH_CHECK(xa->dim() == 2 && xa->size(0) == num_tokens && xa->size(1) == total_rank, op.name,
                     ": xa must be [num_tokens, ", op.takes_lists ? "total_rank" : "rank", "] = [", num_tokens, ", ",
                     total_rank, "]");
-    STD_TORCH_CHECK(is_supported(*xa) && dtype_of(*xa) == accumulation_dtype(dtype_of(like)), op.name,
+    STD_TORCH_CHECK(is_supported(*xa) && dtype_of(*xa) == accumulation_dtype(dtype), op.name,
                     ": xa has another dtype than the accumulation dtype");
-    check_device(op.name, {"xa"}, *xa, like_name, like);
   }
   if ((output_mask[0] || output_mask[1]) && dropout_threshold(dropout_p) > 0) {
     STD_TORCH_CHECK(mask.has_value(), op.name, ": dropout_p is ", dropout_p, " but mask is None");
-    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Byte && mask->dim() == 2 && mask->size(0) == num_tokens &&
+    STD_TORCH_CHECK(dtype_code(*mask) == aoti_torch_dtype_uint8() && mask->dim() == 2 && mask->size(0) == num_tokens &&
                         mask->size(1) == mask_row_bytes(in_features) && mask->is_contiguous(),
                     op.name, ": mask must be uint8 [", num_tokens, ", ", mask_row_bytes(in_features), "], contiguous");
-    check_device(op.name, {"mask"}, *mask, like_name, like);
   }
 }
 
@@ -76,7 +81,7 @@ inline void check_backward(const Op& op, const std::optional<Tensor>& x, std::sp
     STD_TORCH_CHECK(count_tokens(*x) == num_tokens, op.name, ": x has ", count_tokens(*x), " tokens but ", grad_y_name,
                     " has ", num_tokens);
   }
-  check_saved(op, xa, mask, weight_name, weight, num_tokens, weight.size(1), total_rank, dropout_p, output_mask);
+  check_saved(op, xa, mask, dtype_of(weight), num_tokens, weight.size(1), total_rank, dropout_p, output_mask);
 }
 
 inline BackwardCall fill_backward(const std::optional<Tensor>& x, std::span<const BackwardLayer> layers,

@@ -36,7 +36,7 @@ inline void stream_forward(const Kernels& kernels, const ForwardCall& call) {
     if (p.siblings[i].rank > most_ranks) most_ranks = p.siblings[i].rank;
   }
   const int64_t together = (p.num_tokens + 15) / 16 * 16, groups = (p.num_tokens + 7) / 8;
-  const int64_t token_bytes = padded(p.in_features) * together * dtype_size(acc);
+  const int64_t token_bytes = product({padded(p.in_features), together, dtype_size(acc)});
   char* scratch = scratch_memory(2 * token_bytes + groups * roomy_ranks(most_ranks) * kMaxWidth * dtype_size(acc));
   char *tokens = scratch, *tokens_for_factor = tokens + token_bytes, *low_rank = tokens_for_factor + token_bytes;
 

@@ -32,8 +32,10 @@ class ScratchMemory {
   char* at_least(int64_t bytes) {
     if (bytes > size_) {
       memory_.reset();
-      size_ = 0;  // should the next line throw
-      memory_.reset(static_cast<char*>(::operator new(static_cast<size_t>(bytes), std::align_val_t{kAlignment})));
+      size_ = 0;
+      void* memory = ::operator new(static_cast<size_t>(bytes), std::align_val_t{kAlignment}, std::nothrow);
+      if (memory == nullptr) fail(kOutOfMemory, "It wanted ", bytes, " bytes of scratch memory on cpu");
+      memory_.reset(static_cast<char*>(memory));
       size_ = bytes;
     }
     return memory_.get();
@@ -72,17 +74,20 @@ Workspace make_workspace(DType acc, int64_t in_features, const Sibling* siblings
     const int64_t rank = siblings[i].rank, out_row = padded(siblings[i].out_features);
     total_rank += rank;
     workspace.partial_stride += roomy_ranks(rank);
-    parts[num_parts++] = {&workspace.lora_B_t[i], roomy_ranks(rank) * out_row};
-    parts[num_parts++] = {&workspace.grad_B_t[i], want_grad_B ? num_chunks * rank * out_row : 0};
+    parts[num_parts++] = {&workspace.lora_B_t[i], product({roomy_ranks(rank), out_row})};
+    parts[num_parts++] = {&workspace.grad_B_t[i], want_grad_B ? product({num_chunks, rank, out_row}) : 0};
   }
   const int64_t in_row = padded(in_features);
-  parts[0] = {&workspace.lora_A, roomy_ranks(total_rank) * in_row};
-  parts[1] = {&workspace.partial_sum, num_chunks * kBlockRows * workspace.partial_stride};
-  parts[2] = {&workspace.left, num_chunks * kLeftBlocks * block_lanes(total_rank)};
-  parts[3] = {&workspace.grad_A, want_grad_A ? num_chunks * total_rank * in_row : 0};
+  parts[0] = {&workspace.lora_A, product({roomy_ranks(total_rank), in_row})};
+  parts[1] = {&workspace.partial_sum, product({num_chunks, kBlockRows, workspace.partial_stride})};
+  parts[2] = {&workspace.left, product({num_chunks, kLeftBlocks, block_lanes(total_rank)})};
+  parts[3] = {&workspace.grad_A, want_grad_A ? product({num_chunks, total_rank, in_row}) : 0};
 
   int64_t total = 0;
-  for (int i = 0; i < num_parts; ++i) total += parts[i].count * dtype_size(acc);  // each a multiple of 64 bytes
+  for (int i = 0; i < num_parts; ++i) {
+    const int64_t bytes = product({parts[i].count, dtype_size(acc)});  // a multiple of 64
+    if (__builtin_add_overflow(total, bytes, &total)) fail("sizes are too large: in_features=", in_features);
+  }
   char* next = scratch_memory(total);
   for (int i = 0; i < num_parts; ++i) {
     *parts[i].pointer = next;

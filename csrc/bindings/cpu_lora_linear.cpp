@@ -1,5 +1,5 @@
 // lora_linear, lora_linear_siblings, lora_delta_, lora_shrink, lora_expand, their backwards and the dropout mask on the
-// CPU. csrc/library.cpp has the schemas.
+// CPU. csrc/schemas.h has the schemas.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 
@@ -16,9 +16,9 @@ namespace {
 // nothing. The shim bypasses autograd and autocast.
 void base_product(const Tensor& out, const Tensor* start, const Tensor& a, const Tensor& b) {
   if (start != nullptr) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), start->get(), a.get(), b.get(), 1.0, 1.0));
+    LORA_EXT_CALL_TORCH(aoti_torch_cpu_addmm_out, out.get(), start->get(), a.get(), b.get(), 1.0, 1.0);
   } else {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+    LORA_EXT_CALL_TORCH(aoti_torch_cpu_mm_out, out.get(), a.get(), b.get());
   }
 }
 
@@ -92,6 +92,7 @@ struct Cpu {
 
 Tensor lora_dropout_mask(const Tensor& seed, int64_t num_tokens, int64_t in_features, double dropout_p) {
   const Tensor mask = prepare_dropout_mask(seed, num_tokens, in_features, dropout_p);
+  if (mask.numel() == 0) return mask;  // rows of nothing may be more than could ever be counted
   const Kernels& kernels = checked_kernels();
   const uint64_t key = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
   uint8_t* bits = static_cast<uint8_t*>(mask.mutable_data_ptr());
@@ -105,7 +106,7 @@ Tensor lora_dropout_mask(const Tensor& seed, int64_t num_tokens, int64_t in_feat
 }  // namespace lora_ext::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(lora_ext, CPU, m) {
-  LORA_EXT_REGISTER_LORA_LINEAR_OPS(m, lora_ext::LoraLinearOps<lora_ext::cpu::Cpu>);
-  LORA_EXT_REGISTER_SHRINK_EXPAND_OPS(m, lora_ext::ShrinkExpandOps<lora_ext::cpu::Cpu>);
-  m.impl("lora_dropout_mask", TORCH_BOX(&lora_ext::cpu::lora_dropout_mask));
+  lora_ext::register_lora_linear_ops<lora_ext::cpu::Cpu>(m);
+  lora_ext::register_shrink_expand_ops<lora_ext::cpu::Cpu>(m);
+  lora_ext::register_op<lora_ext::schemas::kLoraDropoutMask, &lora_ext::cpu::lora_dropout_mask>(m);
 }

@@ -1,4 +1,4 @@
-// lora_merge_, lora_merge_record_ and lora_unmerge_ on the CPU. csrc/library.cpp has the schemas.
+// lora_merge_, lora_merge_record_ and lora_unmerge_ on the CPU. csrc/schemas.h has the schemas.
 #include <torch/csrc/stable/library.h>
 
 #include "cpu_merge_run.h"
@@ -20,13 +20,12 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_merge_record_(
   const MergeCall call = prepare_merge("lora_merge_record_", weights, lora_As, lora_Bs);
   const size_t num_layers = call.layers.size();
   MergeRun run(call.params.dtype, call.layers);
-  Tensor non_finite = empty({static_cast<int64_t>(num_layers)}, aoti_torch_dtype_int64(), weights[0]);
+  Tensor non_finite = empty_int64({static_cast<int64_t>(num_layers)}, weights[0]);
   std::vector<Tensor> words, corrections;
   std::vector<RowRecords> records;
   corrections.reserve(num_layers);
   for (const MergeLayer& layer : call.layers) {
-    words.push_back(
-        empty({layer.out_features, merge_segments(layer.in_features)}, aoti_torch_dtype_int16(), weights[0]));
+    words.push_back(empty_int16({layer.out_features, merge_segments(layer.in_features)}, weights[0]));
     records.push_back({static_cast<int16_t*>(words.back().mutable_data_ptr()), nullptr, 0});
   }
   int64_t* const counts = static_cast<int64_t*>(non_finite.mutable_data_ptr());
@@ -41,7 +40,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_merge_record_(
       const MergeLayer& layer = call.layers[merged];
       counts[merged] = run.merge_record(layer, records[merged].words);
       if (counts[merged] > 0) break;
-      corrections.push_back(empty({run.num_corrections()}, aoti_torch_dtype_int16(), weights[0]));
+      corrections.push_back(empty_int16({run.num_corrections()}, weights[0]));
       records[merged].corrections = static_cast<uint16_t*>(corrections.back().mutable_data_ptr());
       records[merged].num_corrections = run.num_corrections();
       run.take_corrections(records[merged].corrections);
@@ -60,8 +59,8 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_merge_record_(
 void lora_unmerge_(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
                    const std::vector<Tensor>& lora_Bs, const std::vector<Tensor>& words,
                    const std::vector<Tensor>& corrections) {
-  MergeCall call = prepare_merge("lora_unmerge_", weights, lora_As, lora_Bs);
-  check_record("lora_unmerge_", call, words, corrections, weights[0]);
+  const MergeCall call =
+      prepare_merge("lora_unmerge_", weights, lora_As, lora_Bs, RecordArguments{words, corrections, false});
   MergeRun run(call.params.dtype, call.layers);
   for (size_t i = 0; i < call.layers.size(); ++i) {
     RowRecords records{};
@@ -79,7 +78,7 @@ void lora_unmerge_(const std::vector<Tensor>& weights, const std::vector<Tensor>
 }  // namespace lora_ext::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(lora_ext, CPU, m) {
-  m.impl("lora_merge_", TORCH_BOX(&lora_ext::cpu::lora_merge_));
-  m.impl("lora_merge_record_", TORCH_BOX(&lora_ext::cpu::lora_merge_record_));
-  m.impl("lora_unmerge_", TORCH_BOX(&lora_ext::cpu::lora_unmerge_));
+  lora_ext::register_op<lora_ext::schemas::kLoraMerge, &lora_ext::cpu::lora_merge_>(m);
+  lora_ext::register_op<lora_ext::schemas::kLoraMergeRecord, &lora_ext::cpu::lora_merge_record_>(m);
+  lora_ext::register_op<lora_ext::schemas::kLoraUnmerge, &lora_ext::cpu::lora_unmerge_>(m);
 }

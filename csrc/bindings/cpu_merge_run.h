@@ -48,9 +48,10 @@ class MergeRun {
       : dtype_(dtype), kernels_(checked_kernels()), memory_(this_threads_memory()) {
     int64_t panel_elements = 0;
     for (const MergeLayer& layer : layers) {
-      panel_elements = std::max(panel_elements, merge_segments(layer.in_features) * layer.rank * kMergeSegment);
+      panel_elements =
+          std::max(panel_elements, product({merge_segments(layer.in_features), layer.rank, kMergeSegment}));
     }
-    panels_ = memory_.panels.at_least(panel_elements * dtype_size(accumulation_dtype(dtype)));
+    panels_ = memory_.panels.at_least(product({panel_elements, dtype_size(accumulation_dtype(dtype))}));
     memory_.chunks.resize(std::max<size_t>(memory_.chunks.size(), torch::stable::get_num_threads()));
   }
   ~MergeRun() {
@@ -99,7 +100,10 @@ class MergeRun {
     });
     int64_t non_finite = 0;
     for (int64_t i = 0; i < num_chunks_; ++i) {
-      if (memory_.chunks[i].done < memory_.chunks[i].end) throw std::bad_alloc();
+      if (memory_.chunks[i].done < memory_.chunks[i].end) {
+        fail(kOutOfMemory, "It wanted more than the ", 2 * num_corrections(),
+             " bytes of the corrections so far on cpu");
+      }
       non_finite += memory_.chunks[i].non_finite;
     }
     return non_finite;
@@ -166,6 +170,10 @@ class MergeRun {
       kernels_.pack_merge(dtype_, layer, panels_, begin, end);
     });
     const int64_t rows = layer.out_features, threads = std::ssize(memory_.chunks);
+    if (layer.in_features == 0) {  // however many rows there are
+      num_chunks_ = 0;
+      return;
+    }
     num_chunks_ = std::min(threads, std::max<int64_t>(rows * layer.in_features / kChunkElements, 1));
     for (int64_t i = 0; i < num_chunks_; ++i) {
       Chunk& chunk = memory_.chunks[i];

@@ -1,5 +1,5 @@
 // lora_linear, lora_linear_siblings, lora_delta_, lora_shrink, lora_expand, their backwards and the dropout mask on
-// CUDA. csrc/library.cpp has the schemas.
+// CUDA. csrc/schemas.h has the schemas.
 //
 // The adapter's term is written first and the base product accumulates onto it: no pass over y or grad_x for the
 // adapter.
@@ -55,6 +55,7 @@ struct Cuda {
 Tensor lora_dropout_mask(const Tensor& seed, int64_t num_tokens, int64_t in_features, double dropout_p) {
   const DeviceGuard guard(seed.get_device_index());
   const Tensor mask = prepare_dropout_mask(seed, num_tokens, in_features, dropout_p);
+  if (mask.numel() == 0) return mask;
   DropoutMaskParams p{};
   p.num_tokens = num_tokens, p.row_bytes = mask_row_bytes(in_features);
   p.threshold = dropout_threshold(dropout_p);
@@ -70,7 +71,7 @@ Tensor lora_dropout_mask(const Tensor& seed, int64_t num_tokens, int64_t in_feat
 }  // namespace lora_ext::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(lora_ext, CUDA, m) {
-  LORA_EXT_REGISTER_LORA_LINEAR_OPS(m, lora_ext::LoraLinearOps<lora_ext::cuda::Cuda>);
-  LORA_EXT_REGISTER_SHRINK_EXPAND_OPS(m, lora_ext::ShrinkExpandOps<lora_ext::cuda::Cuda>);
-  m.impl("lora_dropout_mask", TORCH_BOX(&lora_ext::cuda::lora_dropout_mask));
+  lora_ext::register_lora_linear_ops<lora_ext::cuda::Cuda>(m);
+  lora_ext::register_shrink_expand_ops<lora_ext::cuda::Cuda>(m);
+  lora_ext::register_op<lora_ext::schemas::kLoraDropoutMask, &lora_ext::cuda::lora_dropout_mask>(m);
 }

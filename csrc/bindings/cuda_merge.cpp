@@ -1,4 +1,4 @@
-// lora_merge_, lora_merge_plan, lora_merge_planned_ and lora_unmerge_ on CUDA. csrc/library.cpp has the schemas.
+// lora_merge_, lora_merge_plan, lora_merge_planned_ and lora_unmerge_ on CUDA. csrc/schemas.h has the schemas.
 #include <torch/csrc/stable/library.h>
 
 #include "../cuda/merge.h"
@@ -23,16 +23,15 @@ Tensor segment_ends(const std::vector<Tensor>& words) {
     handles.push_back(rows.back().get());
   }
   AtenTensorHandle all, ends;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_cat(handles.data(), static_cast<int64_t>(handles.size()), 1, &all));
+  LORA_EXT_CALL_TORCH(aoti_torch_cuda_cat, handles.data(), static_cast<int64_t>(handles.size()), 1, &all);
   const Tensor owner(all);
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_cumsum(all, 1, nullptr, &ends));
+  LORA_EXT_CALL_TORCH(aoti_torch_cuda_cumsum, all, 1, nullptr, &ends);
   return Tensor(ends);
 }
 
 // The record for the kernels. Returns ends, which must live until they are launched.
-std::optional<Tensor> attach_record(const char* op, MergeCall& call, const std::vector<Tensor>& words,
-                                    const std::vector<Tensor>& corrections, const Tensor& like) {
-  check_record(op, call, words, corrections, like);
+std::optional<Tensor> attach_record(MergeCall& call, const std::vector<Tensor>& words,
+                                    const std::vector<Tensor>& corrections) {
   if (words.empty()) return std::nullopt;
   const Tensor ends = segment_ends(words);
   call.params.ends = static_cast<const int64_t*>(ends.const_data_ptr());
@@ -55,9 +54,9 @@ std::tuple<Tensor, Tensor> lora_merge_plan(const std::vector<Tensor>& weights, c
                                            const std::vector<Tensor>& lora_Bs) {
   MergeCall call = prepare_merge("lora_merge_plan", weights, lora_As, lora_Bs);
   const DeviceGuard guard(weights[0].get_device_index());
-  Tensor non_finite = empty({static_cast<int64_t>(call.layers.size())}, aoti_torch_dtype_int64(), weights[0]);
+  Tensor non_finite = empty_int64({static_cast<int64_t>(call.layers.size())}, weights[0]);
   torch::stable::zero_(non_finite);
-  Tensor words = empty({call.num_segments}, aoti_torch_dtype_int16(), weights[0]);
+  Tensor words = empty_int16({call.num_segments}, weights[0]);
   call.params.words = static_cast<int16_t*>(words.mutable_data_ptr());
   for (size_t i = 0; i < call.layers.size(); ++i) {
     call.layers[i].non_finite = static_cast<int64_t*>(non_finite.mutable_data_ptr()) + i;
@@ -69,18 +68,20 @@ std::tuple<Tensor, Tensor> lora_merge_plan(const std::vector<Tensor>& weights, c
 void lora_merge_planned_(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
                          const std::vector<Tensor>& lora_Bs, const std::vector<Tensor>& words,
                          const std::vector<Tensor>& corrections) {
-  MergeCall call = prepare_merge("lora_merge_planned_", weights, lora_As, lora_Bs);
+  MergeCall call =
+      prepare_merge("lora_merge_planned_", weights, lora_As, lora_Bs, RecordArguments{words, corrections, true});
   const DeviceGuard guard(weights[0].get_device_index());
-  const auto ends = attach_record("lora_merge_planned_", call, words, corrections, weights[0]);
+  const auto ends = attach_record(call, words, corrections);
   run(call, MergeMode::kMergeRecord, weights[0]);
 }
 
 void lora_unmerge_(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
                    const std::vector<Tensor>& lora_Bs, const std::vector<Tensor>& words,
                    const std::vector<Tensor>& corrections) {
-  MergeCall call = prepare_merge("lora_unmerge_", weights, lora_As, lora_Bs);
+  MergeCall call =
+      prepare_merge("lora_unmerge_", weights, lora_As, lora_Bs, RecordArguments{words, corrections, false});
   const DeviceGuard guard(weights[0].get_device_index());
-  const auto ends = attach_record("lora_unmerge_", call, words, corrections, weights[0]);
+  const auto ends = attach_record(call, words, corrections);
   run(call, MergeMode::kUnmerge, weights[0]);
 }
 
@@ -88,8 +89,8 @@ void lora_unmerge_(const std::vector<Tensor>& weights, const std::vector<Tensor>
 }  // namespace lora_ext::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(lora_ext, CUDA, m) {
-  m.impl("lora_merge_", TORCH_BOX(&lora_ext::cuda::lora_merge_));
-  m.impl("lora_merge_plan", TORCH_BOX(&lora_ext::cuda::lora_merge_plan));
-  m.impl("lora_merge_planned_", TORCH_BOX(&lora_ext::cuda::lora_merge_planned_));
-  m.impl("lora_unmerge_", TORCH_BOX(&lora_ext::cuda::lora_unmerge_));
+  lora_ext::register_op<lora_ext::schemas::kLoraMerge, &lora_ext::cuda::lora_merge_>(m);
+  lora_ext::register_op<lora_ext::schemas::kLoraMergePlan, &lora_ext::cuda::lora_merge_plan>(m);
+  lora_ext::register_op<lora_ext::schemas::kLoraMergePlanned, &lora_ext::cuda::lora_merge_planned_>(m);
+  lora_ext::register_op<lora_ext::schemas::kLoraUnmerge, &lora_ext::cuda::lora_unmerge_>(m);
 }

@@ -15,7 +15,7 @@ using torch::stable::accelerator::DeviceGuard;
 
 inline cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  LORA_EXT_CALL_TORCH(aoti_torch_get_current_cuda_stream, tensor.get_device_index(), &stream);
   return static_cast<cudaStream_t>(stream);
 }
 
@@ -28,7 +28,7 @@ Tensor allocate_workspace(const Params& params, const Tensor& like) {
 
 // out [m, n] += a [m, k] @ b [k, n] on the current stream. The shim bypasses autograd and autocast.
 inline void add_base_product(const Tensor& out, const Tensor& a, const Tensor& b) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
+  LORA_EXT_CALL_TORCH(aoti_torch_cuda_addmm_out, out.get(), out.get(), a.get(), b.get(), 1.0, 1.0);
 }
 
 }  // namespace lora_ext::cuda

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "checks.h"
+#include "op.h"
 
 namespace lora_ext {
 

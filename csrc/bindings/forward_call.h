@@ -34,7 +34,7 @@ inline void check_forward(const Op& op, const Tensor& x, std::span<const Forward
     STD_TORCH_CHECK(layer.scaling >= 0.0, op.name, ": ", op.argument("scaling", i), " is ", layer.scaling,
                     ", want at least 0");
   }
-  check_dropout_and_seed(op.name, x, dropout_p, seed);
+  check_dropout_and_seed(op.name, dropout_p, seed);
 }
 
 // y_given: of a single layer whose y holds the base layer's output already; what it is added to.

@@ -38,18 +38,16 @@ struct BackwardLayer {
   double scaling;
 };
 
-// tensor: a matrix of a dtype that the kernels know, on like's device
-inline void check_matrix(const char* op, const ArgumentName& name, const Tensor& tensor, const ArgumentName& like_name,
-                         const Tensor& like) {
+// tensor: a matrix of a dtype that the kernels know
+inline void check_matrix(const char* op, const ArgumentName& name, const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.dim() == 2, op, ": ", name, " has ", tensor.dim(), " dimensions, want 2");
   check_dtype(op, name, tensor);
-  check_device(op, name, tensor, like_name, like);
 }
 
 // Two matrices: lora_A [rank, in_features], lora_B [out_features, rank]
 inline void check_factor_pair(const char* op, const ArgumentName& A_name, const Tensor& lora_A,
                               const ArgumentName& B_name, const Tensor& lora_B) {
-  STD_TORCH_CHECK(lora_A.scalar_type() == lora_B.scalar_type(), op, ": ", B_name, " has another dtype than ", A_name);
+  check_same_dtype(op, B_name, lora_B, A_name, lora_A);
   STD_TORCH_CHECK(lora_A.size(0) >= 1, op, ": ", A_name, " has rank 0, want at least 1");
   STD_TORCH_CHECK(lora_B.size(1) == lora_A.size(0), op, ": ", B_name, " has rank ", lora_B.size(1), " but ", A_name,
                   " has ", lora_A.size(0));
@@ -59,9 +57,9 @@ inline void check_factor_pair(const char* op, const ArgumentName& A_name, const 
 inline void check_factors(const char* op, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                           int index = kOnlyLayer) {
   const ArgumentName weight_name{"weight", index}, A_name{"lora_A", index}, B_name{"lora_B", index};
-  check_matrix(op, weight_name, weight, weight_name, weight);
-  check_matrix(op, A_name, lora_A, weight_name, weight);
-  check_matrix(op, B_name, lora_B, weight_name, weight);
+  check_matrix(op, weight_name, weight);
+  check_matrix(op, A_name, lora_A);
+  check_matrix(op, B_name, lora_B);
   check_factor_pair(op, A_name, lora_A, B_name, lora_B);
   STD_TORCH_CHECK(lora_A.size(1) == weight.size(1), op, ": ", A_name, " has in_features=", lora_A.size(1), " but ",
                   weight_name, " has ", weight.size(1));
@@ -80,15 +78,12 @@ void check_layers(const Op& op, const Layers& layers) {
     const ArgumentName name = op.argument("weight", i), first_name = op.argument("weight", 0);
     STD_TORCH_CHECK(layer.weight->size(1) == first.weight->size(1), op.name, ": ", name,
                     " has in_features=", layer.weight->size(1), " but ", first_name, " has ", first.weight->size(1));
-    STD_TORCH_CHECK(layer.weight->scalar_type() == first.weight->scalar_type(), op.name, ": ", name,
-                    " has another dtype than ", first_name);
-    check_device(op.name, name, *layer.weight, first_name, *first.weight);
-    STD_TORCH_CHECK(layer.lora_A.scalar_type() == first.lora_A.scalar_type(), op.name, ": ", op.argument("lora_A", i),
-                    " has another dtype than ", op.argument("lora_A", 0));
+    check_same_dtype(op.name, name, *layer.weight, first_name, *first.weight);
+    check_same_dtype(op.name, op.argument("lora_A", i), layer.lora_A, op.argument("lora_A", 0), first.lora_A);
   }
 }
 
-// tensor [..., features] in weight's dtype and on its device
+// tensor [..., features] in weight's dtype
 inline void check_tokens(const char* op, const ArgumentName& name, const Tensor& tensor,
                          const ArgumentName& weight_name, const Tensor& weight, int64_t features,
                          const char* features_name) {
@@ -96,18 +91,16 @@ inline void check_tokens(const char* op, const ArgumentName& name, const Tensor&
   const int64_t given = tensor.size(tensor.dim() - 1);
   STD_TORCH_CHECK(given == features, op, ": ", weight_name, " has ", features_name, "=", features, " but ", name,
                   " has ", given);
-  STD_TORCH_CHECK(tensor.scalar_type() == weight.scalar_type(), op, ": ", name, " has another dtype than ",
-                  weight_name);
-  check_device(op, name, tensor, weight_name, weight);
+  check_same_dtype(op, name, tensor, weight_name, weight);
 }
 
 // An adapter beside a base layer of any kind: tensor, y or grad_y, is [..., out_features], and x [..., in_features], if
-// there is one, has its leading dimensions, dtype and device.
+// there is one, has its leading dimensions and dtype.
 inline void check_delta(const char* op, const ArgumentName& name, const Tensor& tensor, const Tensor* x,
                         const Tensor& lora_A, const Tensor& lora_B, double scaling) {
   const ArgumentName x_name{"x"}, A_name{"lora_A"}, B_name{"lora_B"};
-  check_matrix(op, A_name, lora_A, name, tensor);
-  check_matrix(op, B_name, lora_B, name, tensor);
+  check_matrix(op, A_name, lora_A);
+  check_matrix(op, B_name, lora_B);
   check_factor_pair(op, A_name, lora_A, B_name, lora_B);
   check_scaling(op, scaling);
   STD_TORCH_CHECK(tensor.dim() >= 1, op, ": ", name, " has no dimension, want [..., out_features]");
@@ -125,8 +118,7 @@ inline void check_delta(const char* op, const ArgumentName& name, const Tensor& 
   const int64_t in_features = x->size(x->dim() - 1);
   STD_TORCH_CHECK(in_features == lora_A.size(1), op, ": ", A_name, " has in_features=", lora_A.size(1), " but ", x_name,
                   " has ", in_features);
-  STD_TORCH_CHECK(x->scalar_type() == tensor.scalar_type(), op, ": ", x_name, " has another dtype than ", name);
-  check_device(op, x_name, *x, name, tensor);
+  check_same_dtype(op, x_name, *x, name, tensor);
 }
 
 struct ListLength {

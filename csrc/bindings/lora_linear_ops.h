@@ -1,4 +1,4 @@
-// lora_linear, lora_linear_siblings, lora_delta_ and their backwards on one device. csrc/library.cpp has the schemas.
+// lora_linear, lora_linear_siblings, lora_delta_ and their backwards on one device. csrc/schemas.h has the schemas.
 //
 // A single layer is one sibling, and a delta a layer without a weight: the ops differ in how their arguments arrive.
 // Device brings
@@ -11,6 +11,8 @@
 
 #include "backward_call.h"
 #include "forward_call.h"
+#include "op.h"
+#include "overlap.h"
 
 namespace lora_ext {
 
@@ -35,7 +37,7 @@ struct LoraLinearOps {
     const typename Device::Guard guard(grad_y);
     BackwardCall call =
         prepare_backward({"lora_linear_backward", false}, x, {&layer, 1}, xa, mask, dropout_p, output_mask);
-    if (!call.wants_nothing()) Device::backward(call);
+    if (!call.has_nothing_to_write()) Device::backward(call);
     return {std::move(call.grad_x), only(call.grad_lora_A), only(call.grad_lora_B)};
   }
 
@@ -78,7 +80,7 @@ struct LoraLinearOps {
     }
     const typename Device::Guard guard(grad_ys[0]);
     BackwardCall call = prepare_backward(op, x, layers, xa, mask, dropout_p, output_mask);
-    if (!call.wants_nothing()) Device::backward(call);
+    if (!call.has_nothing_to_write()) Device::backward(call);
     return {std::move(call.grad_x), std::move(call.grad_lora_A), std::move(call.grad_lora_B)};
   }
 
@@ -87,10 +89,15 @@ struct LoraLinearOps {
                                                 const std::optional<Tensor>& seed) {
     const char* const op = "lora_delta_";
     check_delta(op, {"y"}, y, &x, lora_A, lora_B, scaling);
-    check_dropout_and_seed(op, x, dropout_p, seed);
+    check_dropout_and_seed(op, dropout_p, seed);
     STD_TORCH_CHECK(y.is_contiguous(), op, ": y is not contiguous, want the base layer's output as it wrote it");
-    STD_TORCH_CHECK(!may_overlap(x, y), op,
-                    ": y shares memory with x, which the backward reads; want a tensor of its own");
+    std::vector<MemoryRegion> regions;
+    add_region(regions, {"y"}, y, true);
+    add_region(regions, {"x"}, x, false);
+    add_region(regions, {"lora_A"}, lora_A, false);
+    add_region(regions, {"lora_B"}, lora_B, false);
+    if (seed) add_region(regions, {"seed"}, *seed, false);
+    check_disjoint(op, regions);
     const ForwardLayer layer{nullptr, nullptr, lora_A, lora_B, scaling};
     const typename Device::Guard guard(x);
     ForwardCall call = fill_forward(x, {&layer, 1}, dropout_p, seed, &y);
@@ -107,12 +114,12 @@ struct LoraLinearOps {
     STD_TORCH_CHECK(x.has_value() || !output_mask[1], op.name, ": grad_lora_A is wanted but x is None");
     check_delta(op.name, {"grad_y"}, grad_y, output_mask[1] ? &*x : nullptr, lora_A, lora_B, scaling);
     check_dropout(op.name, dropout_p);
-    check_saved(op, xa, mask, {"grad_y"}, grad_y, count_tokens(grad_y), lora_A.size(1), lora_A.size(0), dropout_p,
+    check_saved(op, xa, mask, dtype_of(grad_y), count_tokens(grad_y), lora_A.size(1), lora_A.size(0), dropout_p,
                 output_mask);
     const BackwardLayer layer{grad_y, nullptr, lora_A, lora_B, scaling};
     const typename Device::Guard guard(grad_y);
     BackwardCall call = fill_backward(x, {&layer, 1}, xa, mask, dropout_p, output_mask);
-    if (!call.wants_nothing()) Device::backward(call);
+    if (!call.has_nothing_to_write()) Device::backward(call);
     return {std::move(call.grad_x), only(call.grad_lora_A), only(call.grad_lora_B)};
   }
 
@@ -120,13 +127,15 @@ struct LoraLinearOps {
   static const Tensor* address_of(const std::optional<Tensor>& tensor) { return tensor ? &*tensor : nullptr; }
 };
 
-}  // namespace lora_ext
+template <class Device, class Library>
+void register_lora_linear_ops(Library& library) {
+  typedef LoraLinearOps<Device> Ops;
+  register_op<schemas::kLoraLinear, &Ops::lora_linear>(library);
+  register_op<schemas::kLoraLinearBackward, &Ops::lora_linear_backward>(library);
+  register_op<schemas::kLoraLinearSiblings, &Ops::lora_linear_siblings>(library);
+  register_op<schemas::kLoraLinearSiblingsBackward, &Ops::lora_linear_siblings_backward>(library);
+  register_op<schemas::kLoraDelta, &Ops::lora_delta_>(library);
+  register_op<schemas::kLoraDeltaBackward, &Ops::lora_delta_backward>(library);
+}
 
-// Inside STABLE_TORCH_LIBRARY_IMPL(lora_ext, <key>, m).
-#define LORA_EXT_REGISTER_LORA_LINEAR_OPS(m, Ops)                                          \
-  m.impl("lora_linear", TORCH_BOX(&Ops::lora_linear));                                     \
-  m.impl("lora_linear_backward", TORCH_BOX(&Ops::lora_linear_backward));                   \
-  m.impl("lora_linear_siblings", TORCH_BOX(&Ops::lora_linear_siblings));                   \
-  m.impl("lora_linear_siblings_backward", TORCH_BOX(&Ops::lora_linear_siblings_backward)); \
-  m.impl("lora_delta_", TORCH_BOX(&Ops::lora_delta_));                                     \
-  m.impl("lora_delta_backward", TORCH_BOX(&Ops::lora_delta_backward))
+}  // namespace lora_ext

@@ -4,13 +4,15 @@
 
 #include "../common/merge_params.h"
 #include "layer_arguments.h"
+#include "op.h"
+#include "overlap.h"
 
 namespace lora_ext {
 
 struct MergeCall {
   std::vector<Tensor> factors{};  // contiguous; kept until the launch
   MergeParams params{};
-  std::vector<MergeLayer> layers{};  // those that have elements
+  std::vector<MergeLayer> layers{};
   int64_t num_segments = 0;
 
   void keep(const Tensor& factor, const void** pointer) {
@@ -21,9 +23,8 @@ struct MergeCall {
 
 inline void check_merge_weight(const char* op, const Tensor& weight, int index, const Tensor& first) {
   const ArgumentName name{"weight", index}, first_name{"weight", 0};
-  STD_TORCH_CHECK(weight.scalar_type() == first.scalar_type(), op, ": ", name, " has another dtype than ", first_name,
+  STD_TORCH_CHECK(dtype_code(weight) == dtype_code(first), op, ": ", name, " has another dtype than ", first_name,
                   "; merge weights of each dtype in a call of their own");
-  check_device(op, name, weight, first_name, first);
   STD_TORCH_CHECK(weight.size(1) <= 1 || weight.stride(1) == 1, op, ": ", name, " has column stride ", weight.stride(1),
                   ", want 1");
   STD_TORCH_CHECK(weight.size(0) <= 1 || weight.stride(0) >= weight.size(1), op, ": ", name, " has row stride ",
@@ -33,12 +34,38 @@ inline void check_merge_weight(const char* op, const Tensor& weight, int index, 
                   " by ", weight.size(1), ", want at most 2^30 rows and columns");
 }
 
+// For each layer the words of its segments and its corrections, or empty lists.
+struct RecordArguments {
+  const std::vector<Tensor>&words, &corrections;
+  bool is_written;
+};
+
+inline void check_record(const char* op, const MergeCall& call, const RecordArguments& record) {
+  const auto& [words, corrections, _] = record;
+  if (words.empty() && corrections.empty()) return;
+  STD_TORCH_CHECK(words.size() == call.layers.size() && corrections.size() == call.layers.size(), op, ": there are ",
+                  call.layers.size(), " weights, but ", words.size(), " words and ", corrections.size(),
+                  " corrections");
+  for (size_t i = 0; i < call.layers.size(); ++i) {
+    const MergeLayer& layer = call.layers[i];
+    const int64_t rows = layer.out_features, segments = merge_segments(layer.in_features);
+    STD_TORCH_CHECK(dtype_code(words[i]) == aoti_torch_dtype_int16() && words[i].dim() == 2 &&
+                        words[i].size(0) == rows && words[i].size(1) == segments && words[i].is_contiguous(),
+                    op, ": words[", i, "] must be int16 [", rows, ", ", segments, "], contiguous");
+    STD_TORCH_CHECK(dtype_code(corrections[i]) == aoti_torch_dtype_int16() && corrections[i].dim() == 1 &&
+                        corrections[i].is_contiguous(),
+                    op, ": corrections[", i, "] must be an int16 vector, contiguous");
+  }
+}
+
 inline MergeCall prepare_merge(const char* op, const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
-                               const std::vector<Tensor>& lora_Bs) {
+                               const std::vector<Tensor>& lora_Bs,
+                               const std::optional<RecordArguments>& record = std::nullopt) {
   STD_TORCH_CHECK(!weights.empty(), op, ": weights is empty, want at least one");
   STD_TORCH_CHECK(lora_As.size() == weights.size() && lora_Bs.size() == weights.size(), op, ": there are ",
                   weights.size(), " weights, but ", lora_As.size(), " lora_As and ", lora_Bs.size(), " lora_Bs");
   MergeCall call;
+  std::vector<MemoryRegion> regions;
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor& weight = weights[i];
     const int index = static_cast<int>(i);
@@ -54,32 +81,23 @@ inline MergeCall prepare_merge(const char* op, const std::vector<Tensor>& weight
     layer.weight = weight.mutable_data_ptr(), layer.weight_stride = weight.stride(0);
     layer.first_segment = call.num_segments;
     call.num_segments += layer.out_features * merge_segments(layer.in_features);
+    // Also where nothing is merged yet: what a plan finds holds for one update to a weight.
+    add_region(regions, {"weight", index}, weight, true);
+    add_region(regions, {"lora_A", index}, lora_As[i], false);
+    add_region(regions, {"lora_B", index}, lora_Bs[i], false);
     call.keep(lora_As[i], &layer.lora_A);
     call.keep(lora_Bs[i], &layer.lora_B);
     call.layers.push_back(layer);
   }
-  return call;
-}
-
-// Of each layer the words of its segments and its corrections, or empty lists.
-inline void check_record(const char* op, const MergeCall& call, const std::vector<Tensor>& words,
-                         const std::vector<Tensor>& corrections, const Tensor& like) {
-  if (words.empty() && corrections.empty()) return;
-  STD_TORCH_CHECK(words.size() == call.layers.size() && corrections.size() == call.layers.size(), op, ": there are ",
-                  call.layers.size(), " weights, but ", words.size(), " words and ", corrections.size(),
-                  " corrections");
-  for (size_t i = 0; i < call.layers.size(); ++i) {
-    const MergeLayer& layer = call.layers[i];
-    const int64_t rows = layer.out_features, segments = merge_segments(layer.in_features);
-    STD_TORCH_CHECK(words[i].scalar_type() == ScalarType::Short && words[i].dim() == 2 && words[i].size(0) == rows &&
-                        words[i].size(1) == segments && words[i].is_contiguous(),
-                    op, ": words[", i, "] must be int16 [", rows, ", ", segments, "], contiguous");
-    STD_TORCH_CHECK(corrections[i].scalar_type() == ScalarType::Short && corrections[i].dim() == 1 &&
-                        corrections[i].is_contiguous(),
-                    op, ": corrections[", i, "] must be an int16 vector, contiguous");
-    check_device(op, {"words"}, words[i], {"weight", 0}, like);
-    check_device(op, {"corrections"}, corrections[i], {"weight", 0}, like);
+  if (record) {
+    check_record(op, call, *record);
+    for (size_t i = 0; i < record->words.size(); ++i) {
+      add_region(regions, {"word", static_cast<int>(i)}, record->words[i], false);
+      add_region(regions, {"correction", static_cast<int>(i)}, record->corrections[i], record->is_written);
+    }
   }
+  check_disjoint(op, regions);
+  return call;
 }
 
 }  // namespace lora_ext

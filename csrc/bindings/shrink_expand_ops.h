@@ -1,5 +1,5 @@
 // lora_shrink, lora_expand and their backwards on one device: the adapter's two products by themselves, for what stands
-// between them in other adapters than LoRA (a bottleneck's activation). csrc/library.cpp has the schemas; Device is
+// between them in other adapters than LoRA (a bottleneck's activation). csrc/schemas.h has the schemas; Device is
 // that of lora_linear_ops.h.
 #pragma once
 
@@ -7,6 +7,7 @@
 
 #include "backward_call.h"
 #include "forward_call.h"
+#include "op.h"
 
 namespace lora_ext {
 
@@ -32,29 +33,29 @@ inline void check_low_rank(const char* op, const ArgumentName& name, const Tenso
                   " tokens but ", like_name, " has ", count_tokens(like));
   STD_TORCH_CHECK(dtype_of(tensor) == accumulation_dtype(dtype_of(like)), op, ": ", name,
                   " has another dtype than the accumulation dtype of ", like_name);
-  check_device(op, name, tensor, like_name, like);
 }
 
 inline void check_like(const char* op, const ArgumentName& name, const Tensor& tensor, const ArgumentName& like_name,
                        const Tensor& like) {
-  STD_TORCH_CHECK(tensor.numel() == like.numel() && tensor.size(tensor.dim() - 1) == like.size(like.dim() - 1), op,
-                  ": ", name, " has another shape than ", like_name);
-  STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), op, ": ", name, " has another dtype than ", like_name);
-  check_device(op, name, tensor, like_name, like);
+  STD_TORCH_CHECK(
+      tensor.dim() >= 1 && tensor.numel() == like.numel() && tensor.size(tensor.dim() - 1) == like.size(like.dim() - 1),
+      op, ": ", name, " has another shape than ", like_name);
+  check_same_dtype(op, name, tensor, like_name, like);
 }
 
 template <class Device>
 struct ShrinkExpandOps {
   static Tensor lora_shrink(const Tensor& x, const Tensor& lora_A) {
     const char* const op = "lora_shrink";
-    check_matrix(op, {"lora_A"}, lora_A, {"x"}, x);
+    check_matrix(op, {"lora_A"}, lora_A);
     check_rank(op, {"lora_A"}, lora_A.size(0));
     check_features(op, {"x"}, x, {"lora_A"}, lora_A.size(1), "in_features");
 
     const typename Device::Guard guard(x);
     ForwardCall call{.layers = {},
                      .x = flatten_tokens(x),
-                     .xa = empty(sizes_with_last(x, lora_A.size(0)), accumulation_dtype(dtype_of(x)), x)};
+                     .xa = empty(sizes_with_last(x, lora_A.size(0)), accumulation_dtype(dtype_of(x)), x),
+                     .mask = {}};
     LoraForwardParams& p = call.params;
     p.num_tokens = count_tokens(x), p.in_features = lora_A.size(1), p.total_rank = lora_A.size(0);
     p.x = call.x.const_data_ptr(), p.x_stride = call.x.stride(0), p.xa = call.xa.mutable_data_ptr();
@@ -70,7 +71,7 @@ struct ShrinkExpandOps {
   static Tensor lora_expand(const Tensor& base, const Tensor& xa, const Tensor& lora_B,
                             const std::optional<Tensor>& bias) {
     const char* const op = "lora_expand";
-    check_matrix(op, {"lora_B"}, lora_B, {"base"}, base);
+    check_matrix(op, {"lora_B"}, lora_B);
     check_rank(op, {"lora_B"}, lora_B.size(1));
     check_features(op, {"base"}, base, {"lora_B"}, lora_B.size(0), "out_features");
     check_low_rank(op, {"xa"}, xa, {"lora_B"}, lora_B.size(1), {"base"}, base);
@@ -80,7 +81,7 @@ struct ShrinkExpandOps {
     }
 
     const typename Device::Guard guard(base);
-    ForwardCall call{.layers = {}, .x = as_contiguous(base), .xa = as_contiguous(xa)};
+    ForwardCall call{.layers = {}, .x = as_contiguous(base), .xa = as_contiguous(xa), .mask = {}};
     LoraForwardParams& p = call.params;
     p.num_tokens = count_tokens(base), p.total_rank = lora_B.size(1);
     p.xa = const_cast<void*>(call.xa.const_data_ptr());  // read, as products says
@@ -103,7 +104,7 @@ struct ShrinkExpandOps {
       const std::vector<bool>& output_mask) {
     const char* const op = "lora_shrink_backward";
     check_output_mask(op, output_mask, 2);
-    check_matrix(op, {"lora_A"}, lora_A, {"x"}, x);
+    check_matrix(op, {"lora_A"}, lora_A);
     check_rank(op, {"lora_A"}, lora_A.size(0));
     check_features(op, {"x"}, x, {"lora_A"}, lora_A.size(1), "in_features");
     check_low_rank(op, {"grad_xa"}, grad_xa, {"lora_A"}, lora_A.size(0), {"x"}, x);
@@ -134,7 +135,7 @@ struct ShrinkExpandOps {
       const Tensor& grad = call.grad_lora_A.emplace_back(empty({p.total_rank, p.in_features}, p.factor_dtype, x));
       s.grad_lora_A = grad.mutable_data_ptr();
     }
-    if (!call.wants_nothing()) Device::backward(call);
+    if (!call.has_nothing_to_write()) Device::backward(call);
     return {std::move(call.grad_x), only(call.grad_lora_A)};
   }
 
@@ -143,7 +144,7 @@ struct ShrinkExpandOps {
       const std::vector<bool>& output_mask) {
     const char* const op = "lora_expand_backward";
     check_output_mask(op, output_mask, 2);
-    check_matrix(op, {"lora_B"}, lora_B, {"grad_y"}, grad_y);
+    check_matrix(op, {"lora_B"}, lora_B);
     check_rank(op, {"lora_B"}, lora_B.size(1));
     check_features(op, {"grad_y"}, grad_y, {"lora_B"}, lora_B.size(0), "out_features");
     STD_TORCH_CHECK(xa.has_value() || !output_mask[1], op, ": grad_lora_B is wanted but xa is None");
@@ -162,26 +163,27 @@ struct ShrinkExpandOps {
     s.out_features = lora_B.size(0), s.rank = p.total_rank, s.lora_B = factor.const_data_ptr(), s.scale = 1.0;
     s.grad_y = rows.const_data_ptr(), s.grad_y_stride = rows.stride(0);
     p.wants_grad_xa = output_mask[0], p.wants_grad_lora_B = output_mask[1];
-    std::optional<Tensor> grad_xa;
     if (output_mask[0]) {
-      grad_xa = empty(sizes_with_last(grad_y, p.total_rank), accumulation_dtype(p.dtype), grad_y);
-      p.grad_xa = grad_xa->mutable_data_ptr();
+      call.grad_xa = empty(sizes_with_last(grad_y, p.total_rank), accumulation_dtype(p.dtype), grad_y);
+      p.grad_xa = call.grad_xa->mutable_data_ptr();
     }
     if (output_mask[1]) {
       p.xa = call.kept.emplace_back(as_contiguous(*xa)).const_data_ptr();
       const Tensor& grad = call.grad_lora_B.emplace_back(empty({lora_B.size(0), p.total_rank}, p.factor_dtype, grad_y));
       s.grad_lora_B = grad.mutable_data_ptr();
     }
-    if (output_mask[0] || output_mask[1]) Device::backward(call);
-    return {std::move(grad_xa), only(call.grad_lora_B)};
+    if (!call.has_nothing_to_write()) Device::backward(call);
+    return {std::move(call.grad_xa), only(call.grad_lora_B)};
   }
 };
 
-}  // namespace lora_ext
+template <class Device, class Library>
+void register_shrink_expand_ops(Library& library) {
+  typedef ShrinkExpandOps<Device> Ops;
+  register_op<schemas::kLoraShrink, &Ops::lora_shrink>(library);
+  register_op<schemas::kLoraShrinkBackward, &Ops::lora_shrink_backward>(library);
+  register_op<schemas::kLoraExpand, &Ops::lora_expand>(library);
+  register_op<schemas::kLoraExpandBackward, &Ops::lora_expand_backward>(library);
+}
 
-// Inside STABLE_TORCH_LIBRARY_IMPL(lora_ext, <key>, m).
-#define LORA_EXT_REGISTER_SHRINK_EXPAND_OPS(m, Ops)                      \
-  m.impl("lora_shrink", TORCH_BOX(&Ops::lora_shrink));                   \
-  m.impl("lora_shrink_backward", TORCH_BOX(&Ops::lora_shrink_backward)); \
-  m.impl("lora_expand", TORCH_BOX(&Ops::lora_expand));                   \
-  m.impl("lora_expand_backward", TORCH_BOX(&Ops::lora_expand_backward))
+}  // namespace lora_ext

@@ -15,7 +15,9 @@
 
 namespace lora_ext {
 
-constexpr int64_t mask_row_bytes(int64_t in_features) { return (in_features + 63) / 64 * 8; }
+constexpr int64_t mask_row_bytes(int64_t in_features) {
+  return in_features / 64 * 8 + (in_features % 64 != 0 ? 8 : 0);  // cannot overflow
+}
 
 // dropout_p is quantised to a multiple of 2^-16, below 1. Zero means "no dropout".
 inline uint32_t dropout_threshold(double dropout_p) {

@@ -1,0 +1,82 @@
+// Errors that leave an op. The code here does not know which op it works for: op.h puts the op's name before the text.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <sstream>
+#include <string>
+
+// PyTorch's text for the last call that failed on this thread. Not there before PyTorch 2.13.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
+namespace lora_ext {
+
+struct OpError {
+  std::string text;
+};
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw OpError{std::move(text).str()};
+}
+
+// In a message: [3, 5].
+template <class Sizes>
+std::string sizes_text(const Sizes& sizes) {
+  std::ostringstream text;
+  const char* separator = "[";
+  for (const int64_t size : sizes) text << separator << size, separator = ", ";
+  text << (*separator == '[' ? "[]" : "]");
+  return std::move(text).str();
+}
+
+inline std::string torch_error() {
+  const char* text =
+      torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : nullptr;
+  return text ? text : "";
+}
+
+inline bool is_about_memory(const std::string& text) {
+  return text.find("out of memory") != std::string::npos || text.find("allocate memory") != std::string::npos;
+}
+
+// lora_ext/_refusals.py knows an error of this kind by these words.
+constexpr char kOutOfMemory[] = "out of memory. ";
+
+// After PyTorch has failed to allocate: what for says for what. Where PyTorch gives another reason, that is the error.
+template <class... Parts>
+[[noreturn]] void fail_allocation(const Parts&... what_for) {
+  const std::string reason = torch_error();
+  if (!reason.empty() && !is_about_memory(reason)) fail("cannot allocate ", what_for..., ": ", reason);
+  fail(kOutOfMemory, "It wanted ", what_for..., reason.empty() ? "" : ": ", reason);
+}
+
+[[noreturn]] inline void fail_torch_call(const char* call) {
+  const std::string reason = torch_error();
+  if (is_about_memory(reason)) fail(kOutOfMemory, reason);
+  fail(call, " failed", reason.empty() ? "" : ": ", reason);
+}
+
+// The product of sizes that come from a user, and of what they are multiplied by.
+inline int64_t product(std::initializer_list<int64_t> factors) {
+  for (const int64_t factor : factors) {
+    if (factor == 0) return 0;
+  }
+  int64_t result = 1;
+  for (const int64_t factor : factors) {
+    if (__builtin_mul_overflow(result, factor, &result)) {
+      fail("sizes are too large: the product of ", sizes_text(factors), " does not fit 63 bits");
+    }
+  }
+  return result;
+}
+
+}  // namespace lora_ext
+
+// For functions of PyTorch's C interface, which return 0 when all is well.
+#define LORA_EXT_CALL_TORCH(function, ...)                                  \
+  do {                                                                      \
+    if (function(__VA_ARGS__) != 0) ::lora_ext::fail_torch_call(#function); \
+  } while (0)

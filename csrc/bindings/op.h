@@ -1,0 +1,169 @@
+// How an op's function is registered: with checks of all its tensors, whatever the op, and with its name in errors.
+//
+// Names and number of the arguments come from the op's schema, and the tensors among them from the function's type: no
+// argument can be forgotten. lora_ext/_tensor_arguments.py does the same for the fake kernels.
+#pragma once
+
+#include <array>
+#include <new>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+
+#include "../schemas.h"
+#include "tensors.h"
+
+namespace lora_ext {
+
+// A schema is parsed by plain loops: under -fsanitize=undefined, g++ does not take std::string_view's searches for
+// constant expressions.
+
+// Position in a schema of what ends argument `index`, or 0 where there are no more.
+constexpr size_t argument_end(const char* schema, int index) {
+  size_t i = 0;
+  while (schema[i] != '(') ++i;
+  int depth = 0, separators = 0;
+  for (++i; schema[i] != '\0'; ++i) {
+    if (schema[i] == '(' || schema[i] == '[') ++depth;
+    if (schema[i] == ']') --depth;
+    if (schema[i] == ')' && depth-- == 0) return separators == index ? i : 0;
+    if (schema[i] == ',' && depth == 0 && separators++ == index) return i;
+  }
+  return 0;
+}
+
+constexpr int count_arguments(const char* schema) {
+  int count = 0;
+  while (argument_end(schema, count) != 0) ++count;
+  return count;
+}
+
+// The last word of an argument, without its default.
+constexpr std::string_view argument_name(const char* schema, int index) {
+  const size_t end = argument_end(schema, index);
+  size_t begin = end;
+  while (schema[begin - 1] != ' ' && schema[begin - 1] != '(') --begin;
+  size_t length = 0;
+  while (begin + length < end && schema[begin + length] != '=') ++length;
+  return {schema + begin, length};
+}
+
+constexpr std::string_view op_name(const char* schema) {
+  size_t length = 0;
+  while (schema[length] != '(') ++length;
+  return {schema, length};
+}
+
+constexpr bool is_same(std::string_view a, std::string_view b) {
+  bool same = a.size() == b.size();
+  for (size_t i = 0; same && i < a.size(); ++i) same = a[i] == b[i];
+  return same;
+}
+
+static_assert(count_arguments(schemas::kLoraMerge) == 3 && is_same(argument_name(schemas::kLoraMerge, 0), "weights"));
+static_assert(is_same(argument_name(schemas::kLoraLinear, 6), "dropout_p"), "a default is no part of the name");
+static_assert(is_same(argument_name(schemas::kLoraLinearBackward, 9), "output_mask"), "nor is a length");
+
+// One op's arguments in their order: every tensor must be there, and on the device of the first.
+class TensorArguments {
+ public:
+  explicit TensorArguments(const char* schema) : schema_(schema) {}
+
+  void check(const Tensor& tensor) { check_tensor(tensor, kNoEntry), ++argument_; }
+  void check(const std::optional<Tensor>& tensor) {
+    if (tensor) check_tensor(*tensor, kNoEntry);
+    ++argument_;
+  }
+  void check(const std::vector<Tensor>& tensors) {
+    for (size_t i = 0; i < tensors.size(); ++i) check_tensor(tensors[i], static_cast<int>(i));
+    ++argument_;
+  }
+  void check(const std::vector<std::optional<Tensor>>& tensors) {
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      if (tensors[i]) check_tensor(*tensors[i], static_cast<int>(i));
+    }
+    ++argument_;
+  }
+  template <class T>
+    requires std::is_arithmetic_v<T>
+  void check(T) {
+    ++argument_;
+  }
+  template <class T>
+    requires std::is_arithmetic_v<T>
+  void check(const std::vector<T>&) {
+    ++argument_;
+  }
+
+ private:
+  static constexpr int kNoEntry = -1;
+
+  struct Place {
+    int argument, entry;
+  };
+
+  std::string name(Place place) const {
+    std::string text(argument_name(schema_, place.argument));
+    if (place.entry != kNoEntry) text += "[" + std::to_string(place.entry) + "]";
+    return text;
+  }
+
+  void check_tensor(const Tensor& tensor, int entry) {
+    const Place place{argument_, entry};
+    bool is_there;  // Python's None arrives as a tensor that is not
+    LORA_EXT_CALL_TORCH(aoti_torch_is_defined, tensor.get(), &is_there);
+    if (!is_there) fail(name(place), " is None, want a Tensor");
+    const DeviceOf device = device_of(tensor);
+    if (!has_first_) {
+      first_ = place, first_device_ = device, has_first_ = true;
+    } else if (!(device == first_device_)) {
+      fail(name(place), " is on ", device, " but ", name(first_), " is on ", first_device_);
+    }
+  }
+
+  const char* schema_;
+  int argument_ = 0;
+  bool has_first_ = false;
+  Place first_{};
+  DeviceOf first_device_{};
+};
+
+template <const auto& kSchema, auto kFunction>
+struct CheckedOp;
+
+template <const auto& kSchema, class Result, class... Arguments, Result (*kFunction)(Arguments...)>
+struct CheckedOp<kSchema, kFunction> {
+  static_assert(count_arguments(kSchema) == sizeof...(Arguments), "the function has the schema's arguments");
+
+  static Result call(Arguments... arguments) {
+    try {
+      TensorArguments tensors(kSchema);
+      (tensors.check(arguments), ...);
+      return kFunction(arguments...);
+    } catch (const OpError& error) {
+      throw std::runtime_error(std::string(op_name(kSchema)) + ": " + error.text);
+    } catch (const std::bad_alloc&) {
+      throw std::runtime_error(std::string(op_name(kSchema)) + ": " + kOutOfMemory);
+    }
+  }
+};
+
+// Registers kFunction as the op of kSchema, one of schemas.h, in `library`: STABLE_TORCH_LIBRARY_IMPL's.
+template <const auto& kSchema, auto kFunction, class Library>
+void register_op(Library& library) {
+  constexpr auto kCall = &CheckedOp<kSchema, kFunction>::call;
+  static constexpr auto kName = [] {
+    constexpr std::string_view kText = op_name(kSchema);
+    std::array<char, kText.size() + 1> name{};
+    for (size_t i = 0; i < kText.size(); ++i) name[i] = kText[i];
+    return name;
+  }();
+  library.impl(kName.data(), TORCH_BOX(kCall));
+}
+
+}  // namespace lora_ext

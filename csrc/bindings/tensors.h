@@ -1,0 +1,177 @@
+// The few tensor helpers that the stable ABI lacks: allocations that say what failed, views, and no size that
+// overflows.
+#pragma once
+
+#include <optional>
+#include <ostream>
+#include <vector>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "../common/dtype.h"
+#include "errors.h"
+
+namespace lora_ext {
+
+using torch::stable::Tensor;
+
+// PyTorch's number of a dtype. Every dtype has one, also those that torch::headeronly::ScalarType does not know.
+inline int32_t dtype_code(const Tensor& tensor) {
+  int32_t code;
+  LORA_EXT_CALL_TORCH(aoti_torch_get_dtype, tensor.get(), &code);
+  return code;
+}
+
+inline int32_t dtype_code(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64: return aoti_torch_dtype_float64();
+    case DType::kFloat32: return aoti_torch_dtype_float32();
+    case DType::kBFloat16: return aoti_torch_dtype_bfloat16();
+    default: return aoti_torch_dtype_float16();
+  }
+}
+
+inline bool is_supported(const Tensor& tensor) {
+  const int32_t code = dtype_code(tensor);
+  return code == dtype_code(DType::kFloat64) || code == dtype_code(DType::kFloat32) ||
+         code == dtype_code(DType::kBFloat16) || code == dtype_code(DType::kFloat16);
+}
+
+// For a tensor that passed is_supported().
+inline DType dtype_of(const Tensor& tensor) {
+  const int32_t code = dtype_code(tensor);
+  if (code == dtype_code(DType::kFloat64)) return DType::kFloat64;
+  if (code == dtype_code(DType::kFloat32)) return DType::kFloat32;
+  return code == dtype_code(DType::kBFloat16) ? DType::kBFloat16 : DType::kFloat16;
+}
+
+// Where a tensor is. Indices tell devices of one kind apart, except for the CPU and for meta tensors.
+struct DeviceOf {
+  int32_t type, index;
+  bool operator==(const DeviceOf&) const = default;
+};
+
+inline DeviceOf device_of(const Tensor& tensor) {
+  DeviceOf device{};
+  LORA_EXT_CALL_TORCH(aoti_torch_get_device_type, tensor.get(), &device.type);
+  LORA_EXT_CALL_TORCH(aoti_torch_get_device_index, tensor.get(), &device.index);
+  if (device.type == aoti_torch_device_type_cpu() || device.type == aoti_torch_device_type_meta()) device.index = -1;
+  return device;
+}
+
+inline std::ostream& operator<<(std::ostream& out, const DeviceOf& device) {
+  if (device.type == aoti_torch_device_type_cpu()) return out << "cpu";
+  if (device.type == aoti_torch_device_type_meta()) return out << "meta";
+  if (device.type == aoti_torch_device_type_cuda()) return out << "cuda:" << device.index;
+  return out << "a device of type " << device.type;
+}
+
+// An uninitialised contiguous tensor on like's device. element_size: of the dtype, for the message.
+inline Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype, int64_t element_size, const Tensor& like) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    if (i > 0 && __builtin_mul_overflow(stride, sizes[i] > 0 ? sizes[i] : 1, &stride)) {
+      fail("sizes are too large: a tensor of ", sizes_text(sizes));
+    }
+  }
+  int32_t device_type;
+  LORA_EXT_CALL_TORCH(aoti_torch_get_device_type, like.get(), &device_type);
+  AtenTensorHandle handle;
+  if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, device_type,
+                               like.get_device_index(), &handle) != 0) {
+    int64_t bytes = element_size;
+    for (const int64_t size : sizes) bytes = product({bytes, size});
+    fail_allocation(bytes, " bytes on ", device_of(like), " for a tensor of ", sizes_text(sizes));
+  }
+  return Tensor(handle);
+}
+
+inline Tensor empty(const std::vector<int64_t>& sizes, DType dtype, const Tensor& like) {
+  return empty(sizes, dtype_code(dtype), dtype_size(dtype), like);
+}
+
+inline Tensor empty_bytes(const std::vector<int64_t>& sizes, const Tensor& like) {
+  return empty(sizes, aoti_torch_dtype_uint8(), 1, like);
+}
+
+inline Tensor empty_int16(const std::vector<int64_t>& sizes, const Tensor& like) {
+  return empty(sizes, aoti_torch_dtype_int16(), 2, like);
+}
+
+inline Tensor empty_int64(const std::vector<int64_t>& sizes, const Tensor& like) {
+  return empty(sizes, aoti_torch_dtype_int64(), 8, like);
+}
+
+// A view of a matrix: [rows, cols] with the given strides over tensor's storage.
+inline Tensor as_matrix(const Tensor& tensor, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
+  const int64_t sizes[2] = {rows, cols}, strides[2] = {row_stride, col_stride};
+  AtenTensorHandle handle;
+  constexpr int64_t kFromItsFirstElement = 0;  // an increment of tensor's own offset, not an offset into the storage
+  LORA_EXT_CALL_TORCH(aoti_torch__reinterpret_tensor, tensor.get(), 2, sizes, strides, kFromItsFirstElement, &handle);
+  return Tensor(handle);
+}
+
+inline Tensor transposed(const Tensor& matrix) {
+  return as_matrix(matrix, matrix.size(1), matrix.size(0), matrix.stride(1), matrix.stride(0));
+}
+
+inline Tensor contiguous_copy(const Tensor& tensor) {
+  try {
+    return torch::stable::contiguous(tensor);
+  } catch (const std::exception&) {
+    fail_allocation(product({tensor.numel(), static_cast<int64_t>(tensor.element_size())}), " bytes on ",
+                    device_of(tensor), " for a contiguous copy of a tensor of ", sizes_text(tensor.sizes()));
+  }
+}
+
+inline Tensor as_contiguous(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : contiguous_copy(tensor); }
+
+// Product of the leading dimensions of [..., features]. PyTorch multiplies them itself, and refuses what does not fit.
+inline int64_t count_tokens(const Tensor& tensor) {
+  int64_t count = 1;
+  for (int64_t i = 0; i + 1 < tensor.dim(); ++i) count = product({count, tensor.size(i)});
+  return count;
+}
+
+// [..., features] -> [num_tokens, features] with unit column stride: a view wherever one row stride fits, else a copy.
+inline Tensor flatten_tokens(const Tensor& tensor) {
+  const int64_t dims = tensor.dim(), features = tensor.size(dims - 1), num_tokens = count_tokens(tensor);
+  // Strides of an empty tensor may be anything.
+  if (num_tokens == 0 || features == 0) return as_matrix(tensor, num_tokens, features, features > 0 ? features : 1, 1);
+  int64_t row_stride = features;
+  bool is_view = features == 1 || tensor.stride(dims - 1) == 1;
+  for (int64_t i = dims - 2, inner_stride = -1; i >= 0; --i) {
+    const int64_t size = tensor.size(i), stride = tensor.stride(i);
+    if (size == 1) continue;
+    if (inner_stride < 0) {
+      row_stride = stride;
+    } else if (stride != inner_stride) {
+      is_view = false;
+    }
+    inner_stride = stride * size;  // elements of the storage, or just behind it
+  }
+  // Strides a matrix product would refuse (expanded rows) are made plain here, once, for all that follows.
+  if (!is_view || (num_tokens > 1 && row_stride < features)) {
+    return as_matrix(contiguous_copy(tensor), num_tokens, features, features, 1);
+  }
+  return as_matrix(tensor, num_tokens, features, row_stride < features ? features : row_stride, 1);
+}
+
+// [rows, cols] view of a contiguous tensor
+inline Tensor as_rows(const Tensor& tensor, int64_t rows, int64_t cols) {
+  return as_matrix(tensor, rows, cols, cols, 1);
+}
+
+// Sizes of tensor with the last one replaced.
+inline std::vector<int64_t> sizes_with_last(const Tensor& tensor, int64_t last) {
+  const auto sizes = tensor.sizes();
+  std::vector<int64_t> result(sizes.begin(), sizes.end());
+  result.back() = last;
+  return result;
+}
+
+}  // namespace lora_ext
