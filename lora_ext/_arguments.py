@@ -1,7 +1,7 @@
 """Arguments of public functions against their annotations: what is of another type is refused before anything happens.
 
 The annotation is the rule, and the second half of the message: the two cannot differ. Takes a tenth of a microsecond an
-argument. What the ops take is checked in lora_ext/_checks.py.
+argument. The functions of single ops look only when a call has failed (lora_ext/_refusals.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import reprlib
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -61,6 +61,14 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     return run
+
+
+def check_types(function: Callable, arguments: Mapping[str, object]) -> None:
+    """Raises what ``checked`` lets ``function`` raise, for a call that has failed by these arguments."""
+    hints = typing.get_type_hints(function)
+    for name, value in arguments.items():
+        if not _test(hints[name])(value):
+            _refuse(function, (), name, value)
 
 
 def _refuse(function: Callable, args: tuple, name: str, value: object) -> None:

@@ -1,4 +1,4 @@
-"""Fake (meta), autograd and autocast registrations of the compiled ops. csrc/library.cpp has their schemas.
+"""Fake (meta), autograd and autocast registrations of the compiled ops. csrc/schemas.h has their schemas.
 
 The autograd kernel sits on the Autograd dispatch key itself, not behind ``torch.library.register_autograd``: it costs
 half as much per call, and goes straight below autograd where no gradient is wanted.
@@ -8,30 +8,30 @@ from __future__ import annotations
 
 import torch
 
-from . import _checks
+from . import _checks, _checks_backward
 from ._registration import (
     LIBRARY,
+    any_requires_grad,
     below_autograd,
     bias_gradient,
     fake_gradients,
     fake_saved,
-    mask_row_bytes,
     refuse_double_backward,
     refuse_forward_mode,
     register_autocast,
+    register_op,
     weight_gradient,
 )
 
 # --- fake kernels: shapes and dtypes only -----------------------------------------------------------------------------
 
 
-@torch.library.register_fake("lora_ext::lora_linear")
-def _(x, weight, bias, lora_A, lora_B, scaling, dropout_p=0.0, seed=None):
-    _checks.check_lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
+@register_op("lora_linear", _checks.check_lora_linear)
+def _(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
     return x.new_empty((*x.shape[:-1], weight.shape[0])), *fake_saved(x, lora_A.shape[0], dropout_p)
 
 
-@torch.library.register_fake("lora_ext::lora_linear_backward")
+@register_op("lora_linear_backward", _checks_backward.check_lora_linear_backward)
 def _(grad_y, x, weight, lora_A, lora_B, xa, mask, scaling, dropout_p, output_mask):
     want_x, want_A, want_B = output_mask
     return (
@@ -41,45 +41,9 @@ def _(grad_y, x, weight, lora_A, lora_B, xa, mask, scaling, dropout_p, output_ma
     )
 
 
-@torch.library.register_fake("lora_ext::lora_merge_plan")
-def _(weights, lora_As, lora_Bs):
-    _checks.check_merge("lora_merge_plan", weights, lora_As, lora_Bs)
-    num_segments = sum(weight.shape[0] * _checks.merge_segments(weight.shape[1]) for weight in weights)
-    return (
-        weights[0].new_empty((len(weights),), dtype=torch.int64),
-        weights[0].new_empty((num_segments,), dtype=torch.int16),
-    )
-
-
-@torch.library.register_fake("lora_ext::lora_merge_record_")
-def _(weights, lora_As, lora_Bs):
-    _checks.check_merge("lora_merge_record_", weights, lora_As, lora_Bs)
-    num_corrections = [torch.library.get_ctx().new_dynamic_size() for _ in weights]
-    return (
-        weights[0].new_empty((len(weights),), dtype=torch.int64),
-        [w.new_empty((w.shape[0], _checks.merge_segments(w.shape[1])), dtype=torch.int16) for w in weights],
-        [w.new_empty((count,), dtype=torch.int16) for w, count in zip(weights, num_corrections, strict=True)],
-    )
-
-
-@torch.library.register_fake("lora_ext::lora_merge_")
-def _(weights, lora_As, lora_Bs):
-    _checks.check_merge("lora_merge_", weights, lora_As, lora_Bs)
-
-
-@torch.library.register_fake("lora_ext::lora_merge_planned_")
-def _(weights, lora_As, lora_Bs, words, corrections):
-    _checks.check_merge("lora_merge_planned_", weights, lora_As, lora_Bs)
-
-
-@torch.library.register_fake("lora_ext::lora_unmerge_")
-def _(weights, lora_As, lora_Bs, words, corrections):
-    _checks.check_merge("lora_unmerge_", weights, lora_As, lora_Bs)
-
-
-@torch.library.register_fake("lora_ext::lora_dropout_mask")
+@register_op("lora_dropout_mask", _checks.check_dropout_mask)
 def _(seed, num_tokens, in_features, dropout_p):
-    return seed.new_empty((num_tokens, mask_row_bytes(in_features)), dtype=torch.uint8)
+    return seed.new_empty((num_tokens, _checks.mask_row_bytes(in_features)), dtype=torch.uint8)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -129,13 +93,7 @@ class _LoraLinear(torch.autograd.Function):
 
 def _lora_linear_autograd(x, weight, bias, lora_A, lora_B, scaling, dropout_p=0.0, seed=None):
     refuse_forward_mode("lora_linear", x, weight, bias, lora_A, lora_B)
-    if torch.is_grad_enabled() and (
-        lora_A.requires_grad
-        or lora_B.requires_grad
-        or x.requires_grad
-        or weight.requires_grad
-        or (bias is not None and bias.requires_grad)
-    ):
+    if any_requires_grad(lora_A, lora_B, x, weight, bias):
         return _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
     with below_autograd():
         return torch.ops.lora_ext.lora_linear.default(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
@@ -149,37 +107,8 @@ def _lora_linear_backward_autograd(grad_y, x, weight, lora_A, lora_B, xa, mask, 
         )
 
 
-def _lora_merge_plan_autograd(weights, lora_As, lora_Bs):
-    with below_autograd():  # it returns counts
-        return torch.ops.lora_ext.lora_merge_plan.default(weights, lora_As, lora_Bs)
-
-
-def _changes_weights(op):
-    """The autograd kernel of an op that changes its first argument, a list of weights, in place."""
-
-    def autograd_kernel(weights, *arguments):
-        if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
-            raise RuntimeError(
-                f"{op.__name__}: weight requires grad; merging in place would corrupt its gradient. "
-                "Call weight.requires_grad_(False) or merge under torch.no_grad()"
-            )
-        with below_autograd():
-            result = op.default(weights, *arguments)
-        if result is not None and not result[1]:  # lora_merge_record_ has merged nothing
-            return result
-        for weight in weights:
-            if not weight.is_inference():
-                torch.autograd.graph.increment_version(weight)  # mutating stable-ABI ops do not
-        return result
-
-    return autograd_kernel
-
-
 LIBRARY.impl("lora_linear", _lora_linear_autograd, "Autograd")
 LIBRARY.impl("lora_linear_backward", _lora_linear_backward_autograd, "Autograd")
-LIBRARY.impl("lora_merge_plan", _lora_merge_plan_autograd, "Autograd")
-for _name in ("lora_merge_", "lora_merge_record_", "lora_merge_planned_", "lora_unmerge_"):
-    LIBRARY.impl(_name, _changes_weights(getattr(torch.ops.lora_ext, _name)), "Autograd")
 
 
 # --- autocast: x, weight and bias go to autocast's dtype as in nn.Linear; the adapter keeps its own -------------------

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import torch
 
-from . import _checks
+from . import _checks, _checks_backward
+from ._in_place import check_inference, check_recorded_change, count_change
 from ._registration import (
     LIBRARY,
+    any_requires_grad,
     below_autograd,
     fake_gradients,
     fake_saved,
     refuse_double_backward,
     refuse_forward_mode,
     register_autocast,
+    register_op,
 )
 
 # --- fake kernels: shapes and dtypes only -----------------------------------------------------------------------------
 
 
-@torch.library.register_fake("lora_ext::lora_delta_")
-def _(y, x, lora_A, lora_B, scaling, dropout_p=0.0, seed=None):
-    _checks.check_lora_delta(y, x, lora_A, lora_B, scaling, dropout_p, seed)
+@register_op("lora_delta_", _checks.check_lora_delta)
+def _(y, x, lora_A, lora_B, scaling, dropout_p, seed):
     return fake_saved(x, lora_A.shape[0], dropout_p)
 
 
-@torch.library.register_fake("lora_ext::lora_delta_backward")
+@register_op("lora_delta_backward", _checks_backward.check_lora_delta_backward)
 def _(grad_y, x, lora_A, lora_B, xa, mask, scaling, dropout_p, output_mask):
     want_x, want_A, want_B = output_mask
     return (
@@ -45,7 +47,7 @@ class _LoraDelta(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, x, lora_A, lora_B, scaling, dropout_p, seed, results):
-        with below_autograd():
+        with below_autograd():  # mark_dirty counts the change
             xa, mask = torch.ops.lora_ext.lora_delta_.default(y, x, lora_A, lora_B, scaling, dropout_p, seed)
         results += xa, mask
         ctx.mark_dirty(y)
@@ -71,14 +73,15 @@ class _LoraDelta(torch.autograd.Function):
 
 def _lora_delta_autograd(y, x, lora_A, lora_B, scaling, dropout_p=0.0, seed=None):
     refuse_forward_mode("lora_delta", y, x, lora_A, lora_B)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (y, x, lora_A, lora_B)):
+    if any_requires_grad(y, x, lora_A, lora_B):
+        check_recorded_change("lora_delta_", "y", y)
         results: list = []
         _LoraDelta.apply(y, x, lora_A, lora_B, scaling, dropout_p, seed, results)
         return tuple(results)
+    check_inference("lora_delta_", "y", y)
     with below_autograd():
         results = torch.ops.lora_ext.lora_delta_.default(y, x, lora_A, lora_B, scaling, dropout_p, seed)
-    if not y.is_inference():
-        torch.autograd.graph.increment_version(y)  # mutating stable-ABI ops do not
+    count_change(y)
     return results
 
 
@@ -90,6 +93,8 @@ def _lora_delta_backward_autograd(grad_y, x, lora_A, lora_B, xa, mask, scaling, 
         )
 
 
+# Not register_in_place(): in inference mode its kernel would cost as much as the op. What is left to do there,
+# functional.lora_delta_ does.
 LIBRARY.impl("lora_delta_", _lora_delta_autograd, "Autograd")
 LIBRARY.impl("lora_delta_backward", _lora_delta_backward_autograd, "Autograd")
 # y's dtype was settled by the base layer, and x has it or is cast to it by functional.lora_delta_.

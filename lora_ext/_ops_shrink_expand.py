@@ -4,43 +4,38 @@ from __future__ import annotations
 
 import torch
 
+from . import _checks_backward
 from ._checks import accumulation_dtype
 from ._registration import (
     LIBRARY,
+    any_requires_grad,
     below_autograd,
     bias_gradient,
     fake_gradients,
+    op_named,
     refuse_double_backward,
     refuse_forward_mode,
+    register_op,
 )
 
 
-def _check_devices(op: str, *tensors: torch.Tensor | None) -> None:
-    """With one meta tensor among others, the fake kernels are called. bottleneck.py finds better words."""
-    devices = {tensor.device for tensor in tensors if tensor is not None}
-    if len(devices) > 1:
-        raise RuntimeError(f"{op}: tensors are on {' and '.join(map(str, devices))}, want one device")
-
-
-@torch.library.register_fake("lora_ext::lora_shrink")
+@register_op("lora_shrink", _checks_backward.check_lora_shrink)
 def _(x, lora_A):
-    _check_devices("lora_shrink", x, lora_A)
     return x.new_empty((*x.shape[:-1], lora_A.shape[0]), dtype=accumulation_dtype(x.dtype))
 
 
-@torch.library.register_fake("lora_ext::lora_expand")
-def _(base, xa, lora_B, bias=None):
-    _check_devices("lora_expand", base, xa, lora_B, bias)
+@register_op("lora_expand", _checks_backward.check_lora_expand)
+def _(base, xa, lora_B, bias):
     return base.new_empty(base.shape)
 
 
-@torch.library.register_fake("lora_ext::lora_shrink_backward")
+@register_op("lora_shrink_backward", _checks_backward.check_lora_shrink_backward)
 def _(grad_xa, x, lora_A, base, output_mask):
     want_x, want_A = output_mask
     return x.new_empty(x.shape) if want_x else None, *(fake_gradients([lora_A]) if want_A else [None])
 
 
-@torch.library.register_fake("lora_ext::lora_expand_backward")
+@register_op("lora_expand_backward", _checks_backward.check_lora_expand_backward)
 def _(grad_y, xa, lora_B, output_mask):
     want_xa, want_B = output_mask
     shape = (*grad_y.shape[:-1], lora_B.shape[1])
@@ -82,12 +77,12 @@ class _Expand(torch.autograd.Function):
 
 
 def _autograd_kernel(name: str, function: type[torch.autograd.Function]):
-    op = getattr(torch.ops.lora_ext, name).default
+    op = op_named(name)
 
     def kernel(*arguments):
         arguments += (None,) * (len(op._schema.arguments) - len(arguments))
         refuse_forward_mode("bottleneck", *arguments)
-        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in arguments):
+        if any_requires_grad(*arguments):
             return function.apply(*arguments)
         with below_autograd():
             return op(*arguments)
@@ -96,7 +91,7 @@ def _autograd_kernel(name: str, function: type[torch.autograd.Function]):
 
 
 def _backward_kernel(name: str):
-    op = getattr(torch.ops.lora_ext, name).default
+    op = op_named(name)
 
     def kernel(*arguments):
         refuse_double_backward("bottleneck", *arguments[:-1])

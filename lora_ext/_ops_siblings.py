@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from . import _checks
+from . import _checks, _checks_backward
 from ._registration import (
     LIBRARY,
+    any_requires_grad,
     below_autograd,
     bias_gradient,
     fake_gradients,
@@ -14,20 +15,20 @@ from ._registration import (
     refuse_double_backward,
     refuse_forward_mode,
     register_autocast,
+    register_op,
     weight_gradient,
 )
 
 # --- fake kernels: shapes and dtypes only -----------------------------------------------------------------------------
 
 
-@torch.library.register_fake("lora_ext::lora_linear_siblings")
-def _(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p=0.0, seed=None):
-    _checks.check_lora_linear_siblings(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)
+@register_op("lora_linear_siblings", _checks.check_lora_linear_siblings)
+def _(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed):
     ys = [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
     return ys, *fake_saved(x, sum(lora_A.shape[0] for lora_A in lora_As), dropout_p)
 
 
-@torch.library.register_fake("lora_ext::lora_linear_siblings_backward")
+@register_op("lora_linear_siblings_backward", _checks_backward.check_lora_linear_siblings_backward)
 def _(grad_ys, x, weights, lora_As, lora_Bs, xa, mask, scalings, dropout_p, output_mask):
     want_x, want_A, want_B = output_mask
     return (
@@ -122,8 +123,9 @@ def _split_wanted(ctx) -> tuple[bool, tuple, tuple, tuple, tuple]:
 def _lora_linear_siblings_autograd(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p=0.0, seed=None):
     layers = (*weights, *biases, *lora_As, *lora_Bs)
     refuse_forward_mode("lora_linear_siblings", x, *layers)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, *layers)):
-        _checks.check_num_siblings(weights, biases, lora_As, lora_Bs, scalings)  # or the lists cannot be told apart
+    if any_requires_grad(x, *layers):
+        lists = {"biases": biases, "lora_As": lora_As, "lora_Bs": lora_Bs, "scalings": scalings}
+        _checks.check_num_siblings("lora_linear_siblings", weights, **lists)  # or they cannot be told apart
         *ys, xa, mask = _LoraLinearSiblings.apply(x, scalings, dropout_p, seed, *layers)
         return ys, xa, mask
     with below_autograd():

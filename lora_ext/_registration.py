@@ -1,4 +1,4 @@
-"""What the registrations of the ops share: their library, sizes of what they save, refusals, autocast."""
+"""What the registrations of the ops share: their library, fake kernels and what they save, refusals, autocast."""
 
 from __future__ import annotations
 
@@ -8,24 +8,85 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ._checks import accumulation_dtype
+from ._checks import accumulation_dtype, count_tokens, mask_row_bytes
+from ._lazy_views import check_not_lazy, resolved
+from ._tensor_arguments import check_tensors
 from .reference import dropout_threshold
 
 LIBRARY = torch.library.Library("lora_ext", "FRAGMENT")
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
-def count_tokens(x: Tensor) -> int:
-    """Product of the leading dimensions of ``[..., features]``."""
-    num_tokens = 1
-    for size in x.shape[:-1]:
-        num_tokens = num_tokens * size
-    return num_tokens
+def op_named(name: str) -> torch._ops.OpOverload:
+    return getattr(torch.ops.lora_ext, name).default
 
 
-def mask_row_bytes(in_features: int) -> int:
-    """Bytes of one row of the bit mask: whole 64-bit words. csrc/common/dropout.h."""
-    return (in_features + 63) // 64 * 8
+def any_requires_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd records an op of these. None stands where the user passed it: the op refuses it."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:  # half the time that any() takes
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+class ChangedArguments:
+    """The tensors that an op changes, as its schema says."""
+
+    def __init__(self, op: torch._ops.OpOverload):
+        arguments = enumerate(op._schema.arguments)
+        self._places = [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
+
+    def of(self, arguments: Sequence) -> list[tuple[str, Tensor]]:
+        """Those of a call, each with its name in messages."""
+        found = []
+        for i, name in self._places:
+            if isinstance(arguments[i], (list, tuple)):
+                found += [(f"{name}[{j}]", tensor) for j, tensor in enumerate(arguments[i])]
+            elif arguments[i] is not None:
+                found.append((name, arguments[i]))
+        return found
+
+
+def register_op(name: str, check_values: Callable[..., None]) -> Callable[[Callable], Callable]:
+    """Registers what every op has: its fake (meta) kernel, and what becomes of lazy views.
+
+    The decorated function is the fake kernel: shapes and dtypes of the results. Before it, the arguments are checked as
+    the compiled op checks them; ``check_values`` takes those of the op.
+    """
+    schema = op_named(name)._schema.arguments
+    names, defaults = [a.name for a in schema], {a.name: a.default_value for a in schema if a.has_default_value()}
+    required = [a.name for a in schema if str(a.type) == "Tensor"]
+
+    def register(kernel: Callable) -> Callable:
+        def checked(*values, **named):
+            given = {**defaults, **dict(zip(names, values, strict=False)), **named}
+            arguments = {argument: given[argument] for argument in names}
+            for argument in required:
+                if arguments[argument] is None:
+                    raise TypeError(f"{name}: {argument} is None, want a Tensor")
+            check_tensors(name, arguments)
+            check_values(**arguments)
+            return kernel(**arguments)
+
+        torch.library.register_fake(f"lora_ext::{name}")(checked)
+        _register_lazy_views(name)
+        return kernel
+
+    return register
+
+
+def _register_lazy_views(name: str) -> None:
+    op = op_named(name)
+    changed = ChangedArguments(op)
+
+    def kernel(*arguments):
+        for label, tensor in changed.of(arguments):
+            check_not_lazy(name, label, tensor)
+        return op(*map(resolved, arguments))
+
+    for key in ("Negative", "Conjugate", "ZeroTensor"):
+        LIBRARY.impl(name, kernel, key)
 
 
 def fake_saved(x: Tensor, total_rank: int, dropout_p: float) -> tuple[Tensor, Tensor]:
@@ -78,7 +139,7 @@ def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
 
 
 def refuse_double_backward(op: str, *tensors: Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+    if any_requires_grad(*tensors):
         raise RuntimeError(
             f"{op}: gradients of gradients (create_graph=True) are not supported; "
             f"use lora_ext.reference.{op.removesuffix('_backward')} where you need them"
@@ -111,6 +172,6 @@ def register_autocast(name: str, num_cast: int) -> None:
     Zero is for a backward: its dtypes were settled in the forward, but without a kernel here the products inside of it
     would be autocast once more.
     """
-    op = getattr(torch.ops.lora_ext, name).default
+    op = op_named(name)
     for device_type, dispatch_key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         LIBRARY.impl(name, _autocast_kernel(op, device_type, dispatch_key, num_cast), dispatch_key)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _checks, _load
-from ._registration import bias_gradient, refuse_forward_mode
+from . import _arguments, _checks, _refusals
+from ._registration import any_requires_grad, bias_gradient, refuse_forward_mode
 
 # Of the hidden features: the function, and its gradient from the result's and the function's argument.
 ACTIVATIONS = {
@@ -51,22 +51,34 @@ def bottleneck(
 
     Raises:
         ValueError, TypeError: naming the argument and both values.
+        torch.OutOfMemoryError: memory is short.
     """
+    if not isinstance(activation, str):
+        _arguments.check_types(bottleneck, {"activation": activation})
     if activation not in ACTIVATIONS:
         raise ValueError(f"bottleneck: activation is {activation!r}, want one of {', '.join(ACTIVATIONS)}")
     tensors = (x, down_weight, down_bias, up_weight, up_bias, residual)
     if torch.compiler.is_compiling():
-        _checks.check_bottleneck(*tensors)
+        _checks.check_bottleneck(x, down_weight, down_bias, up_weight, up_bias, activation, residual)
         return _forward(*tensors, activation)[0]
-    refuse_forward_mode("bottleneck", *tensors)
     try:
-        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        refuse_forward_mode("bottleneck", *tensors)
+        if not (_fits(down_bias, down_weight) and _fits(up_bias, up_weight)):
+            raise RuntimeError("bottleneck: a bias does not fit")  # which PyTorch would broadcast or cast
+        if any_requires_grad(*tensors):
             return _Bottleneck.apply(*tensors, activation)
         return _forward(*tensors, activation)[0]
-    except RuntimeError:
-        _checks.check_bottleneck(*tensors)
-        _load.check_kernels_exist("lora_shrink", x.device)
+    except _refusals.UNEXPLAINED as error:
+        arguments = {"x": x, "down_weight": down_weight, "down_bias": down_bias, "up_weight": up_weight}
+        arguments |= {"up_bias": up_bias, "activation": activation, "residual": residual}
+        _refusals.explain(error, bottleneck, arguments, _checks.check_bottleneck)
         raise
+
+
+def _fits(bias: Tensor | None, weight: Tensor) -> bool:
+    return bias is None or (
+        bias.dtype in _checks.FLOATING and bias.layout is torch.strided and bias.shape == weight.shape[:1]
+    )
 
 
 def _forward(x, down_weight, down_bias, up_weight, up_bias, residual, activation) -> tuple[Tensor, Tensor]:

@@ -21,12 +21,17 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from . import _checks, _load
+from . import _checks, _load, _refusals
+from ._arguments import checked
+from ._in_place import check_inference
 from ._interrupts import uninterrupted
+from ._lazy_views import check_not_lazy
+from ._ops_merge import refuse_weight_that_requires_grad
+from ._tensor_arguments import check_tensors
 
 __all__ = ["MergeRecord", "lora_merge_", "lora_unmerge_", "merge_all_", "pack_factors", "unmerge_all_"]
 
-# weights, lora_A, lora_B, words, corrections: what lora_unmerge_ takes (csrc/library.cpp)
+# weights, lora_A, lora_B, words, corrections: what lora_unmerge_ takes (csrc/schemas.h)
 LaunchArguments: TypeAlias = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 
@@ -67,6 +72,7 @@ class MergeRecord:
         return {name: tensor for name, tensor in fields.items() if tensor is not None}
 
 
+@checked
 def lora_merge_(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, record: bool = True
 ) -> MergeRecord | None:
@@ -92,11 +98,12 @@ def lora_merge_(
     op = "lora_merge_"
     _checks.check_merge_layer(op, weight, lora_A, lora_B)
     _checks.check_scaling(op, scaling)
-    _check_needs_no_grad(op, weight)
+    refuse_weight_that_requires_grad(op, weight)
     A, B = pack_factors(weight.dtype, [(lora_A, lora_B, scaling)])
     return merge_all_(op, [weight], [A], [B], record=record)[0]
 
 
+@checked
 def lora_unmerge_(weight: Tensor, record: MergeRecord) -> Tensor:
     """Takes the update of :func:`lora_merge_` out of ``weight`` in place: its bits are those before the merge.
 
@@ -108,7 +115,8 @@ def lora_unmerge_(weight: Tensor, record: MergeRecord) -> Tensor:
     Raises:
         ValueError, TypeError: ``weight`` has another shape or dtype than the merged one. It is then untouched.
     """
-    _check_needs_no_grad("lora_unmerge_", weight)
+    check_tensors("lora_unmerge_", {"weight": weight})
+    refuse_weight_that_requires_grad("lora_unmerge_", weight)
     unmerge_all_("lora_unmerge_", [weight], [record])
     return weight
 
@@ -173,7 +181,7 @@ def _one_pass(lists: tuple[list[Tensor], ...], refuse: Callable[[Tensor], None])
     """A merge of these weights, lora_A and lora_B on the CPU: its result is what unmerging them takes."""
 
     def launch() -> LaunchArguments:
-        non_finite, words, corrections = torch.ops.lora_ext.lora_merge_record_.default(*lists)
+        non_finite, words, corrections = _run(torch.ops.lora_ext.lora_merge_record_.default, *lists)
         if not words:  # the op has restored the weights
             refuse(non_finite)
         return *lists, words, corrections
@@ -185,12 +193,12 @@ def _planned(
     lists: tuple[list[Tensor], ...], refuse: Callable[[Tensor], None], record: bool
 ) -> Callable[[], LaunchArguments]:
     """As :func:`_one_pass`, on CUDA: refused or planned now, with all the memory that it takes, and merged later."""
-    non_finite, all_words = torch.ops.lora_ext.lora_merge_plan.default(*lists)
+    non_finite, all_words = _run(torch.ops.lora_ext.lora_merge_plan.default, *lists)
     refuse(non_finite)
     if not record:
 
         def launch() -> LaunchArguments:
-            torch.ops.lora_ext.lora_merge_.default(*lists)
+            _run(torch.ops.lora_ext.lora_merge_.default, *lists)
             return [], [], [], [], []
 
         return launch
@@ -201,7 +209,7 @@ def _planned(
     corrections = [all_words.new_empty(total) for total in totals]
 
     def launch() -> LaunchArguments:
-        torch.ops.lora_ext.lora_merge_planned_.default(*lists, words, corrections)
+        _run(torch.ops.lora_ext.lora_merge_planned_.default, *lists, words, corrections)
         return *lists, words, corrections
 
     return launch
@@ -247,7 +255,7 @@ def run_unmerge(launches: Sequence[LaunchArguments]) -> None:
 
     def unmerge(launch: LaunchArguments) -> LaunchArguments:
         if launch[0]:
-            torch.ops.lora_ext.lora_unmerge_.default(*launch)
+            _run(torch.ops.lora_ext.lora_unmerge_.default, *launch)
         return launch
 
     _all_or_none([functools.partial(unmerge, launch) for launch in launches], undo=remerge)
@@ -257,7 +265,15 @@ def run_unmerge(launches: Sequence[LaunchArguments]) -> None:
 def remerge(launches: Sequence[LaunchArguments]) -> None:
     """Merges again what these launches took out, to the same bits; allocates nothing."""
     for weights, lora_A, lora_B, _, _ in launches:
-        torch.ops.lora_ext.lora_merge_.default(weights, lora_A, lora_B)
+        _run(torch.ops.lora_ext.lora_merge_.default, weights, lora_A, lora_B)
+
+
+def _run(op: Callable, *arguments: Sequence[Tensor]) -> object:
+    try:
+        return op(*arguments)
+    except RuntimeError as error:
+        _refusals.check_memory(error)
+        raise
 
 
 def _all_or_none(
@@ -278,6 +294,8 @@ def _all_or_none(
 
 def check_unmerge(caller: str, weight: Tensor, record: MergeRecord, label: str = "weight") -> None:
     """A weight that a record was not made for cannot be restored: ValueError or TypeError."""
+    if any(tensor.is_meta for tensor in record._tensors().values()):
+        raise ValueError(f"{caller}: the record of {label} is on the meta device, where it has no values")
     shape = record.lora_B.shape[0], record.lora_A.shape[1]
     if tuple(weight.shape) != shape:
         raise ValueError(f"{caller}: {label} has shape {list(weight.shape)}, but {list(shape)} was merged")
@@ -291,7 +309,9 @@ def check_unmerge(caller: str, weight: Tensor, record: MergeRecord, label: str =
 def _groups(caller: str, weights: Sequence[Tensor], labels: Sequence[str]) -> dict[object, list[int]]:
     """Indices of the weights that an op takes together: those of one device and dtype. No two may share memory."""
     groups: dict[object, list[int]] = defaultdict(list)
-    for i, weight in enumerate(weights):
+    for i, (weight, label) in enumerate(zip(weights, labels, strict=True)):
+        check_inference(caller, label, weight)
+        check_not_lazy(caller, label, weight)
         groups[weight.device, weight.dtype].append(i)
     for device, _ in groups:
         _load.check_kernels_exist(caller, device)
@@ -331,14 +351,6 @@ def _overlap(first: Tensor, second: Tensor) -> bool:
         return True
     column = distance // size % stride  # two blocks of columns of one matrix lie side by side
     return column < first.shape[1] or column + second.shape[1] > stride
-
-
-def _check_needs_no_grad(op: str, weight: Tensor) -> None:
-    if torch.is_grad_enabled() and weight.requires_grad:
-        raise RuntimeError(
-            f"{op}: weight requires grad; merging in place would corrupt its gradient. "
-            "Call weight.requires_grad_(False) or merge under torch.no_grad()"
-        )
 
 
 def _refuse_non_finite(caller: str, lists: tuple[list[Tensor], ...], labels: Sequence[str], non_finite: Tensor) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _checks, _load
+from . import _checks, _refusals
+from ._in_place import check_inference, count_change
 from .bottleneck import bottleneck
 from .exact_merge import MergeRecord, lora_merge_, lora_unmerge_
 
@@ -28,6 +29,10 @@ _INT64_MAX = torch.iinfo(torch.int64).max
 def draw_seed(device: torch.device) -> Tensor:
     """A fresh dropout seed, int64 ``[]``, from PyTorch's default generator of ``device`` (``torch.manual_seed``)."""
     return torch.randint(_INT64_MAX, (), dtype=torch.int64, device=device)
+
+
+def _drawn(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor | None:
+    return draw_seed(x.device) if dropout_p > 0.0 and seed is None else seed
 
 
 def lora_linear(
@@ -61,17 +66,19 @@ def lora_linear(
 
     Raises:
         ValueError, TypeError: naming the argument and both values.
+        torch.OutOfMemoryError: memory is short.
     """
-    if dropout_p > 0.0 and seed is None:
-        seed = draw_seed(x.device)
     if torch.compiler.is_compiling():
+        seed = _drawn(x, dropout_p, seed)
         return torch.ops.lora_ext.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)[0]
     try:
+        if dropout_p > 0.0 and seed is None:
+            seed = draw_seed(x.device)
         return torch.ops.lora_ext.lora_linear.default(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)[0]
-    except RuntimeError:
-        if not torch.is_autocast_enabled(x.device.type):  # under autocast the op saw other dtypes than these
-            _checks.check_lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
-        _load.check_kernels_exist("lora_linear", x.device)
+    except _refusals.UNEXPLAINED as error:
+        arguments = {"x": x, "weight": weight, "bias": bias, "lora_A": lora_A, "lora_B": lora_B, "scaling": scaling}
+        arguments |= {"dropout_p": dropout_p, "seed": seed}
+        _refusals.explain(error, lora_linear, arguments, _checks.check_lora_linear, autocast=True)
         raise
 
 
@@ -107,24 +114,36 @@ def lora_delta_(
         ``y``. The sum is taken in float32 (float64 for float64) and rounded once.
 
     Raises:
-        ValueError, TypeError: naming the argument and both values. ``y`` is then unchanged.
+        ValueError, TypeError: naming the argument and both values.
+        RuntimeError: ``y`` is what PyTorch's own in-place ops refuse: a leaf that requires grad, a view of one, one of
+            the views that ``split`` returned, ...; or an inference tensor outside of inference mode.
+        torch.OutOfMemoryError: memory is short.
+        ``y`` is then unchanged.
     """
-    if dropout_p > 0.0 and seed is None:
-        seed = draw_seed(x.device)
-    if x.dtype != y.dtype and torch.is_autocast_enabled(x.device.type):
-        x = x.to(y.dtype)
     if torch.compiler.is_compiling():
-        torch.ops.lora_ext.lora_delta_(y, x, lora_A, lora_B, scaling, dropout_p, seed)
+        seed = _drawn(x, dropout_p, seed)
+        torch.ops.lora_ext.lora_delta_(y, _cast_to(y, x), lora_A, lora_B, scaling, dropout_p, seed)
         return y
     try:
+        if dropout_p > 0.0 and seed is None:
+            seed = draw_seed(x.device)
+        if x.dtype != y.dtype:
+            x = _cast_to(y, x)
+        check_inference("lora_delta_", "y", y)
         torch.ops.lora_ext.lora_delta_.default(y, x, lora_A, lora_B, scaling, dropout_p, seed)
-    except RuntimeError:
-        _checks.check_lora_delta(y, x, lora_A, lora_B, scaling, dropout_p, seed)
-        _load.check_kernels_exist("lora_delta_", x.device)
-        if x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr():
-            raise ValueError("lora_delta_: y shares memory with x, which the backward reads; pass y.clone()") from None
+        if torch.is_inference_mode_enabled() and not y.is_inference():  # there the op's autograd kernel is not called
+            count_change(y)
+    except _refusals.UNEXPLAINED as error:
+        arguments = {"y": y, "x": x, "lora_A": lora_A, "lora_B": lora_B, "scaling": scaling}
+        arguments |= {"dropout_p": dropout_p, "seed": seed}
+        _refusals.explain(error, lora_delta_, arguments, _checks.check_lora_delta)
         raise
     return y
+
+
+def _cast_to(y: Tensor, x: Tensor) -> Tensor:
+    """``x`` in the dtype that the base layer has returned, under autocast."""
+    return x.to(y.dtype) if x.dtype != y.dtype and torch.is_autocast_enabled(x.device.type) else x
 
 
 def lora_linear_siblings(
@@ -164,19 +183,20 @@ def lora_linear_siblings(
 
     Raises:
         ValueError, TypeError: naming the argument, the layer and both values.
+        torch.OutOfMemoryError: memory is short.
     """
-    if dropout_p > 0.0 and seed is None:
-        seed = draw_seed(x.device)
     if torch.compiler.is_compiling():
-        return torch.ops.lora_ext.lora_linear_siblings(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)[
-            0
-        ]
+        seed = _drawn(x, dropout_p, seed)
+        op = torch.ops.lora_ext.lora_linear_siblings
+        return op(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)[0]
     try:
+        if dropout_p > 0.0 and seed is None:
+            seed = draw_seed(x.device)
         return torch.ops.lora_ext.lora_linear_siblings.default(
             x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed
         )[0]
-    except RuntimeError:
-        if not torch.is_autocast_enabled(x.device.type):  # under autocast the op saw other dtypes than these
-            _checks.check_lora_linear_siblings(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)
-        _load.check_kernels_exist("lora_linear_siblings", x.device)
+    except _refusals.UNEXPLAINED as error:
+        arguments = {"x": x, "weights": weights, "biases": biases, "lora_As": lora_As, "lora_Bs": lora_Bs}
+        arguments |= {"scalings": scalings, "dropout_p": dropout_p, "seed": seed}
+        _refusals.explain(error, lora_linear_siblings, arguments, _checks.check_lora_linear_siblings, autocast=True)
         raise

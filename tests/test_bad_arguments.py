@@ -30,7 +30,7 @@ BAD_LINEAR = {
     "bias dtype": ({"bias": torch.randn(20).half()}, TypeError, "bias has dtype float16 but x has float32"),
     "factor dtypes": ({"lora_B": torch.randn(20, 4).double()}, TypeError, "lora_B has dtype float64 but lora_A has fl"),
     "integers": ({"lora_A": torch.ones(4, 24, dtype=torch.int32)}, TypeError, "lora_A has dtype int32, want one of"),
-    "device": ({"lora_A": torch.randn(4, 24, device="meta")}, ValueError, f"lora_A is on meta but weight is on {HERE}"),
+    "device": ({"lora_A": torch.randn(4, 24, device="meta")}, ValueError, f"lora_A is on meta but x is on {HERE}"),
     "scaling nan": ({"scaling": float("nan")}, ValueError, "scaling is nan, want a finite number"),
     "scaling < 0": ({"scaling": -0.5}, ValueError, "scaling is -0.5, want at least 0"),
     "scaling inf": ({"scaling": float("inf")}, ValueError, "scaling is inf, want a finite number"),

@@ -87,6 +87,76 @@ def test_ops_refuse_lists_that_do_not_fit():
             torch.ops.lora_ext.lora_merge_(*arguments)
 
 
+def whole(*shape: int) -> torch.Tensor:
+    return torch.randn(shape)
+
+
+SHARING = {
+    "one weight twice": lambda w: {"weights": [w, w]},
+    "rows of another": lambda w: {"weights": [w, w[2:], w[:2]]},
+    "overlapping rows": lambda w: (lambda v: {"weights": [v[:4], v[3:7]]})(whole(7, 20)),
+    "overlapping columns": lambda w: (lambda v: {"weights": [v[:, :12], v[:, 11:30]]})(whole(4, 30)),
+    "lora_A in the weight": lambda w: {"weights": [w], "lora_As": [w[:2]]},
+    "lora_B in the weight": lambda w: {"weights": [w], "lora_Bs": [w[:, :2]]},
+    "lora_A of one in another": lambda w: (lambda v: {"weights": [w, v], "lora_As": [v[1:3], None]})(whole(4, 20)),
+    "expanded": lambda w: {"weights": [w[:1].expand(4, 20)]},
+    "overlapping rows of its own": lambda w: {"weights": [w.as_strided((4, 20), (5, 1))]},
+}
+
+
+@pytest.mark.parametrize("case", SHARING)
+def test_weights_and_factors_that_share_memory_are_refused(case):
+    """One update would be read while another is written, or counted twice."""
+    for op in {"lora_merge_", "lora_unmerge_", MERGE_OP}:
+        lists = SHARING[case](torch.randn(4, 20))
+        weights = lists["weights"]
+        As, Bs = lists.get("lora_As", [None] * len(weights)), lists.get("lora_Bs", [None] * len(weights))
+        As = [torch.randn(2, w.shape[1]) if A is None else A for A, w in zip(As, weights, strict=True)]
+        Bs = [torch.randn(w.shape[0], 2) if B is None else B for B, w in zip(Bs, weights, strict=True)]
+        record = {"lora_merge_record_": (), "lora_merge_": ()}.get(op, ([], []))
+        before = [tensor.clone() for tensor in (*weights, *As, *Bs)]
+        with pytest.raises(RuntimeError, match=rf"{op}: weights\[\d\] (shares memory with|has row stride \d+ but)"):
+            getattr(torch.ops.lora_ext, op)(weights, As, Bs, *record)
+        assert all(map(same_bits, before, (*weights, *As, *Bs)))
+
+
+def test_neighbours_in_memory_are_merged():
+    """Rows and columns side by side, factors that two layers share, and factors next to a weight."""
+    memory = torch.randn(9, 40)
+    weights = [memory[:4, :20], memory[:4, 20:], memory[4:8]]
+    A, B = torch.randn(2, 20), memory[8].view(10, 4)[:4, :2]  # behind the last weight
+    As, Bs = [A, A, torch.randn(2, 40)], [B, B, torch.randn(4, 2)]
+    before = memory.clone()
+    torch.ops.lora_ext.lora_merge_(weights, As, Bs)
+    for weight, own_A, own_B, old in zip(weights, As, Bs, (before[:4, :20], before[:4, 20:], before[4:8]), strict=True):
+        torch.testing.assert_close(weight, old + own_B @ own_A)
+    assert same_bits(memory[8], before[8])
+
+
+def test_a_record_that_shares_memory_with_a_weight_is_refused():
+    (weights, As, Bs), words, corrections = op_arguments()
+    before = [weight.clone() for weight in weights]
+    inside = weights[0].view(torch.int16).flatten()
+    for record in (([inside[:10].view(5, 2), words[1]], corrections), (words, [inside[:7], corrections[1]])):
+        with pytest.raises(
+            RuntimeError, match=r"lora_unmerge_: weights\[0\] shares memory with (word|correction)s\[0\]"
+        ):
+            torch.ops.lora_ext.lora_unmerge_(weights, As, Bs, *record)
+    assert all(map(same_bits, weights, before))
+
+
+def test_more_rows_or_columns_than_the_kernels_count():
+    """Where there is hardly any memory in them: a size of zero, or a fake tensor."""
+    for shape in ((2**30 + 1, 0), (0, 2**30 + 1)):
+        weight, A, B = (
+            torch.empty(shape),
+            torch.empty(2, shape[1], device="meta"),
+            torch.empty(shape[0], 2, device="meta"),
+        )
+        with pytest.raises(ValueError, match=r"weights\[0\] has shape .*, want at most 2\*\*30 rows and columns"):
+            torch.ops.lora_ext.lora_merge_([weight.to("meta")], [A], [B])
+
+
 def test_saved_weight_is_detected_as_changed():
     """Stable-ABI kernels do not tell autograd that they mutate; the ops' autograd kernels do."""
     weight, A, B = torch.randn(4, 5), torch.randn(2, 5), torch.randn(4, 2)

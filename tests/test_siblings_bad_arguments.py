@@ -54,7 +54,7 @@ BAD_LAYERS = {
     "device": (
         {"lora_A": torch.randn(3, 24, device="meta")},
         ValueError,
-        r"lora_As\[1\] is on meta but weights\[1\] is on cpu",
+        r"lora_As\[1\] is on meta but x is on cpu",
     ),
     "scaling nan": ({"scaling": float("nan")}, ValueError, r"scalings\[1\] is nan, want a finite number"),
     "scaling < 0": ({"scaling": -0.5}, ValueError, r"scalings\[1\] is -0.5, want at least 0"),
@@ -135,7 +135,7 @@ def test_the_compiled_op_refuses_by_itself(case):
 def test_a_tensor_in_place_of_a_list():
     arguments, _, _ = bad_call("x")
     arguments |= {"x": torch.randn(3, 24), "scalings": 0.5}
-    with pytest.raises(TypeError, match="^lora_linear_siblings: scalings is a float, want a list with one entry a lay"):
+    with pytest.raises(TypeError, match="^lora_linear_siblings: scalings is 0.5 of type float, want a list of numbers"):
         functional.lora_linear_siblings(**arguments)
 
 
