@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
+import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .printable import check_name, shown
+from .regular_file import check_regular
 from .safetensors_format import read_header
+from .untrusted_json import read_json_object
 
-__all__ = ["CONFIG_FILE", "KEY_PREFIX", "PICKLED_WEIGHTS_FILE", "WEIGHTS_FILE", "AdapterFile"]
+__all__ = [
+    "CONFIG_FILE",
+    "KEY_PREFIX",
+    "PICKLED_WEIGHTS_FILE",
+    "WEIGHTS_FILE",
+    "AdapterFile",
+    "TensorFile",
+    "holds_adapter",
+    "read_unchanged",
+]
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -23,70 +36,56 @@ PICKLED_WEIGHTS_FILE = "adapter_model.bin"
 KEY_PREFIX = "base_model.model."
 """Before the path of a module, in every key that PEFT writes."""
 
+LARGEST_CONFIG = 16 << 20  # bytes; one that names each expert of the largest mixtures has 8 million
+_LARGEST_SHAPE = 2**63 // 16  # elements: PyTorch counts bytes in 63 bits, also of tensors without elements
+_MOST_DIMENSIONS = 64
 
-class AdapterFile:
-    """An adapter on disk. Opening it reads the config and the tensors' names, shapes and dtypes, but no tensor.
+ReadT = TypeVar("ReadT")
+
+
+class TensorFile:
+    """The tensors of a file. Opening it reads their names, shapes and dtypes, but no tensor.
+
+    All that is read is of the file that was opened, also where another one has its name by then.
 
     Attributes:
-        directory: where it is.
-        config: the content of ``adapter_config.json``, unchecked but for being an object.
-        metadata: of the safetensors file; empty for a pickle.
-        path: the file with the tensors.
+        path: the file.
+        metadata: of a safetensors file; empty for a pickle.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        config: dict[str, Any],
-        path: Path,
-        metadata: dict[str, str],
-        tensors: Mapping[str, Tensor] | None,
-    ) -> None:
-        self.directory, self.config, self.path, self.metadata = directory, config, path, metadata
-        self._pickled = tensors
-        self._mapped: Any = None
-        if tensors is None:
-            header, _ = read_header(path)
+    def __init__(self, path: Path, pickled: Mapping[str, Tensor] | None = None) -> None:
+        """Opens the safetensors file ``path``, or takes what is in a pickle there.
+
+        Raises:
+            OSError: as ``open``.
+            ValueError: it is corrupted, or no regular file; a name cannot be printed or is too long.
+        """
+        self.path, self._pickled, self._mapped = path, pickled, None
+        self.metadata: dict[str, str] = {}
+        if pickled is None:
+            self._state = _state(path)
+            try:
+                header, self.metadata = read_header(path)
+            except RuntimeError as error:  # PyTorch's, where the file has gone meanwhile
+                raise ValueError(f"{path} cannot be read: {error}") from error
+            self._map()
             self._shapes = {key: info.shape for key, info in header.items()}
             self._dtypes = {key: info.torch_dtype for key, info in header.items()}
         else:
-            self._shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-            self._dtypes = {key: tensor.dtype for key, tensor in tensors.items()}
+            self._shapes = {key: tuple(tensor.shape) for key, tensor in pickled.items()}
+            self._dtypes = {key: tensor.dtype for key, tensor in pickled.items()}
+        for key, shape in self._shapes.items():
+            check_name(key, str(path))
+            if len(shape) > _MOST_DIMENSIONS or math.prod(max(size, 1) for size in shape) > _LARGEST_SHAPE:
+                raise ValueError(f"{path}: {key} has a shape that PyTorch cannot hold: {shown(list(shape))}")
 
-    @classmethod
-    def open(
-        cls, directory: str | os.PathLike[str], *, allow_pickle: bool = False, caller: str = "AdapterFile"
-    ) -> AdapterFile:
-        """Opens the adapter in ``directory``.
-
-        Args:
-            directory: what PEFT's ``save_pretrained`` or :func:`lora_ext.save_adapter` wrote.
-            allow_pickle: also read ``adapter_model.bin``, where there is no safetensors file: of tensors only
-                (``weights_only=True``), but a pickle all the same.
-            caller: begins the messages.
-
-        Raises:
-            FileNotFoundError: naming the file that is missing.
-            ValueError: a file is corrupted or not what its name says; or the tensors are pickled.
-        """
-        directory = Path(directory)
-        config = _read_config(caller, directory / CONFIG_FILE)
-        path, pickled = directory / WEIGHTS_FILE, directory / PICKLED_WEIGHTS_FILE
-        if path.is_file():
-            try:
-                with safe_open(path, "pt") as file:  # the library's own checks
-                    metadata = file.metadata() or {}
-                return cls(directory, config, path, metadata, None)
-            except (SafetensorError, ValueError) as error:
-                raise ValueError(f"{caller}: {path} is corrupted or not a safetensors file: {error}") from error
-        if not pickled.is_file():
-            raise FileNotFoundError(f"{caller}: {path} is missing")
-        if not allow_pickle:
-            raise FileNotFoundError(
-                f"{caller}: {path} is missing; {pickled.name} is there: save it again as safetensors, or allow pickles "
-                "(only tensors are then loaded from it)"
-            )
-        return cls(directory, config, pickled, {}, _read_pickle(caller, pickled))
+    def _map(self) -> None:
+        try:
+            self._mapped = safe_open(self.path, "pt")
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise ValueError(f"{self.path} was changed while it was read: {error}") from error
+        if _state(self.path) != self._state:
+            raise ValueError(f"{self.path} was changed while it was read; read it again")
 
     def keys(self) -> list[str]:
         """The tensors' keys, as they are in the file."""
@@ -96,11 +95,11 @@ class AdapterFile:
         return key in self._shapes
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Of the tensor ``key``, which is not read."""
+        """The shape of the tensor ``key``, which is not read."""
         return self._shapes[key]
 
     def dtype(self, key: str) -> torch.dtype:
-        """Of the tensor ``key``, which is not read."""
+        """The dtype of the tensor ``key``, which is not read."""
         dtype = self._dtypes[key]
         if dtype is None:
             raise ValueError(f"{self.path}: {key} has a dtype that torch {torch.__version__} lacks")
@@ -117,41 +116,140 @@ class AdapterFile:
             raise KeyError(f"{self.path} has no tensor {key!r}")
         if self._pickled is not None:
             return self._pickled[key]
+        if self._mapped is None:
+            self._map()
         try:
-            if self._mapped is None:
-                self._mapped = safe_open(self.path, "pt")
-            tensor = self._mapped.get_tensor(key)
+            return self._mapped.get_tensor(key)
         except SafetensorError as error:
             raise ValueError(f"{self.path} was changed while it was read: {error}") from error
-        if tuple(tensor.shape) != self._shapes[key]:
-            raise ValueError(f"{self.path} was changed while it was read: {key} has another shape now")
-        return tensor
 
     def release(self) -> None:
-        """Gives back the memory of what was read so far, but for tensors still in use: a mapping keeps its pages."""
+        """Gives back the memory of what was read so far, except tensors still in use: a mapping keeps its pages."""
         self._mapped = None
 
 
-def _read_config(caller: str, path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{caller}: {path} is missing; want a directory that save_adapter or PEFT wrote")
+class AdapterFile(TensorFile):
+    """An adapter on disk.
+
+    Attributes:
+        directory: where it is.
+        config: the content of ``adapter_config.json``: an object; nothing else of it is checked.
+    """
+
+    def __init__(
+        self, directory: Path, config: dict[str, Any], path: Path, pickled: Mapping[str, Tensor] | None = None
+    ) -> None:
+        super().__init__(path, pickled)
+        self.directory, self.config = directory, config
+
+    @classmethod
+    def open(
+        cls, directory: str | os.PathLike[str], *, allow_pickle: bool = False, caller: str = "AdapterFile"
+    ) -> AdapterFile:
+        """Opens the adapter in ``directory``. Config and tensors are of one save, also while another one replaces them.
+
+        Args:
+            directory: what PEFT's ``save_pretrained`` or :func:`lora_ext.save_adapter` wrote.
+            allow_pickle: also read ``adapter_model.bin``, where there is no safetensors file: of tensors only
+                (``weights_only=True``), but a pickle all the same.
+            caller: begins the messages.
+
+        Raises:
+            FileNotFoundError: naming the file that is missing.
+            OSError: a file cannot be read.
+            ValueError: a file is corrupted, not what its name says, too large (16 MiB for the config) or no regular
+                file, as a pipe is; or the tensors are pickled.
+        """
+        directory = Path(directory)
+        files = [directory / name for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLED_WEIGHTS_FILE)]
+        return read_unchanged(files, lambda there: cls._open(directory, there, allow_pickle), caller)
+
+    @classmethod
+    def _open(cls, directory: Path, there: set[Path], allow_pickle: bool) -> AdapterFile:
+        path, pickled = directory / WEIGHTS_FILE, directory / PICKLED_WEIGHTS_FILE
+        try:
+            config = read_json_object(directory / CONFIG_FILE, "", LARGEST_CONFIG)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise FileNotFoundError(
+                f"{directory / CONFIG_FILE} is missing; want a directory that save_adapter or PEFT wrote"
+            ) from error
+        if path in there:
+            return cls(directory, config, path)
+        if pickled not in there:
+            raise FileNotFoundError(f"{path} is missing")
+        if not allow_pickle:
+            raise FileNotFoundError(
+                f"{path} is missing; {pickled.name} is there: save it again as safetensors, or allow pickles "
+                "(only tensors are then loaded from it)"
+            )
+        return cls(directory, config, pickled, _read_pickle(pickled))
+
+
+def holds_adapter(directory: Path) -> bool:
+    """Whether there is a config of an adapter, whatever it is."""
+    return os.path.lexists(directory / CONFIG_FILE)
+
+
+def read_unchanged(files: Iterable[Path], read: Callable[[set[Path]], ReadT], caller: str) -> ReadT:
+    """What ``read`` returns of ``files``, none of which was replaced meanwhile: it is called again where one was.
+
+    An error counts where it comes again: while files are replaced, a link to one may lead nowhere for a moment, as
+    following it takes several steps.
+
+    Args:
+        read: is given those of ``files`` that are there.
+
+    Raises:
+        OSError, ValueError: what ``read`` raises, with ``caller`` in front.
+    """
+    files, errors = list(files), 0
+    for _ in range(100):
+        before = {file: _state(file) for file in files}
+        try:
+            result = read({file for file, state in before.items() if state is not None})
+            if before == {file: _state(file) for file in files}:
+                return result
+        except (OSError, ValueError) as error:
+            errors += 1
+            if errors == 5:
+                raise _told(error, caller, files[0]) from error
+        time.sleep(0.001 * errors)
+    raise ValueError(f"{caller}: {files[0].parent} changes all the time; read it when nothing is written there")
+
+
+def _told(error: OSError | ValueError, caller: str, path: Path) -> OSError | ValueError:
+    """The same error, with ``caller`` in front."""
+    if isinstance(error, FileNotFoundError) and error.errno is None:
+        return FileNotFoundError(f"{caller}: {error}")
+    if isinstance(error, OSError):
+        reason = f"{caller}: cannot read it ({error.strerror or error})"
+        return OSError(error.errno, reason, os.fspath(error.filename or path))
+    return ValueError(f"{caller}: {error}")
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    """What changes when a file is replaced or written; None where there is none."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{caller}: {path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{caller}: {path} holds a {type(values).__name__}, want an object with PEFT's keys")
-    return values
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _read_pickle(caller: str, path: Path) -> dict[str, Tensor]:
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    check_regular(path, os.stat(path).st_mode)
     try:
         # Only torch's zip files can be mapped; what torch wrote before 1.6 is read whole.
         values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a wrong pickle fails in any way
-        raise ValueError(
-            f"{caller}: {path} is corrupted, or holds other things than tensors ({type(error).__name__})"
-        ) from error
-    if not isinstance(values, dict) or not all(isinstance(tensor, Tensor) for tensor in values.values()):
-        raise ValueError(f"{caller}: {path} holds a {type(values).__name__}, want a dict of tensors")
+        raise ValueError(f"{path} is corrupted, or holds other things than tensors ({type(error).__name__})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}, want a dict of tensors")
+    for key, tensor in values.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            what = f"{type(key).__name__}: {type(tensor).__name__}"
+            raise ValueError(f"{path} holds a dict with an entry {what}, want names and tensors")
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+            kind = "quantized" if tensor.is_quantized else f"{tensor.layout} on {tensor.device}"
+            raise ValueError(f"{path}: {shown(key)} is {kind}, want a dense tensor")
     return values

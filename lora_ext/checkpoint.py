@@ -36,10 +36,10 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None) -> None:
     """Writes an adapter of an injected ``model`` into ``directory``, which PEFT's ``from_pretrained`` reads.
 
-    The directory is made if need be; an adapter in it is replaced, other files stay. Both files are written in full
-    before the first is moved into place, and an error puts the old ones back. A process killed between the moves leaves
-    a directory without ``adapter_config.json``, never an old file beside a new one; its ``.saving-*`` subdirectory then
-    has the missing files.
+    The directory is made if need be; an adapter in it is replaced, other files stay. At any moment a reader finds the
+    old adapter or the new one, whole: :func:`~lora_ext.staged_files.staged_files` says how, and on which file systems.
+    An error leaves the old one. A process that is killed leaves a directory ``.lora_ext-saving`` behind, which the next
+    save removes, and through which ``adapter_config.json`` and ``adapter_model.safetensors`` may lead till then.
 
     Args:
         model: was injected.
@@ -52,21 +52,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         OSError: the directory cannot be written; what was there is untouched.
     """
     adapter = find_adapter(model, "save_adapter", adapter_name)
-    values = adapter.config.to_dict() | {"inference_mode": True}  # as PEFT: loading is for inference unless asked
-    if values["base_model_name_or_path"] is None:
-        values["base_model_name_or_path"] = getattr(root_module(model), "name_or_path", None)
-    scales = adapter.file_scales()
-    # A copy each: safetensors refuses tensors that share memory, as tied modules do.
-    tensors = {
-        f"{KEY_PREFIX}{key}": tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for key, tensor in adapter.tensors().items()
-    }
-    for key, scale in scales.items():
-        tensors[f"{KEY_PREFIX}{key}"] *= scale
-    values, tensors, metadata = as_peft_has_it(adapter, values, tensors)
-    # Sorted, but not what is inside: of patterns the first that matches counts.
-    text = json.dumps({key: values[key] for key in sorted(values)}, indent=2)
-    _write_pair(Path(directory), text + "\n", tensors, metadata)
+    content = file_content(model, adapter)
+    with staged_files(Path(directory), ADAPTER_FILES, "save_adapter") as staging:
+        write_content(staging, content)
 
 
 @checked
@@ -162,10 +150,47 @@ def _targets(model: nn.Module, adapter: Adapter, file: AdapterFile) -> dict[str,
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _write_pair(directory: Path, config: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    with staged_files(directory, (WEIGHTS_FILE, CONFIG_FILE), "save_adapter") as staging:
-        (staging / CONFIG_FILE).write_text(config, encoding="utf-8")
-        write_tensors(staging / WEIGHTS_FILE, tensors, {"format": "pt", **metadata})
+ADAPTER_FILES = (WEIGHTS_FILE, CONFIG_FILE)
+"""For :func:`~lora_ext.staged_files.staged_files`: without the config there is no adapter."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FileContent:
+    """What :data:`ADAPTER_FILES` hold: the text of the config, and tensors and metadata."""
+
+    config: str
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def file_content(model: nn.Module, adapter: Adapter) -> FileContent:
+    """Copies of an adapter's tensors on the CPU, and its config, as PEFT's files have them."""
+    values = adapter.config.to_dict() | {"inference_mode": True}  # as PEFT: loading is for inference unless asked
+    if values["base_model_name_or_path"] is None:
+        values["base_model_name_or_path"] = base_name(model)
+    scales = adapter.file_scales()
+    # A copy each: the tensors of a file do not share memory, as tied modules do.
+    tensors = {
+        f"{KEY_PREFIX}{key}": tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for key, tensor in adapter.tensors().items()
+    }
+    for key, scale in scales.items():
+        tensors[f"{KEY_PREFIX}{key}"] *= scale
+    values, tensors, metadata = as_peft_has_it(adapter, values, tensors)
+    # Sorted, but not what is inside: of patterns the first that matches counts.
+    text = json.dumps({key: values[key] for key in sorted(values)}, indent=2)
+    return FileContent(text + "\n", tensors, {"format": "pt", **metadata})
+
+
+def base_name(model: nn.Module) -> str | None:
+    """The name of the base model, for the record; with escapes for what is not Unicode in it, as paths may have."""
+    name = getattr(root_module(model), "name_or_path", None)
+    return name.encode("utf-8", "backslashreplace").decode() if isinstance(name, str) else None
+
+
+def write_content(directory: Path, content: FileContent) -> None:
+    (directory / CONFIG_FILE).write_text(content.config, encoding="utf-8")
+    write_tensors(directory / WEIGHTS_FILE, content.tensors, content.metadata)
 
 
 # --- what fits --------------------------------------------------------------------------------------------------------

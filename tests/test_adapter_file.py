@@ -93,7 +93,7 @@ def test_missing_files(directory: Path, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"{", "is not JSON"), (b"\xff", "is not JSON"), (b"[1]", "holds a list, want an object with PEFT's keys")],
+    [(b"{", "is not JSON"), (b"\xff", "is not JSON"), (b"[1]", "holds a list, want an object")],
 )
 def test_wrong_config(directory: Path, content: bytes, message: str):
     (directory / "adapter_config.json").write_bytes(content)

@@ -5,10 +5,9 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import peft
 import pytest
@@ -258,19 +257,8 @@ def test_a_directory_that_cannot_be_written(tmp_path):
     assert blocker.read_text() == "mine"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_directory(tmp_path):
-    adapter_of_net(tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    tmp_path.chmod(0o500)
-    with pytest.raises(PermissionError, match="cannot write there"):
-        adapter_of_net(tmp_path, r=3)
-    tmp_path.chmod(0o700)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-@pytest.mark.parametrize("failing_move", [1, 2, 3, 4])
-def test_an_error_while_moving_keeps_the_old_pair(failing_move, tmp_path, monkeypatch):
+@pytest.mark.parametrize("failing_move", [1, 2, 3])
+def test_an_error_while_replacing_keeps_the_old_pair(failing_move, tmp_path, monkeypatch):
     adapter_of_net(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     replace, moves = os.replace, []
@@ -287,10 +275,9 @@ def test_an_error_while_moving_keeps_the_old_pair(failing_move, tmp_path, monkey
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("move", [1, 2, 3, 4])
-def test_an_interrupt_while_moving_keeps_the_old_pair(move, tmp_path, monkeypatch):
+@pytest.mark.parametrize("move", [1, 2, 3, 4, 5])
+def test_an_interrupt_while_replacing_waits_for_the_new_pair(move, tmp_path, monkeypatch):
     adapter_of_net(tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     replace, moves = os.replace, []
 
     def interrupted_replace(source, target):
@@ -302,54 +289,54 @@ def test_an_interrupt_while_moving_keeps_the_old_pair(move, tmp_path, monkeypatc
     monkeypatch.setattr(os, "replace", interrupted_replace)
     with pytest.raises(KeyboardInterrupt):
         adapter_of_net(tmp_path, r=3, lora_alpha=5)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert load_adapter(Net(), tmp_path).blocks[0].up.adapters["default"].lora_alpha == 5
 
 
-KILLED = """
-import os, sys
-import torch
-from torch import nn
-from lora_ext import LoraConfig, inject, save_adapter
-
-torch.set_num_threads(1)
-replace, moves = os.replace, []
-
-def dying_replace(source, target):
-    if len(moves) == moves_before_death:
-        os.kill(os.getpid(), 9)
-    moves.append(source)
-    replace(source, target)
-
-os.replace = dying_replace
-model = nn.Sequential(nn.Linear(4, 4))
-inject(model, LoraConfig(target_modules=["0"], r=1, lora_alpha=7))
-for moves_before_death in range(5):
-    if (child := os.fork()) == 0:
-        save_adapter(model, f"{sys.argv[1]}/{moves_before_death}")
-        os._exit(0)
-    os.waitpid(child, 0)
-"""
+def test_what_cannot_be_removed_afterwards_is_told(tmp_path, monkeypatch):
+    adapter_of_net(tmp_path)
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match=r"all is saved, but .*\.lora_ext-saving"):
+        patch.setattr(shutil, "rmtree", mock.Mock(side_effect=OSError(16, "Device or resource busy")))
+        adapter_of_net(tmp_path, lora_alpha=5)
+    assert load_adapter(Net(), tmp_path).blocks[0].up.adapters["default"].lora_alpha == 5
+    adapter_of_net(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
-def test_a_kill_while_moving_never_mixes_old_and_new(tmp_path):
-    old = inject(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"], r=1, lora_alpha=2))
-    for moves in range(5):
-        save_adapter(old, tmp_path / str(moves))
-    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=True, timeout=120)
-    alphas = []
-    for moves in range(5):
-        directory = tmp_path / str(moves)
-        try:
-            model = load_adapter(nn.Sequential(nn.Linear(4, 4)), directory)
-        except FileNotFoundError as error:
-            assert "adapter_config.json is missing" in str(error)
-            alphas.append(None)
-            # Both pairs are still there, in parts.
-            names = {path.name for path in directory.rglob("*") if path.is_file()}
-            assert "adapter_config.json" in names and "old_adapter_config.json" in names
-        else:
-            alphas.append(model[0].adapters["default"].lora_alpha)
-    assert alphas == [2, None, None, None, 7]
+def test_a_name_in_the_way(tmp_path):
+    (tmp_path / "adapter_config.json").mkdir()
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(OSError, match=r"cannot write there \(Is a directory: .*adapter_config\.json\)"):
+        adapter_of_net(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "mine"]
+    (tmp_path / "adapter_config.json").rmdir()
+    (tmp_path / ".lora_ext-saving").write_text("mine")
+    with pytest.raises(OSError, match=r"cannot write there \(File exists: .*\.lora_ext-saving\)"):
+        adapter_of_net(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".lora_ext-saving", "mine"]
+
+
+def test_an_error_leaves_no_directory_that_was_made(tmp_path):
+    model = inject(Net(), LoraConfig(target_modules=["up"], modules_to_save=["head"]))
+    model.head.adapters["default"].bias.data = model.head.adapters["default"].bias.data.to(torch.complex128)
+    with refused(model, ValueError, "torch.complex128, which no safetensors file holds"):
+        save_adapter(model, tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
+
+
+def test_links_of_the_user_are_followed_or_replaced(tmp_path, monkeypatch):
+    """A directory by way of a link, a relative path, and files that are links, as in a cache of the hub."""
+    adapter_of_net(tmp_path / "blobs")
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "blobs").iterdir()}
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for name in kept:
+        (tmp_path / "real" / name).symlink_to(tmp_path / "blobs" / name)
+    monkeypatch.chdir(tmp_path)
+    adapter_of_net(Path("link"), lora_alpha=5)
+    assert not any(path.is_symlink() for path in (tmp_path / "real").iterdir())
+    assert load_adapter(Net(), "real").blocks[0].up.adapters["default"].lora_alpha == 5
+    assert {path.name: path.read_bytes() for path in (tmp_path / "blobs").iterdir()} == kept
 
 
 # --- bad files --------------------------------------------------------------------------------------------------------
@@ -429,7 +416,7 @@ def test_missing_files(model, tmp_path):
     ("text", "message"),
     [
         ("{", "adapter_config.json is not JSON"),
-        ("[]", "holds a list, want an object with PEFT's keys"),
+        ("[]", "holds a list, want an object"),
         ("{}", "peft_type is None, want 'LORA'"),
         ('{"peft_type": "IA3"}', "peft_type is 'IA3', want 'LORA'"),
         ('{"peft_type": "LORA", "target_modules": ["up"], "use_dora": true}', "use_dora=True not supported"),

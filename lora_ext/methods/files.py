@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from .._arguments import checked
 from .._changes import one_at_a_time
 from .._interrupts import uninterrupted
-from ..adapter_file import CONFIG_FILE, WEIGHTS_FILE, AdapterFile
-from ..adapter_set import adapter_set
+from ..adapter_file import AdapterFile
+from ..adapter_set import adapter_set, find_adapter
 from ..bare_model import BareModel, root_module
-from ..checkpoint import config_of, load_adapter, save_adapter
+from ..checkpoint import ADAPTER_FILES, base_name, config_of, file_content, load_adapter, write_content
 from ..config import LoraConfig
 from ..merged_projection_file import as_we_have_it
 from ..staged_files import staged_files, write_tensors
@@ -41,8 +41,8 @@ TENSORS_FILE = "method.safetensors"
 def save_method(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Writes what the applied method trains into ``directory``, and how to apply it again.
 
-    Low-rank adapters become ``adapter_config.json`` and ``adapter_model.safetensors``, which PEFT reads. All files are
-    written in full before the first replaces an old one.
+    Low-rank adapters become ``adapter_config.json`` and ``adapter_model.safetensors``, which PEFT reads. All files
+    change at once, as in :func:`lora_ext.save_adapter`.
 
     Raises:
         ValueError: no method was applied, or its low-rank adapter was merged for good or taken out.
@@ -55,12 +55,15 @@ def save_method(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     content = {
         "format": "lora_ext.methods/1",
         "methods": [{"name": part.name, "options": part.options()} for part in method.parts],
-        "base_model_name_or_path": getattr(root_module(model), "name_or_path", None),
+        "base_model_name_or_path": base_name(model),
     }
-    names = (TENSORS_FILE, WEIGHTS_FILE, CONFIG_FILE, METHOD_FILE)
+    adapter = None
+    if adapter_set(model) is not None:
+        adapter = file_content(model, find_adapter(model, "save_method", "default"))  # others may have been added since
+    names = (TENSORS_FILE, *ADAPTER_FILES, METHOD_FILE)
     with staged_files(Path(directory), names, "save_method") as staging:
-        if adapter_set(model) is not None:
-            save_adapter(model, staging, "default")  # others may have been added since
+        if adapter is not None:
+            write_content(staging, adapter)
         if tensors:
             write_tensors(staging / TENSORS_FILE, tensors, {"format": "pt"})
         (staging / METHOD_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

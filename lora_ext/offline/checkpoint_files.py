@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..file_bytes import check_unchanged, file_state, read_into
 from ..printable import check_name, listed, shown
 from ..regular_file import open_regular
 from ..safetensors_format import TensorInfo, read_header
 from ..untrusted_json import read_json_object
-from .file_bytes import check_unchanged, file_state, read_into
 
 __all__ = ["INDEX_FILE", "SINGLE_FILE", "Checkpoint", "raw_blocks", "read_tensor"]
 

@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from .._checks import FLOATING
-from ..adapter_file import CONFIG_FILE, WEIGHTS_FILE, AdapterFile
+from ..adapter_file import WEIGHTS_FILE, AdapterFile, holds_adapter
+from ..file_bytes import tensor_bytes
 from ..safetensors_format import DTYPES, TensorInfo
 from .checkpoint_files import Checkpoint, raw_blocks
-from .file_bytes import tensor_bytes
 from .merging import BLOCK_BYTES
 from .other_files import read_model_config
 
@@ -55,7 +55,7 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> Difference:
             kind.
     """
     a, b = Path(a), Path(b)
-    kinds = ["adapter" if (path / CONFIG_FILE).is_file() else "checkpoint" for path in (a, b)]
+    kinds = ["adapter" if holds_adapter(path) else "checkpoint" for path in (a, b)]
     if kinds[0] != kinds[1]:
         raise ValueError(f"diff: {a} is {_article(kinds[0])} and {b} is {_article(kinds[1])}: nothing to compare")
     if kinds[0] == "adapter":

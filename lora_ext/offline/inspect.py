@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter_file import CONFIG_FILE, AdapterFile
+from ..adapter_file import AdapterFile, holds_adapter
 from .checkpoint_files import Checkpoint
 from .contents import LowRankUpdate, read_contents
 from .layouts import num_matrices
@@ -32,7 +32,7 @@ def inspect(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> dict
         FileNotFoundError, ValueError: it is neither, or corrupted, or of an adaptation method that is not supported.
     """
     path = Path(path)
-    if (path / CONFIG_FILE).is_file():
+    if holds_adapter(path):
         return _adapter(AdapterFile.open(path, allow_pickle=allow_pickle, caller="inspect"))
     return _checkpoint(Checkpoint.open(path))
 

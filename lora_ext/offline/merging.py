@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ..exact_merge import MergeRecord, merge_all_, pack_factors
+from ..file_bytes import read_into, tensor_bytes
 from ..regular_file import open_regular
 from ..safetensors_format import DTYPES
 from .checkpoint_files import Checkpoint, raw_blocks
-from .file_bytes import read_into, tensor_bytes
 from .plan import TensorPlan, Term
 
 __all__ = ["BLOCK_BYTES", "Block", "Factors", "blocks", "factors", "matrix_shape", "split_stack"]

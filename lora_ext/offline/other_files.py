@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..file_bytes import write_bytes
 from ..regular_file import open_regular
 from ..untrusted_json import read_json_object
 from .checkpoint_files import Checkpoint
 from .digests import TextDigest
-from .file_bytes import write_bytes
 
 __all__ = [
     "CONFIG_FILE",

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from .._checks import FLOATING, accumulation_dtype, merge_segments
 from ..exact_merge import MergeRecord, unmerge_all_
+from ..file_bytes import read_into, tensor_bytes
 from ..printable import listed
 from ..regular_file import open_regular
 from ..safetensors_format import DTYPES, TensorInfo, header_bytes, read_header
 from .checkpoint_files import Checkpoint, raw_blocks, read_tensor
 from .digests import Hasher, TextDigest
-from .file_bytes import read_into, tensor_bytes
 from .merging import BLOCK_BYTES, Block
 from .other_files import RECORD_DIRECTORY
 from .record_format import MANIFEST_FILE, BaseTensor, FileRecord, Manifest

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from .._checks import merge_segments
+from ..file_bytes import read_into, tensor_bytes, write_bytes
 from ..printable import check_name
 from ..safetensors_format import DTYPE_NAMES, DTYPES, header_bytes
 from .checkpoint_files import Checkpoint, raw_blocks
 from .digests import Hasher, TextDigest
-from .file_bytes import read_into, tensor_bytes, write_bytes
 from .merging import BLOCK_BYTES, Block, blocks, factors, matrix_shape
 from .other_files import RECORD_DIRECTORY, list_other_files
 from .plan import MergePlan

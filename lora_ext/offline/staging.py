@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ..staged_files import fsync_directory
 from ..untrusted_json import read_json_object
 from .exchange import exchange
 
@@ -289,12 +290,3 @@ def _digest(file: Path) -> tuple[str]:
         while chunk := handle.read(1 << 20):
             digest.update(chunk)
     return (digest.hexdigest(),)
-
-
-def fsync_directory(path: Path) -> None:
-    """Makes the names in a directory last."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -8,9 +8,9 @@ from typing import TypeAlias
 
 import torch
 
+from ..file_bytes import read_into, tensor_bytes, write_bytes
 from ..regular_file import open_regular
 from ..safetensors_format import TensorInfo, encode_header, read_header
-from .file_bytes import read_into, tensor_bytes, write_bytes
 from .merging import Block
 
 __all__ = ["Description", "compare_file", "write_file"]
