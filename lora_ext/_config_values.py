@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
+
+from .bounded_regex import check_expressions
+from .printable import shown
 
 
 class FrozenDict(dict[str, Any]):
@@ -25,24 +28,17 @@ class FrozenDict(dict[str, Any]):
 
 def check_number(key: str, value: Any, types: tuple[type, ...], is_valid: Callable[[Any], bool], want: str) -> None:
     if not isinstance(value, types) or isinstance(value, bool):
-        raise TypeError(f"LoraConfig: {key} is {value!r} of type {type(value).__name__}, want {want}")
+        raise TypeError(f"LoraConfig: {key} is {shown(value)} of type {type(value).__name__}, want {want}")
     if not is_valid(value):
-        raise ValueError(f"LoraConfig: {key} is {value}, want {want}")
+        raise ValueError(f"LoraConfig: {key} is {shown(value)}, want {want}")
 
 
 def check_rank(key: str, value: Any) -> None:
-    check_number(key, value, (int,), lambda r: r >= 1, "an integer of at least 1")
+    check_number(key, value, (int,), lambda r: 1 <= r < 2**31, "an integer of at least 1 and below 2**31")
 
 
 def check_alpha(key: str, value: Any) -> None:
     check_number(key, value, (int, float), lambda alpha: 0 < alpha < math.inf, "a positive finite number")
-
-
-def check_regex(key: str, value: str) -> None:
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"LoraConfig: {key} is {value!r}, not a regular expression: {error}") from error
 
 
 def names(key: str, value: Any, *, may_be_regex: bool) -> tuple[str, ...] | str | None:
@@ -51,19 +47,20 @@ def names(key: str, value: Any, *, may_be_regex: bool) -> tuple[str, ...] | str 
         return None
     if isinstance(value, str):
         if not may_be_regex:
-            raise TypeError(f"LoraConfig: {key} is the string {value!r}, want a list of module names: [{value!r}]")
-        check_regex(key, value)
+            text = shown(value)
+            raise TypeError(f"LoraConfig: {key} is the string {text}, want a list of module names: [{text}]")
+        check_expressions(key, [value])
         return value
     values = _sequence(key, value, "module names")
     for name in values:
         if not isinstance(name, str) or not name:
-            raise TypeError(f"LoraConfig: {key} has the entry {name!r}, want non-empty strings")
+            raise TypeError(f"LoraConfig: {key} has the entry {shown(name)}, want non-empty strings")
     return values
 
 
 def _sequence(key: str, value: Any, what: str) -> tuple[Any, ...]:
     if not isinstance(value, (list, tuple, set, frozenset)):
-        raise TypeError(f"LoraConfig: {key} is {value!r} of type {type(value).__name__}, want a list of {what}")
+        raise TypeError(f"LoraConfig: {key} is {shown(value)} of type {type(value).__name__}, want a list of {what}")
     return tuple(sorted(value)) if isinstance(value, (set, frozenset)) else tuple(value)
 
 
@@ -71,9 +68,9 @@ def _whole_numbers(key: str, value: Any, what: str) -> tuple[int, ...]:
     values = _sequence(key, value, what)
     for number in values:
         if not isinstance(number, int) or isinstance(number, bool):
-            raise TypeError(f"LoraConfig: {key} has the entry {number!r}, want {what}")
+            raise TypeError(f"LoraConfig: {key} has the entry {shown(number)}, want {what}")
         if number < 0:
-            raise ValueError(f"LoraConfig: {key} has the entry {number}, want {what}, at least 0")
+            raise ValueError(f"LoraConfig: {key} has the entry {shown(number)}, want {what}, at least 0")
     return values
 
 
@@ -87,19 +84,20 @@ def layer_numbers(value: Any) -> tuple[int, ...] | int | None:
 
 def _mapping(key: str, value: Any, want: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise TypeError(f"LoraConfig: {key} is {value!r} of type {type(value).__name__}, want {want}")
+        raise TypeError(f"LoraConfig: {key} is {shown(value)} of type {type(value).__name__}, want {want}")
     for name in value:
         if not isinstance(name, str) or not name:
-            raise TypeError(f"LoraConfig: {key} has the key {name!r}, want non-empty strings")
+            raise TypeError(f"LoraConfig: {key} has the key {shown(name)}, want non-empty strings")
     return value
 
 
 def pattern(key: str, value: Any, check: Callable[[str, Any], None]) -> FrozenDict:
     # PEFT's type allows None, and some files have it.
-    for pattern, number in _mapping(key, {} if value is None else value, "a dict of path patterns").items():
-        check_regex(key, pattern)
-        check(f"{key}[{pattern!r}]", number)
-    return FrozenDict(value or {})
+    value = _mapping(key, {} if value is None else value, "a dict of path patterns")
+    check_expressions(key, value)
+    for pattern, number in value.items():
+        check(f"{key}[{shown(pattern)}]", number)
+    return FrozenDict(value)
 
 
 def token_indices(value: Any) -> tuple[int, ...] | FrozenDict | None:
@@ -107,15 +105,16 @@ def token_indices(value: Any) -> tuple[int, ...] | FrozenDict | None:
 
     def indices(where: str, tokens: Any) -> tuple[int, ...]:
         tokens = _whole_numbers(where, tokens, "token numbers")
-        if twice := sorted({token for token in tokens if tokens.count(token) > 1}):
-            raise ValueError(f"LoraConfig: {where} has {twice} more than once; name each token once")
+        if len(set(tokens)) < len(tokens):
+            twice = sorted(token for token, count in Counter(tokens).items() if count > 1)
+            raise ValueError(f"LoraConfig: {where} has {shown(twice)} more than once; name each token once")
         return tokens
 
     if value is None:
         return None
     if isinstance(value, Mapping):
         value = _mapping(key, value, "")
-        return FrozenDict({name: indices(f"{key}[{name!r}]", tokens) for name, tokens in value.items()})
+        return FrozenDict({name: indices(f"{key}[{shown(name)}]", tokens) for name, tokens in value.items()})
     return indices(key, value)
 
 
@@ -127,7 +126,9 @@ def enabled_parts(value: Any) -> FrozenDict | None:
         flags = flags if isinstance(flags, Iterable) and not isinstance(flags, str) else (flags,)
         parts[name] = tuple(flags)
         if not all(isinstance(flag, bool) for flag in parts[name]) or not any(parts[name]):
-            raise ValueError(f"LoraConfig: enable_lora[{name!r}] is {flags!r}, want bools, at least one of them True")
+            raise ValueError(
+                f"LoraConfig: enable_lora[{shown(name)}] is {shown(flags)}, want bools, at least one of them True"
+            )
     return FrozenDict(parts)
 
 

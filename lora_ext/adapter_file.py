@@ -17,6 +17,7 @@ from torch import Tensor
 from .printable import check_name, shown
 from .regular_file import check_regular
 from .safetensors_format import read_header
+from .staged_files import is_being_saved
 from .untrusted_json import read_json_object
 
 __all__ = [
@@ -39,6 +40,7 @@ KEY_PREFIX = "base_model.model."
 LARGEST_CONFIG = 16 << 20  # bytes; one that names each expert of the largest mixtures has 8 million
 _LARGEST_SHAPE = 2**63 // 16  # elements: PyTorch counts bytes in 63 bits, also of tensors without elements
 _MOST_DIMENSIONS = 64
+_MOST_KEPT = 16 << 20  # bytes
 
 ReadT = TypeVar("ReadT")
 
@@ -60,7 +62,7 @@ class TensorFile:
             OSError: as ``open``.
             ValueError: it is corrupted, or no regular file; a name cannot be printed or is too long.
         """
-        self.path, self._pickled, self._mapped = path, pickled, None
+        self.path, self._pickled, self._mapped, self._read = path, pickled, None, 0
         self.metadata: dict[str, str] = {}
         if pickled is None:
             self._state = _state(path)
@@ -86,6 +88,7 @@ class TensorFile:
             raise ValueError(f"{self.path} was changed while it was read: {error}") from error
         if _state(self.path) != self._state:
             raise ValueError(f"{self.path} was changed while it was read; read it again")
+        self._read = 0
 
     def keys(self) -> list[str]:
         """The tensors' keys, as they are in the file."""
@@ -105,6 +108,10 @@ class TensorFile:
             raise ValueError(f"{self.path}: {key} has a dtype that torch {torch.__version__} lacks")
         return dtype
 
+    def numel(self) -> int:
+        """How many numbers all tensors hold together."""
+        return sum(math.prod(shape) for shape in self._shapes.values())
+
     def tensor(self, key: str) -> Tensor:
         """The tensor ``key`` on the CPU.
 
@@ -119,13 +126,19 @@ class TensorFile:
         if self._mapped is None:
             self._map()
         try:
-            return self._mapped.get_tensor(key)
+            tensor = self._mapped.get_tensor(key)
         except SafetensorError as error:
             raise ValueError(f"{self.path} was changed while it was read: {error}") from error
+        self._read += tensor.nbytes
+        return tensor
 
     def release(self) -> None:
-        """Gives back the memory of what was read so far, except tensors still in use: a mapping keeps its pages."""
-        self._mapped = None
+        """Gives back the memory of what was read so far, except tensors still in use: a mapping keeps its pages.
+
+        A little is kept, as mapping the file again reads the header again: of many small tensors, that would take long.
+        """
+        if self._read > _MOST_KEPT:
+            self._mapped = None
 
 
 class AdapterFile(TensorFile):
@@ -162,10 +175,11 @@ class AdapterFile(TensorFile):
         """
         directory = Path(directory)
         files = [directory / name for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLED_WEIGHTS_FILE)]
-        return read_unchanged(files, lambda there: cls._open(directory, there, allow_pickle), caller)
+        return read_unchanged(files, lambda there: cls.of(directory, there, allow_pickle), caller)
 
     @classmethod
-    def _open(cls, directory: Path, there: set[Path], allow_pickle: bool) -> AdapterFile:
+    def of(cls, directory: Path, there: set[Path], allow_pickle: bool = False) -> AdapterFile:
+        """As :meth:`open`, without looking whether something was replaced; ``there`` are the files that are there."""
         path, pickled = directory / WEIGHTS_FILE, directory / PICKLED_WEIGHTS_FILE
         try:
             config = read_json_object(directory / CONFIG_FILE, "", LARGEST_CONFIG)
@@ -193,8 +207,8 @@ def holds_adapter(directory: Path) -> bool:
 def read_unchanged(files: Iterable[Path], read: Callable[[set[Path]], ReadT], caller: str) -> ReadT:
     """What ``read`` returns of ``files``, none of which was replaced meanwhile: it is called again where one was.
 
-    An error counts where it comes again: while files are replaced, a link to one may lead nowhere for a moment, as
-    following it takes several steps.
+    An error counts where it comes again, and more often while the files are being replaced: a link to one may lead
+    nowhere for a moment, as following it takes several steps.
 
     Args:
         read: is given those of ``files`` that are there.
@@ -211,7 +225,7 @@ def read_unchanged(files: Iterable[Path], read: Callable[[set[Path]], ReadT], ca
                 return result
         except (OSError, ValueError) as error:
             errors += 1
-            if errors == 5:
+            if errors > (8 if is_being_saved(files[0].parent) else 1):
                 raise _told(error, caller, files[0]) from error
         time.sleep(0.001 * errors)
     raise ValueError(f"{caller}: {files[0].parent} changes all the time; read it when nothing is written there")

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from ._arguments import checked
 from ._changes import changing, one_at_a_time
 from ._warnings import warn_user
-from .adapter_file import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, AdapterFile
+from .adapter_file import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, AdapterFile, TensorFile
 from .adapter_set import Adapter, adapter_set, find_adapter
 from .bare_model import BareModel, root_module
 from .config import LoraConfig
-from .inject import apply_injection, lora_modules, plan_injection
+from .inject import InjectionPlan, apply_injection, lora_modules
 from .merged_projection_file import as_peft_has_it, as_we_have_it
+from .printable import listed, shown
 from .staged_files import staged_files, write_tensors
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -88,12 +89,18 @@ def load_adapter(
     Raises:
         FileNotFoundError: naming the file that is missing.
         ValueError: a file is corrupted, its config is not supported or differs from that of the adapter it is to
-            replace, or its tensors do not fit the model: every missing and unexpected key, wrong shape and wrong dtype
-            is listed.
+            replace, or its tensors do not fit the model: missing and unexpected keys, wrong shapes and wrong dtypes are
+            listed. No memory is taken before for what the config asks for.
         RuntimeError: an adapter is merged.
         Also what :func:`lora_ext.inject` raises. The model is then unchanged.
     """
-    file = as_we_have_it(AdapterFile.open(directory, allow_pickle=allow_pickle, caller="load_adapter"), "load_adapter")
+    file = AdapterFile.open(directory, allow_pickle=allow_pickle, caller="load_adapter")
+    load_opened(model, as_we_have_it(file, "load_adapter"), trainable, adapter_name)
+    return model
+
+
+def load_opened(model: nn.Module, file: AdapterFile, trainable: bool = False, adapter_name: str = "default") -> None:
+    """As :func:`load_adapter`, of a file as :func:`~lora_ext.merged_projection_file.as_we_have_it` returns it."""
     config = config_of(file, "load_adapter")
     merged = [path for path, layer in lora_modules(model) if layer.is_merged]
     if merged:
@@ -104,9 +111,15 @@ def load_adapter(
         adapter = find_adapter(model, "load_adapter", adapter_name)
         _check_same_kind(adapter, config, file.directory)
     else:
-        adapter = plan_injection(model, dataclasses.replace(config, inference_mode=not trainable), adapter_name)
-    targets = _targets(model, adapter, file)
-    _check_fit(targets, file)
+        plan = InjectionPlan(model, dataclasses.replace(config, inference_mode=not trainable), adapter_name)
+        # What the config asks for takes memory only once the file's shapes are found to be the same.
+        adapter, give_memory = plan.build_without_memory()
+    unsaved = _unsaved_biases(adapter, file)
+    _check_shapes(_targets(model, adapter, file, unsaved), file)
+    if not replaces:
+        adapter = give_memory()
+    targets = _targets(model, adapter, file, unsaved)
+    _check_places(targets, file)
 
     # Nothing below fails, and Ctrl-C waits: the adapter's tensors are filled before it is attached.
     with torch.no_grad(), changing(adapter.into.active):
@@ -116,7 +129,6 @@ def load_adapter(
             targets[f"{KEY_PREFIX}{key}"].div_(scale)
         if not replaces:
             apply_injection(model, adapter)
-    return model
 
 
 def config_of(file: AdapterFile, caller: str) -> LoraConfig:
@@ -127,17 +139,23 @@ def config_of(file: AdapterFile, caller: str) -> LoraConfig:
         raise ValueError(f"{caller}: {file.directory / CONFIG_FILE}: {error}") from error
 
 
-def _targets(model: nn.Module, adapter: Adapter, file: AdapterFile) -> dict[str, Tensor]:
+def _unsaved_biases(adapter: Adapter, file: AdapterFile) -> set[str]:
+    """Keys of trained biases, none of which the file has."""
+    if adapter.biases is None or adapter.config.bias != "lora_only":
+        return set()
+    biases = set(adapter.biases.file_tensors())
+    if any(f"{KEY_PREFIX}{key}" in file for key in biases):
+        return set()
+    warn_user(
+        f'load_adapter: {file.path} has no bias, though its config says bias="lora_only": PEFT before 0.18 did not '
+        "save them. They keep the model's values"
+    )
+    return biases
+
+
+def _targets(model: nn.Module, adapter: Adapter, file: AdapterFile, unsaved: set[str]) -> dict[str, Tensor]:
     """The tensors of the model that the file fills, by the file's keys; unless it lacks some."""
-    targets = adapter.tensors()
-    if adapter.biases is not None and adapter.config.bias == "lora_only":
-        biases = adapter.biases.file_tensors()
-        if not any(f"{KEY_PREFIX}{key}" in file for key in biases):
-            warn_user(
-                f'load_adapter: {file.path} has no bias, though its config says bias="lora_only": PEFT before 0.18 '
-                "did not save them. They keep the model's values",
-            )
-            targets = {key: tensor for key, tensor in targets.items() if key not in biases}
+    targets = {key: tensor for key, tensor in adapter.tensors().items() if key not in unsaved}
     bare = BareModel(root_module(model))
     base = adapter.base_tensors()
     for path, module in bare.modules.items():
@@ -210,35 +228,55 @@ def _check_same_kind(adapter: Adapter, config: LoraConfig, directory: Path) -> N
         ours, theirs = getattr(adapter.config, key), getattr(config, key)
         if ours != theirs:
             raise ValueError(
-                f"load_adapter: {directory} has {key}={theirs} but the model was injected with {key}={ours}; inject "
-                "with the same config, or load under another adapter_name"
+                f"load_adapter: {directory} has {key}={shown(theirs)} but the model was injected with "
+                f"{key}={shown(ours)}; inject with the same config, or load under another adapter_name"
             )
 
 
-def _check_fit(targets: Mapping[str, Tensor], file: AdapterFile) -> None:
+def _check_shapes(targets: Mapping[str, Tensor], file: AdapterFile) -> None:
+    """Compares what ``targets`` are with what the file says of its tensors; none is read."""
     keys = [key for key in file.keys() if not key.endswith(_PEFT_DUPLICATES)]  # noqa: SIM118  it is no dict
     problems = [f"missing key: {key}" for key in targets if key not in file]
     problems += [f"unexpected key: {key}" for key in keys if key not in targets]
-    filled: dict[tuple[torch.device, int], str] = {}
+    problems += misfits(targets, file)
+    _raise_misfit(problems, file)
+
+
+def misfits(targets: Mapping[str, Tensor], file: TensorFile) -> list[str]:
+    """Which tensors of the file have another shape or kind of dtype than that of the model, a line each."""
+    problems = []
     for key, target in targets.items():
         if key not in file:
             continue
         shape, dtype = file.shape(key), file.dtype(key)
         if shape != tuple(target.shape):
-            problems.append(f"shape of {key}: {list(shape)} in the file, {list(target.shape)} in the model")
+            problems.append(f"shape of {key}: {shown(list(shape))} in the file, {list(target.shape)} in the model")
         if dtype.is_floating_point != target.is_floating_point() or dtype.is_complex:
             problems.append(f"dtype of {key}: {dtype} in the file, {target.dtype} in the model")
+    return problems
+
+
+def _check_places(targets: Mapping[str, Tensor], file: AdapterFile) -> None:
+    """Whether the tensors can be filled: they have memory, and what has the same is to get the same values."""
+    problems = []
+    filled: dict[tuple[torch.device, int], str] = {}
+    for key, target in targets.items():
         if target.is_meta:
             problems.append(f"device of {key}: the model is on the meta device; give it memory (to_empty) first")
+            continue
         # Tied modules hold one tensor under two keys.
-        if target.is_meta or not target.numel() or shape != tuple(target.shape):
+        if not target.numel():
             continue
         twin = filled.setdefault((target.device, target.data_ptr()), key)
         both = (_in_order_of(targets[each], file.tensor(each)) for each in (twin, key))
         if twin != key and not torch.equal(*both):
             problems.append(f"values of {key}: tied to {twin} in the model, but they differ in the file")
+    _raise_misfit(problems, file)
+
+
+def _raise_misfit(problems: list[str], file: AdapterFile) -> None:
     if problems:
-        raise ValueError(f"load_adapter: {file.path} does not fit the model:\n  " + "\n  ".join(problems))
+        raise ValueError(f"load_adapter: {file.path} does not fit the model:{listed(problems)}")
 
 
 def _in_order_of(target: Tensor, values: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -14,7 +14,6 @@ from ._config_values import (
     check_alpha,
     check_number,
     check_rank,
-    check_regex,
     enabled_parts,
     layer_numbers,
     names,
@@ -22,6 +21,10 @@ from ._config_values import (
     thaw,
     token_indices,
 )
+from .bounded_regex import check_expressions
+from .path_names import EndTable
+from .path_patterns import PathPatterns, as_tuple, layer_expressions
+from .printable import escaped, shown
 
 ALL_LINEAR = "all-linear"
 """The ``target_modules`` that stands for every linear layer but the output head."""
@@ -140,12 +143,12 @@ class LoraConfig:
         check_number("lora_dropout", self.lora_dropout, (int, float), lambda p: 0 <= p < 1, "0 <= lora_dropout < 1")
         for key in ("use_rslora", "fan_in_fan_out", "inference_mode", "lora_bias", "ensure_weight_tying"):
             if not isinstance(getattr(self, key), bool):
-                raise TypeError(f"LoraConfig: {key} is {getattr(self, key)!r}, want True or False")
+                raise TypeError(f"LoraConfig: {key} is {shown(getattr(self, key))}, want True or False")
         if self.bias not in ("none", "all", "lora_only"):
-            raise ValueError(f'LoraConfig: bias is {self.bias!r}, want "none", "all" or "lora_only"')
-        if self.task_type is not None and self.task_type not in TASK_HEADS:
+            raise ValueError(f'LoraConfig: bias is {shown(self.bias)}, want "none", "all" or "lora_only"')
+        if self.task_type is not None and not (isinstance(self.task_type, str) and self.task_type in TASK_HEADS):
             raise ValueError(
-                f"LoraConfig: task_type is {self.task_type!r}, want None or one of {', '.join(sorted(TASK_HEADS))}"
+                f"LoraConfig: task_type is {shown(self.task_type)}, want None or one of {', '.join(sorted(TASK_HEADS))}"
             )
         self._freeze_values()
         self._check_targets()
@@ -157,14 +160,18 @@ class LoraConfig:
             set_(key, names(key, getattr(self, key), may_be_regex=True))
         for key in ("modules_to_save", "target_parameters"):
             set_(key, names(key, getattr(self, key), may_be_regex=False))
-        for name in self.layers_pattern or () if not isinstance(self.layers_pattern, str) else ():
-            check_regex("layers_pattern", name)
+        if self.layers_pattern:
+            check_expressions("layers_pattern", as_tuple(self.layers_pattern))  # for the message
+            check_expressions("layers_pattern", layer_expressions(self.layers_pattern))
         set_("layers_to_transform", layer_numbers(self.layers_to_transform))
         set_("rank_pattern", pattern("rank_pattern", self.rank_pattern, check_rank))
         set_("alpha_pattern", pattern("alpha_pattern", self.alpha_pattern, check_alpha))
         set_("trainable_token_indices", token_indices(self.trainable_token_indices))
         set_("enable_lora", enabled_parts(self.enable_lora))
         set_("metadata", FrozenDict(self.metadata))
+        set_("_ranks", PathPatterns("rank_pattern", self.rank_pattern))
+        set_("_alphas", PathPatterns("alpha_pattern", self.alpha_pattern))
+        set_("_parts", EndTable(self.enable_lora or ()))
 
     def _check_targets(self) -> None:
         if self.target_modules is None and not self.target_parameters:
@@ -177,12 +184,13 @@ class LoraConfig:
             value = getattr(self, key)
             if isinstance(self.target_modules, str) and value not in (None, ()):
                 raise ValueError(
-                    f"LoraConfig: {key} is {value!r}, but target_modules is the string {self.target_modules!r}; "
-                    "give target_modules as a list of names, or put the layers into the regular expression"
+                    f"LoraConfig: {key} is {shown(value)}, but target_modules is the string "
+                    f"{shown(self.target_modules)}; give target_modules as a list of names, or put the layers into the "
+                    "regular expression"
                 )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
-                f"LoraConfig: layers_pattern is {self.layers_pattern!r}, but layers_to_transform is None; "
+                f"LoraConfig: layers_pattern is {shown(self.layers_pattern)}, but layers_to_transform is None; "
                 "set layers_to_transform to the numbers of the layers"
             )
         if self.target_parameters:
@@ -196,7 +204,7 @@ class LoraConfig:
     def _check_initialisation(self) -> None:
         if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights not in ("gaussian", "orthogonal"):
             raise ValueError(
-                f"LoraConfig: init_lora_weights is {self.init_lora_weights!r}, want True, False, "
+                f"LoraConfig: init_lora_weights is {shown(self.init_lora_weights)}, want True, False, "
                 '"gaussian" or "orthogonal"'
             )
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):
@@ -205,7 +213,7 @@ class LoraConfig:
                 "lora_bias goes with init_lora_weights True or False only"
             )
         if self.init_lora_weights == "orthogonal":
-            ranks = {"r": self.r} | {f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}
+            ranks = {"r": self.r} | {f"rank_pattern[{shown(key)}]": rank for key, rank in self.rank_pattern.items()}
             for key, rank in ranks.items():
                 if rank % 2:
                     raise ValueError(
@@ -224,11 +232,13 @@ class LoraConfig:
 
     def rank_for(self, path: str) -> int:
         """The rank at ``path``, a module's or (``module.parameter``) a target parameter's."""
-        return next((rank for key, rank in self.rank_pattern.items() if pattern_covers(key, path)), self.r)
+        key = self._ranks.first(path)
+        return self.r if key is None else self.rank_pattern[key]
 
     def alpha_for(self, path: str) -> float:
         """``lora_alpha`` at ``path``."""
-        return next((alpha for key, alpha in self.alpha_pattern.items() if pattern_covers(key, path)), self.lora_alpha)
+        key = self._alphas.first(path)
+        return self.lora_alpha if key is None else self.alpha_pattern[key]
 
     def scaling_for(self, path: str) -> float:
         """The factor of the update at ``path``: ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``."""
@@ -237,7 +247,18 @@ class LoraConfig:
 
     def enable_lora_for(self, path: str) -> tuple[bool, ...] | None:
         """Which parts of the merged projection at ``path`` have an adapter; None for a layer of one part."""
-        return next((parts for name, parts in (self.enable_lora or {}).items() if name_covers(name, path)), None)
+        names = self._parts.find(path)
+        return self.enable_lora[names[0]] if names else None
+
+    def unused_settings(self, paths: Iterable[str]) -> dict[str, list[str]]:
+        """By key, the entries of the patterns and of ``enable_lora`` that none of ``paths`` is covered by."""
+        paths = list(paths)
+        used = {name for path in paths for name in self._parts.find(path)}
+        return {
+            "rank_pattern": self._ranks.unused(paths),
+            "alpha_pattern": self._alphas.unused(paths),
+            "enable_lora": [name for name in self.enable_lora or () if name not in used],
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """The content of ``adapter_config.json``: PEFT's keys, lists for tuples, unsupported keys as they were read."""
@@ -255,9 +276,9 @@ class LoraConfig:
             ValueError: ``peft_type`` is not LORA, or a key asks for something that is not supported; names all of them.
         """
         if values.get("peft_type") != "LORA":
+            kind = shown(values.get("peft_type"))
             raise ValueError(
-                f"LoraConfig: peft_type is {values.get('peft_type')!r}, want 'LORA'; other adaptation methods are not "
-                "supported"
+                f"LoraConfig: peft_type is {kind}, want 'LORA'; other adaptation methods are not supported"
             )
         own = {f.name for f in fields(cls)} - {"metadata"}
         metadata = {key: value for key, value in values.items() if key not in own and key != "peft_type"}
@@ -268,19 +289,10 @@ class LoraConfig:
             if key not in _INFORMATIONAL and not (value is None or value is False or value in ([], {}, ""))
         }
         if unsupported:
-            settings = ", ".join(f"{key}={value!r}" for key, value in unsupported.items())
+            settings = ", ".join(f"{escaped(key)}={shown(value)}" for key, value in unsupported.items())
+            settings = settings if len(settings) <= 2000 else f"{settings[:2000]}... ({len(unsupported)} keys)"
             raise ValueError(f"LoraConfig: {settings} not supported; it would change what the adapter computes")
         return cls(**{key: value for key, value in values.items() if key in own}, metadata=metadata)
-
-
-def name_covers(name: str, path: str) -> bool:
-    """Whether ``name`` is ``path``, or the end of it after a dot: how lists of modules match."""
-    return path == name or path.endswith(f".{name}")
-
-
-def pattern_covers(pattern: str, path: str) -> bool:
-    """Whether a regular expression matches ``path``, or the end of it after a dot, as in ``rank_pattern``."""
-    return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
 
 def exact_patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
@@ -289,8 +301,7 @@ def exact_patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     A pattern covers paths that end with it too, and the first that covers one counts: longer paths come first, also
     those with the default that a shorter one would cover.
     """
-    others = [path for path, value in values.items() if value != default]
-    ends = tuple(f".{path}" for path in others)
-    wanted = {path for path in values if path.endswith(ends)} | set(others)
+    others = EndTable(path for path, value in values.items() if value != default)
+    wanted = {path for path in values if path in others}
     longest_first = sorted(values, key=lambda path: path.count("."), reverse=True)
     return {re.escape(path): values[path] for path in longest_first if path in wanted}

@@ -25,6 +25,7 @@ from .merged_projection_file import as_we_have_it
 from .nn import LoraAdapter
 from .nn.attention import SeparateProjections
 from .nn.tied import TiedAdapter
+from .printable import listed, shown
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -138,7 +139,7 @@ def _slots(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> list[_Slo
     slots, problems, expected = [], [], set()
     theirs, ours = config.trainable_token_indices, adapter.config.trainable_token_indices
     if theirs != ours:
-        problems.append(f"trainable_token_indices: {theirs} in the file, {ours} in the model")
+        problems.append(f"trainable_token_indices: {shown(theirs)} in the file, {shown(ours)} in the model")
     for part in adapter.parts:
         tensors = {f"{KEY_PREFIX}{key}": t for key, t in part.layer.file_tensors(part.file_path, part.adapter).items()}
         expected |= tensors.keys()
@@ -158,12 +159,12 @@ def _slots(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> list[_Slo
                 continue
             theirs, ours = config.enable_lora_for(part.target), getattr(part.adapter, "enable_lora", None)
             if updates and theirs != ours:
-                problems.append(f"enable_lora of {part.target}: {theirs} in the file, {ours} in the model")
+                problems.append(f"enable_lora of {part.target}: {shown(theirs)} in the file, {ours} in the model")
             if key not in file:
                 problems.append(f"missing key: {key}")
             elif not _fits(file.shape(key), tuple(tensor.shape), dim):
                 problems.append(
-                    f"shape of {key}: {list(file.shape(key))} in the file, {list(tensor.shape)} in the model"
+                    f"shape of {key}: {shown(list(file.shape(key)))} in the file, {list(tensor.shape)} in the model"
                 )
             elif file.dtype(key).is_floating_point != tensor.is_floating_point() or file.dtype(key).is_complex:
                 problems.append(f"dtype of {key}: {file.dtype(key)} in the file, {tensor.dtype} in the model")
@@ -177,7 +178,7 @@ def _slots(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> list[_Slo
     if problems:
         raise ValueError(
             f"hotswap_adapter: {file.path} does not fit the adapter {adapter.name!r} (a larger rank takes "
-            "prepare_hotswap first):\n  " + "\n  ".join(problems)
+            f"prepare_hotswap first):{listed(problems)}"
         )
     return slots
 

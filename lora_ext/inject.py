@@ -8,9 +8,10 @@ lora_ext/injection_plan.py makes the new layers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from ._arguments import checked
@@ -71,27 +72,55 @@ def inject(model: ModelT, config: LoraConfig, adapter_name: str = "default") -> 
         UserWarning: an entry of ``target_modules``, ``exclude_modules`` or ``modules_to_save`` matches nothing while
             others do.
     """
-    apply_injection(model, plan_injection(model, config, adapter_name))
+    apply_injection(model, InjectionPlan(model, config, adapter_name).build())
     return model
 
 
 def plan_injection(model: nn.Module, config: LoraConfig, adapter_name: str = "default") -> Adapter:
     """Finds and checks all targets and builds the adapter, without touching ``model``. Errors as :func:`inject`."""
-    root, adapters = root_module(model), adapter_set(model)
-    check_new_name("inject", adapter_name, adapters)
-    _check_state(root, adapters, config)
+    return InjectionPlan(model, config, adapter_name).build()
 
-    bare = BareModel(root)
-    targets = find_targets(config, type(root).__name__, bare.modules, bare.head, bare.embedding)
-    check_targets(bare, targets, config)
-    if is_all_linear(config):
-        # Like PEFT, remember the layers, not the rule: it would find others once the model has changed.
-        config = dataclasses.replace(config, target_modules=tuple(targets.modules))
 
-    into = AdapterSet() if adapters is None else adapters
-    planner = Planner(bare, config, into)
-    parts = planner.parts(targets)
-    return Adapter(adapter_name, config, into, parts, planner.biases(parts))
+class InjectionPlan:
+    """What is to be adapted in ``model``, found and checked; nothing is built yet. Errors as :func:`inject`."""
+
+    def __init__(self, model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
+        root, adapters = root_module(model), adapter_set(model)
+        check_new_name("inject", adapter_name, adapters)
+        _check_state(root, adapters, config)
+
+        self._bare = BareModel(root)
+        self._targets = find_targets(
+            config, type(root).__name__, self._bare.modules, self._bare.head, self._bare.embedding
+        )
+        check_targets(self._bare, self._targets, config)
+        if is_all_linear(config):
+            # Like PEFT, remember the layers, not the rule: it would find others once the model has changed.
+            config = dataclasses.replace(config, target_modules=tuple(self._targets.modules))
+        self._config, self._name = config, adapter_name
+        self._into = AdapterSet() if adapters is None else adapters
+
+    def build(self) -> Adapter:
+        """The adapter, as it is before training."""
+        return self._adapter(Planner(self._bare, self._config, self._into))
+
+    def build_without_memory(self) -> tuple[Adapter, Callable[[], Adapter]]:
+        """The adapter with its tensors on the meta device, which has shapes only; and what gives them memory.
+
+        That returns the adapter where the base layers are. The values of low-rank factors are whatever the memory held.
+        """
+        planner = Planner(self._bare, self._config, self._into, torch.device("meta"))
+        adapter = self._adapter(planner)
+
+        def give_memory() -> Adapter:
+            planner.give_memory()  # in place; copies of modules and rows are made again
+            return self._adapter(planner) if self._targets.trained or self._targets.tokens else adapter
+
+        return adapter, give_memory
+
+    def _adapter(self, planner: Planner) -> Adapter:
+        parts = planner.parts(self._targets)
+        return Adapter(self._name, self._config, self._into, parts, planner.biases(parts))
 
 
 def apply_injection(model: nn.Module, adapter: Adapter) -> None:

@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
+import torch
 from torch import nn
 
 from .adapter_set import AdapterSet, Part, located
@@ -16,7 +17,9 @@ from .nn.attention import LoraMultiheadAttention
 from .nn.tied import TiedAdapter
 from .nn.trainable_tokens import TiedRows, TokenRows, TrainableTokens
 from .nn.trained import TrainedModule
-from .targets import Targets, is_inside
+from .path_names import Parents
+from .printable import listed, shown
+from .targets import Targets
 from .trained_biases import TrainedBiases
 
 
@@ -41,11 +44,11 @@ def lora_layer_for(module: nn.Module, config: LoraConfig, path: str) -> type[Lor
 
 def _adapted(bare: BareModel, targets: Targets, config: LoraConfig) -> Iterator[tuple[str, nn.Module, str]]:
     """The modules to adapt, those adapted along with them, and those tied to one, with the path that sets the rank."""
-    seen = set()
+    seen, trained = set(), Parents(targets.trained)
     for path, module in targets.modules.items():
         along = getattr(lora_layer_for(module, config, path), "adapted_along", ())
         for whole in (path, *(f"{path}.{name}" for name in along)):
-            if whole not in seen and not is_inside(whole, targets.trained):
+            if whole not in seen and whole not in trained:
                 seen.add(whole)
                 yield whole, bare.modules[whole], path
     for path, source in targets.tied.items():
@@ -75,7 +78,7 @@ def _check_kinds(bare: BareModel, targets: Targets, config: LoraConfig) -> None:
         kinds = ", ".join(kind.base_kinds for kind in LORA_LAYERS)
         raise TypeError(
             f"inject: target_modules matches what cannot be adapted; these can be: {kinds}. Narrow target_modules, or "
-            "add to exclude_modules:\n  " + "\n  ".join(problems)
+            f"add to exclude_modules:{listed(problems)}"
         )
 
 
@@ -96,8 +99,8 @@ def _check_tokens(bare: BareModel, targets: Targets) -> None:
         wrong = [token for token in targets.tokens.get(path, ()) if not 0 <= token < len(module.weight)]
         if wrong:
             raise ValueError(
-                f"inject: trainable_token_indices names the tokens {wrong}, but {path!r} has {len(module.weight)}; "
-                "resize the embedding first (resize_token_embeddings)"
+                f"inject: trainable_token_indices names the tokens {shown(wrong)}, but {path!r} has "
+                f"{len(module.weight)}; resize the embedding first (resize_token_embeddings)"
             )
 
 
@@ -113,7 +116,7 @@ def _check_parameters(bare: BareModel, targets: Targets) -> None:
                     "target_modules"
                 )
     if problems:
-        raise TypeError("inject: target_parameters matches what cannot be adapted:\n  " + "\n  ".join(problems))
+        raise TypeError(f"inject: target_parameters matches what cannot be adapted:{listed(problems)}")
 
     for path in (*targets.modules, *targets.parameters):
         for layer in bare.layers.get(path, ()):
@@ -133,17 +136,35 @@ def _attention_around(bare: BareModel, path: str) -> nn.MultiheadAttention | Non
 
 
 class Planner:
-    """Builds the parts of one adapter, for a model that holds the adapters ``into`` already."""
+    """Builds the parts of one adapter, for a model that holds the adapters ``into`` already.
 
-    def __init__(self, bare: BareModel, config: LoraConfig, into: AdapterSet) -> None:
-        self.bare, self.config, self.active = bare, config, into.active
+    With ``device``, the adapter's tensors are there: on the meta device they have shapes, and take no memory.
+    """
+
+    def __init__(
+        self, bare: BareModel, config: LoraConfig, into: AdapterSet, device: torch.device | None = None
+    ) -> None:
+        self.bare, self.config, self.active, self.device = bare, config, into.active, device
         self.untrained = {key: own for biases in into.biases.values() for key, own in biases.originals().items()}
         self.made: dict[tuple[str, Callable], AdapterLayer] = {}
+        self.low_rank: list[Part] | None = None
 
     def parts(self, targets: Targets) -> tuple[Part, ...]:
-        parts = [*self.lora_parts(targets), *self.parameter_parts(targets), *self.trained_parts(targets)]
+        if self.low_rank is None:
+            self.low_rank = [*self.lora_parts(targets), *self.parameter_parts(targets)]
+        parts = [*self.low_rank, *self.trained_parts(targets)]
         replaced = {old: new for part in parts for old, new in part.replaced.items()}
         return located((*parts, *self.token_parts(targets, replaced)))
+
+    def give_memory(self) -> None:
+        """Puts factors that have shapes only where their base layers are, and what :meth:`parts` makes from now on."""
+        self.device = None
+        for part in self.low_rank or ():
+            device = part.layer.weight.device
+            for module in part.adapter.modules():
+                for name, factor in module._parameters.items():
+                    if factor is not None and factor.is_meta:
+                        module._parameters[name] = nn.Parameter(torch.empty_like(factor, device=device))
 
     def lora_parts(self, targets: Targets) -> Iterator[Part]:
         adapters = {}
@@ -152,7 +173,7 @@ class Planner:
             if targets.tied.get(path) in targets.modules:
                 adapter = TiedAdapter(adapters[setting], transposed=isinstance(module, nn.Linear))
             else:
-                adapter = adapters[path] = kind.new_adapter(module, self.config, setting)
+                adapter = adapters[path] = kind.new_adapter(module, self.config, setting, self.device)
             if kind is LoraMergedLinear:
                 layer, replaced = self._merged_linear(path, module, len(self.config.enable_lora_for(setting)))
             else:
@@ -171,15 +192,24 @@ class Planner:
                 if name not in layers:
                     outermost = layers[name] = LoraParameter(outermost, name, active=self.active)
             for name in names:
-                adapter = LoraParameter.new_adapter_of(module, name, self.config, f"{path}.{name}")
+                adapter = LoraParameter.new_adapter_of(module, name, self.config, f"{path}.{name}", self.device)
                 replaced = {} if outermost is before else {before: outermost}
                 yield Part(path, path, layers[name], adapter, replaced)
 
     def trained_parts(self, targets: Targets) -> Iterator[Part]:
         copied: dict = dict(self.untrained)  # shared, so that the copies of tied modules are tied
         tied = [path for path, source in targets.tied.items() if source in targets.trained]
+        for path in (*targets.trained, *tied) if self.device is not None else ():
+            module = self.bare.modules[path]
+            for tensor in (*module.parameters(), *module.buffers()):
+                if id(tensor) not in copied:
+                    empty = torch.empty_like(tensor, device=self.device)
+                    copied[id(tensor)] = (
+                        nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+                    )
+        inside = Parents((*targets.trained, *tied))
         for path, around in reversed(self.bare.layers.items()):  # the copies are bare: other adapters are not theirs
-            if is_inside(path, (*targets.trained, *tied)):
+            if path in inside:
                 copied |= dict.fromkeys(map(id, around), copy.deepcopy(self.bare.modules[path], copied))
         for path in (*targets.trained, *tied):
             outermost = next(iter(self.bare.layers.get(path, ())), self.bare.modules[path])
@@ -189,7 +219,8 @@ class Planner:
     def token_parts(self, targets: Targets, replaced: Mapping[nn.Module, nn.Module]) -> Iterator[Part]:
         """``replaced``: what is put in the place of which module for other parts."""
         rows: dict[str, TokenRows | TiedRows] = {
-            path: TokenRows(self.bare.modules[path].weight, tokens) for path, tokens in targets.tokens.items()
+            path: TokenRows(self.bare.modules[path].weight, tokens, self.device)
+            for path, tokens in targets.tokens.items()
         }
         rows |= {path: TiedRows(rows[source]) for path, source in targets.tied.items() if source in rows}
         for path, adapter in rows.items():
@@ -237,10 +268,10 @@ class Planner:
         if self.config.bias == "none":
             return None
         wrapped = Counter(part.path for part in parts if isinstance(part.layer, LoraLayer))
-        trained = {part.path for part in parts if isinstance(part.layer, TrainedModule)}
+        trained = Parents(part.path for part in parts if isinstance(part.layer, TrainedModule))
         owners = {}
         for path, module in self.bare.modules.items():
-            if module._parameters.get("bias") is None or any(path == p or path.startswith(f"{p}.") for p in trained):
+            if module._parameters.get("bias") is None or path in trained:
                 continue
             if self.config.bias == "all" or path in wrapped:
                 owners[file_path(path, wrapped) + ".base_layer" * wrapped[path]] = module

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from .adapter_file import KEY_PREFIX, AdapterFile
+from ._checks import FLOATING
+from .adapter_file import KEY_PREFIX, LARGEST_CONFIG, AdapterFile
 from .adapter_set import Adapter
 from .config import exact_patterns
 from .nn import LoraLayer
 from .nn.merged_linear import MergedAdapter, gather_blocks, spread_blocks
+from .printable import shown
+from .untrusted_json import parse_json_object
 
 _METADATA_KEY = "lora_ext"
 _RESTORED = ("enable_lora", "rank_pattern", "alpha_pattern")  # keys of the config that PEFT gets to see otherwise
@@ -56,7 +59,7 @@ def as_peft_has_it(
         "rank_pattern": exact_patterns(ranks, values["r"]),
         "alpha_pattern": exact_patterns(alphas, values["lora_alpha"]),
     }
-    return values | patterns, tensors, {_METADATA_KEY: json.dumps(note, sort_keys=True)}
+    return values | patterns, tensors, {_METADATA_KEY: json.dumps(note)}
 
 
 def as_we_have_it(file: AdapterFile, caller: str) -> AdapterFile:
@@ -67,33 +70,44 @@ def as_we_have_it(file: AdapterFile, caller: str) -> AdapterFile:
     """
     if _METADATA_KEY not in file.metadata:
         return file
+    told = f"{caller}: {file.path}: its metadata {_METADATA_KEY!r}"
+    text = file.metadata[_METADATA_KEY]
+    if len(text) > LARGEST_CONFIG:
+        raise ValueError(f"{told} have {len(text)} characters, want at most {LARGEST_CONFIG}")
+    note = parse_json_object(text, told)
+    blocks, config = note.get("blocks"), note.get("config")
+    if not isinstance(blocks, dict) or not isinstance(config, dict) or not set(_RESTORED) <= config.keys():
+        raise ValueError(f"{told} do not fit it: they have no blocks, or not the config")
     try:
-        note = json.loads(file.metadata[_METADATA_KEY])
-        config = {key: note["config"][key] for key in _RESTORED}
-        return _CompactFile(file, note["blocks"], file.config | config)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{caller}: {file.path}: its metadata {_METADATA_KEY!r} do not fit it: {error}") from error
+        return _CompactFile(file, blocks, file.config | {key: config[key] for key in _RESTORED})
+    except ValueError as error:
+        raise ValueError(f"{told} do not fit it: {error}") from error
 
 
 class _CompactFile(AdapterFile):
     """An adapter file that gives the blocks of its block diagonal tensors only."""
 
-    def __init__(self, file: AdapterFile, blocks: Mapping[str, Sequence[bool]], config: dict[str, Any]) -> None:
+    def __init__(self, file: AdapterFile, blocks: Mapping[str, Any], config: dict[str, Any]) -> None:
         self.__dict__.update(vars(file))
         self.config, self._file, self._blocks = config, file, blocks
         self._shapes = {key: file.shape(key) for key in file.keys()}  # noqa: SIM118  it is no dict
         for key, enabled in blocks.items():
             if key not in file:
-                raise ValueError(f"it names {key}, which is not there")
-            rows, cols = file.shape(key)
+                raise ValueError(f"it names {shown(key)}, which is not there")
+            shape = file.shape(key)
+            if not isinstance(enabled, list) or not all(isinstance(on, bool) for on in enabled) or not any(enabled):
+                raise ValueError(f"the blocks of {key} are {shown(enabled)}, want bools, at least one of them true")
+            if file.dtype(key) not in FLOATING:
+                raise ValueError(f"{key} is {file.dtype(key)}, want one of {', '.join(map(str, FLOATING))}")
             num_enabled = sum(enabled)
-            if not num_enabled or rows % len(enabled) or cols % num_enabled:
-                raise ValueError(f"{key} has shape {[rows, cols]}, not that of blocks {enabled}")
+            if len(shape) != 2 or 0 in shape or shape[0] % len(enabled) or shape[1] % num_enabled:
+                raise ValueError(f"{key} has shape {list(shape)}, not that of blocks {shown(enabled)}")
+            rows, cols = shape
             self._shapes[key] = rows // len(enabled) * num_enabled, cols // num_enabled
             try:
                 gather_blocks(file.tensor(key), enabled)
             except ValueError as error:
-                raise ValueError(f"{key}: {error} {enabled}") from error
+                raise ValueError(f"{key}: {error} {shown(enabled)}") from error
 
     def tensor(self, key: str) -> Tensor:
         tensor = self._file.tensor(key)

@@ -16,13 +16,14 @@ from ._changes import one_at_a_time
 from .adapter_set import Adapter, Part, check_names, find_adapter, find_adapters
 from .bare_model import BareModel, root_module
 from .combine import check_combination, combine_factors
-from .config import LoraConfig, exact_patterns, name_covers
+from .config import LoraConfig, exact_patterns
 from .inject import apply_injection, check_new_name
 from .nn import LoraAdapter, LoraLayer
 from .nn.attention import SeparateProjections
 from .nn.merged_linear import MergedAdapter
 from .nn.tied import TiedAdapter
 from .nn.trainable_tokens import TiedRows
+from .path_names import EndTable
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -184,7 +185,8 @@ def _config(bare: BareModel, sources: Sequence[Adapter], parts: Sequence[Part]) 
     others = exact_patterns({path: adapter.r for path, adapter in low_rank.items()}, rank)
     modules = tuple(path for path in low_rank if path in bare.modules)
     parameters = tuple(path for path in low_rank if path not in bare.modules)
-    named = {path for path in bare.modules for name in modules if name_covers(name, path)}
+    ends = EndTable(modules)
+    named = {path for path in bare.modules if path in ends}
     saved = dict.fromkeys(name for source in sources for name in source.config.modules_to_save or ())
     tokens = [own for source in sources if (own := source.config.trainable_token_indices) is not None]
     return dataclasses.replace(

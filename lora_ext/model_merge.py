@@ -17,7 +17,7 @@ from .inject import forget_injection, lora_modules, replace_modules
 from .nn import ActiveAdapters, AdapterLayer, LoraLayer
 from .nn.merged import MergedMatrix, change_merged, merge_for_good, stored_matrices, update_identity
 from .nn.trainable_tokens import TrainableTokens
-from .targets import is_inside
+from .path_names import is_inside
 
 _LOGGER = logging.getLogger("lora_ext.adapters")
 
@@ -273,7 +273,7 @@ def _check_untied(caller: str, model: nn.Module, wanted: dict[str, tuple[LoraLay
         others = [
             path
             for path in paths[parameter]
-            if not any(is_inside(path, [other]) and updates[other] == updates[first] for other in updates)
+            if not any(is_inside(path, other) and updates[other] == updates[first] for other in updates)
         ]
         if others:
             raise ValueError(

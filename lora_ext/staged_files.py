@@ -16,7 +16,6 @@ import errno
 import fcntl
 import os
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,10 +23,12 @@ from pathlib import Path
 from torch import Tensor
 
 from ._interrupts import uninterrupted
+from ._warnings import warn_user
 from .file_bytes import tensor_bytes
+from .printable import check_name
 from .safetensors_format import DTYPE_NAMES, encode_header
 
-__all__ = ["fsync_directory", "staged_files", "write_tensors"]
+__all__ = ["fsync_directory", "is_being_saved", "staged_files", "write_tensors"]
 
 _STAGING, _LOCK, _OLD, _NEW, _CURRENT = ".lora_ext-saving", "lock", "old", "new", "current"
 # What file systems answer that cannot do a thing; a full disk or a missing right is no such answer.
@@ -41,9 +42,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     Raises:
         OSError: as ``write``.
-        ValueError: a tensor has a dtype that the format lacks.
+        ValueError: a tensor has a dtype that the format lacks, or a name that cannot be printed or is too long.
     """
     for key, tensor in tensors.items():
+        check_name(key, str(path))  # which readers would refuse
         if tensor.dtype not in DTYPE_NAMES:
             raise ValueError(f"{key} is {tensor.dtype}, which no safetensors file holds; convert it first")
     header, places = encode_header(
@@ -92,10 +94,9 @@ def staged_files(directory: Path, names: Sequence[str], caller: str) -> Iterator
                     _clear_if_possible(directory, names)
                     raise
                 if (error := _clear_if_possible(directory, names)) is not None:
-                    warnings.warn(
+                    warn_user(
                         f"{caller}: all is saved, but {staging} could not be removed ({error.strerror or error}); keep "
-                        "it: the next save in this directory puts its files in their places",
-                        stacklevel=4,
+                        "it: the next save in this directory puts its files in their places"
                     )
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -112,6 +113,11 @@ def staged_files(directory: Path, names: Sequence[str], caller: str) -> Iterator
                 told,
             ) from error
         raise
+
+
+def is_being_saved(directory: Path) -> bool:
+    """Whether :func:`staged_files` writes there now, or was killed in it."""
+    return os.path.lexists(directory / _STAGING)
 
 
 def fsync_directory(path: Path) -> None:

@@ -6,17 +6,21 @@ Pure functions of names and modules: whether a part's type can be adapted is for
 from __future__ import annotations
 
 import difflib
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from ._warnings import warn_user
 from .bare_model import parameter_paths
-from .config import ALL_LINEAR, LoraConfig, name_covers, pattern_covers
+from .config import ALL_LINEAR, LoraConfig
 from .nn.linear import is_linear
+from .path_names import EndTable, Parents, SuffixTable, path_ends
+from .path_patterns import LayerNumbers, PathMatcher
+from .printable import shown
+
+_MOST_CLOSE, _LONGEST_CLOSE = 5, 100
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,6 @@ def find_targets(
     return _Search(config, root_name, modules, output_head, input_embedding).run()
 
 
-def is_inside(path: str, parents: Iterable[str]) -> bool:
-    """Whether ``path`` is one of ``parents``, or lies below one."""
-    return any(path == parent or path.startswith(f"{parent}.") for parent in parents)
-
-
 class _Search:
     def __init__(
         self,
@@ -103,19 +102,21 @@ class _Search:
 
     def find_trained(self) -> dict[str, nn.Module]:
         """Modules to train in full: those whose path ends with an entry, dot or not."""
-        trained = {path: m for path, m in self.modules.items() if path.endswith(self.config.trained_modules)}
+        named = SuffixTable(self.config.trained_modules)
+        found = {path: names for path in self.modules if (names := named.find(path))}
+        trained = {path: self.modules[path] for path in found}
         # The heads that a task adds (and PEFT writes into the file) are not the user's to get right.
-        names = set(self.config.modules_to_save or ()) - set(self.config.task_heads)
-        unmatched = sorted(name for name in names if not any(path.endswith(name) for path in trained))
+        wanted = set(self.config.modules_to_save or ()) - set(self.config.task_heads)
+        unmatched = sorted(wanted.difference(*found.values()))
         self.report_unmatched("modules_to_save", unmatched, fatal=not trained)
         trained = self.tie(trained)
 
-        paths = parameter_paths(self.modules.items())
+        paths, inside = parameter_paths(self.modules.items()), Parents(trained)
         for path, module in trained.items():
             for parameter in module.parameters():
                 for other in paths[id(parameter)]:
                     # It would train, and on loading overwrite, its twin too; PEFT would untie the two.
-                    if not is_inside(other, trained) and other not in self.tied:
+                    if other not in inside and other not in self.tied:
                         tie = "set ensure_weight_tying=True, " if {path, other} <= {self.embedding, *self.twins} else ""
                         raise ValueError(
                             f"inject: modules_to_save has {path!r}, whose parameter is also that of {other!r}; "
@@ -125,17 +126,21 @@ class _Search:
 
     def find_parameters(self, trained: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
         names = self.config.target_parameters or ()
+        if not names:
+            return {}
+        named, inside, matched = EndTable(names), Parents(trained), set()
         found: dict[str, list[str]] = defaultdict(list)
         for path, name in _parameters(self.modules, names):
-            if any(name_covers(entry, f"{path}.{name}") for entry in names):
-                if is_inside(path, trained):
-                    raise ValueError(
-                        f"inject: target_parameters names {path + '.' + name!r}, and modules_to_save trains it in "
-                        "full; take it out of one of the two"
-                    )
-                found[path].append(name)
-        every = [f"{path}.{name}" for path, name in _parameters(self.modules, names)]
-        unmatched = [entry for entry in names if not any(name_covers(entry, path) for path in every)]
+            if not (entries := named.find(f"{path}.{name}")):
+                continue
+            matched.update(entries)
+            if path in inside:
+                raise ValueError(
+                    f"inject: target_parameters names {path + '.' + name!r}, and modules_to_save trains it in "
+                    "full; take it out of one of the two"
+                )
+            found[path].append(name)
+        unmatched = [entry for entry in names if entry not in matched]
         self.report_unmatched("target_parameters", unmatched, fatal=not found and not self.config.target_modules)
         return {path: tuple(names) for path, names in found.items()}
 
@@ -146,20 +151,20 @@ class _Search:
         if is_all_linear(config):
             named = self.all_linear()
         else:
-            named = list(filter(_matcher(config.target_modules), self.modules))
-            unmatched = self.unmatched(config.target_modules)
+            named = list(filter(PathMatcher("target_modules", config.target_modules), self.modules))
+            unmatched = self.unmatched(config.target_modules, named)
             self.report_unmatched("target_modules", unmatched, fatal=not named and not parameters)
-        self.report_unmatched("exclude_modules", self.unmatched(config.exclude_modules), fatal=False)
+        excluded = set(filter(PathMatcher("exclude_modules", config.exclude_modules), self.modules))
+        unmatched = self.unmatched(config.exclude_modules, excluded)
+        self.report_unmatched("exclude_modules", unmatched, fatal=False)
 
-        in_layers = [path for path in named if _is_in_layers(config, path)]
-        excluded = _matcher(config.exclude_modules)
-        targets = {
-            path: self.modules[path]
-            for path in in_layers
-            if not excluded(path) and not is_inside(path, (*trained, *self.tied))
-        }
+        whole = () if isinstance(config.target_modules, str) else config.target_modules or ()
+        layers = LayerNumbers(config.layers_to_transform, config.layers_pattern, whole)
+        in_layers = [path for path in named if path in layers]
+        inside = Parents((*trained, *self.tied))
+        targets = {path: self.modules[path] for path in in_layers if path not in excluded and path not in inside}
         targets = self.tie(targets)
-        if self.embedding in targets and excluded(self.embedding):
+        if self.embedding in targets and self.embedding in excluded:
             raise ValueError(
                 f"inject: exclude_modules has {self.embedding!r}, but ensure_weight_tying is True and target_modules "
                 f"names what is tied to it; take it out of exclude_modules, or set ensure_weight_tying=False"
@@ -183,25 +188,29 @@ class _Search:
             return {}
         if not isinstance(wanted, Mapping):
             wanted = {self.embedding or "embed_tokens": wanted}  # the latter is PEFT's guess
-        matches = {name: [path for path in self.modules if path.endswith(name)] for name in wanted}
+        named, matches = SuffixTable(wanted), {name: [] for name in wanted}
+        for path in self.modules:
+            for name in named.find(path):
+                matches[name].append(path)
         self.report_unmatched(key, [name for name, paths in matches.items() if not paths], fatal=True)
 
         tokens: dict[str, tuple[int, ...]] = {}
+        others = {"modules_to_save": Parents(trained), "target_modules": Parents(targets)}
         for name, paths in matches.items():
             indices = wanted[name]
             for path in paths:
-                for other, others in (("modules_to_save", trained), ("target_modules", targets)):
-                    if is_inside(path, others):
+                for other, inside in others.items():
+                    if path in inside:
                         raise ValueError(
                             f"inject: {key} names {path!r}, and so does {other}; take it out of one of the two"
                         )
-                if tokens.setdefault(path, indices) != indices:
+                if (known := tokens.setdefault(path, indices)) is not indices and known != indices:
                     raise ValueError(f"inject: {key} names {path!r} twice, with different tokens")
 
         listed = {path: tokens[path] for path in (self.embedding, *self.twins) if path in tokens}
         differ = len(set(listed.values())) > 1
         if differ and self.config.ensure_weight_tying:
-            settings = ", ".join(f"{path}: {list(indices)}" for path, indices in listed.items())
+            settings = ", ".join(f"{path}: {shown(list(indices))}" for path, indices in listed.items())
             raise ValueError(
                 f"inject: {key} names different tokens for tied embeddings ({settings}); name the same ones, or set "
                 "ensure_weight_tying=False"
@@ -224,33 +233,30 @@ class _Search:
         paths = ({self.embedding} | found.keys()) - set(self.twins)
         return {path: module for path, module in self.modules.items() if path in paths}
 
-    def unmatched(self, names: tuple[str, ...] | str | None) -> list[str]:
-        """The entries of a list, or the regular expression, that cover no module."""
+    def unmatched(self, names: tuple[str, ...] | str | None, found: Iterable[str]) -> list[str]:
+        """The entries of a list, or the regular expression, that cover no module; ``found`` are those covered."""
         if isinstance(names, str):
-            return [] if any(map(_matcher(names), self.modules)) else [names]
-        ends = {end for path in self.modules for end in _ends(path)}
+            return [] if any(True for _ in found) else [names]
+        ends = {path[begin:] for path in found for begin in path_ends(path)}
         return [name for name in names or () if name not in ends]
 
     def why_nothing(self, named: list[str], in_layers: list[str]) -> str:
         config = self.config
         if not named:
             return f"inject: {self.root_name} has no linear layer to adapt beside its output head"
-        message = f"inject: nothing is left to adapt in {self.root_name}: target_modules matches {named}, and "
+        message = f"inject: nothing is left to adapt in {self.root_name}: target_modules matches {shown(named)}, and "
         if in_layers:
             return message + "exclude_modules or modules_to_save takes all of that out"
-        pattern = f" (layers_pattern {config.layers_pattern!r})" if config.layers_pattern else ""
-        return message + f"none of that is in layers_to_transform {config.layers_to_transform!r}{pattern}"
+        pattern = f" (layers_pattern {shown(config.layers_pattern)})" if config.layers_pattern else ""
+        return message + f"none of that is in layers_to_transform {shown(config.layers_to_transform)}{pattern}"
 
     def check_leftovers(self, targets: set[str]) -> None:
         """Warns about settings that were of no use."""
-        for key, covers in (
-            ("rank_pattern", pattern_covers),
-            ("alpha_pattern", pattern_covers),
-            ("enable_lora", name_covers),
-        ):
-            entries = getattr(self.config, key) or ()
-            if unused := [entry for entry in entries if not any(covers(entry, path) for path in targets)]:
-                self.warnings.append(f"inject: {key} {unused} matches nothing that is adapted in {self.root_name}")
+        for key, unused in self.config.unused_settings(targets).items():
+            if unused:
+                self.warnings.append(
+                    f"inject: {key} {shown(unused)} matches nothing that is adapted in {self.root_name}"
+                )
         if self.config.ensure_weight_tying and not self.tied:
             self.warnings.append(
                 "inject: ensure_weight_tying is True, but "
@@ -278,10 +284,12 @@ class _Search:
             candidates = [path.rpartition(".")[2] for path in (*paths, *self.modules)]
             known = [path.rpartition(".")[2] for path in paths]
         candidates = [*dict.fromkeys(candidates), *paths]
-        close = dict.fromkeys(match for name in unmatched for match in difflib.get_close_matches(name, candidates))
+        # Looking for close ones takes time for each name, and is of use for what somebody wrote by hand.
+        written = [name for name in unmatched[:_MOST_CLOSE] if len(name) <= _LONGEST_CLOSE]
+        close = dict.fromkeys(match for name in written for match in difflib.get_close_matches(name, candidates))
         some = list(dict.fromkeys(known))[:8]
         message = (
-            f"inject: {key} {unmatched} matches no {kind} of {self.root_name}; "
+            f"inject: {key} {shown(unmatched)} matches no {kind} of {self.root_name}; "
             + (f"close matches: {', '.join(map(repr, close))}; " if close else "")
             + f"its {plural} include {', '.join(map(repr, some)) or 'none'}"
         )
@@ -292,36 +300,6 @@ class _Search:
 
 def is_all_linear(config: LoraConfig) -> bool:
     return isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
-
-
-def _matcher(names: tuple[str, ...] | str | None) -> Callable[[str], bool]:
-    """Whether names (a whole path, or its end after a dot) or a regular expression (a whole path) cover a path."""
-    if isinstance(names, str):
-        return lambda path: bool(names) and re.fullmatch(names, path) is not None
-    wanted = frozenset(names or ())
-    return lambda path: not wanted.isdisjoint(_ends(path))  # in time that does not grow with the list
-
-
-def _ends(path: str) -> Iterator[str]:
-    """``path``, and what follows each of its dots."""
-    yield path
-    while "." in path:
-        path = path.partition(".")[2]
-        yield path
-
-
-def _is_in_layers(config: LoraConfig, path: str) -> bool:
-    """Whether ``layers_to_transform`` lets a matched path through. An entry that is the whole path always passes."""
-    numbers = config.layers_to_transform
-    if numbers is None or numbers == () or path in (config.target_modules or ()):
-        return True
-    patterns = config.layers_pattern or ()
-    patterns = (patterns,) if isinstance(patterns, str) else patterns
-    # Lazy, so that the first number counts: an expert's comes after its layer's.
-    expressions = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in patterns]
-    expressions = expressions or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
-    match = next(filter(None, (re.match(expression, path) for expression in expressions)), None)
-    return match is not None and int(match["idx"]) in ((numbers,) if isinstance(numbers, int) else numbers)
 
 
 def _tied_embedding(modules: Mapping[str, nn.Module], embedding: nn.Module | None) -> tuple[str, list[str]]:
@@ -340,11 +318,14 @@ def _parameters(modules: Mapping[str, nn.Module], whole_paths: Iterable[str] = (
 
     A module with parametrizations holds its parameters elsewhere; PEFT then takes entries that are whole paths only.
     """
+    by_parent: dict[str, list[str]] = defaultdict(list)
+    for entry in sorted(set(whole_paths)):
+        parent, _, name = entry.rpartition(".")
+        by_parent[parent].append(name)
     for path, module in modules.items():
         if hasattr(module, "parametrizations"):
-            for entry in sorted(set(whole_paths)):
-                parent, _, name = entry.rpartition(".")
-                if parent == path and isinstance(getattr(module, name, None), Tensor):
+            for name in by_parent.get(path, ()):
+                if isinstance(getattr(module, name, None), Tensor):
                     yield path, name
         else:
             for name, _ in module.named_parameters(recurse=False):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import random
 import warnings
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from models import gpt2, llama
 from offline_files import EVERY_LAYER, EveryLayer, peft_adapter
 from safetensors.torch import load_file, save_file
 
-from lora_ext.adapter_file import AdapterFile
-from lora_ext.offline.contents import read_contents
+from lora_ext.adapter_file import AdapterFile, TensorFile
+from lora_ext.offline.contents import LowRankUpdate, read_contents
+from lora_ext.offline.layouts import assign_parameters
 
 
 @pytest.fixture
@@ -81,6 +83,35 @@ def test_a_pickle_that_runs_code_is_refused(directory: Path):
     with pytest.raises(ValueError, match="holds a list, want a dict of tensors"):
         AdapterFile.open(directory, allow_pickle=True)
     assert not (directory / "ran").exists()
+
+
+def test_a_pickle_of_other_tensors_is_refused(directory: Path):
+    (directory / "adapter_model.safetensors").unlink()
+    contents = {
+        "a dict with an entry int: Tensor": {1: torch.ones(1)},
+        "a dict with an entry str: int": {"a": 1},
+        "'a' is torch.sparse_coo on cpu, want a dense tensor": {"a": torch.eye(2).to_sparse()},
+        "'a' is torch.strided on meta, want a dense tensor": {"a": torch.ones(1, device="meta")},
+        "'a' is quantized, want a dense tensor": {"a": torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8)},
+        "has a name with characters that cannot be printed": {"a\nb": torch.ones(1)},
+        "has a name of 501 characters": {"x" * 501: torch.ones(1)},
+    }
+    for message, content in contents.items():
+        torch.save(content, directory / "adapter_model.bin")
+        with pytest.raises(ValueError, match=message):
+            AdapterFile.open(directory, allow_pickle=True)
+
+
+def test_tensors_stay_those_that_were_opened(directory: Path):
+    """Also when others take their place; what was given back is not read from another file."""
+    expected = load_file(directory / "adapter_model.safetensors")
+    file = AdapterFile.open(directory)
+    change_tensors(directory, lambda tensors: {key: tensor + 1 for key, tensor in tensors.items()})
+    assert all(torch.equal(file.tensor(key), tensor) for key, tensor in expected.items())
+    file._read = 1 << 30
+    file.release()
+    with pytest.raises(ValueError, match="was changed while it was read"):
+        file.tensor(next(iter(expected)))
 
 
 def test_missing_files(directory: Path, tmp_path: Path):
@@ -212,3 +243,24 @@ def test_conv1d_of_transformers(tmp_path: Path):
     model.save_pretrained(tmp_path)
     kinds = {update.path: update.kind for update in read_contents(AdapterFile.open(tmp_path)).updates}
     assert kinds == {"transformer.wte": "embedding", "transformer.h.0.attn.c_attn": "linear"}
+
+
+def test_which_update_is_whose_is_told_by_shapes(tmp_path: Path):
+    """Whether there is one way, or another one, without trying the ways: twelve of one shape have 479,001,600."""
+    rng = random.Random(0)
+    for number in (1, 2, 3, 4, 5, 12):
+        sizes = [rng.choice([2, 3, 4]) for _ in range(number)] if number < 12 else [2] * number
+        tensors = {}
+        for i, size in enumerate(sizes):
+            tensors[f"{i}.lora_A.weight"], tensors[f"{i}.lora_B.weight"] = torch.zeros(1, size), torch.zeros(5, 1)
+        save_file(tensors, tmp_path / "a.safetensors")
+        file = TensorFile(tmp_path / "a.safetensors")
+        updates = [LowRankUpdate("m", "parameter", *list(tensors)[2 * i : 2 * i + 2], 1, 1.0) for i in range(number)]
+        shapes = {f"p{i}": (5, size) for i, size in enumerate(rng.sample(sizes, number))}
+        found = assign_parameters(file, updates, shapes)
+        for way in found:
+            assert sorted(way.values()) == sorted(shapes)
+            assert all(shapes[key] == (5, file.shape(update.lora_A)[1]) for update, key in way.items())
+        assert len(found) == (1 if len(set(sizes)) == number else 2)
+        assert found[0] != found[-1] or len(found) == 1
+    assert assign_parameters(file, updates, {"p": (5, 2)}) == []

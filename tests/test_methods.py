@@ -243,8 +243,12 @@ def test_bad_files_change_nothing(tmp_path):
     with refused(model, FileNotFoundError, "method.json"):
         load_method(model, tmp_path)
     (tmp_path / "bert" / "method.json").write_text("[]")
-    with refused(model, ValueError, "not a method's file"):
+    with refused(model, ValueError, "method.json holds a list, want an object"):
         load_method(model, tmp_path / "bert")
+    for content in ({}, {"methods": []}, {"methods": [1]}, {"methods": [{"name": "adapter-p+lora", "options": {}}]}):
+        (tmp_path / "bert" / "method.json").write_text(json.dumps(content))
+        with refused(model, ValueError, "not a method's file"):
+            load_method(model, tmp_path / "bert")
     (tmp_path / "bert" / "method.json").write_text('{"methods": [{"name": "adapter-p", "options": {"width": 3}}]}')
     with refused(model, ValueError, "no option 'width'"):
         load_method(model, tmp_path / "bert")

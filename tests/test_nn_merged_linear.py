@@ -257,6 +257,19 @@ def test_files_through_peft(settings, tmp_path):
     torch.testing.assert_close(plain(input_ids=ids).logits, expected)
 
 
+def test_files_keep_the_order_of_patterns(tmp_path):
+    """Of which the first that matches counts."""
+    base = Fused()
+    settings = {"rank_pattern": {"qk.": 3, "q.v": 4}, "alpha_pattern": {"qkv": 5, "q.v": 6}}
+    model = adapted(copy.deepcopy(base), **settings)
+    assert model.qkv.adapters.default.r == 3
+    save_adapter(model, tmp_path)
+    again = load_adapter(copy.deepcopy(base), tmp_path)
+    assert (again.qkv.adapters.default.r, again.qkv.adapters.default.lora_alpha) == (3, 5)
+    x = x_for(base)
+    torch.testing.assert_close(again(x), model(x))
+
+
 def test_values_are_replaced_and_swapped_in_place(tmp_path):
     base = Fused()
     model = adapted(copy.deepcopy(base))
@@ -303,10 +316,10 @@ KEY = "base_model.model.qkv.lora_B.weight"
     [
         (lambda tensors, note: tensors[KEY].fill_(1.0), "there are numbers outside of the blocks [True, False, True]"),
         (lambda tensors, note: note["blocks"].update({KEY: [True] * 5}), "has shape [12, 4], not that of blocks"),
-        (lambda tensors, note: note["blocks"].update({KEY: [False] * 3}), "has shape [12, 4], not that of blocks"),
+        (lambda tensors, note: note["blocks"].update({KEY: [False] * 3}), "want bools, at least one of them true"),
         (lambda tensors, note: note["blocks"].update({KEY: 3}), "do not fit it"),
-        (lambda tensors, note: note["blocks"].update({"nothing": [True]}), "it names nothing, which is not there"),
-        (lambda tensors, note: note.pop("config"), "do not fit it: 'config'"),
+        (lambda tensors, note: note["blocks"].update({"nothing": [True]}), "it names 'nothing', which is not there"),
+        (lambda tensors, note: note.pop("config"), "they have no blocks, or not the config"),
     ],
 )
 def test_metadata_that_do_not_fit(damage, text, tmp_path):

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
     for key, (ours, theirs) in found.kinds.items():
         files.tell(f"{key}: {ours}, {theirs}")
     for key, (ours, theirs) in found.config.items():
-        files.tell(f"config, {key}: {json.dumps(ours)}, {json.dumps(theirs)}")
+        files.tell(f"config, {key[:200]}: {_cut(json.dumps(ours))}, {_cut(json.dumps(theirs))}")
     if found.values:
         rows = [["tensor", "largest difference", "relative"]]
         for key, sizes in found.values.items():
@@ -47,3 +47,7 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
         files.tell(files.table(rows))
     print(f"{found.equal} tensors are equal, {len(found.values) + len(found.kinds)} differ")
     return _EXIT_DIFFERENT if found else 0
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 1000 else f"{text[:1000]}... ({len(text)} characters)"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .._arguments import checked
 from ..bare_model import BareModel, root_module
 from ..config import TASK_HEADS
+from ..printable import shown
 from .inserted import Insertion
 
 if TYPE_CHECKING:
@@ -64,9 +65,9 @@ def check_at_least(method: str, least: int, **options: int) -> None:
     """Raises for the first option that is no integer of at least ``least``."""
     for name, value in options.items():
         if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{method}: {name} is {value!r}, want an integer")
+            raise TypeError(f"{method}: {name} is {shown(value)}, want an integer")
         if value < least:
-            raise ValueError(f"{method}: {name} is {value}, want at least {least}")
+            raise ValueError(f"{method}: {name} is {shown(value)}, want at least {least}")
 
 
 def task_type(model: nn.Module) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..bottleneck import ACTIVATIONS, bottleneck
+from ..printable import shown
 from .architectures import Architecture, architecture_of, hidden_size, layers_of, weight_of
 from .base import Method, check_at_least
 from .inserted import Inserted, Insertion, own_dtype
@@ -64,8 +65,10 @@ class BottleneckMethod(Method):
 
     def __post_init__(self) -> None:
         check_at_least(self.name, 1, bottleneck_size=self.bottleneck_size)
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"{self.name}: activation is {self.activation!r}, want one of {', '.join(ACTIVATIONS)}")
+        if not isinstance(self.activation, str) or self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"{self.name}: activation is {shown(self.activation)}, want one of {', '.join(ACTIVATIONS)}"
+            )
 
     def places(self, architecture: Architecture) -> list[str]:
         """Modules in a layer, "" the layer itself, that are to have a bottleneck each."""

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..bare_model import BareModel, root_module
 from ..config import LoraConfig
-from ..targets import is_inside
+from ..path_names import Parents, SuffixTable
 from .base import Method
 from .inserted import Insertion
 
@@ -36,9 +36,9 @@ class Combined(Method):
     def trained_parameters(self, bare: BareModel) -> dict[str, nn.Parameter]:
         """Without those of ``modules_to_save``: the model computes with copies of these modules, trained in full."""
         config = self.lora_config(bare.root)
-        saved = () if config is None else config.trained_modules
-        copied = [path for path in bare.modules if path.endswith(saved)]
-        return {path: each for path, each in self._of_parts(bare).items() if not is_inside(path, copied)}
+        saved = SuffixTable(() if config is None else config.trained_modules)
+        copied = Parents(path for path in bare.modules if saved.find(path))
+        return {path: each for path, each in self._of_parts(bare).items() if path not in copied}
 
     def _of_parts(self, bare: BareModel) -> dict[str, nn.Parameter]:
         return {path: each for part in self.parts for path, each in part.trained_parameters(bare).items()}

@@ -7,31 +7,32 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .._arguments import checked
 from .._changes import one_at_a_time
 from .._interrupts import uninterrupted
-from ..adapter_file import AdapterFile
+from ..adapter_file import AdapterFile, TensorFile, read_unchanged
 from ..adapter_set import adapter_set, find_adapter
 from ..bare_model import BareModel, root_module
-from ..checkpoint import ADAPTER_FILES, base_name, config_of, file_content, load_adapter, write_content
+from ..checkpoint import ADAPTER_FILES, base_name, config_of, file_content, load_opened, misfits, write_content
 from ..config import LoraConfig
 from ..merged_projection_file import as_we_have_it
+from ..printable import listed, shown
 from ..staged_files import staged_files, write_tensors
+from ..untrusted_json import read_json_object
 from .adapted import applied_method, carry_out, check_is_bare, method_of, own_parameters, parameters_of
 from .base import Method
 from .combined import Combined
 from .lora import Lora
-from .registry import new_method
+from .registry import METHODS, new_method
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
+_LARGEST_METHOD = 1 << 20  # bytes
 METHOD_FILE = "method.json"
 TENSORS_FILE = "method.safetensors"
 
@@ -92,30 +93,30 @@ def load_method(model: ModelT, directory: str | os.PathLike[str], trainable: boo
             every missing and unexpected key and wrong shape is listed.
         Also what :func:`apply_method` raises. The model is then unchanged.
     """
-    directory = Path(directory)
-    method = read_method(directory)
-    has_lora = any(isinstance(part, Lora) for part in method.parts)
+    saved = _read(Path(directory))
+    method = saved.method
     if (applied := method_of(model)) is not None:
-        _check_same(applied, method, directory)
+        _check_same(applied, method, saved.directory)
         _check_has_adapter(model, applied, "load_method")
         targets = own_parameters(model) | method.buffers(BareModel(root_module(model)))
-        values = _read_tensors(directory / TENSORS_FILE, targets) if targets else {}
+        saved.check_fit(targets)
         with uninterrupted():
-            if has_lora:
-                load_adapter(model, directory)
-            _copy(values, targets)
+            if saved.adapter is not None:
+                load_opened(model, saved.adapter)
+            saved.copy_to(targets)
         return model
 
     check_is_bare(model, "load_method")
+    saved.check_size(model)
     insertions = method.insertions(model)
     inserted = {f"{each.path}.{each.name}".lstrip("."): each.module for each in insertions}
     parameters = parameters_of(model, method, inserted)
     targets = parameters | method.buffers(BareModel(root_module(model)))
-    values = _read_tensors(directory / TENSORS_FILE, targets) if targets else {}
+    saved.check_fit(targets)
     with uninterrupted():
-        if has_lora:
-            load_adapter(model, directory, trainable)
-        _copy(values, targets)
+        if saved.adapter is not None:
+            load_opened(model, saved.adapter, trainable)
+        saved.copy_to(targets)
         carry_out(model, method, insertions)
         for parameter in parameters.values():
             parameter.requires_grad_(trainable)
@@ -128,25 +129,98 @@ def read_method(directory: str | os.PathLike[str]) -> Method:
 
     FileNotFoundError: there is none. ValueError: the file is not what its name says.
     """
-    directory = Path(directory)
-    path = directory / METHOD_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"load_method: there is no {path}; save_method writes it")
+    return _read(Path(directory)).method
+
+
+@dataclasses.dataclass(frozen=True)
+class _Saved:
+    """What :func:`save_method` wrote, read so far that names and shapes are known.
+
+    Attributes:
+        adapter: of a low-rank adapter.
+        tensors: None where there is no such file.
+    """
+
+    directory: Path
+    method: Method
+    adapter: AdapterFile | None
+    tensors: TensorFile | None
+
+    def check_size(self, model: nn.Module) -> None:
+        """ValueError: the options ask for more than the file holds. To be called before anything is made of them."""
+        inserting = [part for part in self.method.parts if type(part).insertions is not Method.insertions]
+        wanted = sum(part.count(model) for part in inserting)
+        there = 0 if self.tensors is None else self.tensors.numel()
+        if wanted > there:
+            raise ValueError(
+                f"load_method: {self.directory / METHOD_FILE} asks for {shown(wanted)} parameters with "
+                f"{shown([part.options() for part in inserting])}, but {TENSORS_FILE} holds {there}"
+            )
+
+    def check_fit(self, targets: Mapping[str, Tensor]) -> None:
+        """FileNotFoundError, ValueError: the tensors are not those of ``targets``."""
+        if not targets:
+            return
+        path = self.directory / TENSORS_FILE
+        if self.tensors is None:
+            raise FileNotFoundError(f"load_method: there is no {path}; save_method writes it next to {METHOD_FILE}")
+        problems = [f"missing key: {key}" for key in targets if key not in self.tensors]
+        problems += [f"unexpected key: {key}" for key in self.tensors.keys() if key not in targets]  # noqa: SIM118
+        problems += misfits(targets, self.tensors)
+        if any(target.is_meta for target in targets.values()):
+            problems.append("the model is on the meta device; give it memory (to_empty) first")
+        if problems:
+            raise ValueError(f"load_method: {path} does not fit the model:{listed(problems)}")
+
+    def copy_to(self, targets: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for key, target in targets.items():
+                target.copy_(self.tensors.tensor(key))
+
+
+def _read(directory: Path) -> _Saved:
+    files = [directory / name for name in (METHOD_FILE, TENSORS_FILE, *ADAPTER_FILES)]
+
+    def read(there: set[Path]) -> tuple[list[tuple[str, dict]], AdapterFile | None, TensorFile | None]:
+        try:
+            content = read_json_object(directory / METHOD_FILE, "", _LARGEST_METHOD)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise FileNotFoundError(f"there is no {directory / METHOD_FILE}; save_method writes it") from error
+        parts = _parts(content, directory / METHOD_FILE)
+        adapter = AdapterFile.of(directory, there) if any(name == Lora.name for name, _ in parts) else None
+        return parts, adapter, TensorFile(files[1]) if files[1] in there else None
+
+    parts, adapter, tensors = read_unchanged(files, read, "load_method")
+    adapter = None if adapter is None else as_we_have_it(adapter, "load_method")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        parts = [
-            Lora(_adapter_config(directory))
-            if part["name"] == Lora.name
-            else new_method(part["name"], **part["options"])
-            for part in content["methods"]
+        methods = [
+            Lora(_adapter_config(adapter)) if name == Lora.name else new_method(name, **options)
+            for name, options in parts
         ]
-        return parts[0] if len(parts) == 1 else Combined(tuple(parts))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"load_method: {path} is not a method's file: {error}") from error
+        method = methods[0] if len(methods) == 1 else Combined(tuple(methods))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"load_method: {directory / METHOD_FILE} is not a method's file: {error}") from error
+    return _Saved(directory, method, adapter, tensors)
 
 
-def _adapter_config(directory: Path) -> LoraConfig:
-    file = as_we_have_it(AdapterFile.open(directory, caller="load_method"), "load_method")
+def _parts(content: Mapping[str, Any], path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Names and options of the methods; ValueError where the file does not say them."""
+    methods = content.get("methods")
+    if not isinstance(methods, list) or not 0 < len(methods) <= len(METHODS):
+        raise ValueError(f"{path} is not a method's file: its methods are {shown(methods)}, want a list of some")
+    parts = []
+    for part in methods:
+        name, options = (part.get("name"), part.get("options")) if isinstance(part, dict) else (None, None)
+        if not isinstance(name, str) or name not in METHODS or not isinstance(options, dict):
+            raise ValueError(
+                f"{path} is not a method's file: it has the method {shown(part)}, want a name (one of "
+                f"{', '.join(METHODS)}) and options"
+            )
+        parts.append((name, options))
+    return parts
+
+
+def _adapter_config(file: AdapterFile) -> LoraConfig:
     # that files are for inference is how they are loaded, not what the method is
     return dataclasses.replace(config_of(file, "load_method"), inference_mode=False)
 
@@ -155,7 +229,7 @@ def _check_same(applied: Method, method: Method, directory: Path) -> None:
     ours, theirs = ([(p.name, p.options()) for p in each.parts] for each in (applied, method))
     if ours != theirs:  # of low-rank adapters, load_adapter compares the configs
         raise ValueError(
-            f"load_method: {directory} has {theirs}, but the model is adapted by {ours}; "
+            f"load_method: {directory} has {shown(theirs)}, but the model is adapted by {ours}; "
             "call remove_method(model) first"
         )
 
@@ -166,31 +240,3 @@ def _check_has_adapter(model: nn.Module, method: Method, caller: str) -> None:
             f"{caller}: the low-rank adapter of {method.name} is not in the model any more, merged for good or taken "
             "out; call remove_method(model), which leaves the weights as they are"
         )
-
-
-def _copy(values: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for path, target in targets.items():
-            target.copy_(values[path])
-
-
-def _read_tensors(path: Path, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors at ``path``, once they are found to fit ``targets``."""
-    if not path.is_file():
-        raise FileNotFoundError(f"load_method: there is no {path}; save_method writes it beside {METHOD_FILE}")
-    try:
-        values = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"load_method: {path} is corrupted: {error}") from error
-    problems = [f"missing key: {key}" for key in targets if key not in values]
-    problems += [f"unexpected key: {key}" for key in values if key not in targets]
-    problems += [
-        f"shape of {key}: {list(values[key].shape)} in the file, {list(target.shape)} in the model"
-        for key, target in targets.items()
-        if key in values and values[key].shape != target.shape
-    ]
-    if any(target.is_meta for target in targets.values()):
-        problems.append("the model is on the meta device; give it memory (to_empty) first")
-    if problems:
-        raise ValueError(f"load_method: {path} does not fit the model:\n  " + "\n  ".join(problems))
-    return values

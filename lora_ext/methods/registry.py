@@ -7,6 +7,7 @@ from typing import Any
 
 from .._arguments import checked
 from ..config import LoraConfig
+from ..printable import shown
 from .adapter_drop import AdapterDrop
 from .adapter_h import AdapterH
 from .adapter_l import AdapterL
@@ -42,12 +43,12 @@ def new_method(name: str, **options: Any) -> Method:
     names = name.split("+")
     if unknown := [each for each in names if each not in METHODS]:
         raise ValueError(
-            f"new_method: name has {unknown[0]!r}, want one of {', '.join(METHODS)}, or several joined by +"
+            f"new_method: name has {shown(unknown[0])}, want one of {', '.join(METHODS)}, or several joined by +"
         )
     known = {each: option_names(each) for each in names}
     every = sorted({option for own in known.values() for option in own})
     if strange := sorted(set(options) - set(every)):
-        raise TypeError(f"new_method: {name} has no option {strange[0]!r}; it has {every}")
+        raise TypeError(f"new_method: {name} has no option {shown(strange[0])}; it has {every}")
     parts = tuple(
         _new(each, {option: value for option, value in options.items() if option in known[each]}) for each in names
     )

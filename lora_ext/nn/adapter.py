@@ -77,9 +77,16 @@ class LoraAdapter(nn.Module):
 
     @classmethod
     def from_config(
-        cls, config: LoraConfig, path: str, in_features: int, out_features: int, like: torch.Tensor, **arguments
+        cls,
+        config: LoraConfig,
+        path: str,
+        in_features: int,
+        out_features: int,
+        like: torch.Tensor,
+        device: torch.device | None = None,
+        **arguments,
     ) -> LoraAdapter:
-        """The adapter that ``config`` asks for at ``path``, on the device of the weight ``like``.
+        """The adapter that ``config`` asks for at ``path``, on ``device``, or that of the weight ``like``.
 
         In the dtype of ``like``, or in float32 where that is a 16-bit one.
         """
@@ -94,7 +101,7 @@ class LoraAdapter(nn.Module):
                 "init_lora_weights": config.init_lora_weights,
                 "lora_bias": config.lora_bias,
                 "dtype": torch.float32 if like.dtype in (torch.bfloat16, torch.float16) else like.dtype,
-                "device": like.device,
+                "device": like.device if device is None else device,
             }
             | arguments,
         )
@@ -103,14 +110,16 @@ class LoraAdapter(nn.Module):
         if init_lora_weights == "orthogonal":
             self._reset_orthogonal()
             return
-        if init_lora_weights == "gaussian":
-            nn.init.normal_(self.lora_A, std=1.0 / self.r)
-        elif isinstance(init_lora_weights, bool):
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        else:
+        if init_lora_weights != "gaussian" and not isinstance(init_lora_weights, bool):
             raise ValueError(
                 f'LoraAdapter: init_lora_weights is {init_lora_weights!r}, want True, False, "gaussian" or "orthogonal"'
             )
+        if self.lora_A.is_meta:  # where drawing nothing takes longer than drawing numbers does elsewhere
+            return
+        if init_lora_weights == "gaussian":
+            nn.init.normal_(self.lora_A, std=1.0 / self.r)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         if init_lora_weights is False:
             nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
         else:

@@ -76,13 +76,15 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
         return next(filter(None, (why_weight_unusable(module, name) for name in names)), None)
 
     @classmethod
-    def new_adapter(cls, base_layer: nn.Module, config: LoraConfig, path: str) -> nn.Module:
+    def new_adapter(
+        cls, base_layer: nn.Module, config: LoraConfig, path: str, device: torch.device | None = None
+    ) -> nn.Module:
         E = base_layer.embed_dim
         if base_layer._qkv_same_embed_dim:
-            return LoraAdapter.from_config(config, path, E, 3 * E, base_layer.in_proj_weight)
+            return LoraAdapter.from_config(config, path, E, 3 * E, base_layer.in_proj_weight, device)
         weights = {name: getattr(base_layer, name) for name in _SEPARATE}
         return SeparateProjections(
-            {name: LoraAdapter.from_config(config, path, w.shape[1], E, w) for name, w in weights.items()}
+            {name: LoraAdapter.from_config(config, path, w.shape[1], E, w, device) for name, w in weights.items()}
         )
 
     @property

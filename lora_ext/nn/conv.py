@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -48,7 +49,9 @@ class LoraConv(LoraLayer):
         return why_weight_unusable(module, called=True)
 
     @classmethod
-    def new_adapter(cls, base_layer: nn.Module, config: LoraConfig, path: str) -> LoraAdapter:
+    def new_adapter(
+        cls, base_layer: nn.Module, config: LoraConfig, path: str, device: torch.device | None = None
+    ) -> LoraAdapter:
         """Raises ValueError: the rank cannot be divided by the layer's groups."""
         rank = config.rank_for(path)
         if rank % base_layer.groups:
@@ -62,6 +65,7 @@ class LoraConv(LoraLayer):
             base_layer.in_channels,
             base_layer.out_channels,
             base_layer.weight,
+            device,
             shapes=_shapes(base_layer, rank),
         )
 

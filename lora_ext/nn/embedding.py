@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -72,9 +73,10 @@ class LoraEmbedding(LoraLayer):
         return why_weight_unusable(module, called=True)
 
     @classmethod
-    def new_adapter(cls, base_layer: nn.Module, config: LoraConfig, path: str) -> EmbeddingAdapter:
-        num_embeddings, embedding_dim = base_layer.weight.shape
-        return EmbeddingAdapter.from_config(config, path, num_embeddings, embedding_dim, base_layer.weight)
+    def new_adapter(
+        cls, base_layer: nn.Module, config: LoraConfig, path: str, device: torch.device | None = None
+    ) -> EmbeddingAdapter:
+        return EmbeddingAdapter.from_config(config, path, *base_layer.weight.shape, base_layer.weight, device)
 
     @property
     def in_features(self) -> int:

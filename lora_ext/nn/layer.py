@@ -227,8 +227,10 @@ class LoraLayer(AdapterLayer):
         return why_weight_unusable(module, cls.weight_name)
 
     @classmethod
-    def new_adapter(cls, base_layer: nn.Module, config: LoraConfig, path: str) -> LoraAdapter:
-        """A fresh adapter for ``base_layer``, found at ``path``."""
+    def new_adapter(
+        cls, base_layer: nn.Module, config: LoraConfig, path: str, device: torch.device | None = None
+    ) -> LoraAdapter:
+        """A fresh adapter for ``base_layer``, found at ``path``; on another device than it, if one is given."""
         raise NotImplementedError
 
     def factor_shapes(self, adapter: LoraAdapter) -> dict[str, tuple[int, ...]]:

@@ -44,9 +44,10 @@ class LoraLinear(LoraLayer):
         )
 
     @classmethod
-    def new_adapter(cls, base_layer: nn.Module, config: LoraConfig, path: str) -> LoraAdapter:
-        in_features, out_features = linear_sizes(base_layer)
-        return LoraAdapter.from_config(config, path, in_features, out_features, base_layer.weight)
+    def new_adapter(
+        cls, base_layer: nn.Module, config: LoraConfig, path: str, device: torch.device | None = None
+    ) -> LoraAdapter:
+        return LoraAdapter.from_config(config, path, *linear_sizes(base_layer), base_layer.weight, device)
 
     @property
     def in_features(self) -> int:

@@ -108,12 +108,14 @@ class LoraMergedLinear(LoraLinear):
                 self.active.names = (adapter_name,)
 
     @classmethod
-    def new_adapter(cls, base_layer: nn.Module, config: LoraConfig, path: str) -> LoraAdapter:
+    def new_adapter(
+        cls, base_layer: nn.Module, config: LoraConfig, path: str, device: torch.device | None = None
+    ) -> LoraAdapter:
         enable_lora = config.enable_lora_for(path)
         if enable_lora is None:
-            return super().new_adapter(base_layer, config, path)
+            return super().new_adapter(base_layer, config, path, device)
         sizes = linear_sizes(base_layer)
-        return MergedAdapter.from_config(config, path, *sizes, base_layer.weight, enable_lora=enable_lora)
+        return MergedAdapter.from_config(config, path, *sizes, base_layer.weight, device, enable_lora=enable_lora)
 
     def factor_shapes(self, adapter: LoraAdapter) -> dict[str, tuple[int, ...]]:
         if not isinstance(adapter, MergedAdapter):

@@ -71,12 +71,15 @@ class LoraParameter(TransparentLayer, LoraLayer):
         )
 
     @classmethod
-    def new_adapter_of(cls, module: nn.Module, name: str, config: LoraConfig, path: str) -> LoraAdapter:
-        """A fresh adapter for the parameter ``name`` of ``module``, found at ``path``."""
+    def new_adapter_of(
+        cls, module: nn.Module, name: str, config: LoraConfig, path: str, device: torch.device | None = None
+    ) -> LoraAdapter:
+        """A fresh adapter for the parameter ``name`` of ``module``, found at ``path``; ``device`` as in new_adapter."""
         num_experts, out_features, in_features = _sizes(module, name)
         r = config.rank_for(path)
         shapes = (r * num_experts, in_features), (out_features, r * num_experts)
-        return LoraAdapter.from_config(config, path, in_features, out_features, module._parameters[name], shapes=shapes)
+        weight = module._parameters[name]
+        return LoraAdapter.from_config(config, path, in_features, out_features, weight, device, shapes=shapes)
 
     def target_name(self, path: str) -> str:
         return f"{path}.{self.parameter_name}"

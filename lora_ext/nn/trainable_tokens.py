@@ -15,14 +15,20 @@ class TokenRows(nn.Module):
     Attributes:
         rows: ``[num_tokens, embedding_dim]``, trained: at first what the weight has, in float32 where that is 16 bits.
         tokens: their numbers.
+
+    Args:
+        device: of the rows, where it is another than the weight's; they are then uninitialised.
     """
 
-    def __init__(self, weight: Tensor, tokens: tuple[int, ...]) -> None:
+    def __init__(self, weight: Tensor, tokens: tuple[int, ...], device: torch.device | None = None) -> None:
         super().__init__()
         self.tokens = tokens
         dtype = torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
-        index = torch.tensor(tokens, device=weight.device)
-        self.rows = nn.Parameter(weight.detach()[index].to(dtype))
+        if device is None or device == weight.device:
+            rows = weight.detach()[torch.tensor(tokens, device=weight.device)].to(dtype)
+        else:
+            rows = torch.empty(len(tokens), weight.shape[1], dtype=dtype, device=device)
+        self.rows = nn.Parameter(rows)
         self._make_buffers()
 
     def _make_buffers(self) -> None:

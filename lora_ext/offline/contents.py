@@ -19,14 +19,15 @@ from typing import Any, Literal
 
 from ..adapter_file import KEY_PREFIX, AdapterFile
 from ..config import LoraConfig
-from ..printable import check_name, listed
-from .names import ends
+from ..path_names import EndTable
+from ..printable import LONGEST_NAME, check_name, listed, shown
 
 __all__ = ["AdapterContents", "LowRankUpdate", "TokenRows", "read_contents", "strip_base_layer"]
 
 Kind = Literal["linear", "embedding", "conv", "attention", "parameter"]
 
 _FACTOR = re.compile(r"(?:(?P<path>.*)\.)?lora_(?P<side>A\.weight|B\.weight|B\.bias|embedding_A|embedding_B)")
+_MOST_PARAMETERS = 64  # of a module, without those of its children
 _TOKENS = re.compile(r"(?P<path>.*?)(?:\.token_adapter)?\.trainable_tokens_delta")
 
 
@@ -84,7 +85,7 @@ def read_contents(file: AdapterFile) -> AdapterContents:
             their shapes do not fit each other, or the rank that the config gives the layer. All such are listed.
     """
     config = _config(file)
-    parameters, indices = _ParameterNames(config), _TokenIndices(file)
+    parameters, indices = _TargetParameters(config), _TokenIndices(file)
     factors: dict[str, dict[str, str]] = {}  # by the path with its .base_layer
     tokens, replaced, problems = [], {}, []
     for key in file.keys():  # noqa: SIM118  it is no mapping
@@ -139,11 +140,13 @@ def _update(
         raise ValueError(f"missing key: the other half of {next(iter(sides.values()))}")
     shape_A, shape_B = file.shape(A), file.shape(B)
     if len(shape_A) < 2 or len(shape_B) != len(shape_A) or 0 in shape_A + shape_B or set(shape_B[2:]) - {1}:
-        raise ValueError(f"shapes of {path}: lora_A {list(shape_A)}, lora_B {list(shape_B)}")
+        raise ValueError(f"shapes of {path}: lora_A {shown(list(shape_A))}, lora_B {shown(list(shape_B))}")
     if not (file.dtype(A).is_floating_point and file.dtype(B).is_floating_point):
         raise ValueError(f"dtypes of {path}: lora_A {file.dtype(A)}, lora_B {file.dtype(B)}, want floating point")
     if nested > 1 and len(parameters) < nested:
-        raise ValueError(f"{path} has {nested} updates, but the config's target_parameters are {list(parameters)}")
+        raise ValueError(
+            f"{path} has {nested} updates, but the config's target_parameters are {shown(list(parameters))}"
+        )
     if _is_attention(wrapped, factors):
         kind, parameters = "attention", ()
     elif parameters and not embedding:
@@ -154,7 +157,7 @@ def _update(
     names = [f"{path}.{name}" for name in parameters] or [path]
     settings = {(config.rank_for(name), config.scaling_for(name)) for name in names}
     if len(settings) > 1:
-        raise ValueError(f"{path}: rank_pattern or alpha_pattern tell its parameters {list(parameters)} apart")
+        raise ValueError(f"{path}: rank_pattern or alpha_pattern tell its parameters {shown(list(parameters))} apart")
     r, scaling = settings.pop()
     fits = shape_A[0] == shape_B[1] == r
     if kind == "parameter":
@@ -175,41 +178,44 @@ def _is_attention(wrapped: str, factors: Mapping[str, Any]) -> bool:
     return wrapped in factors and f"{wrapped}.base_layer.out_proj" in factors
 
 
-class _ParameterNames:
+class _TargetParameters:
     """Names of a module's own parameters that ``target_parameters`` may mean."""
 
     def __init__(self, config: LoraConfig) -> None:
-        self._by_module: dict[str, list[tuple[int, str]]] = {}
-        for position, target in enumerate(config.target_parameters or ()):
+        self._names: dict[str, dict[str, int]] = {}  # by module: names, and their places in the config
+        for place, target in enumerate(config.target_parameters or ()):
             module, _, name = target.rpartition(".")
-            self._by_module.setdefault(module, []).append((position, name))
+            if len(name) <= LONGEST_NAME:
+                self._names.setdefault(module, {}).setdefault(name, place)
+        self._modules = EndTable(module for module in self._names if module)
 
     def of(self, path: str) -> tuple[str, ...]:
-        """Those of the module at ``path``, in the order of the config."""
-        if not self._by_module:
-            return ()
-        found = [own for module in {"", path, *ends(path)} for own in self._by_module.get(module, ())]
-        return tuple(dict.fromkeys(name for _, name in sorted(found)))
+        """ValueError: more than any module has."""
+        places: dict[str, int] = {}
+        for module in ("", *self._modules.find(path)):
+            for name, place in self._names.get(module, {}).items():
+                places[name] = min(place, places.get(name, place))
+        if len(places) > _MOST_PARAMETERS:
+            raise ValueError(f"target_parameters names {len(places)} of {path}, want at most {_MOST_PARAMETERS}")
+        return tuple(sorted(places, key=places.__getitem__))
 
 
 class _TokenIndices:
-    """The rows that ``trainable_token_indices`` names."""
+    """The numbers of an embedding's rows that ``trainable_token_indices`` names."""
 
     def __init__(self, file: AdapterFile) -> None:
-        self._file, self._indices = file, file.config.get("trainable_token_indices")
-        self._order = {name: i for i, name in enumerate(self._indices)} if isinstance(self._indices, dict) else {}
+        self._directory, indices = file.directory, file.config.get("trainable_token_indices")
+        self._by_name = indices if isinstance(indices, dict) else {}
+        self._names = EndTable(self._by_name)
+        self._of_all = tuple(indices) if isinstance(indices, list) else None
 
     def of(self, path: str) -> tuple[int, ...]:
-        """The rows of the embedding at ``path``: of the first name in the config that is it, or its end after a dot."""
-        indices = self._indices
-        if isinstance(indices, dict):
-            names = [name for name in (path, *ends(path)) if name in indices]
-            indices = indices[min(names, key=self._order.__getitem__)] if names else None
-        if not isinstance(indices, list):
-            raise ValueError(
-                f"{self._file.directory}: trainable_token_indices of the config does not name {path}'s rows"
-            )
-        return tuple(indices)
+        if self._of_all is not None:
+            return self._of_all
+        names = self._names.find(path)
+        if not names or not isinstance(self._by_name[names[0]], list):
+            raise ValueError(f"{self._directory}: trainable_token_indices of the config does not name {path}'s rows")
+        return tuple(self._by_name[names[0]])
 
 
 def _config(file: AdapterFile) -> LoraConfig:

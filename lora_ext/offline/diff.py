@@ -126,7 +126,9 @@ def _model_config(checkpoint: Checkpoint) -> dict[str, Any]:
 def _ordered(config: dict[str, Any]) -> dict[str, Any]:
     """PEFT writes names of modules, which are a set, in any order."""
     return {
-        key: sorted(value) if key.endswith(("_modules", "modules_to_save")) and isinstance(value, list) else value
+        key: sorted(value, key=repr)
+        if key.endswith(("_modules", "modules_to_save")) and isinstance(value, list)
+        else value
         for key, value in config.items()
     }
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .._checks import FLOATING, accumulation_dtype
 from ..adapter_file import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE
-from ..config import name_covers
 from ..file_bytes import tensor_bytes
+from ..path_names import name_covers
 from ..printable import listed
 from ..safetensors_format import DTYPE_NAMES
 from .checkpoint_files import Checkpoint, raw_blocks

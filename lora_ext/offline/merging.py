@@ -167,7 +167,12 @@ def _open_source(plan: TensorPlan, base: Checkpoint, dtype: torch.dtype) -> Iter
     """``read(begin, end, cols)``: rows of the tensor before it is changed, in memory of their own."""
     if plan.replacement is not None:
         adapter, key = plan.replacement
-        yield lambda begin, end, cols: adapter.tensor(key).reshape(-1, cols)[begin:end].to(dtype, copy=True)
+
+        def read_replacement(begin: int, end: int, cols: int) -> Tensor:
+            values = adapter.tensor(key).flatten()[begin * cols : end * cols]  # a row may be empty
+            return values.view(end - begin, cols).to(dtype, copy=True)
+
+        yield read_replacement
         adapter.release()
         return
     info = base.info(plan.source)

@@ -10,7 +10,7 @@ import torch
 
 from .._checks import FLOATING
 from ..adapter_file import AdapterFile
-from ..printable import listed
+from ..printable import listed, shown
 from ..safetensors_format import DTYPE_NAMES, DTYPES
 from .checkpoint_files import Checkpoint
 from .contents import AdapterContents, LowRankUpdate
@@ -199,7 +199,7 @@ class _Entry:
             )
         elif not all(type(index) is int and 0 <= index < tensor.shape[0] for index in indices):
             self.problems.append(
-                f"trainable_token_indices: {list(indices)}, want rows of {target} {list(tensor.shape)}"
+                f"trainable_token_indices: {shown(list(indices))}, want rows of {target} {list(tensor.shape)}"
             )
         else:
             tensor.rows.append((self.file, key, indices))

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..adapter_file import KEY_PREFIX, AdapterFile
+from ..file_bytes import read_into
 from ..offline.checkpoint_files import Checkpoint
 from ..offline.contents import AdapterContents, LowRankUpdate
-from ..offline.file_bytes import read_into
 from ..offline.layouts import num_matrices
 from ..offline.merging import matrix_shape, split_stack
 from ..offline.plan import MergePlan, Term, plan_merge

@@ -1,0 +1,146 @@
+"""Reads hostile files, each in a forked process whose memory and processor time are limited.
+
+Arguments: a directory, where to put the results, and what is attacked ("config", "weights", "method" or "kinds").
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import BertConfig, BertForSequenceClassification
+
+from hostile.configs import SMALL, WIDTH, configs
+from hostile.methods import methods
+from hostile.weights import weights
+from lora_ext import LoraConfig, inject, load_adapter
+from lora_ext.adapters import hotswap_adapter
+from lora_ext.methods import load_method
+from lora_ext.offline.inspect import inspect
+from lora_ext.offline.merge import merge
+
+SECONDS = 10  # what a hang takes; the promise is one
+directory, attacks = Path(sys.argv[1]), sys.argv[3:]
+warnings.simplefilter("ignore")
+
+
+def model() -> torch.nn.Module:
+    """With the names of BERT-base, and its vocabulary."""
+    return BertForSequenceClassification(BertConfig(hidden_size=WIDTH, intermediate_size=2 * WIDTH))
+
+
+def limited(action: Callable[[], object]) -> dict:
+    """What became of it in a process of its own: "error", "message", "trace", "seconds" and "megabytes"."""
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        status = 1
+        try:
+            resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+            begin, before = time.process_time(), _peak(reset=True)
+            told = {"error": "", "message": "", "trace": ""}
+            try:
+                action()
+            except BaseException as error:
+                lines = traceback.format_exception(error, limit=-3)
+                told = {"error": type(error).__name__, "message": str(error), "trace": "".join(lines)[-2000:]}
+            told |= {"seconds": time.process_time() - begin, "megabytes": _peak() - before}
+            with os.fdopen(writing, "wb") as pipe:
+                pipe.write(json.dumps(told).encode())
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        told = pipe.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return json.loads(told) if status == 0 else {"error": f"ended with {status}", "message": "", "trace": ""}
+
+
+def _peak(reset: bool = False) -> float:
+    """The most memory that this process has had, or now has."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def factors() -> dict[str, torch.Tensor]:
+    """What the config ``SMALL`` is of."""
+    names = [f"base_model.model.bert.encoder.layer.{i}.attention.self.query.lora_" for i in range(12)]
+    tensors = {f"{name}A.weight": torch.zeros(2, WIDTH) for name in names}
+    return tensors | {f"{name}B.weight": torch.zeros(WIDTH, 2) for name in names}
+
+
+def cases(attacked: str) -> Iterator[tuple[str, str | None, Callable[[], object]]]:
+    """Name, words of the error ("" for none, None for any or none), and what is tried."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    config, tensors = directory / "adapter_config.json", directory / "adapter_model.safetensors"
+    bare = model()
+    save_file(factors(), tensors)
+    config.write_text(json.dumps(SMALL))
+    if attacked == "config":
+        for name, (content, words) in configs().items():
+            config.write_bytes(content if isinstance(content, bytes) else content.encode())
+            yield name, words, lambda: load_adapter(bare, directory)
+            if not name.startswith(("target_modules", "exclude_modules", "layers_pattern")):  # without a model, no use
+                yield f"inspect: {name}", None, lambda: inspect(directory)
+    elif attacked == "weights":
+        adapted, base = inject(model(), LoraConfig.from_dict(SMALL)), directory.parent / "base"
+        base.mkdir(exist_ok=True)
+        save_file(bare.state_dict(), base / "model.safetensors")
+        for name, (content, words) in weights().items():
+            tensors.write_bytes(content)
+            yield name, words, lambda: load_adapter(bare, directory)
+            yield f"hotswap: {name}", None, lambda: hotswap_adapter(adapted, directory)
+            yield f"merge: {name}", None, lambda: merge(base, [directory], base.parent / "out", overwrite=True)
+            yield f"inspect: {name}", None, lambda: inspect(directory)
+    elif attacked == "method":
+        config.unlink()
+        for name, (content, words) in methods().items():
+            (directory / "method.json").write_text(content)
+            yield name, words, lambda: load_method(bare, directory)
+    else:
+        yield from _kinds(bare)
+
+
+def _kinds(bare: torch.nn.Module) -> Iterator[tuple[str, str | None, Callable[[], object]]]:
+    """Directories, pipes and the like in the places of files."""
+    (directory / "method.json").write_text(json.dumps({"methods": [{"name": "bitfit", "options": {}}]}))
+    save_file({"a": torch.zeros(1)}, directory / "method.safetensors")
+    readers = {
+        "adapter_config.json": (load_adapter, inspect),
+        "adapter_model.safetensors": (load_adapter, inspect),
+        "method.json": (load_method,),
+        "method.safetensors": (load_method,),
+    }
+    kinds = {
+        "pipe": (os.mkfifo, "is a pipe, want a regular file"),
+        "directory": (os.mkdir, "is a directory, want a regular file"),
+        "device": (lambda path: os.symlink("/dev/zero", path), "is a device, want a regular file"),
+        "loop": (lambda path: os.symlink(path.name, path), None),
+    }
+    for name, own in readers.items():
+        path = directory / name
+        path.rename(directory / "kept")
+        for kind, (make, words) in kinds.items():
+            make(path)
+            for reader in own:
+                read = (lambda r=reader: r(directory)) if reader is inspect else (lambda r=reader: r(bare, directory))
+                yield f"{reader.__name__}: {name} is a {kind}", words, read
+            os.rmdir(path) if kind == "directory" else path.unlink()
+        (directory / "kept").rename(path)
+
+
+results = [[name, words, limited(action)] for attacked in attacks for name, words, action in cases(attacked)]
+Path(sys.argv[2]).write_text(json.dumps(results))
