@@ -64,7 +64,9 @@ def bottleneck(
     try:
         refuse_forward_mode("bottleneck", *tensors)
         if not (_fits(down_bias, down_weight) and _fits(up_bias, up_weight)):
-            raise RuntimeError("bottleneck: a bias does not fit")  # which PyTorch would broadcast or cast
+            raise RuntimeError(
+                "bottleneck: a bias does not fit"
+            )  # which PyTorch would broadcast, cast, or (a meta one) leave out
         if any_requires_grad(*tensors):
             return _Bottleneck.apply(*tensors, activation)
         return _forward(*tensors, activation)[0]
@@ -77,7 +79,10 @@ def bottleneck(
 
 def _fits(bias: Tensor | None, weight: Tensor) -> bool:
     return bias is None or (
-        bias.dtype in _checks.FLOATING and bias.layout is torch.strided and bias.shape == weight.shape[:1]
+        bias.dtype in _checks.FLOATING
+        and bias.layout is torch.strided
+        and bias.shape == weight.shape[:1]
+        and bias.device == weight.device
     )
 
 

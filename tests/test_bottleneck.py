@@ -304,11 +304,20 @@ BAD = {
         ValueError,
         "down_weight has size 0, want at least 1",
     ),
-    "device": (
-        {"up_weight": torch.randn(20, 4, device="meta")},
-        ValueError,
-        f"up_weight is on meta but x is on {HERE}",
-    ),
+    **{
+        f"device of {name}": (
+            {name: torch.randn(*sizes, device="meta")},
+            ValueError,
+            f"{name} is on meta but x is on {HERE}",
+        )
+        for name, sizes in {
+            "down_weight": (4, 24),
+            "down_bias": (4,),  # PyTorch's own += takes it, and does nothing
+            "up_weight": (20, 4),
+            "up_bias": (20,),
+            "residual": (3, 20),
+        }.items()
+    },
     "activation": ({"activation": "tanh"}, ValueError, "activation is 'tanh', want one of relu, gelu, silu, identity"),
 }
 
