@@ -70,12 +70,15 @@ def test_two_checkpoints(tmp_path):
     assert not diff(tmp_path / "one", tmp_path / "one")
 
 
-def test_a_sign_of_zero_and_nan_are_differences(tmp_path):
+def test_a_sign_of_zero_and_nan_are_differences(tmp_path, capsys):
     for name, values in {"plus": [0.0, 1.0], "minus": [-0.0, 1.0], "nan": [0.0, float("nan")]}.items():
         save_checkpoint({"a": torch.tensor(values)}, tmp_path / name, shards=1)
     assert diff(tmp_path / "plus", tmp_path / "minus").values == {"a": {"max_abs": 0.0, "relative": 0.0}}
     assert math.isnan(diff(tmp_path / "plus", tmp_path / "nan").values["a"]["max_abs"])
     assert not diff(tmp_path / "nan", tmp_path / "nan")
+    assert cli.main(["diff", str(tmp_path / "plus"), str(tmp_path / "nan"), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)  # NaN is not JSON
+    assert found["values"]["a"]["max_abs"] is None
 
 
 def test_two_adapters_and_the_exit_code(tmp_path, capsys):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +30,7 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
     with files.mistakes():
         found = diff(args.a, args.b)
     if args.json:
-        print(json.dumps(dataclasses.asdict(found), indent=2))
+        files.print_json(found)
         return _EXIT_DIFFERENT if found else 0
     for where, keys in ((args.a, found.only_a), (args.b, found.only_b)):
         for key in keys:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,7 +57,7 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
             show_progress=True,
         )
     if args.json:
-        print(json.dumps(dataclasses.asdict(report), indent=2))
+        files.print_json(report)
         return
     ranks = list(report.errors)
     rows = [["relative error at rank", *map(str, ranks)]]

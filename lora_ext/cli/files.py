@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
+import math
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -27,6 +31,23 @@ def mistakes() -> Iterator[None]:
         raise
     except (ValueError, OSError, RuntimeError) as error:
         raise TaskError(escaped(str(error), keep="\n")) from error
+
+
+def print_json(content: Any) -> None:
+    """Prints a dataclass, or what JSON has, as JSON; NaN and infinite numbers, which it has not, are null."""
+    if dataclasses.is_dataclass(content):
+        content = dataclasses.asdict(content)
+    print(json.dumps(_without_non_finite(content), indent=2, allow_nan=False))
+
+
+def _without_non_finite(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {key: _without_non_finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_without_non_finite(value) for value in content]
+    return content
 
 
 def size(text: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
     with files.mistakes():
         found = inspect(args.path, allow_pickle=args.allow_pickle)
     if args.json:
-        print(json.dumps(found, indent=2))
+        files.print_json(found)
         return
     files.tell(files.table(_adapter(found) if found["kind"] == "adapter" else _checkpoint(found)))
     dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in found["dtypes"].items())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -74,7 +73,7 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
     say = lambda line: print(line, file=sys.stderr)  # noqa: E731  standard output is the plan
     result = plan(PlanSettings(finetune, **own), args.out, overwrite=args.overwrite, say=say)
     if args.json:
-        print(json.dumps(result, indent=2))
+        files.print_json(result)
         return
     print(plan_report.title(result))
     print(files.table(plan_report.rows(result)))

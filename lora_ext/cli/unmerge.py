@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,7 +47,7 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
         )
     not_restored = not report.exact and not args.adapters
     if args.json:
-        print(json.dumps(dataclasses.asdict(report), indent=2))
+        files.print_json(report)
         return _EXIT_NOT_EXACT if not_restored else 0
     how = "restored to the bit" if not args.adapters else "unmerged by subtraction, rounded: not the base's bits"
     files.tell(
