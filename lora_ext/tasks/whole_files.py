@@ -50,9 +50,18 @@ def writing(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise WriteError(f"{path} cannot be written: {error.strerror or error}") from error
-    except (SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError
+    except Exception as error:
+        if not _is_about_the_disk(error):
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise WriteError(f"{path} cannot be written: {reason}") from error
+
+
+def _is_about_the_disk(error: Exception) -> bool:
+    """Whether this is what a library makes of an OSError."""
+    if isinstance(error, SafetensorError | RuntimeError):  # torch.save raises RuntimeError
+        return True
+    return type(error) is Exception and "(os error " in str(error)  # a tokenizer's
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
