@@ -9,7 +9,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CUDA_ARCHS := 80,86,89,90a,100,120
 CXX_FILES = $(shell git ls-files '*.cpp' '*.h' '*.inc' '*.cu' '*.cuh')
 
-.PHONY: help finetune test test-full peft-conformance adapterhub-conformance lint format build cuda wheel test-abi info bench clean
+.PHONY: help finetune test test-full asan ubsan tsan sanitize-quick fuzz peft-conformance adapterhub-conformance lint format build cuda wheel test-abi info bench clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -17,6 +17,10 @@ help:
 	@echo 'make finetune   fine-tune a real model with LoRA on real reviews; the result lands in $(OUT) (ARGS=--resume to go on)'
 	@echo 'make test       the whole test suite (PYTEST_ARGS="-k name" for a part)'
 	@echo 'make test-full  with the tests that take minutes each'
+	@echo 'make asan       C++ tests, op tests and op fuzzer under AddressSanitizer, with every instruction set that runs here'
+	@echo 'make ubsan      the same under UndefinedBehaviorSanitizer; make tsan: under ThreadSanitizer; each tries planted bugs, too'
+	@echo 'make sanitize-quick  a part of all three'
+	@echo 'make fuzz       malformed and extreme calls and files (SECONDS=60, AREAS="ops files", SEED=1): crashes, hangs, wrong results'
 	@echo 'make peft-conformance  the LoRA tests of a peft source tree, without and with our layers (PEFT_SOURCE=path)'
 	@echo 'make adapterhub-conformance  bottleneck adapters computed by AdapterHub, in an environment of its own, and here'
 	@echo 'make lint       ruff and clang-format, without building anything'
@@ -38,6 +42,15 @@ test: $(VENV)/.test $(VENV)/.built
 
 test-full: $(VENV)/.test $(VENV)/.built
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal --slow $(PYTEST_ARGS)
+
+asan ubsan tsan: $(VENV)/.test $(VENV)/.built
+	PYTHONPATH=tests $(BIN)/python -m sanitize $@
+
+sanitize-quick: $(VENV)/.test $(VENV)/.built
+	PYTHONPATH=tests $(BIN)/python -m sanitize asan ubsan tsan --quick
+
+fuzz: $(VENV)/.test $(VENV)/.built
+	PYTHONPATH=tests $(BIN)/python -m fuzz $(AREAS) --seconds $(or $(SECONDS),60) $(addprefix --seed ,$(SEED))
 
 # What passes with PEFT itself must pass with our layers in the places of PEFT's.
 peft-conformance: $(VENV)/.conformance $(VENV)/.built

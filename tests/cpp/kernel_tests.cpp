@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <thread>
 #include <type_traits>
 #include <vector>
 #if defined(__SSE2__)
@@ -142,69 +143,206 @@ std::vector<float> random_values(int64_t count) {
   return values;
 }
 
+// Runs f(chunk) of every chunk in a thread of its own: what two of them touch is there for a sanitizer to see.
+template <class F>
+void in_threads(int64_t num_chunks, const F& f) {
+  std::vector<std::thread> threads;
+  for (int64_t chunk = 0; chunk < num_chunks; ++chunk) threads.emplace_back([&f, chunk] { f(chunk); });
+  for (std::thread& thread : threads) thread.join();
+}
+
+// The scratch memory of a call, each piece of it no larger than it is said to be.
+struct Scratch {
+  Workspace workspace{};
+  std::vector<float> lora_A, partial, left, grad_A, lora_B_t[kNumLayers], grad_B_t[kNumLayers];
+
+  Scratch(int64_t num_chunks, bool want_gradients) {
+    const auto room = [](std::vector<float>& piece, int64_t count) -> void* {
+      piece.assign(static_cast<size_t>(count), NAN);
+      return piece.data();
+    };
+    workspace.lora_A = room(lora_A, roomy_ranks(kTotalRank) * padded(kIn));
+    workspace.partial_sum = room(partial, num_chunks * kBlockRows * kPartialStride);
+    workspace.left = room(left, num_chunks * kLeftBlocks * block_lanes(kTotalRank));
+    workspace.partial_stride = kPartialStride;
+    if (want_gradients) workspace.grad_A = room(grad_A, num_chunks * kTotalRank * padded(kIn));
+    for (int i = 0; i < kNumLayers; ++i) {
+      const auto [out, rank] = kLayers[i];
+      workspace.lora_B_t[i] = room(lora_B_t[i], roomy_ranks(rank) * padded(out));
+      if (want_gradients) workspace.grad_B_t[i] = room(grad_B_t[i], num_chunks * rank * padded(out));
+    }
+  }
+};
+
+void check_close(const std::vector<float>& values, const std::vector<double>& expected, const char* isa,
+                 const char* what, int layer) {
+  for (size_t i = 0; i < expected.size(); ++i) {
+    CHECK(std::fabs(values[i] - expected[i]) < 1e-4, "%s: layer %d %s[%d] = %g, want %g", isa, layer, what,
+          static_cast<int>(i), values[i], expected[i]);
+  }
+}
+
+// Layers that read one x, with all that a forward and a backward want of them.
+struct Layers {
+  std::vector<float> x = random_values(kTokens * kIn), A[kNumLayers], B[kNumLayers], bias[kNumLayers],
+                     grad_y[kNumLayers];
+  int64_t seed = static_cast<int64_t>(kSeed);
+  uint32_t threshold = 16384;
+  std::vector<double> kept;  // dropout(x), without its scale
+  double scale[kNumLayers];
+
+  Layers() : kept(static_cast<size_t>(kTokens * kIn)) {
+    for (int i = 0; i < kNumLayers; ++i) {
+      const auto [out, rank] = kLayers[i];
+      A[i] = random_values(rank * kIn), B[i] = random_values(out * rank), bias[i] = random_values(out);
+      grad_y[i] = random_values(kTokens * out);
+      scale[i] = 0.5 * (i + 1) * dropout_rescale(threshold);
+    }
+    for (int64_t m = 0; m < kTokens; ++m) {
+      for (int64_t k = 0; k < kIn; ++k) {
+        const uint8_t bits = dropout_mask_byte(kSeed, m, static_cast<uint32_t>(k / 8), threshold);
+        kept[m * kIn + k] = bits >> (k % 8) & 1 ? x[m * kIn + k] : 0.0f;
+      }
+    }
+  }
+
+  // scale * dropout(x) @ A^T [num_tokens, rank]
+  std::vector<double> expected_xa(int layer) const {
+    const int64_t rank = kLayers[layer].rank;
+    std::vector<double> xa(static_cast<size_t>(kTokens * rank));
+    for (int64_t m = 0; m < kTokens; ++m) {
+      for (int64_t r = 0; r < rank; ++r) {
+        for (int64_t k = 0; k < kIn; ++k) xa[m * rank + r] += kept[m * kIn + k] * A[layer][r * kIn + k];
+        xa[m * rank + r] *= scale[layer];
+      }
+    }
+    return xa;
+  }
+
+  // scale * grad_y @ B [num_tokens, rank]
+  std::vector<double> expected_grad_xa(int layer) const {
+    const auto [out, rank] = kLayers[layer];
+    std::vector<double> grad_xa(static_cast<size_t>(kTokens * rank));
+    for (int64_t m = 0; m < kTokens; ++m) {
+      for (int64_t r = 0; r < rank; ++r) {
+        for (int64_t n = 0; n < out; ++n) {
+          grad_xa[m * rank + r] += scale[layer] * grad_y[layer][m * out + n] * B[layer][n * rank + r];
+        }
+      }
+    }
+    return grad_xa;
+  }
+};
+
+// Columns [begin, begin + count) of a matrix with rows of `stride` numbers.
+std::vector<float> columns(const std::vector<float>& matrix, int64_t stride, int64_t begin, int64_t count) {
+  std::vector<float> part;
+  for (size_t row = 0; row < matrix.size() / static_cast<size_t>(stride); ++row) {
+    for (int64_t i = 0; i < count; ++i) part.push_back(matrix[row * static_cast<size_t>(stride) + begin + i]);
+  }
+  return part;
+}
+
 // Forward in any number of chunks against plain loops in double.
 void forward_follows_its_formula(const Kernels& kernels, const char* isa, int64_t num_chunks) {
-  const std::vector<float> x = random_values(kTokens * kIn);
-  std::vector<float> xa(kTokens * kTotalRank, NAN);
+  const Layers layers;
+  std::vector<float> xa(kTokens * kTotalRank, NAN), y[kNumLayers];
   std::vector<uint8_t> mask(static_cast<size_t>(kTokens * mask_row_bytes(kIn)));
-  const int64_t seed = static_cast<int64_t>(kSeed);
 
   LoraForwardParams p{};
   p.num_siblings = kNumLayers, p.num_tokens = kTokens, p.in_features = kIn, p.total_rank = kTotalRank;
-  p.x = x.data(), p.x_stride = kIn, p.seed = &seed, p.xa = xa.data(), p.mask = mask.data();
+  p.x = layers.x.data(), p.x_stride = kIn, p.seed = &layers.seed, p.xa = xa.data(), p.mask = mask.data();
   p.dtype = p.factor_dtype = DType::kFloat32;
-  p.threshold = 16384;
+  p.threshold = layers.threshold;
+  for (int64_t i = 0, rank_begin = 0; i < kNumLayers; rank_begin += kLayers[i].rank, ++i) {
+    y[i].assign(static_cast<size_t>(kTokens * kLayers[i].out), NAN);
+    p.siblings[i] = {.out_features = kLayers[i].out,
+                     .rank = kLayers[i].rank,
+                     .rank_begin = rank_begin,
+                     .lora_A = layers.A[i].data(),
+                     .lora_B = layers.B[i].data(),
+                     .bias = layers.bias[i].data(),
+                     .base = nullptr,
+                     .y = y[i].data(),
+                     .scale = layers.scale[i]};
+  }
+  const Scratch scratch(num_chunks, false);
+  for (int which = 0; which < 2 * kNumLayers; ++which) kernels.pack_forward(p, scratch.workspace, which);
+  in_threads(num_chunks, [&](int64_t chunk) { kernels.forward(p, scratch.workspace, chunk, num_chunks); });
 
-  std::vector<float> packed_A(roomy_ranks(kTotalRank) * padded(kIn)),
-      partial(static_cast<size_t>(num_chunks * kBlockRows * kPartialStride)),
-      left(static_cast<size_t>(num_chunks * kLeftBlocks * block_lanes(kTotalRank)));
-  Workspace w{};
-  w.lora_A = packed_A.data(), w.partial_sum = partial.data(), w.left = left.data();
-  w.partial_stride = kPartialStride;
-
-  std::vector<float> A[kNumLayers], B[kNumLayers], bias[kNumLayers], y[kNumLayers], packed_B[kNumLayers];
-  int64_t rank_begin = 0;
   for (int i = 0; i < kNumLayers; ++i) {
     const auto [out, rank] = kLayers[i];
-    A[i] = random_values(rank * kIn), B[i] = random_values(out * rank), bias[i] = random_values(out);
-    y[i].assign(static_cast<size_t>(kTokens * out), NAN);
-    packed_B[i].resize(static_cast<size_t>(roomy_ranks(rank) * padded(out)));
+    const std::vector<double> expected_xa = layers.expected_xa(i);
+    check_close(columns(xa, kTotalRank, p.siblings[i].rank_begin, rank), expected_xa, isa, "xa", i);
+    std::vector<double> expected(static_cast<size_t>(kTokens * out));
+    for (int64_t m = 0; m < kTokens; ++m) {
+      for (int64_t n = 0; n < out; ++n) {
+        expected[m * out + n] = layers.bias[i][n];
+        for (int64_t r = 0; r < rank; ++r)
+          expected[m * out + n] += expected_xa[m * rank + r] * layers.B[i][n * rank + r];
+      }
+    }
+    check_close(y[i], expected, isa, "y", i);
+  }
+}
+
+// Backward in any number of chunks against plain loops in double.
+void backward_follows_its_formula(const Kernels& kernels, const char* isa, int64_t num_chunks) {
+  const Layers layers;
+  std::vector<float> xa(kTokens * kTotalRank), grad_x(kTokens * kIn, NAN), grad_A[kNumLayers], grad_B[kNumLayers];
+  std::vector<uint8_t> mask(static_cast<size_t>(kTokens * mask_row_bytes(kIn)));
+  kernels.dropout_mask(kSeed, layers.threshold, kIn, 0, kTokens, mask.data());
+
+  LoraBackwardParams p{};
+  p.num_siblings = kNumLayers, p.num_tokens = kTokens, p.in_features = kIn, p.total_rank = kTotalRank;
+  p.x = layers.x.data(), p.x_stride = kIn, p.xa = xa.data(), p.mask = mask.data(), p.grad_x = grad_x.data();
+  p.dtype = p.factor_dtype = DType::kFloat32;
+  std::vector<double> expected_grad_x(static_cast<size_t>(kTokens * kIn));
+  for (int64_t i = 0, rank_begin = 0; i < kNumLayers; rank_begin += kLayers[i].rank, ++i) {
+    const auto [out, rank] = kLayers[i];
+    const std::vector<double> own_xa = layers.expected_xa(i), grad_xa = layers.expected_grad_xa(i);
+    for (int64_t m = 0; m < kTokens; ++m) {
+      for (int64_t r = 0; r < rank; ++r) {
+        xa[m * kTotalRank + rank_begin + r] = static_cast<float>(own_xa[m * rank + r]);
+        for (int64_t k = 0; k < kIn; ++k) {
+          const bool is_kept = mask[m * mask_row_bytes(kIn) + k / 8] >> (k % 8) & 1;
+          if (is_kept) expected_grad_x[m * kIn + k] += grad_xa[m * rank + r] * layers.A[i][r * kIn + k];
+        }
+      }
+    }
+    grad_A[i].assign(static_cast<size_t>(rank * kIn), NAN), grad_B[i].assign(static_cast<size_t>(out * rank), NAN);
     p.siblings[i] = {.out_features = out,
                      .rank = rank,
                      .rank_begin = rank_begin,
-                     .lora_A = A[i].data(),
-                     .lora_B = B[i].data(),
-                     .bias = bias[i].data(),
-                     .y = y[i].data(),
-                     .scale = 0.5 * (i + 1) * dropout_rescale(p.threshold)};
-    w.lora_B_t[i] = packed_B[i].data();
-    rank_begin += rank;
+                     .grad_y = layers.grad_y[i].data(),
+                     .lora_A = layers.A[i].data(),
+                     .lora_B = layers.B[i].data(),
+                     .grad_lora_A = grad_A[i].data(),
+                     .grad_lora_B = grad_B[i].data(),
+                     .grad_y_stride = out,
+                     .scale = layers.scale[i]};
   }
-  for (int which = 0; which < 2 * kNumLayers; ++which) kernels.pack_forward(p, w, which);
-  for (int64_t chunk = 0; chunk < num_chunks; ++chunk) kernels.forward(p, w, chunk, num_chunks);
+  const Scratch scratch(num_chunks, true);
+  for (int which = 0; which < 2 * kNumLayers; ++which) kernels.pack_backward(p, scratch.workspace, which);
+  in_threads(num_chunks, [&](int64_t chunk) { kernels.backward(p, scratch.workspace, chunk, num_chunks); });
+  in_threads(2, [&](int64_t half) {
+    kernels.reduce_grads(p, scratch.workspace, num_chunks, half * kTotalRank / 2, (half + 1) * kTotalRank / 2);
+  });
 
+  check_close(grad_x, expected_grad_x, isa, "grad_x", 0);
   for (int i = 0; i < kNumLayers; ++i) {
-    const LoraForwardSibling& s = p.siblings[i];
+    const auto [out, rank] = kLayers[i];
+    const std::vector<double> own_xa = layers.expected_xa(i), grad_xa = layers.expected_grad_xa(i);
+    std::vector<double> expected_A(static_cast<size_t>(rank * kIn)), expected_B(static_cast<size_t>(out * rank));
     for (int64_t m = 0; m < kTokens; ++m) {
-      std::vector<double> expected_xa(static_cast<size_t>(s.rank));
-      for (int64_t r = 0; r < s.rank; ++r) {
-        double sum = 0;
-        for (int64_t k = 0; k < kIn; ++k) {
-          const uint8_t bits = dropout_mask_byte(kSeed, m, static_cast<uint32_t>(k / 8), p.threshold);
-          if (bits >> (k % 8) & 1) sum += static_cast<double>(x[m * kIn + k]) * A[i][r * kIn + k];
-        }
-        expected_xa[r] = sum * s.scale;
-        CHECK(std::fabs(xa[m * kTotalRank + s.rank_begin + r] - expected_xa[r]) < 1e-4, "%s: layer %d xa[%d, %d]", isa,
-              i, int(m), int(r));
-      }
-      for (int64_t n = 0; n < s.out_features; ++n) {
-        double expected = bias[i][n];
-        for (int64_t r = 0; r < s.rank; ++r) expected += expected_xa[r] * B[i][n * s.rank + r];
-        const float value = y[i][m * s.out_features + n];
-        CHECK(std::fabs(value - expected) < 1e-4, "%s: layer %d y[%d, %d] = %g, want %g", isa, i, int(m), int(n), value,
-              expected);
+      for (int64_t r = 0; r < rank; ++r) {
+        for (int64_t k = 0; k < kIn; ++k) expected_A[r * kIn + k] += grad_xa[m * rank + r] * layers.kept[m * kIn + k];
+        for (int64_t n = 0; n < out; ++n)
+          expected_B[n * rank + r] += layers.grad_y[i][m * out + n] * own_xa[m * rank + r];
       }
     }
+    check_close(grad_A[i], expected_A, isa, "grad_A", i);
+    check_close(grad_B[i], expected_B, isa, "grad_B", i);
   }
 }
 
@@ -222,7 +360,10 @@ int main() {
   for (const Isa isa : kBestFirst) {
     if (!runs_here(isa)) continue;
     masks_follow_their_definition(kernels_of(isa), isa_name(isa));
-    for (const int64_t num_chunks : {1, 2}) forward_follows_its_formula(kernels_of(isa), isa_name(isa), num_chunks);
+    for (const int64_t num_chunks : {1, 2}) {
+      forward_follows_its_formula(kernels_of(isa), isa_name(isa), num_chunks);
+      backward_follows_its_formula(kernels_of(isa), isa_name(isa), num_chunks);
+    }
     std::printf("checked %s\n", isa_name(isa));
   }
   std::printf(failures == 0 ? "all kernel tests passed\n" : "%d checks failed\n", failures);

@@ -1,0 +1,170 @@
+"""Runs the C++ tests, the op tests and the op fuzzer under a sanitizer, and shows that it finds what is planted.
+
+    PYTHONPATH=tests python -m sanitize asan ubsan tsan [--quick]
+
+The exit status says whether nothing was found in the code, and all that was planted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from object_cache import ROOT
+
+from .builds import Build
+from .planted import PLANTED, PREAMBLE, VARIABLE, PlantedBug
+from .sanitizers import SANITIZERS, Sanitizer, compiler
+
+OP_TESTS = (
+    "test_bad_arguments",
+    "test_bottleneck",
+    "test_few_tokens",
+    "test_lora_delta",
+    "test_lora_linear",
+    "test_lora_linear_siblings",
+    "test_lora_merge",
+    "test_merge_ops",
+    "test_merge_refused",
+    "test_nn_expand",
+    "test_nn_linear",
+    "test_siblings_bad_arguments",
+)
+QUICK_TESTS = ("test_few_tokens", "test_merge_ops")
+
+
+class Runner:
+    """Runs steps of one sanitizer, two at a time, prints a line for each, and counts those that found something."""
+
+    def __init__(self, sanitizer: Sanitizer):
+        self.sanitizer, self.build = sanitizer, Build(sanitizer)
+        self.reports = self.build.folder / "reports"
+        self.found = self.steps = 0
+        self.preloaded = [self.build.openmp] if sanitizer.name == "tsan" else []
+        shutil.rmtree(self.reports, ignore_errors=True)
+        self.reports.mkdir(parents=True)
+
+    def say(self, text: str) -> None:
+        print(f"{self.sanitizer.name}: {text}", flush=True)
+
+    def run(
+        self, name: str, command: list[str], cwd: Path, variables: Mapping[str, str] | None = None, **options: str
+    ) -> tuple[subprocess.CompletedProcess[str], list[str], float]:
+        """What a command says, and the reports that it left."""
+        reports = self.reports / name.replace(" ", "-").replace(",", "")
+        environment = {**os.environ, **self.sanitizer.environment(reports, self.preloaded, **options)}
+        environment |= {"OMP_WAIT_POLICY": "passive", "PYTHONDONTWRITEBYTECODE": "1", **(variables or {})}
+        environment["PYTHONPATH"] = str(ROOT / "tests")  # and before it the folder that the command is run in
+        begin = time.monotonic()
+        result = subprocess.run(
+            [*self.sanitizer.prefix(), *command], cwd=cwd, env=environment, capture_output=True, text=True
+        )
+        texts = [path.read_text(errors="replace") for path in sorted(self.reports.glob(f"{reports.name}.*"))]
+        return result, [text for text in texts if self.sanitizer.report.search(text)], time.monotonic() - begin
+
+    def expect_clean(self, name: str, command: list[str], cwd: Path, isa: str = "", **options: str) -> None:
+        result, reports, seconds = self.run(name, command, cwd, {"LORA_EXT_CPU_ISA": isa}, **options)
+        self.steps += 1
+        summary = (result.stdout.strip().splitlines() or [""])[-1].strip("= ")
+        if result.returncode == 0 and not reports:
+            self.say(f"{name}: nothing found, {seconds:.0f} s; {summary}")
+            return
+        self.found += 1
+        self.say(f"{name}: FOUND, exit status {result.returncode}, {len(reports)} reports; {summary}")
+        print(excerpt(reports[:3]) or f"{result.stdout[-6000:]}{result.stderr[-6000:]}")
+
+    def expect_planted(self, package: Path, bug: PlantedBug | None) -> None:
+        """A bug must be reported, as what it is and where it is; and nothing where none is planted."""
+        name = bug.name if bug else "none"
+        call = bug.call if bug else "\n".join(bug.call for bug in PLANTED[self.sanitizer.name])
+        variables = {"LORA_EXT_CPU_ISA": "generic", VARIABLE: name}
+        result, reports, _ = self.run(f"planted {name}", [sys.executable, "-c", PREAMBLE + call], package, variables)
+        self.steps += 1
+        first = self.sanitizer.report.search(reports[0]) if reports else None
+        if bug is None:
+            good = result.returncode == 0 and not reports
+        else:
+            good = first is not None and bug.report in first[0] and bug.place in reports[0]
+        says = first[0] if first else f"no report, exit status {result.returncode}"
+        self.say(f"planted bug, {name}: {'as it must be' if good else 'WRONG'}: {says}")
+        if not good:
+            self.found += 1
+            print(excerpt(reports) or result.stderr[-3000:])
+
+
+def excerpt(reports: list[str]) -> str:
+    """The begin of each report, without the ends of C++ names."""
+    lines = [[line[:180] for line in report.strip().splitlines()[:30]] for report in reports]
+    return "\n\n".join("\n".join(of_one) for of_one in lines)
+
+
+def available_isas(package: Path) -> list[str]:
+    code = "from lora_ext import _C; print(_C.available_cpu_isas())"
+    return subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip().split(",")
+
+
+def check(sanitizer: Sanitizer, quick: bool) -> bool:
+    begin = time.monotonic()
+    runner = Runner(sanitizer)
+    build = runner.build
+    program, package = build.cpp_tests, build.package
+    bugs = PLANTED[sanitizer.name]
+    planted = build.planted_package(bugs)
+    runner.say(f"{sanitizer.title} of {compiler()}; built in {time.monotonic() - begin:.0f} s")
+    isas, tests = available_isas(package), [str(ROOT / "tests" / f"{name}.py") for name in OP_TESTS]
+    # A program that is ours alone: every block that it does not free is a leak of the kernels or of the tests.
+    leaks = {"detect_leaks": "1"} if sanitizer.name == "asan" else {}
+    steps = [lambda: runner.expect_clean("C++ tests", [str(program)], ROOT, **leaks)]
+    for isa in isas if not quick else sorted({isas[0], isas[-1]}):
+        steps += [
+            lambda isa=isa: runner.expect_clean(f"op fuzzer, {isa}", fuzzer(500 if quick else 3000), package, isa)
+        ]
+        if not quick:
+            steps += [
+                lambda isa=isa: runner.expect_clean(f"op tests, {isa}", op_tests(isa, tests, build), package, isa)
+            ]
+    if quick:
+        some = [str(ROOT / "tests" / f"{name}.py") for name in QUICK_TESTS]
+        steps += [lambda: runner.expect_clean(f"op tests, {isas[0]}", op_tests(isas[0], some, build), package, isas[0])]
+    steps += [lambda bug=bug: runner.expect_planted(planted, bug) for bug in [*bugs, None]]
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
+        list(pool.map(lambda step: step(), steps))
+    found = f"{runner.found} of {runner.steps} runs FOUND something" if runner.found else "nothing found"
+    runner.say(f"{runner.steps} runs in {time.monotonic() - begin:.0f} s: {found}")
+    return runner.found == 0
+
+
+def fuzzer(cases: int) -> list[str]:
+    """Calls of the ops from fixed seeds; a result that is wrong without a sanitizer is for another test."""
+    command = [sys.executable, "-m", "fuzz", "ops", "--seed", "0", "--cases", str(cases), "--processes", "1"]
+    return [*command, "--as-found", "--only", "crash", "hang"]
+
+
+def op_tests(isa: str, tests: list[str], build: Build) -> list[str]:
+    # Tests that run others on every instruction set are left out: that is done here.
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "not instruction_set"]
+    return [sys.executable, "-m", "pytest", *options, "--basetemp", str(build.folder / f"temporary-{isa}"), *tests]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m sanitize", description=__doc__.splitlines()[0])
+    parser.add_argument("sanitizers", nargs="+", choices=SANITIZERS, help="which to run, one after the other")
+    parser.add_argument("--quick", action="store_true", help="two instruction sets and a few tests")
+    arguments = parser.parse_args()
+    try:
+        good = [check(SANITIZERS[name], arguments.quick) for name in arguments.sanitizers]
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0 if all(good) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

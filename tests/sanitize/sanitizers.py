@@ -1,0 +1,134 @@
+"""The three sanitizers: what g++ and the run are told, and what a report looks like."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_UNDEFINED = (
+    "undefined",  # signed overflow, null, alignment, shift, bounds, vla, bool, enum, unreachable ...
+    "bounds-strict",
+    "float-cast-overflow",
+    # A division by a zero of floating point is defined by IEEE 754, and what the kernels mean by it.
+)
+
+
+@dataclass(frozen=True)
+class Sanitizer:
+    """One of gcc's sanitizers.
+
+    Attributes:
+        name: of the make target.
+        flags: for the compiler and the linker.
+        runtime: its library, to be loaded before all others: python itself is not compiled with it.
+        options_variable, options: what the run-time library is told.
+        report: what the first line of a report matches.
+        packages: that have the library, by the name of the distribution.
+    """
+
+    name: str
+    title: str
+    flags: tuple[str, ...]
+    runtime: str
+    options_variable: str
+    options: Mapping[str, str]
+    report: re.Pattern[str]
+    preload: bool = True
+    fixed_addresses: bool = False
+    packages: Mapping[str, str] = field(default_factory=dict)
+
+    def runtime_path(self) -> Path:
+        """Where the compiler has the run-time library. RuntimeError where it has none."""
+        path = _compilers_library(self.runtime)
+        if path is None:
+            raise RuntimeError(
+                f"make {self.name}: {compiler()} has no {self.runtime}, the run-time library of {self.flags[0]}. "
+                "It comes with gcc on Debian and Ubuntu (apt-get install g++); on Fedora, dnf install "
+                f"{self.runtime.removesuffix('.so')}"
+            )
+        return path
+
+    def environment(self, reports: Path, preloaded: Sequence[Path] = (), **options: str) -> dict[str, str]:
+        """The variables of a run whose reports go to files that begin with ``reports``."""
+        settings = {"log_path": str(reports), "exitcode": "66", **self.options, **options}
+        variables = {self.options_variable: ":".join(f"{key}={value}" for key, value in settings.items())}
+        if self.preload:
+            # The run-time library looks for the C++ library's functions when it starts, before python has loaded it.
+            libraries = [self.runtime_path(), _compilers_library("libstdc++.so.6"), *preloaded]
+            variables["LD_PRELOAD"] = " ".join(map(str, filter(None, libraries)))
+        return variables
+
+    def prefix(self) -> list[str]:
+        """In front of a command: without address randomisation, where the sanitizer's layout needs that."""
+        command = [shutil.which("setarch") or "setarch", "-R"]
+        allowed = self.fixed_addresses and shutil.which("setarch") and _succeeds([*command, "true"])
+        return command if allowed else []
+
+
+def compiler() -> str:
+    """g++, as the report lines, run-time libraries and flags below are gcc's."""
+    name = os.environ.get("CXX", "g++")
+    if path := shutil.which(name):
+        return path
+    raise RuntimeError(f"the sanitizers need g++ (11 or newer) on PATH, or its name in CXX: there is no {name}")
+
+
+def _compilers_library(name: str) -> Path | None:
+    says = subprocess.run([compiler(), f"-print-file-name={name}"], capture_output=True, text=True)
+    path = Path(says.stdout.strip())
+    return path.resolve() if says.returncode == 0 and path.is_absolute() else None  # else it repeats the name
+
+
+def _succeeds(command: list[str]) -> bool:
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+SANITIZERS = {
+    "asan": Sanitizer(
+        "asan",
+        "AddressSanitizer",
+        # Calls instead of inlined checks: a third of the time to compile, and tests are small.
+        ("-fsanitize=address", "--param=asan-instrumentation-with-call-threshold=0"),
+        "libasan.so",
+        "ASAN_OPTIONS",
+        {
+            "detect_leaks": "0",  # python and torch keep thousands of blocks until the end: the C++ tests look for ours
+            "detect_stack_use_after_return": "1",
+            "strict_init_order": "1",
+            "allocator_may_return_null": "1",  # as malloc does: sizes that cannot be had are an error of the op's
+            "max_malloc_fill_size": str(1 << 30),  # what a kernel does not write holds the fuzzer's poison
+            "malloc_fill_byte": str(0xFE),
+        },
+        re.compile(r"(AddressSanitizer|LeakSanitizer): .*"),
+    ),
+    "ubsan": Sanitizer(
+        "ubsan",
+        "UndefinedBehaviorSanitizer",
+        (f"-fsanitize={','.join(_UNDEFINED)}", "-fno-sanitize-recover=all"),
+        "libubsan.so",
+        "UBSAN_OPTIONS",
+        {"print_stacktrace": "1"},
+        re.compile(r"\S+: runtime error: .*"),
+        preload=False,  # the libraries name it
+    ),
+    "tsan": Sanitizer(
+        "tsan",
+        "ThreadSanitizer",
+        ("-fsanitize=thread",),
+        "libtsan.so",
+        "TSAN_OPTIONS",
+        {
+            # What python and torch do with memory, in what order, is not seen, and so neither are their memcpys.
+            "ignore_noninstrumented_modules": "1",
+            "history_size": "4",
+            "report_signal_unsafe": "0",  # python's own handlers
+        },
+        re.compile(r"WARNING: ThreadSanitizer: .*"),
+        fixed_addresses=True,  # gcc 12's knows no layout with more than 28 random bits, which newer kernels have
+    ),
+}
