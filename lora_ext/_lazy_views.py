@@ -16,12 +16,15 @@ def check_not_lazy(op: str, label: str, tensor: Tensor) -> None:
         raise ValueError(f"{op}: {label} is a lazy view, whose memory holds other values; pass {label}.clone()")
 
 
-def resolved(argument: object) -> object:
-    """An argument of an op, whose tensors' memory holds their values."""
+def resolved(op: str, label: str, argument: object) -> object:
+    """An argument of an op whose tensors' memory holds their values. RuntimeError: PyTorch cannot compute them."""
     if isinstance(argument, (list, tuple)):
-        return [resolved(entry) for entry in argument]
+        return [resolved(op, f"{label}[{i}]", entry) for i, entry in enumerate(argument)]
     if not isinstance(argument, Tensor):
         return argument
     if argument._is_zerotensor():
         return torch.zeros(argument.shape, dtype=argument.dtype, device=argument.device)
-    return argument.resolve_neg().resolve_conj()
+    try:
+        return argument.resolve_neg().resolve_conj()
+    except RuntimeError as error:  # of a dtype that PyTorch does not negate
+        raise RuntimeError(f"{op}: {label} is a lazy view that PyTorch cannot compute: {error}") from error

@@ -79,11 +79,12 @@ def register_op(name: str, check_values: Callable[..., None]) -> Callable[[Calla
 def _register_lazy_views(name: str) -> None:
     op = op_named(name)
     changed = ChangedArguments(op)
+    labels = [argument.name for argument in op._schema.arguments]
 
     def kernel(*arguments):
         for label, tensor in changed.of(arguments):
             check_not_lazy(name, label, tensor)
-        return op(*map(resolved, arguments))
+        return op(*(resolved(name, label, value) for label, value in zip(labels, arguments, strict=False)))
 
     for key in ("Negative", "Conjugate", "ZeroTensor"):
         LIBRARY.impl(name, kernel, key)

@@ -72,6 +72,9 @@ class MergeRecord:
         return {name: tensor for name, tensor in fields.items() if tensor is not None}
 
 
+MergeRecord.__init__ = checked(MergeRecord.__init__)  # type: ignore[method-assign]
+
+
 @checked
 def lora_merge_(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, record: bool = True
@@ -99,7 +102,8 @@ def lora_merge_(
     _checks.check_merge_layer(op, weight, lora_A, lora_B)
     _checks.check_scaling(op, scaling)
     refuse_weight_that_requires_grad(op, weight)
-    A, B = pack_factors(weight.dtype, [(lora_A, lora_B, scaling)])
+    # PyTorch multiplies by no integer beyond 63 bits.
+    A, B = pack_factors(weight.dtype, [(lora_A, lora_B, float(scaling))])
     return merge_all_(op, [weight], [A], [B], record=record)[0]
 
 
@@ -294,8 +298,12 @@ def _all_or_none(
 
 def check_unmerge(caller: str, weight: Tensor, record: MergeRecord, label: str = "weight") -> None:
     """A weight that a record was not made for cannot be restored: ValueError or TypeError."""
-    if any(tensor.is_meta for tensor in record._tensors().values()):
+    check_tensors(caller, {f"the record's {name}": tensor for name, tensor in record._tensors().items()})
+    if record.lora_A.is_meta:
         raise ValueError(f"{caller}: the record of {label} is on the meta device, where it has no values")
+    for name, factor in (("lora_A", record.lora_A), ("lora_B", record.lora_B)):
+        if factor.dim() != 2:
+            raise ValueError(f"{caller}: the record's {name} has shape {list(factor.shape)}, want 2 dimensions")
     shape = record.lora_B.shape[0], record.lora_A.shape[1]
     if tuple(weight.shape) != shape:
         raise ValueError(f"{caller}: {label} has shape {list(weight.shape)}, but {list(shape)} was merged")

@@ -42,3 +42,13 @@ def test_with_gradients(name):
     negative = (-plain[name]).detach().requires_grad_()
     functional.lora_linear(**plain | {name: torch._neg_view(negative)}).sum().backward()
     torch.testing.assert_close(negative.grad, -plain[name].grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bool])
+def test_of_dtypes_that_cannot_be_negated(dtype):
+    call = good_call("lora_linear_siblings")
+    bad = torch._neg_view(call["biases"][1].to(dtype))
+    with pytest.raises(
+        RuntimeError, match=r"^lora_linear_siblings: biases\[1\] is a lazy view that PyTorch cannot comp"
+    ):
+        op_named("lora_linear_siblings")(**with_entry(call, "biases", 1, bad))

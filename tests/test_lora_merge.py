@@ -363,3 +363,26 @@ def test_a_weight_that_is_not_the_merged_one():
     with pytest.raises(ValueError, match=r"weight has shape \[8, 299\], but \[8, 300\] was merged"):
         functional.lora_unmerge_(weight[:, :299], record)
     assert same_bits(weight, after)
+
+
+def test_a_record_of_other_things():
+    weight, A, B = torch.randn(3, 4), torch.randn(2, 4), torch.randn(3, 2)
+    for wrong, error, message in (
+        ({"words": "lora"}, TypeError, "MergeRecord: words is 'lora' of type str, want a torch.Tensor or None"),
+        ({"dtype": "float32"}, TypeError, "MergeRecord: dtype is 'float32' of type str, want a torch.dtype"),
+        ({"lora_A": torch.randn(4)}, ValueError, r"lora_unmerge_: the record's lora_A has shape \[4\], want 2 dimens"),
+        (
+            {"lora_B": torch.tensor(1.0)},
+            ValueError,
+            r"lora_unmerge_: the record's lora_B has shape \[\], want 2 dim",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            values = {"lora_A": A, "lora_B": B, "dtype": weight.dtype} | wrong
+            functional.lora_unmerge_(weight, functional.MergeRecord(**values))
+
+
+def test_a_scaling_beyond_64_bits():
+    weight, A, B = torch.zeros(3, 4), torch.randn(2, 4), torch.randn(3, 2)
+    functional.lora_merge_(weight, A, B, 2**70)
+    torch.testing.assert_close(weight, 2.0**70 * (B @ A))

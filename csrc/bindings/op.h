@@ -69,7 +69,7 @@ static_assert(count_arguments(schemas::kLoraMerge) == 3 && is_same(argument_name
 static_assert(is_same(argument_name(schemas::kLoraLinear, 6), "dropout_p"), "a default is no part of the name");
 static_assert(is_same(argument_name(schemas::kLoraLinearBackward, 9), "output_mask"), "nor is a length");
 
-// One op's arguments in their order: every tensor must be there, and on the device of the first.
+// One op's arguments in their order: every tensor must be there with its memory, and on the device of the first.
 class TensorArguments {
  public:
   explicit TensorArguments(const char* schema) : schema_(schema) {}
@@ -123,6 +123,9 @@ class TensorArguments {
       first_ = place, first_device_ = device, has_first_ = true;
     } else if (!(device == first_device_)) {
       fail(name(place), " is on ", device, " but ", name(first_), " is on ", first_device_);
+    }
+    if (!has_its_memory(tensor)) {
+      fail(name(place), " is ", sizes_text(tensor.sizes()), ", but its storage has been freed or made smaller");
     }
   }
 

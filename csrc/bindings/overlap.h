@@ -20,7 +20,7 @@ inline void add_region(std::vector<MemoryRegion>& regions, const ArgumentName& n
                        bool changes) {
   if (tensor.numel() == 0) return;
   const int64_t size = static_cast<int64_t>(tensor.element_size()), dims = tensor.dim();
-  int64_t last = 0;  // element: within the storage, as PyTorch has checked
+  int64_t last = 0;  // element: within the storage, as op.h has checked
   for (int64_t i = 0; i < dims; ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
   const bool is_matrix = dims == 2 && tensor.size(0) > 1 && (tensor.size(1) == 1 || tensor.stride(1) == 1);
   const char* begin = static_cast<const char*>(tensor.const_data_ptr());

@@ -68,6 +68,18 @@ inline std::ostream& operator<<(std::ostream& out, const DeviceOf& device) {
   return out << "a device of type " << device.type;
 }
 
+// Whether a tensor's last element lies within its storage. A storage may have been freed or cut since the tensor was made
+// of it: PyTorch does not look again.
+inline bool has_its_memory(const Tensor& tensor) {
+  if (tensor.numel() == 0) return true;
+  int64_t bytes, offset;
+  LORA_EXT_CALL_TORCH(aoti_torch_get_storage_size, tensor.get(), &bytes);
+  LORA_EXT_CALL_TORCH(aoti_torch_get_storage_offset, tensor.get(), &offset);
+  int64_t last = offset;
+  for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
+  return last < bytes / static_cast<int64_t>(tensor.element_size());
+}
+
 // An uninitialised contiguous tensor on like's device. element_size: of the dtype, for the message.
 inline Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype, int64_t element_size, const Tensor& like) {
   std::vector<int64_t> strides(sizes.size());
