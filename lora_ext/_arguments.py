@@ -103,10 +103,12 @@ def _test(hint: Any) -> Test:
         key, entry = map(_test, arguments)
         return lambda value: isinstance(value, kind) and all(key(k) and entry(v) for k, v in value.items())
     entry = _test(arguments[0])
-    # A string is no list of strings. What can be gone over only once is left alone.
+    # A string is no list of strings, an array without dimensions no list at all. What can be gone over only once is
+    # left alone.
     return lambda value: (
         isinstance(value, kind)
         and not isinstance(value, str)
+        and getattr(value, "ndim", 1) > 0
         and (not isinstance(value, collections.abc.Sized) or all(map(entry, value)))
     )
 

@@ -138,6 +138,7 @@ class LoraConfig:
     metadata: Mapping[str, Any] = field(default_factory=FrozenDict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        self._check_types()
         check_rank("r", self.r)
         check_alpha("lora_alpha", self.lora_alpha)
         check_number("lora_dropout", self.lora_dropout, (int, float), lambda p: 0 <= p < 1, "0 <= lora_dropout < 1")
@@ -153,6 +154,18 @@ class LoraConfig:
         self._freeze_values()
         self._check_targets()
         self._check_initialisation()
+
+    def _check_types(self) -> None:
+        """Checks the types of what is only compared or copied below, or kept as it is."""
+        for key, types, want in (
+            ("bias", (str, int, type(None)), "a string"),  # of these the values are checked, with better words
+            ("init_lora_weights", (str, int), "True, False or a string"),
+            ("base_model_name_or_path", (str, type(None)), "a string or None"),
+            ("metadata", Mapping, "a dict"),
+        ):
+            value = getattr(self, key)
+            if not isinstance(value, types):
+                raise TypeError(f"LoraConfig: {key} is of type {type(value).__name__}, want {want}")
 
     def _freeze_values(self) -> None:
         set_ = functools.partial(object.__setattr__, self)
@@ -274,7 +287,10 @@ class LoraConfig:
 
         Raises:
             ValueError: ``peft_type`` is not LORA, or a key asks for something that is not supported; names all of them.
+            TypeError: the values are no dict, or one of them is of another type than its key has.
         """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"LoraConfig: the values are of type {type(values).__name__}, want a dict")
         if values.get("peft_type") != "LORA":
             kind = shown(values.get("peft_type"))
             raise ValueError(

@@ -1,11 +1,12 @@
 """Every public function of models and files: a good call of it, and calls that it refuses.
 
-``tests/test_refusals.py`` makes the calls, and holds that no public function is missing here.
+``tests/test_refusals.py`` makes the calls, and holds that no public function is missing here; tests/fuzz draws others.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +14,13 @@ from typing import Any
 
 import peft
 import torch
-from models import Net, bert
-from torch import nn
+from models import Net, bert, snapshot
+from offline_files import snapshot as files_of
+from torch import Tensor, nn
 
 from lora_ext import LoraConfig, adapters, analysis, inject, load_adapter, merge, methods, save_adapter, unmerge
 from lora_ext import nn as layers
+from lora_ext.adapters import adapter_status, merge_record_bytes
 from lora_ext.integrations import peft as integration
 
 NAN = float("nan")
@@ -42,6 +45,34 @@ class Call:
         default_factory=list
     )
     any_type: tuple[str, ...] = ()
+
+
+def state(value: Any) -> Any:
+    """What must be the same after a refusal."""
+    if isinstance(value, nn.Module):
+        modules = snapshot(value)
+        return modules | {
+            "values": {path: state(tensor) for path, tensor in modules["values"].items()},
+            "adapters": [dataclasses.astuple(each) for each in adapter_status(value)],
+            "record": merge_record_bytes(value),
+        }
+    if isinstance(value, Tensor):
+        bits = None if value.is_meta else value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        return bits, tuple(value.shape), value._version, value.requires_grad
+    if isinstance(value, Path):
+        return files_of(value) if value.is_dir() else value.read_bytes() if value.is_file() else None
+    if isinstance(value, (list, tuple)):
+        return [state(each) for each in value]
+    return repr(value)
+
+
+def call(function: Any, arguments: dict[str, Any]) -> None:
+    result = function(**arguments)
+    if hasattr(result, "__next__"):
+        list(result)
+    elif hasattr(result, "__enter__"):
+        with result:
+            pass
 
 
 def injected() -> Net:
@@ -549,7 +580,7 @@ CALLS: list[Call] = [
         lambda _: factors(),
         [
             ({"lora_A": torch.randn(3, 6)}, ValueError, "have no rank in common"),
-            ({"lora_A": torch.randn(6)}, ValueError, "want two matrices"),
+            ({"lora_A": torch.randn(6)}, ValueError, "lora_A is [6], want a matrix of 2 dimensions"),
             ({"scaling": NAN}, ValueError, "scaling is nan, want a finite number"),
             ({"lora_B": torch.full((4, 2), NAN)}, ValueError, "lora_A or lora_B is not finite"),
         ],
@@ -558,8 +589,8 @@ CALLS: list[Call] = [
         analysis.block_krylov_svd,
         lambda _: {"weight": torch.randn(6, 4), "rank": 2, "seed": 0},
         [
-            ({"weight": torch.randn(6)}, ValueError, "weight is [6], want a finite one of 2 dimensions"),
-            ({"weight": torch.full((6, 4), NAN)}, ValueError, "weight is [6, 4], want a finite one"),
+            ({"weight": torch.randn(6)}, ValueError, "weight is [6], want a matrix of 2 dimensions"),
+            ({"weight": torch.full((6, 4), NAN)}, ValueError, "weight [6, 4] is not finite"),
             ({"rank": 5}, ValueError, "rank is 5, want 1 to 4"),
         ],
     ),
@@ -568,7 +599,7 @@ CALLS: list[Call] = [
         lambda _: {"weight": torch.randn(6, 4), "U": torch.randn(6, 2), "V": torch.randn(4, 2)},
         [
             ({"U": torch.randn(4, 2)}, ValueError, "U [4, 2] and V [4, 2] do not fit the weight [6, 4]"),
-            ({"V": torch.randn(4)}, ValueError, "do not fit the weight"),
+            ({"V": torch.randn(4)}, ValueError, "V is [4], want a matrix of 2 dimensions"),
         ],
     ),
     Call(
@@ -610,7 +641,14 @@ CALLS: list[Call] = [
     Call(
         analysis.singular_basis,
         lambda _: {"matrix": torch.randn(2, 6)},
-        [({"matrix": torch.full((2, 6), NAN)}, ValueError, "matrix is [2, 6], want a finite one of 2 dimensions")],
+        [
+            ({"matrix": torch.full((2, 6), NAN)}, ValueError, "matrix [2, 6] is not finite"),
+            (
+                {"matrix": torch.zeros(2, 6, dtype=torch.int64)},
+                TypeError,
+                "matrix is torch.strided torch.int64, want a dense",
+            ),
+        ],
     ),
     Call(
         analysis.subspace_similarity,

@@ -67,12 +67,39 @@ def test_factors_that_do_not_fit_are_refused():
     A, B = factors(5, 6, 2)
     for wrong, message in (
         ((A, torch.randn(5, 3)), r"factored_svd: lora_A \[2, 6\] and lora_B \[5, 3\] have no rank in common"),
-        ((A[0], B), r"factored_svd: lora_A \[6\] and lora_B \[5, 2\], want two matrices"),
+        ((A[0], B), r"factored_svd: lora_A is \[6\], want a matrix of 2 dimensions"),
         ((A * math.inf, B), "factored_svd: lora_A or lora_B is not finite"),
         ((A, B, math.nan), "factored_svd: scaling is nan, want a finite number"),
     ):
         with pytest.raises(ValueError, match=message):
             factored_svd(*wrong)
+
+
+def test_matrices_without_values_to_read_are_refused():
+    """Or the result would be memory that nobody has written."""
+    weight, U, V = torch.randn(5, 6), torch.randn(5, 2), torch.randn(6, 2)
+    for name, call in (
+        ("V", lambda bad: project(weight, U, bad)),
+        ("second", lambda bad: subspace_similarity(V, bad)),
+        ("matrix", singular_basis),
+        ("weight", lambda bad: block_krylov_svd(bad, 1, seed=0)),
+        ("lora_A", lambda bad: factored_svd(bad.T, U)),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is on the meta device, where it has no values"):
+            call(torch.empty(6, 2, device="meta"))
+        with pytest.raises(
+            TypeError, match=rf"{name} is torch\.strided torch\.int64, want a dense tensor of torch\.float"
+        ):
+            call(torch.zeros(6, 2, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"matrix is torch\.sparse_coo torch\.float32, want a dense tensor"):
+        singular_basis(V.to_sparse())
+
+
+def test_numbers_of_numpy_and_dimensions_beyond_32_bits():
+    assert leading_ranks(np.int64(5)) == [1, 2, 4, 5]
+    assert random_similarity_std(2, 1, 2**31).isfinite().all()
+    weight = torch.randn(5, 6)
+    assert torch.equal(block_krylov_svd(weight, 2, seed=np.int64(3)).S, block_krylov_svd(weight, 2, seed=3).S)
 
 
 # --- subspaces --------------------------------------------------------------------------------------------------------

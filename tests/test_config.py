@@ -173,6 +173,9 @@ def test_nested_values_are_frozen_hashable_copyable_and_picklable():
         ({"init_lora_weights": "pissa"}, ValueError, "init_lora_weights is 'pissa', want True, False, \"gaussian\""),
         ({"init_lora_weights": 1}, ValueError, "init_lora_weights is 1, want True, False"),
         ({"task_type": "SEQ_CLASS"}, ValueError, "task_type is 'SEQ_CLASS', want None or one of CAUSAL_LM,"),
+        ({"init_lora_weights": [True]}, TypeError, "init_lora_weights is of type list, want True, False or a string"),
+        ({"base_model_name_or_path": 3}, TypeError, "base_model_name_or_path is of type int, want a string or None"),
+        ({"metadata": "peft_version"}, TypeError, "metadata is of type str, want a dict"),
     ],
 )
 def test_bad_values_are_named(settings, error, text):
@@ -340,3 +343,8 @@ def test_exact_patterns_mean_the_same_here_and_in_peft(ranks):
     for path, rank in ranks.items():
         assert config.rank_for(path) == rank
         assert patterns.get(get_pattern_key(patterns, path), 2) == rank
+
+
+def test_a_file_that_holds_no_object():
+    with pytest.raises(TypeError, match="LoraConfig: the values are of type list, want a dict"):
+        LoraConfig.from_dict([])

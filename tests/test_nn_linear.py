@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_ext.nn import LoraAdapter, LoraLinear
+from lora_ext.nn import ActiveAdapters, LoraAdapter, LoraLinear
 
 
 def test_starts_as_its_base_layer():
@@ -157,3 +157,16 @@ def test_frozen_weight_can_be_unfrozen():
     layer(x).backward(grad_y)
     torch.testing.assert_close(layer.weight.grad, grad_y.flatten(0, 1).T @ x.flatten(0, 1))
     torch.testing.assert_close(layer.bias.grad, grad_y.sum((0, 1)))
+
+
+def test_an_update_of_another_matrix():
+    layer = LoraLinear(nn.Linear(6, 4), LoraAdapter(6, 4, 2, 4))
+    with pytest.raises(KeyError, match=r"adapter 'default' has no update of 'bias', but of \['weight'\]"):
+        layer.delta_weight("default", "bias")
+
+
+def test_names_that_are_no_list():
+    with pytest.raises(TypeError, match="ActiveAdapters: names is of type Tensor, want a list of strings"):
+        ActiveAdapters(torch.tensor(0.5))
+    with pytest.raises(TypeError, match="ActiveAdapters: names is None, want a list of strings"):
+        ActiveAdapters(None)

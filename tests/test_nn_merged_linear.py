@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import loralib
+import numpy as np
 import peft
 import pytest
 import torch
@@ -352,3 +353,8 @@ def test_what_enable_lora_cannot_name():
     adapted(model)
     with refused(model, ValueError, "enable_lora has 2 parts for 'qkv', but other adapters have 3 there"):
         adapted(model, (True, False), "b")
+
+
+def test_a_rank_of_numpy():
+    adapter = MergedAdapter(6, 9, np.int64(2), 4, enable_lora=(True, False, True))
+    assert [tuple(A.shape) for A, _ in adapter.parts().values()] == [(2, 6), (2, 6)]

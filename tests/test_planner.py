@@ -360,6 +360,8 @@ def test_a_frozen_model_trains_nothing():
 def test_setups_that_cannot_be(field, value):
     with pytest.raises(ValueError, match=f"{field} is {value!r}"):
         Setup(**{field: value})
+    with pytest.raises((TypeError, ValueError), match=rf"{field} is \[1\], want"):
+        Setup(**{field: [1]})
 
 
 def test_single_changes_are_as_small_as_can_be(planner):

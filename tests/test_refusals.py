@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from models import snapshot
-from offline_files import snapshot as files_of
-from refusals import CALLS, Call
-from torch import Tensor, nn
+from refusals import CALLS, Call, call, state
 
 import lora_ext
 from lora_ext import adapters, analysis, methods
 from lora_ext import nn as layers
-from lora_ext.adapters import adapter_status, merge_record_bytes
 from lora_ext.integrations import peft as integration
 
 MODULES = (lora_ext, adapters, analysis, layers, methods, integration)
@@ -46,34 +40,6 @@ def test_no_public_function_is_missing():
 
 def issubclass_of_tuple(value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, tuple)
-
-
-def state(value: Any) -> Any:
-    """What must be the same after a refusal."""
-    if isinstance(value, nn.Module):
-        modules = snapshot(value)
-        return modules | {
-            "values": {path: state(tensor) for path, tensor in modules["values"].items()},
-            "adapters": [dataclasses.astuple(each) for each in adapter_status(value)],
-            "record": merge_record_bytes(value),
-        }
-    if isinstance(value, Tensor):
-        bits = None if value.is_meta else value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        return bits, tuple(value.shape), value._version, value.requires_grad
-    if isinstance(value, Path):
-        return files_of(value) if value.is_dir() else value.read_bytes() if value.is_file() else None
-    if isinstance(value, (list, tuple)):
-        return [state(each) for each in value]
-    return repr(value)
-
-
-def call(function: Any, arguments: dict[str, Any]) -> None:
-    result = function(**arguments)
-    if hasattr(result, "__next__"):
-        list(result)
-    elif hasattr(result, "__enter__"):
-        with result:
-            pass
 
 
 @pytest.mark.parametrize("each", CALLS, ids=name_of)

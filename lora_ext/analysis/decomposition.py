@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import checked
-from .row_blocks import frobenius_norm, multiply, multiply_transposed
+from .row_blocks import check_matrix, frobenius_norm, multiply, multiply_transposed
 
 __all__ = ["Svd", "block_krylov_svd", "factored_svd"]
 
@@ -43,10 +43,8 @@ def factored_svd(lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Svd:
     Raises:
         ValueError: the factors do not fit each other, or are not finite.
     """
-    if lora_A.dim() != 2 or lora_B.dim() != 2:
-        raise ValueError(
-            f"factored_svd: lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)}, want two matrices"
-        )
+    for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        check_matrix("factored_svd", name, factor)
     if lora_A.shape[0] != lora_B.shape[1]:
         raise ValueError(
             f"factored_svd: lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)} have no rank in common"
@@ -57,7 +55,7 @@ def factored_svd(lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Svd:
         raise ValueError("factored_svd: lora_A or lora_B is not finite")
     Q_A, R_A = torch.linalg.qr(lora_A.double().T)
     Q_B, R_B = torch.linalg.qr(lora_B.double())
-    U, S, Vh = torch.linalg.svd(scaling * R_B @ R_A.T, full_matrices=False)
+    U, S, Vh = torch.linalg.svd(float(scaling) * R_B @ R_A.T, full_matrices=False)
     return Svd(Q_B @ U, S, Q_A @ Vh.T)
 
 
@@ -82,8 +80,9 @@ def block_krylov_svd(weight: Tensor, rank: int, *, seed: int) -> Svd:
     Raises:
         ValueError: the weight is no finite matrix, or has not so many singular values.
     """
-    if weight.dim() != 2 or not math.isfinite(frobenius_norm(weight)):
-        raise ValueError(f"block_krylov_svd: weight is {list(weight.shape)}, want a finite one of 2 dimensions")
+    check_matrix("block_krylov_svd", "weight", weight)
+    if not math.isfinite(frobenius_norm(weight)):
+        raise ValueError(f"block_krylov_svd: weight {list(weight.shape)} is not finite")
     small = min(weight.shape)
     if not 1 <= rank <= small:
         raise ValueError(
@@ -92,7 +91,7 @@ def block_krylov_svd(weight: Tensor, rank: int, *, seed: int) -> Svd:
     width = rank + _OVERSAMPLING
     if small <= max(_EXACT_SIZE, width * (_ITERATIONS + 1)):
         return _exact(weight.double(), rank)
-    generator = torch.Generator(device=weight.device).manual_seed(seed)
+    generator = torch.Generator(device=weight.device).manual_seed(int(seed))
     start = torch.randn(weight.shape[1], width, dtype=torch.float64, generator=generator, device=weight.device)
     basis = torch.linalg.qr(start).Q
     images = multiply(weight, basis)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._arguments import checked
 from .decomposition import Svd, block_krylov_svd
-from .row_blocks import frobenius_norm, multiply
+from .row_blocks import check_matrix, frobenius_norm, multiply
 from .spectrum import numerical_rank
 from .subspace import orthonormal_columns
 
@@ -54,7 +54,9 @@ def project(weight: Tensor, U: Tensor, V: Tensor) -> Tensor:
     Raises:
         ValueError: their shapes do not fit.
     """
-    if U.dim() != 2 or V.dim() != 2 or (len(U), len(V)) != tuple(weight.shape):
+    for name, matrix in (("weight", weight), ("U", U), ("V", V)):
+        check_matrix("project", name, matrix)
+    if (len(U), len(V)) != tuple(weight.shape):
         raise ValueError(f"project: U {list(U.shape)} and V {list(V.shape)} do not fit the weight {list(weight.shape)}")
     return U.double().T @ multiply(weight, V)
 
@@ -73,6 +75,7 @@ def projection_table(weight: Tensor, update: Svd, *, seed: int, own: Svd | None 
     Raises:
         ValueError: the update is of another shape, the weight's directions are too few, or something is not finite.
     """
+    check_matrix("projection_table", "weight", weight)
     for name, svd in (("update", update), ("own", own)):
         if svd is not None and (len(svd.U), len(svd.V)) != tuple(weight.shape):
             shape = [len(svd.U), len(svd.V)]
@@ -86,7 +89,7 @@ def projection_table(weight: Tensor, update: Svd, *, seed: int, own: Svd | None 
     if own is None:
         own = block_krylov_svd(weight, count, seed=seed)
     out, in_ = weight.shape
-    generator = torch.Generator(device=weight.device).manual_seed(seed)
+    generator = torch.Generator(device=weight.device).manual_seed(int(seed))
     random = orthonormal_columns(out, count, generator), orthonormal_columns(in_, count, generator)
     ranks = leading_ranks(count)
     delta = _leading_norms(project(weight, update.U[:, :count], update.V[:, :count]), ranks)
@@ -128,7 +131,7 @@ def leading_ranks(count: int) -> list[int]:
     """
     if count < 0:
         raise ValueError(f"leading_ranks: count is {count}, want at least 0")
-    return sorted({2**i for i in range(count.bit_length())} | {count}) if count else []
+    return sorted({2**i for i in range(int(count).bit_length())} | {count}) if count else []
 
 
 def _leading_norms(projected: Tensor, ranks: list[int]) -> list[float]:

@@ -8,13 +8,24 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .._checks import accumulation_dtype
+from .._checks import FLOATING, accumulation_dtype
 
-__all__ = ["frobenius_norm", "multiply", "multiply_transposed"]
+__all__ = ["check_matrix", "frobenius_norm", "multiply", "multiply_transposed"]
 
 # 2 MB in float32: what a thread has converted is still in its cache when it is multiplied, which halves the time. A
 # block is as many of these as there are threads, so that more threads do not wait for each other more often.
 ELEMENTS_PER_THREAD = 512 << 10
+
+
+def check_matrix(caller: str, name: str, matrix: Tensor) -> None:
+    """TypeError or ValueError unless it is a dense matrix, with values, of one of the four floating dtypes."""
+    if matrix.is_nested or matrix.layout is not torch.strided or matrix.dtype not in FLOATING:
+        kind = "nested" if matrix.is_nested else f"{matrix.layout} {matrix.dtype}"
+        raise TypeError(f"{caller}: {name} is {kind}, want a dense tensor of {', '.join(map(str, FLOATING))}")
+    if matrix.dim() != 2:
+        raise ValueError(f"{caller}: {name} is {list(matrix.shape)}, want a matrix of 2 dimensions")
+    if matrix.is_meta:
+        raise ValueError(f"{caller}: {name} is on the meta device, where it has no values")
 
 
 def multiply(matrix: Tensor, vectors: Tensor) -> Tensor:

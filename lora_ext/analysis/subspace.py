@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import checked
+from .row_blocks import check_matrix
 from .spectrum import numerical_rank
 
 __all__ = [
@@ -30,8 +31,9 @@ def singular_basis(matrix: Tensor) -> Tensor:
     Raises:
         ValueError: it is no matrix, or not finite.
     """
-    if matrix.dim() != 2 or not matrix.isfinite().all():
-        raise ValueError(f"singular_basis: matrix is {list(matrix.shape)}, want a finite one of 2 dimensions")
+    check_matrix("singular_basis", "matrix", matrix)
+    if not matrix.isfinite().all():
+        raise ValueError(f"singular_basis: matrix {list(matrix.shape)} is not finite")
     Q, R = torch.linalg.qr(matrix.double().T)
     U, S, _ = torch.linalg.svd(R)
     return Q @ U[:, : numerical_rank(S)]
@@ -53,7 +55,9 @@ def subspace_similarity(first: Tensor, second: Tensor) -> Tensor:
     Raises:
         ValueError: they are not of one space.
     """
-    if first.dim() != 2 or second.dim() != 2 or len(first) != len(second):
+    for name, basis in (("first", first), ("second", second)):
+        check_matrix("subspace_similarity", name, basis)
+    if len(first) != len(second):
         raise ValueError(
             f"subspace_similarity: bases {list(first.shape)} and {list(second.shape)} are not of one space"
         )
@@ -75,7 +79,7 @@ def expected_random_similarity(i_max: int, j_max: int, dim: int) -> Tensor:
         float64 ``[i_max, j_max]``.
     """
     _check_counts("expected_random_similarity", i_max, j_max, dim)
-    return torch.maximum(*_counts(i_max, j_max)) / dim
+    return torch.maximum(*_counts(i_max, j_max)) / float(dim)
 
 
 @checked
@@ -90,7 +94,8 @@ def random_similarity_std(i_max: int, j_max: int, dim: int) -> Tensor:
     """
     _check_counts("random_similarity_std", i_max, j_max, dim)
     i, j = _counts(i_max, j_max)
-    variance = 2 * i * (dim - i) * j * (dim - j) / (dim**2 * max(dim - 1, 1) * (dim + 2))
+    n = float(dim)
+    variance = 2 * i * (n - i) * j * (n - j) / (n**2 * max(n - 1, 1) * (n + 2))
     return variance.sqrt() / torch.minimum(i, j)
 
 

@@ -60,7 +60,7 @@ class LoraAdapter(nn.Module):
             raise ValueError(f"LoraAdapter: lora_alpha is {lora_alpha}, want a finite number of at least 0")
         if not 0.0 <= lora_dropout < 1.0:
             raise ValueError(f"LoraAdapter: lora_dropout is {lora_dropout}, want 0 <= lora_dropout < 1")
-        self.r = r
+        self.r = int(r)  # of NumPy's integers too, which tensors cannot be split by
         self.lora_alpha = lora_alpha
         self.lora_dropout = float(lora_dropout)
         self.scaling = float(lora_alpha) / (math.sqrt(r) if use_rslora else r)

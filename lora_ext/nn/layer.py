@@ -33,6 +33,7 @@ class ActiveAdapters:
     changes = 0
     _disabled: tuple[int, int, tuple[str, ...]] | None = None  # by which thread, how many times, the names of before
 
+    @checked
     def __init__(self, names: Iterable[str] = ()) -> None:
         self.names: tuple[str, ...] = tuple(names)
 
@@ -319,7 +320,10 @@ class LoraLayer(AdapterLayer):
         if name is None:
             (name,) = self.active_adapters or (None,)
         self._check_exists(name)
-        A, B, scaling = self.factors(name)[key]
+        factors = self.factors(name)
+        if key not in factors:
+            raise KeyError(f"{type(self).__name__}: adapter {name!r} has no update of {key!r}, but of {list(factors)}")
+        A, B, scaling = factors[key]
         return scaling * (B @ A)
 
     @one_at_a_time

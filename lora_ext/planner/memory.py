@@ -37,11 +37,15 @@ class Setup:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, want at least 1")
+            size = getattr(self, name)
+            if not isinstance(size, int) or isinstance(size, bool):
+                raise TypeError(f"{name} is {size!r}, want an integer")
+            if size < 1:
+                raise ValueError(f"{name} is {size}, want at least 1")
         for name, known in (("dtype", WEIGHT_DTYPES), ("optimizer", OPTIMIZERS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, want one of {', '.join(known)}")
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in known:
+                raise ValueError(f"{name} is {value!r}, want one of {', '.join(known)}")
 
 
 class Source(Protocol):
