@@ -1,0 +1,1 @@
+"""Malformed and extreme calls of everything public, in processes of their own: `make fuzz`, README.md."""

@@ -1,0 +1,334 @@
+"""Files with something wrong in them, and everything that reads them.
+
+A reader may refuse with an error of a documented kind that names a file; then nothing is changed, neither the model nor
+a file. What it takes must be what an independent reader finds in the files.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+import shutil
+import stat
+import tempfile
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import file_bases
+from .areas import Case
+from .calls import CannotTell
+from .choices import Choices
+from .compare import WrongResult
+from .file_mutations import mutate_file
+from .file_oracles import (
+    check_adapter,
+    check_examples,
+    check_inspected,
+    check_merged,
+    check_page,
+    check_unmerged,
+)
+from .outcomes import Finding, Outcome, finding, judge_exception
+
+_PEAK_BYTES = 150 << 20  # more than a file of two megabytes may cost
+_SECONDS = 8.0  # of processor time, several times what any of the readers takes for the largest files here
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Something that reads files.
+
+    Attributes:
+        function: as it is counted.
+        line: the call, in a folder ``files``; its value is the result.
+        check: compares the result with what others read: ``check(files, result, space)``.
+        model: what ``model`` is, as source, or "".
+    """
+
+    function: str
+    line: str
+    check: Callable[[Path, Any, dict[str, Any]], None] | None = None
+    model: str = ""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Files of a base that are changed, as glob patterns, and their readers."""
+
+    base: str
+    changed: tuple[str, ...]
+    readers: tuple[Reader, ...]
+
+
+_CHECKPOINT = ("*.safetensors", "*.json")
+_KINDS: dict[str, tuple[Kind, ...]] = {
+    "adapter_files": (
+        Kind(
+            "adapter",
+            ("adapter/*",),
+            (
+                Reader("load_adapter", 'load_adapter(model, files / "adapter")', check_adapter, "net()"),
+                Reader(
+                    "load_adapter into an adapted model",
+                    'load_adapter(model, files / "adapter")',
+                    check_adapter,
+                    "inject(net(), CONFIG)",
+                ),
+                Reader("hotswap_adapter", 'hotswap_adapter(model, files / "adapter")', None, "inject(net(), CONFIG)"),
+                Reader("inspect", 'inspect(files / "adapter")'),
+            ),
+        ),
+        Kind(
+            "adapter",
+            ("pickled/*",),
+            (
+                Reader(
+                    "load_adapter of a .bin", 'load_adapter(model, files / "pickled", allow_pickle=True)', None, "net()"
+                ),
+            ),
+        ),
+        Kind(
+            "method",
+            ("adapter-h/*",),
+            (Reader("load_method", 'load_method(model, files / "adapter-h")', None, "bert()"),),
+        ),
+        Kind("method", ("lora/*",), (Reader("load_method", 'load_method(model, files / "lora")', None, "bert()"),)),
+    ),
+    "checkpoints": (
+        Kind(
+            "checkpoint",
+            ("base/*",),
+            (
+                Reader("inspect", 'inspect(files / "base")', check_inspected),
+                Reader("merge", 'merge(files / "base", [files / "adapter"], files / "out")', check_merged),
+                Reader("diff", 'diff(files / "base", files / "tuned")'),
+                Reader("extract", 'extract(files / "base", files / "tuned", files / "out", rank=2)'),
+            ),
+        ),
+        Kind(
+            "checkpoint",
+            ("adapter/*",),
+            (
+                Reader(
+                    "merge of an adapter",
+                    'merge(files / "base", [files / "adapter"], files / "out")',
+                    check_merged,
+                ),
+            ),
+        ),
+        *(
+            Kind(
+                name,
+                ("base/*", "adapter/*"),
+                (
+                    Reader("merge", 'merge(files / "base", [files / "adapter"], files / "out")', check_merged),
+                    Reader("inspect", 'inspect(files / "adapter")'),
+                    Reader(
+                        "merge that unties",
+                        'merge(files / "base", [files / "adapter"], files / "out", untie=True, verify=True)',
+                        check_merged,
+                    ),
+                    Reader(
+                        "merge with a record",
+                        'merge(files / "base", [files / "adapter"], files / "out", record=True)',
+                        check_merged,
+                    ),
+                ),
+            )
+            for name in ("every", "tied", "projections")
+        ),
+        Kind(
+            "record",
+            ("merged/*", "merged/*/*"),
+            (
+                Reader("unmerge", 'unmerge(files / "merged", files / "out")', check_unmerged),
+                Reader("unmerge", 'unmerge(files / "merged", files / "out", verify=True)', check_unmerged),
+                Reader("inspect", 'inspect(files / "merged")', check_inspected),
+            ),
+        ),
+    ),
+    "data_files": tuple(
+        Kind("data", (name,), (Reader("read_examples", f'read_examples(files / "{name}")', check_examples),))
+        for name in ("reviews.csv", "reviews.tsv", "reviews.jsonl")
+    ),
+    "result_files": (
+        Kind(
+            "results",
+            ("*/*.json",),
+            (Reader("write_report", 'write_report(files, files / "page.html")', check_page),),
+        ),
+    ),
+}
+_SETUP = """import tempfile, torch
+from pathlib import Path
+from fuzz.file_bases import make_base, net
+from lora_ext import LoraConfig, inject, load_adapter
+from lora_ext.adapters import adapter_names, hotswap_adapter
+from lora_ext.methods import load_method
+from lora_ext.offline.diff import diff
+from lora_ext.offline.extract import extract
+from lora_ext.offline.inspect import inspect
+from lora_ext.offline.merge import merge
+from lora_ext.offline.unmerge import unmerge
+from lora_ext.tasks.data import read_examples
+from lora_ext.tasks.html_report import write_report
+"""
+_WITH_MODEL = """from models import bert
+CONFIG = LoraConfig(r=2, lora_alpha=3, target_modules=["up", "down"], rank_pattern={"blocks.1.up": 3},
+                    alpha_pattern={"down": 1.5}, modules_to_save=["head"], lora_dropout=0.1)
+torch.manual_seed(0)
+"""
+
+
+def make(area: str, choices: Choices) -> Case:
+    kinds = _KINDS[area]
+    kind = choices.pick(kinds)
+    reader = choices.pick(kind.readers)
+    work = Path(tempfile.mkdtemp(dir=file_bases.folder()))
+    files = file_bases.make_base(kind.base, work / "files")
+    changed: list[Path] = []
+    if not choices.chance(15):
+        candidates = sorted(path for pattern in kind.changed for path in files.glob(pattern) if path.is_file())
+        for _ in range(choices.between(1, 2)):
+            path = choices.pick(candidates)
+            if path not in changed:
+                mutate_file(choices, path, [other for other in candidates if other != path])
+                changed.append(path)
+    setup = _SETUP + (f"{_WITH_MODEL}model = {reader.model}\n" if reader.model else "")
+    source = f'{setup}files = make_base("{kind.base}", Path(tempfile.mkdtemp()) / "files")\n'
+    source += "".join(f"{line}\n" for path in changed for line in _lines_for(path, files))
+    case = _FileCase(reader, kind, work, changed, setup)
+    return Case(reader.function, f"{source}result = {reader.line}\n", case.run)
+
+
+def _lines_for(path: Path, files: Path) -> list[str]:
+    """What makes a file what it is now."""
+    target = f'(files / "{path.relative_to(files)}")'
+    if path.is_symlink():
+        return [f"{target}.unlink()", f"{target}.symlink_to({os.readlink(path)!r})"]
+    if not path.exists():
+        return [f"{target}.unlink()"]
+    if path.is_dir():
+        return [f"{target}.unlink()", f"{target}.mkdir()"]
+    if path.is_fifo():
+        return [f"{target}.unlink()", f"import os; os.mkfifo({target})"]
+    content = path.read_bytes()
+    if len(content) < 3000:
+        return [f"{target}.write_bytes({content!r})"]
+    packed = base64.b85encode(zlib.compress(content, 9)).decode()
+    if len(packed) < 20_000:
+        return [f'import base64, zlib; {target}.write_bytes(zlib.decompress(base64.b85decode("{packed}")))']
+    return [f"# {path.name}: {len(content)} bytes, which --replay makes again"]
+
+
+@dataclass
+class _FileCase:
+    reader: Reader
+    kind: Kind
+    work: Path
+    changed: list[Path]
+    setup: str
+
+    def run(self) -> Outcome:
+        try:
+            return self._run()
+        finally:
+            shutil.rmtree(self.work, ignore_errors=True)
+
+    def _run(self) -> Outcome:
+        import refusals
+
+        reader, files = self.reader, self.work / "files"
+        function = reader.function
+        which = next((name for pattern in self.kind.changed for name in [pattern.partition("/")[0]]), "")
+        space: dict[str, Any] = {"files": files, "which": which}
+        exec(self.setup, space)
+        space["model_adapters"] = space["adapter_names"]
+        model = space.get("model")
+        before, listed = (refusals.state(model) if model is not None else None), _listing(self.work)
+        found: list[Finding] = []
+        begin, begin_bytes = time.process_time(), _reset_peak()
+        try:
+            space["result"] = result = eval(reader.line, space)
+            error = None
+        except Exception as caught:
+            error = caught
+        seconds, grown = time.process_time() - begin, _peak() - begin_bytes
+        if seconds > _SECONDS:
+            found.append(finding("slow", function, f"{seconds:.1f} s of processor time", "slow"))
+        if grown > _PEAK_BYTES:
+            found.append(finding("memory", function, f"{grown / 1e6:.0f} MB at the most", "memory"))
+        if error is not None:
+            found += self._judge_refusal(error, model, before, listed)
+            return Outcome("refused", tuple(found))
+        if not self.changed:
+            after = _listing(self.work)
+            lost = [name for name in listed if after.get(name) != listed[name]]
+            found += [finding("changed argument", function, f"{lost[0]} was changed", "file")] if lost else []
+        if reader.check is None:
+            return Outcome("compared" if not self.changed else "accepted", tuple(found))
+        try:
+            reader.check(files, result, space)
+        except CannotTell:
+            return Outcome("accepted", tuple(found))
+        except WrongResult as wrong:
+            found.append(finding("wrong result", function, str(wrong)))
+        except Exception as failure:
+            found.append(finding("accepted", function, f"but not by others: {type(failure).__name__}: {failure}"))
+        return Outcome("compared", tuple(found))
+
+    def _judge_refusal(self, error: Exception, model: Any, before: Any, listed: dict[str, Any]) -> list[Finding]:
+        import refusals
+
+        function = self.reader.function
+        if type(error).__name__ == "TaskError":
+            error = ValueError(str(error)).with_traceback(error.__traceback__)
+        # The files that were changed, or what they are files of; or a tensor that would not be finite.
+        names = {path.name for path in self.changed} | {path.parent.name for path in self.changed} | {"index"}
+        names |= {"elements of "}
+        found = [judge_exception(function, sorted(names), error, with_files=True)]
+        if not self.changed:
+            found.append(finding("refused", function, f"files as they should be: {type(error).__name__}: {error}"))
+        if model is not None and (after := refusals.state(model)) != before:
+            what = ", ".join(key for key in before if after.get(key) != before[key])
+            found.append(finding("changed after a refusal", function, f"the model's {what} after {error}", what))
+        now = _listing(self.work)
+        if now != listed:
+            different = sorted(name for name in now.keys() | listed.keys() if now.get(name) != listed.get(name))
+            place = re.sub(r"[0-9a-f]{6,}|\d+", "#", different[0])
+            found.append(finding("changed after a refusal", function, f"files {different[:5]} after {error}", place))
+        return [each for each in found if each is not None]
+
+
+def _listing(directory: Path) -> dict[str, Any]:
+    """Every file below a directory: its contents, or what else it is."""
+    listed: dict[str, Any] = {}
+    for folder, folders, names in os.walk(directory):
+        for name in [*folders, *names]:
+            path = Path(folder, name)
+            mode = path.lstat().st_mode
+            if stat.S_ISLNK(mode):
+                content: Any = os.readlink(path)
+            else:
+                content = path.read_bytes() if stat.S_ISREG(mode) else stat.S_IFMT(mode)
+            listed[str(path.relative_to(directory))] = content
+    return listed
+
+
+def _reset_peak() -> int:
+    """The most memory that this process takes is counted from now on: bytes now."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return 1 << 62  # it cannot be told
+    return _peak()
+
+
+def _peak() -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))

@@ -1,0 +1,214 @@
+"""Files as they should be, which the mutator then changes: adapters, methods, checkpoints, records, data, results."""
+
+from __future__ import annotations
+
+import copy
+import fcntl
+import functools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+_RESULTS = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "results" / "demo"
+BASES: dict[str, Callable[[Path], None]] = {}
+
+
+def base(function: Callable[[Path], None]) -> Callable[[Path], None]:
+    BASES[function.__name__] = function
+    return function
+
+
+def make_base(name: str, directory: Path) -> Path:
+    """A copy of the files in ``directory``, which must not be there yet."""
+    return Path(shutil.copytree(original(name), directory, symlinks=True))
+
+
+@functools.cache
+def original(name: str) -> Path:
+    """The files, made once for all processes that share a folder."""
+    made = folder() / name
+    with made.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            fresh = made.with_suffix(".new")
+            fresh.mkdir()
+            torch.manual_seed(0)
+            BASES[name](fresh)
+            fresh.rename(made)
+    return made
+
+
+@functools.cache
+def folder() -> Path:
+    """Where everything is written: a temporary directory of the parent process, which removes it."""
+    return Path(os.environ.get("FUZZ_FOLDER") or tempfile.mkdtemp(prefix="fuzz-"))
+
+
+def net() -> nn.Module:
+    from models import Net
+
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def _filled(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.2)
+    return model
+
+
+@base
+def adapter(directory: Path) -> None:
+    """An adapter of :func:`net` with several kinds of entries, and the same as ``adapter_model.bin``."""
+    from lora_ext import LoraConfig, inject, save_adapter
+
+    config = LoraConfig(
+        r=2,
+        lora_alpha=3,
+        target_modules=["up", "down"],
+        rank_pattern={"blocks.1.up": 3},
+        alpha_pattern={"down": 1.5},
+        modules_to_save=["head"],
+        lora_dropout=0.1,
+    )
+    save_adapter(_filled(inject(net(), config)), directory / "adapter")
+    (directory / "pickled").mkdir()
+    shutil.copy(directory / "adapter" / "adapter_config.json", directory / "pickled")
+    from safetensors.torch import load_file
+
+    torch.save(
+        load_file(directory / "adapter" / "adapter_model.safetensors"), directory / "pickled" / "adapter_model.bin"
+    )
+
+
+@base
+def method(directory: Path) -> None:
+    from models import bert
+
+    from lora_ext.methods import apply_method, new_method, save_method
+
+    torch.manual_seed(0)
+    save_method(apply_method(bert(), new_method("adapter-h", bottleneck_size=2)), directory / "adapter-h")
+    save_method(
+        apply_method(bert(), new_method("lora+prefix-embed", r=2, target_modules=["query"])), directory / "lora"
+    )
+
+
+@base
+def checkpoint(directory: Path) -> None:
+    """A checkpoint in two files, another that differs from it, and an adapter."""
+    from offline_files import save_checkpoint
+
+    from lora_ext import LoraConfig, inject, save_adapter
+
+    model = net()
+    save_checkpoint(model.state_dict(), directory / "base", shards=2)
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        tuned.blocks[0].up.weight.add_(torch.outer(torch.randn(10), torch.randn(6)))
+    save_checkpoint(tuned.state_dict(), directory / "tuned", shards=1)
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["up", "down"])
+    save_adapter(_filled(inject(model, config)), directory / "adapter")
+
+
+@base
+def every(directory: Path) -> None:
+    """A checkpoint with layers of every kind, and PEFT's adapter of all of them."""
+    from offline_files import EVERY_LAYER, EveryLayer, peft_adapter, save_checkpoint
+
+    torch.manual_seed(0)
+    model = EveryLayer()
+    save_checkpoint(model.state_dict(), directory / "base", shards=2)
+    peft_adapter(model, directory / "adapter", **EVERY_LAYER)
+
+
+@base
+def tied(directory: Path) -> None:
+    """A language model whose head is tied to its embedding, with rows that are trained and an adapter on the rest."""
+    from models import llama
+
+    from lora_ext import LoraConfig, inject, save_adapter
+
+    torch.manual_seed(0)
+    model = llama(tied=True)
+    model.save_pretrained(directory / "base", max_shard_size="6KB")
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], trainable_token_indices=[1, 4])
+    save_adapter(_filled(inject(model, config)), directory / "adapter")
+
+
+@base
+def projections(directory: Path) -> None:
+    """A model with a weight that holds several projections, of which the adapter changes some."""
+    from models import gpt2
+
+    from lora_ext import LoraConfig, inject, save_adapter
+
+    torch.manual_seed(0)
+    model = gpt2()
+    model.save_pretrained(directory / "base")
+    config = LoraConfig(
+        r=2, target_modules=["c_attn"], enable_lora={"c_attn": (True, False, True)}, fan_in_fan_out=True
+    )
+    save_adapter(_filled(inject(model, config)), directory / "adapter")
+
+
+@base
+def record(directory: Path) -> None:
+    """What ``merge --record`` writes of updates, of rows, of modules trained in full, and of what is new."""
+    from offline_files import save_checkpoint
+
+    from lora_ext import LoraConfig, inject, save_adapter
+    from lora_ext.offline.merge import merge
+
+    torch.manual_seed(0)
+    layers = {"low": nn.Linear(30, 20), "rows": nn.Embedding(9, 6), "full": nn.Linear(5, 4), "same": nn.Linear(7, 3)}
+    model = nn.ModuleDict({**layers, "new": nn.Linear(4, 2)}).to(torch.bfloat16)
+    tensors = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith("new.")}
+    save_checkpoint(tensors, directory / "base", shards=2)
+    config = LoraConfig(
+        r=2, target_modules=["low"], trainable_token_indices={"rows": [1, 4]}, modules_to_save=["full", "new"]
+    )
+    adapted = _filled(inject(model, config))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    save_adapter(adapted, directory / "adapter")
+    merge(directory / "base", [directory / "adapter"], directory / "merged", record=True)
+
+
+@base
+def data(directory: Path) -> None:
+    rows = [("a good film, really", "1"), ('"quoted"', "0"), ("x", "1"), ("tränen\u3000am ende", "0"), ("=1+1", "1")]
+    quoted = [('"' + text.replace('"', '""') + '"', label) for text, label in rows]
+    (directory / "reviews.csv").write_text("text,label\n" + "".join(f"{t},{label}\n" for t, label in quoted))
+    (directory / "reviews.tsv").write_text("text\tlabel\n" + "".join(f"{t}\t{label}\n" for t, label in rows))
+    lines = [json.dumps({"text": text, "label": label, "note": None}) for text, label in rows]
+    (directory / "reviews.jsonl").write_text("\n".join(lines) + "\n")
+
+
+@base
+def results(directory: Path) -> None:
+    """What compare and sweep left on the demo, and a run of finetune on a model of nothing."""
+    import tiny_classifier
+
+    from lora_ext.tasks.finetune import finetune
+    from lora_ext.tasks.settings import Settings
+
+    for name in ("compare/compare.json", "sweep/sweep.json"):
+        (directory / name).parent.mkdir()
+        shutil.copy(_RESULTS / name, directory / name)
+    with tempfile.TemporaryDirectory() as work:
+        model = tiny_classifier.save_model(Path(work) / "model")
+        reviews = tiny_classifier.save_reviews(Path(work) / "reviews.csv", tiny_classifier.reviews(40))
+        finetune(Settings(model=str(model), data=str(reviews), method="lora", r=2, max_length=32), Path(work) / "run")
+        (directory / "run").mkdir()
+        shutil.copy(Path(work) / "run" / "metrics.json", directory / "run")

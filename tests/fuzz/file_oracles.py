@@ -1,0 +1,124 @@
+"""What an independent reader finds in files, against what ours made of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from . import file_bases
+from .calls import CannotTell
+from .compare import WrongResult, same_bits
+
+
+def _by_library(path: Path) -> dict[str, torch.Tensor]:
+    """What the safetensors library reads; WrongResult where it refuses what we have taken."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WrongResult(f"taken, but the safetensors library refuses {path.name}: {error}") from None
+
+
+def check_adapter(files: Path, result: Any, space: dict[str, Any]) -> None:
+    """What was loaded, saved again, is what the library reads in the file."""
+    from lora_ext import save_adapter
+
+    theirs = _by_library(files / "adapter" / "adapter_model.safetensors")
+    name = next(iter(space["model_adapters"](space["model"])))
+    with tempfile.TemporaryDirectory() as directory:
+        save_adapter(space["model"], Path(directory) / "again", name)
+        ours = load_file(Path(directory) / "again" / "adapter_model.safetensors")
+    for key in ours.keys() & theirs.keys():
+        if not torch.equal(ours[key].nan_to_num(), theirs[key].to(ours[key].dtype).nan_to_num()):
+            raise WrongResult(f"{key} is not what the file holds")
+    if missing := [key for key in theirs if key not in ours and "lora_" in key]:
+        raise WrongResult(f"{missing[0]} of the file was left out")
+
+
+def check_method(files: Path, result: Any, space: dict[str, Any]) -> None:
+    for path in (files / space["which"]).glob("*.safetensors"):
+        _by_library(path)
+
+
+def _shards(directory: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        tensors |= _by_library(path)
+    return tensors
+
+
+def check_inspected(files: Path, result: Any, space: dict[str, Any]) -> None:
+    _shards(files / space["which"])
+
+
+def check_merged(files: Path, report: Any, space: dict[str, Any]) -> None:
+    """Every tensor is the base's plus the adapter's update, multiplied out here."""
+    from lora_ext import LoraConfig
+
+    base, factors, out = (_shards(files / name) for name in ("base", "adapter", "out"))
+    config = LoraConfig.from_dict(json.loads((files / "adapter" / "adapter_config.json").read_text()))
+    for key, tensor in out.items():
+        path = key.removesuffix(".weight")
+        A, B = (factors.get(f"base_model.model.{path}.lora_{which}.weight") for which in "AB")
+        if key not in base:
+            raise WrongResult(f"{key} is in the output, and not in the base")
+        if A is None or B is None:
+            same = tensor.shape == base[key].shape and torch.equal(
+                tensor.nan_to_num(), base[key].to(tensor.dtype).nan_to_num()
+            )
+            if not same and not any(path.rpartition(".")[0] in name for name in factors):
+                raise WrongResult(f"{key} is not the base's")
+            continue
+        if config.fan_in_fan_out or not tensor.is_floating_point() or A.dim() != 2 or B.dim() != 2:
+            raise CannotTell
+        if (B.shape[0], A.shape[1]) != tuple(base[key].shape):
+            continue  # an embedding's factors, a parameter's
+        expected = base[key].double() + config.scaling_for(path) * (B.double() @ A.double())
+        if not torch.allclose(tensor.double(), expected, rtol=1e-2, atol=1e-3, equal_nan=True):
+            raise WrongResult(f"{key} is not the base's and the update")
+
+
+def check_unmerged(files: Path, report: Any, space: dict[str, Any]) -> None:
+    """What is called exact has the bits of the base that was merged into."""
+    if not report.exact:
+        return
+    original, out = file_bases.original("record") / "base", files / "out"
+    theirs, ours = _shards(original), _shards(out)
+    if theirs.keys() != ours.keys():
+        raise WrongResult(f"said to be exact, but {sorted(theirs.keys() ^ ours.keys())} differ")
+    for key, tensor in theirs.items():
+        if tensor.shape != ours[key].shape or not same_bits(tensor, ours[key]):
+            raise WrongResult(f"said to be exact, but {key} has not the bits of the base")
+
+
+def check_examples(files: Path, examples: Any, space: dict[str, Any]) -> None:
+    """The texts and labels that a plain reader finds in each line."""
+    path = files / space["which"]
+    text = path.read_bytes().decode("utf-8-sig")
+    if path.suffix == ".jsonl":
+        rows = [json.loads(line) for line in io.StringIO(text, newline="") if line.strip()]
+        expected = [(row["text"], str(row["label"])) for row in rows]
+    else:
+        options = {"strict": True} if path.suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+        csv.field_size_limit(1 << 24)
+        header, *rows = [row for row in csv.reader(io.StringIO(text, newline=""), **options) if row]
+        if header.count("text") != 1 or header.count("label") != 1:
+            raise WrongResult(f"taken, with the columns {header}")
+        expected = [(row[header.index("text")], row[header.index("label")]) for row in rows]
+    if [(example.text, example.label) for example in examples] != expected:
+        raise WrongResult("the texts or labels are not those of the file")
+    for example in examples:
+        example.text.encode()  # a lone surrogate cannot be tokenised
+
+
+def check_page(files: Path, page: Any, space: dict[str, Any]) -> None:
+    html = Path(page).read_text(encoding="utf-8")
+    if "<script>alert(1)" in html or "<img src=x" in html:
+        raise WrongResult("text of a file stands in the page as an element")

@@ -1,0 +1,166 @@
+"""Worker processes as their parent sees them: a case each call, and an end to those that do not end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .outcomes import POISON, Finding
+
+_TESTS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# A case takes milliseconds. Seconds of processor time, as other processes may hold this one up; and of a clock, for one
+# that waits and does not compute.
+PROCESSOR_SECONDS, CLOCK_SECONDS = 30.0, 120.0
+
+
+@dataclass
+class Report:
+    """What became of a case.
+
+    Attributes:
+        seed: that it was made from, or None.
+        choices: that it was made of: all that is needed to make it again.
+        kind: of its outcome; "crash" and "hang" where it had none.
+    """
+
+    seed: int | str | None
+    choices: list[int]
+    function: str
+    source: str
+    kind: str
+    findings: list[Finding] = field(default_factory=list)
+
+
+class Worker:
+    """One process, started when it is needed and again after it died. ``folder``: for its files."""
+
+    def __init__(
+        self,
+        area: str,
+        folder: str,
+        processor_seconds: float = PROCESSOR_SECONDS,
+        clock_seconds: float = CLOCK_SECONDS,
+    ):
+        self.area, self.folder = area, folder
+        self.processor_seconds, self.clock_seconds = processor_seconds, clock_seconds
+        self._process: subprocess.Popen[bytes] | None = None
+        self._errors: Any = None
+        self._unread = b""
+
+    def run(self, seed: int | str | None = None, choices: Sequence[int] | None = None) -> Report:
+        """Runs the case of a seed, or of choices."""
+        if self._process is None:
+            self._start()
+        request = {"seed": seed} if choices is None else {"choices": list(choices)}
+        self._process.stdin.write(json.dumps(request).encode() + b"\n")
+        self._process.stdin.flush()
+        report = Report(seed, list(choices or []), "?", "", "crash")
+        begun = self._reply()
+        if isinstance(begun, dict):
+            report.choices, report.function, report.source = begun["choices"], begun["function"], begun["source"]
+            done = self._reply()
+            if isinstance(done, dict):
+                report.kind = done["kind"]
+                report.findings = [Finding(**entry) for entry in done["findings"]]
+                return report
+            begun = done
+        report.kind = begun
+        report.findings = [self._ended(report)]
+        return report
+
+    def stop(self) -> None:
+        if self._process is None:
+            return
+        self._process.stdin.close()  # it ends by itself: a sanitizer may have something to say
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+        self._process = None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _start(self) -> None:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, [_TESTS, os.environ.get("PYTHONPATH", "")])),
+            "PYTHONFAULTHANDLER": "1",
+            "FUZZ_FOLDER": self.folder,
+            "OMP_WAIT_POLICY": "passive",
+            "MALLOC_PERTURB_": str(POISON ^ 0xFF),  # the C library fills new memory with its complement
+        }
+        command = [sys.executable, "-m", "fuzz.worker", self.area]
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  open as long as the process
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, env=environment
+        )
+        self._unread = b""
+        if not isinstance(self._reply(clock_seconds=600), dict):
+            raise RuntimeError(f"{' '.join(command)} does not start:\n{self._said()}")
+
+    def _reply(self, clock_seconds: float | None = None) -> dict[str, Any] | str:
+        """The next line, or "crash" or "hang"."""
+        end = time.monotonic() + (clock_seconds or self.clock_seconds)
+        budget = self._processor_seconds() + (clock_seconds or self.processor_seconds)
+        while b"\n" not in self._unread:
+            ready, _, _ = select.select([self._process.stdout], [], [], 0.5)
+            if ready:
+                data = os.read(self._process.stdout.fileno(), 1 << 16)
+                if not data:
+                    return "crash"
+                self._unread += data
+            elif time.monotonic() > end or self._processor_seconds() > budget:
+                self._process.send_signal(signal.SIGABRT)  # which writes where it is
+                time.sleep(0.5)
+                return "hang"
+        line, self._unread = self._unread.split(b"\n", 1)
+        reply = json.loads(line)
+        if "error" in reply:
+            raise RuntimeError(f"the fuzzer itself has failed:\n{reply['error']}")
+        return reply
+
+    def _processor_seconds(self) -> float:
+        try:
+            with open(f"/proc/{self._process.pid}/stat") as file:
+                fields = file.read().rpartition(")")[2].split()
+        except OSError:
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def _ended(self, report: Report) -> Finding:
+        process = self._process
+        if report.kind == "hang":
+            process.kill()
+        status = process.wait()
+        said = self._said()
+        self.stop()
+        if report.kind == "hang":
+            how = f"no end after {self.processor_seconds:g} s of processor time or {self.clock_seconds:g} s"
+        else:
+            how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        sanitizer = re.search(r"ERROR: (\w+Sanitizer: [\w-]+)|(runtime error: .*)", said)
+        frames = re.findall(r'File "[^"]*lora_ext/([^"]+)", line \d+ in (\w+)', said)
+        place = sanitizer[0] if sanitizer else (":".join(frames[0]) if frames else "")
+        signature = f"{report.kind}: {report.function}: {how if report.kind == 'crash' else ''} {place}"
+        return Finding(report.kind, report.function, signature, f"{how}\n{said[-1500:]}")
+
+    def _said(self) -> str:
+        self._errors.seek(0, os.SEEK_END)
+        self._errors.seek(max(self._errors.tell() - 20000, 0))
+        return self._errors.read().decode(errors="replace")
