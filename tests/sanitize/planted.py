@@ -64,14 +64,14 @@ _MERGING = (
 )
 
 _COUNT = "const int64_t count = {};\n    // One pass over x for xa"
-_SUMS = "return sums == nullptr ? nullptr : static_cast<Acc*>(sums) + {} * rank * stride;"
+_SUMS = "return static_cast<Acc*>(sums) + {} * rank * stride;"
 _RANGE = "return {{{}, smaller(end, rows)}};"
 _CHUNK_END = "chunk.end = rows * (i + 1) / num_chunks_{};"
 _PANEL_TAIL = "std::memset(to + cols, 0, sizeof(Acc) * static_cast<size_t>(kMergeSegment - cols{}));"
 _SHIFT = "return kStep < 8 ? word >> (col % 8{}) : word;"
 _BLOCKS = "const int64_t begin = blocks * {} / num_chunks * kBlockRows,"
 _SEED = "const PhiloxKeys keys(p.threshold > 0 ? static_cast<uint64_t>(*{}) : 0);"
-_CLEAR = "if (grad_A != nullptr{}) std::memset(grad_A, 0,"
+_CLEAR = "if (p.wants_grad_lora_A{}) std::memset(grad_A, 0,"
 
 
 def _edit(path: str, pattern: str, old: str, new: str) -> Edit:
