@@ -72,6 +72,7 @@ def planted() -> Campaign:
     return campaign.run("planted", seeds, processor_seconds=2, clock_seconds=6, costly_tries=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", area_planted.OPS)
 def test_a_planted_op_is_found(planted, kind):
     name = f"torch.ops.lora_ext_planted.{area_planted.OPS[kind].__name__[1:]}"
@@ -86,6 +87,7 @@ def test_a_planted_op_is_found(planted, kind):
     assert any("torch.randn((2, 3), generator=torch.Generator().manual_seed(0))" in f.smallest.source for f in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", area_planted.READERS)
 def test_a_planted_reader_is_found(planted, kind):
     name = area_planted.READERS[kind].__name__
@@ -93,6 +95,7 @@ def test_a_planted_reader_is_found(planted, kind):
     assert kind in found, planted.table()
 
 
+@pytest.mark.slow
 def test_what_is_printed_is_a_program_that_fails_in_the_same_way(planted):
     found = next(each for each in planted.found.values() if each.finding.function.endswith(".crashes"))
     assert "signal SIGSEGV" in found.text() and f"seed {found.first.seed}" in found.text()
@@ -105,6 +108,7 @@ def test_what_is_printed_is_a_program_that_fails_in_the_same_way(planted):
     assert result.returncode == 1 and "FOUND crash: torch.ops.lora_ext_planted.crashes: signal SIGSEGV" in result.stdout
 
 
+@pytest.mark.slow
 def test_all_are_counted(planted):
     total = 3 * len(area_planted.NAMES)
     assert planted.total == total
