@@ -68,8 +68,8 @@ inline std::ostream& operator<<(std::ostream& out, const DeviceOf& device) {
   return out << "a device of type " << device.type;
 }
 
-// Whether a tensor's last element lies within its storage. A storage may have been freed or cut since the tensor was made
-// of it: PyTorch does not look again.
+// Whether a tensor's last element lies within its storage. A storage may have been freed or cut since the tensor was
+// made of it: PyTorch does not look again.
 inline bool has_its_memory(const Tensor& tensor) {
   if (tensor.numel() == 0) return true;
   int64_t bytes, offset;

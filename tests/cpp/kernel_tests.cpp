@@ -296,6 +296,7 @@ void backward_follows_its_formula(const Kernels& kernels, const char* isa, int64
   LoraBackwardParams p{};
   p.num_siblings = kNumLayers, p.num_tokens = kTokens, p.in_features = kIn, p.total_rank = kTotalRank;
   p.x = layers.x.data(), p.x_stride = kIn, p.xa = xa.data(), p.mask = mask.data(), p.grad_x = grad_x.data();
+  p.wants_grad_x = p.wants_grad_lora_A = p.wants_grad_lora_B = p.has_dropout = true;
   p.dtype = p.factor_dtype = DType::kFloat32;
   std::vector<double> expected_grad_x(static_cast<size_t>(kTokens * kIn));
   for (int64_t i = 0, rank_begin = 0; i < kNumLayers; rank_begin += kLayers[i].rank, ++i) {

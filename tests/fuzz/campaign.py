@@ -128,23 +128,25 @@ def run(
     return campaign
 
 
-def smallest(of: Worker, report: Report, finding: Finding, costly_tries: int) -> tuple[Report, Finding]:
+def smallest(worker: Worker, report: Report, finding: Finding, costly_tries: int) -> tuple[Report, Finding]:
     """The smallest case found that has a finding of the same signature."""
     best, best_finding = report, finding
-    limits = min(of.processor_seconds, 4.0), min(of.clock_seconds, 15.0)
+
+    def fails(choices: list[int]) -> bool:
+        nonlocal best, best_finding
+        again = worker.run(choices=choices)
+        same = next((f for f in again.findings if f.signature == finding.signature), None)
+        if same is not None:
+            again.seed = report.seed
+            best, best_finding = again, same
+        return same is not None
+
+    before = worker.processor_seconds, worker.clock_seconds
+    # A smaller case may hang where this one does not.
+    worker.processor_seconds, worker.clock_seconds = (min(*pair) for pair in zip(before, (10.0, 20.0), strict=True))
     is_costly = finding.kind in ("crash", "hang", "slow", "memory")
-    with Worker(of.area, of.folder, *(limits if finding.kind == "hang" else ())) as worker:
-
-        def fails(choices: list[int]) -> bool:
-            nonlocal best, best_finding
-            again = worker.run(choices=choices)
-            same = next((f for f in again.findings if f.signature == finding.signature), None)
-            if same is not None:
-                again.seed = report.seed
-                best, best_finding = again, same
-            return same is not None
-
-        smaller(report.choices, fails, tries=costly_tries if is_costly else 250)
+    smaller(report.choices, fails, tries=costly_tries if is_costly else 250)
+    worker.processor_seconds, worker.clock_seconds = before
     return best, best_finding
 
 

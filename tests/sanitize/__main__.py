@@ -121,10 +121,14 @@ def check(sanitizer: Sanitizer, quick: bool) -> bool:
     isas, tests = available_isas(package), [str(ROOT / "tests" / f"{name}.py") for name in OP_TESTS]
     # A program that is ours alone: every block that it does not free is a leak of the kernels or of the tests.
     leaks = {"detect_leaks": "1"} if sanitizer.name == "asan" else {}
+    # The fuzzer limits its processes' address space by itself, except under a sanitizer that takes terabytes of it.
+    limits = {"max_allocation_size_mb": "1024"} if sanitizer.preload else {}
     steps = [lambda: runner.expect_clean("C++ tests", [str(program)], ROOT, **leaks)]
     for isa in isas if not quick else sorted({isas[0], isas[-1]}):
         steps += [
-            lambda isa=isa: runner.expect_clean(f"op fuzzer, {isa}", fuzzer(500 if quick else 3000), package, isa)
+            lambda isa=isa: runner.expect_clean(
+                f"op fuzzer, {isa}", fuzzer(500 if quick else 3000), package, isa, **limits
+            )
         ]
         if not quick:
             steps += [

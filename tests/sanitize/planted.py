@@ -71,7 +71,7 @@ _PANEL_TAIL = "std::memset(to + cols, 0, sizeof(Acc) * static_cast<size_t>(kMerg
 _SHIFT = "return kStep < 8 ? word >> (col % 8{}) : word;"
 _BLOCKS = "const int64_t begin = blocks * {} / num_chunks * kBlockRows,"
 _SEED = "const PhiloxKeys keys(p.threshold > 0 ? static_cast<uint64_t>(*{}) : 0);"
-_CLEAR = "if (p.wants_grad_lora_A{}) std::memset(grad_A, 0,"
+_OPTIONAL_ROWS = "return matrix == nullptr{} ? nullptr : static_cast<const T*>(matrix) + row * cols;"
 
 
 def _edit(path: str, pattern: str, old: str, new: str) -> Edit:
@@ -124,9 +124,9 @@ PLANTED: dict[str, list[PlantedBug]] = {
         ),
         PlantedBug(
             "null_pointer",
-            _edit(_LORA, _CLEAR, "", " || BUG"),
+            _edit(_LORA, _OPTIONAL_ROWS, "", " && !BUG"),
             _GENERIC,
-            _BACKWARD.replace("A.requires_grad_()", "A"),
+            _FORWARD,
             "null pointer",
             _LORA,
         ),

@@ -126,6 +126,7 @@ SANITIZERS = {
             # What python and torch do with memory, in what order, is not seen, and so neither are their memcpys.
             "ignore_noninstrumented_modules": "1",
             "history_size": "4",
+            "allocator_may_return_null": "1",
             "report_signal_unsafe": "0",  # python's own handlers
         },
         re.compile(r"WARNING: ThreadSanitizer: .*"),
