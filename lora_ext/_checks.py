@@ -1,4 +1,4 @@
-"""What a user may pass to an op, and the words for what they may not: dtypes, sizes and numbers.
+"""Checks of the arguments of ops: dtypes, sizes and numbers.
 
 The fake kernels run these checks when a graph is traced. In eager mode the compiled op checks first, at no Python cost,
 and these run only once it has refused, to say why as a ``ValueError`` or ``TypeError``. Types and devices have been
@@ -298,7 +298,7 @@ def check_merge_strides(op: str, weight: Tensor, name: str) -> None:
 
 
 def check_merge(op: str, weights: Sequence[Tensor], lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor]) -> None:
-    """What the merge ops take: lists of equal length, one dtype, factors in the accumulation dtype.
+    """Checks the lists of a merge op: equal lengths, one dtype, factors in the accumulation dtype.
 
     That no two arguments share memory is checked when an op runs, not when it is traced.
     """

@@ -1,4 +1,4 @@
-"""What the ops that compute gradients take, and the ops of an adapter's two products by themselves.
+"""Checks of the arguments of the ops that compute gradients, and of lora_shrink and lora_expand.
 
 Users meet none of them directly: the forward has settled what they are given. A graph that was traced, or edited, may
 hold anything, so that their fake kernels refuse what the compiled ops refuse (csrc/bindings/backward_call.h,

@@ -36,7 +36,7 @@ def check_inference(op: str, label: str, tensor: Tensor | None) -> None:
 
 
 def count_change(*tensors: Tensor) -> None:
-    """What was saved of these for a backward is no longer there. Inference tensors are not counted."""
+    """Counts a change, so that a backward that saved one of these fails. Inference tensors have no count."""
     torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 

@@ -12,7 +12,8 @@ import torch
 
 from . import _arguments, _load, _tensor_arguments
 
-# What wrong arguments lead to. Others pass: checkpointing stops a recomputation by an exception of its own.
+# The exceptions that wrong arguments cause. Others are not explained: torch.utils.checkpoint, for example, stops a
+# recomputation by an exception of its own.
 UNEXPLAINED = (RuntimeError, TypeError, ValueError, AttributeError, ArithmeticError)
 OUT_OF_MEMORY = "out of memory. "  # csrc/bindings/errors.h
 _REFUSED_BY_OP = re.compile(r"\w+, csrc/[\w/.]+:\d+, (lora_\w+: .*)", re.DOTALL)  # STD_TORCH_CHECK's text

@@ -1,4 +1,4 @@
-"""What every tensor that an op is given must be: dense, and on the device of the others, whether it is used or not.
+"""Checks that all tensors that an op is given are dense and on one device, whether it uses them or not.
 
 PyTorch calls the fake kernels for real tensors too, where one of them is a meta tensor: they would answer with memory
 that nobody has written. They check every tensor of every call. csrc/bindings/op.h is the same for the compiled ops.

@@ -18,7 +18,7 @@ def is_inside(path: str, parent: str) -> bool:
 
 
 def path_ends(path: str) -> Iterator[int]:
-    """Where ``path`` begins, and what follows each of its dots."""
+    """Yields the positions where ``path`` begins, and where each part after a dot does."""
     place = 0
     while place >= 0:
         yield place

@@ -1,4 +1,4 @@
-"""What a config's expressions mean for the paths of a model: ``target_modules``, ``rank_pattern`` and the like.
+"""Matches the expressions of a config (``target_modules``, ``rank_pattern``, ...) with the paths of a model.
 
 The rules are PEFT's. The time is bounded, whatever the expressions (:mod:`.bounded_regex`).
 """

@@ -50,7 +50,7 @@ class ObjectCache:
     def link(
         self, name: str, objects: list[Path], command: list[str], libraries: Sequence[str] = (), suffix: str = ".so"
     ) -> Path:
-        """What ``command`` makes of the objects, with a name that begins with ``name``."""
+        """The file that ``command`` links of the objects; its name begins with ``name``."""
         output = self.folder / f"{name}-{_key([*command, *libraries], objects)}{suffix}"
         if not output.exists():
             fresh = output.with_suffix(f".{os.getpid()}")

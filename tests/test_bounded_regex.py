@@ -28,7 +28,7 @@ PATHS = [
 ]
 PATHS += ["lm_head", "model", "model.embed_tokens", "layers.1.mlp", "q_proj", "model.layers", "é.q_proj"]
 
-# What people write: of model cards, PEFT's documentation and issues.
+# Expressions that people write: from model cards, PEFT's documentation and issues.
 WRITTEN = [
     "q_proj",
     "model.layers.0.self_attn.q_proj",
@@ -61,7 +61,7 @@ WRITTEN = [
 
 @dataclass
 class PeftConfig:
-    """What PEFT's functions read."""
+    """The fields that PEFT's functions read."""
 
     target_modules: Any = ()
     exclude_modules: Any = None
@@ -202,7 +202,7 @@ def test_what_people_write_may_be_tried_with_thousands_of_layers(source):
 
 
 def test_thousands_of_names_are_one_look_up(monkeypatch):
-    """Of names, none is tried as an expression, and none is read twice."""
+    """No name is tried as an expression, and none is read twice."""
 
     def never(*args):
         raise AssertionError("an expression was tried")

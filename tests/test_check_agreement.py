@@ -17,7 +17,7 @@ DTYPES = [torch.float64, torch.bfloat16, torch.float16, torch.int32, torch.uint8
 
 
 def other_tensors(tensor: Tensor) -> Iterator[tuple[str, Tensor | None]]:
-    """What may stand in its place, right or wrong."""
+    """Values for an argument, right or wrong."""
     yield "None", None
     for dtype in DTYPES:
         yield str(dtype), tensor.to(dtype)

@@ -120,7 +120,7 @@ def test_lora_delta_takes_and_refuses_what_torch_does(kind, mode, requires_grad)
 
 
 def test_the_kinds_are_both():
-    """What is tested above is refused as well as taken, in every mode that refuses anything."""
+    """The cases above have both outcomes, refused and taken, in every mode that refuses anything."""
     for mode, requires_grad in (("grad", False), ("grad", True), ("no_grad", False), ("inference_mode", True)):
         taken = [torch_takes(make, mode, requires_grad) for make in KINDS.values()]
         assert any(taken) and all(taken) == (mode == "inference_mode")

@@ -1,4 +1,4 @@
-"""What is no tensor, no dense tensor or no number, in every argument of every public function: the error names it."""
+"""Every argument of every public function given no tensor, no dense tensor or no number: the error names it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ if hasattr(torch, "quantize_per_tensor"):  # deprecated in 2.13
 
 
 def wrong_values(hint: object) -> Iterator[tuple[str, object]]:
-    """What the annotation excludes; and tensors that are not dense, or elsewhere, or of no dtype that the ops know."""
+    """Values that the annotation excludes, and tensors that are not dense, elsewhere, or of an unknown dtype."""
     for what, value in NO_TENSORS.items():
         if not _test(hint)(value):
             yield what, value

@@ -31,7 +31,7 @@ inline std::optional<Tensor> only(std::vector<Tensor>& grads) {
   return grads.empty() ? std::optional<Tensor>() : std::optional<Tensor>(std::move(grads[0]));
 }
 
-// What the forward saved must be what the backward is given. dtype: the layer's.
+// Checks that xa and mask have the dtypes and shapes that the forward saved. dtype: that of the layer.
 inline void check_saved(const Op& op, const std::optional<Tensor>& xa, const std::optional<Tensor>& mask, DType dtype,
                         int64_t num_tokens, int64_t in_features, int64_t total_rank, double dropout_p,
                         const std::vector<bool>& output_mask) {

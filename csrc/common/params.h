@@ -79,7 +79,7 @@ struct LoraBackwardParams {
   LoraBackwardSibling siblings[kMaxSiblings];
 };
 
-// What a backward call computes on the way to the gradients that are wanted, or is given.
+// Intermediate results of a backward call: computed on the way to the wanted gradients, or given.
 inline bool needs_grad_xa(const LoraBackwardParams& p) {
   return p.wants_grad_xa || p.wants_grad_x || p.wants_grad_lora_A;
 }

@@ -207,7 +207,7 @@ def make(area: str, choices: Choices) -> Case:
 
 
 def _lines_for(path: Path, files: Path) -> list[str]:
-    """What makes a file what it is now."""
+    """The steps that make a file what it is now."""
     target = f'(files / "{path.relative_to(files)}")'
     if path.is_symlink():
         return [f"{target}.unlink()", f"{target}.symlink_to({os.readlink(path)!r})"]

@@ -295,7 +295,7 @@ _STEPS: tuple[Callable[[Choices, str], Step], ...] = (
 
 
 def run(model: nn.Module, x: Tensor) -> Tensor:
-    """What a model in evaluation mode computes."""
+    """The output of a model in evaluation mode."""
     with torch.no_grad():
         output = model(x)
     return output if isinstance(output, Tensor) else output.logits
@@ -347,7 +347,7 @@ def _output(model: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def _wrong(model: nn.Module, pristine: nn.Module, x: Tensor, before: Tensor | None) -> str:
-    """What is wrong with a model, or ""."""
+    """Says what is wrong with a model; "" if nothing is."""
     now = run(model, x)
     if before is not None and not torch.allclose(now, before, rtol=1e-3, atol=1e-4):
         return f"the output changed by {(now - before).abs().max().item():.1e}"
@@ -361,7 +361,7 @@ def _wrong(model: nn.Module, pristine: nn.Module, x: Tensor, before: Tensor | No
 
 
 def _multiplied_out(model: nn.Module, pristine: nn.Module, x: Tensor) -> Tensor | None:
-    """What the pristine model computes with the updates of all adapters in use added to its weights.
+    """The output of the pristine model with the updates of all adapters in use added to its weights.
 
     None where something else than low-rank updates of single modules is in use: modules trained in full, rows, biases,
     tied weights.
@@ -389,7 +389,7 @@ def _multiplied_out(model: nn.Module, pristine: nn.Module, x: Tensor) -> Tensor 
 
 
 def _updates(layer: LoraLayer) -> Iterator[tuple[str, tuple[Tensor, Tensor, float]]]:
-    """What acts in a layer, by the matrix that it adds to: what was merged as it was then, the rest as it is."""
+    """The updates in use in a layer, by the matrix they add to: merged ones as they were then, the rest as they are."""
     merged = layer._merged
     for name in layer.merged_adapters:
         for key, matrix in merged.matrices.items():

@@ -1,4 +1,4 @@
-"""What can be fuzzed, by name. An area makes a case of choices and runs it."""
+"""The areas that can be fuzzed, by name. An area makes a case of choices and runs it."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ _SIXTEEN = (torch.bfloat16, torch.float16)
 
 
 class WrongResult(Exception):
-    """What came back is not what the formula gives."""
+    """The result differs from that of the formula."""
 
 
 def plain(value: Any) -> Any:

@@ -46,7 +46,7 @@ def original(name: str) -> Path:
 
 @functools.cache
 def folder() -> Path:
-    """Where everything is written: a temporary directory of the parent process, which removes it."""
+    """The directory for all files: a temporary one of the parent process, which removes it."""
     return Path(os.environ.get("FUZZ_FOLDER") or tempfile.mkdtemp(prefix="fuzz-"))
 
 
@@ -162,7 +162,7 @@ def projections(directory: Path) -> None:
 
 @base
 def record(directory: Path) -> None:
-    """What ``merge --record`` writes of updates, of rows, of modules trained in full, and of what is new."""
+    """A checkpoint that ``merge --record`` wrote: low-rank updates, rows, modules trained in full, new tensors."""
     from offline_files import save_checkpoint
 
     from lora_ext import LoraConfig, inject, save_adapter
@@ -197,7 +197,7 @@ def data(directory: Path) -> None:
 
 @base
 def results(directory: Path) -> None:
-    """What compare and sweep left on the demo, and a run of finetune on a model of nothing."""
+    """Results of compare and sweep on the demo, and of finetune on a tiny model."""
     import tiny_classifier
 
     from lora_ext.tasks.finetune import finetune

@@ -1,4 +1,4 @@
-"""What an independent reader finds in files, against what ours made of them."""
+"""Compares what our readers make of files with what independent readers find."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .compare import WrongResult, same_bits
 
 
 def _by_library(path: Path) -> dict[str, torch.Tensor]:
-    """What the safetensors library reads; WrongResult where it refuses what we have taken."""
+    """The tensors that the safetensors library reads. WrongResult: it refuses a file that we accepted."""
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
@@ -27,7 +27,7 @@ def _by_library(path: Path) -> dict[str, torch.Tensor]:
 
 
 def check_adapter(files: Path, result: Any, space: dict[str, Any]) -> None:
-    """What was loaded, saved again, is what the library reads in the file."""
+    """Checks that an adapter that was loaded and saved again has the tensors that the library reads in the file."""
     from lora_ext import save_adapter
 
     theirs = _by_library(files / "adapter" / "adapter_model.safetensors")
@@ -86,7 +86,7 @@ def check_merged(files: Path, report: Any, space: dict[str, Any]) -> None:
 
 
 def check_unmerged(files: Path, report: Any, space: dict[str, Any]) -> None:
-    """What is called exact has the bits of the base that was merged into."""
+    """Checks that a result that is called exact has the bits of the base."""
     if not report.exact:
         return
     original, out = file_bases.original("record") / "base", files / "out"

@@ -60,6 +60,11 @@ def tokens_shape(choices: Choices) -> tuple[int, ...]:
     return () if choices.chance(5) else leading
 
 
+def layer_sizes(choices: Choices) -> tuple[tuple[int, ...], int, int, int]:
+    """Leading dimensions of x, in_features, out_features and rank."""
+    return tokens_shape(choices), choices.pick(SIZES), choices.pick(SIZES), choices.pick(RANKS)
+
+
 def count(shape: Sequence[int]) -> int:
     count = 1
     for size in shape:
@@ -103,12 +108,7 @@ def _autocast(before: Mapping[str, Any], names: Sequence[str], around: str) -> d
 
 def linear_values(choices: Choices) -> dict[str, Value]:
     dtype, factors = choices.pick(DTYPES)
-    lead, size_in, size_out, rank = (
-        tokens_shape(choices),
-        choices.pick(SIZES),
-        choices.pick(SIZES),
-        choices.pick(RANKS),
-    )
+    lead, size_in, size_out, rank = layer_sizes(choices)
     values = {
         "x": tensor(choices, (*lead, size_in), dtype),
         "weight": tensor(choices, (size_out, size_in), dtype),
@@ -144,7 +144,7 @@ def lora_linear(choices: Choices) -> Call:
 
 
 def check_saved(before, lora_As, scalings, xa: Tensor, mask: Tensor, around: str) -> None:
-    """What a forward keeps for its backward: xa and the mask."""
+    """Checks what a forward saves for its backward: xa and the mask."""
     x = _autocast(before, ("x",), around)["x"].detach()
     dropout_p = before.get("dropout_p", 0.0)
     threshold = reference.dropout_threshold(dropout_p)
@@ -201,12 +201,7 @@ def lora_linear_siblings(choices: Choices) -> Call:
 
 def delta_values(choices: Choices) -> dict[str, Value]:
     dtype, factors = choices.pick(DTYPES)
-    lead, size_in, size_out, rank = (
-        tokens_shape(choices),
-        choices.pick(SIZES),
-        choices.pick(SIZES),
-        choices.pick(RANKS),
-    )
+    lead, size_in, size_out, rank = layer_sizes(choices)
     values = {
         "y": tensor(choices, (*lead, size_out), dtype, ("unaligned", "the middle of a storage")),
         "x": tensor(choices, (*lead, size_in), dtype),

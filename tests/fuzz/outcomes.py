@@ -60,7 +60,7 @@ def finding(kind: str, function: str, detail: str, place: str = "") -> Finding:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a call: refused, compared, accepted (and not compared), void (its arguments cannot be made)."""
+    """How a call ended: refused, compared, accepted (not compared) or void (its arguments cannot be made)."""
 
     kind: str
     findings: tuple[Finding, ...] = ()
@@ -83,11 +83,11 @@ class Watched:
             version = None if tensor.is_inference() else tensor._version
             flags = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.requires_grad)
             return storage.nbytes(), bits, version, flags, tensor.is_neg()
-        except (RuntimeError, NotImplementedError, AttributeError):
+        except (RuntimeError, AttributeError):
             return None  # no strided tensor
 
     def changes(self, may_change: Sequence[str]) -> list[str]:
-        """What is not as it was, in words; of arguments that may change, what lies around them in memory."""
+        """Says which arguments have changed; for those that may change, whether memory around them has."""
         said = []
         # Two arguments may lie in one storage: then what the function may write is there to be written.
         writable = [tensor for name, tensor, state in self.states if name in may_change and state is not None]
@@ -154,7 +154,7 @@ def poisoned(tensor: Tensor) -> int:
         if tensor.is_meta or not tensor.is_floating_point() or tensor.numel() == 0 or tensor.numel() > 1 << 22:
             return 0
         bits = tensor.detach().contiguous().view(torch.uint8).view(tensor.numel(), tensor.element_size())
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:  # no strided tensor
         return 0
     return int((bits == POISON).all(dim=1).sum())
 
@@ -181,7 +181,7 @@ def judge_exception(
 
 
 def words_of(call: Call) -> list[str]:
-    """What a message about a call may be expected to name."""
+    """The names that a message about a call may be expected to have."""
     short = call.function.rpartition(".")[2]
     later = ["lora_unmerge_"] if call.after else []
     names = [name for name in call.arguments if len(name) > 1 or name in "xy"]

@@ -25,7 +25,7 @@ PROCESSOR_SECONDS, CLOCK_SECONDS = 30.0, 120.0
 
 @dataclass
 class Report:
-    """What became of a case.
+    """How a case ended.
 
     Attributes:
         seed: that it was made from, or None.

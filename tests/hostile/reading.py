@@ -40,7 +40,7 @@ def model() -> torch.nn.Module:
 
 
 def limited(action: Callable[[], object]) -> dict:
-    """What became of it in a process of its own: "error", "message", "trace", "seconds" and "megabytes"."""
+    """Runs ``action`` in a process of its own and returns "error", "message", "trace", "seconds" and "megabytes"."""
     reading, writing = os.pipe()
     if (child := os.fork()) == 0:
         status = 1

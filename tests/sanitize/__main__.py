@@ -57,7 +57,7 @@ class Runner:
     def run(
         self, name: str, command: list[str], cwd: Path, variables: Mapping[str, str] | None = None, **options: str
     ) -> tuple[subprocess.CompletedProcess[str], list[str], float]:
-        """What a command says, and the reports that it left."""
+        """The output of a command, and the reports that it left."""
         reports = self.reports / name.replace(" ", "-").replace(",", "")
         environment = {**os.environ, **self.sanitizer.environment(reports, self.preloaded, **options)}
         environment |= {"OMP_WAIT_POLICY": "passive", "PYTHONDONTWRITEBYTECODE": "1", **(variables or {})}

@@ -76,7 +76,7 @@ class Build:
 
     @functools.cached_property
     def openmp(self) -> Path:
-        """What tells ThreadSanitizer about OpenMP: openmp.c."""
+        """Compiles openmp.c, which tells ThreadSanitizer about OpenMP."""
         command = [compiler(), "-x", "c", "-O1", "-Wall", "-Wextra", "-fPIC"]
         with self.cache.locked("openmp"):
             made = self.cache.compile(Path(__file__).with_name("openmp.c"), command)

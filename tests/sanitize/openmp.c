@@ -1,4 +1,4 @@
-// What OpenMP hands over at the begin and the end of a parallel region, told to ThreadSanitizer.
+// Tells ThreadSanitizer which memory OpenMP hands over at the begin and the end of a parallel region.
 //
 // libgomp is not instrumented: it wakes threads and waits for them by futexes that ThreadSanitizer does not see, and
 // every value that the caller wrote before a region, or a thread inside of it, would look like a race. This library is

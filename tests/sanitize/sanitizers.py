@@ -43,7 +43,7 @@ class Sanitizer:
     packages: Mapping[str, str] = field(default_factory=dict)
 
     def runtime_path(self) -> Path:
-        """Where the compiler has the run-time library. RuntimeError where it has none."""
+        """Path of the compiler's run-time library. RuntimeError: it has none."""
         path = _compilers_library(self.runtime)
         if path is None:
             raise RuntimeError(
