@@ -145,7 +145,7 @@ class LoraConfig:
         for key in ("use_rslora", "fan_in_fan_out", "inference_mode", "lora_bias", "ensure_weight_tying"):
             if not isinstance(getattr(self, key), bool):
                 raise TypeError(f"LoraConfig: {key} is {shown(getattr(self, key))}, want True or False")
-        if self.bias not in ("none", "all", "lora_only"):
+        if not isinstance(self.bias, str) or self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f'LoraConfig: bias is {shown(self.bias)}, want "none", "all" or "lora_only"')
         if self.task_type is not None and not (isinstance(self.task_type, str) and self.task_type in TASK_HEADS):
             raise ValueError(
@@ -158,7 +158,6 @@ class LoraConfig:
     def _check_types(self) -> None:
         """Checks the types of what is only compared or copied below, or kept as it is."""
         for key, types, want in (
-            ("bias", (str, int, type(None)), "a string"),  # of these the values are checked, with better words
             ("init_lora_weights", (str, int), "True, False or a string"),
             ("base_model_name_or_path", (str, type(None)), "a string or None"),
             ("metadata", Mapping, "a dict"),

@@ -8,7 +8,7 @@ from faults import run_script
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
-    return run_script("self_test", tmp_path_factory.mktemp("faults"))
+    return run_script("small_actions", tmp_path_factory.mktemp("faults"))
 
 
 @pytest.mark.parametrize("action", ["by_python", "by_rust", "by_cpp"])
