@@ -32,7 +32,7 @@ class Hasher:
         return TensorDigest(self, dtype, shape)
 
     def pieces(self, pieces: list[memoryview]) -> Iterable[bytes]:
-        """The digest of each piece."""
+        """The digest of each piece, which is released."""
         return map(_digest, pieces) if self._pool is None or len(pieces) < 2 else self._pool.map(_digest, pieces)
 
 
@@ -97,4 +97,7 @@ class TextDigest:
 
 
 def _digest(piece: memoryview) -> bytes:
-    return hashlib.sha256(piece).digest()
+    digest = hashlib.sha256(piece).digest()
+    # A thread of the pool may let go of its argument late, and the whole block would stay in memory next to the next.
+    piece.release()
+    return digest
