@@ -71,7 +71,7 @@ _PANEL_TAIL = "std::memset(to + cols, 0, sizeof(Acc) * static_cast<size_t>(kMerg
 _SHIFT = "return kStep < 8 ? word >> (col % 8{}) : word;"
 _BLOCKS = "const int64_t begin = blocks * {} / num_chunks * kBlockRows,"
 _SEED = "const PhiloxKeys keys(p.threshold > 0 ? static_cast<uint64_t>(*{}) : 0);"
-_OPTIONAL_ROWS = "return matrix == nullptr{} ? nullptr : static_cast<const T*>(matrix) + row * cols;"
+_HAS_SEED = "const PhiloxKeys keys(p.threshold > 0{} ? static_cast<uint64_t>(*p.seed) : 0);"
 
 
 def _edit(path: str, pattern: str, old: str, new: str) -> Edit:
@@ -124,9 +124,9 @@ PLANTED: dict[str, list[PlantedBug]] = {
         ),
         PlantedBug(
             "null_pointer",
-            _edit(_LORA, _OPTIONAL_ROWS, "", " && !BUG"),
+            _edit(_LORA, _HAS_SEED, "", " || BUG"),
             _GENERIC,
-            _FORWARD,
+            _FORWARD.replace(", 0.5)", ")"),
             "null pointer",
             _LORA,
         ),
