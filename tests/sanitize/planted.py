@@ -70,8 +70,8 @@ _CHUNK_END = "chunk.end = rows * (i + 1) / num_chunks_{};"
 _PANEL_TAIL = "std::memset(to + cols, 0, sizeof(Acc) * static_cast<size_t>(kMergeSegment - cols{}));"
 _SHIFT = "return kStep < 8 ? word >> (col % 8{}) : word;"
 _BLOCKS = "const int64_t begin = blocks * {} / num_chunks * kBlockRows,"
-_SEED = "const PhiloxKeys keys(p.threshold > 0 ? static_cast<uint64_t>(*{}) : 0);"
-_HAS_SEED = "const PhiloxKeys keys(p.threshold > 0{} ? static_cast<uint64_t>(*p.seed) : 0);"
+_SEED = "static_cast<uint64_t>(*{}) : 0);"
+_HAS_SEED = "const PhiloxKeys keys(p.threshold > 0{} ? "
 
 
 def _edit(path: str, pattern: str, old: str, new: str) -> Edit:
