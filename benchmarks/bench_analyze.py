@@ -15,9 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import own_process
-import report
 import torch
+from harness import own_process, report
 from safetensors.torch import save_file
 
 HIDDEN, INTERMEDIATE, KEY_VALUE, BLOCKS = 4096, 14336, 1024, 32  # Llama 3.1 8B
@@ -25,7 +24,7 @@ FULL_LAYER = "self_attn.q_proj"
 
 ANALYZE = """
 from pathlib import Path
-from lora_ext.tasks.analyze import AnalysisSettings, analyze
+from lora_ext.tasks.analyze.run import AnalysisSettings, analyze
 base, first, second, out = sys.argv[1:5]
 analyze(AnalysisSettings((first, second), {settings}), Path(out), say=lambda text: None)
 """

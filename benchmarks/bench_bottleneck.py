@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import statistics
 
-import contestants
-import report
 import torch
-from contestants import COMPILED, training_step
-from report import Report
-from shapes import Shape
-from timing import ratio
+from harness import contestants, report
+from harness.contestants import COMPILED, training_step
+from harness.report import Report
+from harness.shapes import Shape
+from harness.timing import ratio
 from torch import Tensor, nn
 
 from lora_ext import functional

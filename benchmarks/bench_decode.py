@@ -14,13 +14,12 @@ from __future__ import annotations
 import argparse
 import statistics
 
-import contestants
-import report
 import torch
-from contestants import FROZEN, LORA_EXT, Make
-from report import Report
-from shapes import DECODE_TOKENS, DECODE_WIDTHS, Shape
-from timing import ratio
+from harness import contestants, report
+from harness.contestants import FROZEN, LORA_EXT, Make
+from harness.report import Report
+from harness.shapes import DECODE_TOKENS, DECODE_WIDTHS, Shape
+from harness.timing import ratio
 from torch import Tensor
 
 STACK_MIB = 512

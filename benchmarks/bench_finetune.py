@@ -21,17 +21,16 @@ import statistics
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import memory
-import report
 import torch
-import whole_models
-from contestants import FROZEN, LORA_EXT
-from report import Report
-from timing import ratio
+from harness import memory, report, whole_models
+from harness.contestants import FROZEN, LORA_EXT
+from harness.report import Report
+from harness.timing import ratio
 from torch import Tensor, nn
 
-from lora_ext.tasks import TaskError, demo
-from lora_ext.tasks.data import label_names, split_examples
+from lora_ext.tasks import TaskError
+from lora_ext.tasks.finetune import demo
+from lora_ext.tasks.finetune.data import label_names, split_examples
 
 Batch = dict[str, Tensor]
 

@@ -22,11 +22,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-import report
 import torch
-from contestants import ALPHA_OVER_R, LORA_EXT
-from report import Report
-from timing import interleaved, ratio, wall_clock
+from harness import report
+from harness.contestants import ALPHA_OVER_R, LORA_EXT
+from harness.report import Report
+from harness.timing import interleaved, ratio, wall_clock
 from torch import nn
 
 import lora_ext

@@ -19,10 +19,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import ceilings
 import torch
-from shapes import CUDA_SHAPES, Shape
-from timing import CudaClock
+from harness import ceilings
+from harness.shapes import CUDA_SHAPES, Shape
+from harness.timing import CudaClock
 from torch import Tensor, nn
 
 from lora_ext import functional

@@ -18,13 +18,12 @@ import math
 import statistics
 from pathlib import Path
 
-import contestants
-import report
 import torch
-from contestants import COMPILED, FROZEN, training_step
-from report import Report
-from shapes import CPU_SHAPES, CUDA_SHAPES, Shape
-from timing import ratio
+from harness import contestants, report
+from harness.contestants import COMPILED, FROZEN, training_step
+from harness.report import Report
+from harness.shapes import CPU_SHAPES, CUDA_SHAPES, Shape
+from harness.timing import ratio
 
 FORWARD, TRAINING = "forward", "forward + backward"
 

@@ -22,11 +22,11 @@ import statistics
 import sys
 from collections.abc import Callable
 
-import report
 import torch
-from contestants import ALPHA_OVER_R, make_lora_ext, make_peft
-from shapes import CPU_SHAPES, CUDA_SHAPES, Shape
-from timing import Clock, interleaved, ratio
+from harness import report
+from harness.contestants import ALPHA_OVER_R, make_lora_ext, make_peft
+from harness.shapes import CPU_SHAPES, CUDA_SHAPES, Shape
+from harness.timing import Clock, interleaved, ratio
 from torch import Tensor, nn
 
 from lora_ext import functional

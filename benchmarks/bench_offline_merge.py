@@ -18,21 +18,20 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import own_process
-import report
 import torch
+from harness import own_process, report
 from safetensors.torch import save_file
 
 HIDDEN, INTERMEDIATE, KEY_VALUE, VOCABULARY = 2048, 5632, 256, 32000  # of TinyLlama 1.1B, which has 22 layers
 SHARD_BYTES = 500_000_000
 BEYOND_TORCH = 75e6
 
-MERGE = "from lora_ext.offline.merge import merge; merge(base, [adapter], out{options})"
+MERGE = "from lora_ext.checkpoints.merge import merge; merge(base, [adapter], out{options})"
 CONTESTANTS = {
     "merge": MERGE.format(options=""),
     "merge, verify": MERGE.format(options=", verify=True"),
     "merge, record": MERGE.format(options=", record=True"),
-    "unmerge": "from lora_ext.offline.unmerge import unmerge; unmerge(recorded, out)",
+    "unmerge": "from lora_ext.checkpoints.unmerge import unmerge; unmerge(recorded, out)",
     "PEFT": """
 from peft import PeftModel
 from transformers import AutoModelForCausalLM

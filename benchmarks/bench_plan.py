@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import sys
 
-import report
-import training_memory
+from harness import report, training_memory
 
-from lora_ext.tasks.plan import PlanSettings, plan
-from lora_ext.tasks.settings import Settings
+from lora_ext.tasks.finetune.settings import Settings
+from lora_ext.tasks.plan.run import PlanSettings, plan
 
 METHODS = ("full", "lora", "adapter-h", "bitfit")
 

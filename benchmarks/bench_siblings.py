@@ -13,13 +13,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable
 
-import contestants
-import report
 import torch
-from contestants import ALPHA_OVER_R, FROZEN, training_step
-from report import Report
-from shapes import SIBLING_SHAPES, Shape
-from timing import ratio
+from harness import contestants, report
+from harness.contestants import ALPHA_OVER_R, FROZEN, training_step
+from harness.report import Report
+from harness.shapes import SIBLING_SHAPES, Shape
+from harness.timing import ratio
 from torch import Tensor, nn
 
 from lora_ext import functional

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import statistics
 
-import report
 import torch
-from report import Report
-from shapes import Shape
+from harness import report
+from harness.report import Report
+from harness.shapes import Shape
 
 SHAPES = [Shape(1536, 384, 384), Shape(512, 768, 768), Shape(1024, 2048, 2048)]
 DROPOUT = 0.1

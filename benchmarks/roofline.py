@@ -15,14 +15,12 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-import ceilings
-import contestants
-import report
 import torch
 from bench_decode import STACK_MIB, Stack
-from contestants import FROZEN, LORA_EXT, training_step
-from report import Report
-from shapes import CPU_SHAPES, CUDA_SHAPES, Shape
+from harness import ceilings, contestants, report
+from harness.contestants import FROZEN, LORA_EXT, training_step
+from harness.report import Report
+from harness.shapes import CPU_SHAPES, CUDA_SHAPES, Shape
 
 FORWARD, TRAINING, DECODE, MERGE = "forward", "forward + backward", "decode", "merge"
 DECODE_SHAPES = [Shape(1, 4096, 4096), Shape(64, 4096, 4096)]

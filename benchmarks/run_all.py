@@ -15,8 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import machine_isa
-import report
+from harness import machine_isa, report
 
 HERE = Path(__file__).parent
 # Seconds are the scripts' own measure of when to begin no further case; together, with what starting them takes, they

@@ -44,7 +44,7 @@ inline constexpr char kLoraDeltaBackward[] =
     "float scaling, float dropout_p, bool[3] output_mask) "
     "-> (Tensor? grad_x, Tensor? grad_lora_A, Tensor? grad_lora_B)";
 
-// An adapter's two products by themselves, for those with something between them: lora_ext/bottleneck.py. xa = x @
+// An adapter's two products by themselves, for those with something between them: lora_ext/_ops/bottleneck.py. xa = x @
 // lora_A^T [..., rank] in the accumulation dtype; y = base + xa @ lora_B^T + bias, in base's dtype and shape.
 inline constexpr char kLoraShrink[] = "lora_shrink(Tensor x, Tensor lora_A) -> Tensor";
 inline constexpr char kLoraExpand[] = "lora_expand(Tensor base, Tensor xa, Tensor lora_B, Tensor? bias=None) -> Tensor";
@@ -62,7 +62,7 @@ inline constexpr char kLoraExpandBackward[] =
 // Weights of one dtype; factors in the accumulation dtype, lora_B times the scaling. csrc/common/merge_params.h
 // defines the results to the bit, csrc/common/merge_record.h the record: of each layer words, int16 [out_features,
 // ceil(in_features / 256)], the lengths of the segments' records, and corrections, an int16 vector.
-// lora_ext/exact_merge.py puts the ops together.
+// lora_ext/merging/weights.py puts the ops together.
 inline constexpr char kLoraMerge[] = "lora_merge_(Tensor(a!)[] weights, Tensor[] lora_As, Tensor[] lora_Bs) -> ()";
 
 // Without words and corrections: what a merge without corrections leaves is taken back.

@@ -1,10 +1,11 @@
 """Low-Rank Adaptation of PyTorch models in fused kernels. README.md shows how to use it."""
 
-from . import _load, _ops, _ops_delta, _ops_merge, _ops_shrink_expand, _ops_siblings  # noqa: F401  first _load: it registers torch.ops.lora_ext, or says loudly why it cannot
-from .adapters import merge, set_adapter, unmerge
-from .checkpoint import load_adapter, save_adapter
-from .config import LoraConfig
-from .inject import inject
+# First _load: it registers torch.ops.lora_ext, or says why it cannot.
+from lora_ext import _load, _ops  # noqa: F401
+from lora_ext.adapters import merge, set_adapter, unmerge
+from lora_ext.config import LoraConfig
+from lora_ext.files.save_load import load_adapter, save_adapter
+from lora_ext.injection.inject import inject
 
 __version__ = _load.build_info()["version"]
 

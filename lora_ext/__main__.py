@@ -1,5 +1,5 @@
 import sys
 
-from .cli import command
+from lora_ext.cli import command
 
 sys.exit(command())

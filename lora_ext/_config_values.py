@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
-from .bounded_regex import check_expressions
-from .printable import shown
+from lora_ext._common.printable import shown
+from lora_ext.matching.bounded_regex import check_expressions
 
 
 class FrozenDict(dict[str, Any]):

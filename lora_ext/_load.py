@@ -55,7 +55,7 @@ def _check_isa() -> None:
 
 def _compiled_module() -> ModuleType:
     try:
-        from . import _C
+        from lora_ext import _C
     except ImportError as error:
         raise ImportError(f"lora_ext: the compiled module lora_ext._C does not load: {error}. {_REBUILD}") from error
     return _C

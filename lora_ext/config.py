@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ._config_values import (
+from lora_ext._common.printable import escaped, shown
+from lora_ext._config_values import (
     FrozenDict,
     check_alpha,
     check_number,
@@ -21,10 +22,9 @@ from ._config_values import (
     thaw,
     token_indices,
 )
-from .bounded_regex import check_expressions
-from .path_names import EndTable
-from .path_patterns import PathPatterns, as_tuple, layer_expressions
-from .printable import escaped, shown
+from lora_ext.matching.bounded_regex import check_expressions
+from lora_ext.matching.path_names import EndTable
+from lora_ext.matching.path_patterns import PathPatterns, as_tuple, layer_expressions
 
 ALL_LINEAR = "all-linear"
 """The ``target_modules`` that stands for every linear layer but the output head."""

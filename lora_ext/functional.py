@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _checks, _refusals
-from ._in_place import check_inference, count_change
-from .bottleneck import bottleneck
-from .exact_merge import MergeRecord, lora_merge_, lora_unmerge_
+from lora_ext._ops import checks, refusals
+from lora_ext._ops.bottleneck import bottleneck
+from lora_ext._ops.in_place import check_inference, count_change
+from lora_ext.merging.weights import MergeRecord, lora_merge_, lora_unmerge_
 
 __all__ = [
     "MergeRecord",
@@ -75,10 +75,10 @@ def lora_linear(
         if dropout_p > 0.0 and seed is None:
             seed = draw_seed(x.device)
         return torch.ops.lora_ext.lora_linear.default(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)[0]
-    except _refusals.UNEXPLAINED as error:
+    except refusals.UNEXPLAINED as error:
         arguments = {"x": x, "weight": weight, "bias": bias, "lora_A": lora_A, "lora_B": lora_B, "scaling": scaling}
         arguments |= {"dropout_p": dropout_p, "seed": seed}
-        _refusals.explain(error, lora_linear, arguments, _checks.check_lora_linear, autocast=True)
+        refusals.explain(error, lora_linear, arguments, checks.check_lora_linear, autocast=True)
         raise
 
 
@@ -133,10 +133,10 @@ def lora_delta_(
         torch.ops.lora_ext.lora_delta_.default(y, x, lora_A, lora_B, scaling, dropout_p, seed)
         if torch.is_inference_mode_enabled() and not y.is_inference():  # there the op's autograd kernel is not called
             count_change(y)
-    except _refusals.UNEXPLAINED as error:
+    except refusals.UNEXPLAINED as error:
         arguments = {"y": y, "x": x, "lora_A": lora_A, "lora_B": lora_B, "scaling": scaling}
         arguments |= {"dropout_p": dropout_p, "seed": seed}
-        _refusals.explain(error, lora_delta_, arguments, _checks.check_lora_delta)
+        refusals.explain(error, lora_delta_, arguments, checks.check_lora_delta)
         raise
     return y
 
@@ -195,8 +195,8 @@ def lora_linear_siblings(
         return torch.ops.lora_ext.lora_linear_siblings.default(
             x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed
         )[0]
-    except _refusals.UNEXPLAINED as error:
+    except refusals.UNEXPLAINED as error:
         arguments = {"x": x, "weights": weights, "biases": biases, "lora_As": lora_As, "lora_Bs": lora_Bs}
         arguments |= {"scalings": scalings, "dropout_p": dropout_p, "seed": seed}
-        _refusals.explain(error, lora_linear_siblings, arguments, _checks.check_lora_linear_siblings, autocast=True)
+        refusals.explain(error, lora_linear_siblings, arguments, checks.check_lora_linear_siblings, autocast=True)
         raise

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import _C, _load
+from lora_ext import _C, _load
 
 
 def cpu_model() -> str:

@@ -35,6 +35,6 @@ for version in "$build" "$@"; do
   rm -rf "$work/tests" && cp -r "$root/tests" "$work/tests"
   (cd "$work/tests" && "$work/torch-$version/bin/python" -m lora_ext info &&
     OMP_WAIT_POLICY=passive "$work/torch-$version/bin/python" -m pytest -q -p no:cacheprovider \
-      test_reference.py test_lora_linear.py test_lora_merge.py test_merge_ops.py test_dispatch.py test_bad_arguments.py \
-      test_lora_linear_siblings.py test_siblings_dispatch.py test_siblings_bad_arguments.py)
+      ops/test_reference.py ops/test_lora_linear.py ops/test_lora_merge.py ops/test_merge_ops.py ops/test_dispatch.py ops/test_bad_arguments.py \
+      ops/test_lora_linear_siblings.py ops/test_siblings_dispatch.py ops/test_siblings_bad_arguments.py)
 done

@@ -12,37 +12,6 @@ torch.set_num_threads(2)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a hub
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch.use_deterministic_algorithms asks for on CUDA
 
-# Under --device cuda all other modules run as they are: PyTorch's default device is the GPU.
-CPU_ONLY = {
-    "test_analysis": "compares with numpy",
-    "test_analyze": "is about files, which hold CPU tensors",
-    "test_adapter_file": "is about files, which hold CPU tensors",
-    "test_benchmarks": "runs the scripts on the CPU",
-    "test_bounded_regex": "has no tensors",
-    "test_build": "is about the binary",
-    "test_checkpoint": "is about files, which hold CPU tensors",
-    "test_cli": "starts processes of its own",
-    "test_config": "has no tensors",
-    "test_cpp": "tests the CPU kernels",
-    "test_cuda_report": "is about the compiler's output",
-    "test_data": "has no tensors",
-    "test_demo": "is about files",
-    "test_finetune": "the Trainer chooses the device",
-    "test_fuzz": "starts processes of its own",
-    "test_gpu_check": "tests a script's arithmetic",
-    "test_hostile_adapters": "is about files, which hold CPU tensors",
-    "test_huggingface": "the Trainer chooses the device",
-    "test_memory_claims": "reads the CPU allocator's records",
-    "test_offline": "is about files, which hold CPU tensors",
-    "test_readme": "the README's lines name no device",
-    "test_report": "is about files",
-    "test_sanitizers": "is about the compiler",
-    "test_saved_whole": "is about files, which hold CPU tensors",
-    "test_simt": "emulates the CUDA kernels on the CPU",
-    "test_safetensors_format": "is about files",
-    "test_untrusted_json": "has no tensors",
-}
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="tests marked slow, too")
@@ -73,11 +42,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("slow: --slow (make test-full) runs it")
     if item.config.getoption("--device") != "cuda":
         return
-    module = item.module.__name__
-    reasons = [reason for name, reason in CPU_ONLY.items() if module == name or module.startswith(f"{name}_")]
-    reasons += [marker.args[0] for marker in item.iter_markers("cpu_only")]
-    if reasons:
-        pytest.skip(f"not on CUDA: {reasons[0]}")
+    if marker := item.get_closest_marker("cpu_only"):
+        pytest.skip(f"not on CUDA: {marker.args[0]}")
 
 
 @pytest.fixture

@@ -2,12 +2,15 @@
 
 import copy
 
+import pytest
 import torch
-from models import bert, llama, token_ids
+from support.models import bert, llama, token_ids
 from transformers import Trainer, TrainingArguments
 
 from lora_ext import LoraConfig, inject, merge
 from lora_ext.adapters import lora_modules
+
+pytestmark = pytest.mark.cpu_only("the Trainer chooses the device")
 
 
 def test_stock_trainer_trains_the_adapter_and_nothing_else(tmp_path):

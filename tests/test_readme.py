@@ -8,7 +8,9 @@ from transformers import AutoModelForSequenceClassification
 
 from lora_ext.adapters import adapter_names, lora_modules
 from lora_ext.methods import method_of
-from lora_ext.tasks import demo
+from lora_ext.tasks.finetune import demo
+
+pytestmark = pytest.mark.cpu_only("the README's lines name no device")
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 FIRST, SEVERAL, PEFT, METHODS = re.findall(r"```python\n(.*?)```", README, re.S)

@@ -7,18 +7,19 @@ import inspect
 from typing import Any
 
 import pytest
-from refusals import CALLS, Call, call, state
+from support.refusals import CALLS, Call, call, state
 
 import lora_ext
-from lora_ext import adapters, analysis, methods
+from lora_ext import analysis, methods
 from lora_ext import nn as layers
+from lora_ext import adapters
 from lora_ext.integrations import peft as integration
 
 MODULES = (lora_ext, adapters, analysis, layers, methods, integration)
 NO_CALLS = {
     "ActiveAdapters": "is made by layers",
     "AdapterLayer": "is abstract",
-    "LoraConfig": "has tests/test_config.py",
+    "LoraConfig": "has tests/injection/test_config.py",
     "LoraLayer": "is abstract",
     "Method": "is abstract",
 }

@@ -1,5 +1,5 @@
 // The checks that every binding makes before it touches a pointer. Errors name the op, the argument and both values.
-// lora_ext/_checks.py says the same to Python users as ValueError or TypeError; these are the last guard.
+// lora_ext/_ops/checks.py says the same to Python users as ValueError or TypeError; these are the last guard.
 // layer_arguments.h has the checks between the tensors of a layer; that all tensors are on one device, op.h checks.
 #pragma once
 

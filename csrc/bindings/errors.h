@@ -42,7 +42,7 @@ inline bool is_about_memory(const std::string& text) {
   return text.find("out of memory") != std::string::npos || text.find("allocate memory") != std::string::npos;
 }
 
-// lora_ext/_refusals.py knows an error of this kind by these words.
+// lora_ext/_ops/refusals.py knows an error of this kind by these words.
 constexpr char kOutOfMemory[] = "out of memory. ";
 
 // After PyTorch has failed to allocate: what for says for what. Where PyTorch gives another reason, that is the error.

@@ -1,7 +1,7 @@
 // How an op's function is registered: with checks of all its tensors, whatever the op, and with its name in errors.
 //
 // Names and number of the arguments come from the op's schema, and the tensors among them from the function's type: no
-// argument can be forgotten. lora_ext/_tensor_arguments.py does the same for the fake kernels.
+// argument can be forgotten. lora_ext/_ops/tensor_arguments.py does the same for the fake kernels.
 #pragma once
 
 #include <array>

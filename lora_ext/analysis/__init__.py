@@ -4,10 +4,10 @@ An update is never multiplied out: all is computed from its factors, and from pr
 ``lora_ext.analysis.plots`` draws the results, and needs matplotlib.
 """
 
-from .decomposition import Svd, block_krylov_svd, factored_svd
-from .projection import ProjectionTable, expected_random_norm, leading_ranks, project, projection_table
-from .spectrum import effective_rank, energy_rank, numerical_rank, stable_rank
-from .subspace import (
+from lora_ext.analysis.decomposition import Svd, block_krylov_svd, factored_svd
+from lora_ext.analysis.projection import ProjectionTable, expected_random_norm, leading_ranks, project, projection_table
+from lora_ext.analysis.spectrum import effective_rank, energy_rank, numerical_rank, stable_rank
+from lora_ext.analysis.subspace import (
     expected_random_similarity,
     orthonormal_columns,
     random_similarity_std,

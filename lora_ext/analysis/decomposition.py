@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._arguments import checked
-from .row_blocks import check_matrix, frobenius_norm, multiply, multiply_transposed
+from lora_ext._common.arguments import checked
+from lora_ext.analysis.row_blocks import check_matrix, frobenius_norm, multiply, multiply_transposed
 
 __all__ = ["Svd", "block_krylov_svd", "factored_svd"]
 

@@ -8,11 +8,11 @@ import math
 import torch
 from torch import Tensor
 
-from .._arguments import checked
-from .decomposition import Svd, block_krylov_svd
-from .row_blocks import check_matrix, frobenius_norm, multiply
-from .spectrum import numerical_rank
-from .subspace import orthonormal_columns
+from lora_ext._common.arguments import checked
+from lora_ext.analysis.decomposition import Svd, block_krylov_svd
+from lora_ext.analysis.row_blocks import check_matrix, frobenius_norm, multiply
+from lora_ext.analysis.spectrum import numerical_rank
+from lora_ext.analysis.subspace import orthonormal_columns
 
 __all__ = ["ProjectionTable", "expected_random_norm", "leading_ranks", "project", "projection_table"]
 

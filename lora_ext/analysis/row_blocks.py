@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .._checks import FLOATING, accumulation_dtype
+from lora_ext._ops.checks import FLOATING, accumulation_dtype
 
 __all__ = ["check_matrix", "frobenius_norm", "multiply", "multiply_transposed"]
 

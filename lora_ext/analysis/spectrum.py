@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._arguments import checked
+from lora_ext._common.arguments import checked
 
 __all__ = ["effective_rank", "energy_rank", "numerical_rank", "stable_rank"]
 

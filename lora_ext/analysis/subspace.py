@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._arguments import checked
-from .row_blocks import check_matrix
-from .spectrum import numerical_rank
+from lora_ext._common.arguments import checked
+from lora_ext.analysis.row_blocks import check_matrix
+from lora_ext.analysis.spectrum import numerical_rank
 
 __all__ = [
     "expected_random_similarity",

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ..tasks import TaskError
-from . import analyze, compare, diff, extract, finetune, info, inspect, merge, plan, report, sweep, unmerge
+from lora_ext.cli import analyze, compare, diff, extract, finetune, info, inspect, merge, plan, report, sweep, unmerge
+from lora_ext.tasks import TaskError
 
 _EXIT_DISK, _EXIT_INTERRUPTED = 1, 130
 _STATUS = (

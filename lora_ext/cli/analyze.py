@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from ..tasks import TaskError
-from . import files, training
+from lora_ext.cli import files, training
+from lora_ext.tasks import TaskError
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -42,7 +42,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> None:
     training.check_installed("analyze", "analyze", ["matplotlib"])
-    from ..tasks.analyze import SETTINGS_FILE, AnalysisSettings, analyze  # imports matplotlib
+    from lora_ext.tasks.analyze.run import SETTINGS_FILE, AnalysisSettings, analyze  # imports matplotlib
 
     # None where the user says nothing: a resumed run takes what it was started with.
     names = ("adapters", "base", "use_base", "layers", "directions", "fan_in_fan_out", "allow_pickle", "seed")

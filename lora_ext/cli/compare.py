@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from ..tasks.settings import COMPARE_FILE
-from . import training
-from .formatter import HelpFormatter
+from lora_ext.cli import training
+from lora_ext.cli.formatter import HelpFormatter
+from lora_ext.tasks.finetune.settings import COMPARE_FILE
 
 _WITHOUT = ("method", "seed")
 _METHODS = [
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
         args = training.with_saved(args, parse_again, COMPARE_FILE, {"methods": str, "seeds": int})
     training.check_installed("compare")
     training.use_threads(args.threads)
-    from ..tasks.compare import compare
+    from lora_ext.tasks.comparison.compare import compare
 
     options: dict[str, Any] = training.options_of(args, _WITHOUT)
     with training.saying_how_to_resume("compare", args.out, COMPARE_FILE, args.resume, args.jobs):

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from . import files
+from lora_ext.cli import files
 
 _EXIT_DIFFERENT = 1
 
@@ -25,7 +25,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> int:
-    from ..offline.diff import diff
+    from lora_ext.checkpoints.diff import diff
 
     with files.mistakes():
         found = diff(args.a, args.b)

@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from . import files
-from .formatter import HelpFormatter
+from lora_ext.cli import files
+from lora_ext.cli.formatter import HelpFormatter
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -40,7 +40,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> None:
-    from ..offline.extract import extract
+    from lora_ext.checkpoints.extract import extract
 
     with files.mistakes():
         report = extract(

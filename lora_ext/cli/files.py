@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from ..printable import escaped
-from ..tasks import TaskError
+from lora_ext._common.printable import escaped
+from lora_ext.tasks import TaskError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}

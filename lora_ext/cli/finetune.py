@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Callable
 from dataclasses import asdict
 
-from ..tasks import TaskError
-from ..tasks.settings import SETTINGS_FILE, Settings, saved_threads
-from . import training
-from .formatter import HelpFormatter
+from lora_ext.cli import training
+from lora_ext.cli.formatter import HelpFormatter
+from lora_ext.tasks import TaskError
+from lora_ext.tasks.finetune.settings import SETTINGS_FILE, Settings, saved_threads
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
     settings = Settings(**training.options_of(args))
     training.check_installed("finetune")
     training.use_threads(args.threads, saved_threads(args.out) if args.resume else None)
-    from ..tasks.finetune import finetune  # imports transformers, which takes seconds
+    from lora_ext.tasks.finetune.run import finetune  # imports transformers, which takes seconds
 
     with training.saying_how_to_resume("finetune", args.out, SETTINGS_FILE, args.resume):
         finetune(settings, args.out, measure=args.measure, **training.mode(args))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from .. import info
+from lora_ext import info
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import files
+from lora_ext.cli import files
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -19,7 +19,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> None:
-    from ..offline.inspect import inspect
+    from lora_ext.checkpoints.inspect import inspect
 
     with files.mistakes():
         found = inspect(args.path, allow_pickle=args.allow_pickle)

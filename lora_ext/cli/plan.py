@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-from ..planner import OPTIMIZERS, WEIGHT_DTYPES
-from ..tasks import TaskError
-from ..tasks.settings import Settings
-from . import files, training
-from .formatter import HelpFormatter
+from lora_ext.cli import files, training
+from lora_ext.cli.formatter import HelpFormatter
+from lora_ext.planner import OPTIMIZERS, WEIGHT_DTYPES
+from lora_ext.tasks import TaskError
+from lora_ext.tasks.finetune.settings import Settings
 
 _ABBREVIATIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _TRAINING = ("model", "method", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save")
@@ -53,8 +53,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> None:
     training.check_installed("plan", names=["transformers"])
-    from ..tasks import plan_report
-    from ..tasks.plan import PlanSettings, plan  # imports transformers, which takes seconds
+    from lora_ext.tasks.plan import results
+    from lora_ext.tasks.plan.run import PlanSettings, plan  # imports transformers, which takes seconds
 
     if args.seq_len < 1:
         raise TaskError(f"--seq-len is {args.seq_len}, want at least 1")
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
     if args.json:
         files.print_json(result)
         return
-    print(plan_report.title(result))
-    print(files.table(plan_report.rows(result)))
-    for line in plan_report.notes(result):
+    print(results.title(result))
+    print(files.table(results.rows(result)))
+    for line in results.notes(result):
         print(line)

@@ -27,6 +27,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> None:
-    from ..tasks.html_report import write_report
+    from lora_ext.tasks.report import write_report
 
     write_report(args.directory, args.out, args.title)

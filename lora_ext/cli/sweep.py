@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from ..tasks.settings import SWEEP_FILE
-from . import training
-from .formatter import HelpFormatter
+from lora_ext.cli import training
+from lora_ext.cli.formatter import HelpFormatter
+from lora_ext.tasks.finetune.settings import SWEEP_FILE
 
 _WITHOUT = ("method", "seed", "r", "target_modules")
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
         args = training.with_saved(args, parse_again, SWEEP_FILE, {"ranks": int, "targets": str, "seeds": int})
     training.check_installed("sweep")
     training.use_threads(args.threads)
-    from ..tasks.sweep import sweep
+    from lora_ext.tasks.comparison.sweep import sweep
 
     with training.saying_how_to_resume("sweep", args.out, SWEEP_FILE, args.resume, args.jobs):
         sweep(

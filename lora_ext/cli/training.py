@@ -12,10 +12,10 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from ..install_hint import install_hint
-from ..methods import METHODS
-from ..tasks import TaskError, WriteError
-from ..tasks.settings import INPUTS, Settings, load_plan
+from lora_ext._common.install_hint import install_hint
+from lora_ext.methods import METHODS
+from lora_ext.tasks import TaskError, WriteError
+from lora_ext.tasks.finetune.settings import INPUTS, Settings, load_plan
 
 
 def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:

@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from ..printable import listed
-from . import files
+from lora_ext._common.printable import listed
+from lora_ext.cli import files
 
 _EXIT_NOT_EXACT = 1
 
@@ -32,7 +32,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> int:
-    from ..offline.unmerge import unmerge
+    from lora_ext.checkpoints.unmerge import unmerge
 
     with files.mistakes():
         report = unmerge(

@@ -4,11 +4,11 @@
 :func:`save_method` and :func:`load_method` keep what was trained; ``method.count(model)`` is the paper's formula.
 """
 
-from .adapted import apply_method, method_of, plan_method, remove_method
-from .architectures import ARCHITECTURES
-from .base import Method, head_parameter_count, head_parameters
-from .files import load_method, read_method, save_method
-from .registry import METHODS, new_method, option_names
+from lora_ext.methods.adapted import apply_method, method_of, plan_method, remove_method
+from lora_ext.methods.architectures import ARCHITECTURES
+from lora_ext.methods.base import Method, head_parameter_count, head_parameters
+from lora_ext.methods.files import load_method, read_method, save_method
+from lora_ext.methods.registry import METHODS, new_method, option_names
 
 __all__ = [
     "ARCHITECTURES",

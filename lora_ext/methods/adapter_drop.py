@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from .adapter_p import AdapterP
-from .base import check_at_least
+from lora_ext.methods.adapter_p import AdapterP
+from lora_ext.methods.base import check_at_least
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .architectures import Architecture
-from .bottleneck import BottleneckMethod
+from lora_ext.methods.architectures import Architecture
+from lora_ext.methods.bottleneck import BottleneckMethod
 
 
 @dataclass(frozen=True)

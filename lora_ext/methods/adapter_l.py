@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from .architectures import Architecture, hidden_size
-from .bottleneck import Bottleneck, BottleneckMethod
+from lora_ext.methods.architectures import Architecture, hidden_size
+from lora_ext.methods.bottleneck import Bottleneck, BottleneckMethod
 
 
 class NormedBottleneck(Bottleneck):

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .architectures import Architecture
-from .bottleneck import Bottleneck, BottleneckMethod
+from lora_ext.methods.architectures import Architecture
+from lora_ext.methods.bottleneck import Bottleneck, BottleneckMethod
 
 
 class BeforeNorm(Bottleneck):

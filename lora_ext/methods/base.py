@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from .._arguments import checked
-from ..bare_model import BareModel, root_module
-from ..config import TASK_HEADS
-from ..printable import shown
-from .inserted import Insertion
+from lora_ext._common.arguments import checked
+from lora_ext._common.printable import shown
+from lora_ext.config import TASK_HEADS
+from lora_ext.injection.bare_model import BareModel, root_module
+from lora_ext.methods.inserted import Insertion
 
 if TYPE_CHECKING:
-    from ..config import LoraConfig
+    from lora_ext.config import LoraConfig
 
 
 @dataclass(frozen=True)

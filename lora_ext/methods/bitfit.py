@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import nn
 
-from ..bare_model import BareModel, root_module
-from .base import Method, head_paths
-from .full import parameters_outside
+from lora_ext.injection.bare_model import BareModel, root_module
+from lora_ext.methods.base import Method, head_paths
+from lora_ext.methods.full import parameters_outside
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..bottleneck import ACTIVATIONS, bottleneck
-from ..printable import shown
-from .architectures import Architecture, architecture_of, hidden_size, layers_of, weight_of
-from .base import Method, check_at_least
-from .inserted import Inserted, Insertion, own_dtype
+from lora_ext._common.printable import shown
+from lora_ext._ops.bottleneck import ACTIVATIONS, bottleneck
+from lora_ext.methods.architectures import Architecture, architecture_of, hidden_size, layers_of, weight_of
+from lora_ext.methods.base import Method, check_at_least
+from lora_ext.methods.inserted import Inserted, Insertion, own_dtype
 
 
 class Bottleneck(Inserted):

@@ -12,23 +12,31 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .._arguments import checked
-from .._changes import one_at_a_time
-from .._interrupts import uninterrupted
-from ..adapter_file import AdapterFile, TensorFile, read_unchanged
-from ..adapter_set import adapter_set, find_adapter
-from ..bare_model import BareModel, root_module
-from ..checkpoint import ADAPTER_FILES, base_name, config_of, file_content, load_opened, misfits, write_content
-from ..config import LoraConfig
-from ..merged_projection_file import as_we_have_it
-from ..printable import listed, shown
-from ..staged_files import staged_files, write_tensors
-from ..untrusted_json import read_json_object
-from .adapted import applied_method, carry_out, check_is_bare, method_of, own_parameters, parameters_of
-from .base import Method
-from .combined import Combined
-from .lora import Lora
-from .registry import METHODS, new_method
+from lora_ext._common.arguments import checked
+from lora_ext._common.changes import one_at_a_time
+from lora_ext._common.interrupts import uninterrupted
+from lora_ext._common.printable import listed, shown
+from lora_ext.adapters.adapter_set import adapter_set, find_adapter
+from lora_ext.config import LoraConfig
+from lora_ext.files.adapter_file import AdapterFile, TensorFile, read_unchanged
+from lora_ext.files.packed_projection import as_we_have_it
+from lora_ext.files.save_load import (
+    ADAPTER_FILES,
+    base_name,
+    config_of,
+    file_content,
+    load_opened,
+    misfits,
+    write_content,
+)
+from lora_ext.files.staged_files import staged_files, write_tensors
+from lora_ext.files.untrusted_json import read_json_object
+from lora_ext.injection.bare_model import BareModel, root_module
+from lora_ext.methods.adapted import applied_method, carry_out, check_is_bare, method_of, own_parameters, parameters_of
+from lora_ext.methods.base import Method
+from lora_ext.methods.combined import Combined
+from lora_ext.methods.lora import Lora
+from lora_ext.methods.registry import METHODS, new_method
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 

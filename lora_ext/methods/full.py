@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ..bare_model import BareModel, root_module
-from .base import Method, head_paths
-from .inserted import Inserted
+from lora_ext.injection.bare_model import BareModel, root_module
+from lora_ext.methods.base import Method, head_paths
+from lora_ext.methods.inserted import Inserted
 
 
 @dataclass(frozen=True)

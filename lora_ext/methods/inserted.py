@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._interrupts import uninterrupted
+from lora_ext._common.interrupts import uninterrupted
 
 
 class Inserted(nn.Module):

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ..bare_model import BareModel, root_module
-from ..config import LoraConfig
-from ..nn.linear import is_conv1d, is_linear, linear_sizes
-from ..targets import find_targets
-from .base import Method, task_type
+from lora_ext.config import LoraConfig
+from lora_ext.injection.bare_model import BareModel, root_module
+from lora_ext.injection.targets import find_targets
+from lora_ext.methods.base import Method, task_type
+from lora_ext.nn.linear import is_conv1d, is_linear, linear_sizes
 
 
 @dataclass(frozen=True)

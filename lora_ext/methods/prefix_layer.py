@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .architectures import Architecture, base_model, base_path, hidden_size, layers_of, weight_of
-from .inserted import Inserted, Insertion, by_name, cache_name, own_dtype, parameter_names
-from .prefix_base import PrefixMethod, architecture_with_prefix, counted, is_causal
+from lora_ext.methods.architectures import Architecture, base_model, base_path, hidden_size, layers_of, weight_of
+from lora_ext.methods.inserted import Inserted, Insertion, by_name, cache_name, own_dtype, parameter_names
+from lora_ext.methods.prefix_base import PrefixMethod, architecture_with_prefix, counted, is_causal
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 _STATES, _ROTARY = "prefix_states", "prefix_rotary"  # arguments that the modules below hand on to each other

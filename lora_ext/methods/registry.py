@@ -5,21 +5,21 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from .._arguments import checked
-from ..config import LoraConfig
-from ..printable import shown
-from .adapter_drop import AdapterDrop
-from .adapter_h import AdapterH
-from .adapter_l import AdapterL
-from .adapter_p import AdapterP
-from .base import Method
-from .bitfit import BitFit
-from .combined import Combined
-from .full import Full
-from .head_only import HeadOnly
-from .lora import Lora
-from .prefix_embed import PrefixEmbed
-from .prefix_layer import PrefixLayer
+from lora_ext._common.arguments import checked
+from lora_ext._common.printable import shown
+from lora_ext.config import LoraConfig
+from lora_ext.methods.adapter_drop import AdapterDrop
+from lora_ext.methods.adapter_h import AdapterH
+from lora_ext.methods.adapter_l import AdapterL
+from lora_ext.methods.adapter_p import AdapterP
+from lora_ext.methods.base import Method
+from lora_ext.methods.bitfit import BitFit
+from lora_ext.methods.combined import Combined
+from lora_ext.methods.full import Full
+from lora_ext.methods.head_only import HeadOnly
+from lora_ext.methods.lora import Lora
+from lora_ext.methods.prefix_embed import PrefixEmbed
+from lora_ext.methods.prefix_layer import PrefixLayer
 
 METHODS: dict[str, type[Method]] = {
     method.name: method

@@ -1,13 +1,13 @@
 """Modules that hold a frozen base layer and its adapters."""
 
-from .adapter import LoraAdapter
-from .attention import LoraMultiheadAttention
-from .conv import LoraConv
-from .embedding import EmbeddingAdapter, LoraEmbedding
-from .layer import ActiveAdapters, AdapterLayer, LoraLayer
-from .linear import LoraLinear
-from .merged_linear import LoraMergedLinear, MergedAdapter
-from .parameter import LoraParameter
+from lora_ext.nn.adapter import LoraAdapter
+from lora_ext.nn.attention import LoraMultiheadAttention
+from lora_ext.nn.conv import LoraConv
+from lora_ext.nn.embedding import EmbeddingAdapter, LoraEmbedding
+from lora_ext.nn.layer import ActiveAdapters, AdapterLayer, LoraLayer
+from lora_ext.nn.linear import LoraLinear
+from lora_ext.nn.packed_linear import LoraMergedLinear, MergedAdapter
+from lora_ext.nn.parameter import LoraParameter
 
 LORA_LAYERS: tuple[type[LoraLayer], ...] = (LoraLinear, LoraEmbedding, LoraConv, LoraMultiheadAttention)
 """The layers that inject can make, by what they adapt: the first that ``adapts`` a module takes it.

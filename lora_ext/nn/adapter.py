@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .._arguments import checked
+from lora_ext._common.arguments import checked
 
 if TYPE_CHECKING:
-    from ..config import LoraConfig
+    from lora_ext.config import LoraConfig
 
 
 class LoraAdapter(nn.Module):

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import functional
-from .adapter import LoraAdapter
-from .layer import AdapterLayer, LoraLayer, Matrix, TransparentLayer, has_forward_of, why_weight_unusable
-from .linear import add_lora_biases, add_updates
+from lora_ext import functional
+from lora_ext.nn.adapter import LoraAdapter
+from lora_ext.nn.layer import AdapterLayer, LoraLayer, Matrix, TransparentLayer, has_forward_of, why_weight_unusable
+from lora_ext.nn.linear import add_lora_biases, add_updates
 
 if TYPE_CHECKING:
-    from ..config import LoraConfig
+    from lora_ext.config import LoraConfig
 
 _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapter import LoraAdapter
-from .expand import expand_onto_
-from .layer import LoraLayer, Matrix, why_weight_unusable
+from lora_ext.nn.adapter import LoraAdapter
+from lora_ext.nn.expand import expand_onto_
+from lora_ext.nn.layer import LoraLayer, Matrix, why_weight_unusable
 
 if TYPE_CHECKING:
-    from ..config import LoraConfig
+    from lora_ext.config import LoraConfig
 
 _CONVOLVE = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._arguments import checked
-from .adapter import LoraAdapter
-from .expand import expand_onto_
-from .layer import LoraLayer, has_forward_of, why_weight_unusable
+from lora_ext._common.arguments import checked
+from lora_ext.nn.adapter import LoraAdapter
+from lora_ext.nn.expand import expand_onto_
+from lora_ext.nn.layer import LoraLayer, has_forward_of, why_weight_unusable
 
 if TYPE_CHECKING:
-    from ..config import LoraConfig
+    from lora_ext.config import LoraConfig
 
 
 class EmbeddingAdapter(LoraAdapter):

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._arguments import checked
-from .._changes import of_one_state, one_at_a_time
-from .._checks import FLOATING
-from .adapter import LoraAdapter
-from .merged import MergedAdapters, change_merged
+from lora_ext._common.arguments import checked
+from lora_ext._common.changes import of_one_state, one_at_a_time
+from lora_ext._ops.checks import FLOATING
+from lora_ext.merging.layers import MergedAdapters, change_merged
+from lora_ext.nn.adapter import LoraAdapter
 
 if TYPE_CHECKING:
-    from ..config import LoraConfig
+    from lora_ext.config import LoraConfig
 
 
 class ActiveAdapters:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .. import functional
-from .adapter import LoraAdapter
-from .layer import LoraLayer, has_forward_of
+from lora_ext import functional
+from lora_ext.nn.adapter import LoraAdapter
+from lora_ext.nn.layer import LoraLayer, has_forward_of
 
 if TYPE_CHECKING:
-    from ..config import LoraConfig
+    from lora_ext.config import LoraConfig
 
 
 class LoraLinear(LoraLayer):

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .._arguments import checked
-from .adapter import LoraAdapter
-from .layer import ActiveAdapters, AdapterLayer, LoraLayer, Matrix, TransparentLayer, why_weight_unusable
+from lora_ext._common.arguments import checked
+from lora_ext.nn.adapter import LoraAdapter
+from lora_ext.nn.layer import ActiveAdapters, AdapterLayer, LoraLayer, Matrix, TransparentLayer, why_weight_unusable
 
 if TYPE_CHECKING:
-    from ..config import LoraConfig
+    from lora_ext.config import LoraConfig
 
 
 class LoraParameter(TransparentLayer, LoraLayer):

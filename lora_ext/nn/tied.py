@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .adapter import LoraAdapter
+from lora_ext.nn.adapter import LoraAdapter
 
 
 class TiedAdapter(nn.Module):

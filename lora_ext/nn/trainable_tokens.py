@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layer import AdapterLayer, TransparentLayer, freeze, has_forward_of, why_weight_unusable
+from lora_ext.nn.layer import AdapterLayer, TransparentLayer, freeze, has_forward_of, why_weight_unusable
 
 
 class TokenRows(nn.Module):

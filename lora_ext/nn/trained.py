@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .layer import TransparentLayer
+from lora_ext.nn.layer import TransparentLayer
 
 
 class TrainedModule(TransparentLayer):

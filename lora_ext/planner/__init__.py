@@ -4,11 +4,11 @@ Nothing of it is a rule of thumb: the adapted model runs a step on the meta devi
 make are counted as they come and go. :class:`Planner` has the answers, :func:`changes_that_fit` what to do about them.
 """
 
-from .fit import Change, changes_that_fit
-from .memory import Memory, Planner, Setup, Sizes, Source
-from .optimizers import OPTIMIZERS, Optimizer
-from .step import Step, simulate_forward, simulate_step
-from .weights import WEIGHT_DTYPES, WeightDtype
+from lora_ext.planner.fit import Change, changes_that_fit
+from lora_ext.planner.memory import Memory, Planner, Setup, Sizes, Source
+from lora_ext.planner.optimizers import OPTIMIZERS, Optimizer
+from lora_ext.planner.step import Step, simulate_forward, simulate_step
+from lora_ext.planner.weights import WEIGHT_DTYPES, WeightDtype
 
 __all__ = [
     "OPTIMIZERS",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from .memory import Memory, Planner, Setup
-from .weights import WEIGHT_DTYPES
+from lora_ext.planner.memory import Memory, Planner, Setup
+from lora_ext.planner.weights import WEIGHT_DTYPES
 
 _TOKENS = 8  # shorter texts are tried in steps of so many
 _MOST_DEVICES = 1024

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from .step import FORWARD, HEAD_BACKWARD, Step, layer_backward
-from .tracker import Peak
+from lora_ext.planner.step import FORWARD, HEAD_BACKWARD, Step, layer_backward
+from lora_ext.planner.tracker import Peak
 
 SAMPLES = (3, 4)
 """Numbers of layers to simulate. In three layers the first, one between, and the last are different ones."""

@@ -10,10 +10,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from .layers import SAMPLES, are_alike, extrapolated, layer_list
-from .optimizers import OPTIMIZERS
-from .step import FORWARD, Step, simulate_forward, simulate_step, trained_parameters
-from .weights import WEIGHT_DTYPES, tensor_bytes, weight_bytes
+from lora_ext.planner.layers import SAMPLES, are_alike, extrapolated, layer_list
+from lora_ext.planner.optimizers import OPTIMIZERS
+from lora_ext.planner.step import FORWARD, Step, simulate_forward, simulate_step, trained_parameters
+from lora_ext.planner.weights import WEIGHT_DTYPES, tensor_bytes, weight_bytes
 
 
 @dataclass(frozen=True)

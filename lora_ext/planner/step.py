@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .device_kernels import device_kernels
-from .tracker import Peak, StorageTracker
+from lora_ext.planner.device_kernels import device_kernels
+from lora_ext.planner.tracker import Peak, StorageTracker
 
 FORWARD, BACKWARD, HEAD_BACKWARD = "forward", "backward", "backward of the head"
 

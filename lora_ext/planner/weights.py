@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..bare_model import BareModel, root_module
-from ..nn.linear import is_linear, linear_sizes
+from lora_ext.injection.bare_model import BareModel, root_module
+from lora_ext.nn.linear import is_linear, linear_sizes
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 // Tests of the torch-free kernels: conversions exhaustively, the mask against its definition, and every instruction set
-// this machine runs against plain loops. Built and run by CMake (ctest); tests/test_cpp.py does so in the suite.
+// this machine runs against plain loops. Built and run by CMake (ctest); tests/cpp/test_cpp.py does so in the suite.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>

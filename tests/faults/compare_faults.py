@@ -8,11 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import tiny_classifier
+from support import tiny_classifier
 
 from faults.runs import leave_out_what_takes_long, try_calls
-from lora_ext.tasks import compare, costs, many_runs
-from lora_ext.tasks.settings import Settings
+from lora_ext.tasks.comparison import compare, costs, many_runs
+from lora_ext.tasks.finetune.settings import Settings
 
 top, kind, step = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 out = top / "watched" / "out"

@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import tiny_classifier
+from support import tiny_classifier
 
-import lora_ext.tasks.finetune as module
+import lora_ext.tasks.finetune.run as module
 from faults.runs import content_of, leave_out_what_takes_long, try_calls
 from faults.tries import Fault, attempt
-from lora_ext.tasks import checkpoints
-from lora_ext.tasks.settings import Settings
+from lora_ext.tasks.finetune import run_checkpoints as checkpoints
+from lora_ext.tasks.finetune.settings import Settings
 
 top, kind, step, method = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
 out = top / "watched" / "out"

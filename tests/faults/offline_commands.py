@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from faults.tries import Fault, Outcome, attempt, each_call, restore, snapshot
-from lora_ext.offline import extract, merge, unmerge  # and nothing larger: a fork copies the page tables
+from lora_ext.checkpoints import extract, merge, unmerge  # and nothing larger: a fork copies the page tables
 
 call, out, overwrite = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), sys.argv[3] == "overwrite"
 command = {"merge": merge.merge, "unmerge": unmerge.unmerge, "extract": extract.extract}[call["command"]]

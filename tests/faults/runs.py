@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from faults.tries import Fault, attempt
-from lora_ext.tasks import compare, report
-from lora_ext.tasks.whole_files import write_whole
+from lora_ext.tasks.comparison import compare
+from lora_ext.tasks.finetune import results
+from lora_ext.tasks.shared.whole_files import write_whole
 
 _TIMES = ("date", "train_seconds", "tokens_per_second", "peak_memory_bytes", "latency", "costs")
 _TIMED = ("seconds", "_runtime", "_per_second", "_ms")
@@ -23,7 +24,7 @@ _TIMED = ("seconds", "_runtime", "_per_second", "_ms")
 def leave_out_what_takes_long() -> None:
     """Collecting garbage, drawing and syncing, none of which decides what is on the disk."""
     gc.freeze()
-    for module in (report, compare):
+    for module in (results, compare):
         module.write_picture = lambda path, figure: write_whole(path, b"a picture")
     os.fsync = lambda fd: None
 

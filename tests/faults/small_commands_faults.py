@@ -8,20 +8,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import tiny_classifier
+from support import tiny_classifier
 
 from faults.runs import content_of, leave_out_what_takes_long
 from faults.tries import Fault, attempt, each_call, restore
-from lora_ext.tasks import WriteError, analyze, plan, plan_report
-from lora_ext.tasks.finetune import finetune
-from lora_ext.tasks.html_report import write_report
-from lora_ext.tasks.plan import PlanSettings
-from lora_ext.tasks.settings import Settings
-from lora_ext.tasks.whole_files import write_whole
+from lora_ext.tasks import WriteError
+from lora_ext.tasks.analyze import run as analyze
+from lora_ext.tasks.finetune.run import finetune
+from lora_ext.tasks.finetune.settings import Settings
+from lora_ext.tasks.plan import results
+from lora_ext.tasks.plan import run as plan
+from lora_ext.tasks.plan.run import PlanSettings
+from lora_ext.tasks.report import write_report
+from lora_ext.tasks.shared.whole_files import write_whole
 
 top = Path(sys.argv[1])
 leave_out_what_takes_long()
-plan_report.write_picture = lambda path, figure: write_whole(path, b"a picture")
+results.write_picture = lambda path, figure: write_whole(path, b"a picture")
 
 
 def draw(analysis: dict[str, Any], out: Path) -> list[str]:
@@ -29,7 +32,7 @@ def draw(analysis: dict[str, Any], out: Path) -> list[str]:
     return ["spectrum.png"]
 
 
-analyze.analysis_report.draw = draw
+analyze.results.draw = draw
 model = tiny_classifier.save_model(top / "model")
 data = tiny_classifier.save_reviews(top / "reviews.csv", tiny_classifier.reviews(40))
 settings = Settings(model=str(model), data=str(data), epochs=1.0, max_length=32, target_modules="query")

@@ -170,15 +170,15 @@ from fuzz.file_bases import make_base, net
 from lora_ext import LoraConfig, inject, load_adapter
 from lora_ext.adapters import adapter_names, hotswap_adapter
 from lora_ext.methods import load_method
-from lora_ext.offline.diff import diff
-from lora_ext.offline.extract import extract
-from lora_ext.offline.inspect import inspect
-from lora_ext.offline.merge import merge
-from lora_ext.offline.unmerge import unmerge
-from lora_ext.tasks.data import read_examples
-from lora_ext.tasks.html_report import write_report
+from lora_ext.checkpoints.diff import diff
+from lora_ext.checkpoints.extract import extract
+from lora_ext.checkpoints.inspect import inspect
+from lora_ext.checkpoints.merge import merge
+from lora_ext.checkpoints.unmerge import unmerge
+from lora_ext.tasks.finetune.data import read_examples
+from lora_ext.tasks.report import write_report
 """
-_WITH_MODEL = """from models import bert
+_WITH_MODEL = """from support.models import bert
 CONFIG = LoraConfig(r=2, lora_alpha=3, target_modules=["up", "down"], rank_pattern={"blocks.1.up": 3},
                     alpha_pattern={"down": 1.5}, modules_to_save=["head"], lora_dropout=0.1)
 torch.manual_seed(0)
@@ -241,7 +241,7 @@ class _FileCase:
             shutil.rmtree(self.work, ignore_errors=True)
 
     def _run(self) -> Outcome:
-        import refusals
+        from support import refusals
 
         reader, files = self.reader, self.work / "files"
         function = reader.function
@@ -283,7 +283,7 @@ class _FileCase:
         return Outcome("compared", tuple(found))
 
     def _judge_refusal(self, error: Exception, model: Any, before: Any, listed: dict[str, Any]) -> list[Finding]:
-        import refusals
+        from support import refusals
 
         function = self.reader.function
         if type(error).__name__ == "TaskError":

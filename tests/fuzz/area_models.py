@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import refusals
 import torch
+from support import refusals
 from torch import Tensor, nn
 
-from lora_ext.adapter_set import adapter_set
 from lora_ext.adapters import lora_modules
+from lora_ext.adapters.adapter_set import adapter_set
 from lora_ext.nn import AdapterLayer, LoraLayer
 
 from .areas import Case
@@ -34,7 +34,7 @@ def make(choices: Choices) -> Case:
     return _any_function(choices) if choices.chance(40) else _life(choices)
 
 
-# --- any public function, by the table of tests/refusals.py -----------------------------------------------------------
+# --- any public function, by the table of tests/support/refusals.py -----------------------------------------------------------
 
 _NAMES = (
     '"a"',
@@ -101,7 +101,7 @@ def _any_function(choices: Choices) -> Case:
     setup = f"""import numpy, tempfile, torch
 from pathlib import Path
 from torch import nn
-from refusals import *
+from support.refusals import *
 torch.manual_seed(0)
 directory = Path(tempfile.mkdtemp())
 function = next(each for each in CALLS if each.function.__name__ == "{name}")
@@ -188,8 +188,8 @@ class Life:
         return f"""import copy, numpy, pickle, tempfile, torch
 from pathlib import Path
 from torch import nn
-from models import Net, bert, gpt2, llama
-from test_life_cycle import Every
+from support.models import Net, bert, gpt2, llama
+from adapters.test_life_cycle import Every
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
 from lora_ext.adapters import *
 torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Ops and readers of files that do what none of ours may do: each kind must be found (tests/test_fuzz.py)."""
+"""Ops and readers of files that do what none of ours may do: each kind must be found (tests/fuzz/test_fuzz.py)."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-exec(f"{area_files._SETUP}\nimport refusals", {})  # imports take longer than the cases here may
+exec(f"{area_files._SETUP}\nfrom support import refusals", {})  # imports take longer than the cases here may
 COSTLY = ("crashes", "hangs", "waits_for_ever")  # the last, as the simplest choices of other cases lead to the first
 _EVERY = [*OP_NAMES, *(reader.__name__ for reader in READERS.values())]
 NAMES = sorted(_EVERY, key=lambda name: name in COSTLY)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_ext import reference
-from lora_ext._checks import FLOATING, accumulation_dtype
+from lora_ext._ops.checks import FLOATING, accumulation_dtype
 
 from .calls import CannotTell
 

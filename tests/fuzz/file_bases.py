@@ -51,7 +51,7 @@ def folder() -> Path:
 
 
 def net() -> nn.Module:
-    from models import Net
+    from support.models import Net
 
     torch.manual_seed(0)
     return Net().eval()
@@ -91,7 +91,7 @@ def adapter(directory: Path) -> None:
 
 @base
 def method(directory: Path) -> None:
-    from models import bert
+    from support.models import bert
 
     from lora_ext.methods import apply_method, new_method, save_method
 
@@ -105,7 +105,7 @@ def method(directory: Path) -> None:
 @base
 def checkpoint(directory: Path) -> None:
     """A checkpoint in two files, another that differs from it, and an adapter."""
-    from offline_files import save_checkpoint
+    from support.checkpoint_files import save_checkpoint
 
     from lora_ext import LoraConfig, inject, save_adapter
 
@@ -122,7 +122,7 @@ def checkpoint(directory: Path) -> None:
 @base
 def every(directory: Path) -> None:
     """A checkpoint with layers of every kind, and PEFT's adapter of all of them."""
-    from offline_files import EVERY_LAYER, EveryLayer, peft_adapter, save_checkpoint
+    from support.checkpoint_files import EVERY_LAYER, EveryLayer, peft_adapter, save_checkpoint
 
     torch.manual_seed(0)
     model = EveryLayer()
@@ -133,7 +133,7 @@ def every(directory: Path) -> None:
 @base
 def tied(directory: Path) -> None:
     """A language model whose head is tied to its embedding, with rows that are trained and an adapter on the rest."""
-    from models import llama
+    from support.models import llama
 
     from lora_ext import LoraConfig, inject, save_adapter
 
@@ -147,7 +147,7 @@ def tied(directory: Path) -> None:
 @base
 def projections(directory: Path) -> None:
     """A model with a weight that holds several projections, of which the adapter changes some."""
-    from models import gpt2
+    from support.models import gpt2
 
     from lora_ext import LoraConfig, inject, save_adapter
 
@@ -163,10 +163,10 @@ def projections(directory: Path) -> None:
 @base
 def record(directory: Path) -> None:
     """A checkpoint that ``merge --record`` wrote: low-rank updates, rows, modules trained in full, new tensors."""
-    from offline_files import save_checkpoint
+    from support.checkpoint_files import save_checkpoint
 
     from lora_ext import LoraConfig, inject, save_adapter
-    from lora_ext.offline.merge import merge
+    from lora_ext.checkpoints.merge import merge
 
     torch.manual_seed(0)
     layers = {"low": nn.Linear(30, 20), "rows": nn.Embedding(9, 6), "full": nn.Linear(5, 4), "same": nn.Linear(7, 3)}
@@ -198,10 +198,10 @@ def data(directory: Path) -> None:
 @base
 def results(directory: Path) -> None:
     """Results of compare and sweep on the demo, and of finetune on a tiny model."""
-    import tiny_classifier
+    from support import tiny_classifier
 
-    from lora_ext.tasks.finetune import finetune
-    from lora_ext.tasks.settings import Settings
+    from lora_ext.tasks.finetune.run import finetune
+    from lora_ext.tasks.finetune.settings import Settings
 
     for name in ("compare/compare.json", "sweep/sweep.json"):
         (directory / name).parent.mkdir()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ext._checks import accumulation_dtype
+from lora_ext._ops.checks import accumulation_dtype
 
 from .calls import Call, CannotTell
 from .choices import Choices

@@ -25,9 +25,9 @@ from hostile.methods import methods
 from hostile.weights import weights
 from lora_ext import LoraConfig, inject, load_adapter
 from lora_ext.adapters import hotswap_adapter
+from lora_ext.checkpoints.inspect import inspect
+from lora_ext.checkpoints.merge import merge
 from lora_ext.methods import load_method
-from lora_ext.offline.inspect import inspect
-from lora_ext.offline.merge import merge
 
 SECONDS = 10  # what a hang takes; the promise is one
 directory, attacks = Path(sys.argv[1]), sys.argv[3:]

@@ -17,27 +17,27 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from object_cache import ROOT
+from support.object_cache import ROOT
 
 from .builds import Build
 from .planted import PLANTED, PREAMBLE, VARIABLE, PlantedBug
 from .sanitizers import SANITIZERS, Sanitizer, compiler
 
 OP_TESTS = (
-    "test_bad_arguments",
-    "test_bottleneck",
-    "test_few_tokens",
-    "test_lora_delta",
-    "test_lora_linear",
-    "test_lora_linear_siblings",
-    "test_lora_merge",
-    "test_merge_ops",
-    "test_merge_refused",
-    "test_nn_expand",
-    "test_nn_linear",
-    "test_siblings_bad_arguments",
+    "ops/test_bad_arguments",
+    "ops/test_bottleneck",
+    "ops/test_few_tokens",
+    "ops/test_lora_delta",
+    "ops/test_lora_linear",
+    "ops/test_lora_linear_siblings",
+    "ops/test_lora_merge",
+    "ops/test_merge_ops",
+    "merging/test_merge_refused",
+    "nn/test_expand",
+    "nn/test_linear",
+    "ops/test_siblings_bad_arguments",
 )
-QUICK_TESTS = ("test_few_tokens", "test_merge_ops")
+QUICK_TESTS = ("ops/test_few_tokens", "ops/test_merge_ops")
 
 
 class Runner:

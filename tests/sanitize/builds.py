@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from object_cache import ROOT, ObjectCache
+from support.object_cache import ROOT, ObjectCache
 
 from .planted import PLANTED_HEADER, PlantedBug
 from .sanitizers import Sanitizer, compiler

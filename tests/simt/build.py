@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from object_cache import ROOT, ObjectCache
+from support.object_cache import ROOT, ObjectCache
 
 from . import cuda_headers
 

@@ -1,5 +1,5 @@
 // Every primitive of ptx.cuh and every builtin that the stand-in defines itself, from given inputs to outputs that
-// tests/test_simt_primitives.py knows from the documentation. Compiles under nvcc as well: kernels and stand-in could
+// tests/simt/test_simt_primitives.py knows from the documentation. Compiles under nvcc as well: kernels and stand-in could
 // share a wrong belief about a primitive, and only a GPU can tell.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -9,11 +9,11 @@ print(report(model))
 try:
     import peft  # noqa: F401
 except ModuleNotFoundError as error:
-    from ...install_hint import install_hint
+    from lora_ext._common.install_hint import install_hint
 
     raise ImportError(f"lora_ext.integrations.peft needs peft ({error}): {install_hint('peft')}") from error
 
-from .reporting import LayerReport, Report, report
-from .swap import accelerate, restore
+from lora_ext.integrations.peft.reporting import LayerReport, Report, report
+from lora_ext.integrations.peft.swap import accelerate, restore
 
 __all__ = ["LayerReport", "Report", "accelerate", "report", "restore"]

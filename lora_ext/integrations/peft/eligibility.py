@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
-from ... import _load
-from ..._checks import FLOATING
+from lora_ext import _load
+from lora_ext._ops.checks import FLOATING
 
 DISABLED = "now: the adapters are disabled, so that the base layer alone runs"
 MERGED = "now: adapters are merged, so that the base layer alone runs"

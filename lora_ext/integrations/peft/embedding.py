@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .eligibility import NONE_ACTIVE, is_eligible_call, state_obstacle, variant_of
+from lora_ext.integrations.peft.eligibility import NONE_ACTIVE, is_eligible_call, state_obstacle, variant_of
 
 
 class EmbeddingForward:

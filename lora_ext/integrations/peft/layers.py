@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from peft.tuners.lora import layer as peft_layers
 
-from .embedding import EmbeddingForward
-from .linear import LinearForward
-from .merging import ExactMerging
+from lora_ext.integrations.peft.embedding import EmbeddingForward
+from lora_ext.integrations.peft.linear import LinearForward
+from lora_ext.integrations.peft.merging import ExactMerging
 
 
 class Linear(LinearForward, ExactMerging, peft_layers.Linear):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._checks import FLOATING
-from ...functional import lora_delta_, lora_linear
-from .eligibility import Adapter, active_adapters, is_eligible_call, plain_weight
+from lora_ext._ops.checks import FLOATING
+from lora_ext.functional import lora_delta_, lora_linear
+from lora_ext.integrations.peft.eligibility import Adapter, active_adapters, is_eligible_call, plain_weight
 
 
 class LinearForward:

@@ -14,13 +14,13 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from ... import _load
-from ..._changes import one_at_a_time
-from ..._checks import FLOATING
-from ..._interrupts import uninterrupted
-from ..._warnings import warn_user
-from ...exact_merge import MergeRecord, merge_all_, pack_factors, unmerge_all_
-from .eligibility import variant_of
+from lora_ext import _load
+from lora_ext._common.changes import one_at_a_time
+from lora_ext._common.interrupts import uninterrupted
+from lora_ext._common.warnings import warn_user
+from lora_ext._ops.checks import FLOATING
+from lora_ext.integrations.peft.eligibility import variant_of
+from lora_ext.merging.weights import MergeRecord, merge_all_, pack_factors, unmerge_all_
 
 _MERGES = "_lora_ext_merges"  # in the layer's __dict__ while there are any, so that copies and pickles have them
 _NO_BIAS = "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias."  # PEFT's words

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peft.tuners.lora import bnb as peft_layers
 
-from .linear import LinearForward
+from lora_ext.integrations.peft.linear import LinearForward
 
 
 class Linear8bitLt(LinearForward, peft_layers.Linear8bitLt):

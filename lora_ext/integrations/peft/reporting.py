@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ..._arguments import checked
-from .merging import merge_obstacle
-from .swap import accelerated_class, is_accelerated, lora_layers
+from lora_ext._common.arguments import checked
+from lora_ext.integrations.peft.merging import merge_obstacle
+from lora_ext.integrations.peft.swap import accelerated_class, is_accelerated, lora_layers
 
 _PER_CALL = (
     "Calls with adapter_names (mixed batches) or other extra arguments, under torch.func, in forward-mode "

@@ -10,8 +10,8 @@ from typing import TypeVar
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ..._arguments import checked
-from .merging import has_exact_merges
+from lora_ext._common.arguments import checked
+from lora_ext.integrations.peft.merging import has_exact_merges
 
 Model = TypeVar("Model", bound=nn.Module)
 

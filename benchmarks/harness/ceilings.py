@@ -1,0 +1,39 @@
+"""What the machine can do at most: bytes moved and products taken in a second, as PyTorch's own operations reach it.
+
+A ceiling is the best of several calls: one that others held up is no limit of the machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from harness.timing import Clock
+
+WARMUP, REPEATS = 3, 10
+
+
+def _least_seconds(call: Callable[[], object], clock: Clock) -> float:
+    for _ in range(WARMUP):
+        call()
+    return min(clock(call) for _ in range(REPEATS))
+
+
+def copy_rate(size: int, device: str, clock: Clock) -> float:
+    """Bytes a second of copying ``size`` bytes, read plus written."""
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    return 2 * size / _least_seconds(lambda: target.copy_(source), clock)
+
+
+def read_rate(size: int, device: str, clock: Clock) -> float:
+    """Bytes a second of adding up ``size`` bytes of float32."""
+    source = torch.ones(size // 4, device=device)
+    return source.nbytes / _least_seconds(source.sum, clock)
+
+
+def matrix_rate(dtype: torch.dtype, n: int, device: str, clock: Clock) -> float:
+    """Floating-point operations a second of the product of two random ``[n, n]`` matrices."""
+    a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * n**3 / _least_seconds(lambda: torch.mm(a, b, out=out), clock)

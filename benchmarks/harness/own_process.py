@@ -1,0 +1,40 @@
+"""Seconds and resident memory of a call in a process of its own, with what importing torch takes set apart."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+DRIVER = """
+import json, sys, time
+import torch
+
+def resident():
+    return 1024 * int(dict(line.split(":", 1) for line in open("/proc/self/status"))["VmHWM"].split()[0])
+
+torch_bytes = resident()
+begin = time.perf_counter()
+{call}
+seconds = time.perf_counter() - begin
+print(json.dumps({{"seconds": seconds, "resident_bytes": resident(), "torch_bytes": torch_bytes}}))
+"""
+
+
+def measure(name: str, call: str, arguments: Sequence[object], threads: int) -> dict[str, float]:
+    """Runs the Python lines ``call``, which find ``arguments`` in ``sys.argv[1:]``; ``name`` is for the error.
+
+    Returns:
+        ``seconds`` of the call, its imports included; ``resident_bytes``, the most that the process ever had (VmHWM);
+        ``torch_bytes``, of these once torch was imported.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
+    command = [sys.executable, "-c", DRIVER.format(call=call), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{name} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])

@@ -1,0 +1,165 @@
+"""What the benchmarks share around their measurements: options, time, a heading that says where, result files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import date
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from harness import machine_isa
+from harness.machine_load import MachineLoad
+from harness.shapes import Shape
+from harness.timing import Clock, CudaClock, interleaved, wall_clock
+
+import lora_ext
+from lora_ext import info
+
+RESULTS = Path(__file__).parents[1] / "results"
+MOST_SECONDS_PER_CASE = 20.0
+Case = TypeVar("Case")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an option that counts something."""
+
+    def count(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}, want an integer of at least {least}")
+        return int(text)
+
+    return count
+
+
+rounds = at_least(2)  # one alone has no quartiles
+
+
+def parser(description: str, name: str) -> argparse.ArgumentParser:
+    """name: of the result files, results/<name>_<device>.{json,md}."""
+    result = argparse.ArgumentParser(description=description.splitlines()[0])
+    result.set_defaults(name=name)
+    result.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    result.add_argument("--rank", type=int, default=16)
+    result.add_argument("--rounds", type=rounds, default=60, help="at most; slow cases get fewer, at least 5")
+    result.add_argument("--seconds", type=float, default=float("inf"), help="shared by the cases; none begins after")
+    result.add_argument("--threads", type=int, default=torch.get_num_threads())
+    result.add_argument(
+        "--machine-isa",
+        choices=list(machine_isa.LIMITS),
+        help="keep the whole process, contestants included, to this CPU instruction set, and name the results by it",
+    )
+    result.add_argument("--write", action="store_true", help=f"also write <results>/{name}_<device>.{{json,md}}")
+    result.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+    return result
+
+
+def add_shapes(parser: argparse.ArgumentParser) -> None:
+    """For the benchmarks that measure layers of any shape: the user's own in place of the built-in ones."""
+
+    def shapes(text: str) -> list[Shape]:
+        try:
+            return [Shape.parse(part) for part in text.split(",")]
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    parser.add_argument("--shapes", type=shapes, help="TOKENSxINxOUT, separated by commas")
+
+
+def check_device(device: str) -> None:
+    """Raises SystemExit where there is no such device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit(f"--device cuda: torch {torch.__version__} finds no GPU here; leave it out to measure the CPU")
+
+
+class Report:
+    """One run of a benchmark: its clock, its time, its machine, its heading, printed at once."""
+
+    def __init__(self, args: argparse.Namespace, title: str) -> None:
+        machine_isa.restrict(args.machine_isa)
+        self.args, self.on_cuda = args, args.device == "cuda"
+        check_device(args.device)
+        torch.set_num_threads(args.threads)
+        torch.manual_seed(0)
+        self.facts = info.gather() | {"torch_cpu": machine_isa.facts()}
+        self.clock: Clock = CudaClock() if self.on_cuda else wall_clock
+        self.machine = torch.cuda.get_device_name() if self.on_cuda else info.cpu_model()
+        kernels = "CUDA kernels"
+        if not self.on_cuda:
+            kernels = f"{args.threads} threads, {self.facts['cpu']['isa']} kernels, "
+            kernels += machine_isa.describe(self.facts["torch_cpu"])
+        self.heading = (
+            f"{title}; {self.machine}, {kernels}; lora_ext {lora_ext.__version__}, torch {torch.__version__}; "
+            f"{date.today()}; medians (quartiles)"
+        )
+        self.begin = time.perf_counter()
+        self.load = MachineLoad()
+        self.case_s = MOST_SECONDS_PER_CASE
+        print(self.heading, flush=True)
+
+    def elapsed(self) -> float:
+        """Seconds since the heading was printed."""
+        return time.perf_counter() - self.begin
+
+    def cases(self, cases: Sequence[Case]) -> Iterator[Case]:
+        """The cases, each with its share of the time left (``case_s``); says so where time runs out before they do."""
+        for number, case in enumerate(cases):
+            left = self.args.seconds - self.elapsed()
+            if left < 0:
+                print(f"out of time: {len(cases) - number} cases are not measured", flush=True)
+                return
+            self.case_s = min(left / (len(cases) - number), MOST_SECONDS_PER_CASE)
+            yield case
+
+    def interleaved(
+        self, calls: dict[str, Callable[[], object]], parts: int = 1, clock: Clock | None = None
+    ) -> dict[str, list[float]]:
+        """:func:`timing.interleaved` in this case's time. parts: measurements that the case consists of."""
+        return interleaved(calls, self.args.rounds, budget_s=self.case_s / parts, clock=clock or self.clock)
+
+    def finish(self, rows: object, table: str, **more: object) -> None:
+        """Prints the whole table, and writes the result files where --write asks for them. more: into the JSON."""
+        others = self.load.of_others()
+        if others is not None:
+            table += f"\n\nOther processes had {others:.0%} of the processors meanwhile."
+        print(f"\n{table}", flush=True)
+        if not self.args.write:
+            return
+        self.args.results.mkdir(parents=True, exist_ok=True)
+        command = " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+        isa = f"_{self.args.machine_isa}" if self.args.machine_isa else ""
+        path = self.args.results / f"{self.args.name}_{self.args.device}{isa}"
+        result = {"command": command, "date": str(date.today()), "heading": self.heading}
+        result |= {self.args.device: self.machine, "info": self.facts, "load_of_others": others}
+        result |= {"rows": rows, **more}
+        path.with_suffix(".md").write_text(f"{self.heading}\n\n    {command}\n\n{table}\n")
+        path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def names_in(rows: Iterable[dict], key: str = "ratio") -> list[str]:
+    """The contestants of all rows, in their order; one that was not measured everywhere leaves gaps."""
+    return list(dict.fromkeys(name for row in rows for name in row[key]))
+
+
+def ratio_cells(row: dict, names: Iterable[str]) -> list[str]:
+    return ["{:.2f} ({:.2f}-{:.2f})".format(*row["ratio"][name]) if name in row["ratio"] else "" for name in names]
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:.{2 if value >= 1 else 3}f}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,73 @@
+"""How much a process grows that loads and trains the demo model: what `lora-ext plan` is compared with.
+
+Run as a script, this file is that process: python benchmarks/harness/training_memory.py lora 16 128 8. Imports, and what the
+libraries set up at their first step, are behind it when it begins to count.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# glibc then maps blocks of 64 KiB and more, and gives them back when they are freed. By default it raises that limit
+# as a process runs, and freed tensors stay resident for others to come, or for none.
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000", "MALLOC_ARENA_MAX": "1"}
+STEPS = 2  # in the second, the optimizer's state is there from the start
+
+
+def growth(method: str, batch_size: int, seq_len: int, r: int = 8, threads: int = 1, gives_back: bool = True) -> int:
+    """Bytes by which the resident memory of a new process that trains grows.
+
+    Args:
+        r: rank, of LoRA.
+        gives_back: freed tensors are no longer resident; otherwise it is up to the C library's allocator.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    environment |= GIVES_BACK if gives_back else {}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
+    command = [sys.executable, __file__, method, *map(str, (batch_size, seq_len, r))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"training_memory {method} failed:\n{done.stderr}")
+    return int(done.stdout.splitlines()[-1])
+
+
+def _resident(key: str) -> int:
+    """Bytes: VmRSS, which are now, or VmHWM, the most there were."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(lines[key].split()[0])
+
+
+def main(method: str, batch_size: int, seq_len: int, r: int) -> None:
+    import torch
+    import transformers
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from lora_ext.tasks.finetune.settings import Settings
+    from lora_ext.tasks.finetune.task_model import adapt, load_model, model_path_of
+
+    transformers.logging.set_verbosity_error()
+    settings = Settings(method=method, r=r)
+
+    def train(model: torch.nn.Module, batch: int, length: int) -> None:
+        model.train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+        for _ in range(STEPS):
+            ids, labels = torch.randint(1000, (batch, length)), torch.randint(3, (batch,))
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    tiny = BertConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, num_labels=3)
+    train(adapt(BertForSequenceClassification(tiny), settings, "tiny"), 2, 8)
+    before = _resident("VmRSS")
+    path = model_path_of(None)
+    model = adapt(load_model(path, ["a", "b", "c"], seq_len).model, settings, path)
+    train(model, batch_size, seq_len)
+    print(_resident("VmHWM") - before)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:5]))

@@ -1,0 +1,96 @@
+"""The models that are fine-tuned, one copy for each contestant: the same weights, the same initial factors."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import sys
+
+import torch
+from harness.contestants import ACCELERATED, ALPHA_OVER_R, FROZEN, LORA_EXT
+from torch import nn
+
+import lora_ext
+from lora_ext.injection.inject import lora_modules
+
+HEAD_ONLY = "head only"  # no gradient passes through the frozen model: what no adapter can reach
+HAS_PEFT = importlib.util.find_spec("peft") is not None
+
+
+def bert(
+    dtype: torch.dtype, dropout: float, layers: int = 4, width: int = 768, labels: int = 3, vocabulary: int = 30522
+) -> nn.Module:
+    """A BERT of BERT-base's widths with random weights, a classifier of sequences."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(width // 64, 1),
+        intermediate_size=4 * width,
+        num_labels=labels,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    return BertForSequenceClassification(config).to(dtype)
+
+
+def pretrained(path: str, dropout: float, labels: int) -> nn.Module:
+    """A classifier of sequences from a directory, with a new head."""
+    from transformers import AutoModelForSequenceClassification, logging
+
+    logging.set_verbosity_error()  # that the head is new is no news
+    logging.disable_progress_bar()
+    dropouts = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    return AutoModelForSequenceClassification.from_pretrained(path, num_labels=labels, dtype=torch.float32, **dropouts)
+
+
+def adapted(model: nn.Module, rank: int, dropout: float, factors: torch.dtype | None = None) -> dict[str, nn.Module]:
+    """Copies of ``model`` in training mode, its classifier trained in each.
+
+    "head only"; "frozen", whose backward passes through the model to its embeddings all the same: what adapters in the
+    first layer need at least; and adapters on every other linear layer by each contestant ("peft accelerated": PEFT's
+    model on our ops), with the same factors.
+    factors: their dtype, else what the contestants choose (float32 beside a 16-bit model).
+    """
+    options = {"r": rank, "lora_alpha": ALPHA_OVER_R * rank, "lora_dropout": dropout}
+    options |= {"target_modules": "all-linear", "task_type": "SEQ_CLS"}
+    models = {HEAD_ONLY: copy.deepcopy(model), FROZEN: copy.deepcopy(model)}
+    for frozen in models.values():
+        frozen.requires_grad_(False)
+        frozen.classifier.requires_grad_(True)
+    # What enable_input_require_grads() does, without its warning in recent releases.
+    models[FROZEN].get_input_embeddings().register_forward_hook(lambda _module, _inputs, y: y.requires_grad_())
+    ours = lora_ext.inject(copy.deepcopy(model), lora_ext.LoraConfig(**options))
+    models[LORA_EXT] = ours
+    if HAS_PEFT:
+        import peft
+
+        models["peft"] = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**options))
+        copy_factors(ours, models["peft"])
+        from lora_ext.integrations.peft import accelerate
+
+        models[ACCELERATED] = accelerate(copy.deepcopy(models["peft"]))
+    for adapted_model in models.values():
+        for name, parameter in adapted_model.named_parameters():
+            if factors and "lora_" in name:
+                parameter.data = parameter.data.to(factors)
+        adapted_model.train()
+    return models
+
+
+def copy_factors(ours: nn.Module, theirs: nn.Module) -> None:
+    """Raises SystemExit where the two adapt different layers: their times could not be compared."""
+    layers = {path: layer.adapters.default for path, layer in lora_modules(ours)}
+    peers = {
+        name.removeprefix("base_model.model."): module
+        for name, module in theirs.named_modules()
+        if hasattr(module, "lora_A")
+    }
+    if layers.keys() != peers.keys():
+        sys.exit(f"lora_ext and peft adapt different layers: {sorted(layers.keys() ^ peers.keys())}: not timed")
+    with torch.no_grad():
+        for path, adapter in layers.items():
+            peers[path].lora_A.default.weight.copy_(adapter.lora_A)
+            peers[path].lora_B.default.weight.copy_(adapter.lora_B)

@@ -1,0 +1,79 @@
+"""Changes of models, one at a time: whole for Ctrl-C, for other threads, and for a forward that meets one.
+
+All functions that change a model, or read it for a file, hold one lock (:func:`one_at_a_time`): what they have checked
+is still so when they act. There is one for the process, as models may share weights; a merge uses all cores anyway. A
+fork waits for it.
+
+Forwards take no lock. A layer's forward that finds that a change began or ended meanwhile is computed again, with the
+lock held (:func:`of_one_state`). On a GPU this is about the order in which kernels are launched: forward and change
+must be on one stream.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+import torch
+
+from lora_ext._common.interrupts import uninterrupted
+
+if TYPE_CHECKING:
+    from lora_ext.nn.layer import ActiveAdapters
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_lock = threading.RLock()
+if hasattr(os, "register_at_fork"):  # the child has no thread that would end a change that is under way
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+
+
+def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
+    """Lets ``function`` run in one thread at a time, and in no two functions of this kind at once."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _lock:
+            return function(*args, **kwargs)
+
+    return run
+
+
+@contextmanager
+def changing(*models: ActiveAdapters) -> Iterator[None]:
+    """The block in which layers change, told by what the layers of each model share. Ctrl-C waits for its end."""
+    with ExitStack() as stack:
+        stack.enter_context(_lock)
+        stack.enter_context(uninterrupted())
+        for active in models:
+            stack.enter_context(active.changing())
+        yield
+
+
+def of_one_state(forward: Callable[P, R]) -> Callable[P, R]:
+    """Lets the forward of a layer compute with what was before a change of it or after it, never with half of one."""
+
+    @functools.wraps(forward)
+    def run(self, *args, **kwargs):
+        if torch.compiler.is_compiling():  # a count that changes would be a guard that fails
+            return forward(self, *args, **kwargs)
+        active = self.active
+        changes = active.changes
+        if not changes % 2:
+            try:
+                result = forward(self, *args, **kwargs)
+            except Exception:
+                if active.changes == changes:
+                    raise
+            else:
+                if active.changes == changes:
+                    return result
+        with _lock:
+            return forward(self, *args, **kwargs)
+
+    return run

@@ -1,0 +1,131 @@
+"""A bottleneck adapter (Houlsby et al. 2019, arXiv 1902.00751) on the kernels of LoRA's two products."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_ext._common.arguments import check_types
+from lora_ext._ops import checks, refusals
+from lora_ext._ops.registration import any_requires_grad, bias_gradient, refuse_forward_mode
+
+# Of the hidden features: the function, and its gradient from the result's and the function's argument.
+ACTIVATIONS = {
+    "relu": (F.relu, lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0)),
+    "gelu": (F.gelu, lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="none")),
+    "silu": (F.silu, torch.ops.aten.silu_backward),
+    "identity": (lambda x: x, lambda grad, x: grad),
+}
+
+
+def bottleneck(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    activation: str = "relu",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Two narrow linear layers with an activation between them, and a residual connection.
+
+    ``y = residual + activation(x @ down_weight.T + down_bias) @ up_weight.T + up_bias``
+
+    Forward, ``x`` and ``residual`` are read once and ``y`` is written once; nothing else of their size exists. Where
+    ``x`` is its own residual, the backward adds both gradients in the pass that writes the one.
+
+    Args:
+        x: ``[..., in_features]``, float64, float32, bfloat16 or float16; any leading dimensions, any strides.
+        down_weight: ``[size, in_features]``, in any of the four dtypes; float32 beside a 16-bit ``x`` is computed in
+            float32.
+        down_bias: ``[size]`` or None.
+        up_weight: ``[out_features, size]``, in any of the four dtypes.
+        up_bias: ``[out_features]`` or None; rounded to the dtype of the result.
+        activation: one of :data:`ACTIVATIONS`.
+        residual: ``[..., out_features]`` with the tokens of ``x``, in a dtype that adds up as ``x``'s does (float64, or
+            any of the others); None: ``x``.
+
+    Returns:
+        ``[..., out_features]``, dtype of the residual. The hidden features are float32 (float64 for float64), and so
+        are the sums, each rounded once.
+
+    Raises:
+        ValueError, TypeError: naming the argument and both values.
+        torch.OutOfMemoryError: memory is short.
+    """
+    if not isinstance(activation, str):
+        check_types(bottleneck, {"activation": activation})
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"bottleneck: activation is {activation!r}, want one of {', '.join(ACTIVATIONS)}")
+    tensors = (x, down_weight, down_bias, up_weight, up_bias, residual)
+    if torch.compiler.is_compiling():
+        checks.check_bottleneck(x, down_weight, down_bias, up_weight, up_bias, activation, residual)
+        return _forward(*tensors, activation)[0]
+    try:
+        refuse_forward_mode("bottleneck", *tensors)
+        if not (_fits(down_bias, down_weight) and _fits(up_bias, up_weight)):
+            raise RuntimeError(
+                "bottleneck: a bias does not fit"
+            )  # which PyTorch would broadcast, cast, or (a meta one) leave out
+        if any_requires_grad(*tensors):
+            return _Bottleneck.apply(*tensors, activation)
+        return _forward(*tensors, activation)[0]
+    except refusals.UNEXPLAINED as error:
+        arguments = {"x": x, "down_weight": down_weight, "down_bias": down_bias, "up_weight": up_weight}
+        arguments |= {"up_bias": up_bias, "activation": activation, "residual": residual}
+        refusals.explain(error, bottleneck, arguments, checks.check_bottleneck)
+        raise
+
+
+def _fits(bias: Tensor | None, weight: Tensor) -> bool:
+    return bias is None or (
+        bias.dtype in checks.FLOATING
+        and bias.layout is torch.strided
+        and bias.shape == weight.shape[:1]
+        and bias.device == weight.device
+    )
+
+
+def _forward(x, down_weight, down_bias, up_weight, up_bias, residual, activation) -> tuple[Tensor, Tensor]:
+    """The result, and the argument of the activation."""
+    base = x if residual is None else residual
+    hidden = torch.ops.lora_ext.lora_shrink(x, down_weight)
+    if down_bias is not None:
+        hidden += down_bias
+    bias = None if up_bias is None else up_bias.to(base.dtype)
+    return torch.ops.lora_ext.lora_expand(base, ACTIVATIONS[activation][0](hidden), up_weight, bias), hidden
+
+
+class _Bottleneck(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, down_weight, down_bias, up_weight, up_bias, residual, activation):
+        y, hidden = _forward(x, down_weight, down_bias, up_weight, up_bias, residual, activation)
+        want_x, want_down = ctx.needs_input_grad[:2]
+        # Of the size of x, nothing is kept but x itself, which is shared with its producer.
+        ctx.save_for_backward(x if want_x or want_down else None, down_weight, up_weight, hidden)
+        ctx.activation, ctx.is_own_residual = activation, residual is None
+        ctx.up_bias_dtype = None if up_bias is None else up_bias.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        x, down_weight, up_weight, hidden = ctx.saved_tensors
+        want_x, want_down, want_down_bias, want_up, want_up_bias, want_residual, _ = ctx.needs_input_grad
+        function, gradient = ACTIVATIONS[ctx.activation]
+        want_hidden = want_x or want_down or want_down_bias
+        grad_x = grad_down = grad_down_bias = None
+        grad_hidden, grad_up = torch.ops.lora_ext.lora_expand_backward(
+            grad_y, function(hidden) if want_up else None, up_weight, (want_hidden, want_up)
+        )
+        if want_hidden:
+            grad_hidden = gradient(grad_hidden, hidden)
+        if want_x or want_down:
+            base = grad_y if ctx.is_own_residual else None
+            grad_x, grad_down = torch.ops.lora_ext.lora_shrink_backward(
+                grad_hidden, x, down_weight, base, (want_x, want_down)
+            )
+        if want_down_bias:
+            grad_down_bias = bias_gradient(grad_hidden)
+        grad_up_bias = bias_gradient(grad_y, ctx.up_bias_dtype) if want_up_bias else None
+        return grad_x, grad_down, grad_down_bias, grad_up, grad_up_bias, grad_y if want_residual else None, None

@@ -1,0 +1,102 @@
+"""Fake (meta), autograd and autocast registrations of lora_delta_: the adapter beside a base layer of any kind."""
+
+from __future__ import annotations
+
+import torch
+
+from lora_ext._ops import checks, checks_backward
+from lora_ext._ops.in_place import check_inference, check_recorded_change, count_change
+from lora_ext._ops.registration import (
+    LIBRARY,
+    any_requires_grad,
+    below_autograd,
+    fake_gradients,
+    fake_saved,
+    refuse_double_backward,
+    refuse_forward_mode,
+    register_autocast,
+    register_op,
+)
+
+# --- fake kernels: shapes and dtypes only -----------------------------------------------------------------------------
+
+
+@register_op("lora_delta_", checks.check_lora_delta)
+def _(y, x, lora_A, lora_B, scaling, dropout_p, seed):
+    return fake_saved(x, lora_A.shape[0], dropout_p)
+
+
+@register_op("lora_delta_backward", checks_backward.check_lora_delta_backward)
+def _(grad_y, x, lora_A, lora_B, xa, mask, scaling, dropout_p, output_mask):
+    want_x, want_A, want_B = output_mask
+    return (
+        grad_y.new_empty((*grad_y.shape[:-1], lora_A.shape[1])) if want_x else None,
+        *(fake_gradients([lora_A]) if want_A else [None]),
+        *(fake_gradients([lora_B]) if want_B else [None]),
+    )
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+class _LoraDelta(torch.autograd.Function):
+    """Returns y alone: of a function with several results autograd takes no view to change, and nn.Linear returns one.
+
+    What the op returns goes into ``results``.
+    """
+
+    @staticmethod
+    def forward(ctx, y, x, lora_A, lora_B, scaling, dropout_p, seed, results):
+        with below_autograd():  # mark_dirty counts the change
+            xa, mask = torch.ops.lora_ext.lora_delta_.default(y, x, lora_A, lora_B, scaling, dropout_p, seed)
+        results += xa, mask
+        ctx.mark_dirty(y)
+        ctx.set_materialize_grads(False)
+        _, want_x, want_A, want_B = ctx.needs_input_grad[:4]
+        has_mask = mask.dim() == 2 and (want_x or want_A)
+        # Only what a wanted gradient reads is kept alive. y is not read: what made it may be anything.
+        ctx.save_for_backward(x if want_A else None, lora_A, lora_B, xa if want_B else None, mask if has_mask else None)
+        ctx.scaling, ctx.dropout_p = scaling, dropout_p
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        want_y, want_x, want_A, want_B = ctx.needs_input_grad[:4]
+        grad_x = grad_A = grad_B = None
+        if grad_y is not None and (want_x or want_A or want_B):
+            x, lora_A, lora_B, xa, mask = ctx.saved_tensors
+            grad_x, grad_A, grad_B = torch.ops.lora_ext.lora_delta_backward.default(
+                grad_y, x, lora_A, lora_B, xa, mask, ctx.scaling, ctx.dropout_p, (want_x, want_A, want_B)
+            )
+        return grad_y if want_y else None, grad_x, grad_A, grad_B, None, None, None, None
+
+
+def _lora_delta_autograd(y, x, lora_A, lora_B, scaling, dropout_p=0.0, seed=None):
+    refuse_forward_mode("lora_delta", y, x, lora_A, lora_B)
+    if any_requires_grad(y, x, lora_A, lora_B):
+        check_recorded_change("lora_delta_", "y", y)
+        results: list = []
+        _LoraDelta.apply(y, x, lora_A, lora_B, scaling, dropout_p, seed, results)
+        return tuple(results)
+    check_inference("lora_delta_", "y", y)
+    with below_autograd():
+        results = torch.ops.lora_ext.lora_delta_.default(y, x, lora_A, lora_B, scaling, dropout_p, seed)
+    count_change(y)
+    return results
+
+
+def _lora_delta_backward_autograd(grad_y, x, lora_A, lora_B, xa, mask, scaling, dropout_p, output_mask):
+    refuse_double_backward("lora_delta_backward", grad_y, x, lora_A, lora_B, xa)
+    with below_autograd():
+        return torch.ops.lora_ext.lora_delta_backward.default(
+            grad_y, x, lora_A, lora_B, xa, mask, scaling, dropout_p, output_mask
+        )
+
+
+# Not register_in_place(): in inference mode its kernel would cost as much as the op. What is left to do there,
+# functional.lora_delta_ does.
+LIBRARY.impl("lora_delta_", _lora_delta_autograd, "Autograd")
+LIBRARY.impl("lora_delta_backward", _lora_delta_backward_autograd, "Autograd")
+# y's dtype was settled by the base layer, and x has it or is cast to it by functional.lora_delta_.
+register_autocast("lora_delta_", num_cast=0)
+register_autocast("lora_delta_backward", num_cast=0)

@@ -1,0 +1,74 @@
+"""Fake (meta) and autograd registrations of the merge ops. lora_ext/merging/weights.py puts the ops together."""
+
+from __future__ import annotations
+
+import torch
+
+from lora_ext._ops import checks
+from lora_ext._ops.in_place import register_in_place
+from lora_ext._ops.registration import LIBRARY, below_autograd, op_named, register_op
+
+
+def _check_merge_of(op: str):
+    def check(weights, lora_As, lora_Bs, words=(), corrections=()) -> None:
+        checks.check_merge(op, weights, lora_As, lora_Bs)
+        checks.check_record(op, weights, words, corrections)
+
+    return check
+
+
+@register_op("lora_merge_plan", _check_merge_of("lora_merge_plan"))
+def _(weights, lora_As, lora_Bs):
+    num_segments = sum(weight.shape[0] * checks.merge_segments(weight.shape[1]) for weight in weights)
+    return (
+        weights[0].new_empty((len(weights),), dtype=torch.int64),
+        weights[0].new_empty((num_segments,), dtype=torch.int16),
+    )
+
+
+@register_op("lora_merge_record_", _check_merge_of("lora_merge_record_"))
+def _(weights, lora_As, lora_Bs):
+    num_corrections = [torch.library.get_ctx().new_dynamic_size() for _ in weights]
+    return (
+        weights[0].new_empty((len(weights),), dtype=torch.int64),
+        [w.new_empty((w.shape[0], checks.merge_segments(w.shape[1])), dtype=torch.int16) for w in weights],
+        [w.new_empty((count,), dtype=torch.int16) for w, count in zip(weights, num_corrections, strict=True)],
+    )
+
+
+for _name in ("lora_merge_", "lora_merge_planned_", "lora_unmerge_"):
+    register_op(_name, _check_merge_of(_name))(lambda **arguments: None)
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+def _lora_merge_plan_autograd(weights, lora_As, lora_Bs):
+    with below_autograd():  # it returns counts
+        return op_named("lora_merge_plan")(weights, lora_As, lora_Bs)
+
+
+def refuse_weight_that_requires_grad(op: str, *weights: torch.Tensor) -> None:
+    if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
+        raise RuntimeError(
+            f"{op}: weight requires grad; merging in place would corrupt its gradient. "
+            "Call weight.requires_grad_(False) or merge under torch.no_grad()"
+        )
+
+
+def _register_change_of_weights(name: str) -> None:
+    def has_changed(result) -> bool:
+        return result is None or bool(result[1])  # lora_merge_record_ may have merged nothing
+
+    change = register_in_place(name, has_changed)
+
+    def autograd_kernel(weights, *arguments):
+        refuse_weight_that_requires_grad(name, *weights)
+        return change(weights, *arguments)
+
+    LIBRARY.impl(name, autograd_kernel, "Autograd")
+
+
+LIBRARY.impl("lora_merge_plan", _lora_merge_plan_autograd, "Autograd")
+for _name in ("lora_merge_", "lora_merge_record_", "lora_merge_planned_", "lora_unmerge_"):
+    _register_change_of_weights(_name)

@@ -1,0 +1,61 @@
+"""Why a public function has failed: the error of PyTorch or of the compiled op in words that name the argument.
+
+In eager mode the compiled op checks first, at no Python cost; the checks here run only once it has refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+import torch
+
+from lora_ext import _load
+from lora_ext._common.arguments import check_types
+from lora_ext._ops import tensor_arguments
+
+# The exceptions that wrong arguments cause. Others are not explained: torch.utils.checkpoint, for example, stops a
+# recomputation by an exception of its own.
+UNEXPLAINED = (RuntimeError, TypeError, ValueError, AttributeError, ArithmeticError)
+OUT_OF_MEMORY = "out of memory. "  # csrc/bindings/errors.h
+_REFUSED_BY_OP = re.compile(r"\w+, csrc/[\w/.]+:\d+, (lora_\w+: .*)", re.DOTALL)  # STD_TORCH_CHECK's text
+
+
+def check_memory(error: Exception) -> None:
+    """torch.OutOfMemoryError where an op has failed for want of memory: how much, its message says."""
+    if OUT_OF_MEMORY in str(error):
+        raise torch.OutOfMemoryError(str(error)) from None
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def explain(
+    error: Exception,
+    function: Callable,
+    arguments: Mapping[str, object],
+    check_values: Callable[..., None],
+    autocast: bool = False,
+) -> None:
+    """Raises a better error than ``error``, if there is one, for a call of a public function.
+
+    Raises:
+        TypeError, ValueError: naming the argument. ``check_values`` is called with the arguments once their types are
+            right; not under autocast where the op sees other dtypes than these (``autocast``).
+        torch.OutOfMemoryError: with the bytes that were wanted.
+        RuntimeError: there are no kernels for the device.
+    """
+    name = function.__name__
+    if isinstance(error, (TypeError, ValueError)) and str(error).startswith(f"{name}: "):
+        return  # it is one of these
+    # PyTorch takes a tensor without dimensions for a number.
+    check_types(function, {n: v for n, v in arguments.items() if not (_is_tensor(v) and v.dim() == 0)})
+    tensor_arguments.check_tensors(name, arguments)
+    check_memory(error)
+    device = next(filter(_is_tensor, arguments.values())).device
+    if not (autocast and torch.is_autocast_enabled(device.type)):
+        check_values(**arguments)
+    _load.check_kernels_exist(name, device)
+    if refused := _REFUSED_BY_OP.match(str(error)):
+        raise ValueError(refused[1]) from None

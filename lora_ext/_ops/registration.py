@@ -1,0 +1,178 @@
+"""What the registrations of the ops share: their library, fake kernels and what they save, refusals, autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from lora_ext._ops.checks import accumulation_dtype, count_tokens, mask_row_bytes
+from lora_ext._ops.lazy_views import check_not_lazy, resolved
+from lora_ext._ops.tensor_arguments import check_tensors
+from lora_ext.reference import dropout_threshold
+
+LIBRARY = torch.library.Library("lora_ext", "FRAGMENT")
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def op_named(name: str) -> torch._ops.OpOverload:
+    return getattr(torch.ops.lora_ext, name).default
+
+
+def any_requires_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd records an op of these. None stands where the user passed it: the op refuses it."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:  # half the time that any() takes
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+class ChangedArguments:
+    """The tensors that an op changes, as its schema says."""
+
+    def __init__(self, op: torch._ops.OpOverload):
+        arguments = enumerate(op._schema.arguments)
+        self._places = [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
+
+    def of(self, arguments: Sequence) -> list[tuple[str, Tensor]]:
+        """Those of a call, each with its name in messages."""
+        found = []
+        for i, name in self._places:
+            if isinstance(arguments[i], (list, tuple)):
+                found += [(f"{name}[{j}]", tensor) for j, tensor in enumerate(arguments[i])]
+            elif arguments[i] is not None:
+                found.append((name, arguments[i]))
+        return found
+
+
+def register_op(name: str, check_values: Callable[..., None]) -> Callable[[Callable], Callable]:
+    """Registers what every op has: its fake (meta) kernel, and what becomes of lazy views.
+
+    The decorated function is the fake kernel: shapes and dtypes of the results. Before it, the arguments are checked as
+    the compiled op checks them; ``check_values`` takes those of the op.
+    """
+    schema = op_named(name)._schema.arguments
+    names, defaults = [a.name for a in schema], {a.name: a.default_value for a in schema if a.has_default_value()}
+    required = [a.name for a in schema if str(a.type) == "Tensor"]
+
+    def register(kernel: Callable) -> Callable:
+        def checked(*values, **named):
+            given = {**defaults, **dict(zip(names, values, strict=False)), **named}
+            arguments = {argument: given[argument] for argument in names}
+            for argument in required:
+                if arguments[argument] is None:
+                    raise TypeError(f"{name}: {argument} is None, want a Tensor")
+            check_tensors(name, arguments)
+            check_values(**arguments)
+            return kernel(**arguments)
+
+        torch.library.register_fake(f"lora_ext::{name}")(checked)
+        _register_lazy_views(name)
+        return kernel
+
+    return register
+
+
+def _register_lazy_views(name: str) -> None:
+    op = op_named(name)
+    changed = ChangedArguments(op)
+    labels = [argument.name for argument in op._schema.arguments]
+
+    def kernel(*arguments):
+        for label, tensor in changed.of(arguments):
+            check_not_lazy(name, label, tensor)
+        return op(*(resolved(name, label, value) for label, value in zip(labels, arguments, strict=False)))
+
+    for key in ("Negative", "Conjugate", "ZeroTensor"):
+        LIBRARY.impl(name, kernel, key)
+
+
+def fake_saved(x: Tensor, total_rank: int, dropout_p: float) -> tuple[Tensor, Tensor]:
+    """What a forward returns for its backward, without values: xa and the bit mask."""
+    num_tokens = count_tokens(x)
+    has_mask = dropout_threshold(dropout_p) > 0
+    return (
+        x.new_empty((num_tokens, total_rank), dtype=accumulation_dtype(x.dtype)),
+        x.new_empty((num_tokens, mask_row_bytes(x.shape[-1])) if has_mask else (0,), dtype=torch.uint8),
+    )
+
+
+def fake_gradients(factors: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of factors without values: contiguous, whatever the factors are."""
+    return [torch.empty_like(factor, memory_format=torch.contiguous_format) for factor in factors]
+
+
+def weight_gradient(grad_y: Tensor, x: Tensor) -> Tensor:
+    """The plain linear layer's, for a user who unfreezes the weight; LoRA itself has no use for it."""
+    return grad_y.flatten(0, -2).T @ x.flatten(0, -2) if x.dim() > 1 else torch.outer(grad_y, x)
+
+
+_CACHED = 2**17  # elements whose copy in another dtype stays in a core's cache
+
+
+def bias_gradient(grad_y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """In ``dtype``; None: that of ``grad_y``. The sum is float32 (float64) in either case."""
+    dtype = dtype or grad_y.dtype
+    if grad_y.dim() == 1:
+        return grad_y.to(dtype)
+    rows = grad_y.flatten(0, -2)
+    wide = torch.promote_types(rows.dtype, dtype)
+    if rows.device.type != "cpu" or rows.dtype == wide or rows.numel() <= _CACHED:
+        return rows.sum(0, dtype=wide).to(dtype)
+    # PyTorch's own kernel for the CPU copies what it sums to the dtype of the result: all at once, 4 times as slow.
+    total = rows.new_zeros(rows.shape[1], dtype=wide)
+    for part in rows.split(max(1, _CACHED // rows.shape[1])):
+        total += part.sum(0, dtype=wide)
+    return total.to(dtype)
+
+
+def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
+    """Below autograd a tangent would be dropped, and read as zero."""
+    if forward_ad._current_level >= 0 and any(
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    ):
+        raise RuntimeError(
+            f"{op}: forward-mode differentiation (jvp) is not supported; use lora_ext.reference.{op} where you need it"
+        )
+
+
+def refuse_double_backward(op: str, *tensors: Tensor | None) -> None:
+    if any_requires_grad(*tensors):
+        raise RuntimeError(
+            f"{op}: gradients of gradients (create_graph=True) are not supported; "
+            f"use lora_ext.reference.{op.removesuffix('_backward')} where you need them"
+        )
+
+
+def _cast(argument: Tensor | list | None, dtype: torch.dtype) -> Tensor | list | None:
+    """As ATen's autocast: float64 stays, everything else that floats is cast."""
+    if isinstance(argument, (list, tuple)):
+        return [_cast(entry, dtype) for entry in argument]
+    eligible = argument is not None and argument.is_floating_point() and argument.dtype != torch.float64
+    return argument.to(dtype) if eligible else argument
+
+
+def _autocast_kernel(op: Callable, device_type: str, dispatch_key: str, num_cast: int) -> Callable:
+    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, dispatch_key))
+
+    def kernel(*arguments):
+        dtype = torch.get_autocast_dtype(device_type)
+        cast = [_cast(argument, dtype) for argument in arguments[:num_cast]]
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            return op(*cast, *arguments[num_cast:])
+
+    return kernel
+
+
+def register_autocast(name: str, num_cast: int) -> None:
+    """Under autocast the op's first ``num_cast`` arguments go to autocast's dtype, the others keep theirs.
+
+    Zero is for a backward: its dtypes were settled in the forward, but without a kernel here the products inside of it
+    would be autocast once more.
+    """
+    op = op_named(name)
+    for device_type, dispatch_key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        LIBRARY.impl(name, _autocast_kernel(op, device_type, dispatch_key, num_cast), dispatch_key)

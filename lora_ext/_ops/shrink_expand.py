@@ -1,0 +1,107 @@
+"""Fake (meta) and autograd registrations of lora_shrink and lora_expand: LoRA's two products, each by itself."""
+
+from __future__ import annotations
+
+import torch
+
+from lora_ext._ops import checks_backward
+from lora_ext._ops.checks import accumulation_dtype
+from lora_ext._ops.registration import (
+    LIBRARY,
+    any_requires_grad,
+    below_autograd,
+    bias_gradient,
+    fake_gradients,
+    op_named,
+    refuse_double_backward,
+    refuse_forward_mode,
+    register_op,
+)
+
+
+@register_op("lora_shrink", checks_backward.check_lora_shrink)
+def _(x, lora_A):
+    return x.new_empty((*x.shape[:-1], lora_A.shape[0]), dtype=accumulation_dtype(x.dtype))
+
+
+@register_op("lora_expand", checks_backward.check_lora_expand)
+def _(base, xa, lora_B, bias):
+    return base.new_empty(base.shape)
+
+
+@register_op("lora_shrink_backward", checks_backward.check_lora_shrink_backward)
+def _(grad_xa, x, lora_A, base, output_mask):
+    want_x, want_A = output_mask
+    return x.new_empty(x.shape) if want_x else None, *(fake_gradients([lora_A]) if want_A else [None])
+
+
+@register_op("lora_expand_backward", checks_backward.check_lora_expand_backward)
+def _(grad_y, xa, lora_B, output_mask):
+    want_xa, want_B = output_mask
+    shape = (*grad_y.shape[:-1], lora_B.shape[1])
+    return (
+        grad_y.new_empty(shape, dtype=accumulation_dtype(grad_y.dtype)) if want_xa else None,
+        *(fake_gradients([lora_B]) if want_B else [None]),
+    )
+
+
+# --- autograd: of each product by itself, as traced graphs hold them; bottleneck.py has one of both -------------------
+
+
+class _Shrink(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, lora_A):
+        with below_autograd():
+            xa = torch.ops.lora_ext.lora_shrink.default(x, lora_A)
+        ctx.save_for_backward(x, lora_A)
+        return xa
+
+    @staticmethod
+    def backward(ctx, grad_xa):
+        return torch.ops.lora_ext.lora_shrink_backward.default(grad_xa, *ctx.saved_tensors, None, ctx.needs_input_grad)
+
+
+class _Expand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, base, xa, lora_B, bias):
+        with below_autograd():
+            y = torch.ops.lora_ext.lora_expand.default(base, xa, lora_B, bias)
+        ctx.save_for_backward(xa if ctx.needs_input_grad[2] else None, lora_B)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        want_base, want_xa, want_B, want_bias = ctx.needs_input_grad
+        grads = torch.ops.lora_ext.lora_expand_backward.default(grad_y, *ctx.saved_tensors, (want_xa, want_B))
+        return grad_y if want_base else None, *grads, bias_gradient(grad_y) if want_bias else None
+
+
+def _autograd_kernel(name: str, function: type[torch.autograd.Function]):
+    op = op_named(name)
+
+    def kernel(*arguments):
+        arguments += (None,) * (len(op._schema.arguments) - len(arguments))
+        refuse_forward_mode("bottleneck", *arguments)
+        if any_requires_grad(*arguments):
+            return function.apply(*arguments)
+        with below_autograd():
+            return op(*arguments)
+
+    return kernel
+
+
+def _backward_kernel(name: str):
+    op = op_named(name)
+
+    def kernel(*arguments):
+        refuse_double_backward("bottleneck", *arguments[:-1])
+        with below_autograd():
+            return op(*arguments)
+
+    return kernel
+
+
+LIBRARY.impl("lora_shrink", _autograd_kernel("lora_shrink", _Shrink), "Autograd")
+LIBRARY.impl("lora_expand", _autograd_kernel("lora_expand", _Expand), "Autograd")
+for _name in ("lora_shrink_backward", "lora_expand_backward"):
+    LIBRARY.impl(_name, _backward_kernel(_name), "Autograd")

@@ -1,0 +1,150 @@
+"""Fake (meta), autograd and autocast registrations of lora_linear_siblings: _ops.py for layers that share one x."""
+
+from __future__ import annotations
+
+import torch
+
+from lora_ext._ops import checks, checks_backward
+from lora_ext._ops.registration import (
+    LIBRARY,
+    any_requires_grad,
+    below_autograd,
+    bias_gradient,
+    fake_gradients,
+    fake_saved,
+    refuse_double_backward,
+    refuse_forward_mode,
+    register_autocast,
+    register_op,
+    weight_gradient,
+)
+
+# --- fake kernels: shapes and dtypes only -----------------------------------------------------------------------------
+
+
+@register_op("lora_linear_siblings", checks.check_lora_linear_siblings)
+def _(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed):
+    ys = [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
+    return ys, *fake_saved(x, sum(lora_A.shape[0] for lora_A in lora_As), dropout_p)
+
+
+@register_op("lora_linear_siblings_backward", checks_backward.check_lora_linear_siblings_backward)
+def _(grad_ys, x, weights, lora_As, lora_Bs, xa, mask, scalings, dropout_p, output_mask):
+    want_x, want_A, want_B = output_mask
+    return (
+        grad_ys[0].new_empty((*grad_ys[0].shape[:-1], weights[0].shape[1])) if want_x else None,
+        fake_gradients(lora_As) if want_A else [],
+        fake_gradients(lora_Bs) if want_B else [],
+    )
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+class _LoraLinearSiblings(torch.autograd.Function):
+    """Autograd sees tensors only outside of lists: weights, biases, lora_As and lora_Bs come one after the other."""
+
+    @staticmethod
+    def forward(ctx, x, scalings, dropout_p, seed, *layers):
+        n = len(scalings)
+        weights, biases, lora_As, lora_Bs = (layers[i : i + n] for i in range(0, 4 * n, n))
+        with below_autograd():
+            ys, xa, mask = torch.ops.lora_ext.lora_linear_siblings.default(
+                x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed
+            )
+        ctx.mark_non_differentiable(xa, mask)
+        ctx.set_materialize_grads(False)
+        want_x, want_weights, _, want_As, want_Bs = _split_wanted(ctx)
+        has_mask = mask.dim() == 2 and (want_x or any(want_As))
+        # Only what a wanted gradient reads is kept alive, x, xa and the mask once for all layers.
+        ctx.save_for_backward(
+            x if any(want_As) or any(want_weights) else None,
+            xa if any(want_Bs) else None,
+            mask if has_mask else None,
+            *weights,
+            *lora_As,
+            *lora_Bs,
+        )
+        ctx.scalings, ctx.dropout_p = scalings, dropout_p
+        return *ys, xa, mask
+
+    @staticmethod
+    def backward(ctx, *grads):
+        n = len(ctx.scalings)
+        grad_ys = grads[:n]
+        x, xa, mask, *layers = ctx.saved_tensors
+        weights, lora_As, lora_Bs = (layers[i : i + n] for i in range(0, 3 * n, n))
+        want_x, want_weights, want_biases, want_As, want_Bs = _split_wanted(ctx)
+        grad_x = None
+        grad_weights, grad_biases, grad_As, grad_Bs = ([None] * n for _ in range(4))
+
+        # An output that the loss does not depend on has no gradient: its layer is left out.
+        used = [i for i in range(n) if grad_ys[i] is not None and (want_x or want_As[i] or want_Bs[i])]
+        if used:
+            want_A, want_B = any(want_As[i] for i in used), any(want_Bs[i] for i in used)
+            if want_B and len(used) < n:
+                columns = xa.split([lora_A.shape[0] for lora_A in lora_As], dim=1)
+                xa = torch.cat([columns[i] for i in used], dim=1)
+
+            def of_used(entries):
+                return [entries[i] for i in used]
+
+            grad_x, used_grad_As, used_grad_Bs = torch.ops.lora_ext.lora_linear_siblings_backward.default(
+                of_used(grad_ys),
+                x if want_A else None,
+                of_used(weights),
+                of_used(lora_As),
+                of_used(lora_Bs),
+                xa if want_B else None,
+                mask,
+                of_used(ctx.scalings),
+                ctx.dropout_p,
+                (want_x, want_A, want_B),
+            )
+            for i, grad in zip(used, used_grad_As, strict=False):  # empty where no layer wants any
+                grad_As[i] = grad if want_As[i] else None
+            for i, grad in zip(used, used_grad_Bs, strict=False):
+                grad_Bs[i] = grad if want_Bs[i] else None
+        for i, grad_y in enumerate(grad_ys):
+            if grad_y is not None and want_weights[i]:
+                grad_weights[i] = weight_gradient(grad_y, x)
+            if grad_y is not None and want_biases[i]:
+                grad_biases[i] = bias_gradient(grad_y)
+        return grad_x, None, None, None, *grad_weights, *grad_biases, *grad_As, *grad_Bs
+
+
+def _split_wanted(ctx) -> tuple[bool, tuple, tuple, tuple, tuple]:
+    """Which gradients are wanted: of x, and of each layer's weight, bias, lora_A and lora_B."""
+    want_x, _, _, _, *layers = ctx.needs_input_grad
+    n = len(layers) // 4
+    return want_x, layers[:n], layers[n : 2 * n], layers[2 * n : 3 * n], layers[3 * n :]
+
+
+def _lora_linear_siblings_autograd(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p=0.0, seed=None):
+    layers = (*weights, *biases, *lora_As, *lora_Bs)
+    refuse_forward_mode("lora_linear_siblings", x, *layers)
+    if any_requires_grad(x, *layers):
+        lists = {"biases": biases, "lora_As": lora_As, "lora_Bs": lora_Bs, "scalings": scalings}
+        checks.check_num_siblings("lora_linear_siblings", weights, **lists)  # or they cannot be told apart
+        *ys, xa, mask = _LoraLinearSiblings.apply(x, scalings, dropout_p, seed, *layers)
+        return ys, xa, mask
+    with below_autograd():
+        return torch.ops.lora_ext.lora_linear_siblings.default(
+            x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed
+        )
+
+
+def _lora_linear_siblings_backward_autograd(
+    grad_ys, x, weights, lora_As, lora_Bs, xa, mask, scalings, dropout_p, output_mask
+):
+    refuse_double_backward("lora_linear_siblings_backward", *grad_ys, x, *weights, *lora_As, *lora_Bs, xa)
+    with below_autograd():
+        return torch.ops.lora_ext.lora_linear_siblings_backward.default(
+            grad_ys, x, weights, lora_As, lora_Bs, xa, mask, scalings, dropout_p, output_mask
+        )
+
+
+LIBRARY.impl("lora_linear_siblings", _lora_linear_siblings_autograd, "Autograd")
+LIBRARY.impl("lora_linear_siblings_backward", _lora_linear_siblings_backward_autograd, "Autograd")
+register_autocast("lora_linear_siblings", num_cast=3)
+register_autocast("lora_linear_siblings_backward", num_cast=0)

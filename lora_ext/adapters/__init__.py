@@ -1,0 +1,36 @@
+"""What can be done with the named adapters of a model: the public functions, wherever they are written."""
+
+from lora_ext.adapters.combine_model import add_weighted_adapter
+from lora_ext.adapters.hotswap import hotswap_adapter, prepare_hotswap
+from lora_ext.adapters.life_cycle import (
+    AdapterStatus,
+    adapter_names,
+    adapter_status,
+    delete_adapter,
+    disable_adapters,
+    rename_adapter,
+    set_adapter,
+    trainable_parameter_counts,
+)
+from lora_ext.injection.inject import lora_modules
+from lora_ext.merging.model import merge, merge_and_unload, merge_record_bytes, unload, unmerge
+
+__all__ = [
+    "AdapterStatus",
+    "adapter_names",
+    "adapter_status",
+    "add_weighted_adapter",
+    "delete_adapter",
+    "disable_adapters",
+    "hotswap_adapter",
+    "lora_modules",
+    "merge",
+    "merge_and_unload",
+    "merge_record_bytes",
+    "prepare_hotswap",
+    "rename_adapter",
+    "set_adapter",
+    "trainable_parameter_counts",
+    "unload",
+    "unmerge",
+]

@@ -1,0 +1,213 @@
+"""A new adapter out of several, for a whole model. lora_ext/adapters/combine.py has the arithmetic."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypeVar
+
+import torch
+from torch import nn
+
+from lora_ext._common.arguments import checked
+from lora_ext._common.changes import one_at_a_time
+from lora_ext.adapters.adapter_set import Adapter, Part, check_names, find_adapter, find_adapters
+from lora_ext.adapters.combine import check_combination, combine_factors
+from lora_ext.config import LoraConfig, exact_patterns
+from lora_ext.injection.bare_model import BareModel, root_module
+from lora_ext.injection.inject import apply_injection, check_new_name
+from lora_ext.matching.path_names import EndTable
+from lora_ext.nn import LoraAdapter, LoraLayer
+from lora_ext.nn.attention import SeparateProjections
+from lora_ext.nn.packed_linear import MergedAdapter
+from lora_ext.nn.tied import TiedAdapter
+from lora_ext.nn.trainable_tokens import TiedRows
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+@checked
+@one_at_a_time
+def add_weighted_adapter(
+    model: ModelT,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    combination_type: str = "svd",
+    *,
+    svd_rank: int | None = None,
+    svd_clamp: float | None = None,
+    svd_driver: Literal["gesvd", "gesvdj", "gesvda"] | None = None,
+    density: float | None = None,
+    majority_sign_method: str = "total",
+) -> ModelT:
+    """Adds an adapter that combines others, and makes it the active one. It is frozen; the others stay as they are.
+
+    Kinds and numbers are PEFT's: :func:`lora_ext.adapters.combine.combine_factors` explains them. ``"cat"`` is the weighted sum
+    of the updates itself, at the sum of the ranks; ``"svd"`` its best approximation of lower rank. A layer combines
+    those of the adapters that it has. Biases of the adapters (``lora_bias``) add up, weighted. Modules trained in full
+    are copied from the one adapter that has them.
+
+    Args:
+        model: was injected.
+        adapters, weights: the names of one or more adapters, and a weight for each; negative ones subtract.
+        adapter_name: of the new adapter.
+        combination_type: one of :data:`lora_ext.adapters.combine.COMBINATIONS`.
+        svd_rank, svd_clamp, svd_driver, density, majority_sign_method: as :func:`~lora_ext.adapters.combine.combine_factors`.
+
+    Returns:
+        ``model``, the same object.
+
+    Raises:
+        ValueError: the model is not injected, the name is taken, a setting is wrong, ranks differ where factors are
+            added, two adapters train the same module in full, one trains the model's biases, or a layer's factors
+            cannot be combined in this way.
+        KeyError: there is no such adapter; the message lists them. Nothing is changed.
+    """
+    caller = "add_weighted_adapter"
+    held = find_adapters(model, caller)
+    held.check_enabled(caller)
+    check_names(caller, held.configs, adapters)
+    check_new_name(caller, adapter_name, held)
+    settings = {
+        "density": density,
+        "majority_sign_method": majority_sign_method,
+        "svd_rank": svd_rank,
+        "svd_clamp": svd_clamp,
+    }
+    kind = check_combination(combination_type, weights, len(adapters), **settings)
+    if biased := [name for name in adapters if name in held.biases]:
+        raise ValueError(f"{caller}: {biased[0]!r} trains the model's own biases, which cannot be combined")
+
+    if len(training := [name for name in adapters if held.configs[name].trainable_token_indices is not None]) > 1:
+        raise ValueError(
+            f"{caller}: {training} train rows of embeddings (trainable_token_indices); only one of them may"
+        )
+
+    sources = [find_adapter(model, caller, name) for name in adapters]
+    parts: list[Part] = []
+    copied: dict = {}  # shared, so that what was tied stays tied
+    layers = _by_layer(sources).values()
+    embeddings = [[part.adapter for part, _ in own.values()] for own in layers]
+    for own in sorted(layers, key=_is_tied):  # tied adapters come after what they are tied to
+        first, _ = next(iter(own.values()))
+        names = [adapters[i] for i in own]
+        if isinstance(first.layer, LoraLayer) and not _is_tied(own):
+            layer_weights = [weights[i] for i in own]
+            part = _combined(kind, [part for part, _ in own.values()], layer_weights, settings, svd_driver)
+            copied[id(first.adapter)] = part.adapter
+            parts.append(part)
+        elif isinstance(first.layer, LoraLayer):
+            tied_to = [getattr(part.adapter, "source", None) for part, _ in own.values()]
+            if tied_to not in embeddings:
+                raise ValueError(
+                    f"{caller}: not all of the adapters have the one at {first.path!r} tied to the input embedding's "
+                    "(ensure_weight_tying); combine those of one kind"
+                )
+            parts.append(dataclasses.replace(first, adapter=copy.deepcopy(first.adapter, copied)))
+        elif len(own) > 1:
+            raise ValueError(f"{caller}: {first.path!r} is trained in full by {names}; only one of them may")
+        else:
+            parts.append(dataclasses.replace(first, adapter=copy.deepcopy(first.adapter, copied)))
+    config = _config(BareModel(root_module(model)), sources, parts)
+    apply_injection(model, Adapter(adapter_name, config, held, tuple(parts)))
+    return model
+
+
+def _by_layer(sources: Sequence[Adapter]) -> dict[int, dict[int, tuple[Part, Adapter]]]:
+    """By layer, what each source (by its number) has there."""
+    layers: dict[int, dict[int, tuple[Part, Adapter]]] = {}
+    for i, source in enumerate(sources):
+        for part in source.parts:
+            layers.setdefault(id(part.layer), {})[i] = part, source
+    return layers
+
+
+def _is_tied(own: Mapping[int, tuple[Part, Adapter]]) -> bool:
+    return any(isinstance(part.adapter, TiedAdapter | TiedRows) for part, _ in own.values())
+
+
+def _combined(
+    kind: str, parts: Sequence[Part], weights: Sequence[float], settings: Mapping, svd_driver: str | None
+) -> Part:
+    path, layer = parts[0].target, parts[0].layer
+    if isinstance(parts[0].adapter, SeparateProjections):
+        new = copy.deepcopy(parts[0].adapter)
+        for name in new:
+            own = [dataclasses.replace(part, adapter=part.adapter[name]) for part in parts]
+            new[name] = _combined(kind, own, weights, settings, svd_driver).adapter
+        return dataclasses.replace(parts[0], adapter=new)
+    adapters: list[LoraAdapter] = [part.adapter for part in parts]
+    if (kind == "cat" or kind.endswith("svd")) and not all(adapter.has_plain_rank for adapter in adapters):
+        raise ValueError(
+            f"add_weighted_adapter: {kind} cannot combine the factors at {path!r} ({type(layer).__name__}); the kinds "
+            "that work element by element can"
+        )
+    enabled = [getattr(adapter, "enable_lora", None) for adapter in adapters]
+    if len(set(enabled)) > 1:
+        raise ValueError(f"add_weighted_adapter: at {path!r}: enable_lora differs: {enabled}")
+    factors = [(adapter.lora_A.detach(), adapter.lora_B.detach(), adapter.scaling) for adapter in adapters]
+    try:
+        lora_A, lora_B, scaling = combine_factors(
+            kind, factors, weights, **settings, svd_driver=svd_driver, transposed=layer.stores_transposed
+        )
+    except ValueError as error:
+        raise ValueError(f"add_weighted_adapter: at {path!r}: {error}") from error
+    new = copy.deepcopy(adapters[0])
+    new.lora_A, new.lora_B = nn.Parameter(lora_A.contiguous()), nn.Parameter(lora_B.contiguous())
+    new.r = lora_A.shape[0] if new.has_plain_rank or adapters[0].has_plain_rank else adapters[0].r
+    new.lora_alpha, new.scaling = new.r, scaling
+    biases = [
+        weight * adapter.scaling * adapter.lora_bias.detach()
+        for weight, adapter in zip(weights, adapters, strict=True)
+        if adapter.lora_bias is not None
+    ]
+    new.lora_bias = nn.Parameter(torch.stack(biases).sum(0)) if biases else None
+    return dataclasses.replace(parts[0], adapter=new)
+
+
+def _config(bare: BareModel, sources: Sequence[Adapter], parts: Sequence[Part]) -> LoraConfig:
+    """A config that names just these layers, at their ranks and with a scaling of 1."""
+    first = sources[0].config
+    low_rank: dict[str, nn.Module] = {}
+    for part in parts:
+        if isinstance(part.layer, LoraLayer):
+            adapter = low_rank.setdefault(part.target, part.adapter)
+            if part.adapter.r != adapter.r:
+                raise ValueError(
+                    f"add_weighted_adapter: {part.path!r} would have rank {part.adapter.r}, but what is adapted with "
+                    f"it rank {adapter.r}, which no config can say; choose a combination that keeps the ranks"
+                )
+    ranks = [adapter.r for adapter in low_rank.values()]
+    rank = max(ranks, key=ranks.count)
+    others = exact_patterns({path: adapter.r for path, adapter in low_rank.items()}, rank)
+    modules = tuple(path for path in low_rank if path in bare.modules)
+    parameters = tuple(path for path in low_rank if path not in bare.modules)
+    ends = EndTable(modules)
+    named = {path for path in bare.modules if path in ends}
+    saved = dict.fromkeys(name for source in sources for name in source.config.modules_to_save or ())
+    tokens = [own for source in sources if (own := source.config.trainable_token_indices) is not None]
+    return dataclasses.replace(
+        first,
+        r=rank,
+        lora_alpha=rank,
+        use_rslora=False,
+        rank_pattern=others,
+        alpha_pattern=others,
+        # Names also match the ends of other paths; a regular expression the whole path.
+        target_modules=modules if named == set(modules) else "|".join(map(re.escape, modules)),
+        target_parameters=parameters or None,
+        enable_lora={path: a.enable_lora for path, a in low_rank.items() if isinstance(a, MergedAdapter)} or None,
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        modules_to_save=tuple(saved) or None,
+        trainable_token_indices=tokens[0] if tokens else None,
+        ensure_weight_tying=any(source.config.ensure_weight_tying for source in sources),
+        lora_bias=any(adapter.lora_bias is not None for adapter in low_rank.values()),
+        bias="none",
+        init_lora_weights=True,
+        inference_mode=True,
+    )

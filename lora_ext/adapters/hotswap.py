@@ -1,0 +1,226 @@
+"""Replaces an adapter's values in a model that is compiled or captured already, whatever the new one's rank.
+
+Compiled code holds on to the parameters' addresses, shapes and the scaling: all stay. Ranks are made as large as the
+largest to come beforehand; an adapter of a smaller one fills a part, and the rest is zero. A scaling that differs goes
+into ``lora_B``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext._common.arguments import checked
+from lora_ext._common.changes import changing, one_at_a_time
+from lora_ext._common.printable import listed, shown
+from lora_ext.adapters.adapter_set import Adapter, Part, find_adapter
+from lora_ext.config import LoraConfig, exact_patterns
+from lora_ext.files.adapter_file import KEY_PREFIX, AdapterFile
+from lora_ext.files.packed_projection import as_we_have_it
+from lora_ext.files.save_load import config_of
+from lora_ext.injection.inject import lora_modules
+from lora_ext.nn import LoraAdapter
+from lora_ext.nn.attention import SeparateProjections
+from lora_ext.nn.tied import TiedAdapter
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+@checked
+@one_at_a_time
+def prepare_hotswap(model: ModelT, r: int, adapter_name: str | None = None) -> ModelT:
+    """Pads an adapter to rank ``r`` with zeros, so that adapters up to that rank can be swapped in.
+
+    Call it before ``torch.compile`` or a graph's capture, and before an optimizer is made: it makes new parameters. The
+    model computes what it computed before; training leaves the zeros zero. Saved, the adapter has rank ``r``.
+
+    Args:
+        model: was injected.
+        r: the largest rank to come.
+        adapter_name: which adapter; None: the active one.
+
+    Returns:
+        ``model``, the same object.
+
+    Raises:
+        ValueError: the model is not injected, a layer's rank is above ``r``, or its factors cannot be padded (grouped
+            convolutions, merged projections, experts).
+        KeyError: there is no such adapter.
+        RuntimeError: it is merged. Nothing is changed.
+    """
+    adapter = find_adapter(model, "prepare_hotswap", adapter_name)
+    _check_unmerged("prepare_hotswap", model, adapter.name)
+    if r < 1:
+        raise ValueError(f"prepare_hotswap: r is {r}, want an integer of at least 1")
+    low_rank = [
+        dataclasses.replace(part, adapter=update) for part in adapter.parts for update in _updates_of(part.adapter)
+    ]
+    padded = [_padded(part, r) for part in low_rank]
+    alphas = {part.target: part.adapter.scaling * r for part in low_rank}
+    alpha = max(alphas.values(), key=list(alphas.values()).count, default=adapter.config.lora_alpha)
+    with changing(adapter.into.active):
+        adapter.into.configs[adapter.name] = dataclasses.replace(
+            adapter.config,
+            r=r,
+            lora_alpha=alpha,
+            use_rslora=False,
+            rank_pattern={},
+            alpha_pattern=exact_patterns(alphas, alpha),
+        )
+        for part, (lora_A, lora_B) in zip(low_rank, padded, strict=True):
+            part.adapter.lora_A, part.adapter.lora_B = lora_A, lora_B
+            part.adapter.r, part.adapter.lora_alpha = r, alphas[part.target]
+    return model
+
+
+@checked
+@one_at_a_time
+def hotswap_adapter(
+    model: ModelT, directory: str | os.PathLike[str], adapter_name: str | None = None, *, allow_pickle: bool = False
+) -> ModelT:
+    """Puts the values of the adapter in ``directory`` in the place of those that an adapter of ``model`` has.
+
+    No parameter, shape or scaling changes: compiled code and captured graphs go on, without recompilation. Layers that
+    the file does not adapt are adapted by zero. To swap in larger ranks than the present one, call
+    :func:`prepare_hotswap` first.
+
+    Args:
+        model: was injected; compiled or not.
+        directory: an adapter that :func:`lora_ext.save_adapter` or PEFT wrote.
+        adapter_name: whose values to replace; None: the active one's.
+        allow_pickle: as in :func:`lora_ext.load_adapter`.
+
+    Returns:
+        ``model``, the same object.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`lora_ext.load_adapter`; or the file adapts other layers, or one with a
+            rank above the present one: all of it is listed.
+        KeyError: there is no such adapter.
+        RuntimeError: it is merged. The model is then unchanged.
+    """
+    file = AdapterFile.open(directory, allow_pickle=allow_pickle, caller="hotswap_adapter")
+    file = as_we_have_it(file, "hotswap_adapter")
+    config = config_of(file, "hotswap_adapter")
+    adapter = find_adapter(model, "hotswap_adapter", adapter_name)
+    _check_unmerged("hotswap_adapter", model, adapter.name)
+    slots = _slots(adapter, config, file)
+    with torch.no_grad(), changing(adapter.into.active):
+        for slot in slots:
+            if slot.key is None:
+                slot.tensor.zero_()
+                continue
+            values = file.tensor(slot.key)
+            if slot.rank_dim is None:
+                slot.tensor.copy_(values * slot.factor if slot.factor != 1.0 else values)
+                continue
+            rank = values.shape[slot.rank_dim]
+            part = slot.tensor.narrow(slot.rank_dim, 0, rank)
+            part.copy_(values.to(slot.tensor.dtype) * slot.factor if slot.factor != 1.0 else values)
+            slot.tensor.narrow(slot.rank_dim, rank, slot.tensor.shape[slot.rank_dim] - rank).zero_()
+    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """A tensor of the model and what fills it: the file's tensor ``key``, times ``factor``; None: zero."""
+
+    tensor: Tensor
+    key: str | None
+    rank_dim: int | None = None
+    factor: float = 1.0
+
+
+def _slots(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> list[_Slot]:
+    slots, problems, expected = [], [], set()
+    theirs, ours = config.trainable_token_indices, adapter.config.trainable_token_indices
+    if theirs != ours:
+        problems.append(f"trainable_token_indices: {shown(theirs)} in the file, {shown(ours)} in the model")
+    for part in adapter.parts:
+        tensors = {f"{KEY_PREFIX}{key}": t for key, t in part.layer.file_tensors(part.file_path, part.adapter).items()}
+        expected |= tensors.keys()
+        if isinstance(part.adapter, TiedAdapter):  # whose values are another part's
+            continue
+        updates = _updates_of(part.adapter)
+        absent = bool(updates) and not any(key in file for key in tensors)
+        for key, tensor in tensors.items():
+            dim, factor = None, 1.0
+            if updates:
+                update = next(own for own in updates if any(tensor is each for each in own.parameters()))
+                dim = _rank_dim(update, tensor)
+                if tensor is not update.lora_A:
+                    factor = config.scaling_for(part.target) / update.scaling / part.file_scale_of(tensor)
+            slots.append(_Slot(tensor, None if absent else key, dim, factor))
+            if absent:
+                continue
+            theirs, ours = config.enable_lora_for(part.target), getattr(part.adapter, "enable_lora", None)
+            if updates and theirs != ours:
+                problems.append(f"enable_lora of {part.target}: {shown(theirs)} in the file, {ours} in the model")
+            if key not in file:
+                problems.append(f"missing key: {key}")
+            elif not _fits(file.shape(key), tuple(tensor.shape), dim):
+                problems.append(
+                    f"shape of {key}: {shown(list(file.shape(key)))} in the file, {list(tensor.shape)} in the model"
+                )
+            elif file.dtype(key).is_floating_point != tensor.is_floating_point() or file.dtype(key).is_complex:
+                problems.append(f"dtype of {key}: {file.dtype(key)} in the file, {tensor.dtype} in the model")
+    if adapter.biases is not None:
+        biases = {f"{KEY_PREFIX}{key}": tensor for key, tensor in adapter.biases.file_tensors().items()}
+        expected |= biases.keys()
+        problems += [f"missing key: {key}" for key in biases if key not in file]
+        slots += [_Slot(tensor, key) for key, tensor in biases.items()]
+    base = {f"{KEY_PREFIX}{key}" for key in adapter.base_tensors()}
+    problems += [f"unexpected key: {key}" for key in file.keys() if key not in expected | base]  # noqa: SIM118
+    if problems:
+        raise ValueError(
+            f"hotswap_adapter: {file.path} does not fit the adapter {adapter.name!r} (a larger rank takes "
+            f"prepare_hotswap first):{listed(problems)}"
+        )
+    return slots
+
+
+def _updates_of(adapter: nn.Module) -> list[LoraAdapter]:
+    """The low-rank updates that the adapter of one layer consists of; none, if it is a module trained in full."""
+    if isinstance(adapter, SeparateProjections):
+        return list(adapter.values())
+    return [adapter] if isinstance(adapter, LoraAdapter) else []
+
+
+def _rank_dim(update: LoraAdapter, tensor: Tensor) -> int | None:
+    """The dimension that may be shorter in the file."""
+    if not update.has_plain_rank:
+        return None
+    return 0 if tensor is update.lora_A else 1 if tensor is update.lora_B else None
+
+
+def _fits(shape: tuple[int, ...], target: tuple[int, ...], rank_dim: int | None) -> bool:
+    if rank_dim is None or len(shape) != len(target):
+        return shape == target
+    same = [a == b for i, (a, b) in enumerate(zip(shape, target, strict=True)) if i != rank_dim]
+    return all(same) and shape[rank_dim] <= target[rank_dim]
+
+
+def _padded(part: Part, r: int) -> tuple[nn.Parameter, nn.Parameter]:
+    adapter = part.adapter
+    if adapter.r > r:
+        raise ValueError(f"prepare_hotswap: r is {r}, but {part.path!r} has rank {adapter.r}; choose at least that")
+    if not adapter.has_plain_rank:
+        raise ValueError(f"prepare_hotswap: the factors at {part.path!r} cannot be padded: {type(part.layer).__name__}")
+    padded = []
+    for dim, factor in ((0, adapter.lora_A), (1, adapter.lora_B)):
+        shape = list(factor.shape)
+        shape[dim] = r
+        larger = factor.detach().new_zeros(shape)
+        larger.narrow(dim, 0, adapter.r).copy_(factor.detach())
+        padded.append(nn.Parameter(larger, requires_grad=factor.requires_grad))
+    return padded[0], padded[1]
+
+
+def _check_unmerged(caller: str, model: nn.Module, name: str) -> None:
+    for path, layer in lora_modules(model):
+        if name in layer.merged_adapters:
+            raise RuntimeError(f"{caller}: {name!r} is merged into {path!r}; call unmerge(model) first")

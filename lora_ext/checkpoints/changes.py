@@ -1,0 +1,298 @@
+"""Which tensors of a checkpoint adapters change, and how. Decided from names, shapes and dtypes before any is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+from lora_ext._common.printable import listed, shown
+from lora_ext._ops.checks import FLOATING
+from lora_ext.checkpoints.checkpoint_files import Checkpoint
+from lora_ext.checkpoints.contents import AdapterContents, LowRankUpdate
+from lora_ext.checkpoints.layouts import (
+    Evidence,
+    Layout,
+    assign_parameters,
+    choose_layout,
+    fitting_layouts,
+    misfit,
+    num_matrices,
+)
+from lora_ext.checkpoints.parameter_names import match_names
+from lora_ext.checkpoints.ties import find_tie
+from lora_ext.files.adapter_file import AdapterFile
+from lora_ext.files.safetensors_format import DTYPE_NAMES, DTYPES
+
+__all__ = ["MergePlan", "TensorPlan", "Term", "plan_merge"]
+
+_MOST_PARAMETERS = 64  # of one module with updates of their own; real ones have up to 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One low-rank update of one tensor; without ``lora_A``, the vector ``lora_B`` itself, of a bias.
+
+    ``matrices`` as :func:`~lora_ext.checkpoints.layouts.num_matrices`.
+    """
+
+    file: AdapterFile
+    lora_A: str | None
+    lora_B: str
+    scaling: float
+    layout: Layout = "plain"
+    matrices: int = 1
+    is_parameter: bool = False
+
+
+@dataclasses.dataclass
+class TensorPlan:
+    """How one tensor of the result comes about: copied or replaced, then rows replaced, then updates added.
+
+    Attributes:
+        dtype: of the source, by its name in the file format.
+        source: key in the base; None: there is only the ``replacement``, a tensor of an adapter.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    source: str | None
+    replacement: tuple[AdapterFile, str] | None = None
+    rows: list[tuple[AdapterFile, str, tuple[int, ...]]] = dataclasses.field(default_factory=list)
+    terms: list[Term] = dataclasses.field(default_factory=list)
+
+    @property
+    def is_changed(self) -> bool:
+        return bool(self.replacement or self.terms or self.rows)
+
+
+@dataclasses.dataclass
+class MergePlan:
+    """The tensors of the result by key, the base's first and in its order.
+
+    Attributes:
+        untied: keys of tied tensors that are stored apart now, each with that of the base that it goes next to.
+    """
+
+    tensors: dict[str, TensorPlan]
+    untied: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def changed(self) -> list[str]:
+        return [key for key, tensor in self.tensors.items() if tensor.is_changed]
+
+
+def plan_merge(
+    base: Checkpoint,
+    adapters: Sequence[AdapterContents],
+    *,
+    fan_in_fan_out: bool | None = None,
+    untie: bool = False,
+    multiplier: float = 1.0,
+) -> MergePlan:
+    """Matches what adapters hold with the tensors of ``base``.
+
+    Args:
+        fan_in_fan_out: how square weights lie whose neighbours do not tell: True for ``[in, out]``, as in Conv1D.
+        untie: store tied weights apart where an adapter changes one of them only.
+        multiplier: of every scaling.
+
+    Raises:
+        ValueError: something of an adapter has no place in the base, or does not fit it; all of that is listed.
+    """
+    plan = MergePlan({key: TensorPlan(base.info(key).shape, base.info(key).dtype, key) for key in base})
+    problems: list[str] = []
+    for contents in adapters:
+        problems += _Entry(base, plan, contents, fan_in_fan_out, untie, multiplier).problems
+    for key in plan.changed:
+        tensor = plan.tensors[key]
+        if (tensor.terms or tensor.rows) and DTYPES.get(tensor.dtype) not in FLOATING:
+            problems.append(f"dtype of {key}: {tensor.dtype}, want F64, F32, BF16 or F16; dequantise the base first")
+        if tensor.replacement is not None and not _holds(tensor):
+            problems.append(f"dtype of {key}: {tensor.dtype}, which the adapter's {_dtype(tensor.replacement)} is not")
+        indices = list(itertools.chain.from_iterable(own for _, _, own in tensor.rows))
+        if len(set(indices)) < len(indices):
+            problems.append(f"rows of {key}: replaced more than once")
+        if len({term.matrices for term in tensor.terms}) > 1:
+            problems.append(f"{key}: the adapters disagree on how many matrices it holds")
+    if problems:
+        directories = ", ".join(str(contents.file.directory) for contents in adapters)
+        raise ValueError(f"{directories} does not fit {base.directory}:{listed(list(dict.fromkeys(problems)))}")
+    return plan
+
+
+class _Entry:
+    """Enters one adapter into a plan; ``problems`` says what could not be."""
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        plan: MergePlan,
+        contents: AdapterContents,
+        fan_in_fan_out: bool | None,
+        untie: bool,
+        multiplier: float,
+    ) -> None:
+        self.plan, self.file, self.multiplier = plan, contents.file, multiplier
+        self.fan_in_fan_out, self.untie, self.tie = fan_in_fan_out, untie, find_tie(base)
+        updates, replaced = contents.updates, contents.replaced
+        if self.tie is not None and self.file.config.get("ensure_weight_tying"):
+            # The file has what both share twice.
+            updates = [update for update in updates if _weight_name(update) != self.tie.head]
+            replaced = {name: key for name, key in replaced.items() if name != self.tie.head}
+            self.tie = None
+        low_rank = [update for update in updates if update.kind != "parameter"]
+        parameters = [update for update in updates if update.kind == "parameter"]
+        biases = [update for update in updates if update.lora_bias is not None]
+        needed = [*map(_weight_name, low_rank), *map(_bias_name, biases)]
+        needed += [f"{rows.path}.weight" for rows in contents.tokens]
+        optional = [f"{update.path}.{name}" for update in parameters for name in update.parameters]
+        names = match_names(
+            {*plan.tensors, *([self.tie.head] if self.tie else [])}, [*needed, *optional, *contents.replaced]
+        )
+        self.keys, self.problems = names.keys, list(names.problems)
+        self.problems += [f"not in the base: {name}" for name in needed if name not in self.keys]
+        self.problems += [
+            f"not in the base: any of {', '.join(f'{update.path}.{name}' for name in update.parameters)}"
+            for update in parameters
+            if not any(f"{update.path}.{name}" in self.keys for name in update.parameters)
+        ]
+
+        for name, key in replaced.items():
+            if name in self.keys:
+                self._replace(self.keys[name], key)
+            elif names.same_prefix:
+                if (dtype := DTYPE_NAMES.get(self.file.dtype(key))) is None:
+                    self.problems.append(
+                        f"dtype of {key}: {self.file.dtype(key)}, which a safetensors file cannot hold"
+                    )
+                else:
+                    plan.tensors[name] = TensorPlan(self.file.shape(key), dtype, None, (self.file, key))
+            else:
+                self.problems.append(f"not in the base, and cannot be added to it under another prefix: {name}")
+        for rows in contents.tokens:
+            self._replace_rows(f"{rows.path}.weight", rows.key, rows.indices)
+        targets = {update: self.keys[name] for update in low_rank if (name := _weight_name(update)) in self.keys}
+        by_path: dict[str, list[LowRankUpdate]] = {}
+        for update in parameters:
+            by_path.setdefault(update.path, []).append(update)
+        for own in by_path.values():
+            targets |= self._parameter_targets(own)
+        self._add(targets)
+        for update in biases:
+            self._add_to_bias(update)
+
+    def _replace(self, target: str, key: str) -> None:
+        if not self._is_own(target):
+            return
+        tensor, shape = self.plan.tensors[target], self.file.shape(key)
+        if tensor.shape != shape:
+            self.problems.append(f"shape of {target}: {list(tensor.shape)} in the base, {list(shape)} in the adapter")
+        elif tensor.replacement is not None and not _equal(tensor.replacement, (self.file, key)):
+            self.problems.append(f"{target}: replaced by two adapters, which differ")
+        else:
+            tensor.replacement = (self.file, key)
+
+    def _replace_rows(self, name: str, key: str, indices: tuple[int, ...]) -> None:
+        if name not in self.keys:
+            return
+        # Of tied weights PEFT replaces the rows in both.
+        target = self.keys[name]
+        tensor, shape = self.plan.tensors[target], self.file.shape(key)
+        if not tensor.shape or shape != (len(indices), *tensor.shape[1:]):
+            self.problems.append(
+                f"shape of {target}: {list(tensor.shape)}, but {len(indices)} rows of it are {list(shape)}"
+            )
+        elif not all(type(index) is int and 0 <= index < tensor.shape[0] for index in indices):
+            self.problems.append(
+                f"trainable_token_indices: {shown(list(indices))}, want rows of {target} {list(tensor.shape)}"
+            )
+        else:
+            tensor.rows.append((self.file, key, indices))
+
+    def _parameter_targets(self, updates: list[LowRankUpdate]) -> dict[LowRankUpdate, str]:
+        if len(updates) > _MOST_PARAMETERS:
+            self.problems.append(f"{updates[0].path} has {len(updates)} updates, want at most {_MOST_PARAMETERS}")
+            return {}
+        names = [f"{updates[0].path}.{name}" for name in updates[0].parameters]
+        shapes = {key: self.plan.tensors[key].shape for name in names if (key := self.keys.get(name)) is not None}
+        possible = assign_parameters(self.file, updates, shapes)
+        if len(possible) == 1:
+            return possible[0]
+        if possible:
+            self.problems.append(
+                f"which update is whose cannot be told by shape: {', '.join(shapes)}; merge in memory, with PEFT"
+            )
+        elif shapes:
+            self.problems += [misfit(self.file, update, key, shapes[key]) for update in updates for key in shapes]
+        return {}
+
+    def _add(self, targets: dict[LowRankUpdate, str]) -> None:
+        targets = {update: key for update, key in targets.items() if self._is_own(key)}
+        fitting = {
+            update: fitting_layouts(self.file, update, self.plan.tensors[key].shape) for update, key in targets.items()
+        }
+        evidence, configured = Evidence(fitting), bool(self.file.config.get("fan_in_fan_out"))
+        for update, key in targets.items():
+            tensor = self.plan.tensors[key]
+            if not fitting[update]:
+                self.problems.append(misfit(self.file, update, key, tensor.shape))
+                continue
+            layout = choose_layout(update, fitting[update], evidence, asked=self.fan_in_fan_out, configured=configured)
+            if layout is None:
+                self.problems.append(f"{key} is square, and may be [out, in] or [in, out]: say which (fan_in_fan_out)")
+                continue
+            scaling = update.scaling * self.multiplier
+            matrices, is_parameter = num_matrices(self.file, update), update.kind == "parameter"
+            tensor.terms.append(Term(self.file, update.lora_A, update.lora_B, scaling, layout, matrices, is_parameter))
+
+    def _add_to_bias(self, update: LowRankUpdate) -> None:
+        name = _bias_name(update)
+        if name not in self.keys:
+            return
+        tensor, shape = self.plan.tensors[self.keys[name]], self.file.shape(update.lora_bias)
+        if len(shape) != 1 or tensor.shape != shape:
+            self.problems.append(f"shape of {name}: {list(tensor.shape)}, but {update.lora_bias} is {list(shape)}")
+        else:
+            tensor.terms.append(Term(self.file, None, update.lora_bias, update.scaling * self.multiplier))
+
+    def _is_own(self, target: str) -> bool:
+        """Whether ``target`` is a tensor that no other shares; it is made so on request, else a problem."""
+        if self.tie is None or target not in (self.tie.head, self.tie.embedding):
+            return True
+        if not self.untie:
+            self.problems.append(
+                f"{self.tie.embedding} and {self.tie.head} are tied, and the adapter changes {target} only: untie them "
+                "(untie), so that both are stored"
+            )
+        elif self.tie.head not in self.plan.tensors:
+            embedding = self.plan.tensors[self.tie.embedding]
+            self.plan.tensors[self.tie.head] = TensorPlan(embedding.shape, embedding.dtype, self.tie.embedding)
+            self.plan.untied[self.tie.head] = self.tie.embedding
+        return self.untie
+
+
+def _weight_name(update: LowRankUpdate) -> str:
+    return f"{update.path}.{'in_proj_weight' if update.kind == 'attention' else 'weight'}"
+
+
+def _bias_name(update: LowRankUpdate) -> str:
+    return f"{update.path}.{'in_proj_bias' if update.kind == 'attention' else 'bias'}"
+
+
+def _holds(tensor: TensorPlan) -> bool:
+    """Whether the replacement's values can be converted to the base's dtype: a quantised tensor needs its scales."""
+    stored, given = DTYPES.get(tensor.dtype), _dtype(tensor.replacement)
+    return stored == given or (stored in FLOATING and given in FLOATING)
+
+
+def _dtype(replacement: tuple[AdapterFile, str]) -> torch.dtype:
+    file, key = replacement
+    return file.dtype(key)
+
+
+def _equal(first: tuple[AdapterFile, str], second: tuple[AdapterFile, str]) -> bool:
+    (file, key), (other, other_key) = first, second
+    return torch.equal(file.tensor(key), other.tensor(other_key))

@@ -1,0 +1,173 @@
+"""A checkpoint of safetensors files, one or several, read by blocks of rows."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_ext._common.printable import check_name, listed, shown
+from lora_ext.files.file_bytes import check_unchanged, file_state, read_into
+from lora_ext.files.regular_file import open_regular
+from lora_ext.files.safetensors_format import TensorInfo, read_header
+from lora_ext.files.untrusted_json import read_json_object
+
+__all__ = ["INDEX_FILE", "SINGLE_FILE", "Checkpoint", "raw_blocks", "read_tensor"]
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+_INDEX_FILE_LIMIT = 100_000_000  # bytes, as of a safetensors header; the largest index of a real model has 20 million
+_LARGEST_SHAPE = 2**63 // 16  # elements: PyTorch counts bytes in 63 bits, also of tensors without elements
+_MOST_DIMENSIONS = 64
+
+
+class Checkpoint:
+    """The tensors of a directory, or of one file. Opening it reads the files' headers only.
+
+    Attributes:
+        directory: where the files are.
+        shards: file name -> the tensors in it, in the order of their bytes.
+        metadata: of each file.
+        index: the content of the index file, or None where there is a single file.
+        is_directory: not a lone file, whose neighbours may be anything.
+    """
+
+    def __init__(self, directory: Path, names: list[str], index: dict[str, Any] | None, is_directory: bool) -> None:
+        self.directory, self.index, self.is_directory = directory, index, is_directory
+        self._states = {name: file_state(directory / name) for name in names}
+        headers = {name: read_header(directory / name) for name in names}
+        self.shards: dict[str, dict[str, TensorInfo]] = {name: tensors for name, (tensors, _) in headers.items()}
+        self.metadata: dict[str, dict[str, str]] = {name: metadata for name, (_, metadata) in headers.items()}
+        self._shard_of = {key: name for name, tensors in self.shards.items() for key in tensors}
+        for name, tensors in self.shards.items():
+            for key, info in tensors.items():
+                _check_tensor(directory / name, key, info)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
+        """Opens ``path``: a directory with an index and its files, or with one safetensors file, or such a file.
+
+        Raises:
+            FileNotFoundError: naming what is missing.
+            ValueError: a file is corrupted or no regular file; the index is wrong, or leads out of the directory, or
+                disagrees with the files: every such key is listed; a name cannot be printed; a shape is larger than
+                PyTorch can count.
+        """
+        path = Path(path)
+        try:
+            files = sorted(os.listdir(path))
+        except NotADirectoryError:
+            return cls(path.parent, [path.name], None, is_directory=False)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{path} is missing; want a directory with {SINGLE_FILE} or {INDEX_FILE}"
+            ) from error
+        if INDEX_FILE in files:
+            return cls._indexed(path)
+        names = [file for file in files if file.endswith(".safetensors")]
+        names = [file for file in names if not file.startswith(("adapter_model", "."))]
+        if SINGLE_FILE in names:
+            names = [SINGLE_FILE]
+        if len(names) != 1:
+            found = f"has {len(names)} safetensors files and no index" if names else f"has no {SINGLE_FILE}"
+            pickled = [file for file in files if file.startswith("pytorch_model") and file.endswith(".bin")]
+            advice = f"; {pickled[0]} is there: save it again as safetensors" if pickled else ""
+            raise FileNotFoundError(f"{path} {found}{advice}")
+        return cls(path, names, None, is_directory=True)
+
+    @classmethod
+    def _indexed(cls, directory: Path) -> Checkpoint:
+        path = directory / INDEX_FILE
+        index = read_json_object(path, "", _INDEX_FILE_LIMIT)
+        weight_map, metadata = index.get("weight_map"), index.get("metadata")
+        for part, values, wanted in (("weight_map", weight_map, dict), ("metadata", metadata, dict | None)):
+            if not isinstance(values, wanted):
+                raise ValueError(f"{path} is no index of a checkpoint: {part} is {shown(values)}, want an object")
+        for name in weight_map.values():
+            _check_file_name(path, name)
+        names = list(dict.fromkeys(weight_map.values()))
+        if not names:
+            raise ValueError(f"{path} is no index of a checkpoint: it names no file")
+        if missing := [name for name in names if not (directory / name).exists()]:
+            raise FileNotFoundError(f"{path} names files that are missing:{listed(missing)}")
+        checkpoint = cls(directory, names, index, is_directory=True)
+        counts: dict[str, int] = {}
+        for tensors in checkpoint.shards.values():
+            for key in tensors:
+                counts[key] = counts.get(key, 0) + 1
+        problems = [f"twice: {key}" for key, count in counts.items() if count > 1]
+        problems += [f"not in {name}: {key}" for key, name in weight_map.items() if key not in checkpoint.shards[name]]
+        problems += [f"not in the index: {key}" for key in checkpoint if key not in weight_map]
+        if problems:
+            raise ValueError(f"{path} and its files disagree:{listed(problems)}")
+        return checkpoint
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shard_of)
+
+    def __len__(self) -> int:
+        return len(self._shard_of)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._shard_of
+
+    def shard_of(self, key: str) -> str:
+        return self._shard_of[key]
+
+    def info(self, key: str) -> TensorInfo:
+        return self.shards[self._shard_of[key]][key]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for tensors in self.shards.values() for info in tensors.values())
+
+    def file(self, key: str) -> Path:
+        return self.directory / self._shard_of[key]
+
+    def tensor(self, key: str) -> Tensor:
+        """The whole tensor, in memory of its own."""
+        return read_tensor(self.file(key), self.info(key))
+
+    def check_unchanged(self, caller: str) -> None:
+        """ValueError where a file was changed since it was opened: what was read of it need not belong together."""
+        check_unchanged({self.directory / name: state for name, state in self._states.items()}, caller)
+
+
+def read_tensor(path: Path, info: TensorInfo) -> Tensor:
+    """A whole tensor of a file, in memory of its own."""
+    if info.torch_dtype is None:
+        raise ValueError(f"{path} has a tensor of dtype {info.dtype}, which torch {torch.__version__} lacks")
+    tensor = torch.empty(info.shape, dtype=info.torch_dtype)
+    with open_regular(path) as file:
+        read_into(file, info.begin, tensor)
+    return tensor
+
+
+def raw_blocks(path: Path, info: TensorInfo, block_bytes: int) -> Iterator[Tensor]:
+    """A tensor's bytes, of whatever dtype, in order and at most so many at a time."""
+    with open_regular(path) as file:
+        for begin in range(0, info.nbytes, block_bytes):
+            values = torch.empty(min(block_bytes, info.nbytes - begin), dtype=torch.uint8)
+            read_into(file, info.begin + begin, values)
+            yield values
+
+
+def _check_tensor(path: Path, key: str, info: TensorInfo) -> None:
+    check_name(key, str(path))
+    if len(info.shape) > _MOST_DIMENSIONS or math.prod(max(size, 1) for size in info.shape) > _LARGEST_SHAPE:
+        raise ValueError(f"{path} has a tensor of a shape that PyTorch cannot hold: {key} {shown(list(info.shape))}")
+
+
+def _check_file_name(index: Path, name: object) -> None:
+    """ValueError for a file name in an index that is none, that could lead elsewhere, or that other files have."""
+    if not isinstance(name, str) or os.path.basename(name) != name or "\\" in name or ":" in name:
+        raise ValueError(f"{index} names the file {shown(name)}, want a name without a path; nothing was read from it")
+    if not name.endswith(".safetensors") or name.startswith("."):
+        raise ValueError(f"{index} names the file {shown(name)}, want a name that ends with .safetensors")
+    check_name(name, str(index), 255)

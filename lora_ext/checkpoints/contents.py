@@ -1,0 +1,225 @@
+"""What an adapter's file says about the layers, by its keys alone.
+
+PEFT's keys, after ``base_model.model.``, where ``.base_layer`` may follow any module that is wrapped:
+
+    <path>.lora_A.weight, <path>.lora_B.weight       Linear, Conv1D, ConvNd, MultiheadAttention.in_proj_weight
+    <path>.lora_B.bias                               with lora_bias
+    <path>.lora_embedding_A, <path>.lora_embedding_B Embedding
+    <path>.lora_A.weight, <path>.base_layer.lora_A.weight ...   target_parameters of one module, the first innermost
+    <path>.token_adapter.trainable_tokens_delta      rows of an Embedding
+    <path>.<name>                                    a parameter or buffer that replaces the base's
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from lora_ext._common.printable import LONGEST_NAME, check_name, listed, shown
+from lora_ext.config import LoraConfig
+from lora_ext.files.adapter_file import KEY_PREFIX, AdapterFile
+from lora_ext.matching.path_names import EndTable
+
+__all__ = ["AdapterContents", "LowRankUpdate", "TokenRows", "read_contents", "strip_base_layer"]
+
+Kind = Literal["linear", "embedding", "conv", "attention", "parameter"]
+
+_FACTOR = re.compile(r"(?:(?P<path>.*)\.)?lora_(?P<side>A\.weight|B\.weight|B\.bias|embedding_A|embedding_B)")
+_MOST_PARAMETERS = 64  # of a module, without those of its children
+_TOKENS = re.compile(r"(?P<path>.*?)(?:\.token_adapter)?\.trainable_tokens_delta")
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRankUpdate:
+    """One pair of factors.
+
+    Attributes:
+        path: the module's, without ``.base_layer``.
+        kind: what is known without the model: ``conv`` by the number of dimensions, ``attention`` by the out_proj
+            next to it, ``parameter`` by the config.
+        lora_A: key in the file; ``[r, in]``, for a convolution ``[r, in / groups, *kernel]``, for an embedding
+            ``[r, num_embeddings]``, for a parameter of ``experts`` matrices ``[experts * r, in]``.
+        lora_B: key in the file; ``[out, r]``, ``[out, r / groups, 1...]``, ``[dim, r]``, ``[out, r * experts]``.
+        r: the rank.
+        scaling: of the update.
+        lora_bias: key of what is added to the bias, scaled as well, or None.
+        parameters: for a parameter, the names that it may have, which no key holds.
+    """
+
+    path: str
+    kind: Kind
+    lora_A: str
+    lora_B: str
+    r: int
+    scaling: float
+    lora_bias: str | None = None
+    parameters: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenRows:
+    """Rows that replace those of an embedding: the tensor ``key [len(indices), dim]``."""
+
+    path: str
+    key: str
+    indices: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterContents:
+    """All that an adapter file holds: each of its keys is named by one entry."""
+
+    file: AdapterFile
+    updates: list[LowRankUpdate]
+    tokens: list[TokenRows]
+    replaced: dict[str, str]  # a base tensor's path and name -> key in the file
+
+
+def read_contents(file: AdapterFile) -> AdapterContents:
+    """Sorts the keys of ``file`` by what they are; reads no tensor.
+
+    Raises:
+        ValueError: the adapter is not LoRA, or of a kind that is not supported; a factor is without its other half, or
+            their shapes do not fit each other, or the rank that the config gives the layer. All such are listed.
+    """
+    config = _config(file)
+    parameters, indices = _TargetParameters(config), _TokenIndices(file)
+    factors: dict[str, dict[str, str]] = {}  # by the path with its .base_layer
+    tokens, replaced, problems = [], {}, []
+    for key in file.keys():  # noqa: SIM118  it is no mapping
+        check_name(key, str(file.path))
+        name = key.removeprefix(KEY_PREFIX)
+        if match := _FACTOR.fullmatch(name):
+            factors.setdefault(match["path"] or "", {})[match["side"]] = key
+        elif match := _TOKENS.fullmatch(name):
+            path = strip_base_layer(match["path"])
+            tokens.append(TokenRows(path, key, indices.of(path)))
+        elif "lora_" in name.rpartition(".")[0] + name.rpartition(".")[2]:
+            problems.append(f"unknown key: {key}")
+        elif not {"original_module", "modules_to_save"} & set(name.split(".")):
+            # With bias="all", PEFT also writes the wrapper's own copies of the biases in a module to save.
+            replaced[strip_base_layer(name)] = key
+
+    layers: dict[str, list[str]] = {}
+    for wrapped in factors:
+        layers.setdefault(strip_base_layer(wrapped), []).append(wrapped)
+    updates = []
+    for path, levels in layers.items():
+        for wrapped in levels:
+            try:
+                updates.append(_update(file, config, parameters.of(path), path, wrapped, factors, nested=len(levels)))
+            except ValueError as error:
+                problems.append(str(error))
+    if problems:
+        raise ValueError(f"{file.path} is no adapter that can be used here:{listed(problems)}")
+    if not updates and not tokens and not replaced:
+        raise ValueError(f"{file.path} holds no tensor")
+    return AdapterContents(file, updates, tokens, replaced)
+
+
+def strip_base_layer(path: str) -> str:
+    """The path in the model without adapters."""
+    return ".".join(part for part in path.split(".") if part != "base_layer")
+
+
+def _update(
+    file: AdapterFile,
+    config: LoraConfig,
+    parameters: tuple[str, ...],
+    path: str,
+    wrapped: str,
+    factors: Mapping[str, dict[str, str]],
+    nested: int,
+) -> LowRankUpdate:
+    sides = factors[wrapped]
+    embedding = "embedding_A" in sides or "embedding_B" in sides
+    A, B = (sides.get(side) for side in (("embedding_A", "embedding_B") if embedding else ("A.weight", "B.weight")))
+    if A is None or B is None:
+        raise ValueError(f"missing key: the other half of {next(iter(sides.values()))}")
+    shape_A, shape_B = file.shape(A), file.shape(B)
+    if len(shape_A) < 2 or len(shape_B) != len(shape_A) or 0 in shape_A + shape_B or set(shape_B[2:]) - {1}:
+        raise ValueError(f"shapes of {path}: lora_A {shown(list(shape_A))}, lora_B {shown(list(shape_B))}")
+    if not (file.dtype(A).is_floating_point and file.dtype(B).is_floating_point):
+        raise ValueError(f"dtypes of {path}: lora_A {file.dtype(A)}, lora_B {file.dtype(B)}, want floating point")
+    if nested > 1 and len(parameters) < nested:
+        raise ValueError(
+            f"{path} has {nested} updates, but the config's target_parameters are {shown(list(parameters))}"
+        )
+    if _is_attention(wrapped, factors):
+        kind, parameters = "attention", ()
+    elif parameters and not embedding:
+        kind = "parameter"
+    else:
+        kind, parameters = "embedding" if embedding else "linear" if len(shape_A) == 2 else "conv", ()
+
+    names = [f"{path}.{name}" for name in parameters] or [path]
+    settings = {(config.rank_for(name), config.scaling_for(name)) for name in names}
+    if len(settings) > 1:
+        raise ValueError(f"{path}: rank_pattern or alpha_pattern tell its parameters {shown(list(parameters))} apart")
+    r, scaling = settings.pop()
+    fits = shape_A[0] == shape_B[1] == r
+    if kind == "parameter":
+        fits = shape_A[0] == shape_B[1] and shape_A[0] % r == 0
+    elif kind == "conv":
+        fits = shape_A[0] == r and r % shape_B[1] == 0
+    if not fits:
+        raise ValueError(
+            f"rank of {path}: lora_A {list(shape_A)} and lora_B {list(shape_B)}, but the config gives it r={r}"
+        )
+    if _is_attention(wrapped.removesuffix(".base_layer.out_proj"), factors) and wrapped.endswith(".out_proj"):
+        scaling *= 2  # so PEFT computes, merged or not: its attention merges this update, and has the layer do so again
+    return LowRankUpdate(path, kind, A, B, r, scaling, sides.get("B.bias"), parameters)
+
+
+def _is_attention(wrapped: str, factors: Mapping[str, Any]) -> bool:
+    """MultiheadAttention has an update of its own, and one of the out_proj in it."""
+    return wrapped in factors and f"{wrapped}.base_layer.out_proj" in factors
+
+
+class _TargetParameters:
+    """Names of a module's own parameters that ``target_parameters`` may mean."""
+
+    def __init__(self, config: LoraConfig) -> None:
+        self._names: dict[str, dict[str, int]] = {}  # by module: names, and their places in the config
+        for place, target in enumerate(config.target_parameters or ()):
+            module, _, name = target.rpartition(".")
+            if len(name) <= LONGEST_NAME:
+                self._names.setdefault(module, {}).setdefault(name, place)
+        self._modules = EndTable(module for module in self._names if module)
+
+    def of(self, path: str) -> tuple[str, ...]:
+        """ValueError: more than any module has."""
+        places: dict[str, int] = {}
+        for module in ("", *self._modules.find(path)):
+            for name, place in self._names.get(module, {}).items():
+                places[name] = min(place, places.get(name, place))
+        if len(places) > _MOST_PARAMETERS:
+            raise ValueError(f"target_parameters names {len(places)} of {path}, want at most {_MOST_PARAMETERS}")
+        return tuple(sorted(places, key=places.__getitem__))
+
+
+class _TokenIndices:
+    """The numbers of an embedding's rows that ``trainable_token_indices`` names."""
+
+    def __init__(self, file: AdapterFile) -> None:
+        self._directory, indices = file.directory, file.config.get("trainable_token_indices")
+        self._by_name = indices if isinstance(indices, dict) else {}
+        self._names = EndTable(self._by_name)
+        self._of_all = tuple(indices) if isinstance(indices, list) else None
+
+    def of(self, path: str) -> tuple[int, ...]:
+        if self._of_all is not None:
+            return self._of_all
+        names = self._names.find(path)
+        if not names or not isinstance(self._by_name[names[0]], list):
+            raise ValueError(f"{self._directory}: trainable_token_indices of the config does not name {path}'s rows")
+        return tuple(self._by_name[names[0]])
+
+
+def _config(file: AdapterFile) -> LoraConfig:
+    try:
+        return LoraConfig.from_dict(file.config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file.directory}: {error}") from error

@@ -1,0 +1,273 @@
+"""``lora-ext extract``: an adapter that is, as nearly as its rank allows, the difference of two checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import time
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_ext._common.printable import listed
+from lora_ext._ops.checks import FLOATING, accumulation_dtype
+from lora_ext.checkpoints.checkpoint_files import Checkpoint, raw_blocks
+from lora_ext.checkpoints.low_rank import approximate
+from lora_ext.checkpoints.merged_rows import BLOCK_BYTES, Block
+from lora_ext.checkpoints.output import check_apart
+from lora_ext.checkpoints.progress import progress
+from lora_ext.checkpoints.staging import Staging
+from lora_ext.checkpoints.ties import is_embedding
+from lora_ext.checkpoints.writing import Description, write_file
+from lora_ext.files.adapter_file import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE
+from lora_ext.files.file_bytes import tensor_bytes
+from lora_ext.files.safetensors_format import DTYPE_NAMES
+from lora_ext.matching.path_names import name_covers
+
+__all__ = ["ExtractReport", "LayerError", "extract"]
+
+REPORT_FILE = "extract.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerError:
+    """A layer's rank, its difference's Frobenius norm, and by rank the part of that norm that is left."""
+
+    r: int
+    norm: float
+    errors: dict[int, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtractReport:
+    """What an extraction found.
+
+    Attributes:
+        layers: by path, those that differ and are adapted.
+        errors: of all these together, by rank; a layer of a lower rank counts with its best.
+        saved: modules that differ and are saved in full.
+        unchanged: tensors that do not differ.
+    """
+
+    layers: dict[str, LayerError]
+    errors: dict[int, float]
+    saved: list[str]
+    unchanged: int
+    nbytes: int
+    seconds: float
+
+
+def extract(
+    base: str | os.PathLike[str],
+    tuned: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    rank: int = 16,
+    energy: float | None = None,
+    target_modules: Sequence[str] | None = None,
+    save_others: bool = True,
+    fan_in_fan_out: bool = False,
+    dtype: torch.dtype = torch.float32,
+    overwrite: bool = False,
+    show_progress: bool = False,
+) -> ExtractReport:
+    """Writes an adapter to ``out``, in PEFT's format, that turns ``base`` into ``tuned`` except for the error reported.
+
+    Each matrix that differs is approximated by a truncated singular value decomposition
+    (:func:`~lora_ext.checkpoints.low_rank.approximate`) of its difference; the scaling is 1. One tensor is in memory at a
+    time. Biases of adapted layers are taken in full (``bias="lora_only"``), and other modules that differ are saved in
+    full (``modules_to_save``).
+
+    Args:
+        rank: of the adapter; at most.
+        energy: in (0, 1]: each layer gets the smallest rank that keeps this part of its difference's squared norm.
+        target_modules: names of layers, each a whole path or its end after a dot; None: all with a matrix ``weight``
+            but embeddings.
+        save_others: save other modules that differ; False: they are an error.
+        fan_in_fan_out: matrices are ``[in, out]``, as in Conv1D (GPT-2).
+        dtype: of the factors.
+        overwrite: replace the adapter that is at ``out``.
+
+    Raises:
+        ValueError: nothing differs; tensors are in one checkpoint only, differ in shape, or differ and cannot be saved
+            with an adapter: all are listed; an argument is wrong.
+        FileNotFoundError, FileExistsError, OSError: as :func:`~lora_ext.checkpoints.merge.merge`.
+    """
+    begin = time.perf_counter()
+    if rank < 1:
+        raise ValueError(f"extract: rank is {rank}, want at least 1")
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"extract: energy is {energy}, want 0 < energy <= 1")
+    old, new = Checkpoint.open(base), Checkpoint.open(tuned)
+    out = Path(out).absolute()
+    check_apart("extract", out, [old.directory, new.directory])
+    with Staging(out, {}, overwrite) as staging, progress("extract", new.nbytes, show_progress) as shown:
+        differing: dict[str, None] = {}
+        for key in new:
+            if key not in old or not _same(old, new, key):
+                differing[key] = None
+            shown.advance(new.info(key).nbytes)
+        targets, saved = _sort(old, new, differing, target_modules, save_others)
+        layers: dict[str, LayerError] = {}
+        factors: dict[str, Tensor] = {}
+        for path in targets:
+            shown.file(path)
+            delta = _difference(old, new, f"{path}.weight")
+            best = approximate(delta.T.contiguous() if fan_in_fan_out else delta, rank, energy)
+            layers[path] = LayerError(len(best.lora_A), best.norm, best.errors)
+            factors[f"{KEY_PREFIX}{path}.lora_A.weight"] = best.lora_A.to(dtype)
+            factors[f"{KEY_PREFIX}{path}.lora_B.weight"] = best.lora_B.to(dtype)
+        modules = set(saved)
+        whole = {f"{KEY_PREFIX}{key}": key for key in new if key.rpartition(".")[0] in modules}
+        has_biases = any(f"{path}.bias" in differing for path in targets)
+        if has_biases:  # PEFT then wants those of all adapted layers
+            biases = [f"{path}.bias" for path in targets if f"{path}.bias" in new]
+            whole |= {f"{KEY_PREFIX}{key.removesuffix('bias')}base_layer.bias": key for key in biases}
+        _write(staging.path / WEIGHTS_FILE, new, factors, whole)
+        config = _config(layers, rank, saved, has_biases, fan_in_fan_out, new)
+        (staging.path / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        report = ExtractReport(
+            layers,
+            _overall(layers),
+            saved,
+            unchanged=len(new) - len(differing),
+            nbytes=(staging.path / WEIGHTS_FILE).stat().st_size,
+            seconds=time.perf_counter() - begin,
+        )
+        (staging.path / REPORT_FILE).write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
+        for checkpoint in (old, new):
+            checkpoint.check_unchanged("extract")
+        staging.publish()
+    return report
+
+
+def _same(old: Checkpoint, new: Checkpoint, key: str) -> bool:
+    """To the bit; of the same shape and dtype."""
+    first, second = old.info(key), new.info(key)
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    pairs = zip(
+        raw_blocks(old.file(key), first, BLOCK_BYTES), raw_blocks(new.file(key), second, BLOCK_BYTES), strict=True
+    )
+    return all(tensor_bytes(a) == tensor_bytes(b) for a, b in pairs)
+
+
+def _sort(
+    old: Checkpoint,
+    new: Checkpoint,
+    differing: Collection[str],
+    target_modules: Sequence[str] | None,
+    save_others: bool,
+) -> tuple[list[str], list[str]]:
+    """The modules that are adapted, and those that are saved in full."""
+    problems = [f"only in the base: {key}" for key in old if key not in new]
+    targets: dict[str, None] = {}
+    others: dict[str, str] = {}
+    for key in differing:
+        path, _, name = key.rpartition(".")
+        shape = new.info(key).shape
+        if key in old and old.info(key).shape != shape:
+            problems.append(f"shape of {key}: {list(old.info(key).shape)} in the base, {list(shape)} in the other")
+            continue
+        wanted = not is_embedding(path) if target_modules is None else any(name_covers(t, path) for t in target_modules)
+        is_matrix = key in old and name == "weight" and len(shape) == 2
+        if wanted and is_matrix and {old.info(key).torch_dtype, new.info(key).torch_dtype} <= set(FLOATING):
+            targets[path] = None
+        else:
+            others.setdefault(path, key)
+    saved = []
+    with_more = {end for key in new for end in _parents(key)}
+    for path, key in others.items():
+        if path in targets and path not in with_more:
+            continue  # its bias goes with it
+        if path in targets or not path:
+            problems.append(f"differs, next to the adapted weight of its module: {key}" if path else f"differs: {key}")
+        elif not save_others:
+            problems.append(f"differs, and is not adapted: {key} {list(new.info(key).shape)}")
+        else:
+            saved.append(path)
+    if problems:
+        raise ValueError(f"extract: {new.directory} is not {old.directory} with an adapter:{listed(problems)}")
+    if not targets:
+        what = "no layer to adapt differs" if differing else "no tensor differs"
+        raise ValueError(f"extract: {what} between {old.directory} and {new.directory}")
+    return list(targets), saved
+
+
+def _parents(key: str) -> Iterator[str]:
+    """The modules around a tensor that is neither weight nor bias of the innermost."""
+    place = key.rfind(".")
+    if key[place + 1 :] in ("weight", "bias"):
+        place = key.rfind(".", 0, max(place, 0))
+    while place >= 0:
+        yield key[:place]
+        place = key.rfind(".", 0, place)
+
+
+def _difference(old: Checkpoint, new: Checkpoint, key: str) -> Tensor:
+    """In float32, or float64 of F64."""
+    tuned, base = new.tensor(key), old.tensor(key)
+    acc = accumulation_dtype(torch.promote_types(tuned.dtype, base.dtype))
+    delta = tuned.to(acc).sub_(base)
+    if not delta.isfinite().all():
+        raise ValueError(f"extract: {key} has NaN or infinite values in one of the checkpoints")
+    return delta
+
+
+def _write(path: Path, new: Checkpoint, factors: dict[str, Tensor], whole: dict[str, str]) -> None:
+    described: dict[str, Description] = {
+        key: (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes) for key, tensor in factors.items()
+    }
+    for key, own in whole.items():
+        info = new.info(own)
+        described[key] = info.dtype, info.shape, info.nbytes
+
+    def blocks(key: str) -> Iterator[Block]:
+        if key in factors:
+            yield Block(factors[key])
+            return
+        for values in raw_blocks(new.file(whole[key]), new.info(whole[key]), BLOCK_BYTES):
+            yield Block(values)
+
+    write_file(path, described, {"format": "pt"}, blocks)
+
+
+def _config(
+    layers: dict[str, LayerError], rank: int, saved: list[str], has_biases: bool, fan_in_fan_out: bool, new: Checkpoint
+) -> dict[str, Any]:
+    """``lora_alpha`` is the rank everywhere, so that the scaling is 1."""
+    ends = {path.rpartition(".")[2] for path in layers}
+    matrices = {key.removesuffix(".weight") for key in new if key.endswith(".weight") and len(new.info(key).shape) == 2}
+    by_end = {path for path in matrices if path.rpartition(".")[2] in ends}
+    other_ranks = {re.escape(path): layer.r for path, layer in layers.items() if layer.r != rank}
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": other_ranks,
+        "alpha_pattern": other_ranks,
+        "target_modules": sorted(ends) if by_end == set(layers) else sorted(layers),
+        "modules_to_save": saved or None,
+        "bias": "lora_only" if has_biases else "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        "inference_mode": True,
+        "lora_dropout": 0.0,
+        "task_type": None,
+        "base_model_name_or_path": None,
+    }
+
+
+def _overall(layers: dict[str, LayerError]) -> dict[int, float]:
+    """Relative error of all differences together."""
+    total = sum(layer.norm**2 for layer in layers.values())
+    ranks = sorted({r for layer in layers.values() for r in layer.errors})
+
+    def left(layer: LayerError, rank: int) -> float:
+        return layer.norm * layer.errors[max((r for r in layer.errors if r <= rank), default=min(layer.errors))]
+
+    return {rank: (sum(left(layer, rank) ** 2 for layer in layers.values()) / total) ** 0.5 for rank in ranks}

@@ -1,0 +1,127 @@
+"""Which way round an update lies on a tensor, and which of a module's parameters it belongs to: by shapes, mostly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypeAlias
+
+from lora_ext.checkpoints.contents import LowRankUpdate
+from lora_ext.files.adapter_file import AdapterFile
+
+__all__ = ["Evidence", "Layout", "assign_parameters", "choose_layout", "fitting_layouts", "misfit", "num_matrices"]
+
+Layout: TypeAlias = Literal["plain", "transposed"]
+"""``plain``: the tensor is ``[out, in]``, as in Linear; ``transposed``: ``[in, out]``, as in Conv1D and Embedding."""
+
+
+def num_matrices(file: AdapterFile, update: LowRankUpdate) -> int:
+    """How many matrices with factors of their own the tensor has: of experts, or groups of a convolution."""
+    if update.kind == "parameter":
+        return file.shape(update.lora_A)[0] // update.r
+    if update.kind == "conv":
+        return update.r // file.shape(update.lora_B)[1]
+    return 1
+
+
+def fitting_layouts(file: AdapterFile, update: LowRankUpdate, shape: tuple[int, ...]) -> set[Layout]:
+    """The layouts in which the update has the shape of the tensor."""
+    A, B, matrices = file.shape(update.lora_A), file.shape(update.lora_B), num_matrices(file, update)
+    if update.kind == "conv":
+        return {"plain"} if shape == (B[0], *A[1:]) and B[0] % matrices == 0 else set()
+    if update.kind == "parameter" and len(shape) == 3:
+        shape, matrices = shape[1:], matrices if shape[0] == matrices else 0
+        if not matrices:
+            return set()
+    elif matrices != 1:
+        return set()
+    if update.kind == "embedding":
+        return {"transposed"} if shape == (A[1], B[0]) else set()
+    sizes: dict[Layout, tuple[int, int]] = {"plain": (B[0], A[1]), "transposed": (A[1], B[0])}
+    return {layout for layout, size in sizes.items() if shape == size}
+
+
+class Evidence:
+    """The layouts of those of an adapter's updates whose shapes leave no choice."""
+
+    def __init__(self, fitting: Mapping[LowRankUpdate, set[Layout]]) -> None:
+        """``fitting``: the layouts that fit, of each of the adapter's updates."""
+        self._by_kind: dict[str, set[Layout]] = {}
+        self._by_name: dict[tuple[str, str], set[Layout]] = {}
+        for update, fits in fitting.items():
+            if len(fits) == 1:
+                self._by_kind.setdefault(update.kind, set()).update(fits)
+                self._by_name.setdefault((update.kind, _leaf(update)), set()).update(fits)
+
+    def like(self, update: LowRankUpdate) -> list[set[Layout]]:
+        """The layouts of the updates most like it, then of all of its kind."""
+        return [self._by_name.get((update.kind, _leaf(update)), set()), self._by_kind.get(update.kind, set())]
+
+
+def choose_layout(
+    update: LowRankUpdate, fitting: set[Layout], evidence: Evidence, *, asked: bool | None, configured: bool
+) -> Layout | None:
+    """The layout of ``update``; of a square tensor as asked, or as that of its kind; None where these disagree.
+
+    Args:
+        fitting: the layouts that fit it.
+        asked: by the user: True for transposed.
+        configured: by the adapter's config, which is not to be trusted: PEFT writes what it met last.
+    """
+    if len(fitting) == 1:
+        return next(iter(fitting))
+    if asked is not None:
+        return "transposed" if asked else "plain"
+    like = evidence.like(update)
+    for found in like:
+        if len(found) == 1:
+            return next(iter(found))
+    if like[-1] or update.kind == "parameter":
+        return None
+    return "transposed" if configured else "plain"
+
+
+def assign_parameters(
+    file: AdapterFile, updates: Sequence[LowRankUpdate], shapes: Mapping[str, tuple[int, ...]]
+) -> list[dict[LowRankUpdate, str]]:
+    """Up to two ways in which updates of one module can belong to its parameters: no key says whose an update is."""
+    fits = {update: [key for key in shapes if fitting_layouts(file, update, shapes[key])] for update in updates}
+    first = _assignment(fits)
+    if first is None:
+        return []
+    for update, key in first.items():  # any other way differs somewhere
+        without = fits | {update: [other for other in fits[update] if other != key]}
+        if (second := _assignment(without)) is not None:
+            return [first, second]
+    return [first]
+
+
+def _assignment(fits: Mapping[LowRankUpdate, Sequence[str]]) -> dict[LowRankUpdate, str] | None:
+    """Gives each update a key of its own among those that fit it, by augmenting paths; None: there is no such way."""
+    owners: dict[str, LowRankUpdate] = {}
+
+    def place(update: LowRankUpdate, seen: set[str]) -> bool:
+        for key in fits[update]:
+            if key not in seen:
+                seen.add(key)
+                if key not in owners or place(owners[key], seen):
+                    owners[key] = update
+                    return True
+        return False
+
+    if not all(place(update, set()) for update in fits):
+        return None
+    return {update: key for key, update in owners.items()}
+
+
+def _leaf(update: LowRankUpdate) -> str:
+    return update.path.rpartition(".")[2]
+
+
+def misfit(file: AdapterFile, update: LowRankUpdate, key: str, shape: tuple[int, ...]) -> str:
+    """Says why no layout fits."""
+    A, B = file.shape(update.lora_A), file.shape(update.lora_B)
+    text = f"shape of {key}: {list(shape)}, but the update's lora_A is {list(A)} and lora_B {list(B)}"
+    groups = num_matrices(file, update)
+    if update.kind == "conv" and groups > 1 and len(shape) > 1 and A[1] == shape[1] * groups:
+        text += "; it reaches across the groups of the convolution, which no weight of it can hold"
+    return text

@@ -1,0 +1,186 @@
+"""The values of a plan's tensors, a block of rows at a time: no tensor is ever whole in memory.
+
+Every tensor is seen as a matrix, of the rows of its first dimension; a stack of matrices as one above the other. An
+element's sum does not depend on the rows around it, so that a block has the bits that the whole would have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from lora_ext.checkpoints.changes import TensorPlan, Term
+from lora_ext.checkpoints.checkpoint_files import Checkpoint, raw_blocks
+from lora_ext.files.file_bytes import read_into, tensor_bytes
+from lora_ext.files.regular_file import open_regular
+from lora_ext.files.safetensors_format import DTYPES
+from lora_ext.merging.weights import MergeRecord, merge_all_, pack_factors
+
+__all__ = ["BLOCK_BYTES", "Block", "Factors", "blocks", "factors", "matrix_shape", "split_stack"]
+
+BLOCK_BYTES = 32 << 20  # of the source; large enough for the disk, and little next to PyTorch itself
+
+
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """What is merged into the rows ``begin`` to ``end``: ``lora_A [r, cols]``, scaled ``lora_B [end - begin, r]``."""
+
+    begin: int
+    end: int
+    lora_A: Tensor
+    lora_B: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Consecutive rows of the result.
+
+    Attributes:
+        records: for each merge into them: first row, row behind the last, record.
+    """
+
+    values: Tensor
+    records: list[tuple[int, int, MergeRecord]] = dataclasses.field(default_factory=list)
+
+
+def matrix_shape(plan: TensorPlan) -> tuple[int, int]:
+    """``(rows, cols)`` of the matrix that the tensor is seen as."""
+    shape = plan.shape
+    if len(shape) < 2:
+        return 1, math.prod(shape)
+    if any(term.is_parameter for term in plan.terms):
+        return math.prod(shape[:-1]), shape[-1]
+    return shape[0], math.prod(shape[1:])
+
+
+def factors(plan: TensorPlan, dtype: torch.dtype) -> list[Factors]:
+    """The factors of all terms side by side, by rows. ``dtype``: of the tensor they are merged into."""
+    if not plan.terms:
+        return []
+    rows, _ = matrix_shape(plan)
+    each = [_pairs(term) for term in plan.terms]
+    height = rows // len(each[0])
+    result = []
+    for i, pairs in enumerate(zip(*each, strict=True)):
+        A, B = pack_factors(dtype, pairs)
+        result.append(Factors(i * height, (i + 1) * height, A, B))
+    for term in plan.terms:
+        term.file.release()
+    return result
+
+
+def _pairs(term: Term) -> list[tuple[Tensor, Tensor, float]]:
+    """``(lora_A, lora_B, scaling)`` of each matrix of the stack, as it lies."""
+    B = term.file.tensor(term.lora_B)
+    if term.lora_A is None:
+        return [(B[None], torch.ones(1, 1, dtype=B.dtype), term.scaling)]
+    A = term.file.tensor(term.lora_A)
+    pairs = split_stack(A, B, term.matrices, term.is_parameter)
+    if term.layout == "plain":
+        return [(A, B, term.scaling) for A, B in pairs]
+    return [(B.T, A.T, term.scaling) for A, B in pairs]
+
+
+def split_stack(A: Tensor, B: Tensor, matrices: int, is_parameter: bool) -> list[tuple[Tensor, Tensor]]:
+    """``(lora_A [r, in], lora_B [out, r])`` of each matrix of a stack, as PEFT stores them."""
+    if is_parameter:  # A [matrices * r, in], B [out, r * matrices], of which the matrix is the faster index
+        As = A.reshape(matrices, -1, A.shape[-1]).unbind()
+        Bs = B.reshape(B.shape[0], -1, matrices).unbind(-1)
+    else:
+        As, Bs = A.flatten(1).chunk(matrices), B.flatten(1).chunk(matrices)
+    return list(zip(As, Bs, strict=True))
+
+
+def blocks(
+    plan: TensorPlan,
+    key: str,
+    base: Checkpoint,
+    dtype: torch.dtype | None,
+    record: bool = False,
+    before: Callable[[memoryview], None] = lambda data: None,
+) -> Iterator[Block]:
+    """The tensor's values from its first row to its last.
+
+    Args:
+        dtype: convert to it, after all is added in the wider of this and the base's dtype; None: as stored.
+        record: keep what takes the updates out again.
+        before: gets the bytes of what is changed, or copied, a block at a time and before it is changed.
+
+    Raises:
+        ValueError: a result is NaN or infinite; or the files changed meanwhile.
+    """
+    stored = DTYPES.get(plan.dtype)
+    out = stored if dtype is None else dtype
+    if stored is None or (out == stored and not plan.is_changed):
+        for values in raw_blocks(base.file(plan.source), base.info(plan.source), BLOCK_BYTES):
+            before(tensor_bytes(values))
+            yield Block(values)
+        return
+    work = torch.promote_types(stored, out)
+    rows, cols = matrix_shape(plan)
+    row_bytes = cols * max(work.itemsize, stored.itemsize)
+    height = max(BLOCK_BYTES // max(row_bytes, 1), 1)
+    own, replaced = factors(plan, work), _rows(plan)
+    with _open_source(plan, base, stored) as read:
+        for begin in range(0, rows, height):
+            end = min(begin + height, rows)
+            values = read(begin, end, cols)
+            before(tensor_bytes(values))
+            values = values.to(work)
+            for index, row in replaced.items():
+                if begin <= index < end:
+                    values[index - begin] = row
+            records = _merge(values, begin, own, key, record)
+            converted = values.to(out)
+            if out != work and not converted.isfinite().all() and values.isfinite().all():
+                raise ValueError(f"merge: {key} has values that {out} cannot hold; choose a wider dtype")
+            yield Block(converted, records)
+
+
+def _merge(
+    values: Tensor, begin: int, own: list[Factors], key: str, record: bool
+) -> list[tuple[int, int, MergeRecord]]:
+    parts = []
+    for part in own:
+        first, last = max(part.begin, begin), min(part.end, begin + len(values))
+        if first < last:
+            weight = values[first - begin : last - begin]
+            parts.append((first, last, weight, part.lora_A, part.lora_B[first - part.begin : last - part.begin]))
+    weights, As, Bs = ([part[i] for part in parts] for i in (2, 3, 4))
+    kept = merge_all_("merge", weights, As, Bs, [key] * len(parts), record)
+    return [(first, last, one) for (first, last, *_), one in zip(parts, kept, strict=True) if one is not None]
+
+
+def _rows(plan: TensorPlan) -> dict[int, Tensor]:
+    return {
+        index: row for file, key, indices in plan.rows for index, row in zip(indices, file.tensor(key), strict=True)
+    }
+
+
+@contextmanager
+def _open_source(plan: TensorPlan, base: Checkpoint, dtype: torch.dtype) -> Iterator[Callable[[int, int, int], Tensor]]:
+    """``read(begin, end, cols)``: rows of the tensor before it is changed, in memory of their own."""
+    if plan.replacement is not None:
+        adapter, key = plan.replacement
+
+        def read_replacement(begin: int, end: int, cols: int) -> Tensor:
+            values = adapter.tensor(key).flatten()[begin * cols : end * cols]  # a row may be empty
+            return values.view(end - begin, cols).to(dtype, copy=True)
+
+        yield read_replacement
+        adapter.release()
+        return
+    info = base.info(plan.source)
+    with open_regular(base.file(plan.source)) as file:
+
+        def read(begin: int, end: int, cols: int) -> Tensor:
+            values = torch.empty(end - begin, cols, dtype=dtype)
+            read_into(file, info.begin + begin * cols * dtype.itemsize, values)
+            return values
+
+        yield read

@@ -1,0 +1,145 @@
+"""A whole checkpoint, written from blocks: its files, their index, and what the source has next to its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_ext.checkpoints.checkpoint_files import INDEX_FILE, SINGLE_FILE, Checkpoint
+from lora_ext.checkpoints.merged_rows import Block
+from lora_ext.checkpoints.other_files import CONFIG_FILE, copy_file, list_other_files, write_model_config
+from lora_ext.checkpoints.progress import Progress, progress
+from lora_ext.checkpoints.staging import Staging
+from lora_ext.checkpoints.writing import Description, compare_file, write_file
+
+if TYPE_CHECKING:
+    from lora_ext.checkpoints.record_writer import RecordWriter
+
+__all__ = ["Output", "Written", "check_apart", "index_metadata", "shard_metadata"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What became of a source's files.
+
+    Attributes:
+        kept: files that an earlier run, which did not end, had made.
+        copied: digests of the files next to the weights, by their paths.
+        skipped: such files that were left out, as they hold the weights once more.
+    """
+
+    kept: int
+    copied: dict[str, str]
+    skipped: list[str]
+
+
+@dataclasses.dataclass
+class Output:
+    """What a checkpoint is made of.
+
+    Attributes:
+        source: gives the other files.
+        shards: file name -> the tensors in it.
+        blocks: a tensor's values, by its key.
+        metadata: of each file.
+        index_metadata: of the index.
+        what: identifies all this: a run that did not end is continued where it is the same.
+        config_changes: of ``config.json``.
+        recorder: its blocks are written in place of ``blocks``, and its record next to them.
+    """
+
+    source: Checkpoint
+    shards: dict[str, dict[str, Description]]
+    blocks: Callable[[str], Iterator[Block]]
+    metadata: Mapping[str, Mapping[str, str]]
+    index_metadata: Mapping[str, Any]
+    what: Mapping[str, Any]
+    config_changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    recorder: RecordWriter | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(nbytes for tensors in self.shards.values() for *_, nbytes in tensors.values())
+
+    def write(self, out: Path, caller: str, *, verify: bool, overwrite: bool, show_progress: bool) -> Written:
+        """Makes the directory ``out``, whole or not at all."""
+        with Staging(out, self.what, overwrite) as staging:
+            kept = sum(name in staging.finished for name in self.shards)
+            _check_space(caller, out, self.nbytes - sum(staging.finished.values()))
+            with progress(caller, self.nbytes * (1 + verify), show_progress) as shown:
+                self._write_shards(staging, shown)
+                for name, tensors in self.shards.items() if verify else ():
+                    shown.file(name)
+                    compare_file(staging.path / name, tensors, self.blocks, shown.advance)
+            if list(self.shards) != [SINGLE_FILE] and (len(self.shards) > 1 or self.source.index is not None):
+                (staging.path / INDEX_FILE).write_text(self._index(), encoding="utf-8")
+            copied, skipped = self._copy_other_files(staging.path)
+            if self.recorder is not None:
+                self.recorder.finish(staging.path, self.metadata, self.index_metadata, copied)
+            self.source.check_unchanged(caller)
+            staging.publish()
+        return Written(kept, copied, skipped)
+
+    def _write_shards(self, staging: Staging, shown: Progress) -> None:
+        if self.recorder is not None:
+            self.recorder.begin(staging.path)
+        blocks = self.blocks if self.recorder is None else self.recorder.blocks
+        for name, tensors in self.shards.items():
+            shown.file(name)
+            if name in staging.finished:
+                shown.advance(sum(nbytes for *_, nbytes in tensors.values()))
+                continue
+            write_file(staging.path / name, tensors, self.metadata[name], blocks, shown.advance)
+            recorded = [] if self.recorder is None else self.recorder.write(staging.path, name, tensors)
+            staging.finish(name, *recorded)
+
+    def _copy_other_files(self, directory: Path) -> tuple[dict[str, str], list[str]]:
+        names, skipped = list_other_files(self.source)
+        copied = {}
+        for name in names:
+            if name == CONFIG_FILE and self.config_changes:
+                write_model_config(self.source, directory, self.config_changes)
+            else:
+                copied[name] = copy_file(self.source.directory / name, directory / name)
+        return copied, skipped
+
+    def _index(self) -> str:
+        described = {key: one for tensors in self.shards.values() for key, one in tensors.items()}
+        metadata = dict(self.index_metadata) | {"total_size": self.nbytes}
+        if "total_parameters" in metadata:
+            metadata["total_parameters"] = sum(math.prod(shape) for _, shape, _ in described.values())
+        weight_map = {key: name for name, tensors in self.shards.items() for key in tensors}
+        return json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n"
+
+
+def shard_metadata(source: Checkpoint, shards: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """The metadata of files named as those of ``source``; of others, those of its first file."""
+    first = next(iter(source.metadata.values()))
+    return {name: source.metadata.get(name, first) or {"format": "pt"} for name in shards}
+
+
+def index_metadata(source: Checkpoint) -> dict[str, Any]:
+    """What the index of ``source`` says about the whole; empty without an index."""
+    return (source.index or {}).get("metadata") or {}
+
+
+def check_apart(caller: str, out: Path, sources: Sequence[Path]) -> None:
+    """ValueError where writing ``out`` would remove what is read."""
+    for source in sources:
+        if out.resolve() == source.resolve() or out.resolve() in source.resolve().parents:
+            raise ValueError(f"{caller}: out is {out}, which holds {source}, that is read; choose another directory")
+
+
+def _check_space(caller: str, out: Path, needed: int) -> None:
+    parent = next(path for path in (out, *out.parents) if path.exists())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise OSError(
+            f"{caller}: {out} takes {needed / 1e9:.2f} GB more, but its disk has {free / 1e9:.2f} GB free; free some "
+            "space, or choose another directory"
+        )

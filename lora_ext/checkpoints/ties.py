@@ -1,0 +1,61 @@
+"""Output heads that share the weight of the input embedding, of which a checkpoint stores one."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from lora_ext._common.printable import shown
+from lora_ext.checkpoints.checkpoint_files import Checkpoint
+from lora_ext.checkpoints.other_files import read_model_config
+
+__all__ = ["Tie", "find_tie", "is_embedding"]
+
+_LANGUAGE_MODEL = re.compile(r"LMHead|ForCausalLM|ForMaskedLM|ForConditionalGeneration|ForPreTraining|WithLM")
+# The embedding's name -> the head's, the more special ones first.
+_HEADS = (
+    ("embed_tokens", ("lm_head",)),
+    ("wte", ("lm_head",)),
+    ("shared", ("lm_head",)),
+    ("embed_in", ("embed_out",)),
+    ("word_embeddings", ("cls.predictions.decoder", "lm_head.decoder", "lm_head")),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tie:
+    """``head``, which the checkpoint lacks, is the tensor that it stores as ``embedding``."""
+
+    embedding: str
+    head: str
+
+
+def find_tie(checkpoint: Checkpoint) -> Tie | None:
+    """By the model's config: a language model whose embedding is stored and whose head is not.
+
+    Raises:
+        ValueError: the config is wrong.
+    """
+    config = read_model_config(checkpoint) or {}
+    architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise ValueError(
+            f"{checkpoint.directory / 'config.json'}: architectures is {shown(architectures)}, want a list of names"
+        )
+    if not _LANGUAGE_MODEL.search(" ".join(architectures)) or not config.get("tie_word_embeddings", True):
+        return None
+    for name, heads in _HEADS:
+        stored = [key for key in checkpoint if key == f"{name}.weight" or key.endswith(f".{name}.weight")]
+        if len(stored) != 1:
+            continue
+        if any(f"{head}.weight" in checkpoint for head in heads):
+            return None
+        # A head with layers of its own (BERT's transform) stores their tensors.
+        parents = [head for head in heads if any(key.startswith(f"{head.rpartition('.')[0]}.") for key in checkpoint)]
+        return Tie(stored[0], f"{(parents or heads[-1:])[0]}.weight")
+    return None
+
+
+def is_embedding(path: str) -> bool:
+    """Whether a module's name is that of an embedding: nothing else in a checkpoint tells it from a linear layer."""
+    return re.search(r"embed|(^|\.)(wte|wpe|shared)$", path) is not None

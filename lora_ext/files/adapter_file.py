@@ -1,0 +1,269 @@
+"""A directory in PEFT's adapter format, read lazily: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lora_ext._common.printable import check_name, shown
+from lora_ext.files.regular_file import check_regular
+from lora_ext.files.safetensors_format import read_header
+from lora_ext.files.staged_files import is_being_saved
+from lora_ext.files.untrusted_json import read_json_object
+
+__all__ = [
+    "CONFIG_FILE",
+    "KEY_PREFIX",
+    "PICKLED_WEIGHTS_FILE",
+    "WEIGHTS_FILE",
+    "AdapterFile",
+    "TensorFile",
+    "holds_adapter",
+    "read_unchanged",
+]
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLED_WEIGHTS_FILE = "adapter_model.bin"
+KEY_PREFIX = "base_model.model."
+"""Before the path of a module, in every key that PEFT writes."""
+
+LARGEST_CONFIG = 16 << 20  # bytes; one that names each expert of the largest mixtures has 8 million
+_LARGEST_SHAPE = 2**63 // 16  # elements: PyTorch counts bytes in 63 bits, also of tensors without elements
+_MOST_DIMENSIONS = 64
+_MOST_KEPT = 16 << 20  # bytes
+
+ReadT = TypeVar("ReadT")
+
+
+class TensorFile:
+    """The tensors of a file. Opening it reads their names, shapes and dtypes, but no tensor.
+
+    All that is read is of the file that was opened, also where another one has its name by then.
+
+    Attributes:
+        path: the file.
+        metadata: of a safetensors file; empty for a pickle.
+    """
+
+    def __init__(self, path: Path, pickled: Mapping[str, Tensor] | None = None) -> None:
+        """Opens the safetensors file ``path``, or takes what is in a pickle there.
+
+        Raises:
+            OSError: as ``open``.
+            ValueError: it is corrupted, or no regular file; a name cannot be printed or is too long.
+        """
+        self.path, self._pickled, self._mapped, self._read = path, pickled, None, 0
+        self.metadata: dict[str, str] = {}
+        if pickled is None:
+            self._state = _state(path)
+            try:
+                header, self.metadata = read_header(path)
+            except RuntimeError as error:  # PyTorch's, where the file has gone meanwhile
+                raise ValueError(f"{path} cannot be read: {error}") from error
+            self._map()
+            self._shapes = {key: info.shape for key, info in header.items()}
+            self._dtypes = {key: info.torch_dtype for key, info in header.items()}
+        else:
+            self._shapes = {key: tuple(tensor.shape) for key, tensor in pickled.items()}
+            self._dtypes = {key: tensor.dtype for key, tensor in pickled.items()}
+        for key, shape in self._shapes.items():
+            check_name(key, str(path))
+            if len(shape) > _MOST_DIMENSIONS or math.prod(max(size, 1) for size in shape) > _LARGEST_SHAPE:
+                raise ValueError(f"{path}: {key} has a shape that PyTorch cannot hold: {shown(list(shape))}")
+
+    def _map(self) -> None:
+        try:
+            self._mapped = safe_open(self.path, "pt")
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise ValueError(f"{self.path} was changed while it was read: {error}") from error
+        if _state(self.path) != self._state:
+            raise ValueError(f"{self.path} was changed while it was read; read it again")
+        self._read = 0
+
+    def keys(self) -> list[str]:
+        """The tensors' keys, as they are in the file."""
+        return list(self._shapes)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._shapes
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of the tensor ``key``, which is not read."""
+        return self._shapes[key]
+
+    def dtype(self, key: str) -> torch.dtype:
+        """The dtype of the tensor ``key``, which is not read."""
+        dtype = self._dtypes[key]
+        if dtype is None:
+            raise ValueError(f"{self.path}: {key} has a dtype that torch {torch.__version__} lacks")
+        return dtype
+
+    def numel(self) -> int:
+        """How many numbers all tensors hold together."""
+        return sum(math.prod(shape) for shape in self._shapes.values())
+
+    def tensor(self, key: str) -> Tensor:
+        """The tensor ``key`` on the CPU.
+
+        Raises:
+            KeyError: the file has no such key.
+            ValueError: the file was changed since it was opened.
+        """
+        if key not in self._shapes:
+            raise KeyError(f"{self.path} has no tensor {key!r}")
+        if self._pickled is not None:
+            return self._pickled[key]
+        if self._mapped is None:
+            self._map()
+        try:
+            tensor = self._mapped.get_tensor(key)
+        except SafetensorError as error:
+            raise ValueError(f"{self.path} was changed while it was read: {error}") from error
+        self._read += tensor.nbytes
+        return tensor
+
+    def release(self) -> None:
+        """Gives back the memory of what was read so far, except tensors still in use: a mapping keeps its pages.
+
+        A little is kept, as mapping the file again reads the header again: of many small tensors, that would take long.
+        """
+        if self._read > _MOST_KEPT:
+            self._mapped = None
+
+
+class AdapterFile(TensorFile):
+    """An adapter on disk.
+
+    Attributes:
+        directory: where it is.
+        config: the content of ``adapter_config.json``: an object; nothing else of it is checked.
+    """
+
+    def __init__(
+        self, directory: Path, config: dict[str, Any], path: Path, pickled: Mapping[str, Tensor] | None = None
+    ) -> None:
+        super().__init__(path, pickled)
+        self.directory, self.config = directory, config
+
+    @classmethod
+    def open(
+        cls, directory: str | os.PathLike[str], *, allow_pickle: bool = False, caller: str = "AdapterFile"
+    ) -> AdapterFile:
+        """Opens the adapter in ``directory``. Config and tensors are of one save, also while another one replaces them.
+
+        Args:
+            directory: what PEFT's ``save_pretrained`` or :func:`lora_ext.save_adapter` wrote.
+            allow_pickle: also read ``adapter_model.bin``, where there is no safetensors file: of tensors only
+                (``weights_only=True``), but a pickle all the same.
+            caller: begins the messages.
+
+        Raises:
+            FileNotFoundError: naming the file that is missing.
+            OSError: a file cannot be read.
+            ValueError: a file is corrupted, not what its name says, too large (16 MiB for the config) or no regular
+                file, as a pipe is; or the tensors are pickled.
+        """
+        directory = Path(directory)
+        files = [directory / name for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLED_WEIGHTS_FILE)]
+        return read_unchanged(files, lambda there: cls.of(directory, there, allow_pickle), caller)
+
+    @classmethod
+    def of(cls, directory: Path, there: set[Path], allow_pickle: bool = False) -> AdapterFile:
+        """As :meth:`open`, without looking whether something was replaced; ``there`` are the files that are there."""
+        path, pickled = directory / WEIGHTS_FILE, directory / PICKLED_WEIGHTS_FILE
+        try:
+            config = read_json_object(directory / CONFIG_FILE, "", LARGEST_CONFIG)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise FileNotFoundError(
+                f"{directory / CONFIG_FILE} is missing; want a directory that save_adapter or PEFT wrote"
+            ) from error
+        if path in there:
+            return cls(directory, config, path)
+        if pickled not in there:
+            raise FileNotFoundError(f"{path} is missing")
+        if not allow_pickle:
+            raise FileNotFoundError(
+                f"{path} is missing; {pickled.name} is there: save it again as safetensors, or allow pickles "
+                "(only tensors are then loaded from it)"
+            )
+        return cls(directory, config, pickled, _read_pickle(pickled))
+
+
+def holds_adapter(directory: Path) -> bool:
+    """Whether there is a config of an adapter, whatever it is."""
+    return os.path.lexists(directory / CONFIG_FILE)
+
+
+def read_unchanged(files: Iterable[Path], read: Callable[[set[Path]], ReadT], caller: str) -> ReadT:
+    """What ``read`` returns of ``files``, none of which was replaced meanwhile: it is called again where one was.
+
+    An error counts where it comes again, and more often while the files are being replaced: a link to one may lead
+    nowhere for a moment, as following it takes several steps.
+
+    Args:
+        read: is given those of ``files`` that are there.
+
+    Raises:
+        OSError, ValueError: what ``read`` raises, with ``caller`` in front.
+    """
+    files, errors = list(files), 0
+    for _ in range(100):
+        before = {file: _state(file) for file in files}
+        try:
+            result = read({file for file, state in before.items() if state is not None})
+            if before == {file: _state(file) for file in files}:
+                return result
+        except (OSError, ValueError) as error:
+            errors += 1
+            if errors > (8 if is_being_saved(files[0].parent) else 1):
+                raise _told(error, caller, files[0]) from error
+        time.sleep(0.001 * errors)
+    raise ValueError(f"{caller}: {files[0].parent} changes all the time; read it when nothing is written there")
+
+
+def _told(error: OSError | ValueError, caller: str, path: Path) -> OSError | ValueError:
+    """The same error, with ``caller`` in front."""
+    if isinstance(error, FileNotFoundError) and error.errno is None:
+        return FileNotFoundError(f"{caller}: {error}")
+    if isinstance(error, OSError):
+        reason = f"{caller}: cannot read it ({error.strerror or error})"
+        return OSError(error.errno, reason, os.fspath(error.filename or path))
+    return ValueError(f"{caller}: {error}")
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    """What changes when a file is replaced or written; None where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    check_regular(path, os.stat(path).st_mode)
+    try:
+        # Only torch's zip files can be mapped; what torch wrote before 1.6 is read whole.
+        values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a wrong pickle fails in any way
+        raise ValueError(f"{path} is corrupted, or holds other things than tensors ({type(error).__name__})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}, want a dict of tensors")
+    for key, tensor in values.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            what = f"{type(key).__name__}: {type(tensor).__name__}"
+            raise ValueError(f"{path} holds a dict with an entry {what}, want names and tensors")
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+            kind = "quantized" if tensor.is_quantized else f"{tensor.layout} on {tensor.device}"
+            raise ValueError(f"{path}: {shown(key)} is {kind}, want a dense tensor")
+    return values

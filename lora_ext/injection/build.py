@@ -1,0 +1,278 @@
+"""Makes the layers and adapters that an injection puts into a model, and refuses what cannot be adapted."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import nn
+
+from lora_ext._common.printable import listed, shown
+from lora_ext.adapters.adapter_set import AdapterSet, Part, located
+from lora_ext.adapters.trained_biases import TrainedBiases
+from lora_ext.config import LoraConfig
+from lora_ext.injection.bare_model import BareModel, file_path
+from lora_ext.injection.targets import Targets
+from lora_ext.matching.path_names import Parents
+from lora_ext.nn import LORA_LAYERS, AdapterLayer, LoraLayer, LoraLinear, LoraMergedLinear, LoraParameter
+from lora_ext.nn.attention import LoraMultiheadAttention
+from lora_ext.nn.tied import TiedAdapter
+from lora_ext.nn.trainable_tokens import TiedRows, TokenRows, TrainableTokens
+from lora_ext.nn.trained import TrainedModule
+
+
+def check_targets(bare: BareModel, targets: Targets, config: LoraConfig) -> None:
+    """Refuses targets that cannot be adapted as the config asks.
+
+    Raises:
+        TypeError: they are of kinds that cannot be; all are listed.
+        ValueError: a token does not exist; or a module is a target in one way, and was adapted in another.
+    """
+    _check_kinds(bare, targets, config)
+    _check_tokens(bare, targets)
+    _check_parameters(bare, targets)
+
+
+def lora_layer_for(module: nn.Module, config: LoraConfig, path: str) -> type[LoraLayer] | None:
+    """The class of LoRA layer that adapts modules like this one, or None."""
+    if config.enable_lora_for(path) is not None:
+        return LoraMergedLinear if LoraMergedLinear.adapts(module) else None
+    return next((kind for kind in LORA_LAYERS if kind.adapts(module)), None)
+
+
+def _adapted(bare: BareModel, targets: Targets, config: LoraConfig) -> Iterator[tuple[str, nn.Module, str]]:
+    """The modules to adapt, those adapted along with them, and those tied to one, with the path that sets the rank."""
+    seen, trained = set(), Parents(targets.trained)
+    for path, module in targets.modules.items():
+        along = getattr(lora_layer_for(module, config, path), "adapted_along", ())
+        for whole in (path, *(f"{path}.{name}" for name in along)):
+            if whole not in seen and whole not in trained:
+                seen.add(whole)
+                yield whole, bare.modules[whole], path
+    for path, source in targets.tied.items():
+        if source in targets.modules:
+            yield path, bare.modules[path], source
+
+
+def _check_kinds(bare: BareModel, targets: Targets, config: LoraConfig) -> None:
+    problems = []
+    for path, module, setting in _adapted(bare, targets, config):
+        kind = lora_layer_for(module, config, setting)
+        if targets.tied.get(path) in targets.modules and not _can_follow(module, bare.modules[setting]):
+            problem = f"its weight is that of {setting!r}, but it is no nn.Linear or nn.Embedding tied to an embedding"
+            problems.append(f"{path} ({type(module).__name__}): {problem}; set ensure_weight_tying=False")
+            continue
+        problem = f"no LoRA layer adapts {type(module).__name__}" if kind is None else kind.why_not(module, config)
+        if kind is None and config.enable_lora_for(setting) is not None:
+            problem = f"enable_lora names it, and is for {LoraMergedLinear.base_kinds}"
+        if problem is None and (attention := _attention_around(bare, path)) is not None:
+            problem = LoraMultiheadAttention.why_not(attention, config)
+            if problem is None and attention is bare.root:
+                problem = "it is the model itself; put it into another module"
+            problem = problem and f"nn.MultiheadAttention reads its weight and never calls it, and {problem}"
+        if problem:
+            problems.append(f"{path} ({type(module).__name__}): {problem}")
+    if problems:
+        kinds = ", ".join(kind.base_kinds for kind in LORA_LAYERS)
+        raise TypeError(
+            f"inject: target_modules matches what cannot be adapted; these can be: {kinds}. Narrow target_modules, or "
+            f"add to exclude_modules:{listed(problems)}"
+        )
+
+
+def _can_follow(module: nn.Module, source: nn.Module) -> bool:
+    """Whether a module can have a :class:`TiedAdapter` of the adapter of ``source``."""
+    return isinstance(module, nn.Linear | nn.Embedding) and isinstance(source, nn.Embedding)
+
+
+def _check_tokens(bare: BareModel, targets: Targets) -> None:
+    for path in (*targets.tokens, *(path for path, source in targets.tied.items() if source in targets.tokens)):
+        module = bare.modules[path]
+        if problem := TrainableTokens.why_not(module):
+            raise TypeError(
+                f"inject: trainable_token_indices cannot train rows of {path!r} ({type(module).__name__}): {problem}"
+            )
+        if path in targets.tokens and not targets.tokens[path]:
+            raise ValueError(f"inject: trainable_token_indices names no token of {path!r}; leave it out")
+        wrong = [token for token in targets.tokens.get(path, ()) if not 0 <= token < len(module.weight)]
+        if wrong:
+            raise ValueError(
+                f"inject: trainable_token_indices names the tokens {shown(wrong)}, but {path!r} has "
+                f"{len(module.weight)}; resize the embedding first (resize_token_embeddings)"
+            )
+
+
+def _check_parameters(bare: BareModel, targets: Targets) -> None:
+    problems = []
+    for path, names in targets.parameters.items():
+        for name in names:
+            if (reason := LoraParameter.why_not_parameter(bare.modules[path], name)) is not None:
+                problems.append(f"{path}.{name}: {reason}")
+            elif _attention_around(bare, path) is not None:
+                problems.append(
+                    f"{path}.{name}: nn.MultiheadAttention reads it and never calls its module; name {path!r} in "
+                    "target_modules"
+                )
+    if problems:
+        raise TypeError(f"inject: target_parameters matches what cannot be adapted:{listed(problems)}")
+
+    for path in (*targets.modules, *targets.parameters):
+        for layer in bare.layers.get(path, ()):
+            if isinstance(layer, LoraLayer) and isinstance(layer, LoraParameter) != (path in targets.parameters):
+                raise ValueError(
+                    f"inject: {path!r} is adapted by {list(layer.adapters)} as a target of "
+                    f"{'target_parameters' if isinstance(layer, LoraParameter) else 'target_modules'}; it cannot be a "
+                    "target of the other kind too. Adapt it in the same way, or delete_adapter(model, ...) first"
+                )
+
+
+def _attention_around(bare: BareModel, path: str) -> nn.MultiheadAttention | None:
+    """The attention whose ``out_proj`` is at ``path``."""
+    parent, _, name = path.rpartition(".")
+    module = bare.modules[parent] if parent else bare.root
+    return module if isinstance(module, nn.MultiheadAttention) and name == "out_proj" else None
+
+
+class Planner:
+    """Builds the parts of one adapter, for a model that holds the adapters ``into`` already.
+
+    With ``device``, the adapter's tensors are there: on the meta device they have shapes, and take no memory.
+    """
+
+    def __init__(
+        self, bare: BareModel, config: LoraConfig, into: AdapterSet, device: torch.device | None = None
+    ) -> None:
+        self.bare, self.config, self.active, self.device = bare, config, into.active, device
+        self.untrained = {key: own for biases in into.biases.values() for key, own in biases.originals().items()}
+        self.made: dict[tuple[str, Callable], AdapterLayer] = {}
+        self.low_rank: list[Part] | None = None
+
+    def parts(self, targets: Targets) -> tuple[Part, ...]:
+        if self.low_rank is None:
+            self.low_rank = [*self.lora_parts(targets), *self.parameter_parts(targets)]
+        parts = [*self.low_rank, *self.trained_parts(targets)]
+        replaced = {old: new for part in parts for old, new in part.replaced.items()}
+        return located((*parts, *self.token_parts(targets, replaced)))
+
+    def give_memory(self) -> None:
+        """Puts factors that have shapes only where their base layers are, and what :meth:`parts` makes from now on."""
+        self.device = None
+        for part in self.low_rank or ():
+            device = part.layer.weight.device
+            for module in part.adapter.modules():
+                for name, factor in module._parameters.items():
+                    if factor is not None and factor.is_meta:
+                        module._parameters[name] = nn.Parameter(torch.empty_like(factor, device=device))
+
+    def lora_parts(self, targets: Targets) -> Iterator[Part]:
+        adapters = {}
+        for path, module, setting in _adapted(self.bare, targets, self.config):
+            kind = lora_layer_for(module, self.config, setting)
+            if targets.tied.get(path) in targets.modules:
+                adapter = TiedAdapter(adapters[setting], transposed=isinstance(module, nn.Linear))
+            else:
+                adapter = adapters[path] = kind.new_adapter(module, self.config, setting, self.device)
+            if kind is LoraMergedLinear:
+                layer, replaced = self._merged_linear(path, module, len(self.config.enable_lora_for(setting)))
+            else:
+                layer, replaced = self._layer(path, module, kind)
+            if (attention := _attention_around(self.bare, path)) is not None:  # which calls it, once in such a layer
+                replaced |= self._layer(path.rpartition(".")[0], attention, LoraMultiheadAttention)[1]
+            yield Part(path, path, layer, adapter, replaced)
+
+    def parameter_parts(self, targets: Targets) -> Iterator[Part]:
+        for path, names in targets.parameters.items():
+            module = self.bare.modules[path]
+            there = [layer for layer in self.bare.layers.get(path, ()) if isinstance(layer, LoraParameter)]
+            layers = {layer.parameter_name: layer for layer in there}
+            outermost = before = there[0] if there else module
+            for name in names:
+                if name not in layers:
+                    outermost = layers[name] = LoraParameter(outermost, name, active=self.active)
+            for name in names:
+                adapter = LoraParameter.new_adapter_of(module, name, self.config, f"{path}.{name}", self.device)
+                replaced = {} if outermost is before else {before: outermost}
+                yield Part(path, path, layers[name], adapter, replaced)
+
+    def trained_parts(self, targets: Targets) -> Iterator[Part]:
+        copied: dict = dict(self.untrained)  # shared, so that the copies of tied modules are tied
+        tied = [path for path, source in targets.tied.items() if source in targets.trained]
+        for path in (*targets.trained, *tied) if self.device is not None else ():
+            module = self.bare.modules[path]
+            for tensor in (*module.parameters(), *module.buffers()):
+                if id(tensor) not in copied:
+                    empty = torch.empty_like(tensor, device=self.device)
+                    copied[id(tensor)] = (
+                        nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+                    )
+        inside = Parents((*targets.trained, *tied))
+        for path, around in reversed(self.bare.layers.items()):  # the copies are bare: other adapters are not theirs
+            if path in inside:
+                copied |= dict.fromkeys(map(id, around), copy.deepcopy(self.bare.modules[path], copied))
+        for path in (*targets.trained, *tied):
+            outermost = next(iter(self.bare.layers.get(path, ())), self.bare.modules[path])
+            layer, replaced = self._layer(path, outermost, TrainedModule)
+            yield Part(path, path, layer, copy.deepcopy(self.bare.modules[path], copied), replaced)
+
+    def token_parts(self, targets: Targets, replaced: Mapping[nn.Module, nn.Module]) -> Iterator[Part]:
+        """``replaced``: what is put in the place of which module for other parts."""
+        rows: dict[str, TokenRows | TiedRows] = {
+            path: TokenRows(self.bare.modules[path].weight, tokens, self.device)
+            for path, tokens in targets.tokens.items()
+        }
+        rows |= {path: TiedRows(rows[source]) for path, source in targets.tied.items() if source in rows}
+        for path, adapter in rows.items():
+            around = self.bare.layers.get(path, ())
+            layer = next((layer for layer in around if isinstance(layer, TrainableTokens)), None)
+            if layer is not None:
+                yield Part(path, path, layer, adapter)
+            else:
+                lora = (layer for layer in around if not isinstance(layer, TrainedModule))
+                outermost = next(lora, self.bare.modules[path])  # but for copies trained in full: they take no rows
+                layer = TrainableTokens(replaced.get(outermost, outermost), active=self.active)
+                yield Part(path, path, layer, adapter, {outermost: layer})
+
+    def _layer(
+        self, path: str, module: nn.Module, kind: type[AdapterLayer]
+    ) -> tuple[AdapterLayer, dict[nn.Module, nn.Module]]:
+        """The layer of this kind that is around the module, or a new one, and what that replaces."""
+        for layer in self.bare.layers.get(path, ()):
+            if isinstance(layer, kind):
+                return layer, {}
+        if (path, kind) not in self.made:
+            self.made[path, kind] = kind(module, active=self.active)
+        layer = self.made[path, kind]
+        return layer, {module: layer}
+
+    def _merged_linear(
+        self, path: str, module: nn.Module, num_parts: int
+    ) -> tuple[LoraMergedLinear, dict[nn.Module, nn.Module]]:
+        """As :meth:`_layer`; a new one takes the place of a plain layer, whose adapters it then has too."""
+        made = LoraMergedLinear(module, num_parts, active=self.active)
+        for layer in self.bare.layers.get(path, ()):
+            if isinstance(layer, LoraMergedLinear):
+                if layer.num_parts != num_parts:
+                    raise ValueError(
+                        f"inject: enable_lora has {num_parts} parts for {path!r}, but other adapters have "
+                        f"{layer.num_parts} there; give it as many"
+                    )
+                return layer, {}
+            if isinstance(layer, LoraLinear):
+                made.adapters = layer.adapters
+                return made, {layer: made}
+        return made, {module: made}
+
+    def biases(self, parts: tuple[Part, ...]) -> TrainedBiases | None:
+        if self.config.bias == "none":
+            return None
+        wrapped = Counter(part.path for part in parts if isinstance(part.layer, LoraLayer))
+        trained = Parents(part.path for part in parts if isinstance(part.layer, TrainedModule))
+        owners = {}
+        for path, module in self.bare.modules.items():
+            if module._parameters.get("bias") is None or path in trained:
+                continue
+            if self.config.bias == "all" or path in wrapped:
+                owners[file_path(path, wrapped) + ".base_layer" * wrapped[path]] = module
+        return TrainedBiases(owners)

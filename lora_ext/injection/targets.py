@@ -1,0 +1,332 @@
+"""Which parts of a model a config names, by PEFT's rules, so that a PEFT user's config selects the same parts here.
+
+Pure functions of names and modules: whether a part's type can be adapted is for others to say.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lora_ext._common.printable import shown
+from lora_ext._common.warnings import warn_user
+from lora_ext.config import ALL_LINEAR, LoraConfig
+from lora_ext.injection.bare_model import parameter_paths
+from lora_ext.matching.path_names import EndTable, Parents, SuffixTable, path_ends
+from lora_ext.matching.path_patterns import LayerNumbers, PathMatcher
+from lora_ext.nn.linear import is_linear
+
+_MOST_CLOSE, _LONGEST_CLOSE = 5, 100
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What to adapt, to train and to tie, by path, in the model's order.
+
+    Attributes:
+        modules: modules to adapt.
+        parameters: bare parameters to adapt: module path -> names. PEFT nests a wrapper for each around the module, in
+            this order, the first innermost, and names them so in its files.
+        trained: modules to train in full.
+        tokens: embeddings to train rows of: path -> token numbers.
+        tied: modules that share their weight with the input embedding and follow it: path -> the embedding's path,
+            which is in ``modules``, ``trained`` or ``tokens``.
+    """
+
+    modules: dict[str, nn.Module]
+    parameters: dict[str, tuple[str, ...]]
+    trained: dict[str, nn.Module]
+    tokens: dict[str, tuple[int, ...]]
+    tied: dict[str, str]
+
+
+def find_targets(
+    config: LoraConfig,
+    root_name: str,
+    modules: Mapping[str, nn.Module],
+    output_head: nn.Module | None = None,
+    input_embedding: nn.Module | None = None,
+) -> Targets:
+    """Finds what ``config`` names in a model.
+
+    Args:
+        config: the names.
+        root_name: the model's class, for messages.
+        modules: path -> module of the bare model in the order of ``named_modules()``, each module once, without the
+            root.
+        output_head: what ``get_output_embeddings()`` returns; "all-linear" leaves it out.
+        input_embedding: what ``get_input_embeddings()`` returns: a plain list of tokens is about it, and what shares
+            its weight is tied to it.
+
+    Raises:
+        ValueError: nothing matches (names close matches); something is named for two purposes; a module to save shares
+            a parameter with what is not saved; tied embeddings are to train different tokens.
+
+    Warns:
+        UserWarning: an entry matches nothing while others do (PEFT is silent then, and a misspelt layer stays as it
+            is); there is nothing to tie.
+    """
+    return _Search(config, root_name, modules, output_head, input_embedding).run()
+
+
+class _Search:
+    def __init__(
+        self,
+        config: LoraConfig,
+        root_name: str,
+        modules: Mapping[str, nn.Module],
+        output_head: nn.Module | None,
+        input_embedding: nn.Module | None,
+    ) -> None:
+        self.config = config
+        self.root_name = root_name
+        self.modules = modules
+        self.output_head = output_head
+        self.embedding, self.twins = _tied_embedding(modules, input_embedding)
+        self.warnings: list[str] = []
+        self.tied: dict[str, str] = {}
+
+    def run(self) -> Targets:
+        trained = self.find_trained()
+        parameters = self.find_parameters(trained)
+        targets = self.find_modules(trained, parameters)
+        tokens = self.find_tokens(trained, targets)
+        self.check_leftovers({*targets, *self.tied, *(f"{path}.{n}" for path in parameters for n in parameters[path])})
+        for message in self.warnings:
+            warn_user(message)
+        return Targets(targets, parameters, trained, tokens, self.tied)
+
+    def find_trained(self) -> dict[str, nn.Module]:
+        """Modules to train in full: those whose path ends with an entry, dot or not."""
+        named = SuffixTable(self.config.trained_modules)
+        found = {path: names for path in self.modules if (names := named.find(path))}
+        trained = {path: self.modules[path] for path in found}
+        # The heads that a task adds (and PEFT writes into the file) are not the user's to get right.
+        wanted = set(self.config.modules_to_save or ()) - set(self.config.task_heads)
+        unmatched = sorted(wanted.difference(*found.values()))
+        self.report_unmatched("modules_to_save", unmatched, fatal=not trained)
+        trained = self.tie(trained)
+
+        paths, inside = parameter_paths(self.modules.items()), Parents(trained)
+        for path, module in trained.items():
+            for parameter in module.parameters():
+                for other in paths[id(parameter)]:
+                    # It would train, and on loading overwrite, its twin too; PEFT would untie the two.
+                    if other not in inside and other not in self.tied:
+                        tie = "set ensure_weight_tying=True, " if {path, other} <= {self.embedding, *self.twins} else ""
+                        raise ValueError(
+                            f"inject: modules_to_save has {path!r}, whose parameter is also that of {other!r}; "
+                            f"add {other!r} to modules_to_save, {tie}or untie the two"
+                        )
+        return trained
+
+    def find_parameters(self, trained: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
+        names = self.config.target_parameters or ()
+        if not names:
+            return {}
+        named, inside, matched = EndTable(names), Parents(trained), set()
+        found: dict[str, list[str]] = defaultdict(list)
+        for path, name in _parameters(self.modules, names):
+            if not (entries := named.find(f"{path}.{name}")):
+                continue
+            matched.update(entries)
+            if path in inside:
+                raise ValueError(
+                    f"inject: target_parameters names {path + '.' + name!r}, and modules_to_save trains it in "
+                    "full; take it out of one of the two"
+                )
+            found[path].append(name)
+        unmatched = [entry for entry in names if entry not in matched]
+        self.report_unmatched("target_parameters", unmatched, fatal=not found and not self.config.target_modules)
+        return {path: tuple(names) for path, names in found.items()}
+
+    def find_modules(
+        self, trained: Mapping[str, nn.Module], parameters: Mapping[str, tuple[str, ...]]
+    ) -> dict[str, nn.Module]:
+        config = self.config
+        if is_all_linear(config):
+            named = self.all_linear()
+        else:
+            named = list(filter(PathMatcher("target_modules", config.target_modules), self.modules))
+            unmatched = self.unmatched(config.target_modules, named)
+            self.report_unmatched("target_modules", unmatched, fatal=not named and not parameters)
+        excluded = set(filter(PathMatcher("exclude_modules", config.exclude_modules), self.modules))
+        unmatched = self.unmatched(config.exclude_modules, excluded)
+        self.report_unmatched("exclude_modules", unmatched, fatal=False)
+
+        whole = () if isinstance(config.target_modules, str) else config.target_modules or ()
+        layers = LayerNumbers(config.layers_to_transform, config.layers_pattern, whole)
+        in_layers = [path for path in named if path in layers]
+        inside = Parents((*trained, *self.tied))
+        targets = {path: self.modules[path] for path in in_layers if path not in excluded and path not in inside}
+        targets = self.tie(targets)
+        if self.embedding in targets and self.embedding in excluded:
+            raise ValueError(
+                f"inject: exclude_modules has {self.embedding!r}, but ensure_weight_tying is True and target_modules "
+                f"names what is tied to it; take it out of exclude_modules, or set ensure_weight_tying=False"
+            )
+        if not targets and not parameters:
+            raise ValueError(self.why_nothing(named, in_layers))
+        for path in parameters:
+            if path in targets:
+                raise ValueError(
+                    f"inject: target_parameters names {list(parameters[path])} of {path!r}, and target_modules names "
+                    f"{path!r} itself; name one of them (target_modules=[] adapts no module)"
+                )
+        return targets
+
+    def find_tokens(
+        self, trained: Mapping[str, nn.Module], targets: Mapping[str, nn.Module]
+    ) -> dict[str, tuple[int, ...]]:
+        key = "trainable_token_indices"
+        wanted = self.config.trainable_token_indices
+        if wanted is None:
+            return {}
+        if not isinstance(wanted, Mapping):
+            wanted = {self.embedding or "embed_tokens": wanted}  # the latter is PEFT's guess
+        named, matches = SuffixTable(wanted), {name: [] for name in wanted}
+        for path in self.modules:
+            for name in named.find(path):
+                matches[name].append(path)
+        self.report_unmatched(key, [name for name, paths in matches.items() if not paths], fatal=True)
+
+        tokens: dict[str, tuple[int, ...]] = {}
+        others = {"modules_to_save": Parents(trained), "target_modules": Parents(targets)}
+        for name, paths in matches.items():
+            indices = wanted[name]
+            for path in paths:
+                for other, inside in others.items():
+                    if path in inside:
+                        raise ValueError(
+                            f"inject: {key} names {path!r}, and so does {other}; take it out of one of the two"
+                        )
+                if (known := tokens.setdefault(path, indices)) is not indices and known != indices:
+                    raise ValueError(f"inject: {key} names {path!r} twice, with different tokens")
+
+        listed = {path: tokens[path] for path in (self.embedding, *self.twins) if path in tokens}
+        differ = len(set(listed.values())) > 1
+        if differ and self.config.ensure_weight_tying:
+            settings = ", ".join(f"{path}: {shown(list(indices))}" for path, indices in listed.items())
+            raise ValueError(
+                f"inject: {key} names different tokens for tied embeddings ({settings}); name the same ones, or set "
+                "ensure_weight_tying=False"
+            )
+        if self.embedding in tokens and not differ:  # tied without being asked to, as in PEFT
+            for twin in self.twins:
+                tokens.pop(twin, None)
+                self.tied[twin] = self.embedding
+        return tokens
+
+    def all_linear(self) -> list[str]:
+        """Every linear layer (Transformers' ``Conv1D`` is one) but the output head."""
+        return [path for path, module in self.modules.items() if is_linear(module) and module is not self.output_head]
+
+    def tie(self, found: dict[str, nn.Module]) -> dict[str, nn.Module]:
+        """With ``ensure_weight_tying``, the input embedding in place of all in ``found`` that shares its weight."""
+        if not (self.config.ensure_weight_tying and self.twins and {self.embedding, *self.twins} & found.keys()):
+            return found
+        self.tied.update(dict.fromkeys(self.twins, self.embedding))
+        paths = ({self.embedding} | found.keys()) - set(self.twins)
+        return {path: module for path, module in self.modules.items() if path in paths}
+
+    def unmatched(self, names: tuple[str, ...] | str | None, found: Iterable[str]) -> list[str]:
+        """The entries of a list, or the regular expression, that cover no module; ``found`` are those covered."""
+        if isinstance(names, str):
+            return [] if any(True for _ in found) else [names]
+        ends = {path[begin:] for path in found for begin in path_ends(path)}
+        return [name for name in names or () if name not in ends]
+
+    def why_nothing(self, named: list[str], in_layers: list[str]) -> str:
+        config = self.config
+        if not named:
+            return f"inject: {self.root_name} has no linear layer to adapt beside its output head"
+        message = f"inject: nothing is left to adapt in {self.root_name}: target_modules matches {shown(named)}, and "
+        if in_layers:
+            return message + "exclude_modules or modules_to_save takes all of that out"
+        pattern = f" (layers_pattern {shown(config.layers_pattern)})" if config.layers_pattern else ""
+        return message + f"none of that is in layers_to_transform {shown(config.layers_to_transform)}{pattern}"
+
+    def check_leftovers(self, targets: set[str]) -> None:
+        """Warns about settings that were of no use."""
+        for key, unused in self.config.unused_settings(targets).items():
+            if unused:
+                self.warnings.append(
+                    f"inject: {key} {shown(unused)} matches nothing that is adapted in {self.root_name}"
+                )
+        if self.config.ensure_weight_tying and not self.tied:
+            self.warnings.append(
+                "inject: ensure_weight_tying is True, but "
+                + (
+                    f"neither {self.embedding!r} nor {self.twins}, which are tied, is to be adapted or trained"
+                    if self.twins
+                    else f"nothing in {self.root_name} shares its weight with the input embedding"
+                )
+            )
+
+    def report_unmatched(self, key: str, unmatched: list[str], *, fatal: bool) -> None:
+        if not unmatched:
+            return
+        if key == "target_parameters":
+            kind, plural = "parameter", "parameters"
+            paths = [f"{path}.{name}" for path, name in _parameters(self.modules)]
+            candidates = [path.split(".", path.count(".") - 1)[-1] for path in paths]
+            known = paths
+        else:
+            kind = "module"
+            if key == "trainable_token_indices":
+                plural, paths = "embeddings", [path for path, m in self.modules.items() if isinstance(m, nn.Embedding)]
+            else:
+                plural, paths = "linear layers", [path for path, m in self.modules.items() if is_linear(m)]
+            candidates = [path.rpartition(".")[2] for path in (*paths, *self.modules)]
+            known = [path.rpartition(".")[2] for path in paths]
+        candidates = [*dict.fromkeys(candidates), *paths]
+        # Looking for close ones takes time for each name, and is of use for what somebody wrote by hand.
+        written = [name for name in unmatched[:_MOST_CLOSE] if len(name) <= _LONGEST_CLOSE]
+        close = dict.fromkeys(match for name in written for match in difflib.get_close_matches(name, candidates))
+        some = list(dict.fromkeys(known))[:8]
+        message = (
+            f"inject: {key} {shown(unmatched)} matches no {kind} of {self.root_name}; "
+            + (f"close matches: {', '.join(map(repr, close))}; " if close else "")
+            + f"its {plural} include {', '.join(map(repr, some)) or 'none'}"
+        )
+        if fatal:
+            raise ValueError(message)
+        self.warnings.append(message)
+
+
+def is_all_linear(config: LoraConfig) -> bool:
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
+
+
+def _tied_embedding(modules: Mapping[str, nn.Module], embedding: nn.Module | None) -> tuple[str, list[str]]:
+    """The path of the input embedding (empty if there is none) and those of all modules that hold its weight too."""
+    paths = [path for path, module in modules.items() if module is embedding]
+    if embedding is None or not paths:
+        return "", []
+    weights = {id(parameter) for parameter in embedding._parameters.values() if parameter is not None}
+    holders = parameter_paths(modules.items())
+    shared = {path for weight in weights for path in holders[weight]} - set(paths)
+    return paths[0], [path for path in modules if path in shared]
+
+
+def _parameters(modules: Mapping[str, nn.Module], whole_paths: Iterable[str] = ()) -> Iterator[tuple[str, str]]:
+    """``(module path, name)`` of every parameter that can be named as a target, in PEFT's order.
+
+    A module with parametrizations holds its parameters elsewhere; PEFT then takes entries that are whole paths only.
+    """
+    by_parent: dict[str, list[str]] = defaultdict(list)
+    for entry in sorted(set(whole_paths)):
+        parent, _, name = entry.rpartition(".")
+        by_parent[parent].append(name)
+    for path, module in modules.items():
+        if hasattr(module, "parametrizations"):
+            for name in by_parent.get(path, ()):
+                if isinstance(getattr(module, name, None), Tensor):
+                    yield path, name
+        else:
+            for name, _ in module.named_parameters(recurse=False):
+                yield path, name

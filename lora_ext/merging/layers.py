@@ -1,0 +1,231 @@
+"""Which adapters a layer's base weights contain, and how that set changes.
+
+A weight is a function of the set: the pristine weight plus the updates of just those adapters, added up in the order of
+their names and rounded once. To change the set, every bit of the pristine weights is restored first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from lora_ext._common.changes import changing
+from lora_ext._ops.checks import check_merge_layer
+from lora_ext.merging.weights import (
+    MergeRecord,
+    check_unmerge,
+    merge_all_,
+    pack_factors,
+    plan_unmerge,
+    remerge,
+    run_unmerge,
+)
+
+if TYPE_CHECKING:
+    from lora_ext.nn.layer import ActiveAdapters
+
+Factors = tuple[Tensor, Tensor, float]  # lora_A [r, cols], lora_B [rows, r], scaling
+
+
+class Mergeable(Protocol):
+    """What merging needs of a layer; :class:`~lora_ext.nn.layer.LoraLayer` has it all."""
+
+    _merged: MergedAdapters | None
+    active: ActiveAdapters
+
+    def matrices(self) -> Mapping[str, object]:
+        """The matrices that adapters update: :class:`~lora_ext.nn.layer.Matrix` by a key."""
+
+    def factors(self, name: str) -> Mapping[str, Factors]:
+        """The update of an adapter to each matrix it updates, by the same keys."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MergedMatrix:
+    """The updates merged into one matrix.
+
+    Attributes:
+        ranks: by adapter name, sorted: the record's factors have them side by side.
+        record: how to restore the matrix. It holds the factors as they were when merged.
+    """
+
+    ranks: Mapping[str, int]
+    record: MergeRecord
+
+    @property
+    def numel(self) -> int:
+        """Elements of the matrix."""
+        return self.record.lora_B.shape[0] * self.record.lora_A.shape[1]
+
+    def factors(self, name: str, device: torch.device) -> Factors:
+        """What was merged under ``name``, as :func:`~lora_ext.merging.weights.pack_factors` takes it."""
+        begin = sum(rank for other, rank in self.ranks.items() if other < name)
+        end = begin + self.ranks[name]
+        return self.record.lora_A[begin:end].to(device), self.record.lora_B[:, begin:end].to(device), 1.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MergedAdapters:
+    """The adapters merged into one layer.
+
+    Attributes:
+        names: sorted.
+        matrices: by key, those of the layer's matrices that an update was merged into.
+        lost: why the weights can no longer be restored, or None.
+    """
+
+    names: tuple[str, ...]
+    matrices: Mapping[str, MergedMatrix]
+    lost: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(matrix.record.nbytes for matrix in self.matrices.values())
+
+
+@dataclasses.dataclass
+class _Merge:
+    """What one call of the op merges, by matrix.
+
+    Attributes:
+        holders: the layers that hold the matrix, each with its key there: several where adapters are tied.
+        views, labels: the matrix, and what it is called.
+        factors: the packed updates.
+        ranks: by adapter name, sorted.
+    """
+
+    holders: list[list[tuple[Mergeable, str]]] = dataclasses.field(default_factory=list)
+    views: list[Tensor] = dataclasses.field(default_factory=list)
+    labels: list[str] = dataclasses.field(default_factory=list)
+    factors: list[tuple[Tensor, Tensor]] = dataclasses.field(default_factory=list)
+    ranks: list[dict[str, int]] = dataclasses.field(default_factory=list)
+
+    def run(self, caller: str, record: bool = True) -> list[MergeRecord]:
+        lora_As, lora_Bs = [A for A, _ in self.factors], [B for _, B in self.factors]
+        return merge_all_(caller, self.views, lora_As, lora_Bs, self.labels, record=record)
+
+
+@torch.no_grad()
+def change_merged(caller: str, wanted: Mapping[Mergeable, Collection[str]], where: Mapping[Mergeable, str]) -> None:
+    """Gives every layer the adapters ``wanted`` of it, merged, and no others; or leaves all layers as they are.
+
+    Adapters that stay merged keep the values they were merged with. ``where`` says in messages which layer it is, after
+    "the weight": " of 'path'", or nothing. Ctrl-C takes effect once all layers are changed.
+
+    Raises:
+        ValueError: a result would be NaN or infinite, two weights share memory, or an update cannot be merged.
+        RuntimeError: a weight was converted to another dtype while merged, or is computed by a parametrization.
+    """
+    records: dict[int, MergeRecord] = {}  # tied layers have one
+    views, labels = [], []
+    for layer in wanted:
+        for key, _, view, label in stored_matrices(caller, layer, where[layer]):
+            if layer._merged is not None and key in layer._merged.matrices:
+                if layer._merged.lost:
+                    raise RuntimeError(f"{caller}: {label} {layer._merged.lost}; forget_merge() takes it as it is now")
+                record = layer._merged.matrices[key].record
+                check_unmerge(caller, view, record, label)
+                if id(record) not in records:
+                    records[id(record)] = record
+                    views.append(view)
+                    labels.append(label)
+    merge = _plan_merge(caller, wanted, where)
+    before = {layer: layer._merged for layer in wanted}
+    launches = plan_unmerge(caller, views, list(records.values()), labels)
+
+    with changing(*_shared(wanted)):  # from here on the weights and what is noted about them change in step
+        run_unmerge(launches)
+        for layer in wanted:
+            layer._merged = None
+        try:
+            made = merge.run(caller)
+        except BaseException:  # nothing was merged: what was there before goes back in
+            remerge(launches)
+            for layer, merged in before.items():
+                layer._merged = merged
+            raise
+        matrices: dict[Mergeable, dict[str, MergedMatrix]] = {layer: {} for layer, names in wanted.items() if names}
+        for holders, ranks, record in zip(merge.holders, merge.ranks, made, strict=True):
+            matrix = MergedMatrix(ranks, record)
+            for layer, key in holders:
+                matrices[layer][key] = matrix
+        for layer, own in matrices.items():
+            layer._merged = MergedAdapters(tuple(sorted(wanted[layer])), own)
+
+
+@torch.no_grad()
+def merge_for_good(caller: str, wanted: Mapping[Mergeable, Collection[str]], where: Mapping[Mergeable, str]) -> None:
+    """Merges the adapters ``wanted`` of each layer, of which none is merged, and keeps nothing to unmerge them by.
+
+    Errors as :func:`change_merged`; all layers are then unchanged.
+    """
+    merge = _plan_merge(caller, wanted, where)
+    with changing(*_shared(wanted)):
+        merge.run(caller, record=False)
+
+
+def _shared(layers: Iterable[Mergeable]) -> set[ActiveAdapters]:
+    """What the layers of each model share."""
+    return {layer.active for layer in layers}
+
+
+def _plan_merge(caller: str, wanted: Mapping[Mergeable, Collection[str]], where: Mapping[Mergeable, str]) -> _Merge:
+    merge = _Merge()
+    known: dict[tuple, int] = {}
+    for layer, names in wanted.items():
+        for key, matrix, view, label in stored_matrices(caller, layer, where[layer]):
+            updates = _updates(caller, layer, key, view, label, sorted(names))
+            if not updates:
+                continue
+            parameter = matrix.owner._parameters[matrix.name]
+            same = (id(parameter), view.storage_offset(), *(update_identity(layer, key, name) for name in updates))
+            if same in known:
+                merge.holders[known[same]].append((layer, key))
+                continue
+            known[same] = len(merge.holders)
+            merge.holders.append([(layer, key)])
+            merge.views.append(view)
+            merge.labels.append(label)
+            merge.factors.append(pack_factors(view.dtype, list(updates.values())))
+            merge.ranks.append({name: A.shape[0] for name, (A, _, _) in updates.items()})
+    return merge
+
+
+def update_identity(layer: Mergeable, key: str, name: str) -> tuple:
+    """Tells the update of one adapter from others: equal only for those of tied adapters."""
+    if layer._merged is not None and name in layer._merged.names:
+        return name, id(layer._merged.matrices[key].record)
+    A, B, scaling = layer.factors(name)[key]
+    return name, A.data_ptr(), A.stride(), B.data_ptr(), B.stride(), scaling
+
+
+def stored_matrices(caller: str, layer: Mergeable, where: str) -> Iterator[tuple[str, object, Tensor, str]]:
+    """``(key, matrix, its view, what it is called)`` of each matrix.
+
+    Raises:
+        RuntimeError: it is computed on every access, so that what is merged into it would be lost.
+    """
+    for key, matrix in layer.matrices().items():
+        label = f"the {matrix.name}{where}"
+        if matrix.owner._parameters.get(matrix.name) is None:
+            raise RuntimeError(
+                f"{caller}: {label} is not a parameter but computed, by a parametrization perhaps; remove that first"
+            )
+        yield key, matrix, matrix.view, label
+
+
+def _updates(caller: str, layer: Mergeable, key: str, view: Tensor, label: str, names: list[str]) -> dict[str, Factors]:
+    """What each adapter adds to one matrix: as it was merged where it is, else as it is now."""
+    updates = {}
+    for name in names:
+        if layer._merged is not None and name in layer._merged.names:
+            if (matrix := layer._merged.matrices.get(key)) is not None and name in matrix.ranks:
+                updates[name] = matrix.factors(name, view.device)
+        elif (factors := layer.factors(name).get(key)) is not None:
+            check_merge_layer(f"{caller}: {label}", view, *factors[:2])
+            updates[name] = factors
+    return updates

@@ -1,0 +1,379 @@
+"""Merging updates into weights in place, and taking them out again to the very bit.
+
+A merged weight is ``round(W + d)``, the update ``d = scaling * lora_B @ lora_A`` accumulated in float32 (float64 for
+float64 weights) and rounded once. Rounding loses bits; the record of a merge keeps what it lost: where
+``round(merged - d)`` is not ``W``, the difference in units in the last place. csrc/common/merge_params.h defines all of
+it to the bit, the same on every device; csrc/common/merge_record.h the record's layout.
+
+On the CPU a merge is one pass, which restores what it has changed when it meets a result that is NaN or infinite. On
+CUDA it takes two: the first changes nothing, and finds such results and how long the record will be. Lists of weights
+go through together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from lora_ext import _load
+from lora_ext._common.arguments import checked
+from lora_ext._common.interrupts import uninterrupted
+from lora_ext._ops import checks, refusals
+from lora_ext._ops.in_place import check_inference
+from lora_ext._ops.lazy_views import check_not_lazy
+from lora_ext._ops.merge import refuse_weight_that_requires_grad
+from lora_ext._ops.tensor_arguments import check_tensors
+
+__all__ = ["MergeRecord", "lora_merge_", "lora_unmerge_", "merge_all_", "pack_factors", "unmerge_all_"]
+
+# weights, lora_A, lora_B, words, corrections: what lora_unmerge_ takes (csrc/schemas.h)
+LaunchArguments: TypeAlias = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+
+
+@dataclasses.dataclass(eq=False)
+class MergeRecord:
+    """What brings back a weight that an update was merged into: the update's factors and the lost bits.
+
+    Tensors of its own throughout, so that it holds whatever becomes of the adapter. It does not know the weight, and
+    may be copied, pickled and moved (:meth:`to`) like one.
+
+    Attributes:
+        lora_A: ``[r, in_features]``, float32 (float64 for a float64 weight).
+        lora_B: ``[out_features, r]`` in the same dtype, multiplied by the scaling.
+        dtype: the weight's.
+        words: int16 ``[out_features, segments]``, 16-bit words of each segment's corrections; None: none needed any.
+        corrections: int16 ``[words.sum()]``, or None.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    dtype: torch.dtype
+    words: Tensor | None = None
+    corrections: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the record takes: factors, lengths and corrections."""
+        return sum(tensor.nbytes for tensor in self._tensors().values())
+
+    def to(self, device: torch.device) -> MergeRecord:
+        """The record on ``device``: itself where it is there already."""
+        if self.lora_A.device == device:
+            return self
+        return dataclasses.replace(self, **{name: tensor.to(device) for name, tensor in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        fields = {"lora_A": self.lora_A, "lora_B": self.lora_B, "words": self.words, "corrections": self.corrections}
+        return {name: tensor for name, tensor in fields.items() if tensor is not None}
+
+
+MergeRecord.__init__ = checked(MergeRecord.__init__)  # type: ignore[method-assign]
+
+
+@checked
+def lora_merge_(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, record: bool = True
+) -> MergeRecord | None:
+    """``weight += scaling * lora_B @ lora_A`` in place, such that :func:`lora_unmerge_` restores every bit.
+
+    Args:
+        weight: ``[out_features, in_features]``, float64, float32, bfloat16 or float16; any row stride.
+        lora_A: ``[r, in_features]``, in any of the four dtypes.
+        lora_B: ``[out_features, r]``, dtype of ``lora_A``.
+        scaling: any finite number.
+        record: keep what the rounding loses. Without it there is no way back. On the CPU a record is made all the same,
+            to restore weights that would not be finite, and dropped at the end: it saves memory afterwards, not time.
+
+    Returns:
+        The record, or None without one. It takes 0.03 to 0.25 bytes per element in float32 for updates of 0.5 % to
+        10 % of the weight's size (standard deviations), and never more than the weight, beside the factors' copies.
+
+    Raises:
+        ValueError: a result would be NaN or infinite; or an argument is wrong, which the message names.
+        TypeError: a wrong dtype.
+        The weight then has its bits of before; so it has after Ctrl-C, except on CUDA without a record.
+    """
+    op = "lora_merge_"
+    checks.check_merge_layer(op, weight, lora_A, lora_B)
+    checks.check_scaling(op, scaling)
+    refuse_weight_that_requires_grad(op, weight)
+    # PyTorch multiplies by no integer beyond 63 bits.
+    A, B = pack_factors(weight.dtype, [(lora_A, lora_B, float(scaling))])
+    return merge_all_(op, [weight], [A], [B], record=record)[0]
+
+
+@checked
+def lora_unmerge_(weight: Tensor, record: MergeRecord) -> Tensor:
+    """Takes the update of :func:`lora_merge_` out of ``weight`` in place: its bits are those before the merge.
+
+    ``weight`` must hold what the merge left, on any device; a record that lies elsewhere is copied there.
+
+    Returns:
+        ``weight``.
+
+    Raises:
+        ValueError, TypeError: ``weight`` has another shape or dtype than the merged one. It is then untouched.
+    """
+    check_tensors("lora_unmerge_", {"weight": weight})
+    refuse_weight_that_requires_grad("lora_unmerge_", weight)
+    unmerge_all_("lora_unmerge_", [weight], [record])
+    return weight
+
+
+@torch.no_grad()
+def pack_factors(dtype: torch.dtype, adapters: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor]:
+    """Copies of ``(lora_A, lora_B, scaling)`` as the ops read them beside a weight of ``dtype``.
+
+    ``lora_A [r, in_features]`` and ``scaling * lora_B [out_features, r]`` in the accumulation dtype; of several
+    adapters side by side along the rank, in the order given.
+    """
+    acc = checks.accumulation_dtype(dtype)
+    # Factors that were scaled before stay as they are: a product would flush their subnormals where the caller has that
+    # switched on (torch.set_flush_denormal).
+    if len(adapters) == 1:
+        ((A, B, scaling),) = adapters
+        A, scaled = A.detach().to(acc, copy=True, memory_format=torch.contiguous_format), B.detach().to(acc)
+        return A, scaled * scaling if scaling != 1.0 else scaled.clone(memory_format=torch.contiguous_format)
+    return (
+        torch.cat([A.detach().to(acc) for A, _, _ in adapters]),
+        torch.cat([B.detach().to(acc) * s if s != 1.0 else B.detach().to(acc) for _, B, s in adapters], dim=1),
+    )
+
+
+@torch.no_grad()
+def merge_all_(
+    caller: str,
+    weights: Sequence[Tensor],
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    labels: Sequence[str] | None = None,
+    record: bool = True,
+) -> list[MergeRecord | None]:
+    """Merges factors of :func:`pack_factors` into their weights, or into none of them.
+
+    What was changed is restored where a result is not finite, a launch fails or Ctrl-C is pressed; merges without a
+    record on CUDA are not interrupted. ``labels`` name the weights in messages. Errors as :func:`lora_merge_`;
+    ValueError also where two weights share memory.
+    """
+    if not weights:
+        return []
+    labels = ["weight"] * len(weights) if labels is None else labels
+    launches = []
+    for (device, _), members in _groups(caller, weights, labels).items():
+        lists = tuple([tensors[i] for i in members] for tensors in (weights, lora_A, lora_B))
+        refuse = functools.partial(_refuse_non_finite, caller, lists, [labels[i] for i in members])
+        launches.append(
+            (members, _one_pass(lists, refuse) if device.type == "cpu" else _planned(lists, refuse, record))
+        )
+    done = _all_or_none([launch for _, launch in launches], undo=run_unmerge)
+    if not record:
+        return [None] * len(weights)
+    records: list[MergeRecord | None] = [None] * len(weights)
+    for (members, _), (*_, words, corrections) in zip(launches, done, strict=True):
+        for i, own_words, own in zip(members, words, corrections, strict=True):
+            kept = (own_words, own) if own.numel() else (None, None)
+            records[i] = MergeRecord(lora_A[i], lora_B[i], weights[i].dtype, *kept)
+    return records
+
+
+def _one_pass(lists: tuple[list[Tensor], ...], refuse: Callable[[Tensor], None]) -> Callable[[], LaunchArguments]:
+    """A merge of these weights, lora_A and lora_B on the CPU: its result is what unmerging them takes."""
+
+    def launch() -> LaunchArguments:
+        non_finite, words, corrections = _run(torch.ops.lora_ext.lora_merge_record_.default, *lists)
+        if not words:  # the op has restored the weights
+            refuse(non_finite)
+        return *lists, words, corrections
+
+    return launch
+
+
+def _planned(
+    lists: tuple[list[Tensor], ...], refuse: Callable[[Tensor], None], record: bool
+) -> Callable[[], LaunchArguments]:
+    """As :func:`_one_pass`, on CUDA: refused or planned now, with all the memory that it takes, and merged later."""
+    non_finite, all_words = _run(torch.ops.lora_ext.lora_merge_plan.default, *lists)
+    refuse(non_finite)
+    if not record:
+
+        def launch() -> LaunchArguments:
+            _run(torch.ops.lora_ext.lora_merge_.default, *lists)
+            return [], [], [], [], []
+
+        return launch
+    shapes = [(weight.shape[0], checks.merge_segments(weight.shape[1])) for weight in lists[0]]
+    parts = all_words.split([rows * segments for rows, segments in shapes])
+    totals = [int(total) for total in torch.stack([part.sum() for part in parts]).tolist()]
+    words = [part.view(shape).clone() for part, shape in zip(parts, shapes, strict=True)]
+    corrections = [all_words.new_empty(total) for total in totals]
+
+    def launch() -> LaunchArguments:
+        _run(torch.ops.lora_ext.lora_merge_planned_.default, *lists, words, corrections)
+        return *lists, words, corrections
+
+    return launch
+
+
+@torch.no_grad()
+def unmerge_all_(
+    caller: str, weights: Sequence[Tensor], records: Sequence[MergeRecord], labels: Sequence[str] | None = None
+) -> None:
+    """Takes each record's update out of its weight: of all of them, or of none where one does not fit."""
+    run_unmerge(plan_unmerge(caller, weights, records, labels))
+
+
+@torch.no_grad()
+def plan_unmerge(
+    caller: str, weights: Sequence[Tensor], records: Sequence[MergeRecord], labels: Sequence[str] | None = None
+) -> list[LaunchArguments]:
+    """What ``lora_unmerge_`` takes to restore the weights, a tuple a launch: all is checked, all memory is there."""
+    if not weights:
+        return []
+    labels = ["weight"] * len(weights) if labels is None else labels
+    for weight, record, label in zip(weights, records, labels, strict=True):
+        check_unmerge(caller, weight, record, label)
+    launches: list[LaunchArguments] = []
+    for members in _groups(caller, weights, labels).values():
+        own = [records[i].to(weights[i].device) for i in members]
+        arguments = [weights[i] for i in members], [r.lora_A for r in own], [r.lora_B for r in own]
+        if all(r.words is None for r in own):
+            launches.append((*arguments, [], []))
+            continue
+        none = own[0].lora_A.new_empty(0, dtype=torch.int16)
+        words = [
+            none.new_zeros(weight.shape[0], checks.merge_segments(weight.shape[1])) if r.words is None else r.words
+            for weight, r in zip(arguments[0], own, strict=True)
+        ]
+        launches.append((*arguments, words, [none if r.corrections is None else r.corrections for r in own]))
+    return launches
+
+
+@torch.no_grad()
+def run_unmerge(launches: Sequence[LaunchArguments]) -> None:
+    """Restores the weights: all of them, or none where a launch fails or Ctrl-C is pressed."""
+
+    def unmerge(launch: LaunchArguments) -> LaunchArguments:
+        if launch[0]:
+            _run(torch.ops.lora_ext.lora_unmerge_.default, *launch)
+        return launch
+
+    _all_or_none([functools.partial(unmerge, launch) for launch in launches], undo=remerge)
+
+
+@torch.no_grad()
+def remerge(launches: Sequence[LaunchArguments]) -> None:
+    """Merges again what these launches took out, to the same bits; allocates nothing."""
+    for weights, lora_A, lora_B, _, _ in launches:
+        _run(torch.ops.lora_ext.lora_merge_.default, weights, lora_A, lora_B)
+
+
+def _run(op: Callable, *arguments: Sequence[Tensor]) -> object:
+    try:
+        return op(*arguments)
+    except RuntimeError as error:
+        refusals.check_memory(error)
+        raise
+
+
+def _all_or_none(
+    launches: Sequence[Callable[[], LaunchArguments]], undo: Callable[[list[LaunchArguments]], None]
+) -> list[LaunchArguments]:
+    done: list[LaunchArguments] = []
+    if not launches:
+        return done
+    try:
+        with uninterrupted():  # an interrupt would leave open whether the last op has run
+            for launch in launches:
+                done.append(launch())
+    except BaseException:  # the caller learns of no change, and must find none
+        undo(done)
+        raise
+    return done
+
+
+def check_unmerge(caller: str, weight: Tensor, record: MergeRecord, label: str = "weight") -> None:
+    """A weight that a record was not made for cannot be restored: ValueError or TypeError."""
+    check_tensors(caller, {f"the record's {name}": tensor for name, tensor in record._tensors().items()})
+    if record.lora_A.is_meta:
+        raise ValueError(f"{caller}: the record of {label} is on the meta device, where it has no values")
+    for name, factor in (("lora_A", record.lora_A), ("lora_B", record.lora_B)):
+        if factor.dim() != 2:
+            raise ValueError(f"{caller}: the record's {name} has shape {list(factor.shape)}, want 2 dimensions")
+    shape = record.lora_B.shape[0], record.lora_A.shape[1]
+    if tuple(weight.shape) != shape:
+        raise ValueError(f"{caller}: {label} has shape {list(weight.shape)}, but {list(shape)} was merged")
+    if weight.dtype != record.dtype:
+        raise TypeError(
+            f"{caller}: {label} is {weight.dtype} now, but {record.dtype} was merged: its bits cannot be restored"
+        )
+    checks.check_merge_strides(caller, weight, label)
+
+
+def _groups(caller: str, weights: Sequence[Tensor], labels: Sequence[str]) -> dict[object, list[int]]:
+    """Indices of the weights that an op takes together: those of one device and dtype. No two may share memory."""
+    groups: dict[object, list[int]] = defaultdict(list)
+    for i, (weight, label) in enumerate(zip(weights, labels, strict=True)):
+        check_inference(caller, label, weight)
+        check_not_lazy(caller, label, weight)
+        groups[weight.device, weight.dtype].append(i)
+    for device, _ in groups:
+        _load.check_kernels_exist(caller, device)
+        if device.type == "meta":
+            raise RuntimeError(f"{caller}: a weight is on the meta device, where it has no values to merge into")
+    _check_disjoint(caller, weights, labels)
+    return groups
+
+
+def _check_disjoint(caller: str, weights: Sequence[Tensor], labels: Sequence[str]) -> None:
+    """A weight's plan and its record hold for one update to it, not for that of another weight as well."""
+    if len(weights) < 2:
+        return
+    begins = sorted((str(w.device), w.data_ptr(), i) for i, w in enumerate(weights) if w.numel())
+    reaching: list[int] = []  # those that begin before and end behind
+    for device, begin, i in begins:
+        reaching = [j for j in reaching if str(weights[j].device) == device and _end(weights[j]) > begin]
+        for j in reaching:
+            if _overlap(weights[j], weights[i]):
+                raise ValueError(
+                    f"{caller}: {labels[min(i, j)]} shares memory with {labels[max(i, j)]}, which would change with "
+                    "it; give one a clone of the weight"
+                )
+        reaching.append(i)
+
+
+def _end(weight: Tensor) -> int:
+    rows, cols = weight.shape
+    return weight.data_ptr() + ((rows - 1) * weight.stride(0) + cols) * weight.element_size()
+
+
+def _overlap(first: Tensor, second: Tensor) -> bool:
+    """Whether two weights share elements, of which the second begins where the first has not ended yet."""
+    size, stride = first.element_size(), first.stride(0)
+    distance = second.data_ptr() - first.data_ptr()
+    if second.element_size() != size or second.stride(0) != stride or distance % size:
+        return True
+    column = distance // size % stride  # two blocks of columns of one matrix lie side by side
+    return column < first.shape[1] or column + second.shape[1] > stride
+
+
+def _refuse_non_finite(caller: str, lists: tuple[list[Tensor], ...], labels: Sequence[str], non_finite: Tensor) -> None:
+    """ValueError where a count is not zero, about the first such layer. The weights are unchanged or restored."""
+    for weight, lora_A, lora_B, label, count in zip(*lists, labels, non_finite.tolist(), strict=True):
+        if count == 0:
+            continue
+        if not (lora_A.isfinite().all() and lora_B.isfinite().all()):
+            reason = "the adapter has NaN or infinite values"
+        elif not weight.isfinite().all():
+            reason = "the weight has NaN or infinite values"
+        else:
+            limit = torch.finfo(weight.dtype).max
+            reason = f"the sum overflows {weight.dtype} (at most {limit:g}); convert to a wider dtype first"
+        raise ValueError(
+            f"{caller}: merging would make {count} of {weight.numel()} elements of {label} NaN or infinite: {reason}"
+        )

@@ -1,0 +1,1 @@
+"""``lora-ext analyze``: what adapters learned."""

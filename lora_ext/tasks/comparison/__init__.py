@@ -1,0 +1,1 @@
+"""``lora-ext compare`` and ``lora-ext sweep``: many runs side by side."""

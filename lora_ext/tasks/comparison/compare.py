@@ -1,0 +1,255 @@
+"""``lora-ext compare``: methods side by side on one model and data, over several seeds (the paper's figure 2)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from lora_ext.files.untrusted_json import read_json_object
+from lora_ext.methods import plan_method
+from lora_ext.methods.inserted import Insertion
+from lora_ext.tasks import TaskError
+from lora_ext.tasks.comparison.costs import measure_costs
+from lora_ext.tasks.comparison.many_runs import Run, in_process, run_all, settings_for
+from lora_ext.tasks.comparison.spread import deviation_over, lines_of, over_seeds, percent, summary, winner
+from lora_ext.tasks.finetune.data import fingerprint
+from lora_ext.tasks.finetune.settings import COMPARE_FILE, INPUTS, Settings, command_line
+from lora_ext.tasks.finetune.task_data import encode
+from lora_ext.tasks.finetune.task_model import (
+    TaskModel,
+    check_fits,
+    check_room,
+    load_task_model,
+    method_for,
+    most_tokens,
+)
+from lora_ext.tasks.shared import provenance
+from lora_ext.tasks.shared.markdown import table
+from lora_ext.tasks.shared.run_directory import check_out, leave_results, prepare_out
+from lora_ext.tasks.shared.whole_files import write_json, write_picture
+
+_OUTPUTS = ("compare.json", "compare.md", "compare.png", "costs.json", "costs.log", "runs", COMPARE_FILE)
+
+
+def compare(
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    options: Mapping[str, Any],
+    out: Path,
+    *,
+    jobs: int = 1,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Fine-tunes with every method from every seed, measures costs, leaves compare.json, .md and .png in ``out``.
+
+    A method that the checkpoint does not suit is left out, with its reason in ``left_out`` of the result.
+
+    Args:
+        methods: ``name`` or ``name:option=value...``, options of finetune; the text is the method's label.
+        seeds: each method is trained from each.
+        options: fields of :class:`~lora_ext.tasks.finetune.settings.Settings` for all runs, the learning rate None for each
+            method's own.
+        jobs: so many runs at once; then times are of runs that share the machine.
+
+    Returns:
+        The content of compare.json.
+
+    Raises:
+        TaskError: a mistake in the arguments, before anything is run; or a run that failed.
+        KeyboardInterrupt: Ctrl-C; ``resume`` goes on.
+    """
+    inputs = [options.get(name) for name in INPUTS]
+    check_out(out, resume, overwrite, marker=COMPARE_FILE, what="a comparison", outputs=_OUTPUTS, inputs=inputs)
+    settings = {label: settings_for(label, options, seeds[0]) for label in dict.fromkeys(methods)}
+    plan = {"methods": list(settings), "seeds": list(dict.fromkeys(seeds)), "options": dict(options)}
+    plan["threads"] = torch.get_num_threads()
+    texts, left_out = _check(settings)
+    for label, reason in left_out.items():
+        say(f"{label} is left out: {reason}")
+        del settings[label]
+    runs = [
+        Run(label, settings_for(label, options, seed), texts) for label in settings for seed in dict.fromkeys(seeds)
+    ]
+    prepare_out(out, _OUTPUTS, resume, lambda out: write_json(out / COMPARE_FILE, plan))
+
+    metrics = run_all(runs, out, "compare", jobs)
+    costs = _costs(settings, texts, out)
+    result = {
+        **provenance.made_by(_command(plan, out, jobs)),
+        "machine": provenance.machine(),
+        **plan,
+        "left_out": [{"label": label, "reason": reason} for label, reason in left_out.items()],
+        "methods": [_row(label, [metrics[run] for run in runs if run.label == label], costs) for label in settings],
+        "base_forward_ms": costs["base"]["forward_ms"],
+        "examples": metrics[runs[0]]["examples"],
+    }
+    result["best"] = winner({row["label"]: row["accuracy"] for row in result["methods"]})
+    _plot(out / "compare.png", result)
+    leave_results(out, "compare", result, markdown(result), say)
+    return result
+
+
+def _check(settings: Mapping[str, Settings]) -> tuple[str, dict[str, str]]:
+    """The fingerprint of the texts, and why methods do not suit the checkpoint, whatever their options.
+
+    TaskError: the texts are wrong, or the options of a method are, or no method suits the checkpoint.
+    """
+    first = next(iter(settings.values()))
+    task_model, splits = load_task_model(first)
+    texts = [example for split in splits for example in split]
+    rows: dict[int, list[dict[str, Any]]] = {}
+    unsuited: dict[str, str] = {}
+    for label, own in settings.items():
+        try:
+            _plan(task_model, Settings(method=own.method))
+            check_fits(task_model, own)
+        except (TaskError, TypeError, ValueError) as error:
+            unsuited[label] = str(error)
+            continue
+        try:
+            insertions = _plan(task_model, own)
+            if own.max_length not in rows:
+                rows[own.max_length] = encode(texts, task_model.tokenizer, splits.labels, own.max_length).rows
+            check_room([each.module for each in insertions], most_tokens(task_model.model), rows[own.max_length])
+        except (TaskError, TypeError, ValueError) as error:
+            raise TaskError(f"--methods {label}: {error}") from error
+    if len(unsuited) == len(settings):
+        raise TaskError("--methods: none suits the model: " + "; ".join(f"{k}: {v}" for k, v in unsuited.items()))
+    return fingerprint(splits), unsuited
+
+
+def _plan(task_model: TaskModel, settings: Settings) -> list[Insertion]:
+    """What the method would put into the model. TypeError, ValueError: it cannot."""
+    return plan_method(task_model.model, method_for(task_model.model, settings, task_model.path))[0]
+
+
+def _command(plan: Mapping[str, Any], out: Path, jobs: int) -> list[str]:
+    """What makes the whole comparison anew, however often it was interrupted and added to."""
+    first = ["--methods", *plan["methods"], "--seeds", ",".join(map(str, plan["seeds"]))]
+    return command_line("compare", plan["options"], out, *first, jobs=jobs)
+
+
+def _costs(settings: Mapping[str, Settings], texts: str, out: Path) -> dict[str, Any]:
+    """Measured once: a comparison of the same methods that is resumed on the same machine has them already."""
+    wanted = {"settings": {label: asdict(own) for label, own in settings.items()}, "machine": provenance.machine()}
+    wanted["data_sha256"] = texts
+    path = out / "costs.json"
+    try:
+        if {**(known := read_json_object(path, "", 10_000_000)), **wanted} == known:
+            return known["costs"]
+    except (OSError, ValueError, KeyError):
+        pass  # there is none yet, or it is damaged
+    bar_format = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
+    with tqdm(total=1.0, desc="compare: a step and a forward of each", bar_format=bar_format, file=sys.stderr) as bar:
+
+        def show(part: float) -> None:
+            bar.n = part
+            bar.refresh()
+
+        costs = in_process(measure_costs, dict(settings), log=out / "costs.log", on_progress=show)
+    write_json(path, {**wanted, "costs": costs})
+    return costs
+
+
+def _row(label: str, metrics: Sequence[Mapping[str, Any]], costs: Mapping[str, Any]) -> dict[str, Any]:
+    first = metrics[0]
+    return {
+        "label": label,
+        "method": first["settings"]["method"],
+        "settings": first["settings"],
+        "trained_parameters": first["trainable_parameters"],
+        "head_parameters": first["head_parameters"],
+        "total_parameters": first["total_parameters"],
+        "accuracy": summary([each["after"]["accuracy"] for each in metrics]),
+        "macro_f1": summary([each["after"]["macro_f1"] for each in metrics]),
+        "validation_accuracy": summary([each["validation"]["accuracy"] for each in metrics])
+        if all(each["validation"] for each in metrics)
+        else None,
+        "train_seconds": summary([each["train_seconds"] for each in metrics]),
+        "runs_at_once": max(each.get("runs_at_once", 1) for each in metrics),
+        "peak_memory_bytes": summary([each["peak_memory_bytes"] for each in metrics]),
+        "checkpoint_bytes": first.get("adapter_bytes", first["full_checkpoint_bytes"]),
+        **costs[label],
+    }
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The table, and what it was measured on."""
+    base = result["base_forward_ms"]["median"]
+    rows = []
+    for row in result["methods"]:
+        own = row["trained_parameters"] - row["head_parameters"]
+        forward = f"{row['forward_ms']['median'] / base:.2f}"
+        if "merged_forward_ms" in row:
+            forward += f"; merged {row['merged_forward_ms']['median'] / base:.2f}"
+        accuracy = percent(row["accuracy"])
+        rows.append(
+            [
+                row["label"],
+                f"{own:,}",
+                f"{row['trained_parameters'] / row['total_parameters']:.2%}",
+                f"**{accuracy}**" if row["label"] == result["best"] else accuracy,
+                percent(row["macro_f1"]),
+                f"{row['step_ms']['median']:.0f} ({row['step_ms']['q1']:.0f}-{row['step_ms']['q3']:.0f})",
+                f"{row['train_seconds']['mean']:.0f}{chr(92) + '*' if row['runs_at_once'] > 1 else ''}",
+                f"{row['peak_memory_bytes']['mean'] / 2**20:,.0f}",
+                f"{row['checkpoint_bytes'] / 1e6:.2f}",
+                forward,
+            ]
+        )
+    heading = ["method", "parameters", "trained", "accuracy, %", "macro-F1, %", "step, ms", "training, s"]
+    heading += ["peak memory, MiB", "checkpoint, MB", "forward / base"]
+    head = result["methods"][0]["head_parameters"]
+    at_once = max(row["runs_at_once"] for row in result["methods"])
+    shared = left_out = ""
+    if at_once > 1:
+        shared = f"\\* Seconds of runs that shared the machine, up to {at_once} at once; steps were timed apart.\n"
+    if result["left_out"]:
+        reasons = "\n".join(f"- `{each['label']}`: {each['reason']}" for each in result["left_out"])
+        left_out = f"\nLeft out, as the checkpoint does not suit them:\n\n{reasons}\n"
+    marked = "bold: ahead of every other by more" if result["best"] else "none is ahead of every other by more"
+    return f"""# Methods compared
+
+{table(heading, rows)}
+
+{deviation_over(result["seeds"])}, on {result["examples"]["test"]:,} test texts; {marked}.
+"parameters" leaves out the new head ({head:,}), which every method trains; "trained" is the share of all parameters,
+with it. A step is of a batch of median length, a forward of one of the longest texts, as a multiple of the base
+model's {base:.1f} ms; medians and quartiles of interleaved rounds. Peak memory is that of each run's own process.
+{shared}{left_out}
+{provenance.measured_on(result)}
+"""
+
+
+def _plot(path: Path, result: Mapping[str, Any]) -> None:
+    """Accuracy against trained parameters, the paper's figure 2. A line joins settings that differ by size alone."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    lines = lines_of(result["methods"])
+    markers = "osD^vP*X<>hdp8H"
+    if len(lines) > 10:  # or colours repeat
+        axes.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors)
+    for index, (name, rows) in enumerate(lines.items()):
+        axes.errorbar(
+            [row["trained_parameters"] for row in rows],
+            [100 * row["accuracy"]["mean"] for row in rows],
+            [100 * (row["accuracy"]["sd"] or 0.0) for row in rows],
+            marker=markers[index % len(markers)],
+            capsize=3,
+            label=name,
+        )
+    axes.set(xscale="log", xlabel="trained parameters, head included", ylabel="test accuracy, %")
+    axes.set_title(over_seeds(result["seeds"]))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    write_picture(path, figure)

@@ -1,0 +1,199 @@
+"""``lora-ext sweep``: LoRA by rank and by which weights it adapts (the paper's tables 5 and 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from lora_ext import LoraConfig
+from lora_ext.tasks import TaskError
+from lora_ext.tasks.comparison.many_runs import Run, run_all, settings_for
+from lora_ext.tasks.comparison.spread import deviation_over, over_seeds, percent, summary, winner
+from lora_ext.tasks.finetune.data import fingerprint
+from lora_ext.tasks.finetune.settings import INPUTS, SWEEP_FILE, command_line
+from lora_ext.tasks.finetune.task_model import check_fits, load_task_model, method_for
+from lora_ext.tasks.shared import provenance
+from lora_ext.tasks.shared.markdown import table
+from lora_ext.tasks.shared.run_directory import check_out, leave_results, prepare_out
+from lora_ext.tasks.shared.whole_files import write_json, write_picture
+
+_OUTPUTS = ("sweep.json", "sweep.md", "sweep.png", "runs", SWEEP_FILE)
+
+
+def sweep(
+    ranks: Sequence[int],
+    targets: Sequence[str],
+    seeds: Sequence[int],
+    options: Mapping[str, Any],
+    out: Path,
+    *,
+    budget: int | None = None,
+    jobs: int = 1,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Fine-tunes with LoRA of every rank on every set of weights, and, in a second table, at one number of parameters.
+
+    ``lora_alpha`` stays the same at all ranks, as in the paper.
+
+    Args:
+        ranks: of the first table, whatever their order.
+        targets: sets of weights, each as finetune's ``--target-modules`` has it.
+        seeds: each cell is trained from each.
+        options: fields of :class:`~lora_ext.tasks.finetune.settings.Settings` for all runs.
+        budget: parameters that each set gets in the second table, by the highest rank that keeps within; None: those
+            of the first set at rank 8, or of the widest one at rank 1 if these are more.
+        out: gets sweep.json, .md and .png.
+        jobs: so many runs at once.
+
+    Returns:
+        The content of sweep.json.
+
+    Raises:
+        TaskError: a mistake in the arguments, before anything is run; or a run that failed.
+        KeyboardInterrupt: Ctrl-C; ``resume`` goes on.
+    """
+    inputs = [options.get(name) for name in INPUTS]
+    check_out(out, resume, overwrite, marker=SWEEP_FILE, what="a sweep", outputs=_OUTPUTS, inputs=inputs)
+    options = {**options, "method": "lora"}
+    ranks, targets, seeds = sorted(set(ranks)), list(dict.fromkeys(targets)), list(dict.fromkeys(seeds))
+    for rank in ranks:
+        try:
+            LoraConfig(r=rank, target_modules="all-linear")
+        except (TypeError, ValueError) as error:
+            raise TaskError(f"--ranks: {error}") from error
+    per_rank, texts = _parameters_per_rank(targets, options)
+    widest = max(targets, key=lambda target: per_rank[target])
+    budget = max(8 * per_rank[targets[0]], per_rank[widest]) if budget is None else budget
+    if budget < per_rank[widest]:
+        raise TaskError(
+            f"--budget is {budget}, but {widest} has {per_rank[widest]} parameters at rank 1; want no fewer"
+        )
+    within = {target: budget // per_rank[target] for target in targets}
+    plan = {"ranks": ranks, "targets": targets, "seeds": seeds, "budget": budget, "options": options}
+    plan["threads"] = torch.get_num_threads()
+
+    cells = [(rank, target) for target in targets for rank in ranks]
+    cells += [cell for target in targets if (cell := (within[target], target)) not in cells]
+
+    def run_of(rank: int, target: str, seed: int) -> Run:
+        own = {**options, "r": rank, "target_modules": target}
+        return Run(f"r={rank} {target}", settings_for("lora", own, seed), texts)
+
+    runs = {(rank, target): [run_of(rank, target, seed) for seed in seeds] for rank, target in cells}
+    prepare_out(out, _OUTPUTS, resume, lambda out: write_json(out / SWEEP_FILE, plan))
+    metrics = run_all([run for own in runs.values() for run in own], out, "sweep", jobs)
+
+    results = {
+        cell: {
+            "r": cell[0],
+            "target_modules": cell[1],
+            "parameters": cell[0] * per_rank[cell[1]],
+            "accuracy": summary([metrics[run]["after"]["accuracy"] for run in own]),
+            "macro_f1": summary([metrics[run]["after"]["macro_f1"] for run in own]),
+        }
+        for cell, own in runs.items()
+    }
+    result = {
+        **provenance.made_by(_command(plan, out, jobs)),
+        "machine": provenance.machine(),
+        **plan,
+        "cells": list(results.values()),
+        "best_rank": {
+            target: winner({rank: results[rank, target]["accuracy"] for rank in ranks}) for target in targets
+        },
+        "within_budget": [results[within[target], target] for target in targets],
+        "best_within_budget": winner({target: results[within[target], target]["accuracy"] for target in targets}),
+        "examples": next(iter(metrics.values()))["examples"],
+    }
+    _plot(out / "sweep.png", result)
+    leave_results(out, "sweep", result, markdown(result), say)
+    return result
+
+
+def _parameters_per_rank(targets: Sequence[str], options: Mapping[str, Any]) -> tuple[dict[str, int], str]:
+    """What rank 1 costs on each set of weights, and the fingerprint of the texts.
+
+    So every mistake in a set, and in the data, is found before anything is run.
+    """
+    first = settings_for("lora", options, seed=0)
+    task_model, splits = load_task_model(first)
+    check_fits(task_model, first)
+    counts = {}
+    for target in targets:
+        own = settings_for("lora", {**options, "r": 1, "target_modules": target}, seed=0)
+        try:
+            counts[target] = method_for(task_model.model, own, task_model.path).count(task_model.model)
+        except (TypeError, ValueError) as error:
+            raise TaskError(f"--targets {target}: {error}") from error
+    return counts, fingerprint(splits)
+
+
+def _command(plan: Mapping[str, Any], out: Path, jobs: int) -> list[str]:
+    """What makes the whole sweep anew, however often it was interrupted and added to."""
+    lists = {"--ranks": ",", "--targets": ";", "--seeds": ","}
+    first = [part for name, by in lists.items() for part in (name, by.join(map(str, plan[name.removeprefix("--")])))]
+    first += ["--budget", str(plan["budget"])]
+    options = {name: value for name, value in plan["options"].items() if name != "method"}
+    return command_line("sweep", options, out, *first, jobs=jobs)
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """Both tables, and what they were measured on."""
+    cells = {(cell["r"], cell["target_modules"]): cell for cell in result["cells"]}
+    by_rank = []
+    for target in result["targets"]:
+        row = [f"`{target}`", f"{cells[result['ranks'][0], target]['parameters'] // result['ranks'][0]:,}"]
+        for rank in result["ranks"]:
+            text = percent(cells[rank, target]["accuracy"])
+            row.append(f"**{text}**" if result["best_rank"][target] == rank else text)
+        by_rank.append(row)
+    by_weights = []
+    for cell in result["within_budget"]:
+        text = percent(cell["accuracy"])
+        text = f"**{text}**" if cell["target_modules"] == result["best_within_budget"] else text
+        by_weights.append([f"`{cell['target_modules']}`", str(cell["r"]), f"{cell['parameters']:,}", text])
+    return f"""# LoRA by rank and by weights
+
+{deviation_over(result["seeds"])}: test accuracy in percent, on {result["examples"]["test"]:,} texts. Bold:
+ahead of every other of its row (of its column in the second table) by more than the spread, the root of the sum of both
+squared deviations. Where nothing is bold, the seeds differ by as much as the settings.
+
+## Ranks
+
+{table(["weights", "parameters a rank", *(f"r = {rank}" for rank in result["ranks"])], by_rank)}
+
+## Which weights, at {result["budget"]:,} parameters
+
+{table(["weights", "r", "parameters", "accuracy, %"], by_weights)}
+
+{provenance.measured_on(result)}
+"""
+
+
+def _plot(path: Path, result: Mapping[str, Any]) -> None:
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    cells = {(cell["r"], cell["target_modules"]): cell["accuracy"] for cell in result["cells"]}
+    for target in result["targets"]:
+        own = [cells[rank, target] for rank in result["ranks"]]
+        axes.errorbar(
+            result["ranks"],
+            [100 * each["mean"] for each in own],
+            [100 * (each["sd"] or 0.0) for each in own],
+            marker="o",
+            capsize=3,
+            label=target,
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(result["ranks"], [str(rank) for rank in sorted(result["ranks"])])
+    axes.set(xlabel="rank", ylabel="test accuracy, %")
+    axes.set_title(over_seeds(result["seeds"]))
+    axes.grid(alpha=0.3)
+    axes.legend(title="weights")
+    write_picture(path, figure)

@@ -1,0 +1,1 @@
+"""``lora-ext finetune``: fine-tunes a text classifier."""

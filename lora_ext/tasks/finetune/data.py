@@ -1,0 +1,269 @@
+"""Labelled texts: read from CSV, TSV or JSONL, checked line by line, and split so that no text is on two sides."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from lora_ext.files.regular_file import open_regular
+from lora_ext.files.untrusted_json import parse_json_object, read_json_object
+from lora_ext.tasks import TaskError
+from lora_ext.tasks.shared.whole_files import write_json
+
+DATA_FILE = "data-fingerprint.json"
+
+_LONGEST_FIELD = 10_000_000  # characters; a quote that is never closed makes one field of the rest of the file
+_LONGEST_LINE = 50_000_000  # characters: a file without line ends is not read into memory
+_INTEGER = re.compile(r"[+-]?[0-9]{1,100}")
+
+
+class Example(NamedTuple):
+    text: str
+    label: str
+    line: int  # in the file it came from, counted from 1
+
+
+class Splits(NamedTuple):
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+
+    @property
+    def labels(self) -> list[str]:
+        """Of all three, as :func:`label_names` has them."""
+        return label_names(example for split in self for example in split)
+
+
+def read_examples(path: str | Path, text_column: str = "text", label_column: str = "label") -> list[Example]:
+    """Reads labelled texts from a UTF-8 file; its suffix names the format.
+
+    ``.csv``: header line, comma-separated, fields may be quoted. ``.tsv``: header line, tab-separated, quotes are
+    ordinary characters. ``.jsonl``: one object a line. Labels are strings or integers; both are kept as strings.
+
+    Raises:
+        TaskError: naming the file, the line and what is wrong with it. A pipe or a device is no such file.
+    """
+    path = Path(path)
+    readers = {".csv": _read_csv, ".tsv": _read_tsv, ".jsonl": _read_jsonl}
+    if path.suffix.lower() not in readers:
+        raise TaskError(f"{path}: the suffix {path.suffix!r} is none of {', '.join(readers)}, which name the format")
+    columns = (text_column, label_column)
+    try:
+        with open_regular(path) as raw, io.TextIOWrapper(io.BufferedReader(raw), "utf-8-sig", newline="") as file:
+            rows = readers[path.suffix.lower()](path, _lines(path, file), columns)
+            examples = [_example(path, line, row, columns) for line, row in rows]
+    except OSError as error:
+        raise TaskError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise TaskError(
+            f"{path}, line {_first_line_not_utf_8(path)}: not UTF-8 ({error.reason}); convert the file, for example "
+            "with iconv -f latin1 -t utf-8"
+        ) from error
+    except ValueError as error:  # it is no regular file
+        raise TaskError(str(error)) from error
+    if not examples:
+        raise TaskError(f"{path}: holds no examples")
+    return examples
+
+
+def label_names(examples: Iterable[Example]) -> list[str]:
+    """The distinct labels in the order of their class indices: integers by value, anything else by code points."""
+    labels = {example.label for example in examples}
+    if all(_INTEGER.fullmatch(label) for label in labels):
+        return sorted(labels, key=lambda label: (int(label), label))
+    return sorted(labels)
+
+
+def check_labels(labels: Iterable[str]) -> None:
+    """Refuses labels that are different strings, and so classes, but nearly certainly mean the same.
+
+    These are labels that differ in white space around them alone, or as the writing of one integer: 1, 01 and +1.
+
+    Raises:
+        TaskError: naming two of them.
+    """
+    seen: dict[str | int, str] = {}
+    for label in sorted(labels):
+        meaning = label.strip()
+        other = seen.setdefault(int(meaning) if _INTEGER.fullmatch(meaning) else meaning, label)
+        if other != label:
+            raise TaskError(
+                f"the labels {other!r} and {label!r} would be two classes, as their strings differ, but look like one; "
+                "write one label in one way"
+            )
+
+
+def shown(names: Iterable[str], count: int = 10) -> str:
+    """The first of ``names`` for a message: printable, and short however many there are."""
+    names = list(names)
+    first = [name if name.isprintable() else ascii(name) for name in names[:count]]
+    first = [name if len(name) <= 50 else f"{name[:50]}..." for name in first]
+    return ", ".join(first) + (f" and {len(names) - count:,} more" if len(names) > count else "")
+
+
+def split_examples(examples: list[Example], validation_fraction: float, test_fraction: float) -> Splits:
+    """Splits by the hash of the text: fixed for a file whatever its order, and equal texts land on the same side.
+
+    Fractions are of the distinct texts, which are compared without regard to case and white space.
+
+    Raises:
+        TaskError: if a fraction is outside [0, 1) or leaves no text for training.
+    """
+    for name, fraction in (("validation", validation_fraction), ("test", test_fraction)):
+        if not 0.0 <= fraction < 1.0:
+            raise TaskError(f"the {name} fraction is {fraction}, want 0 <= fraction < 1")
+    by_text: dict[bytes, list[Example]] = {}
+    for example in examples:
+        by_text.setdefault(_text_key(example.text), []).append(example)
+    keys = sorted(by_text)
+    num_test, num_validation = round(test_fraction * len(keys)), round(validation_fraction * len(keys))
+    if num_test + num_validation >= len(keys):
+        raise TaskError(
+            f"{len(keys)} distinct texts with a validation fraction of {validation_fraction} and a test fraction of "
+            f"{test_fraction} leave none for training"
+        )
+    sides = keys[num_test + num_validation :], keys[num_test : num_test + num_validation], keys[:num_test]
+    return Splits(*([example for key in side for example in by_text[key]] for side in sides))
+
+
+def fingerprint(splits: Splits) -> str:
+    """The same for the same texts with the same labels on the same sides, and for no others: SHA-256, hexadecimal."""
+    content = [sorted(example[:2] for example in split) for split in splits]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def save_fingerprint(out: Path, sha256: str) -> None:
+    write_json(out / DATA_FILE, {"sha256": sha256})
+
+
+def saved_fingerprint(out: Path) -> str | None:
+    """Of the texts that the run in ``out`` was started with; None: the file is missing.
+
+    TaskError: it is damaged.
+    """
+    path = out / DATA_FILE
+    try:
+        sha256 = read_json_object(path, "--resume", 10_000).get("sha256")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise TaskError(f"{error}; begin a new run") from error
+    if not isinstance(sha256, str):
+        raise TaskError(f"--resume: {path} does not say of which texts the run is; begin a new run")
+    return sha256
+
+
+def without_texts_of(examples: list[Example], others: Iterable[Example]) -> list[Example]:
+    """``examples`` less those whose text is also in ``others``."""
+    keys = {_text_key(example.text) for example in others}
+    return [example for example in examples if _text_key(example.text) not in keys]
+
+
+def _text_key(text: str) -> bytes:
+    return hashlib.sha256(" ".join(text.lower().split()).encode()).digest()
+
+
+def _lines(path: Path, file: TextIO) -> Iterator[str]:
+    number = 1
+    while line := file.readline(_LONGEST_LINE + 1):
+        if len(line) > _LONGEST_LINE:
+            raise TaskError(f"{path}, line {number}: longer than {_LONGEST_LINE:,} characters, the most that is read")
+        if "\0" in line:
+            raise TaskError(f"{path}, line {number}: holds a NUL character; if the file is UTF-16, convert it to UTF-8")
+        yield line
+        number += 1
+
+
+def _first_line_not_utf_8(path: Path) -> int:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return 1
+
+
+def _read_csv(path: Path, lines: Iterable[str], columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    return _read_table(path, csv.reader(lines, strict=True), columns)
+
+
+def _read_tsv(path: Path, lines: Iterable[str], columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    return _read_table(path, csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE), columns)
+
+
+def _read_table(path: Path, reader: Any, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    header: list[str] | None = None
+    line = 1  # where the row starts; a quoted field may run over several lines
+    while True:
+        try:
+            with _long_fields():
+                row = next(reader, None)
+        except csv.Error as error:
+            raise TaskError(f"{path}, line {line}: {error}") from error
+        if row is None:
+            return
+        if row and header is None:
+            header = row
+            where = {name: header.index(name) for name in columns if name in header}
+            if twice := [name for name in where if header.count(name) > 1]:
+                raise TaskError(
+                    f"{path}, line {line}: the column {twice[0]!r} is there {header.count(twice[0])} times; rename all "
+                    "but one of them"
+                )
+        elif row:
+            if len(row) != len(header):
+                raise TaskError(f"{path}, line {line}: {len(row)} columns, but the header has {len(header)}")
+            if len(where) < len(set(columns)):
+                _check_columns(path, line, header, columns)
+            yield line, {name: row[index] for name, index in where.items()}
+        line = reader.line_num + 1
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    before = csv.field_size_limit(_LONGEST_FIELD)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)  # it is that of the whole process
+
+
+def _read_jsonl(path: Path, lines: Iterable[str], columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for line, content in enumerate(lines, start=1):
+        if not content.strip():
+            continue
+        try:
+            row = parse_json_object(content, f"{path}, line {line}")
+        except ValueError as error:
+            text = re.sub(r": line 1 column (\d+) \(char \d+\)$", r" at column \1", str(error))
+            raise TaskError(text) from error
+        _check_columns(path, line, row, columns)
+        yield line, row
+
+
+def _check_columns(path: Path, line: int, names: Iterable[str], columns: Sequence[str]) -> None:
+    for column, option in zip(columns, ("--text-column", "--label-column"), strict=True):
+        if column not in names:
+            raise TaskError(f"{path}, line {line}: no column {column!r} but {shown(names)}; set {option}")
+
+
+def _example(path: Path, line: int, row: dict[str, Any], columns: Sequence[str]) -> Example:
+    text, label = (row[column] for column in columns)
+    if not isinstance(text, str):
+        raise TaskError(f"{path}, line {line}: {columns[0]!r} is {_value(text)}, want a string")
+    if isinstance(label, bool) or not isinstance(label, (str, int)) or label == "":
+        raise TaskError(f"{path}, line {line}: {columns[1]!r} is {_value(label)}, want a string or an integer")
+    return Example(text, str(label), line)
+
+
+def _value(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."

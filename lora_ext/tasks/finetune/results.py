@@ -1,0 +1,99 @@
+"""The results of a run: scores, predictions, the plot of the loss, and the table on the console."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_ext.tasks.finetune.data import Example
+from lora_ext.tasks.shared.whole_files import write_picture, write_whole
+
+
+def accuracy(predicted: np.ndarray, expected: np.ndarray) -> float:
+    """Share of equal class indices; both ``[num_examples]``."""
+    return float((predicted == expected).mean())
+
+
+def macro_f1(predicted: np.ndarray, expected: np.ndarray) -> float:
+    """Mean over the classes that occur of ``2 tp / (2 tp + fp + fn)``; both ``[num_examples]``, class indices."""
+    scores = []
+    for label in np.union1d(predicted, expected):
+        hits = np.sum((predicted == label) & (expected == label))
+        scores.append(2 * hits / (np.sum(predicted == label) + np.sum(expected == label)))
+    return float(np.mean(scores))
+
+
+def write_predictions(
+    path: Path, examples: list[Example], logits: np.ndarray, expected: np.ndarray, labels: list[str]
+) -> None:
+    """One JSON object a line: line of the input, text, label, predicted label, logits in the order of ``labels``."""
+    lines = []
+    for example, scores, label in zip(examples, logits, expected, strict=True):
+        row = {
+            "line": example.line,
+            "text": example.text,
+            "label": labels[label],
+            "predicted": labels[int(scores.argmax())],
+            "logits": [float(score) for score in scores],
+        }
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_whole(path, "".join(lines))
+
+
+def plot_loss(path: Path, history: list[dict[str, float]], title: str) -> None:
+    """The training loss, and the validation loss where there is one, by epoch. ``history`` is the Trainer's log."""
+    from matplotlib.figure import Figure  # here: to show what others have measured takes no matplotlib
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o--")):
+        points = [(entry["epoch"], float(entry[key])) for entry in history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label)
+    axes.set(xlabel="epoch", ylabel="cross-entropy loss", title=title, ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    write_picture(path, figure)
+
+
+def table(metrics: Mapping[str, Any]) -> str:
+    """The figures of ``metrics.json`` on the console."""
+    return "\n".join(f"  {name:<20} {value}" for name, value in figures(metrics))
+
+
+def figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The figures of ``metrics.json`` for people, each with its name."""
+    after, merged = metrics["after"], metrics.get("merged")
+    share = metrics["trainable_parameters"] / metrics["total_parameters"]
+    compared = {"accuracy": "", "macro_f1": ""}
+    if "majority" in metrics:
+        most = metrics["majority"]
+        compared = {
+            "accuracy": f"; always {most['label']!r}: {most['accuracy']:.2%}",
+            "macro_f1": f"; {most['macro_f1']:.3f}",
+        }
+    at_once = metrics.get("runs_at_once", 1)
+    shared = f"; up to {at_once} runs shared the machine" if at_once > 1 else ""
+    rows = [
+        ("parameters trained", f"{metrics['trainable_parameters']:,} of {metrics['total_parameters']:,} ({share:.2%})"),
+        ("test accuracy", f"{after['accuracy']:.2%}{compared['accuracy']}"),
+        ("test macro-F1", f"{after['macro_f1']:.3f}{compared['macro_f1']}"),
+        ("training", f"{metrics['train_seconds']:.0f} s, {metrics['tokens_per_second']:,.0f} tokens/s{shared}"),
+        ("peak memory", f"{metrics['peak_memory_bytes'] / 2**20:,.0f} MiB"),
+    ]
+    if "adapter_bytes" in metrics:
+        adapter, full = metrics["adapter_bytes"], metrics["full_checkpoint_bytes"]
+        rows.append(("on disk", f"adapter {adapter / 1e6:.2f} MB, full checkpoint {full / 1e6:.2f} MB"))
+    if merged is not None and "texts" in merged:
+        same, texts, difference = merged["same_answers"], merged["texts"], merged["max_logit_difference"]
+        same = "the same answers" if same == texts else f"{same} of the answers the same"
+        rows.append(("merged", f"{same} on the {texts} longest test texts; logits differ by at most {difference:.1e}"))
+    latency = metrics.get("latency", {}) | (merged or {})
+    names = {"base_seconds": "base model", "adapted_seconds": "adapted", "merged_seconds": "merged"}
+    if shown := [f"{name} {1e3 * latency[key]:.1f} ms" for key, name in names.items() if key in latency]:
+        rows.append(("a batch's forward", ", ".join(shown)))
+    return rows

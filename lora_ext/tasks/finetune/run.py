@@ -1,0 +1,217 @@
+"""``lora-ext finetune``: fine-tunes a text classifier with ``transformers.Trainer``; reports what it cost and gave."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DataCollatorWithPadding, PreTrainedModel, set_seed
+
+from lora_ext.adapters import merge_and_unload, trainable_parameter_counts
+from lora_ext.methods import head_parameter_count, load_method, save_method
+from lora_ext.tasks import TaskError
+from lora_ext.tasks.finetune import demo, results
+from lora_ext.tasks.finetune.data import DATA_FILE, fingerprint, save_fingerprint, saved_fingerprint
+from lora_ext.tasks.finetune.run_checkpoints import last_checkpoint, tidy
+from lora_ext.tasks.finetune.settings import INPUTS, SETTINGS_FILE, Settings, command_line
+from lora_ext.tasks.finetune.task_data import Encoded, encode, load_data
+from lora_ext.tasks.finetune.task_model import (
+    adapt,
+    check_fits,
+    check_room,
+    load_model,
+    model_path_of,
+    most_tokens,
+    sharing,
+)
+from lora_ext.tasks.finetune.trainer import FinetuneTrainer, build_trainer, forward_of, predict, train
+from lora_ext.tasks.shared import measuring, provenance
+from lora_ext.tasks.shared.run_directory import check_out, prepare_out
+from lora_ext.tasks.shared.whole_files import whole_directory, write_json, writing
+
+_OUTPUTS = ("checkpoints", "adapter", "model", "metrics.json", "loss_curve.png", "predictions.jsonl", DATA_FILE)
+_OUTPUTS += (SETTINGS_FILE,)  # last, when they are removed: it says whose the others are
+
+
+def finetune(
+    settings: Settings,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    measure: bool = True,
+    runs_at_once: int = 1,
+    say: Callable[[str], None] = print,
+    on_progress: Callable[[float], None] | None = None,
+) -> dict[str, Any]:
+    """Runs the whole task and leaves adapter/, metrics.json, loss_curve.png and predictions.jsonl in ``out``.
+
+    metrics.json comes last: where it is, the others are whole.
+
+    Args:
+        resume: goes on from the last checkpoint, or from the beginning where there is none yet, to the same result as
+            a run that nothing interrupted, bit for bit (on the same machine and with as many threads).
+        measure: times the model, adapted and merged, next to the base model, for some seconds.
+        runs_at_once: that share the machine: for metrics.json, as times are then of all of them.
+        say: shows a line to the user.
+        on_progress: is told, after every step, the part of the training that is done.
+
+    Returns:
+        The content of metrics.json.
+
+    Raises:
+        TaskError: a mistake in the settings, the data or the directory; found before training starts.
+        WriteError: the disk refuses what is to be written; the last checkpoint is whole, and ``resume`` goes on.
+        Interrupted: after the first Ctrl-C during training.
+    """
+    inputs = [getattr(settings, name) for name in INPUTS]
+    check_out(out, resume, overwrite, marker=SETTINGS_FILE, what="a fine-tuning run", outputs=_OUTPUTS, inputs=inputs)
+    checkpoint = last_checkpoint(out) if resume else None
+    splits = load_data(settings, say)
+    texts = fingerprint(splits)
+    if resume and saved_fingerprint(out) not in (None, texts):
+        raise TaskError(f"--resume: the texts are not those that the run in {out} was started with; begin a new run")
+    if resume and checkpoint is None:
+        say(f"{out} has no checkpoint yet: the run starts from the beginning")
+    labels = splits.labels
+    model_path = model_path_of(settings.model)
+    say(f"loading {model_path} ...")
+    set_seed(settings.seed)  # the new head, and the adapters
+    task_model = load_model(model_path, labels, settings.max_length)
+    check_fits(task_model, settings)
+    tokenizer, model, most = task_model.tokenizer, task_model.model, most_tokens(task_model.model)
+    bare = {"head_parameters": head_parameter_count(model), "full_checkpoint_bytes": measuring.tensor_bytes(model)}
+    base = sharing(model) if measure and settings.method != "full" else None
+    adapt(model, settings, model_path)
+    trainable, total = trainable_parameter_counts(model)
+    say("tokenising ...")
+    train_rows, validation_rows, test_rows = (encode(split, tokenizer, labels, settings.max_length) for split in splits)
+    check_room(model.modules(), most, [*train_rows.rows, *validation_rows.rows, *test_rows.rows])
+
+    def save(out: Path) -> None:
+        settings.save(out, threads=torch.get_num_threads())
+        save_fingerprint(out, texts)
+        tidy(out / "checkpoints")
+
+    prepare_out(out, _OUTPUTS, resume, save)
+    trainer = build_trainer(
+        model, settings, out, train_rows.rows, validation_rows.rows, DataCollatorWithPadding(tokenizer)
+    )
+
+    say(f"training {trainable:,} of {total:,} parameters on {len(train_rows.rows):,} texts ...")
+    progress = train(trainer, checkpoint, on_progress)
+    peak_memory = measuring.peak_memory_bytes(model.device)
+    say(f"evaluating on {len(test_rows.rows):,} test texts ...")
+    logits = predict(trainer, test_rows.rows)
+
+    metrics: dict[str, Any] = {
+        **provenance.made_by(command_line("finetune", asdict(settings), out)),
+        "machine": provenance.machine(),
+        "settings": asdict(settings),
+        "id2label": {str(index): label for index, label in enumerate(labels)},
+        "examples": {name: len(split) for name, split in splits._asdict().items()},
+        "data_sha256": texts,
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        **bare,
+        "majority": _majority(train_rows, test_rows, labels),
+        "validation": _last_validation(trainer.state.log_history),
+        "after": _score(logits, test_rows),
+        "train_seconds": progress.seconds,
+        "runs_at_once": runs_at_once,
+        "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else 0.0,
+        "peak_memory_bytes": peak_memory,
+    }
+    with writing(out):
+        (out / "metrics.json").unlink(missing_ok=True)  # of a run that was finished, and is resumed
+    with whole_directory(out / ("model" if settings.method == "full" else "adapter")) as fresh:
+        if settings.method == "full":
+            model.save_pretrained(fresh)
+            tokenizer.save_pretrained(fresh)
+        else:
+            save_method(model, fresh)
+            metrics["adapter_bytes"] = measuring.directory_bytes(fresh)
+    results.write_predictions(out / "predictions.jsonl", test_rows.examples, logits, test_rows.classes, labels)
+    title = f"{settings.method}, {len(train_rows.rows):,} texts"
+    results.plot_loss(out / "loss_curve.png", trainer.state.log_history, title)
+    write_json(out / "metrics.json", metrics)  # what follows may want more memory than there is
+    if base is not None:
+        say("measuring next to the base model ...")
+        metrics |= _measure(base, out / "adapter", trainer, settings, test_rows, logits, say)
+        write_json(out / "metrics.json", metrics)
+    say(f"\n{results.table(metrics)}\n\nin {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+    if settings.model is None or settings.data is None:
+        say(demo.CREDIT)
+    return metrics
+
+
+_SECONDS = 5.0  # of timing; three rounds at least
+_BATCHES = 4  # whose answers are compared, merged or not
+
+
+def _measure(
+    base: PreTrainedModel,
+    adapter: Path,
+    trainer: FinetuneTrainer,
+    settings: Settings,
+    test_rows: Encoded,
+    logits: np.ndarray,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Median seconds of a forward of the longest texts; of LoRA, whether ``adapter``, merged, gives the same answers.
+
+    All models take turns, so that a busy machine slows all alike.
+    """
+    model, size = trainer.model, trainer.args.eval_batch_size
+    models = {"base": base.to(model.device), "adapted": model}
+    found: dict[str, Any] = {}
+    if settings.method == "lora":
+        try:
+            models["merged"] = merge_and_unload(load_method(copy.deepcopy(base), adapter))
+        except ValueError as error:  # it diverged, and has values that are not finite
+            say(f"the adapter cannot be merged: {error}")
+    forwards = {name: forward_of(each.eval(), settings) for name, each in models.items()}
+    if "merged" in models:
+        first = max(0, len(test_rows.rows) - _BATCHES * size)
+        batches = [test_rows.rows[at : at + size] for at in range(first, len(test_rows.rows), size)]
+        with torch.inference_mode():
+            outputs = [forwards["merged"](**trainer.data_collator(rows).to(model.device)).logits for rows in batches]
+        merged = torch.cat(outputs).float().cpu().numpy()
+        found["merged"] = {
+            "texts": len(merged),
+            "same_answers": int((merged.argmax(-1) == logits[first:].argmax(-1)).sum()),
+            "max_logit_difference": float(np.abs(merged - logits[first:]).max()),
+        }
+    batch = trainer.data_collator(test_rows.rows[-size:]).to(model.device)
+    seconds = measuring.latencies(forwards, batch, seconds=_SECONDS)
+    return found | {"latency": {f"{name}_seconds": statistics.median(values) for name, values in seconds.items()}}
+
+
+def _majority(train_rows: Encoded, test_rows: Encoded, labels: list[str]) -> dict[str, Any]:
+    """What who always answers the most frequent label of the training texts gets: what there is to beat."""
+    most = int(np.bincount(train_rows.classes).argmax())
+    predicted = np.full(len(test_rows.classes), most)
+    return {
+        "label": labels[most],
+        "accuracy": results.accuracy(predicted, test_rows.classes),
+        "macro_f1": results.macro_f1(predicted, test_rows.classes),
+    }
+
+
+def _score(logits: np.ndarray, encoded: Encoded) -> dict[str, float]:
+    predicted = logits.argmax(-1)
+    return {
+        "accuracy": results.accuracy(predicted, encoded.classes),
+        "macro_f1": results.macro_f1(predicted, encoded.classes),
+    }
+
+
+def _last_validation(history: list[dict[str, float]]) -> dict[str, float] | None:
+    scores = [entry for entry in history if "eval_accuracy" in entry]
+    return {key: scores[-1][f"eval_{key}"] for key in ("loss", "accuracy", "macro_f1")} if scores else None

@@ -1,0 +1,108 @@
+"""Checkpoints of a run: when they are written, which of them stay, and which one a resumed run goes on from."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import TrainerState
+
+from lora_ext.tasks import TaskError
+from lora_ext.tasks.shared.whole_files import discard, remove_leftovers, whole_directory, writing
+
+SECONDS = 120.0
+"""Between two checkpoints: what a killed run loses at most, an evaluation left out."""
+
+_SHARE = 10.0  # at least so many times what writing one takes lies between two: a tenth of the time goes there at most
+_KEPT = 2
+_STATE = "trainer_state.json"
+
+
+class Checkpoint(NamedTuple):
+    path: Path
+    state: TrainerState
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it is of the run's last step, so that nothing is left to train."""
+        return self.state.global_step >= self.state.max_steps
+
+
+class Clock:
+    """Says when a checkpoint is due."""
+
+    def __init__(self) -> None:
+        self._since, self._took = time.monotonic(), 0.0
+
+    def is_due(self) -> bool:
+        return time.monotonic() - self._since >= max(SECONDS, _SHARE * self._took)
+
+    @contextmanager
+    def writing_one(self) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self._since = time.monotonic()
+        self._took = self._since - start
+
+
+@contextmanager
+def new_checkpoint(directory: Path, step: int) -> Iterator[Path]:
+    """Yields the directory that a checkpoint's files are to be written into, of which it is whole or not there.
+
+    The last two stay.
+
+    Args:
+        directory: of all checkpoints.
+
+    Raises:
+        WriteError: the disk refuses. The checkpoints that were there still are.
+    """
+    with writing(directory):
+        remove_leftovers(directory)
+    with whole_directory(directory / f"checkpoint-{step}") as fresh:
+        yield fresh
+    tidy(directory)
+
+
+def tidy(directory: Path) -> None:
+    """Removes all checkpoints but the last two, and what killed processes left. WriteError: the disk refuses."""
+    with writing(directory):
+        remove_leftovers(directory)
+        for path in _in_order(directory)[:-_KEPT]:
+            discard(path)
+
+
+def last_checkpoint(out: Path) -> Checkpoint | None:
+    """Returns the newest checkpoint of the run in ``out``; None: there is none yet.
+
+    Raises:
+        TaskError: its state cannot be read.
+    """
+    paths = _in_order(out / "checkpoints")
+    if not paths:
+        return None
+    try:
+        state = TrainerState(**json.loads((paths[-1] / _STATE).read_text(encoding="utf-8")))
+        step, last = state.global_step, state.max_steps
+        if not (isinstance(step, int) and isinstance(last, int) and isinstance(state.log_history, list)):
+            raise ValueError(f"{_STATE} has other values than the Trainer's")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise damaged(paths[-1], error) from error
+    return Checkpoint(paths[-1], state)
+
+
+def damaged(path: Path | str, error: BaseException) -> TaskError:
+    """What is told of a checkpoint that cannot be read."""
+    if isinstance(error, PermissionError):
+        return TaskError(f"--resume: {path} cannot be read: {error}")
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return TaskError(f"--resume: {path} cannot be read ({reason}); delete it to continue from the one before")
+
+
+def _in_order(directory: Path) -> list[Path]:
+    numbered = [path for path in directory.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    return sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]))

@@ -1,0 +1,77 @@
+"""The labelled texts of a fine-tuning run: which there are, on which side, and as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from lora_ext.tasks import TaskError
+from lora_ext.tasks.finetune import demo
+from lora_ext.tasks.finetune.data import (
+    Example,
+    Splits,
+    check_labels,
+    label_names,
+    read_examples,
+    shown,
+    split_examples,
+    without_texts_of,
+)
+from lora_ext.tasks.finetune.settings import Settings
+
+
+class Encoded(NamedTuple):
+    """Texts as token ids, shortest first: batches of like length need little padding."""
+
+    examples: list[Example]
+    rows: list[dict[str, Any]]  # {"input_ids": [...], "labels": class index}
+    classes: np.ndarray  # [num_examples] class indices
+
+
+def load_data(settings: Settings, say: Callable[[str], None]) -> Splits:
+    if settings.data is None:
+        name, examples = "the demo data", demo.examples(say)
+    else:
+        name = settings.data
+        examples = read_examples(name, settings.text_column, settings.label_column)
+    if settings.eval_file is None:
+        splits = split_examples(examples, settings.validation_split, settings.test_split)
+    else:
+        test = read_examples(settings.eval_file, settings.text_column, settings.label_column)
+        given, examples = len(examples), without_texts_of(examples, test)
+        if dropped := given - len(examples):
+            say(f"{name}: {dropped:,} texts are left out, as they are in {settings.eval_file}, too")
+        splits = split_examples(examples, settings.validation_split, 0.0)._replace(test=test)
+    if not splits.test:
+        raise TaskError(f"{name}: no text is left for testing; raise --test-split, or name an --eval-file")
+    try:
+        check_labels(splits.labels)
+    except TaskError as error:
+        raise TaskError(f"{name}: {error}") from error
+    known = label_names(splits.train)
+    if len(known) < 2:
+        raise TaskError(f"{name}: every text for training has the label {known[0]!r}; a classifier needs at least two")
+    for side, examples in (("validation", splits.validation), ("test", splits.test)):
+        if unknown := sorted({example.label for example in examples} - set(known)):
+            raise TaskError(
+                f"{name}: labels [{shown(unknown)}] occur in the {side} texts only; for training there are "
+                f"{shown(known)}. Every label, a number too, is a class, which takes texts to learn; add some, or drop "
+                "these"
+            )
+    sizes = ", ".join(f"{len(split):,} for {side}" for side, split in splits._asdict().items())
+    say(f"{name}: {sizes}; labels {shown(known)}")
+    return splits
+
+
+def encode(examples: list[Example], tokenizer: PreTrainedTokenizerBase, labels: list[str], max_length: int) -> Encoded:
+    if not examples:
+        return Encoded([], [], np.empty(0, np.int64))
+    token_ids = tokenizer([example.text for example in examples], truncation=True, max_length=max_length)["input_ids"]
+    order = sorted(range(len(examples)), key=lambda index: len(token_ids[index]))
+    index_of = {label: index for index, label in enumerate(labels)}
+    classes = [index_of[examples[index].label] for index in order]
+    rows = [{"input_ids": token_ids[index], "labels": label} for index, label in zip(order, classes, strict=True)]
+    return Encoded([examples[index] for index in order], rows, np.array(classes))

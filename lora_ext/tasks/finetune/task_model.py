@@ -1,0 +1,158 @@
+"""The model of a fine-tuning run: loaded, checked against what is asked of it, and adapted."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    logging,
+)
+
+from lora_ext.methods import ARCHITECTURES, Method, apply_method, head_parameters, new_method, option_names
+from lora_ext.methods.prefix_embed import SpecialTokens
+from lora_ext.tasks import TaskError
+from lora_ext.tasks.finetune import demo
+from lora_ext.tasks.finetune.data import Splits
+from lora_ext.tasks.finetune.lora_targets import lora_targets, split_names
+from lora_ext.tasks.finetune.settings import Settings
+from lora_ext.tasks.finetune.task_data import load_data
+from lora_ext.tasks.shared.hub import loading_options, why_not_loaded
+
+
+class TaskModel(NamedTuple):
+    """A bare model and what belongs to it."""
+
+    path: str
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+    drawn: tuple[str, ...]  # parameters that the checkpoint has no values for, those of the new head left out
+
+
+def model_path_of(model: str | None) -> str:
+    """Local directories by their absolute path: the adapter's config names its base model by it."""
+    if model is None:
+        return str(demo.model_path())
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
+
+
+def load_task_model(settings: Settings) -> tuple[TaskModel, Splits]:
+    """The bare model and the texts that ``settings`` start from. TaskError: they cannot be had."""
+    splits = load_data(settings, say=lambda line: None)
+    return load_model(model_path_of(settings.model), splits.labels, settings.max_length), splits
+
+
+def load_model(path: str, labels: list[str], max_length: int) -> TaskModel:
+    """A classifier of ``labels``. TaskError: there is none at ``path``, or not for so many tokens."""
+    logging.set_verbosity_error()  # it reports every new head; what else is new, check_fits does
+    try:
+        options = loading_options(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(
+            path,
+            num_labels=len(labels),
+            id2label=dict(enumerate(labels)),
+            label2id={label: index for index, label in enumerate(labels)},
+            problem_type="single_label_classification",  # whatever a checkpoint was before
+            ignore_mismatched_sizes=True,  # its head may have been for other labels
+            output_loading_info=True,
+            dtype=torch.float32,
+            **options,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise TaskError(f"--model {path} cannot be loaded: {why_not_loaded(path, error)}") from error
+    if max_length > tokenizer.model_max_length:
+        raise TaskError(f"--max-length is {max_length}, but {path} takes at most {tokenizer.model_max_length} tokens")
+    if tokenizer.pad_token is None:  # language models have none
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    head = head_parameters(model).keys()
+    if wrong := sorted({name for name, *_ in loaded["mismatched_keys"]} - head):
+        raise TaskError(f"--model {path}: {wrong[0]} has another shape than the config beside it says")
+    return TaskModel(path, tokenizer, model, tuple(sorted(set(loaded["missing_keys"]) - head)))
+
+
+def sharing(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy with the very parameters of ``model``: it takes next to no memory."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
+def adapt(model: PreTrainedModel, settings: Settings, model_path: str) -> PreTrainedModel:
+    """Applies the method of ``settings`` to ``model``, which it returns.
+
+    TaskError: the method does not fit the model, or an option is wrong.
+    """
+    try:
+        return apply_method(model, method_for(model, settings, model_path))
+    except (ValueError, TypeError) as error:
+        raise TaskError(f"--method {settings.method}: {error}") from error
+
+
+def check_fits(task_model: TaskModel, settings: Settings) -> None:
+    """TaskError: the method of ``settings`` leaves at random, and in no file, what the checkpoint has no values for."""
+    if settings.method == "full":
+        return
+    names = tuple(_modules_to_save(settings) or ())
+    saved = tuple(f"{path}." for path, _ in task_model.model.named_modules() if path.endswith(names))
+    if left := sorted({name.rpartition(".")[0] for name in task_model.drawn if not name.startswith(saved)}):
+        raise TaskError(
+            f"--method {settings.method}: {task_model.path} has no values for {', '.join(left)}, which would stay as "
+            f"they were drawn, and be in no file; train them along: --method lora --modules-to-save "
+            f"{','.join(left)}, or --method full"
+        )
+
+
+def _modules_to_save(settings: Settings) -> list[str] | None:
+    return split_names(settings.modules_to_save) if settings.modules_to_save else None
+
+
+def method_for(model: PreTrainedModel, settings: Settings, model_path: str) -> Method:
+    """The method that ``settings`` ask for. ValueError, TypeError: they ask for what cannot be."""
+    values = asdict(settings) | {
+        **lora_targets(model, settings.target_modules),
+        "modules_to_save": _modules_to_save(settings),
+        "base_model_name_or_path": model_path,
+    }
+    options = {option for name in settings.method.split("+") for option in option_names(name)}
+    return new_method(settings.method, **{key: value for key, value in values.items() if key in options})
+
+
+def check_room(modules: Iterable[nn.Module], most: int | None, rows: list[dict[str, Any]]) -> None:
+    """TaskError: the longest text has more tokens than the model has positions for.
+
+    Args:
+        modules: of the adapted model, or those that will be put into it.
+        most: what the bare model can read, by :func:`most_tokens`.
+        rows: all texts, encoded.
+    """
+    longest = max(len(row["input_ids"]) for row in rows)
+    for module in modules:
+        if isinstance(module, SpecialTokens) and module.most_tokens is not None and longest > module.most_tokens:
+            raise TaskError(
+                f"a text has {longest} tokens, but the model has {module.max_positions} positions, of which "
+                f"prefix-embed takes {module.special_tokens}; want --max-length {module.most_tokens}, "
+                "or fewer special tokens"
+            )
+    if most is not None and longest > most:
+        raise TaskError(f"a text has {longest} tokens, but the model has {most} positions; want --max-length {most}")
+
+
+def most_tokens(model: PreTrainedModel) -> int | None:
+    """How many tokens a text may have; None: the config does not say."""
+    architecture = ARCHITECTURES.get(model.config.model_type)
+    if architecture is None or not architecture.position_table:
+        most = getattr(model.config, "max_position_embeddings", None)
+        has_positions = getattr(model.config, "position_biased_input", True)  # DeBERTa's may be relative alone
+        return most if has_positions and isinstance(most, int) and most > 0 else None  # XLNet's is -1
+    table = model.base_model.get_submodule(architecture.position_table)
+    return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)

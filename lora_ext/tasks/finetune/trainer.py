@@ -1,0 +1,366 @@
+"""``transformers.Trainer`` with what a LoRA run needs: small checkpoints, exact resumption, a clean stop on Ctrl-C."""
+
+from __future__ import annotations
+
+import collections
+import math
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from lora_ext.methods import load_method, method_of, save_method
+from lora_ext.tasks import TaskError
+from lora_ext.tasks.finetune import busy_machine
+from lora_ext.tasks.finetune.moving_average import MovingAverage
+from lora_ext.tasks.finetune.results import accuracy, macro_f1
+from lora_ext.tasks.finetune.run_checkpoints import Checkpoint, Clock, damaged, new_checkpoint
+from lora_ext.tasks.finetune.settings import SCHEDULES, Settings
+from lora_ext.tasks.shared.whole_files import writing
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during training; a checkpoint of the last step is on disk."""
+
+
+class FinetuneTrainer(Trainer):
+    """Writes only what is trained, and draws the same batches in a resumed run.
+
+    Evaluation and prediction keep the order of the dataset, and take of a model's outputs the logits alone.
+
+    Attributes:
+        lora_plus_ratio: the learning rate of ``lora_B`` over that of all else (LoRA+, Hayou et al. 2024, arXiv
+            2402.12354).
+        average: which is evaluated during training, and what the model has after it; or None.
+        progress: what it has done so far.
+        clock: of its checkpoints.
+    """
+
+    lora_plus_ratio = 1.0
+    average: MovingAverage | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.progress, self.clock = Progress(), Clock()
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        factors = {id(parameter) for name, parameter in self.model.named_parameters() if name.endswith(".lora_B")}
+        for group in list(optimizer.param_groups) if self.lora_plus_ratio != 1.0 else ():
+            faster = [parameter for parameter in group["params"] if id(parameter) in factors]
+            if faster:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in factors]
+                rate = self.lora_plus_ratio * group["lr"]
+                optimizer.add_param_group({**group, "params": faster, "lr": rate})
+        return optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return _EpochSampler(self.args.train_batch_size, [len(row["input_ids"]) for row in dataset], self.args.seed)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.average.in_place() if self.average is not None else nullcontext():
+            return super().evaluate(*args, **kwargs)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        loss, outputs, labels = super().prediction_step(*args, **kwargs)
+        return loss, outputs[0] if isinstance(outputs, tuple) else outputs, labels
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.progress.take(loss)
+        return loss
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Writes a checkpoint that is there whole or not at all."""
+        directory = self.args.output_dir
+        self.state.stateful_callbacks[Progress.KEY] = self.progress.state()
+        with self.clock.writing_one(), new_checkpoint(Path(directory), self.state.global_step) as fresh:
+            # The Trainer makes a directory of this name in the one that its arguments name.
+            self.args.output_dir = str(fresh)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.output_dir = directory
+            (inner,) = fresh.iterdir()
+            for path in list(inner.iterdir()):
+                path.rename(fresh / path.name)
+            inner.rmdir()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        directory = output_dir or self.args.output_dir
+        if method_of(self.model).name == "full":  # the whole model, as others read it
+            self.model.save_pretrained(directory, state_dict=state_dict)
+        else:
+            save_method(self.model, directory)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with _explaining_damage(resume_from_checkpoint):
+            if method_of(self.model).name == "full":
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            else:
+                load_method(self.model, resume_from_checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.average is not None:
+            self.average.save(Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _explaining_damage(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            self._load_average(checkpoint)
+
+    def _load_average(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.average is not None:
+            self.average.load(Path(checkpoint))
+
+    def take_over(self, checkpoint: Checkpoint) -> None:
+        """Becomes what it was after its last step, of which ``checkpoint`` is: nothing is left to train."""
+        self._load_from_checkpoint(str(checkpoint.path))
+        with _explaining_damage(str(checkpoint.path)):
+            self._load_average(str(checkpoint.path))
+        self.state = checkpoint.state
+        self.progress.go_on(self.state)
+
+
+@contextmanager
+def _explaining_damage(checkpoint: str | None) -> Iterator[None]:
+    """Whatever a checkpoint's files do not load with becomes one line that says what to do."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, TaskError):
+        raise
+    except Exception as error:  # torch.load raises what the damage happens to cause
+        raise damaged(checkpoint, error) from error
+
+
+class Progress:
+    """What a run has done, as far as it is not in its weights: time, tokens, and losses that are not logged yet.
+
+    Attributes:
+        seconds: spent in training steps, before a resumption, too.
+        tokens: in these, padding not counted.
+    """
+
+    KEY = "Progress"  # in the Trainer's state
+
+    def __init__(self) -> None:
+        self.seconds, self.tokens = 0.0, 0
+        self._loss: torch.Tensor | float = 0.0
+        self._steps = 0
+
+    def take(self, loss: torch.Tensor) -> None:
+        self._loss = self._loss + loss.double()
+        self._steps += 1
+
+    def mean_loss(self) -> float:
+        """Returns the mean of the losses since it was asked last."""
+        mean = float(self._loss) / self._steps
+        self._loss, self._steps = 0.0, 0
+        return mean
+
+    def state(self) -> dict[str, float]:
+        return {"seconds": self.seconds, "loss": float(self._loss), "steps": self._steps}
+
+    def go_on(self, state: TrainerState) -> None:
+        """Continues from what :meth:`state` put into a checkpoint."""
+        own = state.stateful_callbacks.get(self.KEY, {})
+        self.seconds, self._loss, self._steps = own.get("seconds", 0.0), own.get("loss", 0.0), own.get("steps", 0)
+        self.tokens = state.num_input_tokens_seen
+
+
+class _Steps(TrainerCallback):
+    """Says what happens at a step; all of it is in the step's checkpoint.
+
+    - Random numbers follow from the seed and the number of the step. Whatever else draws some, an evaluation or a
+      resumption, changes nothing.
+    - After it the loss is logged, at a hundredth of all steps, then the model is evaluated, at an epoch's end, and then
+      a checkpoint is written: where one is due, after the last step and after Ctrl-C.
+    """
+
+    def __init__(self, trainer: FinetuneTrainer) -> None:
+        self.trainer = trainer
+        self._durations: collections.deque[float] = collections.deque(maxlen=5)
+        self._has_advised = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.progress.go_on(state)
+        self.trainer.clock = Clock()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        torch.manual_seed(int(np.random.SeedSequence([args.seed, state.global_step]).generate_state(1, np.uint64)[0]))
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, train_dataloader=None, lr_scheduler=None, **kwargs):
+        trainer, step = self.trainer, state.global_step
+        seconds = time.perf_counter() - self._start
+        trainer.progress.seconds += seconds
+        trainer.progress.tokens = state.num_input_tokens_seen
+        is_last = step >= state.max_steps
+        if is_last or step % math.ceil(state.max_steps / 100) == 0:  # a hundred points, however long the run
+            trainer.log({"loss": trainer.progress.mean_loss(), "learning_rate": lr_scheduler.get_last_lr()[0]})
+        control.should_evaluate = trainer.eval_dataset is not None and (is_last or step % len(train_dataloader) == 0)
+        control.should_save = is_last or trainer.clock.is_due()
+        self._durations.append(seconds)
+        if not self._has_advised and len(self._durations) == self._durations.maxlen:
+            line = busy_machine.advice(torch.get_num_threads(), statistics.median(self._durations))
+            if line is not None:
+                self._has_advised = True
+                tqdm.write(line)
+
+
+class _Averaging(TrainerCallback):
+    def __init__(self, average: MovingAverage) -> None:
+        self.average = average
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.average.update(state.global_step)
+
+
+class _EpochSampler(LengthGroupedSampler):
+    """Rows of like length together, in an order that follows from the seed and the epoch alone."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:  # accelerate's data loader calls it
+        self.generator = torch.Generator().manual_seed(self.seed + epoch)
+
+
+class _LossInBar(ProgressCallback):
+    """The progress bar with the current loss in it, in place of a printed line for every logged one."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix(epoch=f"{state.epoch:.2f}", loss=f"{float(logs['loss']):.3f}")
+
+
+class _StopOnInterrupt(TrainerCallback):
+    """The first Ctrl-C ends the run after the current step, with a checkpoint; the second one ends it at once."""
+
+    requested = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        def handler(signum: int, frame: Any) -> None:
+            if self.requested:
+                raise KeyboardInterrupt
+            self.requested = True
+            print("\nstopping after this step; press Ctrl-C again to stop at once", flush=True)
+
+        previous = signal.signal(signal.SIGINT, handler)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.requested:
+            control.should_save = control.should_training_stop = True
+
+
+def build_trainer(model, settings: Settings, out: Path, train, validation, collator) -> FinetuneTrainer:
+    """``train`` and ``validation`` are lists of ``{"input_ids": [...], "labels": class index}``."""
+    steps = len(train) / settings.batch_size * settings.epochs
+    arguments = TrainingArguments(
+        output_dir=str(out / "checkpoints"),
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=SCHEDULES[settings.schedule],
+        warmup_steps=round(settings.warmup * steps),
+        eval_strategy="no",  # what is done after which step, _Steps says
+        logging_strategy="no",
+        save_strategy="no",
+        include_num_input_tokens_seen="non_padding",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        bf16=settings.precision == "bfloat16",
+        use_cpu=not torch.cuda.is_available(),  # or bf16 is refused
+        disable_tqdm=False,  # whatever the verbosity
+        report_to=[],
+        seed=settings.seed,
+    )
+    with writing(out):  # it makes the directory of the checkpoints
+        trainer = FinetuneTrainer(
+            model,
+            arguments,
+            train_dataset=train,
+            eval_dataset=validation or None,
+            data_collator=collator,
+            compute_metrics=lambda output: {
+                "accuracy": accuracy(output.predictions.argmax(-1), output.label_ids),
+                "macro_f1": macro_f1(output.predictions.argmax(-1), output.label_ids),
+            },
+        )
+    trainer.lora_plus_ratio = settings.lora_plus_ratio
+    if settings.ema_decay:
+        trainer.average = MovingAverage(model, settings.ema_decay)
+        trainer.add_callback(_Averaging(trainer.average))
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_LossInBar())
+    trainer.add_callback(_Steps(trainer))
+    return trainer
+
+
+def forward_of(model: torch.nn.Module, settings: Settings) -> Callable[..., Any]:
+    """The forward of ``model`` in the precision of the settings, as a trainer runs it."""
+
+    def forward(**inputs: torch.Tensor) -> Any:
+        device_type = next(iter(inputs.values())).device.type
+        with torch.autocast(device_type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+            return model(**inputs)
+
+    return forward
+
+
+class _Progress(TrainerCallback):
+    def __init__(self, tell: Callable[[float], None]) -> None:
+        self.tell = tell
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.tell(state.global_step / max(state.max_steps, 1))
+
+
+def train(
+    trainer: FinetuneTrainer, checkpoint: Checkpoint | None, on_progress: Callable[[float], None] | None = None
+) -> Progress:
+    """Trains to the end, from ``checkpoint`` if given; ``on_progress`` is told the part that is done.
+
+    Raises:
+        Interrupted: on the first Ctrl-C, after a checkpoint of the step then finished was written.
+        WriteError: the disk refuses a checkpoint.
+    """
+    if checkpoint is not None and checkpoint.is_last:
+        trainer.take_over(checkpoint)
+    else:
+        stop = _StopOnInterrupt()
+        trainer.add_callback(stop)
+        if on_progress is not None:
+            trainer.add_callback(_Progress(on_progress))
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        if stop.requested:
+            raise Interrupted
+    if trainer.average is not None:
+        trainer.average.keep()
+    return trainer.progress
+
+
+def predict(trainer: FinetuneTrainer, examples: list[dict[str, Any]]) -> np.ndarray:
+    """Logits ``[len(examples), num_labels]`` of the trainer's model, float32, in the order of ``examples``."""
+    return trainer.predict(examples).predictions

@@ -1,0 +1,1 @@
+"""``lora-ext plan``: the memory and disk a method takes."""

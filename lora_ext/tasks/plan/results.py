@@ -1,0 +1,132 @@
+"""A plan for people: the rows of its table, the sentences below, and the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_ext.tasks.shared import markdown
+from lora_ext.tasks.shared.whole_files import write_picture
+
+KINDS = {  # of memory, by their keys in plan.json
+    "weights": "weights",
+    "optimizer_state": "optimizer state",
+    "gradients": "gradients",
+    "activations": "activations, temporaries",
+}
+_QUANTISED = (
+    "inject does not adapt quantised layers by itself: lora_ext.functional.lora_delta_ adds an adapter to what such a "
+    "layer returned."
+)
+
+
+def readable(count: float) -> str:
+    """Bytes in the decimal unit that fits, by three digits: ``1.40 TB``, ``349 GB``, ``37.7 MB``."""
+    if count < 1000:
+        return f"{count:.0f} B"
+    units = ["TB", "GB", "MB", "kB"]
+    while (count := count / 1000) >= 999.5 and len(units) > 1:
+        units.pop()
+    digits = 2 if count < 9.995 else 1 if count < 99.95 else 0
+    return f"{count:,.{digits}f} {units[-1]}"
+
+
+def title(plan: Mapping[str, Any]) -> str:
+    """What is planned, in a line."""
+    own, run = plan["settings"], plan["settings"]["finetune"]
+    extras = [own["optimizer"], f"{run['batch_size']} x {run['max_length']} tokens", own["device"]]
+    if own["gradient_checkpointing"]:
+        extras.append("gradient checkpointing")
+    if own["accumulation_steps"] > 1:
+        extras.append(f"{own['accumulation_steps']} batches accumulated")
+    labels = f" of {plan['num_labels']} labels" if plan.get("num_labels") else ""
+    return (
+        f"{plan['model']}: {plan['model_type']}, {plan['parameters']:,} parameters, {plan['task']}{labels}; "
+        f"{own['dtype']} weights, {', '.join(extras)}"
+    )
+
+
+def rows(plan: Mapping[str, Any]) -> list[list[str]]:
+    """The table: a column for full fine-tuning, the method, and inference."""
+    runs = plan["runs"]
+
+    def row(name: str, cell: Callable[[str, Mapping[str, Any]], str]) -> list[str]:
+        return [name, *(cell(label, run) for label, run in runs.items())]
+
+    def of_trained(key: str) -> Callable[[str, Mapping[str, Any]], str]:
+        return lambda label, run: readable(run[key]) if key in run else ""
+
+    table = [
+        ["", *runs],
+        row("parameters trained", lambda label, run: f"{run.get('trained_parameters', 0):,}"),
+        *(row(text, lambda label, run, key=key: readable(run[key])) for key, text in KINDS.items()),
+        row("peak", lambda label, run: readable(run["peak"])),
+        row("when", lambda label, run: run["moment"]),
+        row("kept for the backward", lambda label, run: readable(run["kept"])),
+        row("all gradients", lambda label, run: readable(run["all_gradients"])),
+        row("checkpoint", of_trained("checkpoint_bytes")),
+        row("checkpoint in 16 bits", of_trained("checkpoint_16_bit_bytes")),
+    ]
+    disk = plan["disk"]
+    tasks = f"{disk['tasks']} tasks on disk"
+    table.append(
+        row(tasks, lambda label, run: readable(disk["tasks_bytes"][label]) if label in disk["tasks_bytes"] else "")
+    )
+    if disk["checkpoints"] is not None:
+        size = readable(plan["settings"]["disk"])
+        table.append(row(f"checkpoints on {size}", lambda label, run: _count(disk["checkpoints"].get(label))))
+    return table
+
+
+def _count(number: int | None) -> str:
+    return "" if number is None else f"{number:,}"
+
+
+def notes(plan: Mapping[str, Any]) -> list[str]:
+    """What the table does not say: whether it fits, and what would make it."""
+    capacity, method = plan["capacity"], plan["method"]
+    if capacity is None:
+        return []
+    lines = []
+    room = f"{readable(capacity['usable'])} ({readable(plan['settings']['gpu_memory'])} less what is reserved)"
+    for name, fits in capacity["fits"].items():
+        lines.append(f"{name} {'fits' if fits else 'does not fit'} into {room}: {readable(plan['runs'][name]['peak'])}")
+    if capacity["fits"][method]:
+        return lines
+    if not capacity["changes"]:
+        return [*lines, f"{method} would not fit with any change that was tried."]
+    lines.append(f"{method} fits with one of these:")
+    for change in capacity["changes"]:
+        each = " each" if change["devices"] > 1 else ""
+        lines.append(f"  {' and '.join(change['what'])}: {readable(change['peak'])}{each}")
+    if any(change["setup"]["dtype"] in ("int8", "nf4") for change in capacity["changes"]):
+        lines.append(_QUANTISED)
+    return lines
+
+
+def document(plan: Mapping[str, Any]) -> str:
+    """The content of plan.md."""
+    heading, *table = rows(plan)
+    listed = [f"- {line.strip()}" if line.startswith("  ") else line for line in notes(plan)]
+    return "\n\n".join([f"# {title(plan)}", markdown.table(heading, table), *listed]) + "\n"
+
+
+def plot(path: Path, plan: Mapping[str, Any]) -> None:
+    """A bar for each run, of what it holds when that is the most."""
+    from matplotlib.figure import Figure  # here: the rest is for machines without it, too
+
+    runs = dict(reversed(plan["runs"].items()))
+    unit, divisor = ("GB", 1e9) if max(run["peak"] for run in runs.values()) >= 1e9 else ("MB", 1e6)
+    figure = Figure(figsize=(8, 1.4 + 0.6 * len(runs)), layout="constrained")
+    axes = figure.subplots()
+    left = dict.fromkeys(runs, 0.0)
+    for key, text in KINDS.items():
+        widths = [run[key] / divisor for run in runs.values()]
+        axes.barh(list(runs), widths, left=list(left.values()), label=text)
+        left = {name: start + width for (name, start), width in zip(left.items(), widths, strict=True)}
+    if plan["settings"]["gpu_memory"] is not None:
+        axes.axvline(plan["capacity"]["usable"] / divisor, color="black", linestyle="--", label="usable")
+    axes.set(xlabel=f"{unit} at the peak", title=f"{plan['model']}, {plan['settings']['dtype']}")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=3, frameon=False)
+    write_picture(path, figure)

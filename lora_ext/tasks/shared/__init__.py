@@ -1,0 +1,1 @@
+"""What several tasks use: files written whole, result directories, models by their ids."""

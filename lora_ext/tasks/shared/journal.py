@@ -1,0 +1,70 @@
+"""Results that are kept as they are made: a line of JSON each, which an interrupted run finds again."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lora_ext.tasks import TaskError
+from lora_ext.tasks.shared.whole_files import writing
+
+__all__ = ["Journal"]
+
+
+class Journal:
+    """A file of JSON objects, one a line, that grows at its end. A line that a kill cut off counts as not written.
+
+    Attributes:
+        entries: those of the file, and those added since: all as JSON gives them back.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Opens ``path``, which is made where it is missing.
+
+        Raises:
+            TaskError: another process is writing to it.
+            WriteError: the disk refuses it.
+        """
+        self.path = path
+        self.entries: list[dict[str, Any]] = []
+        with writing(path):
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._fd)
+            raise TaskError(f"another process is writing {path}") from error
+        whole = 0
+        for line in path.read_bytes().splitlines(keepends=True):
+            try:
+                entry = json.loads(line) if line.endswith(b"\n") else None
+            except (ValueError, RecursionError):
+                entry = None
+            if not isinstance(entry, dict):
+                break  # and with it what follows: it may be later than what is lost
+            self.entries.append(entry)
+            whole += len(line)
+        with writing(path):
+            os.ftruncate(self._fd, whole)
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Writes ``entry`` to the disk before it returns. WriteError: the disk refuses; it counts as not written."""
+        line = json.dumps(entry, allow_nan=False)
+        data = memoryview(f"{line}\n".encode())
+        with writing(self.path):
+            while data:
+                data = data[os.write(self._fd, data) :]
+            os.fsync(self._fd)
+        self.entries.append(json.loads(line))
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._fd)

@@ -1,0 +1,76 @@
+"""The directory that a run leaves its results in: whose it is, and what may be replaced there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_ext.tasks import TaskError
+from lora_ext.tasks.shared.whole_files import discard, is_leftover, remove_leftovers, write_json, write_whole, writing
+
+__all__ = ["check_out", "leave_results", "prepare_out"]
+
+
+def check_out(
+    out: Path,
+    resume: bool,
+    overwrite: bool,
+    *,
+    marker: str,
+    what: str,
+    outputs: Sequence[str] = (),
+    inputs: Iterable[str | None] = (),
+) -> None:
+    """Refuses to mix a run with other files, or to replace one unasked.
+
+    Args:
+        marker: name of the file that every run of this kind has in its directory.
+        what: the kind, with its article.
+        outputs: names or patterns of what :func:`prepare_out` will remove.
+        inputs: files and directories that the run reads, or ids of something else, or None.
+
+    Raises:
+        TaskError: saying which option or directory would do.
+    """
+    if resume and overwrite:
+        raise TaskError("--resume continues the run in --out and --overwrite replaces it; give one of them")
+    if out.exists() and not out.is_dir():
+        raise TaskError(f"--out {out} is not a directory")
+    if resume and not (out / marker).is_file():
+        raise TaskError(f"--resume: {out} holds no run to continue: there is no {marker}; start it without --resume")
+    if resume or not out.exists() or all(is_leftover(path) for path in out.iterdir()):
+        return
+    if not (out / marker).is_file():
+        raise TaskError(f"--out {out} holds files that are not of {what}; choose another directory")
+    if not overwrite:
+        raise TaskError(f"--out {out} holds a run already; --resume continues it, --overwrite replaces it")
+    removed = [path.resolve() for pattern in outputs for path in out.glob(pattern)]
+    for name in filter(None, inputs):
+        path = Path(name).resolve()
+        if any(path == old or path.is_relative_to(old) for old in removed):
+            raise TaskError(f"--overwrite would remove {name}, which the run is to read; choose another --out")
+
+
+def prepare_out(out: Path, outputs: Sequence[str], resume: bool, save: Callable[[Path], object]) -> None:
+    """Makes ``out``, without the ``outputs`` (names or patterns) of an earlier run unless it is resumed.
+
+    ``save(out)`` then writes what the run is started with.
+
+    Raises:
+        WriteError: the disk refuses.
+    """
+    with writing(out):
+        for pattern in () if resume else outputs:
+            for path in list(out.glob(pattern)):
+                discard(path)
+        out.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(out)
+    save(out)
+
+
+def leave_results(out: Path, name: str, result: Any, document: str, say: Callable[[str], None]) -> None:
+    """A command's ``name``.json and .md, next to the .png that is there already, and the document for the user."""
+    write_whole(out / f"{name}.md", document)
+    write_json(out / f"{name}.json", result)
+    say(f"{document}\nin {out}: {name}.json, {name}.md, {name}.png; runs/ has every run")

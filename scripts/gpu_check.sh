@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Everything a GPU can tell about lora_ext, in one command, in under 8 minutes, without a network: builds for the card
+# found, tests on it, looks for races and stray accesses, measures. Uses the machine's own python and torch.
+# Usage: scripts/gpu_check.sh [PYTHON] [options of gpu_check.py]        for example: scripts/gpu_check.sh python3.12
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=python3
+if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
+  python=$1
+  shift
+fi
+exec "$python" scripts/gpu_check.py "$@"

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from support.models import Net, bert, llama, refused, token_ids
+from torch import nn
+
+from lora_ext import LoraConfig, inject, merge, unmerge
+from lora_ext.adapters import disable_adapters, lora_modules, merge_and_unload, trainable_parameter_counts
+
+ALIVE = {"r": 2, "lora_alpha": 8, "init_lora_weights": False}
+
+
+def net(dtype: torch.dtype = torch.float32, **settings) -> Net:
+    return inject(Net().eval().to(dtype), LoraConfig(**{"target_modules": ["up", "down"]} | ALIVE | settings))
+
+
+def weights(model: nn.Module) -> list[torch.Tensor]:
+    return [layer.weight.clone() for _, layer in lora_modules(model)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_merge_and_unmerge_keep_the_output(dtype):
+    model = net(dtype)
+    x = torch.randn(5, 6, dtype=dtype)
+    expected, before = model(x), weights(model)
+    assert merge(model) is model
+    torch.testing.assert_close(model(x), expected)
+    for (_, layer), weight in zip(lora_modules(model), before, strict=True):
+        assert layer.is_merged
+        torch.testing.assert_close(layer.weight, weight + layer.delta_weight())
+    assert unmerge(model) is model
+    assert all(map(torch.equal, weights(model), before))
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+
+
+def test_merged_model_refuses_to_train():
+    model = merge(net()).train()
+    with pytest.raises(RuntimeError, match=r"'default' is merged and would not train; call unmerge\(model\)"):
+        model(torch.randn(5, 6))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_merge_and_unload_gives_the_plain_model(merged):
+    model = net(modules_to_save=["head"])
+    x = torch.randn(5, 6)
+    expected = model(x)
+    if merged:
+        merge(model)
+    assert merge_and_unload(model) is model
+    torch.testing.assert_close(model(x), expected)
+    plain = Net()
+    assert [(path, type(module)) for path, module in model.named_modules()] == [
+        (path, type(module)) for path, module in plain.named_modules()
+    ]
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert sorted(vars(model)) == sorted(vars(plain))
+    assert {path for path, p in model.named_parameters() if p.requires_grad} == {"head.weight", "head.bias"}
+    inject(model, LoraConfig(target_modules=["up"]))  # and again
+
+
+@pytest.mark.cpu_only("a default device switches the encoder's fast path off")
+def test_unloading_switches_the_encoder_fast_path_on_again():
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    inject(model, LoraConfig(target_modules=["linear1"], **ALIVE))
+    x, mask = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad():
+        expected = model(x, src_key_padding_mask=mask)
+        assert (expected[mask] != 0).all()
+        actual = merge_and_unload(model)(x, src_key_padding_mask=mask)
+    assert (actual[mask] == 0).all()  # only the fast path zeroes padded positions
+    torch.testing.assert_close(actual[~mask], expected[~mask])
+
+
+def test_a_part_of_a_model_can_be_injected_and_the_whole_unloaded():
+    model = Net()
+    inject(model.blocks, LoraConfig(target_modules=["up"]))
+    merge_and_unload(model)
+    assert not list(lora_modules(model))
+    inject(model.blocks, LoraConfig(target_modules=["up"]))
+
+
+def test_disable_adapters_gives_the_base_and_ends_with_the_block():
+    model = bert().eval()
+    ids = token_ids()
+    bare = model(input_ids=ids).logits
+    inject(model, LoraConfig(target_modules=["query", "dense"], **ALIVE))
+    adapted = model(input_ids=ids).logits
+    assert not torch.allclose(adapted, bare)
+    with pytest.raises(KeyError, match="inner"), disable_adapters(model):
+        torch.testing.assert_close(model(input_ids=ids).logits, bare)
+        raise KeyError("inner")
+    torch.testing.assert_close(model(input_ids=ids).logits, adapted, rtol=0, atol=0)
+
+
+def test_counts():
+    model = net(modules_to_save=["head"])
+    adapter = 2 * (2 * (6 + 10) + 2 * (10 + 6))
+    head = 6 * 3 + 3
+    assert trainable_parameter_counts(model) == (
+        adapter + head,
+        sum(p.numel() for p in Net().parameters()) + adapter + head,
+    )
+    tied = llama(tied=True)
+    assert trainable_parameter_counts(tied)[1] == tied.num_parameters()
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operation", [merge, unmerge, merge_and_unload])
+def test_nothing_injected(operation):
+    model = Net()
+    with refused(model, ValueError, f"{operation.__name__}: Net has no LoRA layer; call inject(model, config) first"):
+        operation(model)
+
+
+def test_merging_twice_and_unmerging_what_is_not_merged():
+    model = net()
+    with refused(model, RuntimeError, "unmerge: 'blocks.0.up', 'blocks.0.down', 'blocks.1.up' and 1 more not merged"):
+        unmerge(model)
+    merge(model)
+    with refused(model, RuntimeError, "merge: 'blocks.0.up', 'blocks.0.down', 'blocks.1.up' and 1 more merged already"):
+        merge(model)
+    with refused(model, RuntimeError, "merged; call unmerge(model) first"), disable_adapters(model):
+        pass
+
+
+def test_partly_merged():
+    model = net()
+    model.blocks[1].up.merge()
+    with refused(model, RuntimeError, "merge: 'blocks.1.up' merged already"):
+        merge(model)
+    unmerge(model)
+    assert not any(layer.is_merged for _, layer in lora_modules(model))
+
+
+def test_merging_while_disabled():
+    model = net()
+    for operation in (merge, merge_and_unload):
+        with (
+            disable_adapters(model),
+            refused(model, RuntimeError, f"{operation.__name__}: no adapter is active in 'bl"),
+        ):
+            operation(model)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_an_adapter_that_is_not_finite(factor, value):
+    model = net()
+    with torch.no_grad():
+        getattr(model.blocks[1].down.adapters["default"], factor)[1, 0] = value
+    before = weights(model)
+    for operation in (merge, merge_and_unload):
+        with pytest.raises(ValueError, match=r"of the weight of 'blocks.1.down' .*: the adapter has NaN or infinite"):
+            operation(model)
+    assert all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
+    assert not any(layer.is_merged for _, layer in lora_modules(model))
+
+
+def test_an_update_that_overflows_the_weight():
+    model = net(torch.float16, lora_alpha=1e7)
+    with refused(model, ValueError, "the weight of 'blocks.0.up' NaN or infinite: the sum overflows torch.float16"):
+        merge(model)
+
+
+def test_a_tied_weight_is_not_merged():
+    model = inject(llama(tied=True).eval(), LoraConfig(target_modules=["q_proj", "lm_head"], **ALIVE))
+    text = "the weight of 'lm_head' is also that of 'model.embed_tokens', which would change with it"
+    with refused(model, ValueError, text):
+        merge(model)
+    ids = token_ids()
+    expected = model(input_ids=ids).logits
+    model.lm_head.base_layer.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # the remedy it names
+    torch.testing.assert_close(merge(model)(input_ids=ids).logits, expected)
+
+
+def test_a_failure_midway_unmerges_what_was_merged():
+    model = net()
+    before = weights(model)
+    # The op refuses this shape, which merge() does not look for.
+    model.blocks[1].down.adapters["default"].lora_A = nn.Parameter(torch.zeros(2, 11))
+    with pytest.raises(ValueError, match="lora_A has in_features=11 but weight has 10"):
+        merge(model)
+    assert not any(layer.is_merged for _, layer in lora_modules(model))
+    torch.testing.assert_close(weights(model), before)

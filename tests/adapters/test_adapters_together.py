@@ -1,0 +1,236 @@
+"""Adapters of one model that meet in one module: neither may change what the other means."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from support.models import VOCABULARY, Net, llama, refused, token_ids
+from torch import Tensor, nn
+from transformers import BertConfig, BertForMaskedLM
+
+from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
+from lora_ext.adapters import (
+    adapter_status,
+    add_weighted_adapter,
+    delete_adapter,
+    disable_adapters,
+    merge_and_unload,
+    rename_adapter,
+    set_adapter,
+    unload,
+)
+
+
+def randomized(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if ".adapters." in path:
+                parameter.normal_(std=0.3)
+    return model
+
+
+def computed(model: nn.Module, x: Tensor, *names: str) -> Tensor:
+    return set_adapter(model, names)(x).detach()
+
+
+def square() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)).eval()
+
+
+@pytest.mark.parametrize("saved_first", [False, True])
+def test_one_adapter_trains_in_full_what_another_adapts(saved_first):
+    x, base = torch.randn(3, 6), square()
+    adapting = LoraConfig(r=2, target_modules=["2"])
+    saving = LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"])
+    wanted = {}
+    for name, config in (("adapting", adapting), ("saving", saving)):
+        torch.manual_seed(7)
+        wanted[name] = randomized(inject(copy.deepcopy(base), config, name))(x).detach()
+
+    model, order = copy.deepcopy(base), [("adapting", adapting), ("saving", saving)]
+    for name, config in reversed(order) if saved_first else order:
+        torch.manual_seed(7)
+        alone = randomized(inject(copy.deepcopy(base), config, name))
+        inject(model, config, name)
+        own, theirs = dict(alone.named_parameters()), dict(model.named_parameters())
+        with torch.no_grad():
+            for path, parameter in theirs.items():
+                if f".adapters.{name}." in path:
+                    parameter.copy_(own[path.replace("2.base_layer.", "2.")])
+    for name, y in wanted.items():
+        assert torch.equal(computed(model, x, name), y), name
+    assert torch.equal(computed(model, x), base(x))
+    set_adapter(model, "adapting")
+    assert torch.equal(unload(model)(x), base(x))
+
+
+def test_a_block_trained_in_full_is_copied_without_the_adapters_in_it(tmp_path):
+    x, base = torch.randn(3, 6), Net().eval()
+    model = randomized(inject(copy.deepcopy(base), LoraConfig(r=2, target_modules=["up"]), "a"))
+    adapted = computed(model, x, "a")
+    inject(model, LoraConfig(r=2, target_modules=["head"], modules_to_save=["blocks.0"]), "b")
+    torch.testing.assert_close(model(x), base(x))
+    assert torch.equal(computed(model, x, "a"), adapted)
+    for name in "ab":
+        save_adapter(model, tmp_path / name, name)
+    assert torch.equal(unload(model)(x), base(x))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attn(x, x, x)[0]
+
+
+@pytest.mark.parametrize("saved_first", [False, True])
+def test_the_output_projection_of_an_attention_that_another_adapter_trains_in_full(saved_first, tmp_path):
+    x, base = torch.randn(2, 3, 8), Attention().eval()
+    model = copy.deepcopy(base)
+    adapting = LoraConfig(r=2, target_modules=["out_proj"])
+    saving = LoraConfig(r=2, target_modules=["attn"], modules_to_save=["out_proj"])
+    for name, config in sorted({"adapting": adapting, "saving": saving}.items(), reverse=saved_first):
+        inject(model, config, name)
+    randomized(model)
+    for name in ("adapting", "saving"):
+        expected = computed(model, x, name)
+        assert not torch.allclose(expected, base(x))
+        save_adapter(model, tmp_path / name, name)
+        torch.testing.assert_close(load_adapter(copy.deepcopy(base), tmp_path / name)(x), expected)
+        torch.testing.assert_close(merge_and_unload(copy.deepcopy(model))(x), expected)
+    expected = computed(model, x, "adapting")
+    torch.testing.assert_close(delete_adapter(model, "saving")(x), expected)
+    assert type(unload(model).attn) is nn.MultiheadAttention
+
+
+@pytest.mark.parametrize("saved_first", [False, True])
+def test_a_copy_trained_in_full_has_no_rows_of_another_adapter(saved_first):
+    ids, model = token_ids(), llama().eval()
+    tokens = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=list(range(VOCABULARY)))
+    saving = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    for name, config in sorted({"tokens": tokens, "saving": saving}.items(), reverse=not saved_first):
+        inject(model, config, name)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if path.endswith("adapters.tokens.rows"):
+                parameter.fill_(5.0)
+            elif path.endswith("adapters.saving.weight"):
+                parameter.fill_(7.0)
+    embedded = {
+        names: set_adapter(model, names).model.embed_tokens(ids) for names in [("tokens",), ("tokens", "saving")]
+    }
+    assert (embedded["tokens",] == 5).all()
+    assert (embedded["tokens", "saving"] == 7).all()
+
+
+def test_a_bias_in_two_modules_is_switched_once(tmp_path):
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    model = BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, **size)).eval()
+    head = model.cls.predictions
+    assert head.bias is head.decoder.bias
+    inject(model, LoraConfig(r=2, target_modules=["query"], bias="all"))
+    nn.init.constant_(head.bias, 3.0)
+    with disable_adapters(model):
+        assert not head.bias.any()
+    assert (head.bias == 3).all()
+    save_adapter(set_adapter(model, ()), tmp_path, "default")
+    assert not head.bias.any()
+    again = load_adapter(unload(model), tmp_path)
+    assert (again.cls.predictions.bias == 3).all()
+
+
+def test_a_copy_trained_in_full_has_no_biases_of_another_adapter():
+    x, base = torch.randn(3, 6), Net().eval()
+    model = inject(copy.deepcopy(base), LoraConfig(r=2, target_modules=["up"], bias="all"), "a")
+    nn.init.constant_(model.head.bias, 3.0)
+    adapted = model(x)
+    inject(model, LoraConfig(r=2, target_modules=["up"], modules_to_save=["head"]), "b")
+    torch.testing.assert_close(model(x), base(x))
+    torch.testing.assert_close(computed(model, x, "a"), adapted.detach())
+
+
+def test_a_bias_that_is_trained_takes_no_merged_lora_bias():
+    x, model = torch.randn(3, 6), Net().eval()
+    inject(model, LoraConfig(r=2, target_modules=["up"], bias="all"), "a")
+    inject(model, LoraConfig(r=2, target_modules=["up"], lora_bias=True), "b")
+    randomized(model)
+    with refused(model, ValueError, "merge: 'blocks.0.up' has a lora_bias to merge", "'a' trains", "merge_and_unload"):
+        merge(model, "b")
+    expected = model(x)
+    torch.testing.assert_close(merge_and_unload(model)(x), expected)
+
+
+CHANGES = {
+    "set_adapter": lambda model: set_adapter(model, "b"),
+    "delete_adapter": lambda model: delete_adapter(model, "b"),
+    "rename_adapter": lambda model: rename_adapter(model, "a", "c"),
+    "add_weighted_adapter": lambda model: add_weighted_adapter(model, ["a"], [1.0], "c"),
+    "inject": lambda model: inject(model, LoraConfig(target_modules=["up"]), "c"),
+    "unload": unload,
+    "merge_and_unload": lambda model: merge_and_unload(model, "a"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_adapters_that_are_disabled_do_not_change(name):
+    x, model = torch.randn(3, 6), Net().eval()
+    for adapter in "ba":
+        inject(model, LoraConfig(r=2, target_modules=["up"]), adapter)
+    expected = randomized(model)(x)
+    with disable_adapters(model), disable_adapters(model), refused(model, RuntimeError, f"{name}: ", "leave disable"):
+        CHANGES[name](model)
+    with disable_adapters(model):
+        enabled_copy = copy.deepcopy(model)
+    assert torch.equal(model(x), expected)
+    assert torch.equal(set_adapter(enabled_copy, "a")(x), expected)
+    CHANGES[name](model)
+
+
+def test_unloading_for_good_checks_trained_rows_before_it_merges():
+    model = llama()
+    for name in "ab":
+        inject(model, LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 2]), name)
+    set_adapter(randomized(model), ["a", "b"])
+    with refused(model, ValueError, "rows of their own for the tokens [1, 2]"):
+        merge_and_unload(model)
+
+
+def test_status_of_a_saved_module_without_parameters():
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
+    inject(model, LoraConfig(target_modules=["0"], modules_to_save=["1"]))
+    _, status = adapter_status(model)
+    assert (status.dtype, status.device, status.trainable, status.parameters) == (None, None, None, 0)
+
+
+def test_the_model_is_plain_again_without_its_last_adapter():
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval()
+    before = vars(model).keys(), {key: value for key, value in vars(model[0]).items() if not key.startswith("_")}
+    set_adapter(inject(model, LoraConfig(target_modules=["linear1"]), "a"), ())
+    delete_adapter(model, "a")
+    assert before == (vars(model).keys(), {k: v for k, v in vars(model[0]).items() if not k.startswith("_")})
+    assert not any("lora" in key for key in (*vars(model), *vars(model[0])))
+
+
+# --- misuse -----------------------------------------------------------------------------------------------------------
+
+
+def test_two_adapters_that_train_one_module_in_full_are_not_used_together():
+    model = inject(Net(), LoraConfig(target_modules=["up"], modules_to_save=["head"]), "a")
+    inject(model, LoraConfig(target_modules=["up"], modules_to_save=["head"]), "b")
+    with refused(
+        model, ValueError, "set_adapter: 'head' is trained in full by ['a', 'b'], and can be one of them only"
+    ):
+        set_adapter(model, ["a", "b"])
+
+
+def test_names_given_as_one_string_or_not_at_all():
+    model = inject(Net().eval(), LoraConfig(target_modules=["up"]), "a")
+    with refused(model, TypeError, "adapters is 'a' of type str, want a list of strings"):
+        add_weighted_adapter(model, "a", [1.0], "b")
+    for change in (merge, unmerge, merge_and_unload):
+        with refused(model, ValueError, "adapter_names is empty: name at least one adapter"):
+            change(model, [])

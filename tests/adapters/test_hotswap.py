@@ -1,0 +1,173 @@
+"""An adapter's values replaced under compiled code."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+from support.models import Net, bert, llama, refused, token_ids
+from torch import Tensor, nn
+
+from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter
+from lora_ext.adapters import adapter_names, lora_modules
+from lora_ext.adapters.hotswap import hotswap_adapter, prepare_hotswap
+
+ALIVE = {"init_lora_weights": False}
+
+
+def saved(directory, base, **settings):
+    """A directory with an adapter of ``base``, and what the model computes with it."""
+    model = inject(
+        copy.deepcopy(base), LoraConfig(**{"target_modules": ["up", "down"], "lora_alpha": 5} | ALIVE | settings)
+    )
+    save_adapter(model, directory)
+    return directory, model.eval()
+
+
+OTHERS = [
+    {"r": 4},
+    {"r": 2},
+    {"r": 7, "use_rslora": True},
+    {"r": 8, "lora_alpha": 3},
+    {"r": 3, "target_modules": ["down"]},
+    {"r": 2, "rank_pattern": {"up": 5}, "alpha_pattern": {r"blocks\.0\.down": 9}},
+]
+
+
+def test_swapping_under_compiled_code_never_recompiles(tmp_path):
+    base, x = Net().eval(), torch.randn(5, 6)
+    model = inject(copy.deepcopy(base), LoraConfig(r=4, target_modules=["up", "down"], lora_alpha=8, **ALIVE))
+    before = model(x)
+    assert prepare_hotswap(model, 8) is model
+    torch.testing.assert_close(model(x), before)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), before)
+        parameters = [parameter.data_ptr() for parameter in model.parameters()]
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for i, settings in enumerate([*OTHERS, *OTHERS[::-1]]):
+                directory, other = saved(tmp_path / str(i), base, **settings)
+                assert hotswap_adapter(compiled, directory) is compiled
+                torch.testing.assert_close(compiled(x), other(x))
+                torch.testing.assert_close(model(x), other(x))
+    assert [parameter.data_ptr() for parameter in model.parameters()] == parameters
+
+
+def test_a_padded_adapter_trains_and_is_saved_as_what_it_computes(tmp_path):
+    base, x = Net().eval().double(), torch.randn(5, 6, dtype=torch.float64)
+    config = LoraConfig(r=2, target_modules=["up", "down"], rank_pattern={"down": 3}, alpha_pattern={"up": 5}, **ALIVE)
+    plain, padded = inject(copy.deepcopy(base), config), None
+    padded = prepare_hotswap(copy.deepcopy(plain), 6)
+    for model in (plain, padded):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(padded(x), plain(x))
+    for _, layer in lora_modules(padded):
+        rank = 3 if layer.in_features == 10 else 2
+        assert not layer.adapters.default.lora_A[rank:].any() and not layer.adapters.default.lora_B[:, rank:].any()
+    save_adapter(padded, tmp_path)
+    torch.testing.assert_close(load_adapter(copy.deepcopy(base), tmp_path)(x), plain(x))
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()(x), plain(x))
+
+
+def test_heads_biases_and_peft_files_are_swapped_too(tmp_path):
+    base, ids = bert().double().eval(), token_ids()
+    settings = {"target_modules": ["query", "dense"], "modules_to_save": ["classifier"], "bias": "lora_only"}
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=3, lora_alpha=7, **settings, **ALIVE)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    theirs.save_pretrained(tmp_path)
+    ours = inject(copy.deepcopy(base), LoraConfig(r=3, lora_alpha=3, **settings))
+    hotswap_adapter(ours, tmp_path)
+    torch.testing.assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
+
+
+def test_one_of_several(tmp_path):
+    base, x = Net().eval(), torch.randn(5, 6)
+    directory, other = saved(tmp_path, base, r=1)
+    model = inject(
+        inject(copy.deepcopy(base), LoraConfig(r=2, target_modules=["up", "down"]), "a"),
+        LoraConfig(target_modules=["up"]),
+        "b",
+    )
+    hotswap_adapter(model, directory, "a")
+    torch.testing.assert_close(model(x), base(x))
+    torch.testing.assert_close(set_adapter(model, "a")(x), other(x))
+    assert adapter_names(model) == ["a", "b"]
+
+
+def test_an_attention_with_weights_of_its_own_for_query_key_and_value(tmp_path):
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = nn.MultiheadAttention(8, 2, kdim=6, vdim=5, batch_first=True)
+
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return self.attn(*inputs)[0]
+
+    base, inputs = Attention().eval(), (torch.randn(2, 3, 8), torch.randn(2, 4, 6), torch.randn(2, 4, 5))
+    directory, other = saved(tmp_path / "other", base, r=3, lora_alpha=9, target_modules=["attn"], lora_bias=True)
+    nn.init.normal_(other.attn.adapters["default"]["q_proj_weight"].lora_bias)
+    save_adapter(other, directory)
+    config = LoraConfig(r=2, target_modules=["attn"], lora_alpha=2, lora_bias=True, **ALIVE)
+    model = inject(copy.deepcopy(base), config)
+    before = model(*inputs)
+    prepare_hotswap(model, 4)
+    torch.testing.assert_close(model(*inputs), before)
+    save_adapter(model, tmp_path / "padded")
+    torch.testing.assert_close(load_adapter(copy.deepcopy(base), tmp_path / "padded")(*inputs), before)
+    hotswap_adapter(model, directory)
+    torch.testing.assert_close(model(*inputs), other(*inputs))
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"r": 3}, "shape of base_model.model.blocks.0.up.lora_A.weight: [3, 6] in the file, [2, 6] in the model"),
+        ({"target_modules": ["up", "head"]}, "unexpected key: base_model.model.head.lora_A.weight"),
+        ({"modules_to_save": ["head"]}, "unexpected key: base_model.model.head.weight"),
+        ({"lora_bias": True}, "unexpected key: base_model.model.blocks.0.up.lora_B.bias"),
+    ],
+)
+def test_what_does_not_fit_is_listed(settings, text, tmp_path):
+    directory, _ = saved(tmp_path, Net(), **{"r": 2} | settings)
+    model = inject(Net(), LoraConfig(r=2, target_modules=["up", "down"]))
+    with refused(model, ValueError, "hotswap_adapter", "does not fit the adapter 'default'", "prepare_hotswap", text):
+        hotswap_adapter(model, directory)
+
+
+def test_rows_of_other_tokens(tmp_path):
+    directory, _ = saved(tmp_path, llama(), target_modules=["q_proj"], trainable_token_indices=[1, 2])
+    model = inject(llama(), LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 4]))
+    with refused(model, ValueError, "trainable_token_indices: (1, 2) in the file, (3, 4) in the model"):
+        hotswap_adapter(model, directory)
+
+
+def test_what_cannot_be_prepared_or_swapped(tmp_path):
+    directory, _ = saved(tmp_path, Net(), r=2)
+    model = Net()
+    for call in (lambda: prepare_hotswap(model, 4), lambda: hotswap_adapter(model, directory)):
+        with refused(model, ValueError, "Net is not injected"):
+            call()
+    inject(model, LoraConfig(r=2, target_modules=["up"]))
+    for r, text in ((1, "r is 1, but 'blocks.0.up' has rank 2"), (0, "r is 0, want")):
+        with refused(model, ValueError, text):
+            prepare_hotswap(model, r)
+    with refused(model, KeyError, "'x'", "['default']"):
+        hotswap_adapter(model, directory, "x")
+    with refused(model, FileNotFoundError, "adapter_config.json is missing"):
+        hotswap_adapter(model, tmp_path / "none")
+    merge(model.eval())
+    for call in (lambda: prepare_hotswap(model, 4), lambda: hotswap_adapter(model, directory)):
+        with refused(model, RuntimeError, "'default' is merged into 'blocks.0.up'; call unmerge(model) first"):
+            call()

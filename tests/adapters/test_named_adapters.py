@@ -1,0 +1,509 @@
+"""Several adapters in one model: adding, switching, adding up, disabling, renaming, deleting, listing."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+
+import peft
+import pytest
+import torch
+from safetensors.torch import save_file
+from support.models import Net, bert, gpt2, llama, refused, token_ids
+from torch import nn
+
+from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
+from lora_ext.adapters import (
+    adapter_names,
+    adapter_status,
+    delete_adapter,
+    disable_adapters,
+    lora_modules,
+    merge_and_unload,
+    rename_adapter,
+    trainable_parameter_counts,
+    unload,
+)
+
+ALIVE = {"lora_alpha": 8, "init_lora_weights": False}
+FIRST = LoraConfig(r=2, target_modules=["up", "down"], modules_to_save=["head"], **ALIVE)
+SECOND = LoraConfig(r=3, target_modules=["up"], **ALIVE)
+THIRD = LoraConfig(r=1, target_modules=["down", "head"], use_rslora=True, **ALIVE)
+
+
+def three() -> Net:
+    """Adapters a (both layers and a head of its own), b (one layer), c (the other layer and the head); c is active."""
+    model = Net().eval()
+    for name, config in (("a", FIRST), ("b", SECOND)):
+        inject(model, config, name)
+    return inject(model, LoraConfig(r=1, target_modules=["down"], use_rslora=True, **ALIVE), "c")
+
+
+def delta(model: nn.Module, path: str, *names: str) -> torch.Tensor:
+    layer = model.get_submodule(path)
+    return sum(layer.delta_weight(name) for name in names if name in layer.adapters)
+
+
+def by_hand(model: Net, x: torch.Tensor, *names: str) -> torch.Tensor:
+    """The model's output with its adapters added to the weights."""
+    plain = Net().eval()
+    plain.load_state_dict(unload(copy.deepcopy(model)).state_dict())
+    with torch.no_grad():
+        for i in range(2):
+            for layer in ("up", "down"):
+                update = delta(model, f"blocks.{i}.{layer}", *names)
+                plain.get_submodule(f"blocks.{i}.{layer}").weight.add_(update)
+        if "a" in names:
+            plain.head.load_state_dict(model.head.adapters["a"].state_dict())
+    return plain(x)
+
+
+# --- adding and switching ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [(), ("a",), ("b",), ("c",), ("a", "b"), ("c", "b"), ("b", "c", "a")])
+def test_active_adapters_add_up(names):
+    model, x = three(), torch.randn(5, 6)
+    assert adapter_names(model) == ["a", "b", "c"]
+    assert set_adapter(model, names) is model
+    torch.testing.assert_close(model(x), by_hand(model, x, *names))
+
+
+def test_the_last_injected_adapter_is_active():
+    model, x = three(), torch.randn(5, 6)
+    torch.testing.assert_close(model(x), by_hand(model, x, "c"))
+
+
+def test_the_model_is_the_base_again_when_none_is_active():
+    base = Net().eval()
+    model, x = inject(copy.deepcopy(base), FIRST), torch.randn(5, 6)
+    with torch.no_grad():
+        model.head.adapters["default"].weight.add_(1)
+    assert not torch.allclose(model(x), base(x))
+    set_adapter(model, [])
+    assert torch.equal(model(x), base(x))
+
+
+@pytest.mark.parametrize("family", [bert, llama])
+def test_several_adapters_compute_and_train_as_in_peft(family, tmp_path):
+    base, ids = family().double().eval(), token_ids()
+    targets = {"one": ["query", "q_proj", "value", "v_proj"], "two": ["query", "dense", "q_proj", "down_proj"]}
+    theirs = None
+    for name, modules in targets.items():
+        known = [module for module in modules if any(path.endswith(module) for path, _ in base.named_modules())]
+        config = peft.LoraConfig(r=len(name), target_modules=known, **ALIVE)
+        if theirs is None:
+            theirs = peft.get_peft_model(copy.deepcopy(base), config, adapter_name=name)
+        else:
+            theirs.add_adapter(name, config)
+    theirs.save_pretrained(tmp_path)
+    ours = copy.deepcopy(base)
+    for name in targets:
+        load_adapter(ours, tmp_path / name, trainable=True, adapter_name=name)
+    for active in (["one"], ["two"], ["one", "two"]):
+        theirs.base_model.set_adapter(active)
+        set_adapter(ours, active)
+        ours.zero_grad()
+        theirs.zero_grad()
+        outputs = [model(input_ids=ids).logits for model in (ours, theirs)]
+        torch.testing.assert_close(*outputs)
+        for output in outputs:
+            output.square().sum().backward()
+        for path, layer in lora_modules(ours):
+            other = theirs.base_model.model.get_submodule(path)
+            for name, adapter in layer.adapters.items():
+                expected = other.lora_A[name].weight.grad, other.lora_B[name].weight.grad
+                for mine, grad in zip((adapter.lora_A.grad, adapter.lora_B.grad), expected, strict=True):
+                    assert (mine is None) == (grad is None) == (name not in active)
+                    if grad is not None:
+                        torch.testing.assert_close(mine, grad)
+
+
+def test_only_active_adapters_train_and_frozen_ones_stay_frozen(tmp_path):
+    save_adapter(inject(Net(), SECOND), tmp_path)
+    model = inject(Net(), FIRST, "a")
+    load_adapter(model, tmp_path, adapter_name="frozen")
+
+    def trainable() -> set[str]:
+        return {path.split("adapters.")[1].split(".")[0] for path, p in model.named_parameters() if p.requires_grad}
+
+    assert trainable() == set()
+    assert trainable_parameter_counts(set_adapter(model, "a"))[0] == 4 * 2 * (6 + 10) + 6 * 3 + 3
+    assert trainable() == {"a"}
+    set_adapter(model, ["a", "frozen"])
+    assert trainable() == {"a"}
+    set_adapter(model, "frozen", trainable=True)
+    assert trainable() == {"frozen"}
+    set_adapter(model, "a")
+    set_adapter(model, "frozen")
+    assert trainable() == {"frozen"}
+    set_adapter(model, "frozen", trainable=False)
+    assert trainable() == set()
+
+
+def test_switching_touches_no_flag_of_adapters_that_stay_in_use():
+    model = three()
+    set_adapter(model, ["a", "b"])
+    model.blocks[0].up.adapters["a"].lora_A.requires_grad_(False)
+    set_adapter(model, ["c", "a"])
+    assert not model.blocks[0].up.adapters["a"].lora_A.requires_grad
+    assert model.blocks[1].up.adapters["a"].lora_A.requires_grad
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_switches_by_itself(duplicate):
+    model, x = three(), torch.randn(5, 6)
+    other = duplicate(model)
+    set_adapter(other, ["a", "b"])
+    torch.testing.assert_close(other(x), by_hand(model, x, "a", "b"))
+    torch.testing.assert_close(model(x), by_hand(model, x, "c"))
+
+
+def test_switching_a_compiled_model():
+    model, x = three(), torch.randn(5, 6)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        for names in (("a",), ("b", "c"), ("a",), ()):
+            set_adapter(compiled, names)
+            torch.testing.assert_close(compiled(x), by_hand(model, x, *names))
+
+
+def test_conv1d_of_gpt2_as_in_peft(tmp_path):
+    base, ids = gpt2().double().eval(), token_ids()
+    config = peft.LoraConfig(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, lora_bias=True, r=2, **ALIVE)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name and "bias" in name:
+                parameter.normal_()
+    theirs.save_pretrained(tmp_path)
+    ours = load_adapter(copy.deepcopy(base), tmp_path, trainable=True)
+    outputs = [model(input_ids=ids).logits for model in (ours, theirs)]
+    torch.testing.assert_close(*outputs)
+    for output in outputs:
+        output.square().sum().backward()
+    for path, layer in lora_modules(ours):
+        adapter, other = layer.adapters["default"], theirs.base_model.model.get_submodule(path)
+        torch.testing.assert_close(adapter.lora_A.grad, other.lora_A["default"].weight.grad)
+        torch.testing.assert_close(adapter.lora_B.grad, other.lora_B["default"].weight.grad)
+        torch.testing.assert_close(adapter.lora_bias.grad, other.lora_B["default"].bias.grad)
+    before = {path: tensor.clone() for path, tensor in ours.state_dict().items()}
+    merge(ours)
+    torch.testing.assert_close(ours(input_ids=ids).logits, outputs[1])
+    assert not torch.equal(
+        before["transformer.h.0.attn.c_attn.base_layer.bias"], ours.transformer.h[0].attn.c_attn.bias
+    )
+    unmerge(ours)
+    assert all(torch.equal(tensor, before[path]) for path, tensor in ours.state_dict().items())
+
+
+# --- merged ones ------------------------------------------------------------------------------------------------------
+
+
+def test_merged_adapters_act_until_unmerged_beside_those_in_use():
+    model, x = three(), torch.randn(5, 6)
+    expected = {names: by_hand(model, x, *names) for names in (("b",), ("b", "c"))}
+    pristine = {path: tensor.clone() for path, tensor in model.state_dict().items()}
+    merge(model, "b")
+    set_adapter(model, ["b"])
+    torch.testing.assert_close(model(x), expected["b",])
+    set_adapter(model, [])
+    torch.testing.assert_close(model(x), expected["b",])
+    set_adapter(model, ["c"])
+    torch.testing.assert_close(model(x), expected["b", "c"])
+    merge(model)
+    torch.testing.assert_close(model(x), expected["b", "c"])
+    unmerge(model, "b")
+    set_adapter(model, ["b", "c"])
+    torch.testing.assert_close(model(x), expected["b", "c"])
+    torch.testing.assert_close(merge_and_unload(copy.deepcopy(model))(x), expected["b", "c"])
+    unmerge(model)
+    assert all(torch.equal(tensor, pristine[path]) for path, tensor in model.state_dict().items())
+
+
+def test_merge_and_unload_of_chosen_adapters():
+    model, x = three(), torch.randn(5, 6)
+    expected = by_hand(model, x, "b", "c")
+    torch.testing.assert_close(merge_and_unload(model, ["b", "c"])(x), expected)
+    assert not adapter_names(model) and type(model.head) is nn.Linear
+
+
+def test_merge_and_unload_keeps_the_head_in_use():
+    model, x = set_adapter(three(), "a"), torch.randn(5, 6)
+    expected = by_hand(model, x, "a")
+    torch.testing.assert_close(merge_and_unload(model)(x), expected)
+    assert type(model.head) is nn.Linear
+
+
+# --- disabling, unloading ---------------------------------------------------------------------------------------------
+
+
+def test_disabling_gives_the_base_with_its_own_head():
+    base = Net().eval()
+    model, x = inject(copy.deepcopy(base), FIRST), torch.randn(5, 6)
+    with torch.no_grad():
+        model.head.adapters["default"].weight.add_(1)
+    adapted = model(x)
+    with disable_adapters(model):
+        assert torch.equal(model(x), base(x))
+    assert torch.equal(model(x), adapted)
+
+
+def test_unload_gives_the_model_of_before():
+    base = Net().eval()
+    model = copy.deepcopy(base)
+    for name, config in (("a", FIRST), ("b", SECOND)):
+        inject(model, config, name)
+    assert unload(model) is model
+    assert [(path, type(module)) for path, module in model.named_modules()] == [
+        (path, type(module)) for path, module in base.named_modules()
+    ]
+    assert sorted(vars(model)) == sorted(vars(base))
+    assert all(torch.equal(tensor, base.state_dict()[path]) for path, tensor in model.state_dict().items())
+    inject(model, FIRST)
+
+
+# --- biases -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_go_with_their_adapter(bias, tmp_path):
+    base, x = Net().eval().double(), torch.randn(5, 6, dtype=torch.float64)
+    config = LoraConfig(r=2, target_modules=["up", "down"], bias=bias, **ALIVE)
+    model = inject(copy.deepcopy(base), config, "a")
+    trained = {path for path, p in model.named_parameters() if p.requires_grad and "lora_" not in path}
+    wanted = {f"blocks.{i}.up.base_layer.bias" for i in range(2)}
+    assert trained == (wanted | {"norm.bias", "head.bias"} if bias == "all" else wanted)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if path in trained:
+                parameter.add_(1)
+    adapted = model(x)
+    inject(model, LoraConfig(r=3, target_modules=["up"], **ALIVE), "b")
+    torch.testing.assert_close(model(x), by_hand_of(base, model, x, "b"))
+    set_adapter(model, "a")
+    torch.testing.assert_close(model(x), adapted, rtol=0, atol=0)
+    assert {path for path, p in model.named_parameters() if p.requires_grad and "lora_" not in path} == trained
+    with disable_adapters(model):
+        assert torch.equal(model(x), base(x))
+    torch.testing.assert_close(model(x), adapted, rtol=0, atol=0)
+
+    set_adapter(model, "b")  # the file has a's biases all the same
+    save_adapter(model, tmp_path, "a")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(theirs(x), adapted)
+    torch.testing.assert_close(load_adapter(copy.deepcopy(base), tmp_path)(x), adapted)
+    set_adapter(model, "a")
+    assert torch.equal(unload(model)(x), base(x))
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("head", [None, ["head"]])
+def test_trained_biases_of_a_peft_file(bias, head, tmp_path):
+    base, x = Net().eval().double(), torch.randn(5, 6, dtype=torch.float64)
+    config = peft.LoraConfig(r=2, target_modules=["up", "down"], bias=bias, modules_to_save=head, **ALIVE)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.5)
+    theirs.save_pretrained(tmp_path)
+    torch.testing.assert_close(load_adapter(copy.deepcopy(base), tmp_path)(x), theirs(x))
+
+
+def by_hand_of(base: Net, model: Net, x: torch.Tensor, *names: str) -> torch.Tensor:
+    plain = copy.deepcopy(base)
+    with torch.no_grad():
+        for path, layer in lora_modules(model):
+            for name in names:
+                if name in layer.adapters:
+                    plain.get_submodule(path).weight.add_(layer.delta_weight(name))
+    return plain(x)
+
+
+# --- renaming, deleting, listing --------------------------------------------------------------------------------------
+
+
+def test_renaming():
+    model, x = set_adapter(three(), ["a", "b"]), torch.randn(5, 6)
+    expected = model(x)
+    assert rename_adapter(model, "a", "first") is model
+    assert adapter_names(model) == ["first", "b", "c"]
+    assert list(model.blocks[0].up.adapters) == ["first", "b"] and list(model.head.adapters) == ["first"]
+    assert torch.equal(model(x), expected)
+    set_adapter(model, "c")
+    set_adapter(model, ["first", "b"])
+    assert torch.equal(model(x), expected)
+    assert model.head.adapters["first"].weight.requires_grad
+
+
+def test_deleting():
+    model, x = three(), torch.randn(5, 6)
+    expected = by_hand(model, x, "c")
+    for name in ("a", "b"):
+        assert delete_adapter(model, name) is model
+    assert adapter_names(model) == ["c"]
+    assert type(model.head) is nn.Linear and type(model.blocks[0].up) is nn.Linear  # nobody adapts them any more
+    torch.testing.assert_close(model(x), expected)
+    assert not any(".a." in path or ".b." in path for path in model.state_dict())
+
+
+def test_status():
+    model = set_adapter(three(), ["c"])
+    merge(model, "b")
+    status = {(entry.layer, entry.adapter): entry for entry in adapter_status(model)}
+    assert len(status) == 4 + 2 + 2 + 1
+    entry = status["blocks.1.up", "b"]
+    assert (entry.kind, entry.r, entry.active, entry.merged, entry.trainable) == ("LoraLinear", 3, False, True, False)
+    assert (entry.dtype, entry.device.type, entry.parameters) == (torch.float32, "cpu", 3 * (6 + 10))
+    assert entry.scaling == pytest.approx(8 / 3)
+    entry = status["blocks.0.down", "c"]
+    assert (entry.active, entry.merged, entry.trainable, entry.scaling) == (True, False, True, 8.0)
+    head = status["head", "a"]
+    assert (head.kind, head.r, head.scaling, head.merged, head.parameters) == ("TrainedModule", None, None, False, 21)
+    assert adapter_status(Net()) == [] and adapter_names(Net()) == []
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_names_are_answered_with_the_known_ones():
+    model = three()
+    known = "['a', 'b', 'c']"
+    for call in (
+        lambda: set_adapter(model, "d"),
+        lambda: set_adapter(model, ["a", "d"]),
+        lambda: delete_adapter(model, "d"),
+        lambda: rename_adapter(model, "d", "e"),
+        lambda: save_adapter(model, "/nowhere", "d"),
+        lambda: merge(model, "d"),
+        lambda: merge_and_unload(model, "d"),
+    ):
+        with refused(model, KeyError, "'d'", known):
+            call()
+
+
+def test_names_that_are_taken_or_cannot_be():
+    model = three()
+    for call in (lambda: inject(model, SECOND, "a"), lambda: rename_adapter(model, "b", "a")):
+        with refused(model, ValueError, "there is an adapter 'a' already; the adapters are ['a', 'b', 'c']"):
+            call()
+    for name in ("", "x.y", "keys"):
+        with refused(model, ValueError, f"adapter_name is {name!r}, want a name without dots"):
+            rename_adapter(model, "a", name)
+    with refused(model, ValueError, "names are ['a', 'a'], want each once"):
+        set_adapter(model, ["a", "a"])
+
+
+def test_an_active_adapter_is_not_deleted():
+    model = three()
+    with refused(model, RuntimeError, "delete_adapter: 'c' is active; call set_adapter(model, ...)", "['a', 'b']"):
+        delete_adapter(model, "c")
+    model = inject(Net(), SECOND)
+    with refused(model, RuntimeError, "'default' is active; it is the last: call unload(model)"):
+        delete_adapter(model, "default")
+
+
+def test_what_a_merged_adapter_forbids(tmp_path):
+    model = three()
+    save_adapter(model, tmp_path)
+    merge(model, "b")
+    for error, text, call in (
+        (
+            RuntimeError,
+            "'b' is merged in 'blocks.0.up', 'blocks.1.up'; call unmerge",
+            lambda: delete_adapter(model, "b"),
+        ),
+        (RuntimeError, "'b' is merged in 'blocks.0.up'", lambda: rename_adapter(model, "b", "d")),
+        (RuntimeError, "'blocks.0.up', 'blocks.1.up' merged; call unmerge(model) first", lambda: unload(model)),
+        (RuntimeError, "merge: 'blocks.0.up', 'blocks.1.up' merged already", lambda: merge(model, "b")),
+        (RuntimeError, "unmerge: 'blocks.0.down', 'blocks.1.down' not merged", lambda: unmerge(model, "c")),
+        (RuntimeError, "an adapter is merged into 'blocks.0.up'", lambda: load_adapter(model, tmp_path)),
+        (ValueError, "adapters are merged into 'blocks.0.up'; call unmerge", lambda: inject(model, SECOND, "d")),
+    ):
+        with refused(model, error, text):
+            call()
+
+
+def test_what_was_not_injected():
+    model = Net()
+    for call in (
+        lambda: set_adapter(model, "a"),
+        lambda: delete_adapter(model, "a"),
+        lambda: rename_adapter(model, "a", "b"),
+    ):
+        with refused(model, ValueError, "Net is not injected; call lora_ext.inject on it"):
+            call()
+    with refused(model, ValueError, "unload: Net has no LoRA layer"):
+        unload(model)
+
+
+def test_saving_asks_which_of_several():
+    model = set_adapter(three(), ["a", "b"])
+    with refused(
+        model, ValueError, "save_adapter: the active adapters are ['a', 'b'], not just one", "['a', 'b', 'c']"
+    ):
+        save_adapter(model, "/nowhere")
+
+
+def test_only_one_adapter_trains_biases():
+    model = inject(Net(), LoraConfig(target_modules=["up"], bias="all"), "a")
+    text = "bias is 'lora_only', but the adapter 'a' trains the model's biases; only one can"
+    with refused(model, ValueError, text, "lora_bias=True"):
+        inject(model, LoraConfig(target_modules=["up"], bias="lora_only"), "b")
+
+
+def test_another_rank_under_the_same_name(tmp_path):
+    save_adapter(inject(Net(), LoraConfig(r=4, target_modules=["up"])), tmp_path)
+    model = inject(Net(), LoraConfig(r=2, target_modules=["up"]))
+    with refused(model, ValueError, "has r=4 but the model was injected with r=2", "under another adapter_name"):
+        load_adapter(model, tmp_path)
+    assert adapter_names(load_adapter(model, tmp_path, adapter_name="other")) == ["default", "other"]
+
+
+# As PEFT 0.10 wrote it; that release left out the biases of bias="lora_only".
+PEFT_0_10 = {
+    "alpha_pattern": {},
+    "auto_mapping": {"base_model_class": "Net", "parent_library": "__main__"},
+    "base_model_name_or_path": None,
+    "bias": "lora_only",
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": False,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "modules_to_save": None,
+    "peft_type": "LORA",
+    "r": 2,
+    "rank_pattern": {},
+    "revision": None,
+    "target_modules": ["up"],
+    "task_type": None,
+    "use_dora": False,
+    "use_rslora": False,
+}
+
+
+def test_a_file_of_peft_0_10(tmp_path):
+    tensors = {}
+    for i in range(2):
+        tensors[f"base_model.model.blocks.{i}.up.lora_A.weight"] = torch.randn(2, 6)
+        tensors[f"base_model.model.blocks.{i}.up.lora_B.weight"] = torch.randn(10, 2)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(PEFT_0_10))
+    model = Net().eval()
+    bias = model.blocks[0].up.bias.clone()
+    with pytest.warns(UserWarning, match='has no bias, though its config says bias="lora_only"'):
+        load_adapter(model, tmp_path)
+    assert torch.equal(model.blocks[0].up.bias, bias)
+    expected = 4 * tensors["base_model.model.blocks.0.up.lora_B.weight"]
+    torch.testing.assert_close(
+        model.blocks[0].up.delta_weight(), expected @ tensors["base_model.model.blocks.0.up.lora_A.weight"]
+    )

@@ -1,0 +1,324 @@
+"""Several threads at one model: weights are never lost, and a layer's forward meets no half of a change."""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from support.merged_models import all_same, hard_layer, hard_model, weights
+from support.merging import same_bits
+from support.models import Net
+from torch import nn
+
+from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
+from lora_ext.adapters import (
+    adapter_names,
+    delete_adapter,
+    disable_adapters,
+    hotswap_adapter,
+    lora_modules,
+    merge_and_unload,
+    rename_adapter,
+)
+from lora_ext.merging import layers as merged_module
+
+CONFIG = LoraConfig(r=2, target_modules=["up", "down"], init_lora_weights=False)
+
+
+def run_together(*actions: Callable[[], object], seconds: float = 20.0) -> list[BaseException | None]:
+    """Starts all actions at once; returns what each raised."""
+    barrier = threading.Barrier(len(actions))
+
+    def run(action: Callable[[], object]) -> BaseException | None:
+        barrier.wait()
+        try:
+            action()
+        except BaseException as error:
+            return error
+
+    pool = ThreadPoolExecutor(len(actions))
+    try:
+        futures = [pool.submit(run, action) for action in actions]
+        return [future.result(timeout=seconds) for future in futures]  # a hang is a failure
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Gives other threads time between what a change checks and what it does."""
+    plan = merged_module.plan_unmerge
+
+    def planned(*args, **kwargs):
+        launches = plan(*args, **kwargs)
+        time.sleep(0.05)
+        return launches
+
+    monkeypatch.setattr(merged_module, "plan_unmerge", planned)
+
+
+def test_of_two_merges_one_is_refused(slow):
+    model = hard_model([torch.float32, torch.bfloat16])
+    pristine = weights(model)
+    once = copy.deepcopy(model)
+    merge(once, "a")
+    errors = run_together(lambda: merge(model, "a"), lambda: merge(model, "a"))
+    assert sorted(str(error) for error in errors if error) == ["merge: 'layer0', 'layer1' merged already"]
+    assert all_same(weights(model), weights(once))
+    errors = run_together(lambda: unmerge(model), lambda: unmerge(model))
+    assert sorted(str(error) for error in errors if error) == ["unmerge: 'layer0', 'layer1' not merged"]
+    assert all_same(weights(model), pristine)
+
+
+def test_merges_of_two_adapters_add_up(slow):
+    model = hard_model([torch.float32, torch.bfloat16])
+    pristine, both = weights(model), copy.deepcopy(model)
+    merge(both, ["a", "b"])
+    assert run_together(lambda: merge(model, "a"), lambda: merge(model, "b")) == [None, None]
+    assert all_same(weights(model), weights(both))
+    assert all_same(weights(unmerge(model)), pristine)
+
+
+def test_merges_of_one_layer(slow):
+    layer = hard_layer(torch.float32)
+    pristine = layer.weight.clone()
+    errors = run_together(*[lambda: layer.merge("a")] * 3)
+    assert errors.count(None) == 1
+    layer.unmerge()
+    assert same_bits(layer.weight, pristine)
+
+
+def test_merges_and_unmerges_in_any_order():
+    model = hard_model([torch.float32, torch.bfloat16, torch.float16], sizes=(0.1, 0.2, 1e-4))
+    pristine = weights(model)
+
+    def change(seed: int) -> None:
+        draw = random.Random(seed)
+        for _ in range(40):
+            try:
+                draw.choice([merge, unmerge])(model, draw.choice(["a", "b"]))
+            except RuntimeError as error:
+                assert str(error).endswith(("merged already", "not merged")), error
+
+    assert run_together(*(lambda seed=seed: change(seed) for seed in range(4))) == [None] * 4
+    for _, layer in lora_modules(model):
+        if layer.is_merged:
+            layer.unmerge()
+    assert all_same(weights(model), pristine)
+
+
+def test_unloading_beside_a_merge(slow):
+    for _ in range(5):
+        model = inject(nn.ModuleDict({"up": nn.Linear(8, 8)}), LoraConfig(r=2, target_modules=["up"]), "a")
+        pristine, layer = model["up"].weight.clone(), model["up"]
+        nn.init.normal_(layer.adapters["a"].lora_B)
+        expected = pristine + layer.delta_weight("a")
+        errors = run_together(lambda model=model: merge_and_unload(model), lambda model=model: merge(model))
+        assert isinstance(model["up"], nn.Linear)
+        assert [error for error in errors if error is not None and "no LoRA layer" not in str(error)] == []
+        torch.testing.assert_close(model["up"].weight, expected)
+
+
+def outputs(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(x)
+
+
+@pytest.mark.cpu_only("on a GPU the order on the stream decides, which is not a thread's")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_forward_beside_merges_is_of_one_state(dtype):
+    layer = hard_layer(dtype, (64, 512), sizes=(0.5, 3.0, 1.0))
+    layer.set_active("a")
+    x = torch.randn(3, 512, dtype=dtype)
+    allowed = [outputs(layer, x)]  # a beside the weight
+    for name in ("b", "c"):
+        layer.merge(name)
+        allowed.append(outputs(layer, x))
+    layer.unmerge()
+    assert not any(torch.equal(allowed[0], other) for other in allowed[1:])
+    done = threading.Event()
+
+    def change() -> None:
+        try:
+            for _ in range(150):
+                layer.merge("b")
+                layer.merge("c")
+                layer.unmerge()
+        finally:
+            done.set()
+
+    def call() -> None:
+        while not done.is_set():
+            y = outputs(layer, x)
+            assert any(torch.equal(y, each) for each in allowed)
+
+    assert run_together(change, call, call, seconds=60) == [None] * 3
+
+
+def test_a_forward_waits_for_the_end_of_a_change(monkeypatch):
+    layer = hard_layer(torch.float32)
+    layer.set_active("a")
+    x = torch.randn(3, 270)
+    before, under_way, go_on = outputs(layer, x), threading.Event(), threading.Event()
+    run = merged_module._Merge.run
+
+    def paused(self, *args, **kwargs):
+        made = run(self, *args, **kwargs)
+        under_way.set()  # the weight has the update, and nobody knows of it yet
+        assert go_on.wait(20)
+        return made
+
+    monkeypatch.setattr(merged_module._Merge, "run", paused)
+    results = []
+    thread = threading.Thread(target=lambda: layer.merge("a"))
+    thread.start()
+    assert under_way.wait(20)
+    reader = threading.Thread(target=lambda: results.append(outputs(layer, x)))
+    reader.start()
+    reader.join(0.3)
+    assert results == []
+    go_on.set()
+    thread.join(20), reader.join(20)
+    torch.testing.assert_close(results[0], before, rtol=1e-4, atol=1e-3)  # the update is in there once
+
+
+def test_a_forward_that_fails_because_of_a_change_is_repeated():
+    model = inject(Net().eval(), CONFIG, "a")
+    inject(model, CONFIG, "b")
+    x, done = torch.randn(4, 6), threading.Event()
+
+    def change() -> None:
+        try:
+            for _ in range(200):
+                set_adapter(model, "a")
+                rename_adapter(model, "b", "c")
+                rename_adapter(model, "c", "b")
+                set_adapter(model, "b")
+                delete_adapter(model, "a")
+                inject(model, CONFIG, "a")
+        finally:
+            done.set()
+
+    def call() -> None:
+        while not done.is_set():
+            assert outputs(model, x).isfinite().all()
+
+    assert run_together(change, call, seconds=60) == [None, None]
+
+
+def test_errors_of_a_forward_are_its_own():
+    layer = hard_layer(torch.float32)
+    with pytest.raises(ValueError, match="has in_features=270 but x has 3"):
+        layer(torch.randn(2, 3))
+    layer.merge("a")
+    with pytest.raises(RuntimeError, match="'a' is merged and would not train"):
+        layer.train()(torch.randn(2, 270))
+
+
+def test_files_hold_one_state(tmp_path):
+    model = inject(Net().eval(), CONFIG, "a")
+    kept = {}
+    for value in (1.0, 2.0):
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            nn.init.constant_(parameter, value)
+        save_adapter(model, tmp_path / str(value))
+        kept[value] = tmp_path / str(value)
+
+    def swap() -> None:
+        for i in range(30):
+            hotswap_adapter(model, kept[1.0 + i % 2])
+
+    def save() -> None:
+        for i in range(30):
+            save_adapter(model, tmp_path / f"saved{i}")
+
+    assert run_together(swap, save, seconds=60) == [None, None]
+    for i in range(30):
+        loaded = load_adapter(Net(), tmp_path / f"saved{i}", trainable=True)
+        values = {value for p in loaded.parameters() if p.requires_grad for value in p.unique().tolist()}
+        assert len(values) == 1, i
+
+
+def test_adapters_are_disabled_by_one_thread_at_a_time():
+    model = inject(Net().eval(), CONFIG, "a")
+    x = torch.randn(4, 6)
+    adapted = outputs(model, x)
+    with disable_adapters(model):
+        base = outputs(model, x)
+        with disable_adapters(model):
+            assert torch.equal(outputs(model, x), base)
+        (error,) = run_together(lambda: disable_adapters(model).__enter__())
+        assert str(error) == "disable_adapters: another thread is within disable_adapters(model); wait for its end"
+        assert torch.equal(outputs(model, x), base)
+    assert torch.equal(outputs(model, x), adapted) and not torch.equal(base, adapted)
+    with disable_adapters(model):
+        pass
+
+
+def test_models_are_injected_side_by_side():
+    models = [Net() for _ in range(8)]
+    assert run_together(*(lambda model=model: inject(model, CONFIG, "a") for model in models)) == [None] * 8
+    assert all(adapter_names(model) == ["a"] for model in models)
+
+
+def test_one_model_is_injected_once(slow):
+    model = Net()
+    errors = run_together(*[lambda: inject(model, CONFIG, "a")] * 4)
+    assert errors.count(None) == 1
+    assert {str(error) for error in errors if error} == {
+        "inject: there is an adapter 'a' already; the adapters are ['a']. Choose another name, or "
+        "delete_adapter(model, ...) first"
+    }
+    assert sum(1 for _ in lora_modules(model)) == 4
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked on POSIX alone")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_fork_waits_for_a_change(monkeypatch):
+    model = hard_model([torch.float32])
+    pristine, under_way = weights(model), threading.Event()
+    run = merged_module._Merge.run
+
+    def slow_run(self, *args, **kwargs):
+        made = run(self, *args, **kwargs)
+        under_way.set()
+        time.sleep(0.2)
+        return made
+
+    monkeypatch.setattr(merged_module._Merge, "run", slow_run)
+    thread = threading.Thread(target=lambda: merge(model, "a"))
+    thread.start()
+    assert under_way.wait(20)
+    if (child := os.fork()) == 0:
+        same = False
+        try:
+            same = all_same(weights(unmerge(model)), pristine)  # it knows that the adapter is merged, and has the lock
+        finally:
+            os._exit(0 if same else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    thread.join(20)
+    assert all_same(weights(unmerge(model)), pristine)
+
+
+def test_a_copy_made_in_the_middle_of_a_change_computes(monkeypatch):
+    layer = hard_layer(torch.float32)
+    layer.set_active("a")
+    copies = []
+    run = merged_module._Merge.run
+
+    def copied(self, *args, **kwargs):
+        copies.append(copy.deepcopy(layer))
+        return run(self, *args, **kwargs)
+
+    x = torch.randn(3, 270)
+    before = outputs(layer, x)
+    monkeypatch.setattr(merged_module._Merge, "run", copied)
+    layer.merge("b")
+    assert torch.equal(outputs(copies[0], x), before)

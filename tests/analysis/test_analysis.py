@@ -1,0 +1,360 @@
+"""lora_ext.analysis against whole matrices: every update is multiplied out here and decomposed by numpy."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lora_ext.analysis import (
+    block_krylov_svd,
+    effective_rank,
+    energy_rank,
+    expected_random_norm,
+    expected_random_similarity,
+    factored_svd,
+    leading_ranks,
+    numerical_rank,
+    orthonormal_columns,
+    project,
+    projection_table,
+    random_similarity_std,
+    singular_basis,
+    stable_rank,
+    subspace_similarity,
+)
+
+pytestmark = pytest.mark.cpu_only("compares with numpy")
+
+
+def factors(out: int, in_: int, r: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    return torch.randn(r, in_, dtype=dtype), torch.randn(out, r, dtype=dtype)
+
+
+def naive_similarity(U: np.ndarray, V: np.ndarray, i: int, j: int) -> float:
+    """The paper's formula, literally."""
+    return np.linalg.norm(U[:, :i].T @ V[:, :j], "fro") ** 2 / min(i, j)
+
+
+# --- decomposing the update -------------------------------------------------------------------------------------------
+
+SIZES = st.tuples(st.integers(1, 20), st.integers(1, 20), st.integers(1, 24))
+
+
+@settings(deadline=None, max_examples=60)
+@given(SIZES, st.sampled_from([torch.float64, torch.float32, torch.bfloat16]), st.sampled_from([1.0, -0.5, 4.0]))
+def test_the_factors_decomposition_is_that_of_the_product(sizes, dtype, scaling):
+    out, in_, r = sizes
+    torch.manual_seed(out + 100 * in_)
+    A, B = factors(out, in_, r, dtype)
+    delta = scaling * (B.double() @ A.double())
+    found = factored_svd(A, B, scaling)
+    expected = np.linalg.svd(delta.numpy(), compute_uv=False)
+    count = min(out, in_, r)
+    assert found.U.shape == (out, count) and found.S.shape == (count,) and found.V.shape == (in_, count)
+    np.testing.assert_allclose(found.S.numpy(), expected[:count], atol=1e-12 * expected[0], rtol=1e-12)
+    assert found.S.dtype == torch.float64
+    torch.testing.assert_close((found.U * found.S) @ found.V.T, delta)
+    for basis in (found.U, found.V):
+        torch.testing.assert_close(basis.T @ basis, torch.eye(count, dtype=torch.float64))
+
+
+def test_factors_that_do_not_fit_are_refused():
+    A, B = factors(5, 6, 2)
+    for wrong, message in (
+        ((A, torch.randn(5, 3)), r"factored_svd: lora_A \[2, 6\] and lora_B \[5, 3\] have no rank in common"),
+        ((A[0], B), r"factored_svd: lora_A is \[6\], want a matrix of 2 dimensions"),
+        ((A * math.inf, B), "factored_svd: lora_A or lora_B is not finite"),
+        ((A, B, math.nan), "factored_svd: scaling is nan, want a finite number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            factored_svd(*wrong)
+
+
+def test_matrices_without_values_to_read_are_refused():
+    """Or the result would be memory that nobody has written."""
+    weight, U, V = torch.randn(5, 6), torch.randn(5, 2), torch.randn(6, 2)
+    for name, call in (
+        ("V", lambda bad: project(weight, U, bad)),
+        ("second", lambda bad: subspace_similarity(V, bad)),
+        ("matrix", singular_basis),
+        ("weight", lambda bad: block_krylov_svd(bad, 1, seed=0)),
+        ("lora_A", lambda bad: factored_svd(bad.T, U)),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is on the meta device, where it has no values"):
+            call(torch.empty(6, 2, device="meta"))
+        with pytest.raises(
+            TypeError, match=rf"{name} is torch\.strided torch\.int64, want a dense tensor of torch\.float"
+        ):
+            call(torch.zeros(6, 2, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"matrix is torch\.sparse_coo torch\.float32, want a dense tensor"):
+        singular_basis(V.to_sparse())
+
+
+def test_numbers_of_numpy_and_dimensions_beyond_32_bits():
+    assert leading_ranks(np.int64(5)) == [1, 2, 4, 5]
+    assert random_similarity_std(2, 1, 2**31).isfinite().all()
+    weight = torch.randn(5, 6)
+    assert torch.equal(block_krylov_svd(weight, 2, seed=np.int64(3)).S, block_krylov_svd(weight, 2, seed=3).S)
+
+
+# --- subspaces --------------------------------------------------------------------------------------------------------
+
+
+def test_the_basis_is_of_right_singular_vectors_by_falling_singular_value():
+    A = torch.randn(5, 30)
+    basis = singular_basis(A)
+    _, _, Vh = np.linalg.svd(A.double().numpy(), full_matrices=False)
+    assert basis.shape == (30, 5)
+    np.testing.assert_allclose(np.abs(np.sum(basis.numpy() * Vh.T, axis=0)), 1.0, atol=1e-10)
+
+
+def test_the_basis_leaves_out_directions_that_are_none():
+    A = torch.randn(3, 30)
+    assert singular_basis(torch.cat([A, A[:1] + A[1:2]])).shape == (30, 3)
+    assert singular_basis(torch.zeros(4, 30)).shape == (30, 0)
+    assert singular_basis(torch.randn(7, 4)).shape == (4, 4)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(8, 30), st.integers(0, 1000))
+def test_similarity_is_the_papers_formula_on_the_whole_grid(r, other, dim, seed):
+    torch.manual_seed(seed)
+    A, other_A = torch.randn(r, dim), torch.randn(other, dim)
+    phi = subspace_similarity(singular_basis(A), singular_basis(other_A))
+    U, V = (np.linalg.svd(a.double().numpy(), full_matrices=False)[2].T for a in (A, other_A))
+    expected = [[naive_similarity(U, V, i, j) for j in range(1, other + 1)] for i in range(1, r + 1)]
+    np.testing.assert_allclose(phi.numpy(), expected, atol=1e-9)
+    assert phi.min() >= 0 and phi.max() <= 1
+    torch.testing.assert_close(subspace_similarity(singular_basis(other_A), singular_basis(A)), phi.T)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 8), st.integers(8, 20), st.integers(0, 1000))
+def test_a_subspace_is_wholly_in_itself_and_in_what_holds_it(r, dim, seed):
+    torch.manual_seed(seed)
+    basis = singular_basis(torch.randn(r, dim))
+    torch.testing.assert_close(subspace_similarity(basis, basis), torch.ones(r, r, dtype=torch.float64))
+    turned = basis @ orthonormal_columns(r, r, torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(subspace_similarity(basis, turned)[r - 1, r - 1], torch.ones((), dtype=torch.float64))
+    # A rotation of the whole space changes nothing.
+    other = singular_basis(torch.randn(5, dim))
+    rotation = orthonormal_columns(dim, dim, torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(
+        subspace_similarity(rotation @ basis, rotation @ other), subspace_similarity(basis, other)
+    )
+
+
+def test_orthogonal_subspaces_share_nothing():
+    basis = orthonormal_columns(12, 7, torch.Generator().manual_seed(0))
+    assert subspace_similarity(basis[:, :3], basis[:, 3:]).abs().max() < 1e-25
+    phi = subspace_similarity(basis[:, :4], basis[:, 2:])  # two directions in common, the last two of the first
+    torch.testing.assert_close(phi[3, 1:4], torch.tensor([1.0, 2 / 3, 2 / 4], dtype=torch.float64))
+
+
+def test_similarity_takes_bases_of_one_space():
+    with pytest.raises(ValueError, match=r"subspace_similarity: bases \[8, 2\] and \[9, 2\] are not of one space"):
+        subspace_similarity(torch.eye(8, 2), torch.eye(9, 2))
+
+
+def test_random_subspaces_are_as_similar_as_expected():
+    dim, i_max, j_max, draws = 12, 3, 5, 1000
+    generator = torch.Generator().manual_seed(0)
+    phi = torch.stack(
+        [
+            subspace_similarity(orthonormal_columns(dim, i_max, generator), orthonormal_columns(dim, j_max, generator))
+            for _ in range(draws)
+        ]
+    )
+    expected, std = expected_random_similarity(i_max, j_max, dim), random_similarity_std(i_max, j_max, dim)
+    assert expected[0, 0] == 1 / 12 and expected[2, 4] == 5 / 12
+    assert ((phi.mean(0) - expected).abs() < 5 * std / draws**0.5).all()
+    # The standard error of a standard deviation, for the kurtosis that is found.
+    kurtosis = ((phi - phi.mean(0)) / phi.std(0)).pow(4).mean(0)
+    assert ((phi.std(0) - std).abs() < 5 * std * ((kurtosis - 1) / (4 * draws)) ** 0.5).all()
+
+
+def test_in_a_full_space_random_subspaces_do_not_differ():
+    assert torch.equal(expected_random_similarity(2, 4, 4)[:, 3], torch.ones(2, dtype=torch.float64))
+    assert torch.equal(random_similarity_std(2, 4, 4)[:, 3], torch.zeros(2, dtype=torch.float64))
+    assert torch.equal(random_similarity_std(1, 1, 1), torch.zeros(1, 1, dtype=torch.float64))
+    # Two directions of a plane: the squared cosine of a uniform angle.
+    assert random_similarity_std(1, 1, 2).item() == pytest.approx(math.sqrt(1 / 8))
+    with pytest.raises(ValueError, match="expected_random_similarity: j_max is 5, want 0 to dim=4"):
+        expected_random_similarity(2, 5, 4)
+
+
+def test_random_columns_are_orthonormal_and_uniform():
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([orthonormal_columns(6, 2, generator) for _ in range(800)])
+    torch.testing.assert_close(drawn[0].T @ drawn[0], torch.eye(2, dtype=torch.float64))
+    assert drawn.mean(0).abs().max() < 5 * (1 / 6 / 800) ** 0.5  # no sign is preferred, as in a bare QR it would be
+    with pytest.raises(ValueError, match="orthonormal_columns: count is 7, want 0 to dim=6"):
+        orthonormal_columns(6, 7, generator)
+
+
+# --- the spectrum -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_equal_singular_values_have_the_full_rank(count):
+    S = torch.full((count,), 0.3)
+    assert effective_rank(S) == pytest.approx(count)
+    assert stable_rank(S) == pytest.approx(count)
+    assert energy_rank(S, 1.0) == count
+    assert numerical_rank(S) == count
+
+
+def test_ranks_of_a_spectrum_by_hand():
+    S = torch.tensor([2.0, 1.0, 1.0, 0.0])
+    assert effective_rank(S) == pytest.approx(math.exp(0.5 * math.log(2) + 0.5 * math.log(4)))
+    assert stable_rank(S) == pytest.approx(6 / 4)
+    assert [energy_rank(S, part) for part in (0.5, 4 / 6, 0.8, 0.9, 1.0)] == [1, 1, 2, 3, 3]
+    assert numerical_rank(S) == 3
+
+
+def test_nothing_has_rank_nothing():
+    for S in (torch.zeros(4), torch.zeros(0)):
+        assert effective_rank(S) == stable_rank(S) == energy_rank(S, 0.9) == numerical_rank(S) == 0
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=12), st.floats(1e-20, 1e20))
+def test_ranks_know_no_scale_and_lie_between_one_and_all(values, scale):
+    S = torch.tensor(sorted(values, reverse=True), dtype=torch.float64)
+    slack = 1 + 1e-9
+    assert stable_rank(S) * slack >= 1 and stable_rank(S) <= numerical_rank(S) * slack
+    assert effective_rank(S) * slack >= 1 and effective_rank(S) <= len(values) * slack
+    for rank in (effective_rank, stable_rank):
+        assert rank(S * scale) == pytest.approx(rank(S), rel=1e-9)
+    assert numerical_rank(S * scale) == numerical_rank(S)
+
+
+def test_energy_is_a_part():
+    with pytest.raises(ValueError, match="energy_rank: energy is 1.5, want 0 < energy <= 1"):
+        energy_rank(torch.ones(3), 1.5)
+
+
+# --- the weight -------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def falling(out: int, in_: int, power: float) -> Tensor:
+    """A matrix whose singular values fall as those of trained weights do."""
+    count = min(out, in_)
+    generator = torch.Generator().manual_seed(7)
+    singular = torch.arange(1, count + 1, dtype=torch.float64) ** -power
+    U, V = orthonormal_columns(out, count, generator), orthonormal_columns(in_, count, generator)
+    return (U * singular) @ V.T
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40), (5, 3)])
+def test_small_weights_are_decomposed_in_full(shape):
+    W = torch.randn(*shape)
+    rank = min(shape)
+    found = block_krylov_svd(W, rank, seed=0)
+    np.testing.assert_allclose(found.S.numpy(), np.linalg.svd(W.numpy(), compute_uv=False), rtol=1e-5)
+    torch.testing.assert_close(((found.U * found.S) @ found.V.T).float(), W)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "power"), [((520, 600), 1.0), ((600, 520), 0.3)])
+def test_large_weights_leading_directions(shape, power, dtype):
+    W = falling(*shape, power).to(dtype)
+    found = block_krylov_svd(W, 8, seed=0)
+    U, S, Vh = np.linalg.svd(W.double().numpy(), full_matrices=False)
+    assert (found.U.shape, found.V.shape) == ((shape[0], 8), (shape[1], 8))
+    # Never more than there is, and very nearly all of it.
+    assert (found.S.numpy() <= S[:8] * (1 + 1e-5)).all()
+    np.testing.assert_allclose(found.S.numpy(), S[:8], rtol=2e-3)
+    for basis, best in ((found.U, U), (found.V, Vh.T)):
+        torch.testing.assert_close(basis.T @ basis, torch.eye(8, dtype=torch.float64), atol=1e-6, rtol=0)
+        assert subspace_similarity(basis, torch.from_numpy(best[:, :8].copy()))[7, 7] > 0.99
+
+
+def test_the_decomposition_of_a_weight_follows_from_the_seed_and_draws_nothing_else():
+    W = falling(600, 600, 0.5)
+    state = torch.random.get_rng_state()
+    first, again, other = (block_krylov_svd(W, 4, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first.V, again.V) and not torch.equal(first.V, other.V)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_weight_of_rank_one_and_of_none():
+    rank_one = torch.randn(600, 1) @ torch.randn(1, 600)
+    found = block_krylov_svd(rank_one, 4, seed=0)
+    assert found.S[0] == pytest.approx(rank_one.norm().item(), rel=1e-5) and found.S[1] < 1e-4 * found.S[0]
+    assert block_krylov_svd(torch.zeros(600, 600), 4, seed=0).S.abs().max() == 0
+    with pytest.raises(ValueError, match=r"block_krylov_svd: rank is 7, want 1 to 6, the smaller side of \[6, 8\]"):
+        block_krylov_svd(torch.randn(6, 8), 7, seed=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_projection_is_the_product(dtype, monkeypatch):
+    monkeypatch.setattr("lora_ext.analysis.row_blocks.ELEMENTS_PER_THREAD", 7 * 23)  # rows do not divide into blocks
+    W = torch.randn(40, 23).to(dtype)
+    U, V = orthonormal_columns(40, 3, torch.Generator()), orthonormal_columns(23, 5, torch.Generator())
+    expected = U.T @ W.double() @ V
+    torch.testing.assert_close(project(W, U, V), expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"project: U \[23, 5\] and V \[40, 3\] do not fit the weight \[40, 23\]"):
+        project(W, V, U)
+
+
+# --- Table 7 ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scaling", [1.0, -2.0])
+def test_the_table_is_that_of_whole_matrices(scaling):
+    A, B = factors(30, 20, 6, torch.float32)
+    W = torch.randn(30, 20)
+    table = projection_table(W, factored_svd(A, B, scaling), seed=3)
+    assert table.ranks == [1, 2, 4, 6]
+    delta = (scaling * B @ A).double().numpy()
+    weight = W.double().numpy()
+    (U, S, Vh), (own_U, _, own_Vh) = (np.linalg.svd(m, full_matrices=False) for m in (delta, weight))
+    for k, r in enumerate(table.ranks):
+        projected = np.linalg.norm(U[:, :r].T @ weight @ Vh[:r].T)
+        assert table.delta[k] == pytest.approx(projected, rel=1e-4)
+        assert table.weight[k] == pytest.approx(np.linalg.norm(own_U[:, :r].T @ weight @ own_Vh[:r].T), rel=1e-4)
+        assert table.amplification[k] == pytest.approx(np.linalg.norm(S[:r]) / projected, rel=1e-4)
+        assert table.random_expected[k] == pytest.approx(r * np.linalg.norm(weight) / math.sqrt(600), rel=1e-6)
+    assert table.weight_norm == pytest.approx(np.linalg.norm(weight), rel=1e-6)
+    assert table.delta_norm == pytest.approx(np.linalg.norm(delta), rel=1e-6)
+    assert table.amplification[-1] == pytest.approx(table.delta_norm / table.delta[-1])
+
+
+def test_an_update_along_the_weight_amplifies_by_its_size():
+    W = falling(30, 20, 1.0)
+    own = block_krylov_svd(W, 4, seed=0)
+    delta = factored_svd(own.V.T, own.U * own.S * 3)  # three times the weight's leading part
+    table = projection_table(W, delta, seed=0)
+    assert table.amplification == pytest.approx([3, 3, 3], rel=1e-6)
+    assert table.delta == pytest.approx(table.weight, rel=1e-6)
+
+
+def test_an_update_across_the_weight_and_no_update():
+    W = torch.zeros(6, 8)
+    W[0, 0] = 2.0
+    A, B = torch.zeros(1, 8), torch.zeros(6, 1)
+    A[0, 1] = B[3, 0] = 1.0
+    table = projection_table(W, factored_svd(A, B), seed=0)
+    assert table.delta == [0.0] and table.amplification == [math.inf]
+    assert [leading_ranks(count) for count in (0, 1, 2, 6, 8)] == [[], [1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
+    nothing = projection_table(W, factored_svd(A, B * 0), seed=0)
+    assert nothing.ranks == [] and nothing.amplification == [] and nothing.delta_norm == 0
+
+
+def test_random_directions_meet_the_expected_part_of_the_weight():
+    W = torch.randn(12, 9)
+    A, B = factors(12, 9, 4)
+    delta = factored_svd(A, B)
+    squares = torch.tensor([projection_table(W, delta, seed=seed).random for seed in range(100)]).double() ** 2
+    expected = torch.tensor([expected_random_norm(W.norm().item(), 12, 9, r) for r in (1, 2, 4)]) ** 2
+    error = squares.std(0) / 100**0.5
+    assert ((squares.mean(0) - expected).abs() < 5 * error).all()

@@ -1,0 +1,124 @@
+"""What is promised of the binary: the stable ABI, honest facts, and loud failures."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lora_ext
+from lora_ext import _C, _load, info
+
+pytestmark = pytest.mark.cpu_only("is about the binary")
+
+PACKAGE = Path(lora_ext.__file__).parent
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("library", ["liblora_ext.so", "liblora_ext_cuda.so"])
+def test_no_unstable_torch_symbol_is_used(library):
+    """One binary outlives torch releases only if it names nothing of torch's C++ ABI."""
+    path = PACKAGE / library
+    if not path.exists():
+        assert library == "liblora_ext_cuda.so" and _load.build_info()["no_cuda_reason"]
+        pytest.skip(f"no CUDA part: {_load.build_info()['no_cuda_reason']}")
+    symbols = subprocess.run(["nm", "-DuC", path], capture_output=True, text=True, check=True).stdout
+    assert "aoti_torch_" in symbols
+    assert not [line for line in symbols.splitlines() if re.search(r"\b(c10|at|torch)::", line)]
+
+
+def test_module_C_needs_no_torch():
+    binary = next(PACKAGE.glob("_C.*.so"))
+    symbols = subprocess.run(["nm", "-DuC", binary], capture_output=True, text=True, check=True).stdout
+    assert "torch" not in symbols
+
+
+def test_no_build_paths_in_the_binary():
+    # Error texts carry file names; they must not say where someone built the package.
+    assert str(ROOT).encode() not in (PACKAGE / "liblora_ext.so").read_bytes()
+
+
+def test_info_tells_the_facts():
+    facts = info.gather()
+    assert facts["version"] == lora_ext.__version__ == _C.build_info()["version"]
+    assert facts["torch"] == torch.__version__
+    assert facts["cpu"]["isa"] in facts["cpu"]["isas_available"] and "generic" in facts["cpu"]["isas_available"]
+    cuda = facts["cuda"]
+    assert cuda["kernels_loaded"] == (cuda["reason"] is None)
+    assert cuda["kernels_built"] == bool(cuda["architectures"]) == (PACKAGE / "liblora_ext_cuda.so").exists()
+    if torch.version.cuda is None and cuda["kernels_built"]:
+        assert "build without CUDA" in cuda["reason"]
+
+
+def test_info_command_prints_text_and_json():
+    command = [sys.executable, "-m", "lora_ext", "info"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"^CPU kernels +(amx|avx512_bf16|avx512|avx2|generic) \(this machine runs ", text, re.M)
+    assert re.search(r"^CUDA in use +(yes|no: )", text, re.M)
+    printed = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
+    assert printed["version"] == lora_ext.__version__
+
+
+@pytest.fixture
+def package_copy(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "lora_ext", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def import_error(directory) -> str:
+    """Imports the copy, out of reach of an editable install's finder, and returns what it says."""
+    code = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f)]; "
+        f"sys.path.insert(0, {str(directory)!r}); import lora_ext"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=directory)
+    assert result.returncode == 1
+    return result.stderr
+
+
+def test_missing_library_fails_the_import(package_copy):
+    (package_copy / "lora_ext" / "liblora_ext.so").unlink()
+    assert "ImportError: lora_ext: the compiled library liblora_ext.so is missing" in import_error(package_copy)
+
+
+def test_broken_library_fails_the_import_and_says_why(package_copy):
+    (package_copy / "lora_ext" / "liblora_ext.so").write_bytes(b"not a library")
+    message = import_error(package_copy)
+    assert "ImportError: lora_ext: liblora_ext.so does not load with torch" in message
+    assert re.search("invalid ELF header|file too short", message)
+
+
+def test_missing_extension_module_fails_the_import(package_copy):
+    next((package_copy / "lora_ext").glob("_C.*.so")).unlink()
+    assert "the compiled module lora_ext._C does not load" in import_error(package_copy)
+
+
+def test_preflight_names_what_is_missing():
+    script = ROOT / "scripts" / "preflight.sh"
+    assert subprocess.run([script, sys.executable]).returncode == 0
+    result = subprocess.run([script, "no-such-python"], capture_output=True, text=True, env={"PATH": "/bin:/usr/bin"})
+    assert result.returncode == 1
+    assert "no no-such-python on PATH" in result.stderr and "apt-get install python3" in result.stderr
+    result = subprocess.run(
+        [script, sys.executable],
+        capture_output=True,
+        text=True,
+        env={"PATH": "/bin:/usr/bin", "CXX": "no-such-compiler"},
+    )
+    assert result.returncode == 1 and "no C++ compiler (no-such-compiler)" in result.stderr
+
+
+def test_setup_refuses_contradictory_requests():
+    environment = {"PATH": "/bin:/usr/bin", "LORA_EXT_CUDA": "maybe"}
+    command = [sys.executable, "setup.py", "--version"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode != 0 and "LORA_EXT_CUDA is 'maybe', want 0, 1 or unset" in result.stderr
+    environment |= {"LORA_EXT_CUDA": "1", "CUDA_HOME": "/nowhere"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if result.returncode:  # a machine whose torch environment brings an nvcc of its own builds all the same
+        assert "LORA_EXT_CUDA=1, but the CUDA part cannot be built: no nvcc was found" in result.stderr

@@ -1,0 +1,255 @@
+"""scripts/kernel_report.py: it reads what the CUDA tools print, and a kernel that breaks a rule fails the build."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import lora_ext
+from lora_ext import _load
+
+pytestmark = pytest.mark.cpu_only("is about the compiler's output")
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "kernel_report.py"
+specification = importlib.util.spec_from_file_location("kernel_report", SCRIPT)
+kernel_report = importlib.util.module_from_spec(specification)
+sys.modules["kernel_report"] = kernel_report  # where dataclasses look for it
+specification.loader.exec_module(kernel_report)
+
+# Two objects as cuobjdump --dump-resource-usage --dump-sass prints them, shortened.
+CODE = """
+Fatbin elf code:
+================
+arch = sm_90a
+code version = [1,8]
+identifier = /csrc/cuda/one.cu
+
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function _Z1f6Params:
+  REG:64 STACK:0 SHARED:11264 LOCAL:0 CONSTANT[0]:624 TEXTURE:0 SURFACE:0 SAMPLER:0
+ Function _Z1g6Params:
+  REG:255 STACK:48 SHARED:0 LOCAL:8 CONSTANT[0]:624 TEXTURE:0 SURFACE:0 SAMPLER:0
+
+	code for sm_90a
+	.target	sm_90a
+
+		Function : _Z1g6Params
+	.headerflags	@"EF_CUDA_ACCELERATORS EF_CUDA_SM90 EF_CUDA_VIRTUAL_SM(EF_CUDA_SM90)"
+        /*0000*/                   LDC R1, c[0x0][0x28] ;                                /* 0x00000a00ff017b82 */
+                                                                                         /* 0x000fe20000000800 */
+        /*0010*/                   STL.64 [R1+0x8], R4 ;                                 /* 0x0000000000047919 */
+                                                                                         /* 0x000e220000002100 */
+        /*0020*/               @P0 LDL R4, [R1] ;                                        /* 0x0000880000047ab9 */
+        /*0030*/                   LDG.E R4, desc[UR4][R2.64] ;                          /* 0x0000880000047ab9 */
+		..........
+
+		Function : _Z1f6Params
+        /*0000*/                   LDGSTS.E.BYPASS.LTC128B.128 [R5], desc[UR8][R2.64] ;  /* 0x0000880000047ab9 */
+        /*0010*/              @!P1 LDG.E.128.CONSTANT R8, desc[UR8][R2.64] ;             /* 0x0000880000047ab9 */
+        /*0020*/                   LDSM.16.MT88.4 R4, [R8] ;                             /* 0x0000880000047ab9 */
+        /*0030*/                   HMMA.16816.F32.BF16 R4, R8, R10, R4 ;                 /* 0x0000880000047ab9 */
+        /*0040*/             @UP0 HMMA.16816.F32.BF16 R4, R8, R10, R4 ;                  /* 0x0000880000047ab9 */
+       /*10050*/                   STG.E.128 desc[UR8][R2.64], R4 ;                      /* 0x0000880000047ab9 */
+        /*0060*/                   LDG.E.LTC128B.64 R4, desc[UR8][R2.64] ;               /* 0x0000880000047ab9 */
+		..........
+
+Fatbin elf code:
+================
+arch = sm_80
+identifier = /csrc/cuda/two.cu
+
+Resource usage:
+ Function _Z1f6Params:
+  REG:80 STACK:0 SHARED:10240 LOCAL:0 CONSTANT[0]:624 TEXTURE:0 SURFACE:0 SAMPLER:0
+
+	code for sm_80
+		Function : _Z1f6Params
+        /*0000*/                   EXIT ;                                                /* 0x0000880000047ab9 */
+"""
+
+ELF = """
+.nv.info
+	<0x1>
+	Attribute:	EIATTR_REGCOUNT
+	Format:	EIFMT_SVAL
+	Value:	function: _Z1f6Params(0x3)	register count: 64
+
+.nv.info._Z1f6Params
+	<0x1>
+	Attribute:	EIATTR_MAXREG_COUNT
+	Format:	EIFMT_HVAL
+	Value:	0xff
+	<0x2>
+	Attribute:	EIATTR_MAX_THREADS
+	Format:	EIFMT_SVAL
+	Value:	0x20 0x8 0x1
+	<0x3>
+	Attribute:	EIATTR_CRS_STACK_SIZE
+	Format:	EIFMT_SVAL
+	Value:	0x0
+
+.nv.info._Z1g6Params
+	<0x1>
+	Attribute:	EIATTR_CRS_STACK_SIZE
+	Format:	EIFMT_SVAL
+	Value:	0x0
+"""
+
+
+def test_reads_resources_and_instructions():
+    f, g, f80 = kernel_report.parse_code(CODE.splitlines())
+    assert (f.arch, f.symbol, f.registers, f.stack, f.shared, f.local) == ("sm_90a", "_Z1f6Params", 64, 0, 11264, 0)
+    expected = {"all": 7, "HMMA": 2, "LDGSTS.128": 1, "LDG.128": 1, "STG.128": 1, "LDSM": 1}
+    assert f.instructions == expected  # LTC128B is a cache hint, not a width
+    assert (g.registers, g.stack, g.local) == (255, 48, 8)
+    assert g.instructions == {"all": 4, "local": 2}
+    assert (f80.arch, f80.registers, f80.instructions) == ("sm_80", 80, {"all": 1})
+
+
+def test_reads_launch_bounds():
+    assert kernel_report.parse_max_threads(ELF.splitlines()) == {"_Z1f6Params": 256}
+
+
+@pytest.mark.parametrize(
+    "demangled, short",
+    [
+        ("lora_ext::cuda::dropout_mask_kernel(lora_ext::cuda::DropoutMaskParams)", "dropout_mask_kernel"),
+        ("void lora_ext::cuda::f<float, 16, true>(lora_ext::cuda::Params)", "f<float, 16, true>"),
+        ("void lora_ext::cuda::f<__half, (int)2, (bool)1>(P<(int)2>)", "f<__half, 2, 1>"),
+        ("void lora_ext::cuda::(anonymous namespace)::f<lora_ext::cuda::Mode<3> >(P)", "f<Mode<3> >"),
+        ("void lora_ext::cuda::mma::f<__half, (lora_ext::cuda::mma::Bits)2>(P)", "mma::f<__half, 2>"),
+        ("void lora_ext::cuda::mma::f<lora_ext::cuda::mma::Sums>(P)", "mma::f<Sums>"),
+        ("_Z9unmangled", "_Z9unmangled"),
+    ],
+)
+def test_short_names(demangled, short):
+    assert kernel_report.short_name(demangled) == short
+
+
+# --- the rules, on a family made up for them --------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def families(request, monkeypatch):
+    if "good" in request.fixturenames:
+        everything = dict(tensor_cores=True, wide_loads=True, wide_stores=True, async_copies=True)
+        family = kernel_report.Family("tiles", r"^tile_kernel", **everything, dynamic_shared=40_000)
+        monkeypatch.setattr(kernel_report, "FAMILIES", [family])
+
+
+@pytest.fixture
+def good():
+    """A kernel that keeps every rule."""
+    instructions = Counter({"all": 900, "HMMA": 64, "LDGSTS.128": 8, "LDG.128": 2, "STG.128": 4, "LDSM": 16})
+    return kernel_report.Kernel("sm_90a", "_Z4tile", 128, 0, 1024, 0, 256, instructions, "tile_kernel<__half>")
+
+
+def test_a_good_kernel_breaks_no_rule(good):
+    assert kernel_report.violations(good) == []
+    table, broken = kernel_report.report([good])
+    assert broken == [] and "tile_kernel<__half>  90a" in table and "0+40000" in table
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"stack": 16}, "has a stack frame of 16 bytes"),
+        ({"local": 8}, "uses local memory"),
+        ({"count": ("local", 3)}, r"uses local memory \(3 LDL or STL\)"),
+        ({"count": ("all", 0)}, "has no machine code"),
+        ({"max_threads": 0}, "has no __launch_bounds__"),
+        ({"name": "stray_kernel"}, "belongs to no family"),
+        ({"count": ("HMMA", 0)}, "has no HMMA"),
+        ({"count": ("LDGSTS.128", 0)}, r"has no cp.async of 16 bytes"),
+        ({"count": ("STG.128", 0)}, "writes nothing 16 bytes wide"),
+        ({"registers": 136}, "fits 1 times on a multiprocessor, want 2"),
+        ({"shared": 62_401}, "wants 101377 bytes of shared memory, at most 101376"),
+        ({"arch": "sm_80", "registers": 136}, "fits 1 times on a multiprocessor, want 2"),
+        ({"arch": "sm_120", "max_threads": 1024, "registers": 32}, "fits 1 times on a multiprocessor, want 2"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_each_rule_can_be_broken(good, change, text):
+    if count := change.pop("count", None):
+        good.instructions[count[0]] = count[1]
+    for name, value in change.items():
+        setattr(good, name, value)
+    (found,) = kernel_report.violations(good)
+    assert re.search(text, found), found
+
+
+def test_fewer_blocks_where_a_multiprocessor_has_less_shared_memory(good, monkeypatch):
+    family = kernel_report.Family("tiles", r"^tile_kernel", dynamic_shared=99 * 1024)
+    monkeypatch.setattr(kernel_report, "FAMILIES", [family])
+    for arch, blocks in (("sm_90a", 2), ("sm_80", 1), ("sm_120", 1)):
+        small = kernel_report.Kernel(**{**vars(good), "arch": arch, "shared": 0})
+        assert kernel_report.violations(small) == [] and small.blocks_per_sm(family.dynamic_shared) == blocks
+
+
+def test_loads_may_be_wide_with_or_without_cp_async(good, monkeypatch):
+    family = kernel_report.Family("tiles", r"^tile_kernel", wide_loads=True)
+    monkeypatch.setattr(kernel_report, "FAMILIES", [family])
+    for column in ("LDGSTS.128", "LDG.128"):
+        assert kernel_report.violations(good) == []
+        good.instructions[column] = 0
+    assert kernel_report.violations(good) == ["reads nothing 16 bytes wide (LDG or LDGSTS .128)"]
+
+
+@pytest.mark.parametrize(
+    "arch, registers, threads, shared, blocks",
+    [
+        ("sm_80", 32, 256, 0, 8),  # as many as threads allow
+        ("sm_89", 32, 256, 0, 6),
+        ("sm_90a", 128, 256, 0, 2),  # 65536 registers = 2 * 256 * 128
+        ("sm_90a", 129, 256, 0, 1),  # registers come by eights
+        ("sm_90a", 65, 128, 0, 7),
+        ("sm_80", 32, 256, 54_000, 3),  # 164 KiB, a KiB a block is the driver's
+        ("sm_86", 32, 256, 54_000, 1),
+        ("sm_100", 32, 256, 57_344, 4),  # 228 KiB, that KiB counted in
+        ("sm_100", 32, 256, 58_400, 3),
+    ],
+)
+def test_blocks_per_multiprocessor(arch, registers, threads, shared, blocks):
+    kernel = kernel_report.Kernel(arch, "", registers=registers, shared=shared, max_threads=threads)
+    assert kernel.blocks_per_sm(0) == blocks
+
+
+def test_architectures_that_agree_share_a_row(good):
+    twin = kernel_report.Kernel(**{**vars(good), "arch": "sm_100"})
+    table, _ = kernel_report.report([good, twin])
+    assert "90a,100" in table and len(table.splitlines()) == 2
+
+
+# --- the library that was built ---------------------------------------------------------------------------------------
+
+
+def test_the_kernels_that_were_built():
+    library = Path(lora_ext.__file__).parent / "liblora_ext_cuda.so"
+    if not library.exists():
+        pytest.skip(f"no CUDA part: {_load.build_info()['no_cuda_reason']}")
+    if kernel_report.find_tools() is None:
+        pytest.skip("no cuobjdump and nvdisasm on this machine; `make cuda` installs them")
+    arch = f"sm_{_load.build_info()['cuda_archs'].split(',')[-1]}"  # one will do here; `make cuda` looks at all
+    result = subprocess.run([sys.executable, SCRIPT, library, "--arch", arch], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-3000:]
+    for kernel in ("dropout_mask_kernel", "mma::shrink_kernel", "mma::expand_short_kernel", "fma::token_sum_kernel"):
+        assert kernel in result.stdout
+    assert "for 1 architectures, 0 rules broken" in result.stdout
+
+
+def test_says_what_is_missing(tmp_path):
+    if kernel_report.find_tools() is None:
+        assert shutil.which("cuobjdump") is None
+        text = "pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+    else:
+        text = "`make cuda` builds it"
+    result = subprocess.run([sys.executable, SCRIPT, tmp_path / "none.so"], capture_output=True, text=True)
+    assert result.returncode == 2 and text in result.stdout

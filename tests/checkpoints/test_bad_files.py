@@ -1,0 +1,434 @@
+"""Checkpoints with something wrong in them, met by every command that reads them: a line that names the file, no more.
+
+No command waits, prints a traceback, lets a name write to the terminal, or writes a file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import deserialize
+from safetensors.torch import load_file, save_file
+from support.checkpoint_files import assert_same_bits, peft_adapter, save_checkpoint, snapshot, tensors_of
+from torch import nn
+
+from lora_ext import cli
+from lora_ext.checkpoints.checkpoint_files import Checkpoint
+from lora_ext.checkpoints.merge import merge
+from lora_ext.checkpoints.unmerge import unmerge
+from lora_ext.files.safetensors_format import encode_header
+
+pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
+
+INDEX = "model.safetensors.index.json"
+SHARD = "model-00001-of-00002.safetensors"
+COMMANDS = {
+    "merge": ["merge", "--base", "{bad}", "--adapter", "{adapter}", "--out", "{out}"],
+    "merge, dtype": ["merge", "--base", "{bad}", "--adapter", "{adapter}", "--out", "{out}", "--dtype", "bfloat16"],
+    "unmerge": ["unmerge", "--merged", "{bad}", "--out", "{out}"],
+    "extract": ["extract", "--base", "{base}", "--tuned", "{bad}", "--out", "{out}", "--r", "2"],
+    "inspect": ["inspect", "{bad}"],
+    "diff": ["diff", "{base}", "{bad}"],
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """``base``, ``adapter``, and ``merged`` with a record, in two files each."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("bad")
+    model = nn.ModuleDict({name: nn.Linear(9, 7) for name in "abc"})
+    save_checkpoint(model.state_dict(), folder / "base", shards=2)
+    peft_adapter(model, folder / "adapter", target_modules=["a", "c"])
+    merge(folder / "base", [folder / "adapter"], folder / "merged", record=True)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _watchdog() -> Iterator[None]:
+    """Turns a wait without end into a failure."""
+
+    def stop(number, frame):
+        raise AssertionError("it waits")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def run(name: str, files: Path, folder: Path, capsys) -> tuple[int, str]:
+    """Exit status and what was told of the command on ``folder / "bad"``; nothing may be written by one that fails."""
+    paths = {"base": files / "base", "adapter": files / "adapter", "bad": folder / "bad", "out": folder / "out"}
+    before = sorted(path.name for path in folder.iterdir())
+    status = cli.main([part.format(**paths) for part in COMMANDS[name]])
+    told = capsys.readouterr()
+    if status == 2:
+        assert told.err.count("lora-ext: error: ") == 1
+        assert sorted(path.name for path in folder.iterdir()) == before
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    text = (told.out + told.err).replace("\n", "")
+    assert text.isprintable(), text
+    return status, told.err.partition("lora-ext: error: ")[2]
+
+
+def index(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        values = json.loads((directory / INDEX).read_text())
+        changed = change(values)
+        (directory / INDEX).write_text(json.dumps(values if changed is None else changed))
+
+    return damage
+
+
+def text(name: str, content: str | bytes) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        (directory / name).unlink()
+        (directory / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return damage
+
+
+def named(name: object) -> Callable[[Path], None]:
+    """An index that gives a tensor this file."""
+    return index(lambda values: values["weight_map"].update({"a.weight": name}))
+
+
+def kind(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        (directory / name).unlink()
+        make(directory / name)
+
+    return damage
+
+
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listening:
+        os.chdir(path.parent)  # a socket's path is short
+        try:
+            listening.bind(path.name)
+        finally:
+            os.chdir("/")
+
+
+def tensor(name: str, dtype: str = "U8", shape: tuple[int, ...] = (1,), nbytes: int = 1) -> Callable[[Path], None]:
+    """A tensor more in a file, and in the index."""
+
+    def damage(directory: Path) -> None:
+        data = dict(deserialize((directory / SHARD).read_bytes()))
+        data[name] = {"dtype": dtype, "shape": shape, "data": bytes(range(nbytes))}
+        described = {key: (one["dtype"], tuple(one["shape"]), len(one["data"])) for key, one in data.items()}
+        header, places = encode_header(described, {"format": "pt"})
+        (directory / SHARD).write_bytes(header + b"".join(bytes(data[key]["data"]) for key in places))
+        index(lambda values: values["weight_map"].update({name: SHARD}))(directory)
+
+    return damage
+
+
+DEEP = "[" * 10**5 + "]" * 10**5
+LONG = "9" * 10**5
+FAR = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[9223372036854775808,9223372036854775809]}}'
+BAD_INDEX = {
+    "no weight_map": (index(lambda values: values.pop("weight_map") and None), "weight_map is None, want an object"),
+    "weight_map list": (index(lambda values: values | {"weight_map": [1]}), "weight_map is [1], want an object"),
+    "weight_map text": (index(lambda values: values | {"weight_map": "a"}), "weight_map is 'a', want an object"),
+    "weight_map empty": (index(lambda values: values | {"weight_map": {}}), "it names no file"),
+    "metadata list": (index(lambda values: values | {"metadata": [1]}), "metadata is [1], want an object"),
+    "metadata number": (index(lambda values: values | {"metadata": 3}), "metadata is 3, want an object"),
+    "no object": (text(INDEX, "[]"), "holds a list, want an object"),
+    "no JSON": (text(INDEX, "{"), "is not JSON"),
+    "no text": (text(INDEX, b"\xff\xfe"), "is not JSON"),
+    "deep": (text(INDEX, DEEP), "more than 64 levels"),
+    "deep inside": (text(INDEX, f'{{"weight_map": {{"a": {DEEP}}}}}'), "more than 64 levels"),
+    "digits": (text(INDEX, f'{{"weight_map": {{"a": {LONG}}}}}'), "a number has 100000 digits"),
+    "twice": (text(INDEX, '{"weight_map": {}, "weight_map": {}}'), "the key 'weight_map' occurs twice"),
+    "surrogate": (text(INDEX, '{"weight_map": {"a": "\\ud800"}}'), "is not Unicode"),
+    "pipe": (kind(INDEX, os.mkfifo), "is a pipe, want a regular file"),
+    "directory": (kind(INDEX, Path.mkdir), "is a directory, want a regular file"),
+    "socket": (kind(INDEX, make_socket), "is a socket, want a regular file"),
+    "device": (kind(INDEX, lambda path: path.symlink_to("/dev/zero")), "is a device, want a regular file"),
+    "file unhashable": (named([]), "names the file [], want a name"),
+    "file object": (named({"a": 1}), "names the file {'a': 1}, want a name"),
+    "file number": (named(3), "names the file 3, want a name"),
+    "file null": (named(None), "names the file None, want a name"),
+    "file above": (named("../../etc/passwd"), "names the file '../../etc/passwd', want a name without a path"),
+    "file absolute": (named("/etc/passwd"), "names the file '/etc/passwd', want a name without a path"),
+    "file below": (named("a/b.safetensors"), "names the file 'a/b.safetensors', want a name without a path"),
+    "file dots": (named(".."), "names the file '..', want a name"),
+    "file drive": (named("c:x.safetensors"), "want a name without a path"),
+    "file config": (named("config.json"), "want a name that ends with .safetensors"),
+    "file hidden": (named(".x.safetensors"), "want a name that ends with .safetensors"),
+    "file escape": (named("\x1b[31m.safetensors"), r"'\x1b[31m.safetensors'"),
+    "file newline": (named("a\nb.safetensors"), r"'a\nb.safetensors'"),
+    "file nul": (named("a\0b.safetensors"), r"'a\x00b.safetensors'"),
+    "file long": (named("a" * 300 + ".safetensors"), "has a name of 312 characters, want at most 255"),
+    "file longer": (named("a" * 10**6 + ".safetensors"), "has a name of 1000012 characters"),
+    "file missing": (named("x.safetensors"), "names files that are missing"),
+    "tensor missing": (
+        index(lambda values: values["weight_map"].update({"x\x1b\n": SHARD})),
+        rf"not in {SHARD}: x\x1b\n",
+    ),
+    "tensor not named": (index(lambda values: values["weight_map"].pop("a.weight") and None), "not in the index: a"),
+}
+BAD_SHARD = {
+    "empty": (text(SHARD, b""), "is corrupted or not a safetensors file: "),
+    "not one": (text(SHARD, b"x" * 100), "is corrupted or not a safetensors file: "),
+    "header of 2^63": (text(SHARD, struct.pack("<Q", 2**63) + b"{}"), "header too large"),
+    "offsets of 2^63": (text(SHARD, struct.pack("<Q", len(FAR)) + FAR), "invalid offset for tensor `a`"),
+    "deep header": (
+        text(SHARD, struct.pack("<Q", len(DEEP) + 5) + b'{"a":' + DEEP.encode()),
+        "is corrupted or not a safetensors file: ",
+    ),
+    "cut": (lambda directory: os.truncate(directory / SHARD, 300), "is corrupted or not a safetensors file: "),
+    "pipe": (kind(SHARD, os.mkfifo), "is a pipe, want a regular file"),
+    "directory": (kind(SHARD, Path.mkdir), "is a directory, want a regular file"),
+    "socket": (kind(SHARD, make_socket), "is a socket, want a regular file"),
+    "device": (kind(SHARD, lambda path: path.symlink_to("/dev/zero")), "is a device, want a regular file"),
+    "loop": (kind(SHARD, lambda path: path.symlink_to(path.name)), SHARD),
+    "broken link": (kind(SHARD, lambda path: path.symlink_to("none")), SHARD),
+    "name newline": (tensor("x\nlora-ext: fake"), r"'x\nlora-ext: fake'"),
+    "name escape": (tensor("x\x1b]0;title\x07"), r"'x\x1b]0;title\x07'"),
+    "name reversed": (tensor("x\u202egnp.exe"), r"'x\u202egnp.exe'"),
+    "name long": (tensor("x" * 10**5), "has a name of 100000 characters, want at most 500"),
+    "huge shape of nothing": (tensor("x", "F32", (0, 2**62), 0), "has a tensor of a shape that PyTorch cannot hold: x"),
+    "negative for PyTorch": (tensor("x", "F32", (2**63, 0), 0), "has a tensor of a shape that PyTorch cannot hold: x"),
+    "many dimensions": (tensor("x", "U8", (1,) * 10**4, 1), "has a tensor of a shape that PyTorch cannot hold: x"),
+}
+BAD_CONFIG = {
+    "no object": (text("config.json", "[]"), "holds a list, want an object"),
+    "text": (text("config.json", '"a"'), "holds a str, want an object"),
+    "no JSON": (text("config.json", "{,}"), "is not JSON"),
+    "no text": (text("config.json", b"\xff"), "is not JSON"),
+    "deep": (text("config.json", f'{{"a": {DEEP}}}'), "more than 64 levels"),
+    "digits": (text("config.json", f'{{"a": {LONG}}}'), "a number has 100000 digits"),
+    "twice": (text("config.json", '{"a": 1, "a": 1}'), "the key 'a' occurs twice"),
+    "surrogate": (text("config.json", '{"a": "\\udfff"}'), "is not Unicode"),
+    "large": (text("config.json", '{"a": "' + "x" * 10**7 + '"}'), "is larger than 10000000 bytes"),
+    "pipe": (kind("config.json", os.mkfifo), "is a pipe, want a regular file"),
+    "directory": (kind("config.json", Path.mkdir), "is a directory, want a regular file"),
+    "architectures text": (text("config.json", '{"architectures": "LlamaForCausalLM"}'), "want a list of names"),
+    "architectures numbers": (text("config.json", '{"architectures": [1]}'), "architectures is [1], want a list of na"),
+    "architectures object": (text("config.json", '{"architectures": {"a": []}}'), "want a list of names"),
+}
+
+
+@pytest.mark.parametrize("case", [*((INDEX, name) for name in BAD_INDEX), *((SHARD, name) for name in BAD_SHARD)])
+def test_a_bad_index_or_shard_is_named_by_every_command(files, tmp_path, capsys, case):
+    where, name = case
+    damage, message = (BAD_INDEX if where == INDEX else BAD_SHARD)[name]
+    shutil.copytree(files / "merged", tmp_path / "bad")
+    damage(tmp_path / "bad")
+    for command in COMMANDS:
+        status, told = run(command, files, tmp_path, capsys)
+        assert status == 2, (command, told)
+        assert message in told, (command, told)
+        assert f"{tmp_path / 'bad' / where}" in told or where in told, (command, told)
+        lines = told.strip().split("\n")
+        assert all(line.startswith("  ") for line in lines[1:]), told
+        assert len(told) < 2000, told
+
+
+@pytest.mark.parametrize("name", BAD_CONFIG)
+def test_a_bad_config_is_named_by_those_who_read_it(files, tmp_path, capsys, name):
+    damage, message = BAD_CONFIG[name]
+    shutil.copytree(files / "merged", tmp_path / "bad")
+    damage(tmp_path / "bad")
+    for command in COMMANDS:
+        status, told = run(command, files, tmp_path, capsys)
+        if command.startswith("merge") or (command == "diff" and not name.startswith("architectures")):
+            assert status == 2, command
+            assert message in told, (command, told)
+            assert str(tmp_path / "bad" / "config.json") in told
+        else:  # unmerge says that it is another file
+            assert status == (1 if command in ("unmerge", "diff") else 0), (command, told)
+
+
+def test_directories_that_are_no_checkpoints(files, tmp_path, capsys):
+    def tried(message: str) -> None:
+        for command in COMMANDS:
+            status, told = run(command, files, tmp_path, capsys)
+            assert status == 2, (command, told)
+            assert str(tmp_path / "bad") in told
+            assert message in told, (command, told)
+
+    tried("is missing; want a directory with model.safetensors or")
+    (tmp_path / "bad").mkdir()
+    tried("has no model.safetensors")
+    (tmp_path / "bad" / "pytorch_model\x1b[31m.bin").write_bytes(b"")
+    tried("is there: save it again as safetensors")
+    for name in ("x", "y"):
+        save_file({"a": torch.ones(1)}, tmp_path / "bad" / f"{name}.safetensors")
+    tried("has 2 safetensors files and no index")
+    shutil.rmtree(tmp_path / "bad")
+    os.mkfifo(tmp_path / "bad")
+    tried("is a pipe, want a regular file")
+    (tmp_path / "bad").unlink()
+    (tmp_path / "bad").write_text("text")
+    tried("is corrupted or not a safetensors file")
+
+
+def test_a_name_that_is_too_long_or_has_other_letters(files, tmp_path, capsys):
+    for path in ("x" * 5000, "x" * 300, "no\x1b[31m\nsuch", "\udcff\udcfe"):
+        assert cli.main(["inspect", str(tmp_path / path)]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("lora-ext: error: ")
+        assert told.replace("\n", "").isprintable()
+    strange = tmp_path / "ok\udcff\x1b"  # what the system allows
+    shutil.copytree(files / "base", strange)
+    cli.main(["inspect", str(strange)])
+    out = capsys.readouterr()
+    assert (out.out + out.err).replace("\n", "").isprintable()
+
+
+# --- what is unusual, and right ---------------------------------------------------------------------------------------
+
+
+def test_dtypes_that_pytorch_lacks_are_copied(files, tmp_path, capsys):
+    """Merged, recorded, restored and compared by their bytes."""
+    shutil.copytree(files / "base", tmp_path / "bad")
+    tensor("scales", "F8_E8M0", (3,), 3)(tmp_path / "bad")
+    tensor("packed", "F4", (2, 6), 6)(tmp_path / "bad")
+    tensor("six", "F6_E2M3", (4,), 3)(tmp_path / "bad")
+    report = merge(tmp_path / "bad", [files / "adapter"], tmp_path / "merged", record=True, dtype=None, verify=True)
+    assert report.copied == 7
+    assert unmerge(tmp_path / "merged", tmp_path / "again", verify=True).exact
+    first, second = Checkpoint.open(tmp_path / "bad"), Checkpoint.open(tmp_path / "again")
+    for key in ("scales", "packed", "six"):
+        assert (first.info(key).dtype, first.info(key).shape) == (second.info(key).dtype, second.info(key).shape)
+    assert cli.main(["diff", str(tmp_path / "bad"), str(tmp_path / "again")]) == 0
+    assert cli.main(["inspect", str(tmp_path / "bad")]) == 0
+    assert "packed" in capsys.readouterr().out
+    merge(tmp_path / "bad", [files / "adapter"], tmp_path / "half", dtype=torch.bfloat16)
+    assert Checkpoint.open(tmp_path / "half").info("packed").dtype == "F4"
+
+
+def test_tensors_of_another_dtype_are_not_replaced_by_numbers(tmp_path):
+    """A quantised weight is one with its scales: numbers rounded to its dtype would be wrong ones."""
+    model = nn.ModuleDict({name: nn.Linear(9, 7) for name in "ab"})
+    peft_adapter(model, tmp_path / "adapter", target_modules=["a"], modules_to_save=["b"])
+    for number, dtype in enumerate((torch.int8, torch.float8_e4m3fn)):
+        base = tmp_path / str(number)
+        tensors = dict(model.state_dict())
+        save_checkpoint(tensors | {"b.weight": tensors["b.weight"].to(dtype)}, base, shards=1)
+        with pytest.raises(ValueError, match=r"dtype of b\.weight: (I8|F8_E4M3), which the adapter's torch\.float32"):
+            merge(base, [tmp_path / "adapter"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_empty_tensors_and_empty_checkpoints(files, tmp_path, capsys):
+    model = nn.ModuleDict({"a": nn.Linear(9, 7)})
+    nothing = {"none": torch.ones(0), "rows": torch.ones(0, 5), "cols": torch.ones(5, 0), "scalar": torch.tensor(2.0)}
+    save_checkpoint(dict(model.state_dict()) | nothing, tmp_path / "base", shards=2)
+    peft_adapter(model, tmp_path / "adapter", target_modules=["a"])
+    for dtype in (None, torch.bfloat16):
+        out = tmp_path / str(dtype)
+        merge(tmp_path / "base", [tmp_path / "adapter"], out, dtype=dtype, record=dtype is None, verify=True)
+        assert {key: tensors_of(out)[key].shape for key in nothing} == {key: t.shape for key, t in nothing.items()}
+    assert unmerge(tmp_path / "None", tmp_path / "again").exact
+    assert_same_bits(tensors_of(tmp_path / "again"), tensors_of(tmp_path / "base"))
+    (tmp_path / "empty").mkdir()
+    save_file({}, tmp_path / "empty" / "model.safetensors")
+    assert cli.main(["inspect", str(tmp_path / "empty")]) == 0
+    capsys.readouterr()
+    for arguments in (
+        ["merge", "--base", "empty", "--adapter", "adapter", "--out", "x"],
+        ["extract", "--base", "base", "--tuned", "empty", "--out", "x"],
+        ["extract", "--base", "empty", "--tuned", "empty", "--out", "x"],
+        ["unmerge", "--merged", "empty", "--out", "x"],
+    ):
+        paths = [str(tmp_path / one) if not one.startswith("--") else one for one in arguments[1:]]
+        assert cli.main([arguments[0], *paths]) == 2
+        assert "empty" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_links_to_files_elsewhere_are_followed(files, tmp_path):
+    """The hub's cache consists of them."""
+    (tmp_path / "cache" / "snapshot").mkdir(parents=True)
+    for number, path in enumerate(sorted((files / "base").iterdir())):
+        shutil.copy(path, tmp_path / "cache" / f"blob {number}")
+        (tmp_path / "cache" / "snapshot" / path.name).symlink_to(Path("..") / f"blob {number}")
+    for base, out in ((tmp_path / "cache" / "snapshot", "linked"), (files / "base", "direct")):
+        merge(base, [files / "adapter"], tmp_path / out)
+    assert snapshot(tmp_path / "linked") == snapshot(tmp_path / "direct")
+    assert not any(path.is_symlink() for path in (tmp_path / "linked").iterdir())
+
+
+def test_metadata_of_each_file_is_kept(files, tmp_path):
+    """In the merged checkpoint and the restored one: the library reads both."""
+    from safetensors import safe_open
+
+    shutil.copytree(files / "base", tmp_path / "base")
+    for number, path in enumerate(sorted((tmp_path / "base").glob("*.safetensors"))):
+        save_file(load_file(path), path, metadata={"format": "pt", "number": str(number), "\u00e9": "\n\x1b\u6f22"})
+    merge(tmp_path / "base", [files / "adapter"], tmp_path / "merged", record=True)
+    unmerge(tmp_path / "merged", tmp_path / "again")
+    for name in ("merged", "again"):
+        for number, path in enumerate(sorted((tmp_path / name).glob("*.safetensors"))):
+            with safe_open(path, "pt") as file:
+                assert file.metadata() == {"format": "pt", "number": str(number), "\u00e9": "\n\x1b\u6f22"}
+
+
+def test_a_tensor_that_no_file_can_hold_is_not_added(files, tmp_path):
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    shutil.copytree(files / "adapter", tmp_path / "adapter")
+    tensors = load_file(path)
+    save_file(tensors | {"base_model.model.__metadata__": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match="a tensor is called __metadata__, which a safetensors file cannot hold"):
+        merge(files / "base", [tmp_path / "adapter"], tmp_path / "out")
+    for name in ("x\x1b[31m", "x\ny", "x" * 1000):
+        save_file(tensors | {f"base_model.model.{name}": torch.ones(1)}, path)
+        with pytest.raises(ValueError, match="has a name") as caught:
+            merge(files / "base", [tmp_path / "adapter"], tmp_path / "out")
+        assert str(caught.value).isprintable()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+# --- files that change ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["merge", "unmerge", "extract", "diff"])
+@pytest.mark.parametrize("change", ["shorter", "other values", "replaced", "removed"])
+def test_a_file_that_changes_while_it_is_read(files, tmp_path, monkeypatch, capsys, command, change):
+    """After its header was read. Nothing is made of two states."""
+    shutil.copytree(files / "merged", tmp_path / "bad")
+    path = tmp_path / "bad" / SHARD
+    done = []
+
+    def changed(*arguments):
+        if not done:
+            done.append(True)
+            if change == "shorter":
+                os.truncate(path, path.stat().st_size - 4)
+            elif change == "removed":
+                path.unlink()
+            else:
+                content = bytearray(path.read_bytes())
+                content[-1] ^= 1
+                if change == "replaced":
+                    path.unlink()
+                path.write_bytes(content)
+
+    opened = Checkpoint.open.__func__
+
+    def open_and_change(cls, where):
+        checkpoint = opened(cls, where)
+        if Path(where) == tmp_path / "bad":
+            changed()
+        return checkpoint
+
+    monkeypatch.setattr(Checkpoint, "open", classmethod(open_and_change))
+    status, told = run(command, files, tmp_path, capsys)
+    assert done
+    assert status == 2, told
+    assert SHARD in told

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from support.checkpoint_files import (
+    assert_same_bits,
+    merged_by_peft,
+    peft_adapter,
+    save_checkpoint,
+    snapshot,
+    tensors_of,
+)
+from support.models import bert, gpt2, llama, token_ids
+from torch import nn
+
+from lora_ext import cli
+from lora_ext.checkpoints.extract import extract
+from lora_ext.checkpoints.low_rank import approximate
+from lora_ext.checkpoints.merge import merge
+
+pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
+
+
+def tuned_by_adapter(model: nn.Module, folder: Path, **settings) -> None:
+    """``base`` and ``tuned`` in ``folder``, which differ by an adapter."""
+    model.save_pretrained(folder / "base", max_shard_size="8KB")
+    tuned = copy.deepcopy(model)
+    tuned.load_state_dict(merged_by_peft(peft_adapter(model, folder / "made", **settings)))
+    tuned.save_pretrained(folder / "tuned", max_shard_size="8KB")
+
+
+def logits_by_peft(model: nn.Module, adapter: Path) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected|adapter key).*")
+        return peft.PeftModel.from_pretrained(copy.deepcopy(model), adapter).eval()(token_ids_()).logits
+
+
+def token_ids_() -> torch.Tensor:
+    torch.manual_seed(0)
+    return token_ids()
+
+
+# --- the approximation ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(30, 50), (700, 600), (600, 1100)])
+def test_the_error_is_that_of_the_best_approximation(shape):
+    rank = 8
+    U, _ = torch.linalg.qr(torch.randn(shape[0], min(shape)))
+    V, _ = torch.linalg.qr(torch.randn(shape[1], min(shape)))
+    singular = (torch.arange(min(shape)) + 1.0) ** -0.5  # falls slowly
+    delta = (U * singular) @ V.T
+    best = approximate(delta.clone(), rank)
+    assert best.lora_A.shape == (rank, shape[1])
+    assert best.lora_B.shape == (shape[0], rank)
+    assert list(best.errors) == [1, 2, 4, 8]
+    for r, error in best.errors.items():
+        optimal = (singular[r:].norm() / singular.norm()).item()
+        assert optimal * (1 - 1e-4) <= error <= optimal * 1.01, r
+        left = delta - best.lora_B[:, :r] @ best.lora_A[:r]
+        torch.testing.assert_close(left.norm() / delta.norm(), torch.tensor(error), rtol=1e-4, atol=1e-6)
+
+
+def test_a_rank_that_suffices_leaves_nothing_and_energy_finds_it():
+    for size in (40, 900):
+        delta = torch.randn(size, 3) @ torch.randn(3, size + 5)
+        assert approximate(delta.clone(), 16).errors[4] < 1e-5
+        assert len(approximate(delta.clone(), 16, energy=0.999999).lora_A) == 3
+        assert len(approximate(delta.clone(), 2, energy=0.999999).lora_A) == 2
+
+
+# --- against PEFT -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "options"),
+    [
+        (llama, {"target_modules": "all-linear"}, {}),
+        (llama, {"target_modules": ["q_proj", "lm_head"], "rank_pattern": {"lm_head": 5}}, {"energy": 1 - 1e-6}),
+        (bert, {"target_modules": ["query", "dense"], "lora_bias": True, "task_type": "SEQ_CLS"}, {}),
+        (gpt2, {"target_modules": ["c_attn", "c_proj"]}, {"fan_in_fan_out": True}),
+    ],
+)
+def test_what_an_adapter_did_is_found_again(family, settings, options, tmp_path):
+    model = family().eval()
+    tuned_by_adapter(model, tmp_path, **settings)
+    report = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=8, **options)
+    assert report.errors[max(report.errors)] < (1e-3 if options.get("energy") else 1e-5)
+    if "energy" in options:
+        assert {layer.r for layer in report.layers.values()} == {2, 5}
+    else:
+        assert report.errors[1] > 0.05
+    expected = type(model).from_pretrained(tmp_path / "tuned").eval()(token_ids_()).logits
+    assert (expected - model(token_ids_()).logits).abs().max() > 1e-2
+    torch.testing.assert_close(logits_by_peft(model, tmp_path / "out"), expected, rtol=1e-3, atol=1e-4)
+
+    merge(tmp_path / "base", [tmp_path / "out"], tmp_path / "merged")
+    for key, tensor in tensors_of(tmp_path / "tuned").items():
+        torch.testing.assert_close(tensors_of(tmp_path / "merged")[key], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_other_modules_are_saved_in_full(tmp_path):
+    model = llama()
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if any(part in name for part in ("q_proj", "layers.0.input_layernorm", "embed_tokens")):
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    model.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError) as caught:
+        extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", save_others=False)
+    for key in ("model.embed_tokens.weight [50, 16]", "model.layers.0.input_layernorm.weight [16]"):
+        assert f"differs, and is not adapted: {key}" in str(caught.value)
+    assert snapshot(tmp_path) == before
+    report = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=16)
+    assert sorted(report.saved) == ["model.embed_tokens", "model.layers.0.input_layernorm"]
+    torch.testing.assert_close(
+        logits_by_peft(model, tmp_path / "out"), tuned(token_ids_()).logits, rtol=1e-3, atol=1e-4
+    )
+    assert json.loads((tmp_path / "out" / "extract.json").read_text())["saved"] == report.saved
+
+
+def test_the_same_files_give_the_same_adapter(tmp_path):
+    weight = torch.randn(600, 520)
+    save_checkpoint({"a.weight": weight}, tmp_path / "base", shards=1)
+    save_checkpoint({"a.weight": weight + torch.randn(600, 520)}, tmp_path / "tuned", shards=1)
+    for out in ("x", "y"):
+        torch.rand(3)
+        extract(tmp_path / "base", tmp_path / "tuned", tmp_path / out, rank=4)
+    assert_same_bits(tensors_of(tmp_path / "x"), tensors_of(tmp_path / "y"))
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_what_no_adapter_can_do_is_listed(tmp_path):
+    tensors = {"a.weight": torch.ones(4, 4), "b.weight": torch.ones(4, 4), "c.weight": torch.ones(3)}
+    save_checkpoint(tensors | {"gone.weight": torch.ones(1), "top": torch.ones(2)}, tmp_path / "base")
+    changed = {"a.weight": torch.ones(4, 4) * 2, "b.weight": torch.ones(5, 4), "c.weight": torch.ones(3)}
+    save_checkpoint(changed | {"a.extra": torch.ones(2), "top": torch.zeros(2)}, tmp_path / "tuned")
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError) as caught:
+        extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out")
+    for problem in (
+        "only in the base: gone.weight",
+        "shape of b.weight: [4, 4] in the base, [5, 4] in the other",
+        "differs, next to the adapted weight of its module: a.extra",
+        "differs: top",
+    ):
+        assert problem in str(caught.value), str(caught.value)
+    for options, message in (
+        ({"rank": 0}, "rank is 0, want at least 1"),
+        ({"energy": 1.5}, "energy is 1.5, want 0 < energy <= 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", **options)
+    with pytest.raises(ValueError, match="no tensor differs"):
+        extract(tmp_path / "base", tmp_path / "base", tmp_path / "out")
+    assert snapshot(tmp_path) == before
+
+
+def test_command(tmp_path, capsys):
+    tuned_by_adapter(llama(), tmp_path, target_modules=["q_proj"])
+    arguments = ["extract", *(f"--{name}={tmp_path / name}" for name in ("base", "tuned")), f"--out={tmp_path / 'out'}"]
+    assert cli.main([*arguments, "--r", "4"]) == 0
+    output = capsys.readouterr().out
+    assert "relative error at rank" in output
+    assert "2 layers adapted; 19 tensors do not differ" in output
+    assert cli.main(arguments) == 2
+    assert "out exists" in capsys.readouterr().err
+    assert cli.main([*arguments, "--overwrite", "--json", "--target-modules", "q_proj"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["layers"]) == 2

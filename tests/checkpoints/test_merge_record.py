@@ -1,0 +1,290 @@
+"""What ``unmerge`` calls exact is the base to the bit, whichever byte of the checkpoint or its record was changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.checkpoint_files import peft_adapter, snapshot, tensors_of
+from support.checkpoint_records import INDEX, make_files, outcome, resigned
+from support.models import llama
+from torch import nn
+
+from lora_ext import cli
+from lora_ext.checkpoints.digests import Hasher
+from lora_ext.checkpoints.merge import merge
+from lora_ext.checkpoints.record_format import Manifest
+from lora_ext.checkpoints.unmerge import unmerge
+from lora_ext.files.safetensors_format import header_bytes, read_header
+
+pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    return make_files(tmp_path_factory.mktemp("record"))
+
+
+@pytest.fixture
+def merged(files, tmp_path, monkeypatch) -> Path:
+    """A copy of the merged checkpoint, to be changed."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+    return Path(shutil.copytree(files / "merged", tmp_path / "merged"))
+
+
+def places(path: Path) -> Iterator[tuple[str, int]]:
+    """Bytes of every kind in a safetensors file: what they are, and their offsets."""
+    tensors, _ = read_header(path)
+    header = len(header_bytes(path))
+    for at in [0, 7, 8, *range(9, header, max(header // 60, 1)), header - 1]:
+        yield "header", at
+    for key, info in tensors.items():
+        for at in {0, info.nbytes // 2, info.nbytes - 1} if info.nbytes else ():
+            yield key, info.begin + at
+
+
+def flip(path: Path, at: int, bit: int = 4) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def test_a_flipped_byte_of_the_checkpoint(files, merged):
+    """It is refused and the tensor is named, except where the base's bits are all in the record."""
+    told: dict[str, list[str]] = {}
+    for path in sorted(merged.glob("*.safetensors")):
+        for what, at in places(path):
+            for bit in (0, 7):
+                flip(path, at, bit)
+                told.setdefault(what, []).append(outcome(files, merged))
+                flip(path, at, bit)
+    assert told.keys() == {"header", *tensors_of(merged)}
+    reasons = told.pop("header")
+    assert sum(map(bool, reasons)) > 0.8 * len(reasons)  # the metadata is taken from the record
+    for key, reasons in told.items():
+        expected = f"unmerge: {key} was changed since it was merged"
+        assert all(expected in reason for reason in reasons if reason), reasons
+        if key.startswith(("new.", "full.")):
+            assert not any(reasons), key  # added, or replaced as a whole: the base does not depend on it
+        else:  # rows that were replaced, and segments with large updates, are in the record as they were
+            assert any(reasons), key
+            assert all(reasons) or key in ("low.weight", "rows.weight", "both.weight"), key
+
+
+def test_a_flipped_byte_of_the_record(files, merged):
+    told: dict[str, list[str]] = {}
+    for path in sorted((merged / "merge_record").glob("*.safetensors")):
+        for what, at in places(path):
+            for bit in (0, 7):
+                flip(path, at, bit)
+                told.setdefault(what, []).append(outcome(files, merged))
+                flip(path, at, bit)
+    kinds = {key.rpartition(":")[2] for key in told} - {"header"}
+    assert kinds == {"lora_A.0", "lora_B.0", "words", "corrections", "rows", "indices", "base"}
+    assert all(told.pop("header"))
+    for part, reasons in told.items():
+        key, _, kind = part.rpartition(":")
+        if kind in ("rows", "base", "words", "indices"):
+            assert all(reasons), part
+        assert all(key in reason for reason in reasons if reason), reasons
+        assert any(reasons), part  # the last bit of a factor may change nothing, and outcome() has seen to that
+
+
+def test_any_flipped_byte_of_the_manifest(files, merged):
+    path = merged / "merge_record" / "manifest.json"
+    content = path.read_bytes()
+    reasons = []
+    for at in range(0, len(content), 7):
+        flip(path, at)
+        reasons.append(outcome(files, merged))
+        path.write_bytes(content)
+    assert sum(map(bool, reasons)) > 0.8 * len(reasons)  # spaces between its parts may become others
+    assert all(str(path) in reason for reason in reasons if reason)
+
+
+def test_other_files(files, merged):
+    """They are copied, and said not to be the base's."""
+    for name in ("config.json", "more/code.py"):
+        flip(merged / name, 3)
+        assert outcome(files, merged) == f"{name} was changed since the merge"
+        flip(merged / name, 3)
+    (merged / "notes").write_text("new")
+    assert outcome(files, merged) == "notes is not of the base"
+    (merged / "notes").unlink()
+    (merged / "tokenizer.json").unlink()
+    assert outcome(files, merged) == "tokenizer.json is missing"
+
+
+def test_a_flipped_byte_of_the_index(files, merged):
+    path = merged / INDEX
+    content = path.read_bytes()
+    reasons = []
+    for at in range(0, len(content), 11):
+        flip(path, at)
+        reasons.append(outcome(files, merged))
+        path.write_bytes(content)
+    assert all(str(path) in reason for reason in reasons if reason)
+    assert any(reasons)
+    values = json.loads(content)
+    values["metadata"]["note"] = "other"
+    path.write_text(json.dumps(values))
+    assert outcome(files, merged) == ""  # the base's is in the record
+
+
+def test_what_is_of_another_merge(files, merged, tmp_path):
+    """Of the same base, with the same names: a file of it, a record of it, both of them, or all of the record."""
+    other = tmp_path.parent / f"{tmp_path.name} other"
+    torch.manual_seed(1)
+    model = nn.ModuleDict({"low": nn.Linear(30, 20), "new": nn.Linear(4, 2)}).to(torch.bfloat16)
+    peft_adapter(model, other / "adapter", target_modules=["low"], modules_to_save=["new"])
+    merge(files / "base", [other / "adapter"], other / "merged", record=True)
+    names = sorted(path.name for path in merged.glob("*.safetensors"))
+    assert names == sorted(path.name for path in (other / "merged").glob("*.safetensors"))
+    reasons = []
+    for name in names:
+        shutil.copy(other / "merged" / name, merged)
+        reasons.append(outcome(files, merged))  # "" where all that is new there is in the record as it was
+        shutil.copy(other / "merged" / "merge_record" / name, merged / "merge_record")
+        assert f"merge_record/{name} was changed since the merge wrote it, or is of another" in outcome(files, merged)
+        shutil.copy(files / "merged" / name, merged)
+        assert f"merge_record/{name} was changed since the merge wrote it, or is of another" in outcome(files, merged)
+        shutil.copy(files / "merged" / "merge_record" / name, merged / "merge_record")
+    assert any("was changed since it was merged" in reason for reason in reasons)
+    shutil.copy(other / "merged" / "merge_record" / "manifest.json", merged / "merge_record")
+    assert "is of another" in outcome(files, merged)
+    shutil.rmtree(merged / "merge_record")
+    shutil.copytree(other / "merged" / "merge_record", merged / "merge_record")
+    assert outcome(files, merged)
+
+
+def rewrite(path: Path, **changes: torch.Tensor | None) -> None:
+    tensors = {key: tensor for key, tensor in (load_file(path) | changes).items() if tensor is not None}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_a_tensor_added_removed_or_of_another_kind(files, merged):
+    index = json.loads((merged / INDEX).read_text())
+    name = index["weight_map"]["same.weight"]
+    path, content = merged / name, (merged / name).read_bytes()
+
+    def tried(weight_map: dict[str, str], **changes: torch.Tensor | None) -> str:
+        rewrite(path, **changes)
+        (merged / INDEX).write_text(json.dumps(index | {"weight_map": weight_map}))
+        reason = outcome(files, merged)
+        path.write_bytes(content)
+        return reason
+
+    weight_map = index["weight_map"]
+    assert "not of this merge: extra" in tried(weight_map | {"extra": name}, extra=torch.ones(1))
+    less = {key: file for key, file in weight_map.items() if key != "same.weight"}
+    assert "missing: same.weight" in tried(less, **{"same.weight": None})
+    weight = load_file(path)["same.weight"]
+    for other in (weight.T.contiguous(), weight.flatten(), weight.float(), weight.view(torch.int16)):
+        assert "same.weight is not as it was merged" in tried(weight_map, **{"same.weight": other})
+    assert tried(weight_map, **{"same.weight": weight}) == ""  # the same tensors in another order, by another writer
+
+
+def test_files_that_are_missing_or_not_of_the_merge(files, merged):
+    index = json.loads((merged / INDEX).read_text())
+    name = index["weight_map"]["same.weight"]
+    less = {key: file for key, file in index["weight_map"].items() if file != name}
+    (merged / INDEX).write_text(json.dumps(index | {"weight_map": less}))
+    assert f"missing: {name}" in outcome(files, merged)
+    save_file({"more": torch.ones(1)}, merged / "more.safetensors")
+    more = index["weight_map"] | {"more": "more.safetensors"}
+    (merged / INDEX).write_text(json.dumps(index | {"weight_map": more}))
+    assert "not of this merge: more.safetensors" in outcome(files, merged)
+
+
+def test_records_without_digests_are_refused(files, merged):
+    """As an older version wrote them."""
+    record = merged / "merge_record"
+    content = json.loads((record / "manifest.json").read_text())
+    (record / "manifest.json").unlink()
+    assert "manifest.json is missing" in outcome(files, merged)
+    for version in (1, 3, None, "2"):
+        Manifest(**{key: value for key, value in content["content"].items() if key != "version"}).write(
+            record / "manifest.json"
+        )
+        resigned(record / "manifest.json", version=version)
+        assert f"is of version {version!r}, want 2" in outcome(files, merged)
+    for name, value in (("files", None), ("other_files", {"a": 1}), ("metadata", {"a": "b"}), ("more", {})):
+        resigned(record / "manifest.json", **{"version": 2, name: value})
+        assert "is no manifest of a record" in outcome(files, merged), name
+        resigned(record / "manifest.json", **content["content"])
+        if name == "more":
+            break
+    for text in ("[]", "{}", '{"content": {}}', '{"content": {}, "digest": 3}', "[" * 10**5):
+        (record / "manifest.json").write_text(text)
+        assert "manifest.json" in outcome(files, merged)
+
+
+# --- digests ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_digest_does_not_depend_on_blocks_and_threads(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        hasher = Hasher()
+    finally:
+        torch.set_num_threads(before)
+    data = memoryview(os.urandom(3_500_000))
+
+    def digest(block: int, dtype: str = "F32", shape: tuple[int, ...] = (875_000,), of: memoryview = data) -> str:
+        one = hasher.tensor(dtype, shape)
+        for at in range(0, len(of), block):
+            one.update(of[at : at + block])
+        return one.hexdigest()
+
+    whole = digest(len(data))
+    for size in (10**5, 10**6, 1 << 20, (1 << 20) - 1, (1 << 20) + 1, 3_000_000):
+        assert digest(size) == whole, size
+    others = [digest(10**6, dtype="I32"), digest(10**6, shape=(2, 437_500)), digest(10**6, of=data[:-1])]
+    changed = bytearray(data)
+    changed[2_000_000] ^= 1
+    others += [digest(10**6, of=memoryview(changed)), digest(10**6, of=memoryview(b""))]
+    assert len({whole, *others}) == 6
+
+
+# --- what a user sees -------------------------------------------------------------------------------------------------
+
+
+def test_command(files, merged, capsys):
+    out = merged.parent / "out"
+    arguments = ["unmerge", "--merged", str(merged), "--out", str(out)]
+    assert cli.main(arguments) == 0
+    assert "5 tensors restored to the bit" in capsys.readouterr().out
+    (merged / "config.json").write_text("{}")
+    (merged / "notes\n\x1b[31m").write_text("")
+    assert cli.main([*arguments, "--overwrite"]) == 1
+    told = capsys.readouterr().out
+    assert "not exact, because other files are not those of the base:" in told
+    assert "\n  config.json was changed since the merge\n" in told
+    assert "\n  notes\\n\\x1b[31m is not of the base\n" in told
+    assert cli.main([*arguments, "--overwrite", "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["exact"] is False
+    assert "config.json was changed since the merge" in told["because"]
+    shard = next(merged.glob("*.safetensors"))
+    flip(shard, -1)
+    before = snapshot(out)
+    assert cli.main([*arguments, "--overwrite"]) == 2
+    assert "was changed since it was merged" in capsys.readouterr().err
+    assert snapshot(out) == before
+
+
+def test_subtraction_is_not_called_exact(tmp_path):
+    model = llama()
+    model.save_pretrained(tmp_path / "base")
+    peft_adapter(model, tmp_path / "adapter", target_modules=["q_proj"])
+    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
+    report = unmerge(tmp_path / "merged", tmp_path / "out", adapters=[tmp_path / "adapter"])
+    assert (report.exact, report.because) == (False, ["the updates were subtracted, which rounds"])

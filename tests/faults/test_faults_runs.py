@@ -1,0 +1,41 @@
+"""finetune and compare are killed at calls that change files, or meet a disk that is full or read-only from there on.
+
+Whatever then has its name is whole, an error is one line, and ``--resume`` ends with the bits of a run that met no
+fault. A run on a tiny model makes some hundred such calls, and each try is two runs of a second. Here every 17th
+call is tried, so that the file and the kind of call change from try to try; ``make test-full`` tries them all.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from faults import run_script
+
+KINDS = ["kill", "disk full", "read-only"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("script", ["finetune_faults", "compare_faults"])
+def test_some_calls(tmp_path, script, kind):
+    told = run_script(script, tmp_path, kind, "17", "lora")
+    assert told["calls"] > 50 and told["tries"] >= (2 if kind == "disk full" else told["calls"] // 18)
+    assert kind == "kill" or len(told["kinds"]) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["lora", "full", "lora+adapter-p"])
+def test_every_call_of_finetune(tmp_path, kind, method):
+    assert run_script("finetune_faults", tmp_path, kind, "1", method)["tries"] > 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_call_of_compare(tmp_path, kind):
+    assert run_script("compare_faults", tmp_path, kind, "1")["tries"] > 40
+
+
+def test_every_call_of_plan_analyze_and_report(tmp_path):
+    told = run_script("small_commands_faults", tmp_path)
+    assert told["run_report"]["kill"] >= 3 < told["run_plan"]["kill"] < told["run_analyze"]["kill"]
+    assert all(own["kill"] >= own["read-only"] >= own["disk full"] > 0 for own in told.values())

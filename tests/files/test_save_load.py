@@ -1,0 +1,485 @@
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import signal
+import warnings
+from pathlib import Path
+from unittest import mock
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.models import FAMILIES, Net, bert, llama, refused, token_ids
+from torch import nn
+
+from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter
+from lora_ext.adapters import lora_modules
+
+pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
+
+ALIVE = {"r": 2, "lora_alpha": 64, "init_lora_weights": False}
+
+# Family and config; "dense" in Roberta's classifier is inside a module to save.
+ADAPTERS = [
+    ("bert", {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}),
+    ("bert", {"target_modules": ["query", "dense"], "modules_to_save": ["classifier"], "use_rslora": True}),
+    ("bert", {"target_modules": r".*\.layer\.1\..*(query|dense)", "modules_to_save": ["pooler", "classifier"]}),
+    ("bert", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+    ("roberta", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+    ("roberta", {"target_modules": ["dense"], "exclude_modules": ["pooler"], "task_type": "SEQ_CLS"}),
+    ("llama", {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}),
+    ("llama", {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["embed_tokens"]}),
+    ("net", {"target_modules": ["up", "down"], "modules_to_save": ["norm", "head"]}),
+    ("net", {"target_modules": "all-linear"}),
+]
+
+
+def output(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    result = model(inputs)
+    return result if isinstance(result, torch.Tensor) else result.logits
+
+
+def inputs_for(family: str) -> torch.Tensor:
+    return torch.randn(4, 6, dtype=torch.float64) if family == "net" else token_ids()
+
+
+def shake(model: nn.Module) -> None:
+    """Moves every trainable parameter, and the statistics of norms, away from where they started."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm1d) and module.weight.requires_grad:
+                module.running_mean.add_(1.0)
+
+
+def adapter_of_net(directory: Path, **settings) -> Path:
+    """A directory with an adapter of ``Net``."""
+    config = LoraConfig(**{"target_modules": ["up"], "modules_to_save": ["head"]} | ALIVE | settings)
+    save_adapter(inject(Net(), config), directory)
+    return directory
+
+
+# --- against PEFT -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "settings"), ADAPTERS)
+def test_peft_loads_what_we_save(family, settings, tmp_path):
+    base, inputs = FAMILIES[family]().double().eval(), inputs_for(family)
+    ours = inject(copy.deepcopy(base), LoraConfig(**settings, **ALIVE))
+    shake(ours)
+    save_adapter(ours, tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected|adapter|key).*")
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    expected = output(ours, inputs)
+    assert (expected - output(base, inputs)).abs().max() > 1e-2
+    torch.testing.assert_close(output(theirs, inputs), expected)
+    # PEFT adds the base weight of an adapted output head, which is the base's.
+    keys = {key for key in peft.get_peft_model_state_dict(theirs) if ".base_layer." not in key}
+    assert keys == load_file(tmp_path / "adapter_model.safetensors").keys()
+
+
+@pytest.mark.parametrize(("family", "settings"), ADAPTERS)
+def test_we_load_what_peft_saves(family, settings, tmp_path):
+    base, inputs = FAMILIES[family]().double().eval(), inputs_for(family)
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**settings, **ALIVE)).eval()
+    shake(theirs)
+    theirs.save_pretrained(tmp_path)
+    expected = output(theirs, inputs)
+    assert (expected - output(base, inputs)).abs().max() > 1e-2
+    ours = load_adapter(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(output(ours, inputs), expected)
+    again = tmp_path / "again"
+    save_adapter(ours, again)
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    written = {key: tensor for key, tensor in written.items() if ".base_layer." not in key}
+    torch.testing.assert_close(load_file(again / "adapter_model.safetensors"), written, rtol=0, atol=0)
+
+
+def test_trains_as_peft_does(tmp_path):
+    base = bert().double()
+    settings = {"target_modules": ["query", "dense"], "task_type": "SEQ_CLS", "use_rslora": True} | ALIVE
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**settings))
+    theirs.save_pretrained(tmp_path / "start")
+    ours = load_adapter(copy.deepcopy(base), tmp_path / "start", trainable=True)
+
+    ids, labels = token_ids(8), torch.randint(3, (8,))
+    losses = []
+    for model in (ours, theirs):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+        model.train()
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = model(input_ids=ids, labels=labels).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    torch.testing.assert_close(losses[:4], losses[4:], rtol=1e-9, atol=0)
+    assert losses[3] < losses[0]
+    save_adapter(ours, tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    torch.testing.assert_close(
+        load_file(tmp_path / "ours" / "adapter_model.safetensors"),
+        load_file(tmp_path / "theirs" / "adapter_model.safetensors"),
+        rtol=1e-9,
+        atol=1e-12,
+    )
+
+
+def test_tied_modules_to_save_go_through_peft(tmp_path):
+    base, ids = llama(tied=True).double().eval(), token_ids()
+    settings = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}
+    ours = inject(copy.deepcopy(base), LoraConfig(**settings, **ALIVE))
+    shake(ours)
+    save_adapter(ours, tmp_path)
+    expected = output(ours, ids)
+    torch.testing.assert_close(output(load_adapter(copy.deepcopy(base), tmp_path), ids), expected)
+    torch.testing.assert_close(output(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path), ids), expected)
+
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors["base_model.model.lm_head.weight"] = tensors["base_model.model.lm_head.weight"] + 1  # PEFT unties them
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    text = "tied to base_model.model.model.embed_tokens.weight in the model, but they differ in the file"
+    with refused(base, ValueError, text):
+        load_adapter(base, tmp_path)
+
+
+def test_a_base_layer_in_the_file_is_loaded_as_peft_does(tmp_path):
+    base, ids = llama().double().eval(), token_ids()
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=["lm_head"], **ALIVE)).eval()
+    with torch.no_grad():
+        theirs.base_model.model.lm_head.base_layer.weight.mul_(2)
+    theirs.save_pretrained(tmp_path)
+    torch.testing.assert_close(output(load_adapter(base, tmp_path), ids), output(theirs, ids))
+
+
+# --- what loading and saving do ---------------------------------------------------------------------------------------
+
+
+def test_requires_grad_after_loading(tmp_path):
+    adapter_of_net(tmp_path)
+    assert not any(p.requires_grad for p in load_adapter(Net(), tmp_path).parameters())
+    model = load_adapter(Net(), tmp_path, trainable=True)
+    assert {path.split(".")[-2] for path, p in model.named_parameters() if p.requires_grad} == {"default"}
+    model.head.bias.requires_grad_(False)
+    before = {path: p.requires_grad for path, p in model.named_parameters()}
+    load_adapter(model, tmp_path)  # injected already: flags stay
+    assert {path: p.requires_grad for path, p in model.named_parameters()} == before
+
+
+def test_loading_into_an_injected_model_replaces_values_in_place(tmp_path):
+    config = LoraConfig(target_modules=["up"], modules_to_save=["head"], lora_dropout=0.1, **ALIVE)
+    source, model = inject(Net().eval(), config), inject(Net().eval(), config)
+    save_adapter(source, tmp_path)
+    identities = [id(p) for p in model.parameters()]
+    assert load_adapter(model, tmp_path) is model
+    assert [id(p) for p in model.parameters()] == identities
+    for (_, ours), (_, theirs) in zip(lora_modules(model), lora_modules(source), strict=True):
+        torch.testing.assert_close(ours.delta_weight(), theirs.delta_weight(), rtol=0, atol=0)
+    torch.testing.assert_close(model.head.weight, source.head.weight, rtol=0, atol=0)
+
+
+def test_values_are_cast_to_the_adapter(tmp_path):
+    adapter_of_net(tmp_path)
+    model = load_adapter(Net().half(), tmp_path)
+    assert {p.dtype for path, p in model.named_parameters() if "lora_" in path} == {torch.float32}
+    assert model.head.weight.dtype == torch.float16
+    for path, tensor in load_file(adapter_of_net(tmp_path / "second") / "adapter_model.safetensors").items():
+        assert tensor.dtype == torch.float32, path
+
+
+def test_metadata_of_a_peft_file_is_written_back(tmp_path):
+    theirs = peft.get_peft_model(Net(), peft.LoraConfig(target_modules=["up"], revision="v2"))
+    theirs.save_pretrained(tmp_path / "theirs")
+    save_adapter(load_adapter(Net(), tmp_path / "theirs"), tmp_path / "ours")
+    read = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("theirs", "ours")]
+    assert read[0] == read[1]
+    assert read[0]["revision"] == "v2" and read[0]["inference_mode"] is True
+
+
+def test_patterns_keep_their_order(tmp_path):
+    settings = {"rank_pattern": {"blocks.1.up": 3, "blocks..*": 4}, "alpha_pattern": {"up": 5, "blocks.0.up": 6}}
+    model = inject(Net(), LoraConfig(target_modules=["up"], **settings))
+    save_adapter(model, tmp_path)
+    again = load_adapter(Net(), tmp_path)
+    for ours, other in zip(lora_modules(model), lora_modules(again), strict=True):
+        assert ours[1].adapters.default.r == other[1].adapters.default.r
+        assert ours[1].adapters.default.scaling == other[1].adapters.default.scaling
+
+
+def test_all_linear_is_saved_as_the_layers_it_meant(tmp_path):
+    model = nn.TransformerEncoderLayer(8, 2, 12)
+    inject(model, LoraConfig(target_modules="all-linear"))
+    save_adapter(model, tmp_path)
+    meant = ["self_attn.out_proj", "linear1", "linear2"]
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == meant
+    load_adapter(nn.TransformerEncoderLayer(8, 2, 12), tmp_path)
+
+
+def test_a_compiled_model_saves_the_same_keys(tmp_path):
+    model = Net()
+    inject(model, LoraConfig(target_modules=["up"], modules_to_save=["head"]))
+    save_adapter(torch.compile(model, backend="aot_eager"), tmp_path)
+    load_adapter(torch.compile(Net(), backend="aot_eager"), tmp_path)
+    assert "base_model.model.blocks.0.up.lora_A.weight" in load_file(tmp_path / "adapter_model.safetensors")
+
+
+def test_saving_replaces_the_adapter_and_nothing_else(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    for r in (2, 3):
+        adapter_of_net(tmp_path, r=r)
+        assert sorted(os.listdir(tmp_path)) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+        assert load_adapter(Net(), tmp_path).blocks[0].up.adapters["default"].r == r
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+# --- failures while writing -------------------------------------------------------------------------------------------
+
+
+def test_saving_what_is_not_injected(tmp_path):
+    model = Net()
+    with refused(model, ValueError, "Net is not injected; call lora_ext.inject on it"):
+        save_adapter(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_directory_that_cannot_be_written(tmp_path):
+    model = inject(Net(), LoraConfig(target_modules=["up"]))
+    blocker = tmp_path / "file"
+    blocker.write_text("mine")
+    for directory, reason in ((blocker, "File exists"), (blocker / "below", "Not a directory")):
+        with refused(model, OSError, f"save_adapter: cannot write there ({reason})", str(directory)):
+            save_adapter(model, directory)
+    assert blocker.read_text() == "mine"
+
+
+@pytest.mark.parametrize("failing_move", [1, 2, 3])
+def test_an_error_while_replacing_keeps_the_old_pair(failing_move, tmp_path, monkeypatch):
+    adapter_of_net(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    replace, moves = os.replace, []
+
+    def failing_replace(source, target):
+        moves.append(source)
+        if len(moves) == failing_move:
+            raise OSError("disk gone")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing_replace)
+    with pytest.raises(OSError, match="disk gone"):
+        adapter_of_net(tmp_path, r=3, lora_alpha=5)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("move", [1, 2, 3, 4, 5])
+def test_an_interrupt_while_replacing_waits_for_the_new_pair(move, tmp_path, monkeypatch):
+    adapter_of_net(tmp_path)
+    replace, moves = os.replace, []
+
+    def interrupted_replace(source, target):
+        replace(source, target)
+        moves.append(source)
+        if len(moves) == move:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(os, "replace", interrupted_replace)
+    with pytest.raises(KeyboardInterrupt):
+        adapter_of_net(tmp_path, r=3, lora_alpha=5)
+    assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert load_adapter(Net(), tmp_path).blocks[0].up.adapters["default"].lora_alpha == 5
+
+
+def test_what_cannot_be_removed_afterwards_is_told(tmp_path, monkeypatch):
+    adapter_of_net(tmp_path)
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match=r"all is saved, but .*\.lora_ext-saving"):
+        patch.setattr(shutil, "rmtree", mock.Mock(side_effect=OSError(16, "Device or resource busy")))
+        adapter_of_net(tmp_path, lora_alpha=5)
+    assert load_adapter(Net(), tmp_path).blocks[0].up.adapters["default"].lora_alpha == 5
+    adapter_of_net(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_a_name_in_the_way(tmp_path):
+    (tmp_path / "adapter_config.json").mkdir()
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(OSError, match=r"cannot write there \(Is a directory: .*adapter_config\.json\)"):
+        adapter_of_net(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "mine"]
+    (tmp_path / "adapter_config.json").rmdir()
+    (tmp_path / ".lora_ext-saving").write_text("mine")
+    with pytest.raises(OSError, match=r"cannot write there \(File exists: .*\.lora_ext-saving\)"):
+        adapter_of_net(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".lora_ext-saving", "mine"]
+
+
+def test_an_error_leaves_no_directory_that_was_made(tmp_path):
+    model = inject(Net(), LoraConfig(target_modules=["up"], modules_to_save=["head"]))
+    model.head.adapters["default"].bias.data = model.head.adapters["default"].bias.data.to(torch.complex128)
+    with refused(model, ValueError, "torch.complex128, which no safetensors file holds"):
+        save_adapter(model, tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
+
+
+def test_links_of_the_user_are_followed_or_replaced(tmp_path, monkeypatch):
+    """A directory by way of a link, a relative path, and files that are links, as in a cache of the hub."""
+    adapter_of_net(tmp_path / "blobs")
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "blobs").iterdir()}
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for name in kept:
+        (tmp_path / "real" / name).symlink_to(tmp_path / "blobs" / name)
+    monkeypatch.chdir(tmp_path)
+    adapter_of_net(Path("link"), lora_alpha=5)
+    assert not any(path.is_symlink() for path in (tmp_path / "real").iterdir())
+    assert load_adapter(Net(), "real").blocks[0].up.adapters["default"].lora_alpha == 5
+    assert {path.name: path.read_bytes() for path in (tmp_path / "blobs").iterdir()} == kept
+
+
+# --- bad files --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["bare", "injected"])
+def model(request) -> Net:
+    net = Net()
+    if request.param == "injected":
+        inject(net, LoraConfig(target_modules=["up"], modules_to_save=["head"], **ALIVE))
+    return net
+
+
+def damage(directory: Path, **tensors: torch.Tensor | None) -> None:
+    """Replaces or removes tensors of the file; keys without their prefix, ``__`` for a dot."""
+    path = directory / "adapter_model.safetensors"
+    content = load_file(path)
+    for key, tensor in tensors.items():
+        key = "base_model.model." + key.replace("__", ".")
+        content.pop(key, None)
+        if tensor is not None:
+            content[key] = tensor
+    save_file(content, path)
+
+
+def test_every_mismatch_is_listed(model, tmp_path):
+    adapter_of_net(tmp_path)
+    damage(
+        tmp_path,
+        blocks__0__up__lora_A__weight=torch.zeros(2, 7),
+        blocks__1__up__lora_B__weight=torch.zeros(3, 2),
+        blocks__1__up__lora_A__weight=None,
+        blocks__2__up__lora_A__weight=torch.zeros(2, 6),
+        head__bias=torch.zeros(3, dtype=torch.int64),
+    )
+    with refused(
+        model,
+        ValueError,
+        "adapter_model.safetensors does not fit the model",
+        "missing key: base_model.model.blocks.1.up.lora_A.weight",
+        "unexpected key: base_model.model.blocks.2.up.lora_A.weight",
+        "shape of base_model.model.blocks.0.up.lora_A.weight: [2, 7] in the file, [2, 6] in the model",
+        "shape of base_model.model.blocks.1.up.lora_B.weight: [3, 2] in the file, [10, 2] in the model",
+        "dtype of base_model.model.head.bias: torch.int64 in the file, torch.float32 in the model",
+    ):
+        load_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a safetensors file", b"\xff" * 100])
+def test_corrupted_weights(model, content, tmp_path):
+    adapter_of_net(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(content)
+    with refused(model, ValueError, "adapter_model.safetensors is corrupted or not a safetensors file"):
+        load_adapter(model, tmp_path)
+
+
+def test_truncated_weights(model, tmp_path):
+    path = adapter_of_net(tmp_path) / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    with refused(model, ValueError, "adapter_model.safetensors is corrupted"):
+        load_adapter(model, tmp_path)
+
+
+def test_missing_files(model, tmp_path):
+    with refused(model, FileNotFoundError, f"{tmp_path}/none/adapter_config.json is missing"):
+        load_adapter(model, tmp_path / "none")
+    adapter_of_net(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with refused(model, FileNotFoundError, "adapter_model.safetensors is missing"):
+        load_adapter(model, tmp_path)
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    with refused(model, FileNotFoundError, "adapter_model.bin is there: save it again as safetensors"):
+        load_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "adapter_config.json is not JSON"),
+        ("[]", "holds a list, want an object"),
+        ("{}", "peft_type is None, want 'LORA'"),
+        ('{"peft_type": "IA3"}', "peft_type is 'IA3', want 'LORA'"),
+        ('{"peft_type": "LORA", "target_modules": ["up"], "use_dora": true}', "use_dora=True not supported"),
+        ('{"peft_type": "LORA", "target_modules": ["up"], "r": "8"}', "r is '8' of type str"),
+    ],
+)
+def test_foreign_config(model, text, message, tmp_path):
+    adapter_of_net(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(text)
+    with refused(model, ValueError, f"{tmp_path}/adapter_config.json", message):
+        load_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"r": 3}, "has r=3 but the model was injected with r=2"),
+        ({"lora_alpha": 5}, "has lora_alpha=5 but the model was injected with lora_alpha=64"),
+        ({"use_rslora": True}, "has use_rslora=True but the model was injected with use_rslora=False"),
+        ({"target_modules": ["up", "down"]}, "unexpected key: base_model.model.blocks.0.down.lora_A.weight"),
+        ({"modules_to_save": None}, "missing key: base_model.model.head.weight"),
+    ],
+)
+def test_an_injected_model_of_another_kind(other, message, tmp_path):
+    net = inject(Net(), LoraConfig(target_modules=["up"], modules_to_save=["head"], **ALIVE))
+    with refused(net, ValueError, message):
+        load_adapter(net, adapter_of_net(tmp_path, **other))
+
+
+def test_a_model_the_adapter_is_not_for(tmp_path):
+    adapter_of_net(tmp_path, modules_to_save=None)
+    model = bert()
+    with refused(model, ValueError, "target_modules ['up'] matches no module of BertForSequenceClassification"):
+        load_adapter(model, tmp_path)
+
+
+def test_loading_while_merged(tmp_path):
+    adapter_of_net(tmp_path)
+    net = merge(inject(Net().eval(), LoraConfig(target_modules=["up"], modules_to_save=["head"], **ALIVE)))
+    with refused(net, RuntimeError, "an adapter is merged into 'blocks.0.up'; call unmerge(model) first"):
+        load_adapter(net, tmp_path)
+
+
+def test_loading_on_the_meta_device(tmp_path):
+    adapter_of_net(tmp_path)
+    with torch.device("meta"):
+        net = Net()
+    with refused(net, ValueError, "base_model.model.blocks.0.up.lora_A.weight: the model is on the meta device"):
+        load_adapter(net, tmp_path)
+
+
+def test_a_directory_can_be_copied_and_named_by_a_string(tmp_path):
+    shutil.copytree(adapter_of_net(tmp_path / "first"), tmp_path / "copy")
+    assert len(list(lora_modules(load_adapter(Net(), str(tmp_path / "copy"))))) == 2
+
+
+def test_files_are_as_readable_as_any_other_of_the_user(tmp_path):
+    before = os.umask(0o022)
+    try:
+        save_adapter(inject(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"])), tmp_path)
+    finally:
+        os.umask(before)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o644, name

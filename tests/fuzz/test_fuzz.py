@@ -1,0 +1,166 @@
+"""The fuzzers themselves: each kind of bug is found, made small and printed as a program; nothing public is missed."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lora_ext
+from fuzz import area_ops, area_planted, area_values, campaign, functions, ops
+from fuzz.campaign import Campaign
+from fuzz.choices import Choices, smaller
+from fuzz.values import FLOATING, KINDS, LAYOUTS, OVERLAPS, TensorValue
+from lora_ext import analysis, functional
+from lora_ext import nn as layers
+
+pytestmark = pytest.mark.cpu_only("starts processes of its own")
+
+TESTS = Path(__file__).parents[1]
+
+
+# --- choices ----------------------------------------------------------------------------------------------------------
+
+
+def test_choices_are_those_of_the_seed_and_can_be_made_again():
+    first = Choices(5)
+    drawn = [first.integer(10), first.pick("abc"), first.chance(50), first.between(3, 9)]
+    second = Choices(5)
+    assert [second.integer(10), second.pick("abc"), second.chance(50), second.between(3, 9)] == drawn
+    again = Choices(replay=first.made)
+    assert [again.integer(10), again.pick("abc"), again.chance(50), again.between(3, 9)] == drawn
+    simplest = Choices(replay=[])
+    assert [simplest.integer(10), simplest.pick("abc"), simplest.chance(50), simplest.between(3, 9)] == [
+        0,
+        "a",
+        False,
+        3,
+    ]
+
+
+def test_the_smallest_choices_that_fail_are_found():
+    def fails(choices: list[int]) -> bool:
+        made = Choices(replay=choices)
+        sizes = [made.integer(1000) for _ in range(made.integer(20))]
+        return any(size > 700 for size in sizes)
+
+    big = next(choices for seed in range(1000) if fails(choices := _drawn(seed)))
+    small = smaller(big, fails)
+    assert fails(small) and len(small) == 2 and small[0] == 1 and 700 < small[1] <= 750
+
+
+def _drawn(seed: int) -> list[int]:
+    choices = Choices(seed)
+    for _ in range(choices.integer(20)):
+        choices.integer(1000)
+    return choices.made
+
+
+# --- what is found ----------------------------------------------------------------------------------------------------
+
+
+def times(name: str) -> int:
+    """How many cases there are of a planted bug."""
+    return 1 if name in area_planted.COSTLY else 3
+
+
+@pytest.fixture(scope="module")
+def planted() -> Campaign:
+    seeds = [
+        seed
+        for name in area_planted.NAMES
+        for seed in itertools.islice(
+            (s for s in itertools.count() if Choices(s).pick(area_planted.NAMES) == name), times(name)
+        )
+    ]
+    return campaign.run("planted", seeds, processor_seconds=2, clock_seconds=6, costly_tries=3)
+
+
+@pytest.mark.parametrize("kind", area_planted.OPS)
+def test_a_planted_op_is_found(planted, kind):
+    name = f"torch.ops.lora_ext_planted.{area_planted.OPS[kind].__name__[1:]}"
+    found = [each for each in planted.found.values() if each.finding.function == name]
+    assert found, planted.table()
+    assert any(kind.startswith(each.finding.kind) for each in found), [each.finding for each in found]
+    if kind in ("crash", "hang"):
+        return  # each try takes a new process
+    # Made small: the least size that meets the bug, and the simplest tensor.
+    sizes = {int(size) for each in found for size in re.findall(r"^size = (\d+)$", each.smallest.source, re.M)}
+    assert min(sizes) in (0, 4)
+    assert any("torch.randn((2, 3), generator=torch.Generator().manual_seed(0))" in f.smallest.source for f in found)
+
+
+@pytest.mark.parametrize("kind", area_planted.READERS)
+def test_a_planted_reader_is_found(planted, kind):
+    name = area_planted.READERS[kind].__name__
+    found = {each.finding.kind for each in planted.found.values() if each.finding.function == name}
+    assert kind in found, planted.table()
+
+
+def test_what_is_printed_is_a_program_that_fails_in_the_same_way(planted):
+    found = next(each for each in planted.found.values() if each.finding.function.endswith(".crashes"))
+    assert "signal SIGSEGV" in found.text() and f"seed {found.first.seed}" in found.text()
+    environment = {"PYTHONPATH": f"{TESTS}:{Path(lora_ext.__file__).parent.parent}"}
+    result = subprocess.run([sys.executable, "-c", found.smallest.source], env=environment, capture_output=True)
+    assert result.returncode == -11
+    choices = ",".join(map(str, found.smallest.choices)) or "0"
+    command = [sys.executable, "-m", "fuzz", "planted", "--replay", choices]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 1 and "FOUND crash: torch.ops.lora_ext_planted.crashes: signal SIGSEGV" in result.stdout
+
+
+def test_all_are_counted(planted):
+    total = sum(map(times, area_planted.NAMES))
+    assert planted.total == total
+    assert re.search(rf"^all +{total} ", planted.table(), re.M)
+    assert re.search(r"^torch\.ops\.lora_ext_planted\.crashes +1 ", planted.table(), re.M)
+    assert f"planted: {total} cases in 7 s: " in planted.summary(7.0)
+
+
+# --- what is called ---------------------------------------------------------------------------------------------------
+
+
+def test_every_op_and_every_function_is_called():
+    assert sorted(area_ops.OPS) == ops.registered_ops()
+    assert sorted(functions.FUNCTIONS) == sorted(functional.__all__)
+
+
+# The public functions of models are those of tests/support/refusals.py, of which tests/test_refusals.py says that none is
+# missing: tests/fuzz/area_models.py calls them all.
+NOT_CALLED = {
+    "AdapterLayer": "is abstract",
+    "LORA_LAYERS": "is a list",
+    "LoraLayer": "is abstract",
+}
+
+
+@pytest.mark.parametrize("module", [analysis, layers], ids=lambda module: module.__name__)
+def test_every_layer_and_every_measure_is_called(module):
+    names = {name for name in module.__all__ if not _is_record(getattr(module, name))}
+    prefix = f"{module.__name__}."
+    called = {name.removeprefix(prefix) for name in area_values.VALUES if name.startswith(prefix)}
+    assert names - NOT_CALLED.keys() == called
+
+
+def _is_record(value: object) -> bool:
+    return dataclasses.is_dataclass(value) or (isinstance(value, type) and issubclass(value, tuple))
+
+
+@pytest.mark.parametrize("step", [*LAYOUTS, *OVERLAPS, *KINDS])
+def test_every_kind_of_tensor_can_be_made(step):
+    text = {**LAYOUTS, **OVERLAPS, **KINDS}[step]
+    made = 0
+    for dtype in FLOATING:
+        space: dict = {}
+        try:
+            exec("\n".join(["import torch", *TensorValue((3, 4), dtype, steps=[text]).lines("x")]), space)
+        except RuntimeError:  # of layouts that PyTorch has for some dtypes only
+            continue
+        made += 1
+        assert space["x"].numel() == 12 or space["x"].is_nested
+    assert made

@@ -1,0 +1,40 @@
+"""Files of adapters that are made to cost time or memory, or to confuse, end with one message, soon and cheaply."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("attacks", [["config"], ["weights", "method", "kinds"]], ids="-".join)
+def test_hostile_files_end_with_a_message(attacks, tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "hostile.reading", tmp_path / "adapter", tmp_path / "results", *attacks],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, sys.path)]),
+            "OMP_NUM_THREADS": "1",  # a process that has used its threads cannot fork
+        },
+        check=True,
+    )
+    wrong = []
+    for name, words, told in json.loads((tmp_path / "results").read_text()):
+        error, message = told["error"], told["message"]
+        if error not in ("", "ValueError", "TypeError", "FileNotFoundError", "OSError"):
+            wrong.append(f"{name}: {error}: {message[:200]}\n{told['trace']}")
+        elif words is not None and (words not in message or bool(words) != bool(error)):
+            wrong.append(f"{name}: want {words!r}, not {error} {message[:300]!r}")
+        elif len(message) > 15_000 or not message.replace("\n", "").isprintable():
+            wrong.append(f"{name}: a message of {len(message)} characters: {message[:300]!r}")
+        elif told["megabytes"] > 100:
+            wrong.append(f"{name}: {told['megabytes']:.0f} MB")
+    assert not wrong, "\n".join(wrong)

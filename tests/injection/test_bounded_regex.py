@@ -1,0 +1,238 @@
+"""Expressions of configs mean what they mean to PEFT, and their time is bounded."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import random
+import re
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hostile.configs import CATASTROPHIC, dotted
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+
+from lora_ext import LoraConfig
+from lora_ext.matching.bounded_regex import Expression, TimeAllowance, TooSlow, check_expressions
+from lora_ext.matching.path_patterns import LayerNumbers, PathMatcher, PathPatterns
+
+pytestmark = pytest.mark.cpu_only("has no tensors")
+
+LEAVES = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.experts.3.down_proj", "mlp"]
+PATHS = [
+    f"{top}.{i}.{leaf}"
+    for top in ("model.layers", "vision.blocks", "text_model.h")
+    for i in (0, 1, 12)
+    for leaf in LEAVES
+]
+PATHS += ["lm_head", "model", "model.embed_tokens", "layers.1.mlp", "q_proj", "model.layers", "é.q_proj"]
+
+# Expressions that people write: from model cards, PEFT's documentation and issues.
+WRITTEN = [
+    "q_proj",
+    "model.layers.0.self_attn.q_proj",
+    "^model.layers.0.self_attn.q_proj",
+    r".*\.(q_proj|v_proj)$",
+    r".*(q|k|v|o)_proj",
+    r".*\.layers\.[0-9]+\.self_attn\.(q_proj|k_proj)",
+    r"model\.layers\.(0|1|12)\.(self_attn|mlp)\..*proj",
+    r"^(?!.*vision).*(?:q_proj|v_proj|gate_proj)",
+    r"(?!.*(vision|experts)).*\.mlp\..*",
+    r".*(?<!experts\.3)\.down_proj",
+    r"(?:.*?(?:language|text|model).*?(?:self_attn|attention|attn|mlp|ffn).*?(?:k_proj|v_proj|q_proj|down_proj).*?)"
+    r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:k_proj|v_proj|q_proj|o_proj)))",
+    r"(?:\w+\.)*q_proj",
+    r"(\w+\.){2,4}\w+_proj",
+    r"(?i).*Q_PROJ",
+    r"(?i:MODEL)\..*",
+    r".*\.(\w)_(?:\w)*\d*",
+    r"[^.]*\.[^.]*\.\d+\.(?:mlp|self_attn)(?:\.(gate|q)_proj)?",
+    r".*(?P<kind>self)_attn\..*",
+    r"(?s).*q_proj",
+    r"(?x) .* \. q_proj  # queries",
+    r"(model|vision)\..*\b1\b.*",
+    r"\Amodel\..*_proj\Z",
+    r"model.layers.1.*|vision.blocks.12.mlp|lm_head",
+    r".*?\.h\.1{1,2}\..*",
+    r"",
+]
+
+
+@dataclass
+class PeftConfig:
+    """The fields that PEFT's functions read."""
+
+    target_modules: Any = ()
+    exclude_modules: Any = None
+    modules_to_save: Any = None
+    layers_to_transform: Any = None
+    layers_pattern: Any = None
+    target_parameters: Any = None
+
+
+@pytest.mark.parametrize("source", WRITTEN)
+def test_they_select_what_they_select_in_peft(source):
+    expected = [path for path in PATHS if check_target_module_exists(PeftConfig(target_modules=source), path)]
+    assert list(filter(PathMatcher("target_modules", source), PATHS)) == expected
+
+
+def test_the_first_pattern_that_covers_a_path_is_that_of_peft():
+    rng = random.Random(0)
+    sources = [s for s in WRITTEN if s and not s.startswith(("(?i)", "(?s)", "(?x)"))]  # PEFT puts others in front
+    sources += [re.escape(path) for path in PATHS] + [path.partition(".")[2] for path in PATHS if "." in path]
+    sources += ["layers.1", "q.proj", "m.p", "self.attn.q.proj", r"self\.attn", "proj"]
+    for _ in range(60):
+        keys = rng.sample(sources, rng.randint(1, 12))
+        patterns = PathPatterns("rank_pattern", keys)
+        for path in PATHS:
+            expected = get_pattern_key(keys, path)
+            assert patterns.first(path) == (expected if expected in keys and _covers(expected, path) else None)
+        used = {key for key in keys for path in PATHS if _covers(key, path)}
+        assert patterns.unused(PATHS) == [key for key in keys if key not in used]
+
+
+def _covers(key: str, path: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", path) is not None
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [None, [], "", "layers", "h", ["blocks", "layers"], r"l\w+s", "layers|h", ["h|layers", "blocks"], r".*\.experts"],
+)
+def test_layers_are_those_of_peft(pattern):
+    for numbers in (1, [0, 12], [3], (), [1, 3]):
+        config = PeftConfig(["proj", "mlp"], None, None, numbers if numbers != () else [], pattern)
+        paths = [path for path in PATHS if path.endswith((".proj", ".mlp"))]
+        paths += [f"{path}.proj" for path in paths]
+        expected = [path for path in paths if check_target_module_exists(config, path)]
+        layers = LayerNumbers(tuple(numbers) if isinstance(numbers, list) else numbers, pattern, ())
+        assert [path for path in paths if path in layers] == expected, numbers
+
+
+# --- against re -------------------------------------------------------------------------------------------------------
+
+
+def expression(rng: random.Random, depth: int) -> str:
+    def inner() -> str:
+        return expression(rng, depth - 1)
+
+    kind = rng.random()
+    if depth <= 0 or kind < 0.3:
+        return rng.choice(
+            ["a", "b", r"\.", ".", "1", "_", "[ab]", "[^a]", r"\d", r"\w", "[a-b1]", r"\W", r"[^\d.]", "ab"]
+        )
+    if kind < 0.45:
+        return inner() + inner()
+    if kind < 0.6:
+        return f"(?:{'|'.join(inner() for _ in range(rng.randint(1, 3)))}{'|' * (rng.random() < 0.15)})"
+    if kind < 0.85:
+        kinds = ["", "", "?"] + ["+"] * (sys.version_info >= (3, 11))
+        repeat = rng.choice(["*", "+", "?", "{1,2}", "{2}", "{0,3}", "{2,}"]) + rng.choice(kinds)
+        return (f"(?:{inner()})" if rng.random() < 0.7 else rng.choice("ab.")) + repeat
+    if kind < 0.92:
+        return f"{rng.choice(['(?=', '(?!'] + ['(?>'] * (sys.version_info >= (3, 11)))}{inner()})"
+    if kind < 0.96:
+        return rng.choice([r"\b", r"\B", "^", "$", r"\A", r"\Z", "(?<=a)", "(?<!b)", "(?<=[ab].)"])
+    return f"({inner()})"
+
+
+def test_random_expressions_match_what_re_matches():
+    rng, tried = random.Random(1), 0
+    while tried < 5000:
+        source = "".join(expression(rng, rng.randint(0, 3)) for _ in range(rng.randint(1, 3)))
+        source = rng.choice(["", "", "", "(?i)", "(?m)", "(?s)", "(?a)"]) + source
+        try:
+            compiled = re.compile(source)
+        except re.error:
+            continue  # regex understands more
+        ours = Expression(source)
+        for _ in range(4):
+            text = "".join(
+                rng.choice("aAb.1_\n") for _ in range(rng.randint(1, 8))
+            )  # not "": Python 3.14 has mended \B there
+            assert ours.fullmatch(text, TimeAllowance()) == (compiled.fullmatch(text) is not None), (source, text)
+            found, expected = ours.match(text, TimeAllowance()), compiled.match(text)
+            assert (found and found.span()) == (expected and expected.span()), (source, text)
+            tried += 1
+
+
+def test_what_is_no_expression():
+    for source in ("(", "[", "(?P<x>a", "a**", "(?P=x)", "(" * 400 + ")" * 400):
+        with pytest.raises(ValueError, match="LoraConfig: exclude_modules is .*, (not a regular|too deep)"):
+            check_expressions("exclude_modules", [source])
+
+
+# --- time and memory --------------------------------------------------------------------------------------------------
+
+
+def test_time_is_bounded_for_all_matches_together():
+    """tests/hostile/test_hostile_adapters.py measures seconds and bytes."""
+    expression, allowance = Expression(CATASTROPHIC["alternatives"]), TimeAllowance()
+    assert expression.fullmatch("abc!", allowance)
+    for _ in range(2):  # the second has no time at all
+        with pytest.raises(TooSlow):
+            expression.fullmatch("a" * 100, allowance)
+    assert allowance.left <= 0
+
+
+@pytest.mark.parametrize("name", CATASTROPHIC)
+def test_work_is_bounded(name):
+    """It matches soon, or says that it takes too long, or was refused when the config was made."""
+    try:
+        config = LoraConfig(target_modules=CATASTROPHIC[name])
+    except ValueError as error:
+        assert name in ("written out", "counted", "a large count", "deep")
+        assert re.search("has too many or too long|, too deep or too large", str(error))
+        return
+    matcher = PathMatcher("target_modules", config.target_modules)
+    try:
+        assert not any(map(matcher, PATHS * 3)) or name == "fuzzy"
+    except ValueError as error:
+        assert re.search("target_modules has the expression .*, which takes too long to match with", str(error))
+
+
+@pytest.mark.parametrize("source", WRITTEN)
+def test_what_people_write_may_be_tried_with_thousands_of_layers(source):
+    """A match takes less than it adds to the allowance, or the allowance is large enough."""
+    matcher = PathMatcher("target_modules", source)
+    for _ in range(200):
+        for path in PATHS:
+            matcher(path)
+
+
+def test_thousands_of_names_are_one_look_up(monkeypatch):
+    """No name is tried as an expression, and none is read twice."""
+
+    def never(*args):
+        raise AssertionError("an expression was tried")
+
+    monkeypatch.setattr(Expression, "__init__", never)
+    names = [re.escape(f"model.layers.{i}.mlp.up_proj") for i in range(10_000)]
+    config = LoraConfig(target_modules=["up_proj"], rank_pattern={name: i + 1 for i, name in enumerate(names)})
+    assert config.rank_for("base.model.layers.7.mlp.up_proj") == 8
+    assert config.rank_for("model.layers.9999.mlp.up_proj") == 10_000
+    assert config.rank_for("model.layers.9999.mlp.down_proj") == 8
+    config = LoraConfig(target_modules="|".join(f"model.layers.{i}.q_proj" for i in range(10_000)))
+    assert PathMatcher("target_modules", config.target_modules)("model.layers.77.q_proj")
+    assert not PathMatcher("target_modules", config.target_modules)("layers.77.q_proj")
+
+
+def test_dots_of_names_are_any_character():
+    patterns = PathPatterns("rank_pattern", ["q.proj", *dotted()[:100], r"k\.proj"])
+    assert patterns.first("model.q_proj") == "q.proj"
+    assert patterns.first("model.attentionquerykey") is None
+    assert patterns.first("model.k_proj") is None
+    assert patterns.first("k.proj") == r"k\.proj"
+    assert patterns.first("model.attentionqueryke") == dotted()[0]
+
+
+def test_configs_are_copied_and_pickled_with_their_patterns():
+    config = LoraConfig(target_modules=["q"], rank_pattern={"a.*": 3, "b": 4}, alpha_pattern={"(?i)A": 5})
+    for other in (config, copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert (other.rank_for("x.abc"), other.rank_for("b"), other.rank_for("c")) == (3, 4, 8)
+        assert (other.alpha_for("a"), other.alpha_for("b")) == (5, 8)
+        assert other == config
+        assert pickle.loads(pickle.dumps(other)).rank_for("x.abc") == 3

@@ -1,0 +1,352 @@
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import pickle
+
+import peft
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from peft.utils.other import get_pattern_key
+
+from lora_ext import LoraConfig
+from lora_ext._config_values import FrozenDict
+from lora_ext.config import exact_patterns
+
+pytestmark = pytest.mark.cpu_only("has no tensors")
+
+
+def peft_file(tmp_path, **settings) -> dict:
+    """The adapter_config.json that PEFT writes for these settings."""
+    peft.LoraConfig(**settings).save_pretrained(tmp_path)
+    return json.loads((tmp_path / "adapter_config.json").read_text())
+
+
+def test_defaults_are_those_of_peft():
+    ours, theirs = LoraConfig(target_modules=["q"]), peft.LoraConfig(target_modules=["q"])
+    for field in dataclasses.fields(ours):
+        if field.name not in ("metadata", "target_modules", "enable_lora"):
+            assert getattr(ours, field.name) == getattr(theirs, field.name), field.name
+
+
+def test_is_frozen_hashable_and_picklable():
+    config = LoraConfig(target_modules=["q", "v"], modules_to_save=["head"])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.r = 4
+    assert hash(config) == hash(LoraConfig(target_modules=("q", "v"), modules_to_save=("head",)))
+    with pytest.raises(ValueError, match="r is 0"):
+        dataclasses.replace(config, r=0)
+
+
+def test_nested_values_are_frozen_hashable_copyable_and_picklable():
+    config = LoraConfig(
+        target_modules=["q", "v"],
+        rank_pattern={"q": 4},
+        alpha_pattern={"v": 2.5},
+        trainable_token_indices={"embed": [1, 2]},
+        enable_lora={"qkv": [True, False, True]},
+        metadata={"revision": "main"},
+    )
+    for copied in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config), copy.copy(config)):
+        assert copied == config and hash(copied) == hash(config)
+        assert copied.metadata == {"revision": "main"}
+        assert type(copied.rank_pattern) is FrozenDict
+    assert config.trainable_token_indices == {"embed": (1, 2)} and config.enable_lora == {"qkv": (True, False, True)}
+    for change in (
+        lambda d: d.update(q=8),
+        lambda d: d.pop("q"),
+        lambda d: d.clear(),
+        lambda d: d.setdefault("k", 1),
+        lambda d: d.popitem(),
+        lambda d: d.__setitem__("q", 8),
+        lambda d: d.__delitem__("q"),
+        lambda d: d.__ior__({"q": 8}),
+    ):
+        with pytest.raises(TypeError, match=r"cannot be changed; build another config with dataclasses\.replace"):
+            change(config.rank_pattern)
+    assert config.rank_pattern == {"q": 4}
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "text"),
+    [
+        ({"r": 0}, ValueError, "r is 0, want an integer of at least 1"),
+        ({"r": -3}, ValueError, "r is -3, want an integer of at least 1"),
+        ({"r": 8.0}, TypeError, "r is 8.0 of type float, want an integer"),
+        ({"r": True}, TypeError, "r is True of type bool, want an integer"),
+        ({"r": "8"}, TypeError, "r is '8' of type str, want an integer"),
+        ({"lora_alpha": 0}, ValueError, "lora_alpha is 0, want a positive finite number"),
+        ({"lora_alpha": -1.0}, ValueError, "lora_alpha is -1.0, want a positive finite number"),
+        ({"lora_alpha": float("nan")}, ValueError, "lora_alpha is nan, want a positive finite number"),
+        ({"lora_alpha": float("inf")}, ValueError, "lora_alpha is inf, want a positive finite number"),
+        ({"lora_alpha": "16"}, TypeError, "lora_alpha is '16' of type str, want a positive finite number"),
+        ({"lora_alpha": True}, TypeError, "lora_alpha is True of type bool"),
+        ({"lora_dropout": 1.0}, ValueError, "lora_dropout is 1.0, want 0 <= lora_dropout < 1"),
+        ({"lora_dropout": -0.1}, ValueError, "lora_dropout is -0.1, want 0 <= lora_dropout < 1"),
+        ({"lora_dropout": float("nan")}, ValueError, "lora_dropout is nan, want 0 <= lora_dropout < 1"),
+        ({"lora_dropout": None}, TypeError, "lora_dropout is None of type NoneType"),
+        ({"target_modules": None}, ValueError, 'target_modules is None; name the layers to adapt, e.g. ["query"'),
+        ({"target_modules": []}, ValueError, "target_modules is empty; name at least one layer"),
+        ({"target_modules": ""}, ValueError, "target_modules is empty; name at least one layer"),
+        ({"target_modules": 3}, TypeError, "target_modules is 3 of type int, want a list of module names"),
+        ({"target_modules": ["q", 3]}, TypeError, "target_modules has the entry 3, want non-empty strings"),
+        ({"target_modules": ["q", ""]}, TypeError, "target_modules has the entry '', want non-empty strings"),
+        ({"target_modules": "(q"}, ValueError, "target_modules is '(q', not a regular expression"),
+        ({"exclude_modules": "(q"}, ValueError, "exclude_modules is '(q', not a regular expression"),
+        ({"modules_to_save": "head"}, TypeError, "modules_to_save is the string 'head', want a list of module names"),
+        ({"target_parameters": "w"}, TypeError, "target_parameters is the string 'w', want a list"),
+        (
+            {"layers_to_transform": "0"},
+            TypeError,
+            "layers_to_transform is '0' of type str, want a list of layer numbers",
+        ),
+        ({"layers_to_transform": [0.0]}, TypeError, "layers_to_transform has the entry 0.0, want layer numbers"),
+        ({"layers_to_transform": True}, TypeError, "layers_to_transform has the entry True, want layer numbers"),
+        ({"layers_to_transform": [-1]}, ValueError, "layers_to_transform has the entry -1, want layer numbers"),
+        ({"layers_pattern": "h"}, ValueError, "layers_pattern is 'h', but layers_to_transform is None"),
+        (
+            {"layers_pattern": ["(h"], "layers_to_transform": 0},
+            ValueError,
+            "layers_pattern is '(h', not a regular expression",
+        ),
+        (
+            {"target_modules": "all-linear", "layers_to_transform": 0},
+            ValueError,
+            "layers_to_transform is 0, but target_modules is the string 'all-linear'",
+        ),
+        (
+            {"target_modules": ".*q", "layers_pattern": "h", "layers_to_transform": None},
+            ValueError,
+            "layers_pattern is 'h', but target_modules is the string '.*q'",
+        ),
+        ({"rank_pattern": ["q"]}, TypeError, "rank_pattern is ['q'] of type list, want a dict of path patterns"),
+        ({"rank_pattern": {"q": 0}}, ValueError, "rank_pattern['q'] is 0, want an integer of at least 1"),
+        ({"rank_pattern": {"q": 2.0}}, TypeError, "rank_pattern['q'] is 2.0 of type float, want an integer"),
+        ({"rank_pattern": {3: 2}}, TypeError, "rank_pattern has the key 3, want non-empty strings"),
+        ({"rank_pattern": {"(q": 2}}, ValueError, "rank_pattern is '(q', not a regular expression"),
+        ({"alpha_pattern": {"q": -1}}, ValueError, "alpha_pattern['q'] is -1, want a positive finite number"),
+        (
+            {"trainable_token_indices": "3"},
+            TypeError,
+            "trainable_token_indices is '3' of type str, want a list of token numbers",
+        ),
+        (
+            {"trainable_token_indices": {"wte": 3}},
+            TypeError,
+            "trainable_token_indices['wte'] is 3 of type int, want a list of token numbers",
+        ),
+        ({"trainable_token_indices": [-1]}, ValueError, "trainable_token_indices has the entry -1, want token numbers"),
+        ({"trainable_token_indices": [4, 2, 4]}, ValueError, "trainable_token_indices has [4] more than once"),
+        ({"bias": "some"}, ValueError, 'bias is \'some\', want "none", "all" or "lora_only"'),
+        ({"lora_bias": 1}, TypeError, "lora_bias is 1, want True or False"),
+        ({"fan_in_fan_out": None}, TypeError, "fan_in_fan_out is None, want True or False"),
+        ({"ensure_weight_tying": "yes"}, TypeError, "ensure_weight_tying is 'yes', want True or False"),
+        (
+            {"lora_bias": True, "init_lora_weights": "gaussian"},
+            ValueError,
+            "lora_bias is True, but init_lora_weights is 'gaussian'",
+        ),
+        ({"init_lora_weights": "orthogonal", "r": 3}, ValueError, 'r is 3, but init_lora_weights="orthogonal" needs'),
+        (
+            {"init_lora_weights": "orthogonal", "rank_pattern": {"q": 5}},
+            ValueError,
+            "rank_pattern['q'] is 5, but init_lora_weights=\"orthogonal\" needs an even rank",
+        ),
+        (
+            {"target_parameters": ["w"], "lora_dropout": 0.5},
+            ValueError,
+            "lora_dropout is 0.5, but target_parameters is set",
+        ),
+        (
+            {"target_parameters": ["w"], "lora_bias": True},
+            ValueError,
+            "lora_bias is True, but target_parameters is set",
+        ),
+        ({"target_parameters": ["w"], "fan_in_fan_out": True}, ValueError, "fan_in_fan_out is True, but target_param"),
+        ({"enable_lora": [True]}, TypeError, "enable_lora is [True] of type list, want a dict"),
+        ({"enable_lora": {"qkv": [False, False]}}, ValueError, "enable_lora['qkv'] is [False, False], want bools, at"),
+        ({"enable_lora": {"qkv": [1, 0, 1]}}, ValueError, "enable_lora['qkv'] is [1, 0, 1], want bools"),
+        ({"enable_lora": {"qkv": "TFT"}}, ValueError, "enable_lora['qkv'] is ('TFT',), want bools"),
+        ({"use_rslora": 1}, TypeError, "use_rslora is 1, want True or False"),
+        ({"inference_mode": None}, TypeError, "inference_mode is None, want True or False"),
+        ({"init_lora_weights": "pissa"}, ValueError, "init_lora_weights is 'pissa', want True, False, \"gaussian\""),
+        ({"init_lora_weights": 1}, ValueError, "init_lora_weights is 1, want True, False"),
+        ({"task_type": "SEQ_CLASS"}, ValueError, "task_type is 'SEQ_CLASS', want None or one of CAUSAL_LM,"),
+        ({"init_lora_weights": [True]}, TypeError, "init_lora_weights is of type list, want True, False or a string"),
+        ({"base_model_name_or_path": 3}, TypeError, "base_model_name_or_path is of type int, want a string or None"),
+        ({"metadata": "peft_version"}, TypeError, "metadata is of type str, want a dict"),
+    ],
+)
+def test_bad_values_are_named(settings, error, text):
+    with pytest.raises(error) as caught:
+        LoraConfig(**{"target_modules": ["q"]} | settings)
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q", "v"], "modules_to_save": ["head"], "task_type": "SEQ_CLS", "inference_mode": True},
+        {"target_modules": r".*\.q", "exclude_modules": ["a"], "r": 3, "lora_alpha": 1.5, "lora_dropout": 0.25},
+        {"target_modules": "all-linear", "use_rslora": True, "init_lora_weights": "gaussian", "revision": "main"},
+        {"target_modules": ["q"], "layers_to_transform": [0, 2], "layers_pattern": ["h", "layers"]},
+        {"target_modules": ["q"], "layers_to_transform": 1, "layers_pattern": "h"},
+        {"target_modules": ["q"], "layers_to_transform": []},
+        {"target_modules": ["q"], "rank_pattern": {"^a.q": 4, "b": 2}, "alpha_pattern": {"q": 1.5}},
+        {"target_modules": ["q"], "trainable_token_indices": [3, 1], "ensure_weight_tying": True},
+        {"target_modules": ["q"], "trainable_token_indices": {"wte": [3, 1], "head": [0]}},
+        {"target_modules": ["q"], "bias": "all", "lora_bias": True, "init_lora_weights": False},
+        {"target_modules": ["q"], "bias": "lora_only", "fan_in_fan_out": True, "init_lora_weights": "orthogonal"},
+        {"target_modules": None, "target_parameters": ["experts.down"]},
+        {"target_modules": [], "target_parameters": ["experts.down"], "base_model_name_or_path": "here"},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_a_file_of_peft_survives_reading_and_writing(settings, tmp_path):
+    theirs = peft_file(tmp_path, **settings)
+    config = LoraConfig.from_dict(theirs)
+    written = json.loads(json.dumps(config.to_dict()))
+    assert written == theirs
+    assert LoraConfig.from_dict(written) == config
+    for key, value in settings.items():
+        # PEFT keeps these two lists as sets, so that their order is lost.
+        unordered = isinstance(value, list) and key in ("target_modules", "exclude_modules")
+        assert (sorted(written[key]) if unordered else written[key]) == value
+    assert peft.LoraConfig.from_peft_type(**written).to_dict() == peft.LoraConfig(**settings).to_dict()
+
+
+# What becomes of every key that a release of peft, 0.3 to 0.21, writes. "refused": not supported, an error that names
+# it once it has this value. "kept": without effect on what an adapter computes, written back as it was read.
+KEYS = {
+    "alora_invocation_tokens": ("refused", [1, 2]),
+    "alpha_pattern": ("field", {"q": 2}),
+    "arrow_config": ("refused", {"top_k": 3}),
+    "auto_mapping": ("kept", {"base_model_class": "Net", "parent_library": "models"}),
+    "base_model_name_or_path": ("field", "model"),
+    "bias": ("field", "all"),
+    "corda_config": ("kept", {"corda_method": "ipm"}),
+    "ensure_weight_tying": ("field", True),
+    "eva_config": ("kept", {"rho": 2.0}),
+    "exclude_modules": ("field", ["k"]),
+    "fan_in_fan_out": ("field", True),
+    "inference_mode": ("field", True),
+    "init_lora_weights": ("field", "gaussian"),
+    "kasa_config": ("refused", {"beta": 1e-4}),
+    "layer_replication": ("refused", [[0, 2], [1, 3]]),
+    "layers_pattern": ("field", None),
+    "layers_to_transform": ("field", [0]),
+    "loftq_config": ("kept", {"loftq_bits": 4}),
+    "lora_alpha": ("field", 4),
+    "lora_bias": ("field", True),
+    "lora_dropout": ("field", 0.5),
+    "lora_ga_config": ("kept", {"scale": "stable"}),
+    "megatron_config": ("refused", {"hidden_size": 4}),
+    "megatron_core": ("kept", "megatron.core"),
+    "modules_to_save": ("field", ["head"]),
+    "monteclora_config": ("refused", {"num_samples": 8}),
+    "peft_version": ("kept", "0.21.2"),
+    "qalora_group_size": ("kept", 16),
+    "r": ("field", 4),
+    "rank_pattern": ("field", {"q": 2}),
+    "revision": ("kept", "main"),
+    "runtime_config": ("kept", {"ephemeral_gpu_offload": True}),
+    "target_modules": ("field", ["v"]),
+    "target_parameters": ("field", ["w"]),
+    "task_type": ("field", "CAUSAL_LM"),
+    "trainable_token_indices": ("field", [1]),
+    "use_bdlora": ("refused", {"nblocks": 2}),
+    "use_dora": ("refused", True),
+    "use_qalora": ("refused", True),
+    "use_rslora": ("field", True),
+    "velora_config": ("refused", {"num_groups": 64}),
+}
+
+
+def test_every_key_of_the_installed_peft_is_decided():
+    assert {field.name for field in dataclasses.fields(peft.LoraConfig)} - {"peft_type"} <= KEYS.keys()
+    ours = {field.name for field in dataclasses.fields(LoraConfig)} - {"metadata", "enable_lora"}
+    assert ours == {key for key, (decision, _) in KEYS.items() if decision == "field"}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_key_of_peft_is_read_kept_or_refused(key):
+    decision, value = KEYS[key]
+    values = {"peft_type": "LORA", "target_modules": ["q"], key: value}
+    if decision == "refused":
+        with pytest.raises(ValueError) as caught:
+            LoraConfig.from_dict(values)
+        assert f"{key}={value!r} not supported" in str(caught.value)
+    else:
+        config = LoraConfig.from_dict(values)
+        assert json.loads(json.dumps(config.to_dict()))[key] == value
+        assert (key in config.metadata) == (decision == "kept")
+
+
+def test_a_key_of_a_later_release_is_refused_when_on():
+    with pytest.raises(ValueError, match=r"invented_later=0\.5 not supported"):
+        LoraConfig.from_dict({"peft_type": "LORA", "target_modules": ["q"], "invented_later": 0.5})
+
+
+def test_every_unsupported_setting_is_listed():
+    with pytest.raises(ValueError, match=r"use_dora=True, layer_replication=\[\[0, 1\]\] not supported"):
+        LoraConfig.from_dict(
+            {"peft_type": "LORA", "target_modules": ["q"], "use_dora": True, "layer_replication": [[0, 1]]}
+        )
+
+
+@pytest.mark.parametrize("value", [None, False, [], {}, ""])
+def test_an_unknown_key_that_is_off_is_kept(value):
+    config = LoraConfig.from_dict({"peft_type": "LORA", "target_modules": ["q"], "invented_later": value})
+    assert config.to_dict()["invented_later"] == value
+
+
+@pytest.mark.parametrize("peft_type", ["IA3", None])
+def test_other_methods_are_refused(peft_type):
+    with pytest.raises(ValueError, match=f"peft_type is {peft_type!r}, want 'LORA'"):
+        LoraConfig.from_dict({"peft_type": peft_type, "target_modules": ["q"]})
+
+
+def test_enable_lora_stays_out_of_the_file():
+    config = LoraConfig(target_modules=["qkv"], enable_lora={"attn.qkv": (True, False, True)})
+    assert "enable_lora" not in config.to_dict()
+    assert config.enable_lora_for("layers.0.attn.qkv") == (True, False, True)
+    assert config.enable_lora_for("layers.0.battn.qkv") is None
+    assert LoraConfig(target_modules=["qkv"]).enable_lora_for("attn.qkv") is None
+
+
+NAMES = st.sampled_from(["q", "v", "a", "0", "1", "layers"])
+PATHS = st.lists(NAMES, min_size=1, max_size=4).map(".".join)
+PATTERNS = st.one_of(
+    PATHS, PATHS.map("^{}".format), PATHS.map("{}$".format), st.sampled_from(["q|v", r".*\.0\..*", "[qa]"])
+)
+
+
+@given(st.dictionaries(PATTERNS, st.integers(1, 9)), st.dictionaries(PATTERNS, st.integers(1, 9)), PATHS, st.booleans())
+def test_patterns_decide_as_in_peft(ranks, alphas, path, use_rslora):
+    config = LoraConfig(
+        target_modules=["q"], r=16, lora_alpha=32, rank_pattern=ranks, alpha_pattern=alphas, use_rslora=use_rslora
+    )
+    rank = ranks.get(get_pattern_key(ranks.keys(), path), 16)
+    alpha = alphas.get(get_pattern_key(alphas.keys(), path), 32)
+    assert (config.rank_for(path), config.alpha_for(path)) == (rank, alpha)
+    assert config.scaling_for(path) == (alpha / math.sqrt(rank) if use_rslora else alpha / rank)
+
+
+PATHS = st.lists(st.sampled_from(["a", "b", "a+"]), min_size=1, max_size=3).map(".".join)
+
+
+@given(st.dictionaries(PATHS, st.integers(1, 3), min_size=1))
+def test_exact_patterns_mean_the_same_here_and_in_peft(ranks):
+    patterns = exact_patterns(ranks, 2)
+    config = LoraConfig(r=2, target_modules=["a"], rank_pattern=patterns)
+    for path, rank in ranks.items():
+        assert config.rank_for(path) == rank
+        assert patterns.get(get_pattern_key(patterns, path), 2) == rank
+
+
+def test_a_file_that_holds_no_object():
+    with pytest.raises(TypeError, match="LoraConfig: the values are of type list, want a dict"):
+        LoraConfig.from_dict([])

@@ -1,0 +1,404 @@
+from __future__ import annotations
+
+import copy
+import io
+import math
+import warnings
+
+import peft
+import pytest
+import torch
+from support.models import FAMILIES, Block, Net, bert, llama, refused, token_ids
+from torch import nn
+
+from lora_ext import LoraConfig, inject
+from lora_ext.adapters import lora_modules, trainable_parameter_counts
+from lora_ext.nn import LoraLinear
+
+# With init_lora_weights=False the adapter changes the output at once.
+ALIVE = {"r": 2, "lora_alpha": 8, "init_lora_weights": False}
+
+
+def net(**settings) -> Net:
+    return inject(Net().eval(), LoraConfig(**{"target_modules": ["up", "down"]} | ALIVE | settings))
+
+
+# --- what is selected -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("bert", {"target_modules": ["query", "value"]}),
+        ("bert", {"target_modules": ["query", "dense"]}),
+        ("bert", {"target_modules": r".*\.layer\.1\..*\.(query|dense)"}),
+        ("bert", {"target_modules": "all-linear"}),
+        ("bert", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+        ("bert", {"target_modules": "All-Linear", "modules_to_save": ["classifier"], "exclude_modules": ["dense"]}),
+        ("bert", {"target_modules": ["query"], "exclude_modules": r".*layer\.0.*"}),
+        ("bert", {"target_modules": ["bert.encoder.layer.0.attention.self.key"], "modules_to_save": ["pooler"]}),
+        ("roberta", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+        ("roberta", {"target_modules": ["dense"], "task_type": "SEQ_CLS"}),
+        ("llama", {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}),
+        ("llama", {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}),
+        ("net", {"target_modules": "all-linear", "modules_to_save": ["head"]}),
+        ("net", {"target_modules": ["up", "head"], "modules_to_save": ["norm"]}),
+    ],
+)
+def test_selects_what_peft_selects(family, settings):
+    model = FAMILIES[family]()
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**settings))
+    adapted = {path.removeprefix("base_model.model.") for path, m in theirs.named_modules() if hasattr(m, "lora_A")}
+    saved = {
+        path.removeprefix("base_model.model.").replace(".modules_to_save.default", ".adapters.default")
+        for path, parameter in theirs.named_parameters()
+        if parameter.requires_grad and "modules_to_save" in path
+    }
+    inject(model, LoraConfig(**settings))
+    assert {path for path, _ in lora_modules(model)} == adapted
+    trainable = {path for path, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == saved | {
+        f"{path}.adapters.default.{factor}" for path in adapted for factor in ("lora_A", "lora_B")
+    }
+    assert trainable_parameter_counts(model)[0] == theirs.get_nb_trainable_parameters()[0]
+
+
+def test_keeps_object_class_mode_and_output():
+    for training in (True, False):
+        model = bert().train(training)
+        ids = token_ids()
+        expected = model(input_ids=ids).logits
+        injected = inject(model, LoraConfig(target_modules=["query", "dense"], lora_dropout=0.5))
+        assert injected is model and type(model).__name__ == "BertForSequenceClassification"
+        assert all(module.training is training for module in model.modules())
+        torch.testing.assert_close(model(input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("base", "adapter"),
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+    ],
+)
+def test_adapter_dtype_follows_the_base_and_is_float32_over_16_bits(base, adapter):
+    model = inject(Net().to(base), LoraConfig(target_modules=["up"]))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {adapter}
+
+
+def test_config_reaches_every_layer():
+    model = net(r=4, lora_alpha=6, lora_dropout=0.25, use_rslora=True)
+    for _, layer in lora_modules(model):
+        adapter = layer.adapters["default"]
+        assert (adapter.r, adapter.lora_alpha, adapter.lora_dropout) == (4, 6, 0.25)
+        assert adapter.scaling == pytest.approx(6 / math.sqrt(4))
+        assert adapter.lora_B.abs().sum() > 0  # init_lora_weights=False
+
+
+def test_adapter_name_is_used():
+    model = inject(Net(), LoraConfig(target_modules=["up"]), adapter_name="french")
+    assert {layer.active_adapters for _, layer in lora_modules(model)} == {("french",)}
+
+
+def test_inference_mode_injects_frozen():
+    model = net(modules_to_save=["head"], inference_mode=True)
+    assert trainable_parameter_counts(model)[0] == 0
+
+
+def test_works_on_the_meta_device():
+    with torch.device("meta"):
+        model = Net()
+    inject(model, LoraConfig(target_modules=["up"], modules_to_save=["head"]))
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert sum(1 for _ in lora_modules(model)) == 2
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+class ScaledLinear(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class OwnAttention(nn.MultiheadAttention):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class Zoo(nn.Module):
+    """One of everything that cannot be adapted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine = nn.Linear(4, 4)
+        self.embedding = nn.EmbeddingBag(4, 4)
+        self.scaled = ScaledLinear(4, 4)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+        self.hooked = nn.Linear(4, 4)
+        self.hooked.register_forward_hook(lambda module, args, output: output * 2)
+        self.patched = nn.Linear(4, 4)
+        self.patched.forward = lambda x: x
+        self.lazy = nn.LazyLinear(4)
+        self.integer = nn.Linear(4, 4)
+        self.integer.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+        self.attention = OwnAttention(4, 2)
+
+
+def test_every_unsupported_target_is_listed():
+    zoo = Zoo()
+    before = {path: id(module) for path, module in zoo.named_modules()}
+    with pytest.raises(TypeError) as caught:
+        inject(zoo, LoraConfig(target_modules=r"(?!norm).+[a-z]$|normed", exclude_modules=r"normed\..*"))
+    text = str(caught.value)
+    for line in (
+        "embedding (EmbeddingBag): no LoRA layer adapts EmbeddingBag",
+        "scaled (ScaledLinear): its forward is not nn.Linear's",
+        "normed (ParametrizedLinear): its weight is computed by a parametrization",
+        "hooked (Linear): it has hooks",
+        "patched (Linear): its forward is not nn.Linear's",
+        "lazy (LazyLinear): its weight is not initialised yet",
+        "integer (Linear): its weight is torch.int8, want one of",
+        "attention (OwnAttention): its forward is not nn.MultiheadAttention's",
+        "attention.out_proj (NonDynamicallyQuantizableLinear): nn.MultiheadAttention reads its weight",
+    ):
+        assert line in text
+    assert "fine" not in text
+    assert {path: id(module) for path, module in zoo.named_modules()} == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "fragments"),
+    [
+        (
+            {"target_modules": ["querry", "valeu"]},
+            [
+                "target_modules ['querry', 'valeu'] matches no module of BertForSequenceClassification",
+                "close matches: 'query', 'value'",
+                "its linear layers include 'query', 'key', 'value', 'dense', 'classifier'",
+            ],
+        ),
+        ({"target_modules": "query"}, ["target_modules ['query'] matches no module", "close matches: 'query'"]),
+        ({"target_modules": ["uery"]}, ["target_modules ['uery'] matches no module", "close matches: 'query'"]),
+        (
+            {"target_modules": ["query"], "modules_to_save": ["clasifier"]},
+            ["modules_to_save ['clasifier'] matches no module", "close matches: 'classifier'"],
+        ),
+        (
+            {"target_modules": ["query"], "exclude_modules": r".*query"},
+            ["nothing is left to adapt", "bert.encoder.layer.0.attention.self.query"],
+        ),
+        ({"target_modules": ["classifier"], "modules_to_save": ["classifier"]}, ["nothing is left to adapt"]),
+        (
+            {"target_modules": ["query", "embeddings"]},
+            ["bert.embeddings (BertEmbeddings): no LoRA layer adapts BertEmbeddings"],
+        ),
+    ],
+)
+def test_bad_targets_are_named_and_change_nothing(settings, fragments):
+    model = bert()
+    model.bert.pooler.requires_grad_(False)
+    error = TypeError if "embeddings" in settings["target_modules"] else ValueError
+    with refused(model, error, *fragments):
+        inject(model, LoraConfig(**settings))
+
+
+def test_a_model_without_linear_layers():
+    model = nn.Sequential(nn.ReLU())
+    with refused(model, ValueError, "Sequential has no linear layer to adapt"):
+        inject(model, LoraConfig(target_modules="all-linear"))
+
+
+def test_a_name_that_is_taken():
+    model = net()
+    with refused(model, ValueError, "there is an adapter 'default' already", "['default']", "delete_adapter"):
+        inject(model, LoraConfig(target_modules=["up"]))
+
+
+def test_layers_that_were_made_by_hand():
+    model = Net()
+    model.head = LoraLinear(model.head)
+    with refused(model, ValueError, "Net has LoRA layers already ('head')", "merge_and_unload(model)"):
+        inject(model, LoraConfig(target_modules=["up"]))
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "keys"])
+def test_bad_adapter_name(name):
+    model = Net()
+    with refused(model, ValueError, f"adapter_name is {name!r}, want a name without dots"):
+        inject(model, LoraConfig(target_modules=["up"]), adapter_name=name)
+
+
+def test_config_of_another_type():
+    model = Net()
+    with refused(model, TypeError, "config is {'target_modules': ['up']} of type dict, want a LoraConfig"):
+        inject(model, {"target_modules": ["up"]})
+
+
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "modules_to_save"])
+def test_an_entry_without_a_match_is_warned_about(key):
+    settings = {"target_modules": ["up"], "modules_to_save": ["head"]}
+    settings[key] = [*settings.get(key, []), "hea"]
+    with pytest.warns(UserWarning, match=rf"{key} \['hea'\] matches no module of Net; close matches: 'head'"):
+        model = inject(Net(), LoraConfig(**settings))
+    assert len(list(lora_modules(model))) == 2
+
+
+def test_heads_that_a_task_adds_need_not_exist():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = bert()
+        inject(model, LoraConfig(target_modules=["query"], task_type="SEQ_CLS"))
+        inject(Net(), LoraConfig(target_modules=["up"], task_type="SEQ_CLS", modules_to_save=["classifier"]))
+    assert model.classifier.in_use.weight.requires_grad
+
+
+# --- shared modules and parameters ------------------------------------------------------------------------------------
+
+
+def test_a_layer_in_several_places_is_one_lora_layer_everywhere():
+    model = nn.Module()
+    model.first = nn.Linear(3, 3)
+    model.again = nn.ModuleList([model.first, nn.Linear(3, 3)])
+    model.block = model.alias = Block()
+    inject(model, LoraConfig(target_modules=["first", "up"]))
+    assert isinstance(model.first, LoraLinear) and model.again[0] is model.first
+    assert type(model.again[1]) is nn.Linear
+    assert model.alias.up is model.block.up and isinstance(model.block.up.base_layer, nn.Linear)
+    assert [path for path, _ in lora_modules(model)] == ["first", "block.up"]
+
+
+def test_a_module_to_save_that_is_tied_is_refused_unless_its_twin_is_saved_too():
+    model = llama(tied=True)
+    text = "modules_to_save has 'lm_head', whose parameter is also that of 'model.embed_tokens'; add"
+    with refused(model, ValueError, text):
+        inject(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    inject(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"]))
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.lm_head.weight.requires_grad
+
+
+# --- modules that read a weight instead of calling the layer ----------------------------------------------------------
+
+
+def encoder(norm_first: bool = False) -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True, norm_first=norm_first)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first)
+
+
+@pytest.mark.cpu_only("a default device switches the encoder's fast path off")
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_transformer_encoder_uses_the_adapter_in_eval_mode(norm_first, masked):
+    model = encoder(norm_first).eval()
+    x = torch.randn(2, 5, 8)
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2]) if masked else None
+    kept = ~mask if masked else torch.ones(2, 5, dtype=torch.bool)
+    with torch.no_grad():
+        bare = model(x, src_key_padding_mask=mask)
+        if masked and not norm_first:
+            assert (bare[~kept] == 0).all()  # the fast path is on: only that zeroes padded positions
+        inject(model, LoraConfig(target_modules=["linear1", "linear2"], **ALIVE))
+        evaluated = model(x, src_key_padding_mask=mask)
+        trained = model.train()(x, src_key_padding_mask=mask)
+    assert (evaluated - bare)[kept].abs().max() > 1e-2
+    torch.testing.assert_close(evaluated[kept], trained[kept])
+
+
+def test_transformer_encoder_passes_gradients_in_eval_mode():
+    model = inject(encoder().eval(), LoraConfig(target_modules=["linear1"], **ALIVE))
+    model(torch.randn(2, 5, 8)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_over_frozen_embeddings(use_reentrant):
+    model = inject(llama().double(), LoraConfig(target_modules="all-linear", **ALIVE)).train()
+    ids = token_ids()
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    expected = gradients()
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    torch.testing.assert_close(gradients(), expected)
+    assert all(grad.abs().sum() > 0 for grad in expected)
+
+
+# --- an injected model is an ordinary module --------------------------------------------------------------------------
+
+
+def test_state_dict_round_trip():
+    source, target = net(modules_to_save=["head"]), net(modules_to_save=["head"])
+    x = torch.randn(4, 6)
+    assert not torch.allclose(source(x), target(x))
+    target.load_state_dict(source.state_dict())
+    torch.testing.assert_close(target(x), source(x), rtol=0, atol=0)
+
+
+def test_deepcopy_and_pickle():
+    model = net(modules_to_save=["head"])
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    x = torch.randn(4, 6)
+    expected = model(x)
+    for twin in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        with torch.no_grad():
+            twin.blocks[0].up.weight.zero_()  # shares nothing with the model
+        assert not torch.allclose(twin(x), expected)
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+        assert [path for path, _ in lora_modules(twin)] == [path for path, _ in lora_modules(model)]
+        assert {n for n, p in twin.named_parameters() if p.requires_grad} == {
+            n for n, p in model.named_parameters() if p.requires_grad
+        }
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_to_dtype_converts_adapters_too(dtype):
+    model = net()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    expected = copy.deepcopy(model).double()(x)
+    model.to(dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    tolerance = 1e-12 if dtype == torch.float64 else 0.1
+    torch.testing.assert_close(model(x.to(dtype)).double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_train_and_eval_reach_the_dropout():
+    model = net(lora_dropout=0.5)
+    model.norm.momentum = 0.0
+    x = torch.randn(4, 6)
+    evaluated = model(x)
+    torch.testing.assert_close(model(x), evaluated, rtol=0, atol=0)
+    model.blocks.train()
+    assert not torch.allclose(model(x), evaluated)
+    model.eval()
+    torch.testing.assert_close(model(x), evaluated, rtol=0, atol=0)
+
+
+def test_compiled_as_one_graph():
+    model = net(modules_to_save=["head"])
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(4, 6)
+    results = []
+    for call in (model, compiled):
+        model.zero_grad()
+        y = call(x)
+        y.square().sum().backward()
+        results.append([y.detach()] + [p.grad.clone() for p in model.parameters() if p.requires_grad])
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_a_compiled_model_is_injected_inside():
+    model = Net().eval()
+    compiled = torch.compile(model, backend="aot_eager")
+    assert inject(compiled, LoraConfig(target_modules=["blocks.0.up"], **ALIVE)) is compiled
+    assert [path for path, _ in lora_modules(model)] == ["blocks.0.up"]
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(compiled(x), model(x))

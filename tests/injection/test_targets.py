@@ -1,0 +1,365 @@
+"""Which parts of a model a config names: the same as in PEFT."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from support.models import VOCABULARY, Net, bert, gpt2, llama, refused, roberta
+from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
+
+from lora_ext import LoraConfig
+from lora_ext.injection.targets import Targets, find_targets
+
+
+def t5() -> T5ForConditionalGeneration:
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, num_decoder_layers=1)
+    )
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 4, 6))
+        self.down = nn.Parameter(torch.randn(3, 6, 4))
+        self.gate = nn.Linear(4, 3)
+
+
+class Mixture(nn.Module):
+    """Experts as bare parameters; numbers nested in numbers; a parameter of the root."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4, 4))
+        self.embed = nn.Embedding(8, 4)
+        self.body = nn.ModuleDict({"layers": nn.ModuleList([self.layer(), self.layer()])})
+
+    @staticmethod
+    def layer() -> nn.Module:
+        heads = nn.ModuleList([nn.ModuleDict({"proj": nn.Linear(4, 4)}) for _ in range(2)])
+        return nn.ModuleDict({"experts": Experts(), "heads": heads, "attention": nn.MultiheadAttention(4, 2)})
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "bert": bert,
+    "roberta": roberta,
+    "llama": llama,
+    "tied": lambda: llama(tied=True),
+    "gpt2": gpt2,
+    "t5": t5,
+    "net": Net,
+    "mixture": Mixture,
+}
+
+
+def ours(model: nn.Module, config: LoraConfig) -> Targets:
+    modules = dict(model.named_modules())
+    del modules[""]
+    head, embedding = (
+        getattr(model, f"get_{name}", lambda: None)() for name in ("output_embeddings", "input_embeddings")
+    )
+    return find_targets(config, type(model).__name__, modules, head, embedding)
+
+
+def theirs(model: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
+    """What PEFT adapts, trains and ties."""
+    config = peft.LoraConfig(**settings)
+    root = peft.get_peft_model(model, config).base_model.model
+    found: dict[str, Any] = {"modules": set(), "parameters": {}, "trained": set(), "tokens": {}, "tied": set()}
+    done: list[str] = []
+    for path, module in root.named_modules():
+        if any(path.startswith(f"{other}.") for other in done):
+            continue
+        if isinstance(module, ParamWrapper):  # nested: the outermost first
+            path = path.replace(".base_layer", "")
+            found["parameters"][path] = (module.parameter_name, *found["parameters"].get(path, ()))
+            continue
+        if isinstance(module, LoraLayer):
+            tied = path in (getattr(config, "target_modules_to_tie", None) or ())
+            found["tied" if tied else "modules"].add(path)
+        elif isinstance(module, ModulesToSaveWrapper):
+            tied = path in (getattr(config, "modules_to_tie", None) or ())
+            found["tied" if tied else "trained"].add(path)
+        elif isinstance(module, TrainableTokensWrapper):
+            if module.token_adapter.tied_adapter is not None:
+                found["tied"].add(path)
+            else:
+                found["tokens"][path] = tuple(module.token_adapter.token_indices["default"])
+        else:
+            continue
+        done.append(path)
+    return found
+
+
+ATTENTION = ["query", "value"]
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *((family, {"target_modules": "all-linear"}) for family in MODELS if family != "mixture"),
+    *((family, {"target_modules": "ALL-linear", "task_type": "SEQ_CLS"}) for family in ("bert", "roberta", "net")),
+    ("bert", {"target_modules": ATTENTION}),
+    ("bert", {"target_modules": ["attention.self.query", "classifier"]}),
+    ("bert", {"target_modules": ATTENTION, "exclude_modules": ["layer.0.attention.self.query"]}),
+    ("bert", {"target_modules": ATTENTION, "exclude_modules": r".*\.1\..*"}),
+    ("bert", {"target_modules": ATTENTION, "exclude_modules": "query"}),
+    ("bert", {"target_modules": r".*layer\.1\..*(query|dense)"}),
+    ("bert", {"target_modules": ATTENTION, "layers_to_transform": 1}),
+    ("bert", {"target_modules": ATTENTION, "layers_to_transform": [0, 7]}),
+    ("bert", {"target_modules": ATTENTION, "layers_to_transform": []}),
+    ("bert", {"target_modules": ATTENTION, "layers_to_transform": [1], "layers_pattern": "layer"}),
+    ("bert", {"target_modules": ATTENTION, "layers_to_transform": [1], "layers_pattern": ["block", "lay.r"]}),
+    ("bert", {"target_modules": ["dense"], "layers_to_transform": [0], "layers_pattern": []}),
+    ("bert", {"target_modules": ["dense"], "layers_to_transform": [0], "layers_pattern": ""}),
+    (
+        "bert",
+        {"target_modules": ["query", "bert.encoder.layer.0.attention.self.value"], "layers_to_transform": 1},
+    ),
+    ("bert", {"target_modules": ["dense"], "modules_to_save": ["pooler"]}),
+    ("bert", {"target_modules": ["dense", "classifier"], "task_type": "SEQ_CLS"}),
+    ("bert", {"target_modules": ["query"], "modules_to_save": ["LayerNorm", "classifier"]}),
+    ("bert", {"target_modules": ["query"], "modules_to_save": ["pooler.dense"]}),
+    ("roberta", {"target_modules": ["dense"], "task_type": "SEQ_CLS"}),
+    ("roberta", {"target_modules": ["dense", "out_proj"], "modules_to_save": ["classifier.out_proj"]}),
+    ("bert", {"target_modules": ["query", "word_embeddings"]}),
+    ("bert", {"target_modules": ["query"], "trainable_token_indices": [3, 1]}),
+    ("bert", {"target_modules": ["query"], "trainable_token_indices": {"position_embeddings": [0]}}),
+    ("llama", {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]}),
+    ("llama", {"target_modules": ["embed_tokens", "lm_head"]}),
+    ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
+    ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["norm"], "exclude_modules": ["layers.0.self_attn"]}),
+    ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [0, 5]}),
+    ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [0], "lm_head": [1]}}),
+    ("llama", {"target_modules": ["q_proj"], "ensure_weight_tying": True, "trainable_token_indices": [2]}),
+    ("tied", {"target_modules": ["q_proj", "embed_tokens"]}),
+    ("tied", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
+    ("tied", {"target_modules": ["q_proj"], "trainable_token_indices": [2]}),
+    ("tied", {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [2]}}),
+    ("tied", {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [2]}}),
+    ("tied", {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [2], "embed_tokens": [2]}}),
+    ("tied", {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [2], "embed_tokens": [1]}}),
+    ("tied", {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}),
+    ("tied", {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True}),
+    ("tied", {"target_modules": r".*(q_proj|lm_head)", "ensure_weight_tying": True}),
+    ("tied", {"target_modules": ["q_proj"], "ensure_weight_tying": True}),
+    ("tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True}),
+    ("tied", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    ("tied", {"target_modules": ["q_proj"], "trainable_token_indices": [2], "ensure_weight_tying": True}),
+    ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
+    ("gpt2", {"target_modules": ["attn.c_proj", "wte"]}),
+    ("gpt2", {"target_modules": ["c_attn"], "layers_to_transform": [0], "layers_pattern": "h"}),
+    ("t5", {"target_modules": ["q", "v"]}),
+    ("t5", {"target_modules": ["q", "wi", "shared"], "exclude_modules": ["EncDecAttention.q"]}),
+    ("t5", {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": "block"}),
+    ("t5", {"target_modules": ["q"], "layers_to_transform": [0]}),
+    ("t5", {"target_modules": r"decoder.*\.k", "modules_to_save": ["final_layer_norm"]}),
+    ("t5", {"target_modules": ["q"], "trainable_token_indices": [1]}),
+    ("net", {"target_modules": ["up"], "layers_to_transform": [1], "layers_pattern": "blocks"}),
+    ("net", {"target_modules": ["up", "blocks.1.down"]}),
+    ("net", {"target_modules": ["up"], "modules_to_save": ["ead"]}),
+    ("mixture", {"target_modules": [], "target_parameters": ["experts.up", "experts.down"]}),
+    ("mixture", {"target_modules": None, "target_parameters": ["down"]}),
+    ("mixture", {"target_modules": ["proj"], "target_parameters": ["layers.1.experts.down", "up"]}),
+    ("mixture", {"target_modules": ["attention"], "target_parameters": ["heads.0.proj.weight", "up"]}),
+    ("mixture", {"target_modules": ["proj"], "exclude_modules": ["1.proj"], "layers_to_transform": [1]}),
+    ("mixture", {"target_modules": ["proj"], "layers_to_transform": [0], "layers_pattern": "heads"}),
+    ("mixture", {"target_modules": ["proj"], "layers_to_transform": [1], "layers_pattern": "[a-z]+"}),
+    ("mixture", {"target_modules": ["gate"], "trainable_token_indices": {"embed": [1, 0]}}),
+    ("mixture", {"target_modules": ["gate", "embed"], "target_parameters": ["0.heads.0.proj.weight"]}),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("family", "settings"), CASES, ids=[f"{family}-{i}" for i, (family, _) in enumerate(CASES)])
+def test_the_same_parts_as_in_peft(family, settings):
+    model = MODELS[family]()
+    targets = ours(model, LoraConfig(**settings))
+    assert all(model.get_submodule(path) is module for path, module in (targets.modules | targets.trained).items())
+    assert theirs(model, settings) == {
+        "modules": targets.modules.keys(),
+        "parameters": targets.parameters,
+        "trained": targets.trained.keys(),
+        "tokens": targets.tokens,
+        "tied": targets.tied.keys(),
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_parametrized_parameter_is_named_by_its_whole_path():
+    model = Mixture()
+    experts = model.body["layers"][0]["experts"]
+    nn.utils.parametrize.register_parametrization(experts, "up", nn.Identity())
+    up, down = "body.layers.0.experts.up", "body.layers.0.experts.down"
+    for names in ([up, "down"], ["up"], [down], [up, down]):
+        settings = {"target_modules": [], "target_parameters": names}
+        assert ours(model, LoraConfig(**settings)).parameters == theirs(copy.deepcopy(model), settings)["parameters"]
+
+
+NAMES = st.sampled_from(["layers", "heads", "q", "v", "0", "1", "2"])
+SUFFIXES = st.lists(NAMES, min_size=1, max_size=3).map(".".join)
+TREES = st.lists(st.lists(NAMES, min_size=1, max_size=6), min_size=1, max_size=8).map(
+    lambda paths: sorted({".".join(path[: i + 1]) for path in paths for i in range(len(path))})
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    TREES,
+    st.fixed_dictionaries(
+        {"target_modules": st.lists(SUFFIXES, min_size=1, max_size=4)},
+        optional={
+            "exclude_modules": st.one_of(st.lists(SUFFIXES, max_size=2), SUFFIXES),
+            "modules_to_save": st.lists(SUFFIXES.filter(lambda name: "." not in name), max_size=2),
+            "layers_to_transform": st.one_of(st.integers(0, 2), st.lists(st.integers(0, 2), max_size=2)),
+        },
+    ),
+    st.sampled_from([None, "layers", "heads", ["heads", "layers"], "[a-z]+", [], ""]),
+)
+def test_any_names_match_as_in_peft(paths, options, layers_pattern):
+    if "layers_to_transform" in options:
+        options["layers_pattern"] = layers_pattern
+    theirs = peft.LoraConfig(**options)
+    expected = {path for path in paths if check_target_module_exists(theirs, path)}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            targets = find_targets(LoraConfig(**options), "Tree", {path: nn.Identity() for path in paths})
+    except ValueError as refusal:
+        # A target or a module to save that is not there: only the first is an error in PEFT too.
+        assert not expected or "modules_to_save" in str(refusal)
+    else:
+        assert targets.modules.keys() == expected
+
+
+def test_a_shared_module_is_found_once_under_its_first_path():
+    model = Net()
+    model.again = model.blocks[1].up
+    targets = ours(model, LoraConfig(target_modules=["up"], modules_to_save=["head"]))
+    assert list(targets.modules) == ["blocks.0.up", "blocks.1.up"]
+    assert targets.parameters == targets.tokens == targets.tied == {}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "fragments"),
+    [
+        (
+            "mixture",
+            {"target_modules": [], "target_parameters": ["experts.upp"]},
+            [
+                "target_parameters ['experts.upp'] matches no parameter of Mixture; close matches: 'experts.up'",
+                "its parameters include 'embed.weight', 'body.layers.0.experts.up'",
+            ],
+        ),
+        (
+            "mixture",
+            {"target_modules": ["gate"], "trainable_token_indices": {"embedd": [0]}},
+            ["trainable_token_indices ['embedd'] matches no module", "close matches: 'embed'; its embeddings include"],
+        ),
+        (
+            "bert",
+            {"target_modules": ["query"], "layers_to_transform": [3], "layers_pattern": "layer"},
+            ["nothing is left to adapt", "none of that is in layers_to_transform (3,) (layers_pattern 'layer')"],
+        ),
+        (
+            "mixture",
+            {"target_modules": ["gate"], "target_parameters": ["gate.weight"]},
+            ["target_parameters names ['weight'] of 'body.layers.0.experts.gate', and target_modules names"],
+        ),
+        (
+            "mixture",
+            {"target_modules": [], "target_parameters": ["up"], "modules_to_save": ["experts"]},
+            ["target_parameters names 'body.layers.0.experts.up', and modules_to_save trains it in full"],
+        ),
+        (
+            "tied",
+            {"target_modules": ["q_proj"], "trainable_token_indices": [1], "modules_to_save": ["embed_tokens", "head"]},
+            ["trainable_token_indices names 'model.embed_tokens', and so does modules_to_save"],
+        ),
+        (
+            "llama",
+            {"target_modules": ["embed_tokens"], "trainable_token_indices": [1]},
+            ["trainable_token_indices names 'model.embed_tokens', and so does target_modules"],
+        ),
+        (
+            "llama",
+            {
+                "target_modules": ["q_proj"],
+                "trainable_token_indices": {"embed_tokens": [1], "model.embed_tokens": [2]},
+            },
+            ["trainable_token_indices names 'model.embed_tokens' twice, with different tokens"],
+        ),
+        (
+            "tied",
+            {
+                "target_modules": ["q_proj"],
+                "trainable_token_indices": {"embed_tokens": [1], "lm_head": [2]},
+                "ensure_weight_tying": True,
+            },
+            ["different tokens for tied embeddings (model.embed_tokens: [1], lm_head: [2])", "name the same ones, or"],
+        ),
+        (
+            "tied",
+            {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+            ["add 'model.embed_tokens' to modules_to_save, set ensure_weight_tying=True, or untie the two"],
+        ),
+        (
+            "tied",
+            {"target_modules": ["lm_head"], "exclude_modules": ["embed_tokens"], "ensure_weight_tying": True},
+            ["exclude_modules has 'model.embed_tokens', but ensure_weight_tying is True", "take it out of"],
+        ),
+    ],
+)
+def test_what_cannot_be_is_said(family, settings, fragments):
+    model = MODELS[family]()
+    with refused(model, ValueError, *fragments):
+        ours(model, LoraConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "text"),
+    [
+        ("net", {"target_modules": ["up"], "rank_pattern": {"upp": 2}}, "rank_pattern ['upp'] matches nothing that is"),
+        ("net", {"target_modules": ["up"], "alpha_pattern": {"p": 2}}, "alpha_pattern ['p'] matches nothing that is"),
+        ("net", {"target_modules": ["up"], "enable_lora": {"down": (True, False)}}, "enable_lora ['down'] matches"),
+        (
+            "mixture",
+            {"target_modules": ["gate"], "target_parameters": ["experts.upp"]},
+            "target_parameters ['experts.upp'] matches no parameter of Mixture",
+        ),
+        (
+            "mixture",
+            {"target_modules": ["gat"], "target_parameters": ["up"]},
+            "target_modules ['gat'] matches no module of Mixture; close matches: 'gate'",
+        ),
+        (
+            "net",
+            {"target_modules": ["up"], "ensure_weight_tying": True},
+            "ensure_weight_tying is True, but nothing in Net shares its weight with the input embedding",
+        ),
+        (
+            "tied",
+            {"target_modules": ["q_proj"], "ensure_weight_tying": True},
+            "neither 'model.embed_tokens' nor ['lm_head'], which are tied, is to be adapted or trained",
+        ),
+    ],
+)
+def test_what_is_of_no_use_is_warned_about(family, settings, text):
+    with pytest.warns(UserWarning) as caught:
+        ours(MODELS[family](), LoraConfig(**settings))
+    assert text in str(caught[0].message) and len(caught) == 1
+
+
+def test_nothing_is_said_where_all_is_used():
+    settings = {"rank_pattern": {"up": 2, "experts.down": 3}, "alpha_pattern": {"gate": 3}, "exclude_modules": ["proj"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours(Mixture(), LoraConfig(target_modules=["gate"], target_parameters=["up", "down"], **settings))

@@ -1,0 +1,349 @@
+"""Modules that hold one weight: what is tied, and what is not."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.merging import same_bits
+from support.models import gpt2, llama, refused, token_ids
+from torch import Tensor, nn
+
+from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
+from lora_ext.adapters import (
+    add_weighted_adapter,
+    delete_adapter,
+    hotswap_adapter,
+    merge_and_unload,
+    merge_record_bytes,
+    prepare_hotswap,
+    rename_adapter,
+    trainable_parameter_counts,
+    unload,
+)
+from lora_ext.nn import LoraEmbedding, LoraLinear
+from lora_ext.nn.tied import TiedAdapter
+
+SETTINGS = {"r": 3, "lora_alpha": 6, "init_lora_weights": False, "ensure_weight_tying": True}
+TIED = {"target_modules": ["q_proj", "embed_tokens"], **SETTINGS}
+EMBEDDING = "model.embed_tokens.adapters.default"
+
+
+def tied_llama(**settings) -> nn.Module:
+    return inject(llama(tied=True).double().eval(), LoraConfig(**TIED | settings))
+
+
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(input_ids=ids).logits
+
+
+def both(model: nn.Module) -> tuple[LoraEmbedding, LoraLinear]:
+    return model.model.embed_tokens, model.lm_head
+
+
+def assert_tied(model: nn.Module, name: str = "default") -> None:
+    """The adapters are one, and both layers compute with the same updated weight."""
+    embedding, head = both(model)
+    assert head.adapters[name].source is embedding.adapters[name]
+    assert head.base_layer.weight is embedding.base_layer.weight
+    x, ids = torch.randn(2, 16, dtype=embedding.weight.dtype), torch.tensor([[1, 7]])
+    updated = embedding.weight + embedding.delta_weight(name)
+    before = model.model.embed_tokens.active.names
+    set_adapter(model, name)
+    torch.testing.assert_close(embedding(ids), updated[ids])
+    torch.testing.assert_close(head(x), x @ updated.T)
+    set_adapter(model, before)
+
+
+# --- ensure_weight_tying ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "embed_tokens"], ["lm_head"], ["lm_head", "embed_tokens"]])
+def test_the_head_has_the_embeddings_adapter(targets):
+    model, apart = tied_llama(target_modules=targets), llama(tied=True)
+    assert_tied(model)
+    layers = inject(apart, LoraConfig(target_modules=["q_proj"] if "q_proj" in targets else ["embed_tokens"], r=3))
+    factors = 3 * (50 + 16)
+    own = trainable_parameter_counts(layers)[0] + (factors if "q_proj" in targets else 0)
+    assert trainable_parameter_counts(model)[0] == own  # the shared parameters count once
+    names = {name for name, _ in model.named_parameters() if "embed" in name or "head" in name}
+    assert names == {f"{EMBEDDING}.lora_A", f"{EMBEDDING}.lora_B", "model.embed_tokens.base_layer.weight"}
+
+
+def test_without_it_the_twin_does_not_see_the_adapter():
+    model = tied_llama(ensure_weight_tying=False)
+    assert isinstance(model.model.embed_tokens, LoraEmbedding) and type(model.lm_head) is nn.Linear
+    model = tied_llama(ensure_weight_tying=False, target_modules=["embed_tokens", "lm_head"])
+    embedding, head = both(model)
+    assert not {id(p) for p in embedding.adapters.parameters()} & {id(p) for p in head.adapters.parameters()}
+    text = "the weight of 'model.embed_tokens' is also that of 'lm_head.base_layer', which would change with it"
+    for operation in (merge, merge_and_unload):
+        with refused(model, ValueError, text, "ensure_weight_tying=True, untie them", "or run unmerged"):
+            operation(model)
+
+
+def test_gradients_add_up_as_in_a_weight_that_is_tied():
+    model, ids = tied_llama(), token_ids()
+    adapter = model.model.embed_tokens.adapters.default
+    factors = [adapter.lora_A, adapter.lora_B]
+    grad = torch.randn(*ids.shape, 50, dtype=torch.float64)
+    ours = torch.autograd.grad(logits(model, ids), factors, grad)
+    weight = model.lm_head.weight + adapter.scaling * (adapter.lora_B @ adapter.lora_A).T
+    plain = copy.deepcopy(model)
+    plain.model.embed_tokens, plain.lm_head = plain.model.embed_tokens.base_layer, plain.lm_head.base_layer
+    names = {"model.embed_tokens.weight": weight, "lm_head.weight": weight}
+    theirs = torch.func.functional_call(plain, names, (ids,)).logits
+    for mine, expected in zip(ours, torch.autograd.grad(theirs, factors, grad), strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
+@pytest.mark.parametrize("name", [None, "default"])
+def test_merging_changes_the_weight_once_and_unmerging_restores_every_bit(name):
+    model, ids = tied_llama().to(torch.float32), token_ids()
+    embedding, head = both(model)
+    expected, before = logits(model, ids), head.weight.clone()
+    delta = embedding.delta_weight()
+    torch.testing.assert_close(head.delta_weight(), delta)
+    merge(model, name)
+    assert embedding.merged_adapters == head.merged_adapters == ("default",)
+    torch.testing.assert_close(head.weight, before + delta)
+    torch.testing.assert_close(logits(model, ids), expected)
+    x = torch.randn(2, 16)
+    assert torch.equal(head(x), head.base_layer(x))
+    assert merge_record_bytes(model) < sum(layer.merge_record_bytes for layer in (embedding, head)) + sum(
+        layer.self_attn.q_proj.merge_record_bytes for layer in model.model.layers
+    )
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    for each in (model, copied):
+        unmerge(each, name)
+        assert same_bits(each.lm_head.weight, before) and each.lm_head.weight is each.model.embed_tokens.weight
+        assert not each.lm_head.is_merged and not each.model.embed_tokens.is_merged
+        torch.testing.assert_close(logits(each, ids), expected, rtol=0, atol=0)
+
+
+def test_merging_and_unmerging_two_tied_adapters_in_any_order():
+    model, ids = tied_llama(), token_ids()
+    inject(model, LoraConfig(**TIED | {"r": 2}), "other")
+    before = model.lm_head.weight.clone()
+    deltas = {name: model.lm_head.delta_weight(name) for name in ("default", "other")}
+    for first, second in (("default", "other"), ("other", "default")):
+        merge(model, first)
+        merge(model, second)
+        torch.testing.assert_close(model.lm_head.weight, before + sum(deltas.values()))
+        unmerge(model, first)
+        torch.testing.assert_close(model.lm_head.weight, before + deltas[second])
+        assert model.lm_head.merged_adapters == model.model.embed_tokens.merged_adapters == (second,)
+        unmerge(model)
+        assert same_bits(model.lm_head.weight, before)
+    set_adapter(model, ["default", "other"])
+    expected = logits(model, ids)
+    merge_and_unload(model)
+    assert type(model.lm_head) is nn.Linear and model.lm_head.weight is model.model.embed_tokens.weight
+    torch.testing.assert_close(logits(model, ids), expected)
+
+
+def test_a_tied_and_an_untied_adapter_are_not_merged_together():
+    model = tied_llama()
+    inject(model, LoraConfig(target_modules=["lm_head"], r=2, init_lora_weights=False), "own")
+    text = "the weight of 'lm_head' is also that of 'model.embed_tokens.base_layer'"
+    with refused(model, ValueError, text):
+        merge(model, "own")
+    set_adapter(model, ["default", "own"])
+    with refused(model, ValueError, "is also that of"):
+        merge(model)
+    merge(model, "default")
+    with refused(model, ValueError, text):
+        merge(model, "own")
+    unmerge(model)
+
+
+def test_once_untied_each_layer_merges_its_own_weight():
+    model, ids = tied_llama(), token_ids()
+    model.lm_head.base_layer.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    before, expected = model.lm_head.weight.clone(), logits(model, ids)
+    merge(model)
+    torch.testing.assert_close(logits(model, ids), expected)
+    unmerge(model)
+    assert same_bits(model.lm_head.weight, before) and same_bits(model.model.embed_tokens.weight, before)
+
+
+def test_a_layer_alone_is_not_merged():
+    model = tied_llama()
+    for layer in both(model):
+        with refused(
+            model, RuntimeError, "adapter 'default' is tied to that of another layer", "lora_ext.merge(model)"
+        ):
+            layer.merge()
+    merge(model)
+    for layer in both(model):
+        with pytest.raises(RuntimeError, match=r"tied to that of another layer .* call lora_ext.unmerge\(model\)"):
+            layer.unmerge()
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_stay_tied(copier):
+    model, ids = tied_llama(), token_ids()
+    twin = copier(model)
+    assert_tied(twin)
+    assert not {id(p) for p in twin.parameters()} & {id(p) for p in model.parameters()}
+    nn.init.normal_(twin.model.embed_tokens.adapters.default.lora_A)
+    assert_tied(twin)
+    assert not torch.allclose(logits(twin, ids), logits(model, ids))
+    twin.load_state_dict(model.state_dict())
+    torch.testing.assert_close(logits(twin, ids), logits(model, ids), rtol=0, atol=0)
+    assert_tied(twin.to(torch.float32))
+
+
+def test_renaming_and_deleting():
+    model, ids = tied_llama(), token_ids()
+    expected = logits(model, ids)
+    rename_adapter(model, "default", "first")
+    assert_tied(model, "first")
+    inject(model, LoraConfig(**TIED), "second")
+    delete_adapter(model, "first")
+    assert_tied(model, "second")
+    bare = llama(tied=True).double().eval()
+    bare.load_state_dict(unload(model).state_dict())
+    assert type(model.lm_head) is nn.Linear and not torch.allclose(logits(model, ids), expected)
+    torch.testing.assert_close(logits(model, ids), logits(bare, ids))
+
+
+def test_frozen_while_another_adapter_is_in_use():
+    model = tied_llama()
+    inject(model, LoraConfig(target_modules=["q_proj"]), "other")
+    adapter = model.model.embed_tokens.adapters.default
+    assert not adapter.lora_A.requires_grad
+    set_adapter(model, "default")
+    assert adapter.lora_A.requires_grad and model.lm_head.adapters.default.lora_B.requires_grad
+
+
+def test_combining_keeps_the_tie():
+    model = tied_llama()
+    inject(model, LoraConfig(**TIED), "other")
+    add_weighted_adapter(model, ["default", "other"], [1.0, 0.5], "both", "cat")
+    assert_tied(model, "both")
+    deltas = [model.lm_head.delta_weight(name) for name in ("default", "other", "both")]
+    torch.testing.assert_close(deltas[2], deltas[0] + 0.5 * deltas[1])
+    inject(model, LoraConfig(**TIED | {"ensure_weight_tying": False}), "untied")
+    with refused(model, ValueError, "not all of the adapters have the one at 'lm_head' tied"):
+        add_weighted_adapter(model, ["default", "untied"], [1.0, 0.5], "sum", "cat")
+
+
+def test_swapping_values_keeps_the_tie(tmp_path):
+    model, smaller, ids = tied_llama(), tied_llama(r=2, lora_alpha=7), token_ids()
+    smaller.load_state_dict({k: v for k, v in model.state_dict().items() if "lora" not in k}, strict=False)
+    save_adapter(smaller, tmp_path)
+    prepare_hotswap(model, 4)
+    assert_tied(model)
+    hotswap_adapter(model, tmp_path)
+    assert_tied(model)
+    torch.testing.assert_close(logits(model, ids), logits(smaller, ids))
+
+
+def test_gpt2():
+    model, ids = gpt2().double().eval(), token_ids()
+    inject(model, LoraConfig(**{**TIED, "target_modules": ["wte", "c_attn"]}))
+    assert isinstance(model.lm_head.adapters.default, TiedAdapter)
+    expected = logits(model, ids)
+    torch.testing.assert_close(logits(merge(model), ids), expected)
+
+
+class Encoder(nn.Module):
+    """Two embeddings that share a weight, as in T5, and something that shares it and is neither."""
+
+    def __init__(self, strange: bool = False) -> None:
+        super().__init__()
+        self.shared, self.inner = nn.Embedding(50, 16), nn.Embedding(50, 16)
+        self.inner.weight = self.shared.weight
+        if strange:
+            self.strange = nn.Bilinear(1, 1, 1)
+            self.strange.weight = self.shared.weight
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.shared
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.shared(ids) + 2 * self.inner(ids)
+
+
+def test_tied_embeddings():
+    model, ids = Encoder(), token_ids()
+    inject(model, LoraConfig(**{**SETTINGS, "target_modules": ["inner"]}))
+    updated = model.shared.weight + model.shared.delta_weight()
+    torch.testing.assert_close(model(ids), 3 * updated[ids])
+    torch.testing.assert_close(merge(model.eval())(ids), 3 * updated[ids])
+    model = Encoder(strange=True)
+    with refused(model, TypeError, "strange (Bilinear): its weight is that of 'shared'", "ensure_weight_tying=False"):
+        inject(model, LoraConfig(**{**SETTINGS, "target_modules": ["shared"]}))
+
+
+def test_tied_modules_to_save():
+    model, ids = llama(tied=True).double().eval(), token_ids()
+    expected = logits(model, ids)
+    inject(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], ensure_weight_tying=True, r=2))
+    copies = model.lm_head.in_use, model.model.embed_tokens.in_use
+    assert copies[0].weight is copies[1].weight is not model.lm_head.base_layer.weight
+    torch.testing.assert_close(logits(model, ids), expected)
+    nn.init.normal_(copies[0].weight)
+    weight = copies[0].weight
+    merge_and_unload(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight is weight
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "embed_tokens"], ["lm_head", "q_proj"]])
+def test_files_of_tied_adapters_in_both_directions(targets, tmp_path):
+    base, ids = llama(tied=True).double().eval(), token_ids()
+    ours = inject(copy.deepcopy(base), LoraConfig(**TIED | {"target_modules": targets}))
+    save_adapter(ours, tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected|adapter key).*")
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(theirs, ids), logits(ours, ids))
+
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**TIED | {"target_modules": targets})).eval()
+    with warnings.catch_warnings(action="ignore"):
+        theirs.save_pretrained(tmp_path / "theirs")
+    loaded = load_adapter(copy.deepcopy(base), tmp_path / "theirs")
+    assert_tied(loaded)
+    torch.testing.assert_close(logits(loaded, ids), logits(theirs, ids))
+    save_adapter(loaded, tmp_path / "again")
+    again, first = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("again", "theirs"))
+    assert {key for key in first.keys() - again.keys() if not key.endswith("base_layer.weight")} == set()
+    assert all(same_bits(tensor, first[key]) for key, tensor in again.items())
+    load_adapter(ours, tmp_path / "theirs")  # over the values that are there
+    assert_tied(ours)
+    torch.testing.assert_close(logits(ours, ids), logits(theirs, ids))
+
+
+def test_a_file_whose_tied_factors_differ(tmp_path):
+    save_adapter(tied_llama(), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.lm_head.lora_B.weight"][1, 2] += 1
+    save_file(tensors, file)
+    model = llama(tied=True).double()
+    with refused(
+        model, ValueError, "lm_head.lora_B.weight", "tied to", "lora_embedding_A in the model, but they differ"
+    ):
+        load_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"]])
+def test_files_of_tied_modules_to_save_in_both_directions(saved, tmp_path):
+    settings = {"target_modules": ["q_proj"], "modules_to_save": saved, "ensure_weight_tying": True, "r": 2}
+    base, ids = llama(tied=True).double().eval(), token_ids()
+    ours = inject(copy.deepcopy(base), LoraConfig(**settings))
+    nn.init.normal_(ours.lm_head.in_use.weight)
+    save_adapter(ours, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(theirs, ids), logits(ours, ids))
+    theirs.save_pretrained(tmp_path / "theirs")
+    torch.testing.assert_close(logits(load_adapter(base, tmp_path / "theirs"), ids), logits(ours, ids))

@@ -1,0 +1,352 @@
+"""Merged layers and models: their weights are a function of the set of merged adapters, to the bit."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.merged_models import NAMES, add_adapter, all_same, hard_layer, hard_model, merged_sets, weights
+from support.merging import FLOATING, merged, same_bits
+from support.models import Net, token_ids
+from torch import nn
+from transformers import BertConfig, BertModel
+
+from lora_ext import LoraConfig, inject, merge, unmerge
+from lora_ext.adapters import lora_modules, merge_and_unload, merge_record_bytes
+
+
+def dtype_id(value) -> str:
+    return str(value).replace("torch.", "")
+
+
+ACTIONS = st.lists(
+    st.tuples(st.sampled_from(["merge", "unmerge"]), st.sets(st.sampled_from(NAMES), min_size=1)),
+    min_size=1,
+    max_size=9,
+)
+
+
+# --- the weight is a function of the set ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
+def test_several_adapters_are_rounded_once(dtype):
+    layer = hard_layer(dtype, (3, 11))
+    pristine = layer.weight.clone()
+    layer.merge("c")
+    layer.merge("a")
+    chosen = [layer.adapters[name] for name in ("a", "c")]
+    assert same_bits(layer.weight, merged(pristine, [(x.lora_A, x.lora_B, x.scaling) for x in chosen]))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    dtype=st.sampled_from(FLOATING),
+    actions=ACTIONS,
+    exponents=st.tuples(*[st.integers(-40, 17)] * 3),
+    seed=st.integers(0, 2**32),
+)
+def test_any_order_of_merges_and_unmerges(dtype, actions, exponents, seed):
+    torch.manual_seed(seed)
+    layer = hard_layer(dtype, sizes=[2.0**e for e in exponents])
+    pristine = copy.deepcopy(layer)
+    for action, names in [*actions, ("unmerge", set(NAMES))]:
+        before, state = layer.weight.clone(), layer.merged_adapters
+        names = names & {*state} if action == "unmerge" else names - {*state}
+        if not names:
+            continue
+        try:
+            getattr(layer, action)(*sorted(names, reverse=True))
+        except ValueError as error:
+            # Also on unmerging: the sum of those that stay may overflow where the sum of all did not.
+            assert dtype == torch.float16 and "the sum overflows torch.float16" in str(error)
+            assert same_bits(layer.weight, before) and layer.merged_adapters == state
+            continue
+        assert {*layer.merged_adapters} == ({*state} | names if action == "merge" else {*state} - names)
+        expected = copy.deepcopy(pristine)
+        if layer.is_merged:
+            expected.merge(*layer.merged_adapters)
+        assert same_bits(layer.weight, expected.weight)
+        assert layer.merge_record_bytes == expected.merge_record_bytes
+    assert same_bits(layer.weight, pristine.weight) and not layer.is_merged
+
+
+@settings(max_examples=30, deadline=None)
+@given(dtypes=st.lists(st.sampled_from(FLOATING), min_size=1, max_size=4), actions=ACTIONS, seed=st.integers(0, 2**32))
+def test_any_order_in_a_model_of_several_dtypes(dtypes, actions, seed):
+    torch.manual_seed(seed)
+    model = hard_model(dtypes)
+    pristine = copy.deepcopy(model)
+    known = {name for _, layer in lora_modules(model) for name in layer.adapters}
+    for action, names in actions:
+        change = merge if action == "merge" else unmerge
+        state = {name for layer in merged_sets(model) for name in layer}
+        names = (names & state if action == "unmerge" else names - state) & known
+        if not names:
+            continue
+        assert change(model, next(iter(names)) if len(names) == 1 else names) is model
+        for (_, layer), (_, untouched) in zip(lora_modules(model), lora_modules(pristine), strict=True):
+            wanted = (state | names if action == "merge" else state - names) & layer.adapters.keys()
+            assert {*layer.merged_adapters} == wanted
+            expected = copy.deepcopy(untouched)
+            if wanted:
+                expected.merge(*wanted)
+            assert same_bits(layer.weight, expected.weight)
+    for _, layer in lora_modules(model):
+        if layer.is_merged:
+            layer.unmerge()
+    assert all_same(weights(model), weights(pristine))
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
+def test_a_thousand_cycles(dtype):
+    layer = hard_layer(dtype, (4, 260), sizes=(0.1, 30.0, 1e-6))
+    pristine, only_b = layer.weight.clone(), None
+    for cycle in range(1000):
+        layer.merge("a" if cycle % 2 else "c")
+        layer.merge("b")
+        layer.unmerge("a" if cycle % 2 else "c")
+        only_b = layer.weight.clone() if only_b is None else only_b
+        assert cycle % 50 or same_bits(layer.weight, only_b)
+        layer.unmerge()
+    assert same_bits(layer.weight, pristine)
+
+
+def test_what_is_trained_after_the_merge_does_not_change_what_comes_out():
+    layer = hard_layer(torch.float32)
+    pristine, untrained = layer.weight.clone(), copy.deepcopy(layer)
+    layer.merge("a", "b")
+    with torch.no_grad():
+        for adapter in layer.adapters.values():
+            adapter.lora_A.mul_(-3.0), adapter.lora_B.add_(1.0)
+            adapter.scaling *= 7.0
+    layer.unmerge("a")
+    untrained.merge("b")
+    assert same_bits(layer.weight, untrained.weight)  # b as it was when merged
+    layer.unmerge()
+    assert same_bits(layer.weight, pristine)
+    trained = merged(pristine[:2], [(layer.adapters.b.lora_A, layer.adapters.b.lora_B[:2], layer.adapters.b.scaling)])
+    layer.merge("b")
+    assert same_bits(layer.weight[:2], trained)  # and as it is now
+
+
+def test_adapters_removed_or_replaced_while_merged_still_come_out():
+    model = hard_model([torch.float32, torch.bfloat16])
+    before = weights(model)
+    merge(model, ["a", "b"])
+    for _, layer in lora_modules(model):
+        del layer.adapters["a"], layer.adapters["b"]
+        add_adapter(layer, "b", 7, 1.0)
+    unmerge(model, "b")
+    assert merged_sets(model) == [("a",), ("a",)]
+    unmerge(model, "a")
+    assert all_same(weights(model), before)
+
+
+def test_ranks_of_adapters_that_stay_are_those_they_were_merged_with():
+    layer = hard_layer(torch.float32)
+    pristine = copy.deepcopy(layer)
+    layer.merge("a", "b", "c")
+    del layer.adapters["b"]
+    add_adapter(layer, "b", 9, 1.0)
+    layer.unmerge("a")
+    pristine.merge("b", "c")
+    assert same_bits(layer.weight, pristine.weight)
+
+
+def test_an_unfrozen_weight_is_merged_too():
+    layer = hard_layer(torch.float32)
+    layer.base_layer.requires_grad_(True)
+    pristine = layer.weight.clone()
+    layer.merge("a")
+    layer.merge("b")
+    layer.unmerge()
+    assert same_bits(layer.weight, pristine) and layer.weight.requires_grad and layer.weight.is_leaf
+
+
+@pytest.mark.parametrize("merge_inside", [True, False])
+def test_inference_mode(merge_inside):
+    layer = hard_layer(torch.bfloat16)
+    pristine = layer.weight.clone()
+    with torch.inference_mode(merge_inside):
+        layer.merge("a")
+    with torch.inference_mode(not merge_inside):
+        layer.merge("b")
+        layer.unmerge("a")
+    layer.unmerge()
+    assert same_bits(layer.weight, pristine)
+
+
+@pytest.mark.cpu_only("GPUs have no such mode")
+def test_flushing_subnormals_does_not_change_adapters_that_stay():
+    layer = hard_layer(torch.float32)
+    with torch.no_grad():  # a subnormal factor of an update that is not
+        layer.adapters.a.lora_A.fill_(1e38), layer.adapters.a.lora_B.fill_(1e-41)
+    pristine = layer.weight.clone()
+    layer.merge("a")
+    only_a = layer.weight.clone()
+    assert not same_bits(only_a, pristine)
+    try:
+        assert torch.set_flush_denormal(True)
+        layer.merge("b")
+        layer.unmerge("b")
+    finally:
+        torch.set_flush_denormal(False)
+    assert same_bits(layer.weight, only_a)
+    layer.unmerge()
+    assert same_bits(layer.weight, pristine)
+
+
+def test_compiled_model():
+    layer = hard_layer(torch.float64)
+    model = nn.Sequential(layer)
+    compiled = torch.compile(model, backend="aot_eager")
+    pristine, x = layer.weight.clone(), torch.randn(3, 270, dtype=torch.float64)
+    with torch.no_grad():
+        before = compiled(x)
+        merge(compiled, "c")
+        torch.testing.assert_close(compiled(x), before)
+        unmerge(compiled)
+        torch.testing.assert_close(compiled(x), before, rtol=0, atol=0)
+    assert same_bits(layer.weight, pristine)
+
+
+# --- what becomes of merged models ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_of_a_merged_model_are_restored_on_their_own(how):
+    model = hard_model(FLOATING)
+    pristine = weights(model)
+    merge(model, "a")
+    only_a = weights(model)
+    merge(model, "b")
+    both = weights(model)
+    copied = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    assert merged_sets(copied) == merged_sets(model) and merge_record_bytes(copied) == merge_record_bytes(model)
+    unmerge(copied, "b")
+    assert all_same(weights(copied), only_a) and all_same(weights(model), both)
+    unmerge(copied)
+    unmerge(model)
+    assert all_same(weights(copied), pristine) and all_same(weights(model), pristine)
+
+
+@pytest.mark.cpu_only("moves from the CPU by itself")
+def test_moved_to_a_gpu_and_back(gpu):
+    model = hard_model(FLOATING)
+    pristine = weights(model)
+    merge(model, "a")
+    only_a = weights(model)
+    merge(model.to(gpu), "b")
+    unmerge(model, "b")
+    assert all_same([weight.cpu() for weight in weights(model)], only_a)
+    unmerge(model.cpu())
+    assert all_same(weights(model), pristine)
+
+
+def test_state_dict_holds_the_merged_weight_and_nothing_of_the_record():
+    model = hard_model([torch.float32, torch.float16])
+    keys, pristine = list(model.state_dict()), copy.deepcopy(model)
+    merge(model, "b")
+    state = model.state_dict()
+    assert list(state) == keys and same_bits(state["layer1.base_layer.weight"], model["layer1"].weight)
+    other = copy.deepcopy(pristine)
+    other.load_state_dict(state)
+    assert not any(merged_sets(other)) and all_same(weights(other), weights(model))
+    # A pristine file replaces a merged weight: nothing is left to take out.
+    model.load_state_dict(pristine.state_dict())
+    for _, layer in lora_modules(model):
+        layer.forget_merge()
+    assert merge_record_bytes(model) == 0
+    merge(model, "a")
+    unmerge(model)
+    assert all_same(weights(model), weights(pristine))
+
+
+@pytest.mark.parametrize("first", [(), ("a",), ("a", "c")])
+def test_merge_and_unload_leaves_the_weight_of_the_set(first):
+    model = nn.ModuleDict({"x": hard_layer(torch.float32), "y": hard_layer(torch.bfloat16)})
+    expected = copy.deepcopy(model)
+    for _, layer in lora_modules(expected):
+        layer.merge(*{*first, "c"})  # the active one is c: what the model computed stays what it computes
+    if first:
+        merge(model, first)
+    assert merge_and_unload(model) is model
+    assert [type(module) for module in model.values()] == [nn.Linear, nn.Linear]
+    assert all_same([module.weight for module in model.values()], weights(expected))
+
+
+# --- the record -------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_are_counted_and_logged(caplog):
+    model = inject(Net().eval(), LoraConfig(r=2, lora_alpha=8, target_modules=["up", "down"], init_lora_weights=False))
+    up = model.blocks[0].up
+    assert merge_record_bytes(model) == 0
+    with caplog.at_level(logging.INFO, "lora_ext.adapters"):
+        merge(model)
+    record, factors = up._merged.matrices["weight"].record, 4 * 2 * (6 + 10)
+    kept = [tensor for tensor in (record.words, record.corrections) if tensor is not None]
+    assert up.merge_record_bytes == record.nbytes == factors + sum(tensor.nbytes for tensor in kept)
+    total = merge_record_bytes(model)
+    assert total == sum(layer.merge_record_bytes for _, layer in lora_modules(model))
+    assert caplog.messages == [f"merged 4 layers; unmerging keeps {total} bytes, {total / 240:.3f} per weight"]
+    unmerge(model)
+    assert merge_record_bytes(model) == 0 and up.merge_record_bytes == 0
+
+
+def test_the_logged_bytes_are_those_of_the_layers_it_merged(caplog):
+    model = hard_model([torch.float32, torch.float32])
+    merge(model, ["a", "b"])
+    with caplog.at_level(logging.INFO, "lora_ext.adapters"):
+        merge(model, "c")  # of the second layer alone
+    own = model["layer1"].merge_record_bytes
+    assert caplog.messages == [f"merged 1 layers; unmerging keeps {own} bytes, {own / (6 * 260):.3f} per weight"]
+
+
+def test_layers_that_need_no_corrections_keep_factors_alone():
+    layer = hard_layer(torch.float32, sizes=(0.1, 0.1, 0.1))
+    with torch.no_grad():
+        layer.base_layer.weight.copy_(torch.randint(-99, 99, (9, 270)).clamp(min=0))
+        for factor in (layer.adapters.a.lora_A, layer.adapters.a.lora_B):
+            factor.copy_(torch.randint(-4, 4, factor.shape))
+    layer.adapters.a.scaling = 0.5
+    pristine = layer.weight.clone()
+    layer.merge("a")
+    assert not same_bits(layer.weight, pristine) and layer.merge_record_bytes == 4 * 2 * (9 + 270)
+    layer.unmerge()
+    assert same_bits(layer.weight, pristine)
+
+
+# --- a model as people have them --------------------------------------------------------------------------------------
+
+
+def test_minilm_in_bfloat16():
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50, hidden_size=384, num_hidden_layers=3, num_attention_heads=12, intermediate_size=1536
+    )
+    model = BertModel(config).to(torch.bfloat16).eval()
+    pristine = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    inject(model, LoraConfig(r=8, lora_alpha=16, target_modules=["query", "key", "value", "dense"]), "first")
+    for _, layer in lora_modules(model):
+        add_adapter(layer, "second", 4, 1e-3)
+        add_adapter(layer, "third", 8, 2e-3)
+    ids = token_ids(2, 9)
+    with torch.no_grad():
+        adapted = model(input_ids=ids).last_hidden_state
+        merge(model)
+        torch.testing.assert_close(model(input_ids=ids).last_hidden_state, adapted, rtol=0.1, atol=0.1)
+        merge(model, ["first", "second"])
+        unmerge(model, "third")
+        unmerge(model, ["second"])
+        assert set(merged_sets(model)) == {("first",)}
+        unmerge(model)
+        assert torch.equal(model(input_ids=ids).last_hidden_state, adapted)
+    after = {name.replace(".base_layer", ""): tensor for name, tensor in model.state_dict().items()}
+    assert all(same_bits(after[name], tensor) for name, tensor in pristine.items())

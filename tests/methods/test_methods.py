@@ -1,0 +1,406 @@
+"""Every method on every architecture: what it trains, what it computes at first, its files, its removal."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from support.models import VOCABULARY, Net, refused, token_ids
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    RobertaConfig,
+    T5Config,
+)
+
+from lora_ext import LoraConfig, inject
+from lora_ext.adapters import lora_modules, merge_and_unload, trainable_parameter_counts
+from lora_ext.methods import (
+    METHODS,
+    apply_method,
+    load_method,
+    method_of,
+    new_method,
+    read_method,
+    remove_method,
+    save_method,
+)
+
+D_MODEL, LAYERS, D_FF = 16, 3, 24
+_SIZES = {"hidden_size": D_MODEL, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": D_FF}
+_BERT = {**_SIZES, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_LLAMA = {**_SIZES, "num_key_value_heads": 1}
+_COMMON = {"vocab_size": VOCABULARY, "max_position_embeddings": 40, "num_labels": 3, "pad_token_id": 1}
+CONFIGS = {
+    "bert": BertConfig(**_COMMON, **_BERT),
+    "roberta": RobertaConfig(**_COMMON, **_BERT),
+    "gpt2": GPT2Config(
+        vocab_size=VOCABULARY, n_positions=40, n_embd=D_MODEL, n_layer=LAYERS, n_head=2, n_inner=D_FF, num_labels=3,
+        pad_token_id=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    ),
+    "llama": LlamaConfig(**_COMMON, **_LLAMA, attention_bias=True),
+    "mistral": MistralConfig(**_COMMON, **_LLAMA),
+    "qwen2": Qwen2Config(**_COMMON, **_LLAMA),
+}  # fmt: skip
+OPTIONS = {
+    "lora": {"r": 2, "target_modules": "all-linear"},
+    "adapter-h": {"bottleneck_size": 5},
+    "adapter-l": {"bottleneck_size": 5},
+    "adapter-p": {"bottleneck_size": 5},
+    "adapter-drop": {"bottleneck_size": 5, "drop_layers": 2},
+    "lora+adapter-p": {"bottleneck_size": 5, "r": 2, "target_modules": "all-linear"},
+    "prefix-embed": {"prefix_length": 2, "infix_length": 3},
+    "prefix-layer": {"prefix_length": 2},
+    "lora+bitfit": {"r": 2, "target_modules": "all-linear"},
+    "lora+prefix-embed": {"prefix_length": 2, "r": 2, "target_modules": "all-linear"},
+    "lora+prefix-layer": {"prefix_length": 2, "r": 2, "target_modules": "all-linear"},
+}
+NAMES = sorted({*METHODS, *OPTIONS})
+HEADS = {"bert": 3 * D_MODEL + 3, "roberta": D_MODEL**2 + D_MODEL + 3 * D_MODEL + 3}
+
+
+def model_of(family: str, seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    return AutoModelForSequenceClassification.from_config(copy.deepcopy(CONFIGS[family])).eval()
+
+
+def method(name: str):
+    return new_method(name, **OPTIONS.get(name, {}))
+
+
+def supported(name: str, family: str) -> bool:
+    return not ("bitfit" in name and family == "mistral")  # which has no biases
+
+
+PAIRS = [(name, family) for name in NAMES for family in CONFIGS if supported(name, family)]
+
+
+def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=(ids != 1).long()).logits
+
+
+def ids_with_padding() -> torch.Tensor:
+    ids = token_ids(3, 7).clamp_min(2)
+    ids[1, 5:] = ids[2, 3:] = 1
+    return ids
+
+
+def train_a_little(model: nn.Module) -> None:
+    torch.manual_seed(1)
+    ids, labels = ids_with_padding(), torch.tensor([0, 1, 2])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(input_ids=ids, attention_mask=(ids != 1).long(), labels=labels).loss.backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("name", "family"), PAIRS)
+def test_it_trains_as_many_parameters_as_the_formula_says(name, family):
+    model = model_of(family)
+    predicted = method(name).count(model)
+    head = HEADS.get(family, 3 * D_MODEL)
+    apply_method(model, method(name))
+    assert trainable_parameter_counts(model)[0] == predicted + head
+    train_a_little(model)
+    for path, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, path
+
+
+@pytest.mark.parametrize(("name", "family"), PAIRS)
+def test_what_is_trained_changes_the_output_and_nothing_else_is_trained(name, family):
+    model, ids = model_of(family), ids_with_padding()
+    before, frozen = logits(model, ids), copy.deepcopy(model.state_dict())
+    apply_method(model, method(name))
+    if "prefix" not in name:  # special tokens act at once
+        torch.testing.assert_close(logits(model, ids), before)
+    before = logits(model, ids)
+    train_a_little(model)
+    assert not torch.equal(logits(model, ids), before)
+    trained = {path for path, parameter in model.named_parameters() if parameter.requires_grad}
+    for path, tensor in model.state_dict().items():
+        if path in frozen and path not in trained:
+            assert torch.equal(tensor, frozen[path]), path
+
+
+@pytest.mark.parametrize(("name", "family"), PAIRS)
+def test_files_restore_what_was_trained(name, family, tmp_path):
+    model, ids = model_of(family), ids_with_padding()
+    apply_method(model, method(name))
+    train_a_little(model)
+    save_method(model, tmp_path / "saved")
+    other = model_of(family)
+    load_method(other, tmp_path / "saved")
+    torch.testing.assert_close(logits(other, ids), logits(model, ids), rtol=0, atol=0)
+    assert not any(parameter.requires_grad for parameter in other.parameters())
+    assert method_of(other).name == name
+    # what comes back trains, and makes the same file
+    third = load_method(model_of(family), tmp_path / "saved", trainable=True)
+    assert trainable_parameter_counts(third) == trainable_parameter_counts(model)
+    save_method(third, tmp_path / "again")
+    for file in (tmp_path / "saved").iterdir():
+        if file.name != "adapter_config.json":
+            assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize(("name", "family"), PAIRS)
+def test_removal_leaves_the_bare_model(name, family):
+    model, ids = model_of(family), ids_with_padding()
+    before, modules = logits(model, ids), dict(model.named_modules())
+    apply_method(model, method(name))
+    train_a_little(model)
+    trained_in_place = name in ("full", "bitfit", "lora+bitfit")
+    remove_method(model)
+    assert dict(model.named_modules()) == modules
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+    assert method_of(model) is None
+    if not trained_in_place:
+        for path, head in model.named_modules():
+            if path in ("classifier", "score") and "lora" not in name:
+                head.load_state_dict(model_of(family).get_submodule(path).state_dict())
+        torch.testing.assert_close(logits(model, ids), before, rtol=0, atol=0)
+    apply_method(model, method("adapter-p"))
+
+
+def test_biases_inside_modules_to_save_are_trained_with_their_copies(tmp_path):
+    def combined():
+        return new_method("lora+bitfit", r=2, target_modules=("query",), modules_to_save=("pooler",))
+
+    model, ids = model_of("bert"), ids_with_padding()
+    predicted = combined().count(model)
+    pooler = D_MODEL**2 + D_MODEL
+    apply_method(model, combined())
+    assert trainable_parameter_counts(model)[0] == predicted + pooler + HEADS["bert"]
+    train_a_little(model)
+    for path, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, path
+    save_method(model, tmp_path)
+    torch.testing.assert_close(logits(load_method(model_of("bert"), tmp_path), ids), logits(model, ids), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_copy_is_independent(name, copied):
+    model, ids = apply_method(model_of("bert"), method(name)), ids_with_padding()
+    before = logits(model, ids)
+    other = copied(model)
+    train_a_little(other)
+    torch.testing.assert_close(logits(model, ids), before, rtol=0, atol=0)
+    assert not torch.equal(logits(other, ids), before)
+    remove_method(other)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_values_are_replaced_in_place(name, tmp_path):
+    model, ids = apply_method(model_of("bert"), method(name)), ids_with_padding()
+    train_a_little(model)
+    save_method(model, tmp_path)
+    before, parameters = logits(model, ids), [id(p) for p in model.parameters()]
+    train_a_little(model)
+    load_method(model, tmp_path)
+    torch.testing.assert_close(logits(model, ids), before, rtol=0, atol=0)
+    assert [id(p) for p in model.parameters()] == parameters
+    train_a_little(model)  # it still can be
+    other = apply_method(model_of("bert"), new_method("adapter-l", bottleneck_size=7))
+    with refused(other, ValueError, "but the model is adapted by [('adapter-l', {'bottleneck_size': 7"):
+        load_method(other, tmp_path)
+
+
+def test_what_files_hold(tmp_path):
+    model = apply_method(model_of("bert"), method("lora+adapter-p"))
+    save_method(model, tmp_path)
+    content = json.loads((tmp_path / "method.json").read_text())
+    assert [part["name"] for part in content["methods"]] == ["lora", "adapter-p"]
+    assert content["methods"][1]["options"] == {"bottleneck_size": 5, "activation": "relu"}
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "method.json",
+        "method.safetensors",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    # another method in the same place leaves nothing behind
+    save_method(apply_method(model_of("bert"), method("bitfit")), tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"method.json", "method.safetensors"}
+
+
+def test_bad_files_change_nothing(tmp_path):
+    save_method(apply_method(model_of("bert"), method("adapter-h")), tmp_path / "bert")
+    model = model_of("gpt2")
+    with refused(
+        model, ValueError, "missing key: transformer.h.0.attn.resid_dropout.bottleneck.down.weight", "unexpected"
+    ):
+        load_method(model, tmp_path / "bert")
+    with refused(model, FileNotFoundError, "method.json"):
+        load_method(model, tmp_path)
+    (tmp_path / "bert" / "method.json").write_text("[]")
+    with refused(model, ValueError, "method.json holds a list, want an object"):
+        load_method(model, tmp_path / "bert")
+    for content in ({}, {"methods": []}, {"methods": [1]}, {"methods": [{"name": "adapter-p+lora", "options": {}}]}):
+        (tmp_path / "bert" / "method.json").write_text(json.dumps(content))
+        with refused(model, ValueError, "not a method's file"):
+            load_method(model, tmp_path / "bert")
+    (tmp_path / "bert" / "method.json").write_text('{"methods": [{"name": "adapter-p", "options": {"width": 3}}]}')
+    with refused(model, ValueError, "no option 'width'"):
+        load_method(model, tmp_path / "bert")
+
+
+def test_bad_options():
+    for name, options, error, text in [
+        ("adapter", {}, ValueError, "want one of full, bitfit"),
+        ("adapter-h", {"bottleneck_size": 0}, ValueError, "bottleneck_size is 0, want at least 1"),
+        ("adapter-h", {"bottleneck_size": 2.0}, TypeError, "want an integer"),
+        ("adapter-p", {"activation": "tanh"}, ValueError, "want one of relu, gelu, silu, identity"),
+        ("adapter-p", {"r": 8}, TypeError, "no option 'r'; it has"),
+        ("adapter-drop", {"drop_layers": -1}, ValueError, "drop_layers is -1"),
+        ("bitfit+bitfit", {}, ValueError, "each method once"),
+        ("full+bitfit", {}, ValueError, "full cannot be combined"),
+    ]:
+        with pytest.raises(error, match=text.replace("+", r"\+")):
+            new_method(name, **options)
+
+
+def test_bad_models():
+    model = Net()
+    with refused(model, TypeError, "Net", "not supported", "bert, roberta", "llama"):
+        apply_method(model, method("adapter-h"))
+    t5 = AutoModelForSequenceClassification.from_config(
+        T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, num_labels=2)
+    )
+    with refused(t5, TypeError, "T5ForSequenceClassification", "'t5'", "supported are", "gpt2"):
+        apply_method(t5, method("adapter-p"))
+    model = model_of("mistral")
+    with refused(model, TypeError, "has no biases"):
+        apply_method(model, method("bitfit"))
+    model = model_of("bert")
+    with refused(model, ValueError, "drop_layers is 3", "has 3 layers"):
+        apply_method(model, new_method("adapter-drop", drop_layers=3))
+    apply_method(model, method("bitfit"))
+    with refused(model, ValueError, "adapted by bitfit already"):
+        apply_method(model, method("full"))
+    model = inject(model_of("bert"), LoraConfig(r=2, target_modules=["query"]))
+    with refused(model, ValueError, "injected already"):
+        apply_method(model, method("bitfit"))
+
+
+@pytest.mark.parametrize("enabled", [(True, False, False), (True, False, True), (True, True, True)])
+def test_parts_of_a_merged_projection_count_and_come_back_from_the_file(enabled, tmp_path):
+    lora = new_method("lora", r=2, target_modules=["c_attn"], enable_lora={"c_attn": enabled})
+    model = model_of("gpt2")
+    assert lora.count(model) == LAYERS * sum(enabled) * 2 * (D_MODEL + D_MODEL)
+    apply_method(model, lora)
+    trained = trainable_parameter_counts(model)
+    assert trained[0] == lora.count(model_of("gpt2")) + 3 * D_MODEL
+    train_a_little(model)
+    save_method(model, tmp_path)
+    # the method itself, not PEFT's view of it
+    again = read_method(tmp_path)
+    assert again.config.enable_lora == lora.config.enable_lora
+    assert again.count(model_of("gpt2")) == lora.count(model_of("gpt2"))
+    assert trainable_parameter_counts(apply_method(model_of("gpt2"), again)) == trained
+    other = load_method(model_of("gpt2"), tmp_path)
+    assert method_of(other).config.enable_lora == lora.config.enable_lora
+    ids = ids_with_padding()
+    torch.testing.assert_close(logits(other, ids), logits(model, ids), rtol=0, atol=0)
+
+
+def test_an_adapter_that_was_merged_for_good_is_not_saved_or_loaded(tmp_path):
+    model = apply_method(model_of("bert"), method("lora+adapter-p"))
+    save_method(model, tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    merge_and_unload(model)
+    with refused(model, ValueError, "save_method: the low-rank adapter", "call remove_method(model)"):
+        save_method(model, tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    with refused(model, ValueError, "load_method: the low-rank adapter", "call remove_method(model)"):
+        load_method(model, tmp_path)
+    load_method(remove_method(model), tmp_path)
+
+
+def test_an_adapter_added_beside_is_not_the_methods(tmp_path):
+    model, ids = apply_method(model_of("bert"), method("lora+adapter-p")), ids_with_padding()
+    train_a_little(model)
+    expected = logits(model, ids)
+    inject(model, LoraConfig(r=3, target_modules=["query"]), "beside")
+    save_method(model, tmp_path)
+    torch.testing.assert_close(logits(load_method(model_of("bert"), tmp_path), ids), expected, rtol=0, atol=0)
+
+
+def test_methods_that_do_not_go_together():
+    model = model_of("bert")
+    with refused(model, ValueError, "adapter-l+adapter-p", "bert.encoder.layer.0.output.LayerNorm"):
+        apply_method(model, new_method("adapter-l+adapter-p"))
+    both = new_method("lora+adapter-p", r=2, target_modules=["query"], modules_to_save=["output.LayerNorm"])
+    with refused(model, ValueError, "lora+adapter-p", "output.LayerNorm", "modules_to_save"):
+        apply_method(model, both)  # the copy that is trained would not have the bottleneck
+
+
+class Odd(nn.Module):
+    """Parameters that cannot be trained, and statistics that training changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.codes = nn.Parameter(torch.ones(4, dtype=torch.int8), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.linear(x))
+
+
+@pytest.mark.parametrize("name", ["full", "bitfit"])
+def test_integers_are_not_trained(name):
+    model = apply_method(Odd(), method(name))
+    assert trainable_parameter_counts(model)[0] == method(name).count(Odd()) == {"full": 28, "bitfit": 8}[name]
+    remove_method(model)
+    assert model.linear.weight.requires_grad and not model.codes.requires_grad
+
+
+def test_adapters_beside_quantised_weights():
+    model = model_of("bert")
+    for layer in model.bert.encoder.layer:
+        codes = torch.ones(D_MODEL, D_MODEL, dtype=torch.int8)
+        layer.attention.self.query.weight = nn.Parameter(codes, requires_grad=False)
+        layer.attention.scale = nn.Parameter(torch.tensor(1.0))
+    for name in ("adapter-p", "prefix-layer"):
+        apply_method(model, method(name))
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+        remove_method(model)
+
+
+def test_files_of_full_hold_the_statistics_of_batch_norms(tmp_path):
+    torch.manual_seed(0)
+    model, x = apply_method(Odd(), method("full")), torch.randn(9, 4)
+    model(x)
+    save_method(model.eval(), tmp_path)
+    torch.testing.assert_close(load_method(Odd(), tmp_path).eval()(x), model(x), rtol=0, atol=0)
+
+
+def test_models_without_a_head_or_without_memory(tmp_path):
+    model = model_of("bert").bert
+    with refused(model, TypeError, "head-only: BertModel has no new head"):
+        apply_method(model, method("head-only"))
+    save_method(apply_method(model_of("bert"), method("adapter-p")), tmp_path)
+    with torch.device("meta"):
+        model = model_of("bert")
+    with pytest.raises(ValueError, match="meta device; give it memory"):
+        load_method(model, tmp_path)
+
+
+def test_lora_is_what_inject_does():
+    model, other = model_of("bert"), model_of("bert")
+    torch.manual_seed(3)
+    apply_method(model, new_method("lora", r=2, target_modules=["query", "value"]))
+    torch.manual_seed(3)
+    inject(other, LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS"))
+    assert model.state_dict().keys() == other.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+    assert len(list(lora_modules(model))) == 2 * LAYERS

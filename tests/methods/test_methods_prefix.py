@@ -1,0 +1,414 @@
+"""Trained tokens and activations beside the input: against models that are given them by hand, and against PEFT."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+from support.models import VOCABULARY, refused, token_ids
+from test_methods import CONFIGS, D_MODEL, LAYERS, model_of
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    BertModel,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    PreTrainedModel,
+    RobertaModel,
+    StaticCache,
+)
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from lora_ext.adapters import merge_and_unload
+from lora_ext.methods import apply_method, new_method
+from lora_ext.methods.architectures import architecture_of, base_model, layers_of
+from lora_ext.methods.inserted import remove_inserted
+
+BASES = {"bert": BertModel, "roberta": RobertaModel}
+LANGUAGE_MODELS = {"gpt2": GPT2LMHeadModel, "llama": LlamaForCausalLM, "mistral": MistralForCausalLM}
+EVERY = {**BASES, **LANGUAGE_MODELS}
+NUM_PREFIX, NUM_INFIX = 2, 3
+
+
+def new_model(family: str, implementation: str = "sdpa", **options) -> PreTrainedModel:
+    """In float64, so that other orders of summation show no difference, without a head of its own."""
+    torch.manual_seed(0)
+    config = copy.deepcopy(CONFIGS[family])
+    config._attn_implementation = implementation
+    for name, value in options.items():
+        setattr(config, name, value)
+    return EVERY[family](config).double().eval()
+
+
+def adapted(family: str, name: str, prefix_length: int, infix_length: int = 0, **options) -> PreTrainedModel:
+    method = new_method(name, prefix_length=prefix_length, infix_length=infix_length)
+    model = apply_method(new_model(family, **options), method)
+    with torch.no_grad():  # large enough that each of them matters
+        for path, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                assert "special_tokens" in path or "prefix_states" in path, path
+                parameter.normal_()
+    return model
+
+
+def padded(side: str) -> tuple[Tensor, Tensor]:
+    """Three rows of seven tokens, the last two with padding."""
+    ids, mask = token_ids(3, 7).clamp_min(2), torch.ones(3, 7, dtype=torch.long)
+    for row, number in ((1, 2), (2, 4)):
+        where = slice(0, number) if side == "left" else slice(7 - number, 7)
+        ids[row, where], mask[row, where] = 1, 0
+    return ids, mask
+
+
+def output_of(model: nn.Module, **inputs) -> Tensor:
+    with torch.no_grad():
+        output = model(**inputs)
+    return output.logits if "logits" in output else output.last_hidden_state
+
+
+def by_hand(model: PreTrainedModel, ids: Tensor, special: Tensor, num_prefix: int) -> Tensor:
+    """What a bare model makes of one row without padding with ``special`` in it, special positions left out.
+
+    In an encoder the special tokens stand behind the first token, here also in memory.
+    """
+    front = 1 if "bert" in model.config.model_type else 0
+    tokens = model.get_input_embeddings()(ids)
+    parts = [tokens[:front], special[:num_prefix], tokens[front:], special[num_prefix:]]
+    hidden = output_of(model, inputs_embeds=torch.cat(parts)[None])[0]
+    text = torch.cat([hidden[:front], hidden[front + num_prefix : len(ids) + num_prefix]])
+    if front == 0 and len(special) > num_prefix:
+        text = torch.cat([text[:-1], hidden[-1:]])  # the last token answers from behind the infix
+    return text
+
+
+@pytest.mark.parametrize("lengths", [(NUM_PREFIX, 0), (0, NUM_INFIX), (NUM_PREFIX, NUM_INFIX)])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", EVERY)
+def test_embeddings_beside_the_input(family, side, lengths):
+    model, bare = adapted(family, "prefix-embed", *lengths), new_model(family)
+    ids, mask = padded(side)
+    special = base_model(model).special_tokens.weight
+    assert special.shape == (sum(lengths), D_MODEL)
+    outputs = output_of(model, input_ids=ids, attention_mask=mask)
+    assert outputs.shape[:2] == ids.shape
+    for row, real, output in zip(ids, mask.bool(), outputs, strict=True):
+        torch.testing.assert_close(output[real], by_hand(bare, row[real], special.detach(), lengths[0]))
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_embeddings_however_the_input_comes(family):
+    model = adapted(family, "prefix-embed", NUM_PREFIX, NUM_INFIX)
+    ids = token_ids(2, 6).clamp_min(2)
+    expected = output_of(model, input_ids=ids, attention_mask=torch.ones_like(ids))
+    first = 2 if family == "roberta" else 0
+    for inputs in (
+        {"input_ids": ids},
+        {"inputs_embeds": model.get_input_embeddings()(ids)},
+        {"input_ids": ids, "position_ids": torch.arange(first, 6 + first)[None]},
+        {"input_ids": ids, "attention_mask": torch.ones(2, 6, dtype=torch.bool)},
+        {"input_ids": ids, "output_hidden_states": True},
+    ):
+        torch.testing.assert_close(output_of(model, **inputs), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids)[0], expected)
+        tuples = model(ids, return_dict=False, output_hidden_states=True)
+        named = model(ids, output_hidden_states=True)
+    torch.testing.assert_close(tuples[0], expected)
+    assert [h.shape for h in named.hidden_states] == [(2, 6, D_MODEL)] * (LAYERS + 1)
+    assert [h.shape for h in tuples[-1]] == [(2, 6, D_MODEL)] * (LAYERS + 1)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_embeddings_and_token_types(family):
+    model, bare = adapted(family, "prefix-embed", NUM_PREFIX, NUM_INFIX), new_model(family)
+    ids = token_ids(1, 5)
+    types = torch.tensor([[0, 0, 1, 1, 1]])
+    front = 1 if family == "bert" else 0
+    embeds, special = bare.get_input_embeddings()(ids), base_model(model).special_tokens.weight[None].detach()
+    together = torch.cat([embeds[:, :front], special[:, :2], embeds[:, front:], special[:, 2:]], 1)
+    all_types = nn.functional.pad(torch.cat([types[:, :front], torch.zeros(1, 2).long(), types[:, front:]], 1), (0, 3))
+    expected = output_of(bare, inputs_embeds=together, token_type_ids=all_types)
+    keep = [0, 3, 4, 5, 6] if front else [2, 3, 4, 5, 9]
+    torch.testing.assert_close(output_of(model, input_ids=ids, token_type_ids=types), expected[:, keep])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_peft_prompt_tuning_is_the_prefix(family):
+    model = adapted(family, "prefix-embed", NUM_PREFIX)
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=NUM_PREFIX)
+    theirs = peft.get_peft_model(new_model(family), config).eval()
+    weight = base_model(model).special_tokens.weight
+    theirs.prompt_encoder["default"].embedding.weight = nn.Parameter(weight.detach().clone())
+    ids = token_ids(2, 6).clamp_min(2)
+    expected = output_of(theirs, input_ids=ids, attention_mask=torch.ones_like(ids))[:, NUM_PREFIX:]
+    torch.testing.assert_close(output_of(model, input_ids=ids, attention_mask=torch.ones_like(ids)), expected)
+
+
+GENERATING = [
+    ("prefix-embed", 2, 0),
+    ("prefix-embed", 0, 3),
+    ("prefix-embed", 2, 3),
+    ("prefix-layer", 2, 0),
+]
+
+
+@pytest.mark.parametrize(("name", "num_prefix", "num_infix"), GENERATING)
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
+def test_generation_with_a_cache_is_that_without(family, name, num_prefix, num_infix):
+    """Token by token, and with ``generate``; each token against the model called on one unpadded row.
+
+    Behind an infix a cache holds the infix between prompt and answer, while without a cache it is behind both: there
+    the cached run is compared with a bare model that is given the tokens in that order.
+    """
+    model, (ids, mask) = adapted(family, name, num_prefix, num_infix), padded("left")
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    cached = model.generate(input_ids=ids, attention_mask=mask, use_cache=True, **options)
+    if num_infix == 0:
+        plain = model.generate(input_ids=ids, attention_mask=mask, use_cache=False, **options)
+        assert torch.equal(plain.sequences, cached.sequences)
+        torch.testing.assert_close(torch.stack(cached.logits), torch.stack(plain.logits))
+        return
+    bare, special = new_model(family), base_model(model).special_tokens.weight.detach()
+    for row, real, sequence, logits in zip(
+        ids, mask.bool(), cached.sequences, torch.stack(cached.logits, 1), strict=True
+    ):
+        embed = bare.get_input_embeddings()
+        parts = [special[:num_prefix], embed(row[real]), special[num_prefix:], embed(sequence[7:-1])]
+        expected = output_of(bare, inputs_embeds=torch.cat(parts)[None])[0, -5:]
+        torch.testing.assert_close(expected.float(), logits)  # generate's are float32
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "num_prefix", "num_infix"),
+    [("gpt2", *each) for each in GENERATING[:-1]] + [("llama", *each) for each in GENERATING],
+)  # GPT-2 itself takes padding for tokens where it is given no positions, and prefix-layer leaves that to it
+def test_continuing_from_a_cache_without_positions(family, name, num_prefix, num_infix):
+    model, (ids, mask) = adapted(family, name, num_prefix, num_infix), padded("left")
+    more = token_ids(3, 2).clamp_min(2)
+    longer = torch.cat([mask, torch.ones_like(more)], 1)
+    with torch.no_grad():
+        first = model(input_ids=ids, attention_mask=mask, use_cache=True)
+        cache = first.cache if "cache" in first else first.past_key_values
+        second = model(input_ids=more, attention_mask=longer, past_key_values=cache).logits
+        alone = []
+        for row, real, rest in zip(ids, mask.bool(), more, strict=True):
+            first = model(input_ids=row[real][None], use_cache=True)
+            cache = first.cache if "cache" in first else first.past_key_values
+            alone.append(model(input_ids=rest[None], past_key_values=cache).logits[0])
+    torch.testing.assert_close(second, torch.stack(alone))
+
+
+def with_activations(model: PreTrainedModel, ids: Tensor, states: list[Tensor]) -> Tensor:
+    """What a bare model makes of one row without padding behind tokens that have ``states`` before each layer."""
+    number = len(states[0])
+    embeds = nn.functional.pad(model.get_input_embeddings()(ids), (0, 0, number, 0))
+    architecture, family = architecture_of(model, "test"), model.config.model_type
+    first = 2 if family == "roberta" else 0
+    positions = torch.cat([torch.arange(number), torch.arange(len(ids)) + (number if architecture.rotary else 0)])
+    handles = []
+    for (_, layer), own in zip(layers_of(model, architecture), states, strict=True):
+
+        def replace(module, args, own=own):
+            return (torch.cat([own[None], args[0][:, number:]], 1), *args[1:])
+
+        handles.append(layer.register_forward_pre_hook(replace))
+    try:
+        return output_of(model, inputs_embeds=embeds[None], position_ids=positions[None] + first)[0, number:]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def states_of(model: PreTrainedModel) -> list[Tensor]:
+    return [layer.prefix_states.weight.detach() for _, layer in layers_of(model, architecture_of(model, "test"))]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("side", ["left", "right", "none"])
+@pytest.mark.parametrize("family", EVERY)
+def test_activations_beside_the_input(family, side, implementation):
+    model = adapted(family, "prefix-layer", NUM_PREFIX, implementation=implementation)
+    bare = new_model(family, implementation)
+    ids, mask = padded(side) if side != "none" else (token_ids(2, 7).clamp_min(2), torch.ones(2, 7).long())
+    positions = (mask.cumsum(1) - 1).clamp_min(0) + (2 if family == "roberta" else 0)
+    outputs = output_of(model, input_ids=ids, attention_mask=mask, position_ids=positions)
+    assert outputs.shape[:2] == ids.shape
+    for row, real, output in zip(ids, mask.bool(), outputs, strict=True):
+        torch.testing.assert_close(output[real], with_activations(bare, row[real], states_of(model)))
+    if side == "none":  # and without a mask or positions
+        torch.testing.assert_close(output_of(model, input_ids=ids), outputs)
+
+
+def test_activations_go_through_adapted_projections():
+    method = new_method("lora+prefix-layer", prefix_length=NUM_PREFIX, r=2, target_modules="all-linear")
+    model = apply_method(new_model("llama"), method)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    ids = token_ids(1, 7).clamp_min(2)
+    outputs, states = output_of(model, input_ids=ids), states_of(model)
+    remove_inserted(model)
+    torch.testing.assert_close(outputs[0], with_activations(merge_and_unload(model), ids[0], states))
+
+
+def test_an_encoder_has_prefix_and_infix_in_one():
+    model, other = (adapted("bert", "prefix-layer", *lengths) for lengths in ((1, 2), (3, 0)))
+    other.load_state_dict(model.state_dict())
+    ids = token_ids(2, 6)
+    torch.testing.assert_close(output_of(model, input_ids=ids), output_of(other, input_ids=ids))
+    llama = new_model("llama")
+    with refused(llama, ValueError, "infix_length is 3", "no token of a LlamaForCausalLM sees", "prefix-embed"):
+        apply_method(llama, new_method("prefix-layer", infix_length=3))
+
+
+@pytest.mark.parametrize("rope", [{}, {"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "yarn", "factor": 4.0}])
+def test_peft_prefix_tuning_has_the_same_keys_and_values(rope):
+    """Theirs are in a cache in front of the text, which therefore starts at the position behind them."""
+    if rope:
+        rope = {"rope_parameters": {"rope_theta": 10000.0, "original_max_position_embeddings": 40, **rope}}
+    model, bare = adapted("llama", "prefix-layer", NUM_PREFIX, **rope), new_model("llama", **rope)
+    cosines, sines = bare.model.rotary_emb(bare.lm_head.weight, torch.arange(NUM_PREFIX)[None])
+    both = []
+    for layer, states in zip(bare.model.layers, states_of(model), strict=True):
+        normed = layer.input_layernorm(states)[None, None]  # one key head: [batch, heads, tokens, head_dim]
+        keys = layer.self_attn.k_proj(normed)
+        both += [apply_rotary_pos_emb(keys, keys, cosines, sines)[1], layer.self_attn.v_proj(normed)]
+    theirs = peft.get_peft_model(bare, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=NUM_PREFIX))
+    weight = torch.cat(both)[:, 0].transpose(0, 1).reshape(NUM_PREFIX, -1)
+    theirs.prompt_encoder["default"].embedding.weight = nn.Parameter(weight.detach())
+    ids = token_ids(2, 6).clamp_min(2)
+    expected = output_of(theirs.eval(), input_ids=ids, attention_mask=torch.ones_like(ids))
+    torch.testing.assert_close(output_of(model, input_ids=ids), expected)
+
+
+def test_a_static_cache_holds_no_prefix():
+    model, ids = adapted("llama", "prefix-layer", NUM_PREFIX), token_ids(2, 5).clamp_min(2)
+    cache = StaticCache(config=model.config, max_cache_len=9)
+    with torch.no_grad():
+        first = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        more = model(input_ids=ids[:, :2], past_key_values=cache, use_cache=True).logits
+    assert int(cache.get_seq_length()) == 7
+    expected = output_of(model, input_ids=torch.cat([ids, ids[:, :2]], 1))
+    torch.testing.assert_close(torch.cat([first, more], 1), expected)
+
+
+def test_implementations_of_attention_that_activations_do_not_go_with():
+    model = new_model("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    with refused(model, ValueError, "'flash_attention_2'", "sdpa, eager", "set_attn_implementation"):
+        apply_method(model, new_method("prefix-layer"))
+    model.config._attn_implementation = "sdpa"
+    apply_method(model, new_method("prefix-layer"))
+    model.config._attn_implementation = "flex_attention"
+    with refused(model, ValueError, "'flex_attention'", "sdpa, eager"):
+        model(inputs_embeds=torch.zeros(1, 2, D_MODEL).double(), attention_mask=torch.ones(1, 1, 2, 2).double())
+    with refused(model, RuntimeError, "call the layer that this LlamaAttention is in"):
+        model.config._attn_implementation = "sdpa"
+        model.model.layers[0].self_attn(hidden_states=torch.zeros(1, 2, D_MODEL))
+
+
+def test_what_embeddings_cannot_be_put_beside():
+    model = adapted("gpt2", "prefix-embed", NUM_PREFIX, NUM_INFIX)
+    ids = token_ids(1, 36)
+    with refused(model, ValueError, "36 tokens and 5 special ones", "GPT2Model has 40 positions", "shorten", "to 35"):
+        model(ids)
+    with refused(model, ValueError, "attention_mask is [1, 1, 6, 6]", "[1, 6]", "dynamic cache"):
+        model(ids[:, :6], attention_mask=torch.ones(1, 1, 6, 6))
+    with refused(model, ValueError, "attention_mask is a dict", "[1, 6]"):
+        model(ids[:, :6], attention_mask={})
+    with refused(model, ValueError, "attention_mask is [1, 5], want [1, 6]"):
+        model(ids[:, :6], attention_mask=torch.ones(1, 5))
+    with refused(model, ValueError, "both input_ids and inputs_embeds"):
+        model.transformer(input_ids=ids[:, :6], inputs_embeds=torch.ones(1, 6, D_MODEL).double())
+    with refused(model, ValueError, "specify either"):
+        model.transformer()
+    with torch.no_grad():
+        cache = model(ids[:, :33], use_cache=True)
+        cache = cache.cache if "cache" in cache else cache.past_key_values
+        model(ids[:, :2], past_key_values=cache)
+    with refused(model, ValueError, "36 tokens and 5 special ones"):
+        model(ids[:, :1], past_key_values=cache)
+    roberta = adapted("roberta", "prefix-embed", NUM_PREFIX)
+    output_of(roberta, input_ids=ids)
+    with refused(roberta, ValueError, "37 tokens and 2 special ones", "38 positions", "to 36 tokens"):
+        roberta(token_ids(1, 37))
+
+
+@pytest.mark.parametrize("name", ["prefix-embed", "prefix-layer"])
+def test_bad_options_of_prefixes(name):
+    for options, error, text in [
+        ({"prefix_length": 0}, ValueError, "prefix_length and infix_length are 0, want at least 1"),
+        ({"prefix_length": -1, "infix_length": 3}, ValueError, "prefix_length is -1, want at least 0"),
+        ({"infix_length": 1.0}, TypeError, "infix_length is 1.0, want an integer"),
+    ]:
+        with pytest.raises(error, match=text):
+            new_method(name, **options)
+    config = copy.deepcopy(CONFIGS["bert"])
+    config.is_decoder = True
+    decoder = AutoModelForCausalLM.from_config(config)
+    with refused(decoder, TypeError, "is_decoder=True"):
+        apply_method(decoder, new_method(name))
+
+
+def test_special_tokens_leave_room():
+    model = model_of("bert")
+    with refused(model, ValueError, "40 special tokens leave no room", "40 positions"):
+        apply_method(model, new_method("prefix-embed", prefix_length=40))
+
+
+def test_first_values_are_tokens_but_no_special_ones():
+    model = new_model("llama", pad_token_id=1, bos_token_id=2, eos_token_id=[3, 4])
+    apply_method(model, new_method("prefix-embed", prefix_length=400))
+    rows, table = base_model(model).special_tokens.weight, model.get_input_embeddings().weight
+    ids = (rows[:, None] == table).all(-1).int().argmax(1)
+    assert torch.equal(table[ids], rows)
+    assert set(ids.tolist()) == set(range(VOCABULARY)) - {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["prefix-embed", "prefix-layer"])
+def test_parameters_stay_float32_beside_16_bit_models(name, dtype):
+    for family in ("bert", "llama", "gpt2"):
+        model = apply_method(model_of(family).to(dtype), new_method(name, prefix_length=2))
+        own = [p for path, p in model.named_parameters() if "special_tokens" in path or "prefix_states" in path]
+        assert own and all(p.dtype == torch.float32 for p in own)
+        output = model(token_ids(1, 5)).logits
+        assert output.dtype == dtype
+        output.sum().backward()
+        assert all(p.grad.abs().sum() > 0 for p in own)
+
+
+@pytest.mark.parametrize("name", ["prefix-embed", "prefix-layer"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(family, name, reentrant):
+    gradients = []
+    for checkpointing in (False, True):
+        model = apply_method(model_of(family).double(), new_method(name, prefix_length=2)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        torch.manual_seed(1)
+        model(token_ids(2, 6), attention_mask=torch.ones(2, 6).long(), use_cache=False).logits.sum().backward()
+        gradients.append({path: p.grad for path, p in model.named_parameters() if p.requires_grad})
+    assert gradients[0].keys() == gradients[1].keys()
+    for path, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][path], gradient)
+
+
+@pytest.mark.parametrize("name", ["prefix-embed", "prefix-layer"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_compiled_in_one_graph(family, name):
+    model = adapted(family, name, NUM_PREFIX)
+    ids, mask = padded("right")
+    expected = output_of(model, input_ids=ids, attention_mask=mask)
+    compiled = torch.compile(base_model(model), fullgraph=True, backend="eager")
+    with torch.no_grad():
+        hidden = compiled(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        actual = model.get_output_embeddings()(hidden) if family in LANGUAGE_MODELS else hidden
+    torch.testing.assert_close(actual, expected)

@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import copy
+import warnings
+
+import peft
+import pytest
+import torch
+from support.merging import same_bits
+from support.models import refused
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
+from lora_ext.adapters import merge_and_unload
+from lora_ext.nn import LoraConv
+
+ALIVE = {"r": 4, "lora_alpha": 6, "init_lora_weights": False}
+
+# Layers of 6 to 8 channels and the number of spatial dimensions: stride, padding, dilation and groups of every kind.
+LAYERS = {
+    "1d": (nn.Conv1d, {"kernel_size": 3}),
+    "1d same": (nn.Conv1d, {"kernel_size": 4, "padding": "same", "dilation": 2}),
+    "1d circular": (nn.Conv1d, {"kernel_size": 3, "padding": 2, "padding_mode": "circular", "stride": 2}),
+    "2d": (nn.Conv2d, {"kernel_size": 3, "stride": 2, "padding": 1}),
+    "2d pointwise": (nn.Conv2d, {"kernel_size": 1, "bias": False}),
+    "2d oblong": (nn.Conv2d, {"kernel_size": (1, 3), "stride": (2, 1), "padding": (0, 2), "dilation": (1, 2)}),
+    "2d valid": (nn.Conv2d, {"kernel_size": 2, "padding": "valid", "dilation": 3}),
+    "2d reflect": (nn.Conv2d, {"kernel_size": 3, "padding": (2, 1), "padding_mode": "reflect", "dilation": 2}),
+    "2d replicate": (nn.Conv2d, {"kernel_size": 3, "padding": "same", "padding_mode": "replicate"}),
+    "3d": (nn.Conv3d, {"kernel_size": 2, "stride": 2, "padding": 1, "bias": False}),
+    "3d same": (nn.Conv3d, {"kernel_size": 3, "padding": "same", "padding_mode": "circular"}),
+    "1d grouped": (nn.Conv1d, {"kernel_size": 3, "groups": 2, "padding": 1}),
+    "2d grouped": (nn.Conv2d, {"kernel_size": 3, "groups": 2, "stride": 2, "bias": False}),
+}
+PEFT_DIFFERS = [name for name, (_, settings) in LAYERS.items() if {"dilation", "padding_mode"} & settings.keys()]
+UNGROUPED = [name for name in LAYERS if "grouped" not in name]
+
+
+class ConvNet(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        kind, settings = LAYERS[name]
+        self.conv = kind(6, 8, **settings)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.conv(x)).flatten(2).mean(-1))
+
+
+def input_for(name: str, batch: int = 3) -> Tensor:
+    spatial = {"1d": (11,), "2d": (9, 10), "3d": (5, 6, 7)}[name[:2]]
+    return torch.randn(batch, 6, *spatial, dtype=torch.float64)
+
+
+def adapted(name: str, **settings) -> nn.Module:
+    return inject(ConvNet(name).double(), LoraConfig(**{"target_modules": ["conv", "head"]} | ALIVE | settings))
+
+
+def with_delta(layer: LoraConv, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """What the base layer computes with the updated weight, from its definition."""
+    base = layer.base_layer
+    weight = base.weight + scaling * torch.einsum("or,ri...->oi...", B.flatten(1), A)
+    return base._conv_forward(x, weight, base.bias)
+
+
+def test_starts_as_its_base_layer():
+    model, x = ConvNet("2d"), torch.randn(2, 6, 8, 8)
+    expected = model(x)
+    inject(model, LoraConfig(target_modules=["conv"]))
+    adapter = model.conv.adapters.default
+    assert torch.equal(model(x), expected) and adapter.lora_A.any() and not adapter.lora_B.any()
+
+
+@pytest.mark.parametrize("name", UNGROUPED)
+def test_is_a_convolution_with_the_updated_weight(name):
+    layer, x = adapted(name).conv, input_for(name)
+    adapter = layer.adapters.default
+    inputs = [adapter.lora_A, adapter.lora_B, x.requires_grad_()]
+    actual, expected = layer(x), with_delta(layer, x, adapter.lora_A, adapter.lora_B, adapter.scaling)
+    torch.testing.assert_close(actual, expected)
+    grad = torch.randn_like(actual)
+    gradients = (torch.autograd.grad(y, inputs, grad) for y in (actual, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    one = layer(x[0])  # without a batch
+    assert one.shape == actual.shape[1:]
+    torch.testing.assert_close(one, actual[0])
+    torch.testing.assert_close(torch.autograd.grad(one.sum(), x)[0], torch.autograd.grad(layer(x)[0].sum(), x)[0])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    "settings", [{}, {"lora_bias": True, "use_rslora": True, "rank_pattern": {"conv": 2}}], ids=str
+)
+def test_peft_computes_the_same_from_our_file(name, settings, tmp_path):
+    base, x = ConvNet(name).double(), input_for(name)
+    ours = inject(copy.deepcopy(base), LoraConfig(**{"target_modules": ["conv", "head"]} | ALIVE | settings))
+    if ours.conv.adapters.default.lora_bias is not None:
+        nn.init.normal_(ours.conv.adapters.default.lora_bias)
+    save_adapter(ours, tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected|adapter key|keys).*")
+        warnings.filterwarnings("ignore", message=".*(groups > 1|has no bias).*")
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True)
+    layer = theirs.base_model.model.conv
+    for convolution in layer.lora_A.values() if name in PEFT_DIFFERS else ():  # what PEFT forgets
+        for setting in ("dilation", "padding_mode", "_reversed_padding_repeated_twice"):
+            setattr(convolution, setting, getattr(layer.base_layer, setting))
+    expected, actual = theirs(x), ours(x)
+    torch.testing.assert_close(actual, expected)
+    for y in (expected, actual):
+        y.square().sum().backward()
+    mine = ours.conv.adapters.default
+    for factor, gradient in (
+        ("lora_A", layer.lora_A.default.weight.grad),
+        ("lora_B", layer.lora_B.default.weight.grad),
+    ):
+        torch.testing.assert_close(getattr(mine, factor).grad, gradient)
+    if mine.lora_bias is not None:
+        torch.testing.assert_close(mine.lora_bias.grad, layer.lora_B.default.bias.grad)
+    if "grouped" not in name and (layer.base_layer.bias is not None or mine.lora_bias is None):
+        merge(ours)
+        theirs.merge_adapter()
+        torch.testing.assert_close(ours.conv.weight, layer.base_layer.weight)
+        torch.testing.assert_close(ours.conv.bias, layer.base_layer.bias)
+
+
+@pytest.mark.parametrize("name", ["1d", "2d grouped", "3d"])
+def test_we_compute_the_same_from_pefts_file(name, tmp_path):
+    base, x = ConvNet(name).double(), input_for(name)
+    with warnings.catch_warnings(action="ignore"):
+        theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=["conv"], **ALIVE))
+        theirs.save_pretrained(tmp_path)
+    torch.testing.assert_close(load_adapter(copy.deepcopy(base), tmp_path)(x), theirs(x))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_merging_gives_the_same_output_and_unmerging_every_bit(dtype, memory_format):
+    model = adapted("2d oblong", lora_bias=True).to(dtype).to(memory_format=memory_format).eval()
+    nn.init.normal_(model.conv.adapters.default.lora_bias)
+    x = input_for("2d").to(dtype)
+    inject(model, LoraConfig(target_modules=["conv"], **ALIVE), "other")
+    set_adapter(model, ["default", "other"])
+    expected, before = model(x), (model.conv.weight.clone(), model.conv.bias.clone())
+    if dtype == torch.float64:
+        bare = model.conv.weight + sum(model.conv.delta_weight(name) for name in ("default", "other"))
+    merge(model)
+    if dtype == torch.float64:
+        torch.testing.assert_close(model.conv.weight, bare)
+    torch.testing.assert_close(model(x), expected, **{"rtol": 0.05, "atol": 0.05} if dtype == torch.bfloat16 else {})
+    assert not torch.equal(model.conv.weight, before[0]) and not torch.equal(model.conv.bias, before[1])
+    unmerge(model)
+    assert same_bits(model.conv.weight, before[0]) and same_bits(model.conv.bias, before[1])
+    assert torch.equal(model(x), expected)
+    assert type(merge_and_unload(model).conv) is nn.Conv2d
+
+
+def test_float32_factors_beside_16_bits():
+    model = inject(ConvNet("2d").bfloat16(), LoraConfig(target_modules=["conv"], **ALIVE))
+    layer, x = model.conv, input_for("2d").bfloat16()
+    adapter = layer.adapters.default
+    assert adapter.lora_A.dtype == torch.float32
+    y = layer(x)
+    y.sum().backward()
+    exact = layer.base_layer(x) + adapter.scaling * F.conv2d(
+        F.conv2d(x.float(), adapter.lora_A, None, 2, 1), adapter.lora_B
+    )
+    assert y.dtype == torch.bfloat16 and adapter.lora_A.grad.dtype == torch.float32
+    torch.testing.assert_close(y, exact.bfloat16(), rtol=torch.finfo(torch.bfloat16).eps, atol=1e-3)
+
+
+def test_autocast():
+    model, x = inject(ConvNet("2d"), LoraConfig(target_modules=["conv"], **ALIVE)), input_for("2d").float()
+    with torch.autocast(x.device.type, torch.bfloat16):
+        y = model.conv(x)
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16 and model.conv.adapters.default.lora_B.grad.any()
+    torch.testing.assert_close(y.float(), model.conv(x), rtol=0.05, atol=0.05)
+
+
+def test_dropout_only_while_training():
+    layer, x = adapted("2d", lora_dropout=0.5).conv, input_for("2d")
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    adapter = layer.adapters.default
+    expected = with_delta(layer, x, adapter.lora_A, adapter.lora_B, adapter.scaling)
+    torch.testing.assert_close(layer(x), expected)
+    layer.train()
+    torch.manual_seed(3)
+    mean = sum(layer(x) for _ in range(500)) / 500
+    assert (mean - expected).std() < 0.1 * (expected - layer.base_layer(x)).std()
+
+
+def test_grouped_updates_are_not_merged():
+    model = adapted("2d grouped").eval()
+    for operation in (merge, merge_and_unload):
+        with refused(model, ValueError, "groups=2 cannot be merged", "run unmerged"):
+            operation(model)
+
+
+def test_lora_bias_without_a_bias_is_not_merged():
+    model = adapted("3d", target_modules=["conv"], lora_bias=True).eval()
+    with refused(model, ValueError, "lora_bias cannot be merged, as the base layer has no bias"):
+        merge(model)
+
+
+def test_another_memory_format_while_merged_is_not_unmerged():
+    model = merge(adapted("2d")).eval()
+    model.to(memory_format=torch.channels_last)
+    weight = model.conv.weight.clone()
+    with pytest.raises(RuntimeError, match="the weight of 'conv' was converted to another memory format while merged"):
+        unmerge(model)
+    assert torch.equal(model.conv.weight, weight)
+
+
+def test_a_hook_on_the_base_layer_runs_and_keeps_what_it_saw():
+    model, x, seen = ConvNet("2d").double(), input_for("2d"), []
+    model.conv.register_forward_hook(lambda *args: seen.append(args[2]))
+    bare = model.conv(x)
+    inject(model, LoraConfig(target_modules=["conv"], **ALIVE))
+    assert not torch.equal(model.conv(x), bare) and torch.equal(seen[1], bare)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+class Wrapped(nn.Conv2d):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(F.pad(x, (1, 1)), weight, bias)
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (Standardized(6, 8, 3), "its forward is not nn.Conv2d's"),
+        (Wrapped(6, 8, 3), "its forward is not nn.Conv2d's"),
+        (nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 8, 3)), "its weight is computed by a parametrization"),
+        (nn.ConvTranspose2d(6, 8, 3), "no LoRA layer adapts ConvTranspose2d"),
+    ],
+)
+def test_convolutions_that_cannot_be_adapted(layer, reason):
+    model = ConvNet("2d")
+    model.conv = layer
+    with refused(model, TypeError, f"conv ({type(layer).__name__}): {reason}", "nn.Conv1d, nn.Conv2d or nn.Conv3d"):
+        inject(model, LoraConfig(target_modules=["conv", "head"]))
+
+
+def test_a_rank_that_the_groups_do_not_divide():
+    model = ConvNet("1d grouped")
+    with refused(model, ValueError, "'conv' has groups=2, by which the rank 3 cannot be divided", "rank_pattern"):
+        inject(model, LoraConfig(target_modules=["head", "conv"], rank_pattern={"conv": 3}))
+
+
+def test_orthogonal_initialisation():
+    model = ConvNet("2d")
+    with refused(model, ValueError, "orthogonal initialisation is for plain matrices"):
+        inject(model, LoraConfig(target_modules=["head", "conv"], init_lora_weights="orthogonal"))

@@ -1,0 +1,360 @@
+"""LoraMergedLinear against loralib's MergedLinear, against the definition, and its files with PEFT."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from pathlib import Path
+
+import loralib
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from support.merging import same_bits
+from support.models import gpt2, refused, token_ids
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_ext import LoraConfig, functional, inject, load_adapter, merge, save_adapter, unmerge
+from lora_ext.adapters import (
+    add_weighted_adapter,
+    delete_adapter,
+    lora_modules,
+    merge_and_unload,
+    set_adapter,
+    unload,
+)
+from lora_ext.adapters.hotswap import hotswap_adapter, prepare_hotswap
+from lora_ext.nn import LoraAdapter, LoraLinear, LoraMergedLinear, MergedAdapter
+
+IN, OUT = 10, 12
+ENABLED = [(True, False, True), (True, True, True), (False, True), (True,)]
+
+
+class Fused(nn.Module):
+    """A projection of one of the two kinds by the name of ``qkv``, and a linear layer."""
+
+    def __init__(self, conv1d: bool = False, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.qkv = (Conv1D(OUT, IN) if conv1d else nn.Linear(IN, OUT)).to(dtype)
+        nn.init.normal_(self.qkv.bias)
+        self.out = nn.Linear(OUT, 3, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.qkv(x)))
+
+
+def adapted(base: nn.Module, enabled=(True, False, True), name: str = "default", **settings) -> nn.Module:
+    values = {"target_modules": ["qkv"], "r": 2, "lora_alpha": 3, "init_lora_weights": False}
+    enable_lora = None if enabled is None else {"qkv": enabled}
+    return inject(base, LoraConfig(**values | {"enable_lora": enable_lora} | settings), name)
+
+
+def merged_copy(model: nn.Module) -> nn.Module:
+    """The plain model with the active adapters' updates added to its weights."""
+    plain = copy.deepcopy(model)
+    for _, layer in lora_modules(plain):
+        for name in layer.active_adapters:
+            layer.weight.add_(layer.delta_weight(name).detach())
+            if (bias := layer.adapters[name].lora_bias) is not None:
+                layer.bias.add_(layer.adapters[name].scaling * bias.detach())
+    return unload(plain)
+
+
+def x_for(model: nn.Module) -> Tensor:
+    return torch.randn(2, 5, IN, dtype=model.out.weight.dtype, requires_grad=True)
+
+
+@pytest.fixture(params=[False, True], ids=["linear", "conv1d"])
+def fused(request) -> Fused:
+    return Fused(request.param)
+
+
+# --- the same function ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("enabled", ENABLED, ids=str)
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+def test_equals_loralib(fan_in_fan_out, enabled):
+    theirs = loralib.MergedLinear(
+        IN, OUT, r=2, lora_alpha=3, enable_lora=list(enabled), fan_in_fan_out=fan_in_fan_out, merge_weights=False
+    ).double()
+    nn.init.normal_(theirs.lora_B)
+    model = adapted(Fused(fan_in_fan_out), enabled)
+    layer, adapter = model.qkv, model.qkv.adapters.default
+    assert type(layer) is LoraMergedLinear
+    with torch.no_grad():
+        for ours, own in (
+            (layer.weight, theirs.weight),
+            (layer.bias, theirs.bias),
+            (adapter.lora_A, theirs.lora_A),
+            (adapter.lora_B, theirs.lora_B),
+        ):
+            assert ours.shape == own.shape
+            ours.copy_(own)
+    x, grad = x_for(model), torch.randn(2, 5, OUT, dtype=torch.float64)
+    results = []
+    for module, factors in ((layer, adapter), (theirs, theirs)):
+        y = module(x)
+        results.append((y, *torch.autograd.grad(y, (x, factors.lora_A, factors.lora_B), grad)))
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(layer.delta_weight(), theirs.merge_AB() * theirs.scaling)
+
+
+def test_parts_that_are_off_are_untouched_and_have_no_parameters(fused):
+    x, base = x_for(fused), copy.deepcopy(fused.qkv)
+    model = adapted(fused)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * (2 * IN + 2 * OUT // 3)
+    difference = (model.qkv(x) - base(x)).abs().flatten(0, 1).amax(0).view(3, -1)
+    assert difference[1].max() < 1e-12 and difference[[0, 2]].min() > 1e-3
+
+
+def test_gradients(fused):
+    model = adapted(fused)
+    x, trained = x_for(model), {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def output(x: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(model, dict(zip(trained, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(output, (x, *trained.values()))
+
+
+def test_the_update_is_never_a_matrix_of_the_weights_size(monkeypatch):
+    sizes = []
+    op = functional.lora_linear
+    monkeypatch.setattr(functional, "lora_linear", lambda *a: (sizes.append((a[3].shape, a[4].shape)), op(*a))[1])
+    model = adapted(Fused())
+    model(x_for(model))
+    assert sizes == [((4, IN), (OUT, 4))]
+
+
+def test_dropout(fused):
+    model = adapted(fused, lora_dropout=0.5).train()
+    x = x_for(model)
+    assert not torch.equal(model(x), model(x))
+    torch.testing.assert_close(model.eval()(x), merged_copy(model)(x))
+
+
+def test_adapters_of_several_kinds_in_one_layer(fused):
+    model = adapted(fused, None, "plain", lora_bias=True)
+    assert type(model.qkv) is LoraLinear
+    with torch.no_grad():
+        model.qkv.adapters.plain.lora_bias.normal_()
+    before = model.qkv.adapters.plain
+    adapted(model, (True, False, True), "qv")
+    assert type(model.qkv) is LoraMergedLinear and model.qkv.adapters.plain is before
+    adapted(model, (False, True, False), "k", r=3)
+    adapted(model, None, "other")
+    x = x_for(model)
+    outputs = []
+    for names in (["plain"], ["qv"], ["k"], ["k", "plain", "qv"], ["other"], []):
+        set_adapter(model, names)
+        outputs.append(model(x))
+        torch.testing.assert_close(outputs[-1], merged_copy(model)(x))
+    set_adapter(model, ["qv", "plain"])
+    pristine = copy.deepcopy(model.state_dict())
+    exact = model(x)
+    merge(model.eval())
+    torch.testing.assert_close(model(x), exact)
+    unmerge(model, "plain")
+    unmerge(model)
+    assert all(same_bits(value, pristine[key]) for key, value in model.state_dict().items())
+    set_adapter(model, "k")
+    for name in ("plain", "qv", "other"):
+        delete_adapter(model, name)
+    torch.testing.assert_close(model(x), outputs[2])
+
+
+def test_compiles(fused):
+    model = adapted(fused.float())
+    x = x_for(model)
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x))
+
+
+def test_a_layer_of_its_own():
+    adapter = MergedAdapter(IN, OUT, 2, 4, enable_lora=[False, True])
+    layer = LoraMergedLinear(nn.Linear(IN, OUT), 2, adapter)
+    assert not adapter.lora_B.any() and adapter.lora_A.any() and "num_parts=2" in repr(layer)
+    x = torch.randn(3, IN)
+    torch.testing.assert_close(layer(x), layer.base_layer(x))
+    for make, text in (
+        (lambda: LoraMergedLinear(nn.Linear(IN, OUT), 5), "num_parts is 5, which out_features=12 is no multiple of"),
+        (lambda: MergedAdapter(IN, OUT, 2, 4, enable_lora=[False] * 3), "want at least one True"),
+        (lambda: MergedAdapter(IN, OUT, 2, 4, enable_lora=[True] * 5), "5 parts, which out_features=12 is no multiple"),
+        (lambda: layer.add_adapter("b", MergedAdapter(IN, OUT, 2, 4, enable_lora=[True] * 3)), "has 3 parts, but the"),
+        (lambda: layer.add_adapter("b", LoraAdapter(IN, OUT + 1, 2, 4)), "lora_B has shape"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            make()
+
+
+# --- merging ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("conv1d", [False, True])
+def test_merge_and_unmerge(conv1d, dtype):
+    model = adapted(Fused(conv1d, dtype)).eval()
+    x, pristine = x_for(model), model.qkv.weight.clone()
+    exact = copy.deepcopy(model).double()(x.double())
+    merge(model)
+    parts = list(zip(*(w.chunk(3, dim=1 if conv1d else 0) for w in (model.qkv.weight, pristine)), strict=True))
+    assert [same_bits(merged, before) for merged, before in parts] == [False, True, False]
+    assert (model(x).double() - exact).norm() < 2e-2 * exact.norm()
+    unmerge(model)
+    assert same_bits(model.qkv.weight, pristine)
+    other, plain = copy.deepcopy(model), merged_copy(model)
+    merge_and_unload(model)
+    torch.testing.assert_close(model.qkv.weight, plain.qkv.weight)
+    assert type(model.qkv) is (Conv1D if conv1d else nn.Linear)
+    assert same_bits(other.qkv.weight, pristine)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+GPT2 = {
+    "target_modules": ["c_attn", "c_fc"],
+    "enable_lora": {"c_attn": (True, False, True)},
+    "r": 2,
+    "lora_alpha": 3,
+    "init_lora_weights": False,
+}
+
+
+def content(directory: Path) -> tuple:
+    with safe_open(directory / "adapter_model.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key).tolist() for key in file.keys()}  # noqa: SIM118  it is no dict
+        return tensors, file.metadata(), (directory / "adapter_config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_rslora": True}, {"rank_pattern": {"c_attn": 3}, "alpha_pattern": {"h.0.attn.c_attn": 5}}]
+)
+def test_files_through_peft(settings, tmp_path):
+    base, ids = gpt2().double().eval(), token_ids()
+    ours = inject(copy.deepcopy(base), LoraConfig(**GPT2 | settings))
+    expected = ours(input_ids=ids).logits
+    assert (expected - base(input_ids=ids).logits).abs().max() > 1e-3
+    save_adapter(ours, tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected|did not match).*")
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
+    torch.testing.assert_close(theirs(input_ids=ids).logits, expected)
+
+    again = load_adapter(copy.deepcopy(base), tmp_path / "ours")
+    layer = again.transformer.h[0].attn.c_attn
+    assert type(layer) is LoraMergedLinear and layer.adapters.default.enable_lora == (True, False, True)
+    torch.testing.assert_close(again(input_ids=ids).logits, expected)
+    save_adapter(again, tmp_path / "again")
+    assert content(tmp_path / "again") == content(tmp_path / "ours")
+
+    theirs.save_pretrained(tmp_path / "theirs")  # an ordinary adapter
+    plain = load_adapter(copy.deepcopy(base), tmp_path / "theirs")
+    assert type(plain.transformer.h[0].attn.c_attn) is LoraLinear
+    torch.testing.assert_close(plain(input_ids=ids).logits, expected)
+
+
+def test_files_keep_the_order_of_patterns(tmp_path):
+    """Of which the first that matches counts."""
+    base = Fused()
+    settings = {"rank_pattern": {"qk.": 3, "q.v": 4}, "alpha_pattern": {"qkv": 5, "q.v": 6}}
+    model = adapted(copy.deepcopy(base), **settings)
+    assert model.qkv.adapters.default.r == 3
+    save_adapter(model, tmp_path)
+    again = load_adapter(copy.deepcopy(base), tmp_path)
+    assert (again.qkv.adapters.default.r, again.qkv.adapters.default.lora_alpha) == (3, 5)
+    x = x_for(base)
+    torch.testing.assert_close(again(x), model(x))
+
+
+def test_values_are_replaced_and_swapped_in_place(tmp_path):
+    base = Fused()
+    model = adapted(copy.deepcopy(base))
+    save_adapter(model, tmp_path / "a")
+    x, expected = x_for(base), model(x_for(base))
+    expected = model(x)
+    for change in (load_adapter, hotswap_adapter):
+        other = adapted(copy.deepcopy(base))
+        held = other.qkv.adapters.default.lora_B
+        assert not torch.equal(other(x), expected)
+        change(other, tmp_path / "a")
+        torch.testing.assert_close(other(x), expected)
+        assert other.qkv.adapters.default.lora_B is held
+    for enabled in ((True, True, False), None):
+        other = adapted(copy.deepcopy(base), enabled)
+        with refused(other, ValueError, "enable_lora"):
+            load_adapter(other, tmp_path / "a")
+        with refused(other, ValueError, "enable_lora of qkv: (True, False, True) in the file"):
+            hotswap_adapter(other, tmp_path / "a")
+    with refused(model, ValueError, "the factors at 'qkv' cannot be padded"):
+        prepare_hotswap(model, 8)
+
+
+def test_weighted_combination(tmp_path):
+    base = Fused()
+    model = adapted(adapted(copy.deepcopy(base), name="a"), name="b")
+    add_weighted_adapter(model, ["a", "b"], [0.5, 2.0], "c", "linear")
+    x = x_for(base)
+    torch.testing.assert_close(model(x), merged_copy(model)(x))
+    save_adapter(model, tmp_path, "c")
+    torch.testing.assert_close(load_adapter(copy.deepcopy(base), tmp_path)(x), model(x))
+    adapted(model, (True, True, False), "d")
+    with refused(model, ValueError, "at 'qkv': enable_lora differs"):
+        add_weighted_adapter(model, ["a", "d"], [1.0, 1.0], "e", "linear")
+    with refused(model, ValueError, "cat cannot combine the factors at 'qkv'"):
+        add_weighted_adapter(model, ["a", "b"], [1.0, 1.0], "e", "cat")
+
+
+KEY = "base_model.model.qkv.lora_B.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda tensors, note: tensors[KEY].fill_(1.0), "there are numbers outside of the blocks [True, False, True]"),
+        (lambda tensors, note: note["blocks"].update({KEY: [True] * 5}), "has shape [12, 4], not that of blocks"),
+        (lambda tensors, note: note["blocks"].update({KEY: [False] * 3}), "want bools, at least one of them true"),
+        (lambda tensors, note: note["blocks"].update({KEY: 3}), "do not fit it"),
+        (lambda tensors, note: note["blocks"].update({"nothing": [True]}), "it names 'nothing', which is not there"),
+        (lambda tensors, note: note.pop("config"), "they have no blocks, or not the config"),
+    ],
+)
+def test_metadata_that_do_not_fit(damage, text, tmp_path):
+    save_adapter(adapted(Fused()), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    with safe_open(path, "pt") as file:
+        note = json.loads(file.metadata()["lora_ext"])
+    tensors = load_file(path)
+    damage(tensors, note)
+    save_file(tensors, path, metadata={"format": "pt", "lora_ext": json.dumps(note)})
+    model = Fused()
+    with refused(model, ValueError, "load_adapter", "its metadata 'lora_ext' do not fit it", text):
+        load_adapter(model, tmp_path)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_what_enable_lora_cannot_name():
+    model = Fused()
+    model.embedding = nn.Embedding(5, 6)
+    with refused(model, TypeError, "embedding (Embedding): enable_lora names it, and is for an nn.Linear or Conv1D"):
+        inject(model, LoraConfig(target_modules=["embedding"], enable_lora={"embedding": (True, False)}))
+    with refused(model, ValueError, "enable_lora has 5 parts, which out_features=12 is no multiple of"):
+        adapted(model, (True,) * 5)
+    with refused(model, ValueError, "lora_bias is True, which goes with a whole layer; take out enable_lora"):
+        adapted(model, lora_bias=True)
+    with refused(model, ValueError, "orthogonal initialisation is for plain matrices"):
+        adapted(model, init_lora_weights="orthogonal")
+    adapted(model)
+    with refused(model, ValueError, "enable_lora has 2 parts for 'qkv', but other adapters have 3 there"):
+        adapted(model, (True, False), "b")
+
+
+def test_a_rank_of_numpy():
+    adapter = MergedAdapter(6, 9, np.int64(2), 4, enable_lora=(True, False, True))
+    assert [tuple(A.shape) for A, _ in adapter.parts().values()] == [(2, 6), (2, 6)]

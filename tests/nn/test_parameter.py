@@ -1,0 +1,375 @@
+"""LoraParameter: expert weights and bare parameters, against merged weights and against PEFT's ParamWrapper."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.merging import same_bits
+from support.models import VOCABULARY, refused, token_ids
+from torch import Tensor, nn
+from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
+from lora_ext.adapters import (
+    adapter_status,
+    add_weighted_adapter,
+    delete_adapter,
+    disable_adapters,
+    lora_modules,
+    merge_and_unload,
+    set_adapter,
+    unload,
+)
+from lora_ext.nn import LoraAdapter, LoraParameter
+
+ALIVE = {"r": 2, "lora_alpha": 3, "init_lora_weights": False, "target_modules": []}
+EXPERTS = ["experts.down_proj", "experts.gate_up_proj"]
+
+_MODEL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_local_experts": 4,
+    "max_position_embeddings": 32,
+    "experts_implementation": "eager",
+}
+
+
+def mixtral() -> nn.Module:
+    return MixtralForCausalLM(MixtralConfig(**_MODEL)).eval()
+
+
+def gpt_oss() -> nn.Module:
+    """Its experts are stored transposed, and have biases beside them."""
+    config = GptOssConfig(**_MODEL, head_dim=8, layer_types=["full_attention"] * 2)
+    model = GptOssForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "experts" in name:
+                parameter.normal_(std=0.2)
+    return model
+
+
+FAMILIES = {"mixtral": mixtral, "gpt_oss": gpt_oss}
+
+
+class Mixture(nn.Module):
+    """Experts of both layouts and a matrix, in one module that another one calls."""
+
+    def __init__(self, is_transposed: bool = False, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.experts = Experts(is_transposed, dtype)
+        self.head = nn.Linear(6, 3, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.experts(x, scale=2.0))
+
+
+class Experts(nn.Module):
+    def __init__(self, is_transposed: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.is_transposed = is_transposed
+        self.up = nn.Parameter(torch.randn((3, 6, 10) if is_transposed else (3, 10, 6), dtype=dtype) / 3)
+        self.down = nn.Parameter(torch.randn((3, 10, 6) if is_transposed else (3, 6, 10), dtype=dtype) / 3)
+        self.mix = nn.Parameter(torch.randn(6, 6, dtype=dtype))
+        self.shift = nn.Parameter(torch.randn(6, dtype=dtype))
+
+    def forward(self, x: Tensor, *, scale: float) -> Tensor:
+        up, down = (self.up, self.down) if self.is_transposed else (self.up.transpose(1, 2), self.down.transpose(1, 2))
+        return scale * (torch.tanh(x @ up) @ down).sum(0) @ self.mix.T + self.shift
+
+
+ALL = ["up", "down", "mix"]
+PARAMETERS = [f"experts.{name}" for name in ALL]
+
+
+def adapted(base: nn.Module, parameters: list[str] = PARAMETERS, name: str = "default", **settings) -> nn.Module:
+    return inject(base, LoraConfig(**ALIVE | {"target_parameters": parameters} | settings), name)
+
+
+def merged_copy(model: nn.Module) -> nn.Module:
+    """The plain model with the active adapters' updates added to its weights, by the definition."""
+    plain = copy.deepcopy(model)
+    for _, layer in lora_modules(plain):
+        for name in layer.active_adapters:
+            adapter, weight = layer.adapters[name], layer.weight.detach()
+            A, B = adapter.lora_A.detach(), adapter.lora_B.detach()
+            num_experts = 1 if weight.dim() == 2 else len(weight)
+            for e in range(num_experts):
+                own = B[:, e::num_experts] @ A[e * adapter.r : (e + 1) * adapter.r] * adapter.scaling
+                target = weight if weight.dim() == 2 else weight[e]
+                target += own.T if layer.stores_transposed else own
+    return unload(plain)
+
+
+@pytest.fixture(params=[False, True], ids=["out_in", "in_out"])
+def mixture(request) -> Mixture:
+    return Mixture(request.param)
+
+
+# --- the same function ------------------------------------------------------------------------------------------------
+
+
+def test_equals_the_module_with_merged_weights(mixture):
+    x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    base = mixture(x)
+    model = adapted(mixture)
+    y, plain = model(x), merged_copy(model)(x)
+    assert (y - base).abs().max() > 1e-2
+    torch.testing.assert_close(y, plain)
+    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (y, plain)))
+
+
+def test_gradients_of_the_factors(mixture):
+    model = adapted(mixture, lora_alpha=1)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 6
+
+    def output(*values: Tensor) -> Tensor:
+        return torch.func.functional_call(model, dict(zip(trained, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(output, tuple(trained.values()))
+
+
+def test_the_parameter_is_never_written(mixture):
+    model = adapted(mixture).bfloat16()
+    experts = model.experts.module
+    before = {name: (p, p.clone(), p._version) for name, p in experts.named_parameters()}
+    model(torch.randn(4, 6, dtype=torch.bfloat16)).sum().backward()
+    for name, (parameter, value, version) in before.items():
+        assert getattr(experts, name) is parameter and parameter._version == version and parameter.grad is None
+        assert same_bits(parameter, value)
+
+
+def test_an_error_in_the_module_leaves_its_parameters_in_place(mixture):
+    model = adapted(mixture)
+    before = dict(model.named_parameters())
+    with pytest.raises(RuntimeError):
+        model(torch.randn(4, 5, dtype=torch.float64))
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys() and all(after[name] is p for name, p in before.items())
+
+
+def test_several_adapters(mixture):
+    model = adapted(mixture, name="a")
+    adapted(model, ["experts.down"], "b", r=3)
+    adapted(model, ["experts.mix", "experts.up"], "c", use_rslora=True)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    for names in (["a"], ["b"], ["c"], ["a", "b", "c"], []):
+        set_adapter(model, names)
+        torch.testing.assert_close(model(x), merged_copy(model)(x))
+    with disable_adapters(model):
+        torch.testing.assert_close(model(x), model(x))
+    assert {(s.layer, s.adapter, s.r) for s in adapter_status(model)} >= {("experts", "a", 2), ("experts", "c", 2)}
+    set_adapter(model, "b")
+    delete_adapter(model, "a"), delete_adapter(model, "c")
+    assert [layer.parameter_name for _, layer in lora_modules(model)] == ["down"]
+    torch.testing.assert_close(model(x), merged_copy(model)(x))
+
+
+def test_autocast_keeps_the_dtype_of_the_parameter(mixture):
+    model = adapted(mixture.float())
+    seen = []
+    model.experts.module.register_forward_pre_hook(lambda module, args: seen.append(module.up.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(4, 6))
+    assert seen == [torch.float32]
+
+
+def test_compiles(mixture):
+    model = adapted(mixture.float())
+    x = torch.randn(5, 6)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))
+    for out in (compiled(x), model(x)):
+        model.zero_grad()
+        out.sum().backward()
+        grads = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    assert all(grad.abs().max() > 0 for grad in grads)
+
+
+def test_a_layer_of_its_own():
+    experts = Experts(False, torch.float32)
+    adapter = LoraAdapter(6, 10, 2, 4, init_lora_weights=False, shapes=((6, 6), (10, 6)))
+    layer = LoraParameter(experts, "up", adapter)
+    x = torch.randn(4, 6)
+    assert (layer(x, scale=1.0) - experts(x, scale=1.0)).abs().max() > 1e-2
+    assert layer.delta_weight().shape == (3, 10, 6) and layer.delta_weight(key="weight[1]").shape == (10, 6)
+    outer = LoraParameter(layer, "mix", LoraAdapter(6, 6, 2, 4))
+    assert all(p.requires_grad == ("adapters" in name) for name, p in outer.named_parameters())
+    assert layer.shift is experts.shift and "parameter_name='up'" in repr(layer)
+    for name, text in (("shift", "its shift has 1 dimensions, want 2, or 3"), ("nothing", "its nothing is computed")):
+        with pytest.raises(TypeError, match=text):
+            LoraParameter(experts, name)
+
+
+# --- merging ----------------------------------------------------------------------------------------------------------
+
+
+def test_merge_and_unmerge(mixture):
+    model = adapted(mixture, name="a").bfloat16().eval()
+    adapted(model, ["experts.up"], "b")
+    set_adapter(model, ["a", "b"])
+    x = torch.randn(5, 6, dtype=torch.bfloat16)
+    pristine = {name: getattr(model.experts.module, name).clone() for name in ALL}
+    exact = copy.deepcopy(model).double()(x.double())
+    merge(model)
+    for name in ALL:
+        assert not same_bits(getattr(model.experts.module, name), pristine[name])
+    assert same_bits(model(x), model.head(model.experts.module(x, scale=2.0)))
+    assert (model(x).double() - exact).norm() < 0.1 * exact.norm()
+    unmerge(model, "a")
+    unmerge(model)
+    for name in ALL:
+        assert same_bits(getattr(model.experts.module, name), pristine[name])
+    plain = merged_copy(model.double())
+    merge_and_unload(model)
+    assert type(model.experts) is Experts
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_deepcopy_and_unload(mixture):
+    model = adapted(mixture)
+    other, x = copy.deepcopy(model), torch.randn(4, 6, dtype=torch.float64)
+    torch.testing.assert_close(other(x), model(x))
+    experts = model.experts.module
+    unload(model)
+    assert model.experts is experts
+    assert not torch.equal(other(x), model(x))
+
+
+def test_weighted_combination(mixture, tmp_path):
+    base = copy.deepcopy(mixture)
+    model = adapted(adapted(mixture, name="a"), name="b")
+    add_weighted_adapter(model, ["a", "b"], [0.5, 2.0], "c", "linear")
+    x = torch.randn(4, 6, dtype=torch.float64)
+    torch.testing.assert_close(model(x), merged_copy(model)(x))
+    save_adapter(model, tmp_path, "c")
+    torch.testing.assert_close(load_adapter(base, tmp_path)(x), model(x))
+
+
+# --- with PEFT --------------------------------------------------------------------------------------------------------
+
+
+def theirs_for(base: nn.Module, parameters: list[str], **settings) -> nn.Module:
+    config = peft.LoraConfig(**ALIVE | {"target_parameters": parameters} | settings)
+    return peft.get_peft_model(copy.deepcopy(base), config)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("parameters", [EXPERTS, ["experts.gate_up_proj"], [*EXPERTS, "router.weight", "gate.weight"]])
+def test_files_both_ways_with_peft(family, parameters, tmp_path):
+    base, ids = FAMILIES[family]().double(), token_ids()
+    settings = {"rank_pattern": {"layers.1.mlp.experts.down_proj": 3}, "target_modules": ["q_proj"]}
+    missing = {"mixtral": "router.weight", "gpt_oss": "gate.weight"}[family]
+    parameters = [name for name in parameters if name != missing]
+    ours = adapted(copy.deepcopy(base), parameters, **settings)
+    save_adapter(ours, tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected).*")
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
+    expected = ours(input_ids=ids).logits
+    assert (expected - base(input_ids=ids).logits).abs().max() > 1e-3
+    torch.testing.assert_close(theirs(input_ids=ids).logits, expected)
+
+    theirs.save_pretrained(tmp_path / "theirs")
+    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs")]
+    torch.testing.assert_close(*files, rtol=0, atol=0)
+    again = load_adapter(copy.deepcopy(base), tmp_path / "theirs")
+    torch.testing.assert_close(again(input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_pefts(family, tmp_path):
+    base, ids = FAMILIES[family]().double().train(), token_ids()
+    theirs = theirs_for(base, EXPERTS)
+    theirs.save_pretrained(tmp_path)
+    ours = load_adapter(copy.deepcopy(base), tmp_path, trainable=True).train()
+    for model in (ours, theirs):
+        model(input_ids=ids, labels=ids).loss.backward()
+    gradients = {
+        name.replace(".default", "").removesuffix(".weight"): p.grad
+        for name, p in theirs.named_parameters()
+        if p.requires_grad
+    }
+    own = [(f"base_model.model.{name}", p.grad) for name, p in ours.named_parameters() if p.requires_grad]
+    assert len(own) == len(gradients) == 8
+    for name, gradient in own:
+        torch.testing.assert_close(gradient, gradients[name.replace(".adapters.default", "")])
+
+
+def test_files_do_not_depend_on_other_adapters(mixture, tmp_path):
+    base = copy.deepcopy(mixture)
+    model = adapted(mixture, ["experts.mix"], "first")
+    adapted(model, name="second")
+    x = torch.randn(4, 6, dtype=torch.float64)
+    for name in ("first", "second"):
+        save_adapter(model, tmp_path / name, name)
+        set_adapter(model, name)
+        torch.testing.assert_close(load_adapter(copy.deepcopy(base), tmp_path / name)(x), model(x))
+    keys = load_file(tmp_path / "second" / "adapter_model.safetensors").keys()
+    assert keys == load_file_keys_of_peft(base, tmp_path / "peft")
+    assert load_file(tmp_path / "first" / "adapter_model.safetensors").keys() == {
+        f"base_model.model.experts.lora_{factor}.weight" for factor in "AB"
+    }
+
+
+def load_file_keys_of_peft(base: nn.Module, directory) -> set[str]:
+    theirs_for(base, PARAMETERS).save_pretrained(directory)
+    return load_file(directory / "adapter_model.safetensors").keys()
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_parameters_that_cannot_be_adapted():
+    model = Mixture()
+    model.experts.count = nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
+    model.attention = nn.MultiheadAttention(4, 2)
+    with refused(
+        model,
+        TypeError,
+        "experts.shift: its shift has 1 dimensions, want 2, or 3 of which the first is experts",
+        "experts.count: its count is torch.int8",
+        "attention.out_proj.weight: nn.MultiheadAttention reads it and never calls its module; name",
+    ):
+        adapted(model, ["experts.shift", "experts.up", "experts.count", "out_proj.weight"])
+    with refused(model, ValueError, "target_parameters", "experts.upp", "close matches: 'experts.up'"):
+        adapted(model, ["experts.upp"])
+    with refused(model, ValueError, "orthogonal initialisation is for plain matrices"):
+        adapted(model, ["experts.up"], init_lora_weights="orthogonal")
+    del model.experts.count
+    torch.nn.utils.parametrizations.weight_norm(model.experts, "mix")
+    with refused(model, TypeError, "experts.mix: its mix is computed by a parametrization"):
+        adapted(model, ["experts.mix"])
+
+
+def test_one_module_as_both_kinds_of_target():
+    model = adapted(Mixture(), ["head.weight"], "a")
+    with refused(model, ValueError, "'head' is adapted by ['a'] as a target of target_parameters; it cannot be"):
+        inject(model, LoraConfig(target_modules=["head"]), "b")
+    model = inject(Mixture(), LoraConfig(target_modules=["head"]), "a")
+    with refused(model, ValueError, "'head' is adapted by ['a'] as a target of target_modules; it cannot be"):
+        adapted(model, ["head.weight"], "b")
+
+
+def test_an_attention_by_its_parameters(tmp_path):
+    """As PEFT can adapt one whose query, key and value weights are separate."""
+    base = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2, kdim=5, vdim=6, dtype=torch.float64)})
+    names = [f"a.{name}_proj_weight" for name in "qkv"]
+    q, k, v = (torch.randn(3, n, dtype=torch.float64) for n in (8, 5, 6))
+    theirs = theirs_for(base, names)
+    theirs.save_pretrained(tmp_path)
+    ours = load_adapter(copy.deepcopy(base), tmp_path)
+    assert (ours["a"](q, k, v)[0] - base["a"](q, k, v)[0]).abs().max() > 1e-3
+    torch.testing.assert_close(ours["a"](q, k, v), theirs.base_model.model["a"](q, k, v))

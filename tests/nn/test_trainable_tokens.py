@@ -1,0 +1,368 @@
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.layers import relative_error
+from support.merging import same_bits
+from support.models import VOCABULARY, llama, refused, token_ids
+from torch import Tensor, nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
+from lora_ext.adapters import (
+    adapter_status,
+    add_weighted_adapter,
+    delete_adapter,
+    disable_adapters,
+    merge_and_unload,
+    rename_adapter,
+    trainable_parameter_counts,
+    unload,
+)
+from lora_ext.nn import LoraLinear
+from lora_ext.nn.trainable_tokens import TokenRows, TrainableTokens
+
+TOKENS = [7, 0, 31]  # not in order, and one is the padding of GemmaNet
+ALIVE = {"r": 2, "lora_alpha": 8, "init_lora_weights": False, "target_modules": ["q_proj"]}
+
+
+def tuned(tied: bool, **settings) -> nn.Module:
+    """A model whose rows differ from the weight's."""
+    config = LoraConfig(**ALIVE | {"trainable_token_indices": TOKENS} | settings)
+    return shaken(inject(llama(tied).double().eval(), config))
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, TokenRows):
+                module.rows.add_(torch.randn_like(module.rows))
+    return model
+
+
+def rows_of(model: nn.Module) -> Tensor:
+    return model.model.embed_tokens.adapters.default.rows
+
+
+def ids_with_tokens() -> Tensor:
+    ids = token_ids(3, 9)
+    ids[:, ::3] = torch.tensor(TOKENS)
+    return ids
+
+
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(input_ids=ids).logits
+
+
+# --- against PEFT -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tied", "indices"),
+    [
+        (False, TOKENS),
+        (True, TOKENS),
+        (True, {"embed_tokens": TOKENS}),
+        (False, {"embed_tokens": [1, 2], "lm_head": [2, 5]}),
+        (True, {"lm_head": [3]}),
+        (True, {"lm_head": [3], "embed_tokens": [4]}),
+    ],
+    ids=str,
+)
+def test_peft_computes_the_same_from_our_file(tied, indices, tmp_path):
+    ours, ids = tuned(tied, trainable_token_indices=indices), ids_with_tokens()
+    base = llama(tied).double().eval()
+    base.load_state_dict(bare_state(ours))
+    save_adapter(ours, tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected|adapter key).*")
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True).eval()
+    expected, actual = logits(theirs, ids), logits(ours, ids)
+    torch.testing.assert_close(actual, expected)
+    assert not torch.allclose(actual, logits(base, ids))
+    grad = torch.randn_like(actual)
+    for y in (expected, actual):
+        y.backward(grad)
+    for path, layer in theirs.base_model.model.named_modules():
+        if hasattr(layer, "token_adapter") and layer.token_adapter.tied_adapter is None:
+            gradient = layer.token_adapter.trainable_tokens_delta.default.grad
+            torch.testing.assert_close(ours.get_submodule(path).adapters.default.rows.grad, gradient)
+    ours_q, theirs_q = (m.layers[1].self_attn.q_proj for m in (ours.model, theirs.base_model.model.model))
+    torch.testing.assert_close(ours_q.adapters.default.lora_A.grad, theirs_q.lora_A.default.weight.grad)
+
+
+def bare_state(model: nn.Module) -> dict[str, Tensor]:
+    return {k.replace(".base_layer", ""): v for k, v in model.state_dict().items() if ".adapters." not in k}
+
+
+@pytest.mark.parametrize("everything", ["auto", True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_we_compute_the_same_from_pefts_file(tied, everything, tmp_path):
+    base, ids = llama(tied).double().eval(), ids_with_tokens()
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(trainable_token_indices=TOKENS, **ALIVE)).eval()
+    nn.init.normal_(theirs.base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta.default)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=everything)
+    ours = load_adapter(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(logits(ours, ids), logits(theirs, ids))
+    save_adapter(ours, tmp_path / "again")
+    again = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    first = load_file(tmp_path / "adapter_model.safetensors")
+    assert {key for key in again if "token_adapter" in key} == {
+        "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    }
+    assert all(same_bits(tensor, first[key]) for key, tensor in again.items())
+    load_adapter(ours, tmp_path)  # over the values that are there
+
+
+def test_lora_on_the_tied_head_beside_trained_rows(tmp_path):
+    ours, ids = tuned(True, target_modules=["q_proj", "lm_head"]), ids_with_tokens()
+    assert isinstance(ours.lm_head, TrainableTokens) and isinstance(ours.lm_head.base_layer, LoraLinear)
+    base = llama(True).double().eval()
+    base.load_state_dict(bare_state(ours) | {"lm_head.weight": ours.lm_head.inner_layer.weight})
+    save_adapter(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    torch.testing.assert_close(logits(ours, ids), logits(theirs, ids))
+    for operation in (merge, merge_and_unload):
+        with refused(ours, ValueError, "'lm_head.base_layer' has rows", "would lose the update; run unmerged"):
+            operation(ours)
+    unload(ours)
+    assert type(ours.lm_head) is nn.Linear
+
+
+def test_weights_that_are_merged_for_good_are_pefts(tmp_path):
+    ours = tuned(True)
+    save_adapter(ours, tmp_path)
+    base = llama(True).double().eval()
+    base.load_state_dict(bare_state(ours))
+    with warnings.catch_warnings(action="ignore"):
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path).merge_and_unload()
+    merge_and_unload(ours)
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    for name, tensor in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], tensor)
+
+
+# --- on its own -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_starts_as_the_model_and_trains_the_rows_alone(tied):
+    model, ids = llama(tied).double().eval(), ids_with_tokens()
+    expected = logits(model, ids)
+    inject(model, LoraConfig(target_modules=["q_proj"], trainable_token_indices=TOKENS, r=2))
+    torch.testing.assert_close(logits(model, ids), expected)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad and "q_proj" not in name}
+    assert trainable == {"model.embed_tokens.adapters.default.rows"}
+    assert trainable_parameter_counts(model)[1] == trainable_parameter_counts(llama(tied))[1] + 3 * 16 + 2 * 2 * 2 * 16
+    logits(model, token_ids() % 7 + 8).square().sum().backward()  # none of the tokens
+    assert rows_of(model).grad.any() == tied  # the head computes their logits all the same
+    status = {entry.layer: entry for entry in adapter_status(model)}["model.embed_tokens"]
+    assert status.kind == "TrainableTokens" and status.parameters == 48 and status.r is None
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_is_the_model_with_those_rows(tied):
+    model, ids = tuned(tied), ids_with_tokens()
+    plain = copy.deepcopy(model)
+    for path in ("model.embed_tokens", "lm_head"):
+        parent, _, name = path.rpartition(".")
+        if isinstance(layer := plain.get_submodule(path), TrainableTokens):
+            setattr(plain.get_submodule(parent), name, layer.base_layer)
+    weight = model.model.embed_tokens.weight
+    assert torch.equal(weight[TOKENS], rows_of(model)) and weight.requires_grad
+    names = {"model.embed_tokens.weight": weight} | ({"lm_head.weight": weight} if tied else {})
+    actual, expected = logits(model, ids), torch.func.functional_call(plain, names, (ids,)).logits
+    torch.testing.assert_close(actual, expected)
+    parameters = [rows_of(model), model.model.layers[0].self_attn.q_proj.adapters.default.lora_A]
+    plain_A = plain.model.layers[0].self_attn.q_proj.adapters.default.lora_A
+    grad = torch.randn_like(actual)
+    ours = torch.autograd.grad(actual, parameters, grad)
+    for mine, theirs in zip(ours, torch.autograd.grad(expected, [parameters[0], plain_A], grad), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+class GemmaNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = Gemma3TextScaledWordEmbedding(VOCABULARY, 8, 0, embed_scale=8**0.5)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.tokens(ids))
+
+
+def test_scaled_embeddings_and_padding():
+    config = LoraConfig(target_modules=["head"], trainable_token_indices={"tokens": TOKENS}, r=2)
+    model, ids = shaken(inject(GemmaNet().double(), config)), ids_with_tokens()
+    layer, plain = model.tokens, copy.deepcopy(model.tokens.base_layer)
+    weight = layer.weight
+    torch.testing.assert_close(layer(ids), torch.func.functional_call(plain, {"weight": weight}, (ids,)))
+    layer(ids).sum().backward()
+    gradient = layer.adapters.default.rows.grad
+    assert not gradient[TOKENS.index(0)].any() and gradient[TOKENS.index(7)].any()
+    assert layer.padding_idx == 0 and layer.num_embeddings == VOCABULARY  # those who look see the embedding
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bits_are_as_good_as_plain_pytorch(dtype):
+    base = nn.Linear(64, 40, bias=False, dtype=dtype)
+    layer = TrainableTokens(base)
+    layer.add_adapter("default", TokenRows(base.weight, (3, 20)))
+    layer.set_active("default")
+    rows = layer.adapters.default.rows
+    nn.init.normal_(rows, std=0.1)
+    assert rows.dtype == torch.float32
+    x, grad = torch.randn(200, 64).to(dtype), torch.randn(200, 40).to(dtype)
+
+    def plain(kind: torch.dtype) -> list[Tensor]:
+        own = rows.detach().to(torch.promote_types(kind, torch.float32)).requires_grad_()
+        weight = base.weight.to(kind).index_copy(0, layer.adapters.default.index, own.to(kind))
+        y = x.to(kind) @ weight.T
+        return [y[:, [3, 20]], y, *torch.autograd.grad(y, own, grad.to(kind))]
+
+    y = layer(x)
+    ours = [y[:, [3, 20]], y, *torch.autograd.grad(y, rows, grad)]
+    for mine, exact, theirs in zip(ours, plain(torch.float64), plain(dtype), strict=True):
+        assert relative_error(mine, exact) <= 2 * relative_error(theirs, exact)
+
+
+def test_adapters_by_name():
+    model, ids = tuned(True), ids_with_tokens()
+    base = llama(True).double().eval()
+    base.load_state_dict(bare_state(model))
+    first = logits(model, ids)
+    inject(model, LoraConfig(**ALIVE | {"trainable_token_indices": [7, 8]}), "other")
+    shaken(model)
+    set_adapter(model, ["default", "other"])
+    for read in (lambda: logits(model, ids), lambda: model.lm_head.weight):
+        with pytest.raises(ValueError, match=r"\['default', 'other'\] are all in use .* for the tokens \[7\]; use one"):
+            read()
+    set_adapter(model, "other")
+    assert torch.equal(model.lm_head.weight[[0, 31]], model.lm_head.inner_layer.weight[[0, 31]])
+    with disable_adapters(model):
+        torch.testing.assert_close(logits(model, ids), logits(base, ids))
+    rename_adapter(model, "other", "renamed")
+    assert model.lm_head.adapters.renamed.source is model.model.embed_tokens.adapters.renamed
+    set_adapter(model, "default")
+    assert not torch.allclose(logits(model, ids), first)  # shaken once more
+    delete_adapter(model, "renamed")
+    inject(model, LoraConfig(**ALIVE), "plain")
+    delete_adapter(model, "default")
+    assert type(model.lm_head) is nn.Linear and type(model.model.embed_tokens) is nn.Embedding
+
+
+def test_rows_of_several_adapters_in_use():
+    model = tuned(True)
+    inject(model, LoraConfig(**ALIVE | {"trainable_token_indices": [8]}), "other")
+    set_adapter(model, ["default", "other"])
+    embedding, head = model.model.embed_tokens, model.lm_head
+    weight = embedding.inner_layer.weight.clone()
+    weight[TOKENS], weight[8] = embedding.adapters.default.rows, embedding.adapters.other.rows[0]
+    x, ids = torch.randn(2, 16, dtype=torch.float64), torch.tensor([[8, 7, 3]])
+    torch.testing.assert_close(embedding(ids), weight[ids])
+    torch.testing.assert_close(head(x), x @ weight.T)
+    merge_and_unload(model)
+    torch.testing.assert_close(model.lm_head.weight, weight)
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_compute_the_same_and_stay_tied(copier):
+    model, ids = tuned(True), ids_with_tokens()
+    twin = copier(model)
+    assert torch.equal(logits(twin, ids), logits(model, ids))
+    shaken(twin)
+    assert twin.lm_head.adapters.default.source is twin.model.embed_tokens.adapters.default
+    assert not torch.allclose(logits(twin, ids), logits(model, ids))
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(logits(twin, ids), logits(model, ids))
+
+
+def test_merging_leaves_the_rows_alone():
+    model, ids = tuned(True), ids_with_tokens()
+    expected, weight = logits(model, ids), model.lm_head.inner_layer.weight.clone()
+    merge(model)
+    torch.testing.assert_close(logits(model, ids), expected)
+    assert same_bits(model.lm_head.inner_layer.weight, weight)
+    unmerge(model)
+    base = unload(model)
+    assert same_bits(base.lm_head.weight, weight) and type(base.model.embed_tokens) is nn.Embedding
+
+
+def test_meta_models_get_their_tokens_with_their_memory():
+    with torch.device("meta"):
+        model = llama(True)
+    inject(model, LoraConfig(target_modules=["q_proj"], trainable_token_indices=TOKENS))
+    model.to_empty(device=torch.get_default_device())
+    assert model.lm_head.adapters.default.source.index.tolist() == TOKENS
+    source = inject(llama(True), LoraConfig(target_modules=["q_proj"], trainable_token_indices=TOKENS))
+    model.load_state_dict(shaken(source).state_dict())
+    place, found = model.model.embed_tokens.adapters.default.find(torch.tensor([31, 5, 7, 49]))
+    assert place[found].tolist() == [2, 0] and found.tolist() == [True, False, True, False]
+
+
+def test_a_combination_copies_the_rows():
+    model, ids = tuned(True), ids_with_tokens()
+    inject(model, LoraConfig(**ALIVE), "plain")
+    add_weighted_adapter(model, ["plain", "default"], [0.0, 1.0], "both", "cat")
+    assert model.lm_head.adapters.both.source is model.model.embed_tokens.adapters.both
+    actual = logits(model, ids)
+    set_adapter(model, "default")
+    torch.testing.assert_close(actual, logits(model, ids))
+    with refused(model, ValueError, "['default', 'both'] train rows", "only one of them may"):
+        add_weighted_adapter(model, ["default", "both"], [1.0, 1.0], "sum", "cat")
+
+
+def test_trained_together_with_a_module_to_save_of_another_adapter():
+    model, ids = tuned(False), ids_with_tokens()
+    expected = logits(model, ids)
+    inject(model, LoraConfig(**ALIVE | {"modules_to_save": ["embed_tokens"]}), "saved")
+    nn.init.zeros_(model.model.embed_tokens.in_use.weight)
+    assert not model.model.embed_tokens(ids).any()
+    set_adapter(model, "default")
+    torch.testing.assert_close(logits(model, ids), expected)
+
+
+def test_compiles_without_a_graph_break():
+    torch._dynamo.reset()
+    model, ids = tuned(True), ids_with_tokens()
+    layers = model.model.embed_tokens, model.lm_head
+    compiled = torch.compile(lambda ids: layers[1](layers[0](ids)), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids), layers[1](layers[0](ids)))
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("embedding", "error", "fragments"),
+    [
+        (nn.Embedding(50, 8, max_norm=1.0), TypeError, ["rows of 'tokens' (Embedding): it has max_norm"]),
+        (nn.Embedding(50, 8, scale_grad_by_freq=True), TypeError, ["it has scale_grad_by_freq"]),
+        (nn.EmbeddingBag(50, 8), TypeError, ["'tokens' (EmbeddingBag): want an nn.Embedding or nn.Linear"]),
+        (nn.Embedding(31, 8), ValueError, ["the tokens [31], but 'tokens' has 31", "resize the embedding first"]),
+    ],
+)
+def test_embeddings_whose_rows_cannot_be_trained(embedding, error, fragments):
+    model = GemmaNet()
+    model.tokens = embedding
+    with refused(model, error, "inject: trainable_token_indices", *fragments):
+        inject(model, LoraConfig(target_modules=["head"], trainable_token_indices={"tokens": TOKENS}))
+
+
+def test_no_tokens():
+    model = GemmaNet()
+    with refused(model, ValueError, "trainable_token_indices names no token of 'tokens'; leave it out"):
+        inject(model, LoraConfig(target_modules=["head"], trainable_token_indices={"tokens": []}))
+
+
+def test_a_file_with_other_tokens(tmp_path):
+    save_adapter(tuned(True), tmp_path)
+    model = tuned(True, trainable_token_indices=[1, 2, 3])
+    with refused(model, ValueError, "trainable_token_indices=(7, 0, 31)", "with trainable_token_indices=(1, 2"):
+        load_adapter(model, tmp_path)

@@ -1,0 +1,315 @@
+"""What only a GPU can show: its arithmetic, streams, graphs, memory, and sizes beyond 32-bit indices.
+
+``pytest --device cuda`` runs the tests of the ops there; these run wherever there is a GPU.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.layers import (
+    DTYPES,
+    Layer,
+    assert_as_good_as_torch,
+    forward_backward,
+    random_layer,
+    random_layers,
+    relative_error,
+)
+from torch import Tensor
+
+from lora_ext import functional, reference
+
+SEED = 0x0123_4567_89AB_CDEF
+BF16 = (torch.bfloat16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def on_gpu(gpu):
+    with gpu:  # tensors are made there
+        yield
+
+
+def seed_tensor() -> Tensor:
+    return torch.tensor(SEED)
+
+
+def step(layer: Layer, dropout_p: float = 0.1, seed: Tensor | None = None) -> list[Tensor]:
+    """y and the gradients of x, lora_A and lora_B, without copying x: views stay views."""
+    leaves = [t.detach().requires_grad_() for t in (layer.x, layer.lora_A, layer.lora_B)]
+    y = functional.lora_linear(leaves[0], layer.weight, layer.bias, *leaves[1:], layer.scaling, dropout_p, seed)
+    return [y.detach(), *torch.autograd.grad(y, leaves, layer.grad_y)]
+
+
+def merge_without_record(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> None:
+    """The merge's one launch, without what asks the GPU whether the result is finite and what a record takes."""
+    torch.ops.lora_ext.lora_merge_([weight], [A.float()], [B.float() * scaling], None, [])
+
+
+# Shapes that fill several blocks of every kernel, and the buckets of rank; more in test_lora_linear.
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 4096, 4096, 16), (8, 1024, 4096, 64), (1000, 1030, 777, 8), (2048, 2048, 1024, 16), (600, 512, 640, 256)],
+    ids=str,
+)
+def test_as_good_as_pytorch_against_float64(shape, dtypes, dropout_p):
+    assert_as_good_as_torch(random_layers(shape, dtypes), dropout_p, seed_tensor())
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
+@pytest.mark.parametrize("shape", [(4096, 1024, 768, 16), (5, 4096, 4096, 8), (3000, 300, 200, 100)], ids=str)
+def test_the_same_bits_every_run(shape, dtypes):
+    layer = random_layer(shape, dtypes)
+    first = step(layer, 0.1, seed_tensor())
+    other = torch.randn(4096, 4096)
+    for _ in range(5):
+        other = (other @ other).clamp(-1, 1)  # the GPU is busy in another way each time
+        for again, before in zip(step(layer, 0.1, seed_tensor()), first, strict=True):
+            assert torch.equal(again, before)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (33, 100), (129, 4096), (4097, 65)], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.001, 0.1, 0.5, 0.999])
+def test_the_mask_is_that_of_the_cpu(shape, dropout_p):
+    on_cpu = torch.ops.lora_ext.lora_dropout_mask(seed_tensor().cpu(), *shape, dropout_p)
+    on_gpu = torch.ops.lora_ext.lora_dropout_mask(seed_tensor(), *shape, dropout_p)
+    assert torch.equal(on_gpu.cpu(), on_cpu)
+    for dtypes in ((torch.float64,) * 2, (torch.float32,) * 2, BF16, (torch.float16, torch.float32)):
+        layer = random_layer((*shape, 7, 3), dtypes)
+        mask = torch.ops.lora_ext.lora_linear(*layer.args(), dropout_p, seed_tensor())[2]
+        assert torch.equal(reference.unpack_mask(mask.cpu(), shape[1]), reference.unpack_mask(on_cpu, shape[1]))
+
+
+@pytest.mark.parametrize("dtypes", [BF16, (torch.float32,) * 2, (torch.float16, torch.float32)], ids=str)
+@pytest.mark.parametrize("column", [1, 3, 8])
+def test_unaligned_views(column, dtypes):
+    """Rows that start anywhere: no 16-byte access may be assumed."""
+    whole = random_layer((150, 264, 200, 8), dtypes)
+    view = random_layer((150, 133, 101, 8), dtypes)
+    view.x, view.grad_y = whole.x[:, column : column + 133], whole.grad_y[:, column : column + 101]
+    aligned = Layer(**{**vars(view), "x": view.x.clone(), "grad_y": view.grad_y.clone()})
+    exact = step(view.to(torch.float64), 0.3, seed_tensor())
+    for ours, copied, value in zip(
+        step(view, 0.3, seed_tensor()), step(aligned, 0.3, seed_tensor()), exact, strict=True
+    ):
+        assert relative_error(ours, value) <= 2 * relative_error(copied, value) + 1e-7
+
+
+def test_views_of_one_element_offset_into_a_merge():
+    whole = torch.randn(80, 131).bfloat16()
+    before, weight = whole.clone(), whole[3:70, 1:130]
+    A, B = torch.randn(8, 129).bfloat16(), torch.randn(67, 8).bfloat16()
+    expected = reference.merge(weight, A, B, 0.5)
+    functional.lora_merge_(weight, A, B, 0.5)
+    assert (weight != expected).float().mean() < 0.01
+    torch.testing.assert_close(weight, expected)
+    weight.copy_(before[3:70, 1:130])
+    assert torch.equal(whole, before)
+
+
+def test_opcheck():
+    layer = random_layer((6, 24, 20, 4), BF16, leading=(2, 3))
+    for tensor in (layer.x, layer.lora_A, layer.lora_B):
+        tensor.requires_grad_()
+    torch.library.opcheck(torch.ops.lora_ext.lora_linear.default, (*layer.args(), 0.3, seed_tensor()))
+    torch.library.opcheck(torch.ops.lora_ext.lora_dropout_mask.default, (seed_tensor(), 5, 20, 0.3))
+
+
+# --- streams and graphs -----------------------------------------------------------------------------------------------
+
+
+def test_runs_on_the_current_stream():
+    """On any other stream it would read x before the sleeping stream has written it."""
+    layer, stale = random_layer((512, 256, 384, 16), BF16), random_layer((512, 256, 384, 16), BF16)
+    expected = step(layer, 0.1, seed_tensor())
+    x, grad_y, seed = stale.x.clone(), stale.grad_y.clone(), seed_tensor()
+    moving = Layer(**{**vars(layer), "x": x, "grad_y": grad_y})
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(200_000_000)  # about 0.1 s
+        x.copy_(layer.x)
+        grad_y.copy_(layer.grad_y)
+        results = step(moving, 0.1, seed)
+    torch.cuda.synchronize()
+    for result, wanted in zip(results, expected, strict=True):
+        assert torch.equal(result, wanted)
+
+
+def test_memory_freed_on_one_stream_is_not_read_from_another():
+    """Scratch memory goes back to the allocator while kernels run: the next owner, on the same stream, comes later."""
+    layers = [random_layer((700, 512, 640, 16), BF16) for _ in range(2)]
+    expected = [step(layer, 0.1, seed_tensor()) for layer in layers]
+    seed = seed_tensor()
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in layers]
+    for _ in range(20):
+        results = []
+        for layer, stream in zip(layers, streams, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(step(layer, 0.1, seed))
+        torch.cuda.synchronize()
+        for result, wanted in zip(results, expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(result, wanted, strict=True))
+
+
+def captured(function) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """function() as a graph, and the tensors that its replay fills."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # libraries set themselves up outside the capture
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = function()
+    return graph, outputs
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
+@pytest.mark.parametrize("shape", [(300, 256, 384, 16), (2, 4096, 1024, 64)], ids=str)
+def test_forward_and_backward_in_a_graph(shape, dtypes):
+    layer, seed = random_layer(shape, dtypes), seed_tensor()
+    graph, outputs = captured(lambda: step(layer, 0.1, seed))
+    for replay in range(3):
+        other = random_layer(shape, dtypes)
+        for name in ("x", "grad_y", "lora_A", "lora_B"):
+            getattr(layer, name).copy_(getattr(other, name))
+        seed.fill_(SEED + replay)  # read on the device: every replay may have a mask of its own
+        for output in outputs:
+            output.fill_(float("nan"))
+        graph.replay()
+        for output, eager in zip(outputs, step(layer, 0.1, seed), strict=True):
+            torch.testing.assert_close(output, eager, rtol=2 * torch.finfo(output.dtype).eps, atol=1e-5)
+
+
+def test_merge_in_a_graph():
+    layer = random_layer((1, 512, 640, 16), BF16)
+    pristine = layer.weight.clone()
+
+    def merge() -> list[Tensor]:
+        layer.weight.copy_(pristine)
+        merge_without_record(layer.weight, layer.lora_A, layer.lora_B, 0.5)
+        return [layer.weight]
+
+    graph, (weight,) = captured(merge)
+    layer.lora_A.copy_(torch.randn_like(layer.lora_A))
+    graph.replay()
+    result = weight.clone()
+    assert torch.equal(merge()[0], result)
+
+
+def test_never_waits_for_the_gpu():
+    layer, seed = random_layer((300, 256, 384, 16), BF16), seed_tensor()
+    step(layer, 0.1, seed)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(layer, 0.1, seed)
+        step(layer, 0.1)  # the seed drawn on the device
+        merge_without_record(layer.weight, layer.lora_A, layer.lora_B, 0.5)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_on_another_gpu_than_the_current_one():
+    with torch.device("cuda:1"):
+        layer, seed = random_layer((300, 256, 384, 16), BF16), seed_tensor()
+    results = step(layer, 0.1, seed)
+    functional.lora_merge_(layer.weight, layer.lora_A, layer.lora_B, 0.5)
+    assert torch.cuda.current_device() == 0
+    assert {result.device.index for result in results} == {1}
+    assert all(torch.isfinite(result).all() for result in [*results, layer.weight])
+
+
+# --- memory and sizes -------------------------------------------------------------------------------------------------
+
+
+def extra_bytes(function) -> int:
+    """Memory a call needs at its peak beyond what it returns."""
+    function()  # cuBLAS keeps a workspace of its own from the first call on
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    results = function()
+    kept = torch.cuda.memory_allocated() - before
+    del results
+    return torch.cuda.max_memory_allocated() - before - kept
+
+
+@pytest.mark.parametrize("dtypes", [BF16, (torch.float32,) * 2], ids=str)
+def test_no_temporary_as_large_as_x_or_y(dtypes):
+    layer, seed = random_layer((8192, 4096, 4096, 16), dtypes), seed_tensor()
+    forward = torch.ops.lora_ext.lora_linear
+    with torch.no_grad():
+        assert extra_bytes(lambda: forward(*layer.args(), 0.1, seed)) < layer.x.nbytes / 4
+        _, xa, mask = forward(*layer.args(), 0.1, seed)
+        factors = (layer.weight, layer.lora_A, layer.lora_B)
+        backward = torch.ops.lora_ext.lora_linear_backward
+        used = extra_bytes(lambda: backward(layer.grad_y, layer.x, *factors, xa, mask, 0.75, 0.1, (True, True, True)))
+        assert used < layer.x.nbytes / 4
+        used = extra_bytes(lambda: functional.lora_merge_(layer.weight, layer.lora_A, layer.lora_B, 0.5))
+        assert used < layer.weight.nbytes / 4
+
+
+def test_calls_leave_nothing_behind():
+    layer, seed = random_layer((512, 1024, 1024, 16), BF16), seed_tensor()
+    step(layer, 0.1, seed)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(10):
+        step(layer, 0.1, seed)
+    assert torch.cuda.memory_allocated() == before
+
+
+def needs_memory(gigabytes: float) -> None:
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0] / 1e9
+    if free < gigabytes:
+        pytest.skip(f"needs {gigabytes} GB of GPU memory, {free:.0f} are free")
+
+
+def test_more_elements_than_32_bits_count():
+    """x and its gradient pass 2**31 elements: the last rows equal those of a call on the last rows alone."""
+    needs_memory(24)
+    num_tokens, in_features, tail = 2**19 + 33, 4160, 64
+    layer = random_layer((1, in_features, 24, 8), BF16)
+    layer.x = torch.randn(num_tokens, in_features, dtype=torch.bfloat16)
+    layer.grad_y = torch.randn(num_tokens, 24, dtype=torch.bfloat16)
+    end = Layer(**{**vars(layer), "x": layer.x[-tail:], "grad_y": layer.grad_y[-tail:]})
+    y, grad_x, grad_A, grad_B = step(layer, 0.0)
+    y_end, grad_x_end, _, _ = step(end, 0.0)
+    torch.testing.assert_close(y[-tail:], y_end)
+    torch.testing.assert_close(grad_x[-tail:], grad_x_end)
+    assert torch.isfinite(grad_A).all() and torch.isfinite(grad_B).all()
+
+    del grad_x, y
+    mask = torch.ops.lora_ext.lora_linear(*layer.args(), 0.1, seed_tensor())[2]
+    keep = reference.unpack_mask(mask[-tail:], in_features)
+    block = torch.arange(in_features // 8).expand(tail, -1)
+    row = torch.arange(num_tokens - tail, num_tokens).unsqueeze(1).expand_as(block)
+    words = reference.philox4x32_10((block, torch.zeros_like(block), row, torch.zeros_like(block)), SEED)
+    halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1).flatten(1)
+    assert torch.equal(keep, halves >= reference.dropout_threshold(0.1))
+
+
+def test_a_merge_beyond_32_bits():
+    needs_memory(14)
+    rows, columns = 2**16 + 5, 2**15 + 8
+    weight = torch.randn(rows, columns, dtype=torch.bfloat16)
+    A, B = torch.randn(4, columns, dtype=torch.bfloat16), torch.randn(rows, 4, dtype=torch.bfloat16)
+    expected = reference.merge(weight[-32:], A, B[-32:], 0.5)
+    functional.lora_merge_(weight, A, B, 0.5)
+    assert (weight[-32:] != expected).float().mean() < 0.01
+    torch.testing.assert_close(weight[-32:], expected)
+
+
+def test_many_tokens_and_few_features():
+    """The grid's y and z take 65535 blocks at most: what grows with tokens must not stand there."""
+    layer = random_layer((2**21 + 7, 24, 17, 3), (torch.float32, torch.float32))
+    result = forward_backward(functional.lora_linear, layer)
+    expected = forward_backward(reference.lora_linear, layer)
+    for name in result:
+        assert relative_error(result[name], expected[name]) < 1e-4, name

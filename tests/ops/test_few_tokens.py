@@ -1,0 +1,92 @@
+"""Few tokens: the weight is streamed by a product of our own (csrc/cpu/stream.inc), every other call goes to ATen's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.layers import DTYPES, ISAS, assert_as_good_as_torch, random_layer, random_siblings, run_on_isa
+
+from lora_ext import functional
+
+# Both sides of every width the kernels take tokens in, alone and in groups, and one token more than any streams.
+TOKENS = [1, 2, 3, 4, 5, 8, 9, 16, 17, 18, 24, 32, 33]
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tokens", TOKENS)
+def test_as_good_as_torch(num_tokens, dtypes):
+    sizes = ((33, 19, 1), (70, 130, 20), (512, 48, 16))
+    assert_as_good_as_torch([random_layer((num_tokens, *size), dtypes) for size in sizes])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_siblings(dtype):
+    for num_tokens in (1, 3, 8, 27):
+        siblings = random_siblings(((num_tokens, 70), [(40, 5), (17, 20), (33, 1)]), (dtype, dtype))
+        ys = functional.lora_linear_siblings(*siblings.args())
+        for y, layer in zip(ys, siblings.layers, strict=True):
+            assert torch.equal(y, functional.lora_linear(siblings.x, *layer.args()[1:]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_the_number_of_threads(dtype):
+    layer = random_layer((4, 600, 900, 16), (dtype, dtype))
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            results.append(functional.lora_linear(*layer.args()))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_weights_of_any_strides():
+    layer = random_layer((3, 40, 24, 4))
+    expected = functional.lora_linear(*layer.args())
+    x, weight, bias, A, B, scaling = layer.args()
+    wide = torch.full((24, 64), float("nan"))
+    wide[:, :40] = weight
+    assert torch.equal(functional.lora_linear(x, wide[:, :40], bias, A, B, scaling), expected)
+    transposed = weight.T.contiguous().T  # not streamed
+    torch.testing.assert_close(functional.lora_linear(x, transposed, bias, A, B, scaling), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_features_at_all(dtype):
+    bias, B = torch.randn(5, dtype=dtype), torch.randn(5, 2, dtype=dtype)
+    for num_tokens in (1, 20, 40):
+        x, weight, A = (torch.empty(rows, 0, dtype=dtype) for rows in (num_tokens, 5, 2))
+        assert torch.equal(functional.lora_linear(x, weight, bias, A, B, 1.0), bias.expand(num_tokens, 5))
+        x, weight, A = (torch.randn(rows, 3, dtype=dtype) for rows in (num_tokens, 0, 2))
+        assert functional.lora_linear(x, weight, bias[:0], A, B[:0], 1.0).shape == (num_tokens, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_far_apart(dtype):
+    """As of a long batch's last positions: the third row begins beyond 2**31 bytes. Only what is read takes memory."""
+    layer = random_layer((3, 40, 24, 4), (dtype, dtype))
+    distance = 2**31 // (2 * dtype.itemsize) + 8
+    far = torch.empty(3 * distance, dtype=dtype).as_strided((3, 40), (distance, 1))
+    far.copy_(layer.x)
+    _, *rest = layer.args()
+    assert torch.equal(functional.lora_linear(far, *rest), functional.lora_linear(layer.x, *rest))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reads_nothing_behind_the_tensors(dtype):
+    """The last row's tail, and tokens that a kernel adds to fill its width, must not reach a result."""
+    for num_tokens in (1, 3, 7, 19):
+        for in_features in (1, 31, 33):
+            buffer = torch.full((40 * in_features + 64,), float("nan"), dtype=dtype)
+            weight = buffer[: 24 * in_features].view(24, in_features).normal_()
+            x = torch.randn(num_tokens, in_features, dtype=dtype)
+            A, B = torch.randn(3, in_features, dtype=dtype), torch.randn(24, 3, dtype=dtype)
+            assert functional.lora_linear(x, weight, None, A, B, 1.0).isfinite().all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set(isa):
+    names = ("test_as_good_as_torch", "test_siblings", "test_reads_nothing_behind_the_tensors")
+    run_on_isa(isa, *(f"{__file__}::{name}" for name in names))

@@ -1,0 +1,236 @@
+"""Tensors that an op changes in place: what PyTorch's own in-place ops refuse is refused, and nothing has changed then;
+what they take is taken, and counted as they count it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from support.layers import random_layer
+from support.merging import MERGE_OP, same_bits
+from support.op_calls import good_call, op_named, tensors_of
+from torch import Tensor
+
+from lora_ext import functional
+
+SHAPE = 6, 20
+
+
+class OneView(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor):
+        return tensor[:6]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.cat([grad, grad])
+
+
+class TwoViews(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor):
+        return tensor[:6], tensor[6:]
+
+    @staticmethod
+    def backward(ctx, first, second):
+        return torch.cat([first, second])
+
+
+def tall(requires_grad: bool = True) -> Tensor:
+    return torch.randn(12, 20, requires_grad=requires_grad)
+
+
+def under(mode: Callable, make: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def made() -> Tensor:
+        tensor = make()
+        with mode():
+            return tensor[:6]
+
+    return made
+
+
+def inference_tensor() -> Tensor:
+    with torch.inference_mode():
+        return torch.randn(SHAPE)
+
+
+KINDS: dict[str, Callable[[], Tensor]] = {
+    "plain": lambda: torch.randn(SHAPE),
+    "what a base layer returns": lambda: torch.nn.Linear(5, 20)(torch.randn(6, 5)),
+    "a view of it": lambda: torch.nn.Linear(5, 20)(torch.randn(1, 6, 5))[0],
+    "the same without a gradient": lambda: torch.nn.Linear(5, 20).requires_grad_(False)(torch.randn(1, 6, 5))[0],
+    "leaf": lambda: torch.randn(SHAPE, requires_grad=True),
+    "view of a leaf": lambda: tall()[:6],
+    "view of a plain tensor": lambda: tall(False)[:6],
+    "unbind": lambda: (tall() * 2).view(2, 6, 20).unbind()[0],
+    "unbind of a plain tensor": lambda: tall(False).view(2, 6, 20).unbind()[0],
+    "split": lambda: (tall() * 2).split(6)[1],
+    "view of one of a split": lambda: (tall() * 2).split(6)[1].view(SHAPE),
+    "view made without grad": under(torch.no_grad, lambda: tall() * 2),
+    "view of a leaf made without grad": under(torch.no_grad, tall),
+    "view of a plain tensor made without grad": under(torch.no_grad, lambda: tall(False)),
+    "view made in inference mode": under(torch.inference_mode, lambda: tall(False)),
+    "custom function's view": lambda: OneView.apply(tall() * 2),
+    "custom function's views": lambda: TwoViews.apply(tall() * 2)[0],
+    "detached": lambda: torch.randn(SHAPE, requires_grad=True).detach(),
+    "inference tensor": inference_tensor,
+}
+MODES = {"grad": contextlib.nullcontext, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+
+
+def torch_takes(make: Callable[[], Tensor], mode: str, other_requires_grad: bool) -> bool:
+    """Whether PyTorch's own op changes such a tensor."""
+    tensor, other = make(), torch.randn(SHAPE, requires_grad=other_requires_grad)
+    try:
+        with MODES[mode]():
+            tensor.add_(other)
+    except RuntimeError:
+        return False
+    return True
+
+
+def version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_lora_delta_takes_and_refuses_what_torch_does(kind, mode, requires_grad):
+    layer = random_layer((6, 24, 20, 4))
+    A, B = layer.lora_A.requires_grad_(requires_grad), layer.lora_B
+    takes = torch_takes(KINDS[kind], mode, requires_grad)
+    for run in (functional.lora_delta_, torch.ops.lora_ext.lora_delta_):
+        y = KINDS[kind]()
+        before, counted, grad_fn = y.detach().clone(), version(y), y.grad_fn
+        refusal = pytest.raises(RuntimeError, match=r"^lora_delta_: y is (a|an|one) ")
+        with contextlib.nullcontext() if takes else refusal, MODES[mode]():
+            run(y, layer.x, A, B, 0.5)
+        if not takes:
+            assert torch.equal(y.detach(), before) and version(y) == counted and y.grad_fn is grad_fn
+            continue
+        torch.testing.assert_close(y.detach(), before + 0.5 * (layer.x @ A.T @ B.T).detach())
+        if run is functional.lora_delta_ or mode != "inference_mode":  # where the function counts what the op changes
+            assert counted is None or version(y) == counted + 1
+        if mode == "grad":
+            assert y.requires_grad == (requires_grad or KINDS[kind]().requires_grad)
+
+
+def test_the_kinds_are_both():
+    """The cases above have both outcomes, refused and taken, in every mode that refuses anything."""
+    for mode, requires_grad in (("grad", False), ("grad", True), ("no_grad", False), ("inference_mode", True)):
+        taken = [torch_takes(make, mode, requires_grad) for make in KINDS.values()]
+        assert any(taken) and all(taken) == (mode == "inference_mode")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["frozen", "trained"])
+def test_compiled(mode, requires_grad):
+    layer, base = random_layer((6, 24, 20, 4)), torch.nn.Linear(5, 20).requires_grad_(False)
+    B, z = layer.lora_B.requires_grad_(requires_grad), torch.randn(1, 6, 5)
+
+    def adapted(z):
+        return functional.lora_delta_(base(z)[0], layer.x, layer.lora_A, B, 0.5)
+
+    torch._dynamo.reset()
+    with MODES[mode]():
+        result = torch.compile(adapted, fullgraph=True, backend="aot_eager")(z)
+        torch.testing.assert_close(result, adapted(z))
+    assert result.requires_grad == (requires_grad and mode == "grad")
+
+
+def test_a_change_that_the_op_refuses_is_not_counted():
+    layer = random_layer((6, 24, 20, 4))
+    y = torch.randn(SHAPE)
+    for A in (torch.randn(4, 23), torch.randn(4, 23, requires_grad=True)):
+        with pytest.raises(ValueError, match="lora_delta_: lora_A has in_features=23"):
+            functional.lora_delta_(y, layer.x, A, layer.lora_B, 0.5)
+    assert y._version == 0
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_saved_tensors_are_found_to_have_changed_in_every_mode(requires_grad):
+    """In inference mode too, where PyTorch skips autograd's own kernels."""
+    layer = random_layer((6, 24, 20, 4))
+    for mode in MODES.values():
+        y, factor = torch.randn(SHAPE), torch.randn(SHAPE, requires_grad=True)
+        product = y * factor
+        with mode():
+            functional.lora_delta_(y, layer.x, layer.lora_A.requires_grad_(requires_grad), layer.lora_B, 0.5)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.sum().backward()
+
+
+# --- merging ----------------------------------------------------------------------------------------------------------
+
+MERGES = ("lora_merge_", "lora_unmerge_", MERGE_OP)
+
+
+def merge_call(op: str, make: Callable[[], Tensor]) -> dict:
+    """A call of the op on such a tensor, and another one."""
+    call = good_call(op)
+    weights = [make(), torch.randn(5, 300)]
+    factors = [(torch.randn(2, weight.shape[1]), torch.randn(weight.shape[0], 2)) for weight in weights]
+    call |= {"weights": weights, "lora_As": [A for A, _ in factors], "lora_Bs": [B for _, B in factors]}
+    if "words" in call:
+        call["words"] = [torch.zeros(w.shape[0], -(-w.shape[1] // 256), dtype=torch.int16) for w in weights]
+        call["corrections"] = [torch.empty(0, dtype=torch.int16) for _ in weights]
+    return call
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("op", MERGES)
+def test_merges_take_and_refuse_what_torch_does(op, kind, mode):
+    takes = torch_takes(KINDS[kind], mode, False) and not (mode == "grad" and KINDS[kind]().requires_grad)
+    call = merge_call(op, KINDS[kind])
+    before = [weight.detach().clone() for weight in call["weights"]]
+    counted = [version(weight) for weight in call["weights"]]
+    text = rf"^{op}: (weight requires grad|weights\[0\] is an inference tensor)"
+    with contextlib.nullcontext() if takes else pytest.raises(RuntimeError, match=text), MODES[mode]():
+        op_named(op)(**call)
+    for weight, old, count in zip(call["weights"], before, counted, strict=True):
+        assert same_bits(weight, old) != takes
+        assert count is None or version(weight) == count + takes
+
+
+@pytest.mark.parametrize("kind", ["leaf", "view of a leaf", "split", "inference tensor"])
+def test_merging_functions_refuse_them(kind):
+    weight = KINDS[kind]()
+    before, A, B = weight.detach().clone(), torch.randn(2, 20), torch.randn(6, 2)
+    record = functional.lora_merge_(before.clone(), A, B, 0.5)
+    text = "weight (requires grad|is an inference tensor)"
+    with pytest.raises(RuntimeError, match=f"^lora_merge_: {text}"):
+        functional.lora_merge_(weight, A, B, 0.5)
+    with pytest.raises(RuntimeError, match=f"^lora_unmerge_: {text}"):
+        functional.lora_unmerge_(weight, record)
+    assert same_bits(weight, before)
+
+
+# --- lazy views -------------------------------------------------------------------------------------------------------
+
+
+def lazy_views(tensor: Tensor) -> Iterator[Tensor]:
+    """The same values, which PyTorch computes when they are read."""
+    yield torch._neg_view(-tensor)
+    if tensor.dtype == torch.float32:
+        yield torch.complex(torch.zeros_like(tensor), -tensor).conj().imag
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_lazy_view_cannot_change(mode):
+    for op in ("lora_delta_", *MERGES):
+        call = good_call(op)
+        name = "y" if op == "lora_delta_" else "weights"
+        for lazy in lazy_views(call["y"] if op == "lora_delta_" else call["weights"][0]):
+            lazy_call = call | {name: lazy if op == "lora_delta_" else [lazy, call["weights"][1]]}
+            before = [tensor.clone() for _, _, tensor in tensors_of(lazy_call)]
+            with MODES[mode](), pytest.raises(ValueError, match=rf"^{op}: (y|weights\[0\]) is a lazy view.*clone"):
+                op_named(op)(**lazy_call)
+            assert all(map(torch.equal, before, [tensor for _, _, tensor in tensors_of(lazy_call)]))
+    weight = torch._neg_view(torch.randn(5, 7))
+    with pytest.raises(ValueError, match=r"^lora_merge_: weight is a lazy view.*weight\.clone"):
+        functional.lora_merge_(weight, torch.randn(2, 7), torch.randn(5, 2), 0.5)

@@ -1,0 +1,336 @@
+"""torch.ops.lora_ext.lora_linear and its backward: numbers, and what they must not compute or keep."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.layers import (
+    DTYPES,
+    ISAS,
+    SHAPES,
+    assert_as_good_as_torch,
+    forward_backward,
+    random_layer,
+    random_layers,
+    relative_error,
+    run_on_isa,
+    saved_bytes,
+)
+from torch import nn
+
+from lora_ext import functional, reference
+
+SEED = torch.tensor(0x1234_5678_9ABC_DEF0 >> 1)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients(shape, dtypes, dropout_p):
+    assert_as_good_as_torch(random_layers(shape, dtypes, bias=shape[1] % 2 == 0), dropout_p, SEED)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.tuples(st.integers(0, 70), st.integers(1, 300), st.integers(1, 300), st.integers(1, 40)),
+    dtypes=st.sampled_from(DTYPES),
+    dropout_p=st.sampled_from([0.0, 0.1, 0.5]),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_any_shape(shape, dtypes, dropout_p, seed):
+    torch.manual_seed(seed)
+    assert_as_good_as_torch(random_layers(shape, dtypes), dropout_p, torch.tensor(seed))
+
+
+def test_memory_is_poisoned_yet_nothing_of_it_shows():
+    """Outputs and scratch memory are written before they are read, also after a larger call left rubbish behind."""
+    torch.use_deterministic_algorithms(True)  # fills fresh tensors with NaN
+    try:
+        nan_layer = random_layer((64, 200, 300, 20))
+        nan_layer.x.fill_(float("nan"))
+        forward_backward(functional.lora_linear, nan_layer, 0.3, SEED)
+        layer = random_layer((33, 97, 131, 3))
+        assert_as_good_as_torch(layer, 0.3, SEED)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("leading", [(2, 3), (1, 5), (2, 1, 4), (2, 0, 3)])
+def test_leading_dimensions(leading):
+    layer = random_layer((0, 20, 12, 4), leading=leading)
+    result = forward_backward(functional.lora_linear, layer)
+    assert result["y"].shape == (*leading, 12)
+    assert_as_good_as_torch(layer)
+
+
+def test_one_dimension():
+    layer = random_layer((1, 20, 12, 4))
+    y = functional.lora_linear(layer.x[0], *layer.args()[1:])
+    torch.testing.assert_close(y, reference.lora_linear(*layer.args())[0])
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.transpose(0, 1),
+        lambda x: x[:, ::2],
+        lambda x: x[..., 3:23],
+        lambda x: x[..., ::2],
+        lambda x: x.transpose(1, 2),
+        lambda x: x[:1].expand(6, -1, -1),
+        lambda x: x[0, 0].expand(2, 3, -1),
+    ],
+    ids=[
+        "swapped",
+        "every-other-token",
+        "column-slice",
+        "every-other-column",
+        "features-strided",
+        "expanded",
+        "one-row",
+    ],
+)
+def test_x_and_grad_y_of_any_strides(view):
+    x, grad_y = view(torch.randn(6, 30, 40)), view(torch.randn(6, 30, 40))
+    layer = random_layer((0, x.shape[-1], grad_y.shape[-1], 4))
+    layer.x, layer.grad_y = x, grad_y
+    leaf = x.detach().requires_grad_()  # the same view, not a copy of it
+    y = functional.lora_linear(leaf, *layer.args()[1:], 0.3, SEED)
+    (grad_x,) = torch.autograd.grad(y, leaf, grad_y)
+    expected = forward_backward(reference.lora_linear, layer, 0.3, SEED)
+    torch.testing.assert_close(y, expected["y"])
+    torch.testing.assert_close(grad_x, expected["grad_x"])
+
+
+def test_noncontiguous_parameters():
+    layer = random_layer((5, 20, 12, 4))
+    expected = functional.lora_linear(*layer.args())
+    layer.weight = layer.weight.T.contiguous().T
+    layer.lora_A, layer.lora_B = layer.lora_A.T.contiguous().T, layer.lora_B.T.contiguous().T
+    layer.bias = torch.stack([layer.bias, layer.bias], 1)[:, 0]
+    torch.testing.assert_close(functional.lora_linear(*layer.args()), expected)
+
+
+def test_gradcheck():
+    layer = random_layer((5, 7, 6, 3), (torch.float64, torch.float64))
+    tensors = [t.requires_grad_() for t in (layer.x, layer.weight, layer.bias, layer.lora_A, layer.lora_B)]
+    assert torch.autograd.gradcheck(lambda *t: functional.lora_linear(*t, 0.7, 0.4, SEED), tensors)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (3,), (4,), (0, 3), (3, 4), (0, 1, 2, 3, 4)], ids=str)
+def test_each_gradient_alone_equals_its_part_of_all(wanted):
+    layer = random_layer((40, 33, 50, 5))
+    every = [t.clone().requires_grad_() for t in (layer.x, layer.weight, layer.bias, layer.lora_A, layer.lora_B)]
+    some = [t.detach().clone().requires_grad_(i in wanted) for i, t in enumerate(every)]
+    all_grads = torch.autograd.grad(functional.lora_linear(*every, 0.7, 0.3, SEED), every, layer.grad_y)
+    y = functional.lora_linear(*some, 0.7, 0.3, SEED)
+    grads = torch.autograd.grad(y, [some[i] for i in wanted], layer.grad_y)
+    for i, grad in zip(wanted, grads, strict=True):
+        torch.testing.assert_close(grad, all_grads[i], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "output_mask", [(False, False, False), (True, False, False), (False, True, False), (False, False, True)], ids=str
+)
+def test_backward_returns_only_what_is_asked(output_mask):
+    layer = random_layer((5, 20, 12, 4))
+    _, xa, mask = torch.ops.lora_ext.lora_linear(*layer.args(), 0.3, SEED)
+    grads = torch.ops.lora_ext.lora_linear_backward(
+        layer.grad_y,
+        layer.x if output_mask[1] else None,
+        layer.weight,
+        layer.lora_A,
+        layer.lora_B,
+        xa if output_mask[2] else None,
+        mask,
+        layer.scaling,
+        0.3,
+        output_mask,
+    )
+    assert tuple(grad is not None for grad in grads) == output_mask
+
+
+@pytest.mark.parametrize("frozen", ["", "A", "B", "x"])
+def test_saves_x_xa_and_one_bit_per_element(frozen):
+    layer = random_layer((64, 128, 96, 4))
+    x = layer.x.requires_grad_("x" not in frozen)
+    weight, bias = (nn.Parameter(t, requires_grad=False) for t in (layer.weight, layer.bias))
+    A = nn.Parameter(layer.lora_A, requires_grad="A" not in frozen)
+    B = nn.Parameter(layer.lora_B, requires_grad="B" not in frozen)
+    saved = saved_bytes(lambda: functional.lora_linear(x, weight, bias, A, B, 0.5, 0.1, SEED))
+    expected = [((64, 16), 64 * 16)]  # the mask: 128 bits a row
+    if frozen != "A":
+        expected.append(((64, 128), x.nbytes))  # shared with x's producer
+    if frozen != "B":
+        expected.append(((64, 4), 64 * 4 * 4))
+    assert sorted(saved) == sorted(expected)
+
+
+def test_without_gradients_nothing_is_kept():
+    layer = random_layer((64, 128, 96, 4))
+    layer.lora_A.requires_grad_()
+    with torch.no_grad():
+        assert not functional.lora_linear(*layer.args()).requires_grad
+    layer.lora_A.requires_grad_(False)
+    assert functional.lora_linear(*layer.args()).grad_fn is None
+
+
+def test_frozen_weight_is_never_written_or_given_a_gradient():
+    layer = random_layer((33, 64, 48, 4))
+    before = layer.weight.clone()
+    version = layer.weight._version
+    A = layer.lora_A.requires_grad_()
+    functional.lora_linear(*layer.args(), 0.1).sum().backward()
+    assert torch.equal(layer.weight, before) and layer.weight._version == version
+    assert layer.weight.grad is None and A.grad is not None
+
+
+def test_float32_adapters_over_16_bits_keep_float32_gradients():
+    """A float32 master adapter must see gradients finer than bfloat16's rounding."""
+    layer = random_layer((64, 96, 80, 4), (torch.bfloat16, torch.float32))
+    exact = forward_backward(reference.lora_linear, layer.to(torch.float64))
+    ours = forward_backward(functional.lora_linear, layer)
+    assert ours["grad_A"].dtype == ours["grad_B"].dtype == torch.float32
+    assert relative_error(ours["grad_A"], exact["grad_A"]) < 1e-5
+    assert relative_error(ours["grad_B"], exact["grad_B"]) < 1e-5
+
+
+# --- dropout ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 64), (33, 100), (40, 384), (5, 1000)], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.001, 0.1, 0.5, 0.999])
+def test_mask_is_the_reference_mask(shape, dropout_p):
+    seed = torch.randint(2**63 - 1, ())
+    mask = torch.ops.lora_ext.lora_dropout_mask(seed, *shape, dropout_p)
+    assert torch.equal(reference.unpack_mask(mask, shape[1]), reference.dropout_keep(int(seed), *shape, dropout_p))
+
+
+def test_the_op_uses_that_mask():
+    layer = random_layer((40, 100, 12, 4))
+    mask = torch.ops.lora_ext.lora_linear(*layer.args(), 0.3, SEED)[2]
+    standalone = torch.ops.lora_ext.lora_dropout_mask(SEED, 40, 100, 0.3)
+    assert torch.equal(reference.unpack_mask(mask, 100), reference.unpack_mask(standalone, 100))
+
+
+def test_mask_does_not_depend_on_threads_dtype_or_strides():
+    layer = random_layer((200, 130, 12, 4))
+
+    def mask(x, threads):
+        torch.set_num_threads(threads)
+        try:
+            converted = layer.to(x.dtype)
+            return torch.ops.lora_ext.lora_linear(x, *converted.args()[1:], 0.3, SEED)[2]
+        finally:
+            torch.set_num_threads(2)
+
+    expected = reference.dropout_keep(int(SEED), 200, 130, 0.3)
+    for x in (layer.x, layer.x.bfloat16(), layer.x.double(), layer.x.T.contiguous().T):
+        for threads in (1, 2, 3):
+            assert torch.equal(reference.unpack_mask(mask(x, threads), 130), expected)
+
+
+@pytest.mark.parametrize("dropout_p", [1e-9, 0.0])
+def test_dropout_below_the_resolution_is_none(dropout_p):
+    layer = random_layer((5, 20, 12, 4))
+    y, _, mask = torch.ops.lora_ext.lora_linear(*layer.args(), dropout_p, SEED)
+    assert mask.numel() == 0
+    assert torch.equal(y, functional.lora_linear(*layer.args()))
+
+
+def test_manual_seed_reproduces_and_advances():
+    layer = random_layer((40, 100, 12, 4))
+    torch.manual_seed(3)
+    first, second = (functional.lora_linear(*layer.args(), 0.5) for _ in range(2))
+    torch.manual_seed(3)
+    assert torch.equal(functional.lora_linear(*layer.args(), 0.5), first)
+    assert not torch.equal(first, second)
+
+
+def test_dropout_is_unbiased():
+    layer = random_layer((1, 4000, 3, 2))
+    x = layer.x.expand(4000, -1)
+    dropped = functional.lora_linear(x, *layer.args()[1:], 0.25, SEED).double()
+    exact = functional.lora_linear(*layer.args())[0].double()
+    standard_error = dropped.std(0) / 4000**0.5
+    assert ((dropped.mean(0) - exact).abs() < 5 * standard_error).all()
+
+
+# --- determinism and threads ------------------------------------------------------------------------------------------
+
+
+def test_repeated_runs_are_bit_identical():
+    layer = random_layer((500, 300, 200, 8))
+    first = forward_backward(functional.lora_linear, layer, 0.1, SEED)
+    for _ in range(3):
+        again = forward_backward(functional.lora_linear, layer, 0.1, SEED)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 5])
+def test_any_number_of_threads(threads):
+    layer = random_layer((100, 97, 131, 8))
+    torch.set_num_threads(threads)
+    try:
+        assert_as_good_as_torch(layer, 0.3, SEED)
+    finally:
+        torch.set_num_threads(2)
+
+
+def test_concurrent_callers():
+    """Scratch memory belongs to the calling thread."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    layers = [random_layer((60, 50 + i, 70 - i, 1 + i)) for i in range(8)]
+    expected = [forward_backward(functional.lora_linear, layer, 0.3, SEED) for layer in layers]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            results = pool.map(lambda layer: forward_backward(functional.lora_linear, layer, 0.3, SEED), layers)
+            for result, wanted in zip(results, expected, strict=True):
+                for name in wanted:
+                    torch.testing.assert_close(result[name], wanted[name])
+
+
+def test_recovers_from_running_out_of_memory():
+    """A call that cannot get its scratch memory fails alone; the next one works."""
+    code = """if True:
+        import resource, torch
+        from lora_ext import functional, reference
+        def call(rank):
+            x, weight, A, B = (torch.randn(size) for size in ((40, 8), (6, 8), (rank, 8), (6, rank)))
+            torch.testing.assert_close(
+                functional.lora_linear(x, weight, None, A, B, 0.01), reference.lora_linear(x, weight, None, A, B, 0.01)
+            )
+        call(8)
+        pages = int(open("/proc/self/statm").read().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 500 * 2**20,) * 2)
+        try:
+            call(1_000_000)
+        except (MemoryError, RuntimeError) as error:
+            print("refused:", type(error).__name__)
+        call(8)
+        call(300)
+        print("recovered")
+    """
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "refused:" in result.stdout and "recovered" in result.stdout, (result.returncode, result.stderr[-2000:])
+
+
+# --- instruction sets -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set(isa):
+    names = ("test_values_and_gradients", "test_mask_is_the_reference_mask", "test_any_number_of_threads")
+    run_on_isa(isa, *(f"{__file__}::{name}" for name in names))
+
+
+def test_unknown_instruction_set_fails_the_import():
+    command = [sys.executable, "-c", "import lora_ext"]
+    result = subprocess.run(command, env={**os.environ, "LORA_EXT_CPU_ISA": "mmx"}, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "ImportError: lora_ext: LORA_EXT_CPU_ISA is 'mmx', want one of" in result.stderr

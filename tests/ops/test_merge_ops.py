@@ -1,0 +1,189 @@
+"""The merge ops as such: schemas, fakes and what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.merging import MERGE_OP, hard_weight, same_bits, update_factors
+
+from lora_ext import functional
+from lora_ext.merging.weights import merge_all_, pack_factors
+
+
+def op_arguments(dtype: torch.dtype = torch.float32):
+    """Weights and factors, and the words and corrections that their merge leaves."""
+    weights = [hard_weight(5, 300, dtype), hard_weight(3, 20, dtype)]
+    factors = [pack_factors(dtype, [update_factors(weight, 2, 0.1)]) for weight in weights]
+    arguments = weights, [A for A, _ in factors], [B for _, B in factors]
+    records = merge_all_("test", [weight.clone() for weight in weights], *arguments[1:])
+    return arguments, [record.words for record in records], [record.corrections for record in records]
+
+
+def no_corrections(weight: torch.Tensor) -> tuple[list[torch.Tensor], ...]:
+    """What MERGE_OP takes after the factors."""
+    if MERGE_OP == "lora_merge_record_":
+        return ()
+    segments = -(-weight.shape[1] // 256)
+    return [torch.zeros(weight.shape[0], segments, dtype=torch.int16)], [torch.empty(0, dtype=torch.int16)]
+
+
+OPCHECKS = ["test_schema", "test_autograd_registration", "test_faketensor"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype):
+    arguments, words, corrections = op_arguments(dtype)
+    ops = torch.ops.lora_ext
+    torch.library.opcheck(ops.lora_merge_.default, arguments)
+    if MERGE_OP == "lora_merge_record_":
+        # Not compiled: the dispatcher's functionalisation knows no op that changes a list and returns lists.
+        torch.library.opcheck(ops.lora_merge_record_.default, arguments, test_utils=OPCHECKS)
+    else:
+        torch.library.opcheck(ops.lora_merge_plan.default, arguments)
+        torch.library.opcheck(ops.lora_merge_planned_.default, (*arguments, words, corrections))
+    ops.lora_merge_(*arguments)
+    torch.library.opcheck(ops.lora_unmerge_.default, (*arguments, words, corrections))
+
+
+def test_ops_refuse_bad_records():
+    arguments, words, corrections = op_arguments()
+    before = [weight.clone() for weight in arguments[0]]
+    bad = {
+        r"words\[0\] must be int16 \[5, 2\], contiguous": (words[::-1], corrections),
+        r"words\[1\] must be int16 \[3, 1\], contiguous": ([words[0], words[1].int()], corrections),
+        "there are 2 weights, but 2 words and 1 corrections": (words, corrections[:1]),
+        "there are 2 weights, but 0 words and 2 corrections": ([], corrections),
+        r"corrections\[0\] must be an int16 vector": (words, [c.int() for c in corrections]),
+    }
+    for op in {"lora_unmerge_", MERGE_OP} - {"lora_merge_record_"}:
+        for text, record in bad.items():
+            with pytest.raises(RuntimeError, match=text):
+                getattr(torch.ops.lora_ext, op)(*arguments, *record)
+    assert all(map(same_bits, arguments[0], before))
+
+
+def test_a_record_of_rubbish_stays_inside_its_memory():
+    """Whatever words and corrections say, nothing but the weights is written (run under a sanitizer to see more)."""
+    (weights, As, Bs), words, corrections = op_arguments()
+    whole = torch.randn(5, 400)
+    view, before = whole[:, 50:350], whole.clone()
+    for rubbish in (lambda w: w * 0, lambda w: w * 7, lambda w: -w, lambda w: w + 1, lambda w: w * 0 + 2**15 - 1):
+        numbers = [torch.randint(-(2**15), 2**15, c.shape, dtype=torch.int16) for c in corrections]
+        torch.ops.lora_ext.lora_unmerge_([view, weights[1]], As, Bs, [rubbish(w) for w in words], numbers)
+    assert same_bits(whole[:, :50], before[:, :50]) and same_bits(whole[:, 350:], before[:, 350:])
+
+
+def test_ops_refuse_lists_that_do_not_fit():
+    (weights, As, Bs), *_ = op_arguments()
+    bad = {
+        "weights is empty, want at least one": ([], As, Bs),
+        "there are 2 weights, but 1 lora_As and 2 lora_Bs": (weights, As[:1], Bs),
+        r"weights\[1\] has another dtype than weights\[0\]": ([weights[0], weights[1].half()], As, Bs),
+        r"lora_As\[0\] must have the accumulation dtype": ([w.double() for w in weights], As, Bs),
+        r"lora_As\[1\] has in_features=20 but weights\[1\] has 19": ([weights[0], weights[1][:, 1:]], As, Bs),
+    }
+    for text, arguments in bad.items():
+        with pytest.raises(RuntimeError, match=text):
+            torch.ops.lora_ext.lora_merge_(*arguments)
+
+
+def whole(*shape: int) -> torch.Tensor:
+    return torch.randn(shape)
+
+
+SHARING = {
+    "one weight twice": lambda w: {"weights": [w, w]},
+    "rows of another": lambda w: {"weights": [w, w[2:], w[:2]]},
+    "overlapping rows": lambda w: (lambda v: {"weights": [v[:4], v[3:7]]})(whole(7, 20)),
+    "overlapping columns": lambda w: (lambda v: {"weights": [v[:, :12], v[:, 11:30]]})(whole(4, 30)),
+    "lora_A in the weight": lambda w: {"weights": [w], "lora_As": [w[:2]]},
+    "lora_B in the weight": lambda w: {"weights": [w], "lora_Bs": [w[:, :2]]},
+    "lora_A of one in another": lambda w: (lambda v: {"weights": [w, v], "lora_As": [v[1:3], None]})(whole(4, 20)),
+    "expanded": lambda w: {"weights": [w[:1].expand(4, 20)]},
+    "overlapping rows of its own": lambda w: {"weights": [w.as_strided((4, 20), (5, 1))]},
+}
+
+
+@pytest.mark.parametrize("case", SHARING)
+def test_weights_and_factors_that_share_memory_are_refused(case):
+    """One update would be read while another is written, or counted twice."""
+    for op in {"lora_merge_", "lora_unmerge_", MERGE_OP}:
+        lists = SHARING[case](torch.randn(4, 20))
+        weights = lists["weights"]
+        As, Bs = lists.get("lora_As", [None] * len(weights)), lists.get("lora_Bs", [None] * len(weights))
+        As = [torch.randn(2, w.shape[1]) if A is None else A for A, w in zip(As, weights, strict=True)]
+        Bs = [torch.randn(w.shape[0], 2) if B is None else B for B, w in zip(Bs, weights, strict=True)]
+        record = {"lora_merge_record_": (), "lora_merge_": ()}.get(op, ([], []))
+        before = [tensor.clone() for tensor in (*weights, *As, *Bs)]
+        with pytest.raises(RuntimeError, match=rf"{op}: weights\[\d\] (shares memory with|has row stride \d+ but)"):
+            getattr(torch.ops.lora_ext, op)(weights, As, Bs, *record)
+        assert all(map(same_bits, before, (*weights, *As, *Bs)))
+
+
+def test_neighbours_in_memory_are_merged():
+    """Rows and columns side by side, factors that two layers share, and factors next to a weight."""
+    memory = torch.randn(9, 40)
+    weights = [memory[:4, :20], memory[:4, 20:], memory[4:8]]
+    A, B = torch.randn(2, 20), memory[8].view(10, 4)[:4, :2]  # behind the last weight
+    As, Bs = [A, A, torch.randn(2, 40)], [B, B, torch.randn(4, 2)]
+    before = memory.clone()
+    torch.ops.lora_ext.lora_merge_(weights, As, Bs)
+    for weight, own_A, own_B, old in zip(weights, As, Bs, (before[:4, :20], before[:4, 20:], before[4:8]), strict=True):
+        torch.testing.assert_close(weight, old + own_B @ own_A)
+    assert same_bits(memory[8], before[8])
+
+
+def test_a_record_that_shares_memory_with_a_weight_is_refused():
+    (weights, As, Bs), words, corrections = op_arguments()
+    before = [weight.clone() for weight in weights]
+    inside = weights[0].view(torch.int16).flatten()
+    for record in (([inside[:10].view(5, 2), words[1]], corrections), (words, [inside[:7], corrections[1]])):
+        with pytest.raises(
+            RuntimeError, match=r"lora_unmerge_: weights\[0\] shares memory with (word|correction)s\[0\]"
+        ):
+            torch.ops.lora_ext.lora_unmerge_(weights, As, Bs, *record)
+    assert all(map(same_bits, weights, before))
+
+
+def test_more_rows_or_columns_than_the_kernels_count():
+    """Where there is hardly any memory in them: a size of zero, or a fake tensor."""
+    for shape in ((2**30 + 1, 0), (0, 2**30 + 1)):
+        weight, A, B = (
+            torch.empty(shape),
+            torch.empty(2, shape[1], device="meta"),
+            torch.empty(shape[0], 2, device="meta"),
+        )
+        with pytest.raises(ValueError, match=r"weights\[0\] has shape .*, want at most 2\*\*30 rows and columns"):
+            torch.ops.lora_ext.lora_merge_([weight.to("meta")], [A], [B])
+
+
+def test_saved_weight_is_detected_as_changed():
+    """Stable-ABI kernels do not tell autograd that they mutate; the ops' autograd kernels do."""
+    weight, A, B = torch.randn(4, 5), torch.randn(2, 5), torch.randn(4, 2)
+    for op, record in {"lora_merge_": (), "lora_unmerge_": ([], []), MERGE_OP: no_corrections(weight)}.items():
+        x = torch.randn(3, 5, requires_grad=True)
+        y = x @ weight.T
+        getattr(torch.ops.lora_ext, op)([weight], [A], [B], *record)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+def test_weight_that_requires_grad_is_refused():
+    weight = torch.randn(4, 5, requires_grad=True)
+    before = weight.detach().clone()
+    A, B = torch.randn(2, 5), torch.randn(4, 2)
+    for merge in (
+        lambda: functional.lora_merge_(weight, A, B, 1.0),
+        lambda: torch.ops.lora_ext.lora_merge_([weight], [A], [B]),
+        lambda: getattr(torch.ops.lora_ext, MERGE_OP)([weight], [A], [B], *no_corrections(weight)),
+    ):
+        with pytest.raises(RuntimeError, match=r"weight requires grad.*requires_grad_\(False\)"):
+            merge()
+    assert torch.equal(weight, before)
+    with torch.no_grad():
+        record = functional.lora_merge_(weight, A, B, 1.0)
+    with pytest.raises(RuntimeError, match="lora_unmerge_: weight requires grad"):
+        functional.lora_unmerge_(weight, record)
+    with torch.no_grad():
+        functional.lora_unmerge_(weight, record)
+    assert same_bits(weight, before)

@@ -1,0 +1,129 @@
+"""Every argument of every public function given no tensor, no dense tensor or no number: the error names it."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import get_args, get_origin, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+from support.layers import random_layer, random_siblings
+from torch import Tensor
+
+from lora_ext import functional
+from lora_ext._common.arguments import _test
+
+SEED = torch.tensor(7)
+
+
+def good_calls() -> dict[str, dict]:
+    layer = random_layer((6, 24, 20, 4))
+    x, weights, biases, As, Bs, scalings = random_siblings(((6, 24), ((20, 4), (12, 3)))).args()
+    factors = {"lora_A": layer.lora_A, "lora_B": layer.lora_B}
+    dropout = {"dropout_p": 0.3, "seed": SEED}
+    lists = {"weights": weights, "biases": biases, "lora_As": As, "lora_Bs": Bs, "scalings": scalings}
+    narrow = {"down_weight": torch.randn(3, 24), "down_bias": torch.randn(3), "up_weight": torch.randn(24, 3)}
+    merged = layer.weight.clone()
+    record = functional.lora_merge_(merged, layer.lora_A, layer.lora_B, 0.5)
+    return {
+        "lora_linear": {"x": layer.x, "weight": layer.weight, "bias": layer.bias, **factors, "scaling": 0.5} | dropout,
+        "lora_delta_": {"y": layer.grad_y, "x": layer.x, **factors, "scaling": 0.5} | dropout,
+        "lora_linear_siblings": {"x": x} | lists | dropout,
+        "bottleneck": {"x": layer.x, **narrow, "up_bias": torch.randn(24), "activation": "relu", "residual": layer.x},
+        "lora_merge_": {"weight": layer.weight, **factors, "scaling": 0.5, "record": True},
+        "lora_unmerge_": {"weight": merged, "record": record},
+    }
+
+
+# draw_seed takes a device, as torch.empty does.
+FUNCTIONS = [
+    name for name in functional.__all__ if inspect.isfunction(getattr(functional, name)) and name != "draw_seed"
+]
+PLACES = [
+    (name, argument) for name in FUNCTIONS for argument in inspect.signature(getattr(functional, name)).parameters
+]
+
+NO_TENSORS = {
+    "None": None,
+    "int": 3,
+    "str": "a",
+    "list": [1.0, 2.0],
+    "array": np.ones((6, 24), dtype=np.float32),
+    "bytes": b"a",
+    "class": Tensor,
+}
+ODD_TENSORS = {
+    "sparse": torch.eye(24).to_sparse(),
+    "sparse rows": torch.eye(24).to_sparse_csr(),
+    "nested": torch.nested.nested_tensor([torch.ones(2, 24), torch.ones(3, 24)], layout=torch.jagged),
+    "complex": torch.ones(6, 24, dtype=torch.complex64),
+    "conjugate": torch.ones(6, 24, dtype=torch.complex64).conj(),
+    "bool": torch.ones(6, 24, dtype=torch.bool),
+    "float8": torch.ones(6, 24).to(torch.float8_e4m3fn),
+    "bits": torch.empty(6, 24, dtype=torch.bits8),
+    "meta": torch.empty(6, 24, device="meta"),
+}
+if hasattr(torch, "quantize_per_tensor"):  # deprecated in 2.13
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ODD_TENSORS["quantised"] = torch.quantize_per_tensor(torch.ones(6, 24), 0.1, 0, torch.qint8)
+
+
+def wrong_values(hint: object) -> Iterator[tuple[str, object]]:
+    """Values that the annotation excludes, and tensors that are not dense, elsewhere, or of an unknown dtype."""
+    for what, value in NO_TENSORS.items():
+        if not _test(hint)(value):
+            yield what, value
+        if get_origin(hint) is Sequence and not _test(hint)([value]):
+            yield what, [value]
+    if Tensor in (hint, *get_args(hint)):
+        yield from ODD_TENSORS.items()
+    elif get_origin(hint) is Sequence and hint != Sequence[float]:
+        yield from ((what, [value]) for what, value in ODD_TENSORS.items())
+
+
+@pytest.mark.parametrize(("name", "argument"), PLACES)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_the_error_names_the_argument(name, argument, requires_grad):
+    function, call = getattr(functional, name), good_calls()[name]
+    if requires_grad and "merge" not in name:
+        call["x"].requires_grad_()
+    tensors = [value for value in call.values() if isinstance(value, Tensor)]
+    before = [tensor.detach().clone() for tensor in tensors]
+    for what, value in wrong_values(get_type_hints(function)[argument]):
+        bad = [*value, *call[argument][1:]] if isinstance(call[argument], list) and isinstance(value, list) else value
+        with pytest.raises((TypeError, ValueError), match=rf"^{name}: .*\b{argument}\b") as error:
+            function(**call | {argument: bad})
+        assert isinstance(error.value, TypeError) or what not in NO_TENSORS, what
+        assert all(map(torch.equal, tensors, before)), what
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_no_argument_is_forgotten(name):
+    """Every public function has a call above, and annotations that tell what its arguments are."""
+    assert list(good_calls()[name]) == list(inspect.signature(getattr(functional, name)).parameters)
+    getattr(functional, name)(**good_calls()[name])
+
+
+def test_numbers_of_other_kinds():
+    call = good_calls()["lora_linear"]
+    expected = functional.lora_linear(**call)
+    for scaling in (np.float64(0.5), np.float32(0.5), torch.tensor(0.5)):
+        assert torch.equal(functional.lora_linear(**call | {"scaling": scaling}), expected)
+    with pytest.raises(ValueError, match="^lora_linear: scaling is 1000.*, want a finite number"):
+        functional.lora_linear(**call | {"scaling": 10**400})
+
+
+class Named(Tensor):
+    """A subclass that leaves all to PyTorch."""
+
+
+def test_subclasses_go_on_working():
+    call = good_calls()["lora_linear"]
+    expected = functional.lora_linear(**call)
+    for name in ("x", "weight", "lora_A"):
+        result = functional.lora_linear(**call | {name: call[name].as_subclass(Named)})
+        assert isinstance(result, Named) and torch.equal(result.as_subclass(Tensor), expected)

@@ -1,0 +1,239 @@
+"""Merging accelerated PEFT layers: PEFT's bookkeeping and errors, and every bit of the weights back."""
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+from support.models import assert_unchanged, llama, snapshot, token_ids
+from support.peft_pairs import MODELS, config, factors, logits, model_pair, pair, set_active
+from torch import nn
+
+from lora_ext.merging.weights import MergeRecord
+
+INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+
+
+def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" not in name}
+
+
+def changed_elements(model: nn.Module, before: dict[str, torch.Tensor]) -> int:
+    after = base_weights(model)
+    assert after.keys() == before.keys()
+    return sum(
+        (weight.view(INTEGERS[weight.dtype]) != before[name].view(INTEGERS[weight.dtype])).sum().item()
+        for name, weight in after.items()
+    )
+
+
+def scaled_up(theirs: nn.Module, ours: nn.Module) -> None:
+    """Updates of about a tenth of the weights."""
+    for model in (theirs, ours):
+        for factor in factors(model).values():
+            factor.data.mul_(0.3)
+
+
+@pytest.mark.parametrize("dtype", list(INTEGERS), ids=str)
+@pytest.mark.parametrize("name", list(MODELS))
+def test_unmerge_restores_every_bit_where_peft_does_not(name, dtype):
+    theirs, ours = model_pair(name, dtype)
+    scaled_up(theirs, ours)
+    before, ids = base_weights(ours), token_ids()
+    expected = logits(ours, ids)
+    for model in (theirs, ours):
+        model.merge_adapter()
+    merged = [base_weights(model) for model in (theirs, ours)]
+    for key, weight in merged[0].items():
+        torch.testing.assert_close(merged[1][key], weight, rtol=2 * torch.finfo(dtype).eps, atol=1e-7, msg=key)
+    assert changed_elements(ours, before) > 1000
+    torch.testing.assert_close(logits(ours, ids), expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
+    for model in (theirs, ours):
+        model.unmerge_adapter()
+    assert changed_elements(ours, before) == 0 and changed_elements(theirs, before) > 0
+    assert torch.equal(logits(ours, ids), expected)
+
+
+CONVOLUTIONS = {"1d": (nn.Conv1d, (4, 3, 9)), "2d": (nn.Conv2d, (4, 3, 9, 9)), "3d": (nn.Conv3d, (2, 3, 5, 5, 5))}
+
+
+@pytest.mark.parametrize("kind, kernel", [("1d", 1), ("1d", 3), ("2d", 1), ("2d", 3), ("3d", 3)])
+def test_convolutions(kind, kernel):  # PEFT itself cannot merge a Conv3d of kernel size 1
+    cls, shape = CONVOLUTIONS[kind]
+    theirs, ours = pair(nn.Sequential(cls(3, 8, kernel)).bfloat16(), config(target_modules=["0"]))
+    before, x = base_weights(ours), torch.randn(shape).bfloat16()
+    assert torch.equal(ours(x), theirs(x))
+    for model in (theirs, ours):
+        model.merge_adapter()
+    torch.testing.assert_close(ours(x), theirs(x), rtol=0.02, atol=0.02)
+    ours.unmerge_adapter()
+    assert changed_elements(ours, before) == 0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_and_output_projection(tied):
+    theirs, ours = pair(llama(tied).bfloat16(), config(target_modules=["embed_tokens", "lm_head", "q_proj"]))
+    scaled_up(theirs, ours)
+    before = base_weights(ours)
+    for model in (theirs, ours):
+        model.merge_adapter()
+    for ours_merged, theirs_merged in zip(base_weights(ours).values(), base_weights(theirs).values(), strict=True):
+        torch.testing.assert_close(ours_merged, theirs_merged, rtol=0.02, atol=1e-3)
+    if tied:  # one weight, two updates: neither layer finds what its merge left
+        with pytest.warns(UserWarning, match="PEFT subtracts the update"):
+            ours.unmerge_adapter()
+        theirs.unmerge_adapter()
+        assert changed_elements(ours, before) <= changed_elements(theirs, before)
+    else:
+        ours.unmerge_adapter()
+        assert changed_elements(ours, before) == 0
+
+
+def linear_pair(*options: dict, dtype: torch.dtype = torch.bfloat16, bias: bool = True):
+    return pair(nn.Sequential(nn.Linear(24, 40, bias)).to(dtype), *(config(target_modules=["0"], **o) for o in options))
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_several_adapters_in_any_order(safe_merge):
+    theirs, ours = linear_pair({}, {"r": 9, "lora_bias": True}, {"lora_alpha": -5})
+    before, layers = base_weights(ours), [model.base_model.model[0] for model in (theirs, ours)]
+    for layer in layers:
+        layer.merge(safe_merge=safe_merge, adapter_names=["2"])
+        with pytest.warns(UserWarning, match="Already following adapters were merged 2"):
+            layer.merge(safe_merge=safe_merge, adapter_names=["1", "2", "default"])
+        with pytest.warns(UserWarning, match="All adapters are already merged, nothing to do"):
+            layer.merge(safe_merge=safe_merge, adapter_names=["1"])
+        assert layer.merged_adapters == ["2", "1", "default"] and layer.merged
+    for name in ("weight", "bias"):
+        ours_merged, theirs_merged = (getattr(layer.base_layer, name) for layer in reversed(layers))
+        torch.testing.assert_close(ours_merged, theirs_merged, rtol=0.02, atol=0.02)
+    layers[1].unmerge()
+    assert changed_elements(ours, before) == 0 and layers[1].merged_adapters == []
+    with pytest.warns(UserWarning, match="Already unmerged. Nothing to do."):
+        layers[1].unmerge()
+
+
+def test_forward_while_disabled_unmerges_as_in_peft():
+    _, ours = linear_pair({})
+    before, x = base_weights(ours), torch.randn(3, 24).bfloat16()
+    expected = ours.base_model.model[0].base_layer(x)
+    ours.merge_adapter()
+    with ours.disable_adapter():
+        assert torch.equal(ours(x), expected)
+    assert changed_elements(ours, before) == 0 and not ours.base_model.model[0].merged
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_of_a_merged_model_unmerge(duplicate):
+    _, ours = linear_pair({}, {"r": 9})
+    before = base_weights(ours)
+    set_active([ours], "default", "1")
+    ours.merge_adapter()
+    other = duplicate(ours)
+    for model in (other, ours):
+        model.unmerge_adapter()
+        assert changed_elements(model, before) == 0
+
+
+def live_records() -> set[int]:
+    gc.collect()
+    return {id(entry) for entry in gc.get_objects() if isinstance(entry, MergeRecord)}
+
+
+def test_merge_and_unload_keeps_no_record():
+    theirs, ours = model_pair("llama", torch.bfloat16)
+    ids, before = token_ids(), live_records()
+    expected = logits(theirs.merge_and_unload(), ids)
+    unloaded = ours.merge_and_unload()
+    assert type(unloaded) is type(llama()) and not any("lora" in name for name, _ in unloaded.named_modules())
+    torch.testing.assert_close(logits(unloaded, ids), expected, rtol=0.05, atol=0.05)
+    assert live_records() <= before
+
+
+def test_the_adapter_may_change_while_merged():
+    _, ours = linear_pair({})
+    before = base_weights(ours)
+    ours.merge_adapter()
+    for factor in factors(ours).values():
+        factor.data.normal_()
+    ours.base_model.model[0].scaling["default"] = 17.0
+    ours.unmerge_adapter()
+    assert changed_elements(ours, before) == 0
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_weight_replaced_while_merged_is_unmerged_as_in_peft(name):
+    theirs, ours = linear_pair({"lora_bias": True}, dtype=torch.float32)
+    for model in (theirs, ours):
+        model.merge_adapter()
+        torch.manual_seed(0)
+        getattr(model.base_model.model[0].base_layer, name).data.normal_()
+    theirs.unmerge_adapter()
+    with pytest.warns(UserWarning, match="has been replaced or changed meanwhile: PEFT subtracts"):
+        ours.unmerge_adapter()
+    for key, weight in base_weights(theirs).items():
+        torch.testing.assert_close(base_weights(ours)[key], weight)
+
+
+def test_a_dtype_converted_while_merged_is_unmerged_as_in_peft():
+    theirs, ours = linear_pair({}, dtype=torch.float32)
+    for model in (theirs, ours):
+        model.merge_adapter()
+        model.to(torch.bfloat16)
+    theirs.unmerge_adapter()
+    with pytest.warns(UserWarning, match="PEFT subtracts"):
+        ours.unmerge_adapter()
+    for key, weight in base_weights(theirs).items():
+        torch.testing.assert_close(base_weights(ours)[key], weight, rtol=0.02, atol=0.01)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_results_that_are_not_finite(broken):
+    theirs, ours = linear_pair({})
+    for model in (theirs, ours):
+        factors(model).popitem()[1].data[0, 0] = broken
+    before = base_weights(ours)
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default seems to be broken"):
+        ours.base_model.model[0].merge(safe_merge=True)
+    assert changed_elements(ours, before) == 0 and not ours.base_model.model[0].merged
+    for model in (theirs, ours):
+        model.merge_adapter()  # PEFT's goes through without safe_merge
+    assert ours.base_model.model[0].merged_adapters == ["default"]
+    for key, weight in base_weights(theirs).items():
+        torch.testing.assert_close(base_weights(ours)[key], weight, equal_nan=True)
+    ours.unmerge_adapter()
+    assert ours.base_model.model[0].merged_adapters == []
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_lora_bias_without_a_base_bias_is_refused_before_anything_changes(safe_merge):
+    with pytest.warns(UserWarning, match="has no bias"):
+        _, ours = linear_pair({"lora_bias": True}, bias=False)
+    before = snapshot(ours)
+    with pytest.raises(RuntimeError, match="Impossible to merge LoRA with `lora_bias=True` because the base layer has"):
+        ours.base_model.model[0].merge(safe_merge=safe_merge)
+    assert_unchanged(ours, before)
+
+
+def test_dora_beside_lora_in_one_layer():
+    theirs, ours = linear_pair({}, {"use_dora": True}, dtype=torch.float32)
+    x = torch.randn(3, 24)
+    for model in (theirs, ours):
+        layer = model.base_model.model[0]
+        layer.merge(adapter_names=["1"])
+        layer.merge(adapter_names=["default"])
+    torch.testing.assert_close(ours(x), theirs(x))
+    for model in (theirs, ours):
+        model.unmerge_adapter()
+    torch.testing.assert_close(ours.base_model.model[0].base_layer(x), theirs.base_model.model[0].base_layer(x))
+
+
+def test_a_deleted_adapter_that_was_merged_is_taken_out():
+    """PEFT's layer would keep its update for ever."""
+    _, ours = linear_pair({}, {})
+    before, layer = base_weights(ours), ours.base_model.model[0]
+    layer.merge(adapter_names=["1"])
+    layer.delete_adapter("1")
+    layer.unmerge()
+    assert changed_elements(ours, before) == 0

@@ -1,0 +1,262 @@
+"""What accelerate() takes and refuses, what restore() undoes, and what report() says of each layer."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from support.models import llama, refused, token_ids
+from support.peft_pairs import TARGETS, config, logits, model_pair, pair
+from torch import nn
+
+from lora_ext.integrations.peft import LayerReport, accelerate, report, restore
+from lora_ext.integrations.peft import layers as ours_layers
+
+
+@pytest.fixture
+def accelerated_from_now_on():
+    accelerate()
+    yield
+    restore()
+
+
+def adapted(**options) -> peft.PeftModel:
+    return peft.get_peft_model(llama(), config(target_modules=TARGETS["llama"], **options))
+
+
+def one_layer(**options) -> nn.Module:
+    return accelerate(peft.get_peft_model(nn.Sequential(nn.Linear(6, 10)), config(target_modules=["0"], **options)))
+
+
+def layer_of(model: nn.Module) -> nn.Module:
+    return model.base_model.model[0]
+
+
+# --- accelerate and restore -------------------------------------------------------------------------------------------
+
+
+def test_restore_gives_the_layers_back():
+    theirs, ours = model_pair("llama")
+    ids = token_ids()
+    assert restore(ours) is ours
+    for one, other in zip(theirs.modules(), ours.modules(), strict=True):
+        assert type(one) is type(other) and vars(one).keys() == vars(other).keys()
+    assert torch.equal(logits(ours, ids), logits(theirs, ids))
+    assert restore(ours) is ours
+
+
+def test_injected_layers_count_as_well():
+    model = peft.inject_adapter_in_model(config(target_modules=["0"]), nn.Sequential(nn.Linear(6, 10)))
+    assert type(accelerate(model)[0]) is ours_layers.Linear
+    assert accelerate(model[0]) is model[0]
+
+
+@pytest.mark.parametrize("call", [accelerate, restore, report])
+def test_no_module(call):
+    with pytest.raises(TypeError, match=f"{call.__name__}: model is 'model' of type str, want an nn.Module"):
+        call("model")
+
+
+def test_no_layers_to_accelerate():
+    model = llama()
+    with refused(model, ValueError, "LlamaForCausalLM has no LoRA layers of PEFT's", "get_peft_model()"):
+        accelerate(model)
+    assert str(report(model)) == "no LoRA layers of PEFT's"
+
+
+def test_merged_layers_are_not_given_back():
+    model = accelerate(adapted())
+    model.merge_adapter()
+    with refused(model, RuntimeError, "merged into 6 layers", "q_proj' first", "call unmerge_adapter() first"):
+        restore(model)
+    assert all(type(layer) is ours_layers.Linear for _, layer in _lora_layers(model))
+    model.unmerge_adapter()
+    restore(model)
+    assert not any(layer.accelerated for layer in report(model))
+
+
+def _lora_layers(model):
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+
+
+def test_models_made_afterwards(accelerated_from_now_on):
+    accelerate()  # twice is once
+    model = adapted()
+    assert all(layer.accelerated for layer in report(model)) and len(report(model)) == 6
+    model.add_adapter("more", config(target_modules=["up_proj"]))
+    model.set_adapter("more")
+    kinds = {layer.path.rsplit(".")[-1]: layer.accelerated for layer in report(model)}
+    assert kinds == {"q_proj": False, "v_proj": False, "down_proj": False, "up_proj": True}
+    injected = peft.inject_adapter_in_model(config(target_modules=["0"]), nn.Sequential(nn.Conv2d(3, 4, 1)))
+    assert type(injected[0]) is ours_layers.Conv2d
+    restore()
+    assert not any(layer.accelerated for layer in report(adapted()))
+    restore()
+    assert all(type(layer).__module__.startswith("lora_ext") for _, layer in _lora_layers(model))  # until its own turn
+
+
+def test_other_methods_that_derive_from_lora_are_left_alone(accelerated_from_now_on):
+    options = {"target_modules": ["0"], "total_step": 10}
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(6, 10)), peft.AdaLoraConfig(**options))
+    (layer,) = report(model)
+    assert "lora_ext has no counterpart of peft.tuners.adalora.layer.SVDLinear" in layer.forward
+    model(torch.randn(2, 6)).sum().backward()
+
+
+# --- reasons ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_layer_on_the_ops():
+    assert report(one_layer()).layers == (LayerReport("base_model.model.0", "Linear", "", ""),)
+
+
+def disable(model):
+    model.base_model.disable_adapter_layers()
+
+
+def hook_on_a_factor(model):
+    layer_of(model).lora_A.default.register_forward_hook(lambda *_: None)
+
+
+def other_factor(model):
+    torch.manual_seed(0)
+    layer_of(model).lora_B["default"] = nn.utils.parametrizations.weight_norm(nn.Linear(4, 10, bias=False))
+
+
+def replace_forward(model):
+    layer = layer_of(model)
+    layer.forward = lambda x: layer.base_layer(x)
+
+
+def other_dtype(model):
+    layer_of(model).lora_A.default.double()
+
+
+def scaling(value):
+    return lambda model: layer_of(model).scaling.update(default=value)
+
+
+def other_dropout(model):
+    layer_of(model).lora_dropout["default"] = nn.Dropout(1.0)
+
+
+def no_casting(model):
+    layer_of(model).cast_input_dtype_enabled = False
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (disable, "now: the adapters are disabled, so that the base layer alone runs"),
+        (lambda model: model.merge_adapter(), "now: adapters are merged, so that the base layer alone runs"),
+        (lambda model: layer_of(model).set_adapter([]), "now: the layer has none of the active adapters"),
+        (no_casting, "now: PEFT is told not to cast inputs (disable_input_dtype_casting)"),
+        (hook_on_a_factor, "lora_A of adapter 'default' has hooks or a replaced forward"),
+        (other_factor, "lora_B of adapter 'default' is a ParametrizedLinear, not an nn.Linear"),
+        (replace_forward, "the layer's forward was replaced on the instance"),
+        (other_dtype, "lora_A and lora_B of adapter 'default' are torch.float64 and torch.float32"),
+        (scaling(float("nan")), "the scaling of adapter 'default' is nan"),
+        (other_dropout, "the dropout of adapter 'default' is Dropout(p=1.0, inplace=False)"),
+        (restore, "accelerate() was not called since PEFT made the layer"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
+)
+def test_reasons_of_linear_layers(change, reason):
+    model = one_layer()
+    theirs = restore(copy.deepcopy(model))
+    for one in (model, theirs):
+        change(one)
+    (layer,) = report(model)
+    assert not layer.accelerated and layer.forward.startswith(reason)
+    assert f"1 in PEFT's code: {reason}" in str(report(model))
+    x = torch.randn(2, 6)
+    try:
+        expected = theirs(x)
+    except RuntimeError as error:
+        with pytest.raises(RuntimeError, match=str(error)):
+            model(x)
+    else:
+        torch.testing.assert_close(model(x), expected, equal_nan=True)
+
+
+def test_variants():
+    (layer,) = report(one_layer(use_dora=True))
+    assert layer.forward == layer.merge and layer.merge == "adapter 'default' is a variant of LoRA (DoraLinearVariant)"
+
+
+def test_kinds_without_a_counterpart():
+    attention = nn.Sequential(nn.MultiheadAttention(8, 2))
+    model = accelerate(peft.get_peft_model(attention, config(target_modules=["0"])))
+    outer, inner = report(model)
+    assert outer.kind == "MultiheadAttention" and "merges before and unmerges after each forward" in outer.forward
+    assert inner.kind == "Linear" and "reads the weight and does not call the layer" in inner.forward
+    parameters = peft.get_peft_model(nn.Sequential(nn.Linear(6, 10)), config(target_parameters=["0.weight"]))
+    (layer,) = report(accelerate(parameters))
+    assert layer.kind == "ParamWrapper" and "(target_parameters)" in layer.forward == layer.merge
+
+
+def test_scaled_embeddings():
+    class Scaled(nn.Embedding):
+        embed_scale = torch.tensor(3.0)
+
+        def forward(self, ids):
+            return super().forward(ids) * self.embed_scale
+
+    theirs, ours = pair(nn.Sequential(Scaled(9, 6)), config(target_modules=["0"]))
+    assert [layer.forward for layer in report(ours)] == ["a Scaled scales what it looks up"]
+    ids = torch.arange(9)
+    assert torch.equal(ours(ids), theirs(ids))
+
+
+def test_a_long_report_names_the_first_layers_of_each_reason():
+    text = str(report(adapted()))
+    assert text.startswith("forward and backward: 0 of 6 LoRA layers on lora_ext's ops\n")
+    assert text.count("q_proj (Linear)") == 4 and text.count("    and 2 more") == 2
+    assert "\nmerge and unmerge: 0 of 6 LoRA layers" in text and "Calls with adapter_names (mixed batches)" in text
+
+
+# --- base layers that are no plain weight -----------------------------------------------------------------------------
+
+
+def test_hooks_on_the_base_layer_run_and_keep_their_results():
+    theirs, ours = pair(nn.Sequential(nn.Linear(6, 10)), config(target_modules=["0"]))
+    seen = []
+    for model in (theirs, ours):
+        layer_of(model).base_layer.register_forward_hook(lambda _module, _inputs, y: seen.append(y))
+    x = torch.randn(2, 6)
+    torch.testing.assert_close(ours(x), theirs(x))
+    assert len(seen) == 2 and torch.equal(*seen) and report(ours).layers[0].accelerated
+
+
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+def test_8_bit(threshold):
+    bnb = pytest.importorskip("bitsandbytes")
+    linear = bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False, threshold=threshold)
+    linear.load_state_dict(nn.Linear(64, 32).state_dict())
+    check_quantised(nn.Sequential(linear.to(torch.get_default_device())), "is_loaded_in_8bit", "Linear8bitLt")
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_4_bit(quant_type):
+    bnb = pytest.importorskip("bitsandbytes")
+    linear = bnb.nn.Linear4bit(64, 32, compute_dtype=torch.float32, quant_type=quant_type)
+    linear.load_state_dict(nn.Linear(64, 32).state_dict())
+    check_quantised(nn.Sequential(linear.to(torch.get_default_device())), "is_loaded_in_4bit", "Linear4bit")
+
+
+def check_quantised(model: nn.Module, flag: str, kind: str) -> None:
+    setattr(model, flag, True)
+    model.requires_grad_(False)
+    theirs = peft.get_peft_model(model, config(target_modules=["0"], lora_bias=True))
+    ours = accelerate(copy.deepcopy(theirs))
+    (layer,) = report(ours)
+    assert layer.accelerated and layer.kind == kind and "no plain parameter" in layer.merge
+    x = torch.randn(3, 64)
+    results = []
+    for one in (theirs, ours):
+        leaf = x.clone().requires_grad_()
+        one(leaf).square().sum().backward()
+        results.append([one(x), leaf.grad, *(p.grad for p in one.parameters() if p.grad is not None)])
+    assert len(results[0]) == 5
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,402 @@
+"""What the planner counts on the meta device is what real training holds and allocates."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.models import VOCABULARY
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, GPT2Config, LlamaConfig
+
+from lora_ext.methods import apply_method, new_method
+from lora_ext.planner import (
+    OPTIMIZERS,
+    WEIGHT_DTYPES,
+    Planner,
+    Setup,
+    changes_that_fit,
+    simulate_forward,
+    simulate_step,
+)
+from lora_ext.planner.device_kernels import device_kernels
+from lora_ext.planner.layers import SAMPLES, are_alike, extrapolated, layer_list
+from lora_ext.planner.step import trained_parameters
+from lora_ext.planner.weights import weight_bytes
+from lora_ext.tasks.plan.models import ConfigSource
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from harness import memory
+
+BATCH, LENGTH, LAYERS = 4, 24, 3
+_SIZES = {"hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "intermediate_size": 48}
+_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+CONFIGS = {
+    "bert": BertConfig(vocab_size=VOCABULARY, num_labels=3, **_SIZES),
+    "bert without dropout": BertConfig(vocab_size=VOCABULARY, num_labels=3, **_SIZES, **_NO_DROPOUT),
+    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=LAYERS, n_head=4),
+    "llama": LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, **_SIZES),
+}
+OPTIONS = {
+    "lora": {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.1},
+    "adapter-h": {"bottleneck_size": 5},
+    "adapter-drop": {"bottleneck_size": 5},
+    "prefix-embed": {"prefix_length": 3},
+    "prefix-layer": {"prefix_length": 3},
+}
+PAIRS = [
+    *((family, method) for family in CONFIGS for method in ("full", "lora")),
+    *(("bert", method) for method in ("adapter-h", "bitfit", "prefix-embed")),
+    *((family, "prefix-layer") for family in ("gpt2", "llama")),
+]
+
+
+def source(family: str, method: str | None, layers: int = LAYERS, attention: str = "sdpa") -> ConfigSource:
+    config = copy.deepcopy(CONFIGS[family])
+    config.num_hidden_layers = layers
+    task = "classification" if "bert" in family else "language-model"
+    method_for = None if method is None else lambda model: new_method(method, **OPTIONS.get(method, {}))
+    return ConfigSource(config, task, attention, method_for)
+
+
+def real_model(own: ConfigSource, method: str, dtype: torch.dtype) -> nn.Module:
+    auto = AutoModelForCausalLM if own.task == "language-model" else AutoModelForSequenceClassification
+    model = auto.from_config(copy.deepcopy(own.config), dtype=dtype, attn_implementation=own.attention)
+    return apply_method(model, new_method(method, **OPTIONS.get(method, {}))).train()
+
+
+def inputs(own: ConfigSource, device: str) -> dict[str, torch.Tensor]:
+    ids = torch.full((BATCH, LENGTH), 1, device=device)
+    return {"input_ids": ids, "labels": ids if own.task == "language-model" else ids[:, 0].clone()}
+
+
+def most(step) -> int:
+    return max(peak.total for peak in step.peaks.values())
+
+
+# --- one step, against the real one -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "method"), PAIRS)
+def test_a_step_holds_and_allocates_what_a_real_one_does(family, method):
+    """In float32 on the CPU, where a kernel takes no tensor for itself."""
+    own = source(family, method)
+    meta, meta_inputs = own.model(torch.float32), inputs(own, "meta")
+    step = simulate_step(meta, lambda model: model(**meta_inputs).loss, device="cpu")
+    real, batch = real_model(own, method, torch.float32), inputs(own, "cpu")
+    exists = [*real.parameters(), *real.buffers(), *batch.values()]
+    held = sum(memory.saved_storages(lambda: real(**batch).loss, exists).values())
+    # Autograd keeps indices, and real training lives with what its functions keep beside.
+    assert abs(step.activations - held) <= 2 * batch["input_ids"].nbytes
+    peak = memory.peak_bytes(lambda: real(**batch).loss.backward(), "cpu")
+    assert most(step) == pytest.approx(peak, rel=0.002)
+
+
+def test_a_step_in_16_bits_holds_what_a_real_one_does():
+    own = source("llama", "lora")
+    meta, meta_inputs = own.model(torch.bfloat16), inputs(own, "meta")
+    step = simulate_step(meta, lambda model: model(**meta_inputs).loss, device="cpu")
+    real, batch = real_model(own, "lora", torch.bfloat16), inputs(own, "cpu")
+    exists = [*real.parameters(), *real.buffers(), *batch.values()]
+    held = sum(memory.saved_storages(lambda: real(**batch).loss, exists).values())
+    assert step.activations == pytest.approx(held, rel=0.002)
+
+
+def test_gradients_of_earlier_batches_are_there_from_the_start():
+    own = source("gpt2", "full")
+    meta, batch = own.model(torch.float32), inputs(own, "meta")
+    gradients = sum(p.nbytes for p in meta.parameters())
+    first, later = (
+        simulate_step(meta, lambda model: model(**batch).loss, device="cpu", accumulates=on) for on in (False, True)
+    )
+    assert later.activations == first.activations
+    assert later.peaks["forward"] == (first.peaks["forward"].total + gradients, gradients)
+
+    real, batch = real_model(own, "full", torch.float32), inputs(own, "cpu")
+    real(**batch).loss.backward()
+    peak = memory.peak_bytes(lambda: real(**batch).loss.backward(), "cpu")  # beyond the first gradients
+    assert most(later) - gradients == pytest.approx(peak, rel=0.01)
+    assert all(parameter.grad is None for parameter in meta.parameters())
+
+
+def test_checkpointed_layers_keep_their_input():
+    """And the loss keeps what it did."""
+    real = real_model(source("llama", "full"), "full", torch.float32)
+    enable = getattr(real, "activation_checkpointing_enable", real.gradient_checkpointing_enable)
+    enable({"use_reentrant": False, "preserve_rng_state": False})
+    batch = inputs(source("llama", "full"), "cpu")
+    peak = memory.peak_bytes(lambda: real(**batch).loss.backward(), "cpu")
+    own = source("llama", "full")
+    meta, batch = own.model(torch.float32, gradient_checkpointing=True), inputs(own, "meta")
+    step = simulate_step(meta, lambda model: model(**batch).loss, device="cpu")
+    assert most(step) == pytest.approx(peak, rel=0.002)
+    without = simulate_step(own.model(torch.float32), lambda model: model(**batch).loss, device="cpu")
+    assert step.activations < without.activations / 2
+
+
+def test_inference_keeps_nothing():
+    own = source("bert", None)
+    meta, ids = own.model(torch.float32).eval(), inputs(own, "meta")["input_ids"]
+    step = simulate_forward(meta, lambda model: model(input_ids=ids).logits, "cpu")
+    real, ids = real_model(own, "full", torch.float32).eval(), inputs(own, "cpu")["input_ids"]
+    with torch.no_grad():
+        peak = memory.peak_bytes(lambda: real(input_ids=ids).logits, "cpu")
+    assert most(step) == pytest.approx(peak, rel=0.002)
+
+
+# --- what other devices keep ------------------------------------------------------------------------------------------
+
+
+def kept(call: Callable[[], torch.Tensor], *exist: torch.Tensor, device: str) -> list[int]:
+    def run(module: nn.Module) -> torch.Tensor:
+        return call().sum()
+
+    holder = nn.ParameterList(exist)
+    return simulate_step(holder, run, device=device).activations
+
+
+@pytest.mark.parametrize(("device", "nbytes"), [("cuda", 1), ("cpu", 4)])
+def test_dropout_keeps_a_byte_on_cuda_and_a_number_on_the_cpu(device, nbytes):
+    x = torch.empty(7, 9, device="meta", requires_grad=True)
+    assert kept(lambda: nn.functional.dropout(x, 0.5), x, device=device) == 63 * nbytes
+    assert kept(lambda: nn.functional.dropout(x, 0.0), x, device=device) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_attention_on_cuda_keeps_its_output_and_a_number_for_each_query(dtype, dropout):
+    q, k, v = (torch.empty(2, 3, 64, 8, dtype=dtype, device="meta", requires_grad=True) for _ in range(3))
+    attention = nn.functional.scaled_dot_product_attention
+    nbytes = kept(
+        lambda: nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout), q, k, v, device="cuda"
+    )
+    assert nbytes - q.nbytes - 2 * 3 * 64 * 4 in range(0, 33)  # the seed of the dropout
+    assert nn.functional.scaled_dot_product_attention is attention  # is put back
+
+
+def test_attention_on_the_cpu_keeps_probabilities_where_they_are_dropped():
+    q, k, v = (torch.empty(2, 3, 64, 8, device="meta", requires_grad=True) for _ in range(3))
+    nbytes = {
+        p: kept(lambda p=p: nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=p), q, k, v, device="cpu")
+        for p in (0.0, 0.1)
+    }
+    assert nbytes[0.0] == q.nbytes + 2 * 3 * 64 * 4
+    assert nbytes[0.1] >= 3 * (2 * 3 * 64 * 64 * 4)  # the probabilities, the mask, their product
+
+
+def test_other_devices_are_refused():
+    with pytest.raises(ValueError, match="device is 'tpu', want one of cuda, cpu"), device_kernels("tpu"):
+        pass
+
+
+def test_a_mask_is_handed_on_as_numbers():
+    q, k, v = (torch.empty(2, 3, 64, 8, device="meta", requires_grad=True) for _ in range(3))
+    mask = torch.ones(2, 1, 64, 64, dtype=torch.bool, device="meta")
+    with device_kernels("cuda"):
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    assert y.shape == q.shape
+    q16, k16, v16 = (x.detach().bfloat16().requires_grad_() for x in (q, k, v))
+    with_mask, without = (
+        kept(
+            lambda m=m: nn.functional.scaled_dot_product_attention(q16, k16, v16, attn_mask=m),
+            q16,
+            k16,
+            v16,
+            device="cuda",
+        )
+        for m in (mask, None)
+    )
+    assert abs(with_mask - without - mask.numel() * 2) <= 32  # and the seed of the dropout in another form
+
+
+# --- deep models ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "checkpointing"),
+    [
+        *((family, method, False) for family, method in [*PAIRS, ("bert", "head-only")]),
+        *((family, "lora", True) for family in ("bert", "gpt2", "llama")),
+        ("llama", "full", True),
+    ],
+)
+def test_a_deep_model_is_what_its_shallow_ones_say(family, method, checkpointing):
+    own, count = source(family, method, layers=6), 6
+
+    def step(number: int):
+        model, batch = own.model(torch.bfloat16, number, checkpointing), inputs(own, "meta")
+        layers = layer_list(model, number)
+        assert len(layers) == number and are_alike(layers)
+        return simulate_step(model, lambda each: each(**batch).loss, layers)
+
+    predicted, whole = extrapolated({number: step(number) for number in SAMPLES}, count), step(count)
+    assert predicted.activations == whole.activations
+    assert predicted.peaks.items() <= whole.peaks.items()
+    assert most(predicted) == most(whole)
+
+
+def test_the_planner_runs_every_layer_where_they_differ():
+    """adapter-drop leaves the lower layers out, which then keep nothing."""
+    deep = source("bert", "adapter-drop", layers=6)
+    planner, setup = Planner(deep), Setup(BATCH, LENGTH)
+    assert not are_alike(layer_list(planner.model("float32"), 6))
+    model = deep.model(torch.float32)
+    step = simulate_step(model, lambda each: deep.loss(each, BATCH, LENGTH))
+    assert planner.training(setup).kept == step.activations
+    other = source("bert", "adapter-h", layers=6)
+    assert planner.training(setup).kept < Planner(other).training(setup).kept
+
+
+# --- optimizers and weights, against the real ones --------------------------------------------------------------------
+
+TORCH_OPTIMIZERS: dict[str, Callable[[list], torch.optim.Optimizer]] = {
+    "adamw": lambda parameters: torch.optim.AdamW(parameters),
+    "adafactor": lambda parameters: torch.optim.Adafactor(parameters),
+    "sgd-momentum": lambda parameters: torch.optim.SGD(parameters, momentum=0.9),
+    "sgd": lambda parameters: torch.optim.SGD(parameters),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", TORCH_OPTIMIZERS)
+def test_the_state_of_pytorchs_optimizers(name, dtype):
+    parameters = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((5, 7), (2, 3, 4), (11,))]
+    optimizer = TORCH_OPTIMIZERS[name](parameters)
+    sum(parameter.sum() for parameter in parameters).backward()
+    optimizer.step()
+    tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    assert OPTIMIZERS[name].state_bytes(parameters) == sum(tensor.nbytes for tensor in tensors)
+
+
+def test_the_state_of_bitsandbytes_optimizer():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in ((100, 50), (64, 64), (11,))]
+    optimizer = bitsandbytes.optim.AdamW8bit(parameters)
+    for index, parameter in enumerate(parameters):
+        optimizer.init_state(optimizer.param_groups[0], parameter, 0, index)
+    shared = {"qmap1", "qmap2"}  # a table of 256 numbers, for all
+    tensors = [
+        value
+        for state in optimizer.state.values()
+        for key, value in state.items()
+        if torch.is_tensor(value) and key not in shared
+    ]
+    assert OPTIMIZERS["adamw8bit"].state_bytes(parameters) == sum(tensor.nbytes for tensor in tensors)
+
+
+def test_master_weights_are_for_16_bit_parameters():
+    half, whole = (nn.Parameter(torch.zeros(10, dtype=dtype)) for dtype in (torch.float16, torch.float32))
+    assert OPTIMIZERS["adamw-master"].state_bytes([half]) == 12 * 10 + 4
+    assert OPTIMIZERS["adamw-master"].state_bytes([whole]) == OPTIMIZERS["adamw"].state_bytes([whole])
+
+
+@pytest.mark.parametrize("name", ["int8", "nf4"])
+def test_quantised_weights_are_as_large_as_bitsandbytes(name):
+    functional = pytest.importorskip("bitsandbytes").functional
+    weight = torch.randn(48, 100, dtype=torch.bfloat16)
+    if name == "int8":
+        packed, scales, _ = functional.int8_vectorwise_quant(weight.half())
+    else:
+        packed, state = functional.quantize_4bit(weight, quant_type="nf4")
+        scales = state.absmax
+    assert WEIGHT_DTYPES[name].linear_bytes(100, 48) == packed.nbytes + scales.nbytes
+
+
+def test_weights_are_quantised_in_frozen_linear_layers_only():
+    own = source("llama", "lora")
+    model = own.model(torch.bfloat16)
+    plain, packed = (weight_bytes(model, WEIGHT_DTYPES[name]) for name in ("bfloat16", "nf4"))
+    linear = {path: m for path, m in model.named_modules() if path.endswith("base_layer")}
+    assert len(linear) == LAYERS * 7
+    saved = sum(m.weight.nbytes - WEIGHT_DTYPES["nf4"].linear_bytes(*m.weight.shape[::-1]) for m in linear.values())
+    assert plain.total - packed.total == saved
+    assert (plain.unpacked, packed.unpacked) == (0, 48 * 32 * 2)
+    assert plain.total == sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
+    with pytest.raises(ValueError, match="only frozen linear layers can be quantised"):
+        weight_bytes(source("llama", "full").model(torch.bfloat16), WEIGHT_DTYPES["int8"])
+
+
+# --- the whole, and what makes it fit ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def planner() -> Planner:
+    return Planner(source("bert", "lora", layers=6))
+
+
+SETUP = Setup(8, 32)
+
+
+def test_memory_is_the_sum_of_its_parts(planner):
+    model, found = planner.model("float32"), planner.training(SETUP)
+    trained = sum(p.nbytes for p in trained_parameters(model))
+    assert found.weights == sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    assert found.optimizer_state == OPTIMIZERS["adamw"].state_bytes(trained_parameters(model))
+    assert (found.all_gradients, planner.sizes("float32").trained_bytes) == (trained, trained)
+    assert found.peak == found.weights + found.optimizer_state + found.gradients + found.activations
+    assert found.peak >= found.weights + found.optimizer_state + found.kept
+
+
+def test_16_bit_weights_have_float32_factors(planner):
+    found = planner.sizes("bfloat16")
+    head = 3 * 32 + 3
+    assert found.trained_bytes == 4 * (found.trained - head) + 2 * head
+
+
+def test_a_frozen_model_trains_nothing():
+    with pytest.raises(TypeError, match="no new head to train"):
+        Planner(source("gpt2", "head-only")).training(SETUP)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("dtype", "fp8"), ("optimizer", "lion"), ("batch_size", 0), ("seq_len", 0)]
+)
+def test_setups_that_cannot_be(field, value):
+    with pytest.raises(ValueError, match=f"{field} is {value!r}"):
+        Setup(**{field: value})
+    with pytest.raises((TypeError, ValueError), match=rf"{field} is \[1\], want"):
+        Setup(**{field: [1]})
+
+
+def test_single_changes_are_as_small_as_can_be(planner):
+    capacity = planner.training(replace(SETUP, batch_size=5, accumulates=True)).peak
+    assert capacity < planner.training(SETUP).peak
+    changes = {change.what[0]: change for change in changes_that_fit(planner, SETUP, capacity)}
+    assert all(change.memory.peak <= capacity for change in changes.values())
+    assert set(changes) >= {"gradient checkpointing", "batches of 5, accumulated", "bfloat16 weights"}
+    assert next(iter(changes)) == "gradient checkpointing"
+    (texts,) = (change for what, change in changes.items() if what.startswith("texts of"))
+    longer = replace(texts.setup, seq_len=texts.setup.seq_len + 8)
+    assert longer.seq_len > SETUP.seq_len or planner.training(longer).peak > capacity
+    assert not any(change.devices > 1 for change in changes.values())  # each would have its own activations
+
+
+def test_devices_are_as_few_as_can_be(planner):
+    setup = Setup(1, 8)
+    found = planner.training(setup)
+    shared = found.weights + found.optimizer_state + found.gradients
+    capacity = found.activations + found.gathered + shared // 3
+    assert capacity < found.peak
+    *_, devices = changes_that_fit(planner, setup, capacity)
+    assert devices.what == ("4 devices, sharded",)  # in thirds, what is rounded up does not fit
+    assert found.activations + found.gathered + shared // 4 <= devices.memory.peak <= capacity
+
+
+def test_changes_are_combined_where_one_is_not_enough(planner):
+    smallest = replace(SETUP, batch_size=1, gradient_checkpointing=True, accumulates=True, dtype="bfloat16")
+    capacity = planner.training(smallest).peak
+    changes = changes_that_fit(planner, SETUP, capacity)
+    assert all(change.memory.peak <= capacity for change in changes)
+    (one,) = [change for change in changes if change.devices == 1]
+    assert one.what == ("gradient checkpointing", "batches of 1, accumulated", "bfloat16 weights")
+    assert one.setup == smallest
+
+
+def test_nothing_helps_where_there_is_no_room_at_all(planner):
+    assert changes_that_fit(planner, SETUP, 1000) == []

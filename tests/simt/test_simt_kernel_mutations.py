@@ -1,0 +1,30 @@
+"""Bugs planted in the kernels of csrc/cuda: each must be found, and named with the kernel and the line it is in."""
+
+from __future__ import annotations
+
+import pytest
+
+from simt.build import ROOT
+from simt.driver import SimtError
+from simt.kernel_mutations import MUTATIONS, library, planted
+
+pytestmark = pytest.mark.cpu_only("emulates the CUDA kernels on the CPU")
+
+
+@pytest.mark.parametrize("schedule", [0, 1])
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_a_planted_bug_is_found(mutation, schedule):
+    with planted(mutation) as mutants, pytest.raises(SimtError) as raised:
+        mutation.run(mutants, schedule)
+    report = raised.value.reports[0]
+    assert report.kind in mutation.kinds, report
+    assert f"::{mutation.kernel}<" in report.kernel, report
+    path = f"csrc/cuda/{mutation.at_path or mutation.path}"
+    assert report.file.endswith(f"/{path}"), report
+    line = (ROOT / path).read_text().splitlines()[report.line - 1]
+    assert mutation.at in line, f"{report}\nthe line reads {line}"
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_nothing_is_found_where_it_is_not_planted(mutation):
+    mutation.run(library(), 0)

@@ -1,0 +1,247 @@
+"""The CUDA kernels on the CPU, through their launch functions: numbers as good as plain PyTorch's, every output
+written, nothing for tests/simt to report, and the same bits in every order of threads.
+
+The base product is not the kernels' business: weights are zero here, or the outputs hold something to add to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from support.layers import DTYPES, Siblings, assert_errors_as_plain, misaligned, random_siblings
+from torch import Tensor
+
+from lora_ext import reference
+from simt import ops
+from simt.driver import Library, kernels
+from simt.edits import few_blocks
+
+pytestmark = pytest.mark.cpu_only("emulates the CUDA kernels on the CPU")
+
+SIBLINGS = [1, 3]
+SEED = 0x1234_5678_9ABC_DEF0 >> 1
+MAIN_DTYPES = [(dtype, dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)]
+
+
+def dtype_name(value) -> str | None:
+    return f"{value[0]}-{value[1]}".replace("torch.", "") if isinstance(value, tuple) else None
+
+
+def wanted_names(output_mask: tuple[bool, bool, bool]) -> str:
+    return "".join(name for name, want in zip("xAB", output_mask, strict=True) if want)
+
+
+def siblings_of(count: int, shape, dtypes) -> Siblings:
+    """Siblings of one shape (num_tokens, in_features, out_features, rank) and, beside the first, smaller and larger."""
+    num_tokens, in_features, out_features, rank = shape
+    sizes = [(out_features, rank), (out_features // 2 + 1, rank // 2 + 1), (out_features + 9, rank + 3)]
+    siblings = random_siblings(((num_tokens, in_features), sizes[:count]), dtypes)
+    for layer in siblings.layers:
+        layer.weight.zero_()
+    return siblings
+
+
+def as_operands(siblings: Siblings) -> list[ops.Sibling]:
+    return [ops.Sibling(layer.lora_A, layer.lora_B, layer.scaling, layer.bias) for layer in siblings.layers]
+
+
+def named(ys: list[Tensor], grad_x: Tensor | None, grad_As: list[Tensor], grad_Bs: list[Tensor]) -> dict[str, Tensor]:
+    results = {f"{n}[{i}]": t for n, ts in (("y", ys), ("A", grad_As), ("B", grad_Bs)) for i, t in enumerate(ts)}
+    return results | ({} if grad_x is None else {"grad_x": grad_x})
+
+
+def run_kernels(
+    siblings: Siblings,
+    dropout_p: float = 0.0,
+    schedule: int = 0,
+    output_mask: tuple[bool, bool, bool] = (True, True, True),
+    add_to: tuple[list[Tensor], Tensor] | None = None,
+    library: Library | None = None,
+) -> dict[str, Tensor]:
+    """add_to: what y and grad_x already hold."""
+    operands = as_operands(siblings)
+    ys, grad_x = add_to or (None, None)
+    forward = ops.lora_forward(siblings.x, operands, dropout_p, SEED, ys, schedule, library)
+    if dropout_p:
+        keep = reference.dropout_keep(SEED, *siblings.x.shape, dropout_p)
+        assert torch.equal(reference.unpack_mask(forward.mask, siblings.x.shape[1]), keep)
+    arguments = siblings.grad_ys(), siblings.x, operands, forward.xa, forward.mask, dropout_p
+    backward = ops.lora_backward(*arguments, output_mask, grad_x, schedule, library)
+    return named(forward.ys, backward.grad_x, backward.grad_As, backward.grad_Bs)
+
+
+def run_reference(
+    siblings: Siblings, dropout_p: float, add_to: tuple[list[Tensor], Tensor] | None
+) -> dict[str, Tensor]:
+    x, weights, biases, As, Bs, scalings = siblings.args()
+    x, As, Bs = x.detach().clone().requires_grad_(), *([t.clone().requires_grad_() for t in ts] for ts in (As, Bs))
+    ys = reference.lora_linear_siblings(x, weights, biases, As, Bs, scalings, dropout_p, torch.tensor(SEED))
+    grad_x, *grads = torch.autograd.grad(ys, (x, *As, *Bs), siblings.grad_ys())
+    if add_to:
+        ys = [(y + base.to(y.dtype)) for y, base in zip(ys, add_to[0], strict=True)]
+        grad_x = grad_x + add_to[1].to(grad_x.dtype)
+    return named([y.detach() for y in ys], grad_x, grads[: len(As)], grads[len(As) :])
+
+
+def assert_as_good_as_torch(siblings: Siblings, dropout_p: float = 0.0, **options) -> dict[str, Tensor]:
+    ours = run_kernels(siblings, dropout_p, **options)
+    add_to = options.get("add_to")
+    exact = run_reference(siblings.to(torch.float64), dropout_p, add_to)
+    plain = run_reference(siblings, dropout_p, add_to)
+    assert_errors_as_plain([(ours, exact, plain)], siblings.x.dtype, siblings.layers[0].lora_A.dtype)
+    return ours
+
+
+@pytest.mark.parametrize("count", SIBLINGS)
+@pytest.mark.parametrize("rank", [1, 3, 8, 16, 17, 64, 100])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_name)
+def test_dtypes_and_ranks(dtypes, rank, count):
+    """Odd ranks with dropout, even ones without."""
+    assert_as_good_as_torch(siblings_of(count, (21, 72, 40, rank), dtypes), 0.3 * (rank % 2))
+
+
+@pytest.mark.parametrize("count", SIBLINGS)
+@pytest.mark.parametrize(
+    ("shape", "dropout_p"),
+    [
+        ((1, 64, 48, 8), 0.3),  # one row
+        ((1, 515, 257, 5), 0.0),
+        ((7, 5, 3, 2), 0.3),  # less than a vector in every direction
+        ((65, 63, 130, 16), 0.5),  # one more or less than a tile
+        ((40, 136, 72, 12), 0.1),  # multiples of 8, not of a tile
+        ((33, 64, 64, 16), 0.0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtypes", MAIN_DTYPES, ids=dtype_name)
+def test_shapes_with_tails(dtypes, shape, dropout_p, count):
+    assert_as_good_as_torch(siblings_of(count, shape, dtypes), dropout_p)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dropout_p"),
+    [
+        ((150, 424, 296, 20), 0.1),  # several tiles in every direction
+        ((5, 1800, 1300, 16), 0.1),  # few tokens: the sums over features are split
+        ((600, 40, 24, 4), 0.0),  # many tokens: the sums over tokens are split
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtypes", [*MAIN_DTYPES, (torch.bfloat16, torch.float32)], ids=dtype_name)
+def test_shapes_that_many_blocks_share(dtypes, shape, dropout_p):
+    assert_as_good_as_torch(siblings_of(1, shape, dtypes), dropout_p)
+
+
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("rank", [12, 40])
+@pytest.mark.parametrize("dtypes", [*MAIN_DTYPES, (torch.bfloat16, torch.float32)], ids=dtype_name)
+def test_pipelines_go_round(dtypes, rank, aligned):
+    """Every block has more steps than its pipeline has stages, the last of them with a tail."""
+    shape = (400, 840, 600, rank) if dtypes[0].itemsize == 2 else (200, 400, 300, rank)
+    siblings = siblings_of(1, shape, dtypes)
+    if not aligned:
+        (layer,) = siblings.layers
+        layer = replace(layer, x=misaligned(layer.x), grad_y=misaligned(layer.grad_y))
+        siblings = Siblings(layer.x, [layer])
+    assert_as_good_as_torch(siblings, 0.1, library=few_blocks())
+
+
+@pytest.mark.parametrize("count", SIBLINGS)
+@pytest.mark.parametrize("dtypes", MAIN_DTYPES, ids=dtype_name)
+def test_no_tokens(dtypes, count):
+    siblings = siblings_of(count, (0, 24, 16, 4), dtypes)
+    results = run_kernels(siblings)
+    assert all(not result.any() for result in results.values())
+    assert results["A[0]"].shape == (4, 24)
+
+
+ZEROS = {
+    "first layer": ((21, 72), ((0, 4), (40, 20), (33, 3))),
+    "middle layer": ((21, 72), ((40, 40), (0, 4), (33, 3))),
+    "last layer": ((21, 72), ((40, 20), (33, 3), (0, 40))),
+    "all layers": ((21, 72), ((0, 4), (0, 40))),
+    "no features come in": ((21, 0), ((0, 4), (40, 20))),
+    "no tokens": ((0, 72), ((40, 20), (33, 3))),
+}
+
+
+@pytest.mark.parametrize("output_mask", [m for m in product([True, False], repeat=3) if any(m)], ids=wanted_names)
+@pytest.mark.parametrize("shape", ZEROS)
+@pytest.mark.parametrize("dtypes", MAIN_DTYPES, ids=dtype_name)
+def test_sizes_of_zero(dtypes, shape, output_mask):
+    """Empty tensors' addresses are null, as torch's are, and decide nothing."""
+    siblings = random_siblings(ZEROS[shape], dtypes)
+    for layer in siblings.layers:
+        layer.weight.zero_()
+    for dropout_p in (0.0, 0.3):
+        results = assert_as_good_as_torch(siblings, dropout_p, output_mask=output_mask)
+        assert ("B[1]" in results) == output_mask[2]
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda wide: wide[:, :72],  # gaps between rows that are still aligned
+        lambda wide: wide[:, 8:80],
+        lambda wide: wide[:, 1:73],  # every row misaligned
+        lambda wide: wide.flatten()[3 : 3 + 40 * 79].view(40, 79)[:, :71],  # an odd stride: rows differ in alignment
+        lambda wide: wide[::2, :72],
+        lambda wide: wide[:1].expand(40, 88)[:, :72],  # all rows are one
+    ],
+    ids=["aligned", "offset", "misaligned", "odd stride", "every other row", "one row"],
+)
+@pytest.mark.parametrize("dtypes", MAIN_DTYPES, ids=dtype_name)
+def test_x_and_grad_y_of_any_strides(dtypes, view):
+    x, grad_y = view(torch.randn(80, 88).to(dtypes[0])), view(torch.randn(80, 88).to(dtypes[0]))
+    siblings = siblings_of(1, (x.shape[0], x.shape[1], grad_y.shape[1], 9), dtypes)
+    siblings = Siblings(x, [replace(layer, x=x, grad_y=grad_y) for layer in siblings.layers])
+    assert_as_good_as_torch(siblings, 0.3)
+
+
+@pytest.mark.parametrize("count", SIBLINGS)
+@pytest.mark.parametrize("dtypes", MAIN_DTYPES, ids=dtype_name)
+def test_adds_to_what_is_there(dtypes, count):
+    siblings = siblings_of(count, (37, 80, 50, 6), dtypes)
+    ys = [torch.randn_like(layer.grad_y) for layer in siblings.layers]
+    assert_as_good_as_torch(siblings, 0.3, add_to=(ys, torch.randn_like(siblings.x)))
+
+
+@pytest.mark.parametrize("count", SIBLINGS)
+@pytest.mark.parametrize("dtypes", [MAIN_DTYPES[1], MAIN_DTYPES[2]], ids=dtype_name)
+@pytest.mark.parametrize(
+    "output_mask",
+    [(True, False, False), (False, True, False), (False, False, True), (True, True, False), (True, False, True)]
+    + [(False, True, True)],
+    ids=wanted_names,
+)
+def test_only_wanted_gradients(output_mask, dtypes, count):
+    """The arguments that only the others read are null."""
+    siblings = siblings_of(count, (37, 80, 50, 6), dtypes)
+    results = assert_as_good_as_torch(siblings, 0.3, output_mask=output_mask)
+    wanted = [name for name, want in zip(("grad_x", "A[0]", "B[0]"), output_mask, strict=True) if want]
+    assert [name for name in results if name in ("grad_x", "A[0]", "B[0]")] == sorted(wanted)
+
+
+@pytest.mark.parametrize("blocks", ["many blocks", "few blocks"])
+@pytest.mark.parametrize(
+    ("shape", "count"), [((70, 264, 136, 20), max(SIBLINGS)), ((3, 900, 130, 5), 1), ((300, 24, 16, 17), 1)], ids=str
+)
+@pytest.mark.parametrize("dtypes", MAIN_DTYPES, ids=dtype_name)
+def test_same_bits_in_every_order_of_threads(dtypes, shape, count, blocks):
+    library = few_blocks() if blocks == "few blocks" else kernels()
+    siblings = siblings_of(count, shape, dtypes)
+    first = run_kernels(siblings, 0.1, library=library)
+    for schedule in (0, 1, 2):
+        for name, result in run_kernels(siblings, 0.1, schedule, library=library).items():
+            assert torch.equal(result, first[name]), f"{name} in schedule {schedule}"
+
+
+@pytest.mark.parametrize("schedule", [0, 1])
+@pytest.mark.parametrize(("num_tokens", "in_features"), [(0, 8), (1, 1), (37, 200), (3, 1000)])
+def test_dropout_mask(num_tokens, in_features, schedule):
+    mask = ops.dropout_mask(SEED, num_tokens, in_features, 0.25, schedule)
+    keep = reference.dropout_keep(SEED, num_tokens, in_features, 0.25)
+    assert torch.equal(reference.unpack_mask(mask, in_features), keep)

@@ -1,0 +1,259 @@
+"""The merge kernels on the CPU: the definition's bits and the CPU op's, in every order of threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.merging import FLOATING, bits, hard_weight, merged, same_bits, update_factors
+from torch import Tensor
+
+from lora_ext.merging.weights import pack_factors
+from simt import merge_ops
+from simt.driver import Library, kernels
+from simt.edits import few_blocks
+
+pytestmark = pytest.mark.cpu_only("emulates the CUDA kernels on the CPU")
+
+RANKS = [1, 3, 8, 16, 17, 64, 100]
+MAX_LAYERS_OF_A_LAUNCH = 32
+SIZES = [1e-30, 1e-6, 0.1, 1.0, 1e3]  # of the update beside a weight of size 1
+
+
+def dtype_id(value) -> str:
+    return str(value).replace("torch.", "")
+
+
+def random_layer(rows: int, cols: int, rank: int, dtype: torch.dtype, size: float = 0.1) -> tuple[Tensor, ...]:
+    """weight, lora_A and lora_B, as the kernels take them."""
+    weight = hard_weight(rows, cols, dtype)
+    return weight, *pack_factors(dtype, [update_factors(weight, rank, size)])
+
+
+def whole_cycle(layers: list[tuple[Tensor, ...]], schedule: int = 0, library: Library | None = None) -> list[Tensor]:
+    """Plan, merge without and with a record, and unmerge: each as the CPU op to the bit, the first bits back at last.
+
+    Returns the merged weights.
+    """
+    weights, As, Bs = map(list, zip(*layers, strict=True))
+    options = {"schedule": schedule, "library": library}
+    non_finite, words = merge_ops.plan(weights, As, Bs, **options)
+    on_cpu = [weight.clone() for weight in weights]
+    cpu_non_finite, cpu_words, cpu_corrections = torch.ops.lora_ext.lora_merge_record_(on_cpu, As, Bs)
+    assert torch.equal(non_finite, cpu_non_finite) and not non_finite.any()
+    assert torch.equal(words, torch.cat([own.flatten() for own in cpu_words]))
+    lengths = [own.numel() for own in cpu_corrections]
+    ends = words.cumsum(0)
+    results, corrections = merge_ops.merge_record(weights, As, Bs, ends, lengths, **options)
+    assert all(map(same_bits, results, on_cpu))
+    assert all(map(same_bits, merge_ops.merge(weights, As, Bs, **options), on_cpu))
+    assert all(map(torch.equal, corrections, cpu_corrections))
+
+    # The weights as they lie in memory, that is with their strides.
+    places = [weight.clone() if weight.is_contiguous() else in_place_of(weight) for weight in weights]
+    for place, result in zip(places, results, strict=True):
+        place.copy_(result)
+    assert all(map(same_bits, merge_ops.unmerge(places, As, Bs, ends, corrections, **options), weights))
+
+    candidates = merge_ops.unmerge(places, As, Bs, **options)
+    torch.ops.lora_ext.lora_unmerge_(on_cpu, As, Bs, [], [])
+    assert all(map(same_bits, candidates, on_cpu))
+    return results
+
+
+def in_place_of(view: Tensor) -> Tensor:
+    """A view with the strides and the misalignment of another."""
+    storage = view.new_empty(view.untyped_storage().nbytes() // view.element_size())
+    return storage.as_strided(view.shape, view.stride(), view.storage_offset())
+
+
+# --- the definition ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 2), (17, 9, 17), (259, 2, 3)], ids=str)
+@pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
+def test_is_the_definition_to_the_bit(dtype, shape):
+    in_features, out_features, rank = shape
+    weight = hard_weight(out_features, in_features, dtype)
+    adapters = [update_factors(weight, rank, 0.3)]
+    (result,) = whole_cycle([(weight, *pack_factors(dtype, adapters))])
+    assert same_bits(result, merged(weight, adapters))
+
+
+# --- the CPU op -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
+def test_ranks(dtype, rank):
+    whole_cycle([random_layer(19, 70, rank, dtype)])
+
+
+@pytest.mark.parametrize("cols", [1, 255, 256, 257, 600])
+@pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
+def test_shapes_with_tails(dtype, cols):
+    for rows in (1, 5, 70) if cols in (1, 257) else (5,):
+        whole_cycle([random_layer(rows, cols, 3, dtype)])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
+def test_tiny_and_huge_updates(dtype, size):
+    """No correction at all, a few of one unit, outliers, whole segments."""
+    whole_cycle([random_layer(6, 300, 3, dtype, size)])
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
+def test_every_kind_of_record_in_a_row(dtype):
+    """Each segment its own: none, corrections, outliers among them, outliers only, a whole segment."""
+    layer = layer_of_records(dtype, 5)
+    words = merge_ops.plan(*([tensor] for tensor in layer))[1].view(5, 5)
+    whole, outlier = 256 * dtype.itemsize // 2, 1 + dtype.itemsize // 2
+    assert (words[:, 0] == 0).all()
+    assert (words[:, 1:3] > 0).all() and (words[:, 1:3] < whole).all()
+    assert (words[:, 3] == 9 * outlier).all()
+    assert (words[:, 4] == whole).all()
+    whole_cycle([layer])
+
+
+def layer_of_records(dtype: torch.dtype, rows: int) -> tuple[Tensor, ...]:
+    weight = torch.randn(rows, 5 * 256, dtype=torch.float64).to(dtype)
+    A = torch.randn(1, 5 * 256)
+    A[:, :256] = 0.0
+    A[:, 256:768] *= 0.1
+    A[:, 512:768:29] = 1e4
+    A[:, 768:1024] = 0.0
+    A[:, 768:1024:29] = 3e4  # every 29th of 256: nine
+    A[:, 1024:] = -3e4
+    return weight, *pack_factors(dtype, [(A, torch.ones(rows, 1), 1.0)])
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.0])
+@pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
+def test_constant_weights(dtype, value):
+    weight = torch.full((3, 300), value, dtype=dtype)
+    for size in (0.0, 1e-9, 1.0):
+        whole_cycle([(weight, *pack_factors(dtype, [update_factors(weight, 2, size or 1.0)[:2] + (size,)]))])
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
+def test_an_update_of_minus_zero(dtype):
+    """A product of 0.0 and -1.0, which a chain that began or ended with another zero would lose."""
+    weight = torch.full((2, 20), -0.0, dtype=dtype)
+    for rank in (1, 3, 16, 17):
+        A, B = pack_factors(dtype, [(torch.zeros(rank, 20), -torch.ones(2, rank), 1.0)])
+        whole_cycle([(weight, A, B)])
+
+
+VIEWS = {
+    "aligned gaps": lambda wide: wide[:, :272],
+    "offset": lambda wide: wide[:, 16:288],
+    "misaligned": lambda wide: wide[:, 1:272],
+    "odd stride": lambda wide: wide.flatten()[3 : 3 + 8 * 289].view(8, 289)[:, :270],
+    "every other row": lambda wide: wide[::2, :270],
+    "one row": lambda wide: wide[1:2, 8:280],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
+def test_row_strides_and_misaligned_weights(dtype, view):
+    weight = VIEWS[view](hard_weight(12, 304, dtype))
+    assert weight.storage_offset() or weight.stride(0) > weight.shape[1]
+    whole_cycle([(weight, *pack_factors(dtype, [update_factors(weight, 3, 0.1)]))])
+
+
+# --- many layers ------------------------------------------------------------------------------------------------------
+
+
+def many_layers(dtype: torch.dtype, count: int) -> list[tuple[Tensor, ...]]:
+    shapes = [(7, 300, 3), (0, 5, 2), (40, 20, 1), (1, 1, 2), (5, 0, 2), (3, 513, 17)]
+    return [random_layer(*shapes[i % len(shapes)], dtype, 0.03 * (i + 1)) for i in range(count)]
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
+def test_layers_in_one_launch(dtype):
+    whole_cycle(many_layers(dtype, 6))
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
+def test_more_layers_than_a_launch_takes(dtype):
+    layers = many_layers(dtype, MAX_LAYERS_OF_A_LAUNCH + 3)
+    layers = [random_layer(0, 5, 1, dtype), *layers, random_layer(5, 0, 1, dtype)]
+    whole_cycle(layers)
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
+def test_nothing_to_do(dtype):
+    whole_cycle([random_layer(0, 5, 1, dtype), random_layer(5, 0, 1, dtype)])
+
+
+# --- every plan, every order of threads -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", [0, 1, 2])
+@pytest.mark.parametrize("blocks", ["many blocks", "few blocks"])
+@pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
+def test_same_bits_in_every_order_of_threads(dtype, blocks, schedule):
+    """With few blocks, each works through several tiles: with its lora_A in place, or read again for every tile."""
+    layers = [random_layer(130, 260, 5, dtype), random_layer(70, 30, 17, dtype)]
+    whole_cycle(layers, schedule, few_blocks() if blocks == "few blocks" else kernels())
+
+
+# --- what does not fit ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", [0, 1])
+@pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
+def test_non_finite_results_are_counted(dtype, schedule):
+    layers = [random_layer(9, 300, 2, dtype) for _ in range(5)]
+    for weight, A, B in layers:
+        weight.clamp_(-8, 8), A.clamp_(-8, 8), B.clamp_(-8, 8)
+    layers[0][0][3, 299], layers[0][0][3, 0], layers[0][0][8, 7] = float("nan"), float("inf"), float("-inf")
+    layers[1][1][1, 256] = float("nan")  # a column of results
+    layers[2][2][4, 0] = float("inf")  # a row
+    limit = torch.finfo(dtype).max
+    layers[3][0][5, 6], layers[3][1][:, 6], layers[3][2][5] = limit, limit / 8, 4.0  # overflows
+    weights, As, Bs = map(list, zip(*layers, strict=True))
+    non_finite, words = merge_ops.plan(weights, As, Bs, schedule)
+    assert non_finite.tolist() == [3, 9, 300, 1, 0]
+    on_cpu = [torch.ops.lora_ext.lora_merge_record_([weight], [A], [B]) for weight, A, B in layers]
+    assert [int(counts) for counts, _, _ in on_cpu] == non_finite.tolist()
+    assert torch.equal(words[-18:], on_cpu[-1][1][0].flatten())  # of what is finite
+
+
+RUBBISH = {
+    "zeros": lambda ends: ends * 0,
+    "too far": lambda ends: ends * 7,
+    "too short": lambda ends: ends // 2,
+    "negative": lambda ends: -ends,
+    "falling": lambda ends: ends.flip(0),
+    "huge": lambda ends: torch.full_like(ends, 2**62),
+    "one off": lambda ends: ends + 1,
+}
+
+
+@pytest.mark.parametrize("rubbish", RUBBISH)
+@pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
+def test_a_record_that_does_not_fit_touches_nothing_outside(dtype, rubbish):
+    """tests/simt sees every access: only the weights and what lies in corrections may be written."""
+    layers = [random_layer(5, 300, 2, dtype, 0.02), layer_of_records(dtype, 3), random_layer(3, 20, 2, dtype, 30.0)]
+    weights, As, Bs = map(list, zip(*layers, strict=True))
+    _, words = merge_ops.plan(weights, As, Bs)
+    lengths = [int(part.sum()) for part in words.split([merge_ops.num_segments(weight) for weight in weights])]
+    ends = RUBBISH[rubbish](words.cumsum(0))
+    before = [random_words(length) for length in lengths]
+    results, after = merge_ops.merge_record(weights, As, Bs, ends, before, rubbish=True)
+    assert all(map(same_bits, results, merge_ops.merge(weights, As, Bs)))
+    if rubbish in ("zeros", "negative", "huge"):
+        assert all(map(torch.equal, before, after))
+    for record in (before, after):
+        merge_ops.unmerge(results, As, Bs, ends, record, rubbish=True)
+
+
+def random_words(count: int) -> Tensor:
+    return torch.randint(-(2**15), 2**15, (count,), dtype=torch.int16)
+
+
+def test_bits_are_compared():
+    """The comparison all of this rests on tells zeros of different signs apart."""
+    assert not torch.equal(bits(torch.tensor([0.0])), bits(torch.tensor([-0.0])))

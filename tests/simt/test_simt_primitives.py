@@ -1,0 +1,44 @@
+"""The stand-in's primitives against what the PTX ISA says of them (tests/simt/golden.py)."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+
+from simt import cuda_headers
+from simt.build import SIMT
+from simt.driver import Library, library_of
+from simt.golden import PRIMITIVES
+
+pytestmark = pytest.mark.cpu_only("emulates the CUDA kernels on the CPU")
+
+
+def golden_library() -> Library:
+    library = library_of("golden", SIMT / "golden.cu")
+    library.c.golden.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    return library
+
+
+@pytest.mark.parametrize("schedule", [0, 1, 2])
+@pytest.mark.parametrize("name", PRIMITIVES)
+def test_primitive_does_what_its_documentation_says(name, schedule):
+    library = golden_library()
+    library.reset(schedule)
+    inputs, expected = PRIMITIVES[name]()
+    source = library.upload(inputs, "in")
+    target = library.allocate(expected.numel() * 4, "out", alignment=16 if name == "store of 16 bytes" else 8)
+    if name == "atomics":
+        target = library.upload(torch.zeros_like(expected), "out")
+    assert library.c.golden(list(PRIMITIVES).index(name), source, target, None) == 0
+    library.check()
+    result = library.download(target, tuple(expected.shape), torch.int32, "out")
+    result = result.where(expected != -1, -1) if name == "atomics" else result
+    assert result.tolist() == expected.tolist()
+
+
+def test_without_cuda_headers_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(cuda_headers, "_candidates", lambda: iter([]))
+    with pytest.raises(RuntimeError, match="pip install nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl"):
+        cuda_headers.find()

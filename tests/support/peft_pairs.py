@@ -1,0 +1,67 @@
+"""The same adapted model twice, PEFT's own and accelerated: shared by the tests of lora_ext.integrations.peft."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import peft
+import torch
+from support.models import bert, gpt2, llama
+from torch import Tensor, nn
+
+from lora_ext.integrations.peft import accelerate, report
+
+TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"], "bert": ["query", "dense"]}
+MODELS: dict[str, Callable[[], nn.Module]] = {"llama": llama, "gpt2": gpt2, "bert": bert}
+
+
+def config(**options: Any) -> peft.LoraConfig:
+    """Both factors random, so that an adapter does something from the beginning."""
+    return peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "init_lora_weights": False} | options)
+
+
+def pair(model: nn.Module, *configs: peft.LoraConfig) -> tuple[nn.Module, nn.Module]:
+    """``(theirs, ours)``, in evaluation mode; adapters "default", "1", "2", ..., the first one active."""
+    theirs = peft.get_peft_model(model, configs[0])
+    for name, more in enumerate(configs[1:], start=1):
+        theirs.add_adapter(str(name), more)
+    theirs.eval()
+    return theirs, accelerate(copy.deepcopy(theirs))
+
+
+def model_pair(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[nn.Module, nn.Module]:
+    extra = {"target_modules": TARGETS[name], "fan_in_fan_out": name == "gpt2"}
+    return pair(MODELS[name]().to(dtype), config(**extra | options))
+
+
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(input_ids=ids).logits
+
+
+def set_active(models: Iterable[nn.Module], *names: str) -> None:
+    for model in models:
+        model.base_model.set_adapter(list(names))
+
+
+def factors(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+
+
+def gradients(model: nn.Module, output: Callable[[nn.Module], Tensor]) -> dict[str, Tensor]:
+    """Of the trained parameters, and under "output" what the model returned."""
+    model.zero_grad(set_to_none=True)
+    y = output(model)
+    y.double().square().sum().backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {"output": y.detach()} | {name: grad for name, grad in grads.items() if grad is not None}
+
+
+def assert_same_step(theirs: nn.Module, ours: nn.Module, output: Callable[[nn.Module], Tensor]) -> None:
+    """Same outputs and gradients but for float32's rounding, and ours on the ops."""
+    assert any(layer.accelerated for layer in report(ours)), report(ours)
+    expected, actual = gradients(theirs, output), gradients(ours, output)
+    assert expected.keys() == actual.keys() and len(expected) > 1
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, rtol=1e-4, atol=2e-5 * tensor.abs().max().item(), msg=name)

@@ -1,0 +1,675 @@
+"""Every public function of models and files: a good call of it, and calls that it refuses.
+
+``tests/test_refusals.py`` makes the calls, and holds that no public function is missing here; tests/fuzz draws others.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from support.checkpoint_files import snapshot as files_of
+from support.models import Net, bert, snapshot
+from torch import Tensor, nn
+
+from lora_ext import LoraConfig, analysis, inject, load_adapter, merge, methods, save_adapter, unmerge
+from lora_ext import nn as layers
+from lora_ext.adapters import adapter_status, merge_record_bytes
+from lora_ext import adapters
+from lora_ext.integrations import peft as integration
+
+NAN = float("nan")
+CONFIG = LoraConfig(r=2, target_modules=["up", "down"], init_lora_weights=False)
+BIASED = LoraConfig(r=2, target_modules=["up"], bias="all")
+
+
+@dataclass
+class Call:
+    """A public function.
+
+    Attributes:
+        function: it.
+        arguments: of a good call, made in a directory that may hold files; all that it takes by name.
+        refused: changes of them, the error, and words of its message.
+        any_type: arguments of which every type is fine.
+    """
+
+    function: Callable[..., Any]
+    arguments: Callable[[Path], dict[str, Any]]
+    refused: list[tuple[dict[str, Any] | Callable[[Path], dict[str, Any]], type[Exception], str]] = field(
+        default_factory=list
+    )
+    any_type: tuple[str, ...] = ()
+
+
+def state(value: Any) -> Any:
+    """What must be the same after a refusal."""
+    if isinstance(value, nn.Module):
+        modules = snapshot(value)
+        return modules | {
+            "values": {path: state(tensor) for path, tensor in modules["values"].items()},
+            "adapters": [dataclasses.astuple(each) for each in adapter_status(value)],
+            "record": merge_record_bytes(value),
+        }
+    if isinstance(value, Tensor):
+        bits = None if value.is_meta else value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        return bits, tuple(value.shape), value._version, value.requires_grad
+    if isinstance(value, Path):
+        return files_of(value) if value.is_dir() else value.read_bytes() if value.is_file() else None
+    if isinstance(value, (list, tuple)):
+        return [state(each) for each in value]
+    return repr(value)
+
+
+def call(function: Any, arguments: dict[str, Any]) -> None:
+    result = function(**arguments)
+    if hasattr(result, "__next__"):
+        list(result)
+    elif hasattr(result, "__enter__"):
+        with result:
+            pass
+
+
+def injected() -> Net:
+    model = inject(Net().eval(), CONFIG, "a")
+    return inject(model, CONFIG, "b")
+
+
+def merged() -> Net:
+    return merge(injected(), ["a"])
+
+
+def disabled() -> Net:
+    """In a context that nobody leaves."""
+    model = injected()
+    model.context = adapters.disable_adapters(model)  # it ends when it is garbage
+    model.context.__enter__()
+    return model
+
+
+def saved(directory: Path) -> Path:
+    save_adapter(injected(), directory / "adapter", "a")
+    return directory / "adapter"
+
+
+def damaged(directory: Path, name: str, content: bytes) -> Path:
+    (saved(directory) / name).write_bytes(content)
+    return directory / "adapter"
+
+
+def saved_method(directory: Path, name: str = "adapter-h") -> Path:
+    methods.save_method(methods.apply_method(bert(), methods.new_method(name)), directory / "method")
+    return directory / "method"
+
+
+def adapted(name: str = "adapter-h", **options: Any) -> nn.Module:
+    return methods.apply_method(bert(), methods.new_method(name, **options))
+
+
+def peft_model() -> peft.PeftModel:
+    return peft.get_peft_model(Net(), peft.LoraConfig(r=2, target_modules=["up"]))
+
+
+def merged_peft_model() -> peft.PeftModel:
+    model = integration.accelerate(peft_model())
+    model.merge_adapter()
+    return model
+
+
+def with_nan() -> Net:
+    model = injected()
+    with torch.no_grad():
+        model.blocks[1].up.adapters["b"].lora_B[0, 0] = NAN
+    return model
+
+
+def parametrized() -> Net:
+    model = injected()
+    torch.nn.utils.parametrizations.weight_norm(model.blocks[0].up.base_layer)
+    return model
+
+
+def tied() -> Net:
+    model = Net()
+    model.blocks[1].up.weight = model.blocks[0].up.weight
+    return inject(model, LoraConfig(r=2, target_modules=["blocks.0.up"], init_lora_weights=False), "b")
+
+
+def factors() -> dict[str, Any]:
+    return {"lora_A": torch.randn(2, 6), "lora_B": torch.randn(4, 2), "scaling": 0.5}
+
+
+NO_MODULE = [({"model": Net}, TypeError, "model is of type type, want an nn.Module")]
+NOT_INJECTED = [({"model": Net()}, ValueError, "Net is not injected; call lora_ext.inject on it")]
+NO_LAYER = [({"model": Net()}, ValueError, "Net has no LoRA layer; call inject(model, config) first")]
+NO_ADAPTER = "no adapter 'x'; the adapters are ['a', 'b']"
+
+CALLS: list[Call] = [
+    Call(
+        inject,
+        lambda _: {"model": Net(), "config": CONFIG, "adapter_name": "a"},
+        [
+            *NO_MODULE,
+            ({"config": {"r": 8}}, TypeError, "config is {'r': 8} of type dict, want a LoraConfig"),
+            ({"adapter_name": "a.b"}, ValueError, "adapter_name is 'a.b', want a name without dots"),
+            ({"adapter_name": "keys"}, ValueError, "adapter_name is 'keys', want a name without dots"),
+            ({"adapter_name": ""}, ValueError, "adapter_name is '', want a name without dots"),
+            (lambda _: {"model": injected()}, ValueError, "there is an adapter 'a' already"),
+            (lambda _: {"model": merged(), "adapter_name": "c"}, ValueError, "adapters are merged into 'blocks.0.up'"),
+            (lambda _: {"model": disabled(), "adapter_name": "c"}, RuntimeError, "the adapters are disabled"),
+            (
+                {"config": LoraConfig(target_modules=["upp"])},
+                ValueError,
+                "target_modules ['upp'] matches no module of Net; close matches: 'up'",
+            ),
+            (
+                {"config": LoraConfig(target_modules=["norm"])},
+                TypeError,
+                "norm (BatchNorm1d): no LoRA layer adapts BatchNorm1d",
+            ),
+            (
+                {"config": LoraConfig(target_modules=["up"], modules_to_save=["hed"])},
+                ValueError,
+                "modules_to_save ['hed'] matches no module of Net; close matches: 'head'",
+            ),
+            (
+                {"config": LoraConfig(target_parameters=["norm.weight"])},
+                TypeError,
+                "norm.weight",
+            ),
+            (
+                lambda _: {"model": inject(Net(), BIASED, "b"), "config": BIASED},
+                ValueError,
+                "bias is 'all', but the adapter 'b' trains the model's biases; only one can",
+            ),
+        ],
+    ),
+    Call(
+        save_adapter,
+        lambda path: {"model": injected(), "directory": path / "out", "adapter_name": "a"},
+        [
+            *NO_MODULE,
+            *NOT_INJECTED,
+            ({"adapter_name": "x"}, KeyError, f"save_adapter: there is {NO_ADAPTER}"),
+            (
+                lambda _: {"model": adapters.set_adapter(injected(), ["a", "b"]), "adapter_name": None},
+                ValueError,
+                "the active adapters are ['a', 'b'], not just one: say which is meant",
+            ),
+            (lambda path: {"directory": saved(path) / "adapter_config.json"}, OSError, "adapter_config.json"),
+        ],
+    ),
+    Call(
+        load_adapter,
+        lambda path: {
+            "model": Net(),
+            "directory": saved(path),
+            "trainable": True,
+            "adapter_name": "c",
+            "allow_pickle": False,
+        },
+        [
+            *NO_MODULE,
+            ({"trainable": "yes"}, TypeError, "trainable is 'yes' of type str, want True or False"),
+            (lambda path: {"directory": path / "none"}, FileNotFoundError, "none"),
+            (lambda path: {"directory": damaged(path, "adapter_config.json", b"{")}, ValueError, "adapter_config.json"),
+            (
+                lambda path: {"directory": damaged(path, "adapter_model.safetensors", b"{}")},
+                ValueError,
+                "adapter_model.safetensors",
+            ),
+            ({"model": nn.Linear(2, 2)}, ValueError, "matches no module of Linear"),
+            ({"model": bert()}, ValueError, "matches no module of BertForSequenceClassification"),
+            (
+                lambda _: {"model": inject(Net(), LoraConfig(r=4, target_modules=["up"]), "c")},
+                ValueError,
+                "has r=2 but the model was injected with r=4",
+            ),
+            (lambda _: {"model": merged()}, RuntimeError, "an adapter is merged into 'blocks.0.up'; call unmerge"),
+            (lambda _: {"model": Net().to("meta")}, ValueError, "the model is on the meta device"),
+        ],
+    ),
+    Call(
+        adapters.set_adapter,
+        lambda _: {"model": injected(), "names": ["a"], "trainable": False},
+        [
+            *NO_MODULE,
+            *NOT_INJECTED,
+            ({"names": ["a", "x"]}, KeyError, f"set_adapter: there is {NO_ADAPTER}"),
+            ({"names": [1]}, TypeError, "names is [1] of type list, want a string or a list of strings"),
+            ({"names": ["a", "a"]}, ValueError, "names are ['a', 'a'], want each once"),
+            (lambda _: {"model": disabled()}, RuntimeError, "the adapters are disabled; leave disable_adapters first"),
+        ],
+    ),
+    Call(adapters.adapter_names, lambda _: {"model": injected()}, NO_MODULE),
+    Call(adapters.adapter_status, lambda _: {"model": injected()}, NO_MODULE),
+    Call(adapters.lora_modules, lambda _: {"model": injected()}, NO_MODULE),
+    Call(adapters.merge_record_bytes, lambda _: {"model": merged()}, NO_MODULE),
+    Call(adapters.trainable_parameter_counts, lambda _: {"model": injected()}, NO_MODULE),
+    Call(
+        adapters.add_weighted_adapter,
+        lambda _: {
+            "model": injected(),
+            "adapters": ["a", "b"],
+            "weights": [1.0, 0.5],
+            "adapter_name": "c",
+            "combination_type": "ties_svd",
+            "svd_rank": 2,
+            "svd_clamp": 0.9,
+            "svd_driver": None,
+            "density": 0.5,
+            "majority_sign_method": "total",
+        },
+        [
+            *NO_MODULE,
+            *NOT_INJECTED,
+            ({"adapters": ["a", "x"]}, KeyError, NO_ADAPTER),
+            ({"adapters": "a"}, TypeError, "adapters is 'a' of type str, want a list of strings"),
+            ({"adapters": [], "weights": []}, ValueError, "adapters is empty; name at least one"),
+            ({"weights": [1.0]}, ValueError, "weights has 1 entries for 2 adapters; give one for each"),
+            ({"weights": [1.0, NAN]}, ValueError, "weights has nan, want finite numbers"),
+            ({"adapter_name": "a"}, ValueError, "there is an adapter 'a' already"),
+            ({"combination_type": "sum"}, ValueError, "combination_type is 'sum', want one of linear, cat, svd"),
+            ({"combination_type": "linear", "density": 7.0}, ValueError, "density has 7.0, want 0 < density <= 1"),
+            ({"density": None}, ValueError, "density is None; ties_svd wants the fraction"),
+            ({"svd_rank": 0}, ValueError, "svd_rank is 0, want None or an integer of at least 1"),
+            ({"svd_clamp": 2.0}, ValueError, "svd_clamp has 2.0, want None or a quantile"),
+            ({"svd_driver": "fast"}, TypeError, "svd_driver is 'fast' of type str, want 'gesvd', 'gesvdj'"),
+            ({"majority_sign_method": "most"}, ValueError, "majority_sign_method is 'most', want \"total\" or"),
+            (lambda _: {"model": disabled()}, RuntimeError, "the adapters are disabled"),
+        ],
+    ),
+    Call(
+        adapters.delete_adapter,
+        lambda _: {"model": injected(), "name": "a"},
+        [
+            *NO_MODULE,
+            *NOT_INJECTED,
+            ({"name": "x"}, KeyError, NO_ADAPTER),
+            ({"name": "b"}, RuntimeError, "'b' is active; call set_adapter(model, ...) first: there is ['a']"),
+            (lambda _: {"model": merged()}, RuntimeError, "'a' is merged in 'blocks.0.up'"),
+            (lambda _: {"model": disabled()}, RuntimeError, "the adapters are disabled"),
+        ],
+    ),
+    Call(
+        adapters.disable_adapters,
+        lambda _: {"model": injected()},
+        [*NO_MODULE, *NO_LAYER, (lambda _: {"model": merged()}, RuntimeError, "merged; call unmerge(model) first")],
+    ),
+    Call(
+        adapters.hotswap_adapter,
+        lambda path: {"model": injected(), "directory": saved(path), "adapter_name": "a", "allow_pickle": False},
+        [
+            *NO_MODULE,
+            *NOT_INJECTED,
+            ({"adapter_name": "x"}, KeyError, NO_ADAPTER),
+            (lambda path: {"directory": path / "none"}, FileNotFoundError, "none"),
+            (lambda _: {"model": merged()}, RuntimeError, "'a' is merged into 'blocks.0.up'; call unmerge"),
+            (
+                lambda _: {"model": inject(Net(), LoraConfig(r=1, target_modules=["up", "down"]), "a")},
+                ValueError,
+                "rank",
+            ),
+        ],
+    ),
+    Call(
+        adapters.prepare_hotswap,
+        lambda _: {"model": injected(), "r": 4, "adapter_name": "a"},
+        [
+            *NO_MODULE,
+            *NOT_INJECTED,
+            ({"adapter_name": "x"}, KeyError, NO_ADAPTER),
+            ({"r": 0}, ValueError, "r is 0, want an integer of at least 1"),
+            ({"r": 1}, ValueError, "rank 2"),
+            (lambda _: {"model": merged()}, RuntimeError, "'a' is merged into 'blocks.0.up'; call unmerge"),
+        ],
+    ),
+    Call(
+        adapters.rename_adapter,
+        lambda _: {"model": injected(), "old": "a", "new": "c"},
+        [
+            *NO_MODULE,
+            *NOT_INJECTED,
+            ({"old": "x"}, KeyError, NO_ADAPTER),
+            ({"new": "b"}, ValueError, "there is an adapter 'b' already"),
+            ({"new": "c.d"}, ValueError, "adapter_name is 'c.d', want a name without dots"),
+            (lambda _: {"model": merged()}, RuntimeError, "'a' is merged in 'blocks.0.up'"),
+            (lambda _: {"model": disabled()}, RuntimeError, "the adapters are disabled"),
+        ],
+    ),
+    Call(
+        merge,
+        lambda _: {"model": injected(), "adapter_names": ["a"]},
+        [
+            *NO_MODULE,
+            *NO_LAYER,
+            ({"adapter_names": []}, ValueError, "merge: adapter_names is empty: name at least one adapter"),
+            ({"adapter_names": ["x"]}, KeyError, "merge: no layer has an adapter 'x'; the adapters are ['a', 'b']"),
+            (lambda _: {"model": merged()}, RuntimeError, "merge: 'blocks.0.up', 'blocks.0.down', 'blocks.1.up' and"),
+            (lambda _: {"model": disabled(), "adapter_names": None}, RuntimeError, "no adapter is active in"),
+            (
+                lambda _: {"model": with_nan(), "adapter_names": "b"},
+                ValueError,
+                "the weight of 'blocks.1.up' NaN or infinite: the adapter has NaN or infinite values",
+            ),
+            (lambda _: {"model": parametrized()}, RuntimeError, "'blocks.0.up' is not a parameter but computed"),
+            (
+                lambda _: {"model": tied(), "adapter_names": "b"},
+                ValueError,
+                "is also that of 'blocks.1.up', which would change with it",
+            ),
+        ],
+    ),
+    Call(
+        unmerge,
+        lambda _: {"model": merged(), "adapter_names": ["a"]},
+        [
+            *NO_MODULE,
+            *NO_LAYER,
+            ({"adapter_names": []}, ValueError, "unmerge: adapter_names is empty"),
+            ({"adapter_names": ["x"]}, KeyError, "unmerge: no layer has an adapter 'x'"),
+            ({"adapter_names": ["b"]}, RuntimeError, "not merged"),
+            (lambda _: {"model": merged().double()}, RuntimeError, "was converted from torch.float32 to torch.float64"),
+        ],
+    ),
+    Call(
+        adapters.merge_and_unload,
+        lambda _: {"model": injected(), "adapter_names": ["a"]},
+        [
+            *NO_MODULE,
+            *NO_LAYER,
+            ({"adapter_names": []}, ValueError, "merge_and_unload: adapter_names is empty"),
+            ({"adapter_names": ["x"]}, KeyError, "merge_and_unload: no layer has an adapter 'x'"),
+            (lambda _: {"model": with_nan(), "adapter_names": "b"}, ValueError, "the adapter has NaN or infinite"),
+            (lambda _: {"model": disabled()}, RuntimeError, "the adapters are disabled"),
+        ],
+    ),
+    Call(
+        adapters.unload,
+        lambda _: {"model": injected()},
+        [
+            *NO_MODULE,
+            *NO_LAYER,
+            (lambda _: {"model": merged()}, RuntimeError, "merged; call unmerge(model) first, or merge_and_unload"),
+            (lambda _: {"model": disabled()}, RuntimeError, "the adapters are disabled"),
+        ],
+    ),
+    # --- methods ------------------------------------------------------------------------------------------------------
+    Call(
+        methods.new_method,
+        lambda _: {"name": "adapter-h", "bottleneck_size": 4},
+        [
+            ({"name": "adapter-x"}, ValueError, "name has 'adapter-x', want one of full, bitfit"),
+            ({"bottleneck_size": 0}, ValueError, "bottleneck_size is 0"),
+            ({"size": 4}, TypeError, "adapter-h has no option 'size'; it has"),
+        ],
+    ),
+    Call(
+        methods.option_names,
+        lambda _: {"name": "adapter-h"},
+        [({"name": "x"}, ValueError, "name is 'x', want one of full, bitfit")],
+    ),
+    Call(
+        methods.apply_method,
+        lambda _: {"model": bert(), "method": methods.new_method("adapter-h")},
+        [
+            *NO_MODULE,
+            ({"method": "adapter-h"}, TypeError, "method is 'adapter-h' of type str, want a Method"),
+            ({"model": Net()}, TypeError, "Net (model type None) is not supported; supported are"),
+            (lambda _: {"model": adapted()}, ValueError, "the model is adapted by adapter-h already"),
+            (
+                lambda _: {"model": inject(bert(), LoraConfig(target_modules=["query"]))},
+                ValueError,
+                "the model is injected already",
+            ),
+        ],
+    ),
+    Call(
+        methods.plan_method,
+        lambda _: {"model": bert(), "method": methods.new_method("adapter-h")},
+        [
+            *NO_MODULE,
+            ({"method": None}, TypeError, "method is None, want a Method"),
+            ({"model": Net()}, TypeError, "Net (model type None) is not supported; supported are"),
+        ],
+    ),
+    Call(methods.method_of, lambda _: {"model": adapted()}, NO_MODULE),
+    Call(methods.head_parameters, lambda _: {"model": bert()}, NO_MODULE),
+    Call(methods.head_parameter_count, lambda _: {"model": bert()}, NO_MODULE),
+    Call(
+        methods.remove_method,
+        lambda _: {"model": adapted()},
+        [
+            *NO_MODULE,
+            ({"model": bert()}, ValueError, "BertForSequenceClassification is not adapted; call apply_method"),
+            (lambda _: {"model": merge(adapted("lora", target_modules=["query"]))}, RuntimeError, "merged"),
+        ],
+    ),
+    Call(
+        methods.save_method,
+        lambda path: {"model": adapted(), "directory": path / "out"},
+        [
+            *NO_MODULE,
+            ({"model": bert()}, ValueError, "BertForSequenceClassification is not adapted; call apply_method"),
+            (lambda path: {"directory": saved_method(path) / "method.json"}, OSError, "method.json"),
+        ],
+    ),
+    Call(
+        methods.load_method,
+        lambda path: {"model": bert(), "directory": saved_method(path), "trainable": False},
+        [
+            *NO_MODULE,
+            (lambda path: {"directory": path / "none"}, FileNotFoundError, "none"),
+            ({"model": Net()}, TypeError, "Net (model type None) is not supported; supported are"),
+            (lambda path: {"model": adapted("bitfit")}, ValueError, "call remove_method(model) first"),
+            ({"trainable": 1}, TypeError, "trainable is 1 of type int, want True or False"),
+        ],
+    ),
+    Call(
+        methods.read_method,
+        lambda path: {"directory": saved_method(path)},
+        [(lambda path: {"directory": path / "none"}, FileNotFoundError, "none")],
+    ),
+    # --- PEFT ---------------------------------------------------------------------------------------------------------
+    Call(
+        integration.accelerate,
+        lambda _: {"model": peft_model()},
+        [({"model": Net()}, ValueError, "Net has no LoRA layers of PEFT's; adapt it first")],
+    ),
+    Call(
+        integration.restore,
+        lambda _: {"model": integration.accelerate(peft_model())},
+        [(lambda _: {"model": merged_peft_model()}, RuntimeError, "adapters are merged into 2 layers")],
+    ),
+    Call(integration.report, lambda _: {"model": peft_model()}, NO_MODULE),
+    # --- layers -------------------------------------------------------------------------------------------------------
+    Call(
+        layers.LoraAdapter,
+        lambda _: {
+            "in_features": 6,
+            "out_features": 4,
+            "r": 2,
+            "lora_alpha": 4.0,
+            "lora_dropout": 0.1,
+            "use_rslora": False,
+            "init_lora_weights": True,
+            "lora_bias": False,
+            "shapes": None,
+            "dtype": torch.float32,
+            "device": "cpu",
+        },
+        [
+            ({"in_features": -6}, ValueError, "in_features is -6, want at least 0"),
+            ({"r": 0}, ValueError, "r is 0, want at least 1"),
+            ({"r": True}, TypeError, "r is True of type bool, want an integer"),
+            ({"lora_alpha": NAN}, ValueError, "lora_alpha is nan, want a finite number of at least 0"),
+            ({"lora_dropout": 1.0}, ValueError, "lora_dropout is 1.0, want 0 <= lora_dropout < 1"),
+            ({"init_lora_weights": "pissa"}, ValueError, "init_lora_weights is 'pissa', want True, False"),
+        ],
+    ),
+    Call(
+        layers.EmbeddingAdapter,
+        lambda _: {"num_embeddings": 6, "embedding_dim": 4, "r": 2, "lora_alpha": 4.0},
+        [({"num_embeddings": -6}, ValueError, "in_features is -6"), ({"r": 0}, ValueError, "r is 0, want at least 1")],
+    ),
+    Call(
+        layers.MergedAdapter,
+        lambda _: {"in_features": 6, "out_features": 6, "r": 2, "lora_alpha": 4.0, "enable_lora": [True, False, True]},
+        [
+            ({"enable_lora": [False]}, ValueError, "enable_lora is [False], want at least one True"),
+            ({"enable_lora": []}, ValueError, "enable_lora is [], want at least one True"),
+            ({"enable_lora": [True] * 4}, ValueError, "enable_lora has 4 parts, which out_features=6"),
+            ({"lora_bias": True}, ValueError, "lora_bias is True"),
+            ({"r": 0}, ValueError, "r is 0, want at least 1"),
+        ],
+    ),
+    *(
+        Call(
+            kind,
+            lambda _, base=base: {
+                "base_layer": copy.deepcopy(base),
+                "adapter": None,
+                "adapter_name": "a",
+                "active": layers.ActiveAdapters(),
+            },
+            [({"base_layer": nn.ReLU()}, TypeError, f"base_layer is a ReLU, want {kind.base_kinds}")],
+        )
+        for kind, base in (
+            (layers.LoraLinear, nn.Linear(6, 4)),
+            (layers.LoraEmbedding, nn.Embedding(6, 4)),
+            (layers.LoraConv, nn.Conv1d(6, 4, 3)),
+            (layers.LoraMultiheadAttention, nn.MultiheadAttention(6, 2)),
+        )
+    ),
+    Call(
+        layers.LoraMergedLinear,
+        lambda _: {
+            "base_layer": nn.Linear(6, 6),
+            "num_parts": 3,
+            "adapter": None,
+            "adapter_name": "a",
+            "active": layers.ActiveAdapters(),
+        },
+        [
+            ({"num_parts": 4}, ValueError, "num_parts is 4, which out_features=6 is no multiple of"),
+            ({"num_parts": 0}, ValueError, "num_parts is 0"),
+        ],
+    ),
+    Call(
+        layers.LoraParameter,
+        lambda _: {
+            "base_layer": nn.Linear(6, 4),
+            "parameter_name": "weight",
+            "adapter": None,
+            "adapter_name": "a",
+            "active": layers.ActiveAdapters(),
+        },
+        [
+            ({"parameter_name": "x"}, TypeError, "LoraParameter: Linear"),
+            ({"parameter_name": "bias"}, TypeError, "bias"),
+        ],
+    ),
+    # --- analysis -----------------------------------------------------------------------------------------------------
+    Call(
+        analysis.factored_svd,
+        lambda _: factors(),
+        [
+            ({"lora_A": torch.randn(3, 6)}, ValueError, "have no rank in common"),
+            ({"lora_A": torch.randn(6)}, ValueError, "lora_A is [6], want a matrix of 2 dimensions"),
+            ({"scaling": NAN}, ValueError, "scaling is nan, want a finite number"),
+            ({"lora_B": torch.full((4, 2), NAN)}, ValueError, "lora_A or lora_B is not finite"),
+        ],
+    ),
+    Call(
+        analysis.block_krylov_svd,
+        lambda _: {"weight": torch.randn(6, 4), "rank": 2, "seed": 0},
+        [
+            ({"weight": torch.randn(6)}, ValueError, "weight is [6], want a matrix of 2 dimensions"),
+            ({"weight": torch.full((6, 4), NAN)}, ValueError, "weight [6, 4] is not finite"),
+            ({"rank": 5}, ValueError, "rank is 5, want 1 to 4"),
+        ],
+    ),
+    Call(
+        analysis.project,
+        lambda _: {"weight": torch.randn(6, 4), "U": torch.randn(6, 2), "V": torch.randn(4, 2)},
+        [
+            ({"U": torch.randn(4, 2)}, ValueError, "U [4, 2] and V [4, 2] do not fit the weight [6, 4]"),
+            ({"V": torch.randn(4)}, ValueError, "V is [4], want a matrix of 2 dimensions"),
+        ],
+    ),
+    Call(
+        analysis.projection_table,
+        lambda _: {"weight": torch.randn(4, 6), "update": analysis.factored_svd(**factors()), "seed": 0, "own": None},
+        [
+            ({"weight": torch.randn(6, 4)}, ValueError, "update is of shape [4, 6], but weight is [6, 4]"),
+            (
+                {"own": analysis.block_krylov_svd(torch.randn(4, 6), 1, seed=0)},
+                ValueError,
+                "own has 1 directions, want 2, as many as update has",
+            ),
+        ],
+    ),
+    Call(
+        analysis.expected_random_norm,
+        lambda _: {"weight_norm": 2.0, "out_features": 6, "in_features": 4, "r": 2},
+        [({"r": 5}, ValueError, "r is 5"), ({"in_features": 0}, ValueError, "in_features=0")],
+    ),
+    Call(analysis.leading_ranks, lambda _: {"count": 5}, [({"count": -1}, ValueError, "count is -1, want at least 0")]),
+    *(
+        Call(
+            function,
+            lambda _, more=more: {"singular_values": torch.tensor([2.0, 1.0]), **more},
+            [
+                ({"singular_values": torch.ones(2, 2)}, ValueError, "[2, 2], want real numbers of one dimension"),
+                ({"singular_values": torch.tensor([1.0, 2.0])}, ValueError, "falling order; sort them first"),
+                ({"singular_values": torch.tensor([1.0, NAN])}, ValueError, "singular_values are not finite"),
+                *([({"energy": 1.5}, ValueError, "energy is 1.5, want 0 < energy <= 1")] if more else []),
+            ],
+        )
+        for function, more in (
+            (analysis.effective_rank, {}),
+            (analysis.stable_rank, {}),
+            (analysis.numerical_rank, {}),
+            (analysis.energy_rank, {"energy": 0.5}),
+        )
+    ),
+    Call(
+        analysis.singular_basis,
+        lambda _: {"matrix": torch.randn(2, 6)},
+        [
+            ({"matrix": torch.full((2, 6), NAN)}, ValueError, "matrix [2, 6] is not finite"),
+            (
+                {"matrix": torch.zeros(2, 6, dtype=torch.int64)},
+                TypeError,
+                "matrix is torch.strided torch.int64, want a dense",
+            ),
+        ],
+    ),
+    Call(
+        analysis.subspace_similarity,
+        lambda _: {"first": torch.eye(4)[:, :2], "second": torch.eye(4)[:, 1:]},
+        [({"second": torch.eye(5)}, ValueError, "bases [4, 2] and [5, 5] are not of one space")],
+    ),
+    *(
+        Call(
+            function,
+            lambda _: {"i_max": 2, "j_max": 3, "dim": 4},
+            [
+                ({"i_max": 5}, ValueError, "i_max is 5, want 0 to dim=4"),
+                ({"j_max": -1}, ValueError, "j_max is -1, want 0 to dim=4"),
+            ],
+        )
+        for function in (analysis.expected_random_similarity, analysis.random_similarity_std)
+    ),
+    Call(
+        analysis.orthonormal_columns,
+        lambda _: {"dim": 4, "count": 2, "generator": torch.Generator()},
+        [({"count": 5}, ValueError, "count is 5, want 0 to dim=4")],
+    ),
+]

@@ -1,0 +1,449 @@
+"""compare and sweep on a tiny model: what they report is what the runs gave, whatever interrupts them."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import tiny_classifier
+from transformers import BertModel
+
+from lora_ext.cli import main
+from lora_ext.cli.training import options_of
+from lora_ext.tasks import TaskError, WriteError
+from lora_ext.tasks.comparison import compare, many_runs
+from lora_ext.tasks.comparison.many_runs import Run, in_process, settings_for
+from lora_ext.tasks.comparison.spread import lines_of, over_seeds, summary, winner
+from lora_ext.tasks.finetune.run import finetune
+from lora_ext.tasks.finetune.settings import LEARNING_RATES, Settings
+
+METHODS = ["full:learning-rate=5e-3", "lora:r=2", "lora+adapter-p"]
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    directory = tmp_path_factory.mktemp("tiny")
+    model = tiny_classifier.save_model(directory / "model")
+    data = tiny_classifier.save_reviews(directory / "reviews.csv", tiny_classifier.reviews(120))
+    options = ["--model", str(model), "--data", str(data), "--max-length", "32", "--epochs", "1"]
+    return [*options, "--test-split", "0.3", "--batch-size", "8"]
+
+
+@pytest.fixture(scope="module")
+def compared(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("compared")
+    assert main(["compare", *options, "--methods", *METHODS, "--seeds", "0,1", "--jobs", "2", "--out", str(out)]) == 0
+    return out
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def runs_of(out: Path) -> dict[Path, dict[str, Any]]:
+    return {path.parent.relative_to(out): json.loads(path.read_text()) for path in sorted(out.rglob("metrics.json"))}
+
+
+def test_the_table_has_what_the_runs_gave(compared: Path):
+    result, runs = json.loads((compared / "compare.json").read_text()), runs_of(compared)
+    assert [row["label"] for row in result["methods"]] == METHODS
+    assert len(runs) == 6
+    for row in result["methods"]:
+        own = [each for each in runs.values() if each["settings"] | {"seed": 0} == row["settings"]]
+        assert row["accuracy"]["values"] == [each["after"]["accuracy"] for each in own]
+        assert row["accuracy"]["mean"] == pytest.approx(sum(row["accuracy"]["values"]) / 2)
+        assert row["trained_parameters"] == own[0]["trainable_parameters"]
+        assert row["head_parameters"] == 2 * 32 + 2
+        assert row["step_ms"]["q1"] <= row["step_ms"]["median"] <= row["step_ms"]["q3"]
+        assert ("merged_forward_ms" in row) == (row["method"] == "lora")
+    full, lora, both = result["methods"]
+    assert full["trained_parameters"] == full["total_parameters"]
+    assert lora["settings"]["r"] == 2 and both["settings"]["r"] == 8
+    assert full["settings"]["learning_rate"] == 5e-3 and lora["settings"]["learning_rate"] == 1e-3
+    assert lora["checkpoint_bytes"] < both["checkpoint_bytes"] < full["checkpoint_bytes"]
+    text = (compared / "compare.md").read_text()
+    assert all(f"| {method} |" in text for method in METHODS) and "over seeds 0, 1, on 35 test texts" in text
+    assert (compared / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(compared.rglob("checkpoints"))
+    assert all(row["runs_at_once"] == 2 for row in result["methods"]) and result["left_out"] == []
+    assert "\\* | " in text and "of runs that shared the machine, up to 2 at once" in text
+    assert all("latency" not in each for each in runs.values())  # what compare measures by itself
+
+
+def test_a_run_is_what_finetune_does(compared: Path, tmp_path: Path):
+    directory, metrics = next((path, each) for path, each in runs_of(compared).items() if "lora-r=2" in str(path))
+    with one_thread():
+        alone = finetune(Settings(**metrics["settings"]), tmp_path / "alone")
+    assert alone["after"] == metrics["after"]
+    file = Path("adapter", "adapter_model.safetensors")
+    assert (compared / directory / file).read_bytes() == (tmp_path / "alone" / file).read_bytes()
+
+
+def test_resuming_a_finished_comparison_adds_methods_and_repeats_nothing(options, compared: Path):
+    before = {path: path.stat().st_mtime_ns for path in compared.rglob("metrics.json")}
+    first = json.loads((compared / "compare.json").read_text())
+    assert main(["compare", "--resume", "--out", str(compared), "--methods", "head-only"]) == 0
+    result = json.loads((compared / "compare.json").read_text())
+    assert result["methods"][3]["label"] == "head-only"
+    assert result["command"][:7] == ["lora-ext", "compare", "--methods", *METHODS, "head-only"]
+    assert result["command"][7:9] == ["--seeds", "0,1"] and result["command"][-2:] == ["--out", str(compared)]
+    assert [row["accuracy"] for row in result["methods"][:3]] == [row["accuracy"] for row in first["methods"]]
+    after = {path: path.stat().st_mtime_ns for path in compared.rglob("metrics.json")}
+    assert {path: after[path] for path in before} == before and len(after) == len(before) + 2
+    assert main(["compare", "--resume", "--out", str(compared), "--without", "head-only"]) == 0
+    result = json.loads((compared / "compare.json").read_text())
+    assert [row["label"] for row in result["methods"]] == METHODS
+
+
+def test_resuming_with_other_texts_repeats_what_was_done_with_the_old_ones(tmp_path: Path):
+    directory = tmp_path / "files"
+    rows = tiny_classifier.reviews(60)
+    options = ["--model", str(tiny_classifier.save_model(directory)), "--max-length", "32", "--epochs", "1"]
+    data, out = tiny_classifier.save_reviews(directory / "reviews.csv", rows), tmp_path / "out"
+    arguments = ["compare", *options, "--data", str(data), "--methods", "head-only", "--seeds", "0"]
+    assert main([*arguments, "--out", str(out)]) == 0
+    first = runs_of(out)
+    tiny_classifier.save_reviews(data, rows[:30])
+    assert main(["compare", "--resume", "--out", str(out)]) == 0
+    again = runs_of(out)
+    assert [each["examples"]["train"] for each in (*first.values(), *again.values())] == [48, 24]
+    fingerprints = [each["data_sha256"] for each in (*first.values(), *again.values())]
+    assert json.loads((out / "costs.json").read_text())["data_sha256"] == fingerprints[1] != fingerprints[0]
+
+
+def test_interrupted_and_resumed_ends_like_uninterrupted(options: list[str], tmp_path: Path):
+    longer = [*options, "--epochs", "20", "--methods", "lora", "bitfit", "--seeds", "0"]
+    command = [sys.executable, "-m", "lora_ext", "compare"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    out = tmp_path / "interrupted"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen([*command, *longer, "--out", str(out)], env=environment, start_new_session=True, **pipes)
+    log = out / "runs" / "lora" / "seed-0.log"
+    while not log.is_file() or "loss=" not in log.read_text():  # it is training
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    output = process.communicate()[0]
+    assert process.returncode == 130, output
+    assert f"to continue: lora-ext compare --resume --out {out}" in output
+    assert not runs_of(out) and list(out.glob("runs/lora/seed-0/checkpoints/*"))
+
+    subprocess.run([*command, "--resume", "--out", str(out)], env=environment, check=True, **pipes)
+    assert main(["compare", *longer, "--out", str(tmp_path / "whole")]) == 0
+    resumed, whole = runs_of(out), runs_of(tmp_path / "whole")
+    assert {path: each["after"] for path, each in resumed.items()} == {p: each["after"] for p, each in whole.items()}
+    assert len(whole) == 2
+
+
+def test_methods_that_do_not_suit_the_checkpoint_are_left_out(options: list[str], tmp_path: Path, capsys):
+    model = tmp_path / "model"
+    tiny_classifier.save_tokenizer(model)
+    BertModel(tiny_classifier.config(), add_pooling_layer=False).save_pretrained(model)
+    own = [*options, "--model", str(model), "--seeds", "0", "--out", str(tmp_path / "out")]
+    assert main(["compare", *own, "--methods", "full:learning-rate=5e-3", "bitfit", "lora:modules-to-save=pooler"]) == 3
+    assert "bitfit is left out: --method bitfit: " in (said := capsys.readouterr().out)
+    result, text = (tmp_path / "out" / name for name in ("compare.json", "compare.md"))
+    result = json.loads(result.read_text())
+    assert [row["label"] for row in result["methods"]] == ["full:learning-rate=5e-3", "lora:modules-to-save=pooler"]
+    ((label, reason),) = [each.values() for each in result["left_out"]]
+    assert label == "bitfit" and "has no values for bert.pooler.dense" in reason
+    assert "Left out, as the checkpoint does not suit them:\n\n- `bitfit`: " in text.read_text() and reason in said
+    assert "bitfit" in result["command"]
+    assert main(["compare", "--resume", "--out", str(tmp_path / "out")]) == 3
+    assert main(["compare", *own[:-1], str(tmp_path / "none"), "--methods", "bitfit", "head-only"]) == 2
+    assert "--methods: none suits the model: bitfit: " in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_lines_join_what_differs_by_one_size(options: list[str]):
+    def row(label: str, parameters: int) -> dict[str, Any]:
+        settings = settings_for(label, asdict(Settings()) | {"learning_rate": None}, 0)
+        return {"label": label, "settings": asdict(settings), "trained_parameters": parameters}
+
+    labels = ["lora:r=8", "lora:r=2", "lora:target-modules=q", "adapter-h", "adapter-p:bottleneck-size=8", "lora:r=4"]
+    labels += [
+        "adapter-p",
+        "prefix-layer",
+        "prefix-layer:prefix-length=2:infix-length=2",
+        "lora:r=4:learning-rate=1e-4",
+    ]
+    lines = lines_of([row(label, 10 * (len(labels) - at)) for at, label in enumerate(labels)])
+    assert {name: [each["label"] for each in rows] for name, rows in lines.items()} == {
+        "lora, r 4, 2, 8": ["lora:r=4", "lora:r=2", "lora:r=8"],
+        "lora:target-modules=q": ["lora:target-modules=q"],
+        "adapter-h": ["adapter-h"],
+        "adapter-p, bottleneck size 16, 8": ["adapter-p", "adapter-p:bottleneck-size=8"],
+        "prefix-layer": ["prefix-layer"],
+        "prefix-layer:prefix-length=2:infix-length=2": ["prefix-layer:prefix-length=2:infix-length=2"],
+        "lora:r=4:learning-rate=1e-4": ["lora:r=4:learning-rate=1e-4"],
+    }
+    assert over_seeds([3]) == "seed 3" and over_seeds([0, 1]) == "mean and standard deviation over 2 seeds"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("compare-settings.json", "{"),
+        ("compare-settings.json", "[1]"),
+        ("compare-settings.json", '{"methods": "lora", "seeds": [0], "options": {}}'),
+        ("compare-settings.json", '{"methods": ["lora"], "seeds": ["0"], "options": {}}'),
+        ("compare-settings.json", '{"methods": ["lora"], "seeds": [0], "options": {"r": "8"}}'),
+        ("compare-settings.json", '{"methods": ["lora"], "seeds": [0], "options": {"run": 1}}'),
+        ("compare-settings.json", '{"methods": ["lora"], "seeds": [0], "options": {}, "run": "x"}'),
+        ("sweep-settings.json", '{"ranks": [1.5], "targets": ["q"], "seeds": [0], "options": {}}'),
+        ("settings.json", '{"r": null}'),
+        ("settings.json", '{"method": 3}'),
+        ("settings.json", '{"dora": true}'),
+        ("settings.json", '{"epochs": true}'),
+        ("settings.json", '{"model": "\\ud800"}'),
+        ("settings.json", "[" * 100_000),
+    ],
+)
+def test_damaged_settings_are_named(tmp_path: Path, capsys, name: str, content: str):
+    (tmp_path / name).write_text(content)
+    command = {"compare-settings.json": "compare", "sweep-settings.json": "sweep", "settings.json": "finetune"}[name]
+    assert main([command, "--resume", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lora-ext: error: --resume: ") and name in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("damage", ["[]", '{"settings": 3}', "{", "[" * 100_000, None])
+def test_a_run_whose_metrics_are_damaged_is_not_finished(compared: Path, tmp_path: Path, damage: str | None):
+    path, metrics = next(iter(runs_of(compared).items()))
+    label = next(label for label in METHODS if label.replace(":", "-") in str(path))
+    run = Run(label, Settings(**metrics["settings"]), metrics["data_sha256"])
+    directory = run.directory(tmp_path)
+    directory.mkdir(parents=True)
+    (directory / "metrics.json").write_text(json.dumps(metrics))
+    assert many_runs.finished(run, tmp_path) == metrics
+    text = json.dumps({**metrics, "after": {}}) if damage is None else damage
+    (directory / "metrics.json").write_text(text)
+    assert many_runs.finished(run, tmp_path) is None
+
+
+def test_sweep_tabulates_ranks_and_weights(options: list[str], tmp_path: Path):
+    arguments = ["--ranks", "1,3", "--targets", "q;q,v,o", "--seeds", "0", "--budget", "600", "--out", str(tmp_path)]
+    assert main(["sweep", *options, *arguments]) == 0
+    result, runs = json.loads((tmp_path / "sweep.json").read_text()), runs_of(tmp_path)
+    # rank 1 on q of two layers: 2 * (32 + 32); 600 parameters are rank 4 of that, and rank 1 of q, v, o
+    cells = {(cell["r"], cell["target_modules"]): cell for cell in result["cells"]}
+    assert set(cells) == {(1, "q"), (3, "q"), (1, "q,v,o"), (3, "q,v,o"), (4, "q")}
+    assert {key: cell["parameters"] for key, cell in cells.items()} == {
+        (r, targets): r * len(targets.split(",")) * 2 * 64 for r, targets in cells
+    }
+    assert [cell["parameters"] for cell in result["within_budget"]] == [512, 384]
+    assert result["best_rank"] == {"q": None, "q,v,o": None}  # of one seed nobody knows
+    for metrics in runs.values():
+        own = metrics["settings"]
+        assert metrics["trainable_parameters"] == cells[own["r"], own["target_modules"]]["parameters"] + 66
+        assert cells[own["r"], own["target_modules"]]["accuracy"]["values"] == [metrics["after"]["accuracy"]]
+    assert "| `q,v,o` | 384 |" in (tmp_path / "sweep.md").read_text()
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_winners_must_exceed_the_spread():
+    assert summary([0.5]) == {"values": [0.5], "mean": 0.5, "sd": None}
+    a, b = summary([0.80, 0.82, 0.84]), summary([0.70, 0.71, 0.72])  # sd 0.02 and 0.01
+    assert winner({"a": a, "b": b}) == "a"
+    assert winner({"a": a, "b": summary([0.78, 0.80, 0.82])}) is None  # 0.02 apart, within 0.028
+    assert winner({"a": a, "b": b, "c": summary([0.83, 0.84, 0.85])}) is None
+    assert winner({"a": a}) is None
+    assert winner({"a": summary([0.9]), "b": summary([0.1])}) is None
+
+
+def test_a_method_may_carry_options():
+    common = asdict(Settings()) | {"learning_rate": None, "r": 4}
+    settings = settings_for("adapter-drop:bottleneck-size=8:drop-layers=2:epochs=0.5", common, seed=3)
+    assert (settings.bottleneck_size, settings.drop_layers, settings.epochs, settings.seed) == (8, 2, 0.5, 3)
+    assert settings_for("full", common, 0).learning_rate == LEARNING_RATES["full"]
+    assert settings_for("full:learning-rate=1e-5", common, 0).learning_rate == 1e-5
+    assert settings_for("lora", common, 0).r == 4
+    for spec in ("lora:target-modules=(?:query|value):r=2", "lora:r=2:target-modules=(?:query|value)"):
+        assert settings_for(spec, common, 0).target_modules == "(?:query|value)"
+    assert settings_for("lora+bitfit", common, 0).learning_rate == 1e-3
+    for spec, message in [
+        ("lora:r", "'r' is no option=value"),
+        ("lora:rank=3", "'rank=3' is no option=value"),
+        ("lora:seed=3", "'seed=3' is no option=value"),
+        ("lora:precision=bfloat16", "precision is the same for all; give --precision"),
+        ("lora:r=two", "r is 'two', want a number"),
+        ("dora:r=3", "--method is 'dora', want one of full"),
+        ("dora", "--method is 'dora', want one of full"),
+    ]:
+        with pytest.raises(TaskError, match=message):
+            settings_for(spec, common, 0)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["compare", "--methods", "lora", "loro"], "--method is 'loro', want one of full, bitfit"),
+        (["compare", "--methods", "lora:r=0"], "--methods lora:r=0: LoraConfig: r is 0"),
+        (["compare", "--methods", "adapter-drop:drop-layers=2"], "drop_layers is 2, but the model has 2 layers"),
+        (["sweep", "--targets", "q;qeury"], "--targets qeury: .*close matches: 'query'"),
+        (["compare", "--methods", "lora", "lora:test-split=0.5"], "test_split is the same for all; give --test-split"),
+        (["compare", "--methods", "adapter-h:r=64"], "r goes with lora, not with adapter-h"),
+        (
+            ["compare", "--methods", "lora", "prefix-embed:prefix-length=26"],
+            "--methods prefix-embed.*takes 26",
+        ),
+        (["compare", "--methods", "lora", "--without", "bitfit"], "--without bitfit: there are lora"),
+        (["sweep", "--ranks", "2,0"], "--ranks: LoraConfig: r is 0"),
+        (["sweep", "--budget", "0"], "--budget is 0, but all-linear has .* parameters at rank 1; want no fewer"),
+        (["sweep", "--seeds", "a"], "'a', want integers such as 0,1,2"),
+        (["sweep", "--targets", ";"], "want sets of weights such as 'q;q,v'"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_run(options, tmp_path: Path, capsys, command, message):
+    arguments = [command[0], *options, *command[1:], "--out", str(tmp_path / "out")]
+    try:
+        code = main(arguments)
+    except SystemExit as error:  # argparse's way
+        code = error.code
+    assert code == 2
+    assert not (tmp_path / "out").exists()
+    assert re.search(message, capsys.readouterr().err, re.S)
+
+
+def test_a_directory_of_something_else_is_refused(options, compared: Path, tmp_path: Path, capsys):
+    assert main(["compare", *options, "--out", str(compared)]) == 2
+    assert "holds a run already; --resume continues it" in capsys.readouterr().err
+    (tmp_path / "mine.txt").write_text("mine")
+    assert main(["sweep", *options, "--overwrite", "--out", str(tmp_path)]) == 2
+    assert "holds files that are not of a sweep" in capsys.readouterr().err
+    assert main(["sweep", "--resume", "--out", str(tmp_path)]) == 2
+    assert "holds no run to continue" in capsys.readouterr().err
+
+
+def test_a_local_model_is_found_from_another_directory(options: list[str], tmp_path: Path, monkeypatch):
+    model = Path(options[1])
+    monkeypatch.chdir(model.parent)
+    arguments = argparse.Namespace(**asdict(Settings(model=model.name, data="reviews.csv")))
+    assert options_of(arguments)["model"] == str(model)
+    arguments.model = "vinai/phobert-base"
+    assert options_of(arguments)["model"] == "vinai/phobert-base"
+
+
+def test_costs_are_measured_again_on_another_machine_or_with_other_texts(tmp_path: Path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(compare, "in_process", lambda *args, **kwargs: calls.append(args) or {"base": len(calls)})
+    costs = [compare._costs({"lora": Settings()}, "texts", tmp_path) for _ in range(2)]
+    assert costs == [{"base": 1}] * 2 and len(calls) == 1
+    assert compare._costs({"lora": Settings()}, "others", tmp_path) == {"base": 2}
+    monkeypatch.setattr(compare.report, "machine", lambda: {"processor": "another"})
+    assert compare._costs({"lora": Settings()}, "others", tmp_path) == {"base": 3}
+
+
+def dies(on_progress) -> None:
+    on_progress(0.5)
+    print("so far")
+    os._exit(3)
+
+
+def fails(on_progress) -> None:
+    raise RuntimeError("no luck")
+
+
+def fills_the_disk(on_progress) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_disk_that_is_full_for_a_process_or_its_log_is_told_as_such(tmp_path: Path):
+    with pytest.raises(WriteError, match=r"log.txt cannot be written: No space left on device"):
+        in_process(fills_the_disk, log=tmp_path / "log.txt")
+    with pytest.raises(WriteError, match=r"/dev/nowhere/log.txt cannot be written: No such file or directory"):
+        in_process(fills_the_disk, log=Path("/dev/nowhere/log.txt"))
+
+
+def test_a_process_that_dies_is_told_with_its_log(tmp_path: Path):
+    parts = []
+    with pytest.raises(TaskError, match=r"a run failed: .*; .*log.txt has the rest"):
+        in_process(dies, log=tmp_path / "log.txt", on_progress=parts.append)
+    assert parts == [0.5]
+    with pytest.raises(TaskError, match="a run failed: RuntimeError: no luck; .*log.txt has the rest"):
+        in_process(fails, log=tmp_path / "log.txt")
+    assert "Traceback" in (tmp_path / "log.txt").read_text()
+
+
+def counts_interrupts(settings: Settings, directory: Path, resume: bool, jobs: int, on_progress) -> None:
+    """In the place of a run: writes how many SIGINT it got in the second after the first one."""
+    got = []
+    signal.signal(signal.SIGINT, lambda *args: got.append(args))
+    directory.mkdir(parents=True)
+    (directory / "started").touch()
+    while not got:
+        time.sleep(0.01)
+    time.sleep(1)
+    (directory / "count").write_text(str(len(got)))
+    raise KeyboardInterrupt
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+import test_compare
+from lora_ext.tasks.comparison import many_runs
+from lora_ext.tasks.comparison.many_runs import Run
+from lora_ext.tasks.finetune.settings import Settings
+
+if __name__ == "__main__":
+    many_runs._finetune = test_compare.counts_interrupts
+    runs = [Run("lora", Settings(seed=seed), "") for seed in range(3)]
+    many_runs.run_all(runs, Path(sys.argv[1]), "compare", jobs=int(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("send", [os.killpg, os.kill])  # what a terminal does, and a supervisor
+def test_every_run_gets_one_interrupt_and_none_is_left_behind(tmp_path: Path, jobs: int, send):
+    (script := tmp_path / "script.py").write_text(INTERRUPTED)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path), str(jobs)],
+        env=environment,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while len(list(tmp_path.glob("runs/lora/*/started"))) < jobs:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    send(process.pid, signal.SIGINT)
+    output = process.communicate(timeout=60)[1]
+    assert process.returncode == -signal.SIGINT and "KeyboardInterrupt" in output
+    counts = {path.parent.name: path.read_text() for path in tmp_path.glob("runs/lora/*/count")}
+    assert counts == {f"seed-{seed}": "1" for seed in range(jobs)}
+
+
+def test_labels_that_would_share_a_directory_are_refused(tmp_path: Path):
+    runs = [Run(label, Settings(), "") for label in ("r=1 q,v", "r=1 q;v")]
+    with pytest.raises(TaskError, match="would share a directory"):
+        many_runs.run_all(runs, tmp_path, "compare")
+    assert many_runs.finished(runs[0], tmp_path) is None
+
+
+def test_a_failing_run_ends_the_others(options: list[str], compared: Path, tmp_path: Path):
+    common = json.loads((compared / "compare-settings.json").read_text())["options"]
+    specs = {"long": "lora:epochs=500", "bad": "lora:r=0"}
+    runs = [Run(label, settings_for(spec, common, 0), "") for label, spec in specs.items()]
+    with pytest.raises(TaskError, match="r is 0"):
+        many_runs.run_all(runs, tmp_path, "compare", jobs=2)
+    assert not runs_of(tmp_path)

@@ -1,0 +1,480 @@
+"""The whole task on a tiny model; once on the real one. What it writes is read back with PEFT."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import AutoPeftModelForSequenceClassification
+from safetensors.torch import load_file
+from support import tiny_classifier
+from support.models import bert, gpt2, llama
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+from lora_ext import LoraConfig, cli, inject
+from lora_ext.methods import METHODS, load_method
+from lora_ext.tasks import TaskError, WriteError
+from lora_ext.tasks.finetune import demo, results
+from lora_ext.tasks.finetune import run_checkpoints as checkpoints
+from lora_ext.tasks.finetune.lora_targets import lora_targets
+from lora_ext.tasks.finetune.run import finetune
+from lora_ext.tasks.finetune.settings import Settings, command_line
+
+pytestmark = pytest.mark.cpu_only("the Trainer chooses the device")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    directory = tmp_path_factory.mktemp("tiny")
+    return Settings(
+        model=str(tiny_classifier.save_model(directory / "model")),
+        data=str(tiny_classifier.save_reviews(directory / "reviews.csv", tiny_classifier.reviews(300))),
+        target_modules="query,value",
+        r=4,
+        lora_alpha=8,
+        epochs=6,
+        batch_size=16,
+        learning_rate=2e-2,
+        max_length=32,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Settings, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("run")
+    return out, finetune(tiny, out)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def checkpoint_after_every_step() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "SECONDS", 0.0)
+        patch.setattr(checkpoints, "_SHARE", 0.0)
+        yield
+
+
+def read_predictions(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+
+
+def assert_it_has_learned(out: Path) -> None:
+    """The loss has fallen, and more answers are right than without training. Most methods learn no more so soon."""
+    last = max(out.glob("checkpoints/*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    half = len(losses) // 2
+    assert sum(losses[half:]) / len(losses[half:]) < sum(losses[:half]) / half
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["after"]["accuracy"] >= metrics["majority"]["accuracy"]
+
+
+def adapter_weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def assert_equal_weights(first: Path, second: Path) -> None:
+    a, b = adapter_weights(first), adapter_weights(second)
+    assert a.keys() == b.keys()
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+
+
+def assert_peft_predicts_the_same(out: Path, num_labels: int) -> None:
+    model = AutoPeftModelForSequenceClassification.from_pretrained(out / "adapter", num_labels=num_labels).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model.peft_config["default"].base_model_name_or_path)
+    metrics = json.loads((out / "metrics.json").read_text())
+    predictions = read_predictions(out)
+    batch = tokenizer([row["text"] for row in predictions], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**batch).logits
+    torch.testing.assert_close(logits, torch.tensor([row["logits"] for row in predictions]), rtol=1e-4, atol=1e-5)
+    predicted = [metrics["id2label"][str(index)] for index in logits.argmax(-1).tolist()]
+    assert predicted == [row["predicted"] for row in predictions]
+
+
+def test_it_learns_and_reports(tiny: Settings, run: tuple[Path, dict[str, Any]]):
+    out, metrics = run
+    assert metrics == json.loads((out / "metrics.json").read_text())
+    assert metrics["id2label"] == {"0": "neg", "1": "pos"}
+    assert metrics["after"]["accuracy"] > 0.9 > metrics["majority"]["accuracy"]
+    assert metrics["after"]["macro_f1"] > 0.9 > metrics["majority"]["macro_f1"]
+    labels = [row["label"] for row in read_predictions(out)]
+    assert metrics["majority"]["accuracy"] == labels.count(metrics["majority"]["label"]) / len(labels)
+    # query and value of two layers: A [4, 32] and B [32, 4] each; the head: [2, 32] and [2]
+    assert metrics["trainable_parameters"] == 4 * (4 * 32 + 32 * 4) + 2 * 32 + 2
+    assert metrics["examples"]["test"] == len(read_predictions(out))
+    assert 4 * metrics["trainable_parameters"] < metrics["adapter_bytes"] < metrics["full_checkpoint_bytes"]
+    assert 4 * (metrics["total_parameters"] - metrics["trainable_parameters"]) <= metrics["full_checkpoint_bytes"]
+    assert metrics["merged"]["texts"] == metrics["merged"]["same_answers"] == min(64, metrics["examples"]["test"])
+    assert metrics["merged"]["max_logit_difference"] < 1e-4
+    assert all(metrics["latency"][f"{name}_seconds"] > 0 for name in ("base", "adapted", "merged"))
+    assert metrics["tokens_per_second"] > 0 < metrics["peak_memory_bytes"]
+    assert metrics["machine"]["torch"] == torch.__version__
+    assert (out / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_predictions_belong_to_their_texts(tiny: Settings, run: tuple[Path, dict[str, Any]]):
+    out, metrics = run
+    rows = read_predictions(out)
+    with open(tiny.data, newline="") as file:
+        source = list(csv.reader(file))
+    assert all(source[row["line"] - 1] == [row["text"], row["label"]] for row in rows)
+    share = sum(row["label"] == row["predicted"] for row in rows) / len(rows)
+    assert share == pytest.approx(metrics["after"]["accuracy"])
+
+
+def test_peft_loads_the_adapter_and_predicts_the_same(run: tuple[Path, dict[str, Any]]):
+    assert_peft_predicts_the_same(run[0], num_labels=2)
+
+
+def test_checkpoints_are_few_and_hold_no_base_weights(run: tuple[Path, dict[str, Any]]):
+    checkpoints = sorted((run[0] / "checkpoints").iterdir())
+    assert len(checkpoints) == 2
+    names = {path.name for path in checkpoints[-1].iterdir()}
+    assert {"adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"} <= names
+    assert not {"model.safetensors", "pytorch_model.bin"} & names
+
+
+def test_the_seed_decides_the_result(tiny: Settings, run: tuple[Path, dict[str, Any]], tmp_path: Path):
+    finetune(tiny, tmp_path / "same")
+    assert_equal_weights(run[0], tmp_path / "same")
+    finetune(Settings(**{**vars(tiny), "seed": 1}), tmp_path / "other")
+    key = next(key for key in adapter_weights(run[0]) if "lora_B" in key)
+    assert not torch.equal(adapter_weights(run[0])[key], adapter_weights(tmp_path / "other")[key])
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt"])
+def test_damaged_checkpoint_is_named_and_the_one_before_still_works(
+    run: tuple[Path, dict[str, Any]], tiny: Settings, tmp_path: Path, name: str
+):
+    finished, metrics = run
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    newest, before = sorted(out.glob("checkpoints/checkpoint-*"), key=lambda p: -int(p.name.rpartition("-")[2]))[:2]
+    if name == "optimizer.pt":  # which nothing is read of after the last step
+        shutil.rmtree(newest)
+        newest = before
+    (newest / name).write_bytes(b"damaged")
+    with pytest.raises(TaskError, match=rf"--resume: .*{newest.name} cannot be read .*; delete it to continue from"):
+        finetune(tiny, out, resume=True)
+    shutil.rmtree(newest)
+    assert finetune(tiny, out, resume=True)["after"] == metrics["after"]
+
+
+EVERY_STEP = """
+import sys
+from lora_ext.cli import main
+from lora_ext.tasks.finetune import run_checkpoints
+run_checkpoints.SECONDS = run_checkpoints._SHARE = 0.0
+sys.exit(main())
+"""
+
+
+def test_interrupted_and_resumed_ends_like_uninterrupted(tiny: Settings, tmp_path: Path):
+    settings = ["--model", tiny.model, "--data", tiny.data, "--target-modules", "query,value", "--epochs", "16"]
+    settings += ["--batch-size", "8", "--max-length", "32"]
+    command = [sys.executable, "-c", EVERY_STEP, "finetune"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    out = tmp_path / "interrupted"
+    process = subprocess.Popen(
+        [*command, *settings, "--out", str(out)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while not list(out.glob("checkpoints/*/trainer_state.json")):  # a tenth of the way
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate()[0]
+    assert process.returncode == 130, output
+    assert "stopping after this step" in output
+    assert f"to continue: lora-ext finetune --resume --out {out}" in output
+    assert not (out / "metrics.json").exists()
+    newest = max(int(path.name.split("-")[1]) for path in (out / "checkpoints").iterdir())
+    assert newest % 30 != 0, "want a checkpoint in the middle of an epoch, which has 30 steps"
+
+    whole = tmp_path / "whole"
+    subprocess.run([*command, "--resume", "--out", str(out)], env=environment, check=True)
+    subprocess.run([*command, *settings, "--out", str(whole)], env=environment, check=True)
+    assert_equal_weights(out, whole)
+    resumed, uninterrupted = (json.loads((path / "metrics.json").read_text()) for path in (out, whole))
+    assert resumed["majority"] == uninterrupted["majority"]
+    assert resumed["after"] == uninterrupted["after"]
+    assert resumed["validation"] == uninterrupted["validation"]
+
+
+def test_resuming_a_finished_run_trains_no_further(tiny: Settings, tmp_path: Path):
+    settings = Settings(**{**vars(tiny), "epochs": 1})
+    first = finetune(settings, tmp_path)
+    weights = adapter_weights(tmp_path)
+    again = finetune(settings, tmp_path, resume=True)
+    assert again["after"] == first["after"] and again["validation"] == first["validation"]
+    assert again["train_seconds"] == first["train_seconds"] > 0  # what all parts of the run took
+    assert again["tokens_per_second"] == first["tokens_per_second"]
+    assert all(torch.equal(weights[key], value) for key, value in adapter_weights(tmp_path).items())
+
+
+def test_an_eval_file_is_the_test_set_and_its_texts_are_not_trained_on(tiny: Settings, tmp_path: Path):
+    rows = tiny_classifier.reviews(200)
+    test_rows = rows[:50]
+    distinct = len({text for text, _ in test_rows})
+    test_file = tiny_classifier.save_reviews(tmp_path / "test.csv", test_rows)
+    data = tiny_classifier.save_reviews(tmp_path / "all.csv", rows)
+    settings = Settings(**{**vars(tiny), "data": str(data), "eval_file": str(test_file), "epochs": 1})
+    metrics = finetune(settings, tmp_path / "out")
+    assert metrics["examples"]["test"] == 50
+    assert metrics["examples"]["train"] + metrics["examples"]["validation"] <= 200 - distinct
+
+
+@pytest.mark.parametrize("method", sorted({*METHODS, "lora+adapter-p"} - {"lora", "full"}))
+def test_every_method_learns_and_resumes(tiny: Settings, tmp_path: Path, method: str):
+    learning_rate = 0.1 if method in ("bitfit", "head-only") else tiny.learning_rate
+    settings = Settings(**{**vars(tiny.with_method(method)), "learning_rate": learning_rate, "epochs": 3})
+    metrics = finetune(settings, tmp_path)
+    assert_it_has_learned(tmp_path)
+    checkpoint = max(tmp_path.glob("checkpoints/*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    shutil.rmtree(checkpoint)
+    again = finetune(settings, tmp_path, resume=True)
+    assert again["after"] == metrics["after"]
+    assert again["trainable_parameters"] == metrics["trainable_parameters"] < metrics["total_parameters"] / 2
+    assert metrics["adapter_bytes"] < metrics["full_checkpoint_bytes"] / 2
+
+    model = AutoModelForSequenceClassification.from_pretrained(tiny.model, num_labels=2)
+    load_method(model, tmp_path / "adapter").eval()
+    rows = read_predictions(tmp_path)
+    batch = AutoTokenizer.from_pretrained(tiny.model)([row["text"] for row in rows], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**batch).logits
+    torch.testing.assert_close(logits, torch.tensor([row["logits"] for row in rows]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "lora+prefix-layer"])
+def test_the_command_in_the_results_starts_the_same_run(method: str):
+    options = {
+        "lora": {"r": 4, "lora_plus_ratio": 2.0, "target_modules": "(?:query|value)", "learning_rate": 1e-4},
+        "adapter-drop": {"drop_layers": 1, "bottleneck_size": 8},
+        "lora+prefix-layer": {"prefix_length": 3, "modules_to_save": "pooler", "epochs": 1.5},
+    }
+    settings = Settings(method=method, seed=3, ema_decay=0.5, **options.get(method, {}))
+    command = command_line("finetune", vars(settings), Path("some where"))
+    parser = argparse.ArgumentParser()
+    cli.finetune.add_parser(parser.add_subparsers())
+    args = parser.parse_args(command[1:])
+    assert Settings(**cli.training.options_of(args)) == settings and args.out == Path("some where")
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_an_average_is_evaluated_saved_and_resumed(tiny: Settings, tmp_path: Path, method: str):
+    rate = {"lora": tiny.learning_rate, "full": 5e-3}[method]
+    changes = {"learning_rate": rate, "epochs": 2, "schedule": "constant"}
+    plain = Settings(**{**vars(tiny.with_method(method)), **changes})
+    finetune(plain, tmp_path / "plain")
+    settings = replace(plain, ema_decay=0.9)
+    metrics = finetune(settings, tmp_path / "averaged")
+    assert metrics["after"]["accuracy"] > 0.6
+    file = {"lora": "adapter/adapter_model.safetensors", "full": "model/model.safetensors"}[method]
+    last, averaged = (load_file(tmp_path / name / file) for name in ("plain", "averaged"))
+    different = [name for name in last if not torch.equal(last[name], averaged[name])]
+    assert len(different) > len(last) / 2  # the same steps, and another result
+    checkpoint = max(tmp_path.glob("averaged/checkpoints/*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    trained = load_file(checkpoint / Path(file).name)
+    assert all(torch.equal(trained[name], last[name]) for name in last)  # checkpoints go on from the steps
+    shutil.rmtree(checkpoint)
+    again = finetune(settings, tmp_path / "averaged", resume=True)
+    assert (again["after"], again["validation"]) == (metrics["after"], metrics["validation"])
+    resumed = load_file(tmp_path / "averaged" / file)
+    assert all(torch.equal(resumed[name], averaged[name]) for name in averaged)
+    with pytest.raises(TaskError, match="--ema-decay is 1.0, want 0 <= decay < 1"):
+        replace(settings, ema_decay=1.0)
+    with pytest.raises(TaskError, match="--schedule is 'cosine', want one of linear, constant"):
+        replace(settings, schedule="cosine")
+
+
+@pytest.mark.parametrize("method", ["full", *sorted({*METHODS, "lora+prefix-layer"} - {"full"})])
+def test_every_method_learns_in_bfloat16(tiny: Settings, tmp_path: Path, method: str):
+    rates = {"bitfit": 0.1, "head-only": 0.1, "full": 5e-3}
+    rate = rates.get(method, tiny.learning_rate)
+    changes = {"learning_rate": rate, "precision": "bfloat16", "epochs": 3}
+    metrics = finetune(Settings(**{**vars(tiny.with_method(method)), **changes}), tmp_path)
+    assert_it_has_learned(tmp_path)
+    weights = load_file(
+        next(tmp_path.glob("adapter/*.safetensors") if method != "full" else tmp_path.glob("model/*.saf*"))
+    )
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    if method == "lora":  # merged in float32, the products differ by their rounding
+        assert 0 < metrics["merged"]["max_logit_difference"] < 0.2
+
+
+def test_lora_plus_is_a_higher_rate_of_lora_B_alone(tiny: Settings, tmp_path: Path):
+    """The first step of AdamW moves each number by its learning rate, or hardly less where the gradient is tiny."""
+    settings = Settings(**{**vars(tiny), "lora_plus_ratio": 4.0, "epochs": 0.01, "warmup": 0.0, "lora_dropout": 0.0})
+    finetune(settings, tmp_path)
+    trained = adapter_weights(tmp_path)
+    moved = {name: tensor.abs().max().item() for name, tensor in trained.items() if "lora_B" in name}  # from zero
+    most = 4 * settings.learning_rate
+    assert moved and all(0.9 * most < value < most * (1 + 1e-5) for value in moved.values())
+    with pytest.raises(TaskError, match="--lora-plus-ratio goes with lora, not with --method bitfit"):
+        Settings(method="bitfit", lora_plus_ratio=4.0)
+    with pytest.raises(TaskError, match="--lora-plus-ratio is 0.0, want a finite number above 0"):
+        Settings(lora_plus_ratio=0.0)
+
+
+def test_full_fine_tuning_saves_a_whole_model(tiny: Settings, tmp_path: Path):
+    settings = Settings(**{**vars(tiny.with_method("full")), "learning_rate": 5e-3, "epochs": 2})
+    metrics = finetune(settings, tmp_path)
+    assert metrics["trainable_parameters"] == metrics["total_parameters"]
+    assert "merged" not in metrics
+    whole = pipeline("text-classification", model=str(tmp_path / "model"))
+    predictions = read_predictions(tmp_path)
+    assert [whole(row["text"])[0]["label"] for row in predictions] == [row["predicted"] for row in predictions]
+    assert finetune(settings, tmp_path, resume=True)["after"] == metrics["after"]
+
+
+def test_all_linear_and_regular_expressions_select_layers(tiny: Settings, tmp_path: Path):
+    counts = {}
+    for targets in ("all-linear", r"bert\.encoder\.layer\.1\..*(query|value)"):
+        settings = Settings(**{**vars(tiny), "target_modules": targets, "epochs": 1})
+        counts[targets] = finetune(settings, tmp_path / str(len(counts)))["trainable_parameters"]
+    head = 2 * 32 + 2
+    layer = 4 * (4 * 64) + 2 * 4 * (32 + 48)  # query, key, value, output; intermediate, output
+    assert list(counts.values()) == [2 * layer + 4 * 64 + head, 2 * (4 * 64) + head]  # the first with the pooler
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_modules": "qeury,value_proj"}, "close matches: 'query'"),
+        ({"r": 0}, "LoraConfig: r is 0"),
+        ({"lora_dropout": 1.0}, "LoraConfig: lora_dropout is 1.0"),
+        ({"max_length": 64}, "--max-length is 64, but .* takes at most 32 tokens"),
+        ({"text_column": "body"}, "no column 'body' but text, label"),
+        ({"test_split": 0.0}, "no text is left for testing; raise --test-split, or name an --eval-file"),
+        ({"model": "/nowhere/model"}, "--model /nowhere/model cannot be loaded"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_written(
+    tiny: Settings, tmp_path: Path, changes: dict[str, Any], message: str
+):
+    with pytest.raises(TaskError, match=message):
+        finetune(Settings(**{**vars(tiny), **changes}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("a film", "pos"), ("a plot", "pos")] * 10, "has the label 'pos'; a classifier needs at least two"),
+        ([], "holds no examples"),
+    ],
+)
+def test_data_that_cannot_train_a_classifier(tiny: Settings, tmp_path: Path, rows: list[tuple[str, str]], message: str):
+    data = tiny_classifier.save_reviews(tmp_path / "data.csv", [(f"{text} {i}", y) for i, (text, y) in enumerate(rows)])
+    with pytest.raises(TaskError, match=message):
+        finetune(Settings(**{**vars(tiny), "data": str(data)}), tmp_path / "out")
+
+
+def test_texts_that_leave_no_room_for_special_tokens(tiny: Settings, tmp_path: Path):
+    settings = Settings(**{**vars(tiny.with_method("prefix-embed")), "prefix_length": 26, "infix_length": 1})
+    message = r"a text has \d+ tokens, but the model has 32 positions, .* takes 27; want --max-length 5, or fewer"
+    with pytest.raises(TaskError, match=message):
+        finetune(settings, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_that_only_the_test_file_has(tiny: Settings, tmp_path: Path):
+    test_file = tiny_classifier.save_reviews(tmp_path / "test.csv", [("the plot is fine", "positive")])
+    with pytest.raises(TaskError, match=r"labels \[positive\] occur in the test texts only; for training there are"):
+        finetune(Settings(**{**vars(tiny), "eval_file": str(test_file)}), tmp_path / "out")
+
+
+def test_the_output_directory_is_guarded(tiny: Settings, run: tuple[Path, dict[str, Any]], tmp_path: Path):
+    with pytest.raises(TaskError, match="holds a run already; --resume continues it, --overwrite replaces it"):
+        finetune(tiny, run[0])
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(TaskError, match="holds files that are not of a fine-tuning run; choose another directory"):
+        finetune(tiny, tmp_path, overwrite=True)
+    with pytest.raises(TaskError, match="file is not a directory"):
+        finetune(tiny, tmp_path / "file")
+    with pytest.raises(WriteError, match=r"file/out cannot be written: Not a directory"):
+        finetune(tiny, tmp_path / "file" / "out")
+    with pytest.raises(TaskError, match="holds no run to continue: there is no settings.json"):
+        finetune(tiny, tmp_path / "new", resume=True)
+    with pytest.raises(TaskError, match="give one of them"):
+        finetune(tiny, tmp_path, resume=True, overwrite=True)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_resuming_with_other_texts_is_refused(tiny: Settings, tmp_path: Path):
+    rows = tiny_classifier.reviews(60)
+    data = tiny_classifier.save_reviews(tmp_path / "reviews.csv", rows)
+    settings = Settings(**{**vars(tiny), "data": str(data), "epochs": 1})
+    out = tmp_path / "out"
+    metrics = finetune(settings, out)
+    tiny_classifier.save_reviews(data, [*rows[:-1], ("the plot is fine", "neg")])
+    with pytest.raises(TaskError, match=r"--resume: the texts are not those that the run in .*out was started with"):
+        finetune(settings, out, resume=True)
+    tiny_classifier.save_reviews(data, rows[::-1])  # the same ones
+    assert finetune(settings, out, resume=True)["after"] == metrics["after"]
+
+
+def test_overwrite_replaces_a_run_and_keeps_other_files(tiny: Settings, tmp_path: Path):
+    finetune(Settings(**{**vars(tiny.with_method("full")), "epochs": 1}), tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    finetune(Settings(**{**vars(tiny), "epochs": 1}), tmp_path, overwrite=True)
+    assert (tmp_path / "adapter").is_dir()
+    assert not (tmp_path / "model").exists()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_macro_f1_weighs_the_classes_that_occur_alike():
+    predicted, expected = np.array([0, 0, 1, 2, 2]), np.array([0, 1, 1, 2, 2])
+    assert results.macro_f1(predicted, expected) == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
+    assert results.accuracy(predicted, expected) == pytest.approx(0.8)
+    assert results.macro_f1(np.array([0, 0]), np.array([0, 0])) == 1.0
+
+
+def test_the_real_model_on_real_reviews(tmp_path: Path):
+    rows = [(e.text, e.label) for e in demo.examples() if e.label != "neutral"][:200]
+    data = tiny_classifier.save_reviews(tmp_path / "reviews.csv", rows)
+    metrics = finetune(Settings(data=str(data), epochs=1), tmp_path / "out")
+    # B.A of rank 8 on the six linear layers of each of six blocks and on the pooler; the head
+    block = 4 * 8 * (384 + 384) + 2 * 8 * (384 + 1536)
+    assert metrics["trainable_parameters"] == 6 * block + 8 * (384 + 384) + 2 * 384 + 2
+    assert metrics["merged"]["max_logit_difference"] < 1e-4
+    state = json.loads(max((tmp_path / "out").glob("checkpoints/*/trainer_state.json")).read_text())
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert_peft_predicts_the_same(tmp_path / "out", num_labels=2)
+
+
+@pytest.mark.parametrize(("family", "text", "modules", "enable_lora"), [
+    ("bert", "q,v", ["query", "value"], None),
+    ("bert", "q, o", ["query", "attention.output.dense"], None),
+    ("llama", "q,k,v,o", ["q_proj", "k_proj", "v_proj", "o_proj"], None),
+    ("gpt2", "q,v", ["c_attn"], {"c_attn": (True, False, True)}),
+    ("gpt2", "o", ["attn.c_proj"], None),
+    ("gpt2", "c_attn,c_fc", ["c_attn", "c_fc"], None),
+    ("llama", "all-linear", "all-linear", None),
+    ("llama", r".*\.(q|k)_proj", r".*\.(q|k)_proj", None),
+])  # fmt: skip
+def test_the_papers_names_of_weights(family, text, modules, enable_lora):
+    model = {"bert": bert, "llama": llama, "gpt2": gpt2}[family]()
+    targets = lora_targets(model, text)
+    assert targets == {"target_modules": modules} | ({"enable_lora": enable_lora} if enable_lora else {})
+    inject(model, LoraConfig(r=2, **targets))

@@ -1,0 +1,283 @@
+"""``lora-ext plan``: the paper's figures, the demo model's real memory, the files, the mistakes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig, T5Config
+
+from lora_ext import LoraConfig
+from lora_ext.adapters import trainable_parameter_counts
+from lora_ext.cli import main
+from lora_ext.methods import apply_method, new_method
+from lora_ext.tasks import TaskError
+from lora_ext.tasks.finetune.lora_targets import lora_targets
+from lora_ext.tasks.finetune.settings import Settings
+from lora_ext.tasks.plan import results
+from lora_ext.tasks.plan.run import PlanSettings, plan
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from harness import training_memory
+
+LAYERS, D_MODEL = 3, 32
+
+
+@pytest.fixture
+def gpt2_directory(tmp_path) -> str:
+    config = GPT2Config(vocab_size=50, n_positions=64, n_embd=D_MODEL, n_layer=LAYERS, n_head=4)
+    config.architectures = ["GPT2LMHeadModel"]
+    config.save_pretrained(tmp_path / "gpt2")
+    return str(tmp_path / "gpt2")
+
+
+# --- the paper --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gpt3() -> dict:
+    """GPT-3 175B, rank 4 on query and value, as in section 4.2, all in float16."""
+    settings = Settings(model="gpt3-175b", r=4, target_modules="q,v", lora_dropout=0.0, batch_size=1, max_length=16)
+    return plan(PlanSettings(settings, dtype="float16"))
+
+
+def test_memory_of_gpt3(gpt3):
+    """1.2 TB to 350 GB. The paper leaves open which bytes these are: see lora_ext.tasks.plan.run.plan."""
+    full, lora, parameters = gpt3["runs"]["full"], gpt3["runs"]["lora"], gpt3["parameters"]
+    assert parameters == pytest.approx(175e9, rel=0.01)
+    states = {
+        name: run["weights"] + run["optimizer_state"] + run["all_gradients"] for name, run in gpt3["runs"].items()
+    }
+    # Weights, gradients and two moments, of two bytes each.
+    assert states["full"] == pytest.approx(8 * parameters, rel=1e-6)
+    assert 1.2 < states["full"] / 2**40 < 1.3
+    assert full["weights"] + full["optimizer_state"] == pytest.approx(1.05e12, rel=0.01)
+    assert lora["weights"] / (full["weights"] + full["optimizer_state"]) == pytest.approx(1 / 3, rel=0.001)
+    assert round(states["lora"] / 1e9, -1) == 350
+    assert results.readable(states["full"]) == "1.40 TB"
+
+
+def test_checkpoints_of_gpt3(gpt3):
+    """350 GB to 35 MB; 100 adapted models in 354 GB in place of 35 TB."""
+    full, lora = gpt3["runs"]["full"], gpt3["runs"]["lora"]
+    assert full["checkpoint_bytes"] == pytest.approx(350e9, rel=0.01)
+    assert lora["trained_parameters"] == 4 * 96 * 4 * 12288  # 18.9 million
+    assert (
+        lora["checkpoint_16_bit_bytes"] == 2 * 18_874_368 == 36 * 2**20
+    )  # the file of a float32 adapter is twice that
+    assert lora["checkpoint_bytes"] == 2 * lora["checkpoint_16_bit_bytes"]
+    tasks = gpt3["disk"]["tasks_16_bit_bytes"]
+    assert (tasks["lora"], tasks["full"]) == (pytest.approx(354e9, rel=0.01), pytest.approx(35e12, rel=0.01))
+
+
+@pytest.mark.parametrize(("r", "millions"), [(1, 4.7), (8, 37.7)])
+def test_trainable_parameters_of_gpt3(r, millions):
+    """Tables 4 and 6: on query and value; the formula is that of any rank and depth."""
+    config = GPT2Config(n_layer=2, n_embd=12288, n_head=96, n_positions=2048, vocab_size=50257)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    method = new_method("lora", r=r, **lora_targets(model, "q,v"))
+    count = method.count(model) * 96 // 2
+    assert round(count / 1e6, 1) == millions
+    apply_method(model, method)
+    assert trainable_parameter_counts(model)[0] == method.count(model)
+
+
+@pytest.mark.parametrize("parts", [(True, False, True), (False, True, False), (True, True, True)])
+def test_the_formula_counts_the_parts_of_merged_projections(parts):
+    config = GPT2Config(vocab_size=50, n_positions=64, n_embd=D_MODEL, n_layer=LAYERS, n_head=4)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    method = new_method("lora", r=5, target_modules=["c_attn", "c_fc"], enable_lora={"c_attn": parts})
+    expected = LAYERS * 5 * (sum(parts) * 2 * D_MODEL + D_MODEL + 4 * D_MODEL)
+    assert method.count(model) == expected
+    apply_method(model, method)
+    assert trainable_parameter_counts(model)[0] == expected
+    assert LoraConfig(target_modules=["c_attn"]).enable_lora_for("h.0.attn.c_attn") is None
+
+
+# --- the demo model ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's count of resident memory")
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_demo_takes_the_memory_that_is_planned(method):
+    """Within 15 %, of the growth of a process that trains it; it gives freed memory back, as what is planned does."""
+    predicted = plan(PlanSettings(Settings(method=method), device="cpu"))["runs"][method]["peak"]
+    assert predicted == pytest.approx(training_memory.growth(method, 16, 128), rel=0.15)
+
+
+def test_the_demo_is_what_finetune_trains():
+    """339,075 of 23,053,446 parameters: the adapter, the new head, and its frozen twin."""
+    result = plan(PlanSettings(Settings()))
+    assert result["runs"]["lora"]["trained_parameters"] == 339_075
+    head = 3 * 384 + 3
+    assert result["parameters"] == 23_053_446 - (339_075 - head) - head
+    assert result["runs"]["full"]["peak"] > result["runs"]["lora"]["peak"] > result["runs"]["inference"]["peak"]
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def command(*options: str, model: str) -> list[str]:
+    lora = [] if "--method" in options else ["--target-modules", "q,v", "--r", "2"]
+    return ["plan", "--model", model, "--seq-len", "32", "--batch-size", "4", *lora, *options]
+
+
+def test_console_and_files(gpt2_directory, tmp_path, capsys):
+    out = tmp_path / "plan"
+    options = ["--dtype", "bf16", "--gpu-memory", "1MB", "--reserve", "1KB", "--disk", "1TB", "--out", str(out)]
+    assert main(command(*options, model=gpt2_directory)) == 0
+    printed = capsys.readouterr().out
+    saved = json.loads((out / "plan.json").read_text())
+    trained = 2 * LAYERS * 2 * D_MODEL * 2
+    assert (
+        saved["runs"]["lora"]["trained_parameters"] == trained
+        and saved["runs"]["lora"]["checkpoint_bytes"] == 4 * trained
+    )
+    assert saved["disk"]["checkpoints"]["lora"] == (10**12 - saved["disk"]["base_bytes"]) // (4 * trained)
+    assert saved["capacity"]["usable"] == 999_000
+    assert sorted(path.name for path in out.iterdir()) == ["plan.json", "plan.md", "plan.png"]
+    document = (out / "plan.md").read_text()
+    for row in results.rows(saved):
+        assert all(cell in printed for cell in row)
+        assert f"| {' | '.join(row)} |" in document
+    assert "lora fits" in printed or "lora does not fit" in printed
+    assert "bfloat16 weights" in printed.splitlines()[0]
+
+    assert main(command("--out", str(out), model=gpt2_directory)) == 2  # it is there already
+    assert "--overwrite" in capsys.readouterr().err
+    assert main(command("--out", str(out), "--overwrite", model=gpt2_directory)) == 0
+
+
+def test_json_is_what_is_written(gpt2_directory, capsys):
+    assert main(command("--json", "--task", "classification", model=f"{gpt2_directory}/config.json")) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["task"] == "classification" and printed["capacity"] is None
+    assert set(printed["runs"]) == {"full", "lora", "inference"}
+
+
+@pytest.mark.parametrize(
+    ("options", "less"),
+    [
+        (["--gradient-checkpointing"], "activations"),
+        (["--dtype", "bf16"], "weights"),
+        (["--dtype", "nf4"], "weights"),
+        (["--optimizer", "sgd"], "optimizer_state"),
+        (["--r", "1"], "optimizer_state"),
+        (["--batch-size", "2"], "activations"),
+    ],
+)
+def test_options_reach_the_planner(gpt2_directory, capsys, options, less):
+    found = []
+    for given in ([], options):
+        assert main(command("--json", *given, model=gpt2_directory)) == 0
+        result = json.loads(capsys.readouterr().out)
+        found.append(result["runs"][result["method"]])
+    assert found[1][less] < found[0][less]
+
+
+def test_accumulation_has_gradients_in_the_forward(gpt2_directory):
+    settings = Settings(model=gpt2_directory, method="full", max_length=32, batch_size=4)
+    first, later = (plan(PlanSettings(settings, accumulation_steps=steps))["runs"]["full"] for steps in (1, 2))
+    assert later["gradients"] == later["all_gradients"] > first["gradients"]
+
+
+def test_every_kind_of_method(tmp_path):
+    config = BertConfig(
+        vocab_size=50, hidden_size=D_MODEL, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40
+    )
+    config.save_pretrained(tmp_path)
+    for method in ("adapter-drop", "head-only", "prefix-embed", "lora+prefix-layer"):
+        options = {"drop_layers": 1} if method == "adapter-drop" else {}
+        result = plan(PlanSettings(Settings(model=str(tmp_path), method=method, max_length=16, **options)))
+        run = result["runs"][method]
+        assert 0 < run["trained_parameters"] < result["parameters"]
+        assert run["weights"] + run["optimizer_state"] < result["runs"]["full"]["optimizer_state"]
+
+
+@pytest.mark.parametrize(
+    ("options", "fragments"),
+    [
+        (["--optimizer", "lion"], ["optimizer is 'lion'", "adamw, adamw-master, adamw8bit"]),
+        (["--dtype", "fp8"], ["dtype is 'fp8'", "float32, bfloat16, float16, int8, nf4"]),
+        (["--method", "magic"], ["--method is 'magic'", "bitfit"]),
+        (["--task", "poetry"], ["--task is 'poetry'", "language-model"]),
+        (["--seq-len", "0"], ["--seq-len is 0"]),
+        (["--seq-len", "65"], ["--seq-len is 65", "at most 64 tokens"]),
+        (["--batch-size", "0"], ["--batch-size is 0"]),
+        (["--accumulation-steps", "0"], ["--accumulation-steps is 0"]),
+        (["--gpu-memory", "1GB"], ["--reserve takes all of --gpu-memory"]),
+        (["--method", "full", "--dtype", "int8"], ["--method full", "frozen linear layers"]),
+        (["--method", "head-only"], ["--method head-only", "no new head to train"]),
+        (["--target-modules", "query"], ["--method lora", "matches no module"]),
+    ],
+)
+def test_mistakes(gpt2_directory, capsys, options, fragments):
+    assert main(command(*options, model=gpt2_directory)) == 2
+    printed = capsys.readouterr().err
+    assert all(fragment in printed for fragment in fragments), printed
+
+
+def test_a_config_that_says_too_little(tmp_path):
+    (tmp_path / "config.json").write_text('{"hidden_size": 16}')
+    with pytest.raises(TaskError, match="no config that transformers knows.*model_type"):
+        plan(PlanSettings(Settings(model=str(tmp_path))))
+    with pytest.raises(TaskError, match="built in are gpt3-175b"):
+        plan(PlanSettings(Settings(model=str(tmp_path / "nothing"))))
+
+
+def test_models_of_other_kinds(tmp_path):
+    T5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4).save_pretrained(tmp_path / "t5")
+    settings = Settings(model=str(tmp_path / "t5"), target_modules="q,v", max_length=16)
+    with pytest.raises(TaskError, match="no model of the type 't5' for --task language-model"):
+        plan(PlanSettings(settings, task="language-model"))
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4
+    )
+    config.save_pretrained(tmp_path / "llama")
+    with pytest.raises(TaskError, match="bitfit: .* has no biases"):
+        plan(PlanSettings(Settings(model=str(tmp_path / "llama"), method="bitfit", max_length=16)))
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (37_748_736, "37.7 MB"), (999_600, "1.00 MB"), (1.4e12, "1.40 TB"),
+     (3.5e13, "35.0 TB"), (349.2e9, "349 GB"), (1.2e16, "12,000 TB")],
+)  # fmt: skip
+def test_bytes_for_people(count, text):
+    assert results.readable(count) == text
+
+
+# --- what finetune would be told --------------------------------------------------------------------------------------
+
+
+def test_labels_are_counted(tmp_path):
+    config = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
+    config.save_pretrained(tmp_path)
+    settings = Settings(model=str(tmp_path), method="head-only", max_length=16)
+    for labels in (None, 7):
+        result = plan(PlanSettings(settings, num_labels=labels))
+        assert result["num_labels"] == (labels or 2)
+        assert result["runs"]["head-only"]["trained_parameters"] == (labels or 2) * (32 + 1)
+        assert f"classification of {labels or 2} labels; " in results.title(result)
+    assert plan(PlanSettings(Settings()))["num_labels"] == 3
+
+
+def test_labels_of_a_language_model_are_refused(gpt2_directory, capsys):
+    assert main(["plan", "--model", gpt2_directory, "--num-labels", "3"]) == 2
+    assert "--num-labels goes with --task classification; a language model has none" in capsys.readouterr().err
+
+
+def test_text_takes_no_matplotlib_and_a_picture_says_that_it_does(gpt2_directory, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    options = ["plan", "--model", gpt2_directory, "--method", "bitfit", "--seq-len", "16"]
+    assert main(options) == 0
+    assert main([*options, "--out", str(tmp_path / "out"), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "plan.png is left out, as it takes matplotlib: pip install" in captured.err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["plan.json", "plan.md"]

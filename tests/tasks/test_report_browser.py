@@ -1,0 +1,103 @@
+"""The page of ``lora-ext report`` in headless Chromium: wide and narrow, light and dark, without scripts, on paper."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import browser
+from support.report_results import COMPARE, METHODS, results_of_the_session
+
+from lora_ext.tasks.report import write_report
+
+pytestmark = pytest.mark.cpu_only("is about files")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return results_of_the_session(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def page(results: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report(results, tmp_path_factory.mktemp("page") / "report.html", say=lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Page]:
+    if browser.executable() is None:
+        pytest.skip(browser.MISSING)
+    tab = browser.Page(tmp_path_factory.mktemp("profile"))
+    yield tab
+    tab.close()
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_a_browser_shows_it_as_it_is_meant(tab: browser.Page, page: Path, width: int):
+    pictures = {}
+    for dark in (False, True):
+        tab.open(page, width, dark=dark)
+        assert tab.errors == []
+        assert {url.partition(":")[0] for url in tab.requests} == {"file", "data"}
+        assert [url for url in tab.requests if url.startswith("file")] == [page.resolve().as_uri()]
+        assert tab.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+        # Nothing sticks out of the page but within what scrolls by itself.
+        sticks_out = "e => e.getBoundingClientRect().right > innerWidth + 0.5 && !e.closest('.scroll')"
+        found = tab.evaluate(f"[...document.body.querySelectorAll('*')].filter({sticks_out}).map(e => e.outerHTML)")
+        assert found == []
+        assert tab.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+        pictures[dark] = tab.screenshot()
+        codes = pictures[dark].astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)  # as CSS writes colours
+        for colour in ("--c0", "--c1", "--ground", "--ink"):
+            text = tab.evaluate(f"getComputedStyle(document.documentElement).getPropertyValue('{colour}')").strip()
+            found = int((codes == int(text[1:], 16)).sum())
+            assert found > (200 if colour != "--ground" else 0.3 * codes.size), (dark, colour, found)
+        assert np.isin([0x440154, 0xFDE725], codes).all(), "the colours of the heat maps"
+    light, dark = (pictures[key].mean() for key in (False, True))
+    assert light > 200 > 90 > dark
+    # Charts and bars in colours are all along the page, not in its beginning alone.
+    coloured = np.ptp(pictures[False], axis=-1) > 60
+    parts = np.array_split(coloured.any(axis=1), 8)
+    assert sum(part.any() for part in parts) >= 6
+
+
+def test_a_heading_sorts_its_table(tab: browser.Page, results: Path, page: Path):
+    content = json.loads((results / COMPARE).read_text())
+    own = {row["label"]: row["trained_parameters"] for row in content["methods"]}
+    tab.open(page)
+    names = "[...document.querySelectorAll('table.sortable')[0].tBodies[0].rows].map(r => r.cells[0].textContent)"
+    press = "document.querySelectorAll('table.sortable')[0].querySelectorAll('th button')[1].click()"
+    assert tab.evaluate(names) == METHODS
+    tab.evaluate(press)
+    assert tab.evaluate(names) == sorted(own, key=own.get)
+    tab.evaluate(press)
+    assert tab.evaluate(names) == sorted(own, key=own.get, reverse=True)
+    sorted_by = "[...document.querySelectorAll('[aria-sort]')].map(e => [e.cellIndex, e.getAttribute('aria-sort')])"
+    assert tab.evaluate(sorted_by) == [[1, "descending"]]
+
+
+def test_it_can_be_read_without_scripts_and_on_paper(tab: browser.Page, page: Path):
+    tab.open(page, scripts=False)
+    assert tab.errors == []
+    assert tab.evaluate("document.querySelectorAll('th button').length") == 0
+    assert tab.evaluate("document.querySelectorAll('section').length") == 5
+    tab.open(page)
+    tab.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert tab.evaluate("document.querySelectorAll('details:not([open])').length") == 0
+    tab.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert tab.evaluate("document.querySelectorAll('details[open]').length") == 0
+    pages = base64.b64decode(tab.call("Page.printToPDF", printBackground=True)["data"])
+    assert pages.startswith(b"%PDF")
+
+
+def test_what_is_smuggled_in_does_nothing(tab: browser.Page, results: Path, tmp_path: Path):
+    page = write_report(results, tmp_path / "page.html", title="x")
+    own = page.read_text()
+    page.write_text(own.replace("<h1>x</h1>", "<h1>x<script>document.title = 'run'</script></h1>", 1))
+    tab.open(page)
+    assert tab.evaluate("document.title") == "x"
+    assert any("Content Security Policy" in error for error in tab.errors)

@@ -1,0 +1,386 @@
+"""``lora-ext report``: what the page has, what it may not have, and how a browser shows it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.report_results import ANALYSIS, COMPARE, METHODS, PLAN, SWEEP, change_json, results_of_the_session
+
+from lora_ext.cli import main
+from lora_ext.tasks import TaskError
+from lora_ext.tasks.comparison.spread import percent, summary
+from lora_ext.tasks.plan.results import readable
+from lora_ext.tasks.report import write_report
+
+pytestmark = pytest.mark.cpu_only("is about files")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return results_of_the_session(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def page(results: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report(results, tmp_path_factory.mktemp("page") / "report.html", say=lambda line: None)
+
+
+@pytest.fixture
+def copied(results: Path, tmp_path: Path) -> Path:
+    """Results of one's own, to be changed."""
+    return Path(shutil.copytree(results, tmp_path / "results"))
+
+
+class Parsed(HTMLParser):
+    """A document whose elements are all closed in turn.
+
+    Attributes:
+        elements: ``(tag, attributes)`` in order.
+        texts: of each element that has any, by its tag.
+        rows: of all tables, the cells' texts; values: what cells are sorted by; best: texts of cells that are marked.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: dict[str, list[str]] = {}
+        self.rows: list[list[str]] = []
+        self.values: set[float] = set()
+        self.best: list[str] = []
+        self._open: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+        assert not self._open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
+        if tag not in ("meta", "img"):
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            if value := dict(attrs).get("data-value"):
+                self.values.add(float(value))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open:
+            self.texts.setdefault(self._open[-1], []).append(data)
+        if {"td", "th"} & {*self._open}:
+            self.rows[-1][-1] += data
+        if self._open[-1:] == ["strong"]:
+            self.best.append(data)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(text for tag, texts in self.texts.items() if tag not in ("style", "script") for text in texts)
+
+
+def numbers(value: Any) -> Iterator[float]:
+    """All of them in a part of a file."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for each in value:
+            yield from numbers(each)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield value
+
+
+# --- the document -----------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_whole_and_asks_nothing_of_others(page: Path):
+    parsed = Parsed(page)
+    ids = [attributes["id"] for _, attributes in parsed.elements if "id" in attributes]
+    assert len(ids) == len({*ids}) == 5
+    for tag, attributes in parsed.elements:
+        for name, value in attributes.items():
+            assert not name.startswith("on") and name != "style", (tag, name)
+            assert "://" not in value
+            if name in ("src", "href"):
+                assert re.match(r"#part-\d$|data:image/png;base64,", value), (tag, value[:40])
+                assert not value.startswith("#") or value[1:] in ids
+    assert {tag for tag, _ in parsed.elements}.isdisjoint({"link", "iframe", "object", "embed", "form", "base"})
+    (style,), (script,) = parsed.texts["style"], parsed.texts["script"]
+    assert "url(" not in style and "@import" not in style
+    (policy,) = [
+        each["content"] for tag, each in parsed.elements if each.get("http-equiv") == "Content-Security-Policy"
+    ]
+    digests = {
+        kind: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        for kind, text in (("style", style), ("script", script))
+    }
+    wanted = ["default-src 'none'", "img-src data:", *(f"{kind}-src 'sha256-{own}'" for kind, own in digests.items())]
+    assert policy.split("; ")[:4] == wanted
+    assert page.stat().st_size < 3_000_000
+
+
+def test_equal_results_make_equal_pages(page: Path, copied: Path, tmp_path: Path):
+    assert write_report(copied, tmp_path / "again.html").read_bytes() == page.read_bytes()
+
+
+def test_every_figure_of_compare(results: Path, page: Path):
+    content, parsed = json.loads((results / COMPARE).read_text()), Parsed(page)
+    assert [row["label"] for row in content["methods"]] == METHODS
+    keys = ("accuracy", "macro_f1", "validation_accuracy", "train_seconds", "peak_memory_bytes")
+    for row in content["methods"]:
+        for key in keys:
+            assert parsed.values >= {*row[key]["values"]}, key
+        own = row["trained_parameters"] - row["head_parameters"]
+        times = [*numbers([row["step_ms"], row["forward_ms"], row.get("merged_forward_ms")])]
+        assert parsed.values >= {own, row["checkpoint_bytes"], *times}
+        shown = [row["label"], f"{own:,}", f"{row['trained_parameters'] / row['total_parameters']:.2%}"]
+        shown += [percent(row["accuracy"]), percent(row["macro_f1"]), f"{row['step_ms']['median']:.1f}"]
+        assert shown in [cells[:6] for cells in parsed.rows]
+    assert parsed.values >= {*numbers(content["base_forward_ms"])}
+    assert "the head" in parsed.text and "Figure 2 of the LoRA paper" in parsed.text
+
+
+def test_every_figure_of_sweep(results: Path, page: Path):
+    content, parsed = json.loads((results / SWEEP).read_text()), Parsed(page)
+    for each in content["cells"]:
+        assert parsed.values >= {
+            each["r"],
+            each["parameters"],
+            *each["accuracy"]["values"],
+            *each["macro_f1"]["values"],
+        }
+        assert percent(each["accuracy"]) in [text for cells in parsed.rows for text in cells]
+    weights = [cells for cells in parsed.rows if cells[0] == "q,v" and len(cells) == 5]
+    (cell,) = [each for each in content["within_budget"] if each["target_modules"] == "q,v"]
+    expected = ["q,v", f"{cell['r']}", f"{cell['parameters']:,}", percent(cell["accuracy"]), percent(cell["macro_f1"])]
+    assert weights == [expected]
+
+
+def test_every_figure_of_analyze(results: Path, page: Path):
+    content, parsed = json.loads((results / ANALYSIS).read_text()), Parsed(page)
+    assert len(content["layers"]) == 13  # two layers of six, and the pooler
+    for layer in content["layers"]:
+        for own in layer["adapters"]:
+            wanted = {key: value for key, value in own.items() if key not in ("projection", "singular_values")}
+            last = [own["projection"][key][-1] for key in ("delta", "weight", "random", "amplification")]
+            assert parsed.values >= {*last, *numbers(wanted)} - {own["scaling"], own["numerical_rank"]}
+    for adapter in content["summary"]["adapters"]:
+        assert parsed.values >= {adapter["norm"], adapter["relative_change"], *numbers(adapter["kinds"])}
+        assert f"{adapter['most_changed'][0]['name']} most" in parsed.text
+    (pair,) = content["summary"]["similarity"]
+    for side in "AB":
+        for i, row in enumerate(pair[side]["phi"], 1):
+            assert all(f"({i}, {j}): {value:.3g}" in parsed.texts["title"] for j, value in enumerate(row, 1))
+    values = [one["adapters"][1]["singular_values"] for one in content["layers"] if "attention.self.key" in one["name"]]
+    second = sum(each[1] / each[0] for each in values) / 2  # of two layers, the mean is the median
+    assert any(
+        re.match(rf".*attention\.self\.key, direction 2: {second:.3g}, ", says) for says in parsed.texts["title"]
+    )
+
+
+def test_every_figure_of_plan_and_finetune(results: Path, page: Path):
+    plan, parsed = json.loads((results / PLAN).read_text()), Parsed(page)
+    assert parsed.values >= {*numbers(plan)}
+    size, full = (readable(plan["runs"][name]["peak"]) for name in ("lora", "full"))
+    assert re.search(rf"Training with lora takes {size}, of which \d+% are activations, temporaries\.", parsed.text)
+    assert f"of what full fine-tuning takes ({full})." in parsed.text
+    assert "It does not fit into 600 kB, which the line marks." in parsed.text
+    fits = [(cells[0], cells[-1]) for cells in parsed.rows if cells[-1] in ("yes", "no")]
+    changed = [f"lora with {' and '.join(change['what'])}" for change in plan["capacity"]["changes"]]
+    assert fits == [("full", "no"), ("lora", "no"), ("inference", "yes"), *((name, "yes") for name in changed)]
+    assert len(changed) > 1 and f"What fits: {'; '.join(changed)}." in parsed.text
+    metrics = json.loads((results / "single" / "metrics.json").read_text())
+    assert [
+        "training",
+        f"{metrics['train_seconds']:.0f} s, {metrics['tokens_per_second']:,.0f} tokens/s",
+    ] in parsed.rows
+    curves = [attributes["src"] for tag, attributes in parsed.elements if attributes.get("class") == "picture"]
+    single = base64.b64encode((results / "single" / "loss_curve.png").read_bytes()).decode()
+    assert f"data:image/png;base64,{single}" in curves and len(curves) == 3 + 4 + 1  # groups' first runs, and itself
+
+
+# --- what it says -----------------------------------------------------------------------------------------------------
+
+
+def test_winners_are_marked_beyond_the_spread_only(copied: Path):
+    def give(accuracies: dict[str, list[float]]) -> Parsed:
+        def change(content: dict[str, Any]) -> None:
+            for row in content["methods"]:
+                row["accuracy"] = summary(accuracies[row["label"]])
+
+        change_json(copied / COMPARE, change)
+        return Parsed(write_report(copied))
+
+    shutil.rmtree(copied / "sweep")
+    level = give({"bitfit": [0.80, 0.84], "lora:r=2": [0.82, 0.83], "lora:r=3": [0.60, 0.61]})
+    assert level.best == []
+    assert "No method is ahead of every other" in level.text
+    assert "Of the 2 methods that the spread does not tell from the best, bitfit trains the fewest" in level.text
+    ahead = give({"bitfit": [0.80, 0.81], "lora:r=2": [0.90, 0.91], "lora:r=3": [0.60, 0.61]})
+    assert ahead.best == ["90.5 ± 0.7"]
+    assert "lora:r=2 is ahead of every other method by more than the spread" in ahead.text
+    change_json(copied / COMPARE, lambda content: content.update(seeds=[0]))
+    once = give({"bitfit": [0.80], "lora:r=2": [0.90], "lora:r=3": [0.60]})
+    assert once.best == [] and "from one seed" in once.text and "is ahead" not in once.text
+
+
+def test_ranks_are_marked_beyond_the_spread_only(copied: Path):
+    def change(content: dict[str, Any]) -> None:
+        for each in content["cells"]:
+            high = (each["r"], each["target_modules"]) == (2, "q")
+            each["accuracy"] = summary([0.9, 0.91] if high else [0.7, 0.71])
+        content["within_budget"] = [each for each in content["cells"] if each["r"] == 1]
+
+    change_json(copied / SWEEP, change)
+    shutil.rmtree(copied / "compare")
+    parsed = Parsed(write_report(copied))
+    assert parsed.best == ["90.5 ± 0.7"]
+    assert "q: rank 2 is ahead of all the others." in parsed.text
+    assert "q,v: no rank is ahead of all the others; the lowest" in parsed.text
+    assert "None is ahead of all the others: the seeds" in parsed.text
+
+
+def test_parts_that_are_not_there_are_left_out(copied: Path, tmp_path: Path):
+    page = Parsed(write_report(copied / "sweep", tmp_path / "page.html"))
+    assert page.texts["h2"] == ["LoRA by rank and by weights"]
+    shutil.rmtree(copied / "sweep")
+    (copied / COMPARE).unlink()  # a comparison that is not finished: its runs are there
+    page = Parsed(write_report(copied))
+    assert page.texts["h2"].count("A single run") == 1 + 6
+    (copied / "single" / "loss_curve.png").write_text("no picture")
+    assert not [1 for _, attributes in Parsed(write_report(copied / "single")).elements if "src" in attributes]
+
+
+def test_results_without_some_figures(copied: Path):
+    def bare(content: dict[str, Any]) -> None:
+        content.update(base=None, notes=["What needs the base's weights is left out."])
+        for layer in content["layers"]:
+            layer["weight_norm"] = None
+            for own in layer["adapters"]:
+                own.update(projection=None, relative_change=None)
+        for own in content["summary"]["adapters"]:
+            for kind in own["kinds"].values():
+                kind.update(dict.fromkeys(("relative_change", "delta", "weight", "random", "amplification")))
+        for side in "AB":
+            content["summary"]["similarity"][0][side] = None
+
+    change_json(copied / ANALYSIS, bare)
+    change_json(copied / COMPARE, lambda content: [row.update(validation_accuracy=None) for row in content["methods"]])
+    change_json(copied / PLAN, lambda content: content.update(capacity=None))
+    change_json(
+        copied / "single" / "metrics.json", lambda content: content["merged"].update(max_logit_difference=math.nan)
+    )
+    parsed = Parsed(write_report(copied))
+    assert "What needs the base's weights is left out." in parsed.text
+    assert "no layer has directions to compare" in parsed.text and "amplification is" in parsed.text
+    assert "median amplification" not in parsed.text and "fit" not in " ".join(parsed.texts["p"]).split()
+    assert "logits differ by at most nan" in parsed.text
+
+
+# --- what others wrote ------------------------------------------------------------------------------------------------
+
+HOSTILE = "</td></title><script>alert(1)</script><img src=x onerror=alert(2)>\" onload='alert(3)' &amp; \x00"
+
+
+def test_what_files_hold_stays_text(copied: Path):
+    def change(content: dict[str, Any]) -> None:
+        content["methods"][1].update(label=HOSTILE, method=HOSTILE)
+        content.update(command=[HOSTILE])
+        content["machine"]["processor"] = HOSTILE
+        content["options"]["model"] = HOSTILE
+
+    change_json(copied / COMPARE, change)
+    change_json(copied / PLAN, lambda content: content["runs"].update({HOSTILE: content["runs"]["full"]}))
+    change_json(copied / ANALYSIS, lambda content: content["adapters"][0].update(path=HOSTILE))
+    parsed = Parsed(write_report(copied, title=f"{HOSTILE}\ud800"))
+    assert [tag for tag, _ in parsed.elements].count("script") == 1
+    assert not [name for _, attributes in parsed.elements for name in attributes if name.startswith("on")]
+    assert all(attributes["src"].startswith("data:") for tag, attributes in parsed.elements if tag == "img")
+    shown = HOSTILE.replace("\x00", "\N{REPLACEMENT CHARACTER}")
+    assert parsed.texts["h1"] == [shown + "\N{REPLACEMENT CHARACTER}"]
+    assert [cells for cells in parsed.rows if cells[:1] == [shown]] and any(shown in cells for cells in parsed.rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("compare/compare.json", '{"methods": [', r"compare\.json is not JSON: Expecting value"),
+        ("sweep/sweep.json", "[]", r"sweep\.json holds a list, want an object; run lora-ext sweep again, or move"),
+        ("plan/plan.json", "{}", r"plan\.json is not what lora-ext plan leaves: it lacks method, runs"),
+        ("single/metrics.json", '{"settings": "\\ud800"}', r"metrics\.json has a string that is not Unicode"),
+        ("single/metrics.json", "[" * 100_000, r"metrics\.json is not JSON"),
+        ("single/metrics.json", '"\xff', r"metrics\.json is not JSON"),
+        ("plan/plan.json", '{"method": "lora", "runs": {}}', r"plan\.json is not what lora-ext plan leaves \(KeyError"),
+    ],
+)
+def test_a_file_that_is_no_result_is_named(copied: Path, name: str, text: str, message: str):
+    (copied / name).write_text(text, encoding="latin-1")
+    with pytest.raises(TaskError, match=message):
+        write_report(copied)
+    assert not (copied / "report.html").exists()
+
+
+def test_what_is_in_the_way_is_not_replaced(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "empty").mkdir()
+    assert main(["report", str(tmp_path / "empty")]) == 2
+    assert "holds no result of lora-ext: finetune leaves metrics.json" in capsys.readouterr().err
+    mine = tmp_path / "mine.html"
+    mine.write_text("mine")
+    for out, message in (
+        (mine, "is there, and no page of lora-ext report; name another file"),
+        (tmp_path, "is a directory; name the file in it"),
+        (tmp_path / "nowhere" / "page.html", "nowhere is no directory"),
+    ):
+        assert main(["report", str(copied), "--out", str(out)]) == 2
+        assert message in capsys.readouterr().err
+    assert mine.read_text() == "mine"
+    assert main(["report", str(tmp_path / "none")]) == 2
+    assert "none is not a directory" in capsys.readouterr().err
+    (copied / "report.html").write_text('<meta name="generator" content="lora-ext report">older')
+    assert main(["report", str(copied), "--title", "Week 3 & 4"]) == 0
+    assert Parsed(copied / "report.html").texts["h1"] == ["Week 3 & 4"]
+
+
+def test_it_takes_no_more_than_the_package(copied: Path, page: Path, tmp_path: Path):
+    """Results are carried to machines without what made them."""
+    without = "import sys; sys.modules.update(dict.fromkeys(('matplotlib', 'transformers', 'tqdm', 'peft')))"
+    code = f"{without}; from lora_ext.cli import main; sys.exit(main())"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code, "report", str(copied), "--out", str(tmp_path / "page.html")]
+    subprocess.run(command, env=environment, check=True)
+    assert (tmp_path / "page.html").read_bytes() == page.read_bytes()
+
+
+def test_a_large_analysis_makes_no_large_page(copied: Path):
+    def enlarge(content: dict[str, Any]) -> None:
+        phi = [[min(i, j) / 64 for j in range(64)] for i in range(64)]
+        (pair,) = content["summary"]["similarity"]
+        for side in "AB":
+            pair[side].update(phi=phi, random_mean=phi)
+        content["summary"]["similarity"] = [pair] * 40
+        first = content["layers"]
+        content["layers"] = [{**each, "name": f"block.{i}.{each['name']}"} for i in range(100) for each in first]
+        for adapter in content["summary"]["adapters"]:
+            adapter["most_changed"] = []
+
+    change_json(copied / ANALYSIS, enlarge)
+    page = write_report(copied)
+    assert page.stat().st_size < 3_000_000
+    text = Parsed(page).text
+    assert "16 more pairs: see analysis.json." in text and "600 more rows are in analysis.json" in text

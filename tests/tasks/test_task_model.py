@@ -1,0 +1,199 @@
+"""finetune on other models than the one that the rest of its tests take: what is loaded, what is refused and why."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from support import tiny_classifier
+from transformers import (
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+from lora_ext.methods import apply_method, new_method
+from lora_ext.tasks import TaskError
+from lora_ext.tasks.finetune.run import finetune
+from lora_ext.tasks.finetune.settings import Settings
+
+_SIZES = {"vocab_size": len(tiny_classifier.VOCABULARY), "eos_token_id": 3, "bos_token_id": 2}
+DECODERS = {
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=32, **_SIZES)),
+    "llama": lambda: LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=32,
+            **_SIZES,
+        )
+    ),
+}
+
+
+def saved(directory: Path, make: Any, **tokenizer: Any) -> Path:
+    tiny_classifier.save_tokenizer(directory, **tokenizer)
+    torch.manual_seed(0)
+    model: PreTrainedModel = make()
+    model.save_pretrained(directory)
+    return directory
+
+
+def settings_for(model: Path, tmp_path: Path, rows: int = 300, **options: Any) -> Settings:
+    data = tiny_classifier.save_reviews(tmp_path / "reviews.csv", tiny_classifier.reviews(rows))
+    given = {"max_length": 32, "epochs": 4, "learning_rate": 2e-2, **options}
+    return Settings(model=str(model), data=str(data), **given)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "adapter-h", "prefix-embed", "prefix-layer", "lora+prefix-layer"])
+@pytest.mark.parametrize("family", DECODERS)
+def test_decoders_learn_though_their_tokenizers_have_no_padding(tmp_path: Path, family: str, method: str):
+    model = saved(tmp_path / "model", DECODERS[family], pad_token=None, eos_token="[SEP]")
+    rate = 5e-3 if method == "full" else 2e-2
+    metrics = finetune(settings_for(model, tmp_path, method=method, learning_rate=rate), tmp_path / "out")
+    assert metrics["after"]["accuracy"] > 0.6
+
+
+def test_weights_that_the_checkpoint_has_not_are_trained_or_refused(tmp_path: Path):
+    """A masked language model's checkpoint has no pooler, and a classifier has."""
+    model = saved(tmp_path / "model", lambda: BertForMaskedLM(tiny_classifier.config()))
+    message = (
+        r"has no values for bert\.pooler\.dense, .*--method lora --modules-to-save bert.pooler.dense, or --method full"
+    )
+    for method in ("lora", "bitfit", "head-only"):
+        with pytest.raises(TaskError, match=message):
+            finetune(settings_for(model, tmp_path, method=method), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    for options in ({"modules_to_save": "bert.pooler.dense"}, {"method": "full"}):
+        out = tmp_path / options.get("method", "lora")
+        finetune(settings_for(model, tmp_path, rows=60, epochs=1, **options), out)
+
+
+def test_a_head_of_two_parts_is_trained_whole():
+    torch.manual_seed(0)
+    sizes = {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 48, "vocab_size": 20, "max_position_embeddings": 32}
+    for method in ("bitfit", "head-only"):
+        model = DistilBertForSequenceClassification(DistilBertConfig(**sizes))
+        apply_method(model, new_method(method))
+        assert model.pre_classifier.weight.requires_grad and model.classifier.weight.requires_grad
+
+
+@pytest.mark.parametrize("was", [{"num_labels": 5}, {"problem_type": "multi_label_classification"}])
+def test_what_a_checkpoint_classified_before_does_not_matter(tmp_path: Path, was: dict[str, Any]):
+    model = saved(tmp_path / "model", lambda: BertForSequenceClassification(tiny_classifier.config(**was)))
+    metrics = finetune(settings_for(model, tmp_path, method="full", learning_rate=5e-3), tmp_path / "out")
+    assert metrics["after"]["accuracy"] > 0.6
+
+
+def test_of_a_models_outputs_the_logits_are_taken(tmp_path: Path):
+    make = lambda: BertForSequenceClassification(tiny_classifier.config(output_hidden_states=True))  # noqa: E731
+    settings = settings_for(saved(tmp_path / "model", make), tmp_path, rows=60, epochs=1)
+    assert set(finetune(settings, tmp_path / "out")["after"]) == {"accuracy", "macro_f1"}
+
+
+def test_texts_that_are_longer_than_the_model_can_read(tmp_path: Path):
+    """Where the tokenizer does not say how long they may be."""
+    make = lambda: BertForSequenceClassification(tiny_classifier.config())  # noqa: E731
+    model = saved(tmp_path / "model", make, model_max_length=10**30)
+    rows = [*tiny_classifier.reviews(60), (" ".join(["good"] * 40), "pos")]
+    data = tiny_classifier.save_reviews(tmp_path / "reviews.csv", rows)
+    settings = Settings(model=str(model), data=str(data), max_length=64)
+    with pytest.raises(TaskError, match="a text has 42 tokens, but the model has 32 positions; want --max-length 32"):
+        finetune(settings, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_overwriting_does_not_remove_what_is_to_be_read(tmp_path: Path):
+    model = saved(tmp_path / "model", lambda: BertForSequenceClassification(tiny_classifier.config()))
+    out = tmp_path / "out"
+    finetune(settings_for(model, tmp_path, rows=60, epochs=1, method="full"), out)
+    settings = settings_for(out / "model", tmp_path, rows=60, epochs=1)
+    with pytest.raises(TaskError, match=r"--overwrite would remove .*out/model, which the run is to read"):
+        finetune(settings, out, overwrite=True)
+    assert (out / "model" / "model.safetensors").is_file() and (out / "metrics.json").is_file()
+
+
+def test_an_adapter_that_cannot_be_merged_leaves_its_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(model: Any) -> None:
+        raise ValueError("a value is not finite")
+
+    monkeypatch.setattr("lora_ext.tasks.finetune.run.merge_and_unload", refuse)
+    lines: list[str] = []
+    model = saved(tmp_path / "model", lambda: BertForSequenceClassification(tiny_classifier.config()))
+    metrics = finetune(settings_for(model, tmp_path, rows=60, epochs=1), tmp_path / "out", say=lines.append)
+    assert "latency" in metrics and "merged" not in metrics
+    assert "the adapter cannot be merged: a value is not finite" in lines
+    assert (tmp_path / "out" / "metrics.json").is_file()
+
+
+HUB = """
+import sys
+from lora_ext.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def hub_command(tmp_path: Path, endpoint: str, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), **more}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    return subprocess.run([sys.executable, "-c", HUB, *arguments], env=environment, capture_output=True, text=True)
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A hub that answers, and knows no model."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_HEAD(self) -> None:
+        self.asked.append(self.path)
+        self.send_response(404)
+        self.end_headers()
+
+    do_GET = do_HEAD
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path: Path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"  # where nobody listens
+        result = hub_command(tmp_path, endpoint, "plan", "--model", "nobody/nothing")
+    assert result.returncode == 2 and "Retrying" not in result.stderr
+    assert f"there is no such directory, the hub ({endpoint}) does not answer, and its cache (" in result.stderr
+    assert "name a directory with the model's files, or run `hf download nobody/nothing`" in result.stderr
+    result = hub_command(tmp_path, endpoint, "plan", "--model", "./nothing", HF_HUB_OFFLINE="1")
+    assert "is not asked (HF_HUB_OFFLINE)" in result.stderr and "hf download" not in result.stderr
+
+
+def test_a_hub_that_answers_is_asked_for_the_model(tmp_path: Path):
+    server = http.server.HTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        result = hub_command(tmp_path, f"http://127.0.0.1:{server.server_port}", "plan", "--model", "nobody/nothing")
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert result.returncode == 2 and "does not answer" not in result.stderr
+    assert any("nobody/nothing" in path for path in Hub.asked)
