@@ -258,7 +258,7 @@ class LoraConfig:
         return self.alpha_for(path) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def enable_lora_for(self, path: str) -> tuple[bool, ...] | None:
-        """Which parts of the merged projection at ``path`` have an adapter; None for a layer of one part."""
+        """Which parts of the packed projection at ``path`` have an adapter; None for a layer of one part."""
         names = self._parts.find(path)
         return self.enable_lora[names[0]] if names else None
 

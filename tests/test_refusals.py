@@ -10,9 +10,8 @@ import pytest
 from support.refusals import CALLS, Call, call, state
 
 import lora_ext
-from lora_ext import analysis, methods
+from lora_ext import adapters, analysis, methods
 from lora_ext import nn as layers
-from lora_ext import adapters
 from lora_ext.integrations import peft as integration
 
 MODULES = (lora_ext, adapters, analysis, layers, methods, integration)

@@ -21,7 +21,7 @@ from lora_ext.injection.inject import apply_injection, check_new_name
 from lora_ext.matching.path_names import EndTable
 from lora_ext.nn import LoraAdapter, LoraLayer
 from lora_ext.nn.attention import SeparateProjections
-from lora_ext.nn.packed_linear import MergedAdapter
+from lora_ext.nn.packed_linear import PackedAdapter
 from lora_ext.nn.tied import TiedAdapter
 from lora_ext.nn.trainable_tokens import TiedRows
 
@@ -199,7 +199,7 @@ def _config(bare: BareModel, sources: Sequence[Adapter], parts: Sequence[Part]) 
         # Names also match the ends of other paths; a regular expression the whole path.
         target_modules=modules if named == set(modules) else "|".join(map(re.escape, modules)),
         target_parameters=parameters or None,
-        enable_lora={path: a.enable_lora for path, a in low_rank.items() if isinstance(a, MergedAdapter)} or None,
+        enable_lora={path: a.enable_lora for path, a in low_rank.items() if isinstance(a, PackedAdapter)} or None,
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,

@@ -48,7 +48,7 @@ def prepare_hotswap(model: ModelT, r: int, adapter_name: str | None = None) -> M
 
     Raises:
         ValueError: the model is not injected, a layer's rank is above ``r``, or its factors cannot be padded (grouped
-            convolutions, merged projections, experts).
+            convolutions, packed projections, experts).
         KeyError: there is no such adapter.
         RuntimeError: it is merged. Nothing is changed.
     """

@@ -8,7 +8,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +27,7 @@ __all__ = [
     "WEIGHTS_FILE",
     "AdapterFile",
     "TensorFile",
+    "Tensors",
     "holds_adapter",
     "read_unchanged",
 ]
@@ -109,7 +110,7 @@ class TensorFile:
         return dtype
 
     def numel(self) -> int:
-        """How many numbers all tensors hold together."""
+        """The number of elements of all tensors together."""
         return sum(math.prod(shape) for shape in self._shapes.values())
 
     def tensor(self, key: str) -> Tensor:
@@ -141,19 +142,71 @@ class TensorFile:
             self._mapped = None
 
 
-class AdapterFile(TensorFile):
-    """An adapter on disk.
+class Tensors(Protocol):
+    """Tensors by key, read one at a time: a :class:`TensorFile`, or one seen in another form."""
+
+    path: Path
+    metadata: Mapping[str, str]
+
+    def keys(self) -> list[str]: ...
+
+    def shape(self, key: str) -> tuple[int, ...]: ...
+
+    def dtype(self, key: str) -> torch.dtype: ...
+
+    def tensor(self, key: str) -> Tensor: ...
+
+    def release(self) -> None: ...
+
+    def __contains__(self, key: str) -> bool: ...
+
+
+class AdapterFile:
+    """An adapter on disk: a config and tensors.
 
     Attributes:
-        directory: where it is.
-        config: the content of ``adapter_config.json``: an object; nothing else of it is checked.
+        directory: the directory of both files.
+        config: the content of ``adapter_config.json``, an object; its values are not checked.
+        tensors: the adapter's tensors, by the keys of PEFT's files.
     """
 
-    def __init__(
-        self, directory: Path, config: dict[str, Any], path: Path, pickled: Mapping[str, Tensor] | None = None
-    ) -> None:
-        super().__init__(path, pickled)
-        self.directory, self.config = directory, config
+    def __init__(self, directory: Path, config: dict[str, Any], tensors: Tensors) -> None:
+        self.directory = directory
+        self.config = config
+        self.tensors = tensors
+
+    @property
+    def path(self) -> Path:
+        """The file of the tensors."""
+        return self.tensors.path
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The metadata of the file of the tensors."""
+        return self.tensors.metadata
+
+    def keys(self) -> list[str]:
+        """The keys of all tensors."""
+        return self.tensors.keys()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.tensors
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of the tensor ``key``, which is not read."""
+        return self.tensors.shape(key)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """The dtype of the tensor ``key``, which is not read."""
+        return self.tensors.dtype(key)
+
+    def tensor(self, key: str) -> Tensor:
+        """The tensor ``key`` on the CPU. Errors as :meth:`TensorFile.tensor`."""
+        return self.tensors.tensor(key)
+
+    def release(self) -> None:
+        """Gives back memory, as :meth:`TensorFile.release`."""
+        self.tensors.release()
 
     @classmethod
     def open(
@@ -188,7 +241,7 @@ class AdapterFile(TensorFile):
                 f"{directory / CONFIG_FILE} is missing; want a directory that save_adapter or PEFT wrote"
             ) from error
         if path in there:
-            return cls(directory, config, path)
+            return cls(directory, config, TensorFile(path))
         if pickled not in there:
             raise FileNotFoundError(f"{path} is missing")
         if not allow_pickle:
@@ -196,7 +249,7 @@ class AdapterFile(TensorFile):
                 f"{path} is missing; {pickled.name} is there: save it again as safetensors, or allow pickles "
                 "(only tensors are then loaded from it)"
             )
-        return cls(directory, config, pickled, _read_pickle(pickled))
+        return cls(directory, config, TensorFile(pickled, _read_pickle(pickled)))
 
 
 def holds_adapter(directory: Path) -> bool:

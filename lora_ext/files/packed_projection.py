@@ -13,16 +13,17 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_ext._common.printable import shown
 from lora_ext._ops.checks import FLOATING
 from lora_ext.adapters.adapter_set import Adapter
 from lora_ext.config import exact_patterns
-from lora_ext.files.adapter_file import KEY_PREFIX, LARGEST_CONFIG, AdapterFile
+from lora_ext.files.adapter_file import KEY_PREFIX, LARGEST_CONFIG, AdapterFile, Tensors
 from lora_ext.files.untrusted_json import parse_json_object
 from lora_ext.nn import LoraLayer
-from lora_ext.nn.packed_linear import MergedAdapter, gather_blocks, spread_blocks
+from lora_ext.nn.packed_linear import PackedAdapter, gather_blocks, spread_blocks
 
 _METADATA_KEY = "lora_ext"
 _RESTORED = ("enable_lora", "rank_pattern", "alpha_pattern")  # keys of the config that PEFT gets to see otherwise
@@ -38,19 +39,19 @@ def as_peft_has_it(
         tensors: by the keys of the file.
 
     Returns:
-        Both of them as PEFT has them, and the metadata; unchanged and empty without merged projections.
+        Both of them as PEFT has them, and the metadata; unchanged and empty without packed projections.
     """
-    if not any(isinstance(part.adapter, MergedAdapter) for part in adapter.parts):
+    if not any(isinstance(part.adapter, PackedAdapter) for part in adapter.parts):
         return values, tensors, {}
     tensors, ranks, alphas, blocks = dict(tensors), {}, {}, {}
     for part in adapter.parts:
         if isinstance(part.layer, LoraLayer):  # all by name: a pattern of the user's may cover merged ones and others
             own, path = part.adapter, part.target
-            enabled = own.enable_lora if isinstance(own, MergedAdapter) else (True,)
+            enabled = own.enable_lora if isinstance(own, PackedAdapter) else (True,)
             ranks[path] = own.r * sum(enabled)
             alphas[path] = own.scaling * (math.sqrt(ranks[path]) if values["use_rslora"] else ranks[path])
             for key, tensor in part.layer.file_tensors(part.file_path, own).items():
-                if isinstance(own, MergedAdapter) and tensor is own.lora_B:
+                if isinstance(own, PackedAdapter) and tensor is own.lora_B:
                     whole = f"{KEY_PREFIX}{key}"
                     blocks[whole] = list(enabled)
                     tensors[whole] = spread_blocks(tensors[whole], enabled)
@@ -79,18 +80,22 @@ def as_we_have_it(file: AdapterFile, caller: str) -> AdapterFile:
     if not isinstance(blocks, dict) or not isinstance(config, dict) or not set(_RESTORED) <= config.keys():
         raise ValueError(f"{told} do not fit it: they have no blocks, or not the config")
     try:
-        return _CompactFile(file, blocks, file.config | {key: config[key] for key in _RESTORED})
+        config = file.config | {key: config[key] for key in _RESTORED}
+        return AdapterFile(file.directory, config, _Blocks(file.tensors, blocks))
     except ValueError as error:
         raise ValueError(f"{told} do not fit it: {error}") from error
 
 
-class _CompactFile(AdapterFile):
-    """An adapter file that gives the blocks of its block diagonal tensors only."""
+class _Blocks:
+    """Tensors of which the block diagonal ones are seen as their blocks."""
 
-    def __init__(self, file: AdapterFile, blocks: Mapping[str, Any], config: dict[str, Any]) -> None:
-        self.__dict__.update(vars(file))
-        self.config, self._file, self._blocks = config, file, blocks
-        self._shapes = {key: file.shape(key) for key in file.keys()}  # noqa: SIM118  it is no dict
+    def __init__(self, file: Tensors, blocks: Mapping[str, Any]) -> None:
+        """Checks the blocks. ValueError if they do not fit the tensors."""
+        self.path = file.path
+        self.metadata = file.metadata
+        self._file = file
+        self._blocks = blocks
+        self._shapes = {}
         for key, enabled in blocks.items():
             if key not in file:
                 raise ValueError(f"it names {shown(key)}, which is not there")
@@ -108,6 +113,18 @@ class _CompactFile(AdapterFile):
                 gather_blocks(file.tensor(key), enabled)
             except ValueError as error:
                 raise ValueError(f"{key}: {error} {shown(enabled)}") from error
+
+    def keys(self) -> list[str]:
+        return self._file.keys()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._file
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._shapes.get(key) or self._file.shape(key)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._file.dtype(key)
 
     def tensor(self, key: str) -> Tensor:
         tensor = self._file.tensor(key)

@@ -27,7 +27,7 @@ from lora_ext.files.adapter_file import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, A
 from lora_ext.files.packed_projection import as_peft_has_it, as_we_have_it
 from lora_ext.files.staged_files import staged_files, write_tensors
 from lora_ext.injection.bare_model import BareModel, root_module
-from lora_ext.injection.inject import InjectionPlan, apply_injection, lora_modules
+from lora_ext.injection.inject import Injection, apply_injection, lora_modules
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -111,9 +111,9 @@ def load_opened(model: nn.Module, file: AdapterFile, trainable: bool = False, ad
         adapter = find_adapter(model, "load_adapter", adapter_name)
         _check_same_kind(adapter, config, file.directory)
     else:
-        plan = InjectionPlan(model, dataclasses.replace(config, inference_mode=not trainable), adapter_name)
+        injection = Injection(model, dataclasses.replace(config, inference_mode=not trainable), adapter_name)
         # What the config asks for takes memory only once the file's shapes are found to be the same.
-        adapter, give_memory = plan.build_without_memory()
+        adapter, give_memory = injection.build_without_memory()
     unsaved = _unsaved_biases(adapter, file)
     _check_shapes(_targets(model, adapter, file, unsaved), file)
     if not replaces:

@@ -16,7 +16,7 @@ from lora_ext.config import LoraConfig
 from lora_ext.injection.bare_model import BareModel, file_path
 from lora_ext.injection.targets import Targets
 from lora_ext.matching.path_names import Parents
-from lora_ext.nn import LORA_LAYERS, AdapterLayer, LoraLayer, LoraLinear, LoraMergedLinear, LoraParameter
+from lora_ext.nn import LORA_LAYERS, AdapterLayer, LoraLayer, LoraLinear, LoraPackedLinear, LoraParameter
 from lora_ext.nn.attention import LoraMultiheadAttention
 from lora_ext.nn.tied import TiedAdapter
 from lora_ext.nn.trainable_tokens import TiedRows, TokenRows, TrainableTokens
@@ -38,7 +38,7 @@ def check_targets(bare: BareModel, targets: Targets, config: LoraConfig) -> None
 def lora_layer_for(module: nn.Module, config: LoraConfig, path: str) -> type[LoraLayer] | None:
     """The class of LoRA layer that adapts modules like this one, or None."""
     if config.enable_lora_for(path) is not None:
-        return LoraMergedLinear if LoraMergedLinear.adapts(module) else None
+        return LoraPackedLinear if LoraPackedLinear.adapts(module) else None
     return next((kind for kind in LORA_LAYERS if kind.adapts(module)), None)
 
 
@@ -66,7 +66,7 @@ def _check_kinds(bare: BareModel, targets: Targets, config: LoraConfig) -> None:
             continue
         problem = f"no LoRA layer adapts {type(module).__name__}" if kind is None else kind.why_not(module, config)
         if kind is None and config.enable_lora_for(setting) is not None:
-            problem = f"enable_lora names it, and is for {LoraMergedLinear.base_kinds}"
+            problem = f"enable_lora names it, and is for {LoraPackedLinear.base_kinds}"
         if problem is None and (attention := _attention_around(bare, path)) is not None:
             problem = LoraMultiheadAttention.why_not(attention, config)
             if problem is None and attention is bare.root:
@@ -135,7 +135,7 @@ def _attention_around(bare: BareModel, path: str) -> nn.MultiheadAttention | Non
     return module if isinstance(module, nn.MultiheadAttention) and name == "out_proj" else None
 
 
-class Planner:
+class PartsBuilder:
     """Builds the parts of one adapter, for a model that holds the adapters ``into`` already.
 
     With ``device``, the adapter's tensors are there: on the meta device they have shapes, and take no memory.
@@ -174,8 +174,8 @@ class Planner:
                 adapter = TiedAdapter(adapters[setting], transposed=isinstance(module, nn.Linear))
             else:
                 adapter = adapters[path] = kind.new_adapter(module, self.config, setting, self.device)
-            if kind is LoraMergedLinear:
-                layer, replaced = self._merged_linear(path, module, len(self.config.enable_lora_for(setting)))
+            if kind is LoraPackedLinear:
+                layer, replaced = self._packed_linear(path, module, len(self.config.enable_lora_for(setting)))
             else:
                 layer, replaced = self._layer(path, module, kind)
             if (attention := _attention_around(self.bare, path)) is not None:  # which calls it, once in such a layer
@@ -246,13 +246,13 @@ class Planner:
         layer = self.made[path, kind]
         return layer, {module: layer}
 
-    def _merged_linear(
+    def _packed_linear(
         self, path: str, module: nn.Module, num_parts: int
-    ) -> tuple[LoraMergedLinear, dict[nn.Module, nn.Module]]:
+    ) -> tuple[LoraPackedLinear, dict[nn.Module, nn.Module]]:
         """As :meth:`_layer`; a new one takes the place of a plain layer, whose adapters it then has too."""
-        made = LoraMergedLinear(module, num_parts, active=self.active)
+        made = LoraPackedLinear(module, num_parts, active=self.active)
         for layer in self.bare.layers.get(path, ()):
-            if isinstance(layer, LoraMergedLinear):
+            if isinstance(layer, LoraPackedLinear):
                 if layer.num_parts != num_parts:
                     raise ValueError(
                         f"inject: enable_lora has {num_parts} parts for {path!r}, but other adapters have "

@@ -1,6 +1,6 @@
 """Adapts a model in place: its target layers are replaced by layers that hold adapters.
 
-Everything that can fail happens while planning, before the model is touched; applying a plan only swaps modules and
+Everything that can fail happens before the model is touched; :func:`apply_injection` then only swaps modules and
 sets ``requires_grad``. lora_ext/injection/targets.py has the rules by which a config names layers, which are PEFT's;
 lora_ext/injection/build.py makes the new layers.
 """
@@ -19,7 +19,7 @@ from lora_ext._common.changes import changing, one_at_a_time
 from lora_ext.adapters.adapter_set import Adapter, AdapterSet, adapter_set, attach_adapter_set, forget_adapter_set
 from lora_ext.config import LoraConfig
 from lora_ext.injection.bare_model import BareModel, adapter_layers, root_module
-from lora_ext.injection.build import Planner, check_targets
+from lora_ext.injection.build import PartsBuilder, check_targets
 from lora_ext.injection.targets import find_targets, is_all_linear
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.layer import check_adapter_name
@@ -72,16 +72,16 @@ def inject(model: ModelT, config: LoraConfig, adapter_name: str = "default") -> 
         UserWarning: an entry of ``target_modules``, ``exclude_modules`` or ``modules_to_save`` matches nothing while
             others do.
     """
-    apply_injection(model, InjectionPlan(model, config, adapter_name).build())
+    apply_injection(model, Injection(model, config, adapter_name).build())
     return model
 
 
-def plan_injection(model: nn.Module, config: LoraConfig, adapter_name: str = "default") -> Adapter:
+def prepare_injection(model: nn.Module, config: LoraConfig, adapter_name: str = "default") -> Adapter:
     """Finds and checks all targets and builds the adapter, without touching ``model``. Errors as :func:`inject`."""
-    return InjectionPlan(model, config, adapter_name).build()
+    return Injection(model, config, adapter_name).build()
 
 
-class InjectionPlan:
+class Injection:
     """What is to be adapted in ``model``, found and checked; nothing is built yet. Errors as :func:`inject`."""
 
     def __init__(self, model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
@@ -102,29 +102,29 @@ class InjectionPlan:
 
     def build(self) -> Adapter:
         """The adapter, as it is before training."""
-        return self._adapter(Planner(self._bare, self._config, self._into))
+        return self._adapter(PartsBuilder(self._bare, self._config, self._into))
 
     def build_without_memory(self) -> tuple[Adapter, Callable[[], Adapter]]:
         """The adapter with its tensors on the meta device, which has shapes only; and what gives them memory.
 
         That returns the adapter where the base layers are. The values of low-rank factors are whatever the memory held.
         """
-        planner = Planner(self._bare, self._config, self._into, torch.device("meta"))
-        adapter = self._adapter(planner)
+        builder = PartsBuilder(self._bare, self._config, self._into, torch.device("meta"))
+        adapter = self._adapter(builder)
 
         def give_memory() -> Adapter:
-            planner.give_memory()  # in place; copies of modules and rows are made again
-            return self._adapter(planner) if self._targets.trained or self._targets.tokens else adapter
+            builder.give_memory()  # in place; copies of modules and rows are made again
+            return self._adapter(builder) if self._targets.trained or self._targets.tokens else adapter
 
         return adapter, give_memory
 
-    def _adapter(self, planner: Planner) -> Adapter:
-        parts = planner.parts(self._targets)
-        return Adapter(self._name, self._config, self._into, parts, planner.biases(parts))
+    def _adapter(self, builder: PartsBuilder) -> Adapter:
+        parts = builder.parts(self._targets)
+        return Adapter(self._name, self._config, self._into, parts, builder.biases(parts))
 
 
 def apply_injection(model: nn.Module, adapter: Adapter) -> None:
-    """Carries out a plan: the adapter is attached, and active. Ctrl-C waits for that."""
+    """Attaches a prepared adapter and makes it active. Ctrl-C waits until that is done."""
     root = root_module(model)
     with changing(adapter.into.active):
         replace_modules(root, {old: new for part in adapter.parts for old, new in part.replaced.items()})
@@ -171,7 +171,7 @@ def check_new_name(caller: str, name: str, adapters: AdapterSet | None) -> None:
         )
 
 
-# --- planning ---------------------------------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------------------------
 
 
 def _check_state(root: nn.Module, adapters: AdapterSet | None, config: LoraConfig) -> None:

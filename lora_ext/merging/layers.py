@@ -20,7 +20,7 @@ from lora_ext.merging.weights import (
     check_unmerge,
     merge_all_,
     pack_factors,
-    plan_unmerge,
+    prepare_unmerge,
     remerge,
     run_unmerge,
 )
@@ -34,7 +34,7 @@ Factors = tuple[Tensor, Tensor, float]  # lora_A [r, cols], lora_B [rows, r], sc
 class Mergeable(Protocol):
     """What merging needs of a layer; :class:`~lora_ext.nn.layer.LoraLayer` has it all."""
 
-    _merged: MergedAdapters | None
+    _merged: MergeState | None
     active: ActiveAdapters
 
     def matrices(self) -> Mapping[str, object]:
@@ -69,7 +69,7 @@ class MergedMatrix:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class MergedAdapters:
+class MergeState:
     """The adapters merged into one layer.
 
     Attributes:
@@ -133,9 +133,9 @@ def change_merged(caller: str, wanted: Mapping[Mergeable, Collection[str]], wher
                     records[id(record)] = record
                     views.append(view)
                     labels.append(label)
-    merge = _plan_merge(caller, wanted, where)
+    merge = _prepare_merge(caller, wanted, where)
     before = {layer: layer._merged for layer in wanted}
-    launches = plan_unmerge(caller, views, list(records.values()), labels)
+    launches = prepare_unmerge(caller, views, list(records.values()), labels)
 
     with changing(*_shared(wanted)):  # from here on the weights and what is noted about them change in step
         run_unmerge(launches)
@@ -154,7 +154,7 @@ def change_merged(caller: str, wanted: Mapping[Mergeable, Collection[str]], wher
             for layer, key in holders:
                 matrices[layer][key] = matrix
         for layer, own in matrices.items():
-            layer._merged = MergedAdapters(tuple(sorted(wanted[layer])), own)
+            layer._merged = MergeState(tuple(sorted(wanted[layer])), own)
 
 
 @torch.no_grad()
@@ -163,7 +163,7 @@ def merge_for_good(caller: str, wanted: Mapping[Mergeable, Collection[str]], whe
 
     Errors as :func:`change_merged`; all layers are then unchanged.
     """
-    merge = _plan_merge(caller, wanted, where)
+    merge = _prepare_merge(caller, wanted, where)
     with changing(*_shared(wanted)):
         merge.run(caller, record=False)
 
@@ -173,7 +173,7 @@ def _shared(layers: Iterable[Mergeable]) -> set[ActiveAdapters]:
     return {layer.active for layer in layers}
 
 
-def _plan_merge(caller: str, wanted: Mapping[Mergeable, Collection[str]], where: Mapping[Mergeable, str]) -> _Merge:
+def _prepare_merge(caller: str, wanted: Mapping[Mergeable, Collection[str]], where: Mapping[Mergeable, str]) -> _Merge:
     merge = _Merge()
     known: dict[tuple, int] = {}
     for layer, names in wanted.items():

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +32,31 @@ from lora_ext._ops.tensor_arguments import check_tensors
 
 __all__ = ["MergeRecord", "lora_merge_", "lora_unmerge_", "merge_all_", "pack_factors", "unmerge_all_"]
 
-# weights, lora_A, lora_B, words, corrections: what lora_unmerge_ takes (csrc/schemas.h)
-LaunchArguments: TypeAlias = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+
+class Unmerge(NamedTuple):
+    """The arguments of one call of the op ``lora_unmerge_`` (csrc/schemas.h): an entry of each list for each weight.
+
+    Attributes:
+        weights: ``[out_features, in_features]``, of one device and dtype.
+        lora_A: ``[r, in_features]``, accumulation dtype.
+        lora_B: ``[out_features, r]``, accumulation dtype, multiplied by the scaling.
+        words: int16 ``[out_features, segments]``; no entries if no weight needs corrections.
+        corrections: int16 ``[words.sum()]``; no entries if no weight needs corrections.
+    """
+
+    weights: list[Tensor]
+    lora_A: list[Tensor]
+    lora_B: list[Tensor]
+    words: list[Tensor]
+    corrections: list[Tensor]
+
+
+class _Merge(NamedTuple):
+    """The arguments of one call of a merge op, as in :class:`Unmerge`."""
+
+    weights: list[Tensor]
+    lora_A: list[Tensor]
+    lora_B: list[Tensor]
 
 
 @dataclasses.dataclass(eq=False)
@@ -164,58 +187,50 @@ def merge_all_(
     if not weights:
         return []
     labels = ["weight"] * len(weights) if labels is None else labels
+    groups = _groups(caller, weights, labels)
     launches = []
-    for (device, _), members in _groups(caller, weights, labels).items():
-        lists = tuple([tensors[i] for i in members] for tensors in (weights, lora_A, lora_B))
-        refuse = functools.partial(_refuse_non_finite, caller, lists, [labels[i] for i in members])
-        launches.append(
-            (members, _one_pass(lists, refuse) if device.type == "cpu" else _planned(lists, refuse, record))
-        )
-    done = _all_or_none([launch for _, launch in launches], undo=run_unmerge)
-    if not record:
-        return [None] * len(weights)
+    for (device, _), members in groups.items():
+        merge = _Merge(*([tensors[i] for i in members] for tensors in (weights, lora_A, lora_B)))
+        refuse = functools.partial(_refuse_non_finite, caller, merge, [labels[i] for i in members])
+        launches.append(_on_cpu(merge, refuse) if device.type == "cpu" else _on_cuda(merge, refuse, record))
+    done = _all_or_none(launches, undo=run_unmerge)
     records: list[MergeRecord | None] = [None] * len(weights)
-    for (members, _), (*_, words, corrections) in zip(launches, done, strict=True):
-        for i, own_words, own in zip(members, words, corrections, strict=True):
-            kept = (own_words, own) if own.numel() else (None, None)
+    if not record:
+        return records
+    for members, unmerge in zip(groups.values(), done, strict=True):
+        for i, words, corrections in zip(members, unmerge.words, unmerge.corrections, strict=True):
+            kept = (words, corrections) if corrections.numel() else (None, None)
             records[i] = MergeRecord(lora_A[i], lora_B[i], weights[i].dtype, *kept)
     return records
 
 
-def _one_pass(lists: tuple[list[Tensor], ...], refuse: Callable[[Tensor], None]) -> Callable[[], LaunchArguments]:
-    """A merge of these weights, lora_A and lora_B on the CPU: its result is what unmerging them takes."""
+def _on_cpu(merge: _Merge, refuse: Callable[[Tensor], None]) -> Callable[[], Unmerge]:
+    """Returns a function that merges in one pass, and returns how to unmerge."""
 
-    def launch() -> LaunchArguments:
-        non_finite, words, corrections = _run(torch.ops.lora_ext.lora_merge_record_.default, *lists)
+    def launch() -> Unmerge:
+        non_finite, words, corrections = _run(torch.ops.lora_ext.lora_merge_record_.default, *merge)
         if not words:  # the op has restored the weights
             refuse(non_finite)
-        return *lists, words, corrections
+        return Unmerge(*merge, words, corrections)
 
     return launch
 
 
-def _planned(
-    lists: tuple[list[Tensor], ...], refuse: Callable[[Tensor], None], record: bool
-) -> Callable[[], LaunchArguments]:
-    """As :func:`_one_pass`, on CUDA: refused or planned now, with all the memory that it takes, and merged later."""
-    non_finite, all_words = _run(torch.ops.lora_ext.lora_merge_plan.default, *lists)
+def _on_cuda(merge: _Merge, refuse: Callable[[Tensor], None], record: bool) -> Callable[[], Unmerge | None]:
+    """Refuses now or takes all memory now; returns a function that merges and returns how to unmerge, or None."""
+    non_finite, all_words = _run(torch.ops.lora_ext.lora_merge_plan.default, *merge)
     refuse(non_finite)
     if not record:
-
-        def launch() -> LaunchArguments:
-            _run(torch.ops.lora_ext.lora_merge_.default, *lists)
-            return [], [], [], [], []
-
-        return launch
-    shapes = [(weight.shape[0], checks.merge_segments(weight.shape[1])) for weight in lists[0]]
+        return lambda: _run(torch.ops.lora_ext.lora_merge_.default, *merge)
+    shapes = [(weight.shape[0], checks.merge_segments(weight.shape[1])) for weight in merge.weights]
     parts = all_words.split([rows * segments for rows, segments in shapes])
     totals = [int(total) for total in torch.stack([part.sum() for part in parts]).tolist()]
     words = [part.view(shape).clone() for part, shape in zip(parts, shapes, strict=True)]
     corrections = [all_words.new_empty(total) for total in totals]
 
-    def launch() -> LaunchArguments:
-        _run(torch.ops.lora_ext.lora_merge_planned_.default, *lists, words, corrections)
-        return *lists, words, corrections
+    def launch() -> Unmerge:
+        _run(torch.ops.lora_ext.lora_merge_planned_.default, *merge, words, corrections)
+        return Unmerge(*merge, words, corrections)
 
     return launch
 
@@ -225,52 +240,52 @@ def unmerge_all_(
     caller: str, weights: Sequence[Tensor], records: Sequence[MergeRecord], labels: Sequence[str] | None = None
 ) -> None:
     """Takes each record's update out of its weight: of all of them, or of none where one does not fit."""
-    run_unmerge(plan_unmerge(caller, weights, records, labels))
+    run_unmerge(prepare_unmerge(caller, weights, records, labels))
 
 
 @torch.no_grad()
-def plan_unmerge(
+def prepare_unmerge(
     caller: str, weights: Sequence[Tensor], records: Sequence[MergeRecord], labels: Sequence[str] | None = None
-) -> list[LaunchArguments]:
-    """What ``lora_unmerge_`` takes to restore the weights, a tuple a launch: all is checked, all memory is there."""
+) -> list[Unmerge]:
+    """Checks that every weight can be restored, takes the memory, and returns what :func:`run_unmerge` takes."""
     if not weights:
         return []
     labels = ["weight"] * len(weights) if labels is None else labels
     for weight, record, label in zip(weights, records, labels, strict=True):
         check_unmerge(caller, weight, record, label)
-    launches: list[LaunchArguments] = []
+    unmerges: list[Unmerge] = []
     for members in _groups(caller, weights, labels).values():
         own = [records[i].to(weights[i].device) for i in members]
         arguments = [weights[i] for i in members], [r.lora_A for r in own], [r.lora_B for r in own]
         if all(r.words is None for r in own):
-            launches.append((*arguments, [], []))
+            unmerges.append(Unmerge(*arguments, [], []))
             continue
         none = own[0].lora_A.new_empty(0, dtype=torch.int16)
         words = [
             none.new_zeros(weight.shape[0], checks.merge_segments(weight.shape[1])) if r.words is None else r.words
             for weight, r in zip(arguments[0], own, strict=True)
         ]
-        launches.append((*arguments, words, [none if r.corrections is None else r.corrections for r in own]))
-    return launches
+        corrections = [none if r.corrections is None else r.corrections for r in own]
+        unmerges.append(Unmerge(*arguments, words, corrections))
+    return unmerges
 
 
 @torch.no_grad()
-def run_unmerge(launches: Sequence[LaunchArguments]) -> None:
+def run_unmerge(unmerges: Sequence[Unmerge]) -> None:
     """Restores the weights: all of them, or none where a launch fails or Ctrl-C is pressed."""
 
-    def unmerge(launch: LaunchArguments) -> LaunchArguments:
-        if launch[0]:
-            _run(torch.ops.lora_ext.lora_unmerge_.default, *launch)
-        return launch
+    def launch(unmerge: Unmerge) -> Unmerge:
+        _run(torch.ops.lora_ext.lora_unmerge_.default, *unmerge)
+        return unmerge
 
-    _all_or_none([functools.partial(unmerge, launch) for launch in launches], undo=remerge)
+    _all_or_none([functools.partial(launch, unmerge) for unmerge in unmerges], undo=remerge)
 
 
 @torch.no_grad()
-def remerge(launches: Sequence[LaunchArguments]) -> None:
-    """Merges again what these launches took out, to the same bits; allocates nothing."""
-    for weights, lora_A, lora_B, _, _ in launches:
-        _run(torch.ops.lora_ext.lora_merge_.default, weights, lora_A, lora_B)
+def remerge(unmerges: Sequence[Unmerge]) -> None:
+    """Merges again what these unmerges took out, to the same bits; allocates nothing."""
+    for unmerge in unmerges:
+        _run(torch.ops.lora_ext.lora_merge_.default, unmerge.weights, unmerge.lora_A, unmerge.lora_B)
 
 
 def _run(op: Callable, *arguments: Sequence[Tensor]) -> object:
@@ -282,9 +297,10 @@ def _run(op: Callable, *arguments: Sequence[Tensor]) -> object:
 
 
 def _all_or_none(
-    launches: Sequence[Callable[[], LaunchArguments]], undo: Callable[[list[LaunchArguments]], None]
-) -> list[LaunchArguments]:
-    done: list[LaunchArguments] = []
+    launches: Sequence[Callable[[], Unmerge | None]], undo: Callable[[list[Unmerge]], None]
+) -> list[Unmerge | None]:
+    """Runs all launches. If one fails, undoes those that have returned how to, and raises the error again."""
+    done: list[Unmerge | None] = []
     if not launches:
         return done
     try:
@@ -292,7 +308,7 @@ def _all_or_none(
             for launch in launches:
                 done.append(launch())
     except BaseException:  # the caller learns of no change, and must find none
-        undo(done)
+        undo([unmerge for unmerge in done if unmerge is not None])
         raise
     return done
 
@@ -331,7 +347,7 @@ def _groups(caller: str, weights: Sequence[Tensor], labels: Sequence[str]) -> di
 
 
 def _check_disjoint(caller: str, weights: Sequence[Tensor], labels: Sequence[str]) -> None:
-    """A weight's plan and its record hold for one update to it, not for that of another weight as well."""
+    """Refuses weights that share memory: the record of one would not know the update of the other."""
     if len(weights) < 2:
         return
     begins = sorted((str(w.device), w.data_ptr(), i) for i, w in enumerate(weights) if w.numel())
@@ -362,9 +378,9 @@ def _overlap(first: Tensor, second: Tensor) -> bool:
     return column < first.shape[1] or column + second.shape[1] > stride
 
 
-def _refuse_non_finite(caller: str, lists: tuple[list[Tensor], ...], labels: Sequence[str], non_finite: Tensor) -> None:
-    """ValueError where a count is not zero, about the first such layer. The weights are unchanged or restored."""
-    for weight, lora_A, lora_B, label, count in zip(*lists, labels, non_finite.tolist(), strict=True):
+def _refuse_non_finite(caller: str, merge: _Merge, labels: Sequence[str], non_finite: Tensor) -> None:
+    """ValueError about the first weight whose count is not zero. The weights are unchanged or restored."""
+    for weight, lora_A, lora_B, label, count in zip(*merge, labels, non_finite.tolist(), strict=True):
         if count == 0:
             continue
         if not (lora_A.isfinite().all() and lora_B.isfinite().all()):

@@ -4,7 +4,7 @@
 :func:`save_method` and :func:`load_method` keep what was trained; ``method.count(model)`` is the paper's formula.
 """
 
-from lora_ext.methods.adapted import apply_method, method_of, plan_method, remove_method
+from lora_ext.methods.adapted import apply_method, method_of, prepare_method, remove_method
 from lora_ext.methods.architectures import ARCHITECTURES
 from lora_ext.methods.base import Method, head_parameter_count, head_parameters
 from lora_ext.methods.files import load_method, read_method, save_method
@@ -21,7 +21,7 @@ __all__ = [
     "method_of",
     "new_method",
     "option_names",
-    "plan_method",
+    "prepare_method",
     "read_method",
     "remove_method",
     "save_method",

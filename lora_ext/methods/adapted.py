@@ -12,7 +12,7 @@ from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.interrupts import uninterrupted
 from lora_ext.adapters.adapter_set import Adapter, adapter_set
 from lora_ext.injection.bare_model import BareModel, root_module
-from lora_ext.injection.inject import apply_injection, plan_injection
+from lora_ext.injection.inject import apply_injection, prepare_injection
 from lora_ext.merging.model import unload
 from lora_ext.methods.base import Method, head_paths
 from lora_ext.methods.inserted import Inserted, Insertion, insert, remove_inserted
@@ -43,18 +43,18 @@ def apply_method(model: ModelT, method: Method) -> ModelT:
         ValueError: the model is adapted already, or an option does not go with it.
         The model is then unchanged.
     """
-    carry_out(model, method, *plan_method(model, method))
+    carry_out(model, method, *prepare_method(model, method))
     return model
 
 
 @checked
-def plan_method(model: nn.Module, method: Method) -> tuple[list[Insertion], Adapter | None]:
+def prepare_method(model: nn.Module, method: Method) -> tuple[list[Insertion], Adapter | None]:
     """What :func:`apply_method` will put into ``model``, and raises what that does; ``model`` is not changed."""
     check_is_bare(model, "apply_method")
     insertions = method.insertions(model)
     method.trained_parameters(BareModel(root_module(model)))
     config = method.lora_config(model)
-    adapter = None if config is None else plan_injection(model, config)
+    adapter = None if config is None else prepare_injection(model, config)
     _check_apart(method, insertions, adapter)
     return insertions, adapter
 

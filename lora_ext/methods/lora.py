@@ -34,7 +34,7 @@ class Lora(Method):
     def count(self, model: nn.Module) -> int:
         """``r * (in_features + out_features)`` of every target; the paper's ``2 * L_LoRA * d_model * r`` if square.
 
-        Each part of a merged projection that is adapted (``enable_lora``) counts as a layer of its own.
+        Each part of a packed projection that is adapted (``enable_lora``) counts as a layer of its own.
 
         TypeError: a target is no linear layer.
         """

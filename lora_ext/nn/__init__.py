@@ -6,14 +6,14 @@ from lora_ext.nn.conv import LoraConv
 from lora_ext.nn.embedding import EmbeddingAdapter, LoraEmbedding
 from lora_ext.nn.layer import ActiveAdapters, AdapterLayer, LoraLayer
 from lora_ext.nn.linear import LoraLinear
-from lora_ext.nn.packed_linear import LoraMergedLinear, MergedAdapter
+from lora_ext.nn.packed_linear import LoraPackedLinear, PackedAdapter
 from lora_ext.nn.parameter import LoraParameter
 
 LORA_LAYERS: tuple[type[LoraLayer], ...] = (LoraLinear, LoraEmbedding, LoraConv, LoraMultiheadAttention)
 """The layers that inject can make, by what they adapt: the first that ``adapts`` a module takes it.
 
 :class:`LoraParameter` adapts what ``target_parameters`` names, and
-:class:`LoraMergedLinear` what ``enable_lora`` does.
+:class:`LoraPackedLinear` what ``enable_lora`` does.
 """
 
 __all__ = [
@@ -26,8 +26,8 @@ __all__ = [
     "LoraEmbedding",
     "LoraLayer",
     "LoraLinear",
-    "LoraMergedLinear",
     "LoraMultiheadAttention",
+    "LoraPackedLinear",
     "LoraParameter",
-    "MergedAdapter",
+    "PackedAdapter",
 ]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import of_one_state, one_at_a_time
 from lora_ext._ops.checks import FLOATING
-from lora_ext.merging.layers import MergedAdapters, change_merged
+from lora_ext.merging.layers import MergeState, change_merged
 from lora_ext.nn.adapter import LoraAdapter
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ class LoraLayer(AdapterLayer):
                 f"{type(self).__name__}: base_layer is a {type(base_layer).__name__}, want {self.base_kinds}"
             )
         super().__init__(base_layer, active)
-        self._merged: MergedAdapters | None = None
+        self._merged: MergeState | None = None
         self._begin_with(adapter, adapter_name, active)
 
     def _begin_with(self, adapter: nn.Module | None, name: str, active: ActiveAdapters | None) -> None:

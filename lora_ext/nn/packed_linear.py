@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
 
 
-class MergedAdapter(LoraAdapter):
-    """One adapter for each enabled part of a merged projection, as loralib's ``MergedLinear`` has them.
+class PackedAdapter(LoraAdapter):
+    """One adapter for each enabled part of a packed projection, as loralib's ``MergedLinear`` has them.
 
     ``lora_A [r * num_enabled, in_features]`` and ``lora_B [out_features / num_parts * num_enabled, r]`` hold the parts'
     factors one after the other.
@@ -46,14 +46,14 @@ class MergedAdapter(LoraAdapter):
     ) -> None:
         enabled = tuple(enable_lora)
         if not any(enabled):
-            raise ValueError(f"MergedAdapter: enable_lora is {list(enable_lora)}, want at least one True")
+            raise ValueError(f"PackedAdapter: enable_lora is {list(enable_lora)}, want at least one True")
         if out_features % len(enabled):
             raise ValueError(
-                f"MergedAdapter: enable_lora has {len(enabled)} parts, which out_features={out_features} is no "
+                f"PackedAdapter: enable_lora has {len(enabled)} parts, which out_features={out_features} is no "
                 "multiple of"
             )
         if arguments.get("lora_bias"):
-            raise ValueError("MergedAdapter: lora_bias is True, which goes with a whole layer; take out enable_lora")
+            raise ValueError("PackedAdapter: lora_bias is True, which goes with a whole layer; take out enable_lora")
         num_enabled = sum(enabled)
         shapes = (r * num_enabled, in_features), (out_features // len(enabled) * num_enabled, r)
         super().__init__(in_features, out_features, r, lora_alpha, shapes=shapes, **arguments)
@@ -70,10 +70,10 @@ class MergedAdapter(LoraAdapter):
         return spread_blocks(self.lora_B, self.enable_lora)
 
 
-class LoraMergedLinear(LoraLinear):
+class LoraPackedLinear(LoraLinear):
     """A linear layer whose weight holds ``num_parts`` equal projections side by side: GPT-2's ``c_attn``, fused qkv.
 
-    Adapters are :class:`MergedAdapter`, which update some of the parts, or plain ones, which update all together. Parts
+    Adapters are :class:`PackedAdapter`, which update some of the parts, or plain ones, which update all together. Parts
     that are off have no parameters; an update is never made as a matrix of the weight's size. Both kinds are computed
     by the op of :class:`LoraLinear`, in one pass over the input and one over the output: ``lora_B`` is spread to block
     diagonal form, ``[out_features, r * num_enabled]``, which is small. Merging writes the enabled parts only.
@@ -99,7 +99,7 @@ class LoraMergedLinear(LoraLinear):
         super().__init__(base_layer, None, adapter_name, active)
         if num_parts < 1 or self.out_features % num_parts:
             raise ValueError(
-                f"LoraMergedLinear: num_parts is {num_parts}, which out_features={self.out_features} is no multiple of"
+                f"LoraPackedLinear: num_parts is {num_parts}, which out_features={self.out_features} is no multiple of"
             )
         self.num_parts = num_parts
         if adapter is not None:
@@ -115,14 +115,14 @@ class LoraMergedLinear(LoraLinear):
         if enable_lora is None:
             return super().new_adapter(base_layer, config, path, device)
         sizes = linear_sizes(base_layer)
-        return MergedAdapter.from_config(config, path, *sizes, base_layer.weight, device, enable_lora=enable_lora)
+        return PackedAdapter.from_config(config, path, *sizes, base_layer.weight, device, enable_lora=enable_lora)
 
     def factor_shapes(self, adapter: LoraAdapter) -> dict[str, tuple[int, ...]]:
-        if not isinstance(adapter, MergedAdapter):
+        if not isinstance(adapter, PackedAdapter):
             return super().factor_shapes(adapter)
         if len(adapter.enable_lora) != self.num_parts:
             raise ValueError(
-                f"LoraMergedLinear: enable_lora has {len(adapter.enable_lora)} parts, but the layer {self.num_parts}"
+                f"LoraPackedLinear: enable_lora has {len(adapter.enable_lora)} parts, but the layer {self.num_parts}"
             )
         num_enabled = sum(adapter.enable_lora)
         return {
@@ -138,7 +138,7 @@ class LoraMergedLinear(LoraLinear):
 
     def factors(self, name: str) -> dict[str, tuple[Tensor, Tensor, float]]:
         adapter = self.adapters[name]
-        if isinstance(adapter, MergedAdapter):
+        if isinstance(adapter, PackedAdapter):
             parts = adapter.parts()
         else:
             parts = {i: (adapter.lora_A, B) for i, B in enumerate(adapter.lora_B.chunk(self.num_parts))}
@@ -175,7 +175,7 @@ class LoraMergedLinear(LoraLinear):
         updates = [
             (
                 adapter.lora_A,
-                adapter.block_diagonal() if isinstance(adapter, MergedAdapter) else adapter.lora_B,
+                adapter.block_diagonal() if isinstance(adapter, PackedAdapter) else adapter.lora_B,
                 adapter.scaling,
                 adapter.lora_dropout if self.training else 0.0,
             )

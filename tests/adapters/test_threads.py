@@ -54,14 +54,14 @@ def run_together(*actions: Callable[[], object], seconds: float = 20.0) -> list[
 @pytest.fixture
 def slow(monkeypatch):
     """Gives other threads time between what a change checks and what it does."""
-    plan = merged_module.plan_unmerge
+    plan = merged_module.prepare_unmerge
 
     def planned(*args, **kwargs):
         launches = plan(*args, **kwargs)
         time.sleep(0.05)
         return launches
 
-    monkeypatch.setattr(merged_module, "plan_unmerge", planned)
+    monkeypatch.setattr(merged_module, "prepare_unmerge", planned)
 
 
 def test_of_two_merges_one_is_refused(slow):

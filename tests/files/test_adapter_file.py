@@ -110,7 +110,7 @@ def test_tensors_stay_those_that_were_opened(directory: Path):
     file = AdapterFile.open(directory)
     change_tensors(directory, lambda tensors: {key: tensor + 1 for key, tensor in tensors.items()})
     assert all(torch.equal(file.tensor(key), tensor) for key, tensor in expected.items())
-    file._read = 1 << 30
+    file.tensors._read = 1 << 30
     file.release()
     with pytest.raises(ValueError, match="was changed while it was read"):
         file.tensor(next(iter(expected)))

@@ -177,13 +177,13 @@ def embedding_adapter(choices: Choices) -> Call:
     return call
 
 
-@maker("lora_ext.nn.MergedAdapter")
+@maker("lora_ext.nn.PackedAdapter")
 def merged_adapter(choices: Choices) -> Call:
     values = _adapter_values(choices, ("in_features",)) | {"out_features": Source("6")}
     values.pop("lora_bias", None)
     enabled = choices.pick(("(True, False, True)", "[True]", "(False, True)"))
     values["enable_lora"] = Source(enabled)
-    call = Call("lora_ext.nn.MergedAdapter", values, after="repr(result), result.parts(), result.block_diagonal()\n")
+    call = Call("lora_ext.nn.PackedAdapter", values, after="repr(result), result.parts(), result.block_diagonal()\n")
     call.words = ["LoraAdapter"]
     return call
 
@@ -215,10 +215,10 @@ LAYERS = {
         ("lora_ext.nn.LoraAdapter(4, 6, 2, 4, shapes=((2, 4, 3), (6, 2, 1)))",),
         "torch.randn(2, 4, 8)",
     ),
-    "LoraMergedLinear": (
+    "LoraPackedLinear": (
         ("torch.nn.Linear(6, 9)",),
         (
-            "lora_ext.nn.MergedAdapter(6, 9, 2, 4, enable_lora=(True, False, True))",
+            "lora_ext.nn.PackedAdapter(6, 9, 2, 4, enable_lora=(True, False, True))",
             "lora_ext.nn.LoraAdapter(6, 9, 2, 4)",
         ),
         "torch.randn(3, 6)",
@@ -260,7 +260,7 @@ def _layer(kind: str) -> Maker:
     def make(choices: Choices) -> Call:
         bases, adapters, argument = LAYERS[kind]
         values: dict[str, Value] = {"base_layer": Source(choices.pick(bases))}
-        if kind == "LoraMergedLinear":
+        if kind == "LoraPackedLinear":
             values["num_parts"] = Source("3")
         if kind == "LoraParameter":
             values["parameter_name"] = Source('"weight"')

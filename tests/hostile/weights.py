@@ -28,7 +28,7 @@ def of_zeros(size: int, dtype: str) -> bytes:
 
 
 def with_note(note: Any) -> bytes:
-    """A file with the metadata of merged projections."""
+    """A file with the metadata of packed projections."""
     text = note if isinstance(note, str) else json.dumps(note)
     return safetensors({"__metadata__": {"lora_ext": text}, KEY: nothing([0])})
 

@@ -293,7 +293,7 @@ def test_bad_models():
 
 
 @pytest.mark.parametrize("enabled", [(True, False, False), (True, False, True), (True, True, True)])
-def test_parts_of_a_merged_projection_count_and_come_back_from_the_file(enabled, tmp_path):
+def test_parts_of_a_packed_projection_count_and_come_back_from_the_file(enabled, tmp_path):
     lora = new_method("lora", r=2, target_modules=["c_attn"], enable_lora={"c_attn": enabled})
     model = model_of("gpt2")
     assert lora.count(model) == LAYERS * sum(enabled) * 2 * (D_MODEL + D_MODEL)

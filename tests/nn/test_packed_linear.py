@@ -1,4 +1,4 @@
-"""LoraMergedLinear against loralib's MergedLinear, against the definition, and its files with PEFT."""
+"""LoraPackedLinear against loralib's MergedLinear, against the definition, and its files with PEFT."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lora_ext.adapters import (
     unload,
 )
 from lora_ext.adapters.hotswap import hotswap_adapter, prepare_hotswap
-from lora_ext.nn import LoraAdapter, LoraLinear, LoraMergedLinear, MergedAdapter
+from lora_ext.nn import LoraAdapter, LoraLinear, LoraPackedLinear, PackedAdapter
 
 IN, OUT = 10, 12
 ENABLED = [(True, False, True), (True, True, True), (False, True), (True,)]
@@ -86,7 +86,7 @@ def test_equals_loralib(fan_in_fan_out, enabled):
     nn.init.normal_(theirs.lora_B)
     model = adapted(Fused(fan_in_fan_out), enabled)
     layer, adapter = model.qkv, model.qkv.adapters.default
-    assert type(layer) is LoraMergedLinear
+    assert type(layer) is LoraPackedLinear
     with torch.no_grad():
         for ours, own in (
             (layer.weight, theirs.weight),
@@ -146,7 +146,7 @@ def test_adapters_of_several_kinds_in_one_layer(fused):
         model.qkv.adapters.plain.lora_bias.normal_()
     before = model.qkv.adapters.plain
     adapted(model, (True, False, True), "qv")
-    assert type(model.qkv) is LoraMergedLinear and model.qkv.adapters.plain is before
+    assert type(model.qkv) is LoraPackedLinear and model.qkv.adapters.plain is before
     adapted(model, (False, True, False), "k", r=3)
     adapted(model, None, "other")
     x = x_for(model)
@@ -176,16 +176,16 @@ def test_compiles(fused):
 
 
 def test_a_layer_of_its_own():
-    adapter = MergedAdapter(IN, OUT, 2, 4, enable_lora=[False, True])
-    layer = LoraMergedLinear(nn.Linear(IN, OUT), 2, adapter)
+    adapter = PackedAdapter(IN, OUT, 2, 4, enable_lora=[False, True])
+    layer = LoraPackedLinear(nn.Linear(IN, OUT), 2, adapter)
     assert not adapter.lora_B.any() and adapter.lora_A.any() and "num_parts=2" in repr(layer)
     x = torch.randn(3, IN)
     torch.testing.assert_close(layer(x), layer.base_layer(x))
     for make, text in (
-        (lambda: LoraMergedLinear(nn.Linear(IN, OUT), 5), "num_parts is 5, which out_features=12 is no multiple of"),
-        (lambda: MergedAdapter(IN, OUT, 2, 4, enable_lora=[False] * 3), "want at least one True"),
-        (lambda: MergedAdapter(IN, OUT, 2, 4, enable_lora=[True] * 5), "5 parts, which out_features=12 is no multiple"),
-        (lambda: layer.add_adapter("b", MergedAdapter(IN, OUT, 2, 4, enable_lora=[True] * 3)), "has 3 parts, but the"),
+        (lambda: LoraPackedLinear(nn.Linear(IN, OUT), 5), "num_parts is 5, which out_features=12 is no multiple of"),
+        (lambda: PackedAdapter(IN, OUT, 2, 4, enable_lora=[False] * 3), "want at least one True"),
+        (lambda: PackedAdapter(IN, OUT, 2, 4, enable_lora=[True] * 5), "5 parts, which out_features=12 is no multiple"),
+        (lambda: layer.add_adapter("b", PackedAdapter(IN, OUT, 2, 4, enable_lora=[True] * 3)), "has 3 parts, but the"),
         (lambda: layer.add_adapter("b", LoraAdapter(IN, OUT + 1, 2, 4)), "lora_B has shape"),
     ):
         with pytest.raises(ValueError, match=text):
@@ -247,7 +247,7 @@ def test_files_through_peft(settings, tmp_path):
 
     again = load_adapter(copy.deepcopy(base), tmp_path / "ours")
     layer = again.transformer.h[0].attn.c_attn
-    assert type(layer) is LoraMergedLinear and layer.adapters.default.enable_lora == (True, False, True)
+    assert type(layer) is LoraPackedLinear and layer.adapters.default.enable_lora == (True, False, True)
     torch.testing.assert_close(again(input_ids=ids).logits, expected)
     save_adapter(again, tmp_path / "again")
     assert content(tmp_path / "again") == content(tmp_path / "ours")
@@ -356,5 +356,5 @@ def test_what_enable_lora_cannot_name():
 
 
 def test_a_rank_of_numpy():
-    adapter = MergedAdapter(6, 9, np.int64(2), 4, enable_lora=(True, False, True))
+    adapter = PackedAdapter(6, 9, np.int64(2), 4, enable_lora=(True, False, True))
     assert [tuple(A.shape) for A, _ in adapter.parts().values()] == [(2, 6), (2, 6)]

@@ -18,10 +18,9 @@ from support.checkpoint_files import snapshot as files_of
 from support.models import Net, bert, snapshot
 from torch import Tensor, nn
 
-from lora_ext import LoraConfig, analysis, inject, load_adapter, merge, methods, save_adapter, unmerge
+from lora_ext import LoraConfig, adapters, analysis, inject, load_adapter, merge, methods, save_adapter, unmerge
 from lora_ext import nn as layers
 from lora_ext.adapters import adapter_status, merge_record_bytes
-from lora_ext import adapters
 from lora_ext.integrations import peft as integration
 
 NAN = float("nan")
@@ -431,7 +430,7 @@ CALLS: list[Call] = [
         ],
     ),
     Call(
-        methods.plan_method,
+        methods.prepare_method,
         lambda _: {"model": bert(), "method": methods.new_method("adapter-h")},
         [
             *NO_MODULE,
@@ -519,7 +518,7 @@ CALLS: list[Call] = [
         [({"num_embeddings": -6}, ValueError, "in_features is -6"), ({"r": 0}, ValueError, "r is 0, want at least 1")],
     ),
     Call(
-        layers.MergedAdapter,
+        layers.PackedAdapter,
         lambda _: {"in_features": 6, "out_features": 6, "r": 2, "lora_alpha": 4.0, "enable_lora": [True, False, True]},
         [
             ({"enable_lora": [False]}, ValueError, "enable_lora is [False], want at least one True"),
@@ -548,7 +547,7 @@ CALLS: list[Call] = [
         )
     ),
     Call(
-        layers.LoraMergedLinear,
+        layers.LoraPackedLinear,
         lambda _: {
             "base_layer": nn.Linear(6, 6),
             "num_parts": 3,

@@ -88,7 +88,7 @@ def test_trainable_parameters_of_gpt3(r, millions):
 
 
 @pytest.mark.parametrize("parts", [(True, False, True), (False, True, False), (True, True, True)])
-def test_the_formula_counts_the_parts_of_merged_projections(parts):
+def test_the_formula_counts_the_parts_of_packed_projections(parts):
     config = GPT2Config(vocab_size=50, n_positions=64, n_embd=D_MODEL, n_layer=LAYERS, n_head=4)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

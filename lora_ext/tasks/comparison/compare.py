@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from lora_ext.files.untrusted_json import read_json_object
-from lora_ext.methods import plan_method
+from lora_ext.methods import prepare_method
 from lora_ext.methods.inserted import Insertion
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.comparison.costs import measure_costs
@@ -130,7 +130,7 @@ def _check(settings: Mapping[str, Settings]) -> tuple[str, dict[str, str]]:
 
 def _plan(task_model: TaskModel, settings: Settings) -> list[Insertion]:
     """What the method would put into the model. TypeError, ValueError: it cannot."""
-    return plan_method(task_model.model, method_for(task_model.model, settings, task_model.path))[0]
+    return prepare_method(task_model.model, method_for(task_model.model, settings, task_model.path))[0]
 
 
 def _command(plan: Mapping[str, Any], out: Path, jobs: int) -> list[str]:

@@ -14,7 +14,7 @@ def lora_targets(model: PreTrainedModel, text: str) -> dict[str, Any]:
     """Fields of :class:`lora_ext.LoraConfig` for ``text``.
 
     ``q``, ``k``, ``v`` and ``o`` are the attention's projections, where the architecture is known and all names are of
-    these; parts of a merged projection become ``enable_lora``. ``query,value`` is a list of names. ``all-linear``, and
+    these; parts of a packed projection become ``enable_lora``. ``query,value`` is a list of names. ``all-linear``, and
     what has a character no name has, is an expression.
     """
     names = split_names(text)
