@@ -1,7 +1,7 @@
 """How much a process grows that loads and trains the demo model: what `lora-ext plan` is compared with.
 
-Run as a script, this file is that process: python benchmarks/harness/training_memory.py lora 16 128 8. Imports, and what the
-libraries set up at their first step, are behind it when it begins to count.
+Run as a script, this file is that process: ``python benchmarks/harness/training_memory.py lora 16 128 8``. It begins to
+count after the imports and the first step, which sets up the libraries.
 """
 
 from __future__ import annotations

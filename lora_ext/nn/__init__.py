@@ -9,6 +9,8 @@ from lora_ext.nn.linear import LoraLinear
 from lora_ext.nn.packed_linear import LoraPackedLinear, PackedAdapter
 from lora_ext.nn.parameter import LoraParameter
 
+MergedLinear = LoraPackedLinear  # loralib's name
+
 LORA_LAYERS: tuple[type[LoraLayer], ...] = (LoraLinear, LoraEmbedding, LoraConv, LoraMultiheadAttention)
 """The layers that inject can make, by what they adapt: the first that ``adapts`` a module takes it.
 
@@ -29,5 +31,6 @@ __all__ = [
     "LoraMultiheadAttention",
     "LoraPackedLinear",
     "LoraParameter",
+    "MergedLinear",
     "PackedAdapter",
 ]
