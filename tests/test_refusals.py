@@ -20,6 +20,7 @@ NO_CALLS = {
     "AdapterLayer": "is abstract",
     "LoraConfig": "has tests/injection/test_config.py",
     "LoraLayer": "is abstract",
+    "MergedLinear": "is LoraPackedLinear",
     "Method": "is abstract",
 }
 

@@ -136,6 +136,7 @@ NOT_CALLED = {
     "AdapterLayer": "is abstract",
     "LORA_LAYERS": "is a list",
     "LoraLayer": "is abstract",
+    "MergedLinear": "is LoraPackedLinear",
 }
 
 
