@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_ext._common.printable import check_name, listed, shown
-from lora_ext.files.file_bytes import check_unchanged, file_state, read_into
+from lora_ext.files.file_bytes import check_unchanged, file_state, fingerprint, read_into
 from lora_ext.files.regular_file import open_regular
 from lora_ext.files.safetensors_format import TensorInfo, read_header
 from lora_ext.files.untrusted_json import read_json_object
@@ -131,8 +131,35 @@ class Checkpoint:
         return self.directory / self._shard_of[key]
 
     def tensor(self, key: str) -> Tensor:
-        """The whole tensor, in memory of its own."""
+        """Reads a whole tensor, into memory of its own."""
         return read_tensor(self.file(key), self.info(key))
+
+    def elements(self, key: str, begin: int, end: int) -> Tensor:
+        """Reads the elements ``begin`` to ``end`` of the flattened tensor: ``[end - begin]``, in memory of its own."""
+        info = self.info(key)
+        values = torch.empty(end - begin, dtype=_torch_dtype(self.file(key), info))
+        with open_regular(self.file(key)) as file:
+            read_into(file, info.begin + begin * values.itemsize, values)
+        return values
+
+    def row_blocks(self, key: str, block_bytes: int = 32 << 20) -> Iterator[tuple[int, Tensor]]:
+        """Reads a tensor block by block, so that it is never whole in memory.
+
+        Yields:
+            ``(first row, rows)``, with ``rows [n, *shape[1:]]``; n is as large as ``block_bytes`` allow, at least 1.
+            A tensor without dimensions is one row of one element.
+        """
+        info = self.info(key)
+        rows, *rest = info.shape or (1,)
+        size = math.prod(rest)
+        height = max(block_bytes // max(size * _torch_dtype(self.file(key), info).itemsize, 1), 1)
+        for begin in range(0, rows, height):
+            end = min(begin + height, rows)
+            yield begin, self.elements(key, begin * size, end * size).view(end - begin, *rest)
+
+    def fingerprint(self) -> list[list[Any]]:
+        """Paths, sizes and times of the files: what a run that is continued compares."""
+        return fingerprint([self.directory / name for name in self.shards], contents=False)
 
     def check_unchanged(self, caller: str) -> None:
         """ValueError where a file was changed since it was opened: what was read of it need not belong together."""
@@ -141,12 +168,16 @@ class Checkpoint:
 
 def read_tensor(path: Path, info: TensorInfo) -> Tensor:
     """A whole tensor of a file, in memory of its own."""
-    if info.torch_dtype is None:
-        raise ValueError(f"{path} has a tensor of dtype {info.dtype}, which torch {torch.__version__} lacks")
-    tensor = torch.empty(info.shape, dtype=info.torch_dtype)
+    tensor = torch.empty(info.shape, dtype=_torch_dtype(path, info))
     with open_regular(path) as file:
         read_into(file, info.begin, tensor)
     return tensor
+
+
+def _torch_dtype(path: Path, info: TensorInfo) -> torch.dtype:
+    if info.torch_dtype is None:
+        raise ValueError(f"{path} has a tensor of dtype {info.dtype}, which torch {torch.__version__} lacks")
+    return info.torch_dtype
 
 
 def raw_blocks(path: Path, info: TensorInfo, block_bytes: int) -> Iterator[Tensor]:

@@ -13,16 +13,18 @@ PEFT's keys, after ``base_model.model.``, where ``.base_layer`` may follow any m
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from lora_ext._common.printable import LONGEST_NAME, check_name, listed, shown
 from lora_ext.config import LoraConfig
-from lora_ext.files.adapter_file import KEY_PREFIX, AdapterFile
+from lora_ext.files.adapter_file import CONFIG_FILE, KEY_PREFIX, AdapterFile
+from lora_ext.files.file_bytes import fingerprint
 from lora_ext.matching.path_names import EndTable
 
-__all__ = ["AdapterContents", "LowRankUpdate", "TokenRows", "read_contents", "strip_base_layer"]
+__all__ = ["AdapterContents", "LowRankUpdate", "TokenRows", "open_adapter", "read_contents", "strip_base_layer"]
 
 Kind = Literal["linear", "embedding", "conv", "attention", "parameter"]
 
@@ -75,6 +77,26 @@ class AdapterContents:
     updates: list[LowRankUpdate]
     tokens: list[TokenRows]
     replaced: dict[str, str]  # a base tensor's path and name -> key in the file
+
+    def fingerprint(self) -> list[list[Any]]:
+        """Paths and SHA-256 of the adapter's two files: what a run that is continued compares."""
+        return fingerprint([self.file.path, self.file.directory / CONFIG_FILE], contents=True)
+
+
+def open_adapter(
+    directory: str | os.PathLike[str], *, allow_pickle: bool = False, caller: str = "open_adapter"
+) -> AdapterContents:
+    """Opens an adapter's directory in PEFT's format; reads no tensor.
+
+    Args:
+        allow_pickle: read ``adapter_model.bin`` where there is no safetensors file.
+        caller: the command that error messages name.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is corrupted, or :func:`read_contents` refuses it.
+    """
+    return read_contents(AdapterFile.open(directory, allow_pickle=allow_pickle, caller=caller))
 
 
 def read_contents(file: AdapterFile) -> AdapterContents:

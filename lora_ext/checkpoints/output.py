@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_ext._common.progress import Progress, progress
 from lora_ext.checkpoints.checkpoint_files import INDEX_FILE, SINGLE_FILE, Checkpoint
 from lora_ext.checkpoints.merged_rows import Block
 from lora_ext.checkpoints.other_files import CONFIG_FILE, copy_file, list_other_files, write_model_config
-from lora_ext.checkpoints.progress import Progress, progress
 from lora_ext.checkpoints.staging import Staging
 from lora_ext.checkpoints.writing import Description, compare_file, write_file
 
@@ -71,10 +71,10 @@ class Output:
         with Staging(out, self.what, overwrite) as staging:
             kept = sum(name in staging.finished for name in self.shards)
             _check_space(caller, out, self.nbytes - sum(staging.finished.values()))
-            with progress(caller, self.nbytes * (1 + verify), show_progress) as shown:
+            with progress(caller, self.nbytes * (1 + verify), show=show_progress) as shown:
                 self._write_shards(staging, shown)
                 for name, tensors in self.shards.items() if verify else ():
-                    shown.file(name)
+                    shown.note(name)
                     compare_file(staging.path / name, tensors, self.blocks, shown.advance)
             if list(self.shards) != [SINGLE_FILE] and (len(self.shards) > 1 or self.source.index is not None):
                 (staging.path / INDEX_FILE).write_text(self._index(), encoding="utf-8")
@@ -90,7 +90,7 @@ class Output:
             self.recorder.begin(staging.path)
         blocks = self.blocks if self.recorder is None else self.recorder.blocks
         for name, tensors in self.shards.items():
-            shown.file(name)
+            shown.note(name)
             if name in staging.finished:
                 shown.advance(sum(nbytes for *_, nbytes in tensors.values()))
                 continue

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +17,7 @@ from lora_ext.checkpoints.exchange import exchange
 from lora_ext.files.staged_files import fsync_directory
 from lora_ext.files.untrusted_json import read_json_object
 
-__all__ = ["Staging", "fingerprint", "fsync_directory"]
+__all__ = ["Staging"]
 
 _LARGEST_JOURNAL = 100_000_000  # bytes
 _FREE_SPACE = "free some space and run the same command again"
@@ -272,21 +271,3 @@ def _lock(directory: Path) -> int:
 def _identity(directory: Path) -> list[int]:
     status = directory.stat()
     return [status.st_dev, status.st_ino]
-
-
-def fingerprint(files: Iterable[Path], contents: bool) -> list[list[Any]]:
-    """What changes when one of ``files`` does: its size and time, or its ``contents``."""
-    return [[str(file), *(_digest(file) if contents else _state(file))] for file in files]
-
-
-def _state(file: Path) -> tuple[int, int]:
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns
-
-
-def _digest(file: Path) -> tuple[str]:
-    digest = hashlib.sha256()
-    with open(file, "rb") as handle:
-        while chunk := handle.read(1 << 20):
-            digest.update(chunk)
-    return (digest.hexdigest(),)

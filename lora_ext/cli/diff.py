@@ -25,7 +25,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> int:
-    from lora_ext.checkpoints.diff import diff
+    from lora_ext.checkpoints import diff
 
     with files.mistakes():
         found = diff(args.a, args.b)

@@ -40,7 +40,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> None:
-    from lora_ext.checkpoints.extract import extract
+    from lora_ext.checkpoints import extract
 
     with files.mistakes():
         report = extract(

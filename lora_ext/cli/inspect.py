@@ -19,7 +19,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> None:
-    from lora_ext.checkpoints.inspect import inspect
+    from lora_ext.checkpoints import inspect
 
     with files.mistakes():
         found = inspect(args.path, allow_pickle=args.allow_pickle)

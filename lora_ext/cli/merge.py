@@ -41,7 +41,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> None:
-    from lora_ext.checkpoints.merge import merge
+    from lora_ext.checkpoints import merge
 
     with files.mistakes():
         report = merge(

@@ -32,7 +32,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> int:
-    from lora_ext.checkpoints.unmerge import unmerge
+    from lora_ext.checkpoints import unmerge
 
     with files.mistakes():
         report = unmerge(

@@ -22,9 +22,8 @@ from support.checkpoint_files import assert_same_bits, peft_adapter, save_checkp
 from torch import nn
 
 from lora_ext import cli
+from lora_ext.checkpoints import merge, unmerge
 from lora_ext.checkpoints.checkpoint_files import Checkpoint
-from lora_ext.checkpoints.merge import merge
-from lora_ext.checkpoints.unmerge import unmerge
 from lora_ext.files.safetensors_format import encode_header
 
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")

@@ -13,8 +13,7 @@ from faults import run_script
 from support.checkpoint_files import peft_adapter, save_checkpoint, snapshot, tensors_of
 from torch import nn
 
-from lora_ext.checkpoints import staging
-from lora_ext.checkpoints.merge import merge
+from lora_ext.checkpoints import merge, staging
 
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
 

@@ -20,9 +20,8 @@ from support.models import bert, gpt2, llama, token_ids
 from torch import nn
 
 from lora_ext import cli
-from lora_ext.checkpoints.extract import extract
+from lora_ext.checkpoints import extract, merge
 from lora_ext.checkpoints.low_rank import approximate
-from lora_ext.checkpoints.merge import merge
 
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
 

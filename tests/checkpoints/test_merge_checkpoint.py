@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 import lora_ext
 from lora_ext import cli, load_adapter
+from lora_ext.checkpoints import merge
 from lora_ext.checkpoints import merged_rows as merging
-from lora_ext.checkpoints.merge import merge
 
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
 
@@ -509,7 +509,7 @@ def resident():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 
 imported = resident()
-from lora_ext.checkpoints.merge import merge
+from lora_ext.checkpoints import merge
 report = merge(sys.argv[1], [sys.argv[2]], sys.argv[3], record=True, verify=True)
 assert report.merged == 24
 print(resident() - imported)

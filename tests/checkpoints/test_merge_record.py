@@ -17,10 +17,9 @@ from support.models import llama
 from torch import nn
 
 from lora_ext import cli
+from lora_ext.checkpoints import merge, unmerge
 from lora_ext.checkpoints.digests import Hasher
-from lora_ext.checkpoints.merge import merge
 from lora_ext.checkpoints.record_format import Manifest
-from lora_ext.checkpoints.unmerge import unmerge
 from lora_ext.files.safetensors_format import header_bytes, read_header
 
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")

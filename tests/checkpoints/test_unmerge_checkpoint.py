@@ -19,10 +19,8 @@ from support.models import bert, llama
 from torch import nn
 
 from lora_ext import cli
+from lora_ext.checkpoints import merge, record, record_writer, unmerge
 from lora_ext.checkpoints import merged_rows as merging
-from lora_ext.checkpoints import record, record_writer
-from lora_ext.checkpoints.merge import merge
-from lora_ext.checkpoints.unmerge import unmerge
 
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from lora_ext._common.printable import listed
+from lora_ext._common.progress import progress
 from lora_ext._ops.checks import FLOATING, accumulation_dtype
 from lora_ext.checkpoints.checkpoint_files import Checkpoint, raw_blocks
 from lora_ext.checkpoints.low_rank import approximate
 from lora_ext.checkpoints.merged_rows import BLOCK_BYTES, Block
 from lora_ext.checkpoints.output import check_apart
-from lora_ext.checkpoints.progress import progress
 from lora_ext.checkpoints.staging import Staging
 from lora_ext.checkpoints.ties import is_embedding
 from lora_ext.checkpoints.writing import Description, write_file
@@ -96,7 +96,7 @@ def extract(
     Raises:
         ValueError: nothing differs; tensors are in one checkpoint only, differ in shape, or differ and cannot be saved
             with an adapter: all are listed; an argument is wrong.
-        FileNotFoundError, FileExistsError, OSError: as :func:`~lora_ext.checkpoints.merge.merge`.
+        FileNotFoundError, FileExistsError, OSError: as :func:`~lora_ext.checkpoints.merge`.
     """
     begin = time.perf_counter()
     if rank < 1:
@@ -106,7 +106,7 @@ def extract(
     old, new = Checkpoint.open(base), Checkpoint.open(tuned)
     out = Path(out).absolute()
     check_apart("extract", out, [old.directory, new.directory])
-    with Staging(out, {}, overwrite) as staging, progress("extract", new.nbytes, show_progress) as shown:
+    with Staging(out, {}, overwrite) as staging, progress("extract", new.nbytes, show=show_progress) as shown:
         differing: dict[str, None] = {}
         for key in new:
             if key not in old or not _same(old, new, key):
@@ -116,7 +116,7 @@ def extract(
         layers: dict[str, LayerError] = {}
         factors: dict[str, Tensor] = {}
         for path in targets:
-            shown.file(path)
+            shown.note(path)
             delta = _difference(old, new, f"{path}.weight")
             best = approximate(delta.T.contiguous() if fan_in_fan_out else delta, rank, energy)
             layers[path] = LayerError(len(best.lora_A), best.norm, best.errors)

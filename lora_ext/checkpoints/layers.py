@@ -5,10 +5,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from lora_ext.checkpoints.changes import MergePlan, Term, plan_merge
@@ -17,15 +15,12 @@ from lora_ext.checkpoints.contents import AdapterContents, LowRankUpdate
 from lora_ext.checkpoints.layouts import num_matrices
 from lora_ext.checkpoints.merged_rows import matrix_shape, split_stack
 from lora_ext.files.adapter_file import KEY_PREFIX, AdapterFile
-from lora_ext.files.file_bytes import read_into
-from lora_ext.files.regular_file import open_regular
-from lora_ext.files.safetensors_format import TensorInfo
 
-__all__ = ["Factors", "Layer", "Weight", "find_layers", "places"]
+__all__ = ["Layer", "LayerFactors", "LayerWeight", "find_layers"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Weight:
+class LayerWeight:
     """A matrix of a checkpoint: a tensor, or one of those that lie one above the other in it.
 
     Attributes:
@@ -43,22 +38,17 @@ class Weight:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self._info.torch_dtype.itemsize
+        """Bytes of the matrix."""
+        return math.prod(self.shape) * self.checkpoint.info(self.key).torch_dtype.itemsize
 
     def read(self) -> Tensor:
-        """The matrix as it lies, in memory of its own."""
-        matrix = torch.empty(self.shape, dtype=self._info.torch_dtype)
-        with open_regular(self.checkpoint.file(self.key)) as file:
-            read_into(file, self._info.begin + self.index * self.nbytes, matrix)
-        return matrix
-
-    @property
-    def _info(self) -> TensorInfo:
-        return self.checkpoint.info(self.key)
+        """Reads the matrix as it is stored, into memory of its own."""
+        size = math.prod(self.shape)
+        return self.checkpoint.elements(self.key, self.index * size, (self.index + 1) * size).view(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
-class Factors:
+class LayerFactors:
     """One adapter's update of a layer: the matrix ``index`` of what ``update`` names in ``file``."""
 
     file: AdapterFile
@@ -94,8 +84,8 @@ class Layer:
     """
 
     name: str
-    factors: Mapping[int, Factors]
-    weight: Weight | None
+    factors: Mapping[int, LayerFactors]
+    weight: LayerWeight | None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -123,8 +113,8 @@ def find_layers(
     Raises:
         ValueError: an adapter does not fit ``base``, or the adapters do not fit each other: all of that is listed.
     """
-    found: dict[str, dict[int, Factors]] = {}
-    weights: dict[str, dict[int, Weight]] = {}
+    found: dict[str, dict[int, LayerFactors]] = {}
+    weights: dict[str, dict[int, LayerWeight]] = {}
     for number, contents in enumerate(adapters):
         updates = [dataclasses.replace(update, lora_bias=None) for update in contents.updates]
         plan = None
@@ -155,31 +145,6 @@ def find_layers(
     ]
 
 
-def places(names: Sequence[str]) -> dict[str, tuple[int | None, str]]:
-    """Each layer's block and what it is there: 3 and ``mlp.up_proj`` for ``model.layers.3.mlp.up_proj``.
-
-    The first number in a path counts the blocks; further ones, as those of experts, become ``*``. Where layers of one
-    kind are in blocks of several lists, as in encoder and decoder, the list's name is part of the kind. Without a
-    number: None and the whole name.
-    """
-    split: dict[str, tuple[str, int | None, str]] = {}
-    for name in names:
-        parts = re.sub(r"\[\d+\]$", "", name).split(".")
-        at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
-        if at is None:
-            split[name] = "", None, ".".join(parts)
-        else:
-            kind = ["*" if part.isdecimal() else part for part in parts[at + 1 :]]
-            split[name] = ".".join(parts[:at]), int(parts[at]), ".".join(kind) or "*"
-    lists: dict[str, set[str]] = {}
-    for blocks, _, kind in split.values():
-        lists.setdefault(kind, set()).add(blocks)
-    return {
-        name: (block, f"{blocks}.*.{kind}" if len(lists[kind]) > 1 else kind)
-        for name, (blocks, block, kind) in split.items()
-    }
-
-
 def _targets(plan: MergePlan) -> Iterator[tuple[str, tuple[str, Term]]]:
     """Each update's key in the adapter, with the tensor that it belongs to."""
     for key in plan.changed:
@@ -187,13 +152,13 @@ def _targets(plan: MergePlan) -> Iterator[tuple[str, tuple[str, Term]]]:
             yield term.lora_A, (key, term)
 
 
-def _weight(base: Checkpoint, plan: MergePlan, key: str, term: Term, index: int) -> Weight:
+def _weight(base: Checkpoint, plan: MergePlan, key: str, term: Term, index: int) -> LayerWeight:
     tensor = plan.tensors[key]
     rows, cols = matrix_shape(tensor)
-    return Weight(base, tensor.source, (rows // term.matrices, cols), index, term.layout == "transposed")
+    return LayerWeight(base, tensor.source, (rows // term.matrices, cols), index, term.layout == "transposed")
 
 
-def _named(file: AdapterFile, updates: Sequence[LowRankUpdate]) -> Iterator[tuple[str, Factors]]:
+def _named(file: AdapterFile, updates: Sequence[LowRankUpdate]) -> Iterator[tuple[str, LayerFactors]]:
     counts = collections.Counter(update.path for update in updates)
     for update in updates:
         name = update.path
@@ -201,4 +166,4 @@ def _named(file: AdapterFile, updates: Sequence[LowRankUpdate]) -> Iterator[tupl
             name = update.lora_A.removeprefix(KEY_PREFIX).rpartition(".lora_")[0]
         matrices = num_matrices(file, update)
         for index in range(matrices):
-            yield (f"{name}[{index}]" if matrices > 1 else name), Factors(file, update, index)
+            yield (f"{name}[{index}]" if matrices > 1 else name), LayerFactors(file, update, index)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from lora_ext import _load
 from lora_ext.checkpoints.checkpoint_files import Checkpoint
-from lora_ext.checkpoints.merge import merge
+from lora_ext.checkpoints.merging import merge
 from lora_ext.checkpoints.other_files import RECORD_DIRECTORY
 from lora_ext.checkpoints.output import Output, check_apart
 from lora_ext.checkpoints.record import Record
-from lora_ext.checkpoints.staging import fingerprint
+from lora_ext.files.file_bytes import fingerprint
 
 __all__ = ["UnmergeReport", "unmerge"]
 
@@ -60,7 +60,7 @@ def unmerge(
     Args:
         merged: a merged checkpoint.
         adapters: what was merged into it, where it has no record.
-        fan_in_fan_out, verify, overwrite, allow_pickle: as :func:`~lora_ext.checkpoints.merge.merge`.
+        fan_in_fan_out, verify, overwrite, allow_pickle: as :func:`~lora_ext.checkpoints.merge`.
 
     Raises:
         FileNotFoundError: something is missing.
@@ -109,10 +109,9 @@ def unmerge(
         infos = {key: record.info(key) for key in tensors if key not in record.added}
         if infos:
             shards[name] = {key: (info.dtype, info.shape, info.nbytes) for key, info in infos.items()}
-    files = [checkpoint.directory / name for name in checkpoint.shards]
     what = {
         "version": _load.build_info()["version"],
-        "merged": fingerprint([*files, *record.files], contents=False),
+        "merged": checkpoint.fingerprint() + fingerprint(record.files, contents=False),
     }
     output = Output(
         checkpoint,

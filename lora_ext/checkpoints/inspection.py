@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_ext.checkpoints.checkpoint_files import Checkpoint
-from lora_ext.checkpoints.contents import LowRankUpdate, read_contents
+from lora_ext.checkpoints.contents import AdapterContents, LowRankUpdate, open_adapter
 from lora_ext.checkpoints.layouts import num_matrices
 from lora_ext.checkpoints.merged_rows import split_stack
 from lora_ext.files.adapter_file import AdapterFile, holds_adapter
@@ -33,13 +33,12 @@ def inspect(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> dict
     """
     path = Path(path)
     if holds_adapter(path):
-        return _adapter(AdapterFile.open(path, allow_pickle=allow_pickle, caller="inspect"))
+        return _adapter(open_adapter(path, allow_pickle=allow_pickle, caller="inspect"))
     return _checkpoint(Checkpoint.open(path))
 
 
-def _adapter(file: AdapterFile) -> dict[str, Any]:
-    contents = read_contents(file)
-    layers = []
+def _adapter(contents: AdapterContents) -> dict[str, Any]:
+    file, layers = contents.file, []
     for update in contents.updates:
         keys = [key for key in (update.lora_A, update.lora_B, update.lora_bias) if key is not None]
         layers.append(

@@ -17,13 +17,11 @@ from lora_ext._common.printable import listed
 from lora_ext._ops.checks import FLOATING
 from lora_ext.checkpoints.changes import MergePlan, TensorPlan, plan_merge
 from lora_ext.checkpoints.checkpoint_files import SINGLE_FILE, Checkpoint
-from lora_ext.checkpoints.contents import read_contents
+from lora_ext.checkpoints.contents import open_adapter
 from lora_ext.checkpoints.merged_rows import blocks
 from lora_ext.checkpoints.output import Output, check_apart, index_metadata, shard_metadata
 from lora_ext.checkpoints.record_writer import RecordWriter
-from lora_ext.checkpoints.staging import fingerprint
 from lora_ext.checkpoints.writing import Description
-from lora_ext.files.adapter_file import CONFIG_FILE, AdapterFile
 from lora_ext.files.safetensors_format import DTYPE_NAMES, DTYPES
 
 __all__ = ["MergeReport", "merge"]
@@ -83,7 +81,7 @@ def merge(
         shard_bytes: at most so many in a file, except where one tensor has more; None: the files of the base.
         fan_in_fan_out: how square weights lie whose neighbours do not tell: True for ``[in, out]``, as in Conv1D.
         untie: store tied weights apart where an adapter changes one of them only.
-        record: also write ``merge_record/``, from which :func:`~lora_ext.checkpoints.unmerge.unmerge` restores every bit.
+        record: also write ``merge_record/``, from which :func:`~lora_ext.checkpoints.unmerge` restores every bit.
         verify: read the result back, and compare every bit with a second computation.
         overwrite: replace the checkpoint that is at ``out``.
         allow_pickle: read ``adapter_model.bin`` where there is no safetensors file.
@@ -100,12 +98,11 @@ def merge(
         raise ValueError("merge: record goes without dtype and untie, which cannot be undone")
     begin = time.perf_counter()
     checkpoint = Checkpoint.open(base)
-    files = [AdapterFile.open(directory, allow_pickle=allow_pickle, caller=caller) for directory in adapters]
-    if not files:
+    if not adapters:
         raise ValueError(f"{caller}: no adapter is given")
     if not len(checkpoint):
         raise ValueError(f"{caller}: {base} holds no tensor")
-    contents = [read_contents(file) for file in files]
+    contents = [open_adapter(directory, allow_pickle=allow_pickle, caller=caller) for directory in adapters]
     plan = plan_merge(
         checkpoint, contents, fan_in_fan_out=fan_in_fan_out, untie=untie, multiplier=-1.0 if subtract else 1.0
     )
@@ -115,7 +112,7 @@ def merge(
             f"{listed(whole)}"
         )
     out = Path(out).absolute()
-    check_apart(caller, out, [checkpoint.directory, *(file.directory for file in files)])
+    check_apart(caller, out, [checkpoint.directory, *(one.file.directory for one in contents)])
     shards = _shards(checkpoint, plan, dtype, shard_bytes)
     output = Output(
         checkpoint,
@@ -125,8 +122,8 @@ def merge(
         index_metadata=index_metadata(checkpoint),
         what={
             "version": _load.build_info()["version"],
-            "base": fingerprint([checkpoint.directory / name for name in checkpoint.shards], contents=False),
-            "adapters": [fingerprint([file.path, file.directory / CONFIG_FILE], contents=True) for file in files],
+            "base": checkpoint.fingerprint(),
+            "adapters": [one.fingerprint() for one in contents],
             "options": [str(dtype), shard_bytes, fan_in_fan_out, untie, record, subtract],
         },
         config_changes=_config_changes(plan, dtype),
