@@ -7,7 +7,7 @@ import threading
 import time
 from typing import Any
 
-__all__ = ["Progress", "progress"]
+__all__ = ["Progress", "is_terminal", "progress"]
 
 _FIRST = 1.0  # seconds until the first line: what ends sooner needs none
 _BETWEEN = 10.0  # seconds between two lines, at least: short enough to see that the work goes on
@@ -106,6 +106,11 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+def is_terminal() -> bool:
+    """Whether standard error is a terminal, which can show a bar."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 def progress(
     what: str,
     total: float,
@@ -134,7 +139,7 @@ def progress(
         from tqdm import tqdm
     except ImportError:
         tqdm = None
-    if tqdm is None or sys.stderr is None or not sys.stderr.isatty():
+    if tqdm is None or not is_terminal():
         return _Lines(what, total, done, unit, first)
     if unit == "B":
         bar_options = {"unit": "B", "unit_scale": True, "unit_divisor": 1024} | bar_options

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,19 +118,18 @@ def environment() -> dict[str, str]:
 
 
 def test_finetune_prints_few_lines_into_a_pipe(arguments: list[str], tmp_path: Path):
-    """180 steps and 30 evaluations; the Trainer's bars would be as many states, each a line of some log viewers."""
+    """180 steps and 30 evaluations: the Trainer's bars would print hundreds of states."""
     command = [*arguments, "--out", str(tmp_path / "out")]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = re.split(r"[\r\n]+", done.stderr.strip())
-    assert len(lines) <= 12, done.stderr
-    assert all("|" not in line for line in lines), "a bar"
+    assert len(lines) <= 12 and "|" not in done.stderr, done.stderr
     assert re.fullmatch(r"finetune: 100% of 180 steps, \d+:\d\d, epoch 30.00, loss \d\.\d{3}", lines[-1]), lines
-    assert "loss" not in done.stdout.splitlines()[0]
 
 
 def test_finetune_draws_bars_on_a_terminal(arguments: list[str], tmp_path: Path):
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
     command = [*arguments, "--epochs", "1", "--out", str(tmp_path / "out")]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=theirs)
     os.close(theirs)
