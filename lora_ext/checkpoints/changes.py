@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint adapters change, and how. Decided from names, shapes and dtypes before any is read."""
+"""Decides which tensors of a checkpoint adapters change, and how: from names, shapes and dtypes, before any is read."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ from lora_ext.files.safetensors_format import DTYPE_NAMES, DTYPES
 
 __all__ = ["MergePlan", "TensorPlan", "Term", "plan_merge"]
 
-_MOST_PARAMETERS = 64  # of one module with updates of their own; real ones have up to 3
+_MOST_PARAMETERS = 64  # with updates, in one module; real modules have up to 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """One low-rank update of one tensor; without ``lora_A``, the vector ``lora_B`` itself, of a bias.
+    """One low-rank update of one tensor. Without ``lora_A``, the update of a bias: the vector ``lora_B``.
 
-    ``matrices`` as :func:`~lora_ext.checkpoints.layouts.num_matrices`.
+    Attributes:
+        lora_A, lora_B: keys in ``file``.
+        matrices: see :func:`~lora_ext.checkpoints.layouts.num_matrices`.
     """
 
     file: AdapterFile
@@ -49,11 +51,11 @@ class Term:
 
 @dataclasses.dataclass
 class TensorPlan:
-    """How one tensor of the result comes about: copied or replaced, then rows replaced, then updates added.
+    """The steps that make one tensor of the result: copy or replace it, then replace rows, then add updates.
 
     Attributes:
-        dtype: of the source, by its name in the file format.
-        source: key in the base; None: there is only the ``replacement``, a tensor of an adapter.
+        dtype: dtype of the source, by its name in the file format.
+        source: key in the base; None if there is only the ``replacement``, a tensor of an adapter.
     """
 
     shape: tuple[int, ...]
@@ -70,10 +72,10 @@ class TensorPlan:
 
 @dataclasses.dataclass
 class MergePlan:
-    """The tensors of the result by key, the base's first and in its order.
+    """The tensors of the result by key: the base's first, in its order.
 
     Attributes:
-        untied: keys of tied tensors that are stored apart now, each with that of the base that it goes next to.
+        untied: tied tensors that are now stored apart: key -> key of the base's tensor that it is stored next to.
     """
 
     tensors: dict[str, TensorPlan]
@@ -92,15 +94,15 @@ def plan_merge(
     untie: bool = False,
     multiplier: float = 1.0,
 ) -> MergePlan:
-    """Matches what adapters hold with the tensors of ``base``.
+    """Matches the contents of adapters with the tensors of ``base``.
 
     Args:
-        fan_in_fan_out: how square weights lie whose neighbours do not tell: True for ``[in, out]``, as in Conv1D.
-        untie: store tied weights apart where an adapter changes one of them only.
-        multiplier: of every scaling.
+        fan_in_fan_out: layout of square weights that no other weight decides: True for ``[in, out]``, as in Conv1D.
+        untie: store tied weights apart if an adapter changes only one of them.
+        multiplier: multiplies every scaling.
 
     Raises:
-        ValueError: something of an adapter has no place in the base, or does not fit it; all of that is listed.
+        ValueError: parts of an adapter have no place in the base, or do not fit it; the message lists all of them.
     """
     plan = MergePlan({key: TensorPlan(base.info(key).shape, base.info(key).dtype, key) for key in base})
     problems: list[str] = []
@@ -124,7 +126,7 @@ def plan_merge(
 
 
 class _Entry:
-    """Enters one adapter into a plan; ``problems`` says what could not be."""
+    """Adds one adapter to a plan; ``problems`` lists what does not fit."""
 
     def __init__(
         self,
@@ -139,7 +141,7 @@ class _Entry:
         self.fan_in_fan_out, self.untie, self.tie = fan_in_fan_out, untie, find_tie(base)
         updates, replaced = contents.updates, contents.replaced
         if self.tie is not None and self.file.config.get("ensure_weight_tying"):
-            # The file has what both share twice.
+            # The file holds the shared weight twice.
             updates = [update for update in updates if _weight_name(update) != self.tie.head]
             replaced = {name: key for name, key in replaced.items() if name != self.tie.head}
             self.tie = None
@@ -198,7 +200,7 @@ class _Entry:
     def _replace_rows(self, name: str, key: str, indices: tuple[int, ...]) -> None:
         if name not in self.keys:
             return
-        # Of tied weights PEFT replaces the rows in both.
+        # PEFT replaces the rows in both of two tied weights.
         target = self.keys[name]
         tensor, shape = self.plan.tensors[target], self.file.shape(key)
         if not tensor.shape or shape != (len(indices), *tensor.shape[1:]):
@@ -259,7 +261,7 @@ class _Entry:
             tensor.terms.append(Term(self.file, None, update.lora_bias, update.scaling * self.multiplier))
 
     def _is_own(self, target: str) -> bool:
-        """Whether ``target`` is a tensor that no other shares; it is made so on request, else a problem."""
+        """Whether ``target`` shares its values with no other tensor. Unties it if asked to, or else notes a problem."""
         if self.tie is None or target not in (self.tie.head, self.tie.embedding):
             return True
         if not self.untie:
@@ -283,7 +285,7 @@ def _bias_name(update: LowRankUpdate) -> str:
 
 
 def _holds(tensor: TensorPlan) -> bool:
-    """Whether the replacement's values can be converted to the base's dtype: a quantised tensor needs its scales."""
+    """Whether the base's dtype can hold the replacement's values. A quantised tensor cannot: it needs its scales."""
     stored, given = DTYPES.get(tensor.dtype), _dtype(tensor.replacement)
     return stored == given or (stored in FLOATING and given in FLOATING)
 

@@ -1,4 +1,4 @@
-"""The layers that adapters update, each with its factors and the base's weight, of which none is read beforehand."""
+"""The layers that adapters update, with their factors and the base's weights. Tensors are read when asked for."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ __all__ = ["Layer", "LayerFactors", "LayerWeight", "find_layers"]
 
 @dataclasses.dataclass(frozen=True)
 class LayerWeight:
-    """A matrix of a checkpoint: a tensor, or one of those that lie one above the other in it.
+    """A matrix of a checkpoint: a whole tensor, or one matrix of a stack.
 
     Attributes:
-        key: of the tensor in the checkpoint.
-        shape: ``(rows, cols)`` of the matrix as it lies.
-        index: its number in the tensor.
-        transposed: it lies as ``[in, out]``, as in Conv1D and Embedding.
+        key: key of the tensor in the checkpoint.
+        shape: ``(rows, cols)`` of the matrix as stored.
+        index: number of the matrix in the stack.
+        transposed: the matrix is stored as ``[in, out]``, as in Conv1D and Embedding.
     """
 
     checkpoint: Checkpoint
@@ -42,14 +42,14 @@ class LayerWeight:
         return math.prod(self.shape) * self.checkpoint.info(self.key).torch_dtype.itemsize
 
     def read(self) -> Tensor:
-        """Reads the matrix as it is stored, into memory of its own."""
+        """Reads the matrix as stored, into new memory."""
         size = math.prod(self.shape)
         return self.checkpoint.elements(self.key, self.index * size, (self.index + 1) * size).view(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerFactors:
-    """One adapter's update of a layer: the matrix ``index`` of what ``update`` names in ``file``."""
+    """One adapter's update of a layer: the matrix number ``index`` of the stack that ``update`` names in ``file``."""
 
     file: AdapterFile
     update: LowRankUpdate
@@ -64,10 +64,11 @@ class LayerFactors:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of both factors."""
         return self.update.r * sum(self.shape) * self.file.dtype(self.update.lora_A).itemsize
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """``lora_A [r, in]`` and ``lora_B [out, r]``, without the scaling."""
+        """Reads ``lora_A [r, in]`` and ``lora_B [out, r]``, without the scaling."""
         A, B = self.file.tensor(self.update.lora_A), self.file.tensor(self.update.lora_B)
         pairs = split_stack(A, B, num_matrices(self.file, self.update), self.update.kind == "parameter")
         return pairs[self.index]
@@ -78,9 +79,9 @@ class Layer:
     """A weight that at least one adapter updates.
 
     Attributes:
-        name: the module's path; with ``[i]`` where it holds several matrices.
-        factors: by the adapter's number; the adapters that have none of this layer are missing.
-        weight: the base's; None where there is no base, or it has the weight under another layer's name.
+        name: path of the module, followed by ``[i]`` if it holds several matrices.
+        factors: number of the adapter -> its factors, for the adapters that update this layer.
+        weight: weight of the base; None if there is no base, or if the base has it under another layer's name.
     """
 
     name: str
@@ -94,11 +95,11 @@ class Layer:
 
     @property
     def nbytes(self) -> int:
-        """What is read for it."""
+        """Bytes of the factors and the weight."""
         return sum(one.nbytes for one in self.factors.values()) + (self.weight.nbytes if self.weight else 0)
 
     def release(self) -> None:
-        """Gives back the memory of the factors that were read."""
+        """Frees the memory of factors that were read."""
         for one in self.factors.values():
             one.file.release()
 
@@ -106,12 +107,16 @@ class Layer:
 def find_layers(
     adapters: Sequence[AdapterContents], base: Checkpoint | None, *, fan_in_fan_out: bool | None = None
 ) -> list[Layer]:
-    """The layers of all adapters, in the order of the first one's file; reads no tensor.
+    """Finds the layers that adapters update, in the order of the adapters' files. Reads no tensor.
 
-    What an adapter replaces in full, its biases and its token rows are left aside.
+    Ignores tensors that an adapter replaces in full, biases, and rows of embeddings.
+
+    Args:
+        fan_in_fan_out: see :func:`~lora_ext.checkpoints.merge`.
 
     Raises:
-        ValueError: an adapter does not fit ``base``, or the adapters do not fit each other: all of that is listed.
+        ValueError: an adapter does not fit ``base``, or the adapters do not fit each other; the message lists all
+            misfits.
     """
     found: dict[str, dict[int, LayerFactors]] = {}
     weights: dict[str, dict[int, LayerWeight]] = {}
@@ -146,7 +151,7 @@ def find_layers(
 
 
 def _targets(plan: MergePlan) -> Iterator[tuple[str, tuple[str, Term]]]:
-    """Each update's key in the adapter, with the tensor that it belongs to."""
+    """Yields the key of each update's ``lora_A``, with the tensor it belongs to."""
     for key in plan.changed:
         for term in plan.tensors[key].terms:
             yield term.lora_A, (key, term)
@@ -162,7 +167,7 @@ def _named(file: AdapterFile, updates: Sequence[LowRankUpdate]) -> Iterator[tupl
     counts = collections.Counter(update.path for update in updates)
     for update in updates:
         name = update.path
-        if counts[name] > 1:  # parameters of one module: the file tells them apart by how deep they are wrapped
+        if counts[name] > 1:  # parameters of one module: the file tells them apart by the depth of their wrapping
             name = update.lora_A.removeprefix(KEY_PREFIX).rpartition(".lora_")[0]
         matrices = num_matrices(file, update)
         for index in range(matrices):

@@ -1,7 +1,7 @@
-"""The values of a plan's tensors, a block of rows at a time: no tensor is ever whole in memory.
+"""Computes the tensors of a merge a block of rows at a time. No tensor is ever whole in memory.
 
-Every tensor is seen as a matrix, of the rows of its first dimension; a stack of matrices as one above the other. An
-element's sum does not depend on the rows around it, so that a block has the bits that the whole would have.
+A tensor counts as a matrix with the rows of its first dimension; a stack of matrices as one matrix above the next. The
+sum for an element does not depend on other rows, so a block has the same bits as the same rows of the whole.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from lora_ext.merging.weights import MergeRecord, merge_all_, pack_factors
 
 __all__ = ["BLOCK_BYTES", "Block", "Factors", "blocks", "factors", "matrix_shape", "split_stack"]
 
-BLOCK_BYTES = 32 << 20  # of the source; large enough for the disk, and little next to PyTorch itself
+BLOCK_BYTES = 32 << 20  # of the source: large enough for fast reads, small next to PyTorch itself
 
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
-    """What is merged into the rows ``begin`` to ``end``: ``lora_A [r, cols]``, scaled ``lora_B [end - begin, r]``."""
+    """Factors for the rows ``begin`` to ``end``: ``lora_A [r, cols]`` and the scaled ``lora_B [end - begin, r]``."""
 
     begin: int
     end: int
@@ -41,7 +41,8 @@ class Block:
     """Consecutive rows of the result.
 
     Attributes:
-        records: for each merge into them: first row, row behind the last, record.
+        values: the rows ``[n, cols]``, or bytes of a tensor that is copied.
+        records: ``(first row, end row, record)`` of each merge into them.
     """
 
     values: Tensor
@@ -49,7 +50,7 @@ class Block:
 
 
 def matrix_shape(plan: TensorPlan) -> tuple[int, int]:
-    """``(rows, cols)`` of the matrix that the tensor is seen as."""
+    """``(rows, cols)`` of the tensor as a matrix."""
     shape = plan.shape
     if len(shape) < 2:
         return 1, math.prod(shape)
@@ -59,7 +60,7 @@ def matrix_shape(plan: TensorPlan) -> tuple[int, int]:
 
 
 def factors(plan: TensorPlan, dtype: torch.dtype) -> list[Factors]:
-    """The factors of all terms side by side, by rows. ``dtype``: of the tensor they are merged into."""
+    """The factors of all terms side by side, for each matrix of the tensor. ``dtype`` is the dtype of the tensor."""
     if not plan.terms:
         return []
     rows, _ = matrix_shape(plan)
@@ -75,7 +76,7 @@ def factors(plan: TensorPlan, dtype: torch.dtype) -> list[Factors]:
 
 
 def _pairs(term: Term) -> list[tuple[Tensor, Tensor, float]]:
-    """``(lora_A, lora_B, scaling)`` of each matrix of the stack, as it lies."""
+    """``(lora_A, lora_B, scaling)`` for each matrix of the stack, in the layout of the tensor."""
     B = term.file.tensor(term.lora_B)
     if term.lora_A is None:
         return [(B[None], torch.ones(1, 1, dtype=B.dtype), term.scaling)]
@@ -87,8 +88,8 @@ def _pairs(term: Term) -> list[tuple[Tensor, Tensor, float]]:
 
 
 def split_stack(A: Tensor, B: Tensor, matrices: int, is_parameter: bool) -> list[tuple[Tensor, Tensor]]:
-    """``(lora_A [r, in], lora_B [out, r])`` of each matrix of a stack, as PEFT stores them."""
-    if is_parameter:  # A [matrices * r, in], B [out, r * matrices], of which the matrix is the faster index
+    """Splits PEFT's factors of a stack into ``(lora_A [r, in], lora_B [out, r])`` for each matrix."""
+    if is_parameter:  # A [matrices * r, in], B [out, r * matrices], where the matrix is the faster index
         As = A.reshape(matrices, -1, A.shape[-1]).unbind()
         Bs = B.reshape(B.shape[0], -1, matrices).unbind(-1)
     else:
@@ -104,15 +105,15 @@ def blocks(
     record: bool = False,
     before: Callable[[memoryview], None] = lambda data: None,
 ) -> Iterator[Block]:
-    """The tensor's values from its first row to its last.
+    """Computes the tensor's values from the first row to the last.
 
     Args:
-        dtype: convert to it, after all is added in the wider of this and the base's dtype; None: as stored.
-        record: keep what takes the updates out again.
-        before: gets the bytes of what is changed, or copied, a block at a time and before it is changed.
+        dtype: convert to it. Updates are added before, in the wider of this and the base's dtype. None: as stored.
+        record: keep the records that undo the merge.
+        before: called with the bytes of each block before it is changed or copied.
 
     Raises:
-        ValueError: a result is NaN or infinite; or the files changed meanwhile.
+        ValueError: a result is NaN or infinite, or the files have changed meanwhile.
     """
     stored = DTYPES.get(plan.dtype)
     out = stored if dtype is None else dtype
@@ -164,7 +165,7 @@ def _rows(plan: TensorPlan) -> dict[int, Tensor]:
 
 @contextmanager
 def _open_source(plan: TensorPlan, base: Checkpoint, dtype: torch.dtype) -> Iterator[Callable[[int, int, int], Tensor]]:
-    """``read(begin, end, cols)``: rows of the tensor before it is changed, in memory of their own."""
+    """Yields ``read(begin, end, cols)``, which reads rows of the unchanged tensor into new memory."""
     if plan.replacement is not None:
         adapter, key = plan.replacement
 

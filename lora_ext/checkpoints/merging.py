@@ -1,4 +1,4 @@
-"""``lora-ext merge``: adapters into a checkpoint, both on disk, in the memory of a block of rows."""
+"""``lora-ext merge``: merges adapters into a checkpoint on disk, a block of rows at a time."""
 
 from __future__ import annotations
 
@@ -29,14 +29,17 @@ __all__ = ["MergeReport", "merge"]
 
 @dataclasses.dataclass(frozen=True)
 class MergeReport:
-    """What a merge did.
+    """The result of a merge.
 
     Attributes:
-        merged, replaced, added, copied: tensors that got updates; that an adapter holds in full or in part; of these,
-            those that the base lacks; that are the base's.
-        files: written checkpoint files; ``kept`` of them by an earlier run that did not end.
+        merged: number of tensors that got updates.
+        replaced: number of tensors that an adapter replaced, in full or in part.
+        added: number of replaced tensors that the base lacks.
+        copied: number of tensors that are the base's.
+        files: number of checkpoint files.
+        kept: number of these files that an interrupted run had written.
         skipped: files of the base that were not copied.
-        nbytes: of all tensors.
+        nbytes: bytes of all tensors.
     """
 
     merged: int
@@ -69,28 +72,29 @@ def merge(
 ) -> MergeReport:
     """Writes the checkpoint ``base`` with ``adapters`` merged into it to the new directory ``out``.
 
-    Tensors are ``round(W + d)``: the updates ``d`` of all adapters are added in float32 (float64 for F64), in the order
-    given, and rounded once, to the bits of :func:`lora_ext.merge`. Tokenizer, configs and other small files are copied.
-    ``out`` appears when all is written to disk, or not at all; a run that was killed is continued by the next one with
-    the same arguments.
+    A tensor becomes ``round(W + d)``: the updates ``d`` of all adapters are added in float32 (float64 for F64), in the
+    given order, and rounded once, to the same bits as :func:`lora_ext.merge`. Tokenizer, configs and other small files
+    are copied. ``out`` appears when everything is on disk, or not at all. A run with the same arguments continues a
+    killed one.
 
     Args:
         base: a directory with safetensors, sharded or not.
-        adapters: directories in PEFT's format, of any layers that PEFT adapts.
-        dtype: convert floating-point tensors to it, after all is added in the wider of the two dtypes.
-        shard_bytes: at most so many in a file, except where one tensor has more; None: the files of the base.
-        fan_in_fan_out: how square weights lie whose neighbours do not tell: True for ``[in, out]``, as in Conv1D.
-        untie: store tied weights apart where an adapter changes one of them only.
+        adapters: directories in PEFT's format, with any layers that PEFT adapts.
+        dtype: convert floating-point tensors to it. Updates are added before, in the wider of the two dtypes.
+        shard_bytes: most bytes of a file, except for one that holds a single larger tensor; None for the base's files.
+        fan_in_fan_out: layout of square weights that no other weight decides: True for ``[in, out]``, as in Conv1D.
+        untie: store tied weights apart if an adapter changes only one of them.
         record: also write ``merge_record/``, from which :func:`~lora_ext.checkpoints.unmerge` restores every bit.
         verify: read the result back, and compare every bit with a second computation.
-        overwrite: replace the checkpoint that is at ``out``.
+        overwrite: replace the checkpoint at ``out``.
         allow_pickle: read ``adapter_model.bin`` where there is no safetensors file.
-        subtract: take the updates out again, up to rounding.
+        subtract: subtract the updates, up to rounding.
 
     Raises:
-        FileNotFoundError: something is missing.
+        FileNotFoundError: a file is missing.
         FileExistsError: ``out`` exists.
-        ValueError: a file is corrupted; an adapter does not fit: all that does not is listed; a result is not finite.
+        ValueError: a file is corrupted; an adapter does not fit (the message lists every misfit); a result is not
+            finite.
         OSError: the disk is too small, or cannot be written.
     """
     caller = "unmerge" if subtract else "merge"
@@ -146,7 +150,7 @@ def merge(
 
 
 def _target(tensor: TensorPlan, dtype: torch.dtype | None) -> torch.dtype | None:
-    """What a tensor is converted to: indices and quantised weights stay."""
+    """The dtype that a tensor is converted to; None for indices and quantised weights, which stay as they are."""
     return dtype if DTYPES.get(tensor.dtype) in FLOATING else None
 
 

@@ -1,4 +1,4 @@
-"""A whole checkpoint, written from blocks: its files, their index, and what the source has next to its weights."""
+"""Writes a whole checkpoint from blocks: its files, their index, and copies of the source's other files."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ __all__ = ["Output", "Written", "check_apart", "index_metadata", "shard_metadata
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """What became of a source's files.
+    """The result of writing a checkpoint.
 
     Attributes:
-        kept: files that an earlier run, which did not end, had made.
-        copied: digests of the files next to the weights, by their paths.
-        skipped: such files that were left out, as they hold the weights once more.
+        kept: number of files that an interrupted run had written.
+        copied: path -> digest of each copied file next to the weights.
+        skipped: files that were not copied because they hold the weights again.
     """
 
     kept: int
@@ -40,17 +40,17 @@ class Written:
 
 @dataclasses.dataclass
 class Output:
-    """What a checkpoint is made of.
+    """A checkpoint to be written.
 
     Attributes:
-        source: gives the other files.
-        shards: file name -> the tensors in it.
-        blocks: a tensor's values, by its key.
-        metadata: of each file.
-        index_metadata: of the index.
-        what: identifies all this: a run that did not end is continued where it is the same.
-        config_changes: of ``config.json``.
-        recorder: its blocks are written in place of ``blocks``, and its record next to them.
+        source: the checkpoint whose other files are copied.
+        shards: file name -> its tensors.
+        blocks: returns the values of a tensor, given its key.
+        metadata: file name -> its metadata.
+        index_metadata: metadata of the index.
+        what: identifies the output. An interrupted run is continued if this is equal.
+        config_changes: changes of ``config.json``.
+        recorder: if given, its blocks are written instead of ``blocks``, and then its record.
     """
 
     source: Checkpoint
@@ -64,10 +64,11 @@ class Output:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors."""
         return sum(nbytes for tensors in self.shards.values() for *_, nbytes in tensors.values())
 
     def write(self, out: Path, caller: str, *, verify: bool, overwrite: bool, show_progress: bool) -> Written:
-        """Makes the directory ``out``, whole or not at all."""
+        """Writes the directory ``out``, whole or not at all."""
         with Staging(out, self.what, overwrite) as staging:
             kept = sum(name in staging.finished for name in self.shards)
             _check_space(caller, out, self.nbytes - sum(staging.finished.values()))
@@ -118,18 +119,18 @@ class Output:
 
 
 def shard_metadata(source: Checkpoint, shards: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """The metadata of files named as those of ``source``; of others, those of its first file."""
+    """Metadata for each file: that of the file of the same name in ``source``, or else of its first file."""
     first = next(iter(source.metadata.values()))
     return {name: source.metadata.get(name, first) or {"format": "pt"} for name in shards}
 
 
 def index_metadata(source: Checkpoint) -> dict[str, Any]:
-    """What the index of ``source`` says about the whole; empty without an index."""
+    """The metadata in the index of ``source``; empty without an index."""
     return (source.index or {}).get("metadata") or {}
 
 
 def check_apart(caller: str, out: Path, sources: Sequence[Path]) -> None:
-    """ValueError where writing ``out`` would remove what is read."""
+    """Raises ValueError if writing ``out`` would remove a source."""
     for source in sources:
         if out.resolve() == source.resolve() or out.resolve() in source.resolve().parents:
             raise ValueError(f"{caller}: out is {out}, which holds {source}, that is read; choose another directory")

@@ -1,4 +1,4 @@
-"""Writing ``merge_record/`` (record_format.py) during a merge: what rounding loses, and the base's digests."""
+"""Writes ``merge_record/`` (record_format.py) during a merge: the rounding corrections, and the base's digests."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ __all__ = ["RecordWriter"]
 
 @dataclasses.dataclass
 class _Corrections:
-    """A tensor's corrections: their place in the spool, and how many words each segment has."""
+    """A tensor's corrections: their offset in the spool, and the number of words of each segment."""
 
     offset: int
     words: list[Tensor] = dataclasses.field(default_factory=list)
 
 
 class RecordWriter:
-    """Merges, and collects the record of one file's tensors, to write it when the file is done."""
+    """Merges tensors, and collects the record of one file's tensors until the file is written."""
 
     def __init__(self, plan: MergePlan, base: Checkpoint) -> None:
-        """Raises ValueError: the name of a file cannot be recorded."""
+        """Raises ValueError if the name of a file cannot be recorded."""
         self._plan, self._base, self._hasher = plan, base, Hasher()
         self._corrections: dict[str, _Corrections] = {}
         self._digests: dict[str, str] = {}
@@ -48,12 +48,12 @@ class RecordWriter:
             check_name(name, str(base.directory))
 
     def begin(self, directory: Path) -> None:
-        """Opens a file without a name in ``directory``, which has room for what is written there anyway."""
+        """Opens a file without a name in ``directory``, whose disk has room for the output anyway."""
         (directory / RECORD_DIRECTORY).mkdir(exist_ok=True)
-        self._spool = tempfile.TemporaryFile(buffering=0, dir=directory)  # noqa: SIM115  it goes with this object
+        self._spool = tempfile.TemporaryFile(buffering=0, dir=directory)  # noqa: SIM115  is closed with this object
 
     def blocks(self, key: str) -> Iterator[Block]:
-        """The values of the tensor ``key``, while what they lost is noted."""
+        """Merges the tensor ``key`` block by block, and keeps its record."""
         tensor = self._plan.tensors[key]
         if tensor.source is None:
             yield from blocks(tensor, key, self._base, None)
@@ -80,7 +80,7 @@ class RecordWriter:
         self._digests[key] = digest.hexdigest()
 
     def write(self, directory: Path, name: str, tensors: Mapping[str, Description]) -> list[str]:
-        """Writes the record of the file ``name``, which has just been written; returns the name of its own file."""
+        """Writes the record of the file ``name``, which has just been written. Returns the record's file name."""
         parts: dict[str, Tensor | Callable[[], Iterator[Tensor]]] = {}
         described: dict[str, Description] = {}
         base_tensors: dict[str, BaseTensor] = {}
@@ -132,11 +132,11 @@ class RecordWriter:
         index_metadata: Mapping[str, Any],
         other_files: Mapping[str, str],
     ) -> None:
-        """Writes the manifest, when all files of the checkpoint and the other files are there.
+        """Writes the manifest, after all files of the checkpoint and the other files.
 
         Args:
-            metadata: of the checkpoint's files, by their names.
-            other_files: digests of what was copied from the base.
+            metadata: file of the checkpoint -> its metadata.
+            other_files: file copied from the base -> digest.
         """
         own = directory / RECORD_DIRECTORY
         files = {name: TextDigest(header_bytes(own / name)).hexdigest() for name in metadata}
