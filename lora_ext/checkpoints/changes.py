@@ -26,7 +26,7 @@ from lora_ext.checkpoints.ties import find_tie
 from lora_ext.files.adapter_file import AdapterFile
 from lora_ext.files.safetensors_format import DTYPE_NAMES, DTYPES
 
-__all__ = ["MergePlan", "TensorPlan", "Term", "plan_merge"]
+__all__ = ["MergeChanges", "TensorChange", "Term", "find_changes"]
 
 _MOST_PARAMETERS = 64  # with updates, in one module; real modules have up to 3
 
@@ -50,7 +50,7 @@ class Term:
 
 
 @dataclasses.dataclass
-class TensorPlan:
+class TensorChange:
     """The steps that make one tensor of the result: copy or replace it, then replace rows, then add updates.
 
     Attributes:
@@ -71,14 +71,14 @@ class TensorPlan:
 
 
 @dataclasses.dataclass
-class MergePlan:
+class MergeChanges:
     """The tensors of the result by key: the base's first, in its order.
 
     Attributes:
         untied: tied tensors that are now stored apart: key -> key of the base's tensor that it is stored next to.
     """
 
-    tensors: dict[str, TensorPlan]
+    tensors: dict[str, TensorChange]
     untied: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -86,14 +86,14 @@ class MergePlan:
         return [key for key, tensor in self.tensors.items() if tensor.is_changed]
 
 
-def plan_merge(
+def find_changes(
     base: Checkpoint,
     adapters: Sequence[AdapterContents],
     *,
     fan_in_fan_out: bool | None = None,
     untie: bool = False,
     multiplier: float = 1.0,
-) -> MergePlan:
+) -> MergeChanges:
     """Matches the contents of adapters with the tensors of ``base``.
 
     Args:
@@ -104,17 +104,17 @@ def plan_merge(
     Raises:
         ValueError: parts of an adapter have no place in the base, or do not fit it; the message lists all of them.
     """
-    plan = MergePlan({key: TensorPlan(base.info(key).shape, base.info(key).dtype, key) for key in base})
+    changes = MergeChanges({key: TensorChange(base.info(key).shape, base.info(key).dtype, key) for key in base})
     problems: list[str] = []
     for contents in adapters:
-        problems += _Entry(base, plan, contents, fan_in_fan_out, untie, multiplier).problems
-    for key in plan.changed:
-        tensor = plan.tensors[key]
+        problems += _Entry(base, changes, contents, fan_in_fan_out, untie, multiplier).problems
+    for key in changes.changed:
+        tensor = changes.tensors[key]
         if (tensor.terms or tensor.rows) and DTYPES.get(tensor.dtype) not in FLOATING:
             problems.append(f"dtype of {key}: {tensor.dtype}, want F64, F32, BF16 or F16; dequantise the base first")
         if tensor.replacement is not None and not _holds(tensor):
             problems.append(f"dtype of {key}: {tensor.dtype}, which the adapter's {_dtype(tensor.replacement)} is not")
-        indices = list(itertools.chain.from_iterable(own for _, _, own in tensor.rows))
+        indices = list(itertools.chain.from_iterable(rows for _, _, rows in tensor.rows))
         if len(set(indices)) < len(indices):
             problems.append(f"rows of {key}: replaced more than once")
         if len({term.matrices for term in tensor.terms}) > 1:
@@ -122,22 +122,22 @@ def plan_merge(
     if problems:
         directories = ", ".join(str(contents.file.directory) for contents in adapters)
         raise ValueError(f"{directories} does not fit {base.directory}:{listed(list(dict.fromkeys(problems)))}")
-    return plan
+    return changes
 
 
 class _Entry:
-    """Adds one adapter to a plan; ``problems`` lists what does not fit."""
+    """Adds the changes of one adapter; ``problems`` lists what does not fit."""
 
     def __init__(
         self,
         base: Checkpoint,
-        plan: MergePlan,
+        changes: MergeChanges,
         contents: AdapterContents,
         fan_in_fan_out: bool | None,
         untie: bool,
         multiplier: float,
     ) -> None:
-        self.plan, self.file, self.multiplier = plan, contents.file, multiplier
+        self.changes, self.file, self.multiplier = changes, contents.file, multiplier
         self.fan_in_fan_out, self.untie, self.tie = fan_in_fan_out, untie, find_tie(base)
         updates, replaced = contents.updates, contents.replaced
         if self.tie is not None and self.file.config.get("ensure_weight_tying"):
@@ -152,7 +152,7 @@ class _Entry:
         needed += [f"{rows.path}.weight" for rows in contents.tokens]
         optional = [f"{update.path}.{name}" for update in parameters for name in update.parameters]
         names = match_names(
-            {*plan.tensors, *([self.tie.head] if self.tie else [])}, [*needed, *optional, *contents.replaced]
+            {*changes.tensors, *([self.tie.head] if self.tie else [])}, [*needed, *optional, *contents.replaced]
         )
         self.keys, self.problems = names.keys, list(names.problems)
         self.problems += [f"not in the base: {name}" for name in needed if name not in self.keys]
@@ -171,7 +171,7 @@ class _Entry:
                         f"dtype of {key}: {self.file.dtype(key)}, which a safetensors file cannot hold"
                     )
                 else:
-                    plan.tensors[name] = TensorPlan(self.file.shape(key), dtype, None, (self.file, key))
+                    changes.tensors[name] = TensorChange(self.file.shape(key), dtype, None, (self.file, key))
             else:
                 self.problems.append(f"not in the base, and cannot be added to it under another prefix: {name}")
         for rows in contents.tokens:
@@ -180,8 +180,8 @@ class _Entry:
         by_path: dict[str, list[LowRankUpdate]] = {}
         for update in parameters:
             by_path.setdefault(update.path, []).append(update)
-        for own in by_path.values():
-            targets |= self._parameter_targets(own)
+        for of_module in by_path.values():
+            targets |= self._parameter_targets(of_module)
         self._add(targets)
         for update in biases:
             self._add_to_bias(update)
@@ -189,7 +189,7 @@ class _Entry:
     def _replace(self, target: str, key: str) -> None:
         if not self._is_own(target):
             return
-        tensor, shape = self.plan.tensors[target], self.file.shape(key)
+        tensor, shape = self.changes.tensors[target], self.file.shape(key)
         if tensor.shape != shape:
             self.problems.append(f"shape of {target}: {list(tensor.shape)} in the base, {list(shape)} in the adapter")
         elif tensor.replacement is not None and not _equal(tensor.replacement, (self.file, key)):
@@ -202,7 +202,7 @@ class _Entry:
             return
         # PEFT replaces the rows in both of two tied weights.
         target = self.keys[name]
-        tensor, shape = self.plan.tensors[target], self.file.shape(key)
+        tensor, shape = self.changes.tensors[target], self.file.shape(key)
         if not tensor.shape or shape != (len(indices), *tensor.shape[1:]):
             self.problems.append(
                 f"shape of {target}: {list(tensor.shape)}, but {len(indices)} rows of it are {list(shape)}"
@@ -219,7 +219,7 @@ class _Entry:
             self.problems.append(f"{updates[0].path} has {len(updates)} updates, want at most {_MOST_PARAMETERS}")
             return {}
         names = [f"{updates[0].path}.{name}" for name in updates[0].parameters]
-        shapes = {key: self.plan.tensors[key].shape for name in names if (key := self.keys.get(name)) is not None}
+        shapes = {key: self.changes.tensors[key].shape for name in names if (key := self.keys.get(name)) is not None}
         possible = assign_parameters(self.file, updates, shapes)
         if len(possible) == 1:
             return possible[0]
@@ -234,11 +234,12 @@ class _Entry:
     def _add(self, targets: dict[LowRankUpdate, str]) -> None:
         targets = {update: key for update, key in targets.items() if self._is_own(key)}
         fitting = {
-            update: fitting_layouts(self.file, update, self.plan.tensors[key].shape) for update, key in targets.items()
+            update: fitting_layouts(self.file, update, self.changes.tensors[key].shape)
+            for update, key in targets.items()
         }
         evidence, configured = Evidence(fitting), bool(self.file.config.get("fan_in_fan_out"))
         for update, key in targets.items():
-            tensor = self.plan.tensors[key]
+            tensor = self.changes.tensors[key]
             if not fitting[update]:
                 self.problems.append(misfit(self.file, update, key, tensor.shape))
                 continue
@@ -254,7 +255,7 @@ class _Entry:
         name = _bias_name(update)
         if name not in self.keys:
             return
-        tensor, shape = self.plan.tensors[self.keys[name]], self.file.shape(update.lora_bias)
+        tensor, shape = self.changes.tensors[self.keys[name]], self.file.shape(update.lora_bias)
         if len(shape) != 1 or tensor.shape != shape:
             self.problems.append(f"shape of {name}: {list(tensor.shape)}, but {update.lora_bias} is {list(shape)}")
         else:
@@ -269,10 +270,10 @@ class _Entry:
                 f"{self.tie.embedding} and {self.tie.head} are tied, and the adapter changes {target} only: untie them "
                 "(untie), so that both are stored"
             )
-        elif self.tie.head not in self.plan.tensors:
-            embedding = self.plan.tensors[self.tie.embedding]
-            self.plan.tensors[self.tie.head] = TensorPlan(embedding.shape, embedding.dtype, self.tie.embedding)
-            self.plan.untied[self.tie.head] = self.tie.embedding
+        elif self.tie.head not in self.changes.tensors:
+            embedding = self.changes.tensors[self.tie.embedding]
+            self.changes.tensors[self.tie.head] = TensorChange(embedding.shape, embedding.dtype, self.tie.embedding)
+            self.changes.untied[self.tie.head] = self.tie.embedding
         return self.untie
 
 
@@ -284,7 +285,7 @@ def _bias_name(update: LowRankUpdate) -> str:
     return f"{update.path}.{'in_proj_bias' if update.kind == 'attention' else 'bias'}"
 
 
-def _holds(tensor: TensorPlan) -> bool:
+def _holds(tensor: TensorChange) -> bool:
     """Whether the base's dtype can hold the replacement's values. A quantised tensor cannot: it needs its scales."""
     stored, given = DTYPES.get(tensor.dtype), _dtype(tensor.replacement)
     return stored == given or (stored in FLOATING and given in FLOATING)

@@ -230,8 +230,8 @@ def _write(path: Path, new: Checkpoint, factors: dict[str, Tensor], whole: dict[
     described: dict[str, Description] = {
         key: (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes) for key, tensor in factors.items()
     }
-    for key, own in whole.items():
-        info = new.info(own)
+    for key, source in whole.items():
+        info = new.info(source)
         described[key] = info.dtype, info.shape, info.nbytes
 
     def blocks(key: str) -> Iterator[Block]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from lora_ext.checkpoints.changes import MergePlan, Term, plan_merge
+from lora_ext.checkpoints.changes import MergeChanges, Term, find_changes
 from lora_ext.checkpoints.checkpoint_files import Checkpoint
 from lora_ext.checkpoints.contents import AdapterContents, LowRankUpdate
 from lora_ext.checkpoints.layouts import num_matrices
@@ -122,16 +122,16 @@ def find_layers(
     weights: dict[str, dict[int, LayerWeight]] = {}
     for number, contents in enumerate(adapters):
         updates = [dataclasses.replace(update, lora_bias=None) for update in contents.updates]
-        plan = None
+        changes = None
         if base is not None:
             bare = AdapterContents(contents.file, updates, [], {})
-            plan = plan_merge(base, [bare], fan_in_fan_out=fan_in_fan_out, untie=True)
-        targets = dict(_targets(plan)) if plan is not None else {}
+            changes = find_changes(base, [bare], fan_in_fan_out=fan_in_fan_out, untie=True)
+        targets = dict(_targets(changes)) if changes is not None else {}
         for name, factors in _named(contents.file, updates):
             found.setdefault(name, {})[number] = factors
             if (target := targets.get(factors.update.lora_A)) is not None:
                 key, term = target
-                weights.setdefault(name, {})[number] = _weight(base, plan, key, term, factors.index)
+                weights.setdefault(name, {})[number] = _weight(base, changes, key, term, factors.index)
     problems = []
     for name, by_adapter in found.items():
         for what, values in (
@@ -150,15 +150,15 @@ def find_layers(
     ]
 
 
-def _targets(plan: MergePlan) -> Iterator[tuple[str, tuple[str, Term]]]:
+def _targets(changes: MergeChanges) -> Iterator[tuple[str, tuple[str, Term]]]:
     """Yields the key of each update's ``lora_A``, with the tensor it belongs to."""
-    for key in plan.changed:
-        for term in plan.tensors[key].terms:
+    for key in changes.changed:
+        for term in changes.tensors[key].terms:
             yield term.lora_A, (key, term)
 
 
-def _weight(base: Checkpoint, plan: MergePlan, key: str, term: Term, index: int) -> LayerWeight:
-    tensor = plan.tensors[key]
+def _weight(base: Checkpoint, changes: MergeChanges, key: str, term: Term, index: int) -> LayerWeight:
+    tensor = changes.tensors[key]
     rows, cols = matrix_shape(tensor)
     return LayerWeight(base, tensor.source, (rows // term.matrices, cols), index, term.layout == "transposed")
 

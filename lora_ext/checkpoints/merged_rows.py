@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lora_ext.checkpoints.changes import TensorPlan, Term
+from lora_ext.checkpoints.changes import TensorChange, Term
 from lora_ext.checkpoints.checkpoint_files import Checkpoint, raw_blocks
 from lora_ext.files.file_bytes import read_into, tensor_bytes
 from lora_ext.files.regular_file import open_regular
@@ -49,28 +49,28 @@ class Block:
     records: list[tuple[int, int, MergeRecord]] = dataclasses.field(default_factory=list)
 
 
-def matrix_shape(plan: TensorPlan) -> tuple[int, int]:
+def matrix_shape(change: TensorChange) -> tuple[int, int]:
     """``(rows, cols)`` of the tensor as a matrix."""
-    shape = plan.shape
+    shape = change.shape
     if len(shape) < 2:
         return 1, math.prod(shape)
-    if any(term.is_parameter for term in plan.terms):
+    if any(term.is_parameter for term in change.terms):
         return math.prod(shape[:-1]), shape[-1]
     return shape[0], math.prod(shape[1:])
 
 
-def factors(plan: TensorPlan, dtype: torch.dtype) -> list[Factors]:
+def factors(change: TensorChange, dtype: torch.dtype) -> list[Factors]:
     """The factors of all terms side by side, for each matrix of the tensor. ``dtype`` is the dtype of the tensor."""
-    if not plan.terms:
+    if not change.terms:
         return []
-    rows, _ = matrix_shape(plan)
-    each = [_pairs(term) for term in plan.terms]
-    height = rows // len(each[0])
+    rows, _ = matrix_shape(change)
+    pairs_of_terms = [_pairs(term) for term in change.terms]
+    height = rows // len(pairs_of_terms[0])
     result = []
-    for i, pairs in enumerate(zip(*each, strict=True)):
+    for i, pairs in enumerate(zip(*pairs_of_terms, strict=True)):
         A, B = pack_factors(dtype, pairs)
         result.append(Factors(i * height, (i + 1) * height, A, B))
-    for term in plan.terms:
+    for term in change.terms:
         term.file.release()
     return result
 
@@ -98,7 +98,7 @@ def split_stack(A: Tensor, B: Tensor, matrices: int, is_parameter: bool) -> list
 
 
 def blocks(
-    plan: TensorPlan,
+    change: TensorChange,
     key: str,
     base: Checkpoint,
     dtype: torch.dtype | None,
@@ -115,19 +115,19 @@ def blocks(
     Raises:
         ValueError: a result is NaN or infinite, or the files have changed meanwhile.
     """
-    stored = DTYPES.get(plan.dtype)
+    stored = DTYPES.get(change.dtype)
     out = stored if dtype is None else dtype
-    if stored is None or (out == stored and not plan.is_changed):
-        for values in raw_blocks(base.file(plan.source), base.info(plan.source), BLOCK_BYTES):
+    if stored is None or (out == stored and not change.is_changed):
+        for values in raw_blocks(base.file(change.source), base.info(change.source), BLOCK_BYTES):
             before(tensor_bytes(values))
             yield Block(values)
         return
     work = torch.promote_types(stored, out)
-    rows, cols = matrix_shape(plan)
+    rows, cols = matrix_shape(change)
     row_bytes = cols * max(work.itemsize, stored.itemsize)
     height = max(BLOCK_BYTES // max(row_bytes, 1), 1)
-    own, replaced = factors(plan, work), _rows(plan)
-    with _open_source(plan, base, stored) as read:
+    parts, replaced = factors(change, work), _rows(change)
+    with _open_source(change, base, stored) as read:
         for begin in range(0, rows, height):
             end = min(begin + height, rows)
             values = read(begin, end, cols)
@@ -136,7 +136,7 @@ def blocks(
             for index, row in replaced.items():
                 if begin <= index < end:
                     values[index - begin] = row
-            records = _merge(values, begin, own, key, record)
+            records = _merge(values, begin, parts, key, record)
             converted = values.to(out)
             if out != work and not converted.isfinite().all() and values.isfinite().all():
                 raise ValueError(f"merge: {key} has values that {out} cannot hold; choose a wider dtype")
@@ -144,30 +144,32 @@ def blocks(
 
 
 def _merge(
-    values: Tensor, begin: int, own: list[Factors], key: str, record: bool
+    values: Tensor, begin: int, parts: list[Factors], key: str, record: bool
 ) -> list[tuple[int, int, MergeRecord]]:
-    parts = []
-    for part in own:
+    merges = []
+    for part in parts:
         first, last = max(part.begin, begin), min(part.end, begin + len(values))
         if first < last:
             weight = values[first - begin : last - begin]
-            parts.append((first, last, weight, part.lora_A, part.lora_B[first - part.begin : last - part.begin]))
-    weights, As, Bs = ([part[i] for part in parts] for i in (2, 3, 4))
-    kept = merge_all_("merge", weights, As, Bs, [key] * len(parts), record)
-    return [(first, last, one) for (first, last, *_), one in zip(parts, kept, strict=True) if one is not None]
+            merges.append((first, last, weight, part.lora_A, part.lora_B[first - part.begin : last - part.begin]))
+    weights, As, Bs = ([part[i] for part in merges] for i in (2, 3, 4))
+    kept = merge_all_("merge", weights, As, Bs, [key] * len(merges), record)
+    return [(first, last, one) for (first, last, *_), one in zip(merges, kept, strict=True) if one is not None]
 
 
-def _rows(plan: TensorPlan) -> dict[int, Tensor]:
+def _rows(change: TensorChange) -> dict[int, Tensor]:
     return {
-        index: row for file, key, indices in plan.rows for index, row in zip(indices, file.tensor(key), strict=True)
+        index: row for file, key, indices in change.rows for index, row in zip(indices, file.tensor(key), strict=True)
     }
 
 
 @contextmanager
-def _open_source(plan: TensorPlan, base: Checkpoint, dtype: torch.dtype) -> Iterator[Callable[[int, int, int], Tensor]]:
+def _open_source(
+    change: TensorChange, base: Checkpoint, dtype: torch.dtype
+) -> Iterator[Callable[[int, int, int], Tensor]]:
     """Yields ``read(begin, end, cols)``, which reads rows of the unchanged tensor into new memory."""
-    if plan.replacement is not None:
-        adapter, key = plan.replacement
+    if change.replacement is not None:
+        adapter, key = change.replacement
 
         def read_replacement(begin: int, end: int, cols: int) -> Tensor:
             values = adapter.tensor(key).flatten()[begin * cols : end * cols]  # a row may be empty
@@ -176,8 +178,8 @@ def _open_source(plan: TensorPlan, base: Checkpoint, dtype: torch.dtype) -> Iter
         yield read_replacement
         adapter.release()
         return
-    info = base.info(plan.source)
-    with open_regular(base.file(plan.source)) as file:
+    info = base.info(change.source)
+    with open_regular(base.file(change.source)) as file:
 
         def read(begin: int, end: int, cols: int) -> Tensor:
             values = torch.empty(end - begin, cols, dtype=dtype)

@@ -15,7 +15,7 @@ import torch
 from lora_ext import _load
 from lora_ext._common.printable import listed
 from lora_ext._ops.checks import FLOATING
-from lora_ext.checkpoints.changes import MergePlan, TensorPlan, plan_merge
+from lora_ext.checkpoints.changes import MergeChanges, TensorChange, find_changes
 from lora_ext.checkpoints.checkpoint_files import SINGLE_FILE, Checkpoint
 from lora_ext.checkpoints.contents import open_adapter
 from lora_ext.checkpoints.merged_rows import blocks
@@ -107,21 +107,21 @@ def merge(
     if not len(checkpoint):
         raise ValueError(f"{caller}: {base} holds no tensor")
     contents = [open_adapter(directory, allow_pickle=allow_pickle, caller=caller) for directory in adapters]
-    plan = plan_merge(
+    changes = find_changes(
         checkpoint, contents, fan_in_fan_out=fan_in_fan_out, untie=untie, multiplier=-1.0 if subtract else 1.0
     )
-    if subtract and (whole := [key for key, tensor in plan.tensors.items() if tensor.replacement or tensor.rows]):
+    if subtract and (whole := [key for key, tensor in changes.tensors.items() if tensor.replacement or tensor.rows]):
         raise ValueError(
             f"{caller}: the adapter replaced tensors in full, whose old values only a record has (merge --record):"
             f"{listed(whole)}"
         )
     out = Path(out).absolute()
     check_apart(caller, out, [checkpoint.directory, *(one.file.directory for one in contents)])
-    shards = _shards(checkpoint, plan, dtype, shard_bytes)
+    shards = _shards(checkpoint, changes, dtype, shard_bytes)
     output = Output(
         checkpoint,
         shards,
-        lambda key: blocks(plan.tensors[key], key, checkpoint, _target(plan.tensors[key], dtype)),
+        lambda key: blocks(changes.tensors[key], key, checkpoint, _target(changes.tensors[key], dtype)),
         metadata=shard_metadata(checkpoint, shards),
         index_metadata=index_metadata(checkpoint),
         what={
@@ -130,15 +130,15 @@ def merge(
             "adapters": [one.fingerprint() for one in contents],
             "options": [str(dtype), shard_bytes, fan_in_fan_out, untie, record, subtract],
         },
-        config_changes=_config_changes(plan, dtype),
-        recorder=RecordWriter(plan, checkpoint) if record else None,
+        config_changes=_config_changes(changes, dtype),
+        recorder=RecordWriter(changes, checkpoint) if record else None,
     )
     written = output.write(out, caller, verify=verify, overwrite=overwrite, show_progress=show_progress)
-    tensors = plan.tensors.values()
+    tensors = changes.tensors.values()
     return MergeReport(
         merged=sum(bool(tensor.terms) for tensor in tensors),
         replaced=sum(bool(tensor.replacement or tensor.rows) for tensor in tensors),
-        added=len(plan.tensors) - len(checkpoint),
+        added=len(changes.tensors) - len(checkpoint),
         copied=sum(not tensor.is_changed for tensor in tensors),
         files=len(output.shards),
         kept=written.kept,
@@ -149,27 +149,27 @@ def merge(
     )
 
 
-def _target(tensor: TensorPlan, dtype: torch.dtype | None) -> torch.dtype | None:
+def _target(tensor: TensorChange, dtype: torch.dtype | None) -> torch.dtype | None:
     """The dtype that a tensor is converted to; None for indices and quantised weights, which stay as they are."""
     return dtype if DTYPES.get(tensor.dtype) in FLOATING else None
 
 
-def _config_changes(plan: MergePlan, dtype: torch.dtype | None) -> dict[str, Any]:
-    changes: dict[str, Any] = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
-    return changes | ({"tie_word_embeddings": False} if plan.untied else {})
+def _config_changes(changes: MergeChanges, dtype: torch.dtype | None) -> dict[str, Any]:
+    values: dict[str, Any] = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
+    return values | ({"tie_word_embeddings": False} if changes.untied else {})
 
 
 def _shards(
-    base: Checkpoint, plan: MergePlan, dtype: torch.dtype | None, shard_bytes: int | None
+    base: Checkpoint, changes: MergeChanges, dtype: torch.dtype | None, shard_bytes: int | None
 ) -> dict[str, dict[str, Description]]:
     """File name -> its tensors."""
-    described = {key: _describe(tensor, base, _target(tensor, dtype)) for key, tensor in plan.tensors.items()}
+    described = {key: _describe(tensor, base, _target(tensor, dtype)) for key, tensor in changes.tensors.items()}
     files: list[dict[str, Description]] = []
     if shard_bytes is None:
         names = list(base.shards)
         files = [{key: described[key] for key in base.shards[name]} for name in names]
         for key in list(described)[len(base) :]:
-            place = names.index(base.shard_of(plan.untied[key])) if key in plan.untied else -1
+            place = names.index(base.shard_of(changes.untied[key])) if key in changes.untied else -1
             files[place][key] = described[key]
         return dict(zip(names, files, strict=True))
     room = 0
@@ -184,7 +184,7 @@ def _shards(
     return {f"model-{i:05d}-of-{len(files):05d}.safetensors": tensors for i, tensors in enumerate(files, 1)}
 
 
-def _describe(tensor: TensorPlan, base: Checkpoint, to: torch.dtype | None) -> Description:
+def _describe(tensor: TensorChange, base: Checkpoint, to: torch.dtype | None) -> Description:
     if to is None and tensor.source is not None:
         return tensor.dtype, tensor.shape, base.info(tensor.source).nbytes
     dtype = DTYPES[tensor.dtype] if to is None else to

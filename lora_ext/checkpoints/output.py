@@ -133,7 +133,7 @@ def check_apart(caller: str, out: Path, sources: Sequence[Path]) -> None:
     """Raises ValueError if writing ``out`` would remove a source."""
     for source in sources:
         if out.resolve() == source.resolve() or out.resolve() in source.resolve().parents:
-            raise ValueError(f"{caller}: out is {out}, which holds {source}, that is read; choose another directory")
+            raise ValueError(f"{caller}: out is {out}, which contains the input {source}; choose another directory")
 
 
 def _check_space(caller: str, out: Path, needed: int) -> None:

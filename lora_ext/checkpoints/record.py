@@ -69,25 +69,27 @@ class Record:
         parts, metadata = read_header(path)
         if TextDigest(header_bytes(path)).hexdigest() != self.manifest.files[name]:
             raise ValueError(f"{self._caller}: {path} was changed since the merge wrote it, or is of another merge")
-        own = FileRecord.from_metadata(path, metadata)
+        header = FileRecord.from_metadata(path, metadata)
         tensors = self._merged.shards[name]
-        problems = [f"not of this merge: {key}" for key in tensors if key not in own.tensors and key not in own.added]
-        problems += [f"missing: {key}" for key in [*own.tensors, *own.added] if key not in tensors]
+        problems = [
+            f"not of this merge: {key}" for key in tensors if key not in header.tensors and key not in header.added
+        ]
+        problems += [f"missing: {key}" for key in [*header.tensors, *header.added] if key not in tensors]
         if problems:
             file = self._merged.directory / name
             raise ValueError(f"{self._caller}: {file} has other tensors than its record:{listed(problems)}")
-        by_key: dict[str, dict[str, TensorInfo]] = {key: {} for key in own.tensors}
+        by_key: dict[str, dict[str, TensorInfo]] = {key: {} for key in header.tensors}
         for part, info in parts.items():
             key, _, kind = part.rpartition(":")
             if key not in by_key:
                 raise ValueError(f"{self._caller}: {path} has a part of an unknown tensor: {part}")
             by_key[key][kind] = info
-        for key, base in own.tensors.items():
+        for key, base in header.tensors.items():
             kept = _Kept(base, path, by_key[key])
             if wrong := _misfit(kept, tensors[key]):
                 raise ValueError(f"{self._caller}: {key} is not as it was merged: {wrong}")
             self._kept[key] = kept
-        self.added |= set(own.added)
+        self.added |= set(header.added)
 
     @property
     def num_tensors(self) -> int:
@@ -146,12 +148,12 @@ class Record:
                 read_into(file, info.begin + begin * cols * values.itemsize, values)
                 if pairs:
                     A, B = pairs[begin // per_pair]
-                    own = words[begin:end].contiguous()
-                    corrections = torch.empty(int(own.sum(dtype=torch.int64)), dtype=torch.int16)
+                    block_words = words[begin:end].contiguous()
+                    corrections = torch.empty(int(block_words.sum(dtype=torch.int64)), dtype=torch.int16)
                     read_into(record_file, kept.parts["corrections"].begin + 2 * position, corrections)
                     position += len(corrections)
                     first = begin - begin // per_pair * per_pair
-                    record = MergeRecord(A, B[first : first + end - begin], values.dtype, own, corrections)
+                    record = MergeRecord(A, B[first : first + end - begin], values.dtype, block_words, corrections)
                     unmerge_all_(self._caller, [values], [record], [key])
                 for index, row in originals.items():
                     if begin <= index < end:
@@ -163,7 +165,9 @@ class Record:
             return {}
         indices = kept.read("indices").tolist()
         if len(set(indices)) < len(indices) or not all(0 <= index < kept.base.shape[0] for index in indices):
-            raise ValueError(f"{self._caller}: {kept.path} is no record of a merge: it names rows that {key} has not")
+            raise ValueError(
+                f"{self._caller}: {kept.path} is no record of a merge: it names rows that {key} does not have"
+            )
         return dict(zip(indices, kept.read("rows"), strict=True))
 
 
@@ -176,9 +180,9 @@ def _misfit(kept: _Kept, merged: TensorInfo) -> str:
 
     def has(kind: str, dtype: torch.dtype, *shape: int | None) -> bool:
         """Whether there is such a part. None stands for any size."""
-        own = parts.get(kind)
-        fits = own is not None and own.torch_dtype == dtype and len(own.shape) == len(shape)
-        return fits and all(size in (None, actual) for size, actual in zip(shape, own.shape, strict=True))
+        part = parts.get(kind)
+        fits = part is not None and part.torch_dtype == dtype and len(part.shape) == len(shape)
+        return fits and all(size in (None, actual) for size, actual in zip(shape, part.shape, strict=True))
 
     stored = parts.get("base", merged)
     if (stored.dtype, stored.shape) != (base.dtype, base.shape):

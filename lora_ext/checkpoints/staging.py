@@ -64,7 +64,7 @@ class Staging:
                 self._clean()
             self._unlock()
             if isinstance(error, OSError):
-                raise self._told(error) from error
+                raise self._explained(error) from error
             raise
         return self
 
@@ -77,7 +77,7 @@ class Staging:
             self._clean()
         self._unlock()
         if isinstance(error, OSError):
-            raise self._told(error) from error
+            raise self._explained(error) from error
 
     def _take(self) -> None:
         """Makes the hidden directory, or takes over that of an interrupted run."""
@@ -245,7 +245,7 @@ class Staging:
             os.close(self._lock)
             self._lock = None
 
-    def _told(self, error: OSError) -> OSError:
+    def _explained(self, error: OSError) -> OSError:
         """Adds path and remedy to an error about a file that is written here. Returns other errors unchanged."""
         if error.errno is None:
             return error

@@ -54,7 +54,7 @@ def compare_file(
     """
     found, _ = read_header(path)
     if wrong := [key for key, one in tensors.items() if key not in found or _describe(found[key]) != one]:
-        raise RuntimeError(f"verify: {path} has not the tensor {wrong[0]} as it should be: {found.get(wrong[0])}")
+        raise RuntimeError(f"verify: {path} lacks the tensor {wrong[0]}, or has another: {found.get(wrong[0])}")
     with open_regular(path) as file:
         for key in tensors:
             offset = found[key].begin

@@ -84,9 +84,9 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
         "accumulation_steps",
         "device",
     )
-    own = {name: getattr(args, name) for name in (*names, "gpu_memory", "reserve", "disk")}
+    options = {name: getattr(args, name) for name in (*names, "gpu_memory", "reserve", "disk")}
     say = lambda line: print(line, file=sys.stderr)  # noqa: E731  standard output is the plan
-    result = plan(PlanSettings(finetune, **own), args.out, overwrite=args.overwrite, say=say)
+    result = plan(PlanSettings(finetune, **options), args.out, overwrite=args.overwrite, say=say)
     if args.json:
         files.print_json(result)
         return

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
 
 
 def tuned_by_adapter(model: nn.Module, folder: Path, **settings) -> None:
-    """``base`` and ``tuned`` in ``folder``, which differ by an adapter."""
+    """Saves ``base`` and ``tuned``, which differ by an adapter, in ``folder``."""
     model.save_pretrained(folder / "base", max_shard_size="8KB")
     tuned = copy.deepcopy(model)
     tuned.load_state_dict(merged_by_peft(peft_adapter(model, folder / "made", **settings)))
