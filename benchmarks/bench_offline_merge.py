@@ -26,12 +26,12 @@ HIDDEN, INTERMEDIATE, KEY_VALUE, VOCABULARY = 2048, 5632, 256, 32000  # of TinyL
 SHARD_BYTES = 500_000_000
 BEYOND_TORCH = 75e6
 
-MERGE = "from lora_ext.checkpoints.merge import merge; merge(base, [adapter], out{options})"
+MERGE = "from lora_ext.checkpoints import merge; merge(base, [adapter], out{options})"
 CONTESTANTS = {
     "merge": MERGE.format(options=""),
     "merge, verify": MERGE.format(options=", verify=True"),
     "merge, record": MERGE.format(options=", record=True"),
-    "unmerge": "from lora_ext.checkpoints.unmerge import unmerge; unmerge(recorded, out)",
+    "unmerge": "from lora_ext.checkpoints import unmerge; unmerge(recorded, out)",
     "PEFT": """
 from peft import PeftModel
 from transformers import AutoModelForCausalLM

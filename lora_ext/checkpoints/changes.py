@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint adapters change, and how. Decided from names, shapes and dtypes before any is read."""
+"""Decides which tensors of a checkpoint adapters change, and how: from names, shapes and dtypes, before any is read."""
 
 from __future__ import annotations
 
@@ -26,16 +26,18 @@ from lora_ext.checkpoints.ties import find_tie
 from lora_ext.files.adapter_file import AdapterFile
 from lora_ext.files.safetensors_format import DTYPE_NAMES, DTYPES
 
-__all__ = ["MergePlan", "TensorPlan", "Term", "plan_merge"]
+__all__ = ["MergeChanges", "TensorChange", "Term", "find_changes"]
 
-_MOST_PARAMETERS = 64  # of one module with updates of their own; real ones have up to 3
+_MOST_PARAMETERS = 64  # with updates, in one module; real modules have up to 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """One low-rank update of one tensor; without ``lora_A``, the vector ``lora_B`` itself, of a bias.
+    """One low-rank update of one tensor. Without ``lora_A``, the update of a bias: the vector ``lora_B``.
 
-    ``matrices`` as :func:`~lora_ext.checkpoints.layouts.num_matrices`.
+    Attributes:
+        lora_A, lora_B: keys in ``file``.
+        matrices: see :func:`~lora_ext.checkpoints.layouts.num_matrices`.
     """
 
     file: AdapterFile
@@ -48,12 +50,12 @@ class Term:
 
 
 @dataclasses.dataclass
-class TensorPlan:
-    """How one tensor of the result comes about: copied or replaced, then rows replaced, then updates added.
+class TensorChange:
+    """The steps that make one tensor of the result: copy or replace it, then replace rows, then add updates.
 
     Attributes:
-        dtype: of the source, by its name in the file format.
-        source: key in the base; None: there is only the ``replacement``, a tensor of an adapter.
+        dtype: dtype of the source, by its name in the file format.
+        source: key in the base; None if there is only the ``replacement``, a tensor of an adapter.
     """
 
     shape: tuple[int, ...]
@@ -69,14 +71,14 @@ class TensorPlan:
 
 
 @dataclasses.dataclass
-class MergePlan:
-    """The tensors of the result by key, the base's first and in its order.
+class MergeChanges:
+    """The tensors of the result by key: the base's first, in its order.
 
     Attributes:
-        untied: keys of tied tensors that are stored apart now, each with that of the base that it goes next to.
+        untied: tied tensors that are now stored apart: key -> key of the base's tensor that it is stored next to.
     """
 
-    tensors: dict[str, TensorPlan]
+    tensors: dict[str, TensorChange]
     untied: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -84,35 +86,35 @@ class MergePlan:
         return [key for key, tensor in self.tensors.items() if tensor.is_changed]
 
 
-def plan_merge(
+def find_changes(
     base: Checkpoint,
     adapters: Sequence[AdapterContents],
     *,
     fan_in_fan_out: bool | None = None,
     untie: bool = False,
     multiplier: float = 1.0,
-) -> MergePlan:
-    """Matches what adapters hold with the tensors of ``base``.
+) -> MergeChanges:
+    """Matches the contents of adapters with the tensors of ``base``.
 
     Args:
-        fan_in_fan_out: how square weights lie whose neighbours do not tell: True for ``[in, out]``, as in Conv1D.
-        untie: store tied weights apart where an adapter changes one of them only.
-        multiplier: of every scaling.
+        fan_in_fan_out: layout of square weights that no other weight decides: True for ``[in, out]``, as in Conv1D.
+        untie: store tied weights apart if an adapter changes only one of them.
+        multiplier: multiplies every scaling.
 
     Raises:
-        ValueError: something of an adapter has no place in the base, or does not fit it; all of that is listed.
+        ValueError: parts of an adapter have no place in the base, or do not fit it; the message lists all of them.
     """
-    plan = MergePlan({key: TensorPlan(base.info(key).shape, base.info(key).dtype, key) for key in base})
+    changes = MergeChanges({key: TensorChange(base.info(key).shape, base.info(key).dtype, key) for key in base})
     problems: list[str] = []
     for contents in adapters:
-        problems += _Entry(base, plan, contents, fan_in_fan_out, untie, multiplier).problems
-    for key in plan.changed:
-        tensor = plan.tensors[key]
+        problems += _Entry(base, changes, contents, fan_in_fan_out, untie, multiplier).problems
+    for key in changes.changed:
+        tensor = changes.tensors[key]
         if (tensor.terms or tensor.rows) and DTYPES.get(tensor.dtype) not in FLOATING:
             problems.append(f"dtype of {key}: {tensor.dtype}, want F64, F32, BF16 or F16; dequantise the base first")
         if tensor.replacement is not None and not _holds(tensor):
             problems.append(f"dtype of {key}: {tensor.dtype}, which the adapter's {_dtype(tensor.replacement)} is not")
-        indices = list(itertools.chain.from_iterable(own for _, _, own in tensor.rows))
+        indices = list(itertools.chain.from_iterable(rows for _, _, rows in tensor.rows))
         if len(set(indices)) < len(indices):
             problems.append(f"rows of {key}: replaced more than once")
         if len({term.matrices for term in tensor.terms}) > 1:
@@ -120,26 +122,26 @@ def plan_merge(
     if problems:
         directories = ", ".join(str(contents.file.directory) for contents in adapters)
         raise ValueError(f"{directories} does not fit {base.directory}:{listed(list(dict.fromkeys(problems)))}")
-    return plan
+    return changes
 
 
 class _Entry:
-    """Enters one adapter into a plan; ``problems`` says what could not be."""
+    """Adds the changes of one adapter; ``problems`` lists what does not fit."""
 
     def __init__(
         self,
         base: Checkpoint,
-        plan: MergePlan,
+        changes: MergeChanges,
         contents: AdapterContents,
         fan_in_fan_out: bool | None,
         untie: bool,
         multiplier: float,
     ) -> None:
-        self.plan, self.file, self.multiplier = plan, contents.file, multiplier
+        self.changes, self.file, self.multiplier = changes, contents.file, multiplier
         self.fan_in_fan_out, self.untie, self.tie = fan_in_fan_out, untie, find_tie(base)
         updates, replaced = contents.updates, contents.replaced
         if self.tie is not None and self.file.config.get("ensure_weight_tying"):
-            # The file has what both share twice.
+            # The file holds the shared weight twice.
             updates = [update for update in updates if _weight_name(update) != self.tie.head]
             replaced = {name: key for name, key in replaced.items() if name != self.tie.head}
             self.tie = None
@@ -150,7 +152,7 @@ class _Entry:
         needed += [f"{rows.path}.weight" for rows in contents.tokens]
         optional = [f"{update.path}.{name}" for update in parameters for name in update.parameters]
         names = match_names(
-            {*plan.tensors, *([self.tie.head] if self.tie else [])}, [*needed, *optional, *contents.replaced]
+            {*changes.tensors, *([self.tie.head] if self.tie else [])}, [*needed, *optional, *contents.replaced]
         )
         self.keys, self.problems = names.keys, list(names.problems)
         self.problems += [f"not in the base: {name}" for name in needed if name not in self.keys]
@@ -169,7 +171,7 @@ class _Entry:
                         f"dtype of {key}: {self.file.dtype(key)}, which a safetensors file cannot hold"
                     )
                 else:
-                    plan.tensors[name] = TensorPlan(self.file.shape(key), dtype, None, (self.file, key))
+                    changes.tensors[name] = TensorChange(self.file.shape(key), dtype, None, (self.file, key))
             else:
                 self.problems.append(f"not in the base, and cannot be added to it under another prefix: {name}")
         for rows in contents.tokens:
@@ -178,8 +180,8 @@ class _Entry:
         by_path: dict[str, list[LowRankUpdate]] = {}
         for update in parameters:
             by_path.setdefault(update.path, []).append(update)
-        for own in by_path.values():
-            targets |= self._parameter_targets(own)
+        for of_module in by_path.values():
+            targets |= self._parameter_targets(of_module)
         self._add(targets)
         for update in biases:
             self._add_to_bias(update)
@@ -187,7 +189,7 @@ class _Entry:
     def _replace(self, target: str, key: str) -> None:
         if not self._is_own(target):
             return
-        tensor, shape = self.plan.tensors[target], self.file.shape(key)
+        tensor, shape = self.changes.tensors[target], self.file.shape(key)
         if tensor.shape != shape:
             self.problems.append(f"shape of {target}: {list(tensor.shape)} in the base, {list(shape)} in the adapter")
         elif tensor.replacement is not None and not _equal(tensor.replacement, (self.file, key)):
@@ -198,9 +200,9 @@ class _Entry:
     def _replace_rows(self, name: str, key: str, indices: tuple[int, ...]) -> None:
         if name not in self.keys:
             return
-        # Of tied weights PEFT replaces the rows in both.
+        # PEFT replaces the rows in both of two tied weights.
         target = self.keys[name]
-        tensor, shape = self.plan.tensors[target], self.file.shape(key)
+        tensor, shape = self.changes.tensors[target], self.file.shape(key)
         if not tensor.shape or shape != (len(indices), *tensor.shape[1:]):
             self.problems.append(
                 f"shape of {target}: {list(tensor.shape)}, but {len(indices)} rows of it are {list(shape)}"
@@ -217,7 +219,7 @@ class _Entry:
             self.problems.append(f"{updates[0].path} has {len(updates)} updates, want at most {_MOST_PARAMETERS}")
             return {}
         names = [f"{updates[0].path}.{name}" for name in updates[0].parameters]
-        shapes = {key: self.plan.tensors[key].shape for name in names if (key := self.keys.get(name)) is not None}
+        shapes = {key: self.changes.tensors[key].shape for name in names if (key := self.keys.get(name)) is not None}
         possible = assign_parameters(self.file, updates, shapes)
         if len(possible) == 1:
             return possible[0]
@@ -232,11 +234,12 @@ class _Entry:
     def _add(self, targets: dict[LowRankUpdate, str]) -> None:
         targets = {update: key for update, key in targets.items() if self._is_own(key)}
         fitting = {
-            update: fitting_layouts(self.file, update, self.plan.tensors[key].shape) for update, key in targets.items()
+            update: fitting_layouts(self.file, update, self.changes.tensors[key].shape)
+            for update, key in targets.items()
         }
         evidence, configured = Evidence(fitting), bool(self.file.config.get("fan_in_fan_out"))
         for update, key in targets.items():
-            tensor = self.plan.tensors[key]
+            tensor = self.changes.tensors[key]
             if not fitting[update]:
                 self.problems.append(misfit(self.file, update, key, tensor.shape))
                 continue
@@ -252,14 +255,14 @@ class _Entry:
         name = _bias_name(update)
         if name not in self.keys:
             return
-        tensor, shape = self.plan.tensors[self.keys[name]], self.file.shape(update.lora_bias)
+        tensor, shape = self.changes.tensors[self.keys[name]], self.file.shape(update.lora_bias)
         if len(shape) != 1 or tensor.shape != shape:
             self.problems.append(f"shape of {name}: {list(tensor.shape)}, but {update.lora_bias} is {list(shape)}")
         else:
             tensor.terms.append(Term(self.file, None, update.lora_bias, update.scaling * self.multiplier))
 
     def _is_own(self, target: str) -> bool:
-        """Whether ``target`` is a tensor that no other shares; it is made so on request, else a problem."""
+        """Whether ``target`` shares its values with no other tensor. Unties it if asked to, or else notes a problem."""
         if self.tie is None or target not in (self.tie.head, self.tie.embedding):
             return True
         if not self.untie:
@@ -267,10 +270,10 @@ class _Entry:
                 f"{self.tie.embedding} and {self.tie.head} are tied, and the adapter changes {target} only: untie them "
                 "(untie), so that both are stored"
             )
-        elif self.tie.head not in self.plan.tensors:
-            embedding = self.plan.tensors[self.tie.embedding]
-            self.plan.tensors[self.tie.head] = TensorPlan(embedding.shape, embedding.dtype, self.tie.embedding)
-            self.plan.untied[self.tie.head] = self.tie.embedding
+        elif self.tie.head not in self.changes.tensors:
+            embedding = self.changes.tensors[self.tie.embedding]
+            self.changes.tensors[self.tie.head] = TensorChange(embedding.shape, embedding.dtype, self.tie.embedding)
+            self.changes.untied[self.tie.head] = self.tie.embedding
         return self.untie
 
 
@@ -282,8 +285,8 @@ def _bias_name(update: LowRankUpdate) -> str:
     return f"{update.path}.{'in_proj_bias' if update.kind == 'attention' else 'bias'}"
 
 
-def _holds(tensor: TensorPlan) -> bool:
-    """Whether the replacement's values can be converted to the base's dtype: a quantised tensor needs its scales."""
+def _holds(tensor: TensorChange) -> bool:
+    """Whether the base's dtype can hold the replacement's values. A quantised tensor cannot: it needs its scales."""
     stored, given = DTYPES.get(tensor.dtype), _dtype(tensor.replacement)
     return stored == given or (stored in FLOATING and given in FLOATING)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_ext._common.printable import check_name, listed, shown
-from lora_ext.files.file_bytes import check_unchanged, file_state, read_into
+from lora_ext.files.file_bytes import check_unchanged, file_state, fingerprint, read_into
 from lora_ext.files.regular_file import open_regular
 from lora_ext.files.safetensors_format import TensorInfo, read_header
 from lora_ext.files.untrusted_json import read_json_object
@@ -22,20 +22,20 @@ __all__ = ["INDEX_FILE", "SINGLE_FILE", "Checkpoint", "raw_blocks", "read_tensor
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
-_INDEX_FILE_LIMIT = 100_000_000  # bytes, as of a safetensors header; the largest index of a real model has 20 million
-_LARGEST_SHAPE = 2**63 // 16  # elements: PyTorch counts bytes in 63 bits, also of tensors without elements
+_INDEX_FILE_LIMIT = 100_000_000  # bytes, as for a safetensors header; the largest index of a real model has 20 million
+_LARGEST_SHAPE = 2**63 // 16  # elements: PyTorch counts bytes in 63 bits, even for tensors without elements
 _MOST_DIMENSIONS = 64
 
 
 class Checkpoint:
-    """The tensors of a directory, or of one file. Opening it reads the files' headers only.
+    """The tensors of a directory, or of one file. Opening it reads only the files' headers.
 
     Attributes:
-        directory: where the files are.
-        shards: file name -> the tensors in it, in the order of their bytes.
-        metadata: of each file.
-        index: the content of the index file, or None where there is a single file.
-        is_directory: not a lone file, whose neighbours may be anything.
+        directory: the directory of the files.
+        shards: file name -> its tensors, in the order of their bytes.
+        metadata: file name -> its metadata.
+        index: content of the index file; None for a single file.
+        is_directory: False if one file was opened: other files next to it may be unrelated.
     """
 
     def __init__(self, directory: Path, names: list[str], index: dict[str, Any] | None, is_directory: bool) -> None:
@@ -51,13 +51,13 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
-        """Opens ``path``: a directory with an index and its files, or with one safetensors file, or such a file.
+        """Opens ``path``: a directory with an index and its files, a directory with one safetensors file, or a file.
 
         Raises:
-            FileNotFoundError: naming what is missing.
+            FileNotFoundError: a file is missing; the message names it.
             ValueError: a file is corrupted or no regular file; the index is wrong, or leads out of the directory, or
-                disagrees with the files: every such key is listed; a name cannot be printed; a shape is larger than
-                PyTorch can count.
+                disagrees with the files (the message lists every such key); a name cannot be printed; a shape is
+                larger than PyTorch can count.
         """
         path = Path(path)
         try:
@@ -118,39 +118,74 @@ class Checkpoint:
         return key in self._shard_of
 
     def shard_of(self, key: str) -> str:
+        """The name of the file that holds the tensor."""
         return self._shard_of[key]
 
     def info(self, key: str) -> TensorInfo:
+        """The tensor's dtype, shape and place in its file."""
         return self.shards[self._shard_of[key]][key]
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors."""
         return sum(info.nbytes for tensors in self.shards.values() for info in tensors.values())
 
     def file(self, key: str) -> Path:
+        """The path of the file that holds the tensor."""
         return self.directory / self._shard_of[key]
 
     def tensor(self, key: str) -> Tensor:
-        """The whole tensor, in memory of its own."""
+        """Reads a whole tensor into new memory."""
         return read_tensor(self.file(key), self.info(key))
 
+    def elements(self, key: str, begin: int, end: int) -> Tensor:
+        """Reads the elements ``begin`` to ``end`` of the flattened tensor into new memory: ``[end - begin]``."""
+        info = self.info(key)
+        values = torch.empty(end - begin, dtype=_torch_dtype(self.file(key), info))
+        with open_regular(self.file(key)) as file:
+            read_into(file, info.begin + begin * values.itemsize, values)
+        return values
+
+    def row_blocks(self, key: str, block_bytes: int = 32 << 20) -> Iterator[tuple[int, Tensor]]:
+        """Reads a tensor block by block. The whole tensor is never in memory.
+
+        Yields:
+            ``(first row, rows)``: ``rows`` is ``[n, *shape[1:]]``, with as many rows as fit into ``block_bytes``, at
+            least 1. A tensor without dimensions is one row of one element.
+        """
+        info = self.info(key)
+        rows, *rest = info.shape or (1,)
+        size = math.prod(rest)
+        height = max(block_bytes // max(size * _torch_dtype(self.file(key), info).itemsize, 1), 1)
+        for begin in range(0, rows, height):
+            end = min(begin + height, rows)
+            yield begin, self.elements(key, begin * size, end * size).view(end - begin, *rest)
+
+    def fingerprint(self) -> list[list[Any]]:
+        """Path, size and time of each file. A continued run compares them with those that it was started with."""
+        return fingerprint([self.directory / name for name in self.shards], contents=False)
+
     def check_unchanged(self, caller: str) -> None:
-        """ValueError where a file was changed since it was opened: what was read of it need not belong together."""
+        """Raises ValueError if a file has changed since it was opened: parts that were read may not fit each other."""
         check_unchanged({self.directory / name: state for name, state in self._states.items()}, caller)
 
 
 def read_tensor(path: Path, info: TensorInfo) -> Tensor:
-    """A whole tensor of a file, in memory of its own."""
-    if info.torch_dtype is None:
-        raise ValueError(f"{path} has a tensor of dtype {info.dtype}, which torch {torch.__version__} lacks")
-    tensor = torch.empty(info.shape, dtype=info.torch_dtype)
+    """Reads a whole tensor of a file into new memory."""
+    tensor = torch.empty(info.shape, dtype=_torch_dtype(path, info))
     with open_regular(path) as file:
         read_into(file, info.begin, tensor)
     return tensor
 
 
+def _torch_dtype(path: Path, info: TensorInfo) -> torch.dtype:
+    if info.torch_dtype is None:
+        raise ValueError(f"{path} has a tensor of dtype {info.dtype}, which torch {torch.__version__} lacks")
+    return info.torch_dtype
+
+
 def raw_blocks(path: Path, info: TensorInfo, block_bytes: int) -> Iterator[Tensor]:
-    """A tensor's bytes, of whatever dtype, in order and at most so many at a time."""
+    """Reads a tensor of any dtype as bytes, in order, at most ``block_bytes`` at a time."""
     with open_regular(path) as file:
         for begin in range(0, info.nbytes, block_bytes):
             values = torch.empty(min(block_bytes, info.nbytes - begin), dtype=torch.uint8)
@@ -165,7 +200,7 @@ def _check_tensor(path: Path, key: str, info: TensorInfo) -> None:
 
 
 def _check_file_name(index: Path, name: object) -> None:
-    """ValueError for a file name in an index that is none, that could lead elsewhere, or that other files have."""
+    """Raises ValueError for an entry of an index that is no name of a weights file, or that leads elsewhere."""
     if not isinstance(name, str) or os.path.basename(name) != name or "\\" in name or ":" in name:
         raise ValueError(f"{index} names the file {shown(name)}, want a name without a path; nothing was read from it")
     if not name.endswith(".safetensors") or name.startswith("."):

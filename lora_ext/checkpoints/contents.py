@@ -1,6 +1,6 @@
-"""What an adapter's file says about the layers, by its keys alone.
+"""The layers that an adapter's file changes, read from its keys alone.
 
-PEFT's keys, after ``base_model.model.``, where ``.base_layer`` may follow any module that is wrapped:
+PEFT's keys, after ``base_model.model.``. ``.base_layer`` may follow any module that is wrapped:
 
     <path>.lora_A.weight, <path>.lora_B.weight       Linear, Conv1D, ConvNd, MultiheadAttention.in_proj_weight
     <path>.lora_B.bias                               with lora_bias
@@ -13,21 +13,23 @@ PEFT's keys, after ``base_model.model.``, where ``.base_layer`` may follow any m
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from lora_ext._common.printable import LONGEST_NAME, check_name, listed, shown
 from lora_ext.config import LoraConfig
-from lora_ext.files.adapter_file import KEY_PREFIX, AdapterFile
+from lora_ext.files.adapter_file import CONFIG_FILE, KEY_PREFIX, AdapterFile
+from lora_ext.files.file_bytes import fingerprint
 from lora_ext.matching.path_names import EndTable
 
-__all__ = ["AdapterContents", "LowRankUpdate", "TokenRows", "read_contents", "strip_base_layer"]
+__all__ = ["AdapterContents", "LowRankUpdate", "TokenRows", "open_adapter", "read_contents", "strip_base_layer"]
 
 Kind = Literal["linear", "embedding", "conv", "attention", "parameter"]
 
 _FACTOR = re.compile(r"(?:(?P<path>.*)\.)?lora_(?P<side>A\.weight|B\.weight|B\.bias|embedding_A|embedding_B)")
-_MOST_PARAMETERS = 64  # of a module, without those of its children
+_MOST_PARAMETERS = 64  # of a module, not counting its children's
 _TOKENS = re.compile(r"(?P<path>.*?)(?:\.token_adapter)?\.trainable_tokens_delta")
 
 
@@ -36,16 +38,16 @@ class LowRankUpdate:
     """One pair of factors.
 
     Attributes:
-        path: the module's, without ``.base_layer``.
-        kind: what is known without the model: ``conv`` by the number of dimensions, ``attention`` by the out_proj
-            next to it, ``parameter`` by the config.
+        path: path of the module, without ``.base_layer``.
+        kind: kind of layer, as far as the file tells: ``conv`` follows from the number of dimensions, ``attention``
+            from the out_proj next to it, ``parameter`` from the config.
         lora_A: key in the file; ``[r, in]``, for a convolution ``[r, in / groups, *kernel]``, for an embedding
             ``[r, num_embeddings]``, for a parameter of ``experts`` matrices ``[experts * r, in]``.
         lora_B: key in the file; ``[out, r]``, ``[out, r / groups, 1...]``, ``[dim, r]``, ``[out, r * experts]``.
         r: the rank.
-        scaling: of the update.
-        lora_bias: key of what is added to the bias, scaled as well, or None.
-        parameters: for a parameter, the names that it may have, which no key holds.
+        scaling: factor of the update.
+        lora_bias: key of the update of the bias, which is scaled too; or None.
+        parameters: for a parameter, the names that it may have: no key says which.
     """
 
     path: str
@@ -69,26 +71,53 @@ class TokenRows:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterContents:
-    """All that an adapter file holds: each of its keys is named by one entry."""
+    """The contents of an adapter file. Each of its keys is in one entry.
+
+    Attributes:
+        file: the opened file and its config.
+        updates: low-rank updates.
+        tokens: rows of embeddings that are replaced.
+        replaced: path and name of a base tensor -> key in the file of the tensor that replaces it.
+    """
 
     file: AdapterFile
     updates: list[LowRankUpdate]
     tokens: list[TokenRows]
-    replaced: dict[str, str]  # a base tensor's path and name -> key in the file
+    replaced: dict[str, str]
+
+    def fingerprint(self) -> list[list[Any]]:
+        """Path and SHA-256 of the adapter's two files. A continued run compares them with those it was started with."""
+        return fingerprint([self.file.path, self.file.directory / CONFIG_FILE], contents=True)
+
+
+def open_adapter(
+    directory: str | os.PathLike[str], *, allow_pickle: bool = False, caller: str = "open_adapter"
+) -> AdapterContents:
+    """Opens an adapter's directory in PEFT's format; reads no tensor.
+
+    Args:
+        allow_pickle: read ``adapter_model.bin`` where there is no safetensors file.
+        caller: the command that error messages name.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is corrupted, or :func:`read_contents` refuses it.
+    """
+    return read_contents(AdapterFile.open(directory, allow_pickle=allow_pickle, caller=caller))
 
 
 def read_contents(file: AdapterFile) -> AdapterContents:
-    """Sorts the keys of ``file`` by what they are; reads no tensor.
+    """Sorts the keys of ``file`` by kind; reads no tensor.
 
     Raises:
-        ValueError: the adapter is not LoRA, or of a kind that is not supported; a factor is without its other half, or
-            their shapes do not fit each other, or the rank that the config gives the layer. All such are listed.
+        ValueError: the adapter is not LoRA, or of a kind that is not supported; one of two factors is missing; shapes
+            of factors do not fit each other, or the rank in the config. The message lists all of these.
     """
     config = _config(file)
     parameters, indices = _TargetParameters(config), _TokenIndices(file)
     factors: dict[str, dict[str, str]] = {}  # by the path with its .base_layer
     tokens, replaced, problems = [], {}, []
-    for key in file.keys():  # noqa: SIM118  it is no mapping
+    for key in file.keys():  # noqa: SIM118  file is no mapping
         check_name(key, str(file.path))
         name = key.removeprefix(KEY_PREFIX)
         if match := _FACTOR.fullmatch(name):
@@ -99,7 +128,7 @@ def read_contents(file: AdapterFile) -> AdapterContents:
         elif "lora_" in name.rpartition(".")[0] + name.rpartition(".")[2]:
             problems.append(f"unknown key: {key}")
         elif not {"original_module", "modules_to_save"} & set(name.split(".")):
-            # With bias="all", PEFT also writes the wrapper's own copies of the biases in a module to save.
+            # With bias="all", PEFT also writes the wrapper's copies of the biases in a module to save.
             replaced[strip_base_layer(name)] = key
 
     layers: dict[str, list[str]] = {}
@@ -169,17 +198,17 @@ def _update(
             f"rank of {path}: lora_A {list(shape_A)} and lora_B {list(shape_B)}, but the config gives it r={r}"
         )
     if _is_attention(wrapped.removesuffix(".base_layer.out_proj"), factors) and wrapped.endswith(".out_proj"):
-        scaling *= 2  # so PEFT computes, merged or not: its attention merges this update, and has the layer do so again
+        scaling *= 2  # as in PEFT, merged or not: its attention merges this update, and then the layer adds it again
     return LowRankUpdate(path, kind, A, B, r, scaling, sides.get("B.bias"), parameters)
 
 
 def _is_attention(wrapped: str, factors: Mapping[str, Any]) -> bool:
-    """MultiheadAttention has an update of its own, and one of the out_proj in it."""
+    """Whether this is a MultiheadAttention: it has an update, and so has the out_proj in it."""
     return wrapped in factors and f"{wrapped}.base_layer.out_proj" in factors
 
 
 class _TargetParameters:
-    """Names of a module's own parameters that ``target_parameters`` may mean."""
+    """Finds the parameters of a module that ``target_parameters`` may mean."""
 
     def __init__(self, config: LoraConfig) -> None:
         self._names: dict[str, dict[str, int]] = {}  # by module: names, and their places in the config
@@ -190,7 +219,7 @@ class _TargetParameters:
         self._modules = EndTable(module for module in self._names if module)
 
     def of(self, path: str) -> tuple[str, ...]:
-        """ValueError: more than any module has."""
+        """Their names, in the order of the config. Raises ValueError for more names than any module has."""
         places: dict[str, int] = {}
         for module in ("", *self._modules.find(path)):
             for name, place in self._names.get(module, {}).items():
@@ -201,7 +230,7 @@ class _TargetParameters:
 
 
 class _TokenIndices:
-    """The numbers of an embedding's rows that ``trainable_token_indices`` names."""
+    """Finds the rows of an embedding that ``trainable_token_indices`` names."""
 
     def __init__(self, file: AdapterFile) -> None:
         self._directory, indices = file.directory, file.config.get("trainable_token_indices")

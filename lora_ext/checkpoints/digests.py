@@ -1,8 +1,8 @@
-"""A digest of each tensor of a checkpoint: what is restored from a record is compared with it.
+"""Digests of a checkpoint's tensors. A tensor that is restored from a record is compared with its digest.
 
-128 bits of SHA-256: no accident makes two tensors equal, where CRC-32 confuses one damaged tensor in 4e9. A core with
-instructions for it makes 1.8 GB/s (without them 0.5; zlib's CRC-32 4.3, BLAKE2b 0.9). So a tensor is cut into pieces
-that are hashed by threads, and its digest is that of the pieces' digests.
+A digest has 128 bits of SHA-256. No accident makes two digests equal, whereas CRC-32 misses one damaged tensor in 4e9.
+A core with SHA instructions hashes 1.8 GB/s (without them 0.5; zlib's CRC-32 4.3, BLAKE2b 0.9). So threads hash a
+tensor in pieces, and its digest is the digest of the pieces' digests.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 
 __all__ = ["Hasher", "TensorDigest", "TextDigest"]
 
-_PIECE_BYTES = 1 << 20  # takes half a millisecond, much more than handing it to a thread
+_PIECE_BYTES = 1 << 20  # takes half a millisecond to hash, much longer than to hand it to a thread
 _DIGITS = 32
 
 
 class Hasher:
-    """Makes digests, in PyTorch's number of threads; its threads end with it."""
+    """Makes digests with as many threads as PyTorch uses. Its threads end with it."""
 
     def __init__(self) -> None:
         threads = torch.get_num_threads()
@@ -32,26 +32,26 @@ class Hasher:
         return TensorDigest(self, dtype, shape)
 
     def pieces(self, pieces: list[memoryview]) -> Iterable[bytes]:
-        """The digest of each piece, which is released."""
+        """Hashes each piece and releases it."""
         return map(_digest, pieces) if self._pool is None or len(pieces) < 2 else self._pool.map(_digest, pieces)
 
 
 class TensorDigest:
-    """The digest of one tensor, whose bytes come in blocks of any size. Equal bytes of another shape have another."""
+    """The digest of one tensor, whose bytes come in blocks of any size. It depends on dtype and shape too."""
 
     def __init__(self, hasher: Hasher, dtype: str, shape: tuple[int, ...]) -> None:
         self._hasher = hasher
         self._whole = hashlib.sha256(f"{dtype} {list(shape)}".encode())
-        self._piece, self._room = hashlib.sha256(), _PIECE_BYTES  # the piece that is begun
+        self._piece, self._room = hashlib.sha256(), _PIECE_BYTES  # the unfinished piece, and the bytes it lacks
 
     def update(self, data: memoryview) -> None:
-        """Takes the bytes that follow those before."""
+        """Adds the next bytes."""
         with self.reading(data):
             pass
 
     @contextmanager
     def reading(self, data: memoryview) -> Iterator[None]:
-        """As :meth:`update`, while the context does other things, such as writing them: they must stay as they are."""
+        """Adds the next bytes while the context does other work with them, such as writing. It must not change them."""
         begin = 0
         if self._room < _PIECE_BYTES:
             begin = min(self._room, len(data))
@@ -88,7 +88,7 @@ class TextDigest:
         self._whole = hashlib.sha256(data)
 
     def update(self, data: bytes) -> None:
-        """Takes the bytes that follow those before."""
+        """Adds the next bytes."""
         self._whole.update(data)
 
     def hexdigest(self) -> str:
@@ -98,6 +98,6 @@ class TextDigest:
 
 def _digest(piece: memoryview) -> bytes:
     digest = hashlib.sha256(piece).digest()
-    # A thread of the pool may let go of its argument late, and the whole block would stay in memory next to the next.
+    # A thread of the pool may drop its argument late, and then two whole blocks would be in memory.
     piece.release()
     return digest

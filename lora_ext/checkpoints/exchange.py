@@ -1,4 +1,4 @@
-"""Two directories that change places, in one step."""
+"""Exchanges two directories in one step."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _CANNOT = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Lets two paths of one file system change places. At any time each path has one of the two.
+    """Exchanges two paths of one file system. Both paths exist at any time.
 
     Returns:
-        False where the system or the file system cannot do that. Nothing was changed then.
+        False if the system or the file system cannot do that; nothing has changed then.
 
     Raises:
-        OSError: another error; nothing was changed.
+        OSError: any other error; nothing has changed.
     """
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2

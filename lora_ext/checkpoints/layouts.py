@@ -1,4 +1,4 @@
-"""Which way round an update lies on a tensor, and which of a module's parameters it belongs to: by shapes, mostly."""
+"""Decides the layout of a tensor that an update is added to, and which parameter of a module it belongs to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Layout: TypeAlias = Literal["plain", "transposed"]
 
 
 def num_matrices(file: AdapterFile, update: LowRankUpdate) -> int:
-    """How many matrices with factors of their own the tensor has: of experts, or groups of a convolution."""
+    """Number of matrices in the tensor that have factors each: experts, or groups of a convolution."""
     if update.kind == "parameter":
         return file.shape(update.lora_A)[0] // update.r
     if update.kind == "conv":
@@ -41,10 +41,10 @@ def fitting_layouts(file: AdapterFile, update: LowRankUpdate, shape: tuple[int, 
 
 
 class Evidence:
-    """The layouts of those of an adapter's updates whose shapes leave no choice."""
+    """The layouts of an adapter's updates whose shapes fit only one."""
 
     def __init__(self, fitting: Mapping[LowRankUpdate, set[Layout]]) -> None:
-        """``fitting``: the layouts that fit, of each of the adapter's updates."""
+        """``fitting``: each of the adapter's updates -> the layouts that fit it."""
         self._by_kind: dict[str, set[Layout]] = {}
         self._by_name: dict[tuple[str, str], set[Layout]] = {}
         for update, fits in fitting.items():
@@ -53,19 +53,20 @@ class Evidence:
                 self._by_name.setdefault((update.kind, _leaf(update)), set()).update(fits)
 
     def like(self, update: LowRankUpdate) -> list[set[Layout]]:
-        """The layouts of the updates most like it, then of all of its kind."""
+        """The layouts of updates of the same kind and name, then of all updates of the same kind."""
         return [self._by_name.get((update.kind, _leaf(update)), set()), self._by_kind.get(update.kind, set())]
 
 
 def choose_layout(
     update: LowRankUpdate, fitting: set[Layout], evidence: Evidence, *, asked: bool | None, configured: bool
 ) -> Layout | None:
-    """The layout of ``update``; of a square tensor as asked, or as that of its kind; None where these disagree.
+    """The layout of ``update``. On a square tensor, the user's choice or that of similar updates; None if these differ.
 
     Args:
-        fitting: the layouts that fit it.
-        asked: by the user: True for transposed.
-        configured: by the adapter's config, which is not to be trusted: PEFT writes what it met last.
+        fitting: layouts that fit the update.
+        asked: the user's choice: True for transposed, None for no choice.
+        configured: ``fan_in_fan_out`` of the adapter's config. It is a last resort: PEFT writes the value of the layer
+            that it met last.
     """
     if len(fitting) == 1:
         return next(iter(fitting))
@@ -83,12 +84,12 @@ def choose_layout(
 def assign_parameters(
     file: AdapterFile, updates: Sequence[LowRankUpdate], shapes: Mapping[str, tuple[int, ...]]
 ) -> list[dict[LowRankUpdate, str]]:
-    """Up to two ways in which updates of one module can belong to its parameters: no key says whose an update is."""
+    """Assigns the updates of one module to its parameters, as no key does. Returns up to two ways to do so."""
     fits = {update: [key for key in shapes if fitting_layouts(file, update, shapes[key])] for update in updates}
     first = _assignment(fits)
     if first is None:
         return []
-    for update, key in first.items():  # any other way differs somewhere
+    for update, key in first.items():  # any other assignment differs for some update
         without = fits | {update: [other for other in fits[update] if other != key]}
         if (second := _assignment(without)) is not None:
             return [first, second]
@@ -96,7 +97,7 @@ def assign_parameters(
 
 
 def _assignment(fits: Mapping[LowRankUpdate, Sequence[str]]) -> dict[LowRankUpdate, str] | None:
-    """Gives each update a key of its own among those that fit it, by augmenting paths; None: there is no such way."""
+    """Gives each update a different key that fits it, by augmenting paths. Returns None if that is impossible."""
     owners: dict[str, LowRankUpdate] = {}
 
     def place(update: LowRankUpdate, seen: set[str]) -> bool:

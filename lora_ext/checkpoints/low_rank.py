@@ -1,4 +1,4 @@
-"""The best approximation of a matrix by one of low rank, and how good it is at each rank."""
+"""The best low-rank approximation of a matrix, and its error at each rank."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor
 
 __all__ = ["Approximation", "approximate"]
 
-_EXACT_SIZE = 512  # up to here the whole decomposition takes well under a second
-_ITERATIONS = 4  # of the subspace: singular values that fall slowly, as those of fine-tuning do, need more than one
+_EXACT_SIZE = 512  # up to this size the full decomposition takes well under a second
+_ITERATIONS = 4  # of the subspace: slowly falling singular values, as fine-tuning has, need more than one
 
 
 @dataclasses.dataclass(frozen=True)
 class Approximation:
-    """``lora_B @ lora_A``, both with the roots of the singular values.
+    """``lora_B @ lora_A``. Both factors contain the roots of the singular values.
 
     Attributes:
         lora_A: ``[r, in]``.
         lora_B: ``[out, r]``.
         norm: Frobenius norm of the matrix.
-        errors: rank -> norm of what it leaves, over the matrix's norm; for 1, 2, 4, ... and ``r``.
+        errors: rank -> norm of the remainder over the matrix's norm, for ranks 1, 2, 4, ... and ``r``.
     """
 
     lora_A: Tensor
@@ -31,15 +31,15 @@ class Approximation:
 
 
 def approximate(delta: Tensor, rank: int, energy: float | None = None) -> Approximation:
-    """A truncated singular value decomposition of ``delta [out, in]``, which is overwritten by what is left.
+    """Computes a truncated singular value decomposition of ``delta [out, in]``, and overwrites it by the remainder.
 
-    Small matrices are decomposed in full. Of others a randomised method (Halko, Martinsson, Tropp, arXiv 0909.4061,
-    algorithm 4.4) finds the leading part at a cost that grows with the rank, not with the smaller side: with twice the
-    rank in random vectors and four iterations the error is within 1 % of the best one.
+    Small matrices are decomposed in full. For larger ones a randomised method (Halko, Martinsson, Tropp, arXiv
+    0909.4061, algorithm 4.4) finds the leading part at a cost that grows with the rank, not with the smaller side. With
+    twice as many random vectors as the rank and four iterations, the error is within 1 % of the best one.
 
     Args:
-        rank: at most this, and at most the smaller side.
-        energy: take the smallest rank that leaves at most ``1 - energy`` of the squared norm, where ``rank`` allows it.
+        rank: largest rank; the smaller side of the matrix is a limit too.
+        energy: take the smallest rank up to ``rank`` that leaves at most ``1 - energy`` of the squared norm.
     """
     small = min(delta.shape)
     rank = min(rank, small)
@@ -49,7 +49,7 @@ def approximate(delta: Tensor, rank: int, energy: float | None = None) -> Approx
         U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
     else:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # the same files give the same adapter
+            torch.manual_seed(0)  # so that the same files give the same adapter
             U, S, V = torch.svd_lowrank(delta, q=vectors, niter=_ITERATIONS)
         Vh = V.T
     if energy is not None and norm > 0:
@@ -57,7 +57,7 @@ def approximate(delta: Tensor, rank: int, energy: float | None = None) -> Approx
         rank = min(rank, int((kept < energy).sum()) + 1)
     root = S[:rank].sqrt()
     A, B = root[:, None] * Vh[:rank], U[:, :rank] * root
-    # Norms of what is really left: differences of squares would lose what is small next to the norm.
+    # Norms of the actual remainder: differences of squares would lose remainders that are small next to the norm.
     errors, done = {}, 0
     for r in sorted({2**i for i in range(rank.bit_length()) if 2**i <= rank} | {rank}):
         delta.addmm_(B[:, done:r], A[done:r], alpha=-1)

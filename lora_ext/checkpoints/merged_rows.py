@@ -1,7 +1,7 @@
-"""The values of a plan's tensors, a block of rows at a time: no tensor is ever whole in memory.
+"""Computes the tensors of a merge a block of rows at a time. No tensor is ever whole in memory.
 
-Every tensor is seen as a matrix, of the rows of its first dimension; a stack of matrices as one above the other. An
-element's sum does not depend on the rows around it, so that a block has the bits that the whole would have.
+A tensor counts as a matrix with the rows of its first dimension; a stack of matrices as one matrix above the next. The
+sum for an element does not depend on other rows, so a block has the same bits as the same rows of the whole.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lora_ext.checkpoints.changes import TensorPlan, Term
+from lora_ext.checkpoints.changes import TensorChange, Term
 from lora_ext.checkpoints.checkpoint_files import Checkpoint, raw_blocks
 from lora_ext.files.file_bytes import read_into, tensor_bytes
 from lora_ext.files.regular_file import open_regular
@@ -23,12 +23,12 @@ from lora_ext.merging.weights import MergeRecord, merge_all_, pack_factors
 
 __all__ = ["BLOCK_BYTES", "Block", "Factors", "blocks", "factors", "matrix_shape", "split_stack"]
 
-BLOCK_BYTES = 32 << 20  # of the source; large enough for the disk, and little next to PyTorch itself
+BLOCK_BYTES = 32 << 20  # of the source: large enough for fast reads, small next to PyTorch itself
 
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
-    """What is merged into the rows ``begin`` to ``end``: ``lora_A [r, cols]``, scaled ``lora_B [end - begin, r]``."""
+    """Factors for the rows ``begin`` to ``end``: ``lora_A [r, cols]`` and the scaled ``lora_B [end - begin, r]``."""
 
     begin: int
     end: int
@@ -41,41 +41,42 @@ class Block:
     """Consecutive rows of the result.
 
     Attributes:
-        records: for each merge into them: first row, row behind the last, record.
+        values: the rows ``[n, cols]``, or bytes of a tensor that is copied.
+        records: ``(first row, end row, record)`` of each merge into them.
     """
 
     values: Tensor
     records: list[tuple[int, int, MergeRecord]] = dataclasses.field(default_factory=list)
 
 
-def matrix_shape(plan: TensorPlan) -> tuple[int, int]:
-    """``(rows, cols)`` of the matrix that the tensor is seen as."""
-    shape = plan.shape
+def matrix_shape(change: TensorChange) -> tuple[int, int]:
+    """``(rows, cols)`` of the tensor as a matrix."""
+    shape = change.shape
     if len(shape) < 2:
         return 1, math.prod(shape)
-    if any(term.is_parameter for term in plan.terms):
+    if any(term.is_parameter for term in change.terms):
         return math.prod(shape[:-1]), shape[-1]
     return shape[0], math.prod(shape[1:])
 
 
-def factors(plan: TensorPlan, dtype: torch.dtype) -> list[Factors]:
-    """The factors of all terms side by side, by rows. ``dtype``: of the tensor they are merged into."""
-    if not plan.terms:
+def factors(change: TensorChange, dtype: torch.dtype) -> list[Factors]:
+    """The factors of all terms side by side, for each matrix of the tensor. ``dtype`` is the dtype of the tensor."""
+    if not change.terms:
         return []
-    rows, _ = matrix_shape(plan)
-    each = [_pairs(term) for term in plan.terms]
-    height = rows // len(each[0])
+    rows, _ = matrix_shape(change)
+    pairs_of_terms = [_pairs(term) for term in change.terms]
+    height = rows // len(pairs_of_terms[0])
     result = []
-    for i, pairs in enumerate(zip(*each, strict=True)):
+    for i, pairs in enumerate(zip(*pairs_of_terms, strict=True)):
         A, B = pack_factors(dtype, pairs)
         result.append(Factors(i * height, (i + 1) * height, A, B))
-    for term in plan.terms:
+    for term in change.terms:
         term.file.release()
     return result
 
 
 def _pairs(term: Term) -> list[tuple[Tensor, Tensor, float]]:
-    """``(lora_A, lora_B, scaling)`` of each matrix of the stack, as it lies."""
+    """``(lora_A, lora_B, scaling)`` for each matrix of the stack, in the layout of the tensor."""
     B = term.file.tensor(term.lora_B)
     if term.lora_A is None:
         return [(B[None], torch.ones(1, 1, dtype=B.dtype), term.scaling)]
@@ -87,8 +88,8 @@ def _pairs(term: Term) -> list[tuple[Tensor, Tensor, float]]:
 
 
 def split_stack(A: Tensor, B: Tensor, matrices: int, is_parameter: bool) -> list[tuple[Tensor, Tensor]]:
-    """``(lora_A [r, in], lora_B [out, r])`` of each matrix of a stack, as PEFT stores them."""
-    if is_parameter:  # A [matrices * r, in], B [out, r * matrices], of which the matrix is the faster index
+    """Splits PEFT's factors of a stack into ``(lora_A [r, in], lora_B [out, r])`` for each matrix."""
+    if is_parameter:  # A [matrices * r, in], B [out, r * matrices], where the matrix is the faster index
         As = A.reshape(matrices, -1, A.shape[-1]).unbind()
         Bs = B.reshape(B.shape[0], -1, matrices).unbind(-1)
     else:
@@ -97,36 +98,36 @@ def split_stack(A: Tensor, B: Tensor, matrices: int, is_parameter: bool) -> list
 
 
 def blocks(
-    plan: TensorPlan,
+    change: TensorChange,
     key: str,
     base: Checkpoint,
     dtype: torch.dtype | None,
     record: bool = False,
     before: Callable[[memoryview], None] = lambda data: None,
 ) -> Iterator[Block]:
-    """The tensor's values from its first row to its last.
+    """Computes the tensor's values from the first row to the last.
 
     Args:
-        dtype: convert to it, after all is added in the wider of this and the base's dtype; None: as stored.
-        record: keep what takes the updates out again.
-        before: gets the bytes of what is changed, or copied, a block at a time and before it is changed.
+        dtype: convert to it. Updates are added before, in the wider of this and the base's dtype. None: as stored.
+        record: keep the records that undo the merge.
+        before: called with the bytes of each block before it is changed or copied.
 
     Raises:
-        ValueError: a result is NaN or infinite; or the files changed meanwhile.
+        ValueError: a result is NaN or infinite, or the files have changed meanwhile.
     """
-    stored = DTYPES.get(plan.dtype)
+    stored = DTYPES.get(change.dtype)
     out = stored if dtype is None else dtype
-    if stored is None or (out == stored and not plan.is_changed):
-        for values in raw_blocks(base.file(plan.source), base.info(plan.source), BLOCK_BYTES):
+    if stored is None or (out == stored and not change.is_changed):
+        for values in raw_blocks(base.file(change.source), base.info(change.source), BLOCK_BYTES):
             before(tensor_bytes(values))
             yield Block(values)
         return
     work = torch.promote_types(stored, out)
-    rows, cols = matrix_shape(plan)
+    rows, cols = matrix_shape(change)
     row_bytes = cols * max(work.itemsize, stored.itemsize)
     height = max(BLOCK_BYTES // max(row_bytes, 1), 1)
-    own, replaced = factors(plan, work), _rows(plan)
-    with _open_source(plan, base, stored) as read:
+    parts, replaced = factors(change, work), _rows(change)
+    with _open_source(change, base, stored) as read:
         for begin in range(0, rows, height):
             end = min(begin + height, rows)
             values = read(begin, end, cols)
@@ -135,7 +136,7 @@ def blocks(
             for index, row in replaced.items():
                 if begin <= index < end:
                     values[index - begin] = row
-            records = _merge(values, begin, own, key, record)
+            records = _merge(values, begin, parts, key, record)
             converted = values.to(out)
             if out != work and not converted.isfinite().all() and values.isfinite().all():
                 raise ValueError(f"merge: {key} has values that {out} cannot hold; choose a wider dtype")
@@ -143,30 +144,32 @@ def blocks(
 
 
 def _merge(
-    values: Tensor, begin: int, own: list[Factors], key: str, record: bool
+    values: Tensor, begin: int, parts: list[Factors], key: str, record: bool
 ) -> list[tuple[int, int, MergeRecord]]:
-    parts = []
-    for part in own:
+    merges = []
+    for part in parts:
         first, last = max(part.begin, begin), min(part.end, begin + len(values))
         if first < last:
             weight = values[first - begin : last - begin]
-            parts.append((first, last, weight, part.lora_A, part.lora_B[first - part.begin : last - part.begin]))
-    weights, As, Bs = ([part[i] for part in parts] for i in (2, 3, 4))
-    kept = merge_all_("merge", weights, As, Bs, [key] * len(parts), record)
-    return [(first, last, one) for (first, last, *_), one in zip(parts, kept, strict=True) if one is not None]
+            merges.append((first, last, weight, part.lora_A, part.lora_B[first - part.begin : last - part.begin]))
+    weights, As, Bs = ([part[i] for part in merges] for i in (2, 3, 4))
+    kept = merge_all_("merge", weights, As, Bs, [key] * len(merges), record)
+    return [(first, last, one) for (first, last, *_), one in zip(merges, kept, strict=True) if one is not None]
 
 
-def _rows(plan: TensorPlan) -> dict[int, Tensor]:
+def _rows(change: TensorChange) -> dict[int, Tensor]:
     return {
-        index: row for file, key, indices in plan.rows for index, row in zip(indices, file.tensor(key), strict=True)
+        index: row for file, key, indices in change.rows for index, row in zip(indices, file.tensor(key), strict=True)
     }
 
 
 @contextmanager
-def _open_source(plan: TensorPlan, base: Checkpoint, dtype: torch.dtype) -> Iterator[Callable[[int, int, int], Tensor]]:
-    """``read(begin, end, cols)``: rows of the tensor before it is changed, in memory of their own."""
-    if plan.replacement is not None:
-        adapter, key = plan.replacement
+def _open_source(
+    change: TensorChange, base: Checkpoint, dtype: torch.dtype
+) -> Iterator[Callable[[int, int, int], Tensor]]:
+    """Yields ``read(begin, end, cols)``, which reads rows of the unchanged tensor into new memory."""
+    if change.replacement is not None:
+        adapter, key = change.replacement
 
         def read_replacement(begin: int, end: int, cols: int) -> Tensor:
             values = adapter.tensor(key).flatten()[begin * cols : end * cols]  # a row may be empty
@@ -175,8 +178,8 @@ def _open_source(plan: TensorPlan, base: Checkpoint, dtype: torch.dtype) -> Iter
         yield read_replacement
         adapter.release()
         return
-    info = base.info(plan.source)
-    with open_regular(base.file(plan.source)) as file:
+    info = base.info(change.source)
+    with open_regular(base.file(change.source)) as file:
 
         def read(begin: int, end: int, cols: int) -> Tensor:
             values = torch.empty(end - begin, cols, dtype=dtype)

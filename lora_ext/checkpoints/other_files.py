@@ -1,4 +1,4 @@
-"""What a checkpoint's directory holds next to its weights: configs, tokenizer, code, cards."""
+"""The files next to a checkpoint's weights: configs, tokenizer, code, cards."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ __all__ = [
 ]
 
 RECORD_DIRECTORY = "merge_record"
-"""Where a merge keeps what it lost: of no use next to any other weights."""
+"""The directory of a merge's record. It fits only the weights that it was written with."""
 
 CONFIG_FILE = "config.json"
-"""The model's."""
+"""The model's config."""
 
-_LARGEST_CONFIG = 10_000_000  # bytes; those of real models have some thousand
+_LARGEST_CONFIG = 10_000_000  # bytes; configs of real models have some thousand
 _CHUNK_BYTES = 1 << 20
 
-# Weights in other formats: copied, they would be those from before the merge.
+# Weights in other formats. A copy would hold the weights from before the merge.
 _OTHER_WEIGHTS = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -55,10 +55,10 @@ _OTHER_WEIGHTS = (
 
 
 def list_other_files(base: Checkpoint) -> tuple[list[str], list[str]]:
-    """The files below a checkpoint's directory that go with it, except its weights and hidden ones.
+    """Lists the files below a checkpoint's directory, except its weights and hidden files.
 
     Returns:
-        The paths of what is copied with the checkpoint, and of what is left out as it holds the weights once more.
+        The paths of files to copy, and of files to leave out because they hold the weights again.
     """
     copied: list[str] = []
     skipped: list[str] = []
@@ -73,7 +73,7 @@ def list_other_files(base: Checkpoint) -> tuple[list[str], list[str]]:
 
 
 def copy_file(source: Path, target: Path) -> str:
-    """Copies a regular file's content, and returns its digest. Makes the target's directory if need be."""
+    """Copies the content of a regular file and returns its digest. Makes the target's directory if necessary."""
     target.parent.mkdir(parents=True, exist_ok=True)
     digest, offset = TextDigest(), 0
     with open_regular(source) as reading, open(target, "wb", buffering=0) as writing:
@@ -85,7 +85,7 @@ def copy_file(source: Path, target: Path) -> str:
 
 
 def read_model_config(base: Checkpoint) -> dict[str, Any] | None:
-    """The content of ``config.json``, or None where there is none. ValueError: it is no JSON object."""
+    """Reads ``config.json``; returns None if there is none. Raises ValueError if it is no JSON object."""
     try:
         return read_json_object(base.directory / CONFIG_FILE, "", _LARGEST_CONFIG)
     except FileNotFoundError:
@@ -93,10 +93,10 @@ def read_model_config(base: Checkpoint) -> dict[str, Any] | None:
 
 
 def write_model_config(base: Checkpoint, out: Path, changes: Mapping[str, Any]) -> None:
-    """Writes the ``config.json`` of ``base`` into the directory ``out``, with changes; nothing if it has none.
+    """Writes the ``config.json`` of ``base``, if it has one, into the directory ``out``, with changes.
 
     Args:
-        changes: ``dtype`` wherever it or ``torch_dtype`` is given, other keys at the top.
+        changes: new values. ``dtype`` replaces every ``dtype`` and ``torch_dtype``; other keys are of the top level.
     """
     values = read_model_config(base)
     if values is None:

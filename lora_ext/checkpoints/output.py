@@ -1,4 +1,4 @@
-"""A whole checkpoint, written from blocks: its files, their index, and what the source has next to its weights."""
+"""Writes a whole checkpoint from blocks: its files, their index, and copies of the source's other files."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_ext._common.progress import Progress, progress
 from lora_ext.checkpoints.checkpoint_files import INDEX_FILE, SINGLE_FILE, Checkpoint
 from lora_ext.checkpoints.merged_rows import Block
 from lora_ext.checkpoints.other_files import CONFIG_FILE, copy_file, list_other_files, write_model_config
-from lora_ext.checkpoints.progress import Progress, progress
 from lora_ext.checkpoints.staging import Staging
 from lora_ext.checkpoints.writing import Description, compare_file, write_file
 
@@ -25,12 +25,12 @@ __all__ = ["Output", "Written", "check_apart", "index_metadata", "shard_metadata
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """What became of a source's files.
+    """The result of writing a checkpoint.
 
     Attributes:
-        kept: files that an earlier run, which did not end, had made.
-        copied: digests of the files next to the weights, by their paths.
-        skipped: such files that were left out, as they hold the weights once more.
+        kept: number of files that an interrupted run had written.
+        copied: path -> digest of each copied file next to the weights.
+        skipped: files that were not copied because they hold the weights again.
     """
 
     kept: int
@@ -40,17 +40,17 @@ class Written:
 
 @dataclasses.dataclass
 class Output:
-    """What a checkpoint is made of.
+    """A checkpoint to be written.
 
     Attributes:
-        source: gives the other files.
-        shards: file name -> the tensors in it.
-        blocks: a tensor's values, by its key.
-        metadata: of each file.
-        index_metadata: of the index.
-        what: identifies all this: a run that did not end is continued where it is the same.
-        config_changes: of ``config.json``.
-        recorder: its blocks are written in place of ``blocks``, and its record next to them.
+        source: the checkpoint whose other files are copied.
+        shards: file name -> its tensors.
+        blocks: returns the values of a tensor, given its key.
+        metadata: file name -> its metadata.
+        index_metadata: metadata of the index.
+        what: identifies the output. An interrupted run is continued if this is equal.
+        config_changes: changes of ``config.json``.
+        recorder: if given, its blocks are written instead of ``blocks``, and then its record.
     """
 
     source: Checkpoint
@@ -64,17 +64,18 @@ class Output:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors."""
         return sum(nbytes for tensors in self.shards.values() for *_, nbytes in tensors.values())
 
     def write(self, out: Path, caller: str, *, verify: bool, overwrite: bool, show_progress: bool) -> Written:
-        """Makes the directory ``out``, whole or not at all."""
+        """Writes the directory ``out``, whole or not at all."""
         with Staging(out, self.what, overwrite) as staging:
             kept = sum(name in staging.finished for name in self.shards)
             _check_space(caller, out, self.nbytes - sum(staging.finished.values()))
-            with progress(caller, self.nbytes * (1 + verify), show_progress) as shown:
+            with progress(caller, self.nbytes * (1 + verify), show=show_progress) as shown:
                 self._write_shards(staging, shown)
                 for name, tensors in self.shards.items() if verify else ():
-                    shown.file(name)
+                    shown.note(name)
                     compare_file(staging.path / name, tensors, self.blocks, shown.advance)
             if list(self.shards) != [SINGLE_FILE] and (len(self.shards) > 1 or self.source.index is not None):
                 (staging.path / INDEX_FILE).write_text(self._index(), encoding="utf-8")
@@ -90,7 +91,7 @@ class Output:
             self.recorder.begin(staging.path)
         blocks = self.blocks if self.recorder is None else self.recorder.blocks
         for name, tensors in self.shards.items():
-            shown.file(name)
+            shown.note(name)
             if name in staging.finished:
                 shown.advance(sum(nbytes for *_, nbytes in tensors.values()))
                 continue
@@ -118,21 +119,21 @@ class Output:
 
 
 def shard_metadata(source: Checkpoint, shards: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """The metadata of files named as those of ``source``; of others, those of its first file."""
+    """Metadata for each file: that of the file of the same name in ``source``, or else of its first file."""
     first = next(iter(source.metadata.values()))
     return {name: source.metadata.get(name, first) or {"format": "pt"} for name in shards}
 
 
 def index_metadata(source: Checkpoint) -> dict[str, Any]:
-    """What the index of ``source`` says about the whole; empty without an index."""
+    """The metadata in the index of ``source``; empty without an index."""
     return (source.index or {}).get("metadata") or {}
 
 
 def check_apart(caller: str, out: Path, sources: Sequence[Path]) -> None:
-    """ValueError where writing ``out`` would remove what is read."""
+    """Raises ValueError if writing ``out`` would remove a source."""
     for source in sources:
         if out.resolve() == source.resolve() or out.resolve() in source.resolve().parents:
-            raise ValueError(f"{caller}: out is {out}, which holds {source}, that is read; choose another directory")
+            raise ValueError(f"{caller}: out is {out}, which contains the input {source}; choose another directory")
 
 
 def _check_space(caller: str, out: Path, needed: int) -> None:

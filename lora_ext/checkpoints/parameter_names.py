@@ -1,4 +1,4 @@
-"""A module's parameters by the names of an adapter, among the names of a checkpoint, which may have another prefix.
+"""Matches names of parameters in an adapter with names in a checkpoint, which may have another prefix.
 
 An adapter of ``BertForSequenceClassification`` calls ``bert.encoder...`` what a checkpoint of ``BertModel`` calls
 ``encoder...``, and the other way round.
@@ -16,10 +16,12 @@ _MOST_PLACES = 5  # in a message
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """Attributes:
-    keys: adapter's name -> checkpoint's key, for the names that were found.
-    same_prefix: no name had to be changed.
-    problems: names with several places, and prefixes that contradict each other.
+    """The result of :func:`match_names`.
+
+    Attributes:
+        keys: name in the adapter -> key in the checkpoint, for the names that were found.
+        same_prefix: every name is a key as it is.
+        problems: names that match several keys, and prefixes that contradict each other.
     """
 
     keys: dict[str, str]
@@ -28,7 +30,8 @@ class Names:
 
 
 def match_names(checkpoint: Collection[str], names: Iterable[str]) -> Names:
-    """Each name's key: the same, else the only one that ends with it after a dot, else the longest such end of it."""
+    """Finds a key for each name: the name itself, or the only key that ends with ``.name``, or the longest end of the
+    name, after a dot, that is a key."""
     keys: dict[str, str] = {}
     problems: list[str] = []
     prefixes: dict[tuple[str, str], str] = {}  # (removed, added) -> the first name
@@ -63,7 +66,7 @@ def match_names(checkpoint: Collection[str], names: Iterable[str]) -> Names:
 
 
 def ends(name: str) -> Iterator[str]:
-    """What follows each dot, the longest first."""
+    """Yields the part after each dot, the longest first."""
     place = name.find(".")
     while place >= 0:
         yield name[place + 1 :]
@@ -71,5 +74,5 @@ def ends(name: str) -> Iterator[str]:
 
 
 def _ends(name: str) -> Iterator[str]:
-    """Those with a dot: a parameter's name alone says nothing."""
+    """Yields the ends with a dot. The name of a parameter alone identifies nothing."""
     return (end for end in ends(name) if "." in end)

@@ -1,4 +1,4 @@
-"""Reading ``merge_record/`` (record_format.py): every bit of the base of a merged checkpoint, or an error."""
+"""Reads ``merge_record/`` (record_format.py): restores every bit of a merged checkpoint's base, or raises an error."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["Record"]
 
 @dataclasses.dataclass(frozen=True)
 class _Kept:
-    """A tensor of the base: what it was, and the parts that its record has of it, unread, in the file ``path``."""
+    """A tensor of the base: its description, and the unread parts of its record in the file ``path``."""
 
     base: BaseTensor
     path: Path
@@ -41,16 +41,16 @@ class _Kept:
 
 
 class Record:
-    """The record of a merged checkpoint, opened; no tensor is read.
+    """The opened record of a merged checkpoint. Opening it reads no tensor.
 
     Attributes:
-        manifest: what it says of the whole checkpoint.
+        manifest: describes the whole checkpoint.
         added: keys of the checkpoint that the base lacks.
-        files: that it consists of.
+        files: paths of the record's files.
     """
 
     def __init__(self, merged: Checkpoint, caller: str = "unmerge") -> None:
-        """Raises OSError or ValueError: the record is missing, not whole, corrupted, or that of another checkpoint."""
+        """Raises OSError or ValueError if the record is missing, incomplete, corrupted, or of another checkpoint."""
         self._merged, self._caller, self._hasher = merged, caller, Hasher()
         directory = merged.directory / RECORD_DIRECTORY
         self.manifest = Manifest.read(directory / MANIFEST_FILE, caller)
@@ -65,45 +65,47 @@ class Record:
             self._open(directory / name, name)
 
     def _open(self, path: Path, name: str) -> None:
-        """Reads the headers of the record of the checkpoint's file ``name``, and compares them with that file."""
+        """Reads the header of the record of the checkpoint's file ``name``, and compares it with that file."""
         parts, metadata = read_header(path)
         if TextDigest(header_bytes(path)).hexdigest() != self.manifest.files[name]:
             raise ValueError(f"{self._caller}: {path} was changed since the merge wrote it, or is of another merge")
-        own = FileRecord.from_metadata(path, metadata)
+        header = FileRecord.from_metadata(path, metadata)
         tensors = self._merged.shards[name]
-        problems = [f"not of this merge: {key}" for key in tensors if key not in own.tensors and key not in own.added]
-        problems += [f"missing: {key}" for key in [*own.tensors, *own.added] if key not in tensors]
+        problems = [
+            f"not of this merge: {key}" for key in tensors if key not in header.tensors and key not in header.added
+        ]
+        problems += [f"missing: {key}" for key in [*header.tensors, *header.added] if key not in tensors]
         if problems:
             file = self._merged.directory / name
             raise ValueError(f"{self._caller}: {file} has other tensors than its record:{listed(problems)}")
-        by_key: dict[str, dict[str, TensorInfo]] = {key: {} for key in own.tensors}
+        by_key: dict[str, dict[str, TensorInfo]] = {key: {} for key in header.tensors}
         for part, info in parts.items():
             key, _, kind = part.rpartition(":")
             if key not in by_key:
                 raise ValueError(f"{self._caller}: {path} has a part of an unknown tensor: {part}")
             by_key[key][kind] = info
-        for key, base in own.tensors.items():
+        for key, base in header.tensors.items():
             kept = _Kept(base, path, by_key[key])
             if wrong := _misfit(kept, tensors[key]):
                 raise ValueError(f"{self._caller}: {key} is not as it was merged: {wrong}")
             self._kept[key] = kept
-        self.added |= set(own.added)
+        self.added |= set(header.added)
 
     @property
     def num_tensors(self) -> int:
-        """Tensors of the base that the merge had changed."""
+        """Number of tensors of the base that the merge has changed."""
         return sum(bool(kept.parts) for kept in self._kept.values())
 
     def info(self, key: str) -> TensorInfo:
-        """The base's tensor ``key``, as it lies in the record or in the merged checkpoint."""
+        """Dtype, shape and place of the base's tensor ``key``, in the record or in the merged checkpoint."""
         return self._kept[key].parts.get("base", self._merged.info(key))
 
     def restored(self, key: str) -> Iterator[Block]:
-        """The values of the base's tensor ``key``.
+        """Restores the values of the base's tensor ``key``.
 
         Raises:
-            ValueError: they are not the base's, as its digest has shown behind the last block: the merged tensor, or
-                its record, was changed.
+            ValueError: after the last block, if the digest shows that the values are not the base's, because the merged
+                tensor or its record was changed.
         """
         kept = self._kept[key]
         if "words" in kept.parts or "rows" in kept.parts:
@@ -146,12 +148,12 @@ class Record:
                 read_into(file, info.begin + begin * cols * values.itemsize, values)
                 if pairs:
                     A, B = pairs[begin // per_pair]
-                    own = words[begin:end].contiguous()
-                    corrections = torch.empty(int(own.sum(dtype=torch.int64)), dtype=torch.int16)
+                    block_words = words[begin:end].contiguous()
+                    corrections = torch.empty(int(block_words.sum(dtype=torch.int64)), dtype=torch.int16)
                     read_into(record_file, kept.parts["corrections"].begin + 2 * position, corrections)
                     position += len(corrections)
                     first = begin - begin // per_pair * per_pair
-                    record = MergeRecord(A, B[first : first + end - begin], values.dtype, own, corrections)
+                    record = MergeRecord(A, B[first : first + end - begin], values.dtype, block_words, corrections)
                     unmerge_all_(self._caller, [values], [record], [key])
                 for index, row in originals.items():
                     if begin <= index < end:
@@ -163,22 +165,24 @@ class Record:
             return {}
         indices = kept.read("indices").tolist()
         if len(set(indices)) < len(indices) or not all(0 <= index < kept.base.shape[0] for index in indices):
-            raise ValueError(f"{self._caller}: {kept.path} is no record of a merge: it names rows that {key} has not")
+            raise ValueError(
+                f"{self._caller}: {kept.path} is no record of a merge: it names rows that {key} does not have"
+            )
         return dict(zip(indices, kept.read("rows"), strict=True))
 
 
 def _misfit(kept: _Kept, merged: TensorInfo) -> str:
-    """Says why a tensor of the merged checkpoint cannot be what the merge made of the base's; "" if it can."""
+    """Says why a tensor of the merged checkpoint cannot be the merge's result for the base's; "" if it can."""
     base, parts = kept.base, kept.parts
 
     def describe(dtype: str, shape: tuple[int, ...]) -> str:
         return f"{dtype} {list(shape)}"
 
     def has(kind: str, dtype: torch.dtype, *shape: int | None) -> bool:
-        """Whether there is such a part; None: a size that is not known."""
-        own = parts.get(kind)
-        fits = own is not None and own.torch_dtype == dtype and len(own.shape) == len(shape)
-        return fits and all(size in (None, actual) for size, actual in zip(shape, own.shape, strict=True))
+        """Whether there is such a part. None stands for any size."""
+        part = parts.get(kind)
+        fits = part is not None and part.torch_dtype == dtype and len(part.shape) == len(shape)
+        return fits and all(size in (None, actual) for size, actual in zip(shape, part.shape, strict=True))
 
     stored = parts.get("base", merged)
     if (stored.dtype, stored.shape) != (base.dtype, base.shape):

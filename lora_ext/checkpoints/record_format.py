@@ -1,13 +1,15 @@
 """The files of ``merge_record/``, from which every bit of a merged checkpoint's base is restored.
 
-``manifest.json`` has the digest of the header of each other file. These are safetensors files, ``<file>`` for each file
-of the checkpoint; their headers have the dtype, shape and digest of each tensor of the base, and the names of those
-that the merge added. So whatever is restored can be compared with the base, though the base is gone.
+For each file of the checkpoint there is a safetensors file of the same name. Its header has the dtype, shape and digest
+of each tensor of the base, and the names of tensors that the merge added. So a restored tensor can be checked although
+the base is gone. ``manifest.json`` has the digest of each file's header.
 
-Their tensors are, for a tensor ``key`` that updates were merged into, the parts of its
-:class:`~lora_ext.merging.weights.MergeRecord`: ``key:lora_A.<i>``, ``key:lora_B.<i>`` (of each matrix of a stack),
-``key:words`` and ``key:corrections``. For replaced rows, the base's: ``key:rows`` and ``key:indices``. For a replaced
-tensor, the base's whole: ``key:base``.
+The tensors of these files depend on what the merge did to a tensor ``key``:
+
+- Updates were merged into it: the parts of its :class:`~lora_ext.merging.weights.MergeRecord`, which are
+  ``key:lora_A.<i>`` and ``key:lora_B.<i>`` (for each matrix of a stack), ``key:words`` and ``key:corrections``.
+- Rows were replaced: the base's ``key:rows``, and ``key:indices``.
+- The tensor was replaced: the base's whole tensor, ``key:base``.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ _LARGEST_MANIFEST = 100_000_000  # bytes
 
 @dataclasses.dataclass(frozen=True)
 class BaseTensor:
-    """A tensor of the base: ``dtype`` by its name in the file format."""
+    """Description of a tensor of the base. ``dtype`` is the name in the file format."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -41,10 +43,10 @@ class BaseTensor:
 
 @dataclasses.dataclass(frozen=True)
 class FileRecord:
-    """What the header of a record's file says about a file of the checkpoint.
+    """The header of a record's file, which describes a file of the checkpoint.
 
     Attributes:
-        tensors: of the base, by key; all that are in the file.
+        tensors: key -> description, of all tensors of the base in the file.
         added: keys in the file that the base lacks.
     """
 
@@ -52,13 +54,13 @@ class FileRecord:
     added: list[str]
 
     def to_metadata(self) -> dict[str, str]:
-        """The metadata of the record's file."""
+        """The metadata for the record's file."""
         tensors = {key: dataclasses.astuple(tensor) for key, tensor in self.tensors.items()}
         return {"format": "pt", _METADATA_KEY: json.dumps({"tensors": tensors, "added": self.added})}
 
     @classmethod
     def from_metadata(cls, path: Path, metadata: Mapping[str, str]) -> FileRecord:
-        """Raises ValueError where :meth:`to_metadata` did not make it."""
+        """Parses what :meth:`to_metadata` returned. Raises ValueError for anything else."""
         content = parse_json_object(metadata.get(_METADATA_KEY, "{}"), f"{path}: its metadata")
         tensors, added = content.get("tensors"), content.get("added")
         if not isinstance(tensors, dict) or not _is_list_of(added, str):
@@ -77,9 +79,9 @@ class Manifest:
 
     Attributes:
         files: file of the checkpoint -> digest of the header of its record.
-        metadata: file of the checkpoint -> metadata of the base's.
-        index_metadata: of the base's index; empty without one.
-        other_files: copied files -> their digests.
+        metadata: file of the checkpoint -> metadata of the base's file.
+        index_metadata: metadata of the base's index; empty without an index.
+        other_files: copied file -> digest.
     """
 
     files: dict[str, str]
@@ -88,14 +90,14 @@ class Manifest:
     other_files: dict[str, str]
 
     def write(self, path: Path) -> None:
-        """Writes it, with a digest of its own."""
+        """Writes the content and its digest."""
         content = dataclasses.asdict(self) | {"version": _VERSION}
         text = json.dumps({"content": content, "digest": _digest(content)}, indent=1)
         path.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path, caller: str) -> Manifest:
-        """Raises ValueError where :meth:`write` did not make it, or it was changed since."""
+        """Reads the file. Raises ValueError if :meth:`write` did not write it, or if it has changed since."""
         try:
             values = read_json_object(path, caller, _LARGEST_MANIFEST)
         except FileNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Writing ``merge_record/`` (record_format.py) during a merge: what rounding loses, and the base's digests."""
+"""Writes ``merge_record/`` (record_format.py) during a merge: the rounding corrections, and the base's digests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_ext._common.printable import check_name
 from lora_ext._ops.checks import merge_segments
-from lora_ext.checkpoints.changes import MergePlan
+from lora_ext.checkpoints.changes import MergeChanges
 from lora_ext.checkpoints.checkpoint_files import Checkpoint, raw_blocks
 from lora_ext.checkpoints.digests import Hasher, TextDigest
 from lora_ext.checkpoints.merged_rows import BLOCK_BYTES, Block, blocks, factors, matrix_shape
@@ -28,18 +28,18 @@ __all__ = ["RecordWriter"]
 
 @dataclasses.dataclass
 class _Corrections:
-    """A tensor's corrections: their place in the spool, and how many words each segment has."""
+    """A tensor's corrections: their offset in the spool, and the number of words of each segment."""
 
     offset: int
     words: list[Tensor] = dataclasses.field(default_factory=list)
 
 
 class RecordWriter:
-    """Merges, and collects the record of one file's tensors, to write it when the file is done."""
+    """Merges tensors, and collects the record of one file's tensors until the file is written."""
 
-    def __init__(self, plan: MergePlan, base: Checkpoint) -> None:
-        """Raises ValueError: the name of a file cannot be recorded."""
-        self._plan, self._base, self._hasher = plan, base, Hasher()
+    def __init__(self, changes: MergeChanges, base: Checkpoint) -> None:
+        """Raises ValueError if the name of a file cannot be recorded."""
+        self._changes, self._base, self._hasher = changes, base, Hasher()
         self._corrections: dict[str, _Corrections] = {}
         self._digests: dict[str, str] = {}
         self._spool: Any = None
@@ -48,13 +48,13 @@ class RecordWriter:
             check_name(name, str(base.directory))
 
     def begin(self, directory: Path) -> None:
-        """Opens a file without a name in ``directory``, which has room for what is written there anyway."""
+        """Opens a file without a name in ``directory``, whose disk has room for the output anyway."""
         (directory / RECORD_DIRECTORY).mkdir(exist_ok=True)
-        self._spool = tempfile.TemporaryFile(buffering=0, dir=directory)  # noqa: SIM115  it goes with this object
+        self._spool = tempfile.TemporaryFile(buffering=0, dir=directory)  # noqa: SIM115  is closed with this object
 
     def blocks(self, key: str) -> Iterator[Block]:
-        """The values of the tensor ``key``, while what they lost is noted."""
-        tensor = self._plan.tensors[key]
+        """Merges the tensor ``key`` block by block, and keeps its record."""
+        tensor = self._changes.tensors[key]
         if tensor.source is None:
             yield from blocks(tensor, key, self._base, None)
             return
@@ -80,24 +80,24 @@ class RecordWriter:
         self._digests[key] = digest.hexdigest()
 
     def write(self, directory: Path, name: str, tensors: Mapping[str, Description]) -> list[str]:
-        """Writes the record of the file ``name``, which has just been written; returns the name of its own file."""
+        """Writes the record of the file ``name``, which has just been written. Returns the record's file name."""
         parts: dict[str, Tensor | Callable[[], Iterator[Tensor]]] = {}
         described: dict[str, Description] = {}
         base_tensors: dict[str, BaseTensor] = {}
         for key in tensors:
-            tensor = self._plan.tensors[key]
+            tensor = self._changes.tensors[key]
             if tensor.source is None:
                 continue
             info = self._base.info(tensor.source)
             base_tensors[key] = BaseTensor(info.dtype, info.shape, self._digests[key])
             if tensor.replacement is not None:
                 described[f"{key}:base"] = info.dtype, info.shape, info.nbytes
-                parts[f"{key}:base"] = lambda own=tensor.source: raw_blocks(
-                    self._base.file(own), self._base.info(own), BLOCK_BYTES
+                parts[f"{key}:base"] = lambda source=tensor.source: raw_blocks(
+                    self._base.file(source), self._base.info(source), BLOCK_BYTES
                 )
                 continue
             if tensor.rows:
-                indices = torch.tensor([index for *_, own in tensor.rows for index in own])
+                indices = torch.tensor([index for *_, rows in tensor.rows for index in rows])
                 parts[f"{key}:indices"] = indices
                 parts[f"{key}:rows"] = self._base_rows(tensor.source, indices.tolist())
             if (kept := self._corrections.get(key)) is not None:
@@ -105,8 +105,8 @@ class RecordWriter:
                 count = int(parts[f"{key}:words"].sum(dtype=torch.int64))
                 described[f"{key}:corrections"] = DTYPE_NAMES[torch.int16], (count,), 2 * count
                 parts[f"{key}:corrections"] = lambda kept=kept, count=count: self._read_corrections(kept.offset, count)
-                for i, own in enumerate(factors(tensor, DTYPES[tensor.dtype])):
-                    parts |= {f"{key}:lora_A.{i}": own.lora_A, f"{key}:lora_B.{i}": own.lora_B}
+                for i, pair in enumerate(factors(tensor, DTYPES[tensor.dtype])):
+                    parts |= {f"{key}:lora_A.{i}": pair.lora_A, f"{key}:lora_B.{i}": pair.lora_B}
         for part, content in parts.items():
             if isinstance(content, Tensor):
                 described[part] = DTYPE_NAMES[content.dtype], tuple(content.shape), content.nbytes
@@ -116,7 +116,7 @@ class RecordWriter:
             for values in (content,) if isinstance(content, Tensor) else content():
                 yield Block(values)
 
-        added = [key for key in tensors if self._plan.tensors[key].source is None]
+        added = [key for key in tensors if self._changes.tensors[key].source is None]
         metadata = FileRecord(base_tensors, added).to_metadata()
         write_file(directory / RECORD_DIRECTORY / name, described, metadata, part_blocks)
         self._corrections.clear()
@@ -132,16 +132,16 @@ class RecordWriter:
         index_metadata: Mapping[str, Any],
         other_files: Mapping[str, str],
     ) -> None:
-        """Writes the manifest, when all files of the checkpoint and the other files are there.
+        """Writes the manifest, after all files of the checkpoint and the other files.
 
         Args:
-            metadata: of the checkpoint's files, by their names.
-            other_files: digests of what was copied from the base.
+            metadata: file of the checkpoint -> its metadata.
+            other_files: file copied from the base -> digest.
         """
-        own = directory / RECORD_DIRECTORY
-        files = {name: TextDigest(header_bytes(own / name)).hexdigest() for name in metadata}
+        records = directory / RECORD_DIRECTORY
+        files = {name: TextDigest(header_bytes(records / name)).hexdigest() for name in metadata}
         metadata = {name: dict(values) for name, values in metadata.items()}
-        Manifest(files, metadata, dict(index_metadata), dict(other_files)).write(own / MANIFEST_FILE)
+        Manifest(files, metadata, dict(index_metadata), dict(other_files)).write(records / MANIFEST_FILE)
 
     def _read_corrections(self, offset: int, count: int) -> Iterator[Tensor]:
         for begin in range(0, count, BLOCK_BYTES // 2):

@@ -1,14 +1,13 @@
-"""A directory that appears whole or not at all, and whose making can be continued after the process was killed."""
+"""Writes a directory that appears whole or not at all. After a kill, the next run continues it."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +17,7 @@ from lora_ext.checkpoints.exchange import exchange
 from lora_ext.files.staged_files import fsync_directory
 from lora_ext.files.untrusted_json import read_json_object
 
-__all__ = ["Staging", "fingerprint", "fsync_directory"]
+__all__ = ["Staging"]
 
 _LARGEST_JOURNAL = 100_000_000  # bytes
 _FREE_SPACE = "free some space and run the same command again"
@@ -28,21 +27,22 @@ _REMEDIES = {
     errno.EROFS: "choose a directory on another disk",
     errno.EACCES: "choose another directory, or change its rights",
     errno.EPERM: "choose another directory, or change its rights and owner",
-    errno.ENAMETOOLONG: "choose a shorter name: something is added to it meanwhile",
+    errno.ENAMETOOLONG: "choose a shorter name: a suffix is added to it while it is written",
     errno.ENOTDIR: "choose another directory, or remove what is there",
 }
 
 
 class Staging:
-    """Makes the directory ``out`` in a hidden one next to it, ``.<out>.unfinished``, that takes its place at the end.
+    """Makes the directory ``out``. Files are written to the hidden ``.<out>.unfinished`` next to it, which takes its
+    place at the end.
 
-    A journal next to it names the files that are complete, and ``what`` is being made: the next run with the same
-    ``what`` keeps them, any other removes them and begins from nothing. After an OSError or Ctrl-C the complete files
-    stay for that; after other errors, which a further try would meet again, nothing does.
+    A journal next to it names the complete files and ``what`` is being made. The next run with an equal ``what`` keeps
+    these files; any other run removes them and starts again. After an OSError or Ctrl-C the complete files stay for
+    this. After other errors, which the next run would meet again, nothing stays.
 
     Attributes:
         path: the hidden directory.
-        finished: names of the files in it that are complete, and their sizes.
+        finished: complete files in it -> their sizes.
     """
 
     def __init__(self, out: Path, what: Mapping[str, Any], overwrite: bool = False) -> None:
@@ -52,9 +52,9 @@ class Staging:
         self._journal = out.parent / f".{out.name}.unfinished.json"
         self._old = out.parent / f".{out.name}.replaced"
         self.finished: dict[str, int] = {}
-        self._parents: list[Path] = []  # of out, that were not there
-        self._is_new = False  # nothing was taken over from another run
-        self._lock: int | None = None  # the hidden directory, opened
+        self._parents: list[Path] = []  # parents of out that this run makes
+        self._is_new = False  # whether this run made the hidden directory
+        self._lock: int | None = None  # descriptor of the hidden directory
 
     def __enter__(self) -> Staging:
         try:
@@ -64,7 +64,7 @@ class Staging:
                 self._clean()
             self._unlock()
             if isinstance(error, OSError):
-                raise self._told(error) from error
+                raise self._explained(error) from error
             raise
         return self
 
@@ -77,13 +77,13 @@ class Staging:
             self._clean()
         self._unlock()
         if isinstance(error, OSError):
-            raise self._told(error) from error
+            raise self._explained(error) from error
 
     def _take(self) -> None:
-        """Makes the hidden directory, or takes what a run left that did not end."""
+        """Makes the hidden directory, or takes over that of an interrupted run."""
         self._lock = self._open()
         if self._lock is None or self._read_journal() is None:
-            self._discard()  # nothing can be continued: what is there, another run replaced and could not remove
+            self._discard()  # nothing to continue: another run replaced this directory and could not remove it
         elif self._old.exists():
             self._put_back()
         self._check()
@@ -102,16 +102,16 @@ class Staging:
                 if (self.path / name).is_file() and (self.path / name).stat().st_size == size
             }
         elif os.path.lexists(self._journal):
-            self._journal.unlink()  # before the files that it names, which may be made again
+            self._journal.unlink()  # before the files that it names: this run may write them again
         self._remove_unfinished()
 
     def finish(self, *names: str) -> None:
-        """Makes complete files last, and enters them into the journal: together, or none of them."""
+        """Writes complete files through to the disk, and then enters them into the journal, all at once."""
         for name in names:
             with open(self.path / name, "rb") as file:
                 os.fsync(file.fileno())
         for directory in {(self.path / name).parent for name in names} | {self.path}:
-            fsync_directory(directory)  # before the journal says so
+            fsync_directory(directory)  # before the journal names the files
         finished = self.finished | {name: (self.path / name).stat().st_size for name in names}
         with open(self._new_journal, "w", encoding="utf-8") as file:
             json.dump({"what": self.what, "directory": _identity(self.path), "files": finished}, file)
@@ -122,11 +122,11 @@ class Staging:
         self.finished = finished
 
     def publish(self) -> None:
-        """Puts the directory in the place of ``out``, and removes what was there.
+        """Moves the directory to ``out``, and removes the old ``out``.
 
-        Where the file system can exchange two directories (Linux), ``out`` is either the old or the new one at any
-        time. Else it is missing between two renames; after a process was killed there, the next run puts the old one
-        back before it continues.
+        If the file system can exchange two directories (Linux), ``out`` is the old or the new one at any time.
+        Otherwise it is missing between two renames. If the process is killed there, the next run puts the old one back
+        before it continues.
         """
         for file in self.path.rglob("*"):
             if file.is_file():
@@ -138,10 +138,10 @@ class Staging:
         old = None
         try:
             if self.out.exists():
-                old = _lock(self.out)  # so that no other run takes it for what a killed one left
+                old = _lock(self.out)  # or another run could take it for a killed run's directory
             if old is None or not exchange(self.path, self.out):
                 self._rename()
-            self.finished = {}  # nothing is left to continue, even where one of the next steps fails
+            self.finished = {}  # nothing is left to continue, even if one of the next steps fails
             fsync_directory(self.out.parent)
             self._discard_old()
         finally:
@@ -167,7 +167,7 @@ class Staging:
             raise
 
     def _check(self) -> None:
-        """Raises FileExistsError where ``out`` must not be made."""
+        """Raises FileExistsError if ``out`` must not be replaced."""
         if self.out.is_symlink() or (self.out.exists() and not self.out.is_dir()):
             raise FileExistsError(f"{self.out} exists and is no directory")
         if not self.out.exists() or not any(self.out.iterdir()):
@@ -178,7 +178,7 @@ class Staging:
             raise FileExistsError(f"{self.out} holds no safetensors file: it is not overwritten; remove it yourself")
 
     def _open(self) -> int | None:
-        """The hidden directory, opened and locked; None where there is none."""
+        """Opens and locks the hidden directory. Returns None if there is none."""
         while True:
             try:
                 fd = _lock(self.path)
@@ -191,14 +191,14 @@ class Staging:
                 raise PermissionError(errno.EPERM, "it belongs to another user", str(self.path))
             if self.path.exists() and os.path.samestat(os.fstat(fd), self.path.stat()):
                 return fd
-            os.close(fd)  # another process removed it meanwhile
+            os.close(fd)  # another process has removed it
 
     @property
     def _new_journal(self) -> Path:
         return self._journal.with_suffix(".new")
 
     def _read_journal(self) -> dict[str, Any] | None:
-        """The journal, if it is about the hidden directory: not about one that has become ``out``."""
+        """Reads the journal. Returns None if it is about another directory, such as one that has become ``out``."""
         try:
             journal = read_json_object(self._journal, "", _LARGEST_JOURNAL)
             about_it = journal["directory"] == _identity(self.path) and isinstance(journal["files"], dict)
@@ -207,7 +207,7 @@ class Staging:
             return None
 
     def _clean(self) -> None:
-        """Removes what the next run cannot continue; what cannot be removed now, that run removes."""
+        """Removes files that the next run cannot continue. If this fails, the next run removes them."""
         with suppress(OSError):
             if self._lock is not None:
                 self._remove_unfinished() if self.finished else self._discard()
@@ -216,7 +216,7 @@ class Staging:
                 parent.rmdir()
 
     def _remove_unfinished(self) -> None:
-        for entry in sorted(self.path.rglob("*"), reverse=True):  # what is in a directory before the directory
+        for entry in sorted(self.path.rglob("*"), reverse=True):  # a directory after its content
             if entry.is_dir() and not entry.is_symlink():
                 if not any(entry.iterdir()):
                     entry.rmdir()
@@ -224,17 +224,17 @@ class Staging:
                 entry.unlink()
 
     def _discard(self) -> None:
-        """Removes all that is next to ``out``, the journal first: without it, the rest is of no use to anybody."""
+        """Removes everything next to ``out``, the journal first: without it, no run uses the rest."""
         self._put_back()
         for path in (self._journal, self._new_journal):
             if os.path.lexists(path):
                 path.unlink()
-        if self._lock is not None and self.path.exists():  # one that is not ours may be in use
+        if self._lock is not None and self.path.exists():  # without the lock, another run may use it
             shutil.rmtree(self.path)
         self._unlock()
 
     def _put_back(self) -> None:
-        """Ends what a process began that was killed between two renames."""
+        """Completes or reverts the two renames of a killed process."""
         if self._old.exists() and not self.out.exists():
             os.rename(self._old, self.out)
         elif self._old.exists():
@@ -245,8 +245,8 @@ class Staging:
             os.close(self._lock)
             self._lock = None
 
-    def _told(self, error: OSError) -> OSError:
-        """An error about what is written here with its path and remedy; others as they are."""
+    def _explained(self, error: OSError) -> OSError:
+        """Adds path and remedy to an error about a file that is written here. Returns other errors unchanged."""
         if error.errno is None:
             return error
         path = Path(error.filename2 or error.filename or self.path)
@@ -259,7 +259,7 @@ class Staging:
 
 
 def _lock(directory: Path) -> int:
-    """A directory, opened and locked. BlockingIOError: another process has it."""
+    """Opens and locks a directory. Raises BlockingIOError if another process has locked it."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -272,21 +272,3 @@ def _lock(directory: Path) -> int:
 def _identity(directory: Path) -> list[int]:
     status = directory.stat()
     return [status.st_dev, status.st_ino]
-
-
-def fingerprint(files: Iterable[Path], contents: bool) -> list[list[Any]]:
-    """What changes when one of ``files`` does: its size and time, or its ``contents``."""
-    return [[str(file), *(_digest(file) if contents else _state(file))] for file in files]
-
-
-def _state(file: Path) -> tuple[int, int]:
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns
-
-
-def _digest(file: Path) -> tuple[str]:
-    digest = hashlib.sha256()
-    with open(file, "rb") as handle:
-        while chunk := handle.read(1 << 20):
-            digest.update(chunk)
-    return (digest.hexdigest(),)

@@ -1,4 +1,4 @@
-"""Output heads that share the weight of the input embedding, of which a checkpoint stores one."""
+"""Finds output heads that share their weight with the input embedding: a checkpoint stores it once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_ext.checkpoints.other_files import read_model_config
 __all__ = ["Tie", "find_tie", "is_embedding"]
 
 _LANGUAGE_MODEL = re.compile(r"LMHead|ForCausalLM|ForMaskedLM|ForConditionalGeneration|ForPreTraining|WithLM")
-# The embedding's name -> the head's, the more special ones first.
+# Name of the embedding -> names of its head, the more specific ones first.
 _HEADS = (
     ("embed_tokens", ("lm_head",)),
     ("wte", ("lm_head",)),
@@ -24,14 +24,14 @@ _HEADS = (
 
 @dataclasses.dataclass(frozen=True)
 class Tie:
-    """``head``, which the checkpoint lacks, is the tensor that it stores as ``embedding``."""
+    """The checkpoint lacks the tensor ``head``, which is equal to its tensor ``embedding``."""
 
     embedding: str
     head: str
 
 
 def find_tie(checkpoint: Checkpoint) -> Tie | None:
-    """By the model's config: a language model whose embedding is stored and whose head is not.
+    """Finds the tie of a language model, by its config, if the embedding is stored and the head is not.
 
     Raises:
         ValueError: the config is wrong.
@@ -57,5 +57,5 @@ def find_tie(checkpoint: Checkpoint) -> Tie | None:
 
 
 def is_embedding(path: str) -> bool:
-    """Whether a module's name is that of an embedding: nothing else in a checkpoint tells it from a linear layer."""
+    """Whether a module is an embedding, by its name: nothing else in a checkpoint tells it from a linear layer."""
     return re.search(r"embed|(^|\.)(wte|wpe|shared)$", path) is not None

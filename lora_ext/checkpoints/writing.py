@@ -1,4 +1,4 @@
-"""One file of a checkpoint: written, or compared, a block of rows at a time."""
+"""Writes one file of a checkpoint, or compares it, a block of rows at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_ext.files.safetensors_format import TensorInfo, encode_header, read_he
 __all__ = ["Description", "compare_file", "write_file"]
 
 Description: TypeAlias = tuple[str, tuple[int, ...], int]
-"""A tensor's dtype by its name in the format, shape, bytes."""
+"""A tensor's dtype (its name in the file format), shape, and bytes."""
 
 
 def write_file(
@@ -26,7 +26,7 @@ def write_file(
     blocks: Callable[[str], Iterator[Block]],
     advance: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
-    """Writes a safetensors file. ``blocks(key)`` gives each tensor's values in order; they are asked for once."""
+    """Writes a safetensors file. ``blocks(key)`` yields the values of a tensor in order; it is called once for each."""
     header, places = encode_header(tensors, metadata)
     with open(path, "wb", buffering=0) as file:
         write_bytes(file, 0, memoryview(header))
@@ -47,14 +47,14 @@ def compare_file(
     blocks: Callable[[str], Iterator[Block]],
     advance: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
-    """Reads a file back and compares it, bit by bit, with what it should hold.
+    """Reads a file back and compares it bit by bit with the expected tensors.
 
     Raises:
-        RuntimeError: naming the first tensor that differs.
+        RuntimeError: a tensor differs; the message names the first one.
     """
     found, _ = read_header(path)
     if wrong := [key for key, one in tensors.items() if key not in found or _describe(found[key]) != one]:
-        raise RuntimeError(f"verify: {path} has not the tensor {wrong[0]} as it should be: {found.get(wrong[0])}")
+        raise RuntimeError(f"verify: {path} lacks the tensor {wrong[0]}, or has another: {found.get(wrong[0])}")
     with open_regular(path) as file:
         for key in tensors:
             offset = found[key].begin

@@ -1,4 +1,4 @@
-"""``lora-ext ...``: each command's module parses its arguments and calls what they ask for; mistakes are told here."""
+"""``lora-ext ...``: each command's module parses its arguments and runs it. Errors are reported here."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lora_ext.tasks import TaskError
 
 _EXIT_DISK, _EXIT_INTERRUPTED = 1, 130
 _STATUS = (
-    "exit status: 0: done; 1: the disk refuses what is to be written, or, of diff, the two differ; 2: a mistake in the "
-    "options or the files; 3: compare has left out methods that do not suit the checkpoint; 130: Ctrl-C"
+    "exit status: 0: done; 1: the disk cannot be written; diff: the two differ; unmerge: not exact; 2: an error in the "
+    "options or the files; 3: compare left out methods that do not suit the checkpoint; 130: Ctrl-C"
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns the exit status: 0, or what the command says, or that of ``_STATUS``."""
+    """Runs one command. Returns its exit status, which ``_STATUS`` explains."""
     parser = argparse.ArgumentParser(prog="lora-ext", description="LoRA in fused kernels.", epilog=_STATUS)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in (info, finetune, compare, sweep, analyze, plan, report, merge, unmerge, extract, inspect, diff):
@@ -41,13 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("lora-ext: interrupted", file=sys.stderr)
         return _EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of our output left, as `head` does
+    except BrokenPipeError:  # the reader of the output has ended, as `head` does
         _silence()
     except OSError as error:
         if error.filename is None:  # standard output, or a bug
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                 raise
-            _silence()  # or Python writes what is left when it ends
+            _silence()  # or Python tries to write the rest at its end
         where = "standard output" if error.filename is None else error.filename
         print(f"lora-ext: error: {where}: {error.strerror}", file=sys.stderr)
         return _EXIT_DISK
@@ -65,14 +65,14 @@ def command() -> int:
 
 
 def _let_threads_sleep() -> None:
-    """Lets the threads of PyTorch's pool sleep where they wait, in this process and those that it starts.
+    """Makes waiting threads of PyTorch's pool sleep, in this process and in those that it starts.
 
-    By default GNU's OpenMP, which PyTorch computes with, lets them spin for a while: on a machine that has other work,
-    they take the time of those that they wait for. On two busy cores a step of the demo model took 9.8 s with two
-    spinning threads, and 2.2 s with two that sleep; where nothing else ran, both took the same.
+    By default GNU's OpenMP, which PyTorch uses, lets waiting threads spin for a while. On a busy machine they take time
+    from the threads that they wait for. On two busy cores a step of the demo model took 9.8 s with two spinning threads
+    and 2.2 s with two sleeping ones; on an idle machine both took the same time.
 
-    The library reads its environment when it is loaded, as it is by now: so finetune, which computes in this process,
-    starts once more in its place.
+    OpenMP reads its environment when it is loaded, which has happened by now. So finetune, which computes in this
+    process, replaces it by a new one.
     """
     if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
         return

@@ -13,11 +13,11 @@ from lora_ext.tasks import TaskError
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "analyze",
-        help="say what adapters learned: subspaces, spectra, amplification, layers that changed most",
+        help="show what adapters learned: subspaces, spectra, amplification, layers that changed most",
         description=(
             "Analyses adapters as section 7 of the LoRA paper does: similarity of subspaces, singular values and "
-            "effective ranks of the updates, their place in the base's weights. Works from the factors, and has one "
-            "weight in memory at a time."
+            "effective ranks of the updates, and their projection onto the base's weights. Works on the factors, and "
+            "holds one weight in memory at a time."
         ),
     )
     add = parser.add_argument
@@ -29,13 +29,17 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="DIR",
         help="in PEFT's format; two or more are compared with each other, layer by layer",
     )
-    add("--base", metavar="PATH_OR_ID", help="safetensors of the base model; else what the adapters name, if found")
-    add("--no-base", dest="use_base", action="store_false", help="leave out what needs the base's weights")
-    add("--layers", metavar="REGEX", help="only layers in whose names this is found: 'layers\\.0\\.|q_proj'")
-    add("--directions", type=int, metavar="N", help="compare at most so many directions of a side (default: 64)")
+    add(
+        "--base",
+        metavar="PATH_OR_ID",
+        help="safetensors of the base model; default: the one that the adapters name, if found",
+    )
+    add("--no-base", dest="use_base", action="store_false", help="leave out results that need the base's weights")
+    add("--layers", metavar="REGEX", help="only layers whose name contains a match: 'layers\\.0\\.|q_proj'")
+    add("--directions", type=int, metavar="N", help="most directions to compare for each factor (default: 64)")
     files.add_fan_in_fan_out(parser)
     files.add_pickle(parser)
-    add("--seed", type=int, help="of the random directions (default: 0)")
+    add("--seed", type=int, help="seed of the random directions (default: 0)")
     training.add_out(parser, "analysis.json, analysis.md and pictures")
     parser.set_defaults(run=run, use_base=None, allow_pickle=None)
 
@@ -44,7 +48,7 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
     training.check_installed("analyze", "analyze", ["matplotlib"])
     from lora_ext.tasks.analyze.run import SETTINGS_FILE, AnalysisSettings, analyze  # imports matplotlib
 
-    # None where the user says nothing: a resumed run takes what it was started with.
+    # None for options that are not given: a resumed run keeps those it was started with.
     names = ("adapters", "base", "use_base", "layers", "directions", "fan_in_fan_out", "allow_pickle", "seed")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     # A resumed run may start in another directory.

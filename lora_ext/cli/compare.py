@@ -32,15 +32,18 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "compare",
         help="fine-tune with several methods from several seeds: accuracy, time, memory, bytes",
         description="Fine-tunes with several methods, each from several seeds; compares accuracy, parameters, time, "
-        "memory, bytes on disk and latency. A method may carry options of its own: lora:r=4:learning-rate=2e-3. One "
-        "that the checkpoint does not suit is left out, and the exit status is 3.",
+        "memory, bytes on disk and latency. A method may have options of its own, as in lora:r=4:learning-rate=2e-3. "
+        "name= gives it a short name, which tables, charts and the directories of its runs use: "
+        "lora:r=16:epochs=4:name=long. A name has at most 40 letters, digits and . _ + -, is used once, "
+        "and stays when the comparison is resumed. A method that does not suit the checkpoint is left out, and the "
+        "exit status is 3.",
         formatter_class=HelpFormatter,
     )
     add = parser.add_argument
-    add("--methods", nargs="+", default=_METHODS, metavar="METHOD", help="which, in the order of the table")
-    without = "of these, or of a comparison that is resumed, leave some out"
+    add("--methods", nargs="+", default=_METHODS, metavar="METHOD", help="methods, in the order of the table")
+    without = "leave out some of these, or of a comparison that is resumed; by name where they have one"
     add("--without", nargs="+", default=[], metavar="METHOD", help=without)
-    add("--seeds", type=training.integers, default=[0, 1, 2], metavar="0,1,2", help="each method is trained from each")
+    add("--seeds", type=training.integers, default=[0, 1, 2], metavar="0,1,2", help="seeds to train each method from")
     training.add_options(parser, _WITHOUT)
     training.add_jobs(parser)
     training.add_threads(parser)
@@ -57,9 +60,10 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
     training.check_installed("compare")
     training.use_threads(args.threads)
     from lora_ext.tasks.comparison.compare import compare
+    from lora_ext.tasks.comparison.method_spec import without
 
     options: dict[str, Any] = training.options_of(args, _WITHOUT)
     with training.saying_how_to_resume("compare", args.out, COMPARE_FILE, args.resume, args.jobs):
-        methods = training.without(args.methods, args.without)
+        methods = without(args.methods, args.without)
         result = compare(methods, args.seeds, options, args.out, jobs=args.jobs, **training.mode(args))
     return _EXIT_LEFT_OUT if result["left_out"] else 0

@@ -18,14 +18,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="compare two adapters or two checkpoints",
         description="Compares two adapters or two checkpoints, bit by bit. Exits with 1 where they differ.",
     )
-    parser.add_argument("a", type=Path, help="a directory, or a safetensors file")
-    parser.add_argument("b", type=Path, help="what to compare it with")
-    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("a", type=Path, help="a directory or a safetensors file")
+    parser.add_argument("b", type=Path, help="the directory or file to compare it with")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> int:
-    from lora_ext.checkpoints.diff import diff
+    from lora_ext.checkpoints import diff
 
     with files.mistakes():
         found = diff(args.a, args.b)

@@ -13,34 +13,44 @@ from lora_ext.cli.formatter import HelpFormatter
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "extract",
-        help="make an adapter of the difference of two checkpoints",
+        help="make an adapter from the difference of two checkpoints",
         description=(
-            "Approximates what fine-tuning changed by matrices of low rank, and says how much is left at each rank."
+            "Approximates the changes of fine-tuning by matrices of low rank, and shows the error at each rank."
         ),
         formatter_class=HelpFormatter,
     )
     add = parser.add_argument
-    add("--base", type=Path, required=True, metavar="DIR", help="the checkpoint that was tuned")
-    add("--tuned", type=Path, required=True, metavar="DIR", help="what became of it")
-    add("--out", type=Path, required=True, metavar="DIR", help="gets the adapter, in PEFT's format, and extract.json")
-    add("--r", type=int, default=16, metavar="RANK", help="of the adapter; at most")
+    add("--base", type=Path, required=True, metavar="DIR", help="the checkpoint before fine-tuning")
+    add("--tuned", type=Path, required=True, metavar="DIR", help="the checkpoint after fine-tuning")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="directory for the adapter, in PEFT's format, and extract.json",
+    )
+    add("--r", type=int, default=16, metavar="RANK", help="largest rank of a layer")
     add(
         "--energy",
         type=float,
         metavar="PART",
-        help="smallest rank of each layer that keeps this part of the square norm",
+        help="give each layer the smallest rank that keeps this part of the squared norm",
     )
-    add("--target-modules", metavar="NAMES", help="layers to adapt: q_proj,v_proj; else all matrices but embeddings")
-    add("--no-save-others", action="store_true", help="other differences are an error; else saved in full")
+    add(
+        "--target-modules",
+        metavar="NAMES",
+        help="layers to adapt: q_proj,v_proj; default: all matrices except embeddings",
+    )
+    add("--no-save-others", action="store_true", help="make other differences an error; default: save them in full")
     add("--fan-in-fan-out", action="store_true", help="matrices are [in, out], as in Conv1D of GPT-2")
-    add("--dtype", type=files.dtype, default="float32", help="of the factors: float32, bfloat16 or float16")
+    add("--dtype", type=files.dtype, default="float32", help="dtype of the factors: float32, bfloat16 or float16")
     add("--overwrite", action="store_true", help="replace the adapter in --out")
-    add("--json", action="store_true", help="print what was found as JSON")
+    add("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> None:
-    from lora_ext.checkpoints.extract import extract
+    from lora_ext.checkpoints import extract
 
     with files.mistakes():
         report = extract(

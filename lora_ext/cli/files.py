@@ -1,4 +1,4 @@
-"""What the commands on files share: their options, and which errors are the user's."""
+"""Shared by the commands on files: options, errors, output."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat
 
 @contextmanager
 def mistakes() -> Iterator[None]:
-    """Errors about the given files are told without a traceback, and without what a terminal would obey."""
+    """Reports errors about the user's files without a traceback, and without control characters."""
     try:
         yield
     except BrokenPipeError:
@@ -34,7 +34,7 @@ def mistakes() -> Iterator[None]:
 
 
 def print_json(content: Any) -> None:
-    """Prints a dataclass, or what JSON has, as JSON; NaN and infinite numbers, which it has not, are null."""
+    """Prints a dataclass or a JSON value as JSON. NaN and infinite numbers, which JSON lacks, become null."""
     if dataclasses.is_dataclass(content):
         content = dataclasses.asdict(content)
     print(json.dumps(_without_non_finite(content), indent=2, allow_nan=False))
@@ -51,7 +51,7 @@ def _without_non_finite(content: Any) -> Any:
 
 
 def size(text: str) -> int:
-    """Bytes, as ``5GB`` or ``500MiB``."""
+    """Parses a size such as ``5GB`` or ``500MiB`` into bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", text.strip().upper())
     if match is None or float(match[1]) == 0:
         raise argparse.ArgumentTypeError(f"{text!r}, want a size such as 5GB or 500MB")
@@ -59,23 +59,23 @@ def size(text: str) -> int:
 
 
 def dtype(text: str) -> torch.dtype:
-    """A floating-point dtype by PyTorch's name."""
+    """Parses PyTorch's name of a floating-point dtype."""
     if text not in _DTYPES:
         raise argparse.ArgumentTypeError(f"{text!r}, want one of {', '.join(_DTYPES)}")
     return _DTYPES[text]
 
 
 def add_writing(parser: argparse.ArgumentParser) -> None:
-    """The options of commands that write a checkpoint."""
+    """Adds the options of commands that write a checkpoint."""
     add = parser.add_argument
     add("--verify", action="store_true", help="read the result back and compare every bit with a second computation")
     add("--overwrite", action="store_true", help="replace the checkpoint in --out")
     add_pickle(parser)
-    add("--json", action="store_true", help="print what was done as JSON")
+    add("--json", action="store_true", help="print the report as JSON")
 
 
 def add_pickle(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--allow-pickle", action="store_true", help="read adapter_model.bin: of tensors, by pickle")
+    parser.add_argument("--allow-pickle", action="store_true", help="read adapter_model.bin, if it holds only tensors")
 
 
 def add_fan_in_fan_out(parser: argparse.ArgumentParser) -> None:
@@ -83,18 +83,18 @@ def add_fan_in_fan_out(parser: argparse.ArgumentParser) -> None:
         "--fan-in-fan-out",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="how square weights lie where nothing else tells: [in, out] as in Conv1D, or not",
+        help="layout of square weights that no other weight decides: [in, out] as in Conv1D, or [out, in]",
     )
 
 
 def tell(text: str) -> None:
-    """Prints lines with names of files in them, which may hold what a terminal obeys, or what it cannot show."""
+    """Prints lines that may contain names of files: escapes control characters and what the terminal cannot show."""
     encoding = sys.stdout.encoding or "utf-8"
     print(escaped(text, keep="\n").encode(encoding, "backslashreplace").decode(encoding))
 
 
 def table(rows: list[list[str]]) -> str:
-    """Columns next to each other, the first to the left and numbers to the right; the first row is the heading."""
+    """Formats rows as columns; the first row is the heading. The first column is left-aligned, the others right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

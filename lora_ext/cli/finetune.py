@@ -15,7 +15,7 @@ from lora_ext.tasks.finetune.settings import SETTINGS_FILE, Settings, saved_thre
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "finetune",
-        help="fine-tune a text classifier, and report what it cost and gave",
+        help="fine-tune a text classifier, and report its accuracy and cost",
         description="Fine-tunes a text classifier. Without --model and --data: the demo model on the demo reviews.",
         formatter_class=HelpFormatter,
     )
@@ -29,11 +29,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> None:
     if args.resume:
         saved = asdict(Settings.load(args.out))
-        args = parse_again(**saved)  # nobody need repeat what the run was started with ...
+        args = parse_again(**saved)  # options of the run need not be repeated ...
         given = training.options_of(args)
         if changed := [name for name, value in saved.items() if given[name] != value]:
             were = ", ".join(f"--{name.replace('_', '-')} {saved[name]}, now {given[name]}" for name in changed)
-            raise TaskError(f"--resume: the run in {args.out} was started with {were}")  # ... or may change it
+            raise TaskError(f"--resume: the run in {args.out} was started with {were}")  # ... and must not change
     settings = Settings(**training.options_of(args))
     training.check_installed("finetune")
     training.use_threads(args.threads, saved_threads(args.out) if args.resume else None)

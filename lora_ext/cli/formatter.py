@@ -1,4 +1,4 @@
-"""How commands describe themselves."""
+"""Formats the help of commands."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Prints the defaults that say something."""
+    """Prints defaults, except None, True and False."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         says_nothing = action.default is True or action.default in (None, False)

@@ -9,8 +9,8 @@ from lora_ext import info
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("info", help="what was built, and what of it runs on this machine")
-    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser = commands.add_parser("info", help="show what was built, and which kernels run on this machine")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
 

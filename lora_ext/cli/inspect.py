@@ -11,15 +11,15 @@ from lora_ext.cli import files
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("inspect", help="say what an adapter or a checkpoint holds")
-    parser.add_argument("path", type=Path, help="an adapter's directory, or a checkpoint's, or a safetensors file")
+    parser = commands.add_parser("inspect", help="show the contents of an adapter or a checkpoint")
+    parser.add_argument("path", type=Path, help="directory of an adapter or a checkpoint, or a safetensors file")
     files.add_pickle(parser)
-    parser.add_argument("--json", action="store_true", help="as JSON, with every tensor and the whole config")
+    parser.add_argument("--json", action="store_true", help="print JSON, with every tensor and the whole config")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> None:
-    from lora_ext.checkpoints.inspect import inspect
+    from lora_ext.checkpoints import inspect
 
     with files.mistakes():
         found = inspect(args.path, allow_pickle=args.allow_pickle)

@@ -14,8 +14,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "merge",
         help="merge adapters into a checkpoint on disk",
         description=(
-            "Merges adapters into a checkpoint of safetensors files, in the memory of some rows of a tensor. A run "
-            "that was killed is continued by the same command."
+            "Merges adapters into a checkpoint of safetensors files, and holds some rows of a tensor in memory at a "
+            "time. The same command continues a run that was killed."
         ),
     )
     add = parser.add_argument
@@ -28,20 +28,26 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         nargs="+",
         action="extend",
         metavar="DIR",
-        help="in PEFT's format; several are added, in this order, before the result is rounded",
+        help="in PEFT's format; several are added in this order, and the sum is rounded once",
     )
-    add("--out", type=Path, required=True, metavar="DIR", help="gets the merged checkpoint, when it is complete")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="directory for the merged checkpoint; appears when it is complete",
+    )
     add("--dtype", type=files.dtype, help="convert floating-point tensors: float32, bfloat16, float16 or float64")
-    add("--shard-size", type=files.size, metavar="SIZE", help="at most so much in a file (5GB); else the base's files")
+    add("--shard-size", type=files.size, metavar="SIZE", help="largest size of a file (5GB); default: the base's files")
     files.add_fan_in_fan_out(parser)
-    add("--untie", action="store_true", help="store tied weights apart where the adapter changes one of them")
-    add("--record", action="store_true", help="keep what rounding loses in OUT/merge_record, for unmerge")
+    add("--untie", action="store_true", help="store tied weights apart if the adapter changes one of them")
+    add("--record", action="store_true", help="keep the bits that rounding loses in OUT/merge_record, for unmerge")
     files.add_writing(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> None:
-    from lora_ext.checkpoints.merge import merge
+    from lora_ext.checkpoints import merge
 
     with files.mistakes():
         report = merge(
@@ -68,6 +74,6 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
         + (", verified" if report.verified else "")
     )
     if report.kept:
-        files.tell(f"{report.kept} of the files were there from a run that did not end")
+        files.tell(f"{report.kept} of the files were kept from a run that did not end")
     if report.skipped:
         files.tell(f"not copied, as they hold the base's weights: {', '.join(report.skipped)}")

@@ -22,7 +22,7 @@ _TRAINING += ("bottleneck_size", "drop_layers", "prefix_length", "infix_length",
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "plan",
-        help="say what memory and disk a method takes, whether it fits, and what would make it",
+        help="estimate the memory and disk of a method, and what makes it fit",
         description="Counts the memory of training by running a step without data and without weights, and compares "
         "the method with full fine-tuning. Without --model: the demo model.",
         formatter_class=HelpFormatter,
@@ -32,20 +32,35 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add(
         "--seq-len", type=int, default=Settings.max_length, metavar="TOKENS", help="tokens a text, none of them padding"
     )
-    add("--task", help="classification or language-model; else what the config says")
-    labels = "that a classifier tells apart; else what the config says, or 2"
+    add("--task", help="classification or language-model; default: as in the config")
+    labels = "classes of a classifier; default: as in the config, or 2"
     add("--num-labels", type=training.at_least_1, metavar="N", help=labels)
     add("--dtype", default="float32", type=lambda text: _ABBREVIATIONS.get(text, text), help=", ".join(WEIGHT_DTYPES))
     add("--optimizer", default="adamw", help=", ".join(OPTIMIZERS))
-    add("--gradient-checkpointing", action="store_true", help="keep a layer's input, and compute the layer again")
-    add("--accumulation-steps", type=int, default=1, metavar="N", help="batches whose gradients are added up")
-    add("--attention", choices=["sdpa", "eager"], help="the implementation; else what transformers takes by itself")
-    add("--device", default="cuda", choices=["cuda", "cpu"], help="whose kernels it would run on")
-    add("--gpu-memory", type=files.size, metavar="SIZE", help="80GB or 80GiB: whether it fits, and what would make it")
+    add(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="keep only the input of a layer, and compute the layer again",
+    )
+    add("--accumulation-steps", type=int, default=1, metavar="N", help="batches for one optimizer step")
+    add("--attention", choices=["sdpa", "eager"], help="the implementation; default: the choice of transformers")
+    add("--device", default="cuda", choices=["cuda", "cpu"], help="device that training would run on")
+    add(
+        "--gpu-memory",
+        type=files.size,
+        metavar="SIZE",
+        help="memory of the GPU, such as 80GB or 80GiB: says whether training fits",
+    )
     zero_too = lambda text: 0 if text == "0" else files.size(text)  # noqa: E731
-    add("--reserve", type=zero_too, default="1GB", metavar="SIZE", help="part of it that tensors cannot have")
-    add("--disk", type=files.size, metavar="SIZE", help="how many checkpoints it holds")
-    add("--out", type=Path, metavar="DIR", help="gets plan.json, plan.md and plan.png")
+    add(
+        "--reserve",
+        type=zero_too,
+        default="1GB",
+        metavar="SIZE",
+        help="part of the GPU's memory that tensors cannot use",
+    )
+    add("--disk", type=files.size, metavar="SIZE", help="size of a disk: says how many checkpoints fit")
+    add("--out", type=Path, metavar="DIR", help="directory for plan.json, plan.md and plan.png")
     add("--overwrite", action="store_true", help="replace the plan in --out")
     add("--json", action="store_true", help="print the plan as JSON")
     parser.set_defaults(run=run)
@@ -69,9 +84,9 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
         "accumulation_steps",
         "device",
     )
-    own = {name: getattr(args, name) for name in (*names, "gpu_memory", "reserve", "disk")}
+    options = {name: getattr(args, name) for name in (*names, "gpu_memory", "reserve", "disk")}
     say = lambda line: print(line, file=sys.stderr)  # noqa: E731  standard output is the plan
-    result = plan(PlanSettings(finetune, **own), args.out, overwrite=args.overwrite, say=say)
+    result = plan(PlanSettings(finetune, **options), args.out, overwrite=args.overwrite, say=say)
     if args.json:
         files.print_json(result)
         return

@@ -10,19 +10,19 @@ from pathlib import Path
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "report",
-        help="show what finetune, compare, sweep, analyze and plan found on one HTML page",
+        help="show the results of finetune, compare, sweep, analyze and plan on one HTML page",
         description="Shows the results of finetune, compare, sweep, analyze and plan in a directory and below on one "
         "HTML page, which needs no other file and no network.",
     )
     add = parser.add_argument
-    add("directory", type=Path, metavar="DIR", help="the --out of one of these commands, or a directory of several")
+    add("directory", type=Path, metavar="DIR", help="--out of one of these commands, or a directory with several")
     add(
         "--out",
         type=Path,
         metavar="FILE",
-        help="the page; a page of an earlier report is replaced (default: DIR/report.html)",
+        help="the page; replaces an earlier report (default: DIR/report.html)",
     )
-    add("--title", metavar="TEXT", help="of the page (default: the directory's name)")
+    add("--title", metavar="TEXT", help="title of the page (default: the directory's name)")
     parser.set_defaults(run=run)
 
 

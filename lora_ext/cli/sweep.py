@@ -21,16 +21,16 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         formatter_class=HelpFormatter,
     )
     add = parser.add_argument
-    add("--ranks", type=training.integers, default=[1, 2, 4, 8, 64], metavar="1,2,4", help="of the adapters")
-    targets = "sets of weights, with ; between them, each as finetune's --target-modules"
+    add("--ranks", type=training.integers, default=[1, 2, 4, 8, 64], metavar="1,2,4", help="ranks of the adapters")
+    targets = "sets of weights, separated by ;, each as finetune's --target-modules"
     add("--targets", type=sets, default=["q", "q,v", "q,k,v,o", "all-linear"], metavar="q;q,v", help=targets)
     add(
         "--budget",
         type=int,
         metavar="N",
-        help="parameters at which to compare sets; else the first one's at rank 8, or the widest's at 1",
+        help="number of parameters to compare sets at; default: the first set's at rank 8, or the widest's at rank 1",
     )
-    add("--seeds", type=training.integers, default=[0, 1, 2], metavar="0,1,2", help="each cell is trained from each")
+    add("--seeds", type=training.integers, default=[0, 1, 2], metavar="0,1,2", help="seeds to train each cell from")
     training.add_options(parser, _WITHOUT)
     training.add_jobs(parser)
     training.add_threads(parser)

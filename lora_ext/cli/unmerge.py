@@ -17,22 +17,31 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "unmerge",
         help="restore the base of a merged checkpoint",
         description=(
-            "Restores every bit of the base from what `merge --record` kept, or writes nothing. Exits with 1 where a "
-            "file next to the weights is not that of the base any more. Without a record, --adapter subtracts the "
-            "update, which is rounded."
+            "Restores every bit of the base from the record of `merge --record`, or writes nothing. Exits with 1 if a "
+            "file next to the weights is not the base's any more. Without a record, --adapter subtracts the update, "
+            "and the result is rounded."
         ),
     )
     add = parser.add_argument
     add("--merged", type=Path, required=True, metavar="DIR", help="the merged checkpoint")
-    add("--adapter", dest="adapters", type=Path, nargs="+", action="extend", default=[], metavar="DIR", help="subtract")
-    add("--out", type=Path, required=True, metavar="DIR", help="gets the base, when it is complete")
+    add(
+        "--adapter",
+        dest="adapters",
+        type=Path,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="DIR",
+        help="subtract this adapter",
+    )
+    add("--out", type=Path, required=True, metavar="DIR", help="directory for the base; appears when it is complete")
     files.add_fan_in_fan_out(parser)
     files.add_writing(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> int:
-    from lora_ext.checkpoints.unmerge import unmerge
+    from lora_ext.checkpoints import unmerge
 
     with files.mistakes():
         report = unmerge(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-__all__ = ["check_unchanged", "file_state", "read_into", "tensor_bytes", "write_bytes"]
+__all__ = ["check_unchanged", "file_state", "fingerprint", "read_into", "tensor_bytes", "write_bytes"]
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -61,6 +63,25 @@ def check_unchanged(states: Mapping[Path, tuple[int, ...]], caller: str) -> None
     for path, state in states.items():
         if not path.exists() or file_state(path) != state:
             raise ValueError(f"{caller}: {path} was changed while it was read; nothing is kept of it, try again")
+
+
+def fingerprint(files: Iterable[Path], contents: bool) -> list[list[Any]]:
+    """Identifies ``files`` across runs, as JSON can hold it: for each file its path with its size and time, or, with
+    ``contents``, with the SHA-256 of its bytes."""
+    return [[str(file), *(_content_digest(file) if contents else _size_and_time(file))] for file in files]
+
+
+def _size_and_time(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _content_digest(file: Path) -> tuple[str]:
+    digest = hashlib.sha256()
+    with open(file, "rb") as handle:
+        while chunk := handle.read(1 << 20):
+            digest.update(chunk)
+    return (digest.hexdigest(),)
 
 
 def _name_error(error: OSError, file: FileIO) -> None:

@@ -8,11 +8,13 @@ from lora_ext.methods.adapted import apply_method, method_of, prepare_method, re
 from lora_ext.methods.architectures import ARCHITECTURES
 from lora_ext.methods.base import Method, head_parameter_count, head_parameters
 from lora_ext.methods.files import load_method, read_method, save_method
+from lora_ext.methods.inserted import Insertion
 from lora_ext.methods.registry import METHODS, new_method, option_names
 
 __all__ = [
     "ARCHITECTURES",
     "METHODS",
+    "Insertion",
     "Method",
     "apply_method",
     "head_parameter_count",

@@ -1,4 +1,4 @@
-"""Checkpoints with something wrong in them, met by every command that reads them: a line that names the file, no more.
+"""Every command that reads a bad checkpoint prints one line that names the file, and does nothing else.
 
 No command waits, prints a traceback, lets a name write to the terminal, or writes a file.
 """
@@ -22,9 +22,8 @@ from support.checkpoint_files import assert_same_bits, peft_adapter, save_checkp
 from torch import nn
 
 from lora_ext import cli
+from lora_ext.checkpoints import merge, unmerge
 from lora_ext.checkpoints.checkpoint_files import Checkpoint
-from lora_ext.checkpoints.merge import merge
-from lora_ext.checkpoints.unmerge import unmerge
 from lora_ext.files.safetensors_format import encode_header
 
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
@@ -55,7 +54,7 @@ def files(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _watchdog() -> Iterator[None]:
-    """Turns a wait without end into a failure."""
+    """Makes an endless wait fail the test."""
 
     def stop(number, frame):
         raise AssertionError("it waits")
@@ -68,7 +67,7 @@ def _watchdog() -> Iterator[None]:
 
 
 def run(name: str, files: Path, folder: Path, capsys) -> tuple[int, str]:
-    """Exit status and what was told of the command on ``folder / "bad"``; nothing may be written by one that fails."""
+    """Runs a command on ``folder / "bad"``; returns status and output. Checks that a failing one writes nothing."""
     paths = {"base": files / "base", "adapter": files / "adapter", "bad": folder / "bad", "out": folder / "out"}
     before = sorted(path.name for path in folder.iterdir())
     status = cli.main([part.format(**paths) for part in COMMANDS[name]])
@@ -100,7 +99,7 @@ def text(name: str, content: str | bytes) -> Callable[[Path], None]:
 
 
 def named(name: object) -> Callable[[Path], None]:
-    """An index that gives a tensor this file."""
+    """Makes an index that assigns this file to a tensor."""
     return index(lambda values: values["weight_map"].update({"a.weight": name}))
 
 
@@ -114,7 +113,7 @@ def kind(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
 
 def make_socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listening:
-        os.chdir(path.parent)  # a socket's path is short
+        os.chdir(path.parent)  # the path of a socket must be short
         try:
             listening.bind(path.name)
         finally:
@@ -122,7 +121,7 @@ def make_socket(path: Path) -> None:
 
 
 def tensor(name: str, dtype: str = "U8", shape: tuple[int, ...] = (1,), nbytes: int = 1) -> Callable[[Path], None]:
-    """A tensor more in a file, and in the index."""
+    """Adds a tensor to a file and to the index."""
 
     def damage(directory: Path) -> None:
         data = dict(deserialize((directory / SHARD).read_bytes()))
@@ -249,7 +248,7 @@ def test_a_bad_config_is_named_by_those_who_read_it(files, tmp_path, capsys, nam
             assert status == 2, command
             assert message in told, (command, told)
             assert str(tmp_path / "bad" / "config.json") in told
-        else:  # unmerge says that it is another file
+        else:  # unmerge reports that it is another file
             assert status == (1 if command in ("unmerge", "diff") else 0), (command, told)
 
 
@@ -283,7 +282,7 @@ def test_a_name_that_is_too_long_or_has_other_letters(files, tmp_path, capsys):
         told = capsys.readouterr().err
         assert told.startswith("lora-ext: error: ")
         assert told.replace("\n", "").isprintable()
-    strange = tmp_path / "ok\udcff\x1b"  # what the system allows
+    strange = tmp_path / "ok\udcff\x1b"  # a name that the system allows
     shutil.copytree(files / "base", strange)
     cli.main(["inspect", str(strange)])
     out = capsys.readouterr()
@@ -294,7 +293,7 @@ def test_a_name_that_is_too_long_or_has_other_letters(files, tmp_path, capsys):
 
 
 def test_dtypes_that_pytorch_lacks_are_copied(files, tmp_path, capsys):
-    """Merged, recorded, restored and compared by their bytes."""
+    """These tensors are merged, recorded, restored and compared as bytes."""
     shutil.copytree(files / "base", tmp_path / "bad")
     tensor("scales", "F8_E8M0", (3,), 3)(tmp_path / "bad")
     tensor("packed", "F4", (2, 6), 6)(tmp_path / "bad")
@@ -313,7 +312,7 @@ def test_dtypes_that_pytorch_lacks_are_copied(files, tmp_path, capsys):
 
 
 def test_tensors_of_another_dtype_are_not_replaced_by_numbers(tmp_path):
-    """A quantised weight is one with its scales: numbers rounded to its dtype would be wrong ones."""
+    """A quantised weight needs its scales: numbers rounded to its dtype would be wrong."""
     model = nn.ModuleDict({name: nn.Linear(9, 7) for name in "ab"})
     peft_adapter(model, tmp_path / "adapter", target_modules=["a"], modules_to_save=["b"])
     for number, dtype in enumerate((torch.int8, torch.float8_e4m3fn)):
@@ -353,7 +352,7 @@ def test_empty_tensors_and_empty_checkpoints(files, tmp_path, capsys):
 
 
 def test_links_to_files_elsewhere_are_followed(files, tmp_path):
-    """The hub's cache consists of them."""
+    """The cache of the hub consists of links."""
     (tmp_path / "cache" / "snapshot").mkdir(parents=True)
     for number, path in enumerate(sorted((files / "base").iterdir())):
         shutil.copy(path, tmp_path / "cache" / f"blob {number}")
@@ -365,7 +364,7 @@ def test_links_to_files_elsewhere_are_followed(files, tmp_path):
 
 
 def test_metadata_of_each_file_is_kept(files, tmp_path):
-    """In the merged checkpoint and the restored one: the library reads both."""
+    """Checks the merged and the restored checkpoint: the safetensors library reads both."""
     from safetensors import safe_open
 
     shutil.copytree(files / "base", tmp_path / "base")
@@ -400,7 +399,7 @@ def test_a_tensor_that_no_file_can_hold_is_not_added(files, tmp_path):
 @pytest.mark.parametrize("command", ["merge", "unmerge", "extract", "diff"])
 @pytest.mark.parametrize("change", ["shorter", "other values", "replaced", "removed"])
 def test_a_file_that_changes_while_it_is_read(files, tmp_path, monkeypatch, capsys, command, change):
-    """After its header was read. Nothing is made of two states."""
+    """The file changes after its header was read. No output mixes two states."""
     shutil.copytree(files / "merged", tmp_path / "bad")
     path = tmp_path / "bad" / SHARD
     done = []

@@ -1,4 +1,4 @@
-"""merge, unmerge and extract that are killed or meet a bad disk: nothing half is left, and the next run goes on."""
+"""merge, unmerge and extract are killed or meet a bad disk: no partial output is left, and the next run continues."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from faults import run_script
 from support.checkpoint_files import peft_adapter, save_checkpoint, snapshot, tensors_of
 from torch import nn
 
-from lora_ext.checkpoints import staging
-from lora_ext.checkpoints.merge import merge
+from lora_ext.checkpoints import merge, staging
 
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
 
@@ -26,7 +25,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     return save_checkpoint(model.state_dict(), tmp_path / "base", shards=3), tmp_path / "adapter"
 
 
-# What is called, and how many of its files an earlier run may have completed.
+# The call, and the number of files that an earlier run may have completed.
 COMMANDS = {
     "merge, record": ("merge", ["base", ["adapter"]], {"record": True}, 3),
     "merge, dtype": ("merge", ["base", ["adapter"]], {"dtype": "bfloat16", "shard_bytes": 400}, 2),
@@ -71,12 +70,12 @@ def test_each_call_that_changes_files_meets_each_fault(files, tmp_path, name, mo
         outcome = told[kind]
         assert outcome["calls"] >= 10
         if kind != "read-only":
-            assert set(outcome["kept"]) == set(range(most_kept + 1)), kind  # none were made twice that were complete
+            assert set(outcome["kept"]) == set(range(most_kept + 1)), kind  # complete files were not made again
     assert told["kill"]["left"] > 0
 
 
 def stop(files, out: Path, monkeypatch, after: int, killed: bool = False, **options) -> None:
-    """Leaves what a merge had written when the disk was full, or when it was killed."""
+    """Leaves the files of a merge whose disk was full, or that was killed."""
     count = 0
     finish = staging.Staging.finish
 
@@ -164,7 +163,7 @@ def tree(folder: Path) -> list[str]:
 
 
 def test_without_an_exchange_the_old_output_is_put_back(files, tmp_path, monkeypatch):
-    """On file systems that cannot let two directories change places."""
+    """Replaces a directory on a file system that cannot exchange two."""
     base, adapter = files
     out = tmp_path / "out"
     save_checkpoint({"x": torch.ones(3)}, out, shards=1)
@@ -183,7 +182,7 @@ def test_without_an_exchange_the_old_output_is_put_back(files, tmp_path, monkeyp
     assert snapshot(out) == old
 
     class Killed(BaseException):
-        """Ends all at once, as far as this is possible within a process."""
+        """Ends the run at once, as far as this is possible within a process."""
 
     def killed(source, target):
         if Path(source).name == ".out.unfinished":
@@ -240,7 +239,7 @@ def test_a_journal_that_is_wrong_is_not_trusted(files, tmp_path, monkeypatch, jo
 
 
 def test_files_of_another_merge_are_not_taken_for_finished_ones(files, tmp_path, monkeypatch):
-    """One with the same names and sizes, that was killed before its first journal."""
+    """The other run had the same names and sizes, and was killed before its first journal."""
     base, adapter = files
     expected = merge(base, [adapter], tmp_path / "whole") and snapshot(tmp_path / "whole")
     stop(files, tmp_path / "out", monkeypatch, after=2)
@@ -255,7 +254,7 @@ def test_files_of_another_merge_are_not_taken_for_finished_ones(files, tmp_path,
 
 
 def test_what_is_left_is_removed_by_a_run_of_another_kind(files, tmp_path, monkeypatch):
-    """Also the directory for a record, which would look like one."""
+    """No directory for a record stays: it would look like a record."""
     base, adapter = files
     stop(files, tmp_path / "out", monkeypatch, after=1, record=True)
     assert (tmp_path / ".out.unfinished" / "merge_record").is_dir()
@@ -297,7 +296,7 @@ def test_old_output_that_cannot_be_removed_is_named(files, tmp_path, monkeypatch
 
 
 def test_a_run_that_begins_at_the_same_time_removes_nothing(files, tmp_path, monkeypatch):
-    """It finds no hidden directory, and then one that another process has just made."""
+    """The run first finds no hidden directory, and then one that another process has just made."""
     base, adapter = files
     with staging.Staging(tmp_path / "out", {"what": 1}) as first:
         (first.path / "shard").write_text("of the first")

@@ -20,15 +20,14 @@ from support.models import bert, gpt2, llama, token_ids
 from torch import nn
 
 from lora_ext import cli
-from lora_ext.checkpoints.extract import extract
+from lora_ext.checkpoints import extract, merge
 from lora_ext.checkpoints.low_rank import approximate
-from lora_ext.checkpoints.merge import merge
 
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
 
 
 def tuned_by_adapter(model: nn.Module, folder: Path, **settings) -> None:
-    """``base`` and ``tuned`` in ``folder``, which differ by an adapter."""
+    """Saves ``base`` and ``tuned``, which differ by an adapter, in ``folder``."""
     model.save_pretrained(folder / "base", max_shard_size="8KB")
     tuned = copy.deepcopy(model)
     tuned.load_state_dict(merged_by_peft(peft_adapter(model, folder / "made", **settings)))

@@ -1,4 +1,4 @@
-"""Records that somebody made up, with digests that vouch for them: refused in a line, and never wrong bits."""
+"""Forged records with matching digests are refused with one line. They never give wrong bits."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def files(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def merged(files, tmp_path, monkeypatch) -> Path:
-    """A copy of the merged checkpoint, to be changed."""
+    """A copy of the merged checkpoint that a test may change."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)
     return Path(shutil.copytree(files / "merged", tmp_path / "merged"))
 
 
 def forged(merged: Path, name: str, parts: dict[str, torch.Tensor], **tensors) -> None:
-    """Writes a record's file, and a manifest that vouches for it."""
+    """Writes a file of a record, and a manifest with its digest."""
     path = merged / "merge_record" / name
     _, metadata = read_header(path)
     own = FileRecord.from_metadata(path, metadata)
@@ -44,7 +44,7 @@ def forged(merged: Path, name: str, parts: dict[str, torch.Tensor], **tensors) -
 
 
 def test_made_up_parts_are_refused_in_a_line(files, merged):
-    """Wrong shapes, dtypes, numbers and sets of parts, vouched for by digests: no traceback, no wrong bits."""
+    """Wrong shapes, dtypes, numbers and sets of parts with matching digests give no traceback and no wrong bits."""
     index = json.loads((merged / INDEX).read_text())["weight_map"]
     record = merged / "merge_record"
 

@@ -12,8 +12,7 @@ from support.checkpoint_files import EVERY_LAYER, EveryLayer, merged_by_peft, pe
 from support.models import llama
 
 from lora_ext import cli
-from lora_ext.checkpoints.diff import diff
-from lora_ext.checkpoints.inspect import inspect
+from lora_ext.checkpoints import diff, inspect
 
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
 

@@ -1,4 +1,4 @@
-"""Matching an adapter with a checkpoint takes time that grows with their size, not with its square."""
+"""The time to match an adapter with a checkpoint grows with their size, not with its square."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from support.checkpoint_files import save_checkpoint
 
-from lora_ext.checkpoints.changes import plan_merge
+from lora_ext.checkpoints.changes import find_changes
 from lora_ext.checkpoints.checkpoint_files import Checkpoint
 from lora_ext.checkpoints.contents import LowRankUpdate, read_contents
 from lora_ext.checkpoints.layouts import assign_parameters
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
 
 
 def counted(function: Callable[[], object]) -> int:
-    """Lines of Python that ``function`` runs."""
+    """Counts the lines of Python that ``function`` runs."""
     count = 0
 
     def trace(frame, event, argument):
@@ -49,7 +49,7 @@ def test_names_are_matched_in_linear_time():
 
 
 def test_parameters_are_assigned_without_trying_every_order():
-    """Twelve updates of one module, of which no two can change places, or all can: 12! orders are 479 million."""
+    """Twelve updates of one module, where no two can be swapped, or all can: 12! orders are 479 million."""
 
     class Shapes:
         def shape(self, key: str) -> tuple[int, ...]:
@@ -88,6 +88,6 @@ def test_planning_takes_linear_time(tmp_path: Path):
         config["trainable_token_indices"] = {f"t{i}": [0] for i in range(size)}
         (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
         file, base = AdapterFile.open(folder / "adapter"), Checkpoint.open(folder / "base")
-        return counted(lambda: plan_merge(base, [read_contents(file)]))
+        return counted(lambda: find_changes(base, [read_contents(file)]))
 
     assert work(400) < 6 * work(100)

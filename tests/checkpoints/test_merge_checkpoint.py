@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 import lora_ext
 from lora_ext import cli, load_adapter
+from lora_ext.checkpoints import merge
 from lora_ext.checkpoints import merged_rows as merging
-from lora_ext.checkpoints.merge import merge
 
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
 
@@ -86,7 +86,7 @@ def test_every_layer_type_is_merged_as_by_peft(settings, tmp_path):
 
 def test_experts_stored_in_by_out(tmp_path):
     class Experts(nn.Module):
-        is_transposed = True  # PEFT's sign of it
+        is_transposed = True  # PEFT's sign of a transposed weight
 
         def __init__(self) -> None:
             super().__init__()
@@ -97,7 +97,7 @@ def test_experts_stored_in_by_out(tmp_path):
     parameters = ["experts.gate_up", "experts.down", "experts.square"]
     adapted = peft_adapter(model, tmp_path / "adapter", target_modules=[], target_parameters=parameters)
     save_checkpoint(model.state_dict(), tmp_path / "base")
-    # The square one lies as the others of its module do.
+    # The square weight has the layout of the others in its module.
     merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
     assert_close_to(tensors_of(tmp_path / "out"), merged_by_peft(adapted))
 
@@ -116,7 +116,7 @@ def test_square_experts_need_to_be_told(tmp_path, transposed):
 
 
 def test_grouped_convolutions(tmp_path):
-    """PEFT's update reaches across the groups, so it cannot be merged; one within them can."""
+    """An update of PEFT that reaches across the groups cannot be merged; an update within the groups can."""
     model = nn.ModuleDict({"conv": nn.Conv2d(4, 6, 3, groups=2)})
     save_checkpoint(model.state_dict(), tmp_path / "base", shards=1)
     peft_adapter(model, tmp_path / "adapter", target_modules=["conv"], r=4)
@@ -156,7 +156,7 @@ def test_the_bits_are_those_of_a_merge_in_memory(dtype, family, settings, tmp_pa
     lora_ext.adapters.merge_and_unload(ours)
     merged = tensors_of(tmp_path / "out")
     state = dict(ours.state_dict())
-    assert_same_bits(merged, {key: state[key] for key in merged})  # tied weights are in it twice
+    assert_same_bits(merged, {key: state[key] for key in merged})  # the state has tied weights twice
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -305,7 +305,7 @@ def test_a_new_head_is_added(tmp_path):
 
 
 def refused(base: Path, adapters: list[Path], out: Path, *fragments: str, error=ValueError, **options) -> None:
-    """merge raises ``error``, whose text has every fragment, and changes nothing on disk."""
+    """Checks that merge raises ``error`` with every fragment in its text, and changes nothing on disk."""
     before = snapshot(out.parent)
     with pytest.raises(error) as caught:
         merge(base, adapters, out, **options)
@@ -483,7 +483,8 @@ def test_a_full_disk_is_met_before_anything_is_written(llama_files, tmp_path, mo
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads VmHWM")
 def test_resident_memory_does_not_grow_with_the_checkpoint(tmp_path):
-    """At most 1.5 times the largest tensor and 75 MB beyond importing torch; bench_offline_merge.py measures 2.2 GB."""
+    """A merge takes at most 1.5 times the largest tensor and 75 MB more than importing torch; bench_offline_merge.py
+    measures a checkpoint of 2.2 GB."""
     weights = {f"layers.{i}.weight": torch.randn(2048, 4096).to(torch.bfloat16) for i in range(23)}
     weights["embed.weight"] = torch.randn(8192, 4096).to(torch.bfloat16)
     save_checkpoint(weights, tmp_path / "base", shards=6)
@@ -509,7 +510,7 @@ def resident():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 
 imported = resident()
-from lora_ext.checkpoints.merge import merge
+from lora_ext.checkpoints import merge
 report = merge(sys.argv[1], [sys.argv[2]], sys.argv[3], record=True, verify=True)
 assert report.merged == 24
 print(resident() - imported)

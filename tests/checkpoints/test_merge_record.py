@@ -1,4 +1,4 @@
-"""What ``unmerge`` calls exact is the base to the bit, whichever byte of the checkpoint or its record was changed."""
+"""If ``unmerge`` reports an exact result, it has every bit of the base, whichever byte of its input was changed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from support.models import llama
 from torch import nn
 
 from lora_ext import cli
+from lora_ext.checkpoints import merge, unmerge
 from lora_ext.checkpoints.digests import Hasher
-from lora_ext.checkpoints.merge import merge
 from lora_ext.checkpoints.record_format import Manifest
-from lora_ext.checkpoints.unmerge import unmerge
 from lora_ext.files.safetensors_format import header_bytes, read_header
 
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
@@ -33,13 +32,13 @@ def files(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def merged(files, tmp_path, monkeypatch) -> Path:
-    """A copy of the merged checkpoint, to be changed."""
+    """A copy of the merged checkpoint that a test may change."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)
     return Path(shutil.copytree(files / "merged", tmp_path / "merged"))
 
 
 def places(path: Path) -> Iterator[tuple[str, int]]:
-    """Bytes of every kind in a safetensors file: what they are, and their offsets."""
+    """Yields the kind and the offset of sample bytes in a safetensors file."""
     tensors, _ = read_header(path)
     header = len(header_bytes(path))
     for at in [0, 7, 8, *range(9, header, max(header // 60, 1)), header - 1]:
@@ -56,7 +55,7 @@ def flip(path: Path, at: int, bit: int = 4) -> None:
 
 
 def test_a_flipped_byte_of_the_checkpoint(files, merged):
-    """It is refused and the tensor is named, except where the base's bits are all in the record."""
+    """The change is refused with the name of the tensor, unless all bits of the base are in the record."""
     told: dict[str, list[str]] = {}
     for path in sorted(merged.glob("*.safetensors")):
         for what, at in places(path):
@@ -66,13 +65,13 @@ def test_a_flipped_byte_of_the_checkpoint(files, merged):
                 flip(path, at, bit)
     assert told.keys() == {"header", *tensors_of(merged)}
     reasons = told.pop("header")
-    assert sum(map(bool, reasons)) > 0.8 * len(reasons)  # the metadata is taken from the record
+    assert sum(map(bool, reasons)) > 0.8 * len(reasons)  # metadata is restored from the record
     for key, reasons in told.items():
         expected = f"unmerge: {key} was changed since it was merged"
         assert all(expected in reason for reason in reasons if reason), reasons
         if key.startswith(("new.", "full.")):
-            assert not any(reasons), key  # added, or replaced as a whole: the base does not depend on it
-        else:  # rows that were replaced, and segments with large updates, are in the record as they were
+            assert not any(reasons), key  # added or replaced: the base does not depend on the tensor
+        else:  # the record holds replaced rows, and segments with large updates, unchanged
             assert any(reasons), key
             assert all(reasons) or key in ("low.weight", "rows.weight", "both.weight"), key
 
@@ -93,7 +92,7 @@ def test_a_flipped_byte_of_the_record(files, merged):
         if kind in ("rows", "base", "words", "indices"):
             assert all(reasons), part
         assert all(key in reason for reason in reasons if reason), reasons
-        assert any(reasons), part  # the last bit of a factor may change nothing, and outcome() has seen to that
+        assert any(reasons), part  # the last bit of a factor may change nothing, which outcome() checks
 
 
 def test_any_flipped_byte_of_the_manifest(files, merged):
@@ -104,12 +103,12 @@ def test_any_flipped_byte_of_the_manifest(files, merged):
         flip(path, at)
         reasons.append(outcome(files, merged))
         path.write_bytes(content)
-    assert sum(map(bool, reasons)) > 0.8 * len(reasons)  # spaces between its parts may become others
+    assert sum(map(bool, reasons)) > 0.8 * len(reasons)  # spaces between parts may change
     assert all(str(path) in reason for reason in reasons if reason)
 
 
 def test_other_files(files, merged):
-    """They are copied, and said not to be the base's."""
+    """The files are copied, and reported as different from the base's."""
     for name in ("config.json", "more/code.py"):
         flip(merged / name, 3)
         assert outcome(files, merged) == f"{name} was changed since the merge"
@@ -134,11 +133,11 @@ def test_a_flipped_byte_of_the_index(files, merged):
     values = json.loads(content)
     values["metadata"]["note"] = "other"
     path.write_text(json.dumps(values))
-    assert outcome(files, merged) == ""  # the base's is in the record
+    assert outcome(files, merged) == ""  # the record has the base's index
 
 
 def test_what_is_of_another_merge(files, merged, tmp_path):
-    """Of the same base, with the same names: a file of it, a record of it, both of them, or all of the record."""
+    """Files of another merge of the same base: a checkpoint file, a file of its record, both, or the whole record."""
     other = tmp_path.parent / f"{tmp_path.name} other"
     torch.manual_seed(1)
     model = nn.ModuleDict({"low": nn.Linear(30, 20), "new": nn.Linear(4, 2)}).to(torch.bfloat16)
@@ -149,7 +148,7 @@ def test_what_is_of_another_merge(files, merged, tmp_path):
     reasons = []
     for name in names:
         shutil.copy(other / "merged" / name, merged)
-        reasons.append(outcome(files, merged))  # "" where all that is new there is in the record as it was
+        reasons.append(outcome(files, merged))  # "" if the record holds all that differs
         shutil.copy(other / "merged" / "merge_record" / name, merged / "merge_record")
         assert f"merge_record/{name} was changed since the merge wrote it, or is of another" in outcome(files, merged)
         shutil.copy(files / "merged" / name, merged)
@@ -187,7 +186,7 @@ def test_a_tensor_added_removed_or_of_another_kind(files, merged):
     weight = load_file(path)["same.weight"]
     for other in (weight.T.contiguous(), weight.flatten(), weight.float(), weight.view(torch.int16)):
         assert "same.weight is not as it was merged" in tried(weight_map, **{"same.weight": other})
-    assert tried(weight_map, **{"same.weight": weight}) == ""  # the same tensors in another order, by another writer
+    assert tried(weight_map, **{"same.weight": weight}) == ""  # another writer, with the same tensors in another order
 
 
 def test_files_that_are_missing_or_not_of_the_merge(files, merged):
@@ -203,7 +202,7 @@ def test_files_that_are_missing_or_not_of_the_merge(files, merged):
 
 
 def test_records_without_digests_are_refused(files, merged):
-    """As an older version wrote them."""
+    """The record is one of an older version."""
     record = merged / "merge_record"
     content = json.loads((record / "manifest.json").read_text())
     (record / "manifest.json").unlink()

@@ -19,16 +19,14 @@ from support.models import bert, llama
 from torch import nn
 
 from lora_ext import cli
+from lora_ext.checkpoints import merge, record, record_writer, unmerge
 from lora_ext.checkpoints import merged_rows as merging
-from lora_ext.checkpoints import record, record_writer
-from lora_ext.checkpoints.merge import merge
-from lora_ext.checkpoints.unmerge import unmerge
 
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
 
 
 def refused(merged: Path, out: Path, error: type[Exception], *fragments: str, **options) -> None:
-    """unmerge raises ``error``, whose text has every fragment, and changes nothing on disk."""
+    """Checks that unmerge raises ``error`` with every fragment in its text, and changes nothing on disk."""
     before = snapshot(out.parent)
     with pytest.raises(error) as caught:
         unmerge(merged, out, **options)
@@ -84,7 +82,7 @@ def test_replaced_rows_and_added_tensors_are_undone(tmp_path):
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    """A folder with a base, an adapter, and the two merged with and without a record."""
+    """A folder with a base, an adapter, and their merges with and without a record."""
     model = nn.ModuleDict({"a": nn.Linear(300, 20), "b": nn.Linear(9, 7)})
     save_checkpoint(model.state_dict(), tmp_path / "base", shards=2)
     peft_adapter(model, tmp_path / "adapter", target_modules=["a", "b"])
@@ -135,7 +133,7 @@ def test_a_record_that_is_not_whole_is_refused(files, content):
 
 
 def test_the_record_is_small(tmp_path):
-    """At most 0.25 bytes an element for updates of a tenth of the weight's size, and the factors."""
+    """A record takes the factors, and at most 0.25 bytes for each element, if the update is a tenth of the weight."""
     model = nn.ModuleDict({"x": nn.Linear(512, 512, bias=False)})
     save_checkpoint(model.state_dict(), tmp_path / "base", shards=1)
     peft_adapter(model, tmp_path / "adapter", target_modules=["x"], r=4)

@@ -19,7 +19,7 @@ from faults.tries import Fault, Outcome, attempt, each_call, restore, snapshot
 from lora_ext.checkpoints import extract, merge, unmerge  # and nothing larger: a fork copies the page tables
 
 call, out, overwrite = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), sys.argv[3] == "overwrite"
-command = {"merge": merge.merge, "unmerge": unmerge.unmerge, "extract": extract.extract}[call["command"]]
+command = {"merge": merge, "unmerge": unmerge, "extract": extract}[call["command"]]
 options = call["options"] | ({"dtype": getattr(torch, call["options"]["dtype"])} if "dtype" in call["options"] else {})
 os.fsync = lambda fd: None  # slow, and of use only where the machine stops
 REMEDIES = {"disk full": "free some space and run the same command again", "read-only": "choose a directory on another"}

@@ -170,11 +170,11 @@ from fuzz.file_bases import make_base, net
 from lora_ext import LoraConfig, inject, load_adapter
 from lora_ext.adapters import adapter_names, hotswap_adapter
 from lora_ext.methods import load_method
-from lora_ext.checkpoints.diff import diff
-from lora_ext.checkpoints.extract import extract
-from lora_ext.checkpoints.inspect import inspect
-from lora_ext.checkpoints.merge import merge
-from lora_ext.checkpoints.unmerge import unmerge
+from lora_ext.checkpoints import diff
+from lora_ext.checkpoints import extract
+from lora_ext.checkpoints import inspect
+from lora_ext.checkpoints import merge
+from lora_ext.checkpoints import unmerge
 from lora_ext.tasks.finetune.data import read_examples
 from lora_ext.tasks.report import write_report
 """

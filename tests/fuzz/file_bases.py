@@ -166,7 +166,7 @@ def record(directory: Path) -> None:
     from support.checkpoint_files import save_checkpoint
 
     from lora_ext import LoraConfig, inject, save_adapter
-    from lora_ext.checkpoints.merge import merge
+    from lora_ext.checkpoints import merge
 
     torch.manual_seed(0)
     layers = {"low": nn.Linear(30, 20), "rows": nn.Embedding(9, 6), "full": nn.Linear(5, 4), "same": nn.Linear(7, 3)}

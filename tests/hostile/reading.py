@@ -25,8 +25,7 @@ from hostile.methods import methods
 from hostile.weights import weights
 from lora_ext import LoraConfig, inject, load_adapter
 from lora_ext.adapters import hotswap_adapter
-from lora_ext.checkpoints.inspect import inspect
-from lora_ext.checkpoints.merge import merge
+from lora_ext.checkpoints import inspect, merge
 from lora_ext.methods import load_method
 
 SECONDS = 10  # what a hang takes; the promise is one

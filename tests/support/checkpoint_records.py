@@ -10,9 +10,7 @@ import torch
 from support.checkpoint_files import assert_same_bits, peft_adapter, save_checkpoint, snapshot, tensors_of
 from torch import nn
 
-from lora_ext.checkpoints import record_format
-from lora_ext.checkpoints.merge import merge
-from lora_ext.checkpoints.unmerge import unmerge
+from lora_ext.checkpoints import merge, record_format, unmerge
 
 INDEX = "model.safetensors.index.json"
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from lora_ext import LoraConfig, inject, save_adapter
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.analyze import run as analyze
-from lora_ext.tasks.analyze.layers import places
+from lora_ext.tasks.analyze.places import places
 
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
 

@@ -26,7 +26,8 @@ from lora_ext.cli import main
 from lora_ext.cli.training import options_of
 from lora_ext.tasks import TaskError, WriteError
 from lora_ext.tasks.comparison import compare, many_runs
-from lora_ext.tasks.comparison.many_runs import Run, in_process, settings_for
+from lora_ext.tasks.comparison.many_runs import Run, in_process
+from lora_ext.tasks.comparison.method_spec import MethodSpec, check_labels, without
 from lora_ext.tasks.comparison.spread import lines_of, over_seeds, summary, winner
 from lora_ext.tasks.finetune.run import finetune
 from lora_ext.tasks.finetune.settings import LEARNING_RATES, Settings
@@ -56,6 +57,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def settings_for(spec: str, options: dict[str, Any], seed: int) -> Settings:
+    return MethodSpec.parse(spec).settings(options, seed)
 
 
 def runs_of(out: Path) -> dict[Path, dict[str, Any]]:
@@ -137,7 +142,7 @@ def test_interrupted_and_resumed_ends_like_uninterrupted(options: list[str], tmp
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen([*command, *longer, "--out", str(out)], env=environment, start_new_session=True, **pipes)
     log = out / "runs" / "lora" / "seed-0.log"
-    while not log.is_file() or "loss=" not in log.read_text():  # it is training
+    while not log.is_file() or "finetune: " not in log.read_text():  # it is training
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does
@@ -174,9 +179,11 @@ def test_methods_that_do_not_suit_the_checkpoint_are_left_out(options: list[str]
 
 
 def test_lines_join_what_differs_by_one_size(options: list[str]):
-    def row(label: str, parameters: int) -> dict[str, Any]:
-        settings = settings_for(label, asdict(Settings()) | {"learning_rate": None}, 0)
-        return {"label": label, "settings": asdict(settings), "trained_parameters": parameters}
+    def row(text: str, parameters: int) -> dict[str, Any]:
+        spec = MethodSpec.parse(text)
+        settings = spec.settings(asdict(Settings()) | {"learning_rate": None}, 0)
+        named = {"label": spec.label, "spec": text} if spec.is_named else {"label": text}
+        return named | {"settings": asdict(settings), "trained_parameters": parameters}
 
     labels = ["lora:r=8", "lora:r=2", "lora:target-modules=q", "adapter-h", "adapter-p:bottleneck-size=8", "lora:r=4"]
     labels += [
@@ -184,6 +191,8 @@ def test_lines_join_what_differs_by_one_size(options: list[str]):
         "prefix-layer",
         "prefix-layer:prefix-length=2:infix-length=2",
         "lora:r=4:learning-rate=1e-4",
+        "lora:r=6:target-modules=k:name=large",
+        "lora:r=5:target-modules=k:name=small",
     ]
     lines = lines_of([row(label, 10 * (len(labels) - at)) for at, label in enumerate(labels)])
     assert {name: [each["label"] for each in rows] for name, rows in lines.items()} == {
@@ -194,6 +203,7 @@ def test_lines_join_what_differs_by_one_size(options: list[str]):
         "prefix-layer": ["prefix-layer"],
         "prefix-layer:prefix-length=2:infix-length=2": ["prefix-layer:prefix-length=2:infix-length=2"],
         "lora:r=4:learning-rate=1e-4": ["lora:r=4:learning-rate=1e-4"],
+        "small, large, r 5, 6": ["small", "large"],
     }
     assert over_seeds([3]) == "seed 3" and over_seeds([0, 1]) == "mean and standard deviation over 2 seeds"
 
@@ -292,9 +302,90 @@ def test_a_method_may_carry_options():
             settings_for(spec, common, 0)
 
 
+NAMED = ["lora:r=2:target-modules=q,v:name=lora-qv", "lora:name=lora.q+2:r=1:target-modules=q", "bitfit"]
+
+
+def test_names_stand_for_methods_everywhere(options: list[str], tmp_path: Path, capsys):
+    out = tmp_path / "out"
+    assert main(["compare", *options, "--methods", *NAMED, "--seeds", "0", "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    labels = ["lora-qv", "lora.q+2", "bitfit"]
+    result = json.loads((out / "compare.json").read_text())
+    assert [(row["label"], row["spec"]) for row in result["methods"]] == list(zip(labels, NAMED, strict=True))
+    assert [row["settings"]["r"] for row in result["methods"][:2]] == [2, 1]
+    assert result["command"][2:6] == ["--methods", *NAMED]
+    assert {path.name for path in (out / "runs").iterdir()} == {*labels}
+    assert json.loads((out / "costs.json").read_text())["costs"].keys() == {*labels, "base"}
+    text = (out / "compare.md").read_text()
+    assert all(f"| {label} |" in text for label in ("lora-qv", "lora.q+2")) and f"- `lora-qv`: `{NAMED[0]}`\n" in text
+    assert "lora-qv, seed 0" in said.err
+    assert main(["report", str(out)]) == 0
+    page = (out / "report.html").read_text()
+    assert page.count("lora-qv") > 5 and page.count(NAMED[0]) == 2  # what the name stands for, and the command
+
+    # A resumed comparison knows its names, repeats nothing, and takes no other name for the same runs.
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("metrics.json")}
+    again = ["compare", "--resume", "--out", str(out)]
+    assert main([*again, "--methods", NAMED[0].replace("lora-qv", "query-value")]) == 2
+    error = capsys.readouterr().err
+    assert "are the same runs under two names" in error and "name=query-value" in error and NAMED[0] in error
+    assert main([*again, "--methods", "lora:r=8:name=lora-qv"]) == 2
+    assert "have one name, 'lora-qv'" in capsys.readouterr().err
+    assert main([*again, "--without", "lora-qv", "bitfit"]) == 0
+    assert [row["label"] for row in json.loads((out / "compare.json").read_text())["methods"]] == ["lora.q+2"]
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("metrics.json")} == before
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        (["lora:name="], "'lora:name=': name is '', want at most 40 letters, digits"),
+        (["lora:name=-x"], "name is '-x', want at most 40 letters, digits and . _ + -, with a letter or digit first"),
+        (["lora:name=.."], "name is '..', want at most 40"),
+        (["lora:name=a/b"], "name is 'a/b', want at most 40"),
+        (["lora:name=a b"], "name is 'a b', want at most 40"),
+        (["lora:name=é"], "name is 'é', want at most 40"),
+        (["lora:name=a\x1b[1m"], r"name is 'a\x1b[1m', want at most 40"),
+        (["lora:name=a\n"], r"name is 'a\n', want at most 40"),
+        ([f"lora:name={'a' * 41}"], f"name is '{'a' * 41}', want at most 40"),
+        (["lora:name"], "'name' is no option=value of finetune"),
+        (["lora:name=a:b"], "'b' is no option=value of finetune"),
+        (["lora:name=Base"], "name is 'Base', which tables use for the model without a method"),
+        (["lora:name=bitfit"], "name is 'bitfit', which is another method"),
+        (["lora:name=lora+bitfit"], "name is 'lora+bitfit', which is another method"),
+        (["lora:r=2:name=a", "bitfit:name=a"], "'lora:r=2:name=a' and 'bitfit:name=a' have one name, 'a'"),
+        (["lora:r=2:name=a", "bitfit:name=A"], "'lora:r=2:name=a' and 'bitfit:name=A' have one name, 'A'"),
+        (["lora", "lora:r=2:name=lora"], "'lora' and 'lora:r=2:name=lora' have one name, 'lora'"),
+        (["lora:r=2:name=lora", "lora"], "'lora:r=2:name=lora' and 'lora' have one name, 'lora'"),
+        (["lora:r=2", "lora:r=2:name=a"], "'lora:r=2' and 'lora:r=2:name=a' are the same runs under two names"),
+        (["lora", "lora:r=8:name=a"], "'lora' and 'lora:r=8:name=a' are the same runs under two names"),
+    ],
+)
+def test_names_that_would_mix_methods_up_are_refused(methods: list[str], message: str):
+    options = asdict(Settings()) | {"learning_rate": None}
+    with pytest.raises(TaskError, match=re.escape(message)):
+        check_labels([(spec, spec.settings(options, 0)) for spec in map(MethodSpec.parse, methods)])
+
+
+def test_names_that_are_allowed():
+    options = asdict(Settings()) | {"learning_rate": None}
+    texts = ["lora", "lora:r=8", "lora:r=2:name=lora-qv", "full:name=A.b_c+d-1", f"bitfit:name={'a' * 40}"]
+    specs = [MethodSpec.parse(text) for text in texts]
+    check_labels([(spec, spec.settings(options, 0)) for spec in specs])
+    assert [spec.label for spec in specs] == [*texts[:2], "lora-qv", "A.b_c+d-1", "a" * 40]
+    assert MethodSpec.parse("lora:r=2:name=lora").label == "lora"  # where no other method is called so
+    assert without(texts, ["lora-qv", texts[3]]) == [*texts[:2], texts[4]]
+    with pytest.raises(TaskError, match="--without lora-q: there are lora, lora:r=8, lora-qv"):
+        without(texts, ["lora-q"])
+    with pytest.raises(TaskError, match="--without lora leaves no method"):
+        without(["lora"], ["lora"])
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
+        (["compare", "--methods", "lora:name=a/b"], "'lora:name=a/b': name is 'a/b', want at most 40 letters"),
+        (["compare", "--methods", "lora:r=1:name=a", "lora:r=2:name=a"], "have one name, 'a'"),
         (["compare", "--methods", "lora", "loro"], "--method is 'loro', want one of full, bitfit"),
         (["compare", "--methods", "lora:r=0"], "--methods lora:r=0: LoraConfig: r is 0"),
         (["compare", "--methods", "adapter-drop:drop-layers=2"], "drop_layers is 2, but the model has 2 layers"),
@@ -348,7 +439,7 @@ def test_costs_are_measured_again_on_another_machine_or_with_other_texts(tmp_pat
     costs = [compare._costs({"lora": Settings()}, "texts", tmp_path) for _ in range(2)]
     assert costs == [{"base": 1}] * 2 and len(calls) == 1
     assert compare._costs({"lora": Settings()}, "others", tmp_path) == {"base": 2}
-    monkeypatch.setattr(compare.report, "machine", lambda: {"processor": "another"})
+    monkeypatch.setattr(compare.provenance, "machine", lambda: {"processor": "another"})
     assert compare._costs({"lora": Settings()}, "others", tmp_path) == {"base": 3}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_ext.checkpoints.checkpoint_files import INDEX_FILE, SINGLE_FILE, Checkpoint
+from lora_ext.checkpoints import INDEX_FILE, SINGLE_FILE, Checkpoint
 
 __all__ = ["open_base"]
 

@@ -24,12 +24,12 @@ from lora_ext.analysis import (
     stable_rank,
     subspace_similarity,
 )
-from lora_ext.analysis.row_blocks import frobenius_norm
-from lora_ext.tasks.analyze.layers import Layer, Weight
+from lora_ext.checkpoints import Layer, LayerWeight
 
 __all__ = ["SIDES", "measure", "rounded"]
 
 SIDES = ("A", "B")
+_BLOCK_ELEMENTS = 1 << 20
 _DIGITS = 6  # of what is written: beyond what single precision knows, and a third of the file's size
 
 
@@ -104,16 +104,22 @@ def _update(layer: Layer, number: int, svd: Svd, table: dict[str, Any] | None) -
     }
 
 
-def _against(weight: Weight, svds: dict[int, Svd], seed: int) -> dict[int, dict[str, Any]]:
+def _against(weight: LayerWeight, svds: dict[int, Svd], seed: int) -> dict[int, dict[str, Any]]:
     """The projection table of each update, by the adapter's number; the weight's own directions are found once."""
     matrix = weight.read()
-    if not math.isfinite(frobenius_norm(matrix)):  # in blocks, where isfinite() would make three copies
+    if not _is_finite(matrix):
         raise ValueError(f"{weight.key} of {weight.checkpoint.directory} is not finite")
     # Norms of projections do not change when all is transposed: the weight stays as it lies.
     lying = {n: Svd(svd.V, svd.S, svd.U) if weight.transposed else svd for n, svd in svds.items()}
     count = max(numerical_rank(svd.S) for svd in svds.values())
     own = block_krylov_svd(matrix, count, seed=seed) if count else None
     return {n: vars(projection_table(matrix, svd, seed=seed, own=own)) for n, svd in lying.items()}
+
+
+def _is_finite(matrix: Tensor) -> bool:
+    """Whether the matrix has a finite norm. Reads blocks of rows: isfinite() of the whole would make three copies."""
+    height = max(_BLOCK_ELEMENTS // max(matrix.shape[1], 1), 1)
+    return all(torch.linalg.vector_norm(rows, dtype=torch.float64).isfinite() for rows in matrix.split(height))
 
 
 def _similarity(first: Tensor, second: Tensor, directions: int) -> dict[str, Any]:

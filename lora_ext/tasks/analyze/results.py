@@ -11,8 +11,8 @@ import numpy as np
 
 from lora_ext.analysis import expected_random_similarity, leading_ranks
 from lora_ext.analysis.plots import plot_changes, plot_similarity, plot_spectra
-from lora_ext.tasks.analyze.layers import places
 from lora_ext.tasks.analyze.measures import SIDES
+from lora_ext.tasks.analyze.places import places
 from lora_ext.tasks.analyze.summary import changes, pair_of
 from lora_ext.tasks.shared import provenance
 from lora_ext.tasks.shared.markdown import table

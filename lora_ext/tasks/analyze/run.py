@@ -12,16 +12,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from lora_ext.checkpoints.checkpoint_files import Checkpoint
-from lora_ext.checkpoints.contents import AdapterContents, read_contents
-from lora_ext.checkpoints.progress import progress
-from lora_ext.checkpoints.staging import fingerprint
-from lora_ext.files.adapter_file import CONFIG_FILE, AdapterFile
-from lora_ext.files.untrusted_json import read_json_object
+from lora_ext._common.progress import progress
+from lora_ext.checkpoints import AdapterContents, Checkpoint, Layer, find_layers, open_adapter
+from lora_ext.files import read_json_object
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.analyze import results
 from lora_ext.tasks.analyze.base_checkpoint import open_base
-from lora_ext.tasks.analyze.layers import Layer, find_layers
 from lora_ext.tasks.analyze.measures import measure
 from lora_ext.tasks.analyze.summary import summarise
 from lora_ext.tasks.shared import provenance
@@ -45,7 +41,7 @@ class AnalysisSettings:
         use_base: read the base's weights.
         layers: a regular expression, which is looked for in the layers' names; None: all.
         directions: at most so many of a side are compared.
-        fan_in_fan_out: as of :func:`~lora_ext.checkpoints.merge.merge`.
+        fan_in_fan_out: as of :func:`~lora_ext.checkpoints.merge`.
     """
 
     adapters: tuple[str, ...]
@@ -107,8 +103,7 @@ def analyze(
     """
     check_out(out, resume, overwrite, marker=SETTINGS_FILE, what="an analysis")
     contents = [
-        read_contents(AdapterFile.open(directory, allow_pickle=settings.allow_pickle, caller="analyze"))
-        for directory in settings.adapters
+        open_adapter(directory, allow_pickle=settings.allow_pickle, caller="analyze") for directory in settings.adapters
     ]
     base, notes = _base(settings, contents)
     layers = _layers(settings, contents, base)
@@ -123,9 +118,9 @@ def analyze(
 
     with Journal(out / JOURNAL_FILE) as journal:
         finished = {entry.get("name") for entry in journal.entries}
-        with progress("analyze", sum(layer.nbytes for layer in layers), show_progress) as shown:
+        with progress("analyze", sum(layer.nbytes for layer in layers), show=show_progress) as shown:
             for layer in layers:
-                shown.file(layer.name)
+                shown.note(layer.name)
                 if layer.name not in finished:
                     journal.add(measure(layer, len(contents), directions=settings.directions, seed=settings.seed))
                 shown.advance(layer.nbytes)
@@ -228,9 +223,8 @@ def _layers(settings: AnalysisSettings, contents: Sequence[AdapterContents], bas
 
 def _fingerprints(contents: Sequence[AdapterContents], base: Checkpoint | None) -> list[list[Any]]:
     """Adapters by their contents; the base, which may be large, by its files' sizes and times."""
-    adapters = [path for one in contents for path in (one.file.path, one.file.directory / CONFIG_FILE)]
-    shards = [] if base is None else [base.directory / name for name in base.shards]
-    return fingerprint(adapters, contents=True) + fingerprint(shards, contents=False)
+    adapters = [file for one in contents for file in one.fingerprint()]
+    return adapters + ([] if base is None else base.fingerprint())
 
 
 def _describe(contents: AdapterContents, measured: Sequence[dict[str, Any]], number: int) -> dict[str, Any]:

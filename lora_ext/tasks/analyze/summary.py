@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from lora_ext.analysis import expected_random_similarity
-from lora_ext.tasks.analyze.layers import places
 from lora_ext.tasks.analyze.measures import SIDES, rounded
+from lora_ext.tasks.analyze.places import places
 
 __all__ = ["changes", "pair_of", "summarise"]
 

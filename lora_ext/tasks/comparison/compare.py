@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,15 +10,23 @@ from typing import Any
 import matplotlib
 import torch
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
-from lora_ext.files.untrusted_json import read_json_object
-from lora_ext.methods import prepare_method
-from lora_ext.methods.inserted import Insertion
+from lora_ext._common.progress import progress
+from lora_ext.files import read_json_object
+from lora_ext.methods import Insertion, prepare_method
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.comparison.costs import measure_costs
-from lora_ext.tasks.comparison.many_runs import Run, in_process, run_all, settings_for
-from lora_ext.tasks.comparison.spread import deviation_over, lines_of, over_seeds, percent, summary, winner
+from lora_ext.tasks.comparison.many_runs import Run, in_process, run_all
+from lora_ext.tasks.comparison.method_spec import MethodSpec, check_labels
+from lora_ext.tasks.comparison.spread import (
+    deviation_over,
+    lines_of,
+    named_rows,
+    over_seeds,
+    percent,
+    summary,
+    winner,
+)
 from lora_ext.tasks.finetune.data import fingerprint
 from lora_ext.tasks.finetune.settings import COMPARE_FILE, INPUTS, Settings, command_line
 from lora_ext.tasks.finetune.task_data import encode
@@ -55,11 +62,11 @@ def compare(
     A method that the checkpoint does not suit is left out, with its reason in ``left_out`` of the result.
 
     Args:
-        methods: ``name`` or ``name:option=value...``, options of finetune; the text is the method's label.
+        methods: texts that :class:`~lora_ext.tasks.comparison.method_spec.MethodSpec` parses.
         seeds: each method is trained from each.
-        options: fields of :class:`~lora_ext.tasks.finetune.settings.Settings` for all runs, the learning rate None for each
-            method's own.
-        jobs: so many runs at once; then times are of runs that share the machine.
+        options: fields of :class:`~lora_ext.tasks.finetune.settings.Settings` for all runs; a learning rate of None
+            stands for each method's default.
+        jobs: number of runs at once; with several, times are of runs that share the machine.
 
     Returns:
         The content of compare.json.
@@ -70,16 +77,17 @@ def compare(
     """
     inputs = [options.get(name) for name in INPUTS]
     check_out(out, resume, overwrite, marker=COMPARE_FILE, what="a comparison", outputs=_OUTPUTS, inputs=inputs)
-    settings = {label: settings_for(label, options, seeds[0]) for label in dict.fromkeys(methods)}
-    plan = {"methods": list(settings), "seeds": list(dict.fromkeys(seeds)), "options": dict(options)}
+    specs = [MethodSpec.parse(text) for text in dict.fromkeys(methods)]
+    check_labels([(spec, spec.settings(options, seeds[0])) for spec in specs])
+    settings = {spec.label: spec.settings(options, seeds[0]) for spec in specs}
+    plan = {"methods": [spec.text for spec in specs], "seeds": list(dict.fromkeys(seeds)), "options": dict(options)}
     plan["threads"] = torch.get_num_threads()
     texts, left_out = _check(settings)
     for label, reason in left_out.items():
         say(f"{label} is left out: {reason}")
         del settings[label]
-    runs = [
-        Run(label, settings_for(label, options, seed), texts) for label in settings for seed in dict.fromkeys(seeds)
-    ]
+    specs = [spec for spec in specs if spec.label in settings]
+    runs = [Run(spec.label, spec.settings(options, seed), texts) for spec in specs for seed in dict.fromkeys(seeds)]
     prepare_out(out, _OUTPUTS, resume, lambda out: write_json(out / COMPARE_FILE, plan))
 
     metrics = run_all(runs, out, "compare", jobs)
@@ -89,7 +97,7 @@ def compare(
         "machine": provenance.machine(),
         **plan,
         "left_out": [{"label": label, "reason": reason} for label, reason in left_out.items()],
-        "methods": [_row(label, [metrics[run] for run in runs if run.label == label], costs) for label in settings],
+        "methods": [_row(spec, [metrics[run] for run in runs if run.label == spec.label], costs) for spec in specs],
         "base_forward_ms": costs["base"]["forward_ms"],
         "examples": metrics[runs[0]]["examples"],
     }
@@ -150,21 +158,17 @@ def _costs(settings: Mapping[str, Settings], texts: str, out: Path) -> dict[str,
     except (OSError, ValueError, KeyError):
         pass  # there is none yet, or it is damaged
     bar_format = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
-    with tqdm(total=1.0, desc="compare: a step and a forward of each", bar_format=bar_format, file=sys.stderr) as bar:
-
-        def show(part: float) -> None:
-            bar.n = part
-            bar.refresh()
-
-        costs = in_process(measure_costs, dict(settings), log=out / "costs.log", on_progress=show)
+    with progress("compare: a step and a forward of each", 1.0, unit="", bar_format=bar_format) as shown:
+        costs = in_process(measure_costs, dict(settings), log=out / "costs.log", on_progress=shown.set)
     write_json(path, {**wanted, "costs": costs})
     return costs
 
 
-def _row(label: str, metrics: Sequence[Mapping[str, Any]], costs: Mapping[str, Any]) -> dict[str, Any]:
+def _row(spec: MethodSpec, metrics: Sequence[Mapping[str, Any]], costs: Mapping[str, Any]) -> dict[str, Any]:
     first = metrics[0]
     return {
-        "label": label,
+        "label": spec.label,
+        "spec": spec.text,
         "method": first["settings"]["method"],
         "settings": first["settings"],
         "trained_parameters": first["trainable_parameters"],
@@ -179,7 +183,7 @@ def _row(label: str, metrics: Sequence[Mapping[str, Any]], costs: Mapping[str, A
         "runs_at_once": max(each.get("runs_at_once", 1) for each in metrics),
         "peak_memory_bytes": summary([each["peak_memory_bytes"] for each in metrics]),
         "checkpoint_bytes": first.get("adapter_bytes", first["full_checkpoint_bytes"]),
-        **costs[label],
+        **costs[spec.label],
     }
 
 
@@ -211,7 +215,9 @@ def markdown(result: Mapping[str, Any]) -> str:
     heading += ["peak memory, MiB", "checkpoint, MB", "forward / base"]
     head = result["methods"][0]["head_parameters"]
     at_once = max(row["runs_at_once"] for row in result["methods"])
-    shared = left_out = ""
+    shared = left_out = names = ""
+    if named := named_rows(result["methods"]):
+        names = "\n" + "".join(f"- `{label}`: `{spec}`\n" for label, spec in named.items())
     if at_once > 1:
         shared = f"\\* Seconds of runs that shared the machine, up to {at_once} at once; steps were timed apart.\n"
     if result["left_out"]:
@@ -226,7 +232,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 "parameters" leaves out the new head ({head:,}), which every method trains; "trained" is the share of all parameters,
 with it. A step is of a batch of median length, a forward of one of the longest texts, as a multiple of the base
 model's {base:.1f} ms; medians and quartiles of interleaved rounds. Peak memory is that of each run's own process.
-{shared}{left_out}
+{shared}{names}{left_out}
 {provenance.measured_on(result)}
 """
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import sys
 import traceback
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -23,18 +21,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from lora_ext.files.untrusted_json import read_json_object
+from lora_ext._common.progress import progress
+from lora_ext.files import read_json_object
 from lora_ext.tasks import TaskError, WriteError
 from lora_ext.tasks.finetune import busy_machine
 from lora_ext.tasks.finetune.data import saved_fingerprint
-from lora_ext.tasks.finetune.settings import OPTION_TYPES, OWNERS, Settings, checked_options, has_option
+from lora_ext.tasks.finetune.settings import Settings, checked_options
 from lora_ext.tasks.shared.whole_files import writing
-
-_APART = ("method", "seed")  # what tells runs apart anyway
-# What all runs have in common.
-_SHARED = ("model", "data", "eval_file", "text_column", "label_column")
-_SHARED += ("validation_split", "test_split")  # or accuracies would be of different texts
-_SHARED += ("precision",)  # or times would be of different arithmetic
 
 
 @dataclass(frozen=True)
@@ -55,36 +48,6 @@ class Run:
         """Where in ``out`` the run is."""
         name = "".join(char if char.isalnum() or char in "+-=._" else "-" for char in self.label)
         return out / "runs" / name / f"seed-{self.settings.seed}"
-
-
-def settings_for(spec: str, options: Mapping[str, Any], seed: int) -> Settings:
-    """The settings of ``name`` or ``name:option=value:option=value``, with ``options`` of finetune for the rest.
-
-    Raises:
-        TaskError: an option does not exist, or its value cannot be.
-    """
-    method, *pairs = re.split(r":(?=[\w-]+(?:=|$))", spec)  # a value may have a colon, as an expression has
-    Settings(method=method)  # or the name is told first
-    changes: dict[str, Any] = {"method": method, "seed": seed}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        name = name.replace("-", "_")
-        if not equals or name not in OPTION_TYPES or name in _APART:
-            raise TaskError(f"{spec!r}: {pair!r} is no option=value of finetune, such as r=4 or learning-rate=1e-3")
-        if name in _SHARED:
-            raise TaskError(f"{spec!r}: {name} is the same for all; give --{name.replace('_', '-')}")
-        if not has_option(method, name):
-            raise TaskError(f"{spec!r}: {name} goes with {', '.join(OWNERS[name])}, not with {method}")
-        changes[name] = _value(spec, name, text)
-    return Settings(**{**{name: value for name, value in options.items() if has_option(method, name)}, **changes})
-
-
-def _value(spec: str, name: str, text: str) -> Any:
-    kinds = typing.get_args(OPTION_TYPES[name]) or (OPTION_TYPES[name],)
-    try:
-        return int(text) if int in kinds else float(text) if float in kinds else text
-    except ValueError:
-        raise TaskError(f"{spec!r}: {name} is {text!r}, want a number") from None
 
 
 def run_all(runs: Sequence[Run], out: Path, what: str, jobs: int = 1) -> dict[Run, dict[str, Any]]:
@@ -108,13 +71,13 @@ def run_all(runs: Sequence[Run], out: Path, what: str, jobs: int = 1) -> dict[Ru
         raise TaskError(f"{what}: two of {sorted({run.label for run in runs})} would share a directory; rename one")
     done = dict.fromkeys(runs, 0.0)
     bar_format = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f} of {total} runs [{elapsed}<{remaining}]{postfix}"
-    with tqdm(total=len(runs), desc=what, bar_format=bar_format, file=sys.stderr) as bar:
+    with progress(what, len(runs), unit="runs", bar_format=bar_format) as shown:
 
         def show(run: Run, part: float) -> None:
             done[run] = part
-            bar.n = sum(done.values())
             at_hand = [f"{each.label}, seed {each.settings.seed}" for each in runs if 0 < done[each] < 1]
-            bar.set_postfix_str("; ".join(at_hand))
+            shown.note("; ".join(at_hand))
+            shown.set(sum(done.values()))
 
         def carry_out(run: Run) -> dict[str, Any]:
             metrics = finished(run, out)

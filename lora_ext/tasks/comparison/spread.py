@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -72,11 +72,18 @@ def lines_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, A
         if len(differing) == 1:
             whole = sorted(own, key=lambda row: row["trained_parameters"])
             sizes = ", ".join(str(row["settings"][differing[0]]) for row in whole)
-            name = f"{_without_size(whole[0]['label'], differing[0])}, {differing[0].replace('_', ' ')} {sizes}"
+            labels = ", ".join(row["label"] for row in whole)
+            first = labels if named_rows(whole) else _without_size(whole[0]["label"], differing[0])
+            name = f"{first}, {differing[0].replace('_', ' ')} {sizes}"
             named[name] = whole
         else:  # one point, or points that two sizes tell apart
             named |= {row["label"]: [row] for row in own}
     return named
+
+
+def named_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Names that the user gave to methods -> the methods as they were written, for the rows of a comparison."""
+    return {row["label"]: row["spec"] for row in rows if row.get("spec", row["label"]) != row["label"]}
 
 
 def _same(settings: Mapping[str, Any], but: Sequence[str]) -> tuple:

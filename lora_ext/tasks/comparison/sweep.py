@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 from lora_ext import LoraConfig
 from lora_ext.tasks import TaskError
-from lora_ext.tasks.comparison.many_runs import Run, run_all, settings_for
+from lora_ext.tasks.comparison.many_runs import Run, run_all
+from lora_ext.tasks.comparison.method_spec import MethodSpec
 from lora_ext.tasks.comparison.spread import deviation_over, over_seeds, percent, summary, winner
 from lora_ext.tasks.finetune.data import fingerprint
 from lora_ext.tasks.finetune.settings import INPUTS, SWEEP_FILE, command_line
@@ -21,6 +22,7 @@ from lora_ext.tasks.shared.markdown import table
 from lora_ext.tasks.shared.run_directory import check_out, leave_results, prepare_out
 from lora_ext.tasks.shared.whole_files import write_json, write_picture
 
+_LORA = MethodSpec.parse("lora")
 _OUTPUTS = ("sweep.json", "sweep.md", "sweep.png", "runs", SWEEP_FILE)
 
 
@@ -83,7 +85,7 @@ def sweep(
 
     def run_of(rank: int, target: str, seed: int) -> Run:
         own = {**options, "r": rank, "target_modules": target}
-        return Run(f"r={rank} {target}", settings_for("lora", own, seed), texts)
+        return Run(f"r={rank} {target}", _LORA.settings(own, seed), texts)
 
     runs = {(rank, target): [run_of(rank, target, seed) for seed in seeds] for rank, target in cells}
     prepare_out(out, _OUTPUTS, resume, lambda out: write_json(out / SWEEP_FILE, plan))
@@ -121,12 +123,12 @@ def _parameters_per_rank(targets: Sequence[str], options: Mapping[str, Any]) -> 
 
     So every mistake in a set, and in the data, is found before anything is run.
     """
-    first = settings_for("lora", options, seed=0)
+    first = _LORA.settings(options, seed=0)
     task_model, splits = load_task_model(first)
     check_fits(task_model, first)
     counts = {}
     for target in targets:
-        own = settings_for("lora", {**options, "r": 1, "target_modules": target}, seed=0)
+        own = _LORA.settings({**options, "r": 1, "target_modules": target}, seed=0)
         try:
             counts[target] = method_for(task_model.model, own, task_model.path).count(task_model.model)
         except (TypeError, ValueError) as error:

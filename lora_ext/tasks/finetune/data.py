@@ -12,8 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from lora_ext.files.regular_file import open_regular
-from lora_ext.files.untrusted_json import parse_json_object, read_json_object
+from lora_ext.files import open_regular, parse_json_object, read_json_object
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.shared.whole_files import write_json
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lora_ext.files.untrusted_json import read_json_object
+from lora_ext.files import read_json_object
 from lora_ext.methods import METHODS, option_names
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.shared.whole_files import write_json

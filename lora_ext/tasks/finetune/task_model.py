@@ -19,6 +19,7 @@ from transformers import (
     logging,
 )
 
+from lora_ext._common.progress import is_terminal
 from lora_ext.methods import ARCHITECTURES, Method, apply_method, head_parameters, new_method, option_names
 from lora_ext.methods.prefix_embed import SpecialTokens
 from lora_ext.tasks import TaskError
@@ -55,6 +56,8 @@ def load_task_model(settings: Settings) -> tuple[TaskModel, Splits]:
 def load_model(path: str, labels: list[str], max_length: int) -> TaskModel:
     """A classifier of ``labels``. TaskError: there is none at ``path``, or not for so many tokens."""
     logging.set_verbosity_error()  # it reports every new head; what else is new, check_fits does
+    if not is_terminal():
+        logging.disable_progress_bar()
     try:
         options = loading_options(path)
         tokenizer = AutoTokenizer.from_pretrained(path, **options)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from lora_ext._common import progress as display
 from lora_ext.methods import load_method, method_of, save_method
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune import busy_machine
@@ -241,12 +242,43 @@ class _EpochSampler(LengthGroupedSampler):
         self.generator = torch.Generator().manual_seed(self.seed + epoch)
 
 
-class _LossInBar(ProgressCallback):
-    """The progress bar with the current loss in it, in place of a printed line for every logged one."""
+class _Shown(TrainerCallback):
+    """Shows how far training is, with the current loss, and how far an evaluation is.
+
+    The Trainer's own callback draws bars wherever it writes to: a log file gets a line for every step.
+    """
+
+    def __init__(self) -> None:
+        self._training: display.Progress | None = None
+        self._evaluation: display.Progress | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        steps = {"unit": "steps", "done": state.global_step, "dynamic_ncols": True}
+        self._training = display.progress("finetune", state.max_steps, **steps)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._training.set(state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None and "loss" in (logs or {}):
-            self.training_bar.set_postfix(epoch=f"{state.epoch:.2f}", loss=f"{float(logs['loss']):.3f}")
+        if self._training is not None and "loss" in (logs or {}):
+            self._training.note(f"epoch {state.epoch:.2f}, loss {float(logs['loss']):.3f}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._training.close()
+        self._training = None
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        if self._evaluation is None:  # a short one, after each epoch, is worth no line
+            options = {"unit": "batches", "first": 10.0, "leave": self._training is None, "dynamic_ncols": True}
+            self._evaluation = display.progress("evaluate", len(eval_dataloader), **options)
+        self._evaluation.advance(1)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self._evaluation is not None:
+            self._evaluation.close()
+            self._evaluation = None
+
+    on_predict = on_evaluate
 
 
 class _StopOnInterrupt(TrainerCallback):
@@ -312,7 +344,7 @@ def build_trainer(model, settings: Settings, out: Path, train, validation, colla
         trainer.average = MovingAverage(model, settings.ema_decay)
         trainer.add_callback(_Averaging(trainer.average))
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(_LossInBar())
+    trainer.add_callback(_Shown())
     trainer.add_callback(_Steps(trainer))
     return trainer
 

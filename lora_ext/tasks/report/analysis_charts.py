@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_ext.analysis import expected_random_similarity
-from lora_ext.tasks.analyze.layers import places
 from lora_ext.tasks.analyze.measures import SIDES
+from lora_ext.tasks.analyze.places import places
 from lora_ext.tasks.analyze.summary import changes, pair_of
 from lora_ext.tasks.report.heat_map import colour_scale, heat_map
 from lora_ext.tasks.report.line_chart import NUM_COLOURS, Point, Series, line_chart

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_ext.tasks.comparison.spread import deviation_over, lines_of, over_seeds, percent, winner
+from lora_ext.tasks.comparison.spread import deviation_over, lines_of, named_rows, over_seeds, percent, winner
 from lora_ext.tasks.finetune.settings import has_option
 from lora_ext.tasks.report.bars import Bar, bars
 from lora_ext.tasks.report.facts import reproduce
@@ -29,6 +29,7 @@ def show_methods(result: Result, pictures: Pictures) -> Html:
             paragraph(*_reading(content, best)),
             _left_out(content),
             _table(content, best),
+            _names(content),
             el(
                 "p",
                 f"{deviation_over(content['seeds'])}, on {content['examples']['test']:,} test texts. "
@@ -142,6 +143,12 @@ def _left_out(content: Mapping[str, Any]) -> Html | None:
         return None
     reasons = bullets(f"{each['label']}: {each['reason']}" for each in content["left_out"])
     return el("div", el("p", "Left out, as the checkpoint does not suit them:"), reasons)
+
+
+def _names(content: Mapping[str, Any]) -> Html | None:
+    """What the names stand for that the user gave to methods."""
+    named = named_rows(content["methods"])
+    return bullets(f"{label}: {spec}" for label, spec in named.items()) if named else None
 
 
 def _own(row: Mapping[str, Any]) -> int:

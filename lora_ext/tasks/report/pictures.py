@@ -6,7 +6,7 @@ import base64
 import re
 from pathlib import Path
 
-from lora_ext.files.regular_file import open_regular
+from lora_ext.files import open_regular
 from lora_ext.tasks.report.markup import Html, count, el
 from lora_ext.tasks.report.results import Result
 

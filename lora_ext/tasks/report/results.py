@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_ext.files.untrusted_json import read_json_object
+from lora_ext.files import read_json_object
 from lora_ext.tasks import TaskError
 
 __all__ = ["Result", "find_results"]

@@ -1,4 +1,4 @@
-"""``lora-ext unmerge``: the base of a merged checkpoint, from the record of the merge, or less an adapter's update."""
+"""``lora-ext unmerge``: restores the base of a merged checkpoint from its record, or subtracts an adapter's update."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from pathlib import Path
 
 from lora_ext import _load
 from lora_ext.checkpoints.checkpoint_files import Checkpoint
-from lora_ext.checkpoints.merge import merge
+from lora_ext.checkpoints.merging import merge
 from lora_ext.checkpoints.other_files import RECORD_DIRECTORY
 from lora_ext.checkpoints.output import Output, check_apart
 from lora_ext.checkpoints.record import Record
-from lora_ext.checkpoints.staging import fingerprint
+from lora_ext.files.file_bytes import fingerprint
 
 __all__ = ["UnmergeReport", "unmerge"]
 
 
 @dataclasses.dataclass(frozen=True)
 class UnmergeReport:
-    """What an unmerge did.
+    """The result of an unmerge.
 
     Attributes:
-        exact: every tensor of the base was restored to the bit, as its digest has shown, and every file next to them.
-        because: why it is not exact; empty if it is.
-        tensors: that were restored; the others are as they were.
-        files: written checkpoint files; ``kept`` of them by an earlier run that did not end.
-        nbytes: of all tensors.
+        exact: every bit of the base's tensors, by their digests, and of the files next to them is restored.
+        because: reasons why the result is not exact; empty if it is.
+        tensors: number of restored tensors; the merge had not changed the others.
+        files: number of checkpoint files.
+        kept: number of these files that an interrupted run had written.
+        nbytes: bytes of all tensors.
     """
 
     exact: bool
@@ -51,23 +52,23 @@ def unmerge(
     allow_pickle: bool = False,
     show_progress: bool = False,
 ) -> UnmergeReport:
-    """Writes the checkpoint that ``merged`` was made of to the new directory ``out``.
+    """Writes the base of the checkpoint ``merged`` to the new directory ``out``.
 
-    With the record that ``merge(record=True)`` left in it, every tensor is restored to the bit, or nothing is written.
-    Other files are copied; where they are not those of the base any more, the report says so. Without a record, the
-    updates of ``adapters`` are subtracted: that is rounded, and differs from the base by what the merge and this lost.
+    With the record of ``merge(record=True)``, every bit of every tensor is restored, or nothing is written. Other files
+    are copied; the report names those that are not the base's any more. Without a record, the updates of ``adapters``
+    are subtracted. The result is rounded: it differs from the base by the rounding errors of the merge and of this.
 
     Args:
         merged: a merged checkpoint.
-        adapters: what was merged into it, where it has no record.
-        fan_in_fan_out, verify, overwrite, allow_pickle: as :func:`~lora_ext.checkpoints.merge.merge`.
+        adapters: the adapters that were merged into it, if it has no record.
+        fan_in_fan_out, verify, overwrite, allow_pickle: see :func:`~lora_ext.checkpoints.merge`.
 
     Raises:
-        FileNotFoundError: something is missing.
+        FileNotFoundError: a file is missing.
         FileExistsError: ``out`` exists.
-        ValueError: there is neither record nor adapter, or both; a tensor or the record was changed since the merge, or
-            the record is that of another merge; an adapter does not fit, or had replaced tensors, whose old values are
-            not in it.
+        ValueError: there is neither a record nor an adapter, or both; a tensor or the record was changed since the
+            merge, or the record is of another merge; an adapter does not fit, or had replaced tensors, whose old values
+            it does not hold.
         OSError: the disk is too small, or cannot be written.
     """
     begin = time.perf_counter()
@@ -109,10 +110,9 @@ def unmerge(
         infos = {key: record.info(key) for key in tensors if key not in record.added}
         if infos:
             shards[name] = {key: (info.dtype, info.shape, info.nbytes) for key, info in infos.items()}
-    files = [checkpoint.directory / name for name in checkpoint.shards]
     what = {
         "version": _load.build_info()["version"],
-        "merged": fingerprint([*files, *record.files], contents=False),
+        "merged": checkpoint.fingerprint() + fingerprint(record.files, contents=False),
     }
     output = Output(
         checkpoint,
@@ -136,7 +136,7 @@ def unmerge(
 
 
 def _differences(expected: Mapping[str, str], copied: Mapping[str, str]) -> list[str]:
-    """How the files next to the weights differ from those of the base; both are digests by path."""
+    """The differences of the files next to the weights from the base's. Both arguments: path -> digest."""
     problems = [f"{name} is not of the base" for name in copied if name not in expected]
     changed = [name for name in copied if name in expected and copied[name] != expected[name]]
     problems += [f"{name} was changed since the merge" for name in changed]

@@ -1,4 +1,4 @@
-"""``lora-ext extract``: an adapter that is, as nearly as its rank allows, the difference of two checkpoints."""
+"""``lora-ext extract``: makes an adapter that approximates the difference of two checkpoints."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from lora_ext._common.printable import listed
+from lora_ext._common.progress import progress
 from lora_ext._ops.checks import FLOATING, accumulation_dtype
 from lora_ext.checkpoints.checkpoint_files import Checkpoint, raw_blocks
 from lora_ext.checkpoints.low_rank import approximate
 from lora_ext.checkpoints.merged_rows import BLOCK_BYTES, Block
 from lora_ext.checkpoints.output import check_apart
-from lora_ext.checkpoints.progress import progress
 from lora_ext.checkpoints.staging import Staging
 from lora_ext.checkpoints.ties import is_embedding
 from lora_ext.checkpoints.writing import Description, write_file
@@ -36,7 +36,13 @@ REPORT_FILE = "extract.json"
 
 @dataclasses.dataclass(frozen=True)
 class LayerError:
-    """A layer's rank, its difference's Frobenius norm, and by rank the part of that norm that is left."""
+    """The approximation of one layer.
+
+    Attributes:
+        r: rank of its factors.
+        norm: Frobenius norm of the layer's difference.
+        errors: rank -> norm of the remainder over ``norm``.
+    """
 
     r: int
     norm: float
@@ -45,13 +51,14 @@ class LayerError:
 
 @dataclasses.dataclass(frozen=True)
 class ExtractReport:
-    """What an extraction found.
+    """The result of an extraction.
 
     Attributes:
-        layers: by path, those that differ and are adapted.
-        errors: of all these together, by rank; a layer of a lower rank counts with its best.
+        layers: path -> approximation of each layer that differs and is adapted.
+        errors: rank -> relative error of all these layers together; a layer of lower rank counts with its best.
         saved: modules that differ and are saved in full.
-        unchanged: tensors that do not differ.
+        unchanged: number of equal tensors.
+        nbytes: bytes of the adapter's weights.
     """
 
     layers: dict[str, LayerError]
@@ -76,27 +83,27 @@ def extract(
     overwrite: bool = False,
     show_progress: bool = False,
 ) -> ExtractReport:
-    """Writes an adapter to ``out``, in PEFT's format, that turns ``base`` into ``tuned`` except for the error reported.
+    """Writes an adapter in PEFT's format to ``out`` that turns ``base`` into ``tuned``, up to the error in the report.
 
-    Each matrix that differs is approximated by a truncated singular value decomposition
-    (:func:`~lora_ext.checkpoints.low_rank.approximate`) of its difference; the scaling is 1. One tensor is in memory at a
-    time. Biases of adapted layers are taken in full (``bias="lora_only"``), and other modules that differ are saved in
-    full (``modules_to_save``).
+    Each matrix that differs is approximated by a truncated singular value decomposition of its difference
+    (:func:`~lora_ext.checkpoints.low_rank.approximate`); the scaling is 1. One tensor is in memory at a time. Biases of
+    adapted layers are saved in full (``bias="lora_only"``), and so are other modules that differ
+    (``modules_to_save``).
 
     Args:
-        rank: of the adapter; at most.
+        rank: largest rank of a layer.
         energy: in (0, 1]: each layer gets the smallest rank that keeps this part of its difference's squared norm.
-        target_modules: names of layers, each a whole path or its end after a dot; None: all with a matrix ``weight``
-            but embeddings.
-        save_others: save other modules that differ; False: they are an error.
+        target_modules: names of layers, each a whole path or its end after a dot; None for all layers with a matrix
+            ``weight`` except embeddings.
+        save_others: save other modules that differ; if False, they are an error.
         fan_in_fan_out: matrices are ``[in, out]``, as in Conv1D (GPT-2).
-        dtype: of the factors.
-        overwrite: replace the adapter that is at ``out``.
+        dtype: dtype of the factors.
+        overwrite: replace the adapter at ``out``.
 
     Raises:
-        ValueError: nothing differs; tensors are in one checkpoint only, differ in shape, or differ and cannot be saved
-            with an adapter: all are listed; an argument is wrong.
-        FileNotFoundError, FileExistsError, OSError: as :func:`~lora_ext.checkpoints.merge.merge`.
+        ValueError: nothing differs; tensors are in only one checkpoint, differ in shape, or differ and cannot be saved
+            with an adapter (the message lists all of them); an argument is wrong.
+        FileNotFoundError, FileExistsError, OSError: as :func:`~lora_ext.checkpoints.merge`.
     """
     begin = time.perf_counter()
     if rank < 1:
@@ -106,7 +113,7 @@ def extract(
     old, new = Checkpoint.open(base), Checkpoint.open(tuned)
     out = Path(out).absolute()
     check_apart("extract", out, [old.directory, new.directory])
-    with Staging(out, {}, overwrite) as staging, progress("extract", new.nbytes, show_progress) as shown:
+    with Staging(out, {}, overwrite) as staging, progress("extract", new.nbytes, show=show_progress) as shown:
         differing: dict[str, None] = {}
         for key in new:
             if key not in old or not _same(old, new, key):
@@ -116,7 +123,7 @@ def extract(
         layers: dict[str, LayerError] = {}
         factors: dict[str, Tensor] = {}
         for path in targets:
-            shown.file(path)
+            shown.note(path)
             delta = _difference(old, new, f"{path}.weight")
             best = approximate(delta.T.contiguous() if fan_in_fan_out else delta, rank, energy)
             layers[path] = LayerError(len(best.lora_A), best.norm, best.errors)
@@ -125,7 +132,7 @@ def extract(
         modules = set(saved)
         whole = {f"{KEY_PREFIX}{key}": key for key in new if key.rpartition(".")[0] in modules}
         has_biases = any(f"{path}.bias" in differing for path in targets)
-        if has_biases:  # PEFT then wants those of all adapted layers
+        if has_biases:  # PEFT then wants the biases of all adapted layers
             biases = [f"{path}.bias" for path in targets if f"{path}.bias" in new]
             whole |= {f"{KEY_PREFIX}{key.removesuffix('bias')}base_layer.bias": key for key in biases}
         _write(staging.path / WEIGHTS_FILE, new, factors, whole)
@@ -147,7 +154,7 @@ def extract(
 
 
 def _same(old: Checkpoint, new: Checkpoint, key: str) -> bool:
-    """To the bit; of the same shape and dtype."""
+    """Whether the two tensors have the same dtype, shape and bits."""
     first, second = old.info(key), new.info(key)
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
@@ -164,7 +171,7 @@ def _sort(
     target_modules: Sequence[str] | None,
     save_others: bool,
 ) -> tuple[list[str], list[str]]:
-    """The modules that are adapted, and those that are saved in full."""
+    """The modules to adapt, and the modules to save in full."""
     problems = [f"only in the base: {key}" for key in old if key not in new]
     targets: dict[str, None] = {}
     others: dict[str, str] = {}
@@ -184,7 +191,7 @@ def _sort(
     with_more = {end for key in new for end in _parents(key)}
     for path, key in others.items():
         if path in targets and path not in with_more:
-            continue  # its bias goes with it
+            continue  # the bias of an adapted module
         if path in targets or not path:
             problems.append(f"differs, next to the adapted weight of its module: {key}" if path else f"differs: {key}")
         elif not save_others:
@@ -200,7 +207,7 @@ def _sort(
 
 
 def _parents(key: str) -> Iterator[str]:
-    """The modules around a tensor that is neither weight nor bias of the innermost."""
+    """The modules around a tensor, without the innermost one if the tensor is its weight or bias."""
     place = key.rfind(".")
     if key[place + 1 :] in ("weight", "bias"):
         place = key.rfind(".", 0, max(place, 0))
@@ -210,7 +217,7 @@ def _parents(key: str) -> Iterator[str]:
 
 
 def _difference(old: Checkpoint, new: Checkpoint, key: str) -> Tensor:
-    """In float32, or float64 of F64."""
+    """The difference of a tensor, in float32, or in float64 if one of the two is F64."""
     tuned, base = new.tensor(key), old.tensor(key)
     acc = accumulation_dtype(torch.promote_types(tuned.dtype, base.dtype))
     delta = tuned.to(acc).sub_(base)
@@ -223,8 +230,8 @@ def _write(path: Path, new: Checkpoint, factors: dict[str, Tensor], whole: dict[
     described: dict[str, Description] = {
         key: (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes) for key, tensor in factors.items()
     }
-    for key, own in whole.items():
-        info = new.info(own)
+    for key, source in whole.items():
+        info = new.info(source)
         described[key] = info.dtype, info.shape, info.nbytes
 
     def blocks(key: str) -> Iterator[Block]:
@@ -240,7 +247,7 @@ def _write(path: Path, new: Checkpoint, factors: dict[str, Tensor], whole: dict[
 def _config(
     layers: dict[str, LayerError], rank: int, saved: list[str], has_biases: bool, fan_in_fan_out: bool, new: Checkpoint
 ) -> dict[str, Any]:
-    """``lora_alpha`` is the rank everywhere, so that the scaling is 1."""
+    """The adapter's config. ``lora_alpha`` is the rank everywhere, so the scaling is 1."""
     ends = {path.rpartition(".")[2] for path in layers}
     matrices = {key.removesuffix(".weight") for key in new if key.endswith(".weight") and len(new.info(key).shape) == 2}
     by_end = {path for path in matrices if path.rpartition(".")[2] in ends}
@@ -263,7 +270,7 @@ def _config(
 
 
 def _overall(layers: dict[str, LayerError]) -> dict[int, float]:
-    """Relative error of all differences together."""
+    """Rank -> relative error of all layers together."""
     total = sum(layer.norm**2 for layer in layers.values())
     ranks = sorted({r for layer in layers.values() for r in layer.errors})
 

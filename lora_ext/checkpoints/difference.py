@@ -1,4 +1,4 @@
-"""``lora-ext diff``: how two adapters, or two checkpoints, differ."""
+"""``lora-ext diff``: compares two adapters, or two checkpoints."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ _UNSET = "(absent)"
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """What differs between ``a`` and ``b``.
+    """The differences between ``a`` and ``b``; false if there are none.
 
     Attributes:
         only_a, only_b: keys that the other lacks.
-        kinds: key -> ``[dtype and shape in a, in b]``, where these differ; values are then not compared.
-        values: key -> ``max_abs``, the largest difference of two elements, and ``relative``, the Frobenius norm of the
-            difference over that of ``a``; of tensors that differ in any bit. None for integers and 8-bit dtypes.
+        kinds: key -> ``[dtype and shape in a, in b]`` of tensors in which these differ; their values are not compared.
+        values: key -> differences of tensors that differ in any bit: ``max_abs``, the largest difference of two
+            elements, and ``relative``, the Frobenius norm of the difference over that of ``a``. Both are None for
+            integers and 8-bit dtypes.
         config: key -> ``[in a, in b]``, of ``adapter_config.json`` or ``config.json``.
-        equal: tensors that do not differ.
+        equal: number of equal tensors.
     """
 
     only_a: list[str]
@@ -48,11 +49,11 @@ class Difference:
 
 
 def diff(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> Difference:
-    """Compares two directories (or safetensors files), bit by bit, in the memory of some rows.
+    """Compares two directories (or safetensors files) bit by bit. Holds some rows of a tensor in memory at a time.
 
     Raises:
-        FileNotFoundError, ValueError: one is neither an adapter nor a checkpoint, or corrupted, or they are not of one
-            kind.
+        FileNotFoundError, ValueError: one is neither an adapter nor a checkpoint, or is corrupted; or one is an adapter
+            and the other a checkpoint.
     """
     a, b = Path(a), Path(b)
     kinds = ["adapter" if holds_adapter(path) else "checkpoint" for path in (a, b)]
@@ -92,7 +93,7 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> Difference:
 
 
 def _compare(a: Path, info_a: TensorInfo, b: Path, info_b: TensorInfo) -> dict[str, float | None] | None:
-    """None where every bit is the same."""
+    """The entry of ``Difference.values`` for two tensors; None if every bit is the same."""
     dtype = DTYPES.get(info_a.dtype)
     is_same, largest, square, norm = True, 0.0, 0.0, 0.0
     for x, y in zip(raw_blocks(a, info_a, BLOCK_BYTES), raw_blocks(b, info_b, BLOCK_BYTES), strict=True):
@@ -124,7 +125,7 @@ def _model_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _ordered(config: dict[str, Any]) -> dict[str, Any]:
-    """PEFT writes names of modules, which are a set, in any order."""
+    """Sorts the names of modules in a config: they are a set, which PEFT writes in any order."""
     return {
         key: sorted(value, key=repr)
         if key.endswith(("_modules", "modules_to_save")) and isinstance(value, list)

@@ -1,4 +1,4 @@
-"""``lora-ext inspect``: what an adapter or a checkpoint holds."""
+"""``lora-ext inspect``: describes an adapter or a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_ext.checkpoints.checkpoint_files import Checkpoint
-from lora_ext.checkpoints.contents import LowRankUpdate, read_contents
+from lora_ext.checkpoints.contents import AdapterContents, LowRankUpdate, open_adapter
 from lora_ext.checkpoints.layouts import num_matrices
 from lora_ext.checkpoints.merged_rows import split_stack
 from lora_ext.files.adapter_file import AdapterFile, holds_adapter
@@ -20,26 +20,29 @@ __all__ = ["inspect", "update_norm"]
 
 
 def inspect(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> dict[str, Any]:
-    """Describes an adapter's directory, or a checkpoint's, or a safetensors file, as values that JSON can hold.
+    """Describes an adapter's directory, a checkpoint's directory or a safetensors file, as values that JSON can hold.
 
     Returns:
-        ``kind`` (``adapter`` or ``checkpoint``), ``parameters``, ``bytes`` and ``dtypes`` (elements by dtype). An
-        adapter's ``layers``: ``path``, ``kind``, ``r``, ``scaling``, ``dtype``, ``parameters``, ``norm`` (Frobenius, of
-        the update with its scaling); ``saved``: shapes of tensors in full, by name; ``config``. A checkpoint's
-        ``files``: bytes by name, and ``tensors``: ``dtype``, ``shape``, ``bytes`` by name.
+        A dict with ``kind`` (``adapter`` or ``checkpoint``), ``parameters``, ``bytes`` and ``dtypes`` (dtype -> number
+        of elements).
+
+        For an adapter also ``layers``, each with ``path``, ``kind``, ``r``, ``scaling``, ``dtype``, ``parameters`` and
+        ``norm`` (the Frobenius norm of the scaled update); ``saved`` (name -> shape of each tensor that is saved in
+        full); and ``config``.
+
+        For a checkpoint also ``files`` (name -> bytes) and ``tensors`` (name -> ``dtype``, ``shape``, ``bytes``).
 
     Raises:
-        FileNotFoundError, ValueError: it is neither, or corrupted, or of an adaptation method that is not supported.
+        FileNotFoundError, ValueError: ``path`` is neither, or is corrupted, or its adaptation method is not supported.
     """
     path = Path(path)
     if holds_adapter(path):
-        return _adapter(AdapterFile.open(path, allow_pickle=allow_pickle, caller="inspect"))
+        return _adapter(open_adapter(path, allow_pickle=allow_pickle, caller="inspect"))
     return _checkpoint(Checkpoint.open(path))
 
 
-def _adapter(file: AdapterFile) -> dict[str, Any]:
-    contents = read_contents(file)
-    layers = []
+def _adapter(contents: AdapterContents) -> dict[str, Any]:
+    file, layers = contents.file, []
     for update in contents.updates:
         keys = [key for key in (update.lora_A, update.lora_B, update.lora_bias) if key is not None]
         layers.append(
@@ -82,7 +85,7 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def update_norm(file: AdapterFile, update: LowRankUpdate) -> float:
-    """``||scaling * lora_B @ lora_A||`` (Frobenius), from the factors' QR decompositions: the product is never made."""
+    """``||scaling * lora_B @ lora_A||`` (Frobenius norm), from the factors' QR decompositions, without the product."""
     A, B = file.tensor(update.lora_A), file.tensor(update.lora_B)
     pairs = split_stack(A, B, num_matrices(file, update), update.kind == "parameter")
     square = sum(_product_norm(B.double(), A.double()) ** 2 for A, B in pairs)

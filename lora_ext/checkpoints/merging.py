@@ -1,4 +1,4 @@
-"""``lora-ext merge``: adapters into a checkpoint, both on disk, in the memory of a block of rows."""
+"""``lora-ext merge``: merges adapters into a checkpoint on disk, a block of rows at a time."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ import torch
 from lora_ext import _load
 from lora_ext._common.printable import listed
 from lora_ext._ops.checks import FLOATING
-from lora_ext.checkpoints.changes import MergePlan, TensorPlan, plan_merge
+from lora_ext.checkpoints.changes import MergeChanges, TensorChange, find_changes
 from lora_ext.checkpoints.checkpoint_files import SINGLE_FILE, Checkpoint
-from lora_ext.checkpoints.contents import read_contents
+from lora_ext.checkpoints.contents import open_adapter
 from lora_ext.checkpoints.merged_rows import blocks
 from lora_ext.checkpoints.output import Output, check_apart, index_metadata, shard_metadata
 from lora_ext.checkpoints.record_writer import RecordWriter
-from lora_ext.checkpoints.staging import fingerprint
 from lora_ext.checkpoints.writing import Description
-from lora_ext.files.adapter_file import CONFIG_FILE, AdapterFile
 from lora_ext.files.safetensors_format import DTYPE_NAMES, DTYPES
 
 __all__ = ["MergeReport", "merge"]
@@ -31,14 +29,17 @@ __all__ = ["MergeReport", "merge"]
 
 @dataclasses.dataclass(frozen=True)
 class MergeReport:
-    """What a merge did.
+    """The result of a merge.
 
     Attributes:
-        merged, replaced, added, copied: tensors that got updates; that an adapter holds in full or in part; of these,
-            those that the base lacks; that are the base's.
-        files: written checkpoint files; ``kept`` of them by an earlier run that did not end.
+        merged: number of tensors that got updates.
+        replaced: number of tensors that an adapter replaced, in full or in part.
+        added: number of replaced tensors that the base lacks.
+        copied: number of tensors that are the base's.
+        files: number of checkpoint files.
+        kept: number of these files that an interrupted run had written.
         skipped: files of the base that were not copied.
-        nbytes: of all tensors.
+        nbytes: bytes of all tensors.
     """
 
     merged: int
@@ -71,28 +72,29 @@ def merge(
 ) -> MergeReport:
     """Writes the checkpoint ``base`` with ``adapters`` merged into it to the new directory ``out``.
 
-    Tensors are ``round(W + d)``: the updates ``d`` of all adapters are added in float32 (float64 for F64), in the order
-    given, and rounded once, to the bits of :func:`lora_ext.merge`. Tokenizer, configs and other small files are copied.
-    ``out`` appears when all is written to disk, or not at all; a run that was killed is continued by the next one with
-    the same arguments.
+    A tensor becomes ``round(W + d)``: the updates ``d`` of all adapters are added in float32 (float64 for F64), in the
+    given order, and rounded once, to the same bits as :func:`lora_ext.merge`. Tokenizer, configs and other small files
+    are copied. ``out`` appears when everything is on disk, or not at all. A run with the same arguments continues a
+    killed one.
 
     Args:
         base: a directory with safetensors, sharded or not.
-        adapters: directories in PEFT's format, of any layers that PEFT adapts.
-        dtype: convert floating-point tensors to it, after all is added in the wider of the two dtypes.
-        shard_bytes: at most so many in a file, except where one tensor has more; None: the files of the base.
-        fan_in_fan_out: how square weights lie whose neighbours do not tell: True for ``[in, out]``, as in Conv1D.
-        untie: store tied weights apart where an adapter changes one of them only.
-        record: also write ``merge_record/``, from which :func:`~lora_ext.checkpoints.unmerge.unmerge` restores every bit.
+        adapters: directories in PEFT's format, with any layers that PEFT adapts.
+        dtype: convert floating-point tensors to it. Updates are added before, in the wider of the two dtypes.
+        shard_bytes: most bytes of a file, except for one that holds a single larger tensor; None for the base's files.
+        fan_in_fan_out: layout of square weights that no other weight decides: True for ``[in, out]``, as in Conv1D.
+        untie: store tied weights apart if an adapter changes only one of them.
+        record: also write ``merge_record/``, from which :func:`~lora_ext.checkpoints.unmerge` restores every bit.
         verify: read the result back, and compare every bit with a second computation.
-        overwrite: replace the checkpoint that is at ``out``.
+        overwrite: replace the checkpoint at ``out``.
         allow_pickle: read ``adapter_model.bin`` where there is no safetensors file.
-        subtract: take the updates out again, up to rounding.
+        subtract: subtract the updates, up to rounding.
 
     Raises:
-        FileNotFoundError: something is missing.
+        FileNotFoundError: a file is missing.
         FileExistsError: ``out`` exists.
-        ValueError: a file is corrupted; an adapter does not fit: all that does not is listed; a result is not finite.
+        ValueError: a file is corrupted; an adapter does not fit (the message lists every misfit); a result is not
+            finite.
         OSError: the disk is too small, or cannot be written.
     """
     caller = "unmerge" if subtract else "merge"
@@ -100,44 +102,43 @@ def merge(
         raise ValueError("merge: record goes without dtype and untie, which cannot be undone")
     begin = time.perf_counter()
     checkpoint = Checkpoint.open(base)
-    files = [AdapterFile.open(directory, allow_pickle=allow_pickle, caller=caller) for directory in adapters]
-    if not files:
+    if not adapters:
         raise ValueError(f"{caller}: no adapter is given")
     if not len(checkpoint):
         raise ValueError(f"{caller}: {base} holds no tensor")
-    contents = [read_contents(file) for file in files]
-    plan = plan_merge(
+    contents = [open_adapter(directory, allow_pickle=allow_pickle, caller=caller) for directory in adapters]
+    changes = find_changes(
         checkpoint, contents, fan_in_fan_out=fan_in_fan_out, untie=untie, multiplier=-1.0 if subtract else 1.0
     )
-    if subtract and (whole := [key for key, tensor in plan.tensors.items() if tensor.replacement or tensor.rows]):
+    if subtract and (whole := [key for key, tensor in changes.tensors.items() if tensor.replacement or tensor.rows]):
         raise ValueError(
             f"{caller}: the adapter replaced tensors in full, whose old values only a record has (merge --record):"
             f"{listed(whole)}"
         )
     out = Path(out).absolute()
-    check_apart(caller, out, [checkpoint.directory, *(file.directory for file in files)])
-    shards = _shards(checkpoint, plan, dtype, shard_bytes)
+    check_apart(caller, out, [checkpoint.directory, *(one.file.directory for one in contents)])
+    shards = _shards(checkpoint, changes, dtype, shard_bytes)
     output = Output(
         checkpoint,
         shards,
-        lambda key: blocks(plan.tensors[key], key, checkpoint, _target(plan.tensors[key], dtype)),
+        lambda key: blocks(changes.tensors[key], key, checkpoint, _target(changes.tensors[key], dtype)),
         metadata=shard_metadata(checkpoint, shards),
         index_metadata=index_metadata(checkpoint),
         what={
             "version": _load.build_info()["version"],
-            "base": fingerprint([checkpoint.directory / name for name in checkpoint.shards], contents=False),
-            "adapters": [fingerprint([file.path, file.directory / CONFIG_FILE], contents=True) for file in files],
+            "base": checkpoint.fingerprint(),
+            "adapters": [one.fingerprint() for one in contents],
             "options": [str(dtype), shard_bytes, fan_in_fan_out, untie, record, subtract],
         },
-        config_changes=_config_changes(plan, dtype),
-        recorder=RecordWriter(plan, checkpoint) if record else None,
+        config_changes=_config_changes(changes, dtype),
+        recorder=RecordWriter(changes, checkpoint) if record else None,
     )
     written = output.write(out, caller, verify=verify, overwrite=overwrite, show_progress=show_progress)
-    tensors = plan.tensors.values()
+    tensors = changes.tensors.values()
     return MergeReport(
         merged=sum(bool(tensor.terms) for tensor in tensors),
         replaced=sum(bool(tensor.replacement or tensor.rows) for tensor in tensors),
-        added=len(plan.tensors) - len(checkpoint),
+        added=len(changes.tensors) - len(checkpoint),
         copied=sum(not tensor.is_changed for tensor in tensors),
         files=len(output.shards),
         kept=written.kept,
@@ -148,27 +149,27 @@ def merge(
     )
 
 
-def _target(tensor: TensorPlan, dtype: torch.dtype | None) -> torch.dtype | None:
-    """What a tensor is converted to: indices and quantised weights stay."""
+def _target(tensor: TensorChange, dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype that a tensor is converted to; None for indices and quantised weights, which stay as they are."""
     return dtype if DTYPES.get(tensor.dtype) in FLOATING else None
 
 
-def _config_changes(plan: MergePlan, dtype: torch.dtype | None) -> dict[str, Any]:
-    changes: dict[str, Any] = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
-    return changes | ({"tie_word_embeddings": False} if plan.untied else {})
+def _config_changes(changes: MergeChanges, dtype: torch.dtype | None) -> dict[str, Any]:
+    values: dict[str, Any] = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
+    return values | ({"tie_word_embeddings": False} if changes.untied else {})
 
 
 def _shards(
-    base: Checkpoint, plan: MergePlan, dtype: torch.dtype | None, shard_bytes: int | None
+    base: Checkpoint, changes: MergeChanges, dtype: torch.dtype | None, shard_bytes: int | None
 ) -> dict[str, dict[str, Description]]:
     """File name -> its tensors."""
-    described = {key: _describe(tensor, base, _target(tensor, dtype)) for key, tensor in plan.tensors.items()}
+    described = {key: _describe(tensor, base, _target(tensor, dtype)) for key, tensor in changes.tensors.items()}
     files: list[dict[str, Description]] = []
     if shard_bytes is None:
         names = list(base.shards)
         files = [{key: described[key] for key in base.shards[name]} for name in names]
         for key in list(described)[len(base) :]:
-            place = names.index(base.shard_of(plan.untied[key])) if key in plan.untied else -1
+            place = names.index(base.shard_of(changes.untied[key])) if key in changes.untied else -1
             files[place][key] = described[key]
         return dict(zip(names, files, strict=True))
     room = 0
@@ -183,7 +184,7 @@ def _shards(
     return {f"model-{i:05d}-of-{len(files):05d}.safetensors": tensors for i, tensors in enumerate(files, 1)}
 
 
-def _describe(tensor: TensorPlan, base: Checkpoint, to: torch.dtype | None) -> Description:
+def _describe(tensor: TensorChange, base: Checkpoint, to: torch.dtype | None) -> Description:
     if to is None and tensor.source is not None:
         return tensor.dtype, tensor.shape, base.info(tensor.source).nbytes
     dtype = DTYPES[tensor.dtype] if to is None else to

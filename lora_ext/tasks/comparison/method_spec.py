@@ -1,0 +1,140 @@
+"""A method as ``--methods`` of compare names it: ``lora:r=16:target-modules=q,v:name=lora-qv``."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_ext.methods import METHODS
+from lora_ext.tasks import TaskError
+from lora_ext.tasks.finetune.settings import OPTION_TYPES, OWNERS, Settings, has_option
+
+__all__ = ["MethodSpec", "check_labels", "without"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,39}")
+_NAME_RULE = "want at most 40 letters, digits and . _ + -, with a letter or digit first"
+_RESERVED = "base"  # the model without a method, in tables
+_VARIED = ("method", "seed")  # compare sets these itself
+# Options that are the same for all runs.
+_SHARED = ("model", "data", "eval_file", "text_column", "label_column")
+_SHARED += ("validation_split", "test_split")  # or accuracies would be of different texts
+_SHARED += ("precision",)  # or times would be of different arithmetic
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """A method with options of finetune for this method alone.
+
+    Attributes:
+        text: as the user wrote it.
+        method: the name of the method, or several joined by +.
+        options: fields of :class:`~lora_ext.tasks.finetune.settings.Settings` -> values.
+        label: the ``name=`` in the text, or else the text: identifies the method in tables, charts and directories.
+    """
+
+    text: str
+    method: str
+    options: Mapping[str, Any]
+    label: str
+
+    @classmethod
+    def parse(cls, text: str) -> MethodSpec:
+        """Parses ``method`` or ``method:option=value:option=value``.
+
+        Raises:
+            TaskError: the method or an option does not exist, a value is no number, or the name is not allowed.
+        """
+        method, *pairs = re.split(r":(?=[\w-]+(?:=|$))", text)  # a value may have a colon, as an expression has
+        Settings(method=method)  # an unknown method is reported before its options
+        options: dict[str, Any] = {}
+        label = text
+        for pair in pairs:
+            option, equals, value = pair.partition("=")
+            option = option.replace("-", "_")
+            if equals and option == "name":
+                _check_name(text, method, value)
+                label = value
+            elif not equals or option not in OPTION_TYPES or option in _VARIED:
+                raise TaskError(
+                    f"{text!r}: {pair!r} is no option=value of finetune, such as r=4 or learning-rate=1e-3, nor a name="
+                )
+            elif option in _SHARED:
+                raise TaskError(f"{text!r}: {option} is the same for all; give --{option.replace('_', '-')}")
+            elif not has_option(method, option):
+                raise TaskError(f"{text!r}: {option} goes with {', '.join(OWNERS[option])}, not with {method}")
+            else:
+                options[option] = _value(text, option, value)
+        return cls(text, method, options, label)
+
+    @property
+    def is_named(self) -> bool:
+        return self.label != self.text
+
+    def settings(self, options: Mapping[str, Any], seed: int) -> Settings:
+        """The settings of a run; ``options`` of finetune are for what the spec does not set.
+
+        Raises:
+            TaskError: a value is out of range.
+        """
+        common = {name: value for name, value in options.items() if has_option(self.method, name)}
+        return Settings(**{**common, **self.options, "method": self.method, "seed": seed})
+
+
+def check_labels(settings: Sequence[tuple[MethodSpec, Settings]]) -> None:
+    """Refuses names that would mix two methods up, and one method under two names.
+
+    Args:
+        settings: each method with its settings, all from one seed.
+
+    Raises:
+        TaskError: with both specs.
+    """
+    for (first, first_settings), (second, second_settings) in itertools.combinations(settings, 2):
+        if not (first.is_named or second.is_named):
+            continue
+        both = f"--methods: {first.text!r} and {second.text!r}"
+        if first.label.casefold() == second.label.casefold():  # on some disks their directories would be one
+            raise TaskError(f"{both} have one name, {second.label!r}; change it, or leave one of them out")
+        if first_settings == second_settings:
+            raise TaskError(
+                f"{both} are the same runs under two names; give one of them, or leave one out with --without "
+                f"{first.label}"
+            )
+
+
+def _check_name(text: str, method: str, name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise TaskError(f"{text!r}: name is {name!r}, {_NAME_RULE}")
+    if name.casefold() == _RESERVED:
+        raise TaskError(f"{text!r}: name is {name!r}, which tables use for the model without a method; want another")
+    if name != method and all(part in METHODS for part in name.split("+")):
+        raise TaskError(f"{text!r}: name is {name!r}, which is another method; want another name")
+
+
+def _value(text: str, option: str, value: str) -> Any:
+    kinds = typing.get_args(OPTION_TYPES[option]) or (OPTION_TYPES[option],)
+    try:
+        return int(value) if int in kinds else float(value) if float in kinds else value
+    except ValueError:
+        raise TaskError(f"{text!r}: {option} is {value!r}, want a number") from None
+
+
+def without(methods: Iterable[str], left_out: Iterable[str]) -> list[str]:
+    """The specs of ``methods`` except those that ``left_out`` gives by their name or as they were written.
+
+    Raises:
+        TaskError: one that is to be left out is not there, or none remains.
+    """
+    specs = [MethodSpec.parse(text) for text in methods]
+    left_out = set(left_out)
+    for one in sorted(left_out):
+        if not any(one in (spec.text, spec.label) for spec in specs):
+            raise TaskError(f"--without {one}: there are {', '.join(spec.label for spec in specs)}")
+    rest = [spec.text for spec in specs if not {spec.text, spec.label} & left_out]
+    if not rest:
+        raise TaskError(f"--without {' '.join(sorted(left_out))} leaves no method")
+    return rest

@@ -1,0 +1,53 @@
+"""lora_ext/tasks uses the library as a user does: what it imports of it is public."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import lora_ext
+
+PACKAGE = Path(lora_ext.__file__).parent
+EXCEPTIONS = {
+    "lora_ext._common.install_hint": "how to install what a command needs",
+    "lora_ext._common.progress": "one display for all commands",
+    "lora_ext.analysis.plots": "public, and apart from lora_ext.analysis as it needs matplotlib",
+    "lora_ext.info": "a public module: what was built",
+    "lora_ext.methods.prefix_embed": "isinstance of a module whose tokens take positions from the text",
+}
+
+
+def imported(path: Path) -> Iterator[tuple[str, str]]:
+    """``(module, name)`` for each import from lora_ext in a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lora_ext":
+            yield from ((node.module, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names if alias.name.split(".")[0] == "lora_ext")
+
+
+def test_tasks_import_public_names_only():
+    used, wrong = set(), []
+    for path in sorted((PACKAGE / "tasks").rglob("*.py")):
+        for module, name in imported(path):
+            if module.startswith("lora_ext.tasks"):
+                continue
+            full = module if module in EXCEPTIONS else f"{module}.{name}"
+            if full in EXCEPTIONS:
+                used.add(full)
+            elif name not in getattr(importlib.import_module(module), "__all__", ()) or "._" in module:
+                wrong.append(f"{path.relative_to(PACKAGE)}: {module}.{name}")
+            elif module != "lora_ext" and not hasattr(importlib.import_module(module), "__path__"):
+                wrong.append(f"{path.relative_to(PACKAGE)}: {module} is no package")
+    assert not wrong
+    assert used == EXCEPTIONS.keys()
+
+
+def test_the_library_and_its_reading_interface_import_nothing_heavy():
+    code = "import sys, lora_ext, lora_ext.checkpoints; print({'transformers', 'matplotlib'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert done.stdout == "set()\n", done.stderr
