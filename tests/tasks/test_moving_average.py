@@ -61,5 +61,5 @@ def test_files_go_on_where_they_were_written(tmp_path: Path):
     restored.load(tmp_path)
     restored.keep()
     torch.testing.assert_close(other.weight, torch.full((2, 3), expected(values, 0.9)))
-    with pytest.raises(ValueError, match=r"average.safetensors is of other parameters"):
+    with pytest.raises(ValueError, match=r"average.safetensors belongs to other parameters"):
         MovingAverage(nn.Linear(3, 2), 0.9).load(tmp_path)

@@ -227,7 +227,7 @@ def test_a_config_that_says_too_little(tmp_path):
     (tmp_path / "config.json").write_text('{"hidden_size": 16}')
     with pytest.raises(TaskError, match="no config that transformers knows.*model_type"):
         plan(PlanSettings(Settings(model=str(tmp_path))))
-    with pytest.raises(TaskError, match="built in are gpt3-175b"):
+    with pytest.raises(TaskError, match="built-in models: gpt3-175b"):
         plan(PlanSettings(Settings(model=str(tmp_path / "nothing"))))
 
 
@@ -279,5 +279,5 @@ def test_text_takes_no_matplotlib_and_a_picture_says_that_it_does(gpt2_directory
     assert main(options) == 0
     assert main([*options, "--out", str(tmp_path / "out"), "--json"]) == 0
     captured = capsys.readouterr()
-    assert "plan.png is left out, as it takes matplotlib: pip install" in captured.err
+    assert "plan.png is left out, because it needs matplotlib: pip install" in captured.err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["plan.json", "plan.md"]

@@ -210,4 +210,4 @@ def test_a_busy_machine_is_told_once_and_what_helps(settings, tmp_path: Path, mo
     monkeypatch.setattr(busy_machine, "_SLOW", 0.0)
     run(settings, tmp_path)
     said = capsys.readouterr().out
-    assert said.count("5.2 processes want the 2 cores: fewer threads than 2 may be faster (Ctrl-C, and then") == 1
+    assert said.count("5.2 processes share the 2 cores: fewer threads than 2 may be faster (Ctrl-C, then") == 1

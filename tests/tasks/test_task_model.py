@@ -125,7 +125,7 @@ def test_overwriting_does_not_remove_what_is_to_be_read(tmp_path: Path):
     out = tmp_path / "out"
     finetune(settings_for(model, tmp_path, rows=60, epochs=1, method="full"), out)
     settings = settings_for(out / "model", tmp_path, rows=60, epochs=1)
-    with pytest.raises(TaskError, match=r"--overwrite would remove .*out/model, which the run is to read"):
+    with pytest.raises(TaskError, match=r"--overwrite would remove .*out/model, which the run reads"):
         finetune(settings, out, overwrite=True)
     assert (out / "model" / "model.safetensors").is_file() and (out / "metrics.json").is_file()
 

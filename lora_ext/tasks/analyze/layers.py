@@ -1,4 +1,4 @@
-"""The layers that adapters update, each with its factors and the base's weight, of which none is read beforehand."""
+"""The layers that adapters update, with their factors and the base's weight; tensors are read on demand."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ __all__ = ["Factors", "Layer", "Weight", "find_layers", "places"]
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """A matrix of a checkpoint: a tensor, or one of those that lie one above the other in it.
+    """A matrix of a checkpoint: a whole tensor, or one of several stacked in a tensor.
 
     Attributes:
-        key: of the tensor in the checkpoint.
-        shape: ``(rows, cols)`` of the matrix as it lies.
-        index: its number in the tensor.
-        transposed: it lies as ``[in, out]``, as in Conv1D and Embedding.
+        key: the tensor's name in the checkpoint.
+        shape: ``(rows, cols)`` of the matrix as stored.
+        index: the matrix's position in the stack.
+        transposed: whether it is stored as ``[in, out]``, as in Conv1D and Embedding.
     """
 
     checkpoint: Checkpoint
@@ -46,7 +46,7 @@ class Weight:
         return math.prod(self.shape) * self._info.torch_dtype.itemsize
 
     def read(self) -> Tensor:
-        """The matrix as it lies, in memory of its own."""
+        """Reads the matrix as stored, into new memory."""
         matrix = torch.empty(self.shape, dtype=self._info.torch_dtype)
         with open_regular(self.checkpoint.file(self.key)) as file:
             read_into(file, self._info.begin + self.index * self.nbytes, matrix)
@@ -59,7 +59,7 @@ class Weight:
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
-    """One adapter's update of a layer: the matrix ``index`` of what ``update`` names in ``file``."""
+    """One adapter's update of a layer: matrix ``index`` of the stack that ``update`` names in ``file``."""
 
     file: AdapterFile
     update: LowRankUpdate
@@ -77,7 +77,7 @@ class Factors:
         return self.update.r * sum(self.shape) * self.file.dtype(self.update.lora_A).itemsize
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """``lora_A [r, in]`` and ``lora_B [out, r]``, without the scaling."""
+        """Returns ``lora_A [r, in]`` and ``lora_B [out, r]``, without the scaling."""
         A, B = self.file.tensor(self.update.lora_A), self.file.tensor(self.update.lora_B)
         pairs = split_stack(A, B, num_matrices(self.file, self.update), self.update.kind == "parameter")
         return pairs[self.index]
@@ -88,9 +88,9 @@ class Layer:
     """A weight that at least one adapter updates.
 
     Attributes:
-        name: the module's path; with ``[i]`` where it holds several matrices.
-        factors: by the adapter's number; the adapters that have none of this layer are missing.
-        weight: the base's; None where there is no base, or it has the weight under another layer's name.
+        name: the module's path; with ``[i]`` if the module holds several matrices.
+        factors: keyed by the adapter's number; adapters without this layer are missing.
+        weight: the base's weight; None without a base, or if the base stores it under another layer's name.
     """
 
     name: str
@@ -104,24 +104,24 @@ class Layer:
 
     @property
     def nbytes(self) -> int:
-        """What is read for it."""
-        return sum(one.nbytes for one in self.factors.values()) + (self.weight.nbytes if self.weight else 0)
+        """Bytes to read: the factors and the weight."""
+        return sum(factors.nbytes for factors in self.factors.values()) + (self.weight.nbytes if self.weight else 0)
 
     def release(self) -> None:
-        """Gives back the memory of the factors that were read."""
-        for one in self.factors.values():
-            one.file.release()
+        """Frees the memory of the factors that were read."""
+        for factors in self.factors.values():
+            factors.file.release()
 
 
 def find_layers(
     adapters: Sequence[AdapterContents], base: Checkpoint | None, *, fan_in_fan_out: bool | None = None
 ) -> list[Layer]:
-    """The layers of all adapters, in the order of the first one's file; reads no tensor.
+    """Returns the layers of all adapters, in the order of the first adapter's file; reads no tensor.
 
-    What an adapter replaces in full, its biases and its token rows are left aside.
+    Skips fully replaced modules, biases and token rows.
 
     Raises:
-        ValueError: an adapter does not fit ``base``, or the adapters do not fit each other: all of that is listed.
+        ValueError: an adapter does not fit ``base``, or the adapters do not fit each other; lists every mismatch.
     """
     found: dict[str, dict[int, Factors]] = {}
     weights: dict[str, dict[int, Weight]] = {}
@@ -139,12 +139,13 @@ def find_layers(
                 weights.setdefault(name, {})[number] = _weight(base, plan, key, term, factors.index)
     problems = []
     for name, by_adapter in found.items():
+        base_weights = list(weights.get(name, {}).values())
         for what, values in (
-            ("is {} in one adapter and {} in another", [list(one.shape) for one in by_adapter.values()]),
-            ("is {} for one adapter and {} for another", [one.key for one in weights.get(name, {}).values()]),
+            ("is {} in one adapter and {} in another", [list(factors.shape) for factors in by_adapter.values()]),
+            ("is {} for one adapter and {} for another", [weight.key for weight in base_weights]),
             (
-                "lies [in, out] for one adapter ({}) and [out, in] for another ({}): say which (--fan-in-fan-out)",
-                [one.transposed for one in weights.get(name, {}).values()],
+                "is stored [in, out] for one adapter ({}) and [out, in] for another ({}): say which (--fan-in-fan-out)",
+                [weight.transposed for weight in base_weights],
             ),
         ):
             problems += [f"{name} {what.format(values[0], other)}" for other in values if other != values[0]][:1]
@@ -156,11 +157,11 @@ def find_layers(
 
 
 def places(names: Sequence[str]) -> dict[str, tuple[int | None, str]]:
-    """Each layer's block and what it is there: 3 and ``mlp.up_proj`` for ``model.layers.3.mlp.up_proj``.
+    """Returns each layer's block and kind: 3 and ``mlp.up_proj`` for ``model.layers.3.mlp.up_proj``.
 
-    The first number in a path counts the blocks; further ones, as those of experts, become ``*``. Where layers of one
-    kind are in blocks of several lists, as in encoder and decoder, the list's name is part of the kind. Without a
-    number: None and the whole name.
+    The first number in a path is the block; later numbers, such as an expert's, become ``*``. If several lists of
+    blocks have layers of one kind, as in encoder and decoder, the list's name is part of the kind. A path without a
+    number gives None and the whole name.
     """
     split: dict[str, tuple[str, int | None, str]] = {}
     for name in names:
@@ -181,7 +182,7 @@ def places(names: Sequence[str]) -> dict[str, tuple[int | None, str]]:
 
 
 def _targets(plan: MergePlan) -> Iterator[tuple[str, tuple[str, Term]]]:
-    """Each update's key in the adapter, with the tensor that it belongs to."""
+    """Yields the adapter key of each update and the tensor that it changes."""
     for key in plan.changed:
         for term in plan.tensors[key].terms:
             yield term.lora_A, (key, term)
@@ -197,7 +198,7 @@ def _named(file: AdapterFile, updates: Sequence[LowRankUpdate]) -> Iterator[tupl
     counts = collections.Counter(update.path for update in updates)
     for update in updates:
         name = update.path
-        if counts[name] > 1:  # parameters of one module: the file tells them apart by how deep they are wrapped
+        if counts[name] > 1:  # parameters of one module: the file tells them apart by the depth of their wrapper
             name = update.lora_A.removeprefix(KEY_PREFIX).rpartition(".lora_")[0]
         matrices = num_matrices(file, update)
         for index in range(matrices):
