@@ -1,4 +1,4 @@
-"""Seconds and resident memory of a call in a process of its own, with what importing torch takes set apart."""
+"""Measures seconds and resident memory of a call in a separate process; the memory of importing torch is separate."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ print(json.dumps({{"seconds": seconds, "resident_bytes": resident(), "torch_byte
 
 
 def measure(name: str, call: str, arguments: Sequence[object], threads: int) -> dict[str, float]:
-    """Runs the Python lines ``call``, which find ``arguments`` in ``sys.argv[1:]``; ``name`` is for the error.
+    """Runs the Python lines ``call`` with ``arguments`` in ``sys.argv[1:]``; ``name`` is for the error.
 
     Returns:
-        ``seconds`` of the call, its imports included; ``resident_bytes``, the most that the process ever had (VmHWM);
-        ``torch_bytes``, of these once torch was imported.
+        ``seconds`` of the call, imports included; ``resident_bytes``, the process's peak (VmHWM); ``torch_bytes``, the
+        peak right after importing torch.
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
