@@ -180,7 +180,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(tmp_path: Path):
         result = hub_command(tmp_path, endpoint, "plan", "--model", "nobody/nothing")
     assert result.returncode == 2 and "Retrying" not in result.stderr
     assert f"there is no such directory, the hub ({endpoint}) does not answer, and its cache (" in result.stderr
-    assert "name a directory with the model's files, or run `hf download nobody/nothing`" in result.stderr
+    assert "name a directory with its files, or run `hf download nobody/nothing`" in result.stderr
     result = hub_command(tmp_path, endpoint, "plan", "--model", "./nothing", HF_HUB_OFFLINE="1")
     assert "is not asked (HF_HUB_OFFLINE)" in result.stderr and "hf download" not in result.stderr
 
