@@ -1,4 +1,4 @@
-"""The whole task on a tiny model; once on the real one. What it writes is read back with PEFT."""
+"""Tests the whole task on a tiny model, and once on the real one; PEFT reads its files back."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def read_predictions(out: Path) -> list[dict[str, Any]]:
 
 
 def assert_it_has_learned(out: Path) -> None:
-    """The loss has fallen, and more answers are right than without training. Most methods learn no more so soon."""
+    """Checks that the loss fell and the answers beat the majority; most methods learn no more so soon."""
     last = max(out.glob("checkpoints/*"), key=lambda path: int(path.name.rpartition("-")[2]))
     history = json.loads((last / "trainer_state.json").read_text())["log_history"]
     losses = [entry["loss"] for entry in history if "loss" in entry]
@@ -164,7 +164,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_still_works(
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     newest, before = sorted(out.glob("checkpoints/checkpoint-*"), key=lambda p: -int(p.name.rpartition("-")[2]))[:2]
-    if name == "optimizer.pt":  # which nothing is read of after the last step
+    if name == "optimizer.pt":  # not read after the last step
         shutil.rmtree(newest)
         newest = before
     (newest / name).write_bytes(b"damaged")
@@ -196,7 +196,7 @@ def test_interrupted_and_resumed_ends_like_uninterrupted(tiny: Settings, tmp_pat
         stderr=subprocess.STDOUT,
         text=True,
     )
-    while not list(out.glob("checkpoints/*/trainer_state.json")):  # a tenth of the way
+    while not list(out.glob("checkpoints/*/trainer_state.json")):  # until a tenth of the training
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
@@ -224,7 +224,7 @@ def test_resuming_a_finished_run_trains_no_further(tiny: Settings, tmp_path: Pat
     weights = adapter_weights(tmp_path)
     again = finetune(settings, tmp_path, resume=True)
     assert again["after"] == first["after"] and again["validation"] == first["validation"]
-    assert again["train_seconds"] == first["train_seconds"] > 0  # what all parts of the run took
+    assert again["train_seconds"] == first["train_seconds"] > 0  # of all parts of the run
     assert again["tokens_per_second"] == first["tokens_per_second"]
     assert all(torch.equal(weights[key], value) for key, value in adapter_weights(tmp_path).items())
 
@@ -290,10 +290,10 @@ def test_an_average_is_evaluated_saved_and_resumed(tiny: Settings, tmp_path: Pat
     file = {"lora": "adapter/adapter_model.safetensors", "full": "model/model.safetensors"}[method]
     last, averaged = (load_file(tmp_path / name / file) for name in ("plain", "averaged"))
     different = [name for name in last if not torch.equal(last[name], averaged[name])]
-    assert len(different) > len(last) / 2  # the same steps, and another result
+    assert len(different) > len(last) / 2  # the same steps, but another result
     checkpoint = max(tmp_path.glob("averaged/checkpoints/*"), key=lambda path: int(path.name.rpartition("-")[2]))
     trained = load_file(checkpoint / Path(file).name)
-    assert all(torch.equal(trained[name], last[name]) for name in last)  # checkpoints go on from the steps
+    assert all(torch.equal(trained[name], last[name]) for name in last)  # checkpoints hold the trained values
     shutil.rmtree(checkpoint)
     again = finetune(settings, tmp_path / "averaged", resume=True)
     assert (again["after"], again["validation"]) == (metrics["after"], metrics["validation"])
@@ -316,18 +316,18 @@ def test_every_method_learns_in_bfloat16(tiny: Settings, tmp_path: Path, method:
         next(tmp_path.glob("adapter/*.safetensors") if method != "full" else tmp_path.glob("model/*.saf*"))
     )
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-    if method == "lora":  # merged in float32, the products differ by their rounding
+    if method == "lora":  # the merge is in float32, so products round differently
         assert 0 < metrics["merged"]["max_logit_difference"] < 0.2
 
 
 def test_lora_plus_is_a_higher_rate_of_lora_B_alone(tiny: Settings, tmp_path: Path):
-    """The first step of AdamW moves each number by its learning rate, or hardly less where the gradient is tiny."""
+    """AdamW's first step moves each number by its learning rate, or slightly less if the gradient is tiny."""
     settings = Settings(**{**vars(tiny), "lora_plus_ratio": 4.0, "epochs": 0.01, "warmup": 0.0, "lora_dropout": 0.0})
     finetune(settings, tmp_path)
     trained = adapter_weights(tmp_path)
     moved = {name: tensor.abs().max().item() for name, tensor in trained.items() if "lora_B" in name}  # from zero
-    most = 4 * settings.learning_rate
-    assert moved and all(0.9 * most < value < most * (1 + 1e-5) for value in moved.values())
+    rate = 4 * settings.learning_rate
+    assert moved and all(0.9 * rate < value < rate * (1 + 1e-5) for value in moved.values())
     with pytest.raises(TaskError, match="--lora-plus-ratio goes with lora, not with --method bitfit"):
         Settings(method="bitfit", lora_plus_ratio=4.0)
     with pytest.raises(TaskError, match="--lora-plus-ratio is 0.0, want a finite number above 0"):
@@ -352,7 +352,7 @@ def test_all_linear_and_regular_expressions_select_layers(tiny: Settings, tmp_pa
         counts[targets] = finetune(settings, tmp_path / str(len(counts)))["trainable_parameters"]
     head = 2 * 32 + 2
     layer = 4 * (4 * 64) + 2 * 4 * (32 + 48)  # query, key, value, output; intermediate, output
-    assert list(counts.values()) == [2 * layer + 4 * 64 + head, 2 * (4 * 64) + head]  # the first with the pooler
+    assert list(counts.values()) == [2 * layer + 4 * 64 + head, 2 * (4 * 64) + head]  # the first includes the pooler
 
 
 @pytest.mark.parametrize(
@@ -390,7 +390,7 @@ def test_data_that_cannot_train_a_classifier(tiny: Settings, tmp_path: Path, row
 
 def test_texts_that_leave_no_room_for_special_tokens(tiny: Settings, tmp_path: Path):
     settings = Settings(**{**vars(tiny.with_method("prefix-embed")), "prefix_length": 26, "infix_length": 1})
-    message = r"a text has \d+ tokens, but the model has 32 positions, .* takes 27; want --max-length 5, or fewer"
+    message = r"a text has \d+ tokens, but the model has 32 positions .* takes 27 of them; want --max-length 5, or"
     with pytest.raises(TaskError, match=message):
         finetune(settings, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -455,7 +455,7 @@ def test_the_real_model_on_real_reviews(tmp_path: Path):
     rows = [(e.text, e.label) for e in demo.examples() if e.label != "neutral"][:200]
     data = tiny_classifier.save_reviews(tmp_path / "reviews.csv", rows)
     metrics = finetune(Settings(data=str(data), epochs=1), tmp_path / "out")
-    # B.A of rank 8 on the six linear layers of each of six blocks and on the pooler; the head
+    # Factors of rank 8 on six linear layers in six blocks and on the pooler; the head.
     block = 4 * 8 * (384 + 384) + 2 * 8 * (384 + 1536)
     assert metrics["trainable_parameters"] == 6 * block + 8 * (384 + 384) + 2 * 384 + 2
     assert metrics["merged"]["max_logit_difference"] < 1e-4

@@ -95,8 +95,8 @@ def check_labels(labels: Iterable[str]) -> None:
         other = seen.setdefault(int(meaning) if _INTEGER.fullmatch(meaning) else meaning, label)
         if other != label:
             raise TaskError(
-                f"the labels {other!r} and {label!r} would be two classes, as their strings differ, but look like one; "
-                "write one label in one way"
+                f"the labels {other!r} and {label!r} are different strings, and so two classes, but look like one; "
+                "write a label in one way only"
             )
 
 
