@@ -30,7 +30,7 @@ help:
 	@echo 'make bench      what LoRA costs on this machine against the frozen model and the peers: tables and pictures in benchmarks/results/<machine>'
 	@echo 'make wheel      a wheel in dist/'
 	@echo 'make test-abi   op tests of one wheel under other torch releases (TORCH_BUILD=2.13.0 TORCH_RUN="2.11.0 2.15.0")'
-	@echo 'make info       what was built, and what of it this machine runs'
+	@echo 'make info       the built parts, and which of them this machine runs'
 	@echo 'make clean      remove the environment and everything built'
 
 finetune: $(VENV)/.demo $(VENV)/.built

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -109,17 +108,9 @@ def main() -> None:
                 arguments = [*paths, FULL_LAYER, args.rank]
                 done.append(own_process.measure(name, CONTESTANTS[name], arguments, args.threads))
                 print(f"{name}: {done[-1]['seconds']:.1f} s, {done[-1]['resident_bytes'] / 1e6:.0f} MB", flush=True)
-    rows = [
-        {
-            "name": name,
-            "rounds": len(done),
-            "seconds": (seconds := statistics.median(result["seconds"] for result in done)),
-            "extrapolated_seconds": seconds * factor_to_all(name, args.blocks),
-            "resident_bytes": max(result["resident_bytes"] for result in done),
-            "beyond_torch_bytes": max(result["resident_bytes"] - result["torch_bytes"] for result in done),
-        }
-        for name, done in rounds.items()
-    ]
+    rows = [own_process.summarise(name, done) for name, done in rounds.items()]
+    for row in rows:
+        row["extrapolated_seconds"] = row["seconds"] * factor_to_all(row["name"], args.blocks)
     measured = f"{args.blocks} of {BLOCKS} blocks" if args.blocks > 1 else f"one of {BLOCKS} blocks"
     table = report.markdown(
         [
@@ -134,8 +125,7 @@ def main() -> None:
                 row["name"] + (f" ({FULL_LAYER}, one adapter)" if row["name"] == "one layer in full" else ""),
                 f"{row['seconds']:.1f}",
                 f"{row['extrapolated_seconds']:.0f}",
-                f"{row['resident_bytes'] / 1e6:.0f}",
-                f"{row['beyond_torch_bytes'] / 1e6:.0f}",
+                *own_process.memory_cells(row),
             ]
             for row in rows
         ],

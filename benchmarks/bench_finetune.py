@@ -183,14 +183,13 @@ def measure_accuracy(model: nn.Module, data: Demo, run: Report) -> dict[str, dic
 def table(rows: list[dict]) -> str:
     cells = []
     for row in rows:
-        spread = "{:.2f} ({:.2f}-{:.2f})"
         cells.append(
             [
                 row["what"],
                 row["contestant"],
                 f"{row['tokens_per_second']:,.0f}",
-                spread.format(*row["ratio"]),
-                spread.format(*row["of_peft"]) if row["of_peft"] else "",
+                report.ratio_cell(row["ratio"]),
+                report.ratio_cell(row["of_peft"]) if row["of_peft"] else "",
                 f"{row['activation_bytes'] / 2**20:.1f}",
                 f"{row['peak_bytes'] / 2**20:.1f}",
             ]

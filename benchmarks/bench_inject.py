@@ -160,7 +160,7 @@ def measure_imports(rounds: int) -> list[dict[str, object]]:
 
 def table(rows: list[dict]) -> str:
     cells = (
-        [row["what"], row["contestant"], report.milliseconds(row["ms"]), "{:.2f} ({:.2f}-{:.2f})".format(*row["ratio"])]
+        [row["what"], row["contestant"], report.milliseconds(row["ms"]), report.ratio_cell(row["ratio"])]
         for row in rows
     )
     return report.markdown(["what", "by", "ms", f"times {LORA_EXT}'s"], cells)

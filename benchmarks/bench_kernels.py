@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from harness import ceilings
+from harness import ceilings, report
 from harness.shapes import CUDA_SHAPES, Shape
 from harness.timing import CudaClock
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class Case:
 
     def __str__(self) -> str:
         dropout = f", p={self.dropout}" if self.dropout else ""
-        return f"{self.shape}, r={self.rank}, {str(self.dtype).removeprefix('torch.')}{dropout}"
+        return f"{self.shape}, r={self.rank}, {report.dtype_name(self.dtype)}{dropout}"
 
 
 MAIN = CUDA_SHAPES[0]
@@ -150,7 +150,7 @@ def measure_ceilings() -> dict[str, float]:
     clock, rates = CudaClock(), {}
     rates["copy"] = ceilings.copy_rate(2**30, "cuda", clock)
     for dtype, n in ((torch.bfloat16, 8192), (torch.float16, 8192), (torch.float32, 4096), (torch.float64, 2048)):
-        rates[f"matrix_{str(dtype).removeprefix('torch.')}"] = ceilings.matrix_rate(dtype, n, "cuda", clock)
+        rates[f"matrix_{report.dtype_name(dtype)}"] = ceilings.matrix_rate(dtype, n, "cuda", clock)
     return rates
 
 
@@ -263,7 +263,7 @@ def measure_merge(case: Case, repeats: int) -> dict[str, float]:
 
 
 def rows_of(case: Case, seconds: dict[str, float], rates: dict[str, float]) -> list[dict[str, object]]:
-    matrix_rate = rates[f"matrix_{str(case.dtype).removeprefix('torch.')}"]
+    matrix_rate = rates[f"matrix_{report.dtype_name(case.dtype)}"]
     rows = []
     for stage, time_s in seconds.items():
         row: dict[str, object] = {"case": str(case), "stage": stage, "us": 1e6 * time_s}
@@ -276,18 +276,12 @@ def rows_of(case: Case, seconds: dict[str, float], rates: dict[str, float]) -> l
 
 
 def table(rows: list[dict]) -> str:
-    lines = [
-        "| tokens x in -> out, rank, dtype | stage | us | GB/s | of copy | of floor |",
-        "|---|---|---|---|---|---|",
-    ]
+    cells = []
     for row in rows:
-        cells = [row["case"], row["stage"], f"{row['us']:.1f}"]
-        if "gb_s" in row:
-            cells += [f"{row['gb_s']:.0f}", f"{row['of_copy']:.0%}", f"{row['of_floor']:.0%}"]
-        else:
-            cells += ["", "", ""]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rates = [f"{row['gb_s']:.0f}", f"{row['of_copy']:.0%}", f"{row['of_floor']:.0%}"] if "gb_s" in row else [""] * 3
+        cells.append([row["case"], row["stage"], f"{row['us']:.1f}", *rates])
+    columns = ["tokens x in -> out, rank, dtype", "stage", "us", "GB/s", "of copy", "of floor"]
+    return report.markdown(columns, cells)
 
 
 def main() -> None:

@@ -121,7 +121,7 @@ def measure(widths: tuple[int, int], dtype: torch.dtype, args: argparse.Namespac
     columns |= {f"unmerge, {name}": unmerges[name] for name in ("lora_ext", "peft") if name in unmerges}
     return {
         "shape": [in_features, out_features],
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": report.dtype_name(dtype),
         "rounds": len(reference),
         "addmm_ms": 1e3 * statistics.median(reference),
         "ms": {name: 1e3 * statistics.median(seconds) for name, seconds in columns.items()},
@@ -133,14 +133,13 @@ def measure(widths: tuple[int, int], dtype: torch.dtype, args: argparse.Namespac
 
 def table(rows: list[dict]) -> str:
     names = list(rows[0]["ratio"])
-    lines = ["| in -> out | dtype | addmm_, ms | " + " | ".join(names) + " | record, bytes/element | PEFT leaves |"]
-    lines.append("|" + "---|" * (5 + len(names)))
-    for row in rows:
-        ratios = ["{:.2f} ({:.2f}-{:.2f})".format(*row["ratio"][name]) for name in names]
-        cells = ["{} -> {}".format(*row["shape"]), row["dtype"], f"{row['addmm_ms']:.3f}", *ratios]
-        cells += [f"{row['record_bytes_per_element']:.3f}", f"{row['peft_leaves']:.1e}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    cells = (
+        ["{} -> {}".format(*row["shape"]), row["dtype"], f"{row['addmm_ms']:.3f}", *report.ratio_cells(row, names)]
+        + [f"{row['record_bytes_per_element']:.3f}", f"{row['peft_leaves']:.1e}"]
+        for row in rows
+    )
+    columns = ["in -> out", "dtype", "addmm_, ms", *names, "record, bytes/element", "PEFT leaves"]
+    return report.markdown(columns, cells)
 
 
 def main() -> None:

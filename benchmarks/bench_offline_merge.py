@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -135,28 +134,11 @@ def main() -> None:
                 done.append(measure(name, folder, args.threads))
                 print(f"{name}: {done[-1]['seconds']:.1f} s, {done[-1]['resident_bytes'] / 1e6:.0f} MB", flush=True)
         record = sum(file.stat().st_size for file in (folder / "recorded" / "merge_record").iterdir())
-    rows = [
-        {
-            "name": name,
-            "rounds": len(done),
-            "seconds": statistics.median(result["seconds"] for result in done),
-            "resident_bytes": max(result["resident_bytes"] for result in done),
-            "beyond_torch_bytes": max(result["resident_bytes"] - result["torch_bytes"] for result in done),
-        }
-        for name, done in rounds.items()
-    ]
+    rows = [own_process.summarise(name, done) for name, done in rounds.items()]
+    cells = [[row["name"], f"{row['seconds']:.1f}", f"{nbytes / row['seconds'] / 1e9:.2f}"] for row in rows]
     table = report.markdown(
         ["", "s", "GB/s", "resident, MB", "beyond importing torch, MB"],
-        [
-            [
-                row["name"],
-                f"{row['seconds']:.1f}",
-                f"{nbytes / row['seconds'] / 1e9:.2f}",
-                f"{row['resident_bytes'] / 1e6:.0f}",
-                f"{row['beyond_torch_bytes'] / 1e6:.0f}",
-            ]
-            for row in rows
-        ],
+        [[*line, *own_process.memory_cells(row)] for line, row in zip(cells, rows, strict=True)],
     )
     sizes = {"tensors": nbytes, "largest": largest, "bound": bound, "record": record}
     table += (

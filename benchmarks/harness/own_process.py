@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -38,3 +39,19 @@ def measure(name: str, call: str, arguments: Sequence[object], threads: int) -> 
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def summarise(name: str, rounds: Sequence[dict[str, float]]) -> dict[str, object]:
+    """Returns a row with the median time and the maximum memory of several results of :func:`measure`."""
+    return {
+        "name": name,
+        "rounds": len(rounds),
+        "seconds": statistics.median(result["seconds"] for result in rounds),
+        "resident_bytes": max(result["resident_bytes"] for result in rounds),
+        "beyond_torch_bytes": max(result["resident_bytes"] - result["torch_bytes"] for result in rounds),
+    }
+
+
+def memory_cells(row: dict) -> list[str]:
+    """Formats the memory of a row, in MB."""
+    return [f"{row[key] / 1e6:.0f}" for key in ("resident_bytes", "beyond_torch_bytes")]

@@ -165,8 +165,13 @@ def names_in(rows: Iterable[dict], key: str = "ratio") -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row[key]))
 
 
+def ratio_cell(ratio: Sequence[float]) -> str:
+    """Formats a ratio and its quartiles."""
+    return "{:.2f} ({:.2f}-{:.2f})".format(*ratio)
+
+
 def ratio_cells(row: dict, names: Iterable[str]) -> list[str]:
-    return ["{:.2f} ({:.2f}-{:.2f})".format(*row["ratio"][name]) if name in row["ratio"] else "" for name in names]
+    return [ratio_cell(row["ratio"][name]) if name in row["ratio"] else "" for name in names]
 
 
 def milliseconds(value: float) -> str:

@@ -58,7 +58,7 @@ def state_of(model: nn.Module) -> dict[str, list]:
 
 class Case:
     def __init__(self, before: str, lacks: str) -> None:
-        self.lacks, self.left = lacks, []
+        self.lacks, self.leftovers = lacks, []
         shape = {"r": 3, "target_modules": ["0", "1"], "use_rslora": True} if before == "another shape" else {}
         models = {"old": model_of(5, **shape), "new": model_of(7)}
         self.model = models["new"]
@@ -112,8 +112,8 @@ class Case:
             else:
                 assert state in {self.first, "new", *gap}, last
                 if directory.exists():
-                    self.left.append([str(top / "left" / f"{before}, {lacks}, {at}"), state])
-                    shutil.copytree(directory, self.left[-1][0], symlinks=True)
+                    self.leftovers.append([str(top / "left" / f"{before}, {lacks}, {at}"), state])
+                    shutil.copytree(directory, self.leftovers[-1][0], symlinks=True)
             if outcome.ended != "returned" and kind != "disk full":  # the next save succeeds
                 self.save()
                 self.check_only(self.new)
@@ -145,5 +145,5 @@ for name in sys.argv[3:]:
         told[name] = {kind: case.tries(kind) for kind in ("kill", "disk full", "read-only")}
         if case.old is not None:
             case.without_rights()
-    told[name]["left"] = case.left
+    told[name]["left"] = case.leftovers
 print(json.dumps(told))

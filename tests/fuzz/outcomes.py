@@ -180,7 +180,7 @@ def judge_exception(
 
 
 def words_of(call: Call) -> list[str]:
-    """Returns the names of which a message about a call must contain one."""
+    """Returns names; a message about the call must contain one of them."""
     short = call.function.rpartition(".")[2]
     later = ["lora_unmerge_"] if call.after else []
     names = [name for name in call.arguments if len(name) > 1 or name in "xy"]

@@ -89,7 +89,7 @@ def notes(plan: Mapping[str, Any]) -> list[str]:
     if capacity is None:
         return []
     lines = []
-    room = f"{readable(capacity['usable'])} ({readable(plan['settings']['gpu_memory'])} less what is reserved)"
+    room = f"{readable(capacity['usable'])} ({readable(plan['settings']['gpu_memory'])} less the reserve)"
     for name, fits in capacity["fits"].items():
         lines.append(f"{name} {'fits' if fits else 'does not fit'} into {room}: {readable(plan['runs'][name]['peak'])}")
     if capacity["fits"][method]:
