@@ -135,11 +135,11 @@ def main() -> None:
                 print(f"{name}: {done[-1]['seconds']:.1f} s, {done[-1]['resident_bytes'] / 1e6:.0f} MB", flush=True)
         record = sum(file.stat().st_size for file in (folder / "recorded" / "merge_record").iterdir())
     rows = [own_process.summarise(name, done) for name, done in rounds.items()]
-    cells = [[row["name"], f"{row['seconds']:.1f}", f"{nbytes / row['seconds'] / 1e9:.2f}"] for row in rows]
-    table = report.markdown(
-        ["", "s", "GB/s", "resident, MB", "beyond importing torch, MB"],
-        [[*line, *own_process.memory_cells(row)] for line, row in zip(cells, rows, strict=True)],
+    cells = (
+        [row["name"], f"{row['seconds']:.1f}", f"{nbytes / row['seconds'] / 1e9:.2f}", *own_process.memory_cells(row)]
+        for row in rows
     )
+    table = report.markdown(["", "s", "GB/s", "resident, MB", "beyond importing torch, MB"], cells)
     sizes = {"tensors": nbytes, "largest": largest, "bound": bound, "record": record}
     table += (
         "\n\n{tensors:.0f} MB in bfloat16, the largest tensor {largest:.0f} MB; the limit beyond importing torch, 1.5 "

@@ -155,9 +155,7 @@ def test_analyze(run, monkeypatch):
 
 def test_inject(run, monkeypatch):
     measured = bench_inject.seconds_to_import
-    monkeypatch.setattr(
-        bench_inject, "seconds_to_import", lambda m: 9.0 if m == "peft" else measured(m)
-    )  # peft's is slow
+    monkeypatch.setattr(bench_inject, "seconds_to_import", lambda m: 9.0 if m == "peft" else measured(m))  # slow
     rows = run("bench_inject", "--layers", "1", "--imports", "2")["rows"]
     what = {"adapt 7 layers", "switch 1 of 2 adapters", "switch 1 of 8 adapters", "import, after torch"}
     assert {row["what"] for row in rows} == what

@@ -93,9 +93,7 @@ def cases(attacked: str) -> Iterator[tuple[str, str | None, Callable[[], object]
         for name, (content, words) in configs().items():
             config.write_bytes(content if isinstance(content, bytes) else content.encode())
             yield name, words, lambda: load_adapter(bare, directory)
-            if not name.startswith(
-                ("target_modules", "exclude_modules", "layers_pattern")
-            ):  # inspect has no model to match
+            if not name.startswith(("target_modules", "exclude_modules", "layers_pattern")):  # inspect matches no model
                 yield f"inspect: {name}", None, lambda: inspect(directory)
     elif attacked == "weights":
         adapted, base = inject(model(), LoraConfig.from_dict(SMALL)), directory.parent / "base"

@@ -62,13 +62,8 @@ def markdown(analysis: dict[str, Any], pictures: Sequence[str]) -> str:
         _table(
             ["adapter", "directory", "r", "layers", "norm of the update", "of the weights' norm"],
             [
-                [
-                    str(i),
-                    adapter["path"],
-                    _range(adapter["r"]),
-                    *(total[k] for k in ("layers", "norm", "relative_change")),
-                ]
-                for i, (adapter, total) in enumerate(
+                [str(i), adapter["path"], _range(adapter["r"]), sums["layers"], sums["norm"], sums["relative_change"]]
+                for i, (adapter, sums) in enumerate(
                     zip(analysis["adapters"], analysis["summary"]["adapters"], strict=True), 1
                 )
             ],
@@ -141,9 +136,9 @@ def _kinds(analysis: dict[str, Any]) -> str:
 def _most_changed(analysis: dict[str, Any]) -> str:
     adapters = analysis["summary"]["adapters"]
     rows = [
-        [f"{i}", layer["name"], layer["change"]]
+        [f"{i}", entry["name"], entry["change"]]
         for i, adapter in enumerate(adapters, 1)
-        for layer in adapter["most_changed"]
+        for entry in adapter["most_changed"]
     ]
     return _table(["adapter", "layer", _change_heading(analysis)], rows)
 
@@ -172,14 +167,13 @@ def _similarity(analysis: dict[str, Any]) -> list[str]:
 def _layers(analysis: dict[str, Any]) -> str:
     heading = ["layer", "adapter", "r", "|dW|", "|dW| / |W|", "effective rank", "stable rank"]
     heading += ["90 %", "99 %", "UᵀWV: of dW", "of W", "random", "amplification"]
+    keys = ("r", "norm", "relative_change", "effective_rank", "stable_rank", "rank_of_90_percent", "rank_of_99_percent")
     rows = []
     for layer in analysis["layers"]:
         for i, update in enumerate(layer["adapters"], 1):
             if update is None:
                 continue
             projection = update["projection"] or {}
-            keys = ("r", "norm", "relative_change", "effective_rank", "stable_rank")
-            keys += ("rank_of_90_percent", "rank_of_99_percent")
             rows.append(
                 [layer["name"], f"{i}", *(update[key] for key in keys)]
                 + [(projection.get(key) or [None])[-1] for key in ("delta", "weight", "random", "amplification")]
