@@ -5,7 +5,7 @@ OUT    ?= out/demo
 
 BIN     := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
-# Everything a wheel is built for, and what its sm_80 code also runs on.
+# The architectures of a wheel, and those that its sm_80 code also runs on.
 CUDA_ARCHS := 80,86,89,90a,100,120
 CXX_FILES = $(shell git ls-files '*.cpp' '*.h' '*.inc' '*.cu' '*.cuh')
 
@@ -14,29 +14,29 @@ CXX_FILES = $(shell git ls-files '*.cpp' '*.h' '*.inc' '*.cu' '*.cuh')
 .NOTPARALLEL:
 
 help:
-	@echo 'make finetune   fine-tune a real model with LoRA on real reviews; the result lands in $(OUT) (ARGS=--resume to go on)'
+	@echo 'make finetune   fine-tune a real model with LoRA on real reviews; the result lands in $(OUT) (ARGS=--resume to continue)'
 	@echo 'make test       the whole test suite (PYTEST_ARGS="-k name" for a part)'
-	@echo 'make test-full  with the tests that take minutes each'
-	@echo 'make asan       C++ tests, op tests and op fuzzer under AddressSanitizer, with every instruction set that runs here'
-	@echo 'make ubsan      the same under UndefinedBehaviorSanitizer; make tsan: under ThreadSanitizer; each tries planted bugs, too'
+	@echo 'make test-full  also the tests that take minutes each'
+	@echo 'make asan       C++ tests, op tests and op fuzzer under AddressSanitizer, with every instruction set of this machine'
+	@echo 'make ubsan      the same under UndefinedBehaviorSanitizer; make tsan: under ThreadSanitizer; all also try planted bugs'
 	@echo 'make sanitize-quick  a part of all three'
 	@echo 'make fuzz       malformed and extreme calls and files (SECONDS=60, AREAS="ops files", SEED=1): crashes, hangs, wrong results'
 	@echo 'make peft-conformance  the LoRA tests of a peft source tree, without and with our layers (PEFT_SOURCE=path)'
-	@echo 'make adapterhub-conformance  bottleneck adapters computed by AdapterHub, in an environment of its own, and here'
+	@echo 'make adapterhub-conformance  compare bottleneck adapters with AdapterHub, which runs in a separate environment'
 	@echo 'make lint       ruff and clang-format, without building anything'
-	@echo 'make format     let both rewrite the files'
+	@echo 'make format     rewrite the files with both'
 	@echo 'make build      compile what changed'
-	@echo 'make cuda       compile the CUDA kernels for every architecture and check what the compiler made of them; needs no GPU'
-	@echo 'make bench      what LoRA costs on this machine against the frozen model and the peers: tables and pictures in benchmarks/results'
+	@echo 'make cuda       compile the CUDA kernels for every architecture and check the machine code; needs no GPU'
+	@echo 'make bench      what LoRA costs on this machine against the frozen model and the peers: tables and pictures in benchmarks/results/<machine>'
 	@echo 'make wheel      a wheel in dist/'
 	@echo 'make test-abi   op tests of one wheel under other torch releases (TORCH_BUILD=2.13.0 TORCH_RUN="2.11.0 2.15.0")'
-	@echo 'make info       what was built and what of it runs here'
+	@echo 'make info       the built parts, and which of them this machine runs'
 	@echo 'make clean      remove the environment and everything built'
 
 finetune: $(VENV)/.demo $(VENV)/.built
 	$(BIN)/python -m lora_ext finetune --out $(OUT) $(or $(ARGS),--overwrite)
 
-# Waiting threads sleep instead of spinning: the test processes share the cores.
+# Waiting threads sleep instead of spinning, because the test processes share the cores.
 test: $(VENV)/.test $(VENV)/.built
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
@@ -52,11 +52,11 @@ sanitize-quick: $(VENV)/.test $(VENV)/.built
 fuzz: $(VENV)/.test $(VENV)/.built
 	PYTHONPATH=tests $(BIN)/python -m fuzz $(AREAS) --seconds $(or $(SECONDS),60) $(addprefix --seed ,$(SEED))
 
-# What passes with PEFT itself must pass with our layers in the places of PEFT's.
+# Tests that pass with PEFT must pass with our layers in place of PEFT's.
 peft-conformance: $(VENV)/.conformance $(VENV)/.built
 	$(BIN)/python scripts/peft_conformance.py "$(PEFT_SOURCE)"
 
-# AdapterHub is pinned to a release of transformers that is not ours.
+# AdapterHub is pinned to another release of transformers than ours.
 adapterhub-conformance: $(VENV)/.test $(VENV)/.built
 	test -x build/adapterhub/bin/python || $(PYTHON) -m venv build/adapterhub
 	build/adapterhub/bin/pip install --quiet adapters torch safetensors
@@ -110,23 +110,23 @@ $(VENV)/.lint: $(VENV)/.created
 	@$(BIN)/pip install --quiet 'ruff>=0.6' 'clang-format>=18'
 	@touch $@
 
-# What building needs, torch first: the package is built against the torch it will run with.
+# Build requirements, with torch: the package is built against the torch that it will run with.
 $(VENV)/.torch: $(VENV)/.created
-	@echo 'Installing torch and the build tools; torch alone may be a download of gigabytes ...'
+	@echo 'Installing torch and the build tools; torch alone can be a download of gigabytes ...'
 	@$(BIN)/pip install --quiet 'setuptools>=77' wheel 'pybind11>=2.12' 'ninja>=1.11' numpy 'torch>=2.11' 'safetensors[torch]>=0.4'
 	@touch $@
 
-# What reads compiled kernels; any version reads those of older compilers.
+# Tools that read compiled kernels; any version reads those of older compilers.
 $(VENV)/.cuda: $(VENV)/.torch
 	@$(BIN)/pip install --quiet 'nvidia-cuda-cuobjdump>=13' 'nvidia-cuda-nvdisasm>=13'
 	@touch $@
 
-# What PEFT's tests import beside PEFT.
+# Packages that PEFT's tests import.
 $(VENV)/.conformance: $(VENV)/.test
 	@$(BIN)/pip install --quiet diffusers datasets
 	@touch $@
 
-# An editable install with its extras; it compiles into build/, where later builds find their objects again.
+# An editable install with its extras; it compiles into build/, where later builds find the objects.
 $(VENV)/.demo $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: pyproject.toml | $(VENV)/.torch
 	@echo 'Installing lora_ext[$*] and compiling ...'
 	@$(BIN)/pip install --no-build-isolation --editable '.[$*]' >$(VENV)/install.log 2>&1 || { tail -n 80 $(VENV)/install.log; exit 1; }

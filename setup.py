@@ -1,9 +1,9 @@
-"""Builds the compiled part: lora_ext._C, liblora_ext.so and, where nvcc is found, liblora_ext_cuda.so.
+"""Builds the compiled part: lora_ext._C, liblora_ext.so and, if nvcc is found, liblora_ext_cuda.so.
 
 Environment variables:
-    LORA_EXT_CUDA        0: never build the CUDA part; 1: fail without it; unset: build it where nvcc is found
+    LORA_EXT_CUDA        0: never build the CUDA part; 1: fail without it; unset: build it if nvcc is found
     LORA_EXT_CUDA_ARCHS  architectures to build for, for example "90a" or "80,90a,120"
-    CUDA_HOME            the CUDA toolkit; else the one nvcc on PATH belongs to, else pip's nvidia-cuda-nvcc
+    CUDA_HOME            the CUDA toolkit; default: that of nvcc on PATH, then pip's nvidia-cuda-nvcc
     MAX_JOBS             parallel compiler processes (read by torch)
 """
 
@@ -20,8 +20,8 @@ from setuptools import Extension, setup
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parent
-TORCH_TARGET = (2, 11)  # the oldest torch whose stable ABI the binary uses, and so the oldest it runs with
-MIN_NVCC = (12, 8)  # the first that knows sm_120
+TORCH_TARGET = (2, 11)  # the oldest torch that the binary runs with: it uses this version's stable ABI
+MIN_NVCC = (12, 8)  # the first with sm_120
 CUDA_ARCHS = "80,90a,100,120"  # sm_80 code also runs on sm_86 and sm_89
 
 VERSION = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
@@ -34,7 +34,7 @@ def sources(*patterns: str) -> list[str]:
 def find_cuda_home() -> Path | None:
     nvcc = shutil.which("nvcc")
     candidates = [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
-    if nvcc:  # it may be a wrapper script elsewhere: ask it where its toolkit lies
+    if nvcc:  # can be a wrapper script: ask it for its toolkit
         dryrun = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
         top = re.search(r"^#\$ TOP=(.+)$", dryrun.stderr, re.M)
         candidates.append(Path(top[1].strip()) if top else Path(nvcc).resolve().parent.parent)
@@ -42,8 +42,8 @@ def find_cuda_home() -> Path | None:
     return next((home.resolve() for home in candidates if (home / "bin" / "nvcc").exists()), None)
 
 
-def plan_cuda() -> tuple[Path | None, str, str]:
-    """The toolkit's directory (None: do not build), its version, and why not."""
+def choose_cuda() -> tuple[Path | None, str, str]:
+    """Returns the toolkit's directory (None: do not build), its version, and the reason for not building."""
     wanted, home, version, reason = os.environ.get("LORA_EXT_CUDA", ""), None, "", ""
     if wanted not in ("", "0", "1"):
         sys.exit(f"LORA_EXT_CUDA is {wanted!r}, want 0, 1 or unset")
@@ -64,10 +64,10 @@ def plan_cuda() -> tuple[Path | None, str, str]:
 
 
 HEADERS = sources("**/*.h", "**/*.cuh", "**/*.inc")
-CUDA_HOME, NVCC_VERSION, NO_CUDA_REASON = plan_cuda()
+CUDA_HOME, NVCC_VERSION, NO_CUDA_REASON = choose_cuda()
 ARCHS = re.split(r"[,; ]+", os.environ.get("LORA_EXT_CUDA_ARCHS") or CUDA_ARCHS)
 
-TORCH_FLAGS = [f"-isystem{path}" for path in cpp_extension.include_paths()]  # their warnings are not ours
+TORCH_FLAGS = [f"-isystem{path}" for path in cpp_extension.include_paths()]  # -isystem silences their warnings
 TORCH_FLAGS += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET[0] << 56 | TORCH_TARGET[1] << 48:#018x}"]
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-Wall", "-Wextra", "-fvisibility=hidden", "-ffp-contract=fast"]
 CXX_FLAGS += ["-fno-math-errno", f"-ffile-prefix-map={ROOT}/="]  # error messages carry no build paths
@@ -81,7 +81,7 @@ FACTS = {
     "NO_CUDA_REASON": NO_CUDA_REASON,
 }
 
-extensions = [  # liblora_ext*.so have no Python in them: torch.ops.load_library loads them
+extensions = [  # liblora_ext*.so do not use Python: torch.ops.load_library loads them
     Extension(
         "lora_ext.liblora_ext",
         sources("library.cpp", "bindings/cpu_*.cpp", "cpu/*.cpp"),
@@ -119,15 +119,15 @@ if CUDA_HOME:
 class BuildExtension(cpp_extension.BuildExtension):
     def finalize_options(self):
         super().finalize_options()
-        # Editable installs build in a temporary folder: keep the objects, so that the next build is incremental.
+        # Keeps the objects of editable installs, which build in a temporary folder, so that builds are incremental.
         self.build_temp = str(ROOT / "build" / f"objects-{sys.implementation.cache_tag}")
 
     def get_ext_filename(self, name):
-        is_plain_library = name.rpartition(".")[2].startswith("lib")  # no Python in it: no Python ABI in its name
+        is_plain_library = name.rpartition(".")[2].startswith("lib")  # no Python ABI in its name
         return name.replace(".", os.sep) + ".so" if is_plain_library else super().get_ext_filename(name)
 
     def build_extensions(self):
-        # nvcc writes no dependency file for ninja: rebuild every CUDA object older than a header.
+        # nvcc writes no dependency file for ninja: rebuild every CUDA object that is older than a header.
         newest = max(os.path.getmtime(ROOT / header) for header in HEADERS)
         for path in Path(self.build_temp).rglob("cuda/**/*.o"):
             if path.stat().st_mtime < newest:
@@ -140,7 +140,7 @@ class BuildExtension(cpp_extension.BuildExtension):
         print(f"lora_ext {VERSION}: built against torch {torch.__version__}, {cuda}")
 
 
-class BuildCuda(BuildExtension):  # for `make cuda`: the CUDA library alone, beside the development build
+class BuildCuda(BuildExtension):  # for `make cuda`: the CUDA library alone, next to the development build
     def finalize_options(self):
         super().finalize_options()
         self.build_lib, self.build_temp = str(ROOT / "build/cuda"), str(ROOT / "build/cuda/objects")

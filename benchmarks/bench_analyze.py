@@ -1,16 +1,15 @@
-"""Analysing two adapters of an 8-billion-parameter Llama: seconds and resident memory, against decompositions in full.
+"""Measures seconds and resident memory of analysing two adapters of an 8-billion-parameter Llama, against full SVDs.
 
-Each contestant is a process of its own, on a few blocks of random bfloat16 weights with adapters on all seven linear
-layers; what 32 blocks take is extrapolated from these, and labelled so. The contestant in full multiplies the update
-of one layer out and decomposes it and its weight with torch.linalg.svd, as a script would that has never heard of
-factors; what all layers would take is extrapolated by out * in * min(out, in). Pictures are part of the time.
+Each contestant runs in its own process, on a few blocks of random bfloat16 weights with adapters on all seven linear
+layers; times of 32 blocks are extrapolated and labelled so. The full contestant multiplies out one layer's update and
+decomposes it and its weight with torch.linalg.svd, as a script that ignores factors would; its time for all layers is
+extrapolated by out * in * min(out, in). Times include pictures.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -36,8 +35,8 @@ with safe_open(f"{base}/model.safetensors", "pt") as file:
 with safe_open(f"{adapter}/adapter_model.safetensors", "pt") as file:
     A, B = (file.get_tensor(f"base_model.model.{layer}.lora_{side}.weight") for side in "AB")
 U, S, Vh = torch.linalg.svd(2.0 * B @ A, full_matrices=False)
-own = torch.linalg.svd(W, full_matrices=False)
-for left, right in ((U, Vh), (own.U, own.Vh)):
+of_weight = torch.linalg.svd(W, full_matrices=False)
+for left, right in ((U, Vh), (of_weight.U, of_weight.Vh)):
     torch.linalg.matrix_norm(left[:, :rank].T @ W @ right[:rank].T)
 """
 CONTESTANTS = {
@@ -48,7 +47,7 @@ CONTESTANTS = {
 
 
 def shapes() -> dict[str, tuple[int, int]]:
-    """``(out, in)`` of the linear layers of a block."""
+    """Returns ``(out, in)`` of the linear layers of a block."""
     return {
         "self_attn.q_proj": (HIDDEN, HIDDEN),
         "self_attn.k_proj": (KEY_VALUE, HIDDEN),
@@ -61,7 +60,7 @@ def shapes() -> dict[str, tuple[int, int]]:
 
 
 def make_files(folder: Path, blocks: int, rank: int) -> int:
-    """``base``, ``first`` and ``second`` in ``folder``; returns the bytes of the weights."""
+    """Writes ``base``, ``first`` and ``second`` to ``folder``; returns the bytes of the weights."""
     for name in ("base", "first", "second"):
         (folder / name).mkdir()
     names = {f"model.layers.{i}.{name}": shape for i in range(blocks) for name, shape in shapes().items()}
@@ -84,7 +83,7 @@ def make_files(folder: Path, blocks: int, rank: int) -> int:
 
 
 def factor_to_all(name: str, blocks: int) -> float:
-    """By what a measured time is multiplied to be that of the whole model."""
+    """Factor from a measured time to that of the whole model."""
     if name != "one layer in full":
         return BLOCKS / blocks
     cost = {layer: out * in_ * min(out, in_) for layer, (out, in_) in shapes().items()}
@@ -93,8 +92,8 @@ def factor_to_all(name: str, blocks: int) -> float:
 
 def main() -> None:
     parser = report.parser(__doc__, "analyze")
-    parser.add_argument("--blocks", type=report.at_least(1), default=1, help="that are measured, of 32; 0.44 GB each")
-    parser.add_argument("--folder", type=Path, help="where the files are made; a temporary one")
+    parser.add_argument("--blocks", type=report.at_least(1), default=1, help="how many of 32 to measure; 0.44 GB each")
+    parser.add_argument("--folder", type=Path, help="where to put a temporary folder of files")
     parser.set_defaults(rounds=2)
     args = parser.parse_args()
     run = report.Report(args, f"Two adapters of rank {args.rank} of an 8-billion-parameter Llama, analysed")
@@ -105,22 +104,13 @@ def main() -> None:
         for _ in range(args.rounds):
             for name, done in rounds.items():
                 shutil.rmtree(folder / "out", ignore_errors=True)
-                paths = [folder / one for one in ("base", "first", "second", "out")]
+                paths = [folder / part for part in ("base", "first", "second", "out")]
                 arguments = [*paths, FULL_LAYER, args.rank]
                 done.append(own_process.measure(name, CONTESTANTS[name], arguments, args.threads))
                 print(f"{name}: {done[-1]['seconds']:.1f} s, {done[-1]['resident_bytes'] / 1e6:.0f} MB", flush=True)
-    rows = [
-        {
-            "name": name,
-            "rounds": len(done),
-            "seconds": statistics.median(one["seconds"] for one in done),
-            "extrapolated_seconds": statistics.median(one["seconds"] for one in done)
-            * factor_to_all(name, args.blocks),
-            "resident_bytes": max(one["resident_bytes"] for one in done),
-            "beyond_torch_bytes": max(one["resident_bytes"] - one["torch_bytes"] for one in done),
-        }
-        for name, done in rounds.items()
-    ]
+    rows = [own_process.summarise(name, done) for name, done in rounds.items()]
+    for row in rows:
+        row["extrapolated_seconds"] = row["seconds"] * factor_to_all(row["name"], args.blocks)
     measured = f"{args.blocks} of {BLOCKS} blocks" if args.blocks > 1 else f"one of {BLOCKS} blocks"
     table = report.markdown(
         [
@@ -135,8 +125,7 @@ def main() -> None:
                 row["name"] + (f" ({FULL_LAYER}, one adapter)" if row["name"] == "one layer in full" else ""),
                 f"{row['seconds']:.1f}",
                 f"{row['extrapolated_seconds']:.0f}",
-                f"{row['resident_bytes'] / 1e6:.0f}",
-                f"{row['beyond_torch_bytes'] / 1e6:.0f}",
+                *own_process.memory_cells(row),
             ]
             for row in rows
         ],
@@ -144,9 +133,9 @@ def main() -> None:
     largest, full = 2 * HIDDEN * INTERMEDIATE, factor_to_all("one layer in full", args.blocks)
     table += (
         f"\n\n{nbytes / 1e6:.0f} MB of weights in bfloat16, the largest tensor {largest / 1e6:.0f} MB. Medians of "
-        f"{args.rounds} rounds; the most memory. The time of analyze is multiplied by {BLOCKS / args.blocks:g}, "
-        f"imports and pictures included; that in full by {full:.0f}, as out * in * min(out, in) of all layers is to "
-        "that of the one."
+        f"{args.rounds} rounds; maximum memory. The time of analyze is multiplied by {BLOCKS / args.blocks:g}, "
+        f"imports and pictures included; that in full by {full:.0f}, the ratio of out * in * min(out, in) summed over "
+        "all layers to that of the one."
     )
     run.finish(rows, table, nbytes=nbytes)
 

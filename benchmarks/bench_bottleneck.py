@@ -1,10 +1,10 @@
-"""What does a bottleneck adapter cost on LoRA's kernels, as a part of what it costs as two linear layers of PyTorch?
+"""What does a bottleneck adapter cost on LoRA's kernels, compared with two linear layers of PyTorch?
 
     python benchmarks/bench_bottleneck.py [--size 16] [--rounds 60] [--device cpu] [--write]
 
-x + up(relu(down(x))) with biases; forward alone (without autograd), and forward plus backward to x and all weights,
-autograd and Python included. The contestants must agree on outputs and gradients before any is timed. A ratio is that
-of the medians to the two linear layers, with the quartiles of the round-by-round ratios behind it.
+x + up(relu(down(x))) with biases: forward without autograd, and forward plus backward to x and all weights, with
+autograd and Python. Contestants are timed only if they agree on outputs and gradients. A ratio compares the median
+with that of the two linear layers; the quartiles of the round-by-round ratios follow.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Ours(Plain):
 
 
 def check_agreement(modules: dict[str, nn.Module], x: Tensor, grad_y: Tensor) -> None:
-    """SystemExit: a contestant's output or gradients are not those of the two linear layers in float64."""
+    """Raises SystemExit if a contestant's output or gradients differ from those of two linear layers in float64."""
     exact = Plain(*(nn.Linear(*w.shape[::-1]) for w in (modules[PLAIN].down.weight, modules[PLAIN].up.weight)))
     exact.load_state_dict(modules[PLAIN].state_dict())
     contestants_by_name = {"exact": exact.double().to(x.device), **modules}
@@ -54,7 +54,7 @@ def check_agreement(modules: dict[str, nn.Module], x: Tensor, grad_y: Tensor) ->
         expected = expected or results
         for ours, wanted in zip(results, expected, strict=True):
             error = (torch.linalg.vector_norm(ours - wanted) / torch.linalg.vector_norm(wanted)).item()
-            # relu's gradient is another where rounding turned a hidden feature's sign: not of many.
+            # relu's gradient changes where rounding flips a hidden feature's sign; that happens for few features.
             if not error <= 3 * contestants.TOLERANCE[x.dtype]:
                 raise SystemExit(f"{name} is off by {error:.2e} on {tuple(ours.shape)}: not timed")
 
@@ -62,7 +62,7 @@ def check_agreement(modules: dict[str, nn.Module], x: Tensor, grad_y: Tensor) ->
 def measure(shape: Shape, dtype: torch.dtype, run: Report) -> dict[str, object]:
     num_tokens, features, out_features = shape
     if features != out_features:
-        raise SystemExit(f"--shapes {shape}: a bottleneck's residual is its input, want as many features out as in")
+        raise SystemExit(f"--shapes {shape}: a bottleneck's residual is its input, want OUT equal to IN")
     options = {"dtype": dtype, "device": run.args.device}
     x = torch.randn(num_tokens, features, **options).requires_grad_()
     grad_y = torch.randn(num_tokens, features, **options)

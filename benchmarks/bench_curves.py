@@ -2,10 +2,9 @@
 
     python benchmarks/bench_curves.py [--rank 16] [--tokens 512] [--width 1024] [--of-rank 4,64] [--write]
 
-Forward plus backward (to x and the adapter) of square layers, as bench_layer.py measures them; one of the three sizes
-varies (over ``--of-rank``, ``--of-tokens``, ``--of-width``), the others stay at ``--rank``, ``--tokens`` and
-``--width``. A ratio is that of the medians to the frozen layer's, with the quartiles of the round-by-round ratios
-behind it.
+Forward plus backward (to x and the adapter) of square layers, measured as in bench_layer.py. One of the three sizes
+varies (over ``--of-rank``, ``--of-tokens``, ``--of-width``); the others stay at ``--rank``, ``--tokens`` and
+``--width``. A ratio compares the median with the frozen layer's; the quartiles of the round-by-round ratios follow.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ VALUES = {
 
 
 def measure(sizes: dict[str, int], axis: str, dtype: torch.dtype, run: Report) -> dict[str, object]:
-    """sizes: rank, tokens and width; axis: the one of them that this curve is about."""
+    """Measures one point of a curve. sizes: rank, tokens and width; axis: the one that varies."""
     shape, dropout = Shape(sizes["tokens"], sizes["width"], sizes["width"]), run.args.dropout
     makes = {name: contestants.LAYERS[name] for name in COMPARED if name in contestants.LAYERS}
     modules = contestants.on_same_weights(shape, dtype, run.args.device, sizes["rank"], {0.0, dropout}, makes)

@@ -1,12 +1,12 @@
-"""What does an adapter that is not merged cost while a model decodes: 1 to 64 tokens at a time, without autograd?
+"""What does an unmerged adapter cost while a model decodes 1 to 64 tokens at a time, without autograd?
 
     python benchmarks/bench_decode.py [--tokens 1,8,64] [--widths 4096x4096] [--stack-mib 512] [--device cpu] [--write]
 
 A decoding step reads every weight of a model once. So a call goes through a stack of layers whose weights together
-exceed the caches (``--stack-mib``), and no layer finds its weight where the last call left it. Contestants share the
-weights; they must agree on outputs and gradients before any is timed. A ratio is that of the medians to the stack of
-frozen layers, with the quartiles of the round-by-round ratios behind it; the time is that of one layer. GB/s are the
-bytes that a layer cannot do without (weight, bias, factors, x and y, once each) by its time.
+exceed the caches (``--stack-mib``), and no layer finds its weight in a cache. Contestants share the weights and are
+timed only if they agree on outputs and gradients. A ratio compares the median with that of the stack of frozen layers;
+the quartiles of the round-by-round ratios follow. The time is that of one layer. GB/s are the bytes that a layer must
+move (weight, bias, factors, x and y, once each) by its time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STACK_MIB = 512
 
 
 class Stack:
-    """Layers of one width in every contestant's hands, for any number of tokens; their weights exceed ``stack_mib``."""
+    """Layers of one width for every contestant and any number of tokens; their weights exceed ``stack_mib``."""
 
     def __init__(
         self,
@@ -45,14 +45,14 @@ class Stack:
         self.stacks = {name: [layer[name] for layer in layers] for name in layers[0]}
 
     def bytes_of_a_layer(self, num_tokens: int) -> dict[str, int]:
-        """That cannot be avoided: of the frozen layer, and of one with an adapter."""
+        """Bytes that a frozen layer and one with an adapter must move."""
         both = self.in_features + self.out_features
         frozen = self.in_features * self.out_features + self.out_features + num_tokens * both
         item = self.options["dtype"].itemsize
         return {FROZEN: item * frozen, LORA_EXT: item * (frozen + self.rank * both)}
 
     def seconds(self, x: Tensor, run: Report) -> dict[str, list[float]]:
-        """Of one layer, by contestant and round."""
+        """Seconds of one layer, by contestant and round."""
         with torch.no_grad():
             calls = {name: lambda s=layers: [layer(x) for layer in s] for name, layers in self.stacks.items()}
             return {name: [t / self.depth for t in times] for name, times in run.interleaved(calls).items()}
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=lambda text: [int(part) for part in text.split(",")], default=DECODE_TOKENS)
     parser.add_argument("--widths", type=widths, default=DECODE_WIDTHS, help="INxOUT, separated by commas")
     parser.add_argument(
-        "--stack-mib", type=report.at_least(1), default=STACK_MIB, help="of the weights that a call goes through"
+        "--stack-mib", type=report.at_least(1), default=STACK_MIB, help="weights that a call goes through"
     )
     args = parser.parse_args()
     run = Report(args, f"Decoding through a stack of layers of {args.stack_mib} MiB, per layer, r={args.rank}")
@@ -109,7 +109,7 @@ def main() -> None:
     cases = [(w, dtype, n) for w in args.widths for dtype in (torch.float32, torch.bfloat16) for n in args.tokens]
     for width, dtype, num_tokens in run.cases(cases):
         if (width, dtype) != key:
-            stack = None  # before the next one is made: two may not fit
+            stack = None  # frees memory before the next one: two may not fit
             stack = Stack(width, dtype, args.device, args.rank, args.stack_mib, contestants.LAYERS)
             key = width, dtype
         rows.append(stack.measure(num_tokens, run))

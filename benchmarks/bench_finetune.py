@@ -2,16 +2,16 @@
 
     python benchmarks/bench_finetune.py [--rank 8] [--dropout 0.1] [--accuracy 0.75] [--device cpu] [--write]
 
-MiniLM on the demo's movie reviews, and a BERT of four layers of BERT-base's widths with random weights and tokens, in
-float32 and bfloat16. A step is forward, backward and AdamW; the contestants, each with a copy of the model and the same
-initial factors, take their steps in turn. "frozen" is the model without adapters, its backward passing through to the
-embeddings all the same; "head only" trains the classifier, and has no backward but its own.
+MiniLM on the demo's movie reviews, and a BERT of four layers with BERT-base's widths, random weights and random tokens,
+in float32 and bfloat16. A step is forward, backward and AdamW; the contestants have copies of the model with the same
+initial factors and take their steps in turn. "frozen" is the model without adapters, but its backward still passes
+through to the embeddings; "head only" trains the classifier and runs only its backward.
 
-Activations are the bytes that autograd holds for the backward, each storage once, parameters not counted; peak is the
-most that a step holds at a time beyond what was there before it. For the loss curves all dropout is off: the two should
-be one but for rounding. The time to an accuracy is that of the training steps until the validation accuracy is reached,
-with dropout. The demo's data come from the package index if they are not in the cache; without, the BERT alone is
-measured, and that is said.
+Activations are the bytes that autograd holds for the backward, each storage once, without parameters; peak is the
+most that a step holds beyond what existed before it. Loss curves are without dropout, so the two should agree up to
+rounding. The time to an accuracy is that of the training steps, with dropout, until the validation accuracy is reached.
+The demo's data come from the package index if they are not in the cache; without them only the BERT is measured, and
+the script says so.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Demo(NamedTuple):
 
 
 def load_demo(batch_size: int, validation_texts: int, device: str) -> Demo:
-    """Batches in an order fixed by a seed, texts of like length together; the same for every contestant.
+    """Loads the demo's batches, texts of similar length together, in an order fixed by a seed.
 
     Raises:
         TaskError: the model's package or the data are missing and cannot be fetched.
@@ -84,7 +84,7 @@ def random_batches(batch_size: int, length: int, labels: int, device: str, count
 
 
 class Trainer:
-    """One contestant's copy of the model, its optimizer, and its place in the data."""
+    """One contestant's copy of the model, its optimizer, and its position in the data."""
 
     def __init__(self, model: nn.Module, batches: list[Batch], learning_rate: float) -> None:
         self.model, self.batches, self.steps = model, batches, 0
@@ -98,7 +98,7 @@ class Trainer:
         return self.model(**self.next_batch()).loss
 
     def step(self) -> Tensor:
-        """Returns the loss, ``[]``."""
+        """Trains one step; returns the loss, ``[]``."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.forward()
         loss.backward()
@@ -109,9 +109,9 @@ class Trainer:
     @torch.no_grad()
     def accuracy(self, batches: list[Batch]) -> float:
         self.model.eval()
-        right = sum((self.model(**batch).logits.argmax(-1) == batch["labels"]).sum().item() for batch in batches)
+        correct = sum((self.model(**batch).logits.argmax(-1) == batch["labels"]).sum().item() for batch in batches)
         self.model.train()
-        return right / sum(len(batch["labels"]) for batch in batches)
+        return correct / sum(len(batch["labels"]) for batch in batches)
 
 
 def trainers(
@@ -122,13 +122,13 @@ def trainers(
 
 
 def measure_steps(what: str, model: nn.Module, batches: list[Batch], run: Report, **options) -> list[dict]:
-    """One row for each contestant."""
+    """Measures the training steps; returns one row for each contestant."""
     contestants = trainers(model, batches, run, run.args.dropout, **options)
-    held = {name: memory.activation_bytes(one.model, one.forward) for name, one in contestants.items()}
-    peak = {name: memory.peak_bytes(one.step, run.args.device) for name, one in contestants.items()}
-    seconds = run.interleaved({name: one.step for name, one in contestants.items()})
+    held = {name: memory.activation_bytes(trainer.model, trainer.forward) for name, trainer in contestants.items()}
+    peak = {name: memory.peak_bytes(trainer.step, run.args.device) for name, trainer in contestants.items()}
+    seconds = run.interleaved({name: trainer.step for name, trainer in contestants.items()})
     rounds = len(seconds[FROZEN])
-    # All warm up alike, and so see the same batches: the last ones, which their counters have just passed.
+    # All contestants warm up alike, so the timed batches are the last ones before their counters.
     last = contestants[FROZEN].steps
     tokens = [int(batches[i % len(batches)]["attention_mask"].sum()) for i in range(last - rounds, last)]
     return [
@@ -148,29 +148,29 @@ def measure_steps(what: str, model: nn.Module, batches: list[Batch], run: Report
 
 
 def measure_curves(model: nn.Module, batches: list[Batch], run: Report) -> dict[str, list[float]]:
-    """The losses of as many steps, by contestant; ``model`` and adapters are without dropout."""
+    """Returns the losses of ``--steps`` steps by contestant; ``model`` and adapters are without dropout."""
     contestants = trainers(model, batches, run, 0.0)
     return {
-        name: [one.step().item() for _ in range(run.args.steps)]
-        for name, one in contestants.items()
+        name: [trainer.step().item() for _ in range(run.args.steps)]
+        for name, trainer in contestants.items()
         if name in (LORA_EXT, "peft")
     }
 
 
 def measure_accuracy(model: nn.Module, data: Demo, run: Report) -> dict[str, dict[str, object]]:
-    """Steps and seconds of training until the validation accuracy is reached, by contestant, in turn step by step."""
+    """Returns steps and seconds of training until the validation accuracy is reached; contestants take turns."""
     everyone = trainers(model, data.train, run, run.args.dropout)
     contestants = {name: everyone[name] for name in (LORA_EXT, "peft") if name in everyone}
     results = {name: {"steps": 0, "seconds": 0.0, "reached": False, "accuracy": 0.0} for name in contestants}
     for step in range(1, run.args.most_steps + 1):
-        for name, one in contestants.items():
+        for name, trainer in contestants.items():
             result = results[name]
             if result["reached"]:
                 continue
-            result["seconds"] += run.clock(one.step)
+            result["seconds"] += run.clock(trainer.step)
             result["steps"] = step
             if step % run.args.evaluate_every == 0 or step == run.args.most_steps:
-                result["accuracy"] = one.accuracy(data.validation)
+                result["accuracy"] = trainer.accuracy(data.validation)
                 result["reached"] = result["accuracy"] >= run.args.accuracy
         if all(result["reached"] for result in results.values()):
             break
@@ -183,14 +183,13 @@ def measure_accuracy(model: nn.Module, data: Demo, run: Report) -> dict[str, dic
 def table(rows: list[dict]) -> str:
     cells = []
     for row in rows:
-        spread = "{:.2f} ({:.2f}-{:.2f})"
         cells.append(
             [
                 row["what"],
                 row["contestant"],
                 f"{row['tokens_per_second']:,.0f}",
-                spread.format(*row["ratio"]),
-                spread.format(*row["of_peft"]) if row["of_peft"] else "",
+                report.ratio_cell(row["ratio"]),
+                report.ratio_cell(row["of_peft"]) if row["of_peft"] else "",
                 f"{row['activation_bytes'] / 2**20:.1f}",
                 f"{row['peak_bytes'] / 2**20:.1f}",
             ]
@@ -212,15 +211,15 @@ def curve_line(losses: dict[str, list[float]]) -> str:
 
 def accuracy_line(results: dict[str, dict], accuracy: float) -> str:
     told = (
-        f"{name} {'after' if one['reached'] else 'NOT reached in'} {one['steps']} steps, {one['seconds']:.1f} s "
-        f"(at {one['accuracy']:.1%})"
-        for name, one in results.items()
+        f"{name} {'after' if result['reached'] else 'NOT reached in'} {result['steps']} steps, "
+        f"{result['seconds']:.1f} s (at {result['accuracy']:.1%})"
+        for name, result in results.items()
     )
     return f"Validation accuracy of {accuracy:.0%}: {'; '.join(told)}."
 
 
 def cases(data: Demo | None, run: Report) -> Iterator[tuple[str, Callable[[], object]]]:
-    """``(key, measurement)``: rows of the table under "rows", everything else under its own key."""
+    """Yields ``(key, measurement)``: table rows under the key "rows", everything else under a unique key."""
     args = run.args
     if data:
         name = f"MiniLM, float32, {args.batch_size} reviews"
@@ -234,8 +233,8 @@ def cases(data: Demo | None, run: Report) -> Iterator[tuple[str, Callable[[], ob
     batches = random_batches(args.bert_batch, args.length, 3, args.device)
     sizes = f"{args.layers} layers of {args.width}"
     for dtype, factors in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.bfloat16)):
-        beside = f", {report.dtype_name(factors or torch.float32)} factors" if dtype != torch.float32 else ""
-        what = f"BERT, {sizes}, {report.dtype_name(dtype)}{beside}, {args.bert_batch} x {args.length}"
+        in_factors = f", {report.dtype_name(factors or torch.float32)} factors" if dtype != torch.float32 else ""
+        what = f"BERT, {sizes}, {report.dtype_name(dtype)}{in_factors}, {args.bert_batch} x {args.length}"
         yield (
             "rows",
             lambda w=what, d=dtype, f=factors: measure_steps(
@@ -247,7 +246,7 @@ def cases(data: Demo | None, run: Report) -> Iterator[tuple[str, Callable[[], ob
 def main() -> None:
     parser = report.parser(__doc__, "finetune")
     parser.set_defaults(rank=8, rounds=10)
-    parser.add_argument("--dropout", type=float, default=0.1, help="of the adapters and of the models' own")
+    parser.add_argument("--dropout", type=float, default=0.1, help="of the adapters and the models")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--batch-size", type=int, default=16, help="reviews in a batch")
     parser.add_argument("--bert-batch", type=int, default=4)
@@ -255,8 +254,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="of the BERT")
     parser.add_argument("--width", type=int, default=768, help="of the BERT")
     parser.add_argument("--steps", type=int, default=12, help="of the loss curves")
-    parser.add_argument("--accuracy", type=float, default=0.75, help="to be reached on the validation texts")
-    parser.add_argument("--most-steps", type=int, default=120, help="after which the accuracy is given up")
+    parser.add_argument("--accuracy", type=float, default=0.75, help="target on the validation texts")
+    parser.add_argument("--most-steps", type=int, default=120, help="maximum number of steps to the accuracy")
     parser.add_argument("--evaluate-every", type=int, default=20, help="steps")
     parser.add_argument("--validation-texts", type=int, default=200)
     parser.add_argument("--no-demo", action="store_true", help="the BERT with random weights only")

@@ -1,16 +1,16 @@
-"""How long does it take to adapt a large model, to switch its adapters, and to import what does?
+"""How long does it take to adapt a large model, to switch its adapters, and to import the package?
 
     python benchmarks/bench_inject.py [--layers 80] [--rounds 15] [--imports 5] [--write]
 
 ``inject`` adapts every linear layer of a decoder of 80 blocks with 7 linear layers each (Llama-3-70B's depth at
 Llama-3-8B's widths), against PEFT's ``inject_adapter_in_model`` and ``get_peft_model``. The weights are on the meta
-device, which has shapes and no memory: the time is that of finding, checking, building and replacing modules. PEFT by
-default initialises factors on the CPU, whatever the device; with ``low_cpu_mem_usage`` it makes them on meta, too, as
-``inject`` does. Every call gets a fresh model; ratios are to ``inject``.
+device, without memory, so the time is that of finding, checking, building and replacing modules. PEFT by default
+initialises factors on the CPU for any device; with ``low_cpu_mem_usage`` it makes them on meta, as ``inject`` does.
+Every call gets a new model; ratios are to ``inject``.
 
-Switching goes back and forth between two of the adapters that the model holds, 2 and 8: ``set_adapter``, a call.
+Switching alternates between two of the 2 or 8 adapters that the model holds; the time is that of one ``set_adapter``.
 
-Importing is timed in fresh processes, in turn, each after ``import torch``.
+Importing is timed in new processes, in turn, after ``import torch``.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def injectors(rank: int) -> dict[str, Callable[[nn.Module], object]]:
 
 
 def check(layers: int, rank: int) -> int:
-    """All adapt the same layers with factors of the same sizes, or nothing is timed. Returns how many layers."""
+    """Checks that all adapt the same layers with factors of the same sizes; returns the number of layers."""
     found: dict[str, list] = {}
     for name, inject in injectors(rank).items():
         model = make_model(layers)
@@ -96,14 +96,14 @@ def measure_inject(run: Report) -> list[dict[str, object]]:
 
     def clock(call: Callable[[], object]) -> float:
         name, model = call(), make_model(args.layers)
-        return wall_clock(lambda: adapt[name](model))  # no device has a part in it
+        return wall_clock(lambda: adapt[name](model))  # no device takes part
 
     seconds = run.interleaved({name: lambda n=name: n for name in adapt}, clock=clock)
     return rows_of(f"adapt {count} layers", seconds)
 
 
 def measure_switching(run: Report, held: int) -> list[dict[str, object]]:
-    """A switch from one adapter to the other, Python alone: the time of a call, out of pairs there and back."""
+    """Times a switch between two adapters (Python only): half of a switch there and back."""
     args = run.args
     options = {"r": args.rank, "lora_alpha": ALPHA_OVER_R * args.rank, "target_modules": TARGETS}
     ours = make_model(args.layers)
@@ -143,7 +143,7 @@ def rows_of(what: str, seconds: dict[str, list[float]]) -> list[dict[str, object
 
 def seconds_to_import(module: str) -> float:
     code = f"import time, torch; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
-    # As users import it: from byte code, which the first run writes.
+    # Users import byte code, which the first run writes.
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     if result.returncode != 0:
@@ -160,7 +160,7 @@ def measure_imports(rounds: int) -> list[dict[str, object]]:
 
 def table(rows: list[dict]) -> str:
     cells = (
-        [row["what"], row["contestant"], report.milliseconds(row["ms"]), "{:.2f} ({:.2f}-{:.2f})".format(*row["ratio"])]
+        [row["what"], row["contestant"], report.milliseconds(row["ms"]), report.ratio_cell(row["ratio"])]
         for row in rows
     )
     return report.markdown(["what", "by", "ms", f"times {LORA_EXT}'s"], cells)
@@ -169,7 +169,7 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     parser = report.parser(__doc__, "inject")
     parser.add_argument("--layers", type=int, default=80, help="blocks of 7 linear layers each")
-    parser.add_argument("--imports", type=report.rounds, default=5, help="rounds of importing, each in fresh processes")
+    parser.add_argument("--imports", type=report.rounds, default=5, help="rounds of importing, in new processes")
     args = parser.parse_args()
     run = Report(
         args, f"Adapting {7 * args.layers} linear layers on the meta device, switching, importing, r={args.rank}"

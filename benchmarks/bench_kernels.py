@@ -1,11 +1,11 @@
-"""How near is every CUDA kernel to what the card can move and multiply? Needs a GPU.
+"""How close is every CUDA kernel to the card's memory and product rates? Needs a GPU.
 
     python benchmarks/bench_kernels.py [--seconds 60] [--json kernels.json]
 
 Both ceilings are measured in the same run: the rate of a large copy (bytes read plus bytes written) and that of a large
-matrix product. The kernels are timed inside the ops, by PyTorch's profiler, on rotating inputs larger than the
-second-level cache. A stage is what one step of the algorithm takes, second launches that add partial sums included;
-its bytes are those that it cannot do without (stage_bytes), so that a stage's GB/s fall where it moves more.
+matrix product. PyTorch's profiler times the kernels inside the ops, on rotating inputs larger than the second-level
+cache. A stage is one step of the algorithm, with the second launches that add partial sums. Its bytes are those that it
+must move (stage_bytes), so that moving more lowers its GB/s.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from harness import ceilings
+from harness import ceilings, report
 from harness.shapes import CUDA_SHAPES, Shape
 from harness.timing import CudaClock
 from torch import Tensor, nn
@@ -38,11 +38,11 @@ class Case:
 
     def __str__(self) -> str:
         dropout = f", p={self.dropout}" if self.dropout else ""
-        return f"{self.shape}, r={self.rank}, {str(self.dtype).removeprefix('torch.')}{dropout}"
+        return f"{self.shape}, r={self.rank}, {report.dtype_name(self.dtype)}{dropout}"
 
 
 MAIN = CUDA_SHAPES[0]
-# The most telling first: a run that is short of time stops early.
+# The most informative first, because a run that is short of time stops early.
 CASES = [
     Case(MAIN),
     Case(MAIN, dtype=torch.float16),
@@ -59,9 +59,9 @@ CASES = [
 
 
 def stage_bytes(case: Case) -> dict[str, int]:
-    """Bytes of each stage: its tall matrix once, the mask's bits, and the skinny operands (float32; factors own dtype).
+    """Bytes of each stage: its tall matrix once, the mask's bits, and the skinny operands (float32; factors' dtype).
 
-    pack is left out: its bytes are those of the factors, which are small.
+    pack is left out: it moves only the factors, which are small.
     """
     tokens, features, outputs = case.shape
     wide = 8 if case.dtype == torch.float64 else 4
@@ -96,7 +96,7 @@ def stage_flops(case: Case) -> dict[str, int]:
 
 
 def floor_seconds(case: Case, stage: str, copy_rate: float, matrix_rate: float) -> float:
-    """The time no implementation can beat: bytes at the copy's rate, or products at the matrix product's."""
+    """Lower bound of the time: bytes at the copy's rate, or products at the matrix product's."""
     return max(stage_bytes(case)[stage] / copy_rate, stage_flops(case)[stage] / matrix_rate)
 
 
@@ -112,7 +112,7 @@ def _short(kernel: str) -> str:
 
 
 def forward_stages(kernels: list[str]) -> list[str]:
-    """The stage of each kernel of one lora_linear, in the order of their launches."""
+    """Returns the stage of each kernel of one lora_linear, in launch order."""
     stages = []
     for name in map(_short, kernels):
         stages.append("pack" if name.startswith("pack") else "expand" if name.startswith("expand") else "shrink")
@@ -120,9 +120,9 @@ def forward_stages(kernels: list[str]) -> list[str]:
 
 
 def backward_stages(kernels: list[str]) -> list[str]:
-    """The stage of each kernel of one lora_linear_backward that computes all three gradients.
+    """Returns the stage of each kernel of one lora_linear_backward that computes all three gradients.
 
-    grad_b and grad_a share kernels: grad_a begins at the last sum over tokens.
+    grad_b and grad_a share kernels: grad_a starts at the last sum over tokens.
     """
     names = [_short(kernel) for kernel in kernels]
     sums = [i for i, name in enumerate(names) if re.match(r"token_sum|shrink_and_sum", name)]
@@ -138,7 +138,7 @@ def backward_stages(kernels: list[str]) -> list[str]:
 
 
 def merge_stages(stage: str, kernels: list[str]) -> list[str]:
-    """Of one merge or unmerge, whose last kernel writes the weight: what comes before it plans the exact record."""
+    """Returns the stages of one merge or unmerge: the last kernel writes the weight, earlier ones plan the record."""
     return ["plan"] * (len(kernels) - 1) + [stage]
 
 
@@ -146,16 +146,16 @@ def merge_stages(stage: str, kernels: list[str]) -> list[str]:
 
 
 def measure_ceilings() -> dict[str, float]:
-    """copy: bytes a second, read plus written. matrix_<dtype>: floating-point operations a second on random data."""
+    """Measures copy, bytes a second, read plus written; matrix_<dtype>, operations a second on random data."""
     clock, rates = CudaClock(), {}
     rates["copy"] = ceilings.copy_rate(2**30, "cuda", clock)
     for dtype, n in ((torch.bfloat16, 8192), (torch.float16, 8192), (torch.float32, 4096), (torch.float64, 2048)):
-        rates[f"matrix_{str(dtype).removeprefix('torch.')}"] = ceilings.matrix_rate(dtype, n, "cuda", clock)
+        rates[f"matrix_{report.dtype_name(dtype)}"] = ceilings.matrix_rate(dtype, n, "cuda", clock)
     return rates
 
 
 def profiled(calls: list[Callable[[], object]]) -> list[list[tuple[str, float]]]:
-    """(kernel, seconds) of our kernels in each of the calls, which launch alike, in the order they ran."""
+    """Returns (kernel, seconds) of our kernels for each call, in the order they ran; all calls launch alike."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for call in calls:
             call()
@@ -166,11 +166,11 @@ def profiled(calls: list[Callable[[], object]]) -> list[list[tuple[str, float]]]
 
 
 def split_evenly(kernels: list, calls: int) -> list[list]:
-    """The kernels of each of several calls that launch alike."""
-    each, rest = divmod(len(kernels), calls)
-    if rest or not each:
+    """Splits the kernels of several calls that launch alike into those of each call."""
+    per_call, rest = divmod(len(kernels), calls)
+    if rest or not per_call:
         raise SystemExit(f"the profiler saw {len(kernels)} kernels of lora_ext in {calls} equal calls")
-    return [kernels[i : i + each] for i in range(0, len(kernels), each)]
+    return [kernels[i : i + per_call] for i in range(0, len(kernels), per_call)]
 
 
 def sums_by_stage(kernels: list[tuple[str, float]], stages: list[str]) -> dict[str, float]:
@@ -181,13 +181,13 @@ def sums_by_stage(kernels: list[tuple[str, float]], stages: list[str]) -> dict[s
 
 
 def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
-    return {stage: statistics.median(one[stage] for one in rounds) for stage in rounds[0]}
+    return {stage: statistics.median(seconds[stage] for seconds in rounds) for stage in rounds[0]}
 
 
 def stage_seconds(
     calls: list[Callable[[], object]], stages_of: Callable[[list[str]], list[str]], repeats: int
 ) -> dict[str, float]:
-    """Median seconds of each stage over the repeats, which go round the calls and with them round their inputs."""
+    """Median seconds of each stage over the repeats, which cycle through the calls and so through their inputs."""
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -220,14 +220,14 @@ def make_inputs(case: Case) -> Inputs:
 
 
 def count_of_sets(case: Case, cache_bytes: int) -> int:
-    """So many inputs that a set has left the cache when its turn comes again."""
+    """Number of input sets such that a set has left the cache before its next turn."""
     tokens, features, outputs = case.shape
-    one = (tokens * (features + outputs) + features * outputs) * case.dtype.itemsize
-    return min(max(-(-4 * cache_bytes // one), 2), 16)
+    set_bytes = (tokens * (features + outputs) + features * outputs) * case.dtype.itemsize
+    return min(max(-(-4 * cache_bytes // set_bytes), 2), 16)
 
 
 def measure(case: Case, repeats: int) -> dict[str, float]:
-    """Seconds by stage."""
+    """Measures seconds by stage of a forward and a backward."""
     cache_bytes = torch.cuda.get_device_properties().L2_cache_size
     sets = [make_inputs(case) for _ in range(count_of_sets(case, cache_bytes))]
     seed = torch.tensor(7, device="cuda")
@@ -245,7 +245,7 @@ def measure(case: Case, repeats: int) -> dict[str, float]:
 
 
 def measure_merge(case: Case, repeats: int) -> dict[str, float]:
-    """Seconds by stage of a merge and of taking it out again."""
+    """Measures seconds by stage of a merge and an unmerge."""
     _, features, outputs = case.shape
     layers = []
     for _ in range(count_of_sets(case, torch.cuda.get_device_properties().L2_cache_size)):
@@ -254,7 +254,7 @@ def measure_merge(case: Case, repeats: int) -> dict[str, float]:
         nn.init.normal_(adapter.lora_B, std=0.02)
         layers.append(LoraLinear(base, adapter).eval())
     rounds: dict[str, list[dict[str, float]]] = {"merge": [], "unmerge": []}
-    for repeat in range(-1, max(repeats // len(layers), 2)):  # a layer is merged and restored in turn
+    for repeat in range(-1, max(repeats // len(layers), 2)):  # -1 warms up
         for stage, seen in rounds.items():
             for kernels in profiled([getattr(layer, stage) for layer in layers]):
                 if repeat >= 0:
@@ -263,7 +263,7 @@ def measure_merge(case: Case, repeats: int) -> dict[str, float]:
 
 
 def rows_of(case: Case, seconds: dict[str, float], rates: dict[str, float]) -> list[dict[str, object]]:
-    matrix_rate = rates[f"matrix_{str(case.dtype).removeprefix('torch.')}"]
+    matrix_rate = rates[f"matrix_{report.dtype_name(case.dtype)}"]
     rows = []
     for stage, time_s in seconds.items():
         row: dict[str, object] = {"case": str(case), "stage": stage, "us": 1e6 * time_s}
@@ -276,25 +276,19 @@ def rows_of(case: Case, seconds: dict[str, float], rates: dict[str, float]) -> l
 
 
 def table(rows: list[dict]) -> str:
-    lines = [
-        "| tokens x in -> out, rank, dtype | stage | us | GB/s | of copy | of floor |",
-        "|---|---|---|---|---|---|",
-    ]
+    cells = []
     for row in rows:
-        cells = [row["case"], row["stage"], f"{row['us']:.1f}"]
-        if "gb_s" in row:
-            cells += [f"{row['gb_s']:.0f}", f"{row['of_copy']:.0%}", f"{row['of_floor']:.0%}"]
-        else:
-            cells += ["", "", ""]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rates = [f"{row['gb_s']:.0f}", f"{row['of_copy']:.0%}", f"{row['of_floor']:.0%}"] if "gb_s" in row else [""] * 3
+        cells.append([row["case"], row["stage"], f"{row['us']:.1f}", *rates])
+    columns = ["tokens x in -> out, rank, dtype", "stage", "us", "GB/s", "of copy", "of floor"]
+    return report.markdown(columns, cells)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after so many")
-    parser.add_argument("--json", type=Path, help="also write the results there, each as soon as it is measured")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after so many")
+    parser.add_argument("--json", type=Path, help="also write each result to this file as soon as it is measured")
     args = parser.parse_args()
     begin = time.perf_counter()
     torch.manual_seed(0)
@@ -303,12 +297,12 @@ def main() -> None:
     matrix = ", ".join(f"{k.removeprefix('matrix_')} {v / 1e12:.0f}" for k, v in rates.items() if k != "copy")
     print(f"{torch.cuda.get_device_name()}: copy {rates['copy'] / 1e9:.0f} GB/s, TFLOP/s {matrix}", flush=True)
     rows: list[dict] = []
-    plan = [(measure, case) for case in CASES]
-    plan.insert(1, (measure_merge, Case(Shape(1, 8192, 8192), dropout=0.0)))
-    plan.append((measure_merge, Case(Shape(1, 4096, 4096), dropout=0.0, dtype=torch.float32)))
-    for number, (measure_one, case) in enumerate(plan):
+    measurements = [(measure, case) for case in CASES]
+    measurements.insert(1, (measure_merge, Case(Shape(1, 8192, 8192), dropout=0.0)))
+    measurements.append((measure_merge, Case(Shape(1, 4096, 4096), dropout=0.0, dtype=torch.float32)))
+    for number, (measure_one, case) in enumerate(measurements):
         if time.perf_counter() - begin > args.seconds:
-            print(f"out of time: {len(plan) - number} cases are not measured", flush=True)
+            print(f"out of time: {len(measurements) - number} cases are not measured", flush=True)
             break
         try:
             new = rows_of(case, measure_one(case, args.repeats), rates)
@@ -318,7 +312,7 @@ def main() -> None:
         rows += new
         print("\n".join(table(new).splitlines()[2:]), flush=True)
         if args.json:
-            cases = [asdict(case) | {"dtype": str(case.dtype), "shape": list(case.shape)} for _, case in plan]
+            cases = [asdict(case) | {"dtype": str(case.dtype), "shape": list(case.shape)} for _, case in measurements]
             args.json.write_text(json.dumps({"ceilings": rates, "rows": rows, "cases": cases}, indent=1) + "\n")
 
 

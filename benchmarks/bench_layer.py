@@ -1,14 +1,14 @@
-"""What does a LoRA linear layer cost beyond its frozen base, in inference and in training? Against it and the peers.
+"""What does a LoRA linear layer cost beyond its frozen base, in inference and in training, next to its peers?
 
     python benchmarks/bench_layer.py [--device cpu] [--dropout 0.1] [--rank 16] [--shapes 512x768x3072] [--write]
 
-Every contestant goes through its public module, autograd and Python included, on the same weights and inputs. They must
-agree on outputs and gradients (without dropout) before any is timed. Three tables: the forward without autograd, and
-forward plus backward (to x and the adapter) with and without dropout. A ratio is that of the medians to the frozen
-layer's (its backward goes to x), with the quartiles of the round-by-round ratios behind it.
+Every contestant is its public module, with autograd and Python, on the same weights and inputs. Contestants are timed
+only if they agree on outputs and gradients (without dropout). Three tables: the forward without autograd, and forward
+plus backward (to x and the adapter) with and without dropout. A ratio compares the median with the frozen layer's (its
+backward goes to x); the quartiles of the round-by-round ratios follow.
 
-torch.compile of the hand-written layer is a contestant at some shapes; it takes seconds for each. On a GPU the time is
-the one between two CUDA events with the second-level cache flushed before (timing.py).
+torch.compile of the hand-written layer is a contestant at some shapes, because each takes seconds to compile. On a GPU
+the time is that between two CUDA events, after a flush of the second-level cache (timing.py).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FORWARD, TRAINING = "forward", "forward + backward"
 
 
 def measure(shape: Shape, dtype: torch.dtype, run: Report, with_compile: bool) -> list[dict[str, object]]:
-    """One row for each pass; the order is that of the tables."""
+    """Measures a shape; returns one row for each pass, in the order of the tables."""
     dropouts = sorted({0.0, run.args.dropout})
     if with_compile:
         contestants.forget_compiled()
@@ -43,9 +43,9 @@ def measure(shape: Shape, dtype: torch.dtype, run: Report, with_compile: bool) -
     for p in reversed(dropouts):
         calls[TRAINING, p] = {name: lambda m=m: training_step(m, x, [grad_y]) for name, m in modules[p].items()}
     rows = []
-    for (what, dropout), of_contestants in calls.items():
+    for (what, dropout), by_contestant in calls.items():
         with torch.set_grad_enabled(what == TRAINING):
-            seconds = run.interleaved(of_contestants, parts=len(calls))
+            seconds = run.interleaved(by_contestant, parts=len(calls))
         row: dict[str, object] = {"pass": what, "dropout": dropout}
         row |= {"shape": list(shape), "dtype": report.dtype_name(dtype), "rounds": len(seconds[FROZEN])}
         row["frozen_ms"] = 1e3 * statistics.median(seconds[FROZEN])
@@ -55,7 +55,7 @@ def measure(shape: Shape, dtype: torch.dtype, run: Report, with_compile: bool) -
 
 
 def table(rows: list[dict]) -> str:
-    """A table for each pass, float32 first."""
+    """Formats a table for each pass, float32 first."""
     names, parts = report.names_in(rows), []
     rows = sorted(rows, key=lambda row: row["dtype"], reverse=True)
     for what, dropout in dict.fromkeys((row["pass"], row["dropout"]) for row in rows):
@@ -76,16 +76,15 @@ def main() -> None:
     report.add_shapes(parser)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--json", type=Path, help="also write the rows there, each as soon as it is measured")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file as soon as they are measured")
     args = parser.parse_args()
     run = Report(args, f"One layer against the frozen layer, r={args.rank}")
     cases = [(dtype, shape) for dtype in (torch.float32, torch.bfloat16) for shape in args.shapes or CPU_SHAPES]
-    cases.sort(
-        key=lambda case: math.prod(case[1]) * case[0].itemsize
-    )  # what quick cases leave of their time, slow ones use
+    # Quick cases first: slow ones use the time that they leave.
+    cases.sort(key=lambda case: math.prod(case[1]) * case[0].itemsize)
     compiled = {CPU_SHAPES[1], CPU_SHAPES[3]} if not args.shapes else set(args.shapes)
     if run.on_cuda and not args.shapes:
-        # The second dtype only at the first shape: there time is short, and the 16-bit types are what is used.
+        # Other dtypes only at the first shape: time is short, and bfloat16 is the usual dtype.
         cases = [(dtype, CUDA_SHAPES[0]) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
         cases += [(torch.bfloat16, shape) for shape in CUDA_SHAPES[1:]]
         compiled = {CUDA_SHAPES[0]}

@@ -1,16 +1,16 @@
-"""What does it cost to merge an adapter so that every bit can be restored? Against addmm_ and PEFT, which restore none.
+"""What does a merge cost that can be undone bit by bit, compared with addmm_ and PEFT, which cannot?
 
     python benchmarks/bench_merge.py [--device cpu] [--rank 16] [--size 0.03] [--rounds 60] [--write]
 
-The times are for one weight, Python included: LoraLinear.merge() and .unmerge(), the same merge without a record (as
-merge_and_unload has it), ``W.addmm_(B, A, alpha=s)`` and the same with -s, and PEFT's layer. The updates are ``--size``
-of the weight's size (standard deviations), the factors float32 as usual beside weights of either dtype; addmm_ takes
-one dtype, and gets factors in the weight's. All must agree on the merged weight before any is timed, and unmerge must
-restore every bit. What a contestant's unmerge leaves, its next merge takes.
+The times are for one weight, with Python: LoraLinear.merge() and .unmerge(), the same merge without a record (as in
+merge_and_unload), ``W.addmm_(B, A, alpha=s)`` and the same with -s, and PEFT's layer. ``--size`` is the ratio of the
+update's standard deviation to the weight's. Factors are float32, as usual, for weights of either dtype; addmm_ takes
+one dtype, so its factors have the weight's. Contestants are timed only if they agree on the merged weight and unmerge
+restores every bit. A contestant's next merge starts from the result of its unmerge.
 
-A ratio is that of the medians to addmm_'s, with the quartiles of the round-by-round ratios behind it. A record's bytes
-are per element of the weight; the factors' copies beside it are not counted. The last column is the largest difference
-that PEFT's unmerge leaves, in units of the weight's standard deviation. On a GPU the time is between two CUDA events.
+A ratio compares the median with addmm_'s; the quartiles of the round-by-round ratios follow. A record's bytes are per
+element of the weight, without the copies of the factors. The last column is the largest difference that PEFT's unmerge
+leaves, in units of the weight's standard deviation. On a GPU the time is between two CUDA events.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ HAS_PEFT = importlib.util.find_spec("peft") is not None
 
 
 def widths(shapes: list[Shape]) -> list[tuple[int, int]]:
-    """``(in_features, out_features)`` of the shapes, each once, and a decoder's."""
+    """Returns the distinct ``(in_features, out_features)`` of the shapes, and a decoder's."""
     return list(dict.fromkeys([(shape.in_features, shape.out_features) for shape in shapes] + [(4096, 4096)]))
 
 
 class Layers:
-    """One base weight, in every contestant's hands."""
+    """Every contestant's copy of one base weight."""
 
     def __init__(self, base: nn.Linear, A: Tensor, B: Tensor) -> None:
         self.pristine = base.weight.detach().clone()
         self.ours = make_lora_ext(copy.deepcopy(base), A, B, 0.0).eval()
         self.peft = make_peft(copy.deepcopy(base), A, B, 0.0) if HAS_PEFT else None
         if self.peft:
-            self.peft.base_layer.to(base.weight.dtype)  # which make_peft gave the factors'
+            self.peft.base_layer.to(base.weight.dtype)  # make_peft converts it to the factors' dtype
         self.plain, self.once = self.pristine.clone(), self.pristine.clone()
         self.factors = A, B
         self.A, self.B = A.to(self.plain.dtype), B.to(self.plain.dtype)
@@ -59,7 +59,7 @@ class Layers:
         functional.lora_merge_(self.once, *self.factors, ALPHA_OVER_R, record=False)
 
     def check(self) -> tuple[float, float]:
-        """All agree, or nothing is timed. Returns record bytes per element, and what PEFT's unmerge leaves."""
+        """Checks that all agree; returns record bytes per element, and the largest difference after PEFT's unmerge."""
         self.ours.merge(), self.merge_without_record(), self.addmm(1.0)
         merged = {"without record": self.once, "addmm_": self.plain}
         if self.peft:
@@ -80,12 +80,12 @@ class Layers:
         integers = torch.int16 if self.plain.element_size() == 2 else torch.int32
         if not torch.equal(self.ours.weight.view(integers), self.pristine.view(integers)):
             sys.exit("unmerge did not restore every bit: not timed")
-        left = float("nan")
+        peft_leaves = float("nan")
         if self.peft:
             self.peft.unmerge()
             error = self.peft.base_layer.weight.double() - self.pristine.double()
-            left = (error.abs().max() / self.pristine.double().std()).item()
-        return extra, left
+            peft_leaves = (error.abs().max() / self.pristine.double().std()).item()
+        return extra, peft_leaves
 
 
 def measure(widths: tuple[int, int], dtype: torch.dtype, args: argparse.Namespace, clock: Clock) -> dict[str, object]:
@@ -95,9 +95,9 @@ def measure(widths: tuple[int, int], dtype: torch.dtype, args: argparse.Namespac
     A = torch.randn(args.rank, in_features, device=args.device) * in_features**-0.5
     B = torch.randn(out_features, args.rank, device=args.device) * args.size / ALPHA_OVER_R / args.rank**0.5
     layers = Layers(base, A, B)
-    extra, left = layers.check()
+    extra, peft_leaves = layers.check()
 
-    # A round is a merge and an unmerge of each; the two are timed apart.
+    # A round is a merge and an unmerge of each contestant, timed separately.
     pairs: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
         "addmm_": (lambda: layers.addmm(1.0), lambda: layers.addmm(-1.0)),
         "lora_ext": (layers.ours.merge, layers.ours.unmerge),
@@ -121,31 +121,30 @@ def measure(widths: tuple[int, int], dtype: torch.dtype, args: argparse.Namespac
     columns |= {f"unmerge, {name}": unmerges[name] for name in ("lora_ext", "peft") if name in unmerges}
     return {
         "shape": [in_features, out_features],
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": report.dtype_name(dtype),
         "rounds": len(reference),
         "addmm_ms": 1e3 * statistics.median(reference),
         "ms": {name: 1e3 * statistics.median(seconds) for name, seconds in columns.items()},
         "ratio": {name: ratio(seconds, reference) for name, seconds in columns.items()},
         "record_bytes_per_element": extra,
-        "peft_leaves": left,
+        "peft_leaves": peft_leaves,
     }
 
 
 def table(rows: list[dict]) -> str:
     names = list(rows[0]["ratio"])
-    lines = ["| in -> out | dtype | addmm_, ms | " + " | ".join(names) + " | record, bytes/element | PEFT leaves |"]
-    lines.append("|" + "---|" * (5 + len(names)))
-    for row in rows:
-        ratios = ["{:.2f} ({:.2f}-{:.2f})".format(*row["ratio"][name]) for name in names]
-        cells = ["{} -> {}".format(*row["shape"]), row["dtype"], f"{row['addmm_ms']:.3f}", *ratios]
-        cells += [f"{row['record_bytes_per_element']:.3f}", f"{row['peft_leaves']:.1e}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    cells = (
+        ["{} -> {}".format(*row["shape"]), row["dtype"], f"{row['addmm_ms']:.3f}", *report.ratio_cells(row, names)]
+        + [f"{row['record_bytes_per_element']:.3f}", f"{row['peft_leaves']:.1e}"]
+        for row in rows
+    )
+    columns = ["in -> out", "dtype", "addmm_, ms", *names, "record, bytes/element", "PEFT leaves"]
+    return report.markdown(columns, cells)
 
 
 def main() -> None:
     parser = report.parser(__doc__, "merge")
-    parser.add_argument("--size", type=float, default=0.03, help="of the update, beside the weight")
+    parser.add_argument("--size", type=float, default=0.03, help="of the update, relative to the weight")
     args = parser.parse_args()
     title = (
         f"Merging and unmerging one weight against addmm_, r={args.rank}, updates {args.size:g} of the weight's size"

@@ -1,18 +1,16 @@
-"""Merging an adapter into a checkpoint on disk: seconds and resident memory, against PEFT, which loads the model.
+"""Measures seconds and resident memory of merging into a checkpoint on disk, against PEFT, which loads the model.
 
-Each contestant is a process of its own. The checkpoint is a Llama of random bfloat16 weights in files of 500 MB, with
-an adapter on every linear layer; it is removed at the end. Resident memory is the most that the process ever had
-(VmHWM), PyTorch's libraries included: importing torch takes 220 to 290 MB, as its libraries lie in the page cache (in
-larger or smaller pieces, of which more or less is mapped along). What a run takes beyond that is held to 1.5 times the
-largest tensor and 75 MB, which with 225 MB for torch make 300. Reads come from the page cache, as of files just
-downloaded.
+Each contestant runs in its own process. The checkpoint is a Llama of random bfloat16 weights in files of 500 MB, with
+an adapter on every linear layer; it is removed at the end. Resident memory is the process's peak (VmHWM) with PyTorch's
+libraries: importing torch takes 220 to 290 MB, depending on how its libraries lie in the page cache. Beyond that, a run
+may take 1.5 times the largest tensor and 75 MB; with 225 MB for torch, these are 300 MB. Reads come from the page
+cache, as for files just downloaded.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -42,7 +40,7 @@ model.merge_and_unload().save_pretrained(out, max_shard_size="500MB")
 
 
 def weights(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes, in the order of the files."""
+    """Yields names and shapes, in the order of the files."""
     yield "model.embed_tokens.weight", (VOCABULARY, HIDDEN)
     for i in range(layers):
         prefix = f"model.layers.{i}"
@@ -63,7 +61,7 @@ def weights(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def make_files(folder: Path, layers: int, rank: int) -> tuple[int, int]:
-    """``base`` and ``adapter`` in ``folder``; returns the bytes of all tensors, and of the largest."""
+    """Writes ``base`` and ``adapter`` to ``folder``; returns the bytes of all tensors, and of the largest."""
     (folder / "base").mkdir()
     (folder / "adapter").mkdir()
     weight_map: dict[str, str] = {}
@@ -111,7 +109,7 @@ def make_files(folder: Path, layers: int, rank: int) -> tuple[int, int]:
 
 
 def measure(name: str, folder: Path, threads: int) -> dict[str, float]:
-    """One run in a process of its own."""
+    """Measures one run in a separate process."""
     out = folder / ("recorded" if name == "merge, record" else "out")
     shutil.rmtree(out, ignore_errors=True)
     arguments = [folder / "base", folder / "adapter", out, folder / "recorded"]
@@ -122,7 +120,7 @@ def measure(name: str, folder: Path, threads: int) -> dict[str, float]:
 def main() -> None:
     parser = report.parser(__doc__, "offline_merge")
     parser.add_argument("--layers", type=report.at_least(1), default=22, help="of the model; 22 are 2.2 GB")
-    parser.add_argument("--folder", type=Path, help="where the files are made, some four times their size; a temporary")
+    parser.add_argument("--folder", type=Path, help="where to put temporary files, about four times the model")
     parser.set_defaults(rounds=3)
     args = parser.parse_args()
     run = report.Report(args, f"An adapter of rank {args.rank} into a checkpoint on disk")
@@ -136,36 +134,19 @@ def main() -> None:
                 done.append(measure(name, folder, args.threads))
                 print(f"{name}: {done[-1]['seconds']:.1f} s, {done[-1]['resident_bytes'] / 1e6:.0f} MB", flush=True)
         record = sum(file.stat().st_size for file in (folder / "recorded" / "merge_record").iterdir())
-    rows = [
-        {
-            "name": name,
-            "rounds": len(done),
-            "seconds": statistics.median(one["seconds"] for one in done),
-            "resident_bytes": max(one["resident_bytes"] for one in done),
-            "beyond_torch_bytes": max(one["resident_bytes"] - one["torch_bytes"] for one in done),
-        }
-        for name, done in rounds.items()
-    ]
-    table = report.markdown(
-        ["", "s", "GB/s", "resident, MB", "beyond importing torch, MB"],
-        [
-            [
-                row["name"],
-                f"{row['seconds']:.1f}",
-                f"{nbytes / row['seconds'] / 1e9:.2f}",
-                f"{row['resident_bytes'] / 1e6:.0f}",
-                f"{row['beyond_torch_bytes'] / 1e6:.0f}",
-            ]
-            for row in rows
-        ],
+    rows = [own_process.summarise(name, done) for name, done in rounds.items()]
+    cells = (
+        [row["name"], f"{row['seconds']:.1f}", f"{nbytes / row['seconds'] / 1e9:.2f}", *own_process.memory_cells(row)]
+        for row in rows
     )
+    table = report.markdown(["", "s", "GB/s", "resident, MB", "beyond importing torch, MB"], cells)
     sizes = {"tensors": nbytes, "largest": largest, "bound": bound, "record": record}
     table += (
-        "\n\n{tensors:.0f} MB in bfloat16, the largest tensor {largest:.0f} MB; 1.5 times that and 75 MB, to be taken "
-        "beyond importing torch, are {bound:.0f} MB. The record takes {record:.0f} MB.".format(
+        "\n\n{tensors:.0f} MB in bfloat16, the largest tensor {largest:.0f} MB; the limit beyond importing torch, 1.5 "
+        "times that and 75 MB, is {bound:.0f} MB. The record takes {record:.0f} MB.".format(
             **{key: size / 1e6 for key, size in sizes.items()}
         )
-        + f" Medians of {args.rounds} rounds; the most memory."
+        + f" Medians of {args.rounds} rounds; maximum memory."
     )
     run.finish(rows, table, nbytes=nbytes, largest_bytes=largest, bound_bytes=bound, record_bytes=record)
     over = [row["name"] for row in rows if row["name"] != "PEFT" and row["beyond_torch_bytes"] > bound]

@@ -1,8 +1,8 @@
-"""What `lora-ext plan` predicts for the demo model, against how much a process that trains it grows.
+"""Compares the prediction of `lora-ext plan` for the demo model with the growth of a process that trains it.
 
-Sixteen texts of 128 tokens, none of them padding, AdamW, float32. Each method is trained for two steps in a process of
-its own, once with an allocator that gives freed tensors back, as CUDA's does to its own count, and once with the C
-library's as it is, which keeps some.
+Sixteen texts of 128 tokens without padding, AdamW, float32. Each method trains for two steps in its own process, once
+with an allocator that returns freed tensors, as CUDA's counts them, and once with the C library's defaults, which keep
+some.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main() -> None:
     parser.set_defaults(rank=8)
     args = parser.parse_args()
     if args.device != "cpu":
-        sys.exit(f"--device {args.device}: what is measured is the resident memory of a process, on the CPU")
+        sys.exit(f"--device {args.device}: this measures the resident memory of a process, on the CPU only")
     run = report.Report(args, f"Memory of training the demo model, {args.batch_size} x {args.seq_len} tokens, AdamW")
     rows = []
     for method in METHODS:
@@ -52,8 +52,8 @@ def main() -> None:
         [_cells(row) for row in rows],
     )
     table += (
-        "\n\nPredicted by kinds, at the moment of the peak; measured is the growth of the process's resident memory, "
-        "where glibc gives freed tensors back, and where it is left as it is; beside each, how much more is predicted."
+        "\n\nPredictions by kind are at the moment of the peak. Measured is the growth of the process's resident "
+        "memory, with glibc returning freed tensors and with its defaults; next to each, the prediction's excess."
     )
     run.finish(rows, table)
 

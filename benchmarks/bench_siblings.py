@@ -1,11 +1,11 @@
-"""What do LoRA layers that read one x (q/k/v) cost beyond their frozen bases: in one op, and as separate layers?
+"""What do LoRA layers that read one x (q/k/v) cost beyond their frozen bases, in one op and as separate layers?
 
     python benchmarks/bench_siblings.py [--dropout 0.1] [--rank 16] [--rounds 60] [--device cpu] [--write]
 
-Three layers on the same x, forward plus backward to x and the adapters, autograd and Python included. The contestants
-must agree on outputs and gradients (without dropout) before any is timed. A ratio is that of the medians to the three
-frozen layers (forward plus backward to x), with the quartiles of the round-by-round ratios behind it. The last column
-is what the one op costs beyond the frozen layers, as a part of what separate layers cost beyond them.
+Three layers on the same x, forward plus backward to x and the adapters, with autograd and Python. Contestants are timed
+only if they agree on outputs and gradients (without dropout). A ratio compares the median with that of the three frozen
+layers (forward plus backward to x); the quartiles of the round-by-round ratios follow. The last column is the op's cost
+beyond the frozen layers, divided by that of separate layers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NUM_LAYERS = 3
 
 
 class Separate(nn.Module):
-    """The layers one after the other."""
+    """Layers called one after the other."""
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Separate(nn.Module):
 
 
 class Siblings(nn.Module):
-    """The layers in one op."""
+    """Layers computed in one op."""
 
     def __init__(self, bases: list[nn.Linear], As: list[Tensor], Bs: list[Tensor], dropout: float) -> None:
         super().__init__()

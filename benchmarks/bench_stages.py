@@ -1,11 +1,11 @@
-"""Where does the adapter's time go? The products of a LoRA layer one by one, without the base product and autograd.
+"""Where does the adapter's time go? Times the products of a LoRA layer without the base product and autograd.
 
     python benchmarks/bench_stages.py [--rank 16] [--threads 1] [--shapes 1536x384x384] [--device cpu] [--write]
 
-Each stage is the op ``lora_delta_`` or its backward, asked for no more than that stage, so that a time holds what the
-op itself takes as well (the column "op"). ``grad_A`` and ``grad_x`` begin with ``grad_xa``, as in training. "mask" is
-that of dropout 0.1; "forward" and "backward" are everything together with it. Microseconds; GFLOP/s are those of the
-six skinny products of forward and backward by the sum of those two columns. benchmarks/NOTES.md says what to expect.
+Each stage calls the op ``lora_delta_`` or its backward for that stage only, so its time includes the op's overhead (the
+column "op"). ``grad_A`` and ``grad_x`` include ``grad_xa``, as in training. "mask" is that of dropout 0.1; "forward"
+and "backward" are all stages with it. Microseconds; GFLOP/s are the operations of the six skinny products by the sum of
+the columns "forward" and "backward". benchmarks/NOTES.md predicts the times.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DROPOUT = 0.1
 
 
 def stages(shape: Shape, dtype: torch.dtype, device: str, rank: int) -> dict[str, object]:
-    """Calls by name."""
+    """Returns the calls by name."""
     num_tokens, in_features, out_features = shape
 
     def random(*size: int) -> torch.Tensor:
@@ -31,7 +31,7 @@ def stages(shape: Shape, dtype: torch.dtype, device: str, rank: int) -> dict[str
     x, y, grad_y = random(num_tokens, in_features), random(num_tokens, out_features), random(num_tokens, out_features)
     A, B = random(rank, in_features) / in_features**0.5, random(out_features, rank) / 10
     seed = torch.tensor(0, device=device)
-    narrow = 16  # features of a side that a stage leaves out
+    narrow = 16  # features of a side that a stage does not measure
     x_narrow, y_narrow, A_narrow, B_narrow = (
         x[:, :narrow].contiguous(),
         y[:, :narrow].contiguous(),

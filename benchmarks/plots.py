@@ -1,9 +1,9 @@
-"""Draws the pictures of the results, from their JSON files alone: nothing is measured anew.
+"""Draws the pictures of the results from their JSON files, without measuring.
 
     python benchmarks/plots.py [--results DIR] [--device cpu] [--machine-isa avx2]
 
 layer: bars against the frozen layer. curves: cost by rank, tokens and width. decode: cost by tokens. roofline: achieved
-against what the machine can do. Each needs the file of the same name, and is left out, and said so, without.
+rates against the machine's ceilings. A picture whose JSON file is missing is left out and reported.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from harness.report import results_folder
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-RESULTS = Path(__file__).parent / "results"
-# Okabe and Ito's colours, told apart by colour-blind readers.
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
 COLOURS = {
     "lora_ext": "#0072B2",
     "peft": "#D55E00",
@@ -35,7 +35,7 @@ DPI, WIDTH = 100, 10  # 1000 pixels
 
 
 def _figure(height: float, title: str, heading: str) -> Figure:
-    """heading: the result's, whose first part is what was measured, and the rest where."""
+    """Makes a figure. heading: the result's heading: what was measured; then the machine."""
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     where = heading.partition("; ")[2].replace("; medians (quartiles)", "")
     figure.suptitle(f"{title}\n", fontsize=12)
@@ -67,7 +67,7 @@ def _powers_of_two(axes: Axes, values: list[int]) -> None:
 
 
 def layer(result: dict) -> Figure:
-    """Forward plus backward with dropout, a panel for each dtype, a group of bars for each shape."""
+    """Draws forward plus backward with dropout: a panel for each dtype, a group of bars for each shape."""
     dropout = max(row["dropout"] for row in result["rows"])
     rows = [row for row in result["rows"] if row["pass"] == "forward + backward" and row["dropout"] == dropout]
     dtypes = _dtypes(rows)
@@ -93,7 +93,7 @@ def layer(result: dict) -> Figure:
     handles = {
         label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    for name in names:  # one that is missing in every first group
+    for name in names:  # contestants missing in every first group
         handles.setdefault(name, figure.axes[0].bar(0, 0, color=COLOURS[name]))
     figure.axes[0].legend([handles[name] for name in names], names, ncols=len(names), fontsize=8, frameon=False)
     return figure
@@ -103,7 +103,7 @@ def layer(result: dict) -> Figure:
 
 
 def _lines(axes: Axes, points: list[tuple[int, dict]], names: list[str]) -> None:
-    """A line for each contestant; the band is that of the quartiles."""
+    """Draws a line for each contestant, with a band between the quartiles."""
     for name in names:
         measured = [(x, ratios[name]) for x, ratios in points if name in ratios]
         if not measured:
@@ -119,7 +119,7 @@ def _lines(axes: Axes, points: list[tuple[int, dict]], names: list[str]) -> None
 
 
 def _name_lines(axes: Axes) -> None:
-    """At their ends, once the limits are settled; names of lines that end close to each other are moved apart."""
+    """Labels lines at their ends, after the limits are set; moves labels apart that would overlap."""
     bottom, top = axes.get_ylim()
     least, last = (top - bottom) * 0.085, float("-inf")
     lines = [line for line in axes.get_lines() if line.get_label() in COLOURS]
@@ -134,7 +134,7 @@ def _name_lines(axes: Axes) -> None:
 def _grid(
     figure: Figure, rows: list[dict], columns: list, points_of: Callable[[dict, object], tuple[int, dict] | None]
 ) -> list[list[Axes]]:
-    """A panel for each dtype and column, of one scale in a row. points_of: a row's point in a column, if it has one."""
+    """Draws a panel per dtype and column; a dtype shares its scale. points_of: a row's point in a column, or None."""
     dtypes, names = _dtypes(rows), list(dict.fromkeys(name for row in rows for name in row["ratio"]))
     grid = figure.subplots(len(dtypes), len(columns), squeeze=False, sharey="row")
     for dtype, line in zip(dtypes, grid, strict=True):
@@ -156,7 +156,7 @@ def _grid(
 
 
 def curves(result: dict) -> Figure:
-    """A column for each size that varies."""
+    """Draws a column for each size that varies."""
     fixed = result["fixed"]
     title = "Cost of an adapter in forward + backward, times the frozen layer"
     figure = _figure(1.1 + 2.3 * len(_dtypes(result["rows"])), title, result["heading"])
@@ -172,10 +172,10 @@ def curves(result: dict) -> Figure:
 
 
 def decode(result: dict) -> Figure:
-    """A column for each width."""
+    """Draws a column for each width."""
     rows = result["rows"]
     widths = list(dict.fromkeys(tuple(row["shape"][1:]) for row in rows))
-    title = "Decoding with an adapter that is not merged, times the frozen layer"
+    title = "Decoding with an unmerged adapter, times the frozen layer"
     figure = _figure(1.1 + 2.3 * len(_dtypes(rows)), title, result["heading"])
 
     def point(row: dict, width: object) -> tuple[int, dict] | None:
@@ -193,10 +193,10 @@ MARKERS = {"forward": "o", "forward + backward": "s", "decode": "^", "merge": "D
 
 
 def roofline(result: dict) -> Figure:
-    """A panel for each dtype: rates of operations by operations per byte, below the measured ceilings."""
+    """Draws a panel for each dtype: operations a second by operations per byte, below the measured ceilings."""
     rows, rates = result["rows"], result["ceilings"]
     dtypes = _dtypes(rows)
-    figure = _figure(4.9, "Achieved, against what the machine moves and multiplies", result["heading"])
+    figure = _figure(4.9, "Achieved rates against the machine's ceilings", result["heading"])
     for axes, dtype in zip(figure.subplots(1, len(dtypes), squeeze=False)[0], dtypes, strict=True):
         shown = [row for row in rows if row["dtype"] == dtype]
         product = rates[f"matrix_{dtype}"]
@@ -207,7 +207,7 @@ def roofline(result: dict) -> Figure:
                 ridge = product / rates[key]
                 axes.plot([low, ridge], [low * rates[key], product], style, color="black", linewidth=1.2)
                 text = f"{label}, {rates[key] / 1e9:.0f} GB/s"
-                if key == "copy":  # its name right of its foot, the other's left of its head: where no line passes
+                if key == "copy":  # label right of its foot, the other's left of its head: no line passes there
                     axes.annotate(text, (low, low * rates[key]), (14, -2), textcoords="offset points", fontsize=8)
                 else:
                     place = {"xytext": (-36, -2), "textcoords": "offset points", "ha": "right", "fontsize": 8}
@@ -253,7 +253,7 @@ PICTURES: dict[str, Callable[[dict], Figure]] = {
 
 
 def draw(results: Path, suffix: str, say: Callable[[str], None] = print) -> list[Path]:
-    """Writes <name>_<suffix>.png beside each <name>_<suffix>.json. suffix: "cpu", "cuda", "cpu_avx2"."""
+    """Writes <name>_<suffix>.png next to each <name>_<suffix>.json. suffix: "cpu", "cuda", "cpu_avx2"."""
     written = []
     for name, picture in PICTURES.items():
         source = results / f"{name}_{suffix}.json"
@@ -266,7 +266,7 @@ def draw(results: Path, suffix: str, say: Callable[[str], None] = print) -> list
             continue
         drawn = io.BytesIO()
         picture(result).savefig(drawn)
-        # A palette is all that a picture of lines and letters needs, at a third of the size.
+        # Lines and letters need only a palette, which makes the file a third of the size.
         Image.open(drawn).convert("RGB").quantize(64).save(source.with_suffix(".png"), optimize=True)
         written.append(source.with_suffix(".png"))
     return written
@@ -274,11 +274,12 @@ def draw(results: Path, suffix: str, say: Callable[[str], None] = print) -> list
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, help="folder of the JSON files; this machine's in benchmarks/results")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--machine-isa")
     args = parser.parse_args()
-    written = draw(args.results, f"{args.device}_{args.machine_isa}" if args.machine_isa else args.device)
+    results = args.results or results_folder(args.device)
+    written = draw(results, f"{args.device}_{args.machine_isa}" if args.machine_isa else args.device)
     print("\n".join(path.name for path in written))
     return 0 if written else 1
 

@@ -1,13 +1,13 @@
-"""How near is the layer to what the machine can move and multiply?
+"""How close is the layer to the machine's memory and product rates?
 
     python benchmarks/roofline.py [--shapes 512x768x768] [--memory-mib 1024] [--device cpu] [--write]
 
-The ceilings are measured in the same run: the rate of a large copy (bytes read plus written), of a large read, of a
-copy within the cache, and of a large product in each dtype. A point is an operation on a layer with an adapter: its
-floating-point operations, the bytes it cannot do without (every operand and result once), and its time. "of ceiling" is
-its rate of operations by what the roofline allows at its operations per byte: the product's rate, or the bytes at the
-large copy's rate. Decoding goes through a stack of layers larger than the caches, as in bench_decode.py; the operands
-of the other operations may lie in the cache, which moves more than the large copy.
+The ceilings are measured in the same run: the rates of a large copy (bytes read plus written), a large read, a copy
+within the cache, and a large product in each dtype. A point is an operation on a layer with an adapter: its
+floating-point operations, the bytes it must move (every operand and result once), and its time. "of ceiling" divides
+its rate of operations by the roofline at its operations per byte: the product's rate, or the bytes at the large copy's
+rate. Decoding goes through a stack of layers larger than the caches, as in bench_decode.py; the operands of the other
+operations can be in the cache, which is faster than the large copy.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Work:
 
 
 def work(what: str, shape: Shape, rank: int, item: int, adapted: bool) -> Work:
-    """What the operation must do. item: bytes of an element. The mask of the dropout, a bit an element, is left out."""
+    """Counts the operation's work. item: bytes of an element. The dropout's mask, a bit an element, is not counted."""
     tokens, features, outputs = shape
     x, y, weight = tokens * features, tokens * outputs, features * outputs
     r = rank if adapted else 0
@@ -43,17 +43,17 @@ def work(what: str, shape: Shape, rank: int, item: int, adapted: bool) -> Work:
         return Work(2 * rank * weight, item * (2 * weight + factors))
     if what in (FORWARD, DECODE):
         return Work(2 * tokens * weight + skinny, item * (x + weight + y + factors))
-    # Backward: grad_y and the weight give grad_x; with an adapter x is read again, and the factors get gradients.
+    # Backward: grad_y and the weight give grad_x; an adapter also reads x again and writes the factors' gradients.
     backward = y + weight + x + (x + 2 * factors if adapted else 0)
     return Work(4 * tokens * weight + 3 * skinny, item * (x + weight + y + factors + backward))
 
 
 def measure_ceilings(run: Report) -> dict[str, float]:
-    """Bytes and floating-point operations a second."""
+    """Measures bytes and floating-point operations a second."""
     args, clock = run.args, run.clock
     rates = {"copy": ceilings.copy_rate(args.memory_mib << 20, args.device, clock)}
     rates["read"] = ceilings.read_rate(args.memory_mib << 20, args.device, clock)
-    if not run.on_cuda:  # the clock of a GPU empties its cache
+    if not run.on_cuda:  # the GPU's clock empties its cache
         rates["copy_in_cache"] = ceilings.copy_rate(args.cache_kib << 10, args.device, clock)
     for dtype in (torch.float32, torch.bfloat16):
         name = f"matrix_{report.dtype_name(dtype)}"
@@ -74,7 +74,7 @@ def measure(what: str, shape: Shape, dtype: torch.dtype, run: Report, rates: dic
     if what == MERGE:
         layer = modules[LORA_EXT].eval()
 
-        def clock(call) -> float:  # the merge alone; what it added is taken out again
+        def clock(call) -> float:  # times the merge only
             seconds = run.clock(call)
             layer.unmerge()
             return seconds
@@ -135,12 +135,12 @@ def main() -> None:
     report.add_shapes(parser)
     parser.add_argument("--memory-mib", type=int, default=1024, help="MiB of the large copy")
     parser.add_argument("--cache-kib", type=int, default=512, help="KiB of the copy within the cache")
-    parser.add_argument("--stack-mib", type=report.at_least(1), default=STACK_MIB, help="as bench_decode.py's")
+    parser.add_argument("--stack-mib", type=report.at_least(1), default=STACK_MIB, help="as in bench_decode.py")
     parser.add_argument("--matrix", type=int, default=2048, help="rows and columns of the large product")
     args = parser.parse_args()
     if args.device == "cuda":
         args.matrix = max(args.matrix, 8192)
-    run = Report(args, f"Against what the machine can move and multiply, r={args.rank}, dropout {DROPOUT} in training")
+    run = Report(args, f"Achieved rates against the machine's ceilings, r={args.rank}, dropout {DROPOUT} in training")
     rates = measure_ceilings(run)
     shapes = args.shapes or (CUDA_SHAPES[:3] if run.on_cuda else CPU_SHAPES[1:4])
     operations = [(what, shape) for shape in shapes for what in (FORWARD, TRAINING)]

@@ -1,9 +1,9 @@
-"""Every benchmark of this folder, one after the other, then the pictures: what `make bench` runs, in under ten minutes.
+"""Runs every benchmark of this folder, then draws the pictures, in under ten minutes; `make bench` calls it.
 
     python benchmarks/run_all.py [--device cpu] [--machine-isa avx2] [--only layer,decode] [--results DIR]
 
-Each script is a process of its own, prints its table and writes its result files. One that fails does not stop the
-others; at the end the failed ones are named, and the exit status is 1.
+Each script runs in its own process, prints its table and writes its result files. A failure does not stop the others;
+at the end the failed scripts are named, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from pathlib import Path
 from harness import machine_isa, report
 
 HERE = Path(__file__).parent
-# Seconds are the scripts' own measure of when to begin no further case; together, with what starting them takes, they
-# stay below ten minutes on two cores.
+# A script starts no case after so many seconds; with start-up times, all take less than ten minutes on two cores.
 SCRIPTS = {
     "layer": ["bench_layer.py", "--seconds", "75"],
     "siblings": ["bench_siblings.py", "--seconds", "20"],
@@ -53,7 +52,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--machine-isa", choices=list(machine_isa.LIMITS), help="see bench_layer.py --help")
-    parser.add_argument("--results", type=Path, default=report.RESULTS)
+    parser.add_argument("--results", type=Path, help="folder of the result files; this machine's in benchmarks/results")
     parser.add_argument("--only", help=f"of {','.join(SCRIPTS)}; separated by commas")
     args = parser.parse_args()
     names = args.only.split(",") if args.only else list(SCRIPTS)
@@ -63,13 +62,13 @@ def main() -> int:
 
     options = ["--device", args.device, "--write"]
     options += ["--machine-isa", args.machine_isa] if args.machine_isa else []
-    options += ["--results", str(args.results)] if args.results != report.RESULTS else []
+    options += ["--results", str(args.results)] if args.results else []
     begin = time.perf_counter()
     commands = {name: [sys.executable, str(HERE / SCRIPTS[name][0]), *SCRIPTS[name][1:], *options] for name in names}
     failed = run_all(commands, say=lambda text: print(text, flush=True))
     picture_options = [word for word in options if word != "--write"]
     failed += run_all({"plots": [sys.executable, str(HERE / "plots.py"), *picture_options]})
-    print(f"\n{time.perf_counter() - begin:.0f} s; results in {args.results}")
+    print(f"\n{time.perf_counter() - begin:.0f} s; results in {args.results or report.results_folder(args.device)}")
     if failed:
         print(f"FAILED: {', '.join(failed)}")
     return 1 if failed else 0

@@ -1,9 +1,9 @@
-"""Bottleneck adapters of AdapterHub's ``adapters``, computed there and here: counts, hidden states and gradients.
+"""Compares bottleneck adapters with AdapterHub's ``adapters``: parameter counts, hidden states and gradients.
 
 ``adapters`` is pinned to one release of transformers, so the two cannot share an environment:
 
-    python scripts/adapterhub_conformance.py export DIR   # where `adapters` is installed
-    python scripts/adapterhub_conformance.py check DIR    # where lora_ext is
+    python scripts/adapterhub_conformance.py export DIR   # in an environment with `adapters`
+    python scripts/adapterhub_conformance.py check DIR    # in an environment with lora_ext
 
 ``make adapterhub-conformance`` makes the first environment and runs both.
 """
@@ -28,7 +28,7 @@ CONFIGS = {
     "llama": BERT | {"num_key_value_heads": 1},
 }
 BOTTLENECK = 4
-# ours -> AdapterHub's config, and its names of the places in the order of ours within a layer
+# our method -> AdapterHub's config, its options, and its names of the places within a layer, in our order
 METHODS = {
     "adapter-h": ("double_seq_bn", {}, ("mh_adapter", "output_adapter")),
     "adapter-p": ("seq_bn", {}, ("output_adapter",)),
@@ -77,13 +77,13 @@ def export(directory: Path) -> None:
             model.add_adapter("a", config=config)
             model.train_adapter("a")
             model.double().eval()
-            own = {path: each for path, each in model.named_parameters() if ".adapters.a." in path}
-            for parameter in own.values():  # trained: nothing is zero
+            trained = {path: parameter for path, parameter in model.named_parameters() if ".adapters.a." in path}
+            for parameter in trained.values():  # as if trained: nothing is zero
                 nn.init.normal_(parameter, std=0.3)
             hidden, loss = loss_of(model)
             loss.backward()
             tensors = {"hidden": hidden.detach()}
-            for path, parameter in own.items():
+            for path, parameter in trained.items():
                 layer = next(int(part) for part in path.split(".") if part.isdecimal())
                 place = places.index("mh_adapter" if ".attention" in path else "output_adapter")
                 kind = "down" if "adapter_down" in path else "up"
@@ -94,7 +94,7 @@ def export(directory: Path) -> None:
 
 
 def check(directory: Path) -> int:
-    """Computes the same here; returns how many comparisons fail."""
+    """Computes the same with lora_ext; returns the number of differences."""
     from lora_ext.methods import apply_method, new_method
     from lora_ext.methods.bottleneck import Bottleneck
 
@@ -109,13 +109,13 @@ def check(directory: Path) -> int:
             count = adapted.count(model)
             apply_method(model, adapted).eval()
             keys = [key for key in theirs if key != "hidden" and not key.startswith("grad.")]
-            found = [each for each in model.modules() if isinstance(each, Bottleneck)]
+            found = [module for module in model.modules() if isinstance(module, Bottleneck)]
             per_layer = len(METHODS[method][2])
             first = 1 if method == "adapter-drop" else 0
             parameters = {
                 f"{first + index // per_layer}.{index % per_layer}.{name}": parameter
-                for index, each in enumerate(found)
-                for name, parameter in each.named_parameters()
+                for index, bottleneck in enumerate(found)
+                for name, parameter in bottleneck.named_parameters()
             }
             problems = []
             if sorted(parameters) != sorted(keys):

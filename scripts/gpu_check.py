@@ -2,9 +2,9 @@
 
     python scripts/gpu_check.py [--seconds 470] [--only build,tests] [--results DIR]
 
-Each part is a process with a time limit of its own, so that a part that fails or hangs leaves the later ones theirs.
-Prints one table at the end, writes benchmarks/results/<card>.json, and leaves each part's output in build/gpu_check/.
-Exit status 0: every part passed, or could not run for a reason that is not ours (no compute-sanitizer).
+Each part is a process with its own time limit, so that a part that fails or hangs does not take time from later ones.
+Prints one table at the end, writes benchmarks/results/<card>/gpu_check.json, and keeps each part's output in
+build/gpu_check/. Exit status 0: every part passed, or only compute-sanitizer is missing.
 """
 
 from __future__ import annotations
@@ -25,24 +25,27 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from harness.machine_folder import machine_folder  # noqa: E402
+
 LOGS = ROOT / "build" / "gpu_check"
 RESULTS = ROOT / "benchmarks" / "results"
 
 PASSED, FAILED, TIMED_OUT, NOT_RUN = "passed", "failed", "out of time", "not run"
 
 
-# --- the plan ---------------------------------------------------------------------------------------------------------
+# --- the parts --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Part:
     name: str
     command: list[str]
-    limit_s: float  # at most
-    least_s: float  # kept free for it while earlier parts run
+    limit_s: float  # maximum
+    least_s: float  # reserved for it while earlier parts run
     environment: dict[str, str] = field(default_factory=dict)
     not_run: str = ""  # why it cannot run here
-    needs: tuple[str, ...] = ()  # parts without which it is pointless
+    needs: tuple[str, ...] = ()  # parts that must pass first
 
 
 @dataclass
@@ -51,22 +54,22 @@ class Outcome:
     status: str
     seconds: float
     command: str
-    detail: str  # the last telling line of its output
+    detail: str  # the last informative line of its output
 
 
 def seconds_for(part: Part, later: list[Part], remaining_s: float) -> float:
-    """The part's share of the remaining time: its limit, but what later parts need at least is theirs."""
+    """The part's share of the remaining time: at most its limit, without the minimum of later parts."""
     return max(min(part.limit_s, remaining_s - sum(other.least_s for other in later)), 0.0)
 
 
 def arch_of(capability: tuple[int, int]) -> str:
-    """nvcc's name of the architecture to build for."""
+    """Returns nvcc's name of the architecture to build for."""
     major, minor = capability
     return f"{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
 
 
 def find_cuda_home(torch_cuda: str, candidates: list[Path]) -> Path | None:
-    """The first toolkit of torch's CUDA version, else of its major version. candidates: in order of preference."""
+    """Finds the first toolkit of torch's CUDA version, else of its major version. candidates: best first."""
 
     def version(home: Path) -> str:
         try:
@@ -87,7 +90,7 @@ def find_cuda_home(torch_cuda: str, candidates: list[Path]) -> Path | None:
 
 def cuda_home_candidates() -> list[Path]:
     homes = [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
-    if nvcc := shutil.which("nvcc"):  # it may be a wrapper script elsewhere: ask it where its toolkit lies
+    if nvcc := shutil.which("nvcc"):  # can be a wrapper script: ask it for its toolkit
         dryrun = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
         homes += [Path(top[1].strip()).resolve()] if (top := re.search(r"^#\$ TOP=(.+)$", dryrun.stderr, re.M)) else []
     homes += [Path("/usr/local/cuda"), *sorted(Path("/usr/local").glob("cuda-*"), reverse=True)]
@@ -101,7 +104,7 @@ def find_sanitizer(home: Path | None) -> str | None:
     return found or next((str(p / "compute-sanitizer") for p in places if (p / "compute-sanitizer").exists()), None)
 
 
-def plan(facts: dict[str, str], home: Path | None, cores: int) -> list[Part]:
+def list_parts(facts: dict[str, str], home: Path | None, cores: int) -> list[Part]:
     python = sys.executable
     arch = facts["arch"]
     sanitizer = find_sanitizer(home)
@@ -131,7 +134,7 @@ def plan(facts: dict[str, str], home: Path | None, cores: int) -> list[Part]:
             "" if importlib.util.find_spec("pytest") else "pytest is not installed: the suite did not run",
             ("build",),
         ),
-        # Without the caching allocator's pools every tensor has bounds of its own.
+        # Without the caching allocator's pools, every tensor has its own bounds.
         sanitize("memcheck", PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
         sanitize("racecheck"),
         Part("kernels", [*kernels, "--seconds", "45"], 75, 40, {}, "", ("build",)),
@@ -143,7 +146,7 @@ def plan(facts: dict[str, str], home: Path | None, cores: int) -> list[Part]:
 
 
 def shown(command: list[str]) -> str:
-    """A command as someone else would type it: no paths of this machine's."""
+    """Formats a command without this machine's paths."""
     return " ".join("python" if word == sys.executable else word.replace(f"{ROOT}/", "") for word in command)
 
 
@@ -152,13 +155,13 @@ def run(part: Part, limit_s: float) -> Outcome:
     if part.not_run:
         return Outcome(part.name, NOT_RUN, 0.0, command, part.not_run)
     if limit_s < 5:
-        return Outcome(part.name, TIMED_OUT, 0.0, command, "no time was left for it")
+        return Outcome(part.name, TIMED_OUT, 0.0, command, "no time left")
     log = LOGS / f"{part.name}.log"
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | part.environment
     begin = time.monotonic()
     with log.open("w") as output:
-        # A process group of its own: at the limit, what the part started ends with it.
+        # In a new process group, so that at the limit the part's children end, too.
         process = subprocess.Popen(
             part.command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -176,7 +179,7 @@ def run(part: Part, limit_s: float) -> Outcome:
 
 
 def telling_line(text: str) -> str:
-    """The line of a part's output that says how it went: pytest's or the sanitizer's summary, else the last."""
+    """Returns the line that says how a part went: pytest's or the sanitizer's summary, else the last."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     summaries = [line for line in lines if re.search(r"ERROR SUMMARY|RACECHECK SUMMARY|\d+ passed|\d+ failed", line)]
     return (summaries or lines or [""])[-1].strip("= ")
@@ -198,7 +201,7 @@ def run_all(parts: list[Part], budget_s: float, clock=time.monotonic, run_part=r
 
 
 def exit_status(outcomes: list[Outcome]) -> int:
-    """0 only if nothing failed; that the sanitizer is missing is no failure, that pytest is missing is one."""
+    """Returns 0 if nothing failed. A missing sanitizer is no failure; missing pytest is one."""
     excused = {"memcheck", "racecheck"}
     return int(any(o.status != PASSED and not (o.status == NOT_RUN and o.name in excused) for o in outcomes))
 
@@ -207,7 +210,7 @@ def exit_status(outcomes: list[Outcome]) -> int:
 
 
 def golden(home: str, arch: str) -> int:
-    """Runs tests/simt/golden.cu on the GPU: do the PTX instructions do what the CPU stand-in was taught they do?"""
+    """Runs tests/simt/golden.cu on the GPU: do the PTX instructions behave like their CPU stand-in?"""
     source = ROOT / "tests" / "simt" / "golden.cu"
     library = LOGS / "golden.so"
     command = [f"{home}/bin/nvcc", "-shared", "-std=c++20", "-Xcompiler=-fPIC", "--expt-relaxed-constexpr"]
@@ -226,7 +229,7 @@ def golden(home: str, arch: str) -> int:
         torch.cuda.synchronize()
         error = run_primitive(number, source_tensor.data_ptr(), result.data_ptr(), None)
         torch.cuda.synchronize()
-        # -1 stands for a word that may be anything.
+        # -1 stands for any word.
         known = expected != -1 if name == "atomics" else torch.ones_like(expected, dtype=torch.bool)
         good = error == 0 and torch.equal(result.cpu()[known], expected[known])
         wrong += not good
@@ -264,11 +267,6 @@ def gather_facts() -> dict[str, str]:
     }
 
 
-def result_name(card: str) -> str:
-    """File name of a card's results."""
-    return re.sub(r"[^a-z0-9]+", "_", card.lower()).strip("_") + ".json"
-
-
 def read_json(path: Path) -> object:
     try:
         return json.loads(path.read_text())
@@ -289,7 +287,7 @@ def collect(facts: dict[str, str], outcomes: list[Outcome], kernels: object, lay
 
 
 def format_report(result: dict) -> str:
-    """The table: each part, each stage of the kernels, each layer."""
+    """Formats tables of the parts, the kernels' stages and the layers."""
     lines = [f"{result['card']}, driver {result['driver']}, torch {result['torch']}, nvcc {result['nvcc']}"]
     lines[0] += f", commit {result['commit'][:12]}, {result['date']}"
     lines += ["", "| part | status | seconds | |", "|---|---|---|---|"]
@@ -314,7 +312,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=465.0, help="for all parts together")
     parser.add_argument("--only", help="these parts, separated by commas")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of <card>.json")
+    parser.add_argument("--results", type=Path, help="folder of gpu_check.json; the card's in benchmarks/results")
     parser.add_argument("--golden", nargs=2, metavar=("CUDA_HOME", "ARCH"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     LOGS.mkdir(parents=True, exist_ok=True)
@@ -326,7 +324,7 @@ def main() -> int:
     nvcc = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout if home else ""
     facts["nvcc"] = match[1] if (match := re.search(r"V(\d+\.\d+\.\d+)", nvcc)) else "none"
     print(f"{facts['card']}: building for sm_{facts['arch']} with {home or 'no toolkit'}", flush=True)
-    parts = plan(facts, home, len(os.sched_getaffinity(0)))
+    parts = list_parts(facts, home, len(os.sched_getaffinity(0)))
     if args.only:
         wanted = set(args.only.split(","))
         if unknown := wanted - {part.name for part in parts}:
@@ -337,15 +335,16 @@ def main() -> int:
 
     outcomes = run_all(parts, args.seconds)
     result = collect(facts, outcomes, read_json(LOGS / "kernels.json"), read_json(LOGS / "layer.json"))
-    folder = LOGS if args.only else args.results  # a part alone does not replace a whole result
+    # With --only, the result is partial and does not replace a whole one.
+    folder = LOGS if args.only else args.results or RESULTS / machine_folder(facts["card"])
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / result_name(facts["card"])
+    path = folder / "gpu_check.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     for outcome in outcomes:
         if outcome.status in (FAILED, TIMED_OUT) and (log := LOGS / f"{outcome.name}.log").exists():
             print(f"\n--- {outcome.name}: the end of {log.relative_to(ROOT)}")
             print("\n".join(log.read_text(errors="replace").splitlines()[-30:]))
-    sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+    sys.path.insert(0, str(ROOT))
     print(f"\n{format_report(result)}\n\n-> {path}")
     return exit_status(outcomes)
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything a GPU can tell about lora_ext, in one command, in under 8 minutes, without a network: builds for the card
-# found, tests on it, looks for races and stray accesses, measures. Uses the machine's own python and torch.
+# Checks lora_ext on a GPU with one command, in under 8 minutes, without a network: builds for the card, runs the tests,
+# looks for races and stray accesses, measures. Uses the machine's python and torch.
 # Usage: scripts/gpu_check.sh [PYTHON] [options of gpu_check.py]        for example: scripts/gpu_check.sh python3.12
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Reads what the compiler made of every CUDA kernel, and fails where it is not what was meant.
+"""Checks the compiled code of every CUDA kernel against the rules of its family.
 
     python scripts/kernel_report.py build/cuda/lora_ext/liblora_ext_cuda.so
 
 Needs no GPU: cuobjdump and nvdisasm (of the CUDA toolkit, or pip's nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm)
-print the registers, the shared memory and the machine code of each kernel for each architecture. What must hold is
-stated once per family of kernels, in FAMILIES; the kernels are those that the binary has.
+print the registers, the shared memory and the machine code of each kernel for each architecture. FAMILIES states the
+rules once per family of kernels; the kernels are those in the binary.
 
-Prints a table. Exit status 1 when a rule is broken, with the list; 2 when the binary or the tools cannot be read.
+Prints a table. Exit status 1: a rule is broken (listed); 2: the binary or the tools cannot be read.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Bytes of shared memory that every architecture gives a block: what a pipeline's stages are counted to fill.
+# Bytes of shared memory that every architecture gives a block; a pipeline's stages are chosen to fill them.
 MAX_BLOCK_SHARED = 99 * 1024
 
 
 @dataclass(frozen=True)
 class Family:
-    """What the kernels of one family are written for. The first family whose pattern is found in a name has it.
+    """The rules for a family of kernels. A kernel belongs to the first family whose pattern matches its name.
 
     blocks_per_sm is the second number of __launch_bounds__, which the binary does not keep: so many blocks must fit by
-    registers and threads everywhere, and by shared memory too where a multiprocessor has 228 KiB (sm_90, sm_100); those
-    with less run fewer. dynamic_shared, bytes that the launch adds at most, is not in the binary either.
+    registers and threads everywhere, and by shared memory on multiprocessors with 228 KiB (sm_90, sm_100); smaller ones
+    run fewer. dynamic_shared is the maximum number of bytes that the launch adds; the binary does not have it either.
     """
 
     name: str
@@ -52,16 +52,16 @@ MMA = dict(tensor_cores=True, **PASS)
 
 FAMILIES = [
     Family("dropout mask", r"^dropout_mask_kernel"),
-    # float64: twice the registers, of which two blocks would leave too few.
+    # float64 takes twice the registers, too many for two blocks.
     Family("merge's plan, float64", r"^merge_kernel<double, 0>", blocks_per_sm=1, wide_loads=True),
     Family("merge, float64", r"^merge_kernel<double, ", blocks_per_sm=1, wide_loads=True, wide_stores=True),
     Family("merge's plan", r"^merge_kernel<\w+, 0>", wide_loads=True),
     Family("merge", r"^merge_kernel<", wide_loads=True, wide_stores=True),
     Family("pack factors", r"^(fma|mma)::pack_factors_kernel"),
-    # Sums of 16 bits come from float32 partial sums, four at a time.
+    # 16-bit sums come from float32 partial sums, four at a time.
     Family("sums on tensor cores' partial sums", r"^mma::partial_sums_kernel", wide_loads=True),
     Family("sums", r"^(rank_sums|gradient_sums)_kernel"),
-    # One block on a multiprocessor: both sums in registers.
+    # One block on a multiprocessor, because both sums are in registers.
     Family("mma shrink and sum", r"^mma::shrink_and_sum_kernel", blocks_per_sm=1, **MMA),
     Family("mma shrink", r"^mma::shrink_kernel", **MMA),
     Family("mma sum over tokens", r"^mma::token_sum_kernel", **MMA),
@@ -85,10 +85,10 @@ FAMILIES = [
 
 @dataclass(frozen=True)
 class Sm:
-    """What a multiprocessor has, by the CUDA programming guide's table of technical specifications."""
+    """Resources of a multiprocessor, from the CUDA programming guide's table of technical specifications."""
 
     threads: int
-    shared: int  # bytes for all blocks together, each with RESERVED_SHARED of the driver's
+    shared: int  # bytes for all blocks together; each block also takes the driver's RESERVED_SHARED
 
 
 REGISTERS_PER_SM, RESERVED_SHARED = 65536, 1024
@@ -109,7 +109,7 @@ INSTRUCTIONS = {
     "LDG.128": r"LDG\..*\b128\b",
     "STG.128": r"STG\..*\b128\b",
     "LDSM": r"LDSM\.",
-    "local": r"(LDL|STL)\b",  # spilled registers, and arrays that are indexed at run time
+    "local": r"(LDL|STL)\b",  # spilled registers, and arrays indexed at run time
 }
 
 
@@ -131,19 +131,19 @@ class Kernel:
 
     @property
     def own_shared(self) -> int:
-        """Static shared memory; from sm_90 on the compiler's figure includes the driver's."""
+        """Static shared memory; from sm_90 on, the compiler's figure includes the driver's."""
         counts_reserved = int(re.sub(r"\D", "", self.arch)) >= 90
         return max(self.shared - RESERVED_SHARED, 0) if counts_reserved else self.shared
 
     def blocks_by_registers(self) -> int:
-        """How many blocks of max_threads a multiprocessor has registers and threads for."""
+        """Number of blocks of max_threads that fit by registers and threads."""
         warps = -(-self.max_threads // 32)
-        warp_registers = max(-(-self.registers * 32 // 256) * 256, 256)  # handed out to warps in units of 256
-        by_registers = REGISTERS_PER_SM // warp_registers // 4 * 4  # warps on four schedulers, filled alike
+        warp_registers = max(-(-self.registers * 32 // 256) * 256, 256)  # allocated in units of 256
+        by_registers = REGISTERS_PER_SM // warp_registers // 4 * 4  # warps, equally on four schedulers
         return min(by_registers // warps, self.sm.threads // (32 * warps))
 
     def blocks_per_sm(self, dynamic_shared: int) -> int:
-        """How many fit at once, shared memory included."""
+        """Number of blocks that fit by registers, threads and shared memory."""
         return min(self.blocks_by_registers(), self.sm.shared // (self.own_shared + dynamic_shared + RESERVED_SHARED))
 
 
@@ -159,7 +159,7 @@ _INTERESTING = {column: re.compile(pattern) for column, pattern in INSTRUCTIONS.
 
 
 def parse_code(lines: Iterable[str]) -> list[Kernel]:
-    """The kernels in the output of ``cuobjdump --dump-resource-usage --dump-sass``, one per object and architecture."""
+    """Parses ``cuobjdump --dump-resource-usage --dump-sass``; returns a kernel per object and architecture."""
     kernels: list[Kernel] = []
     arch, of_object, current = "", {}, None
     counted: dict[str, list[str]] = {}  # opcode -> the columns it counts in
@@ -186,7 +186,7 @@ def parse_code(lines: Iterable[str]) -> list[Kernel]:
 
 
 def parse_max_threads(lines: Iterable[str]) -> dict[str, int]:
-    """Threads a block by symbol, from the EIATTR_MAX_THREADS attributes in the output of ``cuobjdump --dump-elf``."""
+    """Parses threads per block by symbol from the EIATTR_MAX_THREADS attributes of ``cuobjdump --dump-elf``."""
     threads: dict[str, int] = {}
     symbol, wanted = "", False
     for line in lines:
@@ -201,10 +201,10 @@ def parse_max_threads(lines: Iterable[str]) -> dict[str, int]:
 
 
 def short_name(demangled: str) -> str:
-    """``void lora_ext::cuda::f<(int)16, true>(Params)`` -> ``f<16, true>``."""
+    """Shortens ``void lora_ext::cuda::f<(int)16, true>(Params)`` to ``f<16, true>``."""
     name = re.sub(r"\(anonymous namespace\)::|\blora_ext::(cuda::)?|^void ", "", demangled)
     name = re.sub(r"\([\w: ]+\)(?=-?\d)", "", name)  # (int)16, (KeepBits)1
-    name = re.sub(r"(?<=[<, ])(fma|mma)::", "", name)  # the kernel's own folder stays
+    name = re.sub(r"(?<=[<, ])(fma|mma)::", "", name)  # in arguments only
     depth = 0
     for position, character in enumerate(name):  # the parameter list: the first bracket outside <>
         depth += (character == "<") - (character == ">")
@@ -221,7 +221,7 @@ def family_of(name: str) -> Family | None:
 
 
 def violations(kernel: Kernel) -> list[str]:
-    """What of the rules for its family the kernel breaks, in words."""
+    """Describes the rules of its family that the kernel breaks."""
     found = []
 
     def rule(holds: bool, text: str) -> None:
@@ -235,7 +235,7 @@ def violations(kernel: Kernel) -> list[str]:
     rule(kernel.max_threads > 0, "has no __launch_bounds__")
     family = family_of(kernel.name)
     if family is None:
-        return [*found, "belongs to no family: say in FAMILIES what it is built to be"]
+        return [*found, "belongs to no family: add one to FAMILIES"]
     if family.tensor_cores:
         rule(has["HMMA"] > 0, "has no HMMA, but multiplies on tensor cores")
     if family.wide_loads:
@@ -258,7 +258,7 @@ def violations(kernel: Kernel) -> list[str]:
 
 
 def report(kernels: list[Kernel]) -> tuple[str, list[str]]:
-    """The table (a row for architectures that agree) and the violations."""
+    """Returns the table (one row for architectures that agree) and the violations."""
     heads = ["kernel", "sm", "threads", "registers", "shared", "blocks/SM", "code", *INSTRUCTIONS]
     rows: dict[tuple[str, ...], list[str]] = {}
     broken = []
@@ -275,9 +275,9 @@ def report(kernels: list[Kernel]) -> tuple[str, list[str]]:
     widths = [max(len(row[column]) for row in table) for column in range(len(heads))]
     lines = []
     for row in table:
-        left = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
-        right = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
-        lines.append("  ".join([*left, *right]).rstrip())
+        names = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
+        figures = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
+        lines.append("  ".join([*names, *figures]).rstrip())
     return "\n".join(lines), list(dict.fromkeys(broken))
 
 
@@ -285,7 +285,7 @@ def report(kernels: list[Kernel]) -> tuple[str, list[str]]:
 
 
 def find_tools() -> Path | None:
-    """The folder that has cuobjdump and nvdisasm: pip's, PATH's or the toolkit's."""
+    """Finds the folder with cuobjdump and nvdisasm: pip's, PATH's or the toolkit's."""
     folders = [bin_ for path in sys.path for bin_ in sorted(Path(path or ".").glob("nvidia/cu[0-9]*/bin"))]
     folders += [Path(found).parent] if (found := shutil.which("cuobjdump")) else []
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
@@ -294,7 +294,7 @@ def find_tools() -> Path | None:
 
 
 def read_kernels(library: Path, tools: Path, jobs: int, only_arch: str | None = None) -> list[Kernel]:
-    """Every kernel of the library for every architecture; ones that several objects hold alike, once."""
+    """Reads every kernel of the library for every architecture; equal kernels of several objects count once."""
     # cuobjdump starts nvdisasm by its name.
     environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
 
@@ -317,7 +317,7 @@ def read_kernels(library: Path, tools: Path, jobs: int, only_arch: str | None = 
         found = [kernel for kernels in pool.map(of_arch, archs) for kernel in kernels]
     symbols = list(dict.fromkeys(kernel.symbol for kernel in found))
     demangled = symbols
-    if shutil.which("c++filt"):  # comes with the linker, so wherever something was built
+    if shutil.which("c++filt"):  # comes with the linker
         filtered = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True)
         demangled = filtered.stdout.splitlines()
     names = dict(zip(symbols, map(short_name, demangled), strict=True))
@@ -341,11 +341,11 @@ def main() -> int:
         print("kernel_report: no cuobjdump and nvdisasm; pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
         return 2
     if not args.library.exists():
-        print(f"kernel_report: {args.library} is not there; `make cuda` builds it")
+        print(f"kernel_report: {args.library} does not exist; `make cuda` builds it")
         return 2
     kernels = read_kernels(args.library, tools, args.jobs, args.arch)
     if not kernels:
-        print(f"kernel_report: {args.library} has no kernels in it for {args.arch or 'any architecture'}")
+        print(f"kernel_report: {args.library} has no kernels for {args.arch or 'any architecture'}")
         return 2
     table, broken = report(kernels)
     print(table)

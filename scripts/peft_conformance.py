@@ -1,13 +1,13 @@
-"""PEFT's own LoRA tests with lora_ext's layers in the places of PEFT's: whatever passes without must pass with them.
+"""Runs PEFT's LoRA tests with and without lora_ext's layers: tests that pass without them must pass with them.
 
     python scripts/peft_conformance.py PEFT_SOURCE [--other-seeds 1,2,3]
 
-PEFT_SOURCE is a source tree of peft; its tests need the packages ``diffusers`` and ``datasets``. The tests run twice at
-once, without and with ``accelerate()``, each test from the same seed in both. Many compare results of random models to
-a few units of float32's rounding, and fail now and then with PEFT alone. So what fails only with us has to pass from
-three other seeds, and is named. Exits with 1 where a test does not, or where no forward or no merge went through us.
+PEFT_SOURCE is a source tree of peft; its tests need the packages ``diffusers`` and ``datasets``. The tests run twice in
+parallel, without and with ``accelerate()``, each test from the same seed in both. Many compare results of random models
+to a few units of float32's rounding, and sometimes fail with PEFT alone. So a test that fails only with lora_ext must
+pass from three other seeds, and is named. Exit status 1: a test does not, or no forward or merge used lora_ext.
 
-To pytest this file is a plugin (``-p peft_conformance``), which seeds, accelerates and writes what it saw.
+For pytest this file is a plugin (``-p peft_conformance``), which seeds, accelerates and writes the outcomes.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def start(source: Path, outcomes_file: Path, *arguments: str) -> subprocess.Popen:
-    # Its own packages first, and nothing written into the tree.
+    # The tree's packages come first; nothing is written into the tree.
     path = [str(source / "src"), str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(path),
@@ -107,7 +107,7 @@ def start(source: Path, outcomes_file: Path, *arguments: str) -> subprocess.Pope
 def finish(process: subprocess.Popen, outcomes_file: Path) -> tuple[dict[str, str], dict[str, int]]:
     process.wait()
     log = outcomes_file.with_suffix(".log").read_text()
-    if process.returncode not in (0, 1) or not outcomes_file.exists():  # not even the tests have failed
+    if process.returncode not in (0, 1) or not outcomes_file.exists():  # the tests did not run to the end
         sys.exit(f"pytest ended with {process.returncode}:\n{log[-4000:]}")
     found = json.loads(outcomes_file.read_text())
     return found["outcomes"], found["calls"]
@@ -118,7 +118,7 @@ def passing(outcomes: dict[str, str]) -> set[str]:
 
 
 def again(source: Path, tests: set[str], seeds: list[int], folder: Path) -> set[str]:
-    """Those of ``tests`` that fail with us from one of the seeds as well."""
+    """Returns those of ``tests`` that also fail with lora_ext from one of the seeds."""
     failing: set[str] = set()
     for seed in seeds:
         file = folder / f"seed{seed}.json"
@@ -130,7 +130,7 @@ def again(source: Path, tests: set[str], seeds: list[int], folder: Path) -> set[
 def complaints(broken: set[str], calls: dict[str, int]) -> list[str]:
     lines = [f"FAILS with lora_ext, passes without: {test}" for test in sorted(broken)]
     idle = [name for name in ("lora_linear", "merge_all_") if not calls.get(name)]
-    return lines + ([f"FAILS: {' and '.join(idle)} never ran, so that this has tested nothing"] if idle else [])
+    return lines + ([f"FAILS: {' and '.join(idle)} never ran, so nothing was tested"] if idle else [])
 
 
 def main() -> int:

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Says what a fresh machine lacks for building lora_ext, and what to install. Usage: preflight.sh PYTHON
+# Reports missing requirements for building lora_ext, and what to install. Usage: preflight.sh PYTHON
 set -u
 python=$1
 problems=0
-complain() { # what is missing, what to do
+complain() { # problem, remedy
   printf 'lora_ext set-up: %s\n    %s\n' "$1" "$2" >&2
   problems=1
 }

@@ -1,9 +1,9 @@
-"""Every op once or twice on small inputs: what compute-sanitizer watches. Needs a GPU.
+"""Runs every op once or twice on small inputs for compute-sanitizer. Needs a GPU.
 
     compute-sanitizer --tool racecheck --kernel-name kns=lora_ext python scripts/sanitize_ops.py
 
-Small, because a kernel under the sanitizer is a hundred times slower; odd sizes, several blocks of every kernel, every
-dtype, ranks of one and of several tiles. Results are compared with float64, so that a run also tells right from wrong.
+Inputs are small, because the sanitizer slows a kernel down a hundred times; they cover odd sizes, several blocks of
+every kernel, every dtype, and ranks of one and several tiles. Results are compared with float64.
 """
 
 from __future__ import annotations

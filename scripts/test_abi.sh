@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One wheel, other torch releases: builds a wheel against one torch and runs the op tests with it under others.
+# Builds a wheel against one torch release and runs the op tests with it under others.
 # Usage: test_abi.sh PYTHON BUILD_VERSION RUN_VERSION...        for example: test_abi.sh python3 2.11.0 2.15.0
 set -euo pipefail
 python=$1 build=$2
@@ -8,7 +8,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 work=$root/build/abi
 mkdir -p "$work"
 
-environment() { # version, packages...: a virtual environment with that torch, made once
+environment() { # version: makes a virtual environment with that torch, once
   local venv=$work/torch-$1
   if [ ! -e "$venv/.ready" ]; then
     echo "Installing torch $1 ..."
@@ -22,7 +22,7 @@ environment() { # version, packages...: a virtual environment with that torch, m
 environment "$build"
 echo "Building a wheel against torch $build ..."
 rm -rf "$work/wheel" "$work/source"
-# From a copy of the tracked files: objects of other torch releases must not get in.
+# Builds from a copy of the tracked files, to keep out objects of other torch releases.
 mkdir -p "$work/source" && git -C "$root" ls-files -z | (cd "$root" && xargs -0 cp --parents -t "$work/source")
 "$work/torch-$build/bin/pip" wheel --quiet --no-build-isolation --no-deps --wheel-dir "$work/wheel" "$work/source"
 ls "$work/wheel"

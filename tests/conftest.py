@@ -1,4 +1,4 @@
-"""Options and fixtures of all tests. ``pytest --device cuda`` makes the tests' tensors on the GPU."""
+"""Options and fixtures of all tests. ``pytest --device cuda`` creates the tests' tensors on the GPU."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import os
 import pytest
 import torch
 
-# Two threads, also on larger machines: tests run side by side, and results must not depend on the machine's size.
+# Two threads on any machine: tests run in parallel, and results must not depend on the machine's size.
 torch.set_num_threads(2)
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a hub
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch.use_deterministic_algorithms asks for on CUDA
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch.use_deterministic_algorithms needs it on CUDA
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="tests marked slow, too")
-    parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where tests make their tensors")
-    parser.addoption("--lives", type=int, default=60, help="how many models live through random operations")
+    parser.addoption("--slow", action="store_true", help="also run tests marked slow")
+    parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where tests create their tensors")
+    parser.addoption("--lives", type=int, default=60, help="number of models that go through random operations")
 
 
 def no_cuda_reason() -> str:
-    """Why nothing can be run on a GPU here, or ""."""
+    """Returns why nothing can run on a GPU here, or ""."""
     from lora_ext import _load
 
     if not torch.cuda.is_available():
@@ -29,12 +29,12 @@ def no_cuda_reason() -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes minutes; left out unless --slow (make test-full)")
+    config.addinivalue_line("markers", "slow: takes minutes; skipped without --slow (make test-full)")
     config.addinivalue_line("markers", "cpu_only(reason): skipped under --device cuda")
     if config.getoption("--device") == "cuda":
         if reason := no_cuda_reason():
             raise pytest.UsageError(f"--device cuda: {reason}")
-        torch.set_default_device("cuda")  # before modules with tensors of their own are imported
+        torch.set_default_device("cuda")  # before modules that create tensors are imported
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -48,7 +48,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture
 def gpu() -> torch.device:
-    """The current GPU; a test that asks for it skips where there is none."""
+    """Returns the current GPU; skips the test if there is none."""
     if reason := no_cuda_reason():
         pytest.skip(f"needs a GPU: {reason}")
     return torch.device("cuda", torch.cuda.current_device())
@@ -56,5 +56,5 @@ def gpu() -> torch.device:
 
 @pytest.fixture(autouse=True)
 def _seed(request: pytest.FixtureRequest) -> None:
-    """Inputs are fresh for every case, and the same for every run of it."""
+    """Seeds each test case, so that cases have different inputs and every run repeats them."""
     torch.manual_seed(int.from_bytes(request.node.nodeid.encode()[-6:], "big"))

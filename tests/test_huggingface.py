@@ -1,4 +1,4 @@
-"""What Hugging Face users do with an injected model: the stock Trainer, and generate."""
+"""Tests injected models with Hugging Face's stock Trainer and generate."""
 
 import copy
 

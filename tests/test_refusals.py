@@ -1,4 +1,4 @@
-"""Every public function with bad arguments: the kind of error, its words, and nothing changed."""
+"""Tests that every public function refuses bad arguments with a clear error and changes nothing."""
 
 from __future__ import annotations
 
@@ -43,46 +43,46 @@ def issubclass_of_tuple(value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, tuple)
 
 
-@pytest.mark.parametrize("each", CALLS, ids=name_of)
-def test_the_good_call_is_good(each, tmp_path):
-    arguments = each.arguments(tmp_path)
+@pytest.mark.parametrize("public", CALLS, ids=name_of)
+def test_the_good_call_is_good(public, tmp_path):
+    arguments = public.arguments(tmp_path)
     given = {*arguments, "arguments", "options", "args", "kwargs", "self"}
-    assert set(inspect.signature(each.function).parameters) <= given  # or an argument would not be tested
-    call(each.function, arguments)
+    assert set(inspect.signature(public.function).parameters) <= given  # or an argument would not be tested
+    call(public.function, arguments)
 
 
-REFUSED = [(each, *refusal) for each in CALLS for refusal in each.refused]
+REFUSED = [(public, *refusal) for public in CALLS for refusal in public.refused]
 
 
 @pytest.mark.parametrize(
-    ("each", "change", "error", "words"), REFUSED, ids=[f"{name_of(each)}: {words[:40]}" for each, *_, words in REFUSED]
+    ("public", "change", "error", "words"), REFUSED, ids=[f"{name_of(entry[0])}: {entry[3][:40]}" for entry in REFUSED]
 )
-def test_bad_values(each, change, error, words, tmp_path):
-    arguments = each.arguments(tmp_path) | (change(tmp_path) if callable(change) else change)
+def test_bad_values(public, change, error, words, tmp_path):
+    arguments = public.arguments(tmp_path) | (change(tmp_path) if callable(change) else change)
     before = {name: state(value) for name, value in arguments.items()}
     with pytest.raises(error) as caught:
-        call(each.function, arguments)
+        call(public.function, arguments)
     assert words in str(caught.value)
     assert {name: state(value) for name, value in arguments.items()} == before
 
 
 class Strange:
-    """Of no type that anything takes."""
+    """A type that no function accepts."""
 
 
 ARGUMENTS = [
-    (each, name)
-    for each in CALLS
-    for name, parameter in inspect.signature(each.function).parameters.items()
+    (public, name)
+    for public in CALLS
+    for name, parameter in inspect.signature(public.function).parameters.items()
     if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
 ]
 
 
-@pytest.mark.parametrize(("each", "name"), ARGUMENTS, ids=[f"{name_of(each)}: {name}" for each, name in ARGUMENTS])
-def test_bad_types(each, name, tmp_path):
-    arguments = each.arguments(tmp_path) | {name: Strange()}
+@pytest.mark.parametrize(("public", "name"), ARGUMENTS, ids=[f"{name_of(entry)}: {name}" for entry, name in ARGUMENTS])
+def test_bad_types(public, name, tmp_path):
+    arguments = public.arguments(tmp_path) | {name: Strange()}
     before = {key: state(value) for key, value in arguments.items() if key != name}
     with pytest.raises(TypeError) as caught:
-        call(each.function, arguments)
-    assert str(caught.value).startswith(f"{name_of(each)}: {name} is of type Strange, want "), str(caught.value)
+        call(public.function, arguments)
+    assert str(caught.value).startswith(f"{name_of(public)}: {name} is of type Strange, want "), str(caught.value)
     assert {key: state(value) for key, value in arguments.items() if key != name} == before

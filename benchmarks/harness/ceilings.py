@@ -1,6 +1,6 @@
-"""What the machine can do at most: bytes moved and products taken in a second, as PyTorch's own operations reach it.
+"""The machine's ceilings, as PyTorch's operations reach them: bytes moved and operations computed a second.
 
-A ceiling is the best of several calls: one that others held up is no limit of the machine.
+A ceiling is the best of several calls, because other processes can slow a call down.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ def _least_seconds(call: Callable[[], object], clock: Clock) -> float:
 
 
 def copy_rate(size: int, device: str, clock: Clock) -> float:
-    """Bytes a second of copying ``size`` bytes, read plus written."""
+    """Bytes a second, read plus written, of copying ``size`` bytes."""
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     return 2 * size / _least_seconds(lambda: target.copy_(source), clock)
 
 
 def read_rate(size: int, device: str, clock: Clock) -> float:
-    """Bytes a second of adding up ``size`` bytes of float32."""
+    """Bytes a second of summing ``size`` bytes of float32."""
     source = torch.ones(size // 4, device=device)
     return source.nbytes / _least_seconds(source.sum, clock)
 

@@ -1,4 +1,4 @@
-"""The layers that the benchmarks compare: made alike from one base, one A and one B, and checked against each other.
+"""The layers that the benchmarks compare: built from the same base, A and B, and checked against each other.
 
 ``make(base, A, B, dropout)`` returns a module in training mode: ``base(x) + ALPHA_OVER_R * dropout(x) @ A.T @ B.T``,
 with the base layer frozen and shared, not copied.
@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from lora_ext.nn import LoraAdapter, LoraLinear
 
 ALPHA_OVER_R = 2.0
-FROZEN = "frozen"  # the base layer itself: what every ratio is to
+FROZEN = "frozen"  # the base layer itself, the denominator of every ratio
 COMPILED = "compiled"
 Make = Callable[[nn.Linear, Tensor, Tensor, float], nn.Module]
 
-# Of the relative error in the 2-norm between two contestants' results, which round at different places. The largest
-# seen at the CPU's shapes are 1.1e-6, 2.8e-3 and 4.3e-4.
+# Bounds for the relative error in the 2-norm between two contestants' results, which round at different places. The
+# largest errors seen at the CPU's shapes are 1.1e-6, 2.8e-3 and 4.3e-4.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 class HandWritten(nn.Module):
-    """What a careful PyTorch user writes: F.linear, F.dropout, and one addmm onto the output."""
+    """A layer as a careful PyTorch user writes it: F.linear, F.dropout, and one addmm onto the output."""
 
     def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, dropout: float) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def make_peft(base: nn.Linear, A: Tensor, B: Tensor, dropout: float) -> nn.Modul
 
 
 def make_accelerated(base: nn.Linear, A: Tensor, B: Tensor, dropout: float) -> nn.Module:
-    """PEFT's own layer, on lora_ext's ops."""
+    """PEFT's layer, on lora_ext's ops."""
     from lora_ext.integrations.peft import accelerate
 
     return accelerate(make_peft(base, A, B, dropout))
@@ -76,18 +76,18 @@ def make_loralib(base: nn.Linear, A: Tensor, B: Tensor, dropout: float) -> nn.Mo
 
 
 def make_compiled(base: nn.Linear, A: Tensor, B: Tensor, dropout: float) -> nn.Module:
-    """``torch.compile`` of the hand-written layer, for the one shape it is called with."""
+    """``torch.compile`` of the hand-written layer, for one shape."""
     return torch.compile(HandWritten(base, A, B, dropout), fullgraph=True, dynamic=False)
 
 
 def forget_compiled() -> None:
-    """Before the next shape: Dynamo counts compilations by source line, and refuses the ninth of the same line."""
+    """Resets Dynamo before the next shape: it counts compilations by source line and refuses the ninth of one line."""
     torch.compiler.reset()
 
 
 LORA_EXT = "lora_ext"
 ACCELERATED = "peft accelerated"
-_MODULES = {"peft": "peft", ACCELERATED: "peft", "loralib": "loralib"}  # contestants that are packages of their own
+_MODULES = {"peft": "peft", ACCELERATED: "peft", "loralib": "loralib"}  # packages that contestants need
 LAYERS: dict[str, Make] = {
     name: make
     for name, make in {
@@ -104,7 +104,7 @@ LAYERS: dict[str, Make] = {
 def on_same_weights(
     shape: Shape, dtype: torch.dtype, device: str, rank: int, dropouts: Iterable[float], makes: dict[str, Make]
 ) -> dict[float, dict[str, nn.Module]]:
-    """By dropout: the frozen layer and each contestant, all on the same random weight, A and B."""
+    """Returns, by dropout, the frozen layer and each contestant, all on the same random weight, A and B."""
     options = {"dtype": dtype, "device": device}
     A = torch.randn(rank, shape.in_features, **options) * shape.in_features**-0.5
     B = torch.randn(shape.out_features, rank, **options) * 0.1
@@ -113,31 +113,31 @@ def on_same_weights(
 
 
 def training_step(module: nn.Module, x: Tensor, grad_ys: Iterable[Tensor]) -> None:
-    """Forward and backward, to x and the factors."""
+    """Runs forward and backward, with gradients of x and the factors."""
     x.grad = None
     module.zero_grad(set_to_none=True)
     torch.autograd.backward(outputs(module, x), list(grad_ys))
 
 
 def factors(module: nn.Module) -> list[Tensor]:
-    """All A's of a module, then all its B's, whatever the contestant calls their owners."""
+    """Returns all A's of a module, then all its B's, for any contestant's naming."""
     named = list(module.named_parameters())
     return [parameter for name in ("lora_A", "lora_B") for key, parameter in named if name in key]
 
 
 def outputs(module: nn.Module, x: Tensor) -> list[Tensor]:
-    """Of a layer, or of one that returns several tensors."""
+    """Returns the outputs as a list, for layers with one output or several."""
     y = module(x)
     return [y] if isinstance(y, Tensor) else list(y)
 
 
 def check_agreement(modules: dict[str, nn.Module], x: Tensor, grad_ys: Iterable[Tensor]) -> None:
-    """Outputs and gradients (to x and the factors) of all contestants agree to the dtype's rounding.
+    """Checks that outputs and gradients (of x and the factors) of all contestants agree to the dtype's rounding.
 
-    modules: without dropout; the frozen layer is left out. The first is what the others are compared with.
+    modules: without dropout; the frozen layer is skipped. All are compared with the first.
 
     Raises:
-        SystemExit: naming the contestant and the error; nothing is timed then.
+        SystemExit: names the contestant and the error; nothing is timed.
     """
     grad_ys, expected, first = list(grad_ys), [], ""
     for name, module in modules.items():
@@ -149,8 +149,7 @@ def check_agreement(modules: dict[str, nn.Module], x: Tensor, grad_ys: Iterable[
         if not expected:
             expected, first = results, name
         for ours, theirs in zip(expected, results, strict=True):
-            error = (
-                torch.linalg.vector_norm(ours.double() - theirs) / torch.linalg.vector_norm(theirs.double())
-            ).item()
+            norm = torch.linalg.vector_norm
+            error = (norm(ours.double() - theirs) / norm(theirs.double())).item()
             if not error <= TOLERANCE[x.dtype]:
                 sys.exit(f"{name} and {first} disagree by {error:.2e} on {tuple(ours.shape)}: not timed")

@@ -1,7 +1,7 @@
-"""One instruction set for the whole process: lora_ext's kernels, oneDNN, MKL and ATEN, and so every contestant.
+"""Restricts the whole process to one instruction set: lora_ext's kernels, oneDNN, MKL and ATen.
 
 ``LORA_EXT_CPU_ISA`` alone would compare this package on an older machine with its peers on this one. The libraries
-read their limits once, when they load; so a limit asked for later starts the process again.
+read their limits once, when they load, so the process restarts to apply a limit.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-# The variables' values, from the most capable set down. oneDNN's bfloat16 products use AMX where nothing forbids it,
-# which none of these sets has. MKL obeys on Intel's processors only.
+# The variables' values, from the most capable set down. None of these sets has AMX, which oneDNN's bfloat16 products
+# use unless it is forbidden. MKL obeys on Intel's processors only.
 LIMITS = {
     "avx512_bf16": ("avx512_bf16", "AVX512_CORE_BF16", "AVX512_E3", "avx512"),
     "avx512": ("avx512", "AVX512_CORE", "AVX512", "avx512"),
@@ -25,7 +25,7 @@ VARIABLES = ("LORA_EXT_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"
 
 
 def restrict(isa: str | None) -> None:
-    """Starts this process again under the limits of ``isa``, unless it runs under them. None: as the machine is."""
+    """Restarts this process under the limits of ``isa`` unless they apply already. None: no limits."""
     if isa is None:
         return
     limits = dict(zip(VARIABLES, LIMITS[isa], strict=True))
@@ -35,7 +35,7 @@ def restrict(isa: str | None) -> None:
 
 
 def facts() -> dict[str, object]:
-    """What PyTorch's own kernels may use here, ready for JSON."""
+    """Returns the instruction sets that PyTorch's kernels may use here, ready for JSON."""
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA")
     try:
         has_amx = re.search(r"^flags\s*:.*\bamx_bf16\b", Path("/proc/cpuinfo").read_text(), re.M) is not None
@@ -50,6 +50,6 @@ def facts() -> dict[str, object]:
 
 
 def describe(facts: dict[str, object]) -> str:
-    """For headings: bfloat16 products with AMX are several times as fast as without."""
+    """Describes :func:`facts` for headings, because AMX makes bfloat16 products several times as fast."""
     limit = f"limited to {facts['onednn_limit']}" if facts["onednn_limit"] else "unlimited"
     return f"PyTorch's products {limit}, {'with' if facts['amx'] else 'without'} AMX"

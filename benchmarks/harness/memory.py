@@ -1,4 +1,4 @@
-"""What a training step holds and allocates, counted from PyTorch's own records, not from the process's size."""
+"""Counts the memory that a training step holds and allocates, from PyTorch's records instead of the process's size."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 
 def saved_storages(call: Callable[[], object], beyond: Iterable[Tensor] = ()) -> dict[int, int]:
-    """What autograd keeps for the backward of what ``call`` computes: bytes by address, each storage once.
+    """Returns the storages that autograd keeps for the backward of ``call``: bytes by address.
 
-    beyond: tensors that exist anyway, as parameters do; what shares their storage is not counted.
+    beyond: tensors that exist anyway, such as parameters; their storages are not counted.
     """
     known = {tensor.untyped_storage().data_ptr() for tensor in beyond}
     found: dict[int, int] = {}
@@ -24,7 +24,7 @@ def saved_storages(call: Callable[[], object], beyond: Iterable[Tensor] = ()) ->
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = call()  # holds the graph, and with it the addresses, until all are counted
+        result = call()  # keeps the graph, and so the addresses, until all are counted
     del result
     return found
 
@@ -35,7 +35,7 @@ def activation_bytes(model: nn.Module, call: Callable[[], object]) -> int:
 
 
 def allocations(call: Callable[[], object]) -> tuple[object, list[int]]:
-    """What ``call`` returns, and each allocation of CPU tensors in it by its bytes, in order; freeing is negative."""
+    """Returns ``call()`` and its allocations of CPU tensors in bytes, in order; freeing is negative."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = call()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -43,7 +43,7 @@ def allocations(call: Callable[[], object]) -> tuple[object, list[int]]:
 
 
 def peak_bytes(call: Callable[[], object], device: str) -> int:
-    """The most that ``call`` holds at a time, of tensors on ``device``, beyond what was held before."""
+    """Peak bytes of tensors on ``device`` during ``call``, beyond those held before."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -1,9 +1,10 @@
-"""Seconds and resident memory of a call in a process of its own, with what importing torch takes set apart."""
+"""Measures seconds and resident memory of a call in a separate process; the memory of importing torch is separate."""
 
 from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,11 +26,11 @@ print(json.dumps({{"seconds": seconds, "resident_bytes": resident(), "torch_byte
 
 
 def measure(name: str, call: str, arguments: Sequence[object], threads: int) -> dict[str, float]:
-    """Runs the Python lines ``call``, which find ``arguments`` in ``sys.argv[1:]``; ``name`` is for the error.
+    """Runs the Python lines ``call`` with ``arguments`` in ``sys.argv[1:]``; ``name`` is for the error.
 
     Returns:
-        ``seconds`` of the call, its imports included; ``resident_bytes``, the most that the process ever had (VmHWM);
-        ``torch_bytes``, of these once torch was imported.
+        ``seconds`` of the call, imports included; ``resident_bytes``, the process's peak (VmHWM); ``torch_bytes``, the
+        peak right after importing torch.
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
@@ -38,3 +39,19 @@ def measure(name: str, call: str, arguments: Sequence[object], threads: int) -> 
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def summarise(name: str, rounds: Sequence[dict[str, float]]) -> dict[str, object]:
+    """Returns a row with the median time and the maximum memory of several results of :func:`measure`."""
+    return {
+        "name": name,
+        "rounds": len(rounds),
+        "seconds": statistics.median(result["seconds"] for result in rounds),
+        "resident_bytes": max(result["resident_bytes"] for result in rounds),
+        "beyond_torch_bytes": max(result["resident_bytes"] - result["torch_bytes"] for result in rounds),
+    }
+
+
+def memory_cells(row: dict) -> list[str]:
+    """Formats the memory of a row, in MB."""
+    return [f"{row[key] / 1e6:.0f}" for key in ("resident_bytes", "beyond_torch_bytes")]

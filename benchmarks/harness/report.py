@@ -1,4 +1,4 @@
-"""What the benchmarks share around their measurements: options, time, a heading that says where, result files."""
+"""The benchmarks' frame: options, time budget, a heading that names the machine, result files."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 from harness import machine_isa
+from harness.machine_folder import machine_folder
 from harness.machine_load import MachineLoad
 from harness.shapes import Shape
 from harness.timing import Clock, CudaClock, interleaved, wall_clock
@@ -26,7 +27,7 @@ Case = TypeVar("Case")
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """The type of an option that counts something."""
+    """Returns the type of an option that counts something."""
 
     def count(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
@@ -36,30 +37,30 @@ def at_least(least: int) -> Callable[[str], int]:
     return count
 
 
-rounds = at_least(2)  # one alone has no quartiles
+rounds = at_least(2)  # quartiles need two
 
 
 def parser(description: str, name: str) -> argparse.ArgumentParser:
-    """name: of the result files, results/<name>_<device>.{json,md}."""
+    """Makes a parser with the common options. name: of the result files, <results>/<name>_<device>.{json,md}."""
     result = argparse.ArgumentParser(description=description.splitlines()[0])
     result.set_defaults(name=name)
     result.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     result.add_argument("--rank", type=int, default=16)
-    result.add_argument("--rounds", type=rounds, default=60, help="at most; slow cases get fewer, at least 5")
-    result.add_argument("--seconds", type=float, default=float("inf"), help="shared by the cases; none begins after")
+    result.add_argument("--rounds", type=rounds, default=60, help="maximum; slow cases get fewer, at least 5")
+    result.add_argument("--seconds", type=float, default=float("inf"), help="shared by the cases; none starts later")
     result.add_argument("--threads", type=int, default=torch.get_num_threads())
     result.add_argument(
         "--machine-isa",
         choices=list(machine_isa.LIMITS),
-        help="keep the whole process, contestants included, to this CPU instruction set, and name the results by it",
+        help="restrict the whole process, contestants included, to this instruction set, and name the results by it",
     )
     result.add_argument("--write", action="store_true", help=f"also write <results>/{name}_<device>.{{json,md}}")
-    result.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+    result.add_argument("--results", type=Path, help="folder of the result files; this machine's in benchmarks/results")
     return result
 
 
 def add_shapes(parser: argparse.ArgumentParser) -> None:
-    """For the benchmarks that measure layers of any shape: the user's own in place of the built-in ones."""
+    """Adds ``--shapes``, which replaces the built-in shapes."""
 
     def shapes(text: str) -> list[Shape]:
         try:
@@ -71,13 +72,23 @@ def add_shapes(parser: argparse.ArgumentParser) -> None:
 
 
 def check_device(device: str) -> None:
-    """Raises SystemExit where there is no such device."""
+    """Raises SystemExit if there is no such device."""
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit(f"--device cuda: torch {torch.__version__} finds no GPU here; leave it out to measure the CPU")
 
 
+def machine_name(device: str) -> str:
+    """Name of the GPU or the processor."""
+    return torch.cuda.get_device_name() if device == "cuda" else info.cpu_model()
+
+
+def results_folder(device: str) -> Path:
+    """Folder of this machine's results."""
+    return RESULTS / machine_folder(machine_name(device))
+
+
 class Report:
-    """One run of a benchmark: its clock, its time, its machine, its heading, printed at once."""
+    """One run of a benchmark: its clock, time budget, machine and heading, which is printed at once."""
 
     def __init__(self, args: argparse.Namespace, title: str) -> None:
         machine_isa.restrict(args.machine_isa)
@@ -87,7 +98,7 @@ class Report:
         torch.manual_seed(0)
         self.facts = info.gather() | {"torch_cpu": machine_isa.facts()}
         self.clock: Clock = CudaClock() if self.on_cuda else wall_clock
-        self.machine = torch.cuda.get_device_name() if self.on_cuda else info.cpu_model()
+        self.machine = machine_name(args.device)
         kernels = "CUDA kernels"
         if not self.on_cuda:
             kernels = f"{args.threads} threads, {self.facts['cpu']['isa']} kernels, "
@@ -106,33 +117,34 @@ class Report:
         return time.perf_counter() - self.begin
 
     def cases(self, cases: Sequence[Case]) -> Iterator[Case]:
-        """The cases, each with its share of the time left (``case_s``); says so where time runs out before they do."""
+        """Yields the cases, each with its share of the remaining time (``case_s``); reports cases without time."""
         for number, case in enumerate(cases):
-            left = self.args.seconds - self.elapsed()
-            if left < 0:
+            remaining = self.args.seconds - self.elapsed()
+            if remaining < 0:
                 print(f"out of time: {len(cases) - number} cases are not measured", flush=True)
                 return
-            self.case_s = min(left / (len(cases) - number), MOST_SECONDS_PER_CASE)
+            self.case_s = min(remaining / (len(cases) - number), MOST_SECONDS_PER_CASE)
             yield case
 
     def interleaved(
         self, calls: dict[str, Callable[[], object]], parts: int = 1, clock: Clock | None = None
     ) -> dict[str, list[float]]:
-        """:func:`timing.interleaved` in this case's time. parts: measurements that the case consists of."""
+        """Runs :func:`timing.interleaved` in this case's time. parts: number of measurements of the case."""
         return interleaved(calls, self.args.rounds, budget_s=self.case_s / parts, clock=clock or self.clock)
 
     def finish(self, rows: object, table: str, **more: object) -> None:
-        """Prints the whole table, and writes the result files where --write asks for them. more: into the JSON."""
+        """Prints the whole table; with --write, writes the result files. more: further entries of the JSON."""
         others = self.load.of_others()
         if others is not None:
-            table += f"\n\nOther processes had {others:.0%} of the processors meanwhile."
+            table += f"\n\nOther processes used {others:.0%} of the processors meanwhile."
         print(f"\n{table}", flush=True)
         if not self.args.write:
             return
-        self.args.results.mkdir(parents=True, exist_ok=True)
+        folder = self.args.results or results_folder(self.args.device)
+        folder.mkdir(parents=True, exist_ok=True)
         command = " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
         isa = f"_{self.args.machine_isa}" if self.args.machine_isa else ""
-        path = self.args.results / f"{self.args.name}_{self.args.device}{isa}"
+        path = folder / f"{self.args.name}_{self.args.device}{isa}"
         result = {"command": command, "date": str(date.today()), "heading": self.heading}
         result |= {self.args.device: self.machine, "info": self.facts, "load_of_others": others}
         result |= {"rows": rows, **more}
@@ -149,12 +161,17 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def names_in(rows: Iterable[dict], key: str = "ratio") -> list[str]:
-    """The contestants of all rows, in their order; one that was not measured everywhere leaves gaps."""
+    """Returns the contestants of all rows, in their order; a row can lack some."""
     return list(dict.fromkeys(name for row in rows for name in row[key]))
 
 
+def ratio_cell(ratio: Sequence[float]) -> str:
+    """Formats a ratio and its quartiles."""
+    return "{:.2f} ({:.2f}-{:.2f})".format(*ratio)
+
+
 def ratio_cells(row: dict, names: Iterable[str]) -> list[str]:
-    return ["{:.2f} ({:.2f}-{:.2f})".format(*row["ratio"][name]) if name in row["ratio"] else "" for name in names]
+    return [ratio_cell(row["ratio"][name]) if name in row["ratio"] else "" for name in names]
 
 
 def milliseconds(value: float) -> str:

@@ -1,4 +1,4 @@
-"""The shapes the benchmarks measure: (num_tokens, in_features, out_features)."""
+"""The shapes that the benchmarks measure: (num_tokens, in_features, out_features)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Shape(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Shape:
-        """From ``TOKENSxINxOUT``, for example 512x768x3072.
+        """Parses ``TOKENSxINxOUT``, for example 512x768x3072.
 
         Raises:
-            ValueError: naming the text.
+            ValueError: the text has another form; the message quotes it.
         """
         numbers = text.split("x")
         if len(numbers) != 3 or not all(number.isdecimal() and int(number) for number in numbers):
@@ -35,8 +35,8 @@ CPU_SHAPES = [
     Shape(2048, 4096, 4096),
 ]
 
-# On a GPU, the most telling first: a run that is short of time stops early. Decoder layers (Llama-3-8B's widths), wider
-# ones, decoding steps, and the encoders' widths again.
+# For a GPU, the most informative first, because a run that is short of time stops early. Decoder layers (Llama-3-8B's
+# widths), wider ones, decoding steps, and the encoders' widths again.
 CUDA_SHAPES = [
     Shape(8192, 4096, 4096),
     Shape(4096, 4096, 14336),
@@ -51,7 +51,7 @@ CUDA_SHAPES = [
     Shape(8192, 768, 3072),
 ]
 
-# One decoding step of a stack of decoder layers (Llama-3-8B's widths), for so many sequences.
+# One decoding step of a stack of decoder layers (Llama-3-8B's widths); tokens are sequences.
 DECODE_TOKENS = [1, 2, 4, 8, 16, 32, 64]
 DECODE_WIDTHS = [(4096, 4096), (4096, 14336)]
 

@@ -1,4 +1,4 @@
-"""Interleaved timing: every round runs each contestant once, in a fresh random order, so that drift hits all alike."""
+"""Interleaved timing: every round runs each contestant once, in a new random order, so that drift hits all alike."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def wall_clock(call: Callable[[], object]) -> float:
 
 
 class CudaClock:
-    """Seconds between two events around the call, with nothing of earlier calls in the second-level cache.
+    """Seconds between two events around the call, with the second-level cache emptied of earlier calls.
 
-    Writing over the cache also keeps the GPU busy while Python launches the call, so that short calls are timed by what
-    the GPU does, not by how fast the host launches; calls of many launches are still timed by the host.
+    Overwriting the cache also keeps the GPU busy while Python launches the call. So the time of a short call is the
+    GPU's, not the host's launch time; with many launches it is still the host's.
     """
 
     def __init__(self) -> None:
@@ -48,10 +48,10 @@ def interleaved(
     warmup: int = 3,
     clock: Clock = wall_clock,
 ) -> dict[str, list[float]]:
-    """Seconds per call and round, by contestant; the rounds of two contestants pair up for :func:`ratio`.
+    """Returns seconds of each round by contestant; the rounds of two contestants pair up for :func:`ratio`.
 
-    Stops after ``rounds``, or once ``budget_s`` seconds are spent and ``least`` rounds are done. Warm-up rounds, which
-    are not counted, are no more than one where they would take a quarter of the budget.
+    Stops after ``rounds``, or after ``budget_s`` seconds and at least ``least`` rounds. Warm-up rounds are not counted;
+    only one is run if more would take a quarter of the budget.
     """
     names = list(contestants)
     order = random.Random(0)
@@ -72,7 +72,7 @@ def interleaved(
 
 
 def ratio(seconds: list[float], baseline: list[float]) -> tuple[float, float, float]:
-    """Ratio of the medians, and the quartiles of the ratios round by round (the spread)."""
+    """Ratio of the medians, and quartiles of the round-by-round ratios (the spread)."""
     pairs = sorted(a / b for a, b in zip(seconds, baseline, strict=True))
     low, _, high = statistics.quantiles(pairs, n=4)
     return statistics.median(seconds) / statistics.median(baseline), low, high

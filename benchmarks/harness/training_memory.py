@@ -1,7 +1,7 @@
-"""How much a process grows that loads and trains the demo model: what `lora-ext plan` is compared with.
+"""Measures how much a process grows that loads and trains the demo model, to compare with `lora-ext plan`.
 
-Run as a script, this file is that process: ``python benchmarks/harness/training_memory.py lora 16 128 8``. It begins to
-count after the imports and the first step, which sets up the libraries.
+Run as a script, this file is that process: ``python benchmarks/harness/training_memory.py lora 16 128 8``. It starts
+counting after the imports and a tiny model's training, which set up the libraries.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-# glibc then maps blocks of 64 KiB and more, and gives them back when they are freed. By default it raises that limit
-# as a process runs, and freed tensors stay resident for others to come, or for none.
+# Makes glibc map blocks of 64 KiB and more, and return them when they are freed. By default it raises that limit as a
+# process runs, and freed tensors stay resident.
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000", "MALLOC_ARENA_MAX": "1"}
-STEPS = 2  # in the second, the optimizer's state is there from the start
+STEPS = 2  # in the second, the optimizer's state exists from the start
 
 
 def growth(method: str, batch_size: int, seq_len: int, r: int = 8, threads: int = 1, gives_back: bool = True) -> int:
-    """Bytes by which the resident memory of a new process that trains grows.
+    """Bytes by which the resident memory of a new, training process grows.
 
     Args:
-        r: rank, of LoRA.
-        gives_back: freed tensors are no longer resident; otherwise it is up to the C library's allocator.
+        r: LoRA's rank.
+        gives_back: freed tensors leave the resident memory; otherwise the C library's allocator decides.
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     environment |= GIVES_BACK if gives_back else {}
@@ -35,7 +35,7 @@ def growth(method: str, batch_size: int, seq_len: int, r: int = 8, threads: int 
 
 
 def _resident(key: str) -> int:
-    """Bytes: VmRSS, which are now, or VmHWM, the most there were."""
+    """Resident bytes: VmRSS, the current size, or VmHWM, the peak."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return 1024 * int(lines[key].split()[0])
 

@@ -1,4 +1,4 @@
-"""The models that are fine-tuned, one copy for each contestant: the same weights, the same initial factors."""
+"""The fine-tuned models, one copy for each contestant: the same weights, the same initial factors."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import nn
 import lora_ext
 from lora_ext.injection.inject import lora_modules
 
-HEAD_ONLY = "head only"  # no gradient passes through the frozen model: what no adapter can reach
+HEAD_ONLY = "head only"  # no gradient passes through the frozen model: faster than any adapter can be
 HAS_PEFT = importlib.util.find_spec("peft") is not None
 
 
 def bert(
     dtype: torch.dtype, dropout: float, layers: int = 4, width: int = 768, labels: int = 3, vocabulary: int = 30522
 ) -> nn.Module:
-    """A BERT of BERT-base's widths with random weights, a classifier of sequences."""
+    """A BERT with BERT-base's widths and random weights, a sequence classifier."""
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(
@@ -37,22 +37,22 @@ def bert(
 
 
 def pretrained(path: str, dropout: float, labels: int) -> nn.Module:
-    """A classifier of sequences from a directory, with a new head."""
+    """A sequence classifier from a directory, with a new head."""
     from transformers import AutoModelForSequenceClassification, logging
 
-    logging.set_verbosity_error()  # that the head is new is no news
+    logging.set_verbosity_error()  # no warning about the new head
     logging.disable_progress_bar()
     dropouts = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     return AutoModelForSequenceClassification.from_pretrained(path, num_labels=labels, dtype=torch.float32, **dropouts)
 
 
 def adapted(model: nn.Module, rank: int, dropout: float, factors: torch.dtype | None = None) -> dict[str, nn.Module]:
-    """Copies of ``model`` in training mode, its classifier trained in each.
+    """Returns copies of ``model`` in training mode; each trains the classifier.
 
-    "head only"; "frozen", whose backward passes through the model to its embeddings all the same: what adapters in the
-    first layer need at least; and adapters on every other linear layer by each contestant ("peft accelerated": PEFT's
-    model on our ops), with the same factors.
-    factors: their dtype, else what the contestants choose (float32 beside a 16-bit model).
+    "head only"; "frozen", whose backward still passes through the model to its embeddings, the least that adapters in
+    the first layer need; and a copy for each contestant with adapters on every other linear layer ("peft accelerated":
+    PEFT's model on our ops), with the same factors.
+    factors: their dtype; None: the contestants' choice (float32 for a 16-bit model).
     """
     options = {"r": rank, "lora_alpha": ALPHA_OVER_R * rank, "lora_dropout": dropout}
     options |= {"target_modules": "all-linear", "task_type": "SEQ_CLS"}
@@ -60,7 +60,7 @@ def adapted(model: nn.Module, rank: int, dropout: float, factors: torch.dtype | 
     for frozen in models.values():
         frozen.requires_grad_(False)
         frozen.classifier.requires_grad_(True)
-    # What enable_input_require_grads() does, without its warning in recent releases.
+    # The same as enable_input_require_grads(), without its warning in recent releases.
     models[FROZEN].get_input_embeddings().register_forward_hook(lambda _module, _inputs, y: y.requires_grad_())
     ours = lora_ext.inject(copy.deepcopy(model), lora_ext.LoraConfig(**options))
     models[LORA_EXT] = ours
@@ -81,7 +81,7 @@ def adapted(model: nn.Module, rank: int, dropout: float, factors: torch.dtype | 
 
 
 def copy_factors(ours: nn.Module, theirs: nn.Module) -> None:
-    """Raises SystemExit where the two adapt different layers: their times could not be compared."""
+    """Copies ``ours``' factors to ``theirs``. SystemExit: they adapt different layers, so times are not comparable."""
     layers = {path: layer.adapters.default for path, layer in lora_modules(ours)}
     peers = {
         name.removeprefix("base_model.model."): module

@@ -1,4 +1,4 @@
-"""The benchmarks run from end to end, at sizes that take a moment; their figures here mean nothing."""
+"""Runs the benchmarks from end to end at small sizes; their figures here mean nothing."""
 
 import importlib
 import json
@@ -30,14 +30,8 @@ import bench_plan  # noqa: E402
 import bench_siblings  # noqa: E402
 import plots  # noqa: E402
 import run_all  # noqa: E402
-from harness import (
-    contestants,
-    machine_isa,
-    machine_load,
-    report,
-    timing,
-    whole_models,
-)
+from harness import contestants, machine_isa, machine_load, report, timing, whole_models  # noqa: E402
+from harness.machine_folder import machine_folder  # noqa: E402
 from harness.shapes import Shape  # noqa: E402
 
 pytestmark = pytest.mark.cpu_only("runs the scripts on the CPU")
@@ -47,7 +41,7 @@ PEERS = list(contestants.LAYERS)
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    """Runs a script's main() with options; returns its JSON. All scripts of a test share a results folder, tmp_path."""
+    """Runs a script's main() with options and returns its JSON. All scripts of a test share a results folder."""
 
     def of(script: str, *options: str) -> dict:
         arguments = [*options, "--rounds", "2", "--threads", "2", "--write", "--results", str(tmp_path)]
@@ -76,7 +70,7 @@ def test_stages(run):
 def test_layer(run, capsys):
     result = run("bench_layer", "--shapes", "8x16x24,3x40x8", "--no-compile")
     rows = result["rows"]
-    assert PEERS == ["lora_ext", "peft", "peft accelerated", "loralib", "hand-written"]  # of the extra `bench`
+    assert PEERS == ["lora_ext", "peft", "peft accelerated", "loralib", "hand-written"]  # from the extra `bench`
     assert len(rows) == 2 * 2 * 3
     assert {(row["pass"], row["dropout"]) for row in rows} == {
         ("forward", 0.0),
@@ -126,7 +120,7 @@ def test_merge(run, monkeypatch):
 def test_offline_merge(run, monkeypatch):
     for name, size in {"HIDDEN": 64, "INTERMEDIATE": 48, "KEY_VALUE": 8, "VOCABULARY": 40, "SHARD_BYTES": 9000}.items():
         monkeypatch.setattr(bench_offline_merge, name, size)
-    for name in ("merge, verify", "PEFT"):  # start processes that import for seconds
+    for name in ("merge, verify", "PEFT"):  # their processes import for seconds
         monkeypatch.delitem(bench_offline_merge.CONTESTANTS, name)
     result = run("bench_offline_merge", "--layers", "2", "--rank", "2")
     assert [row["name"] for row in result["rows"]] == ["merge", "merge, record", "unmerge"]
@@ -135,7 +129,7 @@ def test_offline_merge(run, monkeypatch):
 
 
 def test_plan(run, monkeypatch):
-    """tests/tasks/test_plan.py trains in processes of its own."""
+    """Replaces the training; tests/tasks/test_plan.py trains in separate processes."""
     asked = []
     monkeypatch.setattr(bench_plan.training_memory, "growth", lambda *arguments: asked.append(arguments) or 2 * 10**8)
     rows = run("bench_plan", "--batch-size", "2", "--seq-len", "16")["rows"]
@@ -148,12 +142,12 @@ def test_plan(run, monkeypatch):
 def test_analyze(run, monkeypatch):
     for name, size in {"HIDDEN": 32, "INTERMEDIATE": 48, "KEY_VALUE": 8}.items():
         monkeypatch.setattr(bench_analyze, name, size)
-    monkeypatch.delitem(bench_analyze.CONTESTANTS, "analyze, without the weights")  # a process that imports for seconds
+    monkeypatch.delitem(bench_analyze.CONTESTANTS, "analyze, without the weights")  # imports for seconds
     result = run("bench_analyze", "--rank", "2")
     ours, full = result["rows"]
     assert (ours["name"], full["name"]) == ("analyze", "one layer in full")
     assert ours["extrapolated_seconds"] == pytest.approx(32 * ours["seconds"])
-    # Of 32 by 32, 8 by 32 and 48 by 32: two, two and three in a block.
+    # A block has two layers of 32 x 32, two of 8 x 32 and three of 48 x 32.
     cost = 2 * 32**3 + 2 * 8 * 8 * 32 + 3 * 48 * 32**2
     assert full["extrapolated_seconds"] == pytest.approx(32 * cost / 32**3 * full["seconds"])
     assert result["nbytes"] == 2 * (2 * 32 * 32 + 2 * 8 * 32 + 3 * 48 * 32)
@@ -161,7 +155,7 @@ def test_analyze(run, monkeypatch):
 
 def test_inject(run, monkeypatch):
     measured = bench_inject.seconds_to_import
-    monkeypatch.setattr(bench_inject, "seconds_to_import", lambda m: 9.0 if m == "peft" else measured(m))  # it is slow
+    monkeypatch.setattr(bench_inject, "seconds_to_import", lambda m: 9.0 if m == "peft" else measured(m))  # slow
     rows = run("bench_inject", "--layers", "1", "--imports", "2")["rows"]
     what = {"adapt 7 layers", "switch 1 of 2 adapters", "switch 1 of 8 adapters", "import, after torch"}
     assert {row["what"] for row in rows} == what
@@ -203,7 +197,7 @@ TINY_BERT = ("--layers", "1", "--width", "64", "--bert-batch", "2", "--length", 
 
 @pytest.fixture
 def tiny_demo(monkeypatch, tmp_path_factory):
-    """A model and reviews of a moment's size in the demo's place."""
+    """Replaces the demo by a tiny model and few reviews."""
     examples = [Example(text, label, line) for line, (text, label) in enumerate(reviews(120))]
     path = save_model(tmp_path_factory.mktemp("model"))
     monkeypatch.setattr(bench_finetune.demo, "model_path", lambda: path)
@@ -219,17 +213,17 @@ def test_finetune(run, tiny_demo, capsys):
     for i in range(0, len(rows), 5):
         _, frozen, ours, theirs, accelerated = (row["activation_bytes"] for row in rows[i : i + 5])
         assert frozen < ours < theirs and accelerated == ours
-    # The same curve but for rounding.
+    # The same curve up to rounding.
     ours, theirs = (torch.tensor(result["losses"][name]) for name in ("lora_ext", "peft"))
     assert len(ours) == 4 and len(set(result["losses"]["peft"])) == 4
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     assert "NOT reached in 4 steps" in capsys.readouterr().out
-    assert all(one["steps"] == 4 and not one["reached"] for one in result["accuracy"].values())
+    assert all(entry["steps"] == 4 and not entry["reached"] for entry in result["accuracy"].values())
 
 
 def test_an_accuracy_that_is_reached_ends_the_training(run, tiny_demo):
     result = run("bench_finetune", *TINY_BERT, "--steps", "2", "--evaluate-every", "2", "--accuracy", "0")
-    assert all(one["steps"] == 2 and one["reached"] for one in result["accuracy"].values())
+    assert all(entry["steps"] == 2 and entry["reached"] for entry in result["accuracy"].values())
 
 
 def test_without_the_demo_the_rest_is_measured(run, monkeypatch, capsys):
@@ -247,7 +241,7 @@ def test_without_the_demo_the_rest_is_measured(run, monkeypatch, capsys):
 
 class WrongOutput(contestants.HandWritten):
     def forward(self, x):
-        return super().forward(x) * 1.02  # twice what bfloat16 may hide
+        return super().forward(x) * 1.02  # twice bfloat16's tolerance
 
 
 class WrongGradient(contestants.HandWritten):
@@ -297,10 +291,10 @@ def test_cases_share_the_time(monkeypatch, capsys):
     args = report.parser("A question?", "name").parse_args(["--seconds", "90"])
     now = [0.0]
     monkeypatch.setattr(report.time, "perf_counter", lambda: now[0])
-    one = report.Report(args, "title")
+    run = report.Report(args, "title")
     shares = []
-    for spent in one.cases([5.0, 60.0, 30.0, 1.0]):
-        shares.append(one.case_s)
+    for spent in run.cases([5.0, 60.0, 30.0, 1.0]):
+        shares.append(run.case_s)
         now[0] += spent
     assert shares == [20.0, 20.0, 12.5]  # at most 20 of 22.5 and 28.3; half of 25
     assert "out of time: 1 cases are not measured" in capsys.readouterr().out
@@ -359,10 +353,36 @@ def test_amx_is_used_unless_forbidden(monkeypatch):
 
 
 def test_the_load_of_others_is_what_this_process_did_not_use(monkeypatch):
-    # all time, busy time, own time: 10 of 40 s were others'
+    # all time, busy time, this process's time: others used 10 of 40 s
     readings = iter([(100.0, 50.0, 3.0), (140.0, 65.0, 8.0)])
     monkeypatch.setattr(machine_load.MachineLoad, "_seconds", staticmethod(lambda: next(readings)))
     assert machine_load.MachineLoad().of_others() == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    "model, folder",
+    [
+        ("AMD EPYC", "amd_epyc"),
+        ("AMD EPYC 9B45 96-Core Processor", "amd_epyc_9b45"),
+        ("Intel(R) Xeon(R) Processor", "intel_xeon"),
+        ("Intel(R) Core(TM) i7-8700 CPU @ 3.20GHz", "intel_core_i7_8700"),
+        ("NVIDIA H100 80GB HBM3", "nvidia_h100_80gb_hbm3"),
+    ],
+)
+def test_a_machine_has_a_folder(model, folder, monkeypatch):
+    assert machine_folder(model) == folder
+    monkeypatch.setattr(report.info, "cpu_model", lambda: model)
+    assert report.results_folder("cpu") == BENCHMARKS / "results" / folder
+
+
+def test_results_go_to_the_folder_of_the_machine(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report.info, "cpu_model", lambda: "AMD EPYC 9B45 96-Core Processor")
+    run = report.Report(report.parser("A question?", "name").parse_args(["--write"]), "title")
+    run.finish([], "table")
+    folder = tmp_path / "amd_epyc_9b45"
+    assert sorted(path.name for path in folder.iterdir()) == ["name_cpu.json", "name_cpu.md"]
+    assert json.loads((folder / "name_cpu.json").read_text())["cpu"] == "AMD EPYC 9B45 96-Core Processor"
 
 
 # --- pictures and the whole run ---------------------------------------------------------------------------------------
@@ -382,7 +402,7 @@ def test_pictures_are_drawn_from_the_json_files_alone(run, tmp_path, capsys):
 
 
 def test_decode_is_drawn_with_gaps(tmp_path):
-    """Where time ran out, a panel or a contestant may be missing."""
+    """A panel or a contestant can be missing, because time ran out."""
     ratios = {"lora_ext": [1.1, 1.0, 1.2], "peft": [1.2, 1.1, 1.3]}
     rows = [
         {"shape": [1, 8, 8], "dtype": "float32", "ratio": ratios},

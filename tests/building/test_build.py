@@ -1,4 +1,4 @@
-"""What is promised of the binary: the stable ABI, honest facts, and loud failures."""
+"""Tests the binary's promises: the stable ABI, correct build facts, and loud failures."""
 
 import json
 import re
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("library", ["liblora_ext.so", "liblora_ext_cuda.so"])
 def test_no_unstable_torch_symbol_is_used(library):
-    """One binary outlives torch releases only if it names nothing of torch's C++ ABI."""
+    """Checks that the binary uses nothing of torch's C++ ABI, so that it runs with other torch releases."""
     path = PACKAGE / library
     if not path.exists():
         assert library == "liblora_ext_cuda.so" and _load.build_info()["no_cuda_reason"]
@@ -38,7 +38,7 @@ def test_module_C_needs_no_torch():
 
 
 def test_no_build_paths_in_the_binary():
-    # Error texts carry file names; they must not say where someone built the package.
+    # Error messages contain file names; these must not tell where the package was built.
     assert str(ROOT).encode() not in (PACKAGE / "liblora_ext.so").read_bytes()
 
 
@@ -70,7 +70,7 @@ def package_copy(tmp_path):
 
 
 def import_error(directory) -> str:
-    """Imports the copy, out of reach of an editable install's finder, and returns what it says."""
+    """Imports the copy without the finder of an editable install; returns the error output."""
     code = (
         "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f)]; "
         f"sys.path.insert(0, {str(directory)!r}); import lora_ext"
@@ -120,5 +120,5 @@ def test_setup_refuses_contradictory_requests():
     assert result.returncode != 0 and "LORA_EXT_CUDA is 'maybe', want 0, 1 or unset" in result.stderr
     environment |= {"LORA_EXT_CUDA": "1", "CUDA_HOME": "/nowhere"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if result.returncode:  # a machine whose torch environment brings an nvcc of its own builds all the same
+    if result.returncode:  # otherwise the environment's torch brought an nvcc
         assert "LORA_EXT_CUDA=1, but the CUDA part cannot be built: no nvcc was found" in result.stderr

@@ -1,4 +1,4 @@
-"""scripts/kernel_report.py: it reads what the CUDA tools print, and a kernel that breaks a rule fails the build."""
+"""Tests scripts/kernel_report.py: it parses the CUDA tools' output, and a kernel that breaks a rule fails the build."""
 
 import importlib.util
 import re
@@ -19,10 +19,10 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "kernel_report.py"
 specification = importlib.util.spec_from_file_location("kernel_report", SCRIPT)
 kernel_report = importlib.util.module_from_spec(specification)
-sys.modules["kernel_report"] = kernel_report  # where dataclasses look for it
+sys.modules["kernel_report"] = kernel_report  # dataclasses look for it there
 specification.loader.exec_module(kernel_report)
 
-# Two objects as cuobjdump --dump-resource-usage --dump-sass prints them, shortened.
+# Shortened output of cuobjdump --dump-resource-usage --dump-sass for two objects.
 CODE = """
 Fatbin elf code:
 ================
@@ -134,7 +134,7 @@ def test_short_names(demangled, short):
     assert kernel_report.short_name(demangled) == short
 
 
-# --- the rules, on a family made up for them --------------------------------------------------------------------------
+# --- the rules, on an invented family ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +147,7 @@ def families(request, monkeypatch):
 
 @pytest.fixture
 def good():
-    """A kernel that keeps every rule."""
+    """Makes a kernel that follows every rule."""
     instructions = Counter({"all": 900, "HMMA": 64, "LDGSTS.128": 8, "LDG.128": 2, "STG.128": 4, "LDSM": 16})
     return kernel_report.Kernel("sm_90a", "_Z4tile", 128, 0, 1024, 0, 256, instructions, "tile_kernel<__half>")
 
@@ -209,11 +209,11 @@ def test_loads_may_be_wide_with_or_without_cp_async(good, monkeypatch):
         ("sm_80", 32, 256, 0, 8),  # as many as threads allow
         ("sm_89", 32, 256, 0, 6),
         ("sm_90a", 128, 256, 0, 2),  # 65536 registers = 2 * 256 * 128
-        ("sm_90a", 129, 256, 0, 1),  # registers come by eights
+        ("sm_90a", 129, 256, 0, 1),  # registers are allocated in units of eight
         ("sm_90a", 65, 128, 0, 7),
-        ("sm_80", 32, 256, 54_000, 3),  # 164 KiB, a KiB a block is the driver's
+        ("sm_80", 32, 256, 54_000, 3),  # 164 KiB; the driver takes 1 KiB per block
         ("sm_86", 32, 256, 54_000, 1),
-        ("sm_100", 32, 256, 57_344, 4),  # 228 KiB, that KiB counted in
+        ("sm_100", 32, 256, 57_344, 4),  # 228 KiB; the compiler's figure includes that KiB
         ("sm_100", 32, 256, 58_400, 3),
     ],
 )
@@ -237,7 +237,7 @@ def test_the_kernels_that_were_built():
         pytest.skip(f"no CUDA part: {_load.build_info()['no_cuda_reason']}")
     if kernel_report.find_tools() is None:
         pytest.skip("no cuobjdump and nvdisasm on this machine; `make cuda` installs them")
-    arch = f"sm_{_load.build_info()['cuda_archs'].split(',')[-1]}"  # one will do here; `make cuda` looks at all
+    arch = f"sm_{_load.build_info()['cuda_archs'].split(',')[-1]}"  # one is enough here; `make cuda` checks all
     result = subprocess.run([sys.executable, SCRIPT, library, "--arch", arch], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-3000:]
     for kernel in ("dropout_mask_kernel", "mma::shrink_kernel", "mma::expand_short_kernel", "fma::token_sum_kernel"):

@@ -1,4 +1,4 @@
-"""scripts/gpu_check.py and bench_kernels.py: what of them needs no GPU."""
+"""Tests scripts/gpu_check.py and bench_kernels.py as far as they need no GPU."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ MIB = 2**20
 
 
 def test_bytes_of_the_main_shape():
-    """8192 x 4096 -> 4096 in bfloat16: 64 MiB for x, y, their gradients; 4 MiB of mask; the rest is small."""
+    """Checks 8192 x 4096 -> 4096 in bfloat16: 64 MiB for x, y and their gradients; 4 MiB of mask; the rest is small."""
     case = Case(Shape(8192, 4096, 4096), rank=16)
     skinny = 8192 * 16 * 4 + 16 * 4096 * 2
     assert bench_kernels.stage_bytes(case) == {
@@ -84,8 +84,8 @@ def test_inputs_rotate_beyond_the_cache():
     large, small = Case(Shape(8192, 4096, 4096)), Case(Shape(64, 384, 384))
     assert bench_kernels.count_of_sets(large, 50 * MIB) == 2
     assert bench_kernels.count_of_sets(small, 50 * MIB) == 16
-    one = (64 * 768 + 384 * 384) * 2
-    assert bench_kernels.count_of_sets(small, one) == 4
+    set_bytes = (64 * 768 + 384 * 384) * 2
+    assert bench_kernels.count_of_sets(small, set_bytes) == 4
 
 
 def test_rows_and_table():
@@ -153,7 +153,7 @@ def test_a_part_that_fails_leaves_the_later_ones_their_time(capsys):
 
     def fake_run(one: Part, limit: float) -> Outcome:
         allotted[one.name] = limit
-        now[0] += limit  # each uses all that it gets
+        now[0] += limit  # uses all its time
         return Outcome(one.name, TIMED_OUT if one.name == "a" else PASSED, limit, "", "")
 
     parts = [part("a", 90), part("b", 90), part("c", 90), part("d", needs=("a",)), part("e", not_run="no tool")]
@@ -173,10 +173,10 @@ def test_parts_are_processes_with_limits(tmp_path, monkeypatch):
     assert (good.status, good.detail) == (PASSED, "3 passed, 1 skipped in 2 s")
     bad = run("print('WRONG'); raise SystemExit(99)")
     assert (bad.status, bad.detail) == (FAILED, "WRONG")
-    # The grandchild would keep the pipe and the GPU: it ends as well.
+    # The grandchild ends, too; it would keep the pipe and the GPU.
     slow = run("import subprocess; subprocess.run(['sleep', '600'])", 6)
     assert slow.status == TIMED_OUT and slow.seconds < 30
-    assert run("", 3).detail == "no time was left for it"
+    assert run("", 3).detail == "no time left"
     hidden = run("print('Error: Device not supported'); raise SystemExit(1)")
     assert (hidden.status, hidden.detail) == (NOT_RUN, "compute-sanitizer does not support this machine")
     assert gpu_check.run(part("q", not_run="no tool"), 60).detail == "no tool"
@@ -195,18 +195,18 @@ FACTS = {"card": "NVIDIA H100 80GB HBM3", "arch": "90a", "driver": "580.1", "tor
 FACTS |= {"python": "3.12.3", "commit": "0123456789abcdef", "date": "2026-11-25T10:00:00+00:00", "nvcc": "13.0.48"}
 
 
-def test_the_whole_plan_fits():
-    parts = gpu_check.plan(FACTS, Path("/usr/local/cuda"), 16)
-    names = [one.name for one in parts]
+def test_all_parts_fit():
+    parts = gpu_check.list_parts(FACTS, Path("/usr/local/cuda"), 16)
+    names = [part.name for part in parts]
     assert names == ["build", "golden", "small", "tests", "memcheck", "racecheck", "kernels", "layer"]
-    assert sum(one.least_s for one in parts) < 300 < 465 < 480
+    assert sum(part.least_s for part in parts) < 300 < 465 < 480
     assert parts[0].environment["LORA_EXT_CUDA_ARCHS"] == "90a"
-    assert all(one.not_run == "" for one in parts if one.name in ("tests", "kernels", "layer"))
-    commands = [gpu_check.shown(one.command) for one in parts]
+    assert all(part.not_run == "" for part in parts if part.name in ("tests", "kernels", "layer"))
+    commands = [gpu_check.shown(part.command) for part in parts]
     assert commands[0] == "python setup.py build_ext --inplace"
     assert commands[-2] == "python benchmarks/bench_kernels.py --json build/gpu_check/kernels.json --seconds 45"
     assert not any(str(BENCHMARKS.parent) in command for command in commands)
-    without = gpu_check.plan(FACTS, None, 2)
+    without = gpu_check.list_parts(FACTS, None, 2)
     assert without[0].not_run == "no CUDA toolkit for torch's CUDA 13.0: set CUDA_HOME"
 
 
@@ -227,16 +227,17 @@ def test_report_and_json():
         assert expected in text
     assert "| a case | expand | 25.0 | 2700 | 90% | 91% |" in text
     assert "forward + backward, dropout 0.1" in text and "1.10 (1.09-1.12)" in text
-    # A run of which nothing was measured still reports.
+    # A run without measurements still reports.
     empty = gpu_check.collect(FACTS, outcomes, None, None)
     assert "| build | passed | 61 | built |" in gpu_check.format_report(empty)
-    assert gpu_check.result_name(FACTS["card"]) == "nvidia_h100_80gb_hbm3.json"
+    assert gpu_check.machine_folder(FACTS["card"]) == "nvidia_h100_80gb_hbm3"
 
 
 def test_without_a_gpu_it_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    result = subprocess.run([BENCHMARKS / "gpu_check.sh", sys.executable], capture_output=True, text=True)
+    script = BENCHMARKS.parent / "scripts" / "gpu_check.sh"
+    result = subprocess.run([script, sys.executable], capture_output=True, text=True)
     assert result.returncode == 1 and "finds no GPU" in result.stderr
 
 

@@ -1,5 +1,5 @@
-// Tests of the torch-free kernels: conversions exhaustively, the mask against its definition, and every instruction set
-// this machine runs against plain loops. Built and run by CMake (ctest); tests/cpp/test_cpp.py does so in the suite.
+// Tests the torch-free kernels: conversions exhaustively, the mask against its definition, and every instruction set of
+// this machine against plain loops. CMake (ctest) builds and runs it, as tests/cpp/test_cpp.py does in the suite.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -16,7 +16,7 @@
 #include "common/dropout.h"
 #include "cpu/kernels.h"
 
-// The generic kernels' internals, compiled once more into this file.
+// The generic kernels' internals, compiled again into this file.
 #define LORA_EXT_VECTOR_BYTES 16
 #define LORA_EXT_AVX512 0
 #define LORA_EXT_AVX2 0
@@ -64,7 +64,7 @@ void every_half_converts_both_ways() {
   }
 }
 
-// Every value halfway between two neighbouring halves goes to the even one, and the floats around it to the near one.
+// A value halfway between two neighbouring halves rounds to the even one, the floats next to it to the nearer one.
 void halves_round_to_nearest_even() {
   for (uint32_t bits = 0; bits < 0x7C00; ++bits) {
     const double low = half_value(static_cast<uint16_t>(bits));
@@ -143,7 +143,7 @@ std::vector<float> random_values(int64_t count) {
   return values;
 }
 
-// Runs f(chunk) of every chunk in a thread of its own: what two of them touch is there for a sanitizer to see.
+// Runs f(chunk) of every chunk in a separate thread, so that a sanitizer sees conflicting accesses.
 template <class F>
 void in_threads(int64_t num_chunks, const F& f) {
   std::vector<std::thread> threads;
@@ -151,7 +151,7 @@ void in_threads(int64_t num_chunks, const F& f) {
   for (std::thread& thread : threads) thread.join();
 }
 
-// The scratch memory of a call, each piece of it no larger than it is said to be.
+// The scratch memory of a call; every piece has exactly its stated size.
 struct Scratch {
   Workspace workspace{};
   std::vector<float> lora_A, partial, left, grad_A, lora_B_t[kNumLayers], grad_B_t[kNumLayers];
@@ -182,7 +182,7 @@ void check_close(const std::vector<float>& values, const std::vector<double>& ex
   }
 }
 
-// Layers that read one x, with all that a forward and a backward want of them.
+// Layers that read one x, with the operands of a forward and a backward.
 struct Layers {
   std::vector<float> x = random_values(kTokens * kIn), A[kNumLayers], B[kNumLayers], bias[kNumLayers],
                      grad_y[kNumLayers];
@@ -243,7 +243,7 @@ std::vector<float> columns(const std::vector<float>& matrix, int64_t stride, int
   return part;
 }
 
-// Forward in any number of chunks against plain loops in double.
+// Compares a forward in any number of chunks with plain loops in double.
 void forward_follows_its_formula(const Kernels& kernels, const char* isa, int64_t num_chunks) {
   const Layers layers;
   std::vector<float> xa(kTokens * kTotalRank, NAN), y[kNumLayers];
@@ -286,7 +286,7 @@ void forward_follows_its_formula(const Kernels& kernels, const char* isa, int64_
   }
 }
 
-// Backward in any number of chunks against plain loops in double.
+// Compares a backward in any number of chunks with plain loops in double.
 void backward_follows_its_formula(const Kernels& kernels, const char* isa, int64_t num_chunks) {
   const Layers layers;
   std::vector<float> xa(kTokens * kTotalRank), grad_x(kTokens * kIn, NAN), grad_A[kNumLayers], grad_B[kNumLayers];
@@ -301,10 +301,10 @@ void backward_follows_its_formula(const Kernels& kernels, const char* isa, int64
   std::vector<double> expected_grad_x(static_cast<size_t>(kTokens * kIn));
   for (int64_t i = 0, rank_begin = 0; i < kNumLayers; rank_begin += kLayers[i].rank, ++i) {
     const auto [out, rank] = kLayers[i];
-    const std::vector<double> own_xa = layers.expected_xa(i), grad_xa = layers.expected_grad_xa(i);
+    const std::vector<double> layer_xa = layers.expected_xa(i), grad_xa = layers.expected_grad_xa(i);
     for (int64_t m = 0; m < kTokens; ++m) {
       for (int64_t r = 0; r < rank; ++r) {
-        xa[m * kTotalRank + rank_begin + r] = static_cast<float>(own_xa[m * rank + r]);
+        xa[m * kTotalRank + rank_begin + r] = static_cast<float>(layer_xa[m * rank + r]);
         for (int64_t k = 0; k < kIn; ++k) {
           const bool is_kept = mask[m * mask_row_bytes(kIn) + k / 8] >> (k % 8) & 1;
           if (is_kept) expected_grad_x[m * kIn + k] += grad_xa[m * rank + r] * layers.A[i][r * kIn + k];
@@ -333,13 +333,13 @@ void backward_follows_its_formula(const Kernels& kernels, const char* isa, int64
   check_close(grad_x, expected_grad_x, isa, "grad_x", 0);
   for (int i = 0; i < kNumLayers; ++i) {
     const auto [out, rank] = kLayers[i];
-    const std::vector<double> own_xa = layers.expected_xa(i), grad_xa = layers.expected_grad_xa(i);
+    const std::vector<double> layer_xa = layers.expected_xa(i), grad_xa = layers.expected_grad_xa(i);
     std::vector<double> expected_A(static_cast<size_t>(rank * kIn)), expected_B(static_cast<size_t>(out * rank));
     for (int64_t m = 0; m < kTokens; ++m) {
       for (int64_t r = 0; r < rank; ++r) {
         for (int64_t k = 0; k < kIn; ++k) expected_A[r * kIn + k] += grad_xa[m * rank + r] * layers.kept[m * kIn + k];
         for (int64_t n = 0; n < out; ++n)
-          expected_B[n * rank + r] += layers.grad_y[i][m * out + n] * own_xa[m * rank + r];
+          expected_B[n * rank + r] += layers.grad_y[i][m * out + n] * layer_xa[m * rank + r];
       }
     }
     check_close(grad_A[i], expected_A, isa, "grad_A", i);

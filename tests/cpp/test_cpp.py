@@ -1,4 +1,4 @@
-"""The C++ tests of the torch-free kernels: configured by CMake, run by ctest."""
+"""Builds the C++ tests of the torch-free kernels with CMake and runs them with ctest."""
 
 import shutil
 import subprocess

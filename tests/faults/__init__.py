@@ -1,7 +1,7 @@
-"""Kills a process at each call that changes files, or lets the call fail: what is on disk afterwards is checked.
+"""Kills a process at each call that changes files, or makes the call fail, and checks the files afterwards.
 
-A test runs a script of this directory (:func:`run_script`) in a process that starts with ``interpose.c`` in front of
-libc. The script forks for each try (tests/faults/tries.py), so that imports are paid once.
+A test runs a script of this directory (:func:`run_script`) in a process that loads ``interpose.c`` in front of libc.
+The script forks for each try (tests/faults/tries.py), so that imports run once.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ BUILD = FAULTS.parents[1] / "build" / "faults"
 
 
 def library() -> Path:
-    """Compiles ``interpose.c``, unless that was done before."""
+    """Compiles ``interpose.c`` if necessary; returns the library."""
     source = FAULTS / "interpose.c"
     compiled = BUILD / f"interpose-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}.so"
     BUILD.mkdir(parents=True, exist_ok=True)
-    with (BUILD / "lock").open("w") as lock:  # test processes run next to each other
+    with (BUILD / "lock").open("w") as lock:  # test processes run in parallel
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not compiled.exists():
             fresh = compiled.with_suffix(".new")
@@ -39,9 +39,9 @@ def library() -> Path:
 
 
 def run_script(name: str, *arguments: str | Path) -> Any:
-    """Runs ``tests/faults/<name>.py`` with ``arguments``; returns the JSON that its last line holds.
+    """Runs ``tests/faults/<name>.py`` with ``arguments``; returns the JSON in its last line.
 
-    The script asserts; its assertion errors fail the test with their whole text.
+    An assertion error of the script fails the test with its whole text.
     """
     if not sys.platform.startswith("linux") or shutil.which("cc") is None:
         pytest.skip("interposing libc's calls needs Linux and a C compiler (cc)")
@@ -51,7 +51,7 @@ def run_script(name: str, *arguments: str | Path) -> Any:
             **os.environ,
             "LD_PRELOAD": str(library()),
             "PYTHONPATH": os.pathsep.join([str(FAULTS.parent), *filter(None, sys.path)]),
-            "OMP_NUM_THREADS": "1",  # a process that has used its threads cannot fork
+            "OMP_NUM_THREADS": "1",  # a process that has started threads cannot fork
             "PYTHONDONTWRITEBYTECODE": "1",
         },
         capture_output=True,

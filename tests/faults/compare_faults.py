@@ -1,4 +1,4 @@
-"""compare meets faults. Arguments: a directory, the kind of fault, the step from call to call."""
+"""Runs compare with faults. Arguments: a directory, the kind of fault, the step between tried calls."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from support import tiny_classifier
 
-from faults.runs import leave_out_what_takes_long, try_calls
+from faults.runs import skip_slow_steps, try_calls
 from lora_ext.tasks.comparison import compare, costs, many_runs
 from lora_ext.tasks.finetune.settings import Settings
 
@@ -27,13 +27,13 @@ options = {
 
 
 def here(function: Any, *args: Any, log: Path, threads: Any = None, ending: Any = None, **more: Any) -> Any:
-    """In the place of a process of its own: it would not be watched."""
+    """Replaces ``in_process``, because a new process would not be watched."""
     return function(*args, **more)
 
 
 many_runs.in_process = compare.in_process = here
 costs._ROUNDS = 2
-leave_out_what_takes_long()
+skip_slow_steps()
 
 
 def run(resume: bool) -> None:

@@ -1,4 +1,4 @@
-"""finetune meets faults. Arguments: a directory, the kind of fault, the step from call to call, the method."""
+"""Runs finetune with faults. Arguments: a directory, the kind of fault, the step between tried calls, the method."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from support import tiny_classifier
 
 import lora_ext.tasks.finetune.run as module
-from faults.runs import content_of, leave_out_what_takes_long, try_calls
+from faults.runs import content_of, skip_slow_steps, try_calls
 from faults.tries import Fault, attempt
 from lora_ext.tasks.finetune import run_checkpoints as checkpoints
 from lora_ext.tasks.finetune.settings import Settings
@@ -28,7 +28,7 @@ settings = Settings(
     method=method,
 )
 checkpoints.SECONDS = checkpoints._SHARE = module._SECONDS = 0.0
-leave_out_what_takes_long()
+skip_slow_steps()
 
 
 def run(resume: bool) -> None:
@@ -36,17 +36,17 @@ def run(resume: bool) -> None:
 
 
 def check_nothing_is_half(expected: dict[str, Any]) -> None:
-    """Everything that has its name is what it is in a run that met no fault."""
+    """Checks that every file under its final name equals that of a run without faults."""
     for path in out.iterdir():
         if path.name.startswith("."):
             continue
         if path.name == "checkpoints":
-            for each in path.glob("checkpoint-*"):
-                assert content_of(each) == written[each.name], each
+            for checkpoint in path.glob("checkpoint-*"):
+                assert content_of(checkpoint) == written[checkpoint.name], checkpoint
         elif path.is_dir():
-            own = {name.partition("/")[2]: c for name, c in expected.items() if name.startswith(f"{path.name}/")}
-            assert content_of(path) == own, path
-        elif path.name == "metrics.json":  # written twice: the second time with what was measured
+            files = {name.partition("/")[2]: c for name, c in expected.items() if name.startswith(f"{path.name}/")}
+            assert content_of(path) == files, path
+        elif path.name == "metrics.json":  # written twice, the second time with measurements
             there = content_of(out)
             assert there["metrics.json"].items() <= expected["metrics.json"].items()
             assert all(there.get(name) == content for name, content in expected.items() if name != "metrics.json")

@@ -1,7 +1,7 @@
-// Stands between a process and the calls that change files (LD_PRELOAD), whoever makes them: Python, Rust or C++.
+// Intercepts the calls that change files (LD_PRELOAD), from Python, Rust or C++.
 //
-// Only what lies below the watched directory counts. faults_arm() says which call fails, and how; the others pass.
-// One counter for all threads. Calls that libc makes of its own inside (the writes of fclose) are not seen.
+// Only files below the watched directory count. faults_arm() says which call fails, and how; the others pass.
+// All threads share one counter. Calls inside libc (the writes of fclose) are not seen.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -19,7 +19,7 @@
 #include <unistd.h>
 
 enum { kCount, kKill, kFail };
-// A full disk refuses what takes space, and lets files be removed; a read-only one refuses everything.
+// A full disk refuses calls that take space but lets files be removed; a read-only one refuses everything.
 enum { kTakesSpace = 1, kOther = 2 };
 
 static char watched[PATH_MAX];
@@ -35,7 +35,7 @@ void faults_arm(const char* directory, int new_mode, long new_at, int new_kinds,
 }
 
 long faults_count(void) { return atomic_load(&count); }
-const char* faults_last(void) { return last; }  // the call that was counted last
+const char* faults_last(void) { return last; }  // the last counted call
 
 static int is_watched_path(int directory, const char* path) {
   char whole[2 * PATH_MAX] = "";
@@ -59,13 +59,13 @@ static int is_watched_path(int directory, const char* path) {
 
 static int is_watched_file(int fd) { return is_watched_path(fd, "."); }
 
-// Whether the call is to go on. A call that is to fail has errno set.
+// Whether the call may continue; otherwise sets errno.
 static int passes(int kind, const char* name) {
   if ((kinds & kind) == 0) return 1;
   const long number = atomic_fetch_add(&count, 1) + 1;
   snprintf(last, sizeof last, "%s", name);
   if (mode == kKill && number == at) kill(getpid(), SIGKILL);
-  if (mode != kFail || number < at) return 1;  // a disk that is full stays full
+  if (mode != kFail || number < at) return 1;  // a full disk stays full
   errno = error_number;
   return 0;
 }
@@ -125,7 +125,7 @@ PATH_CALL(int, truncate, kTakesSpace, AT_FDCWD, path, (const char* path, off_t s
 PATH_CALL(int, utimensat, kOther, fd, path, (int fd, const char* path, const struct timespec times[2], int flags),
           (fd, path, times, flags))
 
-// Opening counts where it makes or empties a file: what is there to be read is no change.
+// Opening counts only if it creates or empties a file.
 static int opening_passes(int directory, const char* path, int flags, const char* name) {
   if ((flags & (O_CREAT | O_TRUNC)) == 0 && (flags & O_TMPFILE) != O_TMPFILE) return 1;
   return !is_watched_path(directory, path) || passes(kTakesSpace, name);

@@ -1,9 +1,8 @@
-"""merge, unmerge or extract, at each call that changes files: the process is killed, or the disk is full or read-only.
+"""Runs merge, unmerge or extract with a fault at each call that changes files.
 
-Arguments: a file with what is called, as JSON (``command``, ``arguments``, ``options``); the output; "new" or
-"overwrite"; the kinds of faults, of which "no rights" is met as a user whom a directory does not let in. The output is
-the old one or the new one at any time, what a fault left is continued or removed by the next run, and errors name the
-path and what to do.
+Arguments: a JSON file with the call (``command``, ``arguments``, ``options``); the output; "new" or "overwrite"; the
+kinds of faults, where "no rights" runs as a user who may not enter a directory. The output is always the old one or the
+new one, the next run continues or removes a fault's leftovers, and errors name the path and the remedy.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from pathlib import Path
 import torch
 
 from faults.tries import Fault, Outcome, attempt, each_call, restore, snapshot
-from lora_ext.checkpoints import extract, merge, unmerge  # and nothing larger: a fork copies the page tables
+from lora_ext.checkpoints import extract, merge, unmerge  # nothing larger, because a fork copies the page tables
 
 call, out, overwrite = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), sys.argv[3] == "overwrite"
 command = {"merge": merge, "unmerge": unmerge, "extract": extract}[call["command"]]
 options = call["options"] | ({"dtype": getattr(torch, call["options"]["dtype"])} if "dtype" in call["options"] else {})
-os.fsync = lambda fd: None  # slow, and of use only where the machine stops
+os.fsync = lambda fd: None  # slow, and useful only if the machine stops
 REMEDIES = {"disk full": "free some space and run the same command again", "read-only": "choose a directory on another"}
 
 
@@ -30,7 +29,7 @@ def run() -> int:
 
 
 def finish() -> int:
-    """Runs the command to its end; returns how many files were there already."""
+    """Runs the command to its end; returns the number of files that it kept."""
     outcome = attempt(run, Fault(out.parent))
     assert outcome.ended == "returned", outcome
     assert found() == new
@@ -39,13 +38,13 @@ def finish() -> int:
 
 
 def found() -> dict[str, bytes | None] | None:
-    """The output; without extract's report, which has seconds in it."""
+    """Reads the output, without extract's report, which contains times."""
     content = snapshot(out)
     return content and {name: raw for name, raw in content.items() if name != "extract.json"}
 
 
 def state() -> int:
-    """All that lies there, except the numbers of inodes: two runs that begin with the same do the same."""
+    """Hashes the files without inode numbers: runs that start from equal states do the same."""
     content = snapshot(out.parent)
     journal = out.parent / f".{out.name}.unfinished.json"
     if journal.exists():
@@ -61,7 +60,7 @@ def hidden() -> list[str]:
 
 
 def check_told(outcome: Outcome, kind: str) -> None:
-    """The error is about the disk, and says where and what to do; one after the exchange, what is left."""
+    """Checks that the error names the disk's path and a remedy; after the exchange, the leftovers."""
     assert outcome.ended == "raised", outcome
     if "is complete, but" in outcome.message:
         assert found() == new
@@ -73,9 +72,9 @@ def check_told(outcome: Outcome, kind: str) -> None:
     assert "\n" not in outcome.message
 
 
-def meet_closed_directories() -> int:
-    """That of the output, and each that is read. Returns how many there were."""
-    sources = [Path(one) for value in call["arguments"] for one in (value if isinstance(value, list) else [value])]
+def try_closed_directories() -> int:
+    """Runs without rights to the output's directory and to each one that is read; returns their number."""
+    sources = [Path(path) for value in call["arguments"] for path in (value if isinstance(value, list) else [value])]
     for directory in (out.parent, *sources):
         restore(out, old)
         directory.chmod(0o500 if directory == out.parent else 0)
@@ -96,9 +95,9 @@ assert new not in (None, old)
 told, seen = {}, {}
 for kind in sys.argv[4:]:
     if kind == "no rights":
-        told[kind] = meet_closed_directories()
+        told[kind] = try_closed_directories()
         continue
-    kept, left = [], 0
+    kept, with_leftovers = [], 0
     for at, outcome in each_call(run, out.parent, kind, lambda: restore(out, old)):
         there = found()
         assert there in (old, new), (kind, at, there and sorted(there))
@@ -110,7 +109,7 @@ for kind in sys.argv[4:]:
             assert outcome.ended == "killed", (at, outcome)
         else:
             check_told(outcome, kind)
-        left += bool(hidden())
+        with_leftovers += bool(hidden())
         before = state()
         if before in seen:
             kept.append(seen[before])
@@ -121,5 +120,5 @@ for kind in sys.argv[4:]:
         else:
             seen[before] = finish()
             kept.append(seen[before])
-    told[kind] = {"calls": at - 1, "kept": kept, "left": left}
+    told[kind] = {"calls": at - 1, "kept": kept, "left": with_leftovers}
 print(json.dumps(told))

@@ -1,4 +1,4 @@
-"""Runs of the command line's tasks that meet faults at their calls that change files, and are resumed without one."""
+"""Runs tasks with faults at calls that change files, and resumes them without a fault."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _TIMES = ("date", "train_seconds", "tokens_per_second", "peak_memory_bytes", "la
 _TIMED = ("seconds", "_runtime", "_per_second", "_ms")
 
 
-def leave_out_what_takes_long() -> None:
-    """Collecting garbage, drawing and syncing, none of which decides what is on the disk."""
+def skip_slow_steps() -> None:
+    """Disables garbage collection, drawing and syncing, which do not affect the files."""
     gc.freeze()
     for module in (results, compare):
         module.write_picture = lambda path, figure: write_whole(path, b"a picture")
@@ -30,7 +30,7 @@ def leave_out_what_takes_long() -> None:
 
 
 def content_of(directory: Path) -> dict[str, Any]:
-    """The content of every file in ``directory``, without what differs from run to run, and what is hidden."""
+    """Reads every file in ``directory`` except hidden ones, without values that differ from run to run."""
     found: dict[str, Any] = {}
     for path in sorted(directory.rglob("*")):
         name = str(path.relative_to(directory))
@@ -48,7 +48,7 @@ def content_of(directory: Path) -> dict[str, Any]:
 def _without_times(content: Any) -> Any:
     if isinstance(content, dict):
         return {k: _without_times(v) for k, v in content.items() if k not in _TIMES and not k.endswith(_TIMED)}
-    return [_without_times(each) for each in content] if isinstance(content, list) else content
+    return [_without_times(entry) for entry in content] if isinstance(content, list) else content
 
 
 def try_calls(
@@ -61,29 +61,29 @@ def try_calls(
     left_alone: Sequence[str] = (),
     check: Callable[[dict[str, Any]], None] = lambda expected: None,
 ) -> dict[str, Any]:
-    """Lets ``run(resume)`` meet the fault at every ``step``-th call, and resumes it.
+    """Runs ``run(resume)`` with the fault at every ``step``-th call, and resumes it.
 
     Args:
-        run: leaves its results in ``out``, whose parent is watched.
-        marker: the file that says that there is a run to resume.
+        run: writes its results to ``out``, whose parent is watched.
+        marker: the file that marks a run that can be resumed.
         left_alone: names of files that differ from run to run.
-        check: of what is in ``out`` after a fault, against what a run leaves that met none.
+        check: checks ``out`` after a fault; gets the results of a run without faults.
 
     Returns:
-        ``calls`` of a whole run, ``tries``, and ``kinds``: how many calls of each name failed.
+        ``calls`` of a whole run, ``tries``, and ``kinds``: the number of failed calls by name.
     """
 
     def prepare() -> None:
         shutil.rmtree(out.parent, ignore_errors=True)
         out.parent.mkdir()
 
-    def left() -> dict[str, Any]:
+    def written() -> dict[str, Any]:
         return {name: content for name, content in content_of(out).items() if name not in left_alone}
 
     prepare()
     first = attempt(lambda: run(False), Fault(out.parent))
     assert first.ended == "returned", first
-    expected = left()
+    expected = written()
     at, tries, kinds = 1, 0, {}
     while True:
         prepare()
@@ -103,8 +103,8 @@ def try_calls(
         resume = (out / marker).is_file()
         again = attempt(lambda resume=resume: run(resume), Fault(out.parent))
         assert again.ended == "returned", (where, again)
-        there = left()
-        different = [name for name in {**there, **expected} if there.get(name) != expected.get(name)]
+        found = written()
+        different = [name for name in {**found, **expected} if found.get(name) != expected.get(name)]
         assert not different, (where, different)
         assert not list(out.rglob(".*")), where
         at += step

@@ -1,10 +1,11 @@
-"""A save of an adapter is killed at each call that changes files, or meets a full or a read-only disk.
+"""Saves an adapter and kills the process at each call that changes files, or fills or locks the disk.
 
-Arguments: a directory, what is saved ("adapter" or "method"), and cases of what is there before ("nothing", "old" or
-"another shape") and what the file system lacks ("nothing", "symbolic links", "hard links" or "locks"): "old,locks".
+Arguments: a directory, the saved kind ("adapter" or "method"), and cases such as "old,locks": what exists before
+("nothing", "old" or "another shape") and what the file system lacks ("nothing", "symbolic links", "hard links" or
+"locks").
 
-What PEFT reads is for the test to see: importing it here would make the forks slow. The directory ``left`` gets what
-each kill leaves.
+The test checks what PEFT reads, because importing PEFT here would slow the forks down. The directory ``left`` gets each
+kill's leftovers.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ directory = top / "new" / "saved"
 OWN = {"adapter": ("adapter_config.json", "adapter_model.safetensors")}
 OWN["method"] = (*OWN["adapter"], "method.json")
 LACKING = {"symbolic links": (os, "symlink"), "hard links": (os, "link"), "locks": (fcntl, "flock")}
-os.fsync = lambda fd: None  # slow, and of use only where the machine stops
+os.fsync = lambda fd: None  # slow, and useful only if the machine stops
 
 
 def bare() -> nn.Module:
@@ -57,7 +58,7 @@ def state_of(model: nn.Module) -> dict[str, list]:
 
 class Case:
     def __init__(self, before: str, lacks: str) -> None:
-        self.lacks, self.left = lacks, []
+        self.lacks, self.leftovers = lacks, []
         shape = {"r": 3, "target_modules": ["0", "1"], "use_rslora": True} if before == "another shape" else {}
         models = {"old": model_of(5, **shape), "new": model_of(7)}
         self.model = models["new"]
@@ -74,7 +75,7 @@ class Case:
         self.old, self.first = (None, "") if before == "nothing" else (contents["old"], "old")
 
     def read(self) -> str:
-        """Returns "old" or "new", or "" where there is none."""
+        """Returns "old" or "new", or "" if there is no adapter."""
         try:
             loaded = (load_adapter if what == "adapter" else load_method)(bare(), directory)
         except FileNotFoundError as error:
@@ -86,7 +87,7 @@ class Case:
         return found[0]
 
     def check_only(self, content: dict | None) -> None:
-        """The directory holds just this, none of it by way of a link."""
+        """Checks that the directory holds exactly this content, without links."""
         assert snapshot(top / "new") == content, sorted(snapshot(top / "new") or ())
         assert not [path for path in directory.rglob("*") if path.is_symlink()]
 
@@ -95,11 +96,11 @@ class Case:
         for at, outcome in each_call(self.save, top / "new", kind, lambda: restore(top / "new", self.old)):
             state, last = self.read(), (at, outcome.ended, outcome.last)
             seen.add(state)
-            # Without links, nothing can be done where nothing can be moved back.
+            # Without links, a disk that refuses to move files back leaves a gap.
             gap = {""} if self.lacks == "symbolic links" and kind != "disk full" else set()
             if outcome.ended == "returned":
                 assert state == "new", last
-                if kind != "read-only":  # which may keep what was to be removed
+                if kind != "read-only":  # a read-only disk can keep files that should be removed
                     self.check_only(self.new)
             elif outcome.ended == "raised":
                 assert state in {self.first, *gap}, last
@@ -111,9 +112,9 @@ class Case:
             else:
                 assert state in {self.first, "new", *gap}, last
                 if directory.exists():
-                    self.left.append([str(top / "left" / f"{before}, {lacks}, {at}"), state])
-                    shutil.copytree(directory, self.left[-1][0], symlinks=True)
-            if outcome.ended != "returned" and kind != "disk full":  # the next save finds all in order
+                    self.leftovers.append([str(top / "left" / f"{before}, {lacks}, {at}"), state])
+                    shutil.copytree(directory, self.leftovers[-1][0], symlinks=True)
+            if outcome.ended != "returned" and kind != "disk full":  # the next save succeeds
                 self.save()
                 self.check_only(self.new)
         return {"calls": at - 1, "states": sorted(seen)}
@@ -144,5 +145,5 @@ for name in sys.argv[3:]:
         told[name] = {kind: case.tries(kind) for kind in ("kill", "disk full", "read-only")}
         if case.old is not None:
             case.without_rights()
-    told[name]["left"] = case.left
+    told[name]["left"] = case.leftovers
 print(json.dumps(told))

@@ -1,6 +1,6 @@
-"""Saves adapters into one directory again and again, from a thread each. Arguments: the directory, and their numbers.
+"""Saves adapters to one directory repeatedly, one thread per adapter. Arguments: the directory and their numbers.
 
-Begins when a byte comes on the standard input.
+Starts when a byte arrives on the standard input.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lora_ext import LoraConfig, inject, save_adapter
 
 
 def adapted(alpha: int) -> nn.Module:
-    """A model whose adapter has this ``lora_alpha``, and no other numbers either."""
+    """Makes a model whose adapter has this ``lora_alpha`` and holds only this number."""
     model = inject(nn.Sequential(nn.Linear(64, 64)), LoraConfig(r=8, lora_alpha=alpha, target_modules=["0"]))
     with torch.no_grad():
         for parameter in model[0].adapters.parameters():

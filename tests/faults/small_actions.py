@@ -1,4 +1,4 @@
-"""Files changed by Python, Rust (safetensors) and C++ (torch.save), each met by every fault. Argument: a directory."""
+"""Changes files by Python, Rust (safetensors) and C++ (torch.save) with every fault. Argument: a directory."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ for action in (by_python, by_rust, by_cpp):
 
     elsewhere.mkdir(exist_ok=True)
     prepare()
-    own = told[action.__name__] = {"elsewhere": attempt(run, Fault(elsewhere, "kill", 1)).ended}
+    seen = told[action.__name__] = {"elsewhere": attempt(run, Fault(elsewhere, "kill", 1)).ended}
     for kind in ("kill", "disk full", "read-only"):
         tries = [outcome for _, outcome in each_call(run, directory, kind, prepare)]
-        own[kind] = {"calls": len(tries) - 1, "ended": sorted({t.ended for t in tries}), "last": tries[-1].ended}
-        own[kind]["errors"] = sorted({t.error for t in tries} - {""})
-        own[kind]["called"] = sorted({t.last for t in tries} - {""})
+        seen[kind] = {"calls": len(tries) - 1, "ended": sorted({t.ended for t in tries}), "last": tries[-1].ended}
+        seen[kind]["errors"] = sorted({t.error for t in tries} - {""})
+        seen[kind]["called"] = sorted({t.last for t in tries} - {""})
     prepare()
     directory.chmod(0o500)
-    own["no rights"] = attempt(run, Fault(elsewhere), as_owner_only=True).error
+    seen["no rights"] = attempt(run, Fault(elsewhere), as_owner_only=True).error
     directory.chmod(0o700)
 print(json.dumps(told))

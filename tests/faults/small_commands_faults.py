@@ -1,4 +1,4 @@
-"""plan, analyze and report meet every fault at every call that changes files. Argument: a directory."""
+"""Runs plan, analyze and report with every fault at every call that changes files. Argument: a directory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from support import tiny_classifier
 
-from faults.runs import content_of, leave_out_what_takes_long
+from faults.runs import content_of, skip_slow_steps
 from faults.tries import Fault, attempt, each_call, restore
 from lora_ext.tasks import WriteError
 from lora_ext.tasks.analyze import run as analyze
@@ -23,7 +23,7 @@ from lora_ext.tasks.report import write_report
 from lora_ext.tasks.shared.whole_files import write_whole
 
 top = Path(sys.argv[1])
-leave_out_what_takes_long()
+skip_slow_steps()
 results.write_picture = lambda path, figure: write_whole(path, b"a picture")
 
 
@@ -40,7 +40,7 @@ tuned = top / "tuned"
 assert attempt(lambda: finetune(settings, tuned, measure=False, say=print), Fault(tuned)).ended == "returned"
 planned = PlanSettings(Settings(model=str(model), max_length=32), num_labels=5)
 counted = plan.plan(planned)
-plan._count = lambda *arguments: counted  # takes long, and changes no file
+plan._count = lambda *arguments: counted  # it is slow and changes no file
 analysed = analyze.AnalysisSettings((str(tuned / "adapter"),), use_base=False)
 
 
@@ -56,13 +56,13 @@ def run_analyze(out: Path, again: bool) -> None:
 def run_report(out: Path, again: bool) -> None:
     try:
         out.mkdir(exist_ok=True)
-    except OSError as error:  # the user's own step
+    except OSError as error:  # creating the directory is the user's step
         raise WriteError(str(error)) from error
     write_report(tuned, out / "page.html", say=lambda line: None)
 
 
-def meet_all(run: Callable[[Path, bool], None]) -> dict[str, int]:
-    """Lets ``run(out, again)`` meet every fault at every call; returns how many calls there are, by the fault."""
+def try_all(run: Callable[[Path, bool], None]) -> dict[str, int]:
+    """Runs ``run(out, again)`` with every fault at every call; returns the number of calls by fault."""
     watched = top / run.__name__
     out = watched / "out"
     watched.mkdir()
@@ -81,4 +81,4 @@ def meet_all(run: Callable[[Path, bool], None]) -> dict[str, int]:
     return calls
 
 
-print(json.dumps({run.__name__: meet_all(run) for run in (run_plan, run_analyze, run_report)}))
+print(json.dumps({run.__name__: try_all(run) for run in (run_plan, run_analyze, run_report)}))

@@ -1,4 +1,4 @@
-"""The faults that tests put between a process and its files are met by Python's calls, Rust's and C++'s."""
+"""Tests that the faults reach calls from Python, Rust and C++."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ def told(tmp_path_factory):
 
 @pytest.mark.parametrize("action", ["by_python", "by_rust", "by_cpp"])
 def test_each_call_meets_each_fault(told, action):
-    own = told[action]
-    assert own["elsewhere"] == "returned"  # what is outside of the directory is left alone
-    assert own["kill"]["ended"] == ["killed", "returned"]
+    seen = told[action]
+    assert seen["elsewhere"] == "returned"  # files outside the directory are not watched
+    assert seen["kill"]["ended"] == ["killed", "returned"]
     for kind in ("disk full", "read-only"):
-        assert own[kind]["ended"] == ["raised", "returned"], kind
+        assert seen[kind]["ended"] == ["raised", "returned"], kind
     for kind in ("kill", "disk full", "read-only"):
-        assert own[kind]["last"] == "returned"
-        assert own[kind]["calls"] >= (2 if kind == "disk full" else 1)
-    assert own["kill"]["calls"] >= own["disk full"]["calls"]
-    assert own["no rights"]  # root, too, is refused without its privileges
+        assert seen[kind]["last"] == "returned"
+        assert seen[kind]["calls"] >= (2 if kind == "disk full" else 1)
+    assert seen["kill"]["calls"] >= seen["disk full"]["calls"]
+    assert seen["no rights"]  # root without its privileges is refused, too
 
 
 def test_errors_are_those_of_each_library(told):

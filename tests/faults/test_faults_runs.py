@@ -1,8 +1,8 @@
-"""finetune and compare are killed at calls that change files, or meet a disk that is full or read-only from there on.
+"""Tests finetune and compare with a kill, a full disk or a read-only disk at calls that change files.
 
-Whatever then has its name is whole, an error is one line, and ``--resume`` ends with the bits of a run that met no
-fault. A run on a tiny model makes some hundred such calls, and each try is two runs of a second. Here every 17th
-call is tried, so that the file and the kind of call change from try to try; ``make test-full`` tries them all.
+Files under their final names are whole, an error is one line, and ``--resume`` ends with the bits of a run without
+faults. A run on a tiny model makes about a hundred such calls, and each try is two runs of a second. So every 17th call
+is tried, which varies the file and the kind of call; ``make test-full`` tries them all.
 """
 
 from __future__ import annotations
@@ -38,4 +38,4 @@ def test_every_call_of_compare(tmp_path, kind):
 def test_every_call_of_plan_analyze_and_report(tmp_path):
     told = run_script("small_commands_faults", tmp_path)
     assert told["run_report"]["kill"] >= 3 < told["run_plan"]["kill"] < told["run_analyze"]["kill"]
-    assert all(own["kill"] >= own["read-only"] >= own["disk full"] > 0 for own in told.values())
+    assert all(calls["kill"] >= calls["read-only"] >= calls["disk full"] > 0 for calls in told.values())

@@ -1,4 +1,4 @@
-"""Runs an action in forked processes, each of which meets one fault. For processes started by ``faults.run_script``."""
+"""Runs an action in forked processes, each with one fault; works in processes started by ``faults.run_script``."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _TAKES_SPACE, _OTHER = 1, 2
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to the calls below ``directory`` that change files.
+    """A fault of the calls that change files below ``directory``.
 
     Attributes:
-        kind: "none", "kill" (the process dies before call ``at``), "disk full" (from the call ``at`` on, what takes
-            space fails) or "read-only" (from the call ``at`` on, every call fails).
-        at: number of the call, from 1; of those that take space, for a full disk.
+        kind: "none", "kill" (the process dies before call ``at``), "disk full" (from call ``at`` on, calls that take
+            space fail) or "read-only" (from call ``at`` on, every call fails).
+        at: number of the call, from 1; for a full disk only calls that take space count.
     """
 
     directory: Path
@@ -53,10 +53,10 @@ class Outcome:
 
     Attributes:
         ended: "returned", "raised" or "killed".
-        calls: that were counted; unknown (0) of a process that was killed.
-        last: name of the call that was counted last.
-        result: what the action returned, as JSON has it.
-        error: class of the exception, ``message`` its text, ``bases`` the names of the classes it derives from.
+        calls: number of counted calls; unknown (0) if the process was killed.
+        last: name of the last counted call.
+        result: the action's result, as JSON.
+        error: class of the exception; ``message``: its text; ``bases``: the names of its base classes.
     """
 
     ended: str
@@ -69,10 +69,10 @@ class Outcome:
 
 
 def attempt(action: Callable[[], Any], fault: Fault, *, as_owner_only: bool = False) -> Outcome:
-    """Runs ``action`` in a forked process that meets ``fault``.
+    """Runs ``action`` in a forked process with ``fault``.
 
     Args:
-        as_owner_only: without root's privilege to write where a file's mode says no.
+        as_owner_only: drop root's privilege to write against a file's mode.
     """
     reading, writing = os.pipe()
     if (child := os.fork()) == 0:
@@ -104,14 +104,14 @@ def attempt(action: Callable[[], Any], fault: Fault, *, as_owner_only: bool = Fa
 def each_call(
     action: Callable[[], Any], directory: Path, kind: str, prepare: Callable[[], None], step: int = 1
 ) -> Iterator[tuple[int, Outcome]]:
-    """Tries ``action`` with a fault at its first call, its second, and so on, to the first try that meets none.
+    """Tries ``action`` with a fault at its first call, its second, and so on, until a try ends before the fault.
 
     Args:
-        prepare: called before each try: puts the files into the state that the action begins with.
-        step: only every so many calls.
+        prepare: called before each try; restores the action's initial files.
+        step: distance between tried calls.
 
     Yields:
-        ``(number of the call, outcome)``; of the last, the number is that of a call that is not made.
+        ``(number of the call, outcome)``; the last number is that of a call that is not made.
     """
     for at in itertools.count(1, step):
         prepare()
@@ -122,7 +122,7 @@ def each_call(
 
 
 def snapshot(directory: Path) -> dict[str, bytes | None] | None:
-    """Returns the bytes of every file below ``directory`` (None for a directory inside), or None if there is none."""
+    """Returns the bytes of every file below ``directory`` (None for a subdirectory), or None if it does not exist."""
     if not directory.exists():
         return None
     return {
@@ -131,7 +131,7 @@ def snapshot(directory: Path) -> dict[str, bytes | None] | None:
 
 
 def restore(directory: Path, content: dict[str, bytes | None] | None) -> None:
-    """Makes ``directory`` what :func:`snapshot` returned."""
+    """Restores ``directory`` to a result of :func:`snapshot`."""
     shutil.rmtree(directory, ignore_errors=True)
     if content is None:
         return
@@ -145,7 +145,7 @@ def restore(directory: Path, content: dict[str, bytes | None] | None) -> None:
 
 
 def drop_privileges() -> None:
-    """Takes from root what lets it write where a file's mode says no; others have no such privilege."""
+    """Drops root's privileges to ignore a file's mode; other users have none."""
 
     class Header(ctypes.Structure):
         _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))

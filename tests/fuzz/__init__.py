@@ -1,1 +1,1 @@
-"""Malformed and extreme calls of everything public, in processes of their own: `make fuzz`, README.md."""
+"""Fuzzers: malformed and extreme calls of everything public, in separate processes; see `make fuzz` and README.md."""

@@ -3,13 +3,14 @@
     PYTHONPATH=tests python -m fuzz [AREA ...] [--seconds S | --cases N] [--seed FIRST] [--processes 2]
     PYTHONPATH=tests python -m fuzz AREA --replay 3,0,12
 
-Prints each kind of finding as a program, made small; then how often each function was called and what became of it. The
-exit status is 1 where anything was found.
+Prints each kind of finding as a minimised program; then how often each function was called, with which outcomes. The
+exit status is 1 if anything was found.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import sys
 import tempfile
@@ -24,14 +25,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__.splitlines()[0])
     parser.add_argument("areas", nargs="*", metavar="AREA", help=", ".join(f"{k}: {v}" for k, v in AREAS.items()))
     parser.add_argument("--seconds", type=float, help="for all areas together")
-    parser.add_argument("--cases", type=int, help="of each area, instead of a time")
-    parser.add_argument("--seed", type=int, help="of the first case; the others follow. Drawn where not given")
+    parser.add_argument("--cases", type=int, help="for each area, instead of a time")
+    parser.add_argument("--seed", type=int, help="of the first case; the others follow. Default: random")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--replay", help="the choices of one case, as a finding names them")
-    parser.add_argument("--as-found", action="store_true", help="do not make findings smaller")
-    parser.add_argument(
-        "--only", nargs="+", metavar="KIND", help="count these kinds of findings alone, as crash and hang"
-    )
+    parser.add_argument("--replay", help="the choices of one case, from a finding")
+    parser.add_argument("--as-found", action="store_true", help="do not minimise findings")
+    parser.add_argument("--only", nargs="+", metavar="KIND", help="report only these kinds of findings, such as crash")
     arguments = parser.parse_args()
     areas = arguments.areas or list(AREAS)
     if unknown := [area for area in areas if area not in (*AREAS, "planted")]:
@@ -44,7 +43,7 @@ def main() -> int:
     found = 0
     for area in areas:
         begin = time.monotonic()
-        seeds = campaign.endless(first) if arguments.cases is None else range(first, first + arguments.cases)
+        seeds = itertools.count(first) if arguments.cases is None else range(first, first + arguments.cases)
         seconds = None if arguments.seconds is None else arguments.seconds / len(areas)
         print(f"{area}: seeds from {first} on", flush=True)
         result = campaign.run(

@@ -1,7 +1,7 @@
-"""Files with something wrong in them, and everything that reads them.
+"""Fuzzes everything that reads files with corrupted files.
 
-A reader may refuse with an error of a documented kind that names a file; then nothing is changed, neither the model nor
-a file. What it takes must be what an independent reader finds in the files.
+A reader may refuse with a documented error that names a file, without changing the model or a file. Otherwise its
+result must agree with an independent reader's.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from .file_oracles import (
 )
 from .outcomes import Finding, Outcome, finding, judge_exception
 
-_PEAK_BYTES = 150 << 20  # more than a file of two megabytes may cost
-_SECONDS = 8.0  # of processor time, several times what any of the readers takes for the largest files here
+_PEAK_BYTES = 150 << 20  # limit for files of two megabytes
+_SECONDS = 8.0  # of processor time, several times what any reader takes for the largest files
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Something that reads files.
+    """A call that reads files.
 
     Attributes:
-        function: as it is counted.
-        line: the call, in a folder ``files``; its value is the result.
-        check: compares the result with what others read: ``check(files, result, space)``.
-        model: what ``model`` is, as source, or "".
+        function: the name that it is counted under.
+        line: the call's source, which reads the folder ``files``; its value is the result.
+        check: compares the result with an independent reader's: ``check(files, result, space)``.
+        model: source of ``model``, or "".
     """
 
     function: str
@@ -58,7 +58,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class Kind:
-    """Files of a base that are changed, as glob patterns, and their readers."""
+    """The files of a base to change, as glob patterns, and their readers."""
 
     base: str
     changed: tuple[str, ...]
@@ -207,7 +207,7 @@ def make(area: str, choices: Choices) -> Case:
 
 
 def _lines_for(path: Path, files: Path) -> list[str]:
-    """The steps that make a file what it is now."""
+    """Returns the lines of source that recreate a file's present state."""
     target = f'(files / "{path.relative_to(files)}")'
     if path.is_symlink():
         return [f"{target}.unlink()", f"{target}.symlink_to({os.readlink(path)!r})"]
@@ -223,7 +223,7 @@ def _lines_for(path: Path, files: Path) -> list[str]:
     packed = base64.b85encode(zlib.compress(content, 9)).decode()
     if len(packed) < 20_000:
         return [f'import base64, zlib; {target}.write_bytes(zlib.decompress(base64.b85decode("{packed}")))']
-    return [f"# {path.name}: {len(content)} bytes, which --replay makes again"]
+    return [f"# {path.name}: {len(content)} bytes; --replay recreates them"]
 
 
 @dataclass
@@ -262,7 +262,7 @@ class _FileCase:
         if seconds > _SECONDS:
             found.append(finding("slow", function, f"{seconds:.1f} s of processor time", "slow"))
         if grown > _PEAK_BYTES:
-            found.append(finding("memory", function, f"{grown / 1e6:.0f} MB at the most", "memory"))
+            found.append(finding("memory", function, f"a peak of {grown / 1e6:.0f} MB", "memory"))
         if error is not None:
             found += self._judge_refusal(error, model, before, listed)
             return Outcome("refused", tuple(found))
@@ -279,7 +279,7 @@ class _FileCase:
         except WrongResult as wrong:
             found.append(finding("wrong result", function, str(wrong)))
         except Exception as failure:
-            found.append(finding("accepted", function, f"but not by others: {type(failure).__name__}: {failure}"))
+            found.append(finding("accepted", function, f"but not by the oracle: {type(failure).__name__}: {failure}"))
         return Outcome("compared", tuple(found))
 
     def _judge_refusal(self, error: Exception, model: Any, before: Any, listed: dict[str, Any]) -> list[Finding]:
@@ -288,12 +288,12 @@ class _FileCase:
         function = self.reader.function
         if type(error).__name__ == "TaskError":
             error = ValueError(str(error)).with_traceback(error.__traceback__)
-        # The files that were changed, or what they are files of; or a tensor that would not be finite.
+        # A message must name a changed file or its folder, or a tensor that would not be finite.
         names = {path.name for path in self.changed} | {path.parent.name for path in self.changed} | {"index"}
         names |= {"elements of "}
         found = [judge_exception(function, sorted(names), error, with_files=True)]
         if not self.changed:
-            found.append(finding("refused", function, f"files as they should be: {type(error).__name__}: {error}"))
+            found.append(finding("refused", function, f"valid files: {type(error).__name__}: {error}"))
         if model is not None and (after := refusals.state(model)) != before:
             what = ", ".join(key for key in before if after.get(key) != before[key])
             found.append(finding("changed after a refusal", function, f"the model's {what} after {error}", what))
@@ -302,11 +302,11 @@ class _FileCase:
             different = sorted(name for name in now.keys() | listed.keys() if now.get(name) != listed.get(name))
             place = re.sub(r"[0-9a-f]{6,}|\d+", "#", different[0])
             found.append(finding("changed after a refusal", function, f"files {different[:5]} after {error}", place))
-        return [each for each in found if each is not None]
+        return [entry for entry in found if entry is not None]
 
 
 def _listing(directory: Path) -> dict[str, Any]:
-    """Every file below a directory: its contents, or what else it is."""
+    """Returns every file below a directory: its contents, link target or kind."""
     listed: dict[str, Any] = {}
     for folder, folders, names in os.walk(directory):
         for name in [*folders, *names]:
@@ -321,11 +321,11 @@ def _listing(directory: Path) -> dict[str, Any]:
 
 
 def _reset_peak() -> int:
-    """The most memory that this process takes is counted from now on: bytes now."""
+    """Resets this process's memory peak; returns the present bytes."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        return 1 << 62  # it cannot be told
+        return 1 << 62  # unknown: no growth is reported
     return _peak()
 
 

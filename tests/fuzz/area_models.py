@@ -1,7 +1,7 @@
-"""Whole models: a few operations one after the other, right and wrong; and any public function with other arguments.
+"""Fuzzes whole models: sequences of valid and invalid operations, and any public function with other arguments.
 
-After each operation that is refused the model must be what it was; after each that is not it must compute what its
-weights and adapters say, multiplied out in plain tensors, and what is merged and taken out again must leave no trace.
+A refused operation must not change the model. After any other, the model must compute what plain tensors give for its
+weights and adapters, and merging followed by unmerging must leave no trace.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def make(choices: Choices) -> Case:
     return _any_function(choices) if choices.chance(40) else _life(choices)
 
 
-# --- any public function, by the table of tests/support/refusals.py -----------------------------------------------------------
+# --- any public function in the table of tests/support/refusals.py ----------------------------------------------------
 
 _NAMES = (
     '"a"',
@@ -87,13 +87,13 @@ def _other_value(choices: Choices, value: Any) -> str:
 
 
 def _any_function(choices: Choices) -> Case:
-    each = refusals.CALLS[choices.integer(len(refusals.CALLS))]
-    name = each.function.__name__
-    parameters = parameter_names(each.function)
+    entry = refusals.CALLS[choices.integer(len(refusals.CALLS))]
+    name = entry.function.__name__
+    parameters = parameter_names(entry.function)
     changes: dict[str, str] = {}
     if choices.chance(60):
         with tempfile.TemporaryDirectory() as directory:
-            arguments = each.arguments(Path(directory))
+            arguments = entry.arguments(Path(directory))
         for _ in range(choices.between(1, 2)):
             parameter = choices.pick(list(arguments))
             changes[parameter] = _other_value(choices, arguments[parameter])
@@ -104,17 +104,17 @@ from torch import nn
 from support.refusals import *
 torch.manual_seed(0)
 directory = Path(tempfile.mkdtemp())
-function = next(each for each in CALLS if each.function.__name__ == "{name}")
+function = next(entry for entry in CALLS if entry.function.__name__ == "{name}")
 arguments = function.arguments(directory)
 """
     setup += "".join(f"{line}\n" for line in lines)
     body = "call(function.function, arguments)\n"
     names = [name, *parameters, "LoRA", "adapter", "Adapter", *_CLASSES]
-    label = f"{each.function.__module__}.{name}"
+    label = f"{entry.function.__module__}.{name}"
     return Case(label, setup + body, lambda: _run_function(label, names, setup, body, bool(changes)))
 
 
-# Whose names messages begin with.
+# Names that messages begin with.
 _CLASSES = ("LoraConfig", "LoraLinear", "LoraAdapter", "module", "model", "layer", "method")
 
 
@@ -129,7 +129,7 @@ def _run_function(label: str, names: list[str], setup: str, body: str, changed: 
         try:
             before = {name: refusals.state(value) for name, value in arguments.items()}
             files = refusals.state(Path(directory))
-        except Exception:  # of a kind whose state cannot be told
+        except Exception:  # an argument whose state is unknown
             before = files = None
         try:
             exec(body, space)
@@ -151,7 +151,7 @@ def _run_function(label: str, names: list[str], setup: str, body: str, changed: 
 
 # --- a few operations on a model --------------------------------------------------------------------------------------
 
-# A model: what makes it, an input, names of layers to adapt, of modules to save.
+# Source of a model, source of an input, names of layers to adapt, names of modules to save.
 _BASES = {
     "net": ("Net()", "torch.randn(4, 6)", ("up", "down", "head", "blocks.0.up"), ("head",)),
     "every": (
@@ -169,7 +169,7 @@ _ADAPTERS = ("a", "b", "c")
 
 @dataclass
 class Step:
-    """An operation: its line, the function that it is counted as, and whether the model must compute the same after."""
+    """An operation: the function it is counted under, its source, and whether it must keep the model's output."""
 
     function: str
     line: str
@@ -295,7 +295,7 @@ _STEPS: tuple[Callable[[Choices, str], Step], ...] = (
 
 
 def run(model: nn.Module, x: Tensor) -> Tensor:
-    """The output of a model in evaluation mode."""
+    """Computes a model's output without gradients."""
     with torch.no_grad():
         output = model(x)
     return output if isinstance(output, Tensor) else output.logits
@@ -347,7 +347,7 @@ def _output(model: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def _wrong(model: nn.Module, pristine: nn.Module, x: Tensor, before: Tensor | None) -> str:
-    """Says what is wrong with a model; "" if nothing is."""
+    """Describes what is wrong with a model's output; "" if nothing."""
     now = run(model, x)
     if before is not None and not torch.allclose(now, before, rtol=1e-3, atol=1e-4):
         return f"the output changed by {(now - before).abs().max().item():.1e}"
@@ -356,15 +356,15 @@ def _wrong(model: nn.Module, pristine: nn.Module, x: Tensor, before: Tensor | No
     except CannotTell:
         expected = None
     if expected is not None and not torch.allclose(now, expected, rtol=1e-3, atol=1e-3):
-        return f"the output is {(now - expected).abs().max().item():.1e} off what the weights and adapters say"
+        return f"the output is {(now - expected).abs().max().item():.1e} off the weights and adapters multiplied out"
     return ""
 
 
 def _multiplied_out(model: nn.Module, pristine: nn.Module, x: Tensor) -> Tensor | None:
-    """The output of the pristine model with the updates of all adapters in use added to its weights.
+    """Computes the output of the pristine model after adding the updates of all adapters in use to its weights.
 
-    None where something else than low-rank updates of single modules is in use: modules trained in full, rows, biases,
-    tied weights.
+    None if anything except low-rank updates of single modules is in use: fully trained modules, rows, biases, tied
+    weights.
     """
     layers = dict(lora_modules(model))
     others = [m for m in model.modules() if isinstance(m, AdapterLayer) and m not in layers.values()]
@@ -389,7 +389,7 @@ def _multiplied_out(model: nn.Module, pristine: nn.Module, x: Tensor) -> Tensor 
 
 
 def _updates(layer: LoraLayer) -> Iterator[tuple[str, tuple[Tensor, Tensor, float]]]:
-    """The updates in use in a layer, by the matrix they add to: merged ones as they were then, the rest as they are."""
+    """Yields the updates in use in a layer by their matrix: merged ones as they were merged, others as they are."""
     merged = layer._merged
     for name in layer.merged_adapters:
         for key, matrix in merged.matrices.items():
@@ -403,5 +403,5 @@ def _updates(layer: LoraLayer) -> Iterator[tuple[str, tuple[Tensor, Tensor, floa
 def _factors(layer: LoraLayer, name: str) -> Iterator[tuple[str, tuple[Tensor, Tensor, float]]]:
     try:
         yield from layer.factors(name).items()
-    except ValueError:  # a bias of the adapter's own beside a layer that has none
+    except ValueError:  # the adapter has a bias, the layer has none
         raise CannotTell from None

@@ -1,8 +1,8 @@
-"""Calls of the compiled ops and of the functions around them: half of them right, half of them changed."""
+"""Fuzzes the compiled ops and lora_ext.functional; half of the calls are valid."""
 
 from __future__ import annotations
 
-from . import ops_backward, ops_merge  # noqa: F401  they register their makers
+from . import ops_backward, ops_merge  # noqa: F401  registers their makers
 from .areas import Case
 from .choices import Choices
 from .functions import FUNCTIONS
@@ -10,7 +10,7 @@ from .mutations import mutate
 from .ops import OPS
 from .outcomes import run_call
 
-# There are no kernels for the CPU: that these refuse is soon seen.
+# These have no CPU kernels, so few calls are enough to see that they refuse.
 _SELDOM = ("lora_merge_plan", "lora_merge_planned_")
 _MAKERS = [OPS[name] for name in sorted(OPS) for _ in range(1 if name in _SELDOM else 6)]
 _MAKERS += [FUNCTIONS[name] for name in sorted(FUNCTIONS) for _ in range(1 if name == "draw_seed" else 6)]

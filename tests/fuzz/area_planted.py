@@ -1,4 +1,4 @@
-"""Ops and readers of files that do what none of ours may do: each kind must be found (tests/fuzz/test_fuzz.py)."""
+"""Ops and readers of files with planted bugs; tests/fuzz/test_fuzz.py checks that each kind is found."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _hangs(x: Tensor, size: int) -> Tensor:
 
 
 def _leaves_garbage(x: Tensor, size: int) -> Tensor:
-    return torch.empty(1 << 16)  # so much that it is fresh memory
+    return torch.empty(1 << 16)  # large enough to be new memory
 
 
 def _is_wrong(x: Tensor, size: int) -> Tensor:
@@ -72,7 +72,7 @@ def _changes_its_argument(x: Tensor, size: int) -> Tensor:
 
 
 def _changes_without_a_trace(x: Tensor, size: int) -> Tensor:
-    x.data.view(-1)[:1] += 1  # no version is counted
+    x.data.view(-1)[:1] += 1  # does not increment the version
     return x.clone()
 
 
@@ -154,8 +154,8 @@ READERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-exec(f"{area_files._SETUP}\nfrom support import refusals", {})  # imports take longer than the cases here may
-COSTLY = ("crashes", "hangs", "waits_for_ever")  # the last, as the simplest choices of other cases lead to the first
+exec(f"{area_files._SETUP}\nfrom support import refusals", {})  # imports take longer than the limit of these cases
+COSTLY = ("crashes", "hangs", "waits_for_ever")  # last in NAMES, because minimising leads to the first name
 _EVERY = [*OP_NAMES, *(reader.__name__ for reader in READERS.values())]
 NAMES = sorted(_EVERY, key=lambda name: name in COSTLY)
 

@@ -1,8 +1,8 @@
-"""Calls of what takes plain values and modules: half of them right, half of them changed."""
+"""Fuzzes functions and classes that take plain values and modules; half of the calls are valid."""
 
 from __future__ import annotations
 
-from . import python_analysis  # noqa: F401  it registers its makers
+from . import python_analysis  # noqa: F401  registers its makers
 from .areas import Case
 from .choices import Choices
 from .mutations import mutate

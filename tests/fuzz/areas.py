@@ -1,4 +1,4 @@
-"""The areas that can be fuzzed, by name. An area makes a case of choices and runs it."""
+"""The fuzzers' areas by name. An area makes a case from choices and runs it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .outcomes import Outcome
 
 @dataclass
 class Case:
-    """A case that is ready to run: what it is about, the program that it is, and the run itself."""
+    """A case that is ready to run: the function under test, the case as a program, and its run."""
 
     function: str
     source: str
@@ -26,11 +26,11 @@ AREAS = {
     "adapter_files": "adapters and saved methods on disk, with changes in their files",
     "checkpoints": "checkpoints and records of merges on disk, with changes in their files",
     "data_files": "labelled texts as CSV, TSV and JSONL, with changes",
-    "result_files": "what compare, sweep and finetune leave, with changes, as report reads it",
+    "result_files": "results of compare, sweep and finetune, with changes, as report reads them",
 }
 OF_FILES = [area for area in AREAS if area.endswith("_files") or area == "checkpoints"]
-# How many cases of each area `make test` runs, from the seeds 0, 1, 2 ...: about a minute for calls, and one for files,
-# on two quiet cores.
+# Number of cases of each area in `make test`, from the seeds 0, 1, 2 ...: on two quiet cores about a minute for calls
+# and one for files.
 FIXED_CASES = {
     "ops": 5000,
     "values": 2500,

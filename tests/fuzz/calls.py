@@ -1,4 +1,4 @@
-"""A call as it is run and printed: lines that make its arguments, the call, and what its results must be."""
+"""A call as it is run and printed: source of its arguments, the call, and the oracle of its results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ IMPORTS = "import numpy\nimport torch\nimport lora_ext"
 
 
 class CannotTell(Exception):
-    """An oracle's: for these arguments there is nothing to compare with."""
+    """Raised by an oracle that has nothing to compare with for these arguments."""
 
 
 @dataclass
@@ -21,17 +21,17 @@ class Call:
     """One call of a function.
 
     Attributes:
-        function: what is called, as it is counted and written.
-        arguments: what they are made from, by name. All are passed by name, except those that begin with "_", of which
-            others are made.
-        oracle: compares the result with what it must be: ``oracle(before, result, after)`` gets the arguments as they
-            were, what came back, and the arguments as they are now. Raises :class:`WrongResult` or :class:`CannotTell`.
+        function: the function's dotted name.
+        arguments: sources of the arguments, all passed by name. Names that start with "_" are not passed; others use
+            them.
+        oracle: checks the result: ``oracle(before, result, after)`` gets the arguments before the call, the result,
+            and the arguments after it. Raises :class:`WrongResult` or :class:`CannotTell`.
         changes: the arguments that the function may change.
-        around: a context manager to call it in, as source, or "".
-        after: lines that use the result: part of the call.
-        differentiated: what gradients are taken of, as source; "": none are.
+        around: source of a context manager around the call, or "".
+        after: further lines of the call, which use the result.
+        differentiated: source of the outputs to differentiate; "": none.
         mutated: the arguments that may be wrong.
-        words: that a message may name instead of the function or an argument.
+        words: words that a message may contain instead of the function or an argument.
     """
 
     function: str
@@ -64,7 +64,7 @@ class Call:
         return self.setup() + self.body() + self.backward()
 
 
-# Of all outputs that have any, after a fixed pattern, to those arguments that ask.
+# Computes gradients of all outputs that have any, with a fixed pattern.
 GRADIENTS = """
 outputs = [t for t in differentiated if t.requires_grad]
 if outputs:

@@ -1,8 +1,7 @@
-"""Many cases of an area in several processes: counted, and each kind of finding made as small as it gets."""
+"""Runs many cases of an area in several processes, counts outcomes, and minimises each kind of finding."""
 
 from __future__ import annotations
 
-import itertools
 import tempfile
 import threading
 import time
@@ -19,7 +18,7 @@ KINDS = ("compared", "accepted", "refused", "void", "crash", "hang")
 
 @dataclass
 class Found:
-    """A kind of finding: the first case that had it, the smallest, and how many had it."""
+    """A kind of finding: the first case with it, the smallest one, and the number of cases."""
 
     finding: Finding
     first: Report
@@ -51,7 +50,7 @@ class Campaign:
         return f"{self.area}: {self.total} cases in {seconds:.0f} s: {said}"
 
     def table(self) -> str:
-        """How often each function was called, and what became of it."""
+        """Formats how often each function was called, with which outcomes."""
         rows = [("", "calls", *KINDS)]
         totals: Counter[str] = Counter()
         for function, counter in sorted(self.counts.items()):
@@ -79,10 +78,10 @@ def run(
     clock_seconds: float = CLOCK_SECONDS,
     costly_tries: int = 25,
 ) -> Campaign:
-    """Runs the cases of all seeds, or those that begin within ``seconds``.
+    """Runs the cases of all seeds, or those that start within ``seconds``.
 
-    ``only``: kinds of findings that count. A case is stopped after so much time of a processor, or of a clock.
-    ``costly_tries``: to make a case smaller that takes seconds, or a new process.
+    ``only``: kinds of findings to report. ``processor_seconds``, ``clock_seconds``: limits after which a case is
+    stopped. ``costly_tries``: attempts to minimise a case that takes seconds or a new process.
     """
     campaign, lock = Campaign(area), threading.Lock()
     source, end = iter(seeds), None if seconds is None else time.monotonic() + seconds
@@ -129,7 +128,7 @@ def run(
 
 
 def smallest(worker: Worker, report: Report, finding: Finding, costly_tries: int) -> tuple[Report, Finding]:
-    """The smallest case found that has a finding of the same signature."""
+    """Minimises a case; returns the smallest one whose finding has the same signature."""
     best, best_finding = report, finding
 
     def fails(choices: list[int]) -> bool:
@@ -142,13 +141,9 @@ def smallest(worker: Worker, report: Report, finding: Finding, costly_tries: int
         return same is not None
 
     before = worker.processor_seconds, worker.clock_seconds
-    # A smaller case may hang where this one does not.
+    # A smaller case can hang even if this one does not.
     worker.processor_seconds, worker.clock_seconds = (min(*pair) for pair in zip(before, (10.0, 20.0), strict=True))
     is_costly = finding.kind in ("crash", "hang", "slow", "memory")
     smaller(report.choices, fails, tries=costly_tries if is_costly else 250)
     worker.processor_seconds, worker.clock_seconds = before
     return best, best_finding
-
-
-def endless(first: int) -> Iterable[int]:
-    return itertools.count(first)

@@ -1,7 +1,7 @@
-"""The random numbers that a case is made of: drawn from a seed and written down, or given again.
+"""The random numbers that define a case: drawn from a seed and recorded, or replayed.
 
-A generator that takes all it needs from a :class:`Choices` can be replayed, and what it makes can be made smaller
-without knowing what it is: zero is the simplest of every choice, and a list that is too short goes on with zeros.
+A generator that takes all its randomness from :class:`Choices` can be replayed, and its output can be minimised without
+knowing what it is: zero is the simplest choice, and a list that is too short continues with zeros.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Choices:
-    """A source of choices; ``made`` holds those that were taken."""
+    """A source of choices; ``made`` records them."""
 
     def __init__(self, seed: int | str = 0, replay: Sequence[int] | None = None):
         self._random = random.Random(seed)
@@ -45,24 +45,24 @@ class Choices:
 
 
 def smaller(choices: Sequence[int], fails: Callable[[list[int]], bool], tries: int = 300) -> list[int]:
-    """Choices as small as can be found in so many tries for which ``fails`` still holds.
+    """Finds smaller choices, within ``tries`` tries, for which ``fails`` still holds.
 
-    Takes out blocks of choices, then makes each of them smaller, until neither changes anything.
+    Removes blocks of choices, then makes the choices smaller, until neither changes anything.
     """
-    best, left = list(choices), tries
+    best, remaining = list(choices), tries
 
     def holds(candidate: list[int]) -> bool:
-        nonlocal best, left
-        if left <= 0 or candidate == best:
+        nonlocal best, remaining
+        if remaining <= 0 or candidate == best:
             return False
-        left -= 1
+        remaining -= 1
         if not fails(candidate):
             return False
         best = candidate
         return True
 
     before: list[int] | None = None
-    while best != before and left > 0:
+    while best != before and remaining > 0:
         before = best
         for size in (32, 8, 2, 1):
             at = len(best) - size

@@ -1,8 +1,8 @@
-"""Results against the same formula in float64, with a bound for what rounding may do.
+"""Compares results with the same formula in float64, within a bound for rounding errors.
 
-The bound of an element is the value of the formula for the absolute values of everything in it, which is what its
-rounding errors are proportional to, times the units of the dtypes that it went through. What would overflow on the way
-is not compared; where the exact result is finite and far from overflow, ours must be too.
+The bound of an element is the formula's value for the absolute values of all operands, which rounding errors are
+proportional to, times the units of the dtypes involved. Elements that could overflow on the way are not compared; where
+the exact result is finite and far from overflow, ours must be finite, too.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _SIXTEEN = (torch.bfloat16, torch.float16)
 
 
 class WrongResult(Exception):
-    """The result differs from that of the formula."""
+    """Raised if a result differs from the formula's."""
 
 
 def plain(value: Any) -> Any:
-    """A copy without history, of lists of tensors too; leaves that require gradients stay so."""
+    """Copies tensors, also in lists, without history; leaves that require gradients still do."""
     if isinstance(value, Tensor):
         if lacks_memory(value) or (value.is_quantized and value.is_neg()):
-            raise CannotTell  # PyTorch does not refuse to copy these, it crashes
+            raise CannotTell  # PyTorch crashes when it copies these
         return value.detach().clone().requires_grad_(value.is_leaf and value.requires_grad)
     if isinstance(value, (list, tuple)):
         return [plain(entry) for entry in value]
@@ -37,7 +37,7 @@ def plain(value: Any) -> Any:
 
 
 def lacks_memory(tensor: Tensor) -> bool:
-    """Whether some of a tensor's elements lie outside of its storage: PyTorch reads them all the same."""
+    """Whether some of a tensor's elements lie outside its storage; PyTorch reads them anyway."""
     if tensor.layout != torch.strided or tensor.is_meta or tensor.numel() == 0 or tensor.is_nested:
         return False
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -54,7 +54,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors of as many elements hold the same bits, of NaNs and zeros too."""
+    """Whether two tensors of equal size hold the same bits, including those of NaNs and zeros."""
     bits = (tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in (first, second))
     return first.dtype == second.dtype and torch.equal(*bits)
 
@@ -71,7 +71,7 @@ def share_memory(values: Sequence[Any]) -> bool:
 
 
 def _in_float64(value: Any, absolute: bool) -> Any:
-    """An argument as a formula takes it, or the absolute values of all in it."""
+    """Converts an argument, or its absolute values, to float64."""
     if isinstance(value, Tensor):
         return _wide(value, absolute)
     if isinstance(value, (list, tuple)):
@@ -97,9 +97,9 @@ def check_close(
     computed_in: torch.dtype,
     keeps_nan: bool = True,
 ) -> None:
-    """``actual`` within the bound of ``expected``: after ``steps`` additions, computed in the dtype of x.
+    """Checks ``actual`` against ``expected`` within the bound after ``steps`` additions in ``computed_in``.
 
-    A NaN must be one in the result, too, unless something may have taken it out, as dropout does.
+    A NaN must stay one, unless ``keeps_nan`` is False, as with dropout, which can drop it.
     """
     if tuple(actual.shape) != tuple(expected.shape):
         raise WrongResult(f"{what} has shape {list(actual.shape)}, want {list(expected.shape)}")
@@ -125,14 +125,14 @@ def check_close(
 
 
 def check_scale(before: Mapping[str, Any], computed_in: torch.dtype) -> None:
-    """CannotTell where the factor of an update would overflow by itself: times a zero it is NaN."""
+    """Raises CannotTell if the factor of an update overflows by itself: times zero it is NaN."""
     largest = max(abs(float(scaling)) for scaling in [before.get("scaling", 0.0), *before.get("scalings", [])])
     if largest * rescale(before.get("dropout_p", 0.0)) > torch.finfo(accumulation_dtype(computed_in)).max / 4:
         raise CannotTell
 
 
 def rescale(dropout_p: float) -> float:
-    """The factor of what dropout keeps."""
+    """Factor of the values that dropout keeps."""
     return 65536.0 / (65536.0 - reference.dropout_threshold(float(dropout_p)))
 
 
@@ -144,14 +144,14 @@ def against_formula(
     computed_in: torch.dtype,
     magnitude_formula: Callable[..., Sequence[Tensor]] | None = None,
 ) -> None:
-    """Compares results and, where there are any, the gradients that the call left in its arguments.
+    """Compares results and the gradients that the call left in its arguments, if any.
 
-    ``formula`` takes the arguments by name, as float64, and returns what ``results`` are.
+    ``formula`` takes the arguments by name, in float64, and returns the expected ``results``.
     """
     if any(tensor.is_meta for tensor in [*tensors_in(list(before.values())), *results]):
         raise CannotTell
     if any(map(_has_subnormals, tensors_in(list(before.values())))):
-        raise CannotTell  # what multiplies pairs of bfloat16 takes them for zeros, as the processor's instruction does
+        raise CannotTell  # the processor's instruction for pairs of bfloat16 treats them as zeros
     if any(tensor.dtype not in FLOATING for tensor in results):
         raise WrongResult(f"results have dtypes {[tensor.dtype for tensor in results]}")
     check_scale(before, computed_in)
@@ -172,7 +172,7 @@ def against_formula(
     leaves = [(name, i, t) for name in before if name in after for i, t in enumerate(tensors_in(after[name]))]
     leaves = [(name, i, leaf) for name, i, leaf in leaves if leaf.is_leaf and leaf.grad is not None]
     if not leaves or share_memory([after[name] for name in before if name in after]):
-        return  # of arguments that are views of each other, each gets what the others get
+        return  # arguments that are views of each other share gradients
     for outputs, sign in ((expected, None), (magnitudes, torch.abs)):
         pairs = [
             (o, torch.linspace(-1, 1, o.numel()).to(r.dtype).double().view(o.shape))

@@ -1,4 +1,4 @@
-"""Files as they should be, which the mutator then changes: adapters, methods, checkpoints, records, data, results."""
+"""Makes valid files, which the mutator then changes: adapters, methods, checkpoints, records, data, results."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def base(function: Callable[[Path], None]) -> Callable[[Path], None]:
 
 
 def make_base(name: str, directory: Path) -> Path:
-    """A copy of the files in ``directory``, which must not be there yet."""
+    """Copies the files to ``directory``, which must not exist yet."""
     return Path(shutil.copytree(original(name), directory, symlinks=True))
 
 
 @functools.cache
 def original(name: str) -> Path:
-    """The files, made once for all processes that share a folder."""
+    """Makes the files once for all processes that share a folder; returns their directory."""
     made = folder() / name
     with made.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -46,7 +46,7 @@ def original(name: str) -> Path:
 
 @functools.cache
 def folder() -> Path:
-    """The directory for all files: a temporary one of the parent process, which removes it."""
+    """Directory for all files: a temporary one that the parent process removes."""
     return Path(os.environ.get("FUZZ_FOLDER") or tempfile.mkdtemp(prefix="fuzz-"))
 
 
@@ -67,7 +67,7 @@ def _filled(model: nn.Module) -> nn.Module:
 
 @base
 def adapter(directory: Path) -> None:
-    """An adapter of :func:`net` with several kinds of entries, and the same as ``adapter_model.bin``."""
+    """Makes an adapter of :func:`net` with several kinds of entries, and the same as ``adapter_model.bin``."""
     from lora_ext import LoraConfig, inject, save_adapter
 
     config = LoraConfig(
@@ -104,7 +104,7 @@ def method(directory: Path) -> None:
 
 @base
 def checkpoint(directory: Path) -> None:
-    """A checkpoint in two files, another that differs from it, and an adapter."""
+    """Makes a checkpoint in two files, another that differs from it, and an adapter."""
     from support.checkpoint_files import save_checkpoint
 
     from lora_ext import LoraConfig, inject, save_adapter
@@ -121,7 +121,7 @@ def checkpoint(directory: Path) -> None:
 
 @base
 def every(directory: Path) -> None:
-    """A checkpoint with layers of every kind, and PEFT's adapter of all of them."""
+    """Makes a checkpoint with layers of every kind, and PEFT's adapter of all of them."""
     from support.checkpoint_files import EVERY_LAYER, EveryLayer, peft_adapter, save_checkpoint
 
     torch.manual_seed(0)
@@ -132,7 +132,7 @@ def every(directory: Path) -> None:
 
 @base
 def tied(directory: Path) -> None:
-    """A language model whose head is tied to its embedding, with rows that are trained and an adapter on the rest."""
+    """Makes a language model whose head is tied to its embedding; the adapter has trained rows and other layers."""
     from support.models import llama
 
     from lora_ext import LoraConfig, inject, save_adapter
@@ -146,7 +146,7 @@ def tied(directory: Path) -> None:
 
 @base
 def projections(directory: Path) -> None:
-    """A model with a weight that holds several projections, of which the adapter changes some."""
+    """Makes a model with a packed projection; the adapter changes some of its parts."""
     from support.models import gpt2
 
     from lora_ext import LoraConfig, inject, save_adapter
@@ -162,7 +162,7 @@ def projections(directory: Path) -> None:
 
 @base
 def record(directory: Path) -> None:
-    """A checkpoint that ``merge --record`` wrote: low-rank updates, rows, modules trained in full, new tensors."""
+    """Makes a checkpoint with ``merge --record``: low-rank updates, rows, fully trained modules, new tensors."""
     from support.checkpoint_files import save_checkpoint
 
     from lora_ext import LoraConfig, inject, save_adapter
@@ -197,7 +197,7 @@ def data(directory: Path) -> None:
 
 @base
 def results(directory: Path) -> None:
-    """Results of compare and sweep on the demo, and of finetune on a tiny model."""
+    """Copies results of compare and sweep on the demo; makes those of finetune on a tiny model."""
     from support import tiny_classifier
 
     from lora_ext.tasks.finetune.run import finetune

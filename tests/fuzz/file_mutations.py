@@ -1,4 +1,4 @@
-"""Changes of files: of their bytes, of the JSON in them, of tables, and of what stands in their places."""
+"""Changes files: their bytes, their JSON, their tables, or replaces them by links, pipes and directories."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from .choices import Choices
 
-# In the place of a value of JSON. Texts that a page must not show as elements; names that lead elsewhere.
+# Replacements of a JSON value; some are HTML that a page must escape, or paths that lead elsewhere.
 VALUES: tuple[Any, ...] = (
     None,
     True,
@@ -65,7 +65,7 @@ _BIG: tuple[Callable[[], Any], ...] = (
     lambda: _nested(100_000),
     lambda: {"k": _nested(2_000)},
 )
-_MOST_BYTES = 1 << 21  # of what a file becomes
+_MOST_BYTES = 1 << 21  # of a changed file
 
 
 def _nested(depth: int) -> Any:
@@ -76,7 +76,7 @@ def _nested(depth: int) -> Any:
 
 
 def mutate_file(choices: Choices, path: Path, others: list[Path]) -> None:
-    """Changes a file in one to three ways, or what stands in its place."""
+    """Changes a file in one to three ways, or replaces it."""
     if choices.chance(4):
         _replace(choices, path, others)
         return
@@ -94,7 +94,7 @@ def _replace(choices: Choices, path: Path, others: list[Path]) -> None:
     elif what == 2:
         path.symlink_to(path.name)
     elif what == 3:
-        os.mkfifo(path)  # which nobody writes to
+        os.mkfifo(path)  # without a writer
     elif what == 4:
         path.symlink_to("/dev/zero")
     elif what == 5:
@@ -120,14 +120,14 @@ def _changed_bytes(choices: Choices, content: bytes, others: list[Path]) -> byte
     what, size = choices.integer(9), len(content)
     at = choices.integer(size + 1)
     length = min(choices.pick((1, 2, 8, 64, 1000)), size - at)
-    if what == 0:  # a bit
+    if what == 0:  # flips a bit
         return content[:at] + bytes([content[at] ^ (1 << choices.integer(8))]) + content[at + 1 :] if at < size else b""
     if what == 1:
         return content[:at]
     if what == 2:
         return content[:at] + content[at + length :]
     if what == 3:
-        return content[: at + length] + content[at:]  # a part twice
+        return content[: at + length] + content[at:]  # repeats a part
     if what == 4:
         return content[:at] + bytes(choices.integer(256) for _ in range(length)) + content[at + length :]
     if what == 5:
@@ -152,7 +152,7 @@ def _changed_json(choices: Choices, content: bytes) -> bytes:
 
 
 def _changed_value(choices: Choices, value: Any) -> Any:
-    """A value of JSON in which one place was changed."""
+    """Changes one place of a JSON value."""
     if isinstance(value, dict) and value and choices.chance(85):
         key = choices.pick(list(value))
         what = choices.integer(10)
@@ -178,11 +178,11 @@ def _changed_value(choices: Choices, value: Any) -> Any:
 
 
 def _changed_text(choices: Choices, text: str) -> str:
-    """Text of JSON, mostly as it is; or with something that is not JSON, or that readers may take in different ways."""
+    """Returns JSON text, mostly unchanged; sometimes invalid, or ambiguous between readers."""
     if not choices.chance(20):
         return text
     what = choices.integer(7)
-    if what == 0:  # each key twice, first with another value
+    if what == 0:  # a duplicate key
         return text.replace("{", '{"r": 1, "r": 2, ', 1)
     if what == 1:
         return "\ufeff" + text
@@ -239,7 +239,7 @@ def _changed_table(choices: Choices, content: bytes) -> bytes:
         del cells[column]
     elif what == 2:
         cells.insert(column, choices.pick((*_CELLS, cells[column])))
-    elif what == 3:  # all lines, so that the table has a column twice
+    elif what == 3:  # a column twice
         return b"\n".join(line + comma + line.split(comma)[-1] for line in lines)
     elif what == 4:
         return content.replace(b"\n", choices.pick((b"\r\n", b"\r", b"\n\n")))
@@ -253,7 +253,7 @@ def _changed_table(choices: Choices, content: bytes) -> bytes:
 
 
 def _changed_header(choices: Choices, content: bytes) -> bytes:
-    """A safetensors file with a header that was changed as JSON, or that claims another length."""
+    """Changes a safetensors file's header as JSON, its claimed length, or the data."""
     if len(content) < 8:
         return _changed_bytes(choices, content, [])
     (length,) = struct.unpack("<Q", content[:8])

@@ -1,4 +1,4 @@
-"""Compares what our readers make of files with what independent readers find."""
+"""Compares the results of our readers with those of independent readers."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .compare import WrongResult, same_bits
 
 
 def _by_library(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors that the safetensors library reads. WrongResult: it refuses a file that we accepted."""
+    """Reads tensors with the safetensors library. WrongResult: it refuses a file that we accepted."""
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise WrongResult(f"taken, but the safetensors library refuses {path.name}: {error}") from None
+        raise WrongResult(f"accepted, but the safetensors library refuses {path.name}: {error}") from None
 
 
 def check_adapter(files: Path, result: Any, space: dict[str, Any]) -> None:
-    """Checks that an adapter that was loaded and saved again has the tensors that the library reads in the file."""
+    """Checks that an adapter, loaded and saved again, has the tensors that the library reads from the file."""
     from lora_ext import save_adapter
 
     theirs = _by_library(files / "adapter" / "adapter_model.safetensors")
@@ -37,14 +37,9 @@ def check_adapter(files: Path, result: Any, space: dict[str, Any]) -> None:
         ours = load_file(Path(directory) / "again" / "adapter_model.safetensors")
     for key in ours.keys() & theirs.keys():
         if not torch.equal(ours[key].nan_to_num(), theirs[key].to(ours[key].dtype).nan_to_num()):
-            raise WrongResult(f"{key} is not what the file holds")
+            raise WrongResult(f"{key} differs from the file")
     if missing := [key for key in theirs if key not in ours and "lora_" in key]:
         raise WrongResult(f"{missing[0]} of the file was left out")
-
-
-def check_method(files: Path, result: Any, space: dict[str, Any]) -> None:
-    for path in (files / space["which"]).glob("*.safetensors"):
-        _by_library(path)
 
 
 def _shards(directory: Path) -> dict[str, torch.Tensor]:
@@ -59,7 +54,7 @@ def check_inspected(files: Path, result: Any, space: dict[str, Any]) -> None:
 
 
 def check_merged(files: Path, report: Any, space: dict[str, Any]) -> None:
-    """Every tensor is the base's plus the adapter's update, multiplied out here."""
+    """Checks that every tensor is the base's plus the adapter's update, multiplied out here."""
     from lora_ext import LoraConfig
 
     base, factors, out = (_shards(files / name) for name in ("base", "adapter", "out"))
@@ -68,7 +63,7 @@ def check_merged(files: Path, report: Any, space: dict[str, Any]) -> None:
         path = key.removesuffix(".weight")
         A, B = (factors.get(f"base_model.model.{path}.lora_{which}.weight") for which in "AB")
         if key not in base:
-            raise WrongResult(f"{key} is in the output, and not in the base")
+            raise WrongResult(f"{key} is in the output but not in the base")
         if A is None or B is None:
             same = tensor.shape == base[key].shape and torch.equal(
                 tensor.nan_to_num(), base[key].to(tensor.dtype).nan_to_num()
@@ -82,24 +77,24 @@ def check_merged(files: Path, report: Any, space: dict[str, Any]) -> None:
             continue  # an embedding's factors, a parameter's
         expected = base[key].double() + config.scaling_for(path) * (B.double() @ A.double())
         if not torch.allclose(tensor.double(), expected, rtol=1e-2, atol=1e-3, equal_nan=True):
-            raise WrongResult(f"{key} is not the base's and the update")
+            raise WrongResult(f"{key} is not the base's plus the update")
 
 
 def check_unmerged(files: Path, report: Any, space: dict[str, Any]) -> None:
-    """Checks that a result that is called exact has the bits of the base."""
+    """Checks that a result reported as exact has the bits of the base."""
     if not report.exact:
         return
     original, out = file_bases.original("record") / "base", files / "out"
     theirs, ours = _shards(original), _shards(out)
     if theirs.keys() != ours.keys():
-        raise WrongResult(f"said to be exact, but {sorted(theirs.keys() ^ ours.keys())} differ")
+        raise WrongResult(f"reported as exact, but {sorted(theirs.keys() ^ ours.keys())} differ")
     for key, tensor in theirs.items():
         if tensor.shape != ours[key].shape or not same_bits(tensor, ours[key]):
-            raise WrongResult(f"said to be exact, but {key} has not the bits of the base")
+            raise WrongResult(f"reported as exact, but {key} does not have the bits of the base")
 
 
 def check_examples(files: Path, examples: Any, space: dict[str, Any]) -> None:
-    """The texts and labels that a plain reader finds in each line."""
+    """Checks texts and labels against a plain reader's."""
     path = files / space["which"]
     text = path.read_bytes().decode("utf-8-sig")
     if path.suffix == ".jsonl":
@@ -110,7 +105,7 @@ def check_examples(files: Path, examples: Any, space: dict[str, Any]) -> None:
         csv.field_size_limit(1 << 24)
         header, *rows = [row for row in csv.reader(io.StringIO(text, newline=""), **options) if row]
         if header.count("text") != 1 or header.count("label") != 1:
-            raise WrongResult(f"taken, with the columns {header}")
+            raise WrongResult(f"accepted, with the columns {header}")
         expected = [(row[header.index("text")], row[header.index("label")]) for row in rows]
     if [(example.text, example.label) for example in examples] != expected:
         raise WrongResult("the texts or labels are not those of the file")
@@ -121,4 +116,4 @@ def check_examples(files: Path, examples: Any, space: dict[str, Any]) -> None:
 def check_page(files: Path, page: Any, space: dict[str, Any]) -> None:
     html = Path(page).read_text(encoding="utf-8")
     if "<script>alert(1)" in html or "<img src=x" in html:
-        raise WrongResult("text of a file stands in the page as an element")
+        raise WrongResult("the page contains a file's text as an element")

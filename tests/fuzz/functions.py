@@ -1,4 +1,4 @@
-"""Calls of lora_ext.functional that must be right: one maker for each public name."""
+"""Makes valid calls of lora_ext.functional: one maker for each public name."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def lora_delta_(choices: Choices) -> Call:
 
 def _with_drawn_seed(before: dict) -> dict:
     if before.get("dropout_p", 0.0) > 0 and before.get("seed") is None:
-        raise CannotTell  # of whatever mask was drawn
+        raise CannotTell  # the function drew the mask
     return before
 
 
@@ -96,7 +96,7 @@ def bottleneck(choices: Choices) -> Call:
     def formula(**a):
         return [reference.bottleneck(**a)]
 
-    def sizes(activation="", **a):  # every activation is at most its argument's size, give or take an eighth
+    def sizes(activation="", **a):  # every activation is at most its argument's size plus an eighth
         return [1.2 * reference.bottleneck(activation="identity", **a)]
 
     def oracle(before, result, after):
@@ -141,7 +141,7 @@ def lora_merge_(choices: Choices) -> Call:
             again = after["weight"].detach().clone()
             functional.lora_unmerge_(again, result)
             if again.numel() and not same_bits(again, before["weight"]):
-                raise WrongResult("merged and unmerged, the weight has not the bits of before")
+                raise WrongResult("after merge and unmerge the weight has other bits")
 
     return Call(_function("lora_merge_"), values, oracle, changes=("weight",))
 
@@ -158,7 +158,7 @@ def lora_unmerge_(choices: Choices) -> Call:
         if call.mutated or result is not after["weight"]:
             raise CannotTell
         if result.numel() and not same_bits(result, after["original"]):
-            raise WrongResult("unmerged, the weight has not the bits of before")
+            raise WrongResult("after unmerge the weight has other bits")
 
     call.oracle = oracle
     return call
@@ -166,7 +166,7 @@ def lora_unmerge_(choices: Choices) -> Call:
 
 @maker
 def MergeRecord(choices: Choices) -> Call:
-    """A record of anything, given to lora_unmerge_."""
+    """Makes an arbitrary record and passes it to lora_unmerge_."""
     dtype = choices.pick(("float32", "bfloat16", "float64", "float16"))
     acc, rank = acc_name(dtype), choices.pick(RANKS)
     size_out, size_in = choices.pick(MERGE_SIZES), choices.pick(MERGE_SIZES)
@@ -184,7 +184,3 @@ def MergeRecord(choices: Choices) -> Call:
         after=f"unmerged = torch.zeros({size_out}, {size_in}, dtype=torch.{dtype})\n"
         "lora_ext.functional.lora_unmerge_(unmerged, result)\nresult.nbytes, result.to(torch.device('cpu'))\n",
     )
-
-
-def public_functions() -> list[str]:
-    return sorted(functional.__all__)

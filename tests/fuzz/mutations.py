@@ -1,4 +1,4 @@
-"""Turns the arguments of a call that is right into something that may not be."""
+"""Changes the arguments of a valid call, which can make it invalid."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ OTHERS = (
 
 
 def mutate(choices: Choices, arguments: dict[str, Value]) -> tuple[dict[str, Value], list[str]]:
-    """A copy of the arguments with one to three changes, and the names of those that were changed."""
+    """Returns a copy of the arguments with one to three changes, and the names of the changed ones."""
     arguments, changed = dict(arguments), []
     for _ in range(choices.between(1, 3)):
         if not arguments:
@@ -103,7 +103,7 @@ def mutate(choices: Choices, arguments: dict[str, Value]) -> tuple[dict[str, Val
             arguments[name] = _aliased(choices, arguments[name], other, arguments[other])
         else:
             arguments[name] = _mutated(choices, arguments[name], name)
-    # What an alias names must be there before it.
+    # An alias must come after its target.
     aliases = {name: value for name, value in arguments.items() if _alias_of(value)}
     plain = {name: value for name, value in arguments.items() if name not in aliases}
     kept = {name: value for name, value in aliases.items() if _alias_of(value) in plain}
@@ -119,7 +119,7 @@ class Alias(Source):
 
 
 def _alias_of(value: Value) -> str:
-    """The argument that a value cannot do without, or ""."""
+    """Returns the argument that a value refers to, or ""."""
     if isinstance(value, Alias):
         return value.of
     return next(filter(None, map(_alias_of, value.entries)), "") if isinstance(value, ListValue) else ""

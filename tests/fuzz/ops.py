@@ -1,7 +1,8 @@
-"""Calls of the compiled ops that must be right, with what must come back: the forwards, and what all share."""
+"""Makes valid calls of the compiled ops with their oracles: the forwards, and code that all makers share."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -61,15 +62,11 @@ def tokens_shape(choices: Choices) -> tuple[int, ...]:
 
 
 def layer_sizes(choices: Choices) -> tuple[tuple[int, ...], int, int, int]:
-    """Leading dimensions of x, in_features, out_features and rank."""
+    """Picks the leading dimensions of x, in_features, out_features and rank."""
     return tokens_shape(choices), choices.pick(SIZES), choices.pick(SIZES), choices.pick(RANKS)
 
 
-def count(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+count = math.prod
 
 
 def _dropout(choices: Choices) -> dict[str, Value]:
@@ -91,7 +88,7 @@ def with_history(choices: Choices, values: dict[str, Value], names: Sequence[str
 
 
 def _autocast(before: Mapping[str, Any], names: Sequence[str], around: str) -> dict[str, Any]:
-    """The arguments as the op sees them under autocast."""
+    """Returns the arguments that the op receives under autocast."""
     if "autocast" not in around:
         return dict(before)
 
@@ -144,7 +141,7 @@ def lora_linear(choices: Choices) -> Call:
 
 
 def check_saved(before, lora_As, scalings, xa: Tensor, mask: Tensor, around: str) -> None:
-    """Checks what a forward saves for its backward: xa and the mask."""
+    """Checks the tensors that a forward saves for its backward: xa and the mask."""
     x = _autocast(before, ("x",), around)["x"].detach()
     dropout_p = before.get("dropout_p", 0.0)
     threshold = reference.dropout_threshold(dropout_p)
@@ -152,7 +149,7 @@ def check_saved(before, lora_As, scalings, xa: Tensor, mask: Tensor, around: str
     if threshold > 0:
         keep = reference.dropout_keep(int(before["seed"]), *rows.shape, dropout_p)
         if not torch.equal(reference.unpack_mask(mask, rows.shape[1]), keep):
-            raise WrongResult("mask is not the one of this seed")
+            raise WrongResult("the mask is not this seed's")
         rows = rows * keep
     elif mask.numel():
         raise WrongResult(f"there is a mask of {mask.numel()} bytes without dropout")
@@ -266,6 +263,6 @@ def lora_expand(choices: Choices) -> Call:
 
 
 def registered_ops() -> list[str]:
-    """Every op of ours that PyTorch knows."""
+    """Returns every registered op of lora_ext."""
     names = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("lora_ext::")}
     return sorted(name.removeprefix("lora_ext::") for name in names)

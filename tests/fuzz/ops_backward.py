@@ -1,4 +1,4 @@
-"""Calls of the backward ops and of the dropout mask that must be right."""
+"""Makes valid calls of the backward ops and of the dropout mask."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _backward_values(choices: Choices, has_weight: bool, num_layers: int | None)
 
 
 def _backward_formula(grad_ys, x, weights, lora_As, lora_Bs, xa, mask, scalings, dropout_p, output_mask):
-    """grad_x, the grad_As and the grad_Bs that are wanted, in float64."""
+    """Computes the requested grad_x, grad_As and grad_Bs in float64."""
     scale, has_mask = rescale(dropout_p), reference.dropout_threshold(dropout_p) > 0
     want_x, want_A, want_B = output_mask
     rows = [g.reshape(count(g.shape[:-1]), g.shape[-1]) for g in grad_ys]
@@ -92,7 +92,7 @@ def _backward_formula(grad_ys, x, weights, lora_As, lora_Bs, xa, mask, scalings,
 
 
 def _single(formula: Callable) -> Callable:
-    """The formula of one layer, whose arguments are no lists."""
+    """Wraps the formula for one layer, whose arguments are not lists."""
 
     def of_one(grad_y, x, lora_A, lora_B, xa, mask, scaling, dropout_p, output_mask, weight=None):
         weights = None if weight is None else [weight]
@@ -192,6 +192,6 @@ def lora_dropout_mask(choices: Choices) -> Call:
             raise CannotTell
         keep = reference.dropout_keep(int(before["seed"]), rows, columns, p)
         if not torch.equal(reference.unpack_mask(result, columns), keep):
-            raise WrongResult("the mask is not the one of this seed")
+            raise WrongResult("the mask is not this seed's")
 
     return Call(op("lora_dropout_mask"), values, oracle)

@@ -1,4 +1,4 @@
-"""Calls of the merge ops that must be right."""
+"""Makes valid calls of the merge ops."""
 
 from __future__ import annotations
 
@@ -13,13 +13,7 @@ from lora_ext._ops.checks import accumulation_dtype
 from .calls import Call, CannotTell
 from .choices import Choices
 from .compare import WrongResult, check_close, same_bits, share_memory
-from .ops import (
-    PACKED,
-    RANKS,
-    acc_name,
-    maker,
-    op,
-)
+from .ops import PACKED, RANKS, acc_name, maker, op
 from .values import ListValue, Source, Value, tensor
 
 MERGE_SIZES = (3, 1, 0, 2, 8, 17, 33, 64, 100, 255, 256, 257, 300, 520)
@@ -49,7 +43,7 @@ def _check_merged(before: Mapping[str, Any], weights: Sequence[Tensor]) -> None:
 
 
 def _counts(before: Mapping[str, Any]) -> list[int]:
-    """Results of each layer that are certain to be NaN or infinite."""
+    """Counts the results of each layer that are certainly NaN or infinite."""
     counts = []
     for W, A, B in zip(before["weights"], before["lora_As"], before["lora_Bs"], strict=True):
         acc = accumulation_dtype(W.dtype)
@@ -61,11 +55,11 @@ def _counts(before: Mapping[str, Any]) -> list[int]:
 def _all_same_bits(what: str, ours: Sequence[Tensor], others: Sequence[Tensor]) -> None:
     for i, (first, second) in enumerate(zip(ours, others, strict=True)):
         if first.numel() and not same_bits(first, second):
-            raise WrongResult(f"{what}: weights[{i}] has not the bits of before")
+            raise WrongResult(f"{what}: weights[{i}] has other bits than before")
 
 
 def no_sharing(before: Mapping[str, Any]) -> None:
-    """Between what is written and what is read, or the result depends on the order."""
+    """Raises CannotTell if arguments share memory: the result then depends on the order of writes."""
     if share_memory(list(before.values())):
         raise CannotTell
 
@@ -99,7 +93,7 @@ def lora_merge_record_(choices: Choices) -> Call:
     return Call(op("lora_merge_record_"), _merge_values(choices), oracle, changes=("weights",))
 
 
-# What a merge left, and what it did not.
+# A merge's record, then forged ones.
 _RECORDS = (
     ("recorded[1]", "recorded[2]"),
     ("[]", "[]"),
@@ -116,7 +110,7 @@ _RECORDS = (
 
 
 def copied(name: str) -> str:
-    """A copy of a tensor, as source; of one without memory, which PyTorch does not refuse to read, itself."""
+    """Returns source that copies a tensor; one without memory stays, because PyTorch reads it without a check."""
     return f"({name}.clone() if {name}.untyped_storage().nbytes() else {name})"
 
 
@@ -141,7 +135,7 @@ def lora_unmerge_(choices: Choices) -> Call:
 
 @maker
 def lora_merge_plan(choices: Choices) -> Call:
-    return Call(op("lora_merge_plan"), _merge_values(choices))  # there is no kernel for the CPU
+    return Call(op("lora_merge_plan"), _merge_values(choices))  # has no CPU kernel
 
 
 @maker

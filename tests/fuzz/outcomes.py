@@ -1,10 +1,9 @@
-"""Runs one call and judges what became of it."""
+"""Runs one call and judges its outcome."""
 
 from __future__ import annotations
 
 import inspect
 import re
-import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,14 +15,14 @@ from torch import Tensor
 from .calls import Call, CannotTell
 from .compare import WrongResult, lacks_memory, plain, tensors_in
 
-# Of every byte that malloc hands out: MALLOC_PERTURB_ or malloc_fill_byte, as command_line.py sets them.
+# Value of every byte of new memory: MALLOC_PERTURB_ (processes.py) or malloc_fill_byte (a sanitizer) sets it.
 POISON = 0xFE
 _OURS = (ValueError, TypeError, KeyError, RuntimeError, MemoryError)
 _NEVER = re.compile(
     r"INTERNAL ASSERT|API call failed|[Rr]eport a bug|report this|std::|bad_alloc|Traceback|NoneType' object has no"
 )
 
-# Words of PyTorch and Python that need no name: of sizes beyond all memory, of devices and paths that are no text.
+# Messages of PyTorch and Python that need no name: sizes beyond all memory, devices and paths that are not text.
 _CLEAR = re.compile(
     r"can't allocate memory: you tried to allocate|Storage size calculation overflowed|Overflow when unpa|"
     r"cannot be represented as a SymInt|Device (string|index) must|error unpacking string as utf-8|embedded null byte"
@@ -36,9 +35,9 @@ class Finding:
 
     Attributes:
         kind: crash, hang, wrong result, uninitialised, wrong exception, unclear message, changed argument ...
-        function: that was called.
-        signature: what two findings of one cause share.
-        detail: the message, values included.
+        function: the called function.
+        signature: equal for findings with the same cause.
+        detail: the message, with values.
     """
 
     kind: str
@@ -67,7 +66,7 @@ class Outcome:
 
 
 class Watched:
-    """Tensors as they were: the bits of their storages, sizes, versions, flags."""
+    """Records tensors' states: the bits of their storages, sizes, versions, flags."""
 
     def __init__(self, values: Mapping[str, Any]):
         self.states = [
@@ -84,12 +83,12 @@ class Watched:
             flags = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.requires_grad)
             return storage.nbytes(), bits, version, flags, tensor.is_neg()
         except (RuntimeError, AttributeError):
-            return None  # no strided tensor
+            return None  # not a strided tensor
 
     def changes(self, may_change: Sequence[str]) -> list[str]:
-        """Says which arguments have changed; for those that may change, whether memory around them has."""
+        """Describes changed arguments; for those that may change, changed memory around them."""
         said = []
-        # Two arguments may lie in one storage: then what the function may write is there to be written.
+        # Two arguments can share a storage: then writes to the writable one are allowed there.
         writable = [tensor for name, tensor, state in self.states if name in may_change and state is not None]
         for name, tensor, state in self.states:
             if state is None:
@@ -116,7 +115,7 @@ class Watched:
         return said
 
     def versions_kept(self, names: Sequence[str]) -> list[str]:
-        """Those of these arguments whose bits are others, and whose version counter says that they are not."""
+        """Returns the arguments whose bits changed without a change of their version counter."""
         kept = []
         for name, tensor, state in self.states:
             if name in names and state is not None and state[2] is not None and tensor._version == state[2]:
@@ -139,7 +138,7 @@ def _shares(first: Tensor, second: Tensor) -> bool:
 
 
 def _elements_of(tensor: Tensor) -> Tensor:
-    """Which bytes of its storage are elements of a tensor."""
+    """Marks the bytes of a tensor's storage that are its elements."""
     size = tensor.element_size()
     places = torch.zeros(tensor.untyped_storage().nbytes() // size, dtype=torch.bool)
     places.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(True)
@@ -149,12 +148,12 @@ def _elements_of(tensor: Tensor) -> Tensor:
 
 
 def poisoned(tensor: Tensor) -> int:
-    """Elements that nobody wrote."""
+    """Number of elements that were never written."""
     try:
         if tensor.is_meta or not tensor.is_floating_point() or tensor.numel() == 0 or tensor.numel() > 1 << 22:
             return 0
         bits = tensor.detach().contiguous().view(torch.uint8).view(tensor.numel(), tensor.element_size())
-    except RuntimeError:  # no strided tensor
+    except RuntimeError:  # not a strided tensor
         return 0
     return int((bits == POISON).all(dim=1).sum())
 
@@ -162,7 +161,7 @@ def poisoned(tensor: Tensor) -> int:
 def judge_exception(
     function: str, names: Sequence[str], error: BaseException, with_files: bool = False
 ) -> Finding | None:
-    """A finding, unless it is an exception of a kind and with words that a user can do something with."""
+    """Returns a finding unless the exception has a documented type and a useful message."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or type(error) is MemoryError or _CLEAR.search(text):
         return None
@@ -181,7 +180,7 @@ def judge_exception(
 
 
 def words_of(call: Call) -> list[str]:
-    """The names that a message about a call may be expected to have."""
+    """Returns names; a message about the call must contain one of them."""
     short = call.function.rpartition(".")[2]
     later = ["lora_unmerge_"] if call.after else []
     names = [name for name in call.arguments if len(name) > 1 or name in "xy"]
@@ -197,7 +196,7 @@ def run_call(call: Call, repeat: bool = False) -> Outcome:
         for name, value in call.arguments.items():
             exec("\n".join(value.lines(name)), space)
             if not function.startswith("torch.ops.") and not all(map(_is_for_pytorch, tensors_in(space[name]))):
-                return Outcome("void")  # also for what later arguments are made of
+                return Outcome("void")  # later arguments can depend on it
     except Exception:
         return Outcome("void")
     arguments = {name: space[name] for name in call.arguments}
@@ -249,7 +248,7 @@ def run_call(call: Call, repeat: bool = False) -> Outcome:
             kind = "compared"
             found.append(finding("wrong result", function, str(wrong)))
         except Exception as error:
-            detail = f"accepted, but the reference does not know it: {type(error).__name__}: {error}"
+            detail = f"accepted, but the reference fails: {type(error).__name__}: {error}"
             found.append(finding("accepted", function, detail))
     if repeat and kind == "compared" and not found:
         found += _again(call, outputs)
@@ -257,7 +256,7 @@ def run_call(call: Call, repeat: bool = False) -> Outcome:
 
 
 def _is_for_pytorch(tensor: Tensor) -> bool:
-    """Whether functions that go through PyTorch's own ops may have it: they read what is not there, or never end."""
+    """Whether PyTorch's ops can take it: they read missing memory, and huge tensors take for ever."""
     return not lacks_memory(tensor) and (tensor.is_nested or tensor.numel() < 1 << 24)
 
 
@@ -270,7 +269,7 @@ def _undressed(tensor: Tensor) -> Tensor:
 
 
 def _again(call: Call, outputs: Sequence[Tensor]) -> list[Finding]:
-    """The same call once more, which must give the same bits."""
+    """Repeats the call, which must give the same bits."""
     space: dict[str, Any] = {}
     exec(call.source(), space)
     arguments = [space[name] for name in call.arguments]
@@ -290,7 +289,3 @@ def parameter_names(function: Any) -> list[str]:
         return list(inspect.signature(function).parameters)
     except (TypeError, ValueError):
         return []
-
-
-def describe_stack() -> str:
-    return "".join(traceback.format_stack(sys._getframe(1), 8))

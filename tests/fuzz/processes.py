@@ -1,4 +1,4 @@
-"""Worker processes as their parent sees them: a case each call, and an end to those that do not end."""
+"""The parent's side of worker processes: runs cases in them, and stops those that hang."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from typing import Any
 from .outcomes import POISON, Finding
 
 _TESTS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-# A case takes milliseconds. Seconds of processor time, as other processes may hold this one up; and of a clock, for one
-# that waits and does not compute.
+# Limits; a case takes milliseconds. Processor time, because other processes can delay this one; clock time, for a case
+# that waits instead of computing.
 PROCESSOR_SECONDS, CLOCK_SECONDS = 30.0, 120.0
 
 
@@ -28,9 +28,9 @@ class Report:
     """How a case ended.
 
     Attributes:
-        seed: that it was made from, or None.
-        choices: that it was made of: all that is needed to make it again.
-        kind: of its outcome; "crash" and "hang" where it had none.
+        seed: the case's seed, or None.
+        choices: the case's choices, which are enough to recreate it.
+        kind: the outcome's kind; "crash" or "hang" without an outcome.
     """
 
     seed: int | str | None
@@ -42,7 +42,7 @@ class Report:
 
 
 class Worker:
-    """One process, started when it is needed and again after it died. ``folder``: for its files."""
+    """One process, started when needed and again after it died. ``folder``: for its files."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class Worker:
     def stop(self) -> None:
         if self._process is None:
             return
-        self._process.stdin.close()  # it ends by itself: a sanitizer may have something to say
+        self._process.stdin.close()  # the process then ends by itself, so that a sanitizer can report
         try:
             self._process.wait(30)
         except subprocess.TimeoutExpired:
@@ -115,7 +115,7 @@ class Worker:
             raise RuntimeError(f"{' '.join(command)} does not start:\n{self._said()}")
 
     def _reply(self, clock_seconds: float | None = None) -> dict[str, Any] | str:
-        """The next line, or "crash" or "hang"."""
+        """Returns the next reply, or "crash" or "hang"."""
         end = time.monotonic() + (clock_seconds or self.clock_seconds)
         budget = self._processor_seconds() + (clock_seconds or self.processor_seconds)
         while b"\n" not in self._unread:
@@ -126,7 +126,7 @@ class Worker:
                     return "crash"
                 self._unread += data
             elif time.monotonic() > end or self._processor_seconds() > budget:
-                self._process.send_signal(signal.SIGABRT)  # which writes where it is
+                self._process.send_signal(signal.SIGABRT)  # makes it print its stack
                 time.sleep(0.5)
                 return "hang"
         line, self._unread = self._unread.split(b"\n", 1)

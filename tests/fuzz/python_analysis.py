@@ -1,4 +1,4 @@
-"""Calls of lora_ext.analysis."""
+"""Makes calls of lora_ext.analysis."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ def _singular_values(choices: Choices) -> Value:
 
 def _analysis(name: str, values: Callable[[Choices], dict[str, Value]], check: Callable | None = None) -> None:
     def make(choices: Choices) -> Call:
-        call = Call(f"lora_ext.analysis.{name}", values(choices), check)
-        return call
+        return Call(f"lora_ext.analysis.{name}", values(choices), check)
 
     VALUES[f"lora_ext.analysis.{name}"] = make
 

@@ -1,4 +1,4 @@
-"""Calls of what takes plain values and modules: LoraConfig, layers of lora_ext.nn, methods, the planner."""
+"""Makes calls with plain values and modules: LoraConfig, layers of lora_ext.nn, methods, the planner."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def maker(name: str) -> Callable[[Maker], Maker]:
 
 
 def picked(choices: Choices, pools: Mapping[str, Sequence[str]], always: Sequence[str] = ()) -> dict[str, Value]:
-    """Some of the arguments, each one of its pool's expressions."""
+    """Picks some of the arguments, and for each one an expression of its pool."""
     return {name: Source(choices.pick(pool)) for name, pool in pools.items() if name in always or choices.chance(25)}
 
 
@@ -63,7 +63,7 @@ def lora_config(choices: Choices) -> Call:
         values.pop("layers_to_transform", None)
 
     def oracle(before, result, after):
-        if result.enable_lora is None and not result.metadata:  # which PEFT's files do not have, or not of any key
+        if result.enable_lora is None and not result.metadata:  # PEFT's files do not hold these, or not every key
             again = LoraConfig.from_dict(result.to_dict())
             if again != result:
                 raise WrongResult(f"from_dict(to_dict()) is {again}, the config {result}")
@@ -107,7 +107,7 @@ def config_from_dict(choices: Choices) -> Call:
     return call
 
 
-# What JSON can hold where something else is expected.
+# JSON values that a reader does not expect.
 JSON = (
     "None",
     "True",
@@ -173,7 +173,7 @@ def embedding_adapter(choices: Choices) -> Call:
     values = _adapter_values(choices, ("num_embeddings", "embedding_dim"))
     values.pop("lora_bias", None)
     call = Call("lora_ext.nn.EmbeddingAdapter", values, after="repr(result)\n")
-    call.words = ["LoraAdapter"]  # whose arguments most of them are
+    call.words = ["LoraAdapter"]  # most arguments are its
     return call
 
 

@@ -1,4 +1,4 @@
-"""The fuzzers themselves: each kind of bug is found, made small and printed as a program; nothing public is missed."""
+"""Tests the fuzzers: they find, minimise and print each kind of bug as a program, and call everything public."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fuzz.values import FLOATING, KINDS, LAYOUTS, OVERLAPS, TensorValue
 from lora_ext import analysis, functional
 from lora_ext import nn as layers
 
-pytestmark = pytest.mark.cpu_only("starts processes of its own")
+pytestmark = pytest.mark.cpu_only("starts processes")
 
 TESTS = Path(__file__).parents[1]
 
@@ -65,7 +65,7 @@ def _drawn(seed: int) -> list[int]:
 
 
 def times(name: str) -> int:
-    """How many cases there are of a planted bug."""
+    """Number of cases of a planted bug."""
     return 1 if name in area_planted.COSTLY else 3
 
 
@@ -84,13 +84,13 @@ def planted() -> Campaign:
 @pytest.mark.parametrize("kind", area_planted.OPS)
 def test_a_planted_op_is_found(planted, kind):
     name = f"torch.ops.lora_ext_planted.{area_planted.OPS[kind].__name__[1:]}"
-    found = [each for each in planted.found.values() if each.finding.function == name]
+    found = [entry for entry in planted.found.values() if entry.finding.function == name]
     assert found, planted.table()
-    assert any(kind.startswith(each.finding.kind) for each in found), [each.finding for each in found]
+    assert any(kind.startswith(entry.finding.kind) for entry in found), [entry.finding for entry in found]
     if kind in ("crash", "hang"):
         return  # each try takes a new process
-    # Made small: the least size that meets the bug, and the simplest tensor.
-    sizes = {int(size) for each in found for size in re.findall(r"^size = (\d+)$", each.smallest.source, re.M)}
+    # Minimised: the smallest size that triggers the bug, and the simplest tensor.
+    sizes = {int(size) for entry in found for size in re.findall(r"^size = (\d+)$", entry.smallest.source, re.M)}
     assert min(sizes) in (0, 4)
     assert any("torch.randn((2, 3), generator=torch.Generator().manual_seed(0))" in f.smallest.source for f in found)
 
@@ -98,12 +98,12 @@ def test_a_planted_op_is_found(planted, kind):
 @pytest.mark.parametrize("kind", area_planted.READERS)
 def test_a_planted_reader_is_found(planted, kind):
     name = area_planted.READERS[kind].__name__
-    found = {each.finding.kind for each in planted.found.values() if each.finding.function == name}
+    found = {entry.finding.kind for entry in planted.found.values() if entry.finding.function == name}
     assert kind in found, planted.table()
 
 
 def test_what_is_printed_is_a_program_that_fails_in_the_same_way(planted):
-    found = next(each for each in planted.found.values() if each.finding.function.endswith(".crashes"))
+    found = next(entry for entry in planted.found.values() if entry.finding.function.endswith(".crashes"))
     assert "signal SIGSEGV" in found.text() and f"seed {found.first.seed}" in found.text()
     environment = {"PYTHONPATH": f"{TESTS}:{Path(lora_ext.__file__).parent.parent}"}
     result = subprocess.run([sys.executable, "-c", found.smallest.source], env=environment, capture_output=True)
@@ -130,8 +130,8 @@ def test_every_op_and_every_function_is_called():
     assert sorted(functions.FUNCTIONS) == sorted(functional.__all__)
 
 
-# The public functions of models are those of tests/support/refusals.py, of which tests/test_refusals.py says that none is
-# missing: tests/fuzz/area_models.py calls them all.
+# tests/fuzz/area_models.py calls all public functions of models in tests/support/refusals.py; tests/test_refusals.py
+# checks that none is missing there.
 NOT_CALLED = {
     "AdapterLayer": "is abstract",
     "LORA_LAYERS": "is a list",
@@ -160,7 +160,7 @@ def test_every_kind_of_tensor_can_be_made(step):
         space: dict = {}
         try:
             exec("\n".join(["import torch", *TensorValue((3, 4), dtype, steps=[text]).lines("x")]), space)
-        except RuntimeError:  # of layouts that PyTorch has for some dtypes only
+        except RuntimeError:  # PyTorch has some layouts for some dtypes only
             continue
         made += 1
         assert space["x"].numel() == 12 or space["x"].is_nested

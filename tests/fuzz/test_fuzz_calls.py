@@ -1,4 +1,4 @@
-"""Fuzzers of everything public that takes plain values or models, from fixed seeds."""
+"""Runs the fuzzers of everything public that takes plain values or models, from fixed seeds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from fuzz import campaign
 from fuzz.areas import FIXED_CASES
 
-pytestmark = pytest.mark.cpu_only("starts processes of its own")
+pytestmark = pytest.mark.cpu_only("starts processes")
 
 
 @pytest.mark.parametrize("area", [area for area in ("values", "models") if area in FIXED_CASES])

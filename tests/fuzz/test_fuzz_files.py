@@ -1,4 +1,4 @@
-"""Fuzzers of everything that is read from disk, from fixed seeds: see tests/fuzz/area_files.py for what must hold."""
+"""Runs the fuzzers of everything that reads files, from fixed seeds; tests/fuzz/area_files.py states the rules."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import pytest
 from fuzz import campaign
 from fuzz.areas import FIXED_CASES, OF_FILES
 
-pytestmark = pytest.mark.cpu_only("starts processes of its own")
+pytestmark = pytest.mark.cpu_only("starts processes")
 
 
 @pytest.mark.parametrize("area", [area for area in OF_FILES if area in FIXED_CASES])
 def test_nothing_is_found(area):
     result = campaign.run(area, range(FIXED_CASES[area]), processes=1)
     assert not result.found, "\n".join(found.text() for found in result.found.values())
-    for function, counter in result.counts.items():  # files as they should be are read, too
+    for function, counter in result.counts.items():  # valid files are read, too
         assert counter["compared"], f"{function}\n{result.table()}"

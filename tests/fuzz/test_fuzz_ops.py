@@ -1,4 +1,4 @@
-"""The op fuzzer from fixed seeds: malformed and extreme calls, and right ones whose results are compared."""
+"""Runs the op fuzzer from fixed seeds: malformed and extreme calls, and valid ones whose results are compared."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fuzz import campaign
 from fuzz.area_ops import OPS
 from fuzz.areas import FIXED_CASES
 
-pytestmark = pytest.mark.cpu_only("starts processes of its own")
+pytestmark = pytest.mark.cpu_only("starts processes")
 
 PARTS = 2
 CUDA_ONLY = {"lora_merge_plan", "lora_merge_planned_"}
@@ -20,7 +20,7 @@ def test_nothing_is_found(part):
     count = FIXED_CASES["ops"] // PARTS
     result = campaign.run("ops", range(part * count, (part + 1) * count), processes=1)
     assert not result.found, "\n".join(found.text() for found in result.found.values())
-    # Half of the calls are right, and most of those that are not are refused.
+    # Half of the calls are valid, and most of the others are refused.
     assert sum(counter["compared"] for counter in result.counts.values()) > 0.4 * result.total, result.table()
     for name in OPS.keys() - CUDA_ONLY:
         assert result.counts[f"torch.ops.lora_ext.{name}"]["compared"], result.table()

@@ -1,6 +1,6 @@
-"""Arguments as Python source: tensors of every kind, and what else may stand in a tensor's place.
+"""Arguments as Python source: tensors of every kind, lists and other expressions.
 
-A case is run from the very lines that are printed when it fails, so that a report is a program.
+A case runs the same lines that are printed when it fails, so that a report is a program.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OTHER_DTYPES = (
     "uint32",
     "uint64",
 )
-# More elements than this have one place in memory that is read over and over: a stride of 0.
+# A tensor with more elements than this is one element in memory with a stride of 0.
 _MOST_ELEMENTS = 1 << 18
 
 # Views and copies with the same values; {t} is the tensor, {n} its last size, {shape} its shape.
@@ -39,13 +39,13 @@ LAYOUTS = {
     "unaligned": "torch.cat([{t}.new_full((1,), 77), {t}.flatten()])[1:].view({shape})",
     "the middle of a storage": "torch.cat([{t}[:1], {t}, {t}[:1]])[1:-1]",
 }
-# Other values, for which the tensor holds fewer numbers than elements.
+# Views with other values, whose elements share memory.
 OVERLAPS = {
     "rows expanded": "{t}[:1].expand({shape})",
     "columns expanded": "{t}[..., :1].expand({shape})",
     "overlapping": "{t}.contiguous().as_strided({shape}, ({ones}))",
 }
-# The same values to read, but no plain tensor without history.
+# The same values, but not a plain tensor without history.
 KINDS = {
     "parameter": "torch.nn.Parameter({t})",
     "leaf": "{t}.requires_grad_()",
@@ -71,7 +71,7 @@ FILLS = ("normal", "zeros", "one NaN", "one Inf", "all NaN", "huge", "subnormal"
 
 @dataclass
 class TensorValue:
-    """A tensor. ``steps`` are expressions of ``{t}`` that make a view of it, or something else altogether."""
+    """A tensor. ``steps`` are expressions of ``{t}`` that make a view or something else of it."""
 
     shape: tuple[int, ...]
     dtype: str = "float32"
@@ -146,7 +146,7 @@ def with_step(value: TensorValue, step: str) -> TensorValue:
 
 
 def tensor(choices: Choices, shape: tuple[int, ...], dtype: str, layouts: tuple[str, ...] = tuple(LAYOUTS)) -> Value:
-    """A tensor that an op must take: of any contents, and any of these layouts."""
+    """Makes a tensor that an op must accept: with any contents, in any of these layouts."""
     value = TensorValue(shape, dtype, choices.integer(1000))
     if choices.chance(15):
         value.fill = choices.pick(FILLS)

@@ -1,9 +1,9 @@
-"""A process that runs cases one after the other, as it is told on its standard input.
+"""A process that runs the cases requested on its standard input.
 
     python -m fuzz.worker AREA
 
-A request is a line of JSON, {"seed": ...} or {"choices": [...]}. Before a case is run, a line says what it is; after
-it, what became of it: where there is no second line, the case has ended the process.
+A request is a line of JSON, {"seed": ...} or {"choices": [...]}. A line before the run describes the case; a line after
+it gives the outcome. Without the second line, the case has ended the process.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import traceback
 import warnings
 from typing import Any
 
-_ADDRESS_SPACE = 2 << 30  # bytes beyond what python and torch take: a larger request is refused, not tried
+_ADDRESS_SPACE = 2 << 30  # bytes beyond python and torch; larger requests are refused
 
 
 def _limit_memory() -> None:
@@ -30,7 +30,7 @@ def _limit_memory() -> None:
 def main() -> None:
     area = sys.argv[1]
     out = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever is printed is no reply
+    os.dup2(2, 1)  # keeps printed text out of the replies
     warnings.simplefilter("ignore")
     import torch
 
@@ -38,7 +38,7 @@ def main() -> None:
     from .choices import Choices
 
     torch.set_num_threads(2)
-    make_case(area, Choices(0))  # imports what it needs
+    make_case(area, Choices(0))  # imports the area's modules
 
     def say(**reply: Any) -> None:
         out.write(json.dumps(reply) + "\n")
@@ -53,7 +53,7 @@ def main() -> None:
             say(function=case.function, source=case.source, choices=choices.made)
             outcome = case.run()
             say(kind=outcome.kind, findings=[finding.as_json() for finding in outcome.findings])
-        except Exception:  # of the fuzzer's own
+        except Exception:  # a bug of the fuzzer
             say(error=traceback.format_exc())
 
 

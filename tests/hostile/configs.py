@@ -1,4 +1,4 @@
-"""Contents of ``adapter_config.json``, of about a megabyte, that are made to cost time or memory, or to confuse."""
+"""Hostile contents of ``adapter_config.json``, of about a megabyte: they cost time or memory, or confuse."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 MEGABYTE = 1_000_000
-WIDTH = 12  # of the model, which has the names of BERT-base
+WIDTH = 12  # of the model, which has BERT-base's names
 SMALL = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["query"]}
 """Adapts the queries of BERT."""
 
-CATASTROPHIC = {  # none ends with a single character, which regex would look for first
+CATASTROPHIC = {  # none ends with a single character, which regex would search for first
     "nested": r"(\w+\.?)+[!?]",
     "alternatives in a repeat": r"((\w|[a-z])+\.?)+(?:$(?<=!)|!)",
     "nested dots": r"(.*a*)*$[!?]",
@@ -42,7 +42,7 @@ def numbers() -> list[int]:
 
 
 def dotted() -> list[str]:
-    """Names of one length with their dots at different places."""
+    """Names of equal length with dots at different places."""
     return ["".join("." if number >> i & 1 else "attentionquerykey"[i] for i in range(16)) for number in range(2**15)]
 
 
@@ -53,7 +53,7 @@ def with_expression(key: str, expression: str) -> dict[str, Any]:
 
 
 def configs() -> dict[str, tuple[str | bytes, str | None]]:
-    """The text of a config, and words that the error has, by the kind of attack; "" where it loads, None for either."""
+    """Returns a config's text and words of the error, by kind of attack; "": it loads; None: either is fine."""
     fine = ""
     found: dict[str, tuple[dict[str, Any] | str | bytes, str | None]] = {
         f"{key}, {name}": (with_expression(key, expression), None)

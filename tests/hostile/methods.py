@@ -1,4 +1,4 @@
-"""Contents of ``method.json`` that are made to cost time or memory, or to confuse."""
+"""Hostile contents of ``method.json``: they cost time or memory, or confuse."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .configs import MEGABYTE
 
 
 def methods() -> dict[str, tuple[str, str]]:
-    """The text of a file, and words that the error has, by the kind of attack."""
+    """Returns a file's text and words of the error, by kind of attack."""
     found: dict[str, tuple[Any, str]] = {
         f"{name}, {option}={value:.0e}": (of(name, **{option: value}), words)
         for name, option, words in (

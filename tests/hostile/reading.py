@@ -1,6 +1,6 @@
-"""Reads hostile files, each in a forked process whose memory and processor time are limited.
+"""Reads hostile files in forked processes with limited memory and processor time.
 
-Arguments: a directory, where to put the results, and what is attacked ("config", "weights", "method" or "kinds").
+Arguments: a directory, the file of the results, and the kinds of attacks ("config", "weights", "method" or "kinds").
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from lora_ext.adapters import hotswap_adapter
 from lora_ext.checkpoints import inspect, merge
 from lora_ext.methods import load_method
 
-SECONDS = 10  # what a hang takes; the promise is one
+SECONDS = 10  # a hang; the promise is one second
 directory, attacks = Path(sys.argv[1]), sys.argv[3:]
 warnings.simplefilter("ignore")
 
 
 def model() -> torch.nn.Module:
-    """With the names of BERT-base, and its vocabulary."""
+    """Makes a small model with BERT-base's names and vocabulary."""
     return BertForSequenceClassification(BertConfig(hidden_size=WIDTH, intermediate_size=2 * WIDTH))
 
 
 def limited(action: Callable[[], object]) -> dict:
-    """Runs ``action`` in a process of its own and returns "error", "message", "trace", "seconds" and "megabytes"."""
+    """Runs ``action`` in a forked process; returns "error", "message", "trace", "seconds" and "megabytes"."""
     reading, writing = os.pipe()
     if (child := os.fork()) == 0:
         status = 1
@@ -66,7 +66,7 @@ def limited(action: Callable[[], object]) -> dict:
 
 
 def _peak(reset: bool = False) -> float:
-    """The most memory that this process has had, or now has."""
+    """Returns this process's peak memory in MiB; ``reset`` sets it to the present size first."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
@@ -74,14 +74,14 @@ def _peak(reset: bool = False) -> float:
 
 
 def factors() -> dict[str, torch.Tensor]:
-    """What the config ``SMALL`` is of."""
+    """Makes the tensors that belong to the config ``SMALL``."""
     names = [f"base_model.model.bert.encoder.layer.{i}.attention.self.query.lora_" for i in range(12)]
     tensors = {f"{name}A.weight": torch.zeros(2, WIDTH) for name in names}
     return tensors | {f"{name}B.weight": torch.zeros(WIDTH, 2) for name in names}
 
 
 def cases(attacked: str) -> Iterator[tuple[str, str | None, Callable[[], object]]]:
-    """Name, words of the error ("" for none, None for any or none), and what is tried."""
+    """Yields an attack's name, words of the error ("": no error; None: any or none), and the action."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
     config, tensors = directory / "adapter_config.json", directory / "adapter_model.safetensors"
@@ -92,7 +92,7 @@ def cases(attacked: str) -> Iterator[tuple[str, str | None, Callable[[], object]
         for name, (content, words) in configs().items():
             config.write_bytes(content if isinstance(content, bytes) else content.encode())
             yield name, words, lambda: load_adapter(bare, directory)
-            if not name.startswith(("target_modules", "exclude_modules", "layers_pattern")):  # without a model, no use
+            if not name.startswith(("target_modules", "exclude_modules", "layers_pattern")):  # inspect matches no model
                 yield f"inspect: {name}", None, lambda: inspect(directory)
     elif attacked == "weights":
         adapted, base = inject(model(), LoraConfig.from_dict(SMALL)), directory.parent / "base"
@@ -114,7 +114,7 @@ def cases(attacked: str) -> Iterator[tuple[str, str | None, Callable[[], object]
 
 
 def _kinds(bare: torch.nn.Module) -> Iterator[tuple[str, str | None, Callable[[], object]]]:
-    """Directories, pipes and the like in the places of files."""
+    """Yields attacks that replace files by directories, pipes, devices and links."""
     (directory / "method.json").write_text(json.dumps({"methods": [{"name": "bitfit", "options": {}}]}))
     save_file({"a": torch.zeros(1)}, directory / "method.safetensors")
     readers = {
@@ -129,12 +129,12 @@ def _kinds(bare: torch.nn.Module) -> Iterator[tuple[str, str | None, Callable[[]
         "device": (lambda path: os.symlink("/dev/zero", path), "is a device, want a regular file"),
         "loop": (lambda path: os.symlink(path.name, path), None),
     }
-    for name, own in readers.items():
+    for name, functions in readers.items():
         path = directory / name
         path.rename(directory / "kept")
         for kind, (make, words) in kinds.items():
             make(path)
-            for reader in own:
+            for reader in functions:
                 read = (lambda r=reader: r(directory)) if reader is inspect else (lambda r=reader: r(bare, directory))
                 yield f"{reader.__name__}: {name} is a {kind}", words, read
             os.rmdir(path) if kind == "directory" else path.unlink()

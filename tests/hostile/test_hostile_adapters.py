@@ -1,4 +1,4 @@
-"""Files of adapters that are made to cost time or memory, or to confuse, end with one message, soon and cheaply."""
+"""Tests that hostile files of adapters end with one message, soon and cheaply."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_hostile_files_end_with_a_message(attacks, tmp_path):
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, sys.path)]),
-            "OMP_NUM_THREADS": "1",  # a process that has used its threads cannot fork
+            "OMP_NUM_THREADS": "1",  # a process that has started threads cannot fork
         },
         check=True,
     )

@@ -1,4 +1,4 @@
-"""Contents of ``adapter_model.safetensors``, with headers of about a megabyte, that are made to cost or to confuse."""
+"""Hostile contents of ``adapter_model.safetensors``, with headers of about a megabyte: they cost time, or confuse."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def safetensors(header: dict[str, Any] | bytes, data: bytes = b"") -> bytes:
 
 
 def nothing(shape: list[int], dtype: str = "F32") -> dict[str, Any]:
-    """A tensor without elements."""
+    """Header entry of a tensor without elements."""
     return {"dtype": dtype, "shape": shape, "data_offsets": [0, 0]}
 
 
 def of_zeros(size: int, dtype: str) -> bytes:
-    """A file of one factor in so many bytes."""
+    """Makes a file with one factor of ``size`` bytes."""
     return safetensors({KEY: {"dtype": dtype, "shape": [2, WIDTH], "data_offsets": [0, size]}}, bytes(size))
 
 
 def with_note(note: Any) -> bytes:
-    """A file with the metadata of packed projections."""
+    """Makes a file with metadata of packed projections."""
     text = note if isinstance(note, str) else json.dumps(note)
     return safetensors({"__metadata__": {"lora_ext": text}, KEY: nothing([0])})
 
@@ -37,7 +37,7 @@ CONFIG_NOTE = {"enable_lora": None, "rank_pattern": {}, "alpha_pattern": {}}
 
 
 def weights() -> dict[str, tuple[bytes, str]]:
-    """The bytes of a file, and words that the error has, by the kind of attack."""
+    """Returns a file's bytes and words of the error, by kind of attack."""
     many = {f"base_model.model.n{i:06}": nothing([0]) for i in range(MEGABYTE // 90)}
     factors = {f"base_model.model.n{i:06}.lora_A.weight": nothing([0, 0]) for i in range(MEGABYTE // 105)}
     tokens = {f"n{i:06}.trainable_tokens_delta": nothing([0, 0]) for i in range(MEGABYTE // 100)}

@@ -1,1 +1,1 @@
-"""The CPU kernels and their bindings under the compiler's sanitizers: `make asan`, `make ubsan`, `make tsan`."""
+"""Runs the CPU kernels and their bindings under the compiler's sanitizers: `make asan`, `make ubsan`, `make tsan`."""

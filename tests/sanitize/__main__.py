@@ -1,8 +1,8 @@
-"""Runs the C++ tests, the op tests and the op fuzzer under a sanitizer, and shows that it finds what is planted.
+"""Runs the C++ tests, the op tests and the op fuzzer under a sanitizer, and checks that it finds planted bugs.
 
     PYTHONPATH=tests python -m sanitize asan ubsan tsan [--quick]
 
-The exit status says whether nothing was found in the code, and all that was planted.
+Exit status 0: nothing was found in the code, and every planted bug was found.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ QUICK_TESTS = ("ops/test_few_tokens", "ops/test_merge_ops")
 
 
 class Runner:
-    """Runs steps of one sanitizer, two at a time, prints a line for each, and counts those that found something."""
+    """Runs steps of one sanitizer, two at a time; prints a line per step and counts those that found something."""
 
     def __init__(self, sanitizer: Sanitizer):
         self.sanitizer, self.build = sanitizer, Build(sanitizer)
@@ -57,11 +57,11 @@ class Runner:
     def run(
         self, name: str, command: list[str], cwd: Path, variables: Mapping[str, str] | None = None, **options: str
     ) -> tuple[subprocess.CompletedProcess[str], list[str], float]:
-        """The output of a command, and the reports that it left."""
+        """Runs a command; returns its result, its reports and its seconds."""
         reports = self.reports / name.replace(" ", "-").replace(",", "")
         environment = {**os.environ, **self.sanitizer.environment(reports, self.preloaded, **options)}
         environment |= {"OMP_WAIT_POLICY": "passive", "PYTHONDONTWRITEBYTECODE": "1", **(variables or {})}
-        environment["PYTHONPATH"] = str(ROOT / "tests")  # and before it the folder that the command is run in
+        environment["PYTHONPATH"] = str(ROOT / "tests")  # the working directory comes before it
         begin = time.monotonic()
         result = subprocess.run(
             [*self.sanitizer.prefix(), *command], cwd=cwd, env=environment, capture_output=True, text=True
@@ -81,7 +81,7 @@ class Runner:
         print(excerpt(reports[:3]) or f"{result.stdout[-6000:]}{result.stderr[-6000:]}")
 
     def expect_planted(self, package: Path, bug: PlantedBug | None) -> None:
-        """A bug must be reported, as what it is and where it is; and nothing where none is planted."""
+        """Checks that the planted bug is reported with its kind and place, or that nothing is without a bug."""
         name = bug.name if bug else "none"
         call = bug.call if bug else "\n".join(bug.call for bug in PLANTED[self.sanitizer.name])
         variables = {"LORA_EXT_CPU_ISA": "generic", VARIABLE: name}
@@ -100,9 +100,8 @@ class Runner:
 
 
 def excerpt(reports: list[str]) -> str:
-    """The begin of each report, without the ends of C++ names."""
-    lines = [[line[:180] for line in report.strip().splitlines()[:30]] for report in reports]
-    return "\n\n".join("\n".join(of_one) for of_one in lines)
+    """Returns the start of each report, with shortened lines."""
+    return "\n\n".join("\n".join(line[:180] for line in report.strip().splitlines()[:30]) for report in reports)
 
 
 def available_isas(package: Path) -> list[str]:
@@ -119,9 +118,9 @@ def check(sanitizer: Sanitizer, quick: bool) -> bool:
     planted = build.planted_package(bugs)
     runner.say(f"{sanitizer.title} of {compiler()}; built in {time.monotonic() - begin:.0f} s")
     isas, tests = available_isas(package), [str(ROOT / "tests" / f"{name}.py") for name in OP_TESTS]
-    # A program that is ours alone: every block that it does not free is a leak of the kernels or of the tests.
+    # This program contains only our code: every block that it does not free is a leak of the kernels or the tests.
     leaks = {"detect_leaks": "1"} if sanitizer.name == "asan" else {}
-    # The fuzzer limits its processes' address space by itself, except under a sanitizer that takes terabytes of it.
+    # The fuzzer limits its processes' address space, except under a sanitizer that takes terabytes of it.
     limits = {"max_allocation_size_mb": "1024"} if sanitizer.preload else {}
     steps = [lambda: runner.expect_clean("C++ tests", [str(program)], ROOT, **leaks)]
     for isa in isas if not quick else sorted({isas[0], isas[-1]}):
@@ -146,13 +145,13 @@ def check(sanitizer: Sanitizer, quick: bool) -> bool:
 
 
 def fuzzer(cases: int) -> list[str]:
-    """Calls of the ops from fixed seeds; a result that is wrong without a sanitizer is for another test."""
+    """Command that fuzzes the ops from fixed seeds; another test looks for wrong results."""
     command = [sys.executable, "-m", "fuzz", "ops", "--seed", "0", "--cases", str(cases), "--processes", "1"]
     return [*command, "--as-found", "--only", "crash", "hang"]
 
 
 def op_tests(isa: str, tests: list[str], build: Build) -> list[str]:
-    # Tests that run others on every instruction set are left out: that is done here.
+    # Skips tests that run others on every instruction set, because this module does.
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "not instruction_set"]
     return [sys.executable, "-m", "pytest", *options, "--basetemp", str(build.folder / f"temporary-{isa}"), *tests]
 

@@ -1,7 +1,7 @@
-"""Builds what runs under a sanitizer: the package with its library, the C++ tests, and the library with bugs planted.
+"""Builds the package, the C++ tests and the library with planted bugs for a sanitizer.
 
-The flags are setup.py's own, with the sanitizer's behind them. Nothing is written into lora_ext: a copy of the package
-lies in build/sanitize/<sanitizer>/package, and is imported from there.
+The flags are setup.py's, followed by the sanitizer's. Nothing is written to lora_ext: a copy of the package in
+build/sanitize/<sanitizer>/package is imported.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from .sanitizers import Sanitizer, compiler
 
 FOLDER = ROOT / "build" / "sanitize"
 PACKAGE = ROOT / "lora_ext"
-# Later flags win. A line of a report needs no more than -g1, and -O3 takes twice the time to compile.
+# Later flags win. Reports need only -g1, and -O3 takes twice the time to compile.
 _FLAGS = ["-fPIC", "-O1", "-g1", "-fno-omit-frame-pointer", "-w"]
 
 
 class Build:
-    """The builds of one sanitizer, each made on first use and kept by its contents."""
+    """The builds of one sanitizer, made on first use and cached by their contents."""
 
     def __init__(self, sanitizer: Sanitizer):
         self.sanitizer = sanitizer
         self.folder = FOLDER / sanitizer.name
         self.cache = ObjectCache(self.folder / "objects")
-        sanitizer.runtime_path()  # or say now that there is none
+        sanitizer.runtime_path()  # raises if it is missing
 
     @functools.cached_property
     def objects(self) -> dict[str, Path]:
-        """The library's objects, by the source's path."""
+        """The library's objects by source path."""
         sources = _extension().sources
         with self.cache.locked("objects"):
             made = self.cache.compile_all([(ROOT / source, self._command(ROOT)) for source in sources])
@@ -45,11 +45,11 @@ class Build:
 
     @functools.cached_property
     def package(self) -> Path:
-        """A folder to import lora_ext from."""
+        """The folder to import lora_ext from."""
         return self._package("package", self.objects)
 
     def planted_package(self, bugs: list[PlantedBug]) -> Path:
-        """As :attr:`package`, with all of these bugs in the library, each behind a question."""
+        """Builds :attr:`package` with all these bugs in the library, each enabled by an environment variable."""
         folder = self.folder / "planted-sources"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(ROOT / "csrc", folder / "csrc", ignore=shutil.ignore_patterns("cuda"))
@@ -58,14 +58,14 @@ class Build:
             path.write_text(bug.edit.applied(path.read_text(), bug.name))
         (folder / "planted.h").write_text(PLANTED_HEADER)
         command = [*self._command(folder), "-include", str(folder / "planted.h")]
-        anew = sorted({bug.source for bug in bugs})
+        changed = sorted({bug.source for bug in bugs})
         with self.cache.locked("objects"):
-            made = self.cache.compile_all([(folder / source, command) for source in anew])
-        return self._package("planted", {**self.objects, **dict(zip(anew, made, strict=True))})
+            made = self.cache.compile_all([(folder / source, command) for source in changed])
+        return self._package("planted", {**self.objects, **dict(zip(changed, made, strict=True))})
 
     @functools.cached_property
     def cpp_tests(self) -> Path:
-        """The program of tests/cpp, linked with the objects of the library that need no torch."""
+        """The program of tests/cpp, linked with the library's torch-free objects."""
         source = ROOT / "tests/cpp/kernel_tests.cpp"
         kernels = [path for name, path in self.objects.items() if name.startswith("csrc/cpu/")]
         with self.cache.locked("cpp"):
@@ -76,7 +76,7 @@ class Build:
 
     @functools.cached_property
     def openmp(self) -> Path:
-        """Compiles openmp.c, which tells ThreadSanitizer about OpenMP."""
+        """The compiled openmp.c, which tells ThreadSanitizer about OpenMP."""
         command = [compiler(), "-x", "c", "-O1", "-Wall", "-Wextra", "-fPIC"]
         with self.cache.locked("openmp"):
             made = self.cache.compile(Path(__file__).with_name("openmp.c"), command)

@@ -1,10 +1,10 @@
-// Tells ThreadSanitizer which memory OpenMP hands over at the begin and the end of a parallel region.
+// Tells ThreadSanitizer how OpenMP orders memory accesses at the start and the end of a parallel region.
 //
-// libgomp is not instrumented: it wakes threads and waits for them by futexes that ThreadSanitizer does not see, and
-// every value that the caller wrote before a region, or a thread inside of it, would look like a race. This library is
-// loaded before torch and stands in front of GOMP_parallel, through which ATen's parallel_for starts its regions. It
-// says what a region orders, and nothing more: all that the caller did happens before all that the region does, and that
-// happens before all that the caller does next. Two threads of one region are not ordered.
+// libgomp is not instrumented: it wakes threads and waits for them by futexes that ThreadSanitizer does not see, so
+// every value that the caller wrote before a region, or a thread wrote inside it, would look like a race. This library
+// is loaded before torch and intercepts GOMP_parallel, which ATen's parallel_for calls. It declares only the order of a
+// region: the caller's earlier accesses happen before those of the region, which happen before the caller's later ones.
+// Two threads of one region are not ordered.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <link.h>
@@ -19,7 +19,7 @@ typedef void (*Parallel)(Body, void*, unsigned, unsigned);
 struct Region {
   Body body;
   void* data;
-  char begin, end;  // their addresses name what is handed over
+  char begin, end;  // their addresses identify the two synchronisation points
 };
 
 static void run_body(void* argument) {
@@ -29,7 +29,7 @@ static void run_body(void* argument) {
   __tsan_release(&region->end);
 }
 
-// torch loads its libgomp for itself alone: RTLD_NEXT does not see it.
+// torch loads its libgomp privately: RTLD_NEXT does not see it.
 static int find_parallel(struct dl_phdr_info* info, size_t size, void* found) {
   (void)size;
   if (strstr(info->dlpi_name, "libgomp") == NULL) return 0;
@@ -42,7 +42,7 @@ void GOMP_parallel(Body body, void* data, unsigned num_threads, unsigned flags) 
   static Parallel parallel;
   if (parallel == NULL) dl_iterate_phdr(find_parallel, &parallel);
   if (parallel == NULL) {
-    fputs("tests/sanitize/openmp.c: no libgomp is loaded whose GOMP_parallel could be called\n", stderr);
+    fputs("tests/sanitize/openmp.c: no loaded libgomp has GOMP_parallel\n", stderr);
     abort();
   }
   struct Region region = {body, data, 0, 0};

@@ -1,7 +1,7 @@
-"""Bugs to plant in the kernels and bindings, and what each sanitizer must say about them.
+"""Bugs to plant in the kernels and bindings, and the reports that sanitizers must give.
 
-All bugs of a sanitizer are in one library, each behind a question that an environment variable answers: the library is
-compiled once more, and not once for every bug. Only the generic kernels have them.
+All bugs of a sanitizer are in one library, and an environment variable enables one of them: so the library is compiled
+only once more. Only the generic kernels have bugs.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ namespace lora_ext {{
 
 @dataclass(frozen=True)
 class Edit:
-    path: str  # below the repository's root
-    old: str  # there exactly once
-    new: str  # BUG: whether it is planted
+    path: str  # relative to the repository's root
+    old: str  # occurs exactly once
+    new: str  # BUG stands for whether it is enabled
 
     def applied(self, text: str, name: str) -> str:
         if (count := text.count(self.old)) != 1:
@@ -37,14 +37,14 @@ class Edit:
 
 @dataclass(frozen=True)
 class PlantedBug:
-    """An edit, the call that meets it, and what the first report says, and where."""
+    """An edit, the call that triggers it, and the first report's text and place."""
 
     name: str
     edit: Edit
-    source: str  # that the edited file is compiled in
+    source: str  # the source that includes the edited file
     call: str
     report: str
-    place: str  # in the report: the file that is named
+    place: str  # the file that the report names
 
 
 _GENERIC, _MERGE = "csrc/cpu/isa_generic.cpp", "csrc/bindings/cpu_merge.cpp"

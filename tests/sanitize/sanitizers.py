@@ -1,4 +1,4 @@
-"""The three sanitizers: what g++ and the run are told, and what a report looks like."""
+"""The three sanitizers: flags for g++, options of the run, and the pattern of a report."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 _UNDEFINED = (
     "undefined",  # signed overflow, null, alignment, shift, bounds, vla, bool, enum, unreachable ...
     "bounds-strict",
     "float-cast-overflow",
-    # A division by a zero of floating point is defined by IEEE 754, and what the kernels mean by it.
+    # Not float-divide-by-zero: IEEE 754 defines it, and the kernels rely on it.
 )
 
 
@@ -23,12 +23,11 @@ class Sanitizer:
     """One of gcc's sanitizers.
 
     Attributes:
-        name: of the make target.
+        name: the make target.
         flags: for the compiler and the linker.
-        runtime: its library, to be loaded before all others: python itself is not compiled with it.
-        options_variable, options: what the run-time library is told.
-        report: what the first line of a report matches.
-        packages: that have the library, by the name of the distribution.
+        runtime: its library, to be loaded before all others, because python is not compiled with it.
+        options_variable, options: the run-time library's environment variable and options.
+        report: matches the first line of a report.
     """
 
     name: str
@@ -40,10 +39,9 @@ class Sanitizer:
     report: re.Pattern[str]
     preload: bool = True
     fixed_addresses: bool = False
-    packages: Mapping[str, str] = field(default_factory=dict)
 
     def runtime_path(self) -> Path:
-        """Path of the compiler's run-time library. RuntimeError: it has none."""
+        """Finds the compiler's run-time library. RuntimeError: it has none."""
         path = _compilers_library(self.runtime)
         if path is None:
             raise RuntimeError(
@@ -54,24 +52,24 @@ class Sanitizer:
         return path
 
     def environment(self, reports: Path, preloaded: Sequence[Path] = (), **options: str) -> dict[str, str]:
-        """The variables of a run whose reports go to files that begin with ``reports``."""
+        """Returns the environment variables of a run; paths of its reports start with ``reports``."""
         settings = {"log_path": str(reports), "exitcode": "66", **self.options, **options}
         variables = {self.options_variable: ":".join(f"{key}={value}" for key, value in settings.items())}
         if self.preload:
-            # The run-time library looks for the C++ library's functions when it starts, before python has loaded it.
+            # The run-time library looks for the C++ library's functions at its start, before python loads that.
             libraries = [self.runtime_path(), _compilers_library("libstdc++.so.6"), *preloaded]
             variables["LD_PRELOAD"] = " ".join(map(str, filter(None, libraries)))
         return variables
 
     def prefix(self) -> list[str]:
-        """In front of a command: without address randomisation, where the sanitizer's layout needs that."""
+        """Returns a command prefix that disables address randomisation if the sanitizer's layout requires it."""
         command = [shutil.which("setarch") or "setarch", "-R"]
         allowed = self.fixed_addresses and shutil.which("setarch") and _succeeds([*command, "true"])
         return command if allowed else []
 
 
 def compiler() -> str:
-    """g++, as the report lines, run-time libraries and flags below are gcc's."""
+    """Finds g++: the reports, run-time libraries and flags below are gcc's."""
     name = os.environ.get("CXX", "g++")
     if path := shutil.which(name):
         return path
@@ -92,16 +90,16 @@ SANITIZERS = {
     "asan": Sanitizer(
         "asan",
         "AddressSanitizer",
-        # Calls instead of inlined checks: a third of the time to compile, and tests are small.
+        # Calls instead of inlined checks compile in a third of the time, and tests are small.
         ("-fsanitize=address", "--param=asan-instrumentation-with-call-threshold=0"),
         "libasan.so",
         "ASAN_OPTIONS",
         {
-            "detect_leaks": "0",  # python and torch keep thousands of blocks until the end: the C++ tests look for ours
+            "detect_leaks": "0",  # python and torch keep thousands of blocks until the end; the C++ tests detect leaks
             "detect_stack_use_after_return": "1",
             "strict_init_order": "1",
-            "allocator_may_return_null": "1",  # as malloc does: sizes that cannot be had are an error of the op's
-            "max_malloc_fill_size": str(1 << 30),  # what a kernel does not write holds the fuzzer's poison
+            "allocator_may_return_null": "1",  # like malloc, so that the op reports impossible sizes
+            "max_malloc_fill_size": str(1 << 30),  # memory that a kernel does not write holds the fuzzer's poison
             "malloc_fill_byte": str(0xFE),
         },
         re.compile(r"(AddressSanitizer|LeakSanitizer): .*"),
@@ -114,7 +112,7 @@ SANITIZERS = {
         "UBSAN_OPTIONS",
         {"print_stacktrace": "1"},
         re.compile(r"\S+: runtime error: .*"),
-        preload=False,  # the libraries name it
+        preload=False,  # the libraries link it
     ),
     "tsan": Sanitizer(
         "tsan",
@@ -123,13 +121,13 @@ SANITIZERS = {
         "libtsan.so",
         "TSAN_OPTIONS",
         {
-            # What python and torch do with memory, in what order, is not seen, and so neither are their memcpys.
+            # Python's and torch's synchronisation is not seen, so their memory accesses must be ignored, too.
             "ignore_noninstrumented_modules": "1",
             "history_size": "4",
             "allocator_may_return_null": "1",
-            "report_signal_unsafe": "0",  # python's own handlers
+            "report_signal_unsafe": "0",  # python's handlers
         },
         re.compile(r"WARNING: ThreadSanitizer: .*"),
-        fixed_addresses=True,  # gcc 12's knows no layout with more than 28 random bits, which newer kernels have
+        fixed_addresses=True,  # gcc 12's supports at most 28 random bits; newer kernels use more
     ),
 }

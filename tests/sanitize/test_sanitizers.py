@@ -1,4 +1,4 @@
-"""The nets of tests/sanitize, without running them: `make asan`, `make ubsan` and `make tsan` do that."""
+"""Tests tests/sanitize without running sanitizers; `make asan`, `make ubsan` and `make tsan` run them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_an_edit_of_text_that_is_gone_says_so():
 @pytest.mark.parametrize("name", SANITIZERS)
 def test_a_compiler_without_the_library_is_told_how_to_get_it(name, tmp_path, monkeypatch):
     compiler = tmp_path / "g++"
-    compiler.write_text('#!/bin/sh\necho "${1#-print-file-name=}"\n')  # what gcc prints of a file that it does not have
+    compiler.write_text('#!/bin/sh\necho "${1#-print-file-name=}"\n')  # gcc's output for a file that it does not have
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     sanitizer = SANITIZERS[name]

@@ -1,4 +1,4 @@
-"""A tiny base and adapters of it on disk, and their analysis: shared by the tests of ``lora-ext analyze``."""
+"""Makes a tiny base and its adapters on disk and analyses them, for the tests of ``lora-ext analyze``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_ext.tasks.analyze.run import AnalysisSettings
 
 
 def own_adapter(model: nn.Module, directory: Path, seed: int, **settings: Any) -> Path:
-    """A copy of ``model`` injected, changed and saved by lora_ext."""
+    """Injects a copy of ``model``, changes its factors and saves the adapter with lora_ext."""
     torch.manual_seed(seed)
     model = copy.deepcopy(model)
     inject(model, LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "up_proj"], **settings}))
@@ -31,7 +31,7 @@ def own_adapter(model: nn.Module, directory: Path, seed: int, **settings: Any) -
 
 
 def save_files(folder: Path) -> Path:
-    """``base`` in ``folder``, and ``four`` and ``six``, adapters of it with other ranks and seeds."""
+    """Saves ``base`` in ``folder``, and ``four`` and ``six``, its adapters with different ranks and seeds."""
     torch.manual_seed(0)
     model = llama()
     model.save_pretrained(folder / "base", max_shard_size="8KB")
@@ -41,7 +41,7 @@ def save_files(folder: Path) -> Path:
 
 
 def name_base(adapter: Path, copied: Path, name: str) -> Path:
-    """A copy of the adapter whose config names its base so."""
+    """Copies the adapter and sets the base's name in its config."""
     copied.mkdir(parents=True)
     for file in adapter.iterdir():
         (copied / file.name).write_bytes(file.read_bytes())
@@ -51,7 +51,7 @@ def name_base(adapter: Path, copied: Path, name: str) -> Path:
 
 
 def run(out: Path, *adapters: Path, base: Path | None = None, **settings: Any) -> dict[str, Any]:
-    """Without pictures, which take longer than all the rest."""
+    """Runs an analysis without pictures, which take longer than the rest."""
     chosen = AnalysisSettings(tuple(map(str, adapters)), base=None if base is None else str(base), **settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(analyze.results, "draw", lambda analysis, out: [])

@@ -1,4 +1,4 @@
-"""A headless Chromium that tests talk to by the Chrome DevTools Protocol, over two pipes."""
+"""Drives a headless Chromium by the Chrome DevTools Protocol, over two pipes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MISSING = f"needs a browser: none of {', '.join(NAMES)} is on PATH; on Debian: a
 
 _OPTIONS = [
     "--headless",
-    "--no-sandbox",  # which root may not use
+    "--no-sandbox",  # root cannot use the sandbox
     "--disable-gpu",
     "--disable-quic",
     "--disable-dev-shm-usage",
@@ -38,22 +38,22 @@ _AS_3_AND_4 = (
 
 
 def executable() -> str | None:
-    """The browser's path."""
+    """Finds the browser's path."""
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
 class Page:
-    """A tab of a browser of its own, which :meth:`close` ends.
+    """A tab of a new browser, which :meth:`close` ends.
 
     Attributes:
-        errors: what the console has told of errors, blocked requests and violations of the page's policy.
-        requests: the addresses that were asked for.
+        errors: the console's errors, blocked requests and violations of the page's policy.
+        requests: the requested addresses.
     """
 
     def __init__(self, profile: Path) -> None:
         to_browser, self._to = os.pipe()
         self._from, from_browser = os.pipe()
-        # Out of the way of 3 and 4, which the browser reads and writes.
+        # Keeps 3 and 4 free, which the browser reads and writes.
         theirs = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (to_browser, from_browser)]
         command = [sys.executable, "-c", _AS_3_AND_4, *map(str, theirs), str(executable())]
         self._process = subprocess.Popen(
@@ -84,7 +84,7 @@ class Page:
         os.close(self._from)
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """A command of the protocol. RuntimeError: it failed, or the browser has ended."""
+        """Sends a command of the protocol. RuntimeError: it failed, or the browser has ended."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": params}
         if self._session is not None:
@@ -97,7 +97,7 @@ class Page:
         return answer["result"]
 
     def open(self, path: Path, width: int = 1280, *, dark: bool = False, scripts: bool = True, media: str = "") -> None:
-        """Loads a file in a window so wide, without what the last page has told."""
+        """Loads a file in a window of this width; clears errors and requests of the last page."""
         self.errors.clear()
         self.requests.clear()
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -110,14 +110,14 @@ class Page:
             self._note(self._read())
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression in the page."""
+        """Evaluates a JavaScript expression in the page."""
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         if "exceptionDetails" in result:
             raise RuntimeError(f"{expression}: {result['exceptionDetails']}")
         return result["result"].get("value")
 
     def screenshot(self) -> np.ndarray:
-        """The whole page, ``[height, width, 3]`` uint8."""
+        """Renders the whole page, ``[height, width, 3]`` uint8."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
         clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
         data = self.call("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)["data"]

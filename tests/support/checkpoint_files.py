@@ -1,4 +1,4 @@
-"""Checkpoints and adapters on disk, as transformers and PEFT write them: shared by the tests of what reads them."""
+"""Makes checkpoints and adapters on disk, as transformers and PEFT write them, and compares them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import torch
 from safetensors.torch import load_file, save_file
+from support.merging import bits
 from torch import Tensor, nn
 
 EVERY_LAYER = {
@@ -21,7 +22,7 @@ EVERY_LAYER = {
 
 
 class EveryLayer(nn.Module):
-    """A layer of each type that PEFT adapts."""
+    """A model with a layer of each type that PEFT adapts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +42,7 @@ class EveryLayer(nn.Module):
 
 
 def save_checkpoint(tensors: dict[str, Tensor], directory: Path, shards: int = 3) -> Path:
-    """In so many files, with an index and small other files."""
+    """Saves tensors in ``shards`` files, with an index and other small files."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps({"model_type": "own", "dtype": "float32"}))
     (directory / "tokenizer.json").write_text("{}")
@@ -49,9 +50,9 @@ def save_checkpoint(tensors: dict[str, Tensor], directory: Path, shards: int = 3
     names = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
     weight_map = {}
     for i, name in enumerate(names):
-        own = {key: tensors[key].detach().clone().contiguous() for key in keys[i::shards]}
-        save_file(own, directory / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(own, name)
+        shard = {key: tensors[key].detach().clone().contiguous() for key in keys[i::shards]}
+        save_file(shard, directory / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, name)
     size = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -59,7 +60,7 @@ def save_checkpoint(tensors: dict[str, Tensor], directory: Path, shards: int = 3
 
 
 def peft_adapter(model: nn.Module, directory: Path, **settings: Any) -> peft.PeftModel:
-    """A copy of ``model`` with an adapter that changes what it computes, saved by PEFT."""
+    """Adapts a copy of ``model`` with PEFT, so that its output changes, and saves the adapter."""
     settings = {"r": 2, "lora_alpha": 5, "init_lora_weights": False} | settings
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -73,14 +74,14 @@ def peft_adapter(model: nn.Module, directory: Path, **settings: Any) -> peft.Pef
 
 
 def merged_by_peft(adapted: peft.PeftModel) -> dict[str, Tensor]:
-    """The state of the model with its adapter merged, by PEFT."""
+    """Returns the model's state after PEFT merged the adapter."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return dict(copy.deepcopy(adapted).merge_and_unload().state_dict())
 
 
 def tensors_of(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint's files."""
+    """Reads all tensors of a checkpoint's files."""
     tensors = {}
     for file in sorted(directory.glob("*.safetensors")):
         tensors |= load_file(file)
@@ -88,15 +89,13 @@ def tensors_of(directory: Path) -> dict[str, Tensor]:
 
 
 def snapshot(directory: Path) -> dict[str, bytes]:
-    """Every file below ``directory``."""
+    """Reads every file below ``directory``."""
     return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
 
 
 def integers(tensor: Tensor) -> Tensor:
-    """The bits of floating-point numbers: zeros of both signs differ."""
-    if not tensor.is_floating_point():
-        return tensor
-    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+    """Returns floating-point numbers as :func:`bits`, others unchanged."""
+    return bits(tensor) if tensor.is_floating_point() else tensor
 
 
 def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

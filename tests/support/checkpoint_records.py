@@ -1,4 +1,4 @@
-"""A merged checkpoint with a record of every kind of change, and what ``unmerge`` says when it was changed."""
+"""Makes a merged checkpoint with a record of every kind of change, and runs ``unmerge`` on changed ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def make_files(folder: Path) -> Path:
-    """A base of three files and one merged from it: with tensors of every kind of change, and the record of it."""
+    """Makes a base of three files, and a checkpoint merged from it with a record and every kind of change."""
     torch.manual_seed(0)
     model = nn.ModuleDict(
         {
@@ -52,7 +52,7 @@ def make_files(folder: Path) -> Path:
 
 
 def outcome(files: Path, merged: Path) -> str:
-    """Unmerges; "" for exact, which must be true, else the reason. Nothing is written by what is refused."""
+    """Unmerges; returns "" if exact, else the reason. Checks exactness, and that a refusal writes nothing."""
     out = merged.parent / "out"
     shutil.rmtree(out, ignore_errors=True)
     try:
@@ -68,7 +68,7 @@ def outcome(files: Path, merged: Path) -> str:
 
 
 def resigned(path: Path, **changes) -> None:
-    """The manifest with changes and the digest of these: what no accident makes."""
+    """Changes the manifest and updates its digest, as no accident does."""
     content = json.loads(path.read_text())["content"] | changes
     content = {key: value for key, value in content.items() if key != "more" or value is not None}
     path.write_text(json.dumps({"content": content, "digest": record_format._digest(content)}))

@@ -1,4 +1,4 @@
-"""Headers of safetensors files with something wrong in them, or something unusual that is right: made from a seed."""
+"""Makes invalid and unusual headers of safetensors files from a seed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPACES = [" ", "\n", "\t", "\r", "\u00a0", "\ufeff", "\f", "\0", "/**/", ","]
 
 
 def valid(rng: random.Random) -> tuple[dict[str, Any], int]:
-    """A header and the bytes of its tensors. Some tensors have no elements; some widths are no whole bytes."""
+    """Makes a header; returns it and the bytes of its tensors. Some tensors are empty; some dtypes are sub-byte."""
     tensors: dict[str, Any] = {}
     end = 0
     for i in range(rng.randrange(5)):
@@ -27,8 +27,8 @@ def valid(rng: random.Random) -> tuple[dict[str, Any], int]:
         dtype, bits = rng.choice(list(DTYPES.items()))
         shape = [rng.choice([0, 1, 2, 4, 8]) for _ in range(rng.randrange(4))]
         size = bits
-        for one in shape:
-            size *= one
+        for dimension in shape:
+            size *= dimension
         if size % 8:
             shape, size = [*shape, 4], size * 4
         tensors[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size // 8]}
@@ -41,7 +41,7 @@ def valid(rng: random.Random) -> tuple[dict[str, Any], int]:
 
 
 def mutated(rng: random.Random) -> bytes:
-    """A whole file, whose header is a valid one with zero to three changes."""
+    """Makes a whole file; its header is a valid one with zero to three changes."""
     header, size = valid(rng)
     data = bytes(rng.randrange(256) for _ in range(size))
     for _ in range(rng.randrange(3)):
@@ -165,7 +165,7 @@ def _string(rng: random.Random, text: str) -> str:
 
 
 def _repeat(rng: random.Random, text: str) -> str:
-    """The whole object's content twice, or a piece of it: keys that occur again."""
+    """Repeats the object's content or a piece of it, which duplicates keys."""
     if rng.random() < 0.5 and len(text) > 2:
         return "{" + text[1:-1] + "," + text[1:-1] + "}"
     begin = rng.randrange(len(text) + 1)

@@ -1,4 +1,4 @@
-"""Random LoRA layers and how results are compared: shared by the op tests."""
+"""Makes random LoRA layers and compares their results, for the op tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_ext import _C, functional, reference
 
-# x's dtype and the factors': the usual pairs, and two unusual ones.
+# dtypes of x and the factors: the usual pairs, and two unusual ones.
 DTYPES = [
     (torch.float64, torch.float64),
     (torch.float32, torch.float32),
@@ -26,7 +26,7 @@ DTYPES = [
     (torch.float64, torch.float32),
 ]
 
-# (num_tokens, in_features, out_features, rank): no rows, one row, odd tails, ranks that are no multiple of 16, and
+# (num_tokens, in_features, out_features, rank): no rows, one row, odd tails, ranks that are not multiples of 16, and
 # sizes that cross every block boundary of the kernels.
 SHAPES = [
     (0, 5, 3, 2),
@@ -43,7 +43,7 @@ SHAPES = [
 
 @dataclass
 class Layer:
-    """The arguments of ``lora_linear`` but for dropout, and a gradient for its output."""
+    """The arguments of ``lora_linear`` except dropout, and a gradient of its output."""
 
     x: Tensor
     weight: Tensor
@@ -77,7 +77,7 @@ def random_layer(shape, dtypes=(torch.float32, torch.float32), bias: bool = True
 
 
 def forward_backward(function, layer: Layer, dropout_p: float = 0.0, seed: Tensor | None = None) -> dict[str, Tensor]:
-    """y and the gradients of x, lora_A and lora_B."""
+    """Returns y and the gradients of x, lora_A and lora_B."""
     x, A, B = (t.detach().clone().requires_grad_() for t in (layer.x, layer.lora_A, layer.lora_B))
     y = function(x, layer.weight, layer.bias, A, B, layer.scaling, dropout_p, seed)
     grads = torch.autograd.grad(y, (x, A, B), layer.grad_y)
@@ -91,9 +91,9 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
 
 
 def assert_as_good_as_torch(layers: Layer | list[Layer], dropout_p: float = 0.0, seed: Tensor | None = None) -> None:
-    """``functional.lora_linear``'s error against float64 is at most twice that of plain PyTorch at the same dtypes.
+    """Checks that ``lora_linear``'s error against float64 is at most twice plain PyTorch's at the same dtypes.
 
-    Several layers are judged by their joint error: of a handful of numbers, either side may happen to be exact.
+    Several layers are judged by their joint error, because either side can be exact by chance for few numbers.
     """
     layers = [layers] if isinstance(layers, Layer) else layers
     results = []
@@ -108,13 +108,13 @@ def assert_as_good_as_torch(layers: Layer | list[Layer], dropout_p: float = 0.0,
 def assert_errors_as_plain(
     results: list[tuple[dict[str, Tensor], ...]], x_dtype: torch.dtype, factor_dtype: torch.dtype
 ) -> None:
-    """Of (ours, exact, plain PyTorch's) results by name: our joint error is at most twice plain PyTorch's."""
+    """Checks (our, exact, plain PyTorch's) results by name: our joint error is at most twice plain PyTorch's."""
     joint: dict[str, list[list[Tensor]]] = {}
     for ours, exact, plain in results:
         for name in ours:
             assert ours[name].shape == exact[name].shape and ours[name].dtype == plain[name].dtype, name
             joint.setdefault(name, []).append([result[name].flatten() for result in (ours, exact, plain)])
-    # Where plain PyTorch happens to be exact, the last bit of a float32 (float64) sum is still allowed.
+    # If plain PyTorch is exact by chance, the last bit of a float32 (float64) sum is still allowed.
     floor = 1e-14 if x_dtype == torch.float64 else 1e-6
     if factor_dtype != x_dtype:
         floor = max(floor, torch.finfo(factor_dtype).eps)
@@ -125,21 +125,21 @@ def assert_errors_as_plain(
 
 
 def misaligned(matrix: Tensor) -> Tensor:
-    """The same numbers in a view in which no row is aligned to 16 bytes."""
+    """Copies a matrix to a view in which no row is aligned to 16 bytes."""
     wide = matrix.new_empty(matrix.shape[0], matrix.shape[1] // 8 * 8 + 16)
     view = wide[:, 1 : 1 + matrix.shape[1]]
     return view.copy_(matrix)
 
 
 def random_layers(shape, *args, **kwargs) -> list[Layer]:
-    """As many layers of a shape as it takes for each result to have a few hundred elements in all."""
+    """Makes enough layers of a shape for each result to have a few hundred elements in total."""
     num_tokens, in_features, out_features, rank = shape
     smallest = min(max(num_tokens, 1) * min(in_features, out_features), rank * min(in_features, out_features))
     return [random_layer(shape, *args, **kwargs) for _ in range(-(-300 // smallest))]
 
 
 def saved_bytes(function: Callable[[], object]) -> list[tuple[tuple, int]]:
-    """Shapes and bytes of what autograd keeps for the backward, without the layer's own parameters."""
+    """Returns shapes and bytes of the tensors that autograd keeps for the backward, without parameters."""
     saved = []
 
     def pack(tensor):
@@ -154,7 +154,7 @@ def saved_bytes(function: Callable[[], object]) -> list[tuple[tuple, int]]:
 
 @dataclass
 class Siblings:
-    """The arguments of ``lora_linear_siblings`` but for dropout, as layers that share x, each with its gradient."""
+    """The arguments of ``lora_linear_siblings`` except dropout: layers that share x, with output gradients."""
 
     x: Tensor
     layers: list[Layer]
@@ -171,7 +171,7 @@ class Siblings:
 
 
 def random_siblings(shape, dtypes=(torch.float32, torch.float32), leading: tuple = ()) -> Siblings:
-    """Every other layer has a bias; scalings differ."""
+    """Makes random siblings; every other layer has a bias, and scalings differ."""
     (num_tokens, in_features), sizes = shape
     layers = []
     for i, (out_features, rank) in enumerate(sizes):
@@ -184,7 +184,7 @@ ISAS = ["generic", "avx2", "avx512", "avx512_bf16", "amx"]
 
 
 def run_on_isa(isa: str, *pytest_arguments: str) -> None:
-    """Runs tests in a process whose CPU kernels are those of one instruction set; skips where the machine lacks it."""
+    """Runs tests in a process with the CPU kernels of one instruction set; skips if the machine lacks it."""
     if isa not in _C.available_cpu_isas().split(","):
         pytest.skip(f"this machine does not run {isa}")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *pytest_arguments]

@@ -1,4 +1,4 @@
-"""Layers and models with several adapters each, and whether their weights changed: shared by the tests of merging."""
+"""Makes layers and models with several adapters, and checks whether their weights changed, for the tests of merging."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = ("a", "b", "c")
 
 
 def add_adapter(layer: LoraLinear, name: str, rank: int, size: float) -> None:
-    """An adapter whose update has elements of standard deviation ``size``."""
+    """Adds an adapter whose update has elements of standard deviation ``size``, and makes it active."""
     dtype = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
     A, B, scaling = update_factors(layer.weight, rank, size, dtype)
     adapter = LoraAdapter(layer.in_features, layer.out_features, rank, scaling * rank, dtype=dtype)
@@ -28,7 +28,7 @@ def add_adapter(layer: LoraLinear, name: str, rank: int, size: float) -> None:
 
 
 def hard_layer(dtype: torch.dtype, shape: tuple[int, int] = (9, 270), sizes: Collection[float] = (0.1, 3.0, 1e-4)):
-    """A layer of hard weights with adapters a, b, c of ranks 2, 3, 4."""
+    """Makes a layer of hard weights with adapters a, b, c of ranks 2, 3, 4."""
     base = nn.Linear(shape[1], shape[0], dtype=dtype).requires_grad_(False)
     base.weight.copy_(hard_weight(*shape, dtype))
     layer = LoraLinear(base).eval()
@@ -38,7 +38,7 @@ def hard_layer(dtype: torch.dtype, shape: tuple[int, int] = (9, 270), sizes: Col
 
 
 def hard_model(dtypes: Collection[torch.dtype], sizes: Collection[float] = (0.1, 3.0, 1e-4)) -> nn.ModuleDict:
-    """A layer a dtype, all of them with adapters a and b; the first has no c."""
+    """Makes a model with a layer per dtype. All have adapters a and b, and all except the first c."""
     model = nn.ModuleDict({f"layer{i}": hard_layer(dtype, (5 + i, 260), sizes) for i, dtype in enumerate(dtypes)})
     del model["layer0"].adapters["c"]
     return model.eval()
@@ -58,7 +58,7 @@ def all_same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 @contextmanager
 def refused(model: nn.Module, error: type[BaseException], text: str) -> Iterator[None]:
-    """The body raises, and leaves weights, merged sets and the way back as they were."""
+    """Checks that the body raises and does not change weights and merged sets."""
     bits, sets = weights(model), merged_sets(model)
     with pytest.raises(error, match=text):
         yield

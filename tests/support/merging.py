@@ -1,4 +1,4 @@
-"""What a merge must come to, and weights on which it is hard: shared by the merge's tests."""
+"""Computes the exact result of a merge and makes hard weights, for the tests of merging."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 from lora_ext.merging.weights import pack_factors
 
 FLOATING = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# The op that merges with a record: on CUDA the second of two.
+# The op that merges with a record; on CUDA the second of two.
 MERGE_OP = "lora_merge_record_" if torch.get_default_device().type == "cpu" else "lora_merge_planned_"
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The bits of the elements: integers tell -0.0 from 0.0."""
+    """Returns the elements' bits as integers, which distinguish -0.0 from 0.0."""
     return tensor.detach().contiguous().view(INTEGERS[tensor.element_size()])
 
 
@@ -26,9 +26,9 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def updates(lora_A: Tensor, lora_B: Tensor) -> Tensor:
-    """The merge's definition, csrc/common/merge_params.h: a chain of fused multiply-adds over the ranks, in order.
+    """Computes updates as csrc/common/merge_params.h defines them: fused multiply-adds over the ranks, in order.
 
-    Factors as :func:`~lora_ext.merging.weights.pack_factors` gives them; small ones, as every step is Python's.
+    Takes factors from :func:`~lora_ext.merging.weights.pack_factors`; small ones, because every step runs in Python.
     """
     round_to = float if lora_A.dtype == torch.float64 else lambda v: struct.unpack("f", struct.pack("f", v))[0]
     A, B = lora_A.tolist(), lora_B.tolist()
@@ -42,7 +42,7 @@ def updates(lora_A: Tensor, lora_B: Tensor) -> Tensor:
 
 def _fma(a: float, b: float, c: float, round_to) -> float:
     if round_to is not float:
-        # The product of float32 numbers is exact in float64; so is the error of its sum with c, which breaks the ties.
+        # The product of float32 numbers is exact in float64; so is the error of its sum with c, which breaks ties.
         product = a * b
         total = product + c
         rest = math.fsum((product, c, -total))
@@ -56,7 +56,7 @@ def _fma(a: float, b: float, c: float, round_to) -> float:
 
 
 def _to_odd(total: float, rest: float) -> float:
-    """A sum that was rounded, rounded to odd instead: rounding it again, to fewer bits, is then rounding once."""
+    """Rounds a sum to odd, given its rounded value and error, so that rounding to fewer bits rounds only once."""
     pattern = struct.unpack("q", struct.pack("d", total))[0]
     if pattern & 1:
         return total
@@ -70,7 +70,7 @@ def merged(weight: Tensor, adapters: list[tuple[Tensor, Tensor, float]]) -> Tens
 
 
 def hard_weight(rows: int, cols: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    """Normal numbers of size ``scale``, among them zeros of both signs, subnormals, and sizes far from ``scale``."""
+    """Makes normal numbers of size ``scale``, with zeros of both signs, subnormals, and sizes far from ``scale``."""
     finfo = torch.finfo(dtype)
     weight = torch.randn(rows, cols, dtype=torch.float64) * scale
     kind = torch.rand(rows, cols)
@@ -86,7 +86,7 @@ def hard_weight(rows: int, cols: int, dtype: torch.dtype, scale: float = 1.0) ->
 def update_factors(
     weight: Tensor, rank: int, size: float, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, float]:
-    """``(lora_A, lora_B, scaling)`` of an update whose elements have standard deviation ``size``."""
+    """Makes ``(lora_A, lora_B, scaling)`` of an update whose elements have standard deviation ``size``."""
     A = torch.randn(rank, weight.shape[1], dtype=torch.float64)
     B = torch.randn(weight.shape[0], rank, dtype=torch.float64)
     scaling = size / rank**0.5

@@ -1,4 +1,4 @@
-"""Small models, and whether one was changed: shared by the tests of injection, adapters and files."""
+"""Makes small models and checks whether one was changed, for the tests of injection, adapters and files."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def token_ids(rows: int = 2, length: int = 7) -> Tensor:
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """What must not change when an operation is refused: modules, flags, values, and attributes of the model."""
+    """Records everything that a refused operation must not change: modules, flags, values and attributes."""
     return {
         "modules": {path: id(module) for path, module in model.named_modules(remove_duplicate=False)},
         "training": {path: module.training for path, module in model.named_modules()},
@@ -105,7 +105,7 @@ def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
 
 @contextmanager
 def refused(model: nn.Module, error: type[Exception], *fragments: str) -> Iterator[None]:
-    """The body raises ``error``, whose text has every fragment, and leaves ``model`` as it was."""
+    """Checks that the body raises ``error`` with every fragment in its text, and does not change ``model``."""
     before = snapshot(model)
     with pytest.raises(error) as caught:
         yield

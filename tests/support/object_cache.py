@@ -1,4 +1,4 @@
-"""Compiled objects, kept and found by what went into them: the command, the source and every header that it read."""
+"""Caches compiled objects by their inputs: the command, the source and every header that it includes."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-MAX_KEPT = 400  # objects; the oldest go first
+MAX_KEPT = 400  # objects; the oldest are removed first
 
 
 class ObjectCache:
-    """The objects and libraries of one folder. Several processes may use it at a time."""
+    """The objects and libraries of one folder. Several processes may use it at once."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     @contextlib.contextmanager
     def locked(self, name: str) -> Iterator[None]:
-        """One process builds, the others wait for it: test processes run side by side."""
+        """Holds a lock, so that one process builds and other test processes wait."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def compile_all(self, jobs: Sequence[tuple[Path, list[str]]]) -> list[Path]:
-        """The objects of ``(source, command)`` pairs, in their order."""
+        """Compiles ``(source, command)`` pairs; returns the objects in their order."""
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
             return list(pool.map(lambda job: self.compile(*job), jobs))
 
     def compile(self, source: Path, command: list[str]) -> Path:
-        """The object of a source, compiled unless one of the same command, source and headers is there."""
+        """Compiles a source unless an object of the same command, source and headers exists; returns the object."""
         name = f"{source.stem}-{_key([*command, str(source)], [])[:8]}"
-        dependencies = self.folder / f"{name}.d"  # what the last compilation read
+        dependencies = self.folder / f"{name}.d"  # the files that the last compilation read
         if dependencies.exists():
             cached = self.folder / f"{name}-{_key(command, _files_of(dependencies))}.o"
             if cached.exists():
@@ -50,7 +50,7 @@ class ObjectCache:
     def link(
         self, name: str, objects: list[Path], command: list[str], libraries: Sequence[str] = (), suffix: str = ".so"
     ) -> Path:
-        """The file that ``command`` links of the objects; its name begins with ``name``."""
+        """Links the objects with ``command``; returns the file, whose name starts with ``name``."""
         output = self.folder / f"{name}-{_key([*command, *libraries], objects)}{suffix}"
         if not output.exists():
             fresh = output.with_suffix(f".{os.getpid()}")

@@ -1,4 +1,4 @@
-"""A good call of every op, for tests that go over all ops and all of their arguments."""
+"""Makes a valid call of every op, for tests that go over all ops and all their arguments."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def op_named(name: str) -> torch._ops.OpOverload:
 
 
 def good_call(name: str) -> dict[str, object]:
-    """The op's arguments by name: every tensor is there, also those that this call has no use for."""
+    """Returns the op's arguments by name, with every optional tensor."""
     call = {**_layer_calls(), **_merge_calls()}[name]()
     return {argument.name: call[argument.name] for argument in op_named(name)._schema.arguments}
 
@@ -74,7 +74,7 @@ def _merge_calls() -> dict[str, Callable[[], dict]]:
 
     def planned() -> dict:
         record = recorded()
-        return record | {"corrections": [torch.empty_like(own) for own in record["corrections"]]}
+        return record | {"corrections": [torch.empty_like(tensor) for tensor in record["corrections"]]}
 
     return {
         "lora_merge_": lambda: lists,
@@ -86,7 +86,7 @@ def _merge_calls() -> dict[str, Callable[[], dict]]:
 
 
 def tensors_of(call: dict[str, object]) -> Iterator[tuple[str, int | None, Tensor]]:
-    """Every tensor of a call: the argument, its place in a list, and itself."""
+    """Yields every tensor of a call: the argument's name, its index in a list, and the tensor."""
     for name, value in call.items():
         for i, entry in enumerate(value) if isinstance(value, list) else [(None, value)]:
             if isinstance(entry, Tensor):
@@ -94,17 +94,17 @@ def tensors_of(call: dict[str, object]) -> Iterator[tuple[str, int | None, Tenso
 
 
 def with_entry(call: dict[str, object], name: str, i: int | None, entry: object) -> dict[str, object]:
-    """The call with another value in one place."""
+    """Returns the call with another value in one place."""
     if i is None:
         return call | {name: entry}
     return call | {name: [*call[name][:i], entry, *call[name][i + 1 :]]}
 
 
 def label(name: str, i: int | None) -> str:
-    """An argument as messages name it."""
+    """Returns the name of an argument in messages."""
     return name if i is None else f"{name}[{i}]"
 
 
 def all_places() -> list[tuple[str, str, int | None]]:
-    """Every op with each of its tensors in turn: a parameter for tests."""
+    """Returns every tensor argument of every op, as parameters of tests."""
     return [(op, name, i) for op in OPS for name, i, _ in tensors_of(good_call(op))]

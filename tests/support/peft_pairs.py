@@ -1,4 +1,4 @@
-"""The same adapted model twice, PEFT's own and accelerated: shared by the tests of lora_ext.integrations.peft."""
+"""Makes the same adapted model twice, PEFT's and accelerated, for the tests of lora_ext.integrations.peft."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {"llama": llama, "gpt2": gpt2, "ber
 
 
 def config(**options: Any) -> peft.LoraConfig:
-    """Both factors random, so that an adapter does something from the beginning."""
+    """Makes a config with both factors random, so that a new adapter changes the output."""
     return peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "init_lora_weights": False} | options)
 
 
 def pair(model: nn.Module, *configs: peft.LoraConfig) -> tuple[nn.Module, nn.Module]:
-    """``(theirs, ours)``, in evaluation mode; adapters "default", "1", "2", ..., the first one active."""
+    """Makes ``(theirs, ours)`` in evaluation mode, with adapters "default", "1", "2", ...; the first is active."""
     theirs = peft.get_peft_model(model, configs[0])
     for name, more in enumerate(configs[1:], start=1):
         theirs.add_adapter(str(name), more)
@@ -50,7 +50,7 @@ def factors(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def gradients(model: nn.Module, output: Callable[[nn.Module], Tensor]) -> dict[str, Tensor]:
-    """Of the trained parameters, and under "output" what the model returned."""
+    """Returns the gradients of the trained parameters, and the model's output under "output"."""
     model.zero_grad(set_to_none=True)
     y = output(model)
     y.double().square().sum().backward()
@@ -59,7 +59,7 @@ def gradients(model: nn.Module, output: Callable[[nn.Module], Tensor]) -> dict[s
 
 
 def assert_same_step(theirs: nn.Module, ours: nn.Module, output: Callable[[nn.Module], Tensor]) -> None:
-    """Same outputs and gradients but for float32's rounding, and ours on the ops."""
+    """Checks that outputs and gradients agree up to float32's rounding, and that ours use the ops."""
     assert any(layer.accelerated for layer in report(ours)), report(ours)
     expected, actual = gradients(theirs, output), gradients(ours, output)
     assert expected.keys() == actual.keys() and len(expected) > 1

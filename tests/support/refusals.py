@@ -1,6 +1,6 @@
-"""Every public function of models and files: a good call of it, and calls that it refuses.
+"""The table of public functions of models and files: a valid call of each one, and calls that it refuses.
 
-``tests/test_refusals.py`` makes the calls, and holds that no public function is missing here; tests/fuzz draws others.
+``tests/test_refusals.py`` makes the calls and checks that no public function is missing; tests/fuzz draws other calls.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ class Call:
     """A public function.
 
     Attributes:
-        function: it.
-        arguments: of a good call, made in a directory that may hold files; all that it takes by name.
-        refused: changes of them, the error, and words of its message.
-        any_type: arguments of which every type is fine.
+        function: the function.
+        arguments: makes all named arguments of a valid call, with files in a directory.
+        refused: changes of the arguments, the error, and words of its message.
     """
 
     function: Callable[..., Any]
@@ -44,16 +43,15 @@ class Call:
     refused: list[tuple[dict[str, Any] | Callable[[Path], dict[str, Any]], type[Exception], str]] = field(
         default_factory=list
     )
-    any_type: tuple[str, ...] = ()
 
 
 def state(value: Any) -> Any:
-    """What must be the same after a refusal."""
+    """Records the state that a refusal must not change."""
     if isinstance(value, nn.Module):
         modules = snapshot(value)
         return modules | {
             "values": {path: state(tensor) for path, tensor in modules["values"].items()},
-            "adapters": [dataclasses.astuple(each) for each in adapter_status(value)],
+            "adapters": [dataclasses.astuple(status) for status in adapter_status(value)],
             "record": merge_record_bytes(value),
         }
     if isinstance(value, Tensor):
@@ -62,7 +60,7 @@ def state(value: Any) -> Any:
     if isinstance(value, Path):
         return files_of(value) if value.is_dir() else value.read_bytes() if value.is_file() else None
     if isinstance(value, (list, tuple)):
-        return [state(each) for each in value]
+        return [state(entry) for entry in value]
     return repr(value)
 
 
@@ -85,9 +83,9 @@ def merged() -> Net:
 
 
 def disabled() -> Net:
-    """In a context that nobody leaves."""
+    """Makes a model in a disable_adapters context that is never left."""
     model = injected()
-    model.context = adapters.disable_adapters(model)  # it ends when it is garbage
+    model.context = adapters.disable_adapters(model)  # ends when it is collected
     model.context.__enter__()
     return model
 

@@ -1,4 +1,4 @@
-"""Results as compare, sweep, analyze, plan and finetune leave them, of runs on a tiny model."""
+"""Makes results of compare, sweep, analyze, plan and finetune on a tiny model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PLAN = Path("plan/plan.json")
 
 
 def results_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with ``compare``, ``sweep``, ``analysis``, ``plan`` and ``single``; made once, for all modules."""
+    """Makes a directory with ``compare``, ``sweep``, ``analysis``, ``plan`` and ``single``, once for all modules."""
     return _save_results(tmp_path_factory.getbasetemp() / "report")
 
 
@@ -36,7 +36,7 @@ def _save_results(folder: Path) -> Path:
     out = folder / "results"
     with pytest.MonkeyPatch.context() as patch:
         for module in (many_runs, compare):
-            patch.setattr(module, "in_process", _here)  # processes take longer than all the rest
+            patch.setattr(module, "in_process", _here)  # processes take longer than the rest
         patch.setattr(analyze.results, "draw", lambda analysis, out: [])
         compare.compare(METHODS, [0, 1], options, out / "compare", say=_silent)
         sweep.sweep([1, 2], ["q", "q,v"], [0, 1], options, out / "sweep", budget=256, say=_silent)

@@ -1,4 +1,4 @@
-"""A BERT of a few thousand weights with its tokenizer, and reviews that it can learn: for runs that take seconds."""
+"""Makes a BERT of a few thousand weights, its tokenizer, and reviews that it can learn, for runs of seconds."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def save_model(directory: Path) -> Path:
 
 
 def reviews(count: int, seed: int = 0) -> list[tuple[str, str]]:
-    """``(text, label)`` pairs of 3 to 15 words; the label follows from the one adjective."""
+    """Makes ``(text, label)`` pairs of 3 to 15 words; the only adjective decides the label."""
     rng = random.Random(seed)
     rows = []
     for _ in range(count):

@@ -1,4 +1,4 @@
-"""``lora-ext analyze`` on tiny models: its figures against whole matrices, and where the base comes from."""
+"""Tests ``lora-ext analyze`` on tiny models: its figures against whole matrices, and how it finds the base."""
 
 from __future__ import annotations
 
@@ -45,8 +45,9 @@ def grid(U: np.ndarray, V: np.ndarray) -> np.ndarray:
 
 
 def assert_update(found: dict[str, Any], delta: np.ndarray, weight: np.ndarray, r: int) -> None:
-    """The measurements of one adapter in one layer against matrices in full."""
-    (U, S, Vh), own = np.linalg.svd(delta, full_matrices=False), np.linalg.svd(weight, compute_uv=False)
+    """Checks the measurements of one adapter in one layer against full matrices."""
+    U, S, Vh = np.linalg.svd(delta, full_matrices=False)
+    weight_values = np.linalg.svd(weight, compute_uv=False)
     approx = {"rel": 2e-4, "abs": 1e-6}
     assert found["norm"] == pytest.approx(np.linalg.norm(delta), **approx)
     assert found["relative_change"] == pytest.approx(np.linalg.norm(delta) / np.linalg.norm(weight), **approx)
@@ -59,7 +60,7 @@ def assert_update(found: dict[str, Any], delta: np.ndarray, weight: np.ndarray, 
     for k, rank in enumerate(table["ranks"]):
         projected = np.linalg.norm(U[:, :rank].T @ weight @ Vh[:rank].T)
         assert table["delta"][k] == pytest.approx(projected, **approx)
-        assert table["weight"][k] == pytest.approx(np.linalg.norm(own[:rank]), **approx)
+        assert table["weight"][k] == pytest.approx(np.linalg.norm(weight_values[:rank]), **approx)
         assert table["amplification"][k] == pytest.approx(np.linalg.norm(S[:rank]) / projected, rel=1e-3)
 
 
@@ -79,13 +80,14 @@ def test_two_adapters_against_whole_matrices(files, tmp_path):
         weight = weights[f"{layer['name']}.weight"].double().numpy()
         assert layer["shape"] == list(weight.shape)
         assert layer["weight_norm"] == pytest.approx(np.linalg.norm(weight), rel=1e-5)
-        A, B = ([one.get(f"base_model.model.{layer['name']}.lora_{side}.weight") for one in factors] for side in "AB")
+        key = f"base_model.model.{layer['name']}"
+        A, B = ([adapter.get(f"{key}.lora_{side}.weight") for adapter in factors] for side in "AB")
         for number in range(2):
             if A[number] is None:
                 assert layer["adapters"][number] is None and layer["name"].endswith("v_proj") and number == 0
                 continue
             delta = scalings[number] * (B[number].double() @ A[number].double()).numpy()
-            # One of the two has no more directions than the layer has outputs.
+            # An update has no more directions than the layer has outputs.
             assert_update(layer["adapters"][number], delta, weight, min(ranks[number], *weight.shape))
         if A[0] is None:
             assert layer["similarity"] == []
@@ -104,30 +106,29 @@ def test_two_adapters_against_whole_matrices(files, tmp_path):
 def test_the_summary_is_of_the_layers(files, tmp_path):
     analysis = run(tmp_path / "out", files / "four", files / "six", base=files / "base")
     layers, summary = analysis["layers"], analysis["summary"]
-    assert [one["layers"] for one in summary["adapters"]] == [4, 6]
-    for number, one in enumerate(summary["adapters"]):
-        own = [layer for layer in layers if layer["adapters"][number]]
-        norms = np.array([layer["adapters"][number]["norm"] for layer in own])
-        weights = np.array([layer["weight_norm"] for layer in own])
-        assert one["norm"] == pytest.approx(np.linalg.norm(norms), rel=1e-5)
-        assert one["relative_change"] == pytest.approx(np.linalg.norm(norms) / np.linalg.norm(weights), rel=1e-5)
-        changes = [layer["adapters"][number]["relative_change"] for layer in own]
-        assert [item["change"] for item in one["most_changed"]] == sorted(changes, reverse=True)
-        q = [layer["adapters"][number] for layer in own if layer["name"].endswith("q_proj")]
-        means = one["kinds"]["self_attn.q_proj"]
+    assert [adapter["layers"] for adapter in summary["adapters"]] == [4, 6]
+    for number, adapter in enumerate(summary["adapters"]):
+        adapted = [layer for layer in layers if layer["adapters"][number]]
+        norms = np.array([layer["adapters"][number]["norm"] for layer in adapted])
+        weights = np.array([layer["weight_norm"] for layer in adapted])
+        assert adapter["norm"] == pytest.approx(np.linalg.norm(norms), rel=1e-5)
+        assert adapter["relative_change"] == pytest.approx(np.linalg.norm(norms) / np.linalg.norm(weights), rel=1e-5)
+        changes = [layer["adapters"][number]["relative_change"] for layer in adapted]
+        assert [item["change"] for item in adapter["most_changed"]] == sorted(changes, reverse=True)
+        q = [layer["adapters"][number] for layer in adapted if layer["name"].endswith("q_proj")]
+        means = adapter["kinds"]["self_attn.q_proj"]
         assert means["layers"] == 2
-        assert means["effective_rank"] == pytest.approx(np.mean([one["effective_rank"] for one in q]), rel=1e-5)
-        amplifications = [one["projection"]["amplification"][-1] for one in q]
+        assert means["effective_rank"] == pytest.approx(np.mean([update["effective_rank"] for update in q]), rel=1e-5)
+        amplifications = [update["projection"]["amplification"][-1] for update in q]
         assert means["amplification"] == pytest.approx(np.mean(amplifications), rel=1e-5)
     (pair,) = summary["similarity"]
     both = [layer["similarity"][0] for layer in layers if layer["similarity"]]
     assert (pair["of"], pair["layers"], len(both)) == ([0, 1], 4, 4)
     for side in "AB":
         assert pair[side]["layers"] == 4
-        np.testing.assert_allclose(pair[side]["phi"], np.mean([one[side]["phi"] for one in both], 0), rtol=1e-5)
-        assert pair[side]["random_mean"][0][0] == pytest.approx(
-            np.mean([1 / one[side]["dimension"] for one in both]), rel=1e-5
-        )
+        np.testing.assert_allclose(pair[side]["phi"], np.mean([entry[side]["phi"] for entry in both], 0), rtol=1e-5)
+        expected = np.mean([1 / entry[side]["dimension"] for entry in both])
+        assert pair[side]["random_mean"][0][0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_one_adapter_against_its_own_update(files, tmp_path):
@@ -143,10 +144,10 @@ def test_one_adapter_against_its_own_update(files, tmp_path):
 
 
 def matrices(delta: Tensor, key: str) -> list[np.ndarray]:
-    """A tensor's matrices as ``[out, in]``, or its transposed where it lies so: norms and spectra are the same."""
+    """Returns a tensor's matrices, ``[out, in]`` or transposed: norms and spectra are the same."""
     delta = delta.double()
     if key.startswith("experts"):
-        return [one.numpy() for one in delta]
+        return [matrix.numpy() for matrix in delta]
     return [delta.flatten(1).numpy()]
 
 
@@ -167,7 +168,7 @@ def test_every_kind_of_layer(tmp_path):
     names = {layer["name"] for layer in analysis["layers"]}
     assert {"embed", "conv2d", "attn", "attn.out_proj", "single", "experts[2]", "experts.base_layer[0]"} <= names
     for (key, index), (delta, weight) in expected.items():
-        found = [own for own, norm in layers if norm == pytest.approx(np.linalg.norm(weight), rel=1e-5)]
+        found = [update for update, norm in layers if norm == pytest.approx(np.linalg.norm(weight), rel=1e-5)]
         assert len(found) == 1, (key, index)
         U, S, Vh = np.linalg.svd(delta, full_matrices=False)
         assert found[0]["singular_values"][:2] == pytest.approx(S[:2].tolist(), rel=1e-4)
@@ -175,7 +176,7 @@ def test_every_kind_of_layer(tmp_path):
         assert found[0]["projection"]["delta"][-1] == pytest.approx(projected, rel=1e-3)
 
 
-def test_a_conv1d_lies_the_other_way_and_a_tied_head_has_its_embedding(tmp_path):
+def test_a_conv1d_is_stored_transposed_and_a_tied_head_has_its_embedding(tmp_path):
     model = gpt2()
     model.save_pretrained(tmp_path / "base")
     modules = ["c_attn", "c_proj", "lm_head"]
@@ -208,12 +209,12 @@ def test_an_adapter_that_was_never_trained(files, tmp_path):
     save_adapter(model, tmp_path / "new")
     for adapters in ([tmp_path / "new"], [tmp_path / "new", files / "four"]):
         analysis = run(tmp_path / f"{len(adapters)}", *adapters, base=files / "base")
-        own = analysis["layers"][0]["adapters"][0]
-        assert own["norm"] == own["effective_rank"] == own["numerical_rank"] == 0
-        assert own["projection"]["ranks"] == own["projection"]["amplification"] == []
+        update = analysis["layers"][0]["adapters"][0]
+        assert update["norm"] == update["effective_rank"] == update["numerical_rank"] == 0
+        assert update["projection"]["ranks"] == update["projection"]["amplification"] == []
         assert analysis["summary"]["adapters"][0]["kinds"]["self_attn.q_proj"]["amplification"] is None
         assert analysis["summary"]["similarity"][0]["B"] is None
-        if len(adapters) == 1:  # pictures of nothing
+        if len(adapters) == 1:  # empty pictures
             assert len(analyze.results.draw(analysis, tmp_path)) == len(list(tmp_path.glob("*.png"))) == 3
 
 
@@ -225,23 +226,23 @@ def test_layers_seeds_and_directions(files, tmp_path):
     some = run(tmp_path / "some", files / "four", files / "six", base=files / "base", layers=r"\.1\..*q_proj$")
     (layer,) = some["layers"]
     assert layer["name"] == "model.layers.1.self_attn.q_proj"
-    assert layer in everything["layers"]  # the random directions included
+    assert layer in everything["layers"]  # with the same random directions
     other = run(tmp_path / "seed", files / "four", files / "six", base=files / "base", layers="q_proj", seed=1)
-    theirs = next(one for one in other["layers"] if one["name"] == layer["name"])
-    assert theirs["similarity"] == layer["similarity"]
-    for ours, own in zip(layer["adapters"], theirs["adapters"], strict=True):
-        assert ours["projection"]["random"] != own["projection"]["random"]
+    same = next(candidate for candidate in other["layers"] if candidate["name"] == layer["name"])
+    assert same["similarity"] == layer["similarity"]
+    for first, second in zip(layer["adapters"], same["adapters"], strict=True):
+        assert first["projection"]["random"] != second["projection"]["random"]
     few = run(tmp_path / "few", files / "four", files / "six", directions=3, use_base=False)
-    for layer, own in zip(few["layers"], everything["layers"], strict=True):
-        for pair, whole in zip(layer["similarity"], own["similarity"], strict=True):
+    for layer, all_directions in zip(few["layers"], everything["layers"], strict=True):
+        for pair, whole in zip(layer["similarity"], all_directions["similarity"], strict=True):
             np.testing.assert_array_equal(pair["A"]["phi"], np.array(whole["A"]["phi"])[:3, :3])
 
 
-def test_without_a_base_the_rest_is_measured_and_it_is_said(files, tmp_path):
+def test_without_a_base_the_rest_is_measured_and_a_note_says_so(files, tmp_path):
     analysis = run(tmp_path / "none", files / "four")
     assert analysis["base"] is None
     assert analysis["notes"] == [
-        "What needs the base's weights is left out: relative changes and the projection table: the adapters name no "
+        "No relative changes and no projection table without the base's weights: the adapters name no "
         "base model, and --base is not given."
     ]
     assert analysis["layers"][0]["adapters"][0]["projection"] is None
@@ -254,7 +255,7 @@ def test_the_base_that_the_adapter_names(files, tmp_path, monkeypatch):
     local = name_base(files / "four", tmp_path / "local", str(files / "base"))
     assert run(tmp_path / "1", local)["base"] == str(files / "base")
 
-    # An id: as the hub's library lays out what it downloaded.
+    # An id: files laid out as in the download cache.
     repository = tmp_path / "hub" / "models--someone--tiny"
     model = repository / "snapshots" / "0123abc"
     model.mkdir(parents=True)
@@ -269,15 +270,15 @@ def test_the_base_that_the_adapter_names(files, tmp_path, monkeypatch):
 
     unknown = name_base(files / "four", tmp_path / "unknown", "someone/other")
     analysis = run(tmp_path / "4", unknown)
-    assert analysis["base"] is None and "someone/other is no directory with a checkpoint" in analysis["notes"][0]
-    with pytest.raises(FileNotFoundError, match="someone/other is no directory with a checkpoint, and no id"):
+    assert analysis["base"] is None and "someone/other is neither a checkpoint directory" in analysis["notes"][0]
+    with pytest.raises(FileNotFoundError, match="someone/other is neither a checkpoint directory nor an id"):
         run(tmp_path / "5", files / "four", base=Path("someone/other"))
     with pytest.raises(TaskError, match="name different base models .*someone/other; .*give --base, or --no-base"):
         run(tmp_path / "5", unknown, files / "six")
     assert not (tmp_path / "5").exists()
 
 
-def test_a_picture_has_so_many_panels_as_can_be_looked_at(files, tmp_path, monkeypatch):
+def test_a_picture_has_a_limited_number_of_panels(files, tmp_path, monkeypatch):
     analysis = run(tmp_path / "out", files / "four", files / "six", base=files / "base")
     report, drawn = analyze.results, {}
     for name in ("plot_similarity", "plot_spectra", "plot_changes"):
@@ -286,7 +287,8 @@ def test_a_picture_has_so_many_panels_as_can_be_looked_at(files, tmp_path, monke
     assert set(drawn["plot_changes"][1]) == {"mlp.up_proj", "self_attn.q_proj", "self_attn.v_proj"}
     assert drawn["plot_changes"][4] == "|dW| / |W|, by kind of layer"
     sizes = {
-        kind: max(size for own in bars.values() for _, size in own) for kind, bars in drawn["plot_changes"][1].items()
+        kind: max(size for points in bars.values() for _, size in points)
+        for kind, bars in drawn["plot_changes"][1].items()
     }
     monkeypatch.setattr(report, "_MOST_PANELS", 2)
     report.draw(analysis, tmp_path)

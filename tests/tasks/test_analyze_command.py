@@ -1,4 +1,4 @@
-"""``lora-ext analyze`` as a command: what it writes, interrupted runs, whose directory it is, and mistakes."""
+"""Tests the command ``lora-ext analyze``: its files, interrupted runs, its directory, and mistakes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_command_writes_json_markdown_and_pictures(files, tmp_path, capsys, 
     ]
     assert analysis["command"] == ["lora-ext", *arguments]
     assert analysis["machine"]["torch"] == torch.__version__
-    assert [(one["path"], one["r"], one["layers"]) for one in analysis["adapters"]] == [
+    assert [(adapter["path"], adapter["r"], adapter["layers"]) for adapter in analysis["adapters"]] == [
         (str(files / "four"), [4], 4),
         (str(files / "six"), [6], 6),
     ]
@@ -63,7 +63,7 @@ def test_the_command_writes_json_markdown_and_pictures(files, tmp_path, capsys, 
 
 
 def comparable(out: Path) -> dict[str, bytes]:
-    """All that a run leaves, without its date."""
+    """Reads all files of a run, without its date."""
     found = snapshot(out)
     date = json.loads(found["analysis.json"])["date"].encode()
     return {name: content.replace(date, b"") for name, content in found.items()}
@@ -71,7 +71,7 @@ def comparable(out: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def whole(files: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What a run leaves that is not interrupted."""
+    """Makes the files of an uninterrupted run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("whole"))
         patch.setattr(sys, "argv", ["lora-ext", *command(files, Path("out"))])
@@ -104,7 +104,7 @@ def test_an_interrupted_run_is_continued_to_the_same_files(files, whole, tmp_pat
     monkeypatch.setattr(analyze, "measure", counted)
     monkeypatch.setattr(sys, "argv", ["lora-ext", "analyze", "--resume", "--out", "out"])
     assert cli.main(["analyze", "--resume", "--out", "out"]) == 0
-    assert measured == [json.loads(line)["name"] for line in whole["layers.jsonl"].splitlines()]  # none twice
+    assert measured == [json.loads(line)["name"] for line in whole["layers.jsonl"].splitlines()]  # each one once
     assert comparable(Path("out")) == whole
 
 
@@ -124,7 +124,7 @@ def test_a_resumed_run_keeps_its_settings_and_its_files(files, tmp_path, capsys)
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 1}))
     assert cli.main(["analyze", "--resume", *out]) == 2
     error = capsys.readouterr().err
-    assert f"not what it was when the run in {tmp_path / 'out'} was started: {adapter / 'adapter_config.json'}" in error
+    assert f"changed since the run in {tmp_path / 'out'} was started: {adapter / 'adapter_config.json'}" in error
     assert snapshot(tmp_path / "out") == before
 
 
@@ -141,7 +141,7 @@ def test_whose_directory_it_is(files, tmp_path, capsys):
         *("change.png", "mine.txt", "similarity_1_2.png", "spectrum.png")
     ]
     assert cli.main([*arguments, "--out", str(files / "base"), "--overwrite"]) == 2
-    assert "holds files that are not of an analysis; choose another directory" in capsys.readouterr().err
+    assert "holds files that do not belong to an analysis; choose another directory" in capsys.readouterr().err
     assert cli.main(["analyze", "--resume", "--out", str(tmp_path / "none")]) == 2
     assert "holds no analysis to continue" in capsys.readouterr().err
 
@@ -166,10 +166,10 @@ def test_two_runs_do_not_write_one_file(tmp_path):
         (["--adapter", "{four}", "--base", "{four}"], "has no model.safetensors"),
         (["--adapter", "{four}", "--base", "{base}", "--no-base"], "exclude each other; give one of them"),
         (["--adapter", "{four}", "--layers", "("], "--layers '(' is no regular expression"),
-        (["--adapter", "{four}", "--layers", "k_proj"], "--layers 'k_proj' is found in none of the 4 names, as model."),
+        (["--adapter", "{four}", "--layers", "k_proj"], "--layers 'k_proj' matches none of the 4 names, such as model"),
         (["--adapter", "{four}", "--directions", "0"], "--directions is 0, want at least 1"),
         (["--adapter", "{four}", "--seed", "-1"], "--seed is -1, want at least 0"),
-        (["--adapter", "{four}", "{four}"], "has one of them twice"),
+        (["--adapter", "{four}", "{four}"], "names one of them twice"),
     ],
 )
 def test_mistakes_are_one_message_and_exit_code_2(files, tmp_path, capsys, arguments, message):

@@ -15,7 +15,7 @@ from lora_ext import cli
 from lora_ext._common.install_hint import install_hint
 from lora_ext.tasks.finetune.settings import Settings
 
-pytestmark = pytest.mark.cpu_only("starts processes of its own")
+pytestmark = pytest.mark.cpu_only("starts processes")
 
 
 def run_python(*arguments: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -50,7 +50,7 @@ def test_missing_extra_is_named(tmp_path: Path):
 
 
 def installed(tmp_path: Path, monkeypatch, noted: object) -> None:
-    """An installation of which pip has noted where it is from."""
+    """Makes an installation with pip's note of its origin."""
     information = tmp_path / "site" / "lora_ext-0.1.0.dist-info"
     information.mkdir(parents=True, exist_ok=True)
     lines = ["Metadata-Version: 2.1", "Name: lora_ext", "Version: 0.1.0", "Requires-Dist: torch>=2.11"]
@@ -152,7 +152,7 @@ def test_a_resumed_run_keeps_its_settings_and_refuses_others(tmp_path: Path, cap
 
 
 def test_a_resumed_run_computes_with_as_many_threads_as_before(tmp_path: Path, capsys, monkeypatch):
-    """The last bits of sums depend on it."""
+    """The last bits of sums depend on the number of threads."""
     used, before = [], torch.get_num_threads()
     monkeypatch.setattr("lora_ext.tasks.finetune.run.finetune", lambda *a, **k: used.append(torch.get_num_threads()))
     Settings().save(tmp_path, threads=1)
@@ -169,7 +169,7 @@ def test_a_resumed_run_computes_with_as_many_threads_as_before(tmp_path: Path, c
 
 
 def test_what_cannot_be_written_is_one_line(tmp_path: Path):
-    """Standard output, too."""
+    """Writing to the standard output fails with one line, too."""
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "lora_ext", "info"]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

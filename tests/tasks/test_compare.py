@@ -419,7 +419,7 @@ def test_a_directory_of_something_else_is_refused(options, compared: Path, tmp_p
     assert "holds a run already; --resume continues it" in capsys.readouterr().err
     (tmp_path / "mine.txt").write_text("mine")
     assert main(["sweep", *options, "--overwrite", "--out", str(tmp_path)]) == 2
-    assert "holds files that are not of a sweep" in capsys.readouterr().err
+    assert "holds files that do not belong to a sweep" in capsys.readouterr().err
     assert main(["sweep", "--resume", "--out", str(tmp_path)]) == 2
     assert "holds no run to continue" in capsys.readouterr().err
 

@@ -76,8 +76,8 @@ def test_quotes_in_tsv_are_ordinary_characters(tmp_path: Path):
         ("a.jsonl", '{"text": "x", "label": 1e999}\n', "line 1: 'label' is Infinity, want a string or an integer"),
         ("a.jsonl", '{"text": [' + "1, " * 1000 + '1], "label": 1}\n', "1, ..., want a string"),
         ("a.jsonl", '{"\\u001b[2J": "x", "label": 1}\n', "no column 'text' but '\\x1b[2J', label; set --text-column"),
-        ("a.csv", "text,label,text\nx,1,y\n", "line 1: the column 'text' is there 2 times; rename all but one of them"),
-        ("a.csv", "\nlabel,text,label,label\nx,1,y,z\n", "line 2: the column 'label' is there 3 times"),
+        ("a.csv", "text,label,text\nx,1,y\n", "line 1: the column 'text' occurs 2 times; rename all except one of"),
+        ("a.csv", "\nlabel,text,label,label\nx,1,y,z\n", "line 2: the column 'label' occurs 3 times"),
         (
             "a.csv",
             ",".join(f"c{i}" for i in range(9999)) + "\n" + "," * 9998,
@@ -151,8 +151,8 @@ def test_label_names_sort_integers_by_value():
     "labels", [("1", "01"), ("7", "+7"), ("-0", "0"), ("pos", "pos "), (" 3", "03"), ("\u00a0x", "x")]
 )
 def test_labels_that_look_alike_are_refused(labels: tuple[str, str]):
-    """ "1" and "01" are different strings, but a column that has both was nearly certainly written by two programs."""
-    with pytest.raises(TaskError, match="would be two classes, as their strings differ, but look like one; write one"):
+    """ "1" and "01" are different strings, but a column with both was almost certainly written by two programs."""
+    with pytest.raises(TaskError, match="are different strings, and so two classes, but look like one; write a label"):
         check_labels([*labels, "another", "5"])
     check_labels(["1", "10", "-1", "one", "One", "0x1", "1.0"])
 
@@ -194,7 +194,7 @@ def test_nothing_depends_on_how_strings_are_hashed(tmp_path: Path):
 
 def test_split_is_disjoint_by_text_and_fixed():
     examples = [Example(f"text {i % 900}", str(i % 2), i) for i in range(1000)]  # a tenth of the texts twice
-    examples.append(Example("  TEXT   7", "1", 1000))  # the same text in other writing
+    examples.append(Example("  TEXT   7", "1", 1000))  # the same text, written differently
     splits = split_examples(examples, 0.1, 0.2)
     texts = [{" ".join(example.text.lower().split()) for example in side} for side in splits]
     assert [len(side) for side in texts] == [630, 90, 180]

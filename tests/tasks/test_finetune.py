@@ -1,4 +1,4 @@
-"""The whole task on a tiny model; once on the real one. What it writes is read back with PEFT."""
+"""Tests the whole task on a tiny model, and once on the real one; PEFT reads its files back."""
 
 from __future__ import annotations
 
@@ -71,9 +71,13 @@ def read_predictions(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
 
 
+def newest_checkpoint(out: Path) -> Path:
+    return max(out.glob("checkpoints/*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
 def assert_it_has_learned(out: Path) -> None:
-    """The loss has fallen, and more answers are right than without training. Most methods learn no more so soon."""
-    last = max(out.glob("checkpoints/*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    """Checks that the loss fell and the answers beat the majority; most methods learn no more so soon."""
+    last = newest_checkpoint(out)
     history = json.loads((last / "trainer_state.json").read_text())["log_history"]
     losses = [entry["loss"] for entry in history if "loss" in entry]
     half = len(losses) // 2
@@ -151,7 +155,7 @@ def test_checkpoints_are_few_and_hold_no_base_weights(run: tuple[Path, dict[str,
 def test_the_seed_decides_the_result(tiny: Settings, run: tuple[Path, dict[str, Any]], tmp_path: Path):
     finetune(tiny, tmp_path / "same")
     assert_equal_weights(run[0], tmp_path / "same")
-    finetune(Settings(**{**vars(tiny), "seed": 1}), tmp_path / "other")
+    finetune(replace(tiny, seed=1), tmp_path / "other")
     key = next(key for key in adapter_weights(run[0]) if "lora_B" in key)
     assert not torch.equal(adapter_weights(run[0])[key], adapter_weights(tmp_path / "other")[key])
 
@@ -164,7 +168,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_still_works(
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     newest, before = sorted(out.glob("checkpoints/checkpoint-*"), key=lambda p: -int(p.name.rpartition("-")[2]))[:2]
-    if name == "optimizer.pt":  # which nothing is read of after the last step
+    if name == "optimizer.pt":  # not read after the last step
         shutil.rmtree(newest)
         newest = before
     (newest / name).write_bytes(b"damaged")
@@ -196,7 +200,7 @@ def test_interrupted_and_resumed_ends_like_uninterrupted(tiny: Settings, tmp_pat
         stderr=subprocess.STDOUT,
         text=True,
     )
-    while not list(out.glob("checkpoints/*/trainer_state.json")):  # a tenth of the way
+    while not list(out.glob("checkpoints/*/trainer_state.json")):  # until a tenth of the training
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
@@ -219,12 +223,12 @@ def test_interrupted_and_resumed_ends_like_uninterrupted(tiny: Settings, tmp_pat
 
 
 def test_resuming_a_finished_run_trains_no_further(tiny: Settings, tmp_path: Path):
-    settings = Settings(**{**vars(tiny), "epochs": 1})
+    settings = replace(tiny, epochs=1)
     first = finetune(settings, tmp_path)
     weights = adapter_weights(tmp_path)
     again = finetune(settings, tmp_path, resume=True)
     assert again["after"] == first["after"] and again["validation"] == first["validation"]
-    assert again["train_seconds"] == first["train_seconds"] > 0  # what all parts of the run took
+    assert again["train_seconds"] == first["train_seconds"] > 0  # of all parts of the run
     assert again["tokens_per_second"] == first["tokens_per_second"]
     assert all(torch.equal(weights[key], value) for key, value in adapter_weights(tmp_path).items())
 
@@ -235,7 +239,7 @@ def test_an_eval_file_is_the_test_set_and_its_texts_are_not_trained_on(tiny: Set
     distinct = len({text for text, _ in test_rows})
     test_file = tiny_classifier.save_reviews(tmp_path / "test.csv", test_rows)
     data = tiny_classifier.save_reviews(tmp_path / "all.csv", rows)
-    settings = Settings(**{**vars(tiny), "data": str(data), "eval_file": str(test_file), "epochs": 1})
+    settings = replace(tiny, data=str(data), eval_file=str(test_file), epochs=1)
     metrics = finetune(settings, tmp_path / "out")
     assert metrics["examples"]["test"] == 50
     assert metrics["examples"]["train"] + metrics["examples"]["validation"] <= 200 - distinct
@@ -244,10 +248,10 @@ def test_an_eval_file_is_the_test_set_and_its_texts_are_not_trained_on(tiny: Set
 @pytest.mark.parametrize("method", sorted({*METHODS, "lora+adapter-p"} - {"lora", "full"}))
 def test_every_method_learns_and_resumes(tiny: Settings, tmp_path: Path, method: str):
     learning_rate = 0.1 if method in ("bitfit", "head-only") else tiny.learning_rate
-    settings = Settings(**{**vars(tiny.with_method(method)), "learning_rate": learning_rate, "epochs": 3})
+    settings = replace(tiny.with_method(method), learning_rate=learning_rate, epochs=3)
     metrics = finetune(settings, tmp_path)
     assert_it_has_learned(tmp_path)
-    checkpoint = max(tmp_path.glob("checkpoints/*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    checkpoint = newest_checkpoint(tmp_path)
     shutil.rmtree(checkpoint)
     again = finetune(settings, tmp_path, resume=True)
     assert again["after"] == metrics["after"]
@@ -282,7 +286,7 @@ def test_the_command_in_the_results_starts_the_same_run(method: str):
 def test_an_average_is_evaluated_saved_and_resumed(tiny: Settings, tmp_path: Path, method: str):
     rate = {"lora": tiny.learning_rate, "full": 5e-3}[method]
     changes = {"learning_rate": rate, "epochs": 2, "schedule": "constant"}
-    plain = Settings(**{**vars(tiny.with_method(method)), **changes})
+    plain = replace(tiny.with_method(method), **changes)
     finetune(plain, tmp_path / "plain")
     settings = replace(plain, ema_decay=0.9)
     metrics = finetune(settings, tmp_path / "averaged")
@@ -290,10 +294,10 @@ def test_an_average_is_evaluated_saved_and_resumed(tiny: Settings, tmp_path: Pat
     file = {"lora": "adapter/adapter_model.safetensors", "full": "model/model.safetensors"}[method]
     last, averaged = (load_file(tmp_path / name / file) for name in ("plain", "averaged"))
     different = [name for name in last if not torch.equal(last[name], averaged[name])]
-    assert len(different) > len(last) / 2  # the same steps, and another result
-    checkpoint = max(tmp_path.glob("averaged/checkpoints/*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    assert len(different) > len(last) / 2  # the same steps, but another result
+    checkpoint = newest_checkpoint(tmp_path / "averaged")
     trained = load_file(checkpoint / Path(file).name)
-    assert all(torch.equal(trained[name], last[name]) for name in last)  # checkpoints go on from the steps
+    assert all(torch.equal(trained[name], last[name]) for name in last)  # checkpoints hold the trained values
     shutil.rmtree(checkpoint)
     again = finetune(settings, tmp_path / "averaged", resume=True)
     assert (again["after"], again["validation"]) == (metrics["after"], metrics["validation"])
@@ -310,24 +314,24 @@ def test_every_method_learns_in_bfloat16(tiny: Settings, tmp_path: Path, method:
     rates = {"bitfit": 0.1, "head-only": 0.1, "full": 5e-3}
     rate = rates.get(method, tiny.learning_rate)
     changes = {"learning_rate": rate, "precision": "bfloat16", "epochs": 3}
-    metrics = finetune(Settings(**{**vars(tiny.with_method(method)), **changes}), tmp_path)
+    metrics = finetune(replace(tiny.with_method(method), **changes), tmp_path)
     assert_it_has_learned(tmp_path)
     weights = load_file(
         next(tmp_path.glob("adapter/*.safetensors") if method != "full" else tmp_path.glob("model/*.saf*"))
     )
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-    if method == "lora":  # merged in float32, the products differ by their rounding
+    if method == "lora":  # the merge is in float32, so products round differently
         assert 0 < metrics["merged"]["max_logit_difference"] < 0.2
 
 
 def test_lora_plus_is_a_higher_rate_of_lora_B_alone(tiny: Settings, tmp_path: Path):
-    """The first step of AdamW moves each number by its learning rate, or hardly less where the gradient is tiny."""
-    settings = Settings(**{**vars(tiny), "lora_plus_ratio": 4.0, "epochs": 0.01, "warmup": 0.0, "lora_dropout": 0.0})
+    """AdamW's first step moves each number by its learning rate, or slightly less if the gradient is tiny."""
+    settings = replace(tiny, lora_plus_ratio=4.0, epochs=0.01, warmup=0.0, lora_dropout=0.0)
     finetune(settings, tmp_path)
     trained = adapter_weights(tmp_path)
     moved = {name: tensor.abs().max().item() for name, tensor in trained.items() if "lora_B" in name}  # from zero
-    most = 4 * settings.learning_rate
-    assert moved and all(0.9 * most < value < most * (1 + 1e-5) for value in moved.values())
+    rate = 4 * settings.learning_rate
+    assert moved and all(0.9 * rate < value < rate * (1 + 1e-5) for value in moved.values())
     with pytest.raises(TaskError, match="--lora-plus-ratio goes with lora, not with --method bitfit"):
         Settings(method="bitfit", lora_plus_ratio=4.0)
     with pytest.raises(TaskError, match="--lora-plus-ratio is 0.0, want a finite number above 0"):
@@ -335,7 +339,7 @@ def test_lora_plus_is_a_higher_rate_of_lora_B_alone(tiny: Settings, tmp_path: Pa
 
 
 def test_full_fine_tuning_saves_a_whole_model(tiny: Settings, tmp_path: Path):
-    settings = Settings(**{**vars(tiny.with_method("full")), "learning_rate": 5e-3, "epochs": 2})
+    settings = replace(tiny.with_method("full"), learning_rate=5e-3, epochs=2)
     metrics = finetune(settings, tmp_path)
     assert metrics["trainable_parameters"] == metrics["total_parameters"]
     assert "merged" not in metrics
@@ -348,11 +352,11 @@ def test_full_fine_tuning_saves_a_whole_model(tiny: Settings, tmp_path: Path):
 def test_all_linear_and_regular_expressions_select_layers(tiny: Settings, tmp_path: Path):
     counts = {}
     for targets in ("all-linear", r"bert\.encoder\.layer\.1\..*(query|value)"):
-        settings = Settings(**{**vars(tiny), "target_modules": targets, "epochs": 1})
+        settings = replace(tiny, target_modules=targets, epochs=1)
         counts[targets] = finetune(settings, tmp_path / str(len(counts)))["trainable_parameters"]
     head = 2 * 32 + 2
     layer = 4 * (4 * 64) + 2 * 4 * (32 + 48)  # query, key, value, output; intermediate, output
-    assert list(counts.values()) == [2 * layer + 4 * 64 + head, 2 * (4 * 64) + head]  # the first with the pooler
+    assert list(counts.values()) == [2 * layer + 4 * 64 + head, 2 * (4 * 64) + head]  # the first includes the pooler
 
 
 @pytest.mark.parametrize(
@@ -371,7 +375,7 @@ def test_mistakes_are_found_before_anything_is_written(
     tiny: Settings, tmp_path: Path, changes: dict[str, Any], message: str
 ):
     with pytest.raises(TaskError, match=message):
-        finetune(Settings(**{**vars(tiny), **changes}), tmp_path / "out")
+        finetune(replace(tiny, **changes), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -385,12 +389,12 @@ def test_mistakes_are_found_before_anything_is_written(
 def test_data_that_cannot_train_a_classifier(tiny: Settings, tmp_path: Path, rows: list[tuple[str, str]], message: str):
     data = tiny_classifier.save_reviews(tmp_path / "data.csv", [(f"{text} {i}", y) for i, (text, y) in enumerate(rows)])
     with pytest.raises(TaskError, match=message):
-        finetune(Settings(**{**vars(tiny), "data": str(data)}), tmp_path / "out")
+        finetune(replace(tiny, data=str(data)), tmp_path / "out")
 
 
 def test_texts_that_leave_no_room_for_special_tokens(tiny: Settings, tmp_path: Path):
-    settings = Settings(**{**vars(tiny.with_method("prefix-embed")), "prefix_length": 26, "infix_length": 1})
-    message = r"a text has \d+ tokens, but the model has 32 positions, .* takes 27; want --max-length 5, or fewer"
+    settings = replace(tiny.with_method("prefix-embed"), prefix_length=26, infix_length=1)
+    message = r"a text has \d+ tokens, but the model has 32 positions .* takes 27 of them; want --max-length 5, or"
     with pytest.raises(TaskError, match=message):
         finetune(settings, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -399,14 +403,16 @@ def test_texts_that_leave_no_room_for_special_tokens(tiny: Settings, tmp_path: P
 def test_labels_that_only_the_test_file_has(tiny: Settings, tmp_path: Path):
     test_file = tiny_classifier.save_reviews(tmp_path / "test.csv", [("the plot is fine", "positive")])
     with pytest.raises(TaskError, match=r"labels \[positive\] occur in the test texts only; for training there are"):
-        finetune(Settings(**{**vars(tiny), "eval_file": str(test_file)}), tmp_path / "out")
+        finetune(replace(tiny, eval_file=str(test_file)), tmp_path / "out")
 
 
 def test_the_output_directory_is_guarded(tiny: Settings, run: tuple[Path, dict[str, Any]], tmp_path: Path):
     with pytest.raises(TaskError, match="holds a run already; --resume continues it, --overwrite replaces it"):
         finetune(tiny, run[0])
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(TaskError, match="holds files that are not of a fine-tuning run; choose another directory"):
+    with pytest.raises(
+        TaskError, match="holds files that do not belong to a fine-tuning run; choose another directory"
+    ):
         finetune(tiny, tmp_path, overwrite=True)
     with pytest.raises(TaskError, match="file is not a directory"):
         finetune(tiny, tmp_path / "file")
@@ -423,7 +429,7 @@ def test_the_output_directory_is_guarded(tiny: Settings, run: tuple[Path, dict[s
 def test_resuming_with_other_texts_is_refused(tiny: Settings, tmp_path: Path):
     rows = tiny_classifier.reviews(60)
     data = tiny_classifier.save_reviews(tmp_path / "reviews.csv", rows)
-    settings = Settings(**{**vars(tiny), "data": str(data), "epochs": 1})
+    settings = replace(tiny, data=str(data), epochs=1)
     out = tmp_path / "out"
     metrics = finetune(settings, out)
     tiny_classifier.save_reviews(data, [*rows[:-1], ("the plot is fine", "neg")])
@@ -434,9 +440,9 @@ def test_resuming_with_other_texts_is_refused(tiny: Settings, tmp_path: Path):
 
 
 def test_overwrite_replaces_a_run_and_keeps_other_files(tiny: Settings, tmp_path: Path):
-    finetune(Settings(**{**vars(tiny.with_method("full")), "epochs": 1}), tmp_path)
+    finetune(replace(tiny.with_method("full"), epochs=1), tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
-    finetune(Settings(**{**vars(tiny), "epochs": 1}), tmp_path, overwrite=True)
+    finetune(replace(tiny, epochs=1), tmp_path, overwrite=True)
     assert (tmp_path / "adapter").is_dir()
     assert not (tmp_path / "model").exists()
     assert (tmp_path / "notes.txt").read_text() == "mine"
@@ -453,7 +459,7 @@ def test_the_real_model_on_real_reviews(tmp_path: Path):
     rows = [(e.text, e.label) for e in demo.examples() if e.label != "neutral"][:200]
     data = tiny_classifier.save_reviews(tmp_path / "reviews.csv", rows)
     metrics = finetune(Settings(data=str(data), epochs=1), tmp_path / "out")
-    # B.A of rank 8 on the six linear layers of each of six blocks and on the pooler; the head
+    # Factors of rank 8 on six linear layers in six blocks and on the pooler; the head.
     block = 4 * 8 * (384 + 384) + 2 * 8 * (384 + 1536)
     assert metrics["trainable_parameters"] == 6 * block + 8 * (384 + 384) + 2 * 384 + 2
     assert metrics["merged"]["max_logit_difference"] < 1e-4

@@ -1,4 +1,4 @@
-"""tasks.moving_average: what it holds after a few steps, and that the model gets its own values back."""
+"""Tests the moving average's values after a few steps, and that the model gets its values back."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def after(model: nn.Linear, average: MovingAverage, values: list[float]) -> None
 def expected(values: list[float], decay: float) -> float:
     result = values[0]
     for step, value in enumerate(values[1:], start=2):
-        own = min(decay, (1 + step) / (10 + step))
-        result = own * result + (1 - own) * value
+        step_decay = min(decay, (1 + step) / (10 + step))
+        result = step_decay * result + (1 - step_decay) * value
     return result
 
 
@@ -39,7 +39,7 @@ def test_the_model_has_the_average_inside_and_its_own_values_after(decay):
     model, values = model_of(0.0), [1.0, 2.0, -3.0, 5.0]
     average = MovingAverage(model, decay)
     with average.in_place():
-        assert (model.weight == 0.0).all()  # there is none yet
+        assert (model.weight == 0.0).all()  # no average yet
     after(model, average, values)
     bias = model.bias.clone()
     with average.in_place():
@@ -61,5 +61,5 @@ def test_files_go_on_where_they_were_written(tmp_path: Path):
     restored.load(tmp_path)
     restored.keep()
     torch.testing.assert_close(other.weight, torch.full((2, 3), expected(values, 0.9)))
-    with pytest.raises(ValueError, match=r"average.safetensors is of other parameters"):
+    with pytest.raises(ValueError, match=r"average.safetensors belongs to other parameters"):
         MovingAverage(nn.Linear(3, 2), 0.9).load(tmp_path)

@@ -1,4 +1,4 @@
-"""PhoBERT and UIT-VSFC in small: its tokenizer and architecture, and files with the columns sentence and sentiment."""
+"""Tests a small PhoBERT, with its tokenizer and architecture, on files like UIT-VSFC's: sentence and sentiment."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ NOUNS = ["thầy", "giảng_viên", "môn_học", "sinh_viên", "slide", "phòng
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few thousand weights of PhoBERT's architecture, with a vocabulary of whole words."""
+    """Makes a model of PhoBERT's architecture with a few thousand weights and a vocabulary of whole words."""
     directory = tmp_path_factory.mktemp("phobert")
     words = [*GOOD, *BAD, *NOUNS, "rất", "là"]
     characters = sorted({char for word in words for char in word})
     pieces = words + [f"{char}@@" for char in characters] + characters
     (directory / "vocab.txt").write_text("".join(f"{piece} 1\n" for piece in pieces), encoding="utf-8")
     merges, seen = [], set()
-    for word in words:  # from the left, one character at a time
+    for word in words:  # merges one character at a time, from the left
         parts = [*word[:-1], f"{word[-1]}</w>"]
         while len(parts) > 1:
             if (pair := (parts[0], parts[1])) not in seen:
@@ -67,7 +67,7 @@ def test_the_tokenizer_knows_segmented_words(model: Path):
     tokenizer = AutoTokenizer.from_pretrained(model)
     assert type(tokenizer).__name__ == "PhobertTokenizer"
     assert tokenizer.tokenize("giảng_viên rất nhiệt_tình") == ["giảng_viên", "rất", "nhiệt_tình"]
-    assert len(tokenizer.tokenize("giảng viên")) > 2  # what is not segmented falls into pieces
+    assert len(tokenizer.tokenize("giảng viên")) > 2  # unsegmented words fall into pieces
 
 
 @pytest.mark.parametrize("method", ["lora", "adapter-p", "lora+prefix-layer"])

@@ -1,4 +1,4 @@
-"""``lora-ext plan``: the paper's figures, the demo model's real memory, the files, the mistakes."""
+"""Tests ``lora-ext plan``: the paper's figures, the demo model's real memory, the files, and mistakes."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ def gpt2_directory(tmp_path) -> str:
 
 @pytest.fixture(scope="module")
 def gpt3() -> dict:
-    """GPT-3 175B, rank 4 on query and value, as in section 4.2, all in float16."""
+    """Plans GPT-3 175B with rank 4 on query and value, as in section 4.2, all in float16."""
     settings = Settings(model="gpt3-175b", r=4, target_modules="q,v", lora_dropout=0.0, batch_size=1, max_length=16)
     return plan(PlanSettings(settings, dtype="float16"))
 
 
 def test_memory_of_gpt3(gpt3):
-    """1.2 TB to 350 GB. The paper leaves open which bytes these are: see lora_ext.tasks.plan.run.plan."""
+    """The paper's 1.2 TB to 350 GB; lora_ext.tasks.plan.run.plan explains these bytes, which the paper does not."""
     full, lora, parameters = gpt3["runs"]["full"], gpt3["runs"]["lora"], gpt3["parameters"]
     assert parameters == pytest.approx(175e9, rel=0.01)
     states = {
         name: run["weights"] + run["optimizer_state"] + run["all_gradients"] for name, run in gpt3["runs"].items()
     }
-    # Weights, gradients and two moments, of two bytes each.
+    # Weights, gradients and two moments take two bytes each.
     assert states["full"] == pytest.approx(8 * parameters, rel=1e-6)
     assert 1.2 < states["full"] / 2**40 < 1.3
     assert full["weights"] + full["optimizer_state"] == pytest.approx(1.05e12, rel=0.01)
@@ -62,7 +62,7 @@ def test_memory_of_gpt3(gpt3):
 
 
 def test_checkpoints_of_gpt3(gpt3):
-    """350 GB to 35 MB; 100 adapted models in 354 GB in place of 35 TB."""
+    """The paper's 350 GB to 35 MB, and 100 adapted models in 354 GB instead of 35 TB."""
     full, lora = gpt3["runs"]["full"], gpt3["runs"]["lora"]
     assert full["checkpoint_bytes"] == pytest.approx(350e9, rel=0.01)
     assert lora["trained_parameters"] == 4 * 96 * 4 * 12288  # 18.9 million
@@ -76,7 +76,7 @@ def test_checkpoints_of_gpt3(gpt3):
 
 @pytest.mark.parametrize(("r", "millions"), [(1, 4.7), (8, 37.7)])
 def test_trainable_parameters_of_gpt3(r, millions):
-    """Tables 4 and 6: on query and value; the formula is that of any rank and depth."""
+    """The paper's tables 4 and 6, on query and value; the formula holds for any rank and depth."""
     config = GPT2Config(n_layer=2, n_embd=12288, n_head=96, n_positions=2048, vocab_size=50257)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -106,13 +106,13 @@ def test_the_formula_counts_the_parts_of_packed_projections(parts):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's count of resident memory")
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_demo_takes_the_memory_that_is_planned(method):
-    """Within 15 %, of the growth of a process that trains it; it gives freed memory back, as what is planned does."""
+    """The plan is within 15 % of the growth of a process that trains it and returns freed memory."""
     predicted = plan(PlanSettings(Settings(method=method), device="cpu"))["runs"][method]["peak"]
     assert predicted == pytest.approx(training_memory.growth(method, 16, 128), rel=0.15)
 
 
 def test_the_demo_is_what_finetune_trains():
-    """339,075 of 23,053,446 parameters: the adapter, the new head, and its frozen twin."""
+    """The demo trains 339,075 of 23,053,446 parameters: the adapter and the new head, which has a frozen copy."""
     result = plan(PlanSettings(Settings()))
     assert result["runs"]["lora"]["trained_parameters"] == 339_075
     head = 3 * 384 + 3
@@ -149,7 +149,7 @@ def test_console_and_files(gpt2_directory, tmp_path, capsys):
     assert "lora fits" in printed or "lora does not fit" in printed
     assert "bfloat16 weights" in printed.splitlines()[0]
 
-    assert main(command("--out", str(out), model=gpt2_directory)) == 2  # it is there already
+    assert main(command("--out", str(out), model=gpt2_directory)) == 2  # it exists already
     assert "--overwrite" in capsys.readouterr().err
     assert main(command("--out", str(out), "--overwrite", model=gpt2_directory)) == 0
 
@@ -227,7 +227,7 @@ def test_a_config_that_says_too_little(tmp_path):
     (tmp_path / "config.json").write_text('{"hidden_size": 16}')
     with pytest.raises(TaskError, match="no config that transformers knows.*model_type"):
         plan(PlanSettings(Settings(model=str(tmp_path))))
-    with pytest.raises(TaskError, match="built in are gpt3-175b"):
+    with pytest.raises(TaskError, match="built-in models: gpt3-175b"):
         plan(PlanSettings(Settings(model=str(tmp_path / "nothing"))))
 
 
@@ -253,7 +253,7 @@ def test_bytes_for_people(count, text):
     assert results.readable(count) == text
 
 
-# --- what finetune would be told --------------------------------------------------------------------------------------
+# --- labels, and missing matplotlib -----------------------------------------------------------------------------------
 
 
 def test_labels_are_counted(tmp_path):
@@ -279,5 +279,5 @@ def test_text_takes_no_matplotlib_and_a_picture_says_that_it_does(gpt2_directory
     assert main(options) == 0
     assert main([*options, "--out", str(tmp_path / "out"), "--json"]) == 0
     captured = capsys.readouterr()
-    assert "plan.png is left out, as it takes matplotlib: pip install" in captured.err
+    assert "plan.png is left out, because it needs matplotlib: pip install" in captured.err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["plan.json", "plan.md"]

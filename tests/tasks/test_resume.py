@@ -1,4 +1,4 @@
-"""A run that was stopped, wherever that was, goes on to the bits of one that was not."""
+"""Tests that a run stopped anywhere resumes to the bits of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lora_ext.tasks.finetune.trainer import Interrupted
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """Of runs of three steps an epoch, with dropout in the model and in the adapter."""
+    """Settings of runs with three steps an epoch and dropout in the model and the adapter."""
     directory = tmp_path_factory.mktemp("tiny")
     return Settings(
         model=str(tiny_classifier.save_model(directory / "model")),
@@ -43,7 +43,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 @pytest.fixture
 def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint after every step, all of which stay."""
+    """Writes a checkpoint after every step and keeps them all."""
     for name, value in (("SECONDS", 0.0), ("_SHARE", 0.0), ("_KEPT", 100)):
         monkeypatch.setattr(checkpoints, name, value)
 
@@ -61,7 +61,7 @@ def steps_of(out: Path) -> list[int]:
 
 
 def result_of(out: Path) -> dict[str, Any]:
-    """What must not depend on how often a run was stopped."""
+    """Reads the results that must not depend on how often a run was stopped."""
     metrics = json.loads((out / "metrics.json").read_text())
     last = max(out.glob("checkpoints/*"), key=lambda path: int(path.name.rpartition("-")[2]))
     history = json.loads((last / "trainer_state.json").read_text())["log_history"]
@@ -105,26 +105,26 @@ CASES = {
 def test_killed_after_any_checkpoint_and_resumed(settings, every_step, tmp_path: Path, changes: dict[str, Any]):
     if "method" in changes:
         settings = settings.with_method(changes["method"])
-    own = replace(settings, **changes)
+    settings = replace(settings, **changes)
     whole = tmp_path / "whole"
-    run(own, whole)
+    run(settings, whole)
     expected, steps = result_of(whole), steps_of(whole)
     assert steps == list(range(1, expected["steps"] + 1)) and len(steps) > 3
-    few = [0, 2, 3, steps[-1]]  # before the first, inside an epoch, at its end, and the last
+    few = [0, 2, 3, steps[-1]]  # before the first, inside an epoch, at its end, at the last
     for step in [0, *steps] if not changes else few:
         out = tmp_path / str(step)
         shutil.copytree(whole, out, ignore=shutil.ignore_patterns("adapter", "model", "metrics.json", "*.jsonl"))
         for later in steps[step:]:
             shutil.rmtree(out / "checkpoints" / f"checkpoint-{later}")
-        run(own, out, resume=True)
+        run(settings, out, resume=True)
         assert_same(result_of(out), expected, f"after {step}")
 
 
 def test_interrupted_at_any_step_and_resumed(settings, tmp_path: Path):
-    """Ctrl-C writes a checkpoint wherever the run is, of losses that are not logged yet, too."""
-    own = replace(settings, epochs=70, learning_rate=2e-3, validation_split=0.6)  # 140 steps, logged every second one
+    """Ctrl-C writes a checkpoint at any step, including losses that are not logged yet."""
+    settings = replace(settings, epochs=70, learning_rate=2e-3, validation_split=0.6)  # logs every second of 140 steps
     whole, out = tmp_path / "whole", tmp_path / "out"
-    run(own, whole)
+    run(settings, whole)
     expected = result_of(whole)
     assert expected["steps"] == 140 and steps_of(whole) == [140]
     stops = [1, 67, 139]
@@ -137,18 +137,18 @@ def test_interrupted_at_any_step_and_resumed(settings, tmp_path: Path):
     written = []
     while stops:
         with pytest.raises(Interrupted):
-            run(own, out, resume=out.exists(), on_progress=interrupt)
+            run(settings, out, resume=out.exists(), on_progress=interrupt)
         written.append(steps_of(out)[-1])
-    assert written == [2, 68, 140]  # the step at hand is completed
-    run(own, out, resume=True)
+    assert written == [2, 68, 140]  # the current step is completed
+    run(settings, out, resume=True)
     assert_same(result_of(out), expected)
 
 
 def test_evaluation_draws_nothing_that_training_misses(settings, tmp_path: Path, monkeypatch):
-    """The same texts are trained on, with an evaluation after each epoch and without."""
+    """Training uses the same random numbers with and without an evaluation after each epoch."""
     run(settings, tmp_path / "evaluated")
     build = __import__("lora_ext.tasks.finetune.run", fromlist=["x"]).build_trainer
-    without = lambda model, own, out, train, validation, collator: build(model, own, out, train, [], collator)  # noqa: E731
+    without = lambda model, options, out, train, _, collator: build(model, options, out, train, [], collator)  # noqa: E731
     monkeypatch.setattr("lora_ext.tasks.finetune.run.build_trainer", without)
     run(settings, tmp_path / "not")
     assert_same(result_of(tmp_path / "not")["weights"], result_of(tmp_path / "evaluated")["weights"])
@@ -210,4 +210,4 @@ def test_a_busy_machine_is_told_once_and_what_helps(settings, tmp_path: Path, mo
     monkeypatch.setattr(busy_machine, "_SLOW", 0.0)
     run(settings, tmp_path)
     said = capsys.readouterr().out
-    assert said.count("5.2 processes want the 2 cores: fewer threads than 2 may be faster (Ctrl-C, and then") == 1
+    assert said.count("5.2 processes share the 2 cores: fewer threads than 2 may be faster (Ctrl-C, then") == 1

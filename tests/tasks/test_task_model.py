@@ -1,4 +1,4 @@
-"""finetune on other models than the one that the rest of its tests take: what is loaded, what is refused and why."""
+"""Tests finetune on other models than its other tests: which are loaded, and which are refused and why."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_decoders_learn_though_their_tokenizers_have_no_padding(tmp_path: Path, 
 
 
 def test_weights_that_the_checkpoint_has_not_are_trained_or_refused(tmp_path: Path):
-    """A masked language model's checkpoint has no pooler, and a classifier has."""
+    """A masked language model's checkpoint has no pooler, but a classifier has one."""
     model = saved(tmp_path / "model", lambda: BertForMaskedLM(tiny_classifier.config()))
     message = (
         r"has no values for bert\.pooler\.dense, .*--method lora --modules-to-save bert.pooler.dense, or --method full"
@@ -102,14 +102,14 @@ def test_what_a_checkpoint_classified_before_does_not_matter(tmp_path: Path, was
     assert metrics["after"]["accuracy"] > 0.6
 
 
-def test_of_a_models_outputs_the_logits_are_taken(tmp_path: Path):
+def test_the_logits_are_taken_from_a_models_outputs(tmp_path: Path):
     make = lambda: BertForSequenceClassification(tiny_classifier.config(output_hidden_states=True))  # noqa: E731
     settings = settings_for(saved(tmp_path / "model", make), tmp_path, rows=60, epochs=1)
     assert set(finetune(settings, tmp_path / "out")["after"]) == {"accuracy", "macro_f1"}
 
 
 def test_texts_that_are_longer_than_the_model_can_read(tmp_path: Path):
-    """Where the tokenizer does not say how long they may be."""
+    """The model limits the length if the tokenizer does not."""
     make = lambda: BertForSequenceClassification(tiny_classifier.config())  # noqa: E731
     model = saved(tmp_path / "model", make, model_max_length=10**30)
     rows = [*tiny_classifier.reviews(60), (" ".join(["good"] * 40), "pos")]
@@ -125,7 +125,7 @@ def test_overwriting_does_not_remove_what_is_to_be_read(tmp_path: Path):
     out = tmp_path / "out"
     finetune(settings_for(model, tmp_path, rows=60, epochs=1, method="full"), out)
     settings = settings_for(out / "model", tmp_path, rows=60, epochs=1)
-    with pytest.raises(TaskError, match=r"--overwrite would remove .*out/model, which the run is to read"):
+    with pytest.raises(TaskError, match=r"--overwrite would remove .*out/model, which the run reads"):
         finetune(settings, out, overwrite=True)
     assert (out / "model" / "model.safetensors").is_file() and (out / "metrics.json").is_file()
 
@@ -158,7 +158,7 @@ def hub_command(tmp_path: Path, endpoint: str, *arguments: str, **more: str) -> 
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """A hub that answers, and knows no model."""
+    """A hub that answers but knows no model."""
 
     asked: ClassVar[list[str]] = []
 
@@ -176,11 +176,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def test_a_hub_that_does_not_answer_is_asked_once(tmp_path: Path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"  # where nobody listens
+        endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"  # without a server
         result = hub_command(tmp_path, endpoint, "plan", "--model", "nobody/nothing")
     assert result.returncode == 2 and "Retrying" not in result.stderr
     assert f"there is no such directory, the hub ({endpoint}) does not answer, and its cache (" in result.stderr
-    assert "name a directory with the model's files, or run `hf download nobody/nothing`" in result.stderr
+    assert "name a directory with its files, or run `hf download nobody/nothing`" in result.stderr
     result = hub_command(tmp_path, endpoint, "plan", "--model", "./nothing", HF_HUB_OFFLINE="1")
     assert "is not asked (HF_HUB_OFFLINE)" in result.stderr and "hf download" not in result.stderr
 

@@ -1,4 +1,4 @@
-"""Errors of libraries that write, where the disk refuses: tests/faults has the rest."""
+"""Tests errors of libraries that write to a full disk; tests/faults has the rest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FULL = Path("/dev/full")
 WRITERS = {
     "Python": lambda: FULL.write_text("a"),
     "safetensors": lambda: save_file({"a": torch.zeros(2)}, FULL / "a"),
-    "tokenizers": lambda: Tokenizer(BPE()).save(str(FULL)),  # raises Exception itself
+    "tokenizers": lambda: Tokenizer(BPE()).save(str(FULL)),  # raises a plain Exception
 }
 
 

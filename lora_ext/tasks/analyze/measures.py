@@ -1,4 +1,4 @@
-"""What is measured of one layer, as values that JSON can hold."""
+"""Measures one layer; the results are JSON values."""
 
 from __future__ import annotations
 
@@ -30,37 +30,37 @@ __all__ = ["SIDES", "measure", "rounded"]
 
 SIDES = ("A", "B")
 _BLOCK_ELEMENTS = 1 << 20
-_DIGITS = 6  # of what is written: beyond what single precision knows, and a third of the file's size
+_DIGITS = 6  # significant digits written: less than single precision has, and a third of the file's size
 
 
 def measure(layer: Layer, num_adapters: int, *, directions: int, seed: int) -> dict[str, Any]:
     """Reads the layer's factors and weight, and measures them.
 
     Args:
-        directions: at most so many leading directions of a side are compared with those of another.
-        seed: with the layer's name it decides on the random directions, so that these do not depend on which other
+        directions: maximum number of leading directions to compare per side.
+        seed: seeds the random directions together with the layer's name, so that they do not depend on which other
             layers are measured.
 
     Returns:
-        ``name``; ``shape``, ``[out, in]``; ``weight_norm``, or None; ``adapters``: of each its :func:`_update`, or None
-        where it lacks the layer; ``similarity``: of each pair of adapters that have the layer (of a single one, its
-        factors and its update), by side, their :func:`_similarity`.
+        ``name``; ``shape``, ``[out, in]``; ``weight_norm``, or None; ``adapters``: each adapter's :func:`_update`, or
+        None if it lacks the layer; ``similarity``: :func:`_similarity` by side, for each pair of adapters that have
+        the layer (for a single adapter, its factors against its update).
 
     Raises:
-        ValueError: a factor or the weight is not finite, naming it.
+        ValueError: a factor or the weight is not finite; the message names it.
     """
     seed = zlib.crc32(f"{seed}:{layer.name}".encode())
-    factors = {number: one.read() for number, one in layer.factors.items()}
+    factors = {number: stored.read() for number, stored in layer.factors.items()}
     svds: dict[int, Svd] = {}
     for number, (A, B) in factors.items():
-        one = layer.factors[number]
+        stored = layer.factors[number]
         try:
-            svds[number] = factored_svd(A, B, one.update.scaling)
+            svds[number] = factored_svd(A, B, stored.update.scaling)
         except ValueError as error:
-            raise ValueError(f"{layer.name} in {one.file.path}: {error}") from error
+            raise ValueError(f"{layer.name} in {stored.file.path}: {error}") from error
     bases = {number: {"A": singular_basis(A), "B": singular_basis(B.T)} for number, (A, B) in factors.items()}
     if num_adapters == 1:
-        # Against itself a basis is 1 everywhere; which of a factor's directions the update uses most can differ.
+        # A basis compared with itself is 1 everywhere; the update can use a factor's directions in another order.
         U, S, V = svds[0]
         used = numerical_rank(S)
         pairs = [(0, 0, bases[0], {"A": V[:, :used], "B": U[:, :used]})]
@@ -76,8 +76,8 @@ def measure(layer: Layer, num_adapters: int, *, directions: int, seed: int) -> d
             for number in range(num_adapters)
         ],
         "similarity": [
-            {"of": [i, j], **{side: _similarity(one[side], other[side], directions) for side in SIDES}}
-            for i, j, one, other in pairs
+            {"of": [i, j], **{side: _similarity(first[side], second[side], directions) for side in SIDES}}
+            for i, j, first, second in pairs
         ],
     }
     layer.release()
@@ -85,7 +85,7 @@ def measure(layer: Layer, num_adapters: int, *, directions: int, seed: int) -> d
 
 
 def _update(layer: Layer, number: int, svd: Svd, table: dict[str, Any] | None) -> dict[str, Any]:
-    """Of one adapter's update: its size, its spectrum, and its place in the weight where there is one."""
+    """Returns the size and spectrum of one adapter's update, and its projection table if the weight is known."""
     update, S = layer.factors[number].update, svd.S
     norm = torch.linalg.vector_norm(S).item()
     weight_norm = table["weight_norm"] if table else None
@@ -105,15 +105,15 @@ def _update(layer: Layer, number: int, svd: Svd, table: dict[str, Any] | None) -
 
 
 def _against(weight: LayerWeight, svds: dict[int, Svd], seed: int) -> dict[int, dict[str, Any]]:
-    """The projection table of each update, by the adapter's number; the weight's own directions are found once."""
+    """Returns each update's projection table by the adapter's number; computes the weight's SVD once."""
     matrix = weight.read()
     if not _is_finite(matrix):
         raise ValueError(f"{weight.key} of {weight.checkpoint.directory} is not finite")
-    # Norms of projections do not change when all is transposed: the weight stays as it lies.
-    lying = {n: Svd(svd.V, svd.S, svd.U) if weight.transposed else svd for n, svd in svds.items()}
+    # Transposing everything keeps the norms of projections, so the weight stays as stored.
+    as_stored = {n: Svd(svd.V, svd.S, svd.U) if weight.transposed else svd for n, svd in svds.items()}
     count = max(numerical_rank(svd.S) for svd in svds.values())
-    own = block_krylov_svd(matrix, count, seed=seed) if count else None
-    return {n: vars(projection_table(matrix, svd, seed=seed, own=own)) for n, svd in lying.items()}
+    weight_svd = block_krylov_svd(matrix, count, seed=seed) if count else None
+    return {n: vars(projection_table(matrix, svd, seed=seed, own=weight_svd)) for n, svd in as_stored.items()}
 
 
 def _is_finite(matrix: Tensor) -> bool:
@@ -123,10 +123,10 @@ def _is_finite(matrix: Tensor) -> bool:
 
 
 def _similarity(first: Tensor, second: Tensor, directions: int) -> dict[str, Any]:
-    """``phi`` of the leading directions of two bases ``[dimension, k]``, and its last entry beside what is random.
+    """Computes ``phi`` of the leading directions of two bases ``[dimension, k]``.
 
-    ``last`` has all of the compared directions; ``random_mean`` and ``random_std`` are those of random subspaces of as
-    many. None where one of them has no direction.
+    ``last`` is its last entry, with all compared directions; ``random_mean`` and ``random_std`` are the moments for
+    random subspaces of the same sizes. All three are None if one basis has no direction.
     """
     grid = subspace_similarity(first[:, :directions], second[:, :directions])
     i, j = grid.shape
@@ -134,7 +134,7 @@ def _similarity(first: Tensor, second: Tensor, directions: int) -> dict[str, Any
     last = None
     if i and j:
         moments = expected_random_similarity(i, j, dimension), random_similarity_std(i, j, dimension)
-        last = [grid[-1, -1].item(), *(one[-1, -1].item() for one in moments)]
+        last = [grid[-1, -1].item(), *(moment[-1, -1].item() for moment in moments)]
     names = ("last", "random_mean", "random_std")
     return {
         "phi": grid.tolist(),
@@ -144,11 +144,11 @@ def _similarity(first: Tensor, second: Tensor, directions: int) -> dict[str, Any
 
 
 def rounded(value: Any) -> Any:
-    """Numbers to the digits that are written; None for what is infinite, which JSON has no word for."""
+    """Rounds all numbers in ``value``; non-finite ones become None, because JSON cannot hold them."""
     if isinstance(value, float):
         return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: rounded(one) for key, one in value.items()}
+        return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [rounded(one) for one in value]
+        return [rounded(item) for item in value]
     return value

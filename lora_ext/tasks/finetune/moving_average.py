@@ -1,4 +1,4 @@
-"""An exponential moving average of what is trained (Polyak and Juditsky 1992): steadier than the last step's values."""
+"""An exponential moving average of trained parameters (Polyak and Juditsky 1992): steadier than their last values."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class MovingAverage:
-    """Of parameters that require gradients; for adapters it takes next to no memory and time.
+    """Averages the parameters that require gradients; for adapters this costs almost no memory or time.
 
-    After step ``n`` the decay is ``min(decay, (1 + n) / (10 + n))``, so that early values are forgotten soon.
+    After step ``n`` the decay is ``min(decay, (1 + n) / (10 + n))``, which forgets early values soon.
 
     Args:
-        model: whose trained parameters it follows.
+        model: the model whose trained parameters are averaged.
         decay: in (0, 1).
     """
 
@@ -31,7 +31,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Takes in the values after step ``step``, counted from 1."""
+        """Adds the values after step ``step``, counted from 1."""
         if not self._average:
             self._average = {name: p.detach().clone() for name, p in self._trained.items()}
             return
@@ -40,16 +40,16 @@ class MovingAverage:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model has the average inside, if there is one yet, and its own values again after."""
-        own = {name: p.detach().clone() for name, p in self._trained.items()}
+        """Gives the model the average inside the block, if there is one yet, and restores its values afterwards."""
+        trained = {name: p.detach().clone() for name, p in self._trained.items()}
         self._put(self._average)
         try:
             yield
         finally:
-            self._put(own)
+            self._put(trained)
 
     def keep(self) -> None:
-        """The model has the average from now on."""
+        """Gives the model the average for good."""
         self._put(self._average)
         self._average = {}
 
@@ -58,10 +58,10 @@ class MovingAverage:
             save_file({name: value.cpu().contiguous() for name, value in self._average.items()}, directory / self.FILE)
 
     def load(self, directory: Path) -> None:
-        """ValueError: the file there is of other parameters."""
+        """Loads the average from ``directory``; raises ValueError if it belongs to other parameters."""
         values = load_file(directory / self.FILE)
         if {name: v.shape for name, v in values.items()} != {name: p.shape for name, p in self._trained.items()}:
-            raise ValueError(f"{directory / self.FILE} is of other parameters")
+            raise ValueError(f"{directory / self.FILE} belongs to other parameters")
         self._average = {name: values[name].to(p.device) for name, p in self._trained.items()}
 
     @torch.no_grad()

@@ -14,12 +14,12 @@ from lora_ext.tasks.shared.whole_files import write_picture, write_whole
 
 
 def accuracy(predicted: np.ndarray, expected: np.ndarray) -> float:
-    """Share of equal class indices; both ``[num_examples]``."""
+    """Fraction of equal class indices; both ``[num_examples]``."""
     return float((predicted == expected).mean())
 
 
 def macro_f1(predicted: np.ndarray, expected: np.ndarray) -> float:
-    """Mean over the classes that occur of ``2 tp / (2 tp + fp + fn)``; both ``[num_examples]``, class indices."""
+    """Mean of ``2 tp / (2 tp + fp + fn)`` over the classes that occur; both ``[num_examples]``, class indices."""
     scores = []
     for label in np.union1d(predicted, expected):
         hits = np.sum((predicted == label) & (expected == label))
@@ -30,7 +30,7 @@ def macro_f1(predicted: np.ndarray, expected: np.ndarray) -> float:
 def write_predictions(
     path: Path, examples: list[Example], logits: np.ndarray, expected: np.ndarray, labels: list[str]
 ) -> None:
-    """One JSON object a line: line of the input, text, label, predicted label, logits in the order of ``labels``."""
+    """Writes one JSON object per text: input line, text, label, predicted label, logits in the order of ``labels``."""
     lines = []
     for example, scores, label in zip(examples, logits, expected, strict=True):
         row = {
@@ -45,8 +45,8 @@ def write_predictions(
 
 
 def plot_loss(path: Path, history: list[dict[str, float]], title: str) -> None:
-    """The training loss, and the validation loss where there is one, by epoch. ``history`` is the Trainer's log."""
-    from matplotlib.figure import Figure  # here: to show what others have measured takes no matplotlib
+    """Plots the training loss, and the validation loss if any, by epoch. ``history`` is the Trainer's log."""
+    from matplotlib.figure import Figure  # here, because showing existing results does not need matplotlib
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -61,12 +61,12 @@ def plot_loss(path: Path, history: list[dict[str, float]], title: str) -> None:
 
 
 def table(metrics: Mapping[str, Any]) -> str:
-    """The figures of ``metrics.json`` on the console."""
+    """Formats the figures of ``metrics.json`` for the console."""
     return "\n".join(f"  {name:<20} {value}" for name, value in figures(metrics))
 
 
 def figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The figures of ``metrics.json`` for people, each with its name."""
+    """Returns name and text of every figure of ``metrics.json`` that people read."""
     after, merged = metrics["after"], metrics.get("merged")
     share = metrics["trainable_parameters"] / metrics["total_parameters"]
     compared = {"accuracy": "", "macro_f1": ""}

@@ -1,4 +1,4 @@
-"""``lora-ext finetune``: fine-tunes a text classifier with ``transformers.Trainer``; reports what it cost and gave."""
+"""``lora-ext finetune``: fine-tunes a text classifier with ``transformers.Trainer``; reports its scores and costs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from lora_ext.tasks.shared.run_directory import check_out, prepare_out
 from lora_ext.tasks.shared.whole_files import whole_directory, write_json, writing
 
 _OUTPUTS = ("checkpoints", "adapter", "model", "metrics.json", "loss_curve.png", "predictions.jsonl", DATA_FILE)
-_OUTPUTS += (SETTINGS_FILE,)  # last, when they are removed: it says whose the others are
+_OUTPUTS += (SETTINGS_FILE,)  # removed last: it marks the other files as a run's
 
 
 def finetune(
@@ -52,22 +52,22 @@ def finetune(
 ) -> dict[str, Any]:
     """Runs the whole task and leaves adapter/, metrics.json, loss_curve.png and predictions.jsonl in ``out``.
 
-    metrics.json comes last: where it is, the others are whole.
+    metrics.json is written last: if it exists, the others are whole.
 
     Args:
-        resume: goes on from the last checkpoint, or from the beginning where there is none yet, to the same result as
-            a run that nothing interrupted, bit for bit (on the same machine and with as many threads).
-        measure: times the model, adapted and merged, next to the base model, for some seconds.
-        runs_at_once: that share the machine: for metrics.json, as times are then of all of them.
+        resume: continues from the last checkpoint, or from the beginning if there is none. The result equals that of
+            an uninterrupted run bit for bit (on the same machine with the same number of threads).
+        measure: times the adapted and the merged model next to the base model, for some seconds.
+        runs_at_once: number of runs that share the machine; recorded in metrics.json, because it affects the times.
         say: shows a line to the user.
-        on_progress: is told, after every step, the part of the training that is done.
+        on_progress: receives the finished fraction of the training after every step.
 
     Returns:
         The content of metrics.json.
 
     Raises:
         TaskError: a mistake in the settings, the data or the directory; found before training starts.
-        WriteError: the disk refuses what is to be written; the last checkpoint is whole, and ``resume`` goes on.
+        WriteError: the disk refuses a file; the last checkpoint is whole, and ``resume`` continues from it.
         Interrupted: after the first Ctrl-C during training.
     """
     inputs = [getattr(settings, name) for name in INPUTS]
@@ -76,13 +76,13 @@ def finetune(
     splits = load_data(settings, say)
     texts = fingerprint(splits)
     if resume and saved_fingerprint(out) not in (None, texts):
-        raise TaskError(f"--resume: the texts are not those that the run in {out} was started with; begin a new run")
+        raise TaskError(f"--resume: the texts are not those that the run in {out} was started with; start a new run")
     if resume and checkpoint is None:
         say(f"{out} has no checkpoint yet: the run starts from the beginning")
     labels = splits.labels
     model_path = model_path_of(settings.model)
     say(f"loading {model_path} ...")
-    set_seed(settings.seed)  # the new head, and the adapters
+    set_seed(settings.seed)  # for the new head and the adapters
     task_model = load_model(model_path, labels, settings.max_length)
     check_fits(task_model, settings)
     tokenizer, model, most = task_model.tokenizer, task_model.model, most_tokens(task_model.model)
@@ -129,7 +129,7 @@ def finetune(
         "peak_memory_bytes": peak_memory,
     }
     with writing(out):
-        (out / "metrics.json").unlink(missing_ok=True)  # of a run that was finished, and is resumed
+        (out / "metrics.json").unlink(missing_ok=True)  # a finished run that is resumed has one
     with whole_directory(out / ("model" if settings.method == "full" else "adapter")) as fresh:
         if settings.method == "full":
             model.save_pretrained(fresh)
@@ -140,7 +140,7 @@ def finetune(
     results.write_predictions(out / "predictions.jsonl", test_rows.examples, logits, test_rows.classes, labels)
     title = f"{settings.method}, {len(train_rows.rows):,} texts"
     results.plot_loss(out / "loss_curve.png", trainer.state.log_history, title)
-    write_json(out / "metrics.json", metrics)  # what follows may want more memory than there is
+    write_json(out / "metrics.json", metrics)  # before measuring, which can run out of memory
     if base is not None:
         say("measuring next to the base model ...")
         metrics |= _measure(base, out / "adapter", trainer, settings, test_rows, logits, say)
@@ -151,8 +151,8 @@ def finetune(
     return metrics
 
 
-_SECONDS = 5.0  # of timing; three rounds at least
-_BATCHES = 4  # whose answers are compared, merged or not
+_SECONDS = 5.0  # of timing; at least three rounds
+_BATCHES = 4  # compared between the adapted and the merged model
 
 
 def _measure(
@@ -164,37 +164,37 @@ def _measure(
     logits: np.ndarray,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Median seconds of a forward of the longest texts; of LoRA, whether ``adapter``, merged, gives the same answers.
+    """Measures median seconds of a forward of the longest texts and, for LoRA, compares the merged model's answers.
 
-    All models take turns, so that a busy machine slows all alike.
+    The models take turns, so that a busy machine slows all alike.
     """
-    model, size = trainer.model, trainer.args.eval_batch_size
-    models = {"base": base.to(model.device), "adapted": model}
+    device, size = trainer.model.device, trainer.args.eval_batch_size
+    models = {"base": base.to(device), "adapted": trainer.model}
     found: dict[str, Any] = {}
     if settings.method == "lora":
         try:
             models["merged"] = merge_and_unload(load_method(copy.deepcopy(base), adapter))
-        except ValueError as error:  # it diverged, and has values that are not finite
+        except ValueError as error:  # training diverged to non-finite values
             say(f"the adapter cannot be merged: {error}")
-    forwards = {name: forward_of(each.eval(), settings) for name, each in models.items()}
+    forwards = {name: forward_of(model.eval(), settings) for name, model in models.items()}
     if "merged" in models:
         first = max(0, len(test_rows.rows) - _BATCHES * size)
         batches = [test_rows.rows[at : at + size] for at in range(first, len(test_rows.rows), size)]
         with torch.inference_mode():
-            outputs = [forwards["merged"](**trainer.data_collator(rows).to(model.device)).logits for rows in batches]
+            outputs = [forwards["merged"](**trainer.data_collator(rows).to(device)).logits for rows in batches]
         merged = torch.cat(outputs).float().cpu().numpy()
         found["merged"] = {
             "texts": len(merged),
             "same_answers": int((merged.argmax(-1) == logits[first:].argmax(-1)).sum()),
             "max_logit_difference": float(np.abs(merged - logits[first:]).max()),
         }
-    batch = trainer.data_collator(test_rows.rows[-size:]).to(model.device)
+    batch = trainer.data_collator(test_rows.rows[-size:]).to(device)
     seconds = measuring.latencies(forwards, batch, seconds=_SECONDS)
     return found | {"latency": {f"{name}_seconds": statistics.median(values) for name, values in seconds.items()}}
 
 
 def _majority(train_rows: Encoded, test_rows: Encoded, labels: list[str]) -> dict[str, Any]:
-    """What who always answers the most frequent label of the training texts gets: what there is to beat."""
+    """Scores of always answering the most frequent training label: the baseline."""
     most = int(np.bincount(train_rows.classes).argmax())
     predicted = np.full(len(test_rows.classes), most)
     return {

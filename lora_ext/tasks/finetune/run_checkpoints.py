@@ -1,4 +1,4 @@
-"""Checkpoints of a run: when they are written, which of them stay, and which one a resumed run goes on from."""
+"""Checkpoints of a run: when to write them, which ones to keep, and which one to resume from."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lora_ext.tasks import TaskError
 from lora_ext.tasks.shared.whole_files import discard, remove_leftovers, whole_directory, writing
 
 SECONDS = 120.0
-"""Between two checkpoints: what a killed run loses at most, an evaluation left out."""
+"""Time between two checkpoints: the most work that a killed run loses, evaluations aside."""
 
-_SHARE = 10.0  # at least so many times what writing one takes lies between two: a tenth of the time goes there at most
+_SHARE = 10.0  # checkpoints are at least so many times their writing time apart, so writing takes a tenth at most
 _KEPT = 2
 _STATE = "trainer_state.json"
 
@@ -28,7 +28,7 @@ class Checkpoint(NamedTuple):
 
     @property
     def is_last(self) -> bool:
-        """Whether it is of the run's last step, so that nothing is left to train."""
+        """Whether it belongs to the run's last step, so that no training remains."""
         return self.state.global_step >= self.state.max_steps
 
 
@@ -51,15 +51,13 @@ class Clock:
 
 @contextmanager
 def new_checkpoint(directory: Path, step: int) -> Iterator[Path]:
-    """Yields the directory that a checkpoint's files are to be written into, of which it is whole or not there.
-
-    The last two stay.
+    """Yields a directory for a checkpoint's files, which appears whole or not at all; keeps the last two checkpoints.
 
     Args:
-        directory: of all checkpoints.
+        directory: the directory of all checkpoints.
 
     Raises:
-        WriteError: the disk refuses. The checkpoints that were there still are.
+        WriteError: the disk refuses. Existing checkpoints stay.
     """
     with writing(directory):
         remove_leftovers(directory)
@@ -69,7 +67,7 @@ def new_checkpoint(directory: Path, step: int) -> Iterator[Path]:
 
 
 def tidy(directory: Path) -> None:
-    """Removes all checkpoints but the last two, and what killed processes left. WriteError: the disk refuses."""
+    """Removes leftovers of killed processes and all checkpoints except the last two. WriteError: the disk refuses."""
     with writing(directory):
         remove_leftovers(directory)
         for path in _in_order(directory)[:-_KEPT]:
@@ -77,7 +75,7 @@ def tidy(directory: Path) -> None:
 
 
 def last_checkpoint(out: Path) -> Checkpoint | None:
-    """Returns the newest checkpoint of the run in ``out``; None: there is none yet.
+    """Returns the newest checkpoint of the run in ``out``; None if there is none yet.
 
     Raises:
         TaskError: its state cannot be read.
@@ -89,14 +87,14 @@ def last_checkpoint(out: Path) -> Checkpoint | None:
         state = TrainerState(**json.loads((paths[-1] / _STATE).read_text(encoding="utf-8")))
         step, last = state.global_step, state.max_steps
         if not (isinstance(step, int) and isinstance(last, int) and isinstance(state.log_history, list)):
-            raise ValueError(f"{_STATE} has other values than the Trainer's")
+            raise ValueError(f"{_STATE} was not written by the Trainer")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise damaged(paths[-1], error) from error
     return Checkpoint(paths[-1], state)
 
 
 def damaged(path: Path | str, error: BaseException) -> TaskError:
-    """What is told of a checkpoint that cannot be read."""
+    """Returns the error for a checkpoint that cannot be read."""
     if isinstance(error, PermissionError):
         return TaskError(f"--resume: {path} cannot be read: {error}")
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,4 +1,4 @@
-"""The labelled texts of a fine-tuning run: which there are, on which side, and as token ids."""
+"""The labelled texts of a fine-tuning run: loaded, split and encoded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lora_ext.tasks.finetune.settings import Settings
 
 
 class Encoded(NamedTuple):
-    """Texts as token ids, shortest first: batches of like length need little padding."""
+    """Texts as token ids, shortest first, so that batches need little padding."""
 
     examples: list[Example]
     rows: list[dict[str, Any]]  # {"input_ids": [...], "labels": class index}
@@ -43,7 +43,7 @@ def load_data(settings: Settings, say: Callable[[str], None]) -> Splits:
         test = read_examples(settings.eval_file, settings.text_column, settings.label_column)
         given, examples = len(examples), without_texts_of(examples, test)
         if dropped := given - len(examples):
-            say(f"{name}: {dropped:,} texts are left out, as they are in {settings.eval_file}, too")
+            say(f"{name}: {dropped:,} texts are left out, because {settings.eval_file} has them, too")
         splits = split_examples(examples, settings.validation_split, 0.0)._replace(test=test)
     if not splits.test:
         raise TaskError(f"{name}: no text is left for testing; raise --test-split, or name an --eval-file")
@@ -58,8 +58,8 @@ def load_data(settings: Settings, say: Callable[[str], None]) -> Splits:
         if unknown := sorted({example.label for example in examples} - set(known)):
             raise TaskError(
                 f"{name}: labels [{shown(unknown)}] occur in the {side} texts only; for training there are "
-                f"{shown(known)}. Every label, a number too, is a class, which takes texts to learn; add some, or drop "
-                "these"
+                f"{shown(known)}. Every label, even a number, is a class that needs training texts; add some, or drop "
+                "these labels"
             )
     sizes = ", ".join(f"{len(split):,} for {side}" for side, split in splits._asdict().items())
     say(f"{name}: {sizes}; labels {shown(known)}")

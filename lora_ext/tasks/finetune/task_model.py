@@ -1,4 +1,4 @@
-"""The model of a fine-tuning run: loaded, checked against what is asked of it, and adapted."""
+"""Loads, checks and adapts the model of a fine-tuning run."""
 
 from __future__ import annotations
 
@@ -32,30 +32,30 @@ from lora_ext.tasks.shared.hub import loading_options, why_not_loaded
 
 
 class TaskModel(NamedTuple):
-    """A bare model and what belongs to it."""
+    """A bare model, its path and its tokenizer."""
 
     path: str
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel
-    drawn: tuple[str, ...]  # parameters that the checkpoint has no values for, those of the new head left out
+    drawn: tuple[str, ...]  # parameters without values in the checkpoint, except those of the new head
 
 
 def model_path_of(model: str | None) -> str:
-    """Local directories by their absolute path: the adapter's config names its base model by it."""
+    """Returns a local directory as an absolute path, because the adapter's config names its base model by it."""
     if model is None:
         return str(demo.model_path())
     return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
 def load_task_model(settings: Settings) -> tuple[TaskModel, Splits]:
-    """The bare model and the texts that ``settings`` start from. TaskError: they cannot be had."""
+    """Loads the bare model and the texts that ``settings`` name. TaskError: one cannot be loaded."""
     splits = load_data(settings, say=lambda line: None)
     return load_model(model_path_of(settings.model), splits.labels, settings.max_length), splits
 
 
 def load_model(path: str, labels: list[str], max_length: int) -> TaskModel:
-    """A classifier of ``labels``. TaskError: there is none at ``path``, or not for so many tokens."""
-    logging.set_verbosity_error()  # it reports every new head; what else is new, check_fits does
+    """Loads a classifier of ``labels``. TaskError: ``path`` has none, or it takes fewer tokens than ``max_length``."""
+    logging.set_verbosity_error()  # transformers reports every new head; check_fits reports other missing weights
     if not is_terminal():
         logging.disable_progress_bar()
     try:
@@ -66,8 +66,8 @@ def load_model(path: str, labels: list[str], max_length: int) -> TaskModel:
             num_labels=len(labels),
             id2label=dict(enumerate(labels)),
             label2id={label: index for index, label in enumerate(labels)},
-            problem_type="single_label_classification",  # whatever a checkpoint was before
-            ignore_mismatched_sizes=True,  # its head may have been for other labels
+            problem_type="single_label_classification",  # overrides the checkpoint's
+            ignore_mismatched_sizes=True,  # the checkpoint's head can be for other labels
             output_loading_info=True,
             dtype=torch.float32,
             **options,
@@ -81,17 +81,17 @@ def load_model(path: str, labels: list[str], max_length: int) -> TaskModel:
     model.config.pad_token_id = tokenizer.pad_token_id
     head = head_parameters(model).keys()
     if wrong := sorted({name for name, *_ in loaded["mismatched_keys"]} - head):
-        raise TaskError(f"--model {path}: {wrong[0]} has another shape than the config beside it says")
+        raise TaskError(f"--model {path}: {wrong[0]} has another shape than its config.json says")
     return TaskModel(path, tokenizer, model, tuple(sorted(set(loaded["missing_keys"]) - head)))
 
 
 def sharing(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy with the very parameters of ``model``: it takes next to no memory."""
+    """Copies ``model`` but shares its parameters, which takes almost no memory."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
 def adapt(model: PreTrainedModel, settings: Settings, model_path: str) -> PreTrainedModel:
-    """Applies the method of ``settings`` to ``model``, which it returns.
+    """Applies the method of ``settings`` to ``model`` in place and returns it.
 
     TaskError: the method does not fit the model, or an option is wrong.
     """
@@ -102,16 +102,16 @@ def adapt(model: PreTrainedModel, settings: Settings, model_path: str) -> PreTra
 
 
 def check_fits(task_model: TaskModel, settings: Settings) -> None:
-    """TaskError: the method of ``settings`` leaves at random, and in no file, what the checkpoint has no values for."""
+    """Raises TaskError if weights missing from the checkpoint would be neither trained nor saved."""
     if settings.method == "full":
         return
     names = tuple(_modules_to_save(settings) or ())
     saved = tuple(f"{path}." for path, _ in task_model.model.named_modules() if path.endswith(names))
-    if left := sorted({name.rpartition(".")[0] for name in task_model.drawn if not name.startswith(saved)}):
+    if missing := sorted({name.rpartition(".")[0] for name in task_model.drawn if not name.startswith(saved)}):
         raise TaskError(
-            f"--method {settings.method}: {task_model.path} has no values for {', '.join(left)}, which would stay as "
-            f"they were drawn, and be in no file; train them along: --method lora --modules-to-save "
-            f"{','.join(left)}, or --method full"
+            f"--method {settings.method}: {task_model.path} has no values for {', '.join(missing)}, which would stay "
+            f"random and be in no file; train them, too: --method lora --modules-to-save {','.join(missing)}, "
+            "or --method full"
         )
 
 
@@ -120,7 +120,7 @@ def _modules_to_save(settings: Settings) -> list[str] | None:
 
 
 def method_for(model: PreTrainedModel, settings: Settings, model_path: str) -> Method:
-    """The method that ``settings`` ask for. ValueError, TypeError: they ask for what cannot be."""
+    """Returns the method that ``settings`` ask for. ValueError, TypeError: an option is wrong."""
     values = asdict(settings) | {
         **lora_targets(model, settings.target_modules),
         "modules_to_save": _modules_to_save(settings),
@@ -131,19 +131,19 @@ def method_for(model: PreTrainedModel, settings: Settings, model_path: str) -> M
 
 
 def check_room(modules: Iterable[nn.Module], most: int | None, rows: list[dict[str, Any]]) -> None:
-    """TaskError: the longest text has more tokens than the model has positions for.
+    """Raises TaskError if the longest text has more tokens than the model has positions.
 
     Args:
-        modules: of the adapted model, or those that will be put into it.
-        most: what the bare model can read, by :func:`most_tokens`.
+        modules: the modules of the adapted model, or those that will be put into it.
+        most: the bare model's limit, from :func:`most_tokens`.
         rows: all texts, encoded.
     """
     longest = max(len(row["input_ids"]) for row in rows)
     for module in modules:
         if isinstance(module, SpecialTokens) and module.most_tokens is not None and longest > module.most_tokens:
             raise TaskError(
-                f"a text has {longest} tokens, but the model has {module.max_positions} positions, of which "
-                f"prefix-embed takes {module.special_tokens}; want --max-length {module.most_tokens}, "
+                f"a text has {longest} tokens, but the model has {module.max_positions} positions and prefix-embed "
+                f"takes {module.special_tokens} of them; want --max-length {module.most_tokens}, "
                 "or fewer special tokens"
             )
     if most is not None and longest > most:
@@ -151,11 +151,11 @@ def check_room(modules: Iterable[nn.Module], most: int | None, rows: list[dict[s
 
 
 def most_tokens(model: PreTrainedModel) -> int | None:
-    """How many tokens a text may have; None: the config does not say."""
+    """Maximum number of tokens in a text; None if the config does not say."""
     architecture = ARCHITECTURES.get(model.config.model_type)
     if architecture is None or not architecture.position_table:
         most = getattr(model.config, "max_position_embeddings", None)
-        has_positions = getattr(model.config, "position_biased_input", True)  # DeBERTa's may be relative alone
+        has_positions = getattr(model.config, "position_biased_input", True)  # DeBERTa can have relative ones only
         return most if has_positions and isinstance(most, int) and most > 0 else None  # XLNet's is -1
     table = model.base_model.get_submodule(architecture.position_table)
     return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)

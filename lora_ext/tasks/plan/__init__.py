@@ -1,1 +1,1 @@
-"""``lora-ext plan``: the memory and disk a method takes."""
+"""``lora-ext plan``: predicts the memory and disk that a method takes."""

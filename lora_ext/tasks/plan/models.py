@@ -1,4 +1,4 @@
-"""Models to plan for: from a config alone, on the meta device."""
+"""Builds models to plan for on the meta device, from a config alone."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ DEMO_LABELS = 3
 
 
 def gpt3_175b() -> PretrainedConfig:
-    """GPT-3 175B (Brown et al. 2020, arXiv 2005.14165, table 2.1), with GPT-2's vocabulary, as it is said to have.
+    """GPT-3 175B (Brown et al. 2020, arXiv 2005.14165, table 2.1) with GPT-2's vocabulary, which it reportedly uses.
 
-    Dense attention in every layer; the original's is sparse in every second one, which changes no weight.
+    Attention is dense in every layer; the original's is sparse in every second one, which changes no weight.
     """
     return GPT2Config(
         n_layer=96,
@@ -45,9 +45,9 @@ BUILT_IN: dict[str, Callable[[], PretrainedConfig]] = {"gpt3-175b": gpt3_175b}
 
 
 def read_config(model: str | None) -> PretrainedConfig:
-    """The config that ``model`` names: built in, a file, a directory or a hub id; None is the demo model.
+    """Reads the config of ``model``: built in, a file, a directory or a hub id; None is the demo model.
 
-    TaskError: there is none, or it says too little.
+    TaskError: there is no such config, or it is incomplete.
     """
     if model in BUILT_IN:
         return BUILT_IN[model]()
@@ -55,7 +55,7 @@ def read_config(model: str | None) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(path, **loading_options(str(path)))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        built_in = "" if Path(path).exists() else f"; built in are {', '.join(BUILT_IN)}"
+        built_in = "" if Path(path).exists() else f"; built-in models: {', '.join(BUILT_IN)}"
         raise TaskError(
             f"--model {model}: no config that transformers knows: {why_not_loaded(str(path), error).strip()}{built_in}"
         ) from error
@@ -65,7 +65,7 @@ def read_config(model: str | None) -> PretrainedConfig:
 
 
 def task_of(config: PretrainedConfig) -> str:
-    """A language model if the config says that it is one, otherwise a classifier, as finetune trains."""
+    """Returns ``language-model`` if the config names one, otherwise ``classification``, which finetune trains."""
     names = config.architectures or ()
     is_language_model = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
     return "language-model" if is_language_model else "classification"
@@ -75,10 +75,10 @@ class ConfigSource:
     """A :class:`lora_ext.planner.Source`.
 
     Args:
-        config: of the bare model.
+        config: the bare model's config.
         task: one of :data:`TASKS`.
-        attention: transformers' name of the implementation; None: what it takes by itself.
-        method_for: the method that adapts a model; None: the model is frozen.
+        attention: transformers' name of the attention implementation; None: its default.
+        method_for: returns the method that adapts a model; None: the model is frozen.
 
     Raises:
         TaskError: transformers has no model of this kind for the task.
@@ -94,14 +94,14 @@ class ConfigSource:
         self.task, self.attention, self.method_for = task, attention, method_for
         self.config = copy.deepcopy(config)
         self.config.use_cache = False  # as the Trainer sets it
-        if self.config.pad_token_id is None:  # a classifier wants one
+        if self.config.pad_token_id is None:  # a classifier needs one
             self.config.pad_token_id = 0
         if type(config) not in TASKS[task]._model_mapping:
             raise TaskError(f"transformers has no model of the type {config.model_type!r} for --task {task}")
 
     @property
     def num_layers(self) -> int | None:
-        """None where the config cannot be given fewer."""
+        """Number of layers; None if the config does not allow fewer."""
         kinds = set(getattr(self.config, "layer_types", None) or [None])
         if self.config.is_encoder_decoder or len(kinds) > 1:
             return None
@@ -126,8 +126,8 @@ class ConfigSource:
             apply_method(model, self.method_for(model))
         if gradient_checkpointing:
             if not self.can_checkpoint:
-                raise ValueError(f"{type(model).__name__} does no gradient checkpointing; leave it out")
-            # Real training also keeps 5 KB a layer: the generator's state, which the meta device has none of.
+                raise ValueError(f"{type(model).__name__} does not support gradient checkpointing; leave it out")
+            # Real training also keeps the random generator's state, 5 KB a layer; the meta device has none.
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False, "preserve_rng_state": False})
         return model

@@ -1,4 +1,4 @@
-"""A plan for people: the rows of its table, the sentences below, and the picture."""
+"""Formats a plan: the rows of its table, the notes below, and the picture."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 from lora_ext.tasks.shared import markdown
 from lora_ext.tasks.shared.whole_files import write_picture
 
-KINDS = {  # of memory, by their keys in plan.json
+KINDS = {  # of memory: keys in plan.json and their names
     "weights": "weights",
     "optimizer_state": "optimizer state",
     "gradients": "gradients",
     "activations": "activations, temporaries",
 }
 _QUANTISED = (
-    "inject does not adapt quantised layers by itself: lora_ext.functional.lora_delta_ adds an adapter to what such a "
-    "layer returned."
+    "inject does not adapt quantised layers by itself: lora_ext.functional.lora_delta_ adds an adapter to such a "
+    "layer's output."
 )
 
 
 def readable(count: float) -> str:
-    """Bytes in the decimal unit that fits, by three digits: ``1.40 TB``, ``349 GB``, ``37.7 MB``."""
+    """Formats bytes with three digits in a decimal unit: ``1.40 TB``, ``349 GB``, ``37.7 MB``."""
     if count < 1000:
         return f"{count:.0f} B"
     units = ["TB", "GB", "MB", "kB"]
@@ -33,22 +33,22 @@ def readable(count: float) -> str:
 
 
 def title(plan: Mapping[str, Any]) -> str:
-    """What is planned, in a line."""
-    own, run = plan["settings"], plan["settings"]["finetune"]
-    extras = [own["optimizer"], f"{run['batch_size']} x {run['max_length']} tokens", own["device"]]
-    if own["gradient_checkpointing"]:
+    """Describes the model and the run in one line."""
+    settings, run = plan["settings"], plan["settings"]["finetune"]
+    extras = [settings["optimizer"], f"{run['batch_size']} x {run['max_length']} tokens", settings["device"]]
+    if settings["gradient_checkpointing"]:
         extras.append("gradient checkpointing")
-    if own["accumulation_steps"] > 1:
-        extras.append(f"{own['accumulation_steps']} batches accumulated")
+    if settings["accumulation_steps"] > 1:
+        extras.append(f"{settings['accumulation_steps']} batches accumulated")
     labels = f" of {plan['num_labels']} labels" if plan.get("num_labels") else ""
     return (
         f"{plan['model']}: {plan['model_type']}, {plan['parameters']:,} parameters, {plan['task']}{labels}; "
-        f"{own['dtype']} weights, {', '.join(extras)}"
+        f"{settings['dtype']} weights, {', '.join(extras)}"
     )
 
 
 def rows(plan: Mapping[str, Any]) -> list[list[str]]:
-    """The table: a column for full fine-tuning, the method, and inference."""
+    """Returns the table, with a column for full fine-tuning, the method, and inference."""
     runs = plan["runs"]
 
     def row(name: str, cell: Callable[[str, Mapping[str, Any]], str]) -> list[str]:
@@ -84,12 +84,12 @@ def _count(number: int | None) -> str:
 
 
 def notes(plan: Mapping[str, Any]) -> list[str]:
-    """What the table does not say: whether it fits, and what would make it."""
+    """Says which runs fit into the memory and which changes would make the method fit."""
     capacity, method = plan["capacity"], plan["method"]
     if capacity is None:
         return []
     lines = []
-    room = f"{readable(capacity['usable'])} ({readable(plan['settings']['gpu_memory'])} less what is reserved)"
+    room = f"{readable(capacity['usable'])} ({readable(plan['settings']['gpu_memory'])} less the reserve)"
     for name, fits in capacity["fits"].items():
         lines.append(f"{name} {'fits' if fits else 'does not fit'} into {room}: {readable(plan['runs'][name]['peak'])}")
     if capacity["fits"][method]:
@@ -98,33 +98,33 @@ def notes(plan: Mapping[str, Any]) -> list[str]:
         return [*lines, f"{method} would not fit with any change that was tried."]
     lines.append(f"{method} fits with one of these:")
     for change in capacity["changes"]:
-        each = " each" if change["devices"] > 1 else ""
-        lines.append(f"  {' and '.join(change['what'])}: {readable(change['peak'])}{each}")
+        per_device = " each" if change["devices"] > 1 else ""
+        lines.append(f"  {' and '.join(change['what'])}: {readable(change['peak'])}{per_device}")
     if any(change["setup"]["dtype"] in ("int8", "nf4") for change in capacity["changes"]):
         lines.append(_QUANTISED)
     return lines
 
 
 def document(plan: Mapping[str, Any]) -> str:
-    """The content of plan.md."""
+    """Returns the content of plan.md."""
     heading, *table = rows(plan)
     listed = [f"- {line.strip()}" if line.startswith("  ") else line for line in notes(plan)]
     return "\n\n".join([f"# {title(plan)}", markdown.table(heading, table), *listed]) + "\n"
 
 
 def plot(path: Path, plan: Mapping[str, Any]) -> None:
-    """A bar for each run, of what it holds when that is the most."""
-    from matplotlib.figure import Figure  # here: the rest is for machines without it, too
+    """Plots a bar for each run: what its memory holds at the peak."""
+    from matplotlib.figure import Figure  # here, because matplotlib is optional
 
     runs = dict(reversed(plan["runs"].items()))
     unit, divisor = ("GB", 1e9) if max(run["peak"] for run in runs.values()) >= 1e9 else ("MB", 1e6)
     figure = Figure(figsize=(8, 1.4 + 0.6 * len(runs)), layout="constrained")
     axes = figure.subplots()
-    left = dict.fromkeys(runs, 0.0)
+    ends = [0.0] * len(runs)
     for key, text in KINDS.items():
         widths = [run[key] / divisor for run in runs.values()]
-        axes.barh(list(runs), widths, left=list(left.values()), label=text)
-        left = {name: start + width for (name, start), width in zip(left.items(), widths, strict=True)}
+        axes.barh(list(runs), widths, left=ends, label=text)
+        ends = [end + width for end, width in zip(ends, widths, strict=True)]
     if plan["settings"]["gpu_memory"] is not None:
         axes.axvline(plan["capacity"]["usable"] / divisor, color="black", linestyle="--", label="usable")
     axes.set(xlabel=f"{unit} at the peak", title=f"{plan['model']}, {plan['settings']['dtype']}")

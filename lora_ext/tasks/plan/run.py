@@ -1,4 +1,4 @@
-"""``lora-ext plan``: what memory and disk a method takes, beside full fine-tuning, and what makes it fit."""
+"""``lora-ext plan``: compares a method's memory and disk with full fine-tuning's; finds changes that make it fit."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from lora_ext.tasks.shared.whole_files import write_json, write_whole
 
 PLAN_FILE = "plan.json"
 _OUTPUTS = ("plan.md", "plan.png", PLAN_FILE)
-_TASKS = 100  # the paper's section 4.2 counts the disk for so many
+_TASKS = 100  # as in the paper's section 4.2
 
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """What is planned.
+    """Settings of a plan.
 
     Attributes:
-        finetune: the model, the method and its options, the batch; ``max_length`` is the tokens a text.
-        task: one of ``TASKS``; None: what the config says.
-        num_labels: that a classifier tells apart; None: what the config says, which is 2 where it says nothing.
-        attention: transformers' name of the implementation; None: what it takes by itself.
-        dtype, optimizer, gradient_checkpointing: as of :class:`lora_ext.planner.Setup`.
-        accumulation_steps: batches whose gradients are added up.
-        device: whose kernels it runs on, ``"cuda"`` or ``"cpu"``.
-        gpu_memory: bytes of a device; None: nothing is said about fitting.
-        reserve: bytes of these that are not for tensors: context, libraries' workspaces, what an allocator cannot use.
-        disk: bytes for checkpoints; None: nothing is said about them.
+        finetune: the model, the method and its options, the batch; ``max_length`` is the tokens per text.
+        task: one of ``TASKS``; None: from the config.
+        num_labels: a classifier's number of labels; None: from the config, or 2.
+        attention: transformers' name of the attention implementation; None: its default.
+        dtype, optimizer, gradient_checkpointing: as in :class:`lora_ext.planner.Setup`.
+        accumulation_steps: number of batches whose gradients are summed.
+        device: ``"cuda"`` or ``"cpu"``.
+        gpu_memory: bytes of a device; None: whether a run fits is not checked.
+        reserve: bytes of ``gpu_memory`` that tensors cannot use: context, library workspaces, fragmentation.
+        disk: bytes for checkpoints; None: checkpoints are not counted.
     """
 
     finetune: Settings
@@ -69,7 +69,7 @@ class PlanSettings:
 
     @property
     def setup(self) -> Setup:
-        """TaskError: a name is not known."""
+        """The planner's setup. TaskError: a name is unknown."""
         try:
             return Setup(
                 self.finetune.batch_size,
@@ -86,19 +86,19 @@ class PlanSettings:
 def plan(
     settings: PlanSettings, out: Path | None = None, *, overwrite: bool = False, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Counts the memory and disk of a method, of full fine-tuning and of inference; ``out`` gets them in three files.
+    """Counts the memory and disk of a method, full fine-tuning and inference; writes three files to ``out``.
 
-    The paper's figures for GPT-3 175B follow from ``model="gpt3-175b"``, ``dtype="float16"`` and query and value. Its
-    350 GB of memory for LoRA are the float16 weights. How it counts the 1.2 TB of full fine-tuning it does not say:
-    weights and Adam's moments in float16 are 6 bytes a parameter, 1.05 TB, of which LoRA saves the "up to 2/3" of
-    section 4.2; with gradients, which are there as well, they are 8, 1.40e12 bytes or 1.27 TiB. Its 35 MB for a
-    checkpoint of rank 4 are 18.9 million float16 numbers, 37.7e6 bytes or 36 MiB.
+    ``model="gpt3-175b"``, ``dtype="float16"``, query and value reproduce the paper's figures for GPT-3 175B. Its
+    350 GB of memory for LoRA are the float16 weights. The paper does not explain its 1.2 TB for full fine-tuning.
+    Weights and Adam's moments in float16 are 6 bytes a parameter, 1.05 TB; LoRA saves "up to 2/3" of that (section
+    4.2). With gradients they are 8 bytes: 1.40e12 bytes or 1.27 TiB. Its 35 MB for a checkpoint of rank 4 are 18.9
+    million float16 numbers, 37.7e6 bytes or 36 MiB.
 
     Returns:
         The content of plan.json.
 
     Raises:
-        TaskError: a mistake in the settings, the config or the directory. Nothing is written then.
+        TaskError: a mistake in the settings, the config or the directory; nothing is written.
     """
     transformers.logging.set_verbosity_error()
     if out is not None:
@@ -113,7 +113,7 @@ def plan(
         prepare_out(out, _OUTPUTS, False, lambda out: write_json(out / PLAN_FILE, result))
         write_whole(out / "plan.md", results.document(result))
         if importlib.util.find_spec("matplotlib") is None:
-            say(f"{out / 'plan.png'} is left out, as it takes matplotlib: {install_hint('analyze')}")
+            say(f"{out / 'plan.png'} is left out, because it needs matplotlib: {install_hint('analyze')}")
         else:
             results.plot(out / "plan.png", result)
     return result
@@ -123,26 +123,26 @@ def _count(settings: PlanSettings, config: PretrainedConfig, setup: Setup) -> di
     task, method = settings.task or task_of(config), settings.finetune.method
 
     def planner(name: str | None) -> Planner:
-        own = settings.finetune.with_method(name or "full")
-        adapting = (lambda model: method_for(model, own, settings.finetune.model)) if name else None
+        finetune = settings.finetune.with_method(name or "full")
+        adapting = (lambda model: method_for(model, finetune, finetune.model)) if name else None
         return Planner(ConfigSource(config, task, settings.attention, adapting), settings.device)
 
-    # Full fine-tuning cannot train quantised weights; it is planned with what those compute in.
+    # Full fine-tuning cannot train quantised weights; it is planned with their compute dtype.
     setups = {"full": replace(setup, dtype=WEIGHT_DTYPES[setup.dtype].compute_name), method: setup}
     planners, frozen = {name: planner(name) for name in setups}, planner(None)
     try:
         _check_length(planners[method], setup)
-        runs = {name: _run(planners[name], own) for name, own in setups.items()}
+        runs = {name: _run(planners[name], run_setup) for name, run_setup in setups.items()}
         inference = frozen.inference(setup)
         capacity = _capacity(settings, planners[method], runs)
     except (ValueError, TypeError) as error:
         raise TaskError(f"--method {method}: {error}") from error
-    except AttributeError as error:  # transformers reads a field
-        raise TaskError(f"--model: the config of this {config.model_type} says too little: {error}") from error
+    except AttributeError as error:  # transformers reads a missing field
+        raise TaskError(f"--model: the config of this {config.model_type} is incomplete: {error}") from error
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise TaskError(
-            f"--model: {config.model_type} cannot run without data, which planning has none of: {reason}"
+            f"--model: {config.model_type} cannot run without data, and planning has none: {reason}"
         ) from error
     return {
         **provenance.made_by(),
@@ -193,15 +193,15 @@ def _change(change: Change) -> dict[str, Any]:
 
 
 def _disk(disk: int | None, base: int, runs: Mapping[str, Any]) -> dict[str, Any]:
-    """What checkpoints take: of full fine-tuning by themselves, of the others beside the base model."""
-    beside = {name: 0 if name == "full" else base for name in runs}
+    """Counts bytes of checkpoints; every method except full fine-tuning also needs the base model once."""
+    shared = {name: 0 if name == "full" else base for name in runs}
     return {
         "base_bytes": base,
         "tasks": _TASKS,
-        "tasks_bytes": {name: beside[name] + _TASKS * run["checkpoint_bytes"] for name, run in runs.items()},
+        "tasks_bytes": {name: shared[name] + _TASKS * run["checkpoint_bytes"] for name, run in runs.items()},
         "tasks_16_bit_bytes": {
-            name: beside[name] + _TASKS * run["checkpoint_16_bit_bytes"] for name, run in runs.items()
+            name: shared[name] + _TASKS * run["checkpoint_16_bit_bytes"] for name, run in runs.items()
         },
         "checkpoints": disk
-        and {name: max(disk - beside[name], 0) // run["checkpoint_bytes"] for name, run in runs.items()},
+        and {name: max(disk - shared[name], 0) // run["checkpoint_bytes"] for name, run in runs.items()},
     }

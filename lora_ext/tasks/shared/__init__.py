@@ -1,1 +1,1 @@
-"""What several tasks use: files written whole, result directories, models by their ids."""
+"""Code that several tasks share: whole files, result directories, models by id."""

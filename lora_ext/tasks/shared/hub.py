@@ -1,4 +1,4 @@
-"""Models by their ids: without a network, from the cache or not at all, and at once."""
+"""Loads models by id; without a network, from the cache or not at all, and at once."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _SECONDS = 5.0  # for the hub to answer
 
 
 def loading_options(model: str) -> dict[str, Any]:
-    """Options of ``from_pretrained`` for a directory or an id.
+    """Returns the options of ``from_pretrained`` for a directory or an id.
 
-    Of an id they keep to the cache where the hub does not answer: huggingface_hub would ask again and again, for a
-    minute, and there is no setting for that.
+    If the hub does not answer, an id is looked up in the cache only: huggingface_hub would retry for a minute, and no
+    setting prevents that.
     """
     return {} if Path(model).exists() or _answers() else {"local_files_only": True}
 
 
 def why_not_loaded(model: str, error: BaseException) -> str:
-    """The reason for people; of an id, what would do."""
+    """Explains the error; for an id, adds a remedy."""
     if Path(model).exists() or _answers():
         return str(error)
     from huggingface_hub import constants
@@ -32,7 +32,7 @@ def why_not_loaded(model: str, error: BaseException) -> str:
     download = f", or run `hf download {model}` where there is a network" if is_id else ""
     return (
         f"there is no such directory, the hub ({constants.ENDPOINT}) {silent}, and its cache "
-        f"({constants.HF_HUB_CACHE}) does not have it whole; name a directory with the model's files{download}"
+        f"({constants.HF_HUB_CACHE}) does not have the whole model; name a directory with its files{download}"
     )
 
 
@@ -44,7 +44,7 @@ def _answers() -> bool:
     if constants.HF_HUB_OFFLINE:
         return False
     try:
-        get_session().head(constants.ENDPOINT, timeout=_SECONDS)  # through the proxies that the library uses
-    except Exception:  # of the HTTP library, which is another one in other releases
+        get_session().head(constants.ENDPOINT, timeout=_SECONDS)  # through the library's proxies
+    except Exception:  # the HTTP library depends on huggingface_hub's release
         return False
     return True

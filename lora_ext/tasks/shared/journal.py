@@ -1,4 +1,4 @@
-"""Results that are kept as they are made: a line of JSON each, which an interrupted run finds again."""
+"""A journal of results, one JSON line each, from which an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["Journal"]
 
 
 class Journal:
-    """A file of JSON objects, one a line, that grows at its end. A line that a kill cut off counts as not written.
+    """A file of JSON objects, one a line, that grows at its end. A line cut off by a kill counts as not written.
 
     Attributes:
-        entries: those of the file, and those added since: all as JSON gives them back.
+        entries: the entries of the file and those added since, as parsed from JSON.
     """
 
     def __init__(self, path: Path) -> None:
-        """Opens ``path``, which is made where it is missing.
+        """Opens ``path``; creates it if it is missing.
 
         Raises:
             TaskError: another process is writing to it.
@@ -45,7 +45,7 @@ class Journal:
             except (ValueError, RecursionError):
                 entry = None
             if not isinstance(entry, dict):
-                break  # and with it what follows: it may be later than what is lost
+                break  # drops the following lines, too: they can be later than the lost one
             self.entries.append(entry)
             whole += len(line)
         with writing(path):

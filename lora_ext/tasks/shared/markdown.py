@@ -6,6 +6,6 @@ from collections.abc import Sequence
 
 
 def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first column is to the left and the others to the right."""
+    """Formats a table; the first column is aligned left and the others right."""
     lines = [heading, ["---", *["---:"] * (len(heading) - 1)], *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)

@@ -1,4 +1,4 @@
-"""Seconds of forward passes, and bytes in memory and on disk."""
+"""Measures seconds of forward passes, and bytes in memory and on disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Key = TypeVar("Key")
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this process has held so far: on the GPU by PyTorch's count, else resident in RAM."""
+    """Peak memory of this process: on a GPU by PyTorch's count, otherwise resident in RAM."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -24,7 +24,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def tensor_bytes(model: torch.nn.Module) -> int:
-    """Bytes of the model's distinct tensors: what its checkpoint takes, less a header of some kilobytes."""
+    """Bytes of the model's distinct tensors: its checkpoint's size without the header of some kilobytes."""
     tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
@@ -40,10 +40,10 @@ def latencies(
     rounds: int = 11,
     seconds: float = math.inf,
 ) -> dict[Key, list[float]]:
-    """Seconds of ``rounds`` forward passes of each model. They take turns, so that a busy machine slows all alike.
+    """Times ``rounds`` forward passes of each model, in turns, so that a busy machine slows all alike.
 
-    Each follows one of the same model that is not timed: models that share weights would else find them in the cache,
-    and the first of them would not. No round begins after ``seconds``, once there are three.
+    An untimed pass of the same model precedes each timed one: otherwise models that share weights would find them in
+    the cache, except the first. After three rounds, no round starts later than ``seconds``.
     """
     synchronize: Callable[[], None] = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     taken: dict[Key, list[float]] = {name: [] for name in models}
@@ -52,7 +52,7 @@ def latencies(
         if round_number >= 5 and time.perf_counter() > end:
             break
         for name, model in models.items():
-            model(**inputs)
+            model(**inputs)  # untimed
             synchronize()
             start = time.perf_counter()
             model(**inputs)

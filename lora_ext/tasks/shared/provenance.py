@@ -1,4 +1,4 @@
-"""Where a result comes from: its command, its date and its machine."""
+"""Provenance of a result: its command, date and machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_ext import info
 
 
 def made_by(command: Sequence[str] | None = None) -> dict[str, Any]:
-    """The command, by default that of this process, and the time, for a result."""
+    """Returns a result's command, by default this process's, and the current time."""
     return {
         "command": ["lora-ext", *sys.argv[1:]] if command is None else list(command),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -33,7 +33,7 @@ def machine() -> dict[str, Any]:
 
 
 def measured_on(result: Mapping[str, Any]) -> str:
-    """A line for the foot of a table: where and when ``result["machine"]`` and ``["date"]`` say it was measured."""
-    own = result["machine"]
-    gpu = own["gpu"] or "no GPU"
-    return f"{own['processor']}, {own['threads']} threads, {gpu}, torch {own['torch']}, {result['date'][:10]}."
+    """Formats ``result["machine"]`` and ``["date"]`` as a line for the foot of a table."""
+    host = result["machine"]
+    gpu = host["gpu"] or "no GPU"
+    return f"{host['processor']}, {host['threads']} threads, {gpu}, torch {host['torch']}, {result['date'][:10]}."

@@ -1,4 +1,4 @@
-"""The directory that a run leaves its results in: whose it is, and what may be replaced there."""
+"""A run's result directory: checks that it may be used, and prepares it."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def check_out(
     outputs: Sequence[str] = (),
     inputs: Iterable[str | None] = (),
 ) -> None:
-    """Refuses to mix a run with other files, or to replace one unasked.
+    """Refuses to mix a run with other files, or to replace a run without being asked.
 
     Args:
         marker: name of the file that every run of this kind has in its directory.
-        what: the kind, with its article.
-        outputs: names or patterns of what :func:`prepare_out` will remove.
-        inputs: files and directories that the run reads, or ids of something else, or None.
+        what: the kind of run, with its article.
+        outputs: names or patterns of files that :func:`prepare_out` will remove.
+        inputs: files and directories that the run reads; ids and None are ignored.
 
     Raises:
-        TaskError: saying which option or directory would do.
+        TaskError: the message says which option or directory to choose.
     """
     if resume and overwrite:
         raise TaskError("--resume continues the run in --out and --overwrite replaces it; give one of them")
@@ -42,20 +42,20 @@ def check_out(
     if resume or not out.exists() or all(is_leftover(path) for path in out.iterdir()):
         return
     if not (out / marker).is_file():
-        raise TaskError(f"--out {out} holds files that are not of {what}; choose another directory")
+        raise TaskError(f"--out {out} holds files that do not belong to {what}; choose another directory")
     if not overwrite:
         raise TaskError(f"--out {out} holds a run already; --resume continues it, --overwrite replaces it")
     removed = [path.resolve() for pattern in outputs for path in out.glob(pattern)]
     for name in filter(None, inputs):
         path = Path(name).resolve()
         if any(path == old or path.is_relative_to(old) for old in removed):
-            raise TaskError(f"--overwrite would remove {name}, which the run is to read; choose another --out")
+            raise TaskError(f"--overwrite would remove {name}, which the run reads; choose another --out")
 
 
 def prepare_out(out: Path, outputs: Sequence[str], resume: bool, save: Callable[[Path], object]) -> None:
-    """Makes ``out``, without the ``outputs`` (names or patterns) of an earlier run unless it is resumed.
+    """Creates ``out``, removes an earlier run's ``outputs`` (names or patterns) unless it is resumed, calls ``save``.
 
-    ``save(out)`` then writes what the run is started with.
+    ``save(out)`` writes the run's settings.
 
     Raises:
         WriteError: the disk refuses.
@@ -70,7 +70,7 @@ def prepare_out(out: Path, outputs: Sequence[str], resume: bool, save: Callable[
 
 
 def leave_results(out: Path, name: str, result: Any, document: str, say: Callable[[str], None]) -> None:
-    """A command's ``name``.json and .md, next to the .png that is there already, and the document for the user."""
+    """Writes ``name``.json and .md next to the existing .png, and shows the document to the user."""
     write_whole(out / f"{name}.md", document)
     write_json(out / f"{name}.json", result)
     say(f"{document}\nin {out}: {name}.json, {name}.md, {name}.png; runs/ has every run")

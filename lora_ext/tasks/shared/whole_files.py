@@ -1,4 +1,4 @@
-"""Files and directories that are there whole or not at all, whenever the process is killed or the disk is full."""
+"""Writes files and directories whole or not at all, even if the process is killed or the disk is full."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ __all__ = [
     "writing",
 ]
 
-_FRESH, _OLD = ".unfinished", ".removed"  # endings of hidden names next to the one that is written
+_FRESH, _OLD = ".unfinished", ".removed"  # endings of hidden names next to the written path
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether ``path`` is what a killed process was writing or removing."""
+    """Whether a killed process was writing or removing ``path``."""
     return path.name.startswith(".") and path.name.endswith((_FRESH, _OLD))
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Removes what killed processes left in ``directory``. OSError: it cannot be removed."""
+    """Removes leftovers of killed processes in ``directory``. OSError: one cannot be removed."""
     for path in [path for path in directory.glob(".*") if is_leftover(path)]:
         _remove(path, ignore_errors=False)
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Whatever a library raises where the disk refuses ``path`` becomes a WriteError of one line."""
+    """Turns any error of a library that cannot write ``path`` into a WriteError of one line."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -58,14 +58,14 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def _is_about_the_disk(error: Exception) -> bool:
-    """Whether this is what a library makes of an OSError."""
+    """Whether a library made this error from an OSError."""
     if isinstance(error, SafetensorError | RuntimeError):  # torch.save raises RuntimeError
         return True
-    return type(error) is Exception and "(os error " in str(error)  # a tokenizer's
+    return type(error) is Exception and "(os error " in str(error)  # tokenizers raises these
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes the file in place of an old one."""
+    """Writes the file, replacing an old one."""
     fresh = _hidden(path, _FRESH)
     with writing(path):
         try:
@@ -81,7 +81,7 @@ def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
 
 
 def write_picture(path: Path, figure: Any) -> None:
-    """Writes a figure of matplotlib as PNG."""
+    """Writes a matplotlib figure as PNG."""
     content = io.BytesIO()
     figure.savefig(content, dpi=120, format="png")
     write_whole(path, content.getvalue())
@@ -89,9 +89,9 @@ def write_picture(path: Path, figure: Any) -> None:
 
 @contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
-    """Yields an empty directory, which takes the place of ``path`` when the block has ended well.
+    """Yields an empty directory, which replaces ``path`` and all its content when the block succeeds.
 
-    Of an old directory there, nothing is left. Between two renames there is neither of them.
+    ``path`` does not exist for a moment between two renames.
     """
     fresh = _hidden(path, _FRESH)
     with writing(path):
@@ -108,12 +108,12 @@ def whole_directory(path: Path) -> Iterator[Path]:
 
 
 def discard(path: Path) -> None:
-    """Removes a file or directory, which is at no time there in part. OSError: it cannot be removed."""
+    """Removes a file or directory, never leaving a part of it visible. OSError: it cannot be removed."""
     _remove(_hide(path), ignore_errors=False)
 
 
 def _hide(path: Path) -> Path:
-    """Renames ``path``, if it is there. Returns the hidden name, which any later run may remove."""
+    """Renames ``path`` if it exists. Returns the hidden name, which any later run may remove."""
     old = _hidden(path, _OLD)
     _remove(old, ignore_errors=False)
     if os.path.lexists(path):
