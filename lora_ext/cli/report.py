@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from lora_ext.cli import training
+
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
@@ -22,11 +24,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="FILE",
         help="the page; a page of an earlier report is replaced (default: DIR/report.html)",
     )
-    add("--title", metavar="TEXT", help="of the page (default: the directory's name)")
+    add("--title", metavar="TEXT", help="the page's title (default: the directory's name)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> None:
+    training.check_installed("report", "report", ["jinja2", "matplotlib"])
     from lora_ext.tasks.report import write_report
 
     write_report(args.directory, args.out, args.title)
