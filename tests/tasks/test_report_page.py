@@ -132,7 +132,11 @@ def test_the_page_is_whole_and_asks_nothing_of_others(page: Path):
         kind: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         for kind, text in (("style", style), ("script", script))
     }
-    wanted = ["default-src 'none'", "img-src data:", *(f"{kind}-src 'sha256-{own}'" for kind, own in digests.items())]
+    wanted = [
+        "default-src 'none'",
+        "img-src data:",
+        *(f"{kind}-src 'sha256-{digest}'" for kind, digest in digests.items()),
+    ]
     assert policy.split("; ")[:4] == wanted
     assert page.stat().st_size < 3_000_000
 
@@ -148,10 +152,10 @@ def test_every_figure_of_compare(results: Path, page: Path):
     for row in content["methods"]:
         for key in keys:
             assert parsed.values >= {*row[key]["values"]}, key
-        own = row["trained_parameters"] - row["head_parameters"]
+        number = row["trained_parameters"] - row["head_parameters"]
         times = [*numbers([row["step_ms"], row["forward_ms"], row.get("merged_forward_ms")])]
-        assert parsed.values >= {own, row["checkpoint_bytes"], *times}
-        shown = [row["label"], f"{own:,}", f"{row['trained_parameters'] / row['total_parameters']:.2%}"]
+        assert parsed.values >= {number, row["checkpoint_bytes"], *times}
+        shown = [row["label"], f"{number:,}", f"{row['trained_parameters'] / row['total_parameters']:.2%}"]
         shown += [percent(row["accuracy"]), percent(row["macro_f1"]), f"{row['step_ms']['median']:.1f}"]
         assert shown in [cells[:6] for cells in parsed.rows]
     assert parsed.values >= {*numbers(content["base_forward_ms"])}
@@ -160,16 +164,16 @@ def test_every_figure_of_compare(results: Path, page: Path):
 
 def test_every_figure_of_sweep(results: Path, page: Path):
     content, parsed = json.loads((results / SWEEP).read_text()), Parsed(page)
-    for each in content["cells"]:
+    for setting in content["cells"]:
         assert parsed.values >= {
-            each["r"],
-            each["parameters"],
-            *each["accuracy"]["values"],
-            *each["macro_f1"]["values"],
+            setting["r"],
+            setting["parameters"],
+            *setting["accuracy"]["values"],
+            *setting["macro_f1"]["values"],
         }
-        assert percent(each["accuracy"]) in [text for cells in parsed.rows for text in cells]
+        assert percent(setting["accuracy"]) in [text for cells in parsed.rows for text in cells]
     weights = [cells for cells in parsed.rows if cells[0] == "q,v" and len(cells) == 5]
-    (cell,) = [each for each in content["within_budget"] if each["target_modules"] == "q,v"]
+    (cell,) = [setting for setting in content["within_budget"] if setting["target_modules"] == "q,v"]
     expected = ["q,v", f"{cell['r']}", f"{cell['parameters']:,}", percent(cell["accuracy"]), percent(cell["macro_f1"])]
     assert weights == [expected]
 
@@ -178,10 +182,10 @@ def test_every_figure_of_analyze(results: Path, page: Path):
     content, parsed = json.loads((results / ANALYSIS).read_text()), Parsed(page)
     assert len(content["layers"]) == 13  # two layers of six, and the pooler
     for layer in content["layers"]:
-        for own in layer["adapters"]:
-            wanted = {key: value for key, value in own.items() if key not in ("projection", "singular_values")}
-            last = [own["projection"][key][-1] for key in ("delta", "weight", "random", "amplification")]
-            assert parsed.values >= {*last, *numbers(wanted)} - {own["scaling"], own["numerical_rank"]}
+        for adapter in layer["adapters"]:
+            wanted = {key: value for key, value in adapter.items() if key not in ("projection", "singular_values")}
+            last = [adapter["projection"][key][-1] for key in ("delta", "weight", "random", "amplification")]
+            assert parsed.values >= {*last, *numbers(wanted)} - {adapter["scaling"], adapter["numerical_rank"]}
     for adapter in content["summary"]["adapters"]:
         assert parsed.values >= {adapter["norm"], adapter["relative_change"], *numbers(adapter["kinds"])}
         assert f"{adapter['most_changed'][0]['name']} most" in parsed.text
@@ -217,7 +221,7 @@ def test_every_figure_of_plan_and_finetune(results: Path, page: Path):
     assert f"data:image/png;base64,{single}" in curves and len(curves) == 3 + 4 + 1  # groups' first runs, and itself
 
 
-# --- what the page says -----------------------------------------------------------------------------------------------------
+# --- what the page says -----------------------------------------------------------------------------------------------
 
 
 def test_winners_are_marked_beyond_the_spread_only(copied: Path):
@@ -244,10 +248,10 @@ def test_winners_are_marked_beyond_the_spread_only(copied: Path):
 
 def test_ranks_are_marked_beyond_the_spread_only(copied: Path):
     def change(content: dict[str, Any]) -> None:
-        for each in content["cells"]:
-            high = (each["r"], each["target_modules"]) == (2, "q")
-            each["accuracy"] = summary([0.9, 0.91] if high else [0.7, 0.71])
-        content["within_budget"] = [each for each in content["cells"] if each["r"] == 1]
+        for setting in content["cells"]:
+            high = (setting["r"], setting["target_modules"]) == (2, "q")
+            setting["accuracy"] = summary([0.9, 0.91] if high else [0.7, 0.71])
+        content["within_budget"] = [setting for setting in content["cells"] if setting["r"] == 1]
 
     change_json(copied / SWEEP, change)
     shutil.rmtree(copied / "compare")
@@ -274,10 +278,10 @@ def test_results_without_some_figures(copied: Path):
         content.update(base=None, notes=["What needs the base's weights is left out."])
         for layer in content["layers"]:
             layer["weight_norm"] = None
-            for own in layer["adapters"]:
-                own.update(projection=None, relative_change=None)
-        for own in content["summary"]["adapters"]:
-            for kind in own["kinds"].values():
+            for adapter in layer["adapters"]:
+                adapter.update(projection=None, relative_change=None)
+        for adapter in content["summary"]["adapters"]:
+            for kind in adapter["kinds"].values():
                 kind.update(dict.fromkeys(("relative_change", "delta", "weight", "random", "amplification")))
         for side in "AB":
             content["summary"]["similarity"][0][side] = None
@@ -295,7 +299,7 @@ def test_results_without_some_figures(copied: Path):
     assert "logits differ by at most nan" in parsed.text
 
 
-# --- files from elsewhere ------------------------------------------------------------------------------------------------
+# --- files from elsewhere ---------------------------------------------------------------------------------------------
 
 HOSTILE = "</td></title><script>alert(1)</script><img src=x onerror=alert(2)>\" onload='alert(3)' &amp; \x00"
 

@@ -50,13 +50,13 @@ def not_behind(summaries: Mapping[Any, Mapping[str, Any]]) -> list[Any]:
 
     Empty where there is no spread, as with single seeds.
     """
-    if any(each["sd"] is None for each in summaries.values()):
+    if any(scores["sd"] is None for scores in summaries.values()):
         return []
-    best = max(summaries.values(), key=lambda each: each["mean"])
+    best = max(summaries.values(), key=lambda scores: scores["mean"])
     return [
         key
-        for key, each in summaries.items()
-        if best["mean"] - each["mean"] <= math.hypot(best["sd"], each["sd"]) or each is best
+        for key, scores in summaries.items()
+        if best["mean"] - scores["mean"] <= math.hypot(best["sd"], scores["sd"]) or scores is best
     ]
 
 
@@ -210,11 +210,13 @@ def _runs(content: Mapping[str, Any]) -> Table:
 def _settings(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The settings in which the methods differ, as a table, and those that are the ``same`` for all."""
     settings = {row["label"]: own_settings(row["settings"]) for row in rows}
-    names = dict.fromkeys(name for own in settings.values() for name in own if name not in ("seed", "method"))
-    values = {name: {repr(own[name]): own[name] for own in settings.values() if name in own} for name in names}
+    names = dict.fromkeys(name for chosen in settings.values() for name in chosen if name not in ("seed", "method"))
+    values = {
+        name: {repr(chosen[name]): chosen[name] for chosen in settings.values() if name in chosen} for name in names
+    }
     same = {name: next(iter(found.values())) for name, found in values.items() if len(found) == 1}
     others = [name for name in names if name not in same]
-    apart = [[label, *(_setting(own.get(name)) for name in others)] for label, own in settings.items()]
+    apart = [[label, *(_setting(chosen.get(name)) for name in others)] for label, chosen in settings.items()]
     return {
         "same": {name: value for name, value in same.items() if value is not None},
         "differing": table("Settings in which the methods differ", ["method", *others], apart) if others else None,
@@ -224,7 +226,11 @@ def _settings(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _times(content: Mapping[str, Any]) -> Table:
     columns = {"step_ms": "step", "forward_ms": "forward", "merged_forward_ms": "merged forward"}
     rows = [
-        [row["label"], name, *(cell(row[key][each], f"{row[key][each]:.2f}") for each in ("q1", "median", "q3"))]
+        [
+            row["label"],
+            name,
+            *(cell(row[key][quantile], f"{row[key][quantile]:.2f}") for quantile in ("q1", "median", "q3")),
+        ]
         for row in [*content["methods"], {"label": "base model", "forward_ms": content["base_forward_ms"]}]
         for key, name in columns.items()
         if key in row

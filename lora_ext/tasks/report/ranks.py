@@ -22,7 +22,7 @@ _Cells = Mapping[tuple[int, str], Mapping[str, Any]]
 def show_ranks(result: Result, pictures: Pictures) -> dict[str, Any]:
     """The section's content."""
     content = result.content
-    cells = {(each["r"], each["target_modules"]): each for each in content["cells"]}
+    cells = {(setting["r"], setting["target_modules"]): setting for setting in content["cells"]}
     runs = _runs(content)
     return {
         "seeds": deviation_over(content["seeds"]),
@@ -66,7 +66,7 @@ def _reading_ranks(content: Mapping[str, Any], cells: _Cells) -> list[str]:
 
 
 def _reading_weights(content: Mapping[str, Any]) -> list[str]:
-    accuracies = {each["target_modules"]: each["accuracy"] for each in content["within_budget"]}
+    accuracies = {setting["target_modules"]: setting["accuracy"] for setting in content["within_budget"]}
     text = "Each set of weights gets the highest rank that stays within the same number of parameters."
     if len(accuracies) < 2 or len(content["seeds"]) < 2:
         return [text]
@@ -83,7 +83,9 @@ def _rank_table(content: Mapping[str, Any], cells: _Cells) -> Table:
         best = winner(accuracies)
         first = content["ranks"][0]
         row = [_code(target), cell(cells[first, target]["parameters"] // first)]
-        rows.append([*row, *(cell(each["mean"], percent(each), rank == best) for rank, each in accuracies.items())])
+        rows.append(
+            [*row, *(cell(scores["mean"], percent(scores), rank == best) for rank, scores in accuracies.items())]
+        )
     heading = ["weights", "parameters per rank", *(f"r = {rank}" for rank in content["ranks"])]
     return table("Accuracy by rank, %", heading, rows)
 
@@ -92,9 +94,9 @@ def _rank_chart(content: Mapping[str, Any], cells: _Cells) -> Chart:
     series = []
     for target in content["targets"]:
         points = []
-        for rank, each in sorted(_of_target(content, cells, target).items()):
-            mean, sd = 100 * each["mean"], 100 * (each["sd"] or 0.0)
-            title = f"{target}, r = {rank}: {percent(each)} %, {cells[rank, target]['parameters']:,} parameters"
+        for rank, scores in sorted(_of_target(content, cells, target).items()):
+            mean, sd = 100 * scores["mean"], 100 * (scores["sd"] or 0.0)
+            title = f"{target}, r = {rank}: {percent(scores)} %, {cells[rank, target]['parameters']:,} parameters"
             points.append(Point(rank, mean, title, mean - sd, mean + sd))
         series.append(Series(target, points))
     return line_chart(
@@ -108,20 +110,24 @@ def _rank_chart(content: Mapping[str, Any], cells: _Cells) -> Chart:
 
 
 def _weights_table(content: Mapping[str, Any]) -> Table:
-    best = winner({each["target_modules"]: each["accuracy"] for each in content["within_budget"]})
+    best = winner({setting["target_modules"]: setting["accuracy"] for setting in content["within_budget"]})
     rows = []
-    for each in content["within_budget"]:
-        accuracy = cell(each["accuracy"]["mean"], percent(each["accuracy"]), each["target_modules"] == best)
-        macro_f1 = cell(each["macro_f1"]["mean"], percent(each["macro_f1"]))
-        rows.append([_code(each["target_modules"]), cell(each["r"]), cell(each["parameters"]), accuracy, macro_f1])
+    for setting in content["within_budget"]:
+        accuracy = cell(setting["accuracy"]["mean"], percent(setting["accuracy"]), setting["target_modules"] == best)
+        macro_f1 = cell(setting["macro_f1"]["mean"], percent(setting["macro_f1"]))
+        rows.append(
+            [_code(setting["target_modules"]), cell(setting["r"]), cell(setting["parameters"]), accuracy, macro_f1]
+        )
     return table("Accuracy by weights", ["weights", "r", "parameters", "accuracy, %", "macro-F1, %"], rows)
 
 
 def _runs(content: Mapping[str, Any]) -> Table:
     rows = []
-    for each in content["cells"]:
+    for setting in content["cells"]:
         for i, seed in enumerate(content["seeds"]):
-            scores = [each[key]["values"][i] for key in ("accuracy", "macro_f1")]
+            scores = [setting[key]["values"][i] for key in ("accuracy", "macro_f1")]
             shown = [cell(score, f"{100 * score:.2f}") for score in scores]
-            rows.append([_code(each["target_modules"]), cell(each["r"]), cell(each["parameters"]), cell(seed), *shown])
+            rows.append(
+                [_code(setting["target_modules"]), cell(setting["r"]), cell(setting["parameters"]), cell(seed), *shown]
+            )
     return table("Every run", ["weights", "r", "parameters", "seed", "accuracy, %", "macro-F1, %"], rows)
