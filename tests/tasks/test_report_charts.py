@@ -124,7 +124,7 @@ def test_charts_take_colours_from_the_page_and_nothing_from_elsewhere():
 
     def draw() -> list[Chart]:
         points = [Point(1.0, 2.0, HOSTILE, 1.0, 3.0), Point(2.0, 2.0, "b", 1.0, 3.0)]
-        lines = line_chart(HOSTILE, [Series(HOSTILE, points)], x_label=HOSTILE, y_label="y", whole_x=True)
+        lines = line_chart(HOSTILE, [Series(HOSTILE, points)], x_label="x", y_label="y", whole_x=True)
         return [lines, bar_chart(HOSTILE, [Bar(HOSTILE, [(1.0, HOSTILE)], HOSTILE, (0.5, 2.0))], limit=(1.5, HOSTILE))]
 
     charts = draw()

@@ -178,16 +178,15 @@ def heat_map(caption: str, grid: Sequence[Sequence[float]], *, row_label: str, c
     axes = figure.add_axes((0.17, 0.17, 0.8, 0.8))
     axes.grid(False)
     num_rows, num_columns = values.shape
-    if values.size <= _MOST_CELLS:
+    edges = (0.5, num_columns + 0.5, num_rows + 0.5, 0.5)
+    picture = axes.imshow(values, vmin=0, vmax=1, extent=edges, aspect="auto", interpolation="none")
+    if values.size <= _MOST_CELLS:  # cells over the picture, which keeps the ground from shining through between them
         columns, rows = np.arange(num_columns + 1) + 0.5, np.arange(num_rows + 1) + 0.5
-        # Edges of a cell's colour: else the ground may shine through between cells.
-        cells = axes.pcolormesh(columns, rows, values, vmin=0, vmax=1, edgecolors="face", linewidth=0.3)
+        cells = axes.pcolormesh(columns, rows, values, vmin=0, vmax=1)
         give_titles(cells, *(f"({i + 1}, {j + 1}): {value:.3g}" for (i, j), value in np.ndenumerate(values)))
     else:
-        edges = (0.5, num_columns + 0.5, num_rows + 0.5, 0.5)
-        cells = axes.imshow(values, vmin=0, vmax=1, extent=edges, aspect="auto", interpolation="none")
-        give_titles(cells, f"(1, 1): {values[0, 0]:.3g}; ({num_rows}, {num_columns}): {values[-1, -1]:.3g}")
-    axes.set(ylim=(num_rows + 0.5, 0.5), xlabel=column_label, ylabel=row_label)
+        give_titles(picture, f"(1, 1): {values[0, 0]:.3g}; ({num_rows}, {num_columns}): {values[-1, -1]:.3g}")
+    axes.set(xlabel=column_label, ylabel=row_label)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(8, integer=True))
     return Chart(caption, to_svg(figure, "heat", caption))

@@ -20,7 +20,6 @@ from markupsafe import Markup
 from matplotlib import style
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
 from lora_ext.tasks.report.tables import printable
 
@@ -66,7 +65,7 @@ def give_titles(artist: Artist, *titles: str) -> None:
 
 def to_svg(figure: Figure, class_: str, label: str) -> Markup:
     """Returns the ``<svg>`` element. ``label``: its description for screen readers."""
-    for text in figure.findobj(Text):
+    for text in (text for axes in figure.axes for text in axes.texts):  # what no SVG may hold would break the parser
         text.set_text(printable(text.get_text()))
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -106,6 +105,8 @@ def _attributes(mark: ElementTree.Element, shapes: dict[str, str]) -> dict[str, 
     if found.get("transform", "").startswith("rotate(-0 "):
         del found["transform"]
     found = {name: re.sub(r"-?\d+\.\d+", _rounded, " ".join(value.split())) for name, value in found.items()}
+    if "d" in found:
+        found["d"] = re.sub(" ?([A-Za-z]) ?", r"\1", found["d"])
     look = dict(re.findall(r"([\w-]+): ([^;]+)", mark.get("style", "")))
     found |= {name: _VARIABLES.get(look[name], look[name]) for name in _LOOKS if name in look}
     return found | ({"href": "".join(link.split())} if link.startswith("data:") else {})
