@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from lora_ext.cli import training
+
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
@@ -27,6 +29,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> None:
+    training.check_installed("report", "report", ["jinja2", "matplotlib"])
     from lora_ext.tasks.report import write_report
 
     write_report(args.directory, args.out, args.title)

@@ -1,4 +1,4 @@
-"""The page of ``lora-ext report`` in headless Chromium: wide and narrow, light and dark, without scripts, on paper."""
+"""The page of ``lora-ext report`` in headless Chromium: wide, narrow, light, dark, without scripts, on paper."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Page]:
 
 
 @pytest.mark.parametrize("width", [1280, 400])
-def test_a_browser_shows_it_as_it_is_meant(tab: browser.Page, page: Path, width: int):
+def test_it_fits_and_has_the_colours_of_its_theme(tab: browser.Page, page: Path, width: int):
     pictures = {}
     for dark in (False, True):
         tab.open(page, width, dark=dark)
@@ -45,7 +45,7 @@ def test_a_browser_shows_it_as_it_is_meant(tab: browser.Page, page: Path, width:
         assert {url.partition(":")[0] for url in tab.requests} == {"file", "data"}
         assert [url for url in tab.requests if url.startswith("file")] == [page.resolve().as_uri()]
         assert tab.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
-        # Nothing sticks out of the page but within what scrolls by itself.
+        # Nothing sticks out of the page, except in an element that scrolls.
         sticks_out = "e => e.getBoundingClientRect().right > innerWidth + 0.5 && !e.closest('.scroll')"
         found = tab.evaluate(f"[...document.body.querySelectorAll('*')].filter({sticks_out}).map(e => e.outerHTML)")
         assert found == []
@@ -59,7 +59,7 @@ def test_a_browser_shows_it_as_it_is_meant(tab: browser.Page, page: Path, width:
         assert np.isin([0x440154, 0xFDE725], codes).all(), "the colours of the heat maps"
     light, dark = (pictures[key].mean() for key in (False, True))
     assert light > 200 > 90 > dark
-    # Charts and bars in colours are all along the page, not in its beginning alone.
+    # Coloured charts are spread over the whole page.
     coloured = np.ptp(pictures[False], axis=-1) > 60
     parts = np.array_split(coloured.any(axis=1), 8)
     assert sum(part.any() for part in parts) >= 6
@@ -67,15 +67,15 @@ def test_a_browser_shows_it_as_it_is_meant(tab: browser.Page, page: Path, width:
 
 def test_a_heading_sorts_its_table(tab: browser.Page, results: Path, page: Path):
     content = json.loads((results / COMPARE).read_text())
-    own = {row["label"]: row["trained_parameters"] for row in content["methods"]}
+    trained = {row["label"]: row["trained_parameters"] for row in content["methods"]}
     tab.open(page)
     names = "[...document.querySelectorAll('table.sortable')[0].tBodies[0].rows].map(r => r.cells[0].textContent)"
     press = "document.querySelectorAll('table.sortable')[0].querySelectorAll('th button')[1].click()"
     assert tab.evaluate(names) == METHODS
     tab.evaluate(press)
-    assert tab.evaluate(names) == sorted(own, key=own.get)
+    assert tab.evaluate(names) == sorted(trained, key=trained.get)
     tab.evaluate(press)
-    assert tab.evaluate(names) == sorted(own, key=own.get, reverse=True)
+    assert tab.evaluate(names) == sorted(trained, key=trained.get, reverse=True)
     sorted_by = "[...document.querySelectorAll('[aria-sort]')].map(e => [e.cellIndex, e.getAttribute('aria-sort')])"
     assert tab.evaluate(sorted_by) == [[1, "descending"]]
 
@@ -94,10 +94,9 @@ def test_it_can_be_read_without_scripts_and_on_paper(tab: browser.Page, page: Pa
     assert pages.startswith(b"%PDF")
 
 
-def test_what_is_smuggled_in_does_nothing(tab: browser.Page, results: Path, tmp_path: Path):
+def test_the_policy_stops_a_script_that_gets_in(tab: browser.Page, results: Path, tmp_path: Path):
     page = write_report(results, tmp_path / "page.html", title="x")
-    own = page.read_text()
-    page.write_text(own.replace("<h1>x</h1>", "<h1>x<script>document.title = 'run'</script></h1>", 1))
+    page.write_text(page.read_text().replace("<h1>x</h1>", "<h1>x<script>document.title = 'run'</script></h1>", 1))
     tab.open(page)
     assert tab.evaluate("document.title") == "x"
     assert any("Content Security Policy" in error for error in tab.errors)

@@ -1,4 +1,4 @@
-"""``lora-ext report``: what the page has, what it may not have, and how a browser shows it."""
+"""``lora-ext report``: the page's figures, its sentences, and what must not get into it."""
 
 from __future__ import annotations
 
@@ -40,17 +40,19 @@ def page(results: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copied(results: Path, tmp_path: Path) -> Path:
-    """Results of one's own, to be changed."""
+    """A copy of the results that the test may change."""
     return Path(shutil.copytree(results, tmp_path / "results"))
 
 
 class Parsed(HTMLParser):
-    """A document whose elements are all closed in turn.
+    """A document whose elements are closed in the right order.
 
     Attributes:
         elements: ``(tag, attributes)`` in order.
-        texts: of each element that has any, by its tag.
-        rows: of all tables, the cells' texts; values: what cells are sorted by; best: texts of cells that are marked.
+        texts: the elements' texts, by tag.
+        rows: the cells' texts, for each row of all tables.
+        values: the numbers that cells are sorted by.
+        best: the texts of marked cells.
     """
 
     def __init__(self, path: Path) -> None:
@@ -96,12 +98,12 @@ class Parsed(HTMLParser):
 
 
 def numbers(value: Any) -> Iterator[float]:
-    """All of them in a part of a file."""
+    """Yields all numbers in a part of a file."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
-        for each in value:
-            yield from numbers(each)
+        for inner in value:
+            yield from numbers(inner)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         yield value
 
@@ -130,7 +132,11 @@ def test_the_page_is_whole_and_asks_nothing_of_others(page: Path):
         kind: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         for kind, text in (("style", style), ("script", script))
     }
-    wanted = ["default-src 'none'", "img-src data:", *(f"{kind}-src 'sha256-{own}'" for kind, own in digests.items())]
+    wanted = [
+        "default-src 'none'",
+        "img-src data:",
+        *(f"{kind}-src 'sha256-{digest}'" for kind, digest in digests.items()),
+    ]
     assert policy.split("; ")[:4] == wanted
     assert page.stat().st_size < 3_000_000
 
@@ -146,10 +152,10 @@ def test_every_figure_of_compare(results: Path, page: Path):
     for row in content["methods"]:
         for key in keys:
             assert parsed.values >= {*row[key]["values"]}, key
-        own = row["trained_parameters"] - row["head_parameters"]
+        number = row["trained_parameters"] - row["head_parameters"]
         times = [*numbers([row["step_ms"], row["forward_ms"], row.get("merged_forward_ms")])]
-        assert parsed.values >= {own, row["checkpoint_bytes"], *times}
-        shown = [row["label"], f"{own:,}", f"{row['trained_parameters'] / row['total_parameters']:.2%}"]
+        assert parsed.values >= {number, row["checkpoint_bytes"], *times}
+        shown = [row["label"], f"{number:,}", f"{row['trained_parameters'] / row['total_parameters']:.2%}"]
         shown += [percent(row["accuracy"]), percent(row["macro_f1"]), f"{row['step_ms']['median']:.1f}"]
         assert shown in [cells[:6] for cells in parsed.rows]
     assert parsed.values >= {*numbers(content["base_forward_ms"])}
@@ -158,16 +164,16 @@ def test_every_figure_of_compare(results: Path, page: Path):
 
 def test_every_figure_of_sweep(results: Path, page: Path):
     content, parsed = json.loads((results / SWEEP).read_text()), Parsed(page)
-    for each in content["cells"]:
+    for setting in content["cells"]:
         assert parsed.values >= {
-            each["r"],
-            each["parameters"],
-            *each["accuracy"]["values"],
-            *each["macro_f1"]["values"],
+            setting["r"],
+            setting["parameters"],
+            *setting["accuracy"]["values"],
+            *setting["macro_f1"]["values"],
         }
-        assert percent(each["accuracy"]) in [text for cells in parsed.rows for text in cells]
+        assert percent(setting["accuracy"]) in [text for cells in parsed.rows for text in cells]
     weights = [cells for cells in parsed.rows if cells[0] == "q,v" and len(cells) == 5]
-    (cell,) = [each for each in content["within_budget"] if each["target_modules"] == "q,v"]
+    (cell,) = [setting for setting in content["within_budget"] if setting["target_modules"] == "q,v"]
     expected = ["q,v", f"{cell['r']}", f"{cell['parameters']:,}", percent(cell["accuracy"]), percent(cell["macro_f1"])]
     assert weights == [expected]
 
@@ -176,10 +182,10 @@ def test_every_figure_of_analyze(results: Path, page: Path):
     content, parsed = json.loads((results / ANALYSIS).read_text()), Parsed(page)
     assert len(content["layers"]) == 13  # two layers of six, and the pooler
     for layer in content["layers"]:
-        for own in layer["adapters"]:
-            wanted = {key: value for key, value in own.items() if key not in ("projection", "singular_values")}
-            last = [own["projection"][key][-1] for key in ("delta", "weight", "random", "amplification")]
-            assert parsed.values >= {*last, *numbers(wanted)} - {own["scaling"], own["numerical_rank"]}
+        for adapter in layer["adapters"]:
+            wanted = {key: value for key, value in adapter.items() if key not in ("projection", "singular_values")}
+            last = [adapter["projection"][key][-1] for key in ("delta", "weight", "random", "amplification")]
+            assert parsed.values >= {*last, *numbers(wanted)} - {adapter["scaling"], adapter["numerical_rank"]}
     for adapter in content["summary"]["adapters"]:
         assert parsed.values >= {adapter["norm"], adapter["relative_change"], *numbers(adapter["kinds"])}
         assert f"{adapter['most_changed'][0]['name']} most" in parsed.text
@@ -198,9 +204,9 @@ def test_every_figure_of_plan_and_finetune(results: Path, page: Path):
     plan, parsed = json.loads((results / PLAN).read_text()), Parsed(page)
     assert parsed.values >= {*numbers(plan)}
     size, full = (readable(plan["runs"][name]["peak"]) for name in ("lora", "full"))
-    assert re.search(rf"Training with lora takes {size}, of which \d+% are activations, temporaries\.", parsed.text)
-    assert f"of what full fine-tuning takes ({full})." in parsed.text
-    assert "It does not fit into 600 kB, which the line marks." in parsed.text
+    assert re.search(rf"Training with lora takes {size}; \d+% of it is activations, temporaries\.", parsed.text)
+    assert f"of the memory of full fine-tuning ({full})." in parsed.text
+    assert "It does not fit into 600 kB, which the dashed line marks." in parsed.text
     fits = [(cells[0], cells[-1]) for cells in parsed.rows if cells[-1] in ("yes", "no")]
     changed = [f"lora with {' and '.join(change['what'])}" for change in plan["capacity"]["changes"]]
     assert fits == [("full", "no"), ("lora", "no"), ("inference", "yes"), *((name, "yes") for name in changed)]
@@ -215,7 +221,7 @@ def test_every_figure_of_plan_and_finetune(results: Path, page: Path):
     assert f"data:image/png;base64,{single}" in curves and len(curves) == 3 + 4 + 1  # groups' first runs, and itself
 
 
-# --- what it says -----------------------------------------------------------------------------------------------------
+# --- what the page says -----------------------------------------------------------------------------------------------
 
 
 def test_winners_are_marked_beyond_the_spread_only(copied: Path):
@@ -231,7 +237,7 @@ def test_winners_are_marked_beyond_the_spread_only(copied: Path):
     level = give({"bitfit": [0.80, 0.84], "lora:r=2": [0.82, 0.83], "lora:r=3": [0.60, 0.61]})
     assert level.best == []
     assert "No method is ahead of every other" in level.text
-    assert "Of the 2 methods that the spread does not tell from the best, bitfit trains the fewest" in level.text
+    assert "Of the 2 methods within the spread of the best, bitfit trains the fewest" in level.text
     ahead = give({"bitfit": [0.80, 0.81], "lora:r=2": [0.90, 0.91], "lora:r=3": [0.60, 0.61]})
     assert ahead.best == ["90.5 ± 0.7"]
     assert "lora:r=2 is ahead of every other method by more than the spread" in ahead.text
@@ -242,18 +248,18 @@ def test_winners_are_marked_beyond_the_spread_only(copied: Path):
 
 def test_ranks_are_marked_beyond_the_spread_only(copied: Path):
     def change(content: dict[str, Any]) -> None:
-        for each in content["cells"]:
-            high = (each["r"], each["target_modules"]) == (2, "q")
-            each["accuracy"] = summary([0.9, 0.91] if high else [0.7, 0.71])
-        content["within_budget"] = [each for each in content["cells"] if each["r"] == 1]
+        for setting in content["cells"]:
+            high = (setting["r"], setting["target_modules"]) == (2, "q")
+            setting["accuracy"] = summary([0.9, 0.91] if high else [0.7, 0.71])
+        content["within_budget"] = [setting for setting in content["cells"] if setting["r"] == 1]
 
     change_json(copied / SWEEP, change)
     shutil.rmtree(copied / "compare")
     parsed = Parsed(write_report(copied))
     assert parsed.best == ["90.5 ± 0.7"]
-    assert "q: rank 2 is ahead of all the others." in parsed.text
-    assert "q,v: no rank is ahead of all the others; the lowest" in parsed.text
-    assert "None is ahead of all the others: the seeds" in parsed.text
+    assert "q: rank 2 is ahead of all others." in parsed.text
+    assert "q,v: no rank is ahead of all others; the lowest" in parsed.text
+    assert "None is ahead of all others: the seeds" in parsed.text
 
 
 def test_parts_that_are_not_there_are_left_out(copied: Path, tmp_path: Path):
@@ -272,10 +278,10 @@ def test_results_without_some_figures(copied: Path):
         content.update(base=None, notes=["What needs the base's weights is left out."])
         for layer in content["layers"]:
             layer["weight_norm"] = None
-            for own in layer["adapters"]:
-                own.update(projection=None, relative_change=None)
-        for own in content["summary"]["adapters"]:
-            for kind in own["kinds"].values():
+            for adapter in layer["adapters"]:
+                adapter.update(projection=None, relative_change=None)
+        for adapter in content["summary"]["adapters"]:
+            for kind in adapter["kinds"].values():
                 kind.update(dict.fromkeys(("relative_change", "delta", "weight", "random", "amplification")))
         for side in "AB":
             content["summary"]["similarity"][0][side] = None
@@ -293,7 +299,7 @@ def test_results_without_some_figures(copied: Path):
     assert "logits differ by at most nan" in parsed.text
 
 
-# --- what others wrote ------------------------------------------------------------------------------------------------
+# --- files from elsewhere ---------------------------------------------------------------------------------------------
 
 HOSTILE = "</td></title><script>alert(1)</script><img src=x onerror=alert(2)>\" onload='alert(3)' &amp; \x00"
 
@@ -322,11 +328,11 @@ def test_what_files_hold_stays_text(copied: Path):
     [
         ("compare/compare.json", '{"methods": [', r"compare\.json is not JSON: Expecting value"),
         ("sweep/sweep.json", "[]", r"sweep\.json holds a list, want an object; run lora-ext sweep again, or move"),
-        ("plan/plan.json", "{}", r"plan\.json is not what lora-ext plan leaves: it lacks method, runs"),
+        ("plan/plan.json", "{}", r"plan\.json is not what lora-ext plan writes: it lacks method, runs"),
         ("single/metrics.json", '{"settings": "\\ud800"}', r"metrics\.json has a string that is not Unicode"),
         ("single/metrics.json", "[" * 100_000, r"metrics\.json is not JSON"),
         ("single/metrics.json", '"\xff', r"metrics\.json is not JSON"),
-        ("plan/plan.json", '{"method": "lora", "runs": {}}', r"plan\.json is not what lora-ext plan leaves \(KeyError"),
+        ("plan/plan.json", '{"method": "lora", "runs": {}}', r"plan\.json is not what lora-ext plan writes \(KeyError"),
     ],
 )
 def test_a_file_that_is_no_result_is_named(copied: Path, name: str, text: str, message: str):
@@ -339,11 +345,11 @@ def test_a_file_that_is_no_result_is_named(copied: Path, name: str, text: str, m
 def test_what_is_in_the_way_is_not_replaced(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     (tmp_path / "empty").mkdir()
     assert main(["report", str(tmp_path / "empty")]) == 2
-    assert "holds no result of lora-ext: finetune leaves metrics.json" in capsys.readouterr().err
+    assert "holds no result of lora-ext: finetune writes metrics.json" in capsys.readouterr().err
     mine = tmp_path / "mine.html"
     mine.write_text("mine")
     for out, message in (
-        (mine, "is there, and no page of lora-ext report; name another file"),
+        (mine, "exists and is no page of lora-ext report; name another file"),
         (tmp_path, "is a directory; name the file in it"),
         (tmp_path / "nowhere" / "page.html", "nowhere is no directory"),
     ):
@@ -357,13 +363,21 @@ def test_what_is_in_the_way_is_not_replaced(copied: Path, tmp_path: Path, capsys
     assert Parsed(copied / "report.html").texts["h1"] == ["Week 3 & 4"]
 
 
-def test_it_takes_no_more_than_the_package(copied: Path, page: Path, tmp_path: Path):
-    """Results are carried to machines without what made them."""
-    without = "import sys; sys.modules.update(dict.fromkeys(('matplotlib', 'transformers', 'tqdm', 'peft')))"
-    code = f"{without}; from lora_ext.cli import main; sys.exit(main())"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", code, "report", str(copied), "--out", str(tmp_path / "page.html")]
-    subprocess.run(command, env=environment, check=True)
+def test_it_needs_matplotlib_alone(copied: Path, page: Path, tmp_path: Path):
+    """Results are carried to machines without the packages that made them."""
+
+    def report_without(*names: str) -> subprocess.CompletedProcess:
+        code = (
+            f"import sys; sys.modules.update(dict.fromkeys({names})); from lora_ext.cli import main; sys.exit(main())"
+        )
+        command = [sys.executable, "-c", code, "report", str(copied), "--out", str(tmp_path / "page.html")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    missing = report_without("matplotlib", "jinja2")
+    assert missing.returncode == 2 and not (tmp_path / "page.html").exists()
+    assert "report needs jinja2, matplotlib: pip install" in missing.stderr and "[report]" in missing.stderr
+    assert report_without("transformers", "tqdm", "peft", "matplotlib.pyplot").returncode == 0
     assert (tmp_path / "page.html").read_bytes() == page.read_bytes()
 
 

@@ -1,4 +1,4 @@
-"""What ``compare`` found: the table of methods, accuracy against parameters, and what each method costs."""
+"""The section on ``compare``: the table of methods, accuracy against parameters, and the costs of each method."""
 
 from __future__ import annotations
 
@@ -8,154 +8,115 @@ from typing import Any
 
 from lora_ext.tasks.comparison.spread import deviation_over, lines_of, named_rows, over_seeds, percent, winner
 from lora_ext.tasks.finetune.settings import has_option
-from lora_ext.tasks.report.bars import Bar, bars
-from lora_ext.tasks.report.facts import reproduce
-from lora_ext.tasks.report.line_chart import Point, Series, line_chart
-from lora_ext.tasks.report.markup import Cell, Html, bullets, cell, count, el, join, paragraph, table
+from lora_ext.tasks.report.charts import Bar, Chart, Point, Series, bar_chart, line_chart
 from lora_ext.tasks.report.pictures import Pictures, curves_of_runs
 from lora_ext.tasks.report.results import Result
+from lora_ext.tasks.report.tables import Cell, Table, cell, count, table
 
 __all__ = ["not_behind", "own_settings", "show_methods"]
 
 
-def show_methods(result: Result, pictures: Pictures) -> Html:
+def show_methods(result: Result, pictures: Pictures) -> dict[str, Any]:
     """The section's content."""
     content = result.content
     rows = content["methods"]
     best = winner({row["label"]: row["accuracy"] for row in rows})
-    at_once = max(row.get("runs_at_once", 1) for row in rows)
-    return join(
-        [
-            paragraph(*_reading(content, best)),
-            _left_out(content),
-            _table(content, best),
-            _names(content),
-            el(
-                "p",
-                f"{deviation_over(content['seeds'])}, on {content['examples']['test']:,} test texts. "
-                f"“Own parameters” leaves out the new head ({rows[0]['head_parameters']:,}), which every method "
-                "trains; “trained” is the share of all parameters, with it. A step is of a batch of median "
-                "length, a forward of one of the longest texts: as a multiple of the base model's "
-                f"{content['base_forward_ms']['median']:.1f} ms, as it was trained and merged into the weights. Times "
-                "are medians of interleaved rounds; peak memory "
-                "is that of each run's own process."
-                + (
-                    f" Seconds of training are of up to {at_once} runs at once, which shared the machine."
-                    * (at_once > 1)
-                ),
-                class_="note",
-            ),
-            el("h3", "Accuracy and trained parameters"),
-            el(
-                "p",
-                "Figure 2 of the LoRA paper: a point further to the left trains less, one further up is right more "
-                "often. A bar reaches one standard deviation to each side; where two bars overlap, chance may be all "
-                "that tells the points apart.",
-            ),
-            _accuracy_chart(rows, content["seeds"]),
-            el("h3", "What each method costs"),
-            paragraph(*_reading_costs(content)),
-            _costs(content),
-            _details(content),
-            curves_of_runs(result, pictures),
-            reproduce(result),
-        ]
-    )
+    runs = _runs(content)
+    return {
+        "reading": _reading(content, best),
+        "left_out": [f"{each['label']}: {each['reason']}" for each in content.get("left_out") or ()],
+        "methods": _table(content, best),
+        "names": [f"{label}: {spec}" for label, spec in named_rows(rows).items()],
+        "seeds": deviation_over(content["seeds"]),
+        "test": content["examples"]["test"],
+        "head": rows[0]["head_parameters"],
+        "base_ms": content["base_forward_ms"]["median"],
+        "at_once": max(row.get("runs_at_once", 1) for row in rows),
+        "accuracy": _accuracy_chart(rows, content["seeds"]),
+        "reading_costs": _reading_costs(content),
+        "costs": _costs(content),
+        "runs": runs,
+        "num_runs": count(len(runs.rows), "run"),
+        "times": _times(content),
+        **_settings(rows),
+        "curves_of_runs": curves_of_runs(result, pictures),
+    }
 
 
-# --- what one sees ----------------------------------------------------------------------------------------------------
+# --- what the figures say ---------------------------------------------------------------------------------------------
 
 
 def not_behind(summaries: Mapping[Any, Mapping[str, Any]]) -> list[Any]:
-    """The keys whose mean is behind the best one's by no more than the spread ``sqrt(sd ** 2 + sd_best ** 2)``.
+    """The keys whose mean is at most the spread ``sqrt(sd ** 2 + sd_best ** 2)`` behind the best one's.
 
-    Empty where there is no spread, as of single seeds.
+    Empty where there is no spread, as with single seeds.
     """
-    if any(each["sd"] is None for each in summaries.values()):
+    if any(scores["sd"] is None for scores in summaries.values()):
         return []
-    best = max(summaries.values(), key=lambda each: each["mean"])
+    best = max(summaries.values(), key=lambda scores: scores["mean"])
     return [
         key
-        for key, each in summaries.items()
-        if best["mean"] - each["mean"] <= math.hypot(best["sd"], each["sd"]) or each is best
+        for key, scores in summaries.items()
+        if best["mean"] - scores["mean"] <= math.hypot(best["sd"], scores["sd"]) or scores is best
     ]
 
 
-def _reading(content: Mapping[str, Any], best: str | None) -> list[str | None]:
+def _reading(content: Mapping[str, Any], best: str | None) -> list[str]:
     rows = content["methods"]
     if len(rows) < 2:
-        return [f"{rows[0]['label']} alone was trained: {percent(rows[0]['accuracy'])} % of the test texts are right."]
+        return [f"Only {rows[0]['label']} was trained: {percent(rows[0]['accuracy'])} % of the test texts are right."]
     if len(content["seeds"]) < 2:
-        return ["Each method was trained from one seed: nothing says how far chance reaches, and none is marked."]
+        return ["Each method was trained from one seed: nothing tells how far chance reaches, so none is marked."]
     if best is not None:
-        first = f"{best} is ahead of every other method by more than the spread over seeds, and marked."
+        sentences = [f"{best} is ahead of every other method by more than the spread over seeds, and marked."]
     else:
-        first = "No method is ahead of every other by more than the spread over seeds, so that none is marked."
+        sentences = ["No method is ahead of every other by more than the spread over seeds, so none is marked."]
     by_label = {row["label"]: row for row in rows}
     level = not_behind({row["label"]: row["accuracy"] for row in rows})
-    fewest = min(level, key=lambda label: _own(by_label[label]))
-    second = None
+    fewest = min(level, key=lambda label: _own_parameters(by_label[label]))
     if len(level) > 1:
-        second = (
-            f"Of the {len(level)} methods that the spread does not tell from the best, {fewest} trains the fewest "
-            f"parameters: {_own(by_label[fewest]):,} beside the head."
+        sentences.append(
+            f"Of the {len(level)} methods within the spread of the best, {fewest} trains the fewest parameters: "
+            f"{_own_parameters(by_label[fewest]):,} in addition to the head."
         )
     lora = next((row for row in rows if row["method"] == "lora"), None)
     full = next((row for row in rows if row["method"] == "full"), None)
-    third = None
     if lora and full:
         share = lora["trained_parameters"] / full["trained_parameters"]
-        third = f"{lora['label']} trains {share:.2%} of the parameters that {full['label']} trains."
-    return [first, second, third]
+        sentences.append(f"{lora['label']} trains {share:.2%} of the parameters that {full['label']} trains.")
+    return sentences
 
 
-def _reading_costs(content: Mapping[str, Any]) -> list[str | None]:
+def _reading_costs(content: Mapping[str, Any]) -> list[str]:
     rows = content["methods"]
-    sentences: list[str | None] = []
+    sentences = []
     if len(rows) > 1:
-        by_step = sorted(rows, key=lambda row: row["step_ms"]["median"])
-        low, high = by_step[0], by_step[-1]
+        low, high = (choose(rows, key=lambda row: row["step_ms"]["median"]) for choose in (min, max))
         sentences.append(
             f"A training step takes from {low['step_ms']['median']:.1f} ms ({low['label']}) to "
-            f"{high['step_ms']['median']:.1f} ms ({high['label']}); where quartiles overlap, two may take as long."
+            f"{high['step_ms']['median']:.1f} ms ({high['label']}); overlapping quartiles are no difference."
         )
-        small, large = (f(rows, key=lambda row: row["checkpoint_bytes"]) for f in (min, max))
+        small, large = (choose(rows, key=lambda row: row["checkpoint_bytes"]) for choose in (min, max))
         ratio = large["checkpoint_bytes"] / small["checkpoint_bytes"]
         if ratio > 1:
             times = f"{ratio:,.{0 if ratio >= 10 else 1}f} times"
-            sentences.append(
-                f"What is kept for a task is {times} larger for {large['label']} than for {small['label']}."
-            )
+            sentences.append(f"The checkpoint of {large['label']} is {times} as large as that of {small['label']}.")
     if merged := [row for row in rows if "merged_forward_ms" in row]:
         row, base = merged[0], content["base_forward_ms"]
-        own = row["merged_forward_ms"]
-        apart = own["q1"] > base["q3"] or own["q3"] < base["q1"]
-        if not apart:
-            sentences.append(f"Merged, {row['label']} answers as fast as the base model, as far as the quartiles tell.")
+        times = row["merged_forward_ms"]
+        if times["q1"] <= base["q3"] and times["q3"] >= base["q1"]:
+            sentences.append(f"Merged, {row['label']} is as fast as the base model within the quartiles.")
     return sentences
 
 
 # --- tables and charts ------------------------------------------------------------------------------------------------
 
 
-def _left_out(content: Mapping[str, Any]) -> Html | None:
-    if not content.get("left_out"):
-        return None
-    reasons = bullets(f"{each['label']}: {each['reason']}" for each in content["left_out"])
-    return el("div", el("p", "Left out, as the checkpoint does not suit them:"), reasons)
-
-
-def _names(content: Mapping[str, Any]) -> Html | None:
-    """What the names stand for that the user gave to methods."""
-    named = named_rows(content["methods"])
-    return bullets(f"{label}: {spec}" for label, spec in named.items()) if named else None
-
-
-def _own(row: Mapping[str, Any]) -> int:
+def _own_parameters(row: Mapping[str, Any]) -> int:
     return row["trained_parameters"] - row["head_parameters"]
 
 
-def _table(content: Mapping[str, Any], best: str | None) -> Html:
+def _table(content: Mapping[str, Any], best: str | None) -> Table:
     heading = ["method", "own parameters", "trained", "accuracy, %", "macro-F1, %", "step, ms", "training, s"]
     heading += ["peak memory, MiB", "checkpoint, MB", "forward", "merged"]
     base = content["base_forward_ms"]["median"]
@@ -166,7 +127,7 @@ def _table(content: Mapping[str, Any], best: str | None) -> Html:
         rows.append(
             [
                 row["label"],
-                cell(_own(row)),
+                cell(_own_parameters(row)),
                 cell(share, f"{share:.2%}"),
                 cell(row["accuracy"]["mean"], percent(row["accuracy"]), row["label"] == best),
                 cell(row["macro_f1"]["mean"], percent(row["macro_f1"])),
@@ -181,116 +142,96 @@ def _table(content: Mapping[str, Any], best: str | None) -> Html:
     return table("Methods", heading, rows)
 
 
-def _accuracy_chart(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> Html:
+def _accuracy_chart(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> Chart:
     series = []
-    for name, own in lines_of(rows).items():
+    for name, line in lines_of(rows).items():
         points = []
-        for row in own:
+        for row in line:
             mean, sd = 100 * row["accuracy"]["mean"], 100 * (row["accuracy"]["sd"] or 0.0)
-            says = f"{row['label']}: {percent(row['accuracy'])} %, {row['trained_parameters']:,} parameters"
-            points.append(Point(row["trained_parameters"], mean, says, mean - sd, mean + sd))
+            title = f"{row['label']}: {percent(row['accuracy'])} %, {row['trained_parameters']:,} parameters"
+            points.append(Point(row["trained_parameters"], mean, title, mean - sd, mean + sd))
         series.append(Series(name, points))
     return line_chart(
         f"Test accuracy by trained parameters: {over_seeds(seeds)}.",
         series,
-        x_label="trained parameters, head included",
+        x_label="trained parameters, with the head",
         y_label="test accuracy, %",
         x_log=True,
     )
 
 
-def _costs(content: Mapping[str, Any]) -> Html:
+def _costs(content: Mapping[str, Any]) -> list[Chart]:
     rows = content["methods"]
     # The colours are those of the chart above.
-    group = {row["label"]: index for index, own in enumerate(lines_of(rows).values()) for row in own}
+    colours = {row["label"]: number for number, line in enumerate(lines_of(rows).values()) for row in line}
 
-    def timed(name: str, each: Mapping[str, float], colour: int | None) -> Bar:
-        return Bar(name, [each["median"]], f"{each['median']:.1f} ms", each["q1"], each["q3"], colour)
+    def bar(label: str, value: float, text: str, times: Mapping[str, float] | None = None, suffix: str = "") -> Bar:
+        name = label + suffix
+        quartiles = (times["q1"], times["q3"]) if times else None
+        return Bar(name, [(value, f"{name}: {text}")], text, quartiles, colours.get(label))
 
-    forwards = [timed("base model", content["base_forward_ms"], None)]
+    def timed(label: str, times: Mapping[str, float], suffix: str = "") -> Bar:
+        return bar(label, times["median"], f"{times['median']:.1f} ms", times, suffix)
+
+    forwards = [timed("base model", content["base_forward_ms"])]
     for row in rows:
-        forwards.append(timed(row["label"], row["forward_ms"], group[row["label"]]))
+        forwards.append(timed(row["label"], row["forward_ms"]))
         if "merged_forward_ms" in row:
-            forwards.append(timed(f"{row['label']}, merged", row["merged_forward_ms"], group[row["label"]]))
-    memory = [(row, row["peak_memory_bytes"]["mean"]) for row in rows]
-    return el(
-        "div",
-        bars(
+            forwards.append(timed(row["label"], row["merged_forward_ms"], ", merged"))
+    memory = {row["label"]: row["peak_memory_bytes"]["mean"] for row in rows}
+    kept = {row["label"]: row["checkpoint_bytes"] for row in rows}
+    return [
+        bar_chart(
             "One training step of a batch of median length: median and quartiles.",
-            [timed(row["label"], row["step_ms"], group[row["label"]]) for row in rows],
+            [timed(row["label"], row["step_ms"]) for row in rows],
         ),
-        bars("A forward of a batch of the longest texts: median and quartiles.", forwards),
-        bars(
-            "Peak memory of the run's process, Python and PyTorch included: mean over seeds.",
-            [Bar(row["label"], [size], f"{size / 2**20:,.0f} MiB", group=group[row["label"]]) for row, size in memory],
+        bar_chart("A forward of a batch of the longest texts: median and quartiles.", forwards),
+        bar_chart(
+            "Peak memory of the run's process, with Python and PyTorch: mean over seeds.",
+            [bar(label, size, f"{size / 2**20:,.0f} MiB") for label, size in memory.items()],
         ),
-        bars(
-            "Bytes to keep for the task.",
-            [
-                Bar(
-                    row["label"],
-                    [row["checkpoint_bytes"]],
-                    f"{row['checkpoint_bytes'] / 1e6:.3g} MB",
-                    group=group[row["label"]],
-                )
-                for row in rows
-            ],
-        ),
-        class_="multiples",
-    )
-
-
-def _details(content: Mapping[str, Any]) -> Html:
-    """Every run's figures, and the settings."""
-    heading = [
-        "method",
-        "seed",
-        "accuracy, %",
-        "macro-F1, %",
-        "validation accuracy, %",
-        "training, s",
-        "peak memory, MiB",
+        bar_chart("Checkpoint size.", [bar(label, size, f"{size / 1e6:.3g} MB") for label, size in kept.items()]),
     ]
-    lines = []
+
+
+def _runs(content: Mapping[str, Any]) -> Table:
+    keys = ["accuracy", "macro_f1", "validation_accuracy", "train_seconds", "peak_memory_bytes"]
+    heading = ["accuracy, %", "macro-F1, %", "validation accuracy, %", "training, s", "peak memory, MiB"]
+    rows = []
     for row in content["methods"]:
-        validation = row["validation_accuracy"]
         for i, seed in enumerate(content["seeds"]):
-            value = {
-                key: row[key]["values"][i] for key in ("accuracy", "macro_f1", "train_seconds", "peak_memory_bytes")
-            }
-            valid = validation["values"][i] if validation else None
-            lines.append(
-                [
-                    row["label"],
-                    cell(seed),
-                    cell(value["accuracy"], f"{100 * value['accuracy']:.2f}"),
-                    cell(value["macro_f1"], f"{100 * value['macro_f1']:.2f}"),
-                    Cell("") if valid is None else cell(valid, f"{100 * valid:.2f}"),
-                    cell(value["train_seconds"], f"{value['train_seconds']:.1f}"),
-                    cell(value["peak_memory_bytes"], f"{value['peak_memory_bytes'] / 2**20:,.1f}"),
-                ]
-            )
-    settings = {row["label"]: own_settings(row["settings"]) for row in content["methods"]}
-    names = list(dict.fromkeys(name for own in settings.values() for name in own if name not in ("seed", "method")))
-    values = {name: {repr(own[name]): own[name] for own in settings.values() if name in own} for name in names}
+            values = [row[key] and row[key]["values"][i] for key in keys]
+            *shares, seconds, size = values
+            shown = [cell(share, "" if share is None else f"{100 * share:.2f}") for share in shares]
+            shown += [cell(seconds, f"{seconds:.1f}"), cell(size, f"{size / 2**20:,.1f}")]
+            rows.append([row["label"], cell(seed), *shown])
+    return table("Every run", ["method", "seed", *heading], rows)
+
+
+def _settings(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The settings in which the methods differ, as a table, and those that are the ``same`` for all."""
+    settings = {row["label"]: own_settings(row["settings"]) for row in rows}
+    names = dict.fromkeys(name for chosen in settings.values() for name in chosen if name not in ("seed", "method"))
+    values = {
+        name: {repr(chosen[name]): chosen[name] for chosen in settings.values() if name in chosen} for name in names
+    }
     same = {name: next(iter(found.values())) for name, found in values.items() if len(found) == 1}
     others = [name for name in names if name not in same]
-    apart = [[label, *(_setting(own.get(name)) for name in others)] for label, own in settings.items()]
-    return el(
-        "details",
-        el("summary", f"{count(len(lines), 'run')} and their settings"),
-        table("Every run", heading, lines),
-        _times(content),
-        table("Settings in which the methods differ", ["method", *others], apart) if others else None,
-        el("p", "The same for all that have it:"),
-        bullets(f"{name.replace('_', ' ')}: {value}" for name, value in same.items() if value is not None),
-    )
+    apart = [[label, *(_setting(chosen.get(name)) for name in others)] for label, chosen in settings.items()]
+    return {
+        "same": {name: value for name, value in same.items() if value is not None},
+        "differing": table("Settings in which the methods differ", ["method", *others], apart) if others else None,
+    }
 
 
-def _times(content: Mapping[str, Any]) -> Html:
+def _times(content: Mapping[str, Any]) -> Table:
     columns = {"step_ms": "step", "forward_ms": "forward", "merged_forward_ms": "merged forward"}
     rows = [
-        [row["label"], name, *(cell(row[key][each], f"{row[key][each]:.2f}") for each in ("q1", "median", "q3"))]
+        [
+            row["label"],
+            name,
+            *(cell(row[key][quantile], f"{row[key][quantile]:.2f}") for quantile in ("q1", "median", "q3")),
+        ]
         for row in [*content["methods"], {"label": "base model", "forward_ms": content["base_forward_ms"]}]
         for key, name in columns.items()
         if key in row
@@ -299,15 +240,10 @@ def _times(content: Mapping[str, Any]) -> Html:
 
 
 def own_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of ``settings`` that change what its method does."""
+    """The settings that the method uses."""
     return {name: value for name, value in settings.items() if has_option(settings["method"], name)}
 
 
-def _setting(value: Any) -> Any:
-    return (
-        cell(value)
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
-        else ""
-        if value is None
-        else value
-    )
+def _setting(value: Any) -> Cell:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return cell(value) if number else Cell("" if value is None else value)

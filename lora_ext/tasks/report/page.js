@@ -1,5 +1,4 @@
-// The page can be read without this. It sorts tables by the column whose heading is pressed, and opens what is folded
-// away before the page is printed.
+// Sorts a table by the column whose heading is pressed, and opens folded parts for printing. The page reads without it.
 "use strict";
 
 function sortKey(row, column) {
@@ -15,7 +14,7 @@ function sortBy(table, column, ascending) {
   rows.sort((a, b) => {
     if (!numeric) return direction * a.cells[column].textContent.localeCompare(b.cells[column].textContent);
     const [x, y] = [sortKey(a, column), sortKey(b, column)];
-    if (x === null || y === null) return (x === null) - (y === null); // without a number: last, either way
+    if (x === null || y === null) return (x === null) - (y === null); // cells without a number come last, either way
     return direction * (x - y);
   });
   body.append(...rows);

@@ -9,31 +9,54 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from lora_ext.tasks.report.markup import Html, el, join
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
-__all__ = ["GENERATOR", "Section", "page"]
+from lora_ext.tasks.report.tables import printable
+
+__all__ = ["GENERATOR", "Section", "page", "render"]
 
 GENERATOR = "lora-ext report"
+
+# StrictUndefined: a figure that a result lacks is an error, not a hole in a sentence.
+_TEMPLATES = Environment(
+    loader=PackageLoader("lora_ext.tasks.report"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page. ``where``: the file that it shows; ``content``: what follows the heading."""
+    """A part of the page.
+
+    Attributes:
+        where: the file that it shows.
+        content: what follows the heading.
+        command, measured: the command that makes the result again, and machine and date; None: not known.
+    """
 
     heading: str
     where: str
-    content: Html
+    content: Markup
+    command: str | None
+    measured: str | None
 
 
-def page(title: str, introduction: Sequence[Any], sections: Sequence[Section]) -> str:
-    """The document.
+def render(template: str, **context: Any) -> Markup:
+    """Fills a template; whatever is no Markup is escaped."""
+    return Markup(_TEMPLATES.get_template(template).render(context))
 
-    Its Content-Security-Policy lets a browser load nothing, and run no script and apply no style but the page's own:
-    what a file of results smuggles in would do nothing even if it were not escaped.
+
+def page(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section]) -> str:
+    """Returns the document.
+
+    Its Content-Security-Policy lets a browser load nothing, and run no script and apply no style other than the page's
+    own: markup that gets in through a file of results would do nothing even if it were not escaped.
     """
-    style, script = (
-        Html(resources.files(__package__).joinpath(f"page.{kind}").read_text("utf-8")) for kind in ("css", "js")
-    )
+    style, script = (Markup(_file(f"page.{kind}")) for kind in ("css", "js"))
     policy = [
         "default-src 'none'",
         "img-src data:",
@@ -42,42 +65,22 @@ def page(title: str, introduction: Sequence[Any], sections: Sequence[Section]) -
         "base-uri 'none'",
         "form-action 'none'",
     ]
-    head = el(
-        "head",
-        el("meta", charset="utf-8"),
-        el("meta", http_equiv="Content-Security-Policy", content="; ".join(policy)),
-        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        el("meta", name="generator", content=GENERATOR),
-        el("title", title),
-        el("style", style),
+    return printable(
+        render(
+            "page.html",
+            policy="; ".join(policy),
+            generator=GENERATOR,
+            title=title,
+            style=style,
+            script=script,
+            facts=facts,
+            sections=sections,
+        )
     )
-    links = [
-        el("li", el("a", each.heading, href=f"#part-{number}"), f" · {each.where}")
-        for number, each in enumerate(sections, 1)
-    ]
-    body = el(
-        "body",
-        el("header", el("h1", title), *introduction),
-        el("nav", el("ul", *links), aria_label="Parts of this page") if len(sections) > 1 else None,
-        el("main", *(_section(each, number) for number, each in enumerate(sections, 1))),
-        el("script", script),
-    )
-    return join([Html("<!DOCTYPE html>\n"), el("html", head, Html("\n"), body, lang="en"), "\n"])
 
 
-def _section(section: Section, number: int) -> Html:
-    return join(
-        [
-            Html("\n"),
-            el(
-                "section",
-                el("h2", section.heading),
-                el("p", section.where, class_="measured"),
-                section.content,
-                id=f"part-{number}",
-            ),
-        ]
-    )
+def _file(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text("utf-8")
 
 
 def _digest(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The results that other commands have left in a directory."""
+"""The results that other commands wrote into a directory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_ext.tasks import TaskError
 
 __all__ = ["Result", "find_results"]
 
-_FILES = {  # what the command leaves -> the command, and keys that it always has
+_FILES = {  # file name: the command that writes it, and keys that it always has
     "compare.json": ("compare", ("methods", "seeds", "base_forward_ms", "examples", "machine", "date", "command")),
     "sweep.json": ("sweep", ("ranks", "targets", "cells", "within_budget", "examples", "machine", "date", "command")),
     "analysis.json": ("analyze", ("adapters", "layers", "summary", "base", "notes", "machine", "date", "command")),
@@ -25,13 +25,7 @@ _LARGEST = 200_000_000  # bytes
 
 @dataclass(frozen=True)
 class Result:
-    """What a command left.
-
-    Attributes:
-        command: its name.
-        path: of the file.
-        content: of the file.
-    """
+    """The file that a command wrote: its path and its content."""
 
     command: str
     path: Path
@@ -45,10 +39,10 @@ class Result:
 def find_results(directory: Path) -> list[Result]:
     """The results in ``directory`` and below, in the order of the page: by command, then by path.
 
-    The runs of a finished comparison or sweep are parts of it, and not in the list.
+    The runs of a finished comparison or sweep belong to it and are not in the list.
 
     Raises:
-        TaskError: there is none, or a file is not what the command leaves; the message names it.
+        TaskError: there is none, or a file is not what its command writes; the message names it.
     """
     if not directory.is_dir():
         raise TaskError(f"{directory} is not a directory")
@@ -59,15 +53,15 @@ def find_results(directory: Path) -> list[Result]:
         results += [_read(Path(folder, name)) for name in found]
         if "compare.json" in found or "sweep.json" in found:
             parts.add(Path(folder, "runs"))
-    results = [each for each in results if each.command != "finetune" or not parts & {*each.directory.parents}]
+    results = [one for one in results if one.command != "finetune" or not parts & {*one.directory.parents}]
     if not results:
         raise TaskError(
-            f"{directory} holds no result of lora-ext: finetune leaves metrics.json in its --out, compare "
+            f"{directory} holds no result of lora-ext: finetune writes metrics.json into its --out, compare "
             "compare.json, sweep sweep.json, analyze analysis.json and plan plan.json; name that directory, or "
             "one above it"
         )
     order = [command for command, _ in _FILES.values()]
-    return sorted(results, key=lambda each: (order.index(each.command), each.path))
+    return sorted(results, key=lambda result: (order.index(result.command), result.path))
 
 
 def _unreadable(error: OSError) -> None:
@@ -84,6 +78,6 @@ def _read(path: Path) -> Result:
         raise TaskError(f"{error}; run lora-ext {command} again, or move the file away") from error
     if missing := [key for key in keys if key not in content]:
         raise TaskError(
-            f"{path} is not what lora-ext {command} leaves: it lacks {', '.join(missing)}; move the file away"
+            f"{path} is not what lora-ext {command} writes: it lacks {', '.join(missing)}; move the file away"
         )
     return Result(command, path, content)

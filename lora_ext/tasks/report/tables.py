@@ -1,0 +1,74 @@
+"""Tables and texts of the page."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Cell", "Table", "cell", "count", "figure_text", "printable", "table"]
+
+_NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # no character of an HTML document
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table's cell.
+
+    Attributes:
+        shown: text or Markup.
+        value: the number that the cell is sorted by; None sorts last.
+        best: the cell is marked as the best beyond the spread.
+    """
+
+    shown: Any
+    value: float | None = None
+    best: bool = False
+
+    @property
+    def sort_key(self) -> str | None:
+        return None if self.value is None or not math.isfinite(self.value) else repr(self.value)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose first column heads the rows. ``numeric``: for each column, whether it holds numbers."""
+
+    caption: str
+    heading: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    numeric: Sequence[bool]
+    sortable: bool
+
+
+def table(caption: str, heading: Sequence[str], rows: Sequence[Sequence[Any]], *, sortable: bool = True) -> Table:
+    """Makes a table of rows of :class:`Cell`, text or Markup."""
+    cells = [[each if isinstance(each, Cell) else Cell(each) for each in row] for row in rows]
+    numeric = [any(row[i].value is not None for row in cells) for i in range(len(heading))]
+    return Table(caption, heading, cells, numeric, sortable and len(cells) > 1)
+
+
+def cell(value: float | None, shown: str | None = None, best: bool = False) -> Cell:
+    """A number, shown by :func:`figure_text` unless ``shown`` is given."""
+    return Cell(figure_text(value) if shown is None else shown, value, best)
+
+
+def figure_text(value: Any) -> str:
+    """A figure to four digits, an integer with separators, nothing for None; other values as text."""
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def count(number: int, noun: str) -> str:
+    """``1 layer``, ``2 layers``"""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def printable(text: Any) -> str:
+    """The text; what is no character of an HTML document becomes U+FFFD."""
+    return _NOT_TEXT.sub("\N{REPLACEMENT CHARACTER}", str(text))
