@@ -12,6 +12,31 @@ torch.set_num_threads(2)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a hub
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch.use_deterministic_algorithms asks for on CUDA
 
+# What `make test-quick` leaves out (the mark "full"), by parts of a test's name. A test that is not here is in.
+FULL = (
+    *(f"tests/{name}/" for name in ("benchmarks", "building", "cpp", "faults", "fuzz", "hostile", "sanitize", "simt")),
+    "::test_every_instruction_set",
+    "inductor",
+    "adapters/test_adapters_interrupted.py",
+    "adapters/test_life_cycle.py",
+    "adapters/test_threads.py",
+    "checkpoints/test_checkpoint_interrupted.py",
+    "checkpoints/test_matching_costs.py",
+    "files/test_saved_whole.py",
+    "merging/test_merge_interrupted.py",
+    "ops/test_lora_linear_siblings.py::test_values_and_gradients",
+    "ops/test_memory_claims.py",
+    "tasks/test_analyze.py",
+    "tasks/test_analyze_command.py",
+    "tasks/test_compare.py",
+    "tasks/test_demo.py",
+    "tasks/test_finetune.py",
+    "tasks/test_moving_average.py",
+    "tasks/test_phobert.py",
+    "tasks/test_report_browser.py",
+    "tasks/test_resume.py",
+)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="tests marked slow, too")
@@ -29,12 +54,21 @@ def no_cuda_reason() -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "full: left out by -m 'not full' (make test-quick); tests/conftest.py lists them"
+    )
     config.addinivalue_line("markers", "slow: takes minutes; left out unless --slow (make test-full)")
     config.addinivalue_line("markers", "cpu_only(reason): skipped under --device cuda")
     if config.getoption("--device") == "cuda":
         if reason := no_cuda_reason():
             raise pytest.UsageError(f"--device cuda: {reason}")
         torch.set_default_device("cuda")  # before modules with tensors of their own are imported
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow") or any(part in item.nodeid for part in FULL):
+            item.add_marker(pytest.mark.full)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
