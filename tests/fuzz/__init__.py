@@ -1,1 +1,1 @@
-"""Malformed and extreme calls of everything public, in processes of their own: `make fuzz`, README.md."""
+"""Malformed and extreme calls of everything public, in processes of their own: `make fuzz`, docs/robustness.md."""
