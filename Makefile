@@ -9,13 +9,14 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CUDA_ARCHS := 80,86,89,90a,100,120
 CXX_FILES = $(shell git ls-files '*.cpp' '*.h' '*.inc' '*.cu' '*.cuh')
 
-.PHONY: help finetune test test-full asan ubsan tsan sanitize-quick fuzz peft-conformance adapterhub-conformance lint format build cuda wheel test-abi info bench clean
+.PHONY: help finetune test test-quick test-full asan ubsan tsan sanitize-quick fuzz peft-conformance adapterhub-conformance lint format build cuda wheel test-abi info bench clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help:
 	@echo 'make finetune   fine-tune a real model with LoRA on real reviews; the result lands in $(OUT) (ARGS=--resume to continue)'
-	@echo 'make test       the whole test suite (PYTEST_ARGS="-k name" for a part)'
+	@echo 'make test       the test suite; a part of it: PYTEST_ARGS=tests/nn, or PYTEST_ARGS="tests/nn -k conv"'
+	@echo 'make test-quick whether a change broke something, in two minutes on two cores (PYTEST_ARGS as above)'
 	@echo 'make test-full  also the tests that take minutes each'
 	@echo 'make asan       C++ tests, op tests and op fuzzer under AddressSanitizer, with every instruction set of this machine'
 	@echo 'make ubsan      the same under UndefinedBehaviorSanitizer; make tsan: under ThreadSanitizer; all also try planted bugs'
@@ -39,6 +40,9 @@ finetune: $(VENV)/.demo $(VENV)/.built
 # Waiting threads sleep instead of spinning, because the test processes share the cores.
 test: $(VENV)/.test $(VENV)/.built
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+test-quick: $(VENV)/.test $(VENV)/.built
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not full' $(PYTEST_ARGS)
 
 test-full: $(VENV)/.test $(VENV)/.built
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal --slow $(PYTEST_ARGS)

@@ -1,23 +1,39 @@
-"""The README's Python, run as printed but for the model's path."""
+"""README.md and docs/: their Python runs as printed, their commands have those options, files and headings exist."""
 
+from __future__ import annotations
+
+import argparse
 import re
+import shlex
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from transformers import AutoModelForSequenceClassification
 
+from lora_ext import cli
 from lora_ext.adapters import adapter_names, lora_modules
 from lora_ext.methods import method_of
 from lora_ext.tasks.finetune import demo
 
-pytestmark = pytest.mark.cpu_only("the README's lines name no device")
+pytestmark = pytest.mark.cpu_only("the documents' lines name no device")
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-FIRST, SEVERAL, PEFT, METHODS = re.findall(r"```python\n(.*?)```", README, re.S)
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
+
+
+def python_blocks(name: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", TEXTS[name], re.S)
+
+
+def indented_lines(text: str) -> list[str]:
+    """The commands that a document shows, continued lines joined."""
+    return re.findall(r"^    (\S.*)$", re.sub(r"\\\n\s+", "", text), re.M)
 
 
 def run(code: str, **names: object) -> dict:
-    exec(compile(code.replace("path/or/id", str(demo.model_path())), "README.md", "exec"), names)
+    exec(compile(code.replace("path/or/id", str(demo.model_path())), "document", "exec"), names)
     return names
 
 
@@ -31,29 +47,111 @@ def in_tmp_path(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_one_adapter(in_tmp_path):
-    assert '"path/or/id"' in FIRST
-    names = run(FIRST)
+# --- Python: a block starts with a bare `model`, in a directory where the README's first block has run ----------------
+
+
+def test_python_of_the_readme(in_tmp_path):
+    first, under_peft = python_blocks("README.md")
+    assert '"path/or/id"' in first
+    names = run(first)
     assert (in_tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
     layers = dict(lora_modules(names["model"]))
     assert len(layers) == 12 and all(layer.is_merged for layer in layers.values())
     assert len(names["optimizer"].param_groups[0]["params"]) == 2 * 12 + 2
+    run(
+        f"{under_peft}\nfrom lora_ext.integrations.peft import report\nlayers = report(model).layers",
+        model=bare_model(),
+    )
 
 
-def test_several_adapters(in_tmp_path):
-    run(FIRST)
-    names = run(SEVERAL, model=bare_model())
+def test_python_of_adapters_md(in_tmp_path):
+    run(python_blocks("README.md")[0])
+    (several,) = python_blocks("docs/adapters.md")
+    names = run(several, model=bare_model())
     assert adapter_names(names["model"]) == ["first", "second", "both"]
 
 
-def test_peft():
-    names = run(PEFT, model=bare_model())
+def test_python_of_peft_md():
+    (block,) = python_blocks("docs/peft.md")
+    names = run(block, model=bare_model())
     entries = names["report"](names["model"]).layers
     assert len(entries) == 12 and all(entry.accelerated for entry in entries)
 
 
-def test_the_other_methods(in_tmp_path, capsys):
-    names = run(METHODS, model=bare_model())
+def test_python_of_methods_md(in_tmp_path, capsys):
+    (block,) = python_blocks("docs/methods.md")
+    names = run(block, model=bare_model())
     assert method_of(names["model"]) == names["method"]
     assert capsys.readouterr().out == f"{12 * (2 * 384 * 16 + 16 + 384)}\n"
     assert (in_tmp_path / "my-adapter" / "method.safetensors").is_file()
+
+
+def test_no_python_is_left_out():
+    run_here = {"README.md", "docs/adapters.md", "docs/peft.md", "docs/methods.md"}
+    assert {name for name in DOCUMENTS if python_blocks(name)} == run_here
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    commands = parser.add_subparsers()
+    for module in vars(cli).values():
+        if isinstance(module, ModuleType) and hasattr(module, "add_parser"):
+            module.add_parser(commands)
+    return parser
+
+
+def test_commands_have_the_options_shown():
+    shown = [line for text in TEXTS.values() for line in indented_lines(text) if line.startswith("lora-ext ")]
+    assert len(shown) > 15
+    for line in shown:
+        parser().parse_args(shlex.split(line)[1:])
+
+
+def test_make_has_the_targets_shown():
+    targets = re.findall(r"^([a-z][a-z- ]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    known = {target for line in targets for target in line.split()}
+    shown = {
+        target
+        for text in TEXTS.values()
+        for target in re.findall(r"`make ([a-z-]+)", text)
+        + [line.split()[1] for line in indented_lines(text) if line.startswith("make ")]
+    }
+    assert {"test", "finetune"} <= shown <= known
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+FOLDERS = "lora_ext|csrc|tests|benchmarks|examples|scripts|docs"
+
+
+def linked(name: str) -> list[Path]:
+    targets = re.findall(r"\]\(([^)#\s]+)[^)\s]*\)", TEXTS[name])
+    return [(ROOT / name).parent / target for target in targets if "://" not in target]
+
+
+def named(name: str) -> list[Path]:
+    """Paths from the root of the repository in the text; placeholders such as <card> are none."""
+    paths = re.findall(rf"(?<![\w/.])(?<!\]\()((?:{FOLDERS})/[\w./-]*\w)(?![\w<*]|/?[<*])", TEXTS[name])
+    return [ROOT / path for path in paths]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_files_named_exist(name):
+    missing = [path for path in linked(name) if not path.exists()]
+
+    missing += [path for path in named(name) if not path.exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_headings_linked_exist(name):
+    for target, heading in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", TEXTS[name]):
+        if "://" not in target:
+            text = ((ROOT / name).parent / target).read_text(encoding="utf-8") if target else TEXTS[name]
+            headings = {
+                re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in re.findall(r"^#+ (.+)$", text, re.M)
+            }
+            assert heading in headings, f"{target}#{heading}"

@@ -1,1 +1,1 @@
-"""Fuzzers: malformed and extreme calls of everything public, in separate processes; see `make fuzz` and README.md."""
+"""Malformed and extreme calls of everything public, in processes of their own: `make fuzz`, docs/robustness.md."""

@@ -1,0 +1,133 @@
+"""Who may use whom: docs/architecture.md has the table, and the code keeps to it."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "lora_ext"
+DOCUMENT = ROOT / "docs" / "architecture.md"
+EVERYWHERE = {*sys.stdlib_module_names, "torch"}
+CALLS_OPS = ("_ops/", "functional.py", "merging/weights.py")
+
+
+def table() -> list[tuple[list[str], set[str], set[str]]]:
+    """The rows: parts, the parts they import from, other packages."""
+    section = DOCUMENT.read_text(encoding="utf-8").split("## Who may use whom")[1].split("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| `")]
+    names = re.compile(r"`([^`]+)`")
+    return [(names.findall(part), set(names.findall(uses)), set(others.split())) for part, _, uses, others in rows]
+
+
+ROWS = table()
+PARTS = {part: number for number, (parts, _, _) in enumerate(ROWS) for part in parts}
+
+
+def part_of(file: str) -> str:
+    """The row's name for a file of the package: itself, or its folder."""
+    return file if file in PARTS else f"{file.split('/')[0]}/"
+
+
+def files_of(module: str, names: list[str]) -> Iterator[str]:
+    """The files of the package behind ``from module import names``."""
+    path = module.removeprefix("lora_ext").strip(".").replace(".", "/")
+    for name in names:
+        longer = f"{path}/{name}".strip("/")
+        candidates = (f"{longer}.py", f"{longer}/__init__.py", f"{path}.py", f"{path}/__init__.py".strip("/"))
+        file = next((each for each in candidates if (PACKAGE / each).is_file()), None)
+        if file is not None and longer != "_C":
+            yield file
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, list[str]]]:
+    """``(module, names)`` of every import that runs, at whatever depth."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, [""]) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "a relative import"
+            yield node.module or "", [alias.name for alias in node.names]
+        yield from imports(node)
+
+
+def violations(file: str, source: str) -> list[str]:
+    """What ``file`` imports and the table does not allow."""
+    part = part_of(file)
+    if part not in PARTS:
+        return [f"{file}: {part} has no row"]
+    _, uses, others = ROWS[PARTS[part]]
+    found = []
+    for module, names in imports(ast.parse(source)):
+        package = module.split(".")[0]
+        if package == "lora_ext":
+            used = {part_of(target) for target in files_of(module, names)}
+            found += [
+                f"{file}: {module} ({each})" for each in used if each not in uses and PARTS.get(each) != PARTS[part]
+            ]
+        elif package not in EVERYWHERE | others:
+            found.append(f"{file}: {module}")
+    return found
+
+
+def sources() -> dict[str, str]:
+    """The package's files that hold more than a docstring."""
+    files = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
+    return {file: source for file, source in sorted(files.items()) if len(ast.parse(source).body) > 1}
+
+
+SOURCES = sources()
+
+
+def test_the_table_is_about_this_tree():
+    assert len(SOURCES) > 100
+    for part in PARTS:
+        assert (PACKAGE / part).exists(), part
+    assert {part_of(file) for file in SOURCES} == set(PARTS)
+
+
+def test_every_part_is_below_those_that_use_it():
+    for number, (parts, uses, _) in enumerate(ROWS):
+        for used in uses:
+            assert PARTS[used] < number, f"{parts} uses {used}, which is no row above it"
+
+
+def test_imports_are_those_of_the_table():
+    assert not [each for file, source in SOURCES.items() for each in violations(file, source)]
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("nn/linear.py", "from lora_ext.injection.inject import inject"),
+        ("functional.py", "from lora_ext import nn"),
+        ("nn/linear.py", "def f():\n    import lora_ext.cli.merge"),
+        ("checkpoints/ties.py", "import transformers"),
+        ("files/regular_file.py", "from lora_ext.files.save_load import save_adapter"),
+        ("strange.py", "import os"),
+    ],
+)
+def test_what_the_table_does_not_allow_is_found(file, line):
+    assert violations(file, line)
+
+
+def test_ops_are_called_at_the_bottom():
+    callers = [file for file, source in SOURCES.items() if re.search(r"torch\.ops\.lora_ext\.\w", source)]
+    assert {part_of(file) for file in callers} == set(CALLS_OPS)
+
+
+def test_kernels_include_no_torch_header():
+    torch_header = re.compile(r'#include [<"](torch|ATen|c10)/')
+    folders = {
+        path.relative_to(ROOT / "csrc").parts[0]
+        for path in (ROOT / "csrc").rglob("*.*")
+        if path.is_file() and torch_header.search(path.read_text(encoding="utf-8"))
+    }
+    assert folders == {"bindings", "library.cpp"}
