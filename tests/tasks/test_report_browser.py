@@ -80,6 +80,24 @@ def test_a_heading_sorts_its_table(tab: browser.Page, results: Path, page: Path)
     assert tab.evaluate(sorted_by) == [[1, "descending"]]
 
 
+@pytest.mark.parametrize("scripts", [True, False])
+def test_marks_of_a_chart_tell_their_figures_under_the_pointer(tab: browser.Page, page: Path, scripts: bool):
+    tab.open(page, scripts=scripts)
+    under = """[...document.querySelectorAll("svg.chart, svg.bars")].flatMap(svg => {
+        svg.scrollIntoView({block: "center"});
+        return [...svg.querySelectorAll("title")].map(title => {
+            const box = title.parentElement.getBoundingClientRect();
+            const found = document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2);
+            return [title.textContent, found.querySelector("title")?.textContent];
+        });
+    })"""
+    titles = tab.evaluate(under)
+    assert len(titles) > 100 and all(found for _, found in titles)
+    # Of marks that overlap, the one on top tells its figures.
+    assert sum(title == found for title, found in titles) > 0.7 * len(titles)
+    assert any(title.startswith("lora:r=2: ") and " parameters" in title for title, _ in titles)
+
+
 def test_it_can_be_read_without_scripts_and_on_paper(tab: browser.Page, page: Path):
     tab.open(page, scripts=False)
     assert tab.errors == []

@@ -94,7 +94,7 @@ def _reading_costs(content: Mapping[str, Any]) -> list[str]:
         low, high = (choose(rows, key=lambda row: row["step_ms"]["median"]) for choose in (min, max))
         sentences.append(
             f"A training step takes from {low['step_ms']['median']:.1f} ms ({low['label']}) to "
-            f"{high['step_ms']['median']:.1f} ms ({high['label']}); overlapping quartiles are no difference."
+            f"{high['step_ms']['median']:.1f} ms ({high['label']}); where quartiles overlap, both may be equal."
         )
         small, large = (choose(rows, key=lambda row: row["checkpoint_bytes"]) for choose in (min, max))
         ratio = large["checkpoint_bytes"] / small["checkpoint_bytes"]

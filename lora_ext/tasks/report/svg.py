@@ -39,6 +39,7 @@ _STYLE = {
     "grid.color": COLOURS["rule"],
     "axes.labelcolor": COLOURS["soft"],
     "text.color": COLOURS["ink"],
+    "axes.labelpad": 6,
     "errorbar.capsize": 2.5,
     **{f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")},
     **{f"{axis}tick.labelcolor": COLOURS["ink"] for axis in "xy"},
