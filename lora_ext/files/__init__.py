@@ -1,1 +1,1 @@
-"""Adapter directories in PEFT's format, and reading and writing files that may be bad, large or interrupted."""
+"""Adapter directories in PEFT's format; safe reading of foreign files, and atomic writing."""
