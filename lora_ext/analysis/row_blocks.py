@@ -28,7 +28,7 @@ def check_matrix(caller: str, name: str, matrix: Tensor) -> None:
 
 
 def multiply(matrix: Tensor, vectors: Tensor) -> Tensor:
-    """Computes ``matrix @ vectors``: ``[rows, cols]`` (any floating dtype) times ``[cols, k]`` as float64 ``[rows, k]``.
+    """Computes ``matrix @ vectors``: ``[rows, cols]`` (any floating dtype), ``[cols, k]``, as float64 ``[rows, k]``.
 
     The products are float32, or float64 for a float64 matrix.
     """

@@ -130,7 +130,7 @@ class SpecialTokens(Inserted):
         return {"attention_mask": self._padded(mask, 1), "position_ids": positions + self.first_position}
 
     def _without_special(self, output: Any, mask: Tensor) -> Any:
-        """Removes special positions from hidden states, the 3-dimensional ``[batch, length + special_tokens, d_model]``.
+        """Removes special positions from hidden states, i.e. from ``[batch, length + special_tokens, d_model]``.
 
         The pooled first token, attentions and the cache stay as they are.
         """

@@ -479,7 +479,7 @@ CALLS: list[Call] = [
     Call(
         integration.accelerate,
         lambda _: {"model": peft_model()},
-        [({"model": Net()}, ValueError, "Net has no LoRA layers of PEFT's; adapt it first")],
+        [({"model": Net()}, ValueError, "Net has no PEFT LoRA layers; adapt it first")],
     ),
     Call(
         integration.restore,
