@@ -38,7 +38,7 @@ def extrapolated(steps: Mapping[int, Step], count: int) -> Step:
     """Computes the step of a model of ``count`` layers from the steps of models with :data:`SAMPLES` layers.
 
     At a given distance from the start or end of the backward, every layer adds the same bytes to the memory, and to
-    the peak of a part of the step. Between the backwards of the second and the second-last layer, peaks are linear in the
+    the peak of a part of the step. From the second layer's backward to the second-last's, peaks are linear in the
     layer's number, so the largest is at one of the two.
 
     ValueError: the two steps have different parts.
