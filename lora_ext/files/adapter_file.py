@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_ext._common.printable import check_name, shown
+from lora_ext.files.file_bytes import file_state
 from lora_ext.files.regular_file import check_regular
 from lora_ext.files.safetensors_format import read_header
 from lora_ext.files.staged_files import is_being_saved
@@ -66,7 +67,7 @@ class TensorFile:
         self.path, self._pickled, self._mapped, self._read = path, pickled, None, 0
         self.metadata: dict[str, str] = {}
         if pickled is None:
-            self._state = _state(path)
+            self._state = file_state(path)
             try:
                 header, self.metadata = read_header(path)
             except RuntimeError as error:  # from PyTorch if the file has just been removed
@@ -87,7 +88,7 @@ class TensorFile:
             self._mapped = safe_open(self.path, "pt")
         except (SafetensorError, OSError, RuntimeError) as error:
             raise ValueError(f"{self.path} was changed while it was read: {error}") from error
-        if _state(self.path) != self._state:
+        if file_state(self.path) != self._state:
             raise ValueError(f"{self.path} was changed while it was read; read it again")
         self._read = 0
 
@@ -228,11 +229,11 @@ class AdapterFile:
         """
         directory = Path(directory)
         files = [directory / name for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLED_WEIGHTS_FILE)]
-        return read_unchanged(files, lambda there: cls.of(directory, there, allow_pickle), caller)
+        return read_unchanged(files, lambda existing: cls.of(directory, existing, allow_pickle), caller)
 
     @classmethod
-    def of(cls, directory: Path, there: set[Path], allow_pickle: bool = False) -> AdapterFile:
-        """As :meth:`open`, given the existing files ``there``; does not check whether a file was replaced."""
+    def of(cls, directory: Path, existing: set[Path], allow_pickle: bool = False) -> AdapterFile:
+        """As :meth:`open`, given the files that exist; does not check whether a file was replaced."""
         path, pickled = directory / WEIGHTS_FILE, directory / PICKLED_WEIGHTS_FILE
         try:
             config = read_json_object(directory / CONFIG_FILE, "", LARGEST_CONFIG)
@@ -240,9 +241,9 @@ class AdapterFile:
             raise FileNotFoundError(
                 f"{directory / CONFIG_FILE} is missing; want a directory that save_adapter or PEFT wrote"
             ) from error
-        if path in there:
+        if path in existing:
             return cls(directory, config, TensorFile(path))
-        if pickled not in there:
+        if pickled not in existing:
             raise FileNotFoundError(f"{path} is missing")
         if not allow_pickle:
             raise FileNotFoundError(
@@ -270,10 +271,10 @@ def read_unchanged(files: Iterable[Path], read: Callable[[set[Path]], ReadT], ca
     """
     files, errors = list(files), 0
     for _ in range(100):
-        before = {file: _state(file) for file in files}
+        before = {file: file_state(file) for file in files}
         try:
             result = read({file for file, state in before.items() if state is not None})
-            if before == {file: _state(file) for file in files}:
+            if before == {file: file_state(file) for file in files}:
                 return result
         except (OSError, ValueError) as error:
             errors += 1
@@ -291,15 +292,6 @@ def _with_caller(error: OSError | ValueError, caller: str, path: Path) -> OSErro
         reason = f"{caller}: cannot be read ({error.strerror or error})"
         return OSError(error.errno, reason, os.fspath(error.filename or path))
     return ValueError(f"{caller}: {error}")
-
-
-def _state(path: Path) -> tuple[int, ...] | None:
-    """Identifies a version of a file: differs after it is replaced or written. None: no file."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:

@@ -50,16 +50,19 @@ def write_bytes(file: FileIO, offset: int, data: memoryview) -> None:
             raise
 
 
-def file_state(path: Path) -> tuple[int, ...]:
-    """Identifies a version of a file: differs after it is written or replaced."""
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev
+def file_state(path: Path) -> tuple[int, ...] | None:
+    """Identifies a version of a file: differs after it is written or replaced. None: no file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def check_unchanged(states: Mapping[Path, tuple[int, ...]], caller: str) -> None:
+def check_unchanged(states: Mapping[Path, tuple[int, ...] | None], caller: str) -> None:
     """Raises ValueError if the :func:`file_state` of a file differs from ``states``."""
     for path, state in states.items():
-        if not path.exists() or file_state(path) != state:
+        if file_state(path) != state:
             raise ValueError(f"{caller}: {path} was changed while it was read; the result was discarded, try again")
 
 

@@ -84,7 +84,7 @@ def carry_out(model: nn.Module, method: Method, insertions: list[Insertion], ada
         for insertion in insertions:
             insert(insertion)
         setattr(root, _ATTRIBUTE, method)
-        for parameter in own_parameters(model).values():
+        for parameter in method_parameters(model).values():
             parameter.requires_grad_(True)
 
 
@@ -128,18 +128,18 @@ def remove_method(model: ModelT) -> ModelT:
     return model
 
 
-def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def method_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Returns the parameters that the applied method trains, by path in the bare model, except the low-rank adapter's.
 
     With a low-rank adapter, the head is a copy inside it; otherwise the head is trained in place and included.
     """
     bare = BareModel(root_module(model))
     inserted = {path: module for path, module in bare.modules.items() if isinstance(module, Inserted)}
-    return parameters_of(model, applied_method(model, "own_parameters"), inserted)
+    return parameters_of(model, applied_method(model, "method_parameters"), inserted)
 
 
 def parameters_of(model: nn.Module, method: Method, inserted: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """As :func:`own_parameters`, for a ``method``, applied or not, that has the modules ``inserted``, by path."""
+    """As :func:`method_parameters`, for a ``method``, applied or not, that has the modules ``inserted``, by path."""
     bare = BareModel(root_module(model))
     found = dict(method.trained_parameters(bare))
     modules = dict(inserted)

@@ -11,7 +11,7 @@ from lora_ext._common.printable import shown
 from lora_ext._ops.bottleneck import ACTIVATIONS, bottleneck
 from lora_ext.methods.architectures import Architecture, architecture_of, hidden_size, layers_of, weight_of
 from lora_ext.methods.base import Method, check_at_least
-from lora_ext.methods.inserted import Inserted, Insertion, own_dtype
+from lora_ext.methods.inserted import Inserted, Insertion, new_parameter_dtype
 
 
 class Bottleneck(Inserted):
@@ -25,7 +25,7 @@ class Bottleneck(Inserted):
 
     def __init__(self, size: int, activation: str, like: Tensor) -> None:
         super().__init__()
-        dtype = own_dtype(like)
+        dtype = new_parameter_dtype(like)
         self.activation = activation
         self.down = nn.Linear(like.shape[-1], size, device=like.device, dtype=dtype)
         self.up = nn.Linear(size, like.shape[-1], device=like.device, dtype=dtype)

@@ -32,7 +32,14 @@ from lora_ext.files.save_load import (
 from lora_ext.files.staged_files import staged_files, write_tensors
 from lora_ext.files.untrusted_json import read_json_object
 from lora_ext.injection.bare_model import BareModel, root_module
-from lora_ext.methods.adapted import applied_method, carry_out, check_is_bare, method_of, own_parameters, parameters_of
+from lora_ext.methods.adapted import (
+    applied_method,
+    carry_out,
+    check_is_bare,
+    method_of,
+    method_parameters,
+    parameters_of,
+)
 from lora_ext.methods.base import Method
 from lora_ext.methods.combined import Combined
 from lora_ext.methods.lora import Lora
@@ -59,7 +66,7 @@ def save_method(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """
     method = applied_method(model, "save_method")
     _check_has_adapter(model, method, "save_method")
-    trained = own_parameters(model) | method.buffers(BareModel(root_module(model)))
+    trained = method_parameters(model) | method.buffers(BareModel(root_module(model)))
     tensors = {path: tensor.detach().to("cpu").contiguous() for path, tensor in trained.items()}
     content = {
         "format": "lora_ext.methods/1",
@@ -108,7 +115,7 @@ def load_method(model: ModelT, directory: str | os.PathLike[str], trainable: boo
     if (applied := method_of(model)) is not None:
         _check_same(applied, method, saved.directory)
         _check_has_adapter(model, applied, "load_method")
-        targets = own_parameters(model) | method.buffers(BareModel(root_module(model)))
+        targets = method_parameters(model) | method.buffers(BareModel(root_module(model)))
         saved.check_fit(targets)
         with uninterrupted():
             if saved.adapter is not None:
@@ -191,14 +198,14 @@ class _Saved:
 def _read(directory: Path) -> _Saved:
     files = [directory / name for name in (METHOD_FILE, TENSORS_FILE, *ADAPTER_FILES)]
 
-    def read(there: set[Path]) -> tuple[list[tuple[str, dict]], AdapterFile | None, TensorFile | None]:
+    def read(existing: set[Path]) -> tuple[list[tuple[str, dict]], AdapterFile | None, TensorFile | None]:
         try:
             content = read_json_object(directory / METHOD_FILE, "", _LARGEST_METHOD)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise FileNotFoundError(f"there is no {directory / METHOD_FILE}; save_method writes it") from error
         parts = _parts(content, directory / METHOD_FILE)
-        adapter = AdapterFile.of(directory, there) if any(name == Lora.name for name, _ in parts) else None
-        return parts, adapter, TensorFile(files[1]) if files[1] in there else None
+        adapter = AdapterFile.of(directory, existing) if any(name == Lora.name for name, _ in parts) else None
+        return parts, adapter, TensorFile(files[1]) if files[1] in existing else None
 
     parts, adapter, tensors = read_unchanged(files, read, "load_method")
     adapter = None if adapter is None else from_peft_form(adapter, "load_method")

@@ -59,7 +59,7 @@ def cache_name(names: tuple[str, ...]) -> str:
     return "cache" if "cache" in names else "past_key_values"
 
 
-def own_dtype(like: Tensor) -> torch.dtype:
+def new_parameter_dtype(like: Tensor) -> torch.dtype:
     """Returns the dtype for new parameters: float32 if ``like`` has 16 bits (they are cast at use), else the same."""
     return torch.float32 if like.dtype in (torch.bfloat16, torch.float16) else like.dtype
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_ext.injection.bare_model import root_module
 from lora_ext.methods.architectures import base_model, base_path, hidden_size
-from lora_ext.methods.inserted import Inserted, Insertion, by_name, cache_name, own_dtype, parameter_names
+from lora_ext.methods.inserted import Inserted, Insertion, by_name, cache_name, new_parameter_dtype, parameter_names
 from lora_ext.methods.prefix_base import PrefixMethod, architecture_with_prefix, counted
 
 
@@ -229,4 +229,4 @@ def _random_tokens(base: nn.Module, number: int) -> Tensor:
     allowed[[token for token in special if 0 <= token < len(table)]] = False
     ids = allowed.nonzero()[:, 0]
     ids = ids[torch.randint(len(ids), (number,))].to(table.device)
-    return table[ids].to(own_dtype(table))
+    return table[ids].to(new_parameter_dtype(table))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.methods.architectures import Architecture, base_model, base_path, hidden_size, layers_of, weight_of
-from lora_ext.methods.inserted import Inserted, Insertion, by_name, cache_name, own_dtype, parameter_names
+from lora_ext.methods.inserted import Inserted, Insertion, by_name, cache_name, new_parameter_dtype, parameter_names
 from lora_ext.methods.prefix_base import PrefixMethod, architecture_with_prefix, counted, is_causal
 
 IMPLEMENTATIONS = ("sdpa", "eager")
@@ -207,7 +207,9 @@ class PrefixLayer(PrefixMethod):
 
     def _first_values(self, layer: nn.Module, model: nn.Module) -> Tensor:
         like = weight_of(layer, model)
-        weight = torch.empty(self.special_tokens, hidden_size(model), device=like.device, dtype=own_dtype(like))
+        weight = torch.empty(
+            self.special_tokens, hidden_size(model), device=like.device, dtype=new_parameter_dtype(like)
+        )
         # as in Transformers; tokens that all start at zero would stay equal
         return nn.init.normal_(weight, std=0.02)
 

@@ -69,6 +69,10 @@ def output_of(model: nn.Module, **inputs) -> Tensor:
     return output.logits if "logits" in output else output.last_hidden_state
 
 
+def cache_of(output):
+    return output.cache if "cache" in output else output.past_key_values
+
+
 def by_hand(model: PreTrainedModel, ids: Tensor, special: Tensor, num_prefix: int) -> Tensor:
     """Runs a bare model on one unpadded row with ``special`` inserted; returns the output without special positions.
 
@@ -191,13 +195,11 @@ def test_continuing_from_a_cache_without_positions(family, name, num_prefix, num
     longer = torch.cat([mask, torch.ones_like(more)], 1)
     with torch.no_grad():
         first = model(input_ids=ids, attention_mask=mask, use_cache=True)
-        cache = first.cache if "cache" in first else first.past_key_values
-        second = model(input_ids=more, attention_mask=longer, past_key_values=cache).logits
+        second = model(input_ids=more, attention_mask=longer, past_key_values=cache_of(first)).logits
         alone = []
         for row, real, rest in zip(ids, mask.bool(), more, strict=True):
             first = model(input_ids=row[real][None], use_cache=True)
-            cache = first.cache if "cache" in first else first.past_key_values
-            alone.append(model(input_ids=rest[None], past_key_values=cache).logits[0])
+            alone.append(model(input_ids=rest[None], past_key_values=cache_of(first)).logits[0])
     torch.testing.assert_close(second, torch.stack(alone))
 
 
@@ -327,8 +329,7 @@ def test_unsupported_inputs_with_embeddings_are_refused():
     with refused(model, ValueError, "specify either"):
         model.transformer()
     with torch.no_grad():
-        cache = model(ids[:, :33], use_cache=True)
-        cache = cache.cache if "cache" in cache else cache.past_key_values
+        cache = cache_of(model(ids[:, :33], use_cache=True))
         model(ids[:, :2], past_key_values=cache)
     with refused(model, ValueError, "36 tokens and 5 special ones"):
         model(ids[:, :1], past_key_values=cache)
