@@ -1,1 +1,1 @@
-"""What the whole package uses: types of arguments, a lock for each model, warnings, text in messages."""
+"""Helpers of the whole package: argument types, the lock for model changes, warnings, text in messages."""

@@ -1,7 +1,7 @@
-"""Arguments of public functions against their annotations: what is of another type is refused before anything happens.
+"""Checks the arguments of public functions against their annotations, before the function runs.
 
-The annotation is the rule, and the second half of the message: the two cannot differ. Takes a tenth of a microsecond an
-argument. The functions of single ops look only when a call has failed (lora_ext/_ops/refusals.py).
+The annotation is both the rule and the end of the message, so the two cannot differ. A check takes 0.1 microseconds per
+argument. The functions of single ops check only after a call has failed (lora_ext/_ops/refusals.py).
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ _WORDS: dict[Any, str] = {
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """Lets ``function`` raise TypeError, with its name and the argument's, for values that its annotations exclude."""
+    """Makes ``function`` raise TypeError, naming itself and the argument, for values that its annotations exclude."""
     parameters = inspect.signature(function).parameters
     rest = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     tests: dict[str, Test] = {}
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not tests:  # not before, as the annotations may name what the module defines further down
+        if not tests:  # on the first call: annotations may name what the module defines further down
             hints = typing.get_type_hints(function)
             tests.update(
                 {n: _test(hints.get(n, Any)) if p.kind not in rest else _anything for n, p in parameters.items()}
@@ -64,7 +64,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def check_types(function: Callable, arguments: Mapping[str, object]) -> None:
-    """Raises what ``checked`` lets ``function`` raise, for a call that has failed by these arguments."""
+    """Raises the TypeError of ``checked`` for a call of ``function`` with these arguments."""
     hints = typing.get_type_hints(function)
     for name, value in arguments.items():
         if not _test(hints[name])(value):
@@ -74,7 +74,7 @@ def check_types(function: Callable, arguments: Mapping[str, object]) -> None:
 def _refuse(function: Callable, args: tuple, name: str, value: object) -> None:
     caller = type(args[0]).__name__ if function.__name__ == "__init__" else function.__name__
     kind = type(value).__name__
-    plain = isinstance(value, (str, numbers.Number, list, tuple, dict))  # a model's text is long, a tensor's costs
+    plain = isinstance(value, (str, numbers.Number, list, tuple, dict))  # models print long text, tensors slowly
     shown = "None" if value is None else f"{reprlib.repr(value)} of type {kind}" if plain else f"of type {kind}"
     raise TypeError(f"{caller}: {name} is {shown}, want {_described(typing.get_type_hints(function)[name])}")
 
@@ -84,14 +84,14 @@ def _anything(value: object) -> bool:
 
 
 def _test(hint: Any) -> Test:
-    """Whether a value is of the type that an annotation names; of lists and dicts, what is in them too."""
+    """Returns a test of values against an annotation; it also tests the entries of lists and dicts."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(hint, TypeVar):
         return _test(hint.__bound__ or Any)
     if hint is Any:
         return _anything
     if origin in (typing.Union, types.UnionType):
-        return _either([_test(each) for each in arguments])
+        return _either([_test(argument) for argument in arguments])
     if origin is typing.Literal:
         return lambda value: value in arguments
     kind = origin or hint
@@ -103,8 +103,7 @@ def _test(hint: Any) -> Test:
         key, entry = map(_test, arguments)
         return lambda value: isinstance(value, kind) and all(key(k) and entry(v) for k, v in value.items())
     entry = _test(arguments[0])
-    # A string is no list of strings, an array without dimensions no list at all. What can be gone over only once is
-    # left alone.
+    # A string is not a list of strings, a 0-dimensional array not a list. One-pass iterables are not read.
     return lambda value: (
         isinstance(value, kind)
         and not isinstance(value, str)
@@ -118,7 +117,7 @@ def _either(tests: list[Test]) -> Test:
 
 
 def _described(hint: Any) -> str:
-    """What an annotation asks for, in words."""
+    """Describes in words what an annotation asks for."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(hint, TypeVar):
         return _described(hint.__bound__)

@@ -1,12 +1,11 @@
-"""Changes of models, one at a time: whole for Ctrl-C, for other threads, and for a forward that meets one.
+"""Makes changes of models atomic for Ctrl-C, for other threads and for forwards that run at the same time.
 
-All functions that change a model, or read it for a file, hold one lock (:func:`one_at_a_time`): what they have checked
-is still so when they act. There is one for the process, as models may share weights; a merge uses all cores anyway. A
-fork waits for it.
+All functions that change a model, or read it for a file, hold one lock (:func:`one_at_a_time`), so their checks still
+hold when they act. The process has one lock because models may share weights; a merge uses all cores anyway. A fork
+waits for it.
 
-Forwards take no lock. A layer's forward that finds that a change began or ended meanwhile is computed again, with the
-lock held (:func:`of_one_state`). On a GPU this is about the order in which kernels are launched: forward and change
-must be on one stream.
+Forwards take no lock. When a change begins or ends during a layer's forward, the forward is computed again with the
+lock held (:func:`of_one_state`). On a GPU this orders kernel launches only: forward and change must use one stream.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _lock = threading.RLock()
-if hasattr(os, "register_at_fork"):  # the child has no thread that would end a change that is under way
+if hasattr(os, "register_at_fork"):  # the child lacks the thread that would finish a change
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
-    """Lets ``function`` run in one thread at a time, and in no two functions of this kind at once."""
+    """Makes ``function`` hold the lock: only one thread at a time runs any function of this kind."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -46,7 +45,7 @@ def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
 
 @contextmanager
 def changing(*models: ActiveAdapters) -> Iterator[None]:
-    """The block in which layers change, told by what the layers of each model share. Ctrl-C waits for its end."""
+    """Marks a block that changes the layers of ``models``, given by their shared state. Ctrl-C waits for its end."""
     with ExitStack() as stack:
         stack.enter_context(_lock)
         stack.enter_context(uninterrupted())
@@ -56,7 +55,7 @@ def changing(*models: ActiveAdapters) -> Iterator[None]:
 
 
 def of_one_state(forward: Callable[P, R]) -> Callable[P, R]:
-    """Lets the forward of a layer compute with what was before a change of it or after it, never with half of one."""
+    """Makes a layer's forward see its state before or after a change, never half of one."""
 
     @functools.wraps(forward)
     def run(self, *args, **kwargs):

@@ -1,4 +1,4 @@
-"""How to install an extra of this package, of an installation from a checkout as of one from an index."""
+"""The command that installs an extra of this package, whether it came from a checkout or from an index."""
 
 from __future__ import annotations
 
@@ -14,22 +14,20 @@ __all__ = ["install_hint"]
 
 
 def install_hint(extra: str) -> str:
-    """Returns the command that installs ``extra``, and what it brings."""
+    """Returns the command that installs ``extra``, with the packages that it installs."""
     try:
         installed = metadata.distribution("lora_ext")
     except metadata.PackageNotFoundError:
         installed = None
-    brings = [] if installed is None else _brought(installed, extra)
-    more = f" (it brings {', '.join(brings)})" if brings else ""
+    packages = [] if installed is None else _packages(installed, extra)
+    more = f" (it installs {', '.join(packages)})" if packages else ""
     requirement = _requirement(installed, extra)
-    editable = (
-        "--editable " if installed is not None and (_noted(installed).get("dir_info") or {}).get("editable") else ""
-    )
-    return f"pip install {editable}{shlex.quote(requirement)}{more}"
+    is_editable = installed is not None and (_direct_url(installed).get("dir_info") or {}).get("editable")
+    return f"pip install {'--editable ' if is_editable else ''}{shlex.quote(requirement)}{more}"
 
 
 def _requirement(installed: metadata.Distribution | None, extra: str) -> str:
-    """What pip is to install: the place that this installation is from, with the extra."""
+    """The requirement for pip: the source of this installation, with the extra."""
     source = None if installed is None else _source(installed)
     if source is not None and not source.startswith("file:"):
         return f"lora_ext[{extra}] @ {source}"
@@ -40,27 +38,27 @@ def _requirement(installed: metadata.Distribution | None, extra: str) -> str:
 
 
 def _source(installed: metadata.Distribution) -> str | None:
-    """The URL that it was installed from; None: an index."""
-    noted = _noted(installed)
+    """The URL of the installation's source; None for an index."""
+    direct_url = _direct_url(installed)
     try:
-        if version_control := noted.get("vcs_info"):
-            return f"{version_control['vcs']}+{noted['url']}@{version_control['commit_id']}"
+        if version_control := direct_url.get("vcs_info"):
+            return f"{version_control['vcs']}+{direct_url['url']}@{version_control['commit_id']}"
     except (KeyError, TypeError):
         return None
-    return noted.get("url")
+    return direct_url.get("url")
 
 
-def _noted(installed: metadata.Distribution) -> dict[str, Any]:
-    """What pip noted about where it is from (PEP 610); {}: nothing, as of what is from an index."""
+def _direct_url(installed: metadata.Distribution) -> dict[str, Any]:
+    """pip's record of the source (PEP 610); {} for an installation from an index."""
     try:
-        noted = json.loads(installed.read_text("direct_url.json") or "{}")
+        record = json.loads(installed.read_text("direct_url.json") or "{}")
     except (OSError, ValueError):
         return {}
-    return noted if isinstance(noted, dict) and isinstance(noted.get("url", ""), str) else {}
+    return record if isinstance(record, dict) and isinstance(record.get("url", ""), str) else {}
 
 
-def _brought(installed: metadata.Distribution, extra: str) -> list[str]:
-    """Names of the packages of ``extra``, those of extras in it, too."""
+def _packages(installed: metadata.Distribution, extra: str) -> list[str]:
+    """Names of the packages in ``extra``, including those of nested extras."""
     names: list[str] = []
     for requirement in installed.requires or ():
         name, _, marker = requirement.partition(";")
@@ -68,8 +66,8 @@ def _brought(installed: metadata.Distribution, extra: str) -> list[str]:
             continue
         plain, inner = re.match(r"\s*([\w.-]+)\s*(?:\[([^\]]*)\])?", name).groups()
         if plain.replace("-", "_").lower() == "lora_ext":
-            for each in (inner or "").split(","):
-                names += _brought(installed, each.strip())
+            for nested in (inner or "").split(","):
+                names += _packages(installed, nested.strip())
         else:
             names.append(plain)
     return list(dict.fromkeys(names))

@@ -1,4 +1,4 @@
-"""Keeping Ctrl-C out of the places where it would do harm."""
+"""Delays Ctrl-C where it would do harm."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_inside = False  # the main thread is in such a block
+_inside = False  # the main thread is in an uninterrupted block
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block, and of all blocks around it.
+    """Makes Ctrl-C wait for the end of the block and of all blocks around it.
 
-    Python raises KeyboardInterrupt as soon as an op returns that was running when the key was pressed: just before the
-    caller can note what the op has done. It raises it in the main thread alone, so that others need nothing.
+    Python raises KeyboardInterrupt as soon as the running op returns, before the caller can record what the op did.
+    Only the main thread gets it, so other threads need nothing.
     """
     global _inside
     if threading.current_thread() is not threading.main_thread() or _inside:

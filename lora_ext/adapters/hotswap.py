@@ -20,7 +20,7 @@ from lora_ext._common.printable import listed, shown
 from lora_ext.adapters.adapter_set import Adapter, Part, find_adapter
 from lora_ext.config import LoraConfig, exact_patterns
 from lora_ext.files.adapter_file import KEY_PREFIX, AdapterFile
-from lora_ext.files.packed_projection import as_we_have_it
+from lora_ext.files.packed_projection import from_peft_form
 from lora_ext.files.save_load import config_of
 from lora_ext.injection.inject import lora_modules
 from lora_ext.nn import LoraAdapter
@@ -104,7 +104,7 @@ def hotswap_adapter(
         RuntimeError: it is merged. The model is then unchanged.
     """
     file = AdapterFile.open(directory, allow_pickle=allow_pickle, caller="hotswap_adapter")
-    file = as_we_have_it(file, "hotswap_adapter")
+    file = from_peft_form(file, "hotswap_adapter")
     config = config_of(file, "hotswap_adapter")
     adapter = find_adapter(model, "hotswap_adapter", adapter_name)
     _check_unmerged("hotswap_adapter", model, adapter.name)

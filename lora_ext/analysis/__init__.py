@@ -1,7 +1,7 @@
-"""What an adapter learned, as functions of tensors: section 7 and appendix H of the LoRA paper (arXiv 2106.09685).
+"""Analyses of what an adapter learned, as in section 7 and appendix H of the LoRA paper (arXiv 2106.09685).
 
-An update is never multiplied out: all is computed from its factors, and from products of the weight with a few vectors.
-``lora_ext.analysis.plots`` draws the results, and needs matplotlib.
+All functions take tensors. They use the factors of an update, never the product, and multiply the weight with a few
+vectors only. ``lora_ext.analysis.plots`` draws the results and needs matplotlib.
 """
 
 from lora_ext.analysis.decomposition import Svd, block_krylov_svd, factored_svd

@@ -1,4 +1,4 @@
-"""Singular value decompositions without a large matrix in full: of an update from its factors, of a weight in part."""
+"""Singular value decompositions: of an update from its factors, of a large weight in part."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lora_ext.analysis.row_blocks import check_matrix, frobenius_norm, multiply,
 
 __all__ = ["Svd", "block_krylov_svd", "factored_svd"]
 
-_EXACT_SIZE = 512  # smaller side, up to which the whole decomposition takes well under a second
-_OVERSAMPLING = 8  # directions beyond those asked for, as Halko, Martinsson and Tropp (arXiv 0909.4061) advise
+_EXACT_SIZE = 512  # smaller side; up to this a full decomposition takes well under a second
+_OVERSAMPLING = 8  # extra directions, as Halko, Martinsson and Tropp (arXiv 0909.4061) advise
 _ITERATIONS = 4
 
 
 class Svd(NamedTuple):
-    """``(U * S) @ V.T``, in float64: ``U [out, k]`` and ``V [in, k]`` of orthonormal columns, ``S [k]`` falling."""
+    """``(U * S) @ V.T`` in float64: orthonormal columns ``U [out, k]`` and ``V [in, k]``, descending ``S [k]``."""
 
     U: Tensor
     S: Tensor
@@ -28,10 +28,10 @@ class Svd(NamedTuple):
 
 @checked
 def factored_svd(lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Svd:
-    """The decomposition of the update ``scaling * lora_B @ lora_A``, which is never made.
+    """Decomposes the update ``scaling * lora_B @ lora_A`` without computing the product.
 
-    With ``lora_B = Q_B R_B`` and ``lora_A.T = Q_A R_A`` (QR) it is ``Q_B (scaling * R_B R_A.T) Q_A.T``: an ``[r, r]``
-    matrix is decomposed, at a cost of ``(in + out) * r^2``. For a negative scaling the signs are in ``U``.
+    With ``lora_B = Q_B R_B`` and ``lora_A.T = Q_A R_A`` (QR) the update is ``Q_B (scaling * R_B R_A.T) Q_A.T``, so only
+    an ``[r, r]`` matrix is decomposed: cost ``(in + out) * r^2``. A negative scaling flips signs in ``U``.
 
     Args:
         lora_A: ``[r, in]``, any floating dtype.
@@ -46,9 +46,7 @@ def factored_svd(lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Svd:
     for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
         check_matrix("factored_svd", name, factor)
     if lora_A.shape[0] != lora_B.shape[1]:
-        raise ValueError(
-            f"factored_svd: lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)} have no rank in common"
-        )
+        raise ValueError(f"factored_svd: lora_B has rank {lora_B.shape[1]} but lora_A has {lora_A.shape[0]}")
     if not math.isfinite(scaling):
         raise ValueError(f"factored_svd: scaling is {scaling}, want a finite number")
     if not (lora_A.isfinite().all() and lora_B.isfinite().all()):
@@ -61,24 +59,24 @@ def factored_svd(lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Svd:
 
 @checked
 def block_krylov_svd(weight: Tensor, rank: int, *, seed: int) -> Svd:
-    """The ``rank`` leading singular values of ``weight [out, in]`` and their vectors.
+    """Computes the ``rank`` leading singular values of ``weight [out, in]`` and their vectors.
 
-    A weight whose smaller side is at most 512 is decomposed in full. Of a larger one the block Krylov method (Musco and
-    Musco, arXiv 1504.05477, algorithm 2) finds them from nine products of the weight with ``rank + 8`` vectors. Where
-    singular values fall slowly, as those of trained weights do, it comes closer than the randomised method of as many
-    products. No copy of the weight is made in another dtype.
+    A weight whose smaller side is at most 512 is decomposed in full. For larger ones the block Krylov method (Musco and
+    Musco, arXiv 1504.05477, algorithm 2) needs nine products of the weight with ``rank + 8`` vectors. When singular
+    values fall slowly, as in trained weights, it is more accurate than the randomised method with as many products.
+    The weight is never converted as a whole.
 
     Args:
         weight: any floating dtype.
         rank: 1 to the smaller side.
-        seed: of the vectors that it begins with; the default generator is left alone.
+        seed: for the starting vectors; the default generator is not used.
 
     Returns:
-        Values that are at most the true ones, and nearly these. Vectors near the ``rank``-th are mixed where its value
-        and the next are nearly equal.
+        Values that are at most the true ones, and close to them. When the ``rank``-th value and the next are nearly
+        equal, the last vectors are mixed.
 
     Raises:
-        ValueError: the weight is no finite matrix, or has not so many singular values.
+        ValueError: the weight is not a finite matrix, or has fewer than ``rank`` singular values.
     """
     check_matrix("block_krylov_svd", "weight", weight)
     if not math.isfinite(frobenius_norm(weight)):
@@ -97,7 +95,7 @@ def block_krylov_svd(weight: Tensor, rank: int, *, seed: int) -> Svd:
     images = multiply(weight, basis)
     for _ in range(_ITERATIONS):
         following = multiply_transposed(weight, images[:, -width:])
-        # Householder's Q is orthonormal even where the weight's rank is used up, and leaves the columns that are so be.
+        # Householder's Q is orthonormal even after the rank is exhausted, and keeps columns that already are.
         last = torch.linalg.qr(torch.cat([basis, following], 1)).Q[:, -width:]
         basis = torch.cat([basis, last], 1)
         images = torch.cat([images, multiply(weight, last)], 1)
@@ -106,7 +104,7 @@ def block_krylov_svd(weight: Tensor, rank: int, *, seed: int) -> Svd:
 
 
 def _exact(matrix: Tensor, rank: int) -> Svd:
-    """The whole decomposition, cut to ``rank``; a QR decomposition first makes it a square one of the smaller side."""
+    """Decomposes in full and keeps ``rank`` directions; QR first reduces the matrix to a square of the smaller side."""
     if matrix.shape[0] < matrix.shape[1]:
         U, S, V = _exact(matrix.T, rank)
         return Svd(V, S, U)

@@ -1,4 +1,4 @@
-"""Pictures of what an analysis found; needs matplotlib."""
+"""Plots of analysis results; needs matplotlib."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def plot_similarity(
     axes_labels: tuple[str, str],
     title: str,
 ) -> None:
-    """Heat maps of ``phi``, as in figures 3 and 4 of the LoRA paper, all on one scale from 0 to 1.
+    """Draws heat maps of ``phi`` on one scale from 0 to 1, as in figures 3 and 4 of the LoRA paper.
 
     Args:
-        rows: by what the row shows, a grid ``[i_max, j_max]`` for each column; None leaves its place empty.
-        columns: what the columns show.
-        axes_labels: what ``i`` and ``j`` count.
+        rows: for each row name, a grid ``[i_max, j_max]`` per column; None leaves its place empty.
+        columns: names of the columns.
+        axes_labels: labels of ``i`` and ``j``.
     """
     figure = Figure(figsize=(3.1 * len(columns) + 1, 2.7 * len(rows) + 0.8), dpi=_DPI, layout="constrained")
     figure.suptitle(title, fontsize=11)
@@ -42,7 +42,7 @@ def plot_similarity(
             if grid is None:
                 axes.set_axis_off()
                 continue
-            # Entry [0, 0] is that of one direction each; the pixels' middles are at whole numbers.
+            # Pixel centres lie at whole numbers; entry [0, 0] compares the first directions.
             extent = (0.5, grid.shape[1] + 0.5, grid.shape[0] + 0.5, 0.5)
             image = axes.imshow(grid, vmin=0, vmax=1, extent=extent, aspect="auto", interpolation="nearest")
             _whole_numbers(axes, grid.shape)
@@ -54,10 +54,10 @@ def plot_similarity(
 
 
 def plot_spectra(path: Path, panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], title: str) -> None:
-    """Singular values as parts of the largest, a line for each layer, a colour for each kind of layer.
+    """Plots singular values relative to the largest: one line per layer, one colour per kind of layer.
 
     Args:
-        panels: by the panel's heading, by kind, the singular values of each layer, falling.
+        panels: heading -> kind -> descending singular values of each layer.
     """
     figure = Figure(figsize=(5 * len(panels) + 1, 4), dpi=_DPI, layout="constrained")
     figure.suptitle(title, fontsize=11)
@@ -82,10 +82,10 @@ def plot_spectra(path: Path, panels: Mapping[str, Mapping[str, Sequence[Sequence
 def plot_changes(
     path: Path, kinds: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], xlabel: str, ylabel: str, title: str
 ) -> None:
-    """Bars by block, a panel for each kind of layer, all on one scale.
+    """Plots bars per block on one scale, one panel per kind of layer.
 
     Args:
-        kinds: by kind, by series, ``(block, height)``; several of one block are averaged.
+        kinds: kind -> series -> ``(block, height)``; heights of the same block are averaged.
     """
     series = list(dict.fromkeys(name for by_name in kinds.values() for name in by_name))
     figure = Figure(figsize=(9, 1.3 * len(kinds) + 1.2), dpi=_DPI, layout="constrained")
@@ -111,7 +111,7 @@ def plot_changes(
 
 
 def _shortened(text: str) -> str:
-    """What fits above a panel: of a layer's path the end says most."""
+    """Shortens a title to fit above a panel; keeps the end, which says most about a layer."""
     return text if len(text) <= _TITLE_LENGTH else f"\N{HORIZONTAL ELLIPSIS}{text[-_TITLE_LENGTH:]}"
 
 
@@ -121,7 +121,7 @@ def _colour(names: Sequence[str], name: str) -> tuple[float, ...]:
 
 
 def _whole_numbers(axes: Axes, shape: tuple[int, ...]) -> None:
-    """At most eight ticks a side, from the first direction to the last."""
+    """Sets at most eight whole-number ticks per axis."""
     for axis, count in ((axes.yaxis, shape[0]), (axes.xaxis, shape[1])):
         step = math.ceil(count / 8)
         axis.set_ticks(range(1, count + 1, step))

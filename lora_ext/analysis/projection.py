@@ -1,4 +1,4 @@
-"""How an update lies to the weight that it changes (section 7.3, table 7 of the LoRA paper, arXiv 2106.09685)."""
+"""Compares an update with its weight (section 7.3, table 7 of the LoRA paper, arXiv 2106.09685)."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ __all__ = ["ProjectionTable", "expected_random_norm", "leading_ranks", "project"
 
 @dataclasses.dataclass(frozen=True)
 class ProjectionTable:
-    """The weight ``W`` in the leading directions of its update, in its own and in random ones, by their number ``r``.
+    """Norms of the weight ``W`` projected on ``r`` directions: of its update, of ``W`` itself, and random ones.
 
     Attributes:
-        ranks: the numbers of directions: powers of two, and all that the update has; empty for a zero update.
+        ranks: the values of ``r``: powers of two and the update's rank; empty for a zero update.
         delta: ``|U.T @ W @ V|_F`` for the update's ``r`` leading singular vectors ``U [out, r]`` and ``V [in, r]``.
-        weight: the same for those of ``W``: the most that ``r`` directions can hold.
-        random: the same for random orthonormal ones.
-        random_expected: the root of the mean square of ``random``.
-        amplification: ``|delta_r|_F / |U.T @ W @ V|_F``, the norm of the update's ``r`` leading parts against what the
-            weight has in their directions.
+        weight: the same for those of ``W``: the maximum over ``r`` directions.
+        random: the same for random orthonormal directions.
+        random_expected: expected root mean square of ``random``.
+        amplification: ``|delta_r|_F / |U.T @ W @ V|_F``: norm of the update's ``r`` leading parts over that of the
+            weight in their directions.
         delta_norm: ``|delta W|_F``.
         weight_norm: ``|W|_F``.
     """
@@ -45,14 +45,14 @@ class ProjectionTable:
 
 @checked
 def project(weight: Tensor, U: Tensor, V: Tensor) -> Tensor:
-    """``U.T @ weight @ V``: float64 ``[k, l]`` of ``weight [out, in]`` in any floating dtype, read once by rows.
+    """Computes ``U.T @ weight @ V`` as float64 ``[k, l]``; ``weight [out, in]`` is read once, in any floating dtype.
 
     Args:
         U: ``[out, k]``.
         V: ``[in, l]``.
 
     Raises:
-        ValueError: their shapes do not fit.
+        ValueError: the shapes do not fit.
     """
     for name, matrix in (("weight", weight), ("U", U), ("V", V)):
         check_matrix("project", name, matrix)
@@ -63,26 +63,26 @@ def project(weight: Tensor, U: Tensor, V: Tensor) -> Tensor:
 
 @checked
 def projection_table(weight: Tensor, update: Svd, *, seed: int, own: Svd | None = None) -> ProjectionTable:
-    """Compares ``weight [out, in]`` with an update of it, as table 7 does.
+    """Compares ``weight [out, in]`` with its update, as table 7 does.
 
     Args:
         weight: any floating dtype.
         update: of the same shape, from :func:`~lora_ext.analysis.factored_svd`.
-        seed: of the random directions, and of finding the weight's own.
-        own: the weight's leading directions where they are known, at least as many as the update has;
-            :func:`~lora_ext.analysis.block_krylov_svd` finds them otherwise.
+        seed: for the random directions and for computing those of the weight.
+        own: the weight's leading directions if known, at least as many as the update has; otherwise
+            :func:`~lora_ext.analysis.block_krylov_svd` computes them.
 
     Raises:
-        ValueError: the update is of another shape, the weight's directions are too few, or something is not finite.
+        ValueError: the update has another shape, ``own`` has too few directions, or a value is not finite.
     """
     check_matrix("projection_table", "weight", weight)
     for name, svd in (("update", update), ("own", own)):
         if svd is not None and (len(svd.U), len(svd.V)) != tuple(weight.shape):
             shape = [len(svd.U), len(svd.V)]
-            raise ValueError(f"projection_table: {name} is of shape {shape}, but weight is {list(weight.shape)}")
+            raise ValueError(f"projection_table: {name} has shape {shape} but weight has {list(weight.shape)}")
     count = numerical_rank(update.S)
     if own is not None and len(own.S) < count:
-        raise ValueError(f"projection_table: own has {len(own.S)} directions, want {count}, as many as update has")
+        raise ValueError(f"projection_table: own has {len(own.S)} directions, want at least the {count} of update")
     delta_norm, weight_norm = torch.linalg.vector_norm(update.S).item(), frobenius_norm(weight)
     if count == 0:
         return ProjectionTable([], [], [], [], [], [], delta_norm, weight_norm)
@@ -108,27 +108,24 @@ def projection_table(weight: Tensor, update: Svd, *, seed: int, own: Svd | None 
 
 @checked
 def expected_random_norm(weight_norm: float, out_features: int, in_features: int, r: int) -> float:
-    """The root of the mean of ``|U.T @ W @ V|_F^2`` over uniformly random orthonormal ``U [out, r]`` and ``V [in, r]``.
+    """Root of the mean of ``|U.T @ W @ V|_F^2`` over uniformly random orthonormal ``U [out, r]`` and ``V [in, r]``.
 
-    ``r * |W|_F / sqrt(out * in)``: each of the ``r^2`` entries has its even share of the square.
+    It is ``r * |W|_F / sqrt(out * in)``: the square is spread evenly over all entries.
 
     Raises:
-        ValueError: there are no such matrices.
+        ValueError: ``r`` or a size is out of range.
     """
     if not (0 <= r <= min(out_features, in_features) and min(out_features, in_features) > 0):
         raise ValueError(
-            f"expected_random_norm: r is {r}, of a matrix with out_features={out_features}, in_features={in_features}; "
-            "want 0 <= r <= the smaller, and that at least 1"
+            f"expected_random_norm: r is {r}, out_features={out_features}, in_features={in_features}; "
+            "want 0 <= r <= the smaller size, and sizes of at least 1"
         )
     return r * weight_norm / math.sqrt(out_features * in_features)
 
 
 @checked
 def leading_ranks(count: int) -> list[int]:
-    """Numbers of leading directions to tell figures for: 1, 2, 4, ... and ``count``, all of them.
-
-    ValueError: ``count`` is below 0.
-    """
+    """Returns the ranks that a table reports: 1, 2, 4, ... and ``count``. ValueError: ``count`` is negative."""
     if count < 0:
         raise ValueError(f"leading_ranks: count is {count}, want at least 0")
     return sorted({2**i for i in range(int(count).bit_length())} | {count}) if count else []

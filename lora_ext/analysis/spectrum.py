@@ -1,6 +1,6 @@
-"""How many directions a matrix really has, by its singular values: several answers to one question.
+"""Measures of how many directions a matrix really has, from its singular values.
 
-Each function takes singular values ``[k]`` in falling order, and knows no scale. Others raise ValueError.
+Each function takes singular values ``[k]`` in descending order (ValueError otherwise); their scale does not matter.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from lora_ext._common.arguments import checked
 
 __all__ = ["effective_rank", "energy_rank", "numerical_rank", "stable_rank"]
 
-# Singular values that the rounding of float32 entries alone can make, relative to the largest, with some room. Counting
-# from the size of the matrix, as numpy's matrix_rank does, would call all of a bfloat16 matrix rounding.
+# Singular values that rounding of float32 entries can cause, relative to the largest, with some margin. A bound that
+# grows with the size of the matrix, as in numpy's matrix_rank, would call all of a bfloat16 matrix rounding.
 _ROUNDING = 4 * torch.finfo(torch.float32).eps
 
 
@@ -21,7 +21,7 @@ _ROUNDING = 4 * torch.finfo(torch.float32).eps
 def effective_rank(singular_values: Tensor) -> float:
     """``exp`` of the entropy of ``S / sum(S)`` (Roy and Vetterli, 2007, "The effective rank"); 0 for a zero matrix.
 
-    Between 1, for a single direction, and ``k``, for directions of equal weight.
+    It is 1 for a single direction and ``k`` for ``k`` equal ones.
     """
     S = _normalised("effective_rank", singular_values)
     if len(S) == 0:
@@ -31,13 +31,13 @@ def effective_rank(singular_values: Tensor) -> float:
 
 @checked
 def stable_rank(singular_values: Tensor) -> float:
-    """``|M|_F^2 / |M|_2^2``, at most the rank and not moved by what is small; 0 for a zero matrix."""
+    """``|M|_F^2 / |M|_2^2``: at most the rank, and insensitive to small singular values; 0 for a zero matrix."""
     return _normalised("stable_rank", singular_values).square().sum().item()
 
 
 @checked
 def energy_rank(singular_values: Tensor, energy: float) -> int:
-    """The smallest rank that keeps ``energy``, in (0, 1], as a part of the squared norm; 0 for a zero matrix."""
+    """The smallest rank that keeps a part ``energy``, in (0, 1], of the squared norm; 0 for a zero matrix."""
     if not 0 < energy <= 1:
         raise ValueError(f"energy_rank: energy is {energy}, want 0 < energy <= 1")
     kept = _normalised("energy_rank", singular_values).square().cumsum(0)
@@ -46,18 +46,18 @@ def energy_rank(singular_values: Tensor, energy: float) -> int:
 
 @checked
 def numerical_rank(singular_values: Tensor) -> int:
-    """The number of singular values that are more than rounding of float32 entries: above 5e-7 of the largest."""
+    """The number of singular values above 5e-7 of the largest: more than rounding of float32 entries."""
     return int((_normalised("numerical_rank", singular_values) > _ROUNDING).sum())
 
 
 def _normalised(caller: str, singular_values: Tensor) -> Tensor:
-    """In float64, the largest 1; empty for a zero matrix."""
+    """Returns the values in float64, divided by the largest; empty for a zero matrix."""
     if singular_values.dim() != 1 or singular_values.is_complex():
         raise ValueError(
-            f"{caller}: singular_values is {singular_values.dtype} {list(singular_values.shape)}, want real numbers of "
-            "one dimension"
+            f"{caller}: singular_values is {singular_values.dtype} {list(singular_values.shape)}, want a vector of "
+            "real numbers"
         )
     S = singular_values.double()
     if not (S.isfinite().all() and (S >= 0).all() and (S.diff() <= 0).all()):
-        raise ValueError(f"{caller}: singular_values are not finite, at least 0 and in falling order; sort them first")
+        raise ValueError(f"{caller}: singular_values must be finite, at least 0, in descending order; sort them first")
     return S / S[0] if len(S) and S[0] > 0 else S[:0]

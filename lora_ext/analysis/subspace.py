@@ -1,4 +1,4 @@
-"""How much two subspaces have in common (section 7.2 and appendix G of the LoRA paper, arXiv 2106.09685)."""
+"""Similarity of two subspaces (section 7.2 and appendix G of the LoRA paper, arXiv 2106.09685)."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ __all__ = [
 
 @checked
 def singular_basis(matrix: Tensor) -> Tensor:
-    """The right singular vectors of ``matrix [r, n]``, by falling singular value: of ``lora_A``, as in the paper.
+    """Computes the right singular vectors of ``matrix [r, n]``, by descending singular value.
 
-    Give it ``lora_B.T`` for the left ones of ``lora_B``.
+    The paper takes those of ``lora_A``; pass ``lora_B.T`` for the left ones of ``lora_B``.
 
     Returns:
         Orthonormal columns, float64 ``[n, k]``; ``k`` is the numerical rank
-        (:func:`~lora_ext.analysis.numerical_rank`): rows that others make up add no direction.
+        (:func:`~lora_ext.analysis.numerical_rank`), so linearly dependent rows add no direction.
 
     Raises:
-        ValueError: it is no matrix, or not finite.
+        ValueError: it is not a finite matrix.
     """
     check_matrix("singular_basis", "matrix", matrix)
     if not matrix.isfinite().all():
@@ -41,9 +41,9 @@ def singular_basis(matrix: Tensor) -> Tensor:
 
 @checked
 def subspace_similarity(first: Tensor, second: Tensor) -> Tensor:
-    """The paper's ``phi(i, j) = |first[:, :i].T @ second[:, :j]|_F^2 / min(i, j)`` for every ``i`` and ``j`` at once.
+    """Computes the paper's ``phi(i, j) = |first[:, :i].T @ second[:, :j]|_F^2 / min(i, j)`` for all ``i``, ``j``.
 
-    0: the subspaces are orthogonal; 1: the smaller lies in the larger. One subspace with itself gives 1 everywhere.
+    0 means that the subspaces are orthogonal, 1 that the larger contains the smaller.
 
     Args:
         first: orthonormal columns ``[n, i_max]``, the most important first.
@@ -53,27 +53,24 @@ def subspace_similarity(first: Tensor, second: Tensor) -> Tensor:
         float64 ``[i_max, j_max]`` in [0, 1]; ``phi(i, j)`` is at ``[i - 1, j - 1]``.
 
     Raises:
-        ValueError: they are not of one space.
+        ValueError: their ``n`` differ.
     """
     for name, basis in (("first", first), ("second", second)):
         check_matrix("subspace_similarity", name, basis)
     if len(first) != len(second):
-        raise ValueError(
-            f"subspace_similarity: bases {list(first.shape)} and {list(second.shape)} are not of one space"
-        )
+        raise ValueError(f"subspace_similarity: second has {len(second)} rows but first has {len(first)}")
     squares = (first.double().T @ second.double()).square()
     smaller = torch.minimum(*_counts(*squares.shape)).to(squares.device)
-    # Rounding alone takes a sum of squared cosines beyond the number of directions.
+    # Rounding can take the sum of squared cosines above the number of directions.
     return (squares.cumsum(0).cumsum(1) / smaller).clamp(max=1.0)
 
 
 @checked
 def expected_random_similarity(i_max: int, j_max: int, dim: int) -> Tensor:
-    """The mean of ``phi(i, j)`` between uniformly random subspaces of ``dim`` dimensions: ``max(i, j) / dim``.
+    """Mean of ``phi(i, j)`` between uniformly random subspaces of ``dim`` dimensions: ``max(i, j) / dim``.
 
-    A random direction has ``i / dim`` of its square in any ``i`` dimensions; ``j`` of them have ``i * j / dim``, which
-    ``phi`` divides by ``min(i, j)``. The spans of Gaussian matrices, with which figure 4 of the paper compares, are
-    uniform.
+    A random direction has ``i / dim`` of its squared norm in any ``i`` dimensions; ``j`` of them have ``i * j / dim``,
+    which ``phi`` divides by ``min(i, j)``. Gaussian matrices, as in figure 4 of the paper, have uniform spans.
 
     Returns:
         float64 ``[i_max, j_max]``.
@@ -84,7 +81,7 @@ def expected_random_similarity(i_max: int, j_max: int, dim: int) -> Tensor:
 
 @checked
 def random_similarity_std(i_max: int, j_max: int, dim: int) -> Tensor:
-    """The standard deviation of ``phi(i, j)`` between uniformly random subspaces of ``dim`` dimensions.
+    """Standard deviation of ``phi(i, j)`` between uniformly random subspaces of ``dim`` dimensions.
 
     ``sqrt(2 i (n - i) j (n - j) / (n^2 (n - 1) (n + 2))) / min(i, j)``, from the second moments of the trace of a
     product of random projections.
@@ -101,9 +98,9 @@ def random_similarity_std(i_max: int, j_max: int, dim: int) -> Tensor:
 
 @checked
 def orthonormal_columns(dim: int, count: int, generator: torch.Generator) -> Tensor:
-    """Uniformly random orthonormal columns, float64 ``[dim, count]``: an orthonormalised Gaussian matrix.
+    """Draws uniformly random orthonormal columns, float64 ``[dim, count]``, from the QR of a Gaussian matrix.
 
-    The signs make it uniform, which a bare QR decomposition is not (Mezzadri, arXiv math-ph/0609050).
+    QR alone is not uniform; the signs make it so (Mezzadri, arXiv math-ph/0609050).
     """
     if not 0 <= count <= dim:
         raise ValueError(f"orthonormal_columns: count is {count}, want 0 to dim={dim}")

@@ -1,4 +1,4 @@
-"""Adapter directories in PEFT's format, and reading and writing files that may be bad, large or interrupted."""
+"""Adapter directories in PEFT's format; safe reading of foreign files, and atomic writing."""
 
 from lora_ext.files.regular_file import open_regular
 from lora_ext.files.untrusted_json import parse_json_object, read_json_object

@@ -1,4 +1,4 @@
-"""A directory in PEFT's adapter format, read lazily: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+"""Lazy reading of PEFT's adapter format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_ext._common.printable import check_name, shown
+from lora_ext.files.file_bytes import file_state
 from lora_ext.files.regular_file import check_regular
 from lora_ext.files.safetensors_format import read_header
 from lora_ext.files.staged_files import is_being_saved
@@ -36,10 +37,10 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_WEIGHTS_FILE = "adapter_model.bin"
 KEY_PREFIX = "base_model.model."
-"""Before the path of a module, in every key that PEFT writes."""
+"""Prefix of the module path in every key that PEFT writes."""
 
-LARGEST_CONFIG = 16 << 20  # bytes; one that names each expert of the largest mixtures has 8 million
-_LARGEST_SHAPE = 2**63 // 16  # elements: PyTorch counts bytes in 63 bits, also of tensors without elements
+LARGEST_CONFIG = 16 << 20  # bytes; a config that names every expert of the largest mixtures has 8 million
+_LARGEST_SHAPE = 2**63 // 16  # elements: PyTorch counts bytes in 63 bits, also for empty tensors
 _MOST_DIMENSIONS = 64
 _MOST_KEPT = 16 << 20  # bytes
 
@@ -47,29 +48,29 @@ ReadT = TypeVar("ReadT")
 
 
 class TensorFile:
-    """The tensors of a file. Opening it reads their names, shapes and dtypes, but no tensor.
+    """The tensors of a file. Opening it reads names, shapes and dtypes, but no tensor.
 
-    All that is read is of the file that was opened, also where another one has its name by then.
+    Later reads use the opened file even if another one has replaced it.
 
     Attributes:
         path: the file.
-        metadata: of a safetensors file; empty for a pickle.
+        metadata: metadata of a safetensors file; empty for a pickle.
     """
 
     def __init__(self, path: Path, pickled: Mapping[str, Tensor] | None = None) -> None:
-        """Opens the safetensors file ``path``, or takes what is in a pickle there.
+        """Opens the safetensors file ``path``, or wraps the tensors of a pickle.
 
         Raises:
             OSError: as ``open``.
-            ValueError: it is corrupted, or no regular file; a name cannot be printed or is too long.
+            ValueError: it is corrupted or not a regular file; a name is unprintable or too long.
         """
         self.path, self._pickled, self._mapped, self._read = path, pickled, None, 0
         self.metadata: dict[str, str] = {}
         if pickled is None:
-            self._state = _state(path)
+            self._state = file_state(path)
             try:
                 header, self.metadata = read_header(path)
-            except RuntimeError as error:  # PyTorch's, where the file has gone meanwhile
+            except RuntimeError as error:  # from PyTorch if the file has just been removed
                 raise ValueError(f"{path} cannot be read: {error}") from error
             self._map()
             self._shapes = {key: info.shape for key, info in header.items()}
@@ -87,38 +88,38 @@ class TensorFile:
             self._mapped = safe_open(self.path, "pt")
         except (SafetensorError, OSError, RuntimeError) as error:
             raise ValueError(f"{self.path} was changed while it was read: {error}") from error
-        if _state(self.path) != self._state:
+        if file_state(self.path) != self._state:
             raise ValueError(f"{self.path} was changed while it was read; read it again")
         self._read = 0
 
     def keys(self) -> list[str]:
-        """The tensors' keys, as they are in the file."""
+        """The keys of the tensors, as in the file."""
         return list(self._shapes)
 
     def __contains__(self, key: str) -> bool:
         return key in self._shapes
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """The shape of the tensor ``key``, which is not read."""
+        """The shape of the tensor ``key``, without reading it."""
         return self._shapes[key]
 
     def dtype(self, key: str) -> torch.dtype:
-        """The dtype of the tensor ``key``, which is not read."""
+        """The dtype of the tensor ``key``, without reading it."""
         dtype = self._dtypes[key]
         if dtype is None:
             raise ValueError(f"{self.path}: {key} has a dtype that torch {torch.__version__} lacks")
         return dtype
 
     def numel(self) -> int:
-        """The number of elements of all tensors together."""
+        """The total number of elements."""
         return sum(math.prod(shape) for shape in self._shapes.values())
 
     def tensor(self, key: str) -> Tensor:
-        """The tensor ``key`` on the CPU.
+        """Reads the tensor ``key`` to the CPU.
 
         Raises:
             KeyError: the file has no such key.
-            ValueError: the file was changed since it was opened.
+            ValueError: the file has changed since it was opened.
         """
         if key not in self._shapes:
             raise KeyError(f"{self.path} has no tensor {key!r}")
@@ -134,16 +135,16 @@ class TensorFile:
         return tensor
 
     def release(self) -> None:
-        """Gives back the memory of what was read so far, except tensors still in use: a mapping keeps its pages.
+        """Unmaps the file, which frees the pages read so far, except those of tensors still in use.
 
-        A little is kept, as mapping the file again reads the header again: of many small tensors, that would take long.
+        A mapping with few pages stays: mapping reads the header again, which is slow for many small tensors.
         """
         if self._read > _MOST_KEPT:
             self._mapped = None
 
 
 class Tensors(Protocol):
-    """Tensors by key, read one at a time: a :class:`TensorFile`, or one seen in another form."""
+    """Tensors by key, read one at a time: a :class:`TensorFile` or a view of one."""
 
     path: Path
     metadata: Mapping[str, str]
@@ -165,8 +166,8 @@ class AdapterFile:
     """An adapter on disk: a config and tensors.
 
     Attributes:
-        directory: the directory of both files.
-        config: the content of ``adapter_config.json``, an object; its values are not checked.
+        directory: directory of both files.
+        config: content of ``adapter_config.json``, an object; its values are not checked.
         tensors: the adapter's tensors, by the keys of PEFT's files.
     """
 
@@ -177,62 +178,62 @@ class AdapterFile:
 
     @property
     def path(self) -> Path:
-        """The file of the tensors."""
+        """The tensors' file."""
         return self.tensors.path
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """The metadata of the file of the tensors."""
+        """Metadata of the tensors' file."""
         return self.tensors.metadata
 
     def keys(self) -> list[str]:
-        """The keys of all tensors."""
+        """Keys of all tensors."""
         return self.tensors.keys()
 
     def __contains__(self, key: str) -> bool:
         return key in self.tensors
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """The shape of the tensor ``key``, which is not read."""
+        """The shape of the tensor ``key``, without reading it."""
         return self.tensors.shape(key)
 
     def dtype(self, key: str) -> torch.dtype:
-        """The dtype of the tensor ``key``, which is not read."""
+        """The dtype of the tensor ``key``, without reading it."""
         return self.tensors.dtype(key)
 
     def tensor(self, key: str) -> Tensor:
-        """The tensor ``key`` on the CPU. Errors as :meth:`TensorFile.tensor`."""
+        """Reads the tensor ``key`` to the CPU. Errors as :meth:`TensorFile.tensor`."""
         return self.tensors.tensor(key)
 
     def release(self) -> None:
-        """Gives back memory, as :meth:`TensorFile.release`."""
+        """Frees memory as :meth:`TensorFile.release`."""
         self.tensors.release()
 
     @classmethod
     def open(
         cls, directory: str | os.PathLike[str], *, allow_pickle: bool = False, caller: str = "AdapterFile"
     ) -> AdapterFile:
-        """Opens the adapter in ``directory``. Config and tensors are of one save, also while another one replaces them.
+        """Opens the adapter in ``directory``. Config and tensors come from one save, even while another replaces them.
 
         Args:
-            directory: what PEFT's ``save_pretrained`` or :func:`lora_ext.save_adapter` wrote.
-            allow_pickle: also read ``adapter_model.bin``, where there is no safetensors file: of tensors only
-                (``weights_only=True``), but a pickle all the same.
-            caller: begins the messages.
+            directory: written by PEFT's ``save_pretrained`` or by :func:`lora_ext.save_adapter`.
+            allow_pickle: read ``adapter_model.bin`` if there is no safetensors file; only tensors are unpickled
+                (``weights_only=True``).
+            caller: prefix of error messages.
 
         Raises:
-            FileNotFoundError: naming the file that is missing.
+            FileNotFoundError: a file is missing, or the tensors are pickled; the message names the file.
             OSError: a file cannot be read.
-            ValueError: a file is corrupted, not what its name says, too large (16 MiB for the config) or no regular
-                file, as a pipe is; or the tensors are pickled.
+            ValueError: a file is corrupted, has the wrong content, is too large (16 MiB for the config) or is not
+                regular, such as a pipe.
         """
         directory = Path(directory)
         files = [directory / name for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLED_WEIGHTS_FILE)]
-        return read_unchanged(files, lambda there: cls.of(directory, there, allow_pickle), caller)
+        return read_unchanged(files, lambda existing: cls.of(directory, existing, allow_pickle), caller)
 
     @classmethod
-    def of(cls, directory: Path, there: set[Path], allow_pickle: bool = False) -> AdapterFile:
-        """As :meth:`open`, without looking whether something was replaced; ``there`` are the files that are there."""
+    def of(cls, directory: Path, existing: set[Path], allow_pickle: bool = False) -> AdapterFile:
+        """As :meth:`open`, given the files that exist; does not check whether a file was replaced."""
         path, pickled = directory / WEIGHTS_FILE, directory / PICKLED_WEIGHTS_FILE
         try:
             config = read_json_object(directory / CONFIG_FILE, "", LARGEST_CONFIG)
@@ -240,9 +241,9 @@ class AdapterFile:
             raise FileNotFoundError(
                 f"{directory / CONFIG_FILE} is missing; want a directory that save_adapter or PEFT wrote"
             ) from error
-        if path in there:
+        if path in existing:
             return cls(directory, config, TensorFile(path))
-        if pickled not in there:
+        if pickled not in existing:
             raise FileNotFoundError(f"{path} is missing")
         if not allow_pickle:
             raise FileNotFoundError(
@@ -253,69 +254,59 @@ class AdapterFile:
 
 
 def holds_adapter(directory: Path) -> bool:
-    """Whether there is a config of an adapter, whatever it is."""
+    """Whether the directory has an adapter config, valid or not."""
     return os.path.lexists(directory / CONFIG_FILE)
 
 
 def read_unchanged(files: Iterable[Path], read: Callable[[set[Path]], ReadT], caller: str) -> ReadT:
-    """What ``read`` returns of ``files``, none of which was replaced meanwhile: it is called again where one was.
+    """Calls ``read`` until none of ``files`` was replaced meanwhile, and returns its result.
 
-    An error counts where it comes again, and more often while the files are being replaced: a link to one may lead
-    nowhere for a moment, as following it takes several steps.
+    An error is raised only if it repeats: while a save replaces files, a symbolic link may briefly lead nowhere.
 
     Args:
-        read: is given those of ``files`` that are there.
+        read: receives the existing ones of ``files``.
 
     Raises:
-        OSError, ValueError: what ``read`` raises, with ``caller`` in front.
+        OSError, ValueError: raised by ``read``, with ``caller`` in front.
     """
     files, errors = list(files), 0
     for _ in range(100):
-        before = {file: _state(file) for file in files}
+        before = {file: file_state(file) for file in files}
         try:
             result = read({file for file, state in before.items() if state is not None})
-            if before == {file: _state(file) for file in files}:
+            if before == {file: file_state(file) for file in files}:
                 return result
         except (OSError, ValueError) as error:
             errors += 1
             if errors > (8 if is_being_saved(files[0].parent) else 1):
-                raise _told(error, caller, files[0]) from error
+                raise _with_caller(error, caller, files[0]) from error
         time.sleep(0.001 * errors)
-    raise ValueError(f"{caller}: {files[0].parent} changes all the time; read it when nothing is written there")
+    raise ValueError(f"{caller}: {files[0].parent} keeps changing; read it when nothing writes there")
 
 
-def _told(error: OSError | ValueError, caller: str, path: Path) -> OSError | ValueError:
-    """The same error, with ``caller`` in front."""
+def _with_caller(error: OSError | ValueError, caller: str, path: Path) -> OSError | ValueError:
+    """Returns the error with ``caller`` in front of its message."""
     if isinstance(error, FileNotFoundError) and error.errno is None:
         return FileNotFoundError(f"{caller}: {error}")
     if isinstance(error, OSError):
-        reason = f"{caller}: cannot read it ({error.strerror or error})"
+        reason = f"{caller}: cannot be read ({error.strerror or error})"
         return OSError(error.errno, reason, os.fspath(error.filename or path))
     return ValueError(f"{caller}: {error}")
-
-
-def _state(path: Path) -> tuple[int, ...] | None:
-    """What changes when a file is replaced or written; None where there is none."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     check_regular(path, os.stat(path).st_mode)
     try:
-        # Only torch's zip files can be mapped; what torch wrote before 1.6 is read whole.
+        # Only zip files can be mapped; files of torch before 1.6 are read whole.
         values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a wrong pickle fails in any way
-        raise ValueError(f"{path} is corrupted, or holds other things than tensors ({type(error).__name__})") from error
+    except Exception as error:  # a bad pickle can raise anything
+        raise ValueError(f"{path} is corrupted, or holds more than tensors ({type(error).__name__})") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, want a dict of tensors")
     for key, tensor in values.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
-            what = f"{type(key).__name__}: {type(tensor).__name__}"
-            raise ValueError(f"{path} holds a dict with an entry {what}, want names and tensors")
+            entry = f"{type(key).__name__}: {type(tensor).__name__}"
+            raise ValueError(f"{path} holds a dict with an entry {entry}, want names and tensors")
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             kind = "quantized" if tensor.is_quantized else f"{tensor.layout} on {tensor.device}"
             raise ValueError(f"{path}: {shown(key)} is {kind}, want a dense tensor")

@@ -1,4 +1,4 @@
-"""Bytes between files and tensors, and whether a file is still what it was."""
+"""Transfers bytes between files and tensors, and detects changed files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["check_unchanged", "file_state", "fingerprint", "read_into", "tensor_
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
+    """Returns the memory of a contiguous CPU tensor."""
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
@@ -24,8 +24,8 @@ def read_into(file: FileIO, offset: int, tensor: Tensor) -> None:
     """Fills a contiguous CPU tensor with the bytes at ``offset`` of an open file.
 
     Raises:
-        OSError: with the file's name.
-        ValueError: it became shorter.
+        OSError: the read failed; the error has the file's name.
+        ValueError: the file became shorter.
     """
     if tensor.nbytes == 0:
         return
@@ -42,7 +42,7 @@ def read_into(file: FileIO, offset: int, tensor: Tensor) -> None:
 
 
 def write_bytes(file: FileIO, offset: int, data: memoryview) -> None:
-    """All of ``data``, at ``offset`` of an open file. An OSError has the file's name."""
+    """Writes all of ``data`` at ``offset`` of an open file. An OSError has the file's name."""
     done = 0
     while done < len(data):
         try:
@@ -52,17 +52,20 @@ def write_bytes(file: FileIO, offset: int, data: memoryview) -> None:
             raise
 
 
-def file_state(path: Path) -> tuple[int, ...]:
-    """What changes when a file does, or is replaced."""
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev
+def file_state(path: Path) -> tuple[int, ...] | None:
+    """Identifies a version of a file: differs after it is written or replaced. None: no file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def check_unchanged(states: Mapping[Path, tuple[int, ...]], caller: str) -> None:
-    """ValueError where the :func:`file_state` of a file is another than in ``states``."""
+def check_unchanged(states: Mapping[Path, tuple[int, ...] | None], caller: str) -> None:
+    """Raises ValueError if the :func:`file_state` of a file differs from ``states``."""
     for path, state in states.items():
-        if not path.exists() or file_state(path) != state:
-            raise ValueError(f"{caller}: {path} was changed while it was read; nothing is kept of it, try again")
+        if file_state(path) != state:
+            raise ValueError(f"{caller}: {path} was changed while it was read; the result was discarded, try again")
 
 
 def fingerprint(files: Iterable[Path], contents: bool) -> list[list[Any]]:
@@ -85,5 +88,5 @@ def _content_digest(file: Path) -> tuple[str]:
 
 
 def _name_error(error: OSError, file: FileIO) -> None:
-    """Enters the file's name into an error of the system, which knows a number only; a nameless file's stays so."""
+    """Adds the file's name to a system error; none if the file was opened by number."""
     error.filename = None if isinstance(file.name, int) else str(file.name)

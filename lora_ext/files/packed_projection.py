@@ -1,9 +1,9 @@
-"""Files of adapters with ``enable_lora``, which PEFT does not know: to it they are ordinary adapters.
+"""Files of adapters with ``enable_lora``, an option that PEFT does not support, in a form that PEFT can load.
 
-The enabled parts' ``lora_A`` one above the other and their ``lora_B`` in block diagonal form are the factors of one
-update of the whole layer, of rank ``r * num_enabled``; ``rank_pattern`` and ``alpha_pattern`` say so. The metadata of
-the safetensors file, under the key ``lora_ext``, say what it was made from, so that it loads as it was saved. PEFT
-leaves those out when it saves an adapter anew, whose blocks then need not be zero any more.
+The stacked ``lora_A`` and the block-diagonal ``lora_B`` of the enabled parts are the factors of one update of the whole
+layer, of rank ``r * num_enabled``; ``rank_pattern`` and ``alpha_pattern`` say so. The safetensors metadata, under the
+key ``lora_ext``, hold the original options, so that the file loads as it was saved. PEFT drops them when it saves the
+adapter again; the off-diagonal blocks may then be nonzero.
 """
 
 from __future__ import annotations
@@ -26,35 +26,36 @@ from lora_ext.nn import LoraLayer
 from lora_ext.nn.packed_linear import PackedAdapter, gather_blocks, spread_blocks
 
 _METADATA_KEY = "lora_ext"
-_RESTORED = ("enable_lora", "rank_pattern", "alpha_pattern")  # keys of the config that PEFT gets to see otherwise
+_RESTORED = ("enable_lora", "rank_pattern", "alpha_pattern")  # config keys that differ in PEFT's form
 
 
-def as_peft_has_it(
+def to_peft_form(
     adapter: Adapter, values: dict[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
-    """What PEFT reads of an adapter, and the metadata of its file.
+    """Converts config and tensors of an adapter to the form that PEFT reads.
 
     Args:
-        values: the content of ``adapter_config.json``.
-        tensors: by the keys of the file.
+        values: content of ``adapter_config.json``.
+        tensors: tensors by the keys of the file.
 
     Returns:
-        Both of them as PEFT has them, and the metadata; unchanged and empty without packed projections.
+        Config, tensors, and the file's metadata. Without packed projections the arguments and empty metadata.
     """
     if not any(isinstance(part.adapter, PackedAdapter) for part in adapter.parts):
         return values, tensors, {}
     tensors, ranks, alphas, blocks = dict(tensors), {}, {}, {}
     for part in adapter.parts:
-        if isinstance(part.layer, LoraLayer):  # all by name: a pattern of the user's may cover merged ones and others
-            own, path = part.adapter, part.target
-            enabled = own.enable_lora if isinstance(own, PackedAdapter) else (True,)
-            ranks[path] = own.r * sum(enabled)
-            alphas[path] = own.scaling * (math.sqrt(ranks[path]) if values["use_rslora"] else ranks[path])
-            for key, tensor in part.layer.file_tensors(part.file_path, own).items():
-                if isinstance(own, PackedAdapter) and tensor is own.lora_B:
-                    whole = f"{KEY_PREFIX}{key}"
-                    blocks[whole] = list(enabled)
-                    tensors[whole] = spread_blocks(tensors[whole], enabled)
+        if isinstance(part.layer, LoraLayer):  # every layer by name: a user's pattern may cover packed ones and others
+            layer_adapter, path = part.adapter, part.target
+            is_packed = isinstance(layer_adapter, PackedAdapter)
+            enabled = layer_adapter.enable_lora if is_packed else (True,)
+            ranks[path] = layer_adapter.r * sum(enabled)
+            alphas[path] = layer_adapter.scaling * (math.sqrt(ranks[path]) if values["use_rslora"] else ranks[path])
+            for key, tensor in part.layer.file_tensors(part.file_path, layer_adapter).items():
+                if is_packed and tensor is layer_adapter.lora_B:
+                    file_key = f"{KEY_PREFIX}{key}"
+                    blocks[file_key] = list(enabled)
+                    tensors[file_key] = spread_blocks(tensors[file_key], enabled)
     note = {"blocks": blocks, "config": {key: _plain(getattr(adapter.config, key)) for key in _RESTORED}}
     patterns = {
         "rank_pattern": exact_patterns(ranks, values["r"]),
@@ -63,34 +64,34 @@ def as_peft_has_it(
     return values | patterns, tensors, {_METADATA_KEY: json.dumps(note)}
 
 
-def as_we_have_it(file: AdapterFile, caller: str) -> AdapterFile:
-    """The file as it would be without the detour to PEFT's form; others as they are.
+def from_peft_form(file: AdapterFile, caller: str) -> AdapterFile:
+    """Undoes :func:`to_peft_form`; returns other files unchanged.
 
     Raises:
-        ValueError: the metadata do not fit the file.
+        ValueError: the metadata do not match the file.
     """
     if _METADATA_KEY not in file.metadata:
         return file
-    told = f"{caller}: {file.path}: its metadata {_METADATA_KEY!r}"
+    prefix = f"{caller}: {file.path}: its metadata {_METADATA_KEY!r}"
     text = file.metadata[_METADATA_KEY]
     if len(text) > LARGEST_CONFIG:
-        raise ValueError(f"{told} have {len(text)} characters, want at most {LARGEST_CONFIG}")
-    note = parse_json_object(text, told)
+        raise ValueError(f"{prefix} have {len(text)} characters, want at most {LARGEST_CONFIG}")
+    note = parse_json_object(text, prefix)
     blocks, config = note.get("blocks"), note.get("config")
     if not isinstance(blocks, dict) or not isinstance(config, dict) or not set(_RESTORED) <= config.keys():
-        raise ValueError(f"{told} do not fit it: they have no blocks, or not the config")
+        raise ValueError(f"{prefix} do not match it: blocks or config are missing")
     try:
         config = file.config | {key: config[key] for key in _RESTORED}
         return AdapterFile(file.directory, config, _Blocks(file.tensors, blocks))
     except ValueError as error:
-        raise ValueError(f"{told} do not fit it: {error}") from error
+        raise ValueError(f"{prefix} do not match it: {error}") from error
 
 
 class _Blocks:
-    """Tensors of which the block diagonal ones are seen as their blocks."""
+    """A view of ``file`` that shows block-diagonal tensors as their blocks."""
 
     def __init__(self, file: Tensors, blocks: Mapping[str, Any]) -> None:
-        """Checks the blocks. ValueError if they do not fit the tensors."""
+        """Checks the blocks. ValueError: they do not match the tensors."""
         self.path = file.path
         self.metadata = file.metadata
         self._file = file
@@ -98,7 +99,7 @@ class _Blocks:
         self._shapes = {}
         for key, enabled in blocks.items():
             if key not in file:
-                raise ValueError(f"it names {shown(key)}, which is not there")
+                raise ValueError(f"the file has no tensor {shown(key)}")
             shape = file.shape(key)
             if not isinstance(enabled, list) or not all(isinstance(on, bool) for on in enabled) or not any(enabled):
                 raise ValueError(f"the blocks of {key} are {shown(enabled)}, want bools, at least one of them true")
@@ -106,7 +107,7 @@ class _Blocks:
                 raise ValueError(f"{key} is {file.dtype(key)}, want one of {', '.join(map(str, FLOATING))}")
             num_enabled = sum(enabled)
             if len(shape) != 2 or 0 in shape or shape[0] % len(enabled) or shape[1] % num_enabled:
-                raise ValueError(f"{key} has shape {list(shape)}, not that of blocks {shown(enabled)}")
+                raise ValueError(f"{key} has shape {list(shape)}, which does not divide into blocks {shown(enabled)}")
             rows, cols = shape
             self._shapes[key] = rows // len(enabled) * num_enabled, cols // num_enabled
             try:

@@ -1,4 +1,4 @@
-"""Opening files that somebody else made: only regular ones, as a pipe or a device may make its reader wait forever."""
+"""Opens regular files only: reading from a foreign pipe or device may wait forever."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _KINDS = {
 
 
 def open_regular(path: Path) -> FileIO:
-    """Opens a regular file for reading, unbuffered; a symbolic link to one is one. The path is the file's ``name``.
+    """Opens a regular file, or a symbolic link to one, for unbuffered reading. The file's ``name`` is the path.
 
     Raises:
         OSError: as ``open``.
-        ValueError: it is a pipe, a socket, a device or a directory. Nothing was waited for.
+        ValueError: it is a pipe, a socket, a device or a directory. Never waits for one.
     """
-    check_regular(path, os.stat(path).st_mode)  # before it is opened: opening a device may have effects
+    check_regular(path, os.stat(path).st_mode)  # before opening, as opening a device may have effects
     file = open(path, "rb", buffering=0, opener=_open_without_waiting)  # noqa: SIM115  the caller closes it
     try:
         check_regular(path, os.fstat(file.fileno()).st_mode)  # it may have been replaced meanwhile
@@ -40,6 +40,6 @@ def _open_without_waiting(path: str, flags: int) -> int:
 
 
 def check_regular(path: Path, mode: int) -> None:
-    """ValueError where ``mode``, of ``os.stat``, is not that of a regular file."""
+    """Raises ValueError unless ``mode``, from ``os.stat``, is that of a regular file."""
     if not stat.S_ISREG(mode):
-        raise ValueError(f"{path} is {_KINDS.get(stat.S_IFMT(mode), 'no file')}, want a regular file")
+        raise ValueError(f"{path} is {_KINDS.get(stat.S_IFMT(mode), 'of unknown kind')}, want a regular file")

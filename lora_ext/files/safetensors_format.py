@@ -1,9 +1,9 @@
-"""The safetensors file format, for reading and writing a tensor at a time.
+"""Headers of the safetensors format, for reading and writing files one tensor at a time.
 
-A file is the length of its header (8 bytes, little-endian), the header (JSON: each tensor's dtype, shape, place), then
-the tensors one after another. The safetensors library writes a file whole; here a header is written first and the bytes
-follow as they are made. A header is read by the library alone, so that just the files are accepted that it accepts: the
-tensors follow each other without a hole, in the order that it gives, so that dtypes and shapes tell their places.
+A file holds the length of its header (8 bytes, little-endian), the header (JSON: dtype, shape and place of each tensor)
+and the tensors. The safetensors library writes whole files only; here the header comes first and the bytes follow as
+they are computed. Headers are read by the library, so that exactly the files that it accepts are accepted. Its tensors
+are contiguous and in the order that it gives, so dtypes and shapes determine their places.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-# Those without a dtype of PyTorch are copied and compared, but not computed with.
+# Dtypes that PyTorch lacks can be copied and compared, but not computed with.
 _BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
-_LARGEST_HEADER = 100_000_000  # as the safetensors library
+_LARGEST_HEADER = 100_000_000  # as in the safetensors library
 _METADATA = "__metadata__"
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor of a file, unread. ``begin`` is its first byte's offset in the file."""
+    """Description of a tensor in a file. ``begin`` is the offset of its first byte."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -66,7 +66,7 @@ class TensorInfo:
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        """None for a dtype that PyTorch lacks."""
+        """The dtype in PyTorch; None if PyTorch lacks it."""
         return DTYPES.get(self.dtype)
 
     @property
@@ -75,12 +75,12 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """The tensors of a safetensors file in the order of their bytes, and its metadata.
+    """Reads the header of a safetensors file: its tensors in the order of their bytes, and its metadata.
 
     Raises:
-        FileNotFoundError, OSError: as ``open``.
-        ValueError: it is corrupted, no safetensors file or no file; or it was changed meanwhile; or a tensor has a
-            dtype that the installed library knows and this does not.
+        OSError: as ``open``.
+        ValueError: it is corrupted, not a safetensors file or not a regular file; it changed meanwhile; a tensor has a
+            dtype that the installed library supports but this package does not.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -106,7 +106,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 
 def header_bytes(path: Path) -> bytes:
-    """All that comes before the tensors of a safetensors file that :func:`read_header` has accepted."""
+    """Returns all bytes before the tensors of a safetensors file that :func:`read_header` has accepted."""
     with open_regular(path) as file:
         prefix = file.read(8)
         return prefix + file.read(min(_header_length(prefix), _LARGEST_HEADER))
@@ -119,23 +119,23 @@ def _header_length(prefix: bytes) -> int:
 def encode_header(
     tensors: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, TensorInfo]]:
-    """A file's bytes before its tensors, and where each tensor goes, in the order of the bytes.
+    """Returns the bytes of a file before its tensors, and the place of each tensor, in the order of the bytes.
 
     The widest dtypes come first, so that all tensors are aligned.
 
     Args:
         tensors: ``(dtype name, shape, bytes)`` by name.
-        metadata: of the whole file, text by text; the Hugging Face libraries want ``{"format": "pt"}``.
+        metadata: metadata of the file, strings by strings; the Hugging Face libraries expect ``{"format": "pt"}``.
 
     Raises:
-        ValueError: the library could not read such a header: of a tensor called ``__metadata__``, metadata other than
-            text, names that are not Unicode, or more than 100 MB.
+        ValueError: the library could not read the header: a tensor is called ``__metadata__``, metadata are not
+            strings, a name is not Unicode, or the header exceeds 100 MB.
     """
     if _METADATA in tensors:
         raise ValueError(f"a tensor is called {_METADATA}, which a safetensors file cannot hold")
     for pair in metadata.items():
         if not all(isinstance(text, str) for text in pair):
-            raise ValueError(f"the metadata of a safetensors file is text, but got {shown(pair)}")
+            raise ValueError(f"the metadata of a safetensors file must be strings, got {shown(pair)}")
     header: dict[str, Any] = {_METADATA: dict(metadata)}
     places: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
     begin = 0

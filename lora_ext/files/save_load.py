@@ -1,8 +1,8 @@
 """Adapter files in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors`` in a directory.
 
-Keys are ``base_model.model.<path>.lora_A.weight`` and ``.lora_B.weight`` for the factors of a linear layer, those of
-``file_tensors`` of its class for another layer, and ``base_model.model.<path>.<name>`` for the parameters and buffers
-of a module trained in full. lora_ext/files/adapter_file.py reads them.
+Keys are ``base_model.model.<path>.lora_A.weight`` and ``.lora_B.weight`` for the factors of a linear layer, the names
+of ``file_tensors`` for other layers, and ``base_model.model.<path>.<name>`` for the parameters and buffers of a module
+trained in full. lora_ext/files/adapter_file.py reads them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lora_ext._common.warnings import warn_user
 from lora_ext.adapters.adapter_set import Adapter, adapter_set, find_adapter
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, AdapterFile, TensorFile
-from lora_ext.files.packed_projection import as_peft_has_it, as_we_have_it
+from lora_ext.files.packed_projection import from_peft_form, to_peft_form
 from lora_ext.files.staged_files import staged_files, write_tensors
 from lora_ext.injection.bare_model import BareModel, root_module
 from lora_ext.injection.inject import Injection, apply_injection, lora_modules
@@ -35,22 +35,22 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 @checked
 @one_at_a_time
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None) -> None:
-    """Writes an adapter of an injected ``model`` into ``directory``, which PEFT's ``from_pretrained`` reads.
+    """Saves an adapter of an injected ``model`` to ``directory``, where PEFT's ``from_pretrained`` can read it.
 
-    The directory is made if need be; an adapter in it is replaced, other files stay. At any moment a reader finds the
-    old adapter or the new one, whole: :func:`~lora_ext.files.staged_files.staged_files` says how, and on which file systems.
-    An error leaves the old one. A process that is killed leaves a directory ``.lora_ext-saving`` behind, which the next
-    save removes, and through which ``adapter_config.json`` and ``adapter_model.safetensors`` may lead till then.
+    Creates the directory if needed; replaces an adapter in it and keeps other files. A reader always finds the whole
+    old adapter or the whole new one: see :func:`~lora_ext.files.staged_files.staged_files`, also about file systems.
+    After an error the old one is intact. A killed process leaves a directory ``.lora_ext-saving``, which the files may
+    be symbolic links into; the next save removes it.
 
     Args:
-        model: was injected.
-        directory: where to.
-        adapter_name: which adapter; None: the active one.
+        model: an injected model.
+        directory: target directory.
+        adapter_name: the adapter to save; None: the active one.
 
     Raises:
-        ValueError: the model is not injected, or without a name, not just one adapter is active.
-        KeyError: there is no such adapter; the message lists them.
-        OSError: the directory cannot be written; what was there is untouched.
+        ValueError: the model is not injected; or ``adapter_name`` is None and not exactly one adapter is active.
+        KeyError: there is no such adapter; the message lists the existing ones.
+        OSError: the directory cannot be written; its content is unchanged.
     """
     adapter = find_adapter(model, "save_adapter", adapter_name)
     content = file_content(model, adapter)
@@ -68,39 +68,39 @@ def load_adapter(
     *,
     allow_pickle: bool = False,
 ) -> ModelT:
-    """Loads an adapter that :func:`save_adapter` or PEFT wrote, under a name.
+    """Loads an adapter, saved by :func:`save_adapter` or PEFT, into ``model`` under a name.
 
-    A bare model is injected by the file's config; to an injected one the adapter is added, and is then the active one.
-    If the model has an adapter of that name, its values are replaced in place, and nothing else changes.
+    A bare model is injected with the file's config. An injected model gets the adapter in addition, as the active one;
+    if it has an adapter of that name, only the values of that adapter are replaced, in place.
 
-    The file is mapped, and each tensor read as it is copied. Values are cast to the dtype of the parameters they go to.
-    Base layers are overwritten too where the file has them, as PEFT's have those of adapted or resized embeddings.
+    The file is mapped and read tensor by tensor. Values are cast to the dtype of the parameters that they fill. Base
+    layers in the file are loaded too: PEFT saves those of adapted or resized embeddings.
 
     Args:
         model: any module.
-        directory: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
-        trainable: the adapter requires gradients. An adapter whose values are replaced keeps its flags.
-        adapter_name: what to call it in the model.
-        allow_pickle: load ``adapter_model.bin`` where there is no safetensors file. Only tensors are unpickled.
+        directory: contains ``adapter_config.json`` and ``adapter_model.safetensors``.
+        trainable: whether the adapter requires gradients. An adapter whose values are replaced keeps its flags.
+        adapter_name: name of the adapter in the model.
+        allow_pickle: load ``adapter_model.bin`` if there is no safetensors file. Only tensors are unpickled.
 
     Returns:
         ``model``, the same object.
 
     Raises:
-        FileNotFoundError: naming the file that is missing.
-        ValueError: a file is corrupted, its config is not supported or differs from that of the adapter it is to
-            replace, or its tensors do not fit the model: missing and unexpected keys, wrong shapes and wrong dtypes are
-            listed. No memory is taken before for what the config asks for.
+        FileNotFoundError: a file is missing; the message names it.
+        ValueError: a file is corrupted; its config is not supported or differs from that of the adapter to replace; or
+            its tensors do not fit the model: the message lists missing and unexpected keys, wrong shapes and dtypes.
+            No memory is allocated for the adapter before this check.
         RuntimeError: an adapter is merged.
-        Also what :func:`lora_ext.inject` raises. The model is then unchanged.
+        Also the errors of :func:`lora_ext.inject`. After an error the model is unchanged.
     """
     file = AdapterFile.open(directory, allow_pickle=allow_pickle, caller="load_adapter")
-    load_opened(model, as_we_have_it(file, "load_adapter"), trainable, adapter_name)
+    load_opened(model, from_peft_form(file, "load_adapter"), trainable, adapter_name)
     return model
 
 
 def load_opened(model: nn.Module, file: AdapterFile, trainable: bool = False, adapter_name: str = "default") -> None:
-    """As :func:`load_adapter`, of a file as :func:`~lora_ext.files.packed_projection.as_we_have_it` returns it."""
+    """As :func:`load_adapter`, for a file from :func:`~lora_ext.files.packed_projection.from_peft_form`."""
     config = config_of(file, "load_adapter")
     merged = [path for path, layer in lora_modules(model) if layer.is_merged]
     if merged:
@@ -112,7 +112,7 @@ def load_opened(model: nn.Module, file: AdapterFile, trainable: bool = False, ad
         _check_same_kind(adapter, config, file.directory)
     else:
         injection = Injection(model, dataclasses.replace(config, inference_mode=not trainable), adapter_name)
-        # What the config asks for takes memory only once the file's shapes are found to be the same.
+        # Memory is allocated only after the file's shapes have been checked against the config's.
         adapter, give_memory = injection.build_without_memory()
     unsaved = _unsaved_biases(adapter, file)
     _check_shapes(_targets(model, adapter, file, unsaved), file)
@@ -121,7 +121,7 @@ def load_opened(model: nn.Module, file: AdapterFile, trainable: bool = False, ad
     targets = _targets(model, adapter, file, unsaved)
     _check_places(targets, file)
 
-    # Nothing below fails, and Ctrl-C waits: the adapter's tensors are filled before it is attached.
+    # Nothing below fails, and Ctrl-C waits: the adapter is filled before it is attached.
     with torch.no_grad(), changing(adapter.into.active):
         for key, target in targets.items():
             target.copy_(file.tensor(key))
@@ -132,7 +132,7 @@ def load_opened(model: nn.Module, file: AdapterFile, trainable: bool = False, ad
 
 
 def config_of(file: AdapterFile, caller: str) -> LoraConfig:
-    """The file's config; ValueError: it is not supported, or wrong."""
+    """Returns the file's config. ValueError: it is wrong or not supported."""
     try:
         return LoraConfig.from_dict(file.config)
     except (TypeError, ValueError) as error:
@@ -140,7 +140,7 @@ def config_of(file: AdapterFile, caller: str) -> LoraConfig:
 
 
 def _unsaved_biases(adapter: Adapter, file: AdapterFile) -> set[str]:
-    """Keys of trained biases, none of which the file has."""
+    """Returns the keys of the trained biases if the file has none of them, otherwise none."""
     if adapter.biases is None or adapter.config.bias != "lora_only":
         return set()
     biases = set(adapter.biases.file_tensors())
@@ -154,7 +154,7 @@ def _unsaved_biases(adapter: Adapter, file: AdapterFile) -> set[str]:
 
 
 def _targets(model: nn.Module, adapter: Adapter, file: AdapterFile, unsaved: set[str]) -> dict[str, Tensor]:
-    """The tensors of the model that the file fills, by the file's keys; unless it lacks some."""
+    """Returns the tensors of the model that the file should fill, by the file's keys."""
     targets = {key: tensor for key, tensor in adapter.tensors().items() if key not in unsaved}
     bare = BareModel(root_module(model))
     base = adapter.base_tensors()
@@ -169,12 +169,12 @@ def _targets(model: nn.Module, adapter: Adapter, file: AdapterFile, unsaved: set
 
 
 ADAPTER_FILES = (WEIGHTS_FILE, CONFIG_FILE)
-"""For :func:`~lora_ext.files.staged_files.staged_files`: without the config there is no adapter."""
+"""The config is last, as :func:`~lora_ext.files.staged_files.staged_files` needs: without it there is no adapter."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FileContent:
-    """What :data:`ADAPTER_FILES` hold: the text of the config, and tensors and metadata."""
+    """Content of :data:`ADAPTER_FILES`: text of the config, tensors and metadata."""
 
     config: str
     tensors: dict[str, Tensor]
@@ -182,26 +182,26 @@ class FileContent:
 
 
 def file_content(model: nn.Module, adapter: Adapter) -> FileContent:
-    """Copies of an adapter's tensors on the CPU, and its config, as PEFT's files have them."""
-    values = adapter.config.to_dict() | {"inference_mode": True}  # as PEFT: loading is for inference unless asked
+    """Returns an adapter's config and copies of its tensors on the CPU, in the form of PEFT's files."""
+    values = adapter.config.to_dict() | {"inference_mode": True}  # as PEFT writes it
     if values["base_model_name_or_path"] is None:
         values["base_model_name_or_path"] = base_name(model)
     scales = adapter.file_scales()
-    # A copy each: the tensors of a file do not share memory, as tied modules do.
+    # Copies, because tied modules share memory and the tensors of a file must not.
     tensors = {
         f"{KEY_PREFIX}{key}": tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for key, tensor in adapter.tensors().items()
     }
     for key, scale in scales.items():
         tensors[f"{KEY_PREFIX}{key}"] *= scale
-    values, tensors, metadata = as_peft_has_it(adapter, values, tensors)
-    # Sorted, but not what is inside: of patterns the first that matches counts.
+    values, tensors, metadata = to_peft_form(adapter, values, tensors)
+    # Only the outer keys are sorted: the first matching pattern counts.
     text = json.dumps({key: values[key] for key in sorted(values)}, indent=2)
     return FileContent(text + "\n", tensors, {"format": "pt", **metadata})
 
 
 def base_name(model: nn.Module) -> str | None:
-    """The name of the base model, for the record; with escapes for what is not Unicode in it, as paths may have."""
+    """Returns the name of the base model, if it has one; parts that are not Unicode, as in paths, are escaped."""
     name = getattr(root_module(model), "name_or_path", None)
     return name.encode("utf-8", "backslashreplace").decode() if isinstance(name, str) else None
 
@@ -215,7 +215,7 @@ def write_content(directory: Path, content: FileContent) -> None:
 
 
 def _check_same_kind(adapter: Adapter, config: LoraConfig, directory: Path) -> None:
-    """Rank and layers show in the tensors; scaling, which parts of a weight and the numbers of tokens do not."""
+    """Compares the options that tensor shapes do not show, such as scaling, parts of a weight and token indices."""
     for key in (
         "r",
         "lora_alpha",
@@ -225,17 +225,17 @@ def _check_same_kind(adapter: Adapter, config: LoraConfig, directory: Path) -> N
         "enable_lora",
         "trainable_token_indices",
     ):
-        ours, theirs = getattr(adapter.config, key), getattr(config, key)
-        if ours != theirs:
+        in_model, in_file = getattr(adapter.config, key), getattr(config, key)
+        if in_model != in_file:
             raise ValueError(
-                f"load_adapter: {directory} has {key}={shown(theirs)} but the model was injected with "
-                f"{key}={shown(ours)}; inject with the same config, or load under another adapter_name"
+                f"load_adapter: {directory} has {key}={shown(in_file)} but the model was injected with "
+                f"{key}={shown(in_model)}; inject with the same config, or load under another adapter_name"
             )
 
 
 def _check_shapes(targets: Mapping[str, Tensor], file: AdapterFile) -> None:
-    """Compares what ``targets`` are with what the file says of its tensors; none is read."""
-    keys = [key for key in file.keys() if not key.endswith(_PEFT_DUPLICATES)]  # noqa: SIM118  it is no dict
+    """Compares keys, shapes and dtypes of ``targets`` with the file's, without reading a tensor."""
+    keys = [key for key in file.keys() if not key.endswith(_PEFT_DUPLICATES)]  # noqa: SIM118  not a dict
     problems = [f"missing key: {key}" for key in targets if key not in file]
     problems += [f"unexpected key: {key}" for key in keys if key not in targets]
     problems += misfits(targets, file)
@@ -243,7 +243,7 @@ def _check_shapes(targets: Mapping[str, Tensor], file: AdapterFile) -> None:
 
 
 def misfits(targets: Mapping[str, Tensor], file: TensorFile) -> list[str]:
-    """Which tensors of the file have another shape or kind of dtype than that of the model, a line each."""
+    """Describes the tensors whose shape or kind of dtype differs from the model's, one line per problem."""
     problems = []
     for key, target in targets.items():
         if key not in file:
@@ -257,19 +257,17 @@ def misfits(targets: Mapping[str, Tensor], file: TensorFile) -> list[str]:
 
 
 def _check_places(targets: Mapping[str, Tensor], file: AdapterFile) -> None:
-    """Whether the tensors can be filled: they have memory, and what has the same is to get the same values."""
+    """Checks that the targets have memory and that targets sharing memory get equal values."""
     problems = []
     filled: dict[tuple[torch.device, int], str] = {}
     for key, target in targets.items():
         if target.is_meta:
             problems.append(f"device of {key}: the model is on the meta device; give it memory (to_empty) first")
             continue
-        # Tied modules hold one tensor under two keys.
         if not target.numel():
             continue
-        twin = filled.setdefault((target.device, target.data_ptr()), key)
-        both = (_in_order_of(targets[each], file.tensor(each)) for each in (twin, key))
-        if twin != key and not torch.equal(*both):
+        twin = filled.setdefault((target.device, target.data_ptr()), key)  # tied modules hold one tensor under two keys
+        if twin != key and not torch.equal(*(_in_order_of(targets[k], file.tensor(k)) for k in (twin, key))):
             problems.append(f"values of {key}: tied to {twin} in the model, but they differ in the file")
     _raise_misfit(problems, file)
 
@@ -280,9 +278,9 @@ def _raise_misfit(problems: list[str], file: AdapterFile) -> None:
 
 
 def _in_order_of(target: Tensor, values: Tensor) -> Tensor:
-    """``values`` in the order that they have in the memory of ``target``: that of a tied head is transposed."""
+    """Returns ``values`` flattened in the memory order of ``target``; a tied head may be transposed."""
     return values.permute(sorted(range(values.dim()), key=lambda dim: -target.stride(dim))).flatten()
 
 
-# With bias="all" PEFT also writes the biases of modules_to_save under the names they have inside its wrappers.
+# With bias="all" PEFT also writes the biases of modules_to_save under the names inside its wrappers.
 _PEFT_DUPLICATES = (".original_module.bias", ".modules_to_save.bias")

@@ -1,12 +1,12 @@
-"""Several files of a directory replaced together: at any moment a reader finds all the old ones or all the new ones.
+"""Replaces several files of a directory together: a reader always finds all the old ones or all the new ones.
 
-No call renames two files, so one rename decides for all. New files are written into ``.lora_ext-saving/new``, and links
-to the old ones are put into ``.lora_ext-saving/old``. Then each name becomes a symbolic link through
-``.lora_ext-saving/current``, which leads to ``old``: nothing has changed for a reader. Turning ``current`` to ``new``
-changes all of them at once. At last the files themselves take the places of the links. A process that is killed leaves
-links that lead to whole files, the old ones or the new ones; the next save there finishes what it finds.
+No system call renames two files, so a single rename must switch all. New files are written to ``.lora_ext-saving/new``;
+hard links to the old ones go to ``.lora_ext-saving/old``. Each name becomes a symbolic link through
+``.lora_ext-saving/current``, which first leads to ``old``, so nothing changes for a reader. Pointing ``current`` to
+``new`` switches all files at once. Finally the files replace the links. A killed process leaves links to whole files,
+all old or all new; the next save finishes the work.
 
-A lock lets one process or thread at a time do this in a directory.
+A lock admits one process or thread at a time per directory.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from lora_ext.files.safetensors_format import DTYPE_NAMES, encode_header
 __all__ = ["fsync_directory", "is_being_saved", "staged_files", "write_tensors"]
 
 _STAGING, _LOCK, _OLD, _NEW, _CURRENT = ".lora_ext-saving", "lock", "old", "new", "current"
-# What file systems answer that cannot do a thing; a full disk or a missing right is no such answer.
+# Errors of file systems that lack a feature, unlike those of a full disk or a missing permission.
 _NOT_SUPPORTED = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, errno.EBADF}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes CPU tensors to a safetensors file, with the rights that the user's umask gives.
+    """Writes CPU tensors to a safetensors file, with permissions from the user's umask.
 
-    The safetensors library's own errors do not say which disk is full, and its files are for the owner alone.
+    The safetensors library does not say which disk is full, and its files are readable by the owner only.
 
     Raises:
         OSError: as ``write``.
-        ValueError: a tensor has a dtype that the format lacks, or a name that cannot be printed or is too long.
+        ValueError: a tensor has a dtype that the format lacks, or an unprintable or too long name.
     """
     for key, tensor in tensors.items():
-        check_name(key, str(path))  # which readers would refuse
+        check_name(key, str(path))  # readers would refuse it
         if tensor.dtype not in DTYPE_NAMES:
-            raise ValueError(f"{key} is {tensor.dtype}, which no safetensors file holds; convert it first")
+            raise ValueError(f"{key} is {tensor.dtype}, which the safetensors format lacks; convert it first")
     header, places = encode_header(
         {key: (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes) for key, tensor in tensors.items()},
         metadata,
@@ -55,26 +55,26 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     with open(path, "wb") as file:
         file.write(header)
         for key in places:
-            values = tensors[key].contiguous()
+            values = tensors[key].contiguous()  # alive until its bytes are written
             file.write(tensor_bytes(values))
 
 
 @contextmanager
 def staged_files(directory: Path, names: Sequence[str], caller: str) -> Iterator[Path]:
-    """Within the context the files ``names`` are written into the directory it yields; then they replace the old ones.
+    """Yields a directory for writing the files ``names``; on exit they replace those in ``directory`` together.
 
-    A name that was not written is removed from ``directory``; all other files stay. The directory is made if need be.
-    After an error all is as it was, and directories that were made are gone; Ctrl-C waits while files are replaced. A
-    process that is killed leaves the names with all of their old content, or all of the new; in a directory that had
-    none of them, the last of ``names`` comes last. Another process or thread that is writing there is waited for.
+    A name that was not written is removed from ``directory``; all other files stay. The directory is created if needed.
+    An error restores everything and removes created directories; Ctrl-C waits while files are replaced. After a kill
+    either all names have their old content or all have the new; in a directory without old files, the last of ``names``
+    appears last. Waits for other processes and threads that save there.
 
-    Two things depend on the file system. Where it has no symbolic links, a kill may leave the directory without the
-    last of ``names``, though never an old file next to a new one. Where it has no locks, only one may save at a time.
+    Two things depend on the file system. Without symbolic links, a kill may leave the directory without the last of
+    ``names``, but never an old file next to a new one. Without locks, concurrent saves are not safe.
 
     Raises:
-        OSError: the directory cannot be written; naming it, and the reason. What was there is unchanged.
+        OSError: the directory cannot be written; the message names it and the reason. Its content is unchanged.
     """
-    told = str(directory)
+    given_path = str(directory)
     directory = Path(os.path.abspath(directory))  # the current directory may change meanwhile
     made: list[Path] = []
     try:
@@ -96,7 +96,7 @@ def staged_files(directory: Path, names: Sequence[str], caller: str) -> Iterator
                 if (error := _clear_if_possible(directory, names)) is not None:
                     warn_user(
                         f"{caller}: all is saved, but {staging} could not be removed ({error.strerror or error}); keep "
-                        "it: the next save in this directory puts its files in their places"
+                        "it: the next save in this directory moves its files into place"
                     )
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -108,20 +108,20 @@ def staged_files(directory: Path, names: Sequence[str], caller: str) -> Iterator
                 reason += f": {os.fspath(error.filename)}"
             raise OSError(
                 error.errno or errno.EIO,
-                f"{caller}: cannot write there ({reason}), and nothing in it was changed; make room or get the right "
-                "to write, or choose another directory",
-                told,
+                f"{caller}: cannot write there ({reason}), nothing in it was changed; free space, get permission to "
+                "write, or choose another directory",
+                given_path,
             ) from error
         raise
 
 
 def is_being_saved(directory: Path) -> bool:
-    """Whether :func:`staged_files` writes there now, or was killed in it."""
+    """Whether :func:`staged_files` is saving there, or was killed while it did."""
     return os.path.lexists(directory / _STAGING)
 
 
 def fsync_directory(path: Path) -> None:
-    """Makes the names in a directory last, where the file system can."""
+    """Makes the names in a directory durable, if the file system supports it."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -133,7 +133,7 @@ def fsync_directory(path: Path) -> None:
 
 
 def _make(directory: Path, made: list[Path]) -> None:
-    """As ``mkdir(parents=True, exist_ok=True)``; ``made`` gets what was not there, the outermost first."""
+    """As ``mkdir(parents=True, exist_ok=True)``; appends created directories to ``made``, the outermost first."""
     missing = []
     path = directory
     while not os.path.lexists(path):
@@ -142,15 +142,15 @@ def _make(directory: Path, made: list[Path]) -> None:
     for path in reversed(missing):
         path.mkdir(exist_ok=True)
         made.append(path)
-    directory.mkdir(exist_ok=True)  # an error where it is something else
+    directory.mkdir(exist_ok=True)  # raises if it is not a directory
 
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[Path]:
-    """Holds the lock of a directory, and yields the staging directory, which is removed with it.
+    """Holds the lock of a directory and yields the staging directory; removes both at the end.
 
-    The lock is a file in what it protects, as those on directories do not work over NFS. It goes when its last holder
-    does: who gets the lock of a file that is gone by then tries again.
+    The lock is a file in the staging directory, as NFS cannot lock directories. Its last holder removes it; whoever
+    then holds the lock of the removed file tries again.
     """
     staging = directory / _STAGING
     while True:
@@ -164,15 +164,15 @@ def _locked(directory: Path) -> Iterator[Path]:
             if error.filename != str(staging / _LOCK):
                 raise
         finally:
-            with contextlib.suppress(OSError):  # not empty: another has come
+            with contextlib.suppress(OSError):  # not empty: another process uses it
                 staging.rmdir()
 
 
 @contextmanager
 def _held(path: Path) -> Iterator[bool]:
-    """Holds the lock of the file ``path``, and removes it; False where the last holder has done so meanwhile.
+    """Holds the lock of the file ``path`` and removes the file; yields False if another holder has removed it.
 
-    FileNotFoundError for ``path``: its directory has gone.
+    FileNotFoundError for ``path``: its directory is gone.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
@@ -190,7 +190,7 @@ def _held(path: Path) -> Iterator[bool]:
                     path.unlink()
     finally:
         with contextlib.suppress(OSError):
-            fcntl.flock(fd, fcntl.LOCK_UN)  # a child that was forked meanwhile holds it too
+            fcntl.flock(fd, fcntl.LOCK_UN)  # a child forked meanwhile holds it too
         os.close(fd)
 
 
@@ -202,7 +202,7 @@ def _is_at(fd: int, path: Path) -> bool:
 
 
 def _replace(directory: Path, names: Sequence[str]) -> None:
-    """Puts the new files in the places of the old ones. An error leaves the old ones, perhaps by way of links."""
+    """Replaces the old files by the new ones. An error leaves the old ones, possibly through links."""
     staging = directory / _STAGING
     new = [name for name in names if (staging / _NEW / name).exists()]
     old = [name for name in names if os.path.lexists(directory / name)]
@@ -216,17 +216,17 @@ def _replace(directory: Path, names: Sequence[str]) -> None:
     for name in old:
         _keep(directory / name, staging / _OLD / name)
     for path in (staging / _OLD, staging / _NEW, staging, directory):
-        fsync_directory(path)  # before anything leads there
+        fsync_directory(path)  # before links lead there
     for name in dict.fromkeys([*old, *new]):
         _link(_link_text(name), staging, directory / name)
     fsync_directory(directory)
-    _link(_NEW, staging, staging / _CURRENT)  # this decides
+    _link(_NEW, staging, staging / _CURRENT)  # switches all files
     with contextlib.suppress(OSError):
         fsync_directory(staging)
 
 
 def _links_work(staging: Path) -> bool:
-    """Makes ``current`` lead to ``old``; False where the file system has no symbolic links."""
+    """Makes ``current`` lead to ``old``; False if the file system lacks symbolic links."""
     try:
         os.symlink(_OLD, staging / _CURRENT)
     except OSError as error:
@@ -237,7 +237,7 @@ def _links_work(staging: Path) -> bool:
 
 
 def _keep(source: Path, target: Path) -> None:
-    """Makes ``target`` another name of a file, or a copy where the file system has no hard links."""
+    """Makes ``target`` a hard link to ``source``, or a copy if the file system lacks hard links."""
     if source.is_symlink():
         os.symlink(os.path.realpath(source), target)
         return
@@ -254,13 +254,13 @@ def _link_text(name: str) -> str:
 
 
 def _link(text: str, staging: Path, place: Path) -> None:
-    """Puts a symbolic link in the place of whatever is there."""
+    """Replaces ``place`` by a symbolic link."""
     os.symlink(text, staging / "link")
     os.replace(staging / "link", place)
 
 
 def _move(directory: Path, old: Sequence[str], new: Sequence[str]) -> None:
-    """Moves the old files away, the last first, and the new ones in, the last last. An error moves them back."""
+    """Moves the old files out in reverse order and the new ones in. An error moves them back."""
     staging = directory / _STAGING
     moves = [(directory / name, staging / _OLD / name) for name in reversed(old)]
     moves += [(staging / _NEW / name, directory / name) for name in new]
@@ -276,10 +276,10 @@ def _move(directory: Path, old: Sequence[str], new: Sequence[str]) -> None:
 
 
 def _clear(directory: Path, names: Sequence[str]) -> None:
-    """Finishes what a save has left, that of a dead process too, and leaves nothing of it except the lock.
+    """Completes a save, also that of a dead process, and removes its files except the lock.
 
-    Links become the files that they lead to; a link that leads nowhere goes. Old files that were moved away (see
-    :func:`_move`) come back, the last of ``names`` last, unless all new ones were moved in.
+    Replaces links by the files that they lead to, and removes dangling ones. Moves old files back that :func:`_move`
+    moved out, the last of ``names`` last, unless all new ones were moved in.
     """
     staging = directory / _STAGING
     old, new = _listed(staging / _OLD), _listed(staging / _NEW)
@@ -295,17 +295,17 @@ def _clear(directory: Path, names: Sequence[str]) -> None:
     elif new:
         for name in sorted(old, key=lambda name: names.index(name) if name in names else -1):
             os.replace(staging / _OLD / name, directory / name)
-    fsync_directory(directory)  # before what it led to goes
-    for entry in (_NEW, _OLD):  # new ones left would mean that old ones were moved away
+    fsync_directory(directory)  # before link targets are removed
+    for entry in (_NEW, _OLD):  # _NEW first: new files in it would tell that old ones were moved out
         if (staging / entry).exists():
             shutil.rmtree(staging / entry)
     for entry in _listed(staging):
-        if entry != _LOCK and not entry.startswith(".nfs"):  # NFS keeps files that are open by such a name
+        if entry != _LOCK and not entry.startswith(".nfs"):  # NFS's name for removed files that are still open
             (staging / entry).unlink()
 
 
 def _clear_if_possible(directory: Path, names: Sequence[str]) -> OSError | None:
-    """As :func:`_clear`; returns its error. Nothing is lost then: the names lead to whole files."""
+    """As :func:`_clear`, but returns its error. Nothing is lost then: the names lead to whole files."""
     try:
         with uninterrupted():
             _clear(directory, names)

@@ -1,7 +1,6 @@
-"""Reading JSON that somebody else wrote: an object of bounded size and depth, or a ValueError that says what is wrong.
+"""Reads untrusted JSON: an object of bounded size and depth, or a ValueError that says what is wrong.
 
-Python's reader takes the last of two equal keys, any depth up to its own stack's, lone surrogates that no file or
-terminal takes, and waits for a pipe. All of these are refused here.
+Unlike Python's reader, refuses repeated keys, deep nesting, lone surrogates (no file or terminal takes them) and pipes.
 """
 
 from __future__ import annotations
@@ -15,21 +14,21 @@ from lora_ext.files.regular_file import open_regular
 
 __all__ = ["parse_json_object", "read_json_object"]
 
-_LARGEST_DEPTH = 64  # of lists and objects in each other; a model's config has 5
-_LONGEST_INTEGER = 100  # digits: reading a number takes time that grows with the square of its length
+_LARGEST_DEPTH = 64  # nesting of lists and objects; a model's config has 5
+_LONGEST_INTEGER = 100  # digits: the time to parse a number grows with its length squared
 
 
 def read_json_object(path: Path, caller: str, limit: int) -> dict[str, Any]:
-    """Returns the JSON object in the file ``path``.
+    """Reads the JSON object in the file ``path``.
 
     Args:
         path: a regular file, in UTF-8.
-        caller: begins the messages; "" for none.
-        limit: most bytes that the file may have.
+        caller: prefix of error messages, or "".
+        limit: maximum size in bytes.
 
     Raises:
-        OSError: as ``open``; FileNotFoundError among them.
-        ValueError: naming the file and what is wrong with it.
+        OSError: as ``open``.
+        ValueError: the message names the file and the problem.
     """
     begin = f"{caller}: " if caller else ""
     try:
@@ -38,27 +37,27 @@ def read_json_object(path: Path, caller: str, limit: int) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{begin}{error}") from error
     if len(raw) > limit:
-        raise ValueError(f"{begin}{path} is larger than {limit} bytes, the most that is read of such a file")
+        raise ValueError(f"{begin}{path} is larger than {limit} bytes, the limit for such a file")
     return parse_json_object(raw, f"{begin}{path}")
 
 
 def parse_json_object(text: str | bytes, source: str) -> dict[str, Any]:
-    """Returns the JSON object in ``text``.
+    """Parses the JSON object in ``text``.
 
     Args:
-        text: of bounded size; bytes are UTF-8.
-        source: begins the messages: says where the text is from.
+        text: text of bounded size; bytes are UTF-8.
+        source: prefix of error messages that says where the text is from.
 
     Raises:
-        ValueError: it is not JSON, no object, too deep, or has a key twice, a number of over 100 digits, or a string
-            that is not Unicode.
+        ValueError: it is not JSON, not an object or too deep, or has a repeated key, a number of over 100 digits, or a
+            string that is not Unicode.
     """
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
         values = json.loads(text, object_pairs_hook=_without_repetition, parse_int=_short_integer)
     except RecursionError:
-        raise ValueError(f"{source} is not JSON that is read here: it has more than {_LARGEST_DEPTH} levels") from None
+        raise ValueError(f"{source} is nested too deeply: it has more than {_LARGEST_DEPTH} levels") from None
     except ValueError as error:
         raise ValueError(f"{source} is not JSON: {error}") from error
     if not isinstance(values, dict):
@@ -81,7 +80,7 @@ def _read(file, size: int) -> bytes:
 
 
 def _strings(values: dict[str, Any], source: str) -> Iterator[str]:
-    """All strings, keys included. ValueError where they lie too deep."""
+    """Yields all strings, including keys. ValueError: the nesting is too deep."""
     level: list[Any] = [values]
     for _ in range(_LARGEST_DEPTH):
         below: list[Any] = []
@@ -97,7 +96,7 @@ def _strings(values: dict[str, Any], source: str) -> Iterator[str]:
         if not below:
             return
         level = below
-    raise ValueError(f"{source} is not JSON that is read here: it has more than {_LARGEST_DEPTH} levels")
+    raise ValueError(f"{source} is nested too deeply: it has more than {_LARGEST_DEPTH} levels")
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

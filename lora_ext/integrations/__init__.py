@@ -1,1 +1,1 @@
-"""lora_ext beneath other libraries' adapters. Each module needs its library, and is imported by whoever uses it."""
+"""Integrations of lora_ext's ops into other libraries. A module needs its library, so it is imported explicitly."""

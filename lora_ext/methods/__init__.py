@@ -1,7 +1,7 @@
-"""The methods that the LoRA paper compares with, and LoRA, behind one interface: a file each.
+"""LoRA and the methods that its paper compares with, behind one interface, one file per method.
 
 ``apply_method(model, new_method("adapter-h", bottleneck_size=16))`` adapts a Transformers model in place;
-:func:`save_method` and :func:`load_method` keep what was trained; ``method.count(model)`` is the paper's formula.
+:func:`save_method` and :func:`load_method` store what was trained; ``method.count(model)`` is the paper's formula.
 """
 
 from lora_ext.methods.adapted import apply_method, method_of, prepare_method, remove_method

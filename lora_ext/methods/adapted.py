@@ -1,4 +1,4 @@
-"""Applying a method to a model, taking it out again, and what of the model is then trained."""
+"""Applies a method to a model and removes it; lists the parameters that it trains."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ _ATTRIBUTE = "_adaptation_method"  # of the root
 @checked
 @one_at_a_time
 def apply_method(model: ModelT, method: Method) -> ModelT:
-    """Adapts ``model`` in place: freezes it but for what ``method`` trains, and inserts what it inserts.
+    """Adapts ``model`` in place: inserts the modules of ``method`` and freezes all parameters that it does not train.
 
-    A new head (the classifier of a Transformers model for classification) is trained along. The model computes what it
-    computed before, until it is trained; only tokens and activations put beside the input act at once.
+    A new head (the classifier of a Transformers model for classification) is trained too. Outputs do not change until
+    the model is trained, except with prefix methods.
 
     Args:
-        model: not adapted yet; for methods that insert something, a Transformers model of a type that the message of
-            the TypeError lists.
+        model: a model without a method; for methods that insert modules, a Transformers model of a supported type (the
+            message of the TypeError lists them).
         method: see :func:`new_method`.
 
     Returns:
         ``model``, the same object.
 
     Raises:
-        TypeError: the method does not know the architecture, or the model has nothing for it to train.
-        ValueError: the model is adapted already, or an option does not go with it.
-        The model is then unchanged.
+        TypeError: the architecture is not supported, or the model has nothing for the method to train.
+        ValueError: the model is adapted already, or an option does not fit it.
+        After an error the model is unchanged.
     """
     carry_out(model, method, *prepare_method(model, method))
     return model
@@ -49,7 +49,7 @@ def apply_method(model: ModelT, method: Method) -> ModelT:
 
 @checked
 def prepare_method(model: nn.Module, method: Method) -> tuple[list[Insertion], Adapter | None]:
-    """What :func:`apply_method` will put into ``model``, and raises what that does; ``model`` is not changed."""
+    """Returns what :func:`apply_method` will insert, or raises its errors; does not change ``model``."""
     check_is_bare(model, "apply_method")
     insertions = method.insertions(model)
     method.trained_parameters(BareModel(root_module(model)))
@@ -60,21 +60,21 @@ def prepare_method(model: nn.Module, method: Method) -> tuple[list[Insertion], A
 
 
 def _check_apart(method: Method, insertions: list[Insertion], adapter: Adapter | None) -> None:
-    """ValueError: two modules would be inserted as one, or one into a module that another takes the place of."""
-    places = [(each.path, each.name) for each in insertions]
+    """Raises ValueError if two modules would get one name, or a host would be replaced by the low-rank adapter."""
+    places = [(insertion.path, insertion.name) for insertion in insertions]
     if twice := [path for path, name in places if places.count((path, name)) > 1]:
         raise ValueError(f"{method.name}: its methods would both put a module at {twice[0]!r}; choose one of them")
     replaced = {old for part in adapter.parts for old in part.replaced} if adapter is not None else set()
     inside = {module for old in replaced for module in old.modules()}
-    if lost := [each.path for each in insertions if each.host in inside]:
+    if lost := [insertion.path for insertion in insertions if insertion.host in inside]:
         raise ValueError(
-            f"{method.name}: {lost[0]!r} is to hold a module of the method, but the low-rank adapter replaces it; "
+            f"{method.name}: the method inserts a module into {lost[0]!r}, which the low-rank adapter replaces; "
             "leave it out of target_modules and modules_to_save"
         )
 
 
 def carry_out(model: nn.Module, method: Method, insertions: list[Insertion], adapter: Adapter | None = None) -> None:
-    """Does what was planned. Without ``adapter`` the model has its low-rank adapter already, or is to have none."""
+    """Inserts the modules and the low-rank adapter; no adapter if None: there is one already or none is needed."""
     root = root_module(model)
     with uninterrupted():
         if adapter is not None:
@@ -84,18 +84,18 @@ def carry_out(model: nn.Module, method: Method, insertions: list[Insertion], ada
         for insertion in insertions:
             insert(insertion)
         setattr(root, _ATTRIBUTE, method)
-        for parameter in own_parameters(model).values():
+        for parameter in method_parameters(model).values():
             parameter.requires_grad_(True)
 
 
 @checked
 def method_of(model: nn.Module) -> Method | None:
-    """The method that was applied to ``model``; None: none."""
+    """Returns the method that was applied to ``model``, or None."""
     return getattr(root_module(model), _ATTRIBUTE, None)
 
 
 def applied_method(model: nn.Module, caller: str) -> Method:
-    """The same; ValueError: none was applied."""
+    """Returns the applied method. ValueError: none was applied."""
     method = method_of(model)
     if method is None:
         raise ValueError(f"{caller}: {type(root_module(model)).__name__} is not adapted; call apply_method(model, ...)")
@@ -105,16 +105,16 @@ def applied_method(model: nn.Module, caller: str) -> Method:
 @checked
 @one_at_a_time
 def remove_method(model: ModelT) -> ModelT:
-    """Takes out what :func:`apply_method` put in. What was trained in place (biases, a head, all) stays as trained.
+    """Removes what :func:`apply_method` inserted. Parameters trained in place (biases, a head, all) keep their values.
 
-    All parameters are then trainable, as in a new model.
+    All parameters then require gradients, as in a new model.
 
     Returns:
         ``model``, the same object.
 
     Raises:
         ValueError: no method was applied.
-        RuntimeError: a low-rank adapter is merged. Nothing is changed.
+        RuntimeError: a low-rank adapter is merged. The model is unchanged.
     """
     applied_method(model, "remove_method")
     if adapter_set(model) is not None:
@@ -123,23 +123,23 @@ def remove_method(model: ModelT) -> ModelT:
         remove_inserted(root_module(model))
         delattr(root_module(model), _ATTRIBUTE)
         for parameter in model.parameters():
-            if parameter.is_floating_point():  # quantised weights cannot
+            if parameter.is_floating_point():  # not quantised weights
                 parameter.requires_grad_(True)
     return model
 
 
-def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What the applied method trains, by paths in the bare model, but for low-rank adapters and what goes with them.
+def method_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the parameters that the applied method trains, by path in the bare model, except the low-rank adapter's.
 
-    With those, the head is a copy in the adapter; otherwise it is trained in place, and here.
+    With a low-rank adapter, the head is a copy inside it; otherwise the head is trained in place and included.
     """
     bare = BareModel(root_module(model))
     inserted = {path: module for path, module in bare.modules.items() if isinstance(module, Inserted)}
-    return parameters_of(model, applied_method(model, "own_parameters"), inserted)
+    return parameters_of(model, applied_method(model, "method_parameters"), inserted)
 
 
 def parameters_of(model: nn.Module, method: Method, inserted: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """The same for a ``method`` that puts ``inserted`` into ``model``, by their paths there, or has done so."""
+    """As :func:`method_parameters`, for a ``method``, applied or not, that has the modules ``inserted``, by path."""
     bare = BareModel(root_module(model))
     found = dict(method.trained_parameters(bare))
     modules = dict(inserted)
@@ -151,7 +151,7 @@ def parameters_of(model: nn.Module, method: Method, inserted: Mapping[str, nn.Mo
 
 
 def check_is_bare(model: nn.Module, caller: str) -> None:
-    """ValueError: ``model`` is adapted already."""
+    """Raises ValueError if ``model`` is adapted already."""
     if (method := method_of(model)) is not None:
         raise ValueError(f"{caller}: the model is adapted by {method.name} already; call remove_method(model) first")
     if adapter_set(model) is not None:

@@ -13,10 +13,10 @@ from lora_ext.methods.base import check_at_least
 
 @dataclass(frozen=True)
 class AdapterDrop(AdapterP):
-    """Pfeiffer's adapters, but none in the lower layers, which then cost nothing forward and need no backward.
+    """Pfeiffer's adapters without those of the lower layers, which then need no backward.
 
     Args:
-        drop_layers: how many layers, counted from the input, have none; None: 5 of 12, as in that paper.
+        drop_layers: number of layers without adapters, from the input; None: 5 of 12, as in the paper of AdapterDrop.
     """
 
     drop_layers: int | None = None

@@ -11,9 +11,9 @@ from lora_ext.methods.bottleneck import BottleneckMethod
 
 @dataclass(frozen=True)
 class AdapterH(BottleneckMethod):
-    """A bottleneck after attention and one after the MLP of every layer, each before the residual is added.
+    """Bottlenecks after attention and after the MLP of every layer, before the residual is added.
 
-    ``h + up(activation(down(h)))``, where ``h`` is what the residual stream would be added to.
+    ``h + up(activation(down(h)))``, where ``h`` is the branch's output, to which the residual stream is added.
     """
 
     activation: str = "silu"

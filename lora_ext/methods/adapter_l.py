@@ -12,7 +12,7 @@ from lora_ext.methods.bottleneck import Bottleneck, BottleneckMethod
 
 
 class NormedBottleneck(Bottleneck):
-    """``h + up(activation(down(norm(h))))`` with a LayerNorm of its own."""
+    """``h + up(activation(down(norm(h))))`` with a new LayerNorm."""
 
     def __init__(self, size: int, activation: str, like: Tensor) -> None:
         super().__init__(size, activation, like)
@@ -24,7 +24,7 @@ class NormedBottleneck(Bottleneck):
 
 @dataclass(frozen=True)
 class AdapterL(BottleneckMethod):
-    """A bottleneck behind a LayerNorm of its own, at the end of every layer: ``h + up(activation(down(norm(h))))``."""
+    """A bottleneck with a new LayerNorm at the end of every layer: ``h + up(activation(down(norm(h))))``."""
 
     name: ClassVar[str] = "adapter-l"
 
@@ -35,5 +35,5 @@ class AdapterL(BottleneckMethod):
         return NormedBottleneck(self.bottleneck_size, self.activation, like)
 
     def count(self, model: nn.Module) -> int:
-        """``L_Adpt * (2 * d_model * r + r + d_model) + 2 * L_LN * d_model``, a LayerNorm for each adapter."""
+        """``L_Adpt * (2 * d_model * r + r + d_model) + 2 * L_LN * d_model``, with one LayerNorm per adapter."""
         return super().count(model) + 2 * len(self.adapted_layers(model)) * hidden_size(model)

@@ -12,21 +12,21 @@ from lora_ext.methods.bottleneck import Bottleneck, BottleneckMethod
 
 
 class BeforeNorm(Bottleneck):
-    """On the LayerNorm that ends a layer: it reads what that returns, and adds to what that is given.
+    """A bottleneck on the LayerNorm that ends a layer: reads its output and adds to its input.
 
-    ``host(z + up(activation(down(host(z)))))``: the structure that AdapterHub searched for and found.
+    ``host(z + up(activation(down(host(z)))))``: the structure found by AdapterHub's search.
     """
 
     def leave(self, host: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        return host.forward(self(output, args[0]))  # not host(): this is in its hook
+        return host.forward(self(output, args[0]))  # not host(), whose hook this is
 
 
 @dataclass(frozen=True)
 class AdapterP(BottleneckMethod):
     """A bottleneck at the end of every layer, after the MLP.
 
-    Where layers end with a LayerNorm, between the residual sum ``z`` and that:
-    ``norm(z + up(activation(down(norm(z)))))``. Where they begin with one, ``z + up(activation(down(z)))``.
+    If layers end with a LayerNorm, between the residual sum ``z`` and the norm:
+    ``norm(z + up(activation(down(norm(z)))))``. If they begin with one: ``z + up(activation(down(z)))``.
     """
 
     name: ClassVar[str] = "adapter-p"

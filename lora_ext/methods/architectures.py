@@ -1,4 +1,4 @@
-"""Where the layers of Transformers' models have what the methods of the paper change."""
+"""Where Transformers models have the modules that the paper's methods change."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from lora_ext.injection.bare_model import root_module
 
 @dataclass(frozen=True)
 class Architecture:
-    """Paths of modules: of the list of layers in the base model, all others in one layer.
+    """Paths of modules, relative to one layer unless stated otherwise.
 
     Attributes:
-        layers: the list.
-        attention: computes queries, keys and values.
-        attention_norm: what attention's input was normalised by; "": it is the previous layer's output as it is.
-        attention_output, mlp_output: their outputs are what the residual stream is added to.
-        layer_output: its output is the layer's; "": the layer itself.
-        post_norm: whether the layer ends with a normalisation, which is ``layer_output``.
-        projections: computing queries, keys, values, and the attention's output; the first three may be one,
-            which returns them side by side.
-        keeps_first: whether the first token stands for the whole text, so that nothing may be put in front of it.
-        position_table: in the base model, the embedding of positions; "": they are rotations of queries and keys.
-        rotary: in the base model, what has the frequencies of those rotations; "": there are none.
+        layers: the list of layers, relative to the base model.
+        attention: the module that computes queries, keys and values.
+        attention_norm: the norm of attention's input; "": the input is the previous layer's output.
+        attention_output, mlp_output: modules to whose outputs the residual stream is added.
+        layer_output: the module whose output is the layer's; "": the layer itself.
+        post_norm: whether the layer ends with a norm, which then is ``layer_output``.
+        projections: to queries, keys, values and the attention's output; the first three may be one module that
+            returns them concatenated.
+        keeps_first: whether the first token represents the whole text, so that nothing may precede it.
+        position_table: the embedding of positions, relative to the base model; "": queries and keys are rotated.
+        rotary: the module with the rotations' frequencies, relative to the base model; "": there are no rotations.
     """
 
     layers: str
@@ -79,7 +79,7 @@ _LLAMA = Architecture(
 
 ARCHITECTURES = {
     "bert": _BERT,
-    "roberta": _BERT,  # PhoBERT, too
+    "roberta": _BERT,  # also PhoBERT
     "xlm-roberta": _BERT,
     "camembert": _BERT,
     "gpt2": _GPT2,
@@ -87,16 +87,16 @@ ARCHITECTURES = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
 }
-"""By ``config.model_type``."""
+"""Architectures by ``config.model_type``."""
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The model without its head: Transformers' ``base_model``, or ``model`` where there is none."""
+    """Returns the model without its head: Transformers' ``base_model`` if there is one, else ``model``."""
     return getattr(root_module(model), "base_model", root_module(model))
 
 
 def architecture_of(model: nn.Module, method: str) -> Architecture:
-    """What ``model`` is. TypeError: nothing that ``method`` knows; the message lists what it does."""
+    """Returns the architecture of ``model``. TypeError: it is not supported; the message lists those that are."""
     model_type = getattr(getattr(root_module(model), "config", None), "model_type", None)
     if model_type not in ARCHITECTURES:
         raise TypeError(
@@ -109,24 +109,24 @@ def architecture_of(model: nn.Module, method: str) -> Architecture:
 
 
 def base_path(model: nn.Module) -> str:
-    """Where :func:`base_model` is in ``model``; "": it is the model itself."""
+    """Returns the path of :func:`base_model` in ``model``; "" for the model itself."""
     base = base_model(model)
     return next(path for path, module in root_module(model).named_modules() if module is base)
 
 
 def layers_of(model: nn.Module, architecture: Architecture) -> list[tuple[str, nn.Module]]:
-    """``(path in model, layer)`` from the first to the last."""
+    """Returns ``(path in model, layer)`` from the first layer to the last."""
     path = f"{base_path(model)}.{architecture.layers}".lstrip(".")
     layers = root_module(model).get_submodule(path).named_children()
     return [(f"{path}.{name}", layer) for name, layer in layers]
 
 
 def weight_of(layer: nn.Module, model: nn.Module) -> nn.Parameter:
-    """One of ``layer`` that reads or makes hidden states, whose device and dtype new modules take; no integers."""
-    parameters = (each for each in layer.parameters() if each.is_floating_point())
-    return next(each for each in parameters if each.shape[-1:] == (hidden_size(model),))
+    """Returns a floating-point weight of ``layer`` for hidden states; new modules take its device and dtype."""
+    parameters = (parameter for parameter in layer.parameters() if parameter.is_floating_point())
+    return next(parameter for parameter in parameters if parameter.shape[-1:] == (hidden_size(model),))
 
 
 def hidden_size(model: nn.Module) -> int:
-    """``d_model`` of the paper's formulas."""
+    """Returns ``d_model`` of the paper's formulas."""
     return root_module(model).config.hidden_size

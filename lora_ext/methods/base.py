@@ -1,4 +1,4 @@
-"""What a method of adaptation is."""
+"""The interface of adaptation methods."""
 
 from __future__ import annotations
 
@@ -19,50 +19,50 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to adapt a model: which of its parameters are trained, and what is put into it.
+    """A way to adapt a model: which parameters are trained, and which modules are inserted.
 
-    A subclass is a frozen dataclass whose fields are the method's options; it says one or several of
-    :meth:`trained_parameters`, :meth:`insertions` and :meth:`lora_config`. None of them changes the model: all that can
-    fail happens in them, and in ``__post_init__``.
+    A subclass is a frozen dataclass whose fields are the method's options; it overrides one or several of
+    :meth:`trained_parameters`, :meth:`insertions` and :meth:`lora_config`. These do not change the model; all errors
+    are raised in them and in ``__post_init__``.
 
     Attributes:
-        name: on the command line and in files.
+        name: name on the command line and in files.
     """
 
     name: ClassVar[str]
 
     def trained_parameters(self, bare: BareModel) -> dict[str, nn.Parameter]:
-        """Parameters that the bare model has and that are trained in place, by their paths; the head's left out."""
+        """Returns the bare model's parameters to train in place, by path, without the head's."""
         return {}
 
     def buffers(self, bare: BareModel) -> dict[str, Tensor]:
-        """Buffers of the bare model that belong to what is trained, by their paths: files hold them."""
+        """Returns buffers of the bare model, by path, that training changes and files must hold."""
         return {}
 
     def insertions(self, model: nn.Module) -> list[Insertion]:
-        """New modules with new parameters, all of them trained."""
+        """Returns new modules to insert; all their parameters are trained."""
         return []
 
     def lora_config(self, model: nn.Module) -> LoraConfig | None:
-        """Low-rank adapters to inject."""
+        """Returns the config of the low-rank adapter to inject, or None."""
         return None
 
     def count(self, model: nn.Module) -> int:
-        """How many parameters the method trains in the bare ``model``, by the paper's formula; the head left out."""
+        """Counts the parameters trained in the bare ``model`` by the paper's formula, without the head."""
         raise NotImplementedError
 
     @property
     def parts(self) -> tuple[Method, ...]:
-        """The methods that it consists of: itself, or several."""
+        """The methods that this one combines, or itself."""
         return (self,)
 
     def options(self) -> dict[str, Any]:
-        """What makes an equal method: ``type(self)(**options)``; ready for JSON."""
+        """Returns JSON values such that ``type(self)(**options)`` is an equal method."""
         return dict(vars(self))
 
 
 def check_at_least(method: str, least: int, **options: int) -> None:
-    """Raises for the first option that is no integer of at least ``least``."""
+    """Raises for the first option that is not an integer of at least ``least``."""
     for name, value in options.items():
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{method}: {name} is {shown(value)}, want an integer")
@@ -71,16 +71,16 @@ def check_at_least(method: str, least: int, **options: int) -> None:
 
 
 def task_type(model: nn.Module) -> str | None:
-    """PEFT's ``task_type`` of a Transformers model whose head is new; None for other models."""
+    """Returns PEFT's ``task_type`` of a Transformers model with a new head; None for other models."""
     name = type(root_module(model)).__name__
     return next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
 
 
 def head_paths(bare: BareModel) -> list[str]:
-    """Where a new head is, which every method trains beside its own parameters.
+    """Returns the paths of new heads, which every method trains in addition.
 
-    Those that LoRA trains with ``task_type``, by PEFT's rule: ``pre_classifier`` is one, as its name ends like one.
-    Empty for language models and base models: what they have is pretrained.
+    These are PEFT's for ``task_type``, matched by the end of the name, so ``pre_classifier`` is one. Empty for language
+    models and base models, which are pretrained throughout.
     """
     names = TASK_HEADS.get(task_type(bare.root), ())
     found = [path for path in bare.modules if names and path.endswith(names)]
@@ -89,10 +89,10 @@ def head_paths(bare: BareModel) -> list[str]:
 
 @checked
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Of the new heads of the bare ``model``, by their paths: what :meth:`Method.count` leaves out."""
+    """Returns the parameters of new heads of the bare ``model``, by path; :meth:`Method.count` omits them."""
     bare = BareModel(root_module(model))
-    heads = {path: bare.modules[path] for path in head_paths(bare)}
-    return {f"{path}.{name}": each for path, head in heads.items() for name, each in head.named_parameters()}
+    named = ((path, bare.modules[path].named_parameters()) for path in head_paths(bare))
+    return {f"{path}.{name}": parameter for path, parameters in named for name, parameter in parameters}
 
 
 @checked

@@ -14,13 +14,13 @@ from lora_ext.methods.full import parameters_outside
 
 @dataclass(frozen=True)
 class BitFit(Method):
-    """The biases are trained, and nothing else."""
+    """Trains the biases only."""
 
     name: ClassVar[str] = "bitfit"
 
     def trained_parameters(self, bare: BareModel) -> dict[str, nn.Parameter]:
         outside = parameters_outside(bare, head_paths(bare))
-        biases = {path: each for path, each in outside.items() if path.rpartition(".")[2].endswith("bias")}
+        biases = {path: parameter for path, parameter in outside.items() if path.rpartition(".")[2].endswith("bias")}
         if not biases:
             raise TypeError(
                 f"bitfit: {type(bare.root).__name__} has no biases to train; BERT, RoBERTa and GPT-2 have, and Llama "
@@ -29,5 +29,5 @@ class BitFit(Method):
         return biases
 
     def count(self, model: nn.Module) -> int:
-        """One for each feature that a layer with a bias returns."""
+        """Counts the elements of all trained biases."""
         return sum(bias.numel() for bias in self.trained_parameters(BareModel(root_module(model))).values())

@@ -1,4 +1,4 @@
-"""The bottleneck that adapters consist of, and where it is put."""
+"""The bottleneck module of adapters, and the base of methods that insert it."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from lora_ext._common.printable import shown
 from lora_ext._ops.bottleneck import ACTIVATIONS, bottleneck
 from lora_ext.methods.architectures import Architecture, architecture_of, hidden_size, layers_of, weight_of
 from lora_ext.methods.base import Method, check_at_least
-from lora_ext.methods.inserted import Inserted, Insertion, own_dtype
+from lora_ext.methods.inserted import Inserted, Insertion, new_parameter_dtype
 
 
 class Bottleneck(Inserted):
-    """``residual + up(activation(down(x)))`` with biases; ``up`` is zero at first, and so is what it adds.
+    """``residual + up(activation(down(x)))`` with biases; ``up`` starts at zero, so nothing is added at first.
 
     Args:
-        size: of the hidden layer.
+        size: number of hidden features.
         activation: one of ``relu``, ``gelu``, ``silu``, ``identity``.
-        like: its last dimension is that of the inputs; it gives device and dtype, float32 where that is a 16-bit one.
+        like: tensor with the inputs' last dimension and device; the dtype is the same, but float32 for 16-bit ones.
     """
 
     def __init__(self, size: int, activation: str, like: Tensor) -> None:
         super().__init__()
-        dtype = own_dtype(like)
+        dtype = new_parameter_dtype(like)
         self.activation = activation
         self.down = nn.Linear(like.shape[-1], size, device=like.device, dtype=dtype)
         self.up = nn.Linear(size, like.shape[-1], device=like.device, dtype=dtype)
@@ -38,11 +38,11 @@ class Bottleneck(Inserted):
         return bottleneck(x, *weights, self.activation, None if residual is x else residual)
 
     def adapted(self, h: Tensor) -> Tensor:
-        """What takes the place of ``h``, which the host returns."""
+        """Returns the replacement of ``h``, the host's output."""
         return self(h, h)
 
     def leave(self, host: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        """Adds to what the host returns, or to the first thing that it does."""
+        """Adapts the host's output, or the first entry if it is a tuple."""
         if isinstance(output, tuple):
             return (self.adapted(output[0]), *output[1:])
         return self.adapted(output)
@@ -53,11 +53,11 @@ class Bottleneck(Inserted):
 
 @dataclass(frozen=True)
 class BottleneckMethod(Method):
-    """What the kinds of adapters have in common.
+    """Base of the methods that insert bottlenecks.
 
     Args:
-        bottleneck_size: the paper's ``r``: features between the two products.
-        activation: of those features.
+        bottleneck_size: the paper's ``r``: number of hidden features.
+        activation: activation of the hidden features.
     """
 
     bottleneck_size: int = 16
@@ -71,14 +71,14 @@ class BottleneckMethod(Method):
             )
 
     def places(self, architecture: Architecture) -> list[str]:
-        """Modules in a layer, "" the layer itself, that are to have a bottleneck each."""
+        """Returns the paths of the modules in a layer that get a bottleneck; "" is the layer itself."""
         raise NotImplementedError
 
     def new_bottleneck(self, architecture: Architecture, like: Tensor) -> Bottleneck:
         return Bottleneck(self.bottleneck_size, self.activation, like)
 
     def adapted_layers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        """``(path, layer)`` of the layers that get adapters."""
+        """Returns ``(path, layer)`` of the layers that get adapters."""
         return layers_of(model, architecture_of(model, self.name))
 
     def insertions(self, model: nn.Module) -> list[Insertion]:

@@ -1,4 +1,4 @@
-"""Several methods at once: the paper's LoRA+PE and LoRA+PL (appendix E), and any others that go together."""
+"""Combinations of methods: the paper's LoRA+PE and LoRA+PL (appendix E), and others."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lora_ext.methods.inserted import Insertion
 
 @dataclass(frozen=True)
 class Combined(Method):
-    """What each of ``parts`` trains is trained.
+    """Trains what any of ``parts`` trains.
 
-    ValueError: two of a kind, or one that leaves nothing to combine (full, head-only).
+    ValueError: a method occurs twice, or cannot be combined (full, head-only).
     """
 
     parts: tuple[Method, ...] = ()  # type: ignore[override]
@@ -34,14 +34,15 @@ class Combined(Method):
         return "+".join(part.name for part in self.parts)
 
     def trained_parameters(self, bare: BareModel) -> dict[str, nn.Parameter]:
-        """Without those of ``modules_to_save``: the model computes with copies of these modules, trained in full."""
+        """Returns the parts' parameters without those of ``modules_to_save``, which are trained as copies."""
         config = self.lora_config(bare.root)
         saved = SuffixTable(() if config is None else config.trained_modules)
         copied = Parents(path for path in bare.modules if saved.find(path))
-        return {path: each for path, each in self._of_parts(bare).items() if path not in copied}
+        return {path: parameter for path, parameter in self._of_parts(bare).items() if path not in copied}
 
     def _of_parts(self, bare: BareModel) -> dict[str, nn.Parameter]:
-        return {path: each for part in self.parts for path, each in part.trained_parameters(bare).items()}
+        parts = (part.trained_parameters(bare).items() for part in self.parts)
+        return {path: parameter for items in parts for path, parameter in items}
 
     def insertions(self, model: nn.Module) -> list[Insertion]:
         return [insertion for part in self.parts for insertion in part.insertions(model)]
@@ -50,8 +51,8 @@ class Combined(Method):
         return next((config for part in self.parts if (config := part.lora_config(model)) is not None), None)
 
     def count(self, model: nn.Module) -> int:
-        """The sum of the parts' counts, without what ``modules_to_save`` train."""
+        """Sums the parts' counts, without the parameters in ``modules_to_save``."""
         bare = BareModel(root_module(model))
-        own = self.trained_parameters(bare)
-        copied = sum(each.numel() for path, each in self._of_parts(bare).items() if path not in own)
+        trained = self.trained_parameters(bare)
+        copied = sum(parameter.numel() for path, parameter in self._of_parts(bare).items() if path not in trained)
         return sum(part.count(model) for part in self.parts) - copied

@@ -1,4 +1,4 @@
-"""Files of adapted models: ``method.json`` and ``method.safetensors``, and for low-rank adapters PEFT's pair beside."""
+"""Files of adapted models: ``method.json``, ``method.safetensors``, and PEFT's two files of a low-rank adapter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lora_ext._common.printable import listed, shown
 from lora_ext.adapters.adapter_set import adapter_set, find_adapter
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import AdapterFile, TensorFile, read_unchanged
-from lora_ext.files.packed_projection import as_we_have_it
+from lora_ext.files.packed_projection import from_peft_form
 from lora_ext.files.save_load import (
     ADAPTER_FILES,
     base_name,
@@ -32,7 +32,14 @@ from lora_ext.files.save_load import (
 from lora_ext.files.staged_files import staged_files, write_tensors
 from lora_ext.files.untrusted_json import read_json_object
 from lora_ext.injection.bare_model import BareModel, root_module
-from lora_ext.methods.adapted import applied_method, carry_out, check_is_bare, method_of, own_parameters, parameters_of
+from lora_ext.methods.adapted import (
+    applied_method,
+    carry_out,
+    check_is_bare,
+    method_of,
+    method_parameters,
+    parameters_of,
+)
 from lora_ext.methods.base import Method
 from lora_ext.methods.combined import Combined
 from lora_ext.methods.lora import Lora
@@ -48,19 +55,19 @@ TENSORS_FILE = "method.safetensors"
 @checked
 @one_at_a_time
 def save_method(model: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Writes what the applied method trains into ``directory``, and how to apply it again.
+    """Saves the applied method and the parameters that it trains to ``directory``.
 
-    Low-rank adapters become ``adapter_config.json`` and ``adapter_model.safetensors``, which PEFT reads. All files
-    change at once, as in :func:`lora_ext.save_adapter`.
+    A low-rank adapter is saved as ``adapter_config.json`` and ``adapter_model.safetensors``, which PEFT can read. All
+    files change at once, as in :func:`lora_ext.save_adapter`.
 
     Raises:
-        ValueError: no method was applied, or its low-rank adapter was merged for good or taken out.
-        OSError: the directory cannot be written; what was there is untouched.
+        ValueError: no method was applied, or its low-rank adapter was merged for good or removed.
+        OSError: the directory cannot be written; its content is unchanged.
     """
     method = applied_method(model, "save_method")
     _check_has_adapter(model, method, "save_method")
-    own = own_parameters(model) | method.buffers(BareModel(root_module(model)))
-    tensors = {path: each.detach().to("cpu").contiguous() for path, each in own.items()}
+    trained = method_parameters(model) | method.buffers(BareModel(root_module(model)))
+    tensors = {path: tensor.detach().to("cpu").contiguous() for path, tensor in trained.items()}
     content = {
         "format": "lora_ext.methods/1",
         "methods": [{"name": part.name, "options": part.options()} for part in method.parts],
@@ -68,7 +75,9 @@ def save_method(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     }
     adapter = None
     if adapter_set(model) is not None:
-        adapter = file_content(model, find_adapter(model, "save_method", "default"))  # others may have been added since
+        adapter = file_content(
+            model, find_adapter(model, "save_method", "default")
+        )  # not the active one: others may have been added
     names = (TENSORS_FILE, *ADAPTER_FILES, METHOD_FILE)
     with staged_files(Path(directory), names, "save_method") as staging:
         if adapter is not None:
@@ -81,32 +90,32 @@ def save_method(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 @checked
 @one_at_a_time
 def load_method(model: ModelT, directory: str | os.PathLike[str], trainable: bool = False) -> ModelT:
-    """Applies the method of a directory that :func:`save_method` wrote to a bare ``model``, with what was trained.
+    """Applies a method saved by :func:`save_method` to a bare ``model`` and loads the trained values.
 
-    In a model that is adapted by the same method already, the values are replaced in place, and nothing else changes.
-    Values are cast to the dtype of the parameters they go to.
+    In a model adapted by the same method, only the values are replaced, in place. Values are cast to the dtype of the
+    parameters that they fill.
 
     Args:
-        model: of the architecture it was saved from.
-        directory: holds ``method.json``.
-        trainable: what was trained requires gradients again; otherwise all is frozen. Values that are replaced keep
-            their flags.
+        model: a model of the saved architecture.
+        directory: contains ``method.json``.
+        trainable: whether trained parameters require gradients; otherwise all are frozen. In a model adapted already,
+            flags do not change.
 
     Returns:
         ``model``, the same object.
 
     Raises:
-        FileNotFoundError: naming the file that is missing.
-        ValueError: a file is corrupted, of another method than the model is adapted by, or does not fit the model:
-            every missing and unexpected key and wrong shape is listed.
-        Also what :func:`apply_method` raises. The model is then unchanged.
+        FileNotFoundError: a file is missing; the message names it.
+        ValueError: a file is corrupted; the model is adapted by another method; or tensors do not fit the model: the
+            message lists missing and unexpected keys and wrong shapes.
+        Also the errors of :func:`apply_method`. After an error the model is unchanged.
     """
     saved = _read(Path(directory))
     method = saved.method
     if (applied := method_of(model)) is not None:
         _check_same(applied, method, saved.directory)
         _check_has_adapter(model, applied, "load_method")
-        targets = own_parameters(model) | method.buffers(BareModel(root_module(model)))
+        targets = method_parameters(model) | method.buffers(BareModel(root_module(model)))
         saved.check_fit(targets)
         with uninterrupted():
             if saved.adapter is not None:
@@ -117,7 +126,7 @@ def load_method(model: ModelT, directory: str | os.PathLike[str], trainable: boo
     check_is_bare(model, "load_method")
     saved.check_size(model)
     insertions = method.insertions(model)
-    inserted = {f"{each.path}.{each.name}".lstrip("."): each.module for each in insertions}
+    inserted = {f"{place.path}.{place.name}".lstrip("."): place.module for place in insertions}
     parameters = parameters_of(model, method, inserted)
     targets = parameters | method.buffers(BareModel(root_module(model)))
     saved.check_fit(targets)
@@ -133,20 +142,20 @@ def load_method(model: ModelT, directory: str | os.PathLike[str], trainable: boo
 
 @checked
 def read_method(directory: str | os.PathLike[str]) -> Method:
-    """The method of a directory that :func:`save_method` wrote.
+    """Reads the method saved by :func:`save_method` in ``directory``.
 
-    FileNotFoundError: there is none. ValueError: the file is not what its name says.
+    FileNotFoundError: there is none. ValueError: the file is corrupted.
     """
     return _read(Path(directory)).method
 
 
 @dataclasses.dataclass(frozen=True)
 class _Saved:
-    """What :func:`save_method` wrote, read so far that names and shapes are known.
+    """A saved method whose tensors are known by name and shape, but not read.
 
     Attributes:
-        adapter: of a low-rank adapter.
-        tensors: None where there is no such file.
+        adapter: the low-rank adapter, if the method has one.
+        tensors: the other tensors; None if there is no such file.
     """
 
     directory: Path
@@ -155,18 +164,18 @@ class _Saved:
     tensors: TensorFile | None
 
     def check_size(self, model: nn.Module) -> None:
-        """ValueError: the options ask for more than the file holds. To be called before anything is made of them."""
+        """Raises ValueError if the options need more parameters than the file holds. Call it before allocating them."""
         inserting = [part for part in self.method.parts if type(part).insertions is not Method.insertions]
-        wanted = sum(part.count(model) for part in inserting)
-        there = 0 if self.tensors is None else self.tensors.numel()
-        if wanted > there:
+        needed = sum(part.count(model) for part in inserting)
+        available = 0 if self.tensors is None else self.tensors.numel()
+        if needed > available:
             raise ValueError(
-                f"load_method: {self.directory / METHOD_FILE} asks for {shown(wanted)} parameters with "
-                f"{shown([part.options() for part in inserting])}, but {TENSORS_FILE} holds {there}"
+                f"load_method: {self.directory / METHOD_FILE} asks for {shown(needed)} parameters with "
+                f"{shown([part.options() for part in inserting])}, but {TENSORS_FILE} holds {available}"
             )
 
     def check_fit(self, targets: Mapping[str, Tensor]) -> None:
-        """FileNotFoundError, ValueError: the tensors are not those of ``targets``."""
+        """Raises FileNotFoundError or ValueError unless the tensors fit ``targets``."""
         if not targets:
             return
         path = self.directory / TENSORS_FILE
@@ -189,17 +198,17 @@ class _Saved:
 def _read(directory: Path) -> _Saved:
     files = [directory / name for name in (METHOD_FILE, TENSORS_FILE, *ADAPTER_FILES)]
 
-    def read(there: set[Path]) -> tuple[list[tuple[str, dict]], AdapterFile | None, TensorFile | None]:
+    def read(existing: set[Path]) -> tuple[list[tuple[str, dict]], AdapterFile | None, TensorFile | None]:
         try:
             content = read_json_object(directory / METHOD_FILE, "", _LARGEST_METHOD)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise FileNotFoundError(f"there is no {directory / METHOD_FILE}; save_method writes it") from error
         parts = _parts(content, directory / METHOD_FILE)
-        adapter = AdapterFile.of(directory, there) if any(name == Lora.name for name, _ in parts) else None
-        return parts, adapter, TensorFile(files[1]) if files[1] in there else None
+        adapter = AdapterFile.of(directory, existing) if any(name == Lora.name for name, _ in parts) else None
+        return parts, adapter, TensorFile(files[1]) if files[1] in existing else None
 
     parts, adapter, tensors = read_unchanged(files, read, "load_method")
-    adapter = None if adapter is None else as_we_have_it(adapter, "load_method")
+    adapter = None if adapter is None else from_peft_form(adapter, "load_method")
     try:
         methods = [
             Lora(_adapter_config(adapter)) if name == Lora.name else new_method(name, **options)
@@ -212,10 +221,10 @@ def _read(directory: Path) -> _Saved:
 
 
 def _parts(content: Mapping[str, Any], path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Names and options of the methods; ValueError where the file does not say them."""
+    """Returns names and options of the methods. ValueError: the file lacks them."""
     methods = content.get("methods")
     if not isinstance(methods, list) or not 0 < len(methods) <= len(METHODS):
-        raise ValueError(f"{path} is not a method's file: its methods are {shown(methods)}, want a list of some")
+        raise ValueError(f"{path} is not a method's file: methods is {shown(methods)}, want a list of at least one")
     parts = []
     for part in methods:
         name, options = (part.get("name"), part.get("options")) if isinstance(part, dict) else (None, None)
@@ -229,15 +238,15 @@ def _parts(content: Mapping[str, Any], path: Path) -> list[tuple[str, dict[str, 
 
 
 def _adapter_config(file: AdapterFile) -> LoraConfig:
-    # that files are for inference is how they are loaded, not what the method is
+    # inference_mode describes how a file is loaded, not the method
     return dataclasses.replace(config_of(file, "load_method"), inference_mode=False)
 
 
 def _check_same(applied: Method, method: Method, directory: Path) -> None:
-    ours, theirs = ([(p.name, p.options()) for p in each.parts] for each in (applied, method))
-    if ours != theirs:  # of low-rank adapters, load_adapter compares the configs
+    in_model, in_file = ([(part.name, part.options()) for part in m.parts] for m in (applied, method))
+    if in_model != in_file:  # load_adapter compares the configs of low-rank adapters
         raise ValueError(
-            f"load_method: {directory} has {shown(theirs)}, but the model is adapted by {ours}; "
+            f"load_method: {directory} has {shown(in_file)}, but the model is adapted by {in_model}; "
             "call remove_method(model) first"
         )
 
@@ -245,6 +254,6 @@ def _check_same(applied: Method, method: Method, directory: Path) -> None:
 def _check_has_adapter(model: nn.Module, method: Method, caller: str) -> None:
     if method.lora_config(model) is not None and adapter_set(model) is None:
         raise ValueError(
-            f"{caller}: the low-rank adapter of {method.name} is not in the model any more, merged for good or taken "
-            "out; call remove_method(model), which leaves the weights as they are"
+            f"{caller}: the low-rank adapter of {method.name} was merged for good or removed; call "
+            "remove_method(model), which keeps the weights"
         )

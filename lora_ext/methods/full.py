@@ -14,7 +14,7 @@ from lora_ext.methods.inserted import Inserted
 
 @dataclass(frozen=True)
 class Full(Method):
-    """Every parameter is trained, but for integers: quantised weights."""
+    """Trains all floating-point parameters; quantised weights are integers and stay frozen."""
 
     name: ClassVar[str] = "full"
 
@@ -22,7 +22,7 @@ class Full(Method):
         return parameters_outside(bare, head_paths(bare))
 
     def buffers(self, bare: BareModel) -> dict[str, Tensor]:
-        """All that checkpoints have, as the statistics of batch norms."""
+        """Returns all persistent buffers, such as batch-norm statistics."""
         return {
             f"{path}.{name}".lstrip("."): buffer
             for path, module in [("", bare.root), *bare.modules.items()]
@@ -35,7 +35,7 @@ class Full(Method):
 
 
 def parameters_outside(bare: BareModel, paths: list[str]) -> dict[str, nn.Parameter]:
-    """The parameters the bare model came with, without those below ``paths``; a shared one once, integers never."""
+    """Returns the bare model's floating-point parameters outside ``paths``, shared ones once."""
     found, seen = {}, set()
     inserted = [path for path, module in bare.modules.items() if isinstance(module, Inserted)]
     below = tuple(f"{path}." for path in [*paths, *inserted])

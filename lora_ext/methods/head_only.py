@@ -1,4 +1,4 @@
-"""Training the head alone: what the features of the frozen model give without any adaptation."""
+"""Training of the head alone: a baseline on the features of the frozen model."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lora_ext.methods.base import Method, head_paths
 
 @dataclass(frozen=True)
 class HeadOnly(Method):
-    """Nothing but the new head is trained, which every method trains."""
+    """Trains only the new head, which every method trains."""
 
     name: ClassVar[str] = "head-only"
 
     def trained_parameters(self, bare: BareModel) -> dict[str, nn.Parameter]:
         if not head_paths(bare):
-            raise TypeError(f"head-only: {type(bare.root).__name__} has no new head to train; want a model with one")
+            raise TypeError(f"head-only: {type(bare.root).__name__} has no new head to train; use a model with one")
         return {}
 
     def count(self, model: nn.Module) -> int:

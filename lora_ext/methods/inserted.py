@@ -1,4 +1,4 @@
-"""Modules that a method hangs onto modules of a model, and how they get to see what passes through."""
+"""Modules that a method inserts into a model, and the hooks that call them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from lora_ext._common.interrupts import uninterrupted
 
 
 class Inserted(nn.Module):
-    """A child of its host, the module whose input or output it changes. The paths of other modules stay as they are.
+    """A child of its host, the module whose input or output it changes. The paths of other modules do not change.
 
-    The host calls it through forward hooks, which are plain functions that find the child by the host they are given:
-    so copies, pickles and replicas of a model call their own children.
+    The host calls it through forward hooks. These are plain functions that look up the child in the host, so copies,
+    pickles and replicas of a model call the right children.
     """
 
     def enter(self, host: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """What the host is to be called with."""
+        """Returns the arguments for the host."""
         return args, kwargs
 
     def leave(self, host: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        """What the host is to return; ``args`` and ``kwargs`` as :meth:`enter` left them."""
+        """Returns the output for the host; ``args`` and ``kwargs`` come from :meth:`enter`."""
         return output
 
 
@@ -38,32 +38,34 @@ class Insertion(NamedTuple):
 
 
 def parameter_names(host: nn.Module) -> tuple[str, ...]:
-    """Of its ``forward``. To be asked once, and not in a hook, where ``torch.compile`` would have to trace it."""
+    """Returns the parameter names of ``host.forward``. Not for use in hooks: ``torch.compile`` would trace it."""
     return tuple(inspect.signature(host.forward).parameters)
 
 
 def by_name(names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by keyword; ``names`` as :func:`parameter_names` gave them. The cache is ``cache``
-    where the host calls it so, as Transformers does from 5.24 on, and ``past_key_values`` elsewhere."""
+    """Returns all arguments of a call by keyword; ``names`` come from :func:`parameter_names`.
+
+    The cache gets the host's name for it: ``cache`` since Transformers 5.24, ``past_key_values`` before.
+    """
     named = dict(zip(names, args, strict=False)) | kwargs
-    for other, own in (("past_key_values", "cache"), ("cache", "past_key_values")):
-        if other in named and other not in names and own in names:
-            named[own] = named.pop(other)
+    for given, expected in (("past_key_values", "cache"), ("cache", "past_key_values")):
+        if given in named and given not in names and expected in names:
+            named[expected] = named.pop(given)
     return named
 
 
 def cache_name(names: tuple[str, ...]) -> str:
-    """What a host whose parameters are ``names`` calls its cache of keys and values."""
+    """Returns the name of the cache of keys and values among a host's parameters ``names``."""
     return "cache" if "cache" in names else "past_key_values"
 
 
-def own_dtype(like: Tensor) -> torch.dtype:
-    """Of new parameters beside ``like``: its own, but float32 where that is a 16-bit one; they are cast at use."""
+def new_parameter_dtype(like: Tensor) -> torch.dtype:
+    """Returns the dtype for new parameters: float32 if ``like`` has 16 bits (they are cast at use), else the same."""
     return torch.float32 if like.dtype in (torch.bfloat16, torch.float16) else like.dtype
 
 
 def insert(insertion: Insertion) -> None:
-    """Carries it out. Ctrl-C waits."""
+    """Adds the module to its host. Ctrl-C waits."""
     with uninterrupted():
         is_first = not any(_inserted(insertion.host))
         insertion.module.train(insertion.host.training)
@@ -74,7 +76,7 @@ def insert(insertion: Insertion) -> None:
 
 
 def remove_inserted(model: nn.Module) -> None:
-    """Takes out everything that :func:`insert` put into ``model``."""
+    """Removes everything that :func:`insert` added to ``model``."""
     for host in list(model.modules()):
         for name, child in list(host.named_children()):
             if isinstance(child, Inserted):

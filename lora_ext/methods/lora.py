@@ -20,7 +20,7 @@ class Lora(Method):
     """Low-rank adapters, by :func:`lora_ext.inject`.
 
     Args:
-        config: its ``task_type``, if None, becomes that of the model, so that PEFT finds the head in the files.
+        config: if its ``task_type`` is None, it becomes the model's, so that PEFT finds the head in the files.
     """
 
     config: LoraConfig
@@ -32,24 +32,24 @@ class Lora(Method):
         return dataclasses.replace(self.config, task_type=task_type(model))
 
     def count(self, model: nn.Module) -> int:
-        """``r * (in_features + out_features)`` of every target; the paper's ``2 * L_LoRA * d_model * r`` if square.
+        """Sums ``r * (in_features + out_features)`` over all targets; if square, ``2 * L_LoRA * d_model * r``.
 
-        Each part of a packed projection that is adapted (``enable_lora``) counts as a layer of its own.
+        Every adapted part of a packed projection (``enable_lora``) counts as a layer.
 
-        TypeError: a target is no linear layer.
+        TypeError: a target is not a linear layer.
         """
         bare, config = BareModel(root_module(model)), self.lora_config(model)
         targets = find_targets(config, type(bare.root).__name__, bare.modules, bare.head, bare.embedding).modules
-        if others := [path for path, each in targets.items() if not (is_linear(each) or is_conv1d(each))]:
+        if others := [path for path, layer in targets.items() if not (is_linear(layer) or is_conv1d(layer))]:
             kind = type(targets[others[0]]).__name__
             raise TypeError(f"lora: {others[0]} is a {kind}; the formula is for linear layers")
         count = 0
-        for path, each in targets.items():
+        for path, layer in targets.items():
             enabled = config.enable_lora_for(path) or (True,)
-            in_features, out_features = linear_sizes(each)
+            in_features, out_features = linear_sizes(layer)
             count += config.rank_for(path) * sum(enabled) * (in_features + out_features // len(enabled))
         return count
 
     def options(self) -> dict[str, Any]:
-        """None: the adapter's own config has them."""
+        """Returns none: the adapter's config has them."""
         return {}

@@ -1,4 +1,4 @@
-"""What the methods that put trained tokens beside the input have in common."""
+"""Common parts of the methods that add trained tokens to the input."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lora_ext.methods.base import Method, check_at_least
 
 @dataclass(frozen=True)
 class PrefixMethod(Method):
-    """Options of :class:`PrefixEmbed` and :class:`PrefixLayer`.
+    """Base of :class:`PrefixEmbed` and :class:`PrefixLayer`, with their options.
 
     Args:
-        prefix_length: the paper's ``l_p``: special tokens in front of the input.
-        infix_length: the paper's ``l_i``: special tokens behind it.
+        prefix_length: the paper's ``l_p``: number of special tokens before the input.
+        infix_length: the paper's ``l_i``: number of special tokens after it.
 
     Raises:
         ValueError: both are 0, or one is negative.
@@ -33,17 +33,17 @@ class PrefixMethod(Method):
 
     @property
     def special_tokens(self) -> int:
-        """``l_p + l_i``."""
+        """Number of special tokens, ``l_p + l_i``."""
         return self.prefix_length + self.infix_length
 
 
 def is_causal(model: nn.Module, architecture: Architecture) -> bool:
-    """Whether tokens do not see what is behind them."""
+    """Whether tokens attend to earlier tokens only."""
     return not architecture.keeps_first or getattr(root_module(model).config, "is_decoder", False)
 
 
 def architecture_with_prefix(model: nn.Module, method: str) -> Architecture:
-    """:func:`architecture_of`; TypeError also for an encoder used as a decoder, whose first token nothing precedes."""
+    """As :func:`architecture_of`; TypeError also for an encoder used as a decoder, as its first token stays first."""
     architecture = architecture_of(model, method)
     if architecture.keeps_first and is_causal(model, architecture):
         raise TypeError(f"{method}: {type(root_module(model)).__name__} has is_decoder=True, which is not supported")
@@ -51,5 +51,5 @@ def architecture_with_prefix(model: nn.Module, method: str) -> Architecture:
 
 
 def counted(mask: Tensor) -> Tensor:
-    """``[batch, length]``, 1 for real tokens and 0 for padding -> how many real tokens precede each; -1 in front."""
+    """Maps a mask ``[batch, length]`` (0: padding) to the number of real tokens before each; -1 in leading padding."""
     return mask.long().cumsum(1) - 1

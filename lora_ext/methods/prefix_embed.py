@@ -1,4 +1,4 @@
-"""Prefix-embedding tuning, the paper's PreEmbed (section 5.1): trained embeddings of tokens beside the input."""
+"""Prefix-embedding tuning, the paper's PreEmbed (section 5.1): trained embeddings of added tokens."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch import Tensor, nn
 
 from lora_ext.injection.bare_model import root_module
 from lora_ext.methods.architectures import base_model, base_path, hidden_size
-from lora_ext.methods.inserted import Inserted, Insertion, by_name, cache_name, own_dtype, parameter_names
+from lora_ext.methods.inserted import Inserted, Insertion, by_name, cache_name, new_parameter_dtype, parameter_names
 from lora_ext.methods.prefix_base import PrefixMethod, architecture_with_prefix, counted
 
 
 class SpecialTokens(Inserted):
-    """Inserts its tokens into what a base model is called with, and takes their positions out of what it returns.
+    """Inserts its tokens into the input of a base model, and removes their positions from the output.
 
-    An encoder's first token, [CLS], keeps its place, as the heads read it: the prefix has the positions behind it. In
-    memory all special tokens follow the input there, which attention in both directions does not notice. In a decoder
-    the order in memory is prefix, input, infix. Positions are given explicitly and count no padding.
+    An encoder's first token, [CLS], keeps its position, because heads read it; the prefix has the next positions. In
+    memory an encoder's special tokens follow the input, which makes no difference to bidirectional attention. In a
+    decoder the order is prefix, input, infix. Positions are given explicitly and do not count padding.
 
-    Nothing is kept between calls. With a cache of keys and values, the tokens are inserted when it is empty; later
-    they are in it.
+    Nothing is kept between calls. With a cache of keys and values, the tokens are inserted when it is empty; then the
+    cache holds them.
 
     Args:
-        weight: the first values, ``[prefix_length + infix_length, d_model]``, the prefix first.
+        weight: initial values, ``[prefix_length + infix_length, d_model]``, the prefix first.
         prefix_length, infix_length: see :class:`PrefixEmbed`.
-        keeps_first: the host is an encoder.
+        keeps_first: whether the host is an encoder.
         table: the host's embedding of positions; None: it rotates queries and keys.
         names: :func:`parameter_names` of the host.
     """
@@ -55,19 +55,19 @@ class SpecialTokens(Inserted):
 
     @property
     def most_tokens(self) -> int | None:
-        """How many tokens a text may have, padding included; None: as many as one likes."""
+        """Maximum length of a text, padding included; None: unlimited."""
         return None if self.max_positions is None else self.max_positions - self.special_tokens
 
     @property
     def in_front(self) -> int:
-        """How many special tokens precede the input in memory."""
+        """Number of special tokens before the input in memory."""
         return 0 if self.keeps_first else self.prefix_length
 
     def enter(self, host: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         call = by_name(self.names, args, kwargs)
         ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
         if ids is None and embeds is None:
-            return args, kwargs  # the host has a message for that
+            return args, kwargs  # the host raises an error
         if ids is not None and embeds is not None:
             raise ValueError("prefix-embed: both input_ids and inputs_embeds are given, want one of them")
         mask, cache = call.get("attention_mask"), call.get(cache_name(self.names))
@@ -93,26 +93,25 @@ class SpecialTokens(Inserted):
     def leave(self, host: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         embeds, cache = kwargs.get("inputs_embeds"), kwargs.get(cache_name(self.names))
         if embeds is None or (cache is not None and cache.get_seq_length() > embeds.shape[1]):
-            return output  # there were tokens in the cache before, and so the special ones
+            return output  # the cache already had the special tokens
         return self._without_special(output, kwargs["attention_mask"])
 
     def _with_special(self, embeds: Tensor) -> Tensor:
-        """``[batch, length, d_model]`` -> ``[batch, length + special_tokens, d_model]``"""
+        """Adds the special tokens: ``[batch, length, d_model]`` -> ``[batch, length + special_tokens, d_model]``."""
         special = self.weight.to(embeds.dtype).expand(len(embeds), -1, -1)
         return torch.cat([special[:, : self.in_front], embeds, special[:, self.in_front :]], dim=1)
 
     def _padded(self, per_token: Tensor, value: int) -> Tensor:
-        """``[batch, length]`` -> ``[batch, length + special_tokens]``, ``value`` for the special tokens."""
+        """Pads ``[batch, length]`` to ``[batch, length + special_tokens]`` with ``value`` for the special tokens."""
         behind = self.special_tokens - self.in_front
         return nn.functional.pad(per_token, (self.in_front, behind), value=value)
 
     def _masked(
         self, mask: Tensor | None, position_ids: Tensor | None, embeds: Tensor, length: int
     ) -> Mapping[str, Tensor]:
-        """``attention_mask`` and ``position_ids``, both ``[batch, length + special_tokens]``.
+        """Returns ``attention_mask`` and ``position_ids``, both ``[batch, length + special_tokens]``.
 
-        The mask is never None: without one, Transformers takes positions that do not rise by one for the starts of
-        packed texts.
+        The mask is never None: without one, Transformers takes a jump in the positions for the start of a packed text.
         """
         if mask is None:
             mask = torch.ones(len(embeds), length, dtype=torch.long, device=embeds.device)
@@ -121,7 +120,7 @@ class SpecialTokens(Inserted):
         else:
             ordinal = (position_ids - self.first_position).expand(len(embeds), -1)
         count = ordinal.masked_fill(mask == 0, -1).amax(1, keepdim=True) + 1
-        ordinal = ordinal.clamp_min(0)  # padding, where it is in front
+        ordinal = ordinal.clamp_min(0)  # leading padding
         pushed = ordinal >= 1 if self.keeps_first else torch.ones_like(ordinal, dtype=torch.bool)
         prefix = torch.arange(self.prefix_length, device=embeds.device) + int(self.keeps_first)
         infix = count + self.prefix_length + torch.arange(self.infix_length, device=embeds.device)
@@ -131,8 +130,10 @@ class SpecialTokens(Inserted):
         return {"attention_mask": self._padded(mask, 1), "position_ids": positions + self.first_position}
 
     def _without_special(self, output: Any, mask: Tensor) -> Any:
-        """What is three-dimensional are hidden states ``[batch, length + special_tokens, d_model]``; the rest, the
-        pooled first token, attentions and the cache, stays as it is."""
+        """Removes special positions from hidden states, i.e. from ``[batch, length + special_tokens, d_model]``.
+
+        The pooled first token, attentions and the cache stay as they are.
+        """
         if isinstance(output, Tensor) and output.ndim == 3:
             hidden = output[:, self.in_front : mask.shape[1] - self.special_tokens + self.in_front]
             if self.keeps_first or self.infix_length == 0:
@@ -146,17 +147,17 @@ class SpecialTokens(Inserted):
                 output[key] = self._without_special(value, mask)
             return output
         if isinstance(output, (tuple, list)):
-            return type(output)(self._without_special(each, mask) for each in output)
+            return type(output)(self._without_special(value, mask) for value in output)
         return output
 
     def _check(self, host: nn.Module, mask: Any, past: int, batch: int, length: int) -> None:
-        """ValueError: what it would not do right."""
+        """Raises ValueError for inputs that are not supported."""
         tokens = past + length - (self.special_tokens if past else 0)
         if mask is not None:
             if not isinstance(mask, Tensor) or mask.ndim != 2:
-                what = f"{list(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+                given = f"{list(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
                 raise ValueError(
-                    f"prefix-embed: attention_mask is {what}, want the padding mask, [batch, length] "
+                    f"prefix-embed: attention_mask is {given}, want the padding mask, [batch, length] "
                     f"= {[batch, tokens]}; generate passes it on with the dynamic cache, its default"
                 )
             if tuple(mask.shape) != (batch, tokens):
@@ -174,20 +175,20 @@ class SpecialTokens(Inserted):
 
 @dataclass(frozen=True)
 class PrefixEmbed(PrefixMethod):
-    """Special tokens in front of the input and behind it, whose embeddings are trained.
+    """Trains the embeddings of special tokens before and after the input.
 
-    They start as embeddings of tokens drawn from the vocabulary, which Lester et al. 2021 (arXiv 2104.08691, section
-    3.2) found better than noise. Hidden states come back without their positions, so that heads, labels and shapes are
-    as without them; only ``attentions`` show them. In an encoder the prefix stands behind the first token, [CLS], which
-    heads read. In a decoder with an infix, the last real token of each row returns what the infix's last token does:
-    that is what a classifier reads and what is generated from. A loss over the other tokens does not see the infix, so
-    for training a language model use a prefix.
+    They start as embeddings of random tokens of the vocabulary, which Lester et al. 2021 (arXiv 2104.08691, section
+    3.2) found better than noise. Hidden states are returned without the special positions, so heads, labels and shapes
+    do not change; only ``attentions`` show them. In an encoder the prefix follows the first token, [CLS], which heads
+    read. In a decoder with an infix, the last real token of each row returns the output of the infix's last token:
+    classifiers read it, and generation continues from it. A loss over the other tokens does not see the infix, so train
+    language models with a prefix.
 
-    The attention mask, if there is one, is the padding mask ``[batch, length]``. With a cache of keys and values, the
-    infix is behind what the empty cache is filled with: in ``generate``, between prompt and answer. Without a cache it
-    is behind all of the text so far. With a cache, an infix wants padding on the left, as ``generate`` does. Cutting
-    off the end of a cache by the length of the text, as assisted generation does, counts the special tokens wrongly.
-    Sliding windows are over the special tokens, too: tokens further away do not see the prefix.
+    The attention mask, if given, must be the padding mask ``[batch, length]``. With a cache of keys and values, the
+    infix follows the tokens of the first call: in ``generate``, it is between prompt and answer. Without a cache it
+    follows all of the text so far. With a cache and an infix, padding must be on the left, as for ``generate``.
+    Cropping a cache to the length of the text, as assisted generation does, miscounts the special tokens. Sliding
+    windows include the special tokens: tokens further away do not see the prefix.
     """
 
     name: ClassVar[str] = "prefix-embed"
@@ -206,7 +207,7 @@ class PrefixEmbed(PrefixMethod):
         )
         if module.max_positions is not None and self.special_tokens >= module.max_positions:
             raise ValueError(
-                f"{self.name}: {self.special_tokens} special tokens leave no room for others: "
+                f"{self.name}: {self.special_tokens} special tokens leave no room for text: "
                 f"{type(root_module(model)).__name__} has {module.max_positions} positions"
             )
         return [Insertion(base_path(model), base, "special_tokens", module)]
@@ -218,14 +219,14 @@ class PrefixEmbed(PrefixMethod):
 
 
 def _random_tokens(base: nn.Module, number: int) -> Tensor:
-    """``[number, d_model]``: embeddings of tokens that are no special ones as far as the config tells."""
+    """Returns ``[number, d_model]``: embeddings of random tokens that the config does not name as special."""
     table = base.get_input_embeddings().weight.detach()
     special: set[int] = set()
     for key, value in vars(base.config).items():
         if key.endswith("_token_id") and value is not None:
             special.update(value if isinstance(value, (list, tuple)) else [value])
     allowed = torch.ones(len(table), dtype=torch.bool)
-    allowed[[each for each in special if 0 <= each < len(table)]] = False
+    allowed[[token for token in special if 0 <= token < len(table)]] = False
     ids = allowed.nonzero()[:, 0]
     ids = ids[torch.randint(len(ids), (number,))].to(table.device)
-    return table[ids].to(own_dtype(table))
+    return table[ids].to(new_parameter_dtype(table))

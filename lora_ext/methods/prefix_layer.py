@@ -1,4 +1,4 @@
-"""Prefix-layer tuning, the paper's PreLayer (section 5.1): trained activations of tokens beside the input."""
+"""Prefix-layer tuning, the paper's PreLayer (section 5.1): trained activations of added tokens."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.methods.architectures import Architecture, base_model, base_path, hidden_size, layers_of, weight_of
-from lora_ext.methods.inserted import Inserted, Insertion, by_name, cache_name, own_dtype, parameter_names
+from lora_ext.methods.inserted import Inserted, Insertion, by_name, cache_name, new_parameter_dtype, parameter_names
 from lora_ext.methods.prefix_base import PrefixMethod, architecture_with_prefix, counted, is_causal
 
 IMPLEMENTATIONS = ("sdpa", "eager")
-_STATES, _ROTARY = "prefix_states", "prefix_rotary"  # arguments that the modules below hand on to each other
+_STATES, _ROTARY = "prefix_states", "prefix_rotary"  # arguments that the modules below pass to each other
 
 
 class PrefixRotary(Inserted):
-    """On a base model: hands its rotation of keys on to the layers, which do not know it.
+    """On a base model: passes its rotary module to the layers, which have no reference to it.
 
-    Not its values: some kinds of it choose their frequencies by the length of the input, when they are called.
+    It passes the module, not its values: some kinds choose frequencies by the length of the input when called.
 
-    The prefix is to be right in front of the first real token. So positions that the caller leaves to the model count
-    no padding; to the model alone that makes no difference, as only distances matter.
+    The prefix must directly precede the first real token, so default positions do not count padding. For the text alone
+    this makes no difference, because only distances matter.
 
     Args:
-        path: of the module that rotates, in the host.
+        path: path of the rotary module in the host.
         names: :func:`parameter_names` of the host.
     """
 
@@ -43,11 +43,11 @@ class PrefixRotary(Inserted):
 
 
 class PrefixStates(Inserted):
-    """On a layer: the activations that it would be given for the prefix, which its attention gets normalised.
+    """On a layer: holds the prefix's activations at its input, and passes them, normalised, to its attention.
 
     Args:
-        weight: the first values, ``[special_tokens, d_model]``.
-        norm: what the layer normalises the input of its attention with; "": nothing.
+        weight: initial values, ``[special_tokens, d_model]``.
+        norm: path of the norm of the attention's input; "": none.
     """
 
     def __init__(self, weight: Tensor, norm: str) -> None:
@@ -63,14 +63,14 @@ class PrefixStates(Inserted):
 
 
 class PrefixKeys(Inserted):
-    """On a layer's attention: puts the keys and values of the prefix in front of those of the input.
+    """On a layer's attention: prepends the prefix's keys and values to those of the input.
 
-    What attention calls its cache is where keys and values can be added behind the projections and rotations, whatever
-    computes the attention: it is given an object that adds them to what the real cache returns. That one never sees
-    them, so the lengths and positions that the model takes from it are those of the text.
+    The cache is the one place where any attention implementation accepts keys and values after projection and
+    rotation. So attention gets an object that adds the prefix to the result of the real cache. The real cache never
+    holds the prefix, so the model reads correct lengths and positions from it.
 
     Args:
-        key_value: the host's projections to keys and to values; the same twice: it makes queries, keys and values.
+        key_value: names of the host's projections to keys and values; equal if one makes queries, keys and values.
         names: :func:`parameter_names` of the host.
     """
 
@@ -88,11 +88,11 @@ class PrefixKeys(Inserted):
         tables = None if rotary is None else _rotations(rotary, states.shape[1], call["position_embeddings"][0])
         mask, length, num_keys = call.get("attention_mask"), hidden.shape[1], None
         if mask is not None:
-            # a mask of booleans says what is seen, one of floats what is added to the scores
+            # True in a boolean mask means visible; a float mask is added to the scores
             mask = nn.functional.pad(mask, (states.shape[1], 0), value=mask.dtype == torch.bool)
         elif _is_causal_without_mask(host, call) and length > 1:
-            # which PyTorch would align to the first key; there is no mask because the cache was empty, so that keys
-            # behind the first ``length`` are a static cache's that are not filled yet
+            # PyTorch would align a causal mask to the first key. There is no mask because the cache was empty, so keys
+            # after the first ``length`` are unfilled ones of a static cache.
             num_keys = length
             mask = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
             mask = nn.functional.pad(mask, (states.shape[1], 0), value=True)[None, None]
@@ -102,7 +102,7 @@ class PrefixKeys(Inserted):
         return (), call
 
     def _projected(self, host: nn.Module, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, ``[1, special_tokens, heads * head_dim]``, by the layer's own projections."""
+        """Returns keys and values ``[1, special_tokens, heads * head_dim]`` of the prefix by the host's projections."""
         key, value = self.key_value
         if key == value:
             _, keys, values = getattr(host, key)(states).chunk(3, dim=-1)
@@ -111,13 +111,13 @@ class PrefixKeys(Inserted):
 
 
 class PrefixedKeys:
-    """Stands in for a cache of keys and values in one call of one attention: ``update`` also adds the prefix's.
+    """Replaces the cache of keys and values in one call of an attention; ``update`` also prepends the prefix.
 
     Args:
         keys, values: ``[1, special_tokens, heads * head_dim]``.
         tables: cosines and sines for the keys, ``[special_tokens, head_dim]``; None: keys are not rotated.
-        cache: the real one, or None.
-        num_keys: only the first so many of the real ones are returned; None: all.
+        cache: the real cache, or None.
+        num_keys: number of real keys to return; None: all.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class PrefixedKeys:
         self.keys, self.values, self.tables, self.cache, self.num_keys = keys, values, tables, cache, num_keys
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """``[batch, heads, length, head_dim]``, twice -> the same with ``special_tokens`` more in front."""
+        """Prepends ``special_tokens`` keys and values to those of the cache, ``[batch, heads, length, head_dim]``."""
         if self.cache is not None:
             keys, values = self.cache.update(keys, values, *args, **kwargs)
             keys, values = keys[:, :, : self.num_keys], values[:, :, : self.num_keys]
@@ -142,7 +142,7 @@ class PrefixedKeys:
             first_keys = first_keys * cosines + torch.cat([-halves[1], halves[0]], dim=-1) * sines
         both = ((first_keys, keys), (first_values, values))
         first, second = (
-            torch.cat([prefix.to(own.dtype).expand(len(own), -1, -1, -1), own], dim=2) for prefix, own in both
+            torch.cat([prefix.to(real.dtype).expand(len(real), -1, -1, -1), real], dim=2) for prefix, real in both
         )
         return first, second
 
@@ -153,13 +153,13 @@ class PrefixedKeys:
 
 def _is_causal_without_mask(host: nn.Module, call: dict[str, Any]) -> bool:
     if host.config._attn_implementation != "sdpa":
-        return False  # eager attention has no mask but that which it is given
+        return False  # eager attention uses only a given mask
     flag = call.get("is_causal")
     return getattr(host, "is_causal", True) if flag is None else flag
 
 
 def _rotations(rotary: nn.Module, number: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the positions in front of the first token, ``[number, head_dim]``."""
+    """Returns cosines and sines of the ``number`` positions before the first token, ``[number, head_dim]``."""
     positions = torch.arange(-number, 0, device=like.device, dtype=torch.float32)
     angles = torch.outer(positions, rotary.inv_freq.to(like.device, torch.float32))
     angles = torch.cat([angles, angles], dim=-1)
@@ -168,7 +168,7 @@ def _rotations(rotary: nn.Module, number: int, like: Tensor) -> tuple[Tensor, Te
 
 
 def check_implementation(config: Any) -> None:
-    """ValueError: another implementation of attention than those whose masks it can extend."""
+    """Raises ValueError unless the attention implementation has masks that can be extended."""
     if config._attn_implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"prefix-layer: attn_implementation is {config._attn_implementation!r}, want one of "
@@ -178,15 +178,14 @@ def check_implementation(config: Any) -> None:
 
 @dataclass(frozen=True)
 class PrefixLayer(PrefixMethod):
-    """Special tokens that all tokens attend to in every layer; their activations at the input of each are trained.
+    """Trains activations of special tokens at the input of every layer; all tokens attend to them.
 
-    In a layer they are normalised as other activations are, and the layer's own projections, adapted or not, make keys
-    and values of them; they have no queries. Where keys are rotated, they are at the positions ``-l_p`` to ``-1``;
-    otherwise the activations say themselves where they are. The positions of the input are as without them, no output
-    gets longer (only ``attentions`` do), and caches of keys and values do not hold them. Padding and sliding windows do
-    not hide them.
+    A layer normalises them as other activations, and its projections, adapted or not, compute their keys and values;
+    they have no queries. Rotated keys have the positions ``-l_p`` to ``-1``; otherwise the activations carry any
+    position. The input's positions do not change, outputs do not get longer (only ``attentions`` do), and caches do not
+    hold the special tokens. Padding and sliding windows do not hide them.
 
-    In an encoder a prefix and an infix are the same. In a decoder nothing would see an infix, and it is refused.
+    In an encoder a prefix and an infix are the same. A decoder refuses an infix, because no token would see it.
     """
 
     name: ClassVar[str] = "prefix-layer"
@@ -208,16 +207,18 @@ class PrefixLayer(PrefixMethod):
 
     def _first_values(self, layer: nn.Module, model: nn.Module) -> Tensor:
         like = weight_of(layer, model)
-        weight = torch.empty(self.special_tokens, hidden_size(model), device=like.device, dtype=own_dtype(like))
-        # as Transformers' models draw their own weights; tokens that start as the same one, zeros, would stay the same
+        weight = torch.empty(
+            self.special_tokens, hidden_size(model), device=like.device, dtype=new_parameter_dtype(like)
+        )
+        # as in Transformers; tokens that all start at zero would stay equal
         return nn.init.normal_(weight, std=0.02)
 
     def _architecture(self, model: nn.Module) -> Architecture:
         architecture = architecture_with_prefix(model, self.name)
         if self.infix_length and is_causal(model, architecture):
             raise ValueError(
-                f"{self.name}: infix_length is {self.infix_length}, but no token of a {type(model).__name__} sees what "
-                "is behind it; want 0, or prefix-embed"
+                f"{self.name}: infix_length is {self.infix_length}, but no token of a {type(model).__name__} sees "
+                "later tokens; want 0, or use prefix-embed"
             )
         return architecture
 

@@ -1,4 +1,4 @@
-"""The methods by name."""
+"""The table of methods by name."""
 
 from __future__ import annotations
 
@@ -29,35 +29,35 @@ METHODS: dict[str, type[Method]] = {
 
 @checked
 def new_method(name: str, **options: Any) -> Method:
-    """A method by its name, or several joined by ``+``.
+    """Creates a method by name, or a combination of several joined by ``+``.
 
     Args:
-        name: as in :data:`METHODS`, e.g. ``"lora"`` or ``"lora+prefix-embed"``.
-        options: fields of the method's class, and for ``lora`` those of :class:`lora_ext.LoraConfig`. Of several
-            methods, each takes those that it has.
+        name: a key of :data:`METHODS`, or several, e.g. ``"lora"`` or ``"lora+prefix-embed"``.
+        options: fields of the method's class; for ``lora``, fields of :class:`lora_ext.LoraConfig`. In a combination,
+            every method takes the options that it has.
 
     Raises:
-        ValueError: there is no such method, or a value cannot be.
-        TypeError: an option that none of the methods has.
+        ValueError: there is no such method, or a value is not allowed.
+        TypeError: no method has such an option.
     """
     names = name.split("+")
-    if unknown := [each for each in names if each not in METHODS]:
+    if unknown := [part for part in names if part not in METHODS]:
         raise ValueError(
             f"new_method: name has {shown(unknown[0])}, want one of {', '.join(METHODS)}, or several joined by +"
         )
-    known = {each: option_names(each) for each in names}
-    every = sorted({option for own in known.values() for option in own})
-    if strange := sorted(set(options) - set(every)):
-        raise TypeError(f"new_method: {name} has no option {shown(strange[0])}; it has {every}")
+    known = {part: option_names(part) for part in names}
+    allowed = set().union(*known.values())
+    if unknown := sorted(set(options) - allowed):
+        raise TypeError(f"new_method: {name} has no option {shown(unknown[0])}; it has {sorted(allowed)}")
     parts = tuple(
-        _new(each, {option: value for option, value in options.items() if option in known[each]}) for each in names
+        _new(part, {option: value for option, value in options.items() if option in known[part]}) for part in names
     )
     return parts[0] if len(parts) == 1 else Combined(parts)
 
 
 @checked
 def option_names(name: str) -> list[str]:
-    """What :func:`new_method` takes for the one method ``name``. ValueError: there is no such method."""
+    """Returns the options of the single method ``name``. ValueError: there is no such method."""
     if name not in METHODS:
         raise ValueError(f"option_names: name is {name!r}, want one of {', '.join(METHODS)}")
     owner = LoraConfig if METHODS[name] is Lora else METHODS[name]

@@ -1,7 +1,7 @@
-"""How much memory a training run will take, before there is a GPU, a download or a weight.
+"""Predicts the memory of a training run without a GPU, a download or weights.
 
-Nothing of it is a rule of thumb: the adapted model runs a step on the meta device, and the storages that its operators
-make are counted as they come and go. :class:`Planner` has the answers, :func:`changes_that_fit` what to do about them.
+The adapted model runs a step on the meta device while storages are counted as operators create and free them.
+:class:`Planner` gives the numbers; :func:`changes_that_fit` suggests changes that make a run fit.
 """
 
 from lora_ext.planner.fit import Change, changes_that_fit

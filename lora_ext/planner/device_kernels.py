@@ -1,4 +1,4 @@
-"""What a device's own kernels keep for the backward, where operators on the meta device would choose others."""
+"""Makes meta tensors use a device's kernels, which keep other tensors for the backward than the meta device's."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_FLASH_MOST_FEATURES = 256  # of a head, in PyTorch's FlashAttention kernels for CUDA
+_FLASH_MOST_FEATURES = 256  # per head, in PyTorch's FlashAttention kernels for CUDA
 
 
 @contextmanager
 def device_kernels(device: str) -> Iterator[None]:
-    """Within ``with``, dropout and attention of meta tensors are the operators that they would be on ``device``.
+    """Makes dropout and attention of meta tensors dispatch to the operators of ``device`` inside a ``with`` block.
 
-    Dropout keeps a byte an element on CUDA, and a number of the input's dtype on the CPU. Attention keeps its inputs,
-    its output and a float32 number for each query, in the kernel that PyTorch prefers: FlashAttention (Dao 2023, arXiv
-    2307.08691) or the memory-efficient one (Rabe and Staats 2021, arXiv 2112.05682) on CUDA, its own FlashAttention on
-    the CPU. Where it has none of these for the arguments, the probabilities are kept, too.
+    Dropout keeps one byte per element on CUDA, and a mask of the input's dtype on the CPU. Attention keeps its inputs,
+    its output and one float32 per query in the kernel that PyTorch prefers: FlashAttention (Dao 2023, arXiv 2307.08691)
+    or the memory-efficient kernel (Rabe and Staats 2021, arXiv 2112.05682) on CUDA, the CPU's FlashAttention there. If
+    no such kernel supports the arguments, the probabilities are kept too.
 
-    The two functions of ``torch.nn.functional`` are replaced. A ``TorchFunctionMode`` would not do: it is off while
-    ``backward`` runs, in which checkpointed layers are computed again.
+    Two functions of ``torch.nn.functional`` are replaced. A ``TorchFunctionMode`` would not work: it is off during
+    ``backward``, which computes checkpointed layers again.
 
     ValueError: ``device`` is neither ``"cuda"`` nor ``"cpu"``.
     """
@@ -86,7 +86,7 @@ def _cpu_attention(
 
 
 def _as_bias(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    """The mask as PyTorch hands it to the kernels: numbers that are added to the scores."""
+    """Converts the mask to the numbers that kernels add to the scores, as PyTorch does."""
     if mask is None:
         return None
     if mask.dtype == torch.bool:

@@ -1,4 +1,4 @@
-"""What makes a training run fit into the memory of a device, counted as the run itself is."""
+"""Finds changes that make a training run fit into the memory of a device."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass, replace
 from lora_ext.planner.memory import Memory, Planner, Setup
 from lora_ext.planner.weights import WEIGHT_DTYPES
 
-_TOKENS = 8  # shorter texts are tried in steps of so many
+_TOKENS = 8  # step size for shorter texts
 _MOST_DEVICES = 1024
 
 
 @dataclass(frozen=True)
 class Change:
-    """A run that fits.
+    """A changed run that fits.
 
     Attributes:
-        what: has to be changed, for people.
-        setup: of the run.
-        devices: that weights, gradients and optimizer state are sharded over.
-        memory: of each of them.
+        what: descriptions of the changes.
+        setup: the changed setup.
+        devices: number of devices that share weights, gradients and optimizer state.
+        memory: memory of one device.
     """
 
     what: tuple[str, ...]
@@ -30,15 +30,14 @@ class Change:
 
 
 def changes_that_fit(planner: Planner, setup: Setup, capacity: int) -> list[Change]:
-    """What makes ``setup``, which does not fit into ``capacity`` bytes, fit.
+    """Finds changes after which ``setup`` fits into ``capacity`` bytes.
 
-    Single changes, in this order: gradient checkpointing; a smaller batch, as large as can be, and accumulation;
-    shorter texts, as long as can be; frozen weights in 16, 8 or 4 bits, as many as can be. If none of them is enough,
-    checkpointing, batch and weights one after the other, with as many devices as are then needed. In any case devices
-    alone.
+    Tries single changes in this order: gradient checkpointing; the largest smaller batch, with accumulation; the
+    longest shorter texts; the widest of 16, 8 or 4 bits for frozen weights. If none is enough, combines checkpointing,
+    batch and weights one after another, each time with the number of devices then needed. Always adds devices alone.
 
     Returns:
-        Empty if nothing of that is enough.
+        The changes; empty if nothing is enough.
     """
     search = _Search(planner, capacity)
     found = []
@@ -52,7 +51,7 @@ def changes_that_fit(planner: Planner, setup: Setup, capacity: int) -> list[Chan
 
 @dataclass(frozen=True)
 class _Step:
-    """One change, as far as it is needed, or as far as it goes."""
+    """One change, as small as sufficient, or the largest possible."""
 
     what: str
     setup: Setup
@@ -108,7 +107,7 @@ class _Search:
         return best
 
     def combination(self, setup: Setup) -> list[Change]:
-        """One change after the other: up to what fits one device, and what is there before, on several."""
+        """Adds one change after another until one device is enough; before that, also returns sharded runs."""
         what: tuple[str, ...] = ()
         found: list[Change] = []
         for lever in (self.checkpointing, self.batch, self.weights):
@@ -130,13 +129,13 @@ class _Search:
 
 
 def _narrower(dtype: str) -> list[str]:
-    """The dtypes with fewer bits a weight, the widest first; of two of a size, the one whose range is float32's."""
+    """Returns the dtypes with fewer bits, the widest first; bfloat16 stands for both 16-bit dtypes."""
     bits = WEIGHT_DTYPES[dtype].bits
-    return [name for name, own in WEIGHT_DTYPES.items() if own.bits < bits and name != "float16"]
+    return [name for name, other in WEIGHT_DTYPES.items() if other.bits < bits and name != "float16"]
 
 
 def _largest(holds: Callable[[int], bool], most: int) -> int:
-    """The largest number up to ``most`` for which ``holds``, which is so up to some number; 1 if it is so for none."""
+    """Returns the largest number up to ``most`` for which the monotone ``holds`` is true; 1 if there is none."""
     low, high = 1, most
     if not holds(low):
         return low

@@ -1,4 +1,4 @@
-"""A step of a deep model from two shallow ones: what is held is linear in the number of layers that are alike."""
+"""Extrapolates a step of a deep model from two shallow ones: memory is linear in the number of equal layers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lora_ext.planner.step import FORWARD, HEAD_BACKWARD, Step, layer_backward
 from lora_ext.planner.tracker import Peak
 
 SAMPLES = (3, 4)
-"""Numbers of layers to simulate. In three layers the first, one between, and the last are different ones."""
+"""Numbers of layers to simulate. With three layers the first, middle and last are distinct."""
 
 
 def layer_list(model: nn.Module, count: int | None) -> list[nn.Module]:
-    """The ``count`` layers that the model repeats: those of its outermost ``nn.ModuleList`` of that length, or none."""
+    """Returns the ``count`` repeated layers: the outermost ``nn.ModuleList`` of that length, or []."""
     if count is None:
         return []
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
@@ -23,25 +23,25 @@ def layer_list(model: nn.Module, count: int | None) -> list[nn.Module]:
 
 
 def are_alike(layers: list[nn.Module]) -> bool:
-    """Whether all have the same modules and parameters, of the same shapes and dtypes, trained or frozen."""
+    """Whether all layers have equal modules and equal shapes, dtypes and flags of parameters."""
     shapes = [_shape_of(layer) for layer in layers]
     return all(shape == shapes[0] for shape in shapes)
 
 
 def _shape_of(layer: nn.Module) -> list[Any]:
     modules = [(path, type(module)) for path, module in layer.named_modules()]
-    parameters = [(path, each.shape, each.dtype, each.requires_grad) for path, each in layer.named_parameters()]
+    parameters = [(path, p.shape, p.dtype, p.requires_grad) for path, p in layer.named_parameters()]
     return [modules, parameters]
 
 
 def extrapolated(steps: Mapping[int, Step], count: int) -> Step:
-    """The step of a model of ``count`` layers from the steps of two with :data:`SAMPLES` layers.
+    """Computes the step of a model of ``count`` layers from the steps of models with :data:`SAMPLES` layers.
 
-    At any moment, counted from the beginning or from the end of the backward, what is held grows by the same bytes with
-    every layer; so does the most in a part of the step. Between the second layer's backward and the last but one's it
-    is linear in the layer's number, so that it is the most at one of the two.
+    At a given distance from the start or end of the backward, every layer adds the same bytes to the memory, and to
+    the peak of a part of the step. From the second layer's backward to the second-last's, peaks are linear in the
+    layer's number, so the largest is at one of the two.
 
-    ValueError: the two steps do not consist of the same parts.
+    ValueError: the two steps have different parts.
     """
     few, more = (steps[number] for number in SAMPLES)
 
@@ -52,7 +52,7 @@ def extrapolated(steps: Mapping[int, Step], count: int) -> Step:
     for name_of in _PARTS:
         names = [name_of(number) for number in (*SAMPLES, count)]
         if (names[0] in few.peaks) != (names[1] in more.peaks):
-            raise ValueError(f"the {names[0]} is a part of one step, and not of the other")
+            raise ValueError(f"{names[0]!r} is a part of only one of the two steps")
         if names[0] in few.peaks:
             pairs = zip(few.peaks[names[0]], more.peaks[names[1]], strict=True)
             peaks[names[2]] = Peak(*(line(*pair) for pair in pairs))

@@ -1,4 +1,4 @@
-"""The memory of training a model: weights, optimizer's state, gradients, activations, when it is the most."""
+"""Peak memory of training a model: weights, optimizer state, gradients and activations."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lora_ext.planner.weights import WEIGHT_DTYPES, tensor_bytes, weight_bytes
 
 @dataclass(frozen=True)
 class Setup:
-    """What can be changed about a training run without changing what is trained.
+    """Options of a training run that do not change what is trained.
 
     Args:
-        batch_size, seq_len: texts a step, and tokens a text; none is padding.
-        dtype: of frozen weights, one of :data:`WEIGHT_DTYPES`.
+        batch_size, seq_len: texts per step, and tokens per text, without padding.
+        dtype: dtype of frozen weights, one of :data:`WEIGHT_DTYPES`.
         optimizer: one of :data:`OPTIMIZERS`.
-        gradient_checkpointing: of a layer, only the input is kept; the layer is computed again in the backward.
-        accumulates: gradients of several batches are added up before a step, so that they are there from the start.
+        gradient_checkpointing: whether layers keep only their inputs and are computed again in the backward.
+        accumulates: whether a step sums the gradients of several batches, so that gradients exist from the start.
     """
 
     batch_size: int = 16
@@ -49,11 +49,11 @@ class Setup:
 
 
 class Source(Protocol):
-    """Makes the model that is planned for. All its tensors are on the meta device.
+    """Builds the model whose memory is planned. All its tensors are on the meta device.
 
     Attributes:
-        num_layers: how many the model has; None: it cannot be built with fewer, or they are not alike.
-        can_checkpoint: whether the model can do gradient checkpointing.
+        num_layers: number of layers; None: the model cannot be built with fewer, or its layers differ.
+        can_checkpoint: whether the model supports gradient checkpointing.
     """
 
     num_layers: int | None
@@ -62,34 +62,34 @@ class Source(Protocol):
     def model(
         self, dtype: torch.dtype, num_layers: int | None = None, gradient_checkpointing: bool = False
     ) -> nn.Module:
-        """The adapted model in training mode; with that many layers, if not None."""
+        """Returns the adapted model in training mode, with ``num_layers`` layers unless None."""
         ...
 
     def loss(self, model: nn.Module, batch_size: int, seq_len: int) -> Tensor:
-        """What ``model`` is trained on, of a batch of new ids."""
+        """Returns the training loss of ``model`` for a batch of new ids."""
         ...
 
     def outputs(self, model: nn.Module, batch_size: int, seq_len: int) -> Tensor:
-        """What ``model`` computes in inference, of a batch of new ids."""
+        """Returns the inference output of ``model`` for a batch of new ids."""
         ...
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device, at the moment of a step when they are the most.
+    """Bytes on one device at the peak of a step.
 
-    That is in the forward or the backward: the update, by a fused optimizer, makes no tensors beside its state.
+    The peak is in the forward or the backward: a fused optimizer allocates nothing but its state.
 
     Attributes:
         weights: parameters and buffers, trained and frozen.
-        optimizer_state: of the trained parameters.
-        gradients: those that are there at that moment.
-        activations: all else: what is kept for the backward, and temporaries.
-        moment: the part of the step.
-        kept: what the whole forward keeps for the backward.
-        all_gradients: of all trained parameters.
-        gathered: what is whole on every device when all of it is sharded: weights and gradients of two layers, and the
-            weights outside the layers.
+        optimizer_state: state for the trained parameters.
+        gradients: gradients that exist at the peak.
+        activations: everything else: tensors kept for the backward, and temporaries.
+        moment: the part of the step with the peak.
+        kept: bytes that the whole forward keeps for the backward.
+        all_gradients: gradients of all trained parameters.
+        gathered: bytes that are whole on every device when sharded: weights and gradients of two layers, weights
+            outside layers.
     """
 
     weights: int
@@ -106,10 +106,10 @@ class Memory:
         return self.weights + self.optimizer_state + self.gradients + self.activations
 
     def sharded(self, devices: int) -> Memory:
-        """Weights, optimizer state and gradients in equal shares on ``devices``, with a batch each.
+        """Returns the memory of one device if ``devices`` share weights, optimizer state and gradients equally.
 
-        That is ZeRO's third stage (Rajbhandari et al. 2020, arXiv 1910.02054), FSDP: a layer's weights are gathered
-        while it is computed, and those of the next one meanwhile.
+        Every device has its batch. This is ZeRO's third stage (Rajbhandari et al. 2020, arXiv 1910.02054), FSDP: the
+        weights of a layer are gathered for its computation, and those of the next layer at the same time.
         """
         if devices == 1:
             return self
@@ -122,7 +122,7 @@ class Memory:
 
 
 class Sizes(NamedTuple):
-    """Counts of parameters, and bytes of what is trained."""
+    """Counts of parameters, and bytes of the trained ones."""
 
     parameters: int
     trained: int
@@ -130,14 +130,14 @@ class Sizes(NamedTuple):
 
 
 class Planner:
-    """Answers for one model and method.
+    """Predicts the memory of one model and method.
 
-    What a step makes and keeps is counted while the model's own code runs on the meta device; of a deep model whose
-    layers are alike, models of three and of four layers run.
+    Counts what a step creates and keeps while the model's code runs on the meta device. For a deep model with equal
+    layers, models of three and four layers run instead.
 
     Args:
-        source: makes the model.
-        device: whose kernels it runs on, ``"cuda"`` or ``"cpu"``.
+        source: builds the model.
+        device: device whose kernels are assumed, ``"cuda"`` or ``"cpu"``.
     """
 
     def __init__(self, source: Source, device: str = "cuda") -> None:
@@ -146,7 +146,7 @@ class Planner:
         self._steps: dict[tuple[str, Setup], Step] = {}
 
     def sizes(self, dtype: str) -> Sizes:
-        """Of the whole model."""
+        """Returns the sizes of the whole model."""
         model = self.model(dtype)
         trained = trained_parameters(model)
         return Sizes(
@@ -156,11 +156,11 @@ class Planner:
         )
 
     def training(self, setup: Setup) -> Memory:
-        """The memory of training as ``setup`` says.
+        """Returns the memory of training with ``setup``.
 
         Raises:
-            ValueError: weights would be quantised and none is frozen.
-            RuntimeError: the model asks its input for more than yes or no.
+            ValueError: weights should be quantised but none is frozen.
+            RuntimeError: the model reads more of its input's values than single flags.
         """
         model, dtype = self.model(setup.dtype), WEIGHT_DTYPES[setup.dtype]
         trained = trained_parameters(model)
@@ -180,39 +180,39 @@ class Planner:
         )
 
     def inference(self, setup: Setup) -> Memory:
-        """The memory of the same batch in inference. Errors as :meth:`training`."""
+        """Returns the memory of inference on the same batch. Errors as :meth:`training`."""
         weights = weight_bytes(self.model(setup.dtype), WEIGHT_DTYPES[setup.dtype])
         most = self._step(setup, self._simulate_forward).peaks[FORWARD].total
         return Memory(weights.total, 0, 0, most + weights.unpacked, FORWARD, 0, 0, self._gathered(setup))
 
     def model(self, dtype: str) -> nn.Module:
-        """The whole adapted model, for frozen weights in ``dtype``."""
+        """Returns the whole adapted model, with the compute dtype of ``dtype``."""
         compute = WEIGHT_DTYPES[dtype].compute
         if compute not in self._models:
             self._models[compute] = self.source.model(compute)
         return self._models[compute]
 
     def _layers(self, dtype: str) -> list[nn.Module]:
-        """Those of the whole model, where they are known and alike."""
+        """Returns the layers of the whole model if they are known and equal, else []."""
         layers = layer_list(self.model(dtype), self.source.num_layers)
         return layers if are_alike(layers) else []
 
     def _step(self, setup: Setup, simulate: Callable[[Setup, int | None], Step]) -> Step:
-        """What ``simulate`` finds, once for all dtypes of weights that are computed in the same, and all optimizers."""
-        own = dataclasses.replace(setup, dtype=WEIGHT_DTYPES[setup.dtype].compute_name, optimizer="adamw")
-        if (key := (simulate.__name__, own)) not in self._steps:
-            count = len(self._layers(own.dtype))
+        """Returns the result of ``simulate``, cached for all optimizers and all dtypes with the same compute dtype."""
+        setup = dataclasses.replace(setup, dtype=WEIGHT_DTYPES[setup.dtype].compute_name, optimizer="adamw")
+        if (key := (simulate.__name__, setup)) not in self._steps:
+            count = len(self._layers(setup.dtype))
             if count <= max(SAMPLES):
-                self._steps[key] = simulate(own, None)
+                self._steps[key] = simulate(setup, None)
             else:
-                self._steps[key] = extrapolated({number: simulate(own, number) for number in SAMPLES}, count)
+                self._steps[key] = extrapolated({number: simulate(setup, number) for number in SAMPLES}, count)
         return self._steps[key]
 
     def _simulate_step(self, setup: Setup, num_layers: int | None) -> Step:
         model = self.source.model(WEIGHT_DTYPES[setup.dtype].compute, num_layers, setup.gradient_checkpointing)
         return simulate_step(
             model,
-            lambda own: self.source.loss(own, setup.batch_size, setup.seq_len),
+            lambda built: self.source.loss(built, setup.batch_size, setup.seq_len),
             layer_list(model, num_layers or self.source.num_layers),
             self.device,
             setup.accumulates,
@@ -221,11 +221,11 @@ class Planner:
     def _simulate_forward(self, setup: Setup, num_layers: int | None) -> Step:
         model = self.source.model(WEIGHT_DTYPES[setup.dtype].compute, num_layers).eval()
         return simulate_forward(
-            model, lambda own: self.source.outputs(own, setup.batch_size, setup.seq_len), self.device
+            model, lambda built: self.source.outputs(built, setup.batch_size, setup.seq_len), self.device
         )
 
     def _gathered(self, setup: Setup) -> int:
-        """Weights of two layers, their gradients, and what is outside the layers; without layers, all."""
+        """Bytes of two layers' weights and gradients, and of weights outside layers; without layers, of all weights."""
         dtype, layers = WEIGHT_DTYPES[setup.dtype], self._layers(setup.dtype)
         total = weight_bytes(self.model(setup.dtype), dtype).total
         if len(layers) < 2:

@@ -1,4 +1,4 @@
-"""Bytes of the state that optimizers keep for a parameter."""
+"""Bytes of optimizer state per parameter."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-_STEP = 4  # the number of steps, a float32 for each parameter
+_STEP = 4  # the step count, one float32 per parameter
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """An optimizer, as far as its memory goes.
+    """The memory model of an optimizer.
 
     Attributes:
-        about: what is kept, and where that is from.
-        parameter_bytes: of the state of one parameter.
+        about: description of the state, and its source.
+        parameter_bytes: state bytes of one parameter.
     """
 
     about: str
     parameter_bytes: Callable[[Tensor], int]
 
     def state_bytes(self, parameters: Iterable[Tensor]) -> int:
-        """Of the state of ``parameters``, each trained."""
+        """Returns the bytes of the state for the trained ``parameters``."""
         return sum(self.parameter_bytes(parameter) for parameter in parameters)
 
 
@@ -36,7 +36,7 @@ def _adamw_master(parameter: Tensor) -> int:
 
 
 def _adamw8bit(parameter: Tensor) -> int:
-    if parameter.numel() < 4096:  # which bitsandbytes leaves in float32
+    if parameter.numel() < 4096:  # bitsandbytes keeps these in float32
         return 2 * 4 * parameter.numel()
     return 2 * (parameter.numel() + 4 * -(-parameter.numel() // 256))
 

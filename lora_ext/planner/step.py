@@ -1,4 +1,4 @@
-"""One step of training on the meta device: what is held for the backward, and the most that is held at a time."""
+"""Simulates one training step on the meta device: bytes kept for the backward, and peaks."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ FORWARD, BACKWARD, HEAD_BACKWARD = "forward", "backward", "backward of the head"
 
 @dataclass(frozen=True)
 class Step:
-    """Bytes beyond the weights and the optimizer's state.
+    """Bytes of a step in addition to weights and optimizer state.
 
     Attributes:
-        activations: what the forward has left for the backward.
-        peaks: the most at one time, gradients included, in each part of the step: the forward, the backward of what
-            follows the layers, and of every layer, the last first; the first layer's has what precedes the layers. If
-            no layers are given, the backward is one part.
+        activations: bytes that the forward keeps for the backward.
+        peaks: peak, gradients included, of every part of the step: the forward, the backward of the head, and the
+            backward of every layer, the last first; the first layer's part includes all that precedes the layers.
+            Without layers, the backward is one part.
     """
 
     activations: int
@@ -37,21 +37,21 @@ def simulate_step(
     device: str = "cuda",
     accumulates: bool = False,
 ) -> Step:
-    """Runs ``model`` forward and backward, by its own code, and counts the storages that come and go.
+    """Runs the model's code forward and backward, and counts storages as they are created and freed.
 
-    Nothing is estimated: what operators make and autograd keeps is counted. Not counted is what a kernel takes for
-    itself, and what an allocator rounds up.
+    Counts all tensors that operators create and autograd keeps, but not the scratch memory of kernels, nor an
+    allocator's rounding.
 
     Args:
-        model: on the meta device, adapted, in training mode; its gradients are None before and after.
-        loss_of: runs it; its inputs are on the meta device and not counted if they are made before.
-        layers: the modules, first to last, whose backward is a part of the step each.
-        device: whose kernels it runs on, ``"cuda"`` or ``"cpu"``; see :func:`device_kernels`.
-        accumulates: the gradients of an earlier batch are there, and are added to.
+        model: adapted model on the meta device in training mode; gradients are None before and after.
+        loss_of: runs the model; inputs must be on the meta device, and are not counted if created before.
+        layers: modules, first to last, whose backwards are separate parts of the step.
+        device: device whose kernels are assumed, ``"cuda"`` or ``"cpu"``; see :func:`device_kernels`.
+        accumulates: whether gradients of an earlier batch exist and are added to.
 
     Raises:
-        ValueError: the device is another one.
-        RuntimeError: the model asks its input for more than yes or no.
+        ValueError: ``device`` is another one.
+        RuntimeError: the model reads more of its input's values than single flags.
     """
     trained = trained_parameters(model)
     tracker = StorageTracker([*model.parameters(), *model.buffers()])
@@ -83,7 +83,7 @@ def simulate_step(
 
 @torch.no_grad()
 def simulate_forward(model: nn.Module, run: Callable[[nn.Module], Tensor], device: str = "cuda") -> Step:
-    """The same for ``model`` in inference: there is the forward alone, and nothing is kept."""
+    """As :func:`simulate_step`, for inference: the forward only, with nothing kept."""
     tracker = StorageTracker([*model.parameters(), *model.buffers()])
     with tracker, device_kernels(device):
         tracker.begin(FORWARD)
@@ -92,7 +92,7 @@ def simulate_forward(model: nn.Module, run: Callable[[nn.Module], Tensor], devic
 
 
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Each of the module's parameters that requires a gradient once."""
+    """Returns the module's distinct parameters that require gradients."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
@@ -101,7 +101,7 @@ def layer_backward(number: int) -> str:
 
 
 def _begins_backward(tracker: StorageTracker, part: str) -> Callable[..., None]:
-    """A forward hook: ``part`` begins once the gradient to a layer's output is there."""
+    """Returns a forward hook that begins ``part`` when the gradient of a layer's output is computed."""
 
     def after_forward(layer: nn.Module, args: Any, output: Any) -> None:
         first = output if isinstance(output, Tensor) else output[0]

@@ -1,4 +1,4 @@
-"""Counts the memory of tensors by their storages, as they come and go; on the meta device, without the memory."""
+"""Counts the bytes of tensor storages as they are created and freed; on the meta device, without using memory."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from torch.utils._pytree import tree_leaves
 
 
 class Peak(NamedTuple):
-    """The most bytes at one time, and how many of these were gradients of parameters."""
+    """Largest number of bytes at one time, and the part of parameter gradients in it."""
 
     total: int
     gradients: int
 
 
 class StorageTracker(TorchDispatchMode):
-    """Within ``with``: the bytes of all storages that operators make, each from its first tensor to its last.
+    """Counts all storages that operators create inside a ``with`` block, until they are freed.
 
-    Asked for a value of a meta tensor, it says yes: models ask whether a batch is free of padding, and whether its
-    texts are one to a row.
+    The value of any meta tensor is true: models ask whether a batch is free of padding, and whether every row holds one
+    text.
 
     Args:
-        existing: tensors that are there anyway, as weights are; their storages do not count.
+        existing: tensors whose storages do not count, such as weights.
 
     Attributes:
-        live: bytes now.
-        peaks: the most in each part of the step, by the names given to :meth:`begin`.
+        live: current bytes.
+        peaks: peak of every part of the step, by the names given to :meth:`begin`.
     """
 
     def __init__(self, existing: Iterable[Tensor]) -> None:
         super().__init__()
-        self.existing = [tensor.untyped_storage() for tensor in existing]  # kept, so that no address is used again
+        self.existing = [tensor.untyped_storage() for tensor in existing]  # kept, so that no address is reused
         self.live = 0
         self.peaks: dict[str, Peak] = {}
         self._known: dict[int, object] = {storage._cdata: storage for storage in self.existing}
@@ -43,12 +43,12 @@ class StorageTracker(TorchDispatchMode):
         self.begin("")
 
     def begin(self, part: str) -> None:
-        """What follows belongs to ``part``."""
+        """Starts the part ``part`` of the step."""
         self.part = part
         self._note()
 
     def has_gradient(self, parameter: nn.Parameter) -> None:
-        """The gradient of ``parameter`` is now in its ``grad``."""
+        """Records that ``parameter.grad`` now exists."""
         self._gradients[id(parameter)] = parameter.grad.nbytes
         self._note()
 

@@ -1,4 +1,4 @@
-"""Bytes of a model's weights, in every dtype that frozen weights are kept in."""
+"""Bytes of a model's weights for every dtype of frozen weights."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from lora_ext.nn.linear import is_linear, linear_sizes
 
 @dataclass(frozen=True)
 class WeightDtype:
-    """What frozen weights are kept in.
+    """A storage format of frozen weights.
 
     Attributes:
-        compute: the model's dtype: of activations, and of weights that are not quantised.
-        bits: a weight, scales not counted.
-        linear_bytes: ``(in_features, out_features)`` -> bytes of the weight of a frozen linear layer; None: it is
-            in ``compute``, too.
-        about: for people.
+        compute: dtype of activations and of weights that are not quantised.
+        bits: bits per weight, without scales.
+        linear_bytes: ``(in_features, out_features)`` -> weight bytes of a frozen linear layer; None: unquantised.
+        about: description.
     """
 
     compute: torch.dtype
@@ -61,16 +60,16 @@ WEIGHT_DTYPES = {
         "half a byte, and a float32 scale for every 64: QLoRA (Dettmers et al. 2023, arXiv 2305.14314)",
     ),
 }
-"""By name. Quantised are, as by bitsandbytes in Transformers, all linear layers but the output head."""
+"""Formats by name. As with bitsandbytes in Transformers, all linear layers except the output head are quantised."""
 
 
 @dataclass(frozen=True)
 class WeightBytes:
-    """What a model's parameters and buffers take.
+    """Bytes of a model's parameters and buffers.
 
     Attributes:
-        total: all of them.
-        unpacked: of the largest quantised weight in the compute dtype, which exists while its layer is computed.
+        total: bytes of all of them.
+        unpacked: bytes of the largest quantised weight in the compute dtype; it exists while its layer is computed.
     """
 
     total: int
@@ -78,9 +77,9 @@ class WeightBytes:
 
 
 def weight_bytes(model: nn.Module, dtype: WeightDtype) -> WeightBytes:
-    """Counts the parameters and buffers of an adapted ``model`` in ``dtype.compute``, on any device.
+    """Counts the bytes of an adapted ``model`` in ``dtype.compute``, on any device.
 
-    ValueError: ``dtype`` is for frozen linear layers, and there are none.
+    ValueError: ``dtype`` quantises frozen linear layers, but there are none.
     """
     total = tensor_bytes([*model.parameters(), *model.buffers()])
     if dtype.linear_bytes is None:

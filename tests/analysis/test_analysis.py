@@ -1,4 +1,4 @@
-"""lora_ext.analysis against whole matrices: every update is multiplied out here and decomposed by numpy."""
+"""Compares lora_ext.analysis with numpy on whole matrices: updates are multiplied out and decomposed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def factors(out: int, in_: int, r: int, dtype: torch.dtype = torch.float64) -> t
 
 
 def naive_similarity(U: np.ndarray, V: np.ndarray, i: int, j: int) -> float:
-    """The paper's formula, literally."""
+    """The formula exactly as in the paper."""
     return np.linalg.norm(U[:, :i].T @ V[:, :j], "fro") ** 2 / min(i, j)
 
 
@@ -49,7 +49,7 @@ SIZES = st.tuples(st.integers(1, 20), st.integers(1, 20), st.integers(1, 24))
 
 @settings(deadline=None, max_examples=60)
 @given(SIZES, st.sampled_from([torch.float64, torch.float32, torch.bfloat16]), st.sampled_from([1.0, -0.5, 4.0]))
-def test_the_factors_decomposition_is_that_of_the_product(sizes, dtype, scaling):
+def test_factored_svd_equals_the_svd_of_the_product(sizes, dtype, scaling):
     out, in_, r = sizes
     torch.manual_seed(out + 100 * in_)
     A, B = factors(out, in_, r, dtype)
@@ -68,8 +68,8 @@ def test_the_factors_decomposition_is_that_of_the_product(sizes, dtype, scaling)
 def test_factors_that_do_not_fit_are_refused():
     A, B = factors(5, 6, 2)
     for wrong, message in (
-        ((A, torch.randn(5, 3)), r"factored_svd: lora_A \[2, 6\] and lora_B \[5, 3\] have no rank in common"),
-        ((A[0], B), r"factored_svd: lora_A is \[6\], want a matrix of 2 dimensions"),
+        ((A, torch.randn(5, 3)), "factored_svd: lora_B has rank 3 but lora_A has 2"),
+        ((A[0], B), r"factored_svd: lora_A has shape \[6\], want 2 dimensions"),
         ((A * math.inf, B), "factored_svd: lora_A or lora_B is not finite"),
         ((A, B, math.nan), "factored_svd: scaling is nan, want a finite number"),
     ):
@@ -78,7 +78,7 @@ def test_factors_that_do_not_fit_are_refused():
 
 
 def test_matrices_without_values_to_read_are_refused():
-    """Or the result would be memory that nobody has written."""
+    """Otherwise the result would be uninitialised memory."""
     weight, U, V = torch.randn(5, 6), torch.randn(5, 2), torch.randn(6, 2)
     for name, call in (
         ("V", lambda bad: project(weight, U, bad)),
@@ -89,11 +89,9 @@ def test_matrices_without_values_to_read_are_refused():
     ):
         with pytest.raises(ValueError, match=f"{name} is on the meta device, where it has no values"):
             call(torch.empty(6, 2, device="meta"))
-        with pytest.raises(
-            TypeError, match=rf"{name} is torch\.strided torch\.int64, want a dense tensor of torch\.float"
-        ):
+        with pytest.raises(TypeError, match=f"{name} has dtype int64, want one of float64, float32"):
             call(torch.zeros(6, 2, dtype=torch.int64))
-    with pytest.raises(TypeError, match=r"matrix is torch\.sparse_coo torch\.float32, want a dense tensor"):
+    with pytest.raises(TypeError, match="matrix has layout sparse_coo, want a dense tensor"):
         singular_basis(V.to_sparse())
 
 
@@ -107,7 +105,7 @@ def test_numbers_of_numpy_and_dimensions_beyond_32_bits():
 # --- subspaces --------------------------------------------------------------------------------------------------------
 
 
-def test_the_basis_is_of_right_singular_vectors_by_falling_singular_value():
+def test_the_basis_holds_right_singular_vectors_by_descending_singular_value():
     A = torch.randn(5, 30)
     basis = singular_basis(A)
     _, _, Vh = np.linalg.svd(A.double().numpy(), full_matrices=False)
@@ -115,7 +113,7 @@ def test_the_basis_is_of_right_singular_vectors_by_falling_singular_value():
     np.testing.assert_allclose(np.abs(np.sum(basis.numpy() * Vh.T, axis=0)), 1.0, atol=1e-10)
 
 
-def test_the_basis_leaves_out_directions_that_are_none():
+def test_the_basis_omits_linearly_dependent_directions():
     A = torch.randn(3, 30)
     assert singular_basis(torch.cat([A, A[:1] + A[1:2]])).shape == (30, 3)
     assert singular_basis(torch.zeros(4, 30)).shape == (30, 0)
@@ -137,7 +135,7 @@ def test_similarity_is_the_papers_formula_on_the_whole_grid(r, other, dim, seed)
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 8), st.integers(8, 20), st.integers(0, 1000))
-def test_a_subspace_is_wholly_in_itself_and_in_what_holds_it(r, dim, seed):
+def test_similarity_to_a_containing_subspace_is_one(r, dim, seed):
     torch.manual_seed(seed)
     basis = singular_basis(torch.randn(r, dim))
     torch.testing.assert_close(subspace_similarity(basis, basis), torch.ones(r, r, dtype=torch.float64))
@@ -158,8 +156,8 @@ def test_orthogonal_subspaces_share_nothing():
     torch.testing.assert_close(phi[3, 1:4], torch.tensor([1.0, 2 / 3, 2 / 4], dtype=torch.float64))
 
 
-def test_similarity_takes_bases_of_one_space():
-    with pytest.raises(ValueError, match=r"subspace_similarity: bases \[8, 2\] and \[9, 2\] are not of one space"):
+def test_similarity_refuses_bases_of_different_spaces():
+    with pytest.raises(ValueError, match="subspace_similarity: second has 9 rows but first has 8"):
         subspace_similarity(torch.eye(8, 2), torch.eye(9, 2))
 
 
@@ -175,7 +173,7 @@ def test_random_subspaces_are_as_similar_as_expected():
     expected, std = expected_random_similarity(i_max, j_max, dim), random_similarity_std(i_max, j_max, dim)
     assert expected[0, 0] == 1 / 12 and expected[2, 4] == 5 / 12
     assert ((phi.mean(0) - expected).abs() < 5 * std / draws**0.5).all()
-    # The standard error of a standard deviation, for the kurtosis that is found.
+    # The standard error of a standard deviation, for the measured kurtosis.
     kurtosis = ((phi - phi.mean(0)) / phi.std(0)).pow(4).mean(0)
     assert ((phi.std(0) - std).abs() < 5 * std * ((kurtosis - 1) / (4 * draws)) ** 0.5).all()
 
@@ -194,7 +192,7 @@ def test_random_columns_are_orthonormal_and_uniform():
     generator = torch.Generator().manual_seed(0)
     drawn = torch.stack([orthonormal_columns(6, 2, generator) for _ in range(800)])
     torch.testing.assert_close(drawn[0].T @ drawn[0], torch.eye(2, dtype=torch.float64))
-    assert drawn.mean(0).abs().max() < 5 * (1 / 6 / 800) ** 0.5  # no sign is preferred, as in a bare QR it would be
+    assert drawn.mean(0).abs().max() < 5 * (1 / 6 / 800) ** 0.5  # no preferred sign, unlike plain QR
     with pytest.raises(ValueError, match="orthonormal_columns: count is 7, want 0 to dim=6"):
         orthonormal_columns(6, 7, generator)
 
@@ -219,14 +217,14 @@ def test_ranks_of_a_spectrum_by_hand():
     assert numerical_rank(S) == 3
 
 
-def test_nothing_has_rank_nothing():
+def test_a_zero_or_empty_spectrum_has_rank_zero():
     for S in (torch.zeros(4), torch.zeros(0)):
         assert effective_rank(S) == stable_rank(S) == energy_rank(S, 0.9) == numerical_rank(S) == 0
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=12), st.floats(1e-20, 1e20))
-def test_ranks_know_no_scale_and_lie_between_one_and_all(values, scale):
+def test_ranks_do_not_depend_on_scale_and_are_bounded(values, scale):
     S = torch.tensor(sorted(values, reverse=True), dtype=torch.float64)
     slack = 1 + 1e-9
     assert stable_rank(S) * slack >= 1 and stable_rank(S) <= numerical_rank(S) * slack
@@ -236,7 +234,7 @@ def test_ranks_know_no_scale_and_lie_between_one_and_all(values, scale):
     assert numerical_rank(S * scale) == numerical_rank(S)
 
 
-def test_energy_is_a_part():
+def test_energy_must_be_a_fraction():
     with pytest.raises(ValueError, match="energy_rank: energy is 1.5, want 0 < energy <= 1"):
         energy_rank(torch.ones(3), 1.5)
 
@@ -245,8 +243,8 @@ def test_energy_is_a_part():
 
 
 @functools.cache
-def falling(out: int, in_: int, power: float) -> Tensor:
-    """A matrix whose singular values fall as those of trained weights do."""
+def descending(out: int, in_: int, power: float) -> Tensor:
+    """A matrix with singular values that decay like those of trained weights."""
     count = min(out, in_)
     generator = torch.Generator().manual_seed(7)
     singular = torch.arange(1, count + 1, dtype=torch.float64) ** -power
@@ -265,12 +263,12 @@ def test_small_weights_are_decomposed_in_full(shape):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("shape", "power"), [((520, 600), 1.0), ((600, 520), 0.3)])
-def test_large_weights_leading_directions(shape, power, dtype):
-    W = falling(*shape, power).to(dtype)
+def test_leading_directions_of_large_weights(shape, power, dtype):
+    W = descending(*shape, power).to(dtype)
     found = block_krylov_svd(W, 8, seed=0)
     U, S, Vh = np.linalg.svd(W.double().numpy(), full_matrices=False)
     assert (found.U.shape, found.V.shape) == ((shape[0], 8), (shape[1], 8))
-    # Never more than there is, and very nearly all of it.
+    # Never above the true values, and close to them.
     assert (found.S.numpy() <= S[:8] * (1 + 1e-5)).all()
     np.testing.assert_allclose(found.S.numpy(), S[:8], rtol=2e-3)
     for basis, best in ((found.U, U), (found.V, Vh.T)):
@@ -278,15 +276,15 @@ def test_large_weights_leading_directions(shape, power, dtype):
         assert subspace_similarity(basis, torch.from_numpy(best[:, :8].copy()))[7, 7] > 0.99
 
 
-def test_the_decomposition_of_a_weight_follows_from_the_seed_and_draws_nothing_else():
-    W = falling(600, 600, 0.5)
+def test_the_seed_alone_determines_the_decomposition_of_a_weight():
+    W = descending(600, 600, 0.5)
     state = torch.random.get_rng_state()
     first, again, other = (block_krylov_svd(W, 4, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first.V, again.V) and not torch.equal(first.V, other.V)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_a_weight_of_rank_one_and_of_none():
+def test_weights_of_rank_one_and_zero():
     rank_one = torch.randn(600, 1) @ torch.randn(1, 600)
     found = block_krylov_svd(rank_one, 4, seed=0)
     assert found.S[0] == pytest.approx(rank_one.norm().item(), rel=1e-5) and found.S[1] < 1e-4 * found.S[0]
@@ -310,18 +308,18 @@ def test_a_projection_is_the_product(dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("scaling", [1.0, -2.0])
-def test_the_table_is_that_of_whole_matrices(scaling):
+def test_the_table_equals_the_computation_on_whole_matrices(scaling):
     A, B = factors(30, 20, 6, torch.float32)
     W = torch.randn(30, 20)
     table = projection_table(W, factored_svd(A, B, scaling), seed=3)
     assert table.ranks == [1, 2, 4, 6]
     delta = (scaling * B @ A).double().numpy()
     weight = W.double().numpy()
-    (U, S, Vh), (own_U, _, own_Vh) = (np.linalg.svd(m, full_matrices=False) for m in (delta, weight))
+    (U, S, Vh), (weight_U, _, weight_Vh) = (np.linalg.svd(m, full_matrices=False) for m in (delta, weight))
     for k, r in enumerate(table.ranks):
         projected = np.linalg.norm(U[:, :r].T @ weight @ Vh[:r].T)
         assert table.delta[k] == pytest.approx(projected, rel=1e-4)
-        assert table.weight[k] == pytest.approx(np.linalg.norm(own_U[:, :r].T @ weight @ own_Vh[:r].T), rel=1e-4)
+        assert table.weight[k] == pytest.approx(np.linalg.norm(weight_U[:, :r].T @ weight @ weight_Vh[:r].T), rel=1e-4)
         assert table.amplification[k] == pytest.approx(np.linalg.norm(S[:r]) / projected, rel=1e-4)
         assert table.random_expected[k] == pytest.approx(r * np.linalg.norm(weight) / math.sqrt(600), rel=1e-6)
     assert table.weight_norm == pytest.approx(np.linalg.norm(weight), rel=1e-6)
@@ -330,15 +328,15 @@ def test_the_table_is_that_of_whole_matrices(scaling):
 
 
 def test_an_update_along_the_weight_amplifies_by_its_size():
-    W = falling(30, 20, 1.0)
-    own = block_krylov_svd(W, 4, seed=0)
-    delta = factored_svd(own.V.T, own.U * own.S * 3)  # three times the weight's leading part
+    W = descending(30, 20, 1.0)
+    leading = block_krylov_svd(W, 4, seed=0)
+    delta = factored_svd(leading.V.T, leading.U * leading.S * 3)  # three times the weight's leading part
     table = projection_table(W, delta, seed=0)
     assert table.amplification == pytest.approx([3, 3, 3], rel=1e-6)
     assert table.delta == pytest.approx(table.weight, rel=1e-6)
 
 
-def test_an_update_across_the_weight_and_no_update():
+def test_an_update_orthogonal_to_the_weight_and_a_zero_update():
     W = torch.zeros(6, 8)
     W[0, 0] = 2.0
     A, B = torch.zeros(1, 8), torch.zeros(6, 1)

@@ -1,3 +1,5 @@
+"""AdapterFile: tensors read on demand, bad files, and the meaning of the keys in PEFT's files."""
+
 from __future__ import annotations
 
 import json
@@ -39,7 +41,7 @@ def change_tensors(directory: Path, change) -> None:
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 
-def test_says_what_the_file_holds_and_reads_on_demand(directory: Path):
+def test_open_describes_the_file_and_reads_tensors_on_demand(directory: Path):
     expected = load_file(directory / "adapter_model.safetensors")
     file = AdapterFile.open(directory)
     assert file.config["r"] == 2
@@ -79,7 +81,7 @@ def test_a_pickle_that_runs_code_is_refused(directory: Path):
     (directory / "adapter_model.safetensors").unlink()
     for content in (pickle.dumps(Evil(), protocol=2), b"", b"PK\x03\x04 not a zip"):
         (directory / "adapter_model.bin").write_bytes(content)
-        with pytest.raises(ValueError, match=r"adapter_model\.bin is corrupted, or holds other things than tensors"):
+        with pytest.raises(ValueError, match=r"adapter_model\.bin is corrupted, or holds more than tensors"):
             AdapterFile.open(directory, allow_pickle=True)
     torch.save([torch.ones(1)], directory / "adapter_model.bin")
     with pytest.raises(ValueError, match="holds a list, want a dict of tensors"):
@@ -87,7 +89,7 @@ def test_a_pickle_that_runs_code_is_refused(directory: Path):
     assert not (directory / "ran").exists()
 
 
-def test_a_pickle_of_other_tensors_is_refused(directory: Path):
+def test_a_pickle_of_unsuitable_content_is_refused(directory: Path):
     (directory / "adapter_model.safetensors").unlink()
     contents = {
         "a dict with an entry int: Tensor": {1: torch.ones(1)},
@@ -104,8 +106,8 @@ def test_a_pickle_of_other_tensors_is_refused(directory: Path):
             AdapterFile.open(directory, allow_pickle=True)
 
 
-def test_tensors_stay_those_that_were_opened(directory: Path):
-    """Also when others take their place; what was given back is not read from another file."""
+def test_a_replaced_file_does_not_change_the_tensors(directory: Path):
+    """After release() the new file is refused, not read."""
     expected = load_file(directory / "adapter_model.safetensors")
     file = AdapterFile.open(directory)
     change_tensors(directory, lambda tensors: {key: tensor + 1 for key, tensor in tensors.items()})
@@ -148,7 +150,7 @@ def test_corrupted_tensors(directory: Path, change: str):
 # --- what the keys mean -----------------------------------------------------------------------------------------------
 
 
-def test_every_layer_type_is_told_from_the_keys(directory: Path):
+def test_the_keys_tell_every_layer_type(directory: Path):
     contents = read_contents(AdapterFile.open(directory))
     kinds = sorted((update.path, update.kind) for update in contents.updates)
     assert kinds == [
@@ -183,7 +185,7 @@ def test_biases_tokens_and_copies_of_the_base(tmp_path: Path):
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_ranks_and_scalings_are_those_of_peft(tmp_path: Path, use_rslora: bool):
+def test_ranks_and_scalings_equal_those_of_peft(tmp_path: Path, use_rslora: bool):
     adapted = peft_adapter(
         llama(),
         tmp_path,
@@ -199,7 +201,7 @@ def test_ranks_and_scalings_are_those_of_peft(tmp_path: Path, use_rslora: bool):
         assert (update.r, update.scaling) == (layer.r["default"], layer.scaling["default"]), update.path
 
 
-def test_what_is_wrong_with_the_keys_is_listed(directory: Path):
+def test_all_problems_with_the_keys_are_listed(directory: Path):
     prefix = "base_model.model."
 
     def change(tensors):
@@ -232,7 +234,7 @@ def test_what_is_wrong_with_the_keys_is_listed(directory: Path):
         ({"r": "2"}, "r is '2' of type str"),
     ],
 )
-def test_configs_that_mean_something_else(directory: Path, values: dict, message: str):
+def test_unsupported_configs_are_refused(directory: Path, values: dict, message: str):
     change_config(directory, **values)
     with pytest.raises(ValueError, match=message):
         read_contents(AdapterFile.open(directory))
@@ -247,8 +249,8 @@ def test_conv1d_of_transformers(tmp_path: Path):
     assert kinds == {"transformer.wte": "embedding", "transformer.h.0.attn.c_attn": "linear"}
 
 
-def test_which_update_is_whose_is_told_by_shapes(tmp_path: Path):
-    """Whether there is one way, or another one, without trying the ways: twelve of one shape have 479,001,600."""
+def test_shapes_assign_updates_to_parameters(tmp_path: Path):
+    """Tells whether the assignment is unique without trying all: twelve equal shapes have 479,001,600."""
     rng = random.Random(0)
     for number in (1, 2, 3, 4, 5, 12):
         sizes = [rng.choice([2, 3, 4]) for _ in range(number)] if number < 12 else [2] * number

@@ -1,3 +1,5 @@
+"""save_adapter and load_adapter: exchange of files with PEFT, failures while writing, bad files."""
+
 from __future__ import annotations
 
 import copy
@@ -23,7 +25,7 @@ pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
 
 ALIVE = {"r": 2, "lora_alpha": 64, "init_lora_weights": False}
 
-# Family and config; "dense" in Roberta's classifier is inside a module to save.
+# Family and config. "dense" in Roberta's classifier lies inside a module to save.
 ADAPTERS = [
     ("bert", {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}),
     ("bert", {"target_modules": ["query", "dense"], "modules_to_save": ["classifier"], "use_rslora": True}),
@@ -48,7 +50,7 @@ def inputs_for(family: str) -> torch.Tensor:
 
 
 def shake(model: nn.Module) -> None:
-    """Moves every trainable parameter, and the statistics of norms, away from where they started."""
+    """Changes every trainable parameter and the statistics of norms."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -59,7 +61,7 @@ def shake(model: nn.Module) -> None:
 
 
 def adapter_of_net(directory: Path, **settings) -> Path:
-    """A directory with an adapter of ``Net``."""
+    """Saves an adapter of ``Net`` to ``directory``, and returns it."""
     config = LoraConfig(**{"target_modules": ["up"], "modules_to_save": ["head"]} | ALIVE | settings)
     save_adapter(inject(Net(), config), directory)
     return directory
@@ -80,7 +82,7 @@ def test_peft_loads_what_we_save(family, settings, tmp_path):
     expected = output(ours, inputs)
     assert (expected - output(base, inputs)).abs().max() > 1e-2
     torch.testing.assert_close(output(theirs, inputs), expected)
-    # PEFT adds the base weight of an adapted output head, which is the base's.
+    # PEFT also saves the base weight of an adapted output head.
     keys = {key for key in peft.get_peft_model_state_dict(theirs) if ".base_layer." not in key}
     assert keys == load_file(tmp_path / "adapter_model.safetensors").keys()
 
@@ -132,7 +134,7 @@ def test_trains_as_peft_does(tmp_path):
     )
 
 
-def test_tied_modules_to_save_go_through_peft(tmp_path):
+def test_tied_modules_to_save_round_trip_through_peft(tmp_path):
     base, ids = llama(tied=True).double().eval(), token_ids()
     settings = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}
     ours = inject(copy.deepcopy(base), LoraConfig(**settings, **ALIVE))
@@ -159,7 +161,7 @@ def test_a_base_layer_in_the_file_is_loaded_as_peft_does(tmp_path):
     torch.testing.assert_close(output(load_adapter(base, tmp_path), ids), output(theirs, ids))
 
 
-# --- what loading and saving do ---------------------------------------------------------------------------------------
+# --- effects of loading and saving ------------------------------------------------------------------------------------
 
 
 def test_requires_grad_after_loading(tmp_path):
@@ -194,7 +196,7 @@ def test_values_are_cast_to_the_adapter(tmp_path):
         assert tensor.dtype == torch.float32, path
 
 
-def test_metadata_of_a_peft_file_is_written_back(tmp_path):
+def test_config_of_a_peft_file_round_trips(tmp_path):
     theirs = peft.get_peft_model(Net(), peft.LoraConfig(target_modules=["up"], revision="v2"))
     theirs.save_pretrained(tmp_path / "theirs")
     save_adapter(load_adapter(Net(), tmp_path / "theirs"), tmp_path / "ours")
@@ -213,12 +215,12 @@ def test_patterns_keep_their_order(tmp_path):
         assert ours[1].adapters.default.scaling == other[1].adapters.default.scaling
 
 
-def test_all_linear_is_saved_as_the_layers_it_meant(tmp_path):
+def test_all_linear_is_saved_as_the_matched_layers(tmp_path):
     model = nn.TransformerEncoderLayer(8, 2, 12)
     inject(model, LoraConfig(target_modules="all-linear"))
     save_adapter(model, tmp_path)
-    meant = ["self_attn.out_proj", "linear1", "linear2"]
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == meant
+    matched = ["self_attn.out_proj", "linear1", "linear2"]
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == matched
     load_adapter(nn.TransformerEncoderLayer(8, 2, 12), tmp_path)
 
 
@@ -242,7 +244,7 @@ def test_saving_replaces_the_adapter_and_nothing_else(tmp_path):
 # --- failures while writing -------------------------------------------------------------------------------------------
 
 
-def test_saving_what_is_not_injected(tmp_path):
+def test_saving_a_bare_model_is_refused(tmp_path):
     model = Net()
     with refused(model, ValueError, "Net is not injected; call lora_ext.inject on it"):
         save_adapter(model, tmp_path / "new")
@@ -295,7 +297,7 @@ def test_an_interrupt_while_replacing_waits_for_the_new_pair(move, tmp_path, mon
     assert load_adapter(Net(), tmp_path).blocks[0].up.adapters["default"].lora_alpha == 5
 
 
-def test_what_cannot_be_removed_afterwards_is_told(tmp_path, monkeypatch):
+def test_a_staging_directory_that_cannot_be_removed_gives_a_warning(tmp_path, monkeypatch):
     adapter_of_net(tmp_path)
     with monkeypatch.context() as patch, pytest.warns(UserWarning, match=r"all is saved, but .*\.lora_ext-saving"):
         patch.setattr(shutil, "rmtree", mock.Mock(side_effect=OSError(16, "Device or resource busy")))
@@ -305,7 +307,7 @@ def test_what_cannot_be_removed_afterwards_is_told(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
-def test_a_name_in_the_way(tmp_path):
+def test_directories_and_files_in_the_way_are_reported(tmp_path):
     (tmp_path / "adapter_config.json").mkdir()
     (tmp_path / "mine").write_text("mine")
     with pytest.raises(OSError, match=r"cannot write there \(Is a directory: .*adapter_config\.json\)"):
@@ -318,16 +320,16 @@ def test_a_name_in_the_way(tmp_path):
     assert sorted(os.listdir(tmp_path)) == [".lora_ext-saving", "mine"]
 
 
-def test_an_error_leaves_no_directory_that_was_made(tmp_path):
+def test_an_error_removes_created_directories(tmp_path):
     model = inject(Net(), LoraConfig(target_modules=["up"], modules_to_save=["head"]))
     model.head.adapters["default"].bias.data = model.head.adapters["default"].bias.data.to(torch.complex128)
-    with refused(model, ValueError, "torch.complex128, which no safetensors file holds"):
+    with refused(model, ValueError, "torch.complex128, which the safetensors format lacks"):
         save_adapter(model, tmp_path / "a" / "b")
     assert not list(tmp_path.iterdir())
 
 
 def test_links_of_the_user_are_followed_or_replaced(tmp_path, monkeypatch):
-    """A directory by way of a link, a relative path, and files that are links, as in a cache of the hub."""
+    """Covers a linked directory, a relative path, and linked files as in the hub's cache."""
     adapter_of_net(tmp_path / "blobs")
     kept = {path.name: path.read_bytes() for path in (tmp_path / "blobs").iterdir()}
     (tmp_path / "real").mkdir()
@@ -353,7 +355,7 @@ def model(request) -> Net:
 
 
 def damage(directory: Path, **tensors: torch.Tensor | None) -> None:
-    """Replaces or removes tensors of the file; keys without their prefix, ``__`` for a dot."""
+    """Replaces or removes (None) tensors of the file; keys have no prefix, and ``__`` for a dot."""
     path = directory / "adapter_model.safetensors"
     content = load_file(path)
     for key, tensor in tensors.items():
@@ -425,7 +427,7 @@ def test_missing_files(model, tmp_path):
         ('{"peft_type": "LORA", "target_modules": ["up"], "r": "8"}', "r is '8' of type str"),
     ],
 )
-def test_foreign_config(model, text, message, tmp_path):
+def test_bad_and_foreign_configs(model, text, message, tmp_path):
     adapter_of_net(tmp_path)
     (tmp_path / "adapter_config.json").write_text(text)
     with refused(model, ValueError, f"{tmp_path}/adapter_config.json", message):
@@ -442,13 +444,13 @@ def test_foreign_config(model, text, message, tmp_path):
         ({"modules_to_save": None}, "missing key: base_model.model.head.weight"),
     ],
 )
-def test_an_injected_model_of_another_kind(other, message, tmp_path):
+def test_an_injected_model_with_another_config(other, message, tmp_path):
     net = inject(Net(), LoraConfig(target_modules=["up"], modules_to_save=["head"], **ALIVE))
     with refused(net, ValueError, message):
         load_adapter(net, adapter_of_net(tmp_path, **other))
 
 
-def test_a_model_the_adapter_is_not_for(tmp_path):
+def test_an_adapter_of_another_model_is_refused(tmp_path):
     adapter_of_net(tmp_path, modules_to_save=None)
     model = bert()
     with refused(model, ValueError, "target_modules ['up'] matches no module of BertForSequenceClassification"):
@@ -475,7 +477,7 @@ def test_a_directory_can_be_copied_and_named_by_a_string(tmp_path):
     assert len(list(lora_modules(load_adapter(Net(), str(tmp_path / "copy"))))) == 2
 
 
-def test_files_are_as_readable_as_any_other_of_the_user(tmp_path):
+def test_files_have_the_permissions_of_the_umask(tmp_path):
     before = os.umask(0o022)
     try:
         save_adapter(inject(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"])), tmp_path)

@@ -1,4 +1,4 @@
-"""Saves that are killed, meet a full disk, or come together: whoever reads finds the old adapter or the new one."""
+"""Killed, failing and concurrent saves: a reader always finds the whole old adapter or the whole new one."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("what", CASES)
-def test_a_save_is_whole_at_each_call(what, tmp_path):
-    told = run_script("save_killed", tmp_path, what, *CASES[what])
-    for case, kinds in told.items():
+def test_a_save_is_whole_when_stopped_at_any_call(what, tmp_path):
+    outcomes = run_script("save_killed", tmp_path, what, *CASES[what])
+    for case, kinds in outcomes.items():
         before, lacks = case.split(",")
         first = "" if before == "nothing" else "old"
         gap = {""} if lacks == "symbolic links" else set()
@@ -50,7 +50,7 @@ def test_a_save_is_whole_at_each_call(what, tmp_path):
 
 
 def alpha_of(directory: Path) -> int:
-    """The ``alpha`` of :func:`~faults.saving.adapted`, which the config and every number of the weights agree on."""
+    """Returns the ``alpha`` of :func:`~faults.saving.adapted`; checks that the config and all weights have it."""
     model = load_adapter(nn.Sequential(nn.Linear(64, 64)), directory)
     adapter = model[0].adapters["default"]
     for parameter in adapter.parameters():
@@ -58,8 +58,8 @@ def alpha_of(directory: Path) -> int:
     return adapter.lora_alpha
 
 
-def test_savers_at_once_give_one_of_theirs_and_readers_meanwhile_too(tmp_path):
-    """Two processes with two threads each; some are stopped for a while, so that others meet them half done."""
+def test_concurrent_savers_and_readers_see_whole_adapters(tmp_path):
+    """Two processes with two threads each; some are paused, so that others meet half-done saves."""
     directory = tmp_path / "saved"
     processes = [
         subprocess.Popen(
@@ -95,7 +95,7 @@ def test_savers_at_once_give_one_of_theirs_and_readers_meanwhile_too(tmp_path):
     assert sorted(os.listdir(directory)) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
-def test_what_a_living_saver_has_written_is_not_cleaned(tmp_path):
+def test_a_save_waits_for_a_running_one(tmp_path):
     inside, go_on = threading.Event(), threading.Event()
 
     def slowly() -> None:

@@ -1,4 +1,4 @@
-"""JSON that somebody else wrote: what is refused, in what words, and at what cost."""
+"""Untrusted JSON: what is refused, the messages, and the cost."""
 
 from __future__ import annotations
 
@@ -53,22 +53,22 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("text", "message"), WRONG.items(), ids=range(len(WRONG)))
-def test_anything_else_is_refused_in_one_line(text, message, tmp_path):
+def test_bad_json_is_refused_in_one_line(text, message, tmp_path):
     path = tmp_path / "x.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError) as caught:
         read_json_object(path, "test", 10**7)
-    told = str(caught.value)
-    assert told.startswith(f"test: {path} ")
-    assert message in told
-    assert "\n" not in told
-    assert len(told) < len(str(path)) + 300
+    text_of_error = str(caught.value)
+    assert text_of_error.startswith(f"test: {path} ")
+    assert message in text_of_error
+    assert "\n" not in text_of_error
+    assert len(text_of_error) < len(str(path)) + 300
     with pytest.raises(ValueError) as caught:
         parse_json_object(text, "some metadata")
     assert str(caught.value).startswith("some metadata ")
 
 
-def test_the_depth_that_is_allowed():
+def test_the_largest_allowed_depth():
     assert parse_json_object('{"a": ' + "[" * 63 + "]" * 63 + "}", "x")
 
 
@@ -90,8 +90,7 @@ def test_a_file_above_the_limit(tmp_path):
         read_json_object(tmp_path / "none", "test", 7)
 
 
-def test_only_regular_files_are_opened(tmp_path):
-    """None of these is waited for."""
+def test_only_regular_files_are_opened_and_none_is_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "socket"))
@@ -106,7 +105,7 @@ def test_only_regular_files_are_opened(tmp_path):
 
 
 def _cases(size: int) -> dict[str, str]:
-    """Objects of about ``size`` bytes that are costly to read."""
+    """Objects of about ``size`` bytes that are expensive to parse."""
     return {
         "lists": '{"a": [' + ",".join(["[]"] * (size // 3)) + "]}",
         "keys": "{" + ",".join(f'"{i:06}": 0' for i in range(size // 12)) + "}",
@@ -119,7 +118,7 @@ def _cases(size: int) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", _cases(100))
-def test_a_file_of_a_megabyte_costs_little(name):
+def test_a_file_of_a_megabyte_is_cheap(name):
     """Memory is bounded, and time grows with the size, not with its square."""
     seconds = []
     for size in (125_000, 1_000_000):

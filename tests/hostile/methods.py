@@ -22,7 +22,7 @@ def methods() -> dict[str, tuple[str, str]]:
     }
     found |= {
         "no file of tensors": (of("adapter-p", bottleneck_size=1), "but method.safetensors holds 0"),
-        "methods": ({"methods": [{"name": "bitfit", "options": {}}] * (MEGABYTE // 36)}, "want a list of some"),
+        "methods": ({"methods": [{"name": "bitfit", "options": {}}] * (MEGABYTE // 36)}, "want a list of at least one"),
         "one method of many": (of("+".join(["bitfit"] * (MEGABYTE // 8))), "want a name (one of full"),
         "a method twice": ({"methods": [{"name": "bitfit", "options": {}}] * 2}, "want each method once"),
         "options": (of("bitfit", **{f"n{i:06}": 1 for i in range(MEGABYTE // 14)}), "has no option 'n000000'"),

@@ -62,14 +62,14 @@ def weights() -> dict[str, tuple[bytes, str]]:
         "empty": (b"", "not a safetensors file"),
         "deep note": (with_note('{"a":' * (MEGABYTE // 6) + "1" + "}" * (MEGABYTE // 6)), "levels"),
         "list as note": (with_note([]), "holds a list"),
-        "note of others": (with_note({"blocks": [], "config": {}}), "they have no blocks, or not the config"),
+        "note of others": (with_note({"blocks": [], "config": {}}), "blocks or config are missing"),
         "blocks": (
             with_note({"blocks": {f"n{i}": [True] for i in range(MEGABYTE // 18)}, "config": CONFIG_NOTE}),
-            "it names 'n0', which is not there",
+            "the file has no tensor 'n0'",
         ),
         "parts of a block": (
             with_note({"blocks": {KEY: [True] * (MEGABYTE // 6)}, "config": CONFIG_NOTE}),
-            "has shape [0], not that of blocks",
+            "has shape [0], which does not divide into blocks",
         ),
         "numbers as parts": (with_note({"blocks": {KEY: [1, 2]}, "config": CONFIG_NOTE}), "want bools"),
         "text as parts": (with_note({"blocks": {KEY: "abc"}, "config": CONFIG_NOTE}), "want bools"),

@@ -1,4 +1,4 @@
-"""Every method on every architecture: what it trains, what it computes at first, its files, its removal."""
+"""Every method on every architecture: trained parameters, initial output, files, removal."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def method(name: str):
 
 
 def supported(name: str, family: str) -> bool:
-    return not ("bitfit" in name and family == "mistral")  # which has no biases
+    return not ("bitfit" in name and family == "mistral")  # Mistral has no biases
 
 
 PAIRS = [(name, family) for name in NAMES for family in CONFIGS if supported(name, family)]
@@ -106,7 +106,7 @@ def train_a_little(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(("name", "family"), PAIRS)
-def test_it_trains_as_many_parameters_as_the_formula_says(name, family):
+def test_the_number_of_trained_parameters_equals_the_formula(name, family):
     model = model_of(family)
     predicted = method(name).count(model)
     head = HEADS.get(family, 3 * D_MODEL)
@@ -118,7 +118,7 @@ def test_it_trains_as_many_parameters_as_the_formula_says(name, family):
 
 
 @pytest.mark.parametrize(("name", "family"), PAIRS)
-def test_what_is_trained_changes_the_output_and_nothing_else_is_trained(name, family):
+def test_training_changes_the_output_and_only_trained_parameters(name, family):
     model, ids = model_of(family), ids_with_padding()
     before, frozen = logits(model, ids), copy.deepcopy(model.state_dict())
     apply_method(model, method(name))
@@ -134,7 +134,7 @@ def test_what_is_trained_changes_the_output_and_nothing_else_is_trained(name, fa
 
 
 @pytest.mark.parametrize(("name", "family"), PAIRS)
-def test_files_restore_what_was_trained(name, family, tmp_path):
+def test_files_restore_trained_values(name, family, tmp_path):
     model, ids = model_of(family), ids_with_padding()
     apply_method(model, method(name))
     train_a_little(model)
@@ -144,7 +144,7 @@ def test_files_restore_what_was_trained(name, family, tmp_path):
     torch.testing.assert_close(logits(other, ids), logits(model, ids), rtol=0, atol=0)
     assert not any(parameter.requires_grad for parameter in other.parameters())
     assert method_of(other).name == name
-    # what comes back trains, and makes the same file
+    # the loaded model trains, and saves the same files
     third = load_method(model_of(family), tmp_path / "saved", trainable=True)
     assert trainable_parameter_counts(third) == trainable_parameter_counts(model)
     save_method(third, tmp_path / "again")
@@ -210,13 +210,13 @@ def test_values_are_replaced_in_place(name, tmp_path):
     load_method(model, tmp_path)
     torch.testing.assert_close(logits(model, ids), before, rtol=0, atol=0)
     assert [id(p) for p in model.parameters()] == parameters
-    train_a_little(model)  # it still can be
+    train_a_little(model)  # still works
     other = apply_method(model_of("bert"), new_method("adapter-l", bottleneck_size=7))
     with refused(other, ValueError, "but the model is adapted by [('adapter-l', {'bottleneck_size': 7"):
         load_method(other, tmp_path)
 
 
-def test_what_files_hold(tmp_path):
+def test_content_of_the_files(tmp_path):
     model = apply_method(model_of("bert"), method("lora+adapter-p"))
     save_method(model, tmp_path)
     content = json.loads((tmp_path / "method.json").read_text())
@@ -228,7 +228,7 @@ def test_what_files_hold(tmp_path):
         "adapter_config.json",
         "adapter_model.safetensors",
     }
-    # another method in the same place leaves nothing behind
+    # saving another method removes the old files
     save_method(apply_method(model_of("bert"), method("bitfit")), tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"method.json", "method.safetensors"}
 
@@ -293,7 +293,7 @@ def test_bad_models():
 
 
 @pytest.mark.parametrize("enabled", [(True, False, False), (True, False, True), (True, True, True)])
-def test_parts_of_a_packed_projection_count_and_come_back_from_the_file(enabled, tmp_path):
+def test_parts_of_a_packed_projection_are_counted_and_saved(enabled, tmp_path):
     lora = new_method("lora", r=2, target_modules=["c_attn"], enable_lora={"c_attn": enabled})
     model = model_of("gpt2")
     assert lora.count(model) == LAYERS * sum(enabled) * 2 * (D_MODEL + D_MODEL)
@@ -302,7 +302,7 @@ def test_parts_of_a_packed_projection_count_and_come_back_from_the_file(enabled,
     assert trained[0] == lora.count(model_of("gpt2")) + 3 * D_MODEL
     train_a_little(model)
     save_method(model, tmp_path)
-    # the method itself, not PEFT's view of it
+    # the method itself, not its form for PEFT
     again = read_method(tmp_path)
     assert again.config.enable_lora == lora.config.enable_lora
     assert again.count(model_of("gpt2")) == lora.count(model_of("gpt2"))
@@ -326,26 +326,26 @@ def test_an_adapter_that_was_merged_for_good_is_not_saved_or_loaded(tmp_path):
     load_method(remove_method(model), tmp_path)
 
 
-def test_an_adapter_added_beside_is_not_the_methods(tmp_path):
+def test_an_adapter_added_later_is_not_saved_with_the_method(tmp_path):
     model, ids = apply_method(model_of("bert"), method("lora+adapter-p")), ids_with_padding()
     train_a_little(model)
     expected = logits(model, ids)
-    inject(model, LoraConfig(r=3, target_modules=["query"]), "beside")
+    inject(model, LoraConfig(r=3, target_modules=["query"]), "later")
     save_method(model, tmp_path)
     torch.testing.assert_close(logits(load_method(model_of("bert"), tmp_path), ids), expected, rtol=0, atol=0)
 
 
-def test_methods_that_do_not_go_together():
+def test_conflicting_methods_are_refused():
     model = model_of("bert")
     with refused(model, ValueError, "adapter-l+adapter-p", "bert.encoder.layer.0.output.LayerNorm"):
         apply_method(model, new_method("adapter-l+adapter-p"))
     both = new_method("lora+adapter-p", r=2, target_modules=["query"], modules_to_save=["output.LayerNorm"])
     with refused(model, ValueError, "lora+adapter-p", "output.LayerNorm", "modules_to_save"):
-        apply_method(model, both)  # the copy that is trained would not have the bottleneck
+        apply_method(model, both)  # the trained copy would lack the bottleneck
 
 
 class Odd(nn.Module):
-    """Parameters that cannot be trained, and statistics that training changes."""
+    """Has integer parameters, which cannot be trained, and statistics that training changes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -364,7 +364,7 @@ def test_integers_are_not_trained(name):
     assert model.linear.weight.requires_grad and not model.codes.requires_grad
 
 
-def test_adapters_beside_quantised_weights():
+def test_adapters_in_a_model_with_quantised_weights():
     model = model_of("bert")
     for layer in model.bert.encoder.layer:
         codes = torch.ones(D_MODEL, D_MODEL, dtype=torch.int8)
@@ -376,7 +376,7 @@ def test_adapters_beside_quantised_weights():
         remove_method(model)
 
 
-def test_files_of_full_hold_the_statistics_of_batch_norms(tmp_path):
+def test_files_of_full_contain_batch_norm_statistics(tmp_path):
     torch.manual_seed(0)
     model, x = apply_method(Odd(), method("full")), torch.randn(9, 4)
     model(x)
@@ -395,7 +395,7 @@ def test_models_without_a_head_or_without_memory(tmp_path):
         load_method(model, tmp_path)
 
 
-def test_lora_is_what_inject_does():
+def test_lora_equals_inject():
     model, other = model_of("bert"), model_of("bert")
     torch.manual_seed(3)
     apply_method(model, new_method("lora", r=2, target_modules=["query", "value"]))

@@ -1,4 +1,4 @@
-"""Trained tokens and activations beside the input: against models that are given them by hand, and against PEFT."""
+"""Trained tokens and activations, compared with bare models that get them explicitly, and with PEFT."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NUM_PREFIX, NUM_INFIX = 2, 3
 
 
 def new_model(family: str, implementation: str = "sdpa", **options) -> PreTrainedModel:
-    """In float64, so that other orders of summation show no difference, without a head of its own."""
+    """A model without a new head, in float64, so that the order of summation makes no difference."""
     torch.manual_seed(0)
     config = copy.deepcopy(CONFIGS[family])
     config._attn_implementation = implementation
@@ -46,7 +46,7 @@ def new_model(family: str, implementation: str = "sdpa", **options) -> PreTraine
 def adapted(family: str, name: str, prefix_length: int, infix_length: int = 0, **options) -> PreTrainedModel:
     method = new_method(name, prefix_length=prefix_length, infix_length=infix_length)
     model = apply_method(new_model(family, **options), method)
-    with torch.no_grad():  # large enough that each of them matters
+    with torch.no_grad():  # large enough that all of them matter
         for path, parameter in model.named_parameters():
             if parameter.requires_grad:
                 assert "special_tokens" in path or "prefix_states" in path, path
@@ -69,10 +69,14 @@ def output_of(model: nn.Module, **inputs) -> Tensor:
     return output.logits if "logits" in output else output.last_hidden_state
 
 
-def by_hand(model: PreTrainedModel, ids: Tensor, special: Tensor, num_prefix: int) -> Tensor:
-    """What a bare model makes of one row without padding with ``special`` in it, special positions left out.
+def cache_of(output):
+    return output.cache if "cache" in output else output.past_key_values
 
-    In an encoder the special tokens stand behind the first token, here also in memory.
+
+def by_hand(model: PreTrainedModel, ids: Tensor, special: Tensor, num_prefix: int) -> Tensor:
+    """Runs a bare model on one unpadded row with ``special`` inserted; returns the output without special positions.
+
+    In an encoder the special tokens follow the first token, here also in memory.
     """
     front = 1 if "bert" in model.config.model_type else 0
     tokens = model.get_input_embeddings()(ids)
@@ -80,14 +84,14 @@ def by_hand(model: PreTrainedModel, ids: Tensor, special: Tensor, num_prefix: in
     hidden = output_of(model, inputs_embeds=torch.cat(parts)[None])[0]
     text = torch.cat([hidden[:front], hidden[front + num_prefix : len(ids) + num_prefix]])
     if front == 0 and len(special) > num_prefix:
-        text = torch.cat([text[:-1], hidden[-1:]])  # the last token answers from behind the infix
+        text = torch.cat([text[:-1], hidden[-1:]])  # the last token's output comes from the end of the infix
     return text
 
 
 @pytest.mark.parametrize("lengths", [(NUM_PREFIX, 0), (0, NUM_INFIX), (NUM_PREFIX, NUM_INFIX)])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", EVERY)
-def test_embeddings_beside_the_input(family, side, lengths):
+def test_embeddings_equal_those_inserted_by_hand(family, side, lengths):
     model, bare = adapted(family, "prefix-embed", *lengths), new_model(family)
     ids, mask = padded(side)
     special = base_model(model).special_tokens.weight
@@ -99,7 +103,7 @@ def test_embeddings_beside_the_input(family, side, lengths):
 
 
 @pytest.mark.parametrize("family", EVERY)
-def test_embeddings_however_the_input_comes(family):
+def test_embeddings_with_all_forms_of_input(family):
     model = adapted(family, "prefix-embed", NUM_PREFIX, NUM_INFIX)
     ids = token_ids(2, 6).clamp_min(2)
     expected = output_of(model, input_ids=ids, attention_mask=torch.ones_like(ids))
@@ -136,7 +140,7 @@ def test_embeddings_and_token_types(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_peft_prompt_tuning_is_the_prefix(family):
+def test_peft_prompt_tuning_equals_the_prefix(family):
     model = adapted(family, "prefix-embed", NUM_PREFIX)
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=NUM_PREFIX)
     theirs = peft.get_peft_model(new_model(family), config).eval()
@@ -157,11 +161,10 @@ GENERATING = [
 
 @pytest.mark.parametrize(("name", "num_prefix", "num_infix"), GENERATING)
 @pytest.mark.parametrize("family", LANGUAGE_MODELS)
-def test_generation_with_a_cache_is_that_without(family, name, num_prefix, num_infix):
-    """Token by token, and with ``generate``; each token against the model called on one unpadded row.
+def test_generation_with_a_cache_equals_that_without(family, name, num_prefix, num_infix):
+    """With an infix the results differ: a cache holds it between prompt and answer, without a cache it follows both.
 
-    Behind an infix a cache holds the infix between prompt and answer, while without a cache it is behind both: there
-    the cached run is compared with a bare model that is given the tokens in that order.
+    Then the cached run is compared with a bare model that gets the tokens in that order.
     """
     model, (ids, mask) = adapted(family, name, num_prefix, num_infix), padded("left")
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
@@ -179,41 +182,39 @@ def test_generation_with_a_cache_is_that_without(family, name, num_prefix, num_i
         embed = bare.get_input_embeddings()
         parts = [special[:num_prefix], embed(row[real]), special[num_prefix:], embed(sequence[7:-1])]
         expected = output_of(bare, inputs_embeds=torch.cat(parts)[None])[0, -5:]
-        torch.testing.assert_close(expected.float(), logits)  # generate's are float32
+        torch.testing.assert_close(expected.float(), logits)  # generate returns float32
 
 
 @pytest.mark.parametrize(
     ("family", "name", "num_prefix", "num_infix"),
-    [("gpt2", *each) for each in GENERATING[:-1]] + [("llama", *each) for each in GENERATING],
-)  # GPT-2 itself takes padding for tokens where it is given no positions, and prefix-layer leaves that to it
+    [("gpt2", *case) for case in GENERATING[:-1]] + [("llama", *case) for case in GENERATING],
+)  # without positions GPT-2 counts padding as tokens, and prefix-layer does not change that
 def test_continuing_from_a_cache_without_positions(family, name, num_prefix, num_infix):
     model, (ids, mask) = adapted(family, name, num_prefix, num_infix), padded("left")
     more = token_ids(3, 2).clamp_min(2)
     longer = torch.cat([mask, torch.ones_like(more)], 1)
     with torch.no_grad():
         first = model(input_ids=ids, attention_mask=mask, use_cache=True)
-        cache = first.cache if "cache" in first else first.past_key_values
-        second = model(input_ids=more, attention_mask=longer, past_key_values=cache).logits
+        second = model(input_ids=more, attention_mask=longer, past_key_values=cache_of(first)).logits
         alone = []
         for row, real, rest in zip(ids, mask.bool(), more, strict=True):
             first = model(input_ids=row[real][None], use_cache=True)
-            cache = first.cache if "cache" in first else first.past_key_values
-            alone.append(model(input_ids=rest[None], past_key_values=cache).logits[0])
+            alone.append(model(input_ids=rest[None], past_key_values=cache_of(first)).logits[0])
     torch.testing.assert_close(second, torch.stack(alone))
 
 
 def with_activations(model: PreTrainedModel, ids: Tensor, states: list[Tensor]) -> Tensor:
-    """What a bare model makes of one row without padding behind tokens that have ``states`` before each layer."""
+    """Runs a bare model on one unpadded row after tokens whose input to every layer is given by ``states``."""
     number = len(states[0])
     embeds = nn.functional.pad(model.get_input_embeddings()(ids), (0, 0, number, 0))
     architecture, family = architecture_of(model, "test"), model.config.model_type
     first = 2 if family == "roberta" else 0
     positions = torch.cat([torch.arange(number), torch.arange(len(ids)) + (number if architecture.rotary else 0)])
     handles = []
-    for (_, layer), own in zip(layers_of(model, architecture), states, strict=True):
+    for (_, layer), prefix in zip(layers_of(model, architecture), states, strict=True):
 
-        def replace(module, args, own=own):
-            return (torch.cat([own[None], args[0][:, number:]], 1), *args[1:])
+        def replace(module, args, prefix=prefix):
+            return (torch.cat([prefix[None], args[0][:, number:]], 1), *args[1:])
 
         handles.append(layer.register_forward_pre_hook(replace))
     try:
@@ -230,7 +231,7 @@ def states_of(model: PreTrainedModel) -> list[Tensor]:
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("side", ["left", "right", "none"])
 @pytest.mark.parametrize("family", EVERY)
-def test_activations_beside_the_input(family, side, implementation):
+def test_activations_equal_those_inserted_by_hand(family, side, implementation):
     model = adapted(family, "prefix-layer", NUM_PREFIX, implementation=implementation)
     bare = new_model(family, implementation)
     ids, mask = padded(side) if side != "none" else (token_ids(2, 7).clamp_min(2), torch.ones(2, 7).long())
@@ -243,7 +244,7 @@ def test_activations_beside_the_input(family, side, implementation):
         torch.testing.assert_close(output_of(model, input_ids=ids), outputs)
 
 
-def test_activations_go_through_adapted_projections():
+def test_activations_use_adapted_projections():
     method = new_method("lora+prefix-layer", prefix_length=NUM_PREFIX, r=2, target_modules="all-linear")
     model = apply_method(new_model("llama"), method)
     with torch.no_grad():
@@ -256,7 +257,7 @@ def test_activations_go_through_adapted_projections():
     torch.testing.assert_close(outputs[0], with_activations(merge_and_unload(model), ids[0], states))
 
 
-def test_an_encoder_has_prefix_and_infix_in_one():
+def test_prefix_and_infix_are_the_same_in_an_encoder():
     model, other = (adapted("bert", "prefix-layer", *lengths) for lengths in ((1, 2), (3, 0)))
     other.load_state_dict(model.state_dict())
     ids = token_ids(2, 6)
@@ -268,7 +269,7 @@ def test_an_encoder_has_prefix_and_infix_in_one():
 
 @pytest.mark.parametrize("rope", [{}, {"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "yarn", "factor": 4.0}])
 def test_peft_prefix_tuning_has_the_same_keys_and_values(rope):
-    """Theirs are in a cache in front of the text, which therefore starts at the position behind them."""
+    """PEFT's are in a cache before the text, so the text's positions start after them."""
     if rope:
         rope = {"rope_parameters": {"rope_theta": 10000.0, "original_max_position_embeddings": 40, **rope}}
     model, bare = adapted("llama", "prefix-layer", NUM_PREFIX, **rope), new_model("llama", **rope)
@@ -297,7 +298,7 @@ def test_a_static_cache_holds_no_prefix():
     torch.testing.assert_close(torch.cat([first, more], 1), expected)
 
 
-def test_implementations_of_attention_that_activations_do_not_go_with():
+def test_unsupported_attention_implementations_are_refused():
     model = new_model("llama")
     model.config._attn_implementation = "flash_attention_2"
     with refused(model, ValueError, "'flash_attention_2'", "sdpa, eager", "set_attn_implementation"):
@@ -312,7 +313,7 @@ def test_implementations_of_attention_that_activations_do_not_go_with():
         model.model.layers[0].self_attn(hidden_states=torch.zeros(1, 2, D_MODEL))
 
 
-def test_what_embeddings_cannot_be_put_beside():
+def test_unsupported_inputs_with_embeddings_are_refused():
     model = adapted("gpt2", "prefix-embed", NUM_PREFIX, NUM_INFIX)
     ids = token_ids(1, 36)
     with refused(model, ValueError, "36 tokens and 5 special ones", "GPT2Model has 40 positions", "shorten", "to 35"):
@@ -328,8 +329,7 @@ def test_what_embeddings_cannot_be_put_beside():
     with refused(model, ValueError, "specify either"):
         model.transformer()
     with torch.no_grad():
-        cache = model(ids[:, :33], use_cache=True)
-        cache = cache.cache if "cache" in cache else cache.past_key_values
+        cache = cache_of(model(ids[:, :33], use_cache=True))
         model(ids[:, :2], past_key_values=cache)
     with refused(model, ValueError, "36 tokens and 5 special ones"):
         model(ids[:, :1], past_key_values=cache)
@@ -355,13 +355,13 @@ def test_bad_options_of_prefixes(name):
         apply_method(decoder, new_method(name))
 
 
-def test_special_tokens_leave_room():
+def test_special_tokens_must_leave_room_for_text():
     model = model_of("bert")
     with refused(model, ValueError, "40 special tokens leave no room", "40 positions"):
         apply_method(model, new_method("prefix-embed", prefix_length=40))
 
 
-def test_first_values_are_tokens_but_no_special_ones():
+def test_initial_values_are_tokens_that_are_not_special():
     model = new_model("llama", pad_token_id=1, bos_token_id=2, eos_token_id=[3, 4])
     apply_method(model, new_method("prefix-embed", prefix_length=400))
     rows, table = base_model(model).special_tokens.weight, model.get_input_embeddings().weight
@@ -372,15 +372,15 @@ def test_first_values_are_tokens_but_no_special_ones():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["prefix-embed", "prefix-layer"])
-def test_parameters_stay_float32_beside_16_bit_models(name, dtype):
+def test_parameters_stay_float32_in_16_bit_models(name, dtype):
     for family in ("bert", "llama", "gpt2"):
         model = apply_method(model_of(family).to(dtype), new_method(name, prefix_length=2))
-        own = [p for path, p in model.named_parameters() if "special_tokens" in path or "prefix_states" in path]
-        assert own and all(p.dtype == torch.float32 for p in own)
+        new = [p for path, p in model.named_parameters() if "special_tokens" in path or "prefix_states" in path]
+        assert new and all(p.dtype == torch.float32 for p in new)
         output = model(token_ids(1, 5)).logits
         assert output.dtype == dtype
         output.sum().backward()
-        assert all(p.grad.abs().sum() > 0 for p in own)
+        assert all(p.grad.abs().sum() > 0 for p in new)
 
 
 @pytest.mark.parametrize("name", ["prefix-embed", "prefix-layer"])

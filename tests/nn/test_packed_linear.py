@@ -316,11 +316,14 @@ KEY = "base_model.model.qkv.lora_B.weight"
     ("damage", "text"),
     [
         (lambda tensors, note: tensors[KEY].fill_(1.0), "there are numbers outside of the blocks [True, False, True]"),
-        (lambda tensors, note: note["blocks"].update({KEY: [True] * 5}), "has shape [12, 4], not that of blocks"),
+        (
+            lambda tensors, note: note["blocks"].update({KEY: [True] * 5}),
+            "has shape [12, 4], which does not divide into blocks",
+        ),
         (lambda tensors, note: note["blocks"].update({KEY: [False] * 3}), "want bools, at least one of them true"),
-        (lambda tensors, note: note["blocks"].update({KEY: 3}), "do not fit it"),
-        (lambda tensors, note: note["blocks"].update({"nothing": [True]}), "it names 'nothing', which is not there"),
-        (lambda tensors, note: note.pop("config"), "they have no blocks, or not the config"),
+        (lambda tensors, note: note["blocks"].update({KEY: 3}), "do not match it"),
+        (lambda tensors, note: note["blocks"].update({"nothing": [True]}), "the file has no tensor 'nothing'"),
+        (lambda tensors, note: note.pop("config"), "blocks or config are missing"),
     ],
 )
 def test_metadata_that_do_not_fit(damage, text, tmp_path):
@@ -332,7 +335,7 @@ def test_metadata_that_do_not_fit(damage, text, tmp_path):
     damage(tensors, note)
     save_file(tensors, path, metadata={"format": "pt", "lora_ext": json.dumps(note)})
     model = Fused()
-    with refused(model, ValueError, "load_adapter", "its metadata 'lora_ext' do not fit it", text):
+    with refused(model, ValueError, "load_adapter", "its metadata 'lora_ext' do not match it", text):
         load_adapter(model, tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Every refusal names the argument and the values, from the functions and the ops, and changes nothing."""
+"""Refusals by functions and ops: they name the argument and the values, and change nothing."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from lora_ext import functional
 SEED = torch.tensor(1)
 HERE = torch.get_default_device()
 
-# what to change in a good call -> exception, text
+# case -> (changes of a good call, exception, text)
 BAD_LINEAR = {
     "in_features": ({"x": torch.randn(3, 9)}, ValueError, "weight has in_features=24 but x has 9"),
     "no dimension": ({"x": torch.tensor(1.0)}, ValueError, "x has no dimension"),
@@ -61,7 +61,7 @@ def test_lora_linear_refuses(case, requires_grad):
 
 @pytest.mark.parametrize("case", [case for case in BAD_LINEAR if case != "device"])
 def test_the_compiled_op_refuses_by_itself(case):
-    """The last guard: nothing that Python lets through reaches a pointer."""
+    """The last guard: bad arguments that pass Python's checks must not reach a pointer."""
     change, _, _ = BAD_LINEAR[case]
     with pytest.raises(RuntimeError, match="lora_linear: ") as error:
         torch.ops.lora_ext.lora_linear(**(good_call() | change))
@@ -96,7 +96,7 @@ def test_lora_merge_refuses_and_changes_nothing(case):
     before = arguments["weight"].clone()
     with pytest.raises(exception, match=f"^lora_merge_: {text}"):
         functional.lora_merge_(**arguments)
-    if "scaling" not in change:  # the op's lora_B comes multiplied by it
+    if "scaling" not in change:  # the op's lora_B is already multiplied by it
         lists = [arguments["weight"]], [arguments["lora_A"]], [arguments["lora_B"]]
         for op, record in {"lora_merge_": (), "lora_merge_record_": (), "lora_unmerge_": ([], [])}.items():
             with pytest.raises(RuntimeError, match=rf"{op}: (weight|lora_[AB])s\[0\] "):

@@ -1,4 +1,4 @@
-"""functional.bottleneck: a bottleneck adapter on the kernels of LoRA's two products."""
+"""functional.bottleneck: a bottleneck adapter that uses the kernels of LoRA's two products."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def results(function: Callable, case: Case, activation: str = "relu") -> dict[st
 
 
 def away_from_the_kink(case: Case) -> Case:
-    """relu's gradient jumps at 0: no hidden feature may be so near that its sign depends on the rounding."""
+    """Zeroes tokens with a hidden feature near 0, where rounding could flip relu's gradient."""
     hidden = case.x.double() @ case.down_weight.double().T
     bias = 0.0 if case.down_bias is None else case.down_bias.double()
     near = (hidden + bias).abs().amin(-1) < 0.02
@@ -96,7 +96,7 @@ def test_values_and_gradients(shape, dtypes, own_residual):
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)], ids=str)
 def test_bias_gradients_of_many_tokens_in_another_dtype(dtypes):
-    """What is summed in pieces, not all of them of one size, is rounded at the end alone."""
+    """The sum is computed in pieces of different sizes, and rounded only at the end."""
     grad_y = (torch.randn(3000, 97) + 0.3).to(dtypes[0])
     exact, ours = grad_y.double().sum(0), bias_gradient(grad_y, dtypes[1])
     assert ours.dtype == dtypes[1]
@@ -170,11 +170,11 @@ def test_only_what_is_wanted_is_computed_and_kept(wanted, own_residual):
     torch.testing.assert_close(*grads)
     needs_x = case.x.requires_grad or case.down_weight.requires_grad
     assert (tuple(case.x.shape) in saved) == needs_x
-    assert own_residual or tuple(case.grad_y.shape) not in saved  # the residual is nobody's
+    assert own_residual or tuple(case.grad_y.shape) not in saved  # the residual is not kept
 
 
 def test_the_residual_may_be_wider_than_x():
-    """As under autocast: 16-bit x beside a float32 residual, which keeps its bits."""
+    """As under autocast: 16-bit x with a float32 residual, which keeps its bits."""
     case = random_case((33, 64, 64, 8), (torch.bfloat16, torch.float32))
     residual = torch.randn(33, 64)
     arguments = (case.x, case.down_weight, None, torch.zeros_like(case.up_weight), None, "relu", residual)
@@ -244,7 +244,7 @@ def test_autocast():
     with torch.autocast(HERE.type, dtype=torch.bfloat16):
         y = module(x)
     y.square().sum().backward()
-    torch.testing.assert_close(y, module.plain(x))  # narrow products in float32: they wait for memory anyway
+    torch.testing.assert_close(y, module.plain(x))  # narrow products run in float32: they are memory-bound
     assert y.dtype == x.grad.dtype == module.down.weight.grad.dtype == torch.float32
 
 
@@ -312,7 +312,7 @@ BAD = {
         )
         for name, sizes in {
             "down_weight": (4, 24),
-            "down_bias": (4,),  # PyTorch's own += takes it, and does nothing
+            "down_bias": (4,),  # PyTorch's += accepts it and does nothing
             "up_weight": (20, 4),
             "up_bias": (20,),
             "residual": (3, 20),

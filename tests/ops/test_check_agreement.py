@@ -1,5 +1,5 @@
-"""The checks in Python (of fake kernels) and the compiled ops' own say the same: for each bad call both refuse it, and
-for each good one they agree on the results' shapes and dtypes.
+"""The Python checks (of fake kernels) agree with the compiled ops': both refuse bad calls, and good calls give results
+of equal shapes and dtypes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ DTYPES = [torch.float64, torch.bfloat16, torch.float16, torch.int32, torch.uint8
 
 
 def other_tensors(tensor: Tensor) -> Iterator[tuple[str, Tensor | None]]:
-    """Values for an argument, right or wrong."""
+    """Yields right and wrong values for a tensor argument."""
     yield "None", None
     for dtype in DTYPES:
         yield str(dtype), tensor.to(dtype)
@@ -63,7 +63,7 @@ def on_meta(tensor: Tensor) -> Tensor:
 
 
 def outcome(op: str, call: dict) -> tuple[str, list]:
-    """The refusal, or "", and what is known of the results."""
+    """Returns the refusal, or "", and shapes and dtypes of the results."""
     try:
         results = op_named(op)(**call)
     except (RuntimeError, ValueError, TypeError) as error:
@@ -78,14 +78,14 @@ def test_both_refuse_or_agree(op):
         refusal, results = outcome(op, call)
         fake = {name: pytree.tree_map_only(Tensor, on_meta, value) for name, value in call.items()}
         fake_refusal, fake_results = outcome(op, fake)
-        if "out of memory" in refusal:  # which a fake kernel has no need of
+        if "out of memory" in refusal:  # a fake kernel needs no memory
             continue
-        if op == "lora_merge_record_" and not refusal:  # how long a record is, a meta tensor cannot tell
+        if op == "lora_merge_record_" and not refusal:  # a meta tensor cannot tell the length of a record
             accepted += 1
             continue
         assert bool(refusal) == bool(fake_refusal), f"{what}:\n{refusal or 'accepted'}\n{fake_refusal or 'accepted'}"
         assert results == fake_results, what
         for text in filter(None, (refusal, fake_refusal)):
-            assert f"{op}: " in text or f"lora_ext::{op}" in text, text  # the latter: PyTorch's own words
+            assert f"{op}: " in text or f"lora_ext::{op}" in text, text  # the latter: PyTorch's message
         refused, accepted = refused + bool(refusal), accepted + (not refusal)
     assert refused >= 10 and accepted > 1

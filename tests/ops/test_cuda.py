@@ -1,6 +1,6 @@
-"""What only a GPU can show: its arithmetic, streams, graphs, memory, and sizes beyond 32-bit indices.
+"""Tests that need a GPU: arithmetic, streams, graphs, memory, and sizes beyond 32-bit indices.
 
-``pytest --device cuda`` runs the tests of the ops there; these run wherever there is a GPU.
+``pytest --device cuda`` runs the other tests of the ops on the GPU; these run whenever there is one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BF16 = (torch.bfloat16, torch.bfloat16)
 
 @pytest.fixture(autouse=True)
 def on_gpu(gpu):
-    with gpu:  # tensors are made there
+    with gpu:  # new tensors are on the GPU
         yield
 
 
@@ -35,18 +35,18 @@ def seed_tensor() -> Tensor:
 
 
 def step(layer: Layer, dropout_p: float = 0.1, seed: Tensor | None = None) -> list[Tensor]:
-    """y and the gradients of x, lora_A and lora_B, without copying x: views stay views."""
+    """Returns y and the gradients of x, lora_A and lora_B. Does not copy x: views stay views."""
     leaves = [t.detach().requires_grad_() for t in (layer.x, layer.lora_A, layer.lora_B)]
     y = functional.lora_linear(leaves[0], layer.weight, layer.bias, *leaves[1:], layer.scaling, dropout_p, seed)
     return [y.detach(), *torch.autograd.grad(y, leaves, layer.grad_y)]
 
 
 def merge_without_record(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> None:
-    """The merge's one launch, without what asks the GPU whether the result is finite and what a record takes."""
+    """Launches only the merge, without reading from the GPU whether the result is finite or how long the record is."""
     torch.ops.lora_ext.lora_merge_([weight], [A.float()], [B.float() * scaling], None, [])
 
 
-# Shapes that fill several blocks of every kernel, and the buckets of rank; more in test_lora_linear.
+# Shapes that fill several blocks of every kernel and cover the rank buckets; more in test_lora_linear.
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_the_same_bits_every_run(shape, dtypes):
     first = step(layer, 0.1, seed_tensor())
     other = torch.randn(4096, 4096)
     for _ in range(5):
-        other = (other @ other).clamp(-1, 1)  # the GPU is busy in another way each time
+        other = (other @ other).clamp(-1, 1)  # different work on the GPU every time
         for again, before in zip(step(layer, 0.1, seed_tensor()), first, strict=True):
             assert torch.equal(again, before)
 
@@ -85,7 +85,7 @@ def test_the_mask_is_that_of_the_cpu(shape, dropout_p):
 @pytest.mark.parametrize("dtypes", [BF16, (torch.float32,) * 2, (torch.float16, torch.float32)], ids=str)
 @pytest.mark.parametrize("column", [1, 3, 8])
 def test_unaligned_views(column, dtypes):
-    """Rows that start anywhere: no 16-byte access may be assumed."""
+    """Rows start at any address: kernels must not assume 16-byte alignment."""
     whole = random_layer((150, 264, 200, 8), dtypes)
     view = random_layer((150, 133, 101, 8), dtypes)
     view.x, view.grad_y = whole.x[:, column : column + 133], whole.grad_y[:, column : column + 101]
@@ -121,7 +121,7 @@ def test_opcheck():
 
 
 def test_runs_on_the_current_stream():
-    """On any other stream it would read x before the sleeping stream has written it."""
+    """On another stream it would read x before the sleeping stream has written it."""
     layer, stale = random_layer((512, 256, 384, 16), BF16), random_layer((512, 256, 384, 16), BF16)
     expected = step(layer, 0.1, seed_tensor())
     x, grad_y, seed = stale.x.clone(), stale.grad_y.clone(), seed_tensor()
@@ -138,7 +138,7 @@ def test_runs_on_the_current_stream():
 
 
 def test_memory_freed_on_one_stream_is_not_read_from_another():
-    """Scratch memory goes back to the allocator while kernels run: the next owner, on the same stream, comes later."""
+    """Scratch memory returns to the allocator while kernels run; only the same stream may reuse it, later."""
     layers = [random_layer((700, 512, 640, 16), BF16) for _ in range(2)]
     expected = [step(layer, 0.1, seed_tensor()) for layer in layers]
     seed = seed_tensor()
@@ -155,11 +155,11 @@ def test_memory_freed_on_one_stream_is_not_read_from_another():
 
 
 def captured(function) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    """function() as a graph, and the tensors that its replay fills."""
+    """Captures function() as a graph; returns it and the tensors that its replay fills."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):  # libraries set themselves up outside the capture
+        for _ in range(3):  # libraries initialise outside the capture
             function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -177,7 +177,7 @@ def test_forward_and_backward_in_a_graph(shape, dtypes):
         other = random_layer(shape, dtypes)
         for name in ("x", "grad_y", "lora_A", "lora_B"):
             getattr(layer, name).copy_(getattr(other, name))
-        seed.fill_(SEED + replay)  # read on the device: every replay may have a mask of its own
+        seed.fill_(SEED + replay)  # read on the device: every replay may have another mask
         for output in outputs:
             output.fill_(float("nan"))
         graph.replay()
@@ -228,8 +228,8 @@ def test_tensors_on_another_gpu_than_the_current_one():
 
 
 def extra_bytes(function) -> int:
-    """Memory a call needs at its peak beyond what it returns."""
-    function()  # cuBLAS keeps a workspace of its own from the first call on
+    """Returns the peak memory of a call in addition to its results."""
+    function()  # cuBLAS allocates its workspace in the first call
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -272,7 +272,7 @@ def needs_memory(gigabytes: float) -> None:
 
 
 def test_more_elements_than_32_bits_count():
-    """x and its gradient pass 2**31 elements: the last rows equal those of a call on the last rows alone."""
+    """x and its gradient have over 2**31 elements: the last rows equal those of a call on these rows only."""
     needs_memory(24)
     num_tokens, in_features, tail = 2**19 + 33, 4160, 64
     layer = random_layer((1, in_features, 24, 8), BF16)
@@ -307,7 +307,7 @@ def test_a_merge_beyond_32_bits():
 
 
 def test_many_tokens_and_few_features():
-    """The grid's y and z take 65535 blocks at most: what grows with tokens must not stand there."""
+    """A grid has at most 65535 blocks in y and z, so they must not grow with the tokens."""
     layer = random_layer((2**21 + 7, 24, 17, 3), (torch.float32, torch.float32))
     result = forward_backward(functional.lora_linear, layer)
     expected = forward_backward(reference.lora_linear, layer)

@@ -51,7 +51,7 @@ def test_compile_fullgraph_dynamic(backend, dropout):
             grads = torch.autograd.grad(result.square().sum(), [x, twin[0].adapters.default.lora_A])
             torch.testing.assert_close(grads, wanted)
         else:
-            # Inductor draws from its own generator: the mask differs from eager's, but seeds must still name it.
+            # Inductor draws from its own generator: the mask differs from eager's, but a seed must still determine it.
             torch.manual_seed(1)
             first = compiled(x)
             torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""Few tokens: the weight is streamed by a product of our own (csrc/cpu/stream.inc), every other call goes to ATen's."""
+"""Few tokens: a product of lora_ext streams the weight (csrc/cpu/stream.inc); all other calls use ATen's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from support.layers import DTYPES, ISAS, assert_as_good_as_torch, random_layer, 
 
 from lora_ext import functional
 
-# Both sides of every width the kernels take tokens in, alone and in groups, and one token more than any streams.
+# Both sides of every width in which kernels process tokens, and one token more than is streamed.
 TOKENS = [1, 2, 3, 4, 5, 8, 9, 16, 17, 18, 24, 32, 33]
 
 
@@ -65,7 +65,7 @@ def test_no_features_at_all(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tokens_far_apart(dtype):
-    """As of a long batch's last positions: the third row begins beyond 2**31 bytes. Only what is read takes memory."""
+    """Strides as in a long batch: the third row begins beyond 2**31 bytes. Only rows that are read take memory."""
     layer = random_layer((3, 40, 24, 4), (dtype, dtype))
     distance = 2**31 // (2 * dtype.itemsize) + 8
     far = torch.empty(3 * distance, dtype=dtype).as_strided((3, 40), (distance, 1))
@@ -76,7 +76,7 @@ def test_tokens_far_apart(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_reads_nothing_behind_the_tensors(dtype):
-    """The last row's tail, and tokens that a kernel adds to fill its width, must not reach a result."""
+    """Memory after the last row, and tokens that pad a kernel's width, must not reach a result."""
     for num_tokens in (1, 3, 7, 19):
         for in_features in (1, 31, 33):
             buffer = torch.full((40 * in_features + 64,), float("nan"), dtype=dtype)

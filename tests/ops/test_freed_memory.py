@@ -1,4 +1,4 @@
-"""A tensor outlives its storage, which may be freed or cut: the compiled ops refuse it, whichever argument it is."""
+"""Tensors whose storage was freed or shrunk: the compiled ops refuse them in every argument."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from support.op_calls import HAVE_KERNELS, all_places, good_call, label, op_name
 PLACES = [place for place in all_places() if place[0] in HAVE_KERNELS]
 
 
-@pytest.mark.parametrize("left", [0, 1], ids=["freed", "cut"])
+@pytest.mark.parametrize("nbytes", [0, 1], ids=["freed", "cut"])
 @pytest.mark.parametrize(("op", "name", "i"), PLACES)
-def test_a_tensor_without_all_of_its_memory(op, name, i, left):
+def test_a_tensor_without_all_of_its_memory(op, name, i, nbytes):
     call = good_call(op)
     tensor = (call[name] if i is None else call[name][i]).detach().clone()
     if tensor.numel() == 0:
         pytest.skip("needs no memory")
-    tensor.untyped_storage().resize_(left)
+    tensor.untyped_storage().resize_(nbytes)
     kinds = rf"^{op}: {re.escape(label(name, i))} is \[[\d, ]*\], but its storage has been freed or made smaller"
     with pytest.raises(RuntimeError, match=kinds):
         op_named(op)(**with_entry(call, name, i, tensor))

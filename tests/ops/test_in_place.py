@@ -1,5 +1,5 @@
-"""Tensors that an op changes in place: what PyTorch's own in-place ops refuse is refused, and nothing has changed then;
-what they take is taken, and counted as they count it.
+"""Tensors that an op changes in place: it refuses the same ones as PyTorch's in-place ops, changing nothing, and counts
+changes as they do.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ MODES = {"grad": contextlib.nullcontext, "no_grad": torch.no_grad, "inference_mo
 
 
 def torch_takes(make: Callable[[], Tensor], mode: str, other_requires_grad: bool) -> bool:
-    """Whether PyTorch's own op changes such a tensor."""
+    """Whether PyTorch's op changes such a tensor."""
     tensor, other = make(), torch.randn(SHAPE, requires_grad=other_requires_grad)
     try:
         with MODES[mode]():
@@ -113,14 +113,14 @@ def test_lora_delta_takes_and_refuses_what_torch_does(kind, mode, requires_grad)
             assert torch.equal(y.detach(), before) and version(y) == counted and y.grad_fn is grad_fn
             continue
         torch.testing.assert_close(y.detach(), before + 0.5 * (layer.x @ A.T @ B.T).detach())
-        if run is functional.lora_delta_ or mode != "inference_mode":  # where the function counts what the op changes
+        if run is functional.lora_delta_ or mode != "inference_mode":  # where the function counts the op's change
             assert counted is None or version(y) == counted + 1
         if mode == "grad":
             assert y.requires_grad == (requires_grad or KINDS[kind]().requires_grad)
 
 
 def test_the_kinds_are_both():
-    """The cases above have both outcomes, refused and taken, in every mode that refuses anything."""
+    """In every mode that refuses anything, the cases above have both outcomes."""
     for mode, requires_grad in (("grad", False), ("grad", True), ("no_grad", False), ("inference_mode", True)):
         taken = [torch_takes(make, mode, requires_grad) for make in KINDS.values()]
         assert any(taken) and all(taken) == (mode == "inference_mode")
@@ -153,7 +153,7 @@ def test_a_change_that_the_op_refuses_is_not_counted():
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_saved_tensors_are_found_to_have_changed_in_every_mode(requires_grad):
-    """In inference mode too, where PyTorch skips autograd's own kernels."""
+    """Also in inference mode, where PyTorch skips autograd's kernels."""
     layer = random_layer((6, 24, 20, 4))
     for mode in MODES.values():
         y, factor = torch.randn(SHAPE), torch.randn(SHAPE, requires_grad=True)
@@ -170,7 +170,7 @@ MERGES = ("lora_merge_", "lora_unmerge_", MERGE_OP)
 
 
 def merge_call(op: str, make: Callable[[], Tensor]) -> dict:
-    """A call of the op on such a tensor, and another one."""
+    """Returns a call of the op on such a tensor and a plain one."""
     call = good_call(op)
     weights = [make(), torch.randn(5, 300)]
     factors = [(torch.randn(2, weight.shape[1]), torch.randn(weight.shape[0], 2)) for weight in weights]
@@ -214,7 +214,7 @@ def test_merging_functions_refuse_them(kind):
 
 
 def lazy_views(tensor: Tensor) -> Iterator[Tensor]:
-    """The same values, which PyTorch computes when they are read."""
+    """Yields tensors with the same values, which PyTorch computes on reading."""
     yield torch._neg_view(-tensor)
     if tensor.dtype == torch.float32:
         yield torch.complex(torch.zeros_like(tensor), -tensor).conj().imag

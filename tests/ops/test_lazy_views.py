@@ -1,5 +1,5 @@
-"""Arguments that PyTorch computes when they are read (negated views, conjugates' imaginary parts): what an op only
-reads may be one, and counts with the values that it has. What an op changes may not: test_in_place.py.
+"""Arguments that PyTorch computes on reading (negated views, imaginary parts of conjugates): ops accept them where they
+only read, with the right values. Arguments that an op changes: test_in_place.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lora_ext import functional
 
 
 def run(op: str, call: dict) -> list:
-    """The results, and the tensors that have changed."""
+    """Returns the results and the arguments, which may have changed."""
     call = {name: pytree.tree_map_only(Tensor, lambda t: t if t.is_neg() else t.clone(), v) for name, v in call.items()}
     results = pytree.tree_leaves(op_named(op)(**call))
     return [*results, *(tensor for _, _, tensor in tensors_of(call))]

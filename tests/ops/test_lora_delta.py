@@ -1,4 +1,4 @@
-"""lora_delta_: an adapter added in place to what a base layer of any kind returned."""
+"""lora_delta_: an adapter added in place to the output of any base layer."""
 
 from __future__ import annotations
 
@@ -87,11 +87,11 @@ def test_only_what_is_wanted_is_computed_and_kept(wanted, dropout_p):
     torch.testing.assert_close(*grads)
     shapes = [shape for shape, _ in saved]
     assert (tuple(layer.x.shape) in shapes) == layer.lora_A.requires_grad
-    assert tuple(layer.grad_y.shape) not in shapes  # y is nobody's
+    assert tuple(layer.grad_y.shape) not in shapes  # y is not kept
 
 
 def test_is_the_adapter_of_lora_linear():
-    """The same seed gives the same mask; beside a zero base product both are the adapter alone."""
+    """The same seed gives the same mask; with a zero base weight both are the adapter only."""
     layer = random_layer((33, 64, 48, 8), bias=False)
     layer.weight.zero_()
     whole = functional.lora_linear(*layer.args(), 0.3, SEED)
@@ -127,7 +127,7 @@ def test_dropout_draws_from_the_default_generator():
     assert torch.equal(ys[0], ys[1]) and not torch.equal(ys[0], ys[2])
 
 
-# --- beside base layers -----------------------------------------------------------------------------------------------
+# --- with base layers -------------------------------------------------------------------------------------------------
 
 
 class Adapted(nn.Module):

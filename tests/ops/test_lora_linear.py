@@ -1,4 +1,4 @@
-"""torch.ops.lora_ext.lora_linear and its backward: numbers, and what they must not compute or keep."""
+"""torch.ops.lora_ext.lora_linear and its backward: results, and that nothing unneeded is computed or kept."""
 
 import os
 import subprocess
@@ -47,8 +47,8 @@ def test_any_shape(shape, dtypes, dropout_p, seed):
 
 
 def test_memory_is_poisoned_yet_nothing_of_it_shows():
-    """Outputs and scratch memory are written before they are read, also after a larger call left rubbish behind."""
-    torch.use_deterministic_algorithms(True)  # fills fresh tensors with NaN
+    """Outputs and scratch memory are written before they are read, also after a larger call left garbage there."""
+    torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
     try:
         nan_layer = random_layer((64, 200, 300, 20))
         nan_layer.x.fill_(float("nan"))
@@ -164,7 +164,7 @@ def test_saves_x_xa_and_one_bit_per_element(frozen):
     saved = saved_bytes(lambda: functional.lora_linear(x, weight, bias, A, B, 0.5, 0.1, SEED))
     expected = [((64, 16), 64 * 16)]  # the mask: 128 bits a row
     if frozen != "A":
-        expected.append(((64, 128), x.nbytes))  # shared with x's producer
+        expected.append(((64, 128), x.nbytes))  # shared with the op that made x
     if frozen != "B":
         expected.append(((64, 4), 64 * 4 * 4))
     assert sorted(saved) == sorted(expected)
@@ -190,7 +190,7 @@ def test_frozen_weight_is_never_written_or_given_a_gradient():
 
 
 def test_float32_adapters_over_16_bits_keep_float32_gradients():
-    """A float32 master adapter must see gradients finer than bfloat16's rounding."""
+    """A float32 adapter must get gradients finer than bfloat16's rounding."""
     layer = random_layer((64, 96, 80, 4), (torch.bfloat16, torch.float32))
     exact = forward_backward(reference.lora_linear, layer.to(torch.float64))
     ours = forward_backward(functional.lora_linear, layer)
@@ -296,7 +296,7 @@ def test_concurrent_callers():
 
 
 def test_recovers_from_running_out_of_memory():
-    """A call that cannot get its scratch memory fails alone; the next one works."""
+    """A call that cannot allocate scratch memory fails; the next one works."""
     code = """if True:
         import resource, torch
         from lora_ext import functional, reference

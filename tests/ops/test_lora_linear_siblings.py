@@ -1,4 +1,4 @@
-"""torch.ops.lora_ext.lora_linear_siblings and its backward: layers that read one x, against themselves one by one."""
+"""torch.ops.lora_ext.lora_linear_siblings and its backward: layers that read one x, compared with single layers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lora_ext import functional, reference
 
 SEED = torch.tensor(0x1234_5678_9ABC_DEF0 >> 1)
 
-# (num_tokens, in_features) and each layer's (out_features, rank): one to eight layers, ranks that fill no vector alone
-# or together, no rows, one row, odd tails, and sizes that cross every block boundary of the kernels.
+# (num_tokens, in_features) and the layers' (out_features, rank): one to eight layers, ranks that fill no vector alone
+# or together, no rows, one row, odd tails, and sizes across every block boundary of the kernels.
 SIBLINGS = [
     ((0, 5), ((3, 2), (4, 1))),
     ((1, 1), ((1, 1), (1, 1))),
@@ -37,7 +37,7 @@ def one_by_one(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p=0.0, se
 
 
 def forward_backward(function: Callable, siblings: Siblings, dropout_p=0.0, seed=None) -> dict[str, Tensor]:
-    """The outputs and the gradients of x, lora_As and lora_Bs."""
+    """Returns the outputs and the gradients of x, lora_As and lora_Bs."""
     x, weights, biases, As, Bs, scalings = siblings.args()
     x, As, Bs = x.detach().clone().requires_grad_(), *([t.clone().requires_grad_() for t in ts] for ts in (As, Bs))
     ys = function(x, weights, biases, As, Bs, scalings, dropout_p, seed)
@@ -52,10 +52,10 @@ def forward_backward(function: Callable, siblings: Siblings, dropout_p=0.0, seed
 
 def assert_as_good_as_torch(siblings: list[Siblings], dropout_p: float = 0.0, seed: Tensor | None = None) -> None:
     results = []
-    for each in siblings:
-        ours = forward_backward(functional.lora_linear_siblings, each, dropout_p, seed)
-        exact = forward_backward(reference.lora_linear_siblings, each.to(torch.float64), dropout_p, seed)
-        plain = forward_backward(reference.lora_linear_siblings, each, dropout_p, seed)
+    for group in siblings:
+        ours = forward_backward(functional.lora_linear_siblings, group, dropout_p, seed)
+        exact = forward_backward(reference.lora_linear_siblings, group.to(torch.float64), dropout_p, seed)
+        plain = forward_backward(reference.lora_linear_siblings, group, dropout_p, seed)
         results.append((ours, exact, plain))
     assert_errors_as_plain(results, siblings[0].x.dtype, siblings[0].layers[0].lora_A.dtype)
 
@@ -66,7 +66,7 @@ def assert_as_good_as_torch(siblings: list[Siblings], dropout_p: float = 0.0, se
 def test_values_and_gradients(shape, dtypes, dropout_p):
     (num_tokens, in_features), sizes = shape
     smallest = min(min(max(num_tokens, 1), rank) * min(in_features, out_features) for out_features, rank in sizes)
-    copies = -(-300 // smallest)  # enough for each result to have a few hundred elements in all
+    copies = -(-300 // smallest)  # enough for a few hundred elements in every result
     assert_as_good_as_torch([random_siblings(shape, dtypes) for _ in range(copies)], dropout_p, SEED)
 
 
@@ -84,7 +84,7 @@ def test_any_shape_equals_the_layers_one_by_one(tokens, sizes, dtypes, dropout_p
 
 
 def assert_equals_one_by_one(siblings: Siblings, dropout_p: float, seed: Tensor) -> None:
-    """To the bit, but for grad_x: the sum over the layers is rounded fewer times than that of separate layers."""
+    """Requires equal bits, except in grad_x: its sum over the layers is rounded less often."""
     together = forward_backward(functional.lora_linear_siblings, siblings, dropout_p, seed)
     separate = forward_backward(one_by_one, siblings, dropout_p, seed)
     grad_x, separate_grad_x = together.pop("grad_x"), separate.pop("grad_x")
@@ -127,7 +127,7 @@ def test_gradcheck():
 
 
 def test_memory_is_poisoned_yet_nothing_of_it_shows():
-    torch.use_deterministic_algorithms(True)  # fills fresh tensors with NaN
+    torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
     try:
         poison = random_siblings(((64, 200), ((300, 20), (300, 20), (300, 20))))
         poison.x.fill_(float("nan"))
@@ -166,7 +166,7 @@ VIEWS = {
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_x_and_grad_ys_of_any_strides(view):
-    """One grad_y is contiguous: each sibling has strides of its own."""
+    """One grad_y is contiguous: siblings may have different strides."""
     x, first, second = (VIEWS[view](torch.randn(6, 30, 40)) for _ in range(3))
     sizes = ((first.shape[-1], 4), (second.shape[-1], 3), (7, 2))
     siblings = random_siblings(((0, x.shape[-1]), sizes), leading=tuple(x.shape[:-1]))
@@ -193,7 +193,7 @@ def test_noncontiguous_parameters():
 
 
 def test_q_k_v_may_be_rows_of_one_weight():
-    """Fused projections hold the layers' weights and biases below each other: views of one tensor."""
+    """Packed projections stack the layers' weights and biases: views of one tensor."""
     siblings = random_siblings(((40, 64), ((48, 8), (16, 8), (16, 8))))
     fused, bias = torch.cat([layer.weight for layer in siblings.layers]), torch.randn(80)
     expected = forward_backward(
@@ -210,13 +210,13 @@ def test_q_k_v_may_be_rows_of_one_weight():
     assert all(torch.equal(result[name], expected[name]) for name in expected)
 
 
-# --- what is wanted, and only that ------------------------------------------------------------------------------------
+# --- only what is needed ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)], ids=str)
 def test_unused_outputs(used, dtypes):
-    """A loss of some outputs has their layers' gradients, and None for the others' factors."""
+    """A loss of some outputs gives gradients for their layers, and None for the others' factors."""
     siblings = random_siblings(((40, 33), ((50, 5), (20, 3), (31, 8))), dtypes)
     x, weights, biases, As, Bs, scalings = siblings.args()
     x, As, Bs = x.requires_grad_(), *([t.requires_grad_() for t in ts] for ts in (As, Bs))
@@ -297,7 +297,7 @@ def test_saves_x_xa_and_the_mask_once(frozen):
     saved = saved_bytes(lambda: functional.lora_linear_siblings(x, weights, biases, As, Bs, scalings, 0.1, SEED))
     expected = [((64, 16), 64 * 16)]  # the mask: 128 bits a row
     if frozen != "A":
-        expected.append(((64, 128), x.nbytes))  # shared with x's producer
+        expected.append(((64, 128), x.nbytes))  # shared with the op that made x
     if frozen != "B":
         expected.append(((64, 16), 64 * 16 * 4))
     assert sorted(saved) == sorted(expected)

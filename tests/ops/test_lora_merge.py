@@ -1,4 +1,4 @@
-"""Merge and unmerge of weights, as ops: every bit defined, every bit restored."""
+"""Merge and unmerge of weights: every bit of the result is defined, and every bit is restored."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_is_the_correctly_rounded_sum_of_the_reference(shape, dtypes):
     exact = (layer.weight.double() + delta).to(dtypes[0])
     expected = reference.merge(layer.weight, layer.lora_A, layer.lora_B, 0.75)
     functional.lora_merge_(layer.weight, layer.lora_A, layer.lora_B, 0.75)
-    # The float32 sum may fall on the other side of a tie: at most one unit in the last place, and rarely for 16 bits.
+    # The float32 sum may fall on the other side of a tie: at most one unit in the last place, rarely for 16 bits.
     eps = torch.finfo(dtypes[0]).eps
     accumulation = 1e-13 if dtypes[0] == torch.float64 else 1e-5
     assert ((layer.weight.double() - exact.double()).abs() <= eps * exact.double().abs() + accumulation).all()
@@ -59,7 +59,7 @@ def test_merged_weight_gives_the_layer_output():
 
 # --- restoring --------------------------------------------------------------------------------------------------------
 
-SIZES = [1e-30, 1e-6, 0.005, 0.1, 1.0, 30.0, 1e3]  # of the update beside a weight of size 1
+SIZES = [1e-30, 1e-6, 0.005, 0.1, 1.0, 30.0, 1e3]  # of the update, relative to the weight
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -72,7 +72,7 @@ def test_every_bit_comes_back(dtype, size):
     assert functional.lora_unmerge_(weight, record) is weight
     assert same_bits(weight, before)
     extra = record.nbytes - record.lora_A.nbytes - record.lora_B.nbytes
-    assert extra <= weight.nbytes + 2 * 70 * 3  # never more than the weight, beside two bytes a segment
+    assert extra <= weight.nbytes + 2 * 70 * 3  # at most the weight's bytes and two bytes per segment
 
 
 @settings(max_examples=150, deadline=None)
@@ -105,7 +105,7 @@ def test_any_weight_any_update(dtype, rows, cols, rank, weight_exponent, update_
 @settings(max_examples=60, deadline=None)
 @given(dtype=st.sampled_from(FLOATING), seed=st.integers(0, 2**32))
 def test_any_bit_patterns(dtype, seed):
-    """Weights and factors of arbitrary bits: either refused and untouched, or restored."""
+    """Weights and factors of arbitrary bits are either refused and untouched, or restored."""
     torch.manual_seed(seed)
     integers = bits(torch.empty(0, dtype=dtype)).dtype
     patterns = torch.randint(-(2**63), 2**63 - 1, (4, 260)).to(integers)
@@ -301,7 +301,7 @@ def test_what_is_not_finite_is_refused_and_changes_nothing(change, reason, recor
         A[0, 299] = 1.0
     elif change == "factor of a zero":  # inf * 0 is NaN
         A[1, 7], B[:, 1] = float("inf"), 0.0
-    elif change == "row":  # its 300 columns, and no padding of theirs
+    elif change == "row":  # its 300 columns, not their padding
         B[4, 1] = float("inf")
     else:
         target = {"weight": weight, "factor": A}[change.split()[0]]
@@ -328,13 +328,13 @@ def test_the_largest_finite_results_are_not_refused():
 @pytest.mark.parametrize("record", [True, False])
 @pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
 def test_what_was_merged_before_a_refusal_is_restored(dtype, record):
-    """On the CPU the refusal comes when most rows are merged. Payloads of NaNs are bits like all others."""
+    """On the CPU the refusal comes after most rows are merged. NaN payloads are restored too."""
     weights = [hard_weight(*shape, dtype) for shape in [(40, 300), (170, 530), (9, 20)]]
     patterns = torch.randint(-(2**63), 2**63 - 1, weights[1][::7].shape).to(bits(weights[1]).dtype)
     weights[1][::7] = patterns.view(dtype)  # NaNs of all kinds, in rows of every thread
     factors = [pack_factors(dtype, [update_factors(weight, 5, 0.03)]) for weight in weights]
     As, Bs = [A for A, _ in factors], [B for _, B in factors]
-    # And factors that are NaN in several ways, whose products may have the bits of any of them.
+    # Factors with different NaNs: products may have the bits of any of them.
     not_numbers = torch.full((2,), -1, dtype=bits(Bs[1]).dtype).view(Bs[1].dtype)
     Bs[1][3, :2], As[1][4, 1], As[1][4, 2] = not_numbers, float("nan"), -float("inf")
     expected = (weights[1].to(As[1].dtype) + Bs[1] @ As[1]).to(dtype).isfinite().logical_not().sum()

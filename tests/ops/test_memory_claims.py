@@ -1,7 +1,7 @@
-"""What a layer holds for its backward and allocates on the way, by autograd's and the allocator's own records.
+"""Memory that a layer keeps for its backward and allocates, by the records of autograd and the allocator.
 
-The kernels' workspace is not a tensor's: it belongs to the thread, and its size follows from the layer's widths, its
-ranks and the number of threads. That it does not grow with the tokens is seen on the heap.
+The kernels' workspace is no tensor: it belongs to the thread, and depends on the layer's widths, ranks and the number
+of threads. The heap shows that it does not grow with the tokens.
 """
 
 import ctypes
@@ -34,11 +34,11 @@ def mask_bytes(tokens: int = TOKENS) -> int:
 
 
 def xa_bytes(rank: int, tokens: int = TOKENS) -> int:
-    return tokens * rank * 4  # float32 beside a 16-bit x, too
+    return tokens * rank * 4  # float32 also for a 16-bit x
 
 
 class Layer:
-    """A base layer, factors of its dtype, and x as another layer has computed and saved it."""
+    """A base layer, factors of its dtype, and an x that another layer has computed and saved."""
 
     def __init__(self, dtype: torch.dtype, count: int = 1, tokens: int = TOKENS) -> None:
         self.bases = [nn.Linear(IN, OUT, dtype=dtype).requires_grad_(False) for _ in range(count)]
@@ -47,7 +47,7 @@ class Layer:
         self.leaf = torch.randn(tokens, IN, dtype=dtype).requires_grad_()
 
     def x(self) -> torch.Tensor:
-        return self.leaf.tanh()  # whose backward reads its result: the x of the layer
+        return self.leaf.tanh()  # tanh's backward reads its result, which is the layer's x
 
     def exists(self) -> list[torch.Tensor]:
         return [self.leaf, *self.As, *self.Bs, *(p for base in self.bases for p in base.parameters())]
@@ -65,7 +65,7 @@ def test_a_layer_holds_x_once_the_mask_and_xa(dtype):
     held = memory.saved_storages(lambda: module(layer.x()), [*layer.exists(), *module.parameters()])
     x = TOKENS * IN * dtype.itemsize
     assert sorted(held.values()) == sorted([x, mask_bytes(), xa_bytes(RANK)])
-    # tanh holds that x without any adapter; it is the same memory.
+    # tanh keeps the same memory of x without an adapter.
     assert list(memory.saved_storages(layer.x, layer.exists()).values()) == [x]
 
 
@@ -90,7 +90,7 @@ def test_a_layer_holds_less_than_pefts(dtype):
         module = layer.make(name)
         found = memory.saved_storages(lambda m=module: m(layer.x()), [*layer.exists(), *module.parameters()])
         held[name] = sum(found.values())
-    assert held["peft"] > 2 * TOKENS * IN * dtype.itemsize  # x and dropout(x), so that the count sees what it should
+    assert held["peft"] > 2 * TOKENS * IN * dtype.itemsize  # x and dropout(x): the count works
     assert held[contestants.LORA_EXT] <= MOST_OF_PEFT * held["peft"]
 
 
@@ -98,8 +98,7 @@ def test_a_layer_holds_less_than_pefts(dtype):
 def test_a_model_holds_at_most_seven_tenths_of_pefts(dtype, factors):
     """Four layers of BERT-base's widths, adapters on all linear layers with dropout 0.1.
 
-    The model's own dropout is off: what it holds is the same beside any adapter, and more or less of it would move the
-    ratio either way.
+    The base model's dropout is off, as its memory does not depend on the adapter and would only shift the ratio.
     """
     pytest.importorskip("peft")
     copies = whole_models.adapted(whole_models.bert(dtype, dropout=0.0, vocabulary=100), RANK, DROPOUT, factors)
@@ -109,7 +108,7 @@ def test_a_model_holds_at_most_seven_tenths_of_pefts(dtype, factors):
 
 
 def split(sizes: list[int], expected: list[int]) -> list[int]:
-    """What was allocated beside the expected, each of which must be among it."""
+    """Removes the expected sizes, all of which must occur, from ``sizes``."""
     rest = [size for size in sizes if size > 0]
     for size in expected:
         assert size in rest, f"{size} is not among {sizes}"
@@ -119,7 +118,7 @@ def split(sizes: list[int], expected: list[int]) -> list[int]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_forward_and_backward_allocate_their_results_and_nothing_as_large(dtype):
-    """Beside them: the seed, and in bfloat16 scratch memory of the base product, which the frozen layer needs, too."""
+    """Also allowed: the seed, and in bfloat16 scratch memory of the base product, which a frozen layer needs too."""
     tokens = 4096
     layer = Layer(dtype, tokens=tokens)
     base, A, B = layer.bases[0], layer.As[0], layer.Bs[0]
@@ -136,7 +135,7 @@ def test_forward_and_backward_allocate_their_results_and_nothing_as_large(dtype)
 
 
 def heap_bytes() -> int:
-    """In use by this process's C and C++ code, tensors included; skips where glibc does not tell."""
+    """Bytes used by this process's C and C++ code, tensors included; skips if glibc does not tell."""
 
     class Mallinfo2(ctypes.Structure):
         names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"

@@ -1,4 +1,4 @@
-"""Sizes that nothing could hold: an error that says what was wanted, and no loop over what is not there."""
+"""Sizes beyond any memory: an error that names the size, and no loop over empty rows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def many_tokens(features: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("features", [0, 24])
 def test_public_functions_say_that_memory_is_short(features):
-    """xa, a float32 of every token; or the copy of expanded rows."""
+    """The failing allocation is xa, float32 for every token, or the copy of expanded rows."""
     A, weight = torch.zeros(4, features), torch.zeros(20, features)
     x, B = many_tokens(features), torch.zeros(20, 4)
     bytes_wanted = MANY * (4 if features == 0 else features) * 4
@@ -57,7 +57,7 @@ def test_public_functions_say_that_memory_is_short(features):
 
 
 def test_a_backward_that_has_nothing_to_write_ends():
-    """Tokens without features, whose gradient has no element."""
+    """Tokens without features have a gradient without elements."""
     grad_y, A, B, weight = torch.empty(MANY, 0), torch.empty(1, 0), torch.empty(0, 1), torch.empty(0, 0)
     only_x = True, False, False
     lists = [grad_y], None, [weight], [A], [B], None, None, [1.0]

@@ -1,4 +1,4 @@
-"""The merge ops as such: schemas, fakes and what they refuse."""
+"""The merge ops: schemas, fakes and refusals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora_ext.merging.weights import merge_all_, pack_factors
 
 
 def op_arguments(dtype: torch.dtype = torch.float32):
-    """Weights and factors, and the words and corrections that their merge leaves."""
+    """Returns weights and factors, and the words and corrections of their merge."""
     weights = [hard_weight(5, 300, dtype), hard_weight(3, 20, dtype)]
     factors = [pack_factors(dtype, [update_factors(weight, 2, 0.1)]) for weight in weights]
     arguments = weights, [A for A, _ in factors], [B for _, B in factors]
@@ -20,7 +20,7 @@ def op_arguments(dtype: torch.dtype = torch.float32):
 
 
 def no_corrections(weight: torch.Tensor) -> tuple[list[torch.Tensor], ...]:
-    """What MERGE_OP takes after the factors."""
+    """Returns the arguments of MERGE_OP after the factors."""
     if MERGE_OP == "lora_merge_record_":
         return ()
     segments = -(-weight.shape[1] // 256)
@@ -36,7 +36,7 @@ def test_opcheck(dtype):
     ops = torch.ops.lora_ext
     torch.library.opcheck(ops.lora_merge_.default, arguments)
     if MERGE_OP == "lora_merge_record_":
-        # Not compiled: the dispatcher's functionalisation knows no op that changes a list and returns lists.
+        # Not compiled: functionalisation does not support ops that change a list and return lists.
         torch.library.opcheck(ops.lora_merge_record_.default, arguments, test_utils=OPCHECKS)
     else:
         torch.library.opcheck(ops.lora_merge_plan.default, arguments)
@@ -63,7 +63,7 @@ def test_ops_refuse_bad_records():
 
 
 def test_a_record_of_rubbish_stays_inside_its_memory():
-    """Whatever words and corrections say, nothing but the weights is written (run under a sanitizer to see more)."""
+    """Words and corrections of any content lead to writes in the weights only (a sanitizer shows more)."""
     (weights, As, Bs), words, corrections = op_arguments()
     whole = torch.randn(5, 400)
     view, before = whole[:, 50:350], whole.clone()
@@ -106,7 +106,7 @@ SHARING = {
 
 @pytest.mark.parametrize("case", SHARING)
 def test_weights_and_factors_that_share_memory_are_refused(case):
-    """One update would be read while another is written, or counted twice."""
+    """An update would be read while another is written, or counted twice."""
     for op in {"lora_merge_", "lora_unmerge_", MERGE_OP}:
         lists = SHARING[case](torch.randn(4, 20))
         weights = lists["weights"]
@@ -121,7 +121,7 @@ def test_weights_and_factors_that_share_memory_are_refused(case):
 
 
 def test_neighbours_in_memory_are_merged():
-    """Rows and columns side by side, factors that two layers share, and factors next to a weight."""
+    """Adjacent rows and columns, factors that two layers share, and factors next to a weight."""
     memory = torch.randn(9, 40)
     weights = [memory[:4, :20], memory[:4, 20:], memory[4:8]]
     A, B = torch.randn(2, 20), memory[8].view(10, 4)[:4, :2]  # behind the last weight
@@ -146,7 +146,7 @@ def test_a_record_that_shares_memory_with_a_weight_is_refused():
 
 
 def test_more_rows_or_columns_than_the_kernels_count():
-    """Where there is hardly any memory in them: a size of zero, or a fake tensor."""
+    """Such tensors need hardly any memory: one size is zero, or they are fake."""
     for shape in ((2**30 + 1, 0), (0, 2**30 + 1)):
         weight, A, B = (
             torch.empty(shape),
@@ -158,7 +158,7 @@ def test_more_rows_or_columns_than_the_kernels_count():
 
 
 def test_saved_weight_is_detected_as_changed():
-    """Stable-ABI kernels do not tell autograd that they mutate; the ops' autograd kernels do."""
+    """Stable-ABI kernels do not tell autograd about mutation; the ops' autograd kernels do."""
     weight, A, B = torch.randn(4, 5), torch.randn(2, 5), torch.randn(4, 2)
     for op, record in {"lora_merge_": (), "lora_unmerge_": ([], []), MERGE_OP: no_corrections(weight)}.items():
         x = torch.randn(3, 5, requires_grad=True)

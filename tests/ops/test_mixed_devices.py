@@ -1,6 +1,6 @@
-"""No op answers for tensors of two devices, real or fake, whichever argument it is and whether it is used or not.
+"""All ops refuse tensors on two devices, real or fake, in every argument, used or not.
 
-PyTorch calls the fake kernels when any argument is a meta tensor: they would return memory that nobody has written.
+PyTorch calls the fake kernels when any argument is a meta tensor: they would return uninitialised memory.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from support.op_calls import HAVE_KERNELS, HERE, OPS, all_places, good_call, lab
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-PLACES = [place for place in all_places() if place[0] != "lora_dropout_mask"]  # whose seed is alone
+PLACES = [place for place in all_places() if place[0] != "lora_dropout_mask"]  # it has one tensor only
 RECORDED = ("lora_linear", "lora_delta_", "lora_shrink")  # with a gradient of lora_A
-ELSEWHERE = "meta" if HERE.type == "cpu" else "cpu"  # whose tensors the compiled op is given
+ELSEWHERE = "meta" if HERE.type == "cpu" else "cpu"  # device of the other tensors for the compiled op
 
 
 def unused(call: dict[str, object]) -> dict[str, object]:
-    """The call with as few uses for its tensors as there may be."""
+    """Returns a variant of the call that uses as few of its tensors as possible."""
     idle = {"dropout_p": 0.0, "output_mask": tuple(False for _ in call.get("output_mask", ()))}
     return call | {name: value for name, value in idle.items() if name in call}
 
@@ -35,7 +35,7 @@ def moved(call: dict[str, object], device: str) -> dict[str, object]:
 def assert_refused(
     run, op: str, name: str, i: int | None, call: dict, kind: type[Exception] = ValueError, device: str = "meta"
 ) -> None:
-    """``run`` raises an error that names the op, the argument and the device; the call's tensors stay as they are."""
+    """Requires that ``run`` raises an error with op, argument and device, and changes no tensor."""
     real = [tensor for _, _, tensor in tensors_of(call) if not tensor.is_meta]
     before = [(tensor.clone(), tensor._version) for tensor in real]
     with pytest.raises(kind, match=rf"^{op}: \S+ is on \S+ but \S+ is on \S+$") as error:
@@ -75,7 +75,7 @@ def test_one_real_tensor_among_meta_ones(op, name, i):
 @pytest.mark.parametrize("use", [lambda call: call, unused], ids=["used", "unused"])
 @pytest.mark.parametrize(("op", "name", "i"), [place for place in PLACES if place[0] in HAVE_KERNELS])
 def test_the_compiled_op_refuses_by_itself(op, name, i, use):
-    """PyTorch calls CUDA's for CUDA tensors among CPU tensors; the CPU's is called by hand here."""
+    """PyTorch calls the CUDA kernel if any tensor is on CUDA; here the CPU kernel is called directly."""
     call = use(good_call(op))
     bad = with_entry(call, name, i, entry_of(call, name, i).to(ELSEWHERE))
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, HERE.type.upper()))
@@ -101,7 +101,7 @@ def test_fake_tensors_of_two_devices(op, name, i):
 
 @pytest.mark.parametrize(("op", "name", "i"), PLACES)
 def test_one_fake_tensor_among_real_ones(op, name, i):
-    """PyTorch refuses it; nothing has happened by then."""
+    """PyTorch refuses it before anything happens."""
     call = good_call(op)
     before = [tensor.clone() for _, _, tensor in tensors_of(call)]
     fake = FakeTensorMode().from_tensor(entry_of(call, name, i))

@@ -1,4 +1,4 @@
-"""The oracle itself, against published values and PyTorch's own layers."""
+"""Compares the reference implementation with published values and PyTorch's layers."""
 
 import pytest
 import torch

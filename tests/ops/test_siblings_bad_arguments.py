@@ -1,4 +1,4 @@
-"""Every refusal of lora_linear_siblings names the layer, the argument and the values, and changes nothing."""
+"""Refusals of lora_linear_siblings: they name layer, argument and values, and change nothing."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from lora_ext import functional
 
 SEED = torch.tensor(1)
 
-# what to change of the second of two layers -> exception, text
+# case -> (changes of the second of two layers, exception, text)
 BAD_LAYERS = {
     "in_features": (
         {"weight": torch.randn(12, 9), "lora_A": torch.randn(3, 9)},
@@ -60,7 +60,7 @@ BAD_LAYERS = {
     "scaling < 0": ({"scaling": -0.5}, ValueError, r"scalings\[1\] is -0.5, want at least 0"),
 }
 
-# what to change of the whole call -> exception, text
+# case -> (changes of the whole call, exception, text)
 TENSORS = ("weights", "biases", "lora_As", "lora_Bs")
 BAD_CALLS = {
     "no layer": (
@@ -124,7 +124,7 @@ def test_refuses_and_changes_nothing(case, requires_grad):
 
 @pytest.mark.parametrize("case", [case for case in BAD if case != "device"])
 def test_the_compiled_op_refuses_by_itself(case):
-    """The last guard: it names the same argument."""
+    """The last guard names the same argument."""
     arguments, _, text = bad_call(case)
     argument = text.split()[0]
     with pytest.raises(RuntimeError, match=f"lora_linear_siblings: .*{argument}") as error:

@@ -1,4 +1,4 @@
-"""Every argument of every public function given no tensor, no dense tensor or no number: the error names it."""
+"""Wrong types for every argument of every public function of the ops: the error names the argument."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ if hasattr(torch, "quantize_per_tensor"):  # deprecated in 2.13
 
 
 def wrong_values(hint: object) -> Iterator[tuple[str, object]]:
-    """Values that the annotation excludes, and tensors that are not dense, elsewhere, or of an unknown dtype."""
+    """Yields values that the annotation excludes, and tensors of a wrong layout, device or dtype."""
     for what, value in NO_TENSORS.items():
         if not _test(hint)(value):
             yield what, value
@@ -103,7 +103,7 @@ def test_the_error_names_the_argument(name, argument, requires_grad):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_no_argument_is_forgotten(name):
-    """Every public function has a call above, and annotations that tell what its arguments are."""
+    """Every public function has a call above and annotated arguments."""
     assert list(good_calls()[name]) == list(inspect.signature(getattr(functional, name)).parameters)
     getattr(functional, name)(**good_calls()[name])
 
@@ -118,7 +118,7 @@ def test_numbers_of_other_kinds():
 
 
 class Named(Tensor):
-    """A subclass that leaves all to PyTorch."""
+    """A subclass without overrides."""
 
 
 def test_subclasses_go_on_working():

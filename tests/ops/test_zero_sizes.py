@@ -1,6 +1,6 @@
-"""Sizes of zero in every place: the address of an empty tensor is null, and must stand for nothing else.
+"""Sizes of zero in every place: an empty tensor has a null pointer, which must not mean "no tensor".
 
-Every fresh tensor is full of NaN, and so is the kernels' scratch memory: what nobody has written is seen.
+New tensors and the kernels' scratch memory are filled with NaN, so that unwritten memory shows.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 from lora_ext import functional, reference
 
 SEED = torch.tensor(0x1234_5678_9ABC_DEF0 >> 1)
-WANTED = [wanted for wanted in product([False, True], repeat=3) if any(wanted)]  # of x, lora_A and lora_B
+WANTED = [wanted for wanted in product([False, True], repeat=3) if any(wanted)]  # gradients of x, lora_A and lora_B
 
 
 @pytest.fixture(autouse=True)
 def _poisoned() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)  # fills fresh tensors with NaN
+    torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
     try:
         spoiled = random_siblings(((64, 200), ((300, 20), (300, 20), (300, 20))))
         spoiled.x.fill_(float("nan"))
@@ -32,7 +32,7 @@ def _poisoned() -> Iterator[None]:
 
 
 def gradients(function: Callable, siblings: Siblings, dropout_p: float, wanted: tuple) -> dict[str, Tensor]:
-    """The outputs, and those gradients of x, lora_As and lora_Bs that are wanted."""
+    """Returns the outputs and the wanted gradients of x, lora_As and lora_Bs."""
     x, weights, biases, As, Bs, scalings = siblings.args()
     x, As, Bs = x.detach().clone(), [A.detach().clone() for A in As], [B.detach().clone() for B in Bs]
     leaves = {}
@@ -45,7 +45,7 @@ def gradients(function: Callable, siblings: Siblings, dropout_p: float, wanted: 
 
 
 def assert_right(function: Callable, siblings: Siblings, dropout_p: float, wanted: tuple) -> None:
-    """``function``: lora_linear_siblings, or another function of its arguments."""
+    """Compares ``function``, which has the arguments of lora_linear_siblings, with the reference."""
     ours = gradients(function, siblings, dropout_p, wanted)
     exact = gradients(reference.lora_linear_siblings, siblings.to(torch.float64), dropout_p, wanted)
     plain = gradients(reference.lora_linear_siblings, siblings, dropout_p, wanted)
@@ -54,7 +54,7 @@ def assert_right(function: Callable, siblings: Siblings, dropout_p: float, wante
     assert_errors_as_plain([(ours, exact, plain)], siblings.x.dtype, siblings.layers[0].lora_A.dtype)
 
 
-# (num_tokens, in_features) and each layer's (out_features, rank)
+# (num_tokens, in_features) and the layers' (out_features, rank)
 SHAPES = {
     "first layer": ((37, 72), ((0, 4), (40, 20), (33, 3))),
     "middle layer": ((37, 72), ((40, 20), (0, 4), (33, 3))),
@@ -101,7 +101,7 @@ def test_one_layer(function, dtypes):
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
 def test_an_adapters_two_products(dtypes):
-    """lora_shrink and lora_expand; of their gradients every choice."""
+    """lora_shrink and lora_expand, with every choice of gradients."""
     for num_tokens, in_features, out_features in SIZES:
         layer = random_layer((num_tokens, in_features, out_features, 3), dtypes)
         exact = layer.to(torch.float64)
@@ -146,7 +146,7 @@ def test_merging(shape):
 
 @pytest.mark.parametrize("layers", [((4, 72), (0, 40)), ((0, 40), (4, 72))], ids=["first layer", "second layer"])
 def test_a_rank_of_zero_is_refused(layers):
-    """There is no adapter without ranks; PEFT has none either."""
+    """An adapter needs a rank of at least 1, as in PEFT."""
     siblings = random_siblings(((5, 72), tuple((out_features, rank) for rank, out_features in layers)))
     with pytest.raises(ValueError, match=r"lora_As\[[01]\] has rank 0, want at least 1"):
         functional.lora_linear_siblings(*siblings.args())

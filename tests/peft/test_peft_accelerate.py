@@ -1,4 +1,4 @@
-"""Accelerated PEFT layers against PEFT's own: outputs, gradients, training, files, and all that must go on working."""
+"""Compares accelerated PEFT layers with PEFT's: outputs, gradients, training, files, and other features of PEFT."""
 
 import copy
 import json
@@ -63,7 +63,7 @@ def test_training_gives_the_same_losses_factors_and_files(name, tmp_path):
         model.train()
         optimizer = torch.optim.SGD(factors(model).values(), lr=0.05)
         losses.append([])
-        torch.manual_seed(0)  # GPT-2 has dropout of its own
+        torch.manual_seed(0)  # GPT-2 has dropout
         for _ in range(3):
             loss = model(input_ids=ids, labels=labels).loss
             optimizer.zero_grad()
@@ -126,7 +126,7 @@ def test_embeddings_and_output_projections(targets):
     set_active(models, "default")
 
 
-def test_gradients_reach_what_lies_before():
+def test_gradients_reach_the_input():
     theirs, ours = mlp_pair()
     grads = []
     x = torch.randn(5, 12)
@@ -162,7 +162,7 @@ def test_16_bit_layers_are_no_less_exact_than_peft(name, factors_dtype):
         assert relative_error(actual[key], tensor) <= 2 * relative_error(expected[key], tensor), key
 
 
-def test_dropout_is_the_ops_and_follows_the_modules_mode():
+def test_dropout_uses_the_op_and_follows_the_mode_of_the_module():
     theirs, ours = mlp_pair({"lora_dropout": 0.5})
     layer, x = ours.base_model.model[0], torch.randn(64, 12)
     torch.testing.assert_close(ours(x), theirs(x))
@@ -175,10 +175,10 @@ def test_dropout_is_the_ops_and_follows_the_modules_mode():
     assert torch.equal(actual, expected) and not torch.allclose(actual, theirs.base_model.model[0](x))
 
 
-# --- everything else is PEFT's ----------------------------------------------------------------------------------------
+# --- everything else stays PEFT's -------------------------------------------------------------------------------------
 
 
-def test_the_layer_is_peft_s_to_everybody_else():
+def test_the_layer_still_looks_like_peft_s():
     theirs, ours = mlp_pair()
     layer = ours.base_model.model[0]
     assert isinstance(layer, peft.tuners.lora.Linear) and repr(ours) == repr(theirs)
@@ -187,14 +187,14 @@ def test_the_layer_is_peft_s_to_everybody_else():
     assert accelerate(ours) is ours and type(layer) is type(accelerate(ours).base_model.model[0])
 
 
-def test_adapters_come_and_go():
+def test_adapters_are_added_and_deleted():
     models = mlp_pair()
     x = torch.randn(5, 12)
     for model in models:
         torch.manual_seed(0)
         model.add_adapter("new", config(target_modules=["0"], r=3))
         model.set_adapter("new")
-    assert [layer.accelerated for layer in report(models[1])] == [True, False]  # "new" is in the first layer alone
+    assert [layer.accelerated for layer in report(models[1])] == [True, False]  # "new" is in the first layer only
     assert_same_step(*models, lambda model: model(x))
     for model in models:
         model.delete_adapter("default")
@@ -202,12 +202,12 @@ def test_adapters_come_and_go():
     with models[0].disable_adapter(), models[1].disable_adapter():
         assert torch.equal(models[0](x), models[1](x))
         assert {layer.forward for layer in report(models[1])} == {
-            "now: the adapters are disabled, so that the base layer alone runs"
+            "now: the adapters are disabled, so only the base layer runs"
         }
     assert_same_step(*models, lambda model: model(x))
 
 
-def test_adapters_of_one_batch_may_differ():
+def test_rows_of_a_batch_may_use_different_adapters():
     theirs, ours = mlp_pair({}, {"r": 7})
     x, names = torch.randn(5, 12), ["default", "1", "__base__", "1", "default"]
     torch.testing.assert_close(ours(x, adapter_names=names), theirs(x, adapter_names=names))
@@ -216,7 +216,7 @@ def test_adapters_of_one_batch_may_differ():
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_are_accelerated_and_their_own(duplicate):
+def test_copies_are_accelerated_and_independent(duplicate):
     theirs, ours = mlp_pair()
     x = torch.randn(5, 12)
     other = duplicate(ours)

@@ -1,4 +1,4 @@
-"""The conformance run on a small stand-in for PEFT's source tree: what it tells, and that it can fail."""
+"""The conformance run on a small stand-in for PEFT's source tree: its output, and that it can fail."""
 
 import subprocess
 import sys

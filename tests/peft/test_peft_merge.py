@@ -1,4 +1,4 @@
-"""Merging accelerated PEFT layers: PEFT's bookkeeping and errors, and every bit of the weights back."""
+"""Merging accelerated PEFT layers: PEFT's bookkeeping and errors, and exact restoration of the weights."""
 
 import copy
 import gc
@@ -29,7 +29,7 @@ def changed_elements(model: nn.Module, before: dict[str, torch.Tensor]) -> int:
 
 
 def scaled_up(theirs: nn.Module, ours: nn.Module) -> None:
-    """Updates of about a tenth of the weights."""
+    """Scales the factors so that updates are about a tenth of the weights."""
     for model in (theirs, ours):
         for factor in factors(model).values():
             factor.data.mul_(0.3)
@@ -80,7 +80,7 @@ def test_embeddings_and_output_projection(tied):
         model.merge_adapter()
     for ours_merged, theirs_merged in zip(base_weights(ours).values(), base_weights(theirs).values(), strict=True):
         torch.testing.assert_close(ours_merged, theirs_merged, rtol=0.02, atol=1e-3)
-    if tied:  # one weight, two updates: neither layer finds what its merge left
+    if tied:  # one weight, two updates: neither layer finds the result of its merge
         with pytest.warns(UserWarning, match="PEFT subtracts the update"):
             ours.unmerge_adapter()
         theirs.unmerge_adapter()
@@ -170,7 +170,7 @@ def test_a_weight_replaced_while_merged_is_unmerged_as_in_peft(name):
         torch.manual_seed(0)
         getattr(model.base_model.model[0].base_layer, name).data.normal_()
     theirs.unmerge_adapter()
-    with pytest.warns(UserWarning, match="has been replaced or changed meanwhile: PEFT subtracts"):
+    with pytest.warns(UserWarning, match="has been replaced or changed since: PEFT subtracts"):
         ours.unmerge_adapter()
     for key, weight in base_weights(theirs).items():
         torch.testing.assert_close(base_weights(ours)[key], weight)
@@ -198,7 +198,7 @@ def test_results_that_are_not_finite(broken):
         ours.base_model.model[0].merge(safe_merge=True)
     assert changed_elements(ours, before) == 0 and not ours.base_model.model[0].merged
     for model in (theirs, ours):
-        model.merge_adapter()  # PEFT's goes through without safe_merge
+        model.merge_adapter()  # PEFT merges them without safe_merge
     assert ours.base_model.model[0].merged_adapters == ["default"]
     for key, weight in base_weights(theirs).items():
         torch.testing.assert_close(base_weights(ours)[key], weight, equal_nan=True)
@@ -216,7 +216,7 @@ def test_lora_bias_without_a_base_bias_is_refused_before_anything_changes(safe_m
     assert_unchanged(ours, before)
 
 
-def test_dora_beside_lora_in_one_layer():
+def test_dora_and_lora_in_one_layer():
     theirs, ours = linear_pair({}, {"use_dora": True}, dtype=torch.float32)
     x = torch.randn(3, 24)
     for model in (theirs, ours):
@@ -229,8 +229,8 @@ def test_dora_beside_lora_in_one_layer():
     torch.testing.assert_close(ours.base_model.model[0].base_layer(x), theirs.base_model.model[0].base_layer(x))
 
 
-def test_a_deleted_adapter_that_was_merged_is_taken_out():
-    """PEFT's layer would keep its update for ever."""
+def test_a_merged_adapter_that_was_deleted_is_unmerged():
+    """PEFT's layer would keep the update forever."""
     _, ours = linear_pair({}, {})
     before, layer = base_weights(ours), ours.base_model.model[0]
     layer.merge(adapter_names=["1"])

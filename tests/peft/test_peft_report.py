@@ -1,4 +1,4 @@
-"""What accelerate() takes and refuses, what restore() undoes, and what report() says of each layer."""
+"""accelerate(), restore() and report(): accepted and refused models, and the reasons for every kind of layer."""
 
 import copy
 
@@ -35,7 +35,7 @@ def layer_of(model: nn.Module) -> nn.Module:
 # --- accelerate and restore -------------------------------------------------------------------------------------------
 
 
-def test_restore_gives_the_layers_back():
+def test_restore_returns_peft_s_layers():
     theirs, ours = model_pair("llama")
     ids = token_ids()
     assert restore(ours) is ours
@@ -45,26 +45,26 @@ def test_restore_gives_the_layers_back():
     assert restore(ours) is ours
 
 
-def test_injected_layers_count_as_well():
+def test_injected_layers_are_accelerated_too():
     model = peft.inject_adapter_in_model(config(target_modules=["0"]), nn.Sequential(nn.Linear(6, 10)))
     assert type(accelerate(model)[0]) is ours_layers.Linear
     assert accelerate(model[0]) is model[0]
 
 
 @pytest.mark.parametrize("call", [accelerate, restore, report])
-def test_no_module(call):
+def test_values_that_are_not_modules(call):
     with pytest.raises(TypeError, match=f"{call.__name__}: model is 'model' of type str, want an nn.Module"):
         call("model")
 
 
 def test_no_layers_to_accelerate():
     model = llama()
-    with refused(model, ValueError, "LlamaForCausalLM has no LoRA layers of PEFT's", "get_peft_model()"):
+    with refused(model, ValueError, "LlamaForCausalLM has no PEFT LoRA layers", "get_peft_model()"):
         accelerate(model)
-    assert str(report(model)) == "no LoRA layers of PEFT's"
+    assert str(report(model)) == "no PEFT LoRA layers"
 
 
-def test_merged_layers_are_not_given_back():
+def test_merged_layers_are_not_restored():
     model = accelerate(adapted())
     model.merge_adapter()
     with refused(model, RuntimeError, "merged into 6 layers", "q_proj' first", "call unmerge_adapter() first"):
@@ -79,8 +79,8 @@ def _lora_layers(model):
     return [(path, module) for path, module in model.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
 
 
-def test_models_made_afterwards(accelerated_from_now_on):
-    accelerate()  # twice is once
+def test_models_created_afterwards(accelerated_from_now_on):
+    accelerate()  # a second call changes nothing
     model = adapted()
     assert all(layer.accelerated for layer in report(model)) and len(report(model)) == 6
     model.add_adapter("more", config(target_modules=["up_proj"]))
@@ -92,10 +92,12 @@ def test_models_made_afterwards(accelerated_from_now_on):
     restore()
     assert not any(layer.accelerated for layer in report(adapted()))
     restore()
-    assert all(type(layer).__module__.startswith("lora_ext") for _, layer in _lora_layers(model))  # until its own turn
+    assert all(
+        type(layer).__module__.startswith("lora_ext") for _, layer in _lora_layers(model)
+    )  # until it is restored
 
 
-def test_other_methods_that_derive_from_lora_are_left_alone(accelerated_from_now_on):
+def test_other_methods_that_derive_from_lora_do_not_change(accelerated_from_now_on):
     options = {"target_modules": ["0"], "total_step": 10}
     model = peft.get_peft_model(nn.Sequential(nn.Linear(6, 10)), peft.AdaLoraConfig(**options))
     (layer,) = report(model)
@@ -147,8 +149,8 @@ def no_casting(model):
 @pytest.mark.parametrize(
     "change, reason",
     [
-        (disable, "now: the adapters are disabled, so that the base layer alone runs"),
-        (lambda model: model.merge_adapter(), "now: adapters are merged, so that the base layer alone runs"),
+        (disable, "now: the adapters are disabled, so only the base layer runs"),
+        (lambda model: model.merge_adapter(), "now: adapters are merged, so only the base layer runs"),
         (lambda model: layer_of(model).set_adapter([]), "now: the layer has none of the active adapters"),
         (no_casting, "now: PEFT is told not to cast inputs (disable_input_dtype_casting)"),
         (hook_on_a_factor, "lora_A of adapter 'default' has hooks or a replaced forward"),
@@ -215,7 +217,7 @@ def test_a_long_report_names_the_first_layers_of_each_reason():
     assert "\nmerge and unmerge: 0 of 6 LoRA layers" in text and "Calls with adapter_names (mixed batches)" in text
 
 
-# --- base layers that are no plain weight -----------------------------------------------------------------------------
+# --- base layers without a plain weight -------------------------------------------------------------------------------
 
 
 def test_hooks_on_the_base_layer_run_and_keep_their_results():
@@ -250,7 +252,7 @@ def check_quantised(model: nn.Module, flag: str, kind: str) -> None:
     theirs = peft.get_peft_model(model, config(target_modules=["0"], lora_bias=True))
     ours = accelerate(copy.deepcopy(theirs))
     (layer,) = report(ours)
-    assert layer.accelerated and layer.kind == kind and "no plain parameter" in layer.merge
+    assert layer.accelerated and layer.kind == kind and "not a plain parameter" in layer.merge
     x = torch.randn(3, 64)
     results = []
     for one in (theirs, ours):

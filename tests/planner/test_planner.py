@@ -1,4 +1,4 @@
-"""What the planner counts on the meta device is what real training holds and allocates."""
+"""Compares the planner's numbers from the meta device with real training."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ PAIRS = [
 ]
 
 
-def source(family: str, method: str | None, layers: int = LAYERS, attention: str = "sdpa") -> ConfigSource:
+def source_of(family: str, method: str | None, layers: int = LAYERS, attention: str = "sdpa") -> ConfigSource:
     config = copy.deepcopy(CONFIGS[family])
     config.num_hidden_layers = layers
     task = "classification" if "bert" in family else "language-model"
@@ -65,15 +65,15 @@ def source(family: str, method: str | None, layers: int = LAYERS, attention: str
     return ConfigSource(config, task, attention, method_for)
 
 
-def real_model(own: ConfigSource, method: str, dtype: torch.dtype) -> nn.Module:
-    auto = AutoModelForCausalLM if own.task == "language-model" else AutoModelForSequenceClassification
-    model = auto.from_config(copy.deepcopy(own.config), dtype=dtype, attn_implementation=own.attention)
+def real_model(source: ConfigSource, method: str, dtype: torch.dtype) -> nn.Module:
+    auto = AutoModelForCausalLM if source.task == "language-model" else AutoModelForSequenceClassification
+    model = auto.from_config(copy.deepcopy(source.config), dtype=dtype, attn_implementation=source.attention)
     return apply_method(model, new_method(method, **OPTIONS.get(method, {}))).train()
 
 
-def inputs(own: ConfigSource, device: str) -> dict[str, torch.Tensor]:
+def inputs(source: ConfigSource, device: str) -> dict[str, torch.Tensor]:
     ids = torch.full((BATCH, LENGTH), 1, device=device)
-    return {"input_ids": ids, "labels": ids if own.task == "language-model" else ids[:, 0].clone()}
+    return {"input_ids": ids, "labels": ids if source.task == "language-model" else ids[:, 0].clone()}
 
 
 def most(step) -> int:
@@ -84,33 +84,33 @@ def most(step) -> int:
 
 
 @pytest.mark.parametrize(("family", "method"), PAIRS)
-def test_a_step_holds_and_allocates_what_a_real_one_does(family, method):
-    """In float32 on the CPU, where a kernel takes no tensor for itself."""
-    own = source(family, method)
-    meta, meta_inputs = own.model(torch.float32), inputs(own, "meta")
+def test_a_step_keeps_and_allocates_as_a_real_one(family, method):
+    """In float32 on the CPU, where kernels need no scratch tensors."""
+    source = source_of(family, method)
+    meta, meta_inputs = source.model(torch.float32), inputs(source, "meta")
     step = simulate_step(meta, lambda model: model(**meta_inputs).loss, device="cpu")
-    real, batch = real_model(own, method, torch.float32), inputs(own, "cpu")
+    real, batch = real_model(source, method, torch.float32), inputs(source, "cpu")
     exists = [*real.parameters(), *real.buffers(), *batch.values()]
     held = sum(memory.saved_storages(lambda: real(**batch).loss, exists).values())
-    # Autograd keeps indices, and real training lives with what its functions keep beside.
+    # Autograd also keeps indices.
     assert abs(step.activations - held) <= 2 * batch["input_ids"].nbytes
     peak = memory.peak_bytes(lambda: real(**batch).loss.backward(), "cpu")
     assert most(step) == pytest.approx(peak, rel=0.002)
 
 
-def test_a_step_in_16_bits_holds_what_a_real_one_does():
-    own = source("llama", "lora")
-    meta, meta_inputs = own.model(torch.bfloat16), inputs(own, "meta")
+def test_a_step_in_16_bits_keeps_as_much_as_a_real_one():
+    source = source_of("llama", "lora")
+    meta, meta_inputs = source.model(torch.bfloat16), inputs(source, "meta")
     step = simulate_step(meta, lambda model: model(**meta_inputs).loss, device="cpu")
-    real, batch = real_model(own, "lora", torch.bfloat16), inputs(own, "cpu")
+    real, batch = real_model(source, "lora", torch.bfloat16), inputs(source, "cpu")
     exists = [*real.parameters(), *real.buffers(), *batch.values()]
     held = sum(memory.saved_storages(lambda: real(**batch).loss, exists).values())
     assert step.activations == pytest.approx(held, rel=0.002)
 
 
-def test_gradients_of_earlier_batches_are_there_from_the_start():
-    own = source("gpt2", "full")
-    meta, batch = own.model(torch.float32), inputs(own, "meta")
+def test_gradients_of_earlier_batches_exist_from_the_start():
+    source = source_of("gpt2", "full")
+    meta, batch = source.model(torch.float32), inputs(source, "meta")
     gradients = sum(p.nbytes for p in meta.parameters())
     first, later = (
         simulate_step(meta, lambda model: model(**batch).loss, device="cpu", accumulates=on) for on in (False, True)
@@ -118,39 +118,38 @@ def test_gradients_of_earlier_batches_are_there_from_the_start():
     assert later.activations == first.activations
     assert later.peaks["forward"] == (first.peaks["forward"].total + gradients, gradients)
 
-    real, batch = real_model(own, "full", torch.float32), inputs(own, "cpu")
+    real, batch = real_model(source, "full", torch.float32), inputs(source, "cpu")
     real(**batch).loss.backward()
     peak = memory.peak_bytes(lambda: real(**batch).loss.backward(), "cpu")  # beyond the first gradients
     assert most(later) - gradients == pytest.approx(peak, rel=0.01)
     assert all(parameter.grad is None for parameter in meta.parameters())
 
 
-def test_checkpointed_layers_keep_their_input():
-    """And the loss keeps what it did."""
-    real = real_model(source("llama", "full"), "full", torch.float32)
+def test_checkpointed_layers_keep_only_their_input():
+    real = real_model(source_of("llama", "full"), "full", torch.float32)
     enable = getattr(real, "activation_checkpointing_enable", real.gradient_checkpointing_enable)
     enable({"use_reentrant": False, "preserve_rng_state": False})
-    batch = inputs(source("llama", "full"), "cpu")
+    batch = inputs(source_of("llama", "full"), "cpu")
     peak = memory.peak_bytes(lambda: real(**batch).loss.backward(), "cpu")
-    own = source("llama", "full")
-    meta, batch = own.model(torch.float32, gradient_checkpointing=True), inputs(own, "meta")
+    source = source_of("llama", "full")
+    meta, batch = source.model(torch.float32, gradient_checkpointing=True), inputs(source, "meta")
     step = simulate_step(meta, lambda model: model(**batch).loss, device="cpu")
     assert most(step) == pytest.approx(peak, rel=0.002)
-    without = simulate_step(own.model(torch.float32), lambda model: model(**batch).loss, device="cpu")
+    without = simulate_step(source.model(torch.float32), lambda model: model(**batch).loss, device="cpu")
     assert step.activations < without.activations / 2
 
 
 def test_inference_keeps_nothing():
-    own = source("bert", None)
-    meta, ids = own.model(torch.float32).eval(), inputs(own, "meta")["input_ids"]
+    source = source_of("bert", None)
+    meta, ids = source.model(torch.float32).eval(), inputs(source, "meta")["input_ids"]
     step = simulate_forward(meta, lambda model: model(input_ids=ids).logits, "cpu")
-    real, ids = real_model(own, "full", torch.float32).eval(), inputs(own, "cpu")["input_ids"]
+    real, ids = real_model(source, "full", torch.float32).eval(), inputs(source, "cpu")["input_ids"]
     with torch.no_grad():
         peak = memory.peak_bytes(lambda: real(input_ids=ids).logits, "cpu")
     assert most(step) == pytest.approx(peak, rel=0.002)
 
 
-# --- what other devices keep ------------------------------------------------------------------------------------------
+# --- kernels of other devices -----------------------------------------------------------------------------------------
 
 
 def kept(call: Callable[[], torch.Tensor], *exist: torch.Tensor, device: str) -> list[int]:
@@ -170,17 +169,17 @@ def test_dropout_keeps_a_byte_on_cuda_and_a_number_on_the_cpu(device, nbytes):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_attention_on_cuda_keeps_its_output_and_a_number_for_each_query(dtype, dropout):
+def test_attention_on_cuda_keeps_its_output_and_a_number_per_query(dtype, dropout):
     q, k, v = (torch.empty(2, 3, 64, 8, dtype=dtype, device="meta", requires_grad=True) for _ in range(3))
     attention = nn.functional.scaled_dot_product_attention
     nbytes = kept(
         lambda: nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout), q, k, v, device="cuda"
     )
     assert nbytes - q.nbytes - 2 * 3 * 64 * 4 in range(0, 33)  # the seed of the dropout
-    assert nn.functional.scaled_dot_product_attention is attention  # is put back
+    assert nn.functional.scaled_dot_product_attention is attention  # restored
 
 
-def test_attention_on_the_cpu_keeps_probabilities_where_they_are_dropped():
+def test_attention_on_the_cpu_with_dropout_keeps_probabilities():
     q, k, v = (torch.empty(2, 3, 64, 8, device="meta", requires_grad=True) for _ in range(3))
     nbytes = {
         p: kept(lambda p=p: nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=p), q, k, v, device="cpu")
@@ -195,7 +194,7 @@ def test_other_devices_are_refused():
         pass
 
 
-def test_a_mask_is_handed_on_as_numbers():
+def test_a_mask_is_converted_to_numbers():
     q, k, v = (torch.empty(2, 3, 64, 8, device="meta", requires_grad=True) for _ in range(3))
     mask = torch.ones(2, 1, 64, 64, dtype=torch.bool, device="meta")
     with device_kernels("cuda"):
@@ -212,7 +211,7 @@ def test_a_mask_is_handed_on_as_numbers():
         )
         for m in (mask, None)
     )
-    assert abs(with_mask - without - mask.numel() * 2) <= 32  # and the seed of the dropout in another form
+    assert abs(with_mask - without - mask.numel() * 2) <= 32  # and another form of the dropout's seed
 
 
 # --- deep models ------------------------------------------------------------------------------------------------------
@@ -226,14 +225,14 @@ def test_a_mask_is_handed_on_as_numbers():
         ("llama", "full", True),
     ],
 )
-def test_a_deep_model_is_what_its_shallow_ones_say(family, method, checkpointing):
-    own, count = source(family, method, layers=6), 6
+def test_a_deep_model_is_extrapolated_exactly(family, method, checkpointing):
+    source, count = source_of(family, method, layers=6), 6
 
     def step(number: int):
-        model, batch = own.model(torch.bfloat16, number, checkpointing), inputs(own, "meta")
+        model, batch = source.model(torch.bfloat16, number, checkpointing), inputs(source, "meta")
         layers = layer_list(model, number)
         assert len(layers) == number and are_alike(layers)
-        return simulate_step(model, lambda each: each(**batch).loss, layers)
+        return simulate_step(model, lambda model: model(**batch).loss, layers)
 
     predicted, whole = extrapolated({number: step(number) for number in SAMPLES}, count), step(count)
     assert predicted.activations == whole.activations
@@ -241,15 +240,15 @@ def test_a_deep_model_is_what_its_shallow_ones_say(family, method, checkpointing
     assert most(predicted) == most(whole)
 
 
-def test_the_planner_runs_every_layer_where_they_differ():
-    """adapter-drop leaves the lower layers out, which then keep nothing."""
-    deep = source("bert", "adapter-drop", layers=6)
+def test_the_planner_runs_every_layer_if_layers_differ():
+    """With adapter-drop the lower layers keep nothing."""
+    deep = source_of("bert", "adapter-drop", layers=6)
     planner, setup = Planner(deep), Setup(BATCH, LENGTH)
     assert not are_alike(layer_list(planner.model("float32"), 6))
     model = deep.model(torch.float32)
-    step = simulate_step(model, lambda each: deep.loss(each, BATCH, LENGTH))
+    step = simulate_step(model, lambda model: deep.loss(model, BATCH, LENGTH))
     assert planner.training(setup).kept == step.activations
-    other = source("bert", "adapter-h", layers=6)
+    other = source_of("bert", "adapter-h", layers=6)
     assert planner.training(setup).kept < Planner(other).training(setup).kept
 
 
@@ -280,7 +279,7 @@ def test_the_state_of_bitsandbytes_optimizer():
     optimizer = bitsandbytes.optim.AdamW8bit(parameters)
     for index, parameter in enumerate(parameters):
         optimizer.init_state(optimizer.param_groups[0], parameter, 0, index)
-    shared = {"qmap1", "qmap2"}  # a table of 256 numbers, for all
+    shared = {"qmap1", "qmap2"}  # a table of 256 numbers, shared by all
     tensors = [
         value
         for state in optimizer.state.values()
@@ -309,8 +308,8 @@ def test_quantised_weights_are_as_large_as_bitsandbytes(name):
 
 
 def test_weights_are_quantised_in_frozen_linear_layers_only():
-    own = source("llama", "lora")
-    model = own.model(torch.bfloat16)
+    source = source_of("llama", "lora")
+    model = source.model(torch.bfloat16)
     plain, packed = (weight_bytes(model, WEIGHT_DTYPES[name]) for name in ("bfloat16", "nf4"))
     linear = {path: m for path, m in model.named_modules() if path.endswith("base_layer")}
     assert len(linear) == LAYERS * 7
@@ -319,15 +318,15 @@ def test_weights_are_quantised_in_frozen_linear_layers_only():
     assert (plain.unpacked, packed.unpacked) == (0, 48 * 32 * 2)
     assert plain.total == sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
     with pytest.raises(ValueError, match="only frozen linear layers can be quantised"):
-        weight_bytes(source("llama", "full").model(torch.bfloat16), WEIGHT_DTYPES["int8"])
+        weight_bytes(source_of("llama", "full").model(torch.bfloat16), WEIGHT_DTYPES["int8"])
 
 
-# --- the whole, and what makes it fit ---------------------------------------------------------------------------------
+# --- total memory, and changes that fit -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def planner() -> Planner:
-    return Planner(source("bert", "lora", layers=6))
+    return Planner(source_of("bert", "lora", layers=6))
 
 
 SETUP = Setup(8, 32)
@@ -351,20 +350,20 @@ def test_16_bit_weights_have_float32_factors(planner):
 
 def test_a_frozen_model_trains_nothing():
     with pytest.raises(TypeError, match="no new head to train"):
-        Planner(source("gpt2", "head-only")).training(SETUP)
+        Planner(source_of("gpt2", "head-only")).training(SETUP)
 
 
 @pytest.mark.parametrize(
     ("field", "value"), [("dtype", "fp8"), ("optimizer", "lion"), ("batch_size", 0), ("seq_len", 0)]
 )
-def test_setups_that_cannot_be(field, value):
+def test_bad_setups(field, value):
     with pytest.raises(ValueError, match=f"{field} is {value!r}"):
         Setup(**{field: value})
     with pytest.raises((TypeError, ValueError), match=rf"{field} is \[1\], want"):
         Setup(**{field: [1]})
 
 
-def test_single_changes_are_as_small_as_can_be(planner):
+def test_single_changes_are_as_small_as_possible(planner):
     capacity = planner.training(replace(SETUP, batch_size=5, accumulates=True)).peak
     assert capacity < planner.training(SETUP).peak
     changes = {change.what[0]: change for change in changes_that_fit(planner, SETUP, capacity)}
@@ -374,21 +373,21 @@ def test_single_changes_are_as_small_as_can_be(planner):
     (texts,) = (change for what, change in changes.items() if what.startswith("texts of"))
     longer = replace(texts.setup, seq_len=texts.setup.seq_len + 8)
     assert longer.seq_len > SETUP.seq_len or planner.training(longer).peak > capacity
-    assert not any(change.devices > 1 for change in changes.values())  # each would have its own activations
+    assert not any(change.devices > 1 for change in changes.values())  # every device would have all activations
 
 
-def test_devices_are_as_few_as_can_be(planner):
+def test_devices_are_as_few_as_possible(planner):
     setup = Setup(1, 8)
     found = planner.training(setup)
     shared = found.weights + found.optimizer_state + found.gradients
     capacity = found.activations + found.gathered + shared // 3
     assert capacity < found.peak
     *_, devices = changes_that_fit(planner, setup, capacity)
-    assert devices.what == ("4 devices, sharded",)  # in thirds, what is rounded up does not fit
+    assert devices.what == ("4 devices, sharded",)  # thirds do not fit, because they are rounded up
     assert found.activations + found.gathered + shared // 4 <= devices.memory.peak <= capacity
 
 
-def test_changes_are_combined_where_one_is_not_enough(planner):
+def test_changes_are_combined_if_one_is_not_enough(planner):
     smallest = replace(SETUP, batch_size=1, gradient_checkpointing=True, accumulates=True, dtype="bfloat16")
     capacity = planner.training(smallest).peak
     changes = changes_that_fit(planner, SETUP, capacity)
@@ -398,5 +397,5 @@ def test_changes_are_combined_where_one_is_not_enough(planner):
     assert one.setup == smallest
 
 
-def test_nothing_helps_where_there_is_no_room_at_all(planner):
+def test_no_change_fits_into_too_little_memory(planner):
     assert changes_that_fit(planner, SETUP, 1000) == []

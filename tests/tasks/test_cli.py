@@ -68,7 +68,7 @@ def test_hints_install_from_where_the_package_is_from(tmp_path: Path, monkeypatc
     monkeypatch.setattr(
         "lora_ext._common.install_hint.__file__", str(tmp_path / "site" / "lora_ext" / "_common" / "install_hint.py")
     )
-    brings = " (it brings transformers, matplotlib, a-model)"
+    brings = " (it installs transformers, matplotlib, a-model)"
     for noted, expected in [
         ({"url": url, "dir_info": {}}, f"pip install '{checkout}[demo]'"),
         ({"url": url, "dir_info": {"editable": True}}, f"pip install --editable '{checkout}[demo]'"),

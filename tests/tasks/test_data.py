@@ -71,7 +71,7 @@ def test_quotes_in_tsv_are_ordinary_characters(tmp_path: Path):
         ("a.jsonl", '{"text": "x", "text": "y", "label": 1}\n', "line 1 is not JSON: the key 'text' occurs twice"),
         ("a.jsonl", '{"text": "\\ud800", "label": 1}\n', "line 1 has a string that is not Unicode: '\\ud800'"),
         ("a.jsonl", '{"text": "x", "label": "\\udfff"}\n', "line 1 has a string that is not Unicode"),
-        ("a.jsonl", '{"text": "x", "label": ' + "[" * 100_000 + "}\n", "line 1 is not JSON that is read here"),
+        ("a.jsonl", '{"text": "x", "label": ' + "[" * 100_000 + "}\n", "line 1 is nested too deeply"),
         ("a.jsonl", '{"text": "x", "label": 1' + "0" * 5000 + "}\n", "a number has 5001 digits, want at most 100"),
         ("a.jsonl", '{"text": "x", "label": 1e999}\n', "line 1: 'label' is Infinity, want a string or an integer"),
         ("a.jsonl", '{"text": [' + "1, " * 1000 + '1], "label": 1}\n', "1, ..., want a string"),

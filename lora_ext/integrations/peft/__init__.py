@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers on lora_ext's ops: the models, their files and their API stay PEFT's own.
+"""Runs PEFT's LoRA layers on lora_ext's ops; models, files and API stay PEFT's.
 
 from lora_ext.integrations.peft import accelerate, report
 

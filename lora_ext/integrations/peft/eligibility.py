@@ -1,4 +1,4 @@
-"""What of PEFT's layers the ops can take, and in words why they cannot: asked by every forward, and by report()."""
+"""Decides whether the ops can run a PEFT layer, or why not; used by every forward and by report()."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from transformers.pytorch_utils import Conv1D
 from lora_ext import _load
 from lora_ext._ops.checks import FLOATING
 
-DISABLED = "now: the adapters are disabled, so that the base layer alone runs"
-MERGED = "now: adapters are merged, so that the base layer alone runs"
-NONE_ACTIVE = "now: the layer has none of the active adapters, so that the base layer alone runs"
+DISABLED = "now: the adapters are disabled, so only the base layer runs"
+MERGED = "now: adapters are merged, so only the base layer runs"
+NONE_ACTIVE = "now: the layer has none of the active adapters, so only the base layer runs"
 NOT_CAST = "now: PEFT is told not to cast inputs (disable_input_dtype_casting)"
 
 
 class Adapter(NamedTuple):
-    """An active adapter as the ops take it: ``lora_A [r, in]``, ``lora_B [out, r]``, the scaled ``bias [out]``."""
+    """Arguments of the ops for an active adapter: ``lora_A [r, in]``, ``lora_B [out, r]``, scaled ``bias [out]``."""
 
     lora_A: Tensor
     lora_B: Tensor
@@ -31,9 +31,9 @@ class Adapter(NamedTuple):
 
 
 def is_eligible_call(x: object) -> bool:
-    """Whether ``x`` is an ordinary tensor with kernels for its device, outside of what must see PyTorch's own ops.
+    """Whether ``x`` is a plain tensor on a supported device, and no transform needs to see PyTorch's ops.
 
-    That is forward-mode differentiation, torch.func's transforms, tracing and exporting.
+    Such transforms are forward-mode differentiation, torch.func, tracing and exporting.
     """
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return False
@@ -49,12 +49,12 @@ def is_eligible_call(x: object) -> bool:
 
 
 def state_obstacle(layer: LoraLayer) -> str:
-    """Why the layer runs its base alone, or ""."""
+    """Returns why the layer runs only its base, or ""."""
     return DISABLED if layer.disable_adapters else MERGED if layer.merged_adapters else ""
 
 
 def active_adapters(layer: LoraLayer) -> list[Adapter] | str:
-    """The active adapters of a linear layer, or why PEFT's own forward runs instead."""
+    """Returns the active adapters of a linear layer, or why PEFT's forward runs instead."""
     if reason := state_obstacle(layer):
         return reason
     if not layer.cast_input_dtype_enabled:
@@ -87,14 +87,14 @@ def active_adapters(layer: LoraLayer) -> list[Adapter] | str:
             B, scaling = B * scaling, 1.0
         elif not -math.inf < scaling < math.inf:
             return f"the scaling of adapter {name!r} is {scaling}"
-        elif scaling < 0.0:  # lora_linear takes none
+        elif scaling < 0.0:  # lora_linear refuses it
             B, scaling = -B, -scaling
         adapters.append(Adapter(A, B, bias, scaling, dropout_p))
     return adapters or NONE_ACTIVE
 
 
 def plain_weight(base: nn.Module) -> Tensor | None:
-    """``[out_features, in_features]`` of a base layer that is a product with this matrix and nothing else, or None."""
+    """Returns the weight ``[out_features, in_features]`` of a base layer that only multiplies by it, or None."""
     if type(base) is not nn.Linear and type(base) is not Conv1D:
         return None
     weight = base._parameters.get("weight")
@@ -104,13 +104,13 @@ def plain_weight(base: nn.Module) -> Tensor | None:
 
 
 def variant_of(layer: LoraLayer, name: str) -> str:
-    """The name of the variant (DoRA, aLoRA, ...) that PEFT makes of an adapter, or ""."""
+    """Returns the name of an adapter's variant in PEFT (DoRA, aLoRA, ...), or ""."""
     variant = layer.lora_variant.get(name)
     return "" if variant is None else type(variant).__name__
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward."""
+    """Whether a call of the module does more than its class's forward."""
     return bool(
         module._forward_pre_hooks
         or module._forward_hooks
@@ -121,10 +121,10 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def _module_obstacle(module: nn.Module) -> str:
-    """Why a factor's weight cannot be used without calling its module, or ""."""
+    """Returns why a factor's weight cannot be used without calling its module, or ""."""
     if type(module) is not nn.Linear:
         return f"is a {type(module).__name__}, not an nn.Linear"
     weight = module._parameters.get("weight")
     if type(weight) is not nn.Parameter:
-        return f"has a weight that is no plain parameter but a {type(weight).__name__}"
+        return f"has a weight that is a {type(weight).__name__}, not a plain parameter"
     return "has hooks or a replaced forward" if has_hooks(module) else ""

@@ -1,4 +1,4 @@
-"""Subclasses of PEFT's LoRA layers that a layer's ``__class__`` is set to. Their names are those of PEFT's classes."""
+"""Subclasses of PEFT's LoRA layers, with the same names, for a layer's ``__class__``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lora_ext.integrations.peft.merging import ExactMerging
 
 
 class Linear(LinearForward, ExactMerging, peft_layers.Linear):
-    """Over ``nn.Linear``, transformers' ``Conv1D``, and whatever else PEFT adapts by its ``lora.Linear``."""
+    """Over ``nn.Linear``, transformers' ``Conv1D``, and all else that PEFT adapts with ``lora.Linear``."""
 
 
 class Embedding(EmbeddingForward, ExactMerging, peft_layers.Embedding):
@@ -18,20 +18,20 @@ class Embedding(EmbeddingForward, ExactMerging, peft_layers.Embedding):
 
 
 class _Conv(ExactMerging):
-    """PEFT's forward: its two convolutions take the time. One product in place of the second convolution, the scaling
-    and the sum saved 1 to 5 % of a 3x3 layer's time."""
+    """Keeps PEFT's forward, whose two convolutions dominate: fusing the second with scaling and sum saved only 1 to 5 %
+    of a 3x3 layer's time."""
 
     def forward_obstacle(self) -> str:
-        return "the time is that of convolutions, and PEFT's own are as fast"
+        return "convolutions take the time, and PEFT's are as fast"
 
 
 class Conv1d(_Conv, peft_layers.Conv1d):
-    """Over ``nn.Conv1d``: merge and unmerge alone."""
+    """Over ``nn.Conv1d``: merge and unmerge only."""
 
 
 class Conv2d(_Conv, peft_layers.Conv2d):
-    """Over ``nn.Conv2d``: merge and unmerge alone."""
+    """Over ``nn.Conv2d``: merge and unmerge only."""
 
 
 class Conv3d(_Conv, peft_layers.Conv3d):
-    """Over ``nn.Conv3d``: merge and unmerge alone."""
+    """Over ``nn.Conv3d``: merge and unmerge only."""

@@ -1,4 +1,4 @@
-"""The forward of PEFT's linear LoRA layers on the ops."""
+"""The forward of PEFT's linear LoRA layers with the ops."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lora_ext.integrations.peft.eligibility import Adapter, active_adapters, is_
 class LinearForward:
     """Overrides ``forward`` of a LoRA layer whose base maps ``[..., in_features]`` to ``[..., out_features]``.
 
-    Where the base is a plain matrix product, it and the first adapter are one op; every other adapter is added in
-    place. Other base layers (quantised, with hooks, ...) are called, and get all adapters added to a copy of their
-    result, which they may have kept.
+    If the base is a plain matrix product, one op computes it with the first adapter; other adapters are added in place.
+    Other base layers (quantised, with hooks, ...) are called, and all adapters are added to a copy of their result,
+    which the base layer may keep.
     """
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -42,7 +42,7 @@ class LinearForward:
         return y
 
     def forward_obstacle(self) -> str:
-        """Why calls run PEFT's code, or ""."""
+        """Returns why calls run PEFT's code, or ""."""
         adapters = active_adapters(self)
         return adapters if isinstance(adapters, str) else ""
 

@@ -1,8 +1,8 @@
-"""PEFT's merge and unmerge with lora_ext's exact records: unmerge() brings back every bit of the weight.
+"""PEFT's merge and unmerge with lora_ext's exact records: unmerge() restores every bit of the weight.
 
-PEFT's bookkeeping (``merged_adapters``) stays as it is. Beside it a layer holds a record of each adapter merged here;
-they are taken out in reverse. A checksum tells whether a weight still is what the merge left. Where it was replaced or
-changed meanwhile, PEFT's own subtraction takes the adapter out.
+PEFT's bookkeeping (``merged_adapters``) does not change. A layer also holds a record of every adapter merged here, and
+unmerges in reverse order. A checksum tells whether the weight is still what the merge wrote. If it was replaced or
+changed, PEFT's subtraction removes the adapter.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from lora_ext._ops.checks import FLOATING
 from lora_ext.integrations.peft.eligibility import variant_of
 from lora_ext.merging.weights import MergeRecord, merge_all_, pack_factors, unmerge_all_
 
-_MERGES = "_lora_ext_merges"  # in the layer's __dict__ while there are any, so that copies and pickles have them
+_MERGES = "_lora_ext_merges"  # key in the layer's __dict__ while merged, so that copies and pickles have it
 _NO_BIAS = "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias."  # PEFT's words
 
 
 @dataclasses.dataclass(eq=False)
 class ExactMerge:
-    """One adapter in a weight, and in a bias where the adapter has one (lora_bias).
+    """An adapter merged into a weight, and into a bias with lora_bias.
 
     Attributes:
-        records: how to restore the weight, and the bias.
-        checksums: theirs, as the merge left them.
+        records: how to restore the weight and the bias.
+        checksums: checksums of both after the merge.
     """
 
     records: list[MergeRecord]
@@ -65,24 +65,24 @@ class ExactMerging:
 
 
 def merge_obstacle(layer: LoraLayer, name: str) -> str:
-    """Why adapter ``name`` is merged by PEFT's own code, or ""."""
+    """Returns why PEFT's code merges adapter ``name``, or ""."""
     if variant := variant_of(layer, name):
         return f"adapter {name!r} is a variant of LoRA ({variant})"
     weight = layer.get_base_layer()._parameters.get("weight")
     if type(weight) is not nn.Parameter:
-        return f"the base layer's weight is no plain parameter but a {type(weight).__name__}"
+        return f"the base layer's weight is a {type(weight).__name__}, not a plain parameter"
     if weight.dtype not in FLOATING or not weight.is_contiguous():
         return f"the base layer's weight is {weight.dtype} with strides {tuple(weight.stride())}"
     if not (weight.is_cpu or (weight.is_cuda and not _load.cuda_unavailable_reason)):
         return f"the base layer's weight is on {weight.device}"
     A, B = _factors(layer, name)
     if A.device != weight.device or (B.shape[0], A.shape[1]) != _matrix(weight).shape:
-        return f"adapter {name!r} does not lie beside the base layer's weight as a whole (offloaded, sharded, grouped)"
+        return f"adapter {name!r} is not whole on the device of the base layer's weight (offloaded, sharded, grouped)"
     return ""
 
 
 def has_exact_merges(layer: nn.Module) -> bool:
-    """Whether something is merged into the layer whose weight only its own unmerge() restores to the bit."""
+    """Whether the layer has exact merges, which only its unmerge() restores bit by bit."""
     return _MERGES in layer.__dict__
 
 
@@ -91,7 +91,7 @@ def has_adapter(layer: LoraLayer, name: str) -> bool:
 
 
 def _factors(layer: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
-    """``A [r, columns]`` and ``B [rows, r]``: ``B @ A`` is what the adapter adds to the weight as it is stored."""
+    """Returns ``A [r, columns]`` and ``B [rows, r]``: ``B @ A`` is the adapter's update of the weight as stored."""
     if name in layer.lora_embedding_A:
         return layer.lora_embedding_B[name].T, layer.lora_embedding_A[name].T
     A, B = layer.lora_A[name].weight.flatten(1), layer.lora_B[name].weight.flatten(1)
@@ -99,12 +99,12 @@ def _factors(layer: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
 
 
 def _matrix(weight: Tensor) -> Tensor:
-    """The stored weight as ``[rows, columns]``, sharing its memory; a bias as one row."""
+    """Returns a view of the stored weight as ``[rows, columns]``; a bias is one row."""
     return weight.flatten(1) if weight.dim() > 1 else weight.unsqueeze(0)
 
 
 def _merge_exactly(layer: LoraLayer, name: str) -> bool:
-    """False, and nothing changed, where PEFT's code has to decide: results that are not finite, weights of its own."""
+    """Merges exactly; returns False, with nothing changed, if PEFT's code must merge (non-finite results, ...)."""
     if merge_obstacle(layer, name):
         return False
     base, scaling = layer.get_base_layer(), float(layer.scaling[name])
@@ -117,7 +117,7 @@ def _merge_exactly(layer: LoraLayer, name: str) -> bool:
         factors.append((lora_bias.unsqueeze(0), lora_bias.new_ones(1, 1), scaling))
     with torch.no_grad():
         weights = [_matrix(parameter) for parameter in parameters]
-        packed = [pack_factors(weight.dtype, [of]) for weight, of in zip(weights, factors, strict=True)]
+        packed = [pack_factors(weight.dtype, [update]) for weight, update in zip(weights, factors, strict=True)]
         with uninterrupted():
             try:
                 records = merge_all_("merge", weights, [A for A, _ in packed], [B for _, B in packed])
@@ -144,14 +144,14 @@ def _unmerge_exactly(layer: LoraLayer, name: str) -> bool:
                 return True
         del merges[name]
     warn_user(
-        f"The base weight into which adapter {name!r} was merged has been replaced or changed meanwhile: PEFT "
-        "subtracts the update from what is there now, which rounds.",
+        f"The base weight into which adapter {name!r} was merged has been replaced or changed since: PEFT subtracts "
+        "the update from the current weight, which rounds.",
     )
     return False
 
 
 def _checksum(weight: Tensor) -> int:
-    """The sum of a contiguous tensor's bits, as 64-bit integers as far as these reach: a pass at memory's speed."""
+    """Sums a contiguous tensor's bits, as 64-bit integers where possible, at the speed of memory."""
     item = weight.element_size()
     flat = weight.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[item]).view(-1)
     per_word = 8 // item

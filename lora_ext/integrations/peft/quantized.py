@@ -1,4 +1,4 @@
-"""As layers.py, for base layers that bitsandbytes quantised. Merging into them rounds anew in PEFT's own code."""
+"""As layers.py, for base layers quantised by bitsandbytes. PEFT's code merges them, with rounding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of a model's PEFT layers run on the ops, and in words why the others do not."""
+"""Reports which of a model's PEFT layers run on the ops, and why the others do not."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class LayerReport:
     """One LoRA layer.
 
     Attributes:
-        path: in the model.
-        kind: PEFT's class, ``"Linear"`` for one.
-        forward: why calls run PEFT's forward now, or "" where they run the ops. A reason that begins with "now:" comes
-            from a state that PEFT's methods change; merged or disabled adapters for one.
-        merge: why ``merge`` and ``unmerge`` are PEFT's own, or "" where they are exact.
+        path: path in the model.
+        kind: PEFT's class, for example ``"Linear"``.
+        forward: why calls run PEFT's forward now, or "" if they run the ops. Reasons that begin with "now:" depend on
+            the layer's state, such as merged or disabled adapters.
+        merge: why ``merge`` and ``unmerge`` are PEFT's, or "" if they are exact.
     """
 
     path: str
@@ -49,7 +49,7 @@ class LayerReport:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """All LoRA layers of a model, in its order; ``print`` it."""
+    """All LoRA layers of a model, in its order; ``print`` shows a summary."""
 
     layers: tuple[LayerReport, ...]
 
@@ -61,13 +61,13 @@ class Report:
 
     def __str__(self) -> str:
         if not self.layers:
-            return "no LoRA layers of PEFT's"
+            return "no PEFT LoRA layers"
         lines = []
-        for what, attribute in (("forward and backward", "forward"), ("merge and unmerge", "merge")):
+        for heading, attribute in (("forward and backward", "forward"), ("merge and unmerge", "merge")):
             by_reason: dict[str, list[LayerReport]] = defaultdict(list)
             for layer in self.layers:
                 by_reason[getattr(layer, attribute)].append(layer)
-            lines.append(f"{what}: {len(by_reason.pop('', []))} of {len(self.layers)} LoRA layers on lora_ext's ops")
+            lines.append(f"{heading}: {len(by_reason.pop('', []))} of {len(self.layers)} LoRA layers on lora_ext's ops")
             for reason, layers in by_reason.items():
                 lines.append(f"  {len(layers)} in PEFT's code: {reason}")
                 lines += [f"    {layer.path} ({layer.kind})" for layer in layers[:4]]
@@ -77,10 +77,10 @@ class Report:
 
 @checked
 def report(model: nn.Module) -> Report:
-    """What each of PEFT's LoRA layers in ``model`` runs on, accelerated or not.
+    """Reports what every PEFT LoRA layer in ``model`` runs on, accelerated or not.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module``.
+        TypeError: ``model`` is not an ``nn.Module``.
     """
     return Report(tuple(_of_layer(path, layer) for path, layer in lora_layers(model)))
 
@@ -93,7 +93,7 @@ def _of_layer(path: str, layer: LoraLayer) -> LayerReport:
             reason = _REASONS.get(kind, f"lora_ext has no counterpart of {type(layer).__module__}.{kind}")
         return LayerReport(path, kind, reason, reason)
     if "forward" in vars(layer):
-        forward = "the layer's forward was replaced on the instance, by a hook for one"
+        forward = "the layer's forward was replaced on the instance, for example by a hook"
     elif type(layer.get_base_layer()) is nn.modules.linear.NonDynamicallyQuantizableLinear:
         forward = "belongs to a MultiheadAttention, which reads the weight and does not call the layer"
     else:

@@ -1,4 +1,4 @@
-"""Putting our layers in PEFT's places, and taking them out again."""
+"""Replaces the classes of PEFT's layers by lora_ext's, and restores them."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from lora_ext.integrations.peft.merging import has_exact_merges
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# Where the counterparts of the classes of one of PEFT's modules are, under the same names. Imported when there is such
-# a layer: PEFT's module then is imported already, and what it needs with it.
+# Module of PEFT -> module with the counterparts of its classes, under the same names. Imported once such a layer
+# exists: PEFT's module and its dependencies then are imported already.
 _MODULES = {"peft.tuners.lora.layer": ".layers", "peft.tuners.lora.bnb": ".quantized"}
 
-_peft_init: Callable[..., None] | None = None  # of LoraLayer, while accelerate() without a model is in force
+_peft_init: Callable[..., None] | None = None  # LoraLayer's, while accelerate() without a model is in force
 
 
 @checked
 def accelerate(model: Model | None = None) -> Model | None:
-    """Lets the LoRA layers of a model that PEFT has adapted run on lora_ext's ops; or of all models to come.
+    """Makes the LoRA layers of a model adapted by PEFT run on lora_ext's ops, or those of all future models.
 
-    Forward, backward, merge and unmerge of the eligible layers then go through the ops, with results equal to PEFT's
-    but for rounding; everything else stays PEFT's own code: adapters, config, state dict, saving, ``add_adapter``,
-    ``set_adapter``, mixed batches. :func:`report` tells which layers are eligible, and why the others are not.
+    Forward, backward, merge and unmerge of eligible layers use the ops, with results equal to PEFT's except rounding.
+    Everything else stays PEFT's code: adapters, config, state dict, saving, ``add_adapter``, ``set_adapter``, mixed
+    batches. :func:`report` tells which layers are eligible, and why others are not.
 
-    What differs: dropout draws its masks from lora_ext's generator (seeded by PyTorch's, so ``torch.manual_seed``
-    reproduces a run, with other masks than PEFT's); ``unmerge`` restores every bit of the weight, for which a merged
-    layer holds a record (0.03 to 0.25 bytes per element and the factors; ``merge_and_unload`` keeps none); gradients of
-    gradients (``create_graph=True``) raise RuntimeError: call :func:`restore` where you need them.
+    Differences: dropout masks come from lora_ext's generator, which PyTorch's seeds (``torch.manual_seed`` reproduces a
+    run, but not PEFT's masks); ``unmerge`` restores every bit of the weight, from a record in the merged layer (0.03 to
+    0.25 bytes per element and the factors; ``merge_and_unload`` keeps none); gradients of gradients
+    (``create_graph=True``) raise RuntimeError: call :func:`restore` if you need them.
 
     Args:
-        model: a ``PeftModel`` or any module with PEFT's LoRA layers in it, changed in place: each layer's class becomes
-            a subclass of its own. Layers that PEFT creates in it later need another call. None: every LoRA layer that
-            PEFT creates from now on, in whatever model.
+        model: a ``PeftModel`` or any module with PEFT LoRA layers, changed in place: the class of every layer becomes a
+            subclass of itself. Layers that PEFT creates later need another call. None: all LoRA layers that PEFT
+            creates from now on.
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module``.
-        ValueError: it has no LoRA layers of PEFT's.
+        TypeError: ``model`` is not an ``nn.Module``.
+        ValueError: it has no PEFT LoRA layers.
     """
     if model is None:
         _accelerate_new_layers()
@@ -53,7 +53,7 @@ def accelerate(model: Model | None = None) -> Model | None:
     layers = [layer for _, layer in lora_layers(model)]
     if not layers:
         raise ValueError(
-            f"accelerate: {type(model).__name__} has no LoRA layers of PEFT's; adapt it first, with get_peft_model() "
+            f"accelerate: {type(model).__name__} has no PEFT LoRA layers; adapt it first with get_peft_model() "
             "or inject_adapter_in_model()"
         )
     for layer in layers:
@@ -63,17 +63,17 @@ def accelerate(model: Model | None = None) -> Model | None:
 
 @checked
 def restore(model: Model | None = None) -> Model | None:
-    """Undoes :func:`accelerate`: ``model`` runs PEFT's own code again; or, without a model, layers to come do.
+    """Undoes :func:`accelerate`: ``model``, or without a model future layers, run PEFT's code again.
 
-    Models that ``accelerate()`` without a model has accelerated stay so until they are restored themselves.
+    Models accelerated by ``accelerate()`` without a model stay accelerated until they are restored.
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module``.
-        RuntimeError: an adapter is merged into it. PEFT's ``unmerge`` would not restore the weight's bits. All layers
-            then are as they were.
+        TypeError: ``model`` is not an ``nn.Module``.
+        RuntimeError: an adapter is merged, and PEFT's ``unmerge`` would not restore the weight's bits. No layer is
+            changed.
     """
     if model is None:
         _restore_new_layers()
@@ -92,7 +92,7 @@ def restore(model: Model | None = None) -> Model | None:
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """Paths and layers, of any class, that PEFT has put a LoRA on."""
+    """Yields paths and layers of all PEFT LoRA layers, of any class."""
     return ((path, module) for path, module in model.named_modules() if isinstance(module, LoraLayer))
 
 
@@ -101,7 +101,7 @@ def is_accelerated(layer: LoraLayer) -> bool:
 
 
 def accelerated_class(cls: type) -> type | None:
-    """Our subclass of one of PEFT's layer classes, or None."""
+    """Returns lora_ext's subclass of a PEFT layer class, or None."""
     module = _MODULES.get(cls.__module__)
     return module and getattr(importlib.import_module(module, __package__), cls.__name__, None)
 
