@@ -168,7 +168,7 @@ def test_an_update_that_overflows_the_weight():
 
 def test_a_tied_weight_is_not_merged():
     model = inject(llama(tied=True).eval(), LoraConfig(target_modules=["q_proj", "lm_head"], **ALIVE))
-    text = "the weight of 'lm_head' is also that of 'model.embed_tokens', which would change with it"
+    text = "the weight of 'lm_head' is shared with 'model.embed_tokens', which would change too"
     with refused(model, ValueError, text):
         merge(model)
     ids = token_ids()

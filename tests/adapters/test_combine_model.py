@@ -120,7 +120,7 @@ def test_what_cannot_be_combined():
     inject(model, LoraConfig(r=2, target_modules=["up"], modules_to_save=["head"]), "a")
     inject(model, LoraConfig(r=3, target_modules=["up"], modules_to_save=["head"]), "b")
     for text, arguments, settings in (
-        ("there is an adapter 'b' already", (["a"], [1.0], "b"), {}),
+        ("adapter 'b' exists already", (["a"], [1.0], "b"), {}),
         ("combination_type is 'mean', want one of linear, cat, svd", (["a", "b"], [1.0, 1.0], "c", "mean"), {}),
         ("weights has 1 entries for 2 adapters", (["a", "b"], [1.0], "c"), {}),
         ("density is None; ties wants", (["a", "b"], [1.0, 1.0], "c", "ties"), {}),

@@ -387,7 +387,7 @@ def test_unknown_names_are_answered_with_the_known_ones():
 def test_names_that_are_taken_or_cannot_be():
     model = three()
     for call in (lambda: inject(model, SECOND, "a"), lambda: rename_adapter(model, "b", "a")):
-        with refused(model, ValueError, "there is an adapter 'a' already; the adapters are ['a', 'b', 'c']"):
+        with refused(model, ValueError, "adapter 'a' exists already; the adapters are ['a', 'b', 'c']"):
             call()
     for name in ("", "x.y", "keys"):
         with refused(model, ValueError, f"adapter_name is {name!r}, want a name without dots"):
@@ -449,7 +449,7 @@ def test_saving_asks_which_of_several():
 
 def test_only_one_adapter_trains_biases():
     model = inject(Net(), LoraConfig(target_modules=["up"], bias="all"), "a")
-    text = "bias is 'lora_only', but the adapter 'a' trains the model's biases; only one can"
+    text = "bias is 'lora_only', but the adapter 'a' trains the model's biases already"
     with refused(model, ValueError, text, "lora_bias=True"):
         inject(model, LoraConfig(target_modules=["up"], bias="lora_only"), "b")
 

@@ -273,7 +273,7 @@ def test_one_model_is_injected_once(slow):
     errors = run_together(*[lambda: inject(model, CONFIG, "a")] * 4)
     assert errors.count(None) == 1
     assert {str(error) for error in errors if error} == {
-        "inject: there is an adapter 'a' already; the adapters are ['a']. Choose another name, or "
+        "inject: adapter 'a' exists already; the adapters are ['a']. Choose another name, or "
         "delete_adapter(model, ...) first"
     }
     assert sum(1 for _ in lora_modules(model)) == 4

@@ -213,7 +213,7 @@ def test_a_model_without_linear_layers():
 
 def test_a_name_that_is_taken():
     model = net()
-    with refused(model, ValueError, "there is an adapter 'default' already", "['default']", "delete_adapter"):
+    with refused(model, ValueError, "adapter 'default' exists already", "['default']", "delete_adapter"):
         inject(model, LoraConfig(target_modules=["up"]))
 
 
@@ -272,7 +272,7 @@ def test_a_layer_in_several_places_is_one_lora_layer_everywhere():
 
 def test_a_module_to_save_that_is_tied_is_refused_unless_its_twin_is_saved_too():
     model = llama(tied=True)
-    text = "modules_to_save has 'lm_head', whose parameter is also that of 'model.embed_tokens'; add"
+    text = "modules_to_save has 'lm_head', which shares a parameter with 'model.embed_tokens'; add"
     with refused(model, ValueError, text):
         inject(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     inject(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"]))

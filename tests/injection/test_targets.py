@@ -267,7 +267,7 @@ def test_a_shared_module_is_found_once_under_its_first_path():
         (
             "bert",
             {"target_modules": ["query"], "layers_to_transform": [3], "layers_pattern": "layer"},
-            ["nothing is left to adapt", "none of that is in layers_to_transform (3,) (layers_pattern 'layer')"],
+            ["nothing is left to adapt", "none of them is in layers_to_transform (3,) (layers_pattern 'layer')"],
         ),
         (
             "mixture",
@@ -314,7 +314,7 @@ def test_a_shared_module_is_found_once_under_its_first_path():
         (
             "tied",
             {"target_modules": ["lm_head"], "exclude_modules": ["embed_tokens"], "ensure_weight_tying": True},
-            ["exclude_modules has 'model.embed_tokens', but ensure_weight_tying is True", "take it out of"],
+            ["exclude_modules has 'model.embed_tokens', but ensure_weight_tying is True", "remove it from"],
         ),
     ],
 )
@@ -327,8 +327,16 @@ def test_what_cannot_be_is_said(family, settings, fragments):
 @pytest.mark.parametrize(
     ("family", "settings", "text"),
     [
-        ("net", {"target_modules": ["up"], "rank_pattern": {"upp": 2}}, "rank_pattern ['upp'] matches nothing that is"),
-        ("net", {"target_modules": ["up"], "alpha_pattern": {"p": 2}}, "alpha_pattern ['p'] matches nothing that is"),
+        (
+            "net",
+            {"target_modules": ["up"], "rank_pattern": {"upp": 2}},
+            "rank_pattern ['upp'] matches nothing adapted in",
+        ),
+        (
+            "net",
+            {"target_modules": ["up"], "alpha_pattern": {"p": 2}},
+            "alpha_pattern ['p'] matches nothing adapted in",
+        ),
         ("net", {"target_modules": ["up"], "enable_lora": {"down": (True, False)}}, "enable_lora ['down'] matches"),
         (
             "mixture",
@@ -348,7 +356,7 @@ def test_what_cannot_be_is_said(family, settings, fragments):
         (
             "tied",
             {"target_modules": ["q_proj"], "ensure_weight_tying": True},
-            "neither 'model.embed_tokens' nor ['lm_head'], which are tied, is to be adapted or trained",
+            "neither 'model.embed_tokens' nor ['lm_head'], which is tied to it, is adapted or trained",
         ),
     ],
 )

@@ -81,7 +81,7 @@ def test_without_it_the_twin_does_not_see_the_adapter():
     model = tied_llama(ensure_weight_tying=False, target_modules=["embed_tokens", "lm_head"])
     embedding, head = both(model)
     assert not {id(p) for p in embedding.adapters.parameters()} & {id(p) for p in head.adapters.parameters()}
-    text = "the weight of 'model.embed_tokens' is also that of 'lm_head.base_layer', which would change with it"
+    text = "the weight of 'model.embed_tokens' is shared with 'lm_head.base_layer', which would change too"
     for operation in (merge, merge_and_unload):
         with refused(model, ValueError, text, "ensure_weight_tying=True, untie them", "or run unmerged"):
             operation(model)
@@ -150,11 +150,11 @@ def test_merging_and_unmerging_two_tied_adapters_in_any_order():
 def test_a_tied_and_an_untied_adapter_are_not_merged_together():
     model = tied_llama()
     inject(model, LoraConfig(target_modules=["lm_head"], r=2, init_lora_weights=False), "own")
-    text = "the weight of 'lm_head' is also that of 'model.embed_tokens.base_layer'"
+    text = "the weight of 'lm_head' is shared with 'model.embed_tokens.base_layer'"
     with refused(model, ValueError, text):
         merge(model, "own")
     set_adapter(model, ["default", "own"])
-    with refused(model, ValueError, "is also that of"):
+    with refused(model, ValueError, "is shared with"):
         merge(model)
     merge(model, "default")
     with refused(model, ValueError, text):
@@ -278,7 +278,7 @@ def test_tied_embeddings():
     torch.testing.assert_close(model(ids), 3 * updated[ids])
     torch.testing.assert_close(merge(model.eval())(ids), 3 * updated[ids])
     model = Encoder(strange=True)
-    with refused(model, TypeError, "strange (Bilinear): its weight is that of 'shared'", "ensure_weight_tying=False"):
+    with refused(model, TypeError, "strange (Bilinear): it shares the weight of 'shared'", "ensure_weight_tying=False"):
         inject(model, LoraConfig(**{**SETTINGS, "target_modules": ["shared"]}))
 
 

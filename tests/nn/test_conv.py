@@ -254,11 +254,11 @@ def test_convolutions_that_cannot_be_adapted(layer, reason):
 
 def test_a_rank_that_the_groups_do_not_divide():
     model = ConvNet("1d grouped")
-    with refused(model, ValueError, "'conv' has groups=2, by which the rank 3 cannot be divided", "rank_pattern"):
+    with refused(model, ValueError, "the rank 3 of 'conv' is not a multiple of its groups=2", "rank_pattern"):
         inject(model, LoraConfig(target_modules=["head", "conv"], rank_pattern={"conv": 3}))
 
 
 def test_orthogonal_initialisation():
     model = ConvNet("2d")
-    with refused(model, ValueError, "orthogonal initialisation is for plain matrices"):
+    with refused(model, ValueError, "orthogonal initialisation needs plain matrices"):
         inject(model, LoraConfig(target_modules=["head", "conv"], init_lora_weights="orthogonal"))

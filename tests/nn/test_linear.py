@@ -161,7 +161,7 @@ def test_frozen_weight_can_be_unfrozen():
 
 def test_an_update_of_another_matrix():
     layer = LoraLinear(nn.Linear(6, 4), LoraAdapter(6, 4, 2, 4))
-    with pytest.raises(KeyError, match=r"adapter 'default' has no update of 'bias', but of \['weight'\]"):
+    with pytest.raises(KeyError, match=r"adapter 'default' has no update of 'bias', only of \['weight'\]"):
         layer.delta_weight("default", "bias")
 
 

@@ -182,10 +182,13 @@ def test_a_layer_of_its_own():
     x = torch.randn(3, IN)
     torch.testing.assert_close(layer(x), layer.base_layer(x))
     for make, text in (
-        (lambda: LoraPackedLinear(nn.Linear(IN, OUT), 5), "num_parts is 5, which out_features=12 is no multiple of"),
+        (lambda: LoraPackedLinear(nn.Linear(IN, OUT), 5), "num_parts is 5, want a divisor of out_features=12"),
         (lambda: PackedAdapter(IN, OUT, 2, 4, enable_lora=[False] * 3), "want at least one True"),
-        (lambda: PackedAdapter(IN, OUT, 2, 4, enable_lora=[True] * 5), "5 parts, which out_features=12 is no multiple"),
-        (lambda: layer.add_adapter("b", PackedAdapter(IN, OUT, 2, 4, enable_lora=[True] * 3)), "has 3 parts, but the"),
+        (
+            lambda: PackedAdapter(IN, OUT, 2, 4, enable_lora=[True] * 5),
+            "has 5 parts, want a divisor of out_features=12",
+        ),
+        (lambda: layer.add_adapter("b", PackedAdapter(IN, OUT, 2, 4, enable_lora=[True] * 3)), "has 3 parts, want 2"),
         (lambda: layer.add_adapter("b", LoraAdapter(IN, OUT + 1, 2, 4)), "lora_B has shape"),
     ):
         with pytest.raises(ValueError, match=text):
@@ -315,7 +318,7 @@ KEY = "base_model.model.qkv.lora_B.weight"
 @pytest.mark.parametrize(
     ("damage", "text"),
     [
-        (lambda tensors, note: tensors[KEY].fill_(1.0), "there are numbers outside of the blocks [True, False, True]"),
+        (lambda tensors, note: tensors[KEY].fill_(1.0), "there are numbers outside the blocks [True, False, True]"),
         (lambda tensors, note: note["blocks"].update({KEY: [True] * 5}), "has shape [12, 4], not that of blocks"),
         (lambda tensors, note: note["blocks"].update({KEY: [False] * 3}), "want bools, at least one of them true"),
         (lambda tensors, note: note["blocks"].update({KEY: 3}), "do not fit it"),
@@ -342,16 +345,18 @@ def test_metadata_that_do_not_fit(damage, text, tmp_path):
 def test_what_enable_lora_cannot_name():
     model = Fused()
     model.embedding = nn.Embedding(5, 6)
-    with refused(model, TypeError, "embedding (Embedding): enable_lora names it, and is for an nn.Linear or Conv1D"):
+    with refused(
+        model, TypeError, "embedding (Embedding): enable_lora names it, but supports only an nn.Linear or Conv1D"
+    ):
         inject(model, LoraConfig(target_modules=["embedding"], enable_lora={"embedding": (True, False)}))
-    with refused(model, ValueError, "enable_lora has 5 parts, which out_features=12 is no multiple of"):
+    with refused(model, ValueError, "enable_lora has 5 parts, want a divisor of out_features=12"):
         adapted(model, (True,) * 5)
-    with refused(model, ValueError, "lora_bias is True, which goes with a whole layer; take out enable_lora"):
+    with refused(model, ValueError, "lora_bias is True, but enable_lora adapts parts only; remove one of them"):
         adapted(model, lora_bias=True)
-    with refused(model, ValueError, "orthogonal initialisation is for plain matrices"):
+    with refused(model, ValueError, "orthogonal initialisation needs plain matrices"):
         adapted(model, init_lora_weights="orthogonal")
     adapted(model)
-    with refused(model, ValueError, "enable_lora has 2 parts for 'qkv', but other adapters have 3 there"):
+    with refused(model, ValueError, "enable_lora has 2 parts for 'qkv', want 3 like the other adapters"):
         adapted(model, (True, False), "b")
 
 

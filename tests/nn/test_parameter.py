@@ -339,14 +339,14 @@ def test_parameters_that_cannot_be_adapted():
     with refused(
         model,
         TypeError,
-        "experts.shift: its shift has 1 dimensions, want 2, or 3 of which the first is experts",
+        "experts.shift: its shift has 1 dimensions, want 2, or 3 with the experts first",
         "experts.count: its count is torch.int8",
         "attention.out_proj.weight: nn.MultiheadAttention reads it and never calls its module; name",
     ):
         adapted(model, ["experts.shift", "experts.up", "experts.count", "out_proj.weight"])
     with refused(model, ValueError, "target_parameters", "experts.upp", "close matches: 'experts.up'"):
         adapted(model, ["experts.upp"])
-    with refused(model, ValueError, "orthogonal initialisation is for plain matrices"):
+    with refused(model, ValueError, "orthogonal initialisation needs plain matrices"):
         adapted(model, ["experts.up"], init_lora_weights="orthogonal")
     del model.experts.count
     torch.nn.utils.parametrizations.weight_norm(model.experts, "mix")

@@ -159,7 +159,7 @@ CALLS: list[Call] = [
             ({"adapter_name": "a.b"}, ValueError, "adapter_name is 'a.b', want a name without dots"),
             ({"adapter_name": "keys"}, ValueError, "adapter_name is 'keys', want a name without dots"),
             ({"adapter_name": ""}, ValueError, "adapter_name is '', want a name without dots"),
-            (lambda _: {"model": injected()}, ValueError, "there is an adapter 'a' already"),
+            (lambda _: {"model": injected()}, ValueError, "adapter 'a' exists already"),
             (lambda _: {"model": merged(), "adapter_name": "c"}, ValueError, "adapters are merged into 'blocks.0.up'"),
             (lambda _: {"model": disabled(), "adapter_name": "c"}, RuntimeError, "the adapters are disabled"),
             (
@@ -185,7 +185,7 @@ CALLS: list[Call] = [
             (
                 lambda _: {"model": inject(Net(), BIASED, "b"), "config": BIASED},
                 ValueError,
-                "bias is 'all', but the adapter 'b' trains the model's biases; only one can",
+                "bias is 'all', but the adapter 'b' trains the model's biases already",
             ),
         ],
     ),
@@ -273,7 +273,7 @@ CALLS: list[Call] = [
             ({"adapters": [], "weights": []}, ValueError, "adapters is empty; name at least one"),
             ({"weights": [1.0]}, ValueError, "weights has 1 entries for 2 adapters; give one for each"),
             ({"weights": [1.0, NAN]}, ValueError, "weights has nan, want finite numbers"),
-            ({"adapter_name": "a"}, ValueError, "there is an adapter 'a' already"),
+            ({"adapter_name": "a"}, ValueError, "adapter 'a' exists already"),
             ({"combination_type": "sum"}, ValueError, "combination_type is 'sum', want one of linear, cat, svd"),
             ({"combination_type": "linear", "density": 7.0}, ValueError, "density has 7.0, want 0 < density <= 1"),
             ({"density": None}, ValueError, "density is None; ties_svd wants the fraction"),
@@ -336,7 +336,7 @@ CALLS: list[Call] = [
             *NO_MODULE,
             *NOT_INJECTED,
             ({"old": "x"}, KeyError, NO_ADAPTER),
-            ({"new": "b"}, ValueError, "there is an adapter 'b' already"),
+            ({"new": "b"}, ValueError, "adapter 'b' exists already"),
             ({"new": "c.d"}, ValueError, "adapter_name is 'c.d', want a name without dots"),
             (lambda _: {"model": merged()}, RuntimeError, "'a' is merged in 'blocks.0.up'"),
             (lambda _: {"model": disabled()}, RuntimeError, "the adapters are disabled"),
@@ -348,7 +348,7 @@ CALLS: list[Call] = [
         [
             *NO_MODULE,
             *NO_LAYER,
-            ({"adapter_names": []}, ValueError, "merge: adapter_names is empty: name at least one adapter"),
+            ({"adapter_names": []}, ValueError, "merge: adapter_names is empty; name at least one adapter"),
             ({"adapter_names": ["x"]}, KeyError, "merge: no layer has an adapter 'x'; the adapters are ['a', 'b']"),
             (lambda _: {"model": merged()}, RuntimeError, "merge: 'blocks.0.up', 'blocks.0.down', 'blocks.1.up' and"),
             (lambda _: {"model": disabled(), "adapter_names": None}, RuntimeError, "no adapter is active in"),
@@ -361,7 +361,7 @@ CALLS: list[Call] = [
             (
                 lambda _: {"model": tied(), "adapter_names": "b"},
                 ValueError,
-                "is also that of 'blocks.1.up', which would change with it",
+                "is shared with 'blocks.1.up', which would change too",
             ),
         ],
     ),
@@ -515,7 +515,10 @@ CALLS: list[Call] = [
     Call(
         layers.EmbeddingAdapter,
         lambda _: {"num_embeddings": 6, "embedding_dim": 4, "r": 2, "lora_alpha": 4.0},
-        [({"num_embeddings": -6}, ValueError, "in_features is -6"), ({"r": 0}, ValueError, "r is 0, want at least 1")],
+        [
+            ({"num_embeddings": -6}, ValueError, "num_embeddings is -6"),
+            ({"r": 0}, ValueError, "r is 0, want at least 1"),
+        ],
     ),
     Call(
         layers.PackedAdapter,
@@ -523,7 +526,7 @@ CALLS: list[Call] = [
         [
             ({"enable_lora": [False]}, ValueError, "enable_lora is [False], want at least one True"),
             ({"enable_lora": []}, ValueError, "enable_lora is [], want at least one True"),
-            ({"enable_lora": [True] * 4}, ValueError, "enable_lora has 4 parts, which out_features=6"),
+            ({"enable_lora": [True] * 4}, ValueError, "enable_lora has 4 parts, want a divisor of out_features=6"),
             ({"lora_bias": True}, ValueError, "lora_bias is True"),
             ({"r": 0}, ValueError, "r is 0, want at least 1"),
         ],
@@ -556,7 +559,7 @@ CALLS: list[Call] = [
             "active": layers.ActiveAdapters(),
         },
         [
-            ({"num_parts": 4}, ValueError, "num_parts is 4, which out_features=6 is no multiple of"),
+            ({"num_parts": 4}, ValueError, "num_parts is 4, want a divisor of out_features=6"),
             ({"num_parts": 0}, ValueError, "num_parts is 0"),
         ],
     ),
