@@ -227,9 +227,7 @@ def test_the_model_is_plain_again_without_its_last_adapter():
 def test_two_adapters_that_train_one_module_in_full_are_not_used_together():
     model = inject(Net(), LoraConfig(target_modules=["up"], modules_to_save=["head"]), "a")
     inject(model, LoraConfig(target_modules=["up"], modules_to_save=["head"]), "b")
-    with refused(
-        model, ValueError, "set_adapter: 'head' is trained in full by ['a', 'b'], and can be one of them only"
-    ):
+    with refused(model, ValueError, "set_adapter: 'head' is trained in full by ['a', 'b']; use only one of them"):
         set_adapter(model, ["a", "b"])
 
 

@@ -193,10 +193,10 @@ def test_half_precision_is_computed_in_float32(kind, dtype):
     ("options", "error", "text"),
     [
         ({"kind": "sum"}, ValueError, "combination_type is 'sum', want one of linear, cat, svd, ties, ties_svd, dare_"),
-        ({"weights": [1.0]}, ValueError, "weights has 1 entries for 2 adapters; give one for each"),
+        ({"weights": [1.0]}, ValueError, "weights has 1 entries for 2 adapters; want one per adapter"),
         ({"weights": [1.0, math.nan]}, ValueError, "weights has nan, want finite numbers"),
         ({"weights": [1.0, "2"]}, TypeError, "weights has '2' of type str, want finite numbers"),
-        ({"kind": "ties"}, ValueError, "density is None; ties wants the fraction of values to keep, 0 < density <= 1"),
+        ({"kind": "ties"}, ValueError, "density is None; ties needs the fraction of values to keep, 0 < density <= 1"),
         ({"kind": "dare_linear_svd", "density": 0}, ValueError, "density has 0, want 0 < density <= 1"),
         ({"kind": "ties", "density": 1.01}, ValueError, "density has 1.01, want 0 < density <= 1"),
         ({"kind": "ties", "density": "1"}, TypeError, "density has '1' of type str, want 0 < density <= 1"),

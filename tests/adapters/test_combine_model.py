@@ -123,7 +123,7 @@ def test_what_cannot_be_combined():
         ("adapter 'b' exists already", (["a"], [1.0], "b"), {}),
         ("combination_type is 'mean', want one of linear, cat, svd", (["a", "b"], [1.0, 1.0], "c", "mean"), {}),
         ("weights has 1 entries for 2 adapters", (["a", "b"], [1.0], "c"), {}),
-        ("density is None; ties wants", (["a", "b"], [1.0, 1.0], "c", "ties"), {}),
+        ("density is None; ties needs", (["a", "b"], [1.0, 1.0], "c", "ties"), {}),
         ("svd_rank is 0", (["a", "b"], [1.0, 1.0], "c", "svd"), {"svd_rank": 0}),
         ("at 'blocks.0.up': combine: the adapters have ranks [2, 3]", (["a", "b"], [1.0, 1.0], "c", "linear"), {}),
         ("'head' is trained in full by ['a', 'b']", (["a", "b"], [1.0, 1.0], "c", "cat"), {}),

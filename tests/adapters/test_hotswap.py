@@ -169,5 +169,5 @@ def test_what_cannot_be_prepared_or_swapped(tmp_path):
         hotswap_adapter(model, tmp_path / "none")
     merge(model.eval())
     for call in (lambda: prepare_hotswap(model, 4), lambda: hotswap_adapter(model, directory)):
-        with refused(model, RuntimeError, "'default' is merged into 'blocks.0.up'; call unmerge(model) first"):
+        with refused(model, RuntimeError, "'default' is merged into 'blocks.0.up'"):
             call()

@@ -401,7 +401,7 @@ def test_an_active_adapter_is_not_deleted():
     with refused(model, RuntimeError, "delete_adapter: 'c' is active; call set_adapter(model, ...)", "['a', 'b']"):
         delete_adapter(model, "c")
     model = inject(Net(), SECOND)
-    with refused(model, RuntimeError, "'default' is active; it is the last: call unload(model)"):
+    with refused(model, RuntimeError, "'default' is active; it is the last one: call unload(model)"):
         delete_adapter(model, "default")
 
 
@@ -412,10 +412,10 @@ def test_what_a_merged_adapter_forbids(tmp_path):
     for error, text, call in (
         (
             RuntimeError,
-            "'b' is merged in 'blocks.0.up', 'blocks.1.up'; call unmerge",
+            "'b' is merged into 'blocks.0.up', 'blocks.1.up'; call unmerge",
             lambda: delete_adapter(model, "b"),
         ),
-        (RuntimeError, "'b' is merged in 'blocks.0.up'", lambda: rename_adapter(model, "b", "d")),
+        (RuntimeError, "'b' is merged into 'blocks.0.up'", lambda: rename_adapter(model, "b", "d")),
         (RuntimeError, "'blocks.0.up', 'blocks.1.up' merged; call unmerge(model) first", lambda: unload(model)),
         (RuntimeError, "merge: 'blocks.0.up', 'blocks.1.up' merged already", lambda: merge(model, "b")),
         (RuntimeError, "unmerge: 'blocks.0.down', 'blocks.1.down' not merged", lambda: unmerge(model, "c")),
@@ -442,7 +442,7 @@ def test_what_was_not_injected():
 def test_saving_asks_which_of_several():
     model = set_adapter(three(), ["a", "b"])
     with refused(
-        model, ValueError, "save_adapter: the active adapters are ['a', 'b'], not just one", "['a', 'b', 'c']"
+        model, ValueError, "save_adapter: the active adapters are ['a', 'b'], want exactly one", "['a', 'b', 'c']"
     ):
         save_adapter(model, "/nowhere")
 

@@ -462,7 +462,7 @@ def test_weighted_combination(settings, kind, tmp_path):
 
 def test_a_combination_whose_ranks_no_config_can_say():
     model = adapted(adapted(Wrapper(), name="a"), ["out_proj"], "b")
-    with refused(model, ValueError, "'attention.out_proj' would have rank 4, but what is adapted with it rank 2"):
+    with refused(model, ValueError, "'attention.out_proj' would have rank 4, but a layer adapted along with it rank 2"):
         add_weighted_adapter(model, ["a", "b"], [1.0, 1.0], "c", "cat")
 
 

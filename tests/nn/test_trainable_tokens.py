@@ -316,7 +316,7 @@ def test_a_combination_copies_the_rows():
     actual = logits(model, ids)
     set_adapter(model, "default")
     torch.testing.assert_close(actual, logits(model, ids))
-    with refused(model, ValueError, "['default', 'both'] train rows", "only one of them may"):
+    with refused(model, ValueError, "['default', 'both'] train rows", "combine only one"):
         add_weighted_adapter(model, ["default", "both"], [1.0, 1.0], "sum", "cat")
 
 
