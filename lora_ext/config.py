@@ -29,7 +29,7 @@ from lora_ext.matching.path_patterns import PathPatterns, as_tuple, layer_expres
 ALL_LINEAR = "all-linear"
 """The ``target_modules`` value for every linear layer except the output head."""
 
-# PEFT trains these heads along with the adapter, whatever modules_to_save says.
+# PEFT trains these heads along with the adapter, even if modules_to_save does not name them.
 TASK_HEADS: dict[str, tuple[str, ...]] = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),

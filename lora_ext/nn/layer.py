@@ -333,8 +333,8 @@ class LoraLayer(AdapterLayer):
     def merge(self, *names: str) -> int:
         """Adds the updates of the adapters ``names`` (default: the active ones) to the base weight in place.
 
-        The result is the pristine weight plus the updates of all merged adapters, rounded once, whatever the order of
-        the merges. An adapter counts with its values at the time of its merge, even if it is trained later.
+        The result is the pristine weight plus the updates of all merged adapters, rounded once, for any order of the
+        merges. An adapter counts with its values at the time of its merge, even if it is trained later.
 
         Returns:
             Bytes kept to restore the weight: :attr:`merge_record_bytes`.

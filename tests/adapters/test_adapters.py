@@ -81,7 +81,7 @@ def test_a_part_of_a_model_can_be_injected_and_the_whole_unloaded():
     inject(model.blocks, LoraConfig(target_modules=["up"]))
 
 
-def test_disable_adapters_gives_the_base_and_ends_with_the_block():
+def test_disable_adapters_gives_the_base_model_within_the_block():
     model = bert().eval()
     ids = token_ids()
     bare = model(input_ids=ids).logits
@@ -116,7 +116,7 @@ def test_nothing_injected(operation):
         operation(model)
 
 
-def test_merging_twice_and_unmerging_what_is_not_merged():
+def test_merging_twice_and_unmerging_without_a_merge():
     model = net()
     with refused(model, RuntimeError, "unmerge: 'blocks.0.up', 'blocks.0.down', 'blocks.1.up' and 1 more not merged"):
         unmerge(model)
@@ -173,14 +173,14 @@ def test_a_tied_weight_is_not_merged():
         merge(model)
     ids = token_ids()
     expected = model(input_ids=ids).logits
-    model.lm_head.base_layer.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # the remedy it names
+    model.lm_head.base_layer.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # the remedy in the message
     torch.testing.assert_close(merge(model)(input_ids=ids).logits, expected)
 
 
 def test_a_failure_midway_unmerges_what_was_merged():
     model = net()
     before = weights(model)
-    # The op refuses this shape, which merge() does not look for.
+    # The op refuses this shape; merge() does not check it.
     model.blocks[1].down.adapters["default"].lora_A = nn.Parameter(torch.zeros(2, 11))
     with pytest.raises(ValueError, match="lora_A has in_features=11 but weight has 10"):
         merge(model)

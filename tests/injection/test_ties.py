@@ -1,4 +1,4 @@
-"""Modules that hold one weight: what is tied, and what is not."""
+"""Modules that share one weight: which of them are tied, and which are not."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def both(model: nn.Module) -> tuple[LoraEmbedding, LoraLinear]:
 
 
 def assert_tied(model: nn.Module, name: str = "default") -> None:
-    """The adapters are one, and both layers compute with the same updated weight."""
+    """Checks that the layers share one adapter and compute with the same updated weight."""
     embedding, head = both(model)
     assert head.adapters[name].source is embedding.adapters[name]
     assert head.base_layer.weight is embedding.base_layer.weight
@@ -69,8 +69,8 @@ def test_the_head_has_the_embeddings_adapter(targets):
     assert_tied(model)
     layers = inject(apart, LoraConfig(target_modules=["q_proj"] if "q_proj" in targets else ["embed_tokens"], r=3))
     factors = 3 * (50 + 16)
-    own = trainable_parameter_counts(layers)[0] + (factors if "q_proj" in targets else 0)
-    assert trainable_parameter_counts(model)[0] == own  # the shared parameters count once
+    expected = trainable_parameter_counts(layers)[0] + (factors if "q_proj" in targets else 0)
+    assert trainable_parameter_counts(model)[0] == expected  # the shared parameters count once
     names = {name for name, _ in model.named_parameters() if "embed" in name or "head" in name}
     assert names == {f"{EMBEDDING}.lora_A", f"{EMBEDDING}.lora_B", "model.embed_tokens.base_layer.weight"}
 
@@ -87,7 +87,7 @@ def test_without_it_the_twin_does_not_see_the_adapter():
             operation(model)
 
 
-def test_gradients_add_up_as_in_a_weight_that_is_tied():
+def test_gradients_add_up_as_in_a_tied_weight():
     model, ids = tied_llama(), token_ids()
     adapter = model.model.embed_tokens.adapters.default
     factors = [adapter.lora_A, adapter.lora_B]
@@ -119,11 +119,11 @@ def test_merging_changes_the_weight_once_and_unmerging_restores_every_bit(name):
         layer.self_attn.q_proj.merge_record_bytes for layer in model.model.layers
     )
     copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
-    for each in (model, copied):
-        unmerge(each, name)
-        assert same_bits(each.lm_head.weight, before) and each.lm_head.weight is each.model.embed_tokens.weight
-        assert not each.lm_head.is_merged and not each.model.embed_tokens.is_merged
-        torch.testing.assert_close(logits(each, ids), expected, rtol=0, atol=0)
+    for merged in (model, copied):
+        unmerge(merged, name)
+        assert same_bits(merged.lm_head.weight, before) and merged.lm_head.weight is merged.model.embed_tokens.weight
+        assert not merged.lm_head.is_merged and not merged.model.embed_tokens.is_merged
+        torch.testing.assert_close(logits(merged, ids), expected, rtol=0, atol=0)
 
 
 def test_merging_and_unmerging_two_tied_adapters_in_any_order():
@@ -172,7 +172,7 @@ def test_once_untied_each_layer_merges_its_own_weight():
     assert same_bits(model.lm_head.weight, before) and same_bits(model.model.embed_tokens.weight, before)
 
 
-def test_a_layer_alone_is_not_merged():
+def test_one_tied_layer_is_not_merged_alone():
     model = tied_llama()
     for layer in both(model):
         with refused(
@@ -213,7 +213,7 @@ def test_renaming_and_deleting():
     torch.testing.assert_close(logits(model, ids), logits(bare, ids))
 
 
-def test_frozen_while_another_adapter_is_in_use():
+def test_frozen_while_another_adapter_is_active():
     model = tied_llama()
     inject(model, LoraConfig(target_modules=["q_proj"]), "other")
     adapter = model.model.embed_tokens.adapters.default
@@ -254,7 +254,7 @@ def test_gpt2():
 
 
 class Encoder(nn.Module):
-    """Two embeddings that share a weight, as in T5, and something that shares it and is neither."""
+    """Two embeddings that share a weight, as in T5, and a module of another kind that shares it too."""
 
     def __init__(self, strange: bool = False) -> None:
         super().__init__()
@@ -318,7 +318,7 @@ def test_files_of_tied_adapters_in_both_directions(targets, tmp_path):
     again, first = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("again", "theirs"))
     assert {key for key in first.keys() - again.keys() if not key.endswith("base_layer.weight")} == set()
     assert all(same_bits(tensor, first[key]) for key, tensor in again.items())
-    load_adapter(ours, tmp_path / "theirs")  # over the values that are there
+    load_adapter(ours, tmp_path / "theirs")  # replaces the present values
     assert_tied(ours)
     torch.testing.assert_close(logits(ours, ids), logits(theirs, ids))
 
