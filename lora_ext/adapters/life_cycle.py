@@ -94,7 +94,7 @@ def _disable(model: nn.Module) -> set[ActiveAdapters]:
         )
     merged = [path for path, layer in lora_modules(model) if layer.is_merged]
     if merged:
-        raise RuntimeError(f"disable_adapters: {some(merged)} merged; call unmerge(model) first")
+        raise RuntimeError(f"disable_adapters: adapters are merged into {some(merged)}; call unmerge(model) first")
     if any(active.is_disabled_elsewhere for active in shared):
         raise RuntimeError("disable_adapters: another thread is within disable_adapters(model); wait for its end")
     with changing(*shared):

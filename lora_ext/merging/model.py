@@ -99,7 +99,7 @@ def unmerge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> 
         wanted = {path: (layer, set(layer.merged_adapters) - names) for path, layer in chosen.items()}
         wrong = [path for path, layer in chosen.items() if names & layer.adapters.keys() - {*layer.merged_adapters}]
     if wrong:
-        raise RuntimeError(f"unmerge: {some(wrong)} not merged")
+        raise RuntimeError(f"unmerge: the adapters are not merged into {some(wrong)}")
     change_merged("unmerge", dict(wanted.values()), _where(wanted))
     return model
 
@@ -170,7 +170,9 @@ def unload(model: ModelT) -> ModelT:
     _check_can_unload("unload", model, merged=False)
     merged = [path for path, layer in lora_modules(model) if layer.is_merged]
     if merged:
-        raise RuntimeError(f"unload: {some(merged)} merged; call unmerge(model) first, or merge_and_unload(model)")
+        raise RuntimeError(
+            f"unload: adapters are merged into {some(merged)}; call unmerge(model) first, or merge_and_unload(model)"
+        )
     with changing(*_shared(model)):
         _unload(model, merged=False)
     return model
@@ -241,7 +243,7 @@ def _to_merge(
     wanted = _chosen(caller, layers, _names(caller, adapter_names))
     merged = [path for path, (layer, names) in wanted.items() if names & {*layer.merged_adapters}]
     if merged:
-        raise RuntimeError(f"{caller}: {some(merged)} merged already")
+        raise RuntimeError(f"{caller}: adapters are already merged into {some(merged)}")
     return wanted
 
 

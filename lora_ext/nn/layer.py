@@ -139,9 +139,11 @@ class AdapterLayer(nn.Module):
         return len(self.adapters) > 0
 
     def _existing(self, name: str | None) -> str:
-        """``name``, or the active adapter's name if None. KeyError: there is no such adapter."""
+        """``name``, or the active adapter's name if None. KeyError: no such adapter. ValueError: several are active."""
         if name is None:
-            (name,) = self.active_adapters or (None,)
+            if len(self.active_adapters) > 1:
+                raise ValueError(f"{type(self).__name__}: name one of the active adapters {self.active_adapters}")
+            name = next(iter(self.active_adapters), None)
         self._check_exists(name)
         return name
 

@@ -1,3 +1,5 @@
+"""Merging, unloading and disabling the adapters of a model, and their errors."""
+
 from __future__ import annotations
 
 import pytest
@@ -118,19 +120,22 @@ def test_nothing_injected(operation):
 
 def test_merging_twice_and_unmerging_without_a_merge():
     model = net()
-    with refused(model, RuntimeError, "unmerge: 'blocks.0.up', 'blocks.0.down', 'blocks.1.up' and 1 more not merged"):
+    with refused(model, RuntimeError, "not merged into 'blocks.0.up', 'blocks.0.down', 'blocks.1.up' and 1 more"):
         unmerge(model)
     merge(model)
-    with refused(model, RuntimeError, "merge: 'blocks.0.up', 'blocks.0.down', 'blocks.1.up' and 1 more merged already"):
+    with refused(model, RuntimeError, "already merged into 'blocks.0.up', 'blocks.0.down', 'blocks.1.up' and 1 more"):
         merge(model)
-    with refused(model, RuntimeError, "merged; call unmerge(model) first"), disable_adapters(model):
+    with (
+        refused(model, RuntimeError, "adapters are merged into 'blocks.0.up'", "; call unmerge(model) first"),
+        disable_adapters(model),
+    ):
         pass
 
 
 def test_partly_merged():
     model = net()
     model.blocks[1].up.merge()
-    with refused(model, RuntimeError, "merge: 'blocks.1.up' merged already"):
+    with refused(model, RuntimeError, "merge: adapters are already merged into 'blocks.1.up'"):
         merge(model)
     unmerge(model)
     assert not any(layer.is_merged for _, layer in lora_modules(model))

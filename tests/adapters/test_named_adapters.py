@@ -416,9 +416,21 @@ def test_operations_refused_while_merged(tmp_path):
             lambda: delete_adapter(model, "b"),
         ),
         (RuntimeError, "'b' is merged into 'blocks.0.up'", lambda: rename_adapter(model, "b", "d")),
-        (RuntimeError, "'blocks.0.up', 'blocks.1.up' merged; call unmerge(model) first", lambda: unload(model)),
-        (RuntimeError, "merge: 'blocks.0.up', 'blocks.1.up' merged already", lambda: merge(model, "b")),
-        (RuntimeError, "unmerge: 'blocks.0.down', 'blocks.1.down' not merged", lambda: unmerge(model, "c")),
+        (
+            RuntimeError,
+            "adapters are merged into 'blocks.0.up', 'blocks.1.up'; call unmerge(model)",
+            lambda: unload(model),
+        ),
+        (
+            RuntimeError,
+            "merge: adapters are already merged into 'blocks.0.up', 'blocks.1.up'",
+            lambda: merge(model, "b"),
+        ),
+        (
+            RuntimeError,
+            "the adapters are not merged into 'blocks.0.down', 'blocks.1.down'",
+            lambda: unmerge(model, "c"),
+        ),
         (RuntimeError, "an adapter is merged into 'blocks.0.up'", lambda: load_adapter(model, tmp_path)),
         (ValueError, "adapters are merged into 'blocks.0.up'; call unmerge", lambda: inject(model, SECOND, "d")),
     ):

@@ -1,3 +1,5 @@
+"""LoraConfig has the defaults, keys and files of PEFT, and names bad values."""
+
 from __future__ import annotations
 
 import copy

@@ -1,3 +1,5 @@
+"""inject: the layers that it adapts, the targets that it refuses, and the injected model as a module."""
+
 from __future__ import annotations
 
 import copy

@@ -129,7 +129,7 @@ def test_lora_on_the_tied_head_with_trained_rows(tmp_path):
     theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     torch.testing.assert_close(logits(ours, ids), logits(theirs, ids))
     for operation in (merge, merge_and_unload):
-        with refused(ours, ValueError, "'lm_head.base_layer' has rows", "would lose the update; run unmerged"):
+        with refused(ours, ValueError, "'lm_head.base_layer' has trained rows", "would lose the update; run unmerged"):
             operation(ours)
     unload(ours)
     assert type(ours.lm_head) is nn.Linear

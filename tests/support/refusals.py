@@ -299,7 +299,7 @@ CALLS: list[Call] = [
     Call(
         adapters.disable_adapters,
         lambda _: {"model": injected()},
-        [*NO_MODULE, *NO_LAYER, (lambda _: {"model": merged()}, RuntimeError, "merged; call unmerge(model) first")],
+        [*NO_MODULE, *NO_LAYER, (lambda _: {"model": merged()}, RuntimeError, "; call unmerge(model) first")],
     ),
     Call(
         adapters.hotswap_adapter,
@@ -395,7 +395,7 @@ CALLS: list[Call] = [
         [
             *NO_MODULE,
             *NO_LAYER,
-            (lambda _: {"model": merged()}, RuntimeError, "merged; call unmerge(model) first, or merge_and_unload"),
+            (lambda _: {"model": merged()}, RuntimeError, "; call unmerge(model) first, or merge_and_unload"),
             (lambda _: {"model": disabled()}, RuntimeError, "the adapters are disabled"),
         ],
     ),
