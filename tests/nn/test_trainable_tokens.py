@@ -1,3 +1,5 @@
+"""Trained rows of embeddings, against PEFT and against a model with those rows."""
+
 from __future__ import annotations
 
 import copy
