@@ -44,8 +44,7 @@ def lora_layer_for(module: nn.Module, config: LoraConfig, path: str) -> type[Lor
 
 
 def _adapted(bare: BareModel, targets: Targets, config: LoraConfig) -> Iterator[tuple[str, nn.Module, str]]:
-    """Yields ``(path, module, path that sets the rank)`` of all modules to adapt: the targets, the modules adapted
-    along with a target, and the modules tied to one."""
+    """Yields ``(path, module, path that sets the rank)`` of the targets and of modules adapted along or tied."""
     seen, trained = set(), Parents(targets.trained)
     for target, module in targets.modules.items():
         along = getattr(lora_layer_for(module, config, target), "adapted_along", ())

@@ -252,8 +252,7 @@ def _where(wanted: dict[str, tuple[LoraLayer, set[str]]]) -> dict[LoraLayer, str
 
 
 def _check_untied(caller: str, model: nn.Module, wanted: dict[str, tuple[LoraLayer, set[str]]]) -> None:
-    """Checks that merging changes no other module: no weight is shared, or tied adapters cover every module that
-    shares it; and no rows of a weight are trained."""
+    """Checks that merging changes no other module, except those with tied adapters, and no trained rows."""
     for layer in (layer for _, layer in adapter_layers(model) if isinstance(layer, TrainableTokens)):
         for path, (inner, _) in wanted.items():
             if layer.base_layer is inner and isinstance(layer.inner_layer, nn.Linear):
