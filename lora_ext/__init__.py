@@ -1,6 +1,6 @@
 """Low-Rank Adaptation of PyTorch models in fused kernels. README.md shows how to use it."""
 
-# First _load: it registers torch.ops.lora_ext, or says why it cannot.
+# _load comes first: it registers torch.ops.lora_ext, or raises with the reason.
 from lora_ext import _load, _ops  # noqa: F401
 from lora_ext.adapters import merge, set_adapter, unmerge
 from lora_ext.config import LoraConfig

@@ -1,4 +1,4 @@
-"""The values a :class:`LoraConfig` may hold: checked, and turned into types that cannot change."""
+"""Checks the values of a :class:`LoraConfig` and converts them to immutable types."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_ext.matching.bounded_regex import check_expressions
 
 
 class FrozenDict(dict[str, Any]):
-    """A dict that cannot change after construction; hashable (if its values are), picklable and copyable."""
+    """A dict that cannot change after construction; picklable, copyable, and hashable if its values are."""
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError("FrozenDict: cannot be changed; build another config with dataclasses.replace")
@@ -133,7 +133,7 @@ def enabled_parts(value: Any) -> FrozenDict | None:
 
 
 def thaw(value: Any) -> Any:
-    """What JSON has: lists for tuples, plain dicts."""
+    """Converts frozen values to JSON types: tuples to lists, mappings to dicts."""
     if isinstance(value, tuple):
         return [thaw(entry) for entry in value]
     if isinstance(value, Mapping):

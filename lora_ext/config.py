@@ -1,4 +1,4 @@
-"""What to adapt, and how: a frozen dataclass with the keys, defaults and meaning of PEFT's ``LoraConfig``."""
+"""``LoraConfig``: a frozen dataclass with the keys, defaults and meaning of PEFT's ``LoraConfig``."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from lora_ext.matching.path_names import EndTable
 from lora_ext.matching.path_patterns import PathPatterns, as_tuple, layer_expressions
 
 ALL_LINEAR = "all-linear"
-"""The ``target_modules`` that stands for every linear layer but the output head."""
+"""The ``target_modules`` value for every linear layer except the output head."""
 
-# PEFT trains these heads along with the adapter, whatever modules_to_save says.
+# PEFT trains these heads along with the adapter, even if modules_to_save does not name them.
 TASK_HEADS: dict[str, tuple[str, ...]] = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -39,8 +39,8 @@ TASK_HEADS: dict[str, tuple[str, ...]] = {
     "FEATURE_EXTRACTION": (),
 }
 
-# Keys of PEFT that change nothing an adapter of ours computes: notes, settings of how PEFT itself runs, and details of
-# an initialisation or variant that another key switches on. Any other key without a field here must be off.
+# PEFT keys that never change what an adapter computes here: notes, PEFT's runtime settings, and details of an
+# initialisation or variant that another key enables. Any other key without a field must be off.
 _INFORMATIONAL = frozenset(
     {
         "auto_mapping",
@@ -59,58 +59,56 @@ _INFORMATIONAL = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Which parts of a model get a low-rank adapter, and of what kind. Means what ``peft.LoraConfig`` means.
+    """Says which parts of a model get a low-rank adapter, and of what kind. Every key means the same as in PEFT.
 
-    Lists may be given as any sequence or set; they are kept as tuples, and dicts as :class:`FrozenDict`.
+    Lists may be any sequence or set and are stored as tuples; dicts are stored as :class:`FrozenDict`.
 
     Args:
         r: rank of the update, at least 1.
         lora_alpha: the update is scaled by ``lora_alpha / r`` (``lora_alpha / sqrt(r)`` with ``use_rslora``); positive.
         lora_dropout: dropout probability on the adapter's input while training, in [0, 1).
-        target_modules: the modules to adapt: a list of names, each matching a module's whole path or the end of it
-            after a dot; or a regular expression that matches the whole path; or ``"all-linear"``. May be None or empty
-            with ``target_parameters`` (PEFT reads None as its own choice for model types it knows; we adapt no module).
-        exclude_modules: never adapt these; a list or a regular expression, matched in the same way.
+        target_modules: the modules to adapt: a list of names, each equal to a module's path or to its end after a dot;
+            a regular expression for the whole path; or ``"all-linear"``. May be None or empty with
+            ``target_parameters`` (for None PEFT chooses by model type; here no module is adapted).
+        exclude_modules: modules never to adapt; a list or a regular expression, matched in the same way.
         target_parameters: bare ``nn.Parameter`` objects to adapt (the experts of a mixture): names of the form
-            ``module.parameter``, each matching a parameter's whole path or the end of it after a dot.
-        layers_to_transform: adapt only layers with these numbers (one or a list; an empty list means all), where
-            ``target_modules`` is a list. A path's layer is its first number with two names before it: 1 in
+            ``module.parameter``, each equal to a parameter's path or to its end after a dot.
+        layers_to_transform: adapt only layers with these numbers (one or a list; an empty list means all); needs
+            ``target_modules`` as a list. A path's layer is its first number with two names before it: 1 in
             ``model.layers.1.mlp``, none in ``layers.1.mlp``, which is then not adapted. An entry of ``target_modules``
             that is a module's whole path holds in any layer.
         layers_pattern: name (a regular expression, or a list of them) of the ``nn.ModuleList`` whose numbers
             ``layers_to_transform`` means, such as ``"layers"`` or ``"h"``; the first that occurs in the path decides.
-        rank_pattern: other ranks for some targets: a regular expression that matches a path, or the end of it after a
-            dot, to a rank; the first match decides.
-        alpha_pattern: likewise, other ``lora_alpha``.
+        rank_pattern: other ranks for some targets: maps a regular expression, for a path or its end after a dot, to a
+            rank; the first match decides.
+        alpha_pattern: the same for ``lora_alpha``.
         modules_to_save: modules to train in full and to save with the adapter (a new classification head): each entry
-            matches a module whose path ends with it. Nothing inside them is adapted.
+            matches modules whose path ends with it. Nothing inside them is adapted.
         trainable_token_indices: train only these rows of an embedding: a list of token numbers for the model's input
             embedding, or a dict from an embedding's name (the end of its path) to such a list. A head tied to the input
             embedding follows it, unless the dict gives it other tokens.
-        ensure_weight_tying: what shares its weight with the input embedding (a language model's tied head) follows the
-            embedding: if ``target_modules`` or ``modules_to_save`` names one of them, they have one adapter, or one
-            copy, together. Otherwise each named module has its own, what is not named does not see it, and such an
-            adapter cannot be merged, as it would change the others.
+        ensure_weight_tying: modules that share the input embedding's weight (a tied head) follow the embedding: if
+            ``target_modules`` or ``modules_to_save`` names one of them, all get one common adapter or copy. If False,
+            each named module gets its own, and merging it is refused, as that would change the others.
         bias: biases to train: ``"none"``, ``"all"`` in the model, or ``"lora_only"``, those of the adapted layers.
-        lora_bias: the adapter has a bias of its own, added after ``lora_B``.
+        lora_bias: the adapter has its own bias, added after ``lora_B``.
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).
         fan_in_fan_out: the targets' weights are ``[in_features, out_features]``, as in Transformers' ``Conv1D``.
         init_lora_weights: True (``lora_A`` Kaiming-uniform, ``lora_B`` zero), ``"gaussian"`` (``lora_A`` normal with
             standard deviation ``1 / r``), ``"orthogonal"`` (rows of ``lora_A`` and columns of ``lora_B`` from the two
             halves of a random rotation, so that their product is zero; even ranks), or False (both random, so that the
             adapter changes the output at once: for tests).
-        enable_lora: for weights that hold several projections side by side (query, key and value in one): the name of
-            the module (matched as in ``target_modules``) to one bool for each of its equal parts, as in loralib;
-            ``{"c_attn": (True, False, True)}`` adapts query and value. Parts that are off cost nothing. Not a key of
-            PEFT: :meth:`to_dict` leaves it out.
+        enable_lora: for packed projections (query, key and value in one weight): maps the module's name (matched as in
+            ``target_modules``) to one bool per equal part, as in loralib; ``{"c_attn": (True, False, True)}`` adapts
+            query and value. Parts that are off cost nothing. Not a PEFT key: :meth:`to_dict` leaves it out.
         task_type: None or one of PEFT's, e.g. ``"SEQ_CLS"``, which adds the heads "classifier" and "score" to
             ``modules_to_save``.
         base_model_name_or_path: for the record; written to ``adapter_config.json``.
         inference_mode: inject the adapter frozen.
-        metadata: keys of a PEFT file without effect here, kept so that they are written back unchanged.
+        metadata: keys of a PEFT file that have no effect here, written back unchanged.
 
     Raises:
-        ValueError, TypeError: naming the argument, its value and what is wanted.
+        ValueError, TypeError: the message names the argument, its value and the accepted values.
     """
 
     r: int = 8
@@ -156,7 +154,7 @@ class LoraConfig:
         self._check_initialisation()
 
     def _check_types(self) -> None:
-        """Checks the types of what is only compared or copied below, or kept as it is."""
+        """Checks the types of the fields that no later check covers."""
         for key, types, want in (
             ("init_lora_weights", (str, int), "True, False or a string"),
             ("base_model_name_or_path", (str, type(None)), "a string or None"),
@@ -234,7 +232,7 @@ class LoraConfig:
 
     @property
     def task_heads(self) -> tuple[str, ...]:
-        """Heads that ``task_type`` adds to ``modules_to_save``, where the model has them."""
+        """Heads that ``task_type`` adds to ``modules_to_save`` if the model has them."""
         return TASK_HEADS[self.task_type] if self.task_type is not None else ()
 
     @property
@@ -243,7 +241,7 @@ class LoraConfig:
         return (*(self.modules_to_save or ()), *self.task_heads)
 
     def rank_for(self, path: str) -> int:
-        """The rank at ``path``, a module's or (``module.parameter``) a target parameter's."""
+        """The rank at ``path``, the path of a module or of a target parameter (``module.parameter``)."""
         key = self._ranks.first(path)
         return self.r if key is None else self.rank_pattern[key]
 
@@ -263,7 +261,7 @@ class LoraConfig:
         return self.enable_lora[names[0]] if names else None
 
     def unused_settings(self, paths: Iterable[str]) -> dict[str, list[str]]:
-        """By key, the entries of the patterns and of ``enable_lora`` that none of ``paths`` is covered by."""
+        """Maps each key to the entries of its pattern (or of ``enable_lora``) that cover none of ``paths``."""
         paths = list(paths)
         used = {name for path in paths for name in self._parts.find(path)}
         return {
@@ -273,20 +271,20 @@ class LoraConfig:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of ``adapter_config.json``: PEFT's keys, lists for tuples, unsupported keys as they were read."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("metadata", "enable_lora")}
-        return {**self.metadata, **{key: thaw(value) for key, value in own.items()}, "peft_type": "LORA"}
+        """The content of ``adapter_config.json``: PEFT's keys, tuples as lists, unsupported keys as they were read."""
+        names = [f.name for f in fields(self) if f.name not in ("metadata", "enable_lora")]
+        return {**self.metadata, **{name: thaw(getattr(self, name)) for name in names}, "peft_type": "LORA"}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoraConfig:
         """Reads the content of an ``adapter_config.json`` that PEFT or :meth:`to_dict` wrote.
 
-        Keys without a field here are kept as metadata where they have no effect (null, false, empty, or merely
-        informational, like ``peft_version``).
+        Keys without a field that have no effect (null, false, empty, or informational, like ``peft_version``) are kept
+        as metadata.
 
         Raises:
-            ValueError: ``peft_type`` is not LORA, or a key asks for something that is not supported; names all of them.
-            TypeError: the values are no dict, or one of them is of another type than its key has.
+            ValueError: ``peft_type`` is not LORA, or keys ask for unsupported features; all of them are named.
+            TypeError: ``values`` is not a dict, or a value has the wrong type for its key.
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"LoraConfig: the values are of type {type(values).__name__}, want a dict")
@@ -295,9 +293,9 @@ class LoraConfig:
             raise ValueError(
                 f"LoraConfig: peft_type is {kind}, want 'LORA'; other adaptation methods are not supported"
             )
-        own = {f.name for f in fields(cls)} - {"metadata"}
-        metadata = {key: value for key, value in values.items() if key not in own and key != "peft_type"}
-        # Not `if value`: 0 is falsy too, but as a layer index it means something.
+        supported = {f.name for f in fields(cls)} - {"metadata"}
+        metadata = {key: value for key, value in values.items() if key not in supported and key != "peft_type"}
+        # Not `if value`: 0 is falsy too, but a valid layer index.
         unsupported = {
             key: value
             for key, value in metadata.items()
@@ -307,16 +305,15 @@ class LoraConfig:
             settings = ", ".join(f"{escaped(key)}={shown(value)}" for key, value in unsupported.items())
             settings = settings if len(settings) <= 2000 else f"{settings[:2000]}... ({len(unsupported)} keys)"
             raise ValueError(f"LoraConfig: {settings} not supported; it would change what the adapter computes")
-        return cls(**{key: value for key, value in values.items() if key in own}, metadata=metadata)
+        return cls(**{key: value for key, value in values.items() if key in supported}, metadata=metadata)
 
 
 def exact_patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """``rank_pattern`` or ``alpha_pattern`` that gives just these paths their values, where they are not ``default``.
+    """Builds a ``rank_pattern`` or ``alpha_pattern`` that gives exactly these paths their values.
 
-    A pattern covers paths that end with it too, and the first that covers one counts: longer paths come first, also
-    those with the default that a shorter one would cover.
+    A pattern also covers paths that end with it, and the first match decides. So longer paths come first, and a path
+    with the default value gets an entry only if a shorter entry would cover it.
     """
     others = EndTable(path for path, value in values.items() if value != default)
-    wanted = {path for path in values if path in others}
     longest_first = sorted(values, key=lambda path: path.count("."), reverse=True)
-    return {re.escape(path): values[path] for path in longest_first if path in wanted}
+    return {re.escape(path): values[path] for path in longest_first if path in others}

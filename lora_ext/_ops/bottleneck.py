@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lora_ext._common.arguments import check_types
 from lora_ext._ops import checks, refusals
-from lora_ext._ops.registration import any_requires_grad, bias_gradient, refuse_forward_mode
+from lora_ext._ops.registration import any_requires_grad, bias_gradient, refuse_double_backward, refuse_forward_mode
 
 # Of the hidden features: the function, and its gradient from the result's and the function's argument.
 ACTIVATIONS = {
@@ -110,6 +110,7 @@ class _Bottleneck(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y):
+        refuse_double_backward("bottleneck", grad_y, *ctx.saved_tensors)
         x, down_weight, up_weight, hidden = ctx.saved_tensors
         want_x, want_down, want_down_bias, want_up, want_up_bias, want_residual, _ = ctx.needs_input_grad
         function, gradient = ACTIVATIONS[ctx.activation]

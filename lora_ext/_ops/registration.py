@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from lora_ext import reference
 from lora_ext._ops.checks import accumulation_dtype, count_tokens, mask_row_bytes
 from lora_ext._ops.lazy_views import check_not_lazy, resolved
 from lora_ext._ops.tensor_arguments import check_tensors
-from lora_ext.reference import dropout_threshold
 
 LIBRARY = torch.library.Library("lora_ext", "FRAGMENT")
 below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -93,7 +93,7 @@ def _register_lazy_views(name: str) -> None:
 def fake_saved(x: Tensor, total_rank: int, dropout_p: float) -> tuple[Tensor, Tensor]:
     """What a forward returns for its backward, without values: xa and the bit mask."""
     num_tokens = count_tokens(x)
-    has_mask = dropout_threshold(dropout_p) > 0
+    has_mask = reference.dropout_threshold(dropout_p) > 0
     return (
         x.new_empty((num_tokens, total_rank), dtype=accumulation_dtype(x.dtype)),
         x.new_empty((num_tokens, mask_row_bytes(x.shape[-1])) if has_mask else (0,), dtype=torch.uint8),
@@ -130,12 +130,12 @@ def bias_gradient(grad_y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
-    """Below autograd a tangent would be dropped, and read as zero."""
+    """Refuses tensors with tangents, which the kernels below autograd would drop."""
     if forward_ad._current_level >= 0 and any(
         tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
     ):
         raise RuntimeError(
-            f"{op}: forward-mode differentiation (jvp) is not supported; use lora_ext.reference.{op} where you need it"
+            f"{op}: forward-mode differentiation (jvp) is not supported; use {_differentiable(op)} where you need it"
         )
 
 
@@ -143,8 +143,12 @@ def refuse_double_backward(op: str, *tensors: Tensor | None) -> None:
     if any_requires_grad(*tensors):
         raise RuntimeError(
             f"{op}: gradients of gradients (create_graph=True) are not supported; "
-            f"use lora_ext.reference.{op.removesuffix('_backward')} where you need them"
+            f"use {_differentiable(op.removesuffix('_backward'))} where you need them"
         )
+
+
+def _differentiable(op: str) -> str:
+    return f"lora_ext.reference.{op}" if hasattr(reference, op) else "plain PyTorch"
 
 
 def _cast(argument: Tensor | list | None, dtype: torch.dtype) -> Tensor | list | None:

@@ -81,7 +81,7 @@ def _autograd_kernel(name: str, function: type[torch.autograd.Function]):
 
     def kernel(*arguments):
         arguments += (None,) * (len(op._schema.arguments) - len(arguments))
-        refuse_forward_mode("bottleneck", *arguments)
+        refuse_forward_mode(name, *arguments)
         if any_requires_grad(*arguments):
             return function.apply(*arguments)
         with below_autograd():
@@ -94,7 +94,7 @@ def _backward_kernel(name: str):
     op = op_named(name)
 
     def kernel(*arguments):
-        refuse_double_backward("bottleneck", *arguments[:-1])
+        refuse_double_backward(name, *arguments[:-1])
         with below_autograd():
             return op(*arguments)
 

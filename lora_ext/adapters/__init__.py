@@ -1,4 +1,4 @@
-"""What can be done with the named adapters of a model: the public functions, wherever they are written."""
+"""The public functions for the named adapters of a model, from this package and others."""
 
 from lora_ext.adapters.combine_model import add_weighted_adapter
 from lora_ext.adapters.hotswap import hotswap_adapter, prepare_hotswap

@@ -1,4 +1,4 @@
-"""The adapters that one model holds: their configs, and which of them are in use."""
+"""The adapters of one model: their configs, and which of them are active."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from lora_ext.injection.bare_model import BareModel, adapter_layers, file_paths,
 from lora_ext.nn import ActiveAdapters, AdapterLayer, LoraLayer
 from lora_ext.nn.trained import TrainedModule
 
-_ATTRIBUTE = "_lora_adapters"  # of an injected model
+_ATTRIBUTE = "_lora_adapters"  # the attribute of an injected model that holds its AdapterSet
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One layer's share in an adapter.
+    """One layer's part of an adapter.
 
     Attributes:
-        path: of the layer in the bare model.
-        file_path: in keys of files, from :func:`~lora_ext.injection.bare_model.file_paths`.
-        layer: which holds the adapter, or will.
+        path: the layer's path in the bare model.
+        file_path: its path in file keys, from :func:`~lora_ext.injection.bare_model.file_paths`.
+        layer: the layer that holds the adapter, or will hold it.
         adapter: the parameters.
-        replaced: modules of the model and what is to be put in their places, the layer among it; empty where it is
-            there already.
-        target: what the patterns of a config know it by.
-        file_scale: of the update in files, where that is another than here.
+        replaced: maps modules of the model to their replacements, ``layer`` among these; empty if it is in place.
+        target: the path to match with the patterns of a config.
+        file_scale: the factor of the update in files.
     """
 
     path: str
@@ -41,16 +40,16 @@ class Part:
     file_scale: float = 1.0
 
     def file_scale_of(self, tensor: Tensor) -> float:
-        """What to multiply a tensor of the adapter by for a file, and to divide one of a file by: exact powers of 2."""
+        """The factor for a tensor of the adapter when it is saved; loading divides by it. An exact power of 2."""
         return 1.0 if tensor is getattr(self.adapter, "lora_A", None) else self.file_scale
 
 
 def located(parts: Iterable[Part]) -> tuple[Part, ...]:
-    """The parts of an adapter, all of them, with what depends on the others filled in.
+    """Fills in the fields of an adapter's parts that depend on its other parts. ``parts`` must be all of them.
 
-    Files hold half the update of an attention's ``out_proj`` that is adapted along with it, as PEFT (0.21) adds that
-    twice, in every forward and when it merges. So a file means the same there and here. Attentions with query, key and
-    value weights of their own are not for PEFT to read.
+    If an attention's ``out_proj`` is adapted along with it, files hold half of its update: PEFT (0.21) adds it twice,
+    in every forward and when it merges. So a file means the same in both. PEFT cannot read attentions with separate
+    query, key and value weights.
     """
     parts = tuple(parts)
     in_file = file_paths((part.path, part.layer) for part in parts)
@@ -74,7 +73,7 @@ def located(parts: Iterable[Part]) -> tuple[Part, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """All that one adapter consists of, attached to its model or about to be: what a file of it holds."""
+    """One adapter with all its parts, attached to its model or not yet."""
 
     name: str
     config: LoraConfig
@@ -83,7 +82,7 @@ class Adapter:
     biases: TrainedBiases | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """The live tensors by their keys in a file, without the prefix that all have."""
+        """The live tensors by their file keys, without the common prefix."""
         tensors = {}
         for part in self.parts:
             tensors |= part.layer.file_tensors(part.file_path, part.adapter)
@@ -92,7 +91,7 @@ class Adapter:
         return tensors
 
     def file_scales(self) -> dict[str, float]:
-        """Of the same keys, those of tensors that files hold multiplied by a number, and that number."""
+        """The factors of tensors that are scaled in files, by the keys of :meth:`tensors`."""
         return {
             key: part.file_scale_of(tensor)
             for part in self.parts
@@ -101,7 +100,7 @@ class Adapter:
         }
 
     def base_tensors(self) -> dict[str, Tensor]:
-        """Frozen tensors of the base layers that a file may hold too, as PEFT's do of adapted embeddings and heads."""
+        """Frozen tensors of the base layers that a file may hold too; PEFT saves those of adapted embeddings, heads."""
         tensors = {}
         for part in self.parts:
             tensors |= part.layer.file_tensors_of_base(part.file_path, part.adapter)
@@ -112,9 +111,9 @@ class AdapterSet:
     """The named adapters of an injected model: an attribute of its root, copied and pickled with it.
 
     Attributes:
-        configs: by adapter name, in the order they were added.
-        active: the names in use; every layer of the model holds this object.
-        biases: of the adapter that trains the model's own biases, if one does.
+        configs: by adapter name, in the order of addition.
+        active: the names in use; all layers of the model share this object.
+        biases: by adapter name; at most one adapter trains the model's biases.
         trained: by adapter name, the paths of the modules that it trains in full.
     """
 
@@ -124,17 +123,16 @@ class AdapterSet:
         self.biases: dict[str, TrainedBiases] = {}
         self.trained: dict[str, frozenset[str]] = {}
         self._trainable: set[str] = set()
-        # By adapter name, the dicts in which its modules keep their parameters: looking for them would take most of the
-        # time of a switch.
+        # By adapter name, the ``_parameters`` dicts of its modules: finding them would take most of a switch's time.
         self._parameters: dict[str, list[dict[str, nn.Parameter | None]]] = {}
 
     def check_enabled(self, caller: str) -> None:
-        """RuntimeError: what is in use cannot change now, as it is to be restored."""
+        """Checks that the active adapters may change. RuntimeError: disable_adapters will restore them."""
         if self.active.is_disabled:
             raise RuntimeError(f"{caller}: the adapters are disabled; leave disable_adapters first")
 
     def add(self, adapter: Adapter) -> None:
-        """Takes note of an adapter whose parts are attached."""
+        """Registers an adapter whose parts are attached."""
         self.configs[adapter.name] = adapter.config
         modules = (module for part in adapter.parts for module in part.adapter.modules())
         self._parameters[adapter.name] = [module._parameters for module in modules if module._parameters]
@@ -145,7 +143,7 @@ class AdapterSet:
             self.biases[adapter.name] = adapter.biases
         if not adapter.config.inference_mode:
             self._trainable.add(adapter.name)
-        self._set_requires_grad(adapter.name, False)  # until it is used
+        self._set_requires_grad(adapter.name, False)  # until it is activated
 
     def remove(self, name: str) -> None:
         del self.configs[name], self._parameters[name], self.trained[name]
@@ -153,7 +151,7 @@ class AdapterSet:
         self._trainable.discard(name)
 
     def rename(self, old: str, new: str) -> None:
-        """Under its new name it keeps its place in the order."""
+        """Renames an adapter; it keeps its place in the order."""
         for held in (self.configs, self._parameters, self.trained, self.biases):
             entries = {new if name == old else name: value for name, value in held.items()}
             held.clear()
@@ -162,15 +160,15 @@ class AdapterSet:
         self._trainable = {new if name == old else name for name in self._trainable}
 
     def switch(self, names: tuple[str, ...], trainable: bool | None = None) -> None:
-        """Uses these adapters. Only parameters of trainable adapters that begin or cease to be used are touched."""
+        """Activates exactly these adapters. Changes parameters only of trainable adapters whose state changes."""
         with changing(self.active):
             before, self.active.names = self.active.names, names
-            touched = set()
+            changed = set()
             if trainable is not None:
-                touched |= set(names)
+                changed |= set(names)
                 self._trainable = self._trainable | set(names) if trainable else self._trainable - set(names)
-            touched |= self._trainable & (set(before) ^ set(names))
-            for name in touched:
+            changed |= self._trainable & (set(before) ^ set(names))
+            for name in changed:
                 self._set_requires_grad(name, name in names and name in self._trainable)
             for name, biases in self.biases.items():
                 biases.use(name in names)
@@ -182,14 +180,14 @@ class AdapterSet:
                     try:
                         parameter.requires_grad = requires_grad
                     except RuntimeError:
-                        if parameter.is_floating_point():  # a module to save may have others
+                        if parameter.is_floating_point():  # a module to save may have integer parameters
                             raise
         if (biases := self.biases.get(name)) is not None:
             biases.requires_grad_(requires_grad)
 
 
 def adapter_set(model: nn.Module) -> AdapterSet | None:
-    """The adapters of a model that was injected, or None."""
+    """The adapters of an injected model, or None."""
     return vars(root_module(model)).get(_ATTRIBUTE)
 
 
@@ -198,16 +196,12 @@ def attach_adapter_set(model: nn.Module, adapters: AdapterSet) -> None:
 
 
 def forget_adapter_set(module: nn.Module) -> None:
-    """Clears what :func:`attach_adapter_set` left on a module."""
+    """Undoes :func:`attach_adapter_set`."""
     vars(module).pop(_ATTRIBUTE, None)
 
 
 def find_adapters(model: nn.Module, caller: str) -> AdapterSet:
-    """The adapters of an injected model.
-
-    Raises:
-        ValueError: it is not injected.
-    """
+    """The adapters of an injected model. ValueError: it is not injected."""
     adapters = adapter_set(model)
     if adapters is None:
         raise ValueError(
@@ -218,18 +212,18 @@ def find_adapters(model: nn.Module, caller: str) -> AdapterSet:
 
 
 def find_adapter(model: nn.Module, caller: str, name: str | None = None) -> Adapter:
-    """One adapter of an injected model; None: the active one.
+    """The adapter ``name`` of an injected model; None: the active one.
 
     Raises:
-        ValueError: the model is not injected, or without a name, not exactly one adapter is active.
+        ValueError: the model is not injected, or ``name`` is None and the number of active adapters is not 1.
         KeyError: there is no such adapter.
     """
     adapters = find_adapters(model, caller)
     if name is None:
         if len(adapters.active.names) != 1:
             raise ValueError(
-                f"{caller}: the active adapters are {list(adapters.active.names)}, not just one: say which is meant; "
-                f"the adapters are {sorted(adapters.configs)}"
+                f"{caller}: the active adapters are {list(adapters.active.names)}, want exactly one, or a name; the "
+                f"adapters are {sorted(adapters.configs)}"
             )
         (name,) = adapters.active.names
     check_names(caller, adapters.configs, [name])

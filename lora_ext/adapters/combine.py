@@ -1,7 +1,6 @@
-"""Weighted combination of adapters, on the factors of one layer: the kinds and numbers of PEFT's
-``add_weighted_adapter``.
+"""Combines the adapters of one layer with weights, by the kinds and formulas of PEFT's ``add_weighted_adapter``.
 
-Every kind but ``*_svd`` with pruning works on the factors alone and never forms the ``[out, in]`` update.
+Only pruning followed by SVD (and ``svd_clamp``) forms the ``[out, in]`` update; the other kinds use only the factors.
 """
 
 from __future__ import annotations
@@ -42,13 +41,13 @@ def check_combination(
     svd_rank: int | None = None,
     svd_clamp: float | None = None,
 ) -> str:
-    """Checks the settings of a combination of ``num_adapters`` adapters, before anything is changed.
+    """Checks the settings of a combination of ``num_adapters`` adapters.
 
     Returns:
         The kind to use: ``"linear"`` for one adapter, as in PEFT; otherwise ``kind``.
 
     Raises:
-        ValueError, TypeError: naming the setting, its value and what is wanted.
+        ValueError, TypeError: the message names the setting, its value and the accepted values.
     """
     if num_adapters < 1:
         raise ValueError("combine: adapters is empty; name at least one")
@@ -59,11 +58,10 @@ def check_combination(
 
 
 def combined_rank(kind: str, ranks: Sequence[int], svd_rank: int | None = None) -> int:
-    """The rank of the combination of adapters of these ranks: their sum for ``cat``, ``svd_rank`` or the largest for
-    ``*svd``, else the one that all have.
+    """The rank of the combination: the sum for ``cat``, ``svd_rank`` or the largest for ``*svd``, else the common one.
 
     Raises:
-        ValueError: they differ, and the kind adds factors element by element.
+        ValueError: the ranks differ, but the kind adds factors element by element.
     """
     if kind == "cat":
         return sum(ranks)
@@ -93,37 +91,37 @@ def combine_factors(
 ) -> Factors:
     """Combines the adapters of one layer, with ``delta_i = scaling_i * lora_B_i @ lora_A_i``:
 
-    - ``linear``: ``lora_A`` and ``lora_B`` added each, weighted by ``sqrt(|w_i * scaling_i|)`` (and the sign, on
-      ``lora_A``). Not the sum of the deltas, whose rank is higher: a rough approximation.
-    - ``cat``: factors side by side; exactly ``sum w_i * delta_i``.
+    - ``linear``: sums ``lora_A`` and ``lora_B`` separately, weighted by ``sqrt(|w_i * scaling_i|)`` (with the sign on
+      ``lora_A``). A rough approximation of the sum of the deltas, whose rank is higher.
+    - ``cat``: concatenates the factors; exactly ``sum w_i * delta_i``.
     - ``svd``: the best approximation of that sum of rank ``svd_rank``, by QR of the factors and SVD of a small core.
     - ``ties`` (arXiv 2306.01708), ``dare_linear``, ``dare_ties`` (arXiv 2311.03099), ``magnitude_prune``: keep only a
       fraction ``density`` of each factor (its largest values, or for dare random ones, divided by ``density``), then
-      add as ``linear`` does; ties leave out values whose sign is not the majority's, and average the rest. The random
-      masks come from torch's default generator as PEFT's do: equal seeds give equal masks.
-    - the same with ``_svd``: prune and add the deltas themselves (each formed in full), then SVD.
+      add as ``linear`` does; ties drops values whose sign is not the majority's, and averages the rest. As in PEFT, the
+      random masks come from torch's default generator: equal seeds give equal masks.
+    - the same with ``_svd``: prune and add the deltas themselves (formed in full), then SVD.
 
     Args:
-        kind: one of :data:`COMBINATIONS`; with one adapter in all, the kind :func:`check_combination` returns.
+        kind: one of :data:`COMBINATIONS`, as returned by :func:`check_combination`.
         factors: for each adapter that this layer has: ``lora_A [r, in, *kernel]``, ``lora_B [out, r / groups, *ones]``,
             floating point, and scaling. For an embedding, ``lora_embedding_A`` and ``lora_embedding_B``.
-        weights: one for each; negative ones subtract.
-        density: fraction of values to keep, in (0, 1]; only where something is pruned.
-        majority_sign_method: what elects the sign for ties: the values' ``"total"`` or the signs' ``"frequency"``.
-        svd_rank: rank of ``*svd``, the largest of the adapters' by default. Beyond the rank there is, it is filled with
-            zeros.
-        svd_clamp: limits both factors of ``*svd`` to this quantile of their values. It depends on the signs of the
-            singular vectors, so it takes them from the delta, formed in full, like PEFT.
-        svd_full_matrices: without effect (only the leading singular vectors are used); for PEFT's callers.
+        weights: one per adapter; negative ones subtract.
+        density: fraction of values to keep, in (0, 1]; for the kinds that prune.
+        majority_sign_method: elects the sign for ties by the ``"total"`` of the values or the ``"frequency"`` of signs.
+        svd_rank: rank of ``*svd``, by default the largest of the adapters'. Above the sum's own rank, the factors are
+            padded with zeros.
+        svd_clamp: clamps both factors of ``*svd`` to this quantile of their values. The result depends on the signs of
+            the singular vectors, so they are computed from the full delta, as in PEFT.
+        svd_full_matrices: no effect (only the leading singular vectors are used); for PEFT's callers.
         svd_driver: of ``torch.linalg.svd``, on CUDA.
-        transposed: the base weight is ``[in, out]`` (``fan_in_fan_out``, an embedding): the order in which
-            ``dare_*_svd`` draws its masks.
+        transposed: the base weight is ``[in, out]`` (``fan_in_fan_out``, an embedding): ``dare_*_svd`` draws its masks
+            in that order.
 
     Returns:
         ``lora_A``, ``lora_B`` in the first adapter's dtype, and the scaling, 1. Arithmetic is at least in float32.
 
     Raises:
-        ValueError, TypeError: as :func:`check_combination` and :func:`combined_rank`; shapes differ between adapters.
+        ValueError, TypeError: as in :func:`check_combination` and :func:`combined_rank`; or shapes differ.
     """
     _check_settings(kind, weights, len(factors), density, majority_sign_method, svd_rank, svd_clamp)
     lora_A, lora_B, _ = factors[0]
@@ -170,7 +168,7 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def _blocks(lora_A: Tensor, lora_B: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Factors as matrices, one pair for each group of a convolution: ``[groups, r, k]`` and ``[groups, o, r]``."""
+    """Reshapes factors to one pair of matrices per group of a convolution: ``[groups, r, k]``, ``[groups, o, r]``."""
     return (
         _at_least_float32(lora_A).unflatten(0, (groups, -1)).flatten(2),
         _at_least_float32(lora_B).flatten(1).unflatten(0, (groups, -1)),
@@ -180,7 +178,7 @@ def _blocks(lora_A: Tensor, lora_B: Tensor, groups: int) -> tuple[Tensor, Tensor
 def _add(
     kind: str, tensors: list[Tensor], weights: Sequence[float], density: float | None, majority_sign_method: str
 ) -> Tensor:
-    """The weighted sum of ``tensors`` (of one shape), pruned before as ``kind`` says; for ties an average by sign."""
+    """Prunes ``tensors`` (of one shape) if ``kind`` does, and adds them weighted; for ties averages by sign."""
     if _prunes(kind):
         tensors = [_prune(tensor, density, at_random=kind.startswith("dare")) for tensor in tensors]
     stacked = torch.stack([_at_least_float32(tensor) for tensor in tensors])
@@ -202,7 +200,7 @@ def _prune(tensor: Tensor, density: float, *, at_random: bool) -> Tensor:
 
 
 def _truncate(lora_A: Tensor, lora_B: Tensor, rank: int, driver: str | None) -> tuple[Tensor, Tensor]:
-    """Factors of the best approximation of ``lora_B @ lora_A`` of this rank, without forming it."""
+    """Factors of the best approximation of ``lora_B @ lora_A`` of this rank, without forming the product."""
     Q_B, R_B = torch.linalg.qr(lora_B)
     Q_A, R_A = torch.linalg.qr(lora_A.mT)
     core_A, core_B = _factorize(R_B @ R_A.mT, rank, None, driver)
@@ -210,7 +208,7 @@ def _truncate(lora_A: Tensor, lora_B: Tensor, rank: int, driver: str | None) -> 
 
 
 def _factorize(delta: Tensor, rank: int, clamp: float | None, driver: str | None) -> tuple[Tensor, Tensor]:
-    """``lora_A [groups, rank, k]`` (orthonormal rows) and ``lora_B [groups, o, rank]`` of ``delta [groups, o, k]``."""
+    """Factors ``[groups, o, k]`` into ``lora_A [groups, rank, k]`` (orthonormal rows), ``lora_B [groups, o, rank]``."""
     U, S, Vh = torch.linalg.svd(delta, full_matrices=False, driver=driver)
     lora_A, lora_B = Vh[:, :rank], U[..., :rank] * S[:, None, :rank]
     if clamp is not None:
@@ -237,13 +235,15 @@ def _check_settings(
     if kind not in COMBINATIONS:
         raise ValueError(f"combine: combination_type is {kind!r}, want one of {', '.join(COMBINATIONS)}")
     if len(weights) != num_adapters:
-        raise ValueError(f"combine: weights has {len(weights)} entries for {num_adapters} adapters; give one for each")
+        raise ValueError(
+            f"combine: weights has {len(weights)} entries for {num_adapters} adapters; want one per adapter"
+        )
     for weight in weights:
         _check_number("weights", weight, -math.inf, math.inf, "finite numbers")
     if density is not None:
         _check_number("density", density, 0, math.nextafter(1, 2), "0 < density <= 1")
     elif _prunes(kind):
-        raise ValueError(f"combine: density is None; {kind} wants the fraction of values to keep, 0 < density <= 1")
+        raise ValueError(f"combine: density is None; {kind} needs the fraction of values to keep, 0 < density <= 1")
     if majority_sign_method not in ("total", "frequency"):
         raise ValueError(f'combine: majority_sign_method is {majority_sign_method!r}, want "total" or "frequency"')
     if svd_rank is not None and (not isinstance(svd_rank, int) or isinstance(svd_rank, bool) or svd_rank < 1):

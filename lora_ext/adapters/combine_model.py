@@ -1,4 +1,4 @@
-"""A new adapter out of several, for a whole model. lora_ext/adapters/combine.py has the arithmetic."""
+"""Combines several adapters of a model into a new one. lora_ext/adapters/combine.py has the arithmetic."""
 
 from __future__ import annotations
 
@@ -43,27 +43,28 @@ def add_weighted_adapter(
     density: float | None = None,
     majority_sign_method: str = "total",
 ) -> ModelT:
-    """Adds an adapter that combines others, and makes it the active one. It is frozen; the others stay as they are.
+    """Adds a frozen adapter that combines others, and makes it the active one. The others do not change.
 
-    Kinds and numbers are PEFT's: :func:`lora_ext.adapters.combine.combine_factors` explains them. ``"cat"`` is the weighted sum
-    of the updates itself, at the sum of the ranks; ``"svd"`` its best approximation of lower rank. A layer combines
-    those of the adapters that it has. Biases of the adapters (``lora_bias``) add up, weighted. Modules trained in full
-    are copied from the one adapter that has them.
+    Kinds and formulas are PEFT's; :func:`~lora_ext.adapters.combine.combine_factors` explains them. ``"cat"`` is the
+    exact weighted sum of the updates, at the sum of the ranks; ``"svd"`` its best approximation of lower rank. Each
+    layer combines the adapters that it has. Biases of the adapters (``lora_bias``) add up, weighted. Modules trained in
+    full are copied from the one adapter that has them.
 
     Args:
-        model: was injected.
-        adapters, weights: the names of one or more adapters, and a weight for each; negative ones subtract.
-        adapter_name: of the new adapter.
+        model: an injected model.
+        adapters, weights: one or more adapter names, and a weight for each; negative ones subtract.
+        adapter_name: name of the new adapter.
         combination_type: one of :data:`lora_ext.adapters.combine.COMBINATIONS`.
-        svd_rank, svd_clamp, svd_driver, density, majority_sign_method: as :func:`~lora_ext.adapters.combine.combine_factors`.
+        svd_rank, svd_clamp, svd_driver, density, majority_sign_method: as in
+            :func:`~lora_ext.adapters.combine.combine_factors`.
 
     Returns:
         ``model``, the same object.
 
     Raises:
-        ValueError: the model is not injected, the name is taken, a setting is wrong, ranks differ where factors are
-            added, two adapters train the same module in full, one trains the model's biases, or a layer's factors
-            cannot be combined in this way.
+        ValueError: the model is not injected, the name is taken, a setting is wrong, ranks differ but factors are
+            added, two adapters train the same module in full, one trains the model's biases, or this kind cannot
+            combine a layer's factors.
         KeyError: there is no such adapter; the message lists them. Nothing is changed.
     """
     caller = "add_weighted_adapter"
@@ -83,50 +84,48 @@ def add_weighted_adapter(
 
     if len(training := [name for name in adapters if held.configs[name].trainable_token_indices is not None]) > 1:
         raise ValueError(
-            f"{caller}: {training} train rows of embeddings (trainable_token_indices); only one of them may"
+            f"{caller}: {training} train rows of embeddings (trainable_token_indices); combine only one such adapter"
         )
 
     sources = [find_adapter(model, caller, name) for name in adapters]
     parts: list[Part] = []
-    copied: dict = {}  # shared, so that what was tied stays tied
-    layers = _by_layer(sources).values()
-    embeddings = [[part.adapter for part, _ in own.values()] for own in layers]
-    for own in sorted(layers, key=_is_tied):  # tied adapters come after what they are tied to
-        first, _ = next(iter(own.values()))
-        names = [adapters[i] for i in own]
-        if isinstance(first.layer, LoraLayer) and not _is_tied(own):
-            layer_weights = [weights[i] for i in own]
-            part = _combined(kind, [part for part, _ in own.values()], layer_weights, settings, svd_driver)
+    copied: dict = {}  # a shared deepcopy memo: tied adapters stay tied
+    layers = _by_layer(sources)
+    embeddings = [[part.adapter for part in by_source.values()] for by_source in layers]
+    for by_source in sorted(layers, key=_is_tied):  # tied adapters come after their sources
+        first = next(iter(by_source.values()))
+        if isinstance(first.layer, LoraLayer) and not _is_tied(by_source):
+            part = _combined(kind, list(by_source.values()), [weights[i] for i in by_source], settings, svd_driver)
             copied[id(first.adapter)] = part.adapter
             parts.append(part)
-        elif isinstance(first.layer, LoraLayer):
-            tied_to = [getattr(part.adapter, "source", None) for part, _ in own.values()]
+            continue
+        if isinstance(first.layer, LoraLayer):
+            tied_to = [getattr(part.adapter, "source", None) for part in by_source.values()]
             if tied_to not in embeddings:
                 raise ValueError(
-                    f"{caller}: not all of the adapters have the one at {first.path!r} tied to the input embedding's "
-                    "(ensure_weight_tying); combine those of one kind"
+                    f"{caller}: some of the adapters are tied to the input embedding at {first.path!r} "
+                    "(ensure_weight_tying) and others are not; combine adapters of one kind"
                 )
-            parts.append(dataclasses.replace(first, adapter=copy.deepcopy(first.adapter, copied)))
-        elif len(own) > 1:
-            raise ValueError(f"{caller}: {first.path!r} is trained in full by {names}; only one of them may")
-        else:
-            parts.append(dataclasses.replace(first, adapter=copy.deepcopy(first.adapter, copied)))
+        elif len(by_source) > 1:
+            names = [adapters[i] for i in by_source]
+            raise ValueError(f"{caller}: {first.path!r} is trained in full by {names}; combine only one of them")
+        parts.append(dataclasses.replace(first, adapter=copy.deepcopy(first.adapter, copied)))
     config = _config(BareModel(root_module(model)), sources, parts)
     apply_injection(model, Adapter(adapter_name, config, held, tuple(parts)))
     return model
 
 
-def _by_layer(sources: Sequence[Adapter]) -> dict[int, dict[int, tuple[Part, Adapter]]]:
-    """By layer, what each source (by its number) has there."""
-    layers: dict[int, dict[int, tuple[Part, Adapter]]] = {}
+def _by_layer(sources: Sequence[Adapter]) -> list[dict[int, Part]]:
+    """Groups the parts by layer; each group maps the number of a source to its part."""
+    layers: dict[int, dict[int, Part]] = {}
     for i, source in enumerate(sources):
         for part in source.parts:
-            layers.setdefault(id(part.layer), {})[i] = part, source
-    return layers
+            layers.setdefault(id(part.layer), {})[i] = part
+    return list(layers.values())
 
 
-def _is_tied(own: Mapping[int, tuple[Part, Adapter]]) -> bool:
-    return any(isinstance(part.adapter, TiedAdapter | TiedRows) for part, _ in own.values())
+def _is_tied(parts: Mapping[int, Part]) -> bool:
+    return any(isinstance(part.adapter, TiedAdapter | TiedRows) for part in parts.values())
 
 
 def _combined(
@@ -136,14 +135,14 @@ def _combined(
     if isinstance(parts[0].adapter, SeparateProjections):
         new = copy.deepcopy(parts[0].adapter)
         for name in new:
-            own = [dataclasses.replace(part, adapter=part.adapter[name]) for part in parts]
-            new[name] = _combined(kind, own, weights, settings, svd_driver).adapter
+            projections = [dataclasses.replace(part, adapter=part.adapter[name]) for part in parts]
+            new[name] = _combined(kind, projections, weights, settings, svd_driver).adapter
         return dataclasses.replace(parts[0], adapter=new)
     adapters: list[LoraAdapter] = [part.adapter for part in parts]
     if (kind == "cat" or kind.endswith("svd")) and not all(adapter.has_plain_rank for adapter in adapters):
         raise ValueError(
-            f"add_weighted_adapter: {kind} cannot combine the factors at {path!r} ({type(layer).__name__}); the kinds "
-            "that work element by element can"
+            f"add_weighted_adapter: {kind} cannot combine the factors at {path!r} ({type(layer).__name__}); use a kind "
+            "that works element by element"
         )
     enabled = [getattr(adapter, "enable_lora", None) for adapter in adapters]
     if len(set(enabled)) > 1:
@@ -169,7 +168,7 @@ def _combined(
 
 
 def _config(bare: BareModel, sources: Sequence[Adapter], parts: Sequence[Part]) -> LoraConfig:
-    """A config that names just these layers, at their ranks and with a scaling of 1."""
+    """Builds a config that names exactly these layers, with their ranks and a scaling of 1."""
     first = sources[0].config
     low_rank: dict[str, nn.Module] = {}
     for part in parts:
@@ -177,8 +176,8 @@ def _config(bare: BareModel, sources: Sequence[Adapter], parts: Sequence[Part]) 
             adapter = low_rank.setdefault(part.target, part.adapter)
             if part.adapter.r != adapter.r:
                 raise ValueError(
-                    f"add_weighted_adapter: {part.path!r} would have rank {part.adapter.r}, but what is adapted with "
-                    f"it rank {adapter.r}, which no config can say; choose a combination that keeps the ranks"
+                    f"add_weighted_adapter: {part.path!r} would have rank {part.adapter.r}, but a layer adapted along "
+                    f"with it rank {adapter.r}, and a config has one rank for both; choose a kind that keeps the ranks"
                 )
     ranks = [adapter.r for adapter in low_rank.values()]
     rank = max(ranks, key=ranks.count)
@@ -188,7 +187,7 @@ def _config(bare: BareModel, sources: Sequence[Adapter], parts: Sequence[Part]) 
     ends = EndTable(modules)
     named = {path for path in bare.modules if path in ends}
     saved = dict.fromkeys(name for source in sources for name in source.config.modules_to_save or ())
-    tokens = [own for source in sources if (own := source.config.trainable_token_indices) is not None]
+    tokens = [wanted for source in sources if (wanted := source.config.trainable_token_indices) is not None]
     return dataclasses.replace(
         first,
         r=rank,

@@ -1,8 +1,8 @@
-"""Replaces an adapter's values in a model that is compiled or captured already, whatever the new one's rank.
+"""Replaces an adapter's values in a model that is compiled or captured already, for any rank of the new adapter.
 
-Compiled code holds on to the parameters' addresses, shapes and the scaling: all stay. Ranks are made as large as the
-largest to come beforehand; an adapter of a smaller one fills a part, and the rest is zero. A scaling that differs goes
-into ``lora_B``.
+Compiled code depends on the parameters' addresses and shapes and on the scaling, so none of them changes. Beforehand,
+the adapter is padded to the largest rank to come; an adapter of a smaller rank fills a part, and the rest is zero. A
+different scaling is multiplied into ``lora_B``.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from lora_ext._common.arguments import checked
 from lora_ext._common.changes import changing, one_at_a_time
 from lora_ext._common.printable import listed, shown
 from lora_ext.adapters.adapter_set import Adapter, Part, find_adapter
+from lora_ext.adapters.life_cycle import check_unmerged
 from lora_ext.config import LoraConfig, exact_patterns
 from lora_ext.files.adapter_file import KEY_PREFIX, AdapterFile
 from lora_ext.files.packed_projection import from_peft_form
 from lora_ext.files.save_load import config_of
-from lora_ext.injection.inject import lora_modules
 from lora_ext.nn import LoraAdapter
 from lora_ext.nn.attention import SeparateProjections
 from lora_ext.nn.tied import TiedAdapter
@@ -35,13 +35,13 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 def prepare_hotswap(model: ModelT, r: int, adapter_name: str | None = None) -> ModelT:
     """Pads an adapter to rank ``r`` with zeros, so that adapters up to that rank can be swapped in.
 
-    Call it before ``torch.compile`` or a graph's capture, and before an optimizer is made: it makes new parameters. The
-    model computes what it computed before; training leaves the zeros zero. Saved, the adapter has rank ``r``.
+    Call it before ``torch.compile``, graph capture and the creation of an optimizer: it makes new parameters. The
+    model's output does not change, and training keeps the zeros. A saved file has rank ``r``.
 
     Args:
-        model: was injected.
+        model: an injected model.
         r: the largest rank to come.
-        adapter_name: which adapter; None: the active one.
+        adapter_name: the adapter to pad; None: the active one.
 
     Returns:
         ``model``, the same object.
@@ -53,7 +53,7 @@ def prepare_hotswap(model: ModelT, r: int, adapter_name: str | None = None) -> M
         RuntimeError: it is merged. Nothing is changed.
     """
     adapter = find_adapter(model, "prepare_hotswap", adapter_name)
-    _check_unmerged("prepare_hotswap", model, adapter.name)
+    check_unmerged("prepare_hotswap", model, adapter.name)
     if r < 1:
         raise ValueError(f"prepare_hotswap: r is {r}, want an integer of at least 1")
     low_rank = [
@@ -82,24 +82,24 @@ def prepare_hotswap(model: ModelT, r: int, adapter_name: str | None = None) -> M
 def hotswap_adapter(
     model: ModelT, directory: str | os.PathLike[str], adapter_name: str | None = None, *, allow_pickle: bool = False
 ) -> ModelT:
-    """Puts the values of the adapter in ``directory`` in the place of those that an adapter of ``model`` has.
+    """Replaces the values of an adapter of ``model`` by those of the adapter in ``directory``.
 
-    No parameter, shape or scaling changes: compiled code and captured graphs go on, without recompilation. Layers that
-    the file does not adapt are adapted by zero. To swap in larger ranks than the present one, call
+    Parameter objects, shapes and scalings stay: compiled code and captured graphs keep working, without recompilation.
+    Layers that the file does not adapt get an update of zero. For ranks above the present one, call
     :func:`prepare_hotswap` first.
 
     Args:
-        model: was injected; compiled or not.
-        directory: an adapter that :func:`lora_ext.save_adapter` or PEFT wrote.
-        adapter_name: whose values to replace; None: the active one's.
+        model: an injected model, compiled or not.
+        directory: an adapter written by :func:`lora_ext.save_adapter` or PEFT.
+        adapter_name: the adapter whose values to replace; None: the active one.
         allow_pickle: as in :func:`lora_ext.load_adapter`.
 
     Returns:
         ``model``, the same object.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`lora_ext.load_adapter`; or the file adapts other layers, or one with a
-            rank above the present one: all of it is listed.
+        FileNotFoundError, ValueError: as in :func:`lora_ext.load_adapter`; or the file adapts other layers, or a layer
+            with a rank above the present one; all of them are listed.
         KeyError: there is no such adapter.
         RuntimeError: it is merged. The model is then unchanged.
     """
@@ -107,7 +107,7 @@ def hotswap_adapter(
     file = from_peft_form(file, "hotswap_adapter")
     config = config_of(file, "hotswap_adapter")
     adapter = find_adapter(model, "hotswap_adapter", adapter_name)
-    _check_unmerged("hotswap_adapter", model, adapter.name)
+    check_unmerged("hotswap_adapter", model, adapter.name)
     slots = _slots(adapter, config, file)
     with torch.no_grad(), changing(adapter.into.active):
         for slot in slots:
@@ -127,7 +127,7 @@ def hotswap_adapter(
 
 @dataclasses.dataclass(frozen=True)
 class _Slot:
-    """A tensor of the model and what fills it: the file's tensor ``key``, times ``factor``; None: zero."""
+    """A tensor of the model and its new value: the file's tensor ``key`` times ``factor``; zero if ``key`` is None."""
 
     tensor: Tensor
     key: str | None
@@ -143,14 +143,14 @@ def _slots(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> list[_Slo
     for part in adapter.parts:
         tensors = {f"{KEY_PREFIX}{key}": t for key, t in part.layer.file_tensors(part.file_path, part.adapter).items()}
         expected |= tensors.keys()
-        if isinstance(part.adapter, TiedAdapter):  # whose values are another part's
+        if isinstance(part.adapter, TiedAdapter):  # shares another part's values
             continue
         updates = _updates_of(part.adapter)
         absent = bool(updates) and not any(key in file for key in tensors)
         for key, tensor in tensors.items():
             dim, factor = None, 1.0
             if updates:
-                update = next(own for own in updates if any(tensor is each for each in own.parameters()))
+                update = next(u for u in updates if any(tensor is parameter for parameter in u.parameters()))
                 dim = _rank_dim(update, tensor)
                 if tensor is not update.lora_A:
                     factor = config.scaling_for(part.target) / update.scaling / part.file_scale_of(tensor)
@@ -177,21 +177,21 @@ def _slots(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> list[_Slo
     problems += [f"unexpected key: {key}" for key in file.keys() if key not in expected | base]  # noqa: SIM118
     if problems:
         raise ValueError(
-            f"hotswap_adapter: {file.path} does not fit the adapter {adapter.name!r} (a larger rank takes "
+            f"hotswap_adapter: {file.path} does not fit the adapter {adapter.name!r} (for a larger rank call "
             f"prepare_hotswap first):{listed(problems)}"
         )
     return slots
 
 
 def _updates_of(adapter: nn.Module) -> list[LoraAdapter]:
-    """The low-rank updates that the adapter of one layer consists of; none, if it is a module trained in full."""
+    """The low-rank updates in the adapter of one layer; empty for a module trained in full."""
     if isinstance(adapter, SeparateProjections):
         return list(adapter.values())
     return [adapter] if isinstance(adapter, LoraAdapter) else []
 
 
 def _rank_dim(update: LoraAdapter, tensor: Tensor) -> int | None:
-    """The dimension that may be shorter in the file."""
+    """The rank dimension, which may be shorter in the file; None if there is none."""
     if not update.has_plain_rank:
         return None
     return 0 if tensor is update.lora_A else 1 if tensor is update.lora_B else None
@@ -207,7 +207,9 @@ def _fits(shape: tuple[int, ...], target: tuple[int, ...], rank_dim: int | None)
 def _padded(part: Part, r: int) -> tuple[nn.Parameter, nn.Parameter]:
     adapter = part.adapter
     if adapter.r > r:
-        raise ValueError(f"prepare_hotswap: r is {r}, but {part.path!r} has rank {adapter.r}; choose at least that")
+        raise ValueError(
+            f"prepare_hotswap: r is {r}, but {part.path!r} has rank {adapter.r}; choose at least {adapter.r}"
+        )
     if not adapter.has_plain_rank:
         raise ValueError(f"prepare_hotswap: the factors at {part.path!r} cannot be padded: {type(part.layer).__name__}")
     padded = []
@@ -218,9 +220,3 @@ def _padded(part: Part, r: int) -> tuple[nn.Parameter, nn.Parameter]:
         larger.narrow(dim, 0, adapter.r).copy_(factor.detach())
         padded.append(nn.Parameter(larger, requires_grad=factor.requires_grad))
     return padded[0], padded[1]
-
-
-def _check_unmerged(caller: str, model: nn.Module, name: str) -> None:
-    for path, layer in lora_modules(model):
-        if name in layer.merged_adapters:
-            raise RuntimeError(f"{caller}: {name!r} is merged into {path!r}; call unmerge(model) first")

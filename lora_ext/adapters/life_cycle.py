@@ -24,16 +24,16 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 @checked
 @one_at_a_time
 def set_adapter(model: ModelT, names: str | Iterable[str], trainable: bool | None = None) -> ModelT:
-    """Uses these adapters of an injected model, and no others.
+    """Activates exactly these adapters of an injected model.
 
-    Several add up. Parameters of adapters that go out of use are frozen; those of adapters that come into use are
-    trainable as they were when added (``config.inference_mode``). Layers share one list of the names in use, so that a
-    switch costs the same however many adapters the model holds. Merged adapters act until unmerged, whatever is in use.
+    Several adapters add up. Deactivated adapters are frozen; activated ones are trainable or frozen as when they were
+    added (``config.inference_mode``). All layers share one list of active names, so the cost of a switch does not
+    depend on the number of adapters. Merged adapters have effect until unmerged, active or not.
 
     Args:
-        model: was injected.
-        names: one or several adapter names; none: the base model alone.
-        trainable: makes the adapters trainable, or frozen, from now on.
+        model: an injected model.
+        names: one or several adapter names; an empty list activates none (the base model).
+        trainable: True or False makes the adapters trainable or frozen from now on.
 
     Returns:
         ``model``, the same object.
@@ -52,16 +52,14 @@ def set_adapter(model: ModelT, names: str | Iterable[str], trainable: bool | Non
         raise ValueError(f"set_adapter: names are {list(names)}, want each once")
     for path in {path for name in names for path in adapters.trained[name]}:
         if len(held := [name for name in names if path in adapters.trained[name]]) > 1:
-            raise ValueError(
-                f"set_adapter: {path!r} is trained in full by {held}, and can be one of them only; use one of these"
-            )
+            raise ValueError(f"set_adapter: {path!r} is trained in full by {held}; use only one of them")
     adapters.switch(names, trainable)
     return model
 
 
 @checked
 def adapter_names(model: nn.Module) -> list[str]:
-    """The names of the adapters that an injected model holds, in the order they were added; empty if it is not."""
+    """The names of a model's adapters, in the order of addition; empty if it is not injected."""
     adapters = adapter_set(model)
     return list(adapters.configs) if adapters is not None else []
 
@@ -69,15 +67,15 @@ def adapter_names(model: nn.Module) -> list[str]:
 @checked
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Within the context the model computes what its base model computes, with its own heads and biases.
+    """Makes the model compute like its base model within the context, with the base model's heads and biases.
 
-    It restores what was in use: adapters cannot be added, switched, renamed or removed within it. Forwards of other
-    threads compute with the base model too.
+    The end restores the active adapters, so adapters cannot be added, switched, renamed or removed within the context.
+    Forwards in other threads use the base model too.
 
     Raises:
         ValueError: there is no LoRA layer.
-        RuntimeError: an adapter is merged, so that the base weights are not the base's; or another thread is within
-            such a context, whose end would enable the adapters.
+        RuntimeError: an adapter is merged, so the base weights contain it; or another thread is within such a context,
+            whose end would enable the adapters.
     """
     shared = _disable(model)
     try:
@@ -88,7 +86,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 
 @one_at_a_time
 def _disable(model: nn.Module) -> set[ActiveAdapters]:
-    """Returns what was disabled: what the layers share."""
+    """Disables the adapters and returns the :class:`ActiveAdapters` of the layers."""
     shared = {layer.active for _, layer in adapter_layers(model)}
     if not shared:
         raise ValueError(
@@ -96,7 +94,7 @@ def _disable(model: nn.Module) -> set[ActiveAdapters]:
         )
     merged = [path for path, layer in lora_modules(model) if layer.is_merged]
     if merged:
-        raise RuntimeError(f"disable_adapters: {some(merged)} merged; call unmerge(model) first")
+        raise RuntimeError(f"disable_adapters: adapters are merged into {some(merged)}; call unmerge(model) first")
     if any(active.is_disabled_elsewhere for active in shared):
         raise RuntimeError("disable_adapters: another thread is within disable_adapters(model); wait for its end")
     with changing(*shared):
@@ -115,7 +113,7 @@ def _enable(model: nn.Module, shared: set[ActiveAdapters]) -> None:
 
 
 def _use_biases(model: nn.Module) -> None:
-    """Gives the model its own biases, or those of the adapter in use."""
+    """Gives the model its own biases, or those of the active adapter."""
     adapters = adapter_set(model)
     for name, biases in adapters.biases.items() if adapters is not None else ():
         biases.use(name in adapters.active.names)
@@ -124,8 +122,7 @@ def _use_biases(model: nn.Module) -> None:
 @checked
 @one_at_a_time
 def delete_adapter(model: ModelT, name: str) -> ModelT:
-    """Removes an adapter, which must not be in use. A layer without any left is the plain base layer again, and so is
-    the model.
+    """Removes an inactive adapter. A layer without adapters becomes the plain base layer again.
 
     Returns:
         ``model``, the same object.
@@ -143,19 +140,19 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
         raise RuntimeError(
             f"delete_adapter: {name!r} is active; "
             + (
-                f"call set_adapter(model, ...) first: there is {others}"
+                f"call set_adapter(model, ...) first, with one of {others}"
                 if others
-                else "it is the last: call unload(model)"
+                else "it is the last one: call unload(model)"
             )
         )
-    _check_unmerged("delete_adapter", model, name)
+    check_unmerged("delete_adapter", model, name)
     with changing(adapters.active):
         adapters.remove(name)
         for _, layer in adapter_layers(model):
             if name in layer.adapters:
                 del layer.adapters[name]
         empty = {layer: layer.base_layer for _, layer in adapter_layers(model) if not layer.is_needed}
-        while empty:  # one may be around another
+        while empty:  # layers may be nested
             replace_modules(root_module(model), empty)
             held = {layer for _, layer in adapter_layers(model)}
             empty = {layer: base for layer, base in empty.items() if layer in held}
@@ -167,7 +164,7 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
 @checked
 @one_at_a_time
 def rename_adapter(model: ModelT, old: str, new: str) -> ModelT:
-    """Gives an adapter another name. Files do not hold names, and need no change.
+    """Renames an adapter. Files do not contain the name and stay valid.
 
     Returns:
         ``model``, the same object.
@@ -183,7 +180,7 @@ def rename_adapter(model: ModelT, old: str, new: str) -> ModelT:
     if new == old:
         return model
     check_new_name("rename_adapter", new, adapters)
-    _check_unmerged("rename_adapter", model, old)
+    check_unmerged("rename_adapter", model, old)
     with changing(adapters.active):
         for _, layer in adapter_layers(model):
             held = {new if name == old else name: adapter for name, adapter in layer.adapters.items()}
@@ -195,17 +192,18 @@ def rename_adapter(model: ModelT, old: str, new: str) -> ModelT:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterStatus:
-    """One adapter of one layer.
+    """The state of one adapter in one layer.
 
     Attributes:
         layer: the layer's path.
-        kind: its class.
+        kind: the layer's class.
         adapter: the adapter's name.
-        r, scaling: of a low-rank update; None of a module trained in full.
-        active, merged: whether it is in use; whether the base weight contains it.
-        trainable: whether all its parameters require a gradient; None: some do.
-        dtype, device: of its parameters; None where it has none.
-        parameters: how many numbers it holds.
+        r, scaling: of a low-rank update; None for a module trained in full.
+        active: whether the adapter is active.
+        merged: whether the base weight contains it.
+        trainable: True if all its parameters require a gradient, False if none does, None if some do.
+        dtype, device: of its parameters; None if it has none.
+        parameters: number of parameter elements.
     """
 
     layer: str
@@ -223,7 +221,7 @@ class AdapterStatus:
 
 @checked
 def adapter_status(model: nn.Module) -> list[AdapterStatus]:
-    """What every layer of ``model`` holds, an entry for each layer and adapter; empty if it holds none."""
+    """Returns one entry per layer and adapter of ``model``; empty if it has no adapter layer."""
     status = []
     for path, layer in adapter_layers(model):
         for name, adapter in layer.adapters.items():
@@ -239,7 +237,7 @@ def adapter_status(model: nn.Module) -> list[AdapterStatus]:
                     adapter.r if low_rank else None,
                     adapter.scaling if low_rank else None,
                     name in layer.active.names,
-                    isinstance(layer, LoraLayer) and name in layer.merged_adapters,
+                    low_rank and name in layer.merged_adapters,
                     flags.pop() if len(flags) == 1 else None,
                     None if first is None else first.dtype,
                     None if first is None else first.device,
@@ -251,12 +249,13 @@ def adapter_status(model: nn.Module) -> list[AdapterStatus]:
 
 @checked
 def trainable_parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """``(trainable, total)`` numbers of parameter elements; a shared parameter counts once."""
+    """Returns ``(trainable, total)`` numbers of parameter elements; a shared parameter counts once."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)
 
 
-def _check_unmerged(caller: str, model: nn.Module, name: str) -> None:
+def check_unmerged(caller: str, model: nn.Module, name: str) -> None:
+    """RuntimeError if adapter ``name`` is merged into a layer of ``model``."""
     merged = [path for path, layer in lora_modules(model) if name in layer.merged_adapters]
     if merged:
-        raise RuntimeError(f"{caller}: {name!r} is merged in {some(merged)}; call unmerge(model, {name!r}) first")
+        raise RuntimeError(f"{caller}: {name!r} is merged into {some(merged)}; call unmerge(model, {name!r}) first")

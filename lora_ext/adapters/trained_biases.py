@@ -11,23 +11,24 @@ from lora_ext._common.interrupts import uninterrupted
 
 
 class TrainedBiases:
-    """Biases that an adapter trains in place, and their values of before: PEFT loses those.
+    """Biases that an adapter trains in place, and their original values, which PEFT loses.
 
     Args:
-        owners: the modules, each with a ``bias``, by the path that keys in files have.
+        owners: maps paths in file keys to modules with a ``bias``.
     """
 
     def __init__(self, owners: Mapping[str, nn.Module]) -> None:
         self.used = True
         first: dict[int, str] = {}
-        # BERT's head has one bias in two modules: each path, and the first with that parameter.
+        # Maps every path to the first path with the same parameter: BERT's head has one bias in two modules.
         self._first = {path: first.setdefault(id(owner.bias), path) for path, owner in owners.items()}
         self._owners = {path: owners[path] for path in first.values()}
-        self._others = {path: owner.bias.detach().clone() for path, owner in self._owners.items()}  # not in place now
+        # The values not in place now: the original ones while the trained ones are used, and the reverse.
+        self._others = {path: owner.bias.detach().clone() for path, owner in self._owners.items()}
 
     @torch.no_grad()
     def use(self, used: bool) -> None:
-        """Whether the model has the trained values or its own."""
+        """Puts the trained values (``used``) or the original ones in place."""
         if used == self.used:
             return
         with uninterrupted():
@@ -45,11 +46,11 @@ class TrainedBiases:
         return any(owner.bias is parameter for owner in self._owners.values())
 
     def originals(self) -> dict[int, nn.Parameter]:
-        """The model's own values, by the ``id`` of the parameter that has others now."""
+        """The original values by parameter ``id``; empty if they are in place."""
         used = self._owners.items() if self.used else ()
         return {id(owner.bias): nn.Parameter(self._others[path].clone().to(owner.bias)) for path, owner in used}
 
     def file_tensors(self) -> dict[str, Tensor]:
-        """The trained values by their keys in a file."""
+        """The trained values by their file keys."""
         values = {path: owner.bias for path, owner in self._owners.items()} if self.used else self._others
         return {f"{path}.bias": values[first] for path, first in self._first.items()}

@@ -1,1 +1,1 @@
-"""Putting adapters into a model: which modules a config names, what replaces them, and the model without them."""
+"""Injecting adapters into a model: finding the modules that a config names, and replacing them."""

@@ -1,4 +1,4 @@
-"""A model seen without the adapter layers that it holds."""
+"""A view of a model without its adapter layers."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import nn
 
 from lora_ext.nn import AdapterLayer, LoraLayer
+from lora_ext.nn.layer import innermost, layers_around
 
 
 def root_module(model: nn.Module) -> nn.Module:
-    """What ``torch.compile`` wrapped, or ``model``: paths and files must not depend on compilation."""
+    """``model``, or the module that ``torch.compile`` wrapped: paths and files must not depend on compilation."""
     return getattr(model, "_orig_mod", model)
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
-    """``(path, layer)`` of everything in ``model`` that holds adapters, each layer once."""
+    """Yields ``(path, layer)`` of every adapter layer in ``model``, each layer once."""
     for path, module in root_module(model).named_modules():
         if isinstance(module, AdapterLayer):
             yield path, module
 
 
 def parameter_paths(modules: Iterable[tuple[str, nn.Module]]) -> dict[int, list[str]]:
-    """``id(parameter)`` -> the paths of those of ``modules``, each with its path, that hold it."""
+    """Maps ``id(parameter)`` to the paths of the modules that hold it. ``modules`` yields ``(path, module)``."""
     paths: dict[int, list[str]] = defaultdict(list)
     for path, module in modules:
         for parameter in module._parameters.values():
@@ -33,11 +34,11 @@ def parameter_paths(modules: Iterable[tuple[str, nn.Module]]) -> dict[int, list[
 
 
 class BareModel:
-    """The modules of a model as they were before anything was adapted.
+    """The modules of a model as they were before injection.
 
     Attributes:
         root: the model.
-        modules: by path, the root left out; a module in several places under its first path.
+        modules: by path, without the root; a module in several places is under its first path.
         layers: by the same paths, the adapter layers around a module, the outermost first.
         head, embedding: the output and input embeddings of a Transformers model, or None.
     """
@@ -51,17 +52,14 @@ class BareModel:
         self.embedding = self._ask(root, "get_input_embeddings")
 
     def _visit(self, path: str, module: nn.Module, seen: set[int]) -> None:
-        around = []
-        while isinstance(module, AdapterLayer):
-            around.append(module)
-            module = module.base_layer
+        layers, module = layers_around(module), innermost(module)
         if id(module) in seen:
             return
         seen.add(id(module))
         if path:
             self.modules[path] = module
-        if around:
-            self.layers[path] = around
+        if layers:
+            self.layers[path] = layers
         for name, child in module._modules.items():
             if child is not None:
                 self._visit(f"{path}.{name}" if path else name, child, seen)
@@ -70,36 +68,33 @@ class BareModel:
     def _ask(root: nn.Module, method: str) -> nn.Module | None:
         ask = getattr(root, method, None)
         try:
-            answer = ask() if callable(ask) else None
-        except NotImplementedError:  # Transformers' answer for models without one
+            return innermost(ask()) if callable(ask) else None
+        except NotImplementedError:  # raised by Transformers models without one
             return None
-        while isinstance(answer, AdapterLayer):
-            answer = answer.base_layer
-        return answer
 
 
 def file_paths(layers: Iterable[tuple[str, AdapterLayer]]) -> dict[AdapterLayer, str]:
-    """Where PEFT's files have the layers that hold an adapter.
+    """Maps the layers of one adapter to their paths in PEFT's files.
 
-    That depends on nothing else that the model holds: behind every module that has the adapter itself, PEFT puts
-    ``.base_layer``. Where several layers are around one module, it does so behind each but the innermost.
+    The paths depend on this adapter's layers only: PEFT adds ``.base_layer`` after every module with a LoRA layer. If
+    several layers are around one module, it adds one for each of them except the innermost.
 
     Args:
-        layers: all of them, each with its path in the bare model.
+        layers: all layers of the adapter, with their paths in the bare model.
     """
     around: dict[str, list[AdapterLayer]] = defaultdict(list)
     for path, layer in layers:
         around[path].append(layer)
-    lora = {path: sum(isinstance(layer, LoraLayer) for layer in own) for path, own in around.items()}
+    counts = {path: sum(isinstance(layer, LoraLayer) for layer in nested) for path, nested in around.items()}
     return {
-        layer: file_path(path, lora) + ".base_layer" * depth
-        for path, own in around.items()
-        for depth, layer in enumerate(sorted(own, key=lambda layer: layer.place, reverse=True))
+        layer: file_path(path, counts) + ".base_layer" * depth
+        for path, nested in around.items()
+        for depth, layer in enumerate(sorted(nested, key=lambda layer: layer.place, reverse=True))
     }
 
 
 def file_path(path: str, layers: Mapping[str, int]) -> str:
-    """``path`` in keys of files, with so many LoRA layers around the modules at these paths."""
+    """Converts ``path`` to its form in file keys; ``layers`` is the number of LoRA layers at each path."""
     parts, names = [], path.split(".")
     for i, name in enumerate(names):
         parts.append(name)

@@ -1,4 +1,4 @@
-"""Makes the layers and adapters that an injection puts into a model, and refuses what cannot be adapted."""
+"""Builds the layers and adapters of an injection, and refuses modules that cannot be adapted."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ def check_targets(bare: BareModel, targets: Targets, config: LoraConfig) -> None
     """Refuses targets that cannot be adapted as the config asks.
 
     Raises:
-        TypeError: they are of kinds that cannot be; all are listed.
-        ValueError: a token does not exist; or a module is a target in one way, and was adapted in another.
+        TypeError: targets are of unsupported kinds; all are listed.
+        ValueError: a token does not exist; or a module was adapted by ``target_modules`` and is now a target of
+            ``target_parameters``, or the reverse.
     """
     _check_kinds(bare, targets, config)
     _check_tokens(bare, targets)
@@ -36,21 +37,21 @@ def check_targets(bare: BareModel, targets: Targets, config: LoraConfig) -> None
 
 
 def lora_layer_for(module: nn.Module, config: LoraConfig, path: str) -> type[LoraLayer] | None:
-    """The class of LoRA layer that adapts modules like this one, or None."""
+    """The class of LoRA layer that adapts ``module``, or None."""
     if config.enable_lora_for(path) is not None:
         return LoraPackedLinear if LoraPackedLinear.adapts(module) else None
     return next((kind for kind in LORA_LAYERS if kind.adapts(module)), None)
 
 
 def _adapted(bare: BareModel, targets: Targets, config: LoraConfig) -> Iterator[tuple[str, nn.Module, str]]:
-    """The modules to adapt, those adapted along with them, and those tied to one, with the path that sets the rank."""
+    """Yields ``(path, module, path that sets the rank)`` of the targets and of modules adapted along or tied."""
     seen, trained = set(), Parents(targets.trained)
-    for path, module in targets.modules.items():
-        along = getattr(lora_layer_for(module, config, path), "adapted_along", ())
-        for whole in (path, *(f"{path}.{name}" for name in along)):
-            if whole not in seen and whole not in trained:
-                seen.add(whole)
-                yield whole, bare.modules[whole], path
+    for target, module in targets.modules.items():
+        along = getattr(lora_layer_for(module, config, target), "adapted_along", ())
+        for path in (target, *(f"{target}.{name}" for name in along)):
+            if path not in seen and path not in trained:
+                seen.add(path)
+                yield path, bare.modules[path], target
     for path, source in targets.tied.items():
         if source in targets.modules:
             yield path, bare.modules[path], source
@@ -61,12 +62,14 @@ def _check_kinds(bare: BareModel, targets: Targets, config: LoraConfig) -> None:
     for path, module, setting in _adapted(bare, targets, config):
         kind = lora_layer_for(module, config, setting)
         if targets.tied.get(path) in targets.modules and not _can_follow(module, bare.modules[setting]):
-            problem = f"its weight is that of {setting!r}, but it is no nn.Linear or nn.Embedding tied to an embedding"
+            problem = (
+                f"it shares the weight of {setting!r}, but only an nn.Linear or nn.Embedding can follow an embedding"
+            )
             problems.append(f"{path} ({type(module).__name__}): {problem}; set ensure_weight_tying=False")
             continue
         problem = f"no LoRA layer adapts {type(module).__name__}" if kind is None else kind.why_not(module, config)
         if kind is None and config.enable_lora_for(setting) is not None:
-            problem = f"enable_lora names it, and is for {LoraPackedLinear.base_kinds}"
+            problem = f"enable_lora names it, but supports only {LoraPackedLinear.base_kinds}"
         if problem is None and (attention := _attention_around(bare, path)) is not None:
             problem = LoraMultiheadAttention.why_not(attention, config)
             if problem is None and attention is bare.root:
@@ -77,13 +80,13 @@ def _check_kinds(bare: BareModel, targets: Targets, config: LoraConfig) -> None:
     if problems:
         kinds = ", ".join(kind.base_kinds for kind in LORA_LAYERS)
         raise TypeError(
-            f"inject: target_modules matches what cannot be adapted; these can be: {kinds}. Narrow target_modules, or "
-            f"add to exclude_modules:{listed(problems)}"
+            f"inject: target_modules matches modules that cannot be adapted; supported are {kinds}. Narrow "
+            f"target_modules, or add to exclude_modules:{listed(problems)}"
         )
 
 
 def _can_follow(module: nn.Module, source: nn.Module) -> bool:
-    """Whether a module can have a :class:`TiedAdapter` of the adapter of ``source``."""
+    """Whether ``module`` can have a :class:`TiedAdapter` on the adapter of ``source``."""
     return isinstance(module, nn.Linear | nn.Embedding) and isinstance(source, nn.Embedding)
 
 
@@ -116,36 +119,36 @@ def _check_parameters(bare: BareModel, targets: Targets) -> None:
                     "target_modules"
                 )
     if problems:
-        raise TypeError(f"inject: target_parameters matches what cannot be adapted:{listed(problems)}")
+        raise TypeError(f"inject: target_parameters matches parameters that cannot be adapted:{listed(problems)}")
 
     for path in (*targets.modules, *targets.parameters):
         for layer in bare.layers.get(path, ()):
             if isinstance(layer, LoraLayer) and isinstance(layer, LoraParameter) != (path in targets.parameters):
                 raise ValueError(
                     f"inject: {path!r} is adapted by {list(layer.adapters)} as a target of "
-                    f"{'target_parameters' if isinstance(layer, LoraParameter) else 'target_modules'}; it cannot be a "
-                    "target of the other kind too. Adapt it in the same way, or delete_adapter(model, ...) first"
+                    f"{'target_parameters' if isinstance(layer, LoraParameter) else 'target_modules'}, and cannot be a "
+                    "target of the other kind too; adapt it in the same way, or delete_adapter(model, ...) first"
                 )
 
 
 def _attention_around(bare: BareModel, path: str) -> nn.MultiheadAttention | None:
-    """The attention whose ``out_proj`` is at ``path``."""
+    """The attention whose ``out_proj`` is at ``path``, or None."""
     parent, _, name = path.rpartition(".")
     module = bare.modules[parent] if parent else bare.root
     return module if isinstance(module, nn.MultiheadAttention) and name == "out_proj" else None
 
 
 class PartsBuilder:
-    """Builds the parts of one adapter, for a model that holds the adapters ``into`` already.
+    """Builds the parts of one adapter for a model that holds the adapters ``into`` already.
 
-    With ``device``, the adapter's tensors are there: on the meta device they have shapes, and take no memory.
+    The adapter's tensors are on ``device`` if given; on the meta device they have shapes and take no memory.
     """
 
     def __init__(
         self, bare: BareModel, config: LoraConfig, into: AdapterSet, device: torch.device | None = None
     ) -> None:
         self.bare, self.config, self.active, self.device = bare, config, into.active, device
-        self.untrained = {key: own for biases in into.biases.values() for key, own in biases.originals().items()}
+        self.untrained = {key: bias for biases in into.biases.values() for key, bias in biases.originals().items()}
         self.made: dict[tuple[str, Callable], AdapterLayer] = {}
         self.low_rank: list[Part] | None = None
 
@@ -157,7 +160,7 @@ class PartsBuilder:
         return located((*parts, *self.token_parts(targets, replaced)))
 
     def give_memory(self) -> None:
-        """Puts factors that have shapes only where their base layers are, and what :meth:`parts` makes from now on."""
+        """Allocates meta factors on their base layers' devices, in place; :meth:`parts` now allocates there too."""
         self.device = None
         for part in self.low_rank or ():
             device = part.layer.weight.device
@@ -178,16 +181,16 @@ class PartsBuilder:
                 layer, replaced = self._packed_linear(path, module, len(self.config.enable_lora_for(setting)))
             else:
                 layer, replaced = self._layer(path, module, kind)
-            if (attention := _attention_around(self.bare, path)) is not None:  # which calls it, once in such a layer
+            if (attention := _attention_around(self.bare, path)) is not None:  # only our layer calls out_proj
                 replaced |= self._layer(path.rpartition(".")[0], attention, LoraMultiheadAttention)[1]
             yield Part(path, path, layer, adapter, replaced)
 
     def parameter_parts(self, targets: Targets) -> Iterator[Part]:
         for path, names in targets.parameters.items():
             module = self.bare.modules[path]
-            there = [layer for layer in self.bare.layers.get(path, ()) if isinstance(layer, LoraParameter)]
-            layers = {layer.parameter_name: layer for layer in there}
-            outermost = before = there[0] if there else module
+            existing = [layer for layer in self.bare.layers.get(path, ()) if isinstance(layer, LoraParameter)]
+            layers = {layer.parameter_name: layer for layer in existing}
+            outermost = before = existing[0] if existing else module
             for name in names:
                 if name not in layers:
                     outermost = layers[name] = LoraParameter(outermost, name, active=self.active)
@@ -197,7 +200,7 @@ class PartsBuilder:
                 yield Part(path, path, layers[name], adapter, replaced)
 
     def trained_parts(self, targets: Targets) -> Iterator[Part]:
-        copied: dict = dict(self.untrained)  # shared, so that the copies of tied modules are tied
+        copied: dict = dict(self.untrained)  # a shared deepcopy memo: copies of tied modules stay tied
         tied = [path for path, source in targets.tied.items() if source in targets.trained]
         for path in (*targets.trained, *tied) if self.device is not None else ():
             module = self.bare.modules[path]
@@ -208,7 +211,7 @@ class PartsBuilder:
                         nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
                     )
         inside = Parents((*targets.trained, *tied))
-        for path, around in reversed(self.bare.layers.items()):  # the copies are bare: other adapters are not theirs
+        for path, around in reversed(self.bare.layers.items()):  # copies must not contain other adapters
             if path in inside:
                 copied |= dict.fromkeys(map(id, around), copy.deepcopy(self.bare.modules[path], copied))
         for path in (*targets.trained, *tied):
@@ -217,7 +220,7 @@ class PartsBuilder:
             yield Part(path, path, layer, copy.deepcopy(self.bare.modules[path], copied), replaced)
 
     def token_parts(self, targets: Targets, replaced: Mapping[nn.Module, nn.Module]) -> Iterator[Part]:
-        """``replaced``: what is put in the place of which module for other parts."""
+        """Builds the parts that train token rows. ``replaced``: the modules that other parts replace, and by what."""
         rows: dict[str, TokenRows | TiedRows] = {
             path: TokenRows(self.bare.modules[path].weight, tokens, self.device)
             for path, tokens in targets.tokens.items()
@@ -230,14 +233,14 @@ class PartsBuilder:
                 yield Part(path, path, layer, adapter)
             else:
                 lora = (layer for layer in around if not isinstance(layer, TrainedModule))
-                outermost = next(lora, self.bare.modules[path])  # but for copies trained in full: they take no rows
+                outermost = next(lora, self.bare.modules[path])  # inside copies trained in full, which take no rows
                 layer = TrainableTokens(replaced.get(outermost, outermost), active=self.active)
                 yield Part(path, path, layer, adapter, {outermost: layer})
 
     def _layer(
         self, path: str, module: nn.Module, kind: type[AdapterLayer]
     ) -> tuple[AdapterLayer, dict[nn.Module, nn.Module]]:
-        """The layer of this kind that is around the module, or a new one, and what that replaces."""
+        """The existing layer of this kind around the module, or a new one; and the replacement that it needs."""
         for layer in self.bare.layers.get(path, ()):
             if isinstance(layer, kind):
                 return layer, {}
@@ -249,14 +252,14 @@ class PartsBuilder:
     def _packed_linear(
         self, path: str, module: nn.Module, num_parts: int
     ) -> tuple[LoraPackedLinear, dict[nn.Module, nn.Module]]:
-        """As :meth:`_layer`; a new one takes the place of a plain layer, whose adapters it then has too."""
+        """Like :meth:`_layer`; a new layer replaces a :class:`LoraLinear` and takes over its adapters."""
         made = LoraPackedLinear(module, num_parts, active=self.active)
         for layer in self.bare.layers.get(path, ()):
             if isinstance(layer, LoraPackedLinear):
                 if layer.num_parts != num_parts:
                     raise ValueError(
-                        f"inject: enable_lora has {num_parts} parts for {path!r}, but other adapters have "
-                        f"{layer.num_parts} there; give it as many"
+                        f"inject: enable_lora has {num_parts} parts for {path!r}, want {layer.num_parts} like the "
+                        "other adapters"
                     )
                 return layer, {}
             if isinstance(layer, LoraLinear):
@@ -267,12 +270,12 @@ class PartsBuilder:
     def biases(self, parts: tuple[Part, ...]) -> TrainedBiases | None:
         if self.config.bias == "none":
             return None
-        wrapped = Counter(part.path for part in parts if isinstance(part.layer, LoraLayer))
+        num_layers = Counter(part.path for part in parts if isinstance(part.layer, LoraLayer))
         trained = Parents(part.path for part in parts if isinstance(part.layer, TrainedModule))
         owners = {}
         for path, module in self.bare.modules.items():
             if module._parameters.get("bias") is None or path in trained:
                 continue
-            if self.config.bias == "all" or path in wrapped:
-                owners[file_path(path, wrapped) + ".base_layer" * wrapped[path]] = module
+            if self.config.bias == "all" or path in num_layers:
+                owners[file_path(path, num_layers) + ".base_layer" * num_layers[path]] = module
         return TrainedBiases(owners)

@@ -1,7 +1,7 @@
-"""Adapts a model in place: its target layers are replaced by layers that hold adapters.
+"""Adapts a model in place: replaces its target layers by layers that hold adapters.
 
-Everything that can fail happens before the model is touched; :func:`apply_injection` then only swaps modules and
-sets ``requires_grad``. lora_ext/injection/targets.py has the rules by which a config names layers, which are PEFT's;
+Everything that can fail happens before the model changes; :func:`apply_injection` then only swaps modules and sets
+``requires_grad``. lora_ext/injection/targets.py finds the layers that a config names, by PEFT's rules;
 lora_ext/injection/build.py makes the new layers.
 """
 
@@ -30,26 +30,26 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 @checked
 @one_at_a_time
 def inject(model: ModelT, config: LoraConfig, adapter_name: str = "default") -> ModelT:
-    """Adapts ``model`` in place: every targeted layer becomes one that holds a low-rank adapter.
+    """Adapts ``model`` in place: replaces every targeted layer by one that holds a low-rank adapter.
 
-    Linear layers, embeddings, convolutions, attention and single parameters can be targets: lora_ext/nn has a module
-    for each. The first call freezes all parameters; trainable are the adapter's, and those of
-    ``config.modules_to_save`` and ``config.bias``. The model computes what it computed before until the adapter is
-    trained. Adapters live on their base layer's device, in its dtype, or in float32 where that is a 16-bit one. A layer
-    that the model holds in several places is replaced in all of them by the same one; the first path names it.
+    Targets can be linear layers, embeddings, convolutions, attention and single parameters (lora_ext/nn). The first
+    call freezes all parameters; trainable are those of the adapter, ``config.modules_to_save`` and ``config.bias``. The
+    model's output stays the same until the adapter is trained. An adapter is on its base layer's device, in its dtype,
+    or in float32 if that has 16 bits. A layer in several places of the model is replaced in all of them by the same new
+    layer, named by the first path.
 
-    With ``config.ensure_weight_tying``, modules that share the input embedding's weight have one adapter with it: both
-    compute with the same updated weight, and merging changes it once. Without, each named module has an adapter of its
-    own, and merging a weight that is in another module too is refused.
+    With ``config.ensure_weight_tying``, modules that share the input embedding's weight share its adapter: all compute
+    with the same updated weight, and merging changes it once. Otherwise each named module has its own adapter, and
+    merging a weight that another module shares is refused.
 
-    Called again with another name, it adds another adapter, on the same or on other layers, and makes it the active
-    one; :func:`lora_ext.adapters.set_adapter` switches back.
+    Another call with another name adds a second adapter, on the same or on other layers, and makes it the active one;
+    :func:`lora_ext.adapters.set_adapter` switches back.
 
-    ``nn.TransformerEncoder``'s inference fast path reads its layers' weights without calling them; it is switched off
-    in the encoders that hold an adapter. With it goes its habit of zeroing the outputs at padded positions.
+    ``nn.TransformerEncoder``'s inference fast path reads its layers' weights without calling them, so it is switched
+    off in encoders with an adapter. Without it, outputs at padded positions are no longer zeroed.
 
-    Reentrant gradient checkpointing passes no gradient unless its input requires one; with frozen embeddings that takes
-    ``model.enable_input_require_grads()``, which recent Transformers call by themselves.
+    Reentrant gradient checkpointing passes no gradient unless its input requires one. With frozen embeddings, call
+    ``model.enable_input_require_grads()``; recent Transformers do so themselves.
 
     Args:
         model: any module; weights may be on the meta device.
@@ -60,12 +60,11 @@ def inject(model: ModelT, config: LoraConfig, adapter_name: str = "default") -> 
         ``model``, the same object.
 
     Raises:
-        ValueError: nothing matches ``target_modules`` or ``modules_to_save`` (names close matches), the model has an
-            adapter of that name, adapters are merged, a module to save shares a parameter with the rest of the model,
-            a second adapter would train biases, or a token whose row is to be trained does not exist.
-        TypeError: a target is not of a kind that can be adapted (names every such target).
-        ValueError: another adapter has a module as one of ``target_modules`` that this one has in
-            ``target_parameters``, or the other way round.
+        ValueError: nothing matches ``target_modules`` or ``modules_to_save`` (names close matches); the model has an
+            adapter of that name; adapters are merged; a module to save shares a parameter with the rest of the model;
+            a second adapter would train biases; a token to train does not exist; or a module is in ``target_modules``
+            of one adapter and in ``target_parameters`` of another.
+        TypeError: targets of unsupported kinds (all are named).
         The model is then unchanged.
 
     Warns:
@@ -77,12 +76,12 @@ def inject(model: ModelT, config: LoraConfig, adapter_name: str = "default") -> 
 
 
 def prepare_injection(model: nn.Module, config: LoraConfig, adapter_name: str = "default") -> Adapter:
-    """Finds and checks all targets and builds the adapter, without touching ``model``. Errors as :func:`inject`."""
+    """Finds and checks all targets and builds the adapter; ``model`` is unchanged. Errors are those of inject."""
     return Injection(model, config, adapter_name).build()
 
 
 class Injection:
-    """What is to be adapted in ``model``, found and checked; nothing is built yet. Errors as :func:`inject`."""
+    """The targets of an injection into ``model``, found and checked; nothing is built. Errors are those of inject."""
 
     def __init__(self, model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
         root, adapters = root_module(model), adapter_set(model)
@@ -95,25 +94,25 @@ class Injection:
         )
         check_targets(self._bare, self._targets, config)
         if is_all_linear(config):
-            # Like PEFT, remember the layers, not the rule: it would find others once the model has changed.
+            # Like PEFT, store the layers, not the rule: it would find other layers after the model changes.
             config = dataclasses.replace(config, target_modules=tuple(self._targets.modules))
         self._config, self._name = config, adapter_name
         self._into = AdapterSet() if adapters is None else adapters
 
     def build(self) -> Adapter:
-        """The adapter, as it is before training."""
+        """Builds the initialised adapter."""
         return self._adapter(PartsBuilder(self._bare, self._config, self._into))
 
     def build_without_memory(self) -> tuple[Adapter, Callable[[], Adapter]]:
-        """The adapter with its tensors on the meta device, which has shapes only; and what gives them memory.
+        """Builds the adapter on the meta device (shapes only), and returns it with a function that allocates memory.
 
-        That returns the adapter where the base layers are. The values of low-rank factors are whatever the memory held.
+        That function returns the adapter on the base layers' devices; low-rank factors are uninitialised.
         """
         builder = PartsBuilder(self._bare, self._config, self._into, torch.device("meta"))
         adapter = self._adapter(builder)
 
         def give_memory() -> Adapter:
-            builder.give_memory()  # in place; copies of modules and rows are made again
+            builder.give_memory()  # low-rank factors, in place; copies of modules and rows are made again below
             return self._adapter(builder) if self._targets.trained or self._targets.tokens else adapter
 
         return adapter, give_memory
@@ -124,7 +123,7 @@ class Injection:
 
 
 def apply_injection(model: nn.Module, adapter: Adapter) -> None:
-    """Attaches a prepared adapter and makes it active. Ctrl-C waits until that is done."""
+    """Attaches a prepared adapter and makes it active. Ctrl-C waits for the end."""
     root = root_module(model)
     with changing(adapter.into.active):
         replace_modules(root, {old: new for part in adapter.parts for old, new in part.replaced.items()})
@@ -139,7 +138,7 @@ def apply_injection(model: nn.Module, adapter: Adapter) -> None:
 
 
 def forget_injection(model: nn.Module) -> None:
-    """Clears what :func:`apply_injection` left on ``model`` beside the layers themselves."""
+    """Removes the attributes that :func:`apply_injection` set on the modules of ``model``."""
     for module in model.modules():
         forget_adapter_set(module)
         _restore_fast_path(module)
@@ -147,14 +146,14 @@ def forget_injection(model: nn.Module) -> None:
 
 @checked
 def lora_modules(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """``(path, layer)`` of every LoRA layer in ``model``, each layer once."""
+    """Yields ``(path, layer)`` of every LoRA layer in ``model``, each layer once."""
     for path, layer in adapter_layers(model):
         if isinstance(layer, LoraLayer):
             yield path, layer
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Swaps each key for its value wherever ``model`` holds it."""
+    """Replaces each key by its value everywhere in ``model``."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child in replacements and replacements[child] is not parent:
@@ -162,12 +161,12 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
 
 
 def check_new_name(caller: str, name: str, adapters: AdapterSet | None) -> None:
-    """A name for a new adapter: ValueError if it is taken, or cannot be one."""
+    """Checks the name of a new adapter. ValueError: it is taken or invalid."""
     check_adapter_name(caller, name)
     if adapters is not None and name in adapters.configs:
         raise ValueError(
-            f"{caller}: there is an adapter {name!r} already; the adapters are {sorted(adapters.configs)}. Choose "
-            "another name, or delete_adapter(model, ...) first"
+            f"{caller}: adapter {name!r} exists already; the adapters are {sorted(adapters.configs)}. Choose another "
+            "name, or delete_adapter(model, ...) first"
         )
 
 
@@ -180,34 +179,34 @@ def _check_state(root: nn.Module, adapters: AdapterSet | None, config: LoraConfi
     for path, layer in lora_modules(root):
         if adapters is None:
             raise ValueError(
-                f"inject: {type(root).__name__} has LoRA layers already ({path!r}), which were not injected into it as "
-                "a whole; call lora_ext.adapters.merge_and_unload(model) first, or inject into a fresh model"
+                f"inject: {type(root).__name__} has LoRA layers already ({path!r}), but was not injected as a whole; "
+                "call lora_ext.adapters.merge_and_unload(model) first, or inject into a fresh model"
             )
         if layer.is_merged:
             raise ValueError(f"inject: adapters are merged into {path!r}; call unmerge(model) first")
     if adapters is not None and adapters.biases and config.bias != "none":
         (owner,) = adapters.biases
         raise ValueError(
-            f"inject: bias is {config.bias!r}, but the adapter {owner!r} trains the model's biases; only one can. Use "
-            'bias="none", or lora_bias=True, which every adapter has of its own'
+            f"inject: bias is {config.bias!r}, but the adapter {owner!r} trains the model's biases already; use "
+            'bias="none", or lora_bias=True, a bias per adapter'
         )
 
 
 # --- nn.TransformerEncoder's fast path --------------------------------------------------------------------------------
 
-# In eval mode these modules pass linear1.weight and linear2.weight to one fused kernel, unless this attribute is off.
+# In eval mode these modules pass linear1.weight and linear2.weight to a fused kernel, unless this attribute is off.
 _FAST_PATH: tuple[tuple[type[nn.Module], str, int | bool], ...] = (
     (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
-    (nn.TransformerEncoder, "use_nested_tensor", False),  # only that kernel takes the nested tensors it makes
+    (nn.TransformerEncoder, "use_nested_tensor", False),  # only the fused kernel takes nested tensors
 )
 
 
 def _switch_off_fast_path(root: nn.Module) -> None:
     for module in root.modules():
         for kind, attribute, off in _FAST_PATH:
-            kept = f"_{attribute}_before_lora"
-            if isinstance(module, kind) and kept not in vars(module) and any(adapter_layers(module)):
-                setattr(module, kept, getattr(module, attribute))
+            saved = f"_{attribute}_before_lora"
+            if isinstance(module, kind) and saved not in vars(module) and any(adapter_layers(module)):
+                setattr(module, saved, getattr(module, attribute))
                 setattr(module, attribute, off)
 
 

@@ -1,6 +1,6 @@
-"""Which parts of a model a config names, by PEFT's rules, so that a PEFT user's config selects the same parts here.
+"""Finds the parts of a model that a config names, by PEFT's rules: a PEFT config selects the same parts here.
 
-Pure functions of names and modules: whether a part's type can be adapted is for others to say.
+These are pure functions of names and modules; build.py checks whether the parts can be adapted.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _MOST_CLOSE, _LONGEST_CLOSE = 5, 100
 
 @dataclass(frozen=True)
 class Targets:
-    """What to adapt, to train and to tie, by path, in the model's order.
+    """The parts to adapt, to train and to tie, by path, in the model's order.
 
     Attributes:
         modules: modules to adapt.
-        parameters: bare parameters to adapt: module path -> names. PEFT nests a wrapper for each around the module, in
-            this order, the first innermost, and names them so in its files.
+        parameters: bare parameters to adapt: module path -> names. PEFT nests one wrapper per name around the module,
+            the first innermost, and its file keys follow that order.
         trained: modules to train in full.
-        tokens: embeddings to train rows of: path -> token numbers.
-        tied: modules that share their weight with the input embedding and follow it: path -> the embedding's path,
-            which is in ``modules``, ``trained`` or ``tokens``.
+        tokens: embeddings with trained rows: path -> token numbers.
+        tied: modules that share the input embedding's weight and follow it: path -> the embedding's path, which is in
+            ``modules``, ``trained`` or ``tokens``.
     """
 
     modules: dict[str, nn.Module]
@@ -51,24 +51,24 @@ def find_targets(
     output_head: nn.Module | None = None,
     input_embedding: nn.Module | None = None,
 ) -> Targets:
-    """Finds what ``config`` names in a model.
+    """Finds the parts of a model that ``config`` names.
 
     Args:
         config: the names.
         root_name: the model's class, for messages.
         modules: path -> module of the bare model in the order of ``named_modules()``, each module once, without the
             root.
-        output_head: what ``get_output_embeddings()`` returns; "all-linear" leaves it out.
-        input_embedding: what ``get_input_embeddings()`` returns: a plain list of tokens is about it, and what shares
-            its weight is tied to it.
+        output_head: the result of ``get_output_embeddings()``; "all-linear" excludes it.
+        input_embedding: the result of ``get_input_embeddings()``: a plain list of tokens refers to it, and modules that
+            share its weight are tied to it.
 
     Raises:
-        ValueError: nothing matches (names close matches); something is named for two purposes; a module to save shares
-            a parameter with what is not saved; tied embeddings are to train different tokens.
+        ValueError: nothing matches (names close matches); a part is named for two purposes; a module to save shares a
+            parameter with a module that is not saved; tied embeddings would train different tokens.
 
     Warns:
-        UserWarning: an entry matches nothing while others do (PEFT is silent then, and a misspelt layer stays as it
-            is); there is nothing to tie.
+        UserWarning: an entry matches nothing while others do (PEFT is silent, and a misspelt layer is not adapted);
+            there is nothing to tie.
     """
     return _Search(config, root_name, modules, output_head, input_embedding).run()
 
@@ -101,11 +101,11 @@ class _Search:
         return Targets(targets, parameters, trained, tokens, self.tied)
 
     def find_trained(self) -> dict[str, nn.Module]:
-        """Modules to train in full: those whose path ends with an entry, dot or not."""
+        """Modules to train in full: those whose path ends with an entry, after a dot or not."""
         named = SuffixTable(self.config.trained_modules)
         found = {path: names for path in self.modules if (names := named.find(path))}
         trained = {path: self.modules[path] for path in found}
-        # The heads that a task adds (and PEFT writes into the file) are not the user's to get right.
+        # No report for the heads that a task adds (and PEFT writes into the file): the user did not write them.
         wanted = set(self.config.modules_to_save or ()) - set(self.config.task_heads)
         unmatched = sorted(wanted.difference(*found.values()))
         self.report_unmatched("modules_to_save", unmatched, fatal=not trained)
@@ -115,11 +115,11 @@ class _Search:
         for path, module in trained.items():
             for parameter in module.parameters():
                 for other in paths[id(parameter)]:
-                    # It would train, and on loading overwrite, its twin too; PEFT would untie the two.
+                    # Training it, and loading its values, would change the other module too; PEFT would untie the two.
                     if other not in inside and other not in self.tied:
                         tie = "set ensure_weight_tying=True, " if {path, other} <= {self.embedding, *self.twins} else ""
                         raise ValueError(
-                            f"inject: modules_to_save has {path!r}, whose parameter is also that of {other!r}; "
+                            f"inject: modules_to_save has {path!r}, which shares a parameter with {other!r}; "
                             f"add {other!r} to modules_to_save, {tie}or untie the two"
                         )
         return trained
@@ -137,7 +137,7 @@ class _Search:
             if path in inside:
                 raise ValueError(
                     f"inject: target_parameters names {path + '.' + name!r}, and modules_to_save trains it in "
-                    "full; take it out of one of the two"
+                    "full; remove it from one of the two"
                 )
             found[path].append(name)
         unmatched = [entry for entry in names if entry not in matched]
@@ -167,7 +167,7 @@ class _Search:
         if self.embedding in targets and self.embedding in excluded:
             raise ValueError(
                 f"inject: exclude_modules has {self.embedding!r}, but ensure_weight_tying is True and target_modules "
-                f"names what is tied to it; take it out of exclude_modules, or set ensure_weight_tying=False"
+                "names a module tied to it; remove it from exclude_modules, or set ensure_weight_tying=False"
             )
         if not targets and not parameters:
             raise ValueError(self.why_nothing(named, in_layers))
@@ -187,7 +187,7 @@ class _Search:
         if wanted is None:
             return {}
         if not isinstance(wanted, Mapping):
-            wanted = {self.embedding or "embed_tokens": wanted}  # the latter is PEFT's guess
+            wanted = {self.embedding or "embed_tokens": wanted}  # "embed_tokens" is PEFT's guess
         named, matches = SuffixTable(wanted), {name: [] for name in wanted}
         for path in self.modules:
             for name in named.find(path):
@@ -202,7 +202,7 @@ class _Search:
                 for other, inside in others.items():
                     if path in inside:
                         raise ValueError(
-                            f"inject: {key} names {path!r}, and so does {other}; take it out of one of the two"
+                            f"inject: {key} names {path!r}, and so does {other}; remove it from one of the two"
                         )
                 if (known := tokens.setdefault(path, indices)) is not indices and known != indices:
                     raise ValueError(f"inject: {key} names {path!r} twice, with different tokens")
@@ -215,18 +215,18 @@ class _Search:
                 f"inject: {key} names different tokens for tied embeddings ({settings}); name the same ones, or set "
                 "ensure_weight_tying=False"
             )
-        if self.embedding in tokens and not differ:  # tied without being asked to, as in PEFT
+        if self.embedding in tokens and not differ:  # tied even without ensure_weight_tying, as in PEFT
             for twin in self.twins:
                 tokens.pop(twin, None)
                 self.tied[twin] = self.embedding
         return tokens
 
     def all_linear(self) -> list[str]:
-        """Every linear layer (Transformers' ``Conv1D`` is one) but the output head."""
+        """Every linear layer (including Transformers' ``Conv1D``) except the output head."""
         return [path for path, module in self.modules.items() if is_linear(module) and module is not self.output_head]
 
     def tie(self, found: dict[str, nn.Module]) -> dict[str, nn.Module]:
-        """With ``ensure_weight_tying``, the input embedding in place of all in ``found`` that shares its weight."""
+        """With ``ensure_weight_tying``, replaces modules tied to the input embedding by the embedding."""
         if not (self.config.ensure_weight_tying and self.twins and {self.embedding, *self.twins} & found.keys()):
             return found
         self.tied.update(dict.fromkeys(self.twins, self.embedding))
@@ -234,7 +234,7 @@ class _Search:
         return {path: module for path, module in self.modules.items() if path in paths}
 
     def unmatched(self, names: tuple[str, ...] | str | None, found: Iterable[str]) -> list[str]:
-        """The entries of a list, or the regular expression, that cover no module; ``found`` are those covered."""
+        """The entries of a list, or the regular expression, that cover none of the paths ``found``."""
         if isinstance(names, str):
             return [] if any(True for _ in found) else [names]
         ends = {path[begin:] for path in found for begin in path_ends(path)}
@@ -243,25 +243,23 @@ class _Search:
     def why_nothing(self, named: list[str], in_layers: list[str]) -> str:
         config = self.config
         if not named:
-            return f"inject: {self.root_name} has no linear layer to adapt beside its output head"
+            return f"inject: {self.root_name} has no linear layer to adapt except its output head"
         message = f"inject: nothing is left to adapt in {self.root_name}: target_modules matches {shown(named)}, and "
         if in_layers:
-            return message + "exclude_modules or modules_to_save takes all of that out"
+            return message + "exclude_modules or modules_to_save excludes them all"
         pattern = f" (layers_pattern {shown(config.layers_pattern)})" if config.layers_pattern else ""
-        return message + f"none of that is in layers_to_transform {shown(config.layers_to_transform)}{pattern}"
+        return message + f"none of them is in layers_to_transform {shown(config.layers_to_transform)}{pattern}"
 
     def check_leftovers(self, targets: set[str]) -> None:
-        """Warns about settings that were of no use."""
+        """Warns about settings without effect."""
         for key, unused in self.config.unused_settings(targets).items():
             if unused:
-                self.warnings.append(
-                    f"inject: {key} {shown(unused)} matches nothing that is adapted in {self.root_name}"
-                )
+                self.warnings.append(f"inject: {key} {shown(unused)} matches nothing adapted in {self.root_name}")
         if self.config.ensure_weight_tying and not self.tied:
             self.warnings.append(
                 "inject: ensure_weight_tying is True, but "
                 + (
-                    f"neither {self.embedding!r} nor {self.twins}, which are tied, is to be adapted or trained"
+                    f"neither {self.embedding!r} nor {self.twins}, which is tied to it, is adapted or trained"
                     if self.twins
                     else f"nothing in {self.root_name} shares its weight with the input embedding"
                 )
@@ -284,7 +282,7 @@ class _Search:
             candidates = [path.rpartition(".")[2] for path in (*paths, *self.modules)]
             known = [path.rpartition(".")[2] for path in paths]
         candidates = [*dict.fromkeys(candidates), *paths]
-        # Looking for close ones takes time for each name, and is of use for what somebody wrote by hand.
+        # Close matches take time per name, and help only with names written by hand.
         written = [name for name in unmatched[:_MOST_CLOSE] if len(name) <= _LONGEST_CLOSE]
         close = dict.fromkeys(match for name in written for match in difflib.get_close_matches(name, candidates))
         some = list(dict.fromkeys(known))[:8]
@@ -303,7 +301,7 @@ def is_all_linear(config: LoraConfig) -> bool:
 
 
 def _tied_embedding(modules: Mapping[str, nn.Module], embedding: nn.Module | None) -> tuple[str, list[str]]:
-    """The path of the input embedding (empty if there is none) and those of all modules that hold its weight too."""
+    """The path of the input embedding ("" if there is none), and the paths of the modules that share its weight."""
     paths = [path for path, module in modules.items() if module is embedding]
     if embedding is None or not paths:
         return "", []
@@ -314,9 +312,9 @@ def _tied_embedding(modules: Mapping[str, nn.Module], embedding: nn.Module | Non
 
 
 def _parameters(modules: Mapping[str, nn.Module], whole_paths: Iterable[str] = ()) -> Iterator[tuple[str, str]]:
-    """``(module path, name)`` of every parameter that can be named as a target, in PEFT's order.
+    """Yields ``(module path, name)`` of every parameter that can be a target, in PEFT's order.
 
-    A module with parametrizations holds its parameters elsewhere; PEFT then takes entries that are whole paths only.
+    A module with parametrizations holds its parameters elsewhere; as in PEFT, only a whole path can name them.
     """
     by_parent: dict[str, list[str]] = defaultdict(list)
     for entry in sorted(set(whole_paths)):

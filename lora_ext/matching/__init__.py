@@ -1,1 +1,1 @@
-"""Names and regular expressions of a config, matched with a model's paths in bounded time."""
+"""Matching the names and regular expressions of a config with a model's paths, in bounded time."""

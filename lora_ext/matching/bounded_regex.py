@@ -1,6 +1,6 @@
-"""Regular expressions of configs, run by the package ``regex`` in bounded time and memory.
+"""Runs the regular expressions of configs with the package ``regex``, in bounded time and memory.
 
-Python's ``re`` has no bound: one expression of ten characters in a file from somewhere runs for hours.
+Python's ``re`` has no bound: one expression of ten characters in an untrusted file can run for hours.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from lora_ext.matching.name_table import are_names
 
 __all__ = ["Expression", "TimeAllowance", "TooSlow", "check_expressions"]
 
-_LARGEST = 20_000  # characters, which take up to 0.1 s and 20 MB to compile
+_LARGEST = 20_000  # characters; they take up to 0.1 s and 20 MB to compile
 _COUNTED_REPEAT = re.compile(r"\{(\d*),?(\d*)\}")
 _SECONDS, _SECONDS_A_MATCH = 0.1, 5e-6
 
 
 class TooSlow(Exception):
-    """No time is left to match."""
+    """The time allowance for matching is used up."""
 
 
 class TimeAllowance:
-    """How much time some expressions may take together: more, the more often they are tried.
+    """The time that a group of expressions may take together. It grows with every match.
 
-    A match with the path of a layer takes a microsecond or two.
+    Matching one layer's path takes one or two microseconds.
     """
 
     def __init__(self) -> None:
-        self.left = _SECONDS
+        self.seconds = _SECONDS
 
 
 class Expression:
-    """A regular expression as ``re`` has it, and whatever else ``regex`` understands.
+    """A regular expression in the syntax of ``regex``, which includes that of ``re``.
 
     Raises:
-        ValueError: it is not one; the message says why, not where it comes from.
+        ValueError: ``source`` is not one; the message says why, but not where it comes from.
     """
 
     def __init__(self, source: str) -> None:
@@ -52,35 +52,35 @@ class Expression:
             raise ValueError(f"too deep or too large to be compiled: {error}") from None
 
     def match(self, text: str, allowance: TimeAllowance) -> regex.Match | None:
-        """The match that begins where ``text`` does.
+        """Matches at the start of ``text``, like ``re.match``. The time taken is subtracted from ``allowance``.
 
         Raises:
-            TooSlow: there is no time left in ``allowance``, which goes down.
+            TooSlow: ``allowance`` is used up.
         """
         return self._run(self._compiled.match, text, allowance)
 
     def fullmatch(self, text: str, allowance: TimeAllowance) -> bool:
-        """Whether ``text`` matches from its begin to its end. TooSlow: as in :meth:`match`."""
+        """Whether the whole ``text`` matches. TooSlow: as in :meth:`match`."""
         return self._run(self._compiled.fullmatch, text, allowance) is not None
 
     def _run(self, match, text: str, allowance: TimeAllowance) -> regex.Match | None:
-        allowance.left += _SECONDS_A_MATCH
-        if allowance.left <= 0:
+        allowance.seconds += _SECONDS_A_MATCH
+        if allowance.seconds <= 0:
             raise TooSlow
         begin = time.thread_time()
         try:
-            return match(text, timeout=allowance.left)
+            return match(text, timeout=allowance.seconds)
         except TimeoutError:
             raise TooSlow from None
         finally:
-            allowance.left -= time.thread_time() - begin
+            allowance.seconds -= time.thread_time() - begin
 
 
 def check_expressions(key: str, sources: Iterable[str]) -> None:
-    """Checks that the expressions under ``key`` of a config are regular expressions, and not too large together.
+    """Checks that the expressions under ``key`` of a config are valid and together not too large.
 
     Raises:
-        ValueError: naming the key and the expression.
+        ValueError: the message names the key and the expression.
     """
     size = 0
     for source in sources:
@@ -89,9 +89,9 @@ def check_expressions(key: str, sources: Iterable[str]) -> None:
         size += _written_out(source)
         if size > _LARGEST:
             raise ValueError(
-                f"LoraConfig: {key} has too many or too long regular expressions: together, with counted repeats "
-                f"({{2,4}}) written out, they have more than {_LARGEST} characters; here is {shown(source, 100)}. Use "
-                "names, which may be as many as you like, or fewer and shorter ones"
+                f"LoraConfig: {key} has too many or too long regular expressions: with counted repeats ({{2,4}}) "
+                f"expanded they exceed {_LARGEST} characters at {shown(source, 100)}; use fewer or shorter ones, or "
+                "names, which are not limited"
             )
         try:
             Expression(source)
@@ -100,9 +100,9 @@ def check_expressions(key: str, sources: Iterable[str]) -> None:
 
 
 def _written_out(source: str) -> int:
-    """The most characters that an expression has without counted repeats, as if each were inside of all others.
+    """An upper bound for the length of an expression with its counted repeats expanded, as if all were nested.
 
-    ``regex`` writes them out as it compiles.
+    ``regex`` expands them when it compiles.
     """
     size = len(source)
     for bounds in _COUNTED_REPEAT.findall(source):

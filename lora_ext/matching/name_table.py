@@ -1,6 +1,6 @@
-"""Expressions that are names, such as ``model.layers.0.q_proj``: thousands are looked up as fast as one.
+"""A lookup table for expressions that are names, such as ``model.layers.0.q_proj``: thousands are as fast as one.
 
-Whoever writes them means the dots as dots, and rarely escapes them; to ``re`` they are any character, and so here.
+Users mean the dots as dots, and rarely escape them. As in ``re``, an unescaped dot matches any character.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _ESCAPED = re.compile(r"\\[^a-zA-Z0-9]", re.DOTALL)
 
 
 def are_names(source: str) -> bool:
-    """Whether an expression is one name, or several with ``|`` between them."""
+    """Whether an expression is one name, or several separated by ``|``."""
     rest = _ESCAPED.sub("_", source) if "\\" in source else source
     if "\\" in rest or _SPECIAL.search(rest) is not None:
         return False
@@ -23,15 +23,15 @@ def are_names(source: str) -> bool:
 
 
 class NameTable:
-    """Names by number, of which those that a text is are found without trying each."""
+    """Numbered names; finds those that match a text without trying each."""
 
     def __init__(self) -> None:
         self._exact: dict[str, list[int]] = {}
-        # By length, and by the places that may be any character, by what is around those.
-        self._open: dict[int, dict[tuple[int, ...], dict[str, list[int]]]] = {}
+        # Length of the name -> positions that match any character -> the other characters -> numbers.
+        self._with_dots: dict[int, dict[tuple[int, ...], dict[str, list[int]]]] = {}
 
     def add(self, number: int, source: str) -> None:
-        """Adds the names of an expression, for which :func:`are_names` holds."""
+        """Adds the names of an expression that :func:`are_names` accepts."""
         if "\\" not in source:
             for name in source.split("|"):
                 places = tuple(i for i, character in enumerate(name) if character == ".") if "." in name else ()
@@ -51,13 +51,13 @@ class NameTable:
         self._add(number, "".join(text), tuple(places))
 
     def _add(self, number: int, text: str, places: tuple[int, ...]) -> None:
-        table = self._open.setdefault(len(text), {}).setdefault(places, {}) if places else self._exact
+        table = self._with_dots.setdefault(len(text), {}).setdefault(places, {}) if places else self._exact
         table.setdefault(_without(text, places), []).append(number)
 
     def find(self, text: str) -> Iterator[int]:
-        """The numbers of all names that ``text`` is."""
+        """Yields the numbers of all names that match ``text``."""
         yield from self._exact.get(text, ())
-        for places, table in self._open.get(len(text), {}).items():
+        for places, table in self._with_dots.get(len(text), {}).items():
             if (found := table.get(_without(text, places))) and not any(text[place] == "\n" for place in places):
                 yield from found
 

@@ -1,4 +1,4 @@
-"""Which of many names a path ends with, and which of many parents it lies in: however many, in the same time."""
+"""Finds the names that a path ends with and the parents it lies in, in a time independent of their number."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ __all__ = ["EndTable", "Parents", "SuffixTable", "is_inside", "name_covers", "pa
 
 
 def name_covers(name: str, path: str) -> bool:
-    """Whether ``name`` is ``path``, or the end of it after a dot: how lists of modules match."""
+    """Whether ``name`` is ``path`` or its end after a dot: the rule for lists of modules."""
     return path == name or path.endswith(f".{name}")
 
 
 def is_inside(path: str, parent: str) -> bool:
-    """Whether ``path`` is ``parent``, or lies below it."""
+    """Whether ``path`` is ``parent`` or below it."""
     return path == parent or path.startswith(f"{parent}.")
 
 
 def path_ends(path: str) -> Iterator[int]:
-    """Yields the positions where ``path`` begins, and where each part after a dot does."""
+    """Yields the start positions of the ends of ``path``: 0, and the position after each dot."""
     place = 0
     while place >= 0:
         yield place
@@ -26,7 +26,7 @@ def path_ends(path: str) -> Iterator[int]:
 
 
 class EndTable:
-    """Names that a path may be, or end with after a dot."""
+    """A set of names that can equal a path or its end after a dot."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._order: dict[str, int] = {}
@@ -34,7 +34,7 @@ class EndTable:
             self._order.setdefault(name, len(self._order))
 
     def find(self, path: str) -> list[str]:
-        """Those of the names that cover ``path``, in their order."""
+        """The names that cover ``path``, in the order given."""
         found = [end for begin in path_ends(path) if (end := path[begin:]) in self._order]
         return sorted(found, key=self._order.__getitem__)
 
@@ -43,31 +43,25 @@ class EndTable:
 
 
 class SuffixTable:
-    """Names that a path may end with, after a dot or not."""
+    """A set of names that a path can end with, after a dot or not."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = frozenset(names)
         self._lengths = sorted(set(map(len, self._names)))
 
     def find(self, path: str) -> list[str]:
-        """Those of the names that ``path`` ends with, the shortest first."""
+        """The names that ``path`` ends with, the shortest first."""
         ends = (path[len(path) - length :] for length in self._lengths if length <= len(path))
         return [end for end in ends if end in self._names]
 
 
 class Parents:
-    """Paths, and all that is below them."""
+    """A set of paths and everything below them."""
 
     def __init__(self, paths: Iterable[str]) -> None:
         self._paths = frozenset(paths)
 
     def __contains__(self, path: str) -> bool:
-        """Whether ``path`` is one of them, or lies below one."""
-        if path in self._paths:
-            return True
-        place = path.find(".")
-        while place >= 0:
-            if path[:place] in self._paths:
-                return True
-            place = path.find(".", place + 1)
-        return False
+        """Whether ``path`` is one of the paths or below one."""
+        ends = (begin - 1 for begin in path_ends(path) if begin > 0)
+        return path in self._paths or any(path[:end] in self._paths for end in ends)

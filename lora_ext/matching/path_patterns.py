@@ -1,6 +1,6 @@
 """Matches the expressions of a config (``target_modules``, ``rank_pattern``, ...) with the paths of a model.
 
-The rules are PEFT's. The time is bounded, whatever the expressions (:mod:`.bounded_regex`).
+The rules are PEFT's. The time is bounded for any expression (:mod:`.bounded_regex`).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ def _bounded(key: str, source: str, path: str) -> Iterator[None]:
         yield
     except TooSlow:
         raise ValueError(
-            f"LoraConfig: {key} has the expression {shown(source)}, which takes too long to match with {path!r} "
-            "and the like; write it without repeats inside of repeats and with fewer of them, or use names"
+            f"LoraConfig: {key} has the expression {shown(source)}, which takes too long to match paths such as "
+            f"{path!r}; use fewer repeats and none inside another, or use names"
         ) from None
 
 
 class PathMatcher:
-    """Whether names (a whole path, or its end after a dot) or a regular expression (a whole path) cover a path."""
+    """Matches paths with names (a path or its end after a dot) or with one regular expression (for the whole path)."""
 
     def __init__(self, key: str, names: Sequence[str] | str | None) -> None:
         self._key = key
@@ -41,7 +41,7 @@ class PathMatcher:
             self._expression, self._allowance = Expression(names), TimeAllowance()
 
     def __call__(self, path: str) -> bool:
-        """Whether ``path`` is covered. ValueError: it takes too long to say."""
+        """Whether ``path`` is covered. ValueError: the match takes too long."""
         if self._expression is not None:
             with _bounded(self._key, self._expression.source, path):
                 return self._expression.fullmatch(path, self._allowance)
@@ -49,10 +49,7 @@ class PathMatcher:
 
 
 class PathPatterns:
-    """Expressions that match a path, or the end of it after a dot. The first that does counts.
-
-    They are read when they are first needed.
-    """
+    """Expressions for a path or its end after a dot; the first match decides. They are compiled on first use."""
 
     def __init__(self, key: str, sources: Iterable[str]) -> None:
         self._key, self._sources, self._is_ready = key, tuple(sources), False
@@ -71,7 +68,7 @@ class PathPatterns:
         self._is_ready = True
 
     def first(self, path: str) -> str | None:
-        """The first expression that covers ``path``. ValueError: one takes too long."""
+        """The first expression that covers ``path``, or None. ValueError: one takes too long."""
         if not self._sources:
             return None
         best = min(self._named(path), default=len(self._sources))
@@ -103,12 +100,12 @@ class PathPatterns:
 
 
 class LayerNumbers:
-    """Whether ``layers_to_transform`` lets a path through that ``target_modules`` has.
+    """The paths that ``layers_to_transform`` accepts.
 
     Args:
-        numbers: those of the layers; None or none: all.
+        numbers: the layers' numbers; None or an empty list: all.
         patterns: ``layers_pattern``.
-        whole: paths that pass in any layer.
+        whole: paths accepted in any layer.
     """
 
     def __init__(
@@ -121,25 +118,25 @@ class LayerNumbers:
         self._expressions = [Expression(source) for source in layer_expressions(patterns)]
 
     def __contains__(self, path: str) -> bool:
-        """ValueError: an expression takes too long."""
+        """Whether ``path`` is accepted. ValueError: an expression takes too long."""
         if self._numbers is None or path in self._whole:
             return True
         for expression in self._expressions:
             with _bounded("layers_pattern", expression.source, path):
                 found = expression.match(path, self._allowance)
             if found is not None:
-                number = found["idx"]  # None: an expression of the user's goes another way
+                number = found["idx"]  # None if the user's expression has an alternative without the number
                 return number is not None and number.isdecimal() and int(number) in self._numbers
         return False
 
 
 def as_tuple(names: Sequence[str] | str | None) -> tuple[str, ...]:
-    """A list as it is, a string as the only one; an empty one is none."""
+    """Converts a list, one string or None to a tuple; an empty string becomes an empty tuple."""
     return ((names,) if names else ()) if isinstance(names, str) else tuple(names or ())
 
 
 def layer_expressions(patterns: Sequence[str] | str | None) -> list[str]:
-    """PEFT's expressions for ``layers_pattern``. Lazy, so that the first number counts: an expert's is behind it."""
+    """PEFT's expressions for ``layers_pattern``. Lazy repeats find the first number: an expert's number comes later."""
     patterns = as_tuple(patterns)
     if not patterns:
         return [r".*?\.[^.]*\.(?P<idx>\d+)\."]

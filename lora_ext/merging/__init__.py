@@ -1,1 +1,1 @@
-"""Merging adapters into weights and taking them out again to the bit: of weights, of layers, of a whole model."""
+"""Merging adapters into weights and restoring every bit: for weights, layers and whole models."""

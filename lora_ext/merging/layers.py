@@ -1,7 +1,7 @@
-"""Which adapters a layer's base weights contain, and how that set changes.
+"""Changes the set of adapters that a layer's base weights contain.
 
-A weight is a function of the set: the pristine weight plus the updates of just those adapters, added up in the order of
-their names and rounded once. To change the set, every bit of the pristine weights is restored first.
+The set determines the weight: the pristine weight plus the updates of its adapters, added in the order of their names
+and rounded once. To change the set, every bit of the pristine weights is restored first.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ Factors = tuple[Tensor, Tensor, float]  # lora_A [r, cols], lora_B [rows, r], sc
 
 
 class Mergeable(Protocol):
-    """What merging needs of a layer; :class:`~lora_ext.nn.layer.LoraLayer` has it all."""
+    """The part of :class:`~lora_ext.nn.layer.LoraLayer` that merging needs."""
 
     _merged: MergeState | None
     active: ActiveAdapters
 
     def matrices(self) -> Mapping[str, object]:
-        """The matrices that adapters update: :class:`~lora_ext.nn.layer.Matrix` by a key."""
+        """The matrices that adapters update: :class:`~lora_ext.nn.layer.Matrix` by key."""
 
     def factors(self, name: str) -> Mapping[str, Factors]:
-        """The update of an adapter to each matrix it updates, by the same keys."""
+        """The updates of adapter ``name``, by the keys of the matrices."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,8 +49,8 @@ class MergedMatrix:
     """The updates merged into one matrix.
 
     Attributes:
-        ranks: by adapter name, sorted: the record's factors have them side by side.
-        record: how to restore the matrix. It holds the factors as they were when merged.
+        ranks: by adapter name, sorted. The record's factors are concatenated along the rank in this order.
+        record: restores the matrix; holds the factors as merged.
     """
 
     ranks: Mapping[str, int]
@@ -58,11 +58,11 @@ class MergedMatrix:
 
     @property
     def numel(self) -> int:
-        """Elements of the matrix."""
+        """Number of elements of the matrix."""
         return self.record.lora_B.shape[0] * self.record.lora_A.shape[1]
 
     def factors(self, name: str, device: torch.device) -> Factors:
-        """What was merged under ``name``, as :func:`~lora_ext.merging.weights.pack_factors` takes it."""
+        """The update merged under ``name``, in the form that :func:`~lora_ext.merging.weights.pack_factors` takes."""
         begin = sum(rank for other, rank in self.ranks.items() if other < name)
         end = begin + self.ranks[name]
         return self.record.lora_A[begin:end].to(device), self.record.lora_B[:, begin:end].to(device), 1.0
@@ -74,7 +74,7 @@ class MergeState:
 
     Attributes:
         names: sorted.
-        matrices: by key, those of the layer's matrices that an update was merged into.
+        matrices: by key, the layer's matrices that contain an update.
         lost: why the weights can no longer be restored, or None.
     """
 
@@ -89,11 +89,11 @@ class MergeState:
 
 @dataclasses.dataclass
 class _Merge:
-    """What one call of the op merges, by matrix.
+    """The arguments of one call of the op: one entry per matrix in each list.
 
     Attributes:
-        holders: the layers that hold the matrix, each with its key there: several where adapters are tied.
-        views, labels: the matrix, and what it is called.
+        holders: the layers that hold the matrix, with its key there; several if adapters are tied.
+        views, labels: the matrix, and its name in messages.
         factors: the packed updates.
         ranks: by adapter name, sorted.
     """
@@ -111,22 +111,24 @@ class _Merge:
 
 @torch.no_grad()
 def change_merged(caller: str, wanted: Mapping[Mergeable, Collection[str]], where: Mapping[Mergeable, str]) -> None:
-    """Gives every layer the adapters ``wanted`` of it, merged, and no others; or leaves all layers as they are.
+    """Merges exactly the adapters ``wanted`` into each layer; on an error, all layers stay as they are.
 
-    Adapters that stay merged keep the values they were merged with. ``where`` says in messages which layer it is, after
-    "the weight": " of 'path'", or nothing. Ctrl-C takes effect once all layers are changed.
+    Adapters that stay merged keep the values they were merged with. ``where`` names each layer in messages, after "the
+    weight": " of 'path'", or nothing. Ctrl-C takes effect once all layers are changed.
 
     Raises:
         ValueError: a result would be NaN or infinite, two weights share memory, or an update cannot be merged.
-        RuntimeError: a weight was converted to another dtype while merged, or is computed by a parametrization.
+        RuntimeError: a weight was converted to another dtype while merged, or a parametrization computes it.
     """
-    records: dict[int, MergeRecord] = {}  # tied layers have one
+    records: dict[int, MergeRecord] = {}  # tied layers share one
     views, labels = [], []
     for layer in wanted:
         for key, _, view, label in stored_matrices(caller, layer, where[layer]):
             if layer._merged is not None and key in layer._merged.matrices:
                 if layer._merged.lost:
-                    raise RuntimeError(f"{caller}: {label} {layer._merged.lost}; forget_merge() takes it as it is now")
+                    raise RuntimeError(
+                        f"{caller}: {label} {layer._merged.lost}; forget_merge() accepts it as it is now"
+                    )
                 record = layer._merged.matrices[key].record
                 check_unmerge(caller, view, record, label)
                 if id(record) not in records:
@@ -137,13 +139,13 @@ def change_merged(caller: str, wanted: Mapping[Mergeable, Collection[str]], wher
     before = {layer: layer._merged for layer in wanted}
     launches = prepare_unmerge(caller, views, list(records.values()), labels)
 
-    with changing(*_shared(wanted)):  # from here on the weights and what is noted about them change in step
+    with changing(*_shared(wanted)):  # from here on the weights and their records change together
         run_unmerge(launches)
         for layer in wanted:
             layer._merged = None
         try:
             made = merge.run(caller)
-        except BaseException:  # nothing was merged: what was there before goes back in
+        except BaseException:  # nothing was merged: restore the previous state
             remerge(launches)
             for layer, merged in before.items():
                 layer._merged = merged
@@ -153,15 +155,15 @@ def change_merged(caller: str, wanted: Mapping[Mergeable, Collection[str]], wher
             matrix = MergedMatrix(ranks, record)
             for layer, key in holders:
                 matrices[layer][key] = matrix
-        for layer, own in matrices.items():
-            layer._merged = MergeState(tuple(sorted(wanted[layer])), own)
+        for layer, merged in matrices.items():
+            layer._merged = MergeState(tuple(sorted(wanted[layer])), merged)
 
 
 @torch.no_grad()
 def merge_for_good(caller: str, wanted: Mapping[Mergeable, Collection[str]], where: Mapping[Mergeable, str]) -> None:
-    """Merges the adapters ``wanted`` of each layer, of which none is merged, and keeps nothing to unmerge them by.
+    """Merges the adapters ``wanted`` into each layer, without a record. No layer has merged adapters yet.
 
-    Errors as :func:`change_merged`; all layers are then unchanged.
+    Errors are those of :func:`change_merged`; all layers are then unchanged.
     """
     merge = _prepare_merge(caller, wanted, where)
     with changing(*_shared(wanted)):
@@ -169,7 +171,7 @@ def merge_for_good(caller: str, wanted: Mapping[Mergeable, Collection[str]], whe
 
 
 def _shared(layers: Iterable[Mergeable]) -> set[ActiveAdapters]:
-    """What the layers of each model share."""
+    """The :class:`ActiveAdapters` of the layers, one for each model."""
     return {layer.active for layer in layers}
 
 
@@ -196,7 +198,7 @@ def _prepare_merge(caller: str, wanted: Mapping[Mergeable, Collection[str]], whe
 
 
 def update_identity(layer: Mergeable, key: str, name: str) -> tuple:
-    """Tells the update of one adapter from others: equal only for those of tied adapters."""
+    """A key of an adapter's update that is equal for two layers only if their adapters are tied."""
     if layer._merged is not None and name in layer._merged.names:
         return name, id(layer._merged.matrices[key].record)
     A, B, scaling = layer.factors(name)[key]
@@ -204,22 +206,20 @@ def update_identity(layer: Mergeable, key: str, name: str) -> tuple:
 
 
 def stored_matrices(caller: str, layer: Mergeable, where: str) -> Iterator[tuple[str, object, Tensor, str]]:
-    """``(key, matrix, its view, what it is called)`` of each matrix.
+    """Yields ``(key, matrix, its view, its name in messages)`` for each matrix.
 
     Raises:
-        RuntimeError: it is computed on every access, so that what is merged into it would be lost.
+        RuntimeError: a matrix is computed on every access, so an update merged into it would be lost.
     """
     for key, matrix in layer.matrices().items():
         label = f"the {matrix.name}{where}"
         if matrix.owner._parameters.get(matrix.name) is None:
-            raise RuntimeError(
-                f"{caller}: {label} is not a parameter but computed, by a parametrization perhaps; remove that first"
-            )
+            raise RuntimeError(f"{caller}: {label} is not a parameter but computed; remove its parametrization first")
         yield key, matrix, matrix.view, label
 
 
 def _updates(caller: str, layer: Mergeable, key: str, view: Tensor, label: str, names: list[str]) -> dict[str, Factors]:
-    """What each adapter adds to one matrix: as it was merged where it is, else as it is now."""
+    """The update of each adapter to one matrix: as it was merged, or its present value if it is not merged."""
     updates = {}
     for name in names:
         if layer._merged is not None and name in layer._merged.names:

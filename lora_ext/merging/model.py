@@ -1,4 +1,4 @@
-"""Merges adapters into the weights of a whole model and takes them out again: all layers, or none."""
+"""Merges adapters into the weights of a whole model and takes them out again: in all layers, or in none."""
 
 from __future__ import annotations
 
@@ -29,18 +29,19 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 def merge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> ModelT:
     """Adds adapters to their base weights in place: the model then runs at the base model's speed.
 
-    Every bit of the weights can be restored (:func:`unmerge`). Where rounding lost bits they are kept, which takes
-    0.03 to 0.25 bytes per float32 weight for updates of 0.5 % to 10 % of its size; :func:`merge_record_bytes` says how
-    many, and so does an INFO message of the ``lora_ext.adapters`` logger.
+    :func:`unmerge` restores every bit of the weights. The bits that rounding loses are kept: 0.03 to 0.25 bytes per
+    float32 weight for updates of 0.5 % to 10 % of its size. :func:`merge_record_bytes` returns how many, and the
+    ``lora_ext.adapters`` logger reports it at INFO level.
 
-    All layers are checked before the first is changed: all of them are merged, or none. Ctrl-C waits for that, and so
-    does every other function that changes a model, in any thread. A forward that runs meanwhile computes each layer
-    with the weights of before or those of after; from one layer to the next it may see the change. On a GPU that holds
-    for forwards on the same stream.
+    All layers are checked before the first is changed: all of them are merged, or none. Ctrl-C waits for the end, and
+    so does every other function that changes a model, in any thread. A concurrent forward computes each layer either
+    with the old weights or with the new ones, and may see the change between two layers; on a GPU that holds for
+    forwards on the same stream.
 
     Args:
-        model: holds LoRA layers.
-        adapter_names: which adapters, in the layers that have them, beside those merged already; None: the active ones.
+        model: a model with LoRA layers.
+        adapter_names: the adapters to merge, in the layers that have them; None: the active ones. Adapters merged
+            earlier stay merged.
 
     Returns:
         ``model``, the same object.
@@ -48,9 +49,9 @@ def merge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> Mo
     Raises:
         ValueError: there is no LoRA layer; a base weight is tied to another module, which would change with it (a
             language model's head and embedding), or shares memory with that of another LoRA layer; an element would
-            become NaN or infinite; a ``lora_bias`` would go into a bias that is trained (``bias``).
+            become NaN or infinite; a ``lora_bias`` would go into a trained bias (``bias``).
         KeyError: no layer has an adapter of that name.
-        RuntimeError: an adapter is merged already, or disabled; a base weight is computed by a parametrization.
+        RuntimeError: an adapter is merged already, or disabled; a parametrization computes a base weight.
     """
     wanted = _to_merge("merge", _all_lora_modules("merge", model), adapter_names)
     _check_untied("merge", model, wanted)
@@ -68,13 +69,13 @@ def merge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> Mo
 @checked
 @one_at_a_time
 def unmerge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> ModelT:
-    """Takes merged adapters out of their base weights again, in place.
+    """Takes merged adapters out of their base weights, in place.
 
-    Of a layer with none left, every bit of the weight is what it was before the first was merged.
+    Once a layer has no merged adapter, every bit of its weight is as it was before the first merge.
 
     Args:
-        model: holds merged LoRA layers.
-        adapter_names: which adapters, in the layers that have them; None: all that are merged.
+        model: a model with merged LoRA layers.
+        adapter_names: the adapters to take out, in the layers that have them; None: all merged ones.
 
     Returns:
         ``model``, the same object.
@@ -82,8 +83,8 @@ def unmerge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> 
     Raises:
         ValueError: there is no LoRA layer.
         KeyError: no layer has an adapter of that name.
-        RuntimeError: an adapter is not merged, or no layer is, or one was converted to another dtype while it was.
-        Other errors as :meth:`~lora_ext.nn.LoraLinear.unmerge`. The model is then unchanged.
+        RuntimeError: an adapter is not merged, nothing is merged, or a merged layer was converted to another dtype.
+        Other errors as in :meth:`~lora_ext.nn.LoraLinear.unmerge`. The model is then unchanged.
     """
     layers = _all_lora_modules("unmerge", model)
     names = _names("unmerge", adapter_names)
@@ -98,54 +99,53 @@ def unmerge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> 
         wanted = {path: (layer, set(layer.merged_adapters) - names) for path, layer in chosen.items()}
         wrong = [path for path, layer in chosen.items() if names & layer.adapters.keys() - {*layer.merged_adapters}]
     if wrong:
-        raise RuntimeError(f"unmerge: {some(wrong)} not merged")
+        raise RuntimeError(f"unmerge: the adapters are not merged into {some(wrong)}")
     change_merged("unmerge", dict(wanted.values()), _where(wanted))
     return model
 
 
 @checked
 def merge_record_bytes(model: nn.Module) -> int:
-    """Bytes kept to take merged adapters out again: copies of their factors, and what rounding lost."""
+    """Bytes kept to unmerge: copies of the merged factors, and the bits lost to rounding."""
     return sum(matrix.record.nbytes for matrix in _merged_matrices(layer for _, layer in lora_modules(model)))
 
 
 def _merged_matrices(layers: Iterable[LoraLayer]) -> list[MergedMatrix]:
-    """Each once: tied layers share one."""
-    merged = [layer._merged for layer in layers if layer._merged is not None]
-    return list({id(matrix): matrix for own in merged for matrix in own.matrices.values()}.values())
+    """The merged matrices of the layers; a matrix that tied layers share is listed once."""
+    states = [layer._merged for layer in layers if layer._merged is not None]
+    return list({id(matrix): matrix for state in states for matrix in state.matrices.values()}.values())
 
 
 @checked
 @one_at_a_time
 def merge_and_unload(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> ModelT:
-    """Merges adapters for good and puts each base layer back: the plain model again.
+    """Merges adapters for good and puts each base layer back, which gives a plain model.
 
-    Nothing is kept to unmerge by. Adapters that are merged already stay in. Of modules trained in full
-    (``modules_to_save``), the copy in use takes the place of the original. Parameters keep their ``requires_grad``: the
-    base stays frozen.
+    No record is kept, so nothing can be unmerged. Adapters merged earlier stay in. The active copy of a module trained
+    in full (``modules_to_save``) replaces the original. Parameters keep their ``requires_grad``: the base stays frozen.
 
     Args:
-        model: holds LoRA layers.
-        adapter_names: which adapters; None: the active ones.
+        model: a model with LoRA layers.
+        adapter_names: the adapters to merge; None: the active ones.
 
     Returns:
         ``model``, the same object.
 
     Raises:
-        As :func:`merge`, but for adapters that are merged already. The model is then unchanged.
+        The errors of :func:`merge`, except that adapters may be merged already. The model is then unchanged.
     """
     layers = _all_lora_modules("merge_and_unload", model)
     names = _names("merge_and_unload", adapter_names)
     some_merged = any(layer.is_merged for layer in layers.values())
     chosen = _chosen("merge_and_unload", layers, names, allow_none=some_merged)
-    missing = {path: (layer, own - {*layer.merged_adapters}) for path, (layer, own) in chosen.items()}
-    wanted = {path: (layer, own) for path, (layer, own) in missing.items() if own}
+    missing = {path: (layer, names - {*layer.merged_adapters}) for path, (layer, names) in chosen.items()}
+    wanted = {path: (layer, names) for path, (layer, names) in missing.items() if names}
     _check_untied("merge_and_unload", model, wanted)
     _check_can_unload("merge_and_unload", model, merged=True)
-    with changing(*_shared(model)):  # a weight that contains its adapter must not stay beside it
+    with changing(*_shared(model)):  # no interrupt between merging and removing the adapters
         if some_merged:  # a weight is rounded once for all its adapters: those merged come out first
             change_merged(
-                "merge", {layer: {*layer.merged_adapters, *own} for layer, own in wanted.values()}, _where(wanted)
+                "merge", {layer: {*layer.merged_adapters, *names} for layer, names in wanted.values()}, _where(wanted)
             )
         else:
             merge_for_good("merge", dict(wanted.values()), _where(wanted))
@@ -156,7 +156,7 @@ def merge_and_unload(model: ModelT, adapter_names: str | Iterable[str] | None = 
 @checked
 @one_at_a_time
 def unload(model: ModelT) -> ModelT:
-    """Removes all adapters: the plain model as it was before :func:`lora_ext.inject`, but that it stays frozen.
+    """Removes all adapters: the model is as before :func:`lora_ext.inject`, except that it stays frozen.
 
     Returns:
         ``model``, the same object.
@@ -170,7 +170,9 @@ def unload(model: ModelT) -> ModelT:
     _check_can_unload("unload", model, merged=False)
     merged = [path for path, layer in lora_modules(model) if layer.is_merged]
     if merged:
-        raise RuntimeError(f"unload: {some(merged)} merged; call unmerge(model) first, or merge_and_unload(model)")
+        raise RuntimeError(
+            f"unload: adapters are merged into {some(merged)}; call unmerge(model) first, or merge_and_unload(model)"
+        )
     with changing(*_shared(model)):
         _unload(model, merged=False)
     return model
@@ -181,18 +183,18 @@ def _check_can_unload(caller: str, model: nn.Module, merged: bool) -> None:
         adapters.check_enabled(caller)
     for _, layer in adapter_layers(model) if merged else ():
         if isinstance(layer, TrainableTokens):
-            _ = layer.rows_in_use  # ValueError: two adapters in use have the same
+            _ = layer.rows_in_use  # ValueError: two active adapters train the same row
 
 
 def _shared(model: nn.Module) -> set[ActiveAdapters]:
-    """What its layers share: one for those that were injected."""
+    """The :class:`ActiveAdapters` of the layers: one for all that were injected."""
     return {layer.active for _, layer in adapter_layers(model)}
 
 
 def _unload(model: nn.Module, merged: bool) -> None:
     if (adapters := adapter_set(model)) is not None and not merged:
-        adapters.switch(())  # the model's own biases come back
-    while layers := [layer for _, layer in adapter_layers(model)]:  # one may be around another
+        adapters.switch(())  # restores the model's own biases
+    while layers := [layer for _, layer in adapter_layers(model)]:  # layers may be nested
         inner = {id(child) for layer in layers for child in layer.children() if isinstance(child, AdapterLayer)}
         outer = [layer for layer in layers if id(layer) not in inner]
         replace_modules(root_module(model), {layer: layer.unloaded(merged) for layer in outer})
@@ -211,12 +213,12 @@ def _names(caller: str, adapter_names: str | Iterable[str] | None) -> set[str] |
         return None if adapter_names is None else {adapter_names}
     names = set(adapter_names)
     if not names:
-        raise ValueError(f"{caller}: adapter_names is empty: name at least one adapter, or pass None for those in use")
+        raise ValueError(f"{caller}: adapter_names is empty; name at least one adapter, or pass None for the default")
     return names
 
 
 def _check_known(caller: str, by_layer: Mapping[str, Collection[str]], names: set[str]) -> None:
-    known = {name for own in by_layer.values() for name in own}
+    known = {name for held in by_layer.values() for name in held}
     if unknown := names - known:
         raise KeyError(f"{caller}: no layer has an adapter {sorted(unknown)[0]!r}; the adapters are {sorted(known)}")
 
@@ -224,24 +226,24 @@ def _check_known(caller: str, by_layer: Mapping[str, Collection[str]], names: se
 def _chosen(
     caller: str, layers: dict[str, LoraLayer], names: set[str] | None, allow_none: bool = False
 ) -> dict[str, tuple[LoraLayer, set[str]]]:
-    """The layers that have the adapters (the active ones, if None), and which of them."""
+    """Maps paths to the layers that have some of the adapters (None: the active ones), with the names they have."""
     if names is None:
         chosen = {path: (layer, set(layer.active_adapters)) for path, layer in layers.items() if layer.active_adapters}
         if not chosen and not allow_none:
             raise RuntimeError(f"{caller}: no adapter is active in {some(list(layers))}; leave disable_adapters first")
         return chosen
     _check_known(caller, {path: layer.adapters.keys() for path, layer in layers.items()}, names)
-    return {path: (layer, own) for path, layer in layers.items() if (own := names & layer.adapters.keys())}
+    return {path: (layer, held) for path, layer in layers.items() if (held := names & layer.adapters.keys())}
 
 
 def _to_merge(
     caller: str, layers: dict[str, LoraLayer], adapter_names: str | Iterable[str] | None
 ) -> dict[str, tuple[LoraLayer, set[str]]]:
-    """What is to be merged: the layers that have the adapters, and the names, none of them merged yet."""
+    """Like :func:`_chosen`. RuntimeError: one of the adapters is merged already."""
     wanted = _chosen(caller, layers, _names(caller, adapter_names))
-    merged = [path for path, (layer, own) in wanted.items() if own & {*layer.merged_adapters}]
+    merged = [path for path, (layer, names) in wanted.items() if names & {*layer.merged_adapters}]
     if merged:
-        raise RuntimeError(f"{caller}: {some(merged)} merged already")
+        raise RuntimeError(f"{caller}: adapters are already merged into {some(merged)}")
     return wanted
 
 
@@ -250,16 +252,16 @@ def _where(wanted: dict[str, tuple[LoraLayer, set[str]]]) -> dict[LoraLayer, str
 
 
 def _check_untied(caller: str, model: nn.Module, wanted: dict[str, tuple[LoraLayer, set[str]]]) -> None:
-    """A weight is in one module, or adapters that are tied adapt all that it is in; and no rows of it are trained."""
+    """Checks that merging changes no other module, except those with tied adapters, and no trained rows."""
     for layer in (layer for _, layer in adapter_layers(model) if isinstance(layer, TrainableTokens)):
         for path, (inner, _) in wanted.items():
             if layer.base_layer is inner and isinstance(layer.inner_layer, nn.Linear):
                 raise ValueError(
-                    f"{caller}: the weight of {path!r} has rows that are trained (trainable_token_indices), which "
-                    "would lose the update; run unmerged"
+                    f"{caller}: the weight of {path!r} has trained rows (trainable_token_indices), which would lose "
+                    "the update; run unmerged"
                 )
     paths = parameter_paths(root_module(model).named_modules())
-    holders: dict[int, dict[str, tuple]] = defaultdict(dict)  # parameter -> path of a layer -> its updates
+    holders: dict[int, dict[str, tuple]] = defaultdict(dict)  # id of a parameter -> path of a layer -> its updates
     labels: dict[int, str] = {}
     for path, (layer, names) in wanted.items():
         for key, matrix, _, label in stored_matrices(caller, layer, f" of {path!r}"):
@@ -277,25 +279,25 @@ def _check_untied(caller: str, model: nn.Module, wanted: dict[str, tuple[LoraLay
         ]
         if others:
             raise ValueError(
-                f"{caller}: {labels[parameter]} is also that of {others[0]!r}, which would change with it; adapt both "
-                "with ensure_weight_tying=True, untie them (give one a clone of the weight), or run unmerged"
+                f"{caller}: {labels[parameter]} is shared with {others[0]!r}, which would change too; adapt both with "
+                "ensure_weight_tying=True, untie them (give one a clone of the weight), or run unmerged"
             )
 
 
 def _check_biases(model: nn.Module, wanted: dict[str, tuple[LoraLayer, set[str]]]) -> None:
-    """No bias that an update would be merged into is one that another is put in the place of."""
+    """Checks that no update would be merged into a bias that an adapter trains: switching adapters replaces it."""
     adapters = adapter_set(model)
     for trainer, biases in adapters.biases.items() if adapters is not None else ():
         for path, (layer, names) in wanted.items():
             biased = any(layer.adapters[name].lora_bias is not None for name in names)
             if biased and layer.bias is not None and biases.owns(layer.bias):
                 raise ValueError(
-                    f"merge: {path!r} has a lora_bias to merge into a bias that {trainer!r} trains, which is switched "
-                    "with that adapter; run unmerged, or merge for good (merge_and_unload)"
+                    f"merge: the lora_bias of {path!r} would go into a bias that {trainer!r} trains and that is "
+                    "switched with that adapter; run unmerged, or merge for good (merge_and_unload)"
                 )
 
 
 def some(paths: list[str]) -> str:
-    """The first few paths and how many more: models have hundreds of layers."""
+    """Lists the first three paths and the number of others: models have hundreds of layers."""
     more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
     return f"{', '.join(map(repr, paths[:3]))}{more}"

@@ -1,13 +1,12 @@
-"""Merging updates into weights in place, and taking them out again to the very bit.
+"""Merges updates into weights in place and takes them out again, restoring every bit.
 
-A merged weight is ``round(W + d)``, the update ``d = scaling * lora_B @ lora_A`` accumulated in float32 (float64 for
-float64 weights) and rounded once. Rounding loses bits; the record of a merge keeps what it lost: where
-``round(merged - d)`` is not ``W``, the difference in units in the last place. csrc/common/merge_params.h defines all of
-it to the bit, the same on every device; csrc/common/merge_record.h the record's layout.
+A merged weight is ``round(W + d)``: the update ``d = scaling * lora_B @ lora_A`` is accumulated in float32 (float64 for
+float64 weights) and the sum rounded once. Rounding loses bits. The merge record keeps them: wherever
+``round(merged - d)`` is not ``W``, it holds the difference in units in the last place. csrc/common/merge_params.h
+defines every bit, the same on all devices; csrc/common/merge_record.h defines the record's layout.
 
-On the CPU a merge is one pass, which restores what it has changed when it meets a result that is NaN or infinite. On
-CUDA it takes two: the first changes nothing, and finds such results and how long the record will be. Lists of weights
-go through together.
+On the CPU a merge takes one pass, which restores the weights if a result is NaN or infinite. On CUDA it takes two: the
+first changes nothing, and finds such results and the record's length. One op call takes a list of weights.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ __all__ = ["MergeRecord", "lora_merge_", "lora_unmerge_", "merge_all_", "pack_fa
 
 
 class Unmerge(NamedTuple):
-    """The arguments of one call of the op ``lora_unmerge_`` (csrc/schemas.h): an entry of each list for each weight.
+    """The arguments of one call of the op ``lora_unmerge_`` (csrc/schemas.h): one entry per weight in each list.
 
     Attributes:
-        weights: ``[out_features, in_features]``, of one device and dtype.
+        weights: ``[out_features, in_features]``, all of the same device and dtype.
         lora_A: ``[r, in_features]``, accumulation dtype.
         lora_B: ``[out_features, r]``, accumulation dtype, multiplied by the scaling.
         words: int16 ``[out_features, segments]``; no entries if no weight needs corrections.
@@ -61,16 +60,17 @@ class _Merge(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class MergeRecord:
-    """What brings back a weight that an update was merged into: the update's factors and the lost bits.
+    """The data to restore a merged weight: copies of the update's factors, and the bits lost to rounding.
 
-    Tensors of its own throughout, so that it holds whatever becomes of the adapter. It does not know the weight, and
-    may be copied, pickled and moved (:meth:`to`) like one.
+    It stays valid if the adapter changes. It does not refer to the weight, and can be copied, pickled and moved
+    (:meth:`to`) like a tensor.
 
     Attributes:
         lora_A: ``[r, in_features]``, float32 (float64 for a float64 weight).
         lora_B: ``[out_features, r]`` in the same dtype, multiplied by the scaling.
-        dtype: the weight's.
-        words: int16 ``[out_features, segments]``, 16-bit words of each segment's corrections; None: none needed any.
+        dtype: the weight's dtype.
+        words: int16 ``[out_features, segments]``, number of 16-bit words of each segment's corrections; None if no
+            element needs a correction.
         corrections: int16 ``[words.sum()]``, or None.
     """
 
@@ -82,11 +82,11 @@ class MergeRecord:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the record takes: factors, lengths and corrections."""
+        """Bytes of the factors, lengths and corrections."""
         return sum(tensor.nbytes for tensor in self._tensors().values())
 
     def to(self, device: torch.device) -> MergeRecord:
-        """The record on ``device``: itself where it is there already."""
+        """Returns the record on ``device``: itself if it is there already."""
         if self.lora_A.device == device:
             return self
         return dataclasses.replace(self, **{name: tensor.to(device) for name, tensor in self._tensors().items()})
@@ -103,45 +103,45 @@ MergeRecord.__init__ = checked(MergeRecord.__init__)  # type: ignore[method-assi
 def lora_merge_(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, record: bool = True
 ) -> MergeRecord | None:
-    """``weight += scaling * lora_B @ lora_A`` in place, such that :func:`lora_unmerge_` restores every bit.
+    """Computes ``weight += scaling * lora_B @ lora_A`` in place; :func:`lora_unmerge_` restores every bit.
 
     Args:
         weight: ``[out_features, in_features]``, float64, float32, bfloat16 or float16; any row stride.
         lora_A: ``[r, in_features]``, in any of the four dtypes.
         lora_B: ``[out_features, r]``, dtype of ``lora_A``.
         scaling: any finite number.
-        record: keep what the rounding loses. Without it there is no way back. On the CPU a record is made all the same,
-            to restore weights that would not be finite, and dropped at the end: it saves memory afterwards, not time.
+        record: keep the bits that rounding loses; without them the merge cannot be undone. The CPU makes a record in
+            any case, to restore the weight if a result is not finite: False saves memory afterwards, but no time.
 
     Returns:
-        The record, or None without one. It takes 0.03 to 0.25 bytes per element in float32 for updates of 0.5 % to
-        10 % of the weight's size (standard deviations), and never more than the weight, beside the factors' copies.
+        The record, or None without one. In addition to the copied factors it takes 0.03 to 0.25 bytes per float32
+        element for updates of 0.5 % to 10 % of the weight's size (standard deviations), and never more than the weight.
 
     Raises:
         ValueError: a result would be NaN or infinite; or an argument is wrong, which the message names.
         TypeError: a wrong dtype.
-        The weight then has its bits of before; so it has after Ctrl-C, except on CUDA without a record.
+        The weight is then unchanged to the bit; also after Ctrl-C, except on CUDA without a record.
     """
     op = "lora_merge_"
     checks.check_merge_layer(op, weight, lora_A, lora_B)
     checks.check_scaling(op, scaling)
     refuse_weight_that_requires_grad(op, weight)
-    # PyTorch multiplies by no integer beyond 63 bits.
+    # float(): PyTorch cannot multiply by an integer of more than 63 bits.
     A, B = pack_factors(weight.dtype, [(lora_A, lora_B, float(scaling))])
     return merge_all_(op, [weight], [A], [B], record=record)[0]
 
 
 @checked
 def lora_unmerge_(weight: Tensor, record: MergeRecord) -> Tensor:
-    """Takes the update of :func:`lora_merge_` out of ``weight`` in place: its bits are those before the merge.
+    """Takes the update of :func:`lora_merge_` out of ``weight`` in place and restores every bit.
 
-    ``weight`` must hold what the merge left, on any device; a record that lies elsewhere is copied there.
+    ``weight`` must be as the merge left it, on any device; a record on another device is copied.
 
     Returns:
         ``weight``.
 
     Raises:
-        ValueError, TypeError: ``weight`` has another shape or dtype than the merged one. It is then untouched.
+        ValueError, TypeError: ``weight`` has another shape or dtype than the merged one. It is then unchanged.
     """
     check_tensors("lora_unmerge_", {"weight": weight})
     refuse_weight_that_requires_grad("lora_unmerge_", weight)
@@ -151,14 +151,13 @@ def lora_unmerge_(weight: Tensor, record: MergeRecord) -> Tensor:
 
 @torch.no_grad()
 def pack_factors(dtype: torch.dtype, adapters: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor]:
-    """Copies of ``(lora_A, lora_B, scaling)`` as the ops read them beside a weight of ``dtype``.
+    """Copies ``(lora_A, lora_B, scaling)`` into the form that the ops read for a weight of ``dtype``.
 
-    ``lora_A [r, in_features]`` and ``scaling * lora_B [out_features, r]`` in the accumulation dtype; of several
-    adapters side by side along the rank, in the order given.
+    Returns ``lora_A [r, in_features]`` and ``scaling * lora_B [out_features, r]`` in the accumulation dtype; several
+    adapters are concatenated along the rank, in the order given.
     """
     acc = checks.accumulation_dtype(dtype)
-    # Factors that were scaled before stay as they are: a product would flush their subnormals where the caller has that
-    # switched on (torch.set_flush_denormal).
+    # Scaled factors (scaling 1) are not multiplied: under torch.set_flush_denormal that would flush their subnormals.
     if len(adapters) == 1:
         ((A, B, scaling),) = adapters
         A, scaled = A.detach().to(acc, copy=True, memory_format=torch.contiguous_format), B.detach().to(acc)
@@ -178,11 +177,11 @@ def merge_all_(
     labels: Sequence[str] | None = None,
     record: bool = True,
 ) -> list[MergeRecord | None]:
-    """Merges factors of :func:`pack_factors` into their weights, or into none of them.
+    """Merges factors of :func:`pack_factors` into all of their weights, or into none.
 
-    What was changed is restored where a result is not finite, a launch fails or Ctrl-C is pressed; merges without a
-    record on CUDA are not interrupted. ``labels`` name the weights in messages. Errors as :func:`lora_merge_`;
-    ValueError also where two weights share memory.
+    The weights are restored if a result is not finite, a launch fails or Ctrl-C is pressed; merges without a record on
+    CUDA are not interrupted. ``labels`` name the weights in messages. Errors are those of :func:`lora_merge_`;
+    ValueError also if two weights share memory.
     """
     if not weights:
         return []
@@ -205,7 +204,7 @@ def merge_all_(
 
 
 def _on_cpu(merge: _Merge, refuse: Callable[[Tensor], None]) -> Callable[[], Unmerge]:
-    """Returns a function that merges in one pass, and returns how to unmerge."""
+    """Returns a function that merges in one pass and returns the arguments to unmerge."""
 
     def launch() -> Unmerge:
         non_finite, words, corrections = _run(torch.ops.lora_ext.lora_merge_record_.default, *merge)
@@ -217,7 +216,10 @@ def _on_cpu(merge: _Merge, refuse: Callable[[Tensor], None]) -> Callable[[], Unm
 
 
 def _on_cuda(merge: _Merge, refuse: Callable[[Tensor], None], record: bool) -> Callable[[], Unmerge | None]:
-    """Refuses now or takes all memory now; returns a function that merges and returns how to unmerge, or None."""
+    """Checks the results and allocates all memory; returns a function that merges.
+
+    That function returns the arguments to unmerge, or None without a record.
+    """
     non_finite, all_words = _run(torch.ops.lora_ext.lora_merge_plan.default, *merge)
     refuse(non_finite)
     if not record:
@@ -239,7 +241,7 @@ def _on_cuda(merge: _Merge, refuse: Callable[[Tensor], None], record: bool) -> C
 def unmerge_all_(
     caller: str, weights: Sequence[Tensor], records: Sequence[MergeRecord], labels: Sequence[str] | None = None
 ) -> None:
-    """Takes each record's update out of its weight: of all of them, or of none where one does not fit."""
+    """Takes each record's update out of its weight: out of all of them, or out of none if a record does not match."""
     run_unmerge(prepare_unmerge(caller, weights, records, labels))
 
 
@@ -247,7 +249,7 @@ def unmerge_all_(
 def prepare_unmerge(
     caller: str, weights: Sequence[Tensor], records: Sequence[MergeRecord], labels: Sequence[str] | None = None
 ) -> list[Unmerge]:
-    """Checks that every weight can be restored, takes the memory, and returns what :func:`run_unmerge` takes."""
+    """Checks that every weight can be restored, allocates memory, and returns the input of :func:`run_unmerge`."""
     if not weights:
         return []
     labels = ["weight"] * len(weights) if labels is None else labels
@@ -255,24 +257,24 @@ def prepare_unmerge(
         check_unmerge(caller, weight, record, label)
     unmerges: list[Unmerge] = []
     for members in _groups(caller, weights, labels).values():
-        own = [records[i].to(weights[i].device) for i in members]
-        arguments = [weights[i] for i in members], [r.lora_A for r in own], [r.lora_B for r in own]
-        if all(r.words is None for r in own):
+        moved = [records[i].to(weights[i].device) for i in members]
+        arguments = [weights[i] for i in members], [r.lora_A for r in moved], [r.lora_B for r in moved]
+        if all(r.words is None for r in moved):
             unmerges.append(Unmerge(*arguments, [], []))
             continue
-        none = own[0].lora_A.new_empty(0, dtype=torch.int16)
+        empty = moved[0].lora_A.new_empty(0, dtype=torch.int16)
         words = [
-            none.new_zeros(weight.shape[0], checks.merge_segments(weight.shape[1])) if r.words is None else r.words
-            for weight, r in zip(arguments[0], own, strict=True)
+            empty.new_zeros(weight.shape[0], checks.merge_segments(weight.shape[1])) if r.words is None else r.words
+            for weight, r in zip(arguments[0], moved, strict=True)
         ]
-        corrections = [none if r.corrections is None else r.corrections for r in own]
+        corrections = [empty if r.corrections is None else r.corrections for r in moved]
         unmerges.append(Unmerge(*arguments, words, corrections))
     return unmerges
 
 
 @torch.no_grad()
 def run_unmerge(unmerges: Sequence[Unmerge]) -> None:
-    """Restores the weights: all of them, or none where a launch fails or Ctrl-C is pressed."""
+    """Restores all of the weights, or none if a launch fails or Ctrl-C is pressed."""
 
     def launch(unmerge: Unmerge) -> Unmerge:
         _run(torch.ops.lora_ext.lora_unmerge_.default, *unmerge)
@@ -283,7 +285,7 @@ def run_unmerge(unmerges: Sequence[Unmerge]) -> None:
 
 @torch.no_grad()
 def remerge(unmerges: Sequence[Unmerge]) -> None:
-    """Merges again what these unmerges took out, to the same bits; allocates nothing."""
+    """Reverts :func:`run_unmerge`, to the same bits; allocates nothing."""
     for unmerge in unmerges:
         _run(torch.ops.lora_ext.lora_merge_.default, unmerge.weights, unmerge.lora_A, unmerge.lora_B)
 
@@ -299,22 +301,22 @@ def _run(op: Callable, *arguments: Sequence[Tensor]) -> object:
 def _all_or_none(
     launches: Sequence[Callable[[], Unmerge | None]], undo: Callable[[list[Unmerge]], None]
 ) -> list[Unmerge | None]:
-    """Runs all launches. If one fails, undoes those that have returned how to, and raises the error again."""
+    """Runs all launches. If one fails, undoes those that returned an :class:`Unmerge`, and raises the error again."""
     done: list[Unmerge | None] = []
     if not launches:
         return done
     try:
-        with uninterrupted():  # an interrupt would leave open whether the last op has run
+        with uninterrupted():  # after an interrupt, nobody would know whether the last op has run
             for launch in launches:
                 done.append(launch())
-    except BaseException:  # the caller learns of no change, and must find none
+    except BaseException:  # the caller sees an error and must find no change
         undo([unmerge for unmerge in done if unmerge is not None])
         raise
     return done
 
 
 def check_unmerge(caller: str, weight: Tensor, record: MergeRecord, label: str = "weight") -> None:
-    """A weight that a record was not made for cannot be restored: ValueError or TypeError."""
+    """Checks that ``record`` was made for a weight like this. ValueError, TypeError: it was not."""
     check_tensors(caller, {f"the record's {name}": tensor for name, tensor in record._tensors().items()})
     if record.lora_A.is_meta:
         raise ValueError(f"{caller}: the record of {label} is on the meta device, where it has no values")
@@ -332,7 +334,7 @@ def check_unmerge(caller: str, weight: Tensor, record: MergeRecord, label: str =
 
 
 def _groups(caller: str, weights: Sequence[Tensor], labels: Sequence[str]) -> dict[object, list[int]]:
-    """Indices of the weights that an op takes together: those of one device and dtype. No two may share memory."""
+    """Groups the indices of the weights by device and dtype, for one op call each. No two may share memory."""
     groups: dict[object, list[int]] = defaultdict(list)
     for i, (weight, label) in enumerate(zip(weights, labels, strict=True)):
         check_inference(caller, label, weight)
@@ -351,16 +353,16 @@ def _check_disjoint(caller: str, weights: Sequence[Tensor], labels: Sequence[str
     if len(weights) < 2:
         return
     begins = sorted((str(w.device), w.data_ptr(), i) for i, w in enumerate(weights) if w.numel())
-    reaching: list[int] = []  # those that begin before and end behind
+    open_weights: list[int] = []  # weights that begin before the present one and end after its begin
     for device, begin, i in begins:
-        reaching = [j for j in reaching if str(weights[j].device) == device and _end(weights[j]) > begin]
-        for j in reaching:
+        open_weights = [j for j in open_weights if str(weights[j].device) == device and _end(weights[j]) > begin]
+        for j in open_weights:
             if _overlap(weights[j], weights[i]):
                 raise ValueError(
-                    f"{caller}: {labels[min(i, j)]} shares memory with {labels[max(i, j)]}, which would change with "
-                    "it; give one a clone of the weight"
+                    f"{caller}: {labels[min(i, j)]} shares memory with {labels[max(i, j)]}, which would change too; "
+                    "give one a clone of the weight"
                 )
-        reaching.append(i)
+        open_weights.append(i)
 
 
 def _end(weight: Tensor) -> int:
@@ -369,7 +371,7 @@ def _end(weight: Tensor) -> int:
 
 
 def _overlap(first: Tensor, second: Tensor) -> bool:
-    """Whether two weights share elements, of which the second begins where the first has not ended yet."""
+    """Whether two weights share elements. The second must begin before the end of the first."""
     size, stride = first.element_size(), first.stride(0)
     distance = second.data_ptr() - first.data_ptr()
     if second.element_size() != size or second.stride(0) != stride or distance % size:
@@ -379,7 +381,7 @@ def _overlap(first: Tensor, second: Tensor) -> bool:
 
 
 def _refuse_non_finite(caller: str, merge: _Merge, labels: Sequence[str], non_finite: Tensor) -> None:
-    """ValueError about the first weight whose count is not zero. The weights are unchanged or restored."""
+    """Raises ValueError for the first weight with a nonzero count. The weights are unchanged or restored."""
     for weight, lora_A, lora_B, label, count in zip(*merge, labels, non_finite.tolist(), strict=True):
         if count == 0:
             continue

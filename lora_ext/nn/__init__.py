@@ -12,10 +12,10 @@ from lora_ext.nn.parameter import LoraParameter
 MergedLinear = LoraPackedLinear  # loralib's name
 
 LORA_LAYERS: tuple[type[LoraLayer], ...] = (LoraLinear, LoraEmbedding, LoraConv, LoraMultiheadAttention)
-"""The layers that inject can make, by what they adapt: the first that ``adapts`` a module takes it.
+"""The layers that inject can make; the first whose ``adapts`` accepts a module wraps it.
 
-:class:`LoraParameter` adapts what ``target_parameters`` names, and
-:class:`LoraPackedLinear` what ``enable_lora`` does.
+Config keys select the two others: ``target_parameters`` :class:`LoraParameter`, ``enable_lora``
+:class:`LoraPackedLinear`.
 """
 
 __all__ = [

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lora_ext._common.arguments import checked
+from lora_ext._ops.checks import accumulation_dtype
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
@@ -18,7 +19,7 @@ class LoraAdapter(nn.Module):
     """One (A, B, scaling) set: the trainable low-rank update ``scaling * lora_B @ lora_A`` of a weight.
 
     Args:
-        in_features, out_features: sizes of the layer it adapts.
+        in_features, out_features: sizes of the adapted layer.
         r: rank, at least 1.
         lora_alpha: ``scaling = lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora`` (arXiv 2312.03732).
         lora_dropout: dropout on the adapter's input while training, in [0, 1).
@@ -27,14 +28,15 @@ class LoraAdapter(nn.Module):
             orthogonal ranges, so that ``lora_B @ lora_A`` is zero but neither factor is (even ranks only); False: both
             random (for tests).
         lora_bias: a trainable bias ``[out_features]`` on ``lora_B``, scaled like the rest of the update.
-        shapes: of ``lora_A`` and ``lora_B``, where they are not ``[r, in_features]`` and ``[out_features, r]``.
+        shapes: shapes of ``lora_A`` and ``lora_B`` if not ``[r, in_features]`` and ``[out_features, r]``.
         dtype, device: of the parameters.
 
     Raises:
-        ValueError, TypeError: naming the argument and its value.
+        ValueError, TypeError: the message names the argument and its value.
     """
 
-    is_tied = False  # whether a TiedAdapter has the same parameters
+    is_tied = False  # whether a TiedAdapter shares these parameters
+    size_names = ("in_features", "out_features")
 
     @checked
     def __init__(
@@ -53,14 +55,15 @@ class LoraAdapter(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        for name, size, least in (("in_features", in_features, 0), ("out_features", out_features, 0), ("r", r, 1)):
+        kind = type(self).__name__
+        for name, size, least in zip((*self.size_names, "r"), (in_features, out_features, r), (0, 0, 1), strict=True):
             if size < least:
-                raise ValueError(f"LoraAdapter: {name} is {size}, want at least {least}")
+                raise ValueError(f"{kind}: {name} is {size}, want at least {least}")
         if not (math.isfinite(lora_alpha) and lora_alpha >= 0):
-            raise ValueError(f"LoraAdapter: lora_alpha is {lora_alpha}, want a finite number of at least 0")
+            raise ValueError(f"{kind}: lora_alpha is {lora_alpha}, want a finite number of at least 0")
         if not 0.0 <= lora_dropout < 1.0:
-            raise ValueError(f"LoraAdapter: lora_dropout is {lora_dropout}, want 0 <= lora_dropout < 1")
-        self.r = int(r)  # of NumPy's integers too, which tensors cannot be split by
+            raise ValueError(f"{kind}: lora_dropout is {lora_dropout}, want 0 <= lora_dropout < 1")
+        self.r = int(r)  # Tensor.split takes no NumPy integers
         self.lora_alpha = lora_alpha
         self.lora_dropout = float(lora_dropout)
         self.scaling = float(lora_alpha) / (math.sqrt(r) if use_rslora else r)
@@ -86,9 +89,9 @@ class LoraAdapter(nn.Module):
         device: torch.device | None = None,
         **arguments,
     ) -> LoraAdapter:
-        """The adapter that ``config`` asks for at ``path``, on ``device``, or that of the weight ``like``.
+        """Makes the adapter that ``config`` asks for at ``path``, for the weight ``like``.
 
-        In the dtype of ``like``, or in float32 where that is a 16-bit one.
+        It is on ``device`` (by default that of ``like``), in the dtype of ``like``, or float32 if that has 16 bits.
         """
         return cls(
             in_features,
@@ -100,7 +103,7 @@ class LoraAdapter(nn.Module):
                 "use_rslora": config.use_rslora,
                 "init_lora_weights": config.init_lora_weights,
                 "lora_bias": config.lora_bias,
-                "dtype": torch.float32 if like.dtype in (torch.bfloat16, torch.float16) else like.dtype,
+                "dtype": accumulation_dtype(like.dtype),
                 "device": like.device if device is None else device,
             }
             | arguments,
@@ -112,9 +115,10 @@ class LoraAdapter(nn.Module):
             return
         if init_lora_weights != "gaussian" and not isinstance(init_lora_weights, bool):
             raise ValueError(
-                f'LoraAdapter: init_lora_weights is {init_lora_weights!r}, want True, False, "gaussian" or "orthogonal"'
+                f"{type(self).__name__}: init_lora_weights is {init_lora_weights!r}, want True, False, "
+                '"gaussian" or "orthogonal"'
             )
-        if self.lora_A.is_meta:  # where drawing nothing takes longer than drawing numbers does elsewhere
+        if self.lora_A.is_meta:  # nn.init is slower on meta tensors than on real ones
             return
         if init_lora_weights == "gaussian":
             nn.init.normal_(self.lora_A, std=1.0 / self.r)
@@ -127,14 +131,13 @@ class LoraAdapter(nn.Module):
 
     @torch.no_grad()
     def _reset_orthogonal(self) -> None:
-        """A spans the odd rows of a random orthogonal matrix, B the even ones: PEFT's initialisation."""
+        """Makes A span the odd rows of a random orthogonal matrix and B the even ones: PEFT's initialisation."""
+        kind = type(self).__name__
         if self.r % 2:
-            raise ValueError(
-                f"LoraAdapter: r is {self.r}, but orthogonal initialisation halves the rank; choose an even one"
-            )
+            raise ValueError(f"{kind}: r is {self.r}, but orthogonal initialisation halves the rank; choose an even r")
         if self.lora_A.shape[0] != self.r or self.lora_B.shape[1] != self.r or self.lora_A.dim() != 2:
             raise ValueError(
-                f"LoraAdapter: orthogonal initialisation is for plain matrices, not for factors of shapes "
+                f"{kind}: orthogonal initialisation needs plain matrices, not factors of shapes "
                 f"{list(self.lora_A.shape)} and {list(self.lora_B.shape)}"
             )
         if self.lora_A.is_meta:

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from lora_ext import functional
 from lora_ext.nn.adapter import LoraAdapter
-from lora_ext.nn.layer import AdapterLayer, LoraLayer, Matrix, TransparentLayer, has_forward_of, why_weight_unusable
+from lora_ext.nn.layer import (
+    LoraLayer,
+    Matrix,
+    TransparentLayer,
+    has_forward_of,
+    layers_around,
+    why_weight_unusable,
+)
 from lora_ext.nn.linear import add_lora_biases, add_updates
 
 if TYPE_CHECKING:
@@ -21,9 +28,9 @@ _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 class SeparateProjections(nn.ModuleDict):
-    """One adapter of an attention whose query, key and value weights are parameters of their own: one for each.
+    """The adapter of an attention with separate query, key and value weights: one :class:`LoraAdapter` per weight.
 
-    By the names of the parameters: ``q_proj_weight``, ``k_proj_weight``, ``v_proj_weight``.
+    Its keys are the parameter names: ``q_proj_weight``, ``k_proj_weight``, ``v_proj_weight``.
     """
 
     @property
@@ -40,24 +47,24 @@ class SeparateProjections(nn.ModuleDict):
 
 
 class LoraMultiheadAttention(TransparentLayer, LoraLayer):
-    """What ``nn.MultiheadAttention`` computes with ``in_proj_weight + scaling * lora_B @ lora_A``, in fused kernels.
+    """``nn.MultiheadAttention`` with ``in_proj_weight + scaling * lora_B @ lora_A`` as its weight, in fused kernels.
 
     The frozen weights are neither written nor copied. ``lora_A`` is ``[r, embed_dim]`` and ``lora_B`` ``[3 * embed_dim,
-    r]``, as in PEFT; where ``kdim`` or ``vdim`` differ from ``embed_dim``, the query, key and value weights have
-    adapters of their own (:class:`SeparateProjections`). Inputs that are one tensor (self-attention; key and value)
-    are read in one pass and share a dropout mask.
+    r]``, as in PEFT; if ``kdim`` or ``vdim`` differs from ``embed_dim``, the query, key and value weights have separate
+    adapters (:class:`SeparateProjections`). Inputs that are the same tensor (self-attention; key and value) are read in
+    one pass and share a dropout mask.
 
-    ``out_proj``, which ``nn.MultiheadAttention`` does not call, is called here, so that it may be a
-    :class:`~lora_ext.nn.LoraLinear`: ``inject`` adapts it along with the attention, or alone. PEFT 0.21 adds its update
-    twice (``merge`` adds it, and then calls that of ``out_proj``), for which files hold half of it, and never uses that
-    of an ``out_proj`` adapted alone. With nothing to add, the base attention itself is called.
+    ``out_proj`` is called here (``nn.MultiheadAttention`` only reads its weight), so it may be a
+    :class:`~lora_ext.nn.LoraLinear`: ``inject`` adapts it along with the attention, or alone. PEFT 0.21 adds the update
+    of ``out_proj`` twice (``merge`` adds it, then calls the ``merge`` of ``out_proj``), so files hold half of it; it
+    ignores an ``out_proj`` adapted alone. Without an active update, the base attention itself is called.
 
-    In files, an adapter of separate weights has the keys ``<path>.q_proj_weight.lora_A.weight`` and so on: PEFT cannot
-    adapt such an attention but by ``target_parameters``, which makes a copy of each weight in every call.
+    In files, an adapter of separate weights has the keys ``<path>.q_proj_weight.lora_A.weight`` and so on. PEFT can
+    adapt such an attention only by ``target_parameters``, which copies each weight in every call.
 
     Args:
         base_layer: the attention; kept, not copied.
-        adapter, adapter_name, active: as of :class:`~lora_ext.nn.LoraLinear`.
+        adapter, adapter_name, active: as in :class:`~lora_ext.nn.LoraLinear`.
     """
 
     base_kinds = "nn.MultiheadAttention"
@@ -102,7 +109,7 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
 
     @property
     def is_needed(self) -> bool:
-        return super().is_needed or any(layer.is_needed for layer in _layers_around(self.base_layer.out_proj))
+        return super().is_needed or any(layer.is_needed for layer in layers_around(self.base_layer.out_proj))
 
     def factor_shapes(self, adapter: nn.Module) -> dict[str, tuple[int, ...]]:
         E = self.base_layer.embed_dim
@@ -120,17 +127,18 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
             matrices = {"weight": Matrix(base, "in_proj_weight", base.in_proj_weight)}
             return matrices if bias is None else matrices | {"bias": Matrix(base, "in_proj_bias", bias.view(1, -1))}
         matrices = {name: Matrix(base, name, getattr(base, name)) for name in _SEPARATE}
-        for name, own in zip(_SEPARATE, () if bias is None else bias.chunk(3), strict=bias is not None):
-            matrices[f"{name} bias"] = Matrix(base, "in_proj_bias", own.view(1, -1))
+        if bias is not None:
+            for name, part in zip(_SEPARATE, bias.chunk(3), strict=True):
+                matrices[f"{name} bias"] = Matrix(base, "in_proj_bias", part.view(1, -1))
         return matrices
 
     def factors(self, name: str) -> dict[str, tuple[Tensor, Tensor, float]]:
         if self.is_packed:
             return super().factors(name)
         factors = {}
-        for key, own in self.adapters[name].items():
-            factors[key] = own.lora_A, own.lora_B, own.scaling
-            factors |= {f"{key} {name}": update for name, update in self._bias_factors(own).items()}
+        for key, adapter in self.adapters[name].items():
+            factors[key] = adapter.lora_A, adapter.lora_B, adapter.scaling
+            factors |= {f"{key} {name}": update for name, update in self._bias_factors(adapter).items()}
         return factors
 
     def file_tensors(self, path: str, adapter: nn.Module) -> dict[str, Tensor]:
@@ -154,15 +162,15 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As ``nn.MultiheadAttention.forward``, which documents the arguments.
+        """Computes the attention. The arguments are those of ``nn.MultiheadAttention.forward``.
 
         Raises:
-            ValueError: shapes do not fit; nested tensors, while an adapter is in use; ``is_causal`` without a mask.
+            ValueError: shapes do not match, ``is_causal`` without a mask, or nested tensors while an adapter is in use.
         """
         base, names = self.base_layer, self._applied()
         out_proj = base.out_proj
-        around = _layers_around(out_proj)
-        if not names and not any(isinstance(layer, LoraLayer) and layer._applied() for layer in around):
+        out_layers = layers_around(out_proj)
+        if not names and not any(isinstance(layer, LoraLayer) and layer._applied() for layer in out_layers):
             return base(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         self._check_inputs(query, key, value, key_padding_mask, attn_mask)
         if is_causal and attn_mask is None:
@@ -197,28 +205,25 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
         bias = add_lora_biases(self.bias, weight.dtype, adapters)
         for begin, end in _runs(inputs):
             rows = slice(begin * E, end * E)
-            own = weight[rows], None if bias is None else bias[rows]
-            if adapters:
-                updates = [(a.lora_A, a.lora_B[rows], a.scaling, self._dropout(a)) for a in adapters]
-                y = add_updates(inputs[begin], *own, updates)
-            else:
-                y = F.linear(inputs[begin], *own)
+            x, W, b = inputs[begin], weight[rows], None if bias is None else bias[rows]
+            updates = [(a.lora_A, a.lora_B[rows], a.scaling, self._dropout(a)) for a in adapters]
+            y = add_updates(x, W, b, updates) if updates else F.linear(x, W, b)
             yield from y.chunk(end - begin, dim=-1)
 
     def _project_separate(self, inputs: tuple[Tensor, Tensor, Tensor], names: tuple[str, ...]) -> Iterator[Tensor]:
-        own = [[self.adapters[name][key] for name in names] for key in _SEPARATE]
+        updates = [[self.adapters[name][key] for name in names] for key in _SEPARATE]  # by weight, then by adapter
         weights = [getattr(self.base_layer, key) for key in _SEPARATE]
         biases = (None, None, None) if self.bias is None else self.bias.chunk(3)
-        biases = [add_lora_biases(b, w.dtype, adapters) for b, w, adapters in zip(biases, weights, own, strict=True)]
+        biases = [add_lora_biases(b, w.dtype, a) for b, w, a in zip(biases, weights, updates, strict=True)]
         for begin, end in _runs(inputs):
             x, group = inputs[begin], slice(begin, end)
             if not names:
                 yield from (F.linear(x, w, b) for w, b in zip(weights[group], biases[group], strict=True))
                 continue
-            first = [adapters[0] for adapters in own[group]]
+            first = [adapters[0] for adapters in updates[group]]
             factors = [a.lora_A for a in first], [a.lora_B for a in first], [a.scaling for a in first]
             ys = functional.lora_linear_siblings(x, weights[group], biases[group], *factors, self._dropout(first[0]))
-            for y, adapters in zip(ys, own[group], strict=True):
+            for y, adapters in zip(ys, updates[group], strict=True):
                 for a in adapters[1:]:
                     y = functional.lora_delta_(y, x, a.lora_A, a.lora_B, a.scaling, self._dropout(a))
                 yield y
@@ -227,14 +232,14 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
         return adapter.lora_dropout if self.training else 0.0
 
     def _split_heads(self, y: Tensor) -> Tensor:
-        """``[batch, num_heads, length, head_dim]``."""
+        """Reshapes to ``[batch, num_heads, length, head_dim]``."""
         y = y.unflatten(-1, (self.base_layer.num_heads, self.base_layer.head_dim))
         if y.dim() == 3:
             return y.transpose(0, 1).unsqueeze(0)
         return y.transpose(1, 2) if self.base_layer.batch_first else y.permute(1, 2, 0, 3)
 
     def _extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Appends what ``add_bias_kv`` and ``add_zero_attn`` do, and says how many positions that is."""
+        """Appends the positions of ``add_bias_kv`` and ``add_zero_attn``; returns how many they are, too."""
         base, extra = self.base_layer, []
         N, H, _, D = k.shape
         if base.bias_k is not None:
@@ -270,7 +275,7 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
         for name, x in (("query", query), ("key", key), ("value", value)):
             if x.is_nested:
                 raise ValueError(
-                    f"{who}: {name} is a nested tensor, which adapters cannot be added to; pad it, or merge the adapter"
+                    f"{who}: {name} is a nested tensor, which adapters do not support; pad it, or merge the adapter"
                 )
             if x.dim() not in (2, 3) or x.dim() != query.dim():
                 raise ValueError(f"{who}: {name} has shape {list(x.shape)}, want 2 or 3 dimensions, as many as query")
@@ -304,16 +309,8 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
         return self._state()
 
 
-def _layers_around(module: nn.Module) -> list[AdapterLayer]:
-    layers = []
-    while isinstance(module, AdapterLayer):
-        layers.append(module)
-        module = module.base_layer
-    return layers
-
-
 def _runs(inputs: tuple[Tensor, Tensor, Tensor]) -> Iterator[tuple[int, int]]:
-    """``(begin, end)`` of the inputs that follow one another and are one tensor."""
+    """Yields ``(begin, end)`` of every run of inputs that are the same tensor."""
     begin = 0
     for end in range(1, 4):
         if end == 3 or inputs[end] is not inputs[begin]:

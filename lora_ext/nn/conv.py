@@ -23,15 +23,13 @@ class LoraConv(LoraLayer):
     """``base_layer(x) + scaling * conv1x1(conv(dropout(x), lora_A), lora_B)`` with the base layer frozen.
 
     The convolution with ``lora_A``, ``[r, in_channels, *kernel_size]``, has the base layer's stride, padding, padding
-    mode and dilation. ``lora_B`` is ``[out_channels, r / groups, 1, ...]`` and grouped as the base layer is. ``lora_A``
-    is not: with ``groups > 1`` it sees all channels, as in PEFT. The update is then no weight of a grouped convolution
-    and cannot be merged.
+    mode and dilation. ``lora_B``, ``[out_channels, r / groups, 1, ...]``, is grouped like the base layer. ``lora_A`` is
+    not: with ``groups > 1`` it sees all channels, as in PEFT, and the update cannot be merged, as a grouped
+    convolution's weight cannot express it.
 
     Args:
         base_layer: an ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``; kept, not copied. Its parameters are frozen here.
-        adapter: the first adapter, or None. It is active.
-        adapter_name: its name.
-        active: which adapters are used, where other layers share that; else the first adapter is.
+        adapter, adapter_name, active: as in :class:`~lora_ext.nn.LoraLinear`.
     """
 
     base_kinds = "an nn.Conv1d, nn.Conv2d or nn.Conv3d"
@@ -52,11 +50,11 @@ class LoraConv(LoraLayer):
     def new_adapter(
         cls, base_layer: nn.Module, config: LoraConfig, path: str, device: torch.device | None = None
     ) -> LoraAdapter:
-        """Raises ValueError: the rank cannot be divided by the layer's groups."""
+        """Makes an adapter for ``base_layer``. ValueError: the rank is not a multiple of the layer's groups."""
         rank = config.rank_for(path)
         if rank % base_layer.groups:
             raise ValueError(
-                f"{cls.__name__}: {path!r} has groups={base_layer.groups}, by which the rank {rank} cannot be divided; "
+                f"{cls.__name__}: the rank {rank} of {path!r} is not a multiple of its groups={base_layer.groups}; "
                 "choose another rank (rank_pattern), or exclude the layer"
             )
         return LoraAdapter.from_config(
@@ -87,7 +85,7 @@ class LoraConv(LoraLayer):
         y = base(x)
         names = self._applied()
         if names and base._forward_hooks:
-            y = y.clone()  # a hook may have kept it
+            y = y.clone()  # a hook may hold y, which is written below
         for name in names:
             y = self._add(y, x, self.adapters[name])
         return y
@@ -102,10 +100,10 @@ class LoraConv(LoraLayer):
         if adapter.lora_bias is not None:
             bias = (adapter.scaling * adapter.lora_bias).to(y.dtype)
             y = y.add_(bias.view(-1, *[1] * len(base.kernel_size)))
-        lora_B = adapter.lora_B.to(xa.dtype)  # autocast may have made it another
+        lora_B = adapter.lora_B.to(xa.dtype)  # under autocast xa has another dtype
         if base.groups > 1:
             return y.add_(convolve(xa, lora_B, groups=base.groups), alpha=adapter.scaling)
-        if y.dim() == len(base.kernel_size) + 1:  # no batch
+        if y.dim() == len(base.kernel_size) + 1:  # no batch dimension
             return expand_onto_(y.unsqueeze(0), xa.unsqueeze(0), lora_B.flatten(1), adapter.scaling, dim=1).squeeze(0)
         return expand_onto_(y, xa, lora_B.flatten(1), adapter.scaling, dim=1)
 
@@ -128,13 +126,13 @@ class LoraConv(LoraLayer):
         return {"weight": weight, **self._bias_factors(adapter)}
 
     def delta_weight(self, name: str | None = None) -> Tensor:
-        """The update of an adapter (the active one) in the shape of the weight; allocates it."""
+        """The update of adapter ``name`` (default: the active one) in the shape of the weight; allocates it."""
         order = self._order()
         shape = [self.weight.shape[dim] for dim in order]
         return super().delta_weight(name).view(shape).permute([order.index(dim) for dim in range(len(order))])
 
     def _order(self) -> list[int]:
-        """The weight's dimensions as they lie in memory, behind the first: channels may be last."""
+        """Dimension 0, then the weight's other dimensions in memory order: channels may be last."""
         weight = self.weight
         return [0, *sorted(range(1, weight.dim()), key=lambda dim: -weight.stride(dim) * (weight.shape[dim] > 1))]
 

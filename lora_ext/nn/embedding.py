@@ -20,14 +20,16 @@ if TYPE_CHECKING:
 class EmbeddingAdapter(LoraAdapter):
     """A low-rank update of an embedding's weight: ``(scaling * lora_B @ lora_A).T``.
 
-    ``lora_A`` is ``[r, num_embeddings]``, zero at first; ``lora_B`` is ``[embedding_dim, r]``, normal. With
-    ``init_lora_weights=False`` both are normal.
+    ``lora_A``, ``[r, num_embeddings]``, starts at zero (normal with ``init_lora_weights=False``); ``lora_B``,
+    ``[embedding_dim, r]``, normal.
     """
+
+    size_names = ("num_embeddings", "embedding_dim")
 
     @checked
     def __init__(self, num_embeddings: int, embedding_dim: int, *args, **kwargs) -> None:
         super().__init__(num_embeddings, embedding_dim, *args, **kwargs)
-        # A token's column in one piece, as lookups gather columns and their gradient scatters them.
+        # Store each token's column contiguously: lookups gather columns and their gradients scatter them.
         self.lora_A.data = self.lora_A.data.T.contiguous().T
 
     def reset_parameters(self, init_lora_weights: bool | str = True) -> None:
@@ -41,17 +43,15 @@ class EmbeddingAdapter(LoraAdapter):
 class LoraEmbedding(LoraLayer):
     """``base_layer(ids) + scaling * (lora_B @ lora_A[:, ids]).T`` with the base layer frozen.
 
-    The base layer may scale what it looks up by its ``embed_scale`` (Gemma, BART); the update is then scaled with it.
-    As in PEFT, ``lora_dropout`` has no effect on an embedding.
+    If the base layer scales its rows by ``embed_scale`` (Gemma, BART), the update is scaled too. As in PEFT,
+    ``lora_dropout`` has no effect on an embedding.
 
-    For the backward, the ids and ``[num_tokens, r]`` are kept. The gradient of ``lora_A`` is dense,
-    ``[r, num_embeddings]`` however few the tokens, also where the base layer was made with ``sparse=True``.
+    The backward needs the ids and ``[num_tokens, r]``. The gradient of ``lora_A`` is dense, ``[r, num_embeddings]``,
+    however few the tokens, and even if the base layer has ``sparse=True``.
 
     Args:
         base_layer: an ``nn.Embedding``; kept, not copied. Its weight is frozen here.
-        adapter: the first adapter, or None. It is active.
-        adapter_name: its name.
-        active: which adapters are used, where other layers share that; else the first adapter is.
+        adapter, adapter_name, active: as in :class:`~lora_ext.nn.LoraLinear`.
     """
 
     base_kinds = "an nn.Embedding"
@@ -64,13 +64,7 @@ class LoraEmbedding(LoraLayer):
     def why_not(cls, module: nn.Module, config: LoraConfig) -> str | None:
         if config.lora_bias:
             return "an embedding's adapter has no bias; set lora_bias=False"
-        if module.max_norm is not None:
-            return "it has max_norm, which changes the frozen weight in every forward"
-        if not has_forward_of(module, nn.Embedding) and (
-            "forward" in vars(module) or not hasattr(module, "embed_scale")
-        ):
-            return "its forward is not nn.Embedding's"
-        return why_weight_unusable(module, called=True)
+        return why_embedding_unusable(module)
 
     @classmethod
     def new_adapter(
@@ -85,7 +79,7 @@ class LoraEmbedding(LoraLayer):
 
     @property
     def out_features(self) -> int:
-        """The size of each."""
+        """The size of one embedding."""
         return self.base_layer.embedding_dim
 
     @property
@@ -104,14 +98,30 @@ class LoraEmbedding(LoraLayer):
         y = base(ids)
         names = self._applied()
         if names and base._forward_hooks:
-            y = y.clone()  # a hook may have kept it, or have made it a leaf that requires a gradient
+            y = y.clone()  # a hook may hold y, which is written below, or have made it a leaf that requires a gradient
         for name in names:
             adapter = self.adapters[name]
             xa = F.embedding(ids, adapter.lora_A.T, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
-            if (scale := getattr(base, "embed_scale", None)) is not None:
-                xa = xa * (scale.to(base.weight.dtype) if isinstance(scale, Tensor) else scale)
-            y = expand_onto_(y, xa, adapter.lora_B, adapter.scaling)
+            y = expand_onto_(y, scaled_rows(base, xa), adapter.lora_B, adapter.scaling)
         return y
 
     def extra_repr(self) -> str:
         return f"num_embeddings={self.in_features}, embedding_dim={self.out_features}, {self._state()}"
+
+
+def why_embedding_unusable(module: nn.Embedding) -> str | None:
+    """Why rows of ``module`` cannot be updated while it computes the frozen ones, or None."""
+    if module.max_norm is not None:
+        return "it has max_norm, which changes the frozen weight in every forward"
+    scales = hasattr(module, "embed_scale") and "forward" not in vars(module)
+    if not (scales or has_forward_of(module, nn.Embedding)):
+        return "its forward is not nn.Embedding's"
+    return why_weight_unusable(module, called=True)
+
+
+def scaled_rows(base: nn.Embedding, rows: Tensor) -> Tensor:
+    """``rows`` times the ``embed_scale`` of ``base``, if it has one (Gemma, BART)."""
+    scale = getattr(base, "embed_scale", None)
+    if scale is None:
+        return rows
+    return rows * (scale.to(base.weight.dtype) if isinstance(scale, Tensor) else scale)

@@ -1,4 +1,4 @@
-"""Adds an up-projection onto what a base layer returned, in place."""
+"""Adds an up-projection to a base layer's output in place."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Elements that exist at once of a product that cannot be accumulated in place: 4 MiB of float32.
+# Elements per step of a product that cannot be accumulated in place: 4 MiB of float32.
 _CHUNK = 1 << 20
 
 
@@ -16,10 +16,10 @@ def expand_onto_(y: Tensor, xa: Tensor, lora_B: Tensor, scaling: float, dim: int
     """``y += scaling * xa @ lora_B.T`` along ``dim``; the sum is rounded once.
 
     Args:
-        y: ``[..., out_features]``, or ``[batch, out_features, *spatial]`` with ``dim=1``; contiguous, or with its
-            channels last: changed. What made it must not need it for its own backward (autograd checks that).
-        xa: as ``y``, with ``r`` in place of ``out_features``. Float32 factors beside a 16-bit ``y`` are multiplied in
-            float32.
+        y: ``[..., out_features]``, or ``[batch, out_features, *spatial]`` with ``dim=1``; contiguous or channels-last.
+            Written in place, so the op that made it must not need it in its backward (autograd checks that).
+        xa: like ``y``, with ``r`` instead of ``out_features``. If ``y`` has 16 bits and the factors are float32, the
+            product is in float32.
         lora_B: ``[out_features, r]``, dtype of ``xa``.
         scaling: the factor of the update.
         dim: the dimension of the features, -1 or 1.
@@ -31,7 +31,7 @@ def expand_onto_(y: Tensor, xa: Tensor, lora_B: Tensor, scaling: float, dim: int
 
 
 class _Expand(torch.autograd.Function):
-    """Neither the product nor, where dtypes differ, the cast of the gradient exists as a whole."""
+    """Never holds the whole product or, if dtypes differ, the whole cast of the gradient."""
 
     @staticmethod
     def forward(ctx, y: Tensor, xa: Tensor, lora_B: Tensor, scaling: float, dim: int) -> Tensor:
@@ -41,7 +41,7 @@ class _Expand(torch.autograd.Function):
             _add_product_(Y, lora_B, X, scaling)
         else:
             acc = torch.promote_types(y.dtype, xa.dtype)
-            for part in _chunks(Y):  # adding tensors of two dtypes is many times slower than converting one
+            for part in _chunks(Y):  # adding tensors of two dtypes is many times slower than converting first
                 total = Y[part].to(acc)
                 _add_product_(total, lora_B.to(acc), X[part].to(acc), scaling)
                 Y[part].copy_(total)
@@ -71,27 +71,27 @@ class _Expand(torch.autograd.Function):
         return grad_y, grad_xa, grad_B, None, None
 
 
-def _add_product_(Y: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+def _add_product_(Y: Tensor, factor: Tensor, X: Tensor, alpha: float) -> None:
     if len(Y) == 1:
-        Y[0].addmm_(left, right[0], alpha=alpha)
+        Y[0].addmm_(factor, X[0], alpha=alpha)
     else:
-        Y.baddbmm_(left.expand(len(Y), *left.shape), right, alpha=alpha)
+        Y.baddbmm_(factor.expand(len(Y), *factor.shape), X, alpha=alpha)
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right``, laid out in memory as ``right``."""
-    return left @ right if right.stride(-1) == 1 else (right.mT @ left.T).mT
+def _product(factor: Tensor, X: Tensor) -> Tensor:
+    """``factor @ X`` in the memory layout of ``X``."""
+    return factor @ X if X.stride(-1) == 1 else (X.mT @ factor.T).mT
 
 
 def _matrices(tensor: Tensor, dim: int, last: bool) -> Tensor:
-    """``[batch, features, rest]``; ``last``: with the features last in memory, and one batch."""
+    """Reshapes to ``[batch, features, rest]``; with ``last``, features are last in memory and the batch is 1."""
     if last:
         return tensor.movedim(dim, -1).reshape(1, -1, tensor.shape[dim]).mT
     return tensor.flatten(2)
 
 
 def _chunks(Y: Tensor) -> Iterator[tuple[slice, ...]]:
-    """Indices of parts of at most ``_CHUNK`` elements: several matrices, or columns of one."""
+    """Yields indices of parts of at most ``_CHUNK`` elements: several matrices, or columns of one."""
     batch, features, rest = Y.shape
     if batch * features * rest <= _CHUNK or torch.compiler.is_compiling():
         yield (slice(None),)

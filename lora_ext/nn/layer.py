@@ -1,4 +1,4 @@
-"""What every adapted layer is: a frozen base layer, its adapters by name, and which of them it uses."""
+"""The base classes of adapted layers: a frozen base layer, its adapters by name, and the names in use."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ if TYPE_CHECKING:
 
 
 class ActiveAdapters:
-    """The names of the adapters in use. All layers of a model share one, so that switching is one assignment.
+    """The names of the adapters in use. All layers of a model share one object, so switching is one assignment.
 
     Attributes:
-        names: in the order they were activated in.
-        changes: how often a change of the layers has begun or ended: odd while one is under way.
+        names: in the order of activation.
+        changes: how often a change of the layers has begun or ended; odd during a change.
     """
 
     changes = 0
-    _disabled: tuple[int, int, tuple[str, ...]] | None = None  # by which thread, how many times, the names of before
+    _disabled: tuple[int, int, tuple[str, ...]] | None = None  # the thread, the depth, the names before
 
     @checked
     def __init__(self, names: Iterable[str] = ()) -> None:
         self.names: tuple[str, ...] = tuple(names)
 
     def __getstate__(self) -> dict[str, object]:
-        return {"names": self.names}  # nobody is changing a copy, and what enables the adapters has no hold of it
+        return {"names": self.names}  # no change is under way in a copy, and no enable() would reach it
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """The block in which layers change; blocks may be inside one another."""
+        """Marks the block in which layers change. Blocks may be nested."""
         outermost = not self.changes % 2
         self.changes += outermost
         try:
@@ -57,11 +57,11 @@ class ActiveAdapters:
 
     @property
     def is_disabled_elsewhere(self) -> bool:
-        """Whether it was another thread that called :meth:`disable`."""
+        """Whether another thread called :meth:`disable`."""
         return self._disabled is not None and self._disabled[0] != threading.get_ident()
 
     def disable(self) -> None:
-        """Uses no adapter. Each call takes one of :meth:`enable`, the last of which restores the names."""
+        """Uses no adapter. Every call needs its own :meth:`enable`; the last of those restores the names."""
         thread, depth, names = self._disabled or (threading.get_ident(), 0, self.names)
         self._disabled, self.names = (thread, depth + 1, names), ()
 
@@ -78,7 +78,7 @@ class Matrix(NamedTuple):
 
     Attributes:
         owner, name: the module and the name of its parameter.
-        view: of that parameter, or of a part of it: ``[rows, cols]``, unit column stride.
+        view: a view of that parameter or of a part of it: ``[rows, cols]``, unit column stride.
     """
 
     owner: nn.Module
@@ -87,13 +87,13 @@ class Matrix(NamedTuple):
 
 
 class AdapterLayer(nn.Module):
-    """A base layer and what adapters change about it.
+    """A base layer and its adapters.
 
     Attributes:
-        base_layer: the layer in whose place this one is; kept, not copied.
+        base_layer: the layer that this one replaces; kept, not copied.
         adapters: ``nn.ModuleDict`` by adapter name.
-        active: names of the adapters in use, shared by the layers of a model; some may not be in this layer.
-        place: orders the layers around one module from the innermost, as PEFT's files do.
+        active: names of the adapters in use, shared by the layers of a model; this layer may lack some of them.
+        place: orders the layers around one module, innermost first, as in PEFT's files.
     """
 
     place = 0
@@ -104,39 +104,48 @@ class AdapterLayer(nn.Module):
         self.base_layer = base_layer
         self.adapters = nn.ModuleDict()
         self.active = ActiveAdapters() if active is None else active
-        self.training = self.adapters.training = base_layer.training  # train() would reach into the base layer
+        self.training = self.adapters.training = base_layer.training  # train() would change the base layer's modules
 
     @property
     def active_adapters(self) -> tuple[str, ...]:
-        """Names of the adapters in use that this layer has, in the order they were activated in."""
+        """Names of the adapters in use that this layer has, in the order of activation."""
         return tuple(name for name in self.active.names if name in self.adapters)
 
     def set_active(self, *names: str) -> None:
-        """Uses these adapters and no others, here and in all layers that share :attr:`active`."""
+        """Uses exactly these adapters, here and in all layers that share :attr:`active`."""
         for name in names:
             self._check_exists(name)
         self.active.names = names
 
     def target_name(self, path: str) -> str:
-        """By what a config names what is adapted here; ``path`` is the base layer's."""
+        """The name by which a config refers to this layer; ``path`` is the base layer's path."""
         return path
 
     def file_tensors(self, path: str, adapter: nn.Module) -> dict[str, Tensor]:
-        """What a file holds of an adapter of this layer, attached or not yet: the live tensors by PEFT's keys."""
+        """The live tensors of ``adapter`` (attached or not) that a file holds, by PEFT's keys."""
         raise NotImplementedError
 
     def file_tensors_of_base(self, path: str, adapter: nn.Module) -> dict[str, Tensor]:
-        """Frozen and tied tensors that a file may hold beside the adapter's own, by PEFT's keys."""
+        """Frozen and tied tensors that a file may hold next to the adapter's, by PEFT's keys."""
         return {f"{path}.base_layer.{name}": tensor for name, tensor in self.base_layer.state_dict().items()}
 
     def unloaded(self, merged: bool) -> nn.Module:
-        """What stands in this layer's place without adapters; ``merged``: with the active one for good."""
+        """The module that replaces this layer on unloading; ``merged``: with the active adapter's values for good."""
         return self.base_layer
 
     @property
     def is_needed(self) -> bool:
-        """Whether the base layer alone would compute something else, with some adapter in use."""
+        """Whether some adapter can make this layer compute something else than its base layer."""
         return len(self.adapters) > 0
+
+    def _existing(self, name: str | None) -> str:
+        """``name``, or the active adapter's name if None. KeyError: no such adapter. ValueError: several are active."""
+        if name is None:
+            if len(self.active_adapters) > 1:
+                raise ValueError(f"{type(self).__name__}: name one of the active adapters {self.active_adapters}")
+            name = next(iter(self.active_adapters), None)
+        self._check_exists(name)
+        return name
 
     def _check_exists(self, name: str | None) -> None:
         if name not in self.adapters:
@@ -151,40 +160,40 @@ class AdapterLayer(nn.Module):
 
 
 class TransparentLayer(AdapterLayer):
-    """An adapter layer whose missing attributes are those of the module in use: for modules that others look into.
+    """An adapter layer that takes missing attributes from the module in use: for modules that other code inspects.
 
-    Not for every layer: the detour makes each access to a submodule slower.
+    Not for every layer: it slows down each access to a submodule.
     """
 
     @property
     def in_use(self) -> nn.Module:
-        """The module that answers."""
+        """The module that provides missing attributes."""
         return self._modules["base_layer"]
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "active" not in vars(self):  # not initialised yet, as while unpickling
+            if "active" not in vars(self):  # not initialised yet, e.g. while unpickling
                 raise
             return getattr(self.in_use, name)
 
 
 class LoraLayer(AdapterLayer):
-    """An adapter layer whose adapters are low-rank updates of frozen weights, which can be merged into them.
+    """An adapter layer whose adapters are low-rank updates of frozen weights and can be merged into them.
 
-    Subclasses say which base layers they adapt (:meth:`adapts`, :meth:`why_not`), what an adapter looks like
-    (:meth:`new_adapter`, :meth:`factor_shapes`), which matrices it updates and how (:meth:`matrices`, :meth:`factors`),
-    and compute the forward.
+    Subclasses define the base layers they adapt (:meth:`adapts`, :meth:`why_not`), the adapter's parameters
+    (:meth:`new_adapter`, :meth:`factor_shapes`), the matrices it updates (:meth:`matrices`, :meth:`factors`), and the
+    forward.
 
-    A merged layer may be moved to another device, deep-copied and pickled: what :meth:`unmerge` needs goes with it. It
-    is not part of the ``state_dict``, which holds the merged weight; load that into a layer with nothing merged, or
-    call :meth:`forget_merge` after loading another weight. Converting the dtype while merged loses the way back. Of two
-    layers that share a weight, merge one only: neither knows of the other.
+    A merged layer may be moved to another device, deep-copied and pickled: the data for :meth:`unmerge` goes with it,
+    but is not in the ``state_dict``, which holds the merged weight. Load that into a layer with nothing merged, or call
+    :meth:`forget_merge` after loading another weight. A layer whose dtype is converted while merged cannot be unmerged.
+    If two layers share a weight, merge only one of them: neither knows of the other.
     """
 
-    base_kinds: ClassVar[str]  # in messages: what this class adapts
-    adapted_along: ClassVar[tuple[str, ...]] = ()  # paths of modules inside that are adapted whenever it is
+    base_kinds: ClassVar[str]  # the modules this class adapts, for messages
+    adapted_along: ClassVar[tuple[str, ...]] = ()  # paths of modules inside that are always adapted too
     weight_name: ClassVar[str] = "weight"
     stores_transposed: bool = False  # the weight is [in, out]
 
@@ -207,9 +216,10 @@ class LoraLayer(AdapterLayer):
             )
         super().__init__(base_layer, active)
         self._merged: MergeState | None = None
-        self._begin_with(adapter, adapter_name, active)
+        self._add_first(adapter, adapter_name, active)
 
-    def _begin_with(self, adapter: nn.Module | None, name: str, active: ActiveAdapters | None) -> None:
+    def _add_first(self, adapter: nn.Module | None, name: str, active: ActiveAdapters | None) -> None:
+        """Adds the adapter that a constructor got, and activates it unless ``active`` is shared."""
         if adapter is not None:
             self.add_adapter(name, adapter)
             if active is None:
@@ -231,7 +241,7 @@ class LoraLayer(AdapterLayer):
     def new_adapter(
         cls, base_layer: nn.Module, config: LoraConfig, path: str, device: torch.device | None = None
     ) -> LoraAdapter:
-        """A fresh adapter for ``base_layer``, found at ``path``; on another device than it, if one is given."""
+        """Makes a new adapter for the ``base_layer`` at ``path``, on ``device`` (default: the base layer's)."""
         raise NotImplementedError
 
     def factor_shapes(self, adapter: LoraAdapter) -> dict[str, tuple[int, ...]]:
@@ -239,20 +249,20 @@ class LoraLayer(AdapterLayer):
         return {"lora_A": (adapter.r, self.in_features), "lora_B": (self.out_features, adapter.r)}
 
     def matrices(self) -> dict[str, Matrix]:
-        """The matrices that adapters update, by a key."""
+        """The matrices that adapters update, by key."""
         matrices = {"weight": Matrix(self.base_layer, "weight", self.weight)}
         if self.bias is not None:
             matrices["bias"] = Matrix(self.base_layer, "bias", self.bias.view(1, -1))
         return matrices
 
     def factors(self, name: str) -> dict[str, tuple[Tensor, Tensor, float]]:
-        """The update of adapter ``name`` by the matrix's key: ``lora_A [r, cols]``, ``lora_B [rows, r]``, scaling."""
+        """The updates of adapter ``name`` by matrix key: ``lora_A [r, cols]``, ``lora_B [rows, r]``, scaling."""
         adapter = self.adapters[name]
         return {"weight": (adapter.lora_A, adapter.lora_B, adapter.scaling), **self._bias_factors(adapter)}
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight: what code that inspects a layer expects."""
+        """The base layer's weight, for code that inspects layers."""
         return getattr(self.base_layer, self.weight_name)
 
     @property
@@ -269,23 +279,21 @@ class LoraLayer(AdapterLayer):
 
     @one_at_a_time
     def add_adapter(self, name: str, adapter: LoraAdapter) -> None:
-        """Holds ``adapter`` under ``name``, beside those that are there. :meth:`set_active` says which are used.
-
-        The base layer's parameters are frozen.
+        """Adds ``adapter`` under ``name`` without activating it (see :meth:`set_active`); freezes the base layer.
 
         Raises:
             ValueError: the name is taken, or a factor has the wrong shape. The layer is then unchanged.
         """
         self._check_is_new(name)
-        for factor, shape in self.factor_shapes(adapter).items():
-            own = tuple(operator.attrgetter(factor)(adapter).shape)
-            if own != shape:
-                raise ValueError(f"{type(self).__name__}: {factor} has shape {list(own)}, want {list(shape)}")
+        for factor, want in self.factor_shapes(adapter).items():
+            shape = tuple(operator.attrgetter(factor)(adapter).shape)
+            if shape != want:
+                raise ValueError(f"{type(self).__name__}: {factor} has shape {list(shape)}, want {list(want)}")
         self.adapters[name] = adapter.train(self.training)
         freeze(self.base_layer)
 
     def _applied(self) -> tuple[str, ...]:
-        """The adapters that the forward adds to what the base layer computes: the active ones that are not merged."""
+        """The adapters that the forward adds to the base layer's output: those active and not merged."""
         if self._merged is None:
             return self.active_adapters
         merged = self._merged.names
@@ -300,7 +308,7 @@ class LoraLayer(AdapterLayer):
 
     @property
     def merged_adapters(self) -> tuple[str, ...]:
-        """Names of the adapters whose updates the base weight now contains. They act until unmerged, active or not."""
+        """Names of the adapters that the base weight contains. They have effect until unmerged, active or not."""
         return self._merged.names if self._merged else ()
 
     @property
@@ -309,38 +317,35 @@ class LoraLayer(AdapterLayer):
 
     @property
     def merge_record_bytes(self) -> int:
-        """Bytes kept for :meth:`unmerge`: the merged factors, and what rounding lost; 0 while nothing is merged."""
+        """Bytes kept for :meth:`unmerge`: the merged factors and the bits lost to rounding; 0 if nothing is merged."""
         return self._merged.nbytes if self._merged else 0
 
     def delta_weight(self, name: str | None = None, key: str = "weight") -> Tensor:
-        """``scaling * lora_B @ lora_A`` of an adapter (the active one), in the factors' dtype; allocates it.
+        """``scaling * lora_B @ lora_A`` of adapter ``name`` (default: the active one), in the factors' dtype.
 
-        ``key`` says of which of the :meth:`matrices`, where there are several.
+        Allocates it. ``key`` selects one of the :meth:`matrices`.
         """
-        if name is None:
-            (name,) = self.active_adapters or (None,)
-        self._check_exists(name)
-        factors = self.factors(name)
+        factors = self.factors(name := self._existing(name))
         if key not in factors:
-            raise KeyError(f"{type(self).__name__}: adapter {name!r} has no update of {key!r}, but of {list(factors)}")
+            raise KeyError(f"{type(self).__name__}: adapter {name!r} has no update of {key!r}, only of {list(factors)}")
         A, B, scaling = factors[key]
         return scaling * (B @ A)
 
     @one_at_a_time
     def merge(self, *names: str) -> int:
-        """Adds the updates of the adapters ``names`` (of the active ones) to the base weight in place.
+        """Adds the updates of the adapters ``names`` (default: the active ones) to the base weight in place.
 
-        The weight is then what merging all the merged adapters into the pristine weight gives, rounded once, whatever
-        the order they were merged in. Their values are those at the time they were merged, trained on or not.
+        The result is the pristine weight plus the updates of all merged adapters, rounded once, for any order of the
+        merges. An adapter counts with its values at the time of its merge, even if it is trained later.
 
         Returns:
             Bytes kept to restore the weight: :attr:`merge_record_bytes`.
 
         Raises:
             KeyError: there is no such adapter.
-            RuntimeError: it is merged already, is tied to another layer's, or none is active; or the weight is computed
-                by a parametrization.
-            ValueError: an element would become NaN or infinite; or the update cannot be merged, which the message says.
+            RuntimeError: an adapter is merged already or tied to another layer's, or none is active; or a
+                parametrization computes the weight.
+            ValueError: an element would become NaN or infinite, or the update cannot be merged (the message says why).
             The layer is then unchanged.
         """
         caller = type(self).__name__
@@ -358,16 +363,16 @@ class LoraLayer(AdapterLayer):
 
     @one_at_a_time
     def unmerge(self, *names: str) -> None:
-        """Takes the updates of the adapters ``names`` (of all that are merged) out of the base weight again.
+        """Takes the updates of the adapters ``names`` (default: all merged ones) out of the base weight.
 
-        Once the last is out, every bit of the weight is what it was before the first was merged. The weight must be
-        what :meth:`merge` left; see :meth:`forget_merge`.
+        With the last one out, every bit of the weight is as it was before the first merge. The weight must be as
+        :meth:`merge` left it; see :meth:`forget_merge`.
 
         Raises:
             RuntimeError: an adapter is not merged, or is tied to another layer's; or the weight was converted to
-                another dtype meanwhile.
+                another dtype while merged.
             TypeError, ValueError: the weight was replaced by one of another dtype or shape.
-            ValueError: the sum of the adapters that stay is too large for the dtype, as that of all was not.
+            ValueError: the sum of the adapters that stay overflows the dtype, though the sum of all did not.
             The layer is then unchanged.
         """
         caller = type(self).__name__
@@ -375,12 +380,12 @@ class LoraLayer(AdapterLayer):
             raise RuntimeError(f"{caller}: no adapter is merged")
         for name in names:
             if name not in self.merged_adapters:
-                raise RuntimeError(f"{caller}: adapter {name!r} is not merged; those are {self.merged_adapters}")
-        self._check_not_tied(names or self.merged_adapters, "unmerge")
-        change_merged(caller, {self: set(self.merged_adapters) - set(names or self.merged_adapters)}, {self: ""})
+                raise RuntimeError(f"{caller}: adapter {name!r} is not merged, only {self.merged_adapters}")
+        names = names or self.merged_adapters
+        self._check_not_tied(names, "unmerge")
+        change_merged(caller, {self: set(self.merged_adapters) - set(names)}, {self: ""})
 
     def _check_not_tied(self, names: Iterable[str], operation: str) -> None:
-        """The other layer with this weight has to know."""
         for name in names:
             if name in self.adapters and getattr(self.adapters[name], "is_tied", False):
                 raise RuntimeError(
@@ -390,11 +395,11 @@ class LoraLayer(AdapterLayer):
 
     @one_at_a_time
     def forget_merge(self) -> None:
-        """Takes the base weight as it is for the pristine one: for callers that have replaced a merged weight."""
+        """Declares the base weight pristine: for callers that have replaced a merged weight."""
         self._merged = None
 
     def _bias_factors(self, adapter: LoraAdapter) -> Mapping[str, tuple[Tensor, Tensor, float]]:
-        """A bias merges as a matrix of one row, by an update of rank 1."""
+        """The update of the bias, merged as a matrix of one row by an update of rank 1; empty without ``lora_bias``."""
         if adapter.lora_bias is None:
             return {}
         if self.bias is None:
@@ -417,13 +422,13 @@ class LoraLayer(AdapterLayer):
 
 
 def check_adapter_name(caller: str, name: str) -> None:
-    """ValueError: what is to be the name of an adapter cannot be one."""
+    """Checks that ``name`` is a valid adapter name. ValueError: it is not."""
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
         raise ValueError(f"{caller}: adapter_name is {name!r}, want a name without dots, such as 'default'")
 
 
 def freeze(module: nn.Module) -> None:
-    """Freezes the parameters of ``module``, but not those of adapters inside of it."""
+    """Freezes the parameters of ``module``, except those of adapters inside it."""
     for parameter in module._parameters.values():
         if parameter is not None:
             parameter.requires_grad_(False)
@@ -432,8 +437,24 @@ def freeze(module: nn.Module) -> None:
             freeze(child)
 
 
+def layers_around(module: nn.Module) -> list[AdapterLayer]:
+    """The adapter layers around the innermost module of ``module``, the outermost first."""
+    layers = []
+    while isinstance(module, AdapterLayer):
+        layers.append(module)
+        module = module.base_layer
+    return layers
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """``module`` without the adapter layers around it."""
+    while isinstance(module, AdapterLayer):
+        module = module.base_layer
+    return module
+
+
 def why_weight_unusable(module: nn.Module, name: str = "weight", *, called: bool = False) -> str | None:
-    """Why a layer that reads the parameter ``name`` of ``module``, and does not call it unless ``called``, is wrong."""
+    """Why no layer can read the parameter ``name`` of ``module`` (and call it, if ``called``), or None."""
     weight = module._parameters.get(name)
     if weight is None:
         return f"its {name} is computed by a parametrization; remove that first"
@@ -449,5 +470,5 @@ def why_weight_unusable(module: nn.Module, name: str = "weight", *, called: bool
 
 
 def has_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether ``module`` computes what ``kind`` computes: its forward is neither overridden nor patched."""
+    """Whether ``module`` has the forward of ``kind``, neither overridden nor patched."""
     return type(module).forward is kind.forward and "forward" not in vars(module)

@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 class LoraLinear(LoraLayer):
     """``base_layer(x) + scaling * dropout(x) @ lora_A.T @ lora_B.T`` with the base layer frozen, in fused kernels.
 
-    Of several active adapters the first is computed with the base layer, each further one in a pass of its own over the
-    output. With ``lora_bias`` an adapter adds ``scaling * lora_bias`` too.
+    The first active adapter is computed together with the base layer; each further one takes another pass over the
+    output. With ``lora_bias`` an adapter also adds ``scaling * lora_bias``.
 
     Args:
         base_layer: an ``nn.Linear``, or Transformers' ``Conv1D`` (GPT-2), whose weight is ``[in_features,
             out_features]``; kept, not copied. Its parameters are frozen here.
-        adapter: the first adapter, or None. It is active.
-        adapter_name: its name.
-        active: which adapters are used, where other layers share that; else the first adapter is.
+        adapter: the first adapter, or None.
+        adapter_name: the first adapter's name.
+        active: names of the adapters in use, shared with other layers; by default the first adapter's name.
     """
 
     base_kinds = "an nn.Linear or Conv1D"
@@ -72,22 +72,23 @@ class LoraLinear(LoraLayer):
         names = self._applied()
         if not names:
             return self.base_layer(x)
-        base = self.base_layer
+        base, adapters = self.base_layer, [self.adapters[name] for name in names]
         weight = base.weight if isinstance(base, nn.Linear) else base.weight.T
-        return add_adapters(x, weight, base.bias, [self.adapters[name] for name in names], self.training)
+        updates = [
+            (a.lora_A, self._full_lora_B(a), a.scaling, a.lora_dropout if self.training else 0.0) for a in adapters
+        ]
+        return add_updates(x, weight, add_lora_biases(base.bias, weight.dtype, adapters), updates)
+
+    def _full_lora_B(self, adapter: LoraAdapter) -> Tensor:
+        """``lora_B`` for the whole output: ``[out_features, rows of lora_A]``."""
+        return adapter.lora_B
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self._state()}"
 
 
-def add_adapters(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: list[LoraAdapter], training: bool) -> Tensor:
-    """``x @ weight.T + bias`` and what ``adapters``, at least one, add to it."""
-    updates = [(a.lora_A, a.lora_B, a.scaling, a.lora_dropout if training else 0.0) for a in adapters]
-    return add_updates(x, weight, add_lora_biases(bias, weight.dtype, adapters), updates)
-
-
 def add_lora_biases(bias: Tensor | None, dtype: torch.dtype, adapters: list[LoraAdapter]) -> Tensor | None:
-    """``bias`` and what the adapters' own biases add to it."""
+    """Adds the scaled biases of the adapters to ``bias``, out of place."""
     for adapter in adapters:
         if adapter.lora_bias is not None:
             scaled = (adapter.scaling * adapter.lora_bias).to(dtype)
@@ -98,7 +99,7 @@ def add_lora_biases(bias: Tensor | None, dtype: torch.dtype, adapters: list[Lora
 def add_updates(
     x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[tuple[Tensor, Tensor, float, float]]
 ) -> Tensor:
-    """``x @ weight.T + bias`` and at least one update of it: ``lora_A``, ``lora_B``, scaling, dropout probability."""
+    """``x @ weight.T + bias`` plus one or more updates ``(lora_A, lora_B, scaling, dropout probability)``."""
     y = functional.lora_linear(x, weight, bias, *updates[0])
     for update in updates[1:]:
         y = functional.lora_delta_(y, x, *update)
@@ -106,21 +107,21 @@ def add_updates(
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it is a linear layer, of PyTorch's or of Transformers'."""
+    """Whether ``module`` is a linear layer of PyTorch or Transformers."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is Transformers' ``Conv1D``: a linear layer that stores its weight transposed.
+    """Whether ``module`` is Transformers' ``Conv1D``, a linear layer that stores its weight transposed.
 
-    Known by its name, as Transformers need not be there.
+    Decided by the class's name: Transformers may not be installed.
     """
     kind = type(module)
     return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int]:
-    """``(in_features, out_features)``."""
+    """Returns ``(in_features, out_features)``."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     in_features, out_features = module.weight.shape

@@ -9,30 +9,36 @@ from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
 from lora_ext.nn.adapter import LoraAdapter
-from lora_ext.nn.layer import ActiveAdapters, AdapterLayer, LoraLayer, Matrix, TransparentLayer, why_weight_unusable
+from lora_ext.nn.layer import (
+    ActiveAdapters,
+    LoraLayer,
+    Matrix,
+    TransparentLayer,
+    innermost,
+    layers_around,
+    why_weight_unusable,
+)
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
 
 
 class LoraParameter(TransparentLayer, LoraLayer):
-    """Calls ``base_layer`` with its parameter ``W`` replaced by ``W + scaling * lora_B @ lora_A``, for the call.
+    """Calls ``base_layer`` with its parameter ``W`` replaced by ``W + scaling * lora_B @ lora_A`` during the call.
 
-    For modules that use a parameter as they like: experts of a mixture (``[num_experts, out_features, in_features]``,
-    or ``[num_experts, in_features, out_features]`` where the module's ``is_transposed`` says so), and any matrix
-    ``[out_features, in_features]``. Every expert has factors of rank ``r`` of its own; as in PEFT, ``lora_A [r *
-    num_experts, in_features]`` holds them one after the other, and ``lora_B [out_features, r * num_experts]``
-    alternating.
+    For modules that use a parameter in any way: experts of a mixture (``[num_experts, out_features, in_features]``, or
+    ``[num_experts, in_features, out_features]`` if the module's ``is_transposed`` is true), and any matrix
+    ``[out_features, in_features]``. Each expert has its own factors of rank ``r``; as in PEFT, ``lora_A [r *
+    num_experts, in_features]`` concatenates them and ``lora_B [out_features, r * num_experts]`` interleaves them.
 
-    A call with an adapter in use makes one tensor of the parameter's size, and its backward a gradient of that size.
-    Merged, it makes none: merge for inference. The parameter itself is not written but by merging. Several parameters
-    of a module have a layer each, one around the other. Code that reads the parameter without calling the module sees
-    the frozen one.
+    A call with an active adapter allocates one tensor of the parameter's size, and its backward a gradient of that
+    size. A merged layer allocates neither: merge for inference. Only merging writes the parameter. Several parameters
+    of a module have nested layers. Code that reads the parameter without calling the module sees the frozen one.
 
     Args:
-        base_layer: the module, or such a layer of another of its parameters; kept, not copied.
-        parameter_name: of one of the module's own parameters, with 2 or 3 dimensions.
-        adapter, adapter_name, active: as of :class:`~lora_ext.nn.LoraLinear`.
+        base_layer: the module, or the layer of another of its parameters; kept, not copied.
+        parameter_name: name of a parameter of the module itself, with 2 or 3 dimensions.
+        adapter, adapter_name, active: as in :class:`~lora_ext.nn.LoraLinear`.
 
     Raises:
         TypeError: the parameter cannot be adapted.
@@ -49,12 +55,13 @@ class LoraParameter(TransparentLayer, LoraLayer):
         adapter_name: str = "default",
         active: ActiveAdapters | None = None,
     ) -> None:
-        if reason := self.why_not_parameter(_bare(base_layer), parameter_name):
-            raise TypeError(f"{type(self).__name__}: {type(_bare(base_layer)).__name__}: {reason}")
+        module = innermost(base_layer)
+        if reason := self.why_not_parameter(module, parameter_name):
+            raise TypeError(f"{type(self).__name__}: {type(module).__name__}: {reason}")
         super().__init__(base_layer, None, adapter_name, active)
         self.parameter_name = parameter_name
-        self.place = list(self.module._parameters).index(parameter_name)
-        self._begin_with(adapter, adapter_name, active)
+        self.place = list(module._parameters).index(parameter_name)
+        self._add_first(adapter, adapter_name, active)
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
@@ -66,15 +73,13 @@ class LoraParameter(TransparentLayer, LoraLayer):
         if (reason := why_weight_unusable(module, name, called=True)) is not None:
             return reason
         dims = module._parameters[name].dim()
-        return (
-            None if dims in (2, 3) else f"its {name} has {dims} dimensions, want 2, or 3 of which the first is experts"
-        )
+        return None if dims in (2, 3) else f"its {name} has {dims} dimensions, want 2, or 3 with the experts first"
 
     @classmethod
     def new_adapter_of(
         cls, module: nn.Module, name: str, config: LoraConfig, path: str, device: torch.device | None = None
     ) -> LoraAdapter:
-        """A fresh adapter for the parameter ``name`` of ``module``, found at ``path``; ``device`` as in new_adapter."""
+        """Makes a new adapter for the parameter ``name`` of ``module`` at ``path``, on ``device`` if given."""
         num_experts, out_features, in_features = _sizes(module, name)
         r = config.rank_for(path)
         shapes = (r * num_experts, in_features), (out_features, r * num_experts)
@@ -86,8 +91,8 @@ class LoraParameter(TransparentLayer, LoraLayer):
 
     @property
     def module(self) -> nn.Module:
-        """The module whose parameter it is."""
-        return _bare(self.base_layer)
+        """The module that owns the parameter."""
+        return innermost(self.base_layer)
 
     @property
     def weight(self) -> Tensor:
@@ -120,7 +125,7 @@ class LoraParameter(TransparentLayer, LoraLayer):
         }
 
     def delta_weight(self, name: str | None = None, key: str | None = None) -> Tensor:
-        """As of :class:`LoraLayer`; of all experts, unless ``key`` says of which."""
+        """As in :class:`LoraLayer`; without ``key``, the update of all experts."""
         if key is not None or self.weight.dim() == 2:
             return super().delta_weight(name, key or "weight")
         return torch.stack([super(LoraParameter, self).delta_weight(name, key) for key in self.matrices()])
@@ -142,26 +147,16 @@ class LoraParameter(TransparentLayer, LoraLayer):
         return updated.view(weight.shape)
 
     def _batched_factors(self, adapter: LoraAdapter) -> tuple[Tensor, Tensor]:
-        """``[num_experts, rows, r]`` and ``[num_experts, r, cols]``, whose product is an update's direction."""
+        """``[num_experts, rows, r]`` and ``[num_experts, r, cols]``; their product is the update without scaling."""
         A = adapter.lora_A.unflatten(0, (-1, adapter.r))
         B = adapter.lora_B.unflatten(1, (adapter.r, -1)).permute(2, 0, 1)
         return (A.transpose(1, 2), B.transpose(1, 2)) if self.stores_transposed else (B, A)
 
     def _path_from_base_layer(self) -> str:
-        parts, module = [self.parameter_name], self.base_layer
-        while isinstance(module, AdapterLayer):
-            parts.insert(0, "base_layer")
-            module = module.base_layer
-        return ".".join(parts)
+        return "base_layer." * len(layers_around(self.base_layer)) + self.parameter_name
 
     def extra_repr(self) -> str:
         return f"parameter_name={self.parameter_name!r}, {self._state()}"
-
-
-def _bare(module: nn.Module) -> nn.Module:
-    while isinstance(module, AdapterLayer):
-        module = module.base_layer
-    return module
 
 
 def _is_transposed(module: nn.Module, weight: Tensor) -> bool:
@@ -169,7 +164,7 @@ def _is_transposed(module: nn.Module, weight: Tensor) -> bool:
 
 
 def _sizes(module: nn.Module, name: str) -> tuple[int, int, int]:
-    """``(num_experts, out_features, in_features)``."""
+    """Returns ``(num_experts, out_features, in_features)``."""
     weight = module._parameters[name]
     num_experts, rows, cols = (1, *weight.shape) if weight.dim() == 2 else weight.shape
     return (num_experts, cols, rows) if _is_transposed(module, weight) else (num_experts, rows, cols)

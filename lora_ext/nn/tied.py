@@ -1,4 +1,4 @@
-"""One adapter for modules that hold one weight: the input embedding's, and those of what is tied to it."""
+"""An adapter shared by modules that share one weight: the input embedding and the modules tied to it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from lora_ext.nn.adapter import LoraAdapter
 
 
 class TiedAdapter(nn.Module):
-    """The update of an embedding's weight for another layer with that weight: not a copy, the same parameters.
+    """An embedding's adapter, used by another layer with the same weight: not a copy, the same parameters.
 
-    Gradients of both layers add up in them. Has the attributes of a :class:`LoraAdapter` that a layer reads.
+    They accumulate the gradients of both layers. It has the attributes of :class:`LoraAdapter` that a layer reads.
 
     Args:
         source: the embedding's adapter.
-        transposed: for an output projection, whose update is ``lora_B @ lora_A`` where the embedding's is
+        transposed: for an output projection, whose update is ``lora_B @ lora_A``; the embedding's is
             ``(lora_B @ lora_A).T``.
     """
 

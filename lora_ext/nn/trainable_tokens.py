@@ -1,4 +1,4 @@
-"""An embedding of which adapters train a few rows (``trainable_token_indices``): new tokens, mostly."""
+"""Embeddings with a few trained rows (``trainable_token_indices``), mostly for new tokens."""
 
 from __future__ import annotations
 
@@ -6,24 +6,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_ext.nn.layer import AdapterLayer, TransparentLayer, freeze, has_forward_of, why_weight_unusable
+from lora_ext._ops.checks import accumulation_dtype
+from lora_ext.nn.embedding import scaled_rows, why_embedding_unusable
+from lora_ext.nn.layer import TransparentLayer, freeze, has_forward_of, innermost, why_weight_unusable
 
 
 class TokenRows(nn.Module):
-    """Rows to stand in for those of a weight ``[num_embeddings, embedding_dim]``.
+    """Trained rows that replace rows of a weight ``[num_embeddings, embedding_dim]``.
 
     Attributes:
-        rows: ``[num_tokens, embedding_dim]``, trained: at first what the weight has, in float32 where that is 16 bits.
-        tokens: their numbers.
+        rows: ``[num_tokens, embedding_dim]``, initially the weight's rows; float32 if the weight has 16 bits.
+        tokens: the token number of each row.
 
     Args:
-        device: of the rows, where it is another than the weight's; they are then uninitialised.
+        device: of the rows; on another device than the weight's they are uninitialised.
     """
 
     def __init__(self, weight: Tensor, tokens: tuple[int, ...], device: torch.device | None = None) -> None:
         super().__init__()
         self.tokens = tokens
-        dtype = torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
+        dtype = accumulation_dtype(weight.dtype)
         if device is None or device == weight.device:
             rows = weight.detach()[torch.tensor(tokens, device=weight.device)].to(dtype)
         else:
@@ -39,13 +41,13 @@ class TokenRows(nn.Module):
         self.register_buffer("order", order, persistent=False)
 
     def find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Which rows ``ids`` mean, and which of them mean any: two tensors like ``ids``."""
+        """The row number of each id, and whether it has a row: two tensors in the shape of ``ids``."""
         place = torch.searchsorted(self.in_order, ids.to(self.in_order.dtype)).clamp_(max=len(self.tokens) - 1)
         return self.order[place], self.in_order[place] == ids
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
-        self._make_buffers()  # to_empty() leaves nothing in them
+        self._make_buffers()  # to_empty() clears them
         return self
 
     def extra_repr(self) -> str:
@@ -53,7 +55,7 @@ class TokenRows(nn.Module):
 
 
 class TiedRows(nn.Module):
-    """The rows of an embedding for another module with the same weight: not a copy, the same parameter."""
+    """An embedding's rows, used by another module with the same weight: not a copy, the same parameter."""
 
     is_tied = True
 
@@ -65,35 +67,31 @@ class TiedRows(nn.Module):
 class TrainableTokens(TransparentLayer):
     """An embedding, or an output projection tied to one, with some rows of the weight replaced by trained ones.
 
-    The frozen weight is not copied: an embedding's result is replaced where its ids are among the tokens; to an output
-    projection's, the difference that their rows make is added. Of several adapters in use, all replace their rows.
+    The frozen weight is not copied: an embedding's output is replaced at the trained tokens; an output projection's
+    output gets the difference that the trained rows make. All active adapters replace their rows.
 
     Args:
-        base_layer: an ``nn.Embedding`` or ``nn.Linear``, perhaps in other adapter layers; kept, and frozen.
-        active: which adapters are used, where other layers share that.
+        base_layer: an ``nn.Embedding`` or ``nn.Linear``, possibly inside other adapter layers; kept, and frozen.
+        active: names of the adapters in use, shared with other layers.
     """
 
-    place = -1  # PEFT has it inside of LoRA layers
+    place = -1  # PEFT puts it inside LoRA layers
 
     @staticmethod
     def why_not(module: nn.Module) -> str | None:
         """Why rows of ``module`` cannot be trained, or None."""
         if isinstance(module, nn.Embedding):
-            if module.max_norm is not None:
-                return "it has max_norm, which changes the frozen weight in every forward"
             if module.scale_grad_by_freq:
-                return "it has scale_grad_by_freq, which counts tokens among those that are not trained"
-            scales = hasattr(module, "embed_scale") and "forward" not in vars(module)
-            if not (scales or has_forward_of(module, nn.Embedding)):
-                return "its forward is not nn.Embedding's"
-        elif not isinstance(module, nn.Linear):
+                return "it has scale_grad_by_freq, which also counts tokens that are not trained"
+            return why_embedding_unusable(module)
+        if not isinstance(module, nn.Linear):
             return "want an nn.Embedding or nn.Linear"
-        elif not has_forward_of(module, nn.Linear):
+        if not has_forward_of(module, nn.Linear):
             return "its forward is not nn.Linear's"
         return why_weight_unusable(module, called=True)
 
     def add_adapter(self, name: str, rows: TokenRows | TiedRows) -> None:
-        """Holds ``rows`` under ``name``, and freezes the base layer. ValueError: the name is taken."""
+        """Adds ``rows`` under ``name`` and freezes the base layer. ValueError: the name is taken."""
         self._check_is_new(name)
         self.adapters[name] = rows.train(self.training)
         freeze(self.base_layer)
@@ -101,28 +99,25 @@ class TrainableTokens(TransparentLayer):
     @property
     def inner_layer(self) -> nn.Module:
         """The embedding or projection itself."""
-        layer = self._modules["base_layer"]
-        while isinstance(layer, AdapterLayer):
-            layer = layer.base_layer
-        return layer
+        return innermost(self._modules["base_layer"])
 
     @property
     def rows_in_use(self) -> list[TokenRows]:
-        """ValueError: two adapters in use replace the same row."""
+        """The rows of the active adapters. ValueError: two of them replace the same row."""
         adapters = [self.adapters[name] for name in self.active_adapters]
         rows = [adapter.source if isinstance(adapter, TiedRows) else adapter for adapter in adapters]
         if len(rows) > 1:
-            tokens = [token for own in rows for token in own.tokens]
+            tokens = [token for adapter_rows in rows for token in adapter_rows.tokens]
             if twice := sorted({token for token in tokens if tokens.count(token) > 1}):
                 raise ValueError(
-                    f"TrainableTokens: the adapters {list(self.active_adapters)} are all in use and have rows of their "
-                    f"own for the tokens {twice}; use one of them (set_adapter)"
+                    f"TrainableTokens: several of the active adapters {list(self.active_adapters)} train rows for the "
+                    f"tokens {twice}; use one of them (set_adapter)"
                 )
         return rows
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight with the rows in their places: allocates it, where there are any."""
+        """The base layer's weight with the active rows in place; allocates it if there are any."""
         weight = self.base_layer.weight
         for rows in self.rows_in_use:
             weight = weight.index_copy(0, rows.index, rows.rows.to(weight.dtype))
@@ -136,7 +131,7 @@ class TrainableTokens(TransparentLayer):
                 y = self._looked_up(y, x, rows)
         else:
             if rows_in_use and self.inner_layer._forward_hooks:
-                y = y.clone()  # a hook may have kept it
+                y = y.clone()  # a hook may hold y, which is written below
             for rows in rows_in_use:
                 y = self._projected(y, x, rows)
         return y
@@ -146,12 +141,10 @@ class TrainableTokens(TransparentLayer):
         place, found = rows.find(ids)
         padding = rows.tokens.index(base.padding_idx) if base.padding_idx in rows.tokens else None
         looked_up = F.embedding(place, rows.rows.to(base.weight.dtype), padding)
-        if (scale := getattr(base, "embed_scale", None)) is not None:
-            looked_up = looked_up * (scale.to(base.weight.dtype) if isinstance(scale, Tensor) else scale)
-        return torch.where(found.unsqueeze(-1), looked_up, y)
+        return torch.where(found.unsqueeze(-1), scaled_rows(base, looked_up), y)
 
     def _projected(self, y: Tensor, x: Tensor, rows: TokenRows) -> Tensor:
-        # Replacing columns of y would copy all of its gradient; adding to them does not.
+        # Replacing columns of y would copy its whole gradient; adding to them does not.
         weight = self.base_layer.weight
         change = F.linear(x, (rows.rows - weight[rows.index]).to(x.dtype))
         return y.index_add_(-1, rows.index, change.to(y.dtype))

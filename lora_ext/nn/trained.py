@@ -1,4 +1,4 @@
-"""A module that adapters train in full (``modules_to_save``): a copy each."""
+"""A module that adapters train in full (``modules_to_save``), in one copy per adapter."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from lora_ext.nn.layer import TransparentLayer
 
 
 class TrainedModule(TransparentLayer):
-    """A module and, by adapter name, copies of it that are trained; the copy of the active adapter is used.
+    """A module and trained copies of it, by adapter name; the active adapter's copy is used.
 
-    Attributes that it lacks are those of the module in use: code that reads ``model.lm_head.weight`` goes on working.
+    It takes missing attributes from the module in use: code that reads ``model.lm_head.weight`` keeps working.
 
     Args:
-        base_layer: the module; kept, frozen, and used where no active adapter has a copy.
-        active: which adapters are used, where other layers share that.
+        base_layer: the module; kept, frozen, and used if no active adapter has a copy.
+        active: names of the adapters in use, shared with other layers.
     """
 
     def add_adapter(self, name: str, copy: nn.Module) -> None:
-        """Holds ``copy`` under ``name``, and freezes the module itself. ValueError: the name is taken."""
+        """Adds ``copy`` under ``name`` and freezes the module itself. ValueError: the name is taken."""
         self._check_is_new(name)
         self.adapters[name] = copy
         self.base_layer.requires_grad_(False)

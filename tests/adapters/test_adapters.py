@@ -1,3 +1,5 @@
+"""Merging, unloading and disabling the adapters of a model, and their errors."""
+
 from __future__ import annotations
 
 import pytest
@@ -81,7 +83,7 @@ def test_a_part_of_a_model_can_be_injected_and_the_whole_unloaded():
     inject(model.blocks, LoraConfig(target_modules=["up"]))
 
 
-def test_disable_adapters_gives_the_base_and_ends_with_the_block():
+def test_disable_adapters_gives_the_base_model_within_the_block():
     model = bert().eval()
     ids = token_ids()
     bare = model(input_ids=ids).logits
@@ -116,21 +118,24 @@ def test_nothing_injected(operation):
         operation(model)
 
 
-def test_merging_twice_and_unmerging_what_is_not_merged():
+def test_merging_twice_and_unmerging_without_a_merge():
     model = net()
-    with refused(model, RuntimeError, "unmerge: 'blocks.0.up', 'blocks.0.down', 'blocks.1.up' and 1 more not merged"):
+    with refused(model, RuntimeError, "not merged into 'blocks.0.up', 'blocks.0.down', 'blocks.1.up' and 1 more"):
         unmerge(model)
     merge(model)
-    with refused(model, RuntimeError, "merge: 'blocks.0.up', 'blocks.0.down', 'blocks.1.up' and 1 more merged already"):
+    with refused(model, RuntimeError, "already merged into 'blocks.0.up', 'blocks.0.down', 'blocks.1.up' and 1 more"):
         merge(model)
-    with refused(model, RuntimeError, "merged; call unmerge(model) first"), disable_adapters(model):
+    with (
+        refused(model, RuntimeError, "adapters are merged into 'blocks.0.up'", "; call unmerge(model) first"),
+        disable_adapters(model),
+    ):
         pass
 
 
 def test_partly_merged():
     model = net()
     model.blocks[1].up.merge()
-    with refused(model, RuntimeError, "merge: 'blocks.1.up' merged already"):
+    with refused(model, RuntimeError, "merge: adapters are already merged into 'blocks.1.up'"):
         merge(model)
     unmerge(model)
     assert not any(layer.is_merged for _, layer in lora_modules(model))
@@ -168,19 +173,19 @@ def test_an_update_that_overflows_the_weight():
 
 def test_a_tied_weight_is_not_merged():
     model = inject(llama(tied=True).eval(), LoraConfig(target_modules=["q_proj", "lm_head"], **ALIVE))
-    text = "the weight of 'lm_head' is also that of 'model.embed_tokens', which would change with it"
+    text = "the weight of 'lm_head' is shared with 'model.embed_tokens', which would change too"
     with refused(model, ValueError, text):
         merge(model)
     ids = token_ids()
     expected = model(input_ids=ids).logits
-    model.lm_head.base_layer.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # the remedy it names
+    model.lm_head.base_layer.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # the remedy in the message
     torch.testing.assert_close(merge(model)(input_ids=ids).logits, expected)
 
 
 def test_a_failure_midway_unmerges_what_was_merged():
     model = net()
     before = weights(model)
-    # The op refuses this shape, which merge() does not look for.
+    # The op refuses this shape; merge() does not check it.
     model.blocks[1].down.adapters["default"].lora_A = nn.Parameter(torch.zeros(2, 11))
     with pytest.raises(ValueError, match="lora_A has in_features=11 but weight has 10"):
         merge(model)

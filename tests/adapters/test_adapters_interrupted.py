@@ -1,4 +1,4 @@
-"""Ctrl-C in the middle of a change of a model's adapters: it takes effect when all is changed."""
+"""Ctrl-C during a change of a model's adapters takes effect after the change."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OPERATIONS = {
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_all_is_changed_when_the_interrupt_comes(name, monkeypatch, tmp_path):
+def test_the_change_is_complete_when_the_interrupt_comes(name, monkeypatch, tmp_path):
     owner, method, operation = OPERATIONS[name]
     x, model = torch.randn(3, 6), Net().eval()
     other = inject(copy.deepcopy(model), CONFIG)

@@ -1,4 +1,4 @@
-"""Adapters of one model that meet in one module: neither may change what the other means."""
+"""Adapters that meet in one module: neither may change the other."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def square() -> nn.Module:
 
 
 @pytest.mark.parametrize("saved_first", [False, True])
-def test_one_adapter_trains_in_full_what_another_adapts(saved_first):
+def test_one_adapter_trains_a_module_in_full_that_another_adapts(saved_first):
     x, base = torch.randn(3, 6), square()
     adapting = LoraConfig(r=2, target_modules=["2"])
     saving = LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"])
@@ -54,11 +54,11 @@ def test_one_adapter_trains_in_full_what_another_adapts(saved_first):
         torch.manual_seed(7)
         alone = randomized(inject(copy.deepcopy(base), config, name))
         inject(model, config, name)
-        own, theirs = dict(alone.named_parameters()), dict(model.named_parameters())
+        single, theirs = dict(alone.named_parameters()), dict(model.named_parameters())
         with torch.no_grad():
             for path, parameter in theirs.items():
                 if f".adapters.{name}." in path:
-                    parameter.copy_(own[path.replace("2.base_layer.", "2.")])
+                    parameter.copy_(single[path.replace("2.base_layer.", "2.")])
     for name, y in wanted.items():
         assert torch.equal(computed(model, x, name), y), name
     assert torch.equal(computed(model, x), base(x))
@@ -153,12 +153,18 @@ def test_a_copy_trained_in_full_has_no_biases_of_another_adapter():
     torch.testing.assert_close(computed(model, x, "a"), adapted.detach())
 
 
-def test_a_bias_that_is_trained_takes_no_merged_lora_bias():
+def test_no_lora_bias_is_merged_into_a_trained_bias():
     x, model = torch.randn(3, 6), Net().eval()
     inject(model, LoraConfig(r=2, target_modules=["up"], bias="all"), "a")
     inject(model, LoraConfig(r=2, target_modules=["up"], lora_bias=True), "b")
     randomized(model)
-    with refused(model, ValueError, "merge: 'blocks.0.up' has a lora_bias to merge", "'a' trains", "merge_and_unload"):
+    with refused(
+        model,
+        ValueError,
+        "merge: the lora_bias of 'blocks.0.up' would go into a bias",
+        "'a' trains",
+        "merge_and_unload",
+    ):
         merge(model, "b")
     expected = model(x)
     torch.testing.assert_close(merge_and_unload(model)(x), expected)
@@ -176,7 +182,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_adapters_that_are_disabled_do_not_change(name):
+def test_disabled_adapters_do_not_change(name):
     x, model = torch.randn(3, 6), Net().eval()
     for adapter in "ba":
         inject(model, LoraConfig(r=2, target_modules=["up"]), adapter)
@@ -195,7 +201,7 @@ def test_unloading_for_good_checks_trained_rows_before_it_merges():
     for name in "ab":
         inject(model, LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 2]), name)
     set_adapter(randomized(model), ["a", "b"])
-    with refused(model, ValueError, "rows of their own for the tokens [1, 2]"):
+    with refused(model, ValueError, "train rows for the tokens [1, 2]"):
         merge_and_unload(model)
 
 
@@ -221,9 +227,7 @@ def test_the_model_is_plain_again_without_its_last_adapter():
 def test_two_adapters_that_train_one_module_in_full_are_not_used_together():
     model = inject(Net(), LoraConfig(target_modules=["up"], modules_to_save=["head"]), "a")
     inject(model, LoraConfig(target_modules=["up"], modules_to_save=["head"]), "b")
-    with refused(
-        model, ValueError, "set_adapter: 'head' is trained in full by ['a', 'b'], and can be one of them only"
-    ):
+    with refused(model, ValueError, "set_adapter: 'head' is trained in full by ['a', 'b']; use only one of them"):
         set_adapter(model, ["a", "b"])
 
 
@@ -232,5 +236,5 @@ def test_names_given_as_one_string_or_not_at_all():
     with refused(model, TypeError, "adapters is 'a' of type str, want a list of strings"):
         add_weighted_adapter(model, "a", [1.0], "b")
     for change in (merge, unmerge, merge_and_unload):
-        with refused(model, ValueError, "adapter_names is empty: name at least one adapter"):
+        with refused(model, ValueError, "adapter_names is empty; name at least one adapter"):
             change(model, [])

@@ -1,4 +1,4 @@
-"""Weighted combinations of adapters: PEFT's numbers, from the factors."""
+"""Weighted combinations of factors give PEFT's numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_ext.adapters.combine import COMBINATIONS, check_combination, combine_f
 
 
 class Layers(nn.Module):
-    """One of each kind of layer."""
+    """A model with one layer of each kind."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ WEIGHTS = [0.7, -0.4, 1.5]
 
 
 def adapted(ranks: list[int], dtype: torch.dtype = torch.float32, **config) -> peft.PeftModel:
-    """The layers with one adapter of random factors for each rank."""
+    """Adds one adapter with random factors per rank."""
     model = Layers().to(dtype)
     configs = [
         peft.LoraConfig(target_modules=NAMES, r=r, lora_alpha=3 + 2 * i, init_lora_weights=False, **config)
@@ -131,7 +131,7 @@ def test_the_same_adapter_as_add_weighted_adapter(kind, ranks, options, use_rslo
     for name, layer in layers(model).items():
         combined = combine_factors(kind, [factors(layer, a) for a in adapters], weights, **options)
         lora_A, lora_B, scaling = factors(layer, "new")
-        # PEFT scales the result by alpha / sqrt(r) = sqrt(r) if the first adapter has use_rslora: a mistake of its.
+        # PEFT scales the result by alpha / sqrt(r) = sqrt(r) if the first adapter has use_rslora: a bug in PEFT.
         assert math.isclose(scaling, math.sqrt(lora_A.shape[0]) if use_rslora else 1)
         assert error(delta(*combined), delta(lora_A, lora_B, 1.0)) < 2e-6, name
         assert lora_A.shape[0] == combined[0].shape[0] == combined_rank(kind, ranks, options.get("svd_rank"))
@@ -163,13 +163,13 @@ def grouped_conv_delta(lora_A: Tensor, lora_B: Tensor, scaling: float, groups: i
 
 
 @pytest.mark.parametrize("kind", ["cat", "svd", "ties_svd"])
-def test_groups_of_a_convolution_combine_each_for_itself(kind):
+def test_groups_of_a_convolution_are_combined_separately(kind):
     parts = random_factors([4, 4], 6, 5, groups=2)
     weights = WEIGHTS[:2]
     new = combine_factors(kind, parts, weights, svd_rank=6 if kind != "cat" else None, density=1.0)
     assert new[0].shape == ((8, 5, 3) if kind == "cat" else (6, 5, 3)) and new[1].shape[2:] == (1,)
     summed = sum(w * grouped_conv_delta(*part, 2) for w, part in zip(weights, parts, strict=True))
-    if kind != "ties_svd":  # 3 per group is the full rank of a group's 3 outputs
+    if kind != "ties_svd":  # rank 3 per group is full: a group has 3 outputs
         torch.testing.assert_close(grouped_conv_delta(*new, 2), summed)
     with pytest.raises(ValueError, match="svd_rank is 3, want a multiple of the convolution's 2 groups"):
         combine_factors("svd", parts, weights, svd_rank=3)
@@ -184,7 +184,7 @@ def test_half_precision_is_computed_in_float32(kind, dtype):
     torch.manual_seed(5)
     ours = combine_factors(kind, parts, WEIGHTS[:2], density=0.5)
     assert ours[0].dtype == ours[1].dtype == dtype
-    if "dare" not in kind:  # its masks are drawn in the dtype
+    if "dare" not in kind:  # dare draws its masks in the dtype
         expected = combine_factors(kind, wide, WEIGHTS[:2], density=0.5)
         assert error(delta(ours[0].float(), ours[1].float(), 1.0), delta(*expected)) < 2 * torch.finfo(dtype).eps
 
@@ -193,10 +193,10 @@ def test_half_precision_is_computed_in_float32(kind, dtype):
     ("options", "error", "text"),
     [
         ({"kind": "sum"}, ValueError, "combination_type is 'sum', want one of linear, cat, svd, ties, ties_svd, dare_"),
-        ({"weights": [1.0]}, ValueError, "weights has 1 entries for 2 adapters; give one for each"),
+        ({"weights": [1.0]}, ValueError, "weights has 1 entries for 2 adapters; want one per adapter"),
         ({"weights": [1.0, math.nan]}, ValueError, "weights has nan, want finite numbers"),
         ({"weights": [1.0, "2"]}, TypeError, "weights has '2' of type str, want finite numbers"),
-        ({"kind": "ties"}, ValueError, "density is None; ties wants the fraction of values to keep, 0 < density <= 1"),
+        ({"kind": "ties"}, ValueError, "density is None; ties needs the fraction of values to keep, 0 < density <= 1"),
         ({"kind": "dare_linear_svd", "density": 0}, ValueError, "density has 0, want 0 < density <= 1"),
         ({"kind": "ties", "density": 1.01}, ValueError, "density has 1.01, want 0 < density <= 1"),
         ({"kind": "ties", "density": "1"}, TypeError, "density has '1' of type str, want 0 < density <= 1"),
@@ -216,7 +216,7 @@ def test_bad_settings_are_named(options, error, text):
         assert text in str(caught.value)
 
 
-def test_adapters_that_do_not_fit_together_are_refused():
+def test_adapters_of_different_shapes_are_refused():
     for kind in ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"):
         with pytest.raises(ValueError, match=rf"have ranks \[2, 3\], but {kind} adds .*; use cat or one of the svd"):
             combine_factors(kind, random_factors([2, 3], 3, 4), [1, 1], density=0.5)

@@ -28,7 +28,7 @@ def pair(base, directory, first: dict, second: dict):
 
 
 def combine_both(ours, theirs, weights, kind, names=("one", "two"), **settings) -> None:
-    """Random masks are drawn from the same seed, once PEFT has drawn the values of the adapter that they replace."""
+    """Seeds the random masks, after PEFT has drawn the initial values that it then replaces."""
     inject_adapter = theirs.base_model.inject_adapter
 
     def then_seed(*arguments):
@@ -53,14 +53,14 @@ def test_as_in_peft(kind, weights, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["cat", "svd"])
-def test_other_layers_and_ranks_in_each(kind, tmp_path):
+def test_adapters_with_different_layers_and_ranks(kind, tmp_path):
     base, ids = gpt2().double().eval(), token_ids()
     first = {"r": 2, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
     second = {"r": 5, "target_modules": ["c_fc", "c_attn"], "fan_in_fan_out": True, "use_rslora": True}
     ours, theirs = pair(base, tmp_path, first, second)
     combine_both(ours, theirs, (0.6, 1.5), kind)
     torch.testing.assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
-    if kind == "cat":  # no wasted rank where a layer has one of the two
+    if kind == "cat":  # no unused rank in a layer with only one of the two
         ranks = {path.rpartition(".")[2]: layer.adapters["both"].r for path, layer in lora_modules(ours)}
         assert ranks == {"c_attn": 7, "c_proj": 2, "c_fc": 5}
 
@@ -93,7 +93,7 @@ def test_cat_is_the_sum_and_survives_a_file(tmp_path):
     torch.testing.assert_close(set_adapter(model, ["one", "two"])(x), expected)
 
 
-def test_a_layer_whose_name_is_the_end_of_others_is_saved_alone(tmp_path):
+def test_a_layer_name_that_ends_other_names_selects_one_layer(tmp_path):
     class Names(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -113,17 +113,17 @@ def test_a_layer_whose_name_is_the_end_of_others_is_saved_alone(tmp_path):
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_combined():
+def test_bad_combinations():
     model = Net()
     with refused(model, ValueError, "add_weighted_adapter: Net is not injected"):
         add_weighted_adapter(model, ["a"], [1.0], "c")
     inject(model, LoraConfig(r=2, target_modules=["up"], modules_to_save=["head"]), "a")
     inject(model, LoraConfig(r=3, target_modules=["up"], modules_to_save=["head"]), "b")
     for text, arguments, settings in (
-        ("there is an adapter 'b' already", (["a"], [1.0], "b"), {}),
+        ("adapter 'b' exists already", (["a"], [1.0], "b"), {}),
         ("combination_type is 'mean', want one of linear, cat, svd", (["a", "b"], [1.0, 1.0], "c", "mean"), {}),
         ("weights has 1 entries for 2 adapters", (["a", "b"], [1.0], "c"), {}),
-        ("density is None; ties wants", (["a", "b"], [1.0, 1.0], "c", "ties"), {}),
+        ("density is None; ties needs", (["a", "b"], [1.0, 1.0], "c", "ties"), {}),
         ("svd_rank is 0", (["a", "b"], [1.0, 1.0], "c", "svd"), {"svd_rank": 0}),
         ("at 'blocks.0.up': combine: the adapters have ranks [2, 3]", (["a", "b"], [1.0, 1.0], "c", "linear"), {}),
         ("'head' is trained in full by ['a', 'b']", (["a", "b"], [1.0, 1.0], "c", "cat"), {}),

@@ -1,6 +1,6 @@
-"""Whatever is done with the adapters of a model, in any order: it computes what the definition says, and loses no bit.
+"""Operations on a model's adapters in random order: it computes what the definition says and loses no bit.
 
-A life draws operations from a seed, and keeps in plain tensors what the model must be.
+A life draws operations from a seed and keeps the expected state in plain tensors.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CONFIGS = (
 
 
 class Every(nn.Module):
-    """A layer of each kind that merges, after another."""
+    """A sequence of one layer of each mergeable kind."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,14 +55,14 @@ class Every(nn.Module):
 
 
 class Life:
-    """A model, and what it must be.
+    """A model and its expected state.
 
     Attributes:
         base: the weights without adapters, by path.
-        deltas: by adapter name, what it adds to each weight, float64.
-        merged: by adapter name, what it added when it was merged.
+        deltas: by adapter name, the update of each weight, float64.
+        merged: by adapter name, the merged update.
         active: names, in order.
-        files: adapters on disk, with their configs and what they add.
+        files: adapters on disk, with their configs and updates.
         done: how often each operation was carried out, or refused.
     """
 
@@ -80,7 +80,7 @@ class Life:
         self.files: list[tuple[Path, dict, dict[str, Tensor]]] = []
         self.done: Counter[str] = Counter()
 
-    # --- what the model must be ---------------------------------------------------------------------------------------
+    # --- the expected state -------------------------------------------------------------------------------------------
 
     def check(self) -> None:
         assert adapter_names(self.model) == list(self.deltas)
@@ -89,7 +89,7 @@ class Life:
             self.assert_pristine(self.model)
 
     def in_use(self) -> list[dict[str, Tensor]]:
-        """The updates that act: merged ones, whatever is active, and active ones beside them."""
+        """The updates in effect: all merged ones, and the active ones."""
         return [*self.merged.values(), *(self.deltas[name] for name in self.active if name not in self.merged)]
 
     def assert_computes(self, model: nn.Module, updates: list[dict[str, Tensor]]) -> None:
@@ -107,7 +107,7 @@ class Life:
             assert torch.equal(plain[path], tensor), path
 
     def read(self, name: str) -> dict[str, Tensor]:
-        """What an adapter of the model adds to the weights, from its factors as they are now."""
+        """The updates of an adapter, from its present factors."""
         deltas = {}
         for path, layer in lora_modules(self.model):
             if name in layer.adapters:
@@ -117,10 +117,10 @@ class Life:
         return deltas
 
     def took(self, name: str, config: dict) -> None:
-        """Notes an adapter that was added, and is the one in use."""
+        """Records an added adapter, which is the active one."""
         self.deltas[name], self.configs[name], self.active = self.read(name), config, (name,)
 
-    # --- what is done with it -----------------------------------------------------------------------------------------
+    # --- operations ---------------------------------------------------------------------------------------------------
 
     def step(self) -> None:
         operations = [self.add] if not self.deltas else OPERATIONS
@@ -129,7 +129,7 @@ class Life:
         self.check()
 
     def there(self) -> str:
-        """A name that an adapter has, or now and then one that none has."""
+        """The name of an adapter, or occasionally an unknown name."""
         return self.draw.choice(list(self.deltas)) if self.draw.random() < 0.9 else "x"
 
     def some_there(self) -> list[str]:
@@ -142,7 +142,7 @@ class Life:
         return self.draw.choice(self.files) if self.files else (self.directory / "none", {}, {})
 
     def attempt(self, what: str, change: Callable[[], object], error: type[Exception] | None) -> bool:
-        """Whether the change was made: where it must not be, it raises ``error``, and no bit is changed."""
+        """Tries a change; returns whether it was made. If not allowed, it must raise ``error`` and change no bit."""
         self.done[what if error is None else f"{what} refused"] += 1
         if error is None:
             change()
@@ -187,7 +187,7 @@ class Life:
             self.merged.clear()
 
     def train(self) -> None:
-        """Gives an adapter other values; of a merged one, the weights keep the old."""
+        """Changes an adapter's values; merged weights keep the old values."""
         name = self.draw.choice(list(self.deltas))
         with torch.no_grad():
             for _, layer in lora_modules(self.model):
@@ -308,7 +308,7 @@ OPERATIONS = (
 
 @pytest.fixture
 def one_thread():
-    """Threads that wait for each other take most of the time of layers as small as these."""
+    """Uses one thread: for such small layers, synchronising threads would take most of the time."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -328,5 +328,5 @@ def test_any_order_of_operations(request, tmp_path):
                 raise
         done += life.done
     expected = {"inject", "set_adapter", "merge", "unmerge", "rename", "delete", "save", "load", "hotswap", "combine"}
-    assert expected | {f"{each} refused" for each in expected} <= done.keys()
+    assert expected | {f"{operation} refused" for operation in expected} <= done.keys()
     print(sum(done.values()), "operations", dict(done))

@@ -33,7 +33,7 @@ THIRD = LoraConfig(r=1, target_modules=["down", "head"], use_rslora=True, **ALIV
 
 
 def three() -> Net:
-    """Adapters a (both layers and a head of its own), b (one layer), c (the other layer and the head); c is active."""
+    """Adds adapters a (both layers, the head), b (one layer) and c (the other layer, the head); c is active."""
     model = Net().eval()
     for name, config in (("a", FIRST), ("b", SECOND)):
         inject(model, config, name)
@@ -142,7 +142,7 @@ def test_only_active_adapters_train_and_frozen_ones_stay_frozen(tmp_path):
     assert trainable() == set()
 
 
-def test_switching_touches_no_flag_of_adapters_that_stay_in_use():
+def test_switching_changes_no_flag_of_adapters_that_stay_active():
     model = three()
     set_adapter(model, ["a", "b"])
     model.blocks[0].up.adapters["a"].lora_A.requires_grad_(False)
@@ -198,10 +198,10 @@ def test_conv1d_of_gpt2_as_in_peft(tmp_path):
     assert all(torch.equal(tensor, before[path]) for path, tensor in ours.state_dict().items())
 
 
-# --- merged ones ------------------------------------------------------------------------------------------------------
+# --- merging ----------------------------------------------------------------------------------------------------------
 
 
-def test_merged_adapters_act_until_unmerged_beside_those_in_use():
+def test_merged_adapters_act_until_unmerged_together_with_active_ones():
     model, x = three(), torch.randn(5, 6)
     expected = {names: by_hand(model, x, *names) for names in (("b",), ("b", "c"))}
     pristine = {path: tensor.clone() for path, tensor in model.state_dict().items()}
@@ -229,7 +229,7 @@ def test_merge_and_unload_of_chosen_adapters():
     assert not adapter_names(model) and type(model.head) is nn.Linear
 
 
-def test_merge_and_unload_keeps_the_head_in_use():
+def test_merge_and_unload_keeps_the_active_head():
     model, x = set_adapter(three(), "a"), torch.randn(5, 6)
     expected = by_hand(model, x, "a")
     torch.testing.assert_close(merge_and_unload(model)(x), expected)
@@ -239,7 +239,7 @@ def test_merge_and_unload_keeps_the_head_in_use():
 # --- disabling, unloading ---------------------------------------------------------------------------------------------
 
 
-def test_disabling_gives_the_base_with_its_own_head():
+def test_disabling_gives_the_base_model_with_its_head():
     base = Net().eval()
     model, x = inject(copy.deepcopy(base), FIRST), torch.randn(5, 6)
     with torch.no_grad():
@@ -250,7 +250,7 @@ def test_disabling_gives_the_base_with_its_own_head():
     assert torch.equal(model(x), adapted)
 
 
-def test_unload_gives_the_model_of_before():
+def test_unload_restores_the_original_model():
     base = Net().eval()
     model = copy.deepcopy(base)
     for name, config in (("a", FIRST), ("b", SECOND)):
@@ -289,7 +289,7 @@ def test_trained_biases_go_with_their_adapter(bias, tmp_path):
         assert torch.equal(model(x), base(x))
     torch.testing.assert_close(model(x), adapted, rtol=0, atol=0)
 
-    set_adapter(model, "b")  # the file has a's biases all the same
+    set_adapter(model, "b")  # the file has a's biases nevertheless
     save_adapter(model, tmp_path, "a")
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     torch.testing.assert_close(theirs(x), adapted)
@@ -344,7 +344,7 @@ def test_deleting():
     for name in ("a", "b"):
         assert delete_adapter(model, name) is model
     assert adapter_names(model) == ["c"]
-    assert type(model.head) is nn.Linear and type(model.blocks[0].up) is nn.Linear  # nobody adapts them any more
+    assert type(model.head) is nn.Linear and type(model.blocks[0].up) is nn.Linear  # no adapter is left
     torch.testing.assert_close(model(x), expected)
     assert not any(".a." in path or ".b." in path for path in model.state_dict())
 
@@ -368,7 +368,7 @@ def test_status():
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
-def test_unknown_names_are_answered_with_the_known_ones():
+def test_errors_about_unknown_names_list_the_known_ones():
     model = three()
     known = "['a', 'b', 'c']"
     for call in (
@@ -384,10 +384,10 @@ def test_unknown_names_are_answered_with_the_known_ones():
             call()
 
 
-def test_names_that_are_taken_or_cannot_be():
+def test_taken_and_invalid_names():
     model = three()
     for call in (lambda: inject(model, SECOND, "a"), lambda: rename_adapter(model, "b", "a")):
-        with refused(model, ValueError, "there is an adapter 'a' already; the adapters are ['a', 'b', 'c']"):
+        with refused(model, ValueError, "adapter 'a' exists already; the adapters are ['a', 'b', 'c']"):
             call()
     for name in ("", "x.y", "keys"):
         with refused(model, ValueError, f"adapter_name is {name!r}, want a name without dots"):
@@ -401,24 +401,36 @@ def test_an_active_adapter_is_not_deleted():
     with refused(model, RuntimeError, "delete_adapter: 'c' is active; call set_adapter(model, ...)", "['a', 'b']"):
         delete_adapter(model, "c")
     model = inject(Net(), SECOND)
-    with refused(model, RuntimeError, "'default' is active; it is the last: call unload(model)"):
+    with refused(model, RuntimeError, "'default' is active; it is the last one: call unload(model)"):
         delete_adapter(model, "default")
 
 
-def test_what_a_merged_adapter_forbids(tmp_path):
+def test_operations_refused_while_merged(tmp_path):
     model = three()
     save_adapter(model, tmp_path)
     merge(model, "b")
     for error, text, call in (
         (
             RuntimeError,
-            "'b' is merged in 'blocks.0.up', 'blocks.1.up'; call unmerge",
+            "'b' is merged into 'blocks.0.up', 'blocks.1.up'; call unmerge",
             lambda: delete_adapter(model, "b"),
         ),
-        (RuntimeError, "'b' is merged in 'blocks.0.up'", lambda: rename_adapter(model, "b", "d")),
-        (RuntimeError, "'blocks.0.up', 'blocks.1.up' merged; call unmerge(model) first", lambda: unload(model)),
-        (RuntimeError, "merge: 'blocks.0.up', 'blocks.1.up' merged already", lambda: merge(model, "b")),
-        (RuntimeError, "unmerge: 'blocks.0.down', 'blocks.1.down' not merged", lambda: unmerge(model, "c")),
+        (RuntimeError, "'b' is merged into 'blocks.0.up'", lambda: rename_adapter(model, "b", "d")),
+        (
+            RuntimeError,
+            "adapters are merged into 'blocks.0.up', 'blocks.1.up'; call unmerge(model)",
+            lambda: unload(model),
+        ),
+        (
+            RuntimeError,
+            "merge: adapters are already merged into 'blocks.0.up', 'blocks.1.up'",
+            lambda: merge(model, "b"),
+        ),
+        (
+            RuntimeError,
+            "the adapters are not merged into 'blocks.0.down', 'blocks.1.down'",
+            lambda: unmerge(model, "c"),
+        ),
         (RuntimeError, "an adapter is merged into 'blocks.0.up'", lambda: load_adapter(model, tmp_path)),
         (ValueError, "adapters are merged into 'blocks.0.up'; call unmerge", lambda: inject(model, SECOND, "d")),
     ):
@@ -426,7 +438,7 @@ def test_what_a_merged_adapter_forbids(tmp_path):
             call()
 
 
-def test_what_was_not_injected():
+def test_models_that_are_not_injected():
     model = Net()
     for call in (
         lambda: set_adapter(model, "a"),
@@ -439,17 +451,17 @@ def test_what_was_not_injected():
         unload(model)
 
 
-def test_saving_asks_which_of_several():
+def test_saving_needs_a_name_if_several_are_active():
     model = set_adapter(three(), ["a", "b"])
     with refused(
-        model, ValueError, "save_adapter: the active adapters are ['a', 'b'], not just one", "['a', 'b', 'c']"
+        model, ValueError, "save_adapter: the active adapters are ['a', 'b'], want exactly one", "['a', 'b', 'c']"
     ):
         save_adapter(model, "/nowhere")
 
 
 def test_only_one_adapter_trains_biases():
     model = inject(Net(), LoraConfig(target_modules=["up"], bias="all"), "a")
-    text = "bias is 'lora_only', but the adapter 'a' trains the model's biases; only one can"
+    text = "bias is 'lora_only', but the adapter 'a' trains the model's biases already"
     with refused(model, ValueError, text, "lora_bias=True"):
         inject(model, LoraConfig(target_modules=["up"], bias="lora_only"), "b")
 
@@ -462,7 +474,7 @@ def test_another_rank_under_the_same_name(tmp_path):
     assert adapter_names(load_adapter(model, tmp_path, adapter_name="other")) == ["default", "other"]
 
 
-# As PEFT 0.10 wrote it; that release left out the biases of bias="lora_only".
+# A file of PEFT 0.10, which left out the biases of bias="lora_only".
 PEFT_0_10 = {
     "alpha_pattern": {},
     "auto_mapping": {"base_model_class": "Net", "parent_library": "__main__"},

@@ -1,10 +1,11 @@
-"""Several threads at one model: weights are never lost, and a layer's forward meets no half of a change."""
+"""Threads that change one model: no weight is lost, and no forward of a layer sees half of a change."""
 
 from __future__ import annotations
 
 import copy
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -33,7 +34,7 @@ CONFIG = LoraConfig(r=2, target_modules=["up", "down"], init_lora_weights=False)
 
 
 def run_together(*actions: Callable[[], object], seconds: float = 20.0) -> list[BaseException | None]:
-    """Starts all actions at once; returns what each raised."""
+    """Starts all actions at once; returns the error of each, or None."""
     barrier = threading.Barrier(len(actions))
 
     def run(action: Callable[[], object]) -> BaseException | None:
@@ -53,7 +54,7 @@ def run_together(*actions: Callable[[], object], seconds: float = 20.0) -> list[
 
 @pytest.fixture
 def slow(monkeypatch):
-    """Gives other threads time between what a change checks and what it does."""
+    """Delays a change between its checks and its writes, to give other threads time."""
     plan = merged_module.prepare_unmerge
 
     def planned(*args, **kwargs):
@@ -70,10 +71,14 @@ def test_of_two_merges_one_is_refused(slow):
     once = copy.deepcopy(model)
     merge(once, "a")
     errors = run_together(lambda: merge(model, "a"), lambda: merge(model, "a"))
-    assert sorted(str(error) for error in errors if error) == ["merge: 'layer0', 'layer1' merged already"]
+    assert sorted(str(error) for error in errors if error) == [
+        "merge: adapters are already merged into 'layer0', 'layer1'"
+    ]
     assert all_same(weights(model), weights(once))
     errors = run_together(lambda: unmerge(model), lambda: unmerge(model))
-    assert sorted(str(error) for error in errors if error) == ["unmerge: 'layer0', 'layer1' not merged"]
+    assert sorted(str(error) for error in errors if error) == [
+        "unmerge: the adapters are not merged into 'layer0', 'layer1'"
+    ]
     assert all_same(weights(model), pristine)
 
 
@@ -105,7 +110,9 @@ def test_merges_and_unmerges_in_any_order():
             try:
                 draw.choice([merge, unmerge])(model, draw.choice(["a", "b"]))
             except RuntimeError as error:
-                assert str(error).endswith(("merged already", "not merged")), error
+                assert re.match(
+                    "merge: adapters are already merged|unmerge: the adapters are not merged", str(error)
+                ), error
 
     assert run_together(*(lambda seed=seed: change(seed) for seed in range(4))) == [None] * 4
     for _, layer in lora_modules(model):
@@ -114,7 +121,7 @@ def test_merges_and_unmerges_in_any_order():
     assert all_same(weights(model), pristine)
 
 
-def test_unloading_beside_a_merge(slow):
+def test_unloading_during_a_merge(slow):
     for _ in range(5):
         model = inject(nn.ModuleDict({"up": nn.Linear(8, 8)}), LoraConfig(r=2, target_modules=["up"]), "a")
         pristine, layer = model["up"].weight.clone(), model["up"]
@@ -133,11 +140,11 @@ def outputs(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.cpu_only("on a GPU the order on the stream decides, which is not a thread's")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_forward_beside_merges_is_of_one_state(dtype):
+def test_a_forward_during_merges_sees_one_state(dtype):
     layer = hard_layer(dtype, (64, 512), sizes=(0.5, 3.0, 1.0))
     layer.set_active("a")
     x = torch.randn(3, 512, dtype=dtype)
-    allowed = [outputs(layer, x)]  # a beside the weight
+    allowed = [outputs(layer, x)]  # with a unmerged
     for name in ("b", "c"):
         layer.merge(name)
         allowed.append(outputs(layer, x))
@@ -157,7 +164,7 @@ def test_a_forward_beside_merges_is_of_one_state(dtype):
     def call() -> None:
         while not done.is_set():
             y = outputs(layer, x)
-            assert any(torch.equal(y, each) for each in allowed)
+            assert any(torch.equal(y, output) for output in allowed)
 
     assert run_together(change, call, call, seconds=60) == [None] * 3
 
@@ -171,7 +178,7 @@ def test_a_forward_waits_for_the_end_of_a_change(monkeypatch):
 
     def paused(self, *args, **kwargs):
         made = run(self, *args, **kwargs)
-        under_way.set()  # the weight has the update, and nobody knows of it yet
+        under_way.set()  # the weight has the update, but the state does not say so yet
         assert go_on.wait(20)
         return made
 
@@ -186,7 +193,7 @@ def test_a_forward_waits_for_the_end_of_a_change(monkeypatch):
     assert results == []
     go_on.set()
     thread.join(20), reader.join(20)
-    torch.testing.assert_close(results[0], before, rtol=1e-4, atol=1e-3)  # the update is in there once
+    torch.testing.assert_close(results[0], before, rtol=1e-4, atol=1e-3)  # the update counts once
 
 
 def test_a_forward_that_fails_because_of_a_change_is_repeated():
@@ -213,7 +220,7 @@ def test_a_forward_that_fails_because_of_a_change_is_repeated():
     assert run_together(change, call, seconds=60) == [None, None]
 
 
-def test_errors_of_a_forward_are_its_own():
+def test_errors_of_a_forward_are_passed_on():
     layer = hard_layer(torch.float32)
     with pytest.raises(ValueError, match="has in_features=270 but x has 3"):
         layer(torch.randn(2, 3))
@@ -262,7 +269,7 @@ def test_adapters_are_disabled_by_one_thread_at_a_time():
         pass
 
 
-def test_models_are_injected_side_by_side():
+def test_models_are_injected_concurrently():
     models = [Net() for _ in range(8)]
     assert run_together(*(lambda model=model: inject(model, CONFIG, "a") for model in models)) == [None] * 8
     assert all(adapter_names(model) == ["a"] for model in models)
@@ -273,7 +280,7 @@ def test_one_model_is_injected_once(slow):
     errors = run_together(*[lambda: inject(model, CONFIG, "a")] * 4)
     assert errors.count(None) == 1
     assert {str(error) for error in errors if error} == {
-        "inject: there is an adapter 'a' already; the adapters are ['a']. Choose another name, or "
+        "inject: adapter 'a' exists already; the adapters are ['a']. Choose another name, or "
         "delete_adapter(model, ...) first"
     }
     assert sum(1 for _ in lora_modules(model)) == 4
@@ -299,7 +306,7 @@ def test_a_fork_waits_for_a_change(monkeypatch):
     if (child := os.fork()) == 0:
         same = False
         try:
-            same = all_same(weights(unmerge(model)), pristine)  # it knows that the adapter is merged, and has the lock
+            same = all_same(weights(unmerge(model)), pristine)  # the child has the lock and the merge state
         finally:
             os._exit(0 if same else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -1,4 +1,4 @@
-"""Expressions of configs mean what they mean to PEFT, and their time is bounded."""
+"""Expressions in configs match as in PEFT, in bounded time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PATHS = [
 ]
 PATHS += ["lm_head", "model", "model.embed_tokens", "layers.1.mlp", "q_proj", "model.layers", "é.q_proj"]
 
-# Expressions that people write: from model cards, PEFT's documentation and issues.
+# Expressions from model cards, PEFT's documentation and issues.
 WRITTEN = [
     "q_proj",
     "model.layers.0.self_attn.q_proj",
@@ -74,14 +74,14 @@ class PeftConfig:
 
 
 @pytest.mark.parametrize("source", WRITTEN)
-def test_they_select_what_they_select_in_peft(source):
+def test_they_select_the_same_modules_as_in_peft(source):
     expected = [path for path in PATHS if check_target_module_exists(PeftConfig(target_modules=source), path)]
     assert list(filter(PathMatcher("target_modules", source), PATHS)) == expected
 
 
-def test_the_first_pattern_that_covers_a_path_is_that_of_peft():
+def test_the_first_matching_pattern_is_pefts():
     rng = random.Random(0)
-    sources = [s for s in WRITTEN if s and not s.startswith(("(?i)", "(?s)", "(?x)"))]  # PEFT puts others in front
+    sources = [s for s in WRITTEN if s and not s.startswith(("(?i)", "(?s)", "(?x)"))]  # PEFT prepends a prefix
     sources += [re.escape(path) for path in PATHS] + [path.partition(".")[2] for path in PATHS if "." in path]
     sources += ["layers.1", "q.proj", "m.p", "self.attn.q.proj", r"self\.attn", "proj"]
     for _ in range(60):
@@ -147,19 +147,19 @@ def test_random_expressions_match_what_re_matches():
         try:
             compiled = re.compile(source)
         except re.error:
-            continue  # regex understands more
+            continue  # regex accepts more than re
         ours = Expression(source)
         for _ in range(4):
             text = "".join(
                 rng.choice("aAb.1_\n") for _ in range(rng.randint(1, 8))
-            )  # not "": Python 3.14 has mended \B there
+            )  # not "": Python 3.14 changed \B there
             assert ours.fullmatch(text, TimeAllowance()) == (compiled.fullmatch(text) is not None), (source, text)
             found, expected = ours.match(text, TimeAllowance()), compiled.match(text)
             assert (found and found.span()) == (expected and expected.span()), (source, text)
             tried += 1
 
 
-def test_what_is_no_expression():
+def test_invalid_expressions():
     for source in ("(", "[", "(?P<x>a", "a**", "(?P=x)", "(" * 400 + ")" * 400):
         with pytest.raises(ValueError, match="LoraConfig: exclude_modules is .*, (not a regular|too deep)"):
             check_expressions("exclude_modules", [source])
@@ -169,18 +169,18 @@ def test_what_is_no_expression():
 
 
 def test_time_is_bounded_for_all_matches_together():
-    """tests/hostile/test_hostile_adapters.py measures seconds and bytes."""
+    """Checks the allowance; tests/hostile/test_hostile_adapters.py measures seconds and bytes."""
     expression, allowance = Expression(CATASTROPHIC["alternatives"]), TimeAllowance()
     assert expression.fullmatch("abc!", allowance)
-    for _ in range(2):  # the second has no time at all
+    for _ in range(2):  # the second call has no time left
         with pytest.raises(TooSlow):
             expression.fullmatch("a" * 100, allowance)
-    assert allowance.left <= 0
+    assert allowance.seconds <= 0
 
 
 @pytest.mark.parametrize("name", CATASTROPHIC)
 def test_work_is_bounded(name):
-    """It matches soon, or says that it takes too long, or was refused when the config was made."""
+    """Each expression matches quickly, is stopped, or is refused when the config is made."""
     try:
         config = LoraConfig(target_modules=CATASTROPHIC[name])
     except ValueError as error:
@@ -191,20 +191,22 @@ def test_work_is_bounded(name):
     try:
         assert not any(map(matcher, PATHS * 3)) or name == "fuzzy"
     except ValueError as error:
-        assert re.search("target_modules has the expression .*, which takes too long to match with", str(error))
+        assert re.search(
+            "target_modules has the expression .*, which takes too long to match paths such as", str(error)
+        )
 
 
 @pytest.mark.parametrize("source", WRITTEN)
-def test_what_people_write_may_be_tried_with_thousands_of_layers(source):
-    """A match takes less than it adds to the allowance, or the allowance is large enough."""
+def test_common_expressions_work_with_thousands_of_layers(source):
+    """A match takes less time than it adds to the allowance, or the allowance suffices."""
     matcher = PathMatcher("target_modules", source)
     for _ in range(200):
         for path in PATHS:
             matcher(path)
 
 
-def test_thousands_of_names_are_one_look_up(monkeypatch):
-    """No name is tried as an expression, and none is read twice."""
+def test_thousands_of_names_are_one_lookup(monkeypatch):
+    """No name is compiled as an expression, and none is parsed twice."""
 
     def never(*args):
         raise AssertionError("an expression was tried")
@@ -220,7 +222,7 @@ def test_thousands_of_names_are_one_look_up(monkeypatch):
     assert not PathMatcher("target_modules", config.target_modules)("layers.77.q_proj")
 
 
-def test_dots_of_names_are_any_character():
+def test_dots_in_names_match_any_character():
     patterns = PathPatterns("rank_pattern", ["q.proj", *dotted()[:100], r"k\.proj"])
     assert patterns.first("model.q_proj") == "q.proj"
     assert patterns.first("model.attentionquerykey") is None

@@ -1,3 +1,5 @@
+"""LoraConfig has the defaults, keys and files of PEFT, and names bad values."""
+
 from __future__ import annotations
 
 import copy
@@ -205,21 +207,21 @@ def test_bad_values_are_named(settings, error, text):
     ],
     ids=lambda settings: "-".join(settings),
 )
-def test_a_file_of_peft_survives_reading_and_writing(settings, tmp_path):
+def test_a_peft_file_survives_reading_and_writing(settings, tmp_path):
     theirs = peft_file(tmp_path, **settings)
     config = LoraConfig.from_dict(theirs)
     written = json.loads(json.dumps(config.to_dict()))
     assert written == theirs
     assert LoraConfig.from_dict(written) == config
     for key, value in settings.items():
-        # PEFT keeps these two lists as sets, so that their order is lost.
+        # PEFT stores these two lists as sets and loses their order.
         unordered = isinstance(value, list) and key in ("target_modules", "exclude_modules")
         assert (sorted(written[key]) if unordered else written[key]) == value
     assert peft.LoraConfig.from_peft_type(**written).to_dict() == peft.LoraConfig(**settings).to_dict()
 
 
-# What becomes of every key that a release of peft, 0.3 to 0.21, writes. "refused": not supported, an error that names
-# it once it has this value. "kept": without effect on what an adapter computes, written back as it was read.
+# The treatment of every key that a PEFT release from 0.3 to 0.21 writes. "refused": an error names the key once it has
+# this value. "kept": no effect on what an adapter computes; written back as it was read.
 KEYS = {
     "alora_invocation_tokens": ("refused", [1, 2]),
     "alpha_pattern": ("field", {"q": 2}),
@@ -347,6 +349,6 @@ def test_exact_patterns_mean_the_same_here_and_in_peft(ranks):
         assert patterns.get(get_pattern_key(patterns, path), 2) == rank
 
 
-def test_a_file_that_holds_no_object():
+def test_a_file_without_a_json_object():
     with pytest.raises(TypeError, match="LoraConfig: the values are of type list, want a dict"):
         LoraConfig.from_dict([])

@@ -1,3 +1,5 @@
+"""inject: the layers that it adapts, the targets that it refuses, and the injected model as a module."""
+
 from __future__ import annotations
 
 import copy
@@ -23,7 +25,7 @@ def net(**settings) -> Net:
     return inject(Net().eval(), LoraConfig(**{"target_modules": ["up", "down"]} | ALIVE | settings))
 
 
-# --- what is selected -------------------------------------------------------------------------------------------------
+# --- selection --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -129,7 +131,7 @@ class OwnAttention(nn.MultiheadAttention):
 
 
 class Zoo(nn.Module):
-    """One of everything that cannot be adapted."""
+    """One layer of every kind that cannot be adapted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -211,13 +213,13 @@ def test_a_model_without_linear_layers():
         inject(model, LoraConfig(target_modules="all-linear"))
 
 
-def test_a_name_that_is_taken():
+def test_a_name_that_exists():
     model = net()
-    with refused(model, ValueError, "there is an adapter 'default' already", "['default']", "delete_adapter"):
+    with refused(model, ValueError, "adapter 'default' exists already", "['default']", "delete_adapter"):
         inject(model, LoraConfig(target_modules=["up"]))
 
 
-def test_layers_that_were_made_by_hand():
+def test_layers_made_by_hand():
     model = Net()
     model.head = LoraLinear(model.head)
     with refused(model, ValueError, "Net has LoRA layers already ('head')", "merge_and_unload(model)"):
@@ -246,7 +248,7 @@ def test_an_entry_without_a_match_is_warned_about(key):
     assert len(list(lora_modules(model))) == 2
 
 
-def test_heads_that_a_task_adds_need_not_exist():
+def test_heads_of_a_task_are_optional():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = bert()
@@ -270,9 +272,9 @@ def test_a_layer_in_several_places_is_one_lora_layer_everywhere():
     assert [path for path, _ in lora_modules(model)] == ["first", "block.up"]
 
 
-def test_a_module_to_save_that_is_tied_is_refused_unless_its_twin_is_saved_too():
+def test_a_tied_module_to_save_is_refused_unless_its_twin_is_saved_too():
     model = llama(tied=True)
-    text = "modules_to_save has 'lm_head', whose parameter is also that of 'model.embed_tokens'; add"
+    text = "modules_to_save has 'lm_head', which shares a parameter with 'model.embed_tokens'; add"
     with refused(model, ValueError, text):
         inject(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     inject(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"]))
@@ -298,7 +300,7 @@ def test_transformer_encoder_uses_the_adapter_in_eval_mode(norm_first, masked):
     with torch.no_grad():
         bare = model(x, src_key_padding_mask=mask)
         if masked and not norm_first:
-            assert (bare[~kept] == 0).all()  # the fast path is on: only that zeroes padded positions
+            assert (bare[~kept] == 0).all()  # the fast path is on: only it zeroes padded positions
         inject(model, LoraConfig(target_modules=["linear1", "linear2"], **ALIVE))
         evaluated = model(x, src_key_padding_mask=mask)
         trained = model.train()(x, src_key_padding_mask=mask)
@@ -350,7 +352,7 @@ def test_deepcopy_and_pickle():
     expected = model(x)
     for twin in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
         with torch.no_grad():
-            twin.blocks[0].up.weight.zero_()  # shares nothing with the model
+            twin.blocks[0].up.weight.zero_()  # no memory shared with the model
         assert not torch.allclose(twin(x), expected)
         torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
         assert [path for path, _ in lora_modules(twin)] == [path for path, _ in lora_modules(model)]

@@ -1,4 +1,4 @@
-"""Which parts of a model a config names: the same as in PEFT."""
+"""The parts of a model that a config names are the same as in PEFT."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def ours(model: nn.Module, config: LoraConfig) -> Targets:
 
 
 def theirs(model: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
-    """What PEFT adapts, trains and ties."""
+    """The parts that PEFT adapts, trains and ties."""
     config = peft.LoraConfig(**settings)
     root = peft.get_peft_model(model, config).base_model.model
     found: dict[str, Any] = {"modules": set(), "parameters": {}, "trained": set(), "tokens": {}, "tied": set()}
@@ -234,7 +234,7 @@ def test_any_names_match_as_in_peft(paths, options, layers_pattern):
             warnings.simplefilter("ignore")
             targets = find_targets(LoraConfig(**options), "Tree", {path: nn.Identity() for path in paths})
     except ValueError as refusal:
-        # A target or a module to save that is not there: only the first is an error in PEFT too.
+        # A missing target is an error in PEFT too; a missing module to save is not.
         assert not expected or "modules_to_save" in str(refusal)
     else:
         assert targets.modules.keys() == expected
@@ -267,7 +267,7 @@ def test_a_shared_module_is_found_once_under_its_first_path():
         (
             "bert",
             {"target_modules": ["query"], "layers_to_transform": [3], "layers_pattern": "layer"},
-            ["nothing is left to adapt", "none of that is in layers_to_transform (3,) (layers_pattern 'layer')"],
+            ["nothing is left to adapt", "none of them is in layers_to_transform (3,) (layers_pattern 'layer')"],
         ),
         (
             "mixture",
@@ -314,11 +314,11 @@ def test_a_shared_module_is_found_once_under_its_first_path():
         (
             "tied",
             {"target_modules": ["lm_head"], "exclude_modules": ["embed_tokens"], "ensure_weight_tying": True},
-            ["exclude_modules has 'model.embed_tokens', but ensure_weight_tying is True", "take it out of"],
+            ["exclude_modules has 'model.embed_tokens', but ensure_weight_tying is True", "remove it from"],
         ),
     ],
 )
-def test_what_cannot_be_is_said(family, settings, fragments):
+def test_impossible_targets_are_refused(family, settings, fragments):
     model = MODELS[family]()
     with refused(model, ValueError, *fragments):
         ours(model, LoraConfig(**settings))
@@ -327,8 +327,16 @@ def test_what_cannot_be_is_said(family, settings, fragments):
 @pytest.mark.parametrize(
     ("family", "settings", "text"),
     [
-        ("net", {"target_modules": ["up"], "rank_pattern": {"upp": 2}}, "rank_pattern ['upp'] matches nothing that is"),
-        ("net", {"target_modules": ["up"], "alpha_pattern": {"p": 2}}, "alpha_pattern ['p'] matches nothing that is"),
+        (
+            "net",
+            {"target_modules": ["up"], "rank_pattern": {"upp": 2}},
+            "rank_pattern ['upp'] matches nothing adapted in",
+        ),
+        (
+            "net",
+            {"target_modules": ["up"], "alpha_pattern": {"p": 2}},
+            "alpha_pattern ['p'] matches nothing adapted in",
+        ),
         ("net", {"target_modules": ["up"], "enable_lora": {"down": (True, False)}}, "enable_lora ['down'] matches"),
         (
             "mixture",
@@ -348,17 +356,17 @@ def test_what_cannot_be_is_said(family, settings, fragments):
         (
             "tied",
             {"target_modules": ["q_proj"], "ensure_weight_tying": True},
-            "neither 'model.embed_tokens' nor ['lm_head'], which are tied, is to be adapted or trained",
+            "neither 'model.embed_tokens' nor ['lm_head'], which is tied to it, is adapted or trained",
         ),
     ],
 )
-def test_what_is_of_no_use_is_warned_about(family, settings, text):
+def test_settings_without_effect_are_warned_about(family, settings, text):
     with pytest.warns(UserWarning) as caught:
         ours(MODELS[family](), LoraConfig(**settings))
     assert text in str(caught[0].message) and len(caught) == 1
 
 
-def test_nothing_is_said_where_all_is_used():
+def test_no_warning_if_every_setting_has_effect():
     settings = {"rank_pattern": {"up": 2, "experts.down": 3}, "alpha_pattern": {"gate": 3}, "exclude_modules": ["proj"]}
     with warnings.catch_warnings():
         warnings.simplefilter("error")

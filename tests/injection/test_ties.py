@@ -1,4 +1,4 @@
-"""Modules that hold one weight: what is tied, and what is not."""
+"""Modules that share one weight: which of them are tied, and which are not."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def both(model: nn.Module) -> tuple[LoraEmbedding, LoraLinear]:
 
 
 def assert_tied(model: nn.Module, name: str = "default") -> None:
-    """The adapters are one, and both layers compute with the same updated weight."""
+    """Checks that the layers share one adapter and compute with the same updated weight."""
     embedding, head = both(model)
     assert head.adapters[name].source is embedding.adapters[name]
     assert head.base_layer.weight is embedding.base_layer.weight
@@ -69,8 +69,8 @@ def test_the_head_has_the_embeddings_adapter(targets):
     assert_tied(model)
     layers = inject(apart, LoraConfig(target_modules=["q_proj"] if "q_proj" in targets else ["embed_tokens"], r=3))
     factors = 3 * (50 + 16)
-    own = trainable_parameter_counts(layers)[0] + (factors if "q_proj" in targets else 0)
-    assert trainable_parameter_counts(model)[0] == own  # the shared parameters count once
+    expected = trainable_parameter_counts(layers)[0] + (factors if "q_proj" in targets else 0)
+    assert trainable_parameter_counts(model)[0] == expected  # the shared parameters count once
     names = {name for name, _ in model.named_parameters() if "embed" in name or "head" in name}
     assert names == {f"{EMBEDDING}.lora_A", f"{EMBEDDING}.lora_B", "model.embed_tokens.base_layer.weight"}
 
@@ -81,13 +81,13 @@ def test_without_it_the_twin_does_not_see_the_adapter():
     model = tied_llama(ensure_weight_tying=False, target_modules=["embed_tokens", "lm_head"])
     embedding, head = both(model)
     assert not {id(p) for p in embedding.adapters.parameters()} & {id(p) for p in head.adapters.parameters()}
-    text = "the weight of 'model.embed_tokens' is also that of 'lm_head.base_layer', which would change with it"
+    text = "the weight of 'model.embed_tokens' is shared with 'lm_head.base_layer', which would change too"
     for operation in (merge, merge_and_unload):
         with refused(model, ValueError, text, "ensure_weight_tying=True, untie them", "or run unmerged"):
             operation(model)
 
 
-def test_gradients_add_up_as_in_a_weight_that_is_tied():
+def test_gradients_add_up_as_in_a_tied_weight():
     model, ids = tied_llama(), token_ids()
     adapter = model.model.embed_tokens.adapters.default
     factors = [adapter.lora_A, adapter.lora_B]
@@ -119,11 +119,11 @@ def test_merging_changes_the_weight_once_and_unmerging_restores_every_bit(name):
         layer.self_attn.q_proj.merge_record_bytes for layer in model.model.layers
     )
     copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
-    for each in (model, copied):
-        unmerge(each, name)
-        assert same_bits(each.lm_head.weight, before) and each.lm_head.weight is each.model.embed_tokens.weight
-        assert not each.lm_head.is_merged and not each.model.embed_tokens.is_merged
-        torch.testing.assert_close(logits(each, ids), expected, rtol=0, atol=0)
+    for merged in (model, copied):
+        unmerge(merged, name)
+        assert same_bits(merged.lm_head.weight, before) and merged.lm_head.weight is merged.model.embed_tokens.weight
+        assert not merged.lm_head.is_merged and not merged.model.embed_tokens.is_merged
+        torch.testing.assert_close(logits(merged, ids), expected, rtol=0, atol=0)
 
 
 def test_merging_and_unmerging_two_tied_adapters_in_any_order():
@@ -150,11 +150,11 @@ def test_merging_and_unmerging_two_tied_adapters_in_any_order():
 def test_a_tied_and_an_untied_adapter_are_not_merged_together():
     model = tied_llama()
     inject(model, LoraConfig(target_modules=["lm_head"], r=2, init_lora_weights=False), "own")
-    text = "the weight of 'lm_head' is also that of 'model.embed_tokens.base_layer'"
+    text = "the weight of 'lm_head' is shared with 'model.embed_tokens.base_layer'"
     with refused(model, ValueError, text):
         merge(model, "own")
     set_adapter(model, ["default", "own"])
-    with refused(model, ValueError, "is also that of"):
+    with refused(model, ValueError, "is shared with"):
         merge(model)
     merge(model, "default")
     with refused(model, ValueError, text):
@@ -172,7 +172,7 @@ def test_once_untied_each_layer_merges_its_own_weight():
     assert same_bits(model.lm_head.weight, before) and same_bits(model.model.embed_tokens.weight, before)
 
 
-def test_a_layer_alone_is_not_merged():
+def test_one_tied_layer_is_not_merged_alone():
     model = tied_llama()
     for layer in both(model):
         with refused(
@@ -213,7 +213,7 @@ def test_renaming_and_deleting():
     torch.testing.assert_close(logits(model, ids), logits(bare, ids))
 
 
-def test_frozen_while_another_adapter_is_in_use():
+def test_frozen_while_another_adapter_is_active():
     model = tied_llama()
     inject(model, LoraConfig(target_modules=["q_proj"]), "other")
     adapter = model.model.embed_tokens.adapters.default
@@ -230,7 +230,7 @@ def test_combining_keeps_the_tie():
     deltas = [model.lm_head.delta_weight(name) for name in ("default", "other", "both")]
     torch.testing.assert_close(deltas[2], deltas[0] + 0.5 * deltas[1])
     inject(model, LoraConfig(**TIED | {"ensure_weight_tying": False}), "untied")
-    with refused(model, ValueError, "not all of the adapters have the one at 'lm_head' tied"):
+    with refused(model, ValueError, "some of the adapters are tied to the input embedding at 'lm_head'"):
         add_weighted_adapter(model, ["default", "untied"], [1.0, 0.5], "sum", "cat")
 
 
@@ -254,7 +254,7 @@ def test_gpt2():
 
 
 class Encoder(nn.Module):
-    """Two embeddings that share a weight, as in T5, and something that shares it and is neither."""
+    """Two embeddings that share a weight, as in T5, and a module of another kind that shares it too."""
 
     def __init__(self, strange: bool = False) -> None:
         super().__init__()
@@ -278,7 +278,7 @@ def test_tied_embeddings():
     torch.testing.assert_close(model(ids), 3 * updated[ids])
     torch.testing.assert_close(merge(model.eval())(ids), 3 * updated[ids])
     model = Encoder(strange=True)
-    with refused(model, TypeError, "strange (Bilinear): its weight is that of 'shared'", "ensure_weight_tying=False"):
+    with refused(model, TypeError, "strange (Bilinear): it shares the weight of 'shared'", "ensure_weight_tying=False"):
         inject(model, LoraConfig(**{**SETTINGS, "target_modules": ["shared"]}))
 
 
@@ -318,7 +318,7 @@ def test_files_of_tied_adapters_in_both_directions(targets, tmp_path):
     again, first = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("again", "theirs"))
     assert {key for key in first.keys() - again.keys() if not key.endswith("base_layer.weight")} == set()
     assert all(same_bits(tensor, first[key]) for key, tensor in again.items())
-    load_adapter(ours, tmp_path / "theirs")  # over the values that are there
+    load_adapter(ours, tmp_path / "theirs")  # replaces the present values
     assert_tied(ours)
     torch.testing.assert_close(logits(ours, ids), logits(theirs, ids))
 

@@ -1,4 +1,4 @@
-"""Merges that fail or are interrupted in the middle: every layer keeps its bits and what it knows about them."""
+"""Merges that fail or are interrupted in the middle: every layer keeps its bits and its merge state."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def unmerge():
 
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, -1))
-thread = threading.Thread(target=unmerge)  # without the memory that the merge has left in this one
+thread = threading.Thread(target=unmerge)  # a new thread has no memory cached from the merge
 thread.start(), thread.join()
 assert "lora_unmerge_: out of memory. It wanted 268" in str(errors), errors
 assert all(map(torch.equal, weights, merged))
@@ -101,8 +101,8 @@ assert not any(map(torch.equal, weights, before))
 @pytest.mark.parametrize(
     "script",
     [
-        SHORT_OF_MEMORY,  # the second weight's copy of lora_A has no room; the first weight needs little
-        *(SHORT_OF_MEMORY_FOR_RECORDS.format(room=room) for room in (16, 40, 80, 120)),  # of 64 MiB, twice
+        SHORT_OF_MEMORY,  # no room for the second weight's copy of lora_A; the first weight needs little
+        *(SHORT_OF_MEMORY_FOR_RECORDS.format(room=room) for room in (16, 40, 80, 120)),  # below 2 * 64 MiB
     ],
     ids=["factors", "records, 16", "records, 40", "records, 80", "records, 120"],
 )
@@ -112,7 +112,7 @@ def test_out_of_memory_in_an_op(script):
 
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt, SystemExit])
-def test_an_error_when_the_old_set_is_out_and_the_new_one_not_in(monkeypatch, error):
+def test_an_error_between_unmerging_the_old_set_and_merging_the_new_one(monkeypatch, error):
     model = hard_model([torch.float32, torch.bfloat16])
     pristine = weights(model)
     merge(model, "a")
@@ -136,7 +136,7 @@ def test_an_error_when_the_old_set_is_out_and_the_new_one_not_in(monkeypatch, er
 
 
 class PressesCtrlC:
-    """A stand-in for an op during which Ctrl-C is pressed: Python raises KeyboardInterrupt as it returns."""
+    """Stands in for an op during which Ctrl-C is pressed: Python raises KeyboardInterrupt when it returns."""
 
     def __init__(self, op) -> None:
         self.default, self.calls = self, 0
@@ -151,7 +151,7 @@ class PressesCtrlC:
 
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:
-    """SIGINT raises KeyboardInterrupt, as it does in a program that does nothing about it."""
+    """Makes SIGINT raise KeyboardInterrupt, Python's default."""
     if threading.current_thread() is not threading.main_thread():
         pytest.skip("signals are for the main thread")
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -161,7 +161,7 @@ def ctrl_c() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("op", [MERGE_OP, "lora_unmerge_"])
-def test_ctrl_c_during_an_op_takes_effect_when_all_is_noted(monkeypatch, ctrl_c, op):
+def test_ctrl_c_during_an_op_takes_effect_after_the_change(monkeypatch, ctrl_c, op):
     model = hard_model([torch.float32, torch.bfloat16])
     pristine, expected = weights(model), copy.deepcopy(model)
     merge(model, "a")
@@ -202,8 +202,8 @@ def test_ctrl_c_during_a_merge_that_is_refused(monkeypatch, ctrl_c):
 
 
 @pytest.mark.parametrize("op", [MERGE_OP, "lora_unmerge_"])
-def test_ctrl_c_leaves_a_weight_outside_layers_as_it_was(monkeypatch, ctrl_c, op):
-    """Nobody would have the record, or know that it is used up."""
+def test_ctrl_c_leaves_a_weight_outside_layers_unchanged(monkeypatch, ctrl_c, op):
+    """Otherwise the caller would have no record, or one that no longer matches the weight."""
     weight = torch.randn(6, 300)
     before, arguments = weight.clone(), (torch.randn(2, 300), torch.randn(6, 2), 0.3)
     record = functional.lora_merge_(weight, *arguments)

@@ -1,4 +1,4 @@
-"""Merges that are refused: every layer keeps its bits and what it knows about them."""
+"""Merges that are refused: every layer keeps its bits and its merge state."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def infinite(layer: LoraLinear) -> str:
 
 @pytest.mark.parametrize("already", [(), ("a",), ("a", "c")], ids=str)
 @pytest.mark.parametrize("spoil", [overflow, not_a_number, infinite])
-def test_one_layer_that_would_not_be_finite_keeps_all_as_they_are(spoil, already):
+def test_one_layer_that_would_not_be_finite_leaves_all_unchanged(spoil, already):
     model = hard_model([torch.float32, torch.float16, torch.bfloat16, torch.float64])
     pristine = weights(model)
     if already:
@@ -120,7 +120,7 @@ REPLACEMENTS: dict[str, tuple[Callable, type[Exception] | tuple, str]] = {
 
 @pytest.mark.parametrize("how", REPLACEMENTS)
 def test_weight_replaced_while_merged(how):
-    """The other layer is of another dtype, and so in a launch of its own."""
+    """The other layer has another dtype, so it is in another launch."""
     make, error, text = REPLACEMENTS[how]
     model = hard_model([torch.float32, torch.bfloat16])
     pristine = weights(model)
@@ -142,9 +142,13 @@ def test_names():
     merge(model, ["a"])
     for change, error, text in [
         (lambda: merge(model, ["b", "d"]), KeyError, r"merge: no layer has an adapter 'd'; .* \['a', 'b', 'c'\]"),
-        (lambda: merge(model, ["b", "a"]), RuntimeError, "merge: 'layer0', 'layer1' merged already"),
+        (lambda: merge(model, ["b", "a"]), RuntimeError, "merge: adapters are already merged into 'layer0', 'layer1'"),
         (lambda: unmerge(model, ["a", "d"]), KeyError, "unmerge: no layer has an adapter 'd'"),
-        (lambda: unmerge(model, ["a", "b"]), RuntimeError, "unmerge: 'layer0', 'layer1' not merged"),
+        (
+            lambda: unmerge(model, ["a", "b"]),
+            RuntimeError,
+            "unmerge: the adapters are not merged into 'layer0', 'layer1'",
+        ),
         (lambda: model["layer0"].merge("b", "c"), KeyError, r"no adapter 'c'; the adapters are \['a', 'b'\]"),
         (lambda: model["layer0"].merge("b", "a"), RuntimeError, "adapter 'a' is already merged"),
         (lambda: model["layer0"].unmerge("a", "b"), RuntimeError, "adapter 'b' is not merged"),
@@ -154,14 +158,14 @@ def test_names():
     assert_restores(model, pristine)
 
 
-def test_tied_to_a_module_while_another_adapter_is_merged():
+def test_a_weight_tied_while_another_adapter_is_merged():
     model = inject(llama().eval(), LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False), "a")
     for _, layer in lora_modules(model):
         add_adapter(layer, "b", 2, 1e-2)
     pristine = weights(model)
     merge(model, "a")
     model.model.embed_tokens.weight = model.lm_head.base_layer.weight
-    with refused(model, ValueError, "the weight of 'lm_head' is also that of 'model.embed_tokens'"):
+    with refused(model, ValueError, "the weight of 'lm_head' is shared with 'model.embed_tokens'"):
         merge(model, "b")
     assert_restores(model, pristine)
 
@@ -175,7 +179,7 @@ def test_a_computed_weight():
     pristine = weights(model)
     torch.nn.utils.parametrize.register_parametrization(model[1].base_layer, "weight", Double())
     for change in (lambda: merge(model), lambda: merge_and_unload(model), model[1].merge):
-        with refused(model, RuntimeError, "the weight.* is not a parameter but computed, by a parametrization perhaps"):
+        with refused(model, RuntimeError, "the weight.* is not a parameter but computed; remove its parametrization"):
             change()
     torch.nn.utils.parametrize.remove_parametrizations(model[1].base_layer, "weight", leave_parametrized=False)
     merge(model)
@@ -202,7 +206,7 @@ def test_layers_whose_weights_share_memory_are_refused(dtype):
                 model, ValueError, "the weight of 'x' shares memory with the weight of 'z', which would change"
             ):
                 change()
-    model["z"].base_layer.weight = nn.Parameter(whole[rows:], requires_grad=False)  # side by side
+    model["z"].base_layer.weight = nn.Parameter(whole[rows:], requires_grad=False)  # adjacent
     before = weights(model)
     merge(model, "a")
     unmerge(model)
@@ -221,7 +225,7 @@ def test_weights_of_two_dtypes_in_the_same_memory():
     "cuts", [[(0, 300), (300, 600)], [(0, 1), (1, 650)], [(0, 256), (300, 600), (260, 270)]], ids=str
 )
 def test_blocks_of_columns_of_one_matrix(cuts):
-    """As of a fused q, k, v projection: disjoint, though each begins before the others have ended."""
+    """Blocks of a packed q, k, v projection: disjoint, though their address ranges overlap."""
     whole = torch.randn(20, 650)
     before, blocks = whole.clone(), [whole[:, begin:end] for begin, end in cuts]
     factors = [pack_factors(whole.dtype, [(torch.randn(2, b.shape[1]), torch.randn(20, 2), 0.5)]) for b in blocks]

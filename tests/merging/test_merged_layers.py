@@ -1,4 +1,4 @@
-"""Merged layers and models: their weights are a function of the set of merged adapters, to the bit."""
+"""Merged layers and models: the set of merged adapters determines every bit of the weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ACTIONS = st.lists(
 )
 
 
-# --- the weight is a function of the set ------------------------------------------------------------------------------
+# --- the set determines the weight ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
@@ -63,7 +63,7 @@ def test_any_order_of_merges_and_unmerges(dtype, actions, exponents, seed):
         try:
             getattr(layer, action)(*sorted(names, reverse=True))
         except ValueError as error:
-            # Also on unmerging: the sum of those that stay may overflow where the sum of all did not.
+            # Also on unmerging: the sum of the remaining updates may overflow although the sum of all did not.
             assert dtype == torch.float16 and "the sum overflows torch.float16" in str(error)
             assert same_bits(layer.weight, before) and layer.merged_adapters == state
             continue
@@ -117,7 +117,7 @@ def test_a_thousand_cycles(dtype):
     assert same_bits(layer.weight, pristine)
 
 
-def test_what_is_trained_after_the_merge_does_not_change_what_comes_out():
+def test_training_after_the_merge_does_not_change_unmerging():
     layer = hard_layer(torch.float32)
     pristine, untrained = layer.weight.clone(), copy.deepcopy(layer)
     layer.merge("a", "b")
@@ -127,15 +127,15 @@ def test_what_is_trained_after_the_merge_does_not_change_what_comes_out():
             adapter.scaling *= 7.0
     layer.unmerge("a")
     untrained.merge("b")
-    assert same_bits(layer.weight, untrained.weight)  # b as it was when merged
+    assert same_bits(layer.weight, untrained.weight)  # b with its values when merged
     layer.unmerge()
     assert same_bits(layer.weight, pristine)
     trained = merged(pristine[:2], [(layer.adapters.b.lora_A, layer.adapters.b.lora_B[:2], layer.adapters.b.scaling)])
     layer.merge("b")
-    assert same_bits(layer.weight[:2], trained)  # and as it is now
+    assert same_bits(layer.weight[:2], trained)  # b with its present values
 
 
-def test_adapters_removed_or_replaced_while_merged_still_come_out():
+def test_adapters_removed_or_replaced_while_merged_can_be_unmerged():
     model = hard_model([torch.float32, torch.bfloat16])
     before = weights(model)
     merge(model, ["a", "b"])
@@ -148,7 +148,7 @@ def test_adapters_removed_or_replaced_while_merged_still_come_out():
     assert all_same(weights(model), before)
 
 
-def test_ranks_of_adapters_that_stay_are_those_they_were_merged_with():
+def test_adapters_that_stay_merged_keep_their_ranks():
     layer = hard_layer(torch.float32)
     pristine = copy.deepcopy(layer)
     layer.merge("a", "b", "c")
@@ -185,7 +185,7 @@ def test_inference_mode(merge_inside):
 @pytest.mark.cpu_only("GPUs have no such mode")
 def test_flushing_subnormals_does_not_change_adapters_that_stay():
     layer = hard_layer(torch.float32)
-    with torch.no_grad():  # a subnormal factor of an update that is not
+    with torch.no_grad():  # a subnormal factor of an update that is not subnormal
         layer.adapters.a.lora_A.fill_(1e38), layer.adapters.a.lora_B.fill_(1e-41)
     pristine = layer.weight.clone()
     layer.merge("a")
@@ -216,11 +216,11 @@ def test_compiled_model():
     assert same_bits(layer.weight, pristine)
 
 
-# --- what becomes of merged models ------------------------------------------------------------------------------------
+# --- copies, devices and state dicts ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_copies_of_a_merged_model_are_restored_on_their_own(how):
+def test_copies_of_a_merged_model_are_independent(how):
     model = hard_model(FLOATING)
     pristine = weights(model)
     merge(model, "a")
@@ -258,7 +258,7 @@ def test_state_dict_holds_the_merged_weight_and_nothing_of_the_record():
     other = copy.deepcopy(pristine)
     other.load_state_dict(state)
     assert not any(merged_sets(other)) and all_same(weights(other), weights(model))
-    # A pristine file replaces a merged weight: nothing is left to take out.
+    # A pristine state dict replaces the merged weights, so nothing is merged.
     model.load_state_dict(pristine.state_dict())
     for _, layer in lora_modules(model):
         layer.forget_merge()
@@ -273,7 +273,7 @@ def test_merge_and_unload_leaves_the_weight_of_the_set(first):
     model = nn.ModuleDict({"x": hard_layer(torch.float32), "y": hard_layer(torch.bfloat16)})
     expected = copy.deepcopy(model)
     for _, layer in lora_modules(expected):
-        layer.merge(*{*first, "c"})  # the active one is c: what the model computed stays what it computes
+        layer.merge(*{*first, "c"})  # c is active: the model's output does not change
     if first:
         merge(model, first)
     assert merge_and_unload(model) is model
@@ -300,16 +300,16 @@ def test_bytes_are_counted_and_logged(caplog):
     assert merge_record_bytes(model) == 0 and up.merge_record_bytes == 0
 
 
-def test_the_logged_bytes_are_those_of_the_layers_it_merged(caplog):
+def test_the_logged_bytes_count_only_the_merged_layers(caplog):
     model = hard_model([torch.float32, torch.float32])
     merge(model, ["a", "b"])
     with caplog.at_level(logging.INFO, "lora_ext.adapters"):
-        merge(model, "c")  # of the second layer alone
-    own = model["layer1"].merge_record_bytes
-    assert caplog.messages == [f"merged 1 layers; unmerging keeps {own} bytes, {own / (6 * 260):.3f} per weight"]
+        merge(model, "c")  # only the second layer has c
+    kept = model["layer1"].merge_record_bytes
+    assert caplog.messages == [f"merged 1 layers; unmerging keeps {kept} bytes, {kept / (6 * 260):.3f} per weight"]
 
 
-def test_layers_that_need_no_corrections_keep_factors_alone():
+def test_layers_without_corrections_keep_only_factors():
     layer = hard_layer(torch.float32, sizes=(0.1, 0.1, 0.1))
     with torch.no_grad():
         layer.base_layer.weight.copy_(torch.randint(-99, 99, (9, 270)).clamp(min=0))
@@ -323,7 +323,7 @@ def test_layers_that_need_no_corrections_keep_factors_alone():
     assert same_bits(layer.weight, pristine)
 
 
-# --- a model as people have them --------------------------------------------------------------------------------------
+# --- a real architecture ----------------------------------------------------------------------------------------------
 
 
 def test_minilm_in_bfloat16():

@@ -33,14 +33,14 @@ ALIVE = {"r": 2, "lora_alpha": 3, "init_lora_weights": False}
 
 
 class Wrapper(nn.Module):
-    """An attention by the name of ``attention``."""
+    """A model whose ``attention`` is an ``nn.MultiheadAttention``."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(E, H, **{"dtype": torch.float64} | settings)
         with torch.no_grad():
             for name, parameter in self.attention.named_parameters():
-                if "bias" in name:  # zero at first
+                if "bias" in name:  # initially zero
                     parameter.normal_()
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -285,7 +285,7 @@ def test_deepcopy_and_unload():
     assert any(lora_modules(before))
 
 
-# --- what is adapted --------------------------------------------------------------------------------------------------
+# --- the modules that inject adapts -----------------------------------------------------------------------------------
 
 
 def encoder(**settings: Any) -> nn.TransformerEncoder:
@@ -336,7 +336,7 @@ def test_the_attention_stays_wrapped_until_its_last_adapter_goes():
     assert type(model.attention) is nn.MultiheadAttention and type(model.attention.out_proj) is not LoraLinear
 
 
-def test_an_adapter_that_is_added_leaves_the_others_trainable():
+def test_adding_an_adapter_leaves_the_others_trainable():
     model = adapted(Wrapper(), name="a")
     adapted(model, name="b")
     set_adapter(model, ["a", "b"])
@@ -344,13 +344,13 @@ def test_an_adapter_that_is_added_leaves_the_others_trainable():
     assert all(flag == ("adapters" in name) for name, flag in flags.items())
 
 
-def test_out_proj_that_is_trained_in_full_is_not_adapted():
+def test_an_out_proj_trained_in_full_is_not_adapted():
     model = adapted(Wrapper(), modules_to_save=["out_proj"])
     assert [path for path, _ in lora_modules(model)] == ["attention"]
     x = inputs("self", False, True)
     with torch.no_grad():
         model.attention.out_proj.adapters.default.bias.add_(1.0)
-    assert (model(*x)[0] - merged_copy(model)(*x)[0]).abs().max() > 0.5  # which has the original
+    assert (model(*x)[0] - merged_copy(model)(*x)[0]).abs().max() > 0.5  # merged_copy has the original out_proj
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -383,7 +383,7 @@ def test_files_both_ways_with_peft(targets, tmp_path):
 
 @pytest.mark.parametrize("targets", [["out_proj"], "all-linear"])
 def test_files_of_out_proj_alone_have_pefts_keys(targets, tmp_path):
-    """PEFT never calls such an adapter; the keys are those it gives it."""
+    """PEFT never calls such an adapter, but saves it under these keys."""
     base = encoder().eval()
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=targets, **ALIVE))
     theirs.save_pretrained(tmp_path / "theirs")
@@ -407,7 +407,7 @@ def test_trained_biases_are_pefts(bias, targets, tmp_path):
         for model in (ours, theirs)
     ]
     biases = [{name for name in names if "bias" in name} for names in trained]
-    assert biases[0] == biases[1] != set()  # in_proj_bias, whose name is another, is not among them
+    assert biases[0] == biases[1] != set()  # without in_proj_bias, which has another name
     theirs.save_pretrained(tmp_path / "theirs")
     again = load_adapter(copy.deepcopy(base), tmp_path / "theirs", trainable=True)
     again(x).sum().backward()
@@ -439,7 +439,7 @@ def test_files_do_not_depend_on_other_adapters(settings, tmp_path):
     if settings:
         keys = load_file(tmp_path / "first" / "adapter_model.safetensors").keys()
         assert "base_model.model.attention.k_proj_weight.lora_B.weight" in keys and len(keys) == 8
-    # Into a model that has the other one already, and over one of the same name.
+    # Load into a model that has the other adapter, and replace an adapter of the same name.
     other = load_adapter(load_adapter(copy.deepcopy(base), tmp_path / "second", adapter_name="b"), tmp_path / "first")
     set_adapter(model, "first")
     torch.testing.assert_close(other(*tensors), model(*tensors))
@@ -460,9 +460,9 @@ def test_weighted_combination(settings, kind, tmp_path):
     torch.testing.assert_close(load_adapter(base, tmp_path)(*tensors), model(*tensors))
 
 
-def test_a_combination_whose_ranks_no_config_can_say():
+def test_a_combination_whose_ranks_a_config_cannot_express():
     model = adapted(adapted(Wrapper(), name="a"), ["out_proj"], "b")
-    with refused(model, ValueError, "'attention.out_proj' would have rank 4, but what is adapted with it rank 2"):
+    with refused(model, ValueError, "'attention.out_proj' would have rank 4, but a layer adapted along with it rank 2"):
         add_weighted_adapter(model, ["a", "b"], [1.0, 1.0], "c", "cat")
 
 
@@ -513,7 +513,7 @@ def test_attention_that_cannot_be_adapted():
         ({"query": torch.nested.nested_tensor([torch.zeros(2, E)])}, ValueError, "query is a nested tensor"),
     ],
 )
-def test_inputs_that_do_not_fit(changes, error, text):
+def test_bad_inputs(changes, error, text):
     model = adapted(Wrapper(batch_first=True, dtype=torch.float32))
     x = torch.zeros(N, L, E)
     with pytest.raises(error, match=text):

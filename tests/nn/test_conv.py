@@ -1,3 +1,5 @@
+"""LoraConv against a convolution with the updated weight, and against PEFT."""
+
 from __future__ import annotations
 
 import copy
@@ -17,7 +19,7 @@ from lora_ext.nn import LoraConv
 
 ALIVE = {"r": 4, "lora_alpha": 6, "init_lora_weights": False}
 
-# Layers of 6 to 8 channels and the number of spatial dimensions: stride, padding, dilation and groups of every kind.
+# Layers from 6 to 8 channels, named by their spatial dimensions: every kind of stride, padding, dilation and groups.
 LAYERS = {
     "1d": (nn.Conv1d, {"kernel_size": 3}),
     "1d same": (nn.Conv1d, {"kernel_size": 4, "padding": "same", "dilation": 2}),
@@ -58,7 +60,7 @@ def adapted(name: str, **settings) -> nn.Module:
 
 
 def with_delta(layer: LoraConv, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """What the base layer computes with the updated weight, from its definition."""
+    """The base layer's output with the updated weight, by the definition."""
     base = layer.base_layer
     weight = base.weight + scaling * torch.einsum("or,ri...->oi...", B.flatten(1), A)
     return base._conv_forward(x, weight, base.bias)
@@ -104,7 +106,7 @@ def test_peft_computes_the_same_from_our_file(name, settings, tmp_path):
         warnings.filterwarnings("ignore", message=".*(groups > 1|has no bias).*")
         theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True)
     layer = theirs.base_model.model.conv
-    for convolution in layer.lora_A.values() if name in PEFT_DIFFERS else ():  # what PEFT forgets
+    for convolution in layer.lora_A.values() if name in PEFT_DIFFERS else ():  # settings that PEFT drops
         for setting in ("dilation", "padding_mode", "_reversed_padding_repeated_twice"):
             setattr(convolution, setting, getattr(layer.base_layer, setting))
     expected, actual = theirs(x), ours(x)
@@ -157,7 +159,7 @@ def test_merging_gives_the_same_output_and_unmerging_every_bit(dtype, memory_for
     assert type(merge_and_unload(model).conv) is nn.Conv2d
 
 
-def test_float32_factors_beside_16_bits():
+def test_float32_factors_on_a_16_bit_layer():
     model = inject(ConvNet("2d").bfloat16(), LoraConfig(target_modules=["conv"], **ALIVE))
     layer, x = model.conv, input_for("2d").bfloat16()
     adapter = layer.adapters.default
@@ -206,7 +208,7 @@ def test_lora_bias_without_a_bias_is_not_merged():
         merge(model)
 
 
-def test_another_memory_format_while_merged_is_not_unmerged():
+def test_a_layer_whose_memory_format_changed_is_not_unmerged():
     model = merge(adapted("2d")).eval()
     model.to(memory_format=torch.channels_last)
     weight = model.conv.weight.clone()
@@ -215,7 +217,7 @@ def test_another_memory_format_while_merged_is_not_unmerged():
     assert torch.equal(model.conv.weight, weight)
 
 
-def test_a_hook_on_the_base_layer_runs_and_keeps_what_it_saw():
+def test_a_hook_on_the_base_layer_runs_and_its_output_is_not_overwritten():
     model, x, seen = ConvNet("2d").double(), input_for("2d"), []
     model.conv.register_forward_hook(lambda *args: seen.append(args[2]))
     bare = model.conv(x)
@@ -252,13 +254,13 @@ def test_convolutions_that_cannot_be_adapted(layer, reason):
         inject(model, LoraConfig(target_modules=["conv", "head"]))
 
 
-def test_a_rank_that_the_groups_do_not_divide():
+def test_a_rank_that_is_not_a_multiple_of_the_groups():
     model = ConvNet("1d grouped")
-    with refused(model, ValueError, "'conv' has groups=2, by which the rank 3 cannot be divided", "rank_pattern"):
+    with refused(model, ValueError, "the rank 3 of 'conv' is not a multiple of its groups=2", "rank_pattern"):
         inject(model, LoraConfig(target_modules=["head", "conv"], rank_pattern={"conv": 3}))
 
 
 def test_orthogonal_initialisation():
     model = ConvNet("2d")
-    with refused(model, ValueError, "orthogonal initialisation is for plain matrices"):
+    with refused(model, ValueError, "orthogonal initialisation needs plain matrices"):
         inject(model, LoraConfig(target_modules=["head", "conv"], init_lora_weights="orthogonal"))

@@ -1,3 +1,5 @@
+"""LoraEmbedding against PEFT and against the definition."""
+
 from __future__ import annotations
 
 import copy
@@ -22,7 +24,7 @@ TARGETS = ["tokens", "positions", "head"]
 
 
 class Scaled(nn.Embedding):
-    """As BART's: what is looked up is scaled by a number."""
+    """An embedding that scales its rows by a number, like BART's."""
 
     embed_scale = 4.0
 
@@ -52,7 +54,7 @@ def ids_with_padding() -> Tensor:
 
 
 def factors(model: nn.Module) -> dict[str, Tensor]:
-    """The factors' gradients by key, of a model of ours or PEFT's."""
+    """The factors' gradients by key, in our model or PEFT's."""
     names = {".adapters.default.": ".", ".default": "", "base_model.model.": "", "lora_embedding_": "lora_"}
     gradients = {}
     for path, parameter in model.named_parameters():
@@ -121,7 +123,7 @@ def test_starts_as_pefts(init):
         assert mine.shape == yours.shape and mine.std().item() == pytest.approx(yours.std().item(), rel=0.15)
 
 
-# --- on its own -------------------------------------------------------------------------------------------------------
+# --- without PEFT -----------------------------------------------------------------------------------------------------
 
 
 def layer_of(dtype: torch.dtype, factor_dtype: torch.dtype | None = None) -> LoraEmbedding:
@@ -130,7 +132,7 @@ def layer_of(dtype: torch.dtype, factor_dtype: torch.dtype | None = None) -> Lor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_16_bits_beside_float32_are_as_good_as_plain_pytorch(dtype):
+def test_16_bits_with_float32_factors_are_as_good_as_plain_pytorch(dtype):
     layer, ids = layer_of(dtype, torch.float32), torch.randint(30, (5, 40))
     adapter = layer.adapters.default
     grad = torch.randn(5, 40, 16).to(dtype)
@@ -148,7 +150,7 @@ def test_16_bits_beside_float32_are_as_good_as_plain_pytorch(dtype):
         assert relative_error(mine, best) <= 2 * relative_error(torchs, best) + 1e-6
 
 
-def test_the_gradient_lies_in_memory_as_the_factor():
+def test_the_gradient_has_the_memory_layout_of_the_factor():
     layer = layer_of(torch.float32)
     layer(torch.randint(30, (50,))).sum().backward()
     for A in (layer.adapters.default.lora_A, copy.deepcopy(layer).adapters.default.lora_A):
@@ -183,7 +185,7 @@ def test_merging_gives_the_same_output_and_unmerging_every_bit(dtype):
     torch.testing.assert_close(model(ids), expected, **tolerance)
 
 
-def test_a_hook_on_the_base_layer_runs_and_keeps_what_it_saw():
+def test_a_hook_on_the_base_layer_runs_and_its_output_is_not_overwritten():
     model, ids, seen = TextNet(), token_ids(), []
     model.tokens.register_forward_hook(lambda *args: args[2].requires_grad_())  # enable_input_require_grads
     model.tokens.register_forward_hook(lambda *args: seen.append(args[2]))
@@ -195,7 +197,7 @@ def test_a_hook_on_the_base_layer_runs_and_keeps_what_it_saw():
     assert seen[1].grad is not None and model.tokens.adapters.default.lora_A.grad is not None
 
 
-def test_gradients_are_dense_beside_a_sparse_base_layer():
+def test_gradients_are_dense_on_a_sparse_base_layer():
     base, ids = nn.Embedding(30, 16, sparse=True), torch.tensor([3, 3, 7])
     layer = LoraEmbedding(base, EmbeddingAdapter(30, 16, 4, 8, init_lora_weights=False))
     layer(ids).sum().backward()

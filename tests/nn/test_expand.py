@@ -1,3 +1,5 @@
+"""expand_onto_ against the plain product, in all layouts."""
+
 from __future__ import annotations
 
 import pytest
@@ -46,7 +48,7 @@ def test_is_the_product_and_its_gradients(monkeypatch, layout, dtypes, chunk):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", ["tokens", "image"])
-def test_float32_factors_beside_16_bits_are_rounded_once(dtype, layout):
+def test_float32_factors_onto_16_bits_are_rounded_once(dtype, layout):
     shape, dim, _ = LAYOUTS[layout]
     y, B = torch.randn(shape).to(dtype), torch.randn(5, 2)
     xa = torch.randn([2 if size == 5 else size for size in shape])

@@ -17,7 +17,7 @@ def test_starts_as_its_base_layer():
     assert not layer.adapters.default.lora_B.any() and layer.adapters.default.lora_A.any()
 
 
-@pytest.mark.cpu_only("cuBLAS may sum in another order where it adds to what is there")
+@pytest.mark.cpu_only("cuBLAS may sum in another order when it accumulates")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_starts_with_the_bits_of_its_base_layer(dtype, bias):
@@ -48,7 +48,7 @@ def test_gaussian_initialisation():
 
 def test_kaiming_initialisation_matches_nn_linear():
     adapter = LoraAdapter(400, 20, 64, 8)
-    bound = 1 / math.sqrt(400)  # what nn.Linear's reset_parameters gives, and PEFT's
+    bound = 1 / math.sqrt(400)  # the bound of nn.Linear's reset_parameters and of PEFT
     assert adapter.lora_A.abs().max() <= bound and adapter.lora_A.std().item() == pytest.approx(
         bound / math.sqrt(3), rel=0.03
     )
@@ -67,7 +67,7 @@ def test_follows_the_mode_of_the_layer_it_wraps():
     assert not LoraLinear(nn.Linear(4, 4).eval(), LoraAdapter(4, 4, 1, 1)).adapters.default.training
 
 
-def test_is_a_linear_layer_to_those_who_look():
+def test_has_the_attributes_of_a_linear_layer():
     base = nn.Linear(24, 20)
     layer = LoraLinear(base, LoraAdapter(24, 20, 4, 8))
     assert layer.weight is base.weight and layer.bias is base.bias
@@ -142,7 +142,7 @@ def test_layer_refuses():
     assert list(layer.adapters) == ["default"] and layer.active_adapters == ("default",)
 
 
-def test_a_refused_base_layer_is_left_as_it_was():
+def test_a_refused_base_layer_is_unchanged():
     base = nn.Linear(4, 6)
     with pytest.raises(ValueError, match="lora_A has shape"):
         LoraLinear(base, LoraAdapter(5, 6, 2, 2))
@@ -150,7 +150,7 @@ def test_a_refused_base_layer_is_left_as_it_was():
 
 
 def test_frozen_weight_can_be_unfrozen():
-    """Nobody asks for it by default, but a user who does gets the linear layer's own gradients."""
+    """An unfrozen weight gets the gradients of the linear layer."""
     layer = LoraLinear(nn.Linear(24, 20), LoraAdapter(24, 20, 4, 8, init_lora_weights=False))
     layer.base_layer.requires_grad_(True)
     x, grad_y = torch.randn(2, 3, 24), torch.randn(2, 3, 20)
@@ -159,13 +159,17 @@ def test_frozen_weight_can_be_unfrozen():
     torch.testing.assert_close(layer.bias.grad, grad_y.sum((0, 1)))
 
 
-def test_an_update_of_another_matrix():
+def test_delta_weight_needs_an_update_and_one_adapter():
     layer = LoraLinear(nn.Linear(6, 4), LoraAdapter(6, 4, 2, 4))
-    with pytest.raises(KeyError, match=r"adapter 'default' has no update of 'bias', but of \['weight'\]"):
+    with pytest.raises(KeyError, match=r"adapter 'default' has no update of 'bias', only of \['weight'\]"):
         layer.delta_weight("default", "bias")
+    layer.add_adapter("other", LoraAdapter(6, 4, 2, 4))
+    layer.set_active("default", "other")
+    with pytest.raises(ValueError, match=r"LoraLinear: name one of the active adapters \('default', 'other'\)"):
+        layer.delta_weight()
 
 
-def test_names_that_are_no_list():
+def test_names_must_be_a_list():
     with pytest.raises(TypeError, match="ActiveAdapters: names is of type Tensor, want a list of strings"):
         ActiveAdapters(torch.tensor(0.5))
     with pytest.raises(TypeError, match="ActiveAdapters: names is None, want a list of strings"):

@@ -1,4 +1,4 @@
-"""LoraPackedLinear against loralib's MergedLinear, against the definition, and its files with PEFT."""
+"""LoraPackedLinear against loralib's MergedLinear and the definition; its files with PEFT."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ENABLED = [(True, False, True), (True, True, True), (False, True), (True,)]
 
 
 class Fused(nn.Module):
-    """A projection of one of the two kinds by the name of ``qkv``, and a linear layer."""
+    """A packed projection ``qkv`` of either kind, and a linear layer."""
 
     def __init__(self, conv1d: bool = False, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
@@ -88,14 +88,14 @@ def test_equals_loralib(fan_in_fan_out, enabled):
     layer, adapter = model.qkv, model.qkv.adapters.default
     assert type(layer) is LoraPackedLinear
     with torch.no_grad():
-        for ours, own in (
+        for ours, loralibs in (
             (layer.weight, theirs.weight),
             (layer.bias, theirs.bias),
             (adapter.lora_A, theirs.lora_A),
             (adapter.lora_B, theirs.lora_B),
         ):
-            assert ours.shape == own.shape
-            ours.copy_(own)
+            assert ours.shape == loralibs.shape
+            ours.copy_(loralibs)
     x, grad = x_for(model), torch.randn(2, 5, OUT, dtype=torch.float64)
     results = []
     for module, factors in ((layer, adapter), (theirs, theirs)):
@@ -175,17 +175,20 @@ def test_compiles(fused):
     torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x))
 
 
-def test_a_layer_of_its_own():
+def test_a_layer_without_inject():
     adapter = PackedAdapter(IN, OUT, 2, 4, enable_lora=[False, True])
     layer = LoraPackedLinear(nn.Linear(IN, OUT), 2, adapter)
     assert not adapter.lora_B.any() and adapter.lora_A.any() and "num_parts=2" in repr(layer)
     x = torch.randn(3, IN)
     torch.testing.assert_close(layer(x), layer.base_layer(x))
     for make, text in (
-        (lambda: LoraPackedLinear(nn.Linear(IN, OUT), 5), "num_parts is 5, which out_features=12 is no multiple of"),
+        (lambda: LoraPackedLinear(nn.Linear(IN, OUT), 5), "num_parts is 5, want a divisor of out_features=12"),
         (lambda: PackedAdapter(IN, OUT, 2, 4, enable_lora=[False] * 3), "want at least one True"),
-        (lambda: PackedAdapter(IN, OUT, 2, 4, enable_lora=[True] * 5), "5 parts, which out_features=12 is no multiple"),
-        (lambda: layer.add_adapter("b", PackedAdapter(IN, OUT, 2, 4, enable_lora=[True] * 3)), "has 3 parts, but the"),
+        (
+            lambda: PackedAdapter(IN, OUT, 2, 4, enable_lora=[True] * 5),
+            "has 5 parts, want a divisor of out_features=12",
+        ),
+        (lambda: layer.add_adapter("b", PackedAdapter(IN, OUT, 2, 4, enable_lora=[True] * 3)), "has 3 parts, want 2"),
         (lambda: layer.add_adapter("b", LoraAdapter(IN, OUT + 1, 2, 4)), "lora_B has shape"),
     ):
         with pytest.raises(ValueError, match=text):
@@ -227,7 +230,7 @@ GPT2 = {
 
 def content(directory: Path) -> tuple:
     with safe_open(directory / "adapter_model.safetensors", "pt") as file:
-        tensors = {key: file.get_tensor(key).tolist() for key in file.keys()}  # noqa: SIM118  it is no dict
+        tensors = {key: file.get_tensor(key).tolist() for key in file.keys()}  # noqa: SIM118  not a dict
         return tensors, file.metadata(), (directory / "adapter_config.json").read_text()
 
 
@@ -252,14 +255,14 @@ def test_files_through_peft(settings, tmp_path):
     save_adapter(again, tmp_path / "again")
     assert content(tmp_path / "again") == content(tmp_path / "ours")
 
-    theirs.save_pretrained(tmp_path / "theirs")  # an ordinary adapter
+    theirs.save_pretrained(tmp_path / "theirs")  # as an ordinary adapter
     plain = load_adapter(copy.deepcopy(base), tmp_path / "theirs")
     assert type(plain.transformer.h[0].attn.c_attn) is LoraLinear
     torch.testing.assert_close(plain(input_ids=ids).logits, expected)
 
 
 def test_files_keep_the_order_of_patterns(tmp_path):
-    """Of which the first that matches counts."""
+    """The first match decides."""
     base = Fused()
     settings = {"rank_pattern": {"qk.": 3, "q.v": 4}, "alpha_pattern": {"qkv": 5, "q.v": 6}}
     model = adapted(copy.deepcopy(base), **settings)
@@ -275,7 +278,7 @@ def test_values_are_replaced_and_swapped_in_place(tmp_path):
     base = Fused()
     model = adapted(copy.deepcopy(base))
     save_adapter(model, tmp_path / "a")
-    x, expected = x_for(base), model(x_for(base))
+    x = x_for(base)
     expected = model(x)
     for change in (load_adapter, hotswap_adapter):
         other = adapted(copy.deepcopy(base))
@@ -315,7 +318,7 @@ KEY = "base_model.model.qkv.lora_B.weight"
 @pytest.mark.parametrize(
     ("damage", "text"),
     [
-        (lambda tensors, note: tensors[KEY].fill_(1.0), "there are numbers outside of the blocks [True, False, True]"),
+        (lambda tensors, note: tensors[KEY].fill_(1.0), "there are numbers outside the blocks [True, False, True]"),
         (
             lambda tensors, note: note["blocks"].update({KEY: [True] * 5}),
             "has shape [12, 4], which does not divide into blocks",
@@ -326,7 +329,7 @@ KEY = "base_model.model.qkv.lora_B.weight"
         (lambda tensors, note: note.pop("config"), "blocks or config are missing"),
     ],
 )
-def test_metadata_that_do_not_fit(damage, text, tmp_path):
+def test_damaged_metadata(damage, text, tmp_path):
     save_adapter(adapted(Fused()), tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     with safe_open(path, "pt") as file:
@@ -342,22 +345,24 @@ def test_metadata_that_do_not_fit(damage, text, tmp_path):
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
-def test_what_enable_lora_cannot_name():
+def test_bad_targets_of_enable_lora():
     model = Fused()
     model.embedding = nn.Embedding(5, 6)
-    with refused(model, TypeError, "embedding (Embedding): enable_lora names it, and is for an nn.Linear or Conv1D"):
+    with refused(
+        model, TypeError, "embedding (Embedding): enable_lora names it, but supports only an nn.Linear or Conv1D"
+    ):
         inject(model, LoraConfig(target_modules=["embedding"], enable_lora={"embedding": (True, False)}))
-    with refused(model, ValueError, "enable_lora has 5 parts, which out_features=12 is no multiple of"):
+    with refused(model, ValueError, "enable_lora has 5 parts, want a divisor of out_features=12"):
         adapted(model, (True,) * 5)
-    with refused(model, ValueError, "lora_bias is True, which goes with a whole layer; take out enable_lora"):
+    with refused(model, ValueError, "lora_bias is True, but enable_lora adapts parts only; remove one of them"):
         adapted(model, lora_bias=True)
-    with refused(model, ValueError, "orthogonal initialisation is for plain matrices"):
+    with refused(model, ValueError, "orthogonal initialisation needs plain matrices"):
         adapted(model, init_lora_weights="orthogonal")
     adapted(model)
-    with refused(model, ValueError, "enable_lora has 2 parts for 'qkv', but other adapters have 3 there"):
+    with refused(model, ValueError, "enable_lora has 2 parts for 'qkv', want 3 like the other adapters"):
         adapted(model, (True, False), "b")
 
 
-def test_a_rank_of_numpy():
+def test_a_numpy_rank():
     adapter = PackedAdapter(6, 9, np.int64(2), 4, enable_lora=(True, False, True))
     assert [tuple(A.shape) for A, _ in adapter.parts().values()] == [(2, 6), (2, 6)]

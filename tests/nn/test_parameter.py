@@ -48,7 +48,7 @@ def mixtral() -> nn.Module:
 
 
 def gpt_oss() -> nn.Module:
-    """Its experts are stored transposed, and have biases beside them."""
+    """A model whose experts are stored transposed and have biases."""
     config = GptOssConfig(**_MODEL, head_dim=8, layer_types=["full_attention"] * 2)
     model = GptOssForCausalLM(config).eval()
     with torch.no_grad():
@@ -62,7 +62,7 @@ FAMILIES = {"mixtral": mixtral, "gpt_oss": gpt_oss}
 
 
 class Mixture(nn.Module):
-    """Experts of both layouts and a matrix, in one module that another one calls."""
+    """A module whose submodule has experts (in either layout) and a matrix as parameters."""
 
     def __init__(self, is_transposed: bool = False, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
@@ -104,9 +104,9 @@ def merged_copy(model: nn.Module) -> nn.Module:
             A, B = adapter.lora_A.detach(), adapter.lora_B.detach()
             num_experts = 1 if weight.dim() == 2 else len(weight)
             for e in range(num_experts):
-                own = B[:, e::num_experts] @ A[e * adapter.r : (e + 1) * adapter.r] * adapter.scaling
+                delta = B[:, e::num_experts] @ A[e * adapter.r : (e + 1) * adapter.r] * adapter.scaling
                 target = weight if weight.dim() == 2 else weight[e]
-                target += own.T if layer.stores_transposed else own
+                target += delta.T if layer.stores_transposed else delta
     return unload(plain)
 
 
@@ -197,7 +197,7 @@ def test_compiles(mixture):
     assert all(grad.abs().max() > 0 for grad in grads)
 
 
-def test_a_layer_of_its_own():
+def test_a_layer_without_inject():
     experts = Experts(False, torch.float32)
     adapter = LoraAdapter(6, 10, 2, 4, init_lora_weights=False, shapes=((6, 6), (10, 6)))
     layer = LoraParameter(experts, "up", adapter)
@@ -302,9 +302,9 @@ def test_gradients_are_pefts(family, tmp_path):
         for name, p in theirs.named_parameters()
         if p.requires_grad
     }
-    own = [(f"base_model.model.{name}", p.grad) for name, p in ours.named_parameters() if p.requires_grad]
-    assert len(own) == len(gradients) == 8
-    for name, gradient in own:
+    trained = [(f"base_model.model.{name}", p.grad) for name, p in ours.named_parameters() if p.requires_grad]
+    assert len(trained) == len(gradients) == 8
+    for name, gradient in trained:
         torch.testing.assert_close(gradient, gradients[name.replace(".adapters.default", "")])
 
 
@@ -339,14 +339,14 @@ def test_parameters_that_cannot_be_adapted():
     with refused(
         model,
         TypeError,
-        "experts.shift: its shift has 1 dimensions, want 2, or 3 of which the first is experts",
+        "experts.shift: its shift has 1 dimensions, want 2, or 3 with the experts first",
         "experts.count: its count is torch.int8",
         "attention.out_proj.weight: nn.MultiheadAttention reads it and never calls its module; name",
     ):
         adapted(model, ["experts.shift", "experts.up", "experts.count", "out_proj.weight"])
     with refused(model, ValueError, "target_parameters", "experts.upp", "close matches: 'experts.up'"):
         adapted(model, ["experts.upp"])
-    with refused(model, ValueError, "orthogonal initialisation is for plain matrices"):
+    with refused(model, ValueError, "orthogonal initialisation needs plain matrices"):
         adapted(model, ["experts.up"], init_lora_weights="orthogonal")
     del model.experts.count
     torch.nn.utils.parametrizations.weight_norm(model.experts, "mix")
@@ -364,7 +364,7 @@ def test_one_module_as_both_kinds_of_target():
 
 
 def test_an_attention_by_its_parameters(tmp_path):
-    """As PEFT can adapt one whose query, key and value weights are separate."""
+    """Target parameters are how PEFT adapts an attention with separate query, key and value weights."""
     base = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2, kdim=5, vdim=6, dtype=torch.float64)})
     names = [f"a.{name}_proj_weight" for name in "qkv"]
     q, k, v = (torch.randn(3, n, dtype=torch.float64) for n in (8, 5, 6))

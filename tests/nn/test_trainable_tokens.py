@@ -1,3 +1,5 @@
+"""Trained rows of embeddings, against PEFT and against a model with those rows."""
+
 from __future__ import annotations
 
 import copy
@@ -28,12 +30,12 @@ from lora_ext.adapters import (
 from lora_ext.nn import LoraLinear
 from lora_ext.nn.trainable_tokens import TokenRows, TrainableTokens
 
-TOKENS = [7, 0, 31]  # not in order, and one is the padding of GemmaNet
+TOKENS = [7, 0, 31]  # not sorted; 0 is the padding of GemmaNet
 ALIVE = {"r": 2, "lora_alpha": 8, "init_lora_weights": False, "target_modules": ["q_proj"]}
 
 
 def tuned(tied: bool, **settings) -> nn.Module:
-    """A model whose rows differ from the weight's."""
+    """A model with trained rows that differ from the weight's."""
     config = LoraConfig(**ALIVE | {"trainable_token_indices": TOKENS} | settings)
     return shaken(inject(llama(tied).double().eval(), config))
 
@@ -117,10 +119,10 @@ def test_we_compute_the_same_from_pefts_file(tied, everything, tmp_path):
         "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
     }
     assert all(same_bits(tensor, first[key]) for key, tensor in again.items())
-    load_adapter(ours, tmp_path)  # over the values that are there
+    load_adapter(ours, tmp_path)  # replaces the present values
 
 
-def test_lora_on_the_tied_head_beside_trained_rows(tmp_path):
+def test_lora_on_the_tied_head_with_trained_rows(tmp_path):
     ours, ids = tuned(True, target_modules=["q_proj", "lm_head"]), ids_with_tokens()
     assert isinstance(ours.lm_head, TrainableTokens) and isinstance(ours.lm_head.base_layer, LoraLinear)
     base = llama(True).double().eval()
@@ -129,13 +131,13 @@ def test_lora_on_the_tied_head_beside_trained_rows(tmp_path):
     theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     torch.testing.assert_close(logits(ours, ids), logits(theirs, ids))
     for operation in (merge, merge_and_unload):
-        with refused(ours, ValueError, "'lm_head.base_layer' has rows", "would lose the update; run unmerged"):
+        with refused(ours, ValueError, "'lm_head.base_layer' has trained rows", "would lose the update; run unmerged"):
             operation(ours)
     unload(ours)
     assert type(ours.lm_head) is nn.Linear
 
 
-def test_weights_that_are_merged_for_good_are_pefts(tmp_path):
+def test_weights_merged_for_good_equal_pefts(tmp_path):
     ours = tuned(True)
     save_adapter(ours, tmp_path)
     base = llama(True).double().eval()
@@ -148,11 +150,11 @@ def test_weights_that_are_merged_for_good_are_pefts(tmp_path):
         torch.testing.assert_close(ours.state_dict()[name], tensor)
 
 
-# --- on its own -------------------------------------------------------------------------------------------------------
+# --- without PEFT -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_starts_as_the_model_and_trains_the_rows_alone(tied):
+def test_starts_as_the_model_and_trains_only_the_rows(tied):
     model, ids = llama(tied).double().eval(), ids_with_tokens()
     expected = logits(model, ids)
     inject(model, LoraConfig(target_modules=["q_proj"], trainable_token_indices=TOKENS, r=2))
@@ -161,7 +163,7 @@ def test_starts_as_the_model_and_trains_the_rows_alone(tied):
     assert trainable == {"model.embed_tokens.adapters.default.rows"}
     assert trainable_parameter_counts(model)[1] == trainable_parameter_counts(llama(tied))[1] + 3 * 16 + 2 * 2 * 2 * 16
     logits(model, token_ids() % 7 + 8).square().sum().backward()  # none of the tokens
-    assert rows_of(model).grad.any() == tied  # the head computes their logits all the same
+    assert rows_of(model).grad.any() == tied  # the head computes their logits even so
     status = {entry.layer: entry for entry in adapter_status(model)}["model.embed_tokens"]
     assert status.kind == "TrainableTokens" and status.parameters == 48 and status.r is None
 
@@ -206,7 +208,7 @@ def test_scaled_embeddings_and_padding():
     layer(ids).sum().backward()
     gradient = layer.adapters.default.rows.grad
     assert not gradient[TOKENS.index(0)].any() and gradient[TOKENS.index(7)].any()
-    assert layer.padding_idx == 0 and layer.num_embeddings == VOCABULARY  # those who look see the embedding
+    assert layer.padding_idx == 0 and layer.num_embeddings == VOCABULARY  # attributes of the embedding
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -221,10 +223,10 @@ def test_16_bits_are_as_good_as_plain_pytorch(dtype):
     x, grad = torch.randn(200, 64).to(dtype), torch.randn(200, 40).to(dtype)
 
     def plain(kind: torch.dtype) -> list[Tensor]:
-        own = rows.detach().to(torch.promote_types(kind, torch.float32)).requires_grad_()
-        weight = base.weight.to(kind).index_copy(0, layer.adapters.default.index, own.to(kind))
+        trained = rows.detach().to(torch.promote_types(kind, torch.float32)).requires_grad_()
+        weight = base.weight.to(kind).index_copy(0, layer.adapters.default.index, trained.to(kind))
         y = x.to(kind) @ weight.T
-        return [y[:, [3, 20]], y, *torch.autograd.grad(y, own, grad.to(kind))]
+        return [y[:, [3, 20]], y, *torch.autograd.grad(y, trained, grad.to(kind))]
 
     y = layer(x)
     ours = [y[:, [3, 20]], y, *torch.autograd.grad(y, rows, grad)]
@@ -241,7 +243,9 @@ def test_adapters_by_name():
     shaken(model)
     set_adapter(model, ["default", "other"])
     for read in (lambda: logits(model, ids), lambda: model.lm_head.weight):
-        with pytest.raises(ValueError, match=r"\['default', 'other'\] are all in use .* for the tokens \[7\]; use one"):
+        with pytest.raises(
+            ValueError, match=r"adapters \['default', 'other'\] train rows for the tokens \[7\]; use one"
+        ):
             read()
     set_adapter(model, "other")
     assert torch.equal(model.lm_head.weight[[0, 31]], model.lm_head.inner_layer.weight[[0, 31]])
@@ -250,14 +254,14 @@ def test_adapters_by_name():
     rename_adapter(model, "other", "renamed")
     assert model.lm_head.adapters.renamed.source is model.model.embed_tokens.adapters.renamed
     set_adapter(model, "default")
-    assert not torch.allclose(logits(model, ids), first)  # shaken once more
+    assert not torch.allclose(logits(model, ids), first)  # changed again
     delete_adapter(model, "renamed")
     inject(model, LoraConfig(**ALIVE), "plain")
     delete_adapter(model, "default")
     assert type(model.lm_head) is nn.Linear and type(model.model.embed_tokens) is nn.Embedding
 
 
-def test_rows_of_several_adapters_in_use():
+def test_rows_of_several_active_adapters():
     model = tuned(True)
     inject(model, LoraConfig(**ALIVE | {"trainable_token_indices": [8]}), "other")
     set_adapter(model, ["default", "other"])
@@ -294,7 +298,7 @@ def test_merging_leaves_the_rows_alone():
     assert same_bits(base.lm_head.weight, weight) and type(base.model.embed_tokens) is nn.Embedding
 
 
-def test_meta_models_get_their_tokens_with_their_memory():
+def test_meta_models_get_their_token_buffers_with_to_empty():
     with torch.device("meta"):
         model = llama(True)
     inject(model, LoraConfig(target_modules=["q_proj"], trainable_token_indices=TOKENS))
@@ -314,7 +318,7 @@ def test_a_combination_copies_the_rows():
     actual = logits(model, ids)
     set_adapter(model, "default")
     torch.testing.assert_close(actual, logits(model, ids))
-    with refused(model, ValueError, "['default', 'both'] train rows", "only one of them may"):
+    with refused(model, ValueError, "['default', 'both'] train rows", "combine only one"):
         add_weighted_adapter(model, ["default", "both"], [1.0, 1.0], "sum", "cat")
 
 

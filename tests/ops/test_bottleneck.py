@@ -277,6 +277,15 @@ def test_forward_mode_says_it_is_not_supported():
         torch.func.jvp(module, (torch.randn(6, 24),), (torch.randn(6, 24),))
 
 
+def test_the_ops_alone_name_themselves():
+    x, lora_A = torch.randn(6, 24, requires_grad=True), torch.randn(4, 24)
+    ops, text = torch.ops.lora_ext, r"not supported; use plain PyTorch"
+    with pytest.raises(RuntimeError, match=rf"^lora_shrink_backward: gradients of gradients .* {text}"):
+        torch.autograd.grad(ops.lora_shrink(x, lora_A).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=rf"^lora_shrink: forward-mode .* {text}"):
+        torch.func.jvp(lambda x: ops.lora_shrink(x, lora_A), (x.detach(),), (torch.randn(6, 24),))
+
+
 def test_the_gradients_of_the_ops_alone():
     case = random_case((5, 6, 7, 3), (torch.float64, torch.float64))
     ops = torch.ops.lora_ext
