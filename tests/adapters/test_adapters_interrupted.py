@@ -16,6 +16,8 @@ from lora_ext import LoraConfig, inject, load_adapter, save_adapter, set_adapter
 from lora_ext.adapters import hotswap_adapter
 from lora_ext.nn import LoraLinear
 
+pytestmark = pytest.mark.full
+
 CONFIG = LoraConfig(r=2, target_modules=["up"], bias="all", init_lora_weights=False)
 
 

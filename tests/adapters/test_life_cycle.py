@@ -29,6 +29,8 @@ from lora_ext.adapters import (
     unload,
 )
 
+pytestmark = pytest.mark.full
+
 STEPS = 50
 NAMES = ("a", "b", "c", "d")
 CONFIGS = (

@@ -30,6 +30,8 @@ from lora_ext.adapters import (
 )
 from lora_ext.merging import layers as merged_module
 
+pytestmark = pytest.mark.full
+
 CONFIG = LoraConfig(r=2, target_modules=["up", "down"], init_lora_weights=False)
 
 

@@ -263,6 +263,7 @@ def test_small_weights_are_decomposed_in_full(shape):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("shape", "power"), [((520, 600), 1.0), ((600, 520), 0.3)])
+@pytest.mark.full
 def test_leading_directions_of_large_weights(shape, power, dtype):
     W = descending(*shape, power).to(dtype)
     found = block_krylov_svd(W, 8, seed=0)

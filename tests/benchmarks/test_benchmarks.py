@@ -34,7 +34,7 @@ from harness import contestants, machine_isa, machine_load, report, timing, whol
 from harness.machine_folder import machine_folder  # noqa: E402
 from harness.shapes import Shape  # noqa: E402
 
-pytestmark = pytest.mark.cpu_only("runs the scripts on the CPU")
+pytestmark = [pytest.mark.cpu_only("runs the scripts on the CPU"), pytest.mark.full]
 
 PEERS = list(contestants.LAYERS)
 

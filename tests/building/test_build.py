@@ -13,7 +13,7 @@ import torch
 import lora_ext
 from lora_ext import _C, _load, info
 
-pytestmark = pytest.mark.cpu_only("is about the binary")
+pytestmark = [pytest.mark.cpu_only("is about the binary"), pytest.mark.full]
 
 PACKAGE = Path(lora_ext.__file__).parent
 ROOT = Path(__file__).parents[2]

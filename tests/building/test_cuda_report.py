@@ -13,7 +13,7 @@ import pytest
 import lora_ext
 from lora_ext import _load
 
-pytestmark = pytest.mark.cpu_only("is about the compiler's output")
+pytestmark = [pytest.mark.cpu_only("is about the compiler's output"), pytest.mark.full]
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "kernel_report.py"

@@ -18,7 +18,7 @@ from gpu_check import FAILED, NOT_RUN, PASSED, TIMED_OUT, Outcome, Part  # noqa:
 from harness import timing  # noqa: E402
 from harness.shapes import Shape  # noqa: E402
 
-pytestmark = pytest.mark.cpu_only("tests a script's arithmetic")
+pytestmark = [pytest.mark.cpu_only("tests a script's arithmetic"), pytest.mark.full]
 
 MIB = 2**20
 

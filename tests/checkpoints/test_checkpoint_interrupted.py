@@ -15,7 +15,7 @@ from torch import nn
 
 from lora_ext.checkpoints import merge, staging
 
-pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
+pytestmark = [pytest.mark.cpu_only("is about files, which hold CPU tensors"), pytest.mark.full]
 
 
 @pytest.fixture

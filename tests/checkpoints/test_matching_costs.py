@@ -19,7 +19,7 @@ from lora_ext.checkpoints.layouts import assign_parameters
 from lora_ext.checkpoints.parameter_names import match_names
 from lora_ext.files.adapter_file import AdapterFile
 
-pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
+pytestmark = [pytest.mark.cpu_only("is about files, which hold CPU tensors"), pytest.mark.full]
 
 
 def counted(function: Callable[[], object]) -> int:

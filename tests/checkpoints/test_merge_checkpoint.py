@@ -481,6 +481,7 @@ def test_a_full_disk_is_met_before_anything_is_written(llama_files, tmp_path, mo
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads VmHWM")
 def test_resident_memory_does_not_grow_with_the_checkpoint(tmp_path):
     """A merge takes at most 1.5 times the largest tensor and 75 MB more than importing torch; bench_offline_merge.py

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.cpu_only("tests the CPU kernels")
+pytestmark = [pytest.mark.cpu_only("tests the CPU kernels"), pytest.mark.full]
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,6 +6,8 @@ import pytest
 
 from faults import run_script
 
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):

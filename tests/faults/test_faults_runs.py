@@ -11,6 +11,8 @@ import pytest
 
 from faults import run_script
 
+pytestmark = pytest.mark.full
+
 KINDS = ["kill", "disk full", "read-only"]
 
 

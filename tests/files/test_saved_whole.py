@@ -20,7 +20,7 @@ from torch import nn
 from lora_ext import load_adapter, save_adapter
 from lora_ext.files.staged_files import staged_files
 
-pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
+pytestmark = [pytest.mark.cpu_only("is about files, which hold CPU tensors"), pytest.mark.full]
 
 CASES = {
     "adapter": ["nothing,nothing", "old,nothing", "another shape,nothing", "old,symbolic links", "old,hard links"],

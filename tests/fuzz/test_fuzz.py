@@ -19,7 +19,7 @@ from fuzz.values import FLOATING, KINDS, LAYOUTS, OVERLAPS, TensorValue
 from lora_ext import analysis, functional
 from lora_ext import nn as layers
 
-pytestmark = pytest.mark.cpu_only("starts processes")
+pytestmark = [pytest.mark.cpu_only("starts processes"), pytest.mark.full]
 
 TESTS = Path(__file__).parents[1]
 

@@ -7,7 +7,7 @@ import pytest
 from fuzz import campaign
 from fuzz.areas import FIXED_CASES
 
-pytestmark = pytest.mark.cpu_only("starts processes")
+pytestmark = [pytest.mark.cpu_only("starts processes"), pytest.mark.full]
 
 
 @pytest.mark.parametrize("area", [area for area in ("values", "models") if area in FIXED_CASES])

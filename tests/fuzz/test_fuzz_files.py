@@ -7,7 +7,7 @@ import pytest
 from fuzz import campaign
 from fuzz.areas import FIXED_CASES, OF_FILES
 
-pytestmark = pytest.mark.cpu_only("starts processes")
+pytestmark = [pytest.mark.cpu_only("starts processes"), pytest.mark.full]
 
 
 @pytest.mark.parametrize("area", [area for area in OF_FILES if area in FIXED_CASES])

@@ -8,7 +8,7 @@ from fuzz import campaign
 from fuzz.area_ops import OPS
 from fuzz.areas import FIXED_CASES
 
-pytestmark = pytest.mark.cpu_only("starts processes")
+pytestmark = [pytest.mark.cpu_only("starts processes"), pytest.mark.full]
 
 PARTS = 2
 CUDA_ONLY = {"lora_merge_plan", "lora_merge_planned_"}

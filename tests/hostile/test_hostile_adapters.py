@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
+pytestmark = [pytest.mark.cpu_only("is about files, which hold CPU tensors"), pytest.mark.full]
 
 TESTS = Path(__file__).resolve().parents[1]
 

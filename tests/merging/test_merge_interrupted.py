@@ -20,6 +20,8 @@ from lora_ext.adapters import merge_and_unload
 from lora_ext.merging import layers as merged_module
 from lora_ext.merging.weights import MergeRecord
 
+pytestmark = pytest.mark.full
+
 
 def test_out_of_memory_before_the_first_weight_changes(monkeypatch):
     model = hard_model([torch.float32, torch.bfloat16])

@@ -401,6 +401,7 @@ def test_gradient_checkpointing(family, name, reentrant):
         torch.testing.assert_close(gradients[1][path], gradient)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["prefix-embed", "prefix-layer"])
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_compiled_in_one_graph(family, name):

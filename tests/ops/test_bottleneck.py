@@ -116,6 +116,7 @@ def test_every_activation(activation, bias):
         assert_as_good_as_torch((70, 97, 131, 8), dtypes, activation, bias=bias)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa):
     run_on_isa(isa, f"{__file__}::test_values_and_gradients")
@@ -225,7 +226,7 @@ class Adapted(nn.Module):
         return x + self.up(nn.functional.gelu(self.down(x)))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
 def test_compile_fullgraph_dynamic(backend):
     module = nn.Sequential(Adapted(), nn.Tanh(), Adapted())
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=backend)

@@ -86,6 +86,7 @@ def test_reads_nothing_behind_the_tensors(dtype):
             assert functional.lora_linear(x, weight, None, A, B, 1.0).isfinite().all()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa):
     names = ("test_as_good_as_torch", "test_siblings", "test_reads_nothing_behind_the_tensors")

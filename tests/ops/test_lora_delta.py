@@ -227,7 +227,7 @@ def test_opcheck():
     )
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
 @pytest.mark.parametrize("train", [False, True])
 def test_compile(backend, train):
     module = Adapted(nn.Linear(24, 20).requires_grad_(False), 24, 20, dropout_p=0.3)

@@ -323,6 +323,7 @@ def test_recovers_from_running_out_of_memory():
 # --- instruction sets -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa):
     names = ("test_values_and_gradients", "test_mask_is_the_reference_mask", "test_any_number_of_threads")

@@ -60,6 +60,7 @@ def assert_as_good_as_torch(siblings: list[Siblings], dropout_p: float = 0.0, se
     assert_errors_as_plain(results, siblings[0].x.dtype, siblings[0].layers[0].lora_A.dtype)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
 @pytest.mark.parametrize("shape", SIBLINGS, ids=str)
@@ -352,6 +353,7 @@ def test_repeated_runs_are_bit_identical():
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa):
     names = ("test_values_and_gradients", "test_equals_the_layers_one_by_one")

@@ -264,6 +264,7 @@ print(digest.hexdigest())
 """
 
 
+@pytest.mark.full
 def test_instruction_sets_and_threads_agree_to_the_bit():
     digests = {}
     for isa in info.gather()["cpu"]["isas_available"]:

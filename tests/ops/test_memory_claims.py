@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from harness import contestants, memory, whole_models
 
-pytestmark = pytest.mark.cpu_only("reads the CPU allocator's records")
+pytestmark = [pytest.mark.cpu_only("reads the CPU allocator's records"), pytest.mark.full]
 
 TOKENS, IN, OUT, RANK, DROPOUT = 192, 320, 448, 8, 0.1
 MOST_OF_PEFT = 0.7  # the project's claim, for adapters on every linear layer

@@ -31,7 +31,7 @@ def test_opcheck(dtypes, dropout_p):
             )
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
 @pytest.mark.parametrize("used", [(0, 1, 2), (0, 2)], ids=str)
 def test_compile_fullgraph_dynamic(backend, used):
     siblings = random_siblings(((1, 24), ((24, 4), (20, 3), (24, 2))), (torch.float64, torch.float64))

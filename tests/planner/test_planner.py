@@ -225,6 +225,7 @@ def test_a_mask_is_converted_to_numbers():
         ("llama", "full", True),
     ],
 )
+@pytest.mark.full
 def test_a_deep_model_is_extrapolated_exactly(family, method, checkpointing):
     source, count = source_of(family, method, layers=6), 6
 

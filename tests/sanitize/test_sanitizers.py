@@ -9,7 +9,7 @@ from sanitize.builds import ROOT
 from sanitize.planted import PLANTED
 from sanitize.sanitizers import SANITIZERS
 
-pytestmark = pytest.mark.cpu_only("is about the compiler")
+pytestmark = [pytest.mark.cpu_only("is about the compiler"), pytest.mark.full]
 
 BUGS = [bug for bugs in PLANTED.values() for bug in bugs]
 

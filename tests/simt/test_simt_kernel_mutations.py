@@ -8,7 +8,7 @@ from simt.build import ROOT
 from simt.driver import SimtError
 from simt.kernel_mutations import MUTATIONS, library, planted
 
-pytestmark = pytest.mark.cpu_only("emulates the CUDA kernels on the CPU")
+pytestmark = [pytest.mark.cpu_only("emulates the CUDA kernels on the CPU"), pytest.mark.full]
 
 
 @pytest.mark.parametrize("schedule", [0, 1])

@@ -19,7 +19,7 @@ from simt import ops
 from simt.driver import Library, kernels
 from simt.edits import few_blocks
 
-pytestmark = pytest.mark.cpu_only("emulates the CUDA kernels on the CPU")
+pytestmark = [pytest.mark.cpu_only("emulates the CUDA kernels on the CPU"), pytest.mark.full]
 
 SIBLINGS = [1, 3]
 SEED = 0x1234_5678_9ABC_DEF0 >> 1

@@ -12,7 +12,7 @@ from simt import merge_ops
 from simt.driver import Library, kernels
 from simt.edits import few_blocks
 
-pytestmark = pytest.mark.cpu_only("emulates the CUDA kernels on the CPU")
+pytestmark = [pytest.mark.cpu_only("emulates the CUDA kernels on the CPU"), pytest.mark.full]
 
 RANKS = [1, 3, 8, 16, 17, 64, 100]
 MAX_LAYERS_OF_A_LAUNCH = 32

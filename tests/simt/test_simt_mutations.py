@@ -10,7 +10,7 @@ import torch
 from simt.driver import Report
 from simt.mutate import MUTATIONS, SOURCE, Mutation, library
 
-pytestmark = pytest.mark.cpu_only("emulates the CUDA kernels on the CPU")
+pytestmark = [pytest.mark.cpu_only("emulates the CUDA kernels on the CPU"), pytest.mark.full]
 
 # Three blocks, the last with rows missing; five tiles in a pipeline of three, the last with columns missing; gaps
 # between the rows of x.

@@ -12,7 +12,7 @@ from simt.build import SIMT
 from simt.driver import Library, library_of
 from simt.golden import PRIMITIVES
 
-pytestmark = pytest.mark.cpu_only("emulates the CUDA kernels on the CPU")
+pytestmark = [pytest.mark.cpu_only("emulates the CUDA kernels on the CPU"), pytest.mark.full]
 
 
 def golden_library() -> Library:

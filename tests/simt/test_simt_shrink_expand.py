@@ -10,7 +10,7 @@ from torch import Tensor
 
 from simt import ops
 
-pytestmark = pytest.mark.cpu_only("emulates the CUDA kernels on the CPU")
+pytestmark = [pytest.mark.cpu_only("emulates the CUDA kernels on the CPU"), pytest.mark.full]
 
 SHAPES = [(1, 64, 8), (7, 5, 3), (33, 130, 17), (70, 515, 8), (40, 257, 100), (20, 136, 40)]  # tokens, features, rank
 

@@ -19,7 +19,7 @@ from lora_ext.tasks import TaskError
 from lora_ext.tasks.analyze import run as analyze
 from lora_ext.tasks.analyze.places import places
 
-pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
+pytestmark = [pytest.mark.cpu_only("is about files, which hold CPU tensors"), pytest.mark.full]
 
 
 @pytest.fixture(scope="module")

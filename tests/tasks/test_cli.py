@@ -91,6 +91,7 @@ def test_hints_install_from_where_the_package_is_from(tmp_path: Path, monkeypatc
     assert install_hint("demo") == f"pip install '{checkout}[demo]'{brings}"
 
 
+@pytest.mark.full
 def test_threads_that_wait_sleep_unless_the_user_says_otherwise():
     code = (
         "import os, sys; from lora_ext import cli; cli.main = lambda: print(os.environ.get('OMP_WAIT_POLICY')); "

@@ -32,6 +32,8 @@ from lora_ext.tasks.comparison.spread import lines_of, over_seeds, summary, winn
 from lora_ext.tasks.finetune.run import finetune
 from lora_ext.tasks.finetune.settings import LEARNING_RATES, Settings
 
+pytestmark = pytest.mark.full
+
 METHODS = ["full:learning-rate=5e-3", "lora:r=2", "lora+adapter-p"]
 
 

@@ -173,6 +173,7 @@ print(json.dumps([metrics["id2label"], metrics["data_sha256"], metrics["after"],
 """
 
 
+@pytest.mark.full
 def test_nothing_depends_on_how_strings_are_hashed(tmp_path: Path):
     model = tiny_classifier.save_model(tmp_path / "model")
     rows = tiny_classifier.reviews(60)

@@ -14,7 +14,7 @@ from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune import demo
 from lora_ext.tasks.finetune.data import split_examples
 
-pytestmark = pytest.mark.cpu_only("is about files")
+pytestmark = [pytest.mark.cpu_only("is about files"), pytest.mark.full]
 
 SDIST = "vaderSentiment-3.3.2.tar.gz"
 

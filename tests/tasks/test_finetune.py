@@ -34,7 +34,7 @@ from lora_ext.tasks.finetune.lora_targets import lora_targets
 from lora_ext.tasks.finetune.run import finetune
 from lora_ext.tasks.finetune.settings import Settings, command_line
 
-pytestmark = pytest.mark.cpu_only("the Trainer chooses the device")
+pytestmark = [pytest.mark.cpu_only("the Trainer chooses the device"), pytest.mark.full]
 
 
 @pytest.fixture(scope="module")

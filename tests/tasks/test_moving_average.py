@@ -10,6 +10,8 @@ from torch import nn
 
 from lora_ext.tasks.finetune.moving_average import MovingAverage
 
+pytestmark = pytest.mark.full
+
 
 def model_of(value: float) -> nn.Linear:
     model = nn.Linear(3, 2)

@@ -13,6 +13,8 @@ from transformers import AutoTokenizer, RobertaConfig, RobertaForMaskedLM
 
 from lora_ext.cli import main
 
+pytestmark = pytest.mark.full
+
 GOOD, BAD = ["hay", "tốt", "nhiệt_tình"], ["chán", "khó_hiểu", "tệ"]
 NOUNS = ["thầy", "giảng_viên", "môn_học", "sinh_viên", "slide", "phòng"]
 

@@ -103,6 +103,7 @@ def test_the_formula_counts_the_parts_of_packed_projections(parts):
 # --- the demo model ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's count of resident memory")
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_demo_takes_the_memory_that_is_planned(method):

@@ -14,7 +14,7 @@ from support.report_results import COMPARE, METHODS, results_of_the_session
 
 from lora_ext.tasks.report import write_report
 
-pytestmark = pytest.mark.cpu_only("is about files")
+pytestmark = [pytest.mark.cpu_only("is about files"), pytest.mark.full]
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,8 @@ from lora_ext.tasks.finetune.run import finetune
 from lora_ext.tasks.finetune.settings import Settings
 from lora_ext.tasks.finetune.trainer import Interrupted
 
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
