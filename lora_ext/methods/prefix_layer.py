@@ -207,9 +207,8 @@ class PrefixLayer(PrefixMethod):
 
     def _first_values(self, layer: nn.Module, model: nn.Module) -> Tensor:
         like = weight_of(layer, model)
-        weight = torch.empty(
-            self.special_tokens, hidden_size(model), device=like.device, dtype=new_parameter_dtype(like)
-        )
+        sizes = self.special_tokens, hidden_size(model)
+        weight = torch.empty(sizes, device=like.device, dtype=new_parameter_dtype(like))
         # as in Transformers; tokens that all start at zero would stay equal
         return nn.init.normal_(weight, std=0.02)
 

@@ -125,7 +125,7 @@ class Case:
         outcome = attempt(self.save, Fault(top / "elsewhere"), as_owner_only=True)
         directory.chmod(0o700)
         assert (outcome.ended, outcome.error) == ("raised", "PermissionError"), outcome
-        assert "get the right to write" in outcome.message and str(directory) in outcome.message, outcome
+        assert "get permission to write" in outcome.message and str(directory) in outcome.message, outcome
         self.check_only(self.old)
 
     def save(self) -> None:

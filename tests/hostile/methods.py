@@ -31,7 +31,7 @@ def methods() -> dict[str, tuple[str, str]]:
         "long activation": (of("adapter-p", activation="x" * (MEGABYTE - 100)), "activation is 'xxx"),
         "no options": ({"methods": [{"name": "bitfit"}]}, "and options"),
         "no name": ({"methods": [{"name": ["bitfit"], "options": {}}]}, "want a name"),
-        "no methods": ({}, "its methods are None"),
+        "no methods": ({}, "methods is None"),
         "list": ([], "holds a list"),
         "deep": ('{"methods": ' + "[" * 400_000 + "]" * 400_000 + "}", "levels"),
         "large": (" " * (2 << 20), "larger than"),
