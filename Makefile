@@ -42,7 +42,7 @@ test: $(VENV)/.test $(VENV)/.built
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 test-quick: $(VENV)/.test $(VENV)/.built
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not full' $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal --quick $(PYTEST_ARGS)
 
 test-full: $(VENV)/.test $(VENV)/.built
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal --slow $(PYTEST_ARGS)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch.use_determi
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="without the files and tests marked full")
     parser.addoption("--slow", action="store_true", help="also run tests marked slow")
     parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where tests create their tensors")
     parser.addoption("--lives", type=int, default=60, help="number of models that go through random operations")
@@ -29,13 +32,27 @@ def no_cuda_reason() -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "full: takes long; left out by -m 'not full' (make test-quick)")
+    config.addinivalue_line("markers", "full: takes long; left out by --quick (make test-quick)")
     config.addinivalue_line("markers", "slow: takes minutes; skipped without --slow (make test-full)")
     config.addinivalue_line("markers", "cpu_only(reason): skipped under --device cuda")
     if config.getoption("--device") == "cuda":
         if reason := no_cuda_reason():
             raise pytest.UsageError(f"--device cuda: {reason}")
         torch.set_default_device("cuda")  # before modules that create tensors are imported
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With --quick, files that are marked full as a whole are not even imported."""
+    if config.getoption("--quick") and collection_path.suffix == ".py":
+        return True if re.search(r"^pytestmark = .*\bmark\.full\b", collection_path.read_text(), re.M) else None
+    return None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--quick"):
+        full = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=full)
+        items[:] = [item for item in items if item not in full]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

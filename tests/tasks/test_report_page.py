@@ -111,6 +111,7 @@ def numbers(value: Any) -> Iterator[float]:
 # --- the document -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_the_page_is_whole_and_asks_nothing_of_others(page: Path):
     parsed = Parsed(page)
     ids = [attributes["id"] for _, attributes in parsed.elements if "id" in attributes]

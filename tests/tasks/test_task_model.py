@@ -62,6 +62,7 @@ def settings_for(model: Path, tmp_path: Path, rows: int = 300, **options: Any) -
     return Settings(model=str(model), data=str(data), **given)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["full", "lora", "adapter-h", "prefix-embed", "prefix-layer", "lora+prefix-layer"])
 @pytest.mark.parametrize("family", DECODERS)
 def test_decoders_learn_though_their_tokenizers_have_no_padding(tmp_path: Path, family: str, method: str):
@@ -173,6 +174,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.full
 def test_a_hub_that_does_not_answer_is_asked_once(tmp_path: Path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -185,6 +187,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(tmp_path: Path):
     assert "is not asked (HF_HUB_OFFLINE)" in result.stderr and "hf download" not in result.stderr
 
 
+@pytest.mark.full
 def test_a_hub_that_answers_is_asked_for_the_model(tmp_path: Path):
     server = http.server.HTTPServer(("127.0.0.1", 0), Hub)
     thread = threading.Thread(target=server.serve_forever)
