@@ -1,1 +1,1 @@
-"""What the whole package uses: types of arguments, a lock for each model, warnings, text in messages."""
+"""Used by the whole package: types of arguments, a lock for each model, warnings, text in messages, progress."""
