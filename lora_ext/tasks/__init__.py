@@ -1,4 +1,4 @@
-"""What the command line runs. Uses the library's public API and is never imported by it."""
+"""The tasks of the command line. They use the library's public API; the library never imports them."""
 
 
 class TaskError(Exception):

@@ -291,7 +291,7 @@ def _child(connection: Connection, log: Path, num_threads: int, function: Callab
 def _output_to(log: Path):
     """Everything written to the two streams, by libraries in C too."""
     with writing(log):
-        file = log.open("a", encoding="utf-8", buffering=1)  # who follows it sees each line and each state of a bar
+        file = log.open("a", encoding="utf-8", buffering=1)  # so that a reader of the log sees each line at once
     with file, redirect_stdout(file), redirect_stderr(file):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
