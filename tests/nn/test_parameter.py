@@ -356,10 +356,10 @@ def test_parameters_that_cannot_be_adapted():
 
 def test_one_module_as_both_kinds_of_target():
     model = adapted(Mixture(), ["head.weight"], "a")
-    with refused(model, ValueError, "'head' is adapted by ['a'] as a target of target_parameters; it cannot be"):
+    with refused(model, ValueError, "'head' is adapted by ['a'] as a target of target_parameters, and cannot be"):
         inject(model, LoraConfig(target_modules=["head"]), "b")
     model = inject(Mixture(), LoraConfig(target_modules=["head"]), "a")
-    with refused(model, ValueError, "'head' is adapted by ['a'] as a target of target_modules; it cannot be"):
+    with refused(model, ValueError, "'head' is adapted by ['a'] as a target of target_modules, and cannot be"):
         adapted(model, ["head.weight"], "b")
 
 

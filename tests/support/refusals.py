@@ -307,7 +307,7 @@ CALLS: list[Call] = [
             *NOT_INJECTED,
             ({"adapter_name": "x"}, KeyError, NO_ADAPTER),
             (lambda path: {"directory": path / "none"}, FileNotFoundError, "none"),
-            (lambda _: {"model": merged()}, RuntimeError, "'a' is merged into 'blocks.0.up'; call unmerge"),
+            (lambda _: {"model": merged()}, RuntimeError, "; call unmerge(model, 'a') first"),
             (
                 lambda _: {"model": inject(Net(), LoraConfig(r=1, target_modules=["up", "down"]), "a")},
                 ValueError,
@@ -324,7 +324,7 @@ CALLS: list[Call] = [
             ({"adapter_name": "x"}, KeyError, NO_ADAPTER),
             ({"r": 0}, ValueError, "r is 0, want an integer of at least 1"),
             ({"r": 1}, ValueError, "rank 2"),
-            (lambda _: {"model": merged()}, RuntimeError, "'a' is merged into 'blocks.0.up'; call unmerge"),
+            (lambda _: {"model": merged()}, RuntimeError, "; call unmerge(model, 'a') first"),
         ],
     ),
     Call(
@@ -348,7 +348,11 @@ CALLS: list[Call] = [
             *NO_LAYER,
             ({"adapter_names": []}, ValueError, "merge: adapter_names is empty; name at least one adapter"),
             ({"adapter_names": ["x"]}, KeyError, "merge: no layer has an adapter 'x'; the adapters are ['a', 'b']"),
-            (lambda _: {"model": merged()}, RuntimeError, "merge: 'blocks.0.up', 'blocks.0.down', 'blocks.1.up' and"),
+            (
+                lambda _: {"model": merged()},
+                RuntimeError,
+                "merge: adapters are already merged into 'blocks.0.up', 'blocks.0.down'",
+            ),
             (lambda _: {"model": disabled(), "adapter_names": None}, RuntimeError, "no adapter is active in"),
             (
                 lambda _: {"model": with_nan(), "adapter_names": "b"},
