@@ -15,7 +15,7 @@ from typing import Any
 from lora_ext._common.install_hint import install_hint
 from lora_ext.methods import METHODS
 from lora_ext.tasks import TaskError, WriteError
-from lora_ext.tasks.finetune.settings import INPUTS, Settings, load_plan
+from lora_ext.tasks.finetune.settings import INPUTS, Settings, load_request
 
 
 def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
@@ -135,7 +135,7 @@ def with_saved(
     Other arguments may be given: only runs that they change are repeated. The ``lists``, such as methods and seeds, are
     added to those of the run.
     """
-    saved = load_plan(args.out, name, lists)
+    saved = load_request(args.out, name, lists)
     options = saved.pop("options")
     again = parse_again(**saved, **options)
     for key in lists:

@@ -80,22 +80,22 @@ def compare(
     specs = [MethodSpec.parse(text) for text in dict.fromkeys(methods)]
     check_labels([(spec, spec.settings(options, seeds[0])) for spec in specs])
     settings = {spec.label: spec.settings(options, seeds[0]) for spec in specs}
-    plan = {"methods": [spec.text for spec in specs], "seeds": list(dict.fromkeys(seeds)), "options": dict(options)}
-    plan["threads"] = torch.get_num_threads()
+    request = {"methods": [spec.text for spec in specs], "seeds": list(dict.fromkeys(seeds)), "options": dict(options)}
+    request["threads"] = torch.get_num_threads()
     texts, left_out = _check(settings)
     for label, reason in left_out.items():
         say(f"{label} is left out: {reason}")
         del settings[label]
     specs = [spec for spec in specs if spec.label in settings]
     runs = [Run(spec.label, spec.settings(options, seed), texts) for spec in specs for seed in dict.fromkeys(seeds)]
-    prepare_out(out, _OUTPUTS, resume, lambda out: write_json(out / COMPARE_FILE, plan))
+    prepare_out(out, _OUTPUTS, resume, lambda out: write_json(out / COMPARE_FILE, request))
 
     metrics = run_all(runs, out, "compare", jobs)
     costs = _costs(settings, texts, out)
     result = {
-        **provenance.made_by(_command(plan, out, jobs)),
+        **provenance.made_by(_command(request, out, jobs)),
         "machine": provenance.machine(),
-        **plan,
+        **request,
         "left_out": [{"label": label, "reason": reason} for label, reason in left_out.items()],
         "methods": [_row(spec, [metrics[run] for run in runs if run.label == spec.label], costs) for spec in specs],
         "base_forward_ms": costs["base"]["forward_ms"],
@@ -119,13 +119,13 @@ def _check(settings: Mapping[str, Settings]) -> tuple[str, dict[str, str]]:
     unsuited: dict[str, str] = {}
     for label, own in settings.items():
         try:
-            _plan(task_model, Settings(method=own.method))
+            _insertions(task_model, Settings(method=own.method))
             check_fits(task_model, own)
         except (TaskError, TypeError, ValueError) as error:
             unsuited[label] = str(error)
             continue
         try:
-            insertions = _plan(task_model, own)
+            insertions = _insertions(task_model, own)
             if own.max_length not in rows:
                 rows[own.max_length] = encode(texts, task_model.tokenizer, splits.labels, own.max_length).rows
             check_room([each.module for each in insertions], most_tokens(task_model.model), rows[own.max_length])
@@ -136,15 +136,15 @@ def _check(settings: Mapping[str, Settings]) -> tuple[str, dict[str, str]]:
     return fingerprint(splits), unsuited
 
 
-def _plan(task_model: TaskModel, settings: Settings) -> list[Insertion]:
+def _insertions(task_model: TaskModel, settings: Settings) -> list[Insertion]:
     """What the method would put into the model. TypeError, ValueError: it cannot."""
     return prepare_method(task_model.model, method_for(task_model.model, settings, task_model.path))[0]
 
 
-def _command(plan: Mapping[str, Any], out: Path, jobs: int) -> list[str]:
+def _command(request: Mapping[str, Any], out: Path, jobs: int) -> list[str]:
     """What makes the whole comparison anew, however often it was interrupted and added to."""
-    first = ["--methods", *plan["methods"], "--seeds", ",".join(map(str, plan["seeds"]))]
-    return command_line("compare", plan["options"], out, *first, jobs=jobs)
+    first = ["--methods", *request["methods"], "--seeds", ",".join(map(str, request["seeds"]))]
+    return command_line("compare", request["options"], out, *first, jobs=jobs)
 
 
 def _costs(settings: Mapping[str, Settings], texts: str, out: Path) -> dict[str, Any]:

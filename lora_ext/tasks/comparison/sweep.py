@@ -77,8 +77,8 @@ def sweep(
             f"--budget is {budget}, but {widest} has {per_rank[widest]} parameters at rank 1; want no fewer"
         )
     within = {target: budget // per_rank[target] for target in targets}
-    plan = {"ranks": ranks, "targets": targets, "seeds": seeds, "budget": budget, "options": options}
-    plan["threads"] = torch.get_num_threads()
+    request = {"ranks": ranks, "targets": targets, "seeds": seeds, "budget": budget, "options": options}
+    request["threads"] = torch.get_num_threads()
 
     cells = [(rank, target) for target in targets for rank in ranks]
     cells += [cell for target in targets if (cell := (within[target], target)) not in cells]
@@ -88,7 +88,7 @@ def sweep(
         return Run(f"r={rank} {target}", _LORA.settings(own, seed), texts)
 
     runs = {(rank, target): [run_of(rank, target, seed) for seed in seeds] for rank, target in cells}
-    prepare_out(out, _OUTPUTS, resume, lambda out: write_json(out / SWEEP_FILE, plan))
+    prepare_out(out, _OUTPUTS, resume, lambda out: write_json(out / SWEEP_FILE, request))
     metrics = run_all([run for own in runs.values() for run in own], out, "sweep", jobs)
 
     results = {
@@ -102,9 +102,9 @@ def sweep(
         for cell, own in runs.items()
     }
     result = {
-        **provenance.made_by(_command(plan, out, jobs)),
+        **provenance.made_by(_command(request, out, jobs)),
         "machine": provenance.machine(),
-        **plan,
+        **request,
         "cells": list(results.values()),
         "best_rank": {
             target: winner({rank: results[rank, target]["accuracy"] for rank in ranks}) for target in targets
@@ -136,12 +136,12 @@ def _parameters_per_rank(targets: Sequence[str], options: Mapping[str, Any]) -> 
     return counts, fingerprint(splits)
 
 
-def _command(plan: Mapping[str, Any], out: Path, jobs: int) -> list[str]:
+def _command(request: Mapping[str, Any], out: Path, jobs: int) -> list[str]:
     """What makes the whole sweep anew, however often it was interrupted and added to."""
     lists = {"--ranks": ",", "--targets": ";", "--seeds": ","}
-    first = [part for name, by in lists.items() for part in (name, by.join(map(str, plan[name.removeprefix("--")])))]
-    first += ["--budget", str(plan["budget"])]
-    options = {name: value for name, value in plan["options"].items() if name != "method"}
+    first = [part for name, by in lists.items() for part in (name, by.join(map(str, request[name.removeprefix("--")])))]
+    first += ["--budget", str(request["budget"])]
+    options = {name: value for name, value in request["options"].items() if name != "method"}
     return command_line("sweep", options, out, *first, jobs=jobs)
 
 

@@ -125,7 +125,7 @@ def saved_threads(out: Path) -> int | None:
     return threads if type(threads) is int and threads > 0 else None
 
 
-def load_plan(out: Path, name: str, lists: Mapping[str, type]) -> dict[str, Any]:
+def load_request(out: Path, name: str, lists: Mapping[str, type]) -> dict[str, Any]:
     """What compare or sweep was started with, of the file ``name`` in ``out``.
 
     Args:
@@ -134,20 +134,20 @@ def load_plan(out: Path, name: str, lists: Mapping[str, type]) -> dict[str, Any]
     Raises:
         TaskError: there is none, or it is damaged.
     """
-    plan = _read(out, name)
+    request = _read(out, name)
     try:
         for key, kind in lists.items():
-            if not isinstance(plan.get(key), list) or any(type(each) is not kind for each in plan[key]):
+            if not isinstance(request.get(key), list) or any(type(each) is not kind for each in request[key]):
                 raise ValueError(f"{key} is no list of {kind.__name__}")
-        for key in plan.keys() - lists.keys() - {"options"}:
-            if plan[key] is not None and type(plan[key]) is not int:
+        for key in request.keys() - lists.keys() - {"options"}:
+            if request[key] is not None and type(request[key]) is not int:
                 raise ValueError(f"{key} is no number")
-        if not isinstance(plan.get("options"), dict):
+        if not isinstance(request.get("options"), dict):
             raise ValueError("there are no options")
-        checked_options(plan["options"])
+        checked_options(request["options"])
     except ValueError as error:
         raise TaskError(f"--resume: {out / name} is damaged: {error}") from error
-    return plan
+    return request
 
 
 def checked_options(values: dict[str, Any]) -> dict[str, Any]:
