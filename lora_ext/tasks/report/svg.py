@@ -114,4 +114,4 @@ def _attributes(mark: ElementTree.Element, shapes: dict[str, str]) -> dict[str, 
 
 
 def _rounded(number: re.Match[str]) -> str:
-    return f"{round(float(number[0]), 1):g}"
+    return f"{round(float(number[0]), 1) + 0:g}"  # + 0: no -0
