@@ -58,7 +58,7 @@ def _reading(content: Mapping[str, Any], usable: int | None, changed: _Memories)
         sentences.append(f"That is {size / full:.0%} of the memory of full fine-tuning ({readable(full)}).")
     if usable is not None:
         fits = "fits" if size <= usable else "does not fit"
-        sentences.append(f"It {fits} into {readable(usable)}, which the dashed line marks.")
+        sentences.append(f"It {fits} into {readable(usable)}, which the vertical line marks.")
         if size > usable:
             fitting = [what for what, memory in changed.items() if memory["peak"] <= usable]
             sentences.append(
