@@ -98,7 +98,7 @@ def test_every_mark_has_its_title():
     assert filled == ["var(--c0)"] * 2 + ["var(--c1)"] * 2
     rows = [Bar("one", [(1.0, "first"), (math.nan, "lost"), (2.0, "last")], "3 B"), Bar("none", [(0.0, "zero")], "0 B")]
     chart = bar_chart("c", rows, names=["x", "y", "z"], limit=(4.0, "limit"))
-    assert titles(chart) == ["first", "last", "limit"] and texts(chart) == ["one", "3 B", "none", "0 B"]
+    assert titles(chart) == ["first", "last", "limit", "limit"] and texts(chart) == ["one", "3 B", "none", "0 B"]
     timed = bar_chart("c", [Bar("step", [(2.0, "two")], "2 ms", (1.0, 4.0), colour=11)])
     assert titles(timed) == ["two"] and "var(--c1)" in timed.svg and "var(--ink)" in timed.svg
 

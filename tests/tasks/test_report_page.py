@@ -207,7 +207,7 @@ def test_every_figure_of_plan_and_finetune(results: Path, page: Path):
     size, full = (readable(plan["runs"][name]["peak"]) for name in ("lora", "full"))
     assert re.search(rf"Training with lora takes {size}; \d+% of it is activations, temporaries\.", parsed.text)
     assert f"of the memory of full fine-tuning ({full})." in parsed.text
-    assert "It does not fit into 600 kB, which the dashed line marks." in parsed.text
+    assert "It does not fit into 600 kB, which the vertical line marks." in parsed.text
     fits = [(cells[0], cells[-1]) for cells in parsed.rows if cells[-1] in ("yes", "no")]
     changed = [f"lora with {' and '.join(change['what'])}" for change in plan["capacity"]["changes"]]
     assert fits == [("full", "no"), ("lora", "no"), ("inference", "yes"), *((name, "yes") for name in changed)]

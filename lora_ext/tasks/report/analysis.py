@@ -10,7 +10,7 @@ from lora_ext.tasks.analyze.measures import SIDES
 from lora_ext.tasks.report.analysis_charts import change_name, draw_changes, draw_similarity, draw_spectra
 from lora_ext.tasks.report.pictures import Pictures
 from lora_ext.tasks.report.results import Result
-from lora_ext.tasks.report.tables import Cell, Table, cell, count, figure_text, table
+from lora_ext.tasks.report.tables import Table, count, figure_text, table
 
 __all__ = ["show_analysis"]
 
@@ -95,8 +95,8 @@ def _adapters(content: Mapping[str, Any]) -> Table:
     rows = []
     for number, (adapter, means) in enumerate(zip(content["adapters"], content["summary"]["adapters"], strict=True), 1):
         ranks = [str(rank) for rank in adapter["r"]]
-        r = Cell(" to ".join(dict.fromkeys([ranks[0], ranks[-1]])) if ranks else "")
-        figures = [cell(means[key]) for key in ("layers", "norm", "relative_change")]
+        r = " to ".join(dict.fromkeys([ranks[0], ranks[-1]])) if ranks else ""
+        figures = [means[key] for key in ("layers", "norm", "relative_change")]
         rows.append([f"adapter {number}", adapter["path"], r, *figures])
     return table("Adapters", ["adapter", "directory", "r", "layers", "|dW|", "|dW| / |W|"], rows)
 
@@ -111,7 +111,7 @@ def _kinds(content: Mapping[str, Any]) -> Table:
         **_PARTS,
     }
     rows = [
-        [kind, cell(number), *(cell(means[key]) for key in columns)]
+        [kind, number, *(means[key] for key in columns)]
         for number, adapter in enumerate(content["summary"]["adapters"], 1)
         for kind, means in adapter["kinds"].items()
     ]
@@ -129,9 +129,7 @@ def _by_rank(content: Mapping[str, Any]) -> list[Table]:
         projection = layers[name]["adapters"][number]["projection"]
         if not projection or not projection["ranks"]:
             continue
-        rows = [
-            [cell(rank), *(cell(projection[key][i]) for key in _PARTS)] for i, rank in enumerate(projection["ranks"])
-        ]
+        rows = [[rank, *(projection[key][i] for key in _PARTS)] for i, rank in enumerate(projection["ranks"])]
         weight_norm = figure_text(layers[name]["weight_norm"])
         caption = f"{name}, which adapter {number + 1} changed most: |W| = {weight_norm}"
         tables.append(table(caption, ["r", *_PARTS.values()], rows))
@@ -161,4 +159,4 @@ def _layer_rows(content: Mapping[str, Any]) -> list[list[Any]]:
 
 def _layers(rows: Sequence[Sequence[Any]]) -> Table:
     heading = ["layer", "adapter", *_LAYER_COLUMNS.values(), *_PARTS.values()]
-    return table("Every layer", heading, [[name, *map(cell, figures)] for name, *figures in rows])
+    return table("Every layer", heading, rows)

@@ -167,7 +167,9 @@ def bar_chart(
             low, high = row.quartiles
             axes.errorbar(start, middle, xerr=[[start - low], [high - start]], color=COLOURS["ink"], linewidth=1)
     if limit is not None:
-        give_titles(axes.axvline(limit[0], color=COLOURS["ink"], linestyle="--"), limit[1])
+        middles = np.arange(len(rows)) + 0.78
+        lines = axes.vlines([limit[0]] * len(rows), middles - 0.24, middles + 0.22, color=COLOURS["ink"])
+        give_titles(lines, *[limit[1]] * len(rows))
     return Chart(caption, to_svg(figure, "bars", caption), [("■", name) for name in names])
 
 

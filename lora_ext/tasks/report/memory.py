@@ -9,7 +9,7 @@ from lora_ext.tasks.plan.results import KINDS, readable, title
 from lora_ext.tasks.report.charts import Bar, Chart, bar_chart
 from lora_ext.tasks.report.pictures import Pictures
 from lora_ext.tasks.report.results import Result
-from lora_ext.tasks.report.tables import Cell, Table, cell, figure_text, table
+from lora_ext.tasks.report.tables import Table, cell, table
 
 __all__ = ["show_memory"]
 
@@ -21,16 +21,13 @@ def show_memory(result: Result, pictures: Pictures) -> dict[str, Any]:
     content = result.content
     runs, changed = content["runs"], dict(_changed(content))
     usable = (content["capacity"] or {}).get("usable")
-    figures = [
-        [name, cell(value) if _is_number(value) else Cell(figure_text(value))] for name, value in _leaves(content)
-    ]
     return {
         "title": title(content),
         "reading": _reading(content, usable, changed),
         "memory": _bars(runs | changed, usable),
         "memories": _table(runs | changed, usable),
         "kept": _kept(runs),
-        "figures": table("All figures", ["figure", "value"], figures),
+        "figures": table("All figures", ["figure", "value"], [*_leaves(content)]),
     }
 
 
@@ -38,10 +35,6 @@ def _changed(content: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any
     """Yields the changes that would make the run fit."""
     for change in (content["capacity"] or {}).get("changes", ()):
         yield f"{content['method']} with {' and '.join(change['what'])}", change
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -65,7 +58,7 @@ def _reading(content: Mapping[str, Any], usable: int | None, changed: _Memories)
         sentences.append(f"That is {size / full:.0%} of the memory of full fine-tuning ({readable(full)}).")
     if usable is not None:
         fits = "fits" if size <= usable else "does not fit"
-        sentences.append(f"It {fits} into {readable(usable)}, which the dashed line marks.")
+        sentences.append(f"It {fits} into {readable(usable)}, which the vertical line marks.")
         if size > usable:
             fitting = [what for what, memory in changed.items() if memory["peak"] <= usable]
             sentences.append(
@@ -96,7 +89,7 @@ def _table(memories: _Memories, usable: int | None) -> Table:
 def _kept(runs: _Memories) -> Table:
     """What is trained and has to be kept for a task."""
     rows = [
-        [name, cell(run["trained_parameters"]), cell(run["checkpoint_bytes"], readable(run["checkpoint_bytes"]))]
+        [name, run["trained_parameters"], cell(run["checkpoint_bytes"], readable(run["checkpoint_bytes"]))]
         for name, run in runs.items()
         if "checkpoint_bytes" in run
     ]

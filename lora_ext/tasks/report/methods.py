@@ -11,7 +11,7 @@ from lora_ext.tasks.finetune.settings import has_option
 from lora_ext.tasks.report.charts import Bar, Chart, Point, Series, bar_chart, line_chart
 from lora_ext.tasks.report.pictures import Pictures, curves_of_runs
 from lora_ext.tasks.report.results import Result
-from lora_ext.tasks.report.tables import Cell, Table, cell, count, table
+from lora_ext.tasks.report.tables import Table, cell, count, table
 
 __all__ = ["not_behind", "own_settings", "show_methods"]
 
@@ -127,7 +127,7 @@ def _table(content: Mapping[str, Any], best: str | None) -> Table:
         rows.append(
             [
                 row["label"],
-                cell(_own_parameters(row)),
+                _own_parameters(row),
                 cell(share, f"{share:.2%}"),
                 cell(row["accuracy"]["mean"], percent(row["accuracy"]), row["label"] == best),
                 cell(row["macro_f1"]["mean"], percent(row["macro_f1"])),
@@ -136,7 +136,7 @@ def _table(content: Mapping[str, Any], best: str | None) -> Table:
                 cell(row["peak_memory_bytes"]["mean"], f"{row['peak_memory_bytes']['mean'] / 2**20:,.0f}"),
                 cell(row["checkpoint_bytes"], f"{row['checkpoint_bytes'] / 1e6:.3g}"),
                 cell(row["forward_ms"]["median"], f"{row['forward_ms']['median'] / base:.2f}"),
-                cell(merged["median"], f"{merged['median'] / base:.2f}") if merged else "",
+                cell(merged["median"], f"{merged['median'] / base:.2f}") if merged else None,
             ]
         )
     return table("Methods", heading, rows)
@@ -204,7 +204,7 @@ def _runs(content: Mapping[str, Any]) -> Table:
             *shares, seconds, size = values
             shown = [cell(share, "" if share is None else f"{100 * share:.2f}") for share in shares]
             shown += [cell(seconds, f"{seconds:.1f}"), cell(size, f"{size / 2**20:,.1f}")]
-            rows.append([row["label"], cell(seed), *shown])
+            rows.append([row["label"], seed, *shown])
     return table("Every run", ["method", "seed", *heading], rows)
 
 
@@ -217,7 +217,7 @@ def _settings(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
     same = {name: next(iter(found.values())) for name, found in values.items() if len(found) == 1}
     others = [name for name in names if name not in same]
-    apart = [[label, *(_setting(chosen.get(name)) for name in others)] for label, chosen in settings.items()]
+    apart = [[label, *(chosen.get(name) for name in others)] for label, chosen in settings.items()]
     return {
         "same": {name: value for name, value in same.items() if value is not None},
         "differing": table("Settings in which the methods differ", ["method", *others], apart) if others else None,
@@ -242,8 +242,3 @@ def _times(content: Mapping[str, Any]) -> Table:
 def own_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that the method uses."""
     return {name: value for name, value in settings.items() if has_option(settings["method"], name)}
-
-
-def _setting(value: Any) -> Cell:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return cell(value) if number else Cell("" if value is None else value)

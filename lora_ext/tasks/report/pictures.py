@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import base64
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lora_ext.files import open_regular
 from lora_ext.tasks.report.results import Result
 from lora_ext.tasks.report.tables import count
 
-__all__ = ["CURVE", "Curves", "Pictures", "curves_of_runs"]
+__all__ = ["CURVE", "Pictures", "curves_of_runs"]
 
 CURVE = "loss_curve.png"
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -37,16 +37,8 @@ class Pictures:
         return f"data:image/png;base64,{text}"
 
 
-@dataclass(frozen=True)
-class Curves:
-    """Name and data URI of each curve; ``left_out`` tells how many have no room, if any."""
-
-    pictures: list[tuple[str, str]]
-    left_out: str | None
-
-
-def curves_of_runs(result: Result, pictures: Pictures) -> Curves:
-    """The losses in the first run of every group in ``runs/``."""
+def curves_of_runs(result: Result, pictures: Pictures) -> dict[str, Any]:
+    """The losses in the first run of every group in ``runs/``: name and data URI; ``left_out`` have no room."""
     found, left_out = [], 0
     for group in sorted(group for group in (result.directory / "runs").glob("*") if group.is_dir()):
         curves = sorted(group.glob(f"seed-*/{CURVE}"), key=_seed)
@@ -56,7 +48,7 @@ def curves_of_runs(result: Result, pictures: Pictures) -> Curves:
         left_out += picture is None
         if picture is not None:
             found.append((f"{group.name}, {curves[0].parent.name}", picture))
-    return Curves(found, count(left_out, "more curve") if left_out else None)
+    return {"pictures": found, "left_out": count(left_out, "more curve") if left_out else None}
 
 
 def _seed(path: Path) -> tuple[int, str]:

@@ -82,7 +82,7 @@ def _rank_table(content: Mapping[str, Any], cells: _Cells) -> Table:
         accuracies = _of_target(content, cells, target)
         best = winner(accuracies)
         first = content["ranks"][0]
-        row = [_code(target), cell(cells[first, target]["parameters"] // first)]
+        row = [_code(target), cells[first, target]["parameters"] // first]
         rows.append(
             [*row, *(cell(scores["mean"], percent(scores), rank == best) for rank, scores in accuracies.items())]
         )
@@ -115,9 +115,7 @@ def _weights_table(content: Mapping[str, Any]) -> Table:
     for setting in content["within_budget"]:
         accuracy = cell(setting["accuracy"]["mean"], percent(setting["accuracy"]), setting["target_modules"] == best)
         macro_f1 = cell(setting["macro_f1"]["mean"], percent(setting["macro_f1"]))
-        rows.append(
-            [_code(setting["target_modules"]), cell(setting["r"]), cell(setting["parameters"]), accuracy, macro_f1]
-        )
+        rows.append([_code(setting["target_modules"]), setting["r"], setting["parameters"], accuracy, macro_f1])
     return table("Accuracy by weights", ["weights", "r", "parameters", "accuracy, %", "macro-F1, %"], rows)
 
 
@@ -127,7 +125,5 @@ def _runs(content: Mapping[str, Any]) -> Table:
         for i, seed in enumerate(content["seeds"]):
             scores = [setting[key]["values"][i] for key in ("accuracy", "macro_f1")]
             shown = [cell(score, f"{100 * score:.2f}") for score in scores]
-            rows.append(
-                [_code(setting["target_modules"]), cell(setting["r"]), cell(setting["parameters"]), cell(seed), *shown]
-            )
+            rows.append([_code(setting["target_modules"]), setting["r"], setting["parameters"], seed, *shown])
     return table("Every run", ["weights", "r", "parameters", "seed", "accuracy, %", "macro-F1, %"], rows)

@@ -9,7 +9,7 @@ from lora_ext.tasks.report.facts import data_of, model_of
 from lora_ext.tasks.report.methods import own_settings
 from lora_ext.tasks.report.pictures import CURVE, Pictures
 from lora_ext.tasks.report.results import Result
-from lora_ext.tasks.report.tables import Cell, table
+from lora_ext.tasks.report.tables import table
 
 __all__ = ["show_run"]
 
@@ -19,11 +19,10 @@ def show_run(result: Result, pictures: Pictures) -> dict[str, Any]:
     content = result.content
     settings = content["settings"]
     shown = {name: value for name, value in own_settings(settings).items() if value is not None}
-    rows = [[name, Cell(text)] for name, text in figures(content)]
     return {
         "reading": _reading(content),
         "facts": [("Model", model_of(content)), ("Data", data_of(content)), ("Method", settings["method"])],
-        "figures": table("Figures", ["figure", "value"], rows, sortable=False),
+        "figures": table("Figures", ["figure", "value"], figures(content)),
         "curve": pictures.embed(result.directory / CURVE),
         "own_settings": shown,
     }

@@ -66,10 +66,11 @@ def give_titles(artist: Artist, *titles: str) -> None:
 
 def to_svg(figure: Figure, class_: str, label: str) -> Markup:
     """Returns the ``<svg>`` element. ``label``: its description for screen readers."""
-    for text in (text for axes in figure.axes for text in axes.texts):  # what no SVG may hold would break the parser
-        text.set_text(printable(text.get_text()))
+    for axes in figure.axes:
+        for text in axes.texts:
+            text.set_text(printable(text.get_text()))  # or the parser below refuses the SVG
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, format="svg")
     source = ElementTree.fromstring(buffer.getvalue())
     shapes = {path.get("id"): path.get("d") for path in source.iter(f"{_SVG}path")}
     root = ElementTree.Element("svg", {"class": class_, "viewBox": source.get("viewBox"), "role": "img"})
@@ -114,4 +115,4 @@ def _attributes(mark: ElementTree.Element, shapes: dict[str, str]) -> dict[str, 
 
 
 def _rounded(number: re.Match[str]) -> str:
-    return f"{round(float(number[0]), 1):g}"
+    return f"{round(float(number[0]), 1) + 0:g}"  # + 0: no -0

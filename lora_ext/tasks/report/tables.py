@@ -8,24 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Cell", "Table", "cell", "count", "figure_text", "printable", "table"]
+__all__ = ["Table", "cell", "count", "figure_text", "printable", "table"]
 
 _NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # no character of an HTML document
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A table's cell.
+    """``value``: the number that the cell is sorted by; None sorts last. ``best``: marked as the best."""
 
-    Attributes:
-        shown: text or Markup.
-        value: the number that the cell is sorted by; None sorts last.
-        best: the cell is marked as the best beyond the spread.
-    """
-
-    shown: Any
-    value: float | None = None
-    best: bool = False
+    shown: str
+    value: float | None
+    best: bool
 
     @property
     def sort_key(self) -> str | None:
@@ -40,25 +34,24 @@ class Table:
     heading: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     numeric: Sequence[bool]
-    sortable: bool
 
 
-def table(caption: str, heading: Sequence[str], rows: Sequence[Sequence[Any]], *, sortable: bool = True) -> Table:
-    """Makes a table of rows of :class:`Cell`, text or Markup."""
-    cells = [[each if isinstance(each, Cell) else Cell(each) for each in row] for row in rows]
-    numeric = [any(row[i].value is not None for row in cells) for i in range(len(heading))]
-    return Table(caption, heading, cells, numeric, sortable and len(cells) > 1)
+def table(caption: str, heading: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
+    """Makes a table of rows of :class:`Cell`, or of values that :func:`cell` shows."""
+    cells = [[value if isinstance(value, Cell) else cell(value) for value in row] for row in rows]
+    return Table(caption, heading, cells, [any(row[i].value is not None for row in cells) for i in range(len(heading))])
 
 
-def cell(value: float | None, shown: str | None = None, best: bool = False) -> Cell:
-    """A number, shown by :func:`figure_text` unless ``shown`` is given."""
-    return Cell(figure_text(value) if shown is None else shown, value, best)
+def cell(value: Any, shown: str | None = None, best: bool = False) -> Cell:
+    """A number, text, Markup or None, shown by :func:`figure_text` unless ``shown`` is given."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return Cell(figure_text(value) if shown is None else shown, value if is_number else None, best)
 
 
 def figure_text(value: Any) -> str:
-    """A figure to four digits, an integer with separators, nothing for None; other values as text."""
-    if value is None:
-        return ""
+    """A number to four digits, an integer with separators, nothing for None; other values as text."""
+    if value is None or isinstance(value, str):
+        return value or ""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
