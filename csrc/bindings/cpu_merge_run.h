@@ -19,14 +19,18 @@ class RecordBuffer {
     void* grown = std::realloc(words_.get(), 2 * static_cast<size_t>(wanted));
     if (grown == nullptr) return false;
     (void)words_.release();  // realloc has freed it
-    words_.reset(static_cast<uint16_t*>(grown)), capacity_ = wanted;
+    words_.reset(static_cast<uint16_t*>(grown));
+    capacity_ = wanted;
     return true;
   }
   void append(int64_t words) { used_ += words; }
   void clear() {
     constexpr int64_t kKeptWords = 4 << 20;
     used_ = 0;
-    if (capacity_ > kKeptWords) words_.reset(), capacity_ = 0;
+    if (capacity_ > kKeptWords) {
+      words_.reset();
+      capacity_ = 0;
+    }
   }
 
   uint16_t* begin() const { return words_.get(); }
@@ -55,7 +59,10 @@ class MergeRun {
     memory_.chunks.resize(std::max<size_t>(memory_.chunks.size(), torch::stable::get_num_threads()));
   }
   ~MergeRun() {
-    for (Chunk& chunk : memory_.chunks) chunk.records.clear(), chunk.scratch.clear();
+    for (Chunk& chunk : memory_.chunks) {
+      chunk.records.clear();
+      chunk.scratch.clear();
+    }
   }
 
   void merge(const MergeLayer& layer) {
@@ -81,7 +88,8 @@ class MergeRun {
   // until take_corrections() copies them, and take_back() restores the weight by them. Throws where there is no memory
   // for more of them.
   int64_t merge_record(const MergeLayer& layer, int16_t* words) {
-    current_ = &layer, words_ = words;
+    current_ = &layer;
+    words_ = words;
     const int64_t segments = merge_segments(layer.in_features), block = block_rows(layer);
     for_rows(layer, [&](Chunk& chunk) {
       chunk.records.clear();
@@ -91,7 +99,7 @@ class MergeRun {
             !chunk.records.reserve(most_record_words(dtype_, rows, layer.in_features))) {
           break;
         }
-        const RowRecords records{words + chunk.done * segments, chunk.records.end(), 0};
+        const NewRowRecords records{words + chunk.done * segments, chunk.records.end()};
         const MergedRows merged = kernels_.merge_record(dtype_, layer, panels_, chunk.done, chunk.done + rows, records,
                                                         chunk.scratch.begin());
         chunk.records.append(merged.words);
@@ -177,7 +185,9 @@ class MergeRun {
     num_chunks_ = std::min(threads, std::max<int64_t>(rows * layer.in_features / kChunkElements, 1));
     for (int64_t i = 0; i < num_chunks_; ++i) {
       Chunk& chunk = memory_.chunks[i];
-      chunk.begin = chunk.done = rows * i / num_chunks_, chunk.end = rows * (i + 1) / num_chunks_;
+      chunk.begin = rows * i / num_chunks_;
+      chunk.end = rows * (i + 1) / num_chunks_;
+      chunk.done = chunk.begin;
       chunk.non_finite = 0;
     }
     for_chunks(f);

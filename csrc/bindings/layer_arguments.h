@@ -136,14 +136,4 @@ inline void check_lengths(const Op& op, size_t num_layers, std::initializer_list
   }
 }
 
-// Fills in a sibling's part of the parameters that forward and backward share. Tensors the kernels read are kept alive
-// in `kept`: contiguous copies have no other owner.
-template <class Layer, class Sibling>
-void set_factors(const Layer& layer, int64_t rank_begin, double rescale, std::vector<Tensor>& kept, Sibling& sibling) {
-  sibling.out_features = layer.lora_B.size(0), sibling.rank = layer.lora_A.size(0), sibling.rank_begin = rank_begin;
-  sibling.lora_A = kept.emplace_back(as_contiguous(layer.lora_A)).const_data_ptr();
-  sibling.lora_B = kept.emplace_back(as_contiguous(layer.lora_B)).const_data_ptr();
-  sibling.scale = layer.scaling * rescale;
-}
-
 }  // namespace lora_ext

@@ -129,7 +129,7 @@ struct LoraLinearOps {
 
 template <class Device, class Library>
 void register_lora_linear_ops(Library& library) {
-  typedef LoraLinearOps<Device> Ops;
+  using Ops = LoraLinearOps<Device>;
   register_op<schemas::kLoraLinear, &Ops::lora_linear>(library);
   register_op<schemas::kLoraLinearBackward, &Ops::lora_linear_backward>(library);
   register_op<schemas::kLoraLinearSiblings, &Ops::lora_linear_siblings>(library);

@@ -186,4 +186,14 @@ inline std::vector<int64_t> sizes_with_last(const Tensor& tensor, int64_t last) 
   return result;
 }
 
+// Owns the tensors that kernel parameters point to, contiguous copies among them, until a call returns.
+class KeptTensors {
+ public:
+  // Keeps the tensor and returns where its elements are.
+  const void* address(Tensor tensor) { return tensors_.emplace_back(std::move(tensor)).const_data_ptr(); }
+
+ private:
+  std::vector<Tensor> tensors_;
+};
+
 }  // namespace lora_ext
