@@ -1,5 +1,5 @@
-// The forward of few tokens on the CPU: every weight is streamed once, in a product of our own, the adapter with it.
-// The library behind nn.Linear reads it at the memory's speed for one or two tokens of float32 only.
+// The forward of few tokens on the CPU: our own product reads every weight once and includes the adapter. The library
+// behind nn.Linear reads weights at memory speed only for one or two tokens of float32.
 #pragma once
 
 #include <algorithm>
@@ -19,9 +19,9 @@ inline bool streams_weights(const Kernels& kernels, const ForwardCall& call) {
   return true;
 }
 
-// Rows of a weight that are worth a thread.
+// Smallest number of a weight's rows that is worth a thread.
 inline int64_t rows_a_thread(int64_t num_tokens, int64_t in_features) {
-  constexpr int64_t kWork = 1 << 17;  // multiply-adds: some ten times what waking a thread costs
+  constexpr int64_t kWork = 1 << 17;  // multiply-adds: about ten times the cost of waking a thread
   return 1 + kWork / (num_tokens * in_features);
 }
 

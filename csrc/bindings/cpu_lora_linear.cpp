@@ -12,8 +12,8 @@
 namespace lora_ext::cpu {
 namespace {
 
-// out [m, n] = start + a [m, k] @ b [k, n] by the library ATen uses for nn.Linear; start is a row [n], out itself, or
-// nothing. The shim bypasses autograd and autocast.
+// out [m, n] = start + a [m, k] @ b [k, n] by the library that ATen uses for nn.Linear; start is a row [n], out itself,
+// or null for nothing. The shim bypasses autograd and autocast.
 void base_product(const Tensor& out, const Tensor* start, const Tensor& a, const Tensor& b) {
   if (start != nullptr) {
     LORA_EXT_CALL_TORCH(aoti_torch_cpu_addmm_out, out.get(), start->get(), a.get(), b.get(), 1.0, 1.0);
@@ -22,9 +22,9 @@ void base_product(const Tensor& out, const Tensor* start, const Tensor& a, const
   }
 }
 
-// float32 and float64: the adapter's term is written first and the base product accumulates onto it: one pass less.
-// 16 bits: the base product first, with the bias as nn.Linear has it, and the adapter's term is added in float32: an
-// adapter that is zero leaves the base layer's bits.
+// float32 and float64: the adapter's term is written first and the base product accumulates onto it, which saves a
+// pass. 16 bits: the base product is first, with the bias as in nn.Linear, and the adapter's term is added in float32:
+// an adapter of zeros keeps the bits of the base layer.
 bool base_product_first(DType dtype) { return dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
 
 // Sums the chunks' gradients, for a range of ranks in each thread.

@@ -9,7 +9,7 @@ namespace {
 
 void lora_merge_(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
                  const std::vector<Tensor>& lora_Bs) {
-  const MergeCall call = prepare_merge("lora_merge_", weights, lora_As, lora_Bs);
+  const MergeCall call = prepare_merge(weights, lora_As, lora_Bs);
   MergeRun run(call.params.dtype, call.layers);
   for (const MergeLayer& layer : call.layers) run.merge(layer);
 }
@@ -17,7 +17,7 @@ void lora_merge_(const std::vector<Tensor>& weights, const std::vector<Tensor>& 
 std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_merge_record_(const std::vector<Tensor>& weights,
                                                                                 const std::vector<Tensor>& lora_As,
                                                                                 const std::vector<Tensor>& lora_Bs) {
-  const MergeCall call = prepare_merge("lora_merge_record_", weights, lora_As, lora_Bs);
+  const MergeCall call = prepare_merge(weights, lora_As, lora_Bs);
   const size_t num_layers = call.layers.size();
   MergeRun run(call.params.dtype, call.layers);
   Tensor non_finite = empty_int64({static_cast<int64_t>(num_layers)}, weights[0]);
@@ -65,8 +65,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_merge_record_(
 void lora_unmerge_(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
                    const std::vector<Tensor>& lora_Bs, const std::vector<Tensor>& words,
                    const std::vector<Tensor>& corrections) {
-  const MergeCall call =
-      prepare_merge("lora_unmerge_", weights, lora_As, lora_Bs, RecordArguments{words, corrections, false});
+  const MergeCall call = prepare_merge(weights, lora_As, lora_Bs, RecordArguments{words, corrections, false});
   MergeRun run(call.params.dtype, call.layers);
   for (size_t i = 0; i < call.layers.size(); ++i) {
     RowRecords records{};

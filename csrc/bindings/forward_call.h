@@ -1,5 +1,5 @@
-// The part of a forward that is the same on every device: arguments checked, outputs allocated, kernel parameters
-// filled in. A binding adds scratch memory and the launches.
+// The part of a forward that is the same on every device: checks the arguments, allocates the outputs, fills in the
+// kernels' parameters. A binding adds scratch memory and the launches.
 #pragma once
 
 #include "layer_arguments.h"
@@ -20,23 +20,27 @@ struct ForwardCall {
   }
 };
 
-inline void check_forward(const Op& op, const Tensor& x, std::span<const ForwardLayer> layers, double dropout_p,
+inline void check_forward(const Names& names, const Tensor& x, std::span<const ForwardLayer> layers, double dropout_p,
                           const std::optional<Tensor>& seed) {
-  check_layers(op, layers);
-  const Tensor& weight = *layers[0].weight;
-  check_tokens(op.name, {"x"}, x, op.argument("weight", 0), weight, weight.size(1), "in_features");
   for (size_t i = 0; i < layers.size(); ++i) {
     const ForwardLayer& layer = layers[i];
+    const Tensor& weight = *layer.weight;
+    const ArgumentName weight_name = names.argument("weight", i);
+    const ArgumentName scaling_name = names.argument("scaling", i);
+    check_factors(weight, layer.lora_A, layer.lora_B, weight_name.index);
+    check_has_dimension({"x"}, x, "in_features");
+    check_num_features({"x"}, x, weight_name, weight.size(1), "in_features");
+    check_same_dtype(weight_name, weight, {"x"}, x);
     if (layer.bias) {
-      const ArgumentName name = op.argument("bias", i);
-      check_tokens(op.name, name, *layer.bias, op.argument("weight", i), *layer.weight, layer.weight->size(0),
-                   "out_features");
-      STD_TORCH_CHECK(layer.bias->dim() == 1, op.name, ": ", name, " has ", layer.bias->dim(), " dimensions, want 1");
+      const ArgumentName bias_name = names.argument("bias", i);
+      check_same_dtype(bias_name, *layer.bias, {"x"}, x);
+      check_bias(bias_name, *layer.bias, weight.size(0));
     }
-    STD_TORCH_CHECK(layer.scaling >= 0.0, op.name, ": ", op.argument("scaling", i), " is ", layer.scaling,
-                    ", want at least 0");
+    check_scaling(layer.scaling, scaling_name);
+    if (layer.scaling < 0.0) refuse<refusals::kNegative>(scaling_name, number_text(layer.scaling));
+    check_same_dtype(names.argument("lora_A", i), layer.lora_A, names.argument("lora_A", 0), layers[0].lora_A);
   }
-  check_dropout_and_seed(op.name, dropout_p, seed);
+  check_dropout_and_seed(dropout_p, seed);
 }
 
 // base_output: the output of a single layer's base layer, to which the adapter's is added in place; null: new tensors.
@@ -103,9 +107,9 @@ inline ForwardCall fill_forward(const Tensor& x, std::span<const ForwardLayer> l
   return call;
 }
 
-inline ForwardCall prepare_forward(const Op& op, const Tensor& x, std::span<const ForwardLayer> layers,
+inline ForwardCall prepare_forward(const Names& names, const Tensor& x, std::span<const ForwardLayer> layers,
                                    double dropout_p, const std::optional<Tensor>& seed) {
-  check_forward(op, x, layers, dropout_p, seed);
+  check_forward(names, x, layers, dropout_p, seed);
   return fill_forward(x, layers, dropout_p, seed);
 }
 

@@ -1,7 +1,7 @@
 // The CPU kernels as the bindings see them: one table of functions per instruction set, chosen once per process.
 //
-// A kernel works on one chunk of the rows; the binding runs the chunks in parallel. Every result depends on the number
-// of chunks only through the order in which grad_lora_A and grad_lora_B are summed.
+// A kernel processes one chunk of the rows; the binding runs the chunks in parallel. The number of chunks affects
+// results only through the order in which grad_lora_A and grad_lora_B are summed.
 #pragma once
 
 #include <cstdint>
@@ -40,7 +40,7 @@ struct Workspace {
 
 constexpr int64_t kMostFewTokens = 32;
 
-// Tokens that a kernel takes together; those too many are zero.
+// Number of tokens after padding to what a kernel processes together; padding tokens are zero.
 constexpr int64_t streamed_tokens(int64_t num_tokens) {
   return num_tokens <= 2 ? num_tokens : num_tokens <= 4 ? 4 : num_tokens <= 8 ? 8 : 16;
 }
@@ -48,8 +48,7 @@ constexpr int64_t streamed_tokens(int64_t num_tokens) {
 // out [num_tokens, rows] = bias + scale * (tokens @ weight^T) + low_rank @ factor^T, for few tokens.
 struct StreamedRows {
   int64_t num_tokens, in_features, rank;  // rank 0: no low-rank term
-  const void* tokens;  // packed by pack_tokens: padded_columns(in_features) numbers of acc for each of streamed_tokens
-                       // or, of more than 16, whole 16
+  const void* tokens;  // packed by pack_tokens: padded_columns(in_features) numbers of acc per padded token
   const void* weight;  // [rows, in_features], weight_dtype
   const void*
       low_rank;        // packed by pack_low_rank: max_padded_ranks(rank) * kMaxWidth numbers of acc for every 8 tokens
@@ -80,20 +79,21 @@ struct MergedRows {
   int64_t non_finite;  // number of results that are NaN or infinite
 };
 
-constexpr int64_t kMergeBlockRows = 32;  // that use a panel of lora_A while it is in the first-level cache
+constexpr int64_t kMergeBlockRows = 32;  // rows that share a panel of lora_A in the first-level cache
 
-// Records are written before it is known that a whole segment is shorter, and copied whole vectors at a time.
+// Room beyond the records: sparse forms are written before they are compared with the whole segment, and records are
+// copied in whole vectors.
 constexpr int64_t kMergeSlack = kMergeSegment * (1 + sizeof(double) / 2) + 32;
 constexpr int64_t most_record_words(DType dtype, int64_t rows, int64_t in_features) {
   return rows * in_features * (dtype_size(dtype) / 2) + kMergeSlack;
 }
-// Of the scratch memory that merge_record wants: the records in the order that they are made in, and where each begins.
+// Scratch bytes for merge_record: the records in the order of their creation, and the position of each.
 constexpr int64_t merge_scratch_bytes(DType dtype, int64_t rows, int64_t in_features) {
   return 2 * most_record_words(dtype, rows, in_features) +
          rows * merge_segments(in_features) * int64_t{sizeof(int64_t)};
 }
 
-// Words of `count` segments' records. A length below zero is nobody's.
+// Total length of the records of `count` segments. Negative lengths, which no kernel writes, count as 0.
 inline int64_t count_words(const int16_t* words, int64_t count) {
   int64_t sum = 0;
   for (int64_t i = 0; i < count; ++i) sum += words[i] > 0 ? words[i] : 0;
@@ -122,26 +122,26 @@ struct Kernels {
   void (*reduce_grad_B)(const LoraExpandBackwardParams&, const Workspace&, int64_t num_chunks, int64_t begin,
                         int64_t end);
 
-  // The most tokens of a dtype, beside factors of another, that a weight is streamed for.
+  // Largest number of tokens for which weights are streamed, for these dtypes of the tokens and the factors.
   int64_t (*few_tokens)(DType dtype, DType factor_dtype);
 
-  // Few tokens: x [num_tokens, in_features] of tokens_dtype, or what multiplies the factor [num_tokens, rank] of acc,
-  // as rows [begin, end) of the weight meet them.
+  // Few tokens: pack x [num_tokens, in_features], tokens_dtype, and xa [num_tokens, rank], acc; then compute the
+  // columns of out for rows [begin, end) of the weight.
   void (*pack_tokens)(const StreamedRows&, const void* x, int64_t stride, void* packed);
   void (*pack_low_rank)(const StreamedRows&, const void* xa, int64_t stride, void* packed);
   void (*stream_rows)(const StreamedRows&, int64_t begin, int64_t end);
 
-  // Packs lora_A of segments [begin, end) into panels [segments][rank][kMergeSegment] of the accumulation dtype, as the
-  // kernels below read it beside a weight of that dtype.
+  // Packs lora_A of segments [begin, end) into panels [segments][rank][kMergeSegment], accumulation dtype, for the
+  // kernels below and a weight of this dtype.
   void (*pack_merge)(DType, const MergeLayer&, void* panels, int64_t begin, int64_t end);
 
-  // Rows [begin, end) of a layer's weight: merged; merged with a record, at most kMergeBlockRows of them; unmerged.
+  // Merge or unmerge rows [begin, end) of a layer's weight; merge_record takes at most kMergeBlockRows rows.
   void (*merge)(DType, const MergeLayer&, const void* panels, int64_t begin, int64_t end);
   MergedRows (*merge_record)(DType, const MergeLayer&, const void* panels, int64_t begin, int64_t end,
                              const NewRowRecords&, void* scratch);
   void (*unmerge)(DType, const MergeLayer&, const void* panels, int64_t begin, int64_t end, const RowRecords&);
 
-  // Bits of rows [begin, end): mask [num_tokens, mask_row_bytes(in_features)]
+  // Draws the mask bits of rows [begin, end): mask [num_tokens, mask_row_bytes(in_features)]
   void (*dropout_mask)(uint64_t seed, uint32_t threshold, int64_t in_features, int64_t begin, int64_t end,
                        uint8_t* mask);
 };

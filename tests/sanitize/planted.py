@@ -69,7 +69,7 @@ _RANGE = "return {{{}, smaller(end, rows)}};"
 _CHUNK_END = "chunk.end = rows * (i + 1) / num_chunks_{};"
 _PANEL_TAIL = "std::memset(to + cols, 0, sizeof(Acc) * static_cast<size_t>(kMergeSegment - cols{}));"
 _SHIFT = "return kStep < 8 ? word >> (col % 8{}) : word;"
-_BLOCKS = "const int64_t begin = blocks * {} / num_chunks * kBlockRows,"
+_BLOCKS = "const int64_t begin = blocks * {} / num_chunks * kBlockRows;"
 _SEED = "static_cast<uint64_t>(*{}) : 0);"
 _HAS_SEED = "return PhiloxKeys(p.threshold > 0{} ? "
 

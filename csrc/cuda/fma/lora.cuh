@@ -351,9 +351,9 @@ void LoraLaunches<T>::expand_backward(const LoraExpandBackwardParams& p, void* w
   fma::add_factors(p, plan, workspace, pack);
   fma::launch_pack_factors<Acc<T>>(pack, stream);
   fma::launch_grad_y_passes<T>(p, plan, workspace, stream);
-  fma::GradientSumsParams sums{.gradients = {}, .num_gradients = 0, .dtype = p.factor_dtype};
+  GradientSumsParams sums{.gradients = {}, .num_gradients = 0, .dtype = p.factor_dtype};
   fma::add_gradients(p, plan, workspace, sums);
-  if (sums.num_gradients > 0) fma::launch_gradient_sums<Acc<T>>(sums, stream);
+  if (sums.num_gradients > 0) launch_gradient_sums<Acc<T>>(sums, stream);
 }
 
 template <class T>
@@ -365,9 +365,9 @@ void LoraLaunches<T>::shrink_backward(const LoraShrinkBackwardParams& p, void* w
   fma::add_factors<Acc<T>>(p, plan, workspace, pack);
   fma::launch_pack_factors<Acc<T>>(pack, stream);
   if (p.wants_grad_lora_A) fma::launch_grad_A_pass<T>(p, plan, workspace, stream);
-  fma::GradientSumsParams sums{.gradients = {}, .num_gradients = 0, .dtype = p.factor_dtype};
+  GradientSumsParams sums{.gradients = {}, .num_gradients = 0, .dtype = p.factor_dtype};
   fma::add_gradients<Acc<T>>(p, plan, workspace, sums);
-  if (sums.num_gradients > 0) fma::launch_gradient_sums<Acc<T>>(sums, stream);
+  if (sums.num_gradients > 0) launch_gradient_sums<Acc<T>>(sums, stream);
   if (p.wants_grad_x) fma::launch_grad_x_pass<T>(p, plan, workspace, stream);
 }
 
@@ -386,10 +386,10 @@ void LoraLaunches<T>::backward(const LoraBackwardParams& p, void* workspace_bloc
   fma::launch_grad_y_passes<T>(expand, plan.expand, workspace, stream);
   if (shrink.wants_grad_lora_A) fma::launch_grad_A_pass<T>(shrink, plan.shrink, workspace, stream);
   // One launch for both factors' sums.
-  fma::GradientSumsParams sums{.gradients = {}, .num_gradients = 0, .dtype = expand.factor_dtype};
+  GradientSumsParams sums{.gradients = {}, .num_gradients = 0, .dtype = expand.factor_dtype};
   fma::add_gradients<Acc<T>>(shrink, plan.shrink, workspace, sums);
   fma::add_gradients(expand, plan.expand, workspace, sums);
-  if (sums.num_gradients > 0) fma::launch_gradient_sums<Acc<T>>(sums, stream);
+  if (sums.num_gradients > 0) launch_gradient_sums<Acc<T>>(sums, stream);
   if (shrink.wants_grad_x) fma::launch_grad_x_pass<T>(shrink, plan.shrink, workspace, stream);
 }
 
