@@ -1,4 +1,4 @@
-// Tells PyTorch the ops' schemas.
+// Registers the ops' schemas with PyTorch.
 #include <torch/csrc/stable/library.h>
 
 #include "schemas.h"

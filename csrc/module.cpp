@@ -1,10 +1,11 @@
-// lora_ext._C: facts about this binary, for `python -m lora_ext info` and for tests. Includes no torch header: the ops
-// are in liblora_ext.so, which has no Python in it.
+// lora_ext._C: facts about this binary, and the texts of refusals. Includes no torch header: the ops are in
+// liblora_ext.so, which does not depend on Python.
 #include <pybind11/pybind11.h>
 
 #include <string>
 
 #include "cpu/isa.h"
+#include "refusals.h"
 
 namespace py = pybind11;
 
@@ -42,7 +43,7 @@ PYBIND11_MODULE(_C, m) {
         info["no_cuda_reason"] = LORA_EXT_NO_CUDA_REASON;
         return info;
       },
-      "How this binary was built; strings, empty where they do not apply.");
+      "How this binary was built: strings, empty where they do not apply.");
   m.def(
       "cpu_isa",
       [] {
@@ -50,6 +51,17 @@ PYBIND11_MODULE(_C, m) {
         return std::string(lora_ext::cpu::select_isa(&isa) ? lora_ext::cpu::isa_name(isa) : "");
       },
       "Name of the instruction set whose CPU kernels run here; empty when LORA_EXT_CPU_ISA names none.");
+  m.def(
+      "refusals",
+      [] {
+        py::dict refusals;
+        for (const auto* refusal : lora_ext::refusals::kAll) {
+          refusals[refusal->name] = py::make_tuple(refusal->error, refusal->text);
+        }
+        return refusals;
+      },
+      "The refusals of arguments: a dictionary of their names to the name of the exception and the text, in which {} "
+      "stands for a part.");
   m.def("available_cpu_isas", &lora_ext::cpu::available_isas,
         "Comma-separated names of the instruction sets this machine can run, best first.");
 }

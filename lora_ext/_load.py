@@ -1,4 +1,4 @@
-"""Loads the compiled part. Without it there is no lora_ext: a failure here is an ImportError that says what to do."""
+"""Loads the compiled part, which lora_ext requires: a failure is an ImportError with the remedy."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _load_cpu() -> None:
 
 
 def _load_cuda() -> str:
-    """Loads the CUDA kernels where they can run. Returns why not, or "" when they are loaded."""
+    """Loads the CUDA kernels if they can run. Returns the reason if not, or ""."""
     library = _HERE / "liblora_ext_cuda.so"
     if reason := build_info()["no_cuda_reason"]:
         return reason
@@ -62,12 +62,12 @@ def _compiled_module() -> ModuleType:
 
 
 def build_info() -> dict[str, str]:
-    """How the binary was built: version, torch, compiler, CUDA. Strings, empty where they do not apply."""
+    """Returns how the binary was built: version, torch, compiler, CUDA. Strings, empty where they do not apply."""
     return _compiled_module().build_info()
 
 
 def check_kernels_exist(op: str, device: torch.device) -> None:
-    """RuntimeError where there are no kernels for tensors on ``device``, which says why."""
+    """Raises RuntimeError, with the reason, if there are no kernels for tensors on ``device``."""
     if device.type == "cuda" and cuda_unavailable_reason:
         raise RuntimeError(f"{op}: tensors are on {device}, but there are no CUDA kernels: {cuda_unavailable_reason}")
     if device.type not in ("cpu", "cuda", "meta"):

@@ -1,4 +1,4 @@
-"""The ops as typed functions: they choose defaults, call the op, and explain a refusal."""
+"""The ops as typed functions, which choose defaults, call the op and explain refusals."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def lora_linear(
         weight: ``[out_features, in_features]``, dtype and device of ``x``. Frozen: its gradient is computed only if it
             requires one.
         bias: ``[out_features]``, dtype of ``x``, or None.
-        lora_A: ``[r, in_features]``, in any of the four dtypes; float32 beside a 16-bit ``x`` is computed in float32.
+        lora_A: ``[r, in_features]``, in any of the four dtypes; float32 factors with a 16-bit ``x`` compute in float32.
         lora_B: ``[out_features, r]``, dtype of ``lora_A``.
         scaling: usually ``lora_alpha / r``; at least 0.
         dropout_p: probability that an element of the adapter's input is zeroed, in [0, 1); quantised to 2**-16.
@@ -95,15 +95,15 @@ def lora_delta_(
 
     ``y += scaling * dropout(x) @ lora_A.T @ lora_B.T``
 
-    For base layers that are no plain matrix product: quantised, tensor-parallel, somebody else's module. Where the base
-    is ``x @ weight.T + bias``, :func:`lora_linear` saves the pass over ``y``.
+    For base layers that are not a plain matrix product: quantised, tensor-parallel, third-party modules. If the base is
+    ``x @ weight.T + bias``, :func:`lora_linear` saves the pass over ``y``.
 
     Args:
-        y: ``[..., out_features]``, contiguous, float64, float32, bfloat16 or float16: changed. Its gradient passes
-            through. What produced it must not need it for its own backward (autograd checks that).
+        y: ``[..., out_features]``, contiguous, float64, float32, bfloat16 or float16; changed in place. Its gradient
+            passes through. The op that produced it must not need it for its backward (autograd checks that).
         x: ``[..., in_features]``, the same leading dimensions, dtype and device as ``y``; any strides. Under autocast
             it is cast to the dtype that the base layer returned.
-        lora_A: ``[r, in_features]``, in any of the four dtypes; float32 beside a 16-bit ``x`` is computed in float32.
+        lora_A: ``[r, in_features]``, in any of the four dtypes; float32 factors with a 16-bit ``x`` compute in float32.
         lora_B: ``[out_features, r]``, dtype of ``lora_A``.
         scaling: any finite number.
         dropout_p: probability that an element of the adapter's input is zeroed, in [0, 1); quantised to 2**-16.
@@ -115,10 +115,11 @@ def lora_delta_(
 
     Raises:
         ValueError, TypeError: naming the argument and both values.
-        RuntimeError: ``y`` is what PyTorch's own in-place ops refuse: a leaf that requires grad, a view of one, one of
+        RuntimeError: PyTorch's in-place ops would refuse ``y`` too: a leaf that requires grad, a view of one, one of
             the views that ``split`` returned, ...; or an inference tensor outside of inference mode.
         torch.OutOfMemoryError: memory is short.
-        ``y`` is then unchanged.
+
+        ``y`` is unchanged after an error.
     """
     if torch.compiler.is_compiling():
         seed = _drawn(x, dropout_p, seed)
@@ -142,7 +143,7 @@ def lora_delta_(
 
 
 def _cast_to(y: Tensor, x: Tensor) -> Tensor:
-    """``x`` in the dtype that the base layer has returned, under autocast."""
+    """Under autocast, casts ``x`` to the dtype that the base layer returned."""
     return x.to(y.dtype) if x.dtype != y.dtype and torch.is_autocast_enabled(x.device.type) else x
 
 
@@ -156,19 +157,19 @@ def lora_linear_siblings(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> list[Tensor]:
-    """Layers that read one ``x``, as :func:`lora_linear` computes each: q/k/v, gate/up.
+    """Computes several layers that read one ``x`` (q/k/v, gate/up), each as :func:`lora_linear` does.
 
     ``ys[i] = x @ weights[i].T + biases[i] + scalings[i] * dropout(x) @ lora_As[i].T @ lora_Bs[i].T``
 
-    In one call ``x`` is read once for all layers, forward and backward, and its gradient is written once, summed over
-    the layers. The layers share one dropout mask, drawn and kept once; separate layers, as in PEFT, draw one each. With
-    the same ``seed``, ``ys`` and the gradients of the factors are those of separate calls; the gradient of ``x`` is
-    their sum, rounded fewer times.
+    One call reads ``x`` once for all layers, forward and backward, and writes its gradient once, summed over the
+    layers. The layers share one dropout mask; separate layers, as in PEFT, draw one each. With the same ``seed``,
+    ``ys`` and the gradients of the factors equal those of separate calls; the gradient of ``x`` is their sum, rounded
+    fewer times.
 
     Args:
         x: ``[..., in_features]``, float64, float32, bfloat16 or float16; any leading dimensions, any strides.
         weights: 1 to 8 layers' ``[out_features, in_features]``, dtype and device of ``x``; ``out_features`` may differ.
-            Frozen: a gradient is computed only where one is required.
+            Frozen: a gradient is computed only if one is required.
         biases: for each layer ``[out_features]``, dtype of ``x``, or None.
         lora_As: for each layer ``[r, in_features]``, all of one of the four dtypes; ``r`` may differ.
         lora_Bs: for each layer ``[out_features, r]``, dtype of ``lora_As``.
@@ -179,7 +180,7 @@ def lora_linear_siblings(
 
     Returns:
         For each layer ``[..., out_features]``, dtype of ``x``. Products accumulate in float32 (float64 for float64).
-        Layers whose output goes unused cost nothing in the backward.
+        Layers whose output is unused cost nothing in the backward.
 
     Raises:
         ValueError, TypeError: naming the argument, the layer and both values.

@@ -1,4 +1,4 @@
-"""What `lora-ext info` prints: the binary, the machine, and what of the one runs on the other."""
+"""What `lora-ext info` prints: facts about the binary and the machine, and which kernels run here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_ext import _C, _load
 
 
 def cpu_model() -> str:
-    """The processor's name as Linux tells it, or its architecture."""
+    """Returns the processor's name from Linux, or its architecture."""
     try:
         names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.M)
     except OSError:
@@ -22,7 +22,7 @@ def cpu_model() -> str:
 
 
 def gather() -> dict[str, object]:
-    """Facts about this installation, ready for JSON."""
+    """Collects facts about this installation, ready for JSON."""
     built = _load.build_info()
     cuda_loaded = _load.cuda_unavailable_reason == ""
     return {
@@ -50,7 +50,7 @@ def gather() -> dict[str, object]:
 
 
 def info(json: bool = False) -> str:
-    """:func:`gather` as text for people, or as JSON."""
+    """Formats :func:`gather` as text, or as JSON."""
     facts = gather()
     if json:
         return json_module.dumps(facts, indent=2)

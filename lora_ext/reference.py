@@ -1,7 +1,7 @@
 """The ops' maths in plain PyTorch: the oracle of tests and benchmarks.
 
-Written for clarity, not speed. Every function here has a compiled twin in ``torch.ops.lora_ext`` and takes any device
-and dtype; pass float64 tensors to get the reference value a low-precision result is compared with.
+Written for clarity, not speed. Every function has a compiled counterpart in ``torch.ops.lora_ext`` and accepts any
+device and dtype. Pass float64 tensors for the reference value of a low-precision result.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def dropout_keep(seed: int, num_tokens: int, in_features: int, dropout_p: float)
 
 
 def unpack_mask(mask: Tensor, in_features: int) -> Tensor:
-    """Bits ``uint8 [num_tokens, bytes]`` as the op returns them -> booleans ``[num_tokens, in_features]``."""
+    """Unpacks the op's mask, bits ``uint8 [num_tokens, bytes]``, into booleans ``[num_tokens, in_features]``."""
     bits = (mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
     return bits.flatten(1)[:, :in_features].bool()
 
@@ -100,7 +100,7 @@ def lora_linear_siblings(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> list[Tensor]:
-    """:func:`lora_linear` of each layer on the same ``x`` with the same dropout mask; differentiable by autograd."""
+    """Applies :func:`lora_linear` for each layer, with the same dropout mask; differentiable by autograd."""
     layers = zip(weights, biases, lora_As, lora_Bs, scalings, strict=True)
     return [lora_linear(x, *layer, dropout_p, seed) for layer in layers]
 

@@ -1,6 +1,8 @@
-// The forward of few tokens on the CPU: every weight is streamed once, in a product of our own, the adapter with it.
-// The library behind nn.Linear reads it at the memory's speed for one or two tokens of float32 only.
+// The forward of few tokens on the CPU: our own product reads every weight once and includes the adapter. The library
+// behind nn.Linear reads weights at memory speed only for one or two tokens of float32.
 #pragma once
+
+#include <algorithm>
 
 #include "cpu_kernels.h"
 #include "forward_call.h"
@@ -8,7 +10,7 @@
 namespace lora_ext::cpu {
 
 inline bool streams_weights(const Kernels& kernels, const ForwardCall& call) {
-  const LoraForwardParams& p = call.params;
+  const LoraShrinkParams& p = call.params.shrink;
   if (!call.has_base_layers() || p.threshold > 0 || p.in_features == 0) return false;
   if (p.num_tokens > kernels.few_tokens(p.dtype, p.factor_dtype)) return false;
   for (const ForwardLayer& layer : call.layers) {
@@ -17,9 +19,9 @@ inline bool streams_weights(const Kernels& kernels, const ForwardCall& call) {
   return true;
 }
 
-// Rows of a weight that are worth a thread.
+// Smallest number of a weight's rows that is worth a thread.
 inline int64_t rows_a_thread(int64_t num_tokens, int64_t in_features) {
-  constexpr int64_t kWork = 1 << 17;  // multiply-adds: some ten times what waking a thread costs
+  constexpr int64_t kWork = 1 << 17;  // multiply-adds: about ten times the cost of waking a thread
   return 1 + kWork / (num_tokens * in_features);
 }
 
@@ -29,40 +31,64 @@ inline void stream_rows(const Kernels& kernels, const StreamedRows& p, int64_t r
 }
 
 inline void stream_forward(const Kernels& kernels, const ForwardCall& call) {
-  const LoraForwardParams& p = call.params;
+  const LoraShrinkParams& p = call.params.shrink;
   const DType acc = accumulation_dtype(p.dtype);
   int64_t most_ranks = 0;
-  for (int i = 0; i < p.num_siblings; ++i) {
-    if (p.siblings[i].rank > most_ranks) most_ranks = p.siblings[i].rank;
-  }
-  const int64_t together = (p.num_tokens + 15) / 16 * 16, groups = (p.num_tokens + 7) / 8;
-  const int64_t token_bytes = product({padded(p.in_features), together, dtype_size(acc)});
-  char* scratch = scratch_memory(2 * token_bytes + groups * roomy_ranks(most_ranks) * kMaxWidth * dtype_size(acc));
-  char *tokens = scratch, *tokens_for_factor = tokens + token_bytes, *low_rank = tokens_for_factor + token_bytes;
+  for (int i = 0; i < p.num_siblings; ++i) most_ranks = std::max(most_ranks, p.siblings[i].rank);
+  const int64_t padded_tokens = (p.num_tokens + 15) / 16 * 16;
+  const int64_t groups = (p.num_tokens + 7) / 8;
+  const int64_t token_bytes = product({padded_columns(p.in_features), padded_tokens, dtype_size(acc)});
+  const int64_t low_rank_bytes = groups * max_padded_ranks(most_ranks) * kMaxWidth * dtype_size(acc);
+  char* const tokens = scratch_memory(2 * token_bytes + low_rank_bytes);
+  char* const tokens_for_factor = tokens + token_bytes;
+  char* const low_rank = tokens_for_factor + token_bytes;
 
-  StreamedRows shrink{}, expand{};
-  shrink.num_tokens = expand.num_tokens = p.num_tokens, shrink.in_features = expand.in_features = p.in_features;
-  shrink.tokens_dtype = expand.tokens_dtype = p.dtype, shrink.weight_dtype = p.factor_dtype;
-  shrink.factor_dtype = expand.factor_dtype = p.factor_dtype;
-  shrink.out_dtype = acc, expand.out_dtype = expand.weight_dtype = p.dtype, expand.scale = 1.0;
-  shrink.weight_stride = p.in_features, shrink.out_stride = p.total_rank;
-  expand.tokens = tokens, expand.low_rank = low_rank;
+  StreamedRows expand{.num_tokens = p.num_tokens,
+                      .in_features = p.in_features,
+                      .rank = 0,
+                      .tokens = tokens,
+                      .weight = nullptr,
+                      .low_rank = low_rank,
+                      .factor = nullptr,
+                      .bias = nullptr,
+                      .out = nullptr,
+                      .weight_stride = 0,
+                      .out_stride = 0,
+                      .tokens_dtype = p.dtype,
+                      .weight_dtype = p.dtype,
+                      .factor_dtype = p.factor_dtype,
+                      .out_dtype = p.dtype,
+                      .scale = 1.0};
+  StreamedRows shrink = expand;
+  shrink.low_rank = nullptr;
+  shrink.weight_stride = p.in_features;
+  shrink.out_stride = p.total_rank;
+  shrink.weight_dtype = p.factor_dtype;
+  shrink.out_dtype = acc;
   kernels.pack_tokens(expand, p.x, p.x_stride, tokens);
-  shrink.tokens = tokens;
-  if (p.factor_dtype != p.dtype) {  // they may meet as other lanes
+  if (p.factor_dtype != p.dtype) {  // the products with the factor may have other lanes
     kernels.pack_tokens(shrink, p.x, p.x_stride, tokens_for_factor);
     shrink.tokens = tokens_for_factor;
   }
   for (int i = 0; i < p.num_siblings; ++i) {
-    const LoraForwardSibling& s = p.siblings[i];
-    char* xa = static_cast<char*>(p.xa) + s.rank_begin * dtype_size(acc);
-    shrink.weight = s.lora_A, shrink.out = xa, shrink.scale = s.scale;
-    stream_rows(kernels, shrink, s.rank);
-    expand.rank = s.rank, expand.factor = s.lora_B, expand.bias = s.bias, expand.out = s.y;
-    expand.weight = call.layers[static_cast<size_t>(i)].weight->const_data_ptr();
-    expand.weight_stride = call.layers[static_cast<size_t>(i)].weight->stride(0), expand.out_stride = s.out_features;
+    const LoraShrinkSibling& lora_A = p.siblings[i];
+    const LoraExpandSibling& lora_B = call.params.expand.siblings[i];
+    const Tensor& weight = *call.layers[static_cast<size_t>(i)].weight;
+    char* xa = static_cast<char*>(p.xa) + lora_A.rank_begin * dtype_size(acc);
+    shrink.weight = lora_A.lora_A;
+    shrink.out = xa;
+    shrink.scale = lora_A.scale;
+    stream_rows(kernels, shrink, lora_A.rank);
+
+    expand.rank = lora_B.rank;
+    expand.weight = weight.const_data_ptr();
+    expand.factor = lora_B.lora_B;
+    expand.bias = lora_B.bias;
+    expand.out = lora_B.y;
+    expand.weight_stride = weight.stride(0);
+    expand.out_stride = lora_B.out_features;
     kernels.pack_low_rank(expand, xa, p.total_rank, low_rank);
-    stream_rows(kernels, expand, s.out_features);
+    stream_rows(kernels, expand, lora_B.out_features);
   }
 }
 

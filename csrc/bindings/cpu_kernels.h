@@ -1,4 +1,5 @@
-// What the CPU bindings share: the chosen kernels, one block of scratch memory a call, and the chunked parallel loop.
+// Shared by the CPU bindings: the selected kernels, one block of scratch memory per call, and the parallel loop over
+// chunks.
 #pragma once
 
 #include <cstdlib>
@@ -13,19 +14,20 @@ namespace lora_ext::cpu {
 inline const Kernels& checked_kernels() {
   Isa isa;
   if (!select_isa(&isa)) {
-    STD_TORCH_CHECK(false, "LORA_EXT_CPU_ISA is ", std::getenv("LORA_EXT_CPU_ISA"), ", want one of ", available_isas());
+    fail("LORA_EXT_CPU_ISA is ", std::getenv("LORA_EXT_CPU_ISA"), ", want one of ", available_isas());
   }
   return kernels_of(isa);
 }
 
-// At most one chunk a thread, and none smaller than a block: the split that every kernel of a call uses.
+// Number of chunks for all kernels of a call: at most one per thread, and at least one block each.
 inline int64_t count_chunks(int64_t rows) {
-  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows, threads = torch::stable::get_num_threads();
+  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
+  const int64_t threads = torch::stable::get_num_threads();
   return blocks < threads ? blocks : threads;
 }
 
-// A thread's scratch memory, kept from call to call. Allocating and freeing it each time would make the C library trim
-// its heap behind the op, so that the outputs are page-faulted anew: measured 1.50 against 1.17 of the frozen layer's
+// A thread's scratch memory, kept between calls. Allocating and freeing it each time would make the C library trim
+// its heap after the op, so that the outputs are page-faulted again: measured 1.50 against 1.17 of the frozen layer's
 // time at 1536 tokens, 384 wide, float32.
 class ScratchMemory {
  public:
@@ -50,17 +52,39 @@ class ScratchMemory {
   int64_t size_ = 0;
 };
 
-// One piece of memory for each calling thread; a call that takes it again invalidates what it held.
+// The calling thread's scratch memory; each call invalidates the last one's.
 inline char* scratch_memory(int64_t bytes) {
   static thread_local ScratchMemory scratch;
   return scratch.at_least(bytes);
 }
 
-// Sizes first, then one piece of memory, then the pointers. Valid until this thread's next call. Sibling: any struct
-// with a layer's rank and out_features.
-template <class Sibling>
-Workspace make_workspace(DType acc, int64_t in_features, const Sibling* siblings, int num_siblings, int64_t num_chunks,
-                         bool want_grad_A, bool want_grad_B) {
+// The sizes that decide how much scratch memory a call needs. A shrink has in_features, an expand out_features.
+struct WorkspaceSizes {
+  DType acc{};
+  int num_siblings = 0;
+  int64_t in_features = 0;
+  int64_t ranks[kMaxSiblings] = {};
+  int64_t out_features[kMaxSiblings] = {};
+  bool wants_grad_A = false;
+  bool wants_grad_B = false;
+
+  // Adds those of one kernel's parameters.
+  template <class Params>
+  void add(const Params& p) {
+    acc = accumulation_dtype(p.dtype);
+    num_siblings = p.num_siblings;
+    if constexpr (requires { p.in_features; }) in_features = p.in_features;
+    if constexpr (requires { p.wants_grad_lora_A; }) wants_grad_A = p.wants_grad_lora_A;
+    if constexpr (requires { p.wants_grad_lora_B; }) wants_grad_B = p.wants_grad_lora_B;
+    for (int i = 0; i < num_siblings; ++i) {
+      ranks[i] = p.siblings[i].rank;
+      if constexpr (requires { p.siblings[i].out_features; }) out_features[i] = p.siblings[i].out_features;
+    }
+  }
+};
+
+// One piece of memory for all parts of a workspace. Valid until this thread's next call.
+inline Workspace make_workspace(const WorkspaceSizes& sizes, int64_t num_chunks) {
   Workspace workspace{};
   struct Part {
     void** pointer;
@@ -70,38 +94,46 @@ Workspace make_workspace(DType acc, int64_t in_features, const Sibling* siblings
   Part parts[kSharedParts + 2 * kMaxSiblings];
   int num_parts = kSharedParts;
   int64_t total_rank = 0;
-  for (int i = 0; i < num_siblings; ++i) {
-    const int64_t rank = siblings[i].rank, out_row = padded(siblings[i].out_features);
+  for (int i = 0; i < sizes.num_siblings; ++i) {
+    const int64_t rank = sizes.ranks[i];
+    const int64_t out_row = padded_columns(sizes.out_features[i]);
     total_rank += rank;
-    workspace.partial_stride += roomy_ranks(rank);
-    parts[num_parts++] = {&workspace.lora_B_t[i], product({roomy_ranks(rank), out_row})};
-    parts[num_parts++] = {&workspace.grad_B_t[i], want_grad_B ? product({num_chunks, rank, out_row}) : 0};
+    workspace.partial_stride += max_padded_ranks(rank);
+    parts[num_parts++] = {&workspace.lora_B_t[i], product({max_padded_ranks(rank), out_row})};
+    parts[num_parts++] = {&workspace.grad_B_t[i], sizes.wants_grad_B ? product({num_chunks, rank, out_row}) : 0};
   }
-  const int64_t in_row = padded(in_features);
-  parts[0] = {&workspace.lora_A, product({roomy_ranks(total_rank), in_row})};
+  const int64_t in_row = padded_columns(sizes.in_features);
+  parts[0] = {&workspace.lora_A, product({max_padded_ranks(total_rank), in_row})};
   parts[1] = {&workspace.partial_sum, product({num_chunks, kBlockRows, workspace.partial_stride})};
-  parts[2] = {&workspace.left, product({num_chunks, kLeftBlocks, block_lanes(total_rank)})};
-  parts[3] = {&workspace.grad_A, want_grad_A ? product({num_chunks, total_rank, in_row}) : 0};
+  parts[2] = {&workspace.small_operands, product({num_chunks, kSmallOperands, block_lanes(total_rank)})};
+  parts[3] = {&workspace.grad_A, sizes.wants_grad_A ? product({num_chunks, total_rank, in_row}) : 0};
 
   int64_t total = 0;
   for (int i = 0; i < num_parts; ++i) {
-    const int64_t bytes = product({parts[i].count, dtype_size(acc)});  // a multiple of 64
-    if (__builtin_add_overflow(total, bytes, &total)) fail("sizes are too large: in_features=", in_features);
+    const int64_t bytes = product({parts[i].count, dtype_size(sizes.acc)});  // a multiple of 64
+    if (__builtin_add_overflow(total, bytes, &total)) fail("sizes are too large: in_features=", sizes.in_features);
   }
   char* next = scratch_memory(total);
   for (int i = 0; i < num_parts; ++i) {
     *parts[i].pointer = next;
-    next += parts[i].count * dtype_size(acc);
+    next += parts[i].count * dtype_size(sizes.acc);
   }
   return workspace;
 }
 
-// Packs the factors of all siblings, in parallel, for the kernel that pack belongs to.
-template <class Params>
-void pack_factors(void (*pack)(const Params&, const Workspace&, int), int num_siblings, const Params& p,
-                  const Workspace& w) {
-  torch::stable::parallel_for(0, 2 * num_siblings, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t which = begin; which < end; ++which) pack(p, w, static_cast<int>(which));
+// The workspace of kernels with these parameters.
+template <class... Params>
+Workspace make_workspace(int64_t num_chunks, const Params&... params) {
+  WorkspaceSizes sizes;
+  (sizes.add(params), ...);
+  return make_workspace(sizes, num_chunks);
+}
+
+// Runs pack(i) for each of `count` factors, in parallel.
+template <class Pack>
+void pack_factors(int count, const Pack& pack) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) pack(static_cast<int>(i));
   });
 }
 

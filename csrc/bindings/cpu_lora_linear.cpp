@@ -12,8 +12,8 @@
 namespace lora_ext::cpu {
 namespace {
 
-// out [m, n] = start + a [m, k] @ b [k, n] by the library ATen uses for nn.Linear; start is a row [n], out itself, or
-// nothing. The shim bypasses autograd and autocast.
+// out [m, n] = start + a [m, k] @ b [k, n] by the library that ATen uses for nn.Linear; start is a row [n], out itself,
+// or null for nothing. The shim bypasses autograd and autocast.
 void base_product(const Tensor& out, const Tensor* start, const Tensor& a, const Tensor& b) {
   if (start != nullptr) {
     LORA_EXT_CALL_TORCH(aoti_torch_cpu_addmm_out, out.get(), start->get(), a.get(), b.get(), 1.0, 1.0);
@@ -22,22 +22,67 @@ void base_product(const Tensor& out, const Tensor* start, const Tensor& a, const
   }
 }
 
-// float32 and float64: the adapter's term is written first and the base product accumulates onto it: one pass less.
-// 16 bits: the base product first, with the bias as nn.Linear has it, and the adapter's term is added in float32: an
-// adapter that is zero leaves the base layer's bits.
+// float32 and float64: the adapter's term is written first and the base product accumulates onto it, which saves a
+// pass. 16 bits: the base product is first, with the bias as in nn.Linear, and the adapter's term is added in float32:
+// an adapter of zeros keeps the bits of the base layer.
 bool base_product_first(DType dtype) { return dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
+
+// Sums the chunks' gradients, for a range of ranks in each thread.
+template <class Reduce>
+void reduce_ranks(int64_t total_rank, const Reduce& reduce) {
+  constexpr int64_t kRanksPerThread = 4;
+  torch::stable::parallel_for(0, total_rank, kRanksPerThread, reduce);
+}
 
 struct Cpu {
   struct Guard {
     explicit Guard(const Tensor&) {}
   };
 
+  static void shrink(const LoraShrinkParams& p, const Tensor&) {
+    const Kernels& kernels = checked_kernels();
+    const int64_t num_chunks = count_chunks(p.num_tokens);
+    const Workspace workspace = make_workspace(num_chunks, p);
+    pack_factors(p.num_siblings, [&](int i) { kernels.pack_shrink(p, workspace, i); });
+    run_chunks(kernels.shrink, p, workspace, num_chunks);
+  }
+
+  static void expand(const LoraExpandParams& p, const Tensor&) {
+    const Kernels& kernels = checked_kernels();
+    const int64_t num_chunks = count_chunks(p.num_tokens);
+    const Workspace workspace = make_workspace(num_chunks, p);
+    pack_factors(p.num_siblings, [&](int i) { kernels.pack_expand(p, workspace, i); });
+    run_chunks(kernels.expand, p, workspace, num_chunks);
+  }
+
+  static void shrink_backward(const LoraShrinkBackwardParams& p, const Tensor&) {
+    const Kernels& kernels = checked_kernels();
+    const int64_t num_chunks = count_chunks(p.num_tokens);
+    const Workspace workspace = make_workspace(num_chunks, p);
+    pack_factors(p.num_siblings, [&](int i) { kernels.pack_shrink_backward(p, workspace, i); });
+    run_chunks(kernels.shrink_backward, p, workspace, num_chunks);
+    if (!p.wants_grad_lora_A) return;
+    reduce_ranks(p.total_rank,
+                 [&](int64_t begin, int64_t end) { kernels.reduce_grad_A(p, workspace, num_chunks, begin, end); });
+  }
+
+  static void expand_backward(const LoraExpandBackwardParams& p, const Tensor&) {
+    const Kernels& kernels = checked_kernels();
+    const int64_t num_chunks = count_chunks(p.num_tokens);
+    const Workspace workspace = make_workspace(num_chunks, p);
+    pack_factors(p.num_siblings, [&](int i) { kernels.pack_expand_backward(p, workspace, i); });
+    run_chunks(kernels.expand_backward, p, workspace, num_chunks);
+    if (!p.wants_grad_lora_B) return;
+    reduce_ranks(p.total_rank,
+                 [&](int64_t begin, int64_t end) { kernels.reduce_grad_B(p, workspace, num_chunks, begin, end); });
+  }
+
   static void forward(ForwardCall& call) {
     const Kernels& kernels = checked_kernels();
     LoraForwardParams& p = call.params;
-    if (p.num_tokens == 0) return;
+    if (p.shrink.num_tokens == 0) return;
     if (streams_weights(kernels, call)) return stream_forward(kernels, call);
-    const bool base_first = call.has_base_layers() && base_product_first(p.dtype);
+    const bool base_first = call.has_base_layers() && base_product_first(p.shrink.dtype);
 
     const auto add_base_products = [&] {
       if (!call.has_base_layers()) return;
@@ -47,14 +92,18 @@ struct Cpu {
         base_product(y_rows, start, call.x, transposed(*call.layers[i].weight));
       }
     };
-    const int64_t num_chunks = count_chunks(p.num_tokens);
-    const Workspace workspace = make_workspace(accumulation_dtype(p.dtype), p.in_features, p.siblings, p.num_siblings,
-                                               num_chunks, false, false);
+    const int64_t num_chunks = count_chunks(p.shrink.num_tokens);
+    const Workspace workspace = make_workspace(num_chunks, p.shrink, p.expand);
     if (base_first) {
       add_base_products();
-      for (LoraForwardSibling& sibling : p.siblings) sibling.bias = nullptr, sibling.base = sibling.y;
+      for (LoraExpandSibling& sibling : p.expand.siblings) {
+        sibling.bias = nullptr;
+        sibling.base = sibling.y;
+      }
     }
-    pack_factors(kernels.pack_forward, p.num_siblings, p, workspace);
+    pack_factors(2 * p.shrink.num_siblings, [&](int i) {
+      i % 2 == 0 ? kernels.pack_shrink(p.shrink, workspace, i / 2) : kernels.pack_expand(p.expand, workspace, i / 2);
+    });
     run_chunks(kernels.forward, p, workspace, num_chunks);
     if (!base_first) add_base_products();
   }
@@ -62,28 +111,32 @@ struct Cpu {
   static void backward(BackwardCall& call) {
     const Kernels& kernels = checked_kernels();
     LoraBackwardParams& p = call.params;
-    const bool base_first = call.has_base_layers() && base_product_first(p.dtype);
+    const int64_t num_tokens = p.shrink.num_tokens;
+    const bool base_first = call.has_base_layers() && base_product_first(p.shrink.dtype);
 
     const auto add_base_products = [&] {
-      if (!call.has_base_layers() || !call.grad_x || p.num_tokens == 0) return;
+      if (!call.has_base_layers() || !call.grad_x || num_tokens == 0) return;
       const Tensor grad_x_rows = call.grad_x_rows();
       for (size_t i = 0; i < call.layers.size(); ++i) {
         const bool is_start = base_first && i == 0;
         base_product(grad_x_rows, is_start ? nullptr : &grad_x_rows, call.grad_y[i], *call.layers[i].weight);
       }
     };
-    const int64_t num_chunks = count_chunks(p.num_tokens);  // zero chunks sum to zero gradients
-    const Workspace workspace = make_workspace(accumulation_dtype(p.dtype), p.in_features, p.siblings, p.num_siblings,
-                                               num_chunks, p.wants_grad_lora_A, p.wants_grad_lora_B);
+    const int64_t num_chunks = count_chunks(num_tokens);  // zero chunks sum to zero gradients
+    const Workspace workspace = make_workspace(num_chunks, p.expand, p.shrink);
     if (base_first) {
       add_base_products();
-      p.base = p.grad_x;
+      p.shrink.base = p.shrink.grad_x;
     }
-    pack_factors(kernels.pack_backward, p.num_siblings, p, workspace);
+    pack_factors(2 * p.shrink.num_siblings, [&](int i) {
+      i % 2 == 0 ? kernels.pack_shrink_backward(p.shrink, workspace, i / 2)
+                 : kernels.pack_expand_backward(p.expand, workspace, i / 2);
+    });
     run_chunks(kernels.backward, p, workspace, num_chunks);
-    if (p.wants_grad_lora_A || p.wants_grad_lora_B) {
-      torch::stable::parallel_for(0, p.total_rank, 4, [&](int64_t begin, int64_t end) {
-        kernels.reduce_grads(p, workspace, num_chunks, begin, end);
+    if (p.shrink.wants_grad_lora_A || p.expand.wants_grad_lora_B) {
+      reduce_ranks(p.shrink.total_rank, [&](int64_t begin, int64_t end) {
+        if (p.shrink.wants_grad_lora_A) kernels.reduce_grad_A(p.shrink, workspace, num_chunks, begin, end);
+        if (p.expand.wants_grad_lora_B) kernels.reduce_grad_B(p.expand, workspace, num_chunks, begin, end);
       });
     }
     if (!base_first) add_base_products();
@@ -92,7 +145,7 @@ struct Cpu {
 
 Tensor lora_dropout_mask(const Tensor& seed, int64_t num_tokens, int64_t in_features, double dropout_p) {
   const Tensor mask = prepare_dropout_mask(seed, num_tokens, in_features, dropout_p);
-  if (mask.numel() == 0) return mask;  // rows of nothing may be more than could ever be counted
+  if (mask.numel() == 0) return mask;  // the number of empty rows may be too large to loop over
   const Kernels& kernels = checked_kernels();
   const uint64_t key = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
   uint8_t* bits = static_cast<uint8_t*>(mask.mutable_data_ptr());

@@ -9,7 +9,7 @@ namespace {
 
 void lora_merge_(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
                  const std::vector<Tensor>& lora_Bs) {
-  const MergeCall call = prepare_merge("lora_merge_", weights, lora_As, lora_Bs);
+  const MergeCall call = prepare_merge(weights, lora_As, lora_Bs);
   MergeRun run(call.params.dtype, call.layers);
   for (const MergeLayer& layer : call.layers) run.merge(layer);
 }
@@ -17,33 +17,39 @@ void lora_merge_(const std::vector<Tensor>& weights, const std::vector<Tensor>& 
 std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_merge_record_(const std::vector<Tensor>& weights,
                                                                                 const std::vector<Tensor>& lora_As,
                                                                                 const std::vector<Tensor>& lora_Bs) {
-  const MergeCall call = prepare_merge("lora_merge_record_", weights, lora_As, lora_Bs);
+  const MergeCall call = prepare_merge(weights, lora_As, lora_Bs);
   const size_t num_layers = call.layers.size();
   MergeRun run(call.params.dtype, call.layers);
   Tensor non_finite = empty_int64({static_cast<int64_t>(num_layers)}, weights[0]);
   std::vector<Tensor> words, corrections;
+  std::vector<int16_t*> layer_words;
   std::vector<RowRecords> records;
   corrections.reserve(num_layers);
   for (const MergeLayer& layer : call.layers) {
     words.push_back(empty_int16({layer.out_features, merge_segments(layer.in_features)}, weights[0]));
-    records.push_back({static_cast<int16_t*>(words.back().mutable_data_ptr()), nullptr, 0});
+    layer_words.push_back(static_cast<int16_t*>(words.back().mutable_data_ptr()));
+    records.push_back({layer_words.back(), nullptr, 0});
   }
   int64_t* const counts = static_cast<int64_t*>(non_finite.mutable_data_ptr());
   std::fill(counts, counts + num_layers, 0);
 
-  size_t merged = 0;  // layers, of which all is done
+  size_t merged = 0;  // layers that are complete
   const auto restore = [&] {
-    while (merged > 0) --merged, run.unmerge(call.layers[merged], records[merged]);
+    while (merged > 0) {
+      --merged;
+      run.unmerge(call.layers[merged], records[merged]);
+    }
   };
   try {
     for (; merged < num_layers; ++merged) {
       const MergeLayer& layer = call.layers[merged];
-      counts[merged] = run.merge_record(layer, records[merged].words);
+      counts[merged] = run.merge_record(layer, layer_words[merged]);
       if (counts[merged] > 0) break;
       corrections.push_back(empty_int16({run.num_corrections()}, weights[0]));
-      records[merged].corrections = static_cast<uint16_t*>(corrections.back().mutable_data_ptr());
+      uint16_t* const layer_corrections = static_cast<uint16_t*>(corrections.back().mutable_data_ptr());
+      records[merged].corrections = layer_corrections;
       records[merged].num_corrections = run.num_corrections();
-      run.take_corrections(records[merged].corrections);
+      run.take_corrections(layer_corrections);
     }
   } catch (...) {
     run.take_back();
@@ -59,15 +65,13 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_merge_record_(
 void lora_unmerge_(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
                    const std::vector<Tensor>& lora_Bs, const std::vector<Tensor>& words,
                    const std::vector<Tensor>& corrections) {
-  const MergeCall call =
-      prepare_merge("lora_unmerge_", weights, lora_As, lora_Bs, RecordArguments{words, corrections, false});
+  const MergeCall call = prepare_merge(weights, lora_As, lora_Bs, RecordArguments{words, corrections, false});
   MergeRun run(call.params.dtype, call.layers);
   for (size_t i = 0; i < call.layers.size(); ++i) {
     RowRecords records{};
     if (!words.empty()) {
-      // The kernels read what a kernel wrote: none of it is changed.
-      records.words = static_cast<int16_t*>(const_cast<void*>(words[i].const_data_ptr()));
-      records.corrections = static_cast<uint16_t*>(const_cast<void*>(corrections[i].const_data_ptr()));
+      records.words = static_cast<const int16_t*>(words[i].const_data_ptr());
+      records.corrections = static_cast<const uint16_t*>(corrections[i].const_data_ptr());
       records.num_corrections = corrections[i].size(0);
     }
     run.unmerge(call.layers[i], records);

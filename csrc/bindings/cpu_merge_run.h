@@ -1,4 +1,4 @@
-// The CPU's merges: layer by layer, the rows of each in parallel, with records in memory that grows as they come.
+// Merges on the CPU: layer by layer, rows in parallel, with records in memory that grows on demand.
 #pragma once
 
 #include <algorithm>
@@ -8,25 +8,29 @@
 
 namespace lora_ext::cpu {
 
-// 16-bit words in memory that grows. Kept from call to call unless it has become large: fresh memory is page-faulted
-// anew each time, which at 4096 x 4096 would cost a tenth of the merge.
+// 16-bit words in memory that grows. Kept between calls unless it has become large: fresh memory is page-faulted each
+// time, which at 4096 x 4096 would cost a tenth of the merge.
 class RecordBuffer {
  public:
-  // Room for `more` words behind those in use; false: there is no such memory, and what is in use is still there.
+  // Makes room for `more` words after those in use. Returns false, and keeps those in use, if memory is short.
   bool reserve(int64_t more) {
     if (used_ + more <= capacity_) return true;
     const int64_t wanted = used_ + more + used_ / 2;
     void* grown = std::realloc(words_.get(), 2 * static_cast<size_t>(wanted));
     if (grown == nullptr) return false;
     (void)words_.release();  // realloc has freed it
-    words_.reset(static_cast<uint16_t*>(grown)), capacity_ = wanted;
+    words_.reset(static_cast<uint16_t*>(grown));
+    capacity_ = wanted;
     return true;
   }
   void append(int64_t words) { used_ += words; }
   void clear() {
     constexpr int64_t kKeptWords = 4 << 20;
     used_ = 0;
-    if (capacity_ > kKeptWords) words_.reset(), capacity_ = 0;
+    if (capacity_ > kKeptWords) {
+      words_.reset();
+      capacity_ = 0;
+    }
   }
 
   uint16_t* begin() const { return words_.get(); }
@@ -38,10 +42,11 @@ class RecordBuffer {
     void operator()(uint16_t* words) const { std::free(words); }
   };
   std::unique_ptr<uint16_t, Free> words_;
-  int64_t used_ = 0, capacity_ = 0;
+  int64_t used_ = 0;
+  int64_t capacity_ = 0;
 };
 
-// One call of a merge op. All memory but that of records is there once it is constructed.
+// One call of a merge op. The constructor allocates all memory except that of records.
 class MergeRun {
  public:
   MergeRun(DType dtype, const std::vector<MergeLayer>& layers)
@@ -55,7 +60,10 @@ class MergeRun {
     memory_.chunks.resize(std::max<size_t>(memory_.chunks.size(), torch::stable::get_num_threads()));
   }
   ~MergeRun() {
-    for (Chunk& chunk : memory_.chunks) chunk.records.clear(), chunk.scratch.clear();
+    for (Chunk& chunk : memory_.chunks) {
+      chunk.records.clear();
+      chunk.scratch.clear();
+    }
   }
 
   void merge(const MergeLayer& layer) {
@@ -66,23 +74,25 @@ class MergeRun {
   void unmerge(const MergeLayer& layer, const RowRecords& records) {
     const int64_t segments = merge_segments(layer.in_features);
     for_rows(layer, [&](Chunk& chunk) {
-      RowRecords own = records;
+      RowRecords chunk_records = records;
       if (records.words != nullptr) {
         const int64_t before = count_words(records.words, chunk.begin * segments);
-        own.words += chunk.begin * segments;
-        own.num_corrections = std::max<int64_t>(records.num_corrections - before, 0);
-        own.corrections += std::min(before, records.num_corrections);
+        chunk_records.words += chunk.begin * segments;
+        chunk_records.num_corrections = std::max<int64_t>(records.num_corrections - before, 0);
+        chunk_records.corrections += std::min(before, records.num_corrections);
       }
-      kernels_.unmerge(dtype_, layer, panels_, chunk.begin, chunk.end, own);
+      kernels_.unmerge(dtype_, layer, panels_, chunk.begin, chunk.end, chunk_records);
     });
   }
 
-  // Returns how many results are NaN or infinite. words: [out_features, segments]; the corrections are this object's
-  // until take_corrections() copies them, and take_back() restores the weight by them. Throws where there is no memory
-  // for more of them.
+  // Returns the number of results that are NaN or infinite. words: [out_features, segments]. This object holds the
+  // corrections until take_corrections() copies them; take_back() restores the weight from them. Throws if memory is
+  // short.
   int64_t merge_record(const MergeLayer& layer, int16_t* words) {
-    current_ = &layer, words_ = words;
-    const int64_t segments = merge_segments(layer.in_features), block = block_rows(layer);
+    current_ = &layer;
+    words_ = words;
+    const int64_t segments = merge_segments(layer.in_features);
+    const int64_t block = block_rows(layer);
     for_rows(layer, [&](Chunk& chunk) {
       chunk.records.clear();
       for (; chunk.done < chunk.end; chunk.done += std::min(block, chunk.end - chunk.done)) {
@@ -91,7 +101,7 @@ class MergeRun {
             !chunk.records.reserve(most_record_words(dtype_, rows, layer.in_features))) {
           break;
         }
-        const RowRecords records{words + chunk.done * segments, chunk.records.end(), 0};
+        const NewRowRecords records{words + chunk.done * segments, chunk.records.end()};
         const MergedRows merged = kernels_.merge_record(dtype_, layer, panels_, chunk.done, chunk.done + rows, records,
                                                         chunk.scratch.begin());
         chunk.records.append(merged.words);
@@ -115,7 +125,8 @@ class MergeRun {
     return total;
   }
 
-  // What merge_record() left, to memory of the caller's: [num_corrections()]. The weight is done with.
+  // Copies the corrections of merge_record() to corrections [num_corrections()]. take_back() is not possible
+  // afterwards.
   void take_corrections(uint16_t* corrections) {
     int64_t total = 0;
     for (int64_t i = 0; i < num_chunks_; ++i) {
@@ -127,7 +138,7 @@ class MergeRun {
     current_ = nullptr;
   }
 
-  // Restores what merge_record() has changed, if its corrections are still here. Allocates nothing.
+  // Undoes merge_record(), unless its corrections have been taken. Allocates nothing.
   void take_back() {
     if (current_ == nullptr) return;
     const MergeLayer& layer = *current_;
@@ -140,11 +151,11 @@ class MergeRun {
   }
 
  private:
-  // Rows that follow each other, and what one thread makes of them.
+  // Consecutive rows, and one thread's results for them.
   struct Chunk {
     int64_t begin, end, done, non_finite;
     RecordBuffer records, scratch;
-    int64_t place;  // of its records among those of the layer
+    int64_t place;  // position of its records in the layer's corrections
   };
   struct Memory {
     ScratchMemory panels;
@@ -155,9 +166,10 @@ class MergeRun {
     return memory;
   }
 
-  // Fewer than usual where rows are so long that a block's largest record would not fit the second-level cache.
+  // Fewer rows than usual if a block's largest record would not fit in the second-level cache.
   int64_t block_rows(const MergeLayer& layer) const {
-    constexpr int64_t kBlockBytes = 2 << 20, kLeastRows = 4;
+    constexpr int64_t kBlockBytes = 2 << 20;
+    constexpr int64_t kLeastRows = 4;
     const int64_t fitting = kBlockBytes / std::max<int64_t>(layer.in_features * dtype_size(dtype_), 1);
     return std::min(std::max(fitting, kLeastRows), kMergeBlockRows);
   }
@@ -165,19 +177,22 @@ class MergeRun {
   // Packs lora_A and runs f(chunk) on all rows of the layer.
   template <class F>
   void for_rows(const MergeLayer& layer, const F& f) {
-    constexpr int64_t kChunkElements = 32768;  // that are worth a thread of their own
+    constexpr int64_t kChunkElements = 32768;  // worth a thread
     torch::stable::parallel_for(0, merge_segments(layer.in_features), 8, [&](int64_t begin, int64_t end) {
       kernels_.pack_merge(dtype_, layer, panels_, begin, end);
     });
-    const int64_t rows = layer.out_features, threads = std::ssize(memory_.chunks);
-    if (layer.in_features == 0) {  // however many rows there are
+    const int64_t rows = layer.out_features;
+    const int64_t threads = std::ssize(memory_.chunks);
+    if (layer.in_features == 0) {  // the number of rows may be too large to loop over
       num_chunks_ = 0;
       return;
     }
     num_chunks_ = std::min(threads, std::max<int64_t>(rows * layer.in_features / kChunkElements, 1));
     for (int64_t i = 0; i < num_chunks_; ++i) {
       Chunk& chunk = memory_.chunks[i];
-      chunk.begin = chunk.done = rows * i / num_chunks_, chunk.end = rows * (i + 1) / num_chunks_;
+      chunk.begin = rows * i / num_chunks_;
+      chunk.end = rows * (i + 1) / num_chunks_;
+      chunk.done = chunk.begin;
       chunk.non_finite = 0;
     }
     for_chunks(f);
@@ -195,7 +210,7 @@ class MergeRun {
   Memory& memory_;
   void* panels_;
   int64_t num_chunks_ = 0;
-  const MergeLayer* current_ = nullptr;  // whose corrections lie in the chunks
+  const MergeLayer* current_ = nullptr;  // the layer whose corrections are in the chunks
   int16_t* words_ = nullptr;
 };
 

@@ -1,8 +1,8 @@
 // lora_linear, lora_linear_siblings, lora_delta_, lora_shrink, lora_expand, their backwards and the dropout mask on
 // CUDA. csrc/schemas.h has the schemas.
 //
-// The adapter's term is written first and the base product accumulates onto it: no pass over y or grad_x for the
-// adapter.
+// The adapter's term is written first and the base product accumulates onto it: the adapter needs no extra pass over y
+// or grad_x.
 #include <torch/csrc/stable/library.h>
 
 #include "cuda_stream.h"
@@ -19,36 +19,48 @@ struct Cuda {
     explicit Guard(const Tensor& tensor) : device(tensor.get_device_index()) {}
   };
 
+  static void shrink(const LoraShrinkParams& p, const Tensor& like) { launch(&launch_lora_shrink, p, like); }
+  static void expand(const LoraExpandParams& p, const Tensor& like) { launch(&launch_lora_expand, p, like); }
+  static void shrink_backward(const LoraShrinkBackwardParams& p, const Tensor& like) {
+    launch(&launch_lora_shrink_backward, p, like);
+  }
+  static void expand_backward(const LoraExpandBackwardParams& p, const Tensor& like) {
+    launch(&launch_lora_expand_backward, p, like);
+  }
+
   static void forward(ForwardCall& call) {
     const LoraForwardParams& p = call.params;
-    if (p.num_tokens == 0) return;
-    const Tensor workspace = allocate_workspace(p, call.x);
-
-    launch_lora_forward(p, workspace.mutable_data_ptr(), current_stream(call.x));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    if (p.shrink.num_tokens == 0) return;
+    launch(&launch_lora_forward, p, call.x);
     for (size_t i = 0; call.has_base_layers() && i < call.layers.size(); ++i) {
-      if (p.in_features == 0 || p.siblings[i].out_features == 0) continue;
+      if (p.shrink.in_features == 0 || p.expand.siblings[i].out_features == 0) continue;
       add_base_product(call.y_rows(i), call.x, transposed(*call.layers[i].weight));
     }
   }
 
   static void backward(BackwardCall& call) {
     const LoraBackwardParams& p = call.params;
-    if (p.num_tokens == 0) {
+    if (p.expand.num_tokens == 0) {
       for (Tensor& grad : call.grad_lora_A) torch::stable::zero_(grad);
       for (Tensor& grad : call.grad_lora_B) torch::stable::zero_(grad);
       return;
     }
-    const Tensor workspace = allocate_workspace(p, call.grad_y[0]);
-
-    launch_lora_backward(p, workspace.mutable_data_ptr(), current_stream(call.grad_y[0]));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-    if (!call.has_base_layers() || !call.grad_x || p.in_features == 0) return;
+    launch(&launch_lora_backward, p, call.grad_y[0]);
+    if (!call.has_base_layers() || !call.grad_x || p.shrink.in_features == 0) return;
     const Tensor grad_x_rows = call.grad_x_rows();
     for (size_t i = 0; i < call.layers.size(); ++i) {
-      if (p.siblings[i].out_features == 0) continue;
+      if (p.expand.siblings[i].out_features == 0) continue;
       add_base_product(grad_x_rows, call.grad_y[i], *call.layers[i].weight);
     }
+  }
+
+ private:
+  // Launches kernels on the current stream of a tensor's device.
+  template <class Params>
+  static void launch(void (*launch_kernels)(const Params&, void*, cudaStream_t), const Params& p, const Tensor& like) {
+    const Tensor workspace = allocate_workspace(p, like);
+    launch_kernels(p, workspace.mutable_data_ptr(), current_stream(like));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 };
 
@@ -57,7 +69,8 @@ Tensor lora_dropout_mask(const Tensor& seed, int64_t num_tokens, int64_t in_feat
   const Tensor mask = prepare_dropout_mask(seed, num_tokens, in_features, dropout_p);
   if (mask.numel() == 0) return mask;
   DropoutMaskParams p{};
-  p.num_tokens = num_tokens, p.row_bytes = mask_row_bytes(in_features);
+  p.num_tokens = num_tokens;
+  p.row_bytes = mask_row_bytes(in_features);
   p.threshold = dropout_threshold(dropout_p);
   p.seed = static_cast<const int64_t*>(seed.const_data_ptr());
   p.mask = static_cast<uint8_t*>(mask.mutable_data_ptr());

@@ -13,13 +13,13 @@ void run(const MergeCall& call, MergeMode mode, const Tensor& like) {
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// int64 [1, segments]: the running sum of all layers' words, from which every block reads where its records lie.
+// int64 [1, segments]: the running sum of all layers' words, from which every block reads the positions of its records.
 Tensor segment_ends(const std::vector<Tensor>& words) {
   std::vector<Tensor> rows;
   std::vector<AtenTensorHandle> handles;
-  for (const Tensor& own : words) {
-    const int64_t count = own.size(0) * own.size(1);
-    rows.push_back(as_matrix(own, 1, count, count, 1));
+  for (const Tensor& layer_words : words) {
+    const int64_t count = layer_words.size(0) * layer_words.size(1);
+    rows.push_back(as_matrix(layer_words, 1, count, count, 1));
     handles.push_back(rows.back().get());
   }
   AtenTensorHandle all, ends;
@@ -29,7 +29,7 @@ Tensor segment_ends(const std::vector<Tensor>& words) {
   return Tensor(ends);
 }
 
-// The record for the kernels. Returns ends, which must live until they are launched.
+// Adds the records to the kernels' parameters. Returns ends, which must live until the launch.
 std::optional<Tensor> attach_record(MergeCall& call, const std::vector<Tensor>& words,
                                     const std::vector<Tensor>& corrections) {
   if (words.empty()) return std::nullopt;
@@ -44,7 +44,7 @@ std::optional<Tensor> attach_record(MergeCall& call, const std::vector<Tensor>& 
 
 void lora_merge_(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
                  const std::vector<Tensor>& lora_Bs) {
-  const MergeCall call = prepare_merge("lora_merge_", weights, lora_As, lora_Bs);
+  const MergeCall call = prepare_merge(weights, lora_As, lora_Bs);
   const DeviceGuard guard(weights[0].get_device_index());
   run(call, MergeMode::kMerge, weights[0]);
 }
@@ -52,7 +52,7 @@ void lora_merge_(const std::vector<Tensor>& weights, const std::vector<Tensor>& 
 // Counts non_finite [num_layers] and words [segments of all layers].
 std::tuple<Tensor, Tensor> lora_merge_plan(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
                                            const std::vector<Tensor>& lora_Bs) {
-  MergeCall call = prepare_merge("lora_merge_plan", weights, lora_As, lora_Bs);
+  MergeCall call = prepare_merge(weights, lora_As, lora_Bs);
   const DeviceGuard guard(weights[0].get_device_index());
   Tensor non_finite = empty_int64({static_cast<int64_t>(call.layers.size())}, weights[0]);
   torch::stable::zero_(non_finite);
@@ -68,8 +68,7 @@ std::tuple<Tensor, Tensor> lora_merge_plan(const std::vector<Tensor>& weights, c
 void lora_merge_planned_(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
                          const std::vector<Tensor>& lora_Bs, const std::vector<Tensor>& words,
                          const std::vector<Tensor>& corrections) {
-  MergeCall call =
-      prepare_merge("lora_merge_planned_", weights, lora_As, lora_Bs, RecordArguments{words, corrections, true});
+  MergeCall call = prepare_merge(weights, lora_As, lora_Bs, RecordArguments{words, corrections, true});
   const DeviceGuard guard(weights[0].get_device_index());
   const auto ends = attach_record(call, words, corrections);
   run(call, MergeMode::kMergeRecord, weights[0]);
@@ -78,8 +77,7 @@ void lora_merge_planned_(const std::vector<Tensor>& weights, const std::vector<T
 void lora_unmerge_(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
                    const std::vector<Tensor>& lora_Bs, const std::vector<Tensor>& words,
                    const std::vector<Tensor>& corrections) {
-  MergeCall call =
-      prepare_merge("lora_unmerge_", weights, lora_As, lora_Bs, RecordArguments{words, corrections, false});
+  MergeCall call = prepare_merge(weights, lora_As, lora_Bs, RecordArguments{words, corrections, false});
   const DeviceGuard guard(weights[0].get_device_index());
   const auto ends = attach_record(call, words, corrections);
   run(call, MergeMode::kUnmerge, weights[0]);

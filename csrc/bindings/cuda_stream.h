@@ -1,4 +1,4 @@
-// What the CUDA bindings share: the current stream, scratch memory, and ATen's base product on that stream.
+// Shared by the CUDA bindings: the current stream, scratch memory, and ATen's base product on that stream.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -19,8 +19,8 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Freed when the binding returns, while kernels may still use it: the caching allocator gives it only to later work on
-// the same stream.
+// Freed when the binding returns, while kernels may still use it: the caching allocator reuses it only for later work
+// on the same stream.
 template <class Params>
 Tensor allocate_workspace(const Params& params, const Tensor& like) {
   return empty_bytes({workspace_bytes(params)}, like);

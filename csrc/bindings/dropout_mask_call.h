@@ -1,4 +1,4 @@
-// lora_dropout_mask's part that is the same on every device.
+// The part of lora_dropout_mask that is the same on every device.
 #pragma once
 
 #include "checks.h"
@@ -6,12 +6,16 @@
 
 namespace lora_ext {
 
-// The op's result, to be filled: [num_tokens, mask_row_bytes(in_features)]
+// Allocates the op's result: [num_tokens, mask_row_bytes(in_features)]
 inline Tensor prepare_dropout_mask(const Tensor& seed, int64_t num_tokens, int64_t in_features, double dropout_p) {
-  check_seed("lora_dropout_mask", seed);
-  check_dropout("lora_dropout_mask", dropout_p);
-  STD_TORCH_CHECK(num_tokens >= 0 && in_features >= 0, "lora_dropout_mask: num_tokens=", num_tokens,
-                  " and in_features=", in_features, " must not be negative");
+  check_seed(seed);
+  check_dropout(dropout_p);
+  if (num_tokens < 0) refuse<refusals::kNegative>("num_tokens", num_tokens);
+  if (in_features < 0) refuse<refusals::kNegative>("in_features", in_features);
+  int64_t bytes;
+  if (__builtin_mul_overflow(num_tokens, mask_row_bytes(in_features), &bytes)) {
+    refuse<refusals::kMaskTooLarge>(num_tokens, in_features);
+  }
   return empty_bytes({num_tokens, mask_row_bytes(in_features)}, seed);
 }
 

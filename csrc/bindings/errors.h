@@ -1,4 +1,4 @@
-// Errors that leave an op. The code here does not know which op it works for: op.h puts the op's name before the text.
+// Errors of an op. op.h adds the op's name before the text.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +6,7 @@
 #include <sstream>
 #include <string>
 
-// PyTorch's text for the last call that failed on this thread. Not there before PyTorch 2.13.
+// PyTorch's text for the last failed call on this thread. PyTorch 2.13 and newer have it.
 extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace lora_ext {
@@ -27,7 +27,10 @@ template <class Sizes>
 std::string sizes_text(const Sizes& sizes) {
   std::ostringstream text;
   const char* separator = "[";
-  for (const int64_t size : sizes) text << separator << size, separator = ", ";
+  for (const int64_t size : sizes) {
+    text << separator << size;
+    separator = ", ";
+  }
   text << (*separator == '[' ? "[]" : "]");
   return std::move(text).str();
 }
@@ -42,10 +45,11 @@ inline bool is_about_memory(const std::string& text) {
   return text.find("out of memory") != std::string::npos || text.find("allocate memory") != std::string::npos;
 }
 
-// lora_ext/_ops/refusals.py knows an error of this kind by these words.
+// lora_ext/_ops/refusals.py recognises errors of this kind by these words.
 constexpr char kOutOfMemory[] = "out of memory. ";
 
-// After PyTorch has failed to allocate: what for says for what. Where PyTorch gives another reason, that is the error.
+// For a failed allocation of PyTorch; what_for says what was allocated. If PyTorch gives another reason, that is the
+// error.
 template <class... Parts>
 [[noreturn]] void fail_allocation(const Parts&... what_for) {
   const std::string reason = torch_error();
@@ -59,7 +63,7 @@ template <class... Parts>
   fail(call, " failed", reason.empty() ? "" : ": ", reason);
 }
 
-// The product of sizes that come from a user, and of what they are multiplied by.
+// A product of sizes, which come from a user and may overflow.
 inline int64_t product(std::initializer_list<int64_t> factors) {
   for (const int64_t factor : factors) {
     if (factor == 0) return 0;
@@ -75,7 +79,7 @@ inline int64_t product(std::initializer_list<int64_t> factors) {
 
 }  // namespace lora_ext
 
-// For functions of PyTorch's C interface, which return 0 when all is well.
+// For functions of PyTorch's C interface, which return 0 on success.
 #define LORA_EXT_CALL_TORCH(function, ...)                                  \
   do {                                                                      \
     if (function(__VA_ARGS__) != 0) ::lora_ext::fail_torch_call(#function); \

@@ -1,5 +1,5 @@
-// The part of a forward that is the same on every device: arguments checked, outputs allocated, kernel parameters
-// filled in. What is left to a binding is scratch memory and the launches.
+// The part of a forward that is the same on every device: checks the arguments, allocates the outputs, fills in the
+// kernels' parameters. A binding adds scratch memory and the launches.
 #pragma once
 
 #include "layer_arguments.h"
@@ -7,42 +7,50 @@
 namespace lora_ext {
 
 struct ForwardCall {
-  std::span<const ForwardLayer> layers;  // the op's arguments; none: the adapter's products alone
+  std::span<const ForwardLayer> layers;  // the op's arguments
   Tensor x;                              // [num_tokens, in_features] with unit column stride
-  std::vector<Tensor> y{};               // the op's results, y one a layer
+  std::vector<Tensor> y{};               // the op's results, one y per layer
   Tensor xa, mask;
-  std::vector<Tensor> kept{};  // owns what the pointers in params point to
+  KeptTensors kept{};
   LoraForwardParams params{};
 
-  bool has_base_layers() const { return !layers.empty() && layers[0].weight != nullptr; }
-  Tensor y_rows(size_t i) const { return as_rows(y[i], params.num_tokens, params.siblings[i].out_features); }
+  bool has_base_layers() const { return layers[0].weight != nullptr; }
+  Tensor y_rows(size_t i) const {
+    return as_rows(y[i], params.expand.num_tokens, params.expand.siblings[i].out_features);
+  }
 };
 
-inline void check_forward(const Op& op, const Tensor& x, std::span<const ForwardLayer> layers, double dropout_p,
+inline void check_forward(const Names& names, const Tensor& x, std::span<const ForwardLayer> layers, double dropout_p,
                           const std::optional<Tensor>& seed) {
-  check_layers(op, layers);
-  const Tensor& weight = *layers[0].weight;
-  check_tokens(op.name, {"x"}, x, op.argument("weight", 0), weight, weight.size(1), "in_features");
   for (size_t i = 0; i < layers.size(); ++i) {
     const ForwardLayer& layer = layers[i];
+    const Tensor& weight = *layer.weight;
+    const ArgumentName weight_name = names.argument("weight", i);
+    const ArgumentName scaling_name = names.argument("scaling", i);
+    check_factors(weight, layer.lora_A, layer.lora_B, weight_name.index);
+    check_has_dimension({"x"}, x, "in_features");
+    check_num_features({"x"}, x, weight_name, weight.size(1), "in_features");
+    check_same_dtype(weight_name, weight, {"x"}, x);
     if (layer.bias) {
-      const ArgumentName name = op.argument("bias", i);
-      check_tokens(op.name, name, *layer.bias, op.argument("weight", i), *layer.weight, layer.weight->size(0),
-                   "out_features");
-      STD_TORCH_CHECK(layer.bias->dim() == 1, op.name, ": ", name, " has ", layer.bias->dim(), " dimensions, want 1");
+      const ArgumentName bias_name = names.argument("bias", i);
+      check_same_dtype(bias_name, *layer.bias, {"x"}, x);
+      check_bias(bias_name, *layer.bias, weight.size(0));
     }
-    STD_TORCH_CHECK(layer.scaling >= 0.0, op.name, ": ", op.argument("scaling", i), " is ", layer.scaling,
-                    ", want at least 0");
+    check_scaling(layer.scaling, scaling_name);
+    if (layer.scaling < 0.0) refuse<refusals::kNegative>(scaling_name, number_text(layer.scaling));
+    check_same_dtype(names.argument("lora_A", i), layer.lora_A, names.argument("lora_A", 0), layers[0].lora_A);
   }
-  check_dropout_and_seed(op.name, dropout_p, seed);
+  check_dropout_and_seed(dropout_p, seed);
 }
 
-// y_given: of a single layer whose y holds the base layer's output already; what it is added to.
+// base_output: the output of a single layer's base layer, to which the adapter's is added in place; null: new tensors.
 inline ForwardCall fill_forward(const Tensor& x, std::span<const ForwardLayer> layers, double dropout_p,
-                                const std::optional<Tensor>& seed, const Tensor* y_given = nullptr) {
+                                const std::optional<Tensor>& seed, const Tensor* base_output = nullptr) {
   const DType dtype = dtype_of(x);
+  const DType factor_dtype = dtype_of(layers[0].lora_A);
   const uint32_t threshold = dropout_threshold(dropout_p);
-  const int64_t num_tokens = count_tokens(x), in_features = layers[0].lora_A.size(1);
+  const int64_t num_tokens = count_tokens(x);
+  const int64_t in_features = layers[0].lora_A.size(1);
   int64_t total_rank = 0;
   for (const ForwardLayer& layer : layers) total_rank += layer.lora_A.size(0);
 
@@ -51,36 +59,57 @@ inline ForwardCall fill_forward(const Tensor& x, std::span<const ForwardLayer> l
       .x = flatten_tokens(x),
       .xa = empty({num_tokens, total_rank}, accumulation_dtype(dtype), x),
       .mask = threshold > 0 ? empty_bytes({num_tokens, mask_row_bytes(in_features)}, x) : empty_bytes({0}, x)};
-  LoraForwardParams& p = call.params;
-  p.num_tokens = num_tokens, p.in_features = in_features, p.total_rank = total_rank;
-  p.x = call.x.const_data_ptr(), p.x_stride = call.x.stride(0);
-  p.xa = call.xa.mutable_data_ptr();
-  if (threshold > 0) {
-    p.seed = static_cast<const int64_t*>(seed->const_data_ptr());
-    p.mask = static_cast<uint8_t*>(call.mask.mutable_data_ptr());
-  }
-  p.dtype = dtype, p.factor_dtype = dtype_of(layers[0].lora_A);
-  p.threshold = threshold;
+  const int num_siblings = static_cast<int>(layers.size());
+  LoraShrinkParams& shrink = call.params.shrink;
+  shrink = {.num_tokens = num_tokens,
+            .in_features = in_features,
+            .total_rank = total_rank,
+            .x = call.x.const_data_ptr(),
+            .seed = threshold > 0 ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr,
+            .xa = call.xa.mutable_data_ptr(),
+            .mask = threshold > 0 ? static_cast<uint8_t*>(call.mask.mutable_data_ptr()) : nullptr,
+            .x_stride = call.x.stride(0),
+            .dtype = dtype,
+            .factor_dtype = factor_dtype,
+            .threshold = threshold,
+            .num_siblings = num_siblings,
+            .siblings = {}};
+  LoraExpandParams& expand = call.params.expand;
+  expand = {.num_tokens = num_tokens,
+            .total_rank = total_rank,
+            .xa = shrink.xa,
+            .dtype = dtype,
+            .factor_dtype = factor_dtype,
+            .num_siblings = num_siblings,
+            .siblings = {}};
 
-  p.num_siblings = static_cast<int>(layers.size());
   call.y.reserve(layers.size());
-  call.kept.reserve(3 * layers.size());
   int64_t rank_begin = 0;
   for (size_t i = 0; i < layers.size(); ++i) {
-    LoraForwardSibling& s = p.siblings[i];
-    set_factors(layers[i], rank_begin, dropout_rescale(threshold), call.kept, s);
-    rank_begin += s.rank;
-    if (layers[i].bias) s.bias = call.kept.emplace_back(as_contiguous(*layers[i].bias)).const_data_ptr();
-    Tensor& y = call.y.emplace_back(y_given ? *y_given : empty(sizes_with_last(x, s.out_features), dtype, x));
-    s.y = y.mutable_data_ptr();
-    if (y_given) s.base = s.y;
+    const ForwardLayer& layer = layers[i];
+    const int64_t rank = layer.lora_A.size(0);
+    const int64_t out_features = layer.lora_B.size(0);
+    shrink.siblings[i] = {.rank = rank,
+                          .rank_begin = rank_begin,
+                          .lora_A = call.kept.address(as_contiguous(layer.lora_A)),
+                          .scale = layer.scaling * dropout_rescale(threshold)};
+    const Tensor& y =
+        call.y.emplace_back(base_output ? *base_output : empty(sizes_with_last(x, out_features), dtype, x));
+    expand.siblings[i] = {.out_features = out_features,
+                          .rank = rank,
+                          .rank_begin = rank_begin,
+                          .lora_B = call.kept.address(as_contiguous(layer.lora_B)),
+                          .bias = layer.bias ? call.kept.address(as_contiguous(*layer.bias)) : nullptr,
+                          .base = base_output ? y.const_data_ptr() : nullptr,
+                          .y = y.mutable_data_ptr()};
+    rank_begin += rank;
   }
   return call;
 }
 
-inline ForwardCall prepare_forward(const Op& op, const Tensor& x, std::span<const ForwardLayer> layers,
+inline ForwardCall prepare_forward(const Names& names, const Tensor& x, std::span<const ForwardLayer> layers,
                                    double dropout_p, const std::optional<Tensor>& seed) {
-  check_forward(op, x, layers, dropout_p, seed);
+  check_forward(names, x, layers, dropout_p, seed);
   return fill_forward(x, layers, dropout_p, seed);
 }
 

@@ -1,10 +1,10 @@
 // lora_linear, lora_linear_siblings, lora_delta_ and their backwards on one device. csrc/schemas.h has the schemas.
 //
-// A single layer is one sibling, and a delta a layer without a weight: the ops differ in how their arguments arrive.
-// Device brings
+// A single layer is one sibling, and a delta a layer without a weight: the ops differ in the form of their arguments.
+// Device provides
 //   Guard     constructed from a tensor: makes its device the current one
-//   forward   fills in the results of a ForwardCall
-//   backward  fills in the results of a BackwardCall
+//   forward   computes the results of a ForwardCall
+//   backward  computes the results of a BackwardCall
 #pragma once
 
 #include <tuple>
@@ -24,7 +24,7 @@ struct LoraLinearOps {
                                                         const std::optional<Tensor>& seed) {
     const ForwardLayer layer{&weight, address_of(bias), lora_A, lora_B, scaling};
     const typename Device::Guard guard(x);
-    ForwardCall call = prepare_forward({"lora_linear", false}, x, {&layer, 1}, dropout_p, seed);
+    ForwardCall call = prepare_forward({.takes_lists = false}, x, {&layer, 1}, dropout_p, seed);
     Device::forward(call);
     return {std::move(call.y[0]), std::move(call.xa), std::move(call.mask)};
   }
@@ -35,8 +35,7 @@ struct LoraLinearOps {
       double dropout_p, const std::vector<bool>& output_mask) {
     const BackwardLayer layer{grad_y, &weight, lora_A, lora_B, scaling};
     const typename Device::Guard guard(grad_y);
-    BackwardCall call =
-        prepare_backward({"lora_linear_backward", false}, x, {&layer, 1}, xa, mask, dropout_p, output_mask);
+    BackwardCall call = prepare_backward({.takes_lists = false}, x, {&layer, 1}, xa, mask, dropout_p, output_mask);
     if (!call.has_nothing_to_write()) Device::backward(call);
     return {std::move(call.grad_x), only(call.grad_lora_A), only(call.grad_lora_B)};
   }
@@ -45,19 +44,17 @@ struct LoraLinearOps {
       const Tensor& x, const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
       const std::vector<Tensor>& lora_As, const std::vector<Tensor>& lora_Bs, const std::vector<double>& scalings,
       double dropout_p, const std::optional<Tensor>& seed) {
-    const Op op{"lora_linear_siblings", true};
-    check_lengths(op, weights.size(),
-                  {{"biases", biases.size()},
-                   {"lora_As", lora_As.size()},
-                   {"lora_Bs", lora_Bs.size()},
-                   {"scalings", scalings.size()}});
+    check_lengths(weights.size(), {{"biases", biases.size()},
+                                   {"lora_As", lora_As.size()},
+                                   {"lora_Bs", lora_Bs.size()},
+                                   {"scalings", scalings.size()}});
     std::vector<ForwardLayer> layers;
     layers.reserve(weights.size());
     for (size_t i = 0; i < weights.size(); ++i) {
       layers.push_back({&weights[i], address_of(biases[i]), lora_As[i], lora_Bs[i], scalings[i]});
     }
     const typename Device::Guard guard(x);
-    ForwardCall call = prepare_forward(op, x, layers, dropout_p, seed);
+    ForwardCall call = prepare_forward({.takes_lists = true}, x, layers, dropout_p, seed);
     Device::forward(call);
     return {std::move(call.y), std::move(call.xa), std::move(call.mask)};
   }
@@ -67,19 +64,17 @@ struct LoraLinearOps {
       const std::vector<Tensor>& lora_As, const std::vector<Tensor>& lora_Bs, const std::optional<Tensor>& xa,
       const std::optional<Tensor>& mask, const std::vector<double>& scalings, double dropout_p,
       const std::vector<bool>& output_mask) {
-    const Op op{"lora_linear_siblings_backward", true};
-    check_lengths(op, weights.size(),
-                  {{"grad_ys", grad_ys.size()},
-                   {"lora_As", lora_As.size()},
-                   {"lora_Bs", lora_Bs.size()},
-                   {"scalings", scalings.size()}});
+    check_lengths(weights.size(), {{"grad_ys", grad_ys.size()},
+                                   {"lora_As", lora_As.size()},
+                                   {"lora_Bs", lora_Bs.size()},
+                                   {"scalings", scalings.size()}});
     std::vector<BackwardLayer> layers;
     layers.reserve(weights.size());
     for (size_t i = 0; i < weights.size(); ++i) {
       layers.push_back({grad_ys[i], &weights[i], lora_As[i], lora_Bs[i], scalings[i]});
     }
     const typename Device::Guard guard(grad_ys[0]);
-    BackwardCall call = prepare_backward(op, x, layers, xa, mask, dropout_p, output_mask);
+    BackwardCall call = prepare_backward({.takes_lists = true}, x, layers, xa, mask, dropout_p, output_mask);
     if (!call.has_nothing_to_write()) Device::backward(call);
     return {std::move(call.grad_x), std::move(call.grad_lora_A), std::move(call.grad_lora_B)};
   }
@@ -87,17 +82,16 @@ struct LoraLinearOps {
   static std::tuple<Tensor, Tensor> lora_delta_(const Tensor& y, const Tensor& x, const Tensor& lora_A,
                                                 const Tensor& lora_B, double scaling, double dropout_p,
                                                 const std::optional<Tensor>& seed) {
-    const char* const op = "lora_delta_";
-    check_delta(op, {"y"}, y, &x, lora_A, lora_B, scaling);
-    check_dropout_and_seed(op, dropout_p, seed);
-    STD_TORCH_CHECK(y.is_contiguous(), op, ": y is not contiguous, want the base layer's output as it wrote it");
+    check_delta({"y"}, y, &x, lora_A, lora_B, scaling);
+    check_dropout_and_seed(dropout_p, seed);
+    if (!y.is_contiguous()) refuse<refusals::kNotContiguous>("y", sizes_text(y.strides()));
     std::vector<MemoryRegion> regions;
     add_region(regions, {"y"}, y, true);
     add_region(regions, {"x"}, x, false);
     add_region(regions, {"lora_A"}, lora_A, false);
     add_region(regions, {"lora_B"}, lora_B, false);
     if (seed) add_region(regions, {"seed"}, *seed, false);
-    check_disjoint(op, regions);
+    check_disjoint(regions);
     const ForwardLayer layer{nullptr, nullptr, lora_A, lora_B, scaling};
     const typename Device::Guard guard(x);
     ForwardCall call = fill_forward(x, {&layer, 1}, dropout_p, seed, &y);
@@ -109,13 +103,12 @@ struct LoraLinearOps {
       const Tensor& grad_y, const std::optional<Tensor>& x, const Tensor& lora_A, const Tensor& lora_B,
       const std::optional<Tensor>& xa, const std::optional<Tensor>& mask, double scaling, double dropout_p,
       const std::vector<bool>& output_mask) {
-    const Op op{"lora_delta_backward", false};
-    check_output_mask(op.name, output_mask, 3);
-    STD_TORCH_CHECK(x.has_value() || !output_mask[1], op.name, ": grad_lora_A is wanted but x is None");
-    check_delta(op.name, {"grad_y"}, grad_y, output_mask[1] ? &*x : nullptr, lora_A, lora_B, scaling);
-    check_dropout(op.name, dropout_p);
-    check_saved(op, xa, mask, dtype_of(grad_y), count_tokens(grad_y), lora_A.size(1), lora_A.size(0), dropout_p,
-                output_mask);
+    check_output_mask(output_mask, 3);
+    check_is_saved("x", x, output_mask[1], "grad_lora_A");
+    check_delta({"grad_y"}, grad_y, output_mask[1] ? &*x : nullptr, lora_A, lora_B, scaling);
+    check_dropout(dropout_p);
+    check_saved({.takes_lists = false}, xa, mask, dtype_of(grad_y),
+                {count_tokens(grad_y), lora_A.size(1), lora_A.size(0)}, dropout_p, output_mask);
     const BackwardLayer layer{grad_y, nullptr, lora_A, lora_B, scaling};
     const typename Device::Guard guard(grad_y);
     BackwardCall call = fill_backward(x, {&layer, 1}, xa, mask, dropout_p, output_mask);
@@ -129,7 +122,7 @@ struct LoraLinearOps {
 
 template <class Device, class Library>
 void register_lora_linear_ops(Library& library) {
-  typedef LoraLinearOps<Device> Ops;
+  using Ops = LoraLinearOps<Device>;
   register_op<schemas::kLoraLinear, &Ops::lora_linear>(library);
   register_op<schemas::kLoraLinearBackward, &Ops::lora_linear_backward>(library);
   register_op<schemas::kLoraLinearSiblings, &Ops::lora_linear_siblings>(library);

@@ -1,6 +1,6 @@
-// How an op's function is registered: with checks of all its tensors, whatever the op, and with its name in errors.
+// Registers an op's function, with checks of all its tensors and with the op's name in errors.
 //
-// Names and number of the arguments come from the op's schema, and the tensors among them from the function's type: no
+// The op's schema gives the names and number of the arguments, and the function's type says which are tensors: no
 // argument can be forgotten. lora_ext/_ops/tensor_arguments.py does the same for the fake kernels.
 #pragma once
 
@@ -16,18 +16,20 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../schemas.h"
+#include "refuse.h"
 #include "tensors.h"
 
 namespace lora_ext {
 
-// A schema is parsed by plain loops: under -fsanitize=undefined, g++ does not take std::string_view's searches for
-// constant expressions.
+// Plain loops parse a schema: with -fsanitize=undefined, g++ does not accept std::string_view's searches in constant
+// expressions.
 
-// Position in a schema of what ends argument `index`, or 0 where there are no more.
+// Position in a schema of the character after argument `index`, or 0 if there is no such argument.
 constexpr size_t argument_end(const char* schema, int index) {
   size_t i = 0;
   while (schema[i] != '(') ++i;
-  int depth = 0, separators = 0;
+  int depth = 0;
+  int separators = 0;
   for (++i; schema[i] != '\0'; ++i) {
     if (schema[i] == '(' || schema[i] == '[') ++depth;
     if (schema[i] == ']') --depth;
@@ -69,12 +71,15 @@ static_assert(count_arguments(schemas::kLoraMerge) == 3 && is_same(argument_name
 static_assert(is_same(argument_name(schemas::kLoraLinear, 6), "dropout_p"), "a default is no part of the name");
 static_assert(is_same(argument_name(schemas::kLoraLinearBackward, 9), "output_mask"), "nor is a length");
 
-// One op's arguments in their order: every tensor must be there with its memory, and on the device of the first.
+// Checks an op's arguments in their order: every tensor must be defined, with its memory, on the device of the first.
 class TensorArguments {
  public:
   explicit TensorArguments(const char* schema) : schema_(schema) {}
 
-  void check(const Tensor& tensor) { check_tensor(tensor, kNoEntry), ++argument_; }
+  void check(const Tensor& tensor) {
+    check_tensor(tensor, kNoEntry);
+    ++argument_;
+  }
   void check(const std::optional<Tensor>& tensor) {
     if (tensor) check_tensor(*tensor, kNoEntry);
     ++argument_;
@@ -115,14 +120,16 @@ class TensorArguments {
 
   void check_tensor(const Tensor& tensor, int entry) {
     const Place place{argument_, entry};
-    bool is_there;  // Python's None arrives as a tensor that is not
+    bool is_there;  // Python's None arrives as an undefined tensor
     LORA_EXT_CALL_TORCH(aoti_torch_is_defined, tensor.get(), &is_there);
-    if (!is_there) fail(name(place), " is None, want a Tensor");
+    if (!is_there) refuse<refusals::kMissingTensor>(name(place));
     const DeviceOf device = device_of(tensor);
     if (!has_first_) {
-      first_ = place, first_device_ = device, has_first_ = true;
+      first_ = place;
+      first_device_ = device;
+      has_first_ = true;
     } else if (!(device == first_device_)) {
-      fail(name(place), " is on ", device, " but ", name(first_), " is on ", first_device_);
+      refuse<refusals::kDevice>(name(place), device, name(first_), first_device_);
     }
     if (!has_its_memory(tensor)) {
       fail(name(place), " is ", sizes_text(tensor.sizes()), ", but its storage has been freed or made smaller");

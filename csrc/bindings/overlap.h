@@ -1,4 +1,4 @@
-// Tensors that an op changes: none of them may share memory with another argument.
+// Checks that no tensor that an op changes shares memory with another argument.
 #pragma once
 
 #include <algorithm>
@@ -8,19 +8,20 @@
 
 namespace lora_ext {
 
-// Where an argument lies in memory: rows of row_bytes, row_stride bytes apart.
+// The memory of an argument: rows of row_bytes, row_stride bytes apart.
 struct MemoryRegion {
   ArgumentName name;
   const char *begin, *end;
-  int64_t row_bytes, row_stride;  // of a matrix; else row_stride is 0
+  int64_t row_bytes, row_stride;  // of a matrix; row_stride is 0 for any other tensor
   bool changes;
 };
 
 inline void add_region(std::vector<MemoryRegion>& regions, const ArgumentName& name, const Tensor& tensor,
                        bool changes) {
   if (tensor.numel() == 0) return;
-  const int64_t size = static_cast<int64_t>(tensor.element_size()), dims = tensor.dim();
-  int64_t last = 0;  // element: within the storage, as op.h has checked
+  const int64_t size = static_cast<int64_t>(tensor.element_size());
+  const int64_t dims = tensor.dim();
+  int64_t last = 0;  // the last element: op.h has checked that it is within the storage
   for (int64_t i = 0; i < dims; ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
   const bool is_matrix = dims == 2 && tensor.size(0) > 1 && (tensor.size(1) == 1 || tensor.stride(1) == 1);
   const char* begin = static_cast<const char*>(tensor.const_data_ptr());
@@ -32,25 +33,25 @@ inline void add_region(std::vector<MemoryRegion>& regions, const ArgumentName& n
                      .changes = changes});
 }
 
-// Whether two regions share bytes, of which the second begins where the first has not ended yet. Two blocks of columns
-// of one matrix lie side by side; otherwise what lies within the other's extent counts as shared.
+// Whether two regions share bytes; the second begins before the first ends. Two blocks of columns of one matrix may be
+// disjoint; any other overlap of extents counts as shared.
 inline bool share_bytes(const MemoryRegion& first, const MemoryRegion& second) {
   if (first.row_stride == 0 || first.row_stride != second.row_stride) return true;
   const int64_t column = (second.begin - first.begin) % first.row_stride;
   return column < first.row_bytes || column + second.row_bytes > first.row_stride;
 }
 
-inline void check_disjoint(const char* op, std::vector<MemoryRegion>& regions) {
+inline void check_disjoint(std::vector<MemoryRegion>& regions) {
   std::sort(regions.begin(), regions.end(), [](const auto& a, const auto& b) { return a.begin < b.begin; });
-  std::vector<const MemoryRegion*> reaching;  // those that begin before and end behind
+  std::vector<const MemoryRegion*> reaching;  // regions that begin before this one and end after its begin
   for (const MemoryRegion& region : regions) {
     std::erase_if(reaching, [&](const MemoryRegion* before) { return before->end <= region.begin; });
     for (const MemoryRegion* before : reaching) {
       if (!(before->changes || region.changes) || !share_bytes(*before, region)) continue;
       const bool in_order = before->changes;
-      const MemoryRegion &changed = in_order ? *before : region, &other = in_order ? region : *before;
-      STD_TORCH_CHECK(false, op, ": ", changed.name, " shares memory with ", other.name,
-                      ", which would change with it; pass a clone of one of them");
+      const MemoryRegion& changed = in_order ? *before : region;
+      const MemoryRegion& other = in_order ? region : *before;
+      refuse<refusals::kSharedMemory>(changed.name, other.name);
     }
     reaching.push_back(&region);
   }

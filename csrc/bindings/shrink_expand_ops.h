@@ -1,6 +1,9 @@
-// lora_shrink, lora_expand and their backwards on one device: the adapter's two products by themselves, for what stands
-// between them in other adapters than LoRA (a bottleneck's activation). csrc/schemas.h has the schemas; Device is
-// that of lora_linear_ops.h.
+// lora_shrink, lora_expand and their backwards on one device: the two products of an adapter as separate ops, for
+// adapters with something between them (a bottleneck's activation). csrc/schemas.h has the schemas.
+// Device provides
+//   Guard            constructed from a tensor: makes its device the current one
+//   shrink, expand, shrink_backward, expand_backward
+//                    run the kernels with these parameters, on the device of a tensor; at least one token
 #pragma once
 
 #include <tuple>
@@ -11,175 +14,202 @@
 
 namespace lora_ext {
 
-// tensor [..., features], whose name and the factor's that has `features` columns or rows stand in the messages
-inline void check_features(const char* op, const ArgumentName& name, const Tensor& tensor, const ArgumentName& factor,
-                           int64_t features, const char* features_name) {
-  STD_TORCH_CHECK(tensor.dim() >= 1, op, ": ", name, " has no dimension, want [..., ", features_name, "]");
-  check_dtype(op, name, tensor);
-  const int64_t given = tensor.size(tensor.dim() - 1);
-  STD_TORCH_CHECK(given == features, op, ": ", factor, " has ", features_name, "=", features, " but ", name, " has ",
-                  given);
-}
-
-inline void check_rank(const char* op, const ArgumentName& name, int64_t rank) {
-  STD_TORCH_CHECK(rank >= 1, op, ": ", name, " has rank 0, want at least 1");
+// tensor [..., features] of a dtype that the kernels know; factor has as many columns or rows.
+inline void check_features(const ArgumentName& name, const Tensor& tensor, const ArgumentName& factor, int64_t features,
+                           const char* features_name) {
+  check_has_dimension(name, tensor, features_name);
+  check_dtype(name, tensor);
+  check_num_features(name, tensor, factor, features, features_name);
 }
 
 // tensor [..., rank] in the accumulation dtype of like, with like's tokens
-inline void check_low_rank(const char* op, const ArgumentName& name, const Tensor& tensor, const ArgumentName& factor,
-                           int64_t rank, const ArgumentName& like_name, const Tensor& like) {
-  check_features(op, name, tensor, factor, rank, "rank");
-  STD_TORCH_CHECK(count_tokens(tensor) == count_tokens(like), op, ": ", name, " has ", count_tokens(tensor),
-                  " tokens but ", like_name, " has ", count_tokens(like));
-  STD_TORCH_CHECK(dtype_of(tensor) == accumulation_dtype(dtype_of(like)), op, ": ", name,
-                  " has another dtype than the accumulation dtype of ", like_name);
+inline void check_low_rank(const ArgumentName& name, const Tensor& tensor, const ArgumentName& factor, int64_t rank,
+                           const ArgumentName& like_name, const Tensor& like) {
+  check_features(name, tensor, factor, rank, "rank");
+  check_num_tokens(name, tensor, like_name, count_tokens(like));
+  check_accumulation_dtype(name, tensor, dtype_of(like));
 }
 
-inline void check_like(const char* op, const ArgumentName& name, const Tensor& tensor, const ArgumentName& like_name,
+// tensor has the elements and the rows of like.
+inline void check_like(const ArgumentName& name, const Tensor& tensor, const ArgumentName& like_name,
                        const Tensor& like) {
-  STD_TORCH_CHECK(
-      tensor.dim() >= 1 && tensor.numel() == like.numel() && tensor.size(tensor.dim() - 1) == like.size(like.dim() - 1),
-      op, ": ", name, " has another shape than ", like_name);
-  check_same_dtype(op, name, tensor, like_name, like);
+  const bool same_shape =
+      tensor.dim() >= 1 && tensor.numel() == like.numel() && tensor.size(tensor.dim() - 1) == like.size(like.dim() - 1);
+  if (!same_shape) {
+    refuse<refusals::kOtherShape>(name, sizes_text(tensor.sizes()), like_name, sizes_text(like.sizes()));
+  }
+  check_same_dtype(name, tensor, like_name, like);
 }
 
 template <class Device>
 struct ShrinkExpandOps {
   static Tensor lora_shrink(const Tensor& x, const Tensor& lora_A) {
-    const char* const op = "lora_shrink";
-    check_matrix(op, {"lora_A"}, lora_A);
-    check_rank(op, {"lora_A"}, lora_A.size(0));
-    check_features(op, {"x"}, x, {"lora_A"}, lora_A.size(1), "in_features");
+    check_matrix({"lora_A"}, lora_A);
+    check_rank({"lora_A"}, lora_A.size(0));
+    check_features({"x"}, x, {"lora_A"}, lora_A.size(1), "in_features");
 
     const typename Device::Guard guard(x);
-    ForwardCall call{.layers = {},
-                     .x = flatten_tokens(x),
-                     .xa = empty(sizes_with_last(x, lora_A.size(0)), accumulation_dtype(dtype_of(x)), x),
-                     .mask = {}};
-    LoraForwardParams& p = call.params;
-    p.num_tokens = count_tokens(x), p.in_features = lora_A.size(1), p.total_rank = lora_A.size(0);
-    p.x = call.x.const_data_ptr(), p.x_stride = call.x.stride(0), p.xa = call.xa.mutable_data_ptr();
-    p.dtype = dtype_of(x), p.factor_dtype = dtype_of(lora_A);
-    p.products = Products::kShrink, p.num_siblings = 1;
-    const Tensor& factor = call.kept.emplace_back(as_contiguous(lora_A));
-    LoraForwardSibling& s = p.siblings[0];
-    s.rank = p.total_rank, s.lora_A = factor.const_data_ptr(), s.scale = 1.0;
-    Device::forward(call);
-    return std::move(call.xa);
+    const int64_t rank = lora_A.size(0);
+    const Tensor x_rows = flatten_tokens(x);
+    const Tensor factor = as_contiguous(lora_A);
+    Tensor xa = empty(sizes_with_last(x, rank), accumulation_dtype(dtype_of(x)), x);
+    const LoraShrinkParams p{
+        .num_tokens = count_tokens(x),
+        .in_features = lora_A.size(1),
+        .total_rank = rank,
+        .x = x_rows.const_data_ptr(),
+        .seed = nullptr,
+        .xa = xa.mutable_data_ptr(),
+        .mask = nullptr,
+        .x_stride = x_rows.stride(0),
+        .dtype = dtype_of(x),
+        .factor_dtype = dtype_of(lora_A),
+        .threshold = 0,
+        .num_siblings = 1,
+        .siblings = {{.rank = rank, .rank_begin = 0, .lora_A = factor.const_data_ptr(), .scale = 1.0}}};
+    if (p.num_tokens > 0) Device::shrink(p, x);
+    return xa;
   }
 
   static Tensor lora_expand(const Tensor& base, const Tensor& xa, const Tensor& lora_B,
                             const std::optional<Tensor>& bias) {
-    const char* const op = "lora_expand";
-    check_matrix(op, {"lora_B"}, lora_B);
-    check_rank(op, {"lora_B"}, lora_B.size(1));
-    check_features(op, {"base"}, base, {"lora_B"}, lora_B.size(0), "out_features");
-    check_low_rank(op, {"xa"}, xa, {"lora_B"}, lora_B.size(1), {"base"}, base);
+    check_matrix({"lora_B"}, lora_B);
+    check_rank({"lora_B"}, lora_B.size(1));
+    check_features({"base"}, base, {"lora_B"}, lora_B.size(0), "out_features");
+    check_low_rank({"xa"}, xa, {"lora_B"}, lora_B.size(1), {"base"}, base);
     if (bias) {
-      STD_TORCH_CHECK(bias->dim() == 1, op, ": bias has ", bias->dim(), " dimensions, want 1");
-      check_tokens(op, {"bias"}, *bias, {"base"}, base, lora_B.size(0), "out_features");
+      check_same_dtype({"bias"}, *bias, {"base"}, base);
+      check_bias({"bias"}, *bias, lora_B.size(0));
     }
 
     const typename Device::Guard guard(base);
-    ForwardCall call{.layers = {}, .x = as_contiguous(base), .xa = as_contiguous(xa), .mask = {}};
-    LoraForwardParams& p = call.params;
-    p.num_tokens = count_tokens(base), p.total_rank = lora_B.size(1);
-    p.xa = const_cast<void*>(call.xa.const_data_ptr());  // read, as products says
-    p.dtype = dtype_of(base), p.factor_dtype = dtype_of(lora_B);
-    p.products = Products::kExpand, p.num_siblings = 1;
-    call.kept.reserve(2);
-    const Tensor& factor = call.kept.emplace_back(as_contiguous(lora_B));
+    KeptTensors kept;
+    const int64_t rank = lora_B.size(1);
     const auto sizes = base.sizes();
-    const Tensor& y = call.y.emplace_back(empty({sizes.begin(), sizes.end()}, p.dtype, base));
-    LoraForwardSibling& s = p.siblings[0];
-    s.out_features = lora_B.size(0), s.rank = p.total_rank, s.lora_B = factor.const_data_ptr();
-    if (bias) s.bias = call.kept.emplace_back(as_contiguous(*bias)).const_data_ptr();
-    s.base = call.x.const_data_ptr(), s.y = y.mutable_data_ptr();
-    Device::forward(call);
-    return std::move(call.y[0]);
+    Tensor y = empty({sizes.begin(), sizes.end()}, dtype_of(base), base);
+    const LoraExpandParams p{.num_tokens = count_tokens(base),
+                             .total_rank = rank,
+                             .xa = kept.address(as_contiguous(xa)),
+                             .dtype = dtype_of(base),
+                             .factor_dtype = dtype_of(lora_B),
+                             .num_siblings = 1,
+                             .siblings = {{.out_features = lora_B.size(0),
+                                           .rank = rank,
+                                           .rank_begin = 0,
+                                           .lora_B = kept.address(as_contiguous(lora_B)),
+                                           .bias = bias ? kept.address(as_contiguous(*bias)) : nullptr,
+                                           .base = kept.address(as_contiguous(base)),
+                                           .y = y.mutable_data_ptr()}}};
+    if (p.num_tokens > 0) Device::expand(p, base);
+    return y;
   }
 
   static std::tuple<std::optional<Tensor>, std::optional<Tensor>> lora_shrink_backward(
       const Tensor& grad_xa, const Tensor& x, const Tensor& lora_A, const std::optional<Tensor>& base,
       const std::vector<bool>& output_mask) {
-    const char* const op = "lora_shrink_backward";
-    check_output_mask(op, output_mask, 2);
-    check_matrix(op, {"lora_A"}, lora_A);
-    check_rank(op, {"lora_A"}, lora_A.size(0));
-    check_features(op, {"x"}, x, {"lora_A"}, lora_A.size(1), "in_features");
-    check_low_rank(op, {"grad_xa"}, grad_xa, {"lora_A"}, lora_A.size(0), {"x"}, x);
-    if (base) check_like(op, {"base"}, *base, {"x"}, x);
+    check_output_mask(output_mask, 2);
+    check_matrix({"lora_A"}, lora_A);
+    check_rank({"lora_A"}, lora_A.size(0));
+    check_features({"x"}, x, {"lora_A"}, lora_A.size(1), "in_features");
+    check_low_rank({"grad_xa"}, grad_xa, {"lora_A"}, lora_A.size(0), {"x"}, x);
+    if (base) check_like({"base"}, *base, {"x"}, x);
 
     const typename Device::Guard guard(x);
-    BackwardCall call{.layers = {}};
-    LoraBackwardParams& p = call.params;
-    const Tensor& rows = call.grad_y.emplace_back(as_contiguous(grad_xa));  // in its place as the pass to come has it
-    p.num_tokens = count_tokens(x), p.in_features = lora_A.size(1), p.total_rank = lora_A.size(0);
-    p.grad_xa = const_cast<void*>(rows.const_data_ptr());  // read, as products says
-    p.dtype = dtype_of(x), p.factor_dtype = dtype_of(lora_A);
-    p.products = Products::kShrink, p.num_siblings = 1;
-    call.kept.reserve(3);
-    const Tensor& factor = call.kept.emplace_back(as_contiguous(lora_A));
-    LoraBackwardSibling& s = p.siblings[0];
-    s.rank = p.total_rank, s.lora_A = factor.const_data_ptr(), s.scale = 1.0;
-    p.wants_grad_x = output_mask[0], p.wants_grad_lora_A = output_mask[1];
+    KeptTensors kept;
+    const int64_t rank = lora_A.size(0);
+    const int64_t in_features = lora_A.size(1);
+    const DType factor_dtype = dtype_of(lora_A);
+    std::optional<Tensor> grad_x, grad_lora_A;
     if (output_mask[0]) {
       const auto sizes = x.sizes();
-      call.grad_x = empty({sizes.begin(), sizes.end()}, p.dtype, x);
-      p.grad_x = call.grad_x->mutable_data_ptr();
-      if (base) p.base = call.kept.emplace_back(as_contiguous(*base)).const_data_ptr();
+      grad_x = empty({sizes.begin(), sizes.end()}, dtype_of(x), x);
     }
-    if (output_mask[1]) {
-      const Tensor& x_rows = call.kept.emplace_back(flatten_tokens(x));
-      p.x = x_rows.const_data_ptr(), p.x_stride = x_rows.stride(0);
-      const Tensor& grad = call.grad_lora_A.emplace_back(empty({p.total_rank, p.in_features}, p.factor_dtype, x));
-      s.grad_lora_A = grad.mutable_data_ptr();
+    if (output_mask[1]) grad_lora_A = empty({rank, in_features}, factor_dtype, x);
+    LoraShrinkBackwardParams p{.num_tokens = count_tokens(x),
+                               .in_features = in_features,
+                               .total_rank = rank,
+                               .grad_xa = kept.address(as_contiguous(grad_xa)),
+                               .x = nullptr,
+                               .mask = nullptr,
+                               .base = grad_x && base ? kept.address(as_contiguous(*base)) : nullptr,
+                               .grad_x = address_of(grad_x),
+                               .x_stride = 0,
+                               .dtype = dtype_of(x),
+                               .factor_dtype = factor_dtype,
+                               .wants_grad_x = grad_x.has_value(),
+                               .wants_grad_lora_A = grad_lora_A.has_value(),
+                               .has_dropout = false,
+                               .num_siblings = 1,
+                               .siblings = {{.rank = rank,
+                                             .rank_begin = 0,
+                                             .lora_A = kept.address(as_contiguous(lora_A)),
+                                             .grad_lora_A = address_of(grad_lora_A)}}};
+    if (grad_lora_A) {
+      const Tensor rows = flatten_tokens(x);
+      p.x = kept.address(rows);
+      p.x_stride = rows.stride(0);
     }
-    if (!call.has_nothing_to_write()) Device::backward(call);
-    return {std::move(call.grad_x), only(call.grad_lora_A)};
+    if (has_elements(grad_x) || has_elements(grad_lora_A)) {
+      p.num_tokens > 0 ? Device::shrink_backward(p, x) : set_to_zero(grad_lora_A);
+    }
+    return {std::move(grad_x), std::move(grad_lora_A)};
   }
 
   static std::tuple<std::optional<Tensor>, std::optional<Tensor>> lora_expand_backward(
       const Tensor& grad_y, const std::optional<Tensor>& xa, const Tensor& lora_B,
       const std::vector<bool>& output_mask) {
-    const char* const op = "lora_expand_backward";
-    check_output_mask(op, output_mask, 2);
-    check_matrix(op, {"lora_B"}, lora_B);
-    check_rank(op, {"lora_B"}, lora_B.size(1));
-    check_features(op, {"grad_y"}, grad_y, {"lora_B"}, lora_B.size(0), "out_features");
-    STD_TORCH_CHECK(xa.has_value() || !output_mask[1], op, ": grad_lora_B is wanted but xa is None");
-    if (xa) check_low_rank(op, {"xa"}, *xa, {"lora_B"}, lora_B.size(1), {"grad_y"}, grad_y);
+    check_output_mask(output_mask, 2);
+    check_matrix({"lora_B"}, lora_B);
+    check_rank({"lora_B"}, lora_B.size(1));
+    check_features({"grad_y"}, grad_y, {"lora_B"}, lora_B.size(0), "out_features");
+    check_is_saved("xa", xa, output_mask[1], "grad_lora_B");
+    if (xa) check_low_rank({"xa"}, *xa, {"lora_B"}, lora_B.size(1), {"grad_y"}, grad_y);
 
     const typename Device::Guard guard(grad_y);
-    BackwardCall call{.layers = {}};
-    LoraBackwardParams& p = call.params;
-    const Tensor& rows = call.grad_y.emplace_back(flatten_tokens(grad_y));
-    p.num_tokens = count_tokens(grad_y), p.total_rank = lora_B.size(1);
-    p.dtype = dtype_of(grad_y), p.factor_dtype = dtype_of(lora_B);
-    p.products = Products::kExpand, p.num_siblings = 1;
-    call.kept.reserve(2);
-    const Tensor& factor = call.kept.emplace_back(as_contiguous(lora_B));
-    LoraBackwardSibling& s = p.siblings[0];
-    s.out_features = lora_B.size(0), s.rank = p.total_rank, s.lora_B = factor.const_data_ptr(), s.scale = 1.0;
-    s.grad_y = rows.const_data_ptr(), s.grad_y_stride = rows.stride(0);
-    p.wants_grad_xa = output_mask[0], p.wants_grad_lora_B = output_mask[1];
-    if (output_mask[0]) {
-      call.grad_xa = empty(sizes_with_last(grad_y, p.total_rank), accumulation_dtype(p.dtype), grad_y);
-      p.grad_xa = call.grad_xa->mutable_data_ptr();
+    KeptTensors kept;
+    const int64_t rank = lora_B.size(1);
+    const int64_t out_features = lora_B.size(0);
+    const DType dtype = dtype_of(grad_y);
+    const DType factor_dtype = dtype_of(lora_B);
+    const Tensor grad_y_rows = flatten_tokens(grad_y);
+    std::optional<Tensor> grad_xa, grad_lora_B;
+    if (output_mask[0]) grad_xa = empty(sizes_with_last(grad_y, rank), accumulation_dtype(dtype), grad_y);
+    if (output_mask[1]) grad_lora_B = empty({out_features, rank}, factor_dtype, grad_y);
+    const LoraExpandBackwardParams p{.num_tokens = count_tokens(grad_y),
+                                     .total_rank = rank,
+                                     .xa = grad_lora_B ? kept.address(as_contiguous(*xa)) : nullptr,
+                                     .grad_xa = address_of(grad_xa),
+                                     .dtype = dtype,
+                                     .factor_dtype = factor_dtype,
+                                     .wants_grad_xa = grad_xa.has_value(),
+                                     .wants_grad_lora_B = grad_lora_B.has_value(),
+                                     .num_siblings = 1,
+                                     .siblings = {{.out_features = out_features,
+                                                   .rank = rank,
+                                                   .rank_begin = 0,
+                                                   .grad_y = grad_y_rows.const_data_ptr(),
+                                                   .lora_B = kept.address(as_contiguous(lora_B)),
+                                                   .grad_lora_B = address_of(grad_lora_B),
+                                                   .grad_y_stride = grad_y_rows.stride(0),
+                                                   .scale = 1.0}}};
+    if (has_elements(grad_xa) || has_elements(grad_lora_B)) {
+      p.num_tokens > 0 ? Device::expand_backward(p, grad_y) : set_to_zero(grad_lora_B);
     }
-    if (output_mask[1]) {
-      p.xa = call.kept.emplace_back(as_contiguous(*xa)).const_data_ptr();
-      const Tensor& grad = call.grad_lora_B.emplace_back(empty({lora_B.size(0), p.total_rank}, p.factor_dtype, grad_y));
-      s.grad_lora_B = grad.mutable_data_ptr();
-    }
-    if (!call.has_nothing_to_write()) Device::backward(call);
-    return {std::move(call.grad_xa), only(call.grad_lora_B)};
+    return {std::move(grad_xa), std::move(grad_lora_B)};
+  }
+
+ private:
+  static void* address_of(const std::optional<Tensor>& result) { return result ? result->mutable_data_ptr() : nullptr; }
+  static bool has_elements(const std::optional<Tensor>& result) { return result && result->numel() > 0; }
+  // The gradient of a factor without tokens.
+  static void set_to_zero(std::optional<Tensor>& grad) {
+    if (grad) torch::stable::zero_(*grad);
   }
 };
 
 template <class Device, class Library>
 void register_shrink_expand_ops(Library& library) {
-  typedef ShrinkExpandOps<Device> Ops;
+  using Ops = ShrinkExpandOps<Device>;
   register_op<schemas::kLoraShrink, &Ops::lora_shrink>(library);
   register_op<schemas::kLoraShrinkBackward, &Ops::lora_shrink_backward>(library);
   register_op<schemas::kLoraExpand, &Ops::lora_expand>(library);

@@ -1,9 +1,9 @@
-// The few tensor helpers that the stable ABI lacks: allocations that say what failed, views, and no size that
-// overflows.
+// Tensor helpers that the stable ABI lacks: allocations with useful errors, views, and sizes that do not overflow.
 #pragma once
 
 #include <optional>
 #include <ostream>
+#include <string>
 #include <vector>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -17,7 +17,7 @@ namespace lora_ext {
 
 using torch::stable::Tensor;
 
-// PyTorch's number of a dtype. Every dtype has one, also those that torch::headeronly::ScalarType does not know.
+// PyTorch's number of a dtype. Every dtype has one, also those missing in torch::headeronly::ScalarType.
 inline int32_t dtype_code(const Tensor& tensor) {
   int32_t code;
   LORA_EXT_CALL_TORCH(aoti_torch_get_dtype, tensor.get(), &code);
@@ -39,7 +39,7 @@ inline bool is_supported(const Tensor& tensor) {
          code == dtype_code(DType::kBFloat16) || code == dtype_code(DType::kFloat16);
 }
 
-// For a tensor that passed is_supported().
+// Requires is_supported(tensor).
 inline DType dtype_of(const Tensor& tensor) {
   const int32_t code = dtype_code(tensor);
   if (code == dtype_code(DType::kFloat64)) return DType::kFloat64;
@@ -47,7 +47,40 @@ inline DType dtype_of(const Tensor& tensor) {
   return code == dtype_code(DType::kBFloat16) ? DType::kBFloat16 : DType::kFloat16;
 }
 
-// Where a tensor is. Indices tell devices of one kind apart, except for the CPU and for meta tensors.
+// A dtype's name as Python has it, without "torch.".
+inline std::string dtype_name(int32_t code) {
+  const struct {
+    int32_t code;
+    const char* name;
+  } names[] = {{aoti_torch_dtype_float64(), "float64"},
+               {aoti_torch_dtype_float32(), "float32"},
+               {aoti_torch_dtype_bfloat16(), "bfloat16"},
+               {aoti_torch_dtype_float16(), "float16"},
+               {aoti_torch_dtype_bool(), "bool"},
+               {aoti_torch_dtype_uint8(), "uint8"},
+               {aoti_torch_dtype_int8(), "int8"},
+               {aoti_torch_dtype_int16(), "int16"},
+               {aoti_torch_dtype_int32(), "int32"},
+               {aoti_torch_dtype_int64(), "int64"},
+               {aoti_torch_dtype_uint16(), "uint16"},
+               {aoti_torch_dtype_uint32(), "uint32"},
+               {aoti_torch_dtype_uint64(), "uint64"},
+               {aoti_torch_dtype_complex32(), "complex32"},
+               {aoti_torch_dtype_complex64(), "complex64"},
+               {aoti_torch_dtype_complex128(), "complex128"},
+               {aoti_torch_dtype_float8_e5m2(), "float8_e5m2"},
+               {aoti_torch_dtype_float8_e4m3fn(), "float8_e4m3fn"},
+               {aoti_torch_dtype_float8_e5m2fnuz(), "float8_e5m2fnuz"},
+               {aoti_torch_dtype_float8_e4m3fnuz(), "float8_e4m3fnuz"}};
+  for (const auto& known : names) {
+    if (known.code == code) return known.name;
+  }
+  return "number " + std::to_string(code) + " of PyTorch";
+}
+inline std::string dtype_name(const Tensor& tensor) { return dtype_name(dtype_code(tensor)); }
+inline std::string dtype_name(DType dtype) { return dtype_name(dtype_code(dtype)); }
+
+// A tensor's device. The index is ignored for the CPU and for meta tensors.
 struct DeviceOf {
   int32_t type, index;
   bool operator==(const DeviceOf&) const = default;
@@ -68,8 +101,8 @@ inline std::ostream& operator<<(std::ostream& out, const DeviceOf& device) {
   return out << "a device of type " << device.type;
 }
 
-// Whether a tensor's last element lies within its storage. A storage may have been freed or cut since the tensor was
-// made of it: PyTorch does not look again.
+// Whether a tensor's last element is within its storage. The storage may have been freed or made smaller since the
+// tensor was created: PyTorch does not check again.
 inline bool has_its_memory(const Tensor& tensor) {
   if (tensor.numel() == 0) return true;
   int64_t bytes, offset;
@@ -80,7 +113,7 @@ inline bool has_its_memory(const Tensor& tensor) {
   return last < bytes / static_cast<int64_t>(tensor.element_size());
 }
 
-// An uninitialised contiguous tensor on like's device. element_size: of the dtype, for the message.
+// Allocates an uninitialised contiguous tensor on like's device. element_size: of the dtype, for the message.
 inline Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype, int64_t element_size, const Tensor& like) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
@@ -120,9 +153,10 @@ inline Tensor empty_int64(const std::vector<int64_t>& sizes, const Tensor& like)
 
 // A view of a matrix: [rows, cols] with the given strides over tensor's storage.
 inline Tensor as_matrix(const Tensor& tensor, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
-  const int64_t sizes[2] = {rows, cols}, strides[2] = {row_stride, col_stride};
+  const int64_t sizes[2] = {rows, cols};
+  const int64_t strides[2] = {row_stride, col_stride};
   AtenTensorHandle handle;
-  constexpr int64_t kFromItsFirstElement = 0;  // an increment of tensor's own offset, not an offset into the storage
+  constexpr int64_t kFromItsFirstElement = 0;  // an increment of the tensor's offset, not an offset into the storage
   LORA_EXT_CALL_TORCH(aoti_torch__reinterpret_tensor, tensor.get(), 2, sizes, strides, kFromItsFirstElement, &handle);
   return Tensor(handle);
 }
@@ -142,31 +176,34 @@ inline Tensor contiguous_copy(const Tensor& tensor) {
 
 inline Tensor as_contiguous(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : contiguous_copy(tensor); }
 
-// Product of the leading dimensions of [..., features]. PyTorch multiplies them itself, and refuses what does not fit.
+// Product of the leading dimensions of [..., features].
 inline int64_t count_tokens(const Tensor& tensor) {
   int64_t count = 1;
   for (int64_t i = 0; i + 1 < tensor.dim(); ++i) count = product({count, tensor.size(i)});
   return count;
 }
 
-// [..., features] -> [num_tokens, features] with unit column stride: a view wherever one row stride fits, else a copy.
+// [..., features] as [num_tokens, features] with unit column stride: a view if one row stride fits, else a copy.
 inline Tensor flatten_tokens(const Tensor& tensor) {
-  const int64_t dims = tensor.dim(), features = tensor.size(dims - 1), num_tokens = count_tokens(tensor);
-  // Strides of an empty tensor may be anything.
+  const int64_t dims = tensor.dim();
+  const int64_t features = tensor.size(dims - 1);
+  const int64_t num_tokens = count_tokens(tensor);
+  // An empty tensor may have any strides.
   if (num_tokens == 0 || features == 0) return as_matrix(tensor, num_tokens, features, features > 0 ? features : 1, 1);
   int64_t row_stride = features;
   bool is_view = features == 1 || tensor.stride(dims - 1) == 1;
   for (int64_t i = dims - 2, inner_stride = -1; i >= 0; --i) {
-    const int64_t size = tensor.size(i), stride = tensor.stride(i);
+    const int64_t size = tensor.size(i);
+    const int64_t stride = tensor.stride(i);
     if (size == 1) continue;
     if (inner_stride < 0) {
       row_stride = stride;
     } else if (stride != inner_stride) {
       is_view = false;
     }
-    inner_stride = stride * size;  // elements of the storage, or just behind it
+    inner_stride = stride * size;  // cannot overflow: within the storage, or just after it
   }
-  // Strides a matrix product would refuse (expanded rows) are made plain here, once, for all that follows.
+  // Expanded rows, whose stride a matrix product would refuse, are copied here, once.
   if (!is_view || (num_tokens > 1 && row_stride < features)) {
     return as_matrix(contiguous_copy(tensor), num_tokens, features, features, 1);
   }
@@ -185,5 +222,15 @@ inline std::vector<int64_t> sizes_with_last(const Tensor& tensor, int64_t last) 
   result.back() = last;
   return result;
 }
+
+// Owns the tensors that kernel parameters point to, contiguous copies among them, until a call returns.
+class KeptTensors {
+ public:
+  // Keeps the tensor and returns where its elements are.
+  const void* address(Tensor tensor) { return tensors_.emplace_back(std::move(tensor)).const_data_ptr(); }
+
+ private:
+  std::vector<Tensor> tensors_;
+};
 
 }  // namespace lora_ext

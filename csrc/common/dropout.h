@@ -19,13 +19,13 @@ constexpr int64_t mask_row_bytes(int64_t in_features) {
   return in_features / 64 * 8 + (in_features % 64 != 0 ? 8 : 0);  // cannot overflow
 }
 
-// dropout_p is quantised to a multiple of 2^-16, below 1. Zero means "no dropout".
+// dropout_p is quantised to a multiple of 2^-16, below 1. Zero means no dropout.
 inline uint32_t dropout_threshold(double dropout_p) {
   const double scaled = dropout_p * 65536.0 + 0.5;
   return scaled >= 65535.0 ? 65535u : static_cast<uint32_t>(scaled);
 }
 
-// 1 / (1 - p) for the p that the threshold stands for, so that dropout(x) is unbiased exactly.
+// 1 / (1 - p) for the quantised p of the threshold, so that dropout(x) is exactly unbiased.
 inline double dropout_rescale(uint32_t threshold) { return 65536.0 / (65536.0 - threshold); }
 
 // The mask byte of columns [8 * block, 8 * block + 8) of a row.

@@ -1,4 +1,4 @@
-// Element types the kernels know, free of any torch header.
+// Element types of the kernels. Includes no torch header.
 #pragma once
 
 #include <cstdint>

@@ -1,15 +1,15 @@
-// Merging an update into a weight and taking it out again, to the bit: one definition for the CPU and the CUDA kernels.
+// How an update is merged into a weight and taken out again, exact to the bit: one definition for CPU and CUDA kernels.
 //
-// "acc" is float32, or float64 for float64 weights. lora_B comes multiplied by the scaling; of several adapters the
-// factors stand side by side along the rank.
+// "acc" is float32, or float64 for float64 weights. lora_B includes the scaling. The factors of several adapters are
+// concatenated along the rank.
 //
 //   update d[n, k] = fma(B[n, R-1], A[R-1, k], ... fma(B[n, 1], A[1, k], fma(B[n, 0], A[0, k], 0)))   in acc
 //   merged         = round(acc(weight) + d)                rounded to nearest even, in the weight's dtype
 //   candidate      = round(acc(merged) - d)                what unmerging computes from the merged weight
-//   correction     = ordered(weight) - ordered(candidate)  in units in the last place: mostly 0, else mostly +-1
+//   correction     = ordered(weight) - ordered(candidate)  in units in the last place: usually 0, sometimes +-1
 //
 // Every step is one IEEE operation in a fixed order, so that all devices, instruction sets and tile sizes agree, and a
-// weight merged on one device can be unmerged on another. csrc/common/merge_record.h says how corrections are kept.
+// weight merged on one device can be unmerged on another. csrc/common/merge_record.h says how corrections are stored.
 //
 // Matrices have unit column stride; weight_stride is the distance between rows in elements.
 #pragma once
@@ -22,16 +22,16 @@
 namespace lora_ext {
 
 enum class MergeMode {
-  kPlan,         // on CUDA alone. Writes nothing but words and non_finite: what merging with a record would come to
+  kPlan,         // CUDA only. Writes words and non_finite of a merge with a record; the weight does not change
   kMerge,        // weight becomes merged
-  kMergeRecord,  // the same, and the corrections are written: on CUDA, where the plan's words say
-  kUnmerge,      // weight becomes candidate + correction: what it was before the merge
+  kMergeRecord,  // weight becomes merged, and corrections are written; on CUDA, at the positions that words gives
+  kUnmerge,      // weight becomes candidate + correction: its value before the merge
 };
 
-// Of a launch on CUDA, which many blocks begin at once: ends says where each segment's record lies.
+// Parameters of a launch. On CUDA all blocks start at once, so ends gives the position of each segment's record.
 struct MergeParams {
   const int64_t* ends;  // [segments]: running sum of words over all layers; null: no layer has corrections
-  int16_t* words;       // [segments]: 16-bit words of each segment's record; written by kPlan
+  int16_t* words;       // [segments]: length of each segment's record in 16-bit words; written by kPlan
   DType dtype;
 };
 
@@ -41,12 +41,12 @@ struct MergeLayer {
   const void* lora_A;     // [rank, in_features], contiguous, acc
   const void* lora_B;     // [out_features, rank], contiguous, acc, scaling included
   uint16_t* corrections;  // [num_corrections]: the record; written by kMergeRecord, read by kUnmerge
-  int64_t* non_finite;    // [1]: raised by kPlan by the number of results that are NaN or infinite
+  int64_t* non_finite;    // [1]: kPlan adds the number of results that are NaN or infinite
   int64_t weight_stride, num_corrections;
-  int64_t first_segment;  // of this layer in words and ends
+  int64_t first_segment;  // index of this layer's first segment in words and ends
 };
 
-// Where the record of segment `segment` of a layer lies in its corrections.
+// The range of a segment's record in its layer's corrections.
 struct RecordRange {
   int64_t begin, end;
 };
@@ -56,7 +56,7 @@ LORA_EXT_HOST_DEVICE inline RecordRange record_range(const MergeParams& p, const
   const int64_t at = layer.first_segment + segment;
   const int64_t base = layer.first_segment > 0 ? p.ends[layer.first_segment - 1] : 0;
   const RecordRange range{(at > 0 ? p.ends[at - 1] : 0) - base, p.ends[at] - base};
-  // Whatever the caller passed for ends, nothing outside corrections is touched.
+  // Wrong values in ends must not lead outside of corrections.
   const bool valid = range.begin >= 0 && range.begin <= range.end && range.end <= layer.num_corrections;
   return valid ? range : RecordRange{0, 0};
 }

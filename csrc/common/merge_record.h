@@ -1,17 +1,19 @@
-// How the corrections of a merge are kept, so that unmerging restores every bit. merge_params.h defines a correction.
+// The format of a merge's corrections, from which unmerging restores every bit. merge_params.h defines a correction.
 //
-// A row is cut into segments of kMergeSegment columns (the last may be shorter). A segment's record is a run of 16-bit
-// words; how many is kept per segment, and the runs of a layer follow each other in the order of the segments.
+// A row is divided into segments of kMergeSegment columns (the last may be shorter). A segment's record is a sequence
+// of 16-bit words. Its length is stored per segment, and a layer's records are concatenated in the order of the
+// segments.
 //
 //   no words          the segment needs no correction
-//   sparse            corrections of -127 to 127, a word each in the order of the columns: column within the segment in
-//                     the low byte, correction in the high byte. Then the outliers, last column first: a word whose
-//                     high byte is -128, and the original element in as many words as it takes, low word first.
-//   whole segment     the original elements, where that takes no more words than the sparse form. A sparse form of that
-//                     very length is never written, so that the length alone tells the two apart.
+//   sparse            one word per correction of -127 to 127, in the order of the columns: the column within the
+//   segment
+//                     in the low byte, the correction in the high byte. Then the outliers, last column first: a word
+//                     whose high byte is -128, then the original element, low word first.
+//   whole segment     the original elements, if they take no more words than the sparse form. A sparse form of exactly
+//                     that length is never written, so the length distinguishes the two.
 //
-// A record therefore never takes more than the weight itself, beside 2 bytes a segment. The ordered integers of
-// neighbouring floating-point numbers differ by one, and those of -0.0 and 0.0 do as well: signs of zero are restored.
+// A record therefore never takes more than the weight itself, plus 2 bytes per segment. The ordered integers of
+// neighbouring floating-point numbers differ by one, also those of -0.0 and 0.0: signs of zero are restored.
 #pragma once
 
 #include <cstdint>
@@ -20,15 +22,15 @@
 
 namespace lora_ext {
 
-constexpr int kMergeSegment = 256;  // columns: their position fits a byte
+constexpr int kMergeSegment = 256;  // columns; a position fits in a byte
 constexpr int kLargestCorrection = 127;
-constexpr int kOutlierMark = -kLargestCorrection - 1;  // in place of the correction
+constexpr int kOutlierMark = -kLargestCorrection - 1;  // replaces the correction
 
 LORA_EXT_HOST_DEVICE constexpr int64_t merge_segments(int64_t in_features) {
   return (in_features + kMergeSegment - 1) / kMergeSegment;
 }
 
-// An element's bits -> an integer that grows with the element's value; its own inverse. Arithmetic on it wraps.
+// Maps an element's bits to an integer that grows with the element's value; its own inverse. Arithmetic on it wraps.
 LORA_EXT_HOST_DEVICE inline uint16_t ordered(uint16_t bits) {
   return static_cast<uint16_t>(bits & 0x8000u ? bits ^ 0x7FFFu : bits);
 }
@@ -62,8 +64,8 @@ LORA_EXT_HOST_DEVICE inline int word_column(uint16_t word) { return word & 0xFF;
 LORA_EXT_HOST_DEVICE inline int word_correction(uint16_t word) { return static_cast<int8_t>(word >> 8); }
 LORA_EXT_HOST_DEVICE inline bool is_outlier_word(uint16_t word) { return word_correction(word) == kOutlierMark; }
 
-// Words of the record of a segment of `cols` columns whose sparse form takes `sparse` words: one a correction, and
-// element_words more for each that is an outlier.
+// Length of the record of a segment of `cols` columns, whose sparse form takes `sparse` words: one per correction, and
+// element_words more per outlier.
 LORA_EXT_HOST_DEVICE inline int64_t record_words(int64_t sparse, int64_t cols, int element_words) {
   return sparse < cols * element_words ? sparse : cols * element_words;
 }

@@ -16,8 +16,12 @@ struct Philox4x32 {
   uint32_t v[4];
 };
 
-constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;  // multipliers
-constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;  // Weyl increments of the key
+// Multipliers.
+constexpr uint32_t kPhiloxM0 = 0xD2511F53u;
+constexpr uint32_t kPhiloxM1 = 0xCD9E8D57u;
+// Weyl increments of the key.
+constexpr uint32_t kPhiloxW0 = 0x9E3779B9u;
+constexpr uint32_t kPhiloxW1 = 0xBB67AE85u;
 constexpr int kPhiloxRounds = 10;
 
 LORA_EXT_HOST_DEVICE inline Philox4x32 philox4x32_round(const Philox4x32& counter, uint32_t key0, uint32_t key1) {

@@ -1,5 +1,5 @@
-// Which instruction sets the CPU kernels are compiled for, and which of them this machine runs. Knows no kernel, so
-// that lora_ext._C can answer without linking them.
+// The instruction sets that the CPU kernels are compiled for, and those that this machine runs. Does not depend on the
+// kernels, so that lora_ext._C need not link them.
 #pragma once
 
 #include <cstdlib>
@@ -28,8 +28,10 @@ inline constexpr Isa kBestFirst[] = {Isa::kAmx, Isa::kAvx512Bf16, Isa::kAvx512, 
 // gives a process their 8 KiB of state only once it has asked.
 inline bool may_use_amx() {
 #if defined(__x86_64__) && defined(__linux__)
-  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // of CPUID leaf 7, edx
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;   // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  constexpr unsigned kAmxBf16 = 1u << 22;      // CPUID leaf 7, edx
+  constexpr unsigned kAmxTile = 1u << 24;      // CPUID leaf 7, edx
+  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr long kTileData = 18;               // XFEATURE_XTILEDATA
   unsigned eax, ebx, ecx, edx;
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
   if ((edx & kAmxBf16) == 0 || (edx & kAmxTile) == 0) return false;
@@ -42,7 +44,7 @@ inline bool may_use_amx() {
 inline bool runs_here(Isa isa) {
 #if defined(__x86_64__)
   if (isa == Isa::kAmx) return may_use_amx() && runs_here(Isa::kAvx512Bf16);
-  if (isa == Isa::kAvx512Bf16) {  // with VBMI2, which all that have the former have but the short-lived Cooper Lake
+  if (isa == Isa::kAvx512Bf16) {  // with VBMI2: only Cooper Lake has the former without it
     return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2") && runs_here(Isa::kAvx512);
   }
   if (isa == Isa::kAvx512) {
@@ -57,7 +59,7 @@ inline bool runs_here(Isa isa) {
   return isa == Isa::kGeneric;
 }
 
-// The first that runs here and that `wanted` does not rule out; null or empty rules out none.
+// Finds the best instruction set that runs here, or the one called `wanted`; null or empty: any.
 inline bool find_isa(const char* wanted, Isa* found) {
   for (const Isa isa : kBestFirst) {
     if (runs_here(isa) && (wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, isa_name(isa)) == 0)) {
@@ -68,8 +70,8 @@ inline bool find_isa(const char* wanted, Isa* found) {
   return false;
 }
 
-// The best one this machine runs, or the one the environment variable LORA_EXT_CPU_ISA names; decided once per process.
-// False when LORA_EXT_CPU_ISA names one that this machine does not run or that does not exist.
+// Selects the best one that this machine runs, or the one that the environment variable LORA_EXT_CPU_ISA names; once
+// per process. Returns false if LORA_EXT_CPU_ISA names one that does not exist or does not run here.
 inline bool select_isa(Isa* selected) {
   static Isa isa = Isa::kGeneric;
   static const bool found = find_isa(std::getenv("LORA_EXT_CPU_ISA"), &isa);
@@ -77,7 +79,7 @@ inline bool select_isa(Isa* selected) {
   return found;
 }
 
-// Comma-separated names of those this machine runs, best first.
+// Comma-separated names of the instruction sets that this machine runs, best first.
 inline const char* available_isas() {
   static const std::string names = [] {
     std::string joined;

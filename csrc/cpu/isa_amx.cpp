@@ -1,4 +1,4 @@
-// AMX's products of bfloat16 tiles, beside AVX-512 and AVX512-BF16.
+// AMX's products of bfloat16 tiles, in addition to AVX-512 and AVX512-BF16.
 #if defined(__x86_64__)
 #define LORA_EXT_KERNELS kAmxKernels
 #define LORA_EXT_VECTOR_BYTES 64

@@ -1,4 +1,4 @@
-// Plain C++ on 128-bit vectors: SSE2 on x86-64, NEON on aarch64, and whatever the compiler makes of it elsewhere.
+// Plain C++ on 128-bit vectors: SSE2 on x86-64, NEON on aarch64, the compiler's choice elsewhere.
 #define LORA_EXT_KERNELS kGenericKernels
 #define LORA_EXT_VECTOR_BYTES 16
 #define LORA_EXT_AVX512 0

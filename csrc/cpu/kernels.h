@@ -1,7 +1,7 @@
 // The CPU kernels as the bindings see them: one table of functions per instruction set, chosen once per process.
 //
-// A kernel works on one chunk of the rows; the binding runs the chunks in parallel. Every result depends on the number
-// of chunks only through the order in which grad_lora_A and grad_lora_B are summed.
+// A kernel processes one chunk of the rows; the binding runs the chunks in parallel. The number of chunks affects
+// results only through the order in which grad_lora_A and grad_lora_B are summed.
 #pragma once
 
 #include <cstdint>
@@ -14,32 +14,33 @@
 namespace lora_ext::cpu {
 
 constexpr int64_t kBlockRows = 32;  // rows a kernel handles together; chunks are multiples of it
-constexpr int64_t kPadding = 32;    // packed rows are padded to a multiple of this: no sum over columns has a tail
+constexpr int64_t kPadding = 32;    // columns of a packed row are padded to a multiple of this: sums have no tail
 constexpr int64_t kMaxWidth = 16;   // numbers in the widest vector
 
-constexpr int64_t padded(int64_t n) { return (n + kPadding - 1) / kPadding * kPadding; }
+// packing.inc has a table of all paddings.
+constexpr int64_t padded_columns(int64_t n) { return (n + kPadding - 1) / kPadding * kPadding; }
+constexpr int64_t max_padded_ranks(int64_t ranks) { return (ranks + kMaxWidth - 1) / kMaxWidth * kMaxWidth; }
 
-// Ranks that scratch memory has room for: whole vectors.
-constexpr int64_t roomy_ranks(int64_t ranks) { return (ranks + kMaxWidth - 1) / kMaxWidth * kMaxWidth; }
-constexpr int64_t block_lanes(int64_t ranks) { return kBlockRows * roomy_ranks(ranks); }
-constexpr int64_t kLeftBlocks = 3;
+// The small operands of a block: xa or grad_xa in up to three layouts.
+constexpr int64_t kSmallOperands = 3;
+constexpr int64_t block_lanes(int64_t ranks) { return kBlockRows * max_padded_ranks(ranks); }
 
-// Scratch memory of one call, 64-byte aligned; sizes in elements of the accumulation dtype. How factors are packed is
-// the kernels' own affair: as numbers of the accumulation dtype, or as bfloat16 where the instruction set multiplies
-// those.
+// Scratch memory of one call, 64-byte aligned; sizes in elements of the accumulation dtype. The kernels decide how they
+// pack factors: as numbers of the accumulation dtype, or as bfloat16 where the instruction set multiplies bfloat16.
+// Factors and sums that a call does not need take no memory.
 struct Workspace {
-  void* lora_A;            // [roomy_ranks, padded(in_features)]: the siblings' one below the other, packed, zero padded
-  void* partial_sum;       // [num_chunks, kBlockRows, partial_stride]: xa or grad_xa on the way through the columns
-  void* left;              // [num_chunks, kLeftBlocks, block_lanes]: the small operands of the block at hand
-  void* grad_A;            // [num_chunks, total_rank, padded(in_features)]; nothing where it is not wanted
-  int64_t partial_stride;  // roomy_ranks of all siblings
-  void* lora_B_t[kMaxSiblings];  // [roomy_ranks, padded(out_features)] each: lora_B transposed, packed, zero padded
-  void* grad_B_t[kMaxSiblings];  // [num_chunks, rank, padded(out_features)] each; nothing where it is not wanted
+  void* lora_A;                  // [max_padded_ranks, padded_columns(in_features)]: all siblings, stacked and packed
+  void* partial_sum;             // [num_chunks, kBlockRows, partial_stride]: xa or grad_xa, while columns are summed
+  void* small_operands;          // [num_chunks, kSmallOperands, block_lanes]
+  void* grad_A;                  // [num_chunks, total_rank, padded_columns(in_features)]
+  int64_t partial_stride;        // sum of max_padded_ranks over the siblings
+  void* lora_B_t[kMaxSiblings];  // [max_padded_ranks, padded_columns(out_features)] each: lora_B transposed, packed
+  void* grad_B_t[kMaxSiblings];  // [num_chunks, rank, padded_columns(out_features)] each
 };
 
 constexpr int64_t kMostFewTokens = 32;
 
-// Tokens that a kernel takes together; those too many are zero.
+// Number of tokens after padding to what a kernel processes together; padding tokens are zero.
 constexpr int64_t streamed_tokens(int64_t num_tokens) {
   return num_tokens <= 2 ? num_tokens : num_tokens <= 4 ? 4 : num_tokens <= 8 ? 8 : 16;
 }
@@ -47,46 +48,52 @@ constexpr int64_t streamed_tokens(int64_t num_tokens) {
 // out [num_tokens, rows] = bias + scale * (tokens @ weight^T) + low_rank @ factor^T, for few tokens.
 struct StreamedRows {
   int64_t num_tokens, in_features, rank;  // rank 0: no low-rank term
-  const void* tokens;    // packed by pack_tokens: padded(in_features) numbers of acc for each of streamed_tokens or,
-                         // of more than 16, whole 16
-  const void* weight;    // [rows, in_features], weight_dtype
-  const void* low_rank;  // packed by pack_low_rank: roomy_ranks(rank) * kMaxWidth numbers of acc for every 8 tokens
-  const void* factor;    // [rows, rank], contiguous, factor_dtype
-  const void* bias;      // [rows], out_dtype; null: none
-  void* out;             // rows of out_stride elements of out_dtype
+  const void* tokens;  // packed by pack_tokens: padded_columns(in_features) numbers of acc per padded token
+  const void* weight;  // [rows, in_features], weight_dtype
+  const void*
+      low_rank;        // packed by pack_low_rank: max_padded_ranks(rank) * kMaxWidth numbers of acc for every 8 tokens
+  const void* factor;  // [rows, rank], contiguous, factor_dtype
+  const void* bias;    // [rows], out_dtype; null: none
+  void* out;           // rows of out_stride elements of out_dtype
   int64_t weight_stride, out_stride;
   DType tokens_dtype, weight_dtype, factor_dtype, out_dtype;
   double scale;
 };
 
-// The records of rows that follow each other, csrc/common/merge_record.h. To write them, corrections must have room for
-// most_record_words() of the rows.
+// The records of consecutive rows, as unmerge reads them: csrc/common/merge_record.h.
 struct RowRecords {
-  int16_t* words;           // [rows, segments]: of each segment; read by unmerge, where null says that there are none
-  uint16_t* corrections;    // [num_corrections]
-  int64_t num_corrections;  // that may be read
+  const int16_t* words;         // [rows, segments]; null: there are no records
+  const uint16_t* corrections;  // [num_corrections]
+  int64_t num_corrections;      // the number that may be read
 };
 
-// What a merge with a record comes to.
+// Where merge_record writes the records of consecutive rows.
+struct NewRowRecords {
+  int16_t* words;         // [rows, segments]
+  uint16_t* corrections;  // room for most_record_words() of the rows
+};
+
+// The result of a merge with a record.
 struct MergedRows {
-  int64_t words;       // of the rows' records
-  int64_t non_finite;  // results that are NaN or infinite
+  int64_t words;       // total length of the rows' records
+  int64_t non_finite;  // number of results that are NaN or infinite
 };
 
-constexpr int64_t kMergeBlockRows = 32;  // that use a panel of lora_A while it is in the first-level cache
+constexpr int64_t kMergeBlockRows = 32;  // rows that share a panel of lora_A in the first-level cache
 
-// Records are written before it is known that a whole segment is shorter, and copied whole vectors at a time.
+// Room beyond the records: sparse forms are written before they are compared with the whole segment, and records are
+// copied in whole vectors.
 constexpr int64_t kMergeSlack = kMergeSegment * (1 + sizeof(double) / 2) + 32;
 constexpr int64_t most_record_words(DType dtype, int64_t rows, int64_t in_features) {
   return rows * in_features * (dtype_size(dtype) / 2) + kMergeSlack;
 }
-// Of the scratch memory that merge_record wants: the records in the order that they are made in, and where each begins.
+// Scratch bytes for merge_record: the records in the order of their creation, and the position of each.
 constexpr int64_t merge_scratch_bytes(DType dtype, int64_t rows, int64_t in_features) {
   return 2 * most_record_words(dtype, rows, in_features) +
          rows * merge_segments(in_features) * int64_t{sizeof(int64_t)};
 }
 
-// Words of `count` segments' records. A length below zero is nobody's.
+// Total length of the records of `count` segments. Negative lengths, which no kernel writes, count as 0.
 inline int64_t count_words(const int16_t* words, int64_t count) {
   int64_t sum = 0;
   for (int64_t i = 0; i < count; ++i) sum += words[i] > 0 ? words[i] : 0;
@@ -94,38 +101,47 @@ inline int64_t count_words(const int16_t* words, int64_t count) {
 }
 
 struct Kernels {
-  // Pack sibling which / 2's lora_A (even) or lora_B (odd) as the kernel of the same name reads it.
-  void (*pack_forward)(const LoraForwardParams&, const Workspace&, int which);
-  void (*pack_backward)(const LoraBackwardParams&, const Workspace&, int which);
+  // Pack the factor of one sibling, as the kernel of the same name reads it.
+  void (*pack_shrink)(const LoraShrinkParams&, const Workspace&, int sibling);
+  void (*pack_expand)(const LoraExpandParams&, const Workspace&, int sibling);
+  void (*pack_expand_backward)(const LoraExpandBackwardParams&, const Workspace&, int sibling);
+  void (*pack_shrink_backward)(const LoraShrinkBackwardParams&, const Workspace&, int sibling);
 
-  // Chunk `chunk` of `num_chunks` of the token rows.
+  // Chunk `chunk` of `num_chunks` of the token rows. forward is a shrink and an expand, backward both backwards: block
+  // by block, so that xa and grad_xa stay in the cache.
+  void (*shrink)(const LoraShrinkParams&, const Workspace&, int64_t chunk, int64_t num_chunks);
+  void (*expand)(const LoraExpandParams&, const Workspace&, int64_t chunk, int64_t num_chunks);
   void (*forward)(const LoraForwardParams&, const Workspace&, int64_t chunk, int64_t num_chunks);
+  void (*expand_backward)(const LoraExpandBackwardParams&, const Workspace&, int64_t chunk, int64_t num_chunks);
+  void (*shrink_backward)(const LoraShrinkBackwardParams&, const Workspace&, int64_t chunk, int64_t num_chunks);
   void (*backward)(const LoraBackwardParams&, const Workspace&, int64_t chunk, int64_t num_chunks);
 
-  // Sums the chunks' grad_A and grad_B_t into grad_lora_A and grad_lora_B, for rows [begin, end) of
-  // total_rank.
-  void (*reduce_grads)(const LoraBackwardParams&, const Workspace&, int64_t num_chunks, int64_t begin, int64_t end);
+  // Sum the chunks' grad_A into grad_lora_A and their grad_B_t into grad_lora_B, for ranks [begin, end) of total_rank.
+  void (*reduce_grad_A)(const LoraShrinkBackwardParams&, const Workspace&, int64_t num_chunks, int64_t begin,
+                        int64_t end);
+  void (*reduce_grad_B)(const LoraExpandBackwardParams&, const Workspace&, int64_t num_chunks, int64_t begin,
+                        int64_t end);
 
-  // The most tokens of a dtype, beside factors of another, that a weight is streamed for.
+  // Largest number of tokens for which weights are streamed, for these dtypes of the tokens and the factors.
   int64_t (*few_tokens)(DType dtype, DType factor_dtype);
 
-  // Few tokens: x [num_tokens, in_features] of tokens_dtype, or what multiplies the factor [num_tokens, rank] of acc,
-  // as rows [begin, end) of the weight meet them.
+  // Few tokens: pack x [num_tokens, in_features], tokens_dtype, and xa [num_tokens, rank], acc; then compute the
+  // columns of out for rows [begin, end) of the weight.
   void (*pack_tokens)(const StreamedRows&, const void* x, int64_t stride, void* packed);
   void (*pack_low_rank)(const StreamedRows&, const void* xa, int64_t stride, void* packed);
   void (*stream_rows)(const StreamedRows&, int64_t begin, int64_t end);
 
-  // Packs lora_A of segments [begin, end) into panels [segments][rank][kMergeSegment] of the accumulation dtype, as the
-  // kernels below read it beside a weight of that dtype.
+  // Packs lora_A of segments [begin, end) into panels [segments][rank][kMergeSegment], accumulation dtype, for the
+  // kernels below and a weight of this dtype.
   void (*pack_merge)(DType, const MergeLayer&, void* panels, int64_t begin, int64_t end);
 
-  // Rows [begin, end) of a layer's weight: merged; merged with a record, at most kMergeBlockRows of them; unmerged.
+  // Merge or unmerge rows [begin, end) of a layer's weight; merge_record takes at most kMergeBlockRows rows.
   void (*merge)(DType, const MergeLayer&, const void* panels, int64_t begin, int64_t end);
   MergedRows (*merge_record)(DType, const MergeLayer&, const void* panels, int64_t begin, int64_t end,
-                             const RowRecords&, void* scratch);
+                             const NewRowRecords&, void* scratch);
   void (*unmerge)(DType, const MergeLayer&, const void* panels, int64_t begin, int64_t end, const RowRecords&);
 
-  // Bits of rows [begin, end): mask [num_tokens, mask_row_bytes(in_features)]
+  // Draws the mask bits of rows [begin, end): mask [num_tokens, mask_row_bytes(in_features)]
   void (*dropout_mask)(uint64_t seed, uint32_t threshold, int64_t in_features, int64_t begin, int64_t end,
                        uint8_t* mask);
 };

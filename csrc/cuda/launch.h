@@ -23,10 +23,18 @@ struct DropoutMaskParams {
 };
 
 // Bytes behind `workspace`, which must be aligned to 16 bytes. A function of the shapes and of what is wanted.
+int64_t workspace_bytes(const LoraShrinkParams& params);
+int64_t workspace_bytes(const LoraExpandParams& params);
 int64_t workspace_bytes(const LoraForwardParams& params);
+int64_t workspace_bytes(const LoraExpandBackwardParams& params);
+int64_t workspace_bytes(const LoraShrinkBackwardParams& params);
 int64_t workspace_bytes(const LoraBackwardParams& params);
 
+void launch_lora_shrink(const LoraShrinkParams& params, void* workspace, cudaStream_t stream);
+void launch_lora_expand(const LoraExpandParams& params, void* workspace, cudaStream_t stream);
 void launch_lora_forward(const LoraForwardParams& params, void* workspace, cudaStream_t stream);
+void launch_lora_expand_backward(const LoraExpandBackwardParams& params, void* workspace, cudaStream_t stream);
+void launch_lora_shrink_backward(const LoraShrinkBackwardParams& params, void* workspace, cudaStream_t stream);
 void launch_lora_backward(const LoraBackwardParams& params, void* workspace, cudaStream_t stream);
 void launch_dropout_mask(const DropoutMaskParams& params, cudaStream_t stream);
 

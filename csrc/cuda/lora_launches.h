@@ -1,4 +1,5 @@
-// The order of the launches behind lora_linear and lora_linear_backward, for x of dtype T. float64 and float32 run on
+// The order of the launches behind a shrink, an expand, lora_linear's forward of both, and their backwards, for x of
+// dtype T. float64 and float32 run on
 // plain multiply-adds (fma/), the 16-bit types on tensor cores (mma/); csrc/cuda/instantiations has one file per T.
 #pragma once
 
@@ -12,9 +13,18 @@ namespace lora_ext::cuda {
 
 template <class T>
 struct LoraLaunches {
+  static int64_t workspace_bytes(const LoraShrinkParams& p);
+  static int64_t workspace_bytes(const LoraExpandParams& p);
   static int64_t workspace_bytes(const LoraForwardParams& p);
+  static int64_t workspace_bytes(const LoraExpandBackwardParams& p);
+  static int64_t workspace_bytes(const LoraShrinkBackwardParams& p);
   static int64_t workspace_bytes(const LoraBackwardParams& p);
+
+  static void shrink(const LoraShrinkParams& p, void* workspace, cudaStream_t stream);
+  static void expand(const LoraExpandParams& p, void* workspace, cudaStream_t stream);
   static void forward(const LoraForwardParams& p, void* workspace, cudaStream_t stream);
+  static void expand_backward(const LoraExpandBackwardParams& p, void* workspace, cudaStream_t stream);
+  static void shrink_backward(const LoraShrinkBackwardParams& p, void* workspace, cudaStream_t stream);
   static void backward(const LoraBackwardParams& p, void* workspace, cudaStream_t stream);
 };
 

@@ -1,4 +1,4 @@
-"""A bottleneck adapter (Houlsby et al. 2019, arXiv 1902.00751) on the kernels of LoRA's two products."""
+"""A bottleneck adapter (Houlsby et al. 2019, arXiv 1902.00751), made of lora_shrink and lora_expand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from lora_ext._common.arguments import check_types
 from lora_ext._ops import checks, refusals
 from lora_ext._ops.registration import any_requires_grad, bias_gradient, refuse_double_backward, refuse_forward_mode
 
-# Of the hidden features: the function, and its gradient from the result's and the function's argument.
+# For each name: the function of the hidden features, and its gradient as a function of the result's gradient and the
+# argument.
 ACTIVATIONS = {
     "relu": (F.relu, lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0)),
     "gelu": (F.gelu, lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="none")),
@@ -28,23 +29,23 @@ def bottleneck(
     activation: str = "relu",
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Two narrow linear layers with an activation between them, and a residual connection.
+    """Applies two narrow linear layers with an activation between them, and a residual connection.
 
     ``y = residual + activation(x @ down_weight.T + down_bias) @ up_weight.T + up_bias``
 
-    Forward, ``x`` and ``residual`` are read once and ``y`` is written once; nothing else of their size exists. Where
-    ``x`` is its own residual, the backward adds both gradients in the pass that writes the one.
+    The forward reads ``x`` and ``residual`` once and writes ``y`` once; no other tensor of their size exists. If ``x``
+    is the residual, the backward adds both gradients in one pass.
 
     Args:
         x: ``[..., in_features]``, float64, float32, bfloat16 or float16; any leading dimensions, any strides.
-        down_weight: ``[size, in_features]``, in any of the four dtypes; float32 beside a 16-bit ``x`` is computed in
+        down_weight: ``[size, in_features]``, in any of the four dtypes; float32 with a 16-bit ``x`` computes in
             float32.
         down_bias: ``[size]`` or None.
         up_weight: ``[out_features, size]``, in any of the four dtypes.
         up_bias: ``[out_features]`` or None; rounded to the dtype of the result.
         activation: one of :data:`ACTIVATIONS`.
-        residual: ``[..., out_features]`` with the tokens of ``x``, in a dtype that adds up as ``x``'s does (float64, or
-            any of the others); None: ``x``.
+        residual: ``[..., out_features]`` with the tokens of ``x``, and its accumulation dtype (float64 for float64,
+            else float32); None: ``x``.
 
     Returns:
         ``[..., out_features]``, dtype of the residual. The hidden features are float32 (float64 for float64), and so
@@ -65,9 +66,8 @@ def bottleneck(
     try:
         refuse_forward_mode("bottleneck", *tensors)
         if not (_fits(down_bias, down_weight) and _fits(up_bias, up_weight)):
-            raise RuntimeError(
-                "bottleneck: a bias does not fit"
-            )  # which PyTorch would broadcast, cast, or (a meta one) leave out
+            # PyTorch would broadcast it, cast it or, if it is a meta tensor, leave it out.
+            raise RuntimeError("bottleneck: a bias does not fit")
         if any_requires_grad(*tensors):
             return _Bottleneck.apply(*tensors, activation)
         return _forward(*tensors, activation)[0]
@@ -88,7 +88,7 @@ def _fits(bias: Tensor | None, weight: Tensor) -> bool:
 
 
 def _forward(x, down_weight, down_bias, up_weight, up_bias, residual, activation) -> tuple[Tensor, Tensor]:
-    """The result, and the argument of the activation."""
+    """Returns the result and the argument of the activation."""
     base = x if residual is None else residual
     hidden = torch.ops.lora_ext.lora_shrink(x, down_weight)
     if down_bias is not None:
@@ -102,7 +102,7 @@ class _Bottleneck(torch.autograd.Function):
     def forward(ctx, x, down_weight, down_bias, up_weight, up_bias, residual, activation):
         y, hidden = _forward(x, down_weight, down_bias, up_weight, up_bias, residual, activation)
         want_x, want_down = ctx.needs_input_grad[:2]
-        # Of the size of x, nothing is kept but x itself, which is shared with its producer.
+        # The only tensor of the size of x that is kept is x itself, which is shared with its producer.
         ctx.save_for_backward(x if want_x or want_down else None, down_weight, up_weight, hidden)
         ctx.activation, ctx.is_own_residual = activation, residual is None
         ctx.up_bias_dtype = None if up_bias is None else up_bias.dtype

@@ -1,8 +1,10 @@
 """Checks of the arguments of ops: dtypes, sizes and numbers.
 
-The fake kernels run these checks when a graph is traced. In eager mode the compiled op checks first, at no Python cost,
-and these run only once it has refused, to say why as a ``ValueError`` or ``TypeError``. Types and devices have been
-checked before (:mod:`._arguments`, :mod:`._tensor_arguments`). :mod:`._checks_backward` is about the gradients' ops.
+The fake kernels run these checks when a graph is traced. In eager mode the compiled op checks first, at no Python cost;
+these run only once it has refused, to raise a ``ValueError`` or ``TypeError``. They are in the order of the compiled
+checks (csrc/bindings/checks.h, layer_arguments.h, forward_call.h, merge_call.h), with the texts of csrc/refusals.h, so
+that both say the same. Types and devices are checked before (:mod:`lora_ext._common.arguments`,
+:mod:`lora_ext._ops.tensor_arguments`). :mod:`lora_ext._ops.checks_backward` has the checks of the backwards.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lora_ext._ops.refusal_texts import refusal
 from lora_ext._ops.tensor_arguments import check_tensors
 
 _LARGEST = torch.finfo(torch.float64).max  # Python's integers may be larger
@@ -25,53 +28,84 @@ def _name(dtype: torch.dtype) -> str:
 
 def check_scaling(op: str, scaling: float, name: str = "scaling") -> None:
     if not -_LARGEST <= scaling <= _LARGEST:
-        raise ValueError(f"{op}: {name} is {scaling}, want a finite number")
+        raise refusal(op, "not_finite", name, scaling)
 
 
 def check_dropout(op: str, dropout_p: float) -> None:
     if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"{op}: dropout_p is {dropout_p}, want 0 <= dropout_p < 1")
+        raise refusal(op, "dropout", dropout_p)
 
 
 def check_factors(op: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: int | None = None) -> None:
-    """weight [out, in], lora_A [r, in], lora_B [out, r]: two dimensions each, matching sizes."""
+    """Checks ``weight [out, in]``, ``lora_A [r, in]`` and ``lora_B [out, r]``: dimensions, dtypes, matching sizes."""
     weight_name, A_name, B_name = (argument_name(name, index) for name in ("weight", "lora_A", "lora_B"))
     for name, tensor in ((weight_name, weight), (A_name, lora_A), (B_name, lora_B)):
         check_matrix(op, name, tensor)
     check_factor_pair(op, lora_A, lora_B, index)
     if lora_A.shape[1] != weight.shape[1]:
-        raise ValueError(f"{op}: {A_name} has in_features={lora_A.shape[1]} but {weight_name} has {weight.shape[1]}")
+        raise refusal(op, "features", A_name, "in_features", lora_A.shape[1], weight_name, weight.shape[1])
     if lora_B.shape[0] != weight.shape[0]:
-        raise ValueError(f"{op}: {B_name} has out_features={lora_B.shape[0]} but {weight_name} has {weight.shape[0]}")
+        raise refusal(op, "features", B_name, "out_features", lora_B.shape[0], weight_name, weight.shape[0])
 
 
 def check_factor_pair(op: str, lora_A: Tensor, lora_B: Tensor, index: int | None = None) -> None:
     A_name, B_name = argument_name("lora_A", index), argument_name("lora_B", index)
     check_same_dtype(op, B_name, lora_B, A_name, lora_A)
-    if lora_A.shape[0] == 0:
-        raise ValueError(f"{op}: {A_name} has rank 0, want at least 1")
+    check_rank(op, A_name, lora_A.shape[0])
     if lora_B.shape[1] != lora_A.shape[0]:
-        raise ValueError(f"{op}: {B_name} has rank {lora_B.shape[1]} but {A_name} has {lora_A.shape[0]}")
+        raise refusal(op, "rank", B_name, lora_B.shape[1], A_name, lora_A.shape[0])
 
 
 def check_matrix(op: str, name: str, tensor: Tensor) -> None:
     if tensor.dim() != 2:
-        raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}, want 2 dimensions")
+        raise refusal(op, "dimensions", name, list(tensor.shape), 2)
     check_floating(op, name, tensor)
+
+
+def check_rank(op: str, name: str, rank: int) -> None:
+    if rank < 1:
+        raise refusal(op, "no_rank", name)
+
+
+def check_has_dimension(op: str, name: str, tensor: Tensor, features_name: str) -> None:
+    if tensor.dim() == 0:
+        raise refusal(op, "no_dimension", name, features_name)
+
+
+def check_num_features(op: str, name: str, tensor: Tensor, like_name: str, features: int, features_name: str) -> None:
+    """``tensor [..., features]`` with as many features as ``like_name``, another argument, says."""
+    if tensor.shape[-1] != features:
+        raise refusal(op, "features", like_name, features_name, features, name, tensor.shape[-1])
+
+
+def check_accumulation_dtype(op: str, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    acc = accumulation_dtype(dtype)
+    if tensor.dtype != acc:
+        raise refusal(op, "accumulation_dtype", name, _name(tensor.dtype), _name(acc))
+
+
+def check_contiguous_matrix(op: str, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous():
+        raise refusal(op, "contiguous_matrix", name, _name(dtype), list(shape))
+
+
+def check_bias(op: str, name: str, bias: Tensor, out_features: int) -> None:
+    if tuple(bias.shape) != (out_features,):
+        raise refusal(op, "shape", name, list(bias.shape), [out_features])
 
 
 def check_same_dtype(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     if tensor.dtype != like.dtype:
-        raise TypeError(f"{op}: {name} has dtype {_name(tensor.dtype)} but {like_name} has {_name(like.dtype)}")
+        raise refusal(op, "other_dtype", name, _name(tensor.dtype), like_name, _name(like.dtype))
 
 
 def check_floating(op: str, name: str, tensor: Tensor) -> None:
     if tensor.dtype not in FLOATING:
-        raise TypeError(f"{op}: {name} has dtype {_name(tensor.dtype)}, want one of {', '.join(map(_name, FLOATING))}")
+        raise refusal(op, "dtype", name, _name(tensor.dtype))
 
 
 def argument_name(name: str, index: int | None) -> str:
-    """An argument in a message: ``weight`` of an op on one layer, ``weights[1]`` of an op on a list of them."""
+    """Returns an argument's name in messages: ``weight`` of an op on one layer, ``weights[1]`` of an op on lists."""
     if index is None:
         return name
     return f"{name}{'es' if name.endswith('s') else 's'}[{index}]"
@@ -89,30 +123,27 @@ def _check_layer(
 ) -> None:
     check_factors(op, weight, lora_A, lora_B, index)
     weight_name, bias_name, scaling_name = (argument_name(name, index) for name in ("weight", "bias", "scaling"))
-    if x.dim() == 0:
-        raise ValueError(f"{op}: x has no dimension, want [..., in_features]")
-    if x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"{op}: {weight_name} has in_features={weight.shape[1]} but x has {x.shape[-1]}")
-    for name, tensor in ((weight_name, weight), (bias_name, bias)):
-        if tensor is not None:
-            check_same_dtype(op, name, tensor, "x", x)
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"{op}: {bias_name} has shape {list(bias.shape)}, want [{weight.shape[0]}]")
+    check_has_dimension(op, "x", x, "in_features")
+    check_num_features(op, "x", x, weight_name, weight.shape[1], "in_features")
+    check_same_dtype(op, weight_name, weight, "x", x)
+    if bias is not None:
+        check_same_dtype(op, bias_name, bias, "x", x)
+        check_bias(op, bias_name, bias, weight.shape[0])
     check_scaling(op, scaling, scaling_name)
     if scaling < 0.0:
-        raise ValueError(f"{op}: {scaling_name} is {scaling}, want at least 0")
+        raise refusal(op, "negative", scaling_name, scaling)
 
 
 def _check_seed(op: str, seed: Tensor) -> None:
     if seed.dtype != torch.int64 or seed.numel() != 1:
-        raise ValueError(f"{op}: seed is {_name(seed.dtype)} {list(seed.shape)}, want an int64 tensor of one element")
+        raise refusal(op, "seed", _name(seed.dtype), list(seed.shape))
 
 
 def _check_dropout_and_seed(op: str, dropout_p: float, seed: Tensor | None) -> None:
     check_dropout(op, dropout_p)
     if dropout_p > 0.0:
         if seed is None:
-            raise ValueError(f"{op}: dropout_p is {dropout_p} but seed is None, want an int64 tensor of one element")
+            raise refusal(op, "no_seed", dropout_p)
         _check_seed(op, seed)
 
 
@@ -121,13 +152,13 @@ def check_dropout_mask(seed: Tensor, num_tokens: int, in_features: int, dropout_
     _check_seed(op, seed)
     check_dropout(op, dropout_p)
     for name, size in (("num_tokens", num_tokens), ("in_features", in_features)):
-        torch._check_value(size >= 0, lambda name=name, size=size: f"{op}: {name} is {size}, want at least 0")
+        torch._check_value(size >= 0, lambda name=name, size=size: str(refusal(op, "negative", name, size)))
     if (
         isinstance(num_tokens, int)
         and isinstance(in_features, int)
         and num_tokens * mask_row_bytes(in_features) >= 2**63
     ):
-        raise ValueError(f"{op}: sizes are too large: num_tokens={num_tokens}, in_features={in_features}")
+        raise refusal(op, "mask_too_large", num_tokens, in_features)
 
 
 def mask_row_bytes(in_features: int) -> int:
@@ -161,22 +192,19 @@ def check_lora_linear(
 def check_delta(
     op: str, name: str, tensor: Tensor, x: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
 ) -> None:
-    """An adapter without a base layer: ``tensor [..., out_features]`` is the result, or its gradient."""
+    """Checks an adapter without a base layer. ``tensor [..., out_features]`` is the result, or its gradient."""
     for factor_name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
         check_matrix(op, factor_name, factor)
     check_factor_pair(op, lora_A, lora_B)
     check_scaling(op, scaling)
-    if tensor.dim() == 0:
-        raise ValueError(f"{op}: {name} has no dimension, want [..., out_features]")
+    check_has_dimension(op, name, tensor, "out_features")
     check_floating(op, name, tensor)
-    if tensor.shape[-1] != lora_B.shape[0]:
-        raise ValueError(f"{op}: lora_B has out_features={lora_B.shape[0]} but {name} has {tensor.shape[-1]}")
+    check_num_features(op, name, tensor, "lora_B", lora_B.shape[0], "out_features")
     if x is None:
         return
     if x.dim() != tensor.dim() or x.shape[:-1] != tensor.shape[:-1]:
-        raise ValueError(f"{op}: x has shape {list(x.shape)} but {name} has {list(tensor.shape)}: want the same tokens")
-    if x.shape[-1] != lora_A.shape[1]:
-        raise ValueError(f"{op}: lora_A has in_features={lora_A.shape[1]} but x has {x.shape[-1]}")
+        raise refusal(op, "leading_shape", "x", list(x.shape), name, list(tensor.shape))
+    check_num_features(op, "x", x, "lora_A", lora_A.shape[1], "in_features")
     check_same_dtype(op, "x", x, name, tensor)
 
 
@@ -193,7 +221,7 @@ def check_lora_delta(
     check_delta(op, "y", y, x, lora_A, lora_B, scaling)
     _check_dropout_and_seed(op, dropout_p, seed)
     if not y.is_contiguous():
-        raise ValueError(f"{op}: y has strides {list(y.stride())}, want a contiguous tensor: what a base layer returns")
+        raise refusal(op, "not_contiguous", "y", list(y.stride()))
 
 
 def check_bottleneck(
@@ -209,40 +237,36 @@ def check_bottleneck(
     base_name, base = ("x", x) if residual is None else ("residual", residual)
     for name, tensor in (("x", x), (base_name, base)):
         check_floating(op, name, tensor)
-        if tensor.dim() == 0:
-            raise ValueError(f"{op}: {name} has no dimension, want [..., features]")
+        check_has_dimension(op, name, tensor, "features")
     for name, weight in (("down_weight", down_weight), ("up_weight", up_weight)):
         check_matrix(op, name, weight)
     if down_weight.shape[0] == 0:
         raise ValueError(f"{op}: down_weight has size 0, want at least 1")
     if up_weight.shape[1] != down_weight.shape[0]:
         raise ValueError(f"{op}: up_weight has size {up_weight.shape[1]} but down_weight has {down_weight.shape[0]}")
-    if x.shape[-1] != down_weight.shape[1]:
-        raise ValueError(f"{op}: down_weight has in_features={down_weight.shape[1]} but x has {x.shape[-1]}")
-    if base.shape[-1] != up_weight.shape[0]:
-        raise ValueError(f"{op}: up_weight has out_features={up_weight.shape[0]} but {base_name} has {base.shape[-1]}")
+    check_num_features(op, "x", x, "down_weight", down_weight.shape[1], "in_features")
+    check_num_features(op, base_name, base, "up_weight", up_weight.shape[0], "out_features")
     if base.shape[:-1] != x.shape[:-1]:
-        raise ValueError(f"{op}: residual has shape {list(base.shape)} but x has {list(x.shape)}: want the same tokens")
+        raise refusal(op, "leading_shape", "residual", list(base.shape), "x", list(x.shape))
     if accumulation_dtype(base.dtype) != accumulation_dtype(x.dtype):
-        raise TypeError(f"{op}: residual has dtype {_name(base.dtype)} but x has {_name(x.dtype)}")
+        raise refusal(op, "other_dtype", "residual", _name(base.dtype), "x", _name(x.dtype))
     for name, bias, size in (("down_bias", down_bias, len(down_weight)), ("up_bias", up_bias, len(up_weight))):
         if bias is None:
             continue
         check_floating(op, name, bias)
-        if tuple(bias.shape) != (size,):
-            raise ValueError(f"{op}: {name} has shape {list(bias.shape)}, want [{size}]")
+        check_bias(op, name, bias, size)
 
 
 def check_num_siblings(op: str, weights: Sequence[Tensor], **lists: Sequence) -> None:
-    """Lists, all as long as weights."""
+    """Checks that all lists are as long as ``weights``."""
     for name, entries in {"weights": weights, **lists}.items():
         if not isinstance(entries, (list, tuple)):
-            raise TypeError(f"{op}: {name} is a {type(entries).__name__}, want a list with one entry a layer")
+            raise TypeError(f"{op}: {name} is a {type(entries).__name__}, want a list with one entry per layer")
     if not 1 <= len(weights) <= MAX_SIBLINGS:
-        raise ValueError(f"{op}: weights has {len(weights)} entries, want 1 to {MAX_SIBLINGS}")
+        raise refusal(op, "length", "weights", len(weights), f"1 to {MAX_SIBLINGS}")
     for name, entries in lists.items():
         if len(entries) != len(weights):
-            raise ValueError(f"{op}: {name} has {len(entries)} entries but weights has {len(weights)}")
+            raise refusal(op, "other_length", name, len(entries), len(weights))
 
 
 def check_lora_linear_siblings(
@@ -278,7 +302,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_merge_layer(op: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: int | None = None) -> None:
-    """A weight that can be merged into, and factors that fit it; these in any dtype. All on one device."""
+    """Checks a weight to merge into and factors, of any dtype, that fit it; all on one device."""
     names = [argument_name(name, index) for name in ("weight", "lora_A", "lora_B")]
     check_tensors(op, dict(zip(names, (weight, lora_A, lora_B), strict=True)))
     check_factors(op, weight, lora_A, lora_B, index)
@@ -286,15 +310,13 @@ def check_merge_layer(op: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor, i
 
 
 def check_merge_strides(op: str, weight: Tensor, name: str) -> None:
-    """Where the merge's kernels can write: rows of unit column stride that do not overlap."""
+    """Checks that the merge's kernels can write to ``weight``: rows of unit column stride that do not overlap."""
     if weight.shape[1] > 1 and weight.stride(1) != 1:
-        raise ValueError(f"{op}: {name} has column stride {weight.stride(1)}, want 1; merge a contiguous one")
+        raise refusal(op, "column_stride", name, weight.stride(1))
     if weight.shape[0] > 1 and weight.stride(0) < weight.shape[1]:
-        raise ValueError(
-            f"{op}: {name} has row stride {weight.stride(0)} but {weight.shape[1]} columns: its rows overlap"
-        )
+        raise refusal(op, "row_stride", name, weight.stride(0), weight.shape[1])
     if max(weight.shape) > MAX_MERGED_SIZE:
-        raise ValueError(f"{op}: {name} has shape {list(weight.shape)}, want at most 2**30 rows and columns")
+        raise refusal(op, "merge_size", name, list(weight.shape))
 
 
 def check_merge(op: str, weights: Sequence[Tensor], lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor]) -> None:
@@ -303,30 +325,26 @@ def check_merge(op: str, weights: Sequence[Tensor], lora_As: Sequence[Tensor], l
     That no two arguments share memory is checked when an op runs, not when it is traced.
     """
     if not weights:
-        raise ValueError(f"{op}: weights is empty, want at least one")
+        raise refusal(op, "no_weights")
     if not len(weights) == len(lora_As) == len(lora_Bs):
-        raise ValueError(
-            f"{op}: there are {len(weights)} weights, but {len(lora_As)} lora_As and {len(lora_Bs)} lora_Bs"
-        )
+        raise refusal(op, "merge_lengths", len(weights), len(lora_As), "lora_As", len(lora_Bs), "lora_Bs")
     for i, (weight, A, B) in enumerate(zip(weights, lora_As, lora_Bs, strict=True)):
         check_merge_layer(op, weight, A, B, i)
-        check_same_dtype(op, f"weights[{i}]", weight, "weights[0]", weights[0])
-        acc = accumulation_dtype(weight.dtype)
-        if A.dtype != acc:
-            raise TypeError(f"{op}: lora_As[{i}] has dtype {_name(A.dtype)}, want the accumulation dtype {_name(acc)}")
+        if weight.dtype != weights[0].dtype:
+            dtypes = _name(weight.dtype), _name(weights[0].dtype)
+            raise refusal(op, "merge_dtypes", f"weights[{i}]", dtypes[0], "weights[0]", dtypes[1])
+        check_accumulation_dtype(op, f"lora_As[{i}]", A, weight.dtype)
 
 
 def check_record(op: str, weights: Sequence[Tensor], words: Sequence[Tensor], corrections: Sequence[Tensor]) -> None:
-    """For each layer the words of its segments and its corrections, or empty lists."""
+    """Checks each layer's words and corrections (csrc/common/merge_record.h), or that both lists are empty."""
     if not words and not corrections:
         return
     if not len(weights) == len(words) == len(corrections):
-        raise ValueError(
-            f"{op}: there are {len(weights)} weights, but {len(words)} words and {len(corrections)} corrections"
-        )
-    for i, (weight, own_words, own) in enumerate(zip(weights, words, corrections, strict=True)):
+        raise refusal(op, "merge_lengths", len(weights), len(words), "words", len(corrections), "corrections")
+    for i, (weight, layer_words, layer_corrections) in enumerate(zip(weights, words, corrections, strict=True)):
         shape = weight.shape[0], merge_segments(weight.shape[1])
-        if own_words.dtype != torch.int16 or tuple(own_words.shape) != shape or not own_words.is_contiguous():
-            raise ValueError(f"{op}: words[{i}] must be int16 {list(shape)}, contiguous")
-        if own.dtype != torch.int16 or own.dim() != 1 or not own.is_contiguous():
-            raise ValueError(f"{op}: corrections[{i}] must be an int16 vector, contiguous")
+        check_contiguous_matrix(op, f"words[{i}]", layer_words, torch.int16, shape)
+        is_vector = layer_corrections.dtype == torch.int16 and layer_corrections.dim() == 1
+        if not (is_vector and layer_corrections.is_contiguous()):
+            raise refusal(op, "int16_vector", f"corrections[{i}]")

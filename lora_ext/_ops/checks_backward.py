@@ -1,8 +1,7 @@
-"""Checks of the arguments of the ops that compute gradients, and of lora_shrink and lora_expand.
+"""Checks of the arguments of the backward ops, and of lora_shrink and lora_expand.
 
-Users meet none of them directly: the forward has settled what they are given. A graph that was traced, or edited, may
-hold anything, so that their fake kernels refuse what the compiled ops refuse (csrc/bindings/backward_call.h,
-shrink_expand_ops.h).
+Users do not call these ops: the forward determines their arguments. But a traced or edited graph may hold anything, so
+their fake kernels refuse what the compiled ops refuse (csrc/bindings/backward_call.h, shrink_expand_ops.h).
 """
 
 from __future__ import annotations
@@ -13,19 +12,25 @@ import torch
 from torch import Tensor
 
 from lora_ext._ops.checks import (
-    accumulation_dtype,
     argument_name,
+    check_accumulation_dtype,
+    check_bias,
+    check_contiguous_matrix,
     check_delta,
     check_dropout,
     check_factors,
     check_floating,
+    check_has_dimension,
     check_matrix,
+    check_num_features,
     check_num_siblings,
+    check_rank,
     check_same_dtype,
     check_scaling,
     count_tokens,
     mask_row_bytes,
 )
+from lora_ext._ops.refusal_texts import refusal
 from lora_ext.reference import dropout_threshold
 
 _Layer = tuple[Tensor, Tensor, Tensor, Tensor, float]  # grad_y, weight, lora_A, lora_B, scaling
@@ -103,10 +108,8 @@ def _check_backward(
         check_factors(op, weight, lora_A, lora_B, i if takes_lists else None)
         check_scaling(op, scaling, named("scaling", i))
         if weight.shape[1] != first_weight.shape[1]:
-            raise ValueError(
-                f"{op}: {named('weight', i)} has in_features={weight.shape[1]} but {named('weight', 0)} has "
-                f"{first_weight.shape[1]}"
-            )
+            names = named("weight", i), named("weight", 0)
+            raise refusal(op, "features", names[0], "in_features", weight.shape[1], names[1], first_weight.shape[1])
         check_same_dtype(op, named("weight", i), weight, named("weight", 0), first_weight)
         check_same_dtype(op, named("lora_A", i), lora_A, named("lora_A", 0), first_A)
     num_tokens = count_tokens(layers[0][0])
@@ -130,26 +133,24 @@ def _check_tokens(
     op: str, name: str, tensor: Tensor, weight_name: str, weight: Tensor, features: int, features_name: str
 ) -> None:
     """``tensor [..., features]`` in the weight's dtype."""
-    if tensor.dim() == 0:
-        raise ValueError(f"{op}: {name} has no dimension, want [..., {features_name}]")
-    if tensor.shape[-1] != features:
-        raise ValueError(f"{op}: {weight_name} has {features_name}={features} but {name} has {tensor.shape[-1]}")
+    check_has_dimension(op, name, tensor, features_name)
+    check_num_features(op, name, tensor, weight_name, features, features_name)
     check_same_dtype(op, name, tensor, weight_name, weight)
 
 
 def _check_num_tokens(op: str, name: str, tensor: Tensor, like_name: str, num_tokens: int) -> None:
     if count_tokens(tensor) != num_tokens:
-        raise ValueError(f"{op}: {name} has {count_tokens(tensor)} tokens but {like_name} has {num_tokens}")
+        raise refusal(op, "num_tokens", name, count_tokens(tensor), like_name, num_tokens)
 
 
 def _check_output_mask(op: str, output_mask: Sequence[bool], entries: int) -> None:
     if len(output_mask) != entries:
-        raise ValueError(f"{op}: output_mask has {len(output_mask)} entries, want {entries}")
+        raise refusal(op, "length", "output_mask", len(output_mask), entries)
 
 
 def _check_is_there(op: str, name: str, tensor: Tensor | None, is_read: bool, gradient: str) -> None:
     if is_read and tensor is None:
-        raise ValueError(f"{op}: {gradient} is wanted but {name} is None")
+        raise refusal(op, "not_saved", gradient, name)
 
 
 def _check_saved(
@@ -162,20 +163,17 @@ def _check_saved(
     output_mask: Sequence[bool],
     rank_name: str,
 ) -> None:
-    """xa and the mask, where they are read. sizes: num_tokens, in_features, total rank; dtype: the layer's."""
+    """Checks xa and the mask where they are read. sizes: num_tokens, in_features, total rank; dtype: the layer's."""
     num_tokens, in_features, total_rank = sizes
     _check_is_there(op, "xa", xa, output_mask[2], "grad_lora_B")
     if output_mask[2]:
         if tuple(xa.shape) != (num_tokens, total_rank):
-            raise ValueError(f"{op}: xa must be [num_tokens, {rank_name}] = [{num_tokens}, {total_rank}]")
-        if xa.dtype != accumulation_dtype(dtype):
-            raise TypeError(f"{op}: xa has another dtype than the accumulation dtype")
+            raise refusal(op, "saved_xa", rank_name, [num_tokens, total_rank])
+        check_accumulation_dtype(op, "xa", xa, dtype)
     if (output_mask[0] or output_mask[1]) and dropout_threshold(dropout_p) > 0:
         if mask is None:
-            raise ValueError(f"{op}: dropout_p is {dropout_p} but mask is None")
-        shape = num_tokens, mask_row_bytes(in_features)
-        if mask.dtype != torch.uint8 or tuple(mask.shape) != shape or not mask.is_contiguous():
-            raise ValueError(f"{op}: mask must be uint8 [{shape[0]}, {shape[1]}], contiguous")
+            raise refusal(op, "no_mask", dropout_p)
+        check_contiguous_matrix(op, "mask", mask, torch.uint8, (num_tokens, mask_row_bytes(in_features)))
 
 
 # --- lora_shrink and lora_expand --------------------------------------------------------------------------------------
@@ -192,9 +190,8 @@ def check_lora_expand(base: Tensor, xa: Tensor, lora_B: Tensor, bias: Tensor | N
     _check_features(op, "base", base, "lora_B", lora_B.shape[0], "out_features")
     _check_low_rank(op, "xa", xa, "lora_B", lora_B.shape[1], "base", base)
     if bias is not None:
-        if bias.dim() != 1:
-            raise ValueError(f"{op}: bias has {bias.dim()} dimensions, want 1")
-        _check_tokens(op, "bias", bias, "base", base, lora_B.shape[0], "out_features")
+        check_same_dtype(op, "bias", bias, "base", base)
+        check_bias(op, "bias", bias, lora_B.shape[0])
 
 
 def check_lora_shrink_backward(
@@ -208,7 +205,7 @@ def check_lora_shrink_backward(
     if base is None:
         return
     if base.dim() == 0 or base.numel() != x.numel() or base.shape[-1] != x.shape[-1]:
-        raise ValueError(f"{op}: base has another shape than x")
+        raise refusal(op, "other_shape", "base", list(base.shape), "x", list(x.shape))
     check_same_dtype(op, "base", base, "x", x)
 
 
@@ -224,17 +221,14 @@ def check_lora_expand_backward(grad_y: Tensor, xa: Tensor | None, lora_B: Tensor
 
 def _check_factor(op: str, name: str, factor: Tensor, rank_dim: int) -> None:
     check_matrix(op, name, factor)
-    if factor.shape[rank_dim] == 0:
-        raise ValueError(f"{op}: {name} has rank 0, want at least 1")
+    check_rank(op, name, factor.shape[rank_dim])
 
 
 def _check_features(op: str, name: str, tensor: Tensor, factor_name: str, features: int, features_name: str) -> None:
     """``tensor [..., features]`` of a dtype that the kernels know."""
-    if tensor.dim() == 0:
-        raise ValueError(f"{op}: {name} has no dimension, want [..., {features_name}]")
+    check_has_dimension(op, name, tensor, features_name)
     check_floating(op, name, tensor)
-    if tensor.shape[-1] != features:
-        raise ValueError(f"{op}: {factor_name} has {features_name}={features} but {name} has {tensor.shape[-1]}")
+    check_num_features(op, name, tensor, factor_name, features, features_name)
 
 
 def _check_low_rank(
@@ -243,5 +237,4 @@ def _check_low_rank(
     """``tensor [..., rank]`` in the accumulation dtype of ``like``, with its tokens."""
     _check_features(op, name, tensor, factor_name, rank, "rank")
     _check_num_tokens(op, name, tensor, like_name, count_tokens(like))
-    if tensor.dtype != accumulation_dtype(like.dtype):
-        raise TypeError(f"{op}: {name} has another dtype than the accumulation dtype of {like_name}")
+    check_accumulation_dtype(op, name, tensor, like.dtype)

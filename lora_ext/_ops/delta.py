@@ -1,4 +1,4 @@
-"""Fake (meta), autograd and autocast registrations of lora_delta_: the adapter beside a base layer of any kind."""
+"""Fake (meta), autograd and autocast registrations of lora_delta_, the adapter of a base layer of any kind."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def _(grad_y, x, lora_A, lora_B, xa, mask, scaling, dropout_p, output_mask):
 
 
 class _LoraDelta(torch.autograd.Function):
-    """Returns y alone: of a function with several results autograd takes no view to change, and nn.Linear returns one.
+    """Returns only y: autograd lets no function with several results change a view, and nn.Linear returns a view.
 
-    What the op returns goes into ``results``.
+    The results of the op are appended to ``results``.
     """
 
     @staticmethod
@@ -54,7 +54,7 @@ class _LoraDelta(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         _, want_x, want_A, want_B = ctx.needs_input_grad[:4]
         has_mask = mask.dim() == 2 and (want_x or want_A)
-        # Only what a wanted gradient reads is kept alive. y is not read: what made it may be anything.
+        # Keeps alive only what a wanted gradient reads. y is not read: any op may have produced it.
         ctx.save_for_backward(x if want_A else None, lora_A, lora_B, xa if want_B else None, mask if has_mask else None)
         ctx.scaling, ctx.dropout_p = scaling, dropout_p
         return y
@@ -93,8 +93,8 @@ def _lora_delta_backward_autograd(grad_y, x, lora_A, lora_B, xa, mask, scaling, 
         )
 
 
-# Not register_in_place(): in inference mode its kernel would cost as much as the op. What is left to do there,
-# functional.lora_delta_ does.
+# Not register_in_place(): in inference mode its kernel would cost as much as the op. functional.lora_delta_ does its
+# work there.
 LIBRARY.impl("lora_delta_", _lora_delta_autograd, "Autograd")
 LIBRARY.impl("lora_delta_backward", _lora_delta_backward_autograd, "Autograd")
 # y's dtype was settled by the base layer, and x has it or is cast to it by functional.lora_delta_.

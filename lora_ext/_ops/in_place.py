@@ -1,9 +1,9 @@
-"""Changing arguments in place, as PyTorch's own in-place ops do: what PyTorch would refuse is refused before anything
-changes, and autograd learns of the change.
+"""Changes arguments in place as PyTorch's own in-place ops do: refuses what PyTorch would refuse before anything
+changes, and tells autograd of the change.
 
-PyTorch's ops ask in two places. The Autograd key checks what a recorded change would make of the graph, and the
-ADInplaceOrView key counts the change. The latter also has the calls that never come to Autograd: in inference mode, and
-of inference tensors. Kernels of the stable ABI do neither by themselves.
+PyTorch's ops do this in two places. The Autograd key checks whether the graph can record the change, and the
+ADInplaceOrView key counts it. The latter also handles calls that never reach Autograd: in inference mode, and with
+inference tensors. Kernels of the stable ABI do neither by themselves.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _VIEWS = {
 
 
 def check_inference(op: str, label: str, tensor: Tensor | None) -> None:
-    """RuntimeError for an inference tensor outside of inference mode: its changes cannot be counted."""
+    """Raises RuntimeError for an inference tensor outside of inference mode, whose changes cannot be counted."""
     if tensor is not None and tensor.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError(
             f"{op}: {label} is an inference tensor, which may change in inference mode only; pass {label}.clone()"
@@ -41,10 +41,10 @@ def count_change(*tensors: Tensor) -> None:
 
 
 def check_recorded_change(op: str, label: str, tensor: Tensor | None) -> None:
-    """RuntimeError where autograd cannot record a change to ``tensor``.
+    """Raises RuntimeError if autograd cannot record a change to ``tensor``.
 
-    PyTorch's check_inplace (torch/csrc/autograd/VariableTypeUtils.h) for ops that are not its own. What it would miss,
-    ``mark_dirty`` refuses afterwards.
+    Does for our ops what PyTorch's check_inplace (torch/csrc/autograd/VariableTypeUtils.h) does for PyTorch's. Cases
+    that it misses are refused by ``mark_dirty`` afterwards.
     """
     check_inference(op, label, tensor)
     reason = ""
@@ -65,10 +65,10 @@ def check_recorded_change(op: str, label: str, tensor: Tensor | None) -> None:
 
 
 def register_in_place(name: str, has_changed: Callable[[object], bool] = lambda result: True) -> Callable:
-    """Registers what holds for every op that changes arguments, which its schema names.
+    """Registers the ADInplaceOrView kernel of an op that changes arguments, as its schema says.
 
     Returns:
-        The call for an Autograd kernel that has checked what it will record: it takes and returns what the op does.
+        The function that an Autograd kernel calls after its checks, with the op's arguments and results.
     """
     op = op_named(name)
     changed = ChangedArguments(op)

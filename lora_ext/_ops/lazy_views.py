@@ -1,7 +1,7 @@
-"""Tensors whose memory holds other values than they have: PyTorch negates, conjugates or clears when it reads them.
+"""Lazy views: tensors whose memory holds other values, which PyTorch negates, conjugates or clears when it reads them.
 
-Kernels read the memory. PyTorch's own fallbacks resolve such arguments, except those in a list of optional tensors; and
-where an op changes one, they change a copy and then fail.
+Kernels read the memory. PyTorch's fallbacks resolve such arguments, except those in a list of optional tensors; if an
+op changes one, they change a copy and then fail.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 def check_not_lazy(op: str, label: str, tensor: Tensor) -> None:
-    """ValueError for a tensor that an op would change, where its memory holds other values than it has."""
+    """Raises ValueError if a tensor that an op would change is a lazy view."""
     if tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor():
         raise ValueError(f"{op}: {label} is a lazy view, whose memory holds other values; pass {label}.clone()")
 
 
 def resolved(op: str, label: str, argument: object) -> object:
-    """An argument of an op whose tensors' memory holds their values. RuntimeError: PyTorch cannot compute them."""
+    """Resolves the lazy views in an argument. Raises RuntimeError if PyTorch cannot compute one."""
     if isinstance(argument, (list, tuple)):
         return [resolved(op, f"{label}[{i}]", entry) for i, entry in enumerate(argument)]
     if not isinstance(argument, Tensor):

@@ -60,7 +60,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         want_x, want_weight, _, want_A, want_B = ctx.needs_input_grad[:5]
         has_mask = mask.dim() == 2 and (want_x or want_A)
-        # Only what a wanted gradient reads is kept alive. x is shared with its producer; dropout(x) never exists.
+        # Keeps alive only what a wanted gradient reads. x is shared with its producer; dropout(x) never exists.
         ctx.save_for_backward(
             x if want_A or want_weight else None,
             weight,

@@ -1,4 +1,4 @@
-"""Fake (meta) and autograd registrations of the merge ops. lora_ext/merging/weights.py puts the ops together."""
+"""Fake (meta) and autograd registrations of the merge ops, which lora_ext/merging/weights.py combines."""
 
 from __future__ import annotations
 

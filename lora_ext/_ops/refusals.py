@@ -1,11 +1,11 @@
-"""Why a public function has failed: the error of PyTorch or of the compiled op in words that name the argument.
+"""Explains why a public function failed: turns an error of PyTorch or of a compiled op into one that names the
+argument.
 
-In eager mode the compiled op checks first, at no Python cost; the checks here run only once it has refused.
+In eager mode the compiled op checks first, at no Python cost; the checks in Python run only once it has refused.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 
 import torch
@@ -13,16 +13,16 @@ import torch
 from lora_ext import _load
 from lora_ext._common.arguments import check_types
 from lora_ext._ops import tensor_arguments
+from lora_ext._ops.refusal_texts import refusal_of_op
 
 # The exceptions that wrong arguments cause. Others are not explained: torch.utils.checkpoint, for example, stops a
 # recomputation by an exception of its own.
 UNEXPLAINED = (RuntimeError, TypeError, ValueError, AttributeError, ArithmeticError)
 OUT_OF_MEMORY = "out of memory. "  # csrc/bindings/errors.h
-_REFUSED_BY_OP = re.compile(r"\w+, csrc/[\w/.]+:\d+, (lora_\w+: .*)", re.DOTALL)  # STD_TORCH_CHECK's text
 
 
 def check_memory(error: Exception) -> None:
-    """torch.OutOfMemoryError where an op has failed for want of memory: how much, its message says."""
+    """Raises torch.OutOfMemoryError, whose message says how much was wanted, if an op failed for lack of memory."""
     if OUT_OF_MEMORY in str(error):
         raise torch.OutOfMemoryError(str(error)) from None
 
@@ -40,15 +40,19 @@ def explain(
 ) -> None:
     """Raises a better error than ``error``, if there is one, for a call of a public function.
 
+    Args:
+        check_values: Called with the arguments once their types are right.
+        autocast: Whether the op sees other dtypes than the arguments' under autocast; ``check_values`` is not called
+            then.
+
     Raises:
-        TypeError, ValueError: naming the argument. ``check_values`` is called with the arguments once their types are
-            right; not under autocast where the op sees other dtypes than these (``autocast``).
+        TypeError, ValueError: naming the argument.
         torch.OutOfMemoryError: with the bytes that were wanted.
         RuntimeError: there are no kernels for the device.
     """
     name = function.__name__
     if isinstance(error, (TypeError, ValueError)) and str(error).startswith(f"{name}: "):
-        return  # it is one of these
+        return  # it is explained already
     # PyTorch takes a tensor without dimensions for a number.
     check_types(function, {n: v for n, v in arguments.items() if not (_is_tensor(v) and v.dim() == 0)})
     tensor_arguments.check_tensors(name, arguments)
@@ -57,5 +61,5 @@ def explain(
     if not (autocast and torch.is_autocast_enabled(device.type)):
         check_values(**arguments)
     _load.check_kernels_exist(name, device)
-    if refused := _REFUSED_BY_OP.match(str(error)):
-        raise ValueError(refused[1]) from None
+    if refused := refusal_of_op(error):
+        raise refused from None

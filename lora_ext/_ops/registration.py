@@ -1,4 +1,4 @@
-"""What the registrations of the ops share: their library, fake kernels and what they save, refusals, autocast."""
+"""Shared by the registrations of the ops: their library, fake kernels, saved tensors, refusals, autocast."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from lora_ext import reference
 from lora_ext._ops.checks import accumulation_dtype, count_tokens, mask_row_bytes
 from lora_ext._ops.lazy_views import check_not_lazy, resolved
+from lora_ext._ops.refusal_texts import refusal
 from lora_ext._ops.tensor_arguments import check_tensors
 
 LIBRARY = torch.library.Library("lora_ext", "FRAGMENT")
@@ -22,23 +23,23 @@ def op_named(name: str) -> torch._ops.OpOverload:
 
 
 def any_requires_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd records an op of these. None stands where the user passed it: the op refuses it."""
+    """Whether autograd records an op with these tensors. A None from the user is left for the op to refuse."""
     if torch.is_grad_enabled():
-        for tensor in tensors:  # half the time that any() takes
+        for tensor in tensors:  # takes half the time of any()
             if tensor is not None and tensor.requires_grad:
                 return True
     return False
 
 
 class ChangedArguments:
-    """The tensors that an op changes, as its schema says."""
+    """The arguments that an op changes, according to its schema."""
 
     def __init__(self, op: torch._ops.OpOverload):
         arguments = enumerate(op._schema.arguments)
         self._places = [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
 
     def of(self, arguments: Sequence) -> list[tuple[str, Tensor]]:
-        """Those of a call, each with its name in messages."""
+        """Returns the changed tensors of a call, each with its name in messages."""
         found = []
         for i, name in self._places:
             if isinstance(arguments[i], (list, tuple)):
@@ -49,10 +50,10 @@ class ChangedArguments:
 
 
 def register_op(name: str, check_values: Callable[..., None]) -> Callable[[Callable], Callable]:
-    """Registers what every op has: its fake (meta) kernel, and what becomes of lazy views.
+    """Registers an op's fake (meta) kernel, and kernels that resolve lazy views.
 
-    The decorated function is the fake kernel: shapes and dtypes of the results. Before it, the arguments are checked as
-    the compiled op checks them; ``check_values`` takes those of the op.
+    The decorated function is the fake kernel, which returns results of the right shapes and dtypes. Before it, the
+    arguments are checked as the compiled op checks them; ``check_values`` takes the op's arguments.
     """
     schema = op_named(name)._schema.arguments
     names, defaults = [a.name for a in schema], {a.name: a.default_value for a in schema if a.has_default_value()}
@@ -64,7 +65,7 @@ def register_op(name: str, check_values: Callable[..., None]) -> Callable[[Calla
             arguments = {argument: given[argument] for argument in names}
             for argument in required:
                 if arguments[argument] is None:
-                    raise TypeError(f"{name}: {argument} is None, want a Tensor")
+                    raise refusal(name, "missing_tensor", argument)
             check_tensors(name, arguments)
             check_values(**arguments)
             return kernel(**arguments)
@@ -91,7 +92,7 @@ def _register_lazy_views(name: str) -> None:
 
 
 def fake_saved(x: Tensor, total_rank: int, dropout_p: float) -> tuple[Tensor, Tensor]:
-    """What a forward returns for its backward, without values: xa and the bit mask."""
+    """Returns what a forward saves for its backward, without values: xa and the bit mask."""
     num_tokens = count_tokens(x)
     has_mask = reference.dropout_threshold(dropout_p) > 0
     return (
@@ -101,12 +102,12 @@ def fake_saved(x: Tensor, total_rank: int, dropout_p: float) -> tuple[Tensor, Te
 
 
 def fake_gradients(factors: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of factors without values: contiguous, whatever the factors are."""
+    """Returns gradients of factors without values: contiguous, even if the factors are not."""
     return [torch.empty_like(factor, memory_format=torch.contiguous_format) for factor in factors]
 
 
 def weight_gradient(grad_y: Tensor, x: Tensor) -> Tensor:
-    """The plain linear layer's, for a user who unfreezes the weight; LoRA itself has no use for it."""
+    """Computes the gradient of a plain linear layer's weight, for users who unfreeze it; LoRA does not need it."""
     return grad_y.flatten(0, -2).T @ x.flatten(0, -2) if x.dim() > 1 else torch.outer(grad_y, x)
 
 
@@ -114,7 +115,7 @@ _CACHED = 2**17  # elements whose copy in another dtype stays in a core's cache
 
 
 def bias_gradient(grad_y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """In ``dtype``; None: that of ``grad_y``. The sum is float32 (float64) in either case."""
+    """Computes a bias's gradient in ``dtype``; None: that of ``grad_y``. Sums in float32 (float64) in any case."""
     dtype = dtype or grad_y.dtype
     if grad_y.dim() == 1:
         return grad_y.to(dtype)
@@ -122,7 +123,7 @@ def bias_gradient(grad_y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     wide = torch.promote_types(rows.dtype, dtype)
     if rows.device.type != "cpu" or rows.dtype == wide or rows.numel() <= _CACHED:
         return rows.sum(0, dtype=wide).to(dtype)
-    # PyTorch's own kernel for the CPU copies what it sums to the dtype of the result: all at once, 4 times as slow.
+    # PyTorch's CPU kernel first copies its argument to the dtype of the result; of the whole tensor, 4 times as slow.
     total = rows.new_zeros(rows.shape[1], dtype=wide)
     for part in rows.split(max(1, _CACHED // rows.shape[1])):
         total += part.sum(0, dtype=wide)
@@ -130,7 +131,7 @@ def bias_gradient(grad_y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
-    """Refuses tensors with tangents, which the kernels below autograd would drop."""
+    """Raises RuntimeError if a tensor has a tangent, which would be dropped below autograd and read as zero."""
     if forward_ad._current_level >= 0 and any(
         tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
     ):
@@ -152,7 +153,7 @@ def _differentiable(op: str) -> str:
 
 
 def _cast(argument: Tensor | list | None, dtype: torch.dtype) -> Tensor | list | None:
-    """As ATen's autocast: float64 stays, everything else that floats is cast."""
+    """Casts as ATen's autocast does: all floating-point tensors except float64."""
     if isinstance(argument, (list, tuple)):
         return [_cast(entry, dtype) for entry in argument]
     eligible = argument is not None and argument.is_floating_point() and argument.dtype != torch.float64
@@ -172,10 +173,10 @@ def _autocast_kernel(op: Callable, device_type: str, dispatch_key: str, num_cast
 
 
 def register_autocast(name: str, num_cast: int) -> None:
-    """Under autocast the op's first ``num_cast`` arguments go to autocast's dtype, the others keep theirs.
+    """Registers autocast: the op's first ``num_cast`` arguments are cast to autocast's dtype, the others keep theirs.
 
-    Zero is for a backward: its dtypes were settled in the forward, but without a kernel here the products inside of it
-    would be autocast once more.
+    Zero is for a backward: the forward determined its dtypes, but without a kernel here the products inside it would be
+    autocast again.
     """
     op = op_named(name)
     for device_type, dispatch_key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):

@@ -1,4 +1,4 @@
-"""Fake (meta) and autograd registrations of lora_shrink and lora_expand: LoRA's two products, each by itself."""
+"""Fake (meta) and autograd registrations of lora_shrink and lora_expand, LoRA's two products as separate ops."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _(grad_y, xa, lora_B, output_mask):
     )
 
 
-# --- autograd: of each product by itself, as traced graphs hold them; bottleneck.py has one of both -------------------
+# --- autograd of each product, for traced graphs; bottleneck.py has one function for both ---
 
 
 class _Shrink(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Fake (meta), autograd and autocast registrations of lora_linear_siblings: _ops.py for layers that share one x."""
+"""Fake (meta), autograd and autocast registrations of lora_linear_siblings, for layers that read one x."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class _LoraLinearSiblings(torch.autograd.Function):
 
 
 def _split_wanted(ctx) -> tuple[bool, tuple, tuple, tuple, tuple]:
-    """Which gradients are wanted: of x, and of each layer's weight, bias, lora_A and lora_B."""
+    """Returns which gradients are wanted: of x, and of each layer's weight, bias, lora_A and lora_B."""
     want_x, _, _, _, *layers = ctx.needs_input_grad
     n = len(layers) // 4
     return want_x, layers[:n], layers[n : 2 * n], layers[2 * n : 3 * n], layers[3 * n :]

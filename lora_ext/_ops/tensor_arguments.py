@@ -1,7 +1,7 @@
-"""Checks that all tensors that an op is given are dense and on one device, whether it uses them or not.
+"""Checks that all tensor arguments of an op are dense and on one device, whether the op uses them or not.
 
-PyTorch calls the fake kernels for real tensors too, where one of them is a meta tensor: they would answer with memory
-that nobody has written. They check every tensor of every call. csrc/bindings/op.h is the same for the compiled ops.
+PyTorch also calls the fake kernels for real tensors if one argument is a meta tensor: they would return uninitialised
+memory. So they check every tensor of every call. csrc/bindings/op.h does the same for the compiled ops.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from lora_ext._ops.refusal_texts import refusal
+
 
 def tensors_of(arguments: Mapping[str, object]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors among arguments and in lists, each with its name in messages: ``weight``, ``weights[1]``."""
+    """Yields the tensors among arguments and in lists, each with its name in messages: ``weight``, ``weights[1]``."""
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             yield name, value
@@ -22,7 +24,7 @@ def tensors_of(arguments: Mapping[str, object]) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_tensors(op: str, arguments: Mapping[str, object]) -> None:
-    """TypeError for the first tensor that is not dense, ValueError for one that is elsewhere than the first."""
+    """Raises TypeError for a tensor that is not dense, ValueError for one on another device than the first tensor."""
     first: tuple[str, Tensor] | None = None
     for label, tensor in tensors_of(arguments):
         if tensor.is_nested:
@@ -33,7 +35,7 @@ def check_tensors(op: str, arguments: Mapping[str, object]) -> None:
             )
         first = first or (label, tensor)
         if not _is_same(tensor.device, first[1].device):
-            raise ValueError(f"{op}: {label} is on {tensor.device} but {first[0]} is on {first[1].device}")
+            raise refusal(op, "device", label, tensor.device, first[0], first[1].device)
 
 
 def _is_same(device: torch.device, other: torch.device) -> bool:

@@ -117,7 +117,7 @@ constexpr struct {
   int64_t out, rank;
 } kLayers[] = {{270, 11}, {33, 3}};  // siblings: they read one x
 constexpr int kNumLayers = 2;
-constexpr int64_t kTotalRank = 14, kPartialStride = kNumLayers * roomy_ranks(1);  // ranks up to one vector
+constexpr int64_t kTotalRank = 14, kPartialStride = kNumLayers * max_padded_ranks(1);  // ranks up to one vector
 constexpr uint64_t kSeed = 0x0123456789ABCDEFull;
 
 void masks_follow_their_definition(const Kernels& kernels, const char* isa) {
@@ -154,22 +154,22 @@ void in_threads(int64_t num_chunks, const F& f) {
 // The scratch memory of a call; every piece has exactly its stated size.
 struct Scratch {
   Workspace workspace{};
-  std::vector<float> lora_A, partial, left, grad_A, lora_B_t[kNumLayers], grad_B_t[kNumLayers];
+  std::vector<float> lora_A, partial, small_operands, grad_A, lora_B_t[kNumLayers], grad_B_t[kNumLayers];
 
   Scratch(int64_t num_chunks, bool want_gradients) {
     const auto room = [](std::vector<float>& piece, int64_t count) -> void* {
       piece.assign(static_cast<size_t>(count), NAN);
       return piece.data();
     };
-    workspace.lora_A = room(lora_A, roomy_ranks(kTotalRank) * padded(kIn));
+    workspace.lora_A = room(lora_A, max_padded_ranks(kTotalRank) * padded_columns(kIn));
     workspace.partial_sum = room(partial, num_chunks * kBlockRows * kPartialStride);
-    workspace.left = room(left, num_chunks * kLeftBlocks * block_lanes(kTotalRank));
+    workspace.small_operands = room(small_operands, num_chunks * kSmallOperands * block_lanes(kTotalRank));
     workspace.partial_stride = kPartialStride;
-    if (want_gradients) workspace.grad_A = room(grad_A, num_chunks * kTotalRank * padded(kIn));
+    if (want_gradients) workspace.grad_A = room(grad_A, num_chunks * kTotalRank * padded_columns(kIn));
     for (int i = 0; i < kNumLayers; ++i) {
       const auto [out, rank] = kLayers[i];
-      workspace.lora_B_t[i] = room(lora_B_t[i], roomy_ranks(rank) * padded(out));
-      if (want_gradients) workspace.grad_B_t[i] = room(grad_B_t[i], num_chunks * rank * padded(out));
+      workspace.lora_B_t[i] = room(lora_B_t[i], max_padded_ranks(rank) * padded_columns(out));
+      if (want_gradients) workspace.grad_B_t[i] = room(grad_B_t[i], num_chunks * rank * padded_columns(out));
     }
   }
 };
@@ -243,37 +243,62 @@ std::vector<float> columns(const std::vector<float>& matrix, int64_t stride, int
   return part;
 }
 
-// Compares a forward in any number of chunks with plain loops in double.
-void forward_follows_its_formula(const Kernels& kernels, const char* isa, int64_t num_chunks) {
+// Compares a forward in any number of chunks with plain loops in double. together: by one kernel, else a shrink, then an
+// expand.
+void forward_follows_its_formula(const Kernels& kernels, const char* isa, int64_t num_chunks, bool together) {
   const Layers layers;
   std::vector<float> xa(kTokens * kTotalRank, NAN), y[kNumLayers];
   std::vector<uint8_t> mask(static_cast<size_t>(kTokens * mask_row_bytes(kIn)));
 
-  LoraForwardParams p{};
-  p.num_siblings = kNumLayers, p.num_tokens = kTokens, p.in_features = kIn, p.total_rank = kTotalRank;
-  p.x = layers.x.data(), p.x_stride = kIn, p.seed = &layers.seed, p.xa = xa.data(), p.mask = mask.data();
-  p.dtype = p.factor_dtype = DType::kFloat32;
-  p.threshold = layers.threshold;
+  LoraShrinkParams shrink{.num_tokens = kTokens,
+                          .in_features = kIn,
+                          .total_rank = kTotalRank,
+                          .x = layers.x.data(),
+                          .seed = &layers.seed,
+                          .xa = xa.data(),
+                          .mask = mask.data(),
+                          .x_stride = kIn,
+                          .dtype = DType::kFloat32,
+                          .factor_dtype = DType::kFloat32,
+                          .threshold = layers.threshold,
+                          .num_siblings = kNumLayers,
+                          .siblings = {}};
+  LoraExpandParams expand{.num_tokens = kTokens,
+                          .total_rank = kTotalRank,
+                          .xa = xa.data(),
+                          .dtype = DType::kFloat32,
+                          .factor_dtype = DType::kFloat32,
+                          .num_siblings = kNumLayers,
+                          .siblings = {}};
   for (int64_t i = 0, rank_begin = 0; i < kNumLayers; rank_begin += kLayers[i].rank, ++i) {
     y[i].assign(static_cast<size_t>(kTokens * kLayers[i].out), NAN);
-    p.siblings[i] = {.out_features = kLayers[i].out,
-                     .rank = kLayers[i].rank,
-                     .rank_begin = rank_begin,
-                     .lora_A = layers.A[i].data(),
-                     .lora_B = layers.B[i].data(),
-                     .bias = layers.bias[i].data(),
-                     .base = nullptr,
-                     .y = y[i].data(),
-                     .scale = layers.scale[i]};
+    shrink.siblings[i] = {
+        .rank = kLayers[i].rank, .rank_begin = rank_begin, .lora_A = layers.A[i].data(), .scale = layers.scale[i]};
+    expand.siblings[i] = {.out_features = kLayers[i].out,
+                          .rank = kLayers[i].rank,
+                          .rank_begin = rank_begin,
+                          .lora_B = layers.B[i].data(),
+                          .bias = layers.bias[i].data(),
+                          .base = nullptr,
+                          .y = y[i].data()};
   }
   const Scratch scratch(num_chunks, false);
-  for (int which = 0; which < 2 * kNumLayers; ++which) kernels.pack_forward(p, scratch.workspace, which);
-  in_threads(num_chunks, [&](int64_t chunk) { kernels.forward(p, scratch.workspace, chunk, num_chunks); });
+  for (int i = 0; i < kNumLayers; ++i) {
+    kernels.pack_shrink(shrink, scratch.workspace, i);
+    kernels.pack_expand(expand, scratch.workspace, i);
+  }
+  if (together) {
+    const LoraForwardParams p{.shrink = shrink, .expand = expand};
+    in_threads(num_chunks, [&](int64_t chunk) { kernels.forward(p, scratch.workspace, chunk, num_chunks); });
+  } else {
+    in_threads(num_chunks, [&](int64_t chunk) { kernels.shrink(shrink, scratch.workspace, chunk, num_chunks); });
+    in_threads(num_chunks, [&](int64_t chunk) { kernels.expand(expand, scratch.workspace, chunk, num_chunks); });
+  }
 
   for (int i = 0; i < kNumLayers; ++i) {
     const auto [out, rank] = kLayers[i];
     const std::vector<double> expected_xa = layers.expected_xa(i);
-    check_close(columns(xa, kTotalRank, p.siblings[i].rank_begin, rank), expected_xa, isa, "xa", i);
+    check_close(columns(xa, kTotalRank, shrink.siblings[i].rank_begin, rank), expected_xa, isa, "xa", i);
     std::vector<double> expected(static_cast<size_t>(kTokens * out));
     for (int64_t m = 0; m < kTokens; ++m) {
       for (int64_t n = 0; n < out; ++n) {
@@ -286,18 +311,41 @@ void forward_follows_its_formula(const Kernels& kernels, const char* isa, int64_
   }
 }
 
-// Compares a backward in any number of chunks with plain loops in double.
-void backward_follows_its_formula(const Kernels& kernels, const char* isa, int64_t num_chunks) {
+// Compares a backward in any number of chunks with plain loops in double. together: by one kernel, else an expand's backward,
+// then a shrink's.
+void backward_follows_its_formula(const Kernels& kernels, const char* isa, int64_t num_chunks, bool together) {
   const Layers layers;
   std::vector<float> xa(kTokens * kTotalRank), grad_x(kTokens * kIn, NAN), grad_A[kNumLayers], grad_B[kNumLayers];
   std::vector<uint8_t> mask(static_cast<size_t>(kTokens * mask_row_bytes(kIn)));
   kernels.dropout_mask(kSeed, layers.threshold, kIn, 0, kTokens, mask.data());
 
-  LoraBackwardParams p{};
-  p.num_siblings = kNumLayers, p.num_tokens = kTokens, p.in_features = kIn, p.total_rank = kTotalRank;
-  p.x = layers.x.data(), p.x_stride = kIn, p.xa = xa.data(), p.mask = mask.data(), p.grad_x = grad_x.data();
-  p.wants_grad_x = p.wants_grad_lora_A = p.wants_grad_lora_B = p.has_dropout = true;
-  p.dtype = p.factor_dtype = DType::kFloat32;
+  std::vector<float> grad_xa_rows(kTokens * kTotalRank, NAN);
+  LoraExpandBackwardParams expand{.num_tokens = kTokens,
+                                  .total_rank = kTotalRank,
+                                  .xa = xa.data(),
+                                  .grad_xa = together ? nullptr : grad_xa_rows.data(),
+                                  .dtype = DType::kFloat32,
+                                  .factor_dtype = DType::kFloat32,
+                                  .wants_grad_xa = true,
+                                  .wants_grad_lora_B = true,
+                                  .num_siblings = kNumLayers,
+                                  .siblings = {}};
+  LoraShrinkBackwardParams shrink{.num_tokens = kTokens,
+                                  .in_features = kIn,
+                                  .total_rank = kTotalRank,
+                                  .grad_xa = expand.grad_xa,
+                                  .x = layers.x.data(),
+                                  .mask = mask.data(),
+                                  .base = nullptr,
+                                  .grad_x = grad_x.data(),
+                                  .x_stride = kIn,
+                                  .dtype = DType::kFloat32,
+                                  .factor_dtype = DType::kFloat32,
+                                  .wants_grad_x = true,
+                                  .wants_grad_lora_A = true,
+                                  .has_dropout = true,
+                                  .num_siblings = kNumLayers,
+                                  .siblings = {}};
   std::vector<double> expected_grad_x(static_cast<size_t>(kTokens * kIn));
   for (int64_t i = 0, rank_begin = 0; i < kNumLayers; rank_begin += kLayers[i].rank, ++i) {
     const auto [out, rank] = kLayers[i];
@@ -311,23 +359,37 @@ void backward_follows_its_formula(const Kernels& kernels, const char* isa, int64
         }
       }
     }
-    grad_A[i].assign(static_cast<size_t>(rank * kIn), NAN), grad_B[i].assign(static_cast<size_t>(out * rank), NAN);
-    p.siblings[i] = {.out_features = out,
-                     .rank = rank,
-                     .rank_begin = rank_begin,
-                     .grad_y = layers.grad_y[i].data(),
-                     .lora_A = layers.A[i].data(),
-                     .lora_B = layers.B[i].data(),
-                     .grad_lora_A = grad_A[i].data(),
-                     .grad_lora_B = grad_B[i].data(),
-                     .grad_y_stride = out,
-                     .scale = layers.scale[i]};
+    grad_A[i].assign(static_cast<size_t>(rank * kIn), NAN);
+    grad_B[i].assign(static_cast<size_t>(out * rank), NAN);
+    expand.siblings[i] = {.out_features = out,
+                          .rank = rank,
+                          .rank_begin = rank_begin,
+                          .grad_y = layers.grad_y[i].data(),
+                          .lora_B = layers.B[i].data(),
+                          .grad_lora_B = grad_B[i].data(),
+                          .grad_y_stride = out,
+                          .scale = layers.scale[i]};
+    shrink.siblings[i] = {
+        .rank = rank, .rank_begin = rank_begin, .lora_A = layers.A[i].data(), .grad_lora_A = grad_A[i].data()};
   }
   const Scratch scratch(num_chunks, true);
-  for (int which = 0; which < 2 * kNumLayers; ++which) kernels.pack_backward(p, scratch.workspace, which);
-  in_threads(num_chunks, [&](int64_t chunk) { kernels.backward(p, scratch.workspace, chunk, num_chunks); });
+  const Workspace& workspace = scratch.workspace;
+  for (int i = 0; i < kNumLayers; ++i) {
+    kernels.pack_expand_backward(expand, workspace, i);
+    kernels.pack_shrink_backward(shrink, workspace, i);
+  }
+  if (together) {
+    const LoraBackwardParams p{.expand = expand, .shrink = shrink};
+    in_threads(num_chunks, [&](int64_t chunk) { kernels.backward(p, workspace, chunk, num_chunks); });
+  } else {
+    in_threads(num_chunks, [&](int64_t chunk) { kernels.expand_backward(expand, workspace, chunk, num_chunks); });
+    in_threads(num_chunks, [&](int64_t chunk) { kernels.shrink_backward(shrink, workspace, chunk, num_chunks); });
+  }
   in_threads(2, [&](int64_t half) {
-    kernels.reduce_grads(p, scratch.workspace, num_chunks, half * kTotalRank / 2, (half + 1) * kTotalRank / 2);
+    const int64_t begin = half * kTotalRank / 2;
+    const int64_t end = (half + 1) * kTotalRank / 2;
+    kernels.reduce_grad_A(shrink, workspace, num_chunks, begin, end);
+    kernels.reduce_grad_B(expand, workspace, num_chunks, begin, end);
   });
 
   check_close(grad_x, expected_grad_x, isa, "grad_x", 0);
@@ -362,8 +424,10 @@ int main() {
     if (!runs_here(isa)) continue;
     masks_follow_their_definition(kernels_of(isa), isa_name(isa));
     for (const int64_t num_chunks : {1, 2}) {
-      forward_follows_its_formula(kernels_of(isa), isa_name(isa), num_chunks);
-      backward_follows_its_formula(kernels_of(isa), isa_name(isa), num_chunks);
+      for (const bool together : {true, false}) {
+        forward_follows_its_formula(kernels_of(isa), isa_name(isa), num_chunks, together);
+        backward_follows_its_formula(kernels_of(isa), isa_name(isa), num_chunks, together);
+      }
     }
     std::printf("checked %s\n", isa_name(isa));
   }

@@ -110,7 +110,7 @@ BAD_BACKWARD = {
     "mask missing": ({"mask": None}, "dropout_p is 0.3 but mask is None"),
     "x tokens": ({"x": torch.randn(5, 24)}, "x has 5 tokens but grad_y has 3"),
     "xa shape": ({"xa": torch.randn(3, 5)}, r"xa must be \[num_tokens, rank\] = \[3, 4\]"),
-    "xa dtype": ({"xa": torch.randn(3, 4).half()}, "xa has another dtype than the accumulation dtype"),
+    "xa dtype": ({"xa": torch.randn(3, 4).half()}, "xa has dtype float16, want the accumulation dtype float32"),
     "mask shape": ({"mask": torch.zeros(3, 3, dtype=torch.uint8)}, r"mask must be uint8 \[3, 8\]"),
     "grad_y": ({"grad_y": torch.randn(3, 7)}, "weight has out_features=20 but grad_y has 7"),
     "mask length": ({"output_mask": (True, True)}, "output_mask has 2 entries, want 3|expected|bool"),

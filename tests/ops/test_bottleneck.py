@@ -353,12 +353,12 @@ BAD_OPS = {
     "xa dtype": (
         "lora_expand",
         (torch.randn(3, 8).bfloat16(), torch.randn(3, 4).bfloat16(), torch.randn(8, 4)),
-        "xa has another dtype than the accumulation dtype of base",
+        "xa has dtype bfloat16, want the accumulation dtype float32",
     ),
     "base shape": (
         "lora_shrink_backward",
         (torch.randn(3, 4), torch.randn(3, 8), torch.randn(4, 8), torch.randn(3, 9), (True, True)),
-        "base has another shape than x",
+        r"base has shape \[3, 9\] but x has \[3, 8\]",
     ),
     "xa": (
         "lora_expand_backward",

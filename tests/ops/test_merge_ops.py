@@ -62,14 +62,14 @@ def test_ops_refuse_bad_records():
     assert all(map(same_bits, arguments[0], before))
 
 
-def test_a_record_of_rubbish_stays_inside_its_memory():
-    """Words and corrections of any content lead to writes in the weights only (a sanitizer shows more)."""
+def test_a_garbage_record_stays_inside_its_memory():
+    """With any words and corrections, only the weights are written (run under a sanitizer to see more)."""
     (weights, As, Bs), words, corrections = op_arguments()
     whole = torch.randn(5, 400)
     view, before = whole[:, 50:350], whole.clone()
-    for rubbish in (lambda w: w * 0, lambda w: w * 7, lambda w: -w, lambda w: w + 1, lambda w: w * 0 + 2**15 - 1):
+    for spoil in (lambda w: w * 0, lambda w: w * 7, lambda w: -w, lambda w: w + 1, lambda w: w * 0 + 2**15 - 1):
         numbers = [torch.randint(-(2**15), 2**15, c.shape, dtype=torch.int16) for c in corrections]
-        torch.ops.lora_ext.lora_unmerge_([view, weights[1]], As, Bs, [rubbish(w) for w in words], numbers)
+        torch.ops.lora_ext.lora_unmerge_([view, weights[1]], As, Bs, [spoil(w) for w in words], numbers)
     assert same_bits(whole[:, :50], before[:, :50]) and same_bits(whole[:, 350:], before[:, 350:])
 
 
@@ -78,8 +78,8 @@ def test_ops_refuse_lists_that_do_not_fit():
     bad = {
         "weights is empty, want at least one": ([], As, Bs),
         "there are 2 weights, but 1 lora_As and 2 lora_Bs": (weights, As[:1], Bs),
-        r"weights\[1\] has another dtype than weights\[0\]": ([weights[0], weights[1].half()], As, Bs),
-        r"lora_As\[0\] must have the accumulation dtype": ([w.double() for w in weights], As, Bs),
+        r"weights\[1\] has dtype float16 but weights\[0\] has float32": ([weights[0], weights[1].half()], As, Bs),
+        r"lora_As\[0\] has dtype float32, want the accumulation dtype float64": ([w.double() for w in weights], As, Bs),
         r"lora_As\[1\] has in_features=20 but weights\[1\] has 19": ([weights[0], weights[1][:, 1:]], As, Bs),
     }
     for text, arguments in bad.items():

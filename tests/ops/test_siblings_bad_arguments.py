@@ -152,7 +152,7 @@ BAD_BACKWARD = {
     "x tokens": ({"x": torch.randn(5, 24)}, r"x has 5 tokens but grad_ys\[0\] has 3"),
     "tokens": ({"grad_ys": [torch.randn(3, 20), torch.randn(4, 12)]}, r"grad_ys\[1\] has 4 tokens but grad_ys\[0\] ha"),
     "xa shape": ({"xa": torch.randn(3, 4)}, r"xa must be \[num_tokens, total_rank\] = \[3, 7\]"),
-    "xa dtype": ({"xa": torch.randn(3, 7).half()}, "xa has another dtype than the accumulation dtype"),
+    "xa dtype": ({"xa": torch.randn(3, 7).half()}, "xa has dtype float16, want the accumulation dtype float32"),
     "mask shape": ({"mask": torch.zeros(3, 3, dtype=torch.uint8)}, r"mask must be uint8 \[3, 8\]"),
     "grad_y": (
         {"grad_ys": [torch.randn(3, 20), torch.randn(3, 7)]},

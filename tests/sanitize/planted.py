@@ -63,15 +63,15 @@ _MERGING = (
     "functional.lora_merge_(torch.randn(400, 300), torch.randn(5, 300), torch.randn(400, 5), 1.0)"  # two chunks of rows
 )
 
-_COUNT = "const int64_t count = {};\n    // One pass over x for xa"
+_COUNT = "f(row, {});"
 _SUMS = "return static_cast<Acc*>(sums) + {} * rank * stride;"
 _RANGE = "return {{{}, smaller(end, rows)}};"
 _CHUNK_END = "chunk.end = rows * (i + 1) / num_chunks_{};"
 _PANEL_TAIL = "std::memset(to + cols, 0, sizeof(Acc) * static_cast<size_t>(kMergeSegment - cols{}));"
 _SHIFT = "return kStep < 8 ? word >> (col % 8{}) : word;"
-_BLOCKS = "const int64_t begin = blocks * {} / num_chunks * kBlockRows,"
+_BLOCKS = "const int64_t begin = blocks * {} / num_chunks * kBlockRows;"
 _SEED = "static_cast<uint64_t>(*{}) : 0);"
-_HAS_SEED = "const PhiloxKeys keys(p.threshold > 0{} ? "
+_HAS_SEED = "return PhiloxKeys(p.threshold > 0{} ? "
 
 
 def _edit(path: str, pattern: str, old: str, new: str) -> Edit:

@@ -8,15 +8,16 @@
 using namespace lora_ext;
 using namespace lora_ext::cuda;
 
-EXPORT int64_t workspace_bytes_LoraForwardParams(const LoraForwardParams* p) { return workspace_bytes(*p); }
-EXPORT int64_t workspace_bytes_LoraBackwardParams(const LoraBackwardParams* p) { return workspace_bytes(*p); }
+#define EXPORT_LAUNCH(Params, launch)                                                      \
+  EXPORT int64_t workspace_bytes_##Params(const Params* p) { return workspace_bytes(*p); } \
+  EXPORT void run_##Params(const Params* p, void* workspace) { launch(*p, workspace, nullptr); }
 
-EXPORT void run_LoraForwardParams(const LoraForwardParams* p, void* workspace) {
-  launch_lora_forward(*p, workspace, nullptr);
-}
-EXPORT void run_LoraBackwardParams(const LoraBackwardParams* p, void* workspace) {
-  launch_lora_backward(*p, workspace, nullptr);
-}
+EXPORT_LAUNCH(LoraShrinkParams, launch_lora_shrink)
+EXPORT_LAUNCH(LoraExpandParams, launch_lora_expand)
+EXPORT_LAUNCH(LoraForwardParams, launch_lora_forward)
+EXPORT_LAUNCH(LoraExpandBackwardParams, launch_lora_expand_backward)
+EXPORT_LAUNCH(LoraShrinkBackwardParams, launch_lora_shrink_backward)
+EXPORT_LAUNCH(LoraBackwardParams, launch_lora_backward)
 EXPORT void run_DropoutMaskParams(const DropoutMaskParams* p, void*) { launch_dropout_mask(*p, nullptr); }
 
 // mode: of MergeMode; layers [num_layers]

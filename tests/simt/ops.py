@@ -8,6 +8,7 @@ launch kept to the workspace it had asked for. The base product is not the kerne
 from __future__ import annotations
 
 import ctypes
+import itertools
 from dataclasses import dataclass, field
 
 import torch
@@ -65,15 +66,22 @@ def run(p: ctypes.Structure, library: Library) -> None:
     library.check()
 
 
-def _fill_siblings(p: ctypes.Structure, siblings: list[Sibling], dropout_p: float) -> None:
-    """Shapes, ranks, scales and factors' dtype, which forward and backward have in common."""
-    threshold = dropout_threshold(dropout_p)
-    p.num_siblings, p.factor_dtype = len(siblings), DTYPES[siblings[0].lora_A.dtype]
-    for s, sibling in zip(p.siblings, siblings, strict=False):
-        s.out_features, s.rank = sibling.lora_B.shape
-        s.rank_begin = p.total_rank
-        s.scale = sibling.scaling * 65536.0 / (65536.0 - threshold)
-        p.total_rank += s.rank
+def _rank_begins(siblings: list[Sibling]) -> list[int]:
+    """The column of xa at which each sibling begins, and the total rank."""
+    return list(itertools.accumulate((len(sibling.lora_A) for sibling in siblings), initial=0))
+
+
+def _scale(sibling: Sibling, dropout_p: float) -> float:
+    return sibling.scaling * 65536.0 / (65536.0 - dropout_threshold(dropout_p))
+
+
+def _fill_common(p: ctypes.Structure, like: Tensor, siblings: list[Sibling]) -> None:
+    """What all kernels' parameters have in common: num_tokens, ranks and dtypes."""
+    *begins, p.total_rank = _rank_begins(siblings)
+    p.num_tokens, p.num_siblings = len(like), len(siblings)
+    p.dtype, p.factor_dtype = DTYPES[like.dtype], DTYPES[siblings[0].lora_A.dtype]
+    for s, sibling, begin in zip(p.siblings, siblings, begins, strict=False):
+        s.rank, s.rank_begin = len(sibling.lora_A), begin
 
 
 def lora_forward(
@@ -88,26 +96,32 @@ def lora_forward(
     """ys: what the results are added to, the base layers' products; None: they are written without being read."""
     library = library or kernels()
     library.reset(schedule)
-    p = params.LoraForwardParams(num_tokens=x.shape[0], in_features=x.shape[1], x_stride=x.stride(0))
-    p.dtype, p.threshold = DTYPES[x.dtype], dropout_threshold(dropout_p)
-    _fill_siblings(p, siblings, dropout_p)
-    p.x = library.upload(x, "x")
+    p = params.LoraForwardParams()
+    shrink, expand = p.shrink, p.expand
+    for part in (shrink, expand):
+        _fill_common(part, x, siblings)
+    shrink.in_features, shrink.x_stride, shrink.threshold = x.shape[1], x.stride(0), dropout_threshold(dropout_p)
+    shrink.x = library.upload(x, "x")
     acc = accumulation_dtype(x.dtype)
-    p.xa = library.allocate(p.num_tokens * p.total_rank * acc.itemsize, "xa")
-    mask_shape = (p.num_tokens, mask_row_bytes(p.in_features))
-    if p.threshold:
-        p.seed = library.upload(torch.tensor([seed]), "seed")
-        p.mask = library.allocate(mask_shape[0] * mask_shape[1], "mask")
+    shrink.xa = library.allocate(shrink.num_tokens * shrink.total_rank * acc.itemsize, "xa")
+    expand.xa = shrink.xa
+    mask_shape = (shrink.num_tokens, mask_row_bytes(shrink.in_features))
+    if shrink.threshold:
+        shrink.seed = library.upload(torch.tensor([seed]), "seed")
+        shrink.mask = library.allocate(mask_shape[0] * mask_shape[1], "mask")
     for i, sibling in enumerate(siblings):
-        s = p.siblings[i]
-        s.lora_A, s.lora_B = library.upload(sibling.lora_A, "lora_A"), library.upload(sibling.lora_B, "lora_B")
-        s.bias = library.upload(sibling.bias, "bias")
+        shrink.siblings[i].lora_A = library.upload(sibling.lora_A, "lora_A")
+        shrink.siblings[i].scale = _scale(sibling, dropout_p)
+        s = expand.siblings[i]
+        s.out_features = len(sibling.lora_B)
+        s.lora_B, s.bias = library.upload(sibling.lora_B, "lora_B"), library.upload(sibling.bias, "bias")
         s.y = library.upload(ys[i], "y") if ys else library.allocate(x.shape[0] * s.out_features * x.itemsize, "y")
         s.base = s.y if ys else None
     run(p, library)
-    results = [library.download(s.y, (x.shape[0], s.out_features), x.dtype, "y") for s in p.siblings[: p.num_siblings]]
-    xa = library.download(p.xa, (p.num_tokens, p.total_rank), acc, "xa")
-    return Forward(results, xa, library.download(p.mask, mask_shape, torch.uint8, "mask") if p.threshold else None)
+    results = [library.download(s.y, (len(x), s.out_features), x.dtype, "y") for s in expand.siblings[: len(siblings)]]
+    xa = library.download(shrink.xa, (shrink.num_tokens, shrink.total_rank), acc, "xa")
+    has_mask = shrink.threshold > 0
+    return Forward(results, xa, library.download(shrink.mask, mask_shape, torch.uint8, "mask") if has_mask else None)
 
 
 def lora_backward(
@@ -127,62 +141,61 @@ def lora_backward(
     library = library or kernels()
     library.reset(schedule)
     want_x, want_A, want_B = output_mask
-    p = params.LoraBackwardParams(num_tokens=x.shape[0], in_features=x.shape[1], x_stride=x.stride(0))
-    p.dtype, p.has_dropout = DTYPES[x.dtype], mask is not None
-    p.wants_grad_x, p.wants_grad_lora_A, p.wants_grad_lora_B = output_mask
-    _fill_siblings(p, siblings, dropout_p)
+    p = params.LoraBackwardParams()
+    expand, shrink = p.expand, p.shrink
+    for part in (expand, shrink):
+        _fill_common(part, x, siblings)
+    shrink.in_features, shrink.x_stride, shrink.has_dropout = x.shape[1], x.stride(0), mask is not None
+    shrink.wants_grad_x, shrink.wants_grad_lora_A, expand.wants_grad_lora_B = output_mask
+    expand.wants_grad_xa = want_x or want_A
     if want_A:
-        p.x = library.upload(x, "x")
+        shrink.x = library.upload(x, "x")
     if want_B:
-        p.xa = library.upload(xa, "xa")
+        expand.xa = library.upload(xa, "xa")
     if want_A or want_x:
-        p.mask = library.upload(mask, "mask")
+        shrink.mask = library.upload(mask, "mask")
     if want_x:
         num_bytes = x.numel() * x.itemsize
-        p.grad_x = library.allocate(num_bytes, "grad_x") if grad_x is None else library.upload(grad_x, "grad_x")
-        p.base = None if grad_x is None else p.grad_x
-    for s, sibling, grad_y in zip(p.siblings, siblings, grad_ys, strict=False):
+        shrink.grad_x = library.allocate(num_bytes, "grad_x") if grad_x is None else library.upload(grad_x, "grad_x")
+        shrink.base = None if grad_x is None else shrink.grad_x
+    for i, (sibling, grad_y) in enumerate(zip(siblings, grad_ys, strict=True)):
         A, B = sibling.lora_A, sibling.lora_B
-        s.grad_y, s.grad_y_stride = library.upload(grad_y, "grad_y"), grad_y.stride(0)
-        s.lora_A, s.lora_B = library.upload(A, "lora_A"), library.upload(B, "lora_B")
+        of_A, of_B = shrink.siblings[i], expand.siblings[i]
+        of_A.lora_A, of_B.lora_B = library.upload(A, "lora_A"), library.upload(B, "lora_B")
+        of_B.out_features, of_B.scale = len(B), _scale(sibling, dropout_p)
+        of_B.grad_y, of_B.grad_y_stride = library.upload(grad_y, "grad_y"), grad_y.stride(0)
         if want_A:
-            s.grad_lora_A = library.allocate(A.numel() * A.itemsize, "grad_lora_A")
+            of_A.grad_lora_A = library.allocate(A.numel() * A.itemsize, "grad_lora_A")
         if want_B:
-            s.grad_lora_B = library.allocate(B.numel() * B.itemsize, "grad_lora_B")
+            of_B.grad_lora_B = library.allocate(B.numel() * B.itemsize, "grad_lora_B")
     run(p, library)
-    result = Backward(library.download(p.grad_x, tuple(x.shape), x.dtype, "grad_x") if want_x else None)
-    for s, sibling in zip(p.siblings, siblings, strict=False):
+    result = Backward(library.download(shrink.grad_x, tuple(x.shape), x.dtype, "grad_x") if want_x else None)
+    for i, sibling in enumerate(siblings):
         A, B = sibling.lora_A, sibling.lora_B
         if want_A:
-            result.grad_As.append(library.download(s.grad_lora_A, tuple(A.shape), A.dtype, "grad_lora_A"))
+            grad = library.download(shrink.siblings[i].grad_lora_A, tuple(A.shape), A.dtype, "grad_lora_A")
+            result.grad_As.append(grad)
         if want_B:
-            result.grad_Bs.append(library.download(s.grad_lora_B, tuple(B.shape), B.dtype, "grad_lora_B"))
+            grad = library.download(expand.siblings[i].grad_lora_B, tuple(B.shape), B.dtype, "grad_lora_B")
+            result.grad_Bs.append(grad)
     return result
 
 
-SHRINK, EXPAND = 1, 2  # csrc/common/params.h: Products
-
-
-def _product(params_type, products: int, like: Tensor, factor: Tensor) -> ctypes.Structure:
-    """Parameters of one of the products, without dropout, scaling or siblings."""
-    rank, features = factor.shape if products == SHRINK else factor.shape[::-1]
-    p = params_type(num_tokens=like.shape[0], total_rank=rank, products=products, num_siblings=1)
+def _single(params_type, like: Tensor, factor: Tensor, rank: int) -> ctypes.Structure:
+    """Parameters of one product of one layer, without dropout and scaling."""
+    p = params_type(num_tokens=len(like), total_rank=rank, num_siblings=1)
     p.dtype, p.factor_dtype = DTYPES[like.dtype], DTYPES[factor.dtype]
-    p.siblings[0].rank, p.siblings[0].scale = rank, 1.0
-    if products == SHRINK:
-        p.in_features = features
-    else:
-        p.siblings[0].out_features = features
+    p.siblings[0].rank = rank
     return p
 
 
 def shrink(x: Tensor, lora_A: Tensor, schedule: int = 0) -> Tensor:
     library = kernels()
     library.reset(schedule)
-    p = _product(params.LoraForwardParams, SHRINK, x, lora_A)
-    acc = accumulation_dtype(x.dtype)
-    p.x, p.x_stride = library.upload(x, "x"), x.stride(0)
-    p.siblings[0].lora_A = library.upload(lora_A, "lora_A")
+    p = _single(params.LoraShrinkParams, x, lora_A, rank=lora_A.shape[0])
+    s, acc = p.siblings[0], accumulation_dtype(x.dtype)
+    p.x, p.x_stride, p.in_features = library.upload(x, "x"), x.stride(0), lora_A.shape[1]
+    s.lora_A, s.scale = library.upload(lora_A, "lora_A"), 1.0
     p.xa = library.allocate(p.num_tokens * p.total_rank * acc.itemsize, "xa")
     run(p, library)
     return library.download(p.xa, (p.num_tokens, p.total_rank), acc, "xa")
@@ -191,8 +204,9 @@ def shrink(x: Tensor, lora_A: Tensor, schedule: int = 0) -> Tensor:
 def expand(base: Tensor, xa: Tensor, lora_B: Tensor, bias: Tensor | None, schedule: int = 0) -> Tensor:
     library = kernels()
     library.reset(schedule)
-    p = _product(params.LoraForwardParams, EXPAND, base, lora_B)
+    p = _single(params.LoraExpandParams, base, lora_B, rank=lora_B.shape[1])
     s = p.siblings[0]
+    s.out_features = lora_B.shape[0]
     p.xa, s.lora_B = library.upload(xa, "xa"), library.upload(lora_B, "lora_B")
     s.base, s.bias = library.upload(base, "base"), library.upload(bias, "bias")
     s.y = library.allocate(base.numel() * base.itemsize, "y")
@@ -206,8 +220,9 @@ def shrink_backward(
     library = kernels()
     library.reset(schedule)
     want_x, want_A = output_mask
-    p = _product(params.LoraBackwardParams, SHRINK, x, lora_A)
+    p = _single(params.LoraShrinkBackwardParams, x, lora_A, rank=lora_A.shape[0])
     s = p.siblings[0]
+    p.in_features = lora_A.shape[1]
     p.wants_grad_x, p.wants_grad_lora_A = output_mask
     p.grad_xa, s.lora_A = library.upload(grad_xa, "grad_xa"), library.upload(lora_A, "lora_A")
     if want_x:
@@ -228,8 +243,9 @@ def expand_backward(
     library = kernels()
     library.reset(schedule)
     want_xa, want_B = output_mask
-    p = _product(params.LoraBackwardParams, EXPAND, grad_y, lora_B)
+    p = _single(params.LoraExpandBackwardParams, grad_y, lora_B, rank=lora_B.shape[1])
     s, acc = p.siblings[0], accumulation_dtype(grad_y.dtype)
+    s.out_features, s.scale = lora_B.shape[0], 1.0
     s.grad_y, s.grad_y_stride = library.upload(grad_y, "grad_y"), grad_y.stride(0)
     s.lora_B = library.upload(lora_B, "lora_B")
     p.wants_grad_xa, p.wants_grad_lora_B = output_mask

@@ -26,49 +26,56 @@ inline RankScales single_scale(int64_t rank, double scale) {
   return {.num_siblings = 1, .rank_end = {rank}, .scale = {scale}};
 }
 
-template <class A>
-void pack_forward_factors(const LoraForwardParams& p, const ForwardPlan& plan, char* workspace, cudaStream_t stream) {
-  PackFactorsParams pack{.factors = {}, .num_factors = 0, .dtype = p.factor_dtype};
-  A* stacked_A = reinterpret_cast<A*>(workspace + plan.lora_A);
+// lora_A of all siblings, stacked. Params: of a shrink or its backward.
+template <class A, class Params>
+void add_lora_A(const Params& p, void* stacked, PackFactorsParams& pack) {
   for (int s = 0; s < p.num_siblings; ++s) {
-    const LoraForwardSibling& sibling = p.siblings[s];
-    A* packed_A = stacked_A + sibling.rank_begin * padded_features(p.in_features);
-    pack.factors[pack.num_factors++] = {sibling.lora_A, packed_A, sibling.rank, p.in_features, false};
-    pack.factors[pack.num_factors++] = {sibling.lora_B, workspace + plan.lora_B_t[s], sibling.rank,
-                                        sibling.out_features, true};
+    const auto& sibling = p.siblings[s];
+    A* packed = static_cast<A*>(stacked) + sibling.rank_begin * padded_features(p.in_features);
+    pack.factors[pack.num_factors++] = {sibling.lora_A, packed, sibling.rank, p.in_features, false};
   }
-  launch_pack_factors<A>(pack, stream);
+}
+
+template <class Sibling>
+void add_lora_B(const Sibling& sibling, void* packed, PackFactorsParams& pack) {
+  pack.factors[pack.num_factors++] = {sibling.lora_B, packed, sibling.rank, sibling.out_features, true};
 }
 
 template <class A>
-void pack_backward_factors(const LoraBackwardParams& p, const BackwardPlan& plan, char* workspace,
-                           cudaStream_t stream) {
-  PackFactorsParams pack{.factors = {}, .num_factors = 0, .dtype = p.factor_dtype};
-  A* stacked_A = reinterpret_cast<A*>(workspace + plan.lora_A);
+void add_factors(const LoraShrinkParams& p, const ShrinkPlan& plan, char* workspace, PackFactorsParams& pack) {
+  add_lora_A<A>(p, workspace + plan.lora_A_offset, pack);
+}
+
+inline void add_factors(const LoraExpandParams& p, const ExpandPlan& plan, char* workspace, PackFactorsParams& pack) {
+  for (int s = 0; s < p.num_siblings; ++s) add_lora_B(p.siblings[s], workspace + plan.lora_B_t_offset[s], pack);
+}
+
+inline void add_factors(const LoraExpandBackwardParams& p, const ExpandBackwardPlan& plan, char* workspace,
+                        PackFactorsParams& pack) {
+  if (!p.wants_grad_xa) return;
   for (int s = 0; s < p.num_siblings; ++s) {
-    const LoraBackwardSibling& sibling = p.siblings[s];
-    if (p.wants_grad_x) {
-      A* packed_A = stacked_A + sibling.rank_begin * padded_features(p.in_features);
-      pack.factors[pack.num_factors++] = {sibling.lora_A, packed_A, sibling.rank, p.in_features, false};
-    }
-    pack.factors[pack.num_factors++] = {sibling.lora_B, workspace + plan.siblings[s].lora_B_t, sibling.rank,
-                                        sibling.out_features, true};
+    add_lora_B(p.siblings[s], workspace + plan.siblings[s].lora_B_t_offset, pack);
   }
-  launch_pack_factors<A>(pack, stream);
+}
+
+template <class A>
+void add_factors(const LoraShrinkBackwardParams& p, const ShrinkBackwardPlan& plan, char* workspace,
+                 PackFactorsParams& pack) {
+  if (p.wants_grad_x) add_lora_A<A>(p, workspace + plan.lora_A_offset, pack);
 }
 
 // The pass over x: xa and the mask.
 template <class T>
-void launch_xa_pass(const LoraForwardParams& p, const ForwardPlan& plan, char* workspace, cudaStream_t stream) {
+void launch_xa_pass(const LoraShrinkParams& p, const ShrinkPlan& plan, char* workspace, cudaStream_t stream) {
   using A = Acc<T>;
   const bool direct = plan.ranges.count == 1;
   const RankScales scales = rank_scales(p.siblings, p.num_siblings);
-  void* xa_partial = workspace + plan.xa_partial;
+  void* xa_partial = workspace + plan.xa_partial_offset;
   launch_shrink<T>({.num_tokens = p.num_tokens,
                     .features = p.in_features,
                     .rank = p.total_rank,
                     .x = p.x,
-                    .factor = workspace + plan.lora_A,
+                    .factor = workspace + plan.lora_A_offset,
                     .out = direct ? p.xa : xa_partial,
                     .seed = p.seed,
                     .mask = p.mask,
@@ -93,36 +100,55 @@ void launch_xa_pass(const LoraForwardParams& p, const ForwardPlan& plan, char* w
   }
 }
 
-// Where grad_xa is: handed from or to the other product's call, or between the passes of this one.
-inline void* grad_xa_of(const LoraBackwardParams& p, const BackwardPlan& plan, char* workspace) {
-  return p.products == Products::kBoth ? workspace + plan.grad_xa : p.grad_xa;
+// The pass over y of all siblings.
+template <class T>
+void launch_y_pass(const LoraExpandParams& p, const ExpandPlan& plan, char* workspace, cudaStream_t stream) {
+  ExpandParams expand{.updates = {},
+                      .num_updates = p.num_siblings,
+                      .rows = p.num_tokens,
+                      .left_stride = p.total_rank,
+                      .mask = nullptr,
+                      .mask_row_bytes = 0,
+                      .scale = 1.0};
+  for (int s = 0; s < p.num_siblings; ++s) {
+    const LoraExpandSibling& sibling = p.siblings[s];
+    expand.updates[s] = {.left = static_cast<const Acc<T>*>(p.xa) + sibling.rank_begin,
+                         .right = workspace + plan.lora_B_t_offset[s],
+                         .bias = sibling.bias,
+                         .base = sibling.base,
+                         .out = sibling.y,
+                         .rank = sibling.rank,
+                         .cols = sibling.out_features,
+                         .out_stride = sibling.out_features};
+  }
+  launch_expand<T>(expand, stream);
 }
 
 // The passes over grad_y: grad_xa and the partial sums of grad_lora_B, whichever are wanted.
 template <class T>
-void launch_grad_y_passes(const LoraBackwardParams& p, const BackwardPlan& plan, char* workspace, cudaStream_t stream) {
+void launch_grad_y_passes(const LoraExpandBackwardParams& p, const ExpandBackwardPlan& plan, char* workspace,
+                          cudaStream_t stream) {
   using A = Acc<T>;
   // With one range everywhere grad_xa is written at once, scaled; else rank_sums scales it.
   const bool direct = plan.max_ranges <= 1;
-  void* out = grad_xa_of(p, plan, workspace);
-  A* grad_xa = static_cast<A*>(direct ? out : workspace + plan.grad_xa_partial);
+  A* grad_xa = static_cast<A*>(direct ? p.grad_xa : workspace + plan.grad_xa_partial_offset);
   RankSumsParams sums{.num_tokens = p.num_tokens,
                       .total_rank = p.total_rank,
                       .partial = grad_xa,
-                      .out = out,
+                      .out = p.grad_xa,
                       .scales = rank_scales(p.siblings, p.num_siblings),
                       .ranges = {}};
   for (int s = 0; s < p.num_siblings; ++s) {
-    const LoraBackwardSibling& sibling = p.siblings[s];
-    const BackwardPlan::Sibling& parts = plan.siblings[s];
+    const LoraExpandBackwardSibling& sibling = p.siblings[s];
+    const ExpandBackwardPlan::Sibling& parts = plan.siblings[s];
     const bool aligned = rows_are_aligned(sibling.grad_y, sibling.grad_y_stride, sizeof(T));
     sums.ranges[s] = parts.ranges.count;
-    if (plan.need_grad_xa && !parts.one_pass) {
+    if (p.wants_grad_xa && !parts.one_pass) {
       launch_shrink<T>({.num_tokens = p.num_tokens,
                         .features = sibling.out_features,
                         .rank = sibling.rank,
                         .x = sibling.grad_y,
-                        .factor = workspace + parts.lora_B_t,
+                        .factor = workspace + parts.lora_B_t_offset,
                         .out = grad_xa + sibling.rank_begin,
                         .seed = nullptr,
                         .mask = nullptr,
@@ -143,9 +169,9 @@ void launch_grad_y_passes(const LoraBackwardParams& p, const BackwardPlan& plan,
                            .left = static_cast<const A*>(p.xa) + sibling.rank_begin,
                            .right = sibling.grad_y,
                            .mask = nullptr,
-                           .partial = workspace + parts.grad_B_partial,
-                           .factor = workspace + parts.lora_B_t,
-                           .product = grad_xa + sibling.rank_begin,
+                           .partial = workspace + parts.grad_B_partial_offset,
+                           .factor = workspace + parts.lora_B_t_offset,
+                           .product = parts.one_pass ? grad_xa + sibling.rank_begin : nullptr,
                            .left_stride = p.total_rank,
                            .right_stride = sibling.grad_y_stride,
                            .mask_row_bytes = 0,
@@ -161,44 +187,120 @@ void launch_grad_y_passes(const LoraBackwardParams& p, const BackwardPlan& plan,
   if (!direct) launch_rank_sums<A>(sums, stream);
 }
 
+// The pass over x: the partial sums of grad_lora_A.
+template <class T>
+void launch_grad_A_pass(const LoraShrinkBackwardParams& p, const ShrinkBackwardPlan& plan, char* workspace,
+                        cudaStream_t stream) {
+  launch_token_sum<T>({.num_tokens = p.num_tokens,
+                       .features = p.in_features,
+                       .rank = p.total_rank,
+                       .left = p.grad_xa,
+                       .right = p.x,
+                       .mask = p.has_dropout ? p.mask : nullptr,
+                       .partial = workspace + plan.grad_A_partial_offset,
+                       .factor = nullptr,
+                       .product = nullptr,
+                       .left_stride = p.total_rank,
+                       .right_stride = p.x_stride,
+                       .mask_row_bytes = mask_row_bytes(p.in_features),
+                       .product_stride = 0,
+                       .range_stride = 0,
+                       .chunks = plan.grad_A_chunks,
+                       .product_scale = 1.0,
+                       .with_products = false,
+                       .right_aligned = rows_are_aligned(p.x, p.x_stride, sizeof(T))},
+                      stream);
+}
+
+template <class T>
+void launch_grad_x_pass(const LoraShrinkBackwardParams& p, const ShrinkBackwardPlan& plan, char* workspace,
+                        cudaStream_t stream) {
+  launch_expand<T>({.updates = {{.left = p.grad_xa,
+                                 .right = workspace + plan.lora_A_offset,
+                                 .bias = nullptr,
+                                 .base = p.base,
+                                 .out = p.grad_x,
+                                 .rank = p.total_rank,
+                                 .cols = p.in_features,
+                                 .out_stride = p.in_features}},
+                    .num_updates = 1,
+                    .rows = p.num_tokens,
+                    .left_stride = p.total_rank,
+                    .mask = p.has_dropout ? p.mask : nullptr,
+                    .mask_row_bytes = mask_row_bytes(p.in_features),
+                    .scale = 1.0},
+                   stream);
+}
+
 template <class A>
-void launch_factor_gradient_sums(const LoraBackwardParams& p, const BackwardPlan& plan, char* workspace,
-                                 cudaStream_t stream) {
-  GradientSumsParams sums{.gradients = {}, .num_gradients = 0, .dtype = p.factor_dtype};
-  const A* partial_A = reinterpret_cast<const A*>(workspace + plan.grad_A_partial);
+void add_gradients(const LoraShrinkBackwardParams& p, const ShrinkBackwardPlan& plan, const char* workspace,
+                   GradientSumsParams& sums) {
+  if (!p.wants_grad_lora_A) return;
+  const A* partial = reinterpret_cast<const A*>(workspace + plan.grad_A_partial_offset);
+  const int64_t pitch = padded_features(p.in_features);
   for (int s = 0; s < p.num_siblings; ++s) {
-    const LoraBackwardSibling& sibling = p.siblings[s];
-    if (p.wants_grad_lora_A) {
-      const int64_t pitch = padded_features(p.in_features);
-      sums.gradients[sums.num_gradients++] = {.partial = partial_A + sibling.rank_begin * pitch,
-                                              .grad = sibling.grad_lora_A,
-                                              .chunks = plan.grad_A_chunks.count,
-                                              .chunk_stride = p.total_rank * pitch,
-                                              .rank = sibling.rank,
-                                              .features = p.in_features,
-                                              .pitch = pitch,
-                                              .transposed = false};
-    }
-    if (p.wants_grad_lora_B) {
-      const int64_t pitch = padded_features(sibling.out_features);
-      sums.gradients[sums.num_gradients++] = {.partial = workspace + plan.siblings[s].grad_B_partial,
-                                              .grad = sibling.grad_lora_B,
-                                              .chunks = plan.siblings[s].grad_B_chunks.count,
-                                              .chunk_stride = sibling.rank * pitch,
-                                              .rank = sibling.rank,
-                                              .features = sibling.out_features,
-                                              .pitch = pitch,
-                                              .transposed = true};
-    }
+    const LoraShrinkBackwardSibling& sibling = p.siblings[s];
+    sums.gradients[sums.num_gradients++] = {.partial = partial + sibling.rank_begin * pitch,
+                                            .grad = sibling.grad_lora_A,
+                                            .chunks = plan.grad_A_chunks.count,
+                                            .chunk_stride = p.total_rank * pitch,
+                                            .rank = sibling.rank,
+                                            .features = p.in_features,
+                                            .pitch = pitch,
+                                            .transposed = false};
   }
-  if (sums.num_gradients > 0) launch_gradient_sums<A>(sums, stream);
+}
+
+inline void add_gradients(const LoraExpandBackwardParams& p, const ExpandBackwardPlan& plan, const char* workspace,
+                          GradientSumsParams& sums) {
+  if (!p.wants_grad_lora_B) return;
+  for (int s = 0; s < p.num_siblings; ++s) {
+    const LoraExpandBackwardSibling& sibling = p.siblings[s];
+    const int64_t pitch = padded_features(sibling.out_features);
+    sums.gradients[sums.num_gradients++] = {.partial = workspace + plan.siblings[s].grad_B_partial_offset,
+                                            .grad = sibling.grad_lora_B,
+                                            .chunks = plan.siblings[s].grad_B_chunks.count,
+                                            .chunk_stride = sibling.rank * pitch,
+                                            .rank = sibling.rank,
+                                            .features = sibling.out_features,
+                                            .pitch = pitch,
+                                            .transposed = true};
+  }
 }
 
 }  // namespace fma
 
 template <class T>
+int64_t LoraLaunches<T>::workspace_bytes(const LoraShrinkParams& p) {
+  fma::WorkspaceCarver carver(p.dtype);
+  fma::plan_shrink(p, carver);
+  return carver.total();
+}
+
+template <class T>
+int64_t LoraLaunches<T>::workspace_bytes(const LoraExpandParams& p) {
+  fma::WorkspaceCarver carver(p.dtype);
+  fma::plan_expand(p, carver);
+  return carver.total();
+}
+
+template <class T>
 int64_t LoraLaunches<T>::workspace_bytes(const LoraForwardParams& p) {
   return fma::plan_forward(p).total;
+}
+
+template <class T>
+int64_t LoraLaunches<T>::workspace_bytes(const LoraExpandBackwardParams& p) {
+  fma::WorkspaceCarver carver(p.dtype);
+  fma::plan_expand_backward(p, carver);
+  return carver.total();
+}
+
+template <class T>
+int64_t LoraLaunches<T>::workspace_bytes(const LoraShrinkBackwardParams& p) {
+  fma::WorkspaceCarver carver(p.dtype);
+  fma::plan_shrink_backward(p, carver);
+  return carver.total();
 }
 
 template <class T>
@@ -207,83 +309,88 @@ int64_t LoraLaunches<T>::workspace_bytes(const LoraBackwardParams& p) {
 }
 
 template <class T>
+void LoraLaunches<T>::shrink(const LoraShrinkParams& p, void* workspace_block, cudaStream_t stream) {
+  fma::WorkspaceCarver carver(p.dtype);
+  const fma::ShrinkPlan plan = fma::plan_shrink(p, carver);
+  char* workspace = static_cast<char*>(workspace_block);
+  fma::PackFactorsParams pack{.factors = {}, .num_factors = 0, .dtype = p.factor_dtype};
+  fma::add_factors<Acc<T>>(p, plan, workspace, pack);
+  fma::launch_pack_factors<Acc<T>>(pack, stream);
+  fma::launch_xa_pass<T>(p, plan, workspace, stream);
+}
+
+template <class T>
+void LoraLaunches<T>::expand(const LoraExpandParams& p, void* workspace_block, cudaStream_t stream) {
+  fma::WorkspaceCarver carver(p.dtype);
+  const fma::ExpandPlan plan = fma::plan_expand(p, carver);
+  char* workspace = static_cast<char*>(workspace_block);
+  fma::PackFactorsParams pack{.factors = {}, .num_factors = 0, .dtype = p.factor_dtype};
+  fma::add_factors(p, plan, workspace, pack);
+  fma::launch_pack_factors<Acc<T>>(pack, stream);
+  fma::launch_y_pass<T>(p, plan, workspace, stream);
+}
+
+template <class T>
 void LoraLaunches<T>::forward(const LoraForwardParams& p, void* workspace_block, cudaStream_t stream) {
-  using A = Acc<T>;
   const fma::ForwardPlan plan = fma::plan_forward(p);
   char* workspace = static_cast<char*>(workspace_block);
-  fma::pack_forward_factors<A>(p, plan, workspace, stream);
-  if (p.products != Products::kExpand) fma::launch_xa_pass<T>(p, plan, workspace, stream);
+  fma::PackFactorsParams pack{.factors = {}, .num_factors = 0, .dtype = p.shrink.factor_dtype};
+  fma::add_factors<Acc<T>>(p.shrink, plan.shrink, workspace, pack);
+  fma::add_factors(p.expand, plan.expand, workspace, pack);
+  fma::launch_pack_factors<Acc<T>>(pack, stream);
+  fma::launch_xa_pass<T>(p.shrink, plan.shrink, workspace, stream);
+  fma::launch_y_pass<T>(p.expand, plan.expand, workspace, stream);
+}
 
-  fma::ExpandParams expand{.updates = {},
-                           .num_updates = p.num_siblings,
-                           .rows = p.num_tokens,
-                           .left_stride = p.total_rank,
-                           .mask = nullptr,
-                           .mask_row_bytes = 0,
-                           .scale = 1.0};
-  for (int s = 0; s < p.num_siblings; ++s) {
-    const LoraForwardSibling& sibling = p.siblings[s];
-    expand.updates[s] = {.left = static_cast<const A*>(p.xa) + sibling.rank_begin,
-                         .right = workspace + plan.lora_B_t[s],
-                         .bias = sibling.bias,
-                         .base = sibling.base,
-                         .out = sibling.y,
-                         .rank = sibling.rank,
-                         .cols = sibling.out_features,
-                         .out_stride = sibling.out_features};
-  }
-  fma::launch_expand<T>(expand, stream);
+template <class T>
+void LoraLaunches<T>::expand_backward(const LoraExpandBackwardParams& p, void* workspace_block, cudaStream_t stream) {
+  fma::WorkspaceCarver carver(p.dtype);
+  const fma::ExpandBackwardPlan plan = fma::plan_expand_backward(p, carver);
+  char* workspace = static_cast<char*>(workspace_block);
+  fma::PackFactorsParams pack{.factors = {}, .num_factors = 0, .dtype = p.factor_dtype};
+  fma::add_factors(p, plan, workspace, pack);
+  fma::launch_pack_factors<Acc<T>>(pack, stream);
+  fma::launch_grad_y_passes<T>(p, plan, workspace, stream);
+  GradientSumsParams sums{.gradients = {}, .num_gradients = 0, .dtype = p.factor_dtype};
+  fma::add_gradients(p, plan, workspace, sums);
+  if (sums.num_gradients > 0) launch_gradient_sums<Acc<T>>(sums, stream);
+}
+
+template <class T>
+void LoraLaunches<T>::shrink_backward(const LoraShrinkBackwardParams& p, void* workspace_block, cudaStream_t stream) {
+  fma::WorkspaceCarver carver(p.dtype);
+  const fma::ShrinkBackwardPlan plan = fma::plan_shrink_backward(p, carver);
+  char* workspace = static_cast<char*>(workspace_block);
+  fma::PackFactorsParams pack{.factors = {}, .num_factors = 0, .dtype = p.factor_dtype};
+  fma::add_factors<Acc<T>>(p, plan, workspace, pack);
+  fma::launch_pack_factors<Acc<T>>(pack, stream);
+  if (p.wants_grad_lora_A) fma::launch_grad_A_pass<T>(p, plan, workspace, stream);
+  GradientSumsParams sums{.gradients = {}, .num_gradients = 0, .dtype = p.factor_dtype};
+  fma::add_gradients<Acc<T>>(p, plan, workspace, sums);
+  if (sums.num_gradients > 0) launch_gradient_sums<Acc<T>>(sums, stream);
+  if (p.wants_grad_x) fma::launch_grad_x_pass<T>(p, plan, workspace, stream);
 }
 
 template <class T>
 void LoraLaunches<T>::backward(const LoraBackwardParams& p, void* workspace_block, cudaStream_t stream) {
-  using A = Acc<T>;
   const fma::BackwardPlan plan = fma::plan_backward(p);
   char* workspace = static_cast<char*>(workspace_block);
-  if (plan.need_grad_xa) fma::pack_backward_factors<A>(p, plan, workspace, stream);
-  const void* grad_xa = fma::grad_xa_of(p, plan, workspace);
-  if (p.products != Products::kShrink) fma::launch_grad_y_passes<T>(p, plan, workspace, stream);
-
-  if (p.wants_grad_lora_A) {
-    fma::launch_token_sum<T>({.num_tokens = p.num_tokens,
-                              .features = p.in_features,
-                              .rank = p.total_rank,
-                              .left = grad_xa,
-                              .right = p.x,
-                              .mask = p.has_dropout ? p.mask : nullptr,
-                              .partial = workspace + plan.grad_A_partial,
-                              .factor = nullptr,
-                              .product = nullptr,
-                              .left_stride = p.total_rank,
-                              .right_stride = p.x_stride,
-                              .mask_row_bytes = mask_row_bytes(p.in_features),
-                              .product_stride = 0,
-                              .range_stride = 0,
-                              .chunks = plan.grad_A_chunks,
-                              .product_scale = 1.0,
-                              .with_products = false,
-                              .right_aligned = fma::rows_are_aligned(p.x, p.x_stride, sizeof(T))},
-                             stream);
-  }
-  fma::launch_factor_gradient_sums<A>(p, plan, workspace, stream);
-
-  if (p.wants_grad_x) {
-    fma::launch_expand<T>({.updates = {{.left = grad_xa,
-                                        .right = workspace + plan.lora_A,
-                                        .bias = nullptr,
-                                        .base = p.base,
-                                        .out = p.grad_x,
-                                        .rank = p.total_rank,
-                                        .cols = p.in_features,
-                                        .out_stride = p.in_features}},
-                           .num_updates = 1,
-                           .rows = p.num_tokens,
-                           .left_stride = p.total_rank,
-                           .mask = p.has_dropout ? p.mask : nullptr,
-                           .mask_row_bytes = mask_row_bytes(p.in_features),
-                           .scale = 1.0},
-                          stream);
-  }
+  LoraExpandBackwardParams expand = p.expand;
+  LoraShrinkBackwardParams shrink = p.shrink;
+  if (expand.wants_grad_xa) expand.grad_xa = workspace + plan.grad_xa_offset;
+  shrink.grad_xa = expand.grad_xa;
+  fma::PackFactorsParams pack{.factors = {}, .num_factors = 0, .dtype = expand.factor_dtype};
+  fma::add_factors<Acc<T>>(shrink, plan.shrink, workspace, pack);
+  fma::add_factors(expand, plan.expand, workspace, pack);
+  fma::launch_pack_factors<Acc<T>>(pack, stream);
+  fma::launch_grad_y_passes<T>(expand, plan.expand, workspace, stream);
+  if (shrink.wants_grad_lora_A) fma::launch_grad_A_pass<T>(shrink, plan.shrink, workspace, stream);
+  // One launch for both factors' sums.
+  GradientSumsParams sums{.gradients = {}, .num_gradients = 0, .dtype = expand.factor_dtype};
+  fma::add_gradients<Acc<T>>(shrink, plan.shrink, workspace, sums);
+  fma::add_gradients(expand, plan.expand, workspace, sums);
+  if (sums.num_gradients > 0) launch_gradient_sums<Acc<T>>(sums, stream);
+  if (shrink.wants_grad_x) fma::launch_grad_x_pass<T>(shrink, plan.shrink, workspace, stream);
 }
 
 }  // namespace lora_ext::cuda

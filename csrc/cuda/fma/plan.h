@@ -84,57 +84,53 @@ class WorkspaceCarver {
 };
 
 // Offsets are in bytes.
-struct ForwardPlan {
-  int64_t lora_A;                  // [total_rank, padded in_features]
-  int64_t lora_B_t[kMaxSiblings];  // [rank, padded out_features]
-  int64_t xa_partial;              // [ranges, num_tokens, total_rank]; nothing for one range
+struct ShrinkPlan {
+  int64_t lora_A_offset;      // [total_rank, padded in_features]
+  int64_t xa_partial_offset;  // [ranges, num_tokens, total_rank]; nothing for one range
   FeatureRanges ranges;
-  int64_t total;
 };
 
-inline ForwardPlan plan_forward(const LoraForwardParams& p) {
-  WorkspaceCarver carver(p.dtype);
-  ForwardPlan plan{};
-  plan.lora_A = carver.take(p.total_rank * padded_features(p.in_features));
-  for (int s = 0; s < p.num_siblings; ++s) {
-    plan.lora_B_t[s] = carver.take(p.siblings[s].rank * padded_features(p.siblings[s].out_features));
-  }
+inline ShrinkPlan plan_shrink(const LoraShrinkParams& p, WorkspaceCarver& carver) {
+  ShrinkPlan plan{};
+  plan.lora_A_offset = carver.take(p.total_rank * padded_features(p.in_features));
   plan.ranges = plan_feature_ranges(p.num_tokens, p.in_features, p.total_rank);
-  if (plan.ranges.count > 1) plan.xa_partial = carver.take(plan.ranges.count * p.num_tokens * p.total_rank);
-  plan.total = carver.total();
+  if (plan.ranges.count > 1) plan.xa_partial_offset = carver.take(plan.ranges.count * p.num_tokens * p.total_rank);
   return plan;
 }
 
-struct BackwardPlan {
-  struct Sibling {
-    int64_t lora_B_t;        // [rank, padded out_features]
-    int64_t grad_B_partial;  // [chunks, rank, padded out_features]
-    bool one_pass;           // grad_xa and grad_lora_B come from one pass over grad_y
-    FeatureRanges ranges;    // of grad_xa's sums
-    TokenChunks grad_B_chunks;
-  } siblings[kMaxSiblings];
-  bool need_grad_xa;
-  int64_t lora_A;           // [total_rank, padded in_features]
-  int64_t grad_xa;          // [num_tokens, total_rank], of kBoth: it stays within the call
-  int64_t grad_xa_partial;  // [max_ranges, num_tokens, total_rank]; nothing for one range
-  int64_t max_ranges;       // the siblings' largest number of ranges
-  int64_t grad_A_partial;   // [chunks, total_rank, padded in_features]
-  TokenChunks grad_A_chunks;
-  int64_t total;
+struct ExpandPlan {
+  int64_t lora_B_t_offset[kMaxSiblings];  // [rank, padded out_features]
 };
 
-inline BackwardPlan plan_backward(const LoraBackwardParams& p) {
-  WorkspaceCarver carver(p.dtype);
-  BackwardPlan plan{};
-  plan.need_grad_xa = needs_grad_xa(p);
-  if (p.wants_grad_x) plan.lora_A = carver.take(p.total_rank * padded_features(p.in_features));
+inline ExpandPlan plan_expand(const LoraExpandParams& p, WorkspaceCarver& carver) {
+  ExpandPlan plan{};
   for (int s = 0; s < p.num_siblings; ++s) {
-    const LoraBackwardSibling& sibling = p.siblings[s];
-    BackwardPlan::Sibling& out = plan.siblings[s];
+    plan.lora_B_t_offset[s] = carver.take(p.siblings[s].rank * padded_features(p.siblings[s].out_features));
+  }
+  return plan;
+}
+
+struct ExpandBackwardPlan {
+  struct Sibling {
+    int64_t lora_B_t_offset;        // [rank, padded out_features]
+    int64_t grad_B_partial_offset;  // [chunks, rank, padded out_features]
+    bool one_pass;                  // grad_xa and grad_lora_B come from one pass over grad_y
+    FeatureRanges ranges;           // of grad_xa's sums
+    TokenChunks grad_B_chunks;
+  } siblings[kMaxSiblings];
+  int64_t grad_xa_partial_offset;  // [max_ranges, num_tokens, total_rank]; nothing for one range
+  int64_t max_ranges;              // the siblings' largest number of ranges
+};
+
+inline ExpandBackwardPlan plan_expand_backward(const LoraExpandBackwardParams& p, WorkspaceCarver& carver) {
+  ExpandBackwardPlan plan{};
+  for (int s = 0; s < p.num_siblings; ++s) {
+    const LoraExpandBackwardSibling& sibling = p.siblings[s];
+    ExpandBackwardPlan::Sibling& out = plan.siblings[s];
     out.one_pass =
-        plan.need_grad_xa && p.wants_grad_lora_B && sibling.rank <= kMaxProductRank && sibling.out_features > 0;
-    if (plan.need_grad_xa) {
-      out.lora_B_t = carver.take(sibling.rank * padded_features(sibling.out_features));
+        p.wants_grad_xa && p.wants_grad_lora_B && sibling.rank <= kMaxProductRank && sibling.out_features > 0;
+    if (p.wants_grad_xa) {
+      out.lora_B_t_offset = carver.take(sibling.rank * padded_features(sibling.out_features));
       const int64_t columns = token_sum_features(carver.acc_bytes(), rank_bucket(sibling.rank), true);
       out.ranges = out.one_pass ? FeatureRanges{ceil_div(sibling.out_features, columns), columns}
                                 : plan_feature_ranges(p.num_tokens, sibling.out_features, sibling.rank);
@@ -143,17 +139,56 @@ inline BackwardPlan plan_backward(const LoraBackwardParams& p) {
     if (p.wants_grad_lora_B) {
       out.grad_B_chunks =
           plan_token_chunks(p.num_tokens, sibling.out_features, sibling.rank, carver.acc_bytes(), out.one_pass);
-      out.grad_B_partial = carver.take(out.grad_B_chunks.count * sibling.rank * padded_features(sibling.out_features));
+      out.grad_B_partial_offset =
+          carver.take(out.grad_B_chunks.count * sibling.rank * padded_features(sibling.out_features));
     }
   }
-  if (plan.need_grad_xa && p.products == Products::kBoth) plan.grad_xa = carver.take(p.num_tokens * p.total_rank);
-  if (plan.max_ranges > 1) plan.grad_xa_partial = carver.take(plan.max_ranges * p.num_tokens * p.total_rank);
+  if (plan.max_ranges > 1) plan.grad_xa_partial_offset = carver.take(plan.max_ranges * p.num_tokens * p.total_rank);
+  return plan;
+}
+
+struct ShrinkBackwardPlan {
+  int64_t lora_A_offset;          // [total_rank, padded in_features]
+  int64_t grad_A_partial_offset;  // [chunks, total_rank, padded in_features]
+  TokenChunks grad_A_chunks;
+};
+
+inline ShrinkBackwardPlan plan_shrink_backward(const LoraShrinkBackwardParams& p, WorkspaceCarver& carver) {
+  ShrinkBackwardPlan plan{};
+  if (p.wants_grad_x) plan.lora_A_offset = carver.take(p.total_rank * padded_features(p.in_features));
   if (p.wants_grad_lora_A) {
     plan.grad_A_chunks = plan_token_chunks(p.num_tokens, p.in_features, p.total_rank, carver.acc_bytes(), false);
-    plan.grad_A_partial = carver.take(plan.grad_A_chunks.count * p.total_rank * padded_features(p.in_features));
+    plan.grad_A_partial_offset = carver.take(plan.grad_A_chunks.count * p.total_rank * padded_features(p.in_features));
   }
-  plan.total = carver.total();
   return plan;
+}
+
+struct ForwardPlan {
+  ShrinkPlan shrink;
+  ExpandPlan expand;
+  int64_t total;
+};
+
+inline ForwardPlan plan_forward(const LoraForwardParams& p) {
+  WorkspaceCarver carver(p.shrink.dtype);
+  const ShrinkPlan shrink = plan_shrink(p.shrink, carver);
+  const ExpandPlan expand = plan_expand(p.expand, carver);
+  return {.shrink = shrink, .expand = expand, .total = carver.total()};
+}
+
+struct BackwardPlan {
+  ExpandBackwardPlan expand;
+  ShrinkBackwardPlan shrink;
+  int64_t grad_xa_offset;  // [num_tokens, total_rank]
+  int64_t total;
+};
+
+inline BackwardPlan plan_backward(const LoraBackwardParams& p) {
+  WorkspaceCarver carver(p.expand.dtype);
+  const ExpandBackwardPlan expand = plan_expand_backward(p.expand, carver);
+  const ShrinkBackwardPlan shrink = plan_shrink_backward(p.shrink, carver);
+  const int64_t grad_xa_offset = p.expand.wants_grad_xa ? carver.take(p.expand.num_tokens * p.expand.total_rank) : 0;
+  return {.expand = expand, .shrink = shrink, .grad_xa_offset = grad_xa_offset, .total = carver.total()};
 }
 
 }  // namespace lora_ext::cuda::fma

@@ -2,7 +2,6 @@
 
 namespace lora_ext::cuda {
 
-template void mma::launch_forward<__nv_bfloat16, mma::kWideParts>(const LoraForwardParams&, char*, cudaStream_t);
-template void mma::launch_backward<__nv_bfloat16, mma::kWideParts>(const LoraBackwardParams&, char*, cudaStream_t);
+template struct mma::Entries<__nv_bfloat16, mma::kWideParts>;
 
 }  // namespace lora_ext::cuda

@@ -56,36 +56,67 @@ void add_lora_B(const Sibling& sibling, void* image, bool interleaved, PackFacto
                  .interleaved = interleaved});
 }
 
+inline void add_factors(const LoraShrinkParams& p, const ShrinkWorkspace& plan, char* workspace,
+                        PackFactorsParams& pack) {
+  add_stacked_lora_A(p, workspace + plan.lora_A_offset, /*interleaved=*/false, pack);
+}
+
+inline void add_factors(const LoraExpandParams& p, const ExpandWorkspace& plan, char* workspace,
+                        PackFactorsParams& pack) {
+  for (int s = 0; s < p.num_siblings; ++s) {
+    add_lora_B(p.siblings[s], workspace + plan.lora_B_offset[s], /*interleaved=*/true, pack);
+  }
+}
+
+inline void add_factors(const LoraExpandBackwardParams& p, const ExpandBackwardWorkspace& plan, char* workspace,
+                        PackFactorsParams& pack) {
+  for (int s = 0; p.wants_grad_xa && s < p.num_siblings; ++s) {
+    add_lora_B(p.siblings[s], workspace + plan.lora_B_offset[s], /*interleaved=*/false, pack);
+  }
+}
+
+inline void add_factors(const LoraShrinkBackwardParams& p, const ShrinkBackwardWorkspace& plan, char* workspace,
+                        PackFactorsParams& pack) {
+  if (p.wants_grad_x) add_stacked_lora_A(p, workspace + plan.lora_A_offset, /*interleaved=*/true, pack);
+}
+
+// The passes of one kernel, its factors packed. partial: the workspace's partial sums.
+
 template <class T, int kParts>
-void launch_forward(const LoraForwardParams& p, char* workspace, cudaStream_t stream) {
-  const ForwardWorkspace plan = plan_workspace(p, kParts);
-  PackFactorsParams pack{.dtype = p.factor_dtype};
+void launch_passes(const LoraShrinkParams& p, const ShrinkWorkspace& plan, char* workspace, float* partial,
+                   cudaStream_t stream) {
   ShrinkParams shrink{.num_tokens = p.num_tokens,
                       .features = p.in_features,
                       .rank = p.total_rank,
                       .x = p.x,
-                      .factor = workspace + plan.lora_A,
+                      .factor = workspace + plan.lora_A_offset,
                       .out = static_cast<float*>(p.xa),
-                      .partial = reinterpret_cast<float*>(workspace + plan.partial),
+                      .partial = partial,
                       .seed = p.seed,
                       .mask = p.mask,
                       .x_stride = p.x_stride,
                       .out_stride = p.total_rank,
                       .threshold = p.threshold,
                       .num_siblings = p.num_siblings};
+  for (int s = 0; s < p.num_siblings; ++s) {
+    const LoraShrinkSibling& sibling = p.siblings[s];
+    shrink.siblings[s] = {.rank_begin = sibling.rank_begin, .rank = sibling.rank, .scale = sibling.scale};
+  }
+  launch_shrink<T, kParts>(shrink, stream);
+}
+
+template <class T, int kParts>
+void launch_passes(const LoraExpandParams& p, const ExpandWorkspace& plan, char* workspace, float*,
+                   cudaStream_t stream) {
   ExpandParams expand{.num_tokens = p.num_tokens,
                       .left_stride = p.total_rank,
                       .mask_row_bytes = 0,
                       .left = static_cast<const float*>(p.xa),
                       .mask = nullptr,
                       .num_siblings = p.num_siblings};
-  add_stacked_lora_A(p, workspace + plan.lora_A, /*interleaved=*/false, pack);
   for (int s = 0; s < p.num_siblings; ++s) {
-    const LoraForwardSibling& sibling = p.siblings[s];
-    char* lora_B = workspace + plan.lora_B[s];
-    add_lora_B(sibling, lora_B, /*interleaved=*/true, pack);
-    shrink.siblings[s] = {.rank_begin = sibling.rank_begin, .rank = sibling.rank, .scale = sibling.scale};
-    expand.siblings[s] = {.right = reinterpret_cast<const __nv_bfloat16*>(lora_B),
+    const LoraExpandSibling& sibling = p.siblings[s];
+    expand.siblings[s] = {.right = reinterpret_cast<const __nv_bfloat16*>(workspace + plan.lora_B_offset[s]),
                           .bias = sibling.bias,
                           .base = sibling.base,
                           .out = sibling.y,
@@ -94,36 +125,23 @@ void launch_forward(const LoraForwardParams& p, char* workspace, cudaStream_t st
                           .rank_begin = sibling.rank_begin,
                           .rank = static_cast<int>(sibling.rank)};
   }
-  launch_pack_factors<kParts>(pack, stream);
-  if (p.products != Products::kExpand) launch_shrink<T, kParts>(shrink, stream);
   launch_expand<T, kParts>(expand, stream);
 }
 
 template <class T, int kParts>
-void launch_backward(const LoraBackwardParams& p, char* workspace, cudaStream_t stream) {
-  const BackwardWorkspace plan = plan_workspace(p, kParts);
-  float* grad_xa = p.products == Products::kBoth ? reinterpret_cast<float*>(workspace + plan.grad_xa)
-                                                 : static_cast<float*>(p.grad_xa);
-  float* partial = reinterpret_cast<float*>(workspace + plan.partial);  // each pass has done with it before the next
-
-  PackFactorsParams pack{.dtype = p.factor_dtype};
-  for (int s = 0; needs_grad_xa(p) && s < p.num_siblings; ++s) {
-    add_lora_B(p.siblings[s], workspace + plan.lora_B[s], /*interleaved=*/false, pack);
-  }
-  if (p.wants_grad_x) add_stacked_lora_A(p, workspace + plan.lora_A, /*interleaved=*/true, pack);
-  launch_pack_factors<kParts>(pack, stream);
-
-  for (int s = 0; p.products != Products::kShrink && s < p.num_siblings; ++s) {
-    if (!needs_grad_xa(p) && !p.wants_grad_lora_B) break;
-    const LoraBackwardSibling& sibling = p.siblings[s];
+void launch_passes(const LoraExpandBackwardParams& p, const ExpandBackwardWorkspace& plan, char* workspace,
+                   float* partial, cudaStream_t stream) {
+  if (!p.wants_grad_xa && !p.wants_grad_lora_B) return;
+  for (int s = 0; s < p.num_siblings; ++s) {
+    const LoraExpandBackwardSibling& sibling = p.siblings[s];
     launch_grad_b<T, kParts>(
         {.num_tokens = p.num_tokens,
          .features = sibling.out_features,
          .rank = sibling.rank,
          .grad_y = sibling.grad_y,
-         .factor = workspace + plan.lora_B[s],
+         .factor = workspace + plan.lora_B_offset[s],
          .xa = p.wants_grad_lora_B ? static_cast<const float*>(p.xa) + sibling.rank_begin : nullptr,
-         .grad_xa = needs_grad_xa(p) ? grad_xa + sibling.rank_begin : nullptr,
+         .grad_xa = p.wants_grad_xa ? static_cast<float*>(p.grad_xa) + sibling.rank_begin : nullptr,
          .grad_lora_B = sibling.grad_lora_B,
          .partial = partial,
          .grad_y_stride = sibling.grad_y_stride,
@@ -131,9 +149,15 @@ void launch_backward(const LoraBackwardParams& p, char* workspace, cudaStream_t 
          .grad_xa_stride = p.total_rank,
          .scale = sibling.scale,
          .grad_dtype = p.factor_dtype,
-         .wanted = {.ranks = needs_grad_xa(p), .features = p.wants_grad_lora_B}},
+         .wanted = {.ranks = p.wants_grad_xa, .features = p.wants_grad_lora_B}},
         stream);
   }
+}
+
+template <class T, int kParts>
+void launch_passes(const LoraShrinkBackwardParams& p, const ShrinkBackwardWorkspace& plan, char* workspace,
+                   float* partial, cudaStream_t stream) {
+  const float* grad_xa = static_cast<const float*>(p.grad_xa);
   if (p.wants_grad_lora_A) {
     GradAParams grad_a{.num_tokens = p.num_tokens,
                        .features = p.in_features,
@@ -147,54 +171,182 @@ void launch_backward(const LoraBackwardParams& p, char* workspace, cudaStream_t 
                        .grad_dtype = p.factor_dtype,
                        .num_siblings = p.num_siblings};
     for (int s = 0; s < p.num_siblings; ++s) {
-      const LoraBackwardSibling& sibling = p.siblings[s];
+      const LoraShrinkBackwardSibling& sibling = p.siblings[s];
       grad_a.siblings[s] = {.rank_begin = sibling.rank_begin, .rank = sibling.rank, .grad_lora_A = sibling.grad_lora_A};
     }
     launch_grad_a<T, kParts>(grad_a, stream);
   }
   if (p.wants_grad_x) {
     // The siblings' ranks are one sum: to the expand they are one sibling.
-    launch_expand<T, kParts>({.num_tokens = p.num_tokens,
-                              .left_stride = p.total_rank,
-                              .mask_row_bytes = mask_row_bytes(p.in_features),
-                              .left = grad_xa,
-                              .mask = p.has_dropout ? p.mask : nullptr,
-                              .num_siblings = 1,
-                              .siblings = {{.right = reinterpret_cast<const __nv_bfloat16*>(workspace + plan.lora_A),
-                                            .bias = nullptr,
-                                            .base = p.base,
-                                            .out = p.grad_x,
-                                            .cols = p.in_features,
-                                            .out_stride = p.in_features,
-                                            .rank_begin = 0,
-                                            .rank = static_cast<int>(p.total_rank)}}},
-                             stream);
+    launch_expand<T, kParts>(
+        {.num_tokens = p.num_tokens,
+         .left_stride = p.total_rank,
+         .mask_row_bytes = mask_row_bytes(p.in_features),
+         .left = grad_xa,
+         .mask = p.has_dropout ? p.mask : nullptr,
+         .num_siblings = 1,
+         .siblings = {{.right = reinterpret_cast<const __nv_bfloat16*>(workspace + plan.lora_A_offset),
+                       .bias = nullptr,
+                       .base = p.base,
+                       .out = p.grad_x,
+                       .cols = p.in_features,
+                       .out_stride = p.in_features,
+                       .rank_begin = 0,
+                       .rank = static_cast<int>(p.total_rank)}}},
+        stream);
   }
+}
+
+// Packs the factors of one kernel and launches its passes.
+template <class T, int kParts, class Params>
+void launch_single(const Params& p, char* workspace, cudaStream_t stream) {
+  const auto [plan, partial_offset, total] = plan_workspace(p, kParts);
+  PackFactorsParams pack{.dtype = p.factor_dtype};
+  add_factors(p, plan, workspace, pack);
+  launch_pack_factors<kParts>(pack, stream);
+  launch_passes<T, kParts>(p, plan, workspace, reinterpret_cast<float*>(workspace + partial_offset), stream);
+}
+
+template <class T, int kParts>
+void launch_forward(const LoraForwardParams& p, char* workspace, cudaStream_t stream) {
+  const ForwardWorkspace plan = plan_workspace(p, kParts);
+  float* partial = reinterpret_cast<float*>(workspace + plan.partial_offset);
+  PackFactorsParams pack{.dtype = p.shrink.factor_dtype};
+  add_factors(p.shrink, plan.shrink, workspace, pack);
+  add_factors(p.expand, plan.expand, workspace, pack);
+  launch_pack_factors<kParts>(pack, stream);
+  launch_passes<T, kParts>(p.shrink, plan.shrink, workspace, partial, stream);
+  launch_passes<T, kParts>(p.expand, plan.expand, workspace, partial, stream);
+}
+
+template <class T, int kParts>
+void launch_backward(const LoraBackwardParams& p, char* workspace, cudaStream_t stream) {
+  const BackwardWorkspace plan = plan_workspace(p, kParts);
+  float* partial = reinterpret_cast<float*>(workspace + plan.partial_offset);
+  LoraExpandBackwardParams expand = p.expand;
+  LoraShrinkBackwardParams shrink = p.shrink;
+  if (expand.wants_grad_xa) expand.grad_xa = workspace + plan.grad_xa_offset;
+  shrink.grad_xa = expand.grad_xa;
+  PackFactorsParams pack{.dtype = expand.factor_dtype};
+  add_factors(expand, plan.expand, workspace, pack);
+  add_factors(shrink, plan.shrink, workspace, pack);
+  launch_pack_factors<kParts>(pack, stream);
+  launch_passes<T, kParts>(expand, plan.expand, workspace, partial, stream);
+  launch_passes<T, kParts>(shrink, plan.shrink, workspace, partial, stream);
+}
+
+// All entries for one number of parts, so that an instantiation file names them at once.
+template <class T, int kParts>
+struct Entries {
+  static void shrink(const LoraShrinkParams& p, char* workspace, cudaStream_t stream);
+  static void expand(const LoraExpandParams& p, char* workspace, cudaStream_t stream);
+  static void forward(const LoraForwardParams& p, char* workspace, cudaStream_t stream);
+  static void expand_backward(const LoraExpandBackwardParams& p, char* workspace, cudaStream_t stream);
+  static void shrink_backward(const LoraShrinkBackwardParams& p, char* workspace, cudaStream_t stream);
+  static void backward(const LoraBackwardParams& p, char* workspace, cudaStream_t stream);
+};
+
+template <class T, int kParts>
+void Entries<T, kParts>::shrink(const LoraShrinkParams& p, char* workspace, cudaStream_t stream) {
+  launch_single<T, kParts>(p, workspace, stream);
+}
+
+template <class T, int kParts>
+void Entries<T, kParts>::expand(const LoraExpandParams& p, char* workspace, cudaStream_t stream) {
+  launch_single<T, kParts>(p, workspace, stream);
+}
+
+template <class T, int kParts>
+void Entries<T, kParts>::forward(const LoraForwardParams& p, char* workspace, cudaStream_t stream) {
+  launch_forward<T, kParts>(p, workspace, stream);
+}
+
+template <class T, int kParts>
+void Entries<T, kParts>::expand_backward(const LoraExpandBackwardParams& p, char* workspace, cudaStream_t stream) {
+  launch_single<T, kParts>(p, workspace, stream);
+}
+
+template <class T, int kParts>
+void Entries<T, kParts>::shrink_backward(const LoraShrinkBackwardParams& p, char* workspace, cudaStream_t stream) {
+  launch_single<T, kParts>(p, workspace, stream);
+}
+
+template <class T, int kParts>
+void Entries<T, kParts>::backward(const LoraBackwardParams& p, char* workspace, cudaStream_t stream) {
+  launch_backward<T, kParts>(p, workspace, stream);
 }
 
 }  // namespace mma
 
 template <class T>
+int64_t LoraLaunches<T>::workspace_bytes(const LoraShrinkParams& p) {
+  return mma::plan_workspace(p, mma::skinny_parts(p.dtype, p.factor_dtype)).total;
+}
+
+template <class T>
+int64_t LoraLaunches<T>::workspace_bytes(const LoraExpandParams& p) {
+  return mma::plan_workspace(p, mma::skinny_parts(p.dtype, p.factor_dtype)).total;
+}
+
+template <class T>
 int64_t LoraLaunches<T>::workspace_bytes(const LoraForwardParams& p) {
+  return mma::plan_workspace(p, mma::skinny_parts(p.shrink.dtype, p.shrink.factor_dtype)).total;
+}
+
+template <class T>
+int64_t LoraLaunches<T>::workspace_bytes(const LoraExpandBackwardParams& p) {
+  return mma::plan_workspace(p, mma::skinny_parts(p.dtype, p.factor_dtype)).total;
+}
+
+template <class T>
+int64_t LoraLaunches<T>::workspace_bytes(const LoraShrinkBackwardParams& p) {
   return mma::plan_workspace(p, mma::skinny_parts(p.dtype, p.factor_dtype)).total;
 }
 
 template <class T>
 int64_t LoraLaunches<T>::workspace_bytes(const LoraBackwardParams& p) {
-  return mma::plan_workspace(p, mma::skinny_parts(p.dtype, p.factor_dtype)).total;
+  return mma::plan_workspace(p, mma::skinny_parts(p.shrink.dtype, p.shrink.factor_dtype)).total;
+}
+
+template <class T>
+void LoraLaunches<T>::shrink(const LoraShrinkParams& p, void* workspace, cudaStream_t stream) {
+  mma::with_parts<T>(p.factor_dtype, [&](auto parts) {
+    mma::Entries<T, decltype(parts)::value>::shrink(p, static_cast<char*>(workspace), stream);
+  });
+}
+
+template <class T>
+void LoraLaunches<T>::expand(const LoraExpandParams& p, void* workspace, cudaStream_t stream) {
+  mma::with_parts<T>(p.factor_dtype, [&](auto parts) {
+    mma::Entries<T, decltype(parts)::value>::expand(p, static_cast<char*>(workspace), stream);
+  });
 }
 
 template <class T>
 void LoraLaunches<T>::forward(const LoraForwardParams& p, void* workspace, cudaStream_t stream) {
+  mma::with_parts<T>(p.shrink.factor_dtype, [&](auto parts) {
+    mma::Entries<T, decltype(parts)::value>::forward(p, static_cast<char*>(workspace), stream);
+  });
+}
+
+template <class T>
+void LoraLaunches<T>::expand_backward(const LoraExpandBackwardParams& p, void* workspace, cudaStream_t stream) {
   mma::with_parts<T>(p.factor_dtype, [&](auto parts) {
-    mma::launch_forward<T, decltype(parts)::value>(p, static_cast<char*>(workspace), stream);
+    mma::Entries<T, decltype(parts)::value>::expand_backward(p, static_cast<char*>(workspace), stream);
+  });
+}
+
+template <class T>
+void LoraLaunches<T>::shrink_backward(const LoraShrinkBackwardParams& p, void* workspace, cudaStream_t stream) {
+  mma::with_parts<T>(p.factor_dtype, [&](auto parts) {
+    mma::Entries<T, decltype(parts)::value>::shrink_backward(p, static_cast<char*>(workspace), stream);
   });
 }
 
 template <class T>
 void LoraLaunches<T>::backward(const LoraBackwardParams& p, void* workspace, cudaStream_t stream) {
-  mma::with_parts<T>(p.factor_dtype, [&](auto parts) {
-    mma::launch_backward<T, decltype(parts)::value>(p, static_cast<char*>(workspace), stream);
+  mma::with_parts<T>(p.shrink.factor_dtype, [&](auto parts) {
+    mma::Entries<T, decltype(parts)::value>::backward(p, static_cast<char*>(workspace), stream);
   });
 }
 

@@ -1,0 +1,25 @@
+"""Raises refusals with the texts of csrc/refusals.h, which the compiled ops and the checks in Python share."""
+
+from __future__ import annotations
+
+import re
+
+from lora_ext import _C
+
+_ERRORS: dict[str, type[Exception]] = {"ValueError": ValueError, "TypeError": TypeError}
+_REFUSALS = {name: (_ERRORS[error], text) for name, (error, text) in _C.refusals().items()}
+
+
+def refusal(op: str, name: str, *parts: object) -> Exception:
+    """Returns the exception for a refusal of csrc/refusals.h. ``parts`` replace the ``{}`` of its text, in order."""
+    error, text = _REFUSALS[name]
+    return error(f"{op}: {text.format(*parts)}")
+
+
+def refusal_of_op(error: Exception) -> Exception | None:
+    """Returns the exception for a refusal that a compiled op raised as a RuntimeError; None for any other error."""
+    for kind, text in _REFUSALS.values():
+        pattern = ".*".join(re.escape(part) for part in text.split("{}"))
+        if re.fullmatch(rf"\w+: {pattern}", str(error), re.DOTALL):
+            return kind(str(error))
+    return None
