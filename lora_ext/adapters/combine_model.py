@@ -13,12 +13,12 @@ from torch import nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
-from lora_ext.adapters.adapter_set import Adapter, Part, check_names, find_adapter, find_adapters
 from lora_ext.adapters.combine import check_combination, combine_factors
 from lora_ext.config import LoraConfig, exact_patterns
-from lora_ext.injection.bare_model import BareModel, root_module
 from lora_ext.injection.inject import apply_injection, check_new_name
 from lora_ext.matching.path_names import EndTable
+from lora_ext.model.adapter_set import Adapter, Part, check_names, find_adapter, find_adapters
+from lora_ext.model.bare_model import BareModel, root_module
 from lora_ext.nn import LoraAdapter, LoraLayer
 from lora_ext.nn.attention import SeparateProjections
 from lora_ext.nn.packed_linear import PackedAdapter

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import changing, one_at_a_time
 from lora_ext._common.printable import listed, shown
-from lora_ext.adapters.adapter_set import Adapter, Part, find_adapter
 from lora_ext.adapters.life_cycle import check_unmerged
 from lora_ext.config import LoraConfig, exact_patterns
 from lora_ext.files.adapter_file import KEY_PREFIX, AdapterFile
 from lora_ext.files.packed_projection import from_peft_form
 from lora_ext.files.save_load import config_of
+from lora_ext.model.adapter_set import Adapter, Part, find_adapter
 from lora_ext.nn import LoraAdapter
 from lora_ext.nn.attention import SeparateProjections
 from lora_ext.nn.tied import TiedAdapter

@@ -12,10 +12,10 @@ from torch import nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import changing, one_at_a_time
-from lora_ext.adapters.adapter_set import adapter_set, check_names, find_adapters
-from lora_ext.injection.bare_model import adapter_layers, root_module
 from lora_ext.injection.inject import check_new_name, forget_injection, lora_modules, replace_modules
 from lora_ext.merging.model import some
+from lora_ext.model.adapter_set import adapter_set, check_names, find_adapters
+from lora_ext.model.bare_model import adapter_layers, root_module
 from lora_ext.nn import ActiveAdapters, LoraLayer
 
 ModelT = TypeVar("ModelT", bound=nn.Module)

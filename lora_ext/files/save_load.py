@@ -21,13 +21,13 @@ from lora_ext._common.arguments import checked
 from lora_ext._common.changes import changing, one_at_a_time
 from lora_ext._common.printable import listed, shown
 from lora_ext._common.warnings import warn_user
-from lora_ext.adapters.adapter_set import Adapter, adapter_set, find_adapter
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, AdapterFile, TensorFile
 from lora_ext.files.packed_projection import from_peft_form, to_peft_form
 from lora_ext.files.staged_files import staged_files, write_tensors
-from lora_ext.injection.bare_model import BareModel, root_module
 from lora_ext.injection.inject import Injection, apply_injection, lora_modules
+from lora_ext.model.adapter_set import Adapter, adapter_set, find_adapter
+from lora_ext.model.bare_model import BareModel, root_module
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 

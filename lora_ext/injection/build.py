@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from lora_ext._common.printable import listed, shown
-from lora_ext.adapters.adapter_set import AdapterSet, Part, located
-from lora_ext.adapters.trained_biases import TrainedBiases
 from lora_ext.config import LoraConfig
-from lora_ext.injection.bare_model import BareModel, file_path
 from lora_ext.injection.targets import Targets
 from lora_ext.matching.path_names import Parents
+from lora_ext.model.adapter_set import AdapterSet, Part, located
+from lora_ext.model.bare_model import BareModel, file_path
+from lora_ext.model.trained_biases import TrainedBiases
 from lora_ext.nn import LORA_LAYERS, AdapterLayer, LoraLayer, LoraLinear, LoraPackedLinear, LoraParameter
 from lora_ext.nn.attention import LoraMultiheadAttention
 from lora_ext.nn.tied import TiedAdapter

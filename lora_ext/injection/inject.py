@@ -16,11 +16,11 @@ from torch import nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import changing, one_at_a_time
-from lora_ext.adapters.adapter_set import Adapter, AdapterSet, adapter_set, attach_adapter_set, forget_adapter_set
 from lora_ext.config import LoraConfig
-from lora_ext.injection.bare_model import BareModel, adapter_layers, root_module
 from lora_ext.injection.build import PartsBuilder, check_targets
 from lora_ext.injection.targets import find_targets, is_all_linear
+from lora_ext.model.adapter_set import Adapter, AdapterSet, adapter_set, attach_adapter_set, forget_adapter_set
+from lora_ext.model.bare_model import BareModel, adapter_layers, root_module
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.layer import check_adapter_name
 

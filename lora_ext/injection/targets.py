@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from lora_ext._common.printable import shown
 from lora_ext._common.warnings import warn_user
 from lora_ext.config import ALL_LINEAR, LoraConfig
-from lora_ext.injection.bare_model import parameter_paths
 from lora_ext.matching.path_names import EndTable, Parents, SuffixTable, path_ends
 from lora_ext.matching.path_patterns import LayerNumbers, PathMatcher
+from lora_ext.model.bare_model import parameter_paths
 from lora_ext.nn.linear import is_linear
 
 _MOST_CLOSE, _LONGEST_CLOSE = 5, 100

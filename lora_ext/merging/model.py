@@ -11,11 +11,11 @@ from torch import nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import changing, one_at_a_time
-from lora_ext.adapters.adapter_set import adapter_set
-from lora_ext.injection.bare_model import adapter_layers, parameter_paths, root_module
 from lora_ext.injection.inject import forget_injection, lora_modules, replace_modules
 from lora_ext.matching.path_names import is_inside
 from lora_ext.merging.layers import MergedMatrix, change_merged, merge_for_good, stored_matrices, update_identity
+from lora_ext.model.adapter_set import adapter_set
+from lora_ext.model.bare_model import adapter_layers, parameter_paths, root_module
 from lora_ext.nn import ActiveAdapters, AdapterLayer, LoraLayer
 from lora_ext.nn.trainable_tokens import TrainableTokens
 

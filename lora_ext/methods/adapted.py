@@ -10,12 +10,12 @@ from torch import nn
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.interrupts import uninterrupted
-from lora_ext.adapters.adapter_set import Adapter, adapter_set
-from lora_ext.injection.bare_model import BareModel, root_module
 from lora_ext.injection.inject import apply_injection, prepare_injection
 from lora_ext.merging.model import unload
 from lora_ext.methods.base import Method, head_paths
 from lora_ext.methods.inserted import Inserted, Insertion, insert, remove_inserted
+from lora_ext.model.adapter_set import Adapter, adapter_set
+from lora_ext.model.bare_model import BareModel, root_module
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 

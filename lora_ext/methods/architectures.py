@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lora_ext.injection.bare_model import root_module
+from lora_ext.model.bare_model import root_module
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from lora_ext._common.arguments import checked
 from lora_ext._common.printable import shown
 from lora_ext.config import TASK_HEADS
-from lora_ext.injection.bare_model import BareModel, root_module
 from lora_ext.methods.inserted import Insertion
+from lora_ext.model.bare_model import BareModel, root_module
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import nn
 
-from lora_ext.injection.bare_model import BareModel, root_module
 from lora_ext.methods.base import Method, head_paths
 from lora_ext.methods.full import parameters_outside
+from lora_ext.model.bare_model import BareModel, root_module
 
 
 @dataclass(frozen=True)

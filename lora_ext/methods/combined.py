@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from lora_ext.config import LoraConfig
-from lora_ext.injection.bare_model import BareModel, root_module
 from lora_ext.matching.path_names import Parents, SuffixTable
 from lora_ext.methods.base import Method
 from lora_ext.methods.inserted import Insertion
+from lora_ext.model.bare_model import BareModel, root_module
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.interrupts import uninterrupted
 from lora_ext._common.printable import listed, shown
-from lora_ext.adapters.adapter_set import adapter_set, find_adapter
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import AdapterFile, TensorFile, read_unchanged
 from lora_ext.files.packed_projection import from_peft_form
@@ -31,7 +30,6 @@ from lora_ext.files.save_load import (
 )
 from lora_ext.files.staged_files import staged_files, write_tensors
 from lora_ext.files.untrusted_json import read_json_object
-from lora_ext.injection.bare_model import BareModel, root_module
 from lora_ext.methods.adapted import (
     applied_method,
     carry_out,
@@ -44,6 +42,8 @@ from lora_ext.methods.base import Method
 from lora_ext.methods.combined import Combined
 from lora_ext.methods.lora import Lora
 from lora_ext.methods.registry import METHODS, new_method
+from lora_ext.model.adapter_set import adapter_set, find_adapter
+from lora_ext.model.bare_model import BareModel, root_module
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 

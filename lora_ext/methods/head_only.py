@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from lora_ext.injection.bare_model import BareModel
 from lora_ext.methods.base import Method, head_paths
+from lora_ext.model.bare_model import BareModel
 
 
 @dataclass(frozen=True)

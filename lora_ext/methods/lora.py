@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 from torch import nn
 
 from lora_ext.config import LoraConfig
-from lora_ext.injection.bare_model import BareModel, root_module
 from lora_ext.injection.targets import find_targets
 from lora_ext.methods.base import Method, task_type
+from lora_ext.model.bare_model import BareModel, root_module
 from lora_ext.nn.linear import is_conv1d, is_linear, linear_sizes
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lora_ext.injection.bare_model import root_module
 from lora_ext.methods.architectures import Architecture, architecture_of
 from lora_ext.methods.base import Method, check_at_least
+from lora_ext.model.bare_model import root_module
 
 
 @dataclass(frozen=True)

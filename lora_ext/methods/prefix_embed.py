@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora_ext.injection.bare_model import root_module
 from lora_ext.methods.architectures import base_model, base_path, hidden_size
 from lora_ext.methods.inserted import Inserted, Insertion, by_name, cache_name, new_parameter_dtype, parameter_names
 from lora_ext.methods.prefix_base import PrefixMethod, architecture_with_prefix, counted
+from lora_ext.model.bare_model import root_module
 
 
 class SpecialTokens(Inserted):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_ext.injection.bare_model import BareModel, root_module
+from lora_ext.model.bare_model import BareModel, root_module
 from lora_ext.nn.linear import is_linear, linear_sizes
 
 

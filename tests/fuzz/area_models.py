@@ -20,7 +20,7 @@ from support import refusals
 from torch import Tensor, nn
 
 from lora_ext.adapters import lora_modules
-from lora_ext.adapters.adapter_set import adapter_set
+from lora_ext.model.adapter_set import adapter_set
 from lora_ext.nn import AdapterLayer, LoraLayer
 
 from .areas import Case

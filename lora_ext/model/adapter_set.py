@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from lora_ext._common.changes import changing
-from lora_ext.adapters.trained_biases import TrainedBiases
 from lora_ext.config import LoraConfig
-from lora_ext.injection.bare_model import BareModel, adapter_layers, file_paths, root_module
+from lora_ext.model.bare_model import BareModel, adapter_layers, file_paths, root_module
+from lora_ext.model.trained_biases import TrainedBiases
 from lora_ext.nn import ActiveAdapters, AdapterLayer, LoraLayer
 from lora_ext.nn.trained import TrainedModule
 
@@ -23,7 +23,7 @@ class Part:
 
     Attributes:
         path: the layer's path in the bare model.
-        file_path: its path in file keys, from :func:`~lora_ext.injection.bare_model.file_paths`.
+        file_path: its path in file keys, from :func:`~lora_ext.model.bare_model.file_paths`.
         layer: the layer that holds the adapter, or will hold it.
         adapter: the parameters.
         replaced: maps modules of the model to their replacements, ``layer`` among these; empty if it is in place.

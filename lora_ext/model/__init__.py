@@ -1,0 +1,1 @@
+"""The adapters that a model holds, and the model as it is without them."""
