@@ -18,7 +18,7 @@ from lora_ext import LoraConfig, inject, save_adapter
 
 
 def make_checkpoint_and_adapter(base, adapter):
-    """What you have already: a model that transformers saved, and an adapter that PEFT or lora_ext saved."""
+    """Saves the input of this example: a model saved by transformers, an adapter saved by PEFT or lora_ext."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes)).to(torch.bfloat16)

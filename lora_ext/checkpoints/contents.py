@@ -39,7 +39,7 @@ class LowRankUpdate:
 
     Attributes:
         path: path of the module, without ``.base_layer``.
-        kind: kind of layer, as far as the file tells: ``conv`` follows from the number of dimensions, ``attention``
+        kind: kind of layer, as far as the file shows it: ``conv`` follows from the number of dimensions, ``attention``
             from the out_proj next to it, ``parameter`` from the config.
         lora_A: key in the file; ``[r, in]``, for a convolution ``[r, in / groups, *kernel]``, for an embedding
             ``[r, num_embeddings]``, for a parameter of ``experts`` matrices ``[experts * r, in]``.

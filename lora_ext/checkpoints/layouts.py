@@ -24,7 +24,7 @@ def num_matrices(file: AdapterFile, update: LowRankUpdate) -> int:
 
 
 def fitting_layouts(file: AdapterFile, update: LowRankUpdate, shape: tuple[int, ...]) -> set[Layout]:
-    """The layouts in which the update has the shape of the tensor."""
+    """Returns the layouts that give the update the shape of the tensor."""
     A, B, matrices = file.shape(update.lora_A), file.shape(update.lora_B), num_matrices(file, update)
     if update.kind == "conv":
         return {"plain"} if shape == (B[0], *A[1:]) and B[0] % matrices == 0 else set()

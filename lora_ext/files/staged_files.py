@@ -133,7 +133,7 @@ def fsync_directory(path: Path) -> None:
 
 
 def _make(directory: Path, made: list[Path]) -> None:
-    """As ``mkdir(parents=True, exist_ok=True)``; appends created directories to ``made``, the outermost first."""
+    """Like ``mkdir(parents=True, exist_ok=True)``; appends created directories to ``made``, the outermost first."""
     missing = []
     path = directory
     while not os.path.lexists(path):
@@ -305,7 +305,7 @@ def _clear(directory: Path, names: Sequence[str]) -> None:
 
 
 def _clear_if_possible(directory: Path, names: Sequence[str]) -> OSError | None:
-    """As :func:`_clear`, but returns its error. Nothing is lost then: the names lead to whole files."""
+    """Like :func:`_clear`, but returns the error. Nothing is lost then: the names refer to complete files."""
     try:
         with uninterrupted():
             _clear(directory, names)

@@ -64,14 +64,14 @@ def test_each_call_that_changes_files_meets_each_fault(files, tmp_path, name, mo
     call = {"command": command, "arguments": absolute(arguments)}
     call["options"] = {key: absolute(value) for key, value in options.items()}
     (tmp_path / "call.json").write_text(json.dumps(call))
-    told = run_script("offline_commands", tmp_path / "call.json", out, mode, *kinds)
-    assert tuple(told) == kinds
-    for kind in [kind for kind in KINDS if kind in told]:
-        outcome = told[kind]
+    outcomes = run_script("offline_commands", tmp_path / "call.json", out, mode, *kinds)
+    assert tuple(outcomes) == kinds
+    for kind in [kind for kind in KINDS if kind in outcomes]:
+        outcome = outcomes[kind]
         assert outcome["calls"] >= 10
         if kind != "read-only":
             assert set(outcome["kept"]) == set(range(most_kept + 1)), kind  # complete files were not made again
-    assert told["kill"]["left"] > 0
+    assert outcomes["kill"]["left"] > 0
 
 
 def stop(files, out: Path, monkeypatch, after: int, killed: bool = False, **options) -> None:

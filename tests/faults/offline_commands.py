@@ -92,10 +92,10 @@ old = found()
 assert attempt(run, Fault(out.parent)).ended == "returned"
 new = found()
 assert new not in (None, old)
-told, seen = {}, {}
+results, seen = {}, {}
 for kind in sys.argv[4:]:
     if kind == "no rights":
-        told[kind] = try_closed_directories()
+        results[kind] = try_closed_directories()
         continue
     kept, with_leftovers = [], 0
     for at, outcome in each_call(run, out.parent, kind, lambda: restore(out, old)):
@@ -120,5 +120,5 @@ for kind in sys.argv[4:]:
         else:
             seen[before] = finish()
             kept.append(seen[before])
-    told[kind] = {"calls": at - 1, "kept": kept, "left": with_leftovers}
-print(json.dumps(told))
+    results[kind] = {"calls": at - 1, "kept": kept, "left": with_leftovers}
+print(json.dumps(results))

@@ -21,32 +21,32 @@ class Pictures:
     """Embeds PNG files. ``most_bytes``: limit for all of them together, as text of the page."""
 
     def __init__(self, most_bytes: int = 1_500_000) -> None:
-        self._left = most_bytes
+        self._remaining = most_bytes
 
     def embed(self, path: Path) -> str | None:
-        """The picture's data URI; None: it does not exist, is no PNG, or there is no room for it."""
+        """Returns the picture's data URI; None if it is missing, is not a PNG, or exceeds the limit."""
         try:
             with open_regular(path) as file:
-                content = file.read(self._left)
+                content = file.read(self._remaining)
         except (OSError, ValueError):
             return None
         text = base64.b64encode(content).decode()
-        if not content.startswith(_PNG) or len(text) > self._left:
+        if not content.startswith(_PNG) or len(text) > self._remaining:
             return None
-        self._left -= len(text)
+        self._remaining -= len(text)
         return f"data:image/png;base64,{text}"
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Name and data URI of each curve; ``left_out`` tells how many have no room, if any."""
+    """Name and data URI of each curve; ``left_out`` says how many exceed the limit, if any do."""
 
     pictures: list[tuple[str, str]]
     left_out: str | None
 
 
 def curves_of_runs(result: Result, pictures: Pictures) -> Curves:
-    """The losses in the first run of every group in ``runs/``."""
+    """Returns the loss curve of the first run of every group in ``runs/``."""
     found, left_out = [], 0
     for group in sorted(group for group in (result.directory / "runs").glob("*") if group.is_dir()):
         curves = sorted(group.glob(f"seed-*/{CURVE}"), key=_seed)
