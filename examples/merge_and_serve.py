@@ -1,4 +1,4 @@
-"""Merge an adapter into a checkpoint on disk, and use the result where nobody knows of LoRA.
+"""Merge an adapter into a checkpoint on disk, and use the result in code that does not support LoRA.
 
     python examples/merge_and_serve.py [DIRECTORY]
 
@@ -46,7 +46,7 @@ def main(directory):
     # --record keeps what rounding loses, so that unmerge restores every bit.
     lora_ext("merge", "--base", base, "--adapter", adapter, "--out", merged, "--record", "--verify")
 
-    # A plain checkpoint: whatever reads the base reads it, here transformers.
+    # A plain checkpoint: all code that reads the base can read it, here transformers.
     served = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.bfloat16)
     print("with the adapter:", *generate(adapted))
     print("merged:          ", *generate(served))

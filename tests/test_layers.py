@@ -46,7 +46,7 @@ def files_of(module: str, names: list[str]) -> Iterator[str]:
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[str, list[str]]]:
-    """``(module, names)`` of every import that runs, at whatever depth."""
+    """Returns ``(module, names)`` for every import that runs, at any depth."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue
@@ -114,7 +114,7 @@ def test_imports_are_those_of_the_table():
         ("strange.py", "import os"),
     ],
 )
-def test_what_the_table_does_not_allow_is_found(file, line):
+def test_imports_outside_the_table_are_found(file, line):
     assert violations(file, line)
 
 

@@ -133,7 +133,7 @@ def linked(name: str) -> list[Path]:
 
 
 def named(name: str) -> list[Path]:
-    """Paths from the root of the repository in the text; placeholders such as <card> are none."""
+    """Returns the paths from the root of the repository in the text, without placeholders such as <card>."""
     paths = re.findall(rf"(?<![\w/.])(?<!\]\()((?:{FOLDERS})/[\w./-]*\w)(?![\w<*]|/?[<*])", TEXTS[name])
     return [ROOT / path for path in paths]
 

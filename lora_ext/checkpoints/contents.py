@@ -29,7 +29,7 @@ __all__ = ["AdapterContents", "LowRankUpdate", "TokenRows", "open_adapter", "rea
 Kind = Literal["linear", "embedding", "conv", "attention", "parameter"]
 
 _FACTOR = re.compile(r"(?:(?P<path>.*)\.)?lora_(?P<side>A\.weight|B\.weight|B\.bias|embedding_A|embedding_B)")
-_MOST_PARAMETERS = 64  # of a module, not counting its children's
+_MOST_PARAMETERS = 64  # in a module, without those of its children
 _TOKENS = re.compile(r"(?P<path>.*?)(?:\.token_adapter)?\.trainable_tokens_delta")
 
 

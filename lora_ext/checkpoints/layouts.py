@@ -84,7 +84,7 @@ def choose_layout(
 def assign_parameters(
     file: AdapterFile, updates: Sequence[LowRankUpdate], shapes: Mapping[str, tuple[int, ...]]
 ) -> list[dict[LowRankUpdate, str]]:
-    """Assigns the updates of one module to its parameters, as no key does. Returns up to two ways to do so."""
+    """Assigns the updates of one module to its parameters by shape, because keys do not. Returns up to two ways."""
     fits = {update: [key for key in shapes if fitting_layouts(file, update, shapes[key])] for update in updates}
     first = _assignment(fits)
     if first is None:

@@ -149,8 +149,8 @@ def _make(directory: Path, made: list[Path]) -> None:
 def _locked(directory: Path) -> Iterator[Path]:
     """Holds the lock of a directory and yields the staging directory; removes both at the end.
 
-    The lock is a file in the staging directory, as NFS cannot lock directories. Its last holder removes it; whoever
-    then holds the lock of the removed file tries again.
+    The lock is a file in the staging directory, because NFS cannot lock directories. Its last holder removes it; a
+    process that then holds the lock of the removed file tries again.
     """
     staging = directory / _STAGING
     while True:

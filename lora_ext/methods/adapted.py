@@ -19,7 +19,7 @@ from lora_ext.methods.inserted import Inserted, Insertion, insert, remove_insert
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-_ATTRIBUTE = "_adaptation_method"  # of the root
+_ATTRIBUTE = "_adaptation_method"  # attribute of the root module
 
 
 @checked

@@ -95,7 +95,7 @@ def stop(files, out: Path, monkeypatch, after: int, killed: bool = False, **opti
     assert not out.exists()
 
 
-def test_another_merge_begins_anew(files, tmp_path, monkeypatch):
+def test_another_merge_starts_from_the_beginning(files, tmp_path, monkeypatch):
     base, adapter = files
     expected = merge(base, [adapter], tmp_path / "whole") and tensors_of(tmp_path / "whole")
     out = tmp_path / "out"
@@ -253,7 +253,7 @@ def test_files_of_another_merge_are_not_taken_for_finished_ones(files, tmp_path,
     assert snapshot(tmp_path / "out") == expected
 
 
-def test_what_is_left_is_removed_by_a_run_of_another_kind(files, tmp_path, monkeypatch):
+def test_leftovers_are_removed_by_a_run_of_another_kind(files, tmp_path, monkeypatch):
     """No directory for a record stays: it would look like a record."""
     base, adapter = files
     stop(files, tmp_path / "out", monkeypatch, after=1, record=True)

@@ -136,7 +136,7 @@ def test_a_flipped_byte_of_the_index(files, merged):
     assert outcome(files, merged) == ""  # the record has the base's index
 
 
-def test_what_is_of_another_merge(files, merged, tmp_path):
+def test_files_of_another_merge(files, merged, tmp_path):
     """Files of another merge of the same base: a checkpoint file, a file of its record, both, or the whole record."""
     other = tmp_path.parent / f"{tmp_path.name} other"
     torch.manual_seed(1)

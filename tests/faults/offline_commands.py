@@ -59,7 +59,7 @@ def hidden() -> list[str]:
     return [path.name for path in out.parent.iterdir() if path.name.startswith(".")]
 
 
-def check_told(outcome: Outcome, kind: str) -> None:
+def check_message(outcome: Outcome, kind: str) -> None:
     """Checks that the error names the disk's path and a remedy; after the exchange, the leftovers."""
     assert outcome.ended == "raised", outcome
     if "is complete, but" in outcome.message:
@@ -108,7 +108,7 @@ for kind in sys.argv[4:]:
         if kind == "kill":
             assert outcome.ended == "killed", (at, outcome)
         else:
-            check_told(outcome, kind)
+            check_message(outcome, kind)
         with_leftovers += bool(hidden())
         before = state()
         if before in seen:

@@ -120,7 +120,7 @@ def test_resuming_a_finished_comparison_adds_methods_and_repeats_nothing(options
     assert [row["label"] for row in result["methods"]] == METHODS
 
 
-def test_resuming_with_other_texts_repeats_what_was_done_with_the_old_ones(tmp_path: Path):
+def test_resuming_with_other_texts_repeats_the_runs_and_costs(tmp_path: Path):
     directory = tmp_path / "files"
     rows = tiny_classifier.reviews(60)
     options = ["--model", str(tiny_classifier.save_model(directory)), "--max-length", "32", "--epochs", "1"]

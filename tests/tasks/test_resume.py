@@ -198,7 +198,7 @@ def test_a_damaged_state_is_named(settings, every_step, tmp_path: Path, content:
         run(settings, tmp_path, resume=True)
 
 
-def test_a_busy_machine_is_told_once_and_what_helps(settings, tmp_path: Path, monkeypatch, capsys):
+def test_a_busy_machine_gives_one_warning_with_advice(settings, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     for threads, seconds, load, has_advice in [
         (2, 7.9, 5.2, True),

@@ -1,4 +1,4 @@
-"""Pictures that commands left, as data URIs, as long as the page stays small."""
+"""Embeds the pictures of results as data URIs, up to a limit on the size of the page."""
 
 from __future__ import annotations
 
