@@ -62,12 +62,12 @@ def _compiled_module() -> ModuleType:
 
 
 def build_info() -> dict[str, str]:
-    """Facts about the build: version, torch, compiler, CUDA. A string is empty where it does not apply."""
+    """How the binary was built: version, torch, compiler, CUDA. Strings, empty where they do not apply."""
     return _compiled_module().build_info()
 
 
 def check_kernels_exist(op: str, device: torch.device) -> None:
-    """Raises RuntimeError with the reason if there are no kernels for tensors on ``device``."""
+    """RuntimeError where there are no kernels for tensors on ``device``, which says why."""
     if device.type == "cuda" and cuda_unavailable_reason:
         raise RuntimeError(f"{op}: tensors are on {device}, but there are no CUDA kernels: {cuda_unavailable_reason}")
     if device.type not in ("cpu", "cuda", "meta"):

@@ -1,4 +1,4 @@
-"""Facts for `lora-ext info`: the binary, the machine, and which kernels run on it."""
+"""What `lora-ext info` prints: the binary, the machine, and what of the one runs on the other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_ext import _C, _load
 
 
 def cpu_model() -> str:
-    """The processor's name according to Linux, or its architecture."""
+    """The processor's name as Linux tells it, or its architecture."""
     try:
         names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.M)
     except OSError:

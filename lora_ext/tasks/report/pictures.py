@@ -39,14 +39,14 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Curves:
-    """Name and data URI of each curve; ``left_out`` says how many exceed the limit, if any do."""
+    """Name and data URI of each curve; ``left_out`` tells how many have no room, if any."""
 
     pictures: list[tuple[str, str]]
     left_out: str | None
 
 
 def curves_of_runs(result: Result, pictures: Pictures) -> Curves:
-    """Returns the loss curve of the first run of every group in ``runs/``."""
+    """The losses in the first run of every group in ``runs/``."""
     found, left_out = [], 0
     for group in sorted(group for group in (result.directory / "runs").glob("*") if group.is_dir()):
         curves = sorted(group.glob(f"seed-*/{CURVE}"), key=_seed)

@@ -66,9 +66,7 @@ def give_titles(artist: Artist, *titles: str) -> None:
 
 def to_svg(figure: Figure, class_: str, label: str) -> Markup:
     """Returns the ``<svg>`` element. ``label``: its description for screen readers."""
-    for text in (
-        text for axes in figure.axes for text in axes.texts
-    ):  # characters that XML forbids would break the parser
+    for text in (text for axes in figure.axes for text in axes.texts):  # what no SVG may hold would break the parser
         text.set_text(printable(text.get_text()))
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})

@@ -45,7 +45,7 @@ class Table:
 
 def table(caption: str, heading: Sequence[str], rows: Sequence[Sequence[Any]], *, sortable: bool = True) -> Table:
     """Makes a table of rows of :class:`Cell`, text or Markup."""
-    cells = [[value if isinstance(value, Cell) else Cell(value) for value in row] for row in rows]
+    cells = [[each if isinstance(each, Cell) else Cell(each) for each in row] for row in rows]
     numeric = [any(row[i].value is not None for row in cells) for i in range(len(heading))]
     return Table(caption, heading, cells, numeric, sortable and len(cells) > 1)
 
