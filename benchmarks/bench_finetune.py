@@ -210,12 +210,12 @@ def curve_line(losses: dict[str, list[float]]) -> str:
 
 
 def accuracy_line(results: dict[str, dict], accuracy: float) -> str:
-    told = (
+    lines = (
         f"{name} {'after' if result['reached'] else 'NOT reached in'} {result['steps']} steps, "
         f"{result['seconds']:.1f} s (at {result['accuracy']:.1%})"
         for name, result in results.items()
     )
-    return f"Validation accuracy of {accuracy:.0%}: {'; '.join(told)}."
+    return f"Validation accuracy of {accuracy:.0%}: {'; '.join(lines)}."
 
 
 def cases(data: Demo | None, run: Report) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -20,7 +20,7 @@ import torch
 from harness import own_process, report
 from safetensors.torch import save_file
 
-HIDDEN, INTERMEDIATE, KEY_VALUE, VOCABULARY = 2048, 5632, 256, 32000  # of TinyLlama 1.1B, which has 22 layers
+HIDDEN, INTERMEDIATE, KEY_VALUE, VOCABULARY = 2048, 5632, 256, 32000  # as in TinyLlama 1.1B, which has 22 layers
 SHARD_BYTES = 500_000_000
 BEYOND_TORCH = 75e6
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from harness import machine_isa, report
 
 HERE = Path(__file__).parent
-# A script starts no case after so many seconds; with start-up times, all take less than ten minutes on two cores.
+# No case starts after this number of seconds; with start-up times, all take less than ten minutes on two cores.
 SCRIPTS = {
     "layer": ["bench_layer.py", "--seconds", "75"],
     "siblings": ["bench_siblings.py", "--seconds", "20"],

@@ -1,4 +1,4 @@
-"""Merge an adapter into a checkpoint on disk, and use the result where nobody knows of LoRA.
+"""Merge an adapter into a checkpoint on disk, and use the result in code that does not support LoRA.
 
     python examples/merge_and_serve.py [DIRECTORY]
 
@@ -18,7 +18,7 @@ from lora_ext import LoraConfig, inject, save_adapter
 
 
 def make_checkpoint_and_adapter(base, adapter):
-    """What you have already: a model that transformers saved, and an adapter that PEFT or lora_ext saved."""
+    """Saves the input of this example: a model saved by transformers, an adapter saved by PEFT or lora_ext."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes)).to(torch.bfloat16)
@@ -46,7 +46,7 @@ def main(directory):
     # --record keeps what rounding loses, so that unmerge restores every bit.
     lora_ext("merge", "--base", base, "--adapter", adapter, "--out", merged, "--record", "--verify")
 
-    # A plain checkpoint: whatever reads the base reads it, here transformers.
+    # A plain checkpoint: all code that reads the base can read it, here transformers.
     served = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.bfloat16)
     print("with the adapter:", *generate(adapted))
     print("merged:          ", *generate(served))

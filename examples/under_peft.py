@@ -43,7 +43,7 @@ def main():
         if step % 50 == 0:
             print(f"step {step}: loss {loss:.3f}")
 
-    # PEFT's own methods go on as before. Merging goes through our kernels, and unmerging restores every bit.
+    # PEFT's own methods work as before. Merging goes through our kernels, and unmerging restores every bit.
     model.eval()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     model.merge_adapter()

@@ -256,7 +256,7 @@ class LoraConfig:
         return self.alpha_for(path) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def enable_lora_for(self, path: str) -> tuple[bool, ...] | None:
-        """Which parts of the packed projection at ``path`` have an adapter; None for a layer of one part."""
+        """Returns a flag for every part of the packed projection at ``path``: has it an adapter? None if not packed."""
         names = self._parts.find(path)
         return self.enable_lora[names[0]] if names else None
 

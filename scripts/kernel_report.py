@@ -32,7 +32,7 @@ MAX_BLOCK_SHARED = 99 * 1024
 class Family:
     """The rules for a family of kernels. A kernel belongs to the first family whose pattern matches its name.
 
-    blocks_per_sm is the second number of __launch_bounds__, which the binary does not keep: so many blocks must fit by
+    blocks_per_sm is the second number of __launch_bounds__, which the binary does not keep. That number must fit by
     registers and threads everywhere, and by shared memory on multiprocessors with 228 KiB (sm_90, sm_100); smaller ones
     run fewer. dynamic_shared is the maximum number of bytes that the launch adds; the binary does not have it either.
     """

@@ -140,7 +140,7 @@ def main() -> int:
     args = parser.parse_args()
     source = args.source.resolve()
     if not (source / TESTS).exists():
-        sys.exit(f"{str(source)!r} is no source tree of peft (it has no {TESTS}); give its path, or set PEFT_SOURCE")
+        sys.exit(f"{str(source)!r} is not a source tree of peft (it has no {TESTS}); give its path, or set PEFT_SOURCE")
     with tempfile.TemporaryDirectory() as name:
         files = [Path(name) / "without.json", Path(name) / "with.json"]
         runs = [start(source, files[0], TESTS, "-k", SELECTION)]

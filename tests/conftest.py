@@ -42,7 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With --quick, files that are marked full as a whole are not even imported."""
+    """With --quick, skips the import of files that are marked full as a whole."""
     if config.getoption("--quick") and collection_path.suffix == ".py":
         return True if re.search(r"^pytestmark = .*\bmark\.full\b", collection_path.read_text(), re.M) else None
     return None

@@ -1,4 +1,4 @@
-"""Who may use whom: docs/architecture.md has the table, and the code keeps to it."""
+"""The code follows the table "Who may use whom" in docs/architecture.md."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def files_of(module: str, names: list[str]) -> Iterator[str]:
     for name in names:
         longer = f"{path}/{name}".strip("/")
         candidates = (f"{longer}.py", f"{longer}/__init__.py", f"{path}.py", f"{path}/__init__.py".strip("/"))
-        file = next((each for each in candidates if (PACKAGE / each).is_file()), None)
+        file = next((candidate for candidate in candidates if (PACKAGE / candidate).is_file()), None)
         if file is not None and longer != "_C":
             yield file
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[str, list[str]]]:
-    """``(module, names)`` of every import that runs, at whatever depth."""
+    """Returns ``(module, names)`` for every import that runs, at any depth."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue
@@ -59,7 +59,7 @@ def imports(tree: ast.AST) -> Iterator[tuple[str, list[str]]]:
 
 
 def violations(file: str, source: str) -> list[str]:
-    """What ``file`` imports and the table does not allow."""
+    """Returns the imports of ``file`` that the table does not allow."""
     part = part_of(file)
     if part not in PARTS:
         return [f"{file}: {part} has no row"]
@@ -70,7 +70,7 @@ def violations(file: str, source: str) -> list[str]:
         if package == "lora_ext":
             used = {part_of(target) for target in files_of(module, names)}
             found += [
-                f"{file}: {module} ({each})" for each in used if each not in uses and PARTS.get(each) != PARTS[part]
+                f"{file}: {module} ({name})" for name in used if name not in uses and PARTS.get(name) != PARTS[part]
             ]
         elif package not in EVERYWHERE | others:
             found.append(f"{file}: {module}")
@@ -100,7 +100,7 @@ def test_every_part_is_below_those_that_use_it():
 
 
 def test_imports_are_those_of_the_table():
-    assert not [each for file, source in SOURCES.items() for each in violations(file, source)]
+    assert not [violation for file, source in SOURCES.items() for violation in violations(file, source)]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_imports_are_those_of_the_table():
         ("strange.py", "import os"),
     ],
 )
-def test_what_the_table_does_not_allow_is_found(file, line):
+def test_imports_outside_the_table_are_found(file, line):
     assert violations(file, line)
 
 

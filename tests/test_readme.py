@@ -1,4 +1,4 @@
-"""README.md and docs/: their Python runs as printed, their commands have those options, files and headings exist."""
+"""README.md and docs/: the Python code runs, the commands have these options, linked files and headings exist."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def linked(name: str) -> list[Path]:
 
 
 def named(name: str) -> list[Path]:
-    """Paths from the root of the repository in the text; placeholders such as <card> are none."""
+    """Returns the paths from the root of the repository in the text, without placeholders such as <card>."""
     paths = re.findall(rf"(?<![\w/.])(?<!\]\()((?:{FOLDERS})/[\w./-]*\w)(?![\w<*]|/?[<*])", TEXTS[name])
     return [ROOT / path for path in paths]
 
@@ -152,6 +152,7 @@ def test_headings_linked_exist(name):
         if "://" not in target:
             text = ((ROOT / name).parent / target).read_text(encoding="utf-8") if target else TEXTS[name]
             headings = {
-                re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in re.findall(r"^#+ (.+)$", text, re.M)
+                re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+                for heading in re.findall(r"^#+ (.+)$", text, re.M)
             }
             assert heading in headings, f"{target}#{heading}"

@@ -1,4 +1,4 @@
-"""Interleaved timing: every round runs each contestant once, in a new random order, so that drift hits all alike."""
+"""Interleaved timing: every round runs each contestant once, in a new random order, so drift affects all equally."""
 
 from __future__ import annotations
 

@@ -10,12 +10,12 @@ from typing import Any
 __all__ = ["Progress", "is_terminal", "progress"]
 
 _FIRST = 1.0  # seconds until the first line: what ends sooner needs none
-_BETWEEN = 10.0  # seconds between two lines, at least: short enough to see that the work goes on
+_BETWEEN = 10.0  # seconds between two lines, at least: short enough to see that the work continues
 _PARTS = 100  # and at least this fraction of the work, so that a run of days has about a hundred lines too
 
 
 class Progress:
-    """Counts what is done; shows nothing. A context manager, which ends the display."""
+    """Counts finished work without showing it. As a context manager it ends the display."""
 
     def __init__(self, total: float, done: float = 0.0) -> None:
         self.total, self.done = total, done
@@ -27,15 +27,15 @@ class Progress:
         self.close()
 
     def advance(self, amount: float) -> None:
-        """Counts ``amount`` more."""
+        """Adds ``amount`` to the finished work."""
         self.set(self.done + amount)
 
     def set(self, done: float) -> None:
-        """Says how much is done."""
+        """Sets the amount of finished work."""
         self.done = done
 
     def note(self, text: str) -> None:
-        """Says what the work is at, such as a file's name."""
+        """Sets a note on the current work, such as a file's name."""
 
     def close(self) -> None:
         """Ends the display."""
@@ -65,7 +65,7 @@ class _Lines(Progress):
         self._what, self._unit, self._text = what, unit, ""
         self._begin, self._done_before = time.monotonic(), done
         self._next_time, self._next_done = self._begin + first, done
-        self._printed: float | None = None  # what was done when the last line was printed
+        self._printed: float | None = None  # work done when the last line was printed
         self._lock = threading.Lock()  # runs side by side tell one display
 
     def set(self, done: float) -> None:

@@ -225,7 +225,7 @@ class _Entry:
             return possible[0]
         if possible:
             self.problems.append(
-                f"which update is whose cannot be told by shape: {', '.join(shapes)}; merge in memory, with PEFT"
+                f"shapes do not say which layer an update belongs to: {', '.join(shapes)}; merge in memory, with PEFT"
             )
         elif shapes:
             self.problems += [misfit(self.file, update, key, shapes[key]) for update in updates for key in shapes]

@@ -200,7 +200,7 @@ def _check_tensor(path: Path, key: str, info: TensorInfo) -> None:
 
 
 def _check_file_name(index: Path, name: object) -> None:
-    """Raises ValueError for an entry of an index that is no name of a weights file, or that leads elsewhere."""
+    """Raises ValueError for an entry of an index that is not the name of a file in the same directory."""
     if not isinstance(name, str) or os.path.basename(name) != name or "\\" in name or ":" in name:
         raise ValueError(f"{index} names the file {shown(name)}, want a name without a path; nothing was read from it")
     if not name.endswith(".safetensors") or name.startswith("."):

@@ -29,7 +29,7 @@ __all__ = ["AdapterContents", "LowRankUpdate", "TokenRows", "open_adapter", "rea
 Kind = Literal["linear", "embedding", "conv", "attention", "parameter"]
 
 _FACTOR = re.compile(r"(?:(?P<path>.*)\.)?lora_(?P<side>A\.weight|B\.weight|B\.bias|embedding_A|embedding_B)")
-_MOST_PARAMETERS = 64  # of a module, not counting its children's
+_MOST_PARAMETERS = 64  # in a module, without those of its children
 _TOKENS = re.compile(r"(?P<path>.*?)(?:\.token_adapter)?\.trainable_tokens_delta")
 
 
@@ -39,7 +39,7 @@ class LowRankUpdate:
 
     Attributes:
         path: path of the module, without ``.base_layer``.
-        kind: kind of layer, as far as the file tells: ``conv`` follows from the number of dimensions, ``attention``
+        kind: kind of layer, as far as the file shows it: ``conv`` follows from the number of dimensions, ``attention``
             from the out_proj next to it, ``parameter`` from the config.
         lora_A: key in the file; ``[r, in]``, for a convolution ``[r, in / groups, *kernel]``, for an embedding
             ``[r, num_embeddings]``, for a parameter of ``experts`` matrices ``[experts * r, in]``.

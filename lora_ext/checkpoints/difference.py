@@ -29,7 +29,7 @@ class Difference:
 
     Attributes:
         only_a, only_b: keys that the other lacks.
-        kinds: key -> ``[dtype and shape in a, in b]`` of tensors in which these differ; their values are not compared.
+        kinds: key -> ``[dtype and shape in a, in b]`` of tensors whose dtype or shape differ; values are not compared.
         values: key -> differences of tensors that differ in any bit: ``max_abs``, the largest difference of two
             elements, and ``relative``, the Frobenius norm of the difference over that of ``a``. Both are None for
             integers and 8-bit dtypes.

@@ -168,7 +168,7 @@ def _named(file: AdapterFile, updates: Sequence[LowRankUpdate]) -> Iterator[tupl
     counts = collections.Counter(update.path for update in updates)
     for update in updates:
         name = update.path
-        if counts[name] > 1:  # parameters of one module: the file tells them apart by the depth of their wrapping
+        if counts[name] > 1:  # several parameters of one module: the file distinguishes them by their depth of wrapping
             name = update.lora_A.removeprefix(KEY_PREFIX).rpartition(".lora_")[0]
         matrices = num_matrices(file, update)
         for index in range(matrices):

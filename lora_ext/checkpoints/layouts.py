@@ -24,7 +24,7 @@ def num_matrices(file: AdapterFile, update: LowRankUpdate) -> int:
 
 
 def fitting_layouts(file: AdapterFile, update: LowRankUpdate, shape: tuple[int, ...]) -> set[Layout]:
-    """The layouts in which the update has the shape of the tensor."""
+    """Returns the layouts that give the update the shape of the tensor."""
     A, B, matrices = file.shape(update.lora_A), file.shape(update.lora_B), num_matrices(file, update)
     if update.kind == "conv":
         return {"plain"} if shape == (B[0], *A[1:]) and B[0] % matrices == 0 else set()
@@ -84,7 +84,7 @@ def choose_layout(
 def assign_parameters(
     file: AdapterFile, updates: Sequence[LowRankUpdate], shapes: Mapping[str, tuple[int, ...]]
 ) -> list[dict[LowRankUpdate, str]]:
-    """Assigns the updates of one module to its parameters, as no key does. Returns up to two ways to do so."""
+    """Assigns the updates of one module to its parameters by shape, because keys do not. Returns up to two ways."""
     fits = {update: [key for key in shapes if fitting_layouts(file, update, shapes[key])] for update in updates}
     first = _assignment(fits)
     if first is None:

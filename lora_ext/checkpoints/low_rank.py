@@ -10,7 +10,7 @@ from torch import Tensor
 __all__ = ["Approximation", "approximate"]
 
 _EXACT_SIZE = 512  # up to this size the full decomposition takes well under a second
-_ITERATIONS = 4  # of the subspace: slowly falling singular values, as fine-tuning has, need more than one
+_ITERATIONS = 4  # slowly falling singular values, as after fine-tuning, need more than one subspace iteration
 
 
 @dataclasses.dataclass(frozen=True)

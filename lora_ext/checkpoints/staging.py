@@ -138,7 +138,7 @@ class Staging:
         old = None
         try:
             if self.out.exists():
-                old = _lock(self.out)  # or another run could take it for a killed run's directory
+                old = _lock(self.out)  # otherwise another run could mistake it for the directory of a killed run
             if old is None or not exchange(self.path, self.out):
                 self._rename()
             self.finished = {}  # nothing is left to continue, even if one of the next steps fails

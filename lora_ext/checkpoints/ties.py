@@ -50,12 +50,12 @@ def find_tie(checkpoint: Checkpoint) -> Tie | None:
             continue
         if any(f"{head}.weight" in checkpoint for head in heads):
             return None
-        # A head with layers of its own (BERT's transform) stores their tensors.
+        # A head that contains layers (BERT's transform) stores their tensors.
         parents = [head for head in heads if any(key.startswith(f"{head.rpartition('.')[0]}.") for key in checkpoint)]
         return Tie(stored[0], f"{(parents or heads[-1:])[0]}.weight")
     return None
 
 
 def is_embedding(path: str) -> bool:
-    """Whether a module is an embedding, by its name: nothing else in a checkpoint tells it from a linear layer."""
+    """Whether the name is that of an embedding; a checkpoint has nothing else to distinguish it from a linear layer."""
     return re.search(r"embed|(^|\.)(wte|wpe|shared)$", path) is not None

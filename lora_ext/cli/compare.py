@@ -32,7 +32,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "compare",
         help="fine-tune with several methods from several seeds: accuracy, time, memory, bytes",
         description="Fine-tunes with several methods, each from several seeds; compares accuracy, parameters, time, "
-        "memory, bytes on disk and latency. A method may have options of its own, as in lora:r=4:learning-rate=2e-3. "
+        "memory, bytes on disk and latency. A method may have its own options, as in lora:r=4:learning-rate=2e-3. "
         "name= gives it a short name, which tables, charts and the directories of its runs use: "
         "lora:r=16:epochs=4:name=long. A name has at most 40 letters, digits and . _ + -, is used once, "
         "and stays when the comparison is resumed. A method that does not suit the checkpoint is left out, and the "

@@ -66,7 +66,7 @@ def options_of(args: argparse.Namespace, without: tuple[str, ...] = ()) -> dict[
     """The values of :func:`add_options`, with absolute paths: a resumed run may start in another directory."""
     options = {field.name: getattr(args, field.name) for field in fields(Settings) if field.name not in without}
     for name in INPUTS:
-        if options[name] is not None and (name != "model" or Path(options[name]).is_dir()):  # or it is an id
+        if options[name] is not None and (name != "model" or Path(options[name]).is_dir()):  # otherwise it is an id
             options[name] = str(Path(options[name]).resolve())
     return options
 

@@ -233,7 +233,7 @@ class AdapterFile:
 
     @classmethod
     def of(cls, directory: Path, existing: set[Path], allow_pickle: bool = False) -> AdapterFile:
-        """As :meth:`open`, given the files that exist; does not check whether a file was replaced."""
+        """Like :meth:`open`, given the files that exist; does not check whether a file was replaced."""
         path, pickled = directory / WEIGHTS_FILE, directory / PICKLED_WEIGHTS_FILE
         try:
             config = read_json_object(directory / CONFIG_FILE, "", LARGEST_CONFIG)

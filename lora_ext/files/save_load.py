@@ -100,7 +100,7 @@ def load_adapter(
 
 
 def load_opened(model: nn.Module, file: AdapterFile, trainable: bool = False, adapter_name: str = "default") -> None:
-    """As :func:`load_adapter`, for a file from :func:`~lora_ext.files.packed_projection.from_peft_form`."""
+    """Like :func:`load_adapter`, for a file from :func:`~lora_ext.files.packed_projection.from_peft_form`."""
     config = config_of(file, "load_adapter")
     merged = [path for path, layer in lora_modules(model) if layer.is_merged]
     if merged:

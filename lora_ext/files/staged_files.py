@@ -133,7 +133,7 @@ def fsync_directory(path: Path) -> None:
 
 
 def _make(directory: Path, made: list[Path]) -> None:
-    """As ``mkdir(parents=True, exist_ok=True)``; appends created directories to ``made``, the outermost first."""
+    """Like ``mkdir(parents=True, exist_ok=True)``; appends created directories to ``made``, the outermost first."""
     missing = []
     path = directory
     while not os.path.lexists(path):
@@ -149,8 +149,8 @@ def _make(directory: Path, made: list[Path]) -> None:
 def _locked(directory: Path) -> Iterator[Path]:
     """Holds the lock of a directory and yields the staging directory; removes both at the end.
 
-    The lock is a file in the staging directory, as NFS cannot lock directories. Its last holder removes it; whoever
-    then holds the lock of the removed file tries again.
+    The lock is a file in the staging directory, because NFS cannot lock directories. Its last holder removes it; a
+    process that then holds the lock of the removed file tries again.
     """
     staging = directory / _STAGING
     while True:
@@ -305,7 +305,7 @@ def _clear(directory: Path, names: Sequence[str]) -> None:
 
 
 def _clear_if_possible(directory: Path, names: Sequence[str]) -> OSError | None:
-    """As :func:`_clear`, but returns its error. Nothing is lost then: the names lead to whole files."""
+    """Like :func:`_clear`, but returns the error. Nothing is lost then: the names refer to complete files."""
     try:
         with uninterrupted():
             _clear(directory, names)

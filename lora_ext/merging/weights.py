@@ -306,7 +306,7 @@ def _all_or_none(
     if not launches:
         return done
     try:
-        with uninterrupted():  # after an interrupt, nobody would know whether the last op has run
+        with uninterrupted():  # after an interrupt it would be unknown whether the last op has run
             for launch in launches:
                 done.append(launch())
     except BaseException:  # the caller sees an error and must find no change

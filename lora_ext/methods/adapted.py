@@ -19,7 +19,7 @@ from lora_ext.model.bare_model import BareModel, root_module
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-_ATTRIBUTE = "_adaptation_method"  # of the root
+_ATTRIBUTE = "_adaptation_method"  # attribute of the root module
 
 
 @checked
@@ -139,7 +139,7 @@ def method_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def parameters_of(model: nn.Module, method: Method, inserted: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """As :func:`method_parameters`, for a ``method``, applied or not, that has the modules ``inserted``, by path."""
+    """Like :func:`method_parameters`, for a ``method``, applied or not, with the modules ``inserted``, by path."""
     bare = BareModel(root_module(model))
     found = dict(method.trained_parameters(bare))
     modules = dict(inserted)

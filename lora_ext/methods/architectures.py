@@ -1,4 +1,4 @@
-"""Where Transformers models have the modules that the paper's methods change."""
+"""Locations of the modules that the paper's methods change, for models of Transformers."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def is_causal(model: nn.Module, architecture: Architecture) -> bool:
 
 
 def architecture_with_prefix(model: nn.Module, method: str) -> Architecture:
-    """As :func:`architecture_of`; TypeError also for an encoder used as a decoder, as its first token stays first."""
+    """Like :func:`architecture_of`; TypeError also for an encoder used as a decoder, as its first token stays first."""
     architecture = architecture_of(model, method)
     if architecture.keeps_first and is_causal(model, architecture):
         raise TypeError(f"{method}: {type(root_module(model)).__name__} has is_decoder=True, which is not supported")

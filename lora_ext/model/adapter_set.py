@@ -73,7 +73,7 @@ def located(parts: Iterable[Part]) -> tuple[Part, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """One adapter with all its parts, attached to its model or not yet."""
+    """One adapter with all its parts, whether attached to its model or not."""
 
     name: str
     config: LoraConfig

@@ -75,7 +75,7 @@ class LoraAdapter(nn.Module):
 
     @property
     def has_plain_rank(self) -> bool:
-        """Whether the rank is a dimension of its own: the first of ``lora_A``, the second of ``lora_B``."""
+        """Whether the rank is a separate dimension: the first of ``lora_A``, the second of ``lora_B``."""
         return self.lora_A.shape[0] == self.r == self.lora_B.shape[1]
 
     @classmethod

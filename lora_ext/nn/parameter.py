@@ -125,7 +125,7 @@ class LoraParameter(TransparentLayer, LoraLayer):
         }
 
     def delta_weight(self, name: str | None = None, key: str | None = None) -> Tensor:
-        """As in :class:`LoraLayer`; without ``key``, the update of all experts."""
+        """Like :meth:`LoraLayer.delta_weight`; without ``key``, returns the update of all experts."""
         if key is not None or self.weight.dim() == 2:
             return super().delta_weight(name, key or "weight")
         return torch.stack([super(LoraParameter, self).delta_weight(name, key) for key in self.matrices()])

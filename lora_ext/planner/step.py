@@ -83,7 +83,7 @@ def simulate_step(
 
 @torch.no_grad()
 def simulate_forward(model: nn.Module, run: Callable[[nn.Module], Tensor], device: str = "cuda") -> Step:
-    """As :func:`simulate_step`, for inference: the forward only, with nothing kept."""
+    """Like :func:`simulate_step`, for inference: runs the forward only and keeps nothing for a backward."""
     tracker = StorageTracker([*model.parameters(), *model.buffers()])
     with tracker, device_kernels(device):
         tracker.begin(FORWARD)

@@ -2,16 +2,16 @@
 
 
 class TaskError(Exception):
-    """A mistake the user can mend; the command line prints the message without a traceback.
+    """A mistake that the user can correct; the command line prints the message without a traceback.
 
     Attributes:
-        exit_status: of the command.
+        exit_status: exit status of the command.
     """
 
     exit_status = 2
 
 
 class WriteError(TaskError):
-    """A result cannot be written: the disk is full, read-only, or not the user's. What was whole before still is."""
+    """A result cannot be written: the disk is full, read-only, or not the user's. Existing files stay complete."""
 
     exit_status = 1

@@ -17,7 +17,7 @@ ALIVE = {"lora_alpha": 8, "init_lora_weights": False}
 
 
 def pair(base, directory, first: dict, second: dict):
-    """The same two adapters, "one" and "two", in PEFT's model and in ours."""
+    """Returns our model and PEFT's model, both with the same two adapters "one" and "two"."""
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**first, **ALIVE), adapter_name="one").eval()
     theirs.add_adapter("two", peft.LoraConfig(**second, **ALIVE))
     theirs.save_pretrained(directory)

@@ -352,7 +352,7 @@ def test_amx_is_used_unless_forbidden(monkeypatch):
         assert facts["onednn_limit"] == limit and (permitted or not facts["amx"])
 
 
-def test_the_load_of_others_is_what_this_process_did_not_use(monkeypatch):
+def test_the_load_of_others_excludes_this_process(monkeypatch):
     # all time, busy time, this process's time: others used 10 of 40 s
     readings = iter([(100.0, 50.0, 3.0), (140.0, 65.0, 8.0)])
     monkeypatch.setattr(machine_load.MachineLoad, "_seconds", staticmethod(lambda: next(readings)))

@@ -98,7 +98,7 @@ def test_missing_extension_module_fails_the_import(package_copy):
     assert "the compiled module lora_ext._C does not load" in import_error(package_copy)
 
 
-def test_preflight_names_what_is_missing():
+def test_preflight_names_missing_tools():
     script = ROOT / "scripts" / "preflight.sh"
     assert subprocess.run([script, sys.executable]).returncode == 0
     result = subprocess.run([script, "no-such-python"], capture_output=True, text=True, env={"PATH": "/bin:/usr/bin"})

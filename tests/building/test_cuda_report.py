@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "kernel_report.py"
 specification = importlib.util.spec_from_file_location("kernel_report", SCRIPT)
 kernel_report = importlib.util.module_from_spec(specification)
-sys.modules["kernel_report"] = kernel_report  # dataclasses look for it there
+sys.modules["kernel_report"] = kernel_report  # dataclasses look the module up there
 specification.loader.exec_module(kernel_report)
 
 # Shortened output of cuobjdump --dump-resource-usage --dump-sass for two objects.

@@ -64,7 +64,7 @@ def named(*kernels: str) -> list[str]:
     return [f"void lora_ext::cuda::mma::{kernel}<__nv_bfloat16, 1>(lora_ext::cuda::Params)" for kernel in kernels]
 
 
-def test_kernels_are_told_apart_by_stage():
+def test_kernels_are_assigned_to_stages():
     assert bench_kernels.is_ours(named("shrink_kernel")[0])
     assert not bench_kernels.is_ours("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64")
     forward = named("pack_factors_kernel", "shrink_kernel", "partial_sums_kernel", "expand_short_kernel")

@@ -71,14 +71,14 @@ def run(name: str, files: Path, folder: Path, capsys) -> tuple[int, str]:
     paths = {"base": files / "base", "adapter": files / "adapter", "bad": folder / "bad", "out": folder / "out"}
     before = sorted(path.name for path in folder.iterdir())
     status = cli.main([part.format(**paths) for part in COMMANDS[name]])
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     if status == 2:
-        assert told.err.count("lora-ext: error: ") == 1
+        assert printed.err.count("lora-ext: error: ") == 1
         assert sorted(path.name for path in folder.iterdir()) == before
     shutil.rmtree(folder / "out", ignore_errors=True)
-    text = (told.out + told.err).replace("\n", "")
+    text = (printed.out + printed.err).replace("\n", "")
     assert text.isprintable(), text
-    return status, told.err.partition("lora-ext: error: ")[2]
+    return status, printed.err.partition("lora-ext: error: ")[2]
 
 
 def index(change: Callable[[dict], object]) -> Callable[[Path], None]:
@@ -228,13 +228,13 @@ def test_a_bad_index_or_shard_is_named_by_every_command(files, tmp_path, capsys,
     shutil.copytree(files / "merged", tmp_path / "bad")
     damage(tmp_path / "bad")
     for command in COMMANDS:
-        status, told = run(command, files, tmp_path, capsys)
-        assert status == 2, (command, told)
-        assert message in told, (command, told)
-        assert f"{tmp_path / 'bad' / where}" in told or where in told, (command, told)
-        lines = told.strip().split("\n")
-        assert all(line.startswith("  ") for line in lines[1:]), told
-        assert len(told) < 2000, told
+        status, printed = run(command, files, tmp_path, capsys)
+        assert status == 2, (command, printed)
+        assert message in printed, (command, printed)
+        assert f"{tmp_path / 'bad' / where}" in printed or where in printed, (command, printed)
+        lines = printed.strip().split("\n")
+        assert all(line.startswith("  ") for line in lines[1:]), printed
+        assert len(printed) < 2000, printed
 
 
 @pytest.mark.parametrize("name", BAD_CONFIG)
@@ -243,22 +243,22 @@ def test_a_bad_config_is_named_by_those_who_read_it(files, tmp_path, capsys, nam
     shutil.copytree(files / "merged", tmp_path / "bad")
     damage(tmp_path / "bad")
     for command in COMMANDS:
-        status, told = run(command, files, tmp_path, capsys)
+        status, printed = run(command, files, tmp_path, capsys)
         if command.startswith("merge") or (command == "diff" and not name.startswith("architectures")):
             assert status == 2, command
-            assert message in told, (command, told)
-            assert str(tmp_path / "bad" / "config.json") in told
+            assert message in printed, (command, printed)
+            assert str(tmp_path / "bad" / "config.json") in printed
         else:  # unmerge reports that it is another file
-            assert status == (1 if command in ("unmerge", "diff") else 0), (command, told)
+            assert status == (1 if command in ("unmerge", "diff") else 0), (command, printed)
 
 
 def test_directories_that_are_no_checkpoints(files, tmp_path, capsys):
     def tried(message: str) -> None:
         for command in COMMANDS:
-            status, told = run(command, files, tmp_path, capsys)
-            assert status == 2, (command, told)
-            assert str(tmp_path / "bad") in told
-            assert message in told, (command, told)
+            status, printed = run(command, files, tmp_path, capsys)
+            assert status == 2, (command, printed)
+            assert str(tmp_path / "bad") in printed
+            assert message in printed, (command, printed)
 
     tried("is missing; want a directory with model.safetensors or")
     (tmp_path / "bad").mkdir()
@@ -279,9 +279,9 @@ def test_directories_that_are_no_checkpoints(files, tmp_path, capsys):
 def test_a_name_that_is_too_long_or_has_other_letters(files, tmp_path, capsys):
     for path in ("x" * 5000, "x" * 300, "no\x1b[31m\nsuch", "\udcff\udcfe"):
         assert cli.main(["inspect", str(tmp_path / path)]) == 2
-        told = capsys.readouterr().err
-        assert told.startswith("lora-ext: error: ")
-        assert told.replace("\n", "").isprintable()
+        printed = capsys.readouterr().err
+        assert printed.startswith("lora-ext: error: ")
+        assert printed.replace("\n", "").isprintable()
     strange = tmp_path / "ok\udcff\x1b"  # a name that the system allows
     shutil.copytree(files / "base", strange)
     cli.main(["inspect", str(strange)])
@@ -427,7 +427,7 @@ def test_a_file_that_changes_while_it_is_read(files, tmp_path, monkeypatch, caps
         return checkpoint
 
     monkeypatch.setattr(Checkpoint, "open", classmethod(open_and_change))
-    status, told = run(command, files, tmp_path, capsys)
+    status, printed = run(command, files, tmp_path, capsys)
     assert done
-    assert status == 2, told
-    assert SHARD in told
+    assert status == 2, printed
+    assert SHARD in printed

@@ -64,14 +64,14 @@ def test_each_call_that_changes_files_meets_each_fault(files, tmp_path, name, mo
     call = {"command": command, "arguments": absolute(arguments)}
     call["options"] = {key: absolute(value) for key, value in options.items()}
     (tmp_path / "call.json").write_text(json.dumps(call))
-    told = run_script("offline_commands", tmp_path / "call.json", out, mode, *kinds)
-    assert tuple(told) == kinds
-    for kind in [kind for kind in KINDS if kind in told]:
-        outcome = told[kind]
+    outcomes = run_script("offline_commands", tmp_path / "call.json", out, mode, *kinds)
+    assert tuple(outcomes) == kinds
+    for kind in [kind for kind in KINDS if kind in outcomes]:
+        outcome = outcomes[kind]
         assert outcome["calls"] >= 10
         if kind != "read-only":
             assert set(outcome["kept"]) == set(range(most_kept + 1)), kind  # complete files were not made again
-    assert told["kill"]["left"] > 0
+    assert outcomes["kill"]["left"] > 0
 
 
 def stop(files, out: Path, monkeypatch, after: int, killed: bool = False, **options) -> None:
@@ -95,7 +95,7 @@ def stop(files, out: Path, monkeypatch, after: int, killed: bool = False, **opti
     assert not out.exists()
 
 
-def test_another_merge_begins_anew(files, tmp_path, monkeypatch):
+def test_another_merge_starts_from_the_beginning(files, tmp_path, monkeypatch):
     base, adapter = files
     expected = merge(base, [adapter], tmp_path / "whole") and tensors_of(tmp_path / "whole")
     out = tmp_path / "out"
@@ -253,7 +253,7 @@ def test_files_of_another_merge_are_not_taken_for_finished_ones(files, tmp_path,
     assert snapshot(tmp_path / "out") == expected
 
 
-def test_what_is_left_is_removed_by_a_run_of_another_kind(files, tmp_path, monkeypatch):
+def test_leftovers_are_removed_by_a_run_of_another_kind(files, tmp_path, monkeypatch):
     """No directory for a record stays: it would look like a record."""
     base, adapter = files
     stop(files, tmp_path / "out", monkeypatch, after=1, record=True)

@@ -86,7 +86,7 @@ def test_a_rank_that_suffices_leaves_nothing_and_energy_finds_it():
         (gpt2, {"target_modules": ["c_attn", "c_proj"]}, {"fan_in_fan_out": True}),
     ],
 )
-def test_what_an_adapter_did_is_found_again(family, settings, options, tmp_path):
+def test_the_update_of_an_adapter_is_extracted(family, settings, options, tmp_path):
     model = family().eval()
     tuned_by_adapter(model, tmp_path, **settings)
     report = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=8, **options)
@@ -140,7 +140,7 @@ def test_the_same_files_give_the_same_adapter(tmp_path):
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
-def test_what_no_adapter_can_do_is_listed(tmp_path):
+def test_changes_that_no_adapter_can_express_are_listed(tmp_path):
     tensors = {"a.weight": torch.ones(4, 4), "b.weight": torch.ones(4, 4), "c.weight": torch.ones(3)}
     save_checkpoint(tensors | {"gone.weight": torch.ones(1), "top": torch.ones(2)}, tmp_path / "base")
     changed = {"a.weight": torch.ones(4, 4) * 2, "b.weight": torch.ones(5, 4), "c.weight": torch.ones(3)}

@@ -315,7 +315,7 @@ def refused(base: Path, adapters: list[Path], out: Path, *fragments: str, error=
     assert not [path for path in out.parent.iterdir() if path.name.startswith(f".{out.name}")]
 
 
-def test_what_does_not_fit_is_listed(llama_files, tmp_path):
+def test_tensors_that_do_not_fit_are_listed(llama_files, tmp_path):
     _, adapter = llama_files
     bert().save_pretrained(tmp_path / "bert")
     paths = [f"model.layers.{i}.{part}.weight" for i in (0, 1) for part in ("self_attn.q_proj", "mlp.up_proj")]

@@ -1,4 +1,4 @@
-"""If ``unmerge`` reports an exact result, it has every bit of the base, whichever byte of its input was changed."""
+"""If ``unmerge`` reports an exact result, it has every bit of the base, for any changed byte of its input."""
 
 from __future__ import annotations
 
@@ -56,17 +56,17 @@ def flip(path: Path, at: int, bit: int = 4) -> None:
 
 def test_a_flipped_byte_of_the_checkpoint(files, merged):
     """The change is refused with the name of the tensor, unless all bits of the base are in the record."""
-    told: dict[str, list[str]] = {}
+    outcomes: dict[str, list[str]] = {}
     for path in sorted(merged.glob("*.safetensors")):
         for what, at in places(path):
             for bit in (0, 7):
                 flip(path, at, bit)
-                told.setdefault(what, []).append(outcome(files, merged))
+                outcomes.setdefault(what, []).append(outcome(files, merged))
                 flip(path, at, bit)
-    assert told.keys() == {"header", *tensors_of(merged)}
-    reasons = told.pop("header")
+    assert outcomes.keys() == {"header", *tensors_of(merged)}
+    reasons = outcomes.pop("header")
     assert sum(map(bool, reasons)) > 0.8 * len(reasons)  # metadata is restored from the record
-    for key, reasons in told.items():
+    for key, reasons in outcomes.items():
         expected = f"unmerge: {key} was changed since it was merged"
         assert all(expected in reason for reason in reasons if reason), reasons
         if key.startswith(("new.", "full.")):
@@ -77,17 +77,17 @@ def test_a_flipped_byte_of_the_checkpoint(files, merged):
 
 
 def test_a_flipped_byte_of_the_record(files, merged):
-    told: dict[str, list[str]] = {}
+    outcomes: dict[str, list[str]] = {}
     for path in sorted((merged / "merge_record").glob("*.safetensors")):
         for what, at in places(path):
             for bit in (0, 7):
                 flip(path, at, bit)
-                told.setdefault(what, []).append(outcome(files, merged))
+                outcomes.setdefault(what, []).append(outcome(files, merged))
                 flip(path, at, bit)
-    kinds = {key.rpartition(":")[2] for key in told} - {"header"}
+    kinds = {key.rpartition(":")[2] for key in outcomes} - {"header"}
     assert kinds == {"lora_A.0", "lora_B.0", "words", "corrections", "rows", "indices", "base"}
-    assert all(told.pop("header"))
-    for part, reasons in told.items():
+    assert all(outcomes.pop("header"))
+    for part, reasons in outcomes.items():
         key, _, kind = part.rpartition(":")
         if kind in ("rows", "base", "words", "indices"):
             assert all(reasons), part
@@ -136,7 +136,7 @@ def test_a_flipped_byte_of_the_index(files, merged):
     assert outcome(files, merged) == ""  # the record has the base's index
 
 
-def test_what_is_of_another_merge(files, merged, tmp_path):
+def test_files_of_another_merge(files, merged, tmp_path):
     """Files of another merge of the same base: a checkpoint file, a file of its record, both, or the whole record."""
     other = tmp_path.parent / f"{tmp_path.name} other"
     torch.manual_seed(1)
@@ -264,14 +264,14 @@ def test_command(files, merged, capsys):
     (merged / "config.json").write_text("{}")
     (merged / "notes\n\x1b[31m").write_text("")
     assert cli.main([*arguments, "--overwrite"]) == 1
-    told = capsys.readouterr().out
-    assert "not exact, because other files are not those of the base:" in told
-    assert "\n  config.json was changed since the merge\n" in told
-    assert "\n  notes\\n\\x1b[31m is not of the base\n" in told
+    printed = capsys.readouterr().out
+    assert "not exact, because other files are not those of the base:" in printed
+    assert "\n  config.json was changed since the merge\n" in printed
+    assert "\n  notes\\n\\x1b[31m is not of the base\n" in printed
     assert cli.main([*arguments, "--overwrite", "--json"]) == 1
-    told = json.loads(capsys.readouterr().out)
-    assert told["exact"] is False
-    assert "config.json was changed since the merge" in told["because"]
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["exact"] is False
+    assert "config.json was changed since the merge" in printed["because"]
     shard = next(merged.glob("*.safetensors"))
     flip(shard, -1)
     before = snapshot(out)

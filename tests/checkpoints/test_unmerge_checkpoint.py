@@ -100,7 +100,7 @@ def test_without_a_record_the_update_is_subtracted(files):
     assert not torch.equal(restored["a.weight"], base["a.weight"])
 
 
-def test_what_cannot_be_undone_is_refused(files):
+def test_merges_that_cannot_be_undone_are_refused(files):
     refused(files / "plain", files / "out", ValueError, "plain has no merge_record", "give the adapters")
     refused(files / "recorded", files / "out", ValueError, "has a record of its merge", adapters=[files / "adapter"])
     model = nn.ModuleDict({"a": nn.Linear(300, 20), "b": nn.Linear(9, 7)})

@@ -59,7 +59,7 @@ def hidden() -> list[str]:
     return [path.name for path in out.parent.iterdir() if path.name.startswith(".")]
 
 
-def check_told(outcome: Outcome, kind: str) -> None:
+def check_message(outcome: Outcome, kind: str) -> None:
     """Checks that the error names the disk's path and a remedy; after the exchange, the leftovers."""
     assert outcome.ended == "raised", outcome
     if "is complete, but" in outcome.message:
@@ -92,10 +92,10 @@ old = found()
 assert attempt(run, Fault(out.parent)).ended == "returned"
 new = found()
 assert new not in (None, old)
-told, seen = {}, {}
+results, seen = {}, {}
 for kind in sys.argv[4:]:
     if kind == "no rights":
-        told[kind] = try_closed_directories()
+        results[kind] = try_closed_directories()
         continue
     kept, with_leftovers = [], 0
     for at, outcome in each_call(run, out.parent, kind, lambda: restore(out, old)):
@@ -108,7 +108,7 @@ for kind in sys.argv[4:]:
         if kind == "kill":
             assert outcome.ended == "killed", (at, outcome)
         else:
-            check_told(outcome, kind)
+            check_message(outcome, kind)
         with_leftovers += bool(hidden())
         before = state()
         if before in seen:
@@ -120,5 +120,5 @@ for kind in sys.argv[4:]:
         else:
             seen[before] = finish()
             kept.append(seen[before])
-    told[kind] = {"calls": at - 1, "kept": kept, "left": with_leftovers}
-print(json.dumps(told))
+    results[kind] = {"calls": at - 1, "kept": kept, "left": with_leftovers}
+print(json.dumps(results))

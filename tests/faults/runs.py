@@ -64,7 +64,7 @@ def try_calls(
     """Runs ``run(resume)`` with the fault at every ``step``-th call, and resumes it.
 
     Args:
-        run: writes its results to ``out``, whose parent is watched.
+        run: writes its results to ``out``; calls below the parent of ``out`` are counted.
         marker: the file that marks a run that can be resumed.
         left_alone: names of files that differ from run to run.
         check: checks ``out`` after a fault; gets the results of a run without faults.

@@ -136,14 +136,14 @@ def lacking(*args, **kwargs):
     raise OSError(errno.EPERM, "not on this file system")
 
 
-told = {}
+results = {}
 gc.freeze()  # a fork copies the pages that the collector writes to
 for name in sys.argv[3:]:
     before, lacks = name.split(",")
     case = Case(before, lacks)
     with mock.patch.object(*LACKING.get(lacks, (case, "lacks")), lacking if lacks in LACKING else lacks):
-        told[name] = {kind: case.tries(kind) for kind in ("kill", "disk full", "read-only")}
+        results[name] = {kind: case.tries(kind) for kind in ("kill", "disk full", "read-only")}
         if case.old is not None:
             case.without_rights()
-    told[name]["left"] = case.leftovers
-print(json.dumps(told))
+    results[name]["left"] = case.leftovers
+print(json.dumps(results))

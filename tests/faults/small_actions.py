@@ -33,7 +33,7 @@ def by_cpp(directory: Path) -> None:
     torch.save(tensors, directory / "file")
 
 
-told: dict[str, dict] = {}
+results: dict[str, dict] = {}
 for action in (by_python, by_rust, by_cpp):
     directory = top / action.__name__
     elsewhere = top / "elsewhere"
@@ -47,7 +47,7 @@ for action in (by_python, by_rust, by_cpp):
 
     elsewhere.mkdir(exist_ok=True)
     prepare()
-    seen = told[action.__name__] = {"elsewhere": attempt(run, Fault(elsewhere, "kill", 1)).ended}
+    seen = results[action.__name__] = {"elsewhere": attempt(run, Fault(elsewhere, "kill", 1)).ended}
     for kind in ("kill", "disk full", "read-only"):
         tries = [outcome for _, outcome in each_call(run, directory, kind, prepare)]
         seen[kind] = {"calls": len(tries) - 1, "ended": sorted({t.ended for t in tries}), "last": tries[-1].ended}
@@ -57,4 +57,4 @@ for action in (by_python, by_rust, by_cpp):
     directory.chmod(0o500)
     seen["no rights"] = attempt(run, Fault(elsewhere), as_owner_only=True).error
     directory.chmod(0o700)
-print(json.dumps(told))
+print(json.dumps(results))

@@ -10,13 +10,13 @@ pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
+def results(tmp_path_factory):
     return run_script("small_actions", tmp_path_factory.mktemp("faults"))
 
 
 @pytest.mark.parametrize("action", ["by_python", "by_rust", "by_cpp"])
-def test_each_call_meets_each_fault(told, action):
-    seen = told[action]
+def test_each_call_meets_each_fault(results, action):
+    seen = results[action]
     assert seen["elsewhere"] == "returned"  # files outside the directory are not watched
     assert seen["kill"]["ended"] == ["killed", "returned"]
     for kind in ("disk full", "read-only"):
@@ -28,7 +28,7 @@ def test_each_call_meets_each_fault(told, action):
     assert seen["no rights"]  # root without its privileges is refused, too
 
 
-def test_errors_are_those_of_each_library(told):
+def test_errors_are_those_of_each_library(results):
     for action, error in (("by_python", "OSError"), ("by_rust", "SafetensorError"), ("by_cpp", "RuntimeError")):
-        assert told[action]["disk full"]["errors"] == told[action]["read-only"]["errors"] == [error]
-    assert told["by_python"]["no rights"] == "PermissionError"
+        assert results[action]["disk full"]["errors"] == results[action]["read-only"]["errors"] == [error]
+    assert results["by_python"]["no rights"] == "PermissionError"

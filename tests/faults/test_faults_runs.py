@@ -19,9 +19,9 @@ KINDS = ["kill", "disk full", "read-only"]
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("script", ["finetune_faults", "compare_faults"])
 def test_some_calls(tmp_path, script, kind):
-    told = run_script(script, tmp_path, kind, "17", "lora")
-    assert told["calls"] > 50 and told["tries"] >= (2 if kind == "disk full" else told["calls"] // 18)
-    assert kind == "kill" or len(told["kinds"]) > 1
+    results = run_script(script, tmp_path, kind, "17", "lora")
+    assert results["calls"] > 50 and results["tries"] >= (2 if kind == "disk full" else results["calls"] // 18)
+    assert kind == "kill" or len(results["kinds"]) > 1
 
 
 @pytest.mark.slow
@@ -38,6 +38,6 @@ def test_every_call_of_compare(tmp_path, kind):
 
 
 def test_every_call_of_plan_analyze_and_report(tmp_path):
-    told = run_script("small_commands_faults", tmp_path)
-    assert told["run_report"]["kill"] >= 3 < told["run_plan"]["kill"] < told["run_analyze"]["kill"]
-    assert all(calls["kill"] >= calls["read-only"] >= calls["disk full"] > 0 for calls in told.values())
+    results = run_script("small_commands_faults", tmp_path)
+    assert results["run_report"]["kill"] >= 3 < results["run_plan"]["kill"] < results["run_analyze"]["kill"]
+    assert all(calls["kill"] >= calls["read-only"] >= calls["disk full"] > 0 for calls in results.values())

@@ -49,7 +49,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a try ended.
+    """The outcome of a try.
 
     Attributes:
         ended: "returned", "raised" or "killed".
@@ -83,22 +83,22 @@ def attempt(action: Callable[[], Any], fault: Fault, *, as_owner_only: bool = Fa
                 drop_privileges()
             fault.arm()
             try:
-                told = {"ended": "returned", "result": action()}
+                report = {"ended": "returned", "result": action()}
             except BaseException as error:
                 bases = [base.__name__ for base in type(error).__mro__]
-                told = {"ended": "raised", "error": type(error).__name__, "message": str(error), "bases": bases}
-            told |= {"calls": _LIBC.faults_count(), "last": _LIBC.faults_last().decode()}
+                report = {"ended": "raised", "error": type(error).__name__, "message": str(error), "bases": bases}
+            report |= {"calls": _LIBC.faults_count(), "last": _LIBC.faults_last().decode()}
             with os.fdopen(writing, "w") as pipe:
-                json.dump(told, pipe)
+                json.dump(report, pipe)
             status = 0
         finally:
             os._exit(status)
     os.close(writing)
     with os.fdopen(reading) as pipe:
-        told = pipe.read()
+        report = pipe.read()
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert status in (0, -signal.SIGKILL), f"the process ended with {status}"
-    return Outcome(**json.loads(told)) if status == 0 else Outcome("killed")
+    return Outcome(**json.loads(report)) if status == 0 else Outcome("killed")
 
 
 def each_call(

@@ -150,7 +150,7 @@ def test_corrupted_tensors(directory: Path, change: str):
 # --- what the keys mean -----------------------------------------------------------------------------------------------
 
 
-def test_the_keys_tell_every_layer_type(directory: Path):
+def test_the_keys_identify_every_layer_type(directory: Path):
     contents = read_contents(AdapterFile.open(directory))
     kinds = sorted((update.path, update.kind) for update in contents.updates)
     assert kinds == [

@@ -59,7 +59,7 @@ def finding(kind: str, function: str, detail: str, place: str = "") -> Finding:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call ended: refused, compared, accepted (not compared) or void (its arguments cannot be made)."""
+    """The outcome of a call: refused, compared, accepted (not compared) or void (its arguments cannot be made)."""
 
     kind: str
     findings: tuple[Finding, ...] = ()

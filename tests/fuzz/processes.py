@@ -25,7 +25,7 @@ PROCESSOR_SECONDS, CLOCK_SECONDS = 30.0, 120.0
 
 @dataclass
 class Report:
-    """How a case ended.
+    """The outcome of a case.
 
     Attributes:
         seed: the case's seed, or None.

@@ -102,7 +102,7 @@ def test_a_planted_reader_is_found(planted, kind):
     assert kind in found, planted.table()
 
 
-def test_what_is_printed_is_a_program_that_fails_in_the_same_way(planted):
+def test_the_printed_program_fails_in_the_same_way(planted):
     found = next(entry for entry in planted.found.values() if entry.finding.function.endswith(".crashes"))
     assert "signal SIGSEGV" in found.text() and f"seed {found.first.seed}" in found.text()
     environment = {"PYTHONPATH": f"{TESTS}:{Path(lora_ext.__file__).parent.parent}"}

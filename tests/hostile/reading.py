@@ -46,23 +46,23 @@ def limited(action: Callable[[], object]) -> dict:
         try:
             resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
             begin, before = time.process_time(), _peak(reset=True)
-            told = {"error": "", "message": "", "trace": ""}
+            report = {"error": "", "message": "", "trace": ""}
             try:
                 action()
             except BaseException as error:
                 lines = traceback.format_exception(error, limit=-3)
-                told = {"error": type(error).__name__, "message": str(error), "trace": "".join(lines)[-2000:]}
-            told |= {"seconds": time.process_time() - begin, "megabytes": _peak() - before}
+                report = {"error": type(error).__name__, "message": str(error), "trace": "".join(lines)[-2000:]}
+            report |= {"seconds": time.process_time() - begin, "megabytes": _peak() - before}
             with os.fdopen(writing, "wb") as pipe:
-                pipe.write(json.dumps(told).encode())
+                pipe.write(json.dumps(report).encode())
             status = 0
         finally:
             os._exit(status)
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:
-        told = pipe.read()
+        report = pipe.read()
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return json.loads(told) if status == 0 else {"error": f"ended with {status}", "message": "", "trace": ""}
+    return json.loads(report) if status == 0 else {"error": f"ended with {status}", "message": "", "trace": ""}
 
 
 def _peak(reset: bool = False) -> float:

@@ -27,14 +27,14 @@ def test_hostile_files_end_with_a_message(attacks, tmp_path):
         check=True,
     )
     wrong = []
-    for name, words, told in json.loads((tmp_path / "results").read_text()):
-        error, message = told["error"], told["message"]
+    for name, words, report in json.loads((tmp_path / "results").read_text()):
+        error, message = report["error"], report["message"]
         if error not in ("", "ValueError", "TypeError", "FileNotFoundError", "OSError"):
-            wrong.append(f"{name}: {error}: {message[:200]}\n{told['trace']}")
+            wrong.append(f"{name}: {error}: {message[:200]}\n{report['trace']}")
         elif words is not None and (words not in message or bool(words) != bool(error)):
             wrong.append(f"{name}: want {words!r}, not {error} {message[:300]!r}")
         elif len(message) > 15_000 or not message.replace("\n", "").isprintable():
             wrong.append(f"{name}: a message of {len(message)} characters: {message[:300]!r}")
-        elif told["megabytes"] > 100:
-            wrong.append(f"{name}: {told['megabytes']:.0f} MB")
+        elif report["megabytes"] > 100:
+            wrong.append(f"{name}: {report['megabytes']:.0f} MB")
     assert not wrong, "\n".join(wrong)

@@ -139,7 +139,7 @@ def expression(rng: random.Random, depth: int) -> str:
     return f"({inner()})"
 
 
-def test_random_expressions_match_what_re_matches():
+def test_random_expressions_match_like_re():
     rng, tried = random.Random(1), 0
     while tried < 5000:
         source = "".join(expression(rng, rng.randint(0, 3)) for _ in range(rng.randint(1, 3)))

@@ -47,7 +47,7 @@ def net(**settings) -> Net:
         ("net", {"target_modules": ["up", "head"], "modules_to_save": ["norm"]}),
     ],
 )
-def test_selects_what_peft_selects(family, settings):
+def test_selects_the_same_layers_as_peft(family, settings):
     model = FAMILIES[family]()
     theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**settings))
     adapted = {path.removeprefix("base_model.model.") for path, m in theirs.named_modules() if hasattr(m, "lora_A")}

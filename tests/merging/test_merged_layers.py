@@ -249,7 +249,7 @@ def test_moved_to_a_gpu_and_back(gpu):
     assert all_same(weights(model), pristine)
 
 
-def test_state_dict_holds_the_merged_weight_and_nothing_of_the_record():
+def test_state_dict_holds_the_merged_weight_but_no_record():
     model = hard_model([torch.float32, torch.float16])
     keys, pristine = list(model.state_dict()), copy.deepcopy(model)
     merge(model, "b")

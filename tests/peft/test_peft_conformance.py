@@ -82,7 +82,7 @@ def test_a_tree_that_cannot_be_tested(tmp_path):
     done = run(tmp_path, "import no_such_module")
     assert done.returncode == 1 and "pytest ended with 2" in done.stderr and "no_such_module" in done.stderr
     done = subprocess.run([sys.executable, str(SCRIPT), str(tmp_path / "absent")], capture_output=True, text=True)
-    assert done.returncode == 1 and "is no source tree of peft" in done.stderr and "PEFT_SOURCE" in done.stderr
+    assert done.returncode == 1 and "is not a source tree of peft" in done.stderr and "PEFT_SOURCE" in done.stderr
 
 
 @pytest.fixture(autouse=True)

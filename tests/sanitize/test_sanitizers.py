@@ -26,7 +26,7 @@ def test_an_edit_of_text_that_is_gone_says_so():
 
 
 @pytest.mark.parametrize("name", SANITIZERS)
-def test_a_compiler_without_the_library_is_told_how_to_get_it(name, tmp_path, monkeypatch):
+def test_a_missing_sanitizer_library_is_reported_with_its_package(name, tmp_path, monkeypatch):
     compiler = tmp_path / "g++"
     compiler.write_text('#!/bin/sh\necho "${1#-print-file-name=}"\n')  # gcc's output for a file that it does not have
     compiler.chmod(0o755)

@@ -181,7 +181,7 @@ def test_mistakes_are_one_message_and_exit_code_2(files, tmp_path, capsys, argum
     assert not (tmp_path / "out").exists()
 
 
-def test_adapters_that_do_not_fit_are_told_so(files, tmp_path, capsys):
+def test_adapters_that_do_not_fit_are_reported(files, tmp_path, capsys):
     torch.manual_seed(3)
     bert().save_pretrained(tmp_path / "bert")
     own_adapter(bert(), tmp_path / "query", 0, target_modules=["query"])

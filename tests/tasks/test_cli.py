@@ -169,7 +169,7 @@ def test_a_resumed_run_computes_with_as_many_threads_as_before(tmp_path: Path, c
         torch.set_num_threads(before)
 
 
-def test_what_cannot_be_written_is_one_line(tmp_path: Path):
+def test_a_failing_write_gives_one_line(tmp_path: Path):
     """Writing to the standard output fails with one line, too."""
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "lora_ext", "info"]

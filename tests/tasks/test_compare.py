@@ -1,4 +1,4 @@
-"""compare and sweep on a tiny model: what they report is what the runs gave, whatever interrupts them."""
+"""compare and sweep on a tiny model: tables match the runs, interruptions change nothing, mistakes are reported."""
 
 from __future__ import annotations
 
@@ -69,15 +69,15 @@ def runs_of(out: Path) -> dict[Path, dict[str, Any]]:
     return {path.parent.relative_to(out): json.loads(path.read_text()) for path in sorted(out.rglob("metrics.json"))}
 
 
-def test_the_table_has_what_the_runs_gave(compared: Path):
+def test_the_table_matches_the_metrics_of_the_runs(compared: Path):
     result, runs = json.loads((compared / "compare.json").read_text()), runs_of(compared)
     assert [row["label"] for row in result["methods"]] == METHODS
     assert len(runs) == 6
     for row in result["methods"]:
-        own = [each for each in runs.values() if each["settings"] | {"seed": 0} == row["settings"]]
-        assert row["accuracy"]["values"] == [each["after"]["accuracy"] for each in own]
+        of_method = [run for run in runs.values() if run["settings"] | {"seed": 0} == row["settings"]]
+        assert row["accuracy"]["values"] == [run["after"]["accuracy"] for run in of_method]
         assert row["accuracy"]["mean"] == pytest.approx(sum(row["accuracy"]["values"]) / 2)
-        assert row["trained_parameters"] == own[0]["trainable_parameters"]
+        assert row["trained_parameters"] == of_method[0]["trainable_parameters"]
         assert row["head_parameters"] == 2 * 32 + 2
         assert row["step_ms"]["q1"] <= row["step_ms"]["median"] <= row["step_ms"]["q3"]
         assert ("merged_forward_ms" in row) == (row["method"] == "lora")
@@ -92,11 +92,11 @@ def test_the_table_has_what_the_runs_gave(compared: Path):
     assert not list(compared.rglob("checkpoints"))
     assert all(row["runs_at_once"] == 2 for row in result["methods"]) and result["left_out"] == []
     assert "\\* | " in text and "of runs that shared the machine, up to 2 at once" in text
-    assert all("latency" not in each for each in runs.values())  # what compare measures by itself
+    assert all("latency" not in run for run in runs.values())  # compare measures latency itself
 
 
-def test_a_run_is_what_finetune_does(compared: Path, tmp_path: Path):
-    directory, metrics = next((path, each) for path, each in runs_of(compared).items() if "lora-r=2" in str(path))
+def test_a_run_equals_finetune(compared: Path, tmp_path: Path):
+    directory, metrics = next((path, run) for path, run in runs_of(compared).items() if "lora-r=2" in str(path))
     with one_thread():
         alone = finetune(Settings(**metrics["settings"]), tmp_path / "alone")
     assert alone["after"] == metrics["after"]
@@ -120,7 +120,7 @@ def test_resuming_a_finished_comparison_adds_methods_and_repeats_nothing(options
     assert [row["label"] for row in result["methods"]] == METHODS
 
 
-def test_resuming_with_other_texts_repeats_what_was_done_with_the_old_ones(tmp_path: Path):
+def test_resuming_with_other_texts_repeats_the_runs_and_costs(tmp_path: Path):
     directory = tmp_path / "files"
     rows = tiny_classifier.reviews(60)
     options = ["--model", str(tiny_classifier.save_model(directory)), "--max-length", "32", "--epochs", "1"]
@@ -131,8 +131,9 @@ def test_resuming_with_other_texts_repeats_what_was_done_with_the_old_ones(tmp_p
     tiny_classifier.save_reviews(data, rows[:30])
     assert main(["compare", "--resume", "--out", str(out)]) == 0
     again = runs_of(out)
-    assert [each["examples"]["train"] for each in (*first.values(), *again.values())] == [48, 24]
-    fingerprints = [each["data_sha256"] for each in (*first.values(), *again.values())]
+    both = [*first.values(), *again.values()]
+    assert [run["examples"]["train"] for run in both] == [48, 24]
+    fingerprints = [run["data_sha256"] for run in both]
     assert json.loads((out / "costs.json").read_text())["data_sha256"] == fingerprints[1] != fingerprints[0]
 
 
@@ -144,10 +145,10 @@ def test_interrupted_and_resumed_ends_like_uninterrupted(options: list[str], tmp
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen([*command, *longer, "--out", str(out)], env=environment, start_new_session=True, **pipes)
     log = out / "runs" / "lora" / "seed-0.log"
-    while not log.is_file() or "finetune: " not in log.read_text():  # it is training
+    while not log.is_file() or "finetune: " not in log.read_text():  # until training has begun
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     output = process.communicate()[0]
     assert process.returncode == 130, output
     assert f"to continue: lora-ext compare --resume --out {out}" in output
@@ -156,7 +157,7 @@ def test_interrupted_and_resumed_ends_like_uninterrupted(options: list[str], tmp
     subprocess.run([*command, "--resume", "--out", str(out)], env=environment, check=True, **pipes)
     assert main(["compare", *longer, "--out", str(tmp_path / "whole")]) == 0
     resumed, whole = runs_of(out), runs_of(tmp_path / "whole")
-    assert {path: each["after"] for path, each in resumed.items()} == {p: each["after"] for p, each in whole.items()}
+    assert {path: run["after"] for path, run in resumed.items()} == {path: run["after"] for path, run in whole.items()}
     assert len(whole) == 2
 
 
@@ -164,23 +165,24 @@ def test_methods_that_do_not_suit_the_checkpoint_are_left_out(options: list[str]
     model = tmp_path / "model"
     tiny_classifier.save_tokenizer(model)
     BertModel(tiny_classifier.config(), add_pooling_layer=False).save_pretrained(model)
-    own = [*options, "--model", str(model), "--seeds", "0", "--out", str(tmp_path / "out")]
-    assert main(["compare", *own, "--methods", "full:learning-rate=5e-3", "bitfit", "lora:modules-to-save=pooler"]) == 3
+    arguments = [*options, "--model", str(model), "--seeds", "0", "--out", str(tmp_path / "out")]
+    methods = ["full:learning-rate=5e-3", "bitfit", "lora:modules-to-save=pooler"]
+    assert main(["compare", *arguments, "--methods", *methods]) == 3
     assert "bitfit is left out: --method bitfit: " in (said := capsys.readouterr().out)
     result, text = (tmp_path / "out" / name for name in ("compare.json", "compare.md"))
     result = json.loads(result.read_text())
     assert [row["label"] for row in result["methods"]] == ["full:learning-rate=5e-3", "lora:modules-to-save=pooler"]
-    ((label, reason),) = [each.values() for each in result["left_out"]]
+    ((label, reason),) = [method.values() for method in result["left_out"]]
     assert label == "bitfit" and "has no values for bert.pooler.dense" in reason
-    assert "Left out, as the checkpoint does not suit them:\n\n- `bitfit`: " in text.read_text() and reason in said
+    assert "Left out, because they do not suit the checkpoint:\n\n- `bitfit`: " in text.read_text() and reason in said
     assert "bitfit" in result["command"]
     assert main(["compare", "--resume", "--out", str(tmp_path / "out")]) == 3
-    assert main(["compare", *own[:-1], str(tmp_path / "none"), "--methods", "bitfit", "head-only"]) == 2
+    assert main(["compare", *arguments[:-1], str(tmp_path / "none"), "--methods", "bitfit", "head-only"]) == 2
     assert "--methods: none suits the model: bitfit: " in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 
-def test_lines_join_what_differs_by_one_size(options: list[str]):
+def test_lines_join_rows_that_differ_in_one_size(options: list[str]):
     def row(text: str, parameters: int) -> dict[str, Any]:
         spec = MethodSpec.parse(text)
         settings = spec.settings(asdict(Settings()) | {"learning_rate": None}, 0)
@@ -197,7 +199,7 @@ def test_lines_join_what_differs_by_one_size(options: list[str]):
         "lora:r=5:target-modules=k:name=small",
     ]
     lines = lines_of([row(label, 10 * (len(labels) - at)) for at, label in enumerate(labels)])
-    assert {name: [each["label"] for each in rows] for name, rows in lines.items()} == {
+    assert {name: [point["label"] for point in points] for name, points in lines.items()} == {
         "lora, r 4, 2, 8": ["lora:r=4", "lora:r=2", "lora:r=8"],
         "lora:target-modules=q": ["lora:target-modules=q"],
         "adapter-h": ["adapter-h"],
@@ -255,18 +257,18 @@ def test_sweep_tabulates_ranks_and_weights(options: list[str], tmp_path: Path):
     arguments = ["--ranks", "1,3", "--targets", "q;q,v,o", "--seeds", "0", "--budget", "600", "--out", str(tmp_path)]
     assert main(["sweep", *options, *arguments]) == 0
     result, runs = json.loads((tmp_path / "sweep.json").read_text()), runs_of(tmp_path)
-    # rank 1 on q of two layers: 2 * (32 + 32); 600 parameters are rank 4 of that, and rank 1 of q, v, o
+    # rank 1 on q in two layers: 2 * (32 + 32) parameters; a budget of 600 allows rank 4 on q, and rank 1 on q,v,o
     cells = {(cell["r"], cell["target_modules"]): cell for cell in result["cells"]}
     assert set(cells) == {(1, "q"), (3, "q"), (1, "q,v,o"), (3, "q,v,o"), (4, "q")}
     assert {key: cell["parameters"] for key, cell in cells.items()} == {
         (r, targets): r * len(targets.split(",")) * 2 * 64 for r, targets in cells
     }
     assert [cell["parameters"] for cell in result["within_budget"]] == [512, 384]
-    assert result["best_rank"] == {"q": None, "q,v,o": None}  # of one seed nobody knows
+    assert result["best_rank"] == {"q": None, "q,v,o": None}  # one seed has no spread
     for metrics in runs.values():
-        own = metrics["settings"]
-        assert metrics["trainable_parameters"] == cells[own["r"], own["target_modules"]]["parameters"] + 66
-        assert cells[own["r"], own["target_modules"]]["accuracy"]["values"] == [metrics["after"]["accuracy"]]
+        cell = cells[metrics["settings"]["r"], metrics["settings"]["target_modules"]]
+        assert metrics["trainable_parameters"] == cell["parameters"] + 66  # the head
+        assert cell["accuracy"]["values"] == [metrics["after"]["accuracy"]]
     assert "| `q,v,o` | 384 |" in (tmp_path / "sweep.md").read_text()
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
@@ -323,9 +325,9 @@ def test_names_stand_for_methods_everywhere(options: list[str], tmp_path: Path, 
     assert "lora-qv, seed 0" in said.err
     assert main(["report", str(out)]) == 0
     page = (out / "report.html").read_text()
-    assert page.count("lora-qv") > 5 and page.count(NAMED[0]) == 2  # what the name stands for, and the command
+    assert page.count("lora-qv") > 5 and page.count(NAMED[0]) == 2  # once in the list of names, once in the command
 
-    # A resumed comparison knows its names, repeats nothing, and takes no other name for the same runs.
+    # A resumed comparison keeps its names, repeats nothing, and refuses another name for the same runs.
     before = {path: path.stat().st_mtime_ns for path in out.rglob("metrics.json")}
     again = ["compare", "--resume", "--out", str(out)]
     assert main([*again, "--methods", NAMED[0].replace("lora-qv", "query-value")]) == 2
@@ -375,7 +377,7 @@ def test_names_that_are_allowed():
     specs = [MethodSpec.parse(text) for text in texts]
     check_labels([(spec, spec.settings(options, 0)) for spec in specs])
     assert [spec.label for spec in specs] == [*texts[:2], "lora-qv", "A.b_c+d-1", "a" * 40]
-    assert MethodSpec.parse("lora:r=2:name=lora").label == "lora"  # where no other method is called so
+    assert MethodSpec.parse("lora:r=2:name=lora").label == "lora"  # allowed if no other method has this label
     assert without(texts, ["lora-qv", texts[3]]) == [*texts[:2], texts[4]]
     with pytest.raises(TaskError, match="--without lora-q: there are lora, lora:r=8, lora-qv"):
         without(texts, ["lora-q"])
@@ -400,16 +402,16 @@ def test_names_that_are_allowed():
         ),
         (["compare", "--methods", "lora", "--without", "bitfit"], "--without bitfit: there are lora"),
         (["sweep", "--ranks", "2,0"], "--ranks: LoraConfig: r is 0"),
-        (["sweep", "--budget", "0"], "--budget is 0, but all-linear has .* parameters at rank 1; want no fewer"),
+        (["sweep", "--budget", "0"], "--budget is 0, but all-linear has .* parameters at rank 1; want at least that"),
         (["sweep", "--seeds", "a"], "'a', want integers such as 0,1,2"),
         (["sweep", "--targets", ";"], "want sets of weights such as 'q;q,v'"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_run(options, tmp_path: Path, capsys, command, message):
+def test_mistakes_are_reported_before_the_first_run(options, tmp_path: Path, capsys, command, message):
     arguments = [command[0], *options, *command[1:], "--out", str(tmp_path / "out")]
     try:
         code = main(arguments)
-    except SystemExit as error:  # argparse's way
+    except SystemExit as error:  # raised by argparse
         code = error.code
     assert code == 2
     assert not (tmp_path / "out").exists()
@@ -459,14 +461,14 @@ def fills_the_disk(on_progress) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_disk_that_is_full_for_a_process_or_its_log_is_told_as_such(tmp_path: Path):
+def test_a_full_disk_in_a_process_or_its_log_raises_write_error(tmp_path: Path):
     with pytest.raises(WriteError, match=r"log.txt cannot be written: No space left on device"):
         in_process(fills_the_disk, log=tmp_path / "log.txt")
     with pytest.raises(WriteError, match=r"/dev/nowhere/log.txt cannot be written: No such file or directory"):
         in_process(fills_the_disk, log=Path("/dev/nowhere/log.txt"))
 
 
-def test_a_process_that_dies_is_told_with_its_log(tmp_path: Path):
+def test_a_process_that_dies_is_reported_with_its_log(tmp_path: Path):
     parts = []
     with pytest.raises(TaskError, match=r"a run failed: .*; .*log.txt has the rest"):
         in_process(dies, log=tmp_path / "log.txt", on_progress=parts.append)
@@ -477,7 +479,7 @@ def test_a_process_that_dies_is_told_with_its_log(tmp_path: Path):
 
 
 def counts_interrupts(settings: Settings, directory: Path, resume: bool, jobs: int, on_progress) -> None:
-    """In the place of a run: writes how many SIGINT it got in the second after the first one."""
+    """Replaces a run; writes the number of SIGINT received up to one second after the first."""
     got = []
     signal.signal(signal.SIGINT, lambda *args: got.append(args))
     directory.mkdir(parents=True)
@@ -505,7 +507,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-@pytest.mark.parametrize("send", [os.killpg, os.kill])  # what a terminal does, and a supervisor
+@pytest.mark.parametrize("send", [os.killpg, os.kill])  # as a terminal does, and as a supervisor does
 def test_every_run_gets_one_interrupt_and_none_is_left_behind(tmp_path: Path, jobs: int, send):
     (script := tmp_path / "script.py").write_text(INTERRUPTED)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}

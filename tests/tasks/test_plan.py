@@ -112,7 +112,7 @@ def test_the_demo_takes_the_memory_that_is_planned(method):
     assert predicted == pytest.approx(training_memory.growth(method, 16, 128), rel=0.15)
 
 
-def test_the_demo_is_what_finetune_trains():
+def test_the_demo_equals_the_model_that_finetune_trains():
     """The demo trains 339,075 of 23,053,446 parameters: the adapter and the new head, which has a frozen copy."""
     result = plan(PlanSettings(Settings()))
     assert result["runs"]["lora"]["trained_parameters"] == 339_075
@@ -155,7 +155,7 @@ def test_console_and_files(gpt2_directory, tmp_path, capsys):
     assert main(command("--out", str(out), "--overwrite", model=gpt2_directory)) == 0
 
 
-def test_json_is_what_is_written(gpt2_directory, capsys):
+def test_json_is_printed(gpt2_directory, capsys):
     assert main(command("--json", "--task", "classification", model=f"{gpt2_directory}/config.json")) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["task"] == "classification" and printed["capacity"] is None

@@ -1,4 +1,4 @@
-"""How far long work is: a bar on a terminal, few lines in a pipe."""
+"""Display of progress: a bar on a terminal, few lines in a pipe."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def clock(monkeypatch) -> Iterator[Clock]:
 
 
 def run(clock: Clock, steps: int, seconds: float, **options: object) -> None:
-    """Work of ``steps`` that takes so many seconds each."""
+    """Runs ``steps`` steps that take ``seconds`` each."""
     with progress("work", steps, unit="steps", **options) as shown:
         for step in range(steps):
             clock.now += seconds
@@ -118,7 +118,7 @@ def environment() -> dict[str, str]:
 
 
 def test_finetune_prints_few_lines_into_a_pipe(arguments: list[str], tmp_path: Path):
-    """180 steps and 30 evaluations: the Trainer's bars would print hundreds of states."""
+    """Runs 180 steps and 30 evaluations; the Trainer's bars would print hundreds of states."""
     command = [*arguments, "--out", str(tmp_path / "out")]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -138,7 +138,7 @@ def test_finetune_draws_bars_on_a_terminal(arguments: list[str], tmp_path: Path)
         try:
             if not (part := os.read(ours, 1 << 16)):
                 break
-        except OSError:  # the other end is closed
+        except OSError:  # the process has closed its end
             break
         output += part
     os.close(ours)

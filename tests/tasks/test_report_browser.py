@@ -1,4 +1,4 @@
-"""The page of ``lora-ext report`` in headless Chromium: wide, narrow, light, dark, without scripts, on paper."""
+"""The page of ``lora-ext report`` in headless Chromium: wide, narrow, light, dark, without scripts, printed."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_heading_sorts_its_table(tab: browser.Page, results: Path, page: Path)
 
 
 @pytest.mark.parametrize("scripts", [True, False])
-def test_marks_of_a_chart_tell_their_figures_under_the_pointer(tab: browser.Page, page: Path, scripts: bool):
+def test_marks_of_a_chart_show_their_figures_under_the_pointer(tab: browser.Page, page: Path, scripts: bool):
     tab.open(page, scripts=scripts)
     under = """[...document.querySelectorAll("svg.chart, svg.bars")].flatMap(svg => {
         svg.scrollIntoView({block: "center"});
@@ -93,7 +93,7 @@ def test_marks_of_a_chart_tell_their_figures_under_the_pointer(tab: browser.Page
     })"""
     titles = tab.evaluate(under)
     assert len(titles) > 100 and all(found for _, found in titles)
-    # Of marks that overlap, the one on top tells its figures.
+    # Where marks overlap, only the one on top shows its figures.
     assert sum(title == found for title, found in titles) > 0.7 * len(titles)
     assert any(title.startswith("lora:r=2: ") and " parameters" in title for title, _ in titles)
 

@@ -1,4 +1,4 @@
-"""The parts of the page of ``lora-ext report``: charts, their SVG, and tables."""
+"""Parts of the page of ``lora-ext report``: charts, their SVG, and tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``lora-ext report``: the page's figures, its sentences, and what must not get into it."""
+"""``lora-ext report``: figures and sentences of the page, and escaping of hostile input."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def numbers(value: Any) -> Iterator[float]:
 
 
 @pytest.mark.full
-def test_the_page_is_whole_and_asks_nothing_of_others(page: Path):
+def test_the_page_is_complete_and_loads_nothing(page: Path):
     parsed = Parsed(page)
     ids = [attributes["id"] for _, attributes in parsed.elements if "id" in attributes]
     assert len(ids) == len({*ids}) == 5
@@ -127,7 +127,7 @@ def test_the_page_is_whole_and_asks_nothing_of_others(page: Path):
     (style,), (script,) = parsed.texts["style"], parsed.texts["script"]
     assert "url(" not in style and "@import" not in style
     (policy,) = [
-        each["content"] for tag, each in parsed.elements if each.get("http-equiv") == "Content-Security-Policy"
+        meta["content"] for tag, meta in parsed.elements if meta.get("http-equiv") == "Content-Security-Policy"
     ]
     digests = {
         kind: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
@@ -194,8 +194,9 @@ def test_every_figure_of_analyze(results: Path, page: Path):
     for side in "AB":
         for i, row in enumerate(pair[side]["phi"], 1):
             assert all(f"({i}, {j}): {value:.3g}" in parsed.texts["title"] for j, value in enumerate(row, 1))
-    values = [one["adapters"][1]["singular_values"] for one in content["layers"] if "attention.self.key" in one["name"]]
-    second = sum(each[1] / each[0] for each in values) / 2  # of two layers, the mean is the median
+    keys = [layer for layer in content["layers"] if "attention.self.key" in layer["name"]]
+    spectra = [layer["adapters"][1]["singular_values"] for layer in keys]
+    second = sum(values[1] / values[0] for values in spectra) / 2  # for two layers the mean is the median
     assert any(
         re.match(rf".*attention\.self\.key, direction 2: {second:.3g}, ", says) for says in parsed.texts["title"]
     )
@@ -222,7 +223,7 @@ def test_every_figure_of_plan_and_finetune(results: Path, page: Path):
     assert f"data:image/png;base64,{single}" in curves and len(curves) == 3 + 4 + 1  # groups' first runs, and itself
 
 
-# --- what the page says -----------------------------------------------------------------------------------------------
+# --- sentences on the page --------------------------------------------------------------------------------------------
 
 
 def test_winners_are_marked_beyond_the_spread_only(copied: Path):
@@ -267,7 +268,7 @@ def test_parts_that_are_not_there_are_left_out(copied: Path, tmp_path: Path):
     page = Parsed(write_report(copied / "sweep", tmp_path / "page.html"))
     assert page.texts["h2"] == ["LoRA by rank and by weights"]
     shutil.rmtree(copied / "sweep")
-    (copied / COMPARE).unlink()  # a comparison that is not finished: its runs are there
+    (copied / COMPARE).unlink()  # as in an unfinished comparison: only the runs exist
     page = Parsed(write_report(copied))
     assert page.texts["h2"].count("A single run") == 1 + 6
     (copied / "single" / "loss_curve.png").write_text("no picture")
@@ -305,7 +306,7 @@ def test_results_without_some_figures(copied: Path):
 HOSTILE = "</td></title><script>alert(1)</script><img src=x onerror=alert(2)>\" onload='alert(3)' &amp; \x00"
 
 
-def test_what_files_hold_stays_text(copied: Path):
+def test_content_of_files_stays_text(copied: Path):
     def change(content: dict[str, Any]) -> None:
         content["methods"][1].update(label=HOSTILE, method=HOSTILE)
         content.update(command=[HOSTILE])
@@ -343,7 +344,7 @@ def test_a_file_that_is_no_result_is_named(copied: Path, name: str, text: str, m
     assert not (copied / "report.html").exists()
 
 
-def test_what_is_in_the_way_is_not_replaced(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_an_existing_file_is_not_replaced(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     (tmp_path / "empty").mkdir()
     assert main(["report", str(tmp_path / "empty")]) == 2
     assert "holds no result of lora-ext: finetune writes metrics.json" in capsys.readouterr().err
@@ -364,8 +365,8 @@ def test_what_is_in_the_way_is_not_replaced(copied: Path, tmp_path: Path, capsys
     assert Parsed(copied / "report.html").texts["h1"] == ["Week 3 & 4"]
 
 
-def test_it_needs_matplotlib_alone(copied: Path, page: Path, tmp_path: Path):
-    """Results are carried to machines without the packages that made them."""
+def test_report_needs_no_package_except_matplotlib_and_jinja2(copied: Path, page: Path, tmp_path: Path):
+    """Users copy results to machines that lack the packages that produced them."""
 
     def report_without(*names: str) -> subprocess.CompletedProcess:
         code = (
@@ -390,7 +391,7 @@ def test_a_large_analysis_makes_no_large_page(copied: Path):
             pair[side].update(phi=phi, random_mean=phi)
         content["summary"]["similarity"] = [pair] * 40
         first = content["layers"]
-        content["layers"] = [{**each, "name": f"block.{i}.{each['name']}"} for i in range(100) for each in first]
+        content["layers"] = [{**layer, "name": f"block.{i}.{layer['name']}"} for i in range(100) for layer in first]
         for adapter in content["summary"]["adapters"]:
             adapter["most_changed"] = []
 

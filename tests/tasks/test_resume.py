@@ -198,16 +198,16 @@ def test_a_damaged_state_is_named(settings, every_step, tmp_path: Path, content:
         run(settings, tmp_path, resume=True)
 
 
-def test_a_busy_machine_is_told_once_and_what_helps(settings, tmp_path: Path, monkeypatch, capsys):
+def test_a_busy_machine_gives_one_warning_with_advice(settings, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
-    for threads, seconds, load, told in [
+    for threads, seconds, load, has_advice in [
         (2, 7.9, 5.2, True),
         (1, 7.9, 5.2, False),
         (2, 0.5, 5.2, False),
         (2, 9, 2.0, False),
     ]:
         monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
-        assert bool(busy_machine.advice(threads, seconds)) == told
+        assert bool(busy_machine.advice(threads, seconds)) == has_advice
     monkeypatch.setattr(os, "getloadavg", lambda: (5.2, 0.0, 0.0))
     monkeypatch.setattr(busy_machine, "_SLOW", 0.0)
     run(settings, tmp_path)

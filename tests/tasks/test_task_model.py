@@ -97,7 +97,7 @@ def test_a_head_of_two_parts_is_trained_whole():
 
 
 @pytest.mark.parametrize("was", [{"num_labels": 5}, {"problem_type": "multi_label_classification"}])
-def test_what_a_checkpoint_classified_before_does_not_matter(tmp_path: Path, was: dict[str, Any]):
+def test_previous_classes_of_a_checkpoint_do_not_matter(tmp_path: Path, was: dict[str, Any]):
     model = saved(tmp_path / "model", lambda: BertForSequenceClassification(tiny_classifier.config(**was)))
     metrics = finetune(settings_for(model, tmp_path, method="full", learning_rate=5e-3), tmp_path / "out")
     assert metrics["after"]["accuracy"] > 0.6
@@ -121,7 +121,7 @@ def test_texts_that_are_longer_than_the_model_can_read(tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
-def test_overwriting_does_not_remove_what_is_to_be_read(tmp_path: Path):
+def test_overwriting_does_not_remove_inputs(tmp_path: Path):
     model = saved(tmp_path / "model", lambda: BertForSequenceClassification(tiny_classifier.config()))
     out = tmp_path / "out"
     finetune(settings_for(model, tmp_path, rows=60, epochs=1, method="full"), out)

@@ -110,7 +110,7 @@ def variant_of(layer: LoraLayer, name: str) -> str:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its class's forward."""
+    """Whether a call of the module runs more than the forward of its class."""
     return bool(
         module._forward_pre_hooks
         or module._forward_hooks

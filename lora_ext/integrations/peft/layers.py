@@ -10,7 +10,7 @@ from lora_ext.integrations.peft.merging import ExactMerging
 
 
 class Linear(LinearForward, ExactMerging, peft_layers.Linear):
-    """Over ``nn.Linear``, transformers' ``Conv1D``, and all else that PEFT adapts with ``lora.Linear``."""
+    """Over ``nn.Linear``, transformers' ``Conv1D``, and every other layer that PEFT adapts with ``lora.Linear``."""
 
 
 class Embedding(EmbeddingForward, ExactMerging, peft_layers.Embedding):

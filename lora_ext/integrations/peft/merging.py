@@ -1,7 +1,7 @@
 """PEFT's merge and unmerge with lora_ext's exact records: unmerge() restores every bit of the weight.
 
 PEFT's bookkeeping (``merged_adapters``) does not change. A layer also holds a record of every adapter merged here, and
-unmerges in reverse order. A checksum tells whether the weight is still what the merge wrote. If it was replaced or
+unmerges in reverse order. A checksum shows whether the weight is still what the merge wrote. If it was replaced or
 changed, PEFT's subtraction removes the adapter.
 """
 

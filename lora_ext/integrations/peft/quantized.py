@@ -1,4 +1,4 @@
-"""As layers.py, for base layers quantised by bitsandbytes. PEFT's code merges them, with rounding."""
+"""Forwards like those in layers.py, for base layers quantised by bitsandbytes. PEFT merges them, with rounding."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def accelerate(model: Model | None = None) -> Model | None:
 
     Forward, backward, merge and unmerge of eligible layers use the ops, with results equal to PEFT's except rounding.
     Everything else stays PEFT's code: adapters, config, state dict, saving, ``add_adapter``, ``set_adapter``, mixed
-    batches. :func:`report` tells which layers are eligible, and why others are not.
+    batches. :func:`report` says which layers are eligible, and why others are not.
 
     Differences: dropout masks come from lora_ext's generator, which PyTorch's seeds (``torch.manual_seed`` reproduces a
     run, but not PEFT's masks); ``unmerge`` restores every bit of the weight, from a record in the merged layer (0.03 to

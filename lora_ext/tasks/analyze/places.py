@@ -9,7 +9,7 @@ __all__ = ["places"]
 
 
 def places(names: Sequence[str]) -> dict[str, tuple[int | None, str]]:
-    """Each layer's block and what it is there: 3 and ``mlp.up_proj`` for ``model.layers.3.mlp.up_proj``.
+    """Returns the block and the kind of each layer: 3 and ``mlp.up_proj`` for ``model.layers.3.mlp.up_proj``.
 
     The first number in a path counts the blocks; further ones, as those of experts, become ``*``. Where layers of one
     kind are in blocks of several lists, as in encoder and decoder, the list's name is part of the kind. Without a

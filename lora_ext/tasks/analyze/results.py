@@ -71,7 +71,7 @@ def markdown(analysis: dict[str, Any], pictures: Sequence[str]) -> str:
         "## By kind of layer",
         "Means over the layers of a kind. The effective rank is the exponential of the entropy of the singular values "
         "(Roy and Vetterli, 2007), the stable rank |dW|² / |dW|₂². With all of the update's directions, "
-        "|Uᵀ W V| is the part of the weight in those of the update, in its own leading ones and in random ones (table "
+        "|Uᵀ W V| is the part of the weight in those of the update, in its leading ones and in random ones (table "
         "7 of the LoRA paper); the amplification is |dW| / |Uᵀ W V|.",
         _kinds(analysis),
         "## Layers that changed most",

@@ -1,1 +1,1 @@
-"""``lora-ext compare`` and ``lora-ext sweep``: many runs side by side."""
+"""``lora-ext compare`` and ``lora-ext sweep``: many fine-tuning runs in one table."""

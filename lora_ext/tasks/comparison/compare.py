@@ -57,23 +57,23 @@ def compare(
     overwrite: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Fine-tunes with every method from every seed, measures costs, leaves compare.json, .md and .png in ``out``.
+    """Fine-tunes with every method and seed, measures costs, writes compare.json, .md and .png to ``out``.
 
-    A method that the checkpoint does not suit is left out, with its reason in ``left_out`` of the result.
+    Skips methods that do not suit the checkpoint; ``left_out`` in the result gives the reason for each.
 
     Args:
         methods: texts that :class:`~lora_ext.tasks.comparison.method_spec.MethodSpec` parses.
-        seeds: each method is trained from each.
+        seeds: every method is trained with every seed.
         options: fields of :class:`~lora_ext.tasks.finetune.settings.Settings` for all runs; a learning rate of None
-            stands for each method's default.
-        jobs: number of runs at once; with several, times are of runs that share the machine.
+            selects the default of each method.
+        jobs: number of runs at the same time; with several, the runs share the machine while they are timed.
 
     Returns:
         The content of compare.json.
 
     Raises:
-        TaskError: a mistake in the arguments, before anything is run; or a run that failed.
-        KeyboardInterrupt: Ctrl-C; ``resume`` goes on.
+        TaskError: the arguments are wrong (raised before any run), or a run failed.
+        KeyboardInterrupt: Ctrl-C; ``resume`` continues.
     """
     inputs = [options.get(name) for name in INPUTS]
     check_out(out, resume, overwrite, marker=COMPARE_FILE, what="a comparison", outputs=_OUTPUTS, inputs=inputs)
@@ -108,27 +108,30 @@ def compare(
 
 
 def _check(settings: Mapping[str, Settings]) -> tuple[str, dict[str, str]]:
-    """The fingerprint of the texts, and why methods do not suit the checkpoint, whatever their options.
+    """Returns the fingerprint of the texts, and ``{label: reason}`` for methods that cannot suit the checkpoint.
 
-    TaskError: the texts are wrong, or the options of a method are, or no method suits the checkpoint.
+    Raises:
+        TaskError: the texts or the options of a method are wrong, or no method suits the checkpoint.
     """
     first = next(iter(settings.values()))
     task_model, splits = load_task_model(first)
     texts = [example for split in splits for example in split]
     rows: dict[int, list[dict[str, Any]]] = {}
     unsuited: dict[str, str] = {}
-    for label, own in settings.items():
+    for label, method_settings in settings.items():
         try:
-            _insertions(task_model, Settings(method=own.method))
-            check_fits(task_model, own)
+            _insertions(task_model, Settings(method=method_settings.method))
+            check_fits(task_model, method_settings)
         except (TaskError, TypeError, ValueError) as error:
             unsuited[label] = str(error)
             continue
         try:
-            insertions = _insertions(task_model, own)
-            if own.max_length not in rows:
-                rows[own.max_length] = encode(texts, task_model.tokenizer, splits.labels, own.max_length).rows
-            check_room([each.module for each in insertions], most_tokens(task_model.model), rows[own.max_length])
+            insertions = _insertions(task_model, method_settings)
+            max_length = method_settings.max_length
+            if max_length not in rows:
+                rows[max_length] = encode(texts, task_model.tokenizer, splits.labels, max_length).rows
+            modules = [insertion.module for insertion in insertions]
+            check_room(modules, most_tokens(task_model.model), rows[max_length])
         except (TaskError, TypeError, ValueError) as error:
             raise TaskError(f"--methods {label}: {error}") from error
     if len(unsuited) == len(settings):
@@ -137,26 +140,26 @@ def _check(settings: Mapping[str, Settings]) -> tuple[str, dict[str, str]]:
 
 
 def _insertions(task_model: TaskModel, settings: Settings) -> list[Insertion]:
-    """What the method would put into the model. TypeError, ValueError: it cannot."""
+    """Returns what the method would insert into the model; raises TypeError or ValueError if it cannot."""
     return prepare_method(task_model.model, method_for(task_model.model, settings, task_model.path))[0]
 
 
 def _command(request: Mapping[str, Any], out: Path, jobs: int) -> list[str]:
-    """What makes the whole comparison anew, however often it was interrupted and added to."""
+    """Returns the command that repeats the whole comparison, including methods added by ``--resume``."""
     first = ["--methods", *request["methods"], "--seeds", ",".join(map(str, request["seeds"]))]
     return command_line("compare", request["options"], out, *first, jobs=jobs)
 
 
 def _costs(settings: Mapping[str, Settings], texts: str, out: Path) -> dict[str, Any]:
-    """Measured once: a comparison of the same methods that is resumed on the same machine has them already."""
-    wanted = {"settings": {label: asdict(own) for label, own in settings.items()}, "machine": provenance.machine()}
+    """Measures the costs, or reads costs.json if it is for the same settings, machine and texts."""
+    wanted = {"settings": {label: asdict(one) for label, one in settings.items()}, "machine": provenance.machine()}
     wanted["data_sha256"] = texts
     path = out / "costs.json"
     try:
         if {**(known := read_json_object(path, "", 10_000_000)), **wanted} == known:
             return known["costs"]
     except (OSError, ValueError, KeyError):
-        pass  # there is none yet, or it is damaged
+        pass  # the file does not exist yet, or is damaged
     bar_format = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
     with progress("compare: a step and a forward of each", 1.0, unit="", bar_format=bar_format) as shown:
         costs = in_process(measure_costs, dict(settings), log=out / "costs.log", on_progress=shown.set)
@@ -174,25 +177,25 @@ def _row(spec: MethodSpec, metrics: Sequence[Mapping[str, Any]], costs: Mapping[
         "trained_parameters": first["trainable_parameters"],
         "head_parameters": first["head_parameters"],
         "total_parameters": first["total_parameters"],
-        "accuracy": summary([each["after"]["accuracy"] for each in metrics]),
-        "macro_f1": summary([each["after"]["macro_f1"] for each in metrics]),
-        "validation_accuracy": summary([each["validation"]["accuracy"] for each in metrics])
-        if all(each["validation"] for each in metrics)
+        "accuracy": summary([run["after"]["accuracy"] for run in metrics]),
+        "macro_f1": summary([run["after"]["macro_f1"] for run in metrics]),
+        "validation_accuracy": summary([run["validation"]["accuracy"] for run in metrics])
+        if all(run["validation"] for run in metrics)
         else None,
-        "train_seconds": summary([each["train_seconds"] for each in metrics]),
-        "runs_at_once": max(each.get("runs_at_once", 1) for each in metrics),
-        "peak_memory_bytes": summary([each["peak_memory_bytes"] for each in metrics]),
+        "train_seconds": summary([run["train_seconds"] for run in metrics]),
+        "runs_at_once": max(run.get("runs_at_once", 1) for run in metrics),
+        "peak_memory_bytes": summary([run["peak_memory_bytes"] for run in metrics]),
         "checkpoint_bytes": first.get("adapter_bytes", first["full_checkpoint_bytes"]),
         **costs[spec.label],
     }
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The table, and what it was measured on."""
+    """Returns compare.md: the table, and the machine and versions it was measured with."""
     base = result["base_forward_ms"]["median"]
     rows = []
     for row in result["methods"]:
-        own = row["trained_parameters"] - row["head_parameters"]
+        without_head = row["trained_parameters"] - row["head_parameters"]
         forward = f"{row['forward_ms']['median'] / base:.2f}"
         if "merged_forward_ms" in row:
             forward += f"; merged {row['merged_forward_ms']['median'] / base:.2f}"
@@ -200,7 +203,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         rows.append(
             [
                 row["label"],
-                f"{own:,}",
+                f"{without_head:,}",
                 f"{row['trained_parameters'] / row['total_parameters']:.2%}",
                 f"**{accuracy}**" if row["label"] == result["best"] else accuracy,
                 percent(row["macro_f1"]),
@@ -219,31 +222,32 @@ def markdown(result: Mapping[str, Any]) -> str:
     if named := named_rows(result["methods"]):
         names = "\n" + "".join(f"- `{label}`: `{spec}`\n" for label, spec in named.items())
     if at_once > 1:
-        shared = f"\\* Seconds of runs that shared the machine, up to {at_once} at once; steps were timed apart.\n"
+        shared = f"\\* Seconds of runs that shared the machine, up to {at_once} at once; steps were timed separately.\n"
     if result["left_out"]:
-        reasons = "\n".join(f"- `{each['label']}`: {each['reason']}" for each in result["left_out"])
-        left_out = f"\nLeft out, as the checkpoint does not suit them:\n\n{reasons}\n"
-    marked = "bold: ahead of every other by more" if result["best"] else "none is ahead of every other by more"
+        reasons = "\n".join(f"- `{method['label']}`: {method['reason']}" for method in result["left_out"])
+        left_out = f"\nLeft out, because they do not suit the checkpoint:\n\n{reasons}\n"
+    marked = "bold: ahead of every other by more" if result["best"] else "no method is ahead of every other by more"
     return f"""# Methods compared
 
 {table(heading, rows)}
 
 {deviation_over(result["seeds"])}, on {result["examples"]["test"]:,} test texts; {marked}.
-"parameters" leaves out the new head ({head:,}), which every method trains; "trained" is the share of all parameters,
-with it. A step is of a batch of median length, a forward of one of the longest texts, as a multiple of the base
-model's {base:.1f} ms; medians and quartiles of interleaved rounds. Peak memory is that of each run's own process.
+"parameters" excludes the new head ({head:,}), which every method trains; "trained" is the share of all parameters and
+includes the head. "step" is one training step on a batch of median length. "forward / base" is a forward pass over the
+longest texts, relative to the base model's {base:.1f} ms. Both are medians of interleaved rounds, with quartiles for
+the step. Peak memory is measured in the separate process of each run.
 {shared}{names}{left_out}
 {provenance.measured_on(result)}
 """
 
 
 def _plot(path: Path, result: Mapping[str, Any]) -> None:
-    """Accuracy against trained parameters, the paper's figure 2. A line joins settings that differ by size alone."""
+    """Plots accuracy over trained parameters, the paper's figure 2; a line joins settings that differ only in size."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     lines = lines_of(result["methods"])
     markers = "osD^vP*X<>hdp8H"
-    if len(lines) > 10:  # or colours repeat
+    if len(lines) > 10:  # the default cycle has 10 colours
         axes.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors)
     for index, (name, rows) in enumerate(lines.items()):
         axes.errorbar(

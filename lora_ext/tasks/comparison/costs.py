@@ -1,4 +1,4 @@
-"""What each method costs beside the others: seconds of a training step and of a forward, measured in turn."""
+"""Time of a training step and of a forward pass for each method, measured in interleaved rounds."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _ROUNDS = 15
 def measure_costs(
     settings: Mapping[str, Settings], on_progress: Callable[[float], None] = lambda part: None
 ) -> dict[str, dict[str, Any]]:
-    """Median milliseconds of a step and of a forward under each of ``settings``, which are for one model and data.
+    """Returns the median milliseconds of a step and of a forward pass for each of ``settings`` (one model, one data).
 
-    All models but the merged ones share one set of frozen weights, and all take turns in every round, so that a busy
-    machine slows all alike. A step is forward, backward and AdamW on a method's own ``batch_size`` of texts of median
-    length, without an average; a forward is in eval mode, without autograd, on the first one's number of the longest
-    texts. Quartiles are of the rounds.
+    All models except the merged ones share one set of frozen weights. All models take turns in every round, so that a
+    busy machine slows them equally. A step is forward, backward and AdamW on texts of median length with the method's
+    ``batch_size``, without a moving average. A forward pass runs in eval mode without autograd on the longest texts,
+    with the ``batch_size`` of the first settings. Quartiles are taken over the rounds.
 
     Returns:
-        By the labels of ``settings``: ``step_ms``, ``forward_ms`` and, of LoRA, ``merged_forward_ms``, each a dict of
-        ``median``, ``q1``, ``q3``; ``"base"`` has the ``forward_ms`` of the model that no method touched.
+        ``{label: costs}``. Costs are ``step_ms``, ``forward_ms`` and, for LoRA, ``merged_forward_ms``, each a dict of
+        ``median``, ``q1``, ``q3``. The label ``"base"`` has the ``forward_ms`` of the unchanged model.
     """
     first = next(iter(settings.values()))
     set_seed(first.seed)
@@ -44,16 +44,16 @@ def measure_costs(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base.to(device).eval()
     step_batches = {
-        label: collate(_of_median_length(rows, own.batch_size)).to(device) for label, own in settings.items()
+        label: collate(_of_median_length(rows, one.batch_size)).to(device) for label, one in settings.items()
     }
     long_batch = collate(rows[-first.batch_size :]).to(device)
 
     adapted, trained, merged = {}, {}, {}
-    for label, own in settings.items():
-        adapted[label] = adapt(sharing(base), own, path)
+    for label, method_settings in settings.items():
+        adapted[label] = adapt(sharing(base), method_settings, path)
         trained[label] = {id(p) for p in adapted[label].parameters() if p.requires_grad}
-        if own.method == "lora":
-            merged[label] = merge_and_unload(adapt(copy.deepcopy(base), own, path)).eval()
+        if method_settings.method == "lora":
+            merged[label] = merge_and_unload(adapt(copy.deepcopy(base), method_settings, path)).eval()
     steps = _step_times(adapted, trained, settings, step_batches, on_progress)
     for model in adapted.values():
         model.eval()
@@ -84,7 +84,7 @@ def _step_times(
     on_progress: Callable[[float], None],
 ) -> dict[str, list[float]]:
     synchronize: Callable[[], None] = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    optimizers = {  # at a rate of 0 the arithmetic is the same, and what the models share keeps its values
+    optimizers = {  # a learning rate of 0 does the same arithmetic and leaves the shared weights unchanged
         label: torch.optim.AdamW([p for p in model.parameters() if id(p) in trained[label]], lr=0.0, weight_decay=0.0)
         for label, model in models.items()
     }
@@ -100,7 +100,7 @@ def _step_times(
             optimizers[label].step()
             optimizers[label].zero_grad()
             synchronize()
-            if number >= 2:  # the first ones warm up
+            if number >= 2:  # the first two rounds warm up
                 seconds[label].append(time.perf_counter() - start)
         on_progress(0.7 * (number + 1) / (_ROUNDS + 2))  # the forwards take the rest
     return seconds

@@ -1,4 +1,4 @@
-"""Many fine-tuning runs, each in a process of its own, one after another: what compare and sweep are made of."""
+"""Runs many fine-tuning jobs for compare and sweep, each in a separate process."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from lora_ext.tasks.shared.whole_files import writing
 
 @dataclass(frozen=True)
 class Run:
-    """One of many.
+    """One fine-tuning run of a comparison or sweep.
 
     Attributes:
-        label: of the group it belongs to, which differ by seed alone.
-        settings: of the run.
-        data_sha256: the fingerprint of its texts: with others, or other settings, it is another run.
+        label: name of the group; runs of a group differ only in the seed.
+        settings: settings of the run.
+        data_sha256: fingerprint of the texts; other texts or settings make another run.
     """
 
     label: str
@@ -45,26 +45,26 @@ class Run:
     data_sha256: str
 
     def directory(self, out: Path) -> Path:
-        """Where in ``out`` the run is."""
+        """Returns the directory of the run in ``out``."""
         name = "".join(char if char.isalnum() or char in "+-=._" else "-" for char in self.label)
         return out / "runs" / name / f"seed-{self.settings.seed}"
 
 
 def run_all(runs: Sequence[Run], out: Path, what: str, jobs: int = 1) -> dict[Run, dict[str, Any]]:
-    """Carries the runs out that are not finished yet, under one progress bar; returns the metrics of all of them.
+    """Executes the unfinished runs under one progress bar; returns the metrics of all runs.
 
-    Each leaves what ``finetune`` leaves, without checkpoints, and its output in a log beside. A run that was
-    interrupted goes on from its last checkpoint.
+    Each run writes the same files as ``finetune``, without checkpoints, and a log next to its directory. An
+    interrupted run continues from its last checkpoint.
 
     Args:
-        runs: all of them.
-        out: the directory they share.
-        what: begins the bar.
-        jobs: so many at once, which share this process's number of threads.
+        runs: all runs, finished or not.
+        out: the directory that contains the directories of the runs.
+        what: text at the start of the progress bar.
+        jobs: number of runs at the same time; they share this process's number of threads.
 
     Raises:
-        TaskError: a run failed, or two would share a directory; the message names it. Others that had begun are ended.
-        KeyboardInterrupt: Ctrl-C; the runs at hand have left checkpoints.
+        TaskError: a run failed, or two runs would share a directory; the message names it. The other runs are stopped.
+        KeyboardInterrupt: Ctrl-C; the running runs have written checkpoints.
     """
     directories = {run: run.directory(out) for run in runs}
     if len(set(directories.values())) < len(runs):
@@ -75,8 +75,8 @@ def run_all(runs: Sequence[Run], out: Path, what: str, jobs: int = 1) -> dict[Ru
 
         def show(run: Run, part: float) -> None:
             done[run] = part
-            at_hand = [f"{each.label}, seed {each.settings.seed}" for each in runs if 0 < done[each] < 1]
-            shown.note("; ".join(at_hand))
+            running = [f"{one.label}, seed {one.settings.seed}" for one in runs if 0 < done[one] < 1]
+            shown.note("; ".join(running))
             shown.set(sum(done.values()))
 
         def carry_out(run: Run) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def run_all(runs: Sequence[Run], out: Path, what: str, jobs: int = 1) -> dict[Ru
                     try:
                         pool.shutdown(cancel_futures=True)
                         break
-                    except KeyboardInterrupt:  # once more: at once
+                    except KeyboardInterrupt:  # the second Ctrl-C stops the runs without a checkpoint
                         end_processes()
                 raise
 
@@ -118,24 +118,26 @@ _FIGURES += ("peak_memory_bytes",)
 
 
 def _step_seconds(metrics: Mapping[str, Any]) -> float:
-    """What a step of a run took on average."""
+    """Returns the mean seconds per training step of a run."""
     settings = metrics["settings"]
     steps = metrics["examples"]["train"] / settings["batch_size"] * settings["epochs"]
     return metrics["train_seconds"] / max(steps, 1)
 
 
 def finished(run: Run, out: Path) -> dict[str, Any] | None:
-    """The metrics of a run that is complete.
+    """Returns the metrics of a finished run.
 
-    None: it is not, or was started with other settings or texts, or its file is damaged.
+    None if the run is not finished, was started with other settings or texts, or has a damaged metrics file.
     """
     try:
         metrics = read_json_object(run.directory(out) / "metrics.json", "", 10_000_000)
-        same = Settings(**checked_options(metrics["settings"])) == run.settings  # options new since have their defaults
+        same = (
+            Settings(**checked_options(metrics["settings"])) == run.settings
+        )  # options added later get their defaults
         scores = [metrics["after"], *([metrics["validation"]] if metrics["validation"] else [])]
         figures = [metrics[name] for name in _FIGURES]
-        figures += [each[name] for each in scores for name in ("accuracy", "macro_f1")]
-        whole = all(type(each) in (int, float) for each in figures) and isinstance(metrics["examples"]["test"], int)
+        figures += [score[name] for score in scores for name in ("accuracy", "macro_f1")]
+        whole = all(type(figure) in (int, float) for figure in figures) and isinstance(metrics["examples"]["test"], int)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, TaskError):
         return None
     return metrics if whole and same and metrics.get("data_sha256") in (None, run.data_sha256) else None
@@ -160,7 +162,7 @@ def _carry_out(run: Run, out: Path, jobs: int, ending: Event, on_progress: Calla
     )
     metrics = finished(run, out)
     if metrics is None:
-        raise TaskError(f"{directory} does not hold what the run that has just ended there is to leave; see {log}")
+        raise TaskError(f"{directory} lacks complete metrics of the run that has just ended there; see {log}")
     return metrics
 
 
@@ -183,7 +185,7 @@ def _finetune(
     finetune(settings, directory, resume=resume, measure=False, runs_at_once=jobs, on_progress=on_progress)
 
 
-_PROCESSES: set[multiprocessing.process.BaseProcess] = set()  # that are waited for
+_PROCESSES: set[multiprocessing.process.BaseProcess] = set()  # processes that in_process waits for
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -197,18 +199,19 @@ def in_process(
     on_progress: Callable[[float], None] = lambda part: None,
     ending: Event | None = None,
 ) -> Any:
-    """``function(*args, on_progress=...)`` in a new process, whose peak memory is its own; output goes to ``log``.
+    """Calls ``function(*args, on_progress=...)`` in a new process, so that its peak memory is measured separately.
 
     Args:
-        threads: that PyTorch computes with in it; None: as many as in this one.
-        ending: is set before :func:`end_processes` is called, so that none is started behind its back.
+        log: file that receives the output of the process.
+        threads: number of PyTorch threads in the process; None for the number of this process.
+        ending: event set before :func:`end_processes` is called; a process started later is interrupted at once.
 
     Returns:
-        What it returned.
+        The return value of ``function``.
 
     Raises:
-        TaskError: of the function, or that it died, with the end of its log.
-        KeyboardInterrupt: Ctrl-C, which was handed on to the process, after that has ended.
+        TaskError: the function raised it, or the process died; then the message has the last line of the log.
+        KeyboardInterrupt: Ctrl-C; it is passed on to the process and raised here after the process has ended.
     """
     context = _context()
     ours, theirs = context.Pipe(duplex=False)
@@ -247,7 +250,7 @@ def in_process(
 
 
 def end_processes() -> None:
-    """Ctrl-C for every process that :func:`in_process` waits for: runs leave a checkpoint, and end."""
+    """Sends SIGINT to every process that :func:`in_process` waits for; runs write a checkpoint and end."""
     for process in list(_PROCESSES):
         _interrupt(process)
 
@@ -258,7 +261,10 @@ def _interrupt(process: multiprocessing.process.BaseProcess) -> None:
 
 
 def _context() -> multiprocessing.context.BaseContext:
-    """A server that has imported everything, but computed nothing, and forks: processes start seconds sooner."""
+    """Returns a context that forks from a server with all imports done, which starts a process seconds sooner.
+
+    The server has computed nothing before it forks.
+    """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -267,7 +273,7 @@ def _context() -> multiprocessing.context.BaseContext:
 
 
 def _child(connection: Connection, log: Path, num_threads: int, function: Callable[..., Any], args: tuple) -> None:
-    os.setpgid(0, 0)  # a terminal's Ctrl-C comes by way of the parent, and so once: the second one stops at once
+    os.setpgid(0, 0)  # otherwise a terminal's Ctrl-C arrives twice, also from the parent, and the second stops at once
     torch.set_num_threads(num_threads)
     try:
         with _output_to(log):
@@ -281,7 +287,7 @@ def _child(connection: Connection, log: Path, num_threads: int, function: Callab
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             connection.send(("disk", f"{error.filename or log} cannot be written: {error.strerror}"))
         with suppress(OSError):
-            traceback.print_exc()  # into the log: its descriptors stay
+            traceback.print_exc()  # goes to the log: descriptors 1 and 2 still point there
         raise SystemExit(1) from None
     finally:
         connection.close()
@@ -289,9 +295,9 @@ def _child(connection: Connection, log: Path, num_threads: int, function: Callab
 
 @contextmanager
 def _output_to(log: Path):
-    """Everything written to the two streams, by libraries in C too."""
+    """Redirects stdout and stderr to ``log``, including what C libraries print."""
     with writing(log):
-        file = log.open("a", encoding="utf-8", buffering=1)  # so that a reader of the log sees each line at once
+        file = log.open("a", encoding="utf-8", buffering=1)  # line-buffered: a reader sees each line immediately
     with file, redirect_stdout(file), redirect_stderr(file):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -1,4 +1,4 @@
-"""A method as ``--methods`` of compare names it: ``lora:r=16:target-modules=q,v:name=lora-qv``."""
+"""Parses the methods of ``compare --methods``, such as ``lora:r=16:target-modules=q,v:name=lora-qv``."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,39}")
 _NAME_RULE = "want at most 40 letters, digits and . _ + -, with a letter or digit first"
 _RESERVED = "base"  # the model without a method, in tables
 _VARIED = ("method", "seed")  # compare sets these itself
-# Options that are the same for all runs.
+# Options that must be the same for all runs.
 _SHARED = ("model", "data", "eval_file", "text_column", "label_column")
-_SHARED += ("validation_split", "test_split")  # or accuracies would be of different texts
-_SHARED += ("precision",)  # or times would be of different arithmetic
+_SHARED += ("validation_split", "test_split")  # otherwise accuracies would come from different texts
+_SHARED += ("precision",)  # otherwise times would come from different arithmetic
 
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """A method with options of finetune for this method alone.
+    """A method with finetune options that apply to this method only.
 
     Attributes:
-        text: as the user wrote it.
+        text: the text that the user wrote.
         method: the name of the method, or several joined by +.
         options: fields of :class:`~lora_ext.tasks.finetune.settings.Settings` -> values.
-        label: the ``name=`` in the text, or else the text: identifies the method in tables, charts and directories.
+        label: the ``name=`` in the text, or the text if it has none; used in tables, charts and directory names.
     """
 
     text: str
@@ -48,7 +48,9 @@ class MethodSpec:
         Raises:
             TaskError: the method or an option does not exist, a value is no number, or the name is not allowed.
         """
-        method, *pairs = re.split(r":(?=[\w-]+(?:=|$))", text)  # a value may have a colon, as an expression has
+        method, *pairs = re.split(
+            r":(?=[\w-]+(?:=|$))", text
+        )  # a value may contain a colon, for example in a regular expression
         Settings(method=method)  # an unknown method is reported before its options
         options: dict[str, Any] = {}
         label = text
@@ -59,9 +61,7 @@ class MethodSpec:
                 _check_name(text, method, value)
                 label = value
             elif not equals or option not in OPTION_TYPES or option in _VARIED:
-                raise TaskError(
-                    f"{text!r}: {pair!r} is no option=value of finetune, such as r=4 or learning-rate=1e-3, nor a name="
-                )
+                raise TaskError(f"{text!r}: {pair!r} is no option=value of finetune; want one such as r=4, or name=...")
             elif option in _SHARED:
                 raise TaskError(f"{text!r}: {option} is the same for all; give --{option.replace('_', '-')}")
             elif not has_option(method, option):
@@ -75,7 +75,7 @@ class MethodSpec:
         return self.label != self.text
 
     def settings(self, options: Mapping[str, Any], seed: int) -> Settings:
-        """The settings of a run; ``options`` of finetune are for what the spec does not set.
+        """Returns the settings of a run: the spec's options, and ``options`` for the fields that the spec does not set.
 
         Raises:
             TaskError: a value is out of range.
@@ -85,23 +85,25 @@ class MethodSpec:
 
 
 def check_labels(settings: Sequence[tuple[MethodSpec, Settings]]) -> None:
-    """Refuses names that would mix two methods up, and one method under two names.
+    """Refuses one name for two methods, and one method under two names.
 
     Args:
-        settings: each method with its settings, all from one seed.
+        settings: pairs of a method and its settings, all with the same seed.
 
     Raises:
-        TaskError: with both specs.
+        TaskError: two methods conflict; the message has both specs.
     """
     for (first, first_settings), (second, second_settings) in itertools.combinations(settings, 2):
         if not (first.is_named or second.is_named):
             continue
         both = f"--methods: {first.text!r} and {second.text!r}"
-        if first.label.casefold() == second.label.casefold():  # on some disks their directories would be one
-            raise TaskError(f"{both} have one name, {second.label!r}; change it, or leave one of them out")
+        if (
+            first.label.casefold() == second.label.casefold()
+        ):  # file systems that ignore case would merge the directories
+            raise TaskError(f"{both} have one name, {second.label!r}; rename or remove one of them")
         if first_settings == second_settings:
             raise TaskError(
-                f"{both} are the same runs under two names; give one of them, or leave one out with --without "
+                f"{both} are the same runs under two names; give one of them, or remove one with --without "
                 f"{first.label}"
             )
 
@@ -124,10 +126,10 @@ def _value(text: str, option: str, value: str) -> Any:
 
 
 def without(methods: Iterable[str], left_out: Iterable[str]) -> list[str]:
-    """The specs of ``methods`` except those that ``left_out`` gives by their name or as they were written.
+    """Returns the specs of ``methods`` except those in ``left_out``, which gives names or whole specs.
 
     Raises:
-        TaskError: one that is to be left out is not there, or none remains.
+        TaskError: an entry of ``left_out`` matches no method, or no method remains.
     """
     specs = [MethodSpec.parse(text) for text in methods]
     left_out = set(left_out)

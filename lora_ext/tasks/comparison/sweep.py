@@ -1,4 +1,4 @@
-"""``lora-ext sweep``: LoRA by rank and by which weights it adapts (the paper's tables 5 and 6)."""
+"""``lora-ext sweep``: LoRA at several ranks and on several sets of weights (the paper's tables 5 and 6)."""
 
 from __future__ import annotations
 
@@ -39,26 +39,26 @@ def sweep(
     overwrite: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Fine-tunes with LoRA of every rank on every set of weights, and, in a second table, at one number of parameters.
+    """Fine-tunes with LoRA at every rank on every set of weights, and compares the sets at one number of parameters.
 
     ``lora_alpha`` stays the same at all ranks, as in the paper.
 
     Args:
-        ranks: of the first table, whatever their order.
-        targets: sets of weights, each as finetune's ``--target-modules`` has it.
-        seeds: each cell is trained from each.
+        ranks: ranks of the first table, in any order.
+        targets: sets of weights, each in the syntax of finetune's ``--target-modules``.
+        seeds: every cell is trained with every seed.
         options: fields of :class:`~lora_ext.tasks.finetune.settings.Settings` for all runs.
-        budget: parameters that each set gets in the second table, by the highest rank that keeps within; None: those
-            of the first set at rank 8, or of the widest one at rank 1 if these are more.
-        out: gets sweep.json, .md and .png.
-        jobs: so many runs at once.
+        out: directory for sweep.json, .md and .png.
+        budget: number of parameters in the second table, where each set gets the highest rank within the budget. None
+            selects the parameters of the first set at rank 8, or of the widest set at rank 1 if that is more.
+        jobs: number of runs at the same time.
 
     Returns:
         The content of sweep.json.
 
     Raises:
-        TaskError: a mistake in the arguments, before anything is run; or a run that failed.
-        KeyboardInterrupt: Ctrl-C; ``resume`` goes on.
+        TaskError: the arguments are wrong (raised before any run), or a run failed.
+        KeyboardInterrupt: Ctrl-C; ``resume`` continues.
     """
     inputs = [options.get(name) for name in INPUTS]
     check_out(out, resume, overwrite, marker=SWEEP_FILE, what="a sweep", outputs=_OUTPUTS, inputs=inputs)
@@ -74,7 +74,7 @@ def sweep(
     budget = max(8 * per_rank[targets[0]], per_rank[widest]) if budget is None else budget
     if budget < per_rank[widest]:
         raise TaskError(
-            f"--budget is {budget}, but {widest} has {per_rank[widest]} parameters at rank 1; want no fewer"
+            f"--budget is {budget}, but {widest} has {per_rank[widest]} parameters at rank 1; want at least that"
         )
     within = {target: budget // per_rank[target] for target in targets}
     request = {"ranks": ranks, "targets": targets, "seeds": seeds, "budget": budget, "options": options}
@@ -84,22 +84,22 @@ def sweep(
     cells += [cell for target in targets if (cell := (within[target], target)) not in cells]
 
     def run_of(rank: int, target: str, seed: int) -> Run:
-        own = {**options, "r": rank, "target_modules": target}
-        return Run(f"r={rank} {target}", _LORA.settings(own, seed), texts)
+        cell_options = {**options, "r": rank, "target_modules": target}
+        return Run(f"r={rank} {target}", _LORA.settings(cell_options, seed), texts)
 
     runs = {(rank, target): [run_of(rank, target, seed) for seed in seeds] for rank, target in cells}
     prepare_out(out, _OUTPUTS, resume, lambda out: write_json(out / SWEEP_FILE, request))
-    metrics = run_all([run for own in runs.values() for run in own], out, "sweep", jobs)
+    metrics = run_all([run for cell_runs in runs.values() for run in cell_runs], out, "sweep", jobs)
 
     results = {
         cell: {
             "r": cell[0],
             "target_modules": cell[1],
             "parameters": cell[0] * per_rank[cell[1]],
-            "accuracy": summary([metrics[run]["after"]["accuracy"] for run in own]),
-            "macro_f1": summary([metrics[run]["after"]["macro_f1"] for run in own]),
+            "accuracy": summary([metrics[run]["after"]["accuracy"] for run in cell_runs]),
+            "macro_f1": summary([metrics[run]["after"]["macro_f1"] for run in cell_runs]),
         }
-        for cell, own in runs.items()
+        for cell, cell_runs in runs.items()
     }
     result = {
         **provenance.made_by(_command(request, out, jobs)),
@@ -119,25 +119,25 @@ def sweep(
 
 
 def _parameters_per_rank(targets: Sequence[str], options: Mapping[str, Any]) -> tuple[dict[str, int], str]:
-    """What rank 1 costs on each set of weights, and the fingerprint of the texts.
+    """Returns the parameters of each set of weights at rank 1, and the fingerprint of the texts.
 
-    So every mistake in a set, and in the data, is found before anything is run.
+    This finds every mistake in the sets and in the data before the first run.
     """
     first = _LORA.settings(options, seed=0)
     task_model, splits = load_task_model(first)
     check_fits(task_model, first)
     counts = {}
     for target in targets:
-        own = _LORA.settings({**options, "r": 1, "target_modules": target}, seed=0)
+        rank_1 = _LORA.settings({**options, "r": 1, "target_modules": target}, seed=0)
         try:
-            counts[target] = method_for(task_model.model, own, task_model.path).count(task_model.model)
+            counts[target] = method_for(task_model.model, rank_1, task_model.path).count(task_model.model)
         except (TypeError, ValueError) as error:
             raise TaskError(f"--targets {target}: {error}") from error
     return counts, fingerprint(splits)
 
 
 def _command(request: Mapping[str, Any], out: Path, jobs: int) -> list[str]:
-    """What makes the whole sweep anew, however often it was interrupted and added to."""
+    """Returns the command that repeats the whole sweep, including ranks and sets added by ``--resume``."""
     lists = {"--ranks": ",", "--targets": ";", "--seeds": ","}
     first = [part for name, by in lists.items() for part in (name, by.join(map(str, request[name.removeprefix("--")])))]
     first += ["--budget", str(request["budget"])]
@@ -146,7 +146,7 @@ def _command(request: Mapping[str, Any], out: Path, jobs: int) -> list[str]:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """Both tables, and what they were measured on."""
+    """Returns sweep.md: both tables, and the machine and versions they were measured with."""
     cells = {(cell["r"], cell["target_modules"]): cell for cell in result["cells"]}
     by_rank = []
     for target in result["targets"]:
@@ -163,8 +163,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     return f"""# LoRA by rank and by weights
 
 {deviation_over(result["seeds"])}: test accuracy in percent, on {result["examples"]["test"]:,} texts. Bold:
-ahead of every other of its row (of its column in the second table) by more than the spread, the root of the sum of both
-squared deviations. Where nothing is bold, the seeds differ by as much as the settings.
+ahead of every other value in the row (in the second table: in the column) by more than the spread, the square root of
+the sum of both variances. Where nothing is bold, the seeds differ by as much as the settings.
 
 ## Ranks
 
@@ -183,11 +183,11 @@ def _plot(path: Path, result: Mapping[str, Any]) -> None:
     axes = figure.subplots()
     cells = {(cell["r"], cell["target_modules"]): cell["accuracy"] for cell in result["cells"]}
     for target in result["targets"]:
-        own = [cells[rank, target] for rank in result["ranks"]]
+        accuracies = [cells[rank, target] for rank in result["ranks"]]
         axes.errorbar(
             result["ranks"],
-            [100 * each["mean"] for each in own],
-            [100 * (each["sd"] or 0.0) for each in own],
+            [100 * accuracy["mean"] for accuracy in accuracies],
+            [100 * (accuracy["sd"] or 0.0) for accuracy in accuracies],
             marker="o",
             capsize=3,
             label=target,

@@ -151,7 +151,7 @@ def finetune(
     return metrics
 
 
-_SECONDS = 5.0  # of timing; at least three rounds
+_SECONDS = 5.0  # time spent on timing; at least three rounds
 _BATCHES = 4  # compared between the adapted and the merged model
 
 
@@ -166,7 +166,7 @@ def _measure(
 ) -> dict[str, Any]:
     """Measures median seconds of a forward of the longest texts and, for LoRA, compares the merged model's answers.
 
-    The models take turns, so that a busy machine slows all alike.
+    The models take turns, so that a busy machine slows them equally.
     """
     device, size = trainer.model.device, trainer.args.eval_batch_size
     models = {"base": base.to(device), "adapted": trainer.model}

@@ -17,7 +17,7 @@ from lora_ext.tasks.shared.whole_files import discard, remove_leftovers, whole_d
 SECONDS = 120.0
 """Time between two checkpoints: the most work that a killed run loses, evaluations aside."""
 
-_SHARE = 10.0  # checkpoints are at least so many times their writing time apart, so writing takes a tenth at most
+_SHARE = 10.0  # writing a checkpoint takes at most a tenth of the time between checkpoints
 _KEPT = 2
 _STATE = "trainer_state.json"
 

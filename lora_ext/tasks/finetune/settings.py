@@ -1,4 +1,4 @@
-"""What defines a fine-tuning run: the values that must not change when it is resumed."""
+"""Settings of a fine-tuning run: the values that must not change when the run is resumed."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ COMPARE_FILE = "compare-settings.json"
 SWEEP_FILE = "sweep-settings.json"
 
 LEARNING_RATES = {"full": 1e-4, "bitfit": 2e-3, "prefix-embed": 1e-2, "prefix-layer": 5e-3, "head-only": 5e-3}
-"""Defaults by method, of combinations the smallest of their parts'; 1e-3 for the others."""
+"""Default learning rate by method; 1e-3 for other methods, the smallest rate of the parts for a combination."""
 
 PRECISIONS = ("float32", "bfloat16")
-"""Of the products; bfloat16 is PyTorch's autocast. Weights, their gradients and sums stay float32."""
+"""Precision of matrix products; bfloat16 uses PyTorch's autocast. Weights, gradients and sums stay float32."""
 
 SCHEDULES = {"linear": "linear", "constant": "constant_with_warmup"}
-"""Of the learning rate, once it has risen: to 0, or as it is; by the names that transformers has for them."""
+"""Learning rate after the warm-up: falls to 0, or stays constant. Values are the names in transformers."""
 
 INPUTS = ("model", "data", "eval_file")
-"""Options that name what is read: files and directories, or the id of a model, or None."""
+"""Options that name an input: a file, a directory, the id of a model, or None."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """None for model and data means the demo's own; for the learning rate, the method's.
+    """Settings of one run. None selects the demo's model or data, or the default learning rate of the method.
 
-    The defaults were chosen by a few runs on the demo's validation texts, seed 0 if not said otherwise. Adapters on
-    every linear layer did better than on query and value alone, in about the same time. Batches of 32 with twice the
-    learning rate did about as well, but failed to learn from seed 1. A third epoch (seed 2) did not help.
+    The defaults were chosen by a few runs on the demo's validation texts, with seed 0 unless noted. Adapters on every
+    linear layer did better than on query and value only, in about the same time. Batches of 32 with twice the
+    learning rate did about as well, but failed to learn with seed 1. A third epoch (seed 2) did not help.
     """
 
     model: str | None = None
@@ -75,7 +75,7 @@ class Settings:
             raise TaskError(f"--method is {unknown[0]!r}, want one of {', '.join(METHODS)}, or several joined by +")
         if self.learning_rate is None:
             rates = [LEARNING_RATES.get(name, 1e-3) for name in names]
-            object.__setattr__(self, "learning_rate", min(rates))  # in files and messages, what is used
+            object.__setattr__(self, "learning_rate", min(rates))  # files and messages show the rate in use
         for field in fields(self):
             if getattr(self, field.name) != field.default and not has_option(self.method, field.name):
                 raise TaskError(
@@ -90,27 +90,29 @@ class Settings:
         if self.schedule not in SCHEDULES:
             raise TaskError(f"--schedule is {self.schedule!r}, want one of {', '.join(SCHEDULES)}")
         if not 0.0 <= self.ema_decay < 1.0:
-            raise TaskError(f"--ema-decay is {self.ema_decay}, want 0 <= decay < 1, such as 0.99; 0: no average")
+            raise TaskError(
+                f"--ema-decay is {self.ema_decay}, want 0 <= decay < 1, such as 0.99; 0 turns the average off"
+            )
         if not 0 <= self.seed < 2**32:
             raise TaskError(f"--seed is {self.seed}, want 0 <= seed < 2**32")
         if not 0.0 <= self.warmup < 1.0:
             raise TaskError(f"--warmup is {self.warmup}, want 0 <= warmup < 1, as a fraction of all steps")
         if self.eval_file is not None and self.data is None:
-            raise TaskError("--eval-file goes with --data; the demo data has a test set of its own")
+            raise TaskError("--eval-file goes with --data; the demo data has its own test set")
 
     def with_method(self, method: str) -> Settings:
-        """The same for another method, which has not all the options that this one has."""
+        """Returns these settings for another method, with defaults for the options that it does not support."""
         return Settings(
             **{name: v for name, v in asdict(self).items() if has_option(method, name)} | {"method": method}
         )
 
     def save(self, out: Path, threads: int | None = None) -> None:
-        """Writes what a run is started with, and the number of threads, on which the last bits of sums depend."""
+        """Writes the settings of a run and the number of threads, which changes the last bits of sums."""
         write_json(out / SETTINGS_FILE, asdict(self) | ({} if threads is None else {"threads": threads}))
 
     @classmethod
     def load(cls, out: Path) -> Settings:
-        """The settings of the run in ``out``. TaskError: it has none, or they are damaged."""
+        """Returns the settings of the run in ``out``; raises TaskError if they are missing or damaged."""
         values = _read(out, SETTINGS_FILE)
         values.pop("threads", None)
         try:
@@ -120,30 +122,30 @@ class Settings:
 
 
 def saved_threads(out: Path) -> int | None:
-    """The number of threads that the run in ``out`` was started with, where its settings say it."""
+    """Returns the number of threads that the run in ``out`` was started with, or None if it is not recorded."""
     threads = _read(out, SETTINGS_FILE).get("threads")
     return threads if type(threads) is int and threads > 0 else None
 
 
 def load_request(out: Path, name: str, lists: Mapping[str, type]) -> dict[str, Any]:
-    """What compare or sweep was started with, of the file ``name`` in ``out``.
+    """Returns the request of a comparison or sweep from the file ``name`` in ``out``.
 
     Args:
-        lists: names of its lists -> the type of what is in them.
+        lists: ``{key: type}`` for the values that are lists; the type is that of their items.
 
     Raises:
-        TaskError: there is none, or it is damaged.
+        TaskError: the file is missing or damaged.
     """
     request = _read(out, name)
     try:
         for key, kind in lists.items():
-            if not isinstance(request.get(key), list) or any(type(each) is not kind for each in request[key]):
-                raise ValueError(f"{key} is no list of {kind.__name__}")
+            if not isinstance(request.get(key), list) or any(type(item) is not kind for item in request[key]):
+                raise ValueError(f"{key} is not a list of {kind.__name__}")
         for key in request.keys() - lists.keys() - {"options"}:
             if request[key] is not None and type(request[key]) is not int:
-                raise ValueError(f"{key} is no number")
+                raise ValueError(f"{key} is not an integer")
         if not isinstance(request.get("options"), dict):
-            raise ValueError("there are no options")
+            raise ValueError("options is not an object")
         checked_options(request["options"])
     except ValueError as error:
         raise TaskError(f"--resume: {out / name} is damaged: {error}") from error
@@ -151,10 +153,14 @@ def load_request(out: Path, name: str, lists: Mapping[str, type]) -> dict[str, A
 
 
 def checked_options(values: dict[str, Any]) -> dict[str, Any]:
-    """``values`` of :class:`Settings`, which a file has. ValueError: one of them is not of its type, or not known."""
+    """Returns ``values`` from a file if all are fields of :class:`Settings` with the right type.
+
+    Raises:
+        ValueError: a name is unknown, or a value has the wrong type.
+    """
     for name, value in values.items():
         if name not in OPTION_TYPES:
-            raise ValueError(f"it has {name!r}, which is no option")
+            raise ValueError(f"{name!r} is not an option")
         kinds = typing.get_args(OPTION_TYPES[name]) or (OPTION_TYPES[name],)
         if (
             type(value) not in kinds
@@ -184,19 +190,19 @@ OWNERS = {
     for field in fields(Settings)
     if any(field.name in option_names(name) for name in METHODS)
 } | {"lora_plus_ratio": ["lora"]}
-"""Options that only some methods have -> these."""
+"""``{option: methods}`` for the options that only some methods support."""
 
 
 def has_option(method: str, option: str) -> bool:
-    """Whether an option of finetune changes what ``method``, or one of those that it joins by +, does."""
+    """Whether an option of finetune affects ``method``, or one of the methods that it joins by +."""
     return option not in OWNERS or not set(OWNERS[option]).isdisjoint(method.split("+"))
 
 
 def command_line(command: str, options: Mapping[str, Any], out: Path, *first: str, jobs: int = 1) -> list[str]:
-    """What starts the same run anew: ``first``, and those of the ``options`` that are not the defaults."""
+    """Returns the command that repeats a run: ``first``, then the ``options`` that differ from the defaults."""
     if "method" in options:
         defaults = asdict(Settings(method=options["method"])) | {"method": Settings.method}
-    else:  # of several methods, each of which has a learning rate of its own
+    else:  # several methods, each with its own default learning rate
         defaults = asdict(Settings()) | {"learning_rate": None}
     changed = {name: value for name, value in options.items() if value is not None and value != defaults.get(name)}
     rest = [part for name, value in changed.items() for part in (f"--{name.replace('_', '-')}", str(value))]

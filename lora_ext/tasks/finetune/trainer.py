@@ -1,4 +1,4 @@
-"""``transformers.Trainer`` with what a LoRA run needs: small checkpoints, exact resumption, a clean stop on Ctrl-C."""
+"""Extends ``transformers.Trainer`` for LoRA runs: small checkpoints, exact resumption, a clean stop on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from lora_ext.tasks.shared.whole_files import writing
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during training; a checkpoint of the last step is on disk."""
+    """Raised on Ctrl-C during training, after a checkpoint of the last step was written."""
 
 
 class FinetuneTrainer(Trainer):
-    """Writes only what is trained, and draws the same batches in a resumed run.
+    """A Trainer that writes only trained parameters and draws the same batches in a resumed run.
 
-    Evaluation and prediction keep the order of the dataset, and take of a model's outputs the logits alone.
+    Evaluation and prediction keep the order of the dataset and use only the logits among the model's outputs.
 
     Attributes:
-        lora_plus_ratio: the learning rate of ``lora_B`` over that of all else (LoRA+, Hayou et al. 2024, arXiv
-            2402.12354).
-        average: which is evaluated during training, and what the model has after it; or None.
-        progress: what it has done so far.
-        clock: of its checkpoints.
+        lora_plus_ratio: learning rate of ``lora_B`` divided by that of all other parameters (LoRA+, Hayou et al. 2024,
+            arXiv 2402.12354).
+        average: moving average of the weights, or None; it is evaluated during training and kept at the end.
+        progress: time, tokens and losses so far.
+        clock: decides when a checkpoint is due.
     """
 
     lora_plus_ratio = 1.0
@@ -84,11 +84,11 @@ class FinetuneTrainer(Trainer):
         return loss
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Writes a checkpoint that is there whole or not at all."""
+        """Writes a checkpoint atomically."""
         directory = self.args.output_dir
         self.state.stateful_callbacks[Progress.KEY] = self.progress.state()
         with self.clock.writing_one(), new_checkpoint(Path(directory), self.state.global_step) as fresh:
-            # The Trainer makes a directory of this name in the one that its arguments name.
+            # The Trainer creates its own subdirectory checkpoint-<step> in output_dir; the files move up below.
             self.args.output_dir = str(fresh)
             try:
                 super()._save_checkpoint(model, trial)
@@ -101,7 +101,7 @@ class FinetuneTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         directory = output_dir or self.args.output_dir
-        if method_of(self.model).name == "full":  # the whole model, as others read it
+        if method_of(self.model).name == "full":  # the whole model, in the format of transformers
             self.model.save_pretrained(directory, state_dict=state_dict)
         else:
             save_method(self.model, directory)
@@ -128,7 +128,7 @@ class FinetuneTrainer(Trainer):
             self.average.load(Path(checkpoint))
 
     def take_over(self, checkpoint: Checkpoint) -> None:
-        """Becomes what it was after its last step, of which ``checkpoint`` is: nothing is left to train."""
+        """Restores the state after the last step from its ``checkpoint``, without training."""
         self._load_from_checkpoint(str(checkpoint.path))
         with _explaining_damage(str(checkpoint.path)):
             self._load_average(str(checkpoint.path))
@@ -138,21 +138,21 @@ class FinetuneTrainer(Trainer):
 
 @contextmanager
 def _explaining_damage(checkpoint: str | None) -> Iterator[None]:
-    """Whatever a checkpoint's files do not load with becomes one line that says what to do."""
+    """Turns any loading error into one line with the remedy."""
     try:
         yield
     except (torch.OutOfMemoryError, TaskError):
         raise
-    except Exception as error:  # torch.load raises what the damage happens to cause
+    except Exception as error:  # a damaged file can make torch.load raise any exception
         raise damaged(checkpoint, error) from error
 
 
 class Progress:
-    """What a run has done, as far as it is not in its weights: time, tokens, and losses that are not logged yet.
+    """Progress of a run that its weights do not show: time, tokens, and losses that are not logged yet.
 
     Attributes:
-        seconds: spent in training steps, before a resumption, too.
-        tokens: in these, padding not counted.
+        seconds: time spent in training steps, including those before a resumption.
+        tokens: number of tokens in these steps, without padding.
     """
 
     KEY = "Progress"  # in the Trainer's state
@@ -167,7 +167,7 @@ class Progress:
         self._steps += 1
 
     def mean_loss(self) -> float:
-        """Returns the mean of the losses since it was asked last."""
+        """Returns the mean of the losses since the last call."""
         mean = float(self._loss) / self._steps
         self._loss, self._steps = 0.0, 0
         return mean
@@ -177,18 +177,20 @@ class Progress:
 
     def go_on(self, state: TrainerState) -> None:
         """Continues from what :meth:`state` put into a checkpoint."""
-        own = state.stateful_callbacks.get(self.KEY, {})
-        self.seconds, self._loss, self._steps = own.get("seconds", 0.0), own.get("loss", 0.0), own.get("steps", 0)
+        saved = state.stateful_callbacks.get(self.KEY, {})
+        self.seconds, self._loss = saved.get("seconds", 0.0), saved.get("loss", 0.0)
+        self._steps = saved.get("steps", 0)
         self.tokens = state.num_input_tokens_seen
 
 
 class _Steps(TrainerCallback):
-    """Says what happens at a step; all of it is in the step's checkpoint.
+    """Seeds every step, and decides when to log, evaluate and save.
 
-    - Random numbers follow from the seed and the number of the step. Whatever else draws some, an evaluation or a
-      resumption, changes nothing.
-    - After it the loss is logged, at a hundredth of all steps, then the model is evaluated, at an epoch's end, and then
-      a checkpoint is written: where one is due, after the last step and after Ctrl-C.
+    - Random numbers depend only on the seed and the number of the step. Random numbers drawn by an evaluation or a
+      resumption change nothing.
+    - After a step, in this order: the loss is logged (100 times per run), the model is evaluated (at the end of an
+      epoch), a checkpoint is written (when one is due, after the last step and after Ctrl-C). The checkpoint therefore
+      contains the results of its step.
     """
 
     def __init__(self, trainer: FinetuneTrainer) -> None:
@@ -210,7 +212,7 @@ class _Steps(TrainerCallback):
         trainer.progress.seconds += seconds
         trainer.progress.tokens = state.num_input_tokens_seen
         is_last = step >= state.max_steps
-        if is_last or step % math.ceil(state.max_steps / 100) == 0:  # a hundred points, however long the run
+        if is_last or step % math.ceil(state.max_steps / 100) == 0:  # 100 points for a run of any length
             trainer.log({"loss": trainer.progress.mean_loss(), "learning_rate": lr_scheduler.get_last_lr()[0]})
         control.should_evaluate = trainer.eval_dataset is not None and (is_last or step % len(train_dataloader) == 0)
         control.should_save = is_last or trainer.clock.is_due()
@@ -231,7 +233,7 @@ class _Averaging(TrainerCallback):
 
 
 class _EpochSampler(LengthGroupedSampler):
-    """Rows of like length together, in an order that follows from the seed and the epoch alone."""
+    """Groups rows of similar length, in an order that depends only on the seed and the epoch."""
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
         super().__init__(batch_size, lengths=lengths)
@@ -243,9 +245,9 @@ class _EpochSampler(LengthGroupedSampler):
 
 
 class _Shown(TrainerCallback):
-    """Shows how far training is, with the current loss, and how far an evaluation is.
+    """Shows the progress of training, with the current loss, and of evaluations.
 
-    The Trainer's own callback draws bars wherever it writes to: a log file gets a line for every step.
+    It replaces the Trainer's callback, which also draws bars into a log file: one line for every step.
     """
 
     def __init__(self) -> None:
@@ -268,7 +270,7 @@ class _Shown(TrainerCallback):
         self._training = None
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-        if self._evaluation is None:  # a short one, after each epoch, is worth no line
+        if self._evaluation is None:  # first=10: a short evaluation after an epoch prints no line
             options = {"unit": "batches", "first": 10.0, "leave": self._training is None, "dynamic_ncols": True}
             self._evaluation = display.progress("evaluate", len(eval_dataloader), **options)
         self._evaluation.advance(1)
@@ -282,7 +284,7 @@ class _Shown(TrainerCallback):
 
 
 class _StopOnInterrupt(TrainerCallback):
-    """The first Ctrl-C ends the run after the current step, with a checkpoint; the second one ends it at once."""
+    """Stops the run on Ctrl-C: the first after the current step, with a checkpoint; the second immediately."""
 
     requested = False
 
@@ -306,7 +308,7 @@ class _StopOnInterrupt(TrainerCallback):
 
 
 def build_trainer(model, settings: Settings, out: Path, train, validation, collator) -> FinetuneTrainer:
-    """``train`` and ``validation`` are lists of ``{"input_ids": [...], "labels": class index}``."""
+    """Returns a trainer; ``train`` and ``validation`` are lists of ``{"input_ids": [...], "labels": class index}``."""
     steps = len(train) / settings.batch_size * settings.epochs
     arguments = TrainingArguments(
         output_dir=str(out / "checkpoints"),
@@ -316,18 +318,18 @@ def build_trainer(model, settings: Settings, out: Path, train, validation, colla
         learning_rate=settings.learning_rate,
         lr_scheduler_type=SCHEDULES[settings.schedule],
         warmup_steps=round(settings.warmup * steps),
-        eval_strategy="no",  # what is done after which step, _Steps says
+        eval_strategy="no",  # _Steps decides when to evaluate, log and save
         logging_strategy="no",
         save_strategy="no",
         include_num_input_tokens_seen="non_padding",
         dataloader_pin_memory=torch.cuda.is_available(),
         bf16=settings.precision == "bfloat16",
-        use_cpu=not torch.cuda.is_available(),  # or bf16 is refused
-        disable_tqdm=False,  # whatever the verbosity
+        use_cpu=not torch.cuda.is_available(),  # without it, the Trainer refuses bf16 on a CPU
+        disable_tqdm=False,  # independent of the verbosity
         report_to=[],
         seed=settings.seed,
     )
-    with writing(out):  # it makes the directory of the checkpoints
+    with writing(out):  # the constructor creates the directory of the checkpoints
         trainer = FinetuneTrainer(
             model,
             arguments,
@@ -350,7 +352,7 @@ def build_trainer(model, settings: Settings, out: Path, train, validation, colla
 
 
 def forward_of(model: torch.nn.Module, settings: Settings) -> Callable[..., Any]:
-    """The forward of ``model`` in the precision of the settings, as a trainer runs it."""
+    """Returns a function that calls ``model`` in the precision of the settings, as a trainer does."""
 
     def forward(**inputs: torch.Tensor) -> Any:
         device_type = next(iter(inputs.values())).device.type
@@ -361,21 +363,21 @@ def forward_of(model: torch.nn.Module, settings: Settings) -> Callable[..., Any]
 
 
 class _Progress(TrainerCallback):
-    def __init__(self, tell: Callable[[float], None]) -> None:
-        self.tell = tell
+    def __init__(self, on_progress: Callable[[float], None]) -> None:
+        self.on_progress = on_progress
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.tell(state.global_step / max(state.max_steps, 1))
+        self.on_progress(state.global_step / max(state.max_steps, 1))
 
 
 def train(
     trainer: FinetuneTrainer, checkpoint: Checkpoint | None, on_progress: Callable[[float], None] | None = None
 ) -> Progress:
-    """Trains to the end, from ``checkpoint`` if given; ``on_progress`` is told the part that is done.
+    """Trains to the end, from ``checkpoint`` if given; calls ``on_progress`` with the finished fraction.
 
     Raises:
-        Interrupted: on the first Ctrl-C, after a checkpoint of the step then finished was written.
-        WriteError: the disk refuses a checkpoint.
+        Interrupted: Ctrl-C was pressed; a checkpoint of the current step has been written.
+        WriteError: a checkpoint cannot be written.
     """
     if checkpoint is not None and checkpoint.is_last:
         trainer.take_over(checkpoint)
@@ -394,5 +396,5 @@ def train(
 
 
 def predict(trainer: FinetuneTrainer, examples: list[dict[str, Any]]) -> np.ndarray:
-    """Logits ``[len(examples), num_labels]`` of the trainer's model, float32, in the order of ``examples``."""
+    """Returns the model's logits ``[len(examples), num_labels]``, float32, in the order of ``examples``."""
     return trainer.predict(examples).predictions

@@ -9,7 +9,7 @@ from typing import Any
 from lora_ext.tasks.shared import markdown
 from lora_ext.tasks.shared.whole_files import write_picture
 
-KINDS = {  # of memory: keys in plan.json and their names
+KINDS = {  # kinds of memory: keys in plan.json and their names
     "weights": "weights",
     "optimizer_state": "optimizer state",
     "gradients": "gradients",

@@ -1,4 +1,4 @@
-"""What a result was made with: the model and the data."""
+"""Facts about a result: the model and the data that produced it."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def _table(memories: _Memories, usable: int | None) -> Table:
 
 
 def _kept(runs: _Memories) -> Table:
-    """What is trained and has to be kept for a task."""
+    """Returns a table of the trained parameters and checkpoint bytes per task."""
     rows = [
         [name, run["trained_parameters"], cell(run["checkpoint_bytes"], readable(run["checkpoint_bytes"]))]
         for name, run in runs.items()

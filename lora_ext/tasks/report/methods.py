@@ -24,7 +24,7 @@ def show_methods(result: Result, pictures: Pictures) -> dict[str, Any]:
     runs = _runs(content)
     return {
         "reading": _reading(content, best),
-        "left_out": [f"{each['label']}: {each['reason']}" for each in content.get("left_out") or ()],
+        "left_out": [f"{method['label']}: {method['reason']}" for method in content.get("left_out") or ()],
         "methods": _table(content, best),
         "names": [f"{label}: {spec}" for label, spec in named_rows(rows).items()],
         "seeds": deviation_over(content["seeds"]),
@@ -66,11 +66,11 @@ def _reading(content: Mapping[str, Any], best: str | None) -> list[str]:
     if len(rows) < 2:
         return [f"Only {rows[0]['label']} was trained: {percent(rows[0]['accuracy'])} % of the test texts are right."]
     if len(content["seeds"]) < 2:
-        return ["Each method was trained from one seed: nothing tells how far chance reaches, so none is marked."]
+        return ["Each method was trained from one seed: the spread is unknown, so no method is marked."]
     if best is not None:
-        sentences = [f"{best} is ahead of every other method by more than the spread over seeds, and marked."]
+        sentences = [f"{best} is ahead of every other method by more than the spread over seeds, and is marked."]
     else:
-        sentences = ["No method is ahead of every other by more than the spread over seeds, so none is marked."]
+        sentences = ["No method is ahead of every other by more than the spread over seeds, so no method is marked."]
     by_label = {row["label"]: row for row in rows}
     level = not_behind({row["label"]: row["accuracy"] for row in rows})
     fewest = min(level, key=lambda label: _own_parameters(by_label[label]))
@@ -209,7 +209,7 @@ def _runs(content: Mapping[str, Any]) -> Table:
 
 
 def _settings(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The settings in which the methods differ, as a table, and those that are the ``same`` for all."""
+    """Returns a table of the settings that differ between methods, and the settings that are the ``same`` for all."""
     settings = {row["label"]: own_settings(row["settings"]) for row in rows}
     names = dict.fromkeys(name for chosen in settings.values() for name in chosen if name not in ("seed", "method"))
     values = {

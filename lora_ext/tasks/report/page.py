@@ -1,4 +1,4 @@
-"""The page around the sections: one file that asks nothing of any other."""
+"""The page around the sections: one file that loads no other."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Section:
 
 
 def render(template: str, **context: Any) -> Markup:
-    """Fills a template; whatever is no Markup is escaped."""
+    """Fills a template; escapes all values except Markup."""
     return Markup(_TEMPLATES.get_template(template).render(context))
 
 

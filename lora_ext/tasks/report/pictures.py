@@ -1,4 +1,4 @@
-"""Pictures that commands left, as data URIs, as long as the page stays small."""
+"""Embeds the pictures of results as data URIs, up to a limit on the size of the page."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ class Pictures:
     """Embeds PNG files. ``most_bytes``: limit for all of them together, as text of the page."""
 
     def __init__(self, most_bytes: int = 1_500_000) -> None:
-        self._left = most_bytes
+        self._remaining = most_bytes
 
     def embed(self, path: Path) -> str | None:
-        """The picture's data URI; None: it does not exist, is no PNG, or there is no room for it."""
+        """Returns the picture's data URI; None if it is missing, is not a PNG, or exceeds the limit."""
         try:
             with open_regular(path) as file:
-                content = file.read(self._left)
+                content = file.read(self._remaining)
         except (OSError, ValueError):
             return None
         text = base64.b64encode(content).decode()
-        if not content.startswith(_PNG) or len(text) > self._left:
+        if not content.startswith(_PNG) or len(text) > self._remaining:
             return None
-        self._left -= len(text)
+        self._remaining -= len(text)
         return f"data:image/png;base64,{text}"
 
 

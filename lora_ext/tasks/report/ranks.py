@@ -50,7 +50,7 @@ def _code(text: str) -> Markup:
 
 def _reading_ranks(content: Mapping[str, Any], cells: _Cells) -> list[str]:
     if len(content["seeds"]) < 2:
-        return ["With one seed nothing tells how far chance reaches, so no rank is marked."]
+        return ["With one seed the spread is unknown, so no rank is marked."]
     lines = []
     for target in content["targets"] if len(content["ranks"]) > 1 else ():
         accuracies = _of_target(content, cells, target)

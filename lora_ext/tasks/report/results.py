@@ -42,7 +42,7 @@ def find_results(directory: Path) -> list[Result]:
     The runs of a finished comparison or sweep belong to it and are not in the list.
 
     Raises:
-        TaskError: there is none, or a file is not what its command writes; the message names it.
+        TaskError: there is no result, or a file is not what its command writes; the message names it.
     """
     if not directory.is_dir():
         raise TaskError(f"{directory} is not a directory")

@@ -1,4 +1,4 @@
-"""From a matplotlib figure to SVG that is a part of the page.
+"""Converts a matplotlib figure to SVG that is a part of the page.
 
 matplotlib draws in the light colours of ``page.css``; each becomes its CSS variable, so that a chart follows the page
 from light to dark. Only listed elements and attributes are copied: no inline style, id, link or script, which the
@@ -53,7 +53,7 @@ _LOOKS = ("fill", "fill-opacity", "stroke", "stroke-width", "stroke-dasharray", 
 
 @contextlib.contextmanager
 def page_style() -> Iterator[None]:
-    """Draws with matplotlib's defaults and the page's style, whatever the user's matplotlibrc says."""
+    """Draws with matplotlib's defaults and the page's style; ignores the user's matplotlibrc."""
     with style.context(["default", _STYLE]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # a letter that matplotlib's font lacks: the browser has others
         yield

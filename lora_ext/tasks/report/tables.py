@@ -58,10 +58,10 @@ def figure_text(value: Any) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """``1 layer``, ``2 layers``"""
+    """Returns ``1 layer``, ``2 layers``."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def printable(text: Any) -> str:
-    """The text; what is no character of an HTML document becomes U+FFFD."""
+    """Returns the text; characters that HTML does not allow become U+FFFD."""
     return _NOT_TEXT.sub("\N{REPLACEMENT CHARACTER}", str(text))

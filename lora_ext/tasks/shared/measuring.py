@@ -40,7 +40,7 @@ def latencies(
     rounds: int = 11,
     seconds: float = math.inf,
 ) -> dict[Key, list[float]]:
-    """Times ``rounds`` forward passes of each model, in turns, so that a busy machine slows all alike.
+    """Times ``rounds`` forward passes of each model, in turns, so that a busy machine slows them equally.
 
     An untimed pass of the same model precedes each timed one: otherwise models that share weights would find them in
     the cache, except the first. After three rounds, no round starts later than ``seconds``.
