@@ -1,5 +1,6 @@
-// The order of the launches behind lora_linear and lora_linear_backward, for x of dtype T. float64 and float32 run on
-// plain multiply-adds (fma/), the 16-bit types on tensor cores (mma/); csrc/cuda/instantiations has one file per T.
+// The launches of lora_linear and lora_linear_backward for x of dtype T, defined in fma/lora.cuh and mma/lora.cuh.
+// float64 and float32 run on plain multiply-adds (fma/), the 16-bit types on tensor cores (mma/). instantiations/ has
+// one file per T.
 #pragma once
 
 #include <cuda_runtime_api.h>

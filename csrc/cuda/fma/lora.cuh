@@ -1,8 +1,9 @@
 // The order of the launches for tensors of dtype T, on plain multiply-adds.
 #pragma once
 
-#include "../chunk_sums.cuh"
 #include "../lora_launches.h"
+#include "../rank_scales.cuh"
+#include "chunk_sums.cuh"
 #include "expand.cuh"
 #include "pack_factors.cuh"
 #include "plan.h"
@@ -12,29 +13,15 @@
 namespace lora_ext::cuda {
 namespace fma {
 
-template <class Siblings>
-RankScales rank_scales(const Siblings& siblings, int num_siblings) {
-  RankScales scales{.num_siblings = num_siblings};
-  for (int s = 0; s < num_siblings; ++s) {
-    scales.rank_end[s] = siblings[s].rank_begin + siblings[s].rank;
-    scales.scale[s] = siblings[s].scale;
-  }
-  return scales;
-}
-
-inline RankScales single_scale(int64_t rank, double scale) {
-  return {.num_siblings = 1, .rank_end = {rank}, .scale = {scale}};
-}
-
 template <class A>
 void pack_forward_factors(const LoraForwardParams& p, const ForwardPlan& plan, char* workspace, cudaStream_t stream) {
   PackFactorsParams pack{.factors = {}, .num_factors = 0, .dtype = p.factor_dtype};
-  A* stacked_A = reinterpret_cast<A*>(workspace + plan.lora_A);
+  A* stacked_A = reinterpret_cast<A*>(workspace + plan.lora_A_offset);
   for (int s = 0; s < p.num_siblings; ++s) {
     const LoraForwardSibling& sibling = p.siblings[s];
     A* packed_A = stacked_A + sibling.rank_begin * padded_features(p.in_features);
     pack.factors[pack.num_factors++] = {sibling.lora_A, packed_A, sibling.rank, p.in_features, false};
-    pack.factors[pack.num_factors++] = {sibling.lora_B, workspace + plan.lora_B_t[s], sibling.rank,
+    pack.factors[pack.num_factors++] = {sibling.lora_B, workspace + plan.lora_B_offset[s], sibling.rank,
                                         sibling.out_features, true};
   }
   launch_pack_factors<A>(pack, stream);
@@ -44,14 +31,14 @@ template <class A>
 void pack_backward_factors(const LoraBackwardParams& p, const BackwardPlan& plan, char* workspace,
                            cudaStream_t stream) {
   PackFactorsParams pack{.factors = {}, .num_factors = 0, .dtype = p.factor_dtype};
-  A* stacked_A = reinterpret_cast<A*>(workspace + plan.lora_A);
+  A* stacked_A = reinterpret_cast<A*>(workspace + plan.lora_A_offset);
   for (int s = 0; s < p.num_siblings; ++s) {
     const LoraBackwardSibling& sibling = p.siblings[s];
     if (p.wants_grad_x) {
       A* packed_A = stacked_A + sibling.rank_begin * padded_features(p.in_features);
       pack.factors[pack.num_factors++] = {sibling.lora_A, packed_A, sibling.rank, p.in_features, false};
     }
-    pack.factors[pack.num_factors++] = {sibling.lora_B, workspace + plan.siblings[s].lora_B_t, sibling.rank,
+    pack.factors[pack.num_factors++] = {sibling.lora_B, workspace + plan.siblings[s].lora_B_offset, sibling.rank,
                                         sibling.out_features, true};
   }
   launch_pack_factors<A>(pack, stream);
@@ -62,13 +49,13 @@ template <class T>
 void launch_xa_pass(const LoraForwardParams& p, const ForwardPlan& plan, char* workspace, cudaStream_t stream) {
   using A = Acc<T>;
   const bool direct = plan.ranges.count == 1;
-  const RankScales scales = rank_scales(p.siblings, p.num_siblings);
-  void* xa_partial = workspace + plan.xa_partial;
+  const RankScales<A> scales = rank_scales<A>(p.siblings, p.num_siblings);
+  void* xa_partial = workspace + plan.xa_partial_offset;
   launch_shrink<T>({.num_tokens = p.num_tokens,
                     .features = p.in_features,
                     .rank = p.total_rank,
                     .x = p.x,
-                    .factor = workspace + plan.lora_A,
+                    .factor = workspace + plan.lora_A_offset,
                     .out = direct ? p.xa : xa_partial,
                     .seed = p.seed,
                     .mask = p.mask,
@@ -77,41 +64,41 @@ void launch_xa_pass(const LoraForwardParams& p, const ForwardPlan& plan, char* w
                     .range_stride = p.num_tokens * p.total_rank,
                     .mask_row_bytes = mask_row_bytes(p.in_features),
                     .ranges = plan.ranges,
-                    .scales = direct ? scales : single_scale(p.total_rank, 1.0),
+                    .scales = direct ? scales : single_scale<A>(1.0),
                     .threshold = p.threshold,
                     .x_aligned = rows_are_aligned(p.x, p.x_stride, sizeof(T))},
                    stream);
   if (!direct) {
-    RankSumsParams sums{.num_tokens = p.num_tokens,
-                        .total_rank = p.total_rank,
-                        .partial = xa_partial,
-                        .out = p.xa,
-                        .scales = scales,
-                        .ranges = {}};
+    RankSumsParams<A> sums{.num_tokens = p.num_tokens,
+                           .total_rank = p.total_rank,
+                           .partial = xa_partial,
+                           .out = p.xa,
+                           .scales = scales,
+                           .ranges = {}};
     for (int s = 0; s < p.num_siblings; ++s) sums.ranges[s] = plan.ranges.count;
     launch_rank_sums<A>(sums, stream);
   }
 }
 
-// Where grad_xa is: handed from or to the other product's call, or between the passes of this one.
+// Returns where grad_xa is: the other product's call has it, too, or it stays in the workspace of this call.
 inline void* grad_xa_of(const LoraBackwardParams& p, const BackwardPlan& plan, char* workspace) {
-  return p.products == Products::kBoth ? workspace + plan.grad_xa : p.grad_xa;
+  return p.products == Products::kBoth ? workspace + plan.grad_xa_offset : p.grad_xa;
 }
 
 // The passes over grad_y: grad_xa and the partial sums of grad_lora_B, whichever are wanted.
 template <class T>
 void launch_grad_y_passes(const LoraBackwardParams& p, const BackwardPlan& plan, char* workspace, cudaStream_t stream) {
   using A = Acc<T>;
-  // With one range everywhere grad_xa is written at once, scaled; else rank_sums scales it.
+  // If every sibling has one range, the passes write grad_xa, scaled; otherwise rank_sums scales it.
   const bool direct = plan.max_ranges <= 1;
   void* out = grad_xa_of(p, plan, workspace);
-  A* grad_xa = static_cast<A*>(direct ? out : workspace + plan.grad_xa_partial);
-  RankSumsParams sums{.num_tokens = p.num_tokens,
-                      .total_rank = p.total_rank,
-                      .partial = grad_xa,
-                      .out = out,
-                      .scales = rank_scales(p.siblings, p.num_siblings),
-                      .ranges = {}};
+  A* grad_xa = static_cast<A*>(direct ? out : workspace + plan.grad_xa_partial_offset);
+  RankSumsParams<A> sums{.num_tokens = p.num_tokens,
+                         .total_rank = p.total_rank,
+                         .partial = grad_xa,
+                         .out = out,
+                         .scales = rank_scales<A>(p.siblings, p.num_siblings),
+                         .ranges = {}};
   for (int s = 0; s < p.num_siblings; ++s) {
     const LoraBackwardSibling& sibling = p.siblings[s];
     const BackwardPlan::Sibling& parts = plan.siblings[s];
@@ -122,7 +109,7 @@ void launch_grad_y_passes(const LoraBackwardParams& p, const BackwardPlan& plan,
                         .features = sibling.out_features,
                         .rank = sibling.rank,
                         .x = sibling.grad_y,
-                        .factor = workspace + parts.lora_B_t,
+                        .factor = workspace + parts.lora_B_offset,
                         .out = grad_xa + sibling.rank_begin,
                         .seed = nullptr,
                         .mask = nullptr,
@@ -131,7 +118,7 @@ void launch_grad_y_passes(const LoraBackwardParams& p, const BackwardPlan& plan,
                         .range_stride = p.num_tokens * p.total_rank,
                         .mask_row_bytes = 0,
                         .ranges = parts.ranges,
-                        .scales = single_scale(sibling.rank, direct ? sibling.scale : 1.0),
+                        .scales = single_scale<A>(direct ? sibling.scale : 1.0),
                         .threshold = 0,
                         .x_aligned = aligned},
                        stream);
@@ -140,21 +127,21 @@ void launch_grad_y_passes(const LoraBackwardParams& p, const BackwardPlan& plan,
       launch_token_sum<T>({.num_tokens = p.num_tokens,
                            .features = sibling.out_features,
                            .rank = sibling.rank,
-                           .left = static_cast<const A*>(p.xa) + sibling.rank_begin,
-                           .right = sibling.grad_y,
+                           .small_operand = static_cast<const A*>(p.xa) + sibling.rank_begin,
+                           .x = sibling.grad_y,
                            .mask = nullptr,
-                           .partial = workspace + parts.grad_B_partial,
-                           .factor = workspace + parts.lora_B_t,
+                           .partial = workspace + parts.grad_lora_B_partial_offset,
+                           .factor = workspace + parts.lora_B_offset,
                            .product = grad_xa + sibling.rank_begin,
-                           .left_stride = p.total_rank,
-                           .right_stride = sibling.grad_y_stride,
+                           .small_operand_stride = p.total_rank,
+                           .x_stride = sibling.grad_y_stride,
                            .mask_row_bytes = 0,
                            .product_stride = p.total_rank,
                            .range_stride = p.num_tokens * p.total_rank,
-                           .chunks = parts.grad_B_chunks,
+                           .chunks = parts.grad_lora_B_chunks,
                            .product_scale = direct ? sibling.scale : 1.0,
                            .with_products = parts.one_pass,
-                           .right_aligned = aligned},
+                           .x_aligned = aligned},
                           stream);
     }
   }
@@ -165,14 +152,14 @@ template <class A>
 void launch_factor_gradient_sums(const LoraBackwardParams& p, const BackwardPlan& plan, char* workspace,
                                  cudaStream_t stream) {
   GradientSumsParams sums{.gradients = {}, .num_gradients = 0, .dtype = p.factor_dtype};
-  const A* partial_A = reinterpret_cast<const A*>(workspace + plan.grad_A_partial);
+  const A* partial_A = reinterpret_cast<const A*>(workspace + plan.grad_lora_A_partial_offset);
   for (int s = 0; s < p.num_siblings; ++s) {
     const LoraBackwardSibling& sibling = p.siblings[s];
     if (p.wants_grad_lora_A) {
       const int64_t pitch = padded_features(p.in_features);
       sums.gradients[sums.num_gradients++] = {.partial = partial_A + sibling.rank_begin * pitch,
                                               .grad = sibling.grad_lora_A,
-                                              .chunks = plan.grad_A_chunks.count,
+                                              .chunks = plan.grad_lora_A_chunks.count,
                                               .chunk_stride = p.total_rank * pitch,
                                               .rank = sibling.rank,
                                               .features = p.in_features,
@@ -181,9 +168,9 @@ void launch_factor_gradient_sums(const LoraBackwardParams& p, const BackwardPlan
     }
     if (p.wants_grad_lora_B) {
       const int64_t pitch = padded_features(sibling.out_features);
-      sums.gradients[sums.num_gradients++] = {.partial = workspace + plan.siblings[s].grad_B_partial,
+      sums.gradients[sums.num_gradients++] = {.partial = workspace + plan.siblings[s].grad_lora_B_partial_offset,
                                               .grad = sibling.grad_lora_B,
-                                              .chunks = plan.siblings[s].grad_B_chunks.count,
+                                              .chunks = plan.siblings[s].grad_lora_B_chunks.count,
                                               .chunk_stride = sibling.rank * pitch,
                                               .rank = sibling.rank,
                                               .features = sibling.out_features,
@@ -198,12 +185,12 @@ void launch_factor_gradient_sums(const LoraBackwardParams& p, const BackwardPlan
 
 template <class T>
 int64_t LoraLaunches<T>::workspace_bytes(const LoraForwardParams& p) {
-  return fma::plan_forward(p).total;
+  return fma::plan_forward(p).total_bytes;
 }
 
 template <class T>
 int64_t LoraLaunches<T>::workspace_bytes(const LoraBackwardParams& p) {
-  return fma::plan_backward(p).total;
+  return fma::plan_backward(p).total_bytes;
 }
 
 template <class T>
@@ -217,14 +204,14 @@ void LoraLaunches<T>::forward(const LoraForwardParams& p, void* workspace_block,
   fma::ExpandParams expand{.updates = {},
                            .num_updates = p.num_siblings,
                            .rows = p.num_tokens,
-                           .left_stride = p.total_rank,
+                           .small_operand_stride = p.total_rank,
                            .mask = nullptr,
                            .mask_row_bytes = 0,
                            .scale = 1.0};
   for (int s = 0; s < p.num_siblings; ++s) {
     const LoraForwardSibling& sibling = p.siblings[s];
-    expand.updates[s] = {.left = static_cast<const A*>(p.xa) + sibling.rank_begin,
-                         .right = workspace + plan.lora_B_t[s],
+    expand.updates[s] = {.small_operand = static_cast<const A*>(p.xa) + sibling.rank_begin,
+                         .factor = workspace + plan.lora_B_offset[s],
                          .bias = sibling.bias,
                          .base = sibling.base,
                          .out = sibling.y,
@@ -248,28 +235,28 @@ void LoraLaunches<T>::backward(const LoraBackwardParams& p, void* workspace_bloc
     fma::launch_token_sum<T>({.num_tokens = p.num_tokens,
                               .features = p.in_features,
                               .rank = p.total_rank,
-                              .left = grad_xa,
-                              .right = p.x,
+                              .small_operand = grad_xa,
+                              .x = p.x,
                               .mask = p.has_dropout ? p.mask : nullptr,
-                              .partial = workspace + plan.grad_A_partial,
+                              .partial = workspace + plan.grad_lora_A_partial_offset,
                               .factor = nullptr,
                               .product = nullptr,
-                              .left_stride = p.total_rank,
-                              .right_stride = p.x_stride,
+                              .small_operand_stride = p.total_rank,
+                              .x_stride = p.x_stride,
                               .mask_row_bytes = mask_row_bytes(p.in_features),
                               .product_stride = 0,
                               .range_stride = 0,
-                              .chunks = plan.grad_A_chunks,
+                              .chunks = plan.grad_lora_A_chunks,
                               .product_scale = 1.0,
                               .with_products = false,
-                              .right_aligned = fma::rows_are_aligned(p.x, p.x_stride, sizeof(T))},
+                              .x_aligned = fma::rows_are_aligned(p.x, p.x_stride, sizeof(T))},
                              stream);
   }
   fma::launch_factor_gradient_sums<A>(p, plan, workspace, stream);
 
   if (p.wants_grad_x) {
-    fma::launch_expand<T>({.updates = {{.left = grad_xa,
-                                        .right = workspace + plan.lora_A,
+    fma::launch_expand<T>({.updates = {{.small_operand = grad_xa,
+                                        .factor = workspace + plan.lora_A_offset,
                                         .bias = nullptr,
                                         .base = p.base,
                                         .out = p.grad_x,
@@ -278,7 +265,7 @@ void LoraLaunches<T>::backward(const LoraBackwardParams& p, void* workspace_bloc
                                         .out_stride = p.in_features}},
                            .num_updates = 1,
                            .rows = p.num_tokens,
-                           .left_stride = p.total_rank,
+                           .small_operand_stride = p.total_rank,
                            .mask = p.has_dropout ? p.mask : nullptr,
                            .mask_row_bytes = mask_row_bytes(p.in_features),
                            .scale = 1.0},
