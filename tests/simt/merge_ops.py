@@ -1,7 +1,7 @@
 """Runs the merge kernels on torch tensors, many layers in one call, as the ops of csrc/bindings do.
 
-Nothing changes in place: functions return the weights after the launch. Every run checks that tests/simt reports nothing,
-that nothing was written between the rows of a weight, and that every word of a record was written.
+Nothing changes in place: functions return the weights after the launch. Every run checks that tests/simt reports
+nothing, that nothing was written between the rows of a weight, and that every word of a record was written.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def num_segments(weight: Tensor) -> int:
 def plan(
     weights: list[Tensor], As: list[Tensor], Bs: list[Tensor], schedule: int = 0, library: Library | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Returns the number of non-finite results per layer [layers], and the words of every segment's record [segments]."""
+    """Returns the number of non-finite results [layers], and the words of every segment's record [segments]."""
     run = _Run(weights, As, Bs, schedule, library)
     segments = sum(map(num_segments, weights))
     run.params.words = run.library.allocate(segments * 2, "words")

@@ -35,7 +35,7 @@ def wanted_names(output_mask: tuple[bool, bool, bool]) -> str:
 
 
 def siblings_of(count: int, shape, dtypes) -> Siblings:
-    """Returns siblings: the first of a shape (num_tokens, in_features, out_features, rank), then a smaller, a larger."""
+    """Returns siblings: one of shape (num_tokens, in_features, out_features, rank), a smaller one, a larger one."""
     num_tokens, in_features, out_features, rank = shape
     sizes = [(out_features, rank), (out_features // 2 + 1, rank // 2 + 1), (out_features + 9, rank + 3)]
     siblings = random_siblings(((num_tokens, in_features), sizes[:count]), dtypes)

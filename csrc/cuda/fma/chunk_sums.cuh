@@ -17,8 +17,8 @@ constexpr int kSumThreads = 256, kSumElements = 64, kSumGroups = kSumThreads / k
 template <class A>
 using GroupSums = A[kSumGroups][kSumElements];
 
-// Returns the sum over chunks of partial[chunk * chunk_stride] in group 0; what it returns in other groups is not a
-// result. Every thread of the block must call it; threads with nothing to sum pass chunks = 0.
+// Returns the sum over chunks of partial[chunk * chunk_stride] in group 0; the other groups return garbage. Every
+// thread of the block must call it; threads with nothing to sum pass chunks = 0.
 template <class A>
 __device__ __forceinline__ A sum_chunks(GroupSums<A>& group_sums, const A* partial, int64_t chunk_stride,
                                         int64_t chunks) {

@@ -20,12 +20,11 @@ inline bool is_aligned(const void* pointer, int64_t bytes) { return reinterpret_
 inline int64_t divide_columns(ExpandParams& p, int64_t tile_cols) {
   int64_t num_tiles = 0;
   for (int s = 0; s < p.num_siblings; ++s) {
-    ExpandSibling& sibling = p.siblings[s];
-    const int64_t tiles = ceil_div(sibling.cols, tile_cols);
-    const int64_t steps = ceil_div(ceil_div(sibling.cols, kPackedFeatureStep), std::max<int64_t>(tiles, 1));
-    sibling.first_tile = num_tiles;
-    sibling.tile_cols = static_cast<int>(steps * kPackedFeatureStep);
-    num_tiles += tiles;
+    const int64_t cols = p.siblings[s].cols, count = ceil_div(cols, tile_cols);
+    const int64_t steps = ceil_div(ceil_div(cols, kPackedFeatureStep), std::max<int64_t>(count, 1));
+    p.tiles[s].begin = num_tiles;
+    p.tiles[s].cols = static_cast<int>(steps * kPackedFeatureStep);
+    num_tiles += count;
   }
   return num_tiles;
 }
@@ -50,7 +49,7 @@ void launch_expand_short(ExpandParams p, cudaStream_t stream) {
 
   p.factor_tile_elements = 0;
   for (int s = 0; s < p.num_siblings; ++s) {
-    const int64_t elements = kParts * padded_ranks(p.siblings[s].rank) * p.siblings[s].tile_cols;
+    const int64_t elements = kParts * padded_ranks(p.siblings[s].rank) * p.tiles[s].cols;
     p.factor_tile_elements = std::max(p.factor_tile_elements, static_cast<uint32_t>(elements));
   }
   launch(&expand_short_kernel<T, kParts, kSteps>, make_grid(row_tiles, col_tiles), kExpandThreads,
@@ -70,12 +69,12 @@ template <class T, int kParts>
 void launch_expand(ExpandParams p, cudaStream_t stream) {
   int rank = 0;
   for (int s = 0; s < p.num_siblings; ++s) {
-    ExpandSibling& sibling = p.siblings[s];
+    const ExpandSibling& sibling = p.siblings[s];
     rank = std::max(rank, sibling.rank);
-    sibling.pairs = is_aligned(p.small_operand, 8) && p.small_operand_stride % 2 == 0 && sibling.rank_begin % 2 == 0 &&
-                    sibling.rank % 2 == 0;
-    sibling.eights = is_aligned(sibling.out, 16) && is_aligned(sibling.base, 16) && is_aligned(sibling.bias, 16) &&
-                     sibling.out_stride % 8 == 0 && sibling.cols % 8 == 0;
+    p.tiles[s].pairs = is_aligned(p.small_operand, 8) && p.small_operand_stride % 2 == 0 &&
+                       sibling.rank_begin % 2 == 0 && sibling.rank % 2 == 0;
+    p.tiles[s].eights = is_aligned(sibling.out, 16) && is_aligned(sibling.base, 16) && is_aligned(sibling.bias, 16) &&
+                        sibling.out_stride % 8 == 0 && sibling.cols % 8 == 0;
   }
   if (rank <= 16) {
     launch_expand_short<T, kParts, 1>(p, stream);

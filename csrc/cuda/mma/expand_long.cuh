@@ -34,12 +34,13 @@ __device__ __forceinline__ int long_factor_swizzle(int row) { return row % 8; }
 template <class T, int kParts>
 class ExpandLong {
  public:
-  __device__ __forceinline__ ExpandLong(const ExpandParams& p, const ExpandSibling& sibling)
+  __device__ __forceinline__ ExpandLong(const ExpandParams& p, int s)
       : p_(p),
-        sibling_(sibling),
-        shape_(sibling.rank, sibling.cols),
+        sibling_(p.siblings[s]),
+        tiles_(p.tiles[s]),
+        shape_(sibling_.rank, sibling_.cols),
         row0_(static_cast<int64_t>(blockIdx.x) * kLongRows),
-        col0_((blockIdx.y - sibling.first_tile) * kLongCols) {
+        col0_((blockIdx.y - tiles_.begin) * kLongCols) {
     SharedMemory memory;
     small_operand_ = memory.take<uint32_t>(2 * kParts * kLongSmallElements / 2, "small operand");
     factor_ = ptx::shared_address(memory.take<__nv_bfloat16>(2 * kParts * kLongFactorElements, "factor"));
@@ -75,7 +76,7 @@ class ExpandLong {
     for (int m = 0; m < kLongRowPieces; ++m) {
       const int64_t row0 = row0_ + (warp % kLongRowWarps * kLongRowPieces + m) * kPieceRows;
       const int64_t col0 = col0_ + warp / kLongRowWarps * kLongColPieces * kPieceCols;
-      const ExpandOutput<T> output(p_, sibling_, row0, col0, kLongColPieces * kPieceCols);
+      const ExpandOutput<T> output(p_, sibling_, tiles_.eights, row0, col0, kLongColPieces * kPieceCols);
 #pragma unroll
       for (int n = 0; n < kLongColPieces; ++n) {
         output.finish(n * kPieceCols, sum[m][n], output.prefetch(n * kPieceCols));
@@ -120,7 +121,7 @@ class ExpandLong {
   }
 
   __device__ __forceinline__ void load_small_operand(int step, int half) {
-    sibling_.pairs ? load_small_operand<true>(step, half) : load_small_operand<false>(step, half);
+    tiles_.pairs ? load_small_operand<true>(step, half) : load_small_operand<false>(step, half);
   }
 
   __device__ __forceinline__ void store_small_operand(int buffer, int half) {
@@ -176,6 +177,7 @@ class ExpandLong {
 
   const ExpandParams& p_;
   const ExpandSibling& sibling_;
+  const ExpandTiles& tiles_;
   const PackedShape shape_;
   const int64_t row0_, col0_;
   uint32_t* small_operand_;  // [2 buffers][kParts][kLongRows][kLongRank] bfloat16, in pairs
@@ -189,7 +191,7 @@ class ExpandLong {
 template <class T, int kParts>
 __global__ void __launch_bounds__(kExpandThreads, kParts == 1 ? 2 : 1)
     expand_long_kernel(const __grid_constant__ ExpandParams p) {
-  ExpandLong<T, kParts>(p, p.siblings[find_sibling(p)]).run();
+  ExpandLong<T, kParts>(p, find_sibling(p)).run();
 }
 
 }  // namespace lora_ext::cuda::mma

@@ -20,22 +20,27 @@ struct ExpandSibling {
   int64_t cols, out_stride;
   int64_t rank_begin;  // the sibling has the columns [rank_begin, rank_begin + rank) of the small operand
   int rank;
-  // Set by launch_expand:
-  int tile_cols;       // columns of a tile, a multiple of kPackedFeatureStep
-  int64_t first_tile;  // the sibling's first value of blockIdx.y
-  bool pairs;          // the small operand can be read in aligned pairs
-  bool eights;         // out, base and bias can be read and written in aligned groups of eight
+};
+
+// How launch_expand divides a sibling's output. In an array of its own: with these members in ExpandSibling, the kernel
+// of three parts spills registers on sm_100.
+struct ExpandTiles {
+  int64_t begin;  // the sibling's first value of blockIdx.y
+  int cols;       // columns of a tile, a multiple of kPackedFeatureStep
+  bool pairs;     // the small operand can be read in aligned pairs
+  bool eights;    // out, base and bias can be read and written in aligned groups of eight
 };
 
 struct ExpandParams {
-  int64_t num_tokens, mask_row_bytes, small_operand_stride;
+  int64_t num_tokens, small_operand_stride, mask_row_bytes;
   const float* small_operand;  // xa or grad_xa [num_tokens, small_operand_stride]
   const uint8_t* mask;         // [num_tokens, mask_row_bytes]; null: everything is kept
   int num_siblings;
-  // Set by launch_expand, for the short kernel:
-  int row_warps;                  // warps of a block that have different rows; the others share out the columns
-  uint32_t factor_tile_elements;  // of the largest tile of a factor in shared memory
   ExpandSibling siblings[kMaxSiblings];
+  // Set by launch_expand; the first two for the short kernel:
+  uint32_t factor_tile_elements;  // of the largest tile of a factor in shared memory
+  int row_warps;                  // warps of a block that have different rows; the others share out the columns
+  ExpandTiles tiles[kMaxSiblings];
 };
 
 constexpr int kExpandThreads = 256, kExpandWarps = kExpandThreads / 32;
@@ -44,7 +49,7 @@ constexpr int kPieceRows = 16, kPieceCols = 32;  // a warp's piece of output: it
 // Returns the sibling that the block's columns belong to.
 __device__ __forceinline__ int find_sibling(const ExpandParams& p) {
   int sibling = p.num_siblings - 1;
-  while (blockIdx.y < p.siblings[sibling].first_tile) --sibling;
+  while (blockIdx.y < p.tiles[sibling].begin) --sibling;
   return sibling;
 }
 
@@ -141,9 +146,9 @@ template <class T>
 class ExpandOutput {
  public:
   // Starts at (row0, col0), with at most `cols` columns: beyond them even a read would race with another warp.
-  __device__ __forceinline__ ExpandOutput(const ExpandParams& p, const ExpandSibling& sibling, int64_t row0,
-                                          int64_t col0, int cols)
-      : p_(p), sibling_(sibling), eights_(sibling.eights) {
+  __device__ __forceinline__ ExpandOutput(const ExpandParams& p, const ExpandSibling& sibling, bool eights,
+                                          int64_t row0, int64_t col0, int cols)
+      : p_(p), sibling_(sibling), eights_(eights) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int64_t row = row0 + lane / 4, col = col0 + lane % 4 * 8;
     rows_ = static_cast<int>(min(p.num_tokens - row, static_cast<int64_t>(kPieceRows)));

@@ -36,14 +36,16 @@ __device__ __forceinline__ void load_factor_tile(uint32_t shared, const ExpandSi
 template <class T, int kParts, int kSteps>
 __global__ void __launch_bounds__(kExpandThreads, kParts == 1 || kSteps == 1 ? 3 : 2)
     expand_short_kernel(const __grid_constant__ ExpandParams p) {
-  const ExpandSibling& sibling = p.siblings[find_sibling(p)];
+  const int s = find_sibling(p);
+  const ExpandSibling& sibling = p.siblings[s];
+  const ExpandTiles& tiles = p.tiles[s];
   const PackedShape shape(sibling.rank, sibling.cols);
   const int rank_rows = kSteps == 1 ? 16 : static_cast<int>(shape.ranks);  // a constant saves a register
   const int row_warps = p.row_warps;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int64_t row0 = (static_cast<int64_t>(blockIdx.x) * row_warps + warp % row_warps) * kPieceRows;
-  const int64_t col0 = (blockIdx.y - sibling.first_tile) * sibling.tile_cols;
-  const int padded_cols = static_cast<int>(min(static_cast<int64_t>(sibling.tile_cols), shape.features - col0));
+  const int64_t col0 = (blockIdx.y - tiles.begin) * tiles.cols;
+  const int padded_cols = static_cast<int>(min(static_cast<int64_t>(tiles.cols), shape.features - col0));
 
   SharedMemory memory;
   const uint32_t factor = ptx::shared_address(memory.take<__nv_bfloat16>(p.factor_tile_elements, "factor"));
@@ -60,14 +62,14 @@ __global__ void __launch_bounds__(kExpandThreads, kParts == 1 || kSteps == 1 ? 3
     const int count = row < p.num_tokens ? sibling.rank - r : 0;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      pairs[step][i] = load_rank_pair(from + step * 16, count - step * 16, sibling.pairs);
+      pairs[step][i] = load_rank_pair(from + step * 16, count - step * 16, tiles.pairs);
     }
   }
   const int column_warps = kExpandWarps / row_warps;
   const int pieces =
-      static_cast<int>(min(sibling.cols - col0, static_cast<int64_t>(sibling.tile_cols)) + kPieceCols - 1) / kPieceCols;
+      static_cast<int>(min(sibling.cols - col0, static_cast<int64_t>(tiles.cols)) + kPieceCols - 1) / kPieceCols;
   int piece = warp / row_warps;
-  const ExpandOutput<T> output(p, sibling, row0, col0, sibling.tile_cols);
+  const ExpandOutput<T> output(p, sibling, tiles.eights, row0, col0, tiles.cols);
   ExpandAddends next = output.prefetch(piece * kPieceCols);
   uint32_t small_operand[kSteps][kParts][4];
 #pragma unroll

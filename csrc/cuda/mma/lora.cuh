@@ -82,8 +82,8 @@ void launch_forward(const LoraForwardParams& p, char* workspace, cudaStream_t st
   const ForwardWorkspace plan = plan_workspace(p, kParts);
   PackFactorsParams pack{.dtype = p.factor_dtype};
   ExpandParams expand{.num_tokens = p.num_tokens,
-                      .mask_row_bytes = 0,
                       .small_operand_stride = p.total_rank,
+                      .mask_row_bytes = 0,
                       .small_operand = static_cast<const float*>(p.xa),
                       .mask = nullptr,
                       .num_siblings = p.num_siblings};
@@ -201,8 +201,8 @@ void launch_backward(const LoraBackwardParams& p, char* workspace, cudaStream_t 
     // grad_x is one sum over the ranks of all siblings: to the expand they are one sibling.
     launch_expand<T, kParts>(
         {.num_tokens = p.num_tokens,
-         .mask_row_bytes = mask_row_bytes(p.in_features),
          .small_operand_stride = p.total_rank,
+         .mask_row_bytes = mask_row_bytes(p.in_features),
          .small_operand = grad_xa,
          .mask = p.has_dropout ? p.mask : nullptr,
          .num_siblings = 1,

@@ -104,9 +104,9 @@ inline PendingSums<FactorGradients> pending_sums(const FactorGradients& result, 
 
 constexpr int kPartialThreads = 256, kPartialWarps = kPartialThreads / 32, kPartialElements = 128;
 
-// Adds kPartialElements elements, block `block` of them. Eight warps read a partial sum each at a time, so that many
-// short ones (few tokens, many ranges of features) take no longer than few long ones. warp_sums [kPartialWarps]
-// [kPartialElements] is shared memory, aligned to 16 bytes.
+// Adds kPartialElements elements, block `block` of them. Eight warps read different partial sums at the same time,
+// so that many short ones (few tokens, many ranges of features) take no longer than few long ones. warp_sums
+// [kPartialWarps] [kPartialElements] is shared memory, aligned to 16 bytes.
 template <class Result>
 __device__ __forceinline__ void add_partials(const PendingSums<Result>& p, unsigned block, float* warp_sums) {
   const unsigned thread = threadIdx.x, lane = thread % 32, warp = thread / 32;

@@ -48,7 +48,7 @@ constexpr int64_t kSumTokens = 64, kSumFeatures = 128;        // tile of token_s
 constexpr int64_t kFusedTokens = 16, kFusedFeatures = 512;    // tile of shrink_and_sum
 constexpr int64_t kMaxFusedRank = 32;                         // both sums of more ranks do not fit in registers
 constexpr int64_t kRankTile = 64;                             // ranks of one read of the matrix
-constexpr int64_t kSmallRankTile = 16;  // most ranks in use; leaves shared memory for twice as many tiles of x
+constexpr int64_t kSmallRankTile = 16;  // enough for most ranks in use; leaves room for more tiles of x
 
 // Blocks for a large GPU (an H100 has 132 multiprocessors): at least one on each; two, which overlap better, if their
 // partial sums stay small.

@@ -71,15 +71,15 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kParts, kRanks>::kThreads, 
   const bool whole_columns = p.grad_y.in_chunks && feature0 + kWarpFeatures <= p.grad_y.columns;
   const int whole_steps = whole_columns ? tokens / kTokens : 0;
   using Copy = TileCopy<kTokens, kWarpFeatures, 32>;
-  const int64_t stride = p.grad_y.stride;
-  const T* from = p.grad_y.data + (begin * stride + feature0) + Copy::first_element(stride, lane);
+  const TokenMatrix<T>& grad_y = p.grad_y;
+  const T* from = grad_y.data + (begin * grad_y.stride + feature0) + Copy::first_element(grad_y.stride, lane);
   auto copy = [&](int step) {
     uint4* tile = grad_y_tiles + (step % kStages * kWarps + warp) * Traits::kWarpChunks;
     if (step < whole_steps) {
-      Copy::whole(ptx::shared_address(tile + Copy::first_chunk(lane)), from, stride);
-      from += kTokens * stride;
+      Copy::whole(ptx::shared_address(tile + Copy::first_chunk(lane)), from, grad_y.stride);
+      from += kTokens * grad_y.stride;
     } else if (step < steps && warp < busy_warps) {
-      Copy::edge(tile, p.grad_y, begin + static_cast<int64_t>(step) * kTokens, feature0, lane);
+      Copy::edge(tile, grad_y, begin + static_cast<int64_t>(step) * kTokens, feature0, lane);
     }
     ptx::cp_async_commit();
   };
