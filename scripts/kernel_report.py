@@ -60,7 +60,7 @@ FAMILIES = [
     Family("pack factors", r"^(fma|mma)::pack_factors_kernel"),
     # 16-bit sums come from float32 partial sums, four at a time.
     Family("sums on tensor cores' partial sums", r"^mma::partial_sums_kernel", wide_loads=True),
-    Family("sums", r"^(rank_sums|gradient_sums)_kernel"),
+    Family("sums", r"^fma::(rank_sums|gradient_sums)_kernel"),
     # One block on a multiprocessor, because both sums are in registers.
     Family("mma shrink and sum", r"^mma::shrink_and_sum_kernel", blocks_per_sm=1, **MMA),
     Family("mma shrink", r"^mma::shrink_kernel", **MMA),

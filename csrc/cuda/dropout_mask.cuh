@@ -1,4 +1,4 @@
-// The dropout mask alone. csrc/common/dropout.h defines the bits and their layout.
+// Draws the dropout mask without a product. csrc/common/dropout.h defines the bits and their layout.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -11,7 +11,7 @@ namespace lora_ext::cuda {
 
 constexpr int kMaskThreads = 256;
 
-// One byte, and so one Philox call, per thread. Writes num_tokens * row_bytes bytes.
+// Every thread writes one byte, from one Philox call.
 __global__ void __launch_bounds__(kMaskThreads) dropout_mask_kernel(const __grid_constant__ DropoutMaskParams p) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kMaskThreads + threadIdx.x;
   if (index >= p.num_tokens * p.row_bytes) return;

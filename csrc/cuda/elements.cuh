@@ -1,6 +1,6 @@
-// How kernels read and write elements: to and from the accumulation dtype, and the bits of the dropout mask. from_acc
-// is the only place where a result is rounded. Intrinsics, not operators: torch's build flags switch the operators of
-// the 16-bit types off.
+// Element types: from a dtype known at run time to a C++ type, and conversions to and from the accumulation dtype.
+// from_acc is the only place where a result is rounded. Conversions use intrinsics, because torch's build flags disable
+// the operators of the 16-bit types.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,7 +13,18 @@
 
 namespace lora_ext::cuda {
 
-// Sums are kept in float32; those of float64 in float64.
+// Calls f with a std::type_identity of the element type.
+template <class F>
+void with_type_of(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat64: return f(std::type_identity<double>{});
+    case DType::kFloat32: return f(std::type_identity<float>{});
+    case DType::kBFloat16: return f(std::type_identity<__nv_bfloat16>{});
+    case DType::kFloat16: return f(std::type_identity<__half>{});
+  }
+}
+
+// The accumulation dtype: float64 for float64, otherwise float32.
 template <class T>
 using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -22,7 +33,7 @@ __device__ __forceinline__ float to_acc(float value) { return value; }
 __device__ __forceinline__ float to_acc(__nv_bfloat16 value) { return __bfloat162float(value); }
 __device__ __forceinline__ float to_acc(__half value) { return __half2float(value); }
 
-// A may be float64 beside a 16-bit T: the gradient of a 16-bit factor under a float64 x.
+// A may be float64 with a 16-bit T: the gradient of a 16-bit factor when x is float64.
 template <class T, class A>
 __device__ __forceinline__ T from_acc(A value) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
@@ -42,7 +53,7 @@ __device__ __forceinline__ T from_acc(A value) {
   }
 }
 
-// Element `index` of an array whose dtype is known at run time only: for the factors, which are small.
+// Loads an element of an array whose dtype is known at run time only: for the factors, which are small.
 template <class A>
 __device__ __forceinline__ A load_as(const void* array, int64_t index, DType dtype) {
   switch (dtype) {
@@ -61,12 +72,6 @@ __device__ __forceinline__ void store_as(void* array, int64_t index, DType dtype
     case DType::kBFloat16: static_cast<__nv_bfloat16*>(array)[index] = from_acc<__nv_bfloat16>(value); break;
     default: static_cast<__half*>(array)[index] = from_acc<__half>(value); break;
   }
-}
-
-// Whether the mask keeps an element of x. mask [*, row_bytes], or null: everything is kept. csrc/common/dropout.h
-// defines the layout. Eight neighbouring threads read the same byte.
-__device__ __forceinline__ bool is_kept(const uint8_t* mask, int64_t row_bytes, int64_t row, int64_t col) {
-  return mask == nullptr || ((mask[row * row_bytes + col / 8] >> (col % 8)) & 1) != 0;
 }
 
 }  // namespace lora_ext::cuda

@@ -1,9 +1,9 @@
-// From a dtype known at run time to the kernels compiled for it.
+// Picks the kernels compiled for a dtype known at run time.
 #include "launch.h"
 
 #include "dropout_mask.cuh"
+#include "elements.cuh"
 #include "lora_launches.h"
-#include "with_type.h"
 
 namespace lora_ext::cuda {
 

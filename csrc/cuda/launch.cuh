@@ -1,5 +1,5 @@
-// The one way a kernel is started: launch(kernel, grid, threads, shared_bytes, stream, params). A function, not <<<>>>,
-// so that a host compiler can read the same files; tests/simt then brings its own launch() and the CUDA builtins.
+// launch(kernel, grid, threads, shared_bytes, stream, params): the only way to start a kernel. A function, not <<<>>>,
+// so that a host compiler can read the same files; tests/simt then provides launch() and the CUDA builtins.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -12,12 +12,12 @@ namespace lora_ext::cuda {
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A size beyond what the hardware takes becomes one that it refuses, so that the launch check reports it.
+// A size beyond the hardware's limit becomes one that the launch refuses, so that the launch check reports it.
 inline unsigned grid_size(int64_t blocks) {
   return static_cast<unsigned>(std::min<int64_t>(blocks, std::numeric_limits<unsigned>::max()));
 }
 
-// y and z take at most 65535 blocks: what grows with the number of tokens belongs on x.
+// y and z take at most 65535 blocks: a size that grows with the number of tokens belongs on x.
 inline dim3 make_grid(int64_t x, int64_t y = 1, int64_t z = 1) { return {grid_size(x), grid_size(y), grid_size(z)}; }
 
 }  // namespace lora_ext::cuda
@@ -28,12 +28,12 @@ inline dim3 make_grid(int64_t x, int64_t y = 1, int64_t z = 1) { return {grid_si
 
 namespace lora_ext::cuda {
 
-// shared_bytes: of dynamic shared memory, up to what the architecture has (99 KiB everywhere).
+// shared_bytes: dynamic shared memory, at most 99 KiB, which every architecture has.
 template <class Params>
 void launch(void (*kernel)(Params), dim3 grid, int threads, uint32_t shared_bytes, cudaStream_t stream,
             const Params& params) {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;  // an empty result is no launch
-  if (shared_bytes > 48 * 1024) {  // beyond it a kernel must be told, on each device; legal during graph capture
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;  // the result is empty
+  if (shared_bytes > 48 * 1024) {  // more needs an opt-in per kernel and device; legal during graph capture
     cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                          static_cast<int>(shared_bytes));
   }

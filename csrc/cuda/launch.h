@@ -1,9 +1,8 @@
-// The CUDA kernels as the bindings see them: how much scratch memory a call needs, and the launch. Free of any torch
+// The interface of the CUDA kernels for the bindings: the scratch memory of a call, and the launch. Includes no torch
 // header.
 //
-// Every launch_* only enqueues work on `stream`: it does not synchronise, does not allocate, and reads the dropout seed
-// on the device, so that all of it can be captured in a CUDA graph. An error stays in cudaGetLastError() for the
-// caller.
+// Every launch_* only enqueues work on `stream`. It does not synchronise or allocate, and reads the dropout seed on the
+// device, so that a CUDA graph can capture it. An error stays in cudaGetLastError() for the caller.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -14,7 +13,7 @@
 
 namespace lora_ext::cuda {
 
-// mask [num_tokens, row_bytes]: the bits lora_linear draws for this seed, padding columns included
+// mask: the bits that lora_linear draws for this seed, padding columns included.
 struct DropoutMaskParams {
   int64_t num_tokens, row_bytes;
   const int64_t* seed;  // [1]
@@ -22,7 +21,7 @@ struct DropoutMaskParams {
   uint32_t threshold;
 };
 
-// Bytes behind `workspace`, which must be aligned to 16 bytes. A function of the shapes and of what is wanted.
+// Bytes of `workspace`, which must be aligned to 16 bytes. Depends on the shapes and the wanted results only.
 int64_t workspace_bytes(const LoraShrinkParams& params);
 int64_t workspace_bytes(const LoraExpandParams& params);
 int64_t workspace_bytes(const LoraForwardParams& params);

@@ -1,6 +1,6 @@
-// The order of the launches behind a shrink, an expand, lora_linear's forward of both, and their backwards, for x of
-// dtype T. float64 and float32 run on
-// plain multiply-adds (fma/), the 16-bit types on tensor cores (mma/); csrc/cuda/instantiations has one file per T.
+// The launches of shrink, expand, lora_linear's forward of both, and their backwards, for x of dtype T. fma/lora.cuh
+// and mma/lora.cuh define them: float64 and float32 run on plain multiply-adds (fma/), the 16-bit types on tensor cores
+// (mma/). instantiations/ has one file per T.
 #pragma once
 
 #include <cuda_runtime_api.h>

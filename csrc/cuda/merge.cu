@@ -1,6 +1,5 @@
+#include "elements.cuh"
 #include "merge.cuh"
-
-#include "with_type.h"
 
 namespace lora_ext::cuda {
 

@@ -1,9 +1,10 @@
-// Merge and unmerge of many weights in one launch: csrc/common/merge_params.h defines every bit of the result,
+// Merges and unmerges many weights in one launch. csrc/common/merge_params.h defines every bit of the result,
 // csrc/common/merge_record.h the record.
 //
-// One read and one write of every weight, 16 bytes at a time. A block owns one segment of columns and a few tiles of
-// rows; a warp, a few rows of each tile; a lane, eight columns of them, whose updates it accumulates in registers, rank
-// by rank in order, from factors in shared memory. The weight's loads are issued first and arrive meanwhile.
+// Every weight is read once and written once, 16 bytes at a time. A block owns one segment of columns and a few tiles
+// of rows; a warp owns a few rows of each tile, a lane eight columns of them. A lane accumulates their updates in
+// registers, rank by rank in order, from factors in shared memory. The weight's loads are issued first and overlap with
+// that.
 #pragma once
 
 #include "elements.cuh"
@@ -13,12 +14,12 @@
 
 namespace lora_ext::cuda {
 
-constexpr int kMaxMergeLayers = 32;  // in one launch: what fits 4 KB of kernel parameters
+constexpr int kMaxMergeLayers = 32;  // in one launch: as many as fit in 4 KB of kernel parameters
 
 struct MergeLaunch {
   struct Layer : MergeLayer {
     unsigned first_block;
-    bool aligned;  // 16-byte accesses are
+    bool aligned;  // 16-byte accesses are aligned
   };
   MergeParams params;
   int num_layers, tiles_per_block;
@@ -29,13 +30,14 @@ static_assert(sizeof(MergeLaunch) <= 4096, "a kernel takes 4 KB of parameters be
 template <class T>
 struct MergeTraits {
   static constexpr int kThreads = 256, kWarps = kThreads / 32;
-  static constexpr int kWarpRows = sizeof(T) == 2 ? 4 : 2;  // a lane keeps their sums and elements in registers
+  static constexpr int kWarpRows = sizeof(T) == 2 ? 4 : 2;  // a lane keeps their updates and elements in registers
   static constexpr int kTileRows = kWarps * kWarpRows;
   static constexpr int kRankTile = 16;
-  static constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;  // a multiprocessor: 128 registers a thread, or 255
+  static constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;  // per multiprocessor: 255 registers per thread, or 128
 };
 
-// The tile of lora_A lies in shared memory as lanes read it: 16 bytes each, chunk by chunk.
+// Returns the place of a column in a row of lora_A's tile: in the order in which lanes read it, 16 bytes each, chunk by
+// chunk.
 template <class T>
 __device__ __forceinline__ int shared_column(int col) {
   constexpr int kVec = LaneElements<T>::kVec, kChunk = 16 / static_cast<int>(sizeof(Acc<T>));
@@ -43,7 +45,7 @@ __device__ __forceinline__ int shared_column(int col) {
   return element / kChunk * 32 * kChunk + lane * kChunk + element % kChunk;
 }
 
-// A warp's exclusive prefix sum; total: of all lanes.
+// Returns a warp's exclusive prefix sum; total: the sum of all lanes.
 __device__ __forceinline__ int exclusive_sum(int value, int lane, int* total) {
   int sum = value;
 #pragma unroll
@@ -55,7 +57,8 @@ __device__ __forceinline__ int exclusive_sum(int value, int lane, int* total) {
   return sum - value;
 }
 
-// Counts of one row's segment [cols]: words of its sparse record (at most 5 an element) low, results not finite high.
+// Counts a lane's elements of one row's segment [cols]. Low half: words of the sparse record, at most 5 per element.
+// High half: results that are not finite.
 template <class T>
 __device__ __forceinline__ int count_lane(const LaneElements<T>& original, const LaneElements<T>& merged,
                                           const Acc<T> (&update)[8], int cols, int lane) {
@@ -65,7 +68,7 @@ __device__ __forceinline__ int count_lane(const LaneElements<T>& original, const
   for (int i = 0; i < 8; ++i) {
     const Word<T> was = original.word(i), candidate = word_of<T>(element_of<T>(merged.word(i)), -update[i]);
     if (was != candidate) counts += 1 + (is_outlier(correction_of(was, candidate)) ? kElementWords : 0);
-    // Beyond cols lora_A is zero, but infinity times zero is not.
+    // Beyond cols lora_A is zero, but infinity times zero is NaN.
     if (!is_finite_word<T>(merged.word(i)) && LaneElements<T>::column(lane, i) < cols) counts += 1 << 16;
   }
   return counts;
@@ -97,7 +100,7 @@ __device__ __forceinline__ void write_record(uint16_t* record, int words, const 
       const int col = LaneElements<T>::column(lane, group * kVec + i);
       const uint16_t word = correction_word(col, correction[i]);
       if (correction[i] != kOutlierMark) {
-        if (at < words) record[at] = word;  // always, for the weight that was planned for
+        if (at < words) record[at] = word;  // always true for the weight that the plan was made for
         ++at;
       } else {
         ++outlier;
@@ -112,7 +115,7 @@ __device__ __forceinline__ void write_record(uint16_t* record, int words, const 
   }
 }
 
-// Candidates in memory -> the original weight, by the record of one row's segment where that is sparse.
+// Turns candidates in memory into the original weight, if the record of the row's segment is sparse.
 template <class T>
 __device__ __forceinline__ void apply_record(const MergeParams& p, const MergeLaunch::Layer& layer, int64_t segment,
                                              T* weight, int cols, int lane) {
@@ -138,7 +141,8 @@ __device__ __forceinline__ void apply_record(const MergeParams& p, const MergeLa
   }
 }
 
-// What becomes of one row's segment, once its updates are known. weight [cols] is the row's, original what it held.
+// Counts, merges or unmerges one row's segment with its updates. weight [cols]: the row's place in memory, original:
+// its elements.
 template <class T, MergeMode kMode>
 __device__ __forceinline__ void finish_row(const MergeParams& p, const MergeLaunch::Layer& layer, int64_t segment,
                                            T* weight, int cols, const LaneElements<T>& original,
@@ -188,13 +192,13 @@ __global__ void __launch_bounds__(MergeTraits<T>::kThreads, MergeTraits<T>::kBlo
   using Traits = MergeTraits<T>;
   constexpr int kWarpRows = Traits::kWarpRows, kTileRows = Traits::kTileRows, kRankTile = Traits::kRankTile;
   constexpr int kChunk = 16 / static_cast<int>(sizeof(A));
-  alignas(16) __shared__ A left_tile[kRankTile * kTileRows];       // lora_B: [rank][row]
-  alignas(16) __shared__ A right_tile[kRankTile * kMergeSegment];  // lora_A: [rank][shared_column]
+  alignas(16) __shared__ A lora_B_tile[kRankTile * kTileRows];      // [rank][row]
+  alignas(16) __shared__ A lora_A_tile[kRankTile * kMergeSegment];  // [rank][shared_column]
 
   int index = 0;
   while (index + 1 < p.num_layers && blockIdx.x >= p.layers[index + 1].first_block) ++index;
   const MergeLaunch::Layer& layer = p.layers[index];
-  // 32 bits suffice for one matrix's rows and columns; registers are scarce here.
+  // 32 bits suffice for one matrix's rows and columns, and save registers.
   const int out_features = static_cast<int>(layer.out_features), rank = static_cast<int>(layer.rank);
   const int block = static_cast<int>(blockIdx.x - layer.first_block);
   const int segments = static_cast<int>(merge_segments(layer.in_features));
@@ -219,34 +223,35 @@ __global__ void __launch_bounds__(MergeTraits<T>::kThreads, MergeTraits<T>::kBlo
     A update[kWarpRows][8] = {};
     for (int r0 = 0; r0 < rank; r0 += kRankTile) {
       const int ranks = min(rank - r0, kRankTile);
-      if (tile > 0 || r0 > 0) __syncthreads();  // nobody reads the last tiles any more
+      if (tile > 0 || r0 > 0) __syncthreads();  // the last tiles are free
       for (int element = thread; element < kTileRows * kRankTile; element += Traits::kThreads) {
         const int row = element / kRankTile, r = element % kRankTile;
         const bool inside = tile_row + row < out_features && r < ranks;
-        left_tile[r * kTileRows + row] = inside ? lora_B[static_cast<int64_t>(tile_row + row) * rank + r0 + r] : A(0);
+        lora_B_tile[r * kTileRows + row] = inside ? lora_B[static_cast<int64_t>(tile_row + row) * rank + r0 + r] : A(0);
       }
       if (tile == 0 || rank > kRankTile) {
-        const int to = shared_column<T>(thread);  // a thread, a column
+        const int to = shared_column<T>(thread);  // one column per thread
 #pragma unroll 4
         for (int r = 0; r < ranks; ++r) {
-          right_tile[r * kMergeSegment + to] = thread < cols ? lora_A[(r0 + r) * layer.in_features + thread] : A(0);
+          lora_A_tile[r * kMergeSegment + to] = thread < cols ? lora_A[(r0 + r) * layer.in_features + thread] : A(0);
         }
       }
       __syncthreads();
-      // Not a rank more than there are: adding zero would turn an update of -0.0 into 0.0.
+      // No padding ranks: adding zero would turn an update of -0.0 into 0.0.
 #pragma unroll 2
       for (int r = 0; r < ranks; ++r) {
-        A right[8], left[kWarpRows];
+        A col_A[8], row_B[kWarpRows];
 #pragma unroll
         for (int chunk = 0; chunk < 8 / kChunk; ++chunk) {
-          load_16_bytes(right_tile + r * kMergeSegment + (chunk * 32 + lane) * kChunk, &right[chunk * kChunk]);
+          load_16_bytes(lora_A_tile + r * kMergeSegment + (chunk * 32 + lane) * kChunk, &col_A[chunk * kChunk]);
         }
 #pragma unroll
-        for (int i = 0; i < kWarpRows; ++i) left[i] = left_tile[r * kTileRows + warp * kWarpRows + i];  // a broadcast
+        for (int i = 0; i < kWarpRows; ++i)
+          row_B[i] = lora_B_tile[r * kTileRows + warp * kWarpRows + i];  // a broadcast
 #pragma unroll
         for (int i = 0; i < kWarpRows; ++i) {
 #pragma unroll
-          for (int j = 0; j < 8; ++j) update[i][j] = fma_rn(left[i], right[j], update[i][j]);
+          for (int j = 0; j < 8; ++j) update[i][j] = fma_rn(row_B[i], col_A[j], update[i][j]);
         }
       }
     }
@@ -260,7 +265,7 @@ __global__ void __launch_bounds__(MergeTraits<T>::kThreads, MergeTraits<T>::kBlo
       }
     }
     if constexpr (kMode == MergeMode::kUnmerge) {
-      __syncwarp();  // the candidates are there for every lane
+      __syncwarp();  // the candidates are visible to all lanes
 #pragma unroll 1
       for (int i = 0; i < min(kWarpRows, out_features - warp_row); ++i) {
         const int64_t segment = static_cast<int64_t>(warp_row + i) * segments + block % segments;
@@ -270,9 +275,9 @@ __global__ void __launch_bounds__(MergeTraits<T>::kThreads, MergeTraits<T>::kBlo
   }
 }
 
-// Tiles a block works through: more of them read lora_A less often, fewer fill the GPU with small layers.
+// Returns the number of tiles per block: many tiles read lora_A less often, few fill the GPU with small layers.
 inline int plan_tiles_per_block(int64_t num_tiles) {
-  constexpr int64_t kEnoughBlocks = 512;  // about two for each of a large GPU's multiprocessors, twice over
+  constexpr int64_t kEnoughBlocks = 512;  // about four for each of a large GPU's multiprocessors, two at a time
   return static_cast<int>(std::clamp<int64_t>(num_tiles / kEnoughBlocks, 1, 4));
 }
 

@@ -1,4 +1,4 @@
-// The merge's kernels as the bindings see them. Free of any torch header.
+// The interface of the merge kernels for the bindings. Includes no torch header.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,8 +9,8 @@
 
 namespace lora_ext::cuda {
 
-// All layers in as few launches as their number allows, on `stream`. Only enqueues: no synchronisation, no allocation.
-// An error stays in cudaGetLastError().
+// Enqueues as few launches for all layers as possible on `stream`. Does not synchronise or allocate. An error stays in
+// cudaGetLastError().
 void launch_merge(MergeMode mode, const MergeParams& params, const std::vector<MergeLayer>& layers,
                   cudaStream_t stream);
 

@@ -1,5 +1,5 @@
-// A warp's view of one segment of a row: 256 elements, eight a lane, as bits. The eight are groups of 16 bytes, so that
-// the lanes of a warp together read and write whole lines.
+// A warp's view of one segment of a row: 256 elements, eight per lane, as bits. The eight are groups of 16 bytes, so
+// that the lanes of a warp together read and write whole cache lines.
 #pragma once
 
 #include <cstdint>
@@ -58,7 +58,7 @@ __device__ __forceinline__ bool is_outlier(Integer correction) {
   return correction < -kLargestCorrection || correction > kLargestCorrection;
 }
 
-// --- an element in a record, in 16-bit words, low word first ---
+// --- an element in a record: 16-bit words, low word first ---
 
 template <class W>
 __device__ __forceinline__ void store_words(uint16_t* to, W word) {
@@ -79,11 +79,15 @@ __device__ __forceinline__ Word<T> load_words(const uint16_t* from) {
 
 __device__ __forceinline__ void load_16_bytes(const float* from, float* to) {
   const float4 v = *reinterpret_cast<const float4*>(from);
-  to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+  to[0] = v.x;
+  to[1] = v.y;
+  to[2] = v.z;
+  to[3] = v.w;
 }
 __device__ __forceinline__ void load_16_bytes(const double* from, double* to) {
   const double2 v = *reinterpret_cast<const double2*>(from);
-  to[0] = v.x, to[1] = v.y;
+  to[0] = v.x;
+  to[1] = v.y;
 }
 
 // --- a lane's eight elements ---
@@ -108,7 +112,8 @@ struct LaneElements {
   }
   __device__ __forceinline__ void set(int i, Word<T> word) {
     if constexpr (sizeof(T) == 8) {
-      units[2 * i] = static_cast<uint32_t>(word), units[2 * i + 1] = static_cast<uint32_t>(word >> 32);
+      units[2 * i] = static_cast<uint32_t>(word);
+      units[2 * i + 1] = static_cast<uint32_t>(word >> 32);
     } else if constexpr (sizeof(T) == 4) {
       units[i] = word;
     } else {
@@ -117,14 +122,17 @@ struct LaneElements {
     }
   }
 
-  // row [cols]; elements beyond are zero.
+  // Loads from row [cols]; elements beyond are zero.
   __device__ __forceinline__ void load(const T* row, int cols, bool aligned, int lane) {
 #pragma unroll
     for (int group = 0; group < 8 / kVec; ++group) {
       const int col = column(lane, group * kVec);
       if (aligned && col + kVec <= cols) {
         const uint4 v = *reinterpret_cast<const uint4*>(row + col);
-        units[4 * group] = v.x, units[4 * group + 1] = v.y, units[4 * group + 2] = v.z, units[4 * group + 3] = v.w;
+        units[4 * group] = v.x;
+        units[4 * group + 1] = v.y;
+        units[4 * group + 2] = v.z;
+        units[4 * group + 3] = v.w;
       } else {
 #pragma unroll
         for (int i = 0; i < 4; ++i) units[4 * group + i] = 0;
@@ -151,7 +159,7 @@ struct LaneElements {
     }
   }
 
-  // The whole segment as a record keeps it.
+  // Stores the whole segment as a record does, in 16-bit words.
   __device__ __forceinline__ void store_as_words(uint16_t* record, int cols, int lane) const {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {

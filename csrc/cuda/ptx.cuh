@@ -1,5 +1,5 @@
-// Every PTX primitive the kernels use, one function each and nothing else. PTX ISA 8.7 has their definitions; the
-// section is named beside each. A host compiler reads tests/simt's versions of the same functions instead.
+// The PTX primitives that the kernels use, one function each. PTX ISA 8.7 defines them; comments name the section. A
+// host compiler reads tests/simt's versions of the same functions instead.
 #pragma once
 
 #include <cstdint>
@@ -10,28 +10,28 @@
 
 namespace lora_ext::cuda::ptx {
 
-// The 32-bit address of shared memory that the instructions below take.
+// Returns the 32-bit shared-memory address that the instructions below take.
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Copies 16 bytes from global to shared memory, both aligned to 16, past the registers and the first-level cache:
-// `bytes` of them (0 to 16) are read, the rest become zero. Visible to this thread after a wait, to others after a
-// barrier that follows it. (9.7.9.25.3.1)
+// Copies 16 bytes from global to shared memory, both aligned to 16 bytes, without registers or the first-level cache.
+// The first `bytes` (0 to 16) are read, the others become zero. Visible to this thread after a wait, to other threads
+// after a barrier that follows the wait. (9.7.9.25.3.1)
 __device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, uint32_t bytes) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
-// The same for kBytes, 4 or 8, at addresses aligned to as many: all of them are read, or none and they become zero.
-// Through the first-level cache.
+// The same for kBytes, 4 or 8, at addresses aligned to kBytes, through the first-level cache. `read`: all bytes are
+// read; otherwise they become zero.
 template <int kBytes>
 __device__ __forceinline__ void cp_async_small(uint32_t to, const void* from, bool read) {
-  static_assert(kBytes == 4 || kBytes == 8);
+  static_assert(kBytes == 4 || kBytes == 8, "cp_async_16 copies 16 bytes");
   asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes), "r"(read ? kBytes : 0)
                : "memory");
 }
 
-// Closes the group of copies issued since the last commit; an empty group counts. (9.7.9.25.3.2)
+// Closes the group of copies issued since the last commit; an empty group counts as well. (9.7.9.25.3.2)
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most kPending of this thread's latest groups are unfinished. (9.7.9.25.3.3)
@@ -40,16 +40,16 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Stores 16 bytes to global memory, aligned to 16. Of a plain store of a struct the compiler may make one for each
-// member. (9.7.9.11)
+// Stores 16 bytes to global memory, aligned to 16 bytes. The compiler may split a plain store of a struct into its
+// members. (9.7.9.11)
 __device__ __forceinline__ void store_global_16(void* to, const uint32_t (&words)[4]) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words[0]),
                "r"(words[1]), "r"(words[2]), "r"(words[3])
                : "memory");
 }
 
-// Four 8x8 matrices of 16-bit elements: lane i gives the address of row i % 8 of matrix i / 8 (16 bytes, aligned).
-// Lane i receives of each matrix the elements (row i / 4, columns 2 * (i % 4) and the next). (9.7.14.5.15)
+// Loads four 8x8 matrices of 16-bit elements. Lane i gives the address of row i % 8 of matrix i / 8 (16 bytes,
+// aligned), and receives the elements (row i / 4, columns 2 * (i % 4) and the next) of every matrix. (9.7.14.5.15)
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&out)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
@@ -57,7 +57,7 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&out)[4], uint32_t row) {
                : "memory");
 }
 
-// The same, of each matrix transposed: lane i receives (rows 2 * (i % 4) and the next, column i / 4).
+// The same, with every matrix transposed: lane i receives (rows 2 * (i % 4) and the next, column i / 4).
 __device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t (&out)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
@@ -76,8 +76,8 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Four bytes out of the eight of first (0 to 3) and second (4 to 7), one per hexadecimal digit of the selector, lowest
-// byte first; a digit of 8 + i stands for eight copies of the highest bit of byte i. (9.7.9.7)
+// Picks four of the eight bytes of `first` (0 to 3) and `second` (4 to 7): one per hexadecimal digit of the selector,
+// lowest byte first. Digit 8 + i means eight copies of the highest bit of byte i. (9.7.9.7)
 __device__ __forceinline__ uint32_t permute_bytes(uint32_t first, uint32_t second, uint32_t selector) {
   uint32_t out;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(first), "r"(second), "r"(selector));

@@ -1,5 +1,5 @@
-// Dynamic shared memory, carved into named arrays. Arrays of up to 48 KiB in all may be __shared__ variables; what is
-// larger, or differs between instantiations, is carved here.
+// Divides dynamic shared memory into named arrays. Arrays of at most 48 KiB together may be __shared__ variables
+// instead; larger ones, and those whose size differs between instantiations, come from here.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,7 +8,7 @@
 
 namespace lora_ext::cuda {
 
-constexpr uint32_t kSharedAlignment = 128;  // of every array: 8 rows of 16 bytes, what ldmatrix and swizzles want
+constexpr uint32_t kSharedAlignment = 128;  // of every array: 8 rows of 16 bytes, for ldmatrix and swizzles
 
 __host__ __device__ constexpr uint32_t shared_bytes_of(uint32_t bytes) {
   return (bytes + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
@@ -17,7 +17,7 @@ __host__ __device__ constexpr uint32_t shared_bytes_of(uint32_t bytes) {
 }  // namespace lora_ext::cuda
 
 #if !defined(__CUDACC__)
-#include "simt_shared_memory.h"  // the same class, which knows where each array ends
+#include "simt_shared_memory.h"  // the same class, which also knows where every array ends
 #else
 
 namespace lora_ext::cuda {
@@ -29,7 +29,8 @@ class SharedMemory {
     next_ = dynamic_shared_memory;
   }
 
-  // The next `count` elements. The launch asks for the sum of shared_bytes_of(count * sizeof(T)) over all calls.
+  // Returns the next `count` elements. The launch must ask for the sum of shared_bytes_of(count * sizeof(T)) over all
+  // calls.
   template <class T>
   __device__ __forceinline__ T* take(uint32_t count, [[maybe_unused]] const char* name) {
     T* array = reinterpret_cast<T*>(next_);

@@ -1,4 +1,4 @@
-"""Compiles kernels, stand-in and runtime into a shared library. Objects are kept and found by their contents."""
+"""Compiles kernels, stand-in and runtime into a shared library. Objects are cached by their sources' contents."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ KERNEL_FLAGS = [
     "c++",
     "-include",
     "simt_builtins.h",
-    # Calls into runtime/hooks.cpp: at every load and store, and where behaviour is undefined.
+    # Calls runtime/hooks.cpp at every load and store, and at undefined behaviour.
     "-fsanitize=thread,alignment,bounds-strict,shift,integer-divide-by-zero",
 ]
 
 
 def _compiler() -> str:
-    """g++: clang instruments otherwise."""
+    """Returns the path of g++: clang instruments code differently."""
     if compiler := shutil.which("g++"):
         return compiler
     raise RuntimeError("tests/simt needs g++ (11 or newer) on PATH")
@@ -42,7 +42,7 @@ def _command(flags: list[str]) -> list[str]:
 
 
 def build_library(name: str, kernels: list[Path], others: Sequence[Path] = ()) -> Path:
-    """A shared library of the runtime, of kernel sources (instrumented) and of `others` (not)."""
+    """Builds a shared library of the runtime, of kernels (instrumented) and of `others` (not instrumented)."""
     with locked(name):
         plain = [*sorted((SIMT / "runtime").glob("*.cpp")), *others]
         jobs = [(path, _command(KERNEL_FLAGS)) for path in kernels] + [

@@ -1,4 +1,4 @@
-"""Where CUDA's headers are: types and the 16-bit floats' conversions, which the stand-in takes from them."""
+"""Finds CUDA's headers: the stand-in uses their types and their conversions of 16-bit floats."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ PACKAGES = "nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl"
 
 
 def _candidates() -> Iterator[list[Path]]:
-    """Groups of folders that may together have all headers."""
+    """Yields groups of folders that together may have all headers."""
     if os.environ.get("CUDA_HOME"):
         home = Path(os.environ["CUDA_HOME"])
         yield [home / "include", home / "include/cccl"]
     for path in sys.path:
         for home in sorted(Path(path or ".").glob("nvidia/cu[0-9]*"), reverse=True):
             yield [home / "include", home / "include/cccl"]
-        parts = ["cuda_runtime", "cuda_nvcc", "cuda_cccl"]  # the packages of CUDA 12 have a folder each
+        parts = ["cuda_runtime", "cuda_nvcc", "cuda_cccl"]  # CUDA 12's packages have separate folders
         yield [Path(path or ".") / "nvidia" / part / "include" for part in parts]
     for nvcc in filter(None, [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]):
         home = Path(nvcc).resolve().parent.parent
@@ -28,11 +28,11 @@ def _candidates() -> Iterator[list[Path]]:
 
 
 def find() -> list[Path]:
-    """The folders to include from. Raises RuntimeError, naming the packages to install, where there are none."""
+    """Returns the include folders. Raises RuntimeError with the packages to install if there are none."""
     for folders in _candidates():
         if all(any((folder / header).exists() for folder in folders) for header in NEEDED):
             return [folder for folder in folders if folder.is_dir()]
     raise RuntimeError(
-        "tests/simt needs CUDA's headers (no compiler, no GPU) and found none in CUDA_HOME, site-packages or beside "
+        "tests/simt needs CUDA's headers (no compiler, no GPU) and found none in CUDA_HOME, site-packages or next to "
         f"nvcc: pip install {PACKAGES}, or pip install 'lora_ext[test]'"
     )

@@ -1,4 +1,4 @@
-"""A built library, its device memory and its reports."""
+"""Loads a built library and gives access to its device memory and its reports."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STAND_IN = ("tests/simt/standin/", "tests/simt/runtime/")
 
 @dataclass(frozen=True)
 class Report:
-    """What was found, where. `block` and `thread` are (x, y, z)."""
+    """A problem and its place. `block` and `thread` are (x, y, z)."""
 
     kind: str
     kernel: str
@@ -37,7 +37,7 @@ class Report:
 
 
 class SimtError(AssertionError):
-    """A run with reports."""
+    """Raised for a run with reports."""
 
     def __init__(self, reports: list[Report]):
         super().__init__("\n".join(map(str, reports)))
@@ -56,7 +56,7 @@ class _CReport(ctypes.Structure):  # mirrors CReport of runtime/api.cpp
 
 
 class Library:
-    """One built library. It has one device memory, so that a run begins with `reset`."""
+    """A built library. All runs share its device memory, so every run begins with `reset`."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -77,7 +77,7 @@ class Library:
         self.c.simt_reset(schedule)
 
     def allow_races(self) -> None:
-        """Until `reset`: for rubbish, of which a kernel promises where it does not write, but not what."""
+        """Allows races until `reset`: for garbage input, with which a kernel only promises where it does not write."""
         self.c.simt_allow_races()
 
     def reports(self) -> list[Report]:
@@ -98,30 +98,30 @@ class Library:
 
     @functools.cache  # noqa: B019  libraries live as long as the process
     def _place(self, offset: int) -> tuple[str, int]:
-        """File and line of the call before a return address: the innermost that is not the stand-in's own."""
+        """Returns file and line of the call before a return address: the innermost outside the stand-in."""
         command = ["addr2line", "-i", "-e", str(self.path), hex(max(offset - 1, 0))]
         lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
         places = [re.sub(r" \(discriminator.*", "", line).rpartition(":") for line in lines if ":" in line]
         places = [(str(Path(file).resolve()) if "?" not in file else file, line) for file, _, line in places]
         places = [(file.removeprefix(f"{ROOT}/"), int(line) if line.isdigit() else 0) for file, line in places]
-        own = [place for place in places if not place[0].startswith(STAND_IN)]
-        return (own or places)[0]
+        outside = [place for place in places if not place[0].startswith(STAND_IN)]
+        return (outside or places)[0]
 
     # --- device memory ----------------------------------------------------------------------------------------------
 
     def allocate(self, num_bytes: int, name: str, alignment: int = 16, offset: int = 0) -> int | None:
-        """The address of a new buffer, an odd multiple of alignment plus offset. Its contents are undefined.
+        """Returns the address of a new buffer: an odd multiple of alignment, plus offset. Its contents are undefined.
 
-        No bytes have no address: null, as torch gives to an empty tensor.
+        Returns null for 0 bytes, as torch does for an empty tensor.
         """
         if num_bytes == 0:
             return None
         return self.c.simt_allocate(num_bytes, alignment, offset, name.encode())
 
     def upload(self, tensor: Tensor | None, name: str) -> int | None:
-        """Copies a matrix or vector whose last stride is 1, the gaps between its rows left undefined.
+        """Copies a matrix or vector whose last stride is 1. Gaps between its rows stay undefined.
 
-        A view that begins inside of its storage is as misaligned on the device as it is there.
+        A view that begins inside its storage is misaligned on the device by the same number of bytes.
         """
         if tensor is None:
             return None
@@ -139,7 +139,7 @@ class Library:
         return address
 
     def download_rows(self, address: int, like: Tensor, name: str) -> Tensor:
-        """A matrix of the shape and strides of `like`, as `upload` laid it out; nothing may lie between its rows."""
+        """Returns a matrix of the shape and strides of `like`. Raises if something was written between its rows."""
         size, (rows, columns) = like.element_size(), like.shape
         pitch, gap = like.stride(0) * size, max(like.stride(0) - columns, 0) * size
         tensor = torch.empty(rows, columns, dtype=like.dtype)
@@ -147,11 +147,11 @@ class Library:
             tensor[row] = self.download(address + row * pitch, (columns,), like.dtype, f"{name} row {row}")
             for byte in range(columns * size, columns * size + gap if row + 1 < rows else 0):
                 if self.c.simt_first_uninitialised(address + row * pitch + byte, 1) != 0:
-                    raise AssertionError(f"{name}: something was written {byte} bytes after the begin of row {row}")
+                    raise AssertionError(f"{name}: something was written {byte} bytes after the start of row {row}")
         return tensor
 
     def download(self, address: int, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> Tensor:
-        """A contiguous array, every byte of which must have been written."""
+        """Returns a contiguous array. Raises if one of its bytes was never written."""
         tensor = torch.empty(shape, dtype=dtype)
         num_bytes = tensor.numel() * tensor.element_size()
         if num_bytes:
@@ -163,7 +163,7 @@ class Library:
 
 
 def kernel_library(name: str, instead: dict[str, Path], more: tuple[Path, ...] = ()) -> Library:
-    """The kernels of csrc/cuda, with other sources for those of these names, and more that are no kernels."""
+    """Builds the kernels of csrc/cuda. instead: replaces sources, by name; more: sources that are not kernels."""
     sources = [instead.get(path.name, path) for path in sorted((ROOT / "csrc/cuda").rglob("*.cu"))]
     others = [SIMT / "entry.cpp", params.layout_check(CACHE / "layout_check.cpp"), *more]
     return Library(build_library(name, sources, others))
@@ -171,11 +171,11 @@ def kernel_library(name: str, instead: dict[str, Path], more: tuple[Path, ...] =
 
 @functools.cache
 def kernels() -> Library:
-    """The kernels of csrc/cuda, built on first use."""
+    """Returns the kernels of csrc/cuda, built on first use."""
     return kernel_library("kernels", {})
 
 
 @functools.cache
 def library_of(name: str, *sources: Path) -> Library:
-    """A library of kernel sources with C functions of their own."""
+    """Builds a library of kernel sources that define C functions."""
     return Library(build_library(name, list(sources)))

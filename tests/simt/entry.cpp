@@ -1,5 +1,5 @@
-// The kernels' launch functions (csrc/cuda/launch.h, merge.h) for Python. To add one: a line here and a method in
-// ops.py.
+// Exports the kernels' launch functions (csrc/cuda/launch.h, merge.h) to Python. To add one: a line here and a function
+// in ops.py.
 #include "../../csrc/cuda/launch.h"
 #include "../../csrc/cuda/merge.h"
 

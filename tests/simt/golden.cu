@@ -1,6 +1,6 @@
-// Every primitive of ptx.cuh and every builtin that the stand-in defines itself, from given inputs to outputs that
-// tests/simt/test_simt_primitives.py knows from the documentation. Compiles under nvcc as well: kernels and stand-in could
-// share a wrong belief about a primitive, and only a GPU can tell.
+// Runs every primitive of ptx.cuh and every builtin that the stand-in defines. test_simt_primitives.py compares the
+// outputs with the documentation. Also compiles with nvcc: kernels and stand-in could share a wrong assumption about a
+// primitive, which only a GPU can reveal.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -50,7 +50,7 @@ __global__ void golden_mma_bf16_kernel(const __grid_constant__ GoldenParams p) {
   for (int i = 0; i < 4; ++i) p.out[4 * lane + i] = __float_as_uint(d[i]);
 }
 
-// in: 16 bytes a lane. out: the first lane % 17 bytes of them, then zeros; each lane reads what its neighbour copied.
+// in: 16 bytes per lane. out: the first lane % 17 of these bytes, then zeros; every lane reads its neighbour's copy.
 __global__ void golden_cp_async_kernel(const __grid_constant__ GoldenParams p) {
   SharedMemory memory;
   uint32_t* copied = memory.take<uint32_t>(4 * kWarp, "copied");
@@ -65,7 +65,7 @@ __global__ void golden_cp_async_kernel(const __grid_constant__ GoldenParams p) {
   ptx::cp_async_wait<0>();
 }
 
-// in and out: two words a lane, zeros in out where lane % 3 is 0; then one a lane, zeros where it is 1.
+// in and out: two words per lane, zeros in out if lane % 3 is 0; then one word per lane, zeros if it is 1.
 __global__ void golden_cp_async_small_kernel(const __grid_constant__ GoldenParams p) {
   SharedMemory memory;
   uint32_t* copied = memory.take<uint32_t>(3 * kWarp, "copied");
@@ -78,14 +78,14 @@ __global__ void golden_cp_async_small_kernel(const __grid_constant__ GoldenParam
   for (int i = 0; i < 3; ++i) p.out[i * kWarp + other] = copied[i * kWarp + other];
 }
 
-// in: 16 bytes a lane. out: the same, each lane's at its neighbour's place.
+// in: 16 bytes per lane. out: the same bytes at the neighbour's place.
 __global__ void golden_store_kernel(const __grid_constant__ GoldenParams p) {
   const uint32_t* in = p.in + 4 * threadIdx.x;
   const uint32_t words[4] = {in[0], in[1], in[2], in[3]};
   ptx::store_global_16(p.out + 4 * (threadIdx.x ^ 1), words);
 }
 
-// in: one number a lane. out [row][lane], a row per operation.
+// in: one number per lane. out [row][lane], a row per operation.
 __global__ void golden_warp_kernel(const __grid_constant__ GoldenParams p) {
   const int lane = static_cast<int>(threadIdx.x);
   const uint32_t value = p.in[lane];
@@ -106,12 +106,12 @@ __global__ void golden_warp_kernel(const __grid_constant__ GoldenParams p) {
   put(__ballot_sync(kAll, value & 1));
   put(__any_sync(kAll, value == p.in[7]) != 0);
   put(__all_sync(kAll, value == p.in[7]) != 0);
-  // Half-warps of their own.
+  // Every half-warp separately.
   const uint32_t half = lane < 16 ? 0x0000FFFFu : 0xFFFF0000u;
   put(__ballot_sync(half, value & 2));
 }
 
-// in: one number a lane. out [row][lane].
+// in: one number per lane. out [row][lane].
 __global__ void golden_arithmetic_kernel(const __grid_constant__ GoldenParams p) {
   const int lane = static_cast<int>(threadIdx.x);
   const uint32_t value = __ldg(p.in + lane);
@@ -131,7 +131,7 @@ __global__ void golden_arithmetic_kernel(const __grid_constant__ GoldenParams p)
   put(__half_as_ushort(__float2half_rn(__uint_as_float(value))));
 }
 
-// out: a sum, a maximum, a union and the number of exchanges that succeeded, over 64 threads of each of two blocks.
+// out: a sum, a maximum, a union and the number of successful exchanges, over two blocks of 64 threads.
 __global__ void golden_atomics_kernel(const __grid_constant__ GoldenParams p) {
   const uint32_t value = p.in[threadIdx.x];
   atomicAdd(p.out, value);
@@ -150,7 +150,7 @@ void run(void (*kernel)(GoldenParams), const GoldenParams& params, cudaStream_t 
 }  // namespace
 }  // namespace lora_ext::cuda
 
-// primitive: the place in the list below. in and out are device memory; a sum begins with what out holds.
+// primitive: the position in the list below. in and out are device memory; sums start with the contents of out.
 extern "C" __attribute__((visibility("default"))) int golden(int primitive, const void* in, void* out, void* stream) {
   using namespace lora_ext::cuda;
   const GoldenParams params{static_cast<const uint32_t*>(in), static_cast<uint32_t*>(out)};

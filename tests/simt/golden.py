@@ -1,6 +1,6 @@
-"""Inputs for golden.cu and the outputs that the documentation promises, as lists of 32-bit words.
+"""Makes inputs for golden.cu and the outputs that the documentation promises, as lists of 32-bit words.
 
-Written from the PTX ISA's figures and CuTe's traits (SM80_16x8x16), not from the stand-in.
+The sources are the PTX ISA's figures and CuTe's traits (SM80_16x8x16), not the stand-in.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ALL = 0xFFFFFFFF
 
 
 def words(values: list | Tensor) -> Tensor:
-    """Numbers below 2**32 as an int32 tensor of the same bits."""
+    """Converts numbers below 2**32 to an int32 tensor of the same bits."""
     values = torch.as_tensor(values, dtype=torch.int64).flatten()
     return (values & ALL).where(values < 2**31, (values & ALL) - 2**32).to(torch.int32)
 
@@ -37,7 +37,7 @@ def ldmatrix(transposed: bool) -> tuple[Tensor, Tensor]:
 
 
 def mma_bf16() -> tuple[Tensor, Tensor]:
-    """A product of small integers, exact in every order of summation."""
+    """A product of small integers: exact in every order of summation."""
     generator = torch.Generator().manual_seed(2)
     a, b, c = (torch.randint(-9, 10, shape, generator=generator).float() for shape in ((16, 16), (16, 8), (16, 8)))
     d = a @ b + c
@@ -98,7 +98,7 @@ def warp() -> tuple[Tensor, Tensor]:
         [value[5]] * 32,
         [value[i // 4 * 4 + (i + 1) % 4] for i in WARP],
         [value[i ^ 3] for i in WARP],
-        # Segments of 8: an earlier segment may be read, a later one gives the lane's own value.
+        # Segments of 8: a lane reads from an earlier segment, but gets its previous value instead of a later segment's.
         [value[i ^ 8] if i & 8 else value[i] for i in WARP],
         [value[i + 2] if i % 8 < 6 else value[i] for i in WARP],
         [value[i - 3] if i % 16 >= 3 else value[i] for i in WARP],
@@ -144,7 +144,7 @@ def arithmetic() -> tuple[Tensor, Tensor]:
 
 
 def atomics() -> tuple[Tensor, Tensor]:
-    """out begins as zeros. Word 3 depends on who comes first: -1 stands for any number."""
+    """`out` starts as zeros. Word 3 depends on the order of threads: -1 stands for any number."""
     value = _random(64, 5)
     union = 0
     for v in value:

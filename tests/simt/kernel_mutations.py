@@ -20,22 +20,22 @@ from .build import SIMT
 from .driver import Library
 from .edits import FEW_BLOCKS, Edit, edited_kernels
 
-SOURCES = ("lora_bfloat16", "lora_float32", "merge")  # of csrc/cuda, compiled anew
+SOURCES = ("lora_bfloat16", "lora_float32", "merge")  # of csrc/cuda; they contain the planted bugs
 
 
 @dataclass(frozen=True)
 class KernelMutation:
-    """An edit, the run that meets it, and the first report of that run in whatever order threads run."""
+    """An edit, a run that executes it, and the run's first report, whatever the order of threads."""
 
     name: str
     run: Callable[[Library, int], object]
-    path: str  # of the edit, below csrc/cuda
-    old: str  # there exactly once
-    new: str  # BUG: whether it is planted
+    path: str  # of the edit, relative to csrc/cuda
+    old: str  # occurs exactly once
+    new: str  # BUG stands for "this bug is active"
     kinds: tuple[str, ...]
     kernel: str
-    at: str  # in the line that is named
-    at_path: str = ""  # its file, where that is another
+    at: str  # occurs in the line that the report names
+    at_path: str = ""  # the file of that line, if not `path`
 
     @property
     def edit(self) -> Edit:
@@ -63,7 +63,7 @@ def forward(dtype: torch.dtype, tokens: int, in_features: int, out_features: int
 
 
 def backward(dtype: torch.dtype, tokens: int, in_features: int, out_features: int, rank: int, wanted: str):
-    """wanted: of "xAB", the gradients of x, lora_A and lora_B."""
+    """Returns a run of a backward. wanted: a part of "xAB", the gradients of x, lora_A and lora_B."""
 
     def run(library: Library, schedule: int) -> None:
         x, grad_y = _random(tokens, in_features, dtype=dtype), _random(tokens, out_features, dtype=dtype)
@@ -82,7 +82,7 @@ def merge(rows: int, cols: int, rank: int):
 
 
 def unmerge(library: Library, schedule: int) -> None:
-    """Every element has a correction, some of them an outlier."""
+    """Unmerges a row in which every element has a correction; some are outliers."""
     cols = 256
     words = torch.arange(cols, dtype=torch.int16) + 256
     arguments = [_random(1, cols)], [_random(2, cols)], [_random(1, 2)]
@@ -119,11 +119,11 @@ MUTATIONS = [
         "merge_leaves_missing_rows_undefined",
         merge(5, 300, 3),
         "merge.cuh",
-        "left_tile[r * kTileRows + row] = inside",
-        "if (inside || !BUG) left_tile[r * kTileRows + row] = inside",
+        "lora_B_tile[r * kTileRows + row] = inside",
+        "if (inside || !BUG) lora_B_tile[r * kTileRows + row] = inside",
         UNINITIALISED,
         "merge_kernel",
-        "left[i] = left_tile[",
+        "row_B[i] = lora_B_tile[",
     ),
     KernelMutation(
         "unmerge_corrects_before_others_have_written",
@@ -191,8 +191,8 @@ MUTATIONS = [
         "expand_long_fills_the_buffer_in_use",
         forward(BF16, 21, 72, 136, 100),
         "mma/expand_long.cuh",
-        "load_right(1 - buffer, step + 1);",
-        "load_right(BUG ? buffer : 1 - buffer, step + 1);",
+        "load_factor(1 - buffer, step + 1);",
+        "load_factor(BUG ? buffer : 1 - buffer, step + 1);",
         RACE + NOT_WAITED,
         "expand_long_kernel",
         "ldmatrix_x4_transposed(b",
@@ -223,8 +223,8 @@ MUTATIONS = [
         "fma_expand_fills_the_stage_in_use",
         forward(F32, 21, 72, 40, 40),
         "fma/expand.cuh",
-        "loader.copy_right(right_stages + (slot ^ 1) *",
-        "loader.copy_right(right_stages + (slot ^ (BUG ? 0 : 1)) *",
+        "loader.copy_factor(factor_stages + (slot ^ 1) *",
+        "loader.copy_factor(factor_stages + (slot ^ (BUG ? 0 : 1)) *",
         NOT_WAITED,
         "expand_kernel",
         "return *reinterpret_cast<const Vector<A>*>",
@@ -233,7 +233,7 @@ MUTATIONS = [
     KernelMutation(
         "sums_of_groups_are_read_too_early",
         backward(F32, 200, 72, 40, 8, "A"),
-        "chunk_sums.cuh",
+        "fma/chunk_sums.cuh",
         "  group_sums[group][element] = sum;\n  __syncthreads();\n",
         "  group_sums[group][element] = sum;\n  if (!BUG) __syncthreads();\n",
         RACE + UNINITIALISED,
@@ -245,7 +245,7 @@ MUTATIONS = [
 
 @functools.cache
 def library() -> Library:
-    """The kernels with all of the bugs, none of them in place."""
+    """Builds the kernels with all bugs planted, none of them active."""
     edits = FEW_BLOCKS + tuple(mutation.edit for mutation in MUTATIONS)
     return edited_kernels("planted", edits, SOURCES, (SIMT / "mutants" / "planted.cpp",))
 

@@ -1,7 +1,7 @@
-"""The merge kernels as functions of torch tensors: many layers in one call, as the ops of csrc/bindings take them.
+"""Runs the merge kernels on torch tensors, many layers in one call, as the ops of csrc/bindings do.
 
-Nothing is changed in place: what a launch leaves in a weight is returned. Every run checks what tests/simt finds, that
-nothing lies between the rows of a weight, and that every word of a record was written.
+Nothing changes in place: functions return the weights after the launch. Every run checks that tests/simt reports
+nothing, that nothing was written between the rows of a weight, and that every word of a record was written.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ def num_segments(weight: Tensor) -> int:
 def plan(
     weights: list[Tensor], As: list[Tensor], Bs: list[Tensor], schedule: int = 0, library: Library | None = None
 ) -> tuple[Tensor, Tensor]:
-    """How many results of each layer are not finite [layers], and the words of each segment's record [segments]."""
+    """Returns the number of non-finite results [layers], and the words of every segment's record [segments]."""
     run = _Run(weights, As, Bs, schedule, library)
     segments = sum(map(num_segments, weights))
     run.params.words = run.library.allocate(segments * 2, "words")
     counts = run.library.upload(torch.zeros(len(weights), dtype=torch.int64), "non_finite")
     for i, layer in enumerate(run.layers):
         layer.non_finite = counts + 8 * i
-    left = run.launch(Mode.PLAN)
-    for weight, after in zip(weights, left, strict=True):
+    weights_after = run.launch(Mode.PLAN)
+    for weight, after in zip(weights, weights_after, strict=True):
         assert torch.equal(_bytes(weight), _bytes(after)), "the plan wrote to a weight"
     words = run.library.download(run.params.words, (segments,), torch.int16, "words")
     return run.library.download(counts, (len(weights),), torch.int64, "non_finite"), words
@@ -58,15 +58,14 @@ def merge_record(
     corrections: list[Tensor] | list[int],
     schedule: int = 0,
     library: Library | None = None,
-    rubbish: bool = False,
+    garbage: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The merged weights and their corrections.
+    """Returns the merged weights and their corrections.
 
-    corrections: their lengths, or what they hold before. rubbish: ends do not fit, so that lanes may get in each
-    other's way.
+    corrections: their lengths, or their initial contents. garbage: `ends` does not fit, and lanes may race.
     """
     run = _Run(weights, As, Bs, schedule, library)
-    run.set_record(ends, corrections, rubbish)
+    run.set_record(ends, corrections, garbage)
     merged = run.launch(Mode.MERGE_RECORD)
     return merged, [
         run.library.download(layer.corrections, (layer.num_corrections,), torch.int16, "corrections")
@@ -82,17 +81,17 @@ def unmerge(
     corrections: list[Tensor] = (),
     schedule: int = 0,
     library: Library | None = None,
-    rubbish: bool = False,
+    garbage: bool = False,
 ) -> list[Tensor]:
-    """rubbish: the record is of no merge, so that lanes may get in each other's way."""
+    """Returns the unmerged weights. garbage: the record comes from no merge, and lanes may race."""
     run = _Run(weights, As, Bs, schedule, library)
     if ends is not None:
-        run.set_record(ends, corrections, rubbish)
+        run.set_record(ends, corrections, garbage)
     return run.launch(Mode.UNMERGE)
 
 
 class _Run:
-    """One call: its parameters, and its layers in device memory."""
+    """A call: its parameters, and its layers in device memory."""
 
     def __init__(
         self, weights: list[Tensor], As: list[Tensor], Bs: list[Tensor], schedule: int, library: Library | None
@@ -111,20 +110,20 @@ class _Run:
             layer.first_segment = first_segment
             first_segment += num_segments(weight)
 
-    def set_record(self, ends: Tensor, corrections: list[Tensor] | list[int], rubbish: bool) -> None:
-        if rubbish:
+    def set_record(self, ends: Tensor, corrections: list[Tensor] | list[int], garbage: bool) -> None:
+        if garbage:
             self.library.allow_races()
         self.params.ends = self.library.upload(ends, "ends")
-        for layer, own in zip(self.layers, corrections, strict=True):
-            if isinstance(own, int):
-                layer.num_corrections = own
-                layer.corrections = self.library.allocate(own * 2, "corrections")
+        for layer, record in zip(self.layers, corrections, strict=True):
+            if isinstance(record, int):
+                layer.num_corrections = record
+                layer.corrections = self.library.allocate(record * 2, "corrections")
             else:
-                layer.num_corrections = own.numel()
-                layer.corrections = self.library.upload(own, "corrections")
+                layer.num_corrections = record.numel()
+                layer.corrections = self.library.upload(record, "corrections")
 
     def launch(self, mode: Mode) -> list[Tensor]:
-        """What the weights are then."""
+        """Returns the weights after the launch."""
         run = self.library.c.run_merge
         run.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
         run(mode, ctypes.byref(self.params), self.layers, len(self.layers))

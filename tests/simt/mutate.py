@@ -1,4 +1,4 @@
-"""Bugs to plant in mutants/product.cu, and what the stand-in must say about each."""
+"""Bugs to plant in mutants/product.cu, and the report that the stand-in must make for each."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ FOLDER = CACHE / "mutants"
 
 @dataclass(frozen=True)
 class Mutation:
-    """An edit of the source, and the report it must lead to when threads run in order."""
+    """An edit of the source, and the report that it must cause when threads run in order."""
 
     name: str
-    old: str  # there exactly once
+    old: str  # occurs exactly once
     new: str
     kind: str
-    at: str  # in the line of the source that the report names
+    at: str  # occurs in the source line that the report names
     block: int = 0
     thread: int = 0
 
@@ -31,7 +31,7 @@ class Mutation:
 
 
 WAIT = "    ptx::cp_async_wait<kStages - 2>();\n"
-BARRIER = "    __syncthreads();  // everybody's copies have landed, and nobody reads the slot that is filled next\n"
+BARRIER = "    __syncthreads();  // all copies of this tile are complete, the slot to fill next is free\n"
 FETCH = "    fetch(tile + kStages - 1);\n"
 COPY = "    ptx::cp_async_16(ptx::shared_address(tile + i * kCopy), from, inside ? 16 : 0);\n"
 STORE = "*reinterpret_cast<float4*>(p.out + row * kBlockN + col) = four;"
@@ -39,7 +39,7 @@ SHUFFLE = "positives += __shfl_xor_sync(0xFFFFFFFFu, positives, distance);"
 COUNT = "  if (lane == 0) warp_positives[warp] = positives;\n"
 ROW = "const int row = row0 + warp * 16 + lane / 2,"
 
-# name, what is replaced, by what, kind of report, in which line; block and thread
+# name, old text, new text, kind of report, text of the reported line; block and thread
 MUTATIONS = [
     Mutation("original", "namespace MUTANT {\n", "namespace MUTANT {\n", "", ""),
     # --- barriers
@@ -131,7 +131,7 @@ MUTATIONS = [
 
 @functools.cache
 def library() -> Library:
-    """All mutants in one library: compiling them together takes a tenth of the time."""
+    """Builds all mutants as one library: compiling them together takes a tenth of the time."""
     together = []
     for mutation in MUTATIONS:
         mutation.path.parent.mkdir(parents=True, exist_ok=True)

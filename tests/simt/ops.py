@@ -1,8 +1,8 @@
-"""The kernels behind lora_linear, as functions of torch tensors: allocate device memory, launch, fetch the results.
+"""Runs the kernels of lora_linear on torch tensors: allocates device memory, launches, downloads the results.
 
-Beside the numbers every run checks what tests/simt finds, that every byte of every output was written, and that the
-launch kept to the workspace it had asked for. The base product is not the kernels' business: y and grad_x hold it where
-`base` is theirs, else they begin undefined.
+Every run also checks that tests/simt reports nothing, that every byte of every output was written, and that the launch
+stayed inside the workspace it asked for. The kernels do not compute the base product: y and grad_x already hold it if
+`base` points to them; otherwise they start undefined.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WORKSPACE_ALIGNMENT = 256
 
 @dataclass
 class Sibling:
-    """One of the layers that read the same x."""
+    """One of several layers that read the same x."""
 
     lora_A: Tensor  # [rank, in_features]
     lora_B: Tensor  # [out_features, rank]
@@ -35,7 +35,7 @@ class Sibling:
 
 @dataclass
 class Forward:
-    ys: list[Tensor]  # of each sibling [num_tokens, out_features]
+    ys: list[Tensor]  # per sibling [num_tokens, out_features]
     xa: Tensor  # [num_tokens, total_rank], in the accumulation dtype
     mask: Tensor | None  # uint8 [num_tokens, row_bytes]
 
@@ -56,7 +56,7 @@ def mask_row_bytes(in_features: int) -> int:
 
 
 def run(p: ctypes.Structure, library: Library) -> None:
-    """Launches what takes these parameters, with a workspace of exactly the bytes it asks for."""
+    """Launches the kernels for these parameters, with a workspace of exactly the bytes they ask for."""
     name, pointer, workspace = type(p).__name__, ctypes.byref(p), None
     workspace_bytes = getattr(library.c, f"workspace_bytes_{name}", None) if name != "DropoutMaskParams" else None
     if workspace_bytes:
@@ -67,7 +67,7 @@ def run(p: ctypes.Structure, library: Library) -> None:
 
 
 def _rank_begins(siblings: list[Sibling]) -> list[int]:
-    """The column of xa at which each sibling begins, and the total rank."""
+    """Returns the column of xa at which each sibling begins, then the total rank."""
     return list(itertools.accumulate((len(sibling.lora_A) for sibling in siblings), initial=0))
 
 
@@ -76,7 +76,7 @@ def _scale(sibling: Sibling, dropout_p: float) -> float:
 
 
 def _fill_common(p: ctypes.Structure, like: Tensor, siblings: list[Sibling]) -> None:
-    """What all kernels' parameters have in common: num_tokens, ranks and dtypes."""
+    """Fills in the fields that the parameters of all kernels have: num_tokens, ranks and dtypes."""
     *begins, p.total_rank = _rank_begins(siblings)
     p.num_tokens, p.num_siblings = len(like), len(siblings)
     p.dtype, p.factor_dtype = DTYPES[like.dtype], DTYPES[siblings[0].lora_A.dtype]
@@ -93,7 +93,7 @@ def lora_forward(
     schedule: int = 0,
     library: Library | None = None,
 ) -> Forward:
-    """ys: what the results are added to, the base layers' products; None: they are written without being read."""
+    """Runs a forward. ys: the base layers' products, to which the results are added; None: y is not read."""
     library = library or kernels()
     library.reset(schedule)
     p = params.LoraForwardParams()
@@ -136,8 +136,11 @@ def lora_backward(
     schedule: int = 0,
     library: Library | None = None,
 ) -> Backward:
-    """grad_x: what it is added to. output_mask: which of grad_x, the grad_As and the grad_Bs are wanted; what only
-    the others read is not handed to the kernels, as in the op."""
+    """Runs a backward. grad_x: the tensor that the result is added to.
+
+    output_mask: which of grad_x, the grad_As and the grad_Bs are wanted. As in the op, the kernels do not get inputs
+    that only unwanted results read.
+    """
     library = library or kernels()
     library.reset(schedule)
     want_x, want_A, want_B = output_mask

@@ -1,7 +1,7 @@
-"""The kernels' parameter structs for ctypes, read from the C++ headers that define them.
+"""Reads the kernels' parameter structs for ctypes from the C++ headers that define them.
 
-They are plain structs of integers, pointers, flags, enums and arrays of such structs; the compiler checks every offset
-(`layout_check`).
+They are plain structs of integers, pointers, flags, enums and arrays of such structs. `layout_check` lets the compiler
+check every offset.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def __getattr__(name: str) -> type[ctypes.Structure]:
 
 
 def layout_check(path: Path) -> Path:
-    """Writes a C++ file that compiles when every struct has the layout that Python believes in."""
+    """Writes a C++ file that compiles only if every struct has the layout that Python assumes."""
     lines = ["#include <cstddef>", *(f'#include "{ROOT / header}"' for header in PRESENT_HEADERS)]
     lines += [f"using namespace {namespace};" for namespace in NAMESPACES]
     for name, struct in STRUCTS.items():

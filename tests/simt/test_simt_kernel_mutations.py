@@ -1,4 +1,4 @@
-"""Bugs planted in the kernels of csrc/cuda: each must be found, and named with the kernel and the line it is in."""
+"""Bugs planted in the kernels of csrc/cuda: each must be found, and the report must name its kernel and line."""
 
 from __future__ import annotations
 

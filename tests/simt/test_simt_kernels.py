@@ -1,7 +1,7 @@
-"""The CUDA kernels on the CPU, through their launch functions: numbers as good as plain PyTorch's, every output
-written, nothing for tests/simt to report, and the same bits in every order of threads.
+"""Tests the CUDA kernels on the CPU through their launch functions: errors at most as large as plain PyTorch's, every
+output written, no report of tests/simt, and the same bits in every order of threads.
 
-The base product is not the kernels' business: weights are zero here, or the outputs hold something to add to.
+The kernels do not compute the base product: weights are zero here, or the outputs hold values to add to.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def wanted_names(output_mask: tuple[bool, bool, bool]) -> str:
 
 
 def siblings_of(count: int, shape, dtypes) -> Siblings:
-    """Siblings of one shape (num_tokens, in_features, out_features, rank) and, beside the first, smaller and larger."""
+    """Returns siblings: one of shape (num_tokens, in_features, out_features, rank), a smaller one, a larger one."""
     num_tokens, in_features, out_features, rank = shape
     sizes = [(out_features, rank), (out_features // 2 + 1, rank // 2 + 1), (out_features + 9, rank + 3)]
     siblings = random_siblings(((num_tokens, in_features), sizes[:count]), dtypes)
@@ -61,7 +61,7 @@ def run_kernels(
     add_to: tuple[list[Tensor], Tensor] | None = None,
     library: Library | None = None,
 ) -> dict[str, Tensor]:
-    """add_to: what y and grad_x already hold."""
+    """Runs forward and backward. add_to: the initial contents of y and grad_x."""
     operands = as_operands(siblings)
     ys, grad_x = add_to or (None, None)
     forward = ops.lora_forward(siblings.x, operands, dropout_p, SEED, ys, schedule, library)
@@ -139,7 +139,7 @@ def test_shapes_that_many_blocks_share(dtypes, shape, dropout_p):
 @pytest.mark.parametrize("rank", [12, 40])
 @pytest.mark.parametrize("dtypes", [*MAIN_DTYPES, (torch.bfloat16, torch.float32)], ids=dtype_name)
 def test_pipelines_go_round(dtypes, rank, aligned):
-    """Every block has more steps than its pipeline has stages, the last of them with a tail."""
+    """Every block has more steps than its pipeline has stages; the last step has a tail."""
     shape = (400, 840, 600, rank) if dtypes[0].itemsize == 2 else (200, 400, 300, rank)
     siblings = siblings_of(1, shape, dtypes)
     if not aligned:
@@ -172,7 +172,7 @@ ZEROS = {
 @pytest.mark.parametrize("shape", ZEROS)
 @pytest.mark.parametrize("dtypes", MAIN_DTYPES, ids=dtype_name)
 def test_sizes_of_zero(dtypes, shape, output_mask):
-    """Empty tensors' addresses are null, as torch's are, and decide nothing."""
+    """Empty tensors have null addresses, as in torch; kernels decide nothing by them."""
     siblings = random_siblings(ZEROS[shape], dtypes)
     for layer in siblings.layers:
         layer.weight.zero_()
@@ -218,7 +218,7 @@ def test_adds_to_what_is_there(dtypes, count):
     ids=wanted_names,
 )
 def test_only_wanted_gradients(output_mask, dtypes, count):
-    """The arguments that only the others read are null."""
+    """Arguments that only unwanted gradients read are null."""
     siblings = siblings_of(count, (37, 80, 50, 6), dtypes)
     results = assert_as_good_as_torch(siblings, 0.3, output_mask=output_mask)
     wanted = [name for name, want in zip(("grad_x", "A[0]", "B[0]"), output_mask, strict=True) if want]

@@ -1,4 +1,4 @@
-"""The merge kernels on the CPU: the definition's bits and the CPU op's, in every order of threads."""
+"""Tests the merge kernels on the CPU: the bits of the definition and of the CPU op, in every order of threads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.cpu_only("emulates the CUDA kernels on the CPU"), pyte
 
 RANKS = [1, 3, 8, 16, 17, 64, 100]
 MAX_LAYERS_OF_A_LAUNCH = 32
-SIZES = [1e-30, 1e-6, 0.1, 1.0, 1e3]  # of the update beside a weight of size 1
+SIZES = [1e-30, 1e-6, 0.1, 1.0, 1e3]  # of the update, for a weight of size 1
 
 
 def dtype_id(value) -> str:
@@ -24,13 +24,14 @@ def dtype_id(value) -> str:
 
 
 def random_layer(rows: int, cols: int, rank: int, dtype: torch.dtype, size: float = 0.1) -> tuple[Tensor, ...]:
-    """weight, lora_A and lora_B, as the kernels take them."""
+    """Returns weight, lora_A and lora_B in the kernels' form."""
     weight = hard_weight(rows, cols, dtype)
     return weight, *pack_factors(dtype, [update_factors(weight, rank, size)])
 
 
 def whole_cycle(layers: list[tuple[Tensor, ...]], schedule: int = 0, library: Library | None = None) -> list[Tensor]:
-    """Plan, merge without and with a record, and unmerge: each as the CPU op to the bit, the first bits back at last.
+    """Plans, merges without and with a record, and unmerges. Every step equals the CPU op to the bit; the last step
+    restores the first bits.
 
     Returns the merged weights.
     """
@@ -40,15 +41,15 @@ def whole_cycle(layers: list[tuple[Tensor, ...]], schedule: int = 0, library: Li
     on_cpu = [weight.clone() for weight in weights]
     cpu_non_finite, cpu_words, cpu_corrections = torch.ops.lora_ext.lora_merge_record_(on_cpu, As, Bs)
     assert torch.equal(non_finite, cpu_non_finite) and not non_finite.any()
-    assert torch.equal(words, torch.cat([own.flatten() for own in cpu_words]))
-    lengths = [own.numel() for own in cpu_corrections]
+    assert torch.equal(words, torch.cat([layer_words.flatten() for layer_words in cpu_words]))
+    lengths = [record.numel() for record in cpu_corrections]
     ends = words.cumsum(0)
     results, corrections = merge_ops.merge_record(weights, As, Bs, ends, lengths, **options)
     assert all(map(same_bits, results, on_cpu))
     assert all(map(same_bits, merge_ops.merge(weights, As, Bs, **options), on_cpu))
     assert all(map(torch.equal, corrections, cpu_corrections))
 
-    # The weights as they lie in memory, that is with their strides.
+    # The weights with their strides in memory.
     places = [weight.clone() if weight.is_contiguous() else in_place_of(weight) for weight in weights]
     for place, result in zip(places, results, strict=True):
         place.copy_(result)
@@ -61,7 +62,7 @@ def whole_cycle(layers: list[tuple[Tensor, ...]], schedule: int = 0, library: Li
 
 
 def in_place_of(view: Tensor) -> Tensor:
-    """A view with the strides and the misalignment of another."""
+    """Returns a new view with the same strides and misalignment."""
     storage = view.new_empty(view.untyped_storage().nbytes() // view.element_size())
     return storage.as_strided(view.shape, view.stride(), view.storage_offset())
 
@@ -98,13 +99,13 @@ def test_shapes_with_tails(dtype, cols):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
 def test_tiny_and_huge_updates(dtype, size):
-    """No correction at all, a few of one unit, outliers, whole segments."""
+    """Records with no correction, a few of one unit, outliers, and whole segments."""
     whole_cycle([random_layer(6, 300, 3, dtype, size)])
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
 def test_every_kind_of_record_in_a_row(dtype):
-    """Each segment its own: none, corrections, outliers among them, outliers only, a whole segment."""
+    """One kind per segment: none, corrections, corrections with outliers, only outliers, a whole segment."""
     layer = layer_of_records(dtype, 5)
     words = merge_ops.plan(*([tensor] for tensor in layer))[1].view(5, 5)
     whole, outlier = 256 * dtype.itemsize // 2, 1 + dtype.itemsize // 2
@@ -137,7 +138,7 @@ def test_constant_weights(dtype, value):
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
 def test_an_update_of_minus_zero(dtype):
-    """A product of 0.0 and -1.0, which a chain that began or ended with another zero would lose."""
+    """The sign of the product of 0.0 and -1.0 survives: adding another zero would lose it."""
     weight = torch.full((2, 20), -0.0, dtype=dtype)
     for rank in (1, 3, 16, 17):
         A, B = pack_factors(dtype, [(torch.zeros(rank, 20), -torch.ones(2, rank), 1.0)])
@@ -194,12 +195,12 @@ def test_nothing_to_do(dtype):
 @pytest.mark.parametrize("blocks", ["many blocks", "few blocks"])
 @pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
 def test_same_bits_in_every_order_of_threads(dtype, blocks, schedule):
-    """With few blocks, each works through several tiles: with its lora_A in place, or read again for every tile."""
+    """With few blocks, each computes several tiles: it keeps lora_A in shared memory, or reads it for every tile."""
     layers = [random_layer(130, 260, 5, dtype), random_layer(70, 30, 17, dtype)]
     whole_cycle(layers, schedule, few_blocks() if blocks == "few blocks" else kernels())
 
 
-# --- what does not fit ------------------------------------------------------------------------------------------------
+# --- invalid values and records ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("schedule", [0, 1])
@@ -218,10 +219,10 @@ def test_non_finite_results_are_counted(dtype, schedule):
     assert non_finite.tolist() == [3, 9, 300, 1, 0]
     on_cpu = [torch.ops.lora_ext.lora_merge_record_([weight], [A], [B]) for weight, A, B in layers]
     assert [int(counts) for counts, _, _ in on_cpu] == non_finite.tolist()
-    assert torch.equal(words[-18:], on_cpu[-1][1][0].flatten())  # of what is finite
+    assert torch.equal(words[-18:], on_cpu[-1][1][0].flatten())  # of the finite results
 
 
-RUBBISH = {
+GARBAGE = {
     "zeros": lambda ends: ends * 0,
     "too far": lambda ends: ends * 7,
     "too short": lambda ends: ends // 2,
@@ -232,22 +233,22 @@ RUBBISH = {
 }
 
 
-@pytest.mark.parametrize("rubbish", RUBBISH)
+@pytest.mark.parametrize("garbage", GARBAGE)
 @pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
-def test_a_record_that_does_not_fit_touches_nothing_outside(dtype, rubbish):
-    """tests/simt sees every access: only the weights and what lies in corrections may be written."""
+def test_a_record_that_does_not_fit_touches_nothing_outside(dtype, garbage):
+    """tests/simt sees every access: only the weights and the corrections may be written."""
     layers = [random_layer(5, 300, 2, dtype, 0.02), layer_of_records(dtype, 3), random_layer(3, 20, 2, dtype, 30.0)]
     weights, As, Bs = map(list, zip(*layers, strict=True))
     _, words = merge_ops.plan(weights, As, Bs)
     lengths = [int(part.sum()) for part in words.split([merge_ops.num_segments(weight) for weight in weights])]
-    ends = RUBBISH[rubbish](words.cumsum(0))
+    ends = GARBAGE[garbage](words.cumsum(0))
     before = [random_words(length) for length in lengths]
-    results, after = merge_ops.merge_record(weights, As, Bs, ends, before, rubbish=True)
+    results, after = merge_ops.merge_record(weights, As, Bs, ends, before, garbage=True)
     assert all(map(same_bits, results, merge_ops.merge(weights, As, Bs)))
-    if rubbish in ("zeros", "negative", "huge"):
+    if garbage in ("zeros", "negative", "huge"):
         assert all(map(torch.equal, before, after))
     for record in (before, after):
-        merge_ops.unmerge(results, As, Bs, ends, record, rubbish=True)
+        merge_ops.unmerge(results, As, Bs, ends, record, garbage=True)
 
 
 def random_words(count: int) -> Tensor:
@@ -255,5 +256,5 @@ def random_words(count: int) -> Tensor:
 
 
 def test_bits_are_compared():
-    """The comparison all of this rests on tells zeros of different signs apart."""
+    """The comparison in these tests distinguishes zeros of different signs."""
     assert not torch.equal(bits(torch.tensor([0.0])), bits(torch.tensor([-0.0])))

@@ -1,4 +1,4 @@
-"""Planted bugs: each must be found, and named with the kernel, block, thread and line it is in."""
+"""Bugs planted in a small kernel: each must be found, and the report must name its kernel, block, thread and line."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from simt.mutate import MUTATIONS, SOURCE, Mutation, library
 
 pytestmark = [pytest.mark.cpu_only("emulates the CUDA kernels on the CPU"), pytest.mark.full]
 
-# Three blocks, the last with rows missing; five tiles in a pipeline of three, the last with columns missing; gaps
-# between the rows of x.
+# Three blocks, the last one with missing rows; five tiles in a pipeline of three, the last one with missing columns;
+# gaps between the rows of x.
 ROWS, COLS, STRIDE = 70, 136, 144
 
 
 def run(mutation: Mutation, schedule: int) -> tuple[list[Report], torch.Tensor, torch.Tensor]:
-    """The reports; the product and the number of positives, and what they should be."""
+    """Returns the reports; the product and the number of positives; and their expected values."""
     mutants = library()
     mutants.reset(schedule)
     generator = torch.Generator().manual_seed(1)
@@ -53,7 +53,7 @@ def test_a_planted_bug_is_found(mutation):
     assert reports, "nothing was found"
     report = reports[0]
     assert report.kind == mutation.kind, report
-    if mutation.kind not in ("host-access", "launch-limits"):  # those are the host's
+    if mutation.kind not in ("host-access", "launch-limits"):  # the host causes those
         assert report.kernel == f"{mutation.name}::product_kernel({mutation.name}::ProductParams)", report
         assert (report.block, report.thread) == ((mutation.block, 0, 0), (mutation.thread, 0, 0)), report
     if mutation.at:

@@ -1,4 +1,4 @@
-"""The stand-in's primitives against what the PTX ISA says of them (tests/simt/golden.py)."""
+"""Compares the stand-in's primitives with the definitions of the PTX ISA (tests/simt/golden.py)."""
 
 from __future__ import annotations
 

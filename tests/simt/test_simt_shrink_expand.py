@@ -1,5 +1,4 @@
-"""The CUDA kernels of LoRA's two products, each by itself, on the CPU: as test_simt_kernels.py, for lora_shrink,
-lora_expand and their backwards."""
+"""Tests the CUDA kernels of lora_shrink, lora_expand and their backwards on the CPU, like test_simt_kernels.py."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ def exact_and_plain(function, *arguments: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """In the wider of the two dtypes."""
+    """Converts to the wider of two dtypes."""
     dtype = torch.promote_types(a.dtype, b.dtype)
     return a.to(dtype) @ b.to(dtype)
 
@@ -62,7 +61,7 @@ def test_as_good_as_torch(shape, dtypes, aligned):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_part_alone_is_the_part_of_both(dtype):
-    """What is not wanted is not computed, and the rest is what it was, to the bit."""
+    """Unwanted results are not computed; the others do not change, to the bit."""
     x, base, xa = torch.randn(33, 130).to(dtype), torch.randn(33, 130).to(dtype), torch.randn(33, 17)
     A, B = torch.randn(17, 130).to(dtype), torch.randn(130, 17).to(dtype)
     both = ops.shrink_backward(xa, x, A, base, (True, True))

@@ -1,17 +1,18 @@
-// expand: updates of low rank, written once.
+// expand: low-rank updates, written once.
 //
-//   out [rows, cols] = base + bias + mask o (left [rows, rank] @ right [rank, cols])
+//   out [rows, cols] = base + bias + mask o (small_operand [rows, rank] @ factor [rank, cols])
 //
-// y of all siblings in one launch (left = a sibling's columns of xa, right = lora_B^T, bias) and grad_x (left =
-// grad_xa, right = all lora_A stacked, mask). Writes rows * cols elements, and reads them first where it adds to them;
-// beside that, the mask's bits and the skinny matrices are small.
+// Computes y of all siblings in one launch (small operand: a sibling's columns of xa, factor: lora_B^T, with bias) and
+// grad_x (small operand: grad_xa, factor: all lora_A stacked, with a mask). Writes rows * cols elements, and reads as
+// many if there is a base; the mask's bits, the small operand and the factor are few bytes.
 //
-// A block owns 64 rows and 512 bytes of columns, and walks the ranks 16 at a time in two stages: while one is
-// multiplied, cp.async brings the next part of right, and registers the next part of left, which is turned on its way
-// to shared memory.
+// A block owns 64 rows and 512 bytes of columns, and walks through the ranks 16 at a time in two stages: while one is
+// multiplied, cp.async copies the next part of the factor, and registers hold the next part of the small operand, which
+// is transposed on its way to shared memory.
 #pragma once
 
 #include "../launch.cuh"
+#include "../packed_factor.h"
 #include "../shared_memory.cuh"
 #include "plan.h"
 #include "vectors.cuh"
@@ -20,20 +21,21 @@ namespace lora_ext::cuda::fma {
 
 struct ExpandParams {
   struct Update {
-    const void* left;   // [rows, rank], acc
-    const void* right;  // [rank, padded_features(cols)], acc
-    const void* bias;   // [cols], T; null: none
-    const void* base;   // [rows, cols], with out's stride, T; null: nothing; out: what it holds already
-    void* out;          // [rows, cols], T
+    const void* small_operand;  // [rows, rank], acc
+    const void* factor;         // [rank, padded_features(cols)], acc
+    const void* bias;           // [cols], T; null: none
+    const void* base;           // [rows, cols], with out's stride, T; null: zero; may be out
+    void* out;                  // [rows, cols], T
     int64_t rank, cols, out_stride;
-    int64_t first_tile;  // of the grid's column tiles; launch_expand sets it and out_aligned
+    // Set by launch_expand:
+    int64_t first_tile;  // of the grid's column tiles
     bool out_aligned;    // rows of out and base begin at 16-byte boundaries
   } updates[kMaxSiblings];
   int num_updates;
-  int64_t rows, left_stride;
+  int64_t rows, small_operand_stride;
   const uint8_t* mask;  // [rows, mask_row_bytes]; null: everything is kept
   int64_t mask_row_bytes;
-  double scale;  // of left @ right
+  double scale;  // of the product
 };
 
 template <class T>
@@ -42,14 +44,15 @@ struct ExpandTraits {
   static constexpr int kThreads = 256, kWarps = kThreads / 32, kStages = 2;
   // A thread owns rows warp * kThreadM + i and one vector of columns: a warp writes 512 bytes of a row.
   static constexpr int kThreadM = 8, kBlockM = kWarps * kThreadM, kBlockN = 32 * kVec<A>, kBlockR = 16;
-  static constexpr int kLeftPitch = kBlockM + kVec<A>;  // of [rank, row]: aligned vectors, fewer bank conflicts
-  static constexpr int kLeftElements = kBlockR * kLeftPitch, kRightElements = kBlockR * kBlockN;
-  static constexpr int kLeftLoads = kBlockM * kBlockR / kThreads, kRightLoads = kBlockR / kWarps;
+  static constexpr int kSmallPitch = kBlockM + kVec<A>;  // of [rank, row]: aligned vectors, fewer bank conflicts
+  static constexpr int kSmallElements = kBlockR * kSmallPitch, kFactorElements = kBlockR * kBlockN;
+  static constexpr int kSmallLoads = kBlockM * kBlockR / kThreads, kFactorLoads = kBlockR / kWarps;
+  static_assert(kPackedFeatureStep % kVec<A> == 0, "a packed row is whole vectors");
   static constexpr uint32_t kSharedBytes =
-      shared_bytes_of(kStages * kLeftElements * sizeof(A)) + shared_bytes_of(kStages * kRightElements * sizeof(A));
+      shared_bytes_of(kStages * kSmallElements * sizeof(A)) + shared_bytes_of(kStages * kFactorElements * sizeof(A));
 };
 
-// One thread's part of moving the ranks [rank0, rank0 + kBlockR) of both matrices into a stage.
+// Moves one thread's part of the ranks [rank0, rank0 + kBlockR) of both operands into a stage.
 template <class T>
 class ExpandLoader {
   using Traits = ExpandTraits<T>;
@@ -60,34 +63,34 @@ class ExpandLoader {
                                           int64_t col0)
       : p_(p), update_(update), row0_(row0), col_(col0 + threadIdx.x % 32 * kVec<A>) {}
 
-  __device__ __forceinline__ void copy_right(A* right_stage, int64_t rank0) const {
-    const A* right = static_cast<const A*>(update_.right);
+  __device__ __forceinline__ void copy_factor(A* stage, int64_t rank0) const {
+    const A* factor = static_cast<const A*>(update_.factor);
     const int64_t pitch = padded_features(update_.cols);
     const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll
-    for (int i = 0; i < Traits::kRightLoads; ++i) {
+    for (int i = 0; i < Traits::kFactorLoads; ++i) {
       const int row = i * Traits::kWarps + thread / 32;
       const int64_t rank = rank0 + row;
-      copy_vector(right_stage + row * Traits::kBlockN + thread % 32 * kVec<A>, right + rank * pitch + col_, right,
+      copy_vector(stage + row * Traits::kBlockN + thread % 32 * kVec<A>, factor + rank * pitch + col_, factor,
                   rank < update_.rank && col_ < pitch ? kVec<A> : 0);
     }
   }
 
-  __device__ __forceinline__ void load_left(int64_t rank0) {
-    const A* left = static_cast<const A*>(update_.left);
+  __device__ __forceinline__ void load_small_operand(int64_t rank0) {
+    const A* from = static_cast<const A*>(update_.small_operand);
     const int64_t rank = rank0 + threadIdx.x % Traits::kBlockR;
 #pragma unroll
-    for (int i = 0; i < Traits::kLeftLoads; ++i) {
+    for (int i = 0; i < Traits::kSmallLoads; ++i) {
       const int64_t row = row0_ + (i * Traits::kThreads + threadIdx.x) / Traits::kBlockR;
-      left_[i] = row < p_.rows && rank < update_.rank ? left[row * p_.left_stride + rank] : A(0);
+      loaded_[i] = row < p_.rows && rank < update_.rank ? from[row * p_.small_operand_stride + rank] : A(0);
     }
   }
 
-  __device__ __forceinline__ void store_left(A* left_stage) const {
+  __device__ __forceinline__ void store_small_operand(A* stage) const {
 #pragma unroll
-    for (int i = 0; i < Traits::kLeftLoads; ++i) {
+    for (int i = 0; i < Traits::kSmallLoads; ++i) {
       const int row = (i * Traits::kThreads + static_cast<int>(threadIdx.x)) / Traits::kBlockR;
-      left_stage[static_cast<int>(threadIdx.x) % Traits::kBlockR * Traits::kLeftPitch + row] = left_[i];
+      stage[static_cast<int>(threadIdx.x) % Traits::kBlockR * Traits::kSmallPitch + row] = loaded_[i];
     }
   }
 
@@ -95,7 +98,7 @@ class ExpandLoader {
   const ExpandParams& p_;
   const ExpandParams::Update& update_;
   int64_t row0_, col_;
-  A left_[Traits::kLeftLoads];
+  A loaded_[Traits::kSmallLoads];
 };
 
 // The grid: row tiles, and the updates' column tiles one after another.
@@ -105,8 +108,8 @@ __global__ void __launch_bounds__(ExpandTraits<T>::kThreads, 2) expand_kernel(co
   using A = Acc<T>;
   constexpr int kThreadM = Traits::kThreadM, kBlockR = Traits::kBlockR;
   SharedMemory shared;
-  A* left_stages = shared.take<A>(Traits::kStages * Traits::kLeftElements, "expand left");
-  A* right_stages = shared.take<A>(Traits::kStages * Traits::kRightElements, "expand right");
+  A* small_stages = shared.take<A>(Traits::kStages * Traits::kSmallElements, "expand small operand");
+  A* factor_stages = shared.take<A>(Traits::kStages * Traits::kFactorElements, "expand factor");
 
   int index = 0;
   while (index + 1 < p.num_updates && blockIdx.y >= p.updates[index + 1].first_tile) ++index;
@@ -117,41 +120,41 @@ __global__ void __launch_bounds__(ExpandTraits<T>::kThreads, 2) expand_kernel(co
   const int64_t first_row = row0 + warp * kThreadM;  // this thread's
 
   ExpandLoader<T> loader(p, update, row0, col0);
-  loader.copy_right(right_stages, 0);
+  loader.copy_factor(factor_stages, 0);
   ptx::cp_async_commit();
-  loader.load_left(0);
-  loader.store_left(left_stages);
+  loader.load_small_operand(0);
+  loader.store_small_operand(small_stages);
 
   Vector<A> sum[kThreadM] = {};
   int slot = 0;
   for (int64_t rank0 = 0; rank0 < update.rank; rank0 += kBlockR) {
     ptx::cp_async_wait<0>();
-    __syncthreads();  // this stage is full, and nobody reads the other any more
+    __syncthreads();  // this stage is full, the other one is free
     const bool more = rank0 + kBlockR < update.rank;
     if (more) {
-      loader.copy_right(right_stages + (slot ^ 1) * Traits::kRightElements, rank0 + kBlockR);
-      loader.load_left(rank0 + kBlockR);
+      loader.copy_factor(factor_stages + (slot ^ 1) * Traits::kFactorElements, rank0 + kBlockR);
+      loader.load_small_operand(rank0 + kBlockR);
     }
     ptx::cp_async_commit();
     if (first_row < p.rows) {  // at decode most warps have no row
-      const A* left = left_stages + slot * Traits::kLeftElements + warp * kThreadM;
-      const A* right = right_stages + slot * Traits::kRightElements + lane * kVec<A>;
+      const A* small_operand = small_stages + slot * Traits::kSmallElements + warp * kThreadM;
+      const A* factor = factor_stages + slot * Traits::kFactorElements + lane * kVec<A>;
       const int ranks = static_cast<int>(min(update.rank - rank0, static_cast<int64_t>(kBlockR)));
 #pragma unroll 4
       for (int r = 0; r < ranks; ++r) {
-        const Vector<A> right_r = load_vector(right + r * Traits::kBlockN);
+        const Vector<A> factor_r = load_vector(factor + r * Traits::kBlockN);
 #pragma unroll
         for (int i = 0; i < kThreadM; i += kVec<A>) {
-          const Vector<A> left_r = load_vector(left + r * Traits::kLeftPitch + i);  // a broadcast
+          const Vector<A> small_r = load_vector(small_operand + r * Traits::kSmallPitch + i);  // a broadcast
 #pragma unroll
           for (int n = 0; n < kVec<A>; ++n) {
 #pragma unroll
-            for (int e = 0; e < kVec<A>; ++e) sum[i + n].v[e] += left_r.v[n] * right_r.v[e];
+            for (int e = 0; e < kVec<A>; ++e) sum[i + n].v[e] += small_r.v[n] * factor_r.v[e];
           }
         }
       }
     }
-    if (more) loader.store_left(left_stages + (slot ^ 1) * Traits::kLeftElements);
+    if (more) loader.store_small_operand(small_stages + (slot ^ 1) * Traits::kSmallElements);
     slot ^= 1;
   }
   ptx::cp_async_wait<0>();

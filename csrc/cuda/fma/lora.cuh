@@ -1,8 +1,9 @@
 // The order of the launches for tensors of dtype T, on plain multiply-adds.
 #pragma once
 
-#include "../chunk_sums.cuh"
 #include "../lora_launches.h"
+#include "../rank_scales.cuh"
+#include "chunk_sums.cuh"
 #include "expand.cuh"
 #include "pack_factors.cuh"
 #include "plan.h"
@@ -12,21 +13,7 @@
 namespace lora_ext::cuda {
 namespace fma {
 
-template <class Siblings>
-RankScales rank_scales(const Siblings& siblings, int num_siblings) {
-  RankScales scales{.num_siblings = num_siblings};
-  for (int s = 0; s < num_siblings; ++s) {
-    scales.rank_end[s] = siblings[s].rank_begin + siblings[s].rank;
-    scales.scale[s] = siblings[s].scale;
-  }
-  return scales;
-}
-
-inline RankScales single_scale(int64_t rank, double scale) {
-  return {.num_siblings = 1, .rank_end = {rank}, .scale = {scale}};
-}
-
-// lora_A of all siblings, stacked. Params: of a shrink or its backward.
+// Adds lora_A of all siblings, below each other. Params: LoraShrinkParams or LoraShrinkBackwardParams.
 template <class A, class Params>
 void add_lora_A(const Params& p, void* stacked, PackFactorsParams& pack) {
   for (int s = 0; s < p.num_siblings; ++s) {
@@ -47,14 +34,14 @@ void add_factors(const LoraShrinkParams& p, const ShrinkPlan& plan, char* worksp
 }
 
 inline void add_factors(const LoraExpandParams& p, const ExpandPlan& plan, char* workspace, PackFactorsParams& pack) {
-  for (int s = 0; s < p.num_siblings; ++s) add_lora_B(p.siblings[s], workspace + plan.lora_B_t_offset[s], pack);
+  for (int s = 0; s < p.num_siblings; ++s) add_lora_B(p.siblings[s], workspace + plan.lora_B_offset[s], pack);
 }
 
 inline void add_factors(const LoraExpandBackwardParams& p, const ExpandBackwardPlan& plan, char* workspace,
                         PackFactorsParams& pack) {
   if (!p.wants_grad_xa) return;
   for (int s = 0; s < p.num_siblings; ++s) {
-    add_lora_B(p.siblings[s], workspace + plan.siblings[s].lora_B_t_offset, pack);
+    add_lora_B(p.siblings[s], workspace + plan.siblings[s].lora_B_offset, pack);
   }
 }
 
@@ -69,7 +56,7 @@ template <class T>
 void launch_xa_pass(const LoraShrinkParams& p, const ShrinkPlan& plan, char* workspace, cudaStream_t stream) {
   using A = Acc<T>;
   const bool direct = plan.ranges.count == 1;
-  const RankScales scales = rank_scales(p.siblings, p.num_siblings);
+  const RankScales<A> scales = rank_scales<A>(p.siblings, p.num_siblings);
   void* xa_partial = workspace + plan.xa_partial_offset;
   launch_shrink<T>({.num_tokens = p.num_tokens,
                     .features = p.in_features,
@@ -84,17 +71,17 @@ void launch_xa_pass(const LoraShrinkParams& p, const ShrinkPlan& plan, char* wor
                     .range_stride = p.num_tokens * p.total_rank,
                     .mask_row_bytes = mask_row_bytes(p.in_features),
                     .ranges = plan.ranges,
-                    .scales = direct ? scales : single_scale(p.total_rank, 1.0),
+                    .scales = direct ? scales : single_scale<A>(1.0),
                     .threshold = p.threshold,
                     .x_aligned = rows_are_aligned(p.x, p.x_stride, sizeof(T))},
                    stream);
   if (!direct) {
-    RankSumsParams sums{.num_tokens = p.num_tokens,
-                        .total_rank = p.total_rank,
-                        .partial = xa_partial,
-                        .out = p.xa,
-                        .scales = scales,
-                        .ranges = {}};
+    RankSumsParams<A> sums{.num_tokens = p.num_tokens,
+                           .total_rank = p.total_rank,
+                           .partial = xa_partial,
+                           .out = p.xa,
+                           .scales = scales,
+                           .ranges = {}};
     for (int s = 0; s < p.num_siblings; ++s) sums.ranges[s] = plan.ranges.count;
     launch_rank_sums<A>(sums, stream);
   }
@@ -106,14 +93,14 @@ void launch_y_pass(const LoraExpandParams& p, const ExpandPlan& plan, char* work
   ExpandParams expand{.updates = {},
                       .num_updates = p.num_siblings,
                       .rows = p.num_tokens,
-                      .left_stride = p.total_rank,
+                      .small_operand_stride = p.total_rank,
                       .mask = nullptr,
                       .mask_row_bytes = 0,
                       .scale = 1.0};
   for (int s = 0; s < p.num_siblings; ++s) {
     const LoraExpandSibling& sibling = p.siblings[s];
-    expand.updates[s] = {.left = static_cast<const Acc<T>*>(p.xa) + sibling.rank_begin,
-                         .right = workspace + plan.lora_B_t_offset[s],
+    expand.updates[s] = {.small_operand = static_cast<const Acc<T>*>(p.xa) + sibling.rank_begin,
+                         .factor = workspace + plan.lora_B_offset[s],
                          .bias = sibling.bias,
                          .base = sibling.base,
                          .out = sibling.y,
@@ -129,15 +116,15 @@ template <class T>
 void launch_grad_y_passes(const LoraExpandBackwardParams& p, const ExpandBackwardPlan& plan, char* workspace,
                           cudaStream_t stream) {
   using A = Acc<T>;
-  // With one range everywhere grad_xa is written at once, scaled; else rank_sums scales it.
+  // If every sibling has one range, the passes write grad_xa, scaled; otherwise rank_sums scales it.
   const bool direct = plan.max_ranges <= 1;
   A* grad_xa = static_cast<A*>(direct ? p.grad_xa : workspace + plan.grad_xa_partial_offset);
-  RankSumsParams sums{.num_tokens = p.num_tokens,
-                      .total_rank = p.total_rank,
-                      .partial = grad_xa,
-                      .out = p.grad_xa,
-                      .scales = rank_scales(p.siblings, p.num_siblings),
-                      .ranges = {}};
+  RankSumsParams<A> sums{.num_tokens = p.num_tokens,
+                         .total_rank = p.total_rank,
+                         .partial = grad_xa,
+                         .out = p.grad_xa,
+                         .scales = rank_scales<A>(p.siblings, p.num_siblings),
+                         .ranges = {}};
   for (int s = 0; s < p.num_siblings; ++s) {
     const LoraExpandBackwardSibling& sibling = p.siblings[s];
     const ExpandBackwardPlan::Sibling& parts = plan.siblings[s];
@@ -148,7 +135,7 @@ void launch_grad_y_passes(const LoraExpandBackwardParams& p, const ExpandBackwar
                         .features = sibling.out_features,
                         .rank = sibling.rank,
                         .x = sibling.grad_y,
-                        .factor = workspace + parts.lora_B_t_offset,
+                        .factor = workspace + parts.lora_B_offset,
                         .out = grad_xa + sibling.rank_begin,
                         .seed = nullptr,
                         .mask = nullptr,
@@ -157,7 +144,7 @@ void launch_grad_y_passes(const LoraExpandBackwardParams& p, const ExpandBackwar
                         .range_stride = p.num_tokens * p.total_rank,
                         .mask_row_bytes = 0,
                         .ranges = parts.ranges,
-                        .scales = single_scale(sibling.rank, direct ? sibling.scale : 1.0),
+                        .scales = single_scale<A>(direct ? sibling.scale : 1.0),
                         .threshold = 0,
                         .x_aligned = aligned},
                        stream);
@@ -166,21 +153,21 @@ void launch_grad_y_passes(const LoraExpandBackwardParams& p, const ExpandBackwar
       launch_token_sum<T>({.num_tokens = p.num_tokens,
                            .features = sibling.out_features,
                            .rank = sibling.rank,
-                           .left = static_cast<const A*>(p.xa) + sibling.rank_begin,
-                           .right = sibling.grad_y,
+                           .small_operand = static_cast<const A*>(p.xa) + sibling.rank_begin,
+                           .x = sibling.grad_y,
                            .mask = nullptr,
-                           .partial = workspace + parts.grad_B_partial_offset,
-                           .factor = workspace + parts.lora_B_t_offset,
+                           .partial = workspace + parts.grad_lora_B_partial_offset,
+                           .factor = workspace + parts.lora_B_offset,
                            .product = parts.one_pass ? grad_xa + sibling.rank_begin : nullptr,
-                           .left_stride = p.total_rank,
-                           .right_stride = sibling.grad_y_stride,
+                           .small_operand_stride = p.total_rank,
+                           .x_stride = sibling.grad_y_stride,
                            .mask_row_bytes = 0,
                            .product_stride = p.total_rank,
                            .range_stride = p.num_tokens * p.total_rank,
-                           .chunks = parts.grad_B_chunks,
+                           .chunks = parts.grad_lora_B_chunks,
                            .product_scale = direct ? sibling.scale : 1.0,
                            .with_products = parts.one_pass,
-                           .right_aligned = aligned},
+                           .x_aligned = aligned},
                           stream);
     }
   }
@@ -189,34 +176,34 @@ void launch_grad_y_passes(const LoraExpandBackwardParams& p, const ExpandBackwar
 
 // The pass over x: the partial sums of grad_lora_A.
 template <class T>
-void launch_grad_A_pass(const LoraShrinkBackwardParams& p, const ShrinkBackwardPlan& plan, char* workspace,
-                        cudaStream_t stream) {
+void launch_grad_lora_A_pass(const LoraShrinkBackwardParams& p, const ShrinkBackwardPlan& plan, char* workspace,
+                             cudaStream_t stream) {
   launch_token_sum<T>({.num_tokens = p.num_tokens,
                        .features = p.in_features,
                        .rank = p.total_rank,
-                       .left = p.grad_xa,
-                       .right = p.x,
+                       .small_operand = p.grad_xa,
+                       .x = p.x,
                        .mask = p.has_dropout ? p.mask : nullptr,
-                       .partial = workspace + plan.grad_A_partial_offset,
+                       .partial = workspace + plan.grad_lora_A_partial_offset,
                        .factor = nullptr,
                        .product = nullptr,
-                       .left_stride = p.total_rank,
-                       .right_stride = p.x_stride,
+                       .small_operand_stride = p.total_rank,
+                       .x_stride = p.x_stride,
                        .mask_row_bytes = mask_row_bytes(p.in_features),
                        .product_stride = 0,
                        .range_stride = 0,
-                       .chunks = plan.grad_A_chunks,
+                       .chunks = plan.grad_lora_A_chunks,
                        .product_scale = 1.0,
                        .with_products = false,
-                       .right_aligned = rows_are_aligned(p.x, p.x_stride, sizeof(T))},
+                       .x_aligned = rows_are_aligned(p.x, p.x_stride, sizeof(T))},
                       stream);
 }
 
 template <class T>
 void launch_grad_x_pass(const LoraShrinkBackwardParams& p, const ShrinkBackwardPlan& plan, char* workspace,
                         cudaStream_t stream) {
-  launch_expand<T>({.updates = {{.left = p.grad_xa,
-                                 .right = workspace + plan.lora_A_offset,
+  launch_expand<T>({.updates = {{.small_operand = p.grad_xa,
+                                 .factor = workspace + plan.lora_A_offset,
                                  .bias = nullptr,
                                  .base = p.base,
                                  .out = p.grad_x,
@@ -225,7 +212,7 @@ void launch_grad_x_pass(const LoraShrinkBackwardParams& p, const ShrinkBackwardP
                                  .out_stride = p.in_features}},
                     .num_updates = 1,
                     .rows = p.num_tokens,
-                    .left_stride = p.total_rank,
+                    .small_operand_stride = p.total_rank,
                     .mask = p.has_dropout ? p.mask : nullptr,
                     .mask_row_bytes = mask_row_bytes(p.in_features),
                     .scale = 1.0},
@@ -236,13 +223,13 @@ template <class A>
 void add_gradients(const LoraShrinkBackwardParams& p, const ShrinkBackwardPlan& plan, const char* workspace,
                    GradientSumsParams& sums) {
   if (!p.wants_grad_lora_A) return;
-  const A* partial = reinterpret_cast<const A*>(workspace + plan.grad_A_partial_offset);
+  const A* partial = reinterpret_cast<const A*>(workspace + plan.grad_lora_A_partial_offset);
   const int64_t pitch = padded_features(p.in_features);
   for (int s = 0; s < p.num_siblings; ++s) {
     const LoraShrinkBackwardSibling& sibling = p.siblings[s];
     sums.gradients[sums.num_gradients++] = {.partial = partial + sibling.rank_begin * pitch,
                                             .grad = sibling.grad_lora_A,
-                                            .chunks = plan.grad_A_chunks.count,
+                                            .chunks = plan.grad_lora_A_chunks.count,
                                             .chunk_stride = p.total_rank * pitch,
                                             .rank = sibling.rank,
                                             .features = p.in_features,
@@ -257,9 +244,9 @@ inline void add_gradients(const LoraExpandBackwardParams& p, const ExpandBackwar
   for (int s = 0; s < p.num_siblings; ++s) {
     const LoraExpandBackwardSibling& sibling = p.siblings[s];
     const int64_t pitch = padded_features(sibling.out_features);
-    sums.gradients[sums.num_gradients++] = {.partial = workspace + plan.siblings[s].grad_B_partial_offset,
+    sums.gradients[sums.num_gradients++] = {.partial = workspace + plan.siblings[s].grad_lora_B_partial_offset,
                                             .grad = sibling.grad_lora_B,
-                                            .chunks = plan.siblings[s].grad_B_chunks.count,
+                                            .chunks = plan.siblings[s].grad_lora_B_chunks.count,
                                             .chunk_stride = sibling.rank * pitch,
                                             .rank = sibling.rank,
                                             .features = sibling.out_features,
@@ -272,46 +259,38 @@ inline void add_gradients(const LoraExpandBackwardParams& p, const ExpandBackwar
 
 template <class T>
 int64_t LoraLaunches<T>::workspace_bytes(const LoraShrinkParams& p) {
-  fma::WorkspaceCarver carver(p.dtype);
-  fma::plan_shrink(p, carver);
-  return carver.total();
+  return fma::workspace_bytes(p);
 }
 
 template <class T>
 int64_t LoraLaunches<T>::workspace_bytes(const LoraExpandParams& p) {
-  fma::WorkspaceCarver carver(p.dtype);
-  fma::plan_expand(p, carver);
-  return carver.total();
+  return fma::workspace_bytes(p);
 }
 
 template <class T>
 int64_t LoraLaunches<T>::workspace_bytes(const LoraForwardParams& p) {
-  return fma::plan_forward(p).total;
+  return fma::workspace_bytes(p);
 }
 
 template <class T>
 int64_t LoraLaunches<T>::workspace_bytes(const LoraExpandBackwardParams& p) {
-  fma::WorkspaceCarver carver(p.dtype);
-  fma::plan_expand_backward(p, carver);
-  return carver.total();
+  return fma::workspace_bytes(p);
 }
 
 template <class T>
 int64_t LoraLaunches<T>::workspace_bytes(const LoraShrinkBackwardParams& p) {
-  fma::WorkspaceCarver carver(p.dtype);
-  fma::plan_shrink_backward(p, carver);
-  return carver.total();
+  return fma::workspace_bytes(p);
 }
 
 template <class T>
 int64_t LoraLaunches<T>::workspace_bytes(const LoraBackwardParams& p) {
-  return fma::plan_backward(p).total;
+  return fma::workspace_bytes(p);
 }
 
 template <class T>
 void LoraLaunches<T>::shrink(const LoraShrinkParams& p, void* workspace_block, cudaStream_t stream) {
-  fma::WorkspaceCarver carver(p.dtype);
-  const fma::ShrinkPlan plan = fma::plan_shrink(p, carver);
+  WorkspaceCarver carver;
+  const fma::ShrinkPlan plan = fma::plan_workspace(p, carver);
   char* workspace = static_cast<char*>(workspace_block);
   fma::PackFactorsParams pack{.factors = {}, .num_factors = 0, .dtype = p.factor_dtype};
   fma::add_factors<Acc<T>>(p, plan, workspace, pack);
@@ -321,8 +300,8 @@ void LoraLaunches<T>::shrink(const LoraShrinkParams& p, void* workspace_block, c
 
 template <class T>
 void LoraLaunches<T>::expand(const LoraExpandParams& p, void* workspace_block, cudaStream_t stream) {
-  fma::WorkspaceCarver carver(p.dtype);
-  const fma::ExpandPlan plan = fma::plan_expand(p, carver);
+  WorkspaceCarver carver;
+  const fma::ExpandPlan plan = fma::plan_workspace(p, carver);
   char* workspace = static_cast<char*>(workspace_block);
   fma::PackFactorsParams pack{.factors = {}, .num_factors = 0, .dtype = p.factor_dtype};
   fma::add_factors(p, plan, workspace, pack);
@@ -332,7 +311,8 @@ void LoraLaunches<T>::expand(const LoraExpandParams& p, void* workspace_block, c
 
 template <class T>
 void LoraLaunches<T>::forward(const LoraForwardParams& p, void* workspace_block, cudaStream_t stream) {
-  const fma::ForwardPlan plan = fma::plan_forward(p);
+  WorkspaceCarver carver;
+  const fma::ForwardPlan plan = fma::plan_workspace(p, carver);
   char* workspace = static_cast<char*>(workspace_block);
   fma::PackFactorsParams pack{.factors = {}, .num_factors = 0, .dtype = p.shrink.factor_dtype};
   fma::add_factors<Acc<T>>(p.shrink, plan.shrink, workspace, pack);
@@ -344,36 +324,37 @@ void LoraLaunches<T>::forward(const LoraForwardParams& p, void* workspace_block,
 
 template <class T>
 void LoraLaunches<T>::expand_backward(const LoraExpandBackwardParams& p, void* workspace_block, cudaStream_t stream) {
-  fma::WorkspaceCarver carver(p.dtype);
-  const fma::ExpandBackwardPlan plan = fma::plan_expand_backward(p, carver);
+  WorkspaceCarver carver;
+  const fma::ExpandBackwardPlan plan = fma::plan_workspace(p, carver);
   char* workspace = static_cast<char*>(workspace_block);
   fma::PackFactorsParams pack{.factors = {}, .num_factors = 0, .dtype = p.factor_dtype};
   fma::add_factors(p, plan, workspace, pack);
   fma::launch_pack_factors<Acc<T>>(pack, stream);
   fma::launch_grad_y_passes<T>(p, plan, workspace, stream);
-  GradientSumsParams sums{.gradients = {}, .num_gradients = 0, .dtype = p.factor_dtype};
+  fma::GradientSumsParams sums{.gradients = {}, .num_gradients = 0, .dtype = p.factor_dtype};
   fma::add_gradients(p, plan, workspace, sums);
-  if (sums.num_gradients > 0) launch_gradient_sums<Acc<T>>(sums, stream);
+  if (sums.num_gradients > 0) fma::launch_gradient_sums<Acc<T>>(sums, stream);
 }
 
 template <class T>
 void LoraLaunches<T>::shrink_backward(const LoraShrinkBackwardParams& p, void* workspace_block, cudaStream_t stream) {
-  fma::WorkspaceCarver carver(p.dtype);
-  const fma::ShrinkBackwardPlan plan = fma::plan_shrink_backward(p, carver);
+  WorkspaceCarver carver;
+  const fma::ShrinkBackwardPlan plan = fma::plan_workspace(p, carver);
   char* workspace = static_cast<char*>(workspace_block);
   fma::PackFactorsParams pack{.factors = {}, .num_factors = 0, .dtype = p.factor_dtype};
   fma::add_factors<Acc<T>>(p, plan, workspace, pack);
   fma::launch_pack_factors<Acc<T>>(pack, stream);
-  if (p.wants_grad_lora_A) fma::launch_grad_A_pass<T>(p, plan, workspace, stream);
-  GradientSumsParams sums{.gradients = {}, .num_gradients = 0, .dtype = p.factor_dtype};
+  if (p.wants_grad_lora_A) fma::launch_grad_lora_A_pass<T>(p, plan, workspace, stream);
+  fma::GradientSumsParams sums{.gradients = {}, .num_gradients = 0, .dtype = p.factor_dtype};
   fma::add_gradients<Acc<T>>(p, plan, workspace, sums);
-  if (sums.num_gradients > 0) launch_gradient_sums<Acc<T>>(sums, stream);
+  if (sums.num_gradients > 0) fma::launch_gradient_sums<Acc<T>>(sums, stream);
   if (p.wants_grad_x) fma::launch_grad_x_pass<T>(p, plan, workspace, stream);
 }
 
 template <class T>
 void LoraLaunches<T>::backward(const LoraBackwardParams& p, void* workspace_block, cudaStream_t stream) {
-  const fma::BackwardPlan plan = fma::plan_backward(p);
+  WorkspaceCarver carver;
+  const fma::BackwardPlan plan = fma::plan_workspace(p, carver);
   char* workspace = static_cast<char*>(workspace_block);
   LoraExpandBackwardParams expand = p.expand;
   LoraShrinkBackwardParams shrink = p.shrink;
@@ -384,12 +365,12 @@ void LoraLaunches<T>::backward(const LoraBackwardParams& p, void* workspace_bloc
   fma::add_factors(expand, plan.expand, workspace, pack);
   fma::launch_pack_factors<Acc<T>>(pack, stream);
   fma::launch_grad_y_passes<T>(expand, plan.expand, workspace, stream);
-  if (shrink.wants_grad_lora_A) fma::launch_grad_A_pass<T>(shrink, plan.shrink, workspace, stream);
+  if (shrink.wants_grad_lora_A) fma::launch_grad_lora_A_pass<T>(shrink, plan.shrink, workspace, stream);
   // One launch for both factors' sums.
-  GradientSumsParams sums{.gradients = {}, .num_gradients = 0, .dtype = expand.factor_dtype};
+  fma::GradientSumsParams sums{.gradients = {}, .num_gradients = 0, .dtype = expand.factor_dtype};
   fma::add_gradients<Acc<T>>(shrink, plan.shrink, workspace, sums);
   fma::add_gradients(expand, plan.expand, workspace, sums);
-  if (sums.num_gradients > 0) launch_gradient_sums<Acc<T>>(sums, stream);
+  if (sums.num_gradients > 0) fma::launch_gradient_sums<Acc<T>>(sums, stream);
   if (shrink.wants_grad_x) fma::launch_grad_x_pass<T>(shrink, plan.shrink, workspace, stream);
 }
 

@@ -1,10 +1,10 @@
-// Copies of the factors in the accumulation dtype and in one orientation, [rank, features] with rows of whole mask
-// words, zero filled: the kernels that read x then know one type and one layout, and copy 16 bytes at a time without
-// tails. The factors, rank * (in_features + out_features) elements, are small beside x.
+// Packs every factor of a call (packed_factor.h) in one launch: the kernels that read x then know one type and one
+// layout. The factors have rank * (in_features + out_features) elements per layer, few compared with x.
 #pragma once
 
 #include "../elements.cuh"
 #include "../launch.cuh"
+#include "../packed_factor.h"
 #include "plan.h"
 
 namespace lora_ext::cuda::fma {
@@ -21,9 +21,10 @@ struct PackFactorsParams {
 };
 
 constexpr int kPackTile = 32, kPackThreads = 256;
+static_assert(kPackedFeatureStep % kPackTile == 0, "a packed row is whole tiles");
 
-// blockIdx.y is the factor, blockIdx.x a tile of it. Lanes read along from's rows and write along packed's: a
-// transposed tile turns in shared memory, whose odd pitch keeps both ways free of bank conflicts.
+// blockIdx.y is the factor, blockIdx.x a tile of it. Lanes read along the rows of `from` and write along those of
+// `packed`: a tile is transposed in shared memory, whose odd pitch avoids bank conflicts.
 template <class A>
 __global__ void __launch_bounds__(kPackThreads) pack_factors_kernel(const __grid_constant__ PackFactorsParams p) {
   __shared__ A tile[kPackTile][kPackTile + 1];  // [rank, feature]

@@ -1,36 +1,38 @@
-// shrink: a tall matrix times a skinny one, with dropout drawn on the way.
+// shrink: a tall matrix times a packed factor. Draws the dropout mask in the same pass.
 //
 //   out [num_tokens, rank] = scale * (mask o x) [num_tokens, features] @ factor [rank, features]^T
 //
-// xa of all siblings (x = x, factor = their lora_A stacked, dropout), and grad_xa of one where it is not token_sum's
-// by-product (x = grad_y, factor = lora_B^T, none). Reads x once up to rank 64, and once more with the same bits drawn
-// again for each 64 ranks beyond; beside x the rest is small. Where tokens alone make too few blocks the features are
-// split into ranges, whose sums rank_sums adds.
+// Computes xa of all siblings (factor: their lora_A, stacked; with dropout), and grad_xa of one sibling if token_sum
+// does not make it (x: grad_y, factor: lora_B^T; without dropout). Reads x once for every 64 ranks; every read draws
+// the same bits. The other operands are small. If tokens alone make too few blocks, the features are split into ranges,
+// and rank_sums adds their sums.
 //
-// A block owns 64 tokens, a rank bucket and a range of features, and walks it in tiles of 128 bytes a row, which
-// cp.async brings in kStages - 1 steps ahead. Each step has one barrier: before it a thread zeroes what dropout takes
-// from the vectors it copied itself, after it the slot of the step before is free to be filled again.
+// A block owns 64 tokens, a rank bucket and a range of features. It walks through the range in tiles of 128 bytes per
+// row; cp.async copies them kStages - 1 steps ahead. Each step has one barrier: before it a thread zeroes the dropped
+// elements of the vectors it copied itself; after it the slot of the last step may be filled again.
 #pragma once
 
 #include "../../common/dropout.h"
-#include "../chunk_sums.cuh"
 #include "../launch.cuh"
+#include "../packed_factor.h"
+#include "../rank_scales.cuh"
 #include "../shared_memory.cuh"
 #include "plan.h"
 #include "vectors.cuh"
 
 namespace lora_ext::cuda::fma {
 
+template <class A>
 struct ShrinkParams {
   int64_t num_tokens, features, rank;
   const void* x;        // [num_tokens, features], T
   const void* factor;   // [rank, padded_features(features)], acc, zero beyond features
   void* out;            // [ranges.count, num_tokens, rank], acc; rows out_stride and ranges range_stride apart
-  const int64_t* seed;  // [1], where there is dropout
-  uint8_t* mask;        // [num_tokens, mask_row_bytes], written, where there is dropout
+  const int64_t* seed;  // [1]; only read with dropout
+  uint8_t* mask;        // [num_tokens, mask_row_bytes]; only written with dropout
   int64_t x_stride, out_stride, range_stride, mask_row_bytes;
   FeatureRanges ranges;
-  RankScales scales;
+  RankScales<A> scales;
   uint32_t threshold;  // 0: no dropout
   bool x_aligned;      // rows of x begin at 16-byte boundaries
 };
@@ -44,8 +46,8 @@ struct ShrinkTraits {
   // 16 bytes of padding: neighbouring rows' vectors of the same features lie in different banks.
   static constexpr int kPitch = kBlockK + kVec<A>;
   static constexpr int kStageElements = (kBlockM + kBlockR) * kPitch;  // x's rows, then the factor's
-  // A thread owns tokens token_group + i * kTokenGroups and ranks rank_group + j * kRankGroups, and of each row the
-  // vectors k_group + v * kKGroups. A warp is 8 token groups by 4 rank groups: its reads are mostly broadcasts.
+  // A thread owns tokens token_group + i * kTokenGroups, ranks rank_group + j * kRankGroups, and the vectors k_group +
+  // v * kKGroups of every row. A warp is 8 token groups by 4 rank groups: its reads are mostly broadcasts.
   static constexpr int kThreadM = 4, kThreadR = kRankBucket == 16 || sizeof(A) == 8 ? 4 : 8;
   static constexpr int kTokenGroups = kBlockM / kThreadM, kRankGroups = kBlockR / kThreadR;
   static constexpr int kGroupThreads = kTokenGroups * kRankGroups, kKGroups = kThreads / kGroupThreads;
@@ -53,7 +55,8 @@ struct ShrinkTraits {
   static constexpr uint32_t kSharedBytes = shared_bytes_of(kStages * kStageElements * sizeof(A));
   static_assert(kRankGroups % 4 == 0 && kTokenGroups % 8 == 0, "a warp is 8 token groups by 4 rank groups");
   static_assert(kThreads % kGroupThreads == 0 && kRowVectors % kKGroups == 0, "k groups share a row evenly");
-  static_assert(kStages * kStageElements >= kBlockM * kBlockR, "the tiles' memory also adds up the k groups");
+  static_assert(kStages * kStageElements >= kBlockM * kBlockR, "the tiles' memory also holds the k groups' sums");
+  static_assert(kPackedFeatureStep % kVec<A> == 0, "a packed row is whole vectors");
 };
 
 // One thread's part of copying tiles into shared memory, one after another along the features.
@@ -64,13 +67,13 @@ class ShrinkTileLoader {
   static constexpr int kRoundRows = Traits::kThreads / Traits::kRowVectors;
 
  public:
-  __device__ __forceinline__ ShrinkTileLoader(const ShrinkParams& p, int64_t token0, int64_t rank0, int64_t col0)
+  __device__ __forceinline__ ShrinkTileLoader(const ShrinkParams<A>& p, int64_t token0, int64_t rank0, int64_t col0)
       : p_(p), col_(col0 + thread() % Traits::kRowVectors * kVec<A>) {
     const int64_t token = token0 + row(), rank = rank0 + row();
     x_ = static_cast<const T*>(p.x) + token * p.x_stride + col_;
     factor_ = static_cast<const A*>(p.factor) + rank * padded_features(p.features) + col_;
-    rows_left_ = static_cast<int>(min(p.num_tokens - token, static_cast<int64_t>(Traits::kBlockM)));
-    ranks_left_ = static_cast<int>(p.rank - rank);
+    remaining_rows_ = static_cast<int>(min(p.num_tokens - token, static_cast<int64_t>(Traits::kBlockM)));
+    remaining_ranks_ = static_cast<int>(p.rank - rank);
   }
 
   // Rows and columns outside the matrices become zero.
@@ -79,33 +82,36 @@ class ShrinkTileLoader {
     A* x_row = stage + row() * Traits::kPitch + thread() % Traits::kRowVectors * kVec<A>;
     copy_vectors<Traits::kRounds>(x_row, kRoundRows * Traits::kPitch, x_, kRoundRows * p_.x_stride,
                                   static_cast<const T*>(p_.x), p_.x_aligned,
-                                  [&](int round) { return round * kRoundRows < rows_left_ ? inside : 0; });
+                                  [&](int round) { return round * kRoundRows < remaining_rows_ ? inside : 0; });
     A* factor_row = x_row + Traits::kBlockM * Traits::kPitch;
     const int64_t pitch = padded_features(p_.features);
 #pragma unroll
     for (int first = 0; first < Traits::kBlockR; first += kRoundRows) {
       if (Traits::kBlockR < kRoundRows && row() >= Traits::kBlockR) break;
       copy_vector(factor_row + first * Traits::kPitch, factor_ + first * pitch, static_cast<const A*>(p_.factor),
-                  first < ranks_left_ && col_ < pitch ? kVec<A> : 0);
+                  first < remaining_ranks_ && col_ < pitch ? kVec<A> : 0);
     }
-    x_ += Traits::kBlockK, factor_ += Traits::kBlockK, col_ += Traits::kBlockK;
+    x_ += Traits::kBlockK;
+    factor_ += Traits::kBlockK;
+    col_ += Traits::kBlockK;
   }
 
  private:
   __device__ __forceinline__ static int thread() { return static_cast<int>(threadIdx.x); }
   __device__ __forceinline__ static int row() { return thread() / Traits::kRowVectors; }
 
-  const ShrinkParams& p_;
+  const ShrinkParams<A>& p_;
   const T* x_;       // this thread's vector of the first round, of the next tile
   const A* factor_;  // likewise
   int64_t col_;
-  int rows_left_, ranks_left_;  // from the first round's row on
+  int remaining_rows_, remaining_ranks_;  // counted from the first round's row
 };
 
-// Draws the mask of a tile. Lanes that copied vectors of the same mask byte take turns: each draws the byte of another
-// round, and all receive it. Returns in kept[round] the bits of this thread's vector of that round.
+// Draws the mask of a tile. Lanes that copied vectors of the same mask byte share the work: each draws the byte of
+// another round, and all receive it. Returns in kept[round] the bits of this thread's vector of that round.
 template <class T, int kRankBucket>
-__device__ __forceinline__ void draw_shrink_bits(const ShrinkParams& p, uint64_t seed, int64_t token0, int64_t col0,
+__device__ __forceinline__ void draw_shrink_bits(const ShrinkParams<Acc<T>>& p, uint64_t seed, int64_t token0,
+                                                 int64_t col0,
                                                  uint32_t (&kept)[ShrinkTraits<T, kRankBucket>::kRounds]) {
   using Traits = ShrinkTraits<T, kRankBucket>;
   constexpr int kByteVectors = 8 / kVec<Acc<T>>;
@@ -130,7 +136,7 @@ __device__ __forceinline__ void draw_shrink_bits(const ShrinkParams& p, uint64_t
 // The grid: token tiles, feature ranges, rank buckets.
 template <class T, int kRankBucket, bool kDropout>
 __global__ void __launch_bounds__(ShrinkTraits<T, kRankBucket>::kThreads, 2)
-    shrink_kernel(const __grid_constant__ ShrinkParams p) {
+    shrink_kernel(const __grid_constant__ ShrinkParams<Acc<T>> p) {
   using Traits = ShrinkTraits<T, kRankBucket>;
   using A = Acc<T>;
   constexpr int kStages = Traits::kStages, kPitch = Traits::kPitch, kThreadM = Traits::kThreadM;
@@ -145,7 +151,7 @@ __global__ void __launch_bounds__(ShrinkTraits<T, kRankBucket>::kThreads, 2)
   const int64_t token0 = static_cast<int64_t>(blockIdx.x) * Traits::kBlockM;
   const int64_t rank0 = static_cast<int64_t>(blockIdx.z) * Traits::kBlockR;
   const int64_t begin = static_cast<int64_t>(blockIdx.y) * p.ranges.features_per_range;
-  // The mask's padding columns are drawn too, so that every byte of it is defined.
+  // Draws the mask's padding columns too, so that all its bytes are defined.
   const int64_t num_columns = kDropout ? p.mask_row_bytes * 8 : p.features;
   const int64_t end = min(begin + p.ranges.features_per_range, num_columns);
   const int num_tiles = static_cast<int>((end - begin + Traits::kBlockK - 1) / Traits::kBlockK);
@@ -165,7 +171,7 @@ __global__ void __launch_bounds__(ShrinkTraits<T, kRankBucket>::kThreads, 2)
     const int64_t col0 = begin + static_cast<int64_t>(tile) * Traits::kBlockK;
     if constexpr (kDropout) {
       uint32_t kept[Traits::kRounds];
-      draw_shrink_bits<T, kRankBucket>(p, seed, token0, col0, kept);  // while the copies are on their way
+      draw_shrink_bits<T, kRankBucket>(p, seed, token0, col0, kept);  // while the copies are in flight
       ptx::cp_async_wait<kStages - 2>();
 #pragma unroll
       for (int round = 0; round < Traits::kRounds; ++round) {
@@ -186,16 +192,16 @@ __global__ void __launch_bounds__(ShrinkTraits<T, kRankBucket>::kThreads, 2)
 #pragma unroll 1
     for (int v = 0; v < Traits::kRowVectors / kKGroups; ++v) {
       const int k = (v * kKGroups + k_group) * kVec<A>;
-      Vector<A> left[kThreadM];
+      Vector<A> x[kThreadM];
 #pragma unroll
-      for (int i = 0; i < kThreadM; ++i) left[i] = load_vector(x_rows + i * Traits::kTokenGroups * kPitch + k);
+      for (int i = 0; i < kThreadM; ++i) x[i] = load_vector(x_rows + i * Traits::kTokenGroups * kPitch + k);
 #pragma unroll
       for (int j = 0; j < kThreadR; ++j) {
-        const Vector<A> right = load_vector(factor_rows + j * Traits::kRankGroups * kPitch + k);
+        const Vector<A> factor = load_vector(factor_rows + j * Traits::kRankGroups * kPitch + k);
 #pragma unroll
         for (int i = 0; i < kThreadM; ++i) {
 #pragma unroll
-          for (int e = 0; e < kVec<A>; ++e) sum[i][j] += left[i].v[e] * right.v[e];
+          for (int e = 0; e < kVec<A>; ++e) sum[i][j] += x[i].v[e] * factor.v[e];
         }
       }
     }
@@ -203,7 +209,7 @@ __global__ void __launch_bounds__(ShrinkTraits<T, kRankBucket>::kThreads, 2)
   }
   ptx::cp_async_wait<0>();
 
-  // The k groups' sums, added in order by the first group; the tiles' memory carries one group's at a time.
+  // The first group adds the k groups' sums in order; the tiles' memory holds the sums of one group at a time.
 #pragma unroll
   for (int group = 1; group < kKGroups; ++group) {
     __syncthreads();
@@ -224,7 +230,7 @@ __global__ void __launch_bounds__(ShrinkTraits<T, kRankBucket>::kThreads, 2)
   for (int j = 0; j < kThreadR; ++j) {
     const int64_t rank = rank0 + rank_group + j * Traits::kRankGroups;
     if (rank >= p.rank) continue;
-    const A scale = static_cast<A>(p.scales.scale[sibling_of_rank(p.scales, rank)]);
+    const A scale = p.scales.of(rank);
 #pragma unroll
     for (int i = 0; i < kThreadM; ++i) {
       const int64_t token = token0 + token_group + i * Traits::kTokenGroups;
@@ -234,7 +240,7 @@ __global__ void __launch_bounds__(ShrinkTraits<T, kRankBucket>::kThreads, 2)
 }
 
 template <class T, int kRankBucket>
-void launch_shrink_bucket(const ShrinkParams& p, cudaStream_t stream) {
+void launch_shrink_bucket(const ShrinkParams<Acc<T>>& p, cudaStream_t stream) {
   using Traits = ShrinkTraits<T, kRankBucket>;
   const dim3 grid =
       make_grid(ceil_div(p.num_tokens, Traits::kBlockM), p.ranges.count, ceil_div(p.rank, Traits::kBlockR));
@@ -243,7 +249,7 @@ void launch_shrink_bucket(const ShrinkParams& p, cudaStream_t stream) {
 }
 
 template <class T>
-void launch_shrink(const ShrinkParams& p, cudaStream_t stream) {
+void launch_shrink(const ShrinkParams<Acc<T>>& p, cudaStream_t stream) {
   switch (rank_bucket(p.rank)) {
     case 16: return launch_shrink_bucket<T, 16>(p, stream);
     case 32: return launch_shrink_bucket<T, 32>(p, stream);

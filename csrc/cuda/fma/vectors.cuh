@@ -1,5 +1,5 @@
-// 16 bytes of neighbouring elements: the unit in which these kernels move tiles between global and shared memory, and
-// registers. A tile in shared memory holds the accumulation dtype.
+// Vectors, 16 bytes of neighbouring elements: the unit in which these kernels move tiles between global memory, shared
+// memory and registers. A tile in shared memory has the accumulation dtype.
 #pragma once
 
 #include <cstring>
@@ -29,7 +29,7 @@ __device__ __forceinline__ void store_vector(A* to, const Vector<A>& values) {
   *reinterpret_cast<Vector<A>*>(to) = values;
 }
 
-// The first `inside` elements at `from`, and zeros; one 16-byte load where `aligned` says that `from` allows it.
+// Loads the first `inside` elements, the others are zero. aligned: `from` allows one 16-byte load.
 template <class T>
 __device__ __forceinline__ Vector<Acc<T>> load_elements(const T* from, int inside, bool aligned) {
   using A = Acc<T>;
@@ -42,8 +42,7 @@ __device__ __forceinline__ Vector<Acc<T>> load_elements(const T* from, int insid
   return values;
 }
 
-// The first `inside` elements of a vector go to `to` in global memory, which is aligned to 16 bytes where `aligned`
-// says so.
+// Stores the first `inside` elements of a vector in global memory. aligned: `to` allows one 16-byte store.
 template <class T, class A>
 __device__ __forceinline__ void store_elements(T* to, const Vector<A>& values, int inside, bool aligned) {
   if constexpr (std::is_same_v<T, A>) {
@@ -60,29 +59,29 @@ __device__ __forceinline__ void store_elements(T* to, const Vector<A>& values, i
   }
 }
 
-// How many elements of the vector at `col` lie before `cols`: 0 to kVec.
+// Returns how many elements of the vector at `col` lie before `cols`: 0 to kVec.
 template <class A>
 __device__ __forceinline__ int elements_inside(int64_t col, int64_t cols) {
-  const int64_t left = cols - col;
-  return left >= kVec<A> ? kVec<A> : left > 0 ? static_cast<int>(left) : 0;
+  const int64_t remaining = cols - col;
+  return remaining >= kVec<A> ? kVec<A> : remaining > 0 ? static_cast<int>(remaining) : 0;
 }
 
-// Whether rows that start at `matrix` and lie `stride` elements apart all begin at 16-byte boundaries.
+// Returns whether all rows of a matrix, `stride` elements apart, begin at 16-byte boundaries.
 inline bool rows_are_aligned(const void* matrix, int64_t stride, int64_t element_bytes) {
   return reinterpret_cast<uintptr_t>(matrix) % 16 == 0 && stride * element_bytes % 16 == 0;
 }
 
-// Starts the copy of a vector into shared memory, in this thread's open cp.async group; the elements from `inside` on
-// become zero, so that nothing beyond a matrix, NaN or not, takes part in a sum. Where nothing is inside, `matrix` is
-// named instead of `from`: an address that may be read.
+// Starts the copy of a vector into shared memory, in this thread's open cp.async group. Elements beyond the first
+// `inside` become zero, so that nothing outside a matrix, even NaN, takes part in a sum. If inside is 0, the copy names
+// `matrix`, a valid address, instead of `from`.
 template <class A>
 __device__ __forceinline__ void copy_vector(A* to, const A* from, const A* matrix, int inside) {
   ptx::cp_async_16(ptx::shared_address(to), inside > 0 ? from : matrix, static_cast<uint32_t>(inside * sizeof(A)));
 }
 
-// One thread's vectors of a tile: kRounds of them, `to_step` and `from_step` elements apart. inside_of(round): how many
+// Copies one thread's kRounds vectors of a tile, `to_step` and `from_step` elements apart. inside_of(round): how many
 // elements of the vector lie inside the matrix. Unaligned rows take plain loads, one vector after another: they are
-// rare, and a loop unrolled for them would cost every kernel registers.
+// rare, and an unrolled loop for them would cost every kernel registers.
 template <int kRounds, class T, class Inside>
 __device__ __forceinline__ void copy_vectors(Acc<T>* to, int to_step, const T* from, int64_t from_step, const T* matrix,
                                              bool aligned, Inside inside_of) {
@@ -101,7 +100,7 @@ __device__ __forceinline__ void copy_vectors(Acc<T>* to, int to_step, const T* f
   }
 }
 
-// Makes the dropped elements of a vector in shared memory zero, whatever they hold. Bit i of `bits`: element i is kept.
+// Zeroes the dropped elements of a vector in shared memory. Bit i of `bits`: element i is kept.
 template <class A>
 __device__ __forceinline__ void clear_dropped(A* vector, uint32_t bits) {
 #pragma unroll

@@ -1,13 +1,13 @@
-// Many sums over a warp's lanes at once.
+// Computes many sums over a warp's lanes at once.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 namespace lora_ext::cuda::fma {
 
-// Sums each of values[0, kCount) over the 32 lanes; the sum of values[i] is returned to the 32 / kCount lanes from
-// i * 32 / kCount on. kCount is a power of two. In every step lanes hand half of their values to a partner and take
-// over its share of the other half: about one shuffle per value where a tree for each takes five.
+// Sums values[0, kCount) over the 32 lanes; the 32 / kCount lanes starting at i * 32 / kCount return the sum of
+// values[i]. kCount is a power of two. In every step a lane gives half of its values to a partner and receives the
+// partner's share of the other half: about one shuffle per value, where a tree for every value takes five.
 template <int kPartner = 16, int kCount, class A>
 __device__ __forceinline__ A warp_sums(const A (&values)[kCount], int lane) {
   if constexpr (kPartner == 0) {

@@ -1,73 +1,74 @@
-// expand for any rank: a matrix product in tiles of 128 x 128, used where the rank is so large that the products, not
-// the output, take the time.
+// expand for any rank: a matrix product in tiles of 128 x 128, used if the rank is so large that the products take more
+// time than writing the output.
 //
 // A block walks along the rank 32 at a time with two buffers. While it multiplies from one, cp.async fills the other
-// with the right operand, and registers hold the left one, which is split when it goes to shared memory.
+// with the factor, and registers hold the small operand, which is split when it goes to shared memory.
 #pragma once
 
+#include "../packed_factor.h"
 #include "../ptx.cuh"
 #include "../shared_memory.cuh"
 #include "expand_output.cuh"
-#include "packed_shape.h"
 
 namespace lora_ext::cuda::mma {
 
 constexpr int kLongRows = 128, kLongCols = 128, kLongRank = 32;
-constexpr int kLongRowWarps = 4;                                 // and 2 beside each other in columns
+constexpr int kLongRowWarps = 4;                                 // warps along the rows; 2 along the columns
 constexpr int kLongRowPieces = 2, kLongColPieces = 2;            // of a warp
-constexpr int kLongPairRows = kExpandThreads / (kLongRank / 2);  // of left, read at once
-constexpr int kLongPairs = kLongRows / 2 / kLongPairRows;        // of left, per thread
-constexpr uint32_t kLongLeftElements = kLongRows * kLongRank, kLongRightElements = kLongRank * kLongCols;
+constexpr int kLongPairRows = kExpandThreads / (kLongRank / 2);  // rows of the small operand, read at once
+constexpr int kLongPairs = kLongRows / 2 / kLongPairRows;        // pairs of the small operand, per thread
+constexpr uint32_t kLongSmallElements = kLongRows * kLongRank, kLongFactorElements = kLongRank * kLongCols;
+static_assert(kPackedFeatureStep % 8 == 0, "a group of 8 columns is all in the packed factor, or none of it");
 
 constexpr uint32_t expand_long_shared_bytes(int parts) {
-  return shared_bytes_of(2 * parts * kLongLeftElements * 2) + shared_bytes_of(2 * parts * kLongRightElements * 2);
+  return shared_bytes_of(2 * parts * kLongSmallElements * 2) + shared_bytes_of(2 * parts * kLongFactorElements * 2);
 }
 
-// Left lies in shared memory as [row][32 ranks], right as [rank][128 columns], each in groups of 16 bytes. Group g of a
-// row is stored in place g ^ swizzle(row), so that eight rows at one column, what ldmatrix reads, lie in different
-// banks. The swizzles repeat after 8 rows: a thread's are the same wherever its row moves by 8 or 16.
-constexpr int kLongLeftPitch = kLongRank * 2, kLongRightPitch = kLongCols * 2;
-__device__ __forceinline__ int long_left_swizzle(int row) { return row / 2 % 4; }
-__device__ __forceinline__ int long_right_swizzle(int row) { return row % 8; }
+// Shared memory holds the small operand as [row][32 ranks] and the factor as [rank][128 columns], both in groups of 16
+// bytes. Group g of a row is stored in place g ^ swizzle(row), so that eight rows at one column, which ldmatrix reads,
+// lie in different banks. Swizzles repeat after 8 rows: moving by 8 or 16 rows does not change a thread's swizzle.
+constexpr int kLongSmallPitch = kLongRank * 2, kLongFactorPitch = kLongCols * 2;
+__device__ __forceinline__ int long_small_swizzle(int row) { return row / 2 % 4; }
+__device__ __forceinline__ int long_factor_swizzle(int row) { return row % 8; }
 
 template <class T, int kParts>
 class ExpandLong {
  public:
-  __device__ __forceinline__ ExpandLong(const ExpandLaunch& call, int s)
-      : p_(call.params),
-        sibling_(call.params.siblings[s]),
-        tiles_(call.tiles.siblings[s]),
+  __device__ __forceinline__ ExpandLong(const ExpandParams& p, int s)
+      : p_(p),
+        sibling_(p.siblings[s]),
+        tiles_(p.tiles[s]),
         shape_(sibling_.rank, sibling_.cols),
         row0_(static_cast<int64_t>(blockIdx.x) * kLongRows),
         col0_((blockIdx.y - tiles_.begin) * kLongCols) {
     SharedMemory memory;
-    left_ = memory.take<uint32_t>(2 * kParts * kLongLeftElements / 2, "left");
-    right_ = ptx::shared_address(memory.take<__nv_bfloat16>(2 * kParts * kLongRightElements, "right"));
+    small_operand_ = memory.take<uint32_t>(2 * kParts * kLongSmallElements / 2, "small operand");
+    factor_ = ptx::shared_address(memory.take<__nv_bfloat16>(2 * kParts * kLongFactorElements, "factor"));
     const int row = static_cast<int>(threadIdx.x) / (kLongRank / 2);
-    left_rank_ = static_cast<int>(threadIdx.x) % (kLongRank / 2) * 2;
-    left_rows_ = static_cast<int>(min(p_.num_tokens - row0_, static_cast<int64_t>(kLongRows))) - row;
-    left_from_ = p_.left + (row0_ + row) * p_.left_stride + sibling_.rank_begin + left_rank_;
+    rank_ = static_cast<int>(threadIdx.x) % (kLongRank / 2) * 2;
+    rows_ = static_cast<int>(min(p_.num_tokens - row0_, static_cast<int64_t>(kLongRows))) - row;
+    from_ = p_.small_operand + (row0_ + row) * p_.small_operand_stride + sibling_.rank_begin + rank_;
   }
 
   __device__ __forceinline__ void run() {
     float sum[kLongRowPieces][kLongColPieces][4][4] = {};
     const int steps = (sibling_.rank + kLongRank - 1) / kLongRank;
-    load_right(0, 0);
+    load_factor(0, 0);
     for (int half = 0; half < 2; ++half) {
-      load_left(0, half);
-      store_left(0, half);
+      load_small_operand(0, half);
+      store_small_operand(0, half);
     }
     for (int step = 0; step < steps; ++step) {
       const int buffer = step % 2;
       const bool more = step + 1 < steps;
       ptx::cp_async_wait<0>();
-      __syncthreads();  // this buffer is full, and nobody reads the other any more
-      if (more) load_right(1 - buffer, step + 1);
+      __syncthreads();  // this buffer is full, the other one is free
+      if (more) load_factor(1 - buffer, step + 1);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        if (more) load_left(step + 1, half);
+        if (more) load_small_operand(step + 1, half);
         multiply(buffer, half, sum);
-        if (more) store_left(1 - buffer, half);
+        if (more) store_small_operand(1 - buffer, half);
       }
     }
     const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -84,22 +85,23 @@ class ExpandLong {
   }
 
  private:
-  __device__ __forceinline__ void load_right(int buffer, int step) {
+  __device__ __forceinline__ void load_factor(int buffer, int step) {
     constexpr int kGroups = kLongCols / 8, kRows = kExpandThreads / kGroups;  // read at once
     const int row = static_cast<int>(threadIdx.x) / kGroups, group = static_cast<int>(threadIdx.x) % kGroups;
-    const uint32_t to = right_ + buffer * kParts * kLongRightElements * 2 + row * kLongRightPitch +
-                        (group ^ long_right_swizzle(row)) * 16;
+    const uint32_t to = factor_ + buffer * kParts * kLongFactorElements * 2 + row * kLongFactorPitch +
+                        (group ^ long_factor_swizzle(row)) * 16;
     const int64_t col = col0_ + group * 8;
-    // Ranks from this thread's first on; of columns beyond the image, none.
-    const int ranks = col < shape_.cols ? static_cast<int>(shape_.rows) - row - step * kLongRank : 0;
-    const __nv_bfloat16* from = sibling_.right + (row + step * kLongRank) * shape_.cols + col;
+    // The packed ranks starting at this thread's first; 0 if the columns lie outside the factor.
+    const int ranks = col < shape_.features ? static_cast<int>(shape_.ranks) - row - step * kLongRank : 0;
+    const __nv_bfloat16* from = sibling_.factor + (row + step * kLongRank) * shape_.features + col;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
 #pragma unroll
       for (int i = 0; i < kLongRank; i += kRows) {
         const bool inside = i < ranks;
-        ptx::cp_async_16(to + (part * kLongRank + i) * kLongRightPitch,
-                         inside ? from + (part * shape_.rows + i) * shape_.cols : sibling_.right, inside ? 16 : 0);
+        ptx::cp_async_16(to + (part * kLongRank + i) * kLongFactorPitch,
+                         inside ? from + (part * shape_.ranks + i) * shape_.features : sibling_.factor,
+                         inside ? 16 : 0);
       }
     }
     ptx::cp_async_commit();
@@ -107,51 +109,51 @@ class ExpandLong {
 
   // Sixteen neighbouring threads read the 128 bytes of a row.
   template <bool kPairs>
-  __device__ __forceinline__ void load_left(int step, int half) {
-    const int ranks = sibling_.rank - left_rank_ - step * kLongRank, row0 = half * kLongRows / 2;
-    const float* from = left_from_ + step * kLongRank + row0 * p_.left_stride;
-    const int64_t next_row = kLongPairRows * p_.left_stride;
+  __device__ __forceinline__ void load_small_operand(int step, int half) {
+    const int ranks = sibling_.rank - rank_ - step * kLongRank, row0 = half * kLongRows / 2;
+    const float* from = from_ + step * kLongRank + row0 * p_.small_operand_stride;
+    const int64_t next_row = kLongPairRows * p_.small_operand_stride;
 #pragma unroll
     for (int i = 0; i < kLongPairs; ++i) {
-      loaded_[i] = load_left_pair(from, row0 + i * kLongPairRows < left_rows_ ? ranks : 0, kPairs);
+      loaded_[i] = load_rank_pair(from, row0 + i * kLongPairRows < rows_ ? ranks : 0, kPairs);
       from += next_row;
     }
   }
 
-  __device__ __forceinline__ void load_left(int step, int half) {
-    tiles_.pairs ? load_left<true>(step, half) : load_left<false>(step, half);
+  __device__ __forceinline__ void load_small_operand(int step, int half) {
+    tiles_.pairs ? load_small_operand<true>(step, half) : load_small_operand<false>(step, half);
   }
 
-  __device__ __forceinline__ void store_left(int buffer, int half) {
+  __device__ __forceinline__ void store_small_operand(int buffer, int half) {
     const int row = static_cast<int>(threadIdx.x) / (kLongRank / 2), pair = threadIdx.x % (kLongRank / 2);
-    uint32_t* to = left_ + buffer * kParts * kLongLeftElements / 2 + row * kLongLeftPitch / 4 +
-                   (pair / 4 ^ long_left_swizzle(row)) * 4 + pair % 4;
+    uint32_t* to = small_operand_ + buffer * kParts * kLongSmallElements / 2 + row * kLongSmallPitch / 4 +
+                   (pair / 4 ^ long_small_swizzle(row)) * 4 + pair % 4;
 #pragma unroll
     for (int i = 0; i < kLongPairs; ++i) {
       uint32_t part[kParts];
       split_pair(loaded_[i], part);
 #pragma unroll
       for (int j = 0; j < kParts; ++j)
-        to[(j * kLongRows + half * kLongRows / 2 + i * kLongPairRows) * kLongLeftPitch / 4] = part[j];
+        to[(j * kLongRows + half * kLongRows / 2 + i * kLongPairRows) * kLongSmallPitch / 4] = part[j];
     }
   }
 
   __device__ __forceinline__ void multiply(int buffer, int half, float (&sum)[kLongRowPieces][kLongColPieces][4][4]) {
-    // Lane i gives ldmatrix row i % 16, and the group beside it from lane 16 on.
+    // A lane's addresses for ldmatrix: row lane % 16; lanes 16 to 31 have the next group.
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-    const uint32_t left = ptx::shared_address(left_) + buffer * kParts * kLongLeftElements * 2 +
-                          (warp % kLongRowWarps * kLongRowPieces * kPieceRows + lane % 16) * kLongLeftPitch;
-    const uint32_t right = right_ + buffer * kParts * kLongRightElements * 2 + lane % 16 * kLongRightPitch +
-                           warp / kLongRowWarps * kLongColPieces * kPieceCols * 2;
-    const int left_group = lane / 16 ^ long_left_swizzle(lane % 16),
-              right_group = lane / 16 ^ long_right_swizzle(lane % 16);
+    const uint32_t small_operand = ptx::shared_address(small_operand_) + buffer * kParts * kLongSmallElements * 2 +
+                                   (warp % kLongRowWarps * kLongRowPieces * kPieceRows + lane % 16) * kLongSmallPitch;
+    const uint32_t factor = factor_ + buffer * kParts * kLongFactorElements * 2 + lane % 16 * kLongFactorPitch +
+                            warp / kLongRowWarps * kLongColPieces * kPieceCols * 2;
+    const int small_group = lane / 16 ^ long_small_swizzle(lane % 16);
+    const int factor_group = lane / 16 ^ long_factor_swizzle(lane % 16);
     uint32_t a[kLongRowPieces][kParts][4];
 #pragma unroll
     for (int m = 0; m < kLongRowPieces; ++m) {
 #pragma unroll
       for (int i = 0; i < kParts; ++i) {
         const int row = i * kLongRows + m * kPieceRows;
-        ptx::ldmatrix_x4(a[m][i], left + row * kLongLeftPitch + (half * 2 ^ left_group) * 16);
+        ptx::ldmatrix_x4(a[m][i], small_operand + row * kLongSmallPitch + (half * 2 ^ small_group) * 16);
       }
     }
 #pragma unroll
@@ -160,7 +162,7 @@ class ExpandLong {
 #pragma unroll
       for (int n = 0; n < 4 * kLongColPieces; n += 2) {
         uint32_t b[4];
-        ptx::ldmatrix_x4_transposed(b, right + row * kLongRightPitch + (n ^ right_group) * 16);
+        ptx::ldmatrix_x4_transposed(b, factor + row * kLongFactorPitch + (n ^ factor_group) * 16);
 #pragma unroll
         for (int m = 0; m < kLongRowPieces; ++m) {
 #pragma unroll
@@ -175,21 +177,21 @@ class ExpandLong {
 
   const ExpandParams& p_;
   const ExpandSibling& sibling_;
-  const ExpandTiles::Sibling& tiles_;
+  const ExpandTiles& tiles_;
   const PackedShape shape_;
   const int64_t row0_, col0_;
-  uint32_t* left_;          // [2 buffers][kParts][kLongRows][kLongRank] bfloat16, in pairs
-  uint32_t right_;          // [2 buffers][kParts][kLongRank][kLongCols] bfloat16
-  const float* left_from_;  // this thread's first pair of left: its rank, and how many rows there are from it on
-  int left_rank_, left_rows_;
+  uint32_t* small_operand_;  // [2 buffers][kParts][kLongRows][kLongRank] bfloat16, in pairs
+  uint32_t factor_;          // [2 buffers][kParts][kLongRank][kLongCols] bfloat16
+  const float* from_;        // this thread's first pair of the small operand
+  int rank_, rows_;          // its rank, and the number of rows starting at it
   float2 loaded_[kLongPairs];
 };
 
-// More parts than one want more registers than two blocks leave them.
+// Several parts need more registers than two blocks per multiprocessor allow.
 template <class T, int kParts>
 __global__ void __launch_bounds__(kExpandThreads, kParts == 1 ? 2 : 1)
-    expand_long_kernel(const __grid_constant__ ExpandLaunch call) {
-  ExpandLong<T, kParts>(call, find_sibling(call)).run();
+    expand_long_kernel(const __grid_constant__ ExpandParams p) {
+  ExpandLong<T, kParts>(p, find_sibling(p)).run();
 }
 
 }  // namespace lora_ext::cuda::mma

@@ -1,5 +1,5 @@
-// What the expand kernels have in common: their parameters, the split of the left operand, and a warp's way from sums
-// to the output.
+// The common part of the expand kernels: their parameters, the split of the small operand into bfloat16 parts, and a
+// warp's way from sums to the output.
 #pragma once
 
 #include "../../common/params.h"
@@ -9,55 +9,53 @@
 
 namespace lora_ext::cuda::mma {
 
-// out [num_tokens, cols] = base + bias + mask o (left [num_tokens, rank] @ right [rank, cols]), for every sibling.
+// out [num_tokens, cols] = base + bias + mask o (small_operand [num_tokens, rank] @ factor [rank, cols])
+//
+// The columns of the output are cut into tiles, sibling after sibling; blockIdx.y counts through all tiles.
 struct ExpandSibling {
-  const __nv_bfloat16* right;  // [parts][rank_padded, cols_padded], packed_shape.h, columns interleaved
-  const void* bias;            // [cols], T; null: none
-  const void* base;            // [num_tokens, cols], with out's stride, T; null: nothing; out: what it holds already
-  void* out;                   // [num_tokens, cols], T
+  const __nv_bfloat16* factor;  // packed (packed_factor.h), columns interleaved (pack_factors.cuh)
+  const void* bias;             // [cols], T; null: none
+  const void* base;             // [num_tokens, cols], with out's stride, T; null: zero; may be out
+  void* out;                    // [num_tokens, cols], T
   int64_t cols, out_stride;
-  int64_t rank_begin;  // the columns of left that are this sibling's: `rank` from there on
+  int64_t rank_begin;  // the sibling has the columns [rank_begin, rank_begin + rank) of the small operand
   int rank;
 };
 
-struct ExpandParams {
-  int64_t num_tokens, left_stride, mask_row_bytes;
-  const float* left;    // [num_tokens, left_stride]
-  const uint8_t* mask;  // [num_tokens, mask_row_bytes]; null: everything is kept
-  int num_siblings;
-  ExpandSibling siblings[kMaxSiblings] = {};
-};
-
-// How the launch divides the work. The columns of the output are cut into tiles, sibling after sibling; blockIdx.y
-// counts through all of them.
+// How launch_expand divides a sibling's output. In an array of its own: with these members in ExpandSibling, the kernel
+// of three parts spills registers on sm_100.
 struct ExpandTiles {
-  uint32_t right_elements;  // room in shared memory for the largest tile of right; of the short kernel
-  int row_warps;  // how many warps of a block have rows of their own; those that share rows share out the columns
-  struct Sibling {
-    int64_t begin;  // its first tile
-    int cols;       // of a tile, a multiple of kPackedColumnStep
-    bool pairs;     // left consists of aligned pairs
-    bool eights;    // out, base and bias can be read and written in aligned groups of eight
-  } siblings[kMaxSiblings];
+  int64_t begin;  // the sibling's first value of blockIdx.y
+  int cols;       // columns of a tile, a multiple of kPackedFeatureStep
+  bool pairs;     // the small operand can be read in aligned pairs
+  bool eights;    // out, base and bias can be read and written in aligned groups of eight
 };
 
-struct ExpandLaunch {
-  ExpandParams params;
-  ExpandTiles tiles;
+struct ExpandParams {
+  int64_t num_tokens, small_operand_stride, mask_row_bytes;
+  const float* small_operand;  // xa or grad_xa [num_tokens, small_operand_stride]
+  const uint8_t* mask;         // [num_tokens, mask_row_bytes]; null: everything is kept
+  int num_siblings;
+  ExpandSibling siblings[kMaxSiblings];
+  // Set by launch_expand; the first two for the short kernel:
+  uint32_t factor_tile_elements;  // of the largest tile of a factor in shared memory
+  int row_warps;                  // warps of a block that have different rows; the others share out the columns
+  ExpandTiles tiles[kMaxSiblings];
 };
 
 constexpr int kExpandThreads = 256, kExpandWarps = kExpandThreads / 32;
 constexpr int kPieceRows = 16, kPieceCols = 32;  // a warp's piece of output: its sums are 16 registers
 
-__device__ __forceinline__ int find_sibling(const ExpandLaunch& p) {
-  int sibling = p.params.num_siblings - 1;
-  while (blockIdx.y < p.tiles.siblings[sibling].begin) --sibling;
+// Returns the sibling that the block's columns belong to.
+__device__ __forceinline__ int find_sibling(const ExpandParams& p) {
+  int sibling = p.num_siblings - 1;
+  while (blockIdx.y < p.tiles[sibling].begin) --sibling;
   return sibling;
 }
 
-// Two neighbours of left, an even number of ranks from the sibling's first. count: of ranks from there on that are the
-// sibling's; beyond them lie another one's numbers, which may be NaN: zero instead.
-__device__ __forceinline__ float2 load_left_pair(const float* from, int count, bool pairs) {
+// Loads two neighbours of the small operand, an even number of ranks after the sibling's first. count: the sibling's
+// ranks starting at `from`. Elements beyond belong to another sibling and may be NaN: they become zero.
+__device__ __forceinline__ float2 load_rank_pair(const float* from, int count, bool pairs) {
   float2 pair = make_float2(0.0f, 0.0f);
   if (pairs) {
     if (count > 0) pair = *reinterpret_cast<const float2*>(from);
@@ -68,7 +66,7 @@ __device__ __forceinline__ float2 load_left_pair(const float* from, int count, b
   return pair;
 }
 
-// One register of an mma fragment for each part.
+// Splits a pair into one register of an mma fragment per part.
 template <int kParts>
 __device__ __forceinline__ void split_pair(float2 pair, uint32_t (&part)[kParts]) {
   __nv_bfloat16 first[kParts], second[kParts];
@@ -102,7 +100,7 @@ __device__ __forceinline__ Eight load_eight(const T* from) {
   return {{words.x, words.y, words.z, words.w}};
 }
 
-// value[e] += from[e] where rows do not come in aligned groups.
+// value[e] += from[e], for rows without aligned groups.
 template <class T>
 __device__ __forceinline__ void add_single(float (&value)[8], const T* from, int count) {
 #pragma unroll
@@ -135,18 +133,19 @@ __device__ __forceinline__ void store_single(T* to, const float (&value)[8], int
   }
 }
 
-// What is added to a lane's sums of a piece: eight elements of each of its two rows, and a byte of the mask.
+// A lane's inputs for a piece besides the sums: eight elements of base and a byte of the mask, for each of its two
+// rows.
 struct ExpandAddends {
-  Eight held[2] = {};
+  Eight base[2] = {};
   uint32_t keep = 0;
 };
 
-// A warp's way along 16 rows of output, piece by piece. Lane 4 * g + t has rows g and g + 8 and, by the interleaved
-// order of right's columns, columns 8 * t to 8 * t + 7 of a piece.
+// Writes 16 rows of output, piece by piece, with one warp. Lane 4 * g + t has rows g and g + 8 and, by the interleaved
+// order of the factor's columns, columns 8 * t to 8 * t + 7 of a piece.
 template <class T>
 class ExpandOutput {
  public:
-  // From (row0, col0) on, at most `cols` columns: beyond them, even reading would race with another warp.
+  // Starts at (row0, col0), with at most `cols` columns: beyond them even a read would race with another warp.
   __device__ __forceinline__ ExpandOutput(const ExpandParams& p, const ExpandSibling& sibling, bool eights,
                                           int64_t row0, int64_t col0, int cols)
       : p_(p), sibling_(sibling), eights_(eights) {
@@ -159,19 +158,20 @@ class ExpandOutput {
     mask_ = p.mask ? p.mask + row * p.mask_row_bytes + col / 8 : nullptr;
   }
 
-  // Reads what the piece at column `col` will need; long before it does, so that the loads overlap with other work.
+  // Reads the addends of the piece at column `col`; called long before they are needed, so that loads overlap with
+  // work.
   __device__ __forceinline__ ExpandAddends prefetch(int col) const {
     ExpandAddends addends;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (count(i, col) <= 0) continue;
-      if (sibling_.base && eights_) addends.held[i] = load_eight(base_of(out_ + i * out_step() + col));
+      if (sibling_.base && eights_) addends.base[i] = load_eight(base_of(out_ + i * out_step() + col));
       if (mask_) addends.keep |= static_cast<uint32_t>(mask_[i * mask_step() + col / 8]) << (8 * i);
     }
     return addends;
   }
 
-  // sum[n]: of the piece's n-th 8 columns in right's order, as an mma leaves them.
+  // Writes a piece. sum[n]: the sums of its n-th 8 columns in the factor's order, as an mma returns them.
   __device__ __forceinline__ void finish(int col, const float (&sum)[4][4], const ExpandAddends& addends) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -181,12 +181,12 @@ class ExpandOutput {
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         value[e] = sum[e / 2][2 * i + e % 2];
-        if (mask_ && !((addends.keep >> (8 * i + e)) & 1)) value[e] = 0.0f;  // whatever the sum is, NaN included
+        if (mask_ && !((addends.keep >> (8 * i + e)) & 1)) value[e] = 0.0f;  // even if the sum is NaN
       }
       T* out = out_ + i * out_step() + col;
       if (eights_) {
-        if (sibling_.bias) add_eight<T>(value, load_eight(bias_of(col)));  // from the first-level cache: all rows do
-        if (sibling_.base) add_eight<T>(value, addends.held[i]);
+        if (sibling_.bias) add_eight<T>(value, load_eight(bias_of(col)));  // mostly from the first-level cache
+        if (sibling_.base) add_eight<T>(value, addends.base[i]);
         store_eight(out, value);
       } else {
         if (sibling_.bias) add_single(value, bias_of(col), elements);
@@ -197,15 +197,16 @@ class ExpandOutput {
   }
 
  private:
-  // Elements from column `col` to the end, in row g + 8 * i; none where there is no such row.
+  // Elements from column `col` to the end in row g + 8 * i; 0 if there is no such row.
   __device__ __forceinline__ int count(int i, int col) const { return 8 * i < rows_ ? cols_ - col : 0; }
 
-  // What the kernel's parameters say is taken from them each time: members would be registers that the kernels of wide
-  // factors do not have. 8 rows: of at most 2^25 columns, 65535 tiles being the most that a grid has.
+  // The steps of 8 rows, computed from the kernel's parameters each time: as members they would take registers that the
+  // kernels of wide factors do not have. They fit: a row has at most 2^25 columns, since a grid has at most 65535
+  // tiles.
   __device__ __forceinline__ int out_step() const { return static_cast<int>(8 * sibling_.out_stride); }
   __device__ __forceinline__ int mask_step() const { return static_cast<int>(8 * p_.mask_row_bytes); }
 
-  // Base's element that stands where `out` does, and the bias of a column.
+  // The element of base at the place of `out`, and the bias of a column.
   __device__ __forceinline__ const T* base_of(const T* out) const {
     return static_cast<const T*>(sibling_.base) + (out - static_cast<const T*>(sibling_.out));
   }

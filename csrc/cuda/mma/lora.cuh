@@ -1,7 +1,7 @@
 // The order of the launches for 16-bit x, on tensor cores.
 //
-//   forward:   pack the factors - shrink, all siblings at once - expand, all siblings at once
-//   backward:  pack the factors - one pass over each grad_y - one pass over x - expand of grad_x, all siblings at once
+//   forward:   pack the factors, shrink of all siblings, expand of all siblings
+//   backward:  pack the factors, a pass over each grad_y, a pass over x, expand of grad_x for all siblings
 #pragma once
 
 #include <type_traits>
@@ -10,27 +10,29 @@
 #include "expand.cuh"
 #include "pack_factors.cuh"
 #include "plan.h"
-#include "token_pass.cuh"
+#include "shrink.cuh"
+#include "shrink_and_sum.cuh"
+#include "token_sum.cuh"
 
 namespace lora_ext::cuda {
 namespace mma {
 
-// The parts of factors wider than x.
+// The parts of factors that are wider than x.
 constexpr int kWideParts = 3;
 
 // Calls f with the number of bfloat16 parts of the factors, xa and grad_xa as a std::integral_constant.
 template <class T, class F>
 void with_parts(DType factor_dtype, F f) {
   constexpr DType kDType = std::is_same_v<T, __nv_bfloat16> ? DType::kBFloat16 : DType::kFloat16;
-  constexpr int kOwnParts = skinny_parts(kDType, kDType);
-  if (skinny_parts(kDType, factor_dtype) == kOwnParts) {
-    f(std::integral_constant<int, kOwnParts>{});
+  constexpr int kSameParts = low_rank_parts(kDType, kDType);
+  if (low_rank_parts(kDType, factor_dtype) == kSameParts) {
+    f(std::integral_constant<int, kSameParts>{});
   } else {
     f(std::integral_constant<int, kWideParts>{});
   }
 }
 
-// lora_A of all siblings below each other as one image, [total_rank, in_features].
+// Adds lora_A of all siblings, below each other, as one image [total_rank, in_features].
 template <class Params>
 void add_stacked_lora_A(const Params& p, void* image, bool interleaved, PackFactorsParams& pack) {
   const PackedShape shape(p.total_rank, p.in_features);
@@ -80,43 +82,39 @@ inline void add_factors(const LoraShrinkBackwardParams& p, const ShrinkBackwardW
   if (p.wants_grad_x) add_stacked_lora_A(p, workspace + plan.lora_A_offset, /*interleaved=*/true, pack);
 }
 
-// The passes of one kernel, its factors packed. partial: the workspace's partial sums.
+// The passes of one kernel; its factors are packed. partial: the place for partial sums.
 
+// The pass over x: xa of all siblings, and the mask.
 template <class T, int kParts>
 void launch_passes(const LoraShrinkParams& p, const ShrinkWorkspace& plan, char* workspace, float* partial,
                    cudaStream_t stream) {
-  ShrinkParams shrink{.num_tokens = p.num_tokens,
-                      .features = p.in_features,
-                      .rank = p.total_rank,
-                      .x = p.x,
-                      .factor = workspace + plan.lora_A_offset,
-                      .out = static_cast<float*>(p.xa),
-                      .partial = partial,
-                      .seed = p.seed,
-                      .mask = p.mask,
-                      .x_stride = p.x_stride,
-                      .out_stride = p.total_rank,
-                      .threshold = p.threshold,
-                      .num_siblings = p.num_siblings};
-  for (int s = 0; s < p.num_siblings; ++s) {
-    const LoraShrinkSibling& sibling = p.siblings[s];
-    shrink.siblings[s] = {.rank_begin = sibling.rank_begin, .rank = sibling.rank, .scale = sibling.scale};
-  }
-  launch_shrink<T, kParts>(shrink, stream);
+  const TokenPassSplit split = plan_xa_pass(p).ranks;
+  const RankSums xa{.data = static_cast<float*>(p.xa),
+                    .num_tokens = p.num_tokens,
+                    .columns = p.total_rank,
+                    .stride = p.total_rank,
+                    .range_stride = 0,
+                    .scales = rank_scales<float>(p.siblings, p.num_siblings)};
+  launch_shrink<T, kParts>({.x = token_matrix<T>(p.x, p.num_tokens, p.in_features, p.x_stride),
+                            .factor = packed_factor(workspace + plan.lora_A_offset, p.total_rank, p.in_features),
+                            .mask = {p.mask, p.seed, mask_row_bytes(p.in_features), p.threshold},
+                            .out = rank_sums_of_pass(xa, partial, split.ranges)},
+                           split, stream);
+  launch_partial_sums(pending_sums(xa, partial, split.ranges), {}, stream);
 }
 
 template <class T, int kParts>
 void launch_passes(const LoraExpandParams& p, const ExpandWorkspace& plan, char* workspace, float*,
                    cudaStream_t stream) {
   ExpandParams expand{.num_tokens = p.num_tokens,
-                      .left_stride = p.total_rank,
+                      .small_operand_stride = p.total_rank,
                       .mask_row_bytes = 0,
-                      .left = static_cast<const float*>(p.xa),
+                      .small_operand = static_cast<const float*>(p.xa),
                       .mask = nullptr,
                       .num_siblings = p.num_siblings};
   for (int s = 0; s < p.num_siblings; ++s) {
     const LoraExpandSibling& sibling = p.siblings[s];
-    expand.siblings[s] = {.right = reinterpret_cast<const __nv_bfloat16*>(workspace + plan.lora_B_offset[s]),
+    expand.siblings[s] = {.factor = reinterpret_cast<const __nv_bfloat16*>(workspace + plan.lora_B_offset[s]),
                           .bias = sibling.bias,
                           .base = sibling.base,
                           .out = sibling.y,
@@ -128,64 +126,101 @@ void launch_passes(const LoraExpandParams& p, const ExpandWorkspace& plan, char*
   launch_expand<T, kParts>(expand, stream);
 }
 
+// The passes over one sibling's grad_y: its columns of grad_xa and grad_lora_B, whichever are wanted.
+template <class T, int kParts>
+void launch_grad_y_passes(const LoraExpandBackwardParams& p, const LoraExpandBackwardSibling& sibling,
+                          const char* lora_B_image, float* partial, cudaStream_t stream) {
+  const TokenPassPlan plan = plan_grad_y_pass(p, sibling);
+  const TokenMatrix<T> grad_y =
+      token_matrix<T>(sibling.grad_y, p.num_tokens, sibling.out_features, sibling.grad_y_stride);
+  const PackedFactor lora_B = packed_factor(lora_B_image, sibling.rank, sibling.out_features);
+  SmallOperand xa{nullptr, p.num_tokens, sibling.rank, p.total_rank};
+  if (p.wants_grad_lora_B) xa.data = static_cast<const float*>(p.xa) + sibling.rank_begin;
+
+  // The rank sums' partials come first in the workspace, the feature sums' follow.
+  float* feature_partial = partial + plan.rank_partial_bytes / static_cast<int64_t>(sizeof(float));
+  RankSums grad_xa{.data = nullptr,
+                   .num_tokens = p.num_tokens,
+                   .columns = sibling.rank,
+                   .stride = p.total_rank,
+                   .range_stride = 0,
+                   .scales = single_scale<float>(sibling.scale)};
+  if (p.wants_grad_xa) grad_xa.data = static_cast<float*>(p.grad_xa) + sibling.rank_begin;
+  const RankSums pass_grad_xa = rank_sums_of_pass(grad_xa, partial, plan.ranks.ranges);
+  const FeaturePartials gradient{feature_partial, sibling.rank, partial_pitch(sibling.out_features)};
+  const FactorGradients grad_lora_B{.features = sibling.out_features,
+                                    .dtype = p.factor_dtype,
+                                    .transposed = true,
+                                    .num_siblings = 1,
+                                    .siblings = {{0, sibling.rank, sibling.grad_lora_B}}};
+  if (plan.fused) {
+    launch_shrink_and_sum<T, kParts>(
+        {.grad_y = grad_y, .lora_B = lora_B, .xa = xa, .grad_xa = pass_grad_xa, .gradient = gradient}, plan.features,
+        stream);
+  } else {
+    if (p.wants_grad_xa) {
+      launch_shrink<T, kParts>({.x = grad_y, .factor = lora_B, .mask = {}, .out = pass_grad_xa}, plan.ranks, stream);
+    }
+    if (p.wants_grad_lora_B) {
+      launch_token_sum<T, kParts>(
+          {.x = grad_y, .small_operand = xa, .mask = nullptr, .mask_row_bytes = 0, .out = gradient}, plan.features,
+          stream);
+    }
+  }
+  PendingSums<RankSums> pending_grad_xa{};
+  PendingSums<FactorGradients> pending_grad_lora_B{};
+  if (p.wants_grad_xa) pending_grad_xa = pending_sums(grad_xa, partial, plan.ranks.ranges);
+  if (p.wants_grad_lora_B) pending_grad_lora_B = pending_sums(grad_lora_B, gradient, plan.features.chunks);
+  launch_partial_sums(pending_grad_xa, pending_grad_lora_B, stream);
+}
+
 template <class T, int kParts>
 void launch_passes(const LoraExpandBackwardParams& p, const ExpandBackwardWorkspace& plan, char* workspace,
                    float* partial, cudaStream_t stream) {
   if (!p.wants_grad_xa && !p.wants_grad_lora_B) return;
   for (int s = 0; s < p.num_siblings; ++s) {
-    const LoraExpandBackwardSibling& sibling = p.siblings[s];
-    launch_grad_b<T, kParts>(
-        {.num_tokens = p.num_tokens,
-         .features = sibling.out_features,
-         .rank = sibling.rank,
-         .grad_y = sibling.grad_y,
-         .factor = workspace + plan.lora_B_offset[s],
-         .xa = p.wants_grad_lora_B ? static_cast<const float*>(p.xa) + sibling.rank_begin : nullptr,
-         .grad_xa = p.wants_grad_xa ? static_cast<float*>(p.grad_xa) + sibling.rank_begin : nullptr,
-         .grad_lora_B = sibling.grad_lora_B,
-         .partial = partial,
-         .grad_y_stride = sibling.grad_y_stride,
-         .xa_stride = p.total_rank,
-         .grad_xa_stride = p.total_rank,
-         .scale = sibling.scale,
-         .grad_dtype = p.factor_dtype,
-         .wanted = {.ranks = p.wants_grad_xa, .features = p.wants_grad_lora_B}},
-        stream);
+    launch_grad_y_passes<T, kParts>(p, p.siblings[s], workspace + plan.lora_B_offset[s], partial, stream);
   }
+}
+
+// The pass over x: grad_lora_A of all siblings.
+template <class T, int kParts>
+void launch_grad_lora_A_pass(const LoraShrinkBackwardParams& p, float* partial, cudaStream_t stream) {
+  const TokenPassSplit split = plan_grad_lora_A_pass(p).features;
+  const FeaturePartials gradient{partial, p.total_rank, partial_pitch(p.in_features)};
+  FactorGradients grad_lora_A{.features = p.in_features,
+                              .dtype = p.factor_dtype,
+                              .transposed = false,
+                              .num_siblings = p.num_siblings,
+                              .siblings = {}};
+  for (int s = 0; s < p.num_siblings; ++s) {
+    const LoraShrinkBackwardSibling& sibling = p.siblings[s];
+    grad_lora_A.siblings[s] = {sibling.rank_begin, sibling.rank, sibling.grad_lora_A};
+  }
+  launch_token_sum<T, kParts>(
+      {.x = token_matrix<T>(p.x, p.num_tokens, p.in_features, p.x_stride),
+       .small_operand = {static_cast<const float*>(p.grad_xa), p.num_tokens, p.total_rank, p.total_rank},
+       .mask = p.has_dropout ? p.mask : nullptr,
+       .mask_row_bytes = mask_row_bytes(p.in_features),
+       .out = gradient},
+      split, stream);
+  launch_partial_sums({}, pending_sums(grad_lora_A, gradient, split.chunks), stream);
 }
 
 template <class T, int kParts>
 void launch_passes(const LoraShrinkBackwardParams& p, const ShrinkBackwardWorkspace& plan, char* workspace,
                    float* partial, cudaStream_t stream) {
-  const float* grad_xa = static_cast<const float*>(p.grad_xa);
-  if (p.wants_grad_lora_A) {
-    GradAParams grad_a{.num_tokens = p.num_tokens,
-                       .features = p.in_features,
-                       .rank = p.total_rank,
-                       .x = p.x,
-                       .grad_xa = grad_xa,
-                       .mask = p.has_dropout ? p.mask : nullptr,
-                       .partial = partial,
-                       .x_stride = p.x_stride,
-                       .grad_xa_stride = p.total_rank,
-                       .grad_dtype = p.factor_dtype,
-                       .num_siblings = p.num_siblings};
-    for (int s = 0; s < p.num_siblings; ++s) {
-      const LoraShrinkBackwardSibling& sibling = p.siblings[s];
-      grad_a.siblings[s] = {.rank_begin = sibling.rank_begin, .rank = sibling.rank, .grad_lora_A = sibling.grad_lora_A};
-    }
-    launch_grad_a<T, kParts>(grad_a, stream);
-  }
+  if (p.wants_grad_lora_A) launch_grad_lora_A_pass<T, kParts>(p, partial, stream);
   if (p.wants_grad_x) {
-    // The siblings' ranks are one sum: to the expand they are one sibling.
+    // grad_x is one sum over the ranks of all siblings: to the expand they are one sibling.
     launch_expand<T, kParts>(
         {.num_tokens = p.num_tokens,
-         .left_stride = p.total_rank,
+         .small_operand_stride = p.total_rank,
          .mask_row_bytes = mask_row_bytes(p.in_features),
-         .left = grad_xa,
+         .small_operand = static_cast<const float*>(p.grad_xa),
          .mask = p.has_dropout ? p.mask : nullptr,
          .num_siblings = 1,
-         .siblings = {{.right = reinterpret_cast<const __nv_bfloat16*>(workspace + plan.lora_A_offset),
+         .siblings = {{.factor = reinterpret_cast<const __nv_bfloat16*>(workspace + plan.lora_A_offset),
                        .bias = nullptr,
                        .base = p.base,
                        .out = p.grad_x,
@@ -200,7 +235,7 @@ void launch_passes(const LoraShrinkBackwardParams& p, const ShrinkBackwardWorksp
 // Packs the factors of one kernel and launches its passes.
 template <class T, int kParts, class Params>
 void launch_single(const Params& p, char* workspace, cudaStream_t stream) {
-  const auto [plan, partial_offset, total] = plan_workspace(p, kParts);
+  const auto [plan, partial_offset, total_bytes] = plan_workspace(p, kParts);
   PackFactorsParams pack{.dtype = p.factor_dtype};
   add_factors(p, plan, workspace, pack);
   launch_pack_factors<kParts>(pack, stream);
@@ -280,32 +315,32 @@ void Entries<T, kParts>::backward(const LoraBackwardParams& p, char* workspace, 
 
 template <class T>
 int64_t LoraLaunches<T>::workspace_bytes(const LoraShrinkParams& p) {
-  return mma::plan_workspace(p, mma::skinny_parts(p.dtype, p.factor_dtype)).total;
+  return mma::plan_workspace(p, mma::low_rank_parts(p.dtype, p.factor_dtype)).total_bytes;
 }
 
 template <class T>
 int64_t LoraLaunches<T>::workspace_bytes(const LoraExpandParams& p) {
-  return mma::plan_workspace(p, mma::skinny_parts(p.dtype, p.factor_dtype)).total;
+  return mma::plan_workspace(p, mma::low_rank_parts(p.dtype, p.factor_dtype)).total_bytes;
 }
 
 template <class T>
 int64_t LoraLaunches<T>::workspace_bytes(const LoraForwardParams& p) {
-  return mma::plan_workspace(p, mma::skinny_parts(p.shrink.dtype, p.shrink.factor_dtype)).total;
+  return mma::plan_workspace(p, mma::low_rank_parts(p.shrink.dtype, p.shrink.factor_dtype)).total_bytes;
 }
 
 template <class T>
 int64_t LoraLaunches<T>::workspace_bytes(const LoraExpandBackwardParams& p) {
-  return mma::plan_workspace(p, mma::skinny_parts(p.dtype, p.factor_dtype)).total;
+  return mma::plan_workspace(p, mma::low_rank_parts(p.dtype, p.factor_dtype)).total_bytes;
 }
 
 template <class T>
 int64_t LoraLaunches<T>::workspace_bytes(const LoraShrinkBackwardParams& p) {
-  return mma::plan_workspace(p, mma::skinny_parts(p.dtype, p.factor_dtype)).total;
+  return mma::plan_workspace(p, mma::low_rank_parts(p.dtype, p.factor_dtype)).total_bytes;
 }
 
 template <class T>
 int64_t LoraLaunches<T>::workspace_bytes(const LoraBackwardParams& p) {
-  return mma::plan_workspace(p, mma::skinny_parts(p.shrink.dtype, p.shrink.factor_dtype)).total;
+  return mma::plan_workspace(p, mma::low_rank_parts(p.shrink.dtype, p.shrink.factor_dtype)).total_bytes;
 }
 
 template <class T>

@@ -1,39 +1,42 @@
-// One launch turns every factor of a call into the format of packed_shape.h. The factors, rank * (in_features +
-// out_features) elements a layer, are small beside x.
+// Packs every factor of a call (packed_factor.h) in one launch. The factors have rank * (in_features + out_features)
+// elements per layer, few compared with x.
 #pragma once
 
 #include <algorithm>
 
 #include "../elements.cuh"
 #include "../launch.cuh"
-#include "packed_shape.h"
+#include "../packed_factor.h"
 #include "parts.cuh"
 
 namespace lora_ext::cuda::mma {
 
-// A factor, and where in an image it goes.
+// A factor, and its place in an image.
 struct PackSource {
   const void* from;  // [rank, features], or [features, rank] when transposed; contiguous
   int64_t rank, features;
   bool transposed;
 };
 struct PackTarget {
-  void* image;  // packed, of `shape`
+  void* image;  // [parts, shape.ranks, shape.features]
   PackedShape shape;
-  int64_t rank, row_begin;  // of the image, padding excluded; the factor's first row in it
-  bool interleaved;         // the order of columns, see interleaved_column()
+  int64_t rank;       // rows of the image without padding
+  int64_t row_begin;  // the factor's first row in the image
+  bool interleaved;   // the order of columns, see interleaved_column()
 };
 
 constexpr int kMaxPackJobs = 2 * kMaxSiblings;
 constexpr int kPackThreads = 256;
-constexpr int kPackRows = 16, kPackCols = 64;  // of the image, per block
-constexpr int kPackPitch = kPackCols + 2;      // no two lanes of a transposed write meet in a bank
+constexpr int kPackRows = kPackedRankStep, kPackCols = kPackedFeatureStep;  // of the image, per block
+constexpr int kPackPitch = kPackCols + 2;  // lanes of a transposed write are in different banks
+static_assert(kPackCols % 32 == 0, "columns are interleaved within 32");
+static_assert(kPackRows * kPackCols % (2 * kPackThreads) == 0, "every thread packs the same number of pairs");
 
 struct PackJob {
   PackSource source;
   bool interleaved;
-  __nv_bfloat16* packed;  // [parts][rows_written, cols_padded]: the job's first row in the first part
-  int64_t rows_written, cols_padded, part_stride;
+  __nv_bfloat16* packed;                    // [parts][num_rows, num_cols]: the job's first row in the first part
+  int64_t num_rows, num_cols, part_stride;  // with padding
   int64_t tiles;
 };
 
@@ -43,28 +46,29 @@ struct PackFactorsParams {
   PackJob jobs[kMaxPackJobs] = {};
 
   void add(const PackSource& source, const PackTarget& target) {
-    // Where the image's last factor ends, its padding begins: zeros, written with that factor.
+    // The image's last factor also writes the padding rows below it, with zeros.
     const bool last = source.rank + target.row_begin == target.rank;
-    const int64_t rows = last ? target.shape.rows - target.row_begin : source.rank;
+    const int64_t rows = last ? target.shape.ranks - target.row_begin : source.rank;
     jobs[num_jobs++] = {.source = source,
                         .interleaved = target.interleaved,
-                        .packed = static_cast<__nv_bfloat16*>(target.image) + target.row_begin * target.shape.cols,
-                        .rows_written = rows,
-                        .cols_padded = target.shape.cols,
+                        .packed = static_cast<__nv_bfloat16*>(target.image) + target.row_begin * target.shape.features,
+                        .num_rows = rows,
+                        .num_cols = target.shape.features,
                         .part_stride = target.shape.part_stride(),
-                        .tiles = ceil_div(rows, kPackRows) * (target.shape.cols / kPackCols)};
+                        .tiles = ceil_div(rows, kPackRows) * (target.shape.features / kPackCols)};
   }
 };
 
-// The order of columns within 32 in which expand reads its right operand: position 8 * j + n holds column
-// 8 * (n / 2) + 2 * j + n % 2. An mma leaves columns n = 2 * t and 2 * t + 1 of tile j with lane t of four; in this
-// order the sums of tiles j = 0..3 are eight neighbouring columns, 16 bytes of output, without an exchange of lanes.
+// Returns the factor's column at `position` of an interleaved image. Within 32 columns, position 8 * j + n holds column
+// 8 * (n / 2) + 2 * j + n % 2. An mma gives columns n = 2 * t and 2 * t + 1 of tile j to lane t of four; in this order
+// a lane's sums of tiles j = 0..3 are eight neighbouring columns, 16 bytes of expand's output, without exchanging
+// lanes.
 __device__ __forceinline__ int interleaved_column(int position) {
   const int tile = position % 32 / 8, n = position % 8;
   return position / 32 * 32 + 8 * (n / 2) + 2 * tile + n % 2;
 }
 
-// Reads along the factor's rows, whichever way they lie in the image.
+// Loads a tile of the image. Neighbouring threads read neighbouring elements of the factor.
 template <class F>
 __device__ __forceinline__ void load_pack_tile(const PackSource& source, int64_t row0, int64_t col0,
                                                float (&tile)[kPackRows][kPackPitch]) {
@@ -87,7 +91,7 @@ __global__ void __launch_bounds__(kPackThreads) pack_factors_kernel(const __grid
   alignas(16) __shared__ float tile[kPackRows][kPackPitch];
   const PackJob& job = p.jobs[blockIdx.y];
   if (blockIdx.x >= job.tiles) return;  // jobs differ in size
-  const int64_t col_tiles = job.cols_padded / kPackCols;
+  const int64_t col_tiles = job.num_cols / kPackCols;
   const int64_t row0 = blockIdx.x / col_tiles * kPackRows, col0 = blockIdx.x % col_tiles * kPackCols;
 
   switch (p.dtype) {
@@ -98,17 +102,17 @@ __global__ void __launch_bounds__(kPackThreads) pack_factors_kernel(const __grid
   }
   __syncthreads();
 
-  // A warp writes the 128 bytes of a row; neighbours in the image are neighbours in the factor, two by two.
+  // A warp writes the 128 bytes of a row, in pairs that are neighbours both in the image and in the factor.
 #pragma unroll
   for (int i = 0; i < kPackRows * kPackCols / (2 * kPackThreads); ++i) {
     const int pair = static_cast<int>(threadIdx.x) + i * kPackThreads;
     const int r = pair / (kPackCols / 2), position = pair % (kPackCols / 2) * 2;
-    if (row0 + r >= job.rows_written) continue;
+    if (row0 + r >= job.num_rows) continue;
     const int c = job.interleaved ? interleaved_column(position) : position;
     __nv_bfloat16 first[kParts], second[kParts];
     split(tile[r][c], first);
     split(tile[r][c + 1], second);
-    __nv_bfloat16* to = job.packed + (row0 + r) * job.cols_padded + col0 + position;
+    __nv_bfloat16* to = job.packed + (row0 + r) * job.num_cols + col0 + position;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       *reinterpret_cast<uint32_t*>(to + part * job.part_stride) = join(first[part], second[part]);

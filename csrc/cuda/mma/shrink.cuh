@@ -1,28 +1,27 @@
-// shrink: a tall matrix times a skinny one, dropout drawn on the way.
+// shrink: a tall matrix times a packed factor. Draws the dropout mask in the same pass.
 //
 //   out [num_tokens, rank] = scale * (mask o x) [num_tokens, features] @ factor [rank, features]^T
 //
-// xa, with dropout, and grad_xa where it is not made together with grad_lora_B, without. A block has 128 tokens, a warp
-// 16 of them: it copies its own rows and draws their keep bits, each once, for the tile after the one it multiplies.
-// Every 64 ranks read x once; their blocks follow each other and find it in the second-level cache. The first 64 draw
-// the bits, in a launch of their own, and the others read them.
+// Computes xa, with dropout; and grad_xa, without, if shrink_and_sum does not make it. A block has 128 tokens, a warp
+// 16 of them: it copies its rows and draws their keep bits, once, for the tile after the one it multiplies. Every 64
+// ranks read x once; their blocks follow each other and find x in the second-level cache. The first 64 ranks draw the
+// bits, in a separate launch; the others read them.
 #pragma once
 
 #include "../launch.cuh"
 #include "fragments.cuh"
 #include "keep_bits.cuh"
-#include "rank_sums.cuh"
+#include "partial_sums.cuh"
 
 namespace lora_ext::cuda::mma {
 
+// launch_shrink sets the members after `out`.
 template <class T>
-struct ShrinkKernelParams {
-  TokenMatrix<T> x;             // [num_tokens, features]
-  const __nv_bfloat16* factor;  // packed [kParts, factor_rows, factor_columns]
-  int64_t factor_rows, factor_columns;
-  KeepMask mask;
-  RankSumsTarget out;
-  RankScales scales;
+struct ShrinkParams {
+  TokenMatrix<T> x;     // [num_tokens, features]
+  PackedFactor factor;  // [rank, features]
+  KeepMask mask;        // threshold 0: no dropout
+  RankSums out;         // the result, or partial sums of ranges of features
   int64_t features_per_range;
   unsigned ranges, rank_tiles, first_rank_tile;
 };
@@ -34,14 +33,17 @@ struct ShrinkTraits {
   static constexpr int kFeatures = static_cast<int>(kShrinkFeatures), kRowChunks = kFeatures / kChunk;
   static constexpr int kWarpChunks = kWarpTokens * kRowChunks;  // of a tile of x
   static constexpr int kFactorChunks = kParts * kRanks * kRowChunks;
-  // As deep as 96 KiB allow: two blocks on a multiprocessor of 228 KiB, one on those that give a block 99.
+  // As many as fit in 96 KiB: two blocks on a multiprocessor of 228 KiB, one where a block gets 99 KiB.
   static constexpr int kStages = std::clamp(96 * 1024 / 16 / (kWarps * kWarpChunks + kFactorChunks), 2, 4);
   static_assert(kWarpTokens == 16, "a warp has the rows of one left operand");
+  static_assert(kPackedFeatureStep % kFeatures == 0, "a packed factor is whole tiles of features");
+  static_assert(kPackedRankStep % 16 == 0, "a packed factor is whole operands of 16 ranks");
+  static_assert(kRanks % kPackedRankStep == 0, "padding adds no tile of ranks");
 };
 
 template <class T, int kParts, int kRanks, KeepBits kKeep>
 __global__ void __launch_bounds__(ShrinkTraits<kParts, kRanks>::kThreads, 2)
-    shrink_kernel(const __grid_constant__ ShrinkKernelParams<T> p) {
+    shrink_kernel(const __grid_constant__ ShrinkParams<T> p) {
   using Traits = ShrinkTraits<kParts, kRanks>;
   constexpr int kWarps = Traits::kWarps, kWarpTokens = Traits::kWarpTokens, kFeatures = Traits::kFeatures;
   constexpr int kThreads = Traits::kThreads, kRowChunks = Traits::kRowChunks, kStages = Traits::kStages;
@@ -54,12 +56,12 @@ __global__ void __launch_bounds__(ShrinkTraits<kParts, kRanks>::kThreads, 2)
   const int64_t rank0 = static_cast<int64_t>(p.first_rank_tile + blockIdx.x % p.rank_tiles) * kRanks;
   const int64_t range = blockIdx.x / p.rank_tiles % p.ranges, chunk = blockIdx.x / p.rank_tiles / p.ranges;
   const int64_t token0 = chunk * Traits::kTokens + warp * kWarpTokens;
-  const bool has_tokens = token0 < p.x.rows;  // the same in all lanes; others copy the factor only
-  const int ranks = static_cast<int>(min(static_cast<int64_t>(kRanks), p.factor_rows - rank0));
+  const bool has_tokens = token0 < p.x.rows;  // the same in all lanes
+  const int ranks = static_cast<int>(min(static_cast<int64_t>(kRanks), p.factor.shape.ranks - rank0));
   const int64_t begin = range * p.features_per_range;
-  const int steps = static_cast<int>(min(p.features_per_range, p.factor_columns - begin) / kFeatures);
+  const int steps = static_cast<int>(min(p.features_per_range, p.factor.shape.features - begin) / kFeatures);
 
-  // Whole tiles come first. A warp without tokens copies its share of the factor only.
+  // Whole tiles come first. A warp without tokens copies only its share of the factor.
   const bool whole_rows = p.x.in_chunks && token0 + kWarpTokens <= p.x.rows;
   const int whole_steps = whole_rows ? static_cast<int>(min(p.features_per_range, p.x.columns - begin) / kFeatures) : 0;
   using Copy = TileCopy<kWarpTokens, kFeatures, 32>;
@@ -83,15 +85,16 @@ __global__ void __launch_bounds__(ShrinkTraits<kParts, kRanks>::kThreads, 2)
         const unsigned part = tile_row / kRanks, row = tile_row % kRanks;
         if (part >= kParts || static_cast<int>(row) >= ranks) continue;
         const __nv_bfloat16* from =
-            p.factor + column0 + ((part * p.factor_rows + rank0 + row) * p.factor_columns + chunk * kChunk);
+            p.factor.data + column0 +
+            ((part * p.factor.shape.ranks + rank0 + row) * p.factor.shape.features + chunk * kChunk);
         ptx::cp_async_16(ptx::shared_address(factor_tile + chunk_index<kRowChunks>(tile_row, chunk)), from, 16);
       }
     }
     ptx::cp_async_commit();
   };
 
-  // A lane's keep word: of the four lanes that share rows lane / 4 and lane / 4 + 8 of left operands, lane 0 has the
-  // first 32 columns of the first row, 1 those of the second, 2 and 3 the other 32.
+  // A lane's keep word. Four lanes share rows lane / 4 and lane / 4 + 8 of left operands: lane 0 has the first 32
+  // columns of the first row, lane 1 those of the second row, lanes 2 and 3 the other 32 columns.
   const int64_t keep_token = token0 + lane / 4 + lane % 2 * 8;
   uint8_t* keep_row = kKeep == KeepBits::kNone ? nullptr : p.mask.bits + keep_token * p.mask.row_bytes;
   const bool keep_inside = keep_token < p.x.rows;
@@ -116,7 +119,7 @@ __global__ void __launch_bounds__(ShrinkTraits<kParts, kRanks>::kThreads, 2)
   float sums[kRanks / 16][2][4] = {};  // [16 tokens, 8 ranks] each
   for (int step = 0; step < steps; ++step) {
     ptx::cp_async_wait<kStages - 2>();
-    __syncthreads();  // the tiles of this step are complete, and nobody reads those of the last step any more
+    __syncthreads();  // this step's tiles are complete, the last step's tiles are free
     copy(step + kStages - 1);
     if (!has_tokens) continue;
     uint32_t next_keep = 0;
@@ -158,13 +161,13 @@ __global__ void __launch_bounds__(ShrinkTraits<kParts, kRanks>::kThreads, 2)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int64_t token = token0 + lane / 4 + i / 2 * 8, rank = rank0 + n * 8 + lane % 4 * 2 + i % 2;
-      p.out.store(range, token, rank, p.scales.of(rank) * sums[n / 2][n % 2][i]);
+      p.out.store(range, token, rank, p.out.scales.of(rank) * sums[n / 2][n % 2][i]);
     }
   }
 }
 
 template <class T, int kParts, int kRanks, KeepBits kKeep>
-void launch_shrink_kernel(ShrinkKernelParams<T> p, int64_t chunks, int64_t first_rank_tile, int64_t rank_tiles,
+void launch_shrink_kernel(ShrinkParams<T> p, int64_t chunks, int64_t first_rank_tile, int64_t rank_tiles,
                           cudaStream_t stream) {
   using Traits = ShrinkTraits<kParts, kRanks>;
   constexpr uint32_t kShared = shared_bytes_of(Traits::kStages * Traits::kWarps * Traits::kWarpChunks * 16) +
@@ -173,6 +176,26 @@ void launch_shrink_kernel(ShrinkKernelParams<T> p, int64_t chunks, int64_t first
   p.rank_tiles = static_cast<unsigned>(rank_tiles);
   launch(&shrink_kernel<T, kParts, kRanks, kKeep>, make_grid(rank_tiles * p.ranges * chunks), Traits::kThreads, kShared,
          stream, p);
+}
+
+template <class T, int kParts>
+void launch_shrink(ShrinkParams<T> p, const TokenPassSplit& split, cudaStream_t stream) {
+  const int64_t ranks = p.factor.shape.ranks, rank_tiles = ceil_div(ranks, kRankTile);
+  const bool dropout = p.mask.threshold > 0;
+  p.features_per_range = split.features_per_range;
+  p.ranges = static_cast<unsigned>(split.ranges);
+  if (ranks <= kSmallRankTile) {
+    if (dropout) {
+      launch_shrink_kernel<T, kParts, kSmallRankTile, KeepBits::kDraw>(p, split.chunks, 0, 1, stream);
+    } else {
+      launch_shrink_kernel<T, kParts, kSmallRankTile, KeepBits::kNone>(p, split.chunks, 0, 1, stream);
+    }
+  } else if (dropout) {
+    launch_shrink_kernel<T, kParts, kRankTile, KeepBits::kDraw>(p, split.chunks, 0, 1, stream);
+    launch_shrink_kernel<T, kParts, kRankTile, KeepBits::kRead>(p, split.chunks, 1, rank_tiles - 1, stream);
+  } else {
+    launch_shrink_kernel<T, kParts, kRankTile, KeepBits::kNone>(p, split.chunks, 0, rank_tiles, stream);
+  }
 }
 
 }  // namespace lora_ext::cuda::mma

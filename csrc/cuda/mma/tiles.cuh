@@ -1,6 +1,6 @@
-// Tiles of 16-bit elements in shared memory: how they lie there, and how x or grad_y gets there.
+// Tiles of 16-bit elements in shared memory: their layout, and copying x or grad_y there.
 //
-// A row of a tile is a number of chunks of 16 bytes, the unit of ldmatrix. Chunks are permuted within 128 bytes so that
+// A row of a tile consists of chunks of 16 bytes, the unit of ldmatrix. Chunks are permuted within 128 bytes so that
 // the same chunk of eight consecutive rows lies in eight different groups of four banks: ldmatrix has no conflicts.
 #pragma once
 
@@ -16,7 +16,7 @@ namespace lora_ext::cuda::mma {
 
 constexpr int kChunk = 8;  // elements of a chunk
 
-// Index of a chunk in a tile of rows of kChunks chunks. Unsigned: divisions and remainders are shifts and masks.
+// Returns the index of a chunk in a tile whose rows have kChunks chunks. Unsigned: divisions are shifts and masks.
 template <int kChunks>
 __host__ __device__ constexpr unsigned chunk_index(unsigned row, unsigned chunk) {
   static_assert((kChunks & (kChunks - 1)) == 0, "the permutation is an exclusive or");
@@ -38,7 +38,7 @@ TokenMatrix<T> token_matrix(const void* data, int64_t rows, int64_t columns, int
   return {static_cast<const T*>(data), rows, columns, stride, in_chunks};
 }
 
-// The chunk at `from` of which `width` elements exist, one by one: for matrices that are not aligned.
+// Loads a chunk of which the first `width` elements exist, one by one: for matrices that are not aligned.
 template <class T>
 __device__ __forceinline__ uint4 gather_chunk(const T* from, int width) {
   static_assert(sizeof(T) == 2, "a chunk is 16 bytes");
@@ -52,14 +52,14 @@ __device__ __forceinline__ uint4 gather_chunk(const T* from, int width) {
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// How many of kCount rows or columns from `begin` on lie inside a matrix that has `end`.
+// Returns how many of the kCount rows or columns starting at `begin` lie before `end`.
 template <int kCount>
 __device__ __forceinline__ int inside(int64_t begin, int64_t end) {
-  const int64_t left = end - begin;
-  return left >= kCount ? kCount : left > 0 ? static_cast<int>(left) : 0;
+  const int64_t remaining = end - begin;
+  return remaining >= kCount ? kCount : remaining > 0 ? static_cast<int>(remaining) : 0;
 }
 
-// kThreads threads copy kRows x kColumns elements. A thread copies the same chunk of rows kRowStep apart.
+// Copies kRows x kColumns elements with kThreads threads. A thread copies the same chunk of rows kRowStep apart.
 template <int kRows, int kColumns, int kThreads>
 struct TileCopy {
   static constexpr unsigned kChunks = kColumns / kChunk, kRowStep = kThreads / kChunks, kCopies = kRows / kRowStep;
@@ -67,7 +67,7 @@ struct TileCopy {
   static_assert((kRowStep & (kRowStep - 1)) == 0,
                 "a row step changes bits of the row that the first row does not have");
 
-  // A thread's first chunk: where it lies in the tile, and its first element in the matrix beside the tile's.
+  // A thread's first chunk: its index in the tile, and the offset of its first element from the tile's in the matrix.
   static __device__ __forceinline__ unsigned first_chunk(unsigned thread) {
     return chunk_index<kChunks>(thread / kChunks, thread % kChunks);
   }
@@ -75,7 +75,7 @@ struct TileCopy {
     return thread / kChunks * stride + thread % kChunks * kChunk;
   }
 
-  // A tile that lies inside the matrix, whose chunks are aligned: almost every one. From and to the first chunk.
+  // Copies a tile inside the matrix, with aligned chunks: almost every tile. to, from: of the thread's first chunk.
   template <class T>
   static __device__ __forceinline__ void whole(uint32_t to, const T* from, int64_t stride) {
     constexpr uint32_t kBytes = kChunk * sizeof(T);
@@ -88,7 +88,7 @@ struct TileCopy {
     }
   }
 
-  // Any tile: what lies outside the matrix becomes zero.
+  // Copies any tile. Elements outside the matrix become zero.
   template <class T>
   static __device__ __forceinline__ void edge(uint4* tile, const TokenMatrix<T>& matrix, int64_t row0, int64_t column0,
                                               unsigned thread) {

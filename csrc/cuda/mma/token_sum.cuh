@@ -1,27 +1,28 @@
 // token_sum: the gradient of a factor, a sum over tokens.
 //
-//   partial [chunk, rank, features] = left [tokens of chunk, rank]^T @ (mask o x) [tokens of chunk, features]
+//   partial [chunk, rank, features] = small_operand [tokens of chunk, rank]^T @ (mask o x) [tokens of chunk, features]
 //
-// grad_lora_A (left = grad_xa, of all siblings, x = x, mask), and grad_lora_B^T (left = xa, x = grad_y) where it is not
-// made together with grad_xa. A block has 128 features, a warp 16 of them, and walks through the tokens of a chunk.
-// Every 64 ranks read x once; their blocks follow each other and find it in the second-level cache.
+// Computes grad_lora_A (small operand: grad_xa of all siblings; with a mask), and grad_lora_B^T (small operand: xa, x:
+// grad_y) if shrink_and_sum does not make it. A block has 128 features, a warp 16 of them, and walks through the tokens
+// of a chunk. Every 64 ranks read x once; their blocks follow each other and find x in the second-level cache.
 #pragma once
 
 #include "../launch.cuh"
-#include "feature_sums.cuh"
 #include "fragments.cuh"
 #include "keep_bits.cuh"
-#include "skinny_tile.cuh"
+#include "partial_sums.cuh"
+#include "small_operand.cuh"
 
 namespace lora_ext::cuda::mma {
 
+// launch_token_sum sets the members after `out`.
 template <class T>
-struct TokenSumKernelParams {
-  TokenMatrix<T> x;     // [num_tokens, features]
-  SkinnyMatrix left;    // [num_tokens, rank]
-  const uint8_t* mask;  // [num_tokens, mask_row_bytes]; null: everything is kept
+struct TokenSumParams {
+  TokenMatrix<T> x;            // [num_tokens, features]
+  SmallOperand small_operand;  // [num_tokens, rank]
+  const uint8_t* mask;         // [num_tokens, mask_row_bytes]; null: everything is kept
   int64_t mask_row_bytes;
-  FeatureSumsTarget out;
+  FeaturePartials out;
   int64_t tokens_per_chunk;
   unsigned ranges, rank_tiles;
 };
@@ -31,24 +32,25 @@ struct TokenSumTraits {
   static constexpr int kThreads = 256, kWarps = kThreads / 32;
   static constexpr int kTokens = static_cast<int>(kSumTokens), kFeatures = static_cast<int>(kSumFeatures);
   static constexpr int kRowChunks = kFeatures / kChunk, kChunks = kTokens * kRowChunks;  // of a tile of x
-  using Left = SkinnyTiles<kParts, kTokens, kRanks, kThreads>;
-  // Keep bits of a warp's 16 features, a number for every token; rows 16 bytes apart in banks, for the writers' sake.
+  using SmallTiles = SmallOperandTiles<kParts, kTokens, kRanks, kThreads>;
+  // Keep bits of a warp's 16 features, one number per token. Rows start 16 bytes apart in banks: writes do not
+  // conflict.
   static constexpr int kKeepPitch = kTokens + 8, kKeepWords = kWarps * kKeepPitch;
-  static constexpr int kStages = std::min(4, (97 * 1024 / 16 - 2 * Left::kChunks) / kChunks);
+  static constexpr int kStages = std::min(4, (97 * 1024 / 16 - 2 * SmallTiles::kChunks) / kChunks);
   static_assert(kFeatures == 16 * kWarps, "a warp has the columns of two right operands");
   static_assert(kTokens * kFeatures / 32 == kThreads, "a thread has one word of keep bits");
 };
 
 template <class T, int kParts, int kRanks, bool kMasked>
 __global__ void __launch_bounds__(TokenSumTraits<kParts, kRanks>::kThreads, 2)
-    token_sum_kernel(const __grid_constant__ TokenSumKernelParams<T> p) {
+    token_sum_kernel(const __grid_constant__ TokenSumParams<T> p) {
   using Traits = TokenSumTraits<kParts, kRanks>;
-  using Left = typename Traits::Left;
+  using SmallTiles = typename Traits::SmallTiles;
   constexpr int kTokens = Traits::kTokens, kFeatures = Traits::kFeatures, kStages = Traits::kStages;
   constexpr int kRowChunks = Traits::kRowChunks;
   SharedMemory shared;
   uint4* x_tiles = shared.take<uint4>(kStages * Traits::kChunks, "x_tiles");
-  uint4* left_tiles = shared.take<uint4>(2 * Left::kChunks, "left_tiles");
+  uint4* small_tiles = shared.take<uint4>(2 * SmallTiles::kChunks, "small_tiles");
   uint16_t* keep_tiles = shared.take<uint16_t>(kMasked ? 2 * Traits::kKeepWords : 0, "keep_tiles");
 
   const unsigned thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -77,13 +79,13 @@ __global__ void __launch_bounds__(TokenSumTraits<kParts, kRanks>::kThreads, 2)
     ptx::cp_async_commit();
   };
 
-  // Of the tile's keep bits a thread has 32 features of a token.
-  Left left(p.left, begin, rank0, thread);
+  // A thread has the keep bits of 32 features of a token.
+  SmallTiles small_operand(p.small_operand, begin, rank0, thread);
   const int64_t keep_byte = feature0 / 8 + thread % 4 * 4;
   const uint8_t* keep_from = kMasked ? p.mask + ((begin + thread / 4) * p.mask_row_bytes + keep_byte) : nullptr;
   uint32_t keep_word = 0;
   auto fetch = [&](int step) {
-    left.fetch();
+    small_operand.fetch();
     if constexpr (kMasked) {
       const bool inside = static_cast<int>(thread / 4) < tokens - step * kTokens && keep_byte < p.mask_row_bytes;
       keep_word = inside ? *reinterpret_cast<const uint32_t*>(keep_from) : 0u;
@@ -91,7 +93,7 @@ __global__ void __launch_bounds__(TokenSumTraits<kParts, kRanks>::kThreads, 2)
     }
   };
   auto store = [&](int step) {
-    left.store(left_tiles + step % 2 * Left::kChunks);
+    small_operand.store(small_tiles + step % 2 * SmallTiles::kChunks);
     if constexpr (kMasked) {
       uint16_t* keep = keep_tiles + step % 2 * Traits::kKeepWords + thread % 4 * 2 * Traits::kKeepPitch + thread / 4;
       keep[0] = static_cast<uint16_t>(keep_word);
@@ -105,12 +107,13 @@ __global__ void __launch_bounds__(TokenSumTraits<kParts, kRanks>::kThreads, 2)
   float sums[kRanks / 16][2][4] = {};  // [16 ranks, 8 features] each
   for (int step = 0; step < steps; ++step) {
     ptx::cp_async_wait<kStages - 2>();
-    __syncthreads();  // the tiles of this step are complete, and nobody reads those of the last step any more
+    __syncthreads();  // this step's tiles are complete, the last step's tiles are free
     copy(step + kStages - 1);
     if (step + 1 < steps) fetch(step + 1);
     const uint32_t x_address =
         operand_at<kRowChunks>(left_address<kRowChunks>(x_tiles + step % kStages * Traits::kChunks, lane), 0, 2 * warp);
-    const uint32_t left_operand = right_address<Left::kRowChunks>(left_tiles + step % 2 * Left::kChunks, lane);
+    const uint32_t small_address =
+        right_address<SmallTiles::kRowChunks>(small_tiles + step % 2 * SmallTiles::kChunks, lane);
 #pragma unroll
     for (int k = 0; k < kTokens / 16; ++k) {
       uint32_t x[4], x_parts[kTokenParts<T>][4];
@@ -128,7 +131,7 @@ __global__ void __launch_bounds__(TokenSumTraits<kParts, kRanks>::kThreads, 2)
             sums[group],
             [&](int j, uint32_t (&a)[4]) {
               const unsigned row = j * kTokens + 16 * k;  // of all parts
-              ptx::ldmatrix_x4_transposed(a, operand_at<Left::kRowChunks>(left_operand, row, 2 * group));
+              ptx::ldmatrix_x4_transposed(a, operand_at<SmallTiles::kRowChunks>(small_address, row, 2 * group));
             },
             [&](int i, const uint32_t (&a)[4], float (&into)[2][4]) {
               ptx::mma_bf16(into[0], a, x_parts[i][0], x_parts[i][1]);
@@ -152,13 +155,25 @@ __global__ void __launch_bounds__(TokenSumTraits<kParts, kRanks>::kThreads, 2)
 }
 
 template <class T, int kParts, int kRanks>
-void launch_token_sum_kernel(const TokenSumKernelParams<T>& p, int64_t chunks, cudaStream_t stream) {
+void launch_token_sum_kernel(const TokenSumParams<T>& p, int64_t chunks, cudaStream_t stream) {
   using Traits = TokenSumTraits<kParts, kRanks>;
   constexpr uint32_t kTiles =
-      shared_bytes_of(Traits::kStages * Traits::kChunks * 16) + shared_bytes_of(2 * Traits::Left::kChunks * 16);
+      shared_bytes_of(Traits::kStages * Traits::kChunks * 16) + shared_bytes_of(2 * Traits::SmallTiles::kChunks * 16);
   const uint32_t keep = p.mask ? shared_bytes_of(2 * Traits::kKeepWords * 2) : 0;
   launch(p.mask ? &token_sum_kernel<T, kParts, kRanks, true> : &token_sum_kernel<T, kParts, kRanks, false>,
          make_grid(static_cast<int64_t>(p.rank_tiles) * p.ranges * chunks), Traits::kThreads, kTiles + keep, stream, p);
+}
+
+template <class T, int kParts>
+void launch_token_sum(TokenSumParams<T> p, const TokenPassSplit& split, cudaStream_t stream) {
+  p.tokens_per_chunk = split.tokens_per_chunk;
+  p.ranges = static_cast<unsigned>(split.ranges);
+  p.rank_tiles = static_cast<unsigned>(ceil_div(p.out.rank, kRankTile));
+  if (p.out.rank <= kSmallRankTile) {
+    launch_token_sum_kernel<T, kParts, kSmallRankTile>(p, split.chunks, stream);
+  } else {
+    launch_token_sum_kernel<T, kParts, kRankTile>(p, split.chunks, stream);
+  }
 }
 
 }  // namespace lora_ext::cuda::mma

@@ -1,9 +1,9 @@
-// A small tensor-core product in the manner of csrc/cuda/mma, for tests/simt/mutate.py to plant bugs in. It is compiled
-// once as it is and once per planted bug, each time in a namespace of its own (MUTANT) with a function run_<MUTANT>.
+// A small tensor-core product in the style of csrc/cuda/mma, in which tests/simt/mutate.py plants bugs. It is compiled
+// once without a bug and once per bug, each time in a separate namespace (MUTANT) with a function run_<MUTANT>.
 //
 //   out [rows, 8] = x [rows, cols] @ w [8, cols]^T, and the number of positive elements of out
 //
-// cp.async pipeline, ldmatrix, mma, results staged through shared memory for 16-byte stores, shuffles, an atomic.
+// Uses a cp.async pipeline, ldmatrix, mma, shared memory for 16-byte stores, shuffles, and an atomic.
 #include <cstdint>
 
 #include "csrc/cuda/launch.cuh"
@@ -31,7 +31,7 @@ constexpr int kCopy = 8;  // elements of a cp.async
 constexpr uint32_t kSharedBytes = shared_bytes_of(kStages * kBlockM * kBlockK * sizeof(uint16_t)) +
                                   shared_bytes_of(kStages * kBlockN * kBlockK * sizeof(uint16_t));
 
-// A tile [kRows, kBlockK] into shared memory, zero outside of the matrix.
+// Copies a tile [kRows, kBlockK] into shared memory. Elements outside the matrix become zero.
 template <int kRows>
 __device__ __forceinline__ void fetch_tile(uint16_t* tile, const uint16_t* matrix, int row0, int rows, int col0,
                                            int cols, int stride) {
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads) product_kernel(const __grid_constant
   for (int tile = 0; tile < kStages - 1; ++tile) fetch(tile);
   for (int tile = 0; tile < tiles; ++tile) {
     ptx::cp_async_wait<kStages - 2>();
-    __syncthreads();  // everybody's copies have landed, and nobody reads the slot that is filled next
+    __syncthreads();  // all copies of this tile are complete, the slot to fill next is free
     fetch(tile + kStages - 1);
     const uint16_t* x = x_tiles + tile % kStages * kBlockM * kBlockK;
     const uint16_t* w = w_tiles + tile % kStages * kBlockN * kBlockK;

@@ -21,11 +21,11 @@ const char* verb(AccessKind kind) {
   return kind == AccessKind::kRead ? "read" : kind == AccessKind::kWrite ? "write" : "atomic operation";
 }
 
-// `name` is that of the first byte with a problem.
+// name: describes the first byte with a problem.
 [[noreturn]] void fail_access(const Verdict& verdict, size_t bytes, const Access& access, const std::string& memory,
                               const std::string& name) {
   const std::string what = format("%s of %zu bytes at %s", verb(access.kind), bytes, name.c_str());
-  const std::string unordered = ", with nothing that orders the two";
+  const std::string unordered = ", and nothing orders the two";
   const auto fail_with = [&](const std::string& kind, const std::string& text) {
     fail_about(access.thread, kind.c_str(), access.place, text);
   };
@@ -36,9 +36,9 @@ const char* verb(AccessKind kind) {
     case Problem::kNone: break;
     case Problem::kOutOfBounds: fail_with("out-of-bounds-" + memory, what); break;
     case Problem::kNotWaited:
-      fail_with("async-copy-not-waited", what + ", where the cp.async by " + other() + " may be in flight");
+      fail_with("async-copy-not-waited", what + ", into which a cp.async by " + other() + " may be in flight");
       break;
-    case Problem::kUninitialised: fail_with("uninitialised-read", what + ", where nothing was written"); break;
+    case Problem::kUninitialised: fail_with("uninitialised-read", what + ", which nothing has written"); break;
     case Problem::kReadAfterWrite: fail_with("race-" + memory, what + ", written by " + other() + unordered); break;
     case Problem::kWriteAfterWrite:
       fail_with("race-" + memory, what + ", also written by " + other() + unordered);
@@ -67,7 +67,7 @@ std::string describe_thread(uint32_t block, int thread) {
 
 void check_alignment(const void* address, size_t alignment, const char* what, uint32_t place) {
   if (reinterpret_cast<uintptr_t>(address) % alignment == 0) return;
-  fail("misaligned", place, format("%s at %p, which is no multiple of %zu", what, address, alignment));
+  fail("misaligned", place, format("%s at %p, which is not a multiple of %zu", what, address, alignment));
 }
 
 void access_memory(const void* pointer, size_t bytes, AccessKind kind, uint32_t place, int thread) {
@@ -94,7 +94,7 @@ void access_memory(const void* pointer, size_t bytes, AccessKind kind, uint32_t 
   }
   const char* byte = reinterpret_cast<const char*>(address);
   if (kind == AccessKind::kRead && byte >= this_module().image_begin && byte + bytes <= this_module().image_end) {
-    return;  // a constant, or threadIdx and its like
+    return;  // a constant, or threadIdx and similar variables
   }
   fail("wild-access", place,
        format("%s of %zu bytes at %p, which is neither global nor shared memory nor the thread's own stack", verb(kind),

@@ -1,4 +1,4 @@
-// One checked access to memory: finds out which memory an address belongs to, and checks every byte.
+// Checks accesses to memory: finds the memory that an address belongs to, and checks every byte.
 #pragma once
 
 #include <cstddef>
@@ -15,13 +15,13 @@ struct ShadowedRange {
   Cell* cells;  // null: not in this memory
 };
 
-// Whether accesses that nothing orders are reported. Others are in any case.
+// Whether races are reported. Other problems always are.
 extern bool races_matter;
 
-// On behalf of the running thread (or of `thread`, where a warp acts together).
+// Checks an access by the running thread, or by `thread` if a warp acts together.
 void access_memory(const void* address, size_t bytes, AccessKind kind, uint32_t place, int thread = -1);
 
-// An access to shared memory through the 32-bit address that PTX instructions take.
+// Checks an access to shared memory through the 32-bit address of PTX instructions.
 void access_shared(uint32_t address, size_t bytes, AccessKind kind, uint32_t place, int thread);
 
 void check_alignment(const void* address, size_t alignment, const char* what, uint32_t place);

@@ -1,4 +1,4 @@
-// What Python calls.
+// The functions that Python calls.
 #include <cstdint>
 #include <cstring>
 

@@ -1,5 +1,5 @@
-// cp.async: checked when it is issued, carried out when its group is waited for. In between its destination holds
-// rubbish and is marked, so that whoever touches it is caught, the thread that issued it included.
+// cp.async: checked when it is issued, executed when a thread waits for its group. In between, its destination holds
+// garbage and is marked, so that any access to it is reported, even by the thread that issued the copy.
 #include "async_copy.h"
 
 #include <cstring>
@@ -27,7 +27,7 @@ void finish(const AsyncCopy& copy) {
 void async_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t size) {
   const uint32_t place = place_of(__builtin_return_address(0));
   if (to % size != 0) {
-    fail("misaligned", place, format("cp.async to shared address %#x, which is no multiple of %u", to, size));
+    fail("misaligned", place, format("cp.async to shared address %#x, which is not a multiple of %u", to, size));
   }
   if (bytes > size) fail("undefined-behaviour", place, format("cp.async of %u bytes, at most %u", bytes, size));
   check_alignment(from, size, "cp.async", place);

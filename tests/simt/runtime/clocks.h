@@ -1,9 +1,9 @@
-// Which of two accesses happened before the other. Two things order threads of a block: __syncthreads all of them,
-// __syncwarp the lanes in its mask. Shuffles, votes, ldmatrix and mma order nothing, and blocks are never ordered.
+// Decides which of two accesses happened before the other. __syncthreads orders all threads of a block, __syncwarp the
+// lanes in its mask. Shuffles, votes, ldmatrix and mma order nothing, and blocks are never ordered.
 //
-// This is the vector-clock algorithm cut down to these two. `time_` counts synchronisations of any kind; an access is
-// stamped with the time of its thread's last one. What is older than the last __syncthreads is ordered before
-// everything now; within a warp a thread remembers up to which stamp of each other lane it has synchronised.
+// This is the vector-clock algorithm, reduced to these two. `time_` counts synchronisations of any kind; an access is
+// stamped with the time of its thread's last synchronisation. Accesses older than the last __syncthreads are ordered
+// before all later ones. Within a warp a thread remembers, for every other lane, the stamp up to which it synchronised.
 #pragma once
 
 #include <algorithm>
@@ -46,7 +46,7 @@ class Clocks {
 
   bool in_this_phase(uint32_t stamp) const { return stamp >= phase_start_; }
 
-  // Whether what `thread` did at `stamp` happened before what `observer`, of the same block, does now.
+  // Returns whether the access of `thread` at `stamp` happened before the present access of `observer`, in one block.
   bool ordered(int observer, int thread, uint32_t stamp) const {
     if (thread == observer || stamp < phase_start_) return true;
     return thread / 32 == observer / 32 && stamp <= seen_[observer].stamp[thread % 32];

@@ -1,5 +1,5 @@
-// What the stand-in's headers ask of the runtime: the operations of a CUDA thread. A site is a place in the kernel's
-// source, file and line of the call: threads that meet must have come to the same one.
+// The runtime's interface for the stand-in's headers: the operations of a CUDA thread. A site is the file and line of a
+// call in the kernel's source. Threads that meet must be at the same site.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +12,7 @@ struct Site {
   int line;
 };
 
-// The kernel as the runtime calls it for every thread.
+// A kernel, which the runtime calls for every thread.
 struct Launch {
   const void* kernel;  // for its name
   void (*run)(const void* closure);
@@ -31,18 +31,18 @@ void launch(const Launch& launch, const LaunchShape& shape);
 void sync_threads(Site site);
 void sync_warp(uint32_t mask, Site site);
 uint32_t ballot(uint32_t mask, bool predicate, Site site);
-// The value of lane source_lane; source_lane < 0: the lane's own.
+// Returns the value of lane source_lane, or this lane's value if source_lane < 0.
 uint64_t shuffle(uint32_t mask, uint64_t value, int source_lane, const char* name, Site site);
 int lane_index();
 
-// Checks an atomic operation on memory that the caller then carries out.
+// Checks an atomic operation, which the caller then executes.
 void check_atomic(const void* address, size_t bytes);
 
 // Dynamic shared memory.
 void* take_shared(size_t index, size_t bytes, size_t reserved_bytes, const char* name);
 uint32_t shared_address(const void* pointer);
 
-// cp.async of `size` bytes, `bytes` of them read and the rest zero.
+// cp.async of `size` bytes: the first `bytes` are read, the others become zero.
 void async_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t size);
 void async_commit();
 void async_wait(int pending);

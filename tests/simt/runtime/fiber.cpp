@@ -7,9 +7,9 @@
 namespace simt {
 namespace {
 
-// Rubbish for what a thread reads of its stack before it wrote it: bytes of all ones are NaN in every float type.
+// Garbage that a thread reads from its stack before writing it: bytes of all ones are NaN in every float type.
 constexpr int kStackPoison = 0xFF;
-constexpr size_t kPoisonedBytes = 8 << 10;  // the part nearest to the top, where a kernel's variables lie
+constexpr size_t kPoisonedBytes = 8 << 10;  // next to the top, where a kernel's variables are
 
 uint8_t* map_stack(size_t guard_bytes, size_t bytes) {
   void* memory =
@@ -41,8 +41,8 @@ void Fiber::suspend() { swapcontext(&context_, &scheduler_context); }
 
 #else
 
-// Saves the callee-saved registers and the stack pointer, and goes on where `to` was saved. ucontext would make a
-// system call for the signal mask each time.
+// Saves the callee-saved registers and the stack pointer, and continues where `to` was saved. ucontext would make a
+// system call for the signal mask every time.
 extern "C" void simt_switch_stack(void** save, void* to);
 asm(R"(
   .text
@@ -73,8 +73,8 @@ void* scheduler_stack_pointer;
 void Fiber::prepare(void (*entry)()) {
   if (!stack_) stack_ = map_stack(kGuardBytes, kStackBytes);
   memset(stack_ + kStackBytes - kPoisonedBytes, kStackPoison, kPoisonedBytes);
-  // What simt_switch_stack pops: six registers and the address to return to. Above it the return address of entry,
-  // which makes the stack pointer 8 modulo 16, as at the begin of any function.
+  // simt_switch_stack pops six registers and a return address. Above them is the return address of entry; it makes the
+  // stack pointer 8 modulo 16, as at the start of any function.
   void** top = reinterpret_cast<void**>(stack_ + kStackBytes - 64);
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(entry);

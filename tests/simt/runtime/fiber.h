@@ -1,4 +1,4 @@
-// A fiber: a stack of its own and a place to go on from. The scheduler resumes fibers one at a time.
+// A fiber: a stack, and the place where execution continues. The scheduler resumes fibers one at a time.
 #pragma once
 
 #include <cstddef>
@@ -13,11 +13,11 @@ namespace simt {
 
 class Fiber {
  public:
-  // The next resume() calls entry() on an empty stack; entry never returns but suspends for good.
+  // The next resume() calls entry() on an empty stack. entry never returns: at its end it suspends the fiber.
   void prepare(void (*entry)());
 
-  void resume();   // by the scheduler: runs the fiber until it suspends
-  void suspend();  // by the fiber: back to the scheduler
+  void resume();   // called by the scheduler: runs the fiber until it suspends
+  void suspend();  // called by the fiber: returns to the scheduler
 
   bool owns(const void* address) const {
     return static_cast<const uint8_t*>(address) >= stack_ &&

@@ -36,7 +36,7 @@ uint8_t* GlobalMemory::allocate(size_t bytes, size_t alignment, size_t offset, c
 
 void GlobalMemory::free_all() {
   for (const Buffer& buffer : buffers_) {
-    // Gives the pages back; the next buffer there is filled anew.
+    // Returns the pages to the system; allocate() fills the next buffer there again.
     const uintptr_t page = 4096, begin = (reinterpret_cast<uintptr_t>(buffer.begin) + page - 1) / page * page;
     const uintptr_t end = reinterpret_cast<uintptr_t>(buffer.begin + buffer.bytes) / page * page;
     if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
@@ -74,7 +74,7 @@ Cell* GlobalMemory::cells_of(const uint8_t* address, size_t bytes) const {
 
 std::string GlobalMemory::describe(const uint8_t* address) const {
   const Buffer* buffer = buffer_before(address);
-  // An address before a buffer is nearer to that one than to the end of the buffer before.
+  // An address may be closer to the start of the next buffer than to the end of this one.
   const Buffer* next = buffer ? buffer + 1 : buffers_.data();
   const bool has_next = next < buffers_.data() + buffers_.size();
   if (!buffer || (has_next && next->begin - address < address - (buffer->begin + buffer->bytes))) buffer = next;

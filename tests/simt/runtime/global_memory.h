@@ -1,4 +1,4 @@
-// Global memory: every buffer lies in one arena, megabytes apart, so that an access past its end finds nothing.
+// Global memory: all buffers lie in one arena, megabytes apart, so that an access past the end of one hits no other.
 #pragma once
 
 #include <cstddef>
@@ -13,19 +13,19 @@ namespace simt {
 
 class GlobalMemory {
  public:
-  // The address is an odd multiple of `alignment` plus `offset`, so that no buffer is better aligned than its owner
-  // asked for. Filled with 0xFF (NaN in every float type), not initialised, and live throughout.
+  // Returns an odd multiple of `alignment` plus `offset`, so that no buffer has a better alignment than requested. All
+  // bytes are 0xFF (NaN in every float type), live, and not initialised.
   uint8_t* allocate(size_t bytes, size_t alignment, size_t offset, const char* name);
   void free_all();
 
-  // Copies from the host: those bytes become initialised.
+  // Copies from the host. The bytes become initialised.
   void write(uint8_t* to, const void* from, size_t bytes);
 
-  // The first byte of [address, address + bytes) that nobody wrote, as an offset; -1 when there is none.
+  // Returns the offset of the first byte of [address, address + bytes) that was never written, or -1.
   int64_t first_uninitialised(const uint8_t* address, size_t bytes) const;
 
   bool contains(const uint8_t* address) const { return arena_ && address >= arena_ && address < arena_ + kArenaBytes; }
-  // The cells of an access; null when some of its bytes lie outside of the buffer that the first byte is in.
+  // Returns the cells of an access; null if some bytes lie outside the buffer of the first byte.
   Cell* cells_of(const uint8_t* address, size_t bytes) const;
   std::string describe(const uint8_t* address) const;  // "x + 12 (of 64 bytes)"
 
@@ -40,11 +40,11 @@ class GlobalMemory {
     std::unique_ptr<Cell[]> cells;
   };
 
-  const Buffer* buffer_before(const uint8_t* address) const;  // the last that begins at or before the address
+  const Buffer* buffer_before(const uint8_t* address) const;  // the last one that begins at or before the address
 
   uint8_t* arena_ = nullptr;
   size_t used_ = 0;
-  std::vector<Buffer> buffers_;  // by address
+  std::vector<Buffer> buffers_;  // in the order of addresses
 };
 
 GlobalMemory& global_memory();

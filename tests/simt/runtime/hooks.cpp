@@ -1,6 +1,6 @@
-// The functions that the compiler calls in instrumented code: before every load and store (-fsanitize=thread) and where
-// behaviour is undefined (-fsanitize=alignment,bounds-strict,shift,integer-divide-by-zero). The sanitizers' own runtime
-// libraries are not linked; these take their places.
+// The functions that the compiler calls in instrumented code: before every load and store (-fsanitize=thread) and at
+// undefined behaviour (-fsanitize=alignment,bounds-strict,shift,integer-divide-by-zero). They replace the sanitizers'
+// runtime libraries, which are not linked.
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -12,7 +12,7 @@
 
 extern "C" {
 
-// 16 bytes may be a struct of two 8-byte numbers; types aligned to 16 have the check of -fsanitize=alignment.
+// 16 bytes may be a struct of two 8-byte numbers; -fsanitize=alignment checks types aligned to 16 bytes.
 #define ACCESS_HOOKS(bytes)                                                 \
   void __tsan_read##bytes(void* address) {                                  \
     simt::check_alignment(address, bytes < 8 ? bytes : 8, "read", CALLER);  \
@@ -46,7 +46,7 @@ void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 
-// Kernels are compiled to call these for memcpy and its like (simt_builtins.h), which the compiler also uses for large
+// Kernels call these instead of memcpy, memmove and memset (simt_builtins.h), which the compiler also uses for large
 // structs.
 void* simt_memcpy(void* to, const void* from, size_t bytes) {
   simt::access_memory(from, bytes, simt::AccessKind::kRead, CALLER);
@@ -63,14 +63,15 @@ void* simt_memset(void* to, int value, size_t bytes) {
   return memset(to, value, bytes);
 }
 
-// Every handler's data begins with the place in the source, which the return address tells as well.
+// The handlers ignore their data, which begins with the place in the source: the return address gives it as well.
 #define UNDEFINED(handler, text) \
   void __ubsan_handle_##handler(void*, void*, void*) { simt::fail("undefined-behaviour", CALLER, text); }
-UNDEFINED(out_of_bounds, "index outside of the array")
+UNDEFINED(out_of_bounds, "index outside the array")
 UNDEFINED(shift_out_of_bounds, "shift by a negative number or by the type's width or more")
 UNDEFINED(divrem_overflow, "division by zero")
 void __ubsan_handle_type_mismatch_v1(void*, void* address) {
-  simt::fail("misaligned", CALLER, simt::format("access at %p, which its type's alignment does not divide", address));
+  simt::fail("misaligned", CALLER,
+             simt::format("access at %p, which is not a multiple of its type's alignment", address));
 }
 
 }  // extern "C"

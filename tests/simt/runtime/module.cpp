@@ -13,7 +13,7 @@
 namespace simt {
 namespace {
 
-// The C library allocates a thread's copy of the block when one of its variables is first touched.
+// The C library allocates a thread's copy of the block at the first access to one of its variables.
 thread_local volatile char touched = 1;
 
 std::string demangle(const std::string& mangled) {

@@ -1,5 +1,5 @@
-// What the library knows about itself from its ELF symbols: the names of kernels, and the __shared__ variables of each,
-// which the stand-in turns into thread-local variables.
+// Reads the library's ELF symbols: the names of kernels and their __shared__ variables, which the stand-in turns into
+// thread-local variables.
 #pragma once
 
 #include <cstddef>
@@ -24,7 +24,7 @@ struct Module {
   std::string path;
 
   FunctionSymbol function_at(const void* address) const;
-  // Those declared in the body of this function.
+  // Returns the variables declared in the body of this function.
   std::vector<SharedVariable> shared_variables_of(const FunctionSymbol& function) const;
 
   struct Symbol {

@@ -1,5 +1,5 @@
-// What a run found. The first report of a launch ends it, and the launches after it do not run, as after an error in
-// a CUDA stream.
+// The reports of a run. The first report of a launch ends it, and later launches do not run, as after an error in a
+// CUDA stream.
 #pragma once
 
 #include <cstdint>
@@ -10,10 +10,10 @@ namespace simt {
 
 struct Report {
   std::string kind;
-  std::string text;    // "{pc:1f3a}" stands for a place in the source: an offset into the library, found by the reader
-  std::string kernel;  // demangled; empty when host code was running
+  std::string text;    // "{pc:1f3a}" is a place in the source, an offset into the library; driver.py looks it up
+  std::string kernel;  // demangled; empty for host code
   uint32_t block[3] = {}, thread[3] = {};
-  uint64_t place = 0;  // of the thread's own access or call: an offset into the library
+  uint64_t place = 0;  // of the thread's access or call: an offset into the library
 };
 
 std::vector<Report>& reports();
@@ -22,13 +22,13 @@ std::vector<Report>& reports();
 uint32_t place_of(const void* return_address);
 std::string placeholder(uint32_t place);
 
-// Records a report about the thread that runs, or about host code when none does.
+// Records a report about the running thread, or about host code if no thread runs.
 void report(const char* kind, uint32_t place, const std::string& text);
 
-// Records a report about a thread of the running block: what it does in a warp, another may carry out for it.
+// Records a report about a thread of the running block: another thread may execute its part of a warp operation.
 void report_about(int thread, const char* kind, uint32_t place, const std::string& text);
 
-// The same two, and the launch is abandoned. fail returns in host code only.
+// The same two functions, which also abandon the launch. fail returns in host code only.
 void fail(const char* kind, uint32_t place, const std::string& text);
 [[noreturn]] void fail_about(int thread, const char* kind, uint32_t place, const std::string& text);
 

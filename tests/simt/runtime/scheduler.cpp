@@ -14,7 +14,7 @@
 #include "shared_memory.h"
 #include "warp.h"
 
-// The variables that kernels know as const: set whenever a thread is resumed.
+// Kernels see these variables as const. They are set whenever a thread is resumed.
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
@@ -25,7 +25,7 @@ Clocks clocks;
 
 namespace {
 
-// What every GPU since sm_80 can run.
+// The limits of every GPU since sm_80.
 constexpr int kMaxThreads = 1024;
 constexpr uint32_t kMaxSharedBytes = 99 << 10;
 constexpr unsigned kMaxGridYZ = 65535;
@@ -42,7 +42,7 @@ struct Running {
 };
 Running* running = nullptr;
 
-// Never freed: fibers of an abandoned launch are simply prepared again.
+// Never freed: fibers of an abandoned launch are prepared again.
 std::vector<std::unique_ptr<Thread>> threads;
 
 struct BlockBarrier {
@@ -65,8 +65,7 @@ void resume(Thread& thread) {
   current_thread = nullptr;
 }
 
-// A pass over the warps, each in its turn running until it waits or, in a shuffled schedule, for a few rounds. Returns
-// whether any thread ran.
+// Runs every warp until it waits or, in a shuffled schedule, for a few rounds. Returns whether any thread ran.
 bool run_ready_threads(std::vector<int>& warps, std::vector<int>& lanes) {
   bool any = false;
   if (schedule_seed) std::shuffle(warps.begin(), warps.end(), random_number);
@@ -87,19 +86,19 @@ bool run_ready_threads(std::vector<int>& warps, std::vector<int>& lanes) {
   return any;
 }
 
-// Nobody can go on: some threads wait for others that wait elsewhere or have exited. The first that waits in a warp's
-// operation is named, or else the first at the barrier: what keeps a warp from the barrier is in the warp.
+// Reports a deadlock: some threads wait for others that wait elsewhere or have exited. Names the first thread that
+// waits in a warp operation, which keeps its warp from the barrier; otherwise the first at the barrier.
 void report_deadlock() {
   std::map<std::string, std::vector<int>> groups;
   int in_warp = -1, at_barrier = -1;
-  for (int i = running->state.num_threads - 1; i >= 0; --i) {  // so that the first is found last
+  for (int i = running->state.num_threads - 1; i >= 0; --i) {  // backwards: the first thread is the last one found
     const Thread& thread = *threads[i];
     const bool waits = thread.state == Thread::State::kWaiting;
     groups[waits ? std::string("wait in ") + thread.waits_in + " at " + placeholder(thread.wait_place) : "have exited"]
         .push_back(i);
     if (waits) (thread.waits_in == kSyncThreads ? at_barrier : in_warp) = i;
   }
-  std::string text = "the block cannot go on:";
+  std::string text = "the block cannot continue:";
   for (const auto& [where, indices] : groups) {
     text += format(" %zu threads (the first is %d) ", indices.size(), indices.back()) + where + ";";
   }
@@ -200,7 +199,7 @@ void sync_threads(Site site) {
   const uint32_t place = place_of(__builtin_return_address(0));
   if (barrier.arrived > 0 && !same_site(barrier.site, site)) {
     fail("divergent-barrier", place,
-         format("in __syncthreads at %s:%d, while %d threads wait in that at %s:%d", site.file, site.line,
+         format("in __syncthreads at %s:%d, while %d threads wait in the one at %s:%d", site.file, site.line,
                 barrier.arrived, barrier.site.file, barrier.site.line));
   }
   barrier.site = site;

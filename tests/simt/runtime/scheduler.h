@@ -1,4 +1,4 @@
-// Runs a launch: block after block, the threads of a block as fibers, in an order that the seed decides.
+// Runs a launch, block after block. The threads of a block are fibers; the seed decides their order.
 #pragma once
 
 #include <vector_types.h>
@@ -12,7 +12,7 @@
 
 namespace simt {
 
-// A cp.async that was issued and not waited for. async_copy.cpp explains.
+// A cp.async that was issued and not waited for (async_copy.cpp).
 struct AsyncCopy {
   uint8_t* to;
   const uint8_t* from;
@@ -25,7 +25,7 @@ struct Thread {
   int index = 0;  // linear, in the block
   State state = State::kReady;
   Fiber fiber;
-  // What it waits in.
+  // The operation that it waits in.
   const char* waits_in = "";
   Site wait_site{};
   uint32_t wait_place = 0;
@@ -39,7 +39,7 @@ struct LaunchState {
   dim3 grid;
   int num_threads;
   uint32_t block = 0;  // linear
-  // Which launch, and which block of which launch, this is: shadow cells of another one are stale.
+  // The number of this launch, and of this block over all launches. Shadow cells of another number are stale.
   uint32_t launch_generation = 0, block_generation = 0;
 
   uint3 block_index_of(uint32_t linear) const {
@@ -49,18 +49,18 @@ struct LaunchState {
   uint3 thread_index(int thread) const { return {static_cast<unsigned>(thread), 0, 0}; }
 };
 
-extern Thread* current_thread;        // null: host code runs
-const LaunchState* current_launch();  // null outside of a launch
+extern Thread* current_thread;        // null while host code runs
+const LaunchState* current_launch();  // null outside a launch
 Thread& thread_at(int index);
 
-// 0: warps and lanes in order. Any other number: blocks, warps and lanes shuffled, and warps that run ahead of others.
+// 0: warps and lanes in order. Any other number: blocks, warps and lanes shuffled, and some warps run ahead of others.
 void set_schedule(uint64_t seed);
 
-// Gives way to other threads until somebody makes this one ready again.
+// Runs other threads until one of them makes this thread ready again.
 void wait_in(const char* what, Site site, uint32_t place);
 void make_ready(int thread);
 
-// Called by the last to arrive where threads meet: in order the first thread goes on first, shuffled anyone.
+// Called by the last thread that arrives where threads meet. In order, the first thread continues first; shuffled, any.
 void let_others_go_first();
 
 [[noreturn]] void abandon_launch();

@@ -11,7 +11,7 @@ bool ordered_before(const Access& now, uint32_t block, int thread, uint32_t stam
   return block == now.block && clocks.ordered(now.thread, thread, stamp);
 }
 
-// An unordered read that a write conflicts with.
+// Finds an unordered read that conflicts with a write.
 Verdict find_unordered_read(const Cell& cell, const Access& access) {
   if (cell.first_lanes != 0) {
     const bool same_block = cell.first_block == access.block;
@@ -48,7 +48,7 @@ void remember_read(Cell& cell, const Access& access) {
     return;
   }
   if (first_known && cell.first_stamp != now) {
-    // Lanes whose read is ordered before this one can be forgotten: who comes after this one comes after them.
+    // Forgets lanes whose read is ordered before this one: later accesses ordered after this read come after theirs.
     for (int lane = 0; lane < 32; ++lane) {
       if ((cell.first_lanes >> lane & 1) && clocks.ordered(access.thread, warp * 32 + lane, cell.first_stamp)) {
         cell.first_lanes &= ~(1u << lane);
@@ -102,7 +102,7 @@ inline Verdict check_byte(Cell& cell, const Access& access, uint32_t generation,
 }  // namespace
 
 Verdict check_access(Cell* cells, size_t bytes, const Access& access, uint32_t generation, uint8_t lasting_flags) {
-  // The bytes of an element mostly have the same history: then what becomes of the first becomes of the others.
+  // The bytes of an element mostly have the same history: the others then change like the first.
   Cell before, after;
   for (size_t i = 0; i < bytes; ++i) {
     if (i > 0 && memcmp(&cells[i], &before, sizeof before) == 0) {

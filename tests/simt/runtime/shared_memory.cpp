@@ -41,7 +41,7 @@ void SharedMemory::start_launch(const FunctionSymbol& kernel, uint32_t dynamic_b
 }
 
 void SharedMemory::start_block() {
-  // The shadow forgets by its generation.
+  // The shadow cells are stale by their generation.
   for (const Array& array : dynamic_arrays_) memset(dynamic_ + array.offset, 0xFF, array.bytes);
   for (const Array& array : static_arrays_) memset(static_.begin + array.offset, 0xFF, array.bytes);
 }
@@ -51,7 +51,7 @@ uint8_t* SharedMemory::take(size_t index, size_t bytes, size_t reserved_bytes, c
     const Array& array = dynamic_arrays_[index];
     if (array.name != name || array.bytes != bytes) {
       fail("shared-memory-layout", place,
-           format("array %s of %zu bytes, where another thread took %s of %zu", name, bytes, array.name.c_str(),
+           format("array %s of %zu bytes, but another thread took %s of %zu", name, bytes, array.name.c_str(),
                   array.bytes));
     }
     return dynamic_ + array.offset;
@@ -62,11 +62,11 @@ uint8_t* SharedMemory::take(size_t index, size_t bytes, size_t reserved_bytes, c
          format("array %s of %zu bytes ends at byte %zu of dynamic shared memory, but the launch asked for %zu", name,
                 bytes, dynamic_reserved_, dynamic_declared_));
   }
-  // An odd multiple of the device's alignment, so that nothing is better aligned here than there.
+  // An odd multiple of the device's alignment, so that no array has a better alignment here than on the device.
   constexpr size_t kAlignment = 128;
   const size_t offset = (dynamic_end_ + 2 * kAlignment - 1) / (2 * kAlignment) * (2 * kAlignment) + kAlignment;
   dynamic_end_ = offset + bytes + kRedZone;
-  if (dynamic_end_ > kDynamicBytes) fail("launch-limits", place, "more shared memory than the stand-in has");
+  if (dynamic_end_ > kDynamicBytes) fail("launch-limits", place, "more shared memory than the stand-in provides");
   dynamic_arrays_.push_back({name, offset, bytes});
   for (size_t i = 0; i < bytes; ++i) dynamic_cells_[offset + i].flags = Cell::kLive;
   memset(dynamic_ + offset, 0xFF, bytes);
@@ -94,7 +94,9 @@ std::string SharedMemory::describe(const uint8_t* address) const {
     const size_t distance = position < array.offset ? array.offset - position
                             : position >= end       ? position - end + 1
                                                     : 0;
-    if (distance < least) least = distance, nearest = &array;
+    if (distance >= least) continue;
+    least = distance;
+    nearest = &array;
   }
   if (!nearest) return dynamic ? "dynamic shared memory" : "a __shared__ variable of another function";
   const long long offset = static_cast<long long>(position) - static_cast<long long>(nearest->offset);
@@ -109,7 +111,7 @@ uint32_t SharedMemory::address_of(const uint8_t* pointer, uint32_t place) const 
     const uint32_t misaligned = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(static_.begin) % 1024);
     return kStaticWindow + misaligned + static_cast<uint32_t>(pointer - static_.begin);
   }
-  fail("wild-access", place, "shared_address of a pointer that is not into shared memory");
+  fail("wild-access", place, "shared_address of a pointer outside shared memory");
   return 0;
 }
 

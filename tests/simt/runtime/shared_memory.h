@@ -1,5 +1,5 @@
-// Shared memory of the running block: the arrays that SharedMemory::take carves, with red zones between them, and the
-// kernel's __shared__ variables, which are thread-local variables of the one OS thread that runs all fibers.
+// Shared memory of the running block: the arrays of SharedMemory::take, with red zones between them, and the kernel's
+// __shared__ variables, which are thread-local variables of the one OS thread that runs all fibers.
 #pragma once
 
 #include <cstddef>
@@ -16,9 +16,9 @@ namespace simt {
 class SharedMemory {
  public:
   void start_launch(const FunctionSymbol& kernel, uint32_t dynamic_bytes);
-  void start_block();  // contents of the last block are gone
+  void start_block();  // clears the contents of the last block
 
-  // The index-th array that a thread takes: the same for every thread. reserved_bytes: what it costs on the device.
+  // Returns the index-th array that a thread takes, the same for every thread. reserved_bytes: its bytes on the device.
   uint8_t* take(size_t index, size_t bytes, size_t reserved_bytes, const char* name, uint32_t place);
 
   Cell* cells_of(const uint8_t* address, size_t bytes) const;  // null: not in shared memory
@@ -30,8 +30,8 @@ class SharedMemory {
 
  private:
   static constexpr size_t kDynamicBytes = 2 << 20;     // red zones included
-  static constexpr size_t kRedZone = 16 << 10;         // beside every array
-  static constexpr uint32_t kStaticWindow = 1u << 30;  // where addresses of __shared__ variables begin
+  static constexpr size_t kRedZone = 16 << 10;         // next to every array
+  static constexpr uint32_t kStaticWindow = 1u << 30;  // the first address of __shared__ variables
 
   struct Array {
     std::string name;

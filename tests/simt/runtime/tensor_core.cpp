@@ -23,7 +23,7 @@ struct MatrixLoad {
   uint32_t row;
 };
 
-// Lane 8 * m + i brings the address of row i of matrix m. Every lane receives two elements of every matrix.
+// Lane 8 * m + i gives the address of row i of matrix m. Every lane receives two elements of every matrix.
 void load_for_all_lanes(const Lanes& lanes) {
   const auto& first = *static_cast<const MatrixLoad*>(lanes.argument[0]);
   for (int matrix = 0; matrix < first.count; ++matrix) {
@@ -33,7 +33,7 @@ void load_for_all_lanes(const Lanes& lanes) {
       const uint32_t address = static_cast<const MatrixLoad*>(lanes.argument[lane])->row;
       if (address % kRowBytes != 0) {
         fail_about(lanes.first_thread + lane, "misaligned", lanes.place,
-                   format("ldmatrix of the row at shared address %#x, which is no multiple of 16", address));
+                   format("ldmatrix of the row at shared address %#x, which is not a multiple of 16", address));
       }
       access_shared(address, kRowBytes, AccessKind::kRead, lanes.place, lanes.first_thread + lane);
       memcpy(element[i], shared_memory().pointer_to(address, lanes.place), kRowBytes);
@@ -65,7 +65,7 @@ struct Product {
   MmaType type;
 };
 
-// The sum is rounded once: the order in which the hardware adds is not documented.
+// Rounds the sum once: the hardware's order of additions is not documented.
 void multiply_for_all_lanes(const Lanes& lanes) {
   double a[16][16], b[8][16];  // b by columns
   for (int lane = 0; lane < 32; ++lane) {

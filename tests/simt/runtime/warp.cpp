@@ -12,7 +12,7 @@
 namespace simt {
 namespace {
 
-// Lanes with disjoint masks may be in different operations at a time.
+// Lanes with disjoint masks may be in different operations at the same time.
 struct Collective {
   const char* name;
   Site site;
@@ -72,7 +72,7 @@ void warp_collective(const char* name, uint32_t mask, void* argument, void (*ope
   if (lanes_in_warp < 32) mask &= (1u << lanes_in_warp) - 1;
   if (!(mask >> lane & 1)) {
     fail("divergent-warp", place,
-         format("lane %d calls ", lane) + describe(name, mask, site) + ", which names other lanes");
+         format("lane %d calls ", lane) + describe(name, mask, site) + ", whose mask does not contain it");
   }
   std::vector<Collective>& pending = pending_of_warp[warp];
   auto mine = pending.end();

@@ -1,12 +1,12 @@
-// The CUDA builtins that kernels may use, on the host. The build includes this file first in every kernel source, as
-// nvcc includes its own. What is not here is not to be used; there is no atomicAdd of floats, for results must be the
-// same bits every run.
+// The CUDA builtins for the host. The build includes this file first in every kernel source, as nvcc includes its own.
+// Kernels may use only these builtins. There is no atomicAdd of floats, because results must be the same bits on every
+// run.
 #pragma once
 
 #include <cstddef>
 
-// Must come before anything that declares them: also calls that the compiler itself makes take these names, so that
-// they are checked (runtime/hooks.cpp).
+// Must come before any other declaration of them. Calls that the compiler generates use these names, too, so that they
+// are checked (runtime/hooks.cpp).
 extern "C" {
 void* memcpy(void*, const void*, std::size_t) noexcept __asm__("simt_memcpy");
 void* memmove(void*, const void*, std::size_t) noexcept __asm__("simt_memmove");
@@ -24,7 +24,7 @@ void* memset(void*, int, std::size_t) noexcept __asm__("simt_memset");
 
 #include "../runtime/device.h"
 
-// All fibers run on one OS thread: its thread-local variables are what the threads of a block share.
+// All fibers run on one OS thread, so its thread-local variables are shared by the threads of a block.
 #undef __shared__
 #define __shared__ static thread_local
 #undef __launch_bounds__
@@ -32,18 +32,17 @@ void* memset(void*, int, std::size_t) noexcept __asm__("simt_memset");
 #undef __grid_constant__
 #define __grid_constant__
 
-// The place of a call, as last parameters of a function and as an argument inside of it.
+// The place of a call: the last parameters of a function, and the argument made from them.
 #define SIMT_SITE_PARAMETERS const char *site_file = __builtin_FILE(), int site_line = __builtin_LINE()
 #define SIMT_SITE \
   ::simt::Site { site_file, site_line }
 
 namespace simt {
-// Whether the kernels have this bug now. Only in kernels into which ../kernel_mutations.py planted some; nowhere else
-// is it defined.
+// Returns whether this bug is active. Defined only in libraries with bugs planted by ../kernel_mutations.py.
 bool planted(const char* bug);
 }  // namespace simt
 
-// The runtime defines them and sets them whenever it switches threads.
+// Defined by the runtime, which sets them at every switch of threads.
 extern const uint3 threadIdx, blockIdx;
 extern const dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
@@ -76,7 +75,7 @@ __forceinline__ T shuffle_value(uint32_t mask, T value, int source_lane, const c
   return std::bit_cast<T>(static_cast<Bits>(shuffle(mask, std::bit_cast<Bits>(value), source_lane, name, site)));
 }
 
-// -1, the lane's own value, where the source lies in another segment of `width` lanes.
+// Returns -1 (the lane keeps its value) if the source lies in another segment of `width` lanes.
 __forceinline__ int within_segment(int source_lane, int width) {
   return source_lane >= 0 && source_lane / width == lane_index() / width ? source_lane : -1;
 }
@@ -90,7 +89,7 @@ __forceinline__ T __shfl_sync(uint32_t mask, T value, int lane, int width = 32, 
 }
 template <class T>
 __forceinline__ T __shfl_xor_sync(uint32_t mask, T value, int lane_mask, int width = 32, SIMT_SITE_PARAMETERS) {
-  // Lanes of an earlier segment may be read, those of a later one not.
+  // A lane may read from an earlier segment, but not from a later one.
   const int source = simt::lane_index() ^ lane_mask;
   const bool readable = source / width <= simt::lane_index() / width;
   return simt::shuffle_value(mask, value, readable ? source : -1, "__shfl_xor_sync", SIMT_SITE);
@@ -106,12 +105,11 @@ __forceinline__ T __shfl_up_sync(uint32_t mask, T value, unsigned delta, int wid
   return simt::shuffle_value(mask, value, source, "__shfl_up_sync", SIMT_SITE);
 }
 
-// --- atomics
-// ----------------------------------------------------------------------------------------------------------
+// --- atomics --------------------------------------------------------------------------------------------------------
 
 namespace simt {
 
-// The runtime checks the access; the memory itself is touched unseen by the instrumentation.
+// The runtime checks the access; this access to the memory is not instrumented.
 template <class T, class F>
 __attribute__((no_sanitize("thread"))) T atomic_update(T* address, F update) {
   const T old = *address;
@@ -147,8 +145,7 @@ SIMT_ATOMIC(atomicAdd, unsigned long long, old + value)
 #undef SIMT_ATOMIC
 #undef SIMT_ATOMICS
 
-// --- arithmetic and bits
-// ------------------------------------------------------------------------------------------------
+// --- arithmetic and bits --------------------------------------------------------------------------------------------
 
 __forceinline__ int __popc(unsigned value) { return std::popcount(value); }
 __forceinline__ int __popcll(unsigned long long value) { return std::popcount(value); }

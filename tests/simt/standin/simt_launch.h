@@ -1,4 +1,4 @@
-// launch() of csrc/cuda/launch.cuh on the host: the kernel has run when it returns.
+// launch() of csrc/cuda/launch.cuh for the host: runs the kernel before it returns.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ struct SimtCall {
   void (*kernel)(Params);
   const Params* params;
 
-  // On a thread's own stack, but reading the host's: not instrumented. The thread gets a copy of the parameters.
+  // Runs on a thread's stack but reads the host's: not instrumented. The thread gets a copy of the parameters.
   __attribute__((no_sanitize("thread"), noinline)) static void run(const void* closure) {
     const auto* call = static_cast<const SimtCall*>(closure);
     call->kernel(*call->params);

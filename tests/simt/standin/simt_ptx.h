@@ -1,4 +1,4 @@
-// csrc/cuda/ptx.cuh on the host: the same functions, checked and carried out by tests/simt/runtime.
+// csrc/cuda/ptx.cuh for the host: tests/simt/runtime checks and executes the same functions.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,4 @@
-// The class of csrc/cuda/shared_memory.cuh on the host. Arrays lie apart from each other, so that what runs past the
-// end of one is seen.
+// The class of csrc/cuda/shared_memory.cuh for the host. Gaps between arrays reveal accesses past the end of one.
 #pragma once
 
 #include <cstdint>

@@ -1,23 +1,24 @@
-// The second stage of sums that several blocks share: partial sums are added in a fixed order, without atomics, so the
-// bits are the same on every run. What the sums are of, the first stages say (fma/, mma/).
+// Adds the partial sums of several blocks in a fixed order, without atomics: the same bits on every run. shrink.cuh and
+// token_sum.cuh make the partial sums.
 #pragma once
 
-#include "../common/params.h"
-#include "elements.cuh"
-#include "launch.cuh"
+#include "../../common/params.h"
+#include "../elements.cuh"
+#include "../launch.cuh"
+#include "../rank_scales.cuh"
 
-namespace lora_ext::cuda {
+namespace lora_ext::cuda::fma {
 
-// A block sums kSumElements neighbouring elements; kSumGroups groups of threads share the chunks, so that many chunks
-// of few elements (decode) are not one thread's long walk.
+// A block sums kSumElements neighbouring elements; kSumGroups groups of threads share the chunks, so that no thread
+// walks through many chunks alone if there are few elements (decode).
 constexpr int kSumThreads = 256, kSumElements = 64, kSumGroups = kSumThreads / kSumElements;
 
-// A block's shared memory for its groups' sums.
+// Shared memory of a block for its groups' sums.
 template <class A>
 using GroupSums = A[kSumGroups][kSumElements];
 
-// The sum over chunks of partial[chunk * chunk_stride], in group 0; the others' return value is no result. Every thread
-// of the block calls it; those with nothing to sum pass chunks = 0.
+// Returns the sum over chunks of partial[chunk * chunk_stride] in group 0; the other groups return garbage. Every
+// thread of the block must call it; threads with nothing to sum pass chunks = 0.
 template <class A>
 __device__ __forceinline__ A sum_chunks(GroupSums<A>& group_sums, const A* partial, int64_t chunk_stride,
                                         int64_t chunks) {
@@ -35,52 +36,40 @@ __device__ __forceinline__ A sum_chunks(GroupSums<A>& group_sums, const A* parti
   return sum;
 }
 
-// A factor per rank: that of the sibling the rank belongs to.
-struct RankScales {
-  int num_siblings;
-  int64_t rank_end[kMaxSiblings];  // ascending
-  double scale[kMaxSiblings];
-};
-
-__device__ __forceinline__ int sibling_of_rank(const RankScales& scales, int64_t rank) {
-  int sibling = 0;
-  while (sibling + 1 < scales.num_siblings && rank >= scales.rank_end[sibling]) ++sibling;
-  return sibling;
-}
-
-// xa or grad_xa: out = scale * the sum over the feature ranges of partial
+// xa or grad_xa: out = scale * (sum over the feature ranges of partial)
+template <class A>
 struct RankSumsParams {
   int64_t num_tokens, total_rank;
-  const void* partial;  // [the largest of ranges, num_tokens, total_rank], acc
+  const void* partial;  // [largest of ranges, num_tokens, total_rank], acc
   void* out;            // [num_tokens, total_rank], acc
-  RankScales scales;
-  int64_t ranges[kMaxSiblings];  // those of the sibling's columns
+  RankScales<A> scales;
+  int64_t ranges[kMaxSiblings];  // of every sibling
 };
 
 template <class A>
-__global__ void __launch_bounds__(kSumThreads) rank_sums_kernel(const __grid_constant__ RankSumsParams p) {
+__global__ void __launch_bounds__(kSumThreads) rank_sums_kernel(const __grid_constant__ RankSumsParams<A> p) {
   __shared__ GroupSums<A> group_sums;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kSumElements + threadIdx.x % kSumElements;
   const int64_t count = p.num_tokens * p.total_rank;
-  const int sibling = sibling_of_rank(p.scales, index % p.total_rank);
+  const int sibling = p.scales.sibling_of(index % p.total_rank);
   const A sum = sum_chunks<A>(group_sums, static_cast<const A*>(p.partial) + index, count,
                               index < count ? p.ranges[sibling] : int64_t{0});
   if (threadIdx.x < kSumElements && index < count) {
-    static_cast<A*>(p.out)[index] = static_cast<A>(p.scales.scale[sibling]) * sum;
+    static_cast<A*>(p.out)[index] = p.scales.scale[sibling] * sum;
   }
 }
 
 template <class A>
-void launch_rank_sums(const RankSumsParams& p, cudaStream_t stream) {
+void launch_rank_sums(const RankSumsParams<A>& p, cudaStream_t stream) {
   const int64_t blocks = ceil_div(p.num_tokens * p.total_rank, kSumElements);
   launch(&rank_sums_kernel<A>, make_grid(blocks), kSumThreads, 0, stream, p);
 }
 
-// The factors' gradients, all of them in one launch: grad = the sum over the token chunks of partial, rounded to the
-// factor's dtype here and nowhere else.
+// All gradients of factors in one launch: grad = sum over the token chunks of partial. Sums are rounded to the factor's
+// dtype here and nowhere else.
 struct GradientSumsParams {
   struct Gradient {
-    const void* partial;  // [chunks, rank, pitch], acc; chunks chunk_stride apart, nothing wanted beyond features
+    const void* partial;  // [chunks, rank, pitch], acc; chunks chunk_stride apart, columns beyond features unused
     void* grad;           // [rank, features], or [features, rank] when transposed; dtype
     int64_t chunks, chunk_stride, rank, features, pitch;
     bool transposed;
@@ -113,4 +102,4 @@ void launch_gradient_sums(const GradientSumsParams& p, cudaStream_t stream) {
   launch(&gradient_sums_kernel<A>, grid, kSumThreads, 0, stream, p);
 }
 
-}  // namespace lora_ext::cuda
+}  // namespace lora_ext::cuda::fma

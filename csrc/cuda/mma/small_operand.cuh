@@ -1,25 +1,27 @@
-// Tiles of xa or grad_xa, float32 in memory, as bfloat16 parts in shared memory: the left operand of a sum over tokens.
+// Tiles of xa or grad_xa, the small operand of a sum over tokens: float32 in memory, bfloat16 parts in shared memory.
 #pragma once
 
 #include "fragments.cuh"
 
 namespace lora_ext::cuda::mma {
 
-struct SkinnyMatrix {
+// xa or grad_xa.
+struct SmallOperand {
   const float* data;  // [rows, columns]
   int64_t rows, columns, stride;
 };
 
-// kThreads threads make tiles [kParts][kTokens][kRanks], one after the other, from (token0, rank0) on. Each in two
-// steps: fetch, early, and store, once the numbers have come and the tile's place is free. A thread has pairs of ranks
-// of tokens kTokenStep apart; what lies outside the matrix is zero.
+// kThreads threads make tiles [kParts][kTokens][kRanks], one after the other, starting at (token0, rank0). A tile takes
+// two steps: fetch() starts the loads early; store() writes the tile once its place is free. A thread has pairs of
+// ranks of tokens kTokenStep apart. Elements outside the matrix are zero.
 template <int kParts, int kTokens, int kRanks, int kThreads>
-class SkinnyTiles {
+class SmallOperandTiles {
  public:
   static constexpr int kRowChunks = kRanks / kChunk, kPartChunks = kTokens * kRowChunks;
   static constexpr int kChunks = kParts * kPartChunks;
 
-  __device__ __forceinline__ SkinnyTiles(const SkinnyMatrix& matrix, int64_t token0, int64_t rank0, unsigned thread)
+  __device__ __forceinline__ SmallOperandTiles(const SmallOperand& matrix, int64_t token0, int64_t rank0,
+                                               unsigned thread)
       : token_(thread / kRowPairs), rank_(thread % kRowPairs * 2), stride_(matrix.stride) {
     from_ = matrix.data + ((token0 + token_) * stride_ + rank0 + rank_);
     tokens_ = static_cast<int>(min(matrix.rows - token0, int64_t{0x7FFFFFFF})) - static_cast<int>(token_);
@@ -43,7 +45,7 @@ class SkinnyTiles {
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       const unsigned token = token_ + i * kTokenStep;
-      if (token >= kTokens) break;  // only where there are more threads than pairs
+      if (token >= kTokens) break;  // only if there are more threads than pairs
       __nv_bfloat16 first[kParts], second[kParts];
       split(values_[i][0], first);
       split(values_[i][1], second);
@@ -58,11 +60,11 @@ class SkinnyTiles {
  private:
   static constexpr int kRowPairs = kRanks / 2, kTokenStep = kThreads / kRowPairs;
   static constexpr int kPairs = (kTokens + kTokenStep - 1) / kTokenStep;
-  static_assert(kThreads % kRowPairs == 0, "a thread keeps its ranks");
+  static_assert(kThreads % kRowPairs == 0, "a thread has the same ranks in every step");
   unsigned token_, rank_;  // of the thread's first pair, in a tile
   int64_t stride_;
   const float* from_;   // the first pair of the next tile
-  int tokens_, ranks_;  // how many there are from it on
+  int tokens_, ranks_;  // in the matrix, counted from that pair
   float values_[kPairs][2];
 };
 
