@@ -243,8 +243,8 @@ std::vector<float> columns(const std::vector<float>& matrix, int64_t stride, int
   return part;
 }
 
-// Compares a forward in any number of chunks with plain loops in double. together: by one kernel, else a shrink, then an
-// expand.
+// Compares a forward in any number of chunks with plain loops in double. together: by one kernel, else a shrink, then
+// an expand.
 void forward_follows_its_formula(const Kernels& kernels, const char* isa, int64_t num_chunks, bool together) {
   const Layers layers;
   std::vector<float> xa(kTokens * kTotalRank, NAN), y[kNumLayers];
@@ -311,8 +311,8 @@ void forward_follows_its_formula(const Kernels& kernels, const char* isa, int64_
   }
 }
 
-// Compares a backward in any number of chunks with plain loops in double. together: by one kernel, else an expand's backward,
-// then a shrink's.
+// Compares a backward in any number of chunks with plain loops in double. together: by one kernel, else an expand's
+// backward, then a shrink's.
 void backward_follows_its_formula(const Kernels& kernels, const char* isa, int64_t num_chunks, bool together) {
   const Layers layers;
   std::vector<float> xa(kTokens * kTotalRank), grad_x(kTokens * kIn, NAN), grad_A[kNumLayers], grad_B[kNumLayers];
