@@ -332,7 +332,7 @@ def test_content_of_files_stays_text(copied: Path):
         ("sweep/sweep.json", "[]", r"sweep\.json holds a list, want an object; run lora-ext sweep again, or move"),
         ("plan/plan.json", "{}", r"plan\.json is not what lora-ext plan writes: it lacks method, runs"),
         ("single/metrics.json", '{"settings": "\\ud800"}', r"metrics\.json has a string that is not Unicode"),
-        ("single/metrics.json", "[" * 100_000, r"metrics\.json is not JSON"),
+        ("single/metrics.json", "[" * 100_000, r"metrics\.json is nested too deeply"),
         ("single/metrics.json", '"\xff', r"metrics\.json is not JSON"),
         ("plan/plan.json", '{"method": "lora", "runs": {}}', r"plan\.json is not what lora-ext plan writes \(KeyError"),
     ],
