@@ -1,4 +1,4 @@
-"""What `lora-ext info` prints: facts about the binary and the machine, and which kernels run here."""
+"""Facts about the installation for `lora-ext info`: the binary, the machine, and what runs here."""
 
 from __future__ import annotations
 
