@@ -48,7 +48,7 @@ class PlantedBug:
 
 
 _GENERIC, _MERGE = "csrc/cpu/isa_generic.cpp", "csrc/bindings/cpu_merge.cpp"
-_LORA = "csrc/cpu/lora.inc"
+_LORA, _CHUNKS = "csrc/cpu/lora.inc", "csrc/cpu/lora_chunks.inc"
 
 PREAMBLE = """
 import os, torch
@@ -71,7 +71,7 @@ _PANEL_TAIL = "std::memset(to + cols, 0, sizeof(Acc) * static_cast<size_t>(kMerg
 _SHIFT = "return kStep < 8 ? word >> (col % 8{}) : word;"
 _BLOCKS = "const int64_t begin = blocks * {} / num_chunks * kBlockRows;"
 _SEED = "static_cast<uint64_t>(*{}) : 0);"
-_HAS_SEED = "return PhiloxKeys(p.threshold > 0{} ? "
+_HAS_SEED = "const PhiloxKeys keys(p.threshold > 0{} ? "
 
 
 def _edit(path: str, pattern: str, old: str, new: str) -> Edit:
@@ -82,7 +82,7 @@ PLANTED: dict[str, list[PlantedBug]] = {
     "asan": [
         PlantedBug(
             "read_and_written_past_the_last_row",
-            _edit(_LORA, _COUNT, "smaller(rows.end - row, kBlockRows)", "smaller(rows.end - row + BUG, kBlockRows)"),
+            _edit(_CHUNKS, _COUNT, "smaller(rows.end - row, kBlockRows)", "smaller(rows.end - row + BUG, kBlockRows)"),
             _GENERIC,
             _FORWARD,
             "heap-buffer-overflow",
@@ -100,11 +100,11 @@ PLANTED: dict[str, list[PlantedBug]] = {
     "ubsan": [
         PlantedBug(
             "signed_overflow",
-            _edit(_LORA, _BLOCKS, "chunk", "(chunk + (BUG ? INT64_MAX : 0))"),
+            _edit(_CHUNKS, _BLOCKS, "chunk", "(chunk + (BUG ? INT64_MAX : 0))"),
             _GENERIC,
             _FORWARD,
             "signed integer overflow",
-            _LORA,
+            _CHUNKS,
         ),
         PlantedBug(
             "shift_too_far",
@@ -134,7 +134,7 @@ PLANTED: dict[str, list[PlantedBug]] = {
     "tsan": [
         PlantedBug(
             "two_chunks_write_one_row",
-            _edit(_LORA, _RANGE, "begin", "begin - (BUG && chunk > 0)"),
+            _edit(_CHUNKS, _RANGE, "begin", "begin - (BUG && chunk > 0)"),
             _GENERIC,
             _FORWARD,
             "data race",
