@@ -5,9 +5,8 @@
 // segments.
 //
 //   no words          the segment needs no correction
-//   sparse            one word per correction of -127 to 127, in the order of the columns: the column within the
-//   segment
-//                     in the low byte, the correction in the high byte. Then the outliers, last column first: a word
+//   sparse            one word per correction of -127 to 127, in the order of the columns: the segment's column in
+//                     the low byte, the correction in the high byte. Then the outliers, last column first: a word
 //                     whose high byte is -128, then the original element, low word first.
 //   whole segment     the original elements, if they take no more words than the sparse form. A sparse form of exactly
 //                     that length is never written, so the length distinguishes the two.

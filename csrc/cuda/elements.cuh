@@ -1,6 +1,6 @@
 // Element types: from a dtype known at run time to a C++ type, and conversions to and from the accumulation dtype.
-// from_acc is the only place where a result is rounded. Conversions use intrinsics, because torch's build flags disable
-// the operators of the 16-bit types.
+// from_acc is the only place where a result is rounded to a 16-bit type. Conversions use intrinsics, because torch's
+// build flags disable the operators of the 16-bit types.
 #pragma once
 
 #include <cuda_bf16.h>

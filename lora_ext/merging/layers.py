@@ -1,7 +1,8 @@
 """Changes the set of adapters that a layer's base weights contain.
 
-The set determines the weight: the pristine weight plus the updates of its adapters, added in the order of their names
-and rounded once. To change the set, every bit of the pristine weights is restored first.
+The set determines the weight: the pristine weight plus the updates of its adapters, summed in the order of their names
+in float32 (or float64) and then rounded to the weight's dtype. To change the set, every bit of the pristine weights is
+restored first.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Merges updates into weights in place and takes them out again, restoring every bit.
 
 A merged weight is ``round(W + d)``: the update ``d = scaling * lora_B @ lora_A`` is accumulated in float32 (float64 for
-float64 weights) and the sum rounded once. Rounding loses bits. The merge record keeps them: wherever
-``round(merged - d)`` is not ``W``, it holds the difference in units in the last place. csrc/common/merge_params.h
-defines every bit, the same on all devices; csrc/common/merge_record.h defines the record's layout.
+float64 weights), added in that dtype, and the sum rounded to the weight's. Rounding loses bits. The record keeps them:
+wherever ``round(merged - d)`` is not ``W``, it holds the difference in units in the last place.
+csrc/common/merge_params.h defines every bit, the same on all devices; csrc/common/merge_record.h the record's layout.
 
 On the CPU a merge takes one pass, which restores the weights if a result is NaN or infinite. On CUDA it takes two: the
 first changes nothing, and finds such results and the record's length. One op call takes a list of weights.
