@@ -356,5 +356,5 @@ def test_repeated_runs_are_bit_identical():
 @pytest.mark.full
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa):
-    names = ("test_values_and_gradients", "test_equals_the_layers_one_by_one")
-    run_on_isa(isa, *(f"{__file__}::{name}" for name in names), "-k", "0.3")  # with dropout
+    """The values of the layers one by one are checked in test_lora_linear.py, also with every instruction set."""
+    run_on_isa(isa, f"{__file__}::test_equals_the_layers_one_by_one", "-k", "0.3")  # with dropout
