@@ -27,6 +27,7 @@ def test_under_peft(capsys):
     assert "14 of 14 LoRA layers on lora_ext's ops" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_merge_and_serve(tmp_path, capsys):
     assert main_of("merge_and_serve.py")(tmp_path) == 0
     adapted, merged = (line.split(":")[1].split() for line in capsys.readouterr().out.splitlines() if ": " in line)

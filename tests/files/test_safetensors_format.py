@@ -134,6 +134,7 @@ def test_dtypes_of_a_newer_library_are_refused(tmp_path, monkeypatch):
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @settings(max_examples=100, deadline=None)
 @given(
     metadata=st.dictionaries(st.text(max_size=5), st.text(max_size=20), max_size=4),

@@ -103,6 +103,7 @@ def test_any_order_in_a_model_of_several_dtypes(dtypes, actions, seed):
     assert all_same(weights(model), weights(pristine))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
 def test_a_thousand_cycles(dtype):
     layer = hard_layer(dtype, (4, 260), sizes=(0.1, 30.0, 1e-6))

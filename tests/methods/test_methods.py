@@ -153,6 +153,7 @@ def test_files_restore_trained_values(name, family, tmp_path):
             assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("name", "family"), PAIRS)
 def test_removal_leaves_the_bare_model(name, family):
     model, ids = model_of(family), ids_with_padding()

@@ -87,6 +87,7 @@ def assert_as_good_as_torch(shape, dtypes, activation="relu", **options) -> None
     assert_errors_as_plain(compared, *dtypes)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("own_residual", [False, True])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -226,6 +227,7 @@ class Adapted(nn.Module):
         return x + self.up(nn.functional.gelu(self.down(x)))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
 def test_compile_fullgraph_dynamic(backend):
     module = nn.Sequential(Adapted(), nn.Tanh(), Adapted())

@@ -36,6 +36,7 @@ def test_opcheck(dtypes, dropout_p):
     torch.library.opcheck(torch.ops.lora_ext.lora_dropout_mask.default, (SEED, 5, 20, 0.3))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_compile_fullgraph_dynamic(backend, dropout):

@@ -31,6 +31,7 @@ def test_opcheck(dtypes, dropout_p):
             )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
 @pytest.mark.parametrize("used", [(0, 1, 2), (0, 2)], ids=str)
 def test_compile_fullgraph_dynamic(backend, used):

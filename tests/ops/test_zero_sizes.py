@@ -91,6 +91,7 @@ def a_delta(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed) -> 
 SIZES = [(37, 72, 0), (2, 72, 0), (37, 0, 40), (2, 0, 40), (37, 0, 0), (0, 72, 40), (0, 0, 0)]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
 @pytest.mark.parametrize("function", [one_layer, a_delta], ids=["lora_linear", "lora_delta_"])
 def test_one_layer(function, dtypes):

@@ -30,6 +30,7 @@ def test_info_as_text_and_json():
     assert json.loads(run_python("-m", "lora_ext", "info", "--json").stdout)["version"]
 
 
+@pytest.mark.full
 def test_help_and_info_do_not_import_transformers():
     code = "import sys; from lora_ext.cli import main; main(['info']); print('transformers' in sys.modules)"
     assert run_python("-c", code).stdout.endswith("False\n")

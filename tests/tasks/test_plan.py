@@ -162,6 +162,7 @@ def test_json_is_printed(gpt2_directory, capsys):
     assert set(printed["runs"]) == {"full", "lora", "inference"}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("options", "less"),
     [

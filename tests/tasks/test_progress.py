@@ -117,6 +117,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_WAIT_POLICY": "passive"}
 
 
+@pytest.mark.full
 def test_finetune_prints_few_lines_into_a_pipe(arguments: list[str], tmp_path: Path):
     """Runs 180 steps and 30 evaluations; the Trainer's bars would print hundreds of states."""
     command = [*arguments, "--out", str(tmp_path / "out")]
@@ -127,6 +128,7 @@ def test_finetune_prints_few_lines_into_a_pipe(arguments: list[str], tmp_path: P
     assert re.fullmatch(r"finetune: 100% of 180 steps, \d+:\d\d, epoch 30.00, loss \d\.\d{3}", lines[-1]), lines
 
 
+@pytest.mark.full
 def test_finetune_draws_bars_on_a_terminal(arguments: list[str], tmp_path: Path):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))

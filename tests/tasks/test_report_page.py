@@ -226,6 +226,7 @@ def test_every_figure_of_plan_and_finetune(results: Path, page: Path):
 # --- sentences on the page --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_winners_are_marked_beyond_the_spread_only(copied: Path):
     def give(accuracies: dict[str, list[float]]) -> Parsed:
         def change(content: dict[str, Any]) -> None:
@@ -365,6 +366,7 @@ def test_an_existing_file_is_not_replaced(copied: Path, tmp_path: Path, capsys: 
     assert Parsed(copied / "report.html").texts["h1"] == ["Week 3 & 4"]
 
 
+@pytest.mark.full
 def test_report_needs_no_package_except_matplotlib_and_jinja2(copied: Path, page: Path, tmp_path: Path):
     """Users copy results to machines that lack the packages that produced them."""
 
@@ -383,6 +385,7 @@ def test_report_needs_no_package_except_matplotlib_and_jinja2(copied: Path, page
     assert (tmp_path / "page.html").read_bytes() == page.read_bytes()
 
 
+@pytest.mark.full
 def test_a_large_analysis_makes_no_large_page(copied: Path):
     def enlarge(content: dict[str, Any]) -> None:
         phi = [[min(i, j) / 64 for j in range(64)] for i in range(64)]

@@ -96,6 +96,7 @@ def test_a_head_of_two_parts_is_trained_whole():
         assert model.pre_classifier.weight.requires_grad and model.classifier.weight.requires_grad
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("was", [{"num_labels": 5}, {"problem_type": "multi_label_classification"}])
 def test_previous_classes_of_a_checkpoint_do_not_matter(tmp_path: Path, was: dict[str, Any]):
     model = saved(tmp_path / "model", lambda: BertForSequenceClassification(tiny_classifier.config(**was)))
