@@ -75,9 +75,8 @@ def save_method(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     }
     adapter = None
     if adapter_set(model) is not None:
-        adapter = file_content(
-            model, find_adapter(model, "save_method", "default")
-        )  # not the active one: others may have been added
+        # "default", not the active one: others may have been added.
+        adapter = file_content(model, find_adapter(model, "save_method", "default"))
     names = (TENSORS_FILE, *ADAPTER_FILES, METHOD_FILE)
     with staged_files(Path(directory), names, "save_method") as staging:
         if adapter is not None:

@@ -131,9 +131,8 @@ def finished(run: Run, out: Path) -> dict[str, Any] | None:
     """
     try:
         metrics = read_json_object(run.directory(out) / "metrics.json", "", 10_000_000)
-        same = (
-            Settings(**checked_options(metrics["settings"])) == run.settings
-        )  # options added later get their defaults
+        # Options added later get their defaults.
+        same = Settings(**checked_options(metrics["settings"])) == run.settings
         scores = [metrics["after"], *([metrics["validation"]] if metrics["validation"] else [])]
         figures = [metrics[name] for name in _FIGURES]
         figures += [score[name] for score in scores for name in ("accuracy", "macro_f1")]

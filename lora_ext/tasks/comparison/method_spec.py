@@ -48,9 +48,8 @@ class MethodSpec:
         Raises:
             TaskError: the method or an option does not exist, a value is no number, or the name is not allowed.
         """
-        method, *pairs = re.split(
-            r":(?=[\w-]+(?:=|$))", text
-        )  # a value may contain a colon, for example in a regular expression
+        # A value may contain a colon, for example in a regular expression.
+        method, *pairs = re.split(r":(?=[\w-]+(?:=|$))", text)
         Settings(method=method)  # an unknown method is reported before its options
         options: dict[str, Any] = {}
         label = text
@@ -97,9 +96,8 @@ def check_labels(settings: Sequence[tuple[MethodSpec, Settings]]) -> None:
         if not (first.is_named or second.is_named):
             continue
         both = f"--methods: {first.text!r} and {second.text!r}"
-        if (
-            first.label.casefold() == second.label.casefold()
-        ):  # file systems that ignore case would merge the directories
+        # File systems that ignore case would merge the directories.
+        if first.label.casefold() == second.label.casefold():
             raise TaskError(f"{both} have one name, {second.label!r}; rename or remove one of them")
         if first_settings == second_settings:
             raise TaskError(
