@@ -18,6 +18,7 @@ from lora_ext._common.arguments import checked
 from lora_ext._common.changes import changing, one_at_a_time
 from lora_ext.config import LoraConfig
 from lora_ext.injection.build import PartsBuilder, check_targets
+from lora_ext.injection.mixtures import warn_of_parts_left_out, with_experts
 from lora_ext.injection.targets import find_targets, is_all_linear
 from lora_ext.model.adapter_set import Adapter, AdapterSet, adapter_set, attach_adapter_set, forget_adapter_set
 from lora_ext.model.bare_model import BareModel, adapter_layers, root_module
@@ -89,11 +90,13 @@ class Injection:
         _check_state(root, adapters, config)
 
         self._bare = BareModel(root)
+        given, config = config, with_experts(config, self._bare) if is_all_linear(config) else config
         self._targets = find_targets(
             config, type(root).__name__, self._bare.modules, self._bare.head, self._bare.embedding
         )
         check_targets(self._bare, self._targets, config)
-        if is_all_linear(config):
+        if is_all_linear(given):
+            warn_of_parts_left_out(given, self._bare, self._targets)
             # Like PEFT, store the layers, not the rule: it would find other layers after the model changes.
             config = dataclasses.replace(config, target_modules=tuple(self._targets.modules))
         self._config, self._name = config, adapter_name

@@ -1,0 +1,210 @@
+"""``target_modules="all-linear"`` in mixtures of experts: the parts that PEFT adapts, and a word on the others."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import peft
+import pytest
+import torch
+import transformers
+from support.models import VOCABULARY, refused, token_ids
+from torch import Tensor, nn
+
+from lora_ext import LoraConfig, inject, load_adapter, save_adapter
+from lora_ext.adapters import lora_modules, trainable_parameter_counts
+
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32,
+    "num_experts_per_tok": 2,
+    "experts_implementation": "eager",
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+LATENT = {"kv_lora_rank": 4, "q_lora_rank": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+DEEPSEEK = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}
+SETTINGS = {"r": 2, "lora_alpha": 3, "target_modules": "all-linear"}
+
+
+def mixtral() -> nn.Module:
+    config = transformers.MixtralConfig(**SIZES, num_local_experts=4)
+    return transformers.MixtralForCausalLM(config).eval()
+
+
+def qwen3() -> nn.Module:
+    config = transformers.Qwen3MoeConfig(**SIZES, head_dim=8, num_experts=4, moe_intermediate_size=8)
+    return transformers.Qwen3MoeForCausalLM(config).eval()
+
+
+def olmoe() -> nn.Module:
+    return transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**SIZES, num_experts=4)).eval()
+
+
+def deepseek() -> nn.Module:
+    config = transformers.DeepseekV3Config(**SIZES, **LATENT, **DEEPSEEK, moe_intermediate_size=8)
+    return transformers.DeepseekV3ForCausalLM(config).eval()
+
+
+def gpt_oss() -> nn.Module:
+    config = transformers.GptOssConfig(**SIZES, head_dim=8, num_local_experts=4, layer_types=["full_attention"] * 2)
+    return transformers.GptOssForCausalLM(config).eval()
+
+
+def qwen2() -> nn.Module:
+    sizes = {"num_experts": 4, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
+    return transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(**SIZES, **sizes)).eval()
+
+
+MIXTURES = [mixtral, qwen3, olmoe, deepseek]
+
+
+@pytest.fixture(params=MIXTURES, ids=lambda make: make.__name__)
+def mixture(request) -> nn.Module:
+    return request.param()
+
+
+def pair(model: nn.Module, **settings) -> tuple[peft.PeftModel, nn.Module]:
+    """Returns the model adapted by PEFT, and by us."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**SETTINGS | settings)).eval()
+        return theirs, inject(model, LoraConfig(**SETTINGS | settings))
+
+
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(input_ids=ids, use_cache=False).logits
+
+
+def ours_from_file(model: nn.Module, directory, **options) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # every name in the file matches
+        return load_adapter(model, directory, **options)
+
+
+def test_the_trained_parameters_are_pefts(mixture):
+    theirs, ours = pair(mixture)
+    assert trainable_parameter_counts(ours)[0] == theirs.get_nb_trainable_parameters()[0]
+    kinds = {
+        type(layer.module if hasattr(layer, "module") else layer.base_layer).__name__ for _, layer in lora_modules(ours)
+    }
+    assert any(kind.endswith("Experts") for kind in kinds), kinds
+    assert any("router" in kind.lower() for kind in kinds), kinds
+
+
+def test_we_load_pefts_file_and_peft_loads_ours(mixture, tmp_path):
+    base = copy.deepcopy(mixture)
+    theirs, ours = pair(mixture, init_lora_weights=False)
+    ids = token_ids()
+    theirs.save_pretrained(tmp_path / "theirs")
+    loaded = ours_from_file(copy.deepcopy(base), tmp_path / "theirs")
+    torch.testing.assert_close(logits(loaded, ids), logits(theirs, ids))
+    assert not torch.allclose(logits(base, ids), logits(theirs, ids))
+
+    save_adapter(ours, tmp_path / "ours")
+    read = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(read, ids), logits(ours, ids))
+
+
+def test_a_training_step_is_pefts(mixture, tmp_path):
+    base = copy.deepcopy(mixture)
+    theirs, _ = pair(mixture, init_lora_weights=False)
+    theirs.save_pretrained(tmp_path)
+    ours = ours_from_file(base, tmp_path, trainable=True)
+    ids, losses = token_ids(), {}
+    for name, model in (("theirs", theirs), ("ours", ours)):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        for step in range(2):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            optimizer.zero_grad()
+            loss.backward()
+            assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+            optimizer.step()
+            losses[name, step] = loss.detach()
+    torch.testing.assert_close(losses["ours", 0], losses["theirs", 0])
+    torch.testing.assert_close(losses["ours", 1], losses["theirs", 1])
+    assert losses["ours", 1] != losses["ours", 0]
+    torch.testing.assert_close(logits(ours, ids), logits(theirs, ids))
+
+
+def test_ranks_and_scaling_of_fused_projections_are_pefts():
+    _, ours = pair(mixtral(), use_rslora=True)
+    experts = {
+        layer.parameter_name: layer.adapters["default"] for _, layer in lora_modules(ours) if hasattr(layer, "module")
+    }
+    assert experts["gate_up_proj"].r == 4 and experts["down_proj"].r == 2 and experts["weight"].r == 2
+    assert experts["gate_up_proj"].scaling == pytest.approx(6 / 4**0.5)
+
+
+def test_linear_layers_that_peft_leaves_out_are_named():
+    """PEFT takes the names of DeepSeek's dense and shared projections for those of the experts."""
+    with pytest.warns(UserWarning) as caught:
+        inject(deepseek(), LoraConfig(**SETTINGS))
+    (message,) = [str(warning.message) for warning in caught]
+    assert "all-linear" in message and "as PEFT does" in message and "target_modules" in message
+    for path in ("model.layers.*.mlp.gate_proj", "model.layers.*.mlp.shared_experts.down_proj"):
+        assert path in message
+    for make in (mixtral, qwen3, olmoe):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            inject(make(), LoraConfig(**SETTINGS))
+
+
+@pytest.mark.parametrize(
+    ("make", "router"), [(gpt_oss, "router.weight"), (qwen2, "gate.weight")], ids=["gpt_oss", "qwen2"]
+)
+def test_experts_that_peft_leaves_out_are_named(make, router):
+    model = make()
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**SETTINGS))
+    with pytest.warns(UserWarning) as caught:
+        inject(model, LoraConfig(**SETTINGS))
+    assert trainable_parameter_counts(model)[0] == theirs.get_nb_trainable_parameters()[0]
+    (message,) = [str(warning.message) for warning in caught]
+    named = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", f"mlp.{router}"]
+    assert "target_parameters" in message and all(f"model.layers.*.{name}" in message for name in named)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the option that the warning names silences it
+        inject(make(), LoraConfig(**SETTINGS, target_parameters=named))
+
+
+def test_excluded_experts_stay_as_they_are():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = inject(mixtral(), LoraConfig(**SETTINGS, exclude_modules=["experts", "o_proj"]))
+    adapted = {path.rpartition(".")[2] for path, _ in lora_modules(model)}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "gate"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = inject(mixtral(), LoraConfig(**SETTINGS, modules_to_save=["layers.0.mlp"]))
+    assert {path for path, _ in lora_modules(model) if "mlp" in path} == {
+        "model.layers.1.mlp.gate",
+        "model.layers.1.mlp.experts",
+        "model.layers.1.mlp.experts.base_layer",
+    }
+
+
+@pytest.mark.parametrize(
+    "setting", [{"lora_dropout": 0.1}, {"lora_bias": True}], ids=lambda setting: next(iter(setting))
+)
+def test_options_that_experts_cannot_have_are_refused_as_by_peft(setting):
+    (key,) = setting
+    with pytest.raises(ValueError, match=key):
+        peft.get_peft_model(mixtral(), peft.LoraConfig(**SETTINGS, **setting))
+    model = mixtral()
+    with refused(model, ValueError, f"inject: {key} is ", '"all-linear"', "exclude_modules=['experts', 'gate']"):
+        inject(model, LoraConfig(**SETTINGS, **setting))
+    inject(model, LoraConfig(**SETTINGS, **setting, exclude_modules=["experts", "gate"]))
+
+
+def test_a_second_adapter_takes_the_same_parts():
+    model = inject(mixtral(), LoraConfig(**SETTINGS))
+    count = trainable_parameter_counts(model)[0]
+    inject(model, LoraConfig(**SETTINGS), "second")
+    assert trainable_parameter_counts(model)[0] == count
