@@ -20,6 +20,7 @@ from lora_ext.config import LoraConfig
 from lora_ext.injection.build import PartsBuilder, check_targets
 from lora_ext.injection.mixtures import warn_of_parts_left_out, with_experts
 from lora_ext.injection.targets import find_targets, is_all_linear
+from lora_ext.injection.trainers import guard_against_trainers, remove_guard
 from lora_ext.model.adapter_set import Adapter, AdapterSet, adapter_set, attach_adapter_set, forget_adapter_set
 from lora_ext.model.bare_model import BareModel, adapter_layers, root_module
 from lora_ext.nn import LoraLayer
@@ -138,6 +139,7 @@ def apply_injection(model: nn.Module, adapter: Adapter) -> None:
         adapter.into.add(adapter)
         adapter.into.switch((adapter.name,))
         _switch_off_fast_path(root)
+        guard_against_trainers(root)
 
 
 def forget_injection(model: nn.Module) -> None:
@@ -145,6 +147,7 @@ def forget_injection(model: nn.Module) -> None:
     for module in model.modules():
         forget_adapter_set(module)
         _restore_fast_path(module)
+        remove_guard(module)
 
 
 @checked

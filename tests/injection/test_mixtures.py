@@ -113,7 +113,7 @@ def test_we_load_pefts_file_and_peft_loads_ours(mixture, tmp_path):
 
 
 def test_a_training_step_is_pefts(mixture, tmp_path):
-    base = copy.deepcopy(mixture)
+    base = copy.deepcopy(mixture.double())
     theirs, _ = pair(mixture, init_lora_weights=False)
     theirs.save_pretrained(tmp_path)
     ours = ours_from_file(base, tmp_path, trainable=True)

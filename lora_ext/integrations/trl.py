@@ -1,0 +1,171 @@
+"""Gives an injected model to TRL's trainers: ``DPOTrainer(model=for_trl(model), ...)``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import nn
+
+try:
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import PeftModel, PeftType
+except ModuleNotFoundError as error:
+    from lora_ext._common.install_hint import install_hint
+
+    raise ImportError(f"lora_ext.integrations.trl needs peft ({error}): {install_hint('peft')}") from error
+
+from lora_ext import LoraConfig, inject, load_adapter, save_adapter, set_adapter
+from lora_ext._common.arguments import checked
+from lora_ext.adapters import adapter_names, delete_adapter, disable_adapters, lora_modules
+from lora_ext.injection.trainers import why_head_unusable
+from lora_ext.model.adapter_set import find_adapters
+from lora_ext.model.bare_model import root_module
+
+_NAME = "default"  # the adapter that TRL trains
+
+
+@checked
+def for_trl(model: nn.Module) -> PeftModel:
+    """Wraps an injected Transformers model for TRL's trainers, which then treat it like a model of PEFT.
+
+    A method that needs a reference model (DPO, KTO, GRPO, RLOO) takes the model itself with a frozen copy of the
+    adapter, made when the trainer is made: the reference is the model as it was, and no second model is in memory.
+    Checkpoints hold the adapters alone, in PEFT's format. The model itself is trained, and stays usable without the
+    wrapper.
+
+    Args:
+        model: an injected Transformers model; its active adapter is called ``"default"`` and not merged.
+
+    Raises:
+        ValueError: the model is not injected, its active adapter has another name, or its output head has a low-rank
+            adapter, whose effect TRL would not see.
+        RuntimeError: an adapter is merged.
+    """
+    if isinstance(model, PeftModel):
+        raise ValueError("for_trl: the model is a PeftModel, which TRL takes as it is")
+    root = root_module(model)
+    active = find_adapters(root, "for_trl").active.names
+    if active != (_NAME,):
+        raise ValueError(
+            f"for_trl: the active adapters are {list(active)}, but TRL trains the one called {_NAME!r}; use "
+            f"rename_adapter(model, ..., {_NAME!r}) and set_adapter(model, {_NAME!r})"
+        )
+    if any(layer.is_merged for _, layer in lora_modules(root)):
+        raise RuntimeError("for_trl: an adapter is merged; call unmerge(model) first")
+    if (problem := why_head_unusable(root)) is not None:
+        raise ValueError(problem.replace("inject:", "for_trl:", 1))
+    return InjectedModel(model)
+
+
+class InjectedModel(PeftModel):
+    """An injected model with the interface of ``peft.PeftModel``, as far as TRL and Transformers' Trainer use it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.base_model = _Tuner(model)
+        self.peft_type = PeftType.LORA
+        self.special_peft_forward_args: set[str] = set()
+        self._is_prompt_learning = self._adapters_disabled = False
+
+    @property
+    def active_adapter(self) -> str:
+        return self.active_adapters[0]
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(find_adapters(self.get_base_model(), "for_trl").active.names)
+
+    def get_base_model(self) -> nn.Module:
+        return self.base_model.model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_model.model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_model.model.generate(*args, **kwargs)
+
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        root = root_module(self.get_base_model())
+        type(root).add_model_tags(root, tags)  # not the guard of an injected model that TRL gets as it is
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        with disable_adapters(self.get_base_model()):
+            yield
+
+    def add_adapter(self, adapter_name: str, peft_config: PeftLoraConfig, **kwargs: Any) -> None:
+        """Adds an inactive, frozen adapter; a config of :attr:`peft_config` stands for the config behind it."""
+        model, before = self.get_base_model(), self.active_adapters
+        held = find_adapters(model, "for_trl").configs
+        config = next((held[name] for name, shown in self.peft_config.items() if shown is peft_config), None)
+        inject(model, LoraConfig.from_dict(peft_config.to_dict()) if config is None else config, adapter_name)
+        set_adapter(model, adapter_name, trainable=False)
+        set_adapter(model, before)
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} not found.")  # PEFT's words
+        set_adapter(self.get_base_model(), adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        delete_adapter(self.get_base_model(), adapter_name)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Saves adapters where PEFT does: "default" in the directory, others in subdirectories of their names."""
+        model = self.get_base_model()
+        for name in adapter_names(model) if selected_adapters is None else selected_adapters:
+            if is_main_process:
+                save_adapter(model, Path(save_directory) / ("" if name == _NAME else name), name)
+
+    def load_adapter(
+        self, model_id: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False, **kwargs: Any
+    ) -> None:
+        """Loads an adapter, or new values for one, and leaves the active one active."""
+        model, before = self.get_base_model(), self.active_adapters
+        load_adapter(model, model_id, is_trainable, adapter_name)
+        set_adapter(model, before)
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """TRL merges to hand the weights to vLLM, under names that vLLM knows for PEFT's models only."""
+        raise NotImplementedError("for_trl: merging for vLLM is not supported; set use_vllm=False")
+
+
+class _Tuner(nn.Module):
+    """Stands for PEFT's tuner, between its model and the base model; it takes missing attributes from the model."""
+
+    prefix = "lora_"  # of the names of an adapter's parameters
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._shown: dict[str, tuple[LoraConfig, PeftLoraConfig]] = {}
+
+    @property
+    def peft_config(self) -> dict[str, PeftLoraConfig]:
+        """The adapters' configs as PEFT's, the same objects in every call."""
+        configs = find_adapters(self.model, "for_trl").configs
+        for name, config in configs.items():
+            if self._shown.get(name, (None,))[0] is not config:
+                values = {key: value for key, value in config.to_dict().items() if key != "peft_type"}
+                self._shown[name] = config, PeftLoraConfig(**values)
+        return {name: self._shown[name][1] for name in configs}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":  # before __init__, or in a copy that is being made
+                raise
+            return getattr(self.model, name)
