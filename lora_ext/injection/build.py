@@ -18,6 +18,8 @@ from lora_ext.model.bare_model import BareModel, file_path
 from lora_ext.model.trained_biases import TrainedBiases
 from lora_ext.nn import LORA_LAYERS, AdapterLayer, LoraLayer, LoraLinear, LoraPackedLinear, LoraParameter
 from lora_ext.nn.attention import LoraMultiheadAttention
+from lora_ext.nn.base_layer import execution_device, is_offloaded
+from lora_ext.nn.layer import innermost
 from lora_ext.nn.tied import TiedAdapter
 from lora_ext.nn.trainable_tokens import TiedRows, TokenRows, TrainableTokens
 from lora_ext.nn.trained import TrainedModule
@@ -28,12 +30,13 @@ def check_targets(bare: BareModel, targets: Targets, config: LoraConfig) -> None
 
     Raises:
         TypeError: targets are of unsupported kinds; all are listed.
-        ValueError: a token does not exist; or a module was adapted by ``target_modules`` and is now a target of
-            ``target_parameters``, or the reverse.
+        ValueError: a token does not exist; values to train are offloaded; or a module was adapted by ``target_modules``
+            and is now a target of ``target_parameters``, or the reverse.
     """
     _check_kinds(bare, targets, config)
     _check_tokens(bare, targets)
     _check_parameters(bare, targets)
+    _check_offloaded(bare, targets, config)
 
 
 def lora_layer_for(module: nn.Module, config: LoraConfig, path: str) -> type[LoraLayer] | None:
@@ -131,6 +134,18 @@ def _check_parameters(bare: BareModel, targets: Targets) -> None:
                 )
 
 
+def _check_offloaded(bare: BareModel, targets: Targets, config: LoraConfig) -> None:
+    """Refuses to train copies of values that accelerate keeps on another device."""
+    inside = Parents(targets.trained)
+    for path, module in bare.modules.items():
+        key = "modules_to_save" if path in inside else "bias" if config.bias != "none" else ""
+        for name in module._parameters if key == "modules_to_save" else ("bias",) if key else ():
+            if is_offloaded(module, name):
+                raise ValueError(
+                    f"inject: {key} trains the {name} of {path!r}, which is offloaded; keep it on a device (device_map)"
+                )
+
+
 def _attention_around(bare: BareModel, path: str) -> nn.MultiheadAttention | None:
     """The attention whose ``out_proj`` is at ``path``, or None."""
     parent, _, name = path.rpartition(".")
@@ -163,7 +178,7 @@ class PartsBuilder:
         """Allocates meta factors on their base layers' devices, in place; :meth:`parts` now allocates there too."""
         self.device = None
         for part in self.low_rank or ():
-            device = part.layer.weight.device
+            device = execution_device(innermost(part.layer)) or part.layer.weight.device
             for module in part.adapter.modules():
                 for name, factor in module._parameters.items():
                     if factor is not None and factor.is_meta:
@@ -176,7 +191,8 @@ class PartsBuilder:
             if targets.tied.get(path) in targets.modules:
                 adapter = TiedAdapter(adapters[setting], transposed=isinstance(module, nn.Linear))
             else:
-                adapter = adapters[path] = kind.new_adapter(module, self.config, setting, self.device)
+                device = self.device or execution_device(module)
+                adapter = adapters[path] = kind.new_adapter(module, self.config, setting, device)
             if kind is LoraPackedLinear:
                 layer, replaced = self._packed_linear(path, module, len(self.config.enable_lora_for(setting)))
             else:

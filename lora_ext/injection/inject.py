@@ -63,9 +63,9 @@ def inject(model: ModelT, config: LoraConfig, adapter_name: str = "default") -> 
 
     Raises:
         ValueError: nothing matches ``target_modules`` or ``modules_to_save`` (names close matches); the model has an
-            adapter of that name; adapters are merged; a module to save shares a parameter with the rest of the model;
-            a second adapter would train biases; a token to train does not exist; or a module is in ``target_modules``
-            of one adapter and in ``target_parameters`` of another.
+            adapter of that name, or PEFT's adapters; adapters are merged; a module to save shares a parameter with the
+            rest of the model; a second adapter would train biases; a token to train does not exist; values to train are
+            offloaded; or a module is in ``target_modules`` of one adapter and in ``target_parameters`` of another.
         TypeError: targets of unsupported kinds (all are named).
         The model is then unchanged.
 
@@ -179,7 +179,22 @@ def check_new_name(caller: str, name: str, adapters: AdapterSet | None) -> None:
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
+def _check_no_peft_layers(root: nn.Module) -> None:
+    """Refuses models that PEFT adapts: their factors would be targets, and frozen."""
+    for path, module in root.named_modules():
+        if any(kind.__name__ in _PEFT_LAYERS and kind.__module__.startswith("peft.") for kind in type(module).__mro__):
+            raise ValueError(
+                f"inject: {path!r} is a layer of PEFT ({type(module).__name__}); merge or remove PEFT's adapters first "
+                "(peft_model.merge_and_unload()), or inject first and let PEFT adapt the base layers "
+                "(target_modules=['base_layer']). To run PEFT's layers on lora_ext's kernels, see docs/peft.md"
+            )
+
+
+_PEFT_LAYERS = ("BaseTunerLayer", "AuxiliaryTrainingWrapper")
+
+
 def _check_state(root: nn.Module, adapters: AdapterSet | None, config: LoraConfig) -> None:
+    _check_no_peft_layers(root)
     if adapters is not None:
         adapters.check_enabled("inject")
     for path, layer in lora_modules(root):

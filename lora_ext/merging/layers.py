@@ -119,7 +119,8 @@ def change_merged(caller: str, wanted: Mapping[Mergeable, Collection[str]], wher
 
     Raises:
         ValueError: a result would be NaN or infinite, two weights share memory, or an update cannot be merged.
-        RuntimeError: a weight was converted to another dtype while merged, or a parametrization computes it.
+        RuntimeError: a weight was converted to another dtype while merged, is offloaded, or a parametrization computes
+            it.
     """
     records: dict[int, MergeRecord] = {}  # tied layers share one
     views, labels = [], []
@@ -216,6 +217,11 @@ def stored_matrices(caller: str, layer: Mergeable, where: str) -> Iterator[tuple
         label = f"the {matrix.name}{where}"
         if matrix.owner._parameters.get(matrix.name) is None:
             raise RuntimeError(f"{caller}: {label} is not a parameter but computed; remove its parametrization first")
+        if matrix.view.is_meta and "_hf_hook" in vars(matrix.owner):
+            raise RuntimeError(
+                f"{caller}: {label} is offloaded by accelerate, and a change would be lost; load the model without "
+                "offloading (device_map), or save the adapter and merge the checkpoint on disk (lora-ext merge)"
+            )
         yield key, matrix, matrix.view, label
 
 

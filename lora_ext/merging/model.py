@@ -11,6 +11,7 @@ from torch import nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import changing, one_at_a_time
+from lora_ext._common.printable import listed
 from lora_ext.injection.inject import forget_injection, lora_modules, replace_modules
 from lora_ext.matching.path_names import is_inside
 from lora_ext.merging.layers import MergedMatrix, change_merged, merge_for_good, stored_matrices, update_identity
@@ -47,13 +48,15 @@ def merge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> Mo
         ``model``, the same object.
 
     Raises:
-        ValueError: there is no LoRA layer; a base weight is tied to another module, which would change with it (a
-            language model's head and embedding), or shares memory with that of another LoRA layer; an element would
-            become NaN or infinite; a ``lora_bias`` would go into a trained bias (``bias``).
+        ValueError: there is no LoRA layer; a base layer has hooks or a forward of its own; a base weight is tied to
+            another module, which would change with it (a language model's head and embedding), or shares memory with
+            that of another LoRA layer; an element would become NaN or infinite; a ``lora_bias`` would go into a trained
+            bias (``bias``).
         KeyError: no layer has an adapter of that name.
         RuntimeError: an adapter is merged already, or disabled; a parametrization computes a base weight.
     """
     wanted = _to_merge("merge", _all_lora_modules("merge", model), adapter_names)
+    _check_mergeable("merge", wanted)
     _check_untied("merge", model, wanted)
     _check_biases(model, wanted)
     change_merged(
@@ -140,6 +143,7 @@ def merge_and_unload(model: ModelT, adapter_names: str | Iterable[str] | None = 
     chosen = _chosen("merge_and_unload", layers, names, allow_none=some_merged)
     missing = {path: (layer, names - {*layer.merged_adapters}) for path, (layer, names) in chosen.items()}
     wanted = {path: (layer, names) for path, (layer, names) in missing.items() if names}
+    _check_mergeable("merge_and_unload", wanted)
     _check_untied("merge_and_unload", model, wanted)
     _check_can_unload("merge_and_unload", model, merged=True)
     with changing(*_shared(model)):  # no interrupt between merging and removing the adapters
@@ -249,6 +253,13 @@ def _to_merge(
 
 def _where(wanted: dict[str, tuple[LoraLayer, set[str]]]) -> dict[LoraLayer, str]:
     return {layer: f" of {path!r}" for path, (layer, _) in wanted.items()}
+
+
+def _check_mergeable(caller: str, wanted: dict[str, tuple[LoraLayer, set[str]]]) -> None:
+    """Checks that adding to the weights does what the layers' forwards do."""
+    problems = [f"{path}: {reason}" for path, (layer, _) in wanted.items() if (reason := layer.why_not_merge())]
+    if problems:
+        raise ValueError(f"{caller}: updates cannot be merged into{listed(problems)}")
 
 
 def _check_untied(caller: str, model: nn.Module, wanted: dict[str, tuple[LoraLayer, set[str]]]) -> None:

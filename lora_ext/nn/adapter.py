@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._ops.checks import accumulation_dtype
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
+
+
+class FactorsAtHand(NamedTuple):
+    """The attributes of a :class:`LoraAdapter` that a forward reads."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    lora_bias: Tensor | None
+    r: int
+    scaling: float
+    lora_dropout: float
 
 
 class LoraAdapter(nn.Module):
@@ -148,5 +159,19 @@ class LoraAdapter(nn.Module):
         self.lora_A.copy_((torch.randn(self.lora_A.shape[1], half, device=device) @ odd).T / 10.0)
         self.lora_B.copy_(torch.randn(half, self.lora_B.shape[0], device=device).T @ even / 10.0)
 
+    def forward(self) -> FactorsAtHand:
+        """Returns the parameters: accelerate brings offloaded ones for the time of a call. See :func:`at_hand`."""
+        if self.training and torch.is_grad_enabled() and self.lora_A.requires_grad:
+            raise RuntimeError(
+                f"{type(self).__name__}: the factors are offloaded, and would get no gradient; inject after you "
+                "dispatch or offload the model, which leaves them on the device that computes"
+            )
+        return FactorsAtHand(self.lora_A, self.lora_B, self.lora_bias, self.r, self.scaling, self.lora_dropout)
+
     def extra_repr(self) -> str:
         return f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, scaling={self.scaling:g}"
+
+
+def at_hand(adapter: nn.Module) -> LoraAdapter | FactorsAtHand:
+    """``adapter``, or its parameters brought by a call of it, if something replaced its forward to bring them."""
+    return adapter() if "forward" in adapter.__dict__ else adapter

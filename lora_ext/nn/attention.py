@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from lora_ext import functional
 from lora_ext.nn.adapter import LoraAdapter
+from lora_ext.nn.base_layer import check_not_offloaded, has_forward_of, runs_alone, why_not_merge, why_weight_unusable
 from lora_ext.nn.layer import (
     LoraLayer,
     Matrix,
     TransparentLayer,
-    has_forward_of,
     layers_around,
-    why_weight_unusable,
 )
 from lora_ext.nn.linear import add_lora_biases, add_updates
 
@@ -80,7 +79,7 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
         if not has_forward_of(module, nn.MultiheadAttention):
             return "its forward is not nn.MultiheadAttention's"
         names = ("in_proj_weight",) if module._qkv_same_embed_dim else _SEPARATE
-        return next(filter(None, (why_weight_unusable(module, name) for name in names)), None)
+        return next(filter(None, (why_weight_unusable(module, name, at_hand=True) for name in names)), None)
 
     @classmethod
     def new_adapter(
@@ -110,6 +109,9 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
     @property
     def is_needed(self) -> bool:
         return super().is_needed or any(layer.is_needed for layer in layers_around(self.base_layer.out_proj))
+
+    def why_not_merge(self) -> str | None:
+        return why_not_merge(self.base_layer, nn.MultiheadAttention)
 
     def factor_shapes(self, adapter: nn.Module) -> dict[str, tuple[int, ...]]:
         E = self.base_layer.embed_dim
@@ -172,6 +174,9 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
         out_layers = layers_around(out_proj)
         if not names and not any(isinstance(layer, LoraLayer) and layer._applied() for layer in out_layers):
             return base(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        if not (runs_alone(base) and type(base).forward is nn.MultiheadAttention.forward):
+            arguments = query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            return self._call_base(names, *arguments)
         self._check_inputs(query, key, value, key_padding_mask, attn_mask)
         if is_causal and attn_mask is None:
             raise ValueError(f"{type(self).__name__}: is_causal is a hint about attn_mask, which is None; pass it")
@@ -198,6 +203,39 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
         y = y.transpose(1, 2) if base.batch_first or not is_batched else y.permute(2, 0, 1, 3)
         y = y.flatten(-2)
         return out_proj(y if is_batched else y.squeeze(0)), weights
+
+    def _call_base(self, names: tuple[str, ...], *arguments: Any) -> tuple[Tensor, Tensor | None]:
+        """Calls the base attention, which has hooks or another forward, with updated weights in the frozen ones' place.
+
+        The updated weights are allocated in every call.
+        """
+        check_not_offloaded(self, self.base_layer, self.weight_name if self.is_packed else "q_proj_weight")
+        base = self.base_layer
+        paths = {module: path for path, module in base.named_modules()}
+        layers = [layer for layer in layers_around(base.out_proj) if isinstance(layer, LoraLayer)]
+        updated: dict[str, Tensor] = {}
+        for layer, applied in ((self, names), *((layer, layer._applied()) for layer in layers)):
+            matrices = layer.matrices()
+            for name in applied:
+                self._check_no_dropout(layer.adapters[name])
+                for key, (A, B, scaling) in layer.factors(name).items():
+                    owner, parameter_name, view = matrices[key]
+                    parameter = owner._parameters[parameter_name]
+                    path = f"{paths[owner]}.{parameter_name}".removeprefix(".")
+                    weight = updated[path] = updated.get(path, parameter).clone()
+                    begin = view.storage_offset() - parameter.storage_offset()
+                    with torch.autocast(weight.device.type, enabled=False):
+                        update = (scaling * (B @ A)).to(weight.dtype)
+                    weight.as_strided(view.shape, view.stride(), begin).add_(update)
+        return torch.func.functional_call(base, updated, arguments, tie_weights=False)
+
+    def _check_no_dropout(self, adapter: nn.Module) -> None:
+        adapters = adapter.values() if isinstance(adapter, SeparateProjections) else (adapter,)
+        if self.training and any(a.lora_dropout for a in adapters):
+            raise RuntimeError(
+                f"{type(self).__name__}: base_layer has hooks or a replaced forward, so it is called with updated "
+                "weights, which lora_dropout cannot be part of; remove them, or set lora_dropout=0"
+            )
 
     def _project_packed(self, inputs: tuple[Tensor, Tensor, Tensor], names: tuple[str, ...]) -> Iterator[Tensor]:
         adapters = [self.adapters[name] for name in names]

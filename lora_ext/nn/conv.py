@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_ext.nn.adapter import LoraAdapter
+from lora_ext.nn.base_layer import has_forward_of, own_copy, runs_alone, why_not_merge, why_weight_unusable
 from lora_ext.nn.expand import expand_onto_
-from lora_ext.nn.layer import LoraLayer, Matrix, why_weight_unusable
+from lora_ext.nn.layer import LoraLayer, Matrix
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
@@ -38,13 +39,12 @@ class LoraConv(LoraLayer):
     def adapts(cls, module: nn.Module) -> bool:
         return isinstance(module, tuple(_CONVOLVE))
 
+    def why_not_merge(self) -> str | None:
+        return why_not_merge(self.base_layer, *_CONVOLVE, methods=("_conv_forward",))
+
     @classmethod
     def why_not(cls, module: nn.Module, config: LoraConfig) -> str | None:
-        kind = _kind(module)
-        for method in ("forward", "_conv_forward"):
-            if getattr(type(module), method) is not getattr(kind, method) or method in vars(module):
-                return f"its forward is not nn.{kind.__name__}'s"
-        return why_weight_unusable(module, called=True)
+        return why_weight_unusable(module)
 
     @classmethod
     def new_adapter(
@@ -83,11 +83,12 @@ class LoraConv(LoraLayer):
     def forward(self, x: Tensor) -> Tensor:
         base = self.base_layer
         y = base(x)
-        names = self._applied()
-        if names and base._forward_hooks:
-            y = y.clone()  # a hook may hold y, which is written below
-        for name in names:
-            y = self._add(y, x, self.adapters[name])
+        adapters = self._adapters_in_use()
+        if adapters and not (runs_alone(base) and has_forward_of(base, _kind(base), "_conv_forward")):
+            y = own_copy(self, y)
+            x = x.to(y.device)
+        for adapter in adapters:
+            y = self._add(y, x, adapter)
         return y
 
     def _add(self, y: Tensor, x: Tensor, adapter: LoraAdapter) -> Tensor:
@@ -97,6 +98,12 @@ class LoraConv(LoraLayer):
         if base.padding_mode != "zeros":
             x, padding = F.pad(x, base._reversed_padding_repeated_twice, base.padding_mode), 0
         xa = convolve(x, adapter.lora_A, None, base.stride, padding, base.dilation)
+        size = slice(-len(base.kernel_size), None)
+        if xa.shape[size] != y.shape[size]:
+            raise ValueError(
+                f"{type(self).__name__}: base_layer returned {list(y.shape)}, but a convolution with its stride, "
+                f"padding and dilation returns the size {list(xa.shape[size])}; exclude this module"
+            )
         if adapter.lora_bias is not None:
             bias = (adapter.scaling * adapter.lora_bias).to(y.dtype)
             y = y.add_(bias.view(-1, *[1] * len(base.kernel_size)))

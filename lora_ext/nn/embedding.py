@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
 from lora_ext.nn.adapter import LoraAdapter
+from lora_ext.nn.base_layer import has_forward_of, own_copy, runs_alone, why_not_merge, why_weight_unusable
 from lora_ext.nn.expand import expand_onto_
-from lora_ext.nn.layer import LoraLayer, has_forward_of, why_weight_unusable
+from lora_ext.nn.layer import LoraLayer
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
@@ -86,6 +87,10 @@ class LoraEmbedding(LoraLayer):
     def bias(self) -> None:
         return None
 
+    def why_not_merge(self) -> str | None:
+        base = self.base_layer
+        return why_not_merge(base, type(base) if hasattr(base, "embed_scale") else nn.Embedding)
+
     def factors(self, name: str) -> dict[str, tuple[Tensor, Tensor, float]]:
         adapter = self.adapters[name]
         return {"weight": (adapter.lora_B.T, adapter.lora_A.T, adapter.scaling)}  # W += (B A).T
@@ -96,11 +101,11 @@ class LoraEmbedding(LoraLayer):
     def forward(self, ids: Tensor) -> Tensor:
         base = self.base_layer
         y = base(ids)
-        names = self._applied()
-        if names and base._forward_hooks:
-            y = y.clone()  # a hook may hold y, which is written below, or have made it a leaf that requires a gradient
-        for name in names:
-            adapter = self.adapters[name]
+        adapters = self._adapters_in_use()
+        if adapters and not runs_alone(base):
+            y = own_copy(self, y)
+            ids = ids.to(y.device)
+        for adapter in adapters:
             xa = F.embedding(ids, adapter.lora_A.T, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
             y = expand_onto_(y, scaled_rows(base, xa), adapter.lora_B, adapter.scaling)
         return y
@@ -113,10 +118,9 @@ def why_embedding_unusable(module: nn.Embedding) -> str | None:
     """Why rows of ``module`` cannot be updated while it computes the frozen ones, or None."""
     if module.max_norm is not None:
         return "it has max_norm, which changes the frozen weight in every forward"
-    scales = hasattr(module, "embed_scale") and "forward" not in vars(module)
-    if not (scales or has_forward_of(module, nn.Embedding)):
+    if not has_forward_of(module, type(module) if hasattr(module, "embed_scale") else nn.Embedding):
         return "its forward is not nn.Embedding's"
-    return why_weight_unusable(module, called=True)
+    return why_weight_unusable(module)
 
 
 def scaled_rows(base: nn.Embedding, rows: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import of_one_state, one_at_a_time
-from lora_ext._ops.checks import FLOATING
 from lora_ext.merging.layers import MergeState, change_merged
-from lora_ext.nn.adapter import LoraAdapter
+from lora_ext.nn.adapter import LoraAdapter, at_hand
+from lora_ext.nn.base_layer import why_weight_unusable
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
@@ -132,6 +132,10 @@ class AdapterLayer(nn.Module):
     def unloaded(self, merged: bool) -> nn.Module:
         """The module that replaces this layer on unloading; ``merged``: with the active adapter's values for good."""
         return self.base_layer
+
+    def unload_and_optionally_merge_module(self, **how: Any) -> AdapterLayer:
+        """Stays in place: PEFT's ``merge_and_unload`` and ``unload`` call this on all modules with a base layer."""
+        return self
 
     @property
     def is_needed(self) -> bool:
@@ -255,6 +259,10 @@ class LoraLayer(AdapterLayer):
             matrices["bias"] = Matrix(self.base_layer, "bias", self.bias.view(1, -1))
         return matrices
 
+    def why_not_merge(self) -> str | None:
+        """Why an update merged into the base weight could compute something else than the forward, or None."""
+        return None
+
     def factors(self, name: str) -> dict[str, tuple[Tensor, Tensor, float]]:
         """The updates of adapter ``name`` by matrix key: ``lora_A [r, cols]``, ``lora_B [rows, r]``, scaling."""
         adapter = self.adapters[name]
@@ -291,6 +299,10 @@ class LoraLayer(AdapterLayer):
                 raise ValueError(f"{type(self).__name__}: {factor} has shape {list(shape)}, want {list(want)}")
         self.adapters[name] = adapter.train(self.training)
         freeze(self.base_layer)
+
+    def _adapters_in_use(self) -> list[LoraAdapter]:
+        """The adapters that the forward adds, with factors on the device that computes."""
+        return [at_hand(self.adapters[name]) for name in self._applied()]
 
     def _applied(self) -> tuple[str, ...]:
         """The adapters that the forward adds to the base layer's output: those active and not merged."""
@@ -357,6 +369,8 @@ class LoraLayer(AdapterLayer):
             if name in self.merged_adapters:
                 raise RuntimeError(f"{caller}: adapter {name!r} is already merged")
             self._check_exists(name)
+        if (reason := self.why_not_merge()) is not None:
+            raise ValueError(f"{caller}: the update cannot be merged: {reason}")
         self._check_not_tied(names, "merge")
         change_merged(caller, {self: {*self.merged_adapters, *names}}, {self: ""})
         return self.merge_record_bytes
@@ -410,7 +424,7 @@ class LoraLayer(AdapterLayer):
 
     @one_at_a_time
     def _apply(self, fn, recurse: bool = True):
-        dtype = self.weight.dtype
+        dtype = None if self._merged is None else self.weight.dtype
         super()._apply(fn, recurse)
         if self._merged is not None and self.weight.dtype != dtype:
             lost = f"was converted from {dtype} to {self.weight.dtype} while merged, which cannot be undone"
@@ -451,24 +465,3 @@ def innermost(module: nn.Module) -> nn.Module:
     while isinstance(module, AdapterLayer):
         module = module.base_layer
     return module
-
-
-def why_weight_unusable(module: nn.Module, name: str = "weight", *, called: bool = False) -> str | None:
-    """Why no layer can read the parameter ``name`` of ``module`` (and call it, if ``called``), or None."""
-    weight = module._parameters.get(name)
-    if weight is None:
-        return f"its {name} is computed by a parametrization; remove that first"
-    if torch.nn.parameter.is_lazy(weight):
-        return f"its {name} is not initialised yet; run the model once first"
-    if weight.dtype not in FLOATING:
-        return f"its {name} is {weight.dtype}, want one of {', '.join(map(str, FLOATING))}"
-    if called:
-        return None
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return "it has hooks, which would no longer run; remove them first"
-    return None
-
-
-def has_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether ``module`` has the forward of ``kind``, neither overridden nor patched."""
-    return type(module).forward is kind.forward and "forward" not in vars(module)

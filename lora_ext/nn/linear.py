@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_ext import functional
-from lora_ext.nn.adapter import LoraAdapter
-from lora_ext.nn.layer import LoraLayer, has_forward_of
+from lora_ext.nn.adapter import LoraAdapter, at_hand
+from lora_ext.nn.base_layer import is_conv1d, own_copy, plain_linear, why_not_merge
+from lora_ext.nn.layer import LoraLayer
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
@@ -20,6 +21,10 @@ class LoraLinear(LoraLayer):
 
     The first active adapter is computed together with the base layer; each further one takes another pass over the
     output. With ``lora_bias`` an adapter also adds ``scaling * lora_bias``.
+
+    If a call of the base layer would do more than multiply by its weight (hooks, a forward of its own, a module put in
+    its place; :mod:`lora_ext.nn.base_layer`), it is called, and every adapter takes a pass over a copy of its output.
+    Further arguments of the forward go to the base layer. An update cannot be merged into such a base layer.
 
     Args:
         base_layer: an ``nn.Linear``, or Transformers' ``Conv1D`` (GPT-2), whose weight is ``[in_features,
@@ -34,14 +39,6 @@ class LoraLinear(LoraLayer):
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
         return is_linear(module)
-
-    @classmethod
-    def why_not(cls, module: nn.Module, config: LoraConfig) -> str | None:
-        if is_conv1d(module):
-            return "its forward was replaced" if "forward" in vars(module) else super().why_not(module, config)
-        return (
-            super().why_not(module, config) if has_forward_of(module, nn.Linear) else "its forward is not nn.Linear's"
-        )
 
     @classmethod
     def new_adapter(
@@ -61,6 +58,9 @@ class LoraLinear(LoraLayer):
     def stores_transposed(self) -> bool:
         return is_conv1d(self.base_layer)
 
+    def why_not_merge(self) -> str | None:
+        return why_not_merge(self.base_layer, nn.Linear)
+
     def factors(self, name: str) -> dict[str, tuple[Tensor, Tensor, float]]:
         factors = super().factors(name)
         if self.stores_transposed:  # W.T += (B A).T
@@ -68,20 +68,31 @@ class LoraLinear(LoraLayer):
             factors["weight"] = B.T, A.T, scaling
         return factors
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = self._applied()
         if not names:
-            return self.base_layer(x)
-        base, adapters = self.base_layer, [self.adapters[name] for name in names]
-        weight = base.weight if isinstance(base, nn.Linear) else base.weight.T
-        updates = [
-            (a.lora_A, self._full_lora_B(a), a.scaling, a.lora_dropout if self.training else 0.0) for a in adapters
-        ]
-        return add_updates(x, weight, add_lora_biases(base.bias, weight.dtype, adapters), updates)
+            return self.base_layer(x, *args, **kwargs)
+        adapters, updates = [], []
+        for name in names:
+            adapter = at_hand(self.adapters[name])
+            adapters.append(adapter)
+            dropout_p = adapter.lora_dropout if self.training else 0.0
+            updates.append((adapter.lora_A, self._full_lora_B(name, adapter.lora_B), adapter.scaling, dropout_p))
+        plain = None if args or kwargs else plain_linear(self.base_layer)
+        if plain is not None:
+            weight, bias = plain
+            return add_updates(x, weight, add_lora_biases(bias, weight.dtype, adapters), updates)
+        y = own_copy(self, self.base_layer(x, *args, **kwargs))
+        if (bias := add_lora_biases(None, y.dtype, adapters)) is not None:
+            y.add_(bias)
+        x = x.to(device=y.device, dtype=y.dtype)
+        for update in updates:
+            y = functional.lora_delta_(y, x, *update)
+        return y
 
-    def _full_lora_B(self, adapter: LoraAdapter) -> Tensor:
-        """``lora_B`` for the whole output: ``[out_features, rows of lora_A]``."""
-        return adapter.lora_B
+    def _full_lora_B(self, name: str, lora_B: Tensor) -> Tensor:
+        """``lora_B`` of the adapter ``name`` for the whole output: ``[out_features, rows of lora_A]``."""
+        return lora_B
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self._state()}"
@@ -111,18 +122,9 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether ``module`` is Transformers' ``Conv1D``, a linear layer that stores its weight transposed.
-
-    Decided by the class's name: Transformers may not be installed.
-    """
-    kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
-
-
 def linear_sizes(module: nn.Module) -> tuple[int, int]:
     """Returns ``(in_features, out_features)``."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    in_features, out_features = module.weight.shape
-    return in_features, out_features
+    if is_conv1d(module):
+        in_features, out_features = module.weight.shape
+        return in_features, out_features
+    return module.in_features, module.out_features

@@ -158,8 +158,9 @@ class LoraPackedLinear(LoraLinear):
     def _parts_dim(self) -> int:
         return 1 if self.stores_transposed else 0
 
-    def _full_lora_B(self, adapter: LoraAdapter) -> Tensor:
-        return adapter.block_diagonal() if isinstance(adapter, PackedAdapter) else adapter.lora_B
+    def _full_lora_B(self, name: str, lora_B: Tensor) -> Tensor:
+        adapter = self.adapters[name]
+        return spread_blocks(lora_B, adapter.enable_lora) if isinstance(adapter, PackedAdapter) else lora_B
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_parts={self.num_parts}"

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
-from lora_ext.nn.adapter import LoraAdapter
+from lora_ext.nn.adapter import LoraAdapter, at_hand
+from lora_ext.nn.base_layer import check_not_offloaded, why_weight_unusable
 from lora_ext.nn.layer import (
     ActiveAdapters,
     LoraLayer,
@@ -16,7 +17,6 @@ from lora_ext.nn.layer import (
     TransparentLayer,
     innermost,
     layers_around,
-    why_weight_unusable,
 )
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class LoraParameter(TransparentLayer, LoraLayer):
     @classmethod
     def why_not_parameter(cls, module: nn.Module, name: str) -> str | None:
         """Why the parameter ``name`` of ``module`` cannot be adapted, or None."""
-        if (reason := why_weight_unusable(module, name, called=True)) is not None:
+        if (reason := why_weight_unusable(module, name, at_hand=True)) is not None:
             return reason
         dims = module._parameters[name].dim()
         return None if dims in (2, 3) else f"its {name} has {dims} dimensions, want 2, or 3 with the experts first"
@@ -134,7 +134,8 @@ class LoraParameter(TransparentLayer, LoraLayer):
         names = self._applied()
         if not names:
             return self.base_layer(*args, **kwargs)
-        substitute = {self._path_from_base_layer(): self._updated([self.adapters[name] for name in names])}
+        check_not_offloaded(self, self.module, self.parameter_name)
+        substitute = {self._path_from_base_layer(): self._updated([at_hand(self.adapters[name]) for name in names])}
         return torch.func.functional_call(self.base_layer, substitute, args, kwargs, tie_weights=False)
 
     def _updated(self, adapters: list[LoraAdapter]) -> Tensor:

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_ext._ops.checks import accumulation_dtype
+from lora_ext.nn.base_layer import has_forward_of, own_copy, runs_alone, why_weight_unusable
 from lora_ext.nn.embedding import scaled_rows, why_embedding_unusable
-from lora_ext.nn.layer import TransparentLayer, freeze, has_forward_of, innermost, why_weight_unusable
+from lora_ext.nn.layer import TransparentLayer, freeze, innermost
 
 
 class TokenRows(nn.Module):
@@ -83,12 +84,12 @@ class TrainableTokens(TransparentLayer):
         if isinstance(module, nn.Embedding):
             if module.scale_grad_by_freq:
                 return "it has scale_grad_by_freq, which also counts tokens that are not trained"
-            return why_embedding_unusable(module)
+            return why_embedding_unusable(module) or why_weight_unusable(module, at_hand=True)
         if not isinstance(module, nn.Linear):
             return "want an nn.Embedding or nn.Linear"
         if not has_forward_of(module, nn.Linear):
             return "its forward is not nn.Linear's"
-        return why_weight_unusable(module, called=True)
+        return why_weight_unusable(module, at_hand=True)
 
     def add_adapter(self, name: str, rows: TokenRows | TiedRows) -> None:
         """Adds ``rows`` under ``name`` and freezes the base layer. ValueError: the name is taken."""
@@ -130,8 +131,8 @@ class TrainableTokens(TransparentLayer):
             for rows in rows_in_use:
                 y = self._looked_up(y, x, rows)
         else:
-            if rows_in_use and self.inner_layer._forward_hooks:
-                y = y.clone()  # a hook may hold y, which is written below
+            if rows_in_use and not runs_alone(self.inner_layer):
+                y = own_copy(self, y)
             for rows in rows_in_use:
                 y = self._projected(y, x, rows)
         return y

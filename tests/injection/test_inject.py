@@ -7,11 +7,13 @@ import io
 import math
 import warnings
 
+import bitsandbytes
 import peft
 import pytest
 import torch
 from support.models import FAMILIES, Block, Net, bert, llama, refused, token_ids
 from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from lora_ext import LoraConfig, inject
 from lora_ext.adapters import lora_modules, trainable_parameter_counts
@@ -120,11 +122,6 @@ def test_works_on_the_meta_device():
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
-class ScaledLinear(nn.Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
 class OwnAttention(nn.MultiheadAttention):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
@@ -137,12 +134,11 @@ class Zoo(nn.Module):
         super().__init__()
         self.fine = nn.Linear(4, 4)
         self.embedding = nn.EmbeddingBag(4, 4)
-        self.scaled = ScaledLinear(4, 4)
         self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
-        self.hooked = nn.Linear(4, 4)
-        self.hooked.register_forward_hook(lambda module, args, output: output * 2)
-        self.patched = nn.Linear(4, 4)
-        self.patched.forward = lambda x: x
+        self.wrapped = nn.Linear(32, 32)
+        quantize_(self.wrapped, Int8WeightOnlyConfig())
+        self.eightbit = bitsandbytes.nn.Linear8bitLt(4, 4, has_fp16_weights=False)
+        self.fourbit = bitsandbytes.nn.Linear4bit(4, 4)
         self.lazy = nn.LazyLinear(4)
         self.integer = nn.Linear(4, 4)
         self.integer.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
@@ -157,10 +153,10 @@ def test_every_unsupported_target_is_listed():
     text = str(caught.value)
     for line in (
         "embedding (EmbeddingBag): no LoRA layer adapts EmbeddingBag",
-        "scaled (ScaledLinear): its forward is not nn.Linear's",
         "normed (ParametrizedLinear): its weight is computed by a parametrization",
-        "hooked (Linear): it has hooks",
-        "patched (Linear): its forward is not nn.Linear's",
+        "wrapped (Linear): its weight is a torchao Int8Tensor, not a plain tensor; load the model without quantisation",
+        "eightbit (Linear8bitLt): it is quantised by bitsandbytes; load the model without quantization_config",
+        "fourbit (Linear4bit): it is quantised by bitsandbytes",
         "lazy (LazyLinear): its weight is not initialised yet",
         "integer (Linear): its weight is torch.int8, want one of",
         "attention (OwnAttention): its forward is not nn.MultiheadAttention's",

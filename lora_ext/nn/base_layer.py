@@ -1,0 +1,200 @@
+"""What a layer may assume about its base layer, and when it has to call it.
+
+A layer computes a product in place of its base layer only if a call of the base layer would compute exactly that
+product and nothing else would see the call: :func:`runs_alone` and :func:`plain_linear`. In all other cases it calls
+the base layer and adds its updates to a copy of the result (:func:`own_copy`). So hooks, replaced forwards and modules
+put in the base layer's place after injection stay in force, whoever put them there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
+
+from lora_ext._ops.checks import FLOATING
+
+# As PyTorch defines them: a library that replaces them in the class is noticed too.
+_CALL, _LINEAR_FORWARD = nn.Module.__call__, nn.Linear.forward
+_DENSE = (nn.Parameter, Tensor)
+
+
+def runs_alone(module: nn.Module) -> bool:
+    """Whether a call of ``module`` runs the forward of its class and nothing else."""
+    state = module.__dict__  # nn.Module's attribute lookup takes ten times as long
+    return not (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or _global_forward_hooks
+        or _global_forward_pre_hooks
+        or _global_backward_hooks
+        or _global_backward_pre_hooks
+        or "forward" in state
+        or type(module).__call__ is not _CALL
+    )
+
+
+def plain_linear(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """The weight ``[out_features, in_features]`` and the bias of a base layer that is exactly their product, or None.
+
+    Takes 0.5 us. Parametrized, pruned and sharded weights are no entries of ``_parameters``, or not dense.
+    """
+    parameters = base.__dict__["_parameters"]
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if (
+        not (type(weight) in _DENSE or is_dense(weight))
+        or not (bias is None or type(bias) in _DENSE or is_dense(bias))
+        or not runs_alone(base)
+    ):
+        return None
+    kind = type(base)
+    if kind is nn.Linear or isinstance(base, nn.Linear):
+        if kind.forward is not _LINEAR_FORWARD or (bias is None and "bias" not in parameters):
+            return None
+        return weight, bias
+    return (weight.T, bias) if is_conv1d(base) else None
+
+
+def is_dense(tensor: object) -> bool:
+    """Whether ``tensor`` is a tensor of PyTorch's own class, or stands for one while a graph is traced."""
+    kind = type(tensor)
+    return kind in _DENSE or kind.__module__.startswith("torch._subclasses.")
+
+
+def own_copy(layer: nn.Module, y: Any) -> Tensor:
+    """A contiguous copy of what the base layer of ``layer`` returned, for in-place updates.
+
+    The base layer, a hook or the caller may hold ``y``; and it may be a view, a leaf, or expanded.
+    """
+    if not isinstance(y, Tensor):
+        raise TypeError(f"{type(layer).__name__}: base_layer returned a {type(y).__name__}, want a tensor")
+    return y.clone(memory_format=torch.contiguous_format)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether ``module`` is Transformers' ``Conv1D``, a linear layer that stores its weight transposed.
+
+    Decided by the class's name: Transformers may not be installed.
+    """
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+
+
+# --- what inject and merge refuse -------------------------------------------------------------------------------------
+
+
+def why_weight_unusable(module: nn.Module, name: str = "weight", *, at_hand: bool = False) -> str | None:
+    """Why no update of the parameter ``name`` of ``module`` can be computed, or None.
+
+    ``at_hand``: the layer reads its values, so that they must not be offloaded.
+    """
+    weight = module._parameters.get(name)
+    if weight is None:
+        return f"its {name} is computed by a parametrization; remove that first"
+    if torch.nn.parameter.is_lazy(weight):
+        return f"its {name} is not initialised yet; run the model once first"
+    if type(module).__module__.partition(".")[0] == "bitsandbytes":
+        return "it is quantised by bitsandbytes; load the model without quantization_config"
+    if not _behaves_as_dense(weight):
+        kind = type(weight)
+        if kind.__name__ == "DTensor":
+            return f"its {name} is sharded (DTensor); inject before you shard the model"
+        return (
+            f"its {name} is a {kind.__module__.partition('.')[0]} {kind.__name__}, not a plain tensor; load the model "
+            "without quantisation, or quantise the merged model"
+        )
+    if weight.dtype not in FLOATING:
+        return f"its {name} is {weight.dtype}, want one of {', '.join(map(str, FLOATING))}"
+    if at_hand and is_offloaded(module, name):
+        return f"its {name} is offloaded; {_KEEP_ON_DEVICE}"
+    return None
+
+
+def _behaves_as_dense(tensor: Tensor) -> bool:
+    kind = type(tensor)
+    return is_dense(tensor) or (
+        kind.__torch_function__ is nn.Parameter.__torch_function__
+        and kind.__torch_dispatch__ is nn.Parameter.__torch_dispatch__
+    )
+
+
+def has_forward_of(module: nn.Module, kind: type[nn.Module], *methods: str) -> bool:
+    """Whether ``module`` has the forward (and ``methods``) of ``kind``, neither overridden nor replaced.
+
+    Accelerate replaces it to move tensors between devices; what it replaced is then checked.
+    """
+    for method in ("forward", *methods):
+        if getattr(type(module), method) is not getattr(kind, method):
+            return False
+        patched = vars(module).get(method)
+        if patched is not None and getattr(_below_accelerate(module, method), "__func__", None) is not getattr(
+            kind, method
+        ):
+            return False
+    return True
+
+
+def why_not_merge(base: nn.Module, *kinds: type[nn.Module], methods: tuple[str, ...] = ()) -> str | None:
+    """Why merging into the weight of ``base`` could compute something else than adding to its output, or None.
+
+    ``kinds``: the classes whose forward is linear in the weight.
+    """
+    kind = next((kind for kind in kinds if isinstance(base, kind)), None)
+    if is_conv1d(base):
+        kind = type(base)
+    if kind is None:
+        kind = type(base)
+        return f"base_layer is a {kind.__module__}.{kind.__name__}; merge or unload it first"
+    if not has_forward_of(base, kind, *methods):
+        return f"the forward of {type(base).__name__} is not {kind.__name__}'s, and may not be linear in the weight"
+    if base._forward_hooks or base._forward_pre_hooks:
+        return "its hooks may change what it computes; remove them first"
+    return None
+
+
+_KEEP_ON_DEVICE = "keep this module on a device (device_map)"
+
+# --- accelerate -------------------------------------------------------------------------------------------------------
+
+
+def is_offloaded(module: nn.Module, name: str = "weight") -> bool:
+    """Whether accelerate keeps the parameter elsewhere, and brings it only for a call of ``module``."""
+    weight = module._parameters.get(name)
+    return weight is not None and weight.is_meta and "_hf_hook" in vars(module)
+
+
+def check_not_offloaded(layer: nn.Module, module: nn.Module, name: str) -> None:
+    """RuntimeError: the values of the parameter are not at hand."""
+    if is_offloaded(module, name):
+        raise RuntimeError(f"{type(layer).__name__}: {name} is offloaded; {_KEEP_ON_DEVICE}")
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """The device to which accelerate brings the parameters of ``module`` for a call; None: they stay where they are."""
+    if any(is_offloaded(module, name) for name in module._parameters):
+        for hook in _accelerate_hooks(module):
+            device = getattr(hook, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return None
+
+
+def _below_accelerate(module: nn.Module, method: str) -> Any:
+    state, hooks = vars(module), _accelerate_hooks(module)
+    if method == "forward" and hooks and all(type(hook).__module__ == "accelerate.hooks" for hook in hooks):
+        return state["_old_forward"]
+    return state[method]
+
+
+def _accelerate_hooks(module: nn.Module) -> tuple[object, ...]:
+    hook = vars(module).get("_hf_hook")
+    return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))

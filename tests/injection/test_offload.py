@@ -1,0 +1,164 @@
+"""Models whose weights accelerate keeps on the CPU or on disk, and brings to a device for each call."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from support.models import bert, llama, refused, token_ids
+from torch import Tensor, nn
+
+from lora_ext import LoraConfig, inject, load_adapter, save_adapter
+from lora_ext.adapters import lora_modules, merge, merge_and_unload, unmerge
+
+ALIVE = {"r": 2, "lora_alpha": 4, "init_lora_weights": False}
+
+
+def cpu(model: nn.Module, tmp_path) -> nn.Module:
+    return cpu_offload(model, execution_device="cpu")
+
+
+def disk(model: nn.Module, tmp_path) -> nn.Module:
+    return disk_offload(model, tmp_path / "offloaded", execution_device="cpu")
+
+
+def mixed(model: nn.Module, tmp_path) -> nn.Module:
+    """A part on a device, a part on the CPU, a part on disk, as ``device_map="auto"`` leaves a model."""
+    device_map = {"bert.embeddings": "cpu", "bert.encoder.layer.0": "disk", "bert.encoder.layer.1": "cpu"}
+    device_map |= {"bert.pooler": "cpu", "dropout": "cpu", "classifier": "cpu"}
+    return dispatch_model(model, device_map, main_device="cpu", offload_dir=tmp_path / "offloaded", force_hooks=True)
+
+
+OFFLOADERS = [cpu, disk, mixed]
+
+
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(input_ids=ids).logits
+
+
+def factors(model: nn.Module) -> dict[str, Tensor]:
+    return {path: p for path, p in model.named_parameters() if ".adapters." in path}
+
+
+def injected(model: nn.Module, **settings) -> nn.Module:
+    torch.manual_seed(3)
+    return inject(model, LoraConfig(**{"target_modules": ["query", "dense", "word_embeddings"]} | ALIVE | settings))
+
+
+@pytest.mark.parametrize("offload", OFFLOADERS)
+def test_injected_after_offloading(offload, tmp_path):
+    base, ids = bert().eval(), token_ids()
+    expected = injected(copy.deepcopy(base))
+    model = injected(offload(base, tmp_path))
+    for path, factor in factors(expected).items():
+        assert torch.equal(factors(model)[path], factor)  # real memory, initialised
+    torch.testing.assert_close(logits(model, ids), logits(expected, ids))
+    for each in (model.train(), expected.train()):
+        logits(each, ids).square().sum().backward()
+    for path, factor in factors(expected).items():
+        torch.testing.assert_close(factors(model)[path].grad, factor.grad)
+
+
+@pytest.mark.parametrize("offload", OFFLOADERS)
+def test_offloaded_after_injection(offload, tmp_path):
+    model, ids = injected(bert().eval()), token_ids()
+    expected = copy.deepcopy(model)
+    offload(model, tmp_path)
+    for _ in range(2):
+        torch.testing.assert_close(logits(model, ids), logits(expected, ids))
+
+
+def test_factors_that_are_offloaded_do_not_train_silently(tmp_path):
+    model = cpu(injected(bert()), tmp_path).train()
+    with pytest.raises(RuntimeError, match="the factors are offloaded, and would get no gradient; inject after you"):
+        logits(model, token_ids())
+    with torch.no_grad():
+        logits(model, token_ids())
+
+
+@pytest.mark.parametrize("offload", [cpu, disk])
+def test_files_of_an_offloaded_model(offload, tmp_path):
+    base, ids = bert().eval(), token_ids()
+    trained = injected(copy.deepcopy(base))
+    save_adapter(trained, tmp_path / "adapter")
+    model = load_adapter(offload(base, tmp_path), tmp_path / "adapter")
+    torch.testing.assert_close(logits(model, ids), logits(trained, ids))
+    save_adapter(model, tmp_path / "again")
+    file = "adapter_model.safetensors"
+    assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "adapter" / file).read_bytes()
+
+
+@pytest.mark.parametrize("offload", OFFLOADERS)
+@pytest.mark.parametrize("change", [merge, merge_and_unload, unmerge])
+def test_offloaded_weights_are_not_merged(offload, change, tmp_path):
+    model = injected(bert().eval(), target_modules=["query"])
+    if change is unmerge:
+        merge(model)
+    offload(model, tmp_path)
+    with refused(model, RuntimeError, "the weight of 'bert.encoder.layer.0.attention.self.query' is offloaded by"):
+        change(model)
+
+
+def test_hooks_that_only_move_tensors_do_not_prevent_a_merge():
+    model, ids = bert().eval(), token_ids()
+    for module in model.modules():
+        add_hook_to_module(module, AlignDevicesHook("cpu"))
+    injected(model)
+    expected = logits(model, ids)
+    merge(model)
+    torch.testing.assert_close(logits(model, ids), expected)
+    unmerge(model)
+    torch.testing.assert_close(logits(model, ids), expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "text"),
+    [
+        (
+            {"modules_to_save": ["classifier"]},
+            ValueError,
+            "modules_to_save trains the weight of 'classifier', which",
+        ),
+        ({"bias": "all"}, ValueError, "bias trains the bias of 'bert.embeddings.LayerNorm', which is offloaded"),
+        (
+            {"trainable_token_indices": {"word_embeddings": [1]}, "target_modules": ["query"]},
+            TypeError,
+            "cannot train rows of 'bert.embeddings.word_embeddings' (Embedding): its weight is offloaded",
+        ),
+        ({"target_parameters": ["pooler.dense.weight"], "target_modules": []}, TypeError, "its weight is offloaded"),
+    ],
+)
+def test_values_that_are_read_at_injection(settings, error, text, tmp_path):
+    model = cpu(bert(), tmp_path)
+    with refused(model, error, text, "keep"):
+        injected(model, **settings)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.scale = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0]
+
+
+def test_an_offloaded_attention(tmp_path):
+    x = torch.randn(3, 5, 8)
+    model = cpu(Attention(), tmp_path)
+    with refused(model, TypeError, "attention (MultiheadAttention): its in_proj_weight is offloaded; keep this module"):
+        injected(model, target_modules=["attention"])
+    model = cpu(injected(Attention(), target_modules=["attention"]), tmp_path)
+    with pytest.raises(RuntimeError, match="LoraMultiheadAttention: in_proj_weight is offloaded; keep this module"):
+        model.eval()(x)
+
+
+def test_an_offloaded_parameter(tmp_path):
+    model = cpu(injected(llama().eval(), target_modules=[], target_parameters=["q_proj.weight"]), tmp_path)
+    assert len(list(lora_modules(model))) == 2
+    with pytest.raises(RuntimeError, match="LoraParameter: weight is offloaded; keep this module"):
+        logits(model, token_ids())

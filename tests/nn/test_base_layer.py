@@ -1,0 +1,343 @@
+"""The base layer of a LoRA layer is called wherever a call would do more than multiply by its weight."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.models import Net, gpt2, refused, token_ids
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from lora_ext import LoraConfig, functional, inject
+from lora_ext.adapters import merge, merge_and_unload, unmerge
+from lora_ext.nn import LoraLayer
+from lora_ext.nn.base_layer import plain_linear
+
+ALIVE = {"r": 2, "lora_alpha": 4, "init_lora_weights": False}
+
+
+class ScaledLinear(nn.Linear):
+    def forward(self, x: Tensor, times: float = 2.0) -> Tensor:
+        return times * super().forward(x)
+
+
+class Transposed(nn.Linear):
+    """Returns a view that is not contiguous, of a buffer that it keeps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = F.linear(x, self.weight, self.bias).mT.contiguous()
+        return self.kept.mT
+
+
+class Widened(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).double()
+
+
+class Leaf(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).detach().requires_grad_()
+
+
+class One(nn.Linear):
+    """One row for all tokens: an expanded tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bias.expand(*x.shape[:-1], -1)
+
+
+def adapted(layer: nn.Module, **settings) -> nn.ModuleDict:
+    model = nn.ModuleDict({"layer": layer, "other": nn.Linear(3, 3)})
+    return inject(model, LoraConfig(**{"target_modules": ["layer"]} | ALIVE | settings))
+
+
+def update_of(layer: LoraLayer, x: Tensor) -> Tensor:
+    return x @ layer.delta_weight().T
+
+
+def check_is_base_plus_update(layer: LoraLayer, x: Tensor, base: Tensor) -> None:
+    expected = base + update_of(layer, x.detach()).to(base.dtype)
+    y = layer(x)
+    assert y.dtype == base.dtype and y.is_contiguous()
+    torch.testing.assert_close(y, expected)
+    y.sum().backward()
+    A, B = layer.adapters.default.lora_A, layer.adapters.default.lora_B
+    tokens = x.detach().flatten(0, -2).sum(0)
+    torch.testing.assert_close(A.grad, 2 * B.detach().sum(0).outer(tokens))
+    torch.testing.assert_close(B.grad, 2 * (A.detach() @ tokens).expand_as(B))
+
+
+# --- what is put there before injection -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [ScaledLinear, Transposed, Widened, Leaf, One])
+def test_subclasses_with_a_forward_of_their_own(kind):
+    base, x = kind(6, 5), torch.randn(2, 4, 6, requires_grad=True)
+    expected = base(x).detach().clone()
+    model = adapted(base)
+    check_is_base_plus_update(model.layer, x, expected)
+    with refused(model, ValueError, f"merge: updates cannot be merged into\n  layer: the forward of {kind.__name__}"):
+        merge(model)
+    with refused(model, ValueError, "may not be linear in the weight"):
+        merge_and_unload(model)
+    with refused(model, ValueError, "LoraLinear: the update cannot be merged: the forward of"):
+        model.layer.merge()
+
+
+def test_what_the_base_layer_returned_is_not_written():
+    model, x = adapted(Transposed(6, 5)), torch.randn(4, 6)
+    y = model.layer(x)
+    torch.testing.assert_close(model.layer.base_layer.kept.mT + update_of(model.layer, x), y)
+
+
+def test_a_base_layer_that_returns_no_tensor():
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), None
+
+    with pytest.raises(TypeError, match="LoraLinear: base_layer returned a tuple, want a tensor"):
+        adapted(Pair(6, 5)).layer(torch.randn(4, 6))
+
+
+def test_further_arguments_go_to_the_base_layer():
+    model, x = adapted(ScaledLinear(6, 5)), torch.randn(4, 6)
+    base = F.linear(x, model.layer.weight, model.layer.bias)
+    torch.testing.assert_close(model.layer(x, times=3.0), 3 * base + update_of(model.layer, x))
+    with pytest.raises(TypeError, match="times"):
+        adapted(nn.Linear(6, 5)).layer(x, times=3.0)
+
+
+def test_hooks_of_a_target_stay_in_force():
+    base, x, seen = nn.Linear(6, 5), torch.randn(4, 6), []
+    base.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    base.register_forward_hook(lambda module, args, y: seen.append(y))
+    base.register_forward_hook(lambda module, args, y: 2 * y)
+    expected = base(x)
+    model = adapted(base)
+    torch.testing.assert_close(model.layer(x), expected + update_of(model.layer, x))
+    assert len(seen) == 2 and torch.equal(seen[0], seen[1])
+    with refused(model, ValueError, "layer: its hooks may change what it computes; remove them first"):
+        merge(model)
+
+
+def test_a_replaced_forward_of_a_target_stays_in_force():
+    base, x = nn.Linear(6, 5), torch.randn(4, 6)
+    base.forward = lambda x: F.linear(x, base.weight).relu()
+    expected = base(x)
+    model = adapted(base)
+    torch.testing.assert_close(model.layer(x), expected + update_of(model.layer, x))
+
+
+# --- what is put there after injection --------------------------------------------------------------------------------
+
+
+def double(module: nn.Module, args: tuple, y: Tensor) -> Tensor:
+    return 2 * y
+
+
+def hook(base: nn.Linear) -> None:
+    base.register_forward_hook(double)
+
+
+def replace_forward(base: nn.Linear) -> None:
+    base.forward = lambda x: 2 * F.linear(x, base.weight, base.bias)
+
+
+def change_class(base: nn.Linear) -> None:
+    base.__class__ = ScaledLinear
+
+
+def parametrize(base: nn.Linear) -> None:
+    class Twice(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    torch.nn.utils.parametrize.register_parametrization(base, "weight", Twice())
+    base.bias.data *= 2
+
+
+@pytest.mark.parametrize("change", [hook, replace_forward, change_class, parametrize])
+@pytest.mark.parametrize("num_adapters", [1, 2])
+def test_changes_of_the_base_layer_have_effect(change, num_adapters):
+    model, x = adapted(nn.Linear(6, 5)), torch.randn(4, 6)
+    update = update_of(model.layer, x)
+    if num_adapters == 2:
+        inject(model, LoraConfig(target_modules=["layer"], lora_bias=True, **ALIVE), "second")
+        model.layer.set_active("default", "second")
+        second = model.layer.adapters.second
+        nn.init.normal_(second.lora_bias)
+        update = update + x @ model.layer.delta_weight("second").T + second.scaling * second.lora_bias
+    expected = 2 * F.linear(x, model.layer.weight, model.layer.bias) + update
+    change(model.layer.base_layer)
+    torch.testing.assert_close(model.layer(x), expected)
+
+
+def test_a_replaced_base_layer_has_effect():
+    model, x = adapted(nn.Linear(6, 5)), torch.randn(4, 6)
+    update = update_of(model.layer, x)
+    model.layer.base_layer = nn.Sequential(nn.Linear(6, 3), nn.GELU(), nn.Linear(3, 5))
+    torch.testing.assert_close(model.layer(x), model.layer.base_layer(x) + update)
+    model.layer.to(torch.float64)
+    with pytest.raises(ValueError, match=r"base_layer is a torch\.nn\.modules\.container\.Sequential; merge or unload"):
+        merge(model)
+
+
+@pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_full_backward_hook"])
+def test_hooks_see_the_call(register):
+    model, x, seen = adapted(nn.Linear(6, 5)), torch.randn(4, 6, requires_grad=True), []
+    expected = model.layer(x)
+    handle = getattr(model.layer.base_layer, register)(lambda module, *args: seen.append(module))
+    y = model.layer(x)
+    y.sum().backward()
+    torch.testing.assert_close(y, expected)
+    assert seen == [model.layer.base_layer]
+    handle.remove()
+    model.layer(x).sum().backward()
+    assert len(seen) == 1
+
+
+def test_hooks_of_all_modules_see_the_call():
+    model, x, seen = adapted(nn.Linear(6, 5)), torch.randn(4, 6), []
+    expected = model.layer(x)
+    handle = register_module_forward_hook(lambda module, args, y: seen.append(module))
+    try:
+        torch.testing.assert_close(model.layer(x), expected)
+    finally:
+        handle.remove()
+    assert seen == [model.layer.base_layer, model.layer]
+
+
+def test_unmerging_is_possible_when_merging_is_not():
+    model = adapted(nn.Linear(6, 5))
+    before = model.layer.weight.clone()
+    merge(model)
+    hook(model.layer.base_layer)
+    unmerge(model)
+    assert torch.equal(model.layer.weight, before)
+
+
+def test_autocast_and_inference_mode():
+    model, x = adapted(nn.Linear(6, 5)), torch.randn(4, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model.layer(x)
+    replace_forward(model.layer.base_layer)
+    model.layer.base_layer.weight.data /= 2
+    model.layer.base_layer.bias.data /= 2
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model.layer(x)
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+    with torch.inference_mode():
+        expected = model.layer(x)
+    torch.testing.assert_close(model.layer(x), expected)
+
+
+def test_compiles_with_a_hook():
+    model, x = adapted(nn.Linear(6, 5)), torch.randn(4, 6)
+    hook(model.layer.base_layer)
+    compiled = torch.compile(model.layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model.layer(x))
+
+
+# --- the fused path stays in use --------------------------------------------------------------------------------------
+
+
+def calls_of(monkeypatch, name: str) -> list[tuple]:
+    calls, function = [], getattr(functional, name)
+    monkeypatch.setattr(functional, name, lambda *args: calls.append(args) or function(*args))
+    return calls
+
+
+def test_plain_layers_take_the_fused_op(monkeypatch):
+    fused, added = calls_of(monkeypatch, "lora_linear"), calls_of(monkeypatch, "lora_delta_")
+    inject(Net(), LoraConfig(target_modules=["up", "down"], **ALIVE))(torch.randn(4, 6))
+    inject(gpt2(), LoraConfig(target_modules=["c_attn"], **ALIVE))(token_ids())
+    assert (len(fused), len(added)) == (5, 0)
+
+
+def test_a_plain_subclass_is_plain():
+    class Named(nn.Linear):
+        pass
+
+    assert plain_linear(Named(3, 3)) is not None
+    assert plain_linear(nn.MultiheadAttention(4, 2).out_proj) is not None
+    assert plain_linear(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))) is None
+    assert plain_linear(ScaledLinear(3, 3)) is None
+
+
+# --- other kinds ------------------------------------------------------------------------------------------------------
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+class Padded(nn.Conv2d):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(F.pad(x, (1, 1)), weight, bias)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_convolution_with_a_forward_of_its_own(channels_last):
+    base, x = Standardized(3, 4, 3, padding=1), torch.randn(2, 3, 5, 5)
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    expected = base(x)
+    model = adapted(base)
+    torch.testing.assert_close(model.layer(x), expected + F.conv2d(x, model.layer.delta_weight(), padding=1))
+    with refused(model, ValueError, "the forward of Standardized is not Conv2d's"):
+        merge(model)
+
+
+def test_a_convolution_whose_output_has_another_size():
+    model = adapted(Padded(3, 4, 3))
+    with pytest.raises(
+        ValueError, match=r"LoraConv: base_layer returned \[2, 4, 3, 5\], but .* size \[3, 3\]; exclude"
+    ):
+        model.layer(torch.randn(2, 3, 5, 5))
+
+
+@pytest.mark.parametrize(
+    ("base", "x"),
+    [(nn.Embedding(7, 4), torch.tensor([[1, 2], [6, 6]])), (nn.Conv1d(3, 4, 2), torch.randn(2, 3, 5))],
+)
+def test_a_forward_put_into_an_embedding_or_convolution(base, x):
+    model = adapted(copy.deepcopy(base))
+    update = model.layer(x) - base(x)
+    kept = base(x).detach()
+    model.layer.base_layer.forward = lambda x: kept
+    torch.testing.assert_close(model.layer(x), kept + update)
+    torch.testing.assert_close(model.layer(x), kept + update)
+    with refused(model, ValueError, "may not be linear in the weight"):
+        merge(model)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_hooks_of_an_attention(separate, batch_first):
+    sizes = {"kdim": 6, "vdim": 10} if separate else {}
+    base = nn.MultiheadAttention(8, 2, batch_first=batch_first, **sizes)
+    model, seen = adapted(base), []
+    query, key, value = torch.randn(3, 5, 8), torch.randn(3, 5, sizes.get("kdim", 8)), torch.randn(3, 5, 8)
+    value = torch.randn(3, 5, 10) if separate else value
+    expected = model.layer(query, key, value)
+    grads = torch.autograd.grad(expected[0].sum(), [p for p in model.parameters() if p.requires_grad])
+    model.layer.base_layer.register_forward_hook(lambda *args: seen.append(args[0]))
+    y = model.layer(query, key, value)
+    torch.testing.assert_close(y, expected)
+    again = torch.autograd.grad(y[0].sum(), [p for p in model.parameters() if p.requires_grad])
+    torch.testing.assert_close(again, grads)
+    assert seen == [model.layer.base_layer]
+    with refused(model, ValueError, "layer: its hooks may change what it computes"):
+        merge(model)
+
+
+def test_hooks_of_an_attention_leave_no_room_for_dropout():
+    model, x = adapted(nn.MultiheadAttention(8, 2), lora_dropout=0.5), torch.randn(3, 5, 8)
+    model.layer.base_layer.register_forward_hook(lambda *args: None)
+    with pytest.raises(RuntimeError, match=r"has hooks or a replaced forward.*lora_dropout=0"):
+        model.layer(x, x, x)
+    model.eval().layer(x, x, x)

@@ -1,0 +1,111 @@
+"""PEFT's adapters around a model with ours, and the reverse."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+from support.models import gpt2, llama, refused, token_ids
+from torch import Tensor, nn
+
+from lora_ext import LoraConfig, inject, save_adapter
+from lora_ext.adapters import merge, unmerge
+
+ALIVE = {"r": 2, "lora_alpha": 4, "init_lora_weights": False}
+MODELS = {"llama": (llama, ["q_proj", "down_proj"]), "gpt2": (gpt2, ["c_attn", "c_fc"])}
+
+
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(input_ids=ids).logits
+
+
+def trained_by_peft(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {
+        path.removeprefix("base_model.model.").replace(".base_layer.lora_", ".lora_"): p
+        for path, p in model.named_parameters()
+        if ".lora_A.default" in path or ".lora_B.default" in path
+    }
+
+
+@pytest.fixture(params=MODELS)
+def models(request) -> tuple[nn.Module, peft.PeftModel]:
+    """PEFT on top of ours, and two adapters of PEFT with the same values."""
+    make, targets = MODELS[request.param]
+    base = make().eval()
+    ours = inject(copy.deepcopy(base), LoraConfig(target_modules=targets, **ALIVE))
+    expected = peft.get_peft_model(base, peft.LoraConfig(target_modules=targets, **ALIVE), "inner")
+    expected.add_adapter("default", peft.LoraConfig(target_modules=targets, **ALIVE))
+    expected.base_model.set_adapter(["inner", "default"])
+    theirs = peft.get_peft_model(ours, peft.LoraConfig(target_modules=["base_layer"], **ALIVE))
+    values = trained_by_peft(expected)
+    assert trained_by_peft(theirs).keys() == values.keys()
+    with torch.no_grad():
+        for path, parameter in trained_by_peft(theirs).items():
+            parameter.copy_(values[path])
+        for path, module in expected.named_modules():
+            if isinstance(module, peft.tuners.lora.LoraLayer):
+                adapter = ours.get_submodule(path.removeprefix("base_model.model.")).adapters.default
+                module.lora_A["inner"].weight.copy_(adapter.lora_A)
+                module.lora_B["inner"].weight.copy_(adapter.lora_B)
+    return theirs, expected
+
+
+def test_peft_on_top(models):
+    theirs, expected = models
+    ids = token_ids()
+    torch.testing.assert_close(logits(theirs, ids), logits(expected, ids))
+    for model in (theirs, expected):
+        logits(model, ids).square().sum().backward()
+    for path, parameter in trained_by_peft(expected).items():
+        torch.testing.assert_close(trained_by_peft(theirs)[path].grad, parameter.grad)
+    expected.base_model.set_adapter("inner")
+    with theirs.disable_adapter():
+        torch.testing.assert_close(logits(theirs, ids), logits(expected, ids))
+
+
+def test_peft_merges_and_unloads_its_own(models):
+    theirs, expected = models
+    ids = token_ids()
+    want = logits(expected, ids)
+    with refused(theirs, ValueError, "base_layer is a peft.tuners.lora.layer.Linear; merge or unload it first"):
+        merge(theirs.base_model.model)
+    theirs.merge_adapter()
+    torch.testing.assert_close(logits(theirs, ids), want)
+    theirs.unmerge_adapter()
+    ours = theirs.merge_and_unload()
+    assert not any(isinstance(module, peft.tuners.lora.LoraLayer) for module in ours.modules())
+    torch.testing.assert_close(logits(ours, ids), want)
+    merge(ours)
+    torch.testing.assert_close(logits(ours, ids), want)
+    unmerge(ours)
+    torch.testing.assert_close(logits(ours, ids), want)
+
+
+def test_each_library_saves_its_own_adapter(models, tmp_path):
+    theirs, _ = models
+    theirs.save_pretrained(tmp_path / "peft")
+    save_adapter(theirs.base_model.model, tmp_path / "ours")
+    saved = [
+        peft.utils.load_peft_weights(str(tmp_path / directory), device="cpu").keys() for directory in ("peft", "ours")
+    ]
+    assert {key.replace(".base_layer.", ".") for key in saved[0]} == saved[1]
+    assert all(".base_layer." in key for key in saved[0])
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], "all-linear", ["lora_A"], ["o_proj"]])
+def test_peft_below_is_refused(targets):
+    model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    text = "inject: 'base_model.model.model.layers.0.self_attn.q_proj' is a layer of PEFT (Linear); merge or remove"
+    with refused(model, ValueError, text, "merge_and_unload()", "target_modules=['base_layer']"):
+        inject(model, LoraConfig(target_modules=targets))
+    inject(model.merge_and_unload(), LoraConfig(target_modules=["q_proj"]))
+
+
+def test_modules_that_peft_trains_are_refused():
+    model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    part = model.base_model.model
+    part.model = nn.Identity()
+    with refused(part, ValueError, "inject: 'lm_head' is a layer of PEFT (ModulesToSaveWrapper)"):
+        inject(part, LoraConfig(target_modules=["original_module"]))
