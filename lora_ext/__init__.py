@@ -4,6 +4,7 @@
 from lora_ext import _load, _ops  # noqa: F401
 from lora_ext.adapters import merge, set_adapter, unmerge
 from lora_ext.config import LoraConfig
+from lora_ext.files import save_pretrained  # noqa: F401  what save_pretrained of an injected model does
 from lora_ext.files.save_load import load_adapter, save_adapter
 from lora_ext.injection.inject import inject
 

@@ -22,7 +22,10 @@ from lora_ext.injection.mixtures import warn_of_parts_left_out, with_experts
 from lora_ext.injection.targets import find_targets, is_all_linear
 from lora_ext.injection.trainers import guard_against_trainers, remove_guard
 from lora_ext.model.adapter_set import Adapter, AdapterSet, adapter_set, attach_adapter_set, forget_adapter_set
+from lora_ext.model.adapter_state import forget_guard, guard_loading
 from lora_ext.model.bare_model import BareModel, adapter_layers, root_module
+from lora_ext.model.row_adapters import forget_forward_guard, guard_forward
+from lora_ext.model.saver import replace_save_pretrained, restore_save_pretrained, savers
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.layer import check_adapter_name
 
@@ -140,12 +143,20 @@ def apply_injection(model: nn.Module, adapter: Adapter) -> None:
         adapter.into.switch((adapter.name,))
         _switch_off_fast_path(root)
         guard_against_trainers(root)
+        guard_forward(root)
+        guard_loading(root, adapter.into)
+        for module in savers(root):
+            guard_loading(module, adapter.into)
+            replace_save_pretrained(module, adapter.into)
 
 
 def forget_injection(model: nn.Module) -> None:
-    """Removes the attributes that :func:`apply_injection` set on the modules of ``model``."""
+    """Removes the attributes and hooks that :func:`apply_injection` set on the modules of ``model``."""
     for module in model.modules():
         forget_adapter_set(module)
+        forget_forward_guard(module)
+        forget_guard(module)
+        restore_save_pretrained(module)
         _restore_fast_path(module)
         remove_guard(module)
 

@@ -227,8 +227,13 @@ def find_adapter(model: nn.Module, caller: str, name: str | None = None) -> Adap
             )
         (name,) = adapters.active.names
     check_names(caller, adapters.configs, [name])
-    paths = {id(layer): path for path, around in BareModel(root_module(model)).layers.items() for layer in around}
-    layers = [(paths[id(layer)], layer) for _, layer in adapter_layers(model) if name in layer.adapters]
+    return adapter_in(root_module(model), adapters, name)
+
+
+def adapter_in(module: nn.Module, adapters: AdapterSet, name: str) -> Adapter:
+    """The adapter ``name`` as far as it is in ``module``: the model or a part of it; paths begin there."""
+    paths = {id(layer): path for path, around in BareModel(module).layers.items() for layer in around}
+    layers = [(paths[id(layer)], layer) for _, layer in adapter_layers(module) if name in layer.adapters]
     parts = located(Part(path, path, layer, layer.adapters[name]) for path, layer in layers)
     return Adapter(name, adapters.configs[name], adapters, parts, adapters.biases.get(name))
 

@@ -17,6 +17,8 @@ from lora_ext._common.changes import of_one_state, one_at_a_time
 from lora_ext.merging.layers import MergeState, change_merged
 from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.base_layer import why_weight_unusable
+from lora_ext.nn.merged_state import MERGED_KEY, check_same_merged, encode_names
+from lora_ext.nn.state_form import uses_base_keys
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
@@ -137,6 +139,16 @@ class AdapterLayer(nn.Module):
         """Stays in place: PEFT's ``merge_and_unload`` and ``unload`` call this on all modules with a base layer."""
         return self
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As ``nn.Module.state_dict``; within :func:`~lora_ext.nn.state_form.base_keys`, the base layer's keys."""
+        if not uses_base_keys():
+            return super().state_dict(*args, **kwargs)
+        return self._base_state_dict(**dict(zip(("destination", "prefix", "keep_vars"), args, strict=False)), **kwargs)
+
+    def _base_state_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """The state that a plain model has in this layer's place to compute the same."""
+        return self.base_layer.state_dict(**kwargs)
+
     @property
     def is_needed(self) -> bool:
         """Whether some adapter can make this layer compute something else than its base layer."""
@@ -190,10 +202,10 @@ class LoraLayer(AdapterLayer):
     (:meth:`new_adapter`, :meth:`factor_shapes`), the matrices it updates (:meth:`matrices`, :meth:`factors`), and the
     forward.
 
-    A merged layer may be moved to another device, deep-copied and pickled: the data for :meth:`unmerge` goes with it,
-    but is not in the ``state_dict``, which holds the merged weight. Load that into a layer with nothing merged, or call
-    :meth:`forget_merge` after loading another weight. A layer whose dtype is converted while merged cannot be unmerged.
-    If two layers share a weight, merge only one of them: neither knows of the other.
+    A merged layer may be moved to another device, deep-copied and pickled: the data for :meth:`unmerge` goes with it.
+    Its ``state_dict`` holds the merged weight and the names of the merged adapters, but not that data, so
+    ``load_state_dict`` refuses weights with other adapters merged than the layer has. A layer whose dtype is converted
+    while merged cannot be unmerged. If two layers share a weight, merge only one of them: neither knows of the other.
     """
 
     base_kinds: ClassVar[str]  # the modules this class adapts, for messages
@@ -411,6 +423,26 @@ class LoraLayer(AdapterLayer):
     def forget_merge(self) -> None:
         """Declares the base weight pristine: for callers that have replaced a merged weight."""
         self._merged = None
+
+    def merged_into(self) -> dict[str, Tensor]:
+        """The parameters that adapters are merged into, by their names in this layer's ``state_dict``."""
+        wanted = {(id(matrix.owner), matrix.name) for matrix in self.matrices().values()}
+        return {
+            f"base_layer.{path}{'.' if path else ''}{name}": parameter
+            for path, module in self.base_layer.named_modules()
+            for name, parameter in module._parameters.items()
+            if (id(module), name) in wanted
+        }
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._merged is not None:
+            destination[prefix + MERGED_KEY] = encode_names(self.merged_adapters)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        check_same_merged(self, state_dict, prefix)
+        state_dict.pop(prefix + MERGED_KEY, None)  # PyTorch would call it unexpected
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _bias_factors(self, adapter: LoraAdapter) -> Mapping[str, tuple[Tensor, Tensor, float]]:
         """The update of the bias, merged as a matrix of one row by an update of rank 1; empty without ``lora_bias``."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -160,6 +162,13 @@ class TrainableTokens(TransparentLayer):
         if isinstance(adapter, TiedRows):
             base |= self.file_tensors(path, adapter.source)
         return base
+
+    @torch.no_grad()
+    def _base_state_dict(self, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
+        state = super()._base_state_dict(prefix=prefix, **kwargs)
+        if self.rows_in_use:
+            state[f"{prefix}weight"] = self.weight
+        return state
 
     @torch.no_grad()
     def unloaded(self, merged: bool) -> nn.Module:

@@ -37,6 +37,9 @@ class TrainedModule(TransparentLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.in_use(*args, **kwargs)
 
+    def _base_state_dict(self, **kwargs: Any) -> dict[str, Any]:
+        return self.in_use.state_dict(**kwargs)
+
     def file_tensors(self, path: str, adapter: nn.Module) -> dict[str, Tensor]:
         return {f"{path}.{name}": tensor for name, tensor in adapter.state_dict().items()}
 

@@ -1,0 +1,291 @@
+"""What ``save_pretrained`` of an injected model writes: never the model's own keys, which ``from_pretrained`` misreads.
+
+- A merged model: what the library writes of the base model, with the merged weights.
+- Otherwise the adapters, as PEFT does: :func:`~lora_ext.save_adapter`'s two files, for adapters other than "default" in
+  a subdirectory of that name. The library's own weights file holds the state of the adapters alone
+  (lora_ext/model/adapter_state.py), from which ``Trainer`` resumes; loading it as a model fails.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_ext._common.changes import one_at_a_time
+from lora_ext._common.printable import shown
+from lora_ext.config import LoraConfig, exact_patterns
+from lora_ext.files.adapter_file import CONFIG_FILE, WEIGHTS_FILE, holds_adapter
+from lora_ext.files.safetensors_format import read_header
+from lora_ext.files.save_load import ADAPTER_FILES, file_content, write_content
+from lora_ext.files.staged_files import staged_files
+from lora_ext.injection.targets import find_targets
+from lora_ext.model.adapter_set import Adapter, AdapterSet, adapter_in, adapter_set
+from lora_ext.model.adapter_state import MARKER, adapter_state, own_state
+from lora_ext.model.bare_model import BareModel, adapter_layers
+from lora_ext.model.saver import SavePretrained
+from lora_ext.nn import LoraLayer
+from lora_ext.nn.parameter import LoraParameter
+from lora_ext.nn.state_form import base_keys, no_state, own_keys
+from lora_ext.nn.trainable_tokens import TiedRows, TrainableTokens
+from lora_ext.nn.trained import TrainedModule
+
+_DEFAULT = "default"  # the adapter that PEFT saves in the directory itself
+
+
+@one_at_a_time
+def save_injected(
+    module: nn.Module,
+    adapters: AdapterSet,
+    original: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Calls ``original``, the ``save_pretrained`` of ``module``, so that what it writes can be loaded.
+
+    Raises:
+        ValueError: some of the active adapters are merged and others are not; the directory holds a whole model, or for
+            a merged model an adapter; the adapters in a part of a model cannot be described by a config for that part;
+            or ``distributed_checkpoint`` is set. Nothing is written then.
+        RuntimeError: ``original`` saved something else than the state of ``module``.
+    """
+    call = _Call(f"{type(module).__name__}.save_pretrained", original, args, kwargs)
+    if not any(adapter_layers(module)):  # all were deleted
+        return call.run()
+    if call.get("distributed_checkpoint"):
+        raise ValueError(
+            f"{call.name}: distributed_checkpoint=True would write keys that from_pretrained cannot read; merge(model) "
+            "and save without it, or use torch.distributed.checkpoint, which the model's keys suit"
+        )
+    given = call.take("state_dict")
+    with _with_values(call.name, module, given):
+        if _is_merged(call.name, module):
+            if holds_adapter(call.directory):
+                raise ValueError(
+                    f"{call.name}: {call.directory} holds an adapter ({CONFIG_FILE}), which would be loaded on top of "
+                    "the merged weights; choose another directory, or delete it"
+                )
+            with base_keys():
+                return call.run()
+        return _save_adapters(call, module, adapters)
+
+
+SavePretrained.save = staticmethod(save_injected)
+
+
+class _Call:
+    """A call of a library's ``save_pretrained``."""
+
+    def __init__(
+        self, name: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        self.name, self._original = name, original
+        self._bound = inspect.signature(original).bind(*args, **kwargs)
+        parameters = self._bound.signature.parameters.values()
+        self._extra = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
+        self.directory = Path(next(iter(self._bound.arguments.values())))
+        if self.directory.is_file():
+            raise NotADirectoryError(f"{name}: {self.directory} is a file, want a directory")
+
+    def get(self, argument: str, default: Any = None) -> Any:
+        held = self._bound.arguments
+        return held.get(argument, held.get(self._extra, {}).get(argument, default))
+
+    def take(self, argument: str) -> Any:
+        """Returns an argument and removes it from the call; None if it was not given."""
+        value, held = self.get(argument), self._bound.arguments
+        held.pop(argument, None)
+        if self._extra in held:
+            held[self._extra] = {key: value for key, value in held[self._extra].items() if key != argument}
+        return value
+
+    def set_if_known(self, argument: str, value: Any) -> None:
+        if argument in self._bound.signature.parameters:
+            self._bound.arguments[argument] = value
+
+    def run(self) -> Any:
+        # By name, because arguments may have been removed before others.
+        positional = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL}
+        if any(self._bound.signature.parameters[name].kind in positional for name in self._bound.arguments):
+            return self._original(*self._bound.args, **self._bound.kwargs)
+        named = {name: value for name, value in self._bound.arguments.items() if name != self._extra}
+        return self._original(**named, **self._bound.arguments.get(self._extra, {}))
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+_saves = threading.local()  # .count: how often a state was written, to find savers that write something else
+
+
+def _save_adapters(call: _Call, module: nn.Module, adapters: AdapterSet) -> Any:
+    _check_no_model(call)
+    call.take("max_shard_size")  # an adapter is one file
+    call.set_if_known("save_original_format", False)  # the names in it are those of the injected model
+    thread, before = threading.get_ident(), getattr(_saves, "count", 0)
+
+    def state_dict(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        if threading.get_ident() != thread or args or kwargs.get("destination") is not None:
+            return type(module).state_dict(module, *args, **kwargs)
+        with own_keys():
+            # Here, not before: push_to_hub uploads what was written after the call began.
+            if call.get("is_main_process", True):
+                _write_adapters(call, module, adapters)
+                # With it, Transformers takes the directory for a whole model, and PEFT's config for an addition.
+                (call.directory / "config.json").unlink(missing_ok=True)
+            _saves.count = getattr(_saves, "count", 0) + 1
+            return adapter_state(module, adapters)
+
+    reason = (
+        f"{call.name}: it saves a part of {type(module).__name__} by itself, and would lose the adapters there; "
+        "merge(model) first, or call lora_ext.save_adapter"
+    )
+    replaced = vars(module).get("state_dict")
+    module.state_dict = state_dict
+    try:
+        with no_state(reason):
+            result = call.run()
+    finally:
+        if replaced is None:
+            del module.state_dict
+        else:
+            module.state_dict = replaced
+    if getattr(_saves, "count", 0) == before:
+        raise RuntimeError(
+            f"{call.name} did not save the adapters: it did not ask for the state of the model; merge(model) first, or "
+            "call lora_ext.save_adapter"
+        )
+    return result
+
+
+def _write_adapters(call: _Call, module: nn.Module, adapters: AdapterSet) -> None:
+    held = {name for _, layer in adapter_layers(module) for name in layer.adapters}
+    contents = {}
+    for name in (name for name in adapters.configs if name in held):
+        adapter = adapter_in(module, adapters, name)
+        if adapter_set(module) is not adapters:
+            adapter = dataclasses.replace(adapter, config=_config_within(call.name, module, adapter))
+        contents[name] = file_content(module, adapter)
+    for name, content in contents.items():
+        directory = call.directory if name == _DEFAULT else call.directory / name
+        with staged_files(directory, ADAPTER_FILES, call.name) as staging:
+            write_content(staging, content)
+
+
+def _check_no_model(call: _Call) -> None:
+    """Checks that no weights of a whole model would be replaced: they may be the only copy of the base."""
+    for path in sorted(call.directory.glob("*")):
+        name = path.name
+        is_model = name.endswith((".index.json", ".bin", ".msgpack", ".h5"))
+        if name.endswith(".safetensors") and name != WEIGHTS_FILE:
+            try:
+                is_model = MARKER not in read_header(path)[0]
+            except (OSError, ValueError, RuntimeError):
+                is_model = True
+        if is_model and not name.startswith(("adapter_model", "training_args", "optimizer", "scheduler")):
+            raise ValueError(
+                f"{call.name}: {path} holds weights of a whole model, which adapters must not replace; choose another "
+                "directory, or merge(model) first"
+            )
+
+
+def _config_within(caller: str, part: nn.Module, adapter: Adapter) -> LoraConfig:
+    """A config that describes ``adapter`` for ``part`` of the model that it was made for. ValueError: there is none."""
+    config, parts = adapter.config, adapter.parts
+    low_rank = [p for p in parts if isinstance(p.layer, LoraLayer)]
+    tokens = {p.path: p.adapter.tokens for p in parts if isinstance(p.layer, TrainableTokens) and not _is_tied(p)}
+    explicit = {
+        "target_modules": [p.target for p in low_rank if not isinstance(p.layer, LoraParameter)] or None,
+        "target_parameters": [p.target for p in low_rank if isinstance(p.layer, LoraParameter)] or None,
+        "modules_to_save": [p.path for p in parts if isinstance(p.layer, TrainedModule)] or None,
+        "trainable_token_indices": tokens or None,
+        "rank_pattern": exact_patterns({p.target: p.adapter.r for p in low_rank}, config.r),
+        "alpha_pattern": exact_patterns({p.target: config.alpha_for(p.target) for p in low_rank}, config.lora_alpha),
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "task_type": None,
+    }
+    if config.bias == "none":
+        for changes in ({}, explicit):
+            try:
+                candidate = dataclasses.replace(config, **changes)
+            except (TypeError, ValueError):
+                continue
+            if _describes(candidate, part, parts):
+                return candidate
+    raise ValueError(
+        f"{caller}: no config describes the adapter {adapter.name!r} for this part of the model alone (its "
+        f"target_modules are {shown(config.target_modules)}, its bias {config.bias!r}); save the whole model, or call "
+        "lora_ext.save_adapter on it"
+    )
+
+
+def _is_tied(part: Any) -> bool:
+    return isinstance(part.adapter, TiedRows)
+
+
+def _describes(config: LoraConfig, module: nn.Module, parts: tuple[Any, ...]) -> bool:
+    """Whether injecting the bare ``module`` with ``config`` makes ``parts``."""
+    bare = BareModel(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a name that matches nothing
+        try:
+            found = find_targets(config, type(module).__name__, bare.modules, bare.head, bare.embedding)
+        except (ValueError, UserWarning):
+            return False
+    parameters = (f"{path}.{name}" for path, names in found.parameters.items() for name in names)
+    if {*found.modules, *parameters, *found.trained, *found.tokens, *found.tied} != {part.target for part in parts}:
+        return False
+    return all(
+        config.rank_for(part.target) == part.adapter.r and config.scaling_for(part.target) == part.adapter.scaling
+        for part in parts
+        if isinstance(part.layer, LoraLayer)
+    )
+
+
+# --- the state of the model -------------------------------------------------------------------------------------------
+
+
+def _is_merged(caller: str, module: nn.Module) -> bool:
+    """Whether the base weights contain all active adapters. ValueError: they contain some of them."""
+    layers = {path: layer for path, layer in adapter_layers(module) if isinstance(layer, LoraLayer)}
+    merged = {name for layer in layers.values() for name in layer.merged_adapters}
+    waiting = {name for layer in layers.values() for name in {*layer.active_adapters} - {*layer.merged_adapters}}
+    if merged and waiting:
+        raise ValueError(
+            f"{caller}: the adapters {sorted(merged)} are merged, {sorted(waiting)} are in use but not merged "
+            "everywhere; merge or unmerge all of them (lora_ext.merge, lora_ext.unmerge)"
+        )
+    return bool(merged)
+
+
+@contextmanager
+def _with_values(caller: str, module: nn.Module, given: Mapping[str, Tensor] | None) -> Iterator[None]:
+    """Gives ``module`` the tensors of the ``state_dict`` that a caller gathered, e.g. from FSDP's shards, and back."""
+    if given is None:
+        yield
+        return
+    own = own_state(module)
+    missing = [key for key in own if key not in given]
+    if missing:
+        raise ValueError(
+            f"{caller}: state_dict lacks {len(missing)} keys of model.state_dict(), {shown(missing[0])} for one; pass "
+            "all of them, or none"
+        )
+    values = {id(tensor): given[key] for key, tensor in own.items()}
+    with ExitStack() as stack:
+        for sub in module.modules():
+            for held in (sub._parameters, sub._buffers):
+                for name, tensor in held.items():
+                    value = values.get(id(tensor), tensor)
+                    if tensor is not None and value is not tensor:
+                        stack.callback(held.__setitem__, name, tensor)
+                        held[name] = value
+        yield

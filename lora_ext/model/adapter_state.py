@@ -1,0 +1,111 @@
+"""The state of a model's adapters alone, for checkpoints that leave out the base model.
+
+Transformers' ``Trainer`` resumes and restores its best model by ``load_state_dict(file, strict=False)`` of a file that
+``from_pretrained`` reads, too. So a state of adapters alone has :data:`MARKER`, and under every key of the base model a
+tensor that fits no parameter: an injected model takes the adapters, every other model fails to load it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext.model.adapter_set import AdapterSet
+from lora_ext.model.bare_model import adapter_layers
+from lora_ext.nn import LoraLayer
+from lora_ext.nn.merged_state import check_same_merged
+from lora_ext.nn.state_form import base_keys, own_keys
+
+MARKER = "this file holds adapters only: load the base model, then call lora_ext.load_adapter(model, directory)"
+"""A key that loaders print among the unexpected ones."""
+
+_MISFIT = (1,) * 7  # no layer of PyTorch has a parameter with seven dimensions
+
+
+def adapter_state(module: nn.Module, adapters: AdapterSet) -> dict[str, Tensor]:
+    """Returns copies on the CPU of the adapters' tensors in ``module``, by the keys of its ``state_dict``.
+
+    Tensors that adapters share are there once. Trained biases are there if they are in use.
+    """
+    state = {}
+    seen: set[int] = set()
+    for key, tensor in own_state(module).items():
+        if id(tensor) not in seen and _is_adapters(module, adapters)(key, tensor):
+            seen.add(id(tensor))
+            state[key] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    with base_keys():
+        misfits = type(module).state_dict(module, keep_vars=True)
+    return (
+        {MARKER: torch.zeros(1, dtype=torch.uint8)}
+        | {key: torch.zeros(_MISFIT, dtype=torch.uint8) for key in misfits if key not in state}
+        | state
+    )
+
+
+def own_state(module: nn.Module) -> dict[str, Tensor]:
+    """The live tensors of ``module`` by the keys of its ``state_dict``."""
+    with own_keys():
+        return type(module).state_dict(module, keep_vars=True)
+
+
+def _is_adapters(module: nn.Module, adapters: AdapterSet) -> Callable[[str, Tensor], bool]:
+    """Returns a function that says whether a tensor of :func:`own_state` is an adapter's."""
+    inside = tuple(f"{path}.adapters." if path else "adapters." for path, _ in adapter_layers(module))
+    biases = [biases for biases in adapters.biases.values() if biases.used]
+    return lambda key, tensor: key.startswith(inside) or any(trained.owns(tensor) for trained in biases)
+
+
+class StateGuard:
+    """A hook before ``load_state_dict``: takes states of adapters alone, and checks what is merged before any change.
+
+    Args:
+        adapters: the adapters of the model; copied and pickled with it.
+    """
+
+    def __init__(self, adapters: AdapterSet) -> None:
+        self.adapters = adapters
+
+    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        if prefix + MARKER in state_dict:
+            self._complete(module, state_dict, prefix)
+        for path, layer in adapter_layers(module):
+            if isinstance(layer, LoraLayer):
+                check_same_merged(layer, state_dict, f"{prefix}{path}." if path else prefix)
+
+    def _complete(self, module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+        """Replaces all but the adapters' tensors by those of ``module``, so that loading leaves them as they are."""
+        is_adapters = _is_adapters(module, self.adapters)
+        given: dict[int, Tensor] = {}  # by the id of the parameter: shared tensors are in the state once
+        own = own_state(module)
+        for key, tensor in own.items():
+            if is_adapters(key, tensor) and prefix + key in state_dict:
+                given[id(tensor)] = state_dict[prefix + key]
+        extra = [key for key, value in state_dict.items() if getattr(value, "shape", None) == _MISFIT]
+        for key in (prefix + MARKER, *extra):
+            state_dict.pop(key, None)
+        for key, tensor in own.items():
+            if not is_adapters(key, tensor):
+                state_dict[prefix + key] = tensor
+            elif id(tensor) in given:
+                state_dict[prefix + key] = given[id(tensor)]
+
+
+def guard_loading(module: nn.Module, adapters: AdapterSet) -> None:
+    """Gives ``module`` a :class:`StateGuard`, once."""
+    if not _guards(module):
+        module.register_load_state_dict_pre_hook(StateGuard(adapters))
+
+
+def forget_guard(module: nn.Module) -> None:
+    """Undoes :func:`guard_loading`."""
+    for key in _guards(module):
+        del module._load_state_dict_pre_hooks[key]
+
+
+def _guards(module: nn.Module) -> list[int]:
+    # PyTorch wraps hooks, and the handle of a hook is lost in copies.
+    hooks = module._load_state_dict_pre_hooks.items()
+    return [key for key, hook in hooks if isinstance(getattr(hook, "hook", hook), StateGuard)]

@@ -1,0 +1,55 @@
+"""The two forms of an adapted model's ``state_dict``: its own keys, or the keys of the base model.
+
+By default the keys are those of ``named_parameters``, as FSDP, ``torch.distributed.checkpoint``, ``torch.export`` and
+``functional_call`` expect. Within :func:`base_keys`, adapter layers write the base model's keys.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_thread = threading.local()
+
+
+@contextmanager
+def base_keys() -> Iterator[None]:
+    """In this thread, ``state_dict`` of an adapted model has the keys of its base model, and no adapter's.
+
+    The values are those that the model computes with, except for updates that are not merged.
+    """
+    with _set(True, None):
+        yield
+
+
+@contextmanager
+def no_state(reason: str) -> Iterator[None]:
+    """In this thread, ``state_dict`` of an adapter layer raises a ValueError with ``reason``."""
+    with _set(False, reason):
+        yield
+
+
+@contextmanager
+def own_keys() -> Iterator[None]:
+    """In this thread, ``state_dict`` has its usual form, also within the contexts above."""
+    with _set(False, None):
+        yield
+
+
+@contextmanager
+def _set(uses_base_keys: bool, refusal: str | None) -> Iterator[None]:
+    before = vars(_thread).copy()
+    _thread.uses_base_keys, _thread.refusal = uses_base_keys, refusal
+    try:
+        yield
+    finally:
+        vars(_thread).clear()
+        vars(_thread).update(before)
+
+
+def uses_base_keys() -> bool:
+    """Whether this thread is within :func:`base_keys`. ValueError: it is within :func:`no_state`."""
+    if (reason := getattr(_thread, "refusal", None)) is not None:
+        raise ValueError(reason)
+    return getattr(_thread, "uses_base_keys", False)

@@ -1,0 +1,250 @@
+"""What save_pretrained of an injected model writes loads by the documented calls, or fails to load."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import safetensors.torch
+import torch
+import transformers.integrations.peft
+import transformers.models.auto.auto_factory
+from support.models import bert, gpt2, llama, refused, token_ids
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
+from lora_ext.adapters import delete_adapter, merge_and_unload, unload
+from lora_ext.model.adapter_state import MARKER
+
+pytestmark = pytest.mark.cpu_only("files are about the CPU")
+
+CASES = {
+    "llama": (llama, {"target_modules": ["q_proj", "v_proj"]}),
+    "bert": (bert, {"target_modules": ["query", "dense"], "task_type": "SEQ_CLS"}),
+    "biases": (bert, {"target_modules": ["query"], "bias": "all", "task_type": "SEQ_CLS"}),
+    "conv1d": (gpt2, {"target_modules": ["c_attn", "c_proj"]}),
+    "packed": (gpt2, {"target_modules": ["c_attn"], "enable_lora": {"c_attn": (True, False, True)}}),
+    "embedding": (llama, {"target_modules": ["embed_tokens", "q_proj"]}),
+    "tied": (
+        lambda: llama(tied=True),
+        {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "ensure_weight_tying": True},
+    ),
+    "tied head": (
+        lambda: llama(tied=True),
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True},
+    ),
+    "tokens": (llama, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 1]}),
+    "tied tokens": (lambda: llama(tied=True), {"target_modules": ["q_proj"], "trainable_token_indices": [3, 1]}),
+}
+AUTO = {
+    "LlamaForCausalLM": AutoModelForCausalLM,
+    "GPT2LMHeadModel": AutoModelForCausalLM,
+    "BertForSequenceClassification": AutoModelForSequenceClassification,
+}
+
+
+def loaded(model: nn.Module, directory) -> nn.Module:
+    return AUTO[type(model).__name__].from_pretrained(directory).eval()
+
+
+def made(case: str, tmp_path, name: str = "default") -> tuple[nn.Module, nn.Module]:
+    """Returns ``(base, adapted)``; the base is on disk in "base", and both come from there."""
+    make, options = CASES[case]
+    make().save_pretrained(tmp_path / "base")
+    base = loaded(make(), tmp_path / "base")
+    return base, shaken(inject(copy.deepcopy(base), LoraConfig(r=2, lora_alpha=4, **options), name))
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return model(ids).logits
+
+
+def assert_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert torch.equal(actual, expected)
+
+
+def files(directory) -> set[str]:
+    return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_merged_model_is_saved_as_its_base_model_is(case, tmp_path):
+    base, model = made(case, tmp_path)
+    ids, before = token_ids(), {k: v.clone() for k, v in model.state_dict().items()}
+    expected = logits(merge(model), ids)
+    model.save_pretrained(tmp_path / "merged", max_shard_size="5KB")
+    again = loaded(model, tmp_path / "merged")
+    # A head adds the change of a trained row to its output, and so rounds otherwise than a weight with that row.
+    close = torch.testing.assert_close if case == "tied tokens" else assert_equal
+    close(logits(again, ids), expected)
+    assert not torch.allclose(logits(base, ids), expected, atol=1e-3)
+    assert again.state_dict().keys() == base.state_dict().keys()
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
+    model.save_pretrained(tmp_path / "given", state_dict=model.state_dict())
+    close(logits(loaded(model, tmp_path / "given"), ids), expected)
+    unmerge(model)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_unmerged_model_is_saved_as_peft_saves_it(case, tmp_path):
+    base, model = made(case, tmp_path)
+    ids = token_ids()
+    expected = logits(model, ids)
+    assert not torch.allclose(logits(base, ids), expected, atol=1e-3)
+    for name, given in ("saved", None), ("given", model.state_dict()):
+        model.save_pretrained(tmp_path / name, state_dict=given)
+        assert {"adapter_config.json", "adapter_model.safetensors", "model.safetensors"} <= files(tmp_path / name)
+        ours = load_adapter(copy.deepcopy(base), tmp_path / name).eval()
+        assert torch.equal(logits(ours, ids), expected)
+    save_adapter(model, tmp_path / "adapter")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "adapter" / name).read_bytes() == (tmp_path / "saved" / name).read_bytes()
+    assert torch.equal(logits(model, ids), expected)
+    peft = loaded(model, tmp_path / "saved")  # Transformers finds adapter_config.json and asks PEFT
+    torch.testing.assert_close(logits(peft, ids), expected)
+
+
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
+def test_without_peft_adapters_are_not_read_as_a_model(auto, tmp_path, monkeypatch):
+    _, model = made("llama", tmp_path)
+    model.save_pretrained(tmp_path / "saved")
+    for module in (transformers.integrations.peft, transformers.models.auto.auto_factory):
+        monkeypatch.setattr(module, "is_peft_available", lambda *_: False)
+    with pytest.raises((OSError, ValueError)):
+        auto.from_pretrained(tmp_path / "saved")
+    model.config.save_pretrained(tmp_path / "saved")
+    with pytest.raises(RuntimeError):
+        auto.from_pretrained(tmp_path / "saved")
+    bare = llama()
+    with pytest.raises(RuntimeError, match="call lora_ext.load_adapter"):
+        bare.load_state_dict(safetensors.torch.load_file(tmp_path / "saved" / "model.safetensors"))
+
+
+def test_several_adapters_are_in_directories_by_name(tmp_path):
+    base, model = made("llama", tmp_path)
+    inject(model, LoraConfig(r=3, target_modules=["down_proj"]), "style")
+    shaken(model)
+    ids, expected = token_ids(), {}
+    for name in ("default", "style"):
+        expected[name] = logits(set_adapter(model, name), ids)
+    model.save_pretrained(tmp_path / "saved")
+    again = load_adapter(copy.deepcopy(base), tmp_path / "saved")
+    load_adapter(again, tmp_path / "saved" / "style", adapter_name="style")
+    for name in ("default", "style"):
+        assert torch.equal(logits(set_adapter(again.eval(), name), ids), expected[name])
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_save_themselves(how, tmp_path):
+    _, model = made("llama", tmp_path)
+    ids = token_ids()
+    other = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    shaken(other)
+    expected = logits(merge(other), ids)
+    other.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(loaded(model, tmp_path / "merged"), ids), expected)
+    model.save_pretrained(tmp_path / "unmerged")
+    assert (tmp_path / "unmerged" / "adapter_model.safetensors").exists()
+
+
+def test_a_part_of_a_model_saves_itself(tmp_path):
+    base, model = made("bert", tmp_path)
+    ids = token_ids()
+    with torch.no_grad():
+        expected = model.bert(ids).last_hidden_state
+        model.bert.save_pretrained(tmp_path / "part")
+        again = load_adapter(copy.deepcopy(base.bert), tmp_path / "part").eval()
+        assert torch.equal(again(ids).last_hidden_state, expected)
+        merge(model)
+        expected = model.bert(ids).last_hidden_state
+        model.bert.save_pretrained(tmp_path / "merged")
+        assert torch.equal(AutoModel.from_pretrained(tmp_path / "merged").eval()(ids).last_hidden_state, expected)
+
+
+def test_no_file_is_written_that_would_load_wrong(tmp_path):
+    _, model = made("llama", tmp_path)
+    before = {path: (tmp_path / "base" / path).read_bytes() for path in files(tmp_path / "base")}
+    with refused(model, ValueError, "holds weights of a whole model", "choose another directory"):
+        model.save_pretrained(tmp_path / "base")
+    assert {path: (tmp_path / "base" / path).read_bytes() for path in files(tmp_path / "base")} == before
+    model.save_pretrained(tmp_path / "saved")
+    model.save_pretrained(tmp_path / "saved")
+    merge(model)
+    with refused(model, ValueError, "holds an adapter", "choose another directory"):
+        model.save_pretrained(tmp_path / "saved")
+    inner = model.model.layers[0].self_attn.q_proj
+    inner.unmerge()
+    with refused(model, ValueError, "['default'] are merged", "merge or unmerge all"):
+        model.save_pretrained(tmp_path / "mixed")
+    unmerge(model)
+    with refused(model, ValueError, "distributed_checkpoint=True"):
+        model.save_pretrained(tmp_path / "mixed", distributed_checkpoint=True)
+    with refused(model, ValueError, "state_dict lacks"):
+        model.save_pretrained(tmp_path / "mixed", state_dict={"lm_head.weight": model.lm_head.weight})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError):
+        model.save_pretrained(tmp_path / "file")
+    assert not (tmp_path / "mixed").exists()
+
+
+def test_only_the_main_process_writes(tmp_path):
+    _, model = made("llama", tmp_path)
+    model.save_pretrained(tmp_path / "saved", is_main_process=False)
+    assert not files(tmp_path / "saved")
+
+
+def test_the_model_has_its_own_method_back_after_unloading(tmp_path):
+    for undo in (unload, merge_and_unload, lambda model: delete_adapter(set_adapter(model, ()), "default")):
+        base, model = made("llama", tmp_path)
+        undo(model)
+        assert "save_pretrained" not in vars(model) and "save_pretrained" not in vars(model.model)
+        assert not model._load_state_dict_pre_hooks and not model._forward_pre_hooks
+        model.save_pretrained(tmp_path / "plain")
+        assert loaded(model, tmp_path / "plain").state_dict().keys() == base.state_dict().keys()
+
+
+def test_the_state_of_adapters_alone_leaves_the_base_as_it_is(tmp_path):
+    base, model = made("tied", tmp_path)
+    ids, expected = token_ids(), logits(model, token_ids(1))
+    expected = logits(model, ids)
+    model.save_pretrained(tmp_path / "saved")
+    state = safetensors.torch.load_file(tmp_path / "saved" / "model.safetensors")
+    assert MARKER in state
+    for assign in (False, True):
+        other = inject(copy.deepcopy(base), LoraConfig(r=2, lora_alpha=4, **CASES["tied"][1])).eval()
+        parameters = [id(p) for _, p in other.named_parameters() if not p.requires_grad]
+        assert other.load_state_dict(state, assign=assign) == ([], [])
+        assert torch.equal(logits(other, ids), expected)
+        assert [id(p) for _, p in other.named_parameters() if not p.requires_grad] == parameters
+    with refused(bert(), RuntimeError):
+        bert().load_state_dict(state)
+
+
+def test_state_dicts_of_injected_models_round_trip(tmp_path):
+    base, model = made("tied", tmp_path)
+    ids = token_ids()
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    other = inject(copy.deepcopy(base), LoraConfig(r=2, lora_alpha=4, **CASES["tied"][1])).eval()
+    other.load_state_dict(torch.load(tmp_path / "state.pt"))
+    assert torch.equal(logits(other, ids), logits(model, ids))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        base.load_state_dict(torch.load(tmp_path / "state.pt"))
+    base, model = made("llama", tmp_path)
+    safetensors.torch.save_model(model, str(tmp_path / "state.safetensors"))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        safetensors.torch.load_model(base, str(tmp_path / "state.safetensors"))
+    assert [name for name, _ in model.named_parameters()] == list(
+        dict.fromkeys(k for k in model.state_dict() if k in dict(model.named_parameters()))
+    )

@@ -1,0 +1,165 @@
+"""Transformers' stock Trainer on an injected model: checkpoints hold the adapters only, and are resumed from."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from support.models import bert, llama, refused, token_ids
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from lora_ext import LoraConfig, inject, load_adapter, merge, set_adapter
+
+pytestmark = pytest.mark.cpu_only("the Trainer chooses the device")
+
+CASES = {
+    "head": (bert, {"target_modules": ["query"], "task_type": "SEQ_CLS"}),
+    "biases": (bert, {"target_modules": ["query"], "bias": "all", "task_type": "SEQ_CLS"}),
+    "tied": (lambda: llama(tied=True), {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}),
+    "tied tokens": (lambda: llama(tied=True), {"target_modules": ["q_proj"], "trainable_token_indices": [3, 1]}),
+}
+
+
+def injected(base: nn.Module, **options) -> nn.Module:
+    torch.manual_seed(0)
+    return inject(copy.deepcopy(base), LoraConfig(r=2, **options))
+
+
+def rows(model: nn.Module) -> list[dict]:
+    torch.manual_seed(1)
+    labels = (lambda ids, i: i % 2) if isinstance(model, BertForSequenceClassification) else (lambda ids, i: ids)
+    return [{"input_ids": ids, "labels": labels(ids, i)} for i, ids in enumerate(token_ids(16).tolist())]
+
+
+def trainer(model: nn.Module, directory, **options) -> Trainer:
+    options = {"learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1, "max_steps": 4} | options
+    arguments = TrainingArguments(
+        str(directory), report_to=[], per_device_train_batch_size=2, disable_tqdm=True, seed=3, **options
+    )
+    return Trainer(model, arguments, train_dataset=rows(model), eval_dataset=rows(model)[:4])
+
+
+def trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_run_ends_like_an_uninterrupted_one(case, tmp_path):
+    make, options = CASES[case]
+    base = make()
+    whole = injected(base, **options)
+    trainer(whole, tmp_path / "run").train()
+    resumed = injected(base, **options)
+    before = {name: p.detach().clone() for name, p in resumed.named_parameters() if not p.requires_grad}
+    trainer(resumed, tmp_path / "run").train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert_same(trained(resumed), trained(whole))
+    after = dict(resumed.named_parameters())
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+class _GetsWorse(TrainerCallback):
+    """Destroys the adapter after step 2, so that the best model is that of step 2."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 2:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.add_(torch.randn_like(parameter), alpha=30)
+
+
+def test_the_best_model_is_loaded_at_the_end(tmp_path):
+    model = injected(bert(), target_modules=["query"], task_type="SEQ_CLS")
+    run = trainer(model, tmp_path / "run", eval_strategy="steps", eval_steps=1, load_best_model_at_end=True)
+    run.add_callback(_GetsWorse())
+    kept = {}
+    run.add_callback(type("Keep", (TrainerCallback,), {"on_step_end": _keep(kept)})())
+    run.train()
+    assert run.state.best_model_checkpoint.endswith(("checkpoint-1", "checkpoint-2"))
+    assert_same(trained(model), kept[run.state.best_global_step])
+
+
+def _keep(kept):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        kept[state.global_step] = trained(model)
+
+    return on_step_end
+
+
+def test_a_checkpoint_has_the_bytes_of_the_adapter(tmp_path, caplog):
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
+    base = BertForSequenceClassification(BertConfig(vocab_size=2000, num_labels=3, **sizes))
+    model = injected(base, target_modules=["query", "value"], task_type="SEQ_CLS")
+    trainer(model, tmp_path / "run", max_steps=1).train()
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    adapter = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    for name in ("adapter_model.safetensors", "model.safetensors"):
+        assert (checkpoint / name).stat().st_size < adapter + 20_000
+    assert sum(p.nbytes for p in base.parameters()) > 20 * adapter
+    again = load_adapter(copy.deepcopy(base), checkpoint)
+    model.eval(), again.eval()
+    ids = token_ids()
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    with caplog.at_level("WARNING"):
+        trainer(injected(base, target_modules=["query", "value"], task_type="SEQ_CLS"), tmp_path / "run").train(
+            resume_from_checkpoint=str(checkpoint)
+        )
+    assert "missing keys" not in caplog.text and "unexpected keys" not in caplog.text
+
+
+def test_every_named_adapter_is_in_a_checkpoint(tmp_path):
+    def two() -> nn.Module:
+        model = injected(base, target_modules=["q_proj"])
+        return inject(model, LoraConfig(r=3, target_modules=["v_proj"]), "style")
+
+    base = llama()
+    base.save_pretrained(tmp_path / "base")
+    whole, resumed = two(), two()
+    set_adapter(whole, ["default", "style"], trainable=True)
+    set_adapter(resumed, ["default", "style"], trainable=True)
+    trainer(whole, tmp_path / "run").train()
+    trainer(resumed, tmp_path / "run").train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert_same(trained(resumed), trained(whole))
+    again = load_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "run" / "checkpoint-4")
+    load_adapter(again, tmp_path / "run" / "checkpoint-4" / "style", adapter_name="style")
+    set_adapter(again, ["default", "style"])
+    ids = token_ids()
+    assert torch.equal(again.eval()(ids).logits, whole.eval()(ids).logits)
+
+
+def test_save_model_of_a_merged_model_gives_the_merged_model(tmp_path):
+    model = injected(bert(), target_modules=["query"], task_type="SEQ_CLS", init_lora_weights=False).eval()
+    ids = token_ids()
+    expected = merge(model)(ids).logits
+    trainer(model, tmp_path / "run").save_model(str(tmp_path / "merged"))
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert torch.equal(again(ids).logits, expected)
+
+
+def test_adapter_names_are_refused_in_forward_and_generate():
+    base = llama().eval()
+    ids = token_ids()
+    base(ids, adapter_names=["__base__", "default"])  # the model itself says nothing
+    model = injected(base, target_modules=["q_proj"], init_lora_weights=False).eval()
+    copied = copy.deepcopy(model)
+    for held in (model, copied, merge(copied)):
+        with refused(held, ValueError, "LlamaForCausalLM: adapter_names", "set_adapter(model, name)"):
+            held(ids, adapter_names=["__base__", "default"])
+        with refused(held, ValueError, "adapter_names"):
+            held.generate(ids, adapter_names=["__base__", "default"], max_new_tokens=2)
+    model(ids, adapter_names=None)

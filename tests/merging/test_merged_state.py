@@ -1,0 +1,154 @@
+"""Whether and what is merged travels with a state_dict, and a mismatch is refused before anything changes."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed.checkpoint.state_dict as dcp
+from support.models import Net, bert, gpt2, llama, refused
+from torch import nn
+
+from lora_ext import LoraConfig, inject, merge, unmerge
+from lora_ext.adapters import lora_modules
+from lora_ext.nn import LoraAdapter, LoraLinear
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.weight = nn.Parameter(torch.randn(3, 4, 5))
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], dict]] = {
+    "linear": (Net, {"target_modules": ["up", "head"]}),
+    "lora_bias": (Net, {"target_modules": ["up"], "lora_bias": True}),
+    "convolution": (lambda: nn.Sequential(nn.Conv2d(2, 3, 3)), {"target_modules": ["0"]}),
+    "embedding": (llama, {"target_modules": ["embed_tokens"]}),
+    "tied": (lambda: llama(tied=True), {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}),
+    "conv1d": (gpt2, {"target_modules": ["c_attn"]}),
+    "packed": (gpt2, {"target_modules": ["c_attn"], "enable_lora": {"c_attn": (True, False, True)}}),
+    "attention": (Attention, {"target_modules": ["attention"]}),
+    "experts": (Experts, {"target_parameters": ["inner.weight"]}),
+    "head": (bert, {"target_modules": ["query"], "task_type": "SEQ_CLS"}),
+}
+
+
+def pair(case: str) -> tuple[nn.Module, nn.Module]:
+    """Returns two equal models, the second merged."""
+    make, options = CASES[case]
+    model = inject(make(), LoraConfig(r=2, init_lora_weights=False, **options)).eval()
+    return model, merge(copy.deepcopy(model))
+
+
+OPTIONS = [{}, {"strict": False}, {"assign": True}]
+COUNTED_TWICE = ["load_state_dict", "['default'] in the state, nothing in the model", "call unmerge"]
+IN_THE_MODEL = ["load_state_dict", "['default'] in the model, nothing in the state", "call unmerge(model)"]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_state_is_refused_where_something_else_is_merged(case, options):
+    plain, merged = pair(case)
+    with refused(plain, RuntimeError, *COUNTED_TWICE):
+        plain.load_state_dict(merged.state_dict(), **options)
+    with refused(merged, RuntimeError, *IN_THE_MODEL):
+        merged.load_state_dict(plain.state_dict(), **options)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_state_of_the_same_merge_is_taken(case, options):
+    plain, merged = pair(case)
+    assert merged.load_state_dict(copy.deepcopy(merged.state_dict()), **options) == ([], [])
+    unmerge(merged)
+    before, after = plain.state_dict(), merged.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items()) and before.keys() == after.keys()
+    assert plain.load_state_dict(after, **options) == ([], [])
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_refuse_too(how):
+    plain, merged = pair("linear")
+    with refused(other := how(plain), RuntimeError, *COUNTED_TWICE):
+        other.load_state_dict(how(merged).state_dict())
+    with refused(other := how(merged), RuntimeError, *IN_THE_MODEL):
+        other.load_state_dict(plain.state_dict())
+
+
+@pytest.mark.parametrize("form", ["torch", "safetensors"])
+def test_files_say_what_is_merged(form, tmp_path):
+    plain, merged = pair("linear")
+    if form == "torch":
+        torch.save(merged.state_dict(), tmp_path / "state")
+        state = torch.load(tmp_path / "state")
+    else:
+        safetensors.torch.save_file(merged.state_dict(), tmp_path / "state")
+        state = safetensors.torch.load_file(tmp_path / "state")
+    with refused(plain, RuntimeError, *COUNTED_TWICE):
+        plain.load_state_dict(state)
+    merged.load_state_dict(state)
+
+
+def test_other_adapters_or_other_values_merged():
+    plain, _ = pair("linear")
+    inject(plain, LoraConfig(r=2, init_lora_weights=False, target_modules=["up", "head"]), "b").eval()
+    first, second = merge(copy.deepcopy(plain), "default"), merge(copy.deepcopy(plain), "b")
+    with refused(first, RuntimeError, "['default'] in the model, ['b'] in the state"):
+        first.load_state_dict(second.state_dict())
+    changed = copy.deepcopy(plain)
+    with torch.no_grad():
+        changed.head.adapters.default.lora_B.mul_(2)
+    merge(changed, "default")
+    with refused(first, RuntimeError, "'head'", "but with other values"):
+        first.load_state_dict(changed.state_dict())
+
+
+def test_a_state_without_base_weights_is_taken_by_a_merged_model():
+    plain, merged = pair("linear")
+    adapters = {key: torch.zeros_like(value) for key, value in plain.state_dict().items() if ".adapters." in key}
+    result = merged.load_state_dict(adapters, strict=False)
+    assert not result.unexpected_keys
+    unmerge(merged)
+    assert torch.equal(merged.head.weight, plain.head.weight)
+    assert not any(
+        parameter.any() for layer in dict(lora_modules(merged)).values() for parameter in layer.adapters.parameters()
+    )
+
+
+def test_layers_and_parts_without_inject():
+    def layer() -> LoraLinear:
+        return LoraLinear(nn.Linear(4, 3), LoraAdapter(4, 3, 2, 4, init_lora_weights=False)).eval()
+
+    plain, merged = layer(), layer()
+    merged.merge()
+    with refused(plain, RuntimeError, "'LoraLinear'", "nothing in the model"):
+        plain.load_state_dict(merged.state_dict())
+    with refused(merged, RuntimeError, "'LoraLinear'", "nothing in the state"):
+        merged.load_state_dict(plain.state_dict())
+    plain, merged = pair("linear")
+    with refused(plain, RuntimeError, "'up'"):
+        plain.blocks[0].load_state_dict(merged.blocks[0].state_dict())
+
+
+def test_distributed_checkpoints_and_functional_calls_know_every_key():
+    for model in pair("linear"):
+        state = dcp.get_model_state_dict(model)
+        assert {name for name, _ in model.named_parameters()} <= set(state)
+        dcp.set_model_state_dict(model, state)
+        x = torch.randn(2, 6)
+        assert torch.equal(torch.func.functional_call(model, model.state_dict(), (x,)), model(x))
+    plain, merged = pair("linear")
+    with refused(plain, RuntimeError, *COUNTED_TWICE):
+        dcp.set_model_state_dict(plain, dcp.get_model_state_dict(merged))
