@@ -308,24 +308,3 @@ def test_refuses_and_changes_nothing(case, requires_grad):
     with pytest.raises(RuntimeError, match="lora_delta_: "):
         torch.ops.lora_ext.lora_delta_(**arguments)
     assert torch.equal(arguments["y"], before)
-
-
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        ({"x": None}, "grad_lora_A is wanted but x is None"),
-        ({"xa": None}, "grad_lora_B is wanted but xa is None"),
-        ({"mask": None}, "dropout_p is 0.3 but mask is None"),
-        ({"xa": torch.randn(6, 5)}, r"xa must be \[num_tokens, rank\] = \[6, 4\]"),
-        ({"grad_y": torch.randn(6, 7)}, "lora_B has out_features=20 but grad_y has 7"),
-        ({"output_mask": (True, True)}, "output_mask has 2 entries, want 3|expected|bool"),
-    ],
-    ids=["x", "xa", "mask", "xa shape", "grad_y", "output_mask"],
-)
-def test_backward_refuses(change, text):
-    layer = random_layer((6, 24, 20, 4))
-    x, A, B = layer.x, layer.lora_A, layer.lora_B
-    xa, mask = torch.ops.lora_ext.lora_delta_(layer.grad_y.clone(), x, A, B, 0.5, 0.3, SEED)
-    arguments = dict(grad_y=layer.grad_y, x=x, lora_A=A, lora_B=B, xa=xa, mask=mask, scaling=0.5, dropout_p=0.3)
-    with pytest.raises(RuntimeError, match=text):
-        torch.ops.lora_ext.lora_delta_backward(**(arguments | {"output_mask": (True, True, True)} | change))
