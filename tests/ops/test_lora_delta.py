@@ -217,17 +217,6 @@ def test_a_leaf_that_requires_grad_is_refused():
 # --- PyTorch's machinery ----------------------------------------------------------------------------------------------
 
 
-def test_opcheck():
-    layer = random_layer((6, 24, 20, 4), (torch.bfloat16, torch.float32), leading=(2, 3))
-    arguments = (layer.grad_y, layer.x, layer.lora_A, layer.lora_B, 0.5, 0.3, SEED)
-    torch.library.opcheck(torch.ops.lora_ext.lora_delta_.default, arguments)
-    xa, mask = torch.ops.lora_ext.lora_delta_(*arguments)
-    torch.library.opcheck(
-        torch.ops.lora_ext.lora_delta_backward.default,
-        (layer.grad_y, layer.x, layer.lora_A, layer.lora_B, xa, mask, 0.5, 0.3, (True, True, True)),
-    )
-
-
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
 @pytest.mark.parametrize("train", [False, True])
 def test_compile(backend, train):
@@ -255,13 +244,6 @@ def test_autocast_takes_the_base_layers_dtype():
     torch.testing.assert_close(y.float(), expected.float(), rtol=2e-2, atol=5e-2)
     y.float().square().sum().backward()
     assert x.grad.dtype == module.lora_A.grad.dtype == torch.float32
-
-
-def test_gradients_of_gradients_are_refused():
-    module = Adapted(nn.Linear(24, 20), 24, 20)
-    x = torch.randn(6, 24, requires_grad=True)
-    with pytest.raises(RuntimeError, match="gradients of gradients .* use lora_ext.reference.lora_delta"):
-        torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
 
 
 def test_inference_mode():
