@@ -8,14 +8,13 @@ extrapolated by out * in * min(out, in). Times include pictures.
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from harness import own_process, report
+from harness import llama_files, own_process, report
 from safetensors.torch import save_file
 
 HIDDEN, INTERMEDIATE, KEY_VALUE, BLOCKS = 4096, 14336, 1024, 32  # Llama 3.1 8B
@@ -47,38 +46,17 @@ CONTESTANTS = {
 
 
 def shapes() -> dict[str, tuple[int, int]]:
-    """Returns ``(out, in)`` of the linear layers of a block."""
-    return {
-        "self_attn.q_proj": (HIDDEN, HIDDEN),
-        "self_attn.k_proj": (KEY_VALUE, HIDDEN),
-        "self_attn.v_proj": (KEY_VALUE, HIDDEN),
-        "self_attn.o_proj": (HIDDEN, HIDDEN),
-        "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-        "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-        "mlp.down_proj": (HIDDEN, INTERMEDIATE),
-    }
+    return llama_files.block_shapes(HIDDEN, INTERMEDIATE, KEY_VALUE)
 
 
 def make_files(folder: Path, blocks: int, rank: int) -> int:
     """Writes ``base``, ``first`` and ``second`` to ``folder``; returns the bytes of the weights."""
-    for name in ("base", "first", "second"):
-        (folder / name).mkdir()
+    (folder / "base").mkdir()
     names = {f"model.layers.{i}.{name}": shape for i in range(blocks) for name, shape in shapes().items()}
     weights = {f"{name}.weight": (torch.randn(shape) * 0.02).bfloat16() for name, shape in names.items()}
     save_file(weights, folder / "base" / "model.safetensors", metadata={"format": "pt"})
-    config = {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": 2 * rank,
-        "target_modules": [n.split(".")[1] for n in shapes()],
-    }
     for adapter in ("first", "second"):
-        factors = {}
-        for name, (out, in_) in names.items():
-            factors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(rank, in_) * in_**-0.5
-            factors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(out, rank) * 0.01
-        save_file(factors, folder / adapter / "adapter_model.safetensors", metadata={"format": "pt"})
-        (folder / adapter / "adapter_config.json").write_text(json.dumps(config))
+        llama_files.save_adapter(folder / adapter, names, rank)
     return sum(weight.nbytes for weight in weights.values())
 
 
@@ -97,18 +75,16 @@ def main() -> None:
     parser.set_defaults(rounds=2)
     args = parser.parse_args()
     run = report.Report(args, f"Two adapters of rank {args.rank} of an 8-billion-parameter Llama, analysed")
-    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in CONTESTANTS}
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         folder = Path(temporary)
         nbytes = make_files(folder, args.blocks, args.rank)
-        for _ in range(args.rounds):
-            for name, done in rounds.items():
-                shutil.rmtree(folder / "out", ignore_errors=True)
-                paths = [folder / part for part in ("base", "first", "second", "out")]
-                arguments = [*paths, FULL_LAYER, args.rank]
-                done.append(own_process.measure(name, CONTESTANTS[name], arguments, args.threads))
-                print(f"{name}: {done[-1]['seconds']:.1f} s, {done[-1]['resident_bytes'] / 1e6:.0f} MB", flush=True)
-    rows = [own_process.summarise(name, done) for name, done in rounds.items()]
+
+        def measure(name: str) -> dict[str, float]:
+            shutil.rmtree(folder / "out", ignore_errors=True)
+            paths = [folder / part for part in ("base", "first", "second", "out")]
+            return own_process.measure(name, CONTESTANTS[name], [*paths, FULL_LAYER, args.rank], args.threads)
+
+        rows = own_process.measure_all(CONTESTANTS, args.rounds, measure)
     for row in rows:
         row["extrapolated_seconds"] = row["seconds"] * factor_to_all(row["name"], args.blocks)
     measured = f"{args.blocks} of {BLOCKS} blocks" if args.blocks > 1 else f"one of {BLOCKS} blocks"

@@ -59,7 +59,7 @@ def check_agreement(modules: dict[str, nn.Module], x: Tensor, grad_y: Tensor) ->
                 raise SystemExit(f"{name} is off by {error:.2e} on {tuple(ours.shape)}: not timed")
 
 
-def measure(shape: Shape, dtype: torch.dtype, run: Report) -> dict[str, object]:
+def measure(dtype: torch.dtype, shape: Shape, run: Report) -> dict[str, object]:
     num_tokens, features, out_features = shape
     if features != out_features:
         raise SystemExit(f"--shapes {shape}: a bottleneck's residual is its input, want OUT equal to IN")
@@ -106,11 +106,7 @@ def main() -> None:
     parser.add_argument("--size", type=report.at_least(1), default=16, help="hidden features")
     args = parser.parse_args()
     run = Report(args, f"A bottleneck adapter of {args.size} hidden features, against two linear layers of PyTorch")
-    cases = [(dtype, shape) for dtype in (torch.float32, torch.bfloat16) for shape in args.shapes or SHAPES]
-    rows: list[dict] = []
-    for dtype, shape in run.cases(cases):
-        rows.append(measure(shape, dtype, run))
-        print(table(rows).splitlines()[-1], flush=True)
+    rows = run.measure(run.shape_cases(SHAPES), lambda case: [measure(*case, run)], table)
     run.finish(rows, table(rows))
 
 

@@ -9,14 +9,11 @@ varies (over ``--of-rank``, ``--of-tokens``, ``--of-width``); the others stay at
 
 from __future__ import annotations
 
-import statistics
-
 import torch
 from harness import contestants, report
 from harness.contestants import FROZEN, training_step
 from harness.report import Report
 from harness.shapes import Shape
-from harness.timing import ratio
 
 COMPARED = ("lora_ext", "peft")
 VALUES = {
@@ -40,9 +37,7 @@ def measure(sizes: dict[str, int], axis: str, dtype: torch.dtype, run: Report) -
         "axis": axis,
         **sizes,
         "dtype": report.dtype_name(dtype),
-        "rounds": len(seconds[FROZEN]),
-        "frozen_ms": 1e3 * statistics.median(seconds[FROZEN]),
-        "ratio": {name: ratio(times, seconds[FROZEN]) for name, times in seconds.items() if name != FROZEN},
+        **report.against(seconds, FROZEN),
     }
 
 
@@ -73,10 +68,7 @@ def main() -> None:
         for value in getattr(args, f"of_{axis}")
         for dtype in (torch.float32, torch.bfloat16)
     ]
-    rows: list[dict] = []
-    for sizes, axis, dtype in run.cases(cases):
-        rows.append(measure(sizes, axis, dtype, run))
-        print(table(rows[-1:]).splitlines()[-1], flush=True)
+    rows = run.measure(cases, lambda case: [measure(*case, run)], table)
     run.finish(rows, table(rows), fixed=fixed)
 
 

@@ -19,7 +19,6 @@ from harness import contestants, report
 from harness.contestants import FROZEN, LORA_EXT, Make
 from harness.report import Report
 from harness.shapes import DECODE_TOKENS, DECODE_WIDTHS, Shape
-from harness.timing import ratio
 from torch import Tensor
 
 STACK_MIB = 512
@@ -67,9 +66,7 @@ class Stack:
             "shape": [num_tokens, self.in_features, self.out_features],
             "dtype": report.dtype_name(self.options["dtype"]),
             "layers": self.depth,
-            "rounds": len(seconds[FROZEN]),
-            "frozen_ms": 1e3 * median[FROZEN],
-            "ratio": {name: ratio(times, seconds[FROZEN]) for name, times in seconds.items() if name != FROZEN},
+            **report.against(seconds, FROZEN),
             "gb_s": {name: count / median[name] / 1e9 for name, count in self.bytes_of_a_layer(num_tokens).items()},
         }
 

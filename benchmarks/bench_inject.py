@@ -174,16 +174,13 @@ def main() -> None:
     run = Report(
         args, f"Adapting {7 * args.layers} linear layers on the meta device, switching, importing, r={args.rank}"
     )
-    rows: list[dict] = []
     measures = [
         measure_inject,
         lambda run: measure_switching(run, 2),
         lambda run: measure_switching(run, 8),
         lambda run: measure_imports(args.imports),
     ]
-    for measure in run.cases(measures):
-        rows += measure(run)
-        print("\n".join(table(rows).splitlines()[2:]), flush=True)
+    rows = run.measure(measures, lambda measure: measure(run), table)
     run.finish(rows, table(rows))
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from pathlib import Path
 
 import torch
@@ -23,7 +22,6 @@ from harness import contestants, report
 from harness.contestants import COMPILED, FROZEN, training_step
 from harness.report import Report
 from harness.shapes import CPU_SHAPES, CUDA_SHAPES, Shape
-from harness.timing import ratio
 
 FORWARD, TRAINING = "forward", "forward + backward"
 
@@ -47,9 +45,7 @@ def measure(shape: Shape, dtype: torch.dtype, run: Report, with_compile: bool) -
         with torch.set_grad_enabled(what == TRAINING):
             seconds = run.interleaved(by_contestant, parts=len(calls))
         row: dict[str, object] = {"pass": what, "dropout": dropout}
-        row |= {"shape": list(shape), "dtype": report.dtype_name(dtype), "rounds": len(seconds[FROZEN])}
-        row["frozen_ms"] = 1e3 * statistics.median(seconds[FROZEN])
-        row["ratio"] = {name: ratio(times, seconds[FROZEN]) for name, times in seconds.items() if name != FROZEN}
+        row |= {"shape": list(shape), "dtype": report.dtype_name(dtype), **report.against(seconds, FROZEN)}
         rows.append(row)
     return rows
 
@@ -79,7 +75,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the rows to this file as soon as they are measured")
     args = parser.parse_args()
     run = Report(args, f"One layer against the frozen layer, r={args.rank}")
-    cases = [(dtype, shape) for dtype in (torch.float32, torch.bfloat16) for shape in args.shapes or CPU_SHAPES]
+    cases = run.shape_cases(CPU_SHAPES)
     # Quick cases first: slow ones use the time that they leave.
     cases.sort(key=lambda case: math.prod(case[1]) * case[0].itemsize)
     compiled = {CPU_SHAPES[1], CPU_SHAPES[3]} if not args.shapes else set(args.shapes)

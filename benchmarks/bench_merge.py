@@ -150,11 +150,9 @@ def main() -> None:
         f"Merging and unmerging one weight against addmm_, r={args.rank}, updates {args.size:g} of the weight's size"
     )
     run = report.Report(args, title)
-    rows: list[dict] = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for size in widths(CUDA_SHAPES if run.on_cuda else CPU_SHAPES):
-            rows.append(measure(size, dtype, args, run.clock))
-            print(table(rows).splitlines()[-1], flush=True)
+    sizes = widths(CUDA_SHAPES if run.on_cuda else CPU_SHAPES)
+    cases = [(size, dtype) for dtype in (torch.float32, torch.bfloat16) for size in sizes]
+    rows = run.measure(cases, lambda case: [measure(*case, args, run.clock)], table)
     run.finish(rows, table(rows))
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from harness import own_process, report
+from harness import llama_files, own_process, report
 from safetensors.torch import save_file
 
 HIDDEN, INTERMEDIATE, KEY_VALUE, VOCABULARY = 2048, 5632, 256, 32000  # as in TinyLlama 1.1B, which has 22 layers
@@ -44,16 +44,8 @@ def weights(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "model.embed_tokens.weight", (VOCABULARY, HIDDEN)
     for i in range(layers):
         prefix = f"model.layers.{i}"
-        for name, out_features, in_features in (
-            ("self_attn.q_proj", HIDDEN, HIDDEN),
-            ("self_attn.k_proj", KEY_VALUE, HIDDEN),
-            ("self_attn.v_proj", KEY_VALUE, HIDDEN),
-            ("self_attn.o_proj", HIDDEN, HIDDEN),
-            ("mlp.gate_proj", INTERMEDIATE, HIDDEN),
-            ("mlp.up_proj", INTERMEDIATE, HIDDEN),
-            ("mlp.down_proj", HIDDEN, INTERMEDIATE),
-        ):
-            yield f"{prefix}.{name}.weight", (out_features, in_features)
+        for name, shape in llama_files.block_shapes(HIDDEN, INTERMEDIATE, KEY_VALUE).items():
+            yield f"{prefix}.{name}.weight", shape
         yield f"{prefix}.input_layernorm.weight", (HIDDEN,)
         yield f"{prefix}.post_attention_layernorm.weight", (HIDDEN,)
     yield "model.norm.weight", (HIDDEN,)
@@ -63,10 +55,8 @@ def weights(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
 def make_files(folder: Path, layers: int, rank: int) -> tuple[int, int]:
     """Writes ``base`` and ``adapter`` to ``folder``; returns the bytes of all tensors, and of the largest."""
     (folder / "base").mkdir()
-    (folder / "adapter").mkdir()
     weight_map: dict[str, str] = {}
     held: dict[str, torch.Tensor] = {}
-    factors: dict[str, torch.Tensor] = {}
     sizes: list[int] = []
 
     def flush() -> None:
@@ -81,15 +71,9 @@ def make_files(folder: Path, layers: int, rank: int) -> tuple[int, int]:
             flush()
         held[key] = tensor
         sizes.append(tensor.nbytes)
-        if "_proj" in key:
-            path = f"base_model.model.{key.removesuffix('.weight')}"
-            factors[f"{path}.lora_A.weight"] = torch.randn(rank, shape[1]) * shape[1] ** -0.5
-            factors[f"{path}.lora_B.weight"] = torch.randn(shape[0], rank) * 0.01
     flush()
-    save_file(factors, folder / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
-    names = sorted({key.rpartition(".")[0].rpartition(".")[2] for key, _ in weights(1) if "_proj" in key})
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": names}
-    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    adapted = {key.removesuffix(".weight"): shape for key, shape in weights(layers) if "_proj" in key}
+    llama_files.save_adapter(folder / "adapter", adapted, rank)
     index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
     (folder / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
     model = {
@@ -128,13 +112,8 @@ def main() -> None:
         folder = Path(temporary)
         nbytes, largest = make_files(folder, args.layers, args.rank)
         bound = 1.5 * largest + BEYOND_TORCH
-        rounds: dict[str, list[dict[str, float]]] = {name: [] for name in CONTESTANTS}
-        for _ in range(args.rounds):
-            for name, done in rounds.items():
-                done.append(measure(name, folder, args.threads))
-                print(f"{name}: {done[-1]['seconds']:.1f} s, {done[-1]['resident_bytes'] / 1e6:.0f} MB", flush=True)
+        rows = own_process.measure_all(CONTESTANTS, args.rounds, lambda name: measure(name, folder, args.threads))
         record = sum(file.stat().st_size for file in (folder / "recorded" / "merge_record").iterdir())
-    rows = [own_process.summarise(name, done) for name, done in rounds.items()]
     cells = (
         [row["name"], f"{row['seconds']:.1f}", f"{nbytes / row['seconds'] / 1e9:.2f}", *own_process.memory_cells(row)]
         for row in rows

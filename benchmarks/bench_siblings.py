@@ -18,7 +18,6 @@ from harness import contestants, report
 from harness.contestants import ALPHA_OVER_R, FROZEN, training_step
 from harness.report import Report
 from harness.shapes import SIBLING_SHAPES, Shape
-from harness.timing import ratio
 from torch import Tensor, nn
 
 from lora_ext import functional
@@ -65,7 +64,7 @@ CONTESTANTS: dict[str, Callable[..., nn.Module]] = {"siblings": Siblings} | {
 }
 
 
-def measure(shape: Shape, dtype: torch.dtype, run: Report) -> dict[str, object]:
+def measure(dtype: torch.dtype, shape: Shape, run: Report) -> dict[str, object]:
     num_tokens, in_features, out_features = shape
     args = run.args
     kwargs = {"dtype": dtype, "device": args.device}
@@ -85,9 +84,7 @@ def measure(shape: Shape, dtype: torch.dtype, run: Report) -> dict[str, object]:
     return {
         "shape": list(shape),
         "dtype": report.dtype_name(dtype),
-        "rounds": len(seconds[FROZEN]),
-        "frozen_ms": 1e3 * median[FROZEN],
-        "ratio": {name: ratio(seconds[name], seconds[FROZEN]) for name in CONTESTANTS},
+        **report.against(seconds, FROZEN),
         "overhead": (median["siblings"] - median[FROZEN]) / (median["separate"] - median[FROZEN]),
     }
 
@@ -110,11 +107,7 @@ def main() -> None:
     args = parser.parse_args()
     title = "Three layers on one x, forward + backward against the frozen layers"
     run = Report(args, f"{title}, r={args.rank}, dropout {args.dropout}")
-    cases = [(dtype, shape) for dtype in (torch.float32, torch.bfloat16) for shape in args.shapes or SIBLING_SHAPES]
-    rows: list[dict] = []
-    for dtype, shape in run.cases(cases):
-        rows.append(measure(shape, dtype, run))
-        print(table(rows).splitlines()[-1], flush=True)
+    rows = run.measure(run.shape_cases(SIBLING_SHAPES), lambda case: [measure(*case, run)], table)
     run.finish(rows, table(rows))
 
 

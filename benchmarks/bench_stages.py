@@ -63,7 +63,7 @@ def stages(shape: Shape, dtype: torch.dtype, device: str, rank: int) -> dict[str
     }
 
 
-def measure(shape: Shape, dtype: torch.dtype, run: Report) -> dict[str, object]:
+def measure(dtype: torch.dtype, shape: Shape, run: Report) -> dict[str, object]:
     with torch.no_grad():
         seconds = run.interleaved(stages(shape, dtype, run.args.device, run.args.rank))
     median = {name: statistics.median(times) for name, times in seconds.items()}
@@ -95,8 +95,7 @@ def main() -> None:
     report.add_shapes(parser)
     args = parser.parse_args()
     run = Report(args, f"The adapter's stages, r={args.rank}, microseconds")
-    cases = [(dtype, shape) for dtype in (torch.float32, torch.bfloat16) for shape in args.shapes or SHAPES]
-    rows = [measure(shape, dtype, run) for dtype, shape in run.cases(cases)]
+    rows = [measure(*case, run) for case in run.cases(run.shape_cases(SHAPES))]
     run.finish(rows, table(rows))
 
 

@@ -146,11 +146,8 @@ def main() -> None:
     operations = [(what, shape) for shape in shapes for what in (FORWARD, TRAINING)]
     small = [args.shapes[0]] if args.shapes else DECODE_SHAPES
     operations += [(DECODE, shape) for shape in small] + [(MERGE, small[0])]
-    rows: list[dict] = []
     cases = [(*operation, dtype) for operation in operations for dtype in (torch.float32, torch.bfloat16)]
-    for what, shape, dtype in run.cases(cases):
-        rows += measure(what, shape, dtype, run, rates)
-        print(table(rows[-1:], rates).splitlines()[-1], flush=True)
+    rows = run.measure(cases, lambda case: measure(*case, run, rates), lambda rows: table(rows, rates))
     run.finish(rows, table(rows, rates), ceilings=rates)
 
 

@@ -7,7 +7,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 DRIVER = """
@@ -41,7 +41,19 @@ def measure(name: str, call: str, arguments: Sequence[object], threads: int) -> 
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def summarise(name: str, rounds: Sequence[dict[str, float]]) -> dict[str, object]:
+def measure_all(
+    names: Iterable[str], rounds: int, measure_one: Callable[[str], dict[str, float]]
+) -> list[dict[str, object]]:
+    """Measures all in turn, several rounds; returns a row for each. measure_one: calls :func:`measure`."""
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name, done in results.items():
+            done.append(measure_one(name))
+            print(f"{name}: {done[-1]['seconds']:.1f} s, {done[-1]['resident_bytes'] / 1e6:.0f} MB", flush=True)
+    return [_summary(name, done) for name, done in results.items()]
+
+
+def _summary(name: str, rounds: Sequence[dict[str, float]]) -> dict[str, object]:
     """Returns a row with the median time and the maximum memory of several results of :func:`measure`."""
     return {
         "name": name,

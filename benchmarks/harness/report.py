@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ from harness import machine_isa
 from harness.machine_folder import machine_folder
 from harness.machine_load import MachineLoad
 from harness.shapes import Shape
-from harness.timing import Clock, CudaClock, interleaved, wall_clock
+from harness.timing import Clock, CudaClock, interleaved, ratio, wall_clock
 
 import lora_ext
 from lora_ext import info
@@ -132,6 +133,21 @@ class Report:
         """Runs :func:`timing.interleaved` in this case's time. parts: number of measurements of the case."""
         return interleaved(calls, self.args.rounds, budget_s=self.case_s / parts, clock=clock or self.clock)
 
+    def shape_cases(self, shapes: Iterable[Shape]) -> list[tuple[torch.dtype, Shape]]:
+        """Returns the shapes, or those of ``--shapes``, first all in float32, then all in bfloat16."""
+        shapes = self.args.shapes or list(shapes)
+        return [(dtype, shape) for dtype in (torch.float32, torch.bfloat16) for shape in shapes]
+
+    def measure(
+        self, cases: Sequence[Case], rows_of: Callable[[Case], list[dict]], table: Callable[[list[dict]], str]
+    ) -> list[dict]:
+        """Measures the cases; returns their rows, of which each is printed as soon as it is measured."""
+        rows: list[dict] = []
+        for case in self.cases(cases):
+            rows += (measured := rows_of(case))
+            print("\n".join(table(measured).splitlines()[-len(measured) :]), flush=True)
+        return rows
+
     def finish(self, rows: object, table: str, **more: object) -> None:
         """Prints the whole table; with --write, writes the result files. more: further entries of the JSON."""
         others = self.load.of_others()
@@ -152,6 +168,15 @@ class Report:
         path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
 
 
+def against(seconds: dict[str, list[float]], baseline: str) -> dict[str, object]:
+    """Returns a row's entries on times: how often they were measured, the baseline's, and the others' ratios to it."""
+    return {
+        "rounds": len(seconds[baseline]),
+        f"{baseline}_ms": 1e3 * statistics.median(seconds[baseline]),
+        "ratio": {name: ratio(times, seconds[baseline]) for name, times in seconds.items() if name != baseline},
+    }
+
+
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
@@ -165,9 +190,9 @@ def names_in(rows: Iterable[dict], key: str = "ratio") -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row[key]))
 
 
-def ratio_cell(ratio: Sequence[float]) -> str:
+def ratio_cell(values: Sequence[float]) -> str:
     """Formats a ratio and its quartiles."""
-    return "{:.2f} ({:.2f}-{:.2f})".format(*ratio)
+    return "{:.2f} ({:.2f}-{:.2f})".format(*values)
 
 
 def ratio_cells(row: dict, names: Iterable[str]) -> list[str]:

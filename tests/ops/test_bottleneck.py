@@ -197,23 +197,6 @@ def test_gradients_are_the_exact_ones():
 # --- under PyTorch's machinery ----------------------------------------------------------------------------------------
 
 
-def test_opcheck():
-    case = random_case((6, 24, 20, 4), (torch.bfloat16, torch.float32), leading=(2, 3))
-    ops = torch.ops.lora_ext
-    with torch.no_grad():
-        xa = ops.lora_shrink(case.x, case.down_weight)
-        checks = [
-            (ops.lora_shrink, (case.x, case.down_weight)),
-            (ops.lora_expand, (case.residual, xa, case.up_weight, case.up_bias.to(torch.bfloat16))),
-            (ops.lora_shrink_backward, (xa, case.x, case.down_weight, case.x, (True, False))),
-            (ops.lora_shrink_backward, (xa, case.x, case.down_weight, None, (True, True))),
-            (ops.lora_expand_backward, (case.grad_y, xa, case.up_weight, (True, True))),
-            (ops.lora_expand_backward, (case.grad_y, None, case.up_weight, (True, False))),
-        ]
-        for op, arguments in checks:
-            torch.library.opcheck(op.default, arguments)
-
-
 class Adapted(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -266,18 +249,6 @@ def test_export():
 
 def test_meta_tensors():
     assert Adapted().to("meta")(torch.empty(3, 5, 24, device="meta")).shape == (3, 5, 24)
-
-
-def test_double_backward_says_it_is_not_supported():
-    module, x = Adapted(), torch.randn(6, 24, requires_grad=True)
-    with pytest.raises(RuntimeError, match=r"gradients of gradients .* use lora_ext.reference.bottleneck"):
-        torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
-
-
-def test_forward_mode_says_it_is_not_supported():
-    module = Adapted()
-    with pytest.raises(RuntimeError, match=r"^bottleneck: forward-mode differentiation \(jvp\) is not supported"):
-        torch.func.jvp(module, (torch.randn(6, 24),), (torch.randn(6, 24),))
 
 
 def test_the_ops_alone_name_themselves():

@@ -4,14 +4,16 @@ import copy
 
 import pytest
 import torch
-from support.layers import random_layer
-from torch import nn
+from support.layers import random_layer, random_siblings
+from support.op_calls import HAVE_KERNELS, good_call, op_named, tensors_of, with_entry
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_ext import functional
 from lora_ext.nn import LoraAdapter, LoraLinear
 
 SEED = torch.tensor(12345)
+SIBLINGS = (6, 24), ((20, 4), (12, 3))
 
 
 def adapted(in_features=24, out_features=20, r=4, dropout=0.0, dtype=torch.float32) -> LoraLinear:
@@ -19,21 +21,32 @@ def adapted(in_features=24, out_features=20, r=4, dropout=0.0, dtype=torch.float
     return LoraLinear(base, LoraAdapter(in_features, out_features, r, 8, dropout, init_lora_weights=False))
 
 
+OF_X = ("x", "weight", "weights", "bias", "biases", "base", "y", "grad_y", "grad_ys")  # arguments of x's dtype
+FORWARDS = ("lora_linear", "lora_linear_siblings", "lora_shrink", "lora_expand")
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)], ids=str)
-def test_opcheck(dtypes, dropout_p):
-    layer = random_layer((6, 24, 20, 4), dtypes, leading=(2, 3))
-    for tensor in (layer.x, layer.lora_A, layer.lora_B):
-        tensor.requires_grad_()
-    torch.library.opcheck(torch.ops.lora_ext.lora_linear.default, (*layer.args(), dropout_p, SEED))
-    with torch.no_grad():
-        _, xa, mask = torch.ops.lora_ext.lora_linear(*layer.args(), dropout_p, SEED)
-        torch.library.opcheck(
-            torch.ops.lora_ext.lora_linear_backward.default,
-            (layer.grad_y, layer.x.detach(), layer.weight, layer.lora_A.detach(), layer.lora_B.detach())
-            + (xa, mask if dropout_p else None, layer.scaling, dropout_p, (True, False, True)),
-        )
-    torch.library.opcheck(torch.ops.lora_ext.lora_dropout_mask.default, (SEED, 5, 20, 0.3))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", [op for op in HAVE_KERNELS if "merge" not in op])
+def test_opcheck(op, dtype, dropout_p):
+    """Factors are float32; a backward gets only what its wanted gradients read. test_merge_ops.py has the merges."""
+    call = good_call(op)
+    for name, i, tensor in list(tensors_of(call)):
+        tensor = tensor.to(dtype) if name in OF_X else tensor
+        trained = op in FORWARDS and (name in ("x", "xa", "base") or "lora_" in name)
+        call = with_entry(call, name, i, tensor.detach().requires_grad_(trained))
+    if "dropout_p" in call:
+        call |= {"dropout_p": dropout_p} | ({"mask": None} if "mask" in call and not dropout_p else {})
+    calls = [call]
+    if "output_mask" in call:
+        entries = len(call["output_mask"])
+        unread = {"x": None} if entries == 3 else {}
+        calls += [call | unread | {"output_mask": (True, False, True)[:entries]}]
+        calls += [call | {"output_mask": (False, True, False)[:entries]}]
+        calls += [call | {"xa": None, "output_mask": (True, entries == 3, False)[:entries]}] if "xa" in call else []
+        calls += [call | {"base": None}] if "base" in call else []
+    for variant in calls:
+        torch.library.opcheck(op_named(op), (), variant)
 
 
 @pytest.mark.full
@@ -117,18 +130,36 @@ def test_meta_tensors():
     assert module(torch.empty(3, 5, 24, device="meta")).shape == (3, 5, 20)
 
 
-def test_double_backward_says_it_is_not_supported():
-    layer = random_layer((6, 24, 20, 4))
-    x = layer.x.requires_grad_()
-    y = functional.lora_linear(*layer.args())
-    with pytest.raises(RuntimeError, match="create_graph=True.* are not supported"):
-        torch.autograd.grad(y.square().sum(), x, create_graph=True)
+def delta(x: Tensor) -> Tensor:
+    A, B = torch.randn(4, 24), torch.randn(20, 4)
+    return functional.lora_delta_(x @ torch.randn(24, 20), x, A, B, 0.5)
 
 
-def test_forward_mode_says_it_is_not_supported():
-    layer = random_layer((6, 24, 20, 4))
-    with pytest.raises(RuntimeError, match=r"forward-mode differentiation \(jvp\) is not supported"):
-        torch.func.jvp(lambda x: functional.lora_linear(x, *layer.args()[1:]), (layer.x,), (layer.x,))
+def bottleneck(x: Tensor) -> Tensor:
+    return functional.bottleneck(x, torch.randn(4, 24), None, torch.randn(24, 4), None, "gelu")
+
+
+FUNCTIONS = {
+    "lora_linear": lambda x: functional.lora_linear(x, *random_layer((6, 24, 20, 4)).args()[1:]),
+    "lora_linear_siblings": lambda x: functional.lora_linear_siblings(x, *random_siblings(SIBLINGS).args()[1:])[1],
+    "lora_delta_": delta,
+    "bottleneck": bottleneck,
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_double_backward_says_it_is_not_supported(name):
+    x = torch.randn(6, 24, requires_grad=True)
+    text = r"gradients of gradients .*create_graph=True.* are not supported; use lora_ext\.reference\."
+    with pytest.raises(RuntimeError, match=f"{text}{name.rstrip('_')}"):
+        torch.autograd.grad(FUNCTIONS[name](x).square().sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_forward_mode_says_it_is_not_supported(name):
+    text = r"forward-mode differentiation \(jvp\) is not supported"
+    with pytest.raises(RuntimeError, match=f"^{name.rstrip('_')}: {text}"):
+        torch.func.jvp(FUNCTIONS[name], (torch.randn(6, 24),), (torch.randn(6, 24),))
 
 
 def test_deepcopy_and_pickle(tmp_path):
@@ -137,3 +168,58 @@ def test_deepcopy_and_pickle(tmp_path):
     torch.save(module, tmp_path / "module.pt")
     for copied in (copy.deepcopy(module), torch.load(tmp_path / "module.pt", weights_only=False)):
         assert torch.equal(copied(x), module(x))
+
+
+# --- siblings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
+@pytest.mark.parametrize("used", [(0, 1, 2), (0, 2)], ids=str)
+def test_compile_siblings(backend, used):
+    siblings = random_siblings(((1, 24), ((24, 4), (20, 3), (24, 2))), (torch.float64, torch.float64))
+    _, weights, biases, As, Bs, scalings = siblings.args()
+    As, Bs = ([t.requires_grad_() for t in ts] for ts in (As, Bs))
+
+    def loss(x):
+        ys = functional.lora_linear_siblings(x, weights, biases, As, Bs, scalings, 0.3, SEED)
+        return sum(ys[i].sin().sum() for i in used)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=backend)
+    leaves = [*(As[i] for i in used), *(Bs[i] for i in used)]
+    for batch in (3, 5):
+        x = torch.randn(batch, 7, 24, dtype=torch.float64, requires_grad=True)
+        expected, result = loss(x), compiled(x)
+        torch.testing.assert_close(result, expected)
+        wanted, grads = (torch.autograd.grad(value, [x, *leaves]) for value in (expected, result))
+        torch.testing.assert_close(grads, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_siblings_like_single_layers(dtype):
+    siblings = random_siblings(SIBLINGS)
+    x, weights, biases, As, Bs, scalings = siblings.args()
+    for tensor in (x, *As, *Bs):
+        tensor.requires_grad_()
+    with torch.autocast("cpu", dtype=dtype):
+        ys = functional.lora_linear_siblings(x, weights, biases, As, Bs, scalings)
+        separate = [functional.lora_linear(x, *layer) for layer in zip(weights, biases, As, Bs, scalings, strict=True)]
+        sum(y.float().square().sum() for y in ys).backward()
+    for y, alone in zip(ys, separate, strict=True):
+        assert y.dtype == dtype and torch.equal(y, alone)
+    assert all(tensor.grad.dtype == torch.float32 for tensor in (x, *As, *Bs))
+
+
+def test_autocast_leaves_siblings_of_float64_alone():
+    siblings = random_siblings(SIBLINGS, (torch.float64, torch.float64))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(y.dtype == torch.float64 for y in functional.lora_linear_siblings(*siblings.args()))
+
+
+def test_meta_tensors_of_siblings():
+    siblings = random_siblings(SIBLINGS, leading=(2, 3))
+    x, *lists, scalings = siblings.args()
+    lists = [[None if t is None else t.to("meta") for t in tensors] for tensors in lists]
+    ys = functional.lora_linear_siblings(x.to("meta"), *lists, scalings, 0.1)
+    assert [y.shape for y in ys] == [(2, 3, 20), (2, 3, 12)]

@@ -36,7 +36,6 @@ OP_TESTS = (
     "merging/test_merge_refused",
     "nn/test_expand",
     "nn/test_linear",
-    "ops/test_siblings_bad_arguments",
 )
 QUICK_TESTS = ("ops/test_few_tokens", "ops/test_merge_ops")
 
