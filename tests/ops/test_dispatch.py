@@ -8,7 +8,6 @@ from support.layers import random_layer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_ext import functional
 from lora_ext.nn import LoraAdapter, LoraLinear
 
 SEED = torch.tensor(12345)
@@ -115,20 +114,6 @@ def test_export():
 def test_meta_tensors():
     module = adapted(dropout=0.1).to("meta")
     assert module(torch.empty(3, 5, 24, device="meta")).shape == (3, 5, 20)
-
-
-def test_double_backward_says_it_is_not_supported():
-    layer = random_layer((6, 24, 20, 4))
-    x = layer.x.requires_grad_()
-    y = functional.lora_linear(*layer.args())
-    with pytest.raises(RuntimeError, match="create_graph=True.* are not supported"):
-        torch.autograd.grad(y.square().sum(), x, create_graph=True)
-
-
-def test_forward_mode_says_it_is_not_supported():
-    layer = random_layer((6, 24, 20, 4))
-    with pytest.raises(RuntimeError, match=r"forward-mode differentiation \(jvp\) is not supported"):
-        torch.func.jvp(lambda x: functional.lora_linear(x, *layer.args()[1:]), (layer.x,), (layer.x,))
 
 
 def test_deepcopy_and_pickle(tmp_path):

@@ -81,17 +81,3 @@ def test_meta_tensors():
     lists = [[None if t is None else t.to("meta") for t in tensors] for tensors in lists]
     ys = functional.lora_linear_siblings(x.to("meta"), *lists, scalings, 0.1)
     assert [y.shape for y in ys] == [(2, 3, 20), (2, 3, 12)]
-
-
-def test_double_backward_says_it_is_not_supported():
-    siblings = random_siblings(((6, 24), ((20, 4), (12, 3))))
-    x = siblings.x.requires_grad_()
-    ys = functional.lora_linear_siblings(*siblings.args())
-    with pytest.raises(RuntimeError, match="^lora_linear_siblings_backward: .*create_graph=True.* are not supported"):
-        torch.autograd.grad(ys[0].square().sum() + ys[1].sum(), x, create_graph=True)
-
-
-def test_forward_mode_says_it_is_not_supported():
-    siblings = random_siblings(((6, 24), ((20, 4), (12, 3))))
-    with pytest.raises(RuntimeError, match=r"^lora_linear_siblings: forward-mode differentiation \(jvp\) is not supp"):
-        torch.func.jvp(lambda x: functional.lora_linear_siblings(x, *siblings.args()[1:]), (siblings.x,), (siblings.x,))
