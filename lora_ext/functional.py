@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_ext._ops import checks, refusals
+from lora_ext._ops import checks, composite, refusals
 from lora_ext._ops.bottleneck import bottleneck
 from lora_ext._ops.in_place import check_inference, count_change
+from lora_ext._ops.nested import by_values
 from lora_ext.merging.weights import MergeRecord, lora_merge_, lora_unmerge_
 
 __all__ = [
@@ -50,7 +51,8 @@ def lora_linear(
     ``y = x @ weight.T + bias + scaling * dropout(x) @ lora_A.T @ lora_B.T``
 
     Args:
-        x: ``[..., in_features]``, float64, float32, bfloat16 or float16; any leading dimensions, any strides.
+        x: ``[..., in_features]``, float64, float32, bfloat16 or float16; any leading dimensions, any strides. May be
+            nested (jagged), as may the result.
         weight: ``[out_features, in_features]``, dtype and device of ``x``. Frozen: its gradient is computed only if it
             requires one.
         bias: ``[out_features]``, dtype of ``x``, or None.
@@ -68,12 +70,15 @@ def lora_linear(
         ValueError, TypeError: naming the argument and both values.
         torch.OutOfMemoryError: memory is short.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not x.is_nested:
         seed = _drawn(x, dropout_p, seed)
         return torch.ops.lora_ext.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)[0]
     try:
         if dropout_p > 0.0 and seed is None:
             seed = draw_seed(x.device)
+        if x.is_nested:
+            layer = weight, bias, lora_A, lora_B, scaling, dropout_p, seed
+            return by_values("lora_linear", x, lambda tokens: lora_linear(tokens, *layer))
         return torch.ops.lora_ext.lora_linear.default(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)[0]
     except refusals.UNEXPLAINED as error:
         arguments = {"x": x, "weight": weight, "bias": bias, "lora_A": lora_A, "lora_B": lora_B, "scaling": scaling}
@@ -140,6 +145,33 @@ def lora_delta_(
         refusals.explain(error, lora_delta_, arguments, checks.check_lora_delta)
         raise
     return y
+
+
+def plus_lora_delta(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Adds an adapter's update to ``y``: in place as :func:`lora_delta_`, or out of place where ``y`` cannot change.
+
+    It cannot if it is nested, or if samples of ``torch.func.vmap`` share it. Use what is returned.
+    """
+    if y.is_nested:
+
+        def update(tokens: Tensor) -> Tensor:
+            zeros = tokens.new_zeros(*tokens.shape[:-1], len(lora_B), dtype=y.dtype)
+            return lora_delta_(zeros, tokens, lora_A, lora_B, scaling, dropout_p, seed)
+
+        return y + by_values("lora_delta_", x, update)
+    if not torch._C._are_functorch_transforms_active():
+        return lora_delta_(y, x, lora_A, lora_B, scaling, dropout_p, seed)
+    x_dropped = composite.dropped(_cast_to(y, x), dropout_p, _drawn(x, dropout_p, seed))
+    xa = composite.scale(scaling, dropout_p) * torch.ops.lora_ext.lora_shrink(x_dropped, lora_A)
+    return torch.ops.lora_ext.lora_expand(y, xa, lora_B)
 
 
 def _cast_to(y: Tensor, x: Tensor) -> Tensor:

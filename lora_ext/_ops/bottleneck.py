@@ -8,14 +8,23 @@ from torch.nn import functional as F
 
 from lora_ext._common.arguments import check_types
 from lora_ext._ops import checks, refusals
-from lora_ext._ops.registration import any_requires_grad, bias_gradient, refuse_double_backward, refuse_forward_mode
+from lora_ext._ops.nested import by_values
+from lora_ext._ops.registration import any_requires_grad, bias_gradient, is_transformed
+
+
+def _silu_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return torch.ops.aten.silu_backward(grad, x)
+    sigmoid = torch.sigmoid(x)  # PyTorch does not differentiate silu_backward
+    return grad * sigmoid * (1 + x * (1 - sigmoid))
+
 
 # For each name: the function of the hidden features, and its gradient as a function of the result's gradient and the
 # argument.
 ACTIVATIONS = {
     "relu": (F.relu, lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0)),
     "gelu": (F.gelu, lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="none")),
-    "silu": (F.silu, torch.ops.aten.silu_backward),
+    "silu": (F.silu, _silu_gradient),
     "identity": (lambda x: x, lambda grad, x: grad),
 }
 
@@ -60,14 +69,18 @@ def bottleneck(
     if activation not in ACTIVATIONS:
         raise ValueError(f"bottleneck: activation is {activation!r}, want one of {', '.join(ACTIVATIONS)}")
     tensors = (x, down_weight, down_bias, up_weight, up_bias, residual)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not x.is_nested:
         checks.check_bottleneck(x, down_weight, down_bias, up_weight, up_bias, activation, residual)
         return _forward(*tensors, activation)[0]
     try:
-        refuse_forward_mode("bottleneck", *tensors)
+        if x.is_nested and (residual is None or residual is x):
+            layer = down_weight, down_bias, up_weight, up_bias, activation
+            return by_values("bottleneck", x, lambda tokens: bottleneck(tokens, *layer))
         if not (_fits(down_bias, down_weight) and _fits(up_bias, up_weight)):
             # PyTorch would broadcast it, cast it or, if it is a meta tensor, leave it out.
             raise RuntimeError("bottleneck: a bias does not fit")
+        if is_transformed(*tensors):
+            return _forward(*tensors, activation)[0]  # its ops know what to do
         if any_requires_grad(*tensors):
             return _Bottleneck.apply(*tensors, activation)
         return _forward(*tensors, activation)[0]
@@ -92,7 +105,7 @@ def _forward(x, down_weight, down_bias, up_weight, up_bias, residual, activation
     base = x if residual is None else residual
     hidden = torch.ops.lora_ext.lora_shrink(x, down_weight)
     if down_bias is not None:
-        hidden += down_bias
+        hidden = (hidden + down_bias).to(hidden.dtype)
     bias = None if up_bias is None else up_bias.to(base.dtype)
     return torch.ops.lora_ext.lora_expand(base, ACTIVATIONS[activation][0](hidden), up_weight, bias), hidden
 
@@ -103,15 +116,20 @@ class _Bottleneck(torch.autograd.Function):
         y, hidden = _forward(x, down_weight, down_bias, up_weight, up_bias, residual, activation)
         want_x, want_down = ctx.needs_input_grad[:2]
         # The only tensor of the size of x that is kept is x itself, which is shared with its producer.
-        ctx.save_for_backward(x if want_x or want_down else None, down_weight, up_weight, hidden)
+        ctx.save_for_backward(x if want_x or want_down else None, down_weight, down_bias, up_weight, hidden)
         ctx.activation, ctx.is_own_residual = activation, residual is None
         ctx.up_bias_dtype = None if up_bias is None else up_bias.dtype
         return y
 
     @staticmethod
     def backward(ctx, grad_y):
-        refuse_double_backward("bottleneck", grad_y, *ctx.saved_tensors)
-        x, down_weight, up_weight, hidden = ctx.saved_tensors
+        x, down_weight, down_bias, up_weight, hidden = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a gradient's gradient: the saved hidden features are a constant to autograd
+            if x is not None:
+                hidden = torch.ops.lora_ext.lora_shrink(x, down_weight)
+            if down_bias is not None:
+                added = down_bias if x is not None else down_bias - down_bias.detach()
+                hidden = (hidden + added).to(hidden.dtype)
         want_x, want_down, want_down_bias, want_up, want_up_bias, want_residual, _ = ctx.needs_input_grad
         function, gradient = ACTIVATIONS[ctx.activation]
         want_hidden = want_x or want_down or want_down_bias

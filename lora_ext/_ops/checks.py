@@ -84,8 +84,13 @@ def check_accumulation_dtype(op: str, name: str, tensor: Tensor, dtype: torch.dt
         raise refusal(op, "accumulation_dtype", name, _name(tensor.dtype), _name(acc))
 
 
+def is_contiguous(tensor: Tensor) -> bool:
+    """Whether kernels can read the tensor's memory in order. None reads a wrapper of torch.func, whose strides vary."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.is_contiguous()
+
+
 def check_contiguous_matrix(op: str, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous():
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape or not is_contiguous(tensor):
         raise refusal(op, "contiguous_matrix", name, _name(dtype), list(shape))
 
 
@@ -220,7 +225,7 @@ def check_lora_delta(
     op = "lora_delta_"
     check_delta(op, "y", y, x, lora_A, lora_B, scaling)
     _check_dropout_and_seed(op, dropout_p, seed)
-    if not y.is_contiguous():
+    if not is_contiguous(y):
         raise refusal(op, "not_contiguous", "y", list(y.stride()))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lora_ext._ops import checks, checks_backward
+from lora_ext._ops import checks, checks_backward, composite
 from lora_ext._ops.in_place import check_inference, check_recorded_change, count_change
 from lora_ext._ops.registration import (
     LIBRARY,
@@ -12,9 +12,10 @@ from lora_ext._ops.registration import (
     below_autograd,
     fake_gradients,
     fake_saved,
-    refuse_double_backward,
-    refuse_forward_mode,
+    has_tangent,
     register_autocast,
+    register_backward,
+    register_composite,
     register_op,
 )
 
@@ -65,6 +66,10 @@ class _LoraDelta(torch.autograd.Function):
         grad_x = grad_A = grad_B = None
         if grad_y is not None and (want_x or want_A or want_B):
             x, lora_A, lora_B, xa, mask = ctx.saved_tensors
+            if want_B and torch.is_grad_enabled():
+                xa = composite.xa_to_differentiate(
+                    "lora_delta_", xa, x, want_x, [lora_A], mask, [ctx.scaling], ctx.dropout_p
+                )
             grad_x, grad_A, grad_B = torch.ops.lora_ext.lora_delta_backward.default(
                 grad_y, x, lora_A, lora_B, xa, mask, ctx.scaling, ctx.dropout_p, (want_x, want_A, want_B)
             )
@@ -72,7 +77,8 @@ class _LoraDelta(torch.autograd.Function):
 
 
 def _lora_delta_autograd(y, x, lora_A, lora_B, scaling, dropout_p=0.0, seed=None):
-    refuse_forward_mode("lora_delta", y, x, lora_A, lora_B)
+    if has_tangent(y, x, lora_A, lora_B):
+        return _composite(y, x, lora_A, lora_B, scaling, dropout_p, seed)
     if any_requires_grad(y, x, lora_A, lora_B):
         check_recorded_change("lora_delta_", "y", y)
         results: list = []
@@ -85,18 +91,10 @@ def _lora_delta_autograd(y, x, lora_A, lora_B, scaling, dropout_p=0.0, seed=None
     return results
 
 
-def _lora_delta_backward_autograd(grad_y, x, lora_A, lora_B, xa, mask, scaling, dropout_p, output_mask):
-    refuse_double_backward("lora_delta_backward", grad_y, x, lora_A, lora_B, xa)
-    with below_autograd():
-        return torch.ops.lora_ext.lora_delta_backward.default(
-            grad_y, x, lora_A, lora_B, xa, mask, scaling, dropout_p, output_mask
-        )
-
-
 # Not register_in_place(): in inference mode its kernel would cost as much as the op. functional.lora_delta_ does its
 # work there.
+_composite = register_composite("lora_delta_", composite.lora_delta_)
 LIBRARY.impl("lora_delta_", _lora_delta_autograd, "Autograd")
-LIBRARY.impl("lora_delta_backward", _lora_delta_backward_autograd, "Autograd")
+register_backward("lora_delta_backward", composite.lora_delta_backward)
 # y's dtype was settled by the base layer, and x has it or is cast to it by functional.lora_delta_.
 register_autocast("lora_delta_", num_cast=0)
-register_autocast("lora_delta_backward", num_cast=0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from lora_ext._ops import checks, checks_backward
+from lora_ext._ops import checks, checks_backward, composite
 from lora_ext._ops.registration import (
     LIBRARY,
     any_requires_grad,
@@ -16,9 +16,10 @@ from lora_ext._ops.registration import (
     bias_gradient,
     fake_gradients,
     fake_saved,
-    refuse_double_backward,
-    refuse_forward_mode,
+    has_tangent,
     register_autocast,
+    register_backward,
+    register_composite,
     register_op,
     weight_gradient,
 )
@@ -45,6 +46,14 @@ def _(grad_y, x, weight, lora_A, lora_B, xa, mask, scaling, dropout_p, output_ma
 def _(seed, num_tokens, in_features, dropout_p):
     return seed.new_empty((num_tokens, checks.mask_row_bytes(in_features)), dtype=torch.uint8)
 
+
+def _masks(info, in_dims, seed, *sizes):
+    """Under vmap with ``randomness="different"`` every sample has its own seed."""
+    seeds = seed.movedim(in_dims[0], 0).unbind()
+    return torch.stack([torch.ops.lora_ext.lora_dropout_mask.default(entry, *sizes) for entry in seeds]), 0
+
+
+torch.library.register_vmap("lora_ext::lora_dropout_mask", _masks, lib=LIBRARY)
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
 
@@ -78,6 +87,10 @@ class _LoraLinear(torch.autograd.Function):
             return (None,) * 8
         x, weight, lora_A, lora_B, xa, mask = ctx.saved_tensors
         want_x, want_weight, want_bias, want_A, want_B = ctx.needs_input_grad[:5]
+        if want_B and torch.is_grad_enabled():
+            xa = composite.xa_to_differentiate(
+                "lora_linear", xa, x, want_x, [lora_A], mask, [ctx.scaling], ctx.dropout_p
+            )
         grad_x = grad_A = grad_B = grad_weight = grad_bias = None
         if want_x or want_A or want_B:
             grad_x, grad_A, grad_B = torch.ops.lora_ext.lora_linear_backward.default(
@@ -92,26 +105,19 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _lora_linear_autograd(x, weight, bias, lora_A, lora_B, scaling, dropout_p=0.0, seed=None):
-    refuse_forward_mode("lora_linear", x, weight, bias, lora_A, lora_B)
+    if has_tangent(x, weight, bias, lora_A, lora_B):
+        return _composite(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
     if any_requires_grad(lora_A, lora_B, x, weight, bias):
         return _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
     with below_autograd():
         return torch.ops.lora_ext.lora_linear.default(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
 
 
-def _lora_linear_backward_autograd(grad_y, x, weight, lora_A, lora_B, xa, mask, scaling, dropout_p, output_mask):
-    refuse_double_backward("lora_linear_backward", grad_y, x, weight, lora_A, lora_B, xa)
-    with below_autograd():
-        return torch.ops.lora_ext.lora_linear_backward.default(
-            grad_y, x, weight, lora_A, lora_B, xa, mask, scaling, dropout_p, output_mask
-        )
-
-
+_composite = register_composite("lora_linear", composite.lora_linear, num_cast=3)
 LIBRARY.impl("lora_linear", _lora_linear_autograd, "Autograd")
-LIBRARY.impl("lora_linear_backward", _lora_linear_backward_autograd, "Autograd")
+register_backward("lora_linear_backward", composite.lora_linear_backward)
 
 
 # --- autocast: x, weight and bias go to autocast's dtype as in nn.Linear; the adapter keeps its own -------------------
 
 register_autocast("lora_linear", num_cast=3)
-register_autocast("lora_linear_backward", num_cast=0)

@@ -51,8 +51,8 @@ def explain(
         RuntimeError: there are no kernels for the device.
     """
     name = function.__name__
-    if isinstance(error, (TypeError, ValueError)) and str(error).startswith(f"{name}: "):
-        return  # it is explained already
+    if (isinstance(error, (TypeError, ValueError)) and str(error).startswith(f"{name}: ")) or "vmap: " in str(error):
+        return  # it is explained already, by us or by torch.func.vmap (a random draw, a change in place)
     # PyTorch takes a tensor without dimensions for a number.
     check_types(function, {n: v for n, v in arguments.items() if not (_is_tensor(v) and v.dim() == 0)})
     tensor_arguments.check_tensors(name, arguments)

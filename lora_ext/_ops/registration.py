@@ -12,10 +12,13 @@ from lora_ext import reference
 from lora_ext._ops.checks import accumulation_dtype, count_tokens, mask_row_bytes
 from lora_ext._ops.lazy_views import check_not_lazy, resolved
 from lora_ext._ops.refusal_texts import refusal
-from lora_ext._ops.tensor_arguments import check_tensors
+from lora_ext._ops.tensor_arguments import check_tensors, tensors_of
 
 LIBRARY = torch.library.Library("lora_ext", "FRAGMENT")
 below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+_checked: dict[str, Callable[..., dict[str, object]]] = {}  # for each op: checks a call's arguments, by register_op
 
 
 def op_named(name: str) -> torch._ops.OpOverload:
@@ -59,18 +62,21 @@ def register_op(name: str, check_values: Callable[..., None]) -> Callable[[Calla
     names, defaults = [a.name for a in schema], {a.name: a.default_value for a in schema if a.has_default_value()}
     required = [a.name for a in schema if str(a.type) == "Tensor"]
 
-    def register(kernel: Callable) -> Callable:
-        def checked(*values, **named):
-            given = {**defaults, **dict(zip(names, values, strict=False)), **named}
-            arguments = {argument: given[argument] for argument in names}
-            for argument in required:
-                if arguments[argument] is None:
-                    raise refusal(name, "missing_tensor", argument)
-            check_tensors(name, arguments)
-            check_values(**arguments)
-            return kernel(**arguments)
+    def checked(*values, **named) -> dict[str, object]:
+        """Returns all arguments by name."""
+        given = {**defaults, **dict(zip(names, values, strict=False)), **named}
+        arguments = {argument: given[argument] for argument in names}
+        for argument in required:
+            if arguments[argument] is None:
+                raise refusal(name, "missing_tensor", argument)
+        check_tensors(name, arguments)
+        check_values(**arguments)
+        return arguments
 
-        torch.library.register_fake(f"lora_ext::{name}")(checked)
+    _checked[name] = checked
+
+    def register(kernel: Callable) -> Callable:
+        torch.library.register_fake(f"lora_ext::{name}")(lambda *values, **named: kernel(**checked(*values, **named)))
         _register_lazy_views(name)
         return kernel
 
@@ -106,9 +112,14 @@ def fake_gradients(factors: Sequence[Tensor]) -> list[Tensor]:
     return [torch.empty_like(factor, memory_format=torch.contiguous_format) for factor in factors]
 
 
+def rows_of(tensor: Tensor) -> Tensor:
+    """Flattens the leading dimensions: ``[num_tokens, features]``. ``flatten`` has no rule for ``is_grads_batched``."""
+    return tensor.reshape(count_tokens(tensor), tensor.shape[-1])
+
+
 def weight_gradient(grad_y: Tensor, x: Tensor) -> Tensor:
     """Computes the gradient of a plain linear layer's weight, for users who unfreeze it; LoRA does not need it."""
-    return grad_y.flatten(0, -2).T @ x.flatten(0, -2) if x.dim() > 1 else torch.outer(grad_y, x)
+    return rows_of(grad_y).T @ rows_of(x)
 
 
 _CACHED = 2**17  # elements whose copy in another dtype stays in a core's cache
@@ -117,39 +128,79 @@ _CACHED = 2**17  # elements whose copy in another dtype stays in a core's cache
 def bias_gradient(grad_y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Computes a bias's gradient in ``dtype``; None: that of ``grad_y``. Sums in float32 (float64) in any case."""
     dtype = dtype or grad_y.dtype
-    if grad_y.dim() == 1:
-        return grad_y.to(dtype)
-    rows = grad_y.flatten(0, -2)
+    rows = rows_of(grad_y)
     wide = torch.promote_types(rows.dtype, dtype)
     if rows.device.type != "cpu" or rows.dtype == wide or rows.numel() <= _CACHED:
         return rows.sum(0, dtype=wide).to(dtype)
     # PyTorch's CPU kernel first copies its argument to the dtype of the result; of the whole tensor, 4 times as slow.
-    total = rows.new_zeros(rows.shape[1], dtype=wide)
-    for part in rows.split(max(1, _CACHED // rows.shape[1])):
-        total += part.sum(0, dtype=wide)
-    return total.to(dtype)
+    return sum(part.sum(0, dtype=wide) for part in rows.split(max(1, _CACHED // rows.shape[1]))).to(dtype)
 
 
-def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
-    """Raises RuntimeError if a tensor has a tangent, which would be dropped below autograd and read as zero."""
-    if forward_ad._current_level >= 0 and any(
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether forward-mode differentiation has given one of the tensors a tangent, which is lost below autograd."""
+    return forward_ad._current_level >= 0 and any(
         tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
-    ):
-        raise RuntimeError(
-            f"{op}: forward-mode differentiation (jvp) is not supported; use {_differentiable(op)} where you need it"
-        )
+    )
 
 
-def refuse_double_backward(op: str, *tensors: Tensor | None) -> None:
-    if any_requires_grad(*tensors):
-        raise RuntimeError(
-            f"{op}: gradients of gradients (create_graph=True) are not supported; "
-            f"use {_differentiable(op.removesuffix('_backward'))} where you need them"
-        )
+def is_transformed(*tensors: Tensor | None) -> bool:
+    """Whether a Python function of these must use PyTorch's operations only: for a transform, batch or tangent."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active()
+        or has_tangent(*tensors)
+        or any(tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors)
+    )
 
 
-def _differentiable(op: str) -> str:
-    return f"lora_ext.reference.{op}" if hasattr(reference, op) else "plain PyTorch"
+def register_composite(name: str, composite: Callable, num_cast: int = 0) -> Callable:
+    """Registers an op in plain PyTorch (:mod:`lora_ext._ops.composite`) for the transforms of torch.func.
+
+    While a transform is active (grad, vmap, jvp, ..., in any nesting), calls reach FuncTorchDynamicLayerFrontMode
+    before any other key; under ``is_grads_batched``, they reach VmapMode. The kernel here replaces the op by operations
+    that PyTorch can transform; all other calls pay nothing for it. Autograd kernels call the same kernel where a
+    tangent exists or a gradient's gradient is wanted.
+
+    Args:
+        num_cast: As for :func:`register_autocast`, whose key comes later.
+
+    Returns:
+        The kernel, which checks its arguments as the op does.
+    """
+
+    def kernel(*values):
+        arguments = dict(zip((a.name for a in schema), values, strict=False))
+        device = next(tensor.device for _, tensor in tensors_of(arguments)).type
+        if not torch.is_autocast_enabled(device):
+            return composite(**_checked[name](*values))
+        dtype = torch.get_autocast_dtype(device)
+        cast = [_cast(value, dtype) for value in values[:num_cast]]
+        with torch.autocast(device, enabled=False):
+            return composite(**_checked[name](*cast, *values[num_cast:]))
+
+    schema = op_named(name)._schema.arguments
+    for key in ("FuncTorchDynamicLayerFrontMode", "VmapMode"):
+        LIBRARY.impl(name, kernel, key)
+    return kernel
+
+
+def register_backward(name: str, composite: Callable) -> None:
+    """Registers autograd, torch.func and autocast of a backward op.
+
+    Where its own gradient is wanted (``create_graph=True``) it becomes ``composite``, which autograd differentiates.
+    """
+    op = op_named(name)
+    plain = register_composite(name, composite)
+
+    def kernel(*arguments):
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            tensors = [tensor for _, tensor in tensors_of(dict(enumerate(arguments)))]
+            if any_requires_grad(*tensors) or has_tangent(*tensors):
+                return plain(*arguments)
+        with below_autograd():
+            return op(*arguments)
+
+    LIBRARY.impl(name, kernel, "Autograd")
+    register_autocast(name, num_cast=0)
 
 
 def _cast(argument: Tensor | list | None, dtype: torch.dtype) -> Tensor | list | None:

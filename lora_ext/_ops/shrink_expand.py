@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from lora_ext._ops import checks_backward
+from lora_ext._ops import checks_backward, composite
 from lora_ext._ops.checks import accumulation_dtype
 from lora_ext._ops.registration import (
     LIBRARY,
@@ -12,9 +14,10 @@ from lora_ext._ops.registration import (
     below_autograd,
     bias_gradient,
     fake_gradients,
+    has_tangent,
     op_named,
-    refuse_double_backward,
-    refuse_forward_mode,
+    register_backward,
+    register_composite,
     register_op,
 )
 
@@ -76,32 +79,23 @@ class _Expand(torch.autograd.Function):
         return grad_y if want_base else None, *grads, bias_gradient(grad_y) if want_bias else None
 
 
-def _autograd_kernel(name: str, function: type[torch.autograd.Function]):
+def _register_autograd(name: str, function: type[torch.autograd.Function], plain: Callable) -> None:
     op = op_named(name)
+    plain = register_composite(name, plain)
 
     def kernel(*arguments):
         arguments += (None,) * (len(op._schema.arguments) - len(arguments))
-        refuse_forward_mode(name, *arguments)
+        if has_tangent(*arguments):
+            return plain(*arguments)
         if any_requires_grad(*arguments):
             return function.apply(*arguments)
         with below_autograd():
             return op(*arguments)
 
-    return kernel
+    LIBRARY.impl(name, kernel, "Autograd")
 
 
-def _backward_kernel(name: str):
-    op = op_named(name)
-
-    def kernel(*arguments):
-        refuse_double_backward(name, *arguments[:-1])
-        with below_autograd():
-            return op(*arguments)
-
-    return kernel
-
-
-LIBRARY.impl("lora_shrink", _autograd_kernel("lora_shrink", _Shrink), "Autograd")
-LIBRARY.impl("lora_expand", _autograd_kernel("lora_expand", _Expand), "Autograd")
-for _name in ("lora_shrink_backward", "lora_expand_backward"):
-    LIBRARY.impl(_name, _backward_kernel(_name), "Autograd")
+_register_autograd("lora_shrink", _Shrink, composite.lora_shrink)
+_register_autograd("lora_expand", _Expand, composite.lora_expand)
+register_backward("lora_shrink_backward", composite.lora_shrink_backward)
+register_backward("lora_expand_backward", composite.lora_expand_backward)

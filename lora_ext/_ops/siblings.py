@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lora_ext._ops import checks, checks_backward
+from lora_ext._ops import checks, checks_backward, composite
 from lora_ext._ops.registration import (
     LIBRARY,
     any_requires_grad,
@@ -12,9 +12,10 @@ from lora_ext._ops.registration import (
     bias_gradient,
     fake_gradients,
     fake_saved,
-    refuse_double_backward,
-    refuse_forward_mode,
+    has_tangent,
     register_autocast,
+    register_backward,
+    register_composite,
     register_op,
     weight_gradient,
 )
@@ -82,6 +83,10 @@ class _LoraLinearSiblings(torch.autograd.Function):
         used = [i for i in range(n) if grad_ys[i] is not None and (want_x or want_As[i] or want_Bs[i])]
         if used:
             want_A, want_B = any(want_As[i] for i in used), any(want_Bs[i] for i in used)
+            if want_B and torch.is_grad_enabled():
+                xa = composite.xa_to_differentiate(
+                    "lora_linear_siblings", xa, x, want_x, lora_As, mask, ctx.scalings, ctx.dropout_p
+                )
             if want_B and len(used) < n:
                 columns = xa.split([lora_A.shape[0] for lora_A in lora_As], dim=1)
                 xa = torch.cat([columns[i] for i in used], dim=1)
@@ -122,7 +127,8 @@ def _split_wanted(ctx) -> tuple[bool, tuple, tuple, tuple, tuple]:
 
 def _lora_linear_siblings_autograd(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p=0.0, seed=None):
     layers = (*weights, *biases, *lora_As, *lora_Bs)
-    refuse_forward_mode("lora_linear_siblings", x, *layers)
+    if has_tangent(x, *layers):
+        return _composite(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)
     if any_requires_grad(x, *layers):
         lists = {"biases": biases, "lora_As": lora_As, "lora_Bs": lora_Bs, "scalings": scalings}
         checks.check_num_siblings("lora_linear_siblings", weights, **lists)  # or they cannot be told apart
@@ -134,17 +140,7 @@ def _lora_linear_siblings_autograd(x, weights, biases, lora_As, lora_Bs, scaling
         )
 
 
-def _lora_linear_siblings_backward_autograd(
-    grad_ys, x, weights, lora_As, lora_Bs, xa, mask, scalings, dropout_p, output_mask
-):
-    refuse_double_backward("lora_linear_siblings_backward", *grad_ys, x, *weights, *lora_As, *lora_Bs, xa)
-    with below_autograd():
-        return torch.ops.lora_ext.lora_linear_siblings_backward.default(
-            grad_ys, x, weights, lora_As, lora_Bs, xa, mask, scalings, dropout_p, output_mask
-        )
-
-
+_composite = register_composite("lora_linear_siblings", composite.lora_linear_siblings, num_cast=3)
 LIBRARY.impl("lora_linear_siblings", _lora_linear_siblings_autograd, "Autograd")
-LIBRARY.impl("lora_linear_siblings_backward", _lora_linear_siblings_backward_autograd, "Autograd")
+register_backward("lora_linear_siblings_backward", composite.lora_linear_siblings_backward)
 register_autocast("lora_linear_siblings", num_cast=3)
-register_autocast("lora_linear_siblings_backward", num_cast=0)

@@ -263,7 +263,7 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
             ys = functional.lora_linear_siblings(x, weights[group], biases[group], *factors, self._dropout(first[0]))
             for y, adapters in zip(ys, updates[group], strict=True):
                 for a in adapters[1:]:
-                    y = functional.lora_delta_(y, x, a.lora_A, a.lora_B, a.scaling, self._dropout(a))
+                    y = functional.plus_lora_delta(y, x, a.lora_A, a.lora_B, a.scaling, self._dropout(a))
                 yield y
 
     def _dropout(self, adapter: LoraAdapter) -> float:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from lora_ext._ops.registration import is_transformed, rows_of
 
 # Elements per step of a product that cannot be accumulated in place: 4 MiB of float32.
 _CHUNK = 1 << 20
@@ -14,6 +15,9 @@ _CHUNK = 1 << 20
 
 def expand_onto_(y: Tensor, xa: Tensor, lora_B: Tensor, scaling: float, dim: int = -1) -> Tensor:
     """``y += scaling * xa @ lora_B.T`` along ``dim``; the sum is rounded once.
+
+    In plain PyTorch, out of place, where a transform of torch.func, forward-mode differentiation or a nested tensor
+    needs it.
 
     Args:
         y: ``[..., out_features]``, or ``[batch, out_features, *spatial]`` with ``dim=1``; contiguous or channels-last.
@@ -25,9 +29,15 @@ def expand_onto_(y: Tensor, xa: Tensor, lora_B: Tensor, scaling: float, dim: int
         dim: the dimension of the features, -1 or 1.
 
     Returns:
-        ``y``.
+        ``y``, or a new tensor: use what is returned.
     """
+    if y.is_nested or is_transformed(y, xa, lora_B):
+        return (y + _update(xa, lora_B, scaling, dim)).to(y.dtype)
     return _Expand.apply(y, xa, lora_B, scaling, dim)
+
+
+def _update(xa: Tensor, lora_B: Tensor, scaling: float, dim: int) -> Tensor:
+    return scaling * (xa.transpose(dim, -1) @ lora_B.T).transpose(dim, -1)
 
 
 class _Expand(torch.autograd.Function):
@@ -51,9 +61,12 @@ class _Expand(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_y: Tensor):
         xa, lora_B = ctx.saved_tensors
+        if torch.is_grad_enabled() or is_transformed(grad_y):
+            G, X = (tensor.transpose(ctx.dim, -1) for tensor in (grad_y.to(xa.dtype), xa))
+            grad_xa = ctx.scaling * (G @ lora_B).transpose(ctx.dim, -1)
+            return grad_y, grad_xa, ctx.scaling * (rows_of(G).T @ rows_of(X)), None, None
         G, X = _matrices(grad_y, ctx.dim, ctx.last), _matrices(xa, ctx.dim, ctx.last)
         grad_X = torch.empty_like(X)
         grad_B = torch.zeros_like(lora_B)

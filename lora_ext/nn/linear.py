@@ -113,7 +113,7 @@ def add_updates(
     """``x @ weight.T + bias`` plus one or more updates ``(lora_A, lora_B, scaling, dropout probability)``."""
     y = functional.lora_linear(x, weight, bias, *updates[0])
     for update in updates[1:]:
-        y = functional.lora_delta_(y, x, *update)
+        y = functional.plus_lora_delta(y, x, *update)
     return y
 
 

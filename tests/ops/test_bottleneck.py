@@ -251,21 +251,14 @@ def test_meta_tensors():
     assert Adapted().to("meta")(torch.empty(3, 5, 24, device="meta")).shape == (3, 5, 24)
 
 
-def test_the_ops_alone_name_themselves():
-    x, lora_A = torch.randn(6, 24, requires_grad=True), torch.randn(4, 24)
-    ops, text = torch.ops.lora_ext, r"not supported; use plain PyTorch"
-    with pytest.raises(RuntimeError, match=rf"^lora_shrink_backward: gradients of gradients .* {text}"):
-        torch.autograd.grad(ops.lora_shrink(x, lora_A).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=rf"^lora_shrink: forward-mode .* {text}"):
-        torch.func.jvp(lambda x: ops.lora_shrink(x, lora_A), (x.detach(),), (torch.randn(6, 24),))
-
-
 def test_the_gradients_of_the_ops_alone():
     case = random_case((5, 6, 7, 3), (torch.float64, torch.float64))
     ops = torch.ops.lora_ext
-    assert torch.autograd.gradcheck(ops.lora_shrink, (case.x.requires_grad_(), case.down_weight.requires_grad_()))
-    leaves = case.residual, torch.randn(5, 3, dtype=torch.float64), case.up_weight, case.up_bias
-    assert torch.autograd.gradcheck(ops.lora_expand, tuple(leaf.requires_grad_() for leaf in leaves))
+    expand = case.residual, torch.randn(5, 3, dtype=torch.float64), case.up_weight, case.up_bias
+    for op, leaves in ((ops.lora_shrink, (case.x, case.down_weight)), (ops.lora_expand, expand)):
+        leaves = tuple(leaf.requires_grad_() for leaf in leaves)
+        assert torch.autograd.gradcheck(op, leaves, check_forward_ad=True, check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(op, leaves, check_fwd_over_rev=True)
 
 
 # --- bad arguments ----------------------------------------------------------------------------------------------------

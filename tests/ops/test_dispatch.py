@@ -4,12 +4,11 @@ import copy
 
 import pytest
 import torch
-from support.layers import random_layer, random_siblings
+from support.layers import random_siblings
 from support.op_calls import HAVE_KERNELS, good_call, op_named, tensors_of, with_entry
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_ext import functional
 from lora_ext.nn import LoraAdapter, LoraLinear
 
 SEED = torch.tensor(12345)
@@ -128,38 +127,6 @@ def test_export():
 def test_meta_tensors():
     module = adapted(dropout=0.1).to("meta")
     assert module(torch.empty(3, 5, 24, device="meta")).shape == (3, 5, 20)
-
-
-def delta(x: Tensor) -> Tensor:
-    A, B = torch.randn(4, 24), torch.randn(20, 4)
-    return functional.lora_delta_(x @ torch.randn(24, 20), x, A, B, 0.5)
-
-
-def bottleneck(x: Tensor) -> Tensor:
-    return functional.bottleneck(x, torch.randn(4, 24), None, torch.randn(24, 4), None, "gelu")
-
-
-FUNCTIONS = {
-    "lora_linear": lambda x: functional.lora_linear(x, *random_layer((6, 24, 20, 4)).args()[1:]),
-    "lora_linear_siblings": lambda x: functional.lora_linear_siblings(x, *random_siblings(SIBLINGS).args()[1:])[1],
-    "lora_delta_": delta,
-    "bottleneck": bottleneck,
-}
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_double_backward_says_it_is_not_supported(name):
-    x = torch.randn(6, 24, requires_grad=True)
-    text = r"gradients of gradients .*create_graph=True.* are not supported; use lora_ext\.reference\."
-    with pytest.raises(RuntimeError, match=f"{text}{name.rstrip('_')}"):
-        torch.autograd.grad(FUNCTIONS[name](x).square().sum(), x, create_graph=True)
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_forward_mode_says_it_is_not_supported(name):
-    text = r"forward-mode differentiation \(jvp\) is not supported"
-    with pytest.raises(RuntimeError, match=f"^{name.rstrip('_')}: {text}"):
-        torch.func.jvp(FUNCTIONS[name], (torch.randn(6, 24),), (torch.randn(6, 24),))
 
 
 def test_deepcopy_and_pickle(tmp_path):

@@ -94,6 +94,8 @@ def test_the_error_names_the_argument(name, argument, requires_grad):
     tensors = [value for value in call.values() if isinstance(value, Tensor)]
     before = [tensor.detach().clone() for tensor in tensors]
     for what, value in wrong_values(get_type_hints(function)[argument]):
+        if (name, argument, what) == ("lora_linear", "x", "nested"):
+            continue  # test_transforms.py: it is computed
         bad = [*value, *call[argument][1:]] if isinstance(call[argument], list) and isinstance(value, list) else value
         with pytest.raises((TypeError, ValueError), match=rf"^{name}: .*\b{argument}\b") as error:
             function(**call | {argument: bad})

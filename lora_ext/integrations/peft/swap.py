@@ -32,8 +32,7 @@ def accelerate(model: Model | None = None) -> Model | None:
 
     Differences: dropout masks come from lora_ext's generator, which PyTorch's seeds (``torch.manual_seed`` reproduces a
     run, but not PEFT's masks); ``unmerge`` restores every bit of the weight, from a record in the merged layer (0.03 to
-    0.25 bytes per element and the factors; ``merge_and_unload`` keeps none); gradients of gradients
-    (``create_graph=True``) raise RuntimeError: call :func:`restore` if you need them.
+    0.25 bytes per element and the factors; ``merge_and_unload`` keeps none).
 
     Args:
         model: a ``PeftModel`` or any module with PEFT LoRA layers, changed in place: the class of every layer becomes a

@@ -1,0 +1,179 @@
+"""The ops in plain PyTorch, with the same dropout masks: for those who look inside an op.
+
+They are the transforms of torch.func (grad, vmap, jvp, jacrev, ...), forward-mode differentiation and gradients of
+gradients; :func:`lora_ext._ops.registration.register_composite` says when. Every function takes its op's arguments and
+returns its op's results. Sums are in the accumulation dtype, as in the op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_ext._ops.checks import accumulation_dtype, count_tokens
+from lora_ext._ops.registration import rows_of
+from lora_ext.reference import dropout_threshold, unpack_mask
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Flattens the leading dimensions and casts to the accumulation dtype: ``[num_tokens, features]``."""
+    return rows_of(tensor).to(accumulation_dtype(tensor.dtype))
+
+
+def _dropped(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """Zeroes what the bit mask drops. A mask without rows, or None, drops nothing."""
+    return rows if mask is None or mask.dim() < 2 else rows * unpack_mask(mask, rows.shape[1])
+
+
+def scale(scaling: float, dropout_p: float) -> float:
+    return scaling * (65536.0 / (65536.0 - dropout_threshold(dropout_p)))
+
+
+def dropped(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """Zeroes what the seed's mask drops; without the factor, which is in :func:`scale`."""
+    mask = draw_mask(x, dropout_p, seed)
+    return x if mask.dim() < 2 else x * unpack_mask(mask, x.shape[-1]).reshape(x.shape)
+
+
+def draw_mask(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    if dropout_threshold(dropout_p) == 0:
+        return x.new_empty(0, dtype=torch.uint8)
+    return torch.ops.lora_ext.lora_dropout_mask.default(seed, count_tokens(x), x.shape[-1], dropout_p)
+
+
+def xa_of(x: Tensor, lora_A: Tensor, mask: Tensor | None, scaling: float, dropout_p: float) -> Tensor:
+    """Computes xa as the forwards do: ``[num_tokens, r]``, with the scaling."""
+    rows = _dropped(_rows(x), mask)
+    return scale(scaling, dropout_p) * (rows @ lora_A.to(rows.dtype).T)
+
+
+def _update(y: Tensor, xa: Tensor, lora_B: Tensor) -> Tensor:
+    return (xa @ lora_B.to(xa.dtype).T).reshape(y.shape)
+
+
+def lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
+    (y,), xa, mask = lora_linear_siblings(x, [weight], [bias], [lora_A], [lora_B], [scaling], dropout_p, seed)
+    return y, xa, mask
+
+
+def lora_linear_siblings(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed):
+    mask = draw_mask(x, dropout_p, seed)
+    xas = [xa_of(x, A, mask, scaling, dropout_p) for A, scaling in zip(lora_As, scalings, strict=True)]
+    ys = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    ys = [(y + _update(y, xa, B)).to(x.dtype) for y, xa, B in zip(ys, xas, lora_Bs, strict=True)]
+    return ys, torch.cat(xas, dim=1).detach(), mask
+
+
+def lora_delta_(y, x, lora_A, lora_B, scaling, dropout_p, seed):
+    mask = draw_mask(x, dropout_p, seed)
+    xa = xa_of(x, lora_A, mask, scaling, dropout_p)
+    y += _update(y, xa, lora_B)
+    return xa.detach(), mask
+
+
+def lora_linear_backward(grad_y, x, weight, lora_A, lora_B, xa, mask, scaling, dropout_p, output_mask):
+    grad_x, *grads = _backward([grad_y], x, [weight], [lora_A], [lora_B], xa, mask, [scaling], dropout_p, output_mask)
+    return grad_x, *((grad[0] if grad else None) for grad in grads)
+
+
+def lora_delta_backward(grad_y, x, lora_A, lora_B, xa, mask, scaling, dropout_p, output_mask):
+    return lora_linear_backward(grad_y, x, None, lora_A, lora_B, xa, mask, scaling, dropout_p, output_mask)
+
+
+def lora_linear_siblings_backward(grad_ys, x, weights, lora_As, lora_Bs, xa, mask, scalings, dropout_p, output_mask):
+    return _backward(grad_ys, x, weights, lora_As, lora_Bs, xa, mask, scalings, dropout_p, output_mask)
+
+
+def _backward(
+    grad_ys: Sequence[Tensor],
+    x: Tensor | None,
+    weights: Sequence[Tensor | None],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    xa: Tensor | None,
+    mask: Tensor | None,
+    scalings: Sequence[float],
+    dropout_p: float,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    """Computes the gradients of x and of the factors. A weight of None: the base layer is not part of the op."""
+    want_x, want_A, want_B = output_mask
+    ys = [_rows(grad_y) for grad_y in grad_ys]
+    grad_xas = [
+        scale(scaling, dropout_p) * (y @ B.to(y.dtype)) for y, B, scaling in zip(ys, lora_Bs, scalings, strict=True)
+    ]
+    grad_x, grad_As, grad_Bs = None, [], []
+    if want_x:
+        updates = (grad_xa @ A.to(grad_xa.dtype) for grad_xa, A in zip(grad_xas, lora_As, strict=True))
+        total = _dropped(sum(updates), mask)
+        for grad_y, weight in zip(grad_ys, weights, strict=True):
+            if weight is not None:
+                total = total + _rows(grad_y @ weight)
+        grad_x = total.reshape(*grad_ys[0].shape[:-1], lora_As[0].shape[1]).to(grad_ys[0].dtype)
+    if want_A:
+        rows = _dropped(_rows(x), mask)
+        grad_As = [(grad_xa.T @ rows).to(A.dtype) for grad_xa, A in zip(grad_xas, lora_As, strict=True)]
+    if want_B:
+        xas = xa.split([A.shape[0] for A in lora_As], dim=1)
+        grad_Bs = [(y.T @ xa).to(B.dtype) for y, xa, B in zip(ys, xas, lora_Bs, strict=True)]
+    return grad_x, grad_As, grad_Bs
+
+
+def lora_shrink(x, lora_A):
+    return _rows(x).matmul(lora_A.to(accumulation_dtype(x.dtype)).T).reshape(*x.shape[:-1], lora_A.shape[0])
+
+
+def lora_expand(base, xa, lora_B, bias):
+    update = _update(base, _rows(xa), lora_B)
+    return (base + (update if bias is None else update + bias)).to(base.dtype)
+
+
+def lora_shrink_backward(grad_xa, x, lora_A, base, output_mask):
+    want_x, want_A = output_mask
+    rows, grad_x, grad_A = _rows(grad_xa), None, None
+    if want_x:
+        grad_x = (rows @ lora_A.to(rows.dtype)).reshape(x.shape)
+        grad_x = (grad_x if base is None else grad_x + base.reshape(x.shape)).to(x.dtype)
+    if want_A:
+        grad_A = (rows.T @ _rows(x)).to(lora_A.dtype)
+    return grad_x, grad_A
+
+
+def lora_expand_backward(grad_y, xa, lora_B, output_mask):
+    want_xa, want_B = output_mask
+    rows, grad_xa, grad_B = _rows(grad_y), None, None
+    if want_xa:
+        grad_xa = (rows @ lora_B.to(rows.dtype)).reshape(*grad_y.shape[:-1], lora_B.shape[1])
+    if want_B:
+        grad_B = (rows.T @ _rows(xa)).to(lora_B.dtype)
+    return grad_xa, grad_B
+
+
+def xa_to_differentiate(
+    op: str,
+    xa: Tensor,
+    x: Tensor | None,
+    want_x: bool,
+    lora_As: Sequence[Tensor],
+    mask: Tensor | None,
+    scalings: Sequence[float],
+    dropout_p: float,
+) -> Tensor:
+    """Returns the saved xa as a function of ``x`` and ``lora_As``, for a gradient's gradient.
+
+    Raises:
+        RuntimeError: ``x`` is wanted but was not kept, because every lora_A is frozen.
+    """
+    if x is not None:
+        return torch.cat(
+            [xa_of(x, A, mask, scaling, dropout_p) for A, scaling in zip(lora_As, scalings, strict=True)], 1
+        )
+    if want_x:
+        raise RuntimeError(
+            f"{op}: gradients of gradients (create_graph=True) need x, which is not kept while lora_A is frozen; "
+            "call lora_A.requires_grad_() before the forward"
+        )
+    return xa

@@ -1,0 +1,297 @@
+"""The functions under torch.func, forward mode, gradients of gradients and batched gradients; nested tensors."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from support.layers import random_layer, random_siblings
+from torch import Tensor
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+
+from lora_ext import functional, reference
+
+SEED = torch.tensor(77)
+DOUBLE = (torch.float64, torch.float64)
+
+
+@dataclass
+class Case:
+    """A function of tensors, the same in plain PyTorch, and arguments."""
+
+    ours: Callable[..., Sequence[Tensor]]
+    plain: Callable[..., Sequence[Tensor]]
+    arguments: tuple[Tensor, ...]
+
+    def leaves(self) -> tuple[Tensor, ...]:
+        return tuple(argument.clone().requires_grad_() for argument in self.arguments)
+
+    def losses(self) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+        return tuple(lambda *a, f=f: sum(y.pow(3).mean() for y in f(*a)) for f in (self.ours, self.plain))
+
+
+def linear(dropout_p: float) -> Case:
+    layer = random_layer((3, 5, 4, 2), DOUBLE)
+    last = 0.75, dropout_p, SEED
+    return Case(
+        lambda *tensors: [functional.lora_linear(*tensors, *last)],
+        lambda *tensors: [reference.lora_linear(*tensors, *last)],
+        layer.args()[:5],
+    )
+
+
+def delta(dropout_p: float) -> Case:
+    layer = random_layer((3, 5, 4, 2), DOUBLE)
+    last = 0.75, dropout_p, SEED
+    return Case(
+        lambda y, *tensors: [functional.plus_lora_delta(y * 1, *tensors, *last)],
+        lambda y, *tensors: [y + reference.lora_delta(*tensors, *last)],
+        (layer.grad_y, layer.x, layer.lora_A, layer.lora_B),
+    )
+
+
+def siblings(dropout_p: float) -> Case:
+    x, (W, V), (bias, _), As, Bs, scalings = random_siblings(((3, 5), ((4, 2), (3, 3))), DOUBLE).args()
+
+    def calling(function):
+        return lambda x, W, V, bias, A, C, B, D: function(
+            x, [W, V], [bias, None], [A, C], [B, D], scalings, dropout_p, SEED
+        )
+
+    functions = calling(functional.lora_linear_siblings), calling(reference.lora_linear_siblings)
+    return Case(*functions, (x, W, V, bias, *As, *Bs))
+
+
+def bottleneck(activation: str) -> Case:
+    x, down, up = torch.randn(3, 5).double(), torch.randn(2, 5).double(), torch.randn(5, 2).double()
+    arguments = x, down, torch.randn(2).double(), up, torch.randn(5).double()
+    return Case(
+        lambda *tensors: [functional.bottleneck(*tensors, activation)],
+        lambda *tensors: [reference.bottleneck(*tensors, activation)],
+        arguments,
+    )
+
+
+MAKES = {
+    "linear": lambda: linear(0.0),
+    "linear, dropout": lambda: linear(0.4),
+    "delta": lambda: delta(0.0),
+    "delta, dropout": lambda: delta(0.4),
+    "siblings": lambda: siblings(0.0),
+    "siblings, dropout": lambda: siblings(0.4),
+    "bottleneck, relu": lambda: bottleneck("relu"),
+    "bottleneck, gelu": lambda: bottleneck("gelu"),
+    "bottleneck, silu": lambda: bottleneck("silu"),
+    "bottleneck, identity": lambda: bottleneck("identity"),
+}
+
+
+@pytest.fixture(params=MAKES.values(), ids=MAKES.keys())
+def case(request) -> Case:
+    return request.param()
+
+
+def test_first_derivatives_of_every_mode(case):
+    assert gradcheck(
+        case.ours, case.leaves(), check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True
+    )
+
+
+def test_second_derivatives_of_every_mode(case):
+    assert gradgradcheck(case.ours, case.leaves(), check_fwd_over_rev=True, check_batched_grad=True)
+
+
+TRANSFORMS = {
+    "grad": lambda f, n: grad(f, n),
+    "jacrev": lambda f, n: jacrev(grad(f, n), n),
+    "hessian": lambda f, n: hessian(f, n),
+    "grad of grad": lambda f, n: grad(lambda *a: sum(g.pow(2).sum() for g in grad(f, n)(*a)), n),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_torch_func_as_in_plain_pytorch(case, transform):
+    numbers = tuple(range(len(case.arguments)))
+    ours, plain = (TRANSFORMS[transform](loss, numbers)(*case.arguments) for loss in case.losses())
+    torch.testing.assert_close(ours, plain)
+
+
+def test_gradients_of_each_sample(case):
+    ours, plain = case.losses()
+    numbers = tuple(range(len(case.arguments)))
+    samples = tuple(torch.randn(6, *argument.shape).double() for argument in case.arguments)
+    for i in numbers:  # one argument differs between the samples, then all
+        arguments = case.arguments[:i] + samples[i : i + 1] + case.arguments[i + 1 :]
+        in_dims = tuple(0 if j == i else None for j in numbers)
+        results = [vmap(grad(f, numbers), in_dims)(*arguments) for f in (ours, plain)]
+        torch.testing.assert_close(*results)
+    results = [vmap(grad(f, numbers))(*samples) for f in (ours, plain)]
+    torch.testing.assert_close(*results)
+    one_by_one = [grad(ours, numbers)(*(sample[k] for sample in samples)) for k in range(6)]
+    torch.testing.assert_close(results[0], tuple(torch.stack(grads) for grads in zip(*one_by_one, strict=True)))
+
+
+def test_forward_mode(case):
+    tangents = tuple(torch.randn_like(argument) for argument in case.arguments)
+    expected = jvp(lambda *a: tuple(case.plain(*a)), case.arguments, tangents)
+    torch.testing.assert_close(jvp(lambda *a: tuple(case.ours(*a)), case.arguments, tangents), expected)
+    forward = [jacfwd(f)(*case.arguments) for f in case.losses()]
+    torch.testing.assert_close(*forward)
+    with forward_ad.dual_level():
+        ys = case.ours(*(forward_ad.make_dual(a, t) for a, t in zip(case.arguments, tangents, strict=True)))
+        torch.testing.assert_close(tuple(forward_ad.unpack_dual(y).tangent for y in ys), expected[1])
+        torch.testing.assert_close(tuple(forward_ad.unpack_dual(y).primal for y in ys), expected[0])
+
+
+def test_outputs_under_transforms_have_the_dtypes_of_the_ops():
+    layer = random_layer((6, 24, 20, 4), (torch.bfloat16, torch.float32))
+    arguments = (*layer.args(), 0.3, SEED)
+    expected = torch.ops.lora_ext.lora_linear(*arguments)
+    batched = vmap(lambda x: torch.ops.lora_ext.lora_linear(x, *arguments[1:]))(layer.x[None])
+    for ours, theirs in zip(batched, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours[0].float(), theirs.float(), rtol=1e-2, atol=1e-2)
+
+
+def test_autocast_under_transforms_casts_as_the_op():
+    layer = random_layer((6, 24, 20, 4))
+    with torch.autocast(layer.x.device.type, dtype=torch.bfloat16):
+        expected = functional.lora_linear(*layer.args(), 0.3, SEED)
+        (y,) = vmap(lambda x: functional.lora_linear(x, *layer.args()[1:], 0.3, SEED))(layer.x[None])
+        grads = [
+            grad(lambda A, f=f: f(*layer.args()[:3], A, *layer.args()[4:], 0.3, SEED).float().square().sum())(
+                layer.lora_A
+            )
+            for f in (functional.lora_linear, reference.lora_linear)
+        ]
+    assert y.dtype == expected.dtype == torch.bfloat16 and grads[0].dtype == torch.float32
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(*grads, rtol=5e-2, atol=5e-1)
+
+
+def test_refusals_name_the_argument_under_transforms():
+    layer = random_layer((6, 24, 20, 4))
+
+    def loss(x, lora_A=layer.lora_A, scaling=1.0):
+        return functional.lora_linear(x, layer.weight, layer.bias, lora_A, layer.lora_B, scaling).sum()
+
+    with pytest.raises(ValueError, match=r"^lora_linear: lora_A has in_features=5 but weight has 24"):
+        grad(lambda x: loss(x, lora_A=torch.randn(4, 5)))(layer.x)
+    with pytest.raises(ValueError, match=r"^lora_linear: scaling is -1.0, want at least 0"):
+        vmap(lambda x: loss(x, scaling=-1.0))(layer.x[None])
+
+
+def test_lora_delta_changes_in_place_what_vmap_lets_it_change():
+    layer = random_layer((6, 24, 20, 4))
+    y, x, factors = layer.grad_y, layer.x, (layer.lora_A, layer.lora_B, 0.5)
+    expected = y + reference.lora_delta(x, *factors)
+    ys = y.unsqueeze(-1).repeat(1, 1, 3)  # samples that are not contiguous
+    vmap(lambda y: functional.lora_delta_(y, x, *factors).sum(), in_dims=-1)(ys)
+    torch.testing.assert_close(ys, expected.unsqueeze(-1).repeat(1, 1, 3))
+    with pytest.raises(RuntimeError, match="doesn't match the broadcast shape"):  # PyTorch's own words
+        vmap(lambda x: functional.lora_delta_(y, x, *factors))(x[None])
+
+
+# --- dropout ----------------------------------------------------------------------------------------------------------
+
+
+def draws_under(randomness: str) -> tuple[Tensor, Tensor]:
+    """Eight equal samples and what vmap makes of them, without a seed."""
+    layer = random_layer((3, 50, 4, 2))
+    x = layer.x.expand(8, 3, 50)
+    return x, vmap(lambda x: functional.lora_linear(x, *layer.args()[1:], 0.5), randomness=randomness)(x)
+
+
+def test_vmap_refuses_dropout_unless_told_how_to_draw():
+    with pytest.raises(RuntimeError, match="called random operation while in randomness error mode"):
+        draws_under("error")
+
+
+def test_vmap_draws_one_mask_or_one_for_each_sample():
+    _, y = draws_under("same")
+    torch.testing.assert_close(y, y[:1].expand_as(y))
+    _, y = draws_under("different")
+    assert all(not torch.allclose(y[i], y[j]) for i in range(8) for j in range(i))
+
+
+def test_different_masks_are_those_of_the_drawn_seeds():
+    layer = random_layer((3, 50, 4, 2))
+    xs = torch.randn(5, 3, 50)
+    torch.manual_seed(3)
+    ys = vmap(lambda x: functional.lora_linear(x, *layer.args()[1:], 0.5), randomness="different")(xs)
+    torch.manual_seed(3)
+    seeds = vmap(lambda x: functional.draw_seed(x.device), randomness="different")(xs)
+    for x, y, seed in zip(xs, ys, seeds, strict=True):
+        torch.testing.assert_close(y, functional.lora_linear(x, *layer.args()[1:], 0.5, seed))
+
+
+# --- gradients of gradients -------------------------------------------------------------------------------------------
+
+
+def test_gradients_of_gradients_of_a_frozen_lora_A_are_refused_by_name():
+    layer = random_layer((6, 24, 20, 4))
+    x, B = layer.x.requires_grad_(), layer.lora_B.requires_grad_()
+    y = functional.lora_linear(*layer.args())
+    text = r"^lora_linear: gradients of gradients .* need x, which is not kept while lora_A is frozen"
+    with pytest.raises(RuntimeError, match=text):
+        torch.autograd.grad(y.square().sum(), (x, B), create_graph=True)
+
+
+@pytest.mark.parametrize("name", ["linear, dropout", "siblings", "bottleneck, gelu"])
+@pytest.mark.parametrize("wanted", [(0,), (3,), (4,), (0, 3), (1, 2)], ids=str)
+def test_gradients_of_gradients_of_some_arguments(name, wanted):
+    case, results = MAKES[name](), []
+    for function in (case.ours, case.plain):
+        arguments = [a.clone().requires_grad_(i in wanted) for i, a in enumerate(case.arguments)]
+        leaves = [arguments[i] for i in wanted]
+        loss = sum(y.pow(3).sum() for y in function(*arguments))
+        penalty = sum(g.square().sum() for g in torch.autograd.grad(loss, leaves, create_graph=True))
+        results.append([penalty, *torch.autograd.grad(penalty, leaves)])
+    torch.testing.assert_close(*results)
+
+
+def test_batched_gradients_of_a_large_bias():
+    layer = random_layer((2000, 24, 130, 4))  # more elements than bias_gradient sums at once
+    bias = layer.bias.requires_grad_()
+    grads = torch.randn(3, 2000, 130)
+    (batched,) = torch.autograd.grad(functional.lora_linear(*layer.args()), bias, grads, is_grads_batched=True)
+    torch.testing.assert_close(batched, grads.sum(1), rtol=1e-4, atol=1e-3)
+
+
+# --- nested tensors ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_nested_tensors_compute_by_values(layout, dropout_p):
+    layer = random_layer((10, 24, 20, 4))
+    parts = layer.x.split([3, 1, 6])
+    x = torch.nested.nested_tensor(list(parts), layout=layout, requires_grad=True)
+    dense, A, twin = (t.clone().requires_grad_() for t in (layer.x, layer.lora_A, layer.lora_A))
+    y = functional.lora_linear(x, layer.weight, layer.bias, A, layer.lora_B, 0.5, dropout_p, SEED)
+    expected = functional.lora_linear(dense, layer.weight, layer.bias, twin, layer.lora_B, 0.5, dropout_p, SEED)
+    assert y.is_nested and y.layout is layout
+    torch.testing.assert_close(torch.cat(y.unbind()), expected)
+    base = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    loss = torch.cat((y + base).unbind()).square().sum()  # the sum needs tensors of one shape
+    loss.backward()
+    (expected + torch.nn.functional.linear(dense, layer.weight, layer.bias)).square().sum().backward()
+    torch.testing.assert_close(torch.cat(x.grad.unbind()), dense.grad)
+    torch.testing.assert_close(A.grad, twin.grad)
+
+
+def test_a_bottleneck_of_nested_tensors():
+    case = bottleneck("gelu")
+    x, *rest = case.arguments
+    nested = torch.nested.nested_tensor(list(x.split([2, 1])), layout=torch.jagged)
+    y = functional.bottleneck(nested, *rest, "gelu")
+    torch.testing.assert_close(y.values(), case.plain(x, *rest)[0])
+    assert (y + nested).shape == nested.shape
+
+
+def test_features_of_different_lengths_are_refused():
+    layer = random_layer((6, 24, 20, 4))
+    x = torch.nested.nested_tensor([torch.randn(3, 24), torch.randn(2, 24)], layout=torch.jagged).transpose(1, 2)
+    with pytest.raises(ValueError, match=r"^lora_linear: x is a nested tensor whose last dimension is jagged"):
+        functional.lora_linear(x, *layer.args()[1:])
