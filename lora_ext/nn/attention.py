@@ -99,7 +99,7 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
         return self.base_layer._qkv_same_embed_dim
 
     @property
-    def weight(self) -> Tensor:
+    def base_weight(self) -> Tensor:
         return self.base_layer.in_proj_weight if self.is_packed else self.base_layer.q_proj_weight
 
     @property
@@ -111,7 +111,7 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
         return super().is_needed or any(layer.is_needed for layer in layers_around(self.base_layer.out_proj))
 
     def why_not_merge(self) -> str | None:
-        return why_not_merge(self.base_layer, nn.MultiheadAttention)
+        return super().why_not_merge() or why_not_merge(self.base_layer, nn.MultiheadAttention)
 
     def factor_shapes(self, adapter: nn.Module) -> dict[str, tuple[int, ...]]:
         E = self.base_layer.embed_dim

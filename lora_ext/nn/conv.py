@@ -40,7 +40,7 @@ class LoraConv(LoraLayer):
         return isinstance(module, tuple(_CONVOLVE))
 
     def why_not_merge(self) -> str | None:
-        return why_not_merge(self.base_layer, *_CONVOLVE, methods=("_conv_forward",))
+        return super().why_not_merge() or why_not_merge(self.base_layer, *_CONVOLVE, methods=("_conv_forward",))
 
     @classmethod
     def why_not(cls, module: nn.Module, config: LoraConfig) -> str | None:
@@ -118,7 +118,7 @@ class LoraConv(LoraLayer):
 
     def matrices(self) -> dict[str, Matrix]:
         matrices = super().matrices()
-        rows = self.weight.permute(self._order())
+        rows = self.base_weight.permute(self._order())
         matrices["weight"] = matrices["weight"]._replace(view=rows.view(len(rows), -1))
         return matrices
 
@@ -135,12 +135,12 @@ class LoraConv(LoraLayer):
     def delta_weight(self, name: str | None = None) -> Tensor:
         """The update of adapter ``name`` (default: the active one) in the shape of the weight; allocates it."""
         order = self._order()
-        shape = [self.weight.shape[dim] for dim in order]
+        shape = [self.base_weight.shape[dim] for dim in order]
         return super().delta_weight(name).view(shape).permute([order.index(dim) for dim in range(len(order))])
 
     def _order(self) -> list[int]:
         """Dimension 0, then the weight's other dimensions in memory order: channels may be last."""
-        weight = self.weight
+        weight = self.base_weight
         return [0, *sorted(range(1, weight.dim()), key=lambda dim: -weight.stride(dim) * (weight.shape[dim] > 1))]
 
     def _apply(self, fn, recurse: bool = True):

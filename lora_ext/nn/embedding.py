@@ -89,7 +89,9 @@ class LoraEmbedding(LoraLayer):
 
     def why_not_merge(self) -> str | None:
         base = self.base_layer
-        return why_not_merge(base, type(base) if hasattr(base, "embed_scale") else nn.Embedding)
+        return super().why_not_merge() or why_not_merge(
+            base, type(base) if hasattr(base, "embed_scale") else nn.Embedding
+        )
 
     def factors(self, name: str) -> dict[str, tuple[Tensor, Tensor, float]]:
         adapter = self.adapters[name]

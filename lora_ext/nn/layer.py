@@ -19,6 +19,7 @@ from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.base_layer import why_weight_unusable
 from lora_ext.nn.merged_state import MERGED_KEY, check_same_merged, encode_names
 from lora_ext.nn.state_form import uses_base_keys
+from lora_ext.nn.outside_reads import note_read, why_bypassed
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
@@ -30,6 +31,7 @@ class ActiveAdapters:
     Attributes:
         names: in the order of activation.
         changes: how often a change of the layers has begun or ended; odd during a change.
+        warned: the kinds of layers that a warning named (lora_ext/nn/outside_reads.py).
     """
 
     changes = 0
@@ -38,9 +40,13 @@ class ActiveAdapters:
     @checked
     def __init__(self, names: Iterable[str] = ()) -> None:
         self.names: tuple[str, ...] = tuple(names)
+        self.warned: set[tuple[str, str]] = set()
 
     def __getstate__(self) -> dict[str, object]:
-        return {"names": self.names}  # no change is under way in a copy, and no enable() would reach it
+        return {
+            "names": self.names,
+            "warned": set(),
+        }  # no change is under way in a copy, and no enable() would reach it
 
     @contextmanager
     def changing(self) -> Iterator[None]:
@@ -266,14 +272,14 @@ class LoraLayer(AdapterLayer):
 
     def matrices(self) -> dict[str, Matrix]:
         """The matrices that adapters update, by key."""
-        matrices = {"weight": Matrix(self.base_layer, "weight", self.weight)}
+        matrices = {"weight": Matrix(self.base_layer, "weight", self.base_weight)}
         if self.bias is not None:
             matrices["bias"] = Matrix(self.base_layer, "bias", self.bias.view(1, -1))
         return matrices
 
     def why_not_merge(self) -> str | None:
         """Why an update merged into the base weight could compute something else than the forward, or None."""
-        return None
+        return why_bypassed(self)
 
     def factors(self, name: str) -> dict[str, tuple[Tensor, Tensor, float]]:
         """The updates of adapter ``name`` by matrix key: ``lora_A [r, cols]``, ``lora_B [rows, r]``, scaling."""
@@ -282,7 +288,13 @@ class LoraLayer(AdapterLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight, for code that inspects layers."""
+        """The base layer's weight, for other code; a model that computes with it is warned about."""
+        note_read(self)
+        return self.base_weight
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The base layer's weight, for this package."""
         return getattr(self.base_layer, self.weight_name)
 
     @property
@@ -456,10 +468,10 @@ class LoraLayer(AdapterLayer):
 
     @one_at_a_time
     def _apply(self, fn, recurse: bool = True):
-        dtype = None if self._merged is None else self.weight.dtype
+        dtype = None if self._merged is None else self.base_weight.dtype
         super()._apply(fn, recurse)
-        if self._merged is not None and self.weight.dtype != dtype:
-            lost = f"was converted from {dtype} to {self.weight.dtype} while merged, which cannot be undone"
+        if self._merged is not None and self.base_weight.dtype != dtype:
+            lost = f"was converted from {dtype} to {self.base_weight.dtype} while merged, which cannot be undone"
             self._merged = dataclasses.replace(self._merged, lost=lost)
         return self
 

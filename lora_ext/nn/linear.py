@@ -59,7 +59,7 @@ class LoraLinear(LoraLayer):
         return is_conv1d(self.base_layer)
 
     def why_not_merge(self) -> str | None:
-        return why_not_merge(self.base_layer, nn.Linear)
+        return super().why_not_merge() or why_not_merge(self.base_layer, nn.Linear)
 
     def factors(self, name: str) -> dict[str, tuple[Tensor, Tensor, float]]:
         factors = super().factors(name)

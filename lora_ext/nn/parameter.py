@@ -95,7 +95,7 @@ class LoraParameter(TransparentLayer, LoraLayer):
         return innermost(self.base_layer)
 
     @property
-    def weight(self) -> Tensor:
+    def base_weight(self) -> Tensor:
         return getattr(self.module, self.parameter_name)
 
     @property
@@ -104,7 +104,7 @@ class LoraParameter(TransparentLayer, LoraLayer):
 
     @property
     def stores_transposed(self) -> bool:
-        return _is_transposed(self.module, self.weight)
+        return _is_transposed(self.module, self.base_weight)
 
     def factor_shapes(self, adapter: LoraAdapter) -> dict[str, tuple[int, ...]]:
         num_experts, out_features, in_features = _sizes(self.module, self.parameter_name)
@@ -112,9 +112,9 @@ class LoraParameter(TransparentLayer, LoraLayer):
         return {"lora_A": (rank, in_features), "lora_B": (out_features, rank)}
 
     def matrices(self) -> dict[str, Matrix]:
-        views = {"weight": self.weight}
-        if self.weight.dim() == 3:
-            views = {f"weight[{i}]": view for i, view in enumerate(self.weight)}
+        views = {"weight": self.base_weight}
+        if self.base_weight.dim() == 3:
+            views = {f"weight[{i}]": view for i, view in enumerate(self.base_weight)}
         return {key: Matrix(self.module, self.parameter_name, view) for key, view in views.items()}
 
     def factors(self, name: str) -> dict[str, tuple[Tensor, Tensor, float]]:
@@ -126,7 +126,7 @@ class LoraParameter(TransparentLayer, LoraLayer):
 
     def delta_weight(self, name: str | None = None, key: str | None = None) -> Tensor:
         """Like :meth:`LoraLayer.delta_weight`; without ``key``, returns the update of all experts."""
-        if key is not None or self.weight.dim() == 2:
+        if key is not None or self.base_weight.dim() == 2:
             return super().delta_weight(name, key or "weight")
         return torch.stack([super(LoraParameter, self).delta_weight(name, key) for key in self.matrices()])
 
@@ -139,7 +139,7 @@ class LoraParameter(TransparentLayer, LoraLayer):
         return torch.func.functional_call(self.base_layer, substitute, args, kwargs, tie_weights=False)
 
     def _updated(self, adapters: list[LoraAdapter]) -> Tensor:
-        weight = self.weight
+        weight = self.base_weight
         factors = [self._batched_factors(adapter) for adapter in adapters]
         scaled = [lhs * adapter.scaling for (lhs, _), adapter in zip(factors, adapters, strict=True)]
         lhs, rhs = torch.cat(scaled, dim=2).to(weight.dtype), torch.cat([rhs for _, rhs in factors], dim=1)

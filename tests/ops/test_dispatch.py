@@ -9,6 +9,7 @@ from support.op_calls import HAVE_KERNELS, good_call, op_named, tensors_of, with
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lora_ext import functional
 from lora_ext.nn import LoraAdapter, LoraLinear
 
 SEED = torch.tensor(12345)
