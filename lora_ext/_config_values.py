@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from enum import Enum
 from typing import Any, NoReturn
 
 from lora_ext._common.printable import shown
@@ -139,3 +140,10 @@ def thaw(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: thaw(entry) for key, entry in value.items()}
     return value
+
+
+def plain(value: Any) -> Any:
+    """Converts a value of a PEFT config to JSON types: an enum to its value, a set to a sorted list."""
+    if isinstance(value, Enum):
+        return value.value
+    return sorted(value) if isinstance(value, (set, frozenset)) else value

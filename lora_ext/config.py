@@ -7,9 +7,10 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-from lora_ext._common.printable import escaped, shown
+from lora_ext._common.printable import shown
+from lora_ext._config_keys import check_other_keys, initialisation_of_file
 from lora_ext._config_values import (
     FrozenDict,
     check_alpha,
@@ -19,6 +20,7 @@ from lora_ext._config_values import (
     layer_numbers,
     names,
     pattern,
+    plain,
     thaw,
     token_indices,
 )
@@ -39,22 +41,14 @@ TASK_HEADS: dict[str, tuple[str, ...]] = {
     "FEATURE_EXTRACTION": (),
 }
 
-# PEFT keys that never change what an adapter computes here: notes, PEFT's runtime settings, and details of an
-# initialisation or variant that another key enables. Any other key without a field must be off.
-_INFORMATIONAL = frozenset(
-    {
-        "auto_mapping",
-        "corda_config",
-        "eva_config",
-        "loftq_config",
-        "lora_ga_config",
-        "megatron_core",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-        "runtime_config",
-    }
-)
+
+@runtime_checkable
+class PeftConfig(Protocol):
+    """A config object of PEFT, known by its methods: this package does not import PEFT."""
+
+    peft_type: Any
+
+    def to_dict(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,12 +205,15 @@ class LoraConfig:
                         f"adapter knows only the weight, not the input or output; leave {key} at its default"
                     )
 
-    def _check_initialisation(self) -> None:
-        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights not in ("gaussian", "orthogonal"):
+    @staticmethod
+    def _check_initialisation_value(value: object) -> None:
+        if not isinstance(value, bool) and value not in ("gaussian", "orthogonal"):
             raise ValueError(
-                f"LoraConfig: init_lora_weights is {shown(self.init_lora_weights)}, want True, False, "
-                '"gaussian" or "orthogonal"'
+                f'LoraConfig: init_lora_weights is {shown(value)}, want True, False, "gaussian" or "orthogonal"'
             )
+
+    def _check_initialisation(self) -> None:
+        self._check_initialisation_value(self.init_lora_weights)
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):
             raise ValueError(
                 f"LoraConfig: lora_bias is True, but init_lora_weights is {self.init_lora_weights!r}; "
@@ -247,8 +244,12 @@ class LoraConfig:
 
     def alpha_for(self, path: str) -> float:
         """``lora_alpha`` at ``path``."""
-        key = self._alphas.first(path)
+        key = self.alpha_pattern_for(path)
         return self.lora_alpha if key is None else self.alpha_pattern[key]
+
+    def alpha_pattern_for(self, path: str) -> str | None:
+        """The entry of ``alpha_pattern`` that decides at ``path``, or None."""
+        return self._alphas.first(path)
 
     def scaling_for(self, path: str) -> float:
         """The factor of the update at ``path``: ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``."""
@@ -280,10 +281,12 @@ class LoraConfig:
         """Reads the content of an ``adapter_config.json`` that PEFT or :meth:`to_dict` wrote.
 
         Keys without a field that have no effect (null, false, empty, or informational, like ``peft_version``) are kept
-        as metadata.
+        as metadata. An initialisation that leaves the base weights as they are (``"eva"``) does not matter for weights
+        that are in a file, and becomes True.
 
         Raises:
-            ValueError: ``peft_type`` is not LORA, or keys ask for unsupported features; all of them are named.
+            ValueError: ``peft_type`` is not LORA; keys ask for unsupported features (all of them are named); or the
+                initialisation has changed the base weights, so that the file's weights do not fit the original ones.
             TypeError: ``values`` is not a dict, or a value has the wrong type for its key.
         """
         if not isinstance(values, Mapping):
@@ -295,17 +298,26 @@ class LoraConfig:
             )
         supported = {f.name for f in fields(cls)} - {"metadata"}
         metadata = {key: value for key, value in values.items() if key not in supported and key != "peft_type"}
-        # Not `if value`: 0 is falsy too, but a valid layer index.
-        unsupported = {
-            key: value
-            for key, value in metadata.items()
-            if key not in _INFORMATIONAL and not (value is None or value is False or value in ([], {}, ""))
-        }
-        if unsupported:
-            settings = ", ".join(f"{escaped(key)}={shown(value)}" for key, value in unsupported.items())
-            settings = settings if len(settings) <= 2000 else f"{settings[:2000]}... ({len(unsupported)} keys)"
-            raise ValueError(f"LoraConfig: {settings} not supported; it would change what the adapter computes")
-        return cls(**{key: value for key, value in values.items() if key in supported}, metadata=metadata)
+        check_other_keys(metadata)
+        known = {key: value for key, value in values.items() if key in supported}
+        if "init_lora_weights" in known:
+            known["init_lora_weights"] = initialisation_of_file(known["init_lora_weights"])
+        return cls(**known, metadata=metadata)
+
+    @classmethod
+    def from_peft(cls, config: PeftConfig) -> LoraConfig:
+        """Converts PEFT's ``LoraConfig``, key by key.
+
+        Raises:
+            ValueError, TypeError: as :meth:`from_dict`; or the config asks for an initialisation from data or from the
+                weight, or has custom modules.
+        """
+        values = {key: plain(value) for key, value in config.to_dict().items()}
+        if values.get("peft_type") == "LORA":
+            if getattr(config, "_custom_modules", None):
+                raise ValueError("LoraConfig: custom modules, registered with the config, are not supported")
+            cls._check_initialisation_value(values.get("init_lora_weights", True))
+        return cls.from_dict(values)
 
 
 def exact_patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 from transformers import AutoModelForSequenceClassification
 
-from lora_ext import cli
+from lora_ext import LoraConfig, cli, inject
 from lora_ext.adapters import adapter_names, lora_modules
 from lora_ext.methods import method_of
 from lora_ext.tasks.finetune import demo
@@ -72,7 +72,10 @@ def test_python_of_adapters_md(in_tmp_path):
 
 
 def test_python_of_peft_md():
-    (block,) = python_blocks("docs/peft.md")
+    under_trl, block = python_blocks("docs/peft.md")
+    injected = inject(bare_model(), LoraConfig(target_modules=["query"]))
+    trained = run(under_trl, model=injected, args=None, DPOTrainer=lambda model, args: model)["trainer"]
+    assert trained.get_base_model() is injected
     names = run(block, model=bare_model())
     entries = names["report"](names["model"]).layers
     assert len(entries) == 12 and all(entry.accelerated for entry in entries)

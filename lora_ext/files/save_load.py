@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,10 @@ from lora_ext.files.adapter_file import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, A
 from lora_ext.files.packed_projection import from_peft_form, to_peft_form
 from lora_ext.files.staged_files import staged_files, write_tensors
 from lora_ext.injection.inject import Injection, apply_injection, lora_modules
-from lora_ext.model.adapter_set import Adapter, adapter_set, find_adapter
+from lora_ext.model.adapter_set import Adapter, Part, adapter_set, find_adapter
 from lora_ext.model.bare_model import BareModel, root_module
+from lora_ext.nn import LoraLayer
+from lora_ext.nn.tied import TiedAdapter
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -101,6 +104,7 @@ def load_adapter(
 
 def load_opened(model: nn.Module, file: AdapterFile, trainable: bool = False, adapter_name: str = "default") -> None:
     """Like :func:`load_adapter`, for a file from :func:`~lora_ext.files.packed_projection.from_peft_form`."""
+    file_alphas, file = file.config, with_positive_alphas(file)
     config = config_of(file, "load_adapter")
     merged = [path for path, layer in lora_modules(model) if layer.is_merged]
     if merged:
@@ -125,10 +129,42 @@ def load_opened(model: nn.Module, file: AdapterFile, trainable: bool = False, ad
     with torch.no_grad(), changing(adapter.into.active):
         for key, target in targets.items():
             target.copy_(file.tensor(key))
-        for key, scale in adapter.file_scales().items():
+        for key, scale in _signed(adapter, config, file_alphas).file_scales().items():
             targets[f"{KEY_PREFIX}{key}"].div_(scale)
         if not replaces:
             apply_injection(model, adapter)
+
+
+def with_positive_alphas(file: AdapterFile) -> AdapterFile:
+    """Returns the file with the absolute values of negative alphas: old files have them, the ops do not."""
+    config, patterns = file.config, file.config.get("alpha_pattern")
+    return AdapterFile(
+        file.directory,
+        {
+            **config,
+            **({"lora_alpha": _absolute(config["lora_alpha"])} if "lora_alpha" in config else {}),
+            **({"alpha_pattern": {k: _absolute(v) for k, v in patterns.items()}} if isinstance(patterns, dict) else {}),
+        },
+        file.tensors,
+    )
+
+
+def _absolute(alpha: object) -> object:
+    return -alpha if isinstance(alpha, (int, float)) and alpha < 0 else alpha
+
+
+def _signed(adapter: Adapter, config: LoraConfig, values: Mapping[str, Any]) -> Adapter:
+    """Returns the adapter with the signs of the alphas in ``values``, a file's config, in its parts' scales."""
+
+    def sign(part: Part) -> float:
+        if not isinstance(part.layer, LoraLayer) or isinstance(part.adapter, TiedAdapter):  # its source has the sign
+            return 1.0
+        pattern = config.alpha_pattern_for(part.target)
+        alpha = values.get("lora_alpha", 1) if pattern is None else values["alpha_pattern"][pattern]
+        return math.copysign(1.0, alpha)
+
+    parts = tuple(dataclasses.replace(part, file_scale=sign(part) * part.file_scale) for part in adapter.parts)
+    return dataclasses.replace(adapter, parts=parts)
 
 
 def config_of(file: AdapterFile, caller: str) -> LoraConfig:

@@ -16,7 +16,7 @@ from torch import nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import changing, one_at_a_time
-from lora_ext.config import LoraConfig
+from lora_ext.config import LoraConfig, PeftConfig
 from lora_ext.injection.build import PartsBuilder, check_targets
 from lora_ext.injection.mixtures import warn_of_parts_left_out, with_experts
 from lora_ext.injection.targets import find_targets, is_all_linear
@@ -34,7 +34,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 @checked
 @one_at_a_time
-def inject(model: ModelT, config: LoraConfig, adapter_name: str = "default") -> ModelT:
+def inject(model: ModelT, config: LoraConfig | PeftConfig, adapter_name: str = "default") -> ModelT:
     """Adapts ``model`` in place: replaces every targeted layer by one that holds a low-rank adapter.
 
     Targets can be linear layers, embeddings, convolutions, attention and single parameters (lora_ext/nn). The first
@@ -58,7 +58,7 @@ def inject(model: ModelT, config: LoraConfig, adapter_name: str = "default") -> 
 
     Args:
         model: any module; weights may be on the meta device.
-        config: what to adapt.
+        config: what to adapt; a ``peft.LoraConfig`` is converted (:meth:`LoraConfig.from_peft`).
         adapter_name: the adapter's name in the model.
 
     Returns:
@@ -76,6 +76,8 @@ def inject(model: ModelT, config: LoraConfig, adapter_name: str = "default") -> 
         UserWarning: an entry of ``target_modules``, ``exclude_modules`` or ``modules_to_save`` matches nothing while
             others do.
     """
+    if not isinstance(config, LoraConfig):
+        config = LoraConfig.from_peft(config)
     apply_injection(model, Injection(model, config, adapter_name).build())
     return model
 

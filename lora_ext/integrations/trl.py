@@ -102,7 +102,7 @@ class InjectedModel(PeftModel):
         model, before = self.get_base_model(), self.active_adapters
         held = find_adapters(model, "for_trl").configs
         config = next((held[name] for name, shown in self.peft_config.items() if shown is peft_config), None)
-        inject(model, LoraConfig.from_dict(peft_config.to_dict()) if config is None else config, adapter_name)
+        inject(model, peft_config if config is None else config, adapter_name)
         set_adapter(model, adapter_name, trainable=False)
         set_adapter(model, before)
 

@@ -1,0 +1,247 @@
+"""Files and configs of PEFT that are not what ``save_pretrained`` writes of a new LoRA adapter."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from peft.tuners.lora.config import CordaConfig, EvaConfig, LoraGAConfig
+from support.models import llama, refused
+from torch import Tensor, nn
+
+from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
+
+TARGETS = ["q_proj", "v_proj"]
+
+
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def trained(model: nn.Module) -> nn.Module:
+    """Adds noise to the trained parameters, in place of training."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def adapted(base: nn.Module, **settings) -> peft.PeftModel:
+    """A copy of ``base``, adapted by PEFT and trained."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return trained(
+            peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, target_modules=TARGETS, **settings))
+        )
+
+
+def edit(directory: Path, **values) -> None:
+    file = directory / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def saved(base: nn.Module, directory: Path, **values) -> Tensor:
+    """Saves an adapter with these values in its config; returns the logits of PEFT's model for tokens 0 to 6."""
+    model = adapted(base)
+    model.save_pretrained(directory)
+    edit(directory, **values)
+    return logits(model, IDS)
+
+
+IDS = torch.arange(7)[None]
+
+# --- initialisations --------------------------------------------------------------------------------------------------
+
+
+def test_eva_loads_as_a_plain_adapter(tmp_path):
+    base = llama().eval()
+    theirs = adapted(
+        base, init_lora_weights="eva", eva_config=EvaConfig(), rank_pattern={"layers.0.self_attn.q_proj": 2}
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
+    assert config["init_lora_weights"] == "eva" and config["eva_config"]
+    ours = load_adapter(copy.deepcopy(base), tmp_path / "theirs")
+    torch.testing.assert_close(logits(ours, IDS), logits(theirs, IDS))
+    save_adapter(ours, tmp_path / "ours")
+    read = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
+    torch.testing.assert_close(logits(read, IDS), logits(theirs, IDS))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_converted_adapters_load_and_others_are_refused(init, tmp_path):
+    base = llama().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(
+            copy.deepcopy(base), peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=init)
+        )
+        theirs.save_pretrained(tmp_path / "initial")
+        trained(theirs)
+        theirs.save_pretrained(tmp_path / "as_it_is")
+        expected = logits(theirs, IDS)
+        converted = tmp_path / "converted"
+        theirs.save_pretrained(converted, path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    ours = load_adapter(copy.deepcopy(base), converted)
+    torch.testing.assert_close(logits(ours, IDS), expected, rtol=1e-4, atol=1e-5)
+
+    model = copy.deepcopy(base)
+    remedies = "path_initial_model_for_weight_conversion", '"init_lora_weights": true'
+    with refused(model, ValueError, f"init_lora_weights is '{init}'", "base weights", *remedies):
+        load_adapter(model, tmp_path / "as_it_is")
+    # What the message says: the base model as the initialisation has changed it, and a plain config.
+    edit(tmp_path / "as_it_is", init_lora_weights=True)
+    residual = theirs.unload()
+    torch.testing.assert_close(logits(load_adapter(residual, tmp_path / "as_it_is"), IDS), expected)
+
+
+@pytest.mark.parametrize("init", ["pissa_niter_4", "corda", "lora_ga", "loftq"])
+def test_other_initialisations_that_change_the_base_are_refused(init, tmp_path):
+    base = llama().eval()
+    saved(base, tmp_path, init_lora_weights=init)
+    with refused(base, ValueError, f"init_lora_weights is '{init}'", '"init_lora_weights": true'):
+        load_adapter(base, tmp_path)
+
+
+# --- alphas and other keys --------------------------------------------------------------------------------------------
+
+
+def test_a_negative_alpha_subtracts_as_in_peft(tmp_path):
+    base = llama().eval()
+    theirs = adapted(base, lora_alpha=-6, alpha_pattern={"v_proj": -3})
+    theirs.save_pretrained(tmp_path)
+    ours = load_adapter(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(logits(ours, IDS), logits(theirs, IDS))
+    expected, before = logits(ours, IDS), copy.deepcopy(base.state_dict())
+    torch.testing.assert_close(logits(merge(ours), IDS), expected)
+    unmerge(ours)
+    for layer in ("q_proj", "v_proj"):
+        weight = getattr(ours.model.layers[0].self_attn, layer).base_layer.weight
+        assert torch.equal(weight, before[f"model.layers.0.self_attn.{layer}.weight"])
+    trainable = load_adapter(copy.deepcopy(base), tmp_path, trainable=True)
+    for model in (trainable, theirs):
+        model(input_ids=IDS).logits.square().sum().backward()
+    theirs_grad = theirs.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight.grad
+    torch.testing.assert_close(trainable.model.layers[0].self_attn.q_proj.adapters["default"].lora_A.grad, theirs_grad)
+    save_adapter(trainable, tmp_path / "ours")  # with positive alphas and factors of the other sign
+    read = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
+    torch.testing.assert_close(logits(read, IDS), logits(theirs, IDS))
+    load_adapter(trainable, tmp_path / "ours")
+    load_adapter(trainable, tmp_path)  # in place of the first
+    torch.testing.assert_close(logits(trainable, IDS), logits(theirs, IDS))
+
+
+REMARKS = {
+    "note": "for the demo",
+    "_comment": ["by hand"],
+    "training_comments": "three epochs",
+    "author": "N. N.",
+    "tags": ["demo"],
+    "created_at": "2026-11-27",
+    "transformers_version": "5.24.0",
+    "model_commit_hash": "0123abc",
+}
+
+
+@pytest.mark.parametrize("key", REMARKS)
+def test_remarks_are_read_and_kept(key, tmp_path):
+    base = llama().eval()
+    expected = saved(base, tmp_path / "theirs", **{key: REMARKS[key]})
+    ours = load_adapter(copy.deepcopy(base), tmp_path / "theirs")
+    torch.testing.assert_close(logits(ours, IDS), expected)
+    save_adapter(ours, tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())[key] == REMARKS[key]
+
+
+@pytest.mark.parametrize("key", ["lora_magnitude", "use_later_variant", "lora_version", "denoted", "tagged_layers"])
+def test_keys_that_may_change_the_result_are_refused_with_the_remedy(key, tmp_path):
+    base = llama().eval()
+    saved(base, tmp_path, **{key: "x"})
+    with refused(base, ValueError, f"{key}='x' not supported", "If it is only a remark, remove it"):
+        load_adapter(base, tmp_path)
+
+
+def test_no_option_of_peft_counts_as_a_remark():
+    ours = {*vars(LoraConfig(target_modules=["q"])), "peft_type"}
+    details = {"eva_config", "corda_config", "loftq_config", "lora_ga_config", "qalora_group_size", "megatron_core"}
+    others = set(peft.LoraConfig(target_modules=["q"]).to_dict()) - ours - details
+    for key in others - {"auto_mapping", "peft_version", "revision"}:
+        values = {"peft_type": "LORA", "target_modules": ["q"], key: {"some": "value"}}
+        with pytest.raises(ValueError, match=key):
+            LoraConfig.from_dict(values)
+
+
+# --- PEFT's config objects --------------------------------------------------------------------------------------------
+
+
+def test_inject_takes_pefts_config():
+    settings = {
+        "r": 4,
+        "lora_alpha": 6,
+        "target_modules": ["q_proj", "v_proj"],
+        "exclude_modules": ["layers.0.self_attn.q_proj"],
+        "rank_pattern": {"v_proj": 2},
+        "task_type": "CAUSAL_LM",
+        "bias": "lora_only",
+        "init_lora_weights": False,
+        "trainable_token_indices": [1, 2],
+    }
+    model = llama().eval()
+    inject(model, peft.LoraConfig(**settings))
+    twin = inject(llama().eval(), LoraConfig(**settings))
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in twin.named_parameters()]
+    assert [p.shape for p in model.parameters()] == [p.shape for p in twin.parameters()]
+    assert LoraConfig.from_peft(peft.LoraConfig(**settings)) == LoraConfig(**settings)
+    everything = LoraConfig.from_peft(peft.LoraConfig(target_modules="all-linear"))
+    assert everything == LoraConfig(target_modules="all-linear")
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (lambda: peft.LoraConfig(target_modules=TARGETS, use_dora=True), "use_dora=True not supported"),
+        (
+            lambda: peft.LoraConfig(target_modules=TARGETS, init_lora_weights="pissa"),
+            "init_lora_weights is 'pissa', want",
+        ),
+        (
+            lambda: peft.LoraConfig(target_modules=TARGETS, init_lora_weights="eva", eva_config=EvaConfig()),
+            "init_lora_weights is 'eva', want",
+        ),
+        (
+            lambda: peft.LoraConfig(target_modules=TARGETS, init_lora_weights="corda", corda_config=CordaConfig()),
+            "init_lora_weights is 'corda', want",
+        ),
+        (
+            lambda: peft.LoraConfig(target_modules=TARGETS, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig()),
+            "init_lora_weights is 'lora_ga', want",
+        ),
+        (lambda: peft.LoraConfig(), "target_modules is None; name the layers"),
+        (lambda: peft.IA3Config(target_modules=TARGETS, feedforward_modules=[]), "peft_type is 'IA3', want 'LORA'"),
+    ],
+)
+def test_pefts_configs_that_we_do_not_support_are_refused_by_name(config, text):
+    model = llama()
+    with refused(model, ValueError, text):
+        inject(model, config())
+
+
+def test_custom_modules_of_pefts_config_are_refused():
+    config = peft.LoraConfig(target_modules=TARGETS)
+    config._register_custom_module({nn.Linear: nn.Linear})
+    model = llama()
+    with refused(model, ValueError, "custom modules"):
+        inject(model, config)
+
+
+def test_other_objects_are_no_config():
+    model = llama()
+    with refused(model, TypeError, "inject: config is", "want a LoraConfig"):
+        inject(model, {"target_modules": TARGETS})
