@@ -1,0 +1,1 @@
+"""Architectures of transformers, adapted here and by PEFT: ``PYTHONPATH=tests python -m architectures --write``."""

@@ -1,0 +1,83 @@
+"""Every architecture of the table is the same here as in PEFT, except for the differences that the table explains."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from architectures.compare import ALIVE, compare, output
+from architectures.document import DOCUMENT, TARGETS, counts, names, row
+from architectures.table import ARCHITECTURES
+from lora_ext import LoraConfig, inject, merge
+from lora_ext.adapters import merge_and_unload
+
+pytestmark = [pytest.mark.cpu_only("makes its inputs on the CPU"), pytest.mark.full]
+
+BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
+PAGE = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.exists() else ""
+
+# Issue 17: the item that mends the difference.
+PENDING = {
+    ("Falcon", "all-linear"): 5,
+    ("Falcon", "usual"): 5,
+    ("Mixtral", "all-linear"): 4,
+    ("Qwen3-MoE", "all-linear"): 4,
+    ("OLMoE", "all-linear"): 4,
+    ("DeepSeek-V3", "all-linear"): 4,
+    ("Mamba", "all-linear"): 6,
+    ("FalconMamba", "all-linear"): 6,
+    ("Mamba2", "all-linear"): 6,
+    ("Jamba", "all-linear"): 6,
+    ("WavLM", "all-linear"): 6,
+}
+
+
+def pending(item: int) -> pytest.MarkDecorator:
+    return pytest.mark.xfail(strict=False, reason=f"item {item} of issue 17")
+
+
+def cases() -> list:
+    pairs = [(name, targets) for name in BY_NAME for targets in TARGETS]
+    return [pytest.param(*pair, marks=pending(PENDING[pair]) if pair in PENDING else ()) for pair in pairs]
+
+
+@pytest.mark.parametrize(("name", "targets"), cases())
+def test_equal_to_peft(name, targets):
+    found = compare(BY_NAME[name], targets)
+    known = {check for known in BY_NAME[name].known if known.targets == targets for check in known.checks.split()}
+    assert found.differences.keys() == known, found.differences
+    assert counts(found) in row(PAGE, name)
+
+
+def mergeable() -> list:
+    known = {name for name in BY_NAME for known in BY_NAME[name].known if known[:2] == ("usual", "merge")}
+    return [pytest.param(n, marks=pending(5) if n == "Falcon" else ()) for n in BY_NAME if n not in known]
+
+
+MERGED_BY = [
+    pytest.param(merge, marks=pending(2), id="merge"),
+    pytest.param(merge_and_unload, id="merge_and_unload"),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("merge_it", MERGED_BY)
+@pytest.mark.parametrize("name", mergeable())
+def test_transformers_saves_and_loads_the_merged_model(name, merge_it, tmp_path):
+    architecture = BY_NAME[name]
+    base, inputs = architecture.build(), architecture.inputs()
+    without = output(base, inputs)
+    model = merge_it(inject(base, LoraConfig(target_modules=architecture.targets.split(), **ALIVE)))
+    model.save_pretrained(tmp_path)
+    loaded = type(base).from_pretrained(tmp_path, dtype=architecture.dtype).eval()
+    expected = output(model, inputs)
+    assert not torch.allclose(expected, without)
+    torch.testing.assert_close(output(loaded, inputs), expected)
+
+
+def test_the_page_lists_the_architectures_of_the_table():
+    assert len(BY_NAME) == len(ARCHITECTURES) >= 45
+    assert names(PAGE) == [(architecture.name, architecture.model) for architecture in ARCHITECTURES]
+    for architecture in ARCHITECTURES:
+        assert architecture.targets.replace(" ", ", ") in row(PAGE, architecture.name)
+        assert all(f"{known.targets}: {known.reason}" in PAGE for known in architecture.known)
