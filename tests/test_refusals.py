@@ -7,6 +7,7 @@ import inspect
 from typing import Any
 
 import pytest
+from support.models import Net
 from support.refusals import CALLS, Call, call, state
 
 import lora_ext
@@ -51,7 +52,10 @@ def test_the_good_call_is_good(public, tmp_path):
     call(public.function, arguments)
 
 
+CLASS = ({"model": Net}, TypeError, "model is of type type, want an nn.Module")
+TAKE_MODELS = [public for public in CALLS if "model" in inspect.signature(public.function).parameters]
 REFUSED = [(public, *refusal) for public in CALLS for refusal in public.refused]
+REFUSED += [(public, *CLASS) for public in TAKE_MODELS]
 
 
 @pytest.mark.parametrize(
