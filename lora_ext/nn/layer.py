@@ -18,8 +18,8 @@ from lora_ext.merging.layers import MergeState, change_merged
 from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.base_layer import why_weight_unusable
 from lora_ext.nn.merged_state import MERGED_KEY, check_same_merged, encode_names
-from lora_ext.nn.state_form import uses_base_keys
 from lora_ext.nn.outside_reads import note_read, why_bypassed
+from lora_ext.nn.state_form import uses_base_keys
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
