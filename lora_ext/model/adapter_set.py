@@ -12,6 +12,7 @@ from lora_ext.config import LoraConfig
 from lora_ext.model.bare_model import BareModel, adapter_layers, file_paths, root_module
 from lora_ext.model.trained_biases import TrainedBiases
 from lora_ext.nn import ActiveAdapters, AdapterLayer, LoraLayer
+from lora_ext.nn.base_layer import is_offloaded
 from lora_ext.nn.trained import TrainedModule
 
 _ATTRIBUTE = "_lora_adapters"  # the attribute of an injected model that holds its AdapterSet
@@ -217,6 +218,7 @@ def find_adapter(model: nn.Module, caller: str, name: str | None = None) -> Adap
     Raises:
         ValueError: the model is not injected, or ``name`` is None and the number of active adapters is not 1.
         KeyError: there is no such adapter.
+        RuntimeError: accelerate keeps its values elsewhere.
     """
     adapters = find_adapters(model, caller)
     if name is None:
@@ -235,6 +237,12 @@ def adapter_in(module: nn.Module, adapters: AdapterSet, name: str) -> Adapter:
     paths = {id(layer): path for path, around in BareModel(module).layers.items() for layer in around}
     layers = [(paths[id(layer)], layer) for _, layer in adapter_layers(module) if name in layer.adapters]
     parts = located(Part(path, path, layer, layer.adapters[name]) for path, layer in layers)
+    for part in parts:
+        if any(is_offloaded(module, key) for module in part.adapter.modules() for key in module._parameters):
+            raise RuntimeError(
+                f"{caller}: the factors of {part.path!r} are offloaded; inject or load after you dispatch or offload "
+                "the model, which leaves them on the device that computes"
+            )
     return Adapter(name, adapters.configs[name], adapters, parts, adapters.biases.get(name))
 
 

@@ -21,8 +21,7 @@ from torch.nn.modules.module import (
 
 from lora_ext._ops.checks import FLOATING
 
-# As PyTorch defines them: a library that replaces them in the class is noticed too.
-_CALL, _LINEAR_FORWARD = nn.Module.__call__, nn.Linear.forward
+_LINEAR_FORWARD = nn.Linear.forward  # PyTorch's: a library that replaces it in the class is noticed too
 _DENSE = (nn.Parameter, Tensor)
 
 
@@ -39,14 +38,14 @@ def runs_alone(module: nn.Module) -> bool:
         or _global_backward_hooks
         or _global_backward_pre_hooks
         or "forward" in state
-        or type(module).__call__ is not _CALL
+        or type(module).__call__ is not nn.Module.__call__  # replaced in nn.Module itself while torch.export traces
     )
 
 
 def plain_linear(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """The weight ``[out_features, in_features]`` and the bias of a base layer that is exactly their product, or None.
 
-    Takes 0.5 us. Parametrized, pruned and sharded weights are no entries of ``_parameters``, or not dense.
+    Takes 0.4 us. Parametrized, pruned and sharded weights are no entries of ``_parameters``, or not dense.
     """
     parameters = base.__dict__["_parameters"]
     weight, bias = parameters.get("weight"), parameters.get("bias")

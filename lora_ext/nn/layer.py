@@ -43,10 +43,8 @@ class ActiveAdapters:
         self.warned: set[tuple[str, str]] = set()
 
     def __getstate__(self) -> dict[str, object]:
-        return {
-            "names": self.names,
-            "warned": set(),
-        }  # no change is under way in a copy, and no enable() would reach it
+        # No change is under way in a copy, and no enable() would reach it.
+        return {"names": self.names, "warned": set()}
 
     @contextmanager
     def changing(self) -> Iterator[None]:

@@ -12,7 +12,14 @@ from support.models import bert, llama, refused, token_ids
 from torch import Tensor, nn
 
 from lora_ext import LoraConfig, inject, load_adapter, save_adapter
-from lora_ext.adapters import lora_modules, merge, merge_and_unload, unmerge
+from lora_ext.adapters import (
+    hotswap_adapter,
+    lora_modules,
+    merge,
+    merge_and_unload,
+    prepare_hotswap,
+    unmerge,
+)
 
 ALIVE = {"r": 2, "lora_alpha": 4, "init_lora_weights": False}
 
@@ -89,6 +96,21 @@ def test_files_of_an_offloaded_model(offload, tmp_path):
     save_adapter(model, tmp_path / "again")
     file = "adapter_model.safetensors"
     assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "adapter" / file).read_bytes()
+
+
+def test_values_that_are_offloaded_are_not_exchanged(tmp_path):
+    model = injected(bert().eval())
+    save_adapter(model, tmp_path / "adapter")
+    cpu(model, tmp_path)
+    for use in (
+        lambda: save_adapter(model, tmp_path / "again"),
+        lambda: hotswap_adapter(model, tmp_path / "adapter"),
+        lambda: prepare_hotswap(model, 4),
+        lambda: load_adapter(model, tmp_path / "adapter", adapter_name="default"),
+    ):
+        with refused(model, RuntimeError, "the factors of 'bert.embeddings.word_embeddings' are offloaded; inject or"):
+            use()
+    assert not (tmp_path / "again").exists()
 
 
 @pytest.mark.parametrize("offload", OFFLOADERS)

@@ -258,6 +258,13 @@ def test_plain_layers_take_the_fused_op(monkeypatch):
     assert (len(fused), len(added)) == (5, 0)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_has_the_fused_op(strict):
+    model = inject(Net().eval(), LoraConfig(target_modules=["up", "down"], **ALIVE))
+    program = torch.export.export(model, (torch.randn(4, 6),), strict=strict)
+    assert sum("lora_linear" in str(node.target) for node in program.graph.nodes) == 4
+
+
 def test_a_plain_subclass_is_plain():
     class Named(nn.Linear):
         pass

@@ -9,10 +9,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from transformers.pytorch_utils import Conv1D
 
 from lora_ext import _load
 from lora_ext._ops.checks import FLOATING
+from lora_ext.nn.base_layer import runs_alone
 
 DISABLED = "now: the adapters are disabled, so only the base layer runs"
 MERGED = "now: adapters are merged, so only the base layer runs"
@@ -93,31 +93,10 @@ def active_adapters(layer: LoraLayer) -> list[Adapter] | str:
     return adapters or NONE_ACTIVE
 
 
-def plain_weight(base: nn.Module) -> Tensor | None:
-    """Returns the weight ``[out_features, in_features]`` of a base layer that only multiplies by it, or None."""
-    if type(base) is not nn.Linear and type(base) is not Conv1D:
-        return None
-    weight = base._parameters.get("weight")
-    if type(weight) is not nn.Parameter or has_hooks(base):
-        return None
-    return weight if type(base) is nn.Linear else weight.t()
-
-
 def variant_of(layer: LoraLayer, name: str) -> str:
     """Returns the name of an adapter's variant in PEFT (DoRA, aLoRA, ...), or ""."""
     variant = layer.lora_variant.get(name)
     return "" if variant is None else type(variant).__name__
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module runs more than the forward of its class."""
-    return bool(
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
 
 
 def _module_obstacle(module: nn.Module) -> str:
@@ -127,4 +106,4 @@ def _module_obstacle(module: nn.Module) -> str:
     weight = module._parameters.get("weight")
     if type(weight) is not nn.Parameter:
         return f"has a weight that is a {type(weight).__name__}, not a plain parameter"
-    return "has hooks or a replaced forward" if has_hooks(module) else ""
+    return "" if runs_alone(module) else "has hooks or a replaced forward"

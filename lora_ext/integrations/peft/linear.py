@@ -7,7 +7,8 @@ from torch import Tensor
 
 from lora_ext._ops.checks import FLOATING
 from lora_ext.functional import lora_delta_, lora_linear
-from lora_ext.integrations.peft.eligibility import Adapter, active_adapters, is_eligible_call, plain_weight
+from lora_ext.integrations.peft.eligibility import Adapter, active_adapters, is_eligible_call
+from lora_ext.nn.base_layer import own_copy, plain_linear
 
 
 class LinearForward:
@@ -22,19 +23,20 @@ class LinearForward:
         adapters = active_adapters(self)
         if args or kwargs or isinstance(adapters, str) or not is_eligible_call(x):
             return super().forward(x, *args, **kwargs)
-        weight = plain_weight(self.base_layer)
-        if weight is not None:
+        plain = plain_linear(self.base_layer)
+        if plain is not None:
+            weight, bias = plain
             if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
                 return super().forward(x)
             first, *others = adapters
-            bias = _sum_of_biases(self.base_layer.bias, adapters, weight.dtype)
+            bias = _sum_of_biases(bias, adapters, weight.dtype)
             y = lora_linear(x, weight, bias, first.lora_A, first.lora_B, first.scaling, first.dropout_p)
         else:
             if x.dtype not in FLOATING:
                 return super().forward(x)
             others, y = adapters, self.base_layer(x)
             bias = _sum_of_biases(None, adapters, y.dtype)
-            y = (y.clone() if bias is None else y + bias).contiguous()
+            y = own_copy(self, y) if bias is None else (y + bias).contiguous()
         if others and x.dtype != y.dtype:
             x = x.to(y.dtype)
         for adapter in others:
