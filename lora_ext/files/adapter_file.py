@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -23,6 +24,7 @@ from lora_ext.files.staged_files import is_being_saved
 from lora_ext.files.untrusted_json import read_json_object
 
 __all__ = [
+    "ADAPTER_FILE_PATTERNS",
     "CONFIG_FILE",
     "KEY_PREFIX",
     "PICKLED_WEIGHTS_FILE",
@@ -40,9 +42,12 @@ PICKLED_WEIGHTS_FILE = "adapter_model.bin"
 INDEX_FILES = ("adapter_model.safetensors.index.json", "model.safetensors.index.json")
 """Indexes of an adapter in several files; Transformers (5) writes one under the name that it uses for models."""
 _SHARDS = "adapter_model-*.safetensors"
+ADAPTER_FILE_PATTERNS = (CONFIG_FILE, WEIGHTS_FILE, *INDEX_FILES, _SHARDS)
+"""The files that an adapter can consist of, without pickles."""
 KEY_PREFIX = "base_model.model."
 """Prefix of the module path in every key that PEFT writes."""
 
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # a name on the Hugging Face hub
 LARGEST_CONFIG = 16 << 20  # bytes; a config that names every expert of the largest mixtures has 8 million
 _LARGEST_SHAPE = 2**63 // 16  # elements: PyTorch counts bytes in 63 bits, also for empty tensors
 _MOST_DIMENSIONS = 64
@@ -284,9 +289,10 @@ class AdapterFile:
         try:
             config = read_json_object(directory / CONFIG_FILE, "", LARGEST_CONFIG)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise FileNotFoundError(
-                f"{directory / CONFIG_FILE} is missing; want a directory that save_adapter or PEFT wrote"
-            ) from error
+            wanted = "want a directory that save_adapter or PEFT wrote"
+            if not directory.exists() and _REPOSITORY.fullmatch(str(directory)):
+                wanted += "; for an adapter on the Hugging Face hub: load_adapter(..., download=True)"
+            raise FileNotFoundError(f"{directory / CONFIG_FILE} is missing; {wanted}") from error
         if path in existing:
             return cls(directory, config, TensorFile(path))
         for index in INDEX_FILES:
