@@ -11,18 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ext._common.printable import check_name, listed, shown
+from lora_ext._common.printable import check_name, shown
 from lora_ext.files.file_bytes import check_unchanged, file_state, fingerprint, read_into
 from lora_ext.files.regular_file import open_regular
 from lora_ext.files.safetensors_format import TensorInfo, read_header
-from lora_ext.files.untrusted_json import read_json_object
+from lora_ext.files.shard_index import check_shards, read_index
 
 __all__ = ["INDEX_FILE", "SINGLE_FILE", "Checkpoint", "raw_blocks", "read_tensor"]
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
-_INDEX_FILE_LIMIT = 100_000_000  # bytes, as for a safetensors header; the largest index of a real model has 20 million
 _LARGEST_SHAPE = 2**63 // 16  # elements: PyTorch counts bytes in 63 bits, even for tensors without elements
 _MOST_DIMENSIONS = 64
 
@@ -84,28 +83,9 @@ class Checkpoint:
     @classmethod
     def _indexed(cls, directory: Path) -> Checkpoint:
         path = directory / INDEX_FILE
-        index = read_json_object(path, "", _INDEX_FILE_LIMIT)
-        weight_map, metadata = index.get("weight_map"), index.get("metadata")
-        for part, values, wanted in (("weight_map", weight_map, dict), ("metadata", metadata, dict | None)):
-            if not isinstance(values, wanted):
-                raise ValueError(f"{path} is no index of a checkpoint: {part} is {shown(values)}, want an object")
-        for name in weight_map.values():
-            _check_file_name(path, name)
-        names = list(dict.fromkeys(weight_map.values()))
-        if not names:
-            raise ValueError(f"{path} is no index of a checkpoint: it names no file")
-        if missing := [name for name in names if not (directory / name).exists()]:
-            raise FileNotFoundError(f"{path} names files that are missing:{listed(missing)}")
+        index, names = read_index(path)
         checkpoint = cls(directory, names, index, is_directory=True)
-        counts: dict[str, int] = {}
-        for tensors in checkpoint.shards.values():
-            for key in tensors:
-                counts[key] = counts.get(key, 0) + 1
-        problems = [f"twice: {key}" for key, count in counts.items() if count > 1]
-        problems += [f"not in {name}: {key}" for key, name in weight_map.items() if key not in checkpoint.shards[name]]
-        problems += [f"not in the index: {key}" for key in checkpoint if key not in weight_map]
-        if problems:
-            raise ValueError(f"{path} and its files disagree:{listed(problems)}")
+        check_shards(path, index["weight_map"], checkpoint.shards)
         return checkpoint
 
     def __iter__(self) -> Iterator[str]:
@@ -197,12 +177,3 @@ def _check_tensor(path: Path, key: str, info: TensorInfo) -> None:
     check_name(key, str(path))
     if len(info.shape) > _MOST_DIMENSIONS or math.prod(max(size, 1) for size in info.shape) > _LARGEST_SHAPE:
         raise ValueError(f"{path} has a tensor of a shape that PyTorch cannot hold: {key} {shown(list(info.shape))}")
-
-
-def _check_file_name(index: Path, name: object) -> None:
-    """Raises ValueError for an entry of an index that is not the name of a file in the same directory."""
-    if not isinstance(name, str) or os.path.basename(name) != name or "\\" in name or ":" in name:
-        raise ValueError(f"{index} names the file {shown(name)}, want a name without a path; nothing was read from it")
-    if not name.endswith(".safetensors") or name.startswith("."):
-        raise ValueError(f"{index} names the file {shown(name)}, want a name that ends with .safetensors")
-    check_name(name, str(index), 255)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -18,10 +19,12 @@ from lora_ext._common.printable import check_name, shown
 from lora_ext.files.file_bytes import file_state
 from lora_ext.files.regular_file import check_regular
 from lora_ext.files.safetensors_format import read_header
+from lora_ext.files.shard_index import check_shards, read_index
 from lora_ext.files.staged_files import is_being_saved
 from lora_ext.files.untrusted_json import read_json_object
 
 __all__ = [
+    "ADAPTER_FILE_PATTERNS",
     "CONFIG_FILE",
     "KEY_PREFIX",
     "PICKLED_WEIGHTS_FILE",
@@ -36,9 +39,15 @@ __all__ = [
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_WEIGHTS_FILE = "adapter_model.bin"
+INDEX_FILES = ("adapter_model.safetensors.index.json", "model.safetensors.index.json")
+"""Indexes of an adapter in several files; Transformers (5) writes one under the name that it uses for models."""
+_SHARDS = "adapter_model-*.safetensors"
+ADAPTER_FILE_PATTERNS = (CONFIG_FILE, WEIGHTS_FILE, *INDEX_FILES, _SHARDS)
+"""The files that an adapter can consist of, without pickles."""
 KEY_PREFIX = "base_model.model."
 """Prefix of the module path in every key that PEFT writes."""
 
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # a name on the Hugging Face hub
 LARGEST_CONFIG = 16 << 20  # bytes; a config that names every expert of the largest mixtures has 8 million
 _LARGEST_SHAPE = 2**63 // 16  # elements: PyTorch counts bytes in 63 bits, also for empty tensors
 _MOST_DIMENSIONS = 64
@@ -144,7 +153,7 @@ class TensorFile:
 
 
 class Tensors(Protocol):
-    """Tensors by key, read one at a time: a :class:`TensorFile` or a view of one."""
+    """Tensors by key, read one at a time: a :class:`TensorFile`, several of them or a view of one."""
 
     path: Path
     metadata: Mapping[str, str]
@@ -160,6 +169,46 @@ class Tensors(Protocol):
     def release(self) -> None: ...
 
     def __contains__(self, key: str) -> bool: ...
+
+
+class ShardedTensors:
+    """The tensors of several files with an index, as :class:`Tensors`.
+
+    Attributes:
+        path: the index.
+        metadata: the files' metadata.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Opens the files that the index ``path`` names. Errors as :func:`read_index` and :class:`TensorFile`."""
+        self.path = path
+        index, names = read_index(path)
+        shards = {name: TensorFile(path.parent / name) for name in names}
+        check_shards(path, index["weight_map"], {name: shard.keys() for name, shard in shards.items()})
+        self._shards = list(shards.values())
+        self._shard_of = {key: shard for shard in self._shards for key in shard.keys()}  # noqa: SIM118  not a dict
+        self.metadata = {key: value for shard in self._shards for key, value in shard.metadata.items()}
+
+    def keys(self) -> list[str]:
+        return list(self._shard_of)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._shard_of
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._shard_of[key].shape(key)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._shard_of[key].dtype(key)
+
+    def tensor(self, key: str) -> Tensor:
+        if key not in self._shard_of:
+            raise KeyError(f"{self.path} has no tensor {key!r}")
+        return self._shard_of[key].tensor(key)
+
+    def release(self) -> None:
+        for shard in self._shards:
+            shard.release()
 
 
 class AdapterFile:
@@ -216,7 +265,8 @@ class AdapterFile:
         """Opens the adapter in ``directory``. Config and tensors come from one save, even while another replaces them.
 
         Args:
-            directory: written by PEFT's ``save_pretrained`` or by :func:`lora_ext.save_adapter`.
+            directory: written by PEFT's ``save_pretrained``, by :func:`lora_ext.save_adapter` or by Transformers, which
+                may spread the tensors over several files with an index.
             allow_pickle: read ``adapter_model.bin`` if there is no safetensors file; only tensors are unpickled
                 (``weights_only=True``).
             caller: prefix of error messages.
@@ -228,7 +278,8 @@ class AdapterFile:
                 regular, such as a pipe.
         """
         directory = Path(directory)
-        files = [directory / name for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLED_WEIGHTS_FILE)]
+        files = [directory / name for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLED_WEIGHTS_FILE, *INDEX_FILES)]
+        files += sorted(directory.glob(_SHARDS))
         return read_unchanged(files, lambda existing: cls.of(directory, existing, allow_pickle), caller)
 
     @classmethod
@@ -238,19 +289,32 @@ class AdapterFile:
         try:
             config = read_json_object(directory / CONFIG_FILE, "", LARGEST_CONFIG)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise FileNotFoundError(
-                f"{directory / CONFIG_FILE} is missing; want a directory that save_adapter or PEFT wrote"
-            ) from error
+            wanted = "want a directory that save_adapter or PEFT wrote"
+            if not directory.exists() and _REPOSITORY.fullmatch(str(directory)):
+                wanted += "; for an adapter on the Hugging Face hub: load_adapter(..., download=True)"
+            raise FileNotFoundError(f"{directory / CONFIG_FILE} is missing; {wanted}") from error
         if path in existing:
             return cls(directory, config, TensorFile(path))
+        for index in INDEX_FILES:
+            if directory / index in existing and _is_of_an_adapter(directory / index):
+                return cls(directory, config, ShardedTensors(directory / index))
         if pickled not in existing:
-            raise FileNotFoundError(f"{path} is missing")
+            shards = sorted(file.name for file in existing if file.match(_SHARDS))
+            found = (
+                f"; {shards[0]} is there without {INDEX_FILES[0]}, which says what is in which file" if shards else ""
+            )
+            raise FileNotFoundError(f"{path} is missing{found}")
         if not allow_pickle:
             raise FileNotFoundError(
                 f"{path} is missing; {pickled.name} is there: save it again as safetensors, or allow pickles "
                 "(only tensors are then loaded from it)"
             )
         return cls(directory, config, TensorFile(pickled, _read_pickle(pickled)))
+
+
+def _is_of_an_adapter(index: Path) -> bool:
+    """Whether the index names an adapter's files, and not those of a model in the same directory."""
+    return all(Path(name).match(_SHARDS) for name in read_index(index)[0]["weight_map"].values())
 
 
 def holds_adapter(directory: Path) -> bool:

@@ -24,6 +24,7 @@ from lora_ext._common.printable import listed, shown
 from lora_ext._common.warnings import warn_user
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, AdapterFile, TensorFile
+from lora_ext.files.hub import download_adapter
 from lora_ext.files.packed_projection import from_peft_form, to_peft_form
 from lora_ext.files.staged_files import staged_files, write_tensors
 from lora_ext.injection.inject import Injection, apply_injection, lora_modules
@@ -62,7 +63,6 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
 
 
 @checked
-@one_at_a_time
 def load_adapter(
     model: ModelT,
     directory: str | os.PathLike[str],
@@ -70,6 +70,8 @@ def load_adapter(
     adapter_name: str = "default",
     *,
     allow_pickle: bool = False,
+    download: bool = False,
+    revision: str | None = None,
 ) -> ModelT:
     """Loads an adapter, saved by :func:`save_adapter` or PEFT, into ``model`` under a name.
 
@@ -81,25 +83,41 @@ def load_adapter(
 
     Args:
         model: any module.
-        directory: contains ``adapter_config.json`` and ``adapter_model.safetensors``.
+        directory: contains ``adapter_config.json`` and ``adapter_model.safetensors``, or several such files with an
+            index. With ``download``, the name of a repository on the Hugging Face hub.
         trainable: whether the adapter requires gradients. An adapter whose values are replaced keeps its flags.
         adapter_name: name of the adapter in the model.
         allow_pickle: load ``adapter_model.bin`` if there is no safetensors file. Only tensors are unpickled.
+        download: fetch the adapter's files into huggingface_hub's cache, or find them there: see
+            :func:`~lora_ext.files.hub.download_adapter`. Without it, nothing is ever fetched.
+        revision: with ``download``, a branch, tag or commit of the repository.
 
     Returns:
         ``model``, the same object.
 
     Raises:
         FileNotFoundError: a file is missing; the message names it.
+        OSError: a file cannot be read, or the download failed.
         ValueError: a file is corrupted; its config is not supported or differs from that of the adapter to replace; or
             its tensors do not fit the model: the message lists missing and unexpected keys, wrong shapes and dtypes.
             No memory is allocated for the adapter before this check.
         RuntimeError: an adapter is merged.
         Also the errors of :func:`lora_ext.inject`. After an error the model is unchanged.
     """
+    if download:
+        directory = download_adapter(str(directory), revision, allow_pickle=allow_pickle, caller="load_adapter")
+    elif revision is not None:
+        raise ValueError(f"load_adapter: revision is {revision!r}, but nothing is downloaded; set download=True")
+    _load(model, directory, trainable, adapter_name, allow_pickle)
+    return model
+
+
+@one_at_a_time
+def _load(
+    model: nn.Module, directory: str | os.PathLike[str], trainable: bool, adapter_name: str, allow_pickle: bool
+) -> None:
     file = AdapterFile.open(directory, allow_pickle=allow_pickle, caller="load_adapter")
     load_opened(model, from_peft_form(file, "load_adapter"), trainable, adapter_name)
-    return model
 
 
 def load_opened(model: nn.Module, file: AdapterFile, trainable: bool = False, adapter_name: str = "default") -> None:

@@ -168,7 +168,7 @@ def _write_adapters(call: _Call, module: nn.Module, adapters: AdapterSet) -> Non
     held = {name for _, layer in adapter_layers(module) for name in layer.adapters}
     contents = {}
     for name in (name for name in adapters.configs if name in held):
-        adapter = adapter_in(module, adapters, name)
+        adapter = adapter_in(module, adapters, call.name, name)
         if adapter_set(module) is not adapters:
             adapter = dataclasses.replace(adapter, config=_config_within(call.name, module, adapter))
         contents[name] = file_content(module, adapter)

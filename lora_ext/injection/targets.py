@@ -63,12 +63,12 @@ def find_targets(
             share its weight are tied to it.
 
     Raises:
-        ValueError: nothing matches (names close matches); a part is named for two purposes; a module to save shares a
-            parameter with a module that is not saved; tied embeddings would train different tokens.
+        ValueError: nothing matches (names close matches); a part is named for two purposes; tied embeddings would train
+            different tokens.
 
     Warns:
         UserWarning: an entry matches nothing while others do (PEFT is silent, and a misspelt layer is not adapted);
-            there is nothing to tie.
+            there is nothing to tie; a module to save shares a parameter with a module that is not saved.
     """
     return _Search(config, root_name, modules, output_head, input_embedding).run()
 
@@ -114,14 +114,16 @@ class _Search:
         paths, inside = parameter_paths(self.modules.items()), Parents(trained)
         for path, module in trained.items():
             for parameter in module.parameters():
-                for other in paths[id(parameter)]:
-                    # Training it, and loading its values, would change the other module too; PEFT would untie the two.
-                    if other not in inside and other not in self.tied:
-                        tie = "set ensure_weight_tying=True, " if {path, other} <= {self.embedding, *self.twins} else ""
-                        raise ValueError(
-                            f"inject: modules_to_save has {path!r}, which shares a parameter with {other!r}; "
-                            f"add {other!r} to modules_to_save, {tie}or untie the two"
-                        )
+                others = [other for other in paths[id(parameter)] if other not in inside and other not in self.tied]
+                if others:
+                    tie = (
+                        ", or set ensure_weight_tying=True" if {path, *others} <= {self.embedding, *self.twins} else ""
+                    )
+                    self.warnings.append(
+                        f"inject: modules_to_save has {path!r}, which shares a parameter with {others[0]!r}: its "
+                        "trained copy does not, as in PEFT. To train them as one, add the other to modules_to_save"
+                        f"{tie}"
+                    )
         return trained
 
     def find_parameters(self, trained: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:

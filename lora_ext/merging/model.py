@@ -16,7 +16,7 @@ from lora_ext.injection.inject import forget_injection, lora_modules, replace_mo
 from lora_ext.matching.path_names import is_inside
 from lora_ext.merging.layers import MergedMatrix, change_merged, merge_for_good, stored_matrices, update_identity
 from lora_ext.model.adapter_set import adapter_set
-from lora_ext.model.bare_model import adapter_layers, parameter_paths, root_module
+from lora_ext.model.bare_model import BareModel, adapter_layers, parameter_paths, root_module
 from lora_ext.nn import ActiveAdapters, AdapterLayer, LoraLayer
 from lora_ext.nn.trainable_tokens import TrainableTokens
 
@@ -203,6 +203,17 @@ def _unload(model: nn.Module, merged: bool) -> None:
         outer = [layer for layer in layers if id(layer) not in inner]
         replace_modules(root_module(model), {layer: layer.unloaded(merged) for layer in outer})
     forget_injection(model)
+    if merged:
+        _note_untied(root_module(model))
+
+
+def _note_untied(root: nn.Module) -> None:
+    """Corrects a Transformers config that says that the head is tied, if it has a trained weight of its own now."""
+    if getattr(getattr(root, "config", None), "tie_word_embeddings", False):
+        bare = BareModel(root)
+        head, embedding = (getattr(module, "weight", None) for module in (bare.head, bare.embedding))
+        if head is not None and embedding is not None and head is not embedding:
+            root.config.tie_word_embeddings = False  # from_pretrained would tie them, and drop the head
 
 
 def _all_lora_modules(caller: str, model: nn.Module) -> dict[str, LoraLayer]:

@@ -1,0 +1,50 @@
+"""Downloads an adapter from the Hugging Face hub, when asked to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lora_ext._common.install_hint import install_hint
+from lora_ext.files.adapter_file import ADAPTER_FILE_PATTERNS, PICKLED_WEIGHTS_FILE
+
+__all__ = ["download_adapter"]
+
+
+def download_adapter(name: str, revision: str | None = None, *, allow_pickle: bool = False, caller: str) -> Path:
+    """Downloads the adapter in the hub's repository ``name`` into huggingface_hub's cache, or finds it there.
+
+    Nothing else of the repository is fetched. Offline mode (``HF_HUB_OFFLINE=1``), the endpoint, the cache's place and
+    the token are huggingface_hub's.
+
+    Args:
+        name: such as ``"org/name"``.
+        revision: a branch, tag or commit; None: the main branch.
+        allow_pickle: also fetch ``adapter_model.bin``.
+        caller: prefix of error messages.
+
+    Returns:
+        The directory of the files.
+
+    Raises:
+        ImportError: huggingface_hub is not installed.
+        ValueError: ``name`` cannot be the name of a repository.
+        OSError: the download failed, or in offline mode the repository is not in the cache.
+    """
+    try:
+        from huggingface_hub import constants, snapshot_download
+        from huggingface_hub.errors import HFValidationError
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{caller}: download=True needs huggingface_hub ({error}): {install_hint('hub')}") from error
+    patterns = [*ADAPTER_FILE_PATTERNS, *([PICKLED_WEIGHTS_FILE] if allow_pickle else [])]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise ValueError(f"{caller}: {name!r} is no repository's name: {_first_line(error)}") from error
+    except Exception as error:  # of the hub, the connection, the cache
+        where = f"{name!r}" if revision is None else f"{name!r} at {revision!r}"
+        offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
+        raise OSError(f"{caller}: {where} cannot be downloaded{offline}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,123 @@
+"""``load_adapter(..., download=True)`` against a hub on 127.0.0.1, and against the cache in offline mode."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.hub_server import COMMIT, hub
+from support.models import llama, refused
+from torch import Tensor, nn
+
+from lora_ext import LoraConfig, inject, load_adapter, save_adapter
+
+IDS = torch.arange(7)[None]
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+@pytest.fixture
+def repository(tmp_path) -> tuple[nn.Module, Tensor, Path]:
+    """A bare model, the logits of the adapted one, and a repository's files."""
+    base = llama().eval()
+    model = inject(copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    directory = tmp_path / "repository"
+    save_adapter(model, directory)
+    for name in ("README.md", "adapter_model.bin", "modeling.py", "optimizer.pt"):
+        (directory / name).write_text("something else")
+    return base, logits(model), directory
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty cache, and the settings of a machine that is online."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def online(repository, cache, monkeypatch):
+    from huggingface_hub import constants
+
+    with hub(repository[2]) as (endpoint, fetched):
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        yield fetched
+
+
+def test_an_adapter_is_downloaded_when_asked_for(repository, online):
+    base, expected, _ = repository
+    torch.testing.assert_close(logits(load_adapter(copy.deepcopy(base), "org/adapter", download=True)), expected)
+    assert sorted(online) == ["adapter_config.json", "adapter_model.safetensors"]
+    load_adapter(copy.deepcopy(base), "org/adapter", download=True, revision=COMMIT)
+    assert len(online) == 2  # from the cache
+
+
+def test_offline_mode_takes_the_cache_and_asks_nobody(repository, online, monkeypatch):
+    from huggingface_hub import constants
+
+    base, expected, _ = repository
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with refused(base, OSError, "load_adapter: 'org/adapter' cannot be downloaded (HF_HUB_OFFLINE is set)"):
+        load_adapter(base, "org/adapter", download=True)
+    assert not online
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    load_adapter(copy.deepcopy(base), "org/adapter", download=True)
+    count = len(online)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    torch.testing.assert_close(logits(load_adapter(base, "org/adapter", download=True)), expected)
+    assert len(online) == count
+
+
+def test_what_is_not_on_the_hub_is_refused(repository, online):
+    base, _, directory = repository
+    with refused(base, OSError, "load_adapter: 'org/nothing' cannot be downloaded"):
+        load_adapter(base, "org/nothing", download=True)
+    with refused(base, OSError, "load_adapter: 'org/adapter' at 'v9' cannot be downloaded"):
+        load_adapter(base, "org/adapter", download=True, revision="v9")
+    with refused(base, ValueError, "is no repository's name"):
+        load_adapter(base, "../up/and/away", download=True)
+    (directory / "adapter_model.safetensors").unlink()
+    with refused(base, FileNotFoundError, "adapter_model.safetensors is missing"):
+        load_adapter(base, "org/adapter", download=True)
+
+
+def test_nothing_is_fetched_unless_asked_for(repository, online):
+    base, _, _ = repository
+    with refused(
+        base, FileNotFoundError, "org/adapter/adapter_config.json is missing", "load_adapter(..., download=True)"
+    ):
+        load_adapter(base, "org/adapter")
+    with refused(base, ValueError, "revision is 'main', but nothing is downloaded"):
+        load_adapter(base, "org/adapter", revision="main")
+    assert not online
+
+
+def test_without_huggingface_hub_the_message_says_what_to_install(repository, monkeypatch):
+    base, _, directory = repository
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with refused(base, ImportError, "download=True needs huggingface_hub", "hub"):
+        load_adapter(base, "org/adapter", download=True)
+    load_adapter(base, directory)
+
+
+def test_the_environment_variable_is_honoured(repository, tmp_path):
+    code = "import lora_ext, torch; lora_ext.load_adapter(torch.nn.Linear(2, 2), 'org/adapter', download=True)"
+    with hub(repository[2]) as (endpoint, fetched):
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home")}
+        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "OSError: load_adapter: 'org/adapter' cannot be downloaded (HF_HUB_OFFLINE is set)" in run.stderr, run.stderr
+    assert not fetched

@@ -1,0 +1,77 @@
+"""``modules_to_save`` with one of two tied modules: the trained copy is untied, as in PEFT."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from support.models import llama
+from torch import Tensor, nn
+
+from lora_ext import LoraConfig, inject, load_adapter, save_adapter
+from lora_ext.adapters import disable_adapters, merge_and_unload, unload
+
+IDS = torch.arange(7)[None]
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+def from_peft(base: nn.Module, directory: Path, module: str) -> tuple[peft.PeftModel, Tensor]:
+    """Saves an adapter that trains ``module`` in full; returns PEFT's model and its logits."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[module], init_lora_weights=False)
+        theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    theirs.save_pretrained(directory)
+    return theirs, logits(theirs)
+
+
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_pefts_file_loads_and_goes_back(module, tmp_path):
+    base = llama(tied=True).eval()
+    _, expected = from_peft(base, tmp_path / "theirs", module)
+    with pytest.warns(UserWarning, match=f"modules_to_save has .*{module}.*shares a parameter with.*as in PEFT"):
+        ours = load_adapter(copy.deepcopy(base), tmp_path / "theirs")
+    torch.testing.assert_close(logits(ours), expected)
+    with disable_adapters(ours):
+        torch.testing.assert_close(logits(ours), logits(base))
+    save_adapter(ours, tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        read = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
+    torch.testing.assert_close(logits(read), expected)
+
+
+@pytest.mark.filterwarnings("ignore:inject. modules_to_save")
+def test_the_other_module_does_not_train():
+    base = llama(tied=True).eval()
+    model = inject(copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert model.lm_head.weight.grad is not None and model.model.embed_tokens.weight.grad is None
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+
+
+@pytest.mark.filterwarnings("ignore:inject. modules_to_save")
+def test_the_merged_model_is_saved_with_both(tmp_path):
+    base = llama(tied=True).eval()
+    _, expected = from_peft(base, tmp_path / "theirs", "lm_head")
+    merged = merge_and_unload(load_adapter(copy.deepcopy(base), tmp_path / "theirs"))
+    torch.testing.assert_close(logits(merged), expected)
+    merged.save_pretrained(tmp_path / "merged")
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(read), expected)
+
+    plain = unload(load_adapter(copy.deepcopy(base), tmp_path / "theirs"))
+    assert plain.config.tie_word_embeddings and plain.lm_head.weight is plain.model.embed_tokens.weight
