@@ -12,7 +12,7 @@ from lora_ext import reference
 from lora_ext._ops.checks import accumulation_dtype, count_tokens, mask_row_bytes
 from lora_ext._ops.lazy_views import check_not_lazy, resolved
 from lora_ext._ops.refusal_texts import refusal
-from lora_ext._ops.tensor_arguments import check_tensors, tensors_of
+from lora_ext._ops.tensor_arguments import check_memory_is_there, check_tensors, tensors_of
 
 LIBRARY = torch.library.Library("lora_ext", "FRAGMENT")
 below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -167,17 +167,21 @@ def register_composite(name: str, composite: Callable, num_cast: int = 0) -> Cal
         The kernel, which checks its arguments as the op does.
     """
 
+    def call(*values):
+        arguments = _checked[name](*values)
+        if not torch.compiler.is_compiling():
+            check_memory_is_there(name, arguments)
+        return composite(**arguments)
+
     def kernel(*values):
-        arguments = dict(zip((a.name for a in schema), values, strict=False))
-        device = next(tensor.device for _, tensor in tensors_of(arguments)).type
+        device = next(tensor.device for _, tensor in tensors_of(dict(enumerate(values)))).type
         if not torch.is_autocast_enabled(device):
-            return composite(**_checked[name](*values))
+            return call(*values)
         dtype = torch.get_autocast_dtype(device)
         cast = [_cast(value, dtype) for value in values[:num_cast]]
         with torch.autocast(device, enabled=False):
-            return composite(**_checked[name](*cast, *values[num_cast:]))
+            return call(*cast, *values[num_cast:])
 
-    schema = op_named(name)._schema.arguments
     for key in ("FuncTorchDynamicLayerFrontMode", "VmapMode"):
         LIBRARY.impl(name, kernel, key)
     return kernel
