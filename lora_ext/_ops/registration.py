@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import has_torch_function_variadic
 
 from lora_ext import reference
 from lora_ext._ops.checks import accumulation_dtype, count_tokens, mask_row_bytes
@@ -23,6 +25,53 @@ _checked: dict[str, Callable[..., dict[str, object]]] = {}  # for each op: check
 
 def op_named(name: str) -> torch._ops.OpOverload:
     return getattr(torch.ops.lora_ext, name).default
+
+
+def _dispatch_state() -> tuple[int, int]:
+    return _included().raw_repr(), _excluded().raw_repr()
+
+
+_included, _excluded = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_tls_local_exclude_set
+with ThreadPoolExecutor(1) as _new_thread:  # this one may be within autocast, inference mode, a transform, ...
+    _USUAL_INCLUDED, _USUAL_EXCLUDED = _new_thread.submit(_dispatch_state).result()
+
+
+def is_usual_state() -> bool:
+    """Whether this thread's calls go to autograd and then to the kernel, and nothing else is to see them.
+
+    Autocast, inference mode, modes and transforms, tracing: all of them change the dispatch keys of the thread.
+    """
+    return (
+        _included().raw_repr() == _USUAL_INCLUDED
+        and _excluded().raw_repr() == _USUAL_EXCLUDED
+        and forward_ad._current_level < 0
+    )
+
+
+def is_usual_call(*tensors: Tensor | None) -> bool:
+    """Whether Python may decide what the dispatcher would: :func:`is_usual_state`, and no subclass or wrapper."""
+    if not is_usual_state() or has_torch_function_variadic(*tensors):
+        return False
+    for tensor in tensors:
+        if tensor is not None and _is_wrapper(tensor):  # left from a transform that has ended
+            return False
+    return True
+
+
+_is_wrapper = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+def lean_apply(function: type[torch.autograd.Function]) -> Callable:
+    """Returns ``function.apply`` without what it does for torch.func, for usual calls."""
+    return super(torch.autograd.Function, function).apply
+
+
+def call_backward(op: Callable, *arguments: object) -> tuple:
+    """Calls a backward op: directly if no gradient's gradient is wanted."""
+    if torch.is_grad_enabled() or not is_usual_state():
+        return op(*arguments)
+    with below_autograd():
+        return op(*arguments)
 
 
 def any_requires_grad(*tensors: Tensor | None) -> bool:
