@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_ext._ops import checks, composite, refusals
+from lora_ext._ops import checks, composite, linear, refusals
 from lora_ext._ops.bottleneck import bottleneck
 from lora_ext._ops.in_place import check_inference, count_change
 from lora_ext._ops.nested import by_values
@@ -79,7 +79,7 @@ def lora_linear(
         if x.is_nested:
             layer = weight, bias, lora_A, lora_B, scaling, dropout_p, seed
             return by_values("lora_linear", x, lambda tokens: lora_linear(tokens, *layer))
-        return torch.ops.lora_ext.lora_linear.default(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)[0]
+        return linear.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
     except refusals.UNEXPLAINED as error:
         arguments = {"x": x, "weight": weight, "bias": bias, "lora_A": lora_A, "lora_B": lora_B, "scaling": scaling}
         arguments |= {"dropout_p": dropout_p, "seed": seed}

@@ -101,6 +101,7 @@ def _backward(
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
     """Computes the gradients of x and of the factors. A weight of None: the base layer is not part of the op."""
     want_x, want_A, want_B = output_mask
+    mask = mask if dropout_threshold(dropout_p) else None
     ys = [_rows(grad_y) for grad_y in grad_ys]
     grad_xas = [
         scale(scaling, dropout_p) * (y @ B.to(y.dtype)) for y, B, scaling in zip(ys, lora_Bs, scalings, strict=True)

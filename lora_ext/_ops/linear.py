@@ -7,6 +7,7 @@ half as much per call, and goes straight below autograd where no gradient is wan
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from lora_ext._ops import checks, checks_backward, composite
 from lora_ext._ops.registration import (
@@ -14,9 +15,13 @@ from lora_ext._ops.registration import (
     any_requires_grad,
     below_autograd,
     bias_gradient,
+    call_backward,
     fake_gradients,
     fake_saved,
     has_tangent,
+    is_usual_call,
+    lean_apply,
+    op_named,
     register_autocast,
     register_backward,
     register_composite,
@@ -59,15 +64,19 @@ torch.library.register_vmap("lora_ext::lora_dropout_mask", _masks, lib=LIBRARY)
 
 
 class _LoraLinear(torch.autograd.Function):
+    """Returns only y: every result costs time, and functional.lora_linear needs no other.
+
+    The other results of the op are appended to ``results``.
+    """
+
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
+    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, results=None):
         with below_autograd():
-            y, xa, mask = torch.ops.lora_ext.lora_linear.default(
-                x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed
-            )
-        ctx.mark_non_differentiable(xa, mask)
+            y, xa, mask = _op(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
+        if results is not None:
+            results += xa, mask
         ctx.set_materialize_grads(False)
-        want_x, want_weight, _, want_A, want_B = ctx.needs_input_grad[:5]
+        want_x, want_weight, _, want_A, want_B, *_ = ctx.needs_input_grad
         has_mask = mask.dim() == 2 and (want_x or want_A)
         # Keeps alive only what a wanted gradient reads. x is shared with its producer; dropout(x) never exists.
         ctx.save_for_backward(
@@ -78,39 +87,54 @@ class _LoraLinear(torch.autograd.Function):
             xa if want_B else None,
             mask if has_mask else None,
         )
-        ctx.scaling, ctx.dropout_p = scaling, dropout_p
-        return y, xa, mask
+        ctx.numbers = scaling, dropout_p
+        return y
 
     @staticmethod
-    def backward(ctx, grad_y, _grad_xa, _grad_mask):
+    def backward(ctx, grad_y):
         if grad_y is None:
-            return (None,) * 8
+            return (None,) * 9
         x, weight, lora_A, lora_B, xa, mask = ctx.saved_tensors
-        want_x, want_weight, want_bias, want_A, want_B = ctx.needs_input_grad[:5]
+        scaling, dropout_p = ctx.numbers
+        want_x, want_weight, want_bias, want_A, want_B, *_ = ctx.needs_input_grad
         if want_B and torch.is_grad_enabled():
-            xa = composite.xa_to_differentiate(
-                "lora_linear", xa, x, want_x, [lora_A], mask, [ctx.scaling], ctx.dropout_p
-            )
+            xa = composite.xa_to_differentiate("lora_linear", xa, x, want_x, [lora_A], mask, [scaling], dropout_p)
         grad_x = grad_A = grad_B = grad_weight = grad_bias = None
         if want_x or want_A or want_B:
-            grad_x, grad_A, grad_B = torch.ops.lora_ext.lora_linear_backward.default(
-                grad_y, x, weight, lora_A, lora_B, xa, mask, ctx.scaling, ctx.dropout_p, (want_x, want_A, want_B)
+            grad_x, grad_A, grad_B = call_backward(
+                _backward_op, grad_y, x, weight, lora_A, lora_B, xa, mask, scaling, dropout_p, (want_x, want_A, want_B)
             )
         # The weight and bias are frozen in LoRA; a user who unfreezes them gets the plain linear layer's gradients.
         if want_weight:
             grad_weight = weight_gradient(grad_y, x)
         if want_bias:
             grad_bias = bias_gradient(grad_y)
-        return grad_x, grad_weight, grad_bias, grad_A, grad_B, None, None, None
+        return grad_x, grad_weight, grad_bias, grad_A, grad_B, None, None, None, None
+
+
+_op, _backward_op = op_named("lora_linear"), op_named("lora_linear_backward")
+_lean_apply = lean_apply(_LoraLinear)
+
+
+def lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed) -> Tensor:
+    """Calls the op for y alone; a usual call skips the dispatcher's round through the autograd kernel below."""
+    if not is_usual_call(x, weight, bias, lora_A, lora_B):
+        return _op(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)[0]
+    if any_requires_grad(lora_A, lora_B, x, weight, bias):
+        return _lean_apply(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, None)
+    with below_autograd():
+        return _op(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)[0]
 
 
 def _lora_linear_autograd(x, weight, bias, lora_A, lora_B, scaling, dropout_p=0.0, seed=None):
     if has_tangent(x, weight, bias, lora_A, lora_B):
         return _composite(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
     if any_requires_grad(lora_A, lora_B, x, weight, bias):
-        return _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
+        results: list = []
+        y = _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, results)
+        return y, *results
     with below_autograd():
-        return torch.ops.lora_ext.lora_linear.default(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
+        return _op(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
 
 
 _composite = register_composite("lora_linear", composite.lora_linear, num_cast=3)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import has_torch_function_variadic
 
 from lora_ext import reference
 from lora_ext._ops.checks import accumulation_dtype, count_tokens, mask_row_bytes
 from lora_ext._ops.lazy_views import check_not_lazy, resolved
 from lora_ext._ops.refusal_texts import refusal
-from lora_ext._ops.tensor_arguments import check_tensors, tensors_of
+from lora_ext._ops.tensor_arguments import check_memory_is_there, check_tensors, tensors_of
 
 LIBRARY = torch.library.Library("lora_ext", "FRAGMENT")
 below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -23,6 +25,53 @@ _checked: dict[str, Callable[..., dict[str, object]]] = {}  # for each op: check
 
 def op_named(name: str) -> torch._ops.OpOverload:
     return getattr(torch.ops.lora_ext, name).default
+
+
+def _dispatch_state() -> tuple[int, int]:
+    return _included().raw_repr(), _excluded().raw_repr()
+
+
+_included, _excluded = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_tls_local_exclude_set
+with ThreadPoolExecutor(1) as _new_thread:  # this one may be within autocast, inference mode, a transform, ...
+    _USUAL_INCLUDED, _USUAL_EXCLUDED = _new_thread.submit(_dispatch_state).result()
+
+
+def is_usual_state() -> bool:
+    """Whether this thread's calls go to autograd and then to the kernel, and nothing else is to see them.
+
+    Autocast, inference mode, modes and transforms, tracing: all of them change the dispatch keys of the thread.
+    """
+    return (
+        _included().raw_repr() == _USUAL_INCLUDED
+        and _excluded().raw_repr() == _USUAL_EXCLUDED
+        and forward_ad._current_level < 0
+    )
+
+
+def is_usual_call(*tensors: Tensor | None) -> bool:
+    """Whether Python may decide what the dispatcher would: :func:`is_usual_state`, and no subclass or wrapper."""
+    if not is_usual_state() or has_torch_function_variadic(*tensors):
+        return False
+    for tensor in tensors:
+        if tensor is not None and _is_wrapper(tensor):  # left from a transform that has ended
+            return False
+    return True
+
+
+_is_wrapper = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+def lean_apply(function: type[torch.autograd.Function]) -> Callable:
+    """Returns ``function.apply`` without what it does for torch.func, for usual calls."""
+    return super(torch.autograd.Function, function).apply
+
+
+def call_backward(op: Callable, *arguments: object) -> tuple:
+    """Calls a backward op: directly if no gradient's gradient is wanted."""
+    if torch.is_grad_enabled() or not is_usual_state():
+        return op(*arguments)
+    with below_autograd():
+        return op(*arguments)
 
 
 def any_requires_grad(*tensors: Tensor | None) -> bool:
@@ -167,17 +216,21 @@ def register_composite(name: str, composite: Callable, num_cast: int = 0) -> Cal
         The kernel, which checks its arguments as the op does.
     """
 
+    def call(*values):
+        arguments = _checked[name](*values)
+        if not torch.compiler.is_compiling():
+            check_memory_is_there(name, arguments)
+        return composite(**arguments)
+
     def kernel(*values):
-        arguments = dict(zip((a.name for a in schema), values, strict=False))
-        device = next(tensor.device for _, tensor in tensors_of(arguments)).type
+        device = next(tensor.device for _, tensor in tensors_of(dict(enumerate(values)))).type
         if not torch.is_autocast_enabled(device):
-            return composite(**_checked[name](*values))
+            return call(*values)
         dtype = torch.get_autocast_dtype(device)
         cast = [_cast(value, dtype) for value in values[:num_cast]]
         with torch.autocast(device, enabled=False):
-            return composite(**_checked[name](*cast, *values[num_cast:]))
+            return call(*cast, *values[num_cast:])
 
-    schema = op_named(name)._schema.arguments
     for key in ("FuncTorchDynamicLayerFrontMode", "VmapMode"):
         LIBRARY.impl(name, kernel, key)
     return kernel

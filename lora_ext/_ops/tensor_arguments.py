@@ -13,6 +13,8 @@ from torch import Tensor
 
 from lora_ext._ops.refusal_texts import refusal
 
+_functorch = torch._C._functorch
+
 
 def tensors_of(arguments: Mapping[str, object]) -> Iterator[tuple[str, Tensor]]:
     """Yields the tensors among arguments and in lists, each with its name in messages: ``weight``, ``weights[1]``."""
@@ -36,6 +38,22 @@ def check_tensors(op: str, arguments: Mapping[str, object]) -> None:
         first = first or (label, tensor)
         if not _is_same(tensor.device, first[1].device):
             raise refusal(op, "device", label, tensor.device, first[0], first[1].device)
+
+
+def check_memory_is_there(op: str, arguments: Mapping[str, object]) -> None:
+    """Raises RuntimeError for a tensor beyond its storage, in the words of the compiled ops; PyTorch would read it."""
+    for label, tensor in tensors_of(arguments):
+        if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta or tensor.numel() == 0:
+            continue
+        if _functorch.is_functorch_wrapped_tensor(tensor) or _functorch.is_legacy_batchedtensor(tensor):
+            continue  # a batch or a level of torch.func, without a storage
+        if tensor._is_zerotensor():
+            continue
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+        if tensor.untyped_storage().nbytes() < needed:
+            shape = list(tensor.shape)
+            raise RuntimeError(f"{op}: {label} is {shape}, but its storage has been freed or made smaller")
 
 
 def _is_same(device: torch.device, other: torch.device) -> bool:

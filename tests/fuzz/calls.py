@@ -66,7 +66,7 @@ class Call:
 
 # Computes gradients of all outputs that have any, with a fixed pattern.
 GRADIENTS = """
-outputs = [t for t in differentiated if t.requires_grad]
+outputs = [t for t in differentiated if t.requires_grad and not t.is_nested]
 if outputs:
     patterns = [torch.linspace(-1, 1, t.numel()).to(t.dtype).view(t.shape) for t in outputs]
     torch.autograd.backward(outputs, patterns)

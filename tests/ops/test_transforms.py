@@ -251,6 +251,22 @@ def test_gradients_of_gradients_of_some_arguments(name, wanted):
     torch.testing.assert_close(*results)
 
 
+def test_a_composite_backward_refuses_and_ignores_what_the_op_does():
+    layer = random_layer((3, 24, 20, 4))
+    mask = torch.zeros(3, 8, dtype=torch.uint8)  # not read without dropout
+
+    def gradients(grad_y: Tensor) -> tuple[Tensor, ...]:
+        xa = layer.x @ layer.lora_A.T
+        return torch.ops.lora_ext.lora_linear_backward(
+            grad_y, layer.x, layer.weight, layer.lora_A, layer.lora_B, xa, mask, 0.5, 0.0, (True, True, True)
+        )
+
+    torch.testing.assert_close(gradients(layer.grad_y.clone().requires_grad_()), gradients(layer.grad_y))
+    layer.grad_y.requires_grad_().untyped_storage().resize_(1)
+    with pytest.raises(RuntimeError, match=r"^lora_linear_backward: grad_y is .* its storage has been freed"):
+        gradients(layer.grad_y)
+
+
 def test_batched_gradients_of_a_large_bias():
     layer = random_layer((2000, 24, 130, 4))  # more elements than bias_gradient sums at once
     bias = layer.bias.requires_grad_()
