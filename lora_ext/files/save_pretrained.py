@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +24,7 @@ from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.printable import shown
 from lora_ext._common.warnings import warn_user
 from lora_ext.config import LoraConfig, exact_patterns
-from lora_ext.files.adapter_file import CONFIG_FILE, WEIGHTS_FILE, holds_adapter
+from lora_ext.files.adapter_file import CONFIG_FILE, holds_adapter
 from lora_ext.files.safetensors_format import read_header
 from lora_ext.files.save_load import ADAPTER_FILES, file_content, write_content
 from lora_ext.files.staged_files import staged_files
@@ -185,21 +186,27 @@ def _write_adapters(call: _Call, module: nn.Module, adapters: AdapterSet) -> Non
             write_content(staging, content)
 
 
+_MODEL_FILE = re.compile(
+    r"(diffusion_pytorch_)?model\b.*\.safetensors(\.index\.json)?|(diffusion_)?pytorch_model(?!_fsdp).*\.bin(\.index\.json)?"
+)
+
+
 def _check_no_model(call: _Call) -> None:
     """Checks that no weights of a whole model would be replaced: they may be the only copy of the base."""
-    for path in sorted(call.directory.glob("*")):
-        name = path.name
-        is_model = name.endswith((".index.json", ".bin", ".msgpack", ".h5"))
-        if name.endswith(".safetensors") and name != WEIGHTS_FILE:
-            try:
-                is_model = MARKER not in read_header(path)[0]
-            except (OSError, ValueError, RuntimeError):
-                is_model = True
-        if is_model and not name.startswith(("adapter_model", "training_args", "optimizer", "scheduler")):
+    for path in sorted(call.directory.glob("*model*")):
+        if _MODEL_FILE.fullmatch(path.name) and not _holds_adapters_only(path):
             raise ValueError(
                 f"{call.name}: {path} holds weights of a whole model, which adapters must not replace; choose another "
                 "directory, or merge(model) first"
             )
+
+
+def _holds_adapters_only(path: Path) -> bool:
+    """Whether an earlier save of adapters wrote the weights file ``path``."""
+    try:
+        return path.suffix == ".safetensors" and MARKER in read_header(path)[0]
+    except (OSError, ValueError, RuntimeError):
+        return False
 
 
 def _config_within(caller: str, part: nn.Module, adapter: Adapter) -> LoraConfig:
