@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_ext.model.adapter_set import AdapterSet
 from lora_ext.model.bare_model import adapter_layers
+from lora_ext.model.peft_keys import has_peft_keys, translate_peft_keys
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.merged_state import MERGED_KEY, check_same_merged
 from lora_ext.nn.state_form import base_keys, own_keys
@@ -69,7 +70,9 @@ def _is_adapters(module: nn.Module, adapters: AdapterSet) -> Callable[[str, Tens
 
 
 class StateGuard:
-    """A hook before ``load_state_dict``: takes states of adapters alone, and checks what is merged before any change.
+    """A hook before ``load_state_dict``: checks what is merged before any change, and takes states of other forms.
+
+    They are states of adapters alone, and of the same model with PEFT's layers.
 
     Args:
         adapters: the adapters of the model; copied and pickled with it.
@@ -81,6 +84,8 @@ class StateGuard:
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         if prefix + MARKER in state_dict:
             self._complete(module, state_dict, prefix)
+        elif has_peft_keys(state_dict, prefix):
+            translate_peft_keys(module, self.adapters, own_state(module), state_dict, prefix)
         for path, layer in adapter_layers(module):
             if isinstance(layer, LoraLayer):
                 check_same_merged(layer, state_dict, f"{prefix}{path}." if path else prefix)

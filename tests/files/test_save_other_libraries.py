@@ -79,6 +79,48 @@ def test_a_part_that_a_saver_writes_by_itself_is_refused_until_merged(tmp_path):
     assert torch.equal(embeddings(sentence_transformer(tmp_path / "merged")), expected)
 
 
+@pytest.mark.parametrize("root", ["whole", "transformer"])
+@pytest.mark.parametrize("options", [{"target_modules": ["query"]}, {"target_modules": ["word_embeddings", "dense"]}])
+def test_the_trainer_of_sentence_transformers(root, options, tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers", reason="a GPU machine may not have it")
+    datasets = pytest.importorskip("datasets")
+
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        model = sentence_transformer()
+        inject(model if root == "whole" else model[0].auto_model, LoraConfig(r=2, **options))
+        return model
+
+    def trainer(model: nn.Module):
+        rows = datasets.Dataset.from_dict({"a": ["one", "two", "a cat", "a dog"], "b": ["1", "2", "cat", "dog"]})
+        arguments = sentence_transformers.SentenceTransformerTrainingArguments(
+            str(tmp_path / "run"),
+            report_to=[],
+            max_steps=4,
+            save_strategy="steps",
+            save_steps=2,
+            eval_strategy="steps",
+            eval_steps=2,
+            learning_rate=1e-2,
+            load_best_model_at_end=True,
+            greater_is_better=True,  # so the first is best
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
+        loss = losses.MultipleNegativesRankingLoss(model)
+        return sentence_transformers.SentenceTransformerTrainer(model, arguments, rows, rows, loss)
+
+    model = made()
+    run = trainer(model)
+    run.train()
+    best = run.state.best_model_checkpoint
+    torch.testing.assert_close(embeddings(model), embeddings(sentence_transformer(best)))
+    resumed = made()
+    trainer(resumed).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert torch.equal(embeddings(resumed), embeddings(model))
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
