@@ -241,6 +241,13 @@ def file_content(model: nn.Module, adapter: Adapter) -> FileContent:
     if values["base_model_name_or_path"] is None:
         values["base_model_name_or_path"] = base_name(model)
     scales = adapter.file_scales()
+    sharded = [key for key, tensor in adapter.tensors().items() if hasattr(tensor, "full_tensor")]
+    if sharded:
+        raise ValueError(
+            f"{type(root_module(model)).__name__} is sharded ({shown(sharded[0])} is a DTensor); gather its state_dict "
+            "(torch.distributed.checkpoint.state_dict, full_state_dict=True) and pass it to save_pretrained(directory, "
+            "state_dict=...), or load it into a model that is not sharded and save that one"
+        )
     # Copies, because tied modules share memory and the tensors of a file must not.
     tensors = {
         f"{KEY_PREFIX}{key}": tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

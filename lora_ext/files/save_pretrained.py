@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -21,14 +22,15 @@ from torch import Tensor, nn
 
 from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.printable import shown
+from lora_ext._common.warnings import warn_user
 from lora_ext.config import LoraConfig, exact_patterns
-from lora_ext.files.adapter_file import CONFIG_FILE, WEIGHTS_FILE, holds_adapter
+from lora_ext.files.adapter_file import CONFIG_FILE, holds_adapter
 from lora_ext.files.safetensors_format import read_header
 from lora_ext.files.save_load import ADAPTER_FILES, file_content, write_content
 from lora_ext.files.staged_files import staged_files
 from lora_ext.injection.targets import find_targets
 from lora_ext.model.adapter_set import Adapter, AdapterSet, adapter_in, adapter_set
-from lora_ext.model.adapter_state import MARKER, adapter_state, own_state
+from lora_ext.model.adapter_state import MARKER, adapter_state, lost_parameters, own_state
 from lora_ext.model.bare_model import BareModel, adapter_layers
 from lora_ext.model.saver import SavePretrained
 from lora_ext.nn import LoraLayer
@@ -52,9 +54,9 @@ def save_injected(
 
     Raises:
         ValueError: some of the active adapters are merged and others are not; the directory holds a whole model, or for
-            a merged model an adapter; the adapters in a part of a model cannot be described by a config for that part;
-            or ``distributed_checkpoint`` is set. Nothing is written then.
-        RuntimeError: ``original`` saved something else than the state of ``module``.
+            a merged model an adapter; ``distributed_checkpoint`` is set (nothing is written then). Or no config
+            describes the adapters in a part of the model; or ``original`` would write a part with adapters by itself.
+        RuntimeError: ``original`` did not ask for the state of ``module``.
     """
     call = _Call(f"{type(module).__name__}.save_pretrained", original, args, kwargs)
     if not any(adapter_layers(module)):  # all were deleted
@@ -172,27 +174,39 @@ def _write_adapters(call: _Call, module: nn.Module, adapters: AdapterSet) -> Non
         if adapter_set(module) is not adapters:
             adapter = dataclasses.replace(adapter, config=_config_within(call.name, module, adapter))
         contents[name] = file_content(module, adapter)
+    if lost := lost_parameters(module, adapters):
+        warn_user(
+            f"{call.name}: {shown(lost[0])} requires a gradient but belongs to no adapter (one of {len(lost)} "
+            "parameters): Trainer resumes with it, but load_adapter will not restore it; name its module in "
+            "modules_to_save"
+        )
     for name, content in contents.items():
         directory = call.directory if name == _DEFAULT else call.directory / name
         with staged_files(directory, ADAPTER_FILES, call.name) as staging:
             write_content(staging, content)
 
 
+_MODEL_FILE = re.compile(
+    r"(diffusion_pytorch_)?model\b.*\.safetensors(\.index\.json)?|(diffusion_)?pytorch_model(?!_fsdp).*\.bin(\.index\.json)?"
+)
+
+
 def _check_no_model(call: _Call) -> None:
     """Checks that no weights of a whole model would be replaced: they may be the only copy of the base."""
-    for path in sorted(call.directory.glob("*")):
-        name = path.name
-        is_model = name.endswith((".index.json", ".bin", ".msgpack", ".h5"))
-        if name.endswith(".safetensors") and name != WEIGHTS_FILE:
-            try:
-                is_model = MARKER not in read_header(path)[0]
-            except (OSError, ValueError, RuntimeError):
-                is_model = True
-        if is_model and not name.startswith(("adapter_model", "training_args", "optimizer", "scheduler")):
+    for path in sorted(call.directory.glob("*model*")):
+        if _MODEL_FILE.fullmatch(path.name) and not _holds_adapters_only(path):
             raise ValueError(
                 f"{call.name}: {path} holds weights of a whole model, which adapters must not replace; choose another "
                 "directory, or merge(model) first"
             )
+
+
+def _holds_adapters_only(path: Path) -> bool:
+    """Whether an earlier save of adapters wrote the weights file ``path``."""
+    try:
+        return path.suffix == ".safetensors" and MARKER in read_header(path)[0]
+    except (OSError, ValueError, RuntimeError):
+        return False
 
 
 def _config_within(caller: str, part: nn.Module, adapter: Adapter) -> LoraConfig:
@@ -279,7 +293,10 @@ def _with_values(caller: str, module: nn.Module, given: Mapping[str, Tensor] | N
             f"{caller}: state_dict lacks {len(missing)} keys of model.state_dict(), {shown(missing[0])} for one; pass "
             "all of them, or none"
         )
-    values = {id(tensor): given[key] for key, tensor in own.items()}
+    values = {
+        id(tensor): nn.Parameter(given[key], tensor.requires_grad) if isinstance(tensor, nn.Parameter) else given[key]
+        for key, tensor in own.items()
+    }
     with ExitStack() as stack:
         for sub in module.modules():
             for held in (sub._parameters, sub._buffers):

@@ -66,9 +66,9 @@ def inject(model: ModelT, config: LoraConfig | PeftConfig, adapter_name: str = "
 
     Raises:
         ValueError: nothing matches ``target_modules`` or ``modules_to_save`` (names close matches); the model has an
-            adapter of that name, or PEFT's adapters; adapters are merged; a second adapter would train biases; a token to
-            train does not exist; values to train are offloaded; or a module is in ``target_modules`` of one adapter and
-            in ``target_parameters`` of another.
+            adapter of that name, or PEFT's adapters; adapters are merged; a second adapter would train biases; a token
+            to train does not exist; values to train are offloaded; or a module is in ``target_modules`` of one adapter
+            and in ``target_parameters`` of another.
         TypeError: targets of unsupported kinds (all are named).
         The model is then unchanged.
 

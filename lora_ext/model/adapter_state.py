@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from lora_ext.model.adapter_set import AdapterSet
 from lora_ext.model.bare_model import adapter_layers
+from lora_ext.model.peft_keys import has_peft_keys, translate_peft_keys
 from lora_ext.nn import LoraLayer
-from lora_ext.nn.merged_state import check_same_merged
+from lora_ext.nn.merged_state import MERGED_KEY, check_same_merged
 from lora_ext.nn.state_form import base_keys, own_keys
 
 MARKER = "this file holds adapters only: load the base model, then call lora_ext.load_adapter(model, directory)"
@@ -26,14 +27,17 @@ _MISFIT = (1,) * 7  # no layer of PyTorch has a parameter with seven dimensions
 
 
 def adapter_state(module: nn.Module, adapters: AdapterSet) -> dict[str, Tensor]:
-    """Returns copies on the CPU of the adapters' tensors in ``module``, by the keys of its ``state_dict``.
+    """Returns copies on the CPU of all tensors in ``module`` that training may change, by the keys of ``state_dict``.
 
-    Tensors that adapters share are there once. Trained biases are there if they are in use.
+    These are the adapters' tensors, trained biases if they are in use, buffers, and parameters that require gradients.
+    Tensors that several modules share are there once.
     """
     state = {}
     seen: set[int] = set()
+    is_adapters = _is_adapters(module, adapters)
     for key, tensor in own_state(module).items():
-        if id(tensor) not in seen and _is_adapters(module, adapters)(key, tensor):
+        changes = is_adapters(key, tensor) or tensor.requires_grad or not isinstance(tensor, nn.Parameter)
+        if changes and id(tensor) not in seen and not key.endswith(MERGED_KEY):
             seen.add(id(tensor))
             state[key] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     with base_keys():
@@ -43,6 +47,13 @@ def adapter_state(module: nn.Module, adapters: AdapterSet) -> dict[str, Tensor]:
         | {key: torch.zeros(_MISFIT, dtype=torch.uint8) for key in misfits if key not in state}
         | state
     )
+
+
+def lost_parameters(module: nn.Module, adapters: AdapterSet) -> list[str]:
+    """Names the parameters that require gradients and belong to no adapter: adapter files do not hold them."""
+    is_adapters = _is_adapters(module, adapters)
+    named = module.named_parameters()
+    return [name for name, parameter in named if parameter.requires_grad and not is_adapters(name, parameter)]
 
 
 def own_state(module: nn.Module) -> dict[str, Tensor]:
@@ -59,7 +70,9 @@ def _is_adapters(module: nn.Module, adapters: AdapterSet) -> Callable[[str, Tens
 
 
 class StateGuard:
-    """A hook before ``load_state_dict``: takes states of adapters alone, and checks what is merged before any change.
+    """A hook before ``load_state_dict``: checks what is merged before any change, and takes states of other forms.
+
+    They are states of adapters alone, and of the same model with PEFT's layers.
 
     Args:
         adapters: the adapters of the model; copied and pickled with it.
@@ -71,26 +84,26 @@ class StateGuard:
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         if prefix + MARKER in state_dict:
             self._complete(module, state_dict, prefix)
+        elif has_peft_keys(state_dict, prefix):
+            translate_peft_keys(module, self.adapters, own_state(module), state_dict, prefix)
         for path, layer in adapter_layers(module):
             if isinstance(layer, LoraLayer):
                 check_same_merged(layer, state_dict, f"{prefix}{path}." if path else prefix)
 
     def _complete(self, module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
-        """Replaces all but the adapters' tensors by those of ``module``, so that loading leaves them as they are."""
+        """Completes a state of adapters alone by the tensors of ``module``, so that loading leaves them as they are."""
         is_adapters = _is_adapters(module, self.adapters)
-        given: dict[int, Tensor] = {}  # by the id of the parameter: shared tensors are in the state once
+        misfits = [key for key, value in state_dict.items() if getattr(value, "shape", None) == _MISFIT]
+        for key in (prefix + MARKER, *misfits):
+            del state_dict[key]
         own = own_state(module)
+        # By the id of the parameter, because shared tensors are in the state once.
+        given = {id(tensor): state_dict[prefix + key] for key, tensor in own.items() if prefix + key in state_dict}
         for key, tensor in own.items():
-            if is_adapters(key, tensor) and prefix + key in state_dict:
-                given[id(tensor)] = state_dict[prefix + key]
-        extra = [key for key, value in state_dict.items() if getattr(value, "shape", None) == _MISFIT]
-        for key in (prefix + MARKER, *extra):
-            state_dict.pop(key, None)
-        for key, tensor in own.items():
-            if not is_adapters(key, tensor):
-                state_dict[prefix + key] = tensor
-            elif id(tensor) in given:
+            if id(tensor) in given:
                 state_dict[prefix + key] = given[id(tensor)]
+            elif not is_adapters(key, tensor):
+                state_dict[prefix + key] = tensor
 
 
 def guard_loading(module: nn.Module, adapters: AdapterSet) -> None:

@@ -108,6 +108,8 @@ def test_an_unmerged_model_is_saved_as_peft_saves_it(case, tmp_path):
         assert {"adapter_config.json", "adapter_model.safetensors", "model.safetensors"} <= files(tmp_path / name)
         ours = load_adapter(copy.deepcopy(base), tmp_path / name).eval()
         assert torch.equal(logits(ours, ids), expected)
+    for name in files(tmp_path / "saved"):
+        assert (tmp_path / "given" / name).read_bytes() == (tmp_path / "saved" / name).read_bytes()
     save_adapter(model, tmp_path / "adapter")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "adapter" / name).read_bytes() == (tmp_path / "saved" / name).read_bytes()

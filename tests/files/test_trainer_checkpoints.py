@@ -72,6 +72,33 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(case, tmp_path):
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
+def test_what_the_user_trains_besides_and_buffers_are_resumed_with_a_warning(tmp_path):
+    base = BertWithNorm(bert().config)
+
+    def made() -> nn.Module:
+        model = injected(base, target_modules=["query"])
+        model.classifier.requires_grad_(True)
+        return model
+
+    whole, resumed = made(), made()
+    with pytest.warns(UserWarning, match=r"'classifier.weight' requires a gradient but belongs to no adapter"):
+        trainer(whole, tmp_path / "run").train()
+    with pytest.warns(UserWarning, match="modules_to_save"):
+        trainer(resumed, tmp_path / "run").train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert "classifier.weight" in trained(resumed)
+    assert_same(trained(resumed), trained(whole))
+    assert_same(dict(resumed.named_buffers()), dict(whole.named_buffers()))
+
+
+class BertWithNorm(BertForSequenceClassification):
+    """A model with buffers that change in training."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.norm = nn.BatchNorm1d(config.hidden_size)
+        self.dropout = self.norm  # between the pooler and the classifier
+
+
 class _GetsWorse(TrainerCallback):
     """Destroys the adapter after step 2, so that the best model is that of step 2."""
 

@@ -1,0 +1,45 @@
+"""FSDP2 and torch.distributed.checkpoint know the keys of injected models, and gathered states are saved."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.distributed
+from support.models import llama, token_ids
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import fully_shard
+
+from lora_ext import LoraConfig, inject, load_adapter, save_adapter
+
+pytestmark = pytest.mark.cpu_only("one process with gloo")
+WHOLE = StateDictOptions(full_state_dict=True)
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_a_gathered_state_is_saved_and_a_sharded_model_is_refused(one_process, tmp_path):
+    base, ids = llama().eval(), token_ids()
+    model = inject(copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    expected, state = model(ids).logits, {key: value.clone() for key, value in model.state_dict().items()}
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    gathered = get_model_state_dict(model, options=WHOLE)
+    assert gathered.keys() == state.keys() and all(torch.equal(gathered[key], value) for key, value in state.items())
+    set_model_state_dict(model, dict(gathered), options=WHOLE)
+
+    model.save_pretrained(tmp_path / "adapter", state_dict=get_model_state_dict(model, options=WHOLE))
+    again = load_adapter(copy.deepcopy(base), tmp_path / "adapter").eval()
+    assert torch.equal(again(ids).logits, expected)
+    assert torch.equal(model(ids).logits, expected)
+    for save in (model.save_pretrained, lambda directory: save_adapter(model, directory)):
+        with pytest.raises(ValueError, match="is sharded .*full_state_dict=True"):
+            save(tmp_path / "sharded")

@@ -1,0 +1,68 @@
+"""``adapter_names``, one adapter for each row, is refused instead of swallowed by a model's ``**kwargs``."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from support.models import refused
+from torch import Tensor, nn
+
+from lora_ext import LoraConfig, inject
+from lora_ext.adapters import merge_and_unload, unload
+
+
+class Swallows(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, **kwargs) -> Tensor:
+        return self.linear(x)
+
+
+class Chooses(Swallows):
+    def forward(self, x: Tensor, adapter_names: list[str] | None = None) -> Tensor:
+        return self.linear(x) * len(adapter_names or [0])
+
+
+def injected(model: nn.Module) -> nn.Module:
+    return inject(model, LoraConfig(r=2, target_modules=["linear"], init_lora_weights=False)).eval()
+
+
+ROWS = {"adapter_names": ["default", "__base__"]}
+
+
+@pytest.mark.parametrize("how", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), torch.compile])
+def test_it_is_refused_by_the_model_and_its_copies(how):
+    model, x = injected(Swallows()), torch.randn(2, 4)
+    other = how(model)
+    with refused(model, ValueError, "Swallows: adapter_names asks for one adapter for each row", "set_adapter"):
+        other(x, **ROWS)
+    assert torch.equal(other(x, adapter_names=None, anything=1), model(x))
+
+
+def test_a_second_adapter_adds_no_second_hook():
+    model = injected(Swallows())
+    inject(model, LoraConfig(r=2, target_modules=["linear"]), "b")
+    assert len(model._forward_pre_hooks) == 1 and len(model._load_state_dict_pre_hooks) == 1
+
+
+def test_it_breaks_no_graph():
+    model, x = injected(Swallows()), torch.randn(2, 4)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, adapter_names=None), model(x))
+
+
+@pytest.mark.parametrize("undo", [unload, merge_and_unload])
+def test_unloading_removes_the_check(undo):
+    model, x = undo(injected(Swallows())), torch.randn(2, 4)
+    assert torch.equal(model(x, **ROWS), model(x))
+
+
+def test_a_model_with_such_a_parameter_keeps_it():
+    model, x = injected(Chooses()), torch.randn(2, 4)
+    assert torch.equal(model(x, **ROWS), 2 * model(x))
