@@ -69,6 +69,22 @@ def is_dense(tensor: object) -> bool:
     return kind in _DENSE or kind.__module__.startswith("torch._subclasses.")
 
 
+def unwrapped(layer: nn.Module, base: nn.Module, *kinds: type[nn.Module]) -> nn.Module:
+    """The module of one of ``kinds`` that ``base`` is, or holds as ``base_layer`` like PEFT's layers.
+
+    It says what sizes and options ``layer`` has. TypeError: there is none.
+    """
+    module = base
+    while not isinstance(module, kinds):
+        module = getattr(module, "base_layer", None)
+        if module is None:
+            raise TypeError(
+                f"{type(layer).__name__}: base_layer is a {type(base).__name__}, want {layer.base_kinds}, or a module "
+                "with one as its base_layer"
+            )
+    return module
+
+
 def own_copy(layer: nn.Module, y: Any) -> Tensor:
     """A contiguous copy of what the base layer of ``layer`` returned, for in-place updates.
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_ext.nn.adapter import LoraAdapter
-from lora_ext.nn.base_layer import has_forward_of, own_copy, runs_alone, why_not_merge, why_weight_unusable
+from lora_ext.nn.base_layer import has_forward_of, own_copy, runs_alone, unwrapped, why_not_merge, why_weight_unusable
 from lora_ext.nn.expand import expand_onto_
 from lora_ext.nn.layer import LoraLayer, Matrix
 
@@ -68,23 +68,28 @@ class LoraConv(LoraLayer):
         )
 
     def factor_shapes(self, adapter: LoraAdapter) -> dict[str, tuple[int, ...]]:
-        return dict(zip(("lora_A", "lora_B"), _shapes(self.base_layer, adapter.r), strict=True))
+        return dict(zip(("lora_A", "lora_B"), _shapes(self.convolution, adapter.r), strict=True))
+
+    @property
+    def convolution(self) -> nn.Module:
+        """The base layer, without wrappers."""
+        return unwrapped(self, self.base_layer, *_CONVOLVE)
 
     @property
     def in_features(self) -> int:
         """The number of input channels."""
-        return self.base_layer.in_channels
+        return self.convolution.in_channels
 
     @property
     def out_features(self) -> int:
         """The number of output channels."""
-        return self.base_layer.out_channels
+        return self.convolution.out_channels
 
     def forward(self, x: Tensor) -> Tensor:
         base = self.base_layer
         y = base(x)
         adapters = self._adapters_in_use()
-        if adapters and not (runs_alone(base) and has_forward_of(base, _kind(base), "_conv_forward")):
+        if adapters and not (runs_alone(base) and has_forward_of(base, _kind(self.convolution), "_conv_forward")):
             y = own_copy(self, y)
             x = x.to(y.device)
         for adapter in adapters:
@@ -92,7 +97,7 @@ class LoraConv(LoraLayer):
         return y
 
     def _add(self, y: Tensor, x: Tensor, adapter: LoraAdapter) -> Tensor:
-        base = self.base_layer
+        base = self.convolution
         convolve = _CONVOLVE[_kind(base)]
         x, padding = F.dropout(x, adapter.lora_dropout, self.training).to(adapter.lora_A.dtype), base.padding
         if base.padding_mode != "zeros":

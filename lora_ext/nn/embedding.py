@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
 from lora_ext.nn.adapter import LoraAdapter
-from lora_ext.nn.base_layer import has_forward_of, own_copy, runs_alone, why_not_merge, why_weight_unusable
+from lora_ext.nn.base_layer import has_forward_of, own_copy, runs_alone, unwrapped, why_not_merge, why_weight_unusable
 from lora_ext.nn.expand import expand_onto_
 from lora_ext.nn.layer import LoraLayer
 
@@ -74,14 +74,19 @@ class LoraEmbedding(LoraLayer):
         return EmbeddingAdapter.from_config(config, path, *base_layer.weight.shape, base_layer.weight, device)
 
     @property
+    def embedding(self) -> nn.Embedding:
+        """The base layer, without wrappers."""
+        return unwrapped(self, self.base_layer, nn.Embedding)
+
+    @property
     def in_features(self) -> int:
         """The number of embeddings."""
-        return self.base_layer.num_embeddings
+        return self.embedding.num_embeddings
 
     @property
     def out_features(self) -> int:
         """The size of one embedding."""
-        return self.base_layer.embedding_dim
+        return self.embedding.embedding_dim
 
     @property
     def bias(self) -> None:
@@ -104,12 +109,17 @@ class LoraEmbedding(LoraLayer):
         base = self.base_layer
         y = base(ids)
         adapters = self._adapters_in_use()
-        if adapters and not runs_alone(base):
+        if not adapters:
+            return y
+        embedding = self.embedding
+        if not (runs_alone(base) and embedding is base):
             y = own_copy(self, y)
             ids = ids.to(y.device)
         for adapter in adapters:
-            xa = F.embedding(ids, adapter.lora_A.T, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
-            y = expand_onto_(y, scaled_rows(base, xa), adapter.lora_B, adapter.scaling)
+            xa = F.embedding(
+                ids, adapter.lora_A.T, embedding.padding_idx, scale_grad_by_freq=embedding.scale_grad_by_freq
+            )
+            y = expand_onto_(y, scaled_rows(embedding, xa), adapter.lora_B, adapter.scaling)
         return y
 
     def extra_repr(self) -> str:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_ext._ops.checks import accumulation_dtype
-from lora_ext.nn.base_layer import has_forward_of, own_copy, runs_alone, why_weight_unusable
+from lora_ext.nn.base_layer import has_forward_of, own_copy, runs_alone, unwrapped, why_weight_unusable
 from lora_ext.nn.embedding import scaled_rows, why_embedding_unusable
 from lora_ext.nn.layer import TransparentLayer, freeze, innermost
 
@@ -78,6 +78,7 @@ class TrainableTokens(TransparentLayer):
         active: names of the adapters in use, shared with other layers.
     """
 
+    base_kinds = "an nn.Embedding or nn.Linear"
     place = -1  # PEFT puts it inside LoRA layers
 
     @staticmethod
@@ -102,7 +103,7 @@ class TrainableTokens(TransparentLayer):
     @property
     def inner_layer(self) -> nn.Module:
         """The embedding or projection itself."""
-        return innermost(self._modules["base_layer"])
+        return unwrapped(self, innermost(self._modules["base_layer"]), nn.Embedding, nn.Linear)
 
     @property
     def rows_in_use(self) -> list[TokenRows]:
@@ -133,7 +134,8 @@ class TrainableTokens(TransparentLayer):
             for rows in rows_in_use:
                 y = self._looked_up(y, x, rows)
         else:
-            if rows_in_use and not runs_alone(self.inner_layer):
+            base = innermost(self._modules["base_layer"])
+            if rows_in_use and not (runs_alone(base) and isinstance(base, nn.Linear)):
                 y = own_copy(self, y)
             for rows in rows_in_use:
                 y = self._projected(y, x, rows)

@@ -11,8 +11,10 @@ import bitsandbytes
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 from support.models import FAMILIES, Block, Net, bert, llama, refused, token_ids
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from lora_ext import LoraConfig, inject
@@ -165,6 +167,22 @@ def test_every_unsupported_target_is_listed():
         assert line in text
     assert "fine" not in text
     assert {path: id(module) for path, module in zoo.named_modules()} == before
+
+
+def test_sharded_weights():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = fully_shard(Net(), mesh=dist.init_device_mesh("cpu", (1,)))
+        with pytest.raises(
+            TypeError, match=r"blocks\.0\.up \(Linear\): its weight is sharded \(DTensor\); inject before"
+        ):
+            inject(model, LoraConfig(target_modules=["up"]))
+        x = torch.randn(4, 6)
+        model = inject(Net().eval(), LoraConfig(target_modules=["up", "down"], **ALIVE))
+        expected = model(x)
+        torch.testing.assert_close(fully_shard(model, mesh=dist.init_device_mesh("cpu", (1,)))(x), expected)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(

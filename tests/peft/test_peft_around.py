@@ -11,7 +11,9 @@ from support.models import gpt2, llama, refused, token_ids
 from torch import Tensor, nn
 
 from lora_ext import LoraConfig, inject, save_adapter
-from lora_ext.adapters import merge, unmerge
+from lora_ext.adapters import disable_adapters, merge, unmerge
+from lora_ext.nn import AdapterLayer
+from lora_ext.nn.layer import innermost
 
 ALIVE = {"r": 2, "lora_alpha": 4, "init_lora_weights": False}
 MODELS = {"llama": (llama, ["q_proj", "down_proj"]), "gpt2": (gpt2, ["c_attn", "c_fc"])}
@@ -81,6 +83,56 @@ def test_peft_merges_and_unloads_its_own(models):
     torch.testing.assert_close(logits(ours, ids), want)
     unmerge(ours)
     torch.testing.assert_close(logits(ours, ids), want)
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.conv = nn.Embedding(9, 4), nn.Conv1d(4, 6, 3, padding=1)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.conv(self.tokens(ids).mT).mT)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["tokens"]},
+        {"target_modules": ["conv"]},
+        {"target_modules": ["head"]},
+        {"target_modules": ["conv"], "trainable_token_indices": {"tokens": [3, 5]}},
+        {"target_modules": ["conv"], "trainable_token_indices": {"head": [1, 2]}},
+    ],
+)
+def test_peft_on_top_of_other_kinds(settings):
+    """Each update alone, and both: the layer is linear in its updates."""
+    ids = torch.randint(9, (3, 7))
+    ours = inject(Layers().eval(), LoraConfig(**settings, **ALIVE))
+    for path, parameter in ours.named_parameters():
+        if path.endswith(".rows"):
+            nn.init.normal_(parameter)
+    target = next(path for path, layer in ours.named_modules() if isinstance(layer, AdapterLayer))
+    layer = ours.get_submodule(target)
+    x = {"tokens": ids, "conv": torch.randn(2, 4, 7), "head": torch.randn(2, 6)}[target]
+    wrapped = next(path for path, module in ours.named_modules() if module is innermost(layer))
+    theirs = peft.get_peft_model(ours, peft.LoraConfig(target_modules=[wrapped], **ALIVE))
+    with torch.no_grad():
+        both = layer(x)
+        with theirs.disable_adapter():
+            only_ours = layer(x)
+        with disable_adapters(ours):
+            only_theirs = layer(x)
+            with theirs.disable_adapter():
+                base = layer(x)
+    found = settings.get("trainable_token_indices", {}).get("tokens")
+    if found:  # trained rows replace rows, PEFT's update included
+        trained = torch.isin(ids, torch.tensor(found)).unsqueeze(-1)
+        expected = torch.where(trained, only_ours, only_theirs)
+    else:
+        expected = only_ours + only_theirs - base
+    assert not torch.allclose(only_theirs, base) and not torch.allclose(only_ours, base)
+    torch.testing.assert_close(both, expected)
 
 
 def test_each_library_saves_its_own_adapter(models, tmp_path):
