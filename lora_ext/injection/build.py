@@ -12,13 +12,13 @@ from torch import nn
 from lora_ext._common.printable import listed, shown
 from lora_ext.config import LoraConfig
 from lora_ext.injection.targets import Targets
-from lora_ext.matching.path_names import Parents
+from lora_ext.matching.path_names import Parents, is_inside
 from lora_ext.model.adapter_set import AdapterSet, Part, located
 from lora_ext.model.bare_model import BareModel, file_path
 from lora_ext.model.trained_biases import TrainedBiases
 from lora_ext.nn import LORA_LAYERS, AdapterLayer, LoraLayer, LoraLinear, LoraPackedLinear, LoraParameter
 from lora_ext.nn.attention import LoraMultiheadAttention
-from lora_ext.nn.base_layer import execution_device, is_offloaded
+from lora_ext.nn.base_layer import brings_submodules, execution_device, is_offloaded
 from lora_ext.nn.layer import innermost
 from lora_ext.nn.tied import TiedAdapter
 from lora_ext.nn.trainable_tokens import TiedRows, TokenRows, TrainableTokens
@@ -135,9 +135,17 @@ def _check_parameters(bare: BareModel, targets: Targets) -> None:
 
 
 def _check_offloaded(bare: BareModel, targets: Targets, config: LoraConfig) -> None:
-    """Refuses to train copies of values that accelerate keeps on another device."""
+    """Refuses to train copies of values that accelerate keeps elsewhere, and targets in modules brought as a whole."""
     inside = Parents(targets.trained)
-    for path, module in bare.modules.items():
+    adapted = (*targets.modules, *targets.parameters, *targets.trained, *targets.tokens)
+    for path, module in {"": bare.root, **bare.modules}.items():
+        if brings_submodules(module) and (
+            found := [target for target in adapted if is_inside(target, path) or not path]
+        ):
+            raise ValueError(
+                f"inject: accelerate offloads {path!r} as a whole, with {found[0]!r} in it, and would look for the "
+                "factors in the offloaded weights; offload without preload_module_classes"
+            )
         key = "modules_to_save" if path in inside else "bias" if config.bias != "none" else ""
         for name in module._parameters if key == "modules_to_save" else ("bias",) if key else ():
             if is_offloaded(module, name):

@@ -203,6 +203,14 @@ def execution_device(module: nn.Module) -> torch.device | None:
     return None
 
 
+def brings_submodules(module: nn.Module) -> bool:
+    """Whether accelerate brings the parameters of modules inside ``module`` too, for a call of ``module``."""
+    return any(
+        getattr(hook, "offload", False) and getattr(hook, "place_submodules", False)
+        for hook in _accelerate_hooks(module)
+    )
+
+
 def _below_accelerate(module: nn.Module, method: str) -> Any:
     state, hooks = vars(module), _accelerate_hooks(module)
     if method == "forward" and hooks and all(type(hook).__module__ == "accelerate.hooks" for hook in hooks):

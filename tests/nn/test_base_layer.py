@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from support.models import Net, gpt2, refused, token_ids
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+from transformers.pytorch_utils import Conv1D
 
 from lora_ext import LoraConfig, functional, inject
 from lora_ext.adapters import merge, merge_and_unload, unmerge
@@ -173,6 +174,17 @@ def test_changes_of_the_base_layer_have_effect(change, num_adapters):
     expected = 2 * F.linear(x, model.layer.weight, model.layer.bias) + update
     change(model.layer.base_layer)
     torch.testing.assert_close(model.layer(x), expected)
+
+
+@pytest.mark.parametrize("base", [nn.Linear(6, 9), Conv1D(9, 6)])
+def test_a_hook_under_a_packed_projection(base):
+    model, x = adapted(base, enable_lora={"layer": [True, False, True]}), torch.randn(4, 6)
+    bare = base(x)
+    update = model.layer(x) - bare
+    hook(base)
+    y = model.layer(x)
+    torch.testing.assert_close(y, 2 * bare + update)
+    assert torch.equal(y[:, 3:6], 2 * bare[:, 3:6]) and not torch.allclose(y[:, :3], 2 * bare[:, :3])
 
 
 def test_a_replaced_base_layer_has_effect():
