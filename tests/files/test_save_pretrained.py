@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+import types
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 import transformers.integrations.peft
+import transformers.modeling_utils
 import transformers.models.auto.auto_factory
 from support.models import bert, gpt2, llama, refused, token_ids
 from torch import nn
@@ -201,8 +204,31 @@ def test_no_file_is_written_that_would_load_wrong(tmp_path):
     assert not (tmp_path / "mixed").exists()
 
 
+def test_what_is_pushed_to_the_hub(tmp_path, monkeypatch):
+    """Transformers uploads what is newer than the begin of the call."""
+    uploaded = {}
+
+    class Api:
+        def create_repo(self, *args, **kwargs):
+            return types.SimpleNamespace(repo_id="org/name")
+
+    def upload(self, directory, repo_id, timestamps, **kwargs):
+        uploaded[repo_id] = {n for n in files(Path(directory)) if n not in timestamps}
+
+    monkeypatch.setattr(transformers.modeling_utils, "hf_api", Api)
+    card = types.SimpleNamespace(save=lambda path: None)
+    monkeypatch.setattr(transformers.modeling_utils, "create_and_tag_model_card", lambda *args, **kwargs: card)
+    monkeypatch.setattr(transformers.PreTrainedModel, "_upload_modified_files", upload)
+    _, model = made("llama", tmp_path)
+    model.save_pretrained(tmp_path / "saved", push_to_hub=True)
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= uploaded["org/name"]
+    assert "config.json" not in uploaded["org/name"]
+
+
 def test_only_the_main_process_writes(tmp_path):
     _, model = made("llama", tmp_path)
+    model.save_pretrained(tmp_path / "nothing", state_dict={})  # as Trainer under DeepSpeed
+    assert not any(name.startswith("adapter") for name in files(tmp_path / "nothing"))
     model.save_pretrained(tmp_path / "saved", is_main_process=False)
     assert not files(tmp_path / "saved")
 
