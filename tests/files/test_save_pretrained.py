@@ -15,13 +15,25 @@ import transformers.modeling_utils
 import transformers.models.auto.auto_factory
 from support.models import bert, gpt2, llama, refused, token_ids
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
 from lora_ext.adapters import delete_adapter, merge_and_unload, unload
 from lora_ext.model.adapter_state import MARKER
 
 pytestmark = pytest.mark.cpu_only("files are about the CPU")
+
+
+def mixtral() -> MixtralForCausalLM:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=50, num_key_value_heads=1, num_local_experts=3, **sizes))
+
 
 CASES = {
     "llama": (llama, {"target_modules": ["q_proj", "v_proj"]}),
@@ -39,11 +51,17 @@ CASES = {
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True},
     ),
     "tokens": (llama, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 1]}),
+    # Files of this model have the experts one by one; Transformers converts them.
+    "experts": (
+        mixtral,
+        {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    ),
     "tied tokens": (lambda: llama(tied=True), {"target_modules": ["q_proj"], "trainable_token_indices": [3, 1]}),
 }
 AUTO = {
     "LlamaForCausalLM": AutoModelForCausalLM,
     "GPT2LMHeadModel": AutoModelForCausalLM,
+    "MixtralForCausalLM": AutoModelForCausalLM,
     "BertForSequenceClassification": AutoModelForSequenceClassification,
 }
 
