@@ -34,6 +34,7 @@ from lora_ext.model.adapter_state import MARKER, adapter_state, lost_parameters,
 from lora_ext.model.bare_model import BareModel, adapter_layers
 from lora_ext.model.saver import SavePretrained
 from lora_ext.nn import LoraLayer
+from lora_ext.nn.merged_state import MERGED_KEY
 from lora_ext.nn.parameter import LoraParameter
 from lora_ext.nn.state_form import base_keys, no_state, own_keys
 from lora_ext.nn.trainable_tokens import TiedRows, TrainableTokens
@@ -66,6 +67,8 @@ def save_injected(
             f"{call.name}: distributed_checkpoint=True would write keys that from_pretrained cannot read; merge(model) "
             "and save without it, or use torch.distributed.checkpoint, which the model's keys suit"
         )
+    if call.get("state_dict") == {}:  # Trainer's placeholder under DeepSpeed, which it removes
+        return call.run()
     given = call.take("state_dict")
     with _with_values(call.name, module, given):
         if _is_merged(call.name, module):
@@ -286,7 +289,7 @@ def _with_values(caller: str, module: nn.Module, given: Mapping[str, Tensor] | N
     if given is None:
         yield
         return
-    own = own_state(module)
+    own = {key: tensor for key, tensor in own_state(module).items() if not key.endswith(MERGED_KEY)}
     missing = [key for key in own if key not in given]
     if missing:
         raise ValueError(

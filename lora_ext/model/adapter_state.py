@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.model.adapter_set import AdapterSet
-from lora_ext.model.bare_model import adapter_layers
+from lora_ext.model.bare_model import BareModel, adapter_layers
 from lora_ext.model.peft_keys import has_peft_keys, translate_peft_keys
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.merged_state import MERGED_KEY, check_same_merged
-from lora_ext.nn.state_form import base_keys, own_keys
+from lora_ext.nn.state_form import own_keys
 
 MARKER = "this file holds adapters only: load the base model, then call lora_ext.load_adapter(model, directory)"
 """A key that loaders print among the unexpected ones."""
@@ -40,13 +40,10 @@ def adapter_state(module: nn.Module, adapters: AdapterSet) -> dict[str, Tensor]:
         if changes and id(tensor) not in seen and not key.endswith(MERGED_KEY):
             seen.add(id(tensor))
             state[key] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-    with base_keys():
-        misfits = type(module).state_dict(module, keep_vars=True)
-    return (
-        {MARKER: torch.zeros(1, dtype=torch.uint8)}
-        | {key: torch.zeros(_MISFIT, dtype=torch.uint8) for key in misfits if key not in state}
-        | state
-    )
+    base = {"": module, **BareModel(module).modules}
+    keys = [f"{path}.{name}" if path else name for path, held in base.items() for name in held._parameters]
+    misfits = {key: torch.zeros(_MISFIT, dtype=torch.uint8) for key in keys if key not in state}
+    return {MARKER: torch.zeros(1, dtype=torch.uint8)} | misfits | state
 
 
 def lost_parameters(module: nn.Module, adapters: AdapterSet) -> list[str]:

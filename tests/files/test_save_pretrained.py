@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import copy
 import pickle
+import types
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 import transformers.integrations.peft
+import transformers.modeling_utils
 import transformers.models.auto.auto_factory
 from support.models import bert, gpt2, llama, refused, token_ids
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
 from lora_ext.adapters import delete_adapter, merge_and_unload, unload
 from lora_ext.model.adapter_state import MARKER
 
 pytestmark = pytest.mark.cpu_only("files are about the CPU")
+
+
+def mixtral() -> MixtralForCausalLM:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=50, num_key_value_heads=1, num_local_experts=3, **sizes))
+
 
 CASES = {
     "llama": (llama, {"target_modules": ["q_proj", "v_proj"]}),
@@ -36,11 +51,17 @@ CASES = {
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True},
     ),
     "tokens": (llama, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 1]}),
+    # Files of this model have the experts one by one; Transformers converts them.
+    "experts": (
+        mixtral,
+        {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    ),
     "tied tokens": (lambda: llama(tied=True), {"target_modules": ["q_proj"], "trainable_token_indices": [3, 1]}),
 }
 AUTO = {
     "LlamaForCausalLM": AutoModelForCausalLM,
     "GPT2LMHeadModel": AutoModelForCausalLM,
+    "MixtralForCausalLM": AutoModelForCausalLM,
     "BertForSequenceClassification": AutoModelForSequenceClassification,
 }
 
@@ -201,8 +222,31 @@ def test_no_file_is_written_that_would_load_wrong(tmp_path):
     assert not (tmp_path / "mixed").exists()
 
 
+def test_what_is_pushed_to_the_hub(tmp_path, monkeypatch):
+    """Transformers uploads what is newer than the begin of the call."""
+    uploaded = {}
+
+    class Api:
+        def create_repo(self, *args, **kwargs):
+            return types.SimpleNamespace(repo_id="org/name")
+
+    def upload(self, directory, repo_id, timestamps, **kwargs):
+        uploaded[repo_id] = {n for n in files(Path(directory)) if n not in timestamps}
+
+    monkeypatch.setattr(transformers.modeling_utils, "hf_api", Api)
+    card = types.SimpleNamespace(save=lambda path: None)
+    monkeypatch.setattr(transformers.modeling_utils, "create_and_tag_model_card", lambda *args, **kwargs: card)
+    monkeypatch.setattr(transformers.PreTrainedModel, "_upload_modified_files", upload)
+    _, model = made("llama", tmp_path)
+    model.save_pretrained(tmp_path / "saved", push_to_hub=True)
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= uploaded["org/name"]
+    assert "config.json" not in uploaded["org/name"]
+
+
 def test_only_the_main_process_writes(tmp_path):
     _, model = made("llama", tmp_path)
+    model.save_pretrained(tmp_path / "nothing", state_dict={})  # as Trainer under DeepSpeed
+    assert not any(name.startswith("adapter") for name in files(tmp_path / "nothing"))
     model.save_pretrained(tmp_path / "saved", is_main_process=False)
     assert not files(tmp_path / "saved")
 

@@ -28,6 +28,7 @@ CASES = {
     "tied": (lambda: llama(tied=True), {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}),
     "tied tokens": (lambda: llama(tied=True), {"target_modules": ["q_proj"], "trainable_token_indices": [3, 1]}),
 }
+MORE = ("biases", "tied tokens")
 
 
 def injected(base: nn.Module, **options) -> nn.Module:
@@ -58,7 +59,7 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["head", "tied", *(pytest.param(c, marks=pytest.mark.full) for c in MORE)])
 def test_a_resumed_run_ends_like_an_uninterrupted_one(case, tmp_path):
     make, options = CASES[case]
     base = make()
@@ -149,6 +150,7 @@ def test_a_checkpoint_has_the_bytes_of_the_adapter(tmp_path, caplog):
     assert "missing keys" not in caplog.text and "unexpected keys" not in caplog.text
 
 
+@pytest.mark.full
 def test_every_named_adapter_is_in_a_checkpoint(tmp_path):
     def two() -> nn.Module:
         model = injected(base, target_modules=["q_proj"])
