@@ -207,8 +207,12 @@ CALLS: list[Call] = [
             "trainable": True,
             "adapter_name": "c",
             "allow_pickle": False,
+            "download": False,
+            "revision": None,
         },
         [
+            ({"revision": "main"}, ValueError, "revision is 'main', but nothing is downloaded; set download=True"),
+            ({"directory": "org/name"}, FileNotFoundError, "on the Hugging Face hub: load_adapter(..., download=True)"),
             ({"trainable": "yes"}, TypeError, "trainable is 'yes' of type str, want True or False"),
             (lambda path: {"directory": path / "none"}, FileNotFoundError, "none"),
             (lambda path: {"directory": damaged(path, "adapter_config.json", b"{")}, ValueError, "adapter_config.json"),
