@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lora_ext import _C, _load
+from lora_ext import _load
 
 
 def cpu_model() -> str:
@@ -19,6 +19,14 @@ def cpu_model() -> str:
     except OSError:
         names = []
     return names[0] if names else platform.machine()
+
+
+def library_paths() -> list[Path]:
+    """Returns the libraries that register ``torch.ops.lora_ext``: the CPU kernels, and the CUDA kernels if they run.
+
+    A program exported with our ops needs them and nothing else of lora_ext: docs/export.md.
+    """
+    return [_load.LIBRARY] + ([] if _load.cuda_unavailable_reason else [_load.CUDA_LIBRARY])
 
 
 def gather() -> dict[str, object]:
@@ -32,10 +40,11 @@ def gather() -> dict[str, object]:
         "torch_minimum": built["torch_minimum"],
         "python": platform.python_version(),
         "compiler": built["compiler"],
+        "libraries": [str(path) for path in library_paths()],
         "cpu": {
             "model": cpu_model(),
-            "isa": _C.cpu_isa() or None,
-            "isas_available": _C.available_cpu_isas().split(","),
+            "isa": _load.cpu_isa(),
+            "isas_available": _load.available_cpu_isas(),
             "threads": torch.get_num_threads(),
         },
         "cuda": {
@@ -71,6 +80,7 @@ def info(json: bool = False) -> str:
         ("torch", f"{facts['torch']} (built against {facts['torch_built_against']}, needs {facts['torch_minimum']})"),
         ("python", facts["python"]),
         ("compiler", facts["compiler"]),
+        ("libraries", ", ".join(facts["libraries"])),
         ("CPU", f"{cpu['model']}, {cpu['threads']} threads"),
         ("CPU kernels", f"{cpu['isa']} (this machine runs {', '.join(cpu['isas_available'])})"),
         ("CUDA built", built),
