@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from lora_ext import _load
+from lora_ext.export import library_paths
 
 
 def cpu_model() -> str:
@@ -19,14 +20,6 @@ def cpu_model() -> str:
     except OSError:
         names = []
     return names[0] if names else platform.machine()
-
-
-def library_paths() -> list[Path]:
-    """Returns the libraries that register ``torch.ops.lora_ext``: the CPU kernels, and the CUDA kernels if they run.
-
-    A program exported with our ops needs them and nothing else of lora_ext: docs/export.md.
-    """
-    return [_load.LIBRARY] + ([] if _load.cuda_unavailable_reason else [_load.CUDA_LIBRARY])
 
 
 def gather() -> dict[str, object]:
