@@ -1,4 +1,6 @@
-"""Builds the compiled part: lora_ext._C, liblora_ext.so and, if nvcc is found, liblora_ext_cuda.so.
+"""Builds the compiled part: liblora_ext.so and, if nvcc is found, liblora_ext_cuda.so.
+
+Both depend on torch's stable ABI and on no Python: one wheel serves every Python and every torch from 2.11 on.
 
 Environment variables:
     LORA_EXT_CUDA        0: never build the CUDA part; 1: fail without it; unset: build it if nvcc is found
@@ -7,6 +9,7 @@ Environment variables:
     MAX_JOBS             parallel compiler processes (read by torch)
 """
 
+import json
 import os
 import re
 import shutil
@@ -15,8 +18,8 @@ import sys
 from pathlib import Path
 
 import torch
-from pybind11 import get_include as pybind11_include
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parent
@@ -73,27 +76,20 @@ CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-Wall", "-Wextra", "-fvisibility=hidde
 CXX_FLAGS += ["-fno-math-errno", f"-ffile-prefix-map={ROOT}/="]  # error messages carry no build paths
 COMMON = {"depends": HEADERS, "language": "c++", "library_dirs": cpp_extension.library_paths()}
 FACTS = {
-    "VERSION": VERSION,
-    "TORCH_VERSION": torch.__version__,
-    "TORCH_TARGET": ".".join(map(str, TORCH_TARGET)),
-    "CUDA_VERSION": NVCC_VERSION if CUDA_HOME else "",
-    "CUDA_ARCHS": ",".join(ARCHS) if CUDA_HOME else "",
-    "NO_CUDA_REASON": NO_CUDA_REASON,
+    "version": VERSION,
+    "torch_built_against": torch.__version__,
+    "torch_minimum": ".".join(map(str, TORCH_TARGET)),
+    "cuda_version": NVCC_VERSION if CUDA_HOME else "",
+    "cuda_archs": ",".join(ARCHS) if CUDA_HOME else "",
+    "no_cuda_reason": NO_CUDA_REASON,
 }
 
-extensions = [  # liblora_ext*.so do not use Python: torch.ops.load_library loads them
+extensions = [
     Extension(
         "lora_ext.liblora_ext",
-        sources("library.cpp", "bindings/cpu_*.cpp", "cpu/*.cpp"),
+        sources("library.cpp", "facts.cpp", "bindings/cpu_*.cpp", "cpu/*.cpp"),
         extra_compile_args={"cxx": [*CXX_FLAGS, *TORCH_FLAGS]},
         extra_link_args=["-ltorch_cpu", "-Wl,-z,defs"],
-        **COMMON,
-    ),
-    Extension(
-        "lora_ext._C",
-        sources("module.cpp"),
-        include_dirs=[pybind11_include()],
-        extra_compile_args={"cxx": CXX_FLAGS + [f'-DLORA_EXT_{name}="{fact}"' for name, fact in FACTS.items()]},
         **COMMON,
     ),
 ]
@@ -116,6 +112,15 @@ if CUDA_HOME:
     extensions.append(cuda_extension)
 
 
+def write_facts() -> None:
+    """Writes build/facts.h for csrc/facts.cpp, if it changed."""
+    lines = "".join(json.dumps(f"{name}\t{fact}\n") for name, fact in FACTS.items())
+    text, header = f"#define LORA_EXT_BUILD_INFO {lines}\n", ROOT / "build" / "facts.h"
+    if not header.exists() or header.read_text() != text:
+        header.parent.mkdir(exist_ok=True)
+        header.write_text(text)
+
+
 class BuildExtension(cpp_extension.BuildExtension):
     def finalize_options(self):
         super().finalize_options()
@@ -123,10 +128,10 @@ class BuildExtension(cpp_extension.BuildExtension):
         self.build_temp = str(ROOT / "build" / f"objects-{sys.implementation.cache_tag}")
 
     def get_ext_filename(self, name):
-        is_plain_library = name.rpartition(".")[2].startswith("lib")  # no Python ABI in its name
-        return name.replace(".", os.sep) + ".so" if is_plain_library else super().get_ext_filename(name)
+        return name.replace(".", os.sep) + ".so"  # without the Python ABI that extension modules have in their names
 
     def build_extensions(self):
+        write_facts()
         # nvcc writes no dependency file for ninja: rebuild every CUDA object that is older than a header.
         newest = max(os.path.getmtime(ROOT / header) for header in HEADERS)
         for path in Path(self.build_temp).rglob("cuda/**/*.o"):
@@ -147,4 +152,10 @@ class BuildCuda(BuildExtension):  # for `make cuda`: the CUDA library alone, nex
         self.extensions = [extension for extension in self.extensions if extension.name.endswith("_cuda")]
 
 
-setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension, "build_cuda": BuildCuda})
+class PlatformWheel(bdist_wheel):
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
+COMMANDS = {"build_ext": BuildExtension, "build_cuda": BuildCuda, "bdist_wheel": PlatformWheel}
+setup(ext_modules=extensions, cmdclass=COMMANDS)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
 _HERE = Path(__file__).resolve().parent
+LIBRARY = _HERE / "liblora_ext.so"
+CUDA_LIBRARY = _HERE / "liblora_ext_cuda.so"
+TORCH_MINIMUM = "2.11"  # setup.py's TORCH_TARGET, for when the library does not load and cannot tell
 _REBUILD = "Build it with `pip install .` in a checkout, or run `pip install --force-reinstall lora_ext`."
 
 
@@ -18,52 +21,64 @@ def _reason(error: BaseException) -> str:
 
 
 def _load_cpu() -> None:
-    library = _HERE / "liblora_ext.so"
-    if not library.exists():
-        raise ImportError(f"lora_ext: the compiled library {library.name} is missing from {_HERE}. {_REBUILD}")
+    if not LIBRARY.exists():
+        raise ImportError(f"lora_ext: the compiled library {LIBRARY.name} is missing from {_HERE}. {_REBUILD}")
     try:
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as error:
         raise ImportError(
-            f"lora_ext: {library.name} does not load with torch {torch.__version__} (it needs torch "
-            f"{build_info()['torch_minimum']} or newer): {_reason(error)}. {_REBUILD}"
+            f"lora_ext: {LIBRARY.name} does not load with torch {torch.__version__} (it needs torch "
+            f"{TORCH_MINIMUM} or newer): {_reason(error)}. {_REBUILD}"
         ) from error
 
 
 def _load_cuda() -> str:
     """Loads the CUDA kernels if they can run. Returns the reason if not, or ""."""
-    library = _HERE / "liblora_ext_cuda.so"
     if reason := build_info()["no_cuda_reason"]:
         return reason
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA"
     try:
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(CUDA_LIBRARY))
     except (OSError, RuntimeError) as error:
-        return f"{library.name} does not load: {_reason(error)}"
+        return f"{CUDA_LIBRARY.name} does not load: {_reason(error)}"
     return ""
 
 
 def _check_isa() -> None:
-    module = _compiled_module()
-    if not module.cpu_isa():
+    if not cpu_isa():
         raise ImportError(
             f"lora_ext: LORA_EXT_CPU_ISA is {os.environ['LORA_EXT_CPU_ISA']!r}, want one of "
-            f"{module.available_cpu_isas().replace(',', ', ')} on this machine, or unset it"
+            f"{', '.join(available_cpu_isas())} on this machine, or unset it"
         )
 
 
-def _compiled_module() -> ModuleType:
-    try:
-        from lora_ext import _C
-    except ImportError as error:
-        raise ImportError(f"lora_ext: the compiled module lora_ext._C does not load: {error}. {_REBUILD}") from error
-    return _C
+def _fact(name: str) -> str:
+    """Calls a function of csrc/facts.cpp."""
+    function = getattr(ctypes.CDLL(str(LIBRARY)), f"lora_ext_{name}")
+    function.restype = ctypes.c_char_p
+    return function().decode()
 
 
 def build_info() -> dict[str, str]:
     """Returns how the binary was built: version, torch, compiler, CUDA. Strings, empty where they do not apply."""
-    return _compiled_module().build_info()
+    return dict(line.split("\t") for line in _fact("build_info").splitlines())
+
+
+def cpu_isa() -> str:
+    """Returns the name of the instruction set whose CPU kernels run here; "" if LORA_EXT_CPU_ISA names none."""
+    return _fact("cpu_isa")
+
+
+def available_cpu_isas() -> list[str]:
+    """Returns the names of the instruction sets that this machine can run, best first."""
+    return _fact("available_cpu_isas").split(",")
+
+
+def refusals() -> dict[str, tuple[str, str]]:
+    """Returns the refusals of csrc/refusals.h: name -> (name of the exception, text, in which {} stands for a part)."""
+    lines = (line.split("\t") for line in _fact("refusals").splitlines())
+    return {name: (error, text) for name, error, text in lines}
 
 
 def check_kernels_exist(op: str, device: torch.device) -> None:

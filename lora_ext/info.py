@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from lora_ext import _C, _load
+from lora_ext import _load
+from lora_ext.export import library_paths
 
 
 def cpu_model() -> str:
@@ -32,10 +33,11 @@ def gather() -> dict[str, object]:
         "torch_minimum": built["torch_minimum"],
         "python": platform.python_version(),
         "compiler": built["compiler"],
+        "libraries": [str(path) for path in library_paths()],
         "cpu": {
             "model": cpu_model(),
-            "isa": _C.cpu_isa() or None,
-            "isas_available": _C.available_cpu_isas().split(","),
+            "isa": _load.cpu_isa(),
+            "isas_available": _load.available_cpu_isas(),
             "threads": torch.get_num_threads(),
         },
         "cuda": {
@@ -71,6 +73,7 @@ def info(json: bool = False) -> str:
         ("torch", f"{facts['torch']} (built against {facts['torch_built_against']}, needs {facts['torch_minimum']})"),
         ("python", facts["python"]),
         ("compiler", facts["compiler"]),
+        ("libraries", ", ".join(facts["libraries"])),
         ("CPU", f"{cpu['model']}, {cpu['threads']} threads"),
         ("CPU kernels", f"{cpu['isa']} (this machine runs {', '.join(cpu['isas_available'])})"),
         ("CUDA built", built),

@@ -9,15 +9,13 @@ complain() { # problem, remedy
 }
 
 if ! command -v "$python" >/dev/null; then
-  complain "no $python on PATH" "Install Python 3.10 or newer (apt-get install python3 python3-venv python3-dev), or name one: make PYTHON=/path/to/python3"
+  complain "no $python on PATH" "Install Python 3.10 or newer (apt-get install python3 python3-venv), or name one: make PYTHON=/path/to/python3"
 else
   version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
     complain "$python is Python $version, want 3.10 or newer" "Install a newer one and name it: make PYTHON=/path/to/python3.12"
   "$python" -c 'import venv, ensurepip' 2>/dev/null ||
     complain "$python has no venv module" "apt-get install python3-venv (Debian, Ubuntu), or use another Python"
-  "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
-    complain "the headers of $python are missing (Python.h)" "apt-get install python3-dev (Debian, Ubuntu) or dnf install python3-devel (Fedora)"
 fi
 
 compiler=${CXX:-c++}

@@ -41,7 +41,7 @@ def files_of(module: str, names: list[str]) -> Iterator[str]:
         longer = f"{path}/{name}".strip("/")
         candidates = (f"{longer}.py", f"{longer}/__init__.py", f"{path}.py", f"{path}/__init__.py".strip("/"))
         file = next((candidate for candidate in candidates if (PACKAGE / candidate).is_file()), None)
-        if file is not None and longer != "_C":
+        if file is not None:
             yield file
 
 

@@ -89,8 +89,17 @@ def test_python_of_methods_md(in_tmp_path, capsys):
     assert (in_tmp_path / "my-adapter" / "method.safetensors").is_file()
 
 
+def test_python_of_export_md(in_tmp_path, capsys):
+    with_ops, plain = python_blocks("docs/export.md")
+    for block, has_ops in ((with_ops, True), (plain, False)):
+        names = run(block, model=bare_model())
+        assert ("lora_ext.lora_linear" in str(names["program"].graph)) == has_ops
+        assert (in_tmp_path / "program.pt2").stat().st_size > 1e6
+    assert "liblora_ext.so" in capsys.readouterr().out
+
+
 def test_no_python_is_left_out():
-    run_here = {"README.md", "docs/adapters.md", "docs/peft.md", "docs/methods.md"}
+    run_here = {"README.md", "docs/adapters.md", "docs/peft.md", "docs/methods.md", "docs/export.md"}
     assert {name for name in DOCUMENTS if python_blocks(name)} == run_here
 
 

@@ -1,5 +1,4 @@
-// The instruction sets that the CPU kernels are compiled for, and those that this machine runs. Does not depend on the
-// kernels, so that lora_ext._C need not link them.
+// The instruction sets that the CPU kernels are compiled for, and those that this machine runs.
 #pragma once
 
 #include <cstdlib>

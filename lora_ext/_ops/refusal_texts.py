@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
-from lora_ext import _C
+from lora_ext import _load
 
 _ERRORS: dict[str, type[Exception]] = {"ValueError": ValueError, "TypeError": TypeError}
-_REFUSALS = {name: (_ERRORS[error], text) for name, (error, text) in _C.refusals().items()}
+_REFUSALS = {name: (_ERRORS[error], text) for name, (error, text) in _load.refusals().items()}
 
 
 def refusal(op: str, name: str, *parts: object) -> Exception:

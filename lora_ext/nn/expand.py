@@ -85,10 +85,10 @@ class _Expand(torch.autograd.Function):
 
 
 def _add_product_(Y: Tensor, factor: Tensor, X: Tensor, alpha: float) -> None:
-    if len(Y) == 1:
+    if Y.shape[0] == 1:  # not len(Y), which would fix the batch size of an exported program
         Y[0].addmm_(factor, X[0], alpha=alpha)
     else:
-        Y.baddbmm_(factor.expand(len(Y), *factor.shape), X, alpha=alpha)
+        Y.baddbmm_(factor.expand(Y.shape[0], *factor.shape), X, alpha=alpha)
 
 
 def _product(factor: Tensor, X: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def _matrices(tensor: Tensor, dim: int, last: bool) -> Tensor:
 def _chunks(Y: Tensor) -> Iterator[tuple[slice, ...]]:
     """Yields indices of parts of at most ``_CHUNK`` elements: several matrices, or columns of one."""
     batch, features, rest = Y.shape
-    if batch * features * rest <= _CHUNK or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or batch * features * rest <= _CHUNK:
         yield (slice(None),)
     elif features * rest <= _CHUNK:
         step = _CHUNK // (features * rest)

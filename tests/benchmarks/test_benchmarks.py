@@ -13,7 +13,7 @@ from support.tiny_classifier import reviews, save_model
 from torch import nn
 
 import lora_ext
-from lora_ext import _C
+from lora_ext import _load
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune.data import Example
 
@@ -335,7 +335,7 @@ def test_without_a_gpu_cuda_is_refused(script, monkeypatch):
         importlib.import_module(script).main()
 
 
-@pytest.mark.skipif("avx2" not in _C.available_cpu_isas().split(","), reason="no AVX2 here")
+@pytest.mark.skipif("avx2" not in _load.available_cpu_isas(), reason="no AVX2 here")
 def test_an_instruction_set_binds_the_whole_process(tmp_path):
     command = [sys.executable, BENCHMARKS / "roofline.py", *ROOFLINE, "--rounds", "2", "--write"]
     subprocess.run([*command, "--machine-isa", "avx2", "--results", tmp_path], check=True, capture_output=True)

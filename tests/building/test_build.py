@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import lora_ext
-from lora_ext import _C, _load, info
+from lora_ext import _load, info
+from lora_ext.export import library_paths
 
 pytestmark = [pytest.mark.cpu_only("is about the binary"), pytest.mark.full]
 
@@ -31,10 +32,16 @@ def test_no_unstable_torch_symbol_is_used(library):
     assert not [line for line in symbols.splitlines() if re.search(r"\b(c10|at|torch)::", line)]
 
 
-def test_module_C_needs_no_torch():
-    binary = next(PACKAGE.glob("_C.*.so"))
-    symbols = subprocess.run(["nm", "-DuC", binary], capture_output=True, text=True, check=True).stdout
-    assert "torch" not in symbols
+@pytest.mark.parametrize("library", library_paths(), ids=lambda path: path.name)
+def test_no_python_symbol_is_used(library):
+    """Checks that one library serves every Python."""
+    symbols = subprocess.run(["nm", "-Du", library], capture_output=True, text=True, check=True).stdout
+    assert not re.search(r"\b_?Py[A-Z_]\w+", symbols)
+    assert "libpython" not in subprocess.run(["ldd", library], capture_output=True, text=True, check=True).stdout
+
+
+def test_the_message_about_an_old_torch_names_the_binarys_minimum():
+    assert _load.build_info()["torch_minimum"] == _load.TORCH_MINIMUM
 
 
 def test_no_build_paths_in_the_binary():
@@ -44,8 +51,9 @@ def test_no_build_paths_in_the_binary():
 
 def test_info_tells_the_facts():
     facts = info.gather()
-    assert facts["version"] == lora_ext.__version__ == _C.build_info()["version"]
+    assert facts["version"] == lora_ext.__version__ == _load.build_info()["version"]
     assert facts["torch"] == torch.__version__
+    assert str(PACKAGE / "liblora_ext.so") in facts["libraries"]
     assert facts["cpu"]["isa"] in facts["cpu"]["isas_available"] and "generic" in facts["cpu"]["isas_available"]
     cuda = facts["cuda"]
     assert cuda["kernels_loaded"] == (cuda["reason"] is None)
@@ -91,11 +99,6 @@ def test_broken_library_fails_the_import_and_says_why(package_copy):
     message = import_error(package_copy)
     assert "ImportError: lora_ext: liblora_ext.so does not load with torch" in message
     assert re.search("invalid ELF header|file too short", message)
-
-
-def test_missing_extension_module_fails_the_import(package_copy):
-    next((package_copy / "lora_ext").glob("_C.*.so")).unlink()
-    assert "the compiled module lora_ext._C does not load" in import_error(package_copy)
 
 
 def test_preflight_names_missing_tools():

@@ -107,8 +107,8 @@ def excerpt(reports: list[str]) -> str:
 
 
 def available_isas(package: Path) -> list[str]:
-    code = "from lora_ext import _C; print(_C.available_cpu_isas())"
-    return subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip().split(",")
+    code = "from lora_ext import _load; print(*_load.available_cpu_isas())"
+    return subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split()
 
 
 def check(sanitizer: Sanitizer, quick: bool) -> bool:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_ext import _C, functional, reference
+from lora_ext import _load, functional, reference
 
 # dtypes of x and the factors: the usual pairs, and two unusual ones.
 DTYPES = [
@@ -185,7 +185,7 @@ ISAS = ["generic", "avx2", "avx512", "avx512_bf16", "amx"]
 
 def run_on_isa(isa: str, *pytest_arguments: str) -> None:
     """Runs tests in a process with the CPU kernels of one instruction set; skips if the machine lacks it."""
-    if isa not in _C.available_cpu_isas().split(","):
+    if isa not in _load.available_cpu_isas():
         pytest.skip(f"this machine does not run {isa}")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *pytest_arguments]
     result = subprocess.run(command, env={**os.environ, "LORA_EXT_CPU_ISA": isa}, capture_output=True, text=True)

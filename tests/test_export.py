@@ -1,0 +1,175 @@
+"""Exported programs run in a process that cannot import lora_ext: with our ops and their library, or plain PyTorch."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.models import bert, token_ids
+from torch import Tensor, nn
+
+from lora_ext import LoraConfig, inject, set_adapter
+from lora_ext.export import library_paths, plain_pytorch
+from lora_ext.functional import bottleneck, lora_linear_siblings
+
+pytestmark = pytest.mark.cpu_only("the subprocesses compute on the CPU")
+
+ALIVE = {"r": 2, "lora_alpha": 6, "init_lora_weights": False}
+BATCH = torch.export.Dim("batch", min=2)
+
+RUN = """
+import sys
+sys.modules["lora_ext"] = None  # importing it raises, even if it is installed
+import torch
+folder, kind, libraries = sys.argv[1], sys.argv[2], sys.argv[3:]
+for library in libraries:
+    torch.ops.load_library(library)
+inputs, expected = torch.load(folder + "/values.pt")
+if kind == "export":
+    model = torch.export.load(folder + "/program.pt2").module()
+else:
+    model = torch._inductor.aoti_load_package(folder + "/package.pt2")
+torch.testing.assert_close(model(*inputs), expected)
+assert not [name for name in sys.modules if name.startswith("lora_ext.")]
+print("equal")
+"""
+
+
+class Net(nn.Module):
+    """A layer of each kind, with two adapters on some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        self.conv = nn.Conv1d(8, 12, 3, padding=1)
+        self.attention = nn.MultiheadAttention(12, 2, batch_first=True)
+        self.up, self.down = nn.Linear(12, 16), nn.Linear(16, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.conv(self.embed(ids).transpose(1, 2)).transpose(1, 2)
+        x = self.attention(x, x, x, need_weights=False)[0]
+        return self.down(torch.relu(self.up(x)))
+
+
+class Ops(nn.Module):
+    """The ops that inject does not use: siblings, and shrink and expand in a bottleneck."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shapes = {"q": (6, 8), "A": (2, 8), "B": (6, 2), "down": (3, 8), "up": (8, 3)}
+        self.tensors = nn.ParameterDict({name: torch.randn(shape) for name, shape in shapes.items()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = self.tensors
+        q, v = lora_linear_siblings(x, [t.q, t.q], [None, None], [t.A, 2 * t.A], [t.B, t.B], [0.5, 2.0])
+        return torch.cat([q, v, bottleneck(x, t.down, None, t.up, t.q.sum(0))], dim=-1)
+
+
+def net() -> nn.Module:
+    model = Net()
+    for name in ("first", "second"):
+        targets = ["up", "down"] if name == "second" else ["embed", "conv", "attention", "up", "down"]
+        inject(model, LoraConfig(target_modules=targets, lora_dropout=0.1, **ALIVE), adapter_name=name)
+    return set_adapter(model, ["first", "second"]).eval()
+
+
+def exported(model: nn.Module, inputs: Tensor, **options) -> torch.export.ExportedProgram:
+    return torch.export.export(model, (inputs,), dynamic_shapes=({0: BATCH},), **options)
+
+
+def our_ops(program: torch.export.ExportedProgram) -> set[str]:
+    names = {str(node.target) for module in program.graph_module.modules() for node in module.graph.nodes}
+    return {name for name in names if name.startswith("lora_ext.")}
+
+
+def run_elsewhere(folder: Path, kind: str, inputs: Tensor, expected: Tensor, libraries: list[Path]) -> None:
+    torch.save(((inputs,), expected.detach()), folder / "values.pt")
+    command = [sys.executable, "-I", "-c", RUN, folder, kind, *libraries]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert result.stdout == "equal\n", result.stderr
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["ops", "plain"])
+def test_a_program_runs_without_the_package(plain, tmp_path):
+    model = net()
+    if plain:
+        with plain_pytorch():
+            program = exported(model, torch.randint(20, (3, 7)))
+        assert not our_ops(program)
+    else:
+        program = exported(model, torch.randint(20, (3, 7)))
+        assert our_ops(program) == {"lora_ext.lora_linear.default", "lora_ext.lora_delta_.default"}
+    torch.export.save(program, tmp_path / "program.pt2")
+    ids = torch.randint(20, (5, 7))
+    run_elsewhere(tmp_path, "export", ids, model(ids), [] if plain else library_paths())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "strict"),
+    [(torch.float64, False), (torch.float32, True), (torch.float32, False), (torch.bfloat16, False)],
+)
+def test_plain_formulas_of_every_op(dtype, strict):
+    model, x = Ops().to(dtype), torch.randn(3, 4, 8, dtype=dtype)
+    assert len(our_ops(exported(model, x))) == 3
+    with plain_pytorch():
+        program = exported(model, x, strict=strict)
+    assert not our_ops(program)
+    other = torch.randn(6, 4, 8, dtype=dtype)
+    expected = copy.deepcopy(model).double()(other.double())
+    error = (program.module()(other).double() - expected).abs().max()
+    assert error <= 8 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+def test_plain_program_of_a_transformers_model():
+    model = inject(bert(), LoraConfig(target_modules="all-linear", **ALIVE)).eval()
+    with plain_pytorch():
+        program = torch.export.export(model, (), {"input_ids": token_ids(3)}, dynamic_shapes={"input_ids": {0: BATCH}})
+    assert not our_ops(program)
+    ids = token_ids(6)
+    torch.testing.assert_close(program.module()(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_plain_program_has_gradients():
+    model, ids = net(), torch.randint(20, (3, 7))
+    with plain_pytorch():
+        program = exported(model, ids)
+    gradients = []
+    for run in (model, program.module()):
+        run(ids).square().sum().backward()
+        named = {name: p.grad for name, p in run.named_parameters() if p.grad is not None}
+        gradients.append(named)
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 10
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def test_dropout_is_refused():
+    wanted = r"plain_pytorch: dropout_p is 0.1.*call model.eval\(\) first"
+    with plain_pytorch(), pytest.raises(ValueError, match=wanted):
+        exported(net().train(), torch.randint(20, (3, 7)))
+
+
+def compile_and_run(
+    model: nn.Module, program: torch.export.ExportedProgram, libraries: list[Path], folder: Path
+) -> None:
+    torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "package.pt2"))
+    ids = torch.randint(20, (5, 7))
+    run_elsewhere(folder, "package", ids, model(ids), libraries)
+
+
+@pytest.mark.full
+def test_aotinductor_with_our_ops(tmp_path):
+    model = net()
+    compile_and_run(model, exported(model, torch.randint(20, (3, 7))), library_paths(), tmp_path)
+
+
+@pytest.mark.slow
+def test_aotinductor_with_plain_pytorch(tmp_path):
+    model = net()
+    with plain_pytorch():
+        program = exported(model, torch.randint(20, (3, 7)))
+    compile_and_run(model, program, [], tmp_path)
