@@ -66,7 +66,7 @@ def test_bad_values(public, change, error, words, tmp_path):
     before = {name: state(value) for name, value in arguments.items()}
     with pytest.raises(error) as caught:
         call(public.function, arguments)
-    assert words in str(caught.value)
+    assert words.replace("FUNCTION", name_of(public)) in str(caught.value)
     assert {name: state(value) for name, value in arguments.items()} == before
 
 

@@ -111,27 +111,6 @@ def test_counts():
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("operation", [merge, unmerge, merge_and_unload])
-def test_nothing_injected(operation):
-    model = Net()
-    with refused(model, ValueError, f"{operation.__name__}: Net has no LoRA layer; call inject(model, config) first"):
-        operation(model)
-
-
-def test_merging_twice_and_unmerging_without_a_merge():
-    model = net()
-    with refused(model, RuntimeError, "not merged into 'blocks.0.up', 'blocks.0.down', 'blocks.1.up' and 1 more"):
-        unmerge(model)
-    merge(model)
-    with refused(model, RuntimeError, "already merged into 'blocks.0.up', 'blocks.0.down', 'blocks.1.up' and 1 more"):
-        merge(model)
-    with (
-        refused(model, RuntimeError, "adapters are merged into 'blocks.0.up'", "; call unmerge(model) first"),
-        disable_adapters(model),
-    ):
-        pass
-
-
 def test_partly_merged():
     model = net()
     model.blocks[1].up.merge()
@@ -139,16 +118,6 @@ def test_partly_merged():
         merge(model)
     unmerge(model)
     assert not any(layer.is_merged for _, layer in lora_modules(model))
-
-
-def test_merging_while_disabled():
-    model = net()
-    for operation in (merge, merge_and_unload):
-        with (
-            disable_adapters(model),
-            refused(model, RuntimeError, f"{operation.__name__}: no adapter is active in 'bl"),
-        ):
-            operation(model)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

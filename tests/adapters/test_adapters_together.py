@@ -10,7 +10,7 @@ from support.models import VOCABULARY, Net, llama, refused, token_ids
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM
 
-from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
+from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter
 from lora_ext.adapters import (
     adapter_status,
     add_weighted_adapter,
@@ -229,12 +229,3 @@ def test_two_adapters_that_train_one_module_in_full_are_not_used_together():
     inject(model, LoraConfig(target_modules=["up"], modules_to_save=["head"]), "b")
     with refused(model, ValueError, "set_adapter: 'head' is trained in full by ['a', 'b']; use only one of them"):
         set_adapter(model, ["a", "b"])
-
-
-def test_names_given_as_one_string_or_not_at_all():
-    model = inject(Net().eval(), LoraConfig(target_modules=["up"]), "a")
-    with refused(model, TypeError, "adapters is 'a' of type str, want a list of strings"):
-        add_weighted_adapter(model, "a", [1.0], "b")
-    for change in (merge, unmerge, merge_and_unload):
-        with refused(model, ValueError, "adapter_names is empty; name at least one adapter"):
-            change(model, [])

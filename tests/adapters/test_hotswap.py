@@ -10,7 +10,7 @@ import torch
 from support.models import Net, bert, llama, refused, token_ids
 from torch import Tensor, nn
 
-from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter
+from lora_ext import LoraConfig, inject, load_adapter, save_adapter, set_adapter
 from lora_ext.adapters import adapter_names, lora_modules
 from lora_ext.adapters.hotswap import hotswap_adapter, prepare_hotswap
 
@@ -151,23 +151,3 @@ def test_rows_of_other_tokens(tmp_path):
     model = inject(llama(), LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 4]))
     with refused(model, ValueError, "trainable_token_indices: (1, 2) in the file, (3, 4) in the model"):
         hotswap_adapter(model, directory)
-
-
-def test_bad_calls_of_prepare_and_swap(tmp_path):
-    directory, _ = saved(tmp_path, Net(), r=2)
-    model = Net()
-    for call in (lambda: prepare_hotswap(model, 4), lambda: hotswap_adapter(model, directory)):
-        with refused(model, ValueError, "Net is not injected"):
-            call()
-    inject(model, LoraConfig(r=2, target_modules=["up"]))
-    for r, text in ((1, "r is 1, but 'blocks.0.up' has rank 2"), (0, "r is 0, want")):
-        with refused(model, ValueError, text):
-            prepare_hotswap(model, r)
-    with refused(model, KeyError, "'x'", "['default']"):
-        hotswap_adapter(model, directory, "x")
-    with refused(model, FileNotFoundError, "adapter_config.json is missing"):
-        hotswap_adapter(model, tmp_path / "none")
-    merge(model.eval())
-    for call in (lambda: prepare_hotswap(model, 4), lambda: hotswap_adapter(model, directory)):
-        with refused(model, RuntimeError, "'default' is merged into 'blocks.0.up'"):
-            call()

@@ -65,18 +65,6 @@ def test_factored_svd_equals_the_svd_of_the_product(sizes, dtype, scaling):
         torch.testing.assert_close(basis.T @ basis, torch.eye(count, dtype=torch.float64))
 
 
-def test_factors_that_do_not_fit_are_refused():
-    A, B = factors(5, 6, 2)
-    for wrong, message in (
-        ((A, torch.randn(5, 3)), "factored_svd: lora_B has rank 3 but lora_A has 2"),
-        ((A[0], B), r"factored_svd: lora_A has shape \[6\], want 2 dimensions"),
-        ((A * math.inf, B), "factored_svd: lora_A or lora_B is not finite"),
-        ((A, B, math.nan), "factored_svd: scaling is nan, want a finite number"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            factored_svd(*wrong)
-
-
 def test_matrices_without_values_to_read_are_refused():
     """Otherwise the result would be uninitialised memory."""
     weight, U, V = torch.randn(5, 6), torch.randn(5, 2), torch.randn(6, 2)
@@ -156,11 +144,6 @@ def test_orthogonal_subspaces_share_nothing():
     torch.testing.assert_close(phi[3, 1:4], torch.tensor([1.0, 2 / 3, 2 / 4], dtype=torch.float64))
 
 
-def test_similarity_refuses_bases_of_different_spaces():
-    with pytest.raises(ValueError, match="subspace_similarity: second has 9 rows but first has 8"):
-        subspace_similarity(torch.eye(8, 2), torch.eye(9, 2))
-
-
 def test_random_subspaces_are_as_similar_as_expected():
     dim, i_max, j_max, draws = 12, 3, 5, 1000
     generator = torch.Generator().manual_seed(0)
@@ -193,8 +176,6 @@ def test_random_columns_are_orthonormal_and_uniform():
     drawn = torch.stack([orthonormal_columns(6, 2, generator) for _ in range(800)])
     torch.testing.assert_close(drawn[0].T @ drawn[0], torch.eye(2, dtype=torch.float64))
     assert drawn.mean(0).abs().max() < 5 * (1 / 6 / 800) ** 0.5  # no preferred sign, unlike plain QR
-    with pytest.raises(ValueError, match="orthonormal_columns: count is 7, want 0 to dim=6"):
-        orthonormal_columns(6, 7, generator)
 
 
 # --- the spectrum -----------------------------------------------------------------------------------------------------
@@ -232,11 +213,6 @@ def test_ranks_do_not_depend_on_scale_and_are_bounded(values, scale):
     for rank in (effective_rank, stable_rank):
         assert rank(S * scale) == pytest.approx(rank(S), rel=1e-9)
     assert numerical_rank(S * scale) == numerical_rank(S)
-
-
-def test_energy_must_be_a_fraction():
-    with pytest.raises(ValueError, match="energy_rank: energy is 1.5, want 0 < energy <= 1"):
-        energy_rank(torch.ones(3), 1.5)
 
 
 # --- the weight -------------------------------------------------------------------------------------------------------
@@ -290,8 +266,6 @@ def test_weights_of_rank_one_and_zero():
     found = block_krylov_svd(rank_one, 4, seed=0)
     assert found.S[0] == pytest.approx(rank_one.norm().item(), rel=1e-5) and found.S[1] < 1e-4 * found.S[0]
     assert block_krylov_svd(torch.zeros(600, 600), 4, seed=0).S.abs().max() == 0
-    with pytest.raises(ValueError, match=r"block_krylov_svd: rank is 7, want 1 to 6, the smaller side of \[6, 8\]"):
-        block_krylov_svd(torch.randn(6, 8), 7, seed=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -301,8 +275,6 @@ def test_a_projection_is_the_product(dtype, monkeypatch):
     U, V = orthonormal_columns(40, 3, torch.Generator()), orthonormal_columns(23, 5, torch.Generator())
     expected = U.T @ W.double() @ V
     torch.testing.assert_close(project(W, U, V), expected, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match=r"project: U \[23, 5\] and V \[40, 3\] do not fit the weight \[40, 23\]"):
-        project(W, V, U)
 
 
 # --- Table 7 ----------------------------------------------------------------------------------------------------------

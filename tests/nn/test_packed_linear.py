@@ -182,12 +182,6 @@ def test_a_layer_without_inject():
     x = torch.randn(3, IN)
     torch.testing.assert_close(layer(x), layer.base_layer(x))
     for make, text in (
-        (lambda: LoraPackedLinear(nn.Linear(IN, OUT), 5), "num_parts is 5, want a divisor of out_features=12"),
-        (lambda: PackedAdapter(IN, OUT, 2, 4, enable_lora=[False] * 3), "want at least one True"),
-        (
-            lambda: PackedAdapter(IN, OUT, 2, 4, enable_lora=[True] * 5),
-            "has 5 parts, want a divisor of out_features=12",
-        ),
         (lambda: layer.add_adapter("b", PackedAdapter(IN, OUT, 2, 4, enable_lora=[True] * 3)), "has 3 parts, want 2"),
         (lambda: layer.add_adapter("b", LoraAdapter(IN, OUT + 1, 2, 4)), "lora_B has shape"),
     ):

@@ -1,8 +1,7 @@
-"""torch.ops.lora_ext.lora_linear and its backward: results, and that nothing unneeded is computed or kept."""
+"""torch.ops.lora_ext.lora_linear and its backward: results, and that nothing unneeded is computed.
 
-import os
-import subprocess
-import sys
+Strides, threads and what is kept are in test_lora_linear_siblings.py, as siblings must do the same.
+"""
 
 import pytest
 import torch
@@ -18,9 +17,8 @@ from support.layers import (
     random_layers,
     relative_error,
     run_on_isa,
-    saved_bytes,
 )
-from torch import nn
+from support.processes import run_python
 
 from lora_ext import functional, reference
 
@@ -46,73 +44,10 @@ def test_any_shape(shape, dtypes, dropout_p, seed):
     assert_as_good_as_torch(random_layers(shape, dtypes), dropout_p, torch.tensor(seed))
 
 
-def test_memory_is_poisoned_yet_nothing_of_it_shows():
-    """Outputs and scratch memory are written before they are read, also after a larger call left garbage there."""
-    torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
-    try:
-        nan_layer = random_layer((64, 200, 300, 20))
-        nan_layer.x.fill_(float("nan"))
-        forward_backward(functional.lora_linear, nan_layer, 0.3, SEED)
-        layer = random_layer((33, 97, 131, 3))
-        assert_as_good_as_torch(layer, 0.3, SEED)
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-@pytest.mark.parametrize("leading", [(2, 3), (1, 5), (2, 1, 4), (2, 0, 3)])
-def test_leading_dimensions(leading):
-    layer = random_layer((0, 20, 12, 4), leading=leading)
-    result = forward_backward(functional.lora_linear, layer)
-    assert result["y"].shape == (*leading, 12)
-    assert_as_good_as_torch(layer)
-
-
 def test_one_dimension():
     layer = random_layer((1, 20, 12, 4))
     y = functional.lora_linear(layer.x[0], *layer.args()[1:])
     torch.testing.assert_close(y, reference.lora_linear(*layer.args())[0])
-
-
-@pytest.mark.parametrize(
-    "view",
-    [
-        lambda x: x.transpose(0, 1),
-        lambda x: x[:, ::2],
-        lambda x: x[..., 3:23],
-        lambda x: x[..., ::2],
-        lambda x: x.transpose(1, 2),
-        lambda x: x[:1].expand(6, -1, -1),
-        lambda x: x[0, 0].expand(2, 3, -1),
-    ],
-    ids=[
-        "swapped",
-        "every-other-token",
-        "column-slice",
-        "every-other-column",
-        "features-strided",
-        "expanded",
-        "one-row",
-    ],
-)
-def test_x_and_grad_y_of_any_strides(view):
-    x, grad_y = view(torch.randn(6, 30, 40)), view(torch.randn(6, 30, 40))
-    layer = random_layer((0, x.shape[-1], grad_y.shape[-1], 4))
-    layer.x, layer.grad_y = x, grad_y
-    leaf = x.detach().requires_grad_()  # the same view, not a copy of it
-    y = functional.lora_linear(leaf, *layer.args()[1:], 0.3, SEED)
-    (grad_x,) = torch.autograd.grad(y, leaf, grad_y)
-    expected = forward_backward(reference.lora_linear, layer, 0.3, SEED)
-    torch.testing.assert_close(y, expected["y"])
-    torch.testing.assert_close(grad_x, expected["grad_x"])
-
-
-def test_noncontiguous_parameters():
-    layer = random_layer((5, 20, 12, 4))
-    expected = functional.lora_linear(*layer.args())
-    layer.weight = layer.weight.T.contiguous().T
-    layer.lora_A, layer.lora_B = layer.lora_A.T.contiguous().T, layer.lora_B.T.contiguous().T
-    layer.bias = torch.stack([layer.bias, layer.bias], 1)[:, 0]
-    torch.testing.assert_close(functional.lora_linear(*layer.args()), expected)
 
 
 def test_gradcheck():
@@ -152,31 +87,6 @@ def test_backward_returns_only_what_is_asked(output_mask):
         output_mask,
     )
     assert tuple(grad is not None for grad in grads) == output_mask
-
-
-@pytest.mark.parametrize("frozen", ["", "A", "B", "x"])
-def test_saves_x_xa_and_one_bit_per_element(frozen):
-    layer = random_layer((64, 128, 96, 4))
-    x = layer.x.requires_grad_("x" not in frozen)
-    weight, bias = (nn.Parameter(t, requires_grad=False) for t in (layer.weight, layer.bias))
-    A = nn.Parameter(layer.lora_A, requires_grad="A" not in frozen)
-    B = nn.Parameter(layer.lora_B, requires_grad="B" not in frozen)
-    saved = saved_bytes(lambda: functional.lora_linear(x, weight, bias, A, B, 0.5, 0.1, SEED))
-    expected = [((64, 16), 64 * 16)]  # the mask: 128 bits a row
-    if frozen != "A":
-        expected.append(((64, 128), x.nbytes))  # shared with the op that made x
-    if frozen != "B":
-        expected.append(((64, 4), 64 * 4 * 4))
-    assert sorted(saved) == sorted(expected)
-
-
-def test_without_gradients_nothing_is_kept():
-    layer = random_layer((64, 128, 96, 4))
-    layer.lora_A.requires_grad_()
-    with torch.no_grad():
-        assert not functional.lora_linear(*layer.args()).requires_grad
-    layer.lora_A.requires_grad_(False)
-    assert functional.lora_linear(*layer.args()).grad_fn is None
 
 
 def test_frozen_weight_is_never_written_or_given_a_gradient():
@@ -242,15 +152,6 @@ def test_dropout_below_the_resolution_is_none(dropout_p):
     assert torch.equal(y, functional.lora_linear(*layer.args()))
 
 
-def test_manual_seed_reproduces_and_advances():
-    layer = random_layer((40, 100, 12, 4))
-    torch.manual_seed(3)
-    first, second = (functional.lora_linear(*layer.args(), 0.5) for _ in range(2))
-    torch.manual_seed(3)
-    assert torch.equal(functional.lora_linear(*layer.args(), 0.5), first)
-    assert not torch.equal(first, second)
-
-
 def test_dropout_is_unbiased():
     layer = random_layer((1, 4000, 3, 2))
     x = layer.x.expand(4000, -1)
@@ -260,25 +161,7 @@ def test_dropout_is_unbiased():
     assert ((dropped.mean(0) - exact).abs() < 5 * standard_error).all()
 
 
-# --- determinism and threads ------------------------------------------------------------------------------------------
-
-
-def test_repeated_runs_are_bit_identical():
-    layer = random_layer((500, 300, 200, 8))
-    first = forward_backward(functional.lora_linear, layer, 0.1, SEED)
-    for _ in range(3):
-        again = forward_backward(functional.lora_linear, layer, 0.1, SEED)
-        assert all(torch.equal(first[name], again[name]) for name in first)
-
-
-@pytest.mark.parametrize("threads", [1, 3, 5])
-def test_any_number_of_threads(threads):
-    layer = random_layer((100, 97, 131, 8))
-    torch.set_num_threads(threads)
-    try:
-        assert_as_good_as_torch(layer, 0.3, SEED)
-    finally:
-        torch.set_num_threads(2)
+# --- threads and memory ------------------------------------------------------------------------------------------
 
 
 def test_concurrent_callers():
@@ -316,7 +199,7 @@ def test_recovers_from_running_out_of_memory():
         call(300)
         print("recovered")
     """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = run_python("-c", code)
     assert "refused:" in result.stdout and "recovered" in result.stdout, (result.returncode, result.stderr[-2000:])
 
 
@@ -326,12 +209,11 @@ def test_recovers_from_running_out_of_memory():
 @pytest.mark.full
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa):
-    names = ("test_values_and_gradients", "test_mask_is_the_reference_mask", "test_any_number_of_threads")
+    names = ("test_values_and_gradients", "test_mask_is_the_reference_mask")
     run_on_isa(isa, *(f"{__file__}::{name}" for name in names))
 
 
 def test_unknown_instruction_set_fails_the_import():
-    command = [sys.executable, "-c", "import lora_ext"]
-    result = subprocess.run(command, env={**os.environ, "LORA_EXT_CPU_ISA": "mmx"}, capture_output=True, text=True)
+    result = run_python("-c", "import lora_ext", LORA_EXT_CPU_ISA="mmx")
     assert result.returncode == 1
     assert "ImportError: lora_ext: LORA_EXT_CPU_ISA is 'mmx', want one of" in result.stderr

@@ -1,4 +1,7 @@
-"""torch.ops.lora_ext.lora_linear_siblings and its backward: layers that read one x, compared with single layers."""
+"""torch.ops.lora_ext.lora_linear_siblings and its backward: layers that read one x, compared with single layers.
+
+What must hold of ``lora_linear`` too is tested for both.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +39,14 @@ def one_by_one(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p=0.0, se
     return [functional.lora_linear(x, *layer, dropout_p, seed) for layer in layers]
 
 
+each = pytest.mark.parametrize("function", [one_by_one, functional.lora_linear_siblings], ids=["alone", "together"])
+
+
+def some(function: Callable, shape: tuple[int, int], sizes: tuple, **options) -> Siblings:
+    """Makes random siblings, or for ``one_by_one`` only the first of them."""
+    return random_siblings((shape, sizes[:1] if function is one_by_one else sizes), **options)
+
+
 def forward_backward(function: Callable, siblings: Siblings, dropout_p=0.0, seed=None) -> dict[str, Tensor]:
     """Returns the outputs and the gradients of x, lora_As and lora_Bs."""
     x, weights, biases, As, Bs, scalings = siblings.args()
@@ -50,10 +61,15 @@ def forward_backward(function: Callable, siblings: Siblings, dropout_p=0.0, seed
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def assert_as_good_as_torch(siblings: list[Siblings], dropout_p: float = 0.0, seed: Tensor | None = None) -> None:
+def assert_as_good_as_torch(
+    siblings: list[Siblings],
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    function: Callable = functional.lora_linear_siblings,
+) -> None:
     results = []
     for group in siblings:
-        ours = forward_backward(functional.lora_linear_siblings, group, dropout_p, seed)
+        ours = forward_backward(function, group, dropout_p, seed)
         exact = forward_backward(reference.lora_linear_siblings, group.to(torch.float64), dropout_p, seed)
         plain = forward_backward(reference.lora_linear_siblings, group, dropout_p, seed)
         results.append((ours, exact, plain))
@@ -127,26 +143,31 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(function, tensors)
 
 
-def test_memory_is_poisoned_yet_nothing_of_it_shows():
+@each
+def test_memory_is_poisoned_yet_nothing_of_it_shows(function):
+    """Outputs and scratch memory are written before they are read, also after a larger call left garbage there."""
     torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
     try:
-        poison = random_siblings(((64, 200), ((300, 20), (300, 20), (300, 20))))
+        poison = some(function, (64, 200), ((300, 20), (300, 20), (300, 20)))
         poison.x.fill_(float("nan"))
-        forward_backward(functional.lora_linear_siblings, poison, 0.3, SEED)
+        forward_backward(function, poison, 0.3, SEED)
         for dtypes in DTYPES:
-            assert_equals_one_by_one(random_siblings(((33, 97), ((131, 3), (64, 5)))), 0.3, SEED)
-            assert_as_good_as_torch([random_siblings(((33, 97), ((131, 3), (64, 5))), dtypes)], 0.3, SEED)
+            assert_equals_one_by_one(some(function, (33, 97), ((131, 3), (64, 5))), 0.3, SEED)
+            siblings = some(function, (33, 97), ((131, 3), (64, 5)), dtypes=dtypes)
+            assert_as_good_as_torch([siblings], 0.3, SEED, function)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
+@each
 @pytest.mark.parametrize("leading", [(2, 3), (1, 5), (2, 1, 4), (2, 0, 3)])
-def test_leading_dimensions(leading):
-    siblings = random_siblings(((0, 20), ((12, 4), (9, 2))), leading=leading)
-    result = forward_backward(functional.lora_linear_siblings, siblings)
-    assert [result[f"y[{i}]"].shape for i in range(2)] == [(*leading, 12), (*leading, 9)]
+def test_leading_dimensions(leading, function):
+    siblings = some(function, (0, 20), ((12, 4), (9, 2)), leading=leading)
+    result = forward_backward(function, siblings)
+    for i, layer in enumerate(siblings.layers):
+        assert result[f"y[{i}]"].shape == (*leading, len(layer.weight))
     assert result["grad_x"].shape == (*leading, 20)
-    assert_as_good_as_torch([siblings])
+    assert_as_good_as_torch([siblings], function=function)
 
 
 def test_one_dimension():
@@ -162,18 +183,21 @@ VIEWS = {
     "every-other-column": lambda x: x[..., ::2],
     "features-strided": lambda x: x.transpose(1, 2),
     "expanded": lambda x: x[:1].expand(6, -1, -1),
+    "one-row": lambda x: x[0, 0].expand(2, 3, -1),
 }
 
 
+@each
 @pytest.mark.parametrize("view", VIEWS)
-def test_x_and_grad_ys_of_any_strides(view):
+def test_x_and_grad_ys_of_any_strides(view, function):
     """One grad_y is contiguous: siblings may have different strides."""
     x, first, second = (VIEWS[view](torch.randn(6, 30, 40)) for _ in range(3))
     sizes = ((first.shape[-1], 4), (second.shape[-1], 3), (7, 2))
-    siblings = random_siblings(((0, x.shape[-1]), sizes), leading=tuple(x.shape[:-1]))
-    siblings.layers[0].grad_y, siblings.layers[1].grad_y = first, second
+    siblings = some(function, (0, x.shape[-1]), sizes, leading=tuple(x.shape[:-1]))
+    for layer, grad_y in zip(siblings.layers, (first, second), strict=False):
+        layer.grad_y = grad_y
     leaf = x.detach().requires_grad_()  # the same view, not a copy of it
-    ys = functional.lora_linear_siblings(leaf, *siblings.args()[1:], 0.3, SEED)
+    ys = function(leaf, *siblings.args()[1:], 0.3, SEED)
     (grad_x,) = torch.autograd.grad(ys, leaf, siblings.grad_ys())
     expected = forward_backward(reference.lora_linear_siblings, Siblings(x, siblings.layers), 0.3, SEED)
     for i, y in enumerate(ys):
@@ -181,14 +205,15 @@ def test_x_and_grad_ys_of_any_strides(view):
     torch.testing.assert_close(grad_x, expected["grad_x"])
 
 
-def test_noncontiguous_parameters():
-    siblings = random_siblings(((5, 20), ((12, 4), (9, 3))))
-    expected = forward_backward(functional.lora_linear_siblings, siblings)
+@each
+def test_noncontiguous_parameters(function):
+    siblings = some(function, (5, 20), ((12, 4), (9, 3)))
+    expected = forward_backward(function, siblings)
     for layer in siblings.layers:
         layer.weight = layer.weight.T.contiguous().T
         layer.lora_A, layer.lora_B = layer.lora_A.T.contiguous().T, layer.lora_B.T.contiguous().T
     siblings.layers[0].bias = torch.stack([siblings.layers[0].bias] * 2, 1)[:, 0]
-    result = forward_backward(functional.lora_linear_siblings, siblings)
+    result = forward_backward(function, siblings)
     for name in expected:
         torch.testing.assert_close(result[name], expected[name])
 
@@ -287,30 +312,33 @@ def test_backward_returns_only_what_is_asked(output_mask):
     assert (grad_x is not None, len(grad_As), len(grad_Bs)) == (want_x, 2 * want_A, 2 * want_B)
 
 
+@each
 @pytest.mark.parametrize("frozen", ["", "A", "B", "x"])
-def test_saves_x_xa_and_the_mask_once(frozen):
-    siblings = random_siblings(((64, 128), ((96, 4), (32, 4), (32, 8))))
+def test_saves_x_xa_and_the_mask_once(frozen, function):
+    siblings = some(function, (64, 128), ((96, 4), (32, 4), (32, 8)))
     x, weights, biases, As, Bs, scalings = siblings.args()
     x = x.requires_grad_("x" not in frozen)
     weights = [nn.Parameter(t, requires_grad=False) for t in weights]
     As = [nn.Parameter(t, requires_grad="A" not in frozen) for t in As]
     Bs = [nn.Parameter(t, requires_grad="B" not in frozen) for t in Bs]
-    saved = saved_bytes(lambda: functional.lora_linear_siblings(x, weights, biases, As, Bs, scalings, 0.1, SEED))
+    saved = saved_bytes(lambda: function(x, weights, biases, As, Bs, scalings, 0.1, SEED))
     expected = [((64, 16), 64 * 16)]  # the mask: 128 bits a row
     if frozen != "A":
         expected.append(((64, 128), x.nbytes))  # shared with the op that made x
     if frozen != "B":
-        expected.append(((64, 16), 64 * 16 * 4))
+        ranks = sum(map(len, As))
+        expected.append(((64, ranks), 64 * ranks * 4))
     assert sorted(saved) == sorted(expected)
 
 
-def test_without_gradients_nothing_is_kept():
-    siblings = random_siblings(((64, 128), ((96, 4), (32, 4))))
-    siblings.layers[1].lora_A.requires_grad_()
+@each
+def test_without_gradients_nothing_is_kept(function):
+    siblings = some(function, (64, 128), ((96, 4), (32, 4)))
+    siblings.layers[-1].lora_A.requires_grad_()
     with torch.no_grad():
-        assert not any(y.requires_grad for y in functional.lora_linear_siblings(*siblings.args()))
-    siblings.layers[1].lora_A.requires_grad_(False)
-    assert all(y.grad_fn is None for y in functional.lora_linear_siblings(*siblings.args()))
+        assert not any(y.requires_grad for y in function(*siblings.args()))
+    siblings.layers[-1].lora_A.requires_grad_(False)
+    assert all(y.grad_fn is None for y in function(*siblings.args()))
 
 
 # --- dropout, determinism, threads ------------------------------------------------------------------------------------
@@ -324,32 +352,35 @@ def test_the_layers_share_the_mask_of_a_single_layer():
     assert len(ys) == 2 and xa.shape == (40, 7)
 
 
-def test_manual_seed_reproduces_and_advances():
-    siblings = random_siblings(((40, 100), ((12, 4), (9, 3))))
+@each
+def test_manual_seed_reproduces_and_advances(function):
+    siblings = some(function, (40, 100), ((12, 4), (9, 3)))
     torch.manual_seed(3)
-    first, second = (functional.lora_linear_siblings(*siblings.args(), 0.5) for _ in range(2))
+    first, second = (function(*siblings.args(), 0.5) for _ in range(2))
     torch.manual_seed(3)
-    again = functional.lora_linear_siblings(*siblings.args(), 0.5)
+    again = function(*siblings.args(), 0.5)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0], second[0])
 
 
+@each
 @pytest.mark.parametrize("threads", [1, 3, 5])
-def test_any_number_of_threads(threads):
-    siblings = random_siblings(((100, 97), ((131, 8), (64, 3), (7, 5))))
+def test_any_number_of_threads(threads, function):
+    siblings = some(function, (100, 97), ((131, 8), (64, 3), (7, 5)))
     torch.set_num_threads(threads)
     try:
         assert_equals_one_by_one(siblings, 0.3, SEED)
-        assert_as_good_as_torch([siblings], 0.3, SEED)
+        assert_as_good_as_torch([siblings], 0.3, SEED, function)
     finally:
         torch.set_num_threads(2)
 
 
-def test_repeated_runs_are_bit_identical():
-    siblings = random_siblings(((500, 300), ((200, 8), (100, 16))))
-    first = forward_backward(functional.lora_linear_siblings, siblings, 0.1, SEED)
+@each
+def test_repeated_runs_are_bit_identical(function):
+    siblings = some(function, (500, 300), ((200, 8), (100, 16)))
+    first = forward_backward(function, siblings, 0.1, SEED)
     for _ in range(3):
-        again = forward_backward(functional.lora_linear_siblings, siblings, 0.1, SEED)
+        again = forward_backward(function, siblings, 0.1, SEED)
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
@@ -357,4 +388,5 @@ def test_repeated_runs_are_bit_identical():
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa):
     """The values of the layers one by one are checked in test_lora_linear.py, also with every instruction set."""
-    run_on_isa(isa, f"{__file__}::test_equals_the_layers_one_by_one", "-k", "0.3")  # with dropout
+    names = ("test_equals_the_layers_one_by_one", "test_any_number_of_threads")
+    run_on_isa(isa, *(f"{__file__}::{name}" for name in names), "-k", "0.3 or threads")  # with dropout

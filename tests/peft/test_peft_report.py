@@ -51,12 +51,6 @@ def test_injected_layers_are_accelerated_too():
     assert accelerate(model[0]) is model[0]
 
 
-@pytest.mark.parametrize("call", [accelerate, restore, report])
-def test_values_that_are_not_modules(call):
-    with pytest.raises(TypeError, match=f"{call.__name__}: model is 'model' of type str, want an nn.Module"):
-        call("model")
-
-
 def test_no_layers_to_accelerate():
     model = llama()
     with refused(model, ValueError, "LlamaForCausalLM has no PEFT LoRA layers", "get_peft_model()"):

@@ -24,6 +24,7 @@ from lora_ext.adapters import adapter_status, merge_record_bytes
 from lora_ext.integrations import peft as integration
 
 NAN = float("nan")
+BAD_NAMES = ("a.b", "keys", "")
 CONFIG = LoraConfig(r=2, target_modules=["up", "down"], init_lora_weights=False)
 BIASED = LoraConfig(r=2, target_modules=["up"], bias="all")
 
@@ -35,7 +36,7 @@ class Call:
     Attributes:
         function: the function.
         arguments: makes all named arguments of a valid call, with files in a directory.
-        refused: changes of the arguments, the error, and words of its message.
+        refused: changes of the arguments, the error, and words of its message, in which FUNCTION stands for its name.
     """
 
     function: Callable[..., Any]
@@ -142,8 +143,12 @@ def factors() -> dict[str, Any]:
     return {"lora_A": torch.randn(2, 6), "lora_B": torch.randn(4, 2), "scaling": 0.5}
 
 
-NOT_INJECTED = [({"model": Net()}, ValueError, "Net is not injected; call lora_ext.inject on it")]
-NO_LAYER = [({"model": Net()}, ValueError, "Net has no LoRA layer; call inject(model, config) first")]
+NOT_INJECTED = [({"model": Net()}, ValueError, "FUNCTION: Net is not injected; call lora_ext.inject on it")]
+NOT_SUPPORTED = "Net (model type None) is not supported; supported are"
+NO_LAYER = [({"model": Net()}, ValueError, "FUNCTION: Net has no LoRA layer; call inject(model, config) first")]
+FIRST = "merged into 'blocks.0.up'"
+MERGED = f"{FIRST}, 'blocks.0.down', 'blocks.1.up' and 1 more"
+TAKEN = "exists already; the adapters are ['a', 'b']. Choose another name, or delete_adapter"
 NO_ADAPTER = "no adapter 'x'; the adapters are ['a', 'b']"
 
 CALLS: list[Call] = [
@@ -152,11 +157,12 @@ CALLS: list[Call] = [
         lambda _: {"model": Net(), "config": CONFIG, "adapter_name": "a"},
         [
             ({"config": {"r": 8}}, TypeError, "config is {'r': 8} of type dict, want a LoraConfig"),
-            ({"adapter_name": "a.b"}, ValueError, "adapter_name is 'a.b', want a name without dots"),
-            ({"adapter_name": "keys"}, ValueError, "adapter_name is 'keys', want a name without dots"),
-            ({"adapter_name": ""}, ValueError, "adapter_name is '', want a name without dots"),
-            (lambda _: {"model": injected()}, ValueError, "adapter 'a' exists already"),
-            (lambda _: {"model": merged(), "adapter_name": "c"}, ValueError, "adapters are merged into 'blocks.0.up'"),
+            *(
+                ({"adapter_name": bad}, ValueError, f"adapter_name is {bad!r}, want a name without dots")
+                for bad in BAD_NAMES
+            ),
+            (lambda _: {"model": injected()}, ValueError, f"adapter 'a' {TAKEN}"),
+            (lambda _: {"model": merged(), "adapter_name": "c"}, ValueError, f"adapters are {FIRST}; call unmerge"),
             (lambda _: {"model": disabled(), "adapter_name": "c"}, RuntimeError, "the adapters are disabled"),
             (
                 {"config": LoraConfig(target_modules=["upp"])},
@@ -222,14 +228,14 @@ CALLS: list[Call] = [
                 "adapter_model.safetensors",
             ),
             ({"model": nn.Linear(2, 2)}, ValueError, "matches no module of Linear"),
-            ({"model": bert()}, ValueError, "matches no module of BertForSequenceClassification"),
+            ({"model": bert()}, ValueError, "['up', 'down'] matches no module of BertForSequenceClassification"),
             (
                 lambda _: {"model": inject(Net(), LoraConfig(r=4, target_modules=["up"]), "c")},
                 ValueError,
                 "has r=2 but the model was injected with r=4",
             ),
-            (lambda _: {"model": merged()}, RuntimeError, "an adapter is merged into 'blocks.0.up'; call unmerge"),
-            (lambda _: {"model": Net().to("meta")}, ValueError, "the model is on the meta device"),
+            (lambda _: {"model": merged()}, RuntimeError, f"an adapter is {FIRST}; call unmerge(model)"),
+            (lambda _: {"model": Net().to("meta")}, ValueError, ".0.up.lora_A.weight: the model is on the meta device"),
         ],
     ),
     Call(
@@ -237,6 +243,7 @@ CALLS: list[Call] = [
         lambda _: {"model": injected(), "names": ["a"], "trainable": False},
         [
             *NOT_INJECTED,
+            ({"names": "x"}, KeyError, f"set_adapter: there is {NO_ADAPTER}"),
             ({"names": ["a", "x"]}, KeyError, f"set_adapter: there is {NO_ADAPTER}"),
             ({"names": [1]}, TypeError, "names is [1] of type list, want a string or a list of strings"),
             ({"names": ["a", "a"]}, ValueError, "names are ['a', 'a'], want each once"),
@@ -269,7 +276,7 @@ CALLS: list[Call] = [
             ({"adapters": [], "weights": []}, ValueError, "adapters is empty; name at least one"),
             ({"weights": [1.0]}, ValueError, "weights has 1 entries for 2 adapters; want one per adapter"),
             ({"weights": [1.0, NAN]}, ValueError, "weights has nan, want finite numbers"),
-            ({"adapter_name": "a"}, ValueError, "adapter 'a' exists already"),
+            ({"adapter_name": "a"}, ValueError, f"adapter 'a' {TAKEN}"),
             ({"combination_type": "sum"}, ValueError, "combination_type is 'sum', want one of linear, cat, svd"),
             ({"combination_type": "linear", "density": 7.0}, ValueError, "density has 7.0, want 0 < density <= 1"),
             ({"density": None}, ValueError, "density is None; ties_svd needs the fraction"),
@@ -287,14 +294,14 @@ CALLS: list[Call] = [
             *NOT_INJECTED,
             ({"name": "x"}, KeyError, NO_ADAPTER),
             ({"name": "b"}, RuntimeError, "'b' is active; call set_adapter(model, ...) first, with one of ['a']"),
-            (lambda _: {"model": merged()}, RuntimeError, "'a' is merged into 'blocks.0.up'"),
+            (lambda _: {"model": merged()}, RuntimeError, f"'a' is {MERGED}; call unmerge"),
             (lambda _: {"model": disabled()}, RuntimeError, "the adapters are disabled"),
         ],
     ),
     Call(
         adapters.disable_adapters,
         lambda _: {"model": injected()},
-        [*NO_LAYER, (lambda _: {"model": merged()}, RuntimeError, "; call unmerge(model) first")],
+        [*NO_LAYER, (lambda _: {"model": merged()}, RuntimeError, f"{MERGED}; call unmerge(model) first")],
     ),
     Call(
         adapters.hotswap_adapter,
@@ -302,8 +309,8 @@ CALLS: list[Call] = [
         [
             *NOT_INJECTED,
             ({"adapter_name": "x"}, KeyError, NO_ADAPTER),
-            (lambda path: {"directory": path / "none"}, FileNotFoundError, "none"),
-            (lambda _: {"model": merged()}, RuntimeError, "; call unmerge(model, 'a') first"),
+            (lambda path: {"directory": path / "none"}, FileNotFoundError, "none/adapter_config.json is missing"),
+            (lambda _: {"model": merged()}, RuntimeError, f"'a' is {MERGED}; call unmerge(model, 'a') first"),
             (
                 lambda _: {"model": inject(Net(), LoraConfig(r=1, target_modules=["up", "down"]), "a")},
                 ValueError,
@@ -318,8 +325,8 @@ CALLS: list[Call] = [
             *NOT_INJECTED,
             ({"adapter_name": "x"}, KeyError, NO_ADAPTER),
             ({"r": 0}, ValueError, "r is 0, want an integer of at least 1"),
-            ({"r": 1}, ValueError, "rank 2"),
-            (lambda _: {"model": merged()}, RuntimeError, "; call unmerge(model, 'a') first"),
+            ({"r": 1}, ValueError, "r is 1, but 'blocks.0.up' has rank 2"),
+            (lambda _: {"model": merged()}, RuntimeError, f"'a' is {MERGED}; call unmerge(model, 'a') first"),
         ],
     ),
     Call(
@@ -328,9 +335,9 @@ CALLS: list[Call] = [
         [
             *NOT_INJECTED,
             ({"old": "x"}, KeyError, NO_ADAPTER),
-            ({"new": "b"}, ValueError, "adapter 'b' exists already"),
-            ({"new": "c.d"}, ValueError, "adapter_name is 'c.d', want a name without dots"),
-            (lambda _: {"model": merged()}, RuntimeError, "'a' is merged into 'blocks.0.up'"),
+            ({"new": "b"}, ValueError, f"adapter 'b' {TAKEN}"),
+            *(({"new": bad}, ValueError, f"adapter_name is {bad!r}, want a name without dots") for bad in BAD_NAMES),
+            (lambda _: {"model": merged()}, RuntimeError, f"'a' is {MERGED}; call unmerge"),
             (lambda _: {"model": disabled()}, RuntimeError, "the adapters are disabled"),
         ],
     ),
@@ -341,12 +348,8 @@ CALLS: list[Call] = [
             *NO_LAYER,
             ({"adapter_names": []}, ValueError, "merge: adapter_names is empty; name at least one adapter"),
             ({"adapter_names": ["x"]}, KeyError, "merge: no layer has an adapter 'x'; the adapters are ['a', 'b']"),
-            (
-                lambda _: {"model": merged()},
-                RuntimeError,
-                "merge: adapters are already merged into 'blocks.0.up', 'blocks.0.down'",
-            ),
-            (lambda _: {"model": disabled(), "adapter_names": None}, RuntimeError, "no adapter is active in"),
+            (lambda _: {"model": merged()}, RuntimeError, f"merge: adapters are already {MERGED}"),
+            (lambda _: {"model": disabled(), "adapter_names": None}, RuntimeError, "merge: no adapter is active in 'b"),
             (
                 lambda _: {"model": with_nan(), "adapter_names": "b"},
                 ValueError,
@@ -365,9 +368,10 @@ CALLS: list[Call] = [
         lambda _: {"model": merged(), "adapter_names": ["a"]},
         [
             *NO_LAYER,
-            ({"adapter_names": []}, ValueError, "unmerge: adapter_names is empty"),
-            ({"adapter_names": ["x"]}, KeyError, "unmerge: no layer has an adapter 'x'"),
-            ({"adapter_names": ["b"]}, RuntimeError, "not merged"),
+            ({"adapter_names": []}, ValueError, "unmerge: adapter_names is empty; name at least one adapter"),
+            ({"adapter_names": ["x"]}, KeyError, "unmerge: no layer has an adapter 'x'; the adapters are ['a', 'b']"),
+            ({"adapter_names": ["b"]}, RuntimeError, f"unmerge: the adapters are not {MERGED}"),
+            (lambda _: {"model": injected(), "adapter_names": None}, RuntimeError, f"the adapters are not {MERGED}"),
             (lambda _: {"model": merged().double()}, RuntimeError, "was converted from torch.float32 to torch.float64"),
         ],
     ),
@@ -376,8 +380,9 @@ CALLS: list[Call] = [
         lambda _: {"model": injected(), "adapter_names": ["a"]},
         [
             *NO_LAYER,
-            ({"adapter_names": []}, ValueError, "merge_and_unload: adapter_names is empty"),
-            ({"adapter_names": ["x"]}, KeyError, "merge_and_unload: no layer has an adapter 'x'"),
+            ({"adapter_names": []}, ValueError, "merge_and_unload: adapter_names is empty; name at least one adapter"),
+            ({"adapter_names": ["x"]}, KeyError, "FUNCTION: no layer has an adapter 'x'; the adapters are ['a', 'b']"),
+            (lambda _: {"model": disabled(), "adapter_names": None}, RuntimeError, "FUNCTION: no adapter is active in"),
             (lambda _: {"model": with_nan(), "adapter_names": "b"}, ValueError, "the adapter has NaN or infinite"),
             (lambda _: {"model": disabled()}, RuntimeError, "the adapters are disabled"),
         ],
@@ -387,7 +392,7 @@ CALLS: list[Call] = [
         lambda _: {"model": injected()},
         [
             *NO_LAYER,
-            (lambda _: {"model": merged()}, RuntimeError, "; call unmerge(model) first, or merge_and_unload"),
+            (lambda _: {"model": merged()}, RuntimeError, f"{MERGED}; call unmerge(model) first, or merge_and_unload"),
             (lambda _: {"model": disabled()}, RuntimeError, "the adapters are disabled"),
         ],
     ),
@@ -397,7 +402,7 @@ CALLS: list[Call] = [
         lambda _: {"name": "adapter-h", "bottleneck_size": 4},
         [
             ({"name": "adapter-x"}, ValueError, "name has 'adapter-x', want one of full, bitfit"),
-            ({"bottleneck_size": 0}, ValueError, "bottleneck_size is 0"),
+            ({"bottleneck_size": 0}, ValueError, "bottleneck_size is 0, want at least 1"),
             ({"size": 4}, TypeError, "adapter-h has no option 'size'; it has"),
         ],
     ),
@@ -411,7 +416,7 @@ CALLS: list[Call] = [
         lambda _: {"model": bert(), "method": methods.new_method("adapter-h")},
         [
             ({"method": "adapter-h"}, TypeError, "method is 'adapter-h' of type str, want a Method"),
-            ({"model": Net()}, TypeError, "Net (model type None) is not supported; supported are"),
+            ({"model": Net()}, TypeError, f"{NOT_SUPPORTED} Transformers' models of the types bert, roberta, "),
             (lambda _: {"model": adapted()}, ValueError, "the model is adapted by adapter-h already"),
             (
                 lambda _: {"model": inject(bert(), LoraConfig(target_modules=["query"]))},
@@ -425,7 +430,7 @@ CALLS: list[Call] = [
         lambda _: {"model": bert(), "method": methods.new_method("adapter-h")},
         [
             ({"method": None}, TypeError, "method is None, want a Method"),
-            ({"model": Net()}, TypeError, "Net (model type None) is not supported; supported are"),
+            ({"model": Net()}, TypeError, NOT_SUPPORTED),
         ],
     ),
     Call(methods.method_of, lambda _: {"model": adapted()}),
@@ -452,7 +457,7 @@ CALLS: list[Call] = [
         lambda path: {"model": bert(), "directory": saved_method(path), "trainable": False},
         [
             (lambda path: {"directory": path / "none"}, FileNotFoundError, "none"),
-            ({"model": Net()}, TypeError, "Net (model type None) is not supported; supported are"),
+            ({"model": Net()}, TypeError, NOT_SUPPORTED),
             (lambda path: {"model": adapted("bitfit")}, ValueError, "call remove_method(model) first"),
             ({"trainable": 1}, TypeError, "trainable is 1 of type int, want True or False"),
         ],
@@ -492,11 +497,7 @@ CALLS: list[Call] = [
         },
         [
             ({"in_features": -6}, ValueError, "in_features is -6, want at least 0"),
-            ({"r": 0}, ValueError, "r is 0, want at least 1"),
             ({"r": True}, TypeError, "r is True of type bool, want an integer"),
-            ({"lora_alpha": NAN}, ValueError, "lora_alpha is nan, want a finite number of at least 0"),
-            ({"lora_dropout": 1.0}, ValueError, "lora_dropout is 1.0, want 0 <= lora_dropout < 1"),
-            ({"init_lora_weights": "pissa"}, ValueError, "init_lora_weights is 'pissa', want True, False"),
         ],
     ),
     Call(
@@ -569,10 +570,10 @@ CALLS: list[Call] = [
         analysis.factored_svd,
         lambda _: factors(),
         [
-            ({"lora_A": torch.randn(3, 6)}, ValueError, "lora_B has rank 2 but lora_A has 3"),
-            ({"lora_A": torch.randn(6)}, ValueError, "lora_A has shape [6], want 2 dimensions"),
-            ({"scaling": NAN}, ValueError, "scaling is nan, want a finite number"),
-            ({"lora_B": torch.full((4, 2), NAN)}, ValueError, "lora_A or lora_B is not finite"),
+            ({"lora_A": torch.randn(3, 6)}, ValueError, "factored_svd: lora_B has rank 2 but lora_A has 3"),
+            ({"lora_A": torch.randn(6)}, ValueError, "factored_svd: lora_A has shape [6], want 2 dimensions"),
+            ({"scaling": NAN}, ValueError, "factored_svd: scaling is nan, want a finite number"),
+            ({"lora_B": torch.full((4, 2), NAN)}, ValueError, "factored_svd: lora_A or lora_B is not finite"),
         ],
     ),
     Call(
@@ -581,14 +582,14 @@ CALLS: list[Call] = [
         [
             ({"weight": torch.randn(6)}, ValueError, "weight has shape [6], want 2 dimensions"),
             ({"weight": torch.full((6, 4), NAN)}, ValueError, "weight [6, 4] is not finite"),
-            ({"rank": 5}, ValueError, "rank is 5, want 1 to 4"),
+            ({"rank": 5}, ValueError, "block_krylov_svd: rank is 5, want 1 to 4, the smaller side of [6, 4]"),
         ],
     ),
     Call(
         analysis.project,
         lambda _: {"weight": torch.randn(6, 4), "U": torch.randn(6, 2), "V": torch.randn(4, 2)},
         [
-            ({"U": torch.randn(4, 2)}, ValueError, "U [4, 2] and V [4, 2] do not fit the weight [6, 4]"),
+            ({"U": torch.randn(4, 2)}, ValueError, "project: U [4, 2] and V [4, 2] do not fit the weight [6, 4]"),
             ({"V": torch.randn(4)}, ValueError, "V has shape [4], want 2 dimensions"),
         ],
     ),
@@ -618,7 +619,7 @@ CALLS: list[Call] = [
                 ({"singular_values": torch.ones(2, 2)}, ValueError, "[2, 2], want a vector of real numbers"),
                 ({"singular_values": torch.tensor([1.0, 2.0])}, ValueError, "descending order; sort them first"),
                 ({"singular_values": torch.tensor([1.0, NAN])}, ValueError, "singular_values must be finite"),
-                *([({"energy": 1.5}, ValueError, "energy is 1.5, want 0 < energy <= 1")] if more else []),
+                *([({"energy": 1.5}, ValueError, "energy_rank: energy is 1.5, want 0 < energy <= 1")] if more else []),
             ],
         )
         for function, more in (
@@ -639,7 +640,7 @@ CALLS: list[Call] = [
     Call(
         analysis.subspace_similarity,
         lambda _: {"first": torch.eye(4)[:, :2], "second": torch.eye(4)[:, 1:]},
-        [({"second": torch.eye(5)}, ValueError, "second has 5 rows but first has 4")],
+        [({"second": torch.eye(5)}, ValueError, "subspace_similarity: second has 5 rows but first has 4")],
     ),
     *(
         Call(
@@ -655,6 +656,6 @@ CALLS: list[Call] = [
     Call(
         analysis.orthonormal_columns,
         lambda _: {"dim": 4, "count": 2, "generator": torch.Generator()},
-        [({"count": 5}, ValueError, "count is 5, want 0 to dim=4")],
+        [({"count": 5}, ValueError, "orthonormal_columns: count is 5, want 0 to dim=4")],
     ),
 ]
