@@ -10,9 +10,11 @@ from lora_ext._ops.registration import (
     LIBRARY,
     any_requires_grad,
     below_autograd,
+    call_backward,
     fake_gradients,
     fake_saved,
     has_tangent,
+    op_named,
     register_autocast,
     register_backward,
     register_composite,
@@ -70,8 +72,8 @@ class _LoraDelta(torch.autograd.Function):
                 xa = composite.xa_to_differentiate(
                     "lora_delta_", xa, x, want_x, [lora_A], mask, [ctx.scaling], ctx.dropout_p
                 )
-            grad_x, grad_A, grad_B = torch.ops.lora_ext.lora_delta_backward.default(
-                grad_y, x, lora_A, lora_B, xa, mask, ctx.scaling, ctx.dropout_p, (want_x, want_A, want_B)
+            grad_x, grad_A, grad_B = call_backward(
+                _backward_op, grad_y, x, lora_A, lora_B, xa, mask, ctx.scaling, ctx.dropout_p, (want_x, want_A, want_B)
             )
         return grad_y if want_y else None, grad_x, grad_A, grad_B, None, None, None, None
 
@@ -93,6 +95,7 @@ def _lora_delta_autograd(y, x, lora_A, lora_B, scaling, dropout_p=0.0, seed=None
 
 # Not register_in_place(): in inference mode its kernel would cost as much as the op. functional.lora_delta_ does its
 # work there.
+_backward_op = op_named("lora_delta_backward")
 _composite = register_composite("lora_delta_", composite.lora_delta_)
 LIBRARY.impl("lora_delta_", _lora_delta_autograd, "Autograd")
 register_backward("lora_delta_backward", composite.lora_delta_backward)

@@ -113,7 +113,7 @@ class _LoraLinear(torch.autograd.Function):
 
 
 _op, _backward_op = op_named("lora_linear"), op_named("lora_linear_backward")
-_lean_apply = lean_apply(_LoraLinear)
+_lean_apply = lean_apply(_LoraLinear, num_tensors=5)
 
 
 def lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed) -> Tensor:

@@ -49,21 +49,24 @@ def is_usual_state() -> bool:
 
 
 def is_usual_call(*tensors: Tensor | None) -> bool:
-    """Whether Python may decide what the dispatcher would: :func:`is_usual_state`, and no subclass or wrapper."""
-    if not is_usual_state() or has_torch_function_variadic(*tensors):
-        return False
-    for tensor in tensors:  # noqa: SIM110  takes half the time of any()
-        if tensor is not None and _is_wrapper(tensor):  # left from a transform that has ended
-            return False
-    return True
+    """Whether Python may decide what the dispatcher would: :func:`is_usual_state`, and no subclass sees the call."""
+    return is_usual_state() and not has_torch_function_variadic(*tensors)
+
+
+def lean_apply(function: type[torch.autograd.Function], num_tensors: int) -> Callable:
+    """Returns ``function.apply`` without what that does for torch.func, for usual calls; tensors come first."""
+    lean = super(torch.autograd.Function, function).apply
+
+    def apply(*arguments):
+        for tensor in arguments[:num_tensors]:
+            if tensor is not None and _is_wrapper(tensor):  # left by a transform that has ended
+                return function.apply(*arguments)
+        return lean(*arguments)
+
+    return apply
 
 
 _is_wrapper = torch._C._functorch.is_functorch_wrapped_tensor
-
-
-def lean_apply(function: type[torch.autograd.Function]) -> Callable:
-    """Returns ``function.apply`` without what it does for torch.func, for usual calls."""
-    return super(torch.autograd.Function, function).apply
 
 
 def call_backward(op: Callable, *arguments: object) -> tuple:

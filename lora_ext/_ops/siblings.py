@@ -10,9 +10,11 @@ from lora_ext._ops.registration import (
     any_requires_grad,
     below_autograd,
     bias_gradient,
+    call_backward,
     fake_gradients,
     fake_saved,
     has_tangent,
+    op_named,
     register_autocast,
     register_backward,
     register_composite,
@@ -94,7 +96,8 @@ class _LoraLinearSiblings(torch.autograd.Function):
             def of_used(entries):
                 return [entries[i] for i in used]
 
-            grad_x, used_grad_As, used_grad_Bs = torch.ops.lora_ext.lora_linear_siblings_backward.default(
+            grad_x, used_grad_As, used_grad_Bs = call_backward(
+                _backward_op,
                 of_used(grad_ys),
                 x if want_A else None,
                 of_used(weights),
@@ -140,6 +143,7 @@ def _lora_linear_siblings_autograd(x, weights, biases, lora_As, lora_Bs, scaling
         )
 
 
+_backward_op = op_named("lora_linear_siblings_backward")
 _composite = register_composite("lora_linear_siblings", composite.lora_linear_siblings, num_cast=3)
 LIBRARY.impl("lora_linear_siblings", _lora_linear_siblings_autograd, "Autograd")
 register_backward("lora_linear_siblings_backward", composite.lora_linear_siblings_backward)

@@ -23,6 +23,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import bench_analyze  # noqa: E402
 import bench_bottleneck  # noqa: E402
 import bench_finetune  # noqa: E402
+import bench_host  # noqa: E402
 import bench_inject  # noqa: E402
 import bench_merge  # noqa: E402
 import bench_offline_merge  # noqa: E402
@@ -84,6 +85,13 @@ def test_layer(run, capsys):
 def test_the_compiled_layer_is_one_graph_of_its_shape(run):
     rows = run("bench_layer", "--shapes", "8x16x24", "--dropout", "0")["rows"]
     assert all(list(row["ratio"]) == [*PEERS, contestants.COMPILED] for row in rows)
+
+
+def test_host(run, monkeypatch):
+    monkeypatch.setattr(bench_host, "CALLS", 2)
+    rows = run("bench_host", "--rank", "4")["rows"]
+    assert [row["pass"] for row in rows] == list(bench_host.PASSES)
+    assert all(row["microseconds"]["lora_ext"] > 0 and list(row["ratio"]) == PEERS for row in rows)
 
 
 def test_siblings(run):

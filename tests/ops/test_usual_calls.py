@@ -1,0 +1,170 @@
+"""functional.lora_linear skips the dispatcher where nothing else would see the call, and only there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from contextlib import nullcontext
+from typing import ClassVar
+
+import pytest
+import torch
+from support.layers import random_layer
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from lora_ext import functional
+from lora_ext._ops import linear
+from lora_ext._ops.registration import is_usual_state
+from lora_ext.nn import LoraAdapter, LoraLinear
+
+
+class Subclass(Tensor):
+    seen: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.seen.append(str(function))
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+class FunctionMode(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+class DispatchMode(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+STATES = {
+    "autocast": lambda: torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16),
+    "inference": torch.inference_mode,
+    "dispatch mode": DispatchMode,
+    "below autograd": torch._C._AutoDispatchBelowAutograd,
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_unusual_states_are_noticed(state):
+    assert is_usual_state()
+    with STATES[state]():
+        assert not is_usual_state()
+    assert is_usual_state()
+
+
+def test_transforms_are_noticed():
+    states = []
+    torch.func.vmap(lambda x: (states.append(is_usual_state()), x)[1])(torch.zeros(2))
+    torch.func.grad(lambda x: (states.append(is_usual_state()), x)[1])(torch.zeros(()))
+    with torch.autograd.forward_ad.dual_level():
+        states.append(is_usual_state())
+    assert states == [False, False, False]
+
+
+@pytest.mark.parametrize("context", ["torch.inference_mode()", "torch.autocast('cpu')"])
+def test_the_usual_state_is_not_the_one_of_the_import(context):
+    program = f"""
+import torch
+with {context}:
+    import lora_ext
+    from lora_ext._ops.registration import is_usual_state
+    assert not is_usual_state()
+assert is_usual_state()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_modes_and_subclasses_see_the_op(trains):
+    layer = random_layer((3, 8, 5, 2))
+    layer.lora_A.requires_grad_(trains)
+    expected = functional.lora_linear(*layer.args())
+    for mode in (FunctionMode(), DispatchMode()):
+        with mode:
+            y = functional.lora_linear(*layer.args())
+        assert torch.equal(y, expected) and y.requires_grad == trains
+        assert any("lora_linear" in name for name in mode.seen)
+    Subclass.seen.clear()
+    y = functional.lora_linear(layer.x.as_subclass(Subclass), *layer.args()[1:])
+    assert torch.equal(y.as_subclass(Tensor), expected) and y.requires_grad == trains
+    assert any("lora_linear" in name for name in Subclass.seen)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("wanted", ["", "x", "lora_A", "lora_B", "weight", "bias"])
+def test_both_ways_give_the_same_bits(wanted, dropout_p):
+    layer = random_layer((70, 24, 20, 4))
+    if wanted:
+        getattr(layer, wanted).requires_grad_()
+    arguments = (*layer.args(), dropout_p, torch.tensor(3))
+    ys = functional.lora_linear(*arguments), torch.ops.lora_ext.lora_linear(*arguments)[0]
+    assert torch.equal(*ys) and ys[0].requires_grad == ys[1].requires_grad == bool(wanted)
+    if wanted:
+        grads = [torch.autograd.grad(y, getattr(layer, wanted), layer.grad_y)[0] for y in ys]
+        assert torch.equal(*grads)
+
+
+def test_a_tensor_left_by_a_transform_keeps_its_gradient():
+    layer, left = random_layer((3, 8, 5, 2)), []
+    x = layer.x.clone().requires_grad_()
+    torch.func.grad(lambda z: (left.append(x * 1 + 0 * z), z.sum())[1])(torch.zeros(3, 8))
+    grads = []
+    for tensor in (left[0], x * 1):
+        (grad,) = torch.autograd.grad(functional.lora_linear(tensor, *layer.args()[1:]).square().sum(), x)
+        grads.append(grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_backward_under_autocast_and_modes_as_before():
+    layer = random_layer((3, 8, 5, 2))
+    A = layer.lora_A.requires_grad_()
+    (expected,) = torch.autograd.grad(functional.lora_linear(*layer.args()), A, layer.grad_y)
+    for state in (STATES["autocast"], DispatchMode, nullcontext):
+        y = functional.lora_linear(*layer.args())
+        with state() as mode:
+            (grad,) = torch.autograd.grad(y, A, layer.grad_y)
+        assert torch.equal(grad, expected)
+        if isinstance(mode, DispatchMode):
+            assert "lora_ext.lora_linear_backward.default" in mode.seen
+
+
+def test_seeds_follow_pytorch_s_generator():
+    layer = LoraLinear(nn.Linear(8, 8), LoraAdapter(8, 8, 2, 4, 0.5, init_lora_weights=False))
+    x = torch.randn(3, 8)
+    torch.manual_seed(7)
+    first = [layer(x) for _ in range(3)]
+    torch.manual_seed(7)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        layer(x)
+    second = [layer(x) for _ in range(3)]
+    assert all(map(torch.equal, first, second)) and not torch.equal(first[0], first[1])
+
+    def trunk(x: Tensor) -> Tensor:
+        return layer(torch.tanh(layer(x)))
+
+    results = []
+    for run in (trunk, lambda x: checkpoint(trunk, x, use_reentrant=False)):
+        torch.manual_seed(7)
+        y = run(x)
+        torch.rand(5)  # the generator goes on before the recomputation
+        results.append(torch.autograd.grad(y.square().sum(), [p for p in layer.parameters() if p.requires_grad]))
+    assert all(map(torch.equal, *results))
+
+
+def test_the_functions_that_are_called_are_the_op_s():
+    assert linear._op is torch.ops.lora_ext.lora_linear.default
