@@ -55,8 +55,9 @@ def save_injected(
 
     Raises:
         ValueError: some of the active adapters are merged and others are not; the directory holds a whole model, or for
-            a merged model an adapter; ``distributed_checkpoint`` is set (nothing is written then). Or no config
-            describes the adapters in a part of the model; or ``original`` would write a part with adapters by itself.
+            a merged model an adapter; ``distributed_checkpoint`` is set; FSDP1 wraps a part (nothing is written then).
+            Or no config describes the adapters in a part of the model; or ``original`` would write a part with adapters
+            by itself.
         RuntimeError: ``original`` did not ask for the state of ``module``.
     """
     call = _Call(f"{type(module).__name__}.save_pretrained", original, args, kwargs)
@@ -66,6 +67,12 @@ def save_injected(
         raise ValueError(
             f"{call.name}: distributed_checkpoint=True would write keys that from_pretrained cannot read; merge(model) "
             "and save without it, or use torch.distributed.checkpoint, which the model's keys suit"
+        )
+    if any(type(part).__name__ == "FullyShardedDataParallel" for part in module.modules()):
+        # Asking one process for a state would wait for the others, and the wrappers are in the paths.
+        raise ValueError(
+            f"{call.name}: parts of the model are wrapped by FullyShardedDataParallel; use fully_shard (FSDP2, "
+            "fsdp_version=2 in accelerate), or load the gathered state_dict into an unwrapped model and save that one"
         )
     if call.get("state_dict") == {}:  # Trainer's placeholder under DeepSpeed, which it removes
         return call.run()

@@ -17,7 +17,7 @@ from lora_ext.model.adapter_set import AdapterSet
 from lora_ext.model.bare_model import BareModel, adapter_layers
 from lora_ext.model.peft_keys import has_peft_keys, translate_peft_keys
 from lora_ext.nn import LoraLayer
-from lora_ext.nn.merged_state import MERGED_KEY, check_same_merged
+from lora_ext.nn.merged_state import check_same_merged
 from lora_ext.nn.state_form import own_keys
 
 MARKER = "this file holds adapters only: load the base model, then call lora_ext.load_adapter(model, directory)"
@@ -34,10 +34,12 @@ def adapter_state(module: nn.Module, adapters: AdapterSet) -> dict[str, Tensor]:
     """
     state = {}
     seen: set[int] = set()
-    is_adapters = _is_adapters(module, adapters)
+    is_adapters, buffers = _is_adapters(module, adapters), {id(buffer) for buffer in module.buffers()}
     for key, tensor in own_state(module).items():
-        changes = is_adapters(key, tensor) or tensor.requires_grad or not isinstance(tensor, nn.Parameter)
-        if changes and id(tensor) not in seen and not key.endswith(MERGED_KEY):
+        if not isinstance(tensor, Tensor):  # the state of a quantised layer, for example
+            continue
+        changes = is_adapters(key, tensor) or tensor.requires_grad or id(tensor) in buffers
+        if changes and id(tensor) not in seen:
             seen.add(id(tensor))
             state[key] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     base = {"": module, **BareModel(module).modules}

@@ -6,7 +6,6 @@ nothing, and its keys are exactly those of its parameters and buffers.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +20,18 @@ MERGED_KEY = "_extra_state"
 
 
 def encode_names(names: tuple[str, ...]) -> Tensor:
-    """Encodes adapter names as a tensor, because safetensors files hold nothing else."""
-    return torch.tensor(list(json.dumps(names).encode()), dtype=torch.uint8)
+    """Encodes adapter names, which contain no dots, as a tensor, because safetensors files hold nothing else."""
+    return torch.tensor(list(".".join(names).encode("utf-8", "surrogatepass")), dtype=torch.uint8)
 
 
 def decode_names(state: Any) -> tuple[str, ...]:
-    """Inverts :func:`encode_names`; None gives no names."""
-    return () if state is None else tuple(json.loads(bytes(state.tolist()).decode()))
+    """Inverts :func:`encode_names`; None gives no names. ValueError: it is something else."""
+    if state is None:
+        return ()
+    if not isinstance(state, Tensor) or state.dim() != 1:
+        raise ValueError("want a tensor with one dimension")
+    values = state.detach().to("cpu", torch.uint8)  # users convert the dtype of a whole state
+    return tuple(bytes(values.tolist()).decode("utf-8", "surrogatepass").split("."))
 
 
 def check_same_merged(layer: LoraLayer, state: Mapping[str, Any], prefix: str) -> None:
@@ -40,9 +44,12 @@ def check_same_merged(layer: LoraLayer, state: Mapping[str, Any], prefix: str) -
         prefix: of the layer's keys in ``state``.
 
     Raises:
-        RuntimeError: something else is merged; the message has the remedy.
+        RuntimeError: something else is merged (the message has the remedy), or the names are damaged.
     """
-    in_state = decode_names(state.get(prefix + MERGED_KEY))
+    try:
+        in_state = decode_names(state.get(prefix + MERGED_KEY))
+    except ValueError as error:
+        raise RuntimeError(f"load_state_dict: {prefix}{MERGED_KEY} holds no names of adapters ({error})") from error
     here = layer.merged_adapters
     if not in_state and not here:
         return

@@ -9,7 +9,7 @@ import torch
 import torch.distributed
 from support.models import llama, token_ids
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from lora_ext import LoraConfig, inject, load_adapter, save_adapter
 
@@ -43,3 +43,15 @@ def test_a_gathered_state_is_saved_and_a_sharded_model_is_refused(one_process, t
     for save in (model.save_pretrained, lambda directory: save_adapter(model, directory)):
         with pytest.raises(ValueError, match="is sharded .*full_state_dict=True"):
             save(tmp_path / "sharded")
+
+
+def test_a_model_wrapped_by_fsdp1_is_refused(one_process, tmp_path):
+    model = inject(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    cpu = torch.device("cpu")
+    keys = set(model.state_dict())
+    model.model.layers[0] = FullyShardedDataParallel(model.model.layers[0], use_orig_params=True, device_id=cpu)
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=cpu)
+    assert set(wrapped.state_dict()) == keys
+    with pytest.raises(ValueError, match="wrapped by FullyShardedDataParallel; use fully_shard"):
+        model.save_pretrained(tmp_path / "adapter", state_dict=wrapped.state_dict())
+    assert not (tmp_path / "adapter").exists()

@@ -115,6 +115,16 @@ def test_other_adapters_or_other_values_merged():
         first.load_state_dict(changed.state_dict())
 
 
+def test_names_survive_a_conversion_and_damaged_ones_are_refused():
+    plain, merged = pair("linear")
+    state = {key: value.to(torch.bfloat16) for key, value in merged.state_dict().items()}
+    with refused(plain, RuntimeError, *COUNTED_TWICE):
+        plain.load_state_dict(state)
+    for damage in (torch.tensor(10**9), torch.tensor([255, 254], dtype=torch.uint8), "text", torch.ones(2, 2)):
+        with refused(plain, RuntimeError, "head._extra_state holds no names of adapters"):
+            plain.load_state_dict(plain.state_dict() | {"head._extra_state": damage})
+
+
 def test_a_state_without_base_weights_is_taken_by_a_merged_model():
     plain, merged = pair("linear")
     adapters = {key: torch.zeros_like(value) for key, value in plain.state_dict().items() if ".adapters." in key}
