@@ -219,6 +219,11 @@ class _Search:
             )
         if self.embedding in tokens and not differ:  # tied even without ensure_weight_tying, as in PEFT
             for twin in self.twins:
+                if twin in others["modules_to_save"]:
+                    raise ValueError(
+                        f"inject: {key} names {self.embedding!r}, which {twin!r} follows, and modules_to_save names "
+                        "that; remove one of the two"
+                    )
                 tokens.pop(twin, None)
                 self.tied[twin] = self.embedding
         return tokens

@@ -142,6 +142,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"target_modules": ["q_proj"], "ensure_weight_tying": True, "trainable_token_indices": [2]}),
     ("tied", {"target_modules": ["q_proj", "embed_tokens"]}),
     ("tied", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
+    ("tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    ("tied", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
     ("tied", {"target_modules": ["q_proj"], "trainable_token_indices": [2]}),
     ("tied", {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [2]}}),
     ("tied", {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [2]}}),
@@ -308,8 +310,8 @@ def test_a_shared_module_is_found_once_under_its_first_path():
         ),
         (
             "tied",
-            {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-            ["add 'model.embed_tokens' to modules_to_save, set ensure_weight_tying=True, or untie the two"],
+            {"target_modules": ["q_proj"], "trainable_token_indices": [1], "modules_to_save": ["lm_head"]},
+            ["names 'model.embed_tokens', which 'lm_head' follows, and modules_to_save names that; remove one"],
         ),
         (
             "tied",
