@@ -131,7 +131,8 @@ class BuildExtension(cpp_extension.BuildExtension):
         return name.replace(".", os.sep) + ".so"  # without the Python ABI that extension modules have in their names
 
     def build_extensions(self):
-        write_facts()
+        if any(extension.name == "lora_ext.liblora_ext" for extension in self.extensions):
+            write_facts()
         # nvcc writes no dependency file for ninja: rebuild every CUDA object that is older than a header.
         newest = max(os.path.getmtime(ROOT / header) for header in HEADERS)
         for path in Path(self.build_temp).rglob("cuda/**/*.o"):
