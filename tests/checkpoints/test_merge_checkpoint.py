@@ -2,10 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from support.checkpoint_files import (
     tensors_of,
 )
 from support.models import bert, gpt2, llama
+from support.processes import run_python
 from torch import Tensor, nn
 
 import lora_ext
@@ -516,9 +514,7 @@ report = merge(sys.argv[1], [sys.argv[2]], sys.argv[3], record=True, verify=True
 assert report.merged == 24
 print(resident() - imported)
 """
-    arguments = [str(tmp_path / name) for name in ("base", "adapter", "out")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True)
+    done = run_python("-c", script, *(tmp_path / name for name in ("base", "adapter", "out")))
     assert done.returncode == 0, done.stderr
     bound = 1.5 * largest + 75e6
     assert total > bound, "or a process that holds all of it would pass"

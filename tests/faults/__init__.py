@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.processes import run_python
 
 FAULTS = Path(__file__).resolve().parent
 BUILD = FAULTS.parents[1] / "build" / "faults"
@@ -45,17 +45,13 @@ def run_script(name: str, *arguments: str | Path) -> Any:
     """
     if not sys.platform.startswith("linux") or shutil.which("cc") is None:
         pytest.skip("interposing libc's calls needs Linux and a C compiler (cc)")
-    result = subprocess.run(
-        [sys.executable, "-m", f"faults.{name}", *map(str, arguments)],
-        env={
-            **os.environ,
-            "LD_PRELOAD": str(library()),
-            "PYTHONPATH": os.pathsep.join([str(FAULTS.parent), *filter(None, sys.path)]),
-            "OMP_NUM_THREADS": "1",  # a process that has started threads cannot fork
-            "PYTHONDONTWRITEBYTECODE": "1",
-        },
-        capture_output=True,
-        text=True,
+    result = run_python(
+        "-m",
+        f"faults.{name}",
+        *arguments,
+        LD_PRELOAD=str(library()),
+        OMP_NUM_THREADS="1",  # a process that has started threads cannot fork
+        PYTHONDONTWRITEBYTECODE="1",
     )
     assert result.returncode == 0, f"{name} {' '.join(map(str, arguments))}\n{result.stdout[-2000:]}\n{result.stderr}"
     return json.loads(result.stdout.splitlines()[-1])

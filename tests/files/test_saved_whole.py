@@ -15,6 +15,7 @@ from faults import run_script
 from faults.saving import adapted
 from peft import PeftConfig
 from peft.utils import load_peft_weights
+from support.processes import environment
 from torch import nn
 
 from lora_ext import load_adapter, save_adapter
@@ -64,7 +65,7 @@ def test_concurrent_savers_and_readers_see_whole_adapters(tmp_path):
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "faults.saving", str(directory), str(first), str(first + 1)],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])},
+            env=environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

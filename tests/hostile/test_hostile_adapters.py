@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from support.processes import run_python
 
 pytestmark = [pytest.mark.cpu_only("is about files, which hold CPU tensors"), pytest.mark.full]
-
-TESTS = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("attacks", [["config"], ["weights", "method", "kinds"]], ids="-".join)
 def test_hostile_files_end_with_a_message(attacks, tmp_path):
-    subprocess.run(
-        [sys.executable, "-m", "hostile.reading", tmp_path / "adapter", tmp_path / "results", *attacks],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, sys.path)]),
-            "OMP_NUM_THREADS": "1",  # a process that has started threads cannot fork
-        },
-        check=True,
-    )
+    arguments = [tmp_path / "adapter", tmp_path / "results", *attacks]
+    one_thread = {"OMP_NUM_THREADS": "1"}  # a process that has started threads cannot fork
+    done = run_python("-m", "hostile.reading", *arguments, **one_thread)
+    assert done.returncode == 0, done.stderr
     wrong = []
     for name, words, report in json.loads((tmp_path / "results").read_text()):
         error, message = report["error"], report["message"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import pytest
 import torch
 from support.merged_models import all_same, assert_restores, hard_layer, hard_model, merged_sets, refused, weights
 from support.merging import MERGE_OP, same_bits
+from support.processes import run_python
 from torch import nn
 
 from lora_ext import functional, merge, unmerge
@@ -109,7 +109,7 @@ assert not any(map(torch.equal, weights, before))
     ids=["factors", "records, 16", "records, 40", "records, 80", "records, 120"],
 )
 def test_out_of_memory_in_an_op(script):
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    result = run_python("-c", script)
     assert result.returncode == 0, result.stderr
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.layers import DTYPES, random_layer
 from support.merging import FLOATING, bits, hard_weight, merged, same_bits, update_factors
+from support.processes import run_python
 
 from lora_ext import functional, info, reference
 from lora_ext.merging.weights import merge_all_, pack_factors, unmerge_all_
@@ -270,8 +268,7 @@ def test_instruction_sets_and_threads_agree_to_the_bit():
     for isa in info.gather()["cpu"]["isas_available"]:
         for threads in (1, 2, 3):
             script = DIGEST.format(tests=str(Path(__file__).parents[1]), threads=threads)
-            environment = os.environ | {"LORA_EXT_CPU_ISA": isa}
-            result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+            result = run_python("-c", script, LORA_EXT_CPU_ISA=isa)
             assert result.returncode == 0, result.stderr
             digests[isa, threads] = result.stdout
     assert len(set(digests.values())) == 1, digests

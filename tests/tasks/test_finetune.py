@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -23,6 +22,7 @@ from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
 from support import tiny_classifier
 from support.models import bert, gpt2, llama
+from support.processes import environment
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from lora_ext import LoraConfig, cli, inject
@@ -191,11 +191,10 @@ def test_interrupted_and_resumed_ends_like_uninterrupted(tiny: Settings, tmp_pat
     settings = ["--model", tiny.model, "--data", tiny.data, "--target-modules", "query,value", "--epochs", "16"]
     settings += ["--batch-size", "8", "--max-length", "32"]
     command = [sys.executable, "-c", EVERY_STEP, "finetune"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     out = tmp_path / "interrupted"
     process = subprocess.Popen(
         [*command, *settings, "--out", str(out)],
-        env=environment,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -213,8 +212,8 @@ def test_interrupted_and_resumed_ends_like_uninterrupted(tiny: Settings, tmp_pat
     assert newest % 30 != 0, "want a checkpoint in the middle of an epoch, which has 30 steps"
 
     whole = tmp_path / "whole"
-    subprocess.run([*command, "--resume", "--out", str(out)], env=environment, check=True)
-    subprocess.run([*command, *settings, "--out", str(whole)], env=environment, check=True)
+    subprocess.run([*command, "--resume", "--out", str(out)], env=environment(), check=True)
+    subprocess.run([*command, *settings, "--out", str(whole)], env=environment(), check=True)
     assert_equal_weights(out, whole)
     resumed, uninterrupted = (json.loads((path / "metrics.json").read_text()) for path in (out, whole))
     assert resumed["majority"] == uninterrupted["majority"]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from support import tiny_classifier
+from support.processes import environment, run_python
 
 from lora_ext._common import progress as module
 from lora_ext._common.progress import progress
@@ -110,18 +111,13 @@ def arguments(tmp_path_factory) -> list[str]:
     model = tiny_classifier.save_model(directory / "model")
     data = tiny_classifier.save_reviews(directory / "reviews.csv", tiny_classifier.reviews(120))
     options = ["--model", str(model), "--data", str(data), "--max-length", "32", "--epochs", "30", "--no-measure"]
-    return [sys.executable, "-m", "lora_ext", "finetune", *options]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_WAIT_POLICY": "passive"}
+    return ["-m", "lora_ext", "finetune", *options]
 
 
 @pytest.mark.full
 def test_finetune_prints_few_lines_into_a_pipe(arguments: list[str], tmp_path: Path):
     """Runs 180 steps and 30 evaluations; the Trainer's bars would print hundreds of states."""
-    command = [*arguments, "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    done = run_python(*arguments, "--out", tmp_path / "out", OMP_WAIT_POLICY="passive")
     assert done.returncode == 0, done.stderr
     lines = re.split(r"[\r\n]+", done.stderr.strip())
     assert len(lines) <= 12 and "|" not in done.stderr, done.stderr
@@ -132,8 +128,9 @@ def test_finetune_prints_few_lines_into_a_pipe(arguments: list[str], tmp_path: P
 def test_finetune_draws_bars_on_a_terminal(arguments: list[str], tmp_path: Path):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
-    command = [*arguments, "--epochs", "1", "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=theirs)
+    command = [sys.executable, *arguments, "--epochs", "1", "--out", str(tmp_path / "out")]
+    passive = environment(OMP_WAIT_POLICY="passive")
+    process = subprocess.Popen(command, env=passive, stdout=subprocess.DEVNULL, stderr=theirs)
     os.close(theirs)
     output = b""
     while True:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ast
 import importlib
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from support.processes import run_python
 
 import lora_ext
 
@@ -49,5 +49,5 @@ def test_tasks_import_public_names_only():
 
 def test_the_library_and_its_reading_interface_import_nothing_heavy():
     code = "import sys, lora_ext, lora_ext.checkpoints; print({'transformers', 'matplotlib'} & {*sys.modules})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
+    done = run_python("-c", code)
     assert done.stdout == "set()\n", done.stderr

@@ -6,17 +6,16 @@ import base64
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.processes import run_python
 from support.report_results import ANALYSIS, COMPARE, METHODS, PLAN, SWEEP, change_json, results_of_the_session
 
 from lora_ext.cli import main
@@ -374,9 +373,7 @@ def test_report_needs_no_package_except_matplotlib_and_jinja2(copied: Path, page
         code = (
             f"import sys; sys.modules.update(dict.fromkeys({names})); from lora_ext.cli import main; sys.exit(main())"
         )
-        command = [sys.executable, "-c", code, "report", str(copied), "--out", str(tmp_path / "page.html")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
+        return run_python("-c", code, "report", copied, "--out", tmp_path / "page.html")
 
     missing = report_without("matplotlib", "jinja2")
     assert missing.returncode == 2 and not (tmp_path / "page.html").exists()

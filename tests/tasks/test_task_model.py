@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import http.server
-import os
 import socket
 import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +12,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from support import tiny_classifier
+from support.processes import run_python
 from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -145,18 +144,9 @@ def test_an_adapter_that_cannot_be_merged_leaves_its_metrics(tmp_path: Path, mon
     assert (tmp_path / "out" / "metrics.json").is_file()
 
 
-HUB = """
-import sys
-from lora_ext.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 def hub_command(tmp_path: Path, endpoint: str, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), **more}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    return subprocess.run([sys.executable, "-c", HUB, *arguments], env=environment, capture_output=True, text=True)
+    variables = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "", **more}
+    return run_python("-m", "lora_ext", *arguments, **variables)
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
