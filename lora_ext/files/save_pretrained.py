@@ -29,7 +29,7 @@ from lora_ext.files.safetensors_format import read_header
 from lora_ext.files.save_load import ADAPTER_FILES, file_content, write_content
 from lora_ext.files.staged_files import staged_files
 from lora_ext.injection.targets import find_targets
-from lora_ext.model.adapter_set import Adapter, AdapterSet, adapter_in, adapter_set
+from lora_ext.model.adapter_set import Adapter, AdapterSet, adapter_in, adapter_set, check_at_hand
 from lora_ext.model.adapter_state import MARKER, adapter_state, lost_parameters, own_state
 from lora_ext.model.bare_model import BareModel, adapter_layers
 from lora_ext.model.saver import SavePretrained
@@ -180,7 +180,8 @@ def _write_adapters(call: _Call, module: nn.Module, adapters: AdapterSet) -> Non
     held = {name for _, layer in adapter_layers(module) for name in layer.adapters}
     contents = {}
     for name in (name for name in adapters.configs if name in held):
-        adapter = adapter_in(module, adapters, call.name, name)
+        adapter = adapter_in(module, adapters, name)
+        check_at_hand(call.name, adapter)
         if adapter_set(module) is not adapters:
             adapter = dataclasses.replace(adapter, config=_config_within(call.name, module, adapter))
         contents[name] = file_content(module, adapter)

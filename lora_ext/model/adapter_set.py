@@ -229,24 +229,27 @@ def find_adapter(model: nn.Module, caller: str, name: str | None = None) -> Adap
             )
         (name,) = adapters.active.names
     check_names(caller, adapters.configs, [name])
-    return adapter_in(root_module(model), adapters, caller, name)
+    adapter = adapter_in(root_module(model), adapters, name)
+    check_at_hand(caller, adapter)
+    return adapter
 
 
-def adapter_in(module: nn.Module, adapters: AdapterSet, caller: str, name: str) -> Adapter:
-    """The adapter ``name`` as far as it is in ``module``: the model or a part of it; paths begin there.
-
-    RuntimeError: accelerate keeps its values elsewhere.
-    """
+def adapter_in(module: nn.Module, adapters: AdapterSet, name: str) -> Adapter:
+    """The adapter ``name`` as far as it is in ``module``: the model or a part of it; paths begin there."""
     paths = {id(layer): path for path, around in BareModel(module).layers.items() for layer in around}
     layers = [(paths[id(layer)], layer) for _, layer in adapter_layers(module) if name in layer.adapters]
     parts = located(Part(path, path, layer, layer.adapters[name]) for path, layer in layers)
-    for part in parts:
-        if any(is_offloaded(held, key) for held in part.adapter.modules() for key in held._parameters):
+    return Adapter(name, adapters.configs[name], adapters, parts, adapters.biases.get(name))
+
+
+def check_at_hand(caller: str, adapter: Adapter) -> None:
+    """RuntimeError: accelerate keeps values of the adapter elsewhere."""
+    for part in adapter.parts:
+        if any(is_offloaded(module, key) for module in part.adapter.modules() for key in module._parameters):
             raise RuntimeError(
                 f"{caller}: the factors of {part.path!r} are offloaded; inject or load after you dispatch or offload "
                 "the model, which leaves them on the device that computes"
             )
-    return Adapter(name, adapters.configs[name], adapters, parts, adapters.biases.get(name))
 
 
 def check_names(caller: str, known: Mapping[str, object] | Iterable[str], names: Iterable[str]) -> None:
