@@ -8,10 +8,12 @@ put in the base layer's place after injection stay in force, whoever put them th
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.module import (
     _global_backward_hooks,
     _global_backward_pre_hooks,
@@ -169,11 +171,36 @@ def why_not_merge(base: nn.Module, *kinds: type[nn.Module], methods: tuple[str, 
     if kind is None:
         kind = type(base)
         return f"base_layer is a {kind.__module__}.{kind.__name__}; merge or unload it first"
-    if not has_forward_of(base, kind, *methods):
-        return f"the forward of {type(base).__name__} is not {kind.__name__}'s, and may not be linear in the weight"
     if base._forward_hooks or base._forward_pre_hooks:
         return "its hooks may change what it computes; remove them first"
+    if not has_forward_of(base, kind, *methods) and not (kind is nn.Linear and _is_product(base)):
+        return f"the forward of {type(base).__name__} is not {kind.__name__}'s, and may not be linear in the weight"
     return None
+
+
+@torch.no_grad()
+def _is_product(base: nn.Linear) -> bool:
+    """Whether the forward that the class of ``base`` has instead of nn.Linear's is the same product.
+
+    Tried on a copy, with random numbers of several sizes for its weight, its bias and the input.
+    """
+    if "forward" in vars(base) or any(parameter.is_meta for parameter in base.parameters()):
+        return False
+    numbers = torch.Generator(base.weight.device).manual_seed(0)  # the user's stays as it is
+    x = torch.empty(3, base.in_features, dtype=base.weight.dtype, device=base.weight.device).normal_(generator=numbers)
+    x *= torch.tensor([[0.01], [1.0], [100.0]]).to(x)
+    try:
+        twin = copy.deepcopy(base)
+        for parameter in twin.parameters():
+            parameter.normal_(generator=numbers)
+        y = twin(x)
+    except Exception:  # whatever it raises, it is not nn.Linear's forward
+        return False
+    want = F.linear(x, twin.weight, twin.bias)
+    if not isinstance(y, Tensor) or y.shape != want.shape or y.dtype != want.dtype:
+        return False
+    error, size = (a.to(torch.promote_types(a.dtype, torch.float32)).norm(dim=1) for a in (y - want, want))
+    return bool((error <= 16 * torch.finfo(y.dtype).eps * size).all())
 
 
 _KEEP_ON_DEVICE = "keep this module on a device (device_map)"

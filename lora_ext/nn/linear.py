@@ -84,10 +84,10 @@ class LoraLinear(LoraLayer):
             return add_updates(x, weight, add_lora_biases(bias, weight.dtype, adapters), updates)
         y = own_copy(self, self.base_layer(x, *args, **kwargs))
         if (bias := add_lora_biases(None, y.dtype, adapters)) is not None:
-            y.add_(bias)
+            y = y + bias  # not in place: samples of torch.func.vmap may share y
         x = x.to(device=y.device, dtype=y.dtype)
         for update in updates:
-            y = functional.lora_delta_(y, x, *update)
+            y = functional.plus_lora_delta(y, x, *update)
         return y
 
     def _full_lora_B(self, name: str, lora_B: Tensor) -> Tensor:

@@ -175,6 +175,18 @@ OUT_PROJ = (
     "nn.MultiheadAttention reads the weight of its out_proj and never calls it. An adapter there has no effect in PEFT "
     "until it is merged. Here it has the same effect before and after."
 )
+READ = (
+    "The model multiplies by the weights of some layers itself (dt_proj of Jamba, WavLM's attention). An adapter there "
+    "has no effect, as in PEFT, but merging it would have one. Here a warning names these layers at the "
+    "second forward, and refuses to merge from then on."
+)
+OWN_OUT_PROJ = (
+    "PEFT refuses out_proj by its name, because CUDA kernels take its weight. Here it is adapted where it is called; a "
+    "warning names it where it is not."
+)
+IN_WAVLM = (Known("all-linear", "merge", READ),)
+IN_JAMBA = (Known("all-linear", "merge tokens", READ),)
+IN_MAMBA = (Known("all-linear", "targets", OWN_OUT_PROJ),)
 IN_SQUEEZEBERT = (Known("usual", "merge", GROUPS),)
 IN_SIGLIP = (Known("all-linear", "outputs files gradients step", OUT_PROJ),)
 
@@ -248,15 +260,15 @@ ARCHITECTURES = (
     # Audio.
     _A("Wav2Vec2", "Wav2Vec2ForCTC", waves, "q_proj v_proj", WAV2VEC2),
     _A("HuBERT", "HubertForCTC", waves, "q_proj v_proj", WAV2VEC2),
-    _A("WavLM", "WavLMForCTC", waves, "intermediate_dense output_dense", WAV2VEC2),
+    _A("WavLM", "WavLMForCTC", waves, "intermediate_dense output_dense", WAV2VEC2, known=IN_WAVLM),
     _A("Whisper", "WhisperForConditionalGeneration", spectrograms, "q_proj v_proj", WHISPER),
     _A("Speech2Text", "Speech2TextForConditionalGeneration", frames, "q_proj v_proj", SPEECH2TEXT),
     _A("AST", "ASTForAudioClassification", patches_of_sound, "q_proj v_proj", AST),
     # State spaces and recurrences.
-    _A("Mamba", "MambaForCausalLM", tokens, "in_proj x_proj", MAMBA),
-    _A("FalconMamba", "FalconMambaForCausalLM", tokens, "in_proj x_proj", MAMBA),
-    _A("Mamba2", "Mamba2ForCausalLM", tokens, "in_proj", MAMBA2),
-    _A("Jamba", "JambaForCausalLM", tokens, "q_proj v_proj", JAMBA, _F32),
+    _A("Mamba", "MambaForCausalLM", tokens, "in_proj x_proj", MAMBA, known=IN_MAMBA),
+    _A("FalconMamba", "FalconMambaForCausalLM", tokens, "in_proj x_proj", MAMBA, known=IN_MAMBA),
+    _A("Mamba2", "Mamba2ForCausalLM", tokens, "in_proj", MAMBA2, known=IN_MAMBA),
+    _A("Jamba", "JambaForCausalLM", tokens, "q_proj v_proj", JAMBA, _F32, known=IN_JAMBA),
     _A("RWKV", "RwkvForCausalLM", tokens, "key value receptance output", RWKV),
     _A("RecurrentGemma", "RecurrentGemmaForCausalLM", tokens, "q_proj v_proj", GRIFFIN),
 )

@@ -16,32 +16,9 @@ pytestmark = [pytest.mark.cpu_only("makes its inputs on the CPU"), pytest.mark.f
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
 PAGE = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.exists() else ""
 
-# Issue 17: the item that mends the difference.
-PENDING = {
-    ("Falcon", "all-linear"): 5,
-    ("Falcon", "usual"): 5,
-    ("Mixtral", "all-linear"): 4,
-    ("Qwen3-MoE", "all-linear"): 4,
-    ("OLMoE", "all-linear"): 4,
-    ("DeepSeek-V3", "all-linear"): 4,
-    ("Mamba", "all-linear"): 6,
-    ("FalconMamba", "all-linear"): 6,
-    ("Mamba2", "all-linear"): 6,
-    ("Jamba", "all-linear"): 6,
-    ("WavLM", "all-linear"): 6,
-}
 
-
-def pending(item: int) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=False, reason=f"item {item} of issue 17")
-
-
-def cases() -> list:
-    pairs = [(name, targets) for name in BY_NAME for targets in TARGETS]
-    return [pytest.param(*pair, marks=pending(PENDING[pair]) if pair in PENDING else ()) for pair in pairs]
-
-
-@pytest.mark.parametrize(("name", "targets"), cases())
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("name", BY_NAME)
 def test_equal_to_peft(name, targets):
     found = compare(BY_NAME[name], targets)
     known = {check for known in BY_NAME[name].known if known.targets == targets for check in known.checks.split()}
@@ -49,20 +26,12 @@ def test_equal_to_peft(name, targets):
     assert counts(found) in row(PAGE, name)
 
 
-def mergeable() -> list:
-    known = {name for name in BY_NAME for known in BY_NAME[name].known if known[:2] == ("usual", "merge")}
-    return [pytest.param(n, marks=pending(5) if n == "Falcon" else ()) for n in BY_NAME if n not in known]
-
-
-MERGED_BY = [
-    pytest.param(merge, marks=pending(2), id="merge"),
-    pytest.param(merge_and_unload, id="merge_and_unload"),
-]
+NOT_MERGED = {name for name in BY_NAME for known in BY_NAME[name].known if known[:2] == ("usual", "merge")}
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("merge_it", MERGED_BY)
-@pytest.mark.parametrize("name", mergeable())
+@pytest.mark.parametrize("merge_it", [merge, merge_and_unload])
+@pytest.mark.parametrize("name", [name for name in BY_NAME if name not in NOT_MERGED])
 def test_transformers_saves_and_loads_the_merged_model(name, merge_it, tmp_path):
     architecture = BY_NAME[name]
     base, inputs = architecture.build(), architecture.inputs()

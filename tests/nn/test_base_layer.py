@@ -80,6 +80,9 @@ def test_subclasses_with_a_forward_of_their_own(kind):
     expected = base(x).detach().clone()
     model = adapted(base)
     check_is_base_plus_update(model.layer, x, expected)
+    if kind is Leaf:  # its values are the product's
+        merge(model.eval())
+        return
     with refused(model, ValueError, f"merge: updates cannot be merged into\n  layer: the forward of {kind.__name__}"):
         merge(model)
     with refused(model, ValueError, "may not be linear in the weight"):
@@ -88,10 +91,57 @@ def test_subclasses_with_a_forward_of_their_own(kind):
         model.layer.merge()
 
 
+class OwnProduct(nn.Linear):
+    """Falcon's linear layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class OfClampedWeight(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.clamp(-1, 1), self.bias)
+
+
+class OfClampedInput(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.clamp(-9, 9), self.weight, self.bias)
+
+
+class WithoutBias(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_forward_of_its_own_that_is_the_same_product_can_be_merged(dtype, bias):
+    model, x = adapted(OwnProduct(64, 5, bias, dtype=dtype)), torch.randn(4, 64, dtype=dtype)
+    weight, y = model.layer.base_layer.weight.clone(), model.layer(x)
+    before = torch.get_rng_state()
+    merge(model.eval())
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.testing.assert_close(model.layer(x), y, atol=4 * torch.finfo(dtype).eps * y.abs().max().item(), rtol=0)
+    unmerge(model)
+    assert torch.equal(model.layer.base_layer.weight, weight)
+
+
+@pytest.mark.parametrize("kind", [OfClampedWeight, OfClampedInput, WithoutBias])
+def test_a_forward_that_is_the_product_for_some_values_only_is_not_merged(kind):
+    model = adapted(kind(6, 5)).eval()
+    with refused(model, ValueError, "may not be linear in the weight"):
+        merge(model)
+
+
 def test_what_the_base_layer_returned_is_not_written():
     model, x = adapted(Transposed(6, 5)), torch.randn(4, 6)
-    y = model.layer(x)
-    torch.testing.assert_close(model.layer.base_layer.kept.mT + update_of(model.layer, x), y)
+    with torch.no_grad():
+        y = model.layer(x)
+    kept = model.layer.base_layer.kept
+    torch.testing.assert_close(kept.mT + update_of(model.layer, x), y)
+    merge(model.eval())
+    assert model.layer.base_layer.kept is kept  # merging tries the forward on a copy
 
 
 def test_a_base_layer_that_returns_no_tensor():
