@@ -125,30 +125,21 @@ inline BackwardCall fill_backward(const std::optional<Tensor>& x, std::span<cons
   expand = {.num_tokens = num_tokens,
             .total_rank = total_rank,
             .xa = want_B ? call.kept.address(as_contiguous(*xa)) : nullptr,
-            .grad_xa = nullptr,
             .dtype = dtype,
             .factor_dtype = factor_dtype,
             .wants_grad_xa = want_x || want_A,
             .wants_grad_lora_B = want_B,
-            .num_siblings = num_siblings,
-            .siblings = {}};
+            .num_siblings = num_siblings};
   LoraShrinkBackwardParams& shrink = call.params.shrink;
   shrink = {.num_tokens = num_tokens,
             .in_features = in_features,
             .total_rank = total_rank,
-            .grad_xa = nullptr,
-            .x = nullptr,
-            .mask = nullptr,
-            .base = nullptr,
-            .grad_x = nullptr,
-            .x_stride = 0,
             .dtype = dtype,
             .factor_dtype = factor_dtype,
             .wants_grad_x = want_x,
             .wants_grad_lora_A = want_A,
             .has_dropout = threshold > 0,
-            .num_siblings = num_siblings,
-            .siblings = {}};
+            .num_siblings = num_siblings};
   if (want_A) {
     const Tensor rows = flatten_tokens(*x);
     shrink.x = call.kept.address(rows);

@@ -45,20 +45,12 @@ inline void stream_forward(const Kernels& kernels, const ForwardCall& call) {
 
   StreamedRows expand{.num_tokens = p.num_tokens,
                       .in_features = p.in_features,
-                      .rank = 0,
                       .tokens = tokens,
-                      .weight = nullptr,
                       .low_rank = low_rank,
-                      .factor = nullptr,
-                      .bias = nullptr,
-                      .out = nullptr,
-                      .weight_stride = 0,
-                      .out_stride = 0,
                       .tokens_dtype = p.dtype,
                       .weight_dtype = p.dtype,
                       .factor_dtype = p.factor_dtype,
-                      .out_dtype = p.dtype,
-                      .scale = 1.0};
+                      .out_dtype = p.dtype};
   StreamedRows shrink = expand;
   shrink.low_rank = nullptr;
   shrink.weight_stride = p.in_features;

@@ -34,47 +34,43 @@ void reduce_ranks(int64_t total_rank, const Reduce& reduce) {
   torch::stable::parallel_for(0, total_rank, kRanksPerThread, reduce);
 }
 
+struct ChunkedRun {
+  const Kernels& kernels;
+  int64_t num_chunks;
+  Workspace workspace;
+};
+
+// Packs the factors, then runs one of the kernels on all chunks of the tokens.
+template <class Params, class Pack, class Kernel>
+ChunkedRun run_chunks(const Params& p, Pack pack, Kernel kernel) {
+  const Kernels& kernels = checked_kernels();
+  const int64_t num_chunks = count_chunks(p.num_tokens);
+  const ChunkedRun run{kernels, num_chunks, make_workspace(num_chunks, p)};
+  pack_factors(p.num_siblings, [&](int i) { (kernels.*pack)(p, run.workspace, i); });
+  run_chunks(kernels.*kernel, p, run.workspace, num_chunks);
+  return run;
+}
+
 struct Cpu {
   struct Guard {
     explicit Guard(const Tensor&) {}
   };
 
-  static void shrink(const LoraShrinkParams& p, const Tensor&) {
-    const Kernels& kernels = checked_kernels();
-    const int64_t num_chunks = count_chunks(p.num_tokens);
-    const Workspace workspace = make_workspace(num_chunks, p);
-    pack_factors(p.num_siblings, [&](int i) { kernels.pack_shrink(p, workspace, i); });
-    run_chunks(kernels.shrink, p, workspace, num_chunks);
-  }
-
-  static void expand(const LoraExpandParams& p, const Tensor&) {
-    const Kernels& kernels = checked_kernels();
-    const int64_t num_chunks = count_chunks(p.num_tokens);
-    const Workspace workspace = make_workspace(num_chunks, p);
-    pack_factors(p.num_siblings, [&](int i) { kernels.pack_expand(p, workspace, i); });
-    run_chunks(kernels.expand, p, workspace, num_chunks);
-  }
-
-  static void shrink_backward(const LoraShrinkBackwardParams& p, const Tensor&) {
-    const Kernels& kernels = checked_kernels();
-    const int64_t num_chunks = count_chunks(p.num_tokens);
-    const Workspace workspace = make_workspace(num_chunks, p);
-    pack_factors(p.num_siblings, [&](int i) { kernels.pack_shrink_backward(p, workspace, i); });
-    run_chunks(kernels.shrink_backward, p, workspace, num_chunks);
+  static void run(const LoraShrinkParams& p, const Tensor&) { run_chunks(p, &Kernels::pack_shrink, &Kernels::shrink); }
+  static void run(const LoraExpandParams& p, const Tensor&) { run_chunks(p, &Kernels::pack_expand, &Kernels::expand); }
+  static void run(const LoraShrinkBackwardParams& p, const Tensor&) {
+    const ChunkedRun run = run_chunks(p, &Kernels::pack_shrink_backward, &Kernels::shrink_backward);
     if (!p.wants_grad_lora_A) return;
-    reduce_ranks(p.total_rank,
-                 [&](int64_t begin, int64_t end) { kernels.reduce_grad_A(p, workspace, num_chunks, begin, end); });
+    reduce_ranks(p.total_rank, [&](int64_t begin, int64_t end) {
+      run.kernels.reduce_grad_A(p, run.workspace, run.num_chunks, begin, end);
+    });
   }
-
-  static void expand_backward(const LoraExpandBackwardParams& p, const Tensor&) {
-    const Kernels& kernels = checked_kernels();
-    const int64_t num_chunks = count_chunks(p.num_tokens);
-    const Workspace workspace = make_workspace(num_chunks, p);
-    pack_factors(p.num_siblings, [&](int i) { kernels.pack_expand_backward(p, workspace, i); });
-    run_chunks(kernels.expand_backward, p, workspace, num_chunks);
+  static void run(const LoraExpandBackwardParams& p, const Tensor&) {
+    const ChunkedRun run = run_chunks(p, &Kernels::pack_expand_backward, &Kernels::expand_backward);
     if (!p.wants_grad_lora_B) return;
-    reduce_ranks(p.total_rank,
-                 [&](int64_t begin, int64_t end) { kernels.reduce_grad_B(p, workspace, num_chunks, begin, end); });
+    reduce_ranks(p.total_rank, [&](int64_t begin, int64_t end) {
+      run.kernels.reduce_grad_B(p, run.workspace, run.num_chunks, begin, end);
+    });
   }
 
   static void forward(ForwardCall& call) {

@@ -19,19 +19,15 @@ struct Cuda {
     explicit Guard(const Tensor& tensor) : device(tensor.get_device_index()) {}
   };
 
-  static void shrink(const LoraShrinkParams& p, const Tensor& like) { launch(&launch_lora_shrink, p, like); }
-  static void expand(const LoraExpandParams& p, const Tensor& like) { launch(&launch_lora_expand, p, like); }
-  static void shrink_backward(const LoraShrinkBackwardParams& p, const Tensor& like) {
-    launch(&launch_lora_shrink_backward, p, like);
-  }
-  static void expand_backward(const LoraExpandBackwardParams& p, const Tensor& like) {
-    launch(&launch_lora_expand_backward, p, like);
+  template <class Params>
+  static void run(const Params& p, const Tensor& like) {
+    launch(&p, like);
   }
 
   static void forward(ForwardCall& call) {
     const LoraForwardParams& p = call.params;
     if (p.shrink.num_tokens == 0) return;
-    launch(&launch_lora_forward, p, call.x);
+    launch(&p, call.x);
     for (size_t i = 0; call.has_base_layers() && i < call.layers.size(); ++i) {
       if (p.shrink.in_features == 0 || p.expand.siblings[i].out_features == 0) continue;
       add_base_product(call.y_rows(i), call.x, transposed(*call.layers[i].weight));
@@ -45,22 +41,13 @@ struct Cuda {
       for (Tensor& grad : call.grad_lora_B) torch::stable::zero_(grad);
       return;
     }
-    launch(&launch_lora_backward, p, call.grad_y[0]);
+    launch(&p, call.grad_y[0]);
     if (!call.has_base_layers() || !call.grad_x || p.shrink.in_features == 0) return;
     const Tensor grad_x_rows = call.grad_x_rows();
     for (size_t i = 0; i < call.layers.size(); ++i) {
       if (p.expand.siblings[i].out_features == 0) continue;
       add_base_product(grad_x_rows, call.grad_y[i], *call.layers[i].weight);
     }
-  }
-
- private:
-  // Launches kernels on the current stream of a tensor's device.
-  template <class Params>
-  static void launch(void (*launch_kernels)(const Params&, void*, cudaStream_t), const Params& p, const Tensor& like) {
-    const Tensor workspace = allocate_workspace(p, like);
-    launch_kernels(p, workspace.mutable_data_ptr(), current_stream(like));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 };
 

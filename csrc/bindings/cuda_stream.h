@@ -19,11 +19,12 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Freed when the binding returns, while kernels may still use it: the caching allocator reuses it only for later work
-// on the same stream.
-template <class Params>
-Tensor allocate_workspace(const Params& params, const Tensor& like) {
-  return empty_bytes({workspace_bytes(params)}, like);
+// Launches kernels on the current stream of a tensor's device. The workspace is freed when the binding returns, while
+// kernels may still use it: the caching allocator reuses it only for later work on the same stream.
+inline void launch(const LoraParams& params, const Tensor& like) {
+  const Tensor workspace = empty_bytes({workspace_bytes(params)}, like);
+  launch_lora(params, workspace.mutable_data_ptr(), current_stream(like));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 // out [m, n] += a [m, k] @ b [k, n] on the current stream. The shim bypasses autograd and autocast.

@@ -72,16 +72,14 @@ inline ForwardCall fill_forward(const Tensor& x, std::span<const ForwardLayer> l
             .dtype = dtype,
             .factor_dtype = factor_dtype,
             .threshold = threshold,
-            .num_siblings = num_siblings,
-            .siblings = {}};
+            .num_siblings = num_siblings};
   LoraExpandParams& expand = call.params.expand;
   expand = {.num_tokens = num_tokens,
             .total_rank = total_rank,
             .xa = shrink.xa,
             .dtype = dtype,
             .factor_dtype = factor_dtype,
-            .num_siblings = num_siblings,
-            .siblings = {}};
+            .num_siblings = num_siblings};
 
   call.y.reserve(layers.size());
   int64_t rank_begin = 0;

@@ -1,9 +1,8 @@
 // lora_shrink, lora_expand and their backwards on one device: the two products of an adapter as separate ops, for
 // adapters with something between them (a bottleneck's activation). csrc/schemas.h has the schemas.
 // Device provides
-//   Guard            constructed from a tensor: makes its device the current one
-//   shrink, expand, shrink_backward, expand_backward
-//                    run the kernels with these parameters, on the device of a tensor; at least one token
+//   Guard  constructed from a tensor: makes its device the current one
+//   run    runs the kernels with these parameters, on the device of a tensor; at least one token
 #pragma once
 
 #include <tuple>
@@ -53,21 +52,17 @@ struct ShrinkExpandOps {
     const Tensor x_rows = flatten_tokens(x);
     const Tensor factor = as_contiguous(lora_A);
     Tensor xa = empty(sizes_with_last(x, rank), accumulation_dtype(dtype_of(x)), x);
-    const LoraShrinkParams p{
-        .num_tokens = count_tokens(x),
-        .in_features = lora_A.size(1),
-        .total_rank = rank,
-        .x = x_rows.const_data_ptr(),
-        .seed = nullptr,
-        .xa = xa.mutable_data_ptr(),
-        .mask = nullptr,
-        .x_stride = x_rows.stride(0),
-        .dtype = dtype_of(x),
-        .factor_dtype = dtype_of(lora_A),
-        .threshold = 0,
-        .num_siblings = 1,
-        .siblings = {{.rank = rank, .rank_begin = 0, .lora_A = factor.const_data_ptr(), .scale = 1.0}}};
-    if (p.num_tokens > 0) Device::shrink(p, x);
+    const LoraShrinkParams p{.num_tokens = count_tokens(x),
+                             .in_features = lora_A.size(1),
+                             .total_rank = rank,
+                             .x = x_rows.const_data_ptr(),
+                             .xa = xa.mutable_data_ptr(),
+                             .x_stride = x_rows.stride(0),
+                             .dtype = dtype_of(x),
+                             .factor_dtype = dtype_of(lora_A),
+                             .num_siblings = 1,
+                             .siblings = {{.rank = rank, .lora_A = factor.const_data_ptr()}}};
+    if (p.num_tokens > 0) Device::run(p, x);
     return xa;
   }
 
@@ -95,12 +90,11 @@ struct ShrinkExpandOps {
                              .num_siblings = 1,
                              .siblings = {{.out_features = lora_B.size(0),
                                            .rank = rank,
-                                           .rank_begin = 0,
                                            .lora_B = kept.address(as_contiguous(lora_B)),
                                            .bias = bias ? kept.address(as_contiguous(*bias)) : nullptr,
                                            .base = kept.address(as_contiguous(base)),
                                            .y = y.mutable_data_ptr()}}};
-    if (p.num_tokens > 0) Device::expand(p, base);
+    if (p.num_tokens > 0) Device::run(p, base);
     return y;
   }
 
@@ -125,32 +119,27 @@ struct ShrinkExpandOps {
       grad_x = empty({sizes.begin(), sizes.end()}, dtype_of(x), x);
     }
     if (output_mask[1]) grad_lora_A = empty({rank, in_features}, factor_dtype, x);
-    LoraShrinkBackwardParams p{.num_tokens = count_tokens(x),
-                               .in_features = in_features,
-                               .total_rank = rank,
-                               .grad_xa = kept.address(as_contiguous(grad_xa)),
-                               .x = nullptr,
-                               .mask = nullptr,
-                               .base = grad_x && base ? kept.address(as_contiguous(*base)) : nullptr,
-                               .grad_x = address_of(grad_x),
-                               .x_stride = 0,
-                               .dtype = dtype_of(x),
-                               .factor_dtype = factor_dtype,
-                               .wants_grad_x = grad_x.has_value(),
-                               .wants_grad_lora_A = grad_lora_A.has_value(),
-                               .has_dropout = false,
-                               .num_siblings = 1,
-                               .siblings = {{.rank = rank,
-                                             .rank_begin = 0,
-                                             .lora_A = kept.address(as_contiguous(lora_A)),
-                                             .grad_lora_A = address_of(grad_lora_A)}}};
+    LoraShrinkBackwardParams p{
+        .num_tokens = count_tokens(x),
+        .in_features = in_features,
+        .total_rank = rank,
+        .grad_xa = kept.address(as_contiguous(grad_xa)),
+        .base = grad_x && base ? kept.address(as_contiguous(*base)) : nullptr,
+        .grad_x = address_of(grad_x),
+        .dtype = dtype_of(x),
+        .factor_dtype = factor_dtype,
+        .wants_grad_x = grad_x.has_value(),
+        .wants_grad_lora_A = grad_lora_A.has_value(),
+        .num_siblings = 1,
+        .siblings = {
+            {.rank = rank, .lora_A = kept.address(as_contiguous(lora_A)), .grad_lora_A = address_of(grad_lora_A)}}};
     if (grad_lora_A) {
       const Tensor rows = flatten_tokens(x);
       p.x = kept.address(rows);
       p.x_stride = rows.stride(0);
     }
     if (has_elements(grad_x) || has_elements(grad_lora_A)) {
-      p.num_tokens > 0 ? Device::shrink_backward(p, x) : set_to_zero(grad_lora_A);
+      p.num_tokens > 0 ? Device::run(p, x) : set_to_zero(grad_lora_A);
     }
     return {std::move(grad_x), std::move(grad_lora_A)};
   }
@@ -186,14 +175,12 @@ struct ShrinkExpandOps {
                                      .num_siblings = 1,
                                      .siblings = {{.out_features = out_features,
                                                    .rank = rank,
-                                                   .rank_begin = 0,
                                                    .grad_y = grad_y_rows.const_data_ptr(),
                                                    .lora_B = kept.address(as_contiguous(lora_B)),
                                                    .grad_lora_B = address_of(grad_lora_B),
-                                                   .grad_y_stride = grad_y_rows.stride(0),
-                                                   .scale = 1.0}}};
+                                                   .grad_y_stride = grad_y_rows.stride(0)}}};
     if (has_elements(grad_xa) || has_elements(grad_lora_B)) {
-      p.num_tokens > 0 ? Device::expand_backward(p, grad_y) : set_to_zero(grad_lora_B);
+      p.num_tokens > 0 ? Device::run(p, grad_y) : set_to_zero(grad_lora_B);
     }
     return {std::move(grad_xa), std::move(grad_lora_B)};
   }

@@ -15,31 +15,32 @@ namespace lora_ext {
 constexpr int kMaxSiblings = 8;
 
 // A tensor without elements has a null address, so a null pointer never decides what a kernel computes: fields do. Only
-// bias and base may be null for "none": where they are empty, y or grad_x is empty too and nothing is added.
+// bias and base may be null for "none": where they are empty, y or grad_x is empty too and nothing is added. Fields
+// with a default are those of results and inputs that a call may do without.
 
 // Shrink, for all siblings in one pass over x: xa = scale * (mask o x) @ lora_A^T
 struct LoraShrinkSibling {
-  int64_t rank, rank_begin;
+  int64_t rank, rank_begin = 0;
   const void* lora_A;  // [rank, in_features], contiguous, factor_dtype
-  double scale;        // scaling / (1 - p)
+  double scale = 1.0;  // scaling / (1 - p)
 };
 
 struct LoraShrinkParams {
   int64_t num_tokens, in_features, total_rank;
-  const void* x;        // [num_tokens, in_features], dtype
-  const int64_t* seed;  // [1], where there is dropout
-  void* xa;             // [num_tokens, total_rank], contiguous, acc
-  uint8_t* mask;        // [num_tokens, mask_row_bytes(in_features)], written where there is dropout
+  const void* x;                  // [num_tokens, in_features], dtype
+  const int64_t* seed = nullptr;  // [1], where there is dropout
+  void* xa;                       // [num_tokens, total_rank], contiguous, acc
+  uint8_t* mask = nullptr;        // [num_tokens, mask_row_bytes(in_features)], written where there is dropout
   int64_t x_stride;
   DType dtype, factor_dtype;
-  uint32_t threshold;  // dropout keeps an element when its 16-bit random number is >= threshold; 0: no dropout
+  uint32_t threshold = 0;  // dropout keeps an element when its 16-bit random number is >= threshold; 0: no dropout
   int num_siblings;
-  LoraShrinkSibling siblings[kMaxSiblings];
+  LoraShrinkSibling siblings[kMaxSiblings] = {};
 };
 
 // Expand: y = base + bias + xa @ lora_B^T
 struct LoraExpandSibling {
-  int64_t out_features, rank, rank_begin;
+  int64_t out_features, rank, rank_begin = 0;
   const void* lora_B;  // [out_features, rank], contiguous, factor_dtype
   const void* bias;    // [out_features], dtype; null: none
   const void* base;    // [num_tokens, out_features], contiguous, dtype; null: none; y itself: added to in place
@@ -51,7 +52,7 @@ struct LoraExpandParams {
   const void* xa;  // [num_tokens, total_rank], contiguous, acc
   DType dtype, factor_dtype;
   int num_siblings;
-  LoraExpandSibling siblings[kMaxSiblings];
+  LoraExpandSibling siblings[kMaxSiblings] = {};
 };
 
 // The adapters of lora_linear: a shrink, then an expand of the same xa, tokens, ranks and dtypes.
@@ -62,44 +63,44 @@ struct LoraForwardParams {
 
 // Gradients of an expand: grad_xa = scale * grad_y @ lora_B, grad_lora_B = grad_y^T @ xa
 struct LoraExpandBackwardSibling {
-  int64_t out_features, rank, rank_begin;
+  int64_t out_features, rank, rank_begin = 0;
   const void* grad_y;  // [num_tokens, out_features], dtype
   const void* lora_B;  // [out_features, rank], contiguous, factor_dtype
   void* grad_lora_B;   // [out_features, rank], contiguous, factor_dtype, where it is wanted
   int64_t grad_y_stride;
-  double scale;  // scaling / (1 - p)
+  double scale = 1.0;  // scaling / (1 - p)
 };
 
 struct LoraExpandBackwardParams {
   int64_t num_tokens, total_rank;
-  const void* xa;  // [num_tokens, total_rank], contiguous, acc; read for grad_lora_B only
-  void* grad_xa;   // [num_tokens, total_rank], contiguous, acc, where it is wanted
+  const void* xa;           // [num_tokens, total_rank], contiguous, acc; read for grad_lora_B only
+  void* grad_xa = nullptr;  // [num_tokens, total_rank], contiguous, acc, where it is wanted
   DType dtype, factor_dtype;
   bool wants_grad_xa, wants_grad_lora_B;
   int num_siblings;
-  LoraExpandBackwardSibling siblings[kMaxSiblings];
+  LoraExpandBackwardSibling siblings[kMaxSiblings] = {};
 };
 
 // Gradients of a shrink: grad_lora_A = grad_xa^T @ (mask o x), grad_x = base + mask o (grad_xa @ lora_A, summed over
 // the siblings). grad_xa includes the scale.
 struct LoraShrinkBackwardSibling {
-  int64_t rank, rank_begin;
+  int64_t rank, rank_begin = 0;
   const void* lora_A;  // [rank, in_features], contiguous, factor_dtype
   void* grad_lora_A;   // [rank, in_features], contiguous, factor_dtype, where it is wanted
 };
 
 struct LoraShrinkBackwardParams {
   int64_t num_tokens, in_features, total_rank;
-  const void* grad_xa;  // [num_tokens, total_rank], contiguous, acc
-  const void* x;        // [num_tokens, in_features], dtype; read for grad_lora_A only
-  const uint8_t* mask;  // [num_tokens, mask_row_bytes(in_features)], where there is dropout
-  const void* base;     // [num_tokens, in_features], contiguous, dtype; null: none; grad_x itself: added to in place
-  void* grad_x;         // [num_tokens, in_features], contiguous, dtype, where it is wanted
-  int64_t x_stride;
+  const void* grad_xa = nullptr;  // [num_tokens, total_rank], contiguous, acc
+  const void* x = nullptr;        // [num_tokens, in_features], dtype; read for grad_lora_A only
+  const uint8_t* mask = nullptr;  // [num_tokens, mask_row_bytes(in_features)], where there is dropout
+  const void* base = nullptr;     // [num_tokens, in_features], contiguous, dtype; null: none; grad_x: added to in place
+  void* grad_x = nullptr;         // [num_tokens, in_features], contiguous, dtype, where it is wanted
+  int64_t x_stride = 0;
   DType dtype, factor_dtype;
-  bool wants_grad_x, wants_grad_lora_A, has_dropout;
+  bool wants_grad_x, wants_grad_lora_A, has_dropout = false;
   int num_siblings;
-  LoraShrinkBackwardSibling siblings[kMaxSiblings];
+  LoraShrinkBackwardSibling siblings[kMaxSiblings] = {};
 };
 
 // Gradients of the adapters of lora_linear. grad_xa is an intermediate result that the kernels keep in the workspace:

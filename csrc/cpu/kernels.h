@@ -47,17 +47,17 @@ constexpr int64_t streamed_tokens(int64_t num_tokens) {
 
 // out [num_tokens, rows] = bias + scale * (tokens @ weight^T) + low_rank @ factor^T, for few tokens.
 struct StreamedRows {
-  int64_t num_tokens, in_features, rank;  // rank 0: no low-rank term
-  const void* tokens;  // packed by pack_tokens: padded_columns(in_features) numbers of acc per padded token
-  const void* weight;  // [rows, in_features], weight_dtype
-  const void*
-      low_rank;        // packed by pack_low_rank: max_padded_ranks(rank) * kMaxWidth numbers of acc for every 8 tokens
-  const void* factor;  // [rows, rank], contiguous, factor_dtype
-  const void* bias;    // [rows], out_dtype; null: none
-  void* out;           // rows of out_stride elements of out_dtype
-  int64_t weight_stride, out_stride;
+  int64_t num_tokens, in_features, rank = 0;  // rank 0: no low-rank term
+  const void* tokens;            // packed by pack_tokens: padded_columns(in_features) numbers of acc per padded token
+  const void* weight = nullptr;  // [rows, in_features], weight_dtype
+  // Packed by pack_low_rank: max_padded_ranks(rank) * kMaxWidth numbers of acc for every 8 tokens
+  const void* low_rank = nullptr;
+  const void* factor = nullptr;  // [rows, rank], contiguous, factor_dtype
+  const void* bias = nullptr;    // [rows], out_dtype; null: none
+  void* out = nullptr;           // rows of out_stride elements of out_dtype
+  int64_t weight_stride = 0, out_stride = 0;
   DType tokens_dtype, weight_dtype, factor_dtype, out_dtype;
-  double scale;
+  double scale = 1.0;
 };
 
 // The records of consecutive rows, as unmerge reads them: csrc/common/merge_record.h.

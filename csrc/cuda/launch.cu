@@ -9,50 +9,22 @@ namespace lora_ext::cuda {
 
 namespace {
 
-// Calls f with the LoraLaunches of dtype's type.
+// Calls f with the LoraLaunches of x's dtype.
 template <class F>
-void with_launches(DType dtype, F f) {
-  with_type_of(dtype, [&](auto type) { f(LoraLaunches<typename decltype(type)::type>{}); });
-}
-
-template <class Params>
-int64_t workspace_bytes_of(DType dtype, const Params& params) {
-  int64_t bytes = 0;
-  with_launches(dtype, [&](auto launches) { bytes = launches.workspace_bytes(params); });
-  return bytes;
+void with_launches(const LoraParams& params, F f) {
+  with_type_of(dtypes_of(params).dtype, [&](auto type) { f(LoraLaunches<typename decltype(type)::type>{}); });
 }
 
 }  // namespace
 
-int64_t workspace_bytes(const LoraShrinkParams& params) { return workspace_bytes_of(params.dtype, params); }
-int64_t workspace_bytes(const LoraExpandParams& params) { return workspace_bytes_of(params.dtype, params); }
-int64_t workspace_bytes(const LoraForwardParams& params) { return workspace_bytes_of(params.shrink.dtype, params); }
-int64_t workspace_bytes(const LoraExpandBackwardParams& params) { return workspace_bytes_of(params.dtype, params); }
-int64_t workspace_bytes(const LoraShrinkBackwardParams& params) { return workspace_bytes_of(params.dtype, params); }
-int64_t workspace_bytes(const LoraBackwardParams& params) { return workspace_bytes_of(params.shrink.dtype, params); }
-
-void launch_lora_shrink(const LoraShrinkParams& params, void* workspace, cudaStream_t stream) {
-  with_launches(params.dtype, [&](auto launches) { launches.shrink(params, workspace, stream); });
+int64_t workspace_bytes(const LoraParams& params) {
+  int64_t bytes = 0;
+  with_launches(params, [&](auto launches) { bytes = launches.workspace_bytes(params); });
+  return bytes;
 }
 
-void launch_lora_expand(const LoraExpandParams& params, void* workspace, cudaStream_t stream) {
-  with_launches(params.dtype, [&](auto launches) { launches.expand(params, workspace, stream); });
-}
-
-void launch_lora_forward(const LoraForwardParams& params, void* workspace, cudaStream_t stream) {
-  with_launches(params.shrink.dtype, [&](auto launches) { launches.forward(params, workspace, stream); });
-}
-
-void launch_lora_expand_backward(const LoraExpandBackwardParams& params, void* workspace, cudaStream_t stream) {
-  with_launches(params.dtype, [&](auto launches) { launches.expand_backward(params, workspace, stream); });
-}
-
-void launch_lora_shrink_backward(const LoraShrinkBackwardParams& params, void* workspace, cudaStream_t stream) {
-  with_launches(params.dtype, [&](auto launches) { launches.shrink_backward(params, workspace, stream); });
-}
-
-void launch_lora_backward(const LoraBackwardParams& params, void* workspace, cudaStream_t stream) {
-  with_launches(params.shrink.dtype, [&](auto launches) { launches.backward(params, workspace, stream); });
+void launch_lora(const LoraParams& params, void* workspace, cudaStream_t stream) {
+  with_launches(params, [&](auto launches) { launches.launch(params, workspace, stream); });
 }
 
 void launch_dropout_mask(const DropoutMaskParams& params, cudaStream_t stream) {

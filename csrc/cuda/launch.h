@@ -8,6 +8,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <variant>
 
 #include "../common/params.h"
 
@@ -21,20 +22,14 @@ struct DropoutMaskParams {
   uint32_t threshold;
 };
 
-// Bytes of `workspace`, which must be aligned to 16 bytes. Depends on the shapes and the wanted results only.
-int64_t workspace_bytes(const LoraShrinkParams& params);
-int64_t workspace_bytes(const LoraExpandParams& params);
-int64_t workspace_bytes(const LoraForwardParams& params);
-int64_t workspace_bytes(const LoraExpandBackwardParams& params);
-int64_t workspace_bytes(const LoraShrinkBackwardParams& params);
-int64_t workspace_bytes(const LoraBackwardParams& params);
+// The parameters of lora_linear's adapters, of one of their products, or of a backward.
+using LoraParams =
+    std::variant<const LoraShrinkParams*, const LoraExpandParams*, const LoraForwardParams*,
+                 const LoraExpandBackwardParams*, const LoraShrinkBackwardParams*, const LoraBackwardParams*>;
 
-void launch_lora_shrink(const LoraShrinkParams& params, void* workspace, cudaStream_t stream);
-void launch_lora_expand(const LoraExpandParams& params, void* workspace, cudaStream_t stream);
-void launch_lora_forward(const LoraForwardParams& params, void* workspace, cudaStream_t stream);
-void launch_lora_expand_backward(const LoraExpandBackwardParams& params, void* workspace, cudaStream_t stream);
-void launch_lora_shrink_backward(const LoraShrinkBackwardParams& params, void* workspace, cudaStream_t stream);
-void launch_lora_backward(const LoraBackwardParams& params, void* workspace, cudaStream_t stream);
+// Bytes of `workspace`, which must be aligned to 16 bytes. Depends on the shapes and the wanted results only.
+int64_t workspace_bytes(const LoraParams& params);
+void launch_lora(const LoraParams& params, void* workspace, cudaStream_t stream);
 void launch_dropout_mask(const DropoutMaskParams& params, cudaStream_t stream);
 
 }  // namespace lora_ext::cuda

@@ -3,29 +3,31 @@
 // (mma/). instantiations/ has one file per T.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
-#include <cstdint>
-
-#include "../common/params.h"
+#include "launch.h"
 
 namespace lora_ext::cuda {
 
+struct LoraDTypes {
+  DType dtype;  // of x and y
+  DType factor_dtype;
+};
+
+inline LoraDTypes dtypes_of(const LoraParams& params) {
+  const auto of_kernel = [](const auto& p) { return LoraDTypes{p.dtype, p.factor_dtype}; };
+  const auto of_any = [&](const auto* p) {
+    if constexpr (requires { p->shrink; }) {
+      return of_kernel(p->shrink);  // expand has the same
+    } else {
+      return of_kernel(*p);
+    }
+  };
+  return std::visit(of_any, params);
+}
+
 template <class T>
 struct LoraLaunches {
-  static int64_t workspace_bytes(const LoraShrinkParams& p);
-  static int64_t workspace_bytes(const LoraExpandParams& p);
-  static int64_t workspace_bytes(const LoraForwardParams& p);
-  static int64_t workspace_bytes(const LoraExpandBackwardParams& p);
-  static int64_t workspace_bytes(const LoraShrinkBackwardParams& p);
-  static int64_t workspace_bytes(const LoraBackwardParams& p);
-
-  static void shrink(const LoraShrinkParams& p, void* workspace, cudaStream_t stream);
-  static void expand(const LoraExpandParams& p, void* workspace, cudaStream_t stream);
-  static void forward(const LoraForwardParams& p, void* workspace, cudaStream_t stream);
-  static void expand_backward(const LoraExpandBackwardParams& p, void* workspace, cudaStream_t stream);
-  static void shrink_backward(const LoraShrinkBackwardParams& p, void* workspace, cudaStream_t stream);
-  static void backward(const LoraBackwardParams& p, void* workspace, cudaStream_t stream);
+  static int64_t workspace_bytes(const LoraParams& params);
+  static void launch(const LoraParams& params, void* workspace, cudaStream_t stream);
 };
 
 }  // namespace lora_ext::cuda

@@ -8,16 +8,16 @@
 using namespace lora_ext;
 using namespace lora_ext::cuda;
 
-#define EXPORT_LAUNCH(Params, launch)                                                      \
-  EXPORT int64_t workspace_bytes_##Params(const Params* p) { return workspace_bytes(*p); } \
-  EXPORT void run_##Params(const Params* p, void* workspace) { launch(*p, workspace, nullptr); }
+#define EXPORT_LAUNCH(Params)                                                             \
+  EXPORT int64_t workspace_bytes_##Params(const Params* p) { return workspace_bytes(p); } \
+  EXPORT void run_##Params(const Params* p, void* workspace) { launch_lora(p, workspace, nullptr); }
 
-EXPORT_LAUNCH(LoraShrinkParams, launch_lora_shrink)
-EXPORT_LAUNCH(LoraExpandParams, launch_lora_expand)
-EXPORT_LAUNCH(LoraForwardParams, launch_lora_forward)
-EXPORT_LAUNCH(LoraExpandBackwardParams, launch_lora_expand_backward)
-EXPORT_LAUNCH(LoraShrinkBackwardParams, launch_lora_shrink_backward)
-EXPORT_LAUNCH(LoraBackwardParams, launch_lora_backward)
+EXPORT_LAUNCH(LoraShrinkParams)
+EXPORT_LAUNCH(LoraExpandParams)
+EXPORT_LAUNCH(LoraForwardParams)
+EXPORT_LAUNCH(LoraExpandBackwardParams)
+EXPORT_LAUNCH(LoraShrinkBackwardParams)
+EXPORT_LAUNCH(LoraBackwardParams)
 EXPORT void run_DropoutMaskParams(const DropoutMaskParams* p, void*) { launch_dropout_mask(*p, nullptr); }
 
 // mode: of MergeMode; layers [num_layers]

@@ -55,7 +55,7 @@ def _fields(body: str, types: dict[str, type], constants: dict[str, int]) -> lis
             raise ValueError(f"tests/simt/params.py cannot read the declaration {declaration!r}")
         base, star, names = match.groups()
         for name in names.split(","):
-            name, _, count = name.strip().partition("[")
+            name, _, count = name.partition("=")[0].strip().partition("[")
             type_ = ctypes.c_void_p if star else types[base]
             if count:
                 count = count.rstrip("]")

@@ -43,7 +43,7 @@ struct RankSumsParams {
   const void* partial;  // [largest of ranges, num_tokens, total_rank], acc
   void* out;            // [num_tokens, total_rank], acc
   RankScales<A> scales;
-  int64_t ranges[kMaxSiblings];  // of every sibling
+  int64_t ranges[kMaxSiblings] = {};  // of every sibling
 };
 
 template <class A>
@@ -73,8 +73,8 @@ struct GradientSumsParams {
     void* grad;           // [rank, features], or [features, rank] when transposed; dtype
     int64_t chunks, chunk_stride, rank, features, pitch;
     bool transposed;
-  } gradients[2 * kMaxSiblings];
-  int num_gradients;
+  } gradients[2 * kMaxSiblings] = {};
+  int num_gradients = 0;
   DType dtype;
 };
 

@@ -21,21 +21,20 @@ namespace lora_ext::cuda::fma {
 
 struct ExpandParams {
   struct Update {
-    const void* small_operand;  // [rows, rank], acc
-    const void* factor;         // [rank, padded_features(cols)], acc
-    const void* bias;           // [cols], T; null: none
-    const void* base;           // [rows, cols], with out's stride, T; null: zero; may be out
-    void* out;                  // [rows, cols], T
+    const void* small_operand;   // [rows, rank], acc
+    const void* factor;          // [rank, padded_features(cols)], acc
+    const void* bias = nullptr;  // [cols], T; null: none
+    const void* base;            // [rows, cols], with out's stride, T; null: zero; may be out
+    void* out;                   // [rows, cols], T
     int64_t rank, cols, out_stride;
     // Set by launch_expand:
-    int64_t first_tile;  // of the grid's column tiles
-    bool out_aligned;    // rows of out and base begin at 16-byte boundaries
-  } updates[kMaxSiblings];
+    int64_t first_tile = 0;    // of the grid's column tiles
+    bool out_aligned = false;  // rows of out and base begin at 16-byte boundaries
+  } updates[kMaxSiblings] = {};
   int num_updates;
   int64_t rows, small_operand_stride;
-  const uint8_t* mask;  // [rows, mask_row_bytes]; null: everything is kept
-  int64_t mask_row_bytes;
-  double scale;  // of the product
+  const uint8_t* mask = nullptr;  // [rows, mask_row_bytes]; null: everything is kept
+  int64_t mask_row_bytes = 0;
 };
 
 template <class T>
@@ -181,7 +180,7 @@ __global__ void __launch_bounds__(ExpandTraits<T>::kThreads, 2) expand_kernel(co
     }
 #pragma unroll
     for (int e = 0; e < kVec<A>; ++e) {
-      result.v[e] += (kept >> e & 1) != 0 ? static_cast<A>(p.scale) * sum[i].v[e] : A(0);
+      result.v[e] += (kept >> e & 1) != 0 ? sum[i].v[e] : A(0);
     }
     store_elements(static_cast<T*>(update.out) + at, result, inside, update.out_aligned);
   }

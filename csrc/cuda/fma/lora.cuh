@@ -14,11 +14,12 @@ namespace lora_ext::cuda {
 namespace fma {
 
 // Adds lora_A of all siblings, below each other. Params: LoraShrinkParams or LoraShrinkBackwardParams.
-template <class A, class Params>
-void add_lora_A(const Params& p, void* stacked, PackFactorsParams& pack) {
+template <class Params>
+void add_lora_A(const Params& p, char* stacked, PackFactorsParams& pack) {
+  const int64_t row_bytes = padded_features(p.in_features) * dtype_size(accumulation_dtype(p.dtype));
   for (int s = 0; s < p.num_siblings; ++s) {
     const auto& sibling = p.siblings[s];
-    A* packed = static_cast<A*>(stacked) + sibling.rank_begin * padded_features(p.in_features);
+    char* packed = stacked + sibling.rank_begin * row_bytes;
     pack.factors[pack.num_factors++] = {sibling.lora_A, packed, sibling.rank, p.in_features, false};
   }
 }
@@ -28,9 +29,8 @@ void add_lora_B(const Sibling& sibling, void* packed, PackFactorsParams& pack) {
   pack.factors[pack.num_factors++] = {sibling.lora_B, packed, sibling.rank, sibling.out_features, true};
 }
 
-template <class A>
-void add_factors(const LoraShrinkParams& p, const ShrinkPlan& plan, char* workspace, PackFactorsParams& pack) {
-  add_lora_A<A>(p, workspace + plan.lora_A_offset, pack);
+inline void add_factors(const LoraShrinkParams& p, const ShrinkPlan& plan, char* workspace, PackFactorsParams& pack) {
+  add_lora_A(p, workspace + plan.lora_A_offset, pack);
 }
 
 inline void add_factors(const LoraExpandParams& p, const ExpandPlan& plan, char* workspace, PackFactorsParams& pack) {
@@ -45,15 +45,22 @@ inline void add_factors(const LoraExpandBackwardParams& p, const ExpandBackwardP
   }
 }
 
-template <class A>
-void add_factors(const LoraShrinkBackwardParams& p, const ShrinkBackwardPlan& plan, char* workspace,
-                 PackFactorsParams& pack) {
-  if (p.wants_grad_x) add_lora_A<A>(p, workspace + plan.lora_A_offset, pack);
+inline void add_factors(const LoraShrinkBackwardParams& p, const ShrinkBackwardPlan& plan, char* workspace,
+                        PackFactorsParams& pack) {
+  if (p.wants_grad_x) add_lora_A(p, workspace + plan.lora_A_offset, pack);
+}
+
+// Both factors of a forward or a backward.
+template <class Params, class Plan>
+  requires requires(Params p) { p.shrink, p.expand; }
+void add_factors(const Params& p, const Plan& plan, char* workspace, PackFactorsParams& pack) {
+  add_factors(p.shrink, plan.shrink, workspace, pack);
+  add_factors(p.expand, plan.expand, workspace, pack);
 }
 
 // The pass over x: xa and the mask.
 template <class T>
-void launch_xa_pass(const LoraShrinkParams& p, const ShrinkPlan& plan, char* workspace, cudaStream_t stream) {
+void launch_passes(const LoraShrinkParams& p, const ShrinkPlan& plan, char* workspace, cudaStream_t stream) {
   using A = Acc<T>;
   const bool direct = plan.ranges.count == 1;
   const RankScales<A> scales = rank_scales<A>(p.siblings, p.num_siblings);
@@ -76,12 +83,8 @@ void launch_xa_pass(const LoraShrinkParams& p, const ShrinkPlan& plan, char* wor
                     .x_aligned = rows_are_aligned(p.x, p.x_stride, sizeof(T))},
                    stream);
   if (!direct) {
-    RankSumsParams<A> sums{.num_tokens = p.num_tokens,
-                           .total_rank = p.total_rank,
-                           .partial = xa_partial,
-                           .out = p.xa,
-                           .scales = scales,
-                           .ranges = {}};
+    RankSumsParams<A> sums{
+        .num_tokens = p.num_tokens, .total_rank = p.total_rank, .partial = xa_partial, .out = p.xa, .scales = scales};
     for (int s = 0; s < p.num_siblings; ++s) sums.ranges[s] = plan.ranges.count;
     launch_rank_sums<A>(sums, stream);
   }
@@ -89,14 +92,8 @@ void launch_xa_pass(const LoraShrinkParams& p, const ShrinkPlan& plan, char* wor
 
 // The pass over y of all siblings.
 template <class T>
-void launch_y_pass(const LoraExpandParams& p, const ExpandPlan& plan, char* workspace, cudaStream_t stream) {
-  ExpandParams expand{.updates = {},
-                      .num_updates = p.num_siblings,
-                      .rows = p.num_tokens,
-                      .small_operand_stride = p.total_rank,
-                      .mask = nullptr,
-                      .mask_row_bytes = 0,
-                      .scale = 1.0};
+void launch_passes(const LoraExpandParams& p, const ExpandPlan& plan, char* workspace, cudaStream_t stream) {
+  ExpandParams expand{.num_updates = p.num_siblings, .rows = p.num_tokens, .small_operand_stride = p.total_rank};
   for (int s = 0; s < p.num_siblings; ++s) {
     const LoraExpandSibling& sibling = p.siblings[s];
     expand.updates[s] = {.small_operand = static_cast<const Acc<T>*>(p.xa) + sibling.rank_begin,
@@ -123,8 +120,7 @@ void launch_grad_y_passes(const LoraExpandBackwardParams& p, const ExpandBackwar
                          .total_rank = p.total_rank,
                          .partial = grad_xa,
                          .out = p.grad_xa,
-                         .scales = rank_scales<A>(p.siblings, p.num_siblings),
-                         .ranges = {}};
+                         .scales = rank_scales<A>(p.siblings, p.num_siblings)};
   for (int s = 0; s < p.num_siblings; ++s) {
     const LoraExpandBackwardSibling& sibling = p.siblings[s];
     const ExpandBackwardPlan::Sibling& parts = plan.siblings[s];
@@ -137,15 +133,11 @@ void launch_grad_y_passes(const LoraExpandBackwardParams& p, const ExpandBackwar
                         .x = sibling.grad_y,
                         .factor = workspace + parts.lora_B_offset,
                         .out = grad_xa + sibling.rank_begin,
-                        .seed = nullptr,
-                        .mask = nullptr,
                         .x_stride = sibling.grad_y_stride,
                         .out_stride = p.total_rank,
                         .range_stride = p.num_tokens * p.total_rank,
-                        .mask_row_bytes = 0,
                         .ranges = parts.ranges,
                         .scales = single_scale<A>(direct ? sibling.scale : 1.0),
-                        .threshold = 0,
                         .x_aligned = aligned},
                        stream);
     }
@@ -155,13 +147,11 @@ void launch_grad_y_passes(const LoraExpandBackwardParams& p, const ExpandBackwar
                            .rank = sibling.rank,
                            .small_operand = static_cast<const A*>(p.xa) + sibling.rank_begin,
                            .x = sibling.grad_y,
-                           .mask = nullptr,
                            .partial = workspace + parts.grad_lora_B_partial_offset,
                            .factor = workspace + parts.lora_B_offset,
                            .product = parts.one_pass ? grad_xa + sibling.rank_begin : nullptr,
                            .small_operand_stride = p.total_rank,
                            .x_stride = sibling.grad_y_stride,
-                           .mask_row_bytes = 0,
                            .product_stride = p.total_rank,
                            .range_stride = p.num_tokens * p.total_rank,
                            .chunks = parts.grad_lora_B_chunks,
@@ -185,16 +175,10 @@ void launch_grad_lora_A_pass(const LoraShrinkBackwardParams& p, const ShrinkBack
                        .x = p.x,
                        .mask = p.has_dropout ? p.mask : nullptr,
                        .partial = workspace + plan.grad_lora_A_partial_offset,
-                       .factor = nullptr,
-                       .product = nullptr,
                        .small_operand_stride = p.total_rank,
                        .x_stride = p.x_stride,
                        .mask_row_bytes = mask_row_bytes(p.in_features),
-                       .product_stride = 0,
-                       .range_stride = 0,
                        .chunks = plan.grad_lora_A_chunks,
-                       .product_scale = 1.0,
-                       .with_products = false,
                        .x_aligned = rows_are_aligned(p.x, p.x_stride, sizeof(T))},
                       stream);
 }
@@ -204,7 +188,6 @@ void launch_grad_x_pass(const LoraShrinkBackwardParams& p, const ShrinkBackwardP
                         cudaStream_t stream) {
   launch_expand<T>({.updates = {{.small_operand = p.grad_xa,
                                  .factor = workspace + plan.lora_A_offset,
-                                 .bias = nullptr,
                                  .base = p.base,
                                  .out = p.grad_x,
                                  .rank = p.total_rank,
@@ -214,8 +197,7 @@ void launch_grad_x_pass(const LoraShrinkBackwardParams& p, const ShrinkBackwardP
                     .rows = p.num_tokens,
                     .small_operand_stride = p.total_rank,
                     .mask = p.has_dropout ? p.mask : nullptr,
-                    .mask_row_bytes = mask_row_bytes(p.in_features),
-                    .scale = 1.0},
+                    .mask_row_bytes = mask_row_bytes(p.in_features)},
                    stream);
 }
 
@@ -255,123 +237,66 @@ inline void add_gradients(const LoraExpandBackwardParams& p, const ExpandBackwar
   }
 }
 
-}  // namespace fma
-
 template <class T>
-int64_t LoraLaunches<T>::workspace_bytes(const LoraShrinkParams& p) {
-  return fma::workspace_bytes(p);
+void launch_passes(const LoraForwardParams& p, const ForwardPlan& plan, char* workspace, cudaStream_t stream) {
+  launch_passes<T>(p.shrink, plan.shrink, workspace, stream);
+  launch_passes<T>(p.expand, plan.expand, workspace, stream);
 }
 
 template <class T>
-int64_t LoraLaunches<T>::workspace_bytes(const LoraExpandParams& p) {
-  return fma::workspace_bytes(p);
+void launch_passes(const LoraExpandBackwardParams& p, const ExpandBackwardPlan& plan, char* workspace,
+                   cudaStream_t stream) {
+  launch_grad_y_passes<T>(p, plan, workspace, stream);
+  GradientSumsParams sums{.dtype = p.factor_dtype};
+  add_gradients(p, plan, workspace, sums);
+  launch_gradient_sums<Acc<T>>(sums, stream);
 }
 
 template <class T>
-int64_t LoraLaunches<T>::workspace_bytes(const LoraForwardParams& p) {
-  return fma::workspace_bytes(p);
+void launch_passes(const LoraShrinkBackwardParams& p, const ShrinkBackwardPlan& plan, char* workspace,
+                   cudaStream_t stream) {
+  if (p.wants_grad_lora_A) launch_grad_lora_A_pass<T>(p, plan, workspace, stream);
+  GradientSumsParams sums{.dtype = p.factor_dtype};
+  add_gradients<Acc<T>>(p, plan, workspace, sums);
+  launch_gradient_sums<Acc<T>>(sums, stream);
+  if (p.wants_grad_x) launch_grad_x_pass<T>(p, plan, workspace, stream);
 }
 
 template <class T>
-int64_t LoraLaunches<T>::workspace_bytes(const LoraExpandBackwardParams& p) {
-  return fma::workspace_bytes(p);
-}
-
-template <class T>
-int64_t LoraLaunches<T>::workspace_bytes(const LoraShrinkBackwardParams& p) {
-  return fma::workspace_bytes(p);
-}
-
-template <class T>
-int64_t LoraLaunches<T>::workspace_bytes(const LoraBackwardParams& p) {
-  return fma::workspace_bytes(p);
-}
-
-template <class T>
-void LoraLaunches<T>::shrink(const LoraShrinkParams& p, void* workspace_block, cudaStream_t stream) {
-  WorkspaceCarver carver;
-  const fma::ShrinkPlan plan = fma::plan_workspace(p, carver);
-  char* workspace = static_cast<char*>(workspace_block);
-  fma::PackFactorsParams pack{.factors = {}, .num_factors = 0, .dtype = p.factor_dtype};
-  fma::add_factors<Acc<T>>(p, plan, workspace, pack);
-  fma::launch_pack_factors<Acc<T>>(pack, stream);
-  fma::launch_xa_pass<T>(p, plan, workspace, stream);
-}
-
-template <class T>
-void LoraLaunches<T>::expand(const LoraExpandParams& p, void* workspace_block, cudaStream_t stream) {
-  WorkspaceCarver carver;
-  const fma::ExpandPlan plan = fma::plan_workspace(p, carver);
-  char* workspace = static_cast<char*>(workspace_block);
-  fma::PackFactorsParams pack{.factors = {}, .num_factors = 0, .dtype = p.factor_dtype};
-  fma::add_factors(p, plan, workspace, pack);
-  fma::launch_pack_factors<Acc<T>>(pack, stream);
-  fma::launch_y_pass<T>(p, plan, workspace, stream);
-}
-
-template <class T>
-void LoraLaunches<T>::forward(const LoraForwardParams& p, void* workspace_block, cudaStream_t stream) {
-  WorkspaceCarver carver;
-  const fma::ForwardPlan plan = fma::plan_workspace(p, carver);
-  char* workspace = static_cast<char*>(workspace_block);
-  fma::PackFactorsParams pack{.factors = {}, .num_factors = 0, .dtype = p.shrink.factor_dtype};
-  fma::add_factors<Acc<T>>(p.shrink, plan.shrink, workspace, pack);
-  fma::add_factors(p.expand, plan.expand, workspace, pack);
-  fma::launch_pack_factors<Acc<T>>(pack, stream);
-  fma::launch_xa_pass<T>(p.shrink, plan.shrink, workspace, stream);
-  fma::launch_y_pass<T>(p.expand, plan.expand, workspace, stream);
-}
-
-template <class T>
-void LoraLaunches<T>::expand_backward(const LoraExpandBackwardParams& p, void* workspace_block, cudaStream_t stream) {
-  WorkspaceCarver carver;
-  const fma::ExpandBackwardPlan plan = fma::plan_workspace(p, carver);
-  char* workspace = static_cast<char*>(workspace_block);
-  fma::PackFactorsParams pack{.factors = {}, .num_factors = 0, .dtype = p.factor_dtype};
-  fma::add_factors(p, plan, workspace, pack);
-  fma::launch_pack_factors<Acc<T>>(pack, stream);
-  fma::launch_grad_y_passes<T>(p, plan, workspace, stream);
-  fma::GradientSumsParams sums{.gradients = {}, .num_gradients = 0, .dtype = p.factor_dtype};
-  fma::add_gradients(p, plan, workspace, sums);
-  if (sums.num_gradients > 0) fma::launch_gradient_sums<Acc<T>>(sums, stream);
-}
-
-template <class T>
-void LoraLaunches<T>::shrink_backward(const LoraShrinkBackwardParams& p, void* workspace_block, cudaStream_t stream) {
-  WorkspaceCarver carver;
-  const fma::ShrinkBackwardPlan plan = fma::plan_workspace(p, carver);
-  char* workspace = static_cast<char*>(workspace_block);
-  fma::PackFactorsParams pack{.factors = {}, .num_factors = 0, .dtype = p.factor_dtype};
-  fma::add_factors<Acc<T>>(p, plan, workspace, pack);
-  fma::launch_pack_factors<Acc<T>>(pack, stream);
-  if (p.wants_grad_lora_A) fma::launch_grad_lora_A_pass<T>(p, plan, workspace, stream);
-  fma::GradientSumsParams sums{.gradients = {}, .num_gradients = 0, .dtype = p.factor_dtype};
-  fma::add_gradients<Acc<T>>(p, plan, workspace, sums);
-  if (sums.num_gradients > 0) fma::launch_gradient_sums<Acc<T>>(sums, stream);
-  if (p.wants_grad_x) fma::launch_grad_x_pass<T>(p, plan, workspace, stream);
-}
-
-template <class T>
-void LoraLaunches<T>::backward(const LoraBackwardParams& p, void* workspace_block, cudaStream_t stream) {
-  WorkspaceCarver carver;
-  const fma::BackwardPlan plan = fma::plan_workspace(p, carver);
-  char* workspace = static_cast<char*>(workspace_block);
+void launch_passes(const LoraBackwardParams& p, const BackwardPlan& plan, char* workspace, cudaStream_t stream) {
   LoraExpandBackwardParams expand = p.expand;
   LoraShrinkBackwardParams shrink = p.shrink;
   if (expand.wants_grad_xa) expand.grad_xa = workspace + plan.grad_xa_offset;
   shrink.grad_xa = expand.grad_xa;
-  fma::PackFactorsParams pack{.factors = {}, .num_factors = 0, .dtype = expand.factor_dtype};
-  fma::add_factors<Acc<T>>(shrink, plan.shrink, workspace, pack);
-  fma::add_factors(expand, plan.expand, workspace, pack);
-  fma::launch_pack_factors<Acc<T>>(pack, stream);
-  fma::launch_grad_y_passes<T>(expand, plan.expand, workspace, stream);
-  if (shrink.wants_grad_lora_A) fma::launch_grad_lora_A_pass<T>(shrink, plan.shrink, workspace, stream);
+  launch_grad_y_passes<T>(expand, plan.expand, workspace, stream);
+  if (shrink.wants_grad_lora_A) launch_grad_lora_A_pass<T>(shrink, plan.shrink, workspace, stream);
   // One launch for both factors' sums.
-  fma::GradientSumsParams sums{.gradients = {}, .num_gradients = 0, .dtype = expand.factor_dtype};
-  fma::add_gradients<Acc<T>>(shrink, plan.shrink, workspace, sums);
-  fma::add_gradients(expand, plan.expand, workspace, sums);
-  if (sums.num_gradients > 0) fma::launch_gradient_sums<Acc<T>>(sums, stream);
-  if (shrink.wants_grad_x) fma::launch_grad_x_pass<T>(shrink, plan.shrink, workspace, stream);
+  GradientSumsParams sums{.dtype = expand.factor_dtype};
+  add_gradients<Acc<T>>(shrink, plan.shrink, workspace, sums);
+  add_gradients(expand, plan.expand, workspace, sums);
+  launch_gradient_sums<Acc<T>>(sums, stream);
+  if (shrink.wants_grad_x) launch_grad_x_pass<T>(shrink, plan.shrink, workspace, stream);
+}
+
+}  // namespace fma
+
+template <class T>
+int64_t LoraLaunches<T>::workspace_bytes(const LoraParams& params) {
+  return std::visit([](const auto* p) { return fma::workspace_bytes(*p); }, params);
+}
+
+template <class T>
+void LoraLaunches<T>::launch(const LoraParams& params, void* workspace_block, cudaStream_t stream) {
+  char* workspace = static_cast<char*>(workspace_block);
+  fma::PackFactorsParams pack{.dtype = dtypes_of(params).factor_dtype};
+  const auto launch_kernels = [&](const auto* p) {
+    WorkspaceCarver carver;
+    const auto plan = fma::plan_workspace(*p, carver);
+    fma::add_factors(*p, plan, workspace, pack);
+    fma::launch_pack_factors<Acc<T>>(pack, stream);
+    fma::launch_passes<T>(*p, plan, workspace, stream);
+  };
+  std::visit(launch_kernels, params);
 }
 
 }  // namespace lora_ext::cuda

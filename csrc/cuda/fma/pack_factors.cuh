@@ -15,8 +15,8 @@ struct PackFactorsParams {
     void* packed;      // [rank, padded_features(features)], acc
     int64_t rank, features;
     bool transposed;
-  } factors[2 * kMaxSiblings];
-  int num_factors;
+  } factors[2 * kMaxSiblings] = {};
+  int num_factors = 0;
   DType dtype;
 };
 

@@ -25,16 +25,16 @@ namespace lora_ext::cuda::fma {
 template <class A>
 struct ShrinkParams {
   int64_t num_tokens, features, rank;
-  const void* x;        // [num_tokens, features], T
-  const void* factor;   // [rank, padded_features(features)], acc, zero beyond features
-  void* out;            // [ranges.count, num_tokens, rank], acc; rows out_stride and ranges range_stride apart
-  const int64_t* seed;  // [1]; only read with dropout
-  uint8_t* mask;        // [num_tokens, mask_row_bytes]; only written with dropout
-  int64_t x_stride, out_stride, range_stride, mask_row_bytes;
+  const void* x;       // [num_tokens, features], T
+  const void* factor;  // [rank, padded_features(features)], acc, zero beyond features
+  void* out;           // [ranges.count, num_tokens, rank], acc; rows out_stride and ranges range_stride apart
+  const int64_t* seed = nullptr;  // [1]; only read with dropout
+  uint8_t* mask = nullptr;        // [num_tokens, mask_row_bytes]; only written with dropout
+  int64_t x_stride, out_stride, range_stride, mask_row_bytes = 0;
   FeatureRanges ranges;
   RankScales<A> scales;
-  uint32_t threshold;  // 0: no dropout
-  bool x_aligned;      // rows of x begin at 16-byte boundaries
+  uint32_t threshold = 0;  // 0: no dropout
+  bool x_aligned;          // rows of x begin at 16-byte boundaries
 };
 
 template <class T, int kRankBucket>

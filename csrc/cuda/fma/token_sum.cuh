@@ -27,16 +27,17 @@ namespace lora_ext::cuda::fma {
 
 struct TokenSumParams {
   int64_t num_tokens, features, rank;
-  const void* small_operand;  // xa or grad_xa [num_tokens, rank], acc, rows small_operand_stride apart
-  const void* x;              // x or grad_y [num_tokens, features], T
-  const uint8_t* mask;        // [num_tokens, mask_row_bytes]; null: everything is kept
-  void* partial;              // [chunks.count, rank, padded_features(features)], acc
-  const void* factor;         // [rank, padded_features(features)], acc; for the products
-  void* product;  // [feature ranges, num_tokens, rank], acc; rows product_stride and ranges range_stride apart
-  int64_t small_operand_stride, x_stride, mask_row_bytes, product_stride, range_stride;
+  const void* small_operand;      // xa or grad_xa [num_tokens, rank], acc, rows small_operand_stride apart
+  const void* x;                  // x or grad_y [num_tokens, features], T
+  const uint8_t* mask = nullptr;  // [num_tokens, mask_row_bytes]; null: everything is kept
+  void* partial;                  // [chunks.count, rank, padded_features(features)], acc
+  const void* factor = nullptr;   // [rank, padded_features(features)], acc; for the products
+  // [feature ranges, num_tokens, rank], acc; rows product_stride and ranges range_stride apart
+  void* product = nullptr;
+  int64_t small_operand_stride, x_stride, mask_row_bytes = 0, product_stride = 0, range_stride = 0;
   TokenChunks chunks;
-  double product_scale;
-  bool with_products;
+  double product_scale = 1.0;
+  bool with_products = false;
   bool x_aligned;  // rows of x begin at 16-byte boundaries
 };
 

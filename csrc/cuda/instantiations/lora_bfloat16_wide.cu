@@ -2,6 +2,6 @@
 
 namespace lora_ext::cuda {
 
-template struct mma::Entries<__nv_bfloat16, mma::kWideParts>;
+template void mma::launch_with_parts<__nv_bfloat16, mma::kWideParts>(const LoraParams&, char*, cudaStream_t);
 
 }  // namespace lora_ext::cuda

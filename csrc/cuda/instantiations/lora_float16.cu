@@ -3,7 +3,7 @@
 namespace lora_ext::cuda {
 
 // In a file of their own, lora_float16_wide.cu, so that both compile side by side.
-extern template struct mma::Entries<__half, mma::kWideParts>;
+extern template void mma::launch_with_parts<__half, mma::kWideParts>(const LoraParams&, char*, cudaStream_t);
 
 template struct LoraLaunches<__half>;
 

@@ -14,11 +14,11 @@ namespace lora_ext::cuda::mma {
 // The columns of the output are cut into tiles, sibling after sibling; blockIdx.y counts through all tiles.
 struct ExpandSibling {
   const __nv_bfloat16* factor;  // packed (packed_factor.h), columns interleaved (pack_factors.cuh)
-  const void* bias;             // [cols], T; null: none
+  const void* bias = nullptr;   // [cols], T; null: none
   const void* base;             // [num_tokens, cols], with out's stride, T; null: zero; may be out
   void* out;                    // [num_tokens, cols], T
   int64_t cols, out_stride;
-  int64_t rank_begin;  // the sibling has the columns [rank_begin, rank_begin + rank) of the small operand
+  int64_t rank_begin = 0;  // the sibling has the columns [rank_begin, rank_begin + rank) of the small operand
   int rank;
 };
 
@@ -32,11 +32,11 @@ struct ExpandTiles {
 };
 
 struct ExpandParams {
-  int64_t num_tokens, small_operand_stride, mask_row_bytes;
-  const float* small_operand;  // xa or grad_xa [num_tokens, small_operand_stride]
-  const uint8_t* mask;         // [num_tokens, mask_row_bytes]; null: everything is kept
+  int64_t num_tokens, small_operand_stride, mask_row_bytes = 0;
+  const float* small_operand;     // xa or grad_xa [num_tokens, small_operand_stride]
+  const uint8_t* mask = nullptr;  // [num_tokens, mask_row_bytes]; null: everything is kept
   int num_siblings;
-  ExpandSibling siblings[kMaxSiblings];
+  ExpandSibling siblings[kMaxSiblings] = {};
   // Set by launch_expand; the first two for the short kernel:
   uint32_t factor_tile_elements;  // of the largest tile of a factor in shared memory
   int row_warps;                  // warps of a block that have different rows; the others share out the columns

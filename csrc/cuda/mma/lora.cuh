@@ -38,7 +38,7 @@ void add_stacked_lora_A(const Params& p, void* image, bool interleaved, PackFact
   const PackedShape shape(p.total_rank, p.in_features);
   for (int s = 0; s < p.num_siblings; ++s) {
     const auto& sibling = p.siblings[s];
-    pack.add(PackSource{.from = sibling.lora_A, .rank = sibling.rank, .features = p.in_features, .transposed = false},
+    pack.add(PackSource{.from = sibling.lora_A, .rank = sibling.rank, .features = p.in_features},
              PackTarget{.image = image,
                         .shape = shape,
                         .rank = p.total_rank,
@@ -54,7 +54,6 @@ void add_lora_B(const Sibling& sibling, void* image, bool interleaved, PackFacto
       PackTarget{.image = image,
                  .shape = PackedShape(sibling.rank, sibling.out_features),
                  .rank = sibling.rank,
-                 .row_begin = 0,
                  .interleaved = interleaved});
 }
 
@@ -93,7 +92,6 @@ void launch_passes(const LoraShrinkParams& p, const ShrinkWorkspace& plan, char*
                     .num_tokens = p.num_tokens,
                     .columns = p.total_rank,
                     .stride = p.total_rank,
-                    .range_stride = 0,
                     .scales = rank_scales<float>(p.siblings, p.num_siblings)};
   launch_shrink<T, kParts>({.x = token_matrix<T>(p.x, p.num_tokens, p.in_features, p.x_stride),
                             .factor = packed_factor(workspace + plan.lora_A_offset, p.total_rank, p.in_features),
@@ -108,9 +106,7 @@ void launch_passes(const LoraExpandParams& p, const ExpandWorkspace& plan, char*
                    cudaStream_t stream) {
   ExpandParams expand{.num_tokens = p.num_tokens,
                       .small_operand_stride = p.total_rank,
-                      .mask_row_bytes = 0,
                       .small_operand = static_cast<const float*>(p.xa),
-                      .mask = nullptr,
                       .num_siblings = p.num_siblings};
   for (int s = 0; s < p.num_siblings; ++s) {
     const LoraExpandSibling& sibling = p.siblings[s];
@@ -139,11 +135,9 @@ void launch_grad_y_passes(const LoraExpandBackwardParams& p, const LoraExpandBac
 
   // The rank sums' partials come first in the workspace, the feature sums' follow.
   float* feature_partial = partial + plan.rank_partial_bytes / static_cast<int64_t>(sizeof(float));
-  RankSums grad_xa{.data = nullptr,
-                   .num_tokens = p.num_tokens,
+  RankSums grad_xa{.num_tokens = p.num_tokens,
                    .columns = sibling.rank,
                    .stride = p.total_rank,
-                   .range_stride = 0,
                    .scales = single_scale<float>(sibling.scale)};
   if (p.wants_grad_xa) grad_xa.data = static_cast<float*>(p.grad_xa) + sibling.rank_begin;
   const RankSums pass_grad_xa = rank_sums_of_pass(grad_xa, partial, plan.ranks.ranges);
@@ -159,12 +153,10 @@ void launch_grad_y_passes(const LoraExpandBackwardParams& p, const LoraExpandBac
         stream);
   } else {
     if (p.wants_grad_xa) {
-      launch_shrink<T, kParts>({.x = grad_y, .factor = lora_B, .mask = {}, .out = pass_grad_xa}, plan.ranks, stream);
+      launch_shrink<T, kParts>({.x = grad_y, .factor = lora_B, .out = pass_grad_xa}, plan.ranks, stream);
     }
     if (p.wants_grad_lora_B) {
-      launch_token_sum<T, kParts>(
-          {.x = grad_y, .small_operand = xa, .mask = nullptr, .mask_row_bytes = 0, .out = gradient}, plan.features,
-          stream);
+      launch_token_sum<T, kParts>({.x = grad_y, .small_operand = xa, .out = gradient}, plan.features, stream);
     }
   }
   PendingSums<RankSums> pending_grad_xa{};
@@ -188,11 +180,8 @@ template <class T, int kParts>
 void launch_grad_lora_A_pass(const LoraShrinkBackwardParams& p, float* partial, cudaStream_t stream) {
   const TokenPassSplit split = plan_grad_lora_A_pass(p).features;
   const FeaturePartials gradient{partial, p.total_rank, partial_pitch(p.in_features)};
-  FactorGradients grad_lora_A{.features = p.in_features,
-                              .dtype = p.factor_dtype,
-                              .transposed = false,
-                              .num_siblings = p.num_siblings,
-                              .siblings = {}};
+  FactorGradients grad_lora_A{
+      .features = p.in_features, .dtype = p.factor_dtype, .transposed = false, .num_siblings = p.num_siblings};
   for (int s = 0; s < p.num_siblings; ++s) {
     const LoraShrinkBackwardSibling& sibling = p.siblings[s];
     grad_lora_A.siblings[s] = {sibling.rank_begin, sibling.rank, sibling.grad_lora_A};
@@ -221,12 +210,10 @@ void launch_passes(const LoraShrinkBackwardParams& p, const ShrinkBackwardWorksp
          .mask = p.has_dropout ? p.mask : nullptr,
          .num_siblings = 1,
          .siblings = {{.factor = reinterpret_cast<const __nv_bfloat16*>(workspace + plan.lora_A_offset),
-                       .bias = nullptr,
                        .base = p.base,
                        .out = p.grad_x,
                        .cols = p.in_features,
                        .out_stride = p.in_features,
-                       .rank_begin = 0,
                        .rank = static_cast<int>(p.total_rank)}}},
         stream);
   }
@@ -234,7 +221,7 @@ void launch_passes(const LoraShrinkBackwardParams& p, const ShrinkBackwardWorksp
 
 // Packs the factors of one kernel and launches its passes.
 template <class T, int kParts, class Params>
-void launch_single(const Params& p, char* workspace, cudaStream_t stream) {
+void launch_kernels(const Params& p, char* workspace, cudaStream_t stream) {
   const auto [plan, partial_offset, total_bytes] = plan_workspace(p, kParts);
   PackFactorsParams pack{.dtype = p.factor_dtype};
   add_factors(p, plan, workspace, pack);
@@ -243,7 +230,7 @@ void launch_single(const Params& p, char* workspace, cudaStream_t stream) {
 }
 
 template <class T, int kParts>
-void launch_forward(const LoraForwardParams& p, char* workspace, cudaStream_t stream) {
+void launch_kernels(const LoraForwardParams& p, char* workspace, cudaStream_t stream) {
   const ForwardWorkspace plan = plan_workspace(p, kParts);
   float* partial = reinterpret_cast<float*>(workspace + plan.partial_offset);
   PackFactorsParams pack{.dtype = p.shrink.factor_dtype};
@@ -255,7 +242,7 @@ void launch_forward(const LoraForwardParams& p, char* workspace, cudaStream_t st
 }
 
 template <class T, int kParts>
-void launch_backward(const LoraBackwardParams& p, char* workspace, cudaStream_t stream) {
+void launch_kernels(const LoraBackwardParams& p, char* workspace, cudaStream_t stream) {
   const BackwardWorkspace plan = plan_workspace(p, kParts);
   float* partial = reinterpret_cast<float*>(workspace + plan.partial_offset);
   LoraExpandBackwardParams expand = p.expand;
@@ -270,118 +257,25 @@ void launch_backward(const LoraBackwardParams& p, char* workspace, cudaStream_t 
   launch_passes<T, kParts>(shrink, plan.shrink, workspace, partial, stream);
 }
 
-// All entries for one number of parts, so that an instantiation file names them at once.
+// A function for each number of parts, so that an instantiation file can name it.
 template <class T, int kParts>
-struct Entries {
-  static void shrink(const LoraShrinkParams& p, char* workspace, cudaStream_t stream);
-  static void expand(const LoraExpandParams& p, char* workspace, cudaStream_t stream);
-  static void forward(const LoraForwardParams& p, char* workspace, cudaStream_t stream);
-  static void expand_backward(const LoraExpandBackwardParams& p, char* workspace, cudaStream_t stream);
-  static void shrink_backward(const LoraShrinkBackwardParams& p, char* workspace, cudaStream_t stream);
-  static void backward(const LoraBackwardParams& p, char* workspace, cudaStream_t stream);
-};
-
-template <class T, int kParts>
-void Entries<T, kParts>::shrink(const LoraShrinkParams& p, char* workspace, cudaStream_t stream) {
-  launch_single<T, kParts>(p, workspace, stream);
-}
-
-template <class T, int kParts>
-void Entries<T, kParts>::expand(const LoraExpandParams& p, char* workspace, cudaStream_t stream) {
-  launch_single<T, kParts>(p, workspace, stream);
-}
-
-template <class T, int kParts>
-void Entries<T, kParts>::forward(const LoraForwardParams& p, char* workspace, cudaStream_t stream) {
-  launch_forward<T, kParts>(p, workspace, stream);
-}
-
-template <class T, int kParts>
-void Entries<T, kParts>::expand_backward(const LoraExpandBackwardParams& p, char* workspace, cudaStream_t stream) {
-  launch_single<T, kParts>(p, workspace, stream);
-}
-
-template <class T, int kParts>
-void Entries<T, kParts>::shrink_backward(const LoraShrinkBackwardParams& p, char* workspace, cudaStream_t stream) {
-  launch_single<T, kParts>(p, workspace, stream);
-}
-
-template <class T, int kParts>
-void Entries<T, kParts>::backward(const LoraBackwardParams& p, char* workspace, cudaStream_t stream) {
-  launch_backward<T, kParts>(p, workspace, stream);
+void launch_with_parts(const LoraParams& params, char* workspace, cudaStream_t stream) {
+  std::visit([&](const auto* p) { launch_kernels<T, kParts>(*p, workspace, stream); }, params);
 }
 
 }  // namespace mma
 
 template <class T>
-int64_t LoraLaunches<T>::workspace_bytes(const LoraShrinkParams& p) {
-  return mma::plan_workspace(p, mma::low_rank_parts(p.dtype, p.factor_dtype)).total_bytes;
+int64_t LoraLaunches<T>::workspace_bytes(const LoraParams& params) {
+  const auto [dtype, factor_dtype] = dtypes_of(params);
+  const int parts = mma::low_rank_parts(dtype, factor_dtype);
+  return std::visit([&](const auto* p) { return mma::plan_workspace(*p, parts).total_bytes; }, params);
 }
 
 template <class T>
-int64_t LoraLaunches<T>::workspace_bytes(const LoraExpandParams& p) {
-  return mma::plan_workspace(p, mma::low_rank_parts(p.dtype, p.factor_dtype)).total_bytes;
-}
-
-template <class T>
-int64_t LoraLaunches<T>::workspace_bytes(const LoraForwardParams& p) {
-  return mma::plan_workspace(p, mma::low_rank_parts(p.shrink.dtype, p.shrink.factor_dtype)).total_bytes;
-}
-
-template <class T>
-int64_t LoraLaunches<T>::workspace_bytes(const LoraExpandBackwardParams& p) {
-  return mma::plan_workspace(p, mma::low_rank_parts(p.dtype, p.factor_dtype)).total_bytes;
-}
-
-template <class T>
-int64_t LoraLaunches<T>::workspace_bytes(const LoraShrinkBackwardParams& p) {
-  return mma::plan_workspace(p, mma::low_rank_parts(p.dtype, p.factor_dtype)).total_bytes;
-}
-
-template <class T>
-int64_t LoraLaunches<T>::workspace_bytes(const LoraBackwardParams& p) {
-  return mma::plan_workspace(p, mma::low_rank_parts(p.shrink.dtype, p.shrink.factor_dtype)).total_bytes;
-}
-
-template <class T>
-void LoraLaunches<T>::shrink(const LoraShrinkParams& p, void* workspace, cudaStream_t stream) {
-  mma::with_parts<T>(p.factor_dtype, [&](auto parts) {
-    mma::Entries<T, decltype(parts)::value>::shrink(p, static_cast<char*>(workspace), stream);
-  });
-}
-
-template <class T>
-void LoraLaunches<T>::expand(const LoraExpandParams& p, void* workspace, cudaStream_t stream) {
-  mma::with_parts<T>(p.factor_dtype, [&](auto parts) {
-    mma::Entries<T, decltype(parts)::value>::expand(p, static_cast<char*>(workspace), stream);
-  });
-}
-
-template <class T>
-void LoraLaunches<T>::forward(const LoraForwardParams& p, void* workspace, cudaStream_t stream) {
-  mma::with_parts<T>(p.shrink.factor_dtype, [&](auto parts) {
-    mma::Entries<T, decltype(parts)::value>::forward(p, static_cast<char*>(workspace), stream);
-  });
-}
-
-template <class T>
-void LoraLaunches<T>::expand_backward(const LoraExpandBackwardParams& p, void* workspace, cudaStream_t stream) {
-  mma::with_parts<T>(p.factor_dtype, [&](auto parts) {
-    mma::Entries<T, decltype(parts)::value>::expand_backward(p, static_cast<char*>(workspace), stream);
-  });
-}
-
-template <class T>
-void LoraLaunches<T>::shrink_backward(const LoraShrinkBackwardParams& p, void* workspace, cudaStream_t stream) {
-  mma::with_parts<T>(p.factor_dtype, [&](auto parts) {
-    mma::Entries<T, decltype(parts)::value>::shrink_backward(p, static_cast<char*>(workspace), stream);
-  });
-}
-
-template <class T>
-void LoraLaunches<T>::backward(const LoraBackwardParams& p, void* workspace, cudaStream_t stream) {
-  mma::with_parts<T>(p.shrink.factor_dtype, [&](auto parts) {
-    mma::Entries<T, decltype(parts)::value>::backward(p, static_cast<char*>(workspace), stream);
+void LoraLaunches<T>::launch(const LoraParams& params, void* workspace, cudaStream_t stream) {
+  mma::with_parts<T>(dtypes_of(params).factor_dtype, [&](auto parts) {
+    mma::launch_with_parts<T, decltype(parts)::value>(params, static_cast<char*>(workspace), stream);
   });
 }
 

@@ -15,14 +15,14 @@ namespace lora_ext::cuda::mma {
 struct PackSource {
   const void* from;  // [rank, features], or [features, rank] when transposed; contiguous
   int64_t rank, features;
-  bool transposed;
+  bool transposed = false;
 };
 struct PackTarget {
   void* image;  // [parts, shape.ranks, shape.features]
   PackedShape shape;
-  int64_t rank;       // rows of the image without padding
-  int64_t row_begin;  // the factor's first row in the image
-  bool interleaved;   // the order of columns, see interleaved_column()
+  int64_t rank;           // rows of the image without padding
+  int64_t row_begin = 0;  // the factor's first row in the image
+  bool interleaved;       // the order of columns, see interleaved_column()
 };
 
 constexpr int kMaxPackJobs = 2 * kMaxSiblings;

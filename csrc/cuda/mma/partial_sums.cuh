@@ -15,8 +15,8 @@ namespace lora_ext::cuda::mma {
 
 // A result [num_tokens, columns], or its partial sums, one for each range of features.
 struct RankSums {
-  float* data;  // [ranges, num_tokens, columns]; rows `stride` and ranges `range_stride` elements apart
-  int64_t num_tokens, columns, stride, range_stride;
+  float* data = nullptr;  // [ranges, num_tokens, columns]; rows `stride` and ranges `range_stride` elements apart
+  int64_t num_tokens, columns, stride, range_stride = 0;
   RankScales<float> scales;
 
   // Writes nothing outside the matrix.
@@ -66,7 +66,7 @@ struct FactorGradients {
   struct Sibling {
     int64_t rank_begin, rank;
     void* grad;
-  } siblings[kMaxSiblings];  // in the order of their ranks
+  } siblings[kMaxSiblings] = {};  // in the order of their ranks
 
   // Takes the sum over all chunks.
   __device__ __forceinline__ void store_total(int64_t row, int64_t feature, float total) const {

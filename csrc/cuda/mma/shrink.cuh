@@ -20,7 +20,7 @@ template <class T>
 struct ShrinkParams {
   TokenMatrix<T> x;     // [num_tokens, features]
   PackedFactor factor;  // [rank, features]
-  KeepMask mask;        // threshold 0: no dropout
+  KeepMask mask = {};   // threshold 0: no dropout
   RankSums out;         // the result, or partial sums of ranges of features
   int64_t features_per_range;
   unsigned ranges, rank_tiles, first_rank_tile;

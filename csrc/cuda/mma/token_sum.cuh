@@ -18,10 +18,10 @@ namespace lora_ext::cuda::mma {
 // launch_token_sum sets the members after `out`.
 template <class T>
 struct TokenSumParams {
-  TokenMatrix<T> x;            // [num_tokens, features]
-  SmallOperand small_operand;  // [num_tokens, rank]
-  const uint8_t* mask;         // [num_tokens, mask_row_bytes]; null: everything is kept
-  int64_t mask_row_bytes;
+  TokenMatrix<T> x;               // [num_tokens, features]
+  SmallOperand small_operand;     // [num_tokens, rank]
+  const uint8_t* mask = nullptr;  // [num_tokens, mask_row_bytes]; null: everything is kept
+  int64_t mask_row_bytes = 0;
   FeaturePartials out;
   int64_t tokens_per_chunk;
   unsigned ranges, rank_tiles;
