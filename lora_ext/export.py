@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lora_ext import _load, reference
-from lora_ext._ops.checks import accumulation_dtype
+from lora_ext._ops import composite
+from lora_ext._ops.registration import checked_arguments, op_named
 
 
 def library_paths() -> list[Path]:
@@ -25,7 +25,7 @@ def library_paths() -> list[Path]:
 
 @contextmanager
 def plain_pytorch() -> Iterator[None]:
-    """Computes our ops by the formulas of lora_ext/reference.py while a model is exported.
+    """Computes our ops by the formulas of lora_ext/_ops/composite.py while a model is exported.
 
     A program that ``torch.export.export`` makes here has PyTorch's ops only, and needs no library of ours. It is as
     slow as plain PyTorch, and in 16 bits it rounds more often than our ops.
@@ -39,51 +39,19 @@ def plain_pytorch() -> Iterator[None]:
 
 class _PlainPyTorch(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return _FORMULAS.get(func, func)(*args, **kwargs or {})
+        name = _OPS.get(func)
+        if name is None:
+            return func(*args, **kwargs or {})
+        arguments = checked_arguments[name](*args, **kwargs or {})
+        dropout_p = arguments.get("dropout_p", 0.0)
+        if reference.dropout_threshold(dropout_p) > 0:
+            raise ValueError(
+                f"plain_pytorch: dropout_p is {dropout_p}, but an exported program has no dropout; call model.eval() "
+                "first"
+            )
+        return getattr(composite, name)(**arguments)
 
 
-def _check_dropout(dropout_p: float) -> None:
-    if reference.dropout_threshold(dropout_p) > 0:
-        raise ValueError(
-            f"plain_pytorch: dropout_p is {dropout_p}, but an exported program has no dropout; call model.eval() first"
-        )
-
-
-# In the place of the tensors for our backward there is None: autograd differentiates the formulas.
-
-
-def _lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p=0.0, seed=None):
-    _check_dropout(dropout_p)
-    return reference.lora_linear(x, weight, bias, lora_A, lora_B, scaling), None, None
-
-
-def _lora_linear_siblings(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p=0.0, seed=None):
-    _check_dropout(dropout_p)
-    return reference.lora_linear_siblings(x, weights, biases, lora_As, lora_Bs, scalings), None, None
-
-
-def _lora_delta_(y, x, lora_A, lora_B, scaling, dropout_p=0.0, seed=None):
-    _check_dropout(dropout_p)
-    y += reference.lora_delta(x, lora_A, lora_B, scaling)
-    return None, None
-
-
-def _lora_shrink(x: Tensor, lora_A: Tensor) -> Tensor:
-    acc = accumulation_dtype(x.dtype)
-    return x.to(acc) @ lora_A.to(acc).T
-
-
-def _lora_expand(base: Tensor, xa: Tensor, lora_B: Tensor, bias: Tensor | None = None) -> Tensor:
-    y = base + xa @ lora_B.to(xa.dtype).T
-    return (y if bias is None else y + bias).to(base.dtype)
-
-
-def _formulas() -> dict[Callable, Callable]:
-    formulas = {}
-    for formula in (_lora_linear, _lora_linear_siblings, _lora_delta_, _lora_shrink, _lora_expand):
-        op = getattr(torch.ops.lora_ext, formula.__name__.removeprefix("_"))
-        formulas |= {op: formula, op.default: formula}
-    return formulas
-
-
-_FORMULAS = _formulas()
+# The forwards: autograd differentiates what they compute.
+_NAMES = ("lora_linear", "lora_linear_siblings", "lora_delta_", "lora_shrink", "lora_expand")
+_OPS = {op: name for name in _NAMES for op in (getattr(torch.ops.lora_ext, name), op_named(name))}

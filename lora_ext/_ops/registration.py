@@ -20,7 +20,8 @@ LIBRARY = torch.library.Library("lora_ext", "FRAGMENT")
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
-_checked: dict[str, Callable[..., dict[str, object]]] = {}  # for each op: checks a call's arguments, by register_op
+checked_arguments: dict[str, Callable[..., dict[str, object]]] = {}
+"""For each op of :func:`register_op`: checks the arguments of a call and returns all of them by name."""
 
 
 def op_named(name: str) -> torch._ops.OpOverload:
@@ -125,7 +126,7 @@ def register_op(name: str, check_values: Callable[..., None]) -> Callable[[Calla
         check_values(**arguments)
         return arguments
 
-    _checked[name] = checked
+    checked_arguments[name] = checked
 
     def register(kernel: Callable) -> Callable:
         torch.library.register_fake(f"lora_ext::{name}")(lambda *values, **named: kernel(**checked(*values, **named)))
@@ -220,7 +221,7 @@ def register_composite(name: str, composite: Callable, num_cast: int = 0) -> Cal
     """
 
     def call(*values):
-        arguments = _checked[name](*values)
+        arguments = checked_arguments[name](*values)
         if not torch.compiler.is_compiling():
             check_memory_is_there(name, arguments)
         return composite(**arguments)
