@@ -5,6 +5,7 @@ Python's ``re`` has no bound: one expression of ten characters in an untrusted f
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ from lora_ext.matching.name_table import are_names
 __all__ = ["Expression", "TimeAllowance", "TooSlow", "check_expressions"]
 
 _LARGEST = 20_000  # characters; they take up to 0.1 s and 20 MB to compile
+_LARGEST_DEPTH = 100  # of brackets; the interpreter's own limit is any that a library has set
 _COUNTED_REPEAT = re.compile(r"\{(\d*),?(\d*)\}")
 _SECONDS, _SECONDS_A_MATCH = 0.1, 5e-6
 
@@ -44,6 +46,8 @@ class Expression:
 
     def __init__(self, source: str) -> None:
         self.source = source
+        if _depth(source) > _LARGEST_DEPTH:
+            raise ValueError(f"too deep: more than {_LARGEST_DEPTH} brackets are open at once")
         try:
             self._compiled = regex.compile(source, cache_pattern=False)
         except regex.error as error:
@@ -97,6 +101,12 @@ def check_expressions(key: str, sources: Iterable[str]) -> None:
             Expression(source)
         except ValueError as error:
             raise ValueError(f"LoraConfig: {key} is {shown(source)}, {error}") from None
+
+
+def _depth(source: str) -> int:
+    """An upper bound for how many brackets are open at once: escaped ones count too."""
+    opened = itertools.accumulate((character == "(") - (character == ")") for character in source)
+    return max(opened, default=0)
 
 
 def _written_out(source: str) -> int:

@@ -165,6 +165,18 @@ def test_invalid_expressions():
             check_expressions("exclude_modules", [source])
 
 
+@pytest.mark.parametrize("limit", [1000, 100_000])
+def test_the_depth_that_is_too_deep_is_the_same_whatever_the_interpreters_limit(limit):
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit)  # torch.compile and others raise it
+    try:
+        check_expressions("exclude_modules", ["(" * 100 + ")" * 100])
+        with pytest.raises(ValueError, match="too deep: more than 100 brackets are open at once"):
+            check_expressions("exclude_modules", ["(" * 101 + ")" * 101])
+    finally:
+        sys.setrecursionlimit(before)
+
+
 # --- time and memory --------------------------------------------------------------------------------------------------
 
 
