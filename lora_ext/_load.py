@@ -54,8 +54,14 @@ def _check_isa() -> None:
 
 
 def _fact(name: str) -> str:
-    """Calls a function of csrc/facts.cpp."""
-    function = getattr(ctypes.CDLL(str(LIBRARY)), f"lora_ext_{name}")
+    """Calls a function of csrc/facts.cpp. ImportError: the library was built from other sources."""
+    try:
+        function = getattr(ctypes.CDLL(str(LIBRARY)), f"lora_ext_{name}")
+    except AttributeError:
+        raise ImportError(
+            f"lora_ext: {LIBRARY.name} in {_HERE} was built from other sources than this Python package: it has no "
+            f"lora_ext_{name}. {_REBUILD}"
+        ) from None
     function.restype = ctypes.c_char_p
     return function().decode()
 

@@ -102,6 +102,14 @@ def test_broken_library_fails_the_import_and_says_why(package_copy):
     assert re.search("invalid ELF header|file too short", message)
 
 
+def test_library_of_other_sources_fails_the_import_and_says_so(package_copy):
+    library = package_copy / "lora_ext" / "liblora_ext.so"
+    library.write_bytes(library.read_bytes().replace(b"\0lora_ext_cpu_isa\0", b"\0lora_ext_cpu_was\0"))
+    message = import_error(package_copy)
+    assert "ImportError: lora_ext: liblora_ext.so in" in message
+    assert "was built from other sources than this Python package: it has no lora_ext_cpu_isa. Build it with" in message
+
+
 def test_preflight_names_missing_tools():
     script = ROOT / "scripts" / "preflight.sh"
     assert subprocess.run([script, sys.executable]).returncode == 0
