@@ -513,9 +513,16 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-@pytest.mark.parametrize("send", [os.killpg, os.kill])  # as a terminal does, and as a supervisor does
-def test_every_run_gets_one_interrupt_and_none_is_left_behind(tmp_path: Path, jobs: int, send):
+@pytest.mark.parametrize(
+    ("send", "jobs"),  # as a terminal does, and as a supervisor does
+    [
+        (os.killpg, 2),
+        (os.kill, 1),
+        pytest.param(os.killpg, 1, marks=pytest.mark.slow),
+        pytest.param(os.kill, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_every_run_gets_one_interrupt_and_none_is_left_behind(tmp_path: Path, send, jobs: int):
     (script := tmp_path / "script.py").write_text(INTERRUPTED)
     process = subprocess.Popen(
         [sys.executable, str(script), str(tmp_path), str(jobs)],
