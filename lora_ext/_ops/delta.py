@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lora_ext._ops import checks, checks_backward, composite
-from lora_ext._ops.in_place import check_inference, check_recorded_change, count_change
+from lora_ext._ops.in_place import check_inference, check_recorded_change, check_saved, count_change
 from lora_ext._ops.registration import (
     LIBRARY,
     any_requires_grad,
@@ -83,6 +83,10 @@ def _lora_delta_autograd(y, x, lora_A, lora_B, scaling, dropout_p=0.0, seed=None
         return _composite(y, x, lora_A, lora_B, scaling, dropout_p, seed)
     if any_requires_grad(y, x, lora_A, lora_B):
         check_recorded_change("lora_delta_", "y", y)
+        check_saved("lora_delta_", "lora_A", lora_A)
+        check_saved("lora_delta_", "lora_B", lora_B)
+        if lora_A is not None and lora_A.requires_grad:
+            check_saved("lora_delta_", "x", x)
         results: list = []
         _LoraDelta.apply(y, x, lora_A, lora_B, scaling, dropout_p, seed, results)
         return tuple(results)

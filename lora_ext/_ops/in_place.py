@@ -35,6 +35,14 @@ def check_inference(op: str, label: str, tensor: Tensor | None) -> None:
         )
 
 
+def check_saved(op: str, label: str, tensor: Tensor | None) -> None:
+    """Raises RuntimeError for an inference tensor that the backward needs: autograd refuses it after the change."""
+    if tensor is not None and tensor.is_inference():
+        raise RuntimeError(
+            f"{op}: {label} is an inference tensor, which autograd cannot keep for the backward; pass {label}.clone()"
+        )
+
+
 def count_change(*tensors: Tensor) -> None:
     """Counts a change, so that a backward that saved one of these fails. Inference tensors have no count."""
     torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])

@@ -24,6 +24,8 @@ def resolved(op: str, label: str, argument: object) -> object:
         return argument
     if argument._is_zerotensor():
         return torch.zeros(argument.shape, dtype=argument.dtype, device=argument.device)
+    if argument.is_quantized:  # PyTorch's own negation of one crashes
+        raise RuntimeError(f"{op}: {label} is a lazy view of a quantized tensor; pass {label}.dequantize()")
     try:
         return argument.resolve_neg().resolve_conj()
     except RuntimeError as error:  # of a dtype that PyTorch does not negate

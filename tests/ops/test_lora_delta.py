@@ -290,3 +290,25 @@ def test_refuses_and_changes_nothing(case, requires_grad):
     with pytest.raises(RuntimeError, match="lora_delta_: "):
         torch.ops.lora_ext.lora_delta_(**arguments)
     assert torch.equal(arguments["y"], before)
+
+
+@pytest.mark.parametrize("name", ["x", "lora_A", "lora_B"])
+def test_an_inference_tensor_that_the_backward_needs_is_refused_before_y_changes(name):
+    tensors = {"y": torch.randn(3, 5), "x": torch.randn(3, 4), "lora_A": torch.randn(2, 4), "lora_B": torch.randn(5, 2)}
+    with torch.inference_mode():
+        tensors[name] = tensors[name].clone()
+    for factor in ("lora_A", "lora_B"):
+        if factor != name:
+            tensors[factor].requires_grad_()
+    y = tensors["y"].clone()
+    with pytest.raises(RuntimeError, match=f"lora_delta_: {name} is an inference tensor, which autograd cannot keep"):
+        functional.lora_delta_(*tensors.values(), 0.5)
+    assert torch.equal(tensors["y"], y) and not tensors["y"].requires_grad
+
+
+def test_an_inference_x_that_no_gradient_needs():
+    with torch.inference_mode():
+        x = torch.randn(3, 4)
+    A, B, y = torch.randn(2, 4), torch.randn(5, 2, requires_grad=True), torch.zeros(3, 5)
+    functional.lora_delta_(y, x, A, B, 0.5).sum().backward()
+    torch.testing.assert_close(B.grad, 0.5 * (x @ A.T).sum(0).expand(5, 2).clone())
