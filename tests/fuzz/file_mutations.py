@@ -261,7 +261,7 @@ def _changed_header(choices: Choices, content: bytes) -> bytes:
     what = choices.integer(8)
     if what == 6:
         claimed = choices.pick((0, 1, length - 1, length + 1, length + len(data), 2**31, 100_000_001, 2**63, 2**64 - 1))
-        return struct.pack("<Q", max(claimed, 0)) + content[8:]
+        return struct.pack("<Q", min(max(claimed, 0), 2**64 - 1)) + content[8:]
     if what == 7:
         data = choices.pick((b"", data[:-1], data + b"\0", data + data, data[::-1]))
     else:

@@ -57,7 +57,5 @@ def test_of_dtypes_that_cannot_be_negated(dtype):
 def test_a_lazy_view_of_a_quantized_tensor_is_refused():
     """PyTorch's own negation of one crashes the process."""
     x = torch._neg_view(torch.quantize_per_tensor(torch.randn(3, 4), 0.1, 0, torch.qint8))
-    with pytest.raises(
-        RuntimeError, match=r"^lora_shrink: x is a lazy view of a quantized tensor; pass x\.deq"
-    ):
+    with pytest.raises(RuntimeError, match=r"^lora_shrink: x is a lazy view of a quantized tensor; pass x\.deq"):
         torch.ops.lora_ext.lora_shrink(x, torch.randn(2, 4))
