@@ -16,7 +16,7 @@ from lora_ext import LoraConfig, inject, set_adapter
 from lora_ext.export import library_paths, plain_pytorch
 from lora_ext.functional import bottleneck, lora_linear_siblings
 
-pytestmark = pytest.mark.cpu_only("the subprocesses compute on the CPU")
+pytestmark = [pytest.mark.cpu_only("the subprocesses compute on the CPU"), pytest.mark.full]
 
 ALIVE = {"r": 2, "lora_alpha": 6, "init_lora_weights": False}
 BATCH = torch.export.Dim("batch", min=2)
