@@ -179,12 +179,11 @@ class ShardedTensors:
         metadata: the files' metadata.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Opens the files that the index ``path`` names. Errors as :func:`read_index` and :class:`TensorFile`."""
+    def __init__(self, path: Path, weight_map: Mapping[str, str], names: Iterable[str]) -> None:
+        """Opens the files ``names`` of the index ``path``. ValueError: they disagree; other errors as TensorFile."""
         self.path = path
-        index, names = read_index(path)
         shards = {name: TensorFile(path.parent / name) for name in names}
-        check_shards(path, index["weight_map"], {name: shard.keys() for name, shard in shards.items()})
+        check_shards(path, weight_map, {name: shard.keys() for name, shard in shards.items()})
         self._shards = list(shards.values())
         self._shard_of = {key: shard for shard in self._shards for key in shard.keys()}  # noqa: SIM118  not a dict
         self.metadata = {key: value for shard in self._shards for key, value in shard.metadata.items()}
@@ -295,9 +294,10 @@ class AdapterFile:
             raise FileNotFoundError(f"{directory / CONFIG_FILE} is missing; {wanted}") from error
         if path in existing:
             return cls(directory, config, TensorFile(path))
-        for index in INDEX_FILES:
-            if directory / index in existing and _is_of_an_adapter(directory / index):
-                return cls(directory, config, ShardedTensors(directory / index))
+        for index_path in (directory / name for name in INDEX_FILES if directory / name in existing):
+            index, names = read_index(index_path)
+            if all(Path(name).match(_SHARDS) for name in names):  # not of a model in the same directory
+                return cls(directory, config, ShardedTensors(index_path, index["weight_map"], names))
         if pickled not in existing:
             shards = sorted(file.name for file in existing if file.match(_SHARDS))
             found = (
@@ -310,11 +310,6 @@ class AdapterFile:
                 "(only tensors are then loaded from it)"
             )
         return cls(directory, config, TensorFile(pickled, _read_pickle(pickled)))
-
-
-def _is_of_an_adapter(index: Path) -> bool:
-    """Whether the index names an adapter's files, and not those of a model in the same directory."""
-    return all(Path(name).match(_SHARDS) for name in read_index(index)[0]["weight_map"].values())
 
 
 def holds_adapter(directory: Path) -> bool:

@@ -133,14 +133,21 @@ class _Call:
 
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
-_saves = threading.local()  # .count: how often a state was written, to find savers that write something else
+
+class _Saves(threading.local):
+    """Counts the states that this thread has written, to find savers that write something else."""
+
+    count = 0
+
+
+_saves = _Saves()
 
 
 def _save_adapters(call: _Call, module: nn.Module, adapters: AdapterSet) -> Any:
     _check_no_model(call)
     call.take("max_shard_size")  # an adapter is one file
     call.set_if_known("save_original_format", False)  # the names in it are those of the injected model
-    thread, before = threading.get_ident(), getattr(_saves, "count", 0)
+    thread, before = threading.get_ident(), _saves.count
 
     def state_dict(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
         if threading.get_ident() != thread or args or kwargs.get("destination") is not None:
@@ -151,7 +158,7 @@ def _save_adapters(call: _Call, module: nn.Module, adapters: AdapterSet) -> Any:
                 _write_adapters(call, module, adapters)
                 # With it, Transformers takes the directory for a whole model, and PEFT's config for an addition.
                 (call.directory / "config.json").unlink(missing_ok=True)
-            _saves.count = getattr(_saves, "count", 0) + 1
+            _saves.count += 1
             return adapter_state(module, adapters)
 
     reason = (
@@ -168,7 +175,7 @@ def _save_adapters(call: _Call, module: nn.Module, adapters: AdapterSet) -> Any:
             del module.state_dict
         else:
             module.state_dict = replaced
-    if getattr(_saves, "count", 0) == before:
+    if _saves.count == before:
         raise RuntimeError(
             f"{call.name} did not save the adapters: it did not ask for the state of the model; merge(model) first, or "
             "call lora_ext.save_adapter"

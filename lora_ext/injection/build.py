@@ -146,8 +146,11 @@ def _check_offloaded(bare: BareModel, targets: Targets, config: LoraConfig) -> N
                 f"inject: accelerate offloads {path!r} as a whole, with {found[0]!r} in it, and would look for the "
                 "factors in the offloaded weights; offload without preload_module_classes"
             )
-        key = "modules_to_save" if path in inside else "bias" if config.bias != "none" else ""
-        for name in module._parameters if key == "modules_to_save" else ("bias",) if key else ():
+        if path in inside:
+            key, names = "modules_to_save", tuple(module._parameters)
+        else:
+            key, names = "bias", () if config.bias == "none" else ("bias",)
+        for name in names:
             if is_offloaded(module, name):
                 raise ValueError(
                     f"inject: {key} trains the {name} of {path!r}, which is offloaded; keep it on a device (device_map)"

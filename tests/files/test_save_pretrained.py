@@ -13,7 +13,7 @@ import torch
 import transformers.integrations.peft
 import transformers.modeling_utils
 import transformers.models.auto.auto_factory
-from support.models import bert, gpt2, llama, refused, token_ids
+from support.models import bert, gpt2, llama, refused, shaken, token_ids
 from torch import nn
 from transformers import (
     AutoModel,
@@ -75,15 +75,7 @@ def made(case: str, tmp_path, name: str = "default") -> tuple[nn.Module, nn.Modu
     make, options = CASES[case]
     make().save_pretrained(tmp_path / "base")
     base = loaded(make(), tmp_path / "base")
-    return base, shaken(inject(copy.deepcopy(base), LoraConfig(r=2, lora_alpha=4, **options), name))
-
-
-def shaken(model: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    return model.eval()
+    return base, shaken(inject(copy.deepcopy(base), LoraConfig(r=2, lora_alpha=4, **options), name), by=0.3).eval()
 
 
 @torch.no_grad()
@@ -158,7 +150,7 @@ def test_without_peft_adapters_are_not_read_as_a_model(auto, tmp_path, monkeypat
 def test_several_adapters_are_in_directories_by_name(tmp_path):
     base, model = made("llama", tmp_path)
     inject(model, LoraConfig(r=3, target_modules=["down_proj"]), "style")
-    shaken(model)
+    shaken(model, by=0.3).eval()
     ids, expected = token_ids(), {}
     for name in ("default", "style"):
         expected[name] = logits(set_adapter(model, name), ids)
@@ -174,7 +166,7 @@ def test_copies_save_themselves(how, tmp_path):
     _, model = made("llama", tmp_path)
     ids = token_ids()
     other = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
-    shaken(other)
+    shaken(other, by=0.3).eval()
     expected = logits(merge(other), ids)
     other.save_pretrained(tmp_path / "merged")
     assert torch.equal(logits(loaded(model, tmp_path / "merged"), ids), expected)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from support.models import shaken
 from torch import nn
 
 _RESULTS = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "results" / "demo"
@@ -177,11 +178,7 @@ def record(directory: Path) -> None:
         r=2, target_modules=["low"], trainable_token_indices={"rows": [1, 4]}, modules_to_save=["full", "new"]
     )
     adapted = _filled(inject(model, config))
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    save_adapter(adapted, directory / "adapter")
+    save_adapter(shaken(adapted), directory / "adapter")
     merge(directory / "base", [directory / "adapter"], directory / "merged", record=True)
 
 

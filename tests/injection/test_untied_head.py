@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from support.models import llama
+from support.models import llama, shaken
 from torch import Tensor, nn
 
 from lora_ext import LoraConfig, inject, load_adapter, save_adapter
@@ -30,11 +30,7 @@ def from_peft(base: nn.Module, directory: Path, module: str) -> tuple[peft.PeftM
         warnings.simplefilter("ignore")
         config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[module], init_lora_weights=False)
         theirs = peft.get_peft_model(copy.deepcopy(base), config)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    theirs.save_pretrained(directory)
+    shaken(theirs).save_pretrained(directory)
     return theirs, logits(theirs)
 
 

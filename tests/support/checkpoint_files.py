@@ -12,6 +12,7 @@ import peft
 import torch
 from safetensors.torch import load_file, save_file
 from support.merging import bits
+from support.models import shaken
 from torch import Tensor, nn
 
 EVERY_LAYER = {
@@ -65,11 +66,7 @@ def peft_adapter(model: nn.Module, directory: Path, **settings: Any) -> peft.Pef
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**settings))
-        with torch.no_grad():
-            for parameter in adapted.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
-        adapted.save_pretrained(directory)
+        shaken(adapted).save_pretrained(directory)
     return adapted
 
 
