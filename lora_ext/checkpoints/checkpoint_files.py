@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_ext._common.printable import check_name, shown
-from lora_ext.files.file_bytes import check_unchanged, file_state, fingerprint, read_into
+from lora_ext.files.file_bytes import check_unchanged, empty_block, file_state, fingerprint, read_into
 from lora_ext.files.regular_file import open_regular
 from lora_ext.files.safetensors_format import TensorInfo, read_header
 from lora_ext.files.shard_index import check_shards, read_index
@@ -121,7 +121,7 @@ class Checkpoint:
     def elements(self, key: str, begin: int, end: int) -> Tensor:
         """Reads the elements ``begin`` to ``end`` of the flattened tensor into new memory: ``[end - begin]``."""
         info = self.info(key)
-        values = torch.empty(end - begin, dtype=_torch_dtype(self.file(key), info))
+        values = empty_block(end - begin, dtype=_torch_dtype(self.file(key), info))
         with open_regular(self.file(key)) as file:
             read_into(file, info.begin + begin * values.itemsize, values)
         return values
@@ -168,7 +168,7 @@ def raw_blocks(path: Path, info: TensorInfo, block_bytes: int) -> Iterator[Tenso
     """Reads a tensor of any dtype as bytes, in order, at most ``block_bytes`` at a time."""
     with open_regular(path) as file:
         for begin in range(0, info.nbytes, block_bytes):
-            values = torch.empty(min(block_bytes, info.nbytes - begin), dtype=torch.uint8)
+            values = empty_block(min(block_bytes, info.nbytes - begin), dtype=torch.uint8)
             read_into(file, info.begin + begin, values)
             yield values
 

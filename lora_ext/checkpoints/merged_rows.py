@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lora_ext.checkpoints.changes import TensorChange, Term
 from lora_ext.checkpoints.checkpoint_files import Checkpoint, raw_blocks
-from lora_ext.files.file_bytes import read_into, tensor_bytes
+from lora_ext.files.file_bytes import empty_block, read_into, tensor_bytes
 from lora_ext.files.regular_file import open_regular
 from lora_ext.files.safetensors_format import DTYPES
 from lora_ext.merging.weights import MergeRecord, merge_all_, pack_factors
@@ -182,7 +182,7 @@ def _open_source(
     with open_regular(base.file(change.source)) as file:
 
         def read(begin: int, end: int, cols: int) -> Tensor:
-            values = torch.empty(end - begin, cols, dtype=dtype)
+            values = empty_block(end - begin, cols, dtype=dtype)
             read_into(file, info.begin + begin * cols * dtype.itemsize, values)
             return values
 

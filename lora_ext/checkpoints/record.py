@@ -16,7 +16,7 @@ from lora_ext.checkpoints.digests import Hasher, TextDigest
 from lora_ext.checkpoints.merged_rows import BLOCK_BYTES, Block
 from lora_ext.checkpoints.other_files import RECORD_DIRECTORY
 from lora_ext.checkpoints.record_format import MANIFEST_FILE, BaseTensor, FileRecord, Manifest
-from lora_ext.files.file_bytes import read_into, tensor_bytes
+from lora_ext.files.file_bytes import empty_block, read_into, tensor_bytes
 from lora_ext.files.regular_file import open_regular
 from lora_ext.files.safetensors_format import DTYPES, TensorInfo, header_bytes, read_header
 from lora_ext.merging.weights import MergeRecord, unmerge_all_
@@ -144,12 +144,12 @@ class Record:
         with open_regular(self._merged.file(key)) as file, open_regular(kept.path) as record_file:
             for begin in begins:
                 end = min(begin + height, (begin // per_pair + 1) * per_pair if pairs else rows)
-                values = torch.empty(end - begin, cols, dtype=dtype)
+                values = empty_block(end - begin, cols, dtype=dtype)
                 read_into(file, info.begin + begin * cols * values.itemsize, values)
                 if pairs:
                     A, B = pairs[begin // per_pair]
                     block_words = words[begin:end].contiguous()
-                    corrections = torch.empty(int(block_words.sum(dtype=torch.int64)), dtype=torch.int16)
+                    corrections = empty_block(int(block_words.sum(dtype=torch.int64)), dtype=torch.int16)
                     read_into(record_file, kept.parts["corrections"].begin + 2 * position, corrections)
                     position += len(corrections)
                     first = begin - begin // per_pair * per_pair

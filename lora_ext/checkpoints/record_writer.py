@@ -20,7 +20,7 @@ from lora_ext.checkpoints.merged_rows import BLOCK_BYTES, Block, blocks, factors
 from lora_ext.checkpoints.other_files import RECORD_DIRECTORY, list_other_files
 from lora_ext.checkpoints.record_format import MANIFEST_FILE, BaseTensor, FileRecord, Manifest
 from lora_ext.checkpoints.writing import Description, write_file
-from lora_ext.files.file_bytes import read_into, tensor_bytes, write_bytes
+from lora_ext.files.file_bytes import empty_block, read_into, tensor_bytes, write_bytes
 from lora_ext.files.safetensors_format import DTYPE_NAMES, DTYPES, header_bytes
 
 __all__ = ["RecordWriter"]
@@ -145,7 +145,7 @@ class RecordWriter:
 
     def _read_corrections(self, offset: int, count: int) -> Iterator[Tensor]:
         for begin in range(0, count, BLOCK_BYTES // 2):
-            values = torch.empty(min(BLOCK_BYTES // 2, count - begin), dtype=torch.int16)
+            values = empty_block(min(BLOCK_BYTES // 2, count - begin), dtype=torch.int16)
             read_into(self._spool, offset + 2 * begin, values)
             yield values
 

@@ -6,10 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
-import torch
-
 from lora_ext.checkpoints.merged_rows import Block
-from lora_ext.files.file_bytes import read_into, tensor_bytes, write_bytes
+from lora_ext.files.file_bytes import empty_block, read_into, tensor_bytes, write_bytes
 from lora_ext.files.regular_file import open_regular
 from lora_ext.files.safetensors_format import TensorInfo, encode_header, read_header
 
@@ -60,7 +58,7 @@ def compare_file(
             offset = found[key].begin
             for block in blocks(key):
                 expected = block.values.contiguous()
-                actual = torch.empty_like(expected)
+                actual = empty_block(*expected.shape, dtype=expected.dtype)
                 read_into(file, offset, actual)
                 if tensor_bytes(actual) != tensor_bytes(expected):
                     raise RuntimeError(f"verify: {path} differs from what was written in the tensor {key}")

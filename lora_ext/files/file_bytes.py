@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
+import mmap
 import os
 from collections.abc import Iterable, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["check_unchanged", "file_state", "fingerprint", "read_into", "tensor_bytes", "write_bytes"]
+__all__ = ["check_unchanged", "empty_block", "file_state", "fingerprint", "read_into", "tensor_bytes", "write_bytes"]
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Returns the memory of a contiguous CPU tensor."""
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def empty_block(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Makes a CPU tensor of zeros that leaves the process's memory when it is freed.
+
+    The C library keeps freed blocks of up to 32 MB for later, in pieces that the next block may not fit into.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes == 0:
+        return torch.empty(shape, dtype=dtype)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
 
 
 def read_into(file: FileIO, offset: int, tensor: Tensor) -> None:
