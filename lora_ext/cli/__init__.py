@@ -9,7 +9,21 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from lora_ext.cli import analyze, compare, diff, extract, finetune, info, inspect, merge, plan, report, sweep, unmerge
+from lora_ext.cli import (
+    analyze,
+    compare,
+    config_file,
+    diff,
+    extract,
+    finetune,
+    info,
+    inspect,
+    merge,
+    plan,
+    report,
+    sweep,
+    unmerge,
+)
 from lora_ext.tasks import TaskError
 
 _EXIT_DISK, _EXIT_INTERRUPTED = 1, 130
@@ -25,13 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in (info, finetune, compare, sweep, analyze, plan, report, merge, unmerge, extract, inspect, diff):
         module.add_parser(commands)
-    args = parser.parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
 
     def parse_again(**defaults: Any) -> argparse.Namespace:
-        commands.choices[args.command].set_defaults(**defaults)
+        commands.choices[argv[0]].set_defaults(**defaults)
         return parser.parse_args(argv)
 
     try:
+        if argv and argv[0] in commands.choices:
+            argv[1:] = config_file.with_config(commands.choices[argv[0]], argv[1:])
+        args = parser.parse_args(argv)
         status = args.run(args, parse_again) or 0
         sys.stdout.flush()
         return status

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import asdict
 
-from lora_ext.cli import training
+from lora_ext.cli import config_file, training
 from lora_ext.cli.formatter import HelpFormatter
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune.settings import SETTINGS_FILE, Settings, saved_threads
@@ -19,6 +19,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         description="Fine-tunes a text classifier. Without --model and --data: the demo model on the demo reviews.",
         formatter_class=HelpFormatter,
     )
+    config_file.add_config(parser)
     training.add_options(parser)
     training.add_threads(parser)
     parser.add_argument("--no-measure", dest="measure", action="store_false", help="leave out the timing at the end")
