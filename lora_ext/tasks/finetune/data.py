@@ -54,10 +54,25 @@ def read_examples(path: str | Path, text_column: str = "text", label_column: str
     if path.suffix.lower() not in readers:
         raise TaskError(f"{path}: the suffix {path.suffix!r} is none of {', '.join(readers)}, which name the format")
     columns = (text_column, label_column)
+    with text_lines(path) as lines:
+        rows = readers[path.suffix.lower()](path, lines, columns)
+        examples = [_example(path, line, row, columns) for line, row in rows]
+    if not examples:
+        raise TaskError(f"{path}: holds no examples")
+    return examples
+
+
+@contextmanager
+def text_lines(path: Path) -> Iterator[Iterator[str]]:
+    """Yields the lines of a UTF-8 file; errors while they are read become TaskErrors that name the file and the line.
+
+    Raises:
+        TaskError: the file cannot be read, is a pipe or a device, is not UTF-8, holds a NUL character, or has a line
+            of more than 50 million characters.
+    """
     try:
         with open_regular(path) as raw, io.TextIOWrapper(io.BufferedReader(raw), "utf-8-sig", newline="") as file:
-            rows = readers[path.suffix.lower()](path, _lines(path, file), columns)
-            examples = [_example(path, line, row, columns) for line, row in rows]
+            yield _lines(path, file)
     except OSError as error:
         raise TaskError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -67,9 +82,19 @@ def read_examples(path: str | Path, text_column: str = "text", label_column: str
         ) from error
     except ValueError as error:  # not a regular file
         raise TaskError(str(error)) from error
-    if not examples:
-        raise TaskError(f"{path}: holds no examples")
-    return examples
+
+
+def json_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields ``(line number, object)`` for every line that is not blank. TaskError: a line is no JSON object."""
+    for line, content in enumerate(lines, start=1):
+        if not content.strip():
+            continue
+        try:
+            row = parse_json_object(content, f"{path}, line {line}")
+        except ValueError as error:
+            text = re.sub(r": line 1 column (\d+) \(char \d+\)$", r" at column \1", str(error))
+            raise TaskError(text) from error
+        yield line, row
 
 
 def label_names(examples: Iterable[Example]) -> list[str]:
@@ -237,14 +262,7 @@ def _long_fields() -> Iterator[None]:
 
 
 def _read_jsonl(path: Path, lines: Iterable[str], columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    for line, content in enumerate(lines, start=1):
-        if not content.strip():
-            continue
-        try:
-            row = parse_json_object(content, f"{path}, line {line}")
-        except ValueError as error:
-            text = re.sub(r": line 1 column (\d+) \(char \d+\)$", r" at column \1", str(error))
-            raise TaskError(text) from error
+    for line, row in json_lines(path, lines):
         _check_columns(path, line, row, columns)
         yield line, row
 
@@ -258,12 +276,13 @@ def _check_columns(path: Path, line: int, names: Iterable[str], columns: Sequenc
 def _example(path: Path, line: int, row: dict[str, Any], columns: Sequence[str]) -> Example:
     text, label = (row[column] for column in columns)
     if not isinstance(text, str):
-        raise TaskError(f"{path}, line {line}: {columns[0]!r} is {_value(text)}, want a string")
+        raise TaskError(f"{path}, line {line}: {columns[0]!r} is {shown_value(text)}, want a string")
     if isinstance(label, bool) or not isinstance(label, (str, int)) or label == "":
-        raise TaskError(f"{path}, line {line}: {columns[1]!r} is {_value(label)}, want a string or an integer")
+        raise TaskError(f"{path}, line {line}: {columns[1]!r} is {shown_value(label)}, want a string or an integer")
     return Example(text, str(label), line)
 
 
-def _value(value: Any) -> str:
+def shown_value(value: Any) -> str:
+    """Formats a value from a file for a message."""
     text = json.dumps(value)
     return text if len(text) <= 100 else f"{text[:100]}..."

@@ -36,7 +36,16 @@ from lora_ext.tasks.shared import measuring, provenance
 from lora_ext.tasks.shared.run_directory import check_out, prepare_out
 from lora_ext.tasks.shared.whole_files import whole_directory, write_json, writing
 
-_OUTPUTS = ("checkpoints", "adapter", "model", "metrics.json", "loss_curve.png", "predictions.jsonl", DATA_FILE)
+_OUTPUTS = (
+    "checkpoints",
+    "adapter",
+    "model",
+    "metrics.json",
+    "loss_curve.png",
+    "predictions.jsonl",
+    DATA_FILE,
+    "before.json",
+)
 _OUTPUTS += (SETTINGS_FILE,)  # removed last: it marks the other files as a run's
 
 

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lora_ext.files import read_json_object
 from lora_ext.methods import METHODS, option_names
@@ -81,6 +81,8 @@ class Settings:
     seed: int = 0
     set: str = ""  # name=value of TrainingArguments, joined as in a shell; see extra_arguments.py
 
+    INPUTS: ClassVar[tuple[str, ...]] = INPUTS
+
     def __post_init__(self) -> None:
         names = self.method.split("+")
         if unknown := [name for name in names if name not in METHODS]:
@@ -139,7 +141,7 @@ class Settings:
         values = _read(out, SETTINGS_FILE)
         values.pop("threads", None)
         try:
-            return cls(**checked_options(values))
+            return cls(**checked_options(values, option_types(cls)))
         except (TaskError, ValueError) as error:
             raise TaskError(f"--resume: {out / SETTINGS_FILE} is damaged: {error}") from error
 
@@ -148,6 +150,12 @@ def saved_threads(out: Path) -> int | None:
     """Returns the number of threads that the run in ``out`` was started with, or None if it is not recorded."""
     threads = _read(out, SETTINGS_FILE).get("threads")
     return threads if type(threads) is int and threads > 0 else None
+
+
+def saved_task(out: Path) -> str | None:
+    """Returns the task of the run in ``out``, or None if its settings name none, as a classifier's."""
+    task = _read(out, SETTINGS_FILE).get("task")
+    return task if isinstance(task, str) else None
 
 
 def load_request(out: Path, name: str, lists: Mapping[str, type]) -> dict[str, Any]:
@@ -175,19 +183,23 @@ def load_request(out: Path, name: str, lists: Mapping[str, type]) -> dict[str, A
     return request
 
 
-def checked_options(values: dict[str, Any]) -> dict[str, Any]:
+def checked_options(values: dict[str, Any], types: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Returns ``values`` from a file if all are fields of :class:`Settings` with the right type.
 
     Files of earlier releases name ``test_file`` ``eval_file``.
+
+    Args:
+        types: the fields' types, if they are of a subclass.
 
     Raises:
         ValueError: a name is unknown, or a value has the wrong type.
     """
     values = {"test_file" if name == "eval_file" else name: value for name, value in values.items()}
+    types = OPTION_TYPES if types is None else types
     for name, value in values.items():
-        if name not in OPTION_TYPES:
+        if name not in types:
             raise ValueError(f"{name!r} is not an option")
-        kinds = typing.get_args(OPTION_TYPES[name]) or (OPTION_TYPES[name],)
+        kinds = typing.get_args(types[name]) or (types[name],)
         if (
             type(value) not in kinds
             and not (float in kinds and type(value) is int)
@@ -209,7 +221,13 @@ def _read(out: Path, name: str) -> dict[str, Any]:
         raise TaskError(f"--resume: {error}") from error
 
 
-OPTION_TYPES: dict[str, Any] = typing.get_type_hints(Settings)
+def option_types(kind: type[Settings]) -> dict[str, Any]:
+    """Returns ``{name: type}`` of the settings."""
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}
+
+
+OPTION_TYPES = option_types(Settings)
 
 OWNERS = {
     field.name: [name for name in METHODS if field.name in option_names(name)]

@@ -316,11 +316,16 @@ class _StopOnInterrupt(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def build_trainer(model, settings: Settings, out: Path, train, validation, collator) -> FinetuneTrainer:
-    """Returns a trainer; ``train`` and ``validation`` are lists of ``{"input_ids": [...], "labels": class index}``."""
+def build_trainer(
+    model, settings: Settings, out: Path, train, validation, collator, kind: type[FinetuneTrainer] | None = None
+) -> FinetuneTrainer:
+    """Returns a trainer; ``train`` and ``validation`` are lists of ``{"input_ids": [...], "labels": class index}``.
+
+    ``kind``: another class of trainers, which defines what labels are.
+    """
     arguments = training_arguments(settings, out, len(train))
     with writing(out):  # the constructor creates the directory of the checkpoints
-        trainer = FinetuneTrainer(
+        trainer = (kind or FinetuneTrainer)(
             model,
             arguments,
             train_dataset=train,

@@ -1,0 +1,124 @@
+"""Measures a decoder: perplexity of texts, and how its answers compare with the expected ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import GenerationConfig, PreTrainedModel
+
+from lora_ext.tasks.causal_lm.conversations import Example
+from lora_ext.tasks.causal_lm.packing import Collator
+from lora_ext.tasks.causal_lm.rendering import IGNORED, Encoded, Renderer
+
+__all__ = ["ROUGE", "answer_scores", "batches_of", "generated", "perplexity"]
+
+ROUGE = ("rouge1", "rouge2", "rougeL")
+
+_CONTINUED = 32  # tokens of a plain text that its continuation follows, at most half of it
+
+
+def batches_of(rows: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [rows[at : at + size] for at in range(0, len(rows), size)]
+
+
+@torch.inference_mode()
+def perplexity(
+    forward: Callable[..., Any],
+    batches: Iterable[Sequence[dict[str, list[int]]]],
+    collator: Collator,
+    device: torch.device,
+    after_batch: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Returns ``loss``, ``perplexity = exp(loss)`` and ``tokens``: the mean over all tokens that labels count.
+
+    Args:
+        forward: calls the model in the run's precision.
+        batches: rows without packing.
+    """
+    total, tokens = 0.0, 0
+    for rows in batches:
+        batch = {name: tensor.to(device) for name, tensor in collator(rows).items()}
+        labels = batch.pop("labels")[:, 1:]
+        logits = forward(**batch, use_cache=False).logits[:, :-1]
+        counted = labels != IGNORED  # only these rows become float32
+        losses = F.cross_entropy(logits[counted].float(), labels[counted], reduction="none")
+        total += float(losses.double().sum())
+        tokens += int(counted.sum())
+        after_batch()
+    loss = total / tokens
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": tokens}
+
+
+@torch.inference_mode()
+def generated(
+    model: PreTrainedModel, examples: Sequence[Example], renderer: Renderer, size: int, max_new_tokens: int
+) -> list[dict[str, Any]]:
+    """Returns the answers to the examples' prompts by greedy decoding, in their order.
+
+    A plain text is continued after at most 32 tokens.
+
+    Returns:
+        One ``{"answer": text, "prompt": text, "cut": bool}`` per example; ``cut``: the model did not end the answer.
+    """
+    tokenizer = renderer.tokenizer
+    prompts = [renderer.prompt(example) for example in examples]
+    prompts = [
+        ids if example.answer is not None else ids[: max(1, min(_CONTINUED, len(ids) // 2))]
+        for ids, example in zip(prompts, examples, strict=True)
+    ]
+    known = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])} - {None}
+    for example in examples[:1]:
+        ends |= renderer.stops(example)
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(ends)
+    )
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    found: list[dict[str, Any]] = [{} for _ in prompts]
+    was_training, cache = model.training, model.config.use_cache
+    model.eval()
+    model.config.use_cache = True
+    try:
+        for indices in batches_of(order, size):
+            longest = max(len(prompts[index]) for index in indices)
+            padded = [[tokenizer.pad_token_id] * (longest - len(prompts[i])) + prompts[i] for i in indices]
+            mask = [[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in indices]
+            ids = torch.tensor(padded, device=model.device)
+            out = model.generate(
+                input_ids=ids, attention_mask=torch.tensor(mask, device=model.device), generation_config=config
+            )
+            for index, tokens in zip(indices, out[:, longest:].tolist(), strict=True):
+                stop = next((at for at, token in enumerate(tokens) if token in ends), None)
+                found[index] = {
+                    "prompt": tokenizer.decode(prompts[index]),
+                    "answer": tokenizer.decode(tokens[:stop], skip_special_tokens=True).strip(),
+                    "cut": stop is None,
+                }
+    finally:
+        model.train(was_training)
+        model.config.use_cache = cache
+    return found
+
+
+def answer_scores(answers: Sequence[str], expected: Sequence[str]) -> dict[str, float]:
+    """Returns the means of exact match and of ROUGE's F-measures, all in [0, 1].
+
+    Exact match compares the strings without white space at their ends. ROUGE is rouge-score's, with stemming; its
+    tokens are the letters a-z and digits, so texts in other scripts score 0.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(list(ROUGE), use_stemmer=True)
+    scores = [scorer.score(want, got) for want, got in zip(expected, answers, strict=True)]
+    equal = sum(want.strip() == got.strip() for want, got in zip(expected, answers, strict=True))
+    means = {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in ROUGE}
+    return {"exact_match": equal / len(answers), **means}
+
+
+def answered(encoded: Encoded, count: int) -> list[Example]:
+    """The examples that are answered: ``count`` of them, in the order of the file, whatever their lengths."""
+    return sorted(encoded.examples, key=lambda example: example.line)[:count]

@@ -1,0 +1,105 @@
+"""The results of a decoder's run: predictions, the sample before and after, and the figures that people read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_ext.tasks.causal_lm.conversations import Example
+from lora_ext.tasks.shared.whole_files import write_whole
+
+__all__ = ["SAMPLES", "figures", "predictions", "reading", "sample_text", "table", "write_predictions"]
+
+SAMPLES = 5  # kept in metrics.json
+
+_ROUGE = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
+
+
+def predictions(
+    examples: Sequence[Example], before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Returns one object per answered text: line, prompt, expected answer (None for plain text), before, after."""
+    return [
+        {
+            "line": example.line,
+            "prompt": new["prompt"] if example.answer is None else example.turns[-2][1],
+            "expected": example.answer,
+            "before": old["answer"],
+            "after": new["answer"],
+            "cut": new["cut"],
+        }
+        for example, old, new in zip(examples, before, after, strict=True)
+    ]
+
+
+def write_predictions(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def sample_text(rows: Sequence[Mapping[str, Any]], count: int = 3) -> str:
+    """Formats the first answers before and after training for the console."""
+    names = {"prompt": "prompt", "expected": "expected", "before": "before", "after": "after"}
+    blocks = []
+    for row in rows[:count]:
+        lines = [f"  {name:<9} {_short(row[key])}" for key, name in names.items() if row[key] is not None]
+        blocks.append("\n".join(lines))
+    return "\n" + "\n\n".join(blocks) if blocks else ""
+
+
+def table(metrics: Mapping[str, Any]) -> str:
+    """Formats the figures of ``metrics.json`` for the console."""
+    return "\n".join(f"  {name:<20} {value}" for name, value in figures(metrics))
+
+
+def figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns name and text of every figure of ``metrics.json`` that people read."""
+    before, after = metrics["before"], metrics["after"]
+    share = metrics["trainable_parameters"] / metrics["total_parameters"]
+    rows = [
+        ("parameters trained", f"{metrics['trainable_parameters']:,} of {metrics['total_parameters']:,} ({share:.2%})"),
+        ("test perplexity", f"{before['perplexity']:.2f} before, {after['perplexity']:.2f} after"),
+    ]
+    if "exact_match" in after:
+        rows.append(("exact match", f"{before['exact_match']:.2%} before, {after['exact_match']:.2%} after"))
+        rows += [
+            (name, f"{100 * before[key]:.1f} before, {100 * after[key]:.1f} after") for key, name in _ROUGE.items()
+        ]
+        rows.append(("answers", f"{after['answers']:,}; {before['cut']:,} before and {after['cut']:,} after were cut"))
+    rows += [
+        ("training", f"{metrics['train_seconds']:.0f} s, {metrics['tokens_per_second']:,.0f} tokens/s"),
+        ("peak memory", f"{metrics['peak_memory_bytes'] / 2**20:,.0f} MiB"),
+    ]
+    if "adapter_bytes" in metrics:
+        adapter, full = metrics["adapter_bytes"], metrics["full_checkpoint_bytes"]
+        rows.append(("on disk", f"adapter {adapter / 1e6:.2f} MB, full checkpoint {full / 1e6:.2f} MB"))
+    if merged := metrics.get("merged"):
+        difference = merged["max_logit_difference"]
+        rows.append(("merged", f"perplexity {merged['perplexity']:.2f}; logits differ by at most {difference:.1e}"))
+    names = {"base_seconds": "base model", "adapted_seconds": "adapted", "merged_seconds": "merged"}
+    latency = metrics.get("latency", {})
+    if shown := [f"{name} {1e3 * latency[key]:.1f} ms" for key, name in names.items() if key in latency]:
+        rows.append(("a batch's forward", ", ".join(shown)))
+    return rows
+
+
+def reading(metrics: Mapping[str, Any]) -> list[str]:
+    """Returns sentences on a report's page."""
+    before, after = metrics["before"], metrics["after"]
+    sentences = [
+        f"Perplexity on {metrics['examples']['test']:,} test texts, {after['tokens']:,} tokens: "
+        f"{before['perplexity']:.2f} before training, {after['perplexity']:.2f} after."
+    ]
+    if "exact_match" in after:
+        sentences.append(
+            f"Of {after['answers']:,} answers {after['exact_match']:.2%} are the expected ones, letter by letter "
+            f"({before['exact_match']:.2%} before); ROUGE-L is {100 * after['rougeL']:.1f} "
+            f"({100 * before['rougeL']:.1f} before)."
+        )
+    return sentences
+
+
+def _short(text: str, length: int = 200) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= length else f"{text[:length]}..."

@@ -1,0 +1,65 @@
+"""The trainer of a decoder: packed batches, and perplexity in place of accuracy."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lora_ext.tasks.causal_lm.evaluating import batches_of, perplexity
+from lora_ext.tasks.causal_lm.packing import Collator
+from lora_ext.tasks.causal_lm.settings import CausalSettings
+from lora_ext.tasks.finetune.trainer import FinetuneTrainer, build_trainer, forward_of
+
+__all__ = ["CausalTrainer", "build_causal_trainer"]
+
+
+class CausalTrainer(FinetuneTrainer):
+    """Evaluates the loss of every counted token, and counts the tokens of packs.
+
+    Attributes:
+        settings: the run's, for the precision of evaluations.
+    """
+
+    settings: CausalSettings
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluates rows that are not packed: ``eval_loss``, ``eval_perplexity``."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        batches = batches_of(rows, self.args.eval_batch_size)
+        was_training = self.model.training
+        self.model.eval()
+        self.callback_handler.eval_dataloader = batches
+        step = lambda: self.callback_handler.on_prediction_step(self.args, self.state, self.control)  # noqa: E731
+        with self.average.in_place() if self.average is not None else nullcontext():
+            forward = forward_of(self.model, self.settings)
+            scores = perplexity(forward, batches, self.data_collator, self.model.device, step)
+        self.model.train(was_training)
+        metrics = {f"eval_{name}": scores[name] for name in ("loss", "perplexity")}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _track_num_input_tokens(self, inputs: dict[str, Tensor]) -> None:
+        if "attention_mask" in inputs:
+            super()._track_num_input_tokens(inputs)
+        else:  # packs: nearly no padding
+            self.state.num_input_tokens_seen += inputs["input_ids"].numel()
+
+
+def build_causal_trainer(
+    model: PreTrainedModel,
+    settings: CausalSettings,
+    out: Path,
+    train: list[dict[str, list[int]]],
+    validation: list[dict[str, list[int]]],
+    collator: Collator,
+) -> CausalTrainer:
+    """Returns a trainer; ``train`` may be packed, ``validation`` must not."""
+    trainer = build_trainer(model, settings, out, train, validation, collator, kind=CausalTrainer)
+    trainer.settings = settings
+    model.config.use_cache = False  # packs are found only if there is no cache
+    return trainer
