@@ -17,10 +17,9 @@ from lora_ext.tasks.finetune.data import (
     label_names,
     read_examples,
     shown,
-    split_examples,
-    without_texts_of,
 )
 from lora_ext.tasks.finetune.settings import Settings
+from lora_ext.tasks.finetune.sides import split_sides
 
 
 class Encoded(NamedTuple):
@@ -34,9 +33,6 @@ class Encoded(NamedTuple):
 def load_data(settings: Settings, say: Callable[[str], None]) -> Splits:
     """Reads and splits the labelled texts.
 
-    A text is on one side only: the test file keeps its texts, the validation file those that the test file lacks, and
-    the training texts are the rest.
-
     Raises:
         TaskError: a file is damaged, a side has no texts, or labels do not fit together.
     """
@@ -44,26 +40,7 @@ def load_data(settings: Settings, say: Callable[[str], None]) -> Splits:
         name, examples = "the demo data", demo.examples(say)
     else:
         name, examples = settings.data, _read(settings.data, settings)
-    test = validation = None
-    if settings.test_file is not None:
-        test = _read(settings.test_file, settings)
-        examples = _without(examples, name, test, settings.test_file, say)
-    if settings.validation_file is not None:
-        validation = _read(settings.validation_file, settings)
-        if test is not None:
-            validation = _without(validation, settings.validation_file, test, settings.test_file, say)
-            if not validation:
-                raise TaskError(f"{settings.validation_file}: {settings.test_file} has all its texts; want others")
-        examples = _without(examples, name, validation, settings.validation_file, say)
-    validation_split = settings.validation_split if validation is None else 0.0
-    splits = split_examples(examples, validation_split, settings.test_split if test is None else 0.0)
-    splits = Splits(
-        splits.train,
-        splits.validation if validation is None else validation,
-        splits.test if test is None else test,
-    )
-    if not splits.test:
-        raise TaskError(f"{name}: no text is left for testing; raise --test-split, or name a --test-file")
+    splits = split_sides(settings, name, examples, lambda path: _read(path, settings), say)
     try:
         check_labels(splits.labels)
     except TaskError as error:
@@ -85,16 +62,6 @@ def load_data(settings: Settings, say: Callable[[str], None]) -> Splits:
 
 def _read(path: str, settings: Settings) -> list[Example]:
     return read_examples(path, settings.text_column, settings.label_column)
-
-
-def _without(
-    examples: list[Example], name: str, others: list[Example], other_name: str, say: Callable[[str], None]
-) -> list[Example]:
-    """Leaves out the texts that ``others`` have too, and says how many."""
-    rest = without_texts_of(examples, others)
-    if dropped := len(examples) - len(rest):
-        say(f"{name}: {dropped:,} texts are left out, because {other_name} has them, too")
-    return rest
 
 
 def encode(examples: list[Example], tokenizer: PreTrainedTokenizerBase, labels: list[str], max_length: int) -> Encoded:
