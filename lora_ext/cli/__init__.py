@@ -16,6 +16,7 @@ from lora_ext.cli import (
     diff,
     extract,
     finetune,
+    generate,
     info,
     inspect,
     merge,
@@ -37,7 +38,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns its exit status, which ``_STATUS`` explains."""
     parser = argparse.ArgumentParser(prog="lora-ext", description="LoRA in fused kernels.", epilog=_STATUS)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (info, finetune, compare, sweep, analyze, plan, report, merge, unmerge, extract, inspect, diff):
+    for module in (
+        info,
+        finetune,
+        generate,
+        compare,
+        sweep,
+        analyze,
+        plan,
+        report,
+        merge,
+        unmerge,
+        extract,
+        inspect,
+        diff,
+    ):
         module.add_parser(commands)
     argv = list(sys.argv[1:] if argv is None else argv)
 
@@ -88,13 +103,13 @@ def _let_threads_sleep() -> None:
     from the threads that they wait for. On two busy cores a step of the demo model took 9.8 s with two spinning threads
     and 2.2 s with two sleeping ones; on an idle machine both took the same time.
 
-    OpenMP reads its environment when it is loaded, which has happened by now. So finetune, which computes in this
-    process, replaces it by a new one.
+    OpenMP reads its environment when it is loaded, which has happened by now. So finetune and generate, which compute
+    in this process, replace it by a new one.
     """
     if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
         return
     os.environ["OMP_WAIT_POLICY"] = "passive"
-    if sys.argv[1:2] == ["finetune"] and not {"-h", "--help"} & {*sys.argv}:
+    if sys.argv[1:2] in (["finetune"], ["generate"]) and not {"-h", "--help"} & {*sys.argv}:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

@@ -311,6 +311,24 @@ def test_compare_takes_them_by_method(tiny: Settings):
     assert costs["accumulated"]["step_ms"]["median"] > 0 < costs["plain"]["step_ms"]["median"]
 
 
+@pytest.mark.parametrize("command", [["compare", "--methods", "lora"], ["sweep", "--ranks", "1", "--targets", "query"]])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "weigth_decay=1"], "no such field; close matches: 'weight_decay'"),
+        (["--set", "optim=adamm"], "adamm is not a valid OptimizerNames"),
+        (["--set", "save_steps=1"], "--set save_steps: not possible"),
+        (["--gradient-checkpointing"], "BertForSequenceClassification does not support it"),
+    ],
+)
+def test_mistakes_are_found_before_the_first_run(tiny, tmp_path, capsys, monkeypatch, command, options, message):
+    monkeypatch.setattr(BertForSequenceClassification, "supports_gradient_checkpointing", False)
+    inputs = ["--model", tiny.model, "--data", tiny.data, "--max-length", "32", "--out", str(tmp_path / "out")]
+    assert cli.main([*command, *inputs, *options]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
 # --- files for validation and test ------------------------------------------------------------------------------------
 
 

@@ -244,11 +244,16 @@ def has_option(method: str, option: str) -> bool:
 
 def command_line(command: str, options: Mapping[str, Any], out: Path, *first: str, jobs: int = 1) -> list[str]:
     """Returns the command that repeats a run: ``first``, then the ``options`` that differ from the defaults."""
+    several = ["--jobs", str(jobs)] if jobs != 1 else []
+    return ["lora-ext", command, *first, *several, *option_list(options), "--out", str(out)]
+
+
+def option_list(options: Mapping[str, Any]) -> list[str]:
+    """Returns the ``options`` that differ from the defaults, as the command line has them."""
     if "method" in options:
         defaults = asdict(Settings(method=options["method"])) | {"method": Settings.method}
     else:  # several methods, each with its own default learning rate
         defaults = asdict(Settings()) | {"learning_rate": None}
     changed = {name: value for name, value in options.items() if value is not None and value != defaults.get(name)}
     extra = [part for item in extra_arguments.items(changed.pop("set", "")) for part in ("--set", item)]
-    rest = [part for name, value in changed.items() for part in (f"--{name.replace('_', '-')}", str(value))] + extra
-    return ["lora-ext", command, *first, *(["--jobs", str(jobs)] if jobs != 1 else []), *rest, "--out", str(out)]
+    return [part for name, value in changed.items() for part in (f"--{name.replace('_', '-')}", str(value))] + extra

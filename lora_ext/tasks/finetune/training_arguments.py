@@ -51,11 +51,11 @@ def training_arguments(settings: Settings, out: Path, texts: int) -> TrainingArg
         raise _refused(settings, error) from error
 
 
-def check_training_arguments(settings: Settings, out: Path, texts: int) -> None:
-    """Raises TaskError for values of ``--set`` that a run would refuse later: an optimizer, a schedule."""
-    arguments = training_arguments(settings, out, texts)
+def check_training_arguments(settings: Settings, texts: int) -> None:
+    """Raises TaskError for values of ``--set`` that a run would refuse: a name, a type, an optimizer, a schedule."""
     if not settings.set:
         return
+    arguments = training_arguments(settings, Path("unused"), texts)
     weight = torch.nn.Parameter(torch.zeros(1))
     try:
         Trainer.get_optimizer_cls_and_kwargs(arguments)
