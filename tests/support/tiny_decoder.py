@@ -19,7 +19,7 @@ TEMPLATE = (
 MARKED = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}"
-    "{% else %}{{ message['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% else %}{{ message['content'] }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -40,15 +40,13 @@ def tokenizer(template: str | None = TEMPLATE, **options: Any) -> PreTrainedToke
     )
     bpe.train_from_iterator([f"What is the colour of the {thing}? {c}" for thing in THINGS for c in COLOURS], trainer)
     options = {"pad_token": "<pad>", "eos_token": "<|end|>", "model_max_length": LENGTH} | options
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, extra_special_tokens=["<|im_start|>", "<|im_end|>"], **options
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, extra_special_tokens=["<|im_start|>", "<|im_end|>"], **options)
     fast.chat_template = template
     return fast
 
 
-def _sizes(**options: Any) -> dict[str, Any]:
-    sizes = {
+def sizes(**options: Any) -> dict[str, Any]:
+    found = {
         "vocab_size": 320,
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -62,19 +60,19 @@ def _sizes(**options: Any) -> dict[str, Any]:
         "eos_token_id": 1,
         "initializer_range": 0.1,
     }
-    return sizes | options
+    return found | options
 
 
 def llama(**options: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**_sizes(**options)))
+    return LlamaForCausalLM(LlamaConfig(**sizes(**options)))
 
 
 def gemma3(**options: Any) -> Gemma3ForCausalLM:
     """With a layer of sliding attention, which sees eight tokens."""
     torch.manual_seed(0)
     layers = ["sliding_attention", "full_attention"]
-    config = Gemma3TextConfig(**_sizes(layer_types=layers, sliding_window=8, query_pre_attn_scalar=16, **options))
+    config = Gemma3TextConfig(**sizes(layer_types=layers, sliding_window=8, query_pre_attn_scalar=16, **options))
     return Gemma3ForCausalLM(config)
 
 

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, logging
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    logging,
+    modeling_gguf_pytorch_utils,
+)
 
 from lora_ext._common.install_hint import install_hint
 from lora_ext._common.progress import is_terminal
@@ -53,7 +63,8 @@ def load_decoder(path: str, dtype: torch.dtype = torch.float32) -> Decoder:
         name, options = path, loading_options(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        model, loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
+        with _quiet_conversion():
+            model, loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error) if is_gguf else why_not_loaded(path, error)
         raise TaskError(f"--model {path} cannot be loaded: {reason}") from error
@@ -75,6 +86,17 @@ def load_decoder(path: str, dtype: torch.dtype = torch.float32) -> Decoder:
         raise TaskError(f"--model {path}: its tokenizer has neither a pad_token nor an eos_token")
     check_causal(model, path)
     return Decoder(path, tokenizer, model)
+
+
+@contextmanager
+def _quiet_conversion() -> Iterator[None]:
+    """Shows Transformers' bar of a conversion on a terminal only; no option of Transformers does."""
+    bar = modeling_gguf_pytorch_utils.tqdm
+    modeling_gguf_pytorch_utils.tqdm = functools.partial(bar, disable=not is_terminal())
+    try:
+        yield
+    finally:
+        modeling_gguf_pytorch_utils.tqdm = bar
 
 
 def _gguf_options(path: str) -> tuple[str, dict[str, Any]]:

@@ -29,7 +29,7 @@ class CausalTrainer(FinetuneTrainer):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluates rows that are not packed: ``eval_loss``, ``eval_perplexity``."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        batches = batches_of(rows, self.args.eval_batch_size)
+        batches = batches_of(rows, self.settings)
         was_training = self.model.training
         self.model.eval()
         self.callback_handler.eval_dataloader = batches
