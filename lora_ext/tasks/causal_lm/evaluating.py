@@ -136,6 +136,7 @@ def answer_scores(answers: Sequence[str], expected: Sequence[str]) -> dict[str, 
     return {"exact_match": equal / len(answers), **means}
 
 
-def answered(encoded: Encoded, count: int) -> list[Example]:
-    """The examples that are answered: ``count`` of them, in the order of the file, whatever their lengths."""
-    return sorted(encoded.examples, key=lambda example: example.line)[:count]
+def answered(split: Sequence[Example], encoded: Encoded, count: int) -> list[Example]:
+    """The first ``count`` examples of a split, in its order, without those that were left out for their lengths."""
+    kept = {example.line for example in encoded.examples}
+    return [example for example in split if example.line in kept][:count]

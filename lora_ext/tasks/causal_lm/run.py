@@ -97,7 +97,7 @@ def finetune(
 
     prepare_out(out, _OUTPUTS, resume, save)
     test = encoded["test"]
-    chosen = answered(test, settings.answers)
+    chosen = answered(splits.test, test, settings.answers)
     before = _saved_before(out) if resume else None
     if before is None:
         say(f"evaluating the {len(test.rows):,} test texts before training ...")
@@ -258,7 +258,8 @@ def _measure(
     batch = {name: tensor.to(device) for name, tensor in trainer.data_collator(last).items() if name != "labels"}
     if "merged" in models:
         with torch.inference_mode():
-            merged, adapted = (forwards[name](**batch).logits.float() for name in ("merged", "adapted"))
+            # Without autocast, whose rounding is larger than the difference.
+            merged, adapted = (models[name](**batch).logits.float() for name in ("merged", "adapted"))
         found["merged"] = {
             "max_logit_difference": float((merged - adapted).abs().max()),
             "perplexity": perplexity(
