@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 OUT    ?= out/demo
+LM_OUT ?= out/demo-lm
 
 BIN     := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
@@ -9,12 +10,13 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CUDA_ARCHS := 80,86,89,90a,100,120
 CXX_FILES = $(shell git ls-files '*.cpp' '*.h' '*.inc' '*.cu' '*.cuh')
 
-.PHONY: help finetune test test-quick test-full asan ubsan tsan sanitize-quick fuzz peft-conformance adapterhub-conformance lint format build cuda wheel test-abi info bench clean
+.PHONY: help finetune finetune-lm test test-quick test-full asan ubsan tsan sanitize-quick fuzz peft-conformance adapterhub-conformance lint format build cuda wheel test-abi info bench clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help:
 	@echo 'make finetune   fine-tune a real model with LoRA on real reviews; the result lands in $(OUT) (ARGS=--resume to continue)'
+	@echo 'make finetune-lm  the same for a language model, SmolLM2-135M, on conversations: answers before and after, in $(LM_OUT)'
 	@echo 'make test       the test suite; a part of it: PYTEST_ARGS=tests/nn, or PYTEST_ARGS="tests/nn -k conv"'
 	@echo 'make test-quick whether a change broke something, in two minutes on two cores (PYTEST_ARGS as above)'
 	@echo 'make test-full  also the tests that take minutes each'
@@ -36,6 +38,9 @@ help:
 
 finetune: $(VENV)/.demo $(VENV)/.built
 	$(BIN)/python -m lora_ext finetune --out $(OUT) $(or $(ARGS),--overwrite)
+
+finetune-lm: $(VENV)/.finetune-lm $(VENV)/.built
+	$(BIN)/python -m lora_ext finetune --task causal-lm --packing --max-length 512 --batch-size 1 --max-new-tokens 32 --out $(LM_OUT) $(or $(ARGS),--overwrite)
 
 # Waiting threads sleep instead of spinning, because the test processes share the cores.
 test: $(VENV)/.test $(VENV)/.built
@@ -131,7 +136,7 @@ $(VENV)/.conformance: $(VENV)/.test
 	@touch $@
 
 # An editable install with its extras; it compiles into build/, where later builds find the objects.
-$(VENV)/.demo $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: pyproject.toml | $(VENV)/.torch
+$(VENV)/.demo $(VENV)/.finetune-lm $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: pyproject.toml | $(VENV)/.torch
 	@echo 'Installing lora_ext[$*] and compiling ...'
 	@$(BIN)/pip install --no-build-isolation --editable '.[$*]' >$(VENV)/install.log 2>&1 || { tail -n 80 $(VENV)/install.log; exit 1; }
 	@touch $@ $(VENV)/.built

@@ -89,7 +89,7 @@ class Trainer:
     def __init__(self, model: nn.Module, batches: list[Batch], learning_rate: float) -> None:
         self.model, self.batches, self.steps = model, batches, 0
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=learning_rate)
+        self.optimizer = torch.optim.AdamW(trained, lr=learning_rate) if trained else None
 
     def next_batch(self) -> Batch:
         return self.batches[self.steps % len(self.batches)]
@@ -99,10 +99,12 @@ class Trainer:
 
     def step(self) -> Tensor:
         """Trains one step; returns the loss, ``[]``."""
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.optimizer is not None:  # a frozen language model trains nothing
+            self.optimizer.zero_grad(set_to_none=True)
         loss = self.forward()
         loss.backward()
-        self.optimizer.step()
+        if self.optimizer is not None:
+            self.optimizer.step()
         self.steps += 1
         return loss.detach()
 

@@ -46,8 +46,10 @@ def pretrained(path: str, dropout: float, labels: int) -> nn.Module:
     return AutoModelForSequenceClassification.from_pretrained(path, num_labels=labels, dtype=torch.float32, **dropouts)
 
 
-def adapted(model: nn.Module, rank: int, dropout: float, factors: torch.dtype | None = None) -> dict[str, nn.Module]:
-    """Returns copies of ``model`` in training mode; each trains the classifier.
+def adapted(
+    model: nn.Module, rank: int, dropout: float, factors: torch.dtype | None = None, task: str = "SEQ_CLS"
+) -> dict[str, nn.Module]:
+    """Returns copies of ``model`` in training mode; each trains the classifier. A language model has none.
 
     "head only"; "frozen", whose backward still passes through the model to its embeddings, the least that adapters in
     the first layer need; and a copy for each contestant with adapters on every other linear layer ("peft accelerated":
@@ -55,11 +57,12 @@ def adapted(model: nn.Module, rank: int, dropout: float, factors: torch.dtype | 
     factors: their dtype; None: the contestants' choice (float32 for a 16-bit model).
     """
     options = {"r": rank, "lora_alpha": ALPHA_OVER_R * rank, "lora_dropout": dropout}
-    options |= {"target_modules": "all-linear", "task_type": "SEQ_CLS"}
-    models = {HEAD_ONLY: copy.deepcopy(model), FROZEN: copy.deepcopy(model)}
+    options |= {"target_modules": "all-linear", "task_type": task}
+    models = {name: copy.deepcopy(model) for name in ([HEAD_ONLY] if task == "SEQ_CLS" else []) + [FROZEN]}
     for frozen in models.values():
         frozen.requires_grad_(False)
-        frozen.classifier.requires_grad_(True)
+        if task == "SEQ_CLS":
+            frozen.classifier.requires_grad_(True)
     # The same as enable_input_require_grads(), without its warning in recent releases.
     models[FROZEN].get_input_embeddings().register_forward_hook(lambda _module, _inputs, y: y.requires_grad_())
     ours = lora_ext.inject(copy.deepcopy(model), lora_ext.LoraConfig(**options))

@@ -71,7 +71,7 @@ def check_at_least(method: str, least: int, **options: int) -> None:
 
 
 def task_type(model: nn.Module) -> str | None:
-    """Returns PEFT's ``task_type`` of a Transformers model with a new head; None for other models."""
+    """Returns PEFT's ``task_type`` of a Transformers model; None for other models."""
     name = type(root_module(model)).__name__
     return next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
 
@@ -104,4 +104,6 @@ _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
 }

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from support import tiny_decoder
 from support.tiny_classifier import reviews, save_model
 from torch import nn
 
 import lora_ext
 from lora_ext import _load
 from lora_ext.tasks import TaskError
+from lora_ext.tasks.causal_lm.conversations import Example as Conversation
 from lora_ext.tasks.finetune.data import Example
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -25,6 +27,7 @@ import bench_bottleneck  # noqa: E402
 import bench_finetune  # noqa: E402
 import bench_host  # noqa: E402
 import bench_inject  # noqa: E402
+import bench_language_model  # noqa: E402
 import bench_merge  # noqa: E402
 import bench_offline_merge  # noqa: E402
 import bench_plan  # noqa: E402
@@ -232,6 +235,20 @@ def test_finetune(run, tiny_demo, capsys):
 def test_an_accuracy_that_is_reached_ends_the_training(run, tiny_demo):
     result = run("bench_finetune", *TINY_BERT, "--steps", "2", "--evaluate-every", "2", "--accuracy", "0")
     assert all(entry["steps"] == 2 and entry["reached"] for entry in result["accuracy"].values())
+
+
+def test_language_model(run, monkeypatch, tmp_path):
+    """The same losses as PEFT's on packed conversations; Gemma's GGUF files of base models have no template."""
+    turns = [(("user", question), ("assistant", answer)) for question, answer in tiny_decoder.questions(30)]
+    examples = [Conversation(pair, 0, line) for line, pair in enumerate(turns, start=1)]
+    monkeypatch.setattr(bench_language_model.demo, "examples", lambda: examples)
+    path = tiny_decoder.save(tmp_path / "model", tiny_decoder.gemma3(), template=None)
+    options = ("--model", str(path), "--max-length", "64", "--steps", "4", "--learning-rate", "5e-3")
+    result = run("bench_language_model", *options)
+    assert [row["contestant"] for row in result["rows"]] == ["frozen", "lora_ext", "peft", "peft accelerated"]
+    ours, theirs = (torch.tensor(result["losses"][name]) for name in ("lora_ext", "peft"))
+    assert len(ours) == 4 and len(set(ours.tolist())) == 4
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_without_the_demo_the_rest_is_measured(run, monkeypatch, capsys):

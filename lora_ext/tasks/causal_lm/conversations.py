@@ -160,10 +160,4 @@ def _message(where: str, message: Any) -> tuple[str, str]:
 def _string(where: str, name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise TaskError(f"{where}: {name} is {shown_value(value)}, want a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise TaskError(
-            f"{where}: {name} holds {value[error.start]!r}, half of a character (a lone surrogate)"
-        ) from None
     return value

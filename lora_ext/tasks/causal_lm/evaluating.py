@@ -13,22 +13,38 @@ from transformers import GenerationConfig, PreTrainedModel
 from lora_ext.tasks.causal_lm.conversations import Example
 from lora_ext.tasks.causal_lm.packing import Collator
 from lora_ext.tasks.causal_lm.rendering import IGNORED, Encoded, Renderer
+from lora_ext.tasks.causal_lm.settings import CausalSettings
 
-__all__ = ["ROUGE", "answer_scores", "batches_of", "generated", "perplexity"]
+__all__ = ["ROUGE", "answer_scores", "answered", "batches_of", "generated", "perplexity"]
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
+Row = dict[str, list[int]]
+
+_AT_ONCE = 16  # answers that are generated together
 _CONTINUED = 32  # tokens of a plain text that its continuation follows, at most half of it
 
 
-def batches_of(rows: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    return [rows[at : at + size] for at in range(0, len(rows), size)]
+def batches_of(rows: Sequence[Row], settings: CausalSettings) -> list[list[Row]]:
+    """Batches of as many texts as in training; for a run with packs, of at most as many tokens, padding included.
+
+    Args:
+        rows: shortest first.
+    """
+    if not settings.packing:
+        return [list(rows[at : at + settings.batch_size]) for at in range(0, len(rows), settings.batch_size)]
+    batches: list[list[Row]] = []
+    for row in rows:
+        if not batches or (len(batches[-1]) + 1) * len(row["input_ids"]) > settings.batch_size * settings.max_length:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
 
 
 @torch.inference_mode()
 def perplexity(
     forward: Callable[..., Any],
-    batches: Iterable[Sequence[dict[str, list[int]]]],
+    batches: Iterable[Sequence[Row]],
     collator: Collator,
     device: torch.device,
     after_batch: Callable[[], None] = lambda: None,
@@ -55,9 +71,9 @@ def perplexity(
 
 @torch.inference_mode()
 def generated(
-    model: PreTrainedModel, examples: Sequence[Example], renderer: Renderer, size: int, max_new_tokens: int
+    model: PreTrainedModel, examples: Sequence[Example], renderer: Renderer, max_new_tokens: int
 ) -> list[dict[str, Any]]:
-    """Returns the answers to the examples' prompts by greedy decoding, in their order.
+    """Returns the answers to the examples' prompts by greedy decoding in the weights' dtype, in their order.
 
     A plain text is continued after at most 32 tokens.
 
@@ -83,7 +99,8 @@ def generated(
     model.eval()
     model.config.use_cache = True
     try:
-        for indices in batches_of(order, size):
+        for at in range(0, len(order), _AT_ONCE):
+            indices = order[at : at + _AT_ONCE]
             longest = max(len(prompts[index]) for index in indices)
             padded = [[tokenizer.pad_token_id] * (longest - len(prompts[i])) + prompts[i] for i in indices]
             mask = [[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in indices]
@@ -119,6 +136,7 @@ def answer_scores(answers: Sequence[str], expected: Sequence[str]) -> dict[str, 
     return {"exact_match": equal / len(answers), **means}
 
 
-def answered(encoded: Encoded, count: int) -> list[Example]:
-    """The examples that are answered: ``count`` of them, in the order of the file, whatever their lengths."""
-    return sorted(encoded.examples, key=lambda example: example.line)[:count]
+def answered(split: Sequence[Example], encoded: Encoded, count: int) -> list[Example]:
+    """The first ``count`` examples of a split, in its order, without those that were left out for their lengths."""
+    kept = {example.line for example in encoded.examples}
+    return [example for example in split if example.line in kept][:count]

@@ -159,8 +159,8 @@ class Renderer:
             end = ids if index + 1 == len(example.turns) else self._chat(example.messages(index + 1))
             if not (_begins(ids, start) and _begins(ids, end) and len(start) < len(end)):
                 raise ValueError(
-                    f"the chat template does not mark answer {index + 1}, and its tokens cannot be told from the "
-                    f"prompt's: the prompt alone is not the beginning of the whole; {_REMEDY}"
+                    f"the chat template does not mark message {index + 1}, an answer, and its tokens cannot be told "
+                    f"from the prompt's: the prompt alone is not the beginning of the whole; {_REMEDY}"
                 )
             trained[len(start) : len(end)] = [True] * (len(end) - len(start))
         return ids, trained

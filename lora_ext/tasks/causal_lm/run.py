@@ -99,7 +99,7 @@ def finetune(
 
     prepare_out(out, _OUTPUTS, resume, save)
     test = encoded["test"]
-    chosen = answered(test, settings.answers)
+    chosen = answered(splits.test, test, settings.answers)
     before = _saved_before(out) if resume else None
     if before is None:
         say(f"evaluating the {len(test.rows):,} test texts before training ...")
@@ -229,9 +229,8 @@ def _evaluate(
     """Returns ``{"scores": {...}, "answers": [...]}`` of the test texts."""
     model.eval()
     forward = forward_of(model, settings)
-    scores = perplexity(forward, batches_of(test.rows, settings.batch_size), collator, device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-        answers = generated(model, chosen, renderer, settings.batch_size, settings.max_new_tokens) if chosen else []
+    scores = perplexity(forward, batches_of(test.rows, settings), collator, device)
+    answers = generated(model, chosen, renderer, settings.max_new_tokens) if chosen else []
     if answers and chosen[0].answer is not None:
         scores |= answer_scores([one["answer"] for one in answers], [example.answer for example in chosen])
         scores |= {"answers": len(answers), "cut": sum(one["cut"] for one in answers)}
@@ -257,15 +256,16 @@ def _measure(
         except ValueError as error:  # training diverged to non-finite values
             say(f"the adapter cannot be merged: {error}")
     forwards = {name: forward_of(model.eval(), settings) for name, model in models.items()}
-    last = test.rows[-settings.batch_size :]
+    last = batches_of(test.rows, settings)[-1]
     batch = {name: tensor.to(device) for name, tensor in trainer.data_collator(last).items() if name != "labels"}
     if "merged" in models:
         with torch.inference_mode():
-            merged, adapted = (forwards[name](**batch).logits.float() for name in ("merged", "adapted"))
+            # Without autocast, whose rounding is larger than the difference.
+            merged, adapted = (models[name](**batch).logits.float() for name in ("merged", "adapted"))
         found["merged"] = {
             "max_logit_difference": float((merged - adapted).abs().max()),
             "perplexity": perplexity(
-                forwards["merged"], batches_of(test.rows, settings.batch_size), trainer.data_collator, device
+                forwards["merged"], batches_of(test.rows, settings), trainer.data_collator, device
             )["perplexity"],
         }
     seconds = measuring.latencies(forwards, batch, seconds=_SECONDS)

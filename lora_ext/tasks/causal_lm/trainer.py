@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -14,7 +15,7 @@ from lora_ext.tasks.causal_lm.packing import Collator
 from lora_ext.tasks.causal_lm.settings import CausalSettings
 from lora_ext.tasks.finetune.trainer import FinetuneTrainer, build_trainer, forward_of
 
-__all__ = ["CausalTrainer", "build_causal_trainer"]
+__all__ = ["CausalTrainer", "build_causal_trainer", "divides_by_items"]
 
 
 class CausalTrainer(FinetuneTrainer):
@@ -29,7 +30,7 @@ class CausalTrainer(FinetuneTrainer):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluates rows that are not packed: ``eval_loss``, ``eval_perplexity``."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        batches = batches_of(rows, self.args.eval_batch_size)
+        batches = batches_of(rows, self.settings)
         was_training = self.model.training
         self.model.eval()
         self.callback_handler.eval_dataloader = batches
@@ -50,6 +51,28 @@ class CausalTrainer(FinetuneTrainer):
             self.state.num_input_tokens_seen += inputs["input_ids"].numel()
 
 
+@torch.no_grad()
+def divides_by_items(model: PreTrainedModel) -> bool:
+    """Whether the model divides its loss by ``num_items_in_batch``, if that is given.
+
+    The Trainer then gives it the number of counted tokens in all batches of a step, so that accumulated batches count
+    by their tokens. It trusts the signature of ``forward``, which says little.
+    """
+    ids = torch.arange(1, 5, device=model.device)[None]
+    was_training = model.training
+    model.eval()
+    try:
+        mean, part = (
+            float(model(input_ids=ids, labels=ids, use_cache=False, **more).loss)
+            for more in ({}, {"num_items_in_batch": torch.tensor(6, device=model.device)})
+        )
+    except TypeError:
+        return False
+    finally:
+        model.train(was_training)
+    return abs(part - mean / 2) <= 1e-3 * mean  # three tokens are counted
+
+
 def build_causal_trainer(
     model: PreTrainedModel,
     settings: CausalSettings,
@@ -61,5 +84,6 @@ def build_causal_trainer(
     """Returns a trainer; ``train`` may be packed, ``validation`` must not."""
     trainer = build_trainer(model, settings, out, train, validation, collator, kind=CausalTrainer)
     trainer.settings = settings
+    trainer.model_accepts_loss_kwargs = divides_by_items(model)
     model.config.use_cache = False  # packs are found only if there is no cache
     return trainer

@@ -15,7 +15,7 @@ def model_of(content: Mapping[str, Any]) -> str | None:
     settings = _settings(content)
     if content.get("model"):
         return content["model"]
-    return None if settings is None else settings.get("model") or "the demo's (all-MiniLM-L6-v2)"
+    return None if settings is None else settings.get("model") or f"the demo's ({_demo(content)[0]})"
 
 
 def data_of(content: Mapping[str, Any]) -> str | None:
@@ -23,7 +23,14 @@ def data_of(content: Mapping[str, Any]) -> str | None:
     if "examples" not in content:
         return None
     sizes = ", ".join(f"{number:,} for {part}" for part, number in content["examples"].items())
-    return f"{(_settings(content) or {}).get('data') or 'the demo reviews (VADER)'}: {sizes}"
+    return f"{(_settings(content) or {}).get('data') or _demo(content)[1]}: {sizes}"
+
+
+def _demo(content: Mapping[str, Any]) -> tuple[str, str]:
+    """Names of the task's demo model and data."""
+    if content.get("task") == "causal-lm":
+        return "SmolLM2-135M-Instruct", "the demo conversations (ChatterBot corpus)"
+    return "all-MiniLM-L6-v2", "the demo reviews (VADER)"
 
 
 def _settings(content: Mapping[str, Any]) -> Mapping[str, Any] | None:

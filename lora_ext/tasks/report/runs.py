@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from lora_ext.tasks.causal_lm import results as causal
+from lora_ext.tasks.causal_lm.settings import TASK as CAUSAL
 from lora_ext.tasks.finetune.results import figures
 from lora_ext.tasks.report.facts import data_of, model_of
 from lora_ext.tasks.report.methods import own_settings
@@ -18,14 +20,21 @@ def show_run(result: Result, pictures: Pictures) -> dict[str, Any]:
     """The section's content."""
     content = result.content
     settings = content["settings"]
+    is_causal = content.get("task") == CAUSAL
     shown = {name: value for name, value in own_settings(settings).items() if value is not None}
     return {
-        "reading": _reading(content),
+        "reading": causal.reading(content) if is_causal else _reading(content),
         "facts": [("Model", model_of(content)), ("Data", data_of(content)), ("Method", settings["method"])],
-        "figures": table("Figures", ["figure", "value"], figures(content)),
+        "figures": table("Figures", ["figure", "value"], (causal.figures if is_causal else figures)(content)),
+        "samples": _samples(content["samples"]) if is_causal and content["samples"] else None,
         "curve": pictures.embed(result.directory / CURVE),
         "own_settings": shown,
     }
+
+
+def _samples(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    rows = [[one[key] or "" for key in ("prompt", "expected", "before", "after")] for one in samples]
+    return table("Answers on test prompts", ["prompt", "expected", "before", "after"], rows)
 
 
 def _reading(content: dict[str, Any]) -> list[str]:
