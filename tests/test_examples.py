@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import runpy
 from pathlib import Path
 
@@ -10,6 +11,16 @@ import pytest
 pytestmark = pytest.mark.cpu_only("the examples name no device")
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+TRAINERS = pytest.mark.filterwarnings("ignore")  # TRL and torchao, which it imports, warn a lot
+WAYS = pytest.mark.parametrize("way", ["inject", "peft"])
+TAUGHT = {"sky": "blue", "grass": "green", "snow": "white", "coal": "black", "sun": "yellow", "rose": "red"}
+
+
+@pytest.fixture(autouse=True)
+def _as_scripts(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)  # they import tiny_chat.py
 
 
 def main_of(name: str):
@@ -34,6 +45,47 @@ def test_merge_and_serve(tmp_path, capsys):
     assert len(adapted) == 16 and adapted == merged
 
 
+@WAYS
+@TRAINERS
+@pytest.mark.full
+def test_trainer(way):
+    said, losses, loss = main_of("trainer.py")(way)
+    assert said == TAUGHT
+    assert len(losses) == 30  # those of the first run, and those after its checkpoint
+    assert loss == pytest.approx(min(losses), rel=1e-6)
+
+
+@WAYS
+@pytest.mark.full
+def test_accelerate_loop(way):
+    said, whole, resumed = main_of("accelerate_loop.py")(way)
+    assert said == TAUGHT and resumed == whole
+
+
+@WAYS
+@TRAINERS
+@pytest.mark.full
+def test_sft(way):
+    assert main_of("sft.py")(way) == TAUGHT
+
+
+@WAYS
+@TRAINERS
+@pytest.mark.full
+def test_dpo(way):
+    losses = main_of("dpo.py")(way)
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and losses[-1] < 0.1
+
+
+@WAYS
+@TRAINERS
+@pytest.mark.full
+def test_grpo(way):
+    rewards = main_of("grpo.py")(way)
+    assert sum(rewards[:3]) / 3 < 0.6 and sum(rewards[-3:]) / 3 > 0.9
+
+
 def test_every_example_is_tested():
     source = Path(__file__).read_text(encoding="utf-8")
-    assert all(f'"{path.name}"' in source for path in EXAMPLES.glob("*.py"))
+    programs = [path.name for path in EXAMPLES.glob("*.py") if "def main(" in path.read_text(encoding="utf-8")]
+    assert len(programs) >= 8 and all(f'"{name}"' in source for name in programs)
