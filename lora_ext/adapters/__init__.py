@@ -13,7 +13,7 @@ from lora_ext.adapters.life_cycle import (
     trainable_parameter_counts,
 )
 from lora_ext.injection.inject import lora_modules
-from lora_ext.merging.model import merge, merge_and_unload, merge_record_bytes, unload, unmerge
+from lora_ext.merging.model import merge, merge_and_unload, merge_errors, merge_record_bytes, unload, unmerge
 
 __all__ = [
     "AdapterStatus",
@@ -26,6 +26,7 @@ __all__ = [
     "lora_modules",
     "merge",
     "merge_and_unload",
+    "merge_errors",
     "merge_record_bytes",
     "prepare_hotswap",
     "rename_adapter",

@@ -23,6 +23,7 @@ from lora_ext.nn.layer import innermost
 from lora_ext.nn.tied import TiedAdapter
 from lora_ext.nn.trainable_tokens import TiedRows, TokenRows, TrainableTokens
 from lora_ext.nn.trained import TrainedModule
+from lora_ext.quantized import quantized_weight, why_unsupported
 
 
 def check_targets(bare: BareModel, targets: Targets, config: LoraConfig) -> None:
@@ -34,6 +35,7 @@ def check_targets(bare: BareModel, targets: Targets, config: LoraConfig) -> None
             and is now a target of ``target_parameters``, or the reverse.
     """
     _check_kinds(bare, targets, config)
+    _check_trained(bare, targets)
     _check_tokens(bare, targets)
     _check_parameters(bare, targets)
     _check_offloaded(bare, targets, config)
@@ -70,7 +72,9 @@ def _check_kinds(bare: BareModel, targets: Targets, config: LoraConfig) -> None:
             )
             problems.append(f"{path} ({type(module).__name__}): {problem}; set ensure_weight_tying=False")
             continue
-        problem = f"no LoRA layer adapts {type(module).__name__}" if kind is None else kind.why_not(module, config)
+        problem = why_unsupported(module) if quantized_weight(module) is None else None
+        if problem is None:
+            problem = f"no LoRA layer adapts {type(module).__name__}" if kind is None else kind.why_not(module, config)
         if kind is None and config.enable_lora_for(setting) is not None:
             problem = f"enable_lora names it, but supports only {LoraPackedLinear.base_kinds}"
         if problem is None and (attention := _attention_around(bare, path)) is not None:
@@ -85,6 +89,19 @@ def _check_kinds(bare: BareModel, targets: Targets, config: LoraConfig) -> None:
         raise TypeError(
             f"inject: target_modules matches modules that cannot be adapted; supported are {kinds}. Narrow "
             f"target_modules, or add to exclude_modules:{listed(problems)}"
+        )
+
+
+def _check_trained(bare: BareModel, targets: Targets) -> None:
+    """Refuses to train quantised weights in full: they are integers."""
+    inside, problems = Parents(targets.trained), []
+    for path, module in bare.modules.items():
+        if path in inside and (quantized_weight(module, any_kind=True) or why_unsupported(module)) is not None:
+            problems.append(f"{path} ({type(module).__name__})")
+    if problems:
+        raise TypeError(
+            "inject: modules_to_save would train quantised weights. Adapt them by target_modules, or leave them "
+            f"unquantised (llm_int8_skip_modules, modules_to_not_convert):{listed(problems)}"
         )
 
 

@@ -28,6 +28,7 @@ from lora_ext.model.row_adapters import forget_forward_guard, guard_forward
 from lora_ext.model.saver import replace_save_pretrained, restore_save_pretrained, savers
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.layer import check_adapter_name
+from lora_ext.quantized import keep_stored, stop_keeping_stored
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -37,7 +38,8 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 def inject(model: ModelT, config: LoraConfig | PeftConfig, adapter_name: str = "default") -> ModelT:
     """Adapts ``model`` in place: replaces every targeted layer by one that holds a low-rank adapter.
 
-    Targets can be linear layers, embeddings, convolutions, attention and single parameters (lora_ext/nn). The first
+    Targets can be linear layers (also quantised ones, lora_ext/quantized), embeddings, convolutions, attention and
+    single parameters (lora_ext/nn). The first
     call freezes all parameters; trainable are those of the adapter, ``config.modules_to_save`` and ``config.bias``. The
     model's output stays the same until the adapter is trained. An adapter is on its base layer's device, in its dtype,
     or in float32 if that has 16 bits. A layer in several places of the model is replaced in all of them by the same new
@@ -145,6 +147,7 @@ def apply_injection(model: nn.Module, adapter: Adapter) -> None:
         adapter.into.add(adapter)
         adapter.into.switch((adapter.name,))
         _switch_off_fast_path(root)
+        keep_stored(root)
         guard_against_trainers(root)
         guard_forward(root)
         guard_loading(root, adapter.into)
@@ -155,6 +158,7 @@ def apply_injection(model: nn.Module, adapter: Adapter) -> None:
 
 def forget_injection(model: nn.Module) -> None:
     """Removes the attributes and hooks that :func:`apply_injection` set on the modules of ``model``."""
+    stop_keeping_stored(model)
     for module in model.modules():
         forget_adapter_set(module)
         forget_forward_guard(module)

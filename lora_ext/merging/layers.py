@@ -16,6 +16,14 @@ from torch import Tensor
 
 from lora_ext._common.changes import changing
 from lora_ext._ops.checks import check_merge_layer
+from lora_ext.merging.quantized import (
+    MergeError,
+    QuantizedRecord,
+    check_restorable,
+    copied,
+    merge_quantized_,
+    restore,
+)
 from lora_ext.merging.weights import (
     MergeRecord,
     check_unmerge,
@@ -25,9 +33,10 @@ from lora_ext.merging.weights import (
     remerge,
     run_unmerge,
 )
+from lora_ext.quantized import QuantizedWeight
 
 if TYPE_CHECKING:
-    from lora_ext.nn.layer import ActiveAdapters
+    from lora_ext.nn.layer import ActiveAdapters, Matrix
 
 Factors = tuple[Tensor, Tensor, float]  # lora_A [r, cols], lora_B [rows, r], scaling
 
@@ -38,7 +47,7 @@ class Mergeable(Protocol):
     _merged: MergeState | None
     active: ActiveAdapters
 
-    def matrices(self) -> Mapping[str, object]:
+    def matrices(self) -> Mapping[str, Matrix]:
         """The matrices that adapters update: :class:`~lora_ext.nn.layer.Matrix` by key."""
 
     def factors(self, name: str) -> Mapping[str, Factors]:
@@ -55,7 +64,7 @@ class MergedMatrix:
     """
 
     ranks: Mapping[str, int]
-    record: MergeRecord
+    record: MergeRecord | QuantizedRecord
 
     @property
     def numel(self) -> int:
@@ -87,27 +96,48 @@ class MergeState:
     def nbytes(self) -> int:
         return sum(matrix.record.nbytes for matrix in self.matrices.values())
 
+    @property
+    def error(self) -> MergeError | None:
+        """What quantising the layer's weight again lost, or None if it is not quantised."""
+        records = (matrix.record for matrix in self.matrices.values())
+        return next((record.error for record in records if isinstance(record, QuantizedRecord)), None)
+
 
 @dataclasses.dataclass
 class _Merge:
-    """The arguments of one call of the op: one entry per matrix in each list.
+    """The arguments of a merge of many matrices: one entry per matrix in each list.
 
     Attributes:
         holders: the layers that hold the matrix, with its key there; several if adapters are tied.
-        views, labels: the matrix, and its name in messages.
+        views, labels: the matrix, and its name in messages. A view is a tensor, or a quantised weight.
         factors: the packed updates.
         ranks: by adapter name, sorted.
     """
 
     holders: list[list[tuple[Mergeable, str]]] = dataclasses.field(default_factory=list)
-    views: list[Tensor] = dataclasses.field(default_factory=list)
+    views: list[Tensor | QuantizedWeight] = dataclasses.field(default_factory=list)
     labels: list[str] = dataclasses.field(default_factory=list)
     factors: list[tuple[Tensor, Tensor]] = dataclasses.field(default_factory=list)
     ranks: list[dict[str, int]] = dataclasses.field(default_factory=list)
 
-    def run(self, caller: str, record: bool = True) -> list[MergeRecord]:
-        lora_As, lora_Bs = [A for A, _ in self.factors], [B for _, B in self.factors]
-        return merge_all_(caller, self.views, lora_As, lora_Bs, self.labels, record=record)
+    def run(self, caller: str, record: bool = True) -> list[MergeRecord | QuantizedRecord | None]:
+        """Merges into all matrices or into none. Records of quantised ones are always made: they hold the errors."""
+        records: dict[int, MergeRecord | QuantizedRecord | None] = {}
+        quantized = [i for i, view in enumerate(self.views) if isinstance(view, QuantizedWeight)]
+        dense = [i for i, view in enumerate(self.views) if not isinstance(view, QuantizedWeight)]
+        views, lora_As, lora_Bs, labels = self._arguments(quantized)
+        made = merge_quantized_(caller, views, lora_As, lora_Bs, labels)
+        records.update(zip(quantized, made, strict=True))
+        try:
+            records.update(zip(dense, merge_all_(caller, *self._arguments(dense), record=record), strict=True))
+        except BaseException:
+            restore(views, made)
+            raise
+        return [records[i] for i in range(len(self.views))]
+
+    def _arguments(self, chosen: list[int]) -> tuple[list, list[Tensor], list[Tensor], list[str]]:
+        lora_As, lora_Bs = [self.factors[i][0] for i in chosen], [self.factors[i][1] for i in chosen]
+        return [self.views[i] for i in chosen], lora_As, lora_Bs, [self.labels[i] for i in chosen]
 
 
 @torch.no_grad()
@@ -124,14 +154,19 @@ def change_merged(caller: str, wanted: Mapping[Mergeable, Collection[str]], wher
     """
     records: dict[int, MergeRecord] = {}  # tied layers share one
     views, labels = [], []
+    quantized: list[tuple[QuantizedWeight, QuantizedRecord]] = []
     for layer in wanted:
-        for key, _, view, label in stored_matrices(caller, layer, where[layer]):
+        for key, matrix, view, label in stored_matrices(caller, layer, where[layer]):
             if layer._merged is not None and key in layer._merged.matrices:
                 if layer._merged.lost:
                     raise RuntimeError(
                         f"{caller}: {label} {layer._merged.lost}; forget_merge() accepts it as it is now"
                     )
                 record = layer._merged.matrices[key].record
+                if matrix.quantized is not None or isinstance(record, QuantizedRecord):
+                    check_restorable(caller, matrix.quantized, record, label)
+                    quantized.append((matrix.quantized, record))
+                    continue
                 check_unmerge(caller, view, record, label)
                 if id(record) not in records:
                     records[id(record)] = record
@@ -140,15 +175,20 @@ def change_merged(caller: str, wanted: Mapping[Mergeable, Collection[str]], wher
     merge = _prepare_merge(caller, wanted, where)
     before = {layer: layer._merged for layer in wanted}
     launches = prepare_unmerge(caller, views, list(records.values()), labels)
+    merged_bytes = [copied(weight) for weight, _ in quantized]
 
     with changing(*_shared(wanted)):  # from here on the weights and their records change together
         run_unmerge(launches)
+        for weight, record in quantized:
+            weight.write(record.stored)
         for layer in wanted:
             layer._merged = None
         try:
             made = merge.run(caller)
         except BaseException:  # nothing was merged: restore the previous state
             remerge(launches)
+            for (weight, _), stored in zip(quantized, merged_bytes, strict=True):
+                weight.write(stored)
             for layer, merged in before.items():
                 layer._merged = merged
             raise
@@ -162,14 +202,20 @@ def change_merged(caller: str, wanted: Mapping[Mergeable, Collection[str]], wher
 
 
 @torch.no_grad()
-def merge_for_good(caller: str, wanted: Mapping[Mergeable, Collection[str]], where: Mapping[Mergeable, str]) -> None:
+def merge_for_good(
+    caller: str, wanted: Mapping[Mergeable, Collection[str]], where: Mapping[Mergeable, str]
+) -> list[MergeError]:
     """Merges the adapters ``wanted`` into each layer, without a record. No layer has merged adapters yet.
+
+    Returns:
+        The errors that quantising again left, one for each quantised weight.
 
     Errors are those of :func:`change_merged`; all layers are then unchanged.
     """
     merge = _prepare_merge(caller, wanted, where)
     with changing(*_shared(wanted)):
-        merge.run(caller, record=False)
+        made = merge.run(caller, record=False)
+    return [record.error for record in made if isinstance(record, QuantizedRecord)]
 
 
 def _shared(layers: Iterable[Mergeable]) -> set[ActiveAdapters]:
@@ -182,7 +228,7 @@ def _prepare_merge(caller: str, wanted: Mapping[Mergeable, Collection[str]], whe
     known: dict[tuple, int] = {}
     for layer, names in wanted.items():
         for key, matrix, view, label in stored_matrices(caller, layer, where[layer]):
-            updates = _updates(caller, layer, key, view, label, sorted(names))
+            updates = updates_of(caller, layer, key, matrix, label, sorted(names))
             if not updates:
                 continue
             parameter = matrix.owner._parameters[matrix.name]
@@ -192,9 +238,10 @@ def _prepare_merge(caller: str, wanted: Mapping[Mergeable, Collection[str]], whe
                 continue
             known[same] = len(merge.holders)
             merge.holders.append([(layer, key)])
-            merge.views.append(view)
+            merge.views.append(view if matrix.quantized is None else matrix.quantized)
             merge.labels.append(label)
-            merge.factors.append(pack_factors(view.dtype, list(updates.values())))
+            dtype = view.dtype if matrix.quantized is None else torch.float32
+            merge.factors.append(pack_factors(dtype, list(updates.values())))
             merge.ranks.append({name: A.shape[0] for name, (A, _, _) in updates.items()})
     return merge
 
@@ -207,7 +254,7 @@ def update_identity(layer: Mergeable, key: str, name: str) -> tuple:
     return name, A.data_ptr(), A.stride(), B.data_ptr(), B.stride(), scaling
 
 
-def stored_matrices(caller: str, layer: Mergeable, where: str) -> Iterator[tuple[str, object, Tensor, str]]:
+def stored_matrices(caller: str, layer: Mergeable, where: str) -> Iterator[tuple[str, Matrix, Tensor, str]]:
     """Yields ``(key, matrix, its view, its name in messages)`` for each matrix.
 
     Raises:
@@ -225,14 +272,17 @@ def stored_matrices(caller: str, layer: Mergeable, where: str) -> Iterator[tuple
         yield key, matrix, matrix.view, label
 
 
-def _updates(caller: str, layer: Mergeable, key: str, view: Tensor, label: str, names: list[str]) -> dict[str, Factors]:
+def updates_of(
+    caller: str, layer: Mergeable, key: str, matrix: Matrix, label: str, names: list[str]
+) -> dict[str, Factors]:
     """The update of each adapter to one matrix: as it was merged, or its present value if it is not merged."""
-    updates = {}
+    updates, view = {}, matrix.view
     for name in names:
         if layer._merged is not None and name in layer._merged.names:
-            if (matrix := layer._merged.matrices.get(key)) is not None and name in matrix.ranks:
-                updates[name] = matrix.factors(name, view.device)
+            if (merged := layer._merged.matrices.get(key)) is not None and name in merged.ranks:
+                updates[name] = merged.factors(name, view.device)
         elif (factors := layer.factors(name).get(key)) is not None:
-            check_merge_layer(f"{caller}: {label}", view, *factors[:2])
+            if matrix.quantized is None:
+                check_merge_layer(f"{caller}: {label}", view, *factors[:2])
             updates[name] = factors
     return updates

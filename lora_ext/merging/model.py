@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import logging
+import statistics
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import changing, one_at_a_time
 from lora_ext._common.printable import listed
+from lora_ext._common.warnings import warn_user
+from lora_ext._ops.checks import FLOATING
 from lora_ext.injection.inject import forget_injection, lora_modules, replace_modules
 from lora_ext.matching.path_names import is_inside
+from lora_ext.merging.dequantized import dequantized, forget_quantization
 from lora_ext.merging.layers import MergedMatrix, change_merged, merge_for_good, stored_matrices, update_identity
+from lora_ext.merging.quantized import MergeError
 from lora_ext.model.adapter_set import adapter_set
 from lora_ext.model.bare_model import BareModel, adapter_layers, parameter_paths, root_module
 from lora_ext.nn import ActiveAdapters, AdapterLayer, LoraLayer
@@ -39,6 +45,10 @@ def merge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> Mo
     with the old weights or with the new ones, and may see the change between two layers; on a GPU that holds for
     forwards on the same stream.
 
+    A quantised weight is dequantised, and the sum is quantised again in the same format, which loses some of the
+    update; unmerging restores the stored bytes, which the layer keeps meanwhile. :func:`merge_errors` says how large
+    the errors are.
+
     Args:
         model: a model with LoRA layers.
         adapter_names: the adapters to merge, in the layers that have them; None: the active ones. Adapters merged
@@ -46,6 +56,9 @@ def merge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> Mo
 
     Returns:
         ``model``, the same object.
+
+    Warns:
+        UserWarning: in a quantised layer the error is more than a tenth of the update.
 
     Raises:
         ValueError: there is no LoRA layer; a base layer has hooks or a forward of its own; a base weight is tied to
@@ -66,6 +79,7 @@ def merge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> Mo
     total = sum(matrix.record.nbytes for matrix in merged)
     per_weight = total / max(sum(matrix.numel for matrix in merged), 1)
     _LOGGER.info("merged %d layers; unmerging keeps %d bytes, %.3f per weight", len(wanted), total, per_weight)
+    _report("merge", [layer._merged.error for layer, _ in wanted.values() if layer._merged.error is not None])
     return model
 
 
@@ -113,6 +127,65 @@ def merge_record_bytes(model: nn.Module) -> int:
     return sum(matrix.record.nbytes for matrix in _merged_matrices(layer for _, layer in lora_modules(model)))
 
 
+@checked
+@one_at_a_time
+def merge_errors(model: nn.Module, adapter_names: str | Iterable[str] | None = None) -> dict[str, MergeError]:
+    """What merging loses in each quantised layer: the rounding error, by path.
+
+    For layers with merged adapters these are the errors of that merge. In other layers the merge is tried and undone.
+
+    Args:
+        model: a model with LoRA layers.
+        adapter_names: the adapters to try; None: the active ones.
+
+    Returns:
+        The errors by path; empty if no adapted layer is quantised.
+
+    Raises:
+        The errors of :func:`merge`. The model is unchanged in any case.
+    """
+    layers = _all_lora_modules("merge_errors", model)
+    some_merged = any(layer.is_merged for layer in layers.values())
+    chosen = _chosen("merge_errors", layers, _names("merge_errors", adapter_names), allow_none=some_merged)
+    quantized = {path: (layer, names) for path, (layer, names) in chosen.items() if _is_quantized(layer)}
+    to_try = {path: (layer, names) for path, (layer, names) in quantized.items() if not layer.is_merged}
+    _check_mergeable("merge_errors", to_try)
+    where, errors = _where(to_try), {}
+    for path, (layer, names) in quantized.items():
+        with changing(layer.active):
+            if path in to_try:
+                change_merged("merge_errors", {layer: names}, where)
+            errors[path] = layer._merged.error
+            if path in to_try:
+                change_merged("merge_errors", {layer: ()}, where)
+    return errors
+
+
+def _is_quantized(layer: LoraLayer) -> bool:
+    return any(matrix.quantized is not None for matrix in layer.matrices().values())
+
+
+_LARGE_ERROR = 0.1  # of the update
+
+
+def _report(caller: str, errors: Collection[MergeError]) -> None:
+    """Logs what quantising again lost, and warns if that is a large part of the update."""
+    if not errors:
+        return
+    worst, middle = max(e.of_update for e in errors), statistics.median(e.of_update for e in errors)
+    relative, largest = max(e.relative for e in errors), max(e.largest for e in errors)
+    line = (
+        f"{caller}: {len(errors)} weights were quantised again, with errors of {middle:.0%} of the update (median; at "
+        f"most {worst:.0%}), {relative:.1%} of the weight, {largest:.2g} in an element"
+    )
+    _LOGGER.info(line)
+    if worst > _LARGE_ERROR:
+        warn_user(
+            f"{line}. merge_errors(model) has them by layer. To lose nothing, run unmerged, or "
+            "merge_and_unload(model, dequantize=True)"
+        )
+
+
 def _merged_matrices(layers: Iterable[LoraLayer]) -> list[MergedMatrix]:
     """The merged matrices of the layers; a matrix that tied layers share is listed once."""
     states = [layer._merged for layer in layers if layer._merged is not None]
@@ -121,7 +194,9 @@ def _merged_matrices(layers: Iterable[LoraLayer]) -> list[MergedMatrix]:
 
 @checked
 @one_at_a_time
-def merge_and_unload(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> ModelT:
+def merge_and_unload(
+    model: ModelT, adapter_names: str | Iterable[str] | None = None, *, dequantize: bool | torch.dtype = False
+) -> ModelT:
     """Merges adapters for good and puts each base layer back, which gives a plain model.
 
     No record is kept, so nothing can be unmerged. Adapters merged earlier stay in. The active copy of a module trained
@@ -130,13 +205,23 @@ def merge_and_unload(model: ModelT, adapter_names: str | Iterable[str] | None = 
     Args:
         model: a model with LoRA layers.
         adapter_names: the adapters to merge; None: the active ones.
+        dequantize: makes every quantised layer of the model a plain one, adapted or not: the weight is dequantised, the
+            updates are added in float32, and the sum is rounded once, to the dtype that the weight had before it was
+            quantised, or to the dtype given here. ``save_pretrained`` then writes a checkpoint that needs neither this
+            package nor the library that quantised. False: quantised weights are merged as by :func:`merge`.
 
     Returns:
         ``model``, the same object.
 
     Raises:
-        The errors of :func:`merge`, except that adapters may be merged already. The model is then unchanged.
+        The errors of :func:`merge`, except that adapters may be merged already.
+        ValueError: ``dequantize`` is set, and a quantised layer cannot be dequantised, or there is none.
+        The model is then unchanged.
     """
+    if isinstance(dequantize, torch.dtype) and dequantize not in FLOATING:
+        raise ValueError(
+            f"merge_and_unload: dequantize is {dequantize}, want True, False or one of {', '.join(map(str, FLOATING))}"
+        )
     layers = _all_lora_modules("merge_and_unload", model)
     names = _names("merge_and_unload", adapter_names)
     some_merged = any(layer.is_merged for layer in layers.values())
@@ -146,14 +231,26 @@ def merge_and_unload(model: ModelT, adapter_names: str | Iterable[str] | None = 
     _check_mergeable("merge_and_unload", wanted)
     _check_untied("merge_and_unload", model, wanted)
     _check_can_unload("merge_and_unload", model, merged=True)
+    root, plain, errors = root_module(model), {}, []
     with changing(*_shared(model)):  # no interrupt between merging and removing the adapters
+        if dequantize is not False:
+            dtype = None if dequantize is True else dequantize
+            quantized = {path: (layer, set[str]()) for path, layer in layers.items() if _is_quantized(layer)}
+            quantized |= {path: held for path, held in missing.items() if path in quantized}
+            plain = dequantized("merge_and_unload", root, quantized, dtype)
+            wanted = {path: held for path, held in wanted.items() if path not in quantized}
         if some_merged:  # a weight is rounded once for all its adapters: those merged come out first
             change_merged(
                 "merge", {layer: {*layer.merged_adapters, *names} for layer, names in wanted.values()}, _where(wanted)
             )
+            errors = [layer._merged.error for layer, _ in wanted.values() if layer._merged.error is not None]
         else:
-            merge_for_good("merge", dict(wanted.values()), _where(wanted))
+            errors = merge_for_good("merge", dict(wanted.values()), _where(wanted))
+        replace_modules(root, plain)
         _unload(model, merged=True)
+        if plain:
+            forget_quantization(root)
+    _report("merge_and_unload", errors)
     return model
 
 

@@ -19,6 +19,7 @@ from lora_ext.model.peft_keys import has_peft_keys, translate_peft_keys
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.merged_state import check_same_merged
 from lora_ext.nn.state_form import own_keys
+from lora_ext.quantized import quantized_weight
 
 MARKER = "this file holds adapters only: load the base model, then call lora_ext.load_adapter(model, directory)"
 """A key that loaders print among the unexpected ones."""
@@ -98,9 +99,13 @@ class StateGuard:
         own = own_state(module)
         # By the id of the parameter, because shared tensors are in the state once.
         given = {id(tensor): state_dict[prefix + key] for key, tensor in own.items() if prefix + key in state_dict}
+        quantized = [path for path, layer in module.named_modules() if quantized_weight(layer) is not None]
+        of_quantized = tuple(f"{path}." for path in quantized)
         for key, tensor in own.items():
             if id(tensor) in given:
                 state_dict[prefix + key] = given[id(tensor)]
+            elif key.startswith(of_quantized) and not key.endswith((".weight", ".bias")):
+                continue  # scales of bitsandbytes: no parameters, which it refuses to load or calls unexpected
             elif not is_adapters(key, tensor):
                 state_dict[prefix + key] = tensor
 

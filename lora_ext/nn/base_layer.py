@@ -22,6 +22,7 @@ from torch.nn.modules.module import (
 )
 
 from lora_ext._ops.checks import FLOATING
+from lora_ext.quantized import why_unsupported
 
 _LINEAR_FORWARD = nn.Linear.forward  # PyTorch's: a library that replaces it in the class is noticed too
 _DENSE = (nn.Parameter, Tensor)
@@ -119,16 +120,13 @@ def why_weight_unusable(module: nn.Module, name: str = "weight", *, at_hand: boo
         return f"its {name} is computed by a parametrization; remove that first"
     if torch.nn.parameter.is_lazy(weight):
         return f"its {name} is not initialised yet; run the model once first"
-    if type(module).__module__.partition(".")[0] == "bitsandbytes":
-        return "it is quantised by bitsandbytes; load the model without quantization_config"
+    if (reason := why_unsupported(module)) is not None:
+        return reason
     if not _behaves_as_dense(weight):
         kind = type(weight)
         if kind.__name__ == "DTensor":
             return f"its {name} is sharded (DTensor); inject before you shard the model"
-        return (
-            f"its {name} is a {kind.__module__.partition('.')[0]} {kind.__name__}, not a plain tensor; load the model "
-            "without quantisation, or quantise the merged model"
-        )
+        return f"its {name} is a {kind.__module__.partition('.')[0]} {kind.__name__}, not a plain tensor"
     if weight.dtype not in FLOATING:
         return f"its {name} is {weight.dtype}, want one of {', '.join(map(str, FLOATING))}"
     if at_hand and is_offloaded(module, name):

@@ -20,6 +20,7 @@ from lora_ext.nn.base_layer import why_weight_unusable
 from lora_ext.nn.merged_state import MERGED_KEY, check_same_merged, encode_names
 from lora_ext.nn.outside_reads import note_read, why_bypassed
 from lora_ext.nn.state_form import uses_base_keys
+from lora_ext.quantized import QuantizedWeight
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
@@ -84,12 +85,15 @@ class Matrix(NamedTuple):
 
     Attributes:
         owner, name: the module and the name of its parameter.
-        view: a view of that parameter or of a part of it: ``[rows, cols]``, unit column stride.
+        view: a view of that parameter or of a part of it: ``[rows, cols]``, unit column stride. The parameter itself if
+            it is quantised.
+        quantized: how the parameter is quantised, or None.
     """
 
     owner: nn.Module
     name: str
     view: Tensor
+    quantized: QuantizedWeight | None = None
 
 
 class AdapterLayer(nn.Module):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from lora_ext import functional
 from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.base_layer import is_conv1d, own_copy, plain_linear, why_not_merge
-from lora_ext.nn.layer import LoraLayer
+from lora_ext.nn.layer import LoraLayer, Matrix
+from lora_ext.quantized import quantized_weight
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
@@ -25,6 +26,9 @@ class LoraLinear(LoraLayer):
     If a call of the base layer would do more than multiply by its weight (hooks, a forward of its own, a module put in
     its place; :mod:`lora_ext.nn.base_layer`), it is called, and every adapter takes a pass over a copy of its output.
     Further arguments of the forward go to the base layer. An update cannot be merged into such a base layer.
+
+    A base layer with a quantised weight (:mod:`lora_ext.quantized`) is called in the same way; the gradient of its
+    input is the one that it computes. Merging dequantises, adds the update and quantises again.
 
     Args:
         base_layer: an ``nn.Linear``, or Transformers' ``Conv1D`` (GPT-2), whose weight is ``[in_features,
@@ -41,10 +45,20 @@ class LoraLinear(LoraLayer):
         return is_linear(module)
 
     @classmethod
+    def why_not(cls, module: nn.Module, config: LoraConfig) -> str | None:
+        weight = quantized_weight(module)
+        return super().why_not(module, config) if weight is None else weight.why_not_adapt()
+
+    @classmethod
     def new_adapter(
         cls, base_layer: nn.Module, config: LoraConfig, path: str, device: torch.device | None = None
     ) -> LoraAdapter:
         return LoraAdapter.from_config(config, path, *linear_sizes(base_layer), base_layer.weight, device)
+
+    def add_adapter(self, name: str, adapter: LoraAdapter) -> None:
+        super().add_adapter(name, adapter)
+        if (weight := quantized_weight(self.base_layer)) is not None:
+            weight.keep_stored()
 
     @property
     def in_features(self) -> int:
@@ -59,7 +73,15 @@ class LoraLinear(LoraLayer):
         return is_conv1d(self.base_layer)
 
     def why_not_merge(self) -> str | None:
-        return super().why_not_merge() or why_not_merge(self.base_layer, nn.Linear)
+        weight = quantized_weight(self.base_layer)
+        if weight is None:
+            return super().why_not_merge() or why_not_merge(self.base_layer, nn.Linear)
+        reason = super().why_not_merge() or why_not_merge(self.base_layer, weight.plain_forward)
+        return reason or weight.why_not_adapt() or weight.why_not_quantize()
+
+    def matrices(self) -> dict[str, Matrix]:
+        matrices = super().matrices()
+        return matrices | {"weight": matrices["weight"]._replace(quantized=quantized_weight(self.base_layer))}
 
     def factors(self, name: str) -> dict[str, tuple[Tensor, Tensor, float]]:
         factors = super().factors(name)

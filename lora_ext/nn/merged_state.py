@@ -76,4 +76,11 @@ def _same(saved: Tensor, tensor: Tensor) -> bool:
         return True
     if saved.is_meta or tensor.is_meta or saved.shape != tensor.shape or saved.dtype != tensor.dtype:
         return False
-    return torch.equal(saved.detach().to(tensor.device), tensor.detach())
+    if hasattr(tensor, "__tensor_flatten__"):  # torchao's weights
+        names = tensor.__tensor_flatten__()[0]
+        same_parts = type(saved) is type(tensor) and saved.__tensor_flatten__()[0] == names
+        return same_parts and all(_same(getattr(saved, name), getattr(tensor, name)) for name in names)
+    saved, tensor = saved.detach().to(tensor.device), tensor.detach()
+    if tensor.element_size() == 1:  # PyTorch does not compare float8
+        saved, tensor = saved.view(torch.uint8), tensor.view(torch.uint8)
+    return torch.equal(saved, tensor)

@@ -13,6 +13,7 @@ from lora_ext._common.arguments import checked
 from lora_ext.nn.adapter import LoraAdapter
 from lora_ext.nn.layer import ActiveAdapters, Matrix
 from lora_ext.nn.linear import LoraLinear, linear_sizes
+from lora_ext.quantized import quantized_weight
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
@@ -127,12 +128,17 @@ class LoraPackedLinear(LoraLinear):
 
     def matrices(self) -> dict[str, Matrix]:
         matrices = super().matrices()
+        if matrices["weight"].quantized is not None:  # quantised as a whole
+            return matrices
         weight = matrices.pop("weight")
         views = weight.view.chunk(self.num_parts, dim=self._parts_dim)
         return {f"weight[{i}]": weight._replace(view=view) for i, view in enumerate(views)} | matrices
 
     def factors(self, name: str) -> dict[str, tuple[Tensor, Tensor, float]]:
         adapter = self.adapters[name]
+        if quantized_weight(self.base_layer) is not None:
+            whole = (adapter.lora_A, self._full_lora_B(name, adapter.lora_B), adapter.scaling)
+            return {"weight": whole, **self._bias_factors(adapter)}
         if isinstance(adapter, PackedAdapter):
             parts = adapter.parts()
         else:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from support.models import FAMILIES, Block, Net, bert, llama, refused, token_ids
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
 from lora_ext import LoraConfig, inject
 from lora_ext.adapters import lora_modules, trainable_parameter_counts
@@ -138,9 +138,11 @@ class Zoo(nn.Module):
         self.embedding = nn.EmbeddingBag(4, 4)
         self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
         self.wrapped = nn.Linear(32, 32)
-        quantize_(self.wrapped, Int8WeightOnlyConfig())
-        self.eightbit = bitsandbytes.nn.Linear8bitLt(4, 4, has_fp16_weights=False)
-        self.fourbit = bitsandbytes.nn.Linear4bit(4, 4)
+        quantize_(self.wrapped, Int8DynamicActivationInt8WeightConfig())
+        self.sixteenbit = bitsandbytes.nn.Linear8bitLt(4, 4)
+        self.table = bitsandbytes.nn.Embedding4bit(4, 64)
+        self.packed = nn.Identity()
+        self.packed.register_buffer("qweight", torch.zeros(4, 4, dtype=torch.int32))
         self.lazy = nn.LazyLinear(4)
         self.integer = nn.Linear(4, 4)
         self.integer.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
@@ -156,9 +158,10 @@ def test_every_unsupported_target_is_listed():
     for line in (
         "embedding (EmbeddingBag): no LoRA layer adapts EmbeddingBag",
         "normed (ParametrizedLinear): its weight is computed by a parametrization",
-        "wrapped (Linear): its weight is a torchao Int8Tensor, not a plain tensor; load the model without quantisation",
-        "eightbit (Linear8bitLt): it is quantised by bitsandbytes; load the model without quantization_config",
-        "fourbit (Linear4bit): it is quantised by bitsandbytes",
+        "wrapped (Linear): torchao (Int8Tensor) quantises its input too, and passes no gradient to it; use a weight-",
+        "sixteenbit (Linear8bitLt): it keeps 16-bit weights and quantises them in each call; set has_fp16_weights=F",
+        "table (Embedding4bit): it is quantised as bitsandbytes Embedding4bit, and only Linear4bit and Linear8bitLt",
+        "packed (Identity): it is quantised in a format that is not supported (Identity has a qweight); load the",
         "lazy (LazyLinear): its weight is not initialised yet",
         "integer (Linear): its weight is torch.int8, want one of",
         "attention (OwnAttention): its forward is not nn.MultiheadAttention's",

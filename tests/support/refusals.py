@@ -254,6 +254,15 @@ CALLS: list[Call] = [
     Call(adapters.adapter_status, lambda _: {"model": injected()}),
     Call(adapters.lora_modules, lambda _: {"model": injected()}),
     Call(adapters.merge_record_bytes, lambda _: {"model": merged()}),
+    Call(
+        adapters.merge_errors,
+        lambda _: {"model": injected(), "adapter_names": "a"},
+        [
+            *NO_LAYER,
+            ({"adapter_names": ["x"]}, KeyError, "FUNCTION: no layer has an adapter 'x'; the adapters are ['a', 'b']"),
+            (lambda _: {"model": disabled(), "adapter_names": None}, RuntimeError, "FUNCTION: no adapter is active in"),
+        ],
+    ),
     Call(adapters.trainable_parameter_counts, lambda _: {"model": injected()}),
     Call(
         adapters.add_weighted_adapter,
@@ -377,9 +386,12 @@ CALLS: list[Call] = [
     ),
     Call(
         adapters.merge_and_unload,
-        lambda _: {"model": injected(), "adapter_names": ["a"]},
+        lambda _: {"model": injected(), "adapter_names": ["a"], "dequantize": False},
         [
             *NO_LAYER,
+            ({"dequantize": True}, ValueError, "FUNCTION: dequantize is set, but Net has no quantised layer"),
+            ({"dequantize": torch.int8}, ValueError, "FUNCTION: dequantize is torch.int8, want True, False or one of"),
+            ({"dequantize": "yes"}, TypeError, "dequantize is 'yes' of type str"),
             ({"adapter_names": []}, ValueError, "merge_and_unload: adapter_names is empty; name at least one adapter"),
             ({"adapter_names": ["x"]}, KeyError, "FUNCTION: no layer has an adapter 'x'; the adapters are ['a', 'b']"),
             (lambda _: {"model": disabled(), "adapter_names": None}, RuntimeError, "FUNCTION: no adapter is active in"),

@@ -1,5 +1,8 @@
 """PEFT's merge and unmerge with lora_ext's exact records: unmerge() restores every bit of the weight.
 
+That holds for quantised weights too. PEFT rounds them twice, to the model's dtype and to the quantised format, and
+quantises once more to unmerge; here the sum is quantised once, from float32, and unmerging copies the old bytes back.
+
 PEFT's bookkeeping (``merged_adapters``) does not change. A layer also holds a record of every adapter merged here, and
 unmerges in reverse order. A checksum shows whether the weight is still what the merge wrote. If it was replaced or
 changed, PEFT's subtraction removes the adapter.
@@ -20,7 +23,9 @@ from lora_ext._common.interrupts import uninterrupted
 from lora_ext._common.warnings import warn_user
 from lora_ext._ops.checks import FLOATING
 from lora_ext.integrations.peft.eligibility import variant_of
+from lora_ext.merging.quantized import QuantizedRecord, merge_quantized_
 from lora_ext.merging.weights import MergeRecord, merge_all_, pack_factors, unmerge_all_
+from lora_ext.quantized import QuantizedWeight, quantized_weight
 
 _MERGES = "_lora_ext_merges"  # key in the layer's __dict__ while merged, so that copies and pickles have it
 _NO_BIAS = "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias."  # PEFT's words
@@ -35,7 +40,7 @@ class ExactMerge:
         checksums: checksums of both after the merge.
     """
 
-    records: list[MergeRecord]
+    records: list[MergeRecord | QuantizedRecord]
     checksums: list[int]
 
 
@@ -68,7 +73,11 @@ def merge_obstacle(layer: LoraLayer, name: str) -> str:
     """Returns why PEFT's code merges adapter ``name``, or ""."""
     if variant := variant_of(layer, name):
         return f"adapter {name!r} is a variant of LoRA ({variant})"
-    weight = layer.get_base_layer()._parameters.get("weight")
+    base = layer.get_base_layer()
+    weight = base._parameters.get("weight")
+    if (quantized := quantized_weight(base)) is not None:
+        reason = quantized.why_not_quantize()
+        return reason and f"the base layer's weight cannot be quantised again: {reason}"
     if type(weight) is not nn.Parameter:
         return f"the base layer's weight is a {type(weight).__name__}, not a plain parameter"
     if weight.dtype not in FLOATING or not weight.is_contiguous():
@@ -108,7 +117,8 @@ def _merge_exactly(layer: LoraLayer, name: str) -> bool:
     if merge_obstacle(layer, name):
         return False
     base, scaling = layer.get_base_layer(), float(layer.scaling[name])
-    parameters, factors = [base.weight], [(*_factors(layer, name), scaling)]
+    quantized = quantized_weight(base)
+    parameters, factors = [] if quantized else [base.weight], [(*_factors(layer, name), scaling)]
     lora_bias = layer.lora_B[name].bias if name in layer.lora_B else None
     if lora_bias is not None:
         if base.bias is None:
@@ -116,11 +126,15 @@ def _merge_exactly(layer: LoraLayer, name: str) -> bool:
         parameters.append(base.bias)
         factors.append((lora_bias.unsqueeze(0), lora_bias.new_ones(1, 1), scaling))
     with torch.no_grad():
-        weights = [_matrix(parameter) for parameter in parameters]
-        packed = [pack_factors(weight.dtype, [update]) for weight, update in zip(weights, factors, strict=True)]
+        weights: list[Tensor | QuantizedWeight] = [_matrix(parameter) for parameter in parameters]
+        weights = [quantized, *weights] if quantized else weights
+        packed = [
+            pack_factors(torch.float32 if weight is quantized else weight.dtype, [update])
+            for weight, update in zip(weights, factors, strict=True)
+        ]
         with uninterrupted():
             try:
-                records = merge_all_("merge", weights, [A for A, _ in packed], [B for _, B in packed])
+                records = _merge_all(weights, [A for A, _ in packed], [B for _, B in packed])
             except ValueError:
                 return False
             layer.__dict__.setdefault(_MERGES, {})[name] = ExactMerge(records, [_checksum(w) for w in weights])
@@ -128,17 +142,38 @@ def _merge_exactly(layer: LoraLayer, name: str) -> bool:
     return True
 
 
+def _merge_all(
+    weights: list[Tensor | QuantizedWeight], lora_As: list[Tensor], lora_Bs: list[Tensor]
+) -> list[MergeRecord | QuantizedRecord]:
+    """Merges into all of the weights, or into none; only the first may be quantised."""
+    if not isinstance(weights[0], QuantizedWeight):
+        return merge_all_("merge", weights, lora_As, lora_Bs)
+    first = merge_quantized_("merge", weights[:1], lora_As[:1], lora_Bs[:1], ["the weight"])
+    try:
+        return [*first, *merge_all_("merge", weights[1:], lora_As[1:], lora_Bs[1:])]
+    except BaseException:
+        weights[0].write(first[0].stored)
+        raise
+
+
 def _unmerge_exactly(layer: LoraLayer, name: str) -> bool:
     merges: dict[str, ExactMerge] = layer.__dict__[_MERGES]
     if name not in merges:
         return False
     merge, base = merges[name], layer.get_base_layer()
-    parameters = [base._parameters.get(which) for which in ("weight", "bias")[: len(merge.records)]]
+    quantized, records = quantized_weight(base), list(merge.records)
+    parameters = [base._parameters.get(which) for which in ("weight", "bias")[: len(records)]]
+    old = records.pop(0) if isinstance(records[0], QuantizedRecord) else None
+    if old is not None:
+        del parameters[0]
     with torch.no_grad(), uninterrupted():
         if all(parameter is not None and parameter.is_contiguous() for parameter in parameters):
             weights = [_matrix(parameter) for parameter in parameters]
-            if [_checksum(weight) for weight in weights] == merge.checksums:
-                unmerge_all_("unmerge", weights, merge.records)
+            checked = weights if old is None else [quantized, *weights]
+            if [_checksum(weight) for weight in checked] == merge.checksums:
+                unmerge_all_("unmerge", weights, records)
+                if old is not None:
+                    quantized.write(old.stored)
                 del merges[name]
                 layer.merged_adapters.pop()
                 return True
@@ -150,10 +185,14 @@ def _unmerge_exactly(layer: LoraLayer, name: str) -> bool:
     return False
 
 
-def _checksum(weight: Tensor) -> int:
+def _checksum(weight: Tensor | QuantizedWeight | None) -> int:
     """Sums a contiguous tensor's bits, as 64-bit integers where possible, at the speed of memory."""
+    if weight is None:  # quantised when it was merged, and no longer
+        return 0
+    if isinstance(weight, QuantizedWeight):
+        return sum(_checksum(tensor.contiguous()) for tensor in weight.stored().values())
     item = weight.element_size()
-    flat = weight.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[item]).view(-1)
+    flat = weight.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[item]).view(-1)
     per_word = 8 // item
     whole = flat.numel() // per_word * per_word if flat.storage_offset() % per_word == 0 else 0
     return int(flat[:whole].view(torch.int64).sum()) + int(flat[whole:].sum())

@@ -12,12 +12,17 @@ from torch import nn
 
 from lora_ext._common.arguments import checked
 from lora_ext.integrations.peft.merging import has_exact_merges
+from lora_ext.quantized import keep_stored, stop_keeping_stored
 
 Model = TypeVar("Model", bound=nn.Module)
 
 # Module of PEFT -> module with the counterparts of its classes, under the same names. Imported once such a layer
 # exists: PEFT's module and its dependencies then are imported already.
-_MODULES = {"peft.tuners.lora.layer": ".layers", "peft.tuners.lora.bnb": ".quantized"}
+_MODULES = {
+    "peft.tuners.lora.layer": ".layers",
+    "peft.tuners.lora.bnb": ".quantized",
+    "peft.tuners.lora.torchao": ".quantized_torchao",
+}
 
 _peft_init: Callable[..., None] | None = None  # LoraLayer's, while accelerate() without a model is in force
 
@@ -57,6 +62,7 @@ def accelerate(model: Model | None = None) -> Model | None:
         )
     for layer in layers:
         _accelerate_layer(layer)
+    keep_stored(model)
     return model
 
 
@@ -87,6 +93,7 @@ def restore(model: Model | None = None) -> Model | None:
     for layer in layers.values():
         if is_accelerated(layer):
             layer.__class__ = type(layer).__bases__[-1]
+    stop_keeping_stored(model)
     return model
 
 
@@ -108,6 +115,7 @@ def accelerated_class(cls: type) -> type | None:
 def _accelerate_layer(layer: LoraLayer) -> None:
     if counterpart := accelerated_class(type(layer)):
         layer.__class__ = counterpart
+        keep_stored(layer.get_base_layer())
 
 
 def _accelerate_new_layers() -> None:

@@ -1,0 +1,125 @@
+"""Merges updates into quantised weights: dequantises, adds, quantises again. Unmerging restores the bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_ext.quantized import QuantizedWeight
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeError:
+    """How far a merged quantised weight is from the sum that was merged: the dequantised old weight plus the update.
+
+    Attributes:
+        largest: the largest absolute difference of an element.
+        relative: Frobenius norm of the difference, over the norm of the sum.
+        of_update: the same, over the norm of the update: at 1 and above, rounding hides the update.
+    """
+
+    largest: float
+    relative: float
+    of_update: float
+
+
+@dataclasses.dataclass(eq=False)
+class QuantizedRecord:
+    """What restores a quantised weight, in place of a :class:`~lora_ext.merging.weights.MergeRecord`.
+
+    Attributes:
+        lora_A: ``[r, in_features]``, float32.
+        lora_B: ``[out_features, r]``, float32, multiplied by the scaling.
+        stored: the bytes before the merge.
+        error: what quantising the sum lost.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    stored: dict[str, Tensor]
+    error: MergeError
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.lora_A, self.lora_B, *self.stored.values()))
+
+
+@torch.no_grad()
+def merge_quantized_(
+    caller: str,
+    weights: Sequence[QuantizedWeight],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    labels: Sequence[str],
+) -> list[QuantizedRecord]:
+    """Merges factors of :func:`~lora_ext.merging.weights.pack_factors` into all of the weights, or into none.
+
+    Raises:
+        ValueError: an element would become NaN or infinite, or an update does not fit its weight. All weights then have
+            the bytes they had.
+    """
+    records: list[QuantizedRecord] = []
+    try:
+        for weight, A, B, label in zip(weights, lora_As, lora_Bs, labels, strict=True):
+            values = updated(caller, weight, A, B, label)
+            new = weight.quantize(values)
+            record = QuantizedRecord(A, B, copied(weight), MergeError(0.0, 0.0, 0.0))
+            records.append(record)
+            weight.write(new)
+            record.error = _error(weight, values, A, B)
+    except BaseException:
+        for weight, record in zip(weights, records, strict=False):
+            weight.write(record.stored)
+        raise
+    return records
+
+
+@torch.no_grad()
+def updated(caller: str, weight: QuantizedWeight, A: Tensor, B: Tensor, label: str) -> Tensor:
+    """The dequantised weight plus ``B @ A``: new, float32. ValueError: an element is NaN or infinite."""
+    if (len(B), A.shape[1]) != weight.shape:
+        raise ValueError(f"{caller}: the update of {label} is {[len(B), A.shape[1]]}, the weight {list(weight.shape)}")
+    values = weight.dequantize()
+    with torch.autocast(values.device.type, enabled=False):
+        values.addmm_(B.to(values.device), A.to(values.device))
+    if wrong := values.numel() - int(values.isfinite().sum()):
+        why = "sum overflows" if A.isfinite().all() and B.isfinite().all() else "adapter has NaN or infinite values"
+        raise ValueError(
+            f"{caller}: merging would make {wrong} of {values.numel()} elements of {label} NaN or infinite: the {why}"
+        )
+    return values
+
+
+@torch.no_grad()
+def restore(weights: Sequence[QuantizedWeight], records: Sequence[QuantizedRecord]) -> None:
+    """Gives the weights the bytes they had before their merges."""
+    for weight, record in zip(weights, records, strict=True):
+        weight.write(record.stored)
+
+
+def check_restorable(caller: str, weight: QuantizedWeight | None, record: object, label: str) -> None:
+    """Checks that ``weight`` still has the format that was merged into. RuntimeError: it has another one."""
+    now = None if weight is None else {name: (t.shape, t.dtype) for name, t in weight.stored().items()}
+    if not isinstance(record, QuantizedRecord) or now != {n: (t.shape, t.dtype) for n, t in record.stored.items()}:
+        raise RuntimeError(
+            f"{caller}: {label} was converted or quantised in another way while merged, so that its bytes cannot be "
+            "restored; forget_merge() accepts it as it is now"
+        )
+
+
+def copied(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """A copy of the weight's bytes."""
+    return {name: tensor.detach().clone() for name, tensor in weight.stored().items()}
+
+
+def _error(weight: QuantizedWeight, values: Tensor, A: Tensor, B: Tensor) -> MergeError:
+    size = float(values.norm())
+    difference = values.sub_(weight.dequantize())
+    largest, error = float(difference.abs().max()) if difference.numel() else 0.0, float(difference.norm())
+    # The norm of B @ A by the small products: |BA|^2 = sum((B.T B) * (A A.T)).
+    products = (B.double().T @ B.double()) * (A.double() @ A.double().T)
+    update = float(products.sum().clamp(min=0).sqrt())
+    return MergeError(largest, error / size if size else 0.0, error / update if update else 0.0)

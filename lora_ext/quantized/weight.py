@@ -1,0 +1,96 @@
+"""What merging and adapting need to know of a quantised weight; one subclass for each format."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class QuantizedWeight(ABC):
+    """The quantised weight of a linear layer, ``[out_features, in_features]``, in the format of its library.
+
+    It holds no values itself: every method reads the layer as it is now.
+
+    Args:
+        module: the layer.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    @classmethod
+    @abstractmethod
+    def holds(cls, module: nn.Module) -> bool:
+        """Whether the weight of ``module`` has this format. Decided by names: the library may not be installed."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The format, for messages: ``"bitsandbytes NF4"``."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """``(out_features, in_features)``."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype | None:
+        """The dtype that the weight had before it was quantised, or None if the format does not keep it."""
+
+    @abstractmethod
+    def stored(self) -> dict[str, Tensor]:
+        """The live tensors whose bytes are the weight: codes and scales."""
+
+    @abstractmethod
+    def dequantize(self) -> Tensor:
+        """The values that the codes stand for: a new float32 tensor, not rounded to :attr:`dtype`."""
+
+    @abstractmethod
+    def quantize(self, values: Tensor) -> dict[str, Tensor]:
+        """Quantises float32 ``values`` in the format of this weight; keys, shapes and dtypes as in :meth:`stored`."""
+
+    def write(self, stored: Mapping[str, Tensor]) -> None:
+        """Copies the bytes of ``stored`` into the weight, in place."""
+        for name, tensor in self.stored().items():
+            tensor.copy_(stored[name])
+
+    def why_not_adapt(self) -> str | None:
+        """Why no adapter can be trained next to this weight, or None."""
+        return None
+
+    def why_not_quantize(self) -> str | None:
+        """Why the sum of this weight and an update cannot be quantised, or None."""
+        return None
+
+    @property
+    def plain_forward(self) -> type[nn.Module]:
+        """The class whose forward multiplies by the weight, adds the bias and does nothing else."""
+        return nn.Linear
+
+    def keep_stored(self) -> None:
+        """Keeps the layer from rewriting its stored bytes when it is called."""
+        return
+
+    def stop_keeping_stored(self) -> None:
+        """Undoes :meth:`keep_stored`."""
+        return
+
+    def dense(self, values: Tensor) -> nn.Module:
+        """A layer like :attr:`module` with the plain weight ``values``, frozen. :attr:`module` is unchanged."""
+        module = copy.copy(self.module)
+        vars(module).pop("extra_repr", None)  # torchao's, which describes the quantised weight
+        module._parameters = self.module._parameters | {"weight": nn.Parameter(values, requires_grad=False)}
+        if (bias := module._parameters.get("bias")) is not None:
+            module._parameters["bias"] = nn.Parameter(bias.detach().to(values.dtype), requires_grad=False)
+        return module
+
+
+def class_names(thing: Any, library: str) -> set[str]:
+    """The names of the classes of ``thing`` that ``library`` defines."""
+    return {kind.__name__ for kind in type(thing).__mro__ if kind.__module__.partition(".")[0] == library}

@@ -1,0 +1,296 @@
+"""Merging into quantised weights: the error, the bytes after unmerging, dequantised models, refusals."""
+
+import copy
+import dataclasses
+import logging
+import pickle
+import warnings
+
+import bitsandbytes
+import pytest
+import torch
+from support.quantized import QUANTIZE, quantized_copy, stored, unchanged_bytes
+from torch import nn
+from torchao.quantization import Int8Tensor
+
+from lora_ext import LoraConfig, inject, merge, set_adapter, unmerge
+from lora_ext.adapters import merge_and_unload, merge_errors, merge_record_bytes
+from lora_ext.merging import layers as merging_layers
+from lora_ext.quantized import quantized_weight
+
+FORMATS = list(QUANTIZE)
+pytestmark = pytest.mark.filterwarnings("ignore:.*were quantised again")
+
+
+class Net(nn.Module):
+    """Two layers of each kind: adapted or not, quantised or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(64, 128)
+        self.skip = nn.Linear(64, 128)
+        self.down = nn.Linear(128, 64)
+        self.head = nn.Linear(64, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.down(torch.tanh(self.up(x) + self.skip(x))))
+
+
+TARGETS = ["up", "down", "head"]
+
+
+def net(format: str, dtype: torch.dtype = torch.float32, **options) -> nn.Module:
+    model = quantized_copy(Net().to(dtype), format, skip=("head",))
+    config = LoraConfig(**{"r": 4, "target_modules": TARGETS, "init_lora_weights": False} | options)
+    inject(model, config, "a")
+    return inject(model, dataclasses.replace(config, r=2, lora_alpha=3), "b").eval()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_merging_adds_the_update_and_reports_the_error(format, caplog):
+    model, x = net(format), torch.randn(9, 64)
+    set_adapter(model, ["a", "b"])
+    want = {}
+    for name in ("up", "down"):
+        layer = getattr(model, name)
+        update = layer.delta_weight("a") + layer.delta_weight("b")
+        want[name] = quantized_weight(layer.base_layer).dequantize() + update.detach(), update.detach()
+    y = model(x)
+    with unchanged_bytes(model):
+        tried = merge_errors(model)
+    with caplog.at_level(logging.INFO, "lora_ext.adapters"):
+        merge(model)
+    assert "2 weights were quantised again" in caplog.text
+    errors = merge_errors(model)
+    assert errors == tried and errors.keys() == {"up", "down"}
+    for name, error in errors.items():
+        merged = quantized_weight(getattr(model, name).base_layer).dequantize()
+        total, update = want[name]
+        difference = merged - total
+        assert error.largest == pytest.approx(difference.abs().max().item(), rel=1e-4)
+        assert error.relative == pytest.approx((difference.norm() / total.norm()).item(), rel=1e-4)
+        assert error.of_update == pytest.approx((difference.norm() / update.norm()).item(), rel=1e-3)
+        assert 0 < error.relative < (0.14 if "4" in format else 0.04)
+    torch.testing.assert_close(model(x), y, rtol=0, atol=(0.6 if "4" in format else 0.15) * y.abs().max().item())
+    assert not torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_unmerging_restores_every_byte_in_any_order(format):
+    model, x = net(format), torch.randn(9, 64)
+    set_adapter(model, ["a", "b"])
+    expected, only_b = model(x), None
+    with unchanged_bytes(model):
+        merge(model, "b")
+        only_b = stored(model)
+        merge(model, "a")
+        both = stored(model)
+        assert merge_record_bytes(model) > sum(tensor.numel() for tensor in both.values()) / 2
+        unmerge(model, "a")
+        assert all(torch.equal(tensor, only_b[name]) for name, tensor in stored(model).items())
+        with torch.no_grad():
+            model.up.adapters["b"].lora_A.zero_()  # an adapter counts as it was merged
+        merge(model, "a")
+        assert all(torch.equal(tensor, both[name]) for name, tensor in stored(model).items())
+        unmerge(model)
+    with torch.no_grad():
+        assert not torch.equal(model(x), expected)
+    assert merge_record_bytes(model) == 0
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("format", ["nf4-double", "int8", "torchao-int8"])
+def test_copies_of_a_merged_model(format, how):
+    if how == "pickle" and format.startswith("torchao"):
+        pytest.skip("the base model alone cannot be pickled")
+    model, x = net(format), torch.randn(9, 64)
+    before = stored(model)
+    merge(model)
+    y = model(x)
+    other = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(other(x), y)
+    unmerge(model)
+    torch.testing.assert_close(other(x), y)
+    unmerge(other)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in stored(other).items())
+    torch.testing.assert_close(other(x), model(x))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_merged_model_says_so_in_its_state(format):
+    model = net(format)
+    merge(model)
+    state = model.state_dict()
+    with pytest.raises(RuntimeError, match="merged into 'up': \\['b'\\] in the state, nothing in the model"):
+        net(format).load_state_dict(state, strict=False)
+    with unchanged_bytes(model):
+        try:
+            model.load_state_dict(state, strict=False)
+        except RuntimeError as error:  # bitsandbytes refuses int8 states once the layer was called
+            assert "non-quantized Linear8bitLt" in str(error)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_merge_and_unload_leaves_a_quantised_model(format):
+    model, x = net(format), torch.randn(9, 64)
+    other = copy.deepcopy(model)
+    merge(other)
+    merge_and_unload(model)
+    assert type(model.up) is type(other.up.base_layer)
+    assert all(torch.equal(a, b) for a, b in zip(stored(model).values(), stored(other).values(), strict=True))
+    torch.testing.assert_close(model(x), other(x), rtol=0, atol=0.02 * other(x).abs().max().item())
+
+
+@pytest.mark.parametrize("merged_first", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+def test_dequantised_models_have_the_update_rounded_once(format, dtype, merged_first):
+    model = net(format, dtype)
+    set_adapter(model, ["a", "b"])
+    want = {}
+    for name in ("up", "down"):
+        layer = getattr(model, name)
+        update = layer.delta_weight("a").double() + layer.delta_weight("b").double()
+        want[name] = quantized_weight(layer.base_layer).dequantize().double() + update
+    want["skip"] = quantized_weight(model.skip).dequantize().double()
+    if merged_first:
+        merge(model, "a")
+    merge_and_unload(model, dequantize=True)
+    assert all(type(module) is nn.Linear for module in model.children())
+    for name, values in want.items():
+        weight = getattr(model, name).weight
+        assert type(weight) is nn.Parameter and weight.dtype == dtype and not weight.requires_grad
+        # A float32 sum, rounded once.
+        error = (weight.double() - values).abs()
+        assert (error <= 0.5 * torch.finfo(dtype).eps * values.abs() * 1.01 + 1e-6).all(), error.max()
+    assert not stored(model)
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8", "torchao-int8"])
+def test_dequantised_with_lora_biases_into_another_dtype(format):
+    model, x = net(format, lora_bias=True, target_modules=["up", "down"]), torch.randn(9, 64)
+    with torch.no_grad():
+        for layer in (model.up, model.down):
+            layer.adapters["b"].lora_bias.normal_()
+    y = model.train()(x)  # LLM.int8 quantises the input in eval mode
+    merge_and_unload(model, dequantize=torch.float64)
+    assert model.up.weight.dtype == model.up.bias.dtype == torch.float64
+    torch.testing.assert_close(model.float()(x), y, rtol=1e-4, atol=1e-4)
+
+
+def test_lora_biases_of_quantised_layers_are_merged_and_unmerged():
+    model, x = net("nf4", lora_bias=True, target_modules=["up", "down"]), torch.randn(9, 64)
+    with torch.no_grad():
+        model.up.adapters["b"].lora_bias.normal_()
+    bias, y = model.up.base_layer.bias.clone(), model(x)
+    with unchanged_bytes(model):
+        merge(model)
+        assert not torch.equal(model.up.base_layer.bias, bias)
+        unmerge(model)
+    assert torch.equal(model.up.base_layer.bias, bias) and torch.equal(model(x), y)
+
+
+# --- all or nothing ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operation", [merge, merge_errors, merge_and_unload, "dequantize"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_update_that_is_not_finite_changes_nothing(format, operation):
+    model = net(format)
+    with torch.no_grad():
+        model.down.adapters["b"].lora_B[3, 1] = torch.nan
+    run = operation if callable(operation) else lambda model: merge_and_unload(model, dequantize=True)
+    with (
+        unchanged_bytes(model),
+        pytest.raises(ValueError, match=r"of the weight of 'down' NaN or infinite: the adapter has NaN or infinite"),
+    ):
+        run(model)
+    assert not model.up.is_merged and not model.down.is_merged and not model.head.is_merged
+    set_adapter(model, "a")
+    merge(model)
+
+
+@pytest.mark.parametrize("failing", ["dense", "quantised"])
+@pytest.mark.parametrize("format", ["nf4-double", "int8", "torchao-int8"])
+def test_an_error_in_the_middle_restores_everything(format, failing, monkeypatch):
+    model, x = net(format), torch.randn(9, 64)
+    merge(model, "a")
+    before, y = stored(model), model(x)
+    head = model.head.base_weight.clone()
+
+    def fail(*_args, **_kwargs):
+        raise MemoryError("no memory")
+
+    if failing == "dense":
+        monkeypatch.setattr(merging_layers, "merge_all_", fail)
+    else:
+        kind = type(quantized_weight(model.down.base_layer))
+        right = kind.quantize
+        fails = {id(model.down.base_layer)}
+        monkeypatch.setattr(
+            kind, "quantize", lambda self, values: fail() if id(self.module) in fails else right(self, values)
+        )
+    with pytest.raises(MemoryError):
+        merge(model, "b")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in stored(model).items())
+    assert torch.equal(model.head.base_weight, head) and torch.equal(model(x), y)
+    assert model.up.merged_adapters == model.head.merged_adapters == ("a",)
+    monkeypatch.undo()
+    unmerge(model)
+
+
+def test_weights_that_cannot_be_quantised_again_are_refused_before_anything_changes():
+    model = net("torchao-int8")
+    weight = model.down.base_layer.weight
+    scaled = Int8Tensor(
+        weight.qdata, weight.scale, weight.block_size, weight.dtype, weight.zero_point, act_pre_scale=torch.ones(128)
+    )
+    model.down.base_layer.weight = nn.Parameter(scaled, requires_grad=False)
+    for run in (merge, lambda model: merge_and_unload(model, dequantize=True)):
+        with unchanged_bytes(model), pytest.raises(ValueError, match=r"down: its input is scaled before the product"):
+            run(model)
+
+    model = net("nf4")
+    model.down.base_layer = bitsandbytes.nn.Linear4bit(128, 64)
+    with pytest.raises(ValueError, match=r"down: it is not quantised yet; move the model to its device first"):
+        merge(model)
+    assert not model.up.is_merged
+
+    model = net("nf4")
+    model.up.base_layer.register_forward_hook(lambda *_: None)
+    with unchanged_bytes(model), pytest.raises(ValueError, match="up: its hooks may change what it computes"):
+        merge(model)
+
+
+def test_models_that_cannot_be_dequantised_are_refused():
+    model = net("nf4")
+    model.table = bitsandbytes.nn.Embedding4bit(4, 64)
+    with unchanged_bytes(model), pytest.raises(ValueError, match=r"cannot dequantise.*\n.*table: .* Embedding4bit"):
+        merge_and_unload(model, dequantize=True)
+    assert model.up.adapters
+
+
+def test_a_weight_that_was_quantised_again_while_merged_is_not_unmerged():
+    model = net("nf4")
+    merge(model)
+    model.up.base_layer = QUANTIZE["fp4"](nn.Linear(64, 256))
+    with pytest.raises(RuntimeError, match="converted or quantised in another way while merged"):
+        unmerge(model)
+    model.up.base_layer = nn.Linear(64, 128)
+    with pytest.raises(RuntimeError, match="converted or quantised in another way while merged"):
+        unmerge(model)
+
+
+def test_large_errors_warn_and_small_ones_do_not():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        merge(net("torchao-int8"))
+        assert not [w for w in caught if "quantised again" in str(w.message)]
+        model = net("nf4")
+        with torch.no_grad():
+            for layer in (model.up, model.down):
+                layer.adapters["b"].lora_B.mul_(1e-3)
+        merge(model)
+    (warning,) = [w for w in caught if "quantised again" in str(w.message)]
+    assert "merge_and_unload(model, dequantize=True)" in str(warning.message) and warning.filename == __file__
+    assert all(error.of_update > 0.9 for error in merge_errors(model).values())  # rounding hides so small an update

@@ -1,0 +1,261 @@
+"""Models that Transformers quantised: inject, train, save, load, merge, export to a plain checkpoint; against PEFT."""
+
+import copy
+import warnings
+
+import peft
+import pytest
+import torch
+import transformers
+from support.quantized import stored, unchanged_bytes
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
+
+import lora_ext
+from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
+from lora_ext.adapters import merge_and_unload, unload
+from lora_ext.injection.inject import lora_modules
+from lora_ext.integrations.peft import accelerate
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*were quantised again", "ignore::DeprecationWarning")
+
+QUANTIZATIONS = {
+    "nf4": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    "fp4-double": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True),
+    "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
+    "torchao-int8": lambda: TorchAoConfig(Int8WeightOnlyConfig()),
+    "torchao-int4": lambda: TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))),
+}
+TARGETS = ["q_proj", "v_proj", "gate_proj", "down_proj"]
+OPTIONS = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "lora_dropout": 0.0}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+        )
+    )
+    directory = tmp_path_factory.mktemp("llama")
+    model.save_pretrained(directory)
+    return directory
+
+
+def load(checkpoint, quantization: str, dtype: torch.dtype = torch.float32):
+    return AutoModelForCausalLM.from_pretrained(
+        checkpoint, quantization_config=QUANTIZATIONS[quantization](), dtype=dtype, device_map={"": 0} if GPU else None
+    )
+
+
+GPU = torch.get_default_device().type == "cuda"
+
+
+def ids(rows: int = 4) -> torch.Tensor:
+    return torch.randint(0, 64, (rows, 12))
+
+
+def train(model, batch: torch.Tensor, steps: int = 3) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The losses, and the gradients of the first step."""
+    model.train()
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optimizer, losses, first = torch.optim.AdamW([p for _, p in trained], lr=1e-2), [], {}
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        first = first or {name: p.grad.clone() for name, p in trained}
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, first
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_the_same_losses_and_gradients_as_peft(checkpoint, quantization, tmp_path):
+    ours = inject(load(checkpoint, quantization), LoraConfig(**OPTIONS, init_lora_weights=False))
+    save_adapter(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(load(checkpoint, quantization), tmp_path, is_trainable=True)
+    fast = accelerate(copy.deepcopy(theirs))
+    batch = ids()
+    results = [train(model, batch) for model in (ours, theirs, fast)]
+    for losses, gradients in results:
+        assert losses[-1] < losses[0]
+        assert losses == pytest.approx(results[1][0], rel=1e-4)
+        assert len(gradients) == 2 * 2 * len(TARGETS)
+    for mine, same in zip(results[2][1].items(), results[1][1].items(), strict=True):
+        torch.testing.assert_close(mine[1], same[1], rtol=1e-3, atol=1e-5, msg=mine[0])
+    for path, layer in lora_modules(ours):  # by PEFT's names
+        adapter, peer = layer.adapters["default"], theirs.get_submodule(f"base_model.model.{path}")
+        torch.testing.assert_close(adapter.lora_A, peer.lora_A.default.weight, rtol=1e-2, atol=1e-4)
+        torch.testing.assert_close(adapter.lora_B, peer.lora_B.default.weight, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_train_save_load_merge_and_generate(checkpoint, quantization, tmp_path):
+    model, batch = inject(load(checkpoint, quantization), LoraConfig(**OPTIONS)), ids()
+    with unchanged_bytes(model):
+        train(model, batch)
+        model.eval()
+        with torch.no_grad():
+            y = model(batch).logits
+        text = model.generate(batch[:2], max_new_tokens=5, do_sample=False)
+        save_adapter(model, tmp_path / "ours")
+        model.save_pretrained(tmp_path / "same")
+    for directory in ("ours", "same"):
+        again = load_adapter(load(checkpoint, quantization), tmp_path / directory).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(again(batch).logits, y)
+    theirs = peft.PeftModel.from_pretrained(load(checkpoint, quantization), tmp_path / "ours").eval()
+    with torch.no_grad():
+        # bitsandbytes computes in bfloat16 in PEFT's model in eval mode.
+        torch.testing.assert_close(theirs(batch).logits, y, rtol=0, atol=0.03 * y.abs().max().item())
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = load_adapter(load(checkpoint, quantization), tmp_path / "theirs").eval()
+    with torch.no_grad(), unchanged_bytes(model):
+        torch.testing.assert_close(again(batch).logits, y)
+        merge(model)
+        merged = model(batch).logits
+        assert not torch.equal(merged, y)
+        unmerge(model)
+        assert torch.equal(model(batch).logits, y)
+    assert torch.equal(model.generate(batch[:2], max_new_tokens=5, do_sample=False), text)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_a_dequantised_checkpoint_is_a_plain_one(checkpoint, quantization, dtype, tmp_path):
+    model, batch = inject(load(checkpoint, quantization, dtype), LoraConfig(**OPTIONS)), ids()
+    train(model, batch)
+    with torch.no_grad():
+        # In training mode LLM.int8 does not quantise the input, and dropout is 0.
+        y = model(batch).logits.float()
+    merge_and_unload(model, dequantize=True)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    model.save_pretrained(tmp_path)
+    assert "quantization" not in (tmp_path / "config.json").read_text()
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(plain.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    assert {p.dtype for p in plain.parameters()} == {dtype}
+    with torch.no_grad():
+        for other in (model, plain):
+            tolerance = (1e-4 if dtype == torch.float32 else 0.05) * y.abs().max().item()
+            torch.testing.assert_close(other(batch).logits.float(), y, rtol=0, atol=tolerance)
+    assert torch.equal(plain(batch).logits, model(batch).logits)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "torchao-int8"])
+def test_a_merged_quantised_checkpoint(checkpoint, quantization, tmp_path):
+    model, batch = inject(load(checkpoint, quantization), LoraConfig(**OPTIONS)), ids()
+    train(model, batch)
+    merge(model.eval())
+    with torch.no_grad():
+        y = model(batch).logits
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": 0} if GPU else None)
+    assert again.config.quantization_config
+    bytes_here, bytes_there = stored(merge_and_unload(model)), stored(again)
+    assert bytes_here.keys() == bytes_there.keys()
+    for name, tensor in bytes_here.items():
+        assert torch.equal(tensor, bytes_there[name]), name
+    with torch.no_grad():
+        torch.testing.assert_close(again(batch).logits, y, rtol=0, atol=0.03 * y.abs().max().item())
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "torchao-int8"])
+def test_trainer(checkpoint, quantization, tmp_path):
+    """Evaluates in between, loads the best model, resumes; Trainer refuses quantised models without adapters."""
+
+    def trainer(model, steps: int):
+        rows = [{"input_ids": row, "labels": row} for row in torch.randint(0, 64, (16, 12), device="cpu").tolist()]
+        return transformers.Trainer(
+            model,
+            transformers.TrainingArguments(
+                tmp_path,
+                max_steps=steps,
+                per_device_train_batch_size=4,
+                eval_strategy="steps",
+                eval_steps=2,
+                save_steps=2,
+                logging_steps=1,
+                load_best_model_at_end=True,
+                learning_rate=1e-2,
+                report_to=[],
+                use_cpu=not GPU,
+                disable_tqdm=True,
+            ),
+            train_dataset=rows,
+            eval_dataset=rows,
+        )
+
+    bare = load(checkpoint, quantization)
+    with pytest.raises(ValueError, match="purely quantized models"):
+        trainer(bare, 4)
+    torch.manual_seed(5)
+    model = inject(bare, LoraConfig(**OPTIONS))
+    with unchanged_bytes(model):
+        torch.manual_seed(7)
+        run = trainer(model, 4)
+        run.train()
+        losses = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
+        assert losses[-1] < losses[0]
+        assert run.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-3)
+    torch.manual_seed(5)
+    resumed = inject(load(checkpoint, quantization), LoraConfig(**OPTIONS))
+    torch.manual_seed(7)
+    run = trainer(resumed, 6)
+    run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == 6
+    with pytest.raises(ValueError, match="purely quantized models"):
+        trainer(unload(model), 4)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_and_kbit_preparation(checkpoint, reentrant):
+    batch, results = ids(), []
+    for checkpointing in (False, True):
+        model = load(checkpoint, "nf4")
+        if checkpointing:
+            model = peft.prepare_model_for_kbit_training(
+                model, gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+            )
+        torch.manual_seed(0)
+        inject(model, LoraConfig(**OPTIONS, init_lora_weights=False))
+        results.append(train(model, batch))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_conv1d_of_gpt2(tmp_path):
+    """Transformers quantises the transpose of GPT-2's weights; the plain checkpoint has them as they were."""
+    config = transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=64, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    model = inject(
+        load(tmp_path / "base", "nf4"),
+        LoraConfig(r=4, target_modules=["c_attn"], enable_lora={"c_attn": (True, False, True)}),
+    )
+    batch = ids()
+    train(model, batch)
+    model.eval()
+    with torch.no_grad():
+        y = model(batch).logits
+    merge_and_unload(model, dequantize=True).save_pretrained(tmp_path / "plain")
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+        assert type(plain.transformer.h[0].attn.c_attn).__name__ == "Conv1D"
+        torch.testing.assert_close(plain(batch).logits, y, rtol=1e-3, atol=1e-4)
+
+
+def test_all_linear_leaves_the_head_out(checkpoint):
+    model = inject(load(checkpoint, "nf4"), LoraConfig(r=4, target_modules="all-linear"))
+    assert len(dict(lora_ext.adapters.lora_modules(model))) == 2 * 7

@@ -1,0 +1,101 @@
+"""Layers and models with quantised weights, one for each format that runs on this machine."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import bitsandbytes
+import torch
+from torch import Tensor, nn
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from torchao.quantization import (
+        Float8WeightOnlyConfig,
+        Int8WeightOnlyConfig,
+        IntxWeightOnlyConfig,
+        PerGroup,
+        quantize_,
+    )
+
+from lora_ext.quantized import quantized_weight
+
+
+def _bitsandbytes_4bit(quant_type: str, double: bool) -> Callable[[nn.Linear], nn.Module]:
+    def make(linear: nn.Linear) -> nn.Module:
+        layer = bitsandbytes.nn.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            compute_dtype=linear.weight.dtype,
+            compress_statistics=double,
+            quant_type=quant_type,
+        ).to(linear.weight.dtype)
+        layer.load_state_dict(linear.state_dict())
+        return layer.to(linear.weight.device)  # this quantises
+
+    return make
+
+
+def _bitsandbytes_8bit(linear: nn.Linear) -> nn.Module:
+    layer = bitsandbytes.nn.Linear8bitLt(
+        linear.in_features, linear.out_features, bias=linear.bias is not None, has_fp16_weights=False, threshold=6.0
+    )
+    layer.load_state_dict(linear.state_dict())
+    return layer.to(linear.weight.device)
+
+
+def _torchao(config: Callable[[], object]) -> Callable[[nn.Linear], nn.Module]:
+    def make(linear: nn.Linear) -> nn.Module:
+        layer = copy.deepcopy(linear)
+        quantize_(layer, config())
+        return layer.requires_grad_(False)
+
+    return make
+
+
+QUANTIZE: dict[str, Callable[[nn.Linear], nn.Module]] = {
+    "nf4": _bitsandbytes_4bit("nf4", False),
+    "nf4-double": _bitsandbytes_4bit("nf4", True),
+    "fp4": _bitsandbytes_4bit("fp4", False),
+    "int8": _bitsandbytes_8bit,
+    "torchao-int8": _torchao(Int8WeightOnlyConfig),
+    "torchao-int8-group": _torchao(lambda: Int8WeightOnlyConfig(granularity=PerGroup(32), group_size=None)),
+    "torchao-int4": _torchao(lambda: IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))),
+    "torchao-float8": _torchao(Float8WeightOnlyConfig),
+}
+"""Functions that quantise an ``nn.Linear``, by format; the argument is unchanged."""
+
+
+def quantized_copy(model: nn.Module, format: str, skip: tuple[str, ...] = ()) -> nn.Module:
+    """A copy of ``model`` with every linear layer quantised, except those whose name is in ``skip``."""
+    model = copy.deepcopy(model)
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Linear and path.rpartition(".")[2] not in skip:
+            model.set_submodule(path, QUANTIZE[format](module))
+    return model
+
+
+def stored(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the bytes of all quantised weights in ``model``."""
+    return {
+        f"{path}:{name}": tensor.detach().contiguous().clone().view(-1).view(torch.uint8)
+        for path, module in model.named_modules()
+        if (weight := quantized_weight(module)) is not None
+        for name, tensor in weight.stored().items()
+    }
+
+
+@contextmanager
+def unchanged_bytes(model: nn.Module) -> Iterator[None]:
+    """Checks that the block leaves every byte of the quantised weights as it was."""
+    before = stored(model)
+    assert before
+    yield
+    after = stored(model)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
