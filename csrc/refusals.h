@@ -50,6 +50,18 @@ inline constexpr Refusal kMaskTooLarge{"mask_too_large", kValueError,
 inline constexpr Refusal kLength{"length", kValueError, "{} has {} entries, want {}"};
 inline constexpr Refusal kOtherLength{"other_length", kValueError, "{} has {} entries but weights has {}"};
 
+// Groups.
+inline constexpr Refusal kEmptyList{"empty_list", kValueError, "{} is empty, want at least one"};
+inline constexpr Refusal kOtherDimensions{"other_dimensions", kValueError,
+                                          "{} has shape {} but {} has {}: want a stack of each, or a matrix of each"};
+inline constexpr Refusal kSlots{"slots", kValueError, "{} has {} slots but {} has {}"};
+inline constexpr Refusal kLengthLike{"length_like", kValueError, "{} has {} entries but {} has {}"};
+inline constexpr Refusal kWantedDtype{"wanted_dtype", kTypeError, "{} has dtype {}, want {}"};
+inline constexpr Refusal kGroupOfRow{"group_of_row", kValueError,
+                                     "group_of_row has shape {} but {} has {}: want its first dimensions"};
+inline constexpr Refusal kGroupNumbers{"group_numbers", kValueError,
+                                       "{} has shape {}, want {}: a number for each group"};
+
 // Backwards.
 inline constexpr Refusal kNotSaved{"not_saved", kValueError, "{} is wanted but {} is None"};
 inline constexpr Refusal kNoMask{"no_mask", kValueError, "dropout_p is {} but mask is None"};
@@ -67,17 +79,23 @@ inline constexpr Refusal kRowStride{"row_stride", kValueError, "{} has row strid
 inline constexpr Refusal kMergeSize{"merge_size", kValueError, "{} has shape {}, want at most 2**30 rows and columns"};
 inline constexpr Refusal kInt16Vector{"int16_vector", kValueError, "{} must be an int16 vector, contiguous"};
 
-// Compiled ops only: fake kernels have no memory to compare.
+// Compiled ops only: fake kernels have no values to read, and no memory to compare.
+inline constexpr Refusal kGroup{"group", kValueError, "group_of_row{} is {}, want -1 (none) to {}"};
+inline constexpr Refusal kGroupRank{"group_rank", kValueError, "ranks[{}] is {}, want 0 to {}, the rank of {}"};
+inline constexpr Refusal kGroupScaling{"group_scaling", kValueError, "scalings[{}] is {}, want a finite number"};
 inline constexpr Refusal kSharedMemory{
     "shared_memory", kValueError, "{} shares memory with {}, which would change with it; pass a clone of one of them"};
 
 inline constexpr const Refusal* kAll[] = {
-    &kMissingTensor, &kDevice,     &kDimensions,        &kNoDimension, &kShape,        &kOtherShape,
-    &kLeadingShape,  &kNumTokens,  &kFeatures,          &kRank,        &kNoRank,       &kNotContiguous,
-    &kDtype,         &kOtherDtype, &kAccumulationDtype, &kNotFinite,   &kNegative,     &kDropout,
-    &kSeed,          &kNoSeed,     &kMaskTooLarge,      &kLength,      &kOtherLength,  &kNotSaved,
-    &kNoMask,        &kSavedXa,    &kContiguousMatrix,  &kNoWeights,   &kMergeLengths, &kMergeDtypes,
-    &kColumnStride,  &kRowStride,  &kMergeSize,         &kInt16Vector, &kSharedMemory,
+    &kMissingTensor, &kDevice,           &kDimensions,   &kNoDimension,  &kShape,
+    &kOtherShape,    &kLeadingShape,     &kNumTokens,    &kFeatures,     &kRank,
+    &kNoRank,        &kNotContiguous,    &kDtype,        &kOtherDtype,   &kAccumulationDtype,
+    &kNotFinite,     &kNegative,         &kDropout,      &kEmptyList,    &kOtherDimensions,
+    &kSlots,         &kLengthLike,       &kWantedDtype,  &kGroupOfRow,   &kGroupNumbers,
+    &kGroup,         &kGroupRank,        &kGroupScaling, &kSeed,         &kNoSeed,
+    &kMaskTooLarge,  &kLength,           &kOtherLength,  &kNotSaved,     &kNoMask,
+    &kSavedXa,       &kContiguousMatrix, &kNoWeights,    &kMergeLengths, &kMergeDtypes,
+    &kColumnStride,  &kRowStride,        &kMergeSize,    &kInt16Vector,  &kSharedMemory,
 };
 
 }  // namespace lora_ext::refusals

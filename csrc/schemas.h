@@ -44,6 +44,30 @@ inline constexpr char kLoraDeltaBackward[] =
     "float scaling, float dropout_p, bool[3] output_mask) "
     "-> (Tensor? grad_x, Tensor? grad_lora_A, Tensor? grad_lora_B)";
 
+// lora_delta_ with an adapter for each row: y[i] += scalings[g] * dropout(x)[i] @ A_g^T @ B_g^T for g =
+// group_of_row[i]; -1 adds nothing. Groups are the matrices of lora_As and lora_Bs, counted through both lists: an
+// entry is one matrix
+// ([rank, in_features] and [out_features, rank]), or a stack of them ([slots, ...]).
+// - One matrix per entry serves adapters that are parameters of their own: their gradients are, too, and nothing is
+//   copied into a pool. A stack serves a pool of slots in shared storage, and experts: its slots, ranks and scalings
+//   change in place without another graph, capture or address; it costs no time per slot. A pool grows by a stack.
+// - ranks int64 [groups], optional: a group's rank, where it is below its matrices'. 0 adds nothing.
+// - scalings float64 [groups]. Both are tensors so that a graph does not contain their values. float64: the products
+//   with 1 / (1 - p) round once, as in lora_delta_.
+// - group_of_row int64, with the first dimensions of x: [batch] for x [batch, sequence, in_features]. It is per row
+//   rather than offsets of segments because rows arrive unsorted, and torch.repeat_interleave makes it from offsets.
+// xa [num_tokens, largest rank of the matrices], zero beyond a row's rank. The mask is lora_delta_'s for all of x.
+inline constexpr char kLoraGrouped[] =
+    "lora_grouped_(Tensor(a!) y, Tensor x, Tensor[] lora_As, Tensor[] lora_Bs, Tensor group_of_row, Tensor scalings, "
+    "Tensor? ranks=None, float dropout_p=0.0, Tensor? seed=None) -> (Tensor xa, Tensor mask)";
+
+// output_mask: grad_x, then grad_lora_A of each entry, then grad_lora_B of each entry. The lists have the wanted ones,
+// in order. The gradient of a group without rows, or beyond its rank, is zero.
+inline constexpr char kLoraGroupedBackward[] =
+    "lora_grouped_backward(Tensor grad_y, Tensor? x, Tensor[] lora_As, Tensor[] lora_Bs, Tensor group_of_row, "
+    "Tensor scalings, Tensor? ranks, Tensor? xa, Tensor? mask, float dropout_p, bool[] output_mask) "
+    "-> (Tensor? grad_x, Tensor[] grad_lora_As, Tensor[] grad_lora_Bs)";
+
 // The two products of an adapter as separate ops, for adapters with something between them:
 // lora_ext/_ops/bottleneck.py. xa = x @ lora_A^T [..., rank] in the accumulation dtype; y = base + xa @ lora_B^T +
 // bias, in base's dtype and shape.
@@ -90,10 +114,11 @@ inline constexpr char kLoraDropoutMask[] =
     "lora_dropout_mask(Tensor seed, SymInt num_tokens, SymInt in_features, float dropout_p) -> Tensor";
 
 inline constexpr const char* kAll[] = {
-    kLoraLinear,         kLoraLinearBackward, kLoraLinearSiblings, kLoraLinearSiblingsBackward,
-    kLoraDelta,          kLoraDeltaBackward,  kLoraShrink,         kLoraExpand,
-    kLoraShrinkBackward, kLoraExpandBackward, kLoraMerge,          kLoraUnmerge,
-    kLoraMergeRecord,    kLoraMergePlan,      kLoraMergePlanned,   kLoraDropoutMask,
+    kLoraLinear,       kLoraLinearBackward, kLoraLinearSiblings, kLoraLinearSiblingsBackward,
+    kLoraDelta,        kLoraDeltaBackward,  kLoraGrouped,        kLoraGroupedBackward,
+    kLoraShrink,       kLoraExpand,         kLoraShrinkBackward, kLoraExpandBackward,
+    kLoraMerge,        kLoraUnmerge,        kLoraMergeRecord,    kLoraMergePlan,
+    kLoraMergePlanned, kLoraDropoutMask,
 };
 
 }  // namespace lora_ext::schemas

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_ext._ops import checks, composite, linear, refusals
+from lora_ext._ops import checks, checks_grouped, composite, linear, refusals
 from lora_ext._ops.bottleneck import bottleneck
 from lora_ext._ops.in_place import check_inference, count_change
 from lora_ext._ops.nested import by_values
@@ -18,6 +18,7 @@ __all__ = [
     "bottleneck",
     "draw_seed",
     "lora_delta_",
+    "lora_grouped_",
     "lora_linear",
     "lora_linear_siblings",
     "lora_merge_",
@@ -172,6 +173,95 @@ def plus_lora_delta(
     x_dropped = composite.dropped(_cast_to(y, x), dropout_p, _drawn(x, dropout_p, seed))
     xa = composite.scale(scaling, dropout_p) * torch.ops.lora_ext.lora_shrink(x_dropped, lora_A)
     return torch.ops.lora_ext.lora_expand(y, xa, lora_B)
+
+
+def lora_grouped_(
+    y: Tensor,
+    x: Tensor,
+    lora_As: Tensor | Sequence[Tensor],
+    lora_Bs: Tensor | Sequence[Tensor],
+    group_of_row: Tensor,
+    scalings: Tensor | Sequence[float],
+    ranks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Adds to each row of ``y`` the update of the adapter that the row chooses, in place.
+
+    ``y[i] += scalings[g] * dropout(x)[i] @ A[g].T @ B[g].T`` with ``g = group_of_row[i]``; nothing where ``g`` is -1.
+
+    One call serves a batch whose rows belong to different adapters, or tokens that a router sends to experts. Rows may
+    choose in any order and any number of them the same group. The rows of a group are processed together, and each
+    chosen factor is read once.
+
+    Args:
+        y: ``[..., out_features]``, contiguous, float64, float32, bfloat16 or float16; changed in place as by
+            :func:`lora_delta_`.
+        x: ``[..., in_features]``, the same leading dimensions, dtype and device as ``y``; any strides. Under autocast
+            it is cast to the dtype that the base layer returned.
+        lora_As: The groups' ``lora_A``. A list whose entries are matrices ``[r, in_features]``, each a group, or stacks
+            ``[slots, r, in_features]``, each as many groups as it has slots; groups are counted through the list. A
+            tensor is a list of one stack. Entries may differ in ``r``. All have one of the four dtypes; float32 factors
+            with a 16-bit ``x`` compute in float32. Entries whose last dimension is not contiguous are copied.
+        lora_Bs: The groups' ``lora_B``, entry by entry: ``[out_features, r]`` or ``[slots, out_features, r]``, dtype of
+            ``lora_As``.
+        group_of_row: int64, the group of each row, or -1. Its shape is that of the first dimensions of ``x``: for
+            ``x [batch, sequence, in_features]``, ``[batch, sequence]``, or ``[batch]`` if all tokens of a sequence
+            choose the same, or ``[]`` if all rows do. ``torch.repeat_interleave`` makes it from the lengths of segments.
+        scalings: For each group, any finite number: float64 ``[groups]`` on ``x``'s device, or a sequence of numbers.
+        ranks: For each group the number of its ranks that are used, int64 ``[groups]``; None: all. With 0, a group adds
+            nothing. It lets slots of one size hold adapters of different ranks.
+        dropout_p: probability that an element of the adapters' input is zeroed, in [0, 1); quantised to 2**-16.
+        seed: int64 tensor of one element on ``x``'s device; names the dropout mask: that of :func:`lora_delta_` for all
+            of ``x``, whichever groups its rows choose. Drawn from the default generator when None.
+
+    Returns:
+        ``y``. The sum is taken in float32 (float64 for float64) and rounded once.
+
+        Gradients flow to ``y``, ``x`` and the factors; ``scalings`` has none. The gradient of a factor, or of a slot,
+        that no row chooses is zero. Sums have a fixed order: the same bits in every run, with any number of threads. On
+        the CPU, ``y`` and the gradient of ``x`` have the bits of :func:`lora_delta_` on the same rows, and so have the
+        gradients of the factors of groups of at most 32 rows; those of larger groups are sums in another order.
+
+    Raises:
+        ValueError, TypeError: naming the argument and both values. Of ``scalings`` and ``ranks``, only the values of
+            chosen groups are checked.
+        RuntimeError: as for :func:`lora_delta_`; or the device has no kernels.
+        torch.OutOfMemoryError: memory is short.
+
+        ``y`` is unchanged after an error.
+    """
+    lora_As = [lora_As] if isinstance(lora_As, Tensor) else lora_As
+    lora_Bs = [lora_Bs] if isinstance(lora_Bs, Tensor) else lora_Bs
+    if torch.compiler.is_compiling():
+        groups = group_of_row, _as_numbers(x, scalings), ranks, dropout_p, _drawn(x, dropout_p, seed)
+        torch.ops.lora_ext.lora_grouped_(y, _cast_to(y, x), lora_As, lora_Bs, *groups)
+        return y
+    try:
+        scalings = _as_numbers(x, scalings)
+        if dropout_p > 0.0 and seed is None:
+            seed = draw_seed(x.device)
+        if x.dtype != y.dtype:
+            x = _cast_to(y, x)
+        check_inference("lora_grouped_", "y", y)
+        torch.ops.lora_ext.lora_grouped_.default(
+            y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, dropout_p, seed
+        )
+        if torch.is_inference_mode_enabled() and not y.is_inference():  # as in lora_delta_
+            count_change(y)
+    except refusals.UNEXPLAINED as error:
+        arguments = {"y": y, "x": x, "lora_As": lora_As, "lora_Bs": lora_Bs, "group_of_row": group_of_row}
+        arguments |= {"scalings": scalings, "ranks": ranks, "dropout_p": dropout_p, "seed": seed}
+        refusals.explain(error, lora_grouped_, arguments, checks_grouped.check_lora_grouped)
+        raise
+    return y
+
+
+def _as_numbers(x: Tensor, scalings: Tensor | Sequence[float]) -> Tensor:
+    """Returns the scalings of groups as the op takes them. Anything else than a list is left for the op to refuse."""
+    if not isinstance(scalings, (list, tuple)):
+        return scalings
+    return torch.tensor(scalings, dtype=torch.float64, device=x.device)
 
 
 def _cast_to(y: Tensor, x: Tensor) -> Tensor:

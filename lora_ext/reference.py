@@ -105,6 +105,42 @@ def lora_linear_siblings(
     return [lora_linear(x, *layer, dropout_p, seed) for layer in layers]
 
 
+def lora_grouped(
+    x: Tensor,
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    group_of_row: Tensor,
+    scalings: Tensor,
+    ranks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """What ``lora_grouped_`` adds to y, a row at a time: :func:`lora_delta` of each row's factors, with one mask."""
+    pairs = [
+        pair
+        for A, B in zip(lora_As, lora_Bs, strict=True)
+        for pair in (zip(A, B, strict=True) if A.dim() == 3 else [(A, B)])
+    ]
+    rows = x.reshape(-1, x.shape[-1])
+    if threshold := dropout_threshold(dropout_p):
+        assert seed is not None
+        keep = dropout_keep(int(seed), *rows.shape, dropout_p).to(x.device)
+        rows = rows * keep * (65536.0 / (65536.0 - threshold))
+    group_of_token = group_of_row.reshape(-1).repeat_interleave(len(rows) // max(group_of_row.numel(), 1))
+    updates = []
+    for row, group in zip(rows, group_of_token.tolist(), strict=True):
+        if group < 0:
+            updates.append(row.new_zeros(lora_Bs[0].shape[-2]))
+            continue
+        A, B = pairs[group]
+        rank = len(A) if ranks is None else int(ranks[group])
+        updates.append(lora_delta(row, A[:rank], B[:, :rank], float(scalings[group])))
+    if not updates:
+        return x.new_zeros(*x.shape[:-1], lora_Bs[0].shape[-2])
+    wide = torch.promote_types(x.dtype, lora_As[0].dtype)
+    return torch.stack([update.to(wide) for update in updates]).reshape(*x.shape[:-1], -1)
+
+
 def bottleneck(
     x: Tensor,
     down_weight: Tensor,

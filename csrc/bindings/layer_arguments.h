@@ -75,6 +75,15 @@ inline void check_bias(const ArgumentName& name, const Tensor& bias, int64_t out
   refuse<refusals::kShape>(name, sizes_text(bias.sizes()), sizes_text(std::initializer_list<int64_t>{out_features}));
 }
 
+// tensor has the tokens of like: the same dimensions, except the last.
+inline void check_leading_shape(const ArgumentName& name, const Tensor& tensor, const ArgumentName& like_name,
+                                const Tensor& like) {
+  bool same_tokens = tensor.dim() == like.dim();
+  for (int64_t i = 0; same_tokens && i + 1 < like.dim(); ++i) same_tokens = tensor.size(i) == like.size(i);
+  if (same_tokens) return;
+  refuse<refusals::kLeadingShape>(name, sizes_text(tensor.sizes()), like_name, sizes_text(like.sizes()));
+}
+
 // An adapter next to a base layer of any kind: tensor, y or grad_y, is [..., out_features]. x, if it is given, is [...,
 // in_features] with the leading dimensions and the dtype of tensor.
 inline void check_delta(const ArgumentName& name, const Tensor& tensor, const Tensor* x, const Tensor& lora_A,
@@ -89,11 +98,7 @@ inline void check_delta(const ArgumentName& name, const Tensor& tensor, const Te
   check_dtype(name, tensor);
   check_num_features(name, tensor, B_name, lora_B.size(0), "out_features");
   if (!x) return;
-  bool same_tokens = x->dim() == tensor.dim();
-  for (int64_t i = 0; same_tokens && i + 1 < tensor.dim(); ++i) same_tokens = x->size(i) == tensor.size(i);
-  if (!same_tokens) {
-    refuse<refusals::kLeadingShape>("x", sizes_text(x->sizes()), name, sizes_text(tensor.sizes()));
-  }
+  check_leading_shape({"x"}, *x, name, tensor);
   check_num_features({"x"}, *x, A_name, lora_A.size(1), "in_features");
   check_same_dtype({"x"}, *x, name, tensor);
 }

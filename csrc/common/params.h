@@ -110,4 +110,41 @@ struct LoraBackwardParams {
   LoraShrinkBackwardParams shrink;
 };
 
+// Groups: rows of x that share an adapter. The parameters of a call, then those of one of its groups.
+struct LoraGroupedForwardParams {
+  int64_t in_features, out_features, max_rank;
+  const void* x;                  // [num_tokens, in_features], dtype
+  const int64_t* seed = nullptr;  // [1], where there is dropout
+  void* y;                        // [num_tokens, out_features], contiguous, dtype; added to in place
+  void* xa;                       // [num_tokens, max_rank], contiguous, acc; zero beyond a row's rank
+  uint8_t* mask = nullptr;        // [num_tokens, mask_row_bytes(in_features)], written where there is dropout
+  int64_t x_stride;
+  DType dtype, factor_dtype;
+  uint32_t threshold = 0;
+};
+
+struct LoraGroupedBackwardParams {
+  int64_t in_features, out_features, max_rank;
+  const void* grad_y;             // [num_tokens, out_features], dtype
+  const void* x = nullptr;        // [num_tokens, in_features], dtype; read for grad_lora_A only
+  const void* xa = nullptr;       // [num_tokens, max_rank], contiguous, acc; read for grad_lora_B only
+  const uint8_t* mask = nullptr;  // [num_tokens, mask_row_bytes(in_features)], where there is dropout
+  void* grad_x = nullptr;         // [num_tokens, in_features], contiguous, dtype, where it is wanted
+  int64_t grad_y_stride, x_stride = 0;
+  DType dtype, factor_dtype;
+  bool wants_grad_x, has_dropout = false;
+};
+
+struct LoraGroup {
+  int64_t rank;        // at least 1
+  const void* lora_A;  // [rank, in_features], rows A_stride apart, factor_dtype
+  const void* lora_B;  // [out_features, rank], rows B_stride apart, factor_dtype
+  int64_t A_stride, B_stride;
+  double scale;                 // scaling / (1 - p)
+  void* grad_lora_A = nullptr;  // [rank, in_features], contiguous, factor_dtype, where it is wanted
+  void* grad_lora_B = nullptr;  // [out_features, rank], rows grad_B_stride apart, factor_dtype, where it is wanted
+  int64_t grad_B_stride = 0;
+  bool wants_grad_A = false, wants_grad_B = false;
+};
+
 }  // namespace lora_ext

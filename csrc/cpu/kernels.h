@@ -38,6 +38,29 @@ struct Workspace {
   void* grad_B_t[kMaxSiblings];  // [num_chunks, rank, padded_columns(out_features)] each
 };
 
+// Groups of rows with adapters of their own. A thread processes a panel of a group's rows together, so that each factor
+// is packed once for all of them; a group is split into items for several threads only if it is large.
+constexpr int64_t kPanelBlocks = 8;
+constexpr int64_t kPanelRows = kPanelBlocks * kBlockRows;
+constexpr int64_t kPackedCols = 256;  // columns of a factor that are packed together: they stay in the cache
+
+// Scratch memory of one thread, 64-byte aligned; sizes in elements of the accumulation dtype, for the largest rank.
+struct GroupedScratch {
+  void* sums;         // [kPanelRows, max_padded_ranks]: xa or grad_xa
+  void* saved_xa;     // [kPanelRows, rank]
+  void* along_ranks;  // [kPanelBlocks, block_lanes]: the operands of sums over ranks
+  void* along_rows;   // [2, kPanelBlocks, block_lanes]: those of sums over rows, xa and grad_xa
+  void* packed;       // [kPackedCols, max_padded_ranks]: a piece of a factor
+};
+
+// Rows of one group, as positions in x; and where their sums for the factors' gradients go.
+struct GroupRows {
+  const int64_t* at;  // [count]
+  int64_t count;
+  void* grad_A = nullptr;    // [rank, padded_columns(in_features)], acc
+  void* grad_B_t = nullptr;  // [rank, padded_columns(out_features)], acc
+};
+
 constexpr int64_t kMostFewTokens = 32;
 
 // Number of tokens after padding to what a kernel processes together; padding tokens are zero.
@@ -121,6 +144,15 @@ struct Kernels {
                         int64_t end);
   void (*reduce_grad_B)(const LoraExpandBackwardParams&, const Workspace&, int64_t num_chunks, int64_t begin,
                         int64_t end);
+
+  // Rows of one group. The backward writes grad_x, and overwrites the sums of GroupRows.
+  void (*grouped_forward)(const LoraGroupedForwardParams&, const LoraGroup&, const GroupRows&, const GroupedScratch&);
+  void (*grouped_backward)(const LoraGroupedBackwardParams&, const LoraGroup&, const GroupRows&, const GroupedScratch&);
+
+  // Sums a group's `num_items` sums, in order, into its gradients. They follow each other in memory from those of
+  // `first` on, *_step elements apart.
+  void (*reduce_group)(const LoraGroupedBackwardParams&, const LoraGroup&, const GroupRows& first, int64_t num_items,
+                       int64_t A_step, int64_t B_step);
 
   // Largest number of tokens for which weights are streamed, for these dtypes of the tokens and the factors.
   int64_t (*few_tokens)(DType dtype, DType factor_dtype);

@@ -22,7 +22,7 @@ FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_SIBLINGS = 8  # csrc/common/params.h
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -78,10 +78,16 @@ def check_num_features(op: str, name: str, tensor: Tensor, like_name: str, featu
         raise refusal(op, "features", like_name, features_name, features, name, tensor.shape[-1])
 
 
+def check_leading_shape(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    """``tensor`` has the tokens of ``like``: the same dimensions, except the last."""
+    if tensor.dim() != like.dim() or tensor.shape[:-1] != like.shape[:-1]:
+        raise refusal(op, "leading_shape", name, list(tensor.shape), like_name, list(like.shape))
+
+
 def check_accumulation_dtype(op: str, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     acc = accumulation_dtype(dtype)
     if tensor.dtype != acc:
-        raise refusal(op, "accumulation_dtype", name, _name(tensor.dtype), _name(acc))
+        raise refusal(op, "accumulation_dtype", name, dtype_name(tensor.dtype), dtype_name(acc))
 
 
 def is_contiguous(tensor: Tensor) -> bool:
@@ -91,7 +97,7 @@ def is_contiguous(tensor: Tensor) -> bool:
 
 def check_contiguous_matrix(op: str, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     if tensor.dtype != dtype or tuple(tensor.shape) != shape or not is_contiguous(tensor):
-        raise refusal(op, "contiguous_matrix", name, _name(dtype), list(shape))
+        raise refusal(op, "contiguous_matrix", name, dtype_name(dtype), list(shape))
 
 
 def check_bias(op: str, name: str, bias: Tensor, out_features: int) -> None:
@@ -101,12 +107,12 @@ def check_bias(op: str, name: str, bias: Tensor, out_features: int) -> None:
 
 def check_same_dtype(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     if tensor.dtype != like.dtype:
-        raise refusal(op, "other_dtype", name, _name(tensor.dtype), like_name, _name(like.dtype))
+        raise refusal(op, "other_dtype", name, dtype_name(tensor.dtype), like_name, dtype_name(like.dtype))
 
 
 def check_floating(op: str, name: str, tensor: Tensor) -> None:
     if tensor.dtype not in FLOATING:
-        raise refusal(op, "dtype", name, _name(tensor.dtype))
+        raise refusal(op, "dtype", name, dtype_name(tensor.dtype))
 
 
 def argument_name(name: str, index: int | None) -> str:
@@ -141,10 +147,10 @@ def _check_layer(
 
 def _check_seed(op: str, seed: Tensor) -> None:
     if seed.dtype != torch.int64 or seed.numel() != 1:
-        raise refusal(op, "seed", _name(seed.dtype), list(seed.shape))
+        raise refusal(op, "seed", dtype_name(seed.dtype), list(seed.shape))
 
 
-def _check_dropout_and_seed(op: str, dropout_p: float, seed: Tensor | None) -> None:
+def check_dropout_and_seed(op: str, dropout_p: float, seed: Tensor | None) -> None:
     check_dropout(op, dropout_p)
     if dropout_p > 0.0:
         if seed is None:
@@ -191,7 +197,7 @@ def check_lora_linear(
 ) -> None:
     op = "lora_linear"
     _check_layer(op, x, weight, bias, lora_A, lora_B, scaling)
-    _check_dropout_and_seed(op, dropout_p, seed)
+    check_dropout_and_seed(op, dropout_p, seed)
 
 
 def check_delta(
@@ -207,8 +213,7 @@ def check_delta(
     check_num_features(op, name, tensor, "lora_B", lora_B.shape[0], "out_features")
     if x is None:
         return
-    if x.dim() != tensor.dim() or x.shape[:-1] != tensor.shape[:-1]:
-        raise refusal(op, "leading_shape", "x", list(x.shape), name, list(tensor.shape))
+    check_leading_shape(op, "x", x, name, tensor)
     check_num_features(op, "x", x, "lora_A", lora_A.shape[1], "in_features")
     check_same_dtype(op, "x", x, name, tensor)
 
@@ -224,7 +229,7 @@ def check_lora_delta(
 ) -> None:
     op = "lora_delta_"
     check_delta(op, "y", y, x, lora_A, lora_B, scaling)
-    _check_dropout_and_seed(op, dropout_p, seed)
+    check_dropout_and_seed(op, dropout_p, seed)
     if not is_contiguous(y):
         raise refusal(op, "not_contiguous", "y", list(y.stride()))
 
@@ -254,7 +259,7 @@ def check_bottleneck(
     if base.shape[:-1] != x.shape[:-1]:
         raise refusal(op, "leading_shape", "residual", list(base.shape), "x", list(x.shape))
     if accumulation_dtype(base.dtype) != accumulation_dtype(x.dtype):
-        raise refusal(op, "other_dtype", "residual", _name(base.dtype), "x", _name(x.dtype))
+        raise refusal(op, "other_dtype", "residual", dtype_name(base.dtype), "x", dtype_name(x.dtype))
     for name, bias, size in (("down_bias", down_bias, len(down_weight)), ("up_bias", up_bias, len(up_weight))):
         if bias is None:
             continue
@@ -289,7 +294,7 @@ def check_lora_linear_siblings(
     for i, layer in enumerate(zip(weights, biases, lora_As, lora_Bs, scalings, strict=True)):
         _check_layer(op, x, *layer, index=i)
         check_same_dtype(op, f"lora_As[{i}]", lora_As[i], "lora_As[0]", lora_As[0])
-    _check_dropout_and_seed(op, dropout_p, seed)
+    check_dropout_and_seed(op, dropout_p, seed)
 
 
 # --- merging ----------------------------------------------------------------------------------------------------------
@@ -336,7 +341,7 @@ def check_merge(op: str, weights: Sequence[Tensor], lora_As: Sequence[Tensor], l
     for i, (weight, A, B) in enumerate(zip(weights, lora_As, lora_Bs, strict=True)):
         check_merge_layer(op, weight, A, B, i)
         if weight.dtype != weights[0].dtype:
-            dtypes = _name(weight.dtype), _name(weights[0].dtype)
+            dtypes = dtype_name(weight.dtype), dtype_name(weights[0].dtype)
             raise refusal(op, "merge_dtypes", f"weights[{i}]", dtypes[0], "weights[0]", dtypes[1])
         check_accumulation_dtype(op, f"lora_As[{i}]", A, weight.dtype)
 

@@ -82,12 +82,12 @@ def check_lora_delta_backward(
     output_mask: Sequence[bool],
 ) -> None:
     op = "lora_delta_backward"
-    _check_output_mask(op, output_mask, 3)
-    _check_is_there(op, "x", x, output_mask[1], "grad_lora_A")
+    check_output_mask(op, output_mask, 3)
+    check_is_there(op, "x", x, output_mask[1], "grad_lora_A")
     check_delta(op, "grad_y", grad_y, x if output_mask[1] else None, lora_A, lora_B, scaling)
     check_dropout(op, dropout_p)
     sizes = count_tokens(grad_y), lora_A.shape[1], lora_A.shape[0]
-    _check_saved(op, xa, mask, grad_y.dtype, sizes, dropout_p, output_mask, "rank")
+    check_saved(op, xa, mask, grad_y.dtype, sizes, dropout_p, output_mask, "rank")
 
 
 def _check_backward(
@@ -117,14 +117,14 @@ def _check_backward(
         _check_tokens(op, named("grad_y", i), grad_y, named("weight", i), weight, weight.shape[0], "out_features")
         _check_num_tokens(op, named("grad_y", i), grad_y, named("grad_y", 0), num_tokens)
     check_dropout(op, dropout_p)
-    _check_output_mask(op, output_mask, 3)
+    check_output_mask(op, output_mask, 3)
     in_features = first_weight.shape[1]
-    _check_is_there(op, "x", x, output_mask[1], "grad_lora_A")
+    check_is_there(op, "x", x, output_mask[1], "grad_lora_A")
     if output_mask[1]:
         _check_tokens(op, "x", x, named("weight", 0), first_weight, in_features, "in_features")
         _check_num_tokens(op, "x", x, named("grad_y", 0), num_tokens)
     sizes = num_tokens, in_features, sum(lora_A.shape[0] for _, _, lora_A, _, _ in layers)
-    _check_saved(
+    check_saved(
         op, xa, mask, first_weight.dtype, sizes, dropout_p, output_mask, "total_rank" if takes_lists else "rank"
     )
 
@@ -143,17 +143,17 @@ def _check_num_tokens(op: str, name: str, tensor: Tensor, like_name: str, num_to
         raise refusal(op, "num_tokens", name, count_tokens(tensor), like_name, num_tokens)
 
 
-def _check_output_mask(op: str, output_mask: Sequence[bool], entries: int) -> None:
+def check_output_mask(op: str, output_mask: Sequence[bool], entries: int) -> None:
     if len(output_mask) != entries:
         raise refusal(op, "length", "output_mask", len(output_mask), entries)
 
 
-def _check_is_there(op: str, name: str, tensor: Tensor | None, is_read: bool, gradient: str) -> None:
+def check_is_there(op: str, name: str, tensor: Tensor | None, is_read: bool, gradient: str) -> None:
     if is_read and tensor is None:
         raise refusal(op, "not_saved", gradient, name)
 
 
-def _check_saved(
+def check_saved(
     op: str,
     xa: Tensor | None,
     mask: Tensor | None,
@@ -165,7 +165,7 @@ def _check_saved(
 ) -> None:
     """Checks xa and the mask where they are read. sizes: num_tokens, in_features, total rank; dtype: the layer's."""
     num_tokens, in_features, total_rank = sizes
-    _check_is_there(op, "xa", xa, output_mask[2], "grad_lora_B")
+    check_is_there(op, "xa", xa, output_mask[2], "grad_lora_B")
     if output_mask[2]:
         if tuple(xa.shape) != (num_tokens, total_rank):
             raise refusal(op, "saved_xa", rank_name, [num_tokens, total_rank])
@@ -198,7 +198,7 @@ def check_lora_shrink_backward(
     grad_xa: Tensor, x: Tensor, lora_A: Tensor, base: Tensor | None, output_mask: Sequence[bool]
 ) -> None:
     op = "lora_shrink_backward"
-    _check_output_mask(op, output_mask, 2)
+    check_output_mask(op, output_mask, 2)
     _check_factor(op, "lora_A", lora_A, 0)
     _check_features(op, "x", x, "lora_A", lora_A.shape[1], "in_features")
     _check_low_rank(op, "grad_xa", grad_xa, "lora_A", lora_A.shape[0], "x", x)
@@ -211,10 +211,10 @@ def check_lora_shrink_backward(
 
 def check_lora_expand_backward(grad_y: Tensor, xa: Tensor | None, lora_B: Tensor, output_mask: Sequence[bool]) -> None:
     op = "lora_expand_backward"
-    _check_output_mask(op, output_mask, 2)
+    check_output_mask(op, output_mask, 2)
     _check_factor(op, "lora_B", lora_B, 1)
     _check_features(op, "grad_y", grad_y, "lora_B", lora_B.shape[0], "out_features")
-    _check_is_there(op, "xa", xa, output_mask[1], "grad_lora_B")
+    check_is_there(op, "xa", xa, output_mask[1], "grad_lora_B")
     if xa is not None:
         _check_low_rank(op, "xa", xa, "lora_B", lora_B.shape[1], "grad_y", grad_y)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_ext._ops.checks import accumulation_dtype, count_tokens
+from lora_ext._ops.checks_grouped import largest_rank
 from lora_ext._ops.registration import rows_of
 from lora_ext.reference import dropout_threshold, unpack_mask
 
@@ -123,6 +124,80 @@ def _backward(
     return grad_x, grad_As, grad_Bs
 
 
+# --- groups: one adapter of all groups' ranks, whose xa is zero outside of a row's group ------------------------------
+
+
+def _stacked_A(lora_As: Sequence[Tensor], rank: int, dtype: torch.dtype) -> Tensor:
+    """Pads all matrices to ``rank`` and stacks them: ``[groups * rank, in_features]``."""
+    stacks = [A if A.dim() == 3 else A.unsqueeze(0) for A in lora_As]
+    return torch.cat([F.pad(A, (0, 0, 0, rank - A.shape[-2])).to(dtype) for A in stacks]).flatten(0, 1)
+
+
+def _stacked_B(lora_Bs: Sequence[Tensor], rank: int, dtype: torch.dtype) -> Tensor:
+    """Pads all matrices to ``rank`` and puts them next to each other: ``[out_features, groups * rank]``."""
+    stacks = [B if B.dim() == 3 else B.unsqueeze(0) for B in lora_Bs]
+    return torch.cat([F.pad(B, (0, rank - B.shape[-1])).to(dtype) for B in stacks]).permute(1, 0, 2).flatten(1)
+
+
+def _chosen(num_tokens: int, rank: int, group_of_row: Tensor, scalings: Tensor, ranks: Tensor | None) -> Tensor:
+    """Returns where a row's group has ranks, ``[num_tokens, groups, rank]`` as booleans."""
+    rows_per_entry = num_tokens // max(group_of_row.numel(), 1)
+    group = group_of_row.reshape(-1, 1).expand(-1, rows_per_entry).reshape(-1, 1)
+    chosen = (group == torch.arange(scalings.shape[0], device=group.device)).unsqueeze(-1)
+    ends = rank if ranks is None else ranks.unsqueeze(-1)
+    return chosen & (torch.arange(rank, device=group.device) < ends)
+
+
+def _scaled(chosen: Tensor, scalings: Tensor, dropout_p: float, dtype: torch.dtype) -> Tensor:
+    """Returns what an all-groups xa is multiplied by: ``[num_tokens, groups * rank]``."""
+    return torch.where(chosen, (scalings * scale(1.0, dropout_p)).to(dtype)[:, None], 0.0).flatten(1)
+
+
+def grouped_xa(x, lora_As, group_of_row, scalings, ranks, mask, dropout_p) -> tuple[Tensor, Tensor]:
+    """Computes xa of all groups ``[num_tokens, groups * rank]``, and of each row's group ``[num_tokens, rank]``."""
+    rows, rank = _dropped(_rows(x), mask), largest_rank(lora_As)
+    chosen = _chosen(count_tokens(x), rank, group_of_row, scalings, ranks)
+    xa = (rows @ _stacked_A(lora_As, rank, rows.dtype).T) * _scaled(chosen, scalings, dropout_p, rows.dtype)
+    return xa, xa.reshape(chosen.shape).sum(1)
+
+
+def lora_grouped_(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, dropout_p, seed):
+    mask = draw_mask(x, dropout_p, seed)
+    xa_of_all, xa = grouped_xa(x, lora_As, group_of_row, scalings, ranks, mask, dropout_p)
+    y += _update(y, xa_of_all, _stacked_B(lora_Bs, xa.shape[1], xa.dtype))
+    return xa.detach(), mask
+
+
+def lora_grouped_backward(grad_y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, xa, mask, dropout_p, output_mask):
+    want_x, *wanted = output_mask
+    want_As, want_Bs = wanted[: len(lora_As)], wanted[len(lora_As) :]
+    mask = mask if dropout_threshold(dropout_p) else None
+    rows, rank = _rows(grad_y), largest_rank(lora_As)
+    chosen = _chosen(len(rows), rank, group_of_row, scalings, ranks)
+    grad_xa = (rows @ _stacked_B(lora_Bs, rank, rows.dtype)) * _scaled(chosen, scalings, dropout_p, rows.dtype)
+    grad_x, grad_As, grad_Bs = None, [], []
+    if want_x:
+        grad_x = _dropped(grad_xa @ _stacked_A(lora_As, rank, rows.dtype), mask).to(grad_y.dtype)
+        grad_x = grad_x.reshape(*grad_y.shape[:-1], lora_As[0].shape[-1])
+    if any(want_As):
+        grad_As = _unstacked((grad_xa.T @ _dropped(_rows(x), mask)).reshape(*chosen.shape[1:], -1), lora_As, want_As)
+    if any(want_Bs):
+        xa_of_all = torch.where(chosen, xa.unsqueeze(1), 0.0).flatten(1)
+        gradient = (rows.T @ xa_of_all).reshape(-1, *chosen.shape[1:]).permute(1, 0, 2)
+        grad_Bs = _unstacked(gradient, lora_Bs, want_Bs)
+    return grad_x, grad_As, grad_Bs
+
+
+def _unstacked(gradient: Tensor, factors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
+    """Splits ``gradient [groups, ...]`` into those of the wanted entries, without padding."""
+    parts = gradient.split([len(factor) if factor.dim() == 3 else 1 for factor in factors])
+    return [
+        part.narrow(1, 0, factor.shape[-2]).narrow(2, 0, factor.shape[-1]).reshape(factor.shape).to(factor.dtype)
+        for part, factor, is_wanted in zip(parts, factors, wanted, strict=True)
+        if is_wanted
+    ]
+
+
 def lora_shrink(x, lora_A):
     return _rows(x).matmul(lora_A.to(accumulation_dtype(x.dtype)).T).reshape(*x.shape[:-1], lora_A.shape[0])
 
@@ -172,9 +247,14 @@ def xa_to_differentiate(
         return torch.cat(
             [xa_of(x, A, mask, scaling, dropout_p) for A, scaling in zip(lora_As, scalings, strict=True)], 1
         )
+    check_x_is_kept(op, want_x)
+    return xa
+
+
+def check_x_is_kept(op: str, want_x: bool) -> None:
+    """Raises RuntimeError if the gradient of a gradient needs x, which a forward with a frozen lora_A did not keep."""
     if want_x:
         raise RuntimeError(
             f"{op}: gradients of gradients (create_graph=True) need x, which is not kept while lora_A is frozen; "
             "call lora_A.requires_grad_() before the forward"
         )
-    return xa

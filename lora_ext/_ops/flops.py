@@ -34,6 +34,16 @@ def _layer_backward(
     return 2 * prod(grad_y[:-1]) * (want_x * (base + A) + want_A * A + (want_x or want_A) * B + want_B * B)
 
 
+def _largest(factors: Sequence[_Shape]) -> int:
+    """Elements of the largest matrix, of a list of matrices and stacks. Which rows choose which is not in the shapes."""
+    return max(prod(factor[-2:]) for factor in factors)
+
+
+def _grouped_backward(grad_y: _Shape, As: Sequence[_Shape], Bs: Sequence[_Shape], wanted: Sequence[bool]) -> int:
+    wanted_A, wanted_B = any(wanted[1 : 1 + len(As)]), any(wanted[1 + len(As) :])
+    return _layer_backward(grad_y, [None], [(_largest(As),)], [(_largest(Bs),)], (wanted[0], wanted_A, wanted_B))
+
+
 def _merge(weights: Sequence[_Shape], lora_As: Sequence[_Shape], *_, **__) -> int:
     return sum(2 * prod(weight) * A[0] for weight, A in zip(weights, lora_As, strict=True))
 
@@ -51,6 +61,10 @@ _FORMULAS = {
     "lora_delta_": lambda y, x, A, B, *_, **__: _layer_forward(x, [None], [A], [B]),
     "lora_delta_backward": lambda grad_y, x, A, B, xa, mask, scaling, dropout_p, wanted, **_: _layer_backward(
         grad_y, [None], [A], [B], wanted
+    ),
+    "lora_grouped_": lambda y, x, As, Bs, *_, **__: 2 * prod(x[:-1]) * (_largest(As) + _largest(Bs)),
+    "lora_grouped_backward": lambda grad_y, x, As, Bs, groups, scalings, ranks, xa, mask, p, wanted, **_: (
+        _grouped_backward(grad_y, As, Bs, wanted)
     ),
     "lora_shrink": lambda x, A, **_: 2 * prod(x[:-1]) * prod(A),
     "lora_shrink_backward": lambda grad_xa, x, A, base, wanted, **_: 2 * prod(x[:-1]) * prod(A) * sum(wanted),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import ops_backward, ops_merge  # noqa: F401  registers their makers
+from . import ops_backward, ops_grouped, ops_merge  # noqa: F401  registers their makers
 from .areas import Case
 from .choices import Choices
 from .functions import FUNCTIONS

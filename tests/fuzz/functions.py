@@ -8,7 +8,7 @@ import torch
 
 from lora_ext import functional, reference
 
-from . import ops, ops_merge
+from . import ops, ops_grouped, ops_merge
 from .calls import Call, CannotTell, Maker
 from .choices import Choices
 from .compare import WrongResult, against_formula, check_close, same_bits
@@ -60,6 +60,17 @@ def lora_delta_(choices: Choices) -> Call:
 
     values = ops.delta_values(choices)
     return Call(_function("lora_delta_"), values, oracle, changes=("y",), differentiated="[y]")
+
+
+@maker
+def lora_grouped_(choices: Choices) -> Call:
+    def oracle(before, result, after):
+        if result is not after["y"]:
+            raise WrongResult("the result is not y")
+        ops_grouped.check_grouped(_with_drawn_seed(before), result, after)
+
+    values = ops_grouped.grouped_values(choices)
+    return Call(_function("lora_grouped_"), values, oracle, changes=("y",), differentiated="[y]")
 
 
 def _with_drawn_seed(before: dict) -> dict:

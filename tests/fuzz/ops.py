@@ -69,7 +69,7 @@ def layer_sizes(choices: Choices) -> tuple[tuple[int, ...], int, int, int]:
 count = math.prod
 
 
-def _dropout(choices: Choices) -> dict[str, Value]:
+def dropout(choices: Choices) -> dict[str, Value]:
     p = choices.pick(PROBABILITIES) if choices.chance(40) else 0.0
     shape = choices.pick(("()", "(1,)", "(1, 1)"))
     seed = f"torch.full({shape}, {choices.pick(SEEDS)}, dtype=torch.int64)"
@@ -113,7 +113,7 @@ def linear_values(choices: Choices) -> dict[str, Value]:
         "lora_A": tensor(choices, (rank, size_in), factors),
         "lora_B": tensor(choices, (size_out, rank), factors),
         "scaling": literal(choices.pick(SCALINGS)),
-        **_dropout(choices),
+        **dropout(choices),
     }
     with_history(choices, values, ("x", "weight", "bias", "lora_A", "lora_B"))
     return values
@@ -173,7 +173,7 @@ def siblings_values(choices: Choices) -> dict[str, Value]:
         "lora_As": ListValue([tensor(choices, (rank, size_in), factors) for _, rank in layers]),
         "lora_Bs": ListValue([tensor(choices, (out, rank), factors) for out, rank in layers]),
         "scalings": ListValue([literal(choices.pick(SCALINGS)) for _ in layers]),
-        **_dropout(choices),
+        **dropout(choices),
     }
     with_history(choices, values, ("x", "weights", "biases", "lora_As", "lora_Bs"))
     return values
@@ -205,7 +205,7 @@ def delta_values(choices: Choices) -> dict[str, Value]:
         "lora_A": tensor(choices, (rank, size_in), factors),
         "lora_B": tensor(choices, (size_out, rank), factors),
         "scaling": literal(choices.pick((*SCALINGS, -1.0))),
-        **_dropout(choices),
+        **dropout(choices),
     }
     with_history(choices, values, ("x", "lora_A", "lora_B"))
     return values

@@ -28,7 +28,7 @@ from .ops import (
 from .values import ListValue, Source, TensorValue, Value, literal, tensor
 
 
-def _mask_value(choices: Choices, tokens: int, size_in: int) -> TensorValue:
+def mask_value(choices: Choices, tokens: int, size_in: int) -> TensorValue:
     return TensorValue((tokens, (size_in + 63) // 64 * 8), "uint8", choices.integer(1000), low=0, high=256)
 
 
@@ -59,9 +59,9 @@ def _backward_values(choices: Choices, has_weight: bool, num_layers: int | None)
         **listed("lora_A", [tensor(choices, (rank, size_in), factors) for _, rank in layers]),
         **listed("lora_B", [tensor(choices, (out, rank), factors) for out, rank in layers]),
         "xa": optional(tensor(choices, (tokens, total), acc_name(dtype)), wants[2]),
-        "mask": optional(_mask_value(choices, tokens, size_in), False)
+        "mask": optional(mask_value(choices, tokens, size_in), False)
         if not has_mask
-        else _mask_value(choices, tokens, size_in),
+        else mask_value(choices, tokens, size_in),
         **listed("scaling", [literal(choices.pick(SCALINGS)) for _ in layers]),
         "dropout_p": literal(p),
         "output_mask": output_mask,

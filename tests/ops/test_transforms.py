@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from support.groups import random_groups
 from support.layers import random_layer, random_siblings
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
@@ -51,6 +52,21 @@ def delta(dropout_p: float) -> Case:
     )
 
 
+def grouped(dropout_p: float) -> Case:
+    case = random_groups(5, (5, 4), [2, (2, 3)], DOUBLE, ranks=True, groups=torch.tensor([2, -1, 0, 2, 1]))
+    last = *case.choice(), dropout_p, SEED
+
+    def added(y, x, A, C, B, D):
+        y = y * 1 + 0 * (x.sum() + A.sum() + B.sum() + C.sum() + D.sum())  # vmap changes in place what has its batch
+        return [functional.lora_grouped_(y, x, [A, C], [B, D], *last)]
+
+    return Case(
+        added,
+        lambda y, x, A, C, B, D: [y + reference.lora_grouped(x, [A, C], [B, D], *last)],
+        (case.y, case.x, *case.lora_As, *case.lora_Bs),
+    )
+
+
 def siblings(dropout_p: float) -> Case:
     x, (W, V), (bias, _), As, Bs, scalings = random_siblings(((3, 5), ((4, 2), (3, 3))), DOUBLE).args()
 
@@ -78,6 +94,8 @@ MAKES = {
     "linear, dropout": lambda: linear(0.4),
     "delta": lambda: delta(0.0),
     "delta, dropout": lambda: delta(0.4),
+    "grouped": lambda: grouped(0.0),
+    "grouped, dropout": lambda: grouped(0.4),
     "siblings": lambda: siblings(0.0),
     "siblings, dropout": lambda: siblings(0.4),
     "bottleneck, relu": lambda: bottleneck("relu"),

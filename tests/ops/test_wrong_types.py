@@ -25,12 +25,20 @@ def good_calls() -> dict[str, dict]:
     factors = {"lora_A": layer.lora_A, "lora_B": layer.lora_B}
     dropout = {"dropout_p": 0.3, "seed": SEED}
     lists = {"weights": weights, "biases": biases, "lora_As": As, "lora_Bs": Bs, "scalings": scalings}
+    grouped = {
+        "lora_As": [layer.lora_A],
+        "lora_Bs": [layer.lora_B],
+        "group_of_row": torch.tensor([0, -1, 0, 0, -1, 0]),
+        "scalings": torch.tensor([0.5], dtype=torch.float64),
+        "ranks": torch.tensor([3]),
+    }
     narrow = {"down_weight": torch.randn(3, 24), "down_bias": torch.randn(3), "up_weight": torch.randn(24, 3)}
     merged = layer.weight.clone()
     record = functional.lora_merge_(merged, layer.lora_A, layer.lora_B, 0.5)
     return {
         "lora_linear": {"x": layer.x, "weight": layer.weight, "bias": layer.bias, **factors, "scaling": 0.5} | dropout,
         "lora_delta_": {"y": layer.grad_y, "x": layer.x, **factors, "scaling": 0.5} | dropout,
+        "lora_grouped_": {"y": layer.grad_y, "x": layer.x, **grouped} | dropout,
         "lora_linear_siblings": {"x": x} | lists | dropout,
         "bottleneck": {"x": layer.x, **narrow, "up_bias": torch.randn(24), "activation": "relu", "residual": layer.x},
         "lora_merge_": {"weight": layer.weight, **factors, "scaling": 0.5, "record": True},

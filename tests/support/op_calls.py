@@ -41,6 +41,14 @@ def _layer_calls() -> dict[str, Callable[[], dict]]:
     dropout = {"dropout_p": 0.3, "seed": torch.tensor(0x1234_5678_9ABC_DEF0 >> 1)}
     gradients = {"grad_y": grad_ys[0], "grad_ys": grad_ys, "dropout_p": 0.3, "output_mask": (True, True, True)}
     base = torch.randn(2, 3, 20)
+    grouped = {
+        "x": x,
+        "lora_As": [torch.randn(2, 4, 24)],
+        "lora_Bs": [torch.randn(2, 20, 4)],
+        "group_of_row": torch.tensor([[0, -1, 1], [1, 0, -1]]),
+        "scalings": torch.tensor([0.5, 2.0], dtype=torch.float64),
+        "ranks": torch.tensor([3, 4]),
+    }
     xa = ops.lora_shrink(x, As[0])
 
     def saved(forward, arguments: dict) -> dict:
@@ -54,6 +62,10 @@ def _layer_calls() -> dict[str, Callable[[], dict]]:
         "lora_linear_siblings_backward": lambda: lists | saved(ops.lora_linear_siblings, lists),
         "lora_delta_": lambda: layer | dropout | {"y": base},
         "lora_delta_backward": lambda: layer | saved(ops.lora_linear, layer),
+        "lora_grouped_": lambda: grouped | dropout | {"y": base},
+        "lora_grouped_backward": lambda: (
+            grouped | saved(ops.lora_grouped_, grouped | {"y": base.clone()}) | {"grad_y": grad_ys[0]}
+        ),
         "lora_shrink": lambda: layer,
         "lora_shrink_backward": lambda: layer | {"grad_xa": xa, "base": x.clone(), "output_mask": (True, True)},
         "lora_expand": lambda: layer | {"base": base, "xa": xa},

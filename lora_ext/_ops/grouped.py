@@ -1,0 +1,147 @@
+"""Fake (meta), autograd and autocast registrations of lora_grouped_: rows that choose their adapters."""
+
+from __future__ import annotations
+
+import torch
+
+from lora_ext._ops import checks_grouped, composite
+from lora_ext._ops.in_place import check_inference, check_recorded_change, check_saved, count_change
+from lora_ext._ops.registration import (
+    LIBRARY,
+    any_requires_grad,
+    below_autograd,
+    call_backward,
+    fake_gradients,
+    fake_saved,
+    has_tangent,
+    op_named,
+    register_autocast,
+    register_backward,
+    register_composite,
+    register_op,
+)
+
+# --- fake kernels: shapes and dtypes only -----------------------------------------------------------------------------
+
+
+@register_op("lora_grouped_", checks_grouped.check_lora_grouped)
+def _(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, dropout_p, seed):
+    return fake_saved(x, checks_grouped.largest_rank(lora_As), dropout_p)
+
+
+@register_op("lora_grouped_backward", checks_grouped.check_lora_grouped_backward)
+def _(grad_y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, xa, mask, dropout_p, output_mask):
+    want_x, *wanted = output_mask
+    factors = [factor for factor, is_wanted in zip((*lora_As, *lora_Bs), wanted, strict=True) if is_wanted]
+    gradients = fake_gradients(factors)
+    num_As = sum(wanted[: len(lora_As)])
+    grad_x = grad_y.new_empty((*grad_y.shape[:-1], lora_As[0].shape[-1])) if want_x else None
+    return grad_x, gradients[:num_As], gradients[num_As:]
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+class _LoraGrouped(torch.autograd.Function):
+    """Returns only y, as lora_delta_ does: the results of the op are appended to ``results``.
+
+    Autograd sees tensors only outside of lists: lora_As and lora_Bs come one after the other.
+    """
+
+    @staticmethod
+    def forward(ctx, y, x, group_of_row, scalings, ranks, dropout_p, seed, results, *factors):
+        n = len(factors) // 2
+        with below_autograd():  # mark_dirty counts the change
+            xa, mask = _op(y, x, factors[:n], factors[n:], group_of_row, scalings, ranks, dropout_p, seed)
+        results += xa, mask
+        ctx.mark_dirty(y)
+        ctx.set_materialize_grads(False)
+        want_x, want_As, want_Bs = _split_wanted(ctx)
+        has_mask = mask.dim() == 2 and (want_x or any(want_As))
+        # Keeps alive only what a wanted gradient reads.
+        ctx.save_for_backward(
+            x if any(want_As) else None,
+            group_of_row,
+            scalings,
+            ranks,
+            xa if any(want_Bs) else None,
+            mask if has_mask else None,
+            *factors,
+        )
+        ctx.dropout_p = dropout_p
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        x, group_of_row, scalings, ranks, xa, mask, *factors = ctx.saved_tensors
+        n = len(factors) // 2
+        lora_As, lora_Bs = factors[:n], factors[n:]
+        want_x, want_As, want_Bs = _split_wanted(ctx)
+        grad_x, grads = None, [None] * (2 * n)
+        if grad_y is not None and (want_x or any(want_As) or any(want_Bs)):
+            if any(want_Bs) and torch.is_grad_enabled():
+                if x is None:
+                    composite.check_x_is_kept("lora_grouped_", want_x)
+                else:
+                    _, xa = composite.grouped_xa(x, lora_As, group_of_row, scalings, ranks, mask, ctx.dropout_p)
+            grad_x, grad_As, grad_Bs = call_backward(
+                _backward_op,
+                grad_y,
+                x,
+                lora_As,
+                lora_Bs,
+                group_of_row,
+                scalings,
+                ranks,
+                xa,
+                mask,
+                ctx.dropout_p,
+                (want_x, *want_As, *want_Bs),
+            )
+            computed = iter((*grad_As, *grad_Bs))
+            grads = [next(computed) if is_wanted else None for is_wanted in (*want_As, *want_Bs)]
+        return grad_y if ctx.needs_input_grad[0] else None, grad_x, None, None, None, None, None, None, *grads
+
+
+def _split_wanted(ctx) -> tuple[bool, tuple, tuple]:
+    """Returns which gradients are wanted: of x, of each entry's lora_A, and of each entry's lora_B."""
+    _, want_x, _, _, _, _, _, _, *factors = ctx.needs_input_grad
+    n = len(factors) // 2
+    return want_x, tuple(factors[:n]), tuple(factors[n:])
+
+
+def _lora_grouped_autograd(
+    y, x, lora_As, lora_Bs, group_of_row, scalings, ranks=None, dropout_p=0.0, seed=None
+):
+    factors = (*lora_As, *lora_Bs)
+    if scalings is not None and scalings.requires_grad:
+        raise RuntimeError("lora_grouped_: scalings requires grad, but the op computes no gradient of it; detach it")
+    if has_tangent(y, x, *factors):
+        return _composite(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, dropout_p, seed)
+    if any_requires_grad(y, x, *factors):
+        checks_grouped.check_entries("lora_grouped_", lora_As, lora_Bs)  # or they cannot be told apart
+        check_recorded_change("lora_grouped_", "y", y)
+        for name, tensors in (("lora_As", lora_As), ("lora_Bs", lora_Bs)):
+            for i, tensor in enumerate(tensors):
+                check_saved("lora_grouped_", f"{name}[{i}]", tensor)
+        numbers = {"group_of_row": group_of_row, "scalings": scalings, "ranks": ranks}
+        if any(lora_A.requires_grad for lora_A in lora_As):
+            numbers["x"] = x
+        for name, tensor in numbers.items():
+            check_saved("lora_grouped_", name, tensor)
+        results: list = []
+        _LoraGrouped.apply(y, x, group_of_row, scalings, ranks, dropout_p, seed, results, *factors)
+        return tuple(results)
+    check_inference("lora_grouped_", "y", y)
+    with below_autograd():
+        results = _op(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, dropout_p, seed)
+    count_change(y)
+    return results
+
+
+_op, _backward_op = op_named("lora_grouped_"), op_named("lora_grouped_backward")
+_composite = register_composite("lora_grouped_", composite.lora_grouped_)
+LIBRARY.impl("lora_grouped_", _lora_grouped_autograd, "Autograd")
+register_backward("lora_grouped_backward", composite.lora_grouped_backward)
+# As lora_delta_: y's dtype was settled by the base layer, and functional.lora_grouped_ casts x to it.
+register_autocast("lora_grouped_", num_cast=0)
