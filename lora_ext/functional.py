@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_ext._ops import checks, checks_grouped, composite, linear, refusals
+from lora_ext._ops import checks, checks_grouped, composite, linear, refusals, siblings
 from lora_ext._ops.bottleneck import bottleneck
 from lora_ext._ops.in_place import check_inference, count_change
 from lora_ext._ops.nested import by_values
@@ -315,9 +315,7 @@ def lora_linear_siblings(
     try:
         if dropout_p > 0.0 and seed is None:
             seed = draw_seed(x.device)
-        return torch.ops.lora_ext.lora_linear_siblings.default(
-            x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed
-        )[0]
+        return siblings.lora_linear_siblings(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)
     except refusals.UNEXPLAINED as error:
         arguments = {"x": x, "weights": weights, "biases": biases, "lora_As": lora_As, "lora_Bs": lora_Bs}
         arguments |= {"scalings": scalings, "dropout_p": dropout_p, "seed": seed}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from lora_ext._ops import checks, checks_backward, composite
 from lora_ext._ops.registration import (
@@ -14,6 +15,8 @@ from lora_ext._ops.registration import (
     fake_gradients,
     fake_saved,
     has_tangent,
+    is_usual_call,
+    lean_apply,
     op_named,
     register_autocast,
     register_backward,
@@ -45,17 +48,20 @@ def _(grad_ys, x, weights, lora_As, lora_Bs, xa, mask, scalings, dropout_p, outp
 
 
 class _LoraLinearSiblings(torch.autograd.Function):
-    """Autograd sees tensors only outside of lists: weights, biases, lora_As and lora_Bs come one after the other."""
+    """Autograd sees tensors only outside of lists: x, weights, biases, lora_As and lora_Bs come one after the other.
+
+    Returns only the ys; the other results of the op are appended to ``results``.
+    """
 
     @staticmethod
-    def forward(ctx, x, scalings, dropout_p, seed, *layers):
+    def forward(ctx, *arguments):
+        x, *layers, scalings, dropout_p, seed, results = arguments
         n = len(scalings)
         weights, biases, lora_As, lora_Bs = (layers[i : i + n] for i in range(0, 4 * n, n))
         with below_autograd():
-            ys, xa, mask = torch.ops.lora_ext.lora_linear_siblings.default(
-                x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed
-            )
-        ctx.mark_non_differentiable(xa, mask)
+            ys, xa, mask = _op(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)
+        if results is not None:
+            results += xa, mask
         ctx.set_materialize_grads(False)
         want_x, want_weights, _, want_As, want_Bs = _split_wanted(ctx)
         has_mask = mask.dim() == 2 and (want_x or any(want_As))
@@ -69,12 +75,11 @@ class _LoraLinearSiblings(torch.autograd.Function):
             *lora_Bs,
         )
         ctx.scalings, ctx.dropout_p = scalings, dropout_p
-        return *ys, xa, mask
+        return tuple(ys)
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx, *grad_ys):
         n = len(ctx.scalings)
-        grad_ys = grads[:n]
         x, xa, mask, *layers = ctx.saved_tensors
         weights, lora_As, lora_Bs = (layers[i : i + n] for i in range(0, 3 * n, n))
         want_x, want_weights, want_biases, want_As, want_Bs = _split_wanted(ctx)
@@ -118,14 +123,30 @@ class _LoraLinearSiblings(torch.autograd.Function):
                 grad_weights[i] = weight_gradient(grad_y, x)
             if grad_y is not None and want_biases[i]:
                 grad_biases[i] = bias_gradient(grad_y)
-        return grad_x, None, None, None, *grad_weights, *grad_biases, *grad_As, *grad_Bs
+        return grad_x, *grad_weights, *grad_biases, *grad_As, *grad_Bs, None, None, None, None
 
 
 def _split_wanted(ctx) -> tuple[bool, tuple, tuple, tuple, tuple]:
     """Returns which gradients are wanted: of x, and of each layer's weight, bias, lora_A and lora_B."""
-    want_x, _, _, _, *layers = ctx.needs_input_grad
+    want_x, *layers, _, _, _, _ = ctx.needs_input_grad
     n = len(layers) // 4
     return want_x, layers[:n], layers[n : 2 * n], layers[2 * n : 3 * n], layers[3 * n :]
+
+
+_op, _backward_op = op_named("lora_linear_siblings"), op_named("lora_linear_siblings_backward")
+_lean_apply = lean_apply(_LoraLinearSiblings, num_tensors=-4)
+
+
+def lora_linear_siblings(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed) -> list[Tensor]:
+    """Calls the op for the ys alone; a usual call skips the dispatcher's round through the autograd kernel below."""
+    layers = (*weights, *biases, *lora_As, *lora_Bs)
+    if not is_usual_call(x, *layers) or len(layers) != 4 * len(scalings):
+        return _op(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)[0]
+    if any_requires_grad(*lora_As, x, *layers):
+        _check_num(weights, biases, lora_As, lora_Bs, scalings)
+        return list(_lean_apply(x, *layers, scalings, dropout_p, seed, None))
+    with below_autograd():
+        return _op(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)[0]
 
 
 def _lora_linear_siblings_autograd(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p=0.0, seed=None):
@@ -133,17 +154,20 @@ def _lora_linear_siblings_autograd(x, weights, biases, lora_As, lora_Bs, scaling
     if has_tangent(x, *layers):
         return _composite(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)
     if any_requires_grad(x, *layers):
-        lists = {"biases": biases, "lora_As": lora_As, "lora_Bs": lora_Bs, "scalings": scalings}
-        checks.check_num_siblings("lora_linear_siblings", weights, **lists)  # or they cannot be told apart
-        *ys, xa, mask = _LoraLinearSiblings.apply(x, scalings, dropout_p, seed, *layers)
-        return ys, xa, mask
+        _check_num(weights, biases, lora_As, lora_Bs, scalings)
+        results: list = []
+        ys = _LoraLinearSiblings.apply(x, *layers, scalings, dropout_p, seed, results)
+        return list(ys), *results
     with below_autograd():
-        return torch.ops.lora_ext.lora_linear_siblings.default(
-            x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed
-        )
+        return _op(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)
 
 
-_backward_op = op_named("lora_linear_siblings_backward")
+def _check_num(weights, biases, lora_As, lora_Bs, scalings) -> None:
+    """Checks that every list has as many entries as there are layers, or they cannot be told apart."""
+    lists = {"biases": biases, "lora_As": lora_As, "lora_Bs": lora_Bs, "scalings": scalings}
+    checks.check_num_siblings("lora_linear_siblings", weights, **lists)
+
+
 _composite = register_composite("lora_linear_siblings", composite.lora_linear_siblings, num_cast=3)
 LIBRARY.impl("lora_linear_siblings", _lora_linear_siblings_autograd, "Autograd")
 register_backward("lora_linear_siblings_backward", composite.lora_linear_siblings_backward)
