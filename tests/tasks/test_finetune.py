@@ -188,7 +188,7 @@ sys.exit(main())
 
 
 def test_interrupted_and_resumed_ends_like_uninterrupted(tiny: Settings, tmp_path: Path):
-    settings = ["--model", tiny.model, "--data", tiny.data, "--target-modules", "query,value", "--epochs", "16"]
+    settings = ["--model", tiny.model, "--data", tiny.data, "--target-modules", "query,value", "--epochs", "6"]
     settings += ["--batch-size", "8", "--max-length", "32"]
     command = [sys.executable, "-c", EVERY_STEP, "finetune"]
     out = tmp_path / "interrupted"

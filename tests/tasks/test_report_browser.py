@@ -12,7 +12,8 @@ import pytest
 from support import browser
 from support.report_results import COMPARE, METHODS, results_of_the_session
 
-from lora_ext.tasks.report import write_report
+from lora_ext.tasks.report import charts, write_report
+from lora_ext.tasks.report.charts import Bar
 
 pytestmark = [pytest.mark.cpu_only("is about files"), pytest.mark.full]
 
@@ -96,6 +97,19 @@ def test_marks_of_a_chart_show_their_figures_under_the_pointer(tab: browser.Page
     # Where marks overlap, only the one on top shows its figures.
     assert sum(title == found for title, found in titles) > 0.7 * len(titles)
     assert any(title.startswith("lora:r=2: ") and " parameters" in title for title, _ in titles)
+
+
+def test_a_whisker_hides_no_figure(tab: browser.Page, tmp_path: Path):
+    bars = [Bar("a", [(5.0, "five")], "5", quartiles=(1.0, 9.0)), Bar("b", [(10.0, "ten")], "10")]
+    css = (Path(charts.__file__).parent / "page.css").read_text()
+    chart = tmp_path / "chart.html"
+    chart.write_text(f"<style>{css}</style><body>{charts.bar_chart('bars', bars).svg}")
+    tab.open(chart)
+    middle = """(() => {
+        const box = document.querySelector("title").parentElement.getBoundingClientRect();
+        return document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2).textContent;
+    })()"""
+    assert tab.evaluate(middle) == "five"
 
 
 def test_it_can_be_read_without_scripts_and_on_paper(tab: browser.Page, page: Path):
