@@ -15,7 +15,7 @@ from peft import AutoPeftModelForCausalLM, get_peft_model
 from peft import LoraConfig as PeftConfig
 from safetensors.torch import load_file
 from support import tiny_decoder, tiny_gguf
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from lora_ext import cli, load_adapter
 from lora_ext.adapters import trainable_parameter_counts
@@ -283,6 +283,15 @@ def test_bad_settings_are_named():
     ):
         with pytest.raises(TaskError, match=message):
             CausalSettings(**changes)
+
+
+def test_answers_end_where_the_model_does(settings: CausalSettings, files: Path, tmp_path: Path):
+    """GPT-2 has a table of positions; reading behind its end would fail."""
+    config = GPT2Config(vocab_size=320, n_positions=64, n_embd=32, n_layer=1, n_head=2, eos_token_id=1, bos_token_id=1)
+    tiny_decoder.save(tmp_path / "gpt2", GPT2LMHeadModel(config))
+    changes = {"model": str(tmp_path / "gpt2"), "max_length": 64, "max_new_tokens": 500, "epochs": 1}
+    metrics = finetune(replace(settings, **changes), tmp_path / "out", measure=False, say=silent)
+    assert metrics["before"]["cut"] == 6 and metrics["settings"]["packing"]
 
 
 def test_the_command_line(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

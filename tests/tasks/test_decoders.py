@@ -67,7 +67,7 @@ def test_packs_are_full_and_lose_nothing():
     for one in packs:
         starts = [at for at, position in enumerate(one["position_ids"]) if position == 0] + [len(one["input_ids"])]
         for start, end in itertools.pairwise(starts):
-            found.append({name: one[name][start:end] for name in ("input_ids", "labels")})
+            found.append({name: one[name][start:end].tolist() for name in ("input_ids", "labels")})
     key = lambda row: row["input_ids"]  # noqa: E731
     assert sorted(found, key=key) == sorted(texts, key=key)
 

@@ -19,7 +19,7 @@ __all__ = ["ROUGE", "answer_scores", "answered", "batches_of", "generated", "per
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
-Row = dict[str, list[int]]
+Row = dict[str, Sequence[int]]
 
 _AT_ONCE = 16  # answers that are generated together
 _CONTINUED = 32  # tokens of a plain text that its continuation follows, at most half of it
@@ -71,11 +71,15 @@ def perplexity(
 
 @torch.inference_mode()
 def generated(
-    model: PreTrainedModel, examples: Sequence[Example], renderer: Renderer, max_new_tokens: int
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    renderer: Renderer,
+    max_new_tokens: int,
+    most_tokens: int | None = None,
 ) -> list[dict[str, Any]]:
     """Returns the answers to the examples' prompts by greedy decoding in the weights' dtype, in their order.
 
-    A plain text is continued after at most 32 tokens.
+    A plain text is continued after at most 32 tokens. Prompt and answer together have at most ``most_tokens``.
 
     Returns:
         One ``{"answer": text, "prompt": text, "cut": bool}`` per example; ``cut``: the model did not end the answer.
@@ -90,9 +94,6 @@ def generated(
     ends = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])} - {None}
     for example in examples[:1]:
         ends |= renderer.stops(example)
-    config = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(ends)
-    )
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     found: list[dict[str, Any]] = [{} for _ in prompts]
     was_training, cache = model.training, model.config.use_cache
@@ -104,6 +105,14 @@ def generated(
             longest = max(len(prompts[index]) for index in indices)
             padded = [[tokenizer.pad_token_id] * (longest - len(prompts[i])) + prompts[i] for i in indices]
             mask = [[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in indices]
+            room = max_new_tokens if most_tokens is None else min(max_new_tokens, most_tokens - longest)
+            if room < 1:
+                for index in indices:
+                    found[index] = {"prompt": tokenizer.decode(prompts[index]), "answer": "", "cut": True}
+                continue
+            config = GenerationConfig(
+                do_sample=False, max_new_tokens=room, pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(ends)
+            )
             ids = torch.tensor(padded, device=model.device)
             out = model.generate(
                 input_ids=ids, attention_mask=torch.tensor(mask, device=model.device), generation_config=config

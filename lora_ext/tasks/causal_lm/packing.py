@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,13 +15,13 @@ from lora_ext.tasks.causal_lm.rendering import IGNORED
 __all__ = ["Collator", "pack"]
 
 
-def pack(rows: Sequence[dict[str, list[int]]], max_length: int) -> list[dict[str, list[int]]]:
+def pack(rows: Sequence[dict[str, Sequence[int]]], max_length: int) -> list[dict[str, Sequence[int]]]:
     """Packs rows of at most ``max_length`` tokens into few, by best fit, longest first.
 
     Position ids restart at 0 with every text. Transformers finds the texts by them and builds a block-diagonal mask, if
     there is no attention mask and no cache (``masking_utils.find_packed_sequence_indices``).
     """
-    packs: list[list[dict[str, list[int]]]] = []
+    packs: list[list[dict[str, Sequence[int]]]] = []
     room: list[tuple[int, int]] = []  # (free tokens, index of the pack), sorted
     for row in sorted(rows, key=lambda row: -len(row["input_ids"])):
         length = len(row["input_ids"])
@@ -34,9 +35,9 @@ def pack(rows: Sequence[dict[str, list[int]]], max_length: int) -> list[dict[str
         bisect.insort(room, (free - length, index))
     return [
         {
-            "input_ids": [token for row in texts for token in row["input_ids"]],
-            "labels": [label for row in texts for label in row["labels"]],
-            "position_ids": [position for row in texts for position in range(len(row["input_ids"]))],
+            "input_ids": array("i", (token for row in texts for token in row["input_ids"])),
+            "labels": array("i", (label for row in texts for label in row["labels"])),
+            "position_ids": array("i", (position for row in texts for position in range(len(row["input_ids"])))),
         }
         for texts in packs
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ class Encoded(NamedTuple):
     """Examples as tokens, shortest first."""
 
     examples: list[Example]
-    rows: list[dict[str, list[int]]]  # {"input_ids", "labels"}; labels are token ids or IGNORED
+    rows: list[dict[str, Sequence[int]]]  # {"input_ids", "labels"}; labels are token ids or IGNORED
 
     @property
     def trained_tokens(self) -> int:
@@ -196,7 +197,7 @@ def encode(
         if all(label == IGNORED for label in row["labels"]):
             empty.append(example.line)  # a completion that was cut off whole, or a text of one token
             continue
-        found.append((example, row))
+        found.append((example, {name: array("i", values) for name, values in row.items()}))  # a seventh of a list
     if long and settings.long_texts == "refuse":
         length, line = max(long)
         raise TaskError(

@@ -84,6 +84,7 @@ def finetune(
         check_packing(model)
     if torch.cuda.is_available():
         model.to("cuda")  # here, because the bare model is evaluated before the Trainer moves it
+    most = decoder.most_tokens  # of the bare model
     full_bytes = measuring.tensor_bytes(model)
     base = sharing(model) if settings.method != "full" else None
     collator = Collator(tokenizer.pad_token_id)
@@ -105,7 +106,7 @@ def finetune(
         say(f"evaluating the {len(test.rows):,} test texts before training ...")
         # A method begins as the bare model, but full fine-tuning has no other model to ask.
         bare = model if base is None else base.to(model.device)
-        before = _evaluate(bare, test, chosen, renderer, settings, collator, model.device)
+        before = _evaluate(bare, test, chosen, renderer, settings, collator, model.device, most)
         write_json(out / BEFORE_FILE, before)
 
     rows = encoded["train"].rows
@@ -118,7 +119,7 @@ def finetune(
     peak_memory = measuring.peak_memory_bytes(model.device)
     model.config.use_cache = kept_cache
     say(f"evaluating the {len(test.rows):,} test texts ...")
-    after = _evaluate(model, test, chosen, renderer, settings, collator, model.device)
+    after = _evaluate(model, test, chosen, renderer, settings, collator, model.device, most)
 
     metrics: dict[str, Any] = {
         **provenance.made_by(command_line(settings, out)),
@@ -225,12 +226,13 @@ def _evaluate(
     settings: CausalSettings,
     collator: Collator,
     device: torch.device,
+    most_tokens: int | None,
 ) -> dict[str, Any]:
     """Returns ``{"scores": {...}, "answers": [...]}`` of the test texts."""
     model.eval()
     forward = forward_of(model, settings)
     scores = perplexity(forward, batches_of(test.rows, settings), collator, device)
-    answers = generated(model, chosen, renderer, settings.max_new_tokens) if chosen else []
+    answers = generated(model, chosen, renderer, settings.max_new_tokens, most_tokens) if chosen else []
     if answers and chosen[0].answer is not None:
         scores |= answer_scores([one["answer"] for one in answers], [example.answer for example in chosen])
         scores |= {"answers": len(answers), "cut": sum(one["cut"] for one in answers)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -77,13 +78,14 @@ def build_causal_trainer(
     model: PreTrainedModel,
     settings: CausalSettings,
     out: Path,
-    train: list[dict[str, list[int]]],
-    validation: list[dict[str, list[int]]],
+    train: list[dict[str, Sequence[int]]],
+    validation: list[dict[str, Sequence[int]]],
     collator: Collator,
 ) -> CausalTrainer:
     """Returns a trainer; ``train`` may be packed, ``validation`` must not."""
     trainer = build_trainer(model, settings, out, train, validation, collator, kind=CausalTrainer)
     trainer.settings = settings
+    trainer.args.remove_unused_columns = False  # position ids also reach a model that takes them by **kwargs
     trainer.model_accepts_loss_kwargs = divides_by_items(model)
     model.config.use_cache = False  # packs are found only if there is no cache
     return trainer
