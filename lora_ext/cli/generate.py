@@ -31,7 +31,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     weights = "answer with the sum of the adapters' updates, weighted by these, instead of with each"
     add("--weights", type=numbers, metavar="0.5,0.5", help=weights)
     add("--base", action="store_true", help="answer without an adapter, too")
-    add("--merge", action="store_true", help="add an adapter to the weights before it answers, which is faster")
+    add("--merge", action="store_true", help="add an adapter to the weights before it answers")
     group = parser.add_argument_group("prompts")
     add = group.add_argument
     file = ".jsonl with prompt or messages in every line, or a text file with a prompt a line; -: standard input"

@@ -94,6 +94,8 @@ def load_adapters(model: nn.Module, adapters: Sequence[NamedAdapter], weights: S
 def using(model: nn.Module, name: str, merged: bool) -> Iterator[None]:
     """Puts the adapter ``name`` to use, or none for :data:`BASE`; ``merged``: in the weights.
 
+    An error or Ctrl-C leaves the adapter merged: the process ends, and unmerging takes a pass over the weights.
+
     Raises:
         TaskError: the adapter cannot be merged.
     """
@@ -109,7 +111,5 @@ def using(model: nn.Module, name: str, merged: bool) -> Iterator[None]:
         merge(model, name)
     except (ValueError, RuntimeError) as error:
         raise TaskError(f"--merge: {error}; leave out --merge") from error
-    try:
-        yield
-    finally:
-        unmerge(model, name)
+    yield
+    unmerge(model, name)
