@@ -2,16 +2,17 @@
 
     python benchmarks/bench_finetune.py [--rank 8] [--dropout 0.1] [--accuracy 0.75] [--device cpu] [--write]
 
-MiniLM on the demo's movie reviews, and a BERT of four layers with BERT-base's widths, random weights and random tokens,
-in float32 and bfloat16. A step is forward, backward and AdamW; the contestants have copies of the model with the same
-initial factors and take their steps in turn. "frozen" is the model without adapters, but its backward still passes
-through to the embeddings; "head only" trains the classifier and runs only its backward.
+MiniLM on the demo's movie reviews; a BERT of four layers with BERT-base's widths and a Llama of four layers, both with
+random weights and random tokens, in float32 and bfloat16. The Llama has its own rank and dropout. A step is forward,
+backward and AdamW; the contestants have copies of the model with the same initial factors and take their steps in turn.
+"frozen" is the model without adapters, but its backward still passes through to the embeddings; "head only" trains the
+classifier, or the language model's head, and runs only its backward.
 
 Activations are the bytes that autograd holds for the backward, each storage once, without parameters; peak is the
 most that a step holds beyond what existed before it. Loss curves are without dropout, so the two should agree up to
 rounding. The time to an accuracy is that of the training steps, with dropout, until the validation accuracy is reached.
-The demo's data come from the package index if they are not in the cache; without them only the BERT is measured, and
-the script says so.
+The demo's data come from the package index if they are not in the cache; without them only the models with random
+weights are measured, and the script says so.
 """
 
 from __future__ import annotations
@@ -83,6 +84,12 @@ def random_batches(batch_size: int, length: int, labels: int, device: str, count
     ]
 
 
+def random_texts(batch_size: int, length: int, vocabulary: int, device: str, count: int = 8) -> list[Batch]:
+    """Batches for causal language modelling: every token is a label."""
+    texts = [torch.randint(vocabulary, (batch_size, length), device=device) for _ in range(count)]
+    return [{"input_ids": text, "attention_mask": torch.ones_like(text), "labels": text} for text in texts]
+
+
 class Trainer:
     """One contestant's copy of the model, its optimizer, and its position in the data."""
 
@@ -117,15 +124,22 @@ class Trainer:
 
 
 def trainers(
-    model: nn.Module, batches: list[Batch], run: Report, dropout: float, factors: torch.dtype | None = None
+    model: nn.Module,
+    batches: list[Batch],
+    run: Report,
+    dropout: float,
+    factors: torch.dtype | None = None,
+    rank: int | None = None,
 ) -> dict[str, Trainer]:
-    copies = whole_models.adapted(model.to(run.args.device), run.args.rank, dropout, factors)
+    copies = whole_models.adapted(model.to(run.args.device), rank or run.args.rank, dropout, factors)
     return {name: Trainer(copy, batches, run.args.learning_rate) for name, copy in copies.items()}
 
 
-def measure_steps(what: str, model: nn.Module, batches: list[Batch], run: Report, **options) -> list[dict]:
+def measure_steps(
+    what: str, model: nn.Module, batches: list[Batch], run: Report, dropout: float | None = None, **options
+) -> list[dict]:
     """Measures the training steps; returns one row for each contestant."""
-    contestants = trainers(model, batches, run, run.args.dropout, **options)
+    contestants = trainers(model, batches, run, run.args.dropout if dropout is None else dropout, **options)
     held = {name: memory.activation_bytes(trainer.model, trainer.forward) for name, trainer in contestants.items()}
     peak = {name: memory.peak_bytes(trainer.step, run.args.device) for name, trainer in contestants.items()}
     seconds = run.interleaved({name: trainer.step for name, trainer in contestants.items()})
@@ -243,6 +257,21 @@ def cases(data: Demo | None, run: Report) -> Iterator[tuple[str, Callable[[], ob
                 w, whole_models.bert(d, args.dropout, args.layers, args.width), batches, run, factors=f
             ),
         )
+    texts = random_texts(args.llama_batch, args.llama_length, whole_models.LLAMA_VOCABULARY, args.device)
+    for dtype in (torch.float32, torch.bfloat16):
+        what = f"Llama, {args.layers} layers of {args.llama_width}, r={args.llama_rank}, dropout {args.llama_dropout}, "
+        what += f"{report.dtype_name(dtype)}, {args.llama_batch} x {args.llama_length}"
+        yield (
+            "rows",
+            lambda w=what, d=dtype: measure_steps(
+                w,
+                whole_models.llama(d, args.layers, args.llama_width),
+                texts,
+                run,
+                dropout=args.llama_dropout,
+                rank=args.llama_rank,
+            ),
+        )
 
 
 def main() -> None:
@@ -253,14 +282,19 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="reviews in a batch")
     parser.add_argument("--bert-batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128, help="tokens of a text of the BERT")
-    parser.add_argument("--layers", type=int, default=4, help="of the BERT")
+    parser.add_argument("--layers", type=int, default=4, help="of the BERT and of the Llama")
     parser.add_argument("--width", type=int, default=768, help="of the BERT")
+    parser.add_argument("--llama-width", type=int, default=1024)
+    parser.add_argument("--llama-batch", type=int, default=2)
+    parser.add_argument("--llama-length", type=int, default=256)
+    parser.add_argument("--llama-rank", type=int, default=16)
+    parser.add_argument("--llama-dropout", type=float, default=0.05)
     parser.add_argument("--steps", type=int, default=12, help="of the loss curves")
     parser.add_argument("--accuracy", type=float, default=0.75, help="target on the validation texts")
     parser.add_argument("--most-steps", type=int, default=120, help="maximum number of steps to the accuracy")
     parser.add_argument("--evaluate-every", type=int, default=20, help="steps")
     parser.add_argument("--validation-texts", type=int, default=200)
-    parser.add_argument("--no-demo", action="store_true", help="the BERT with random weights only")
+    parser.add_argument("--no-demo", action="store_true", help="models with random weights only")
     args = parser.parse_args()
     run = Report(args, f"Fine-tuning, adapters on every linear layer, r={args.rank}, dropout {args.dropout}, AdamW")
     try:

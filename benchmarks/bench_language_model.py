@@ -44,7 +44,8 @@ def batches(decoder: Decoder, max_length: int, batch_size: int) -> list[dict[str
 
 
 def contestants(decoder: Decoder, data: list[dict[str, Tensor]], run: Report, dropout: float) -> dict[str, Trainer]:
-    copies = whole_models.adapted(decoder.model.to(run.args.device), run.args.rank, dropout, task="CAUSAL_LM")
+    copies = whole_models.adapted(decoder.model.to(run.args.device), run.args.rank, dropout)
+    del copies[whole_models.HEAD_ONLY]
     moved = [{name: value.to(run.args.device) for name, value in batch.items()} for batch in data]
     return {name: Trainer(copy, moved, run.args.learning_rate) for name, copy in copies.items()}
 

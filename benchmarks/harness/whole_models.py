@@ -14,6 +14,7 @@ import lora_ext
 from lora_ext.injection.inject import lora_modules
 
 HEAD_ONLY = "head only"  # no gradient passes through the frozen model: faster than any adapter can be
+LLAMA_VOCABULARY = 8192
 HAS_PEFT = importlib.util.find_spec("peft") is not None
 
 
@@ -36,6 +37,32 @@ def bert(
     return BertForSequenceClassification(config).to(dtype)
 
 
+def llama(
+    dtype: torch.dtype,
+    layers: int = 4,
+    width: int = 1024,
+    heads: int = 16,
+    kv_heads: int = 4,
+    vocabulary: int = LLAMA_VOCABULARY,
+) -> nn.Module:
+    """A Llama with random weights for causal language modelling; its MLP is 2.75 times as wide, as in Llama-2-7B.
+
+    The output head is 15 % of the products, between those of Llama-3.2-1B (21 %) and Llama-3-8B (7 %).
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=LLAMA_VOCABULARY,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=max(width // 64, 1),
+        num_key_value_heads=max(width // 256, 1),
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
 def pretrained(path: str, dropout: float, labels: int) -> nn.Module:
     """A sequence classifier from a directory, with a new head."""
     from transformers import AutoModelForSequenceClassification, logging
@@ -46,10 +73,8 @@ def pretrained(path: str, dropout: float, labels: int) -> nn.Module:
     return AutoModelForSequenceClassification.from_pretrained(path, num_labels=labels, dtype=torch.float32, **dropouts)
 
 
-def adapted(
-    model: nn.Module, rank: int, dropout: float, factors: torch.dtype | None = None, task: str = "SEQ_CLS"
-) -> dict[str, nn.Module]:
-    """Returns copies of ``model`` in training mode; each trains the classifier. A language model has none.
+def adapted(model: nn.Module, rank: int, dropout: float, factors: torch.dtype | None = None) -> dict[str, nn.Module]:
+    """Returns copies of ``model`` in training mode; those of a classifier train its head along with the adapters.
 
     "head only"; "frozen", whose backward still passes through the model to its embeddings, the least that adapters in
     the first layer need; and a copy for each contestant with adapters on every other linear layer ("peft accelerated":
@@ -57,12 +82,13 @@ def adapted(
     factors: their dtype; None: the contestants' choice (float32 for a 16-bit model).
     """
     options = {"r": rank, "lora_alpha": ALPHA_OVER_R * rank, "lora_dropout": dropout}
-    options |= {"target_modules": "all-linear", "task_type": task}
-    models = {name: copy.deepcopy(model) for name in ([HEAD_ONLY] if task == "SEQ_CLS" else []) + [FROZEN]}
+    classifies = hasattr(model, "classifier")
+    options |= {"target_modules": "all-linear", "task_type": "SEQ_CLS" if classifies else "CAUSAL_LM"}
+    models = {HEAD_ONLY: copy.deepcopy(model), FROZEN: copy.deepcopy(model)}
     for frozen in models.values():
         frozen.requires_grad_(False)
-        if task == "SEQ_CLS":
-            frozen.classifier.requires_grad_(True)
+    for frozen in models.values() if classifies else [models[HEAD_ONLY]]:
+        (frozen.classifier if classifies else frozen.get_output_embeddings()).requires_grad_(True)
     # The same as enable_input_require_grads(), without its warning in recent releases.
     models[FROZEN].get_input_embeddings().register_forward_hook(lambda _module, _inputs, y: y.requires_grad_())
     ours = lora_ext.inject(copy.deepcopy(model), lora_ext.LoraConfig(**options))

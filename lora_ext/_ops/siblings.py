@@ -140,10 +140,10 @@ _lean_apply = lean_apply(_LoraLinearSiblings, num_tensors=-4)
 def lora_linear_siblings(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed) -> list[Tensor]:
     """Calls the op for the ys alone; a usual call skips the dispatcher's round through the autograd kernel below."""
     layers = (*weights, *biases, *lora_As, *lora_Bs)
-    if not is_usual_call(x, *layers) or len(layers) != 4 * len(scalings):
+    same_number = len(weights) == len(biases) == len(lora_As) == len(lora_Bs) == len(scalings)
+    if not (same_number and weights and is_usual_call(x, *layers)):
         return _op(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)[0]
     if any_requires_grad(*lora_As, x, *layers):
-        _check_num(weights, biases, lora_As, lora_Bs, scalings)
         return list(_lean_apply(x, *layers, scalings, dropout_p, seed, None))
     with below_autograd():
         return _op(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)[0]

@@ -14,15 +14,19 @@ from lora_ext.adapters.life_cycle import (
 )
 from lora_ext.injection.inject import lora_modules
 from lora_ext.merging.model import merge, merge_and_unload, merge_errors, merge_record_bytes, unload, unmerge
+from lora_ext.nn.input_groups import InputGroup, InputGroups, input_groups
 
 __all__ = [
     "AdapterStatus",
+    "InputGroup",
+    "InputGroups",
     "adapter_names",
     "adapter_status",
     "add_weighted_adapter",
     "delete_adapter",
     "disable_adapters",
     "hotswap_adapter",
+    "input_groups",
     "lora_modules",
     "merge",
     "merge_and_unload",

@@ -26,7 +26,8 @@ from lora_ext.model.adapter_state import forget_guard, guard_loading
 from lora_ext.model.bare_model import BareModel, adapter_layers, root_module
 from lora_ext.model.row_adapters import forget_forward_guard, guard_forward
 from lora_ext.model.saver import replace_save_pretrained, restore_save_pretrained, savers
-from lora_ext.nn import LoraLayer
+from lora_ext.nn import LoraLayer, LoraLinear
+from lora_ext.nn.input_groups import share_inputs as share_inputs_of
 from lora_ext.nn.layer import check_adapter_name
 from lora_ext.quantized import keep_stored, stop_keeping_stored
 
@@ -35,7 +36,9 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 @checked
 @one_at_a_time
-def inject(model: ModelT, config: LoraConfig | PeftConfig, adapter_name: str = "default") -> ModelT:
+def inject(
+    model: ModelT, config: LoraConfig | PeftConfig, adapter_name: str = "default", *, share_inputs: bool = True
+) -> ModelT:
     """Adapts ``model`` in place: replaces every targeted layer by one that holds a low-rank adapter.
 
     Targets can be linear layers (also quantised ones, lora_ext/quantized), embeddings, convolutions, attention and
@@ -62,6 +65,9 @@ def inject(model: ModelT, config: LoraConfig | PeftConfig, adapter_name: str = "
         model: any module; weights may be on the meta device.
         config: what to adapt; a ``peft.LoraConfig`` is converted (:meth:`LoraConfig.from_peft`).
         adapter_name: the adapter's name in the model.
+        share_inputs: compute layers that read one tensor (q/k/v, gate/up) in one op, with one dropout mask. They are
+            found while the model runs; :func:`lora_ext.adapters.input_groups` reports them. Concerns all layers of the
+            model, those of earlier calls too.
 
     Returns:
         ``model``, the same object.
@@ -81,7 +87,9 @@ def inject(model: ModelT, config: LoraConfig | PeftConfig, adapter_name: str = "
     """
     if not isinstance(config, LoraConfig):
         config = LoraConfig.from_peft(config)
-    apply_injection(model, Injection(model, config, adapter_name).build())
+    adapter = Injection(model, config, adapter_name).build()
+    adapter.into.share_inputs = share_inputs
+    apply_injection(model, adapter)
     return model
 
 
@@ -146,6 +154,7 @@ def apply_injection(model: nn.Module, adapter: Adapter) -> None:
             part.layer.add_adapter(adapter.name, part.adapter)
         adapter.into.add(adapter)
         adapter.into.switch((adapter.name,))
+        share_inputs_of(root, adapter.into.share_inputs, (LoraLinear,))
         _switch_off_fast_path(root)
         keep_stored(root)
         guard_against_trainers(root)

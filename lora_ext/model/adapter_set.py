@@ -116,7 +116,10 @@ class AdapterSet:
         active: the names in use; all layers of the model share this object.
         biases: by adapter name; at most one adapter trains the model's biases.
         trained: by adapter name, the paths of the modules that it trains in full.
+        share_inputs: whether layers that read one tensor are computed together.
     """
+
+    share_inputs = True
 
     def __init__(self) -> None:
         self.configs: dict[str, LoraConfig] = {}

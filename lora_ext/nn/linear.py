@@ -11,13 +11,14 @@ from lora_ext import functional
 from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.base_layer import is_conv1d, own_copy, plain_linear, why_not_merge
 from lora_ext.nn.layer import LoraLayer, Matrix
+from lora_ext.nn.shared_inputs import Operands, SharesInputs, shared_inputs
 from lora_ext.quantized import quantized_weight
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
 
 
-class LoraLinear(LoraLayer):
+class LoraLinear(SharesInputs, LoraLayer):
     """``base_layer(x) + scaling * dropout(x) @ lora_A.T @ lora_B.T`` with the base layer frozen, in fused kernels.
 
     The first active adapter is computed together with the base layer; each further one takes another pass over the
@@ -91,6 +92,10 @@ class LoraLinear(LoraLayer):
         return factors
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not (args or kwargs or torch.compiler.is_compiling()) and (shared := shared_inputs(self)) is not None:
+            operands = self.operands()
+            if type(operands) is Operands:
+                return shared.output(self, x, operands)
         names = self._applied()
         if not names:
             return self.base_layer(x, *args, **kwargs)
@@ -111,6 +116,25 @@ class LoraLinear(LoraLayer):
         for update in updates:
             y = functional.plus_lora_delta(y, x, *update)
         return y
+
+    def operands(self) -> Operands | str:
+        if self._merged is not None:
+            return "adapters are merged"
+        adapters = self._modules["adapters"]._modules
+        names = [name for name in self.active.names if name in adapters]
+        if len(names) != 1:
+            return f"{len(names)} adapters are in use" if names else "no adapter is in use"
+        adapter = adapters[names[0]]
+        factors = adapter._parameters
+        if "forward" in adapter.__dict__:
+            return "its factors are offloaded"
+        if "lora_A" not in factors:
+            return "its factors are tied to those of another layer"
+        plain = plain_linear(self._modules["base_layer"])
+        if plain is None or type(plain[0]) is not nn.Parameter:  # Conv1D's is transposed for the call
+            return "its base layer is no plain nn.Linear, or has hooks or a forward of its own"
+        dropout_p = adapter.lora_dropout if self.training else 0.0
+        return Operands(*plain, factors["lora_A"], factors["lora_B"], adapter.lora_bias, adapter.scaling, dropout_p)
 
     def _full_lora_B(self, name: str, lora_B: Tensor) -> Tensor:
         """``lora_B`` of the adapter ``name`` for the whole output: ``[out_features, rows of lora_A]``."""

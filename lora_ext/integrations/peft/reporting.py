@@ -12,6 +12,7 @@ from torch import nn
 from lora_ext._common.arguments import checked
 from lora_ext.integrations.peft.merging import merge_obstacle
 from lora_ext.integrations.peft.swap import accelerated_class, is_accelerated, lora_layers
+from lora_ext.nn.input_groups import InputGroups, input_groups
 
 _PER_CALL = (
     "Calls with adapter_names (mixed batches) or other extra arguments, under torch.func, in forward-mode "
@@ -49,9 +50,15 @@ class LayerReport:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """All LoRA layers of a model, in its order; ``print`` shows a summary."""
+    """All LoRA layers of a model, in its order; ``print`` shows a summary.
+
+    Attributes:
+        layers: one entry for each layer.
+        groups: which layers that may read one tensor are computed together.
+    """
 
     layers: tuple[LayerReport, ...]
+    groups: InputGroups
 
     def __iter__(self) -> Iterator[LayerReport]:
         return iter(self.layers)
@@ -72,6 +79,7 @@ class Report:
                 lines.append(f"  {len(layers)} in PEFT's code: {reason}")
                 lines += [f"    {layer.path} ({layer.kind})" for layer in layers[:4]]
                 lines += [f"    and {len(layers) - 4} more"] if len(layers) > 4 else []
+        lines += [str(self.groups)] if self.groups else []
         return "\n".join([*lines, _PER_CALL])
 
 
@@ -82,7 +90,7 @@ def report(model: nn.Module) -> Report:
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
     """
-    return Report(tuple(_of_layer(path, layer) for path, layer in lora_layers(model)))
+    return Report(tuple(_of_layer(path, layer) for path, layer in lora_layers(model)), input_groups(model))
 
 
 def _of_layer(path: str, layer: LoraLayer) -> LayerReport:

@@ -8,10 +8,14 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from lora_ext._common.arguments import checked
+from lora_ext.integrations.peft.layers import Linear
 from lora_ext.integrations.peft.merging import has_exact_merges
+from lora_ext.nn.input_groups import share_inputs as share_inputs_of
+from lora_ext.nn.shared_inputs import set_shared_inputs
 from lora_ext.quantized import keep_stored, stop_keeping_stored
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -24,11 +28,13 @@ _MODULES = {
     "peft.tuners.lora.torchao": ".quantized_torchao",
 }
 
-_peft_init: Callable[..., None] | None = None  # LoraLayer's, while accelerate() without a model is in force
+# PEFT's LoraLayer.__init__ and BaseTuner.inject_adapter, while accelerate() without a model is in force.
+_peft_init: Callable[..., None] | None = None
+_peft_inject: Callable[..., None] | None = None
 
 
 @checked
-def accelerate(model: Model | None = None) -> Model | None:
+def accelerate(model: Model | None = None, *, share_inputs: bool = True) -> Model | None:
     """Makes the LoRA layers of a model adapted by PEFT run on lora_ext's ops, or those of all future models.
 
     Forward, backward, merge and unmerge of eligible layers use the ops, with results equal to PEFT's except rounding.
@@ -36,13 +42,16 @@ def accelerate(model: Model | None = None) -> Model | None:
     batches. :func:`report` says which layers are eligible, and why others are not.
 
     Differences: dropout masks come from lora_ext's generator, which PyTorch's seeds (``torch.manual_seed`` reproduces a
-    run, but not PEFT's masks); ``unmerge`` restores every bit of the weight, from a record in the merged layer (0.03 to
-    0.25 bytes per element and the factors; ``merge_and_unload`` keeps none).
+    run, but not PEFT's masks), one mask for all layers that read one tensor; ``unmerge`` restores every bit of the
+    weight, from a record in the merged layer (0.03 to 0.25 bytes per element and the factors; none is kept by
+    ``merge_and_unload``).
 
     Args:
         model: a ``PeftModel`` or any module with PEFT LoRA layers, changed in place: the class of every layer becomes a
             subclass of itself. Layers that PEFT creates later need another call. None: all LoRA layers that PEFT
             creates from now on.
+        share_inputs: compute layers that read one tensor (q/k/v, gate/up) in one op, with one dropout mask. They are
+            found while the model runs; :func:`report` names them.
 
     Returns:
         ``model``.
@@ -52,7 +61,7 @@ def accelerate(model: Model | None = None) -> Model | None:
         ValueError: it has no PEFT LoRA layers.
     """
     if model is None:
-        _accelerate_new_layers()
+        _accelerate_new_layers(share_inputs)
         return None
     layers = [layer for _, layer in lora_layers(model)]
     if not layers:
@@ -63,6 +72,7 @@ def accelerate(model: Model | None = None) -> Model | None:
     for layer in layers:
         _accelerate_layer(layer)
     keep_stored(model)
+    share_inputs_of(model, share_inputs, (Linear,))
     return model
 
 
@@ -93,6 +103,7 @@ def restore(model: Model | None = None) -> Model | None:
     for layer in layers.values():
         if is_accelerated(layer):
             layer.__class__ = type(layer).__bases__[-1]
+            set_shared_inputs(layer, None)
     stop_keeping_stored(model)
     return model
 
@@ -118,21 +129,26 @@ def _accelerate_layer(layer: LoraLayer) -> None:
         keep_stored(layer.get_base_layer())
 
 
-def _accelerate_new_layers() -> None:
-    global _peft_init
-    if _peft_init is not None:
-        return
-    _peft_init = LoraLayer.__init__
+def _accelerate_new_layers(share_inputs: bool) -> None:
+    global _peft_init, _peft_inject
+    _restore_new_layers()
+    _peft_init, _peft_inject = LoraLayer.__init__, BaseTuner.inject_adapter
 
     @functools.wraps(_peft_init)
     def init(self: LoraLayer, *args, **kwargs) -> None:
         init.__wrapped__(self, *args, **kwargs)
         _accelerate_layer(self)
 
-    LoraLayer.__init__ = init
+    @functools.wraps(_peft_inject)
+    def inject_adapter(self: BaseTuner, model: nn.Module, *args, **kwargs) -> None:
+        inject_adapter.__wrapped__(self, model, *args, **kwargs)
+        share_inputs_of(model, share_inputs, (Linear,))
+
+    LoraLayer.__init__, BaseTuner.inject_adapter = init, inject_adapter
 
 
 def _restore_new_layers() -> None:
-    global _peft_init
+    global _peft_init, _peft_inject
     if _peft_init is not None:
-        LoraLayer.__init__, _peft_init = _peft_init, None
+        LoraLayer.__init__, BaseTuner.inject_adapter = _peft_init, _peft_inject
+        _peft_init = _peft_inject = None

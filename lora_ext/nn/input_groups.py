@@ -1,0 +1,133 @@
+"""Finds the layers of a model that may read one tensor, and reports which of them are computed together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator
+
+from torch import nn
+
+from lora_ext._common.arguments import checked
+from lora_ext.nn.shared_inputs import LARGEST, Group, SharedInputs, SharesInputs, set_shared_inputs, shared_inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class InputGroup:
+    """Layers of one module that are computed together, or one layer that is not.
+
+    Attributes:
+        paths: their paths in the model.
+        reason: why they are not computed together with each other or with their neighbours, or "" if they are. Reasons
+            that begin with "now:" depend on the layers' state, such as merged or disabled adapters.
+    """
+
+    paths: tuple[str, ...]
+    reason: str = ""
+
+    @property
+    def shared(self) -> bool:
+        return not self.reason
+
+
+@dataclasses.dataclass(frozen=True)
+class InputGroups:
+    """All layers of a model that may share inputs, in groups; ``print`` shows a summary."""
+
+    groups: tuple[InputGroup, ...]
+
+    def __iter__(self) -> Iterator[InputGroup]:
+        return iter(self.groups)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __str__(self) -> str:
+        shared = [group for group in self.groups if group.shared]
+        layers = sum(len(group.paths) for group in shared)
+        lines = [f"shared inputs: {layers} layers in {len(shared)} groups are computed together"]
+        lines += _first(", ".join(group.paths) for group in shared)
+        by_reason: dict[str, list[str]] = defaultdict(list)
+        for group in self.groups:
+            if not group.shared:
+                by_reason[group.reason] += group.paths
+        for reason, paths in by_reason.items():
+            lines.append(f"  {len(paths)} alone: {reason}")
+            lines += _first(paths)
+        return "\n".join(lines)
+
+
+def _first(texts) -> list[str]:
+    texts = list(texts)
+    return [f"    {text}" for text in texts[:4]] + ([f"    and {len(texts) - 4} more"] if len(texts) > 4 else [])
+
+
+def share_inputs(model: nn.Module, on: bool, kinds: tuple[type[SharesInputs], ...]) -> None:
+    """Lets layers of exactly these ``kinds`` share inputs: those of one module with equal ``in_features``.
+
+    The layers of an ``nn.Sequential`` follow each other, and share none. A guess: see :mod:`lora_ext.nn.shared_inputs`.
+    Groups whose layers are the same as before keep what calls have taught them.
+    """
+    for module in model.modules():
+        candidates: dict[int, list[SharesInputs]] = defaultdict(list)
+        for child in module._modules.values():
+            if type(child) in kinds and child not in candidates[child.in_features]:
+                candidates[child.in_features].append(child)
+        for found in candidates.values():
+            for i in range(0, len(found), LARGEST):
+                layers = found[i : i + LARGEST]
+                if not on or len(layers) < 2 or isinstance(module, nn.Sequential):
+                    shared = None
+                elif (shared := shared_inputs(layers[0])) is not None and _consists_of(shared, layers):
+                    continue
+                else:
+                    shared = SharedInputs()
+                for layer in layers:
+                    set_shared_inputs(layer, shared)
+
+
+def _consists_of(shared: SharedInputs, layers: list[SharesInputs]) -> bool:
+    return all(shared_inputs(layer) is shared for layer in layers) and len(shared.groups) == len(layers)
+
+
+@checked
+def input_groups(model: nn.Module) -> InputGroups:
+    """Reports which layers of ``model`` read one tensor and are computed together, and why others are not.
+
+    Layers are listed if they may share an input: linear layers of one module with equal ``in_features``, adapted by
+    :func:`lora_ext.inject` or by PEFT and ``accelerate``. Compiled graphs compute every layer alone, and are not
+    reported.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+    """
+    paths = {id(module): path for path, module in getattr(model, "_orig_mod", model).named_modules()}
+    seen: dict[int, Group] = {}
+    reports = []
+    for module in list(model.modules()):
+        shared = shared_inputs(module) if isinstance(module, SharesInputs) else None
+        group = None if shared is None else shared.groups.get(id(module))
+        if group is not None and id(group) not in seen:
+            seen[id(group)] = group
+            layers = [layer for layer in group.alive() if id(layer) in paths]
+            reports += _of_group(group, shared.now, layers, paths)
+    return InputGroups(tuple(reports))
+
+
+def _of_group(group: Group, now: str, layers: list[SharesInputs], paths: dict[int, str]) -> Iterator[InputGroup]:
+    together: list[str] = []
+    first = None
+    for layer in layers:
+        path, operands = paths[id(layer)], layer.operands()
+        if isinstance(operands, str):
+            yield InputGroup((path,), f"now: {operands.removeprefix('now: ')}")
+        elif first is not None and (why := operands.why_apart(first)):
+            yield InputGroup((path,), f"now: {why}")
+        else:
+            first = first or operands
+            together.append(path)
+    if len(together) == 1:
+        yield InputGroup(tuple(together), group.why or "the other layers of its module are not computed with it")
+    elif together:
+        reason = "" if group.is_proven else "not called together yet"
+        yield InputGroup(tuple(together), f"now: {now}" if now else reason)

@@ -1,0 +1,329 @@
+"""Layers that are called with the same tensor (q/k/v, gate/up) are computed together, each in its own place.
+
+The first of them that is called computes all outputs in one op (:func:`lora_ext.functional.lora_linear_siblings`). Each
+other layer takes its output when it is called with the same tensor object, and only if it would compute the very same:
+the same weights and factors, none changed since, the same dropout, autograd and autocast. In all other cases it
+computes its own output. So a wrong guess costs time, but changes no result.
+
+Which layers form a group is a guess from the model's structure (:func:`lora_ext.nn.input_groups.share_inputs`) that
+calls correct: a layer that comes with another tensor leaves the group at once, a layer that does not come at all after
+the second time. Correcting changes no number either, and so a resumed run has the bits of an uninterrupted one: layers
+that read one tensor use one dropout seed, whether they are computed together or not.
+
+Every thread has one :class:`_Round`: one tensor, and the outputs computed of it that no layer has taken yet. They are
+dropped with the tensor, and when a layer begins the next round. Layers and tensors are referred to weakly: a group
+keeps neither alive. Copied and unpickled layers form new groups among themselves.
+
+Non-reentrant activation checkpointing requires that the second forward saves as many tensors as the first. So a group
+stays as it is while a graph exists that was made with it.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext import functional
+from lora_ext._ops.registration import call_state
+
+LARGEST = 8  # layers of lora_linear_siblings
+TOO_MANY_MISSES = 2  # a call that is interrupted leaves outputs behind once
+
+ANOTHER_TENSOR = "is called with another tensor"
+NOT_CALLED = "is not called after the others"
+
+
+class Operands(NamedTuple):
+    """What a layer with one adapter computes with, as it holds it: no tensor made for the call."""
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    lora_bias: Tensor | None
+    scaling: float
+    dropout_p: float
+
+    def full_bias(self) -> Tensor | None:
+        if self.lora_bias is None:
+            return self.bias
+        scaled = (self.scaling * self.lora_bias).to(self.weight.dtype)
+        return scaled if self.bias is None else self.bias + scaled
+
+    def are(self, others: Operands) -> bool:
+        """Whether these are the same objects and numbers."""
+        return (
+            self.weight is others.weight
+            and self.lora_A is others.lora_A
+            and self.lora_B is others.lora_B
+            and self.bias is others.bias
+            and self.lora_bias is others.lora_bias
+            and self.scaling == others.scaling
+            and self.dropout_p == others.dropout_p
+        )
+
+    def stamp(self) -> tuple[int | bool, ...]:
+        """Changes with every in-place change of a tensor. RuntimeError: one of them does not count its changes."""
+        weight, bias, A, B, lora_bias, *_ = self
+        stamp = weight._version, A._version, B._version, weight.requires_grad, A.requires_grad, B.requires_grad
+        for tensor in (bias, lora_bias):
+            if tensor is not None:
+                stamp += tensor._version, tensor.requires_grad
+        return stamp
+
+    def why_apart(self, others: Operands) -> str:
+        """Why one op cannot compute this layer along with a layer with ``others``, or ""."""
+        mine, theirs = self.weight, others.weight
+        if (
+            self.dropout_p == others.dropout_p
+            and mine.dtype is theirs.dtype
+            and self.lora_A.dtype is others.lora_A.dtype
+            and mine.shape[-1:] == theirs.shape[-1:]
+            and mine.device == theirs.device
+            and self.lora_A.device == others.lora_A.device
+        ):
+            return ""
+        if self.dropout_p != others.dropout_p:
+            return f"its dropout is {self.dropout_p:g}, that of the others {others.dropout_p:g}"
+        for name, a, b in (("weight", self.weight, others.weight), ("factors", self.lora_A, others.lora_A)):
+            if a.dtype != b.dtype or a.device != b.device:
+                return f"its {name}: {a.dtype} on {a.device}, that of the others: {b.dtype} on {b.device}"
+        return f"its weight is {list(mine.shape)}, one of the others is {list(theirs.shape)}"
+
+
+class SharesInputs:
+    """A mixin of layers, before ``nn.Module``: they can be computed together with others that read the same tensor."""
+
+    def operands(self) -> Operands | str:
+        """What the next forward computes with, or why it cannot be computed together with others."""
+        raise NotImplementedError
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if (shared := shared_inputs(self)) is not None:
+            shared.join(self)
+
+
+def shared_inputs(layer: nn.Module) -> SharedInputs | None:
+    """The layers with which ``layer`` may share inputs."""
+    return layer.__dict__.get("_shared_inputs")
+
+
+def set_shared_inputs(layer: nn.Module, shared: SharedInputs | None) -> None:
+    layer.__dict__.pop("_shared_inputs", None)
+    if shared is not None:
+        layer.__dict__["_shared_inputs"] = shared
+        shared.join(layer)
+
+
+class Group:
+    """Layers that are computed together.
+
+    Attributes:
+        layers: weak references by ``id(layer)``.
+        is_proven: whether a layer has taken its output.
+        why: why the layers left another group, or "".
+    """
+
+    def __init__(self, layers: dict[int, weakref.ref] | None = None, why: str = "") -> None:
+        self.layers: dict[int, weakref.ref] = layers or {}
+        self.is_proven, self.why, self._missing = False, why, (frozenset(), 0)
+
+    def alive(self) -> list[nn.Module]:
+        return [layer for ref in self.layers.values() if (layer := ref()) is not None]
+
+    def count_miss(self, missing: frozenset[int]) -> int:
+        """How often in a row the same layers (none: nothing was missing) did not take their outputs."""
+        before, times = self._missing
+        times = times + 1 if missing and missing == before else int(bool(missing))
+        self._missing = missing, times
+        return times
+
+
+class SharedInputs:
+    """The layers of one module that may read one tensor, in groups. The layers refer to it, not the reverse.
+
+    Attributes:
+        groups: by ``id(layer)``.
+        now: why the last call shared nothing, for reports, or "".
+    """
+
+    def __init__(self) -> None:
+        self.groups: dict[int, Group] = {}
+        self.now = ""
+        self._leaving: tuple[Group, frozenset[int], str] | None = None  # from a group, who, why
+        self._graphs: list[weakref.ref] = []  # hooks of checkpointed graphs, which die with them
+
+    def __reduce__(self) -> tuple:
+        return SharedInputs, ()  # the copied layers join the copy
+
+    def join(self, layer: nn.Module) -> None:
+        """Adds a layer to the first group. There are at most :data:`LARGEST` layers."""
+        group = next(iter(self.groups.values()), None) or Group()
+        group.layers[id(layer)] = weakref.ref(layer)
+        self.groups[id(layer)] = group
+
+    def output(self, layer: nn.Module, x: Tensor, operands: Operands) -> Tensor:
+        """The output of ``layer``, which has ``operands``, for ``x``."""
+        state = call_state(x)
+        if state is None:
+            self.now = "the last call was under a transform, a mode or inference mode, or its input is no plain tensor"
+            return _alone(x, operands, None)
+        current, key = _thread.round, id(layer)
+        if current is not None and current.continues(self, key, x, state):
+            current.called.add(key)
+            y = current.take(key, operands)
+            return _alone(x, operands, current.seed(operands.dropout_p, x)) if y is None else y
+        if current is not None:
+            current.end(self, key)
+        current = _thread.round = _Round(self, x, state)
+        current.called.add(key)
+        group = self._group_to_compute(layer)
+        if group is not None:
+            y = current.compute(group, layer, x, operands)
+            if y is not None:
+                return y
+        return _alone(x, operands, current.seed(operands.dropout_p, x))
+
+    def _group_to_compute(self, layer: nn.Module) -> Group | None:
+        """The group to compute with ``layer``, or None if ``layer`` is to be computed alone."""
+        self._forget_graphs()
+        if self._leaving is not None:
+            if not self._graphs:
+                self._split(*self._leaving)
+                self._leaving = None
+            elif id(layer) in self._leaving[1]:
+                return None
+        group = self.groups.get(id(layer))
+        if group is None or len(group.layers) < 2 or group.layers[id(layer)]() is not layer:
+            return None
+        self._note_graph()
+        return group
+
+    def missed(self, group: Group, missing: frozenset[int], why: str) -> None:
+        """Notes which layers of ``group`` did not take what was computed for them in a round; none: all did."""
+        times = group.count_miss(missing)
+        if missing and (why == ANOTHER_TENSOR or times >= TOO_MANY_MISSES) and self._leaving is None:
+            self._leaving = group, missing, why
+
+    def _split(self, group: Group, leaving: frozenset[int], why: str) -> None:
+        parts = [
+            Group({key: ref for key, ref in group.layers.items() if key not in leaving}, group.why),
+            Group({key: ref for key, ref in group.layers.items() if key in leaving}, why),
+        ]
+        parts[0].is_proven = group.is_proven
+        self.groups = {**self.groups, **{key: part for part in parts for key in part.layers}}
+
+    def _note_graph(self) -> None:
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if hooks is not None and getattr(hooks[1], "__module__", None) == "torch.utils.checkpoint":
+            self._graphs.append(weakref.ref(hooks[1]))
+
+    def _forget_graphs(self) -> None:
+        if self._graphs:
+            self._graphs = [ref for ref in self._graphs if ref() is not None]
+
+
+class _Round:
+    """The calls of layers of one :class:`SharedInputs` with one tensor.
+
+    Attributes:
+        called: ``id`` of the layers that were called.
+    """
+
+    __slots__ = ("_computed", "_group", "_outputs", "_seeds", "_shared", "_state", "_x", "called")
+
+    def __init__(self, shared: SharedInputs, x: Tensor, state: tuple) -> None:
+        self._shared, self._state = shared, state
+        self._group: Group | None = None
+        self._seeds: dict[float, Tensor] = {}
+        self.called: set[int] = set()
+        self._computed: frozenset[int] = frozenset()
+        # By id(layer), what was computed for layers that have not been called, and of what.
+        self._outputs: dict[int, tuple[Operands, list, Tensor]] = {}
+        outputs = self._outputs
+        self._x = weakref.ref(x, lambda _: outputs.clear())
+
+    def continues(self, shared: SharedInputs, key: int, x: Tensor, state: tuple) -> bool:
+        """Whether a call of the layer ``key`` belongs to this round."""
+        return self._shared is shared and self._x() is x and self._state == state and key not in self.called
+
+    def seed(self, dropout_p: float, x: Tensor) -> Tensor | None:
+        if dropout_p == 0.0:
+            return None
+        seed = self._seeds.get(dropout_p)
+        if seed is None:
+            seed = self._seeds[dropout_p] = functional.draw_seed(x.device)
+        return seed
+
+    def compute(self, group: Group, layer: nn.Module, x: Tensor, operands: Operands) -> Tensor | None:
+        """Computes the group's outputs and returns that of ``layer``; None: there is no other layer to share with."""
+        weight = operands.weight
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            return None
+        if x.shape[-1:] != weight.shape[-1:] or x.device != weight.device:
+            return None
+        keys, all_operands, stamps = [id(layer)], [operands], [None]
+        for sibling in group.alive():
+            if sibling is layer:
+                continue
+            theirs = sibling.operands()
+            if type(theirs) is str or theirs.why_apart(operands):
+                continue
+            try:
+                stamps.append(theirs.stamp())
+            except RuntimeError:  # inference tensors
+                continue
+            keys.append(id(sibling))
+            all_operands.append(theirs)
+        if len(keys) == 1:
+            return None
+        y, *ys = functional.lora_linear_siblings(
+            x,
+            [their.weight for their in all_operands],
+            [their.full_bias() for their in all_operands],
+            [their.lora_A for their in all_operands],
+            [their.lora_B for their in all_operands],
+            [their.scaling for their in all_operands],
+            operands.dropout_p,
+            self.seed(operands.dropout_p, x),
+        )
+        self._group, self._computed = group, frozenset(keys)
+        self._shared.now = ""
+        self._outputs.update(zip(keys[1:], zip(all_operands[1:], stamps[1:], ys, strict=True), strict=True))
+        return y
+
+    def take(self, key: int, operands: Operands) -> Tensor | None:
+        """The output of the layer ``key``, if it was computed of ``operands`` as they are."""
+        found = self._outputs.pop(key, None)
+        if found is None:
+            return None
+        theirs, stamp, y = found
+        if not theirs.are(operands) or theirs.stamp() != stamp:
+            return None
+        self._group.is_proven = True
+        return y
+
+    def end(self, caller: SharedInputs, key: int) -> None:
+        """Drops the outputs that are left. The layer ``key`` of ``caller`` begins the next round."""
+        if self._group is not None:
+            missing = self._computed - self.called
+            came = caller is self._shared and key in missing
+            self._shared.missed(self._group, missing, ANOTHER_TENSOR if came else NOT_CALLED)
+        self._outputs.clear()
+
+
+class _Thread(threading.local):
+    round: _Round | None = None
+
+
+_thread = _Thread()
+
+
+def _alone(x: Tensor, operands: Operands, seed: Tensor | None) -> Tensor:
+    weight, _, lora_A, lora_B, _, scaling, dropout_p = operands
+    return functional.lora_linear(x, weight, operands.full_bias(), lora_A, lora_B, scaling, dropout_p, seed)
