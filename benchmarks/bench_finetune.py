@@ -3,9 +3,10 @@
     python benchmarks/bench_finetune.py [--rank 8] [--dropout 0.1] [--accuracy 0.75] [--device cpu] [--write]
 
 MiniLM on the demo's movie reviews, and a BERT of four layers with BERT-base's widths, random weights and random tokens,
-in float32 and bfloat16. A step is forward, backward and AdamW; the contestants have copies of the model with the same
-initial factors and take their steps in turn. "frozen" is the model without adapters, but its backward still passes
-through to the embeddings; "head only" trains the classifier and runs only its backward.
+in float32 and bfloat16, and with NF4 weights (QLoRA, by bitsandbytes). A step is forward, backward and AdamW; the
+contestants have copies of the model with the same initial factors and take their steps in turn. "frozen" is the model
+without adapters, but its backward still passes through to the embeddings; "head only" trains the classifier and runs
+only its backward.
 
 Activations are the bytes that autograd holds for the backward, each storage once, without parameters; peak is the
 most that a step holds beyond what existed before it. Loss curves are without dropout, so the two should agree up to
@@ -241,6 +242,14 @@ def cases(data: Demo | None, run: Report) -> Iterator[tuple[str, Callable[[], ob
                 w, whole_models.bert(d, args.dropout, args.layers, args.width), batches, run, factors=f
             ),
         )
+    for dtype in (torch.float32, torch.bfloat16) if whole_models.HAS_BITSANDBYTES else ():
+        what = f"BERT, {sizes}, NF4 weights, {report.dtype_name(dtype)} products, {args.bert_batch} x {args.length}"
+
+        def quantized(dtype: torch.dtype) -> nn.Module:
+            model = whole_models.bert(dtype, args.dropout, args.layers, args.width).to(args.device)
+            return whole_models.nf4(model)
+
+        yield "rows", lambda w=what, d=dtype: measure_steps(w, quantized(d), batches, run)
 
 
 def main() -> None:

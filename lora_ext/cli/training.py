@@ -56,6 +56,7 @@ def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) 
     add(
         "--precision", metavar="DTYPE", help="dtype of products: float32, or bfloat16 by autocast; weights stay float32"
     )
+    add("--quantize", metavar="FORMAT", help="quantise the frozen weights: nf4 (4 bits) or int8, by bitsandbytes")
     add("--max-length", type=int, metavar="TOKENS", help="longer texts are cut")
     add("--seed", type=int, help="seed of the new head, the adapters, the order of the texts and dropout")
     defaults = asdict(Settings()) | {"learning_rate": None}
