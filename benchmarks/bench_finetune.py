@@ -3,10 +3,11 @@
     python benchmarks/bench_finetune.py [--rank 8] [--dropout 0.1] [--accuracy 0.75] [--device cpu] [--write]
 
 MiniLM on the demo's movie reviews; a BERT of four layers with BERT-base's widths and a Llama of four layers, both with
-random weights and random tokens, in float32 and bfloat16. The Llama has its own rank and dropout. A step is forward,
-backward and AdamW; the contestants have copies of the model with the same initial factors and take their steps in turn.
-"frozen" is the model without adapters, but its backward still passes through to the embeddings; "head only" trains the
-classifier, or the language model's head, and runs only its backward.
+random weights and random tokens, in float32 and bfloat16; and the BERT with NF4 weights (QLoRA, by bitsandbytes). The
+Llama has its own rank and dropout. A step is forward, backward and AdamW; the contestants have copies of the model with
+the same initial factors and take their steps in turn. "frozen" is the model without adapters, but its backward still
+passes through to the embeddings; "head only" trains the classifier, or the language model's head, and runs only its
+backward.
 
 Activations are the bytes that autograd holds for the backward, each storage once, without parameters; peak is the
 most that a step holds beyond what existed before it. Loss curves are without dropout, so the two should agree up to
@@ -272,6 +273,14 @@ def cases(data: Demo | None, run: Report) -> Iterator[tuple[str, Callable[[], ob
                 rank=args.llama_rank,
             ),
         )
+    for dtype in (torch.float32, torch.bfloat16) if whole_models.HAS_BITSANDBYTES else ():
+        what = f"BERT, {sizes}, NF4 weights, {report.dtype_name(dtype)} products, {args.bert_batch} x {args.length}"
+
+        def quantized(dtype: torch.dtype) -> nn.Module:
+            model = whole_models.bert(dtype, args.dropout, args.layers, args.width).to(args.device)
+            return whole_models.nf4(model)
+
+        yield "rows", lambda w=what, d=dtype: measure_steps(w, quantized(d), batches, run)
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ of the op alone on a stack; copied, by the time in which PyTorch reads and write
 
 from __future__ import annotations
 
-import argparse
 import statistics
 
 import torch
@@ -101,7 +100,10 @@ def measure(dtype: torch.dtype, shape: Shape, trains: bool, run: Report) -> dict
         y, factors = base(x), [A, B]
         copies = [torch.empty_like(factor) for factor in factors]
         calls = {name: lambda m=module: m(x) for name, module in modules.items()}
-        calls |= {"op alone": lambda: stack.add(y, x), "copy": lambda: [c.copy_(f) for c, f in zip(copies, factors, strict=True)]}
+        calls |= {
+            "op alone": lambda: stack.add(y, x),
+            "copy": lambda: [c.copy_(f) for c, f in zip(copies, factors, strict=True)],
+        }
         with torch.no_grad():
             seconds = run.interleaved(calls)
         alone, copy = (statistics.median(seconds.pop(name)) for name in ("op alone", "copy"))
@@ -124,13 +126,29 @@ def measure(dtype: torch.dtype, shape: Shape, trains: bool, run: Report) -> dict
 def table(rows: list[dict]) -> str:
     names = [FROZEN, "stack", "list", "peft"]
     cells = (
-        [str(Shape(*row["shape"])), row["dtype"], str(row["adapters"]), row["pass"], report.milliseconds(row[f"{ONE}_ms"])]
+        [
+            str(Shape(*row["shape"])),
+            row["dtype"],
+            str(row["adapters"]),
+            row["pass"],
+            report.milliseconds(row[f"{ONE}_ms"]),
+        ]
         + report.ratio_cells(row, names)
         + [f"{row['overhead']:.2f}" if "overhead" in row else ""]
         + [f"{row['gb_s'][name]:.1f}" if "gb_s" in row else "" for name in ("op alone", "copied")]
         for row in rows
     )
-    columns = ["tokens x in -> out", "dtype", "adapters", "pass", f"{ONE}, ms", *names, "overhead", "op alone, GB/s", "copied, GB/s"]
+    columns = [
+        "tokens x in -> out",
+        "dtype",
+        "adapters",
+        "pass",
+        f"{ONE}, ms",
+        *names,
+        "overhead",
+        "op alone, GB/s",
+        "copied, GB/s",
+    ]
     return report.markdown(columns, cells)
 
 

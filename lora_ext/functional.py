@@ -244,9 +244,7 @@ def lora_grouped_(
         if x.dtype != y.dtype:
             x = _cast_to(y, x)
         check_inference("lora_grouped_", "y", y)
-        torch.ops.lora_ext.lora_grouped_.default(
-            y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, dropout_p, seed
-        )
+        torch.ops.lora_ext.lora_grouped_.default(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, dropout_p, seed)
         if torch.is_inference_mode_enabled() and not y.is_inference():  # as in lora_delta_
             count_change(y)
     except refusals.UNEXPLAINED as error:

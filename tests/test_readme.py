@@ -81,6 +81,13 @@ def test_python_of_peft_md():
     assert len(entries) == 12 and all(entry.accelerated for entry in entries)
 
 
+def test_python_of_quantized_md(in_tmp_path):
+    (block,) = python_blocks("docs/quantized.md")
+    model = run(block)["model"]
+    assert not any(lora_modules(model))
+    assert type(AutoModelForSequenceClassification.from_pretrained("plain-model")) is type(model)
+
+
 def test_python_of_methods_md(in_tmp_path, capsys):
     (block,) = python_blocks("docs/methods.md")
     names = run(block, model=bare_model())
@@ -99,7 +106,7 @@ def test_python_of_export_md(in_tmp_path, capsys):
 
 
 def test_no_python_is_left_out():
-    run_here = {"README.md", "docs/adapters.md", "docs/peft.md", "docs/methods.md", "docs/export.md"}
+    run_here = {"README.md", *(f"docs/{name}.md" for name in ("adapters", "export", "methods", "peft", "quantized"))}
     assert {name for name in DOCUMENTS if python_blocks(name)} == run_here
 
 

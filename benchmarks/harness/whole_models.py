@@ -16,6 +16,7 @@ from lora_ext.injection.inject import lora_modules
 HEAD_ONLY = "head only"  # no gradient passes through the frozen model: faster than any adapter can be
 LLAMA_VOCABULARY = 8192
 HAS_PEFT = importlib.util.find_spec("peft") is not None
+HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 
 
 def bert(
@@ -61,6 +62,24 @@ def llama(
         use_cache=False,
     )
     return LlamaForCausalLM(config).to(dtype)
+
+
+def nf4(model: nn.Module) -> nn.Module:
+    """Quantises the linear layers of ``model`` except the classifier, in place: NF4 with double quantisation, as QLoRA.
+
+    Products are computed in the dtype of the model.
+    """
+    import bitsandbytes
+
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Linear and path != "classifier":
+            layer = bitsandbytes.nn.Linear4bit(
+                module.in_features, module.out_features, compute_dtype=module.weight.dtype, quant_type="nf4"
+            ).to(module.weight.dtype)
+            layer.load_state_dict(module.state_dict())
+            model.set_submodule(path, layer.to(module.weight.device))
+    model.is_loaded_in_4bit = True  # PEFT asks for it
+    return model
 
 
 def pretrained(path: str, dropout: float, labels: int) -> nn.Module:

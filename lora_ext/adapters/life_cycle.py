@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -17,6 +18,7 @@ from lora_ext.merging.model import some
 from lora_ext.model.adapter_set import adapter_set, check_names, find_adapters
 from lora_ext.model.bare_model import adapter_layers, root_module
 from lora_ext.nn import ActiveAdapters, LoraLayer
+from lora_ext.quantized import quantized_weight
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -249,8 +251,13 @@ def adapter_status(model: nn.Module) -> list[AdapterStatus]:
 
 @checked
 def trainable_parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """Returns ``(trainable, total)`` numbers of parameter elements; a shared parameter counts once."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    """Returns ``(trainable, total)`` numbers of parameter elements; a shared parameter counts once.
+
+    A quantised weight counts as before it was quantised.
+    """
+    weights = (weight for module in model.modules() if (weight := quantized_weight(module)) is not None)
+    packed = {id(weight.module.weight): math.prod(weight.shape) for weight in weights}
+    sizes = [(packed.get(id(p), p.numel()), p.requires_grad) for p in model.parameters()]
     return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)
 
 

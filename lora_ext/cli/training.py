@@ -70,6 +70,7 @@ def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) 
         help="keep only the input of a layer, and compute the layer again in the backward: non-reentrant (without "
         "KIND), reentrant, or no",
     )
+    add("--quantize", metavar="FORMAT", help="quantise the frozen weights: nf4 (4 bits) or int8, by bitsandbytes")
     add("--max-length", type=int, metavar="TOKENS", help="longer texts are cut")
     add("--seed", type=int, help="seed of the new head, the adapters, the order of the texts and dropout")
     extra = "a field of transformers.TrainingArguments that no other option sets, such as weight_decay=0.01; repeatable"

@@ -19,6 +19,7 @@ from lora_ext._common.changes import changing, one_at_a_time
 from lora_ext.config import LoraConfig, PeftConfig
 from lora_ext.injection.build import PartsBuilder, check_targets
 from lora_ext.injection.mixtures import warn_of_parts_left_out, with_experts
+from lora_ext.injection.quantized_models import prepare_quantized, release_quantized
 from lora_ext.injection.targets import find_targets, is_all_linear
 from lora_ext.injection.trainers import guard_against_trainers, remove_guard
 from lora_ext.model.adapter_set import Adapter, AdapterSet, adapter_set, attach_adapter_set, forget_adapter_set
@@ -29,7 +30,6 @@ from lora_ext.model.saver import replace_save_pretrained, restore_save_pretraine
 from lora_ext.nn import LoraLayer, LoraLinear
 from lora_ext.nn.input_groups import share_inputs as share_inputs_of
 from lora_ext.nn.layer import check_adapter_name
-from lora_ext.quantized import keep_stored, stop_keeping_stored
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -156,7 +156,7 @@ def apply_injection(model: nn.Module, adapter: Adapter) -> None:
         adapter.into.switch((adapter.name,))
         share_inputs_of(root, adapter.into.share_inputs, (LoraLinear,))
         _switch_off_fast_path(root)
-        keep_stored(root)
+        prepare_quantized(root)
         guard_against_trainers(root)
         guard_forward(root)
         guard_loading(root, adapter.into)
@@ -167,7 +167,7 @@ def apply_injection(model: nn.Module, adapter: Adapter) -> None:
 
 def forget_injection(model: nn.Module) -> None:
     """Removes the attributes and hooks that :func:`apply_injection` set on the modules of ``model``."""
-    stop_keeping_stored(model)
+    release_quantized(model)
     for module in model.modules():
         forget_adapter_set(module)
         forget_forward_guard(module)

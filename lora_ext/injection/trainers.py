@@ -17,26 +17,18 @@ from lora_ext.model.bare_model import adapter_layers
 from lora_ext.nn import LoraLayer
 
 _METHOD = "add_model_tags"
-_MARK, _MARK_BEFORE = "is_quantized", "_is_quantized_before_lora"
 
 
 def guard_against_trainers(root: nn.Module) -> None:
-    """Makes a Transformers model check the TRL trainer that it is given to.
-
-    Trainer refuses a model that is marked as quantised unless PEFT adapts it, so the mark is taken off.
-    """
+    """Makes a Transformers model check the TRL trainer that it is given to."""
     if callable(getattr(root, _METHOD, None)) and _METHOD not in vars(root):
         vars(root)[_METHOD] = types.MethodType(add_model_tags, root)
-    if vars(root).get(_MARK) is True:
-        vars(root)[_MARK], vars(root)[_MARK_BEFORE] = False, True
 
 
 def remove_guard(module: nn.Module) -> None:
     """Undoes :func:`guard_against_trainers`."""
     if getattr(vars(module).get(_METHOD), "__func__", None) is add_model_tags:
         del vars(module)[_METHOD]
-    if vars(module).pop(_MARK_BEFORE, False):
-        vars(module)[_MARK] = True
 
 
 def add_model_tags(model: nn.Module, tags: list[str] | str) -> None:  # this name: a bound method is pickled by its name

@@ -11,11 +11,13 @@ from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.interrupts import uninterrupted
 from lora_ext.injection.inject import apply_injection, prepare_injection
+from lora_ext.injection.quantized_models import prepare_quantized, release_quantized
 from lora_ext.merging.model import unload
 from lora_ext.methods.base import Method, head_paths
 from lora_ext.methods.inserted import Inserted, Insertion, insert, remove_inserted
 from lora_ext.model.adapter_set import Adapter, adapter_set
 from lora_ext.model.bare_model import BareModel, root_module
+from lora_ext.quantized import quantized_weight
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -81,6 +83,7 @@ def carry_out(model: nn.Module, method: Method, insertions: list[Insertion], ada
             apply_injection(model, adapter)
         elif adapter_set(model) is None:
             root.requires_grad_(False)
+            prepare_quantized(root)
         for insertion in insertions:
             insert(insertion)
         setattr(root, _ATTRIBUTE, method)
@@ -121,9 +124,12 @@ def remove_method(model: ModelT) -> ModelT:
         unload(model)
     with uninterrupted():
         remove_inserted(root_module(model))
+        release_quantized(root_module(model))
         delattr(root_module(model), _ATTRIBUTE)
+        weights = (weight for module in model.modules() if (weight := quantized_weight(module)) is not None)
+        quantized = {id(weight.module.weight) for weight in weights}
         for parameter in model.parameters():
-            if parameter.is_floating_point():  # not quantised weights
+            if parameter.is_floating_point() and id(parameter) not in quantized:
                 parameter.requires_grad_(True)
     return model
 

@@ -86,9 +86,7 @@ def lora_grouped_backward(choices: Choices) -> Call:
     return Call(op("lora_grouped_backward"), values, oracle)
 
 
-def _backward_formula(
-    grad_y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, xa, mask, dropout_p, output_mask
-):
+def _backward_formula(grad_y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, xa, mask, dropout_p, output_mask):
     """Computes the requested gradients in float64, a group at a time."""
     size_in = lora_As[0].shape[-1]
     rows, x = (t.reshape(count(t.shape[:-1]), t.shape[-1]) for t in (grad_y, x))

@@ -23,6 +23,7 @@ from transformers import (
 from lora_ext._common.install_hint import install_hint
 from lora_ext._common.progress import is_terminal
 from lora_ext.tasks import TaskError
+from lora_ext.tasks.finetune.quantize import Quantization
 from lora_ext.tasks.finetune.task_model import most_tokens
 from lora_ext.tasks.shared.hub import loading_options, why_not_loaded
 
@@ -44,11 +45,12 @@ class Decoder(NamedTuple):
         return min((limit for limit in limits if limit is not None and limit < 10**9), default=None)
 
 
-def load_decoder(path: str, dtype: torch.dtype = torch.float32) -> Decoder:
+def load_decoder(path: str, dtype: torch.dtype = torch.float32, quantization: Quantization | None = None) -> Decoder:
     """Loads a causal language model and its tokenizer in ``dtype``.
 
     Args:
         path: a directory in Transformers' format, a hub id, or a ``.gguf`` file, which Transformers dequantises.
+        quantization: quantises the weights as they are loaded; not with a ``.gguf`` file.
 
     Raises:
         TaskError: it cannot be loaded, weights are missing, or the model is no causal language model.
@@ -58,13 +60,21 @@ def load_decoder(path: str, dtype: torch.dtype = torch.float32) -> Decoder:
         logging.disable_progress_bar()
     is_gguf = path.lower().endswith(".gguf")
     if is_gguf:
+        if quantization is not None:
+            raise TaskError(
+                f"--quantize {quantization.name} goes with a directory or an id, and --model {path} is a GGUF file, "
+                "which Transformers dequantises; save the model as safetensors first"
+            )
         name, options = _gguf_options(path)
     else:
         name, options = path, loading_options(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        how = {} if quantization is None else quantization.options(path, AutoModelForCausalLM, options)
         with _quiet_conversion():
-            model, loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, output_loading_info=True, **options, **how
+            )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error) if is_gguf else why_not_loaded(path, error)
         raise TaskError(f"--model {path} cannot be loaded: {reason}") from error

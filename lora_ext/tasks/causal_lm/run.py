@@ -25,6 +25,7 @@ from lora_ext.tasks.causal_lm.rendering import Encoded, Renderer, encode, use_te
 from lora_ext.tasks.causal_lm.settings import TASK, CausalSettings, command_line
 from lora_ext.tasks.causal_lm.trainer import CausalTrainer, build_causal_trainer
 from lora_ext.tasks.finetune.data import DATA_FILE, Splits, fingerprint, save_fingerprint, saved_fingerprint
+from lora_ext.tasks.finetune.quantize import quantization_of
 from lora_ext.tasks.finetune.results import plot_loss
 from lora_ext.tasks.finetune.run_checkpoints import last_checkpoint, tidy
 from lora_ext.tasks.finetune.settings import SETTINGS_FILE
@@ -65,7 +66,7 @@ def finetune(
     path = model_path_of(settings.model, say)
     say(f"loading {path} ...")
     set_seed(settings.seed)
-    decoder = load_decoder(path, getattr(torch, settings.dtype))
+    decoder = load_decoder(path, getattr(torch, settings.dtype), quantization_of(settings))
     model, tokenizer = decoder.model, decoder.tokenizer
     if settings.chat_template_file is not None:
         use_template(tokenizer, settings.chat_template_file)

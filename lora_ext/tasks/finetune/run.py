@@ -18,6 +18,7 @@ from lora_ext.methods import head_parameter_count, load_method, save_method
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune import demo, results
 from lora_ext.tasks.finetune.data import DATA_FILE, fingerprint, save_fingerprint, saved_fingerprint
+from lora_ext.tasks.finetune.quantize import quantization_of
 from lora_ext.tasks.finetune.run_checkpoints import last_checkpoint, tidy
 from lora_ext.tasks.finetune.settings import INPUTS, SETTINGS_FILE, Settings, command_line
 from lora_ext.tasks.finetune.task_data import Encoded, encode, load_data
@@ -94,7 +95,7 @@ def finetune(
     model_path = model_path_of(settings.model)
     say(f"loading {model_path} ...")
     set_seed(settings.seed)  # for the new head and the adapters
-    task_model = load_model(model_path, labels, settings.max_length, settings.dtype)
+    task_model = load_model(model_path, labels, settings.max_length, settings.dtype, quantization_of(settings))
     check_fits(task_model, settings)
     tokenizer, model, most = task_model.tokenizer, task_model.model, most_tokens(task_model.model)
     bare = {"head_parameters": head_parameter_count(model), "full_checkpoint_bytes": measuring.tensor_bytes(model)}
@@ -184,7 +185,8 @@ def _measure(
     found: dict[str, Any] = {}
     if settings.method == "lora":
         try:
-            models["merged"] = merge_and_unload(load_method(copy.deepcopy(base), adapter))
+            adapted = load_method(copy.deepcopy(base), adapter)
+            models["merged"] = merge_and_unload(adapted, dequantize=settings.quantize is not None)
         except ValueError as error:  # training diverged to non-finite values
             say(f"the adapter cannot be merged: {error}")
     forwards = {name: forward_of(model.eval(), settings) for name, model in models.items()}

@@ -14,6 +14,7 @@ from lora_ext.files import read_json_object
 from lora_ext.methods import METHODS, option_names
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune import extra_arguments
+from lora_ext.tasks.finetune.quantize import QUANTIZABLE, check_quantize
 from lora_ext.tasks.shared.whole_files import write_json
 
 SETTINGS_FILE = "settings.json"
@@ -77,6 +78,7 @@ class Settings:
     precision: str = "float32"
     dtype: str = "float32"
     gradient_checkpointing: str = "no"
+    quantize: str | None = None
     max_length: int = 128
     seed: int = 0
     set: str = ""  # name=value of TrainingArguments, joined as in a shell; see extra_arguments.py
@@ -90,6 +92,7 @@ class Settings:
         if self.learning_rate is None:
             rates = [LEARNING_RATES.get(name, 1e-3) for name in names]
             object.__setattr__(self, "learning_rate", min(rates))  # files and messages show the rate in use
+        check_quantize(self.quantize, self.method)
         for field in fields(self):
             if getattr(self, field.name) != field.default and not has_option(self.method, field.name):
                 raise TaskError(
@@ -233,7 +236,7 @@ OWNERS = {
     field.name: [name for name in METHODS if field.name in option_names(name)]
     for field in fields(Settings)
     if any(field.name in option_names(name) for name in METHODS)
-} | {"lora_plus_ratio": ["lora"]}
+} | {"lora_plus_ratio": ["lora"], "quantize": list(QUANTIZABLE)}
 """``{option: methods}`` for the options that only some methods support."""
 
 

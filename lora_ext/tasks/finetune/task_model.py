@@ -26,6 +26,7 @@ from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune import demo
 from lora_ext.tasks.finetune.data import Splits
 from lora_ext.tasks.finetune.lora_targets import lora_targets, split_names
+from lora_ext.tasks.finetune.quantize import Quantization, quantization_of, tensors_of_8bit
 from lora_ext.tasks.finetune.settings import Settings
 from lora_ext.tasks.finetune.task_data import load_data
 from lora_ext.tasks.shared.hub import loading_options, why_not_loaded
@@ -50,10 +51,13 @@ def model_path_of(model: str | None) -> str:
 def load_task_model(settings: Settings) -> tuple[TaskModel, Splits]:
     """Loads the bare model and the texts that ``settings`` name. TaskError: one cannot be loaded."""
     splits = load_data(settings, say=lambda line: None)
-    return load_model(model_path_of(settings.model), splits.labels, settings.max_length, settings.dtype), splits
+    path, quantization = model_path_of(settings.model), quantization_of(settings)
+    return load_model(path, splits.labels, settings.max_length, settings.dtype, quantization), splits
 
 
-def load_model(path: str, labels: list[str], max_length: int, dtype: str = "float32") -> TaskModel:
+def load_model(
+    path: str, labels: list[str], max_length: int, dtype: str = "float32", quantization: Quantization | None = None
+) -> TaskModel:
     """Loads a classifier of ``labels``, in ``dtype`` except the new head, which is float32.
 
     TaskError: ``path`` has none, or it takes fewer tokens than ``max_length``.
@@ -64,7 +68,10 @@ def load_model(path: str, labels: list[str], max_length: int, dtype: str = "floa
     try:
         options = loading_options(path)
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        model, loaded = AutoModelForSequenceClassification.from_pretrained(
+        kind, how = AutoModelForSequenceClassification, {}
+        if quantization is not None:
+            how = quantization.options(path, kind, options, num_labels=len(labels))
+        model, loaded = kind.from_pretrained(
             path,
             num_labels=len(labels),
             id2label=dict(enumerate(labels)),
@@ -74,6 +81,7 @@ def load_model(path: str, labels: list[str], max_length: int, dtype: str = "floa
             output_loading_info=True,
             dtype=getattr(torch, dtype),
             **options,
+            **how,
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise TaskError(f"--model {path} cannot be loaded: {why_not_loaded(path, error)}") from error
@@ -102,7 +110,7 @@ def _in_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def sharing(model: PreTrainedModel) -> PreTrainedModel:
     """Copies ``model`` but shares its parameters, which takes almost no memory."""
-    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *tensors_of_8bit(model))})
 
 
 def adapt(model: PreTrainedModel, settings: Settings, model_path: str) -> PreTrainedModel:

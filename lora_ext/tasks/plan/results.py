@@ -16,10 +16,7 @@ KINDS = {  # kinds of memory: keys in plan.json and their names
     "gradients": "gradients",
     "activations": "activations, temporaries",
 }
-_QUANTISED = (
-    "inject does not adapt quantised layers by itself: lora_ext.functional.lora_delta_ adds an adapter to such a "
-    "layer's output."
-)
+_QUANTISED = "inject adapts models with int8 and nf4 weights: docs/quantized.md; finetune has --quantize."
 
 
 def readable(count: float) -> str:

@@ -1,0 +1,136 @@
+"""PEFT's layers over quantised weights on our ops: merges from float32, unmerges to the byte."""
+
+import copy
+import warnings
+
+import peft
+import pytest
+import torch
+from support.peft_pairs import config
+from support.quantized import QUANTIZE, quantized_copy, stored, unchanged_bytes
+from torch import nn
+
+from lora_ext.integrations.peft import accelerate, report, restore
+from lora_ext.quantized import quantized_weight
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Merge lora module", "ignore:Unmerge lora module", "ignore:.*instantiated"
+)
+FLAGS = {"int8": "is_loaded_in_8bit"}
+
+
+def models(format: str, **options) -> tuple[nn.Module, nn.Module]:
+    """PEFT's model, and an accelerated copy; in evaluation mode."""
+    model = quantized_copy(nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64)), format)
+    model.requires_grad_(False)
+    if not format.startswith("torchao"):
+        setattr(model, FLAGS.get(format, "is_loaded_in_4bit"), True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's torchao layers cannot merge without Transformers' config
+        theirs = peft.get_peft_model(model, config(target_modules=["0", "2"], **options)).eval()
+    return theirs, accelerate(copy.deepcopy(theirs))
+
+
+@pytest.mark.parametrize("format", list(QUANTIZE))
+def test_forward_and_gradients(format):
+    theirs, ours = models(format)
+    assert all(layer.accelerated and not layer.merge for layer in report(ours))
+    x, results = torch.randn(5, 64), []
+    for model in (theirs.train(), ours.train()):
+        leaf = x.clone().requires_grad_()
+        y = model(leaf)
+        y.square().sum().backward()
+        results.append([y, leaf.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert len(results[0]) == 6
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("format", list(QUANTIZE))
+def test_merging(format):
+    theirs, ours = models(format)
+    layers = [ours.base_model.model[i] for i in (0, 2)]
+    weights = [quantized_weight(layer.get_base_layer()) for layer in layers]
+    want = [w.dequantize() + layer.get_delta_weight("default") for w, layer in zip(weights, layers, strict=True)]
+    x = torch.randn(5, 64)
+    y = ours(x)
+    with unchanged_bytes(ours):
+        ours.merge_adapter()
+        errors = [(w.dequantize() - values).norm() for w, values in zip(weights, want, strict=True)]
+        assert max(e / v.norm() for e, v in zip(errors, want, strict=True)) < (0.14 if "4" in format else 0.04)
+        if not format.startswith("torchao"):
+            theirs.merge_adapter()
+            peers = [quantized_weight(theirs.base_model.model[i].get_base_layer()) for i in (0, 2)]
+            for error, peer, values in zip(errors, peers, want, strict=True):
+                assert error <= (peer.dequantize() - values).norm() * (1 + 1e-3)
+        assert not torch.equal(ours(x), y)
+        ours.unmerge_adapter()
+    assert torch.equal(ours(x), y)
+
+
+def test_peft_unmerges_another_weight():
+    """If this fails, PEFT restores the bytes, and the remark in docs/peft.md can go."""
+    theirs, _ = models("nf4")
+    before = stored(theirs)
+    theirs.merge_adapter()
+    theirs.unmerge_adapter()
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in stored(theirs).items())
+
+
+@pytest.mark.parametrize("format", ["nf4-double", "int8", "torchao-int8"])
+def test_two_adapters_and_a_failing_merge(format):
+    _, ours = models(format)
+    ours.add_adapter("other", config(target_modules=["0", "2"]))
+    ours.base_model.set_adapter(["default", "other"])
+    with unchanged_bytes(ours):
+        ours.merge_adapter()
+        ours.unmerge_adapter()
+        with torch.no_grad():
+            ours.base_model.model[0].lora_B["other"].weight[1, 1] = torch.nan
+        with pytest.raises(ValueError, match="NaNs detected|without `get_apply_tensor_subclass`"):  # PEFT's own words
+            ours.base_model.model[0].merge(safe_merge=True, adapter_names=["other"])
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_merge_and_unload(format):
+    _, ours = models(format)
+    kept = copy.deepcopy(ours)
+    kept.merge_adapter()
+    plain = ours.merge_and_unload()
+    for tensor, expected in zip(stored(plain).values(), stored(kept).values(), strict=True):
+        assert torch.equal(tensor, expected)
+
+
+def test_bias_and_weight_are_merged_together_or_not_at_all(monkeypatch):
+    from lora_ext.integrations.peft import merging
+
+    _, ours = models("nf4", lora_bias=True)
+    layer = ours.base_model.model[0]
+    with torch.no_grad():
+        layer.lora_B["default"].bias.normal_()
+    bias = layer.get_base_layer().bias.clone()
+    with unchanged_bytes(ours):
+        ours.merge_adapter()
+        assert not torch.equal(layer.get_base_layer().bias, bias)
+        ours.unmerge_adapter()
+        assert torch.equal(layer.get_base_layer().bias, bias)
+
+        def fail(*_args, **_kwargs):
+            raise MemoryError
+
+        monkeypatch.setattr(merging, "merge_all_", fail)
+        with pytest.raises(MemoryError):
+            layer.merge()
+    assert not layer.merged_adapters
+
+
+def test_evaluation_between_training_steps():
+    """Without accelerate, bitsandbytes packs the weights for the CPU's bfloat16 product, and training ends."""
+    _, ours = models("nf4")
+    x = torch.randn(5, 64)
+    with unchanged_bytes(ours):
+        with torch.no_grad():
+            ours(x)
+        ours.train()(x).sum().backward()
+    repacks = restore(ours).base_model.model[0].get_base_layer().support_avx512bf16_for_cpu
+    assert repacks == models("nf4")[0].base_model.model[0].get_base_layer().support_avx512bf16_for_cpu
