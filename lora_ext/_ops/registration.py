@@ -49,26 +49,32 @@ def is_usual_state() -> bool:
     )
 
 
-_AUTOCAST = 0
-for _key in ("AutocastCPU", "AutocastCUDA"):
-    _AUTOCAST |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key)).raw_repr()
+def _keys(*names: str) -> int:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, names[0]))
+    for name in names[1:]:
+        keys = keys | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
+    return keys.raw_repr()
+
+
+_AUTOCAST, _MODES = _keys("AutocastCPU", "AutocastCUDA"), _keys("Python", "PythonTLSSnapshot")
 
 
 def call_state(x: Tensor) -> tuple | None:
     """Everything besides its arguments that decides what a call with ``x`` computes, and the state of ``x``.
 
-    None: neither the usual state (:func:`is_usual_state`) nor autocast, or ``x`` is a subclass or an inference tensor.
+    None: not the usual state (:func:`is_usual_state`), autocast or a dispatch mode; or ``x`` is a subclass or an
+    inference tensor.
     """
     if type(x) is not Tensor or x.is_inference() or forward_ad._current_level >= 0:
         return None
-    autocast, excluded = None, _excluded().raw_repr()
-    if _included().raw_repr() != _USUAL_INCLUDED:
+    autocast, included, excluded = None, _included().raw_repr(), _excluded().raw_repr()
+    if included != _USUAL_INCLUDED and included & ~_MODES != _USUAL_INCLUDED:
         return None
     if excluded != _USUAL_EXCLUDED:
         if excluded | _AUTOCAST != _USUAL_EXCLUDED | _AUTOCAST:
             return None
         autocast = torch.get_autocast_dtype(x.device.type)
-    return excluded, autocast, torch.is_grad_enabled(), x._version, x.requires_grad
+    return included, excluded, autocast, torch.is_grad_enabled(), x._version, x.requires_grad
 
 
 def is_usual_call(*tensors: Tensor | None) -> bool:

@@ -54,6 +54,7 @@ def simulate_step(
         RuntimeError: the model reads more of its input's values than single flags.
     """
     trained = trained_parameters(model)
+    _find_shared_inputs(model, loss_of, device)
     tracker = StorageTracker([*model.parameters(), *model.buffers()])
     hooks = [parameter.register_post_accumulate_grad_hook(tracker.has_gradient) for parameter in trained]
     hooks += [
@@ -84,11 +85,19 @@ def simulate_step(
 @torch.no_grad()
 def simulate_forward(model: nn.Module, run: Callable[[nn.Module], Tensor], device: str = "cuda") -> Step:
     """Like :func:`simulate_step`, for inference: runs the forward only and keeps nothing for a backward."""
+    _find_shared_inputs(model, run, device)
     tracker = StorageTracker([*model.parameters(), *model.buffers()])
     with tracker, device_kernels(device):
         tracker.begin(FORWARD)
         run(model)
     return Step(0, {FORWARD: tracker.peaks[FORWARD]})
+
+
+@torch.no_grad()
+def _find_shared_inputs(model: nn.Module, run: Callable[[nn.Module], Tensor], device: str) -> None:
+    """Runs a forward, which settles which layers are computed together (:mod:`lora_ext.nn.shared_inputs`)."""
+    with StorageTracker([*model.parameters(), *model.buffers()]), device_kernels(device):
+        run(model)
 
 
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:

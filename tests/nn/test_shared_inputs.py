@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
 import threading
 import weakref
 from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lora_ext import LoraConfig, functional, inject, merge, set_adapter, unmerge
 from lora_ext.adapters import delete_adapter, disable_adapters, input_groups, merge_and_unload
@@ -375,6 +378,22 @@ def test_autocast_and_inference_mode(calls):
     assert groups(model)["qkv"] == ""
 
 
+def test_dispatch_modes_see_the_op():
+    class Counter(TorchDispatchMode):
+        names: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op.namespace == "lora_ext":
+                self.names.append(op._opname)
+            return op(*args, **(kwargs or {}))
+
+    model, x = net(), some_x()
+    expected = model(x)
+    with Counter():
+        torch.testing.assert_close(model(x), expected)
+    assert Counter.names == ["lora_linear_siblings", "lora_linear"]
+
+
 def test_transforms():
     model, x = net(), some_x()
     model(x)
@@ -544,6 +563,22 @@ def test_activation_checkpointing(reentrant, forwards, calls):
         assert_close(loss(model, checkpointed), expected)
     assert calls == [3, 1] * (2 * 2 * forwards)
     assert groups(model) == {"qkv": "", "o": "is called with another tensor"}
+
+
+def test_selective_checkpointing():
+    """Which replays the operations of the first forward by their order."""
+
+    def policy(_, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if op is torch.ops.aten.mul.Tensor else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def run(block: nn.Module, x: Tensor) -> Tensor:
+        contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+        return checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+
+    model, x = net(2, lora_dropout=0.3), some_x()
+    expected = step(net(2, lora_dropout=0.3), x)
+    for _ in range(3):
+        assert_close(step(model, x, run), expected)
 
 
 def test_checkpointing_with_a_hook_that_goes_between_the_forwards():
