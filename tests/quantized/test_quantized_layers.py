@@ -11,6 +11,7 @@ import torch
 from support.quantized import QUANTIZE, quantized_copy, stored, unchanged_bytes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torchao.quantization.quantize_.workflows import Int4TilePackedTo4dTensor
 
 from lora_ext import LoraConfig, inject, load_adapter, save_adapter
 from lora_ext.adapters import disable_adapters, unload
@@ -216,6 +217,30 @@ def test_packed_projections(format):
     update = model.up(x) - model.up.base_layer(x)
     torch.testing.assert_close(update, plain.up(x) - plain.up.base_layer(x), rtol=1e-4, atol=1e-5)
     assert not update[:, 64:].any()
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8", "torchao-int8"])
+def test_hooks_and_extra_dtypes(format):
+    """A hook on the base layer runs and may keep what it sees; 16-bit factors as TRL makes them."""
+    model, x, seen = inject(net(format), CONFIG), torch.randn(6, 64), []
+    model.up.base_layer.register_forward_hook(lambda _module, _inputs, y: seen.append(y))
+    expected = step(lambda x: by_hand(model, x), model, x)
+    assert_same(step(model, model, x), expected)
+    assert len(seen) == 2 and torch.equal(*seen)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    assert_same([a.float() for a in step(model, model, x)], expected, 0.05)
+
+
+def test_int4_of_torchao_is_refused_by_name():
+    """Its kernels need CUDA; here its weight is put together by hand."""
+    packed, scales = torch.zeros(8, 4, 32, 4, dtype=torch.int32), torch.ones(2, 64, 2, dtype=torch.bfloat16)
+    model = Net()
+    weight = Int4TilePackedTo4dTensor(packed, scales, [1, 32], torch.Size([64, 128]))
+    model.down.weight = nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(TypeError, match=r"down \(Linear\): its weight is a torchao Int4Tile.*no gradient; use\s+Intx"):
+        inject(model, CONFIG)
 
 
 def test_refusals():
