@@ -11,6 +11,15 @@ import torch
 from support.quantized import QUANTIZE, quantized_copy, stored, unchanged_bytes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torchao.quantization import (
+    Float8WeightOnlyConfig,
+    Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
+    PerGroup,
+    PerTensor,
+    quantize_,
+)
+from torchao.quantization.quant_primitives import MappingType
 from torchao.quantization.quantize_.workflows import Int4TilePackedTo4dTensor
 
 from lora_ext import LoraConfig, inject, load_adapter, save_adapter
@@ -269,6 +278,33 @@ def test_a_format_describes_its_weight(format):
     x = torch.randn(5, 128)
     y = weight.module.train()(x)
     torch.testing.assert_close(y, x @ weight.dequantize().T + linear.bias, rtol=1e-4, atol=1e-3)
+
+
+VARIANTS = {
+    "int4, asymmetric": lambda: IntxWeightOnlyConfig(
+        weight_dtype=torch.int4, granularity=PerGroup(32), mapping_type=MappingType.ASYMMETRIC
+    ),
+    "int2, rows": lambda: IntxWeightOnlyConfig(weight_dtype=torch.int2),
+    "int8, the whole tensor": lambda: Int8WeightOnlyConfig(granularity=PerTensor()),
+    "float8, the whole tensor": lambda: Float8WeightOnlyConfig(granularity=PerTensor()),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_torchao(variant, dtype):
+    linear = nn.Linear(128, 96).to(dtype)
+    values = linear.weight.detach().float().clone()
+    quantize_(linear, VARIANTS[variant]())
+    weight = quantized_weight(linear.requires_grad_(False))
+    before, error = weight.stored(), (weight.dequantize() - values).norm()
+    again = weight.quantize(values)
+    assert {n: (t.shape, t.dtype) for n, t in again.items()} == {n: (t.shape, t.dtype) for n, t in before.items()}
+    weight.write(again)
+    assert error > 0 and (weight.dequantize() - values).norm() <= 1.02 * error
+    x = torch.randn(5, 128).to(dtype)
+    expected = x.float() @ weight.dequantize().T + linear.bias.float()
+    torch.testing.assert_close(linear(x).float(), expected, rtol=0.02, atol=1e-5 if dtype == torch.float32 else 0.02)
 
 
 def test_bitsandbytes_on_the_cpu_rounds_widths_beside_its_block_size_badly():
