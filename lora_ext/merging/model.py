@@ -123,7 +123,7 @@ def unmerge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> 
 
 @checked
 def merge_record_bytes(model: nn.Module) -> int:
-    """Bytes kept to unmerge: copies of the merged factors, and the bits lost to rounding."""
+    """Bytes kept to unmerge: copies of the merged factors, and the bits lost to rounding or the old quantised bytes."""
     return sum(matrix.record.nbytes for matrix in _merged_matrices(layer for _, layer in lora_modules(model)))
 
 

@@ -11,6 +11,16 @@ import torch
 from support.quantized import QUANTIZE, quantized_copy, stored, unchanged_bytes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torchao.quantization import (
+    Float8WeightOnlyConfig,
+    Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
+    PerGroup,
+    PerTensor,
+    quantize_,
+)
+from torchao.quantization.quant_primitives import MappingType
+from torchao.quantization.quantize_.workflows import Int4TilePackedTo4dTensor
 
 from lora_ext import LoraConfig, inject, load_adapter, save_adapter
 from lora_ext.adapters import disable_adapters, unload
@@ -218,6 +228,30 @@ def test_packed_projections(format):
     assert not update[:, 64:].any()
 
 
+@pytest.mark.parametrize("format", ["nf4", "int8", "torchao-int8"])
+def test_hooks_and_extra_dtypes(format):
+    """A hook on the base layer runs and may keep what it sees; 16-bit factors as TRL makes them."""
+    model, x, seen = inject(net(format), CONFIG), torch.randn(6, 64), []
+    model.up.base_layer.register_forward_hook(lambda _module, _inputs, y: seen.append(y))
+    expected = step(lambda x: by_hand(model, x), model, x)
+    assert_same(step(model, model, x), expected)
+    assert len(seen) == 2 and torch.equal(*seen)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    assert_same([a.float() for a in step(model, model, x)], expected, 0.05)
+
+
+def test_int4_of_torchao_is_refused_by_name():
+    """Its kernels need CUDA; here its weight is put together by hand."""
+    packed, scales = torch.zeros(8, 4, 32, 4, dtype=torch.int32), torch.ones(2, 64, 2, dtype=torch.bfloat16)
+    model = Net()
+    weight = Int4TilePackedTo4dTensor(packed, scales, [1, 32], torch.Size([64, 128]))
+    model.down.weight = nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(TypeError, match=r"down \(Linear\): its weight is a torchao Int4Tile.*no gradient; use\s+Intx"):
+        inject(model, CONFIG)
+
+
 def test_refusals():
     with pytest.raises(TypeError, match=r"modules_to_save would train quantised weights.*\n.*down \(Linear4bit\)"):
         inject(net("nf4"), LoraConfig(target_modules=["up"], modules_to_save=["down"]))
@@ -244,6 +278,33 @@ def test_a_format_describes_its_weight(format):
     x = torch.randn(5, 128)
     y = weight.module.train()(x)
     torch.testing.assert_close(y, x @ weight.dequantize().T + linear.bias, rtol=1e-4, atol=1e-3)
+
+
+VARIANTS = {
+    "int4, asymmetric": lambda: IntxWeightOnlyConfig(
+        weight_dtype=torch.int4, granularity=PerGroup(32), mapping_type=MappingType.ASYMMETRIC
+    ),
+    "int2, rows": lambda: IntxWeightOnlyConfig(weight_dtype=torch.int2),
+    "int8, the whole tensor": lambda: Int8WeightOnlyConfig(granularity=PerTensor()),
+    "float8, the whole tensor": lambda: Float8WeightOnlyConfig(granularity=PerTensor()),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_torchao(variant, dtype):
+    linear = nn.Linear(128, 96).to(dtype)
+    values = linear.weight.detach().float().clone()
+    quantize_(linear, VARIANTS[variant]())
+    weight = quantized_weight(linear.requires_grad_(False))
+    before, error = weight.stored(), (weight.dequantize() - values).norm()
+    again = weight.quantize(values)
+    assert {n: (t.shape, t.dtype) for n, t in again.items()} == {n: (t.shape, t.dtype) for n, t in before.items()}
+    weight.write(again)
+    assert error > 0 and (weight.dequantize() - values).norm() <= 1.02 * error
+    x = torch.randn(5, 128).to(dtype)
+    expected = x.float() @ weight.dequantize().T + linear.bias.float()
+    torch.testing.assert_close(linear(x).float(), expected, rtol=0.02, atol=1e-5 if dtype == torch.float32 else 0.02)
 
 
 def test_bitsandbytes_on_the_cpu_rounds_widths_beside_its_block_size_badly():

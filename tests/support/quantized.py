@@ -24,28 +24,17 @@ with warnings.catch_warnings():
 from lora_ext.quantized import quantized_weight
 
 
-def _bitsandbytes_4bit(quant_type: str, double: bool) -> Callable[[nn.Linear], nn.Module]:
+def _bitsandbytes(kind: str, **options: object) -> Callable[[nn.Linear], nn.Module]:
     def make(linear: nn.Linear) -> nn.Module:
-        layer = bitsandbytes.nn.Linear4bit(
-            linear.in_features,
-            linear.out_features,
-            bias=linear.bias is not None,
-            compute_dtype=linear.weight.dtype,
-            compress_statistics=double,
-            quant_type=quant_type,
-        ).to(linear.weight.dtype)
+        sizes, dtype = (linear.in_features, linear.out_features), linear.weight.dtype
+        if kind == "Linear4bit":
+            options["compute_dtype"] = dtype
+        with torch.device("cpu"):
+            layer = getattr(bitsandbytes.nn, kind)(*sizes, bias=linear.bias is not None, **options).to(dtype)
         layer.load_state_dict(linear.state_dict())
-        return layer.to(linear.weight.device)  # this quantises
+        return layer.to(linear.weight.device)  # moving from the CPU quantises, also to the CPU
 
     return make
-
-
-def _bitsandbytes_8bit(linear: nn.Linear) -> nn.Module:
-    layer = bitsandbytes.nn.Linear8bitLt(
-        linear.in_features, linear.out_features, bias=linear.bias is not None, has_fp16_weights=False, threshold=6.0
-    )
-    layer.load_state_dict(linear.state_dict())
-    return layer.to(linear.weight.device)
 
 
 def _torchao(config: Callable[[], object]) -> Callable[[nn.Linear], nn.Module]:
@@ -58,10 +47,10 @@ def _torchao(config: Callable[[], object]) -> Callable[[nn.Linear], nn.Module]:
 
 
 QUANTIZE: dict[str, Callable[[nn.Linear], nn.Module]] = {
-    "nf4": _bitsandbytes_4bit("nf4", False),
-    "nf4-double": _bitsandbytes_4bit("nf4", True),
-    "fp4": _bitsandbytes_4bit("fp4", False),
-    "int8": _bitsandbytes_8bit,
+    "nf4": _bitsandbytes("Linear4bit", quant_type="nf4", compress_statistics=False),
+    "nf4-double": _bitsandbytes("Linear4bit", quant_type="nf4", compress_statistics=True),
+    "fp4": _bitsandbytes("Linear4bit", quant_type="fp4", compress_statistics=False),
+    "int8": _bitsandbytes("Linear8bitLt", has_fp16_weights=False, threshold=6.0),
     "torchao-int8": _torchao(Int8WeightOnlyConfig),
     "torchao-int8-group": _torchao(lambda: Int8WeightOnlyConfig(granularity=PerGroup(32), group_size=None)),
     "torchao-int4": _torchao(lambda: IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))),
