@@ -1,8 +1,9 @@
 """Runs PEFT's LoRA tests with and without lora_ext's layers: tests that pass without them must pass with them.
 
-    python scripts/peft_conformance.py PEFT_SOURCE [--other-seeds 1,2,3]
+    python scripts/peft_conformance.py PEFT_SOURCE [--tests FILE ...] [--other-seeds 1,2,3]
 
-PEFT_SOURCE is a source tree of peft; its tests need the packages ``diffusers`` and ``datasets``. The tests run twice in
+PEFT_SOURCE is a source tree of peft; its tests need the packages ``diffusers`` and ``datasets``, and some other files
+than the default one ``parameterized``, ``attrs`` or a network (their tests then fail both ways). The tests run twice in
 parallel, without and with ``accelerate()``, each test from the same seed in both. Many compare results of random models
 to a few units of float32's rounding, and sometimes fail with PEFT alone. So a test that fails only with lora_ext must
 pass from three other seeds, and is named. Exit status 1: a test does not, or no forward or merge used lora_ext.
@@ -137,14 +138,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="PEFT_SOURCE", type=Path)
     parser.add_argument("--other-seeds", type=lambda text: [int(part) for part in text.split(",")], default=[1, 2, 3])
+    parser.add_argument("--tests", nargs="+", default=[TESTS], metavar="FILE", help=f"default: {TESTS}")
     args = parser.parse_args()
     source = args.source.resolve()
-    if not (source / TESTS).exists():
-        sys.exit(f"{str(source)!r} is not a source tree of peft (it has no {TESTS}); give its path, or set PEFT_SOURCE")
+    for file in args.tests:
+        if not (source / file).exists():
+            sys.exit(
+                f"{str(source)!r} is not a source tree of peft (it has no {file}); give its path, or set PEFT_SOURCE"
+            )
     with tempfile.TemporaryDirectory() as name:
         files = [Path(name) / "without.json", Path(name) / "with.json"]
-        runs = [start(source, files[0], TESTS, "-k", SELECTION)]
-        runs.append(start(source, files[1], "--lora-ext", TESTS, "-k", SELECTION))
+        runs = [start(source, files[0], *args.tests, "-k", SELECTION)]
+        runs.append(start(source, files[1], "--lora-ext", *args.tests, "-k", SELECTION))
         (without, _), (with_us, calls) = (finish(run, file) for run, file in zip(runs, files, strict=True))
         only_without = passing(without) - passing(with_us)
         broken = again(source, only_without, args.other_seeds, Path(name)) if only_without else set()

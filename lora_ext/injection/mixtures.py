@@ -16,7 +16,7 @@ from torch import nn
 from lora_ext._common.printable import shown
 from lora_ext._common.warnings import warn_user
 from lora_ext.config import LoraConfig
-from lora_ext.injection.targets import Targets
+from lora_ext.injection.targets import Targets, linear_layers
 from lora_ext.matching.path_names import EndTable, Parents, SuffixTable
 from lora_ext.matching.path_patterns import PathMatcher
 from lora_ext.model.bare_model import BareModel
@@ -66,9 +66,10 @@ def with_experts(config: LoraConfig, bare: BareModel) -> LoraConfig:
     ranks, alphas = {}, {}
     if any(name == _FUSED for _, name in found):
         ranks, alphas = {rf".*\.{_FUSED}": 2 * config.r}, {rf".*\.{_FUSED}": 2 * config.lora_alpha}
+    linear = linear_layers(bare.modules, bare.head)
     return dataclasses.replace(
         config,
-        target_modules=[path for path in _linear_layers(bare) if path.rpartition(".")[2] not in parameters],
+        target_modules=[path for path in linear if path.rpartition(".")[2] not in parameters],
         target_parameters={*(config.target_parameters or ()), *paths},
         rank_pattern={**config.rank_pattern, **ranks},
         alpha_pattern={**config.alpha_pattern, **alphas},
@@ -87,7 +88,13 @@ def warn_of_parts_left_out(config: LoraConfig, bare: BareModel, targets: Targets
     def is_left_out(path: str) -> bool:
         return path not in targets.modules and path not in untouched and not excluded(path)
 
-    layers = [path for path in _linear_layers(bare) if is_left_out(path)]
+    linear = linear_layers(bare.modules, bare.head)
+    layers = [path for path in linear if is_left_out(path)]
+    routers = [
+        path
+        for path, module in bare.modules.items()
+        if is_linear(module) and path not in linear and module is not bare.head and is_left_out(path)
+    ]
     experts = [
         f"{path}.{name}"
         for path, name in _experts_and_routers(bare)
@@ -96,6 +103,12 @@ def warn_of_parts_left_out(config: LoraConfig, bare: BareModel, targets: Targets
     begin = f'inject: "all-linear" leaves out parts of {type(bare.root).__name__}, as PEFT does: '
     if layers:
         warn_user(f"{begin}{_abbreviated(layers)}; to adapt them, name all layers in target_modules")
+    if routers:
+        weights = [f"{path}.weight" for path in routers]
+        warn_user(
+            f'inject: "all-linear" leaves out {_abbreviated(routers)}, whose forward returns more than a tensor (PEFT '
+            f"adapts them, and fails in the forward); to adapt them, name {_abbreviated(weights)} in target_parameters"
+        )
     if experts:
         warn_user(
             f"{begin}{_abbreviated(experts)}, which are bare parameters; to adapt them, name them in target_parameters"
@@ -118,10 +131,6 @@ def _find(bare: BareModel, names: Iterable[str]) -> Iterator[tuple[str, str]]:
         for name, _ in module.named_parameters(recurse=False):
             if f"{path}.{name}" in ends:
                 yield path, name
-
-
-def _linear_layers(bare: BareModel) -> list[str]:
-    return [path for path, module in bare.modules.items() if is_linear(module) and module is not bare.head]
 
 
 def _experts_and_routers(bare: BareModel) -> Iterator[tuple[str, str]]:

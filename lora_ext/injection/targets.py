@@ -18,6 +18,7 @@ from lora_ext.config import ALL_LINEAR, LoraConfig
 from lora_ext.matching.path_names import EndTable, Parents, SuffixTable, path_ends
 from lora_ext.matching.path_patterns import LayerNumbers, PathMatcher
 from lora_ext.model.bare_model import parameter_paths
+from lora_ext.nn.base_layer import returns_a_tensor
 from lora_ext.nn.linear import is_linear
 
 _MOST_CLOSE, _LONGEST_CLOSE = 5, 100
@@ -151,7 +152,7 @@ class _Search:
     ) -> dict[str, nn.Module]:
         config = self.config
         if is_all_linear(config):
-            named = self.all_linear()
+            named = linear_layers(self.modules, self.output_head)
         else:
             named = list(filter(PathMatcher("target_modules", config.target_modules), self.modules))
             unmatched = self.unmatched(config.target_modules, named)
@@ -228,10 +229,6 @@ class _Search:
                 self.tied[twin] = self.embedding
         return tokens
 
-    def all_linear(self) -> list[str]:
-        """Every linear layer (including Transformers' ``Conv1D``) except the output head."""
-        return [path for path, module in self.modules.items() if is_linear(module) and module is not self.output_head]
-
     def tie(self, found: dict[str, nn.Module]) -> dict[str, nn.Module]:
         """With ``ensure_weight_tying``, replaces modules tied to the input embedding by the embedding."""
         if not (self.config.ensure_weight_tying and self.twins and {self.embedding, *self.twins} & found.keys()):
@@ -301,6 +298,15 @@ class _Search:
         if fatal:
             raise ValueError(message)
         self.warnings.append(message)
+
+
+def linear_layers(modules: Mapping[str, nn.Module], output_head: nn.Module | None) -> list[str]:
+    """The layers that "all-linear" means: linear ones that return a tensor, without the output head."""
+    return [
+        path
+        for path, module in modules.items()
+        if is_linear(module) and module is not output_head and returns_a_tensor(module)
+    ]
 
 
 def is_all_linear(config: LoraConfig) -> bool:

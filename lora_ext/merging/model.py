@@ -308,8 +308,9 @@ def _note_untied(root: nn.Module) -> None:
     """Corrects a Transformers config that says that the head is tied, if it has a trained weight of its own now."""
     if getattr(getattr(root, "config", None), "tie_word_embeddings", False):
         bare = BareModel(root)
-        head, embedding = (getattr(module, "weight", None) for module in (bare.head, bare.embedding))
-        if head is not None and embedding is not None and head is not embedding:
+        head = getattr(bare.head, "weight", None)
+        # T5Gemma ties the head to the decoder's embedding; get_input_embeddings returns the encoder's.
+        if head is not None and len(parameter_paths(bare.modules.items())[id(head)]) == 1:
             root.config.tie_word_embeddings = False  # from_pretrained would tie them, and drop the head
 
 

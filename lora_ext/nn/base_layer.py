@@ -201,6 +201,24 @@ def _is_product(base: nn.Linear) -> bool:
     return bool((error <= 16 * torch.finfo(y.dtype).eps * size).all())
 
 
+def returns_a_tensor(module: nn.Module) -> bool:
+    """Whether a call of a linear layer returns one tensor; some routers return indices, too (Llama 4, PhiMoE).
+
+    A forward that is not nn.Linear's is tried without memory, on the meta device; True if that fails.
+    """
+    if type(module).forward is _LINEAR_FORWARD or is_conv1d(module) or not runs_alone(module):
+        return True
+    parameters = dict(module.named_parameters())
+    if not all(type(parameter) in _DENSE for parameter in parameters.values()):
+        return True
+    empty = {name: torch.empty_like(parameter, device="meta") for name, parameter in parameters.items()}
+    x = torch.empty(1, module.in_features, dtype=module.weight.dtype, device="meta")
+    try:
+        return isinstance(torch.func.functional_call(module, empty, (x,)), Tensor)
+    except Exception:  # whatever it raises, nothing is known
+        return True
+
+
 _KEEP_ON_DEVICE = "keep this module on a device (device_map)"
 
 # --- accelerate -------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ class Comparison:
     """What was found for one architecture and one choice of targets.
 
     Attributes:
-        layers: number of modules and parameters that PEFT adapts; 0 if both libraries refuse.
+        layers: number of modules and parameters that PEFT adapts; 0 if PEFT refuses, or its forward fails.
         parameters: number of parameters that PEFT trains.
         differences: a check's name -> how the two differ.
     """
@@ -51,7 +51,8 @@ def compare(architecture: Architecture, targets: str) -> Comparison:
         pair = _Pair(architecture, targets if targets == "all-linear" else architecture.targets.split(), directory)
         try:
             theirs = pair.theirs
-        except ValueError as error:
+            pair.output(theirs)
+        except (ValueError, AttributeError) as error:
             return Comparison(0, 0, {} if pair.refused() else {"targets": f"PEFT refuses: {error}"})
         differences = {}
         for name, check in CHECKS.items():
@@ -125,7 +126,7 @@ class _Pair:
 
 def output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     outputs = model(**inputs)
-    return next(outputs[key] for key in ("logits", "logits_per_image") if key in outputs)
+    return next(outputs[key] for key in ("logits", "logits_per_image", "sample") if key in outputs)
 
 
 def save_with_peft(model: peft.PeftModel, directory: Path) -> None:
@@ -189,7 +190,7 @@ def check_files(pair: _Pair) -> None:
 
 @torch.no_grad()
 def check_tokens(pair: _Pair) -> None:
-    if not pair.architecture.model_class.can_generate():
+    if not pair.architecture.generates:
         return
     inputs = {name: tensor for name, tensor in pair.inputs.items() if name != "decoder_input_ids"}
     options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}

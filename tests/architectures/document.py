@@ -29,7 +29,8 @@ Each of these models was built from a tiny config with random weights and adapte
 | step | equal losses and factors after a step of SGD that lowers the loss |
 
 Equal means: up to the rounding of float32 (most models compute some operations in float32, even if their weights are
-float64). Counts are those of the tiny model: adapted layers, then trained parameters of rank 2.
+float64). Counts are those of the tiny model: adapted layers, then trained parameters of rank 2. The
+tests also save each merged model with `save_pretrained` and load it without this package.
 
 `PYTHONPATH=tests python -m architectures --write` wrote this page. `tests/architectures/test_architectures.py` repeats
 the comparison. A new architecture is a row in `tests/architectures/table.py`.
@@ -39,7 +40,7 @@ the comparison. A new architecture is a row in `tests/architectures/table.py`.
 
 def counts(comparison: Comparison) -> str:
     """The cell with the size of the adapter."""
-    return f"{comparison.layers}, {comparison.parameters}" if comparison.layers else "refused by PEFT"
+    return f"{comparison.layers}, {comparison.parameters}" if comparison.layers else "not with PEFT"
 
 
 def page(found: Mapping[tuple[str, str], Comparison]) -> str:
@@ -74,6 +75,6 @@ def _row(architecture: Architecture, found: Mapping[str, Comparison], notes: lis
         ]
         failed = list(dict.fromkeys(failed))
         notes += [note for note in failed if note not in notes]
-        yes = "-" if check == "tokens" and not architecture.model_class.can_generate() else "yes"
+        yes = "-" if check == "tokens" and not architecture.generates else "yes"
         cells.append(f"no ({', '.join(str(notes.index(note) + 1) for note in failed)})" if failed else yes)
     return f"| {' | '.join(cells)} |"

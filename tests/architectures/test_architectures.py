@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 from architectures.compare import ALIVE, compare, output
 from architectures.document import DOCUMENT, TARGETS, counts, names, row
-from architectures.table import ARCHITECTURES
+from architectures.table import ARCHITECTURES, SIMILAR
 from lora_ext import LoraConfig, inject, merge
 from lora_ext.adapters import merge_and_unload
 
@@ -17,8 +18,12 @@ BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
 PAGE = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.exists() else ""
 
 
+def named(names):
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SIMILAR else name for name in names]
+
+
 @pytest.mark.parametrize("targets", TARGETS)
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("name", named(BY_NAME))
 def test_equal_to_peft(name, targets):
     found = compare(BY_NAME[name], targets)
     known = {check for known in BY_NAME[name].known if known.targets == targets for check in known.checks.split()}
@@ -31,21 +36,23 @@ NOT_MERGED = {name for name in BY_NAME for known in BY_NAME[name].known if known
 
 @torch.no_grad()
 @pytest.mark.parametrize("merge_it", [merge, merge_and_unload])
-@pytest.mark.parametrize("name", [name for name in BY_NAME if name not in NOT_MERGED])
-def test_transformers_saves_and_loads_the_merged_model(name, merge_it, tmp_path):
+@pytest.mark.parametrize("name", named(name for name in BY_NAME if name not in NOT_MERGED))
+def test_its_library_saves_and_loads_the_merged_model(name, merge_it, tmp_path):
     architecture = BY_NAME[name]
     base, inputs = architecture.build(), architecture.inputs()
     without = output(base, inputs)
     model = merge_it(inject(base, LoraConfig(target_modules=architecture.targets.split(), **ALIVE)))
     model.save_pretrained(tmp_path)
-    loaded = type(base).from_pretrained(tmp_path, dtype=architecture.dtype).eval()
+    options = {key: value for key, value in architecture.sizes.items() if key == "experts_implementation"}
+    options["dtype" if isinstance(base, transformers.PreTrainedModel) else "torch_dtype"] = architecture.dtype
+    loaded = type(base).from_pretrained(tmp_path, **options).eval()
     expected = output(model, inputs)
     assert not torch.allclose(expected, without)
     torch.testing.assert_close(output(loaded, inputs), expected)
 
 
 def test_the_page_lists_the_architectures_of_the_table():
-    assert len(BY_NAME) == len(ARCHITECTURES) >= 45
+    assert len(BY_NAME) == len(ARCHITECTURES) >= 100 and BY_NAME.keys() > SIMILAR
     assert names(PAGE) == [(architecture.name, architecture.model) for architecture in ARCHITECTURES]
     for architecture in ARCHITECTURES:
         assert architecture.targets.replace(" ", ", ") in row(PAGE, architecture.name)

@@ -12,7 +12,7 @@ import transformers
 from support.models import VOCABULARY, refused, token_ids
 from torch import Tensor, nn
 
-from lora_ext import LoraConfig, inject, load_adapter, save_adapter
+from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
 from lora_ext.adapters import lora_modules, trainable_parameter_counts
 
 SIZES = {
@@ -208,3 +208,35 @@ def test_a_second_adapter_takes_the_same_parts():
     count = trainable_parameter_counts(model)[0]
     inject(model, LoraConfig(**SETTINGS), "second")
     assert trainable_parameter_counts(model)[0] == count
+
+
+def llama4() -> nn.Module:
+    sizes = {"num_local_experts": 4, "head_dim": 8, "intermediate_size_mlp": 12, "interleave_moe_layer_step": 1}
+    return transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**SIZES | {"num_experts_per_tok": 1}, **sizes))
+
+
+def phimoe() -> nn.Module:
+    return transformers.PhimoeForCausalLM(transformers.PhimoeConfig(**SIZES, num_local_experts=4))
+
+
+@pytest.mark.parametrize("make", [llama4, phimoe])
+def test_routers_that_return_more_than_a_tensor_are_left_out(make):
+    """PEFT adapts them, and fails in the forward: a router is an nn.Linear by its class."""
+    base = make().eval()
+    with pytest.raises(AttributeError, match="tuple"):
+        peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules="all-linear"))(token_ids())
+    with pytest.warns(UserWarning, match=r"leaves out \['model.layers.\*.*router'\].*router.weight.*target_parameters"):
+        model = inject(copy.deepcopy(base), LoraConfig(**SETTINGS, init_lora_weights=False))
+    adapted = {path for path, _ in lora_modules(model)}
+    assert len(adapted) >= 8 and not [path for path in adapted if path.endswith("router")]
+    ids = token_ids()
+    output = model(ids).logits
+    assert not torch.allclose(output, base(ids).logits)
+    output.square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    torch.testing.assert_close(merge(model)(ids).logits, output, rtol=1e-4, atol=1e-5)
+    unmerge(model)
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["router.weight"], init_lora_weights=False)
+    model = inject(copy.deepcopy(base), config)  # as the warning says
+    assert not torch.allclose(model(ids).logits, inject(base, LoraConfig(r=2, target_modules=["q_proj"]))(ids).logits)

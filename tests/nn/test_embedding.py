@@ -8,7 +8,7 @@ import warnings
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.layers import relative_error
 from support.merging import same_bits
 from support.models import VOCABULARY, llama, refused, token_ids
@@ -242,3 +242,23 @@ def test_does_not_train_while_merged():
     with pytest.raises(RuntimeError, match="'default' is merged and would not train"):
         layer(torch.tensor([1]))
     assert layer.eval()(torch.tensor([1])).shape == (1, 16)
+
+
+def test_a_contiguous_factor_computes_and_trains_the_same(tmp_path):
+    """FSDP2 and safetensors want contiguous parameters."""
+    model = inject(TextNet(), LoraConfig(target_modules=["tokens"], **ALIVE))
+    twin = copy.deepcopy(model)
+    for parameter in twin.parameters():
+        parameter.data = parameter.data.contiguous()
+    ids, gradients = token_ids(), []
+    for one in (model, twin):
+        one(ids).square().sum().backward()
+        gradients.append({name: p.grad for name, p in one.named_parameters() if p.requires_grad})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+    torch.testing.assert_close(twin(ids), model(ids))
+    with pytest.raises(ValueError, match="contiguous"):
+        save_file(model.state_dict(), tmp_path / "model.safetensors")
+    save_file(twin.state_dict(), tmp_path / "model.safetensors")
+    torch.testing.assert_close(merge(twin.eval())(ids), merge(model.eval())(ids))
