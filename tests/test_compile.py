@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from accelerate.utils import compile_regions
+from architectures.compare import output
 from architectures.table import ARCHITECTURES
 from support.ways import PEFT, WAYS, adapted, save_random_adapter
 from torch import Tensor, nn
@@ -20,7 +21,8 @@ from lora_ext.adapters import disable_adapters, hotswap_adapter, prepare_hotswap
 pytestmark = [pytest.mark.cpu_only("makes its inputs on the CPU"), pytest.mark.full]
 
 ROWS = {row.name: row for row in ARCHITECTURES}
-ISSUED = ["Llama", "Gemma3", "Qwen2", "BERT"]
+UNET = "UNet (Stable Diffusion)"
+COMMON = ["Llama", "Gemma3", "Qwen2", "BERT"]
 
 
 class Counting:
@@ -64,7 +66,7 @@ def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return model(**inputs).logits
 
 
-@pytest.mark.parametrize("name", ISSUED)
+@pytest.mark.parametrize("name", COMMON)
 def test_one_graph_for_each_adapter_and_none_on_a_switch(name, way, build):
     base, directory, inputs = build(name)
     model = adapted(way, base, directory, "a", "b")
@@ -81,6 +83,18 @@ def test_one_graph_for_each_adapter_and_none_on_a_switch(name, way, build):
         for adapter in ("a", "b", "b", "a"):
             way.switch(model, adapter)
             torch.testing.assert_close(logits(compiled, inputs), expected[adapter])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name", ["Mixtral", "LLaVA", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Whisper", "T5", UNET))]
+)
+def test_other_kinds_of_models_are_one_graph(name, build):
+    base, directory, inputs = build(name)
+    model = adapted(WAYS["inject"], base, directory, "a").eval()
+    expected = output(model, inputs)
+    torch.testing.assert_close(output(torch.compile(model, backend=Counting(), fullgraph=True), inputs), expected)
+    assert not torch.allclose(output(base, inputs), expected)
 
 
 def test_sets_of_adapters_and_a_new_adapter(build):

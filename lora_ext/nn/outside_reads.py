@@ -79,17 +79,26 @@ class _Watch:
         return _Watch, ()
 
     def _begin(self, reader: nn.Module, *_: Any) -> None:
+        if torch.compiler.is_compiling():  # a graph cannot remove hooks
+            return
         self._has_begun, self._has_run, self.was_read = True, False, False
         if self.modules is None:
             self._leave(reader)
 
     def _run(self, layer: nn.Module, *_: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         self._has_run = True
         if self.modules is None:
             self._leave(layer)
 
     def _end(self, *_: Any) -> None:
-        if self.modules is None or not self._has_begun or not (self._has_run or self.was_read):
+        if (
+            torch.compiler.is_compiling()
+            or self.modules is None
+            or not self._has_begun
+            or not (self._has_run or self.was_read)
+        ):
             return
         layer, reader, root = self.modules
         if not self._has_run and (layer.is_merged or not layer.active_adapters):

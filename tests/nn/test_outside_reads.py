@@ -191,6 +191,21 @@ def test_a_compiled_model_is_not_watched():
             compiled(x)
 
 
+def test_a_graph_skips_the_hooks_of_a_watch():
+    """The first forward puts them on; the next one that is not compiled decides."""
+    torch._dynamo.reset()
+    model, x = adapted(Reader(), "read", "called"), torch.randn(2, 4)
+    expected = model(x)
+    assert hooks(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with no_warnings():
+        torch.testing.assert_close(compiled(x), expected)
+    with pytest.warns(UserWarning, match=r"'read': Reader reads its weight"):
+        model(x)
+    assert not hooks(model)
+    torch.testing.assert_close(compiled(x), expected)
+
+
 # --- no false alarm ---------------------------------------------------------------------------------------------------
 
 
