@@ -210,11 +210,24 @@ def test_an_update_that_is_not_finite_changes_nothing(format, operation):
     merge(model)
 
 
+def test_a_merged_model_that_is_not_dequantised_stays_merged():
+    model = net("nf4-double")
+    merge(model, "a")
+    with torch.no_grad():
+        model.down.adapters["b"].lora_B[3, 1] = 1e30
+    with unchanged_bytes(model), pytest.raises(ValueError, match="the weight of 'down' overflows torch.float16"):
+        merge_and_unload(model, dequantize=torch.float16)
+    assert model.up.merged_adapters == model.down.merged_adapters == ("a",)
+    unmerge(model)
+
+
+@pytest.mark.parametrize("merged", [(), ("a",)], ids=str)
 @pytest.mark.parametrize("failing", ["dense", "quantised"])
 @pytest.mark.parametrize("format", ["nf4-double", "int8", "torchao-int8"])
-def test_an_error_in_the_middle_restores_everything(format, failing, monkeypatch):
+def test_an_error_in_the_middle_restores_everything(format, failing, merged, monkeypatch):
     model, x = net(format), torch.randn(9, 64)
-    merge(model, "a")
+    for name in merged:
+        merge(model, name)
     before, y = stored(model), model(x)
     head = model.head.base_weight.clone()
 
@@ -234,9 +247,9 @@ def test_an_error_in_the_middle_restores_everything(format, failing, monkeypatch
         merge(model, "b")
     assert all(torch.equal(tensor, before[name]) for name, tensor in stored(model).items())
     assert torch.equal(model.head.base_weight, head) and torch.equal(model(x), y)
-    assert model.up.merged_adapters == model.head.merged_adapters == ("a",)
+    assert model.up.merged_adapters == model.head.merged_adapters == merged
     monkeypatch.undo()
-    unmerge(model)
+    merge(model, "b")
 
 
 def test_weights_that_cannot_be_quantised_again_are_refused_before_anything_changes():
