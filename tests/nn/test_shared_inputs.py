@@ -321,9 +321,12 @@ def test_merged_and_disabled(calls):
     assert calls == [3, 1]
 
 
-@pytest.mark.parametrize("what", ["lora_A", "lora_B", "weight", "bias", "frozen", "x", "grad", "autocast", "adapter"])
+CHANGES = ["lora_A", "lora_B", "weight", "bias", "frozen", "x", "grad", "autocast", "adapter", "replaced", "eval"]
+
+
+@pytest.mark.parametrize("what", CHANGES)
 def test_a_change_between_the_calls_has_effect(what):
-    model, x = net(), some_x().requires_grad_()
+    model, x = net(lora_dropout=0.5 if what == "eval" else 0.0), some_x().requires_grad_()
     inject(model, LoraConfig(target_modules=["k"], init_lora_weights=False), "second")
     set_adapter(model, "default")
     model(x)
@@ -341,6 +344,10 @@ def test_a_change_between_the_calls_has_effect(what):
         adapter.requires_grad_(False)
     elif what == "adapter":
         set_adapter(model, "second")
+    elif what == "replaced":
+        k.base_layer.weight = nn.Parameter(torch.zeros(WIDTH, WIDTH), requires_grad=False)
+    elif what == "eval":
+        k.eval()
     with torch.set_grad_enabled(what != "grad"), torch.autocast("cpu", enabled=what == "autocast"):
         y = k(x)
         alone = k(x)
