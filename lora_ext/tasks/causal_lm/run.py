@@ -77,7 +77,7 @@ def finetune(
     texts = fingerprint(splits)
     if resume and saved_fingerprint(out) not in (None, texts):
         raise TaskError(f"--resume: the texts are not those that the run in {out} was started with; start a new run")
-    check_training_arguments(settings, out, len(splits.train))
+    check_training_arguments(settings, len(splits.train))
     if resume and checkpoint is None:
         say(f"{out} has no checkpoint yet: the run starts from the beginning")
     _check_vocabulary(model, encoded, path)

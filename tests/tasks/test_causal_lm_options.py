@@ -1,0 +1,97 @@
+"""Tests ``--task causal-lm`` with the options that all tasks share: quantised weights, 16 bits, files for the sides."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from support import tiny_decoder, tiny_gguf
+
+from lora_ext import cli
+from lora_ext.tasks import TaskError
+from lora_ext.tasks.causal_lm.run import finetune
+from lora_ext.tasks.causal_lm.settings import CausalSettings
+
+pytestmark = [pytest.mark.cpu_only("the Trainer chooses the device"), pytest.mark.full]
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> CausalSettings:
+    """64 features: bitsandbytes rounds narrower weights badly."""
+    directory = tmp_path_factory.mktemp("tiny")
+    model = tiny_decoder.llama(hidden_size=64, intermediate_size=128, num_hidden_layers=1, head_dim=32)
+    tiny_decoder.save(directory / "llama", model)
+    pairs = tiny_decoder.questions(100)
+    sides = {"train": pairs[:60], "validation": pairs[55:80], "test": pairs[75:]}
+    for name, side in sides.items():
+        tiny_decoder.save_rows(directory / f"{name}.jsonl", tiny_decoder.chats(side))
+    return CausalSettings(
+        model=str(directory / "llama"),
+        data=str(directory / "train.jsonl"),
+        validation_file=str(directory / "validation.jsonl"),
+        test_file=str(directory / "test.jsonl"),
+        packing=True,
+        epochs=4,
+        batch_size=2,
+        max_length=128,
+        answers=0,
+        learning_rate=1e-2,
+    )
+
+
+def silent(line: str) -> None:
+    pass
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_adapters_of_a_quantised_decoder_learn_and_load(settings: CausalSettings, tmp_path: Path, kind: str):
+    metrics = finetune(replace(settings, quantize=kind), tmp_path / "out", say=silent)
+    assert metrics["after"]["perplexity"] < 0.5 * metrics["before"]["perplexity"]
+    plain = finetune(settings, tmp_path / "plain", say=silent)
+    assert metrics["full_checkpoint_bytes"] < 0.8 * plain["full_checkpoint_bytes"]
+    assert metrics["before"]["perplexity"] == pytest.approx(plain["before"]["perplexity"], rel=0.1)
+    adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert adapter.keys() == load_file(tmp_path / "plain" / "adapter" / "adapter_model.safetensors").keys()
+
+
+def test_texts_are_on_one_side(settings: CausalSettings, tmp_path: Path):
+    said: list[str] = []
+    metrics = finetune(settings, tmp_path / "out", say=said.append)
+    assert metrics["examples"] == {"train": 55, "validation": 20, "test": 25}
+    assert sum("5 prompts are left out" in line for line in said) == 2
+
+
+def test_a_large_batch_in_parts_and_layers_computed_again(settings: CausalSettings, tmp_path: Path):
+    """The same numbers up to rounding, without dropout: four rows at once, or in parts and with checkpointing."""
+    whole = replace(settings, batch_size=4, lora_dropout=0.0)
+    parts = replace(whole, batch_size=2, accumulation_steps=2, gradient_checkpointing="non-reentrant")
+    scores = [
+        finetune(one, tmp_path / str(i), say=silent)["after"]["perplexity"] for i, one in enumerate([whole, parts])
+    ]
+    assert scores[0] == pytest.approx(scores[1], rel=2e-3)
+
+
+def test_sixteen_bits_and_fields_of_the_trainer(
+    settings: CausalSettings, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    config = tmp_path / "run.yaml"
+    lines = [
+        f"{name}: {getattr(settings, name)}"
+        for name in ("model", "data", "test_file", "epochs", "answers", "max_length")
+    ]
+    config.write_text("\n".join(["task: causal-lm", "packing: true", *lines, "set:", "  weight_decay: 0.1"]))
+    arguments = ["finetune", "--config", str(config), "--dtype", "bfloat16", "--out", str(tmp_path / "out")]
+    assert cli.main([*arguments, "--no-measure"]) == 0, capsys.readouterr().err
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["settings"]["dtype"] == "bfloat16" and metrics["settings"]["set"] == "weight_decay=0.1"
+    assert metrics["after"]["perplexity"] < metrics["before"]["perplexity"]
+
+
+def test_a_gguf_file_is_not_quantised_again(settings: CausalSettings, tmp_path: Path):
+    path = tiny_gguf.save(tmp_path / "model.gguf", tiny_decoder.llama(), tiny_decoder.tokenizer())
+    with pytest.raises(TaskError, match="--quantize nf4 goes with a directory or an id, and --model .* is a GGUF file"):
+        finetune(replace(settings, model=str(path), quantize="nf4"), tmp_path / "out", say=silent)
+    assert not (tmp_path / "out").exists()
