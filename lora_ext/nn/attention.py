@@ -219,9 +219,9 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
             for name in applied:
                 self._check_no_dropout(layer.adapters[name])
                 for key, (A, B, scaling) in layer.factors(name).items():
-                    owner, parameter_name, view = matrices[key]
-                    parameter = owner._parameters[parameter_name]
-                    path = f"{paths[owner]}.{parameter_name}".removeprefix(".")
+                    matrix = matrices[key]
+                    parameter, view = matrix.owner._parameters[matrix.name], matrix.view
+                    path = f"{paths[matrix.owner]}.{matrix.name}".removeprefix(".")
                     weight = updated[path] = updated.get(path, parameter).clone()
                     begin = view.storage_offset() - parameter.storage_offset()
                     with torch.autocast(weight.device.type, enabled=False):

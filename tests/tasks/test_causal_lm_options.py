@@ -91,7 +91,7 @@ def test_sixteen_bits_and_fields_of_the_trainer(
 
 
 def test_a_gguf_file_is_not_quantised_again(settings: CausalSettings, tmp_path: Path):
-    path = tiny_gguf.save(tmp_path / "model.gguf", tiny_decoder.llama(), tiny_decoder.tokenizer())
+    path = tiny_gguf.save(tmp_path / "model.gguf", tiny_decoder.llama(intermediate_size=64), tiny_decoder.tokenizer())
     with pytest.raises(TaskError, match="--quantize nf4 goes with a directory or an id, and --model .* is a GGUF file"):
         finetune(replace(settings, model=str(path), quantize="nf4"), tmp_path / "out", say=silent)
     assert not (tmp_path / "out").exists()
