@@ -111,7 +111,10 @@ def find_changes(
     for key in changes.changed:
         tensor = changes.tensors[key]
         if (tensor.terms or tensor.rows) and DTYPES.get(tensor.dtype) not in FLOATING:
-            problems.append(f"dtype of {key}: {tensor.dtype}, want F64, F32, BF16 or F16; dequantise the base first")
+            problems.append(
+                f"dtype of {key}: {tensor.dtype}, want F64, F32, BF16 or F16; dequantise the base first, or load both "
+                "and call merge_and_unload(model, dequantize=True)"
+            )
         if tensor.replacement is not None and not _holds(tensor):
             problems.append(f"dtype of {key}: {tensor.dtype}, which the adapter's {_dtype(tensor.replacement)} is not")
         indices = list(itertools.chain.from_iterable(rows for _, _, rows in tensor.rows))
