@@ -141,6 +141,8 @@ def measure_steps(
 ) -> list[dict]:
     """Measures the training steps; returns one row for each contestant."""
     contestants = trainers(model, batches, run, run.args.dropout if dropout is None else dropout, **options)
+    for trainer in contestants.values():
+        trainer.step()  # settles which layers are computed together
     held = {name: memory.activation_bytes(trainer.model, trainer.forward) for name, trainer in contestants.items()}
     peak = {name: memory.peak_bytes(trainer.step, run.args.device) for name, trainer in contestants.items()}
     seconds = run.interleaved({name: trainer.step for name, trainer in contestants.items()})

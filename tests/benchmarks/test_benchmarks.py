@@ -203,7 +203,8 @@ def test_roofline(run):
     assert rows[3]["flops_per_byte"] == pytest.approx(2 * 16 * weight / (4 * (2 * weight + factors)))
 
 
-TINY_BERT = ("--layers", "1", "--width", "64", "--bert-batch", "2", "--length", "8")
+TINY = ("--layers", "1", "--width", "64", "--bert-batch", "2", "--length", "8")
+TINY += ("--llama-width", "64", "--llama-batch", "1", "--llama-length", "8", "--llama-rank", "2")
 
 
 @pytest.fixture
@@ -217,9 +218,9 @@ def tiny_demo(monkeypatch, tmp_path_factory):
 
 def test_finetune(run, tiny_demo, capsys):
     options = ("--steps", "4", "--most-steps", "4", "--evaluate-every", "2", "--accuracy", "1.01")
-    result = run("bench_finetune", *TINY_BERT, *options)
+    result = run("bench_finetune", *TINY, *options)
     rows = result["rows"]
-    assert [row["contestant"] for row in rows] == 4 * ["head only", "frozen", "lora_ext", "peft", "peft accelerated"]
+    assert [row["contestant"] for row in rows] == 6 * ["head only", "frozen", "lora_ext", "peft", "peft accelerated"]
     assert all(row["peak_bytes"] >= row["activation_bytes"] for row in rows)
     for i in range(0, len(rows), 5):
         _, frozen, ours, theirs, accelerated = (row["activation_bytes"] for row in rows[i : i + 5])
@@ -233,7 +234,7 @@ def test_finetune(run, tiny_demo, capsys):
 
 
 def test_an_accuracy_that_is_reached_ends_the_training(run, tiny_demo):
-    result = run("bench_finetune", *TINY_BERT, "--steps", "2", "--evaluate-every", "2", "--accuracy", "0")
+    result = run("bench_finetune", *TINY, "--steps", "2", "--evaluate-every", "2", "--accuracy", "0")
     assert all(entry["steps"] == 2 and entry["reached"] for entry in result["accuracy"].values())
 
 
@@ -256,9 +257,9 @@ def test_without_the_demo_the_rest_is_measured(run, monkeypatch, capsys):
         raise TaskError("cannot fetch the demo data: no network")
 
     monkeypatch.setattr(bench_finetune.demo, "examples", missing)
-    result = run("bench_finetune", *TINY_BERT)
+    result = run("bench_finetune", *TINY)
     assert "the demo model is NOT measured: cannot fetch the demo data: no network" in capsys.readouterr().out
-    assert len(result["rows"]) == 3 * 5 and "losses" not in result
+    assert len(result["rows"]) == 5 * 5 and "losses" not in result
 
 
 # --- no timing of contestants that disagree ---------------------------------------------------------------------------

@@ -154,8 +154,9 @@ NO_ADAPTER = "no adapter 'x'; the adapters are ['a', 'b']"
 CALLS: list[Call] = [
     Call(
         inject,
-        lambda _: {"model": Net(), "config": CONFIG, "adapter_name": "a"},
+        lambda _: {"model": Net(), "config": CONFIG, "adapter_name": "a", "share_inputs": False},
         [
+            ({"share_inputs": "yes"}, TypeError, "share_inputs is 'yes' of type str, want True or False"),
             ({"config": {"r": 8}}, TypeError, "config is {'r': 8} of type dict, want a LoraConfig"),
             *(
                 ({"adapter_name": bad}, ValueError, f"adapter_name is {bad!r}, want a name without dots")
@@ -263,6 +264,7 @@ CALLS: list[Call] = [
             (lambda _: {"model": disabled(), "adapter_names": None}, RuntimeError, "FUNCTION: no adapter is active in"),
         ],
     ),
+    Call(adapters.input_groups, lambda _: {"model": injected()}),
     Call(adapters.trainable_parameter_counts, lambda _: {"model": injected()}),
     Call(
         adapters.add_weighted_adapter,
@@ -482,8 +484,11 @@ CALLS: list[Call] = [
     # --- PEFT ---------------------------------------------------------------------------------------------------------
     Call(
         integration.accelerate,
-        lambda _: {"model": peft_model()},
-        [({"model": Net()}, ValueError, "Net has no PEFT LoRA layers; adapt it first")],
+        lambda _: {"model": peft_model(), "share_inputs": True},
+        [
+            ({"model": Net()}, ValueError, "Net has no PEFT LoRA layers; adapt it first"),
+            ({"share_inputs": 1}, TypeError, "share_inputs is 1 of type int, want True or False"),
+        ],
     ),
     Call(
         integration.restore,
