@@ -69,7 +69,11 @@ def check_lora_grouped_backward(
 ) -> None:
     op = "lora_grouped_backward"
     check_output_mask(op, output_mask, 1 + 2 * len(lora_As))
-    want_x, want_A, want_B = output_mask[0], any(output_mask[1 : 1 + len(lora_As)]), any(output_mask[1 + len(lora_As) :])
+    want_x, want_A, want_B = (
+        output_mask[0],
+        any(output_mask[1 : 1 + len(lora_As)]),
+        any(output_mask[1 + len(lora_As) :]),
+    )
     check_is_there(op, "x", x, want_A, "grad_lora_A")
     _check_grouped(op, "grad_y", grad_y, x if want_A else None, lora_As, lora_Bs, group_of_row, scalings, ranks)
     check_dropout(op, dropout_p)

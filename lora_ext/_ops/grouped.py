@@ -110,9 +110,7 @@ def _split_wanted(ctx) -> tuple[bool, tuple, tuple]:
     return want_x, tuple(factors[:n]), tuple(factors[n:])
 
 
-def _lora_grouped_autograd(
-    y, x, lora_As, lora_Bs, group_of_row, scalings, ranks=None, dropout_p=0.0, seed=None
-):
+def _lora_grouped_autograd(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks=None, dropout_p=0.0, seed=None):
     factors = (*lora_As, *lora_Bs)
     if scalings is not None and scalings.requires_grad:
         raise RuntimeError("lora_grouped_: scalings requires grad, but the op computes no gradient of it; detach it")

@@ -11,6 +11,8 @@ from torch.autograd import gradcheck
 
 from lora_ext import functional, reference
 
+pytestmark = pytest.mark.cpu_only("lora_grouped_ has no CUDA kernels yet")
+
 SEED = torch.tensor(0x1234_5678_9ABC_DEF0 >> 1)
 DOUBLE = (torch.float64, torch.float64)
 
@@ -62,9 +64,13 @@ CASES = {
     "matrices": lambda dtypes: random_groups(33, (63, 130), [1, 8, 17, 3], dtypes),
     "a stack": lambda dtypes: random_groups(70, (97, 131), [(5, 8)], dtypes),
     "ranks of a stack": lambda dtypes: random_groups(40, (64, 48), [(6, 16)], dtypes, ranks=True),
-    "stacks and matrices": lambda dtypes: random_groups(50, (40, 24), [(3, 8), 5, (0, 2), (2, 16), 1], dtypes, ranks=True),
+    "stacks and matrices": lambda dtypes: random_groups(
+        50, (40, 24), [(3, 8), 5, (0, 2), (2, 16), 1], dtypes, ranks=True
+    ),
     "a large rank": lambda dtypes: random_groups(37, (320, 257), [300, 2], dtypes),
-    "panels and items": lambda dtypes: random_groups(700, (70, 40), [5, 3], dtypes, groups=(torch.arange(700) % 5 == 0) * 1),
+    "panels and items": lambda dtypes: random_groups(
+        700, (70, 40), [5, 3], dtypes, groups=(torch.arange(700) % 5 == 0) * 1
+    ),
     "empty groups": lambda dtypes: random_groups(20, (24, 20), [3] * 9, dtypes, groups=torch.tensor([7, 2] * 10)),
 }
 
@@ -192,7 +198,9 @@ def test_tensors_of_any_strides():
     Bs = [case.lora_Bs[0].permute(1, 2, 0).contiguous().permute(2, 0, 1), case.lora_Bs[1].repeat(1, 2)[:, :3]]
     choice = case.group_of_row.repeat_interleave(2)[::2], case.scalings.repeat_interleave(2)[::2]
     leaves = [t.detach().requires_grad_() for t in (x, *As, *Bs)]
-    y = functional.lora_grouped_(case.y.clone(), leaves[0], leaves[1 : 1 + n], leaves[1 + n :], *choice, None, 0.3, SEED)
+    y = functional.lora_grouped_(
+        case.y.clone(), leaves[0], leaves[1 : 1 + n], leaves[1 + n :], *choice, None, 0.3, SEED
+    )
     grads = torch.autograd.grad(y, leaves, wide)
     names = ["grad_x", *(f"grad_A{i}" for i in range(n)), *(f"grad_B{i}" for i in range(n))]
     assert torch.equal(y, expected["y"])
@@ -249,7 +257,6 @@ def test_xa_is_zero_beyond_the_rank():
 
 
 @pytest.mark.full
-@pytest.mark.cpu_only("instruction sets are the CPU's")
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa):
     run_on_isa(isa, __file__, "-k", "values_and_gradients or bits or strides or padding")
