@@ -5,15 +5,18 @@
 A linear layer and its adapters, without autograd for few tokens (decoding) and forward plus backward for many. Each row
 belongs to one of ``--adapters`` adapters, in random order; with fewer rows, each to one of its own. Contestants: the
 layer with one adapter for all rows; the base layer and lora_grouped_ on a stack of slots (a pool), on a list of
-matrices (parameters of their own); PEFT's layer with ``adapter_names``, which has no training. Contestants are timed only
-if they agree. Ratios are to the layer with one adapter; overhead is what a stack costs beyond the frozen base layer,
-divided by what PEFT's layer costs beyond it. GB/s are the bytes of the chosen factors, once each, by the time
-of the op alone on a stack; copied, by the time in which PyTorch reads and writes as many bytes.
+matrices (parameters of their own), and on a stack after the base product of lora_linear; PEFT's layer with
+``adapter_names``, which has no training. Contestants are timed only if they agree. Ratios are to the layer with one
+adapter; overhead is what a stack costs beyond the frozen base layer, divided by what PEFT's layer costs beyond it. GB/s
+are the bytes of the chosen factors, once each, by the time of the op alone on a stack; copied, by the time in which
+PyTorch reads and writes as many bytes.
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
+from collections.abc import Callable
 
 import torch
 from harness import contestants, report
@@ -48,6 +51,17 @@ class Grouped(nn.Module):
         return self.add(self.base(x), x)
 
 
+class OurBase(Grouped):
+    """The same with the base product of lora_linear, which reads the weight once; its adapter is zero."""
+
+    def __init__(self, base: nn.Linear, As: list[Tensor], Bs: list[Tensor], groups: Tensor) -> None:
+        super().__init__(base, As, Bs, groups)
+        self.zeros = As[0].new_zeros(1, base.in_features), As[0].new_zeros(base.out_features, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.add(functional.lora_linear(x, self.base.weight, self.base.bias, *self.zeros, 0.0), x)
+
+
 class Peft(nn.Module):
     """PEFT's layer, which adapter_names tell the adapter of every row."""
 
@@ -69,49 +83,64 @@ class Peft(nn.Module):
         return self.layer(x, adapter_names=self.names)
 
 
+def stacked(kind: type[Grouped]) -> Callable[..., nn.Module]:
+    return lambda base, As, Bs, groups: kind(base, [torch.stack(As)], [torch.stack(Bs)], groups)
+
+
+TRAINED: dict[str, Callable[..., nn.Module]] = {"stack": stacked(Grouped), "list": Grouped}
+CONTESTANTS = TRAINED | {"stack, our base": stacked(OurBase), "peft": Peft}
+
+
+def check_outputs(modules: dict[str, nn.Module], x: Tensor) -> None:
+    """Checks that all contestants except the frozen layer and that with one adapter agree.
+
+    Raises:
+        SystemExit: names the contestant and the error; nothing is timed.
+    """
+    with torch.no_grad():
+        expected, *others = ((name, module(x)) for name, module in modules.items() if name not in (FROZEN, ONE))
+    for name, y in others:
+        error = ((y.double() - expected[1]).norm() / expected[1].double().norm()).item()
+        if not error <= contestants.TOLERANCE[x.dtype]:
+            sys.exit(f"{name} and {expected[0]} disagree by {error:.2e} on {tuple(y.shape)}: not timed")
+
+
 def measure(dtype: torch.dtype, shape: Shape, trains: bool, run: Report) -> dict[str, object]:
     num_tokens, in_features, out_features = shape
     options = {"dtype": dtype, "device": run.args.device}
-    adapters = TRAINED_ADAPTERS if trains else min(run.args.adapters, num_tokens)
+    adapters = min(TRAINED_ADAPTERS if trains else run.args.adapters, num_tokens)
     x = torch.randn(num_tokens, in_features, **options)
-    grad_y = torch.randn(num_tokens, out_features, **options)
     groups = torch.randperm(num_tokens, device=run.args.device) % adapters
     base = nn.Linear(in_features, out_features, **options).requires_grad_(False)
-    A = torch.randn(adapters, run.args.rank, in_features, **options) * in_features**-0.5
-    B = torch.randn(adapters, out_features, run.args.rank, **options) * 0.1
+    As = [torch.randn(run.args.rank, in_features, **options) * in_features**-0.5 for _ in range(adapters)]
+    Bs = [torch.randn(out_features, run.args.rank, **options) * 0.1 for _ in range(adapters)]
+    makes = TRAINED if trains else CONTESTANTS
+    modules = {ONE: contestants.make_lora_ext(base, As[0], Bs[0], 0.0), FROZEN: base}
+    modules |= {name: make(base, As, Bs, groups) for name, make in makes.items()}
+    check_outputs(modules, x)
 
-    one = contestants.make_lora_ext(base, A[0], B[0], 0.0)
-    stack = Grouped(base, [A], [B], groups)
-    modules = {FROZEN: base, ONE: one, "stack": stack, "list": Grouped(base, list(A), list(B), groups)}
-    if not trains:
-        modules["peft"] = Peft(base, list(A), list(B), groups)
-    with torch.no_grad():
-        results = [module(x) for name, module in modules.items() if name not in (FROZEN, ONE)]
-    for result in results[1:]:
-        error = (result.double() - results[0].double()).norm() / results[0].double().norm()
-        assert error < contestants.TOLERANCE[dtype], error
-
+    facts: dict[str, object] = {}
     if trains:
         x.requires_grad_()
-        calls = {n: lambda m=module: contestants.training_step(m, x, [grad_y]) for n, module in modules.items()}
-        seconds = run.interleaved(calls)
-        facts = {}
+        grad_y = torch.randn(num_tokens, out_features, **options)
+        seconds = run.interleaved(
+            {name: lambda m=module: contestants.training_step(m, x, [grad_y]) for name, module in modules.items()}
+        )
     else:
-        y, factors = base(x), [A, B]
+        stack, y = modules["stack"], base(x)
+        factors = [*stack.lora_As, *stack.lora_Bs]
         copies = [torch.empty_like(factor) for factor in factors]
         calls = {name: lambda m=module: m(x) for name, module in modules.items()}
-        calls |= {
-            "op alone": lambda: stack.add(y, x),
-            "copy": lambda: [c.copy_(f) for c, f in zip(copies, factors, strict=True)],
-        }
+        calls["op alone"] = lambda: stack.add(y, x)
+        calls["copy"] = lambda: [copy.copy_(factor) for copy, factor in zip(copies, factors, strict=True)]
         with torch.no_grad():
             seconds = run.interleaved(calls)
-        alone, copy = (statistics.median(seconds.pop(name)) for name in ("op alone", "copy"))
+        alone, copied = (statistics.median(seconds.pop(name)) for name in ("op alone", "copy"))
         median = {name: statistics.median(times) for name, times in seconds.items()}
-        num_bytes = A.nbytes + B.nbytes
+        num_bytes = sum(factor.nbytes for factor in factors)
         facts = {
             "overhead": (median["stack"] - median[FROZEN]) / (median["peft"] - median[FROZEN]),
-            "gb_s": {"op alone": num_bytes / alone / 1e9, "copied": 2 * num_bytes / copy / 1e9},
+            "gb_s": {"op alone": num_bytes / alone / 1e9, "copied": 2 * num_bytes / copied / 1e9},
         }
     return {
         "shape": list(shape),
@@ -124,7 +153,7 @@ def measure(dtype: torch.dtype, shape: Shape, trains: bool, run: Report) -> dict
 
 
 def table(rows: list[dict]) -> str:
-    names = [FROZEN, "stack", "list", "peft"]
+    names = [FROZEN, *CONTESTANTS]
     cells = (
         [
             str(Shape(*row["shape"])),

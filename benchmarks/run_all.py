@@ -22,6 +22,7 @@ HERE = Path(__file__).parent
 SCRIPTS = {
     "layer": ["bench_layer.py", "--seconds", "75"],
     "siblings": ["bench_siblings.py", "--seconds", "20"],
+    "grouped": ["bench_grouped.py", "--seconds", "40"],
     "bottleneck": ["bench_bottleneck.py", "--seconds", "25"],
     "decode": ["bench_decode.py", "--seconds", "75"],
     "merge": ["bench_merge.py", "--rounds", "20"],

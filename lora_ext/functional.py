@@ -201,13 +201,13 @@ def lora_grouped_(
             it is cast to the dtype that the base layer returned.
         lora_As: The groups' ``lora_A``. A list whose entries are matrices ``[r, in_features]``, each a group, or stacks
             ``[slots, r, in_features]``, each as many groups as it has slots; groups are counted through the list. A
-            tensor is a list of one stack. Entries may differ in ``r``. All have one of the four dtypes; float32 factors
+            tensor is a list of one entry. Entries may differ in ``r``. All have one of the four dtypes; float32 factors
             with a 16-bit ``x`` compute in float32. Entries whose last dimension is not contiguous are copied.
         lora_Bs: The groups' ``lora_B``, entry by entry: ``[out_features, r]`` or ``[slots, out_features, r]``, dtype of
             ``lora_As``.
         group_of_row: int64, the group of each row, or -1. Its shape is that of the first dimensions of ``x``: for
             ``x [batch, sequence, in_features]``, ``[batch, sequence]``, or ``[batch]`` if all tokens of a sequence
-            choose the same, or ``[]`` if all rows do. ``torch.repeat_interleave`` makes it from the lengths of segments.
+            choose the same, or ``[]`` if all rows do. ``torch.repeat_interleave`` makes it from lengths of segments.
         scalings: For each group, any finite number: float64 ``[groups]`` on ``x``'s device, or a sequence of numbers.
         ranks: For each group the number of its ranks that are used, int64 ``[groups]``; None: all. With 0, a group adds
             nothing. It lets slots of one size hold adapters of different ranks.

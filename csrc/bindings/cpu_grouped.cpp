@@ -210,7 +210,7 @@ struct GroupedRun {
                          .saved_xa = memory.take(product({kPanelRows, padded})),
                          .along_ranks = memory.take(operand),
                          .along_rows = memory.take(2 * operand),
-                         .packed = memory.take(product({kPackedCols, padded}))});
+                         .packed = memory.take(product({kMostPackedColumns, padded}))});
       thread_sums.push_back(take_sums());
     }
     for (const Item& item : items) item_sums.push_back(item.count > 1 ? take_sums() : GroupRows{nullptr, 0});
@@ -308,7 +308,7 @@ std::tuple<std::optional<Tensor>, std::vector<Tensor>, std::vector<Tensor>> lora
     run.for_each_item(sorted, [&](const Item& item, const GroupRows& rows, const GroupedScratch& scratch) {
       const LoraGroup& group = sorted.groups[item.group];
       run.kernels.grouped_backward(p, group, rows, scratch);
-      if (item.count == 1) run.kernels.reduce_group(p, group, rows, 1, 0, 0);
+      if (item.count == 1) run.kernels.reduce_group(p, group, rows, 1, 0, 0, 0, 1);
     });
     // The sums of a split group follow each other in memory.
     for (size_t i = 0; i < run.items.size(); ++i) {
@@ -318,8 +318,13 @@ std::tuple<std::optional<Tensor>, std::vector<Tensor>, std::vector<Tensor>> lora
       const auto step = [&](const void* from, const void* to) {
         return (static_cast<const char*>(to) - static_cast<const char*>(from)) / dtype_size(acc);
       };
-      run.kernels.reduce_group(p, sorted.groups[item.group], first, item.count, step(first.grad_A, second.grad_A),
-                               step(first.grad_B_t, second.grad_B_t));
+      constexpr int64_t kParts = 64;
+      torch::stable::parallel_for(0, kParts, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t part = begin; part < end; ++part) {
+          run.kernels.reduce_group(p, sorted.groups[item.group], first, item.count, step(first.grad_A, second.grad_A),
+                                   step(first.grad_B_t, second.grad_B_t), part, kParts);
+        }
+      });
     }
   }
   return {std::move(call.grad_x), std::move(call.grad_lora_As), std::move(call.grad_lora_Bs)};

@@ -42,7 +42,14 @@ struct Workspace {
 // is packed once for all of them; a group is split into items for several threads only if it is large.
 constexpr int64_t kPanelBlocks = 8;
 constexpr int64_t kPanelRows = kPanelBlocks * kBlockRows;
-constexpr int64_t kPackedCols = 256;  // columns of a factor that are packed together: they stay in the cache
+constexpr int64_t kMostPackedColumns = 256;  // of a factor, packed together
+
+// Columns that are packed together for sums over the ranks: 16 KiB of float32, half of a first-level cache.
+constexpr int64_t packed_columns(int64_t rank) {
+  constexpr int64_t kNumbers = 4096;
+  const int64_t columns = kNumbers / rank / kPadding * kPadding;
+  return columns > kMostPackedColumns ? kMostPackedColumns : columns < kPadding ? kPadding : columns;
+}
 
 // Scratch memory of one thread, 64-byte aligned; sizes in elements of the accumulation dtype, for the largest rank.
 struct GroupedScratch {
@@ -50,7 +57,7 @@ struct GroupedScratch {
   void* saved_xa;     // [kPanelRows, rank]
   void* along_ranks;  // [kPanelBlocks, block_lanes]: the operands of sums over ranks
   void* along_rows;   // [2, kPanelBlocks, block_lanes]: those of sums over rows, xa and grad_xa
-  void* packed;       // [kPackedCols, max_padded_ranks]: a piece of a factor
+  void* packed;       // [kMostPackedColumns, max_padded_ranks]: a piece of a factor
 };
 
 // Rows of one group, as positions in x; and where their sums for the factors' gradients go.
@@ -149,10 +156,10 @@ struct Kernels {
   void (*grouped_forward)(const LoraGroupedForwardParams&, const LoraGroup&, const GroupRows&, const GroupedScratch&);
   void (*grouped_backward)(const LoraGroupedBackwardParams&, const LoraGroup&, const GroupRows&, const GroupedScratch&);
 
-  // Sums a group's `num_items` sums, in order, into its gradients. They follow each other in memory from those of
-  // `first` on, *_step elements apart.
+  // Sums a group's `num_items` sums, in order, into part `part` of `num_parts` of its gradients. They follow each other
+  // in memory from those of `first` on, *_step elements apart.
   void (*reduce_group)(const LoraGroupedBackwardParams&, const LoraGroup&, const GroupRows& first, int64_t num_items,
-                       int64_t A_step, int64_t B_step);
+                       int64_t A_step, int64_t B_step, int64_t part, int64_t num_parts);
 
   // Largest number of tokens for which weights are streamed, for these dtypes of the tokens and the factors.
   int64_t (*few_tokens)(DType dtype, DType factor_dtype);

@@ -35,7 +35,7 @@ def _layer_backward(
 
 
 def _largest(factors: Sequence[_Shape]) -> int:
-    """Elements of the largest matrix, of a list of matrices and stacks. Which rows choose which is not in the shapes."""
+    """Elements of the largest matrix of a list of matrices and stacks: shapes do not say which rows choose which."""
     return max(prod(factor[-2:]) for factor in factors)
 
 

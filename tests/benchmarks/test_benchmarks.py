@@ -25,6 +25,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import bench_analyze  # noqa: E402
 import bench_bottleneck  # noqa: E402
 import bench_finetune  # noqa: E402
+import bench_grouped  # noqa: E402
 import bench_host  # noqa: E402
 import bench_inject  # noqa: E402
 import bench_language_model  # noqa: E402
@@ -100,6 +101,24 @@ def test_host(run, monkeypatch):
 def test_siblings(run):
     rows = run("bench_siblings", "--shapes", "8x16x24")["rows"]
     assert all(list(row["ratio"]) == ["siblings", "separate", *PEERS[1:]] for row in rows) and len(rows) == 2
+
+
+def test_grouped(run):
+    forward = run("bench_grouped", "--shapes", "6x16x24", "--only", "forward", "--adapters", "4", "--rank", "4")["rows"]
+    assert all(list(row["ratio"]) == ["frozen", *bench_grouped.CONTESTANTS] for row in forward) and len(forward) == 2
+    assert all(row["gb_s"]["op alone"] > 0 and row["adapters"] == 4 for row in forward)
+    trained = run("bench_grouped", "--shapes", "40x16x24", "--only", "training", "--rank", "4")["rows"]
+    assert all(list(row["ratio"]) == ["frozen", *bench_grouped.TRAINED] for row in trained) and len(trained) == 2
+
+
+def test_disagreement_of_groups_is_refused(run, monkeypatch):
+    class Wrong(bench_grouped.Grouped):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    monkeypatch.setitem(bench_grouped.CONTESTANTS, "wrong", lambda base, As, Bs, groups: Wrong(base, As, Bs, groups))
+    with pytest.raises(SystemExit, match="wrong and stack disagree by .*: not timed"):
+        run("bench_grouped", "--shapes", "6x16x24", "--only", "forward")
 
 
 def test_bottleneck(run):

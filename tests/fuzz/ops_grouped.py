@@ -90,10 +90,8 @@ def _backward_formula(grad_y, x, lora_As, lora_Bs, group_of_row, scalings, ranks
     """Computes the requested gradients in float64, a group at a time."""
     size_in = lora_As[0].shape[-1]
     rows, x = (t.reshape(count(t.shape[:-1]), t.shape[-1]) for t in (grad_y, x))
-    if reference.dropout_threshold(dropout_p) > 0:
-        keep = reference.unpack_mask(mask, size_in).double()
-    else:
-        keep = 1.0
+    has_mask = reference.dropout_threshold(dropout_p) > 0
+    keep = reference.unpack_mask(mask, size_in).double() if has_mask else x.new_ones(x.shape)
     group_of = group_of_row.reshape(-1).repeat_interleave(len(rows) // max(group_of_row.numel(), 1))
     grad_x = x.new_zeros(len(rows), size_in)
     grad_As, grad_Bs = ([factor.new_zeros(factor.shape) for factor in factors] for factors in (lora_As, lora_Bs))
@@ -104,9 +102,8 @@ def _backward_formula(grad_y, x, lora_As, lora_Bs, group_of_row, scalings, ranks
             rank = len(A_g) if ranks is None else int(ranks[group])
             chosen = group_of == group
             grad_xa = scalings[group] * rescale(dropout_p) * (rows[chosen] @ B_g[:, :rank])
-            kept = keep[chosen] if isinstance(keep, type(rows)) else keep
-            grad_x[chosen] = kept * (grad_xa @ A_g[:rank])
-            grad_A_g[:rank] = grad_xa.T @ (kept * x[chosen])
+            grad_x[chosen] = keep[chosen] * (grad_xa @ A_g[:rank])
+            grad_A_g[:rank] = grad_xa.T @ (keep[chosen] * x[chosen])
             grad_B_g[:, :rank] = rows[chosen].T @ xa[chosen][:, :rank]
             group += 1
     gradients = [grad_x.reshape(*grad_y.shape[:-1], size_in), *grad_As, *grad_Bs]

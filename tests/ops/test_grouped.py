@@ -11,6 +11,8 @@ from torch.autograd import gradcheck
 
 from lora_ext import functional, reference
 
+pytestmark = pytest.mark.cpu_only("lora_grouped_ has no CUDA kernels yet")
+
 SEED = torch.tensor(0x1234_5678_9ABC_DEF0 >> 1)
 DOUBLE = (torch.float64, torch.float64)
 
@@ -255,7 +257,6 @@ def test_xa_is_zero_beyond_the_rank():
 
 
 @pytest.mark.full
-@pytest.mark.cpu_only("instruction sets are the CPU's")
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa):
     run_on_isa(isa, __file__, "-k", "values_and_gradients or bits or strides or padding")

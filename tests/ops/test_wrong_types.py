@@ -50,6 +50,8 @@ def good_calls() -> dict[str, dict]:
 FUNCTIONS = [
     name for name in functional.__all__ if inspect.isfunction(getattr(functional, name)) and name != "draw_seed"
 ]
+if torch.get_default_device().type != "cpu":
+    FUNCTIONS.remove("lora_grouped_")  # it has no CUDA kernels yet
 PLACES = [
     (name, argument) for name in FUNCTIONS for argument in inspect.signature(getattr(functional, name)).parameters
 ]

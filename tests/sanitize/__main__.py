@@ -28,6 +28,8 @@ OP_TESTS = (
     "ops/test_bad_arguments",
     "ops/test_bottleneck",
     "ops/test_few_tokens",
+    "ops/test_grouped",
+    "ops/test_grouped_calls",
     "ops/test_lora_delta",
     "ops/test_lora_linear",
     "ops/test_lora_linear_siblings",

@@ -64,7 +64,9 @@ def _layer_calls() -> dict[str, Callable[[], dict]]:
         "lora_delta_backward": lambda: layer | saved(ops.lora_linear, layer),
         "lora_grouped_": lambda: grouped | dropout | {"y": base},
         "lora_grouped_backward": lambda: (
-            grouped | saved(ops.lora_grouped_, grouped | {"y": base.clone()}) | {"grad_y": grad_ys[0]}
+            grouped
+            | gradients
+            | {"xa": torch.randn(6, 4), "mask": ops.lora_dropout_mask(dropout["seed"], 6, 24, dropout["dropout_p"])}
         ),
         "lora_shrink": lambda: layer,
         "lora_shrink_backward": lambda: layer | {"grad_xa": xa, "base": x.clone(), "output_mask": (True, True)},
