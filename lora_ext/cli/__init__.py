@@ -9,7 +9,22 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from lora_ext.cli import analyze, compare, diff, extract, finetune, info, inspect, merge, plan, report, sweep, unmerge
+from lora_ext.cli import (
+    analyze,
+    compare,
+    config_file,
+    diff,
+    extract,
+    finetune,
+    generate,
+    info,
+    inspect,
+    merge,
+    plan,
+    report,
+    sweep,
+    unmerge,
+)
 from lora_ext.tasks import TaskError
 
 _EXIT_DISK, _EXIT_INTERRUPTED = 1, 130
@@ -23,15 +38,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns its exit status, which ``_STATUS`` explains."""
     parser = argparse.ArgumentParser(prog="lora-ext", description="LoRA in fused kernels.", epilog=_STATUS)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (info, finetune, compare, sweep, analyze, plan, report, merge, unmerge, extract, inspect, diff):
+    for module in (
+        info,
+        finetune,
+        generate,
+        compare,
+        sweep,
+        analyze,
+        plan,
+        report,
+        merge,
+        unmerge,
+        extract,
+        inspect,
+        diff,
+    ):
         module.add_parser(commands)
-    args = parser.parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
 
     def parse_again(**defaults: Any) -> argparse.Namespace:
-        commands.choices[args.command].set_defaults(**defaults)
+        commands.choices[argv[0]].set_defaults(**defaults)
         return parser.parse_args(argv)
 
     try:
+        if argv and argv[0] in commands.choices:
+            argv[1:] = config_file.with_config(commands.choices[argv[0]], argv[1:])
+        args = parser.parse_args(argv)
         status = args.run(args, parse_again) or 0
         sys.stdout.flush()
         return status
@@ -71,13 +103,13 @@ def _let_threads_sleep() -> None:
     from the threads that they wait for. On two busy cores a step of the demo model took 9.8 s with two spinning threads
     and 2.2 s with two sleeping ones; on an idle machine both took the same time.
 
-    OpenMP reads its environment when it is loaded, which has happened by now. So finetune, which computes in this
-    process, replaces it by a new one.
+    OpenMP reads its environment when it is loaded, which has happened by now. So finetune and generate, which compute
+    in this process, replace it by a new one.
     """
     if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
         return
     os.environ["OMP_WAIT_POLICY"] = "passive"
-    if sys.argv[1:2] == ["finetune"] and not {"-h", "--help"} & {*sys.argv}:
+    if sys.argv[1:2] in (["finetune"], ["generate"]) and not {"-h", "--help"} & {*sys.argv}:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from lora_ext.cli import training
+from lora_ext.cli import config_file, training
 from lora_ext.cli.formatter import HelpFormatter
 from lora_ext.tasks.finetune.settings import COMPARE_FILE
 
@@ -44,6 +44,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     without = "leave out some of these, or of a comparison that is resumed; by name where they have one"
     add("--without", nargs="+", default=[], metavar="METHOD", help=without)
     add("--seeds", type=training.integers, default=[0, 1, 2], metavar="0,1,2", help="seeds to train each method from")
+    config_file.add_config(parser)
     training.add_options(parser, _WITHOUT)
     training.add_jobs(parser)
     training.add_threads(parser)

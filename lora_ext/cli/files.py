@@ -89,8 +89,13 @@ def add_fan_in_fan_out(parser: argparse.ArgumentParser) -> None:
 
 def tell(text: str) -> None:
     """Prints lines that may contain names of files: escapes control characters and what the terminal cannot show."""
+    print(showable(text, keep="\n"))
+
+
+def showable(text: str, keep: str) -> str:
+    """Escapes control characters, except those in ``keep``, and what standard output cannot show."""
     encoding = sys.stdout.encoding or "utf-8"
-    print(escaped(text, keep="\n").encode(encoding, "backslashreplace").decode(encoding))
+    return escaped(text, keep=keep).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def table(rows: list[list[str]]) -> str:

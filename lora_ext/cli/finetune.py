@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import asdict
 
-from lora_ext.cli import training
+from lora_ext.cli import config_file, training
 from lora_ext.cli.formatter import HelpFormatter
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.causal_lm.settings import LONG_TEXTS, TASK, CausalSettings, only_causal
@@ -26,6 +26,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add = parser.add_argument
     tasks = [_CLASSIFICATION, TASK]
     add("--task", choices=tasks, default=_CLASSIFICATION, help="what is trained; changes some defaults below")
+    config_file.add_config(parser)
     training.add_options(parser)
     _add_causal_options(parser.add_argument_group(f"options of --task {TASK}"))
     training.add_threads(parser)

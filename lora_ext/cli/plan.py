@@ -17,6 +17,7 @@ from lora_ext.tasks.finetune.settings import Settings
 _ABBREVIATIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _TRAINING = ("model", "method", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save")
 _TRAINING += ("bottleneck_size", "drop_layers", "prefix_length", "infix_length", "batch_size")
+_TRAINING += ("accumulation_steps", "gradient_checkpointing")
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -37,12 +38,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--num-labels", type=training.at_least_1, metavar="N", help=labels)
     add("--dtype", default="float32", type=lambda text: _ABBREVIATIONS.get(text, text), help=", ".join(WEIGHT_DTYPES))
     add("--optimizer", default="adamw", help=", ".join(OPTIMIZERS))
-    add(
-        "--gradient-checkpointing",
-        action="store_true",
-        help="keep only the input of a layer, and compute the layer again",
-    )
-    add("--accumulation-steps", type=int, default=1, metavar="N", help="batches for one optimizer step")
+    texts = "number of training texts, each of --seq-len tokens: says whether the adapter is large enough for them"
+    add("--texts", type=training.at_least_1, metavar="N", help=texts)
     add("--attention", choices=["sdpa", "eager"], help="the implementation; default: the choice of transformers")
     add("--device", default="cuda", choices=["cuda", "cpu"], help="device that training would run on")
     add(
@@ -73,6 +70,8 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
 
     if args.seq_len < 1:
         raise TaskError(f"--seq-len is {args.seq_len}, want at least 1")
+    if args.accumulation_steps < 1:
+        raise TaskError(f"--accumulation-steps is {args.accumulation_steps}, want at least 1")
     finetune = Settings(**{name: getattr(args, name) for name in _TRAINING}, max_length=args.seq_len)
     names = (
         "task",
@@ -80,11 +79,15 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
         "attention",
         "dtype",
         "optimizer",
-        "gradient_checkpointing",
-        "accumulation_steps",
         "device",
+        "gpu_memory",
+        "reserve",
+        "disk",
+        "texts",
     )
-    options = {name: getattr(args, name) for name in (*names, "gpu_memory", "reserve", "disk")}
+    options = {name: getattr(args, name) for name in names}
+    options["accumulation_steps"] = finetune.accumulation_steps
+    options["gradient_checkpointing"] = finetune.gradient_checkpointing != "no"
     say = lambda line: print(line, file=sys.stderr)  # noqa: E731  standard output is the plan
     result = plan(PlanSettings(finetune, **options), args.out, overwrite=args.overwrite, say=say)
     if args.json:

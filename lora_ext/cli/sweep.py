@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from lora_ext.cli import training
+from lora_ext.cli import config_file, training
 from lora_ext.cli.formatter import HelpFormatter
 from lora_ext.tasks.finetune.settings import SWEEP_FILE
 
@@ -31,6 +31,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="number of parameters to compare sets at; default: the first set's at rank 8, or the widest's at rank 1",
     )
     add("--seeds", type=training.integers, default=[0, 1, 2], metavar="0,1,2", help="seeds to train each cell from")
+    config_file.add_config(parser)
     training.add_options(parser, _WITHOUT)
     training.add_jobs(parser)
     training.add_threads(parser)

@@ -15,19 +15,21 @@ from typing import Any
 from lora_ext._common.install_hint import install_hint
 from lora_ext.methods import METHODS
 from lora_ext.tasks import TaskError, WriteError
+from lora_ext.tasks.finetune import extra_arguments
 from lora_ext.tasks.finetune.settings import Settings, load_request
 
 
 def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
     """Adds an option, with its default, for every field of :class:`Settings` except ``without``."""
 
-    def add(option: str, **arguments: Any) -> None:
+    def add(option: str, *aliases: str, **arguments: Any) -> None:
         if option.removeprefix("--").replace("-", "_") not in without:
-            parser.add_argument(option, **arguments)
+            parser.add_argument(option, *aliases, **arguments)
 
     add("--model", metavar="PATH_OR_ID", help="a directory or hub id that transformers loads; default: the demo model")
     add("--data", metavar="FILE", help=".csv, .tsv or .jsonl with a text and a label column; default: the demo reviews")
-    add("--eval-file", metavar="FILE", help="test on this file instead of a part of --data")
+    add("--validation-file", metavar="FILE", help="evaluate on this file instead of a part of --data")
+    add("--test-file", "--eval-file", metavar="FILE", help="test on this file instead of a part of --data")
     add("--text-column", metavar="NAME", help="column of the texts")
     add("--label-column", metavar="NAME", help="column of the labels, strings or integers")
     add("--validation-split", type=float, metavar="FRACTION", help="part of --data to evaluate on after each epoch")
@@ -47,7 +49,8 @@ def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) 
     add("--prefix-length", type=int, metavar="TOKENS", help=prefix)
     add("--infix-length", type=int, metavar="TOKENS", help="trained tokens after the input")
     add("--epochs", type=float, help="passes over the training texts")
-    add("--batch-size", type=int, help="texts in a step")
+    add("--batch-size", type=int, help="texts in a batch")
+    add("--accumulation-steps", type=int, metavar="N", help="batches whose gradients make one optimizer step")
     add("--learning-rate", type=float, help="peak learning rate; default: that of the method")
     add("--warmup", type=float, metavar="FRACTION", help="part of the steps in which the learning rate rises")
     add("--schedule", metavar="NAME", help="learning rate after the warmup: linear, to 0, or constant")
@@ -56,10 +59,30 @@ def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) 
     add(
         "--precision", metavar="DTYPE", help="dtype of products: float32, or bfloat16 by autocast; weights stay float32"
     )
+    add(
+        "--dtype", metavar="DTYPE", help="dtype of the checkpoint's weights: float32 or bfloat16; adapters stay float32"
+    )
+    add(
+        "--gradient-checkpointing",
+        nargs="?",
+        const="non-reentrant",
+        metavar="KIND",
+        help="keep only the input of a layer, and compute the layer again in the backward: non-reentrant (without "
+        "KIND), reentrant, or no",
+    )
     add("--max-length", type=int, metavar="TOKENS", help="longer texts are cut")
     add("--seed", type=int, help="seed of the new head, the adapters, the order of the texts and dropout")
+    extra = "a field of transformers.TrainingArguments that no other option sets, such as weight_decay=0.01; repeatable"
+    add("--set", action=_Set, metavar="NAME=VALUE", help=extra)
     defaults = asdict(Settings()) | {"learning_rate": None}
     parser.set_defaults(**{name: value for name, value in defaults.items() if name not in without})
+
+
+class _Set(argparse.Action):
+    """Adds ``NAME=VALUE`` to the earlier ones; the last value of a name counts."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, extra_arguments.merged(getattr(namespace, self.dest), values))
 
 
 def options_of(

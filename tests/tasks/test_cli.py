@@ -114,7 +114,7 @@ def test_threads_that_wait_sleep_unless_the_user_says_otherwise():
         (["--batch-size", "-1"], "--batch-size is -1, want a finite number above 0"),
         (["--learning-rate", "nan"], "--learning-rate is nan, want a finite number above 0"),
         (["--warmup", "1"], "--warmup is 1.0, want 0 <= warmup < 1"),
-        (["--eval-file", "x.csv"], "--eval-file goes with --data"),
+        (["--eval-file", "x.csv"], "--test-file goes with --data"),
         (["--data", "x.parquet"], "x.parquet: the suffix '.parquet' is none of .csv, .tsv, .jsonl"),
         (["--data", "nowhere.csv"], "nowhere.csv: cannot be read: No such file"),
         (["--resume"], "holds no run to continue"),

@@ -232,13 +232,13 @@ def test_resuming_a_finished_run_trains_no_further(tiny: Settings, tmp_path: Pat
     assert all(torch.equal(weights[key], value) for key, value in adapter_weights(tmp_path).items())
 
 
-def test_an_eval_file_is_the_test_set_and_its_texts_are_not_trained_on(tiny: Settings, tmp_path: Path):
+def test_a_test_file_is_the_test_set_and_its_texts_are_not_trained_on(tiny: Settings, tmp_path: Path):
     rows = tiny_classifier.reviews(200)
     test_rows = rows[:50]
     distinct = len({text for text, _ in test_rows})
     test_file = tiny_classifier.save_reviews(tmp_path / "test.csv", test_rows)
     data = tiny_classifier.save_reviews(tmp_path / "all.csv", rows)
-    settings = replace(tiny, data=str(data), eval_file=str(test_file), epochs=1)
+    settings = replace(tiny, data=str(data), test_file=str(test_file), epochs=1)
     metrics = finetune(settings, tmp_path / "out")
     assert metrics["examples"]["test"] == 50
     assert metrics["examples"]["train"] + metrics["examples"]["validation"] <= 200 - distinct
@@ -366,7 +366,7 @@ def test_all_linear_and_regular_expressions_select_layers(tiny: Settings, tmp_pa
         ({"lora_dropout": 1.0}, "LoraConfig: lora_dropout is 1.0"),
         ({"max_length": 64}, "--max-length is 64, but .* takes at most 32 tokens"),
         ({"text_column": "body"}, "no column 'body' but text, label"),
-        ({"test_split": 0.0}, "no text is left for testing; raise --test-split, or name an --eval-file"),
+        ({"test_split": 0.0}, "no text is left for testing; raise --test-split, or name a --test-file"),
         ({"model": "/nowhere/model"}, "--model /nowhere/model cannot be loaded"),
     ],
 )
@@ -402,7 +402,7 @@ def test_texts_that_leave_no_room_for_special_tokens(tiny: Settings, tmp_path: P
 def test_labels_that_only_the_test_file_has(tiny: Settings, tmp_path: Path):
     test_file = tiny_classifier.save_reviews(tmp_path / "test.csv", [("the plot is fine", "positive")])
     with pytest.raises(TaskError, match=r"labels \[positive\] occur in the test texts only; for training there are"):
-        finetune(replace(tiny, eval_file=str(test_file)), tmp_path / "out")
+        finetune(replace(tiny, test_file=str(test_file)), tmp_path / "out")
 
 
 def test_the_output_directory_is_guarded(tiny: Settings, run: tuple[Path, dict[str, Any]], tmp_path: Path):

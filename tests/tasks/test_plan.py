@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -12,7 +15,9 @@ from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConf
 
 from lora_ext import LoraConfig
 from lora_ext.adapters import trainable_parameter_counts
+from lora_ext.cli import finetune as finetune_command
 from lora_ext.cli import main
+from lora_ext.cli.training import options_of
 from lora_ext.methods import apply_method, new_method
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune.lora_targets import lora_targets
@@ -283,3 +288,96 @@ def test_text_takes_no_matplotlib_and_a_picture_says_that_it_does(gpt2_directory
     captured = capsys.readouterr()
     assert "plan.png is left out, because it needs matplotlib: pip install" in captured.err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["plan.json", "plan.md"]
+
+
+# --- options of finetune, and warnings --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bert_directory(tmp_path) -> str:
+    options = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96, "max_position_embeddings": 64}
+    BertConfig(vocab_size=50, num_hidden_layers=4, **options).save_pretrained(tmp_path / "bert")
+    return str(tmp_path / "bert")
+
+
+def planned_by_finetune(options: list[str], model: str) -> dict:
+    """Plans the run that finetune would do with ``options``."""
+    parser = argparse.ArgumentParser()
+    finetune_command.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["finetune", *options, "--model", model, "--out", "x"])
+    settings = Settings(**options_of(args) | {"model": model})
+    return plan(
+        PlanSettings(
+            settings,
+            dtype=settings.dtype,
+            gradient_checkpointing=settings.gradient_checkpointing != "no",
+            accumulation_steps=settings.accumulation_steps,
+            optimizer={"": "adamw", "optim=adafactor": "adafactor"}[settings.set],
+        )
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_what_fits_can_be_pasted_into_finetune(bert_directory, optimizer, capsys):
+    settings = Settings(model=bert_directory, r=2, target_modules="query,value", batch_size=12, max_length=64)
+    whole = PlanSettings(settings, accumulation_steps=3, optimizer=optimizer)
+    peak = plan(whole)["runs"]["lora"]["peak"]
+    found = set()
+    for part in (0.95, 0.8, 0.4, 0.1):
+        result = plan(dataclasses.replace(whole, gpu_memory=int(part * peak), reserve=0))
+        for change in result["capacity"]["changes"]:
+            options, setup = change["finetune_options"], change["setup"]
+            if change["devices"] > 1 or setup["dtype"] in ("int8", "nf4"):
+                assert options is None or "--quantize" in options
+                continue
+            assert planned_by_finetune(options, bert_directory)["runs"]["lora"]["peak"] == change["peak"]
+            assert int(options[1]) * int(options[3]) >= 36  # texts in an optimizer step
+            found.add(change["what"][0].split()[0])
+        assert results.notes(result)[-1].strip()
+        lines = [shlex.split(line) for line in results.notes(result) if line.strip().startswith("lora-ext finetune")]
+        changes = [change["finetune_options"] for change in result["capacity"]["changes"]]
+        assert [line[2:] for line in lines] == [options for options in changes if options is not None]
+    assert found >= {"gradient", "batches", "texts", "bfloat16"}
+    fits = plan(dataclasses.replace(whole, gpu_memory=2 * peak, reserve=0))
+    assert planned_by_finetune(fits["finetune_options"], bert_directory)["runs"]["lora"]["peak"] == peak
+    assert results.notes(fits)[-1].startswith(
+        "lora-ext finetune --batch-size 12 --accumulation-steps 3 --max-length 64 "
+    )
+
+
+def test_the_command_takes_finetunes_options(bert_directory, capsys):
+    common = ["plan", "--json", "--model", bert_directory, "--seq-len", "32"]
+    peaks = {}
+    for options in ([], ["--gradient-checkpointing"], ["--gradient-checkpointing", "reentrant"]):
+        assert main([*common, *options]) == 0
+        result = json.loads(capsys.readouterr().out)
+        peaks[tuple(options)] = result["runs"]["lora"]["peak"]
+    plain, one, other = peaks.values()
+    assert plain > one == other
+    assert result["finetune_options"][-2:] == ["--gradient-checkpointing", "reentrant"]
+    assert main([*common, "--optimizer", "adamw-master"]) == 0
+    assert json.loads(capsys.readouterr().out)["finetune_options"] is None  # not among the Trainer's optimizers
+
+
+def test_warnings(bert_directory, gpt2_directory, capsys):
+    language = Settings(model=gpt2_directory, r=2, target_modules="q,v", max_length=32, batch_size=8)
+    adapter = 2 * LAYERS * 2 * D_MODEL * 2  # parameters
+    assert plan(PlanSettings(language, texts=adapter // 32))["warnings"] == []
+    (warning,) = plan(PlanSettings(language, texts=adapter // 32 + 1))["warnings"]
+    assert f"the adapter has {adapter:,} parameters for {32 * (adapter // 32 + 1):,} tokens" in warning
+    assert warning.endswith("as many parameters need --r 3, or --target-modules all-linear")
+    assert plan(PlanSettings(language.with_method("full"), texts=10**9))["warnings"] == []
+
+    assert plan(PlanSettings(language, accumulation_steps=4))["warnings"] == []
+    (warning,) = plan(PlanSettings(language, accumulation_steps=5))["warnings"]
+    assert warning.startswith("a step has 40 texts: with large batches LoRA falls behind full fine-tuning, at any rank")
+
+    labels = Settings(model=bert_directory, r=1, target_modules="query", max_length=32)
+    adapter = 4 * 2 * 64
+    assert plan(PlanSettings(labels, num_labels=4, texts=adapter // 2))["warnings"] == []
+    (warning,) = plan(PlanSettings(labels, num_labels=4, texts=adapter // 2 + 1))["warnings"]
+    assert f"for {adapter // 2 + 1:,} labels ({adapter + 2:,} bits)" in warning
+    assert main(["plan", "--model", bert_directory, "--seq-len", "16", "--batch-size", "64", "--texts", "9"]) == 0
+    assert "\nwarning: a step has 64 texts" in capsys.readouterr().out
+    with pytest.raises(TaskError, match="--texts is 0, want at least 1"):
+        PlanSettings(labels, texts=0)

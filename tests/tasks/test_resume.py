@@ -99,6 +99,14 @@ CASES = {
     "average, constant, bfloat16": {"ema_decay": 0.9, "schedule": "constant", "precision": "bfloat16"},
     "part of an epoch": {"epochs": 1.5, "schedule": "constant"},
     "full": {"method": "full", "learning_rate": 5e-3},
+    "accumulated, checkpointed": {"batch_size": 5, "accumulation_steps": 3, "gradient_checkpointing": "reentrant"},
+    "16 bits, other optimizer": {
+        "dtype": "bfloat16",
+        "accumulation_steps": 2,
+        "batch_size": 8,
+        "gradient_checkpointing": "non-reentrant",
+        "set": "weight_decay=0.1 lr_scheduler_type=cosine optim=adafactor neftune_noise_alpha=3",
+    },
     "adapters and prefixes": {"method": "adapter-p+prefix-layer", "epochs": 1.3},
 }
 

@@ -30,6 +30,7 @@ from lora_ext.tasks.finetune.run_checkpoints import last_checkpoint, tidy
 from lora_ext.tasks.finetune.settings import SETTINGS_FILE
 from lora_ext.tasks.finetune.task_model import adapt, sharing
 from lora_ext.tasks.finetune.trainer import forward_of, train
+from lora_ext.tasks.finetune.training_arguments import check_training_arguments
 from lora_ext.tasks.shared import measuring, provenance
 from lora_ext.tasks.shared.run_directory import check_out, prepare_out
 from lora_ext.tasks.shared.whole_files import whole_directory, write_json, writing
@@ -61,10 +62,11 @@ def finetune(
     check_out(out, resume, overwrite, marker=SETTINGS_FILE, what="a fine-tuning run", outputs=_OUTPUTS, inputs=inputs)
     checkpoint = last_checkpoint(out) if resume else None
     splits = load_conversations(settings, say)
+    check_training_arguments(settings, len(splits.train))
     path = model_path_of(settings.model, say)
     say(f"loading {path} ...")
     set_seed(settings.seed)
-    decoder = load_decoder(path)
+    decoder = load_decoder(path, getattr(torch, settings.dtype))
     model, tokenizer = decoder.model, decoder.tokenizer
     if settings.chat_template_file is not None:
         use_template(tokenizer, settings.chat_template_file)
@@ -190,7 +192,7 @@ def _encoded(
     splits: Splits, renderer: Renderer, settings: CausalSettings, say: Callable[[str], None]
 ) -> dict[str, Encoded]:
     data = settings.data or demo.DATA
-    files = {"train": data, "validation": data, "test": settings.eval_file or data}
+    files = {"train": data, "validation": settings.validation_file or data, "test": settings.test_file or data}
     sides = {
         side: encode(examples, renderer, settings, files[side], say) for side, examples in splits._asdict().items()
     }

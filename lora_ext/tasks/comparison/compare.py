@@ -32,12 +32,14 @@ from lora_ext.tasks.finetune.settings import COMPARE_FILE, INPUTS, Settings, com
 from lora_ext.tasks.finetune.task_data import encode
 from lora_ext.tasks.finetune.task_model import (
     TaskModel,
+    check_checkpointing,
     check_fits,
     check_room,
     load_task_model,
     method_for,
     most_tokens,
 )
+from lora_ext.tasks.finetune.training_arguments import check_training_arguments
 from lora_ext.tasks.shared import provenance
 from lora_ext.tasks.shared.markdown import table
 from lora_ext.tasks.shared.run_directory import check_out, leave_results, prepare_out
@@ -126,6 +128,8 @@ def _check(settings: Mapping[str, Settings]) -> tuple[str, dict[str, str]]:
             unsuited[label] = str(error)
             continue
         try:
+            check_checkpointing(task_model.model, method_settings)
+            check_training_arguments(method_settings, len(splits.train))
             insertions = _insertions(task_model, method_settings)
             max_length = method_settings.max_length
             if max_length not in rows:

@@ -28,8 +28,8 @@ def measure_costs(
     """Returns the median milliseconds of a step and of a forward pass for each of ``settings`` (one model, one data).
 
     All models except the merged ones share one set of frozen weights. All models take turns in every round, so that a
-    busy machine slows them equally. A step is forward, backward and AdamW on texts of median length with the method's
-    ``batch_size``, without a moving average. A forward pass runs in eval mode without autograd on the longest texts,
+    busy machine slows them equally. A step is forward and backward of the method's batches, of texts of median length,
+    and AdamW, without a moving average. A forward pass runs in eval mode without autograd on the longest texts,
     with the ``batch_size`` of the first settings. Quartiles are taken over the rounds.
 
     Returns:
@@ -44,7 +44,7 @@ def measure_costs(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base.to(device).eval()
     step_batches = {
-        label: collate(_of_median_length(rows, one.batch_size)).to(device) for label, one in settings.items()
+        label: [collate(part).to(device) for part in _step_of(rows, one)] for label, one in settings.items()
     }
     long_batch = collate(rows[-first.batch_size :]).to(device)
 
@@ -71,16 +71,18 @@ def measure_costs(
     return costs
 
 
-def _of_median_length(rows: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
-    begin = max(0, (len(rows) - size) // 2)
-    return rows[begin : begin + size]
+def _step_of(rows: list[dict[str, Any]], settings: Settings) -> list[list[dict[str, Any]]]:
+    """Returns the batches of a step; their texts are of median length."""
+    begin, size = max(0, (len(rows) - settings.texts_per_step) // 2), settings.batch_size
+    chosen = rows[begin : begin + settings.texts_per_step]
+    return [chosen[at : at + size] for at in range(0, len(chosen), size)]
 
 
 def _step_times(
     models: Mapping[str, nn.Module],
     trained: Mapping[str, set[int]],
     settings: Mapping[str, Settings],
-    batches: Mapping[str, Mapping[str, torch.Tensor]],
+    batches: Mapping[str, list[Mapping[str, torch.Tensor]]],
     on_progress: Callable[[float], None],
 ) -> dict[str, list[float]]:
     synchronize: Callable[[], None] = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
@@ -96,7 +98,8 @@ def _step_times(
                 parameter.requires_grad_(id(parameter) in trained[label])
             synchronize()
             start = time.perf_counter()
-            forwards[label](**batches[label]).loss.backward()
+            for batch in batches[label]:
+                forwards[label](**batch).loss.backward()
             optimizers[label].step()
             optimizers[label].zero_grad()
             synchronize()

@@ -119,8 +119,8 @@ _FIGURES += ("peak_memory_bytes",)
 
 def _step_seconds(metrics: Mapping[str, Any]) -> float:
     """Returns the mean seconds per training step of a run."""
-    settings = metrics["settings"]
-    steps = metrics["examples"]["train"] / settings["batch_size"] * settings["epochs"]
+    settings = Settings(**checked_options(metrics["settings"]))
+    steps = metrics["examples"]["train"] / settings.texts_per_step * settings.epochs
     return metrics["train_seconds"] / max(steps, 1)
 
 

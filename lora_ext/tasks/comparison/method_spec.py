@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_ext.methods import METHODS
 from lora_ext.tasks import TaskError
+from lora_ext.tasks.finetune import extra_arguments
 from lora_ext.tasks.finetune.settings import OPTION_TYPES, OWNERS, Settings, has_option
 
 __all__ = ["MethodSpec", "check_labels", "without"]
@@ -20,9 +21,9 @@ _NAME_RULE = "want at most 40 letters, digits and . _ + -, with a letter or digi
 _RESERVED = "base"  # the model without a method, in tables
 _VARIED = ("method", "seed")  # compare sets these itself
 # Options that must be the same for all runs.
-_SHARED = ("model", "data", "eval_file", "text_column", "label_column")
+_SHARED = ("model", "data", "validation_file", "test_file", "text_column", "label_column")
 _SHARED += ("validation_split", "test_split")  # otherwise accuracies would come from different texts
-_SHARED += ("precision",)  # otherwise times would come from different arithmetic
+_SHARED += ("precision", "dtype")  # otherwise times would come from different arithmetic
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class MethodSpec:
                 raise TaskError(f"{text!r}: {option} is the same for all; give --{option.replace('_', '-')}")
             elif not has_option(method, option):
                 raise TaskError(f"{text!r}: {option} goes with {', '.join(OWNERS[option])}, not with {method}")
+            elif option == "set":
+                options[option] = extra_arguments.merged(options.get(option, ""), value)
             else:
                 options[option] = _value(text, option, value)
         return cls(text, method, options, label)
@@ -80,7 +83,8 @@ class MethodSpec:
             TaskError: a value is out of range.
         """
         common = {name: value for name, value in options.items() if has_option(self.method, name)}
-        return Settings(**{**common, **self.options, "method": self.method, "seed": seed})
+        extra = extra_arguments.merged(common.get("set", ""), *extra_arguments.items(self.options.get("set", "")))
+        return Settings(**{**common, **self.options, "set": extra, "method": self.method, "seed": seed})
 
 
 def check_labels(settings: Sequence[tuple[MethodSpec, Settings]]) -> None:

@@ -16,7 +16,8 @@ from lora_ext.tasks.comparison.method_spec import MethodSpec
 from lora_ext.tasks.comparison.spread import deviation_over, over_seeds, percent, summary, winner
 from lora_ext.tasks.finetune.data import fingerprint
 from lora_ext.tasks.finetune.settings import INPUTS, SWEEP_FILE, command_line
-from lora_ext.tasks.finetune.task_model import check_fits, load_task_model, method_for
+from lora_ext.tasks.finetune.task_model import check_checkpointing, check_fits, load_task_model, method_for
+from lora_ext.tasks.finetune.training_arguments import check_training_arguments
 from lora_ext.tasks.shared import provenance
 from lora_ext.tasks.shared.markdown import table
 from lora_ext.tasks.shared.run_directory import check_out, leave_results, prepare_out
@@ -126,6 +127,8 @@ def _parameters_per_rank(targets: Sequence[str], options: Mapping[str, Any]) -> 
     first = _LORA.settings(options, seed=0)
     task_model, splits = load_task_model(first)
     check_fits(task_model, first)
+    check_checkpointing(task_model.model, first)
+    check_training_arguments(first, len(splits.train))
     counts = {}
     for target in targets:
         rank_1 = _LORA.settings({**options, "r": 1, "target_modules": target}, seed=0)

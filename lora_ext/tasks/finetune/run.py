@@ -31,6 +31,7 @@ from lora_ext.tasks.finetune.task_model import (
     sharing,
 )
 from lora_ext.tasks.finetune.trainer import FinetuneTrainer, build_trainer, forward_of, predict, train
+from lora_ext.tasks.finetune.training_arguments import check_training_arguments
 from lora_ext.tasks.shared import measuring, provenance
 from lora_ext.tasks.shared.run_directory import check_out, prepare_out
 from lora_ext.tasks.shared.whole_files import whole_directory, write_json, writing
@@ -86,13 +87,14 @@ def finetune(
     texts = fingerprint(splits)
     if resume and saved_fingerprint(out) not in (None, texts):
         raise TaskError(f"--resume: the texts are not those that the run in {out} was started with; start a new run")
+    check_training_arguments(settings, len(splits.train))
     if resume and checkpoint is None:
         say(f"{out} has no checkpoint yet: the run starts from the beginning")
     labels = splits.labels
     model_path = model_path_of(settings.model)
     say(f"loading {model_path} ...")
     set_seed(settings.seed)  # for the new head and the adapters
-    task_model = load_model(model_path, labels, settings.max_length)
+    task_model = load_model(model_path, labels, settings.max_length, settings.dtype)
     check_fits(task_model, settings)
     tokenizer, model, most = task_model.tokenizer, task_model.model, most_tokens(task_model.model)
     bare = {"head_parameters": head_parameter_count(model), "full_checkpoint_bytes": measuring.tensor_bytes(model)}

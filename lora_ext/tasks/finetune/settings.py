@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from lora_ext.files import read_json_object
 from lora_ext.methods import METHODS, option_names
 from lora_ext.tasks import TaskError
+from lora_ext.tasks.finetune import extra_arguments
 from lora_ext.tasks.shared.whole_files import write_json
 
 SETTINGS_FILE = "settings.json"
@@ -25,10 +26,16 @@ LEARNING_RATES = {"full": 1e-4, "bitfit": 2e-3, "prefix-embed": 1e-2, "prefix-la
 PRECISIONS = ("float32", "bfloat16")
 """Precision of matrix products; bfloat16 uses PyTorch's autocast. Weights, gradients and sums stay float32."""
 
+CHECKPOINTING = ("no", "non-reentrant", "reentrant")
+"""Kinds of gradient checkpointing: layers keep their inputs only and are computed again in the backward."""
+
+DTYPES = ("float32", "bfloat16")
+"""Dtypes of the checkpoint's weights. Adapters and the new head are float32 in both cases."""
+
 SCHEDULES = {"linear": "linear", "constant": "constant_with_warmup"}
 """Learning rate after the warm-up: falls to 0, or stays constant. Values are the names in transformers."""
 
-INPUTS = ("model", "data", "eval_file")
+INPUTS = ("model", "data", "validation_file", "test_file")
 """Options that name an input: a file, a directory, the id of a model, or None."""
 
 
@@ -43,7 +50,8 @@ class Settings:
 
     model: str | None = None
     data: str | None = None
-    eval_file: str | None = None
+    validation_file: str | None = None
+    test_file: str | None = None
     text_column: str = "text"
     label_column: str = "label"
     validation_split: float = 0.1
@@ -61,13 +69,17 @@ class Settings:
     infix_length: int = 0
     epochs: float = 2.0
     batch_size: int = 16
+    accumulation_steps: int = 1
     learning_rate: float | None = None
     warmup: float = 0.1
     schedule: str = "linear"
     ema_decay: float = 0.0
     precision: str = "float32"
+    dtype: str = "float32"
+    gradient_checkpointing: str = "no"
     max_length: int = 128
     seed: int = 0
+    set: str = ""  # name=value of TrainingArguments, joined as in a shell; see extra_arguments.py
 
     INPUTS: ClassVar[tuple[str, ...]] = INPUTS
 
@@ -84,13 +96,18 @@ class Settings:
                     f"--{field.name.replace('_', '-')} goes with {', '.join(OWNERS[field.name])}, "
                     f"not with --method {self.method}"
                 )
-        for name in ("epochs", "batch_size", "learning_rate", "lora_plus_ratio", "max_length"):
+        numbers = ("epochs", "batch_size", "accumulation_steps", "learning_rate", "lora_plus_ratio", "max_length")
+        for name in numbers:
             if not 0 < getattr(self, name) < math.inf:
                 raise TaskError(f"--{name.replace('_', '-')} is {getattr(self, name)}, want a finite number above 0")
-        if self.precision not in PRECISIONS:
-            raise TaskError(f"--precision is {self.precision!r}, want one of {', '.join(PRECISIONS)}")
-        if self.schedule not in SCHEDULES:
-            raise TaskError(f"--schedule is {self.schedule!r}, want one of {', '.join(SCHEDULES)}")
+        known = {"precision": PRECISIONS, "schedule": SCHEDULES, "gradient_checkpointing": CHECKPOINTING}
+        for name, values in known.items():
+            if (value := getattr(self, name)) not in values:
+                raise TaskError(f"--{name.replace('_', '-')} is {value!r}, want one of {', '.join(values)}")
+        if self.dtype not in DTYPES:
+            why = ": gradients in float16 underflow; bfloat16 has float32's range" if self.dtype == "float16" else ""
+            raise TaskError(f"--dtype is {self.dtype!r}, want one of {', '.join(DTYPES)}{why}")
+        extra_arguments.check_names(self.set)
         if not 0.0 <= self.ema_decay < 1.0:
             raise TaskError(
                 f"--ema-decay is {self.ema_decay}, want 0 <= decay < 1, such as 0.99; 0 turns the average off"
@@ -99,14 +116,20 @@ class Settings:
             raise TaskError(f"--seed is {self.seed}, want 0 <= seed < 2**32")
         if not 0.0 <= self.warmup < 1.0:
             raise TaskError(f"--warmup is {self.warmup}, want 0 <= warmup < 1, as a fraction of all steps")
-        if self.eval_file is not None and self.data is None:
-            raise TaskError("--eval-file goes with --data; the demo data has its own test set")
+        for name in ("validation_file", "test_file"):
+            if getattr(self, name) is not None and self.data is None:
+                raise TaskError(f"--{name.replace('_', '-')} goes with --data; the demo data is split by itself")
 
     def with_method(self, method: str) -> Settings:
         """Returns these settings for another method, with defaults for the options that it does not support."""
         return Settings(
             **{name: v for name, v in asdict(self).items() if has_option(method, name)} | {"method": method}
         )
+
+    @property
+    def texts_per_step(self) -> int:
+        """Texts in an optimizer step: ``accumulation_steps`` batches."""
+        return self.batch_size * self.accumulation_steps
 
     def save(self, out: Path, threads: int | None = None) -> None:
         """Writes the settings of a run and the number of threads, which changes the last bits of sums."""
@@ -154,7 +177,7 @@ def load_request(out: Path, name: str, lists: Mapping[str, type]) -> dict[str, A
                 raise ValueError(f"{key} is not an integer")
         if not isinstance(request.get("options"), dict):
             raise ValueError("options is not an object")
-        checked_options(request["options"])
+        request["options"] = checked_options(request["options"])
     except ValueError as error:
         raise TaskError(f"--resume: {out / name} is damaged: {error}") from error
     return request
@@ -163,6 +186,8 @@ def load_request(out: Path, name: str, lists: Mapping[str, type]) -> dict[str, A
 def checked_options(values: dict[str, Any], types: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Returns ``values`` from a file if all are fields of :class:`Settings` with the right type.
 
+    Files of earlier releases name ``test_file`` ``eval_file``.
+
     Args:
         types: the fields' types, if they are of a subclass.
 
@@ -170,6 +195,7 @@ def checked_options(values: dict[str, Any], types: Mapping[str, Any] | None = No
         ValueError: a name is unknown, or a value has the wrong type.
     """
     types = OPTION_TYPES if types is None else types
+    values = {"test_file" if name == "eval_file" else name: value for name, value in values.items()}
     for name, value in values.items():
         if name not in types:
             raise ValueError(f"{name!r} is not an option")
@@ -218,10 +244,16 @@ def has_option(method: str, option: str) -> bool:
 
 def command_line(command: str, options: Mapping[str, Any], out: Path, *first: str, jobs: int = 1) -> list[str]:
     """Returns the command that repeats a run: ``first``, then the ``options`` that differ from the defaults."""
+    several = ["--jobs", str(jobs)] if jobs != 1 else []
+    return ["lora-ext", command, *first, *several, *option_list(options), "--out", str(out)]
+
+
+def option_list(options: Mapping[str, Any]) -> list[str]:
+    """Returns the ``options`` that differ from the defaults, as the command line has them."""
     if "method" in options:
         defaults = asdict(Settings(method=options["method"])) | {"method": Settings.method}
     else:  # several methods, each with its own default learning rate
         defaults = asdict(Settings()) | {"learning_rate": None}
     changed = {name: value for name, value in options.items() if value is not None and value != defaults.get(name)}
-    rest = [part for name, value in changed.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    return ["lora-ext", command, *first, *(["--jobs", str(jobs)] if jobs != 1 else []), *rest, "--out", str(out)]
+    extra = [part for item in extra_arguments.items(changed.pop("set", "")) for part in ("--set", item)]
+    return [part for name, value in changed.items() for part in (f"--{name.replace('_', '-')}", str(value))] + extra

@@ -50,11 +50,14 @@ def model_path_of(model: str | None) -> str:
 def load_task_model(settings: Settings) -> tuple[TaskModel, Splits]:
     """Loads the bare model and the texts that ``settings`` name. TaskError: one cannot be loaded."""
     splits = load_data(settings, say=lambda line: None)
-    return load_model(model_path_of(settings.model), splits.labels, settings.max_length), splits
+    return load_model(model_path_of(settings.model), splits.labels, settings.max_length, settings.dtype), splits
 
 
-def load_model(path: str, labels: list[str], max_length: int) -> TaskModel:
-    """Loads a classifier of ``labels``. TaskError: ``path`` has none, or it takes fewer tokens than ``max_length``."""
+def load_model(path: str, labels: list[str], max_length: int, dtype: str = "float32") -> TaskModel:
+    """Loads a classifier of ``labels``, in ``dtype`` except the new head, which is float32.
+
+    TaskError: ``path`` has none, or it takes fewer tokens than ``max_length``.
+    """
     logging.set_verbosity_error()  # transformers reports every new head; check_fits reports other missing weights
     if not is_terminal():
         logging.disable_progress_bar()
@@ -69,7 +72,7 @@ def load_model(path: str, labels: list[str], max_length: int) -> TaskModel:
             problem_type="single_label_classification",  # overrides the checkpoint's
             ignore_mismatched_sizes=True,  # the checkpoint's head can be for other labels
             output_loading_info=True,
-            dtype=torch.float32,
+            dtype=getattr(torch, dtype),
             **options,
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
@@ -82,7 +85,19 @@ def load_model(path: str, labels: list[str], max_length: int) -> TaskModel:
     head = head_parameters(model).keys()
     if wrong := sorted({name for name, *_ in loaded["mismatched_keys"]} - head):
         raise TaskError(f"--model {path}: {wrong[0]} has another shape than its config.json says")
+    if dtype != "float32":
+        _keep_head_in_float32(model)
     return TaskModel(path, tokenizer, model, tuple(sorted(set(loaded["missing_keys"]) - head)))
+
+
+def _keep_head_in_float32(model: PreTrainedModel) -> None:
+    """Converts the new head, which is trained, to float32, and its inputs in every call: 16 bits lose small steps."""
+    for path in {name.rpartition(".")[0] for name in head_parameters(model)}:
+        model.get_submodule(path).float().register_forward_pre_hook(_in_float32)
+
+
+def _in_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
 
 
 def sharing(model: PreTrainedModel) -> PreTrainedModel:
@@ -91,14 +106,28 @@ def sharing(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def adapt(model: PreTrainedModel, settings: Settings, model_path: str) -> PreTrainedModel:
-    """Applies the method of ``settings`` to ``model`` in place and returns it.
+    """Applies the method of ``settings`` to ``model`` in place, with gradient checkpointing if wanted; returns it.
 
     TaskError: the method does not fit the model, or an option is wrong.
     """
+    check_checkpointing(model, settings)
     try:
-        return apply_method(model, method_for(model, settings, model_path))
+        apply_method(model, method_for(model, settings, model_path))
     except (ValueError, TypeError) as error:
         raise TaskError(f"--method {settings.method}: {error}") from error
+    if settings.gradient_checkpointing != "no":
+        # Earlier releases of Transformers have the second name only.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": settings.gradient_checkpointing == "reentrant"})
+        if not hasattr(model, "_require_grads_hook"):  # a reentrant layer needs an input that requires a gradient
+            model.enable_input_require_grads()
+    return model
+
+
+def check_checkpointing(model: PreTrainedModel, settings: Settings) -> None:
+    """Raises TaskError if ``settings`` want gradient checkpointing, which the model's class does not support."""
+    if settings.gradient_checkpointing != "no" and not model.supports_gradient_checkpointing:
+        raise TaskError(f"--gradient-checkpointing: {type(model).__name__} does not support it; leave it out")
 
 
 def check_fits(task_model: TaskModel, settings: Settings) -> None:

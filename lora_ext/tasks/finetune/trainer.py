@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from lora_ext._common import progress as display
@@ -25,7 +25,8 @@ from lora_ext.tasks.finetune import busy_machine
 from lora_ext.tasks.finetune.moving_average import MovingAverage
 from lora_ext.tasks.finetune.results import accuracy, macro_f1
 from lora_ext.tasks.finetune.run_checkpoints import Checkpoint, Clock, damaged, new_checkpoint
-from lora_ext.tasks.finetune.settings import SCHEDULES, Settings
+from lora_ext.tasks.finetune.settings import Settings
+from lora_ext.tasks.finetune.training_arguments import training_arguments
 from lora_ext.tasks.shared.whole_files import writing
 
 
@@ -67,8 +68,10 @@ class FinetuneTrainer(Trainer):
         return optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
+        """Groups texts by the step, so that accumulated batches have the texts of one batch of the step's size."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        return _EpochSampler(self.args.train_batch_size, [len(row["input_ids"]) for row in dataset], self.args.seed)
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return _EpochSampler(size, [len(row["input_ids"]) for row in dataset], self.args.seed)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self.average.in_place() if self.average is not None else nullcontext():
@@ -163,11 +166,17 @@ class Progress:
         self._steps = 0
 
     def take(self, loss: torch.Tensor) -> None:
+        """Adds the loss of a batch, already divided by the number of batches in its step."""
         self._loss = self._loss + loss.double()
+
+    def end_step(self, seconds: float, tokens: int) -> None:
+        """Counts a step, and its time; ``tokens`` are those of all steps."""
         self._steps += 1
+        self.seconds += seconds
+        self.tokens = tokens
 
     def mean_loss(self) -> float:
-        """Returns the mean of the losses since the last call."""
+        """Returns the mean loss of the steps since the last call."""
         mean = float(self._loss) / self._steps
         self._loss, self._steps = 0.0, 0
         return mean
@@ -209,12 +218,12 @@ class _Steps(TrainerCallback):
     def on_step_end(self, args, state, control, train_dataloader=None, lr_scheduler=None, **kwargs):
         trainer, step = self.trainer, state.global_step
         seconds = time.perf_counter() - self._start
-        trainer.progress.seconds += seconds
-        trainer.progress.tokens = state.num_input_tokens_seen
+        trainer.progress.end_step(seconds, state.num_input_tokens_seen)
         is_last = step >= state.max_steps
         if is_last or step % math.ceil(state.max_steps / 100) == 0:  # 100 points for a run of any length
             trainer.log({"loss": trainer.progress.mean_loss(), "learning_rate": lr_scheduler.get_last_lr()[0]})
-        control.should_evaluate = trainer.eval_dataset is not None and (is_last or step % len(train_dataloader) == 0)
+        steps_of_epoch = -(-len(train_dataloader) // args.gradient_accumulation_steps)
+        control.should_evaluate = trainer.eval_dataset is not None and (is_last or step % steps_of_epoch == 0)
         control.should_save = is_last or trainer.clock.is_due()
         self._durations.append(seconds)
         if not self._has_advised and len(self._durations) == self._durations.maxlen:
@@ -314,26 +323,7 @@ def build_trainer(
 
     ``kind``: another class of trainers, which defines what labels are.
     """
-    steps = len(train) / settings.batch_size * settings.epochs
-    arguments = TrainingArguments(
-        output_dir=str(out / "checkpoints"),
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        num_train_epochs=settings.epochs,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=SCHEDULES[settings.schedule],
-        warmup_steps=round(settings.warmup * steps),
-        eval_strategy="no",  # _Steps decides when to evaluate, log and save
-        logging_strategy="no",
-        save_strategy="no",
-        include_num_input_tokens_seen="non_padding",
-        dataloader_pin_memory=torch.cuda.is_available(),
-        bf16=settings.precision == "bfloat16",
-        use_cpu=not torch.cuda.is_available(),  # without it, the Trainer refuses bf16 on a CPU
-        disable_tqdm=False,  # independent of the verbosity
-        report_to=[],
-        seed=settings.seed,
-    )
+    arguments = training_arguments(settings, out, len(train))
     with writing(out):  # the constructor creates the directory of the checkpoints
         trainer = (kind or FinetuneTrainer)(
             model,
@@ -346,6 +336,9 @@ def build_trainer(
                 "macro_f1": macro_f1(output.predictions.argmax(-1), output.label_ids),
             },
         )
+    # The Trainer trusts a classifier that takes **kwargs to divide its loss by the number of texts in a step. Most take
+    # them and return a batch's mean (BERT does in transformers 5.24), so that accumulated gradients would be too large.
+    trainer.model_accepts_loss_kwargs = False
     trainer.lora_plus_ratio = settings.lora_plus_ratio
     if settings.ema_decay:
         trainer.average = MovingAverage(model, settings.ema_decay)

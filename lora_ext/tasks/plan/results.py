@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,11 @@ def _count(number: int | None) -> str:
 
 
 def notes(plan: Mapping[str, Any]) -> list[str]:
-    """Says which runs fit into the memory and which changes would make the method fit."""
+    """Returns the warnings, which runs fit into the memory, and which changes would make the method fit."""
+    return [f"warning: {line}" for line in plan["warnings"]] + _fitting(plan)
+
+
+def _fitting(plan: Mapping[str, Any]) -> list[str]:
     capacity, method = plan["capacity"], plan["method"]
     if capacity is None:
         return []
@@ -93,23 +98,34 @@ def notes(plan: Mapping[str, Any]) -> list[str]:
     for name, fits in capacity["fits"].items():
         lines.append(f"{name} {'fits' if fits else 'does not fit'} into {room}: {readable(plan['runs'][name]['peak'])}")
     if capacity["fits"][method]:
-        return lines
+        return [*lines, *_as_options(plan["finetune_options"], "")]
     if not capacity["changes"]:
         return [*lines, f"{method} would not fit with any change that was tried."]
     lines.append(f"{method} fits with one of these:")
     for change in capacity["changes"]:
         per_device = " each" if change["devices"] > 1 else ""
         lines.append(f"  {' and '.join(change['what'])}: {readable(change['peak'])}{per_device}")
+        lines += _as_options(change["finetune_options"], "    ")
     if any(change["setup"]["dtype"] in ("int8", "nf4") for change in capacity["changes"]):
         lines.append(_QUANTISED)
     return lines
 
 
+def _as_options(options: Sequence[str] | None, indent: str) -> list[str]:
+    return [] if options is None else [f"{indent}lora-ext finetune {shlex.join(options)}"]
+
+
 def document(plan: Mapping[str, Any]) -> str:
     """Returns the content of plan.md."""
     heading, *table = rows(plan)
-    listed = [f"- {line.strip()}" if line.startswith("  ") else line for line in notes(plan)]
+    listed = [_listed(line) for line in notes(plan)]
     return "\n\n".join([f"# {title(plan)}", markdown.table(heading, table), *listed]) + "\n"
+
+
+def _listed(line: str) -> str:
+    if line.lstrip().startswith("lora-ext "):
+        return f"    {line.strip()}" if not line.startswith(" ") else f"      {line.strip()}"
+    return f"- {line.strip()}" if line.startswith("  ") else line
 
 
 def plot(path: Path, plan: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune.settings import Settings
 from lora_ext.tasks.finetune.task_model import method_for, most_tokens
 from lora_ext.tasks.plan import results
+from lora_ext.tasks.plan.advice import finetune_options, warnings
 from lora_ext.tasks.plan.models import TASKS, ConfigSource, read_config, task_of
 from lora_ext.tasks.shared import provenance
 from lora_ext.tasks.shared.run_directory import check_out, prepare_out
@@ -42,6 +43,7 @@ class PlanSettings:
         gpu_memory: bytes of a device; None: whether a run fits is not checked.
         reserve: bytes of ``gpu_memory`` that tensors cannot use: context, library workspaces, fragmentation.
         disk: bytes for checkpoints; None: checkpoints are not counted.
+        texts: number of training texts, each of ``max_length`` tokens; None: the adapter's size is not judged by them.
     """
 
     finetune: Settings
@@ -56,6 +58,7 @@ class PlanSettings:
     gpu_memory: int | None = None
     reserve: int = 10**9
     disk: int | None = None
+    texts: int | None = None
 
     def __post_init__(self) -> None:
         if self.task is not None and self.task not in TASKS:
@@ -64,8 +67,14 @@ class PlanSettings:
             raise TaskError(f"--num-labels is {self.num_labels}, want at least 1")
         if self.accumulation_steps < 1:
             raise TaskError(f"--accumulation-steps is {self.accumulation_steps}, want at least 1")
+        if self.texts is not None and self.texts < 1:
+            raise TaskError(f"--texts is {self.texts}, want at least 1")
         if self.gpu_memory is not None and self.reserve >= self.gpu_memory:
             raise TaskError(f"--reserve takes all of --gpu-memory: {self.reserve:,} of {self.gpu_memory:,} bytes")
+
+    @property
+    def texts_per_step(self) -> int:
+        return self.finetune.batch_size * self.accumulation_steps
 
     @property
     def setup(self) -> Setup:
@@ -155,6 +164,8 @@ def _count(settings: PlanSettings, config: PretrainedConfig, setup: Setup) -> di
         "parameters": frozen.sizes(setup.dtype).parameters,
         "runs": runs | {"inference": _memory(inference)},
         "capacity": capacity,
+        "finetune_options": finetune_options(settings.finetune, setup, settings.texts_per_step),
+        "warnings": _warnings(settings, planners[method], setup, config if task == "classification" else None),
         "disk": _disk(settings.disk, inference.weights, runs),
     }
 
@@ -185,11 +196,33 @@ def _capacity(settings: PlanSettings, planner: Planner, runs: Mapping[str, Any])
     usable = settings.gpu_memory - settings.reserve
     fits = {name: run["peak"] <= usable for name, run in runs.items()}
     changes = [] if fits[settings.finetune.method] else changes_that_fit(planner, settings.setup, usable)
-    return {"usable": usable, "fits": fits, "changes": [_change(change) for change in changes]}
+    return {"usable": usable, "fits": fits, "changes": [_change(change, settings) for change in changes]}
 
 
-def _change(change: Change) -> dict[str, Any]:
-    return {"what": change.what, "devices": change.devices, "setup": asdict(change.setup), **_memory(change.memory)}
+def _change(change: Change, settings: PlanSettings) -> dict[str, Any]:
+    options = None  # finetune is one process
+    if change.devices == 1:
+        options = finetune_options(settings.finetune, change.setup, settings.texts_per_step)
+    return {
+        "what": change.what,
+        "devices": change.devices,
+        "setup": asdict(change.setup),
+        "finetune_options": options,
+        **_memory(change.memory),
+    }
+
+
+def _warnings(settings: PlanSettings, planner: Planner, setup: Setup, classifier: PretrainedConfig | None) -> list[str]:
+    """``classifier``: the config of a classifier, None for a language model."""
+    names = ("lora_A", "lora_B")
+    parameters = sum(
+        parameter.numel()
+        for name, parameter in planner.model(setup.dtype).named_parameters()
+        if parameter.requires_grad and name.rpartition(".")[2] in names
+    )
+    num_labels = None if classifier is None else classifier.num_labels
+    texts_per_step = settings.texts_per_step
+    return warnings(settings.finetune, texts_per_step, parameters, setup.seq_len, settings.texts, num_labels)
 
 
 def _disk(disk: int | None, base: int, runs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""``lora-ext generate``: answers prompts with a decoder and its adapters."""
