@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +30,7 @@ from lora_ext.tasks.causal_lm.run import finetune
 from lora_ext.tasks.causal_lm.settings import CausalSettings, command_line
 from lora_ext.tasks.finetune import run_checkpoints as checkpoints
 from lora_ext.tasks.finetune.settings import Settings
+from lora_ext.tasks.finetune.trainer import Interrupted
 from lora_ext.tasks.report import write_report
 
 pytestmark = [pytest.mark.cpu_only("the Trainer chooses the device"), pytest.mark.full]
@@ -204,6 +207,28 @@ def test_killed_after_any_checkpoint_and_resumed(
             shutil.rmtree(out / "checkpoints" / f"checkpoint-{later}")
         finetune(settings, out, measure=False, say=silent, resume=True)
         assert result_of(out) == expected, f"after {step}"
+
+
+def test_interrupted_and_resumed(settings: CausalSettings, files: Path, tmp_path: Path):
+    """Ctrl-C writes a checkpoint; the bare model is not measured again. The report shows plain text without answers."""
+    settings = changed(settings, files, "texts", {"epochs": 3, "answers": 2})
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    finetune(settings, whole, measure=False, say=silent)
+    stops = [0.5]
+
+    def interrupt(part: float) -> None:
+        if stops and part >= stops[0]:
+            stops.clear()
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        finetune(settings, out, measure=False, say=silent, on_progress=interrupt)
+    assert not (out / "metrics.json").exists() and len([*out.glob("checkpoints/*")]) == 1
+    written = (out / "before.json").stat().st_mtime_ns
+    finetune(settings, out, measure=False, say=silent, resume=True)
+    assert result_of(out) == result_of(whole) and (out / "before.json").stat().st_mtime_ns == written
+    write_report(out, None, None)
+    assert "before training" in (out / "report.html").read_text()
 
 
 def test_a_resumed_run_reads_the_same_texts(run, settings: CausalSettings, files: Path, tmp_path: Path):

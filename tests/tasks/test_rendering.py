@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trl
 from support import tiny_decoder
 
 from lora_ext.tasks import TaskError
@@ -17,6 +18,10 @@ from lora_ext.tasks.causal_lm.settings import CausalSettings
 pytestmark = pytest.mark.cpu_only("is about tokens")
 
 CHAT = (("user", "What is red?"), ("assistant", "a rose"), ("user", "And blue?"), ("assistant", "the sea"))
+PICTURES = {"idefics3", "idefics3_training", "smolvlm", "smolvlm_training", "llava_next", "llava_next_training"}
+REFUSES = PICTURES | {"deepseek_r1_distill", "deepseekv3"}
+REFUSES |= {f"nemotron_3_{name}" for name in ("5_lightning", "nano", "super", "ultra")}
+REFUSES_TURNS = {"gptoss", "phi3", "phi3_5", "qwen3", "qwen3_5_nothink", "qwen3_5_think", "qwen3_6"}
 SETTINGS = CausalSettings(model="model", data="data")
 
 
@@ -98,13 +103,42 @@ def test_one_token_across_prompt_and_completion_is_refused():
 def test_a_template_that_rewrites_earlier_turns_is_refused():
     """As Qwen3's, which drops the reasoning of earlier answers."""
     template = tiny_decoder.TEMPLATE.replace(
-        "{{ message['content'] }}", "{{ message['content'] if loop.last or message['role'] == 'user' else '...' }}"
+        "{{ message['content'] }}",
+        "{{ message['content'] }}{{ '' if loop.last or message['role'] == 'user' else ' (earlier)' }}",
     )
     text = refusal(renderer(template), *CHAT)
     assert text.startswith("data.jsonl, line 7: the chat template does not mark message 2, an answer")
     assert "--chat-template-file names a template with {% generation %}" in text
     by = renderer(template)
     assert learned(by.row(Example(CHAT[:2], 0, 1)), by) == ["a rose<|im_end|>\n"]
+
+
+TEMPLATES = sorted(Path(trl.__file__).parent.glob("chat_templates/*.jinja"))
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_templates_of_real_models(path: Path):
+    """A template is refused, or exactly the answers are learned, with what surrounds them."""
+    by = renderer(path.read_text(), bos_token="<|end|>", model_max_length=10_000)
+    multi_turn = Example(CHAT, 0, 1)
+    for example in (Example(CHAT[:2], 0, 1), multi_turn):
+        try:
+            found = learned(by.row(example), by)
+        except ValueError as error:
+            assert path.stem in REFUSES or (example is multi_turn and path.stem in REFUSES_TURNS), error
+            assert "the chat template" in str(error) and "--chat-template-file" in str(error)
+            continue
+        assert path.stem not in REFUSES and not (example is multi_turn and path.stem in REFUSES_TURNS)
+        answers = [content for role, content in example.turns if role == "assistant"]
+        assert len(found) == len(answers)
+        for text, answer in zip(found, answers, strict=True):
+            assert answer in text and "What" not in text and "blue" not in text
+
+
+def test_every_training_template_of_trl_is_accepted():
+    marked = [path for path in TEMPLATES if path.stem.endswith("_training")]
+    assert len(TEMPLATES) > 60 and len(marked) > 20
+    assert {path.stem for path in marked} & (REFUSES | REFUSES_TURNS) == PICTURES & {path.stem for path in marked}
 
 
 def test_marks_around_nothing_are_refused():

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, UndefinedError
 from transformers import PreTrainedTokenizerBase
 
 from lora_ext.files import open_regular
@@ -22,6 +22,7 @@ IGNORED = -100  # a label that the loss does not count
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _REMEDY = "--chat-template-file names a template with {% generation %} ... {% endgeneration %} around the answers"
+_OTHER = "--chat-template-file names another template"
 _LARGEST_TEMPLATE = 1_000_000  # bytes
 
 
@@ -72,6 +73,7 @@ class Renderer:
         if not example.is_chat:
             return self._plain_row(example)
         self.check_template()
+        self._check_contents(example)
         if self._marks:
             ids, trained = self._marked(example)
         else:
@@ -105,6 +107,17 @@ class Renderer:
             ) from error
         self._marks = _MARKS.search(template) is not None
 
+    def _check_contents(self, example: Example) -> None:
+        """Raises ValueError if the template shows a message of the user or the assistant without its content.
+
+        Templates of models that see pictures expect lists in place of strings, and show nothing of a string. Templates
+        of reasoning models may leave out what comes before ``</think>``.
+        """
+        shown = self._apply(example.messages(), tokenize=False)
+        for number, (role, content) in enumerate(example.turns, start=1):
+            if role != "system" and content.rpartition("</think>")[2].strip() not in shown:
+                raise ValueError(f"the chat template does not show the content of message {number}; {_OTHER}")
+
     def _plain_row(self, example: Example) -> dict[str, list[int]]:
         (_, first), *rest = example.turns
         end = self.tokenizer.eos_token_id
@@ -132,11 +145,11 @@ class Renderer:
 
     def _apply(self, messages: Sequence[dict[str, str]], **options: Any) -> Any:
         try:
-            return self.tokenizer.apply_chat_template(list(messages), return_dict=True, **options)
+            return self.tokenizer.apply_chat_template(list(messages), **({"return_dict": True} | options))
+        except (UndefinedError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
+            raise ValueError(f"the chat template fails: {type(error).__name__}: {error}; {_OTHER}") from error
         except TemplateError as error:
             raise ValueError(f"the chat template refuses it: {error}") from error
-        except (TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError, OverflowError) as error:
-            raise ValueError(f"the chat template fails: {type(error).__name__}: {error}; {_REMEDY}") from error
 
     def _marked(self, example: Example) -> tuple[list[int], list[bool]]:
         rendered = self._apply(example.messages(), return_assistant_tokens_mask=True)
