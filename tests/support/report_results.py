@@ -45,7 +45,7 @@ def _save_results(folder: Path) -> Path:
         analyze.analyze(analyze.AnalysisSettings(adapters, base=str(model)), out / "analysis", say=_silent)
     finetune(Settings.load(runs / "seed-0"), out / "single", say=_silent)
     planned = Settings(model=str(model), method="lora", r=2, max_length=32)
-    plan.plan(plan.PlanSettings(planned, gpu_memory=700_000, reserve=100_000), out / PLAN.parent)
+    plan.plan(plan.PlanSettings(planned, gpu_memory=700_000, reserve=100_000, texts=10**6), out / PLAN.parent)
     return out
 
 

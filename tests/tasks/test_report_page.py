@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -208,10 +209,13 @@ def test_every_figure_of_plan_and_finetune(results: Path, page: Path):
     assert re.search(rf"Training with lora takes {size}; \d+% of it is activations, temporaries\.", parsed.text)
     assert f"of the memory of full fine-tuning ({full})." in parsed.text
     assert "It does not fit into 600 kB, which the vertical line marks." in parsed.text
-    fits = [(cells[0], cells[-1]) for cells in parsed.rows if cells[-1] in ("yes", "no")]
+    fits = [(cells[0], cells[-1]) for cells in parsed.rows if len(cells) > 2 and cells[-1] in ("yes", "no")]
     changed = [f"lora with {' and '.join(change['what'])}" for change in plan["capacity"]["changes"]]
     assert fits == [("full", "no"), ("lora", "no"), ("inference", "yes"), *((name, "yes") for name in changed)]
     assert len(changed) > 1 and f"What fits: {'; '.join(changed)}." in parsed.text
+    options = [change["finetune_options"] for change in plan["capacity"]["changes"] if change["finetune_options"]]
+    assert options and all(shlex.join(one) in parsed.text for one in options)
+    assert plan["warnings"] and all(f"Warning: {line}." in parsed.text for line in plan["warnings"])
     metrics = json.loads((results / "single" / "metrics.json").read_text())
     assert [
         "training",

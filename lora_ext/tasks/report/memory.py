@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -39,7 +40,9 @@ def _changed(content: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Yields every value of the file, with the keys that lead to it."""
-    if isinstance(value, (Mapping, list)):
+    if isinstance(value, list) and name.endswith("finetune options"):
+        yield name, shlex.join(value)
+    elif isinstance(value, (Mapping, list)):
         for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value, 1):
             text = str(key).replace("_", " ")
             yield from _leaves(inner, f"{name}, {text}" if name else text)
@@ -56,6 +59,7 @@ def _reading(content: Mapping[str, Any], usable: int | None, changed: _Memories)
     ]
     if name != "full" and (full := runs["full"]["peak"]) > size:
         sentences.append(f"That is {size / full:.0%} of the memory of full fine-tuning ({readable(full)}).")
+    sentences += [f"Warning: {line}." for line in content.get("warnings", ())]
     if usable is not None:
         fits = "fits" if size <= usable else "does not fit"
         sentences.append(f"It {fits} into {readable(usable)}, which the vertical line marks.")
