@@ -28,11 +28,17 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--task", choices=tasks, default=_CLASSIFICATION, help="what is trained; changes some defaults below")
     config_file.add_config(parser)
     training.add_options(parser)
-    _add_causal_options(parser.add_argument_group(f"options of --task {TASK}"))
+    _add_causal_options(parser.add_argument_group(f"options of --task {TASK}", _other_defaults()))
     training.add_threads(parser)
     add("--no-measure", dest="measure", action="store_false", help="leave out the timing at the end")
     training.add_out(parser, "the adapter, metrics, loss curve and predictions")
     parser.set_defaults(run=run)
+
+
+def _other_defaults() -> str:
+    usual, causal = asdict(Settings()), asdict(CausalSettings())
+    other = [f"--{name.replace('_', '-')} {causal[name]}" for name in usual if usual[name] != causal[name]]
+    return f"other defaults of this task: {', '.join(other)}"
 
 
 def _add_causal_options(group: argparse._ArgumentGroup) -> None:
