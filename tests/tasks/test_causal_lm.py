@@ -128,6 +128,12 @@ def test_the_adapter_is_peft_s(run, files: Path):
 
 
 FORMATS = {
+    "accumulated in 16 bits": {
+        "accumulation_steps": 2,
+        "gradient_checkpointing": "reentrant",
+        "dtype": "bfloat16",
+        "set": "weight_decay=0.01",
+    },
     "completions": {"packing": False},
     "texts": {"answers": 2},
     "average in bfloat16": {"ema_decay": 0.9, "precision": "bfloat16", "schedule": "constant"},
@@ -174,6 +180,7 @@ def result_of(out: Path) -> dict[str, Any]:
 
 
 RESUMED = {
+    "accumulated": {"accumulation_steps": 2, "gradient_checkpointing": "non-reentrant", "packing": False},
     "packed chats": {},
     "completions": {"packing": False, "epochs": 1.5},
     "average in bfloat16": {"ema_decay": 0.9, "precision": "bfloat16"},
@@ -310,6 +317,22 @@ def test_bad_settings_are_named():
             CausalSettings(**changes)
 
 
+def test_accumulated_batches_count_by_their_tokens(settings: CausalSettings, files: Path, tmp_path: Path):
+    """Texts of unlike lengths: a step of four batches is that of one batch with all their texts."""
+    rows = [{"text": "What is the colour of the sea? " * (1 + index % 3 * 3)} for index in range(8)]
+    rows = [{"text": f"{index} {row['text']}"} for index, row in enumerate(rows)]
+    data = str(tiny_decoder.save_rows(tmp_path / "texts.jsonl", rows))
+    changes = {"data": data, "packing": False, "lora_dropout": 0.0, "epochs": 1, "answers": 0, "max_length": 256}
+    settings = replace(settings, **changes, validation_split=0.0, test_split=0.1)
+    losses = {}
+    for size, steps in ((8, 1), (2, 4)):
+        out = tmp_path / str(size)
+        finetune(replace(settings, batch_size=size, accumulation_steps=steps), out, measure=False, say=silent)
+        (last,) = out.glob("checkpoints/*")
+        losses[size] = [entry["loss"] for entry in json.loads((last / "trainer_state.json").read_text())["log_history"]]
+    assert losses[2] == pytest.approx(losses[8], rel=1e-5)
+
+
 def test_answers_end_where_the_model_does(settings: CausalSettings, files: Path, tmp_path: Path):
     """GPT-2 has a table of positions; reading behind its end would fail."""
     config = GPT2Config(vocab_size=320, n_positions=64, n_embd=32, n_layer=1, n_head=2, eos_token_id=1, bos_token_id=1)
@@ -332,7 +355,7 @@ def test_the_command_line(files: Path, tmp_path: Path, capsys: pytest.CaptureFix
         "--data",
         str(files / "chats.jsonl"),
     ]
-    arguments += ["--eval-file", str(held), "--packing", "--max-length", "128", "--epochs", "1", "--no-measure"]
+    arguments += ["--test-file", str(held), "--packing", "--max-length", "128", "--epochs", "1", "--no-measure"]
     arguments += ["--answers", "2", "--max-new-tokens", "4", "--threads", "2", "--out", str(out)]
     assert cli.main(arguments) == 0
     shown = capsys.readouterr().out

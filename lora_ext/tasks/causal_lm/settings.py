@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from lora_ext.tasks import TaskError
+from lora_ext.tasks.finetune import extra_arguments
 from lora_ext.tasks.finetune.settings import Settings
 
 TASK = "causal-lm"
@@ -70,7 +71,9 @@ def command_line(settings: CausalSettings, out: Path) -> list[str]:
     """Returns the command that repeats a run: the options that differ from the defaults."""
     defaults = asdict(CausalSettings(method=settings.method)) | {"method": Settings.method}
     parts = ["--task", TASK]
-    for name, value in asdict(settings).items():
+    options = asdict(settings)
+    parts += [part for item in extra_arguments.items(options.pop("set")) for part in ("--set", item)]
+    for name, value in options.items():
         if value is not None and value != defaults[name]:
             parts += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return ["lora-ext", "finetune", *parts, "--out", str(out)]
