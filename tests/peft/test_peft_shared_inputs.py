@@ -1,0 +1,120 @@
+"""PEFT's layers that read one tensor are computed together; what cannot be falls back to one op for each layer."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from support.models import llama, token_ids
+from torch import Tensor, nn
+
+from lora_ext.integrations.peft import accelerate, report, restore
+
+OPTIONS = {"r": 2, "init_lora_weights": False, "target_modules": ["q_proj", "k_proj", "v_proj"]}
+
+
+def pair(**options) -> tuple[nn.Module, nn.Module]:
+    """PEFT's model, and a copy that is accelerated."""
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(llama(), peft.LoraConfig(**OPTIONS | options))
+    return theirs, accelerate(copy.deepcopy(theirs))
+
+
+def step(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(theirs: nn.Module, ours: nn.Module) -> None:
+    ids = token_ids()
+    expected = step(theirs, ids)
+    for _ in range(3):
+        actual = step(ours, ids)
+        assert actual.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(actual[name], tensor, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def groups(model: nn.Module) -> dict[str, str]:
+    """The reasons of the groups of the first block, by the first letters of their layers."""
+    return {
+        "".join(path.rpartition(".")[2][0] for path in group.paths): group.reason
+        for group in report(model).groups
+        if ".layers.0." in group.paths[0]
+    }
+
+
+def test_three_layers_are_one_group():
+    theirs, ours = pair()
+    assert_same(theirs, ours)
+    assert groups(ours) == {"qkv": ""}
+    assert "shared inputs: 6 layers in 2 groups are computed together" in str(report(ours))
+    assert len(report(restore(ours)).groups) == 0
+    assert_same(theirs, ours)
+
+
+def negate(model: nn.Module) -> None:
+    for block in model.get_base_model().model.layers:
+        block.self_attn.k_proj.scaling["default"] *= -1
+
+
+def hook(model: nn.Module) -> None:
+    for block in model.get_base_model().model.layers:
+        block.self_attn.k_proj.base_layer.register_forward_hook(lambda _, inputs, y: y * 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "change", "reason"),
+    [
+        ({"lora_bias": True}, None, "its adapter has a bias"),
+        ({}, negate, "scaling is negative"),
+        ({}, hook, "hooks or a forward of its own"),
+    ],
+    ids=["lora_bias", "negative scaling", "hook on a base layer"],
+)
+def test_layers_that_fall_back(options, change, reason):
+    theirs, ours = pair(**options)
+    for model in (theirs, ours) if change else ():
+        change(model)
+    assert_same(theirs, ours)
+    found = groups(ours)
+    assert reason in found["k"]
+    assert change is None or found["qv"] == ""
+
+
+def test_a_variant_and_several_adapters():
+    theirs, ours = pair()
+    for model in (theirs, ours):
+        torch.manual_seed(1)
+        model.add_adapter("dora", peft.LoraConfig(**OPTIONS | {"target_modules": ["k_proj"], "use_dora": True}))
+        model.add_adapter("other", peft.LoraConfig(**OPTIONS))
+    for name in ("other", "dora", "default"):
+        for model in (theirs, ours):
+            model.set_adapter(name)
+        assert_same(theirs, ours)
+        assert groups(ours).get("qkv") == (None if name == "dora" else "")
+    for model in (theirs, ours):
+        model.base_model.set_adapter(["default", "other"])
+    assert_same(theirs, ours)
+    assert groups(ours)["q"] == "now: 2 adapters are in use"
+    with theirs.disable_adapter(), ours.disable_adapter(), torch.no_grad():
+        ids = token_ids()
+        torch.testing.assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
+
+
+def test_models_created_afterwards():
+    inject_adapter = BaseTuner.inject_adapter
+    try:
+        for share_inputs in (True, False):
+            accelerate(share_inputs=share_inputs)
+            model = peft.get_peft_model(llama(), peft.LoraConfig(**OPTIONS))
+            step(model, token_ids())
+            assert groups(model) == ({"qkv": ""} if share_inputs else {})
+    finally:
+        restore()
+    assert BaseTuner.inject_adapter is inject_adapter
