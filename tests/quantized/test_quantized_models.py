@@ -20,7 +20,8 @@ from lora_ext.adapters import merge_and_unload, unload
 from lora_ext.injection.inject import lora_modules
 from lora_ext.integrations.peft import accelerate
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*were quantised again", "ignore::DeprecationWarning")
+_QUIET = pytest.mark.filterwarnings("ignore:.*were quantised again", "ignore::DeprecationWarning")
+pytestmark = [pytest.mark.full, _QUIET]
 
 QUANTIZATIONS = {
     "nf4": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
