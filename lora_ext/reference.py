@@ -121,7 +121,7 @@ def lora_grouped(
         for A, B in zip(lora_As, lora_Bs, strict=True)
         for pair in (zip(A, B, strict=True) if A.dim() == 3 else [(A, B)])
     ]
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     if threshold := dropout_threshold(dropout_p):
         assert seed is not None
         keep = dropout_keep(int(seed), *rows.shape, dropout_p).to(x.device)
@@ -138,7 +138,7 @@ def lora_grouped(
     if not updates:
         return x.new_zeros(*x.shape[:-1], lora_Bs[0].shape[-2])
     wide = torch.promote_types(x.dtype, lora_As[0].dtype)
-    return torch.stack([update.to(wide) for update in updates]).reshape(*x.shape[:-1], -1)
+    return torch.stack([update.to(wide) for update in updates]).reshape(*x.shape[:-1], lora_Bs[0].shape[-2])
 
 
 def bottleneck(

@@ -74,7 +74,7 @@ SortedRows sort_rows(const Groups& groups, const Tensor& group_of_row, const Ten
   std::vector<int64_t> next(counts.size(), -1);  // of each group: where its next row goes; -1: it is skipped
   int64_t skipped = count_of[-1];
   for (int64_t g = 0; g < groups.num_groups; ++g) {
-    if (count_of[g] == 0) continue;
+    if (count_of[g] == 0 || rows_per_entry == 0) continue;
     const size_t entry = groups.entry_of(g);
     const int64_t most = groups.entries[entry].rank;
     const int64_t rank = rank_of == nullptr ? most : rank_of[g];

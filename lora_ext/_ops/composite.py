@@ -125,6 +125,7 @@ def _backward(
 
 
 # --- groups: one adapter of all groups' ranks, whose xa is zero outside of a row's group ------------------------------
+# Unlike in the op, a NaN or an infinity in the factors of any group reaches every row: it is multiplied by zero.
 
 
 def _stacked_A(lora_As: Sequence[Tensor], rank: int, dtype: torch.dtype) -> Tensor:

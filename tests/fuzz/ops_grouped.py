@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora_ext import reference
 
-from .calls import Call
+from .calls import Call, CannotTell
 from .choices import Choices
 from .compare import against_formula, rescale, tensors_in
 from .ops import DTYPES, PROBABILITIES, SCALINGS, SIZES, acc_name, count, dropout, maker, op, tokens_shape, with_history
@@ -80,6 +80,11 @@ def lora_grouped_backward(choices: Choices) -> Call:
     }
 
     def oracle(before, result, after):
+        factors = [*before["lora_As"], *before["lora_Bs"]]
+        if any(t.requires_grad for t in tensors_in(list(before.values()))) and not all(
+            factor.isfinite().all() for factor in factors
+        ):
+            raise CannotTell  # lora_ext/_ops/composite.py computes it: zero times infinity
         results = [t for t in tensors_in(list(result)) if t is not None]
         against_formula(_backward_formula, before, results, {}, before["grad_y"].dtype)
 

@@ -217,6 +217,22 @@ def test_slots_that_are_part_of_wider_storage_are_not_copied():
     assert torch.equal(y, expected)
 
 
+def test_groups_of_no_rows():
+    """Each entry of group_of_row stands for no row: gradients are zero, and written."""
+    case = random_groups(0, (24, 20), [4, 3], leading=(3, 0), groups=torch.tensor([0, 1, -1]))
+    garbage = [torch.full((4, 24), torch.nan) for _ in range(50)]
+    del garbage  # memory that the gradients are likely to get
+    grads = torch.ops.lora_ext.lora_grouped_backward(
+        case.grad_y, case.x, case.lora_As, case.lora_Bs, *case.choice(), torch.zeros(0, 4), None, 0.0, [True] * 5
+    )
+    assert grads[0].shape == (3, 0, 24) and not any(grad.any() for grad in (*grads[1], *grads[2]))
+
+
+def test_no_features():
+    assert_as_good_as_torch(random_groups(9, (0, 20), [4, 3]))
+    assert_as_good_as_torch(random_groups(9, (24, 0), [4, 3]))
+
+
 # --- what is kept and computed ----------------------------------------------------------------------------------------
 
 
