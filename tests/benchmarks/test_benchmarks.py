@@ -239,7 +239,7 @@ def test_finetune(run, tiny_demo, capsys):
     options = ("--steps", "4", "--most-steps", "4", "--evaluate-every", "2", "--accuracy", "1.01")
     result = run("bench_finetune", *TINY, *options)
     rows = result["rows"]
-    assert [row["contestant"] for row in rows] == 6 * ["head only", "frozen", "lora_ext", "peft", "peft accelerated"]
+    assert [row["contestant"] for row in rows] == 8 * ["head only", "frozen", "lora_ext", "peft", "peft accelerated"]
     assert all(row["peak_bytes"] >= row["activation_bytes"] for row in rows)
     for i in range(0, len(rows), 5):
         _, frozen, ours, theirs, accelerated = (row["activation_bytes"] for row in rows[i : i + 5])
@@ -278,7 +278,7 @@ def test_without_the_demo_the_rest_is_measured(run, monkeypatch, capsys):
     monkeypatch.setattr(bench_finetune.demo, "examples", missing)
     result = run("bench_finetune", *TINY)
     assert "the demo model is NOT measured: cannot fetch the demo data: no network" in capsys.readouterr().out
-    assert len(result["rows"]) == 5 * 5 and "losses" not in result
+    assert len(result["rows"]) == 7 * 5 and "losses" not in result
 
 
 # --- no timing of contestants that disagree ---------------------------------------------------------------------------

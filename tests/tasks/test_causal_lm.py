@@ -359,7 +359,7 @@ def test_the_command_line(files: Path, tmp_path: Path, capsys: pytest.CaptureFix
     arguments += ["--answers", "2", "--max-new-tokens", "4", "--threads", "2", "--out", str(out)]
     assert cli.main(arguments) == 0
     shown = capsys.readouterr().out
-    assert "10 texts are left out, because" in shown and "10 for test" in shown and "test perplexity" in shown
+    assert "10 prompts are left out, because" in shown and "10 for test" in shown and "test perplexity" in shown
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["task"] == "causal-lm" and metrics["settings"]["packing"] is True
     assert metrics["command"][:5] == ["lora-ext", "finetune", "--task", "causal-lm", "--model"]

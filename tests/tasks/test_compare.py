@@ -141,7 +141,7 @@ def test_resuming_with_other_texts_repeats_the_runs_and_costs(tmp_path: Path):
 
 
 def test_interrupted_and_resumed_ends_like_uninterrupted(options: list[str], tmp_path: Path):
-    longer = [*options, "--epochs", "10", "--methods", "lora", "bitfit", "--seeds", "0"]
+    longer = [*options, "--epochs", "20", "--methods", "lora", "bitfit", "--seeds", "0"]
     command = [sys.executable, "-m", "lora_ext", "compare"]
     out = tmp_path / "interrupted"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

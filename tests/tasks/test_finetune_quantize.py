@@ -89,7 +89,7 @@ def test_it_learns_and_its_adapter_loads(tiny: Settings, name: str, tmp_path: Pa
 
 def test_which_layers_are_quantised(tiny: Settings):
     settings = replace(tiny, modules_to_save="pooler")
-    model = load_model(settings.model, ["a", "b"], 32, quantize.quantization_of(settings)).model
+    model = load_model(settings.model, ["a", "b"], 32, quantization=quantize.quantization_of(settings)).model
     weights = {path: quantized_weight(module) for path, module in model.named_modules()}
     assert {path for path, weight in weights.items() if weight is not None} == {
         path

@@ -132,7 +132,7 @@ def test_overwriting_does_not_remove_inputs(tmp_path: Path):
 
 
 def test_an_adapter_that_cannot_be_merged_leaves_its_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def refuse(model: Any) -> None:
+    def refuse(model: Any, **how: Any) -> None:
         raise ValueError("a value is not finite")
 
     monkeypatch.setattr("lora_ext.tasks.finetune.run.merge_and_unload", refuse)
