@@ -66,6 +66,17 @@ def _fact(name: str) -> str:
     return function().decode()
 
 
+def op_named(name: str) -> torch._ops.OpOverload:
+    """Returns an op of the compiled library. ImportError: the library was built from other sources."""
+    try:
+        return getattr(torch.ops.lora_ext, name).default
+    except AttributeError:
+        raise ImportError(
+            f"lora_ext: {LIBRARY.name} in {_HERE} was built from other sources than this Python package: it has no op "
+            f"{name}. {_REBUILD}"
+        ) from None
+
+
 def build_info() -> dict[str, str]:
     """Returns how the binary was built: version, torch, compiler, CUDA. Strings, empty where they do not apply."""
     return dict(line.split("\t") for line in _fact("build_info").splitlines())

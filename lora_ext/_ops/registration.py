@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.overrides import has_torch_function_variadic
 
 from lora_ext import reference
+from lora_ext._load import op_named
 from lora_ext._ops.checks import accumulation_dtype, count_tokens, mask_row_bytes
 from lora_ext._ops.lazy_views import check_not_lazy, resolved
 from lora_ext._ops.refusal_texts import refusal
@@ -22,10 +23,6 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 
 checked_arguments: dict[str, Callable[..., dict[str, object]]] = {}
 """For each op of :func:`register_op`: checks the arguments of a call and returns all of them by name."""
-
-
-def op_named(name: str) -> torch._ops.OpOverload:
-    return getattr(torch.ops.lora_ext, name).default
 
 
 def _dispatch_state() -> tuple[int, int]:

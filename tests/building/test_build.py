@@ -110,6 +110,13 @@ def test_library_of_other_sources_fails_the_import_and_says_so(package_copy):
     assert "was built from other sources than this Python package: it has no lora_ext_cpu_isa. Build it with" in message
 
 
+def test_library_without_an_op_says_so(package_copy):
+    library = package_copy / "lora_ext" / "liblora_ext.so"
+    library.write_bytes(library.read_bytes().replace(b"lora_dropout_mask(", b"lora_dropout_was_("))
+    message = import_error(package_copy)
+    assert "was built from other sources than this Python package: it has no op lora_dropout_mask. Build it" in message
+
+
 def test_preflight_names_missing_tools():
     script = ROOT / "scripts" / "preflight.sh"
     assert subprocess.run([script, sys.executable]).returncode == 0
