@@ -98,7 +98,7 @@ class MergeState:
 
     @property
     def error(self) -> MergeError | None:
-        """What quantising the layer's weight again lost, or None if it is not quantised."""
+        """The error of quantising the layer's weight again, or None if it is not quantised."""
         records = (matrix.record for matrix in self.matrices.values())
         return next((record.error for record in records if isinstance(record, QuantizedRecord)), None)
 

@@ -130,7 +130,7 @@ def merge_record_bytes(model: nn.Module) -> int:
 @checked
 @one_at_a_time
 def merge_errors(model: nn.Module, adapter_names: str | Iterable[str] | None = None) -> dict[str, MergeError]:
-    """What merging loses in each quantised layer: the rounding error, by path.
+    """Returns the rounding error of merging into each quantised layer, by path.
 
     For layers with merged adapters these are the errors of that merge. In other layers the merge is tried and undone.
 

@@ -38,7 +38,7 @@ NOT_CALLED = "is not called after the others"
 
 
 class Operands(NamedTuple):
-    """What a layer with one adapter computes with, as it holds it: no tensor made for the call."""
+    """The tensors and numbers of a layer with one adapter, as the layer holds them: no tensor is made for a call."""
 
     weight: Tensor
     bias: Tensor | None
@@ -99,7 +99,7 @@ class SharesInputs:
     """A mixin of layers, before ``nn.Module``: they can be computed together with others that read the same tensor."""
 
     def operands(self) -> Operands | str:
-        """What the next forward computes with, or why it cannot be computed together with others."""
+        """Returns the operands of the next forward, or why it cannot be computed together with others."""
         raise NotImplementedError
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Writes a tiny Llama and its tokenizer as a GGUF file, quantised to Q8_0, as llama.cpp's converter does."""
+"""Writes a tiny Llama and its tokenizer as a GGUF file, as llama.cpp's converter does."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _NAMES = {
 _WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def save(path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """Writes the file and rounds the model's weights to its values.
+def save(path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, is_quantized: bool = True) -> Path:
+    """Writes the file in Q8_0 and rounds the model's weights to its values, or writes it in float32.
 
-    The sizes of all weights are multiples of 32, the block of Q8_0.
+    For Q8_0 the sizes of all weights are multiples of 32, its block.
     """
     config = model.config
     writer = gguf.GGUFWriter(str(path), "llama")
@@ -50,6 +50,9 @@ def save(path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
         if "q_proj" in name or "k_proj" in name:  # llama.cpp stores the two halves of a head's rotations in turns
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             weight = weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+        if not is_quantized:
+            writer.add_tensor(_gguf_name(name), np.ascontiguousarray(weight))
+            continue
         kind = gguf.GGMLQuantizationType.Q8_0
         writer.add_tensor(_gguf_name(name), gguf.quants.quantize(np.ascontiguousarray(weight), kind), raw_dtype=kind)
         rounded = gguf.quants.dequantize(gguf.quants.quantize(parameter.float().numpy(), kind), kind)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from support import tiny_decoder
+from support import tiny_decoder, tiny_gguf
 from support.models import bert, shaken
 from support.processes import environment
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -169,44 +169,7 @@ def test_sampling_depends_on_the_seed_alone(directory: Path, capsys):
 
 
 def test_a_gguf_file_and_16_bits(directory: Path, tmp_path: Path, capsys):
-    gguf = pytest.importorskip("gguf")
-    file = tmp_path / "tiny.gguf"
-    model = tiny_decoder.llama()
-    config = model.config
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    tokenizer = AutoTokenizer.from_pretrained(directory / "model")
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    writer.add_tokenizer_model("gpt2")
-    vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
-    vocabulary += [f"<unused{index}>" for index in range(config.vocab_size - len(vocabulary))]
-    writer.add_token_list(vocabulary)
-    writer.add_token_types([3 if token in tiny_decoder.SPECIAL else 1 for token in vocabulary])
-    writer.add_token_merges([" ".join(merge) for merge in backend["merges"]])
-    writer.add_eos_token_id(1)
-    writer.add_pad_token_id(0)
-    writer.add_chat_template(tiny_decoder.TEMPLATE)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        stem, _, suffix = name.rpartition(".")
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(stem[-6:])
-        if heads:  # llama.cpp's order of the rotary halves
-            tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
-        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    file = tiny_gguf.save(tmp_path / "tiny.gguf", tiny_decoder.llama(), tiny_decoder.tokenizer(), is_quantized=False)
     (answer,) = run(capsys, "--model", file, "--adapter", directory / "first", PROMPT)
     assert answer["text"] == expected(directory, directory / "first", PROMPT)
     (answer,) = run(capsys, "--model", file, "--adapter", directory / "first", "--dtype", "bfloat16", "--merge", PROMPT)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, set_seed
 
 from lora_ext.adapters import merge_and_unload, trainable_parameter_counts
 from lora_ext.files import read_json_object
-from lora_ext.methods import load_method, save_method
+from lora_ext.methods import load_method
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.causal_lm import demo, results
 from lora_ext.tasks.causal_lm.causal_data import load_conversations
@@ -30,11 +30,12 @@ from lora_ext.tasks.finetune.results import plot_loss
 from lora_ext.tasks.finetune.run_checkpoints import last_checkpoint, tidy
 from lora_ext.tasks.finetune.settings import SETTINGS_FILE
 from lora_ext.tasks.finetune.task_model import adapt, sharing
+from lora_ext.tasks.finetune.trained_files import save_trained
 from lora_ext.tasks.finetune.trainer import forward_of, train
 from lora_ext.tasks.finetune.training_arguments import check_training_arguments
 from lora_ext.tasks.shared import measuring, provenance
 from lora_ext.tasks.shared.run_directory import check_out, prepare_out
-from lora_ext.tasks.shared.whole_files import whole_directory, write_json, writing
+from lora_ext.tasks.shared.whole_files import write_json
 
 BEFORE_FILE = "before.json"  # scores of the bare model, so that a resumed run need not measure them again
 
@@ -143,15 +144,7 @@ def finetune(
     }
     predictions = results.predictions(chosen, before["answers"], after["answers"])
     metrics["samples"] = predictions[: results.SAMPLES]
-    with writing(out):
-        (out / "metrics.json").unlink(missing_ok=True)  # a finished run that is resumed has one
-    with whole_directory(out / ("model" if settings.method == "full" else "adapter")) as fresh:
-        if settings.method == "full":
-            model.save_pretrained(fresh)
-            tokenizer.save_pretrained(fresh)
-        else:
-            save_method(model, fresh)
-            metrics["adapter_bytes"] = measuring.directory_bytes(fresh)
+    metrics |= save_trained(model, tokenizer, settings.method, out)
     results.write_predictions(out / "predictions.jsonl", predictions)
     plot_loss(out / "loss_curve.png", trainer.state.log_history, f"{settings.method}, {len(rows):,} texts")
     write_json(out / "metrics.json", metrics)

@@ -14,7 +14,7 @@ import torch
 from transformers import DataCollatorWithPadding, PreTrainedModel, set_seed
 
 from lora_ext.adapters import merge_and_unload, trainable_parameter_counts
-from lora_ext.methods import head_parameter_count, load_method, save_method
+from lora_ext.methods import head_parameter_count, load_method
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune import demo, results
 from lora_ext.tasks.finetune.data import DATA_FILE, fingerprint, save_fingerprint, saved_fingerprint
@@ -31,11 +31,12 @@ from lora_ext.tasks.finetune.task_model import (
     most_tokens,
     sharing,
 )
+from lora_ext.tasks.finetune.trained_files import save_trained
 from lora_ext.tasks.finetune.trainer import FinetuneTrainer, build_trainer, forward_of, predict, train
 from lora_ext.tasks.finetune.training_arguments import check_training_arguments
 from lora_ext.tasks.shared import measuring, provenance
 from lora_ext.tasks.shared.run_directory import check_out, prepare_out
-from lora_ext.tasks.shared.whole_files import whole_directory, write_json, writing
+from lora_ext.tasks.shared.whole_files import write_json
 
 _OUTPUTS = (
     "checkpoints",
@@ -140,15 +141,7 @@ def finetune(
         "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else 0.0,
         "peak_memory_bytes": peak_memory,
     }
-    with writing(out):
-        (out / "metrics.json").unlink(missing_ok=True)  # a finished run that is resumed has one
-    with whole_directory(out / ("model" if settings.method == "full" else "adapter")) as fresh:
-        if settings.method == "full":
-            model.save_pretrained(fresh)
-            tokenizer.save_pretrained(fresh)
-        else:
-            save_method(model, fresh)
-            metrics["adapter_bytes"] = measuring.directory_bytes(fresh)
+    metrics |= save_trained(model, tokenizer, settings.method, out)
     results.write_predictions(out / "predictions.jsonl", test_rows.examples, logits, test_rows.classes, labels)
     title = f"{settings.method}, {len(train_rows.rows):,} texts"
     results.plot_loss(out / "loss_curve.png", trainer.state.log_history, title)
