@@ -7,8 +7,7 @@ import math
 import peft
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from support.properties import given, settings, st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 

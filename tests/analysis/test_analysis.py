@@ -8,8 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from support.properties import given, settings, st
 from torch import Tensor
 
 from lora_ext.analysis import (

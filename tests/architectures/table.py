@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import diffusers
 import torch
 import transformers
 from torch import Tensor, nn
@@ -54,7 +53,11 @@ class Architecture:
 
     @property
     def model_class(self) -> type[nn.Module]:
-        return getattr(transformers if hasattr(transformers, self.model) else diffusers, self.model)
+        if hasattr(transformers, self.model):
+            return getattr(transformers, self.model)
+        from support.optional import diffusers
+
+        return getattr(diffusers, self.model)
 
     @property
     def generates(self) -> bool:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from support import tiny_decoder
+from support.optional import Image, matplotlib  # noqa: F401
 from support.tiny_classifier import reviews, save_model
 from torch import nn
 

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import save, save_file
 from support.header_mutations import mutated, valid
+from support.properties import given, settings, st
 
 from lora_ext.files.safetensors_format import encode_header, header_bytes, read_header
 

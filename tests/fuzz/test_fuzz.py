@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.optional import matplotlib  # noqa: F401
 
 import lora_ext
 from fuzz import area_ops, area_planted, area_values, campaign, functions, ops

@@ -10,9 +10,8 @@ import pickle
 
 import peft
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
+from support.properties import given, st
 
 from lora_ext import LoraConfig
 from lora_ext._config_values import FrozenDict

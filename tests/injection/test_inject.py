@@ -7,7 +7,6 @@ import io
 import math
 import warnings
 
-import bitsandbytes
 import peft
 import pytest
 import torch
@@ -15,7 +14,6 @@ import torch.distributed as dist
 from support.models import FAMILIES, Block, Net, bert, llama, refused, token_ids
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
 from lora_ext import LoraConfig, inject
 from lora_ext.adapters import lora_modules, trainable_parameter_counts
@@ -134,11 +132,13 @@ class Zoo(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        from support.optional import bitsandbytes, torchao
+
         self.fine = nn.Linear(4, 4)
         self.embedding = nn.EmbeddingBag(4, 4)
         self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
         self.wrapped = nn.Linear(32, 32)
-        quantize_(self.wrapped, Int8DynamicActivationInt8WeightConfig())
+        torchao.quantization.quantize_(self.wrapped, torchao.quantization.Int8DynamicActivationInt8WeightConfig())
         self.sixteenbit = bitsandbytes.nn.Linear8bitLt(4, 4)
         self.table = bitsandbytes.nn.Embedding4bit(4, 64)
         self.packed = nn.Identity()

@@ -10,12 +10,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from support.models import VOCABULARY, Net, bert, gpt2, llama, refused, roberta
+from support.properties import given, settings, st
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 

@@ -8,11 +8,10 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from support.merged_models import NAMES, add_adapter, all_same, hard_layer, hard_model, merged_sets, weights
 from support.merging import FLOATING, merged, same_bits
 from support.models import Net, token_ids
+from support.properties import given, settings, st
 from torch import nn
 from transformers import BertConfig, BertModel
 

@@ -7,7 +7,6 @@ import json
 import warnings
 from pathlib import Path
 
-import loralib
 import numpy as np
 import peft
 import pytest
@@ -80,6 +79,8 @@ def fused(request) -> Fused:
 @pytest.mark.parametrize("enabled", ENABLED, ids=str)
 @pytest.mark.parametrize("fan_in_fan_out", [False, True])
 def test_equals_loralib(fan_in_fan_out, enabled):
+    from support.optional import loralib
+
     theirs = loralib.MergedLinear(
         IN, OUT, r=2, lora_alpha=3, enable_lora=list(enabled), fan_in_fan_out=fan_in_fan_out, merge_weights=False
     ).double()

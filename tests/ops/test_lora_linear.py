@@ -5,8 +5,6 @@ Strides, threads and what is kept are in test_lora_linear_siblings.py, as siblin
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from support.layers import (
     DTYPES,
     ISAS,
@@ -19,6 +17,7 @@ from support.layers import (
     run_on_isa,
 )
 from support.processes import run_python
+from support.properties import given, settings, st
 
 from lora_ext import functional, reference
 

@@ -10,9 +10,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from support.layers import DTYPES, ISAS, Siblings, assert_errors_as_plain, random_siblings, run_on_isa, saved_bytes
+from support.properties import given, settings, st
 from torch import Tensor, nn
 
 from lora_ext import functional, reference

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from support.layers import DTYPES, random_layer
 from support.merging import FLOATING, bits, hard_weight, merged, same_bits, update_factors
 from support.processes import run_python
+from support.properties import given, settings, st
 
 from lora_ext import functional, info, reference
 from lora_ext.merging.weights import merge_all_, pack_factors, unmerge_all_

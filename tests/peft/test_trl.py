@@ -9,13 +9,12 @@ import pickle
 import warnings
 from pathlib import Path
 
-import datasets
 import peft
 import pytest
 import torch
 import transformers
-import trl
 from support.models import token_ids
+from support.optional import datasets, trl
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 

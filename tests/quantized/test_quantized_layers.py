@@ -5,9 +5,9 @@ import dataclasses
 import io
 import pickle
 
-import bitsandbytes
 import pytest
 import torch
+from support.optional import bitsandbytes
 from support.quantized import QUANTIZE, quantized_copy, stored, unchanged_bytes
 from torch import nn
 from torch.utils.checkpoint import checkpoint

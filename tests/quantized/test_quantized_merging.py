@@ -6,9 +6,9 @@ import logging
 import pickle
 import warnings
 
-import bitsandbytes
 import pytest
 import torch
+from support.optional import bitsandbytes
 from support.quantized import QUANTIZE, quantized_copy, stored, unchanged_bytes
 from torch import nn
 from torchao.quantization import Int8Tensor

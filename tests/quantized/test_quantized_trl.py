@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import datasets
 import peft
 import pytest
 import torch
 import transformers
-import trl
+from support.optional import datasets, trl
 from support.quantized import unchanged_bytes
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.models import llama
+from support.optional import matplotlib  # noqa: F401
 from torch import nn
 
 from lora_ext import LoraConfig, inject, save_adapter

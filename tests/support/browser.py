@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from support.optional import Image
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 MISSING = f"needs a browser: none of {', '.join(NAMES)} is on PATH; on Debian: apt-get install chromium"

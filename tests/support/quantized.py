@@ -7,8 +7,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import bitsandbytes
 import torch
+from support.optional import bitsandbytes, torchao  # noqa: F401
 from torch import Tensor, nn
 
 with warnings.catch_warnings():

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import gguf
 import numpy as np
 import torch
+from support.optional import gguf
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 _NAMES = {

@@ -6,9 +6,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-import datasets
 import transformers
-import trl
+from support.optional import datasets, trl
 from support.ways import Way
 from torch import nn
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.analyzed import name_base, own_adapter, save_files
 from support.checkpoint_files import save_checkpoint, snapshot
 from support.models import bert, llama
+from support.optional import Image
 from torch import nn
 
 from lora_ext import cli

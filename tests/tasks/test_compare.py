@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 from support import tiny_classifier
+from support.optional import matplotlib  # noqa: F401
 from support.processes import environment
 from transformers import BertModel
 

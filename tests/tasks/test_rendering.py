@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trl
 from support import tiny_decoder
+from support.optional import trl
 
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.causal_lm.conversations import Example

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import browser
+from support.optional import matplotlib  # noqa: F401
 from support.report_results import COMPARE, METHODS, results_of_the_session
 
 from lora_ext.tasks.report import charts, write_report

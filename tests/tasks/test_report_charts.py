@@ -8,11 +8,10 @@ import math
 import re
 from xml.etree import ElementTree
 
-import matplotlib
 import numpy as np
 import pytest
 from markupsafe import Markup
-from PIL import Image
+from support.optional import Image, matplotlib
 
 from lora_ext.tasks.report.charts import Bar, Chart, Point, Series, bar_chart, heat_map, line_chart
 from lora_ext.tasks.report.page import render

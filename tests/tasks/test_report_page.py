@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.optional import matplotlib  # noqa: F401
 from support.processes import run_python
 from support.report_results import ANALYSIS, COMPARE, METHODS, PLAN, SWEEP, change_json, results_of_the_session
 
