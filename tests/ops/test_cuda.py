@@ -51,7 +51,14 @@ def merge_without_record(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
 @pytest.mark.parametrize(
     "shape",
-    [(1, 4096, 4096, 16), (8, 1024, 4096, 64), (1000, 1030, 777, 8), (2048, 2048, 1024, 16), (600, 512, 640, 256)],
+    [
+        (1, 4096, 4096, 16),
+        (2, 4096, 4096, 16),
+        (8, 1024, 4096, 64),
+        (1000, 1030, 777, 8),
+        (2048, 2048, 1024, 16),
+        (600, 512, 640, 256),
+    ],
     ids=str,
 )
 def test_as_good_as_pytorch_against_float64(shape, dtypes, dropout_p):
