@@ -17,8 +17,8 @@ from torch import Tensor
 
 from . import merge_ops, ops
 from .build import SIMT
-from .driver import Library
-from .edits import FEW_BLOCKS, Edit, edited_kernels
+from .driver import FEW_MULTIPROCESSORS, Library
+from .edits import Edit, edited_kernels
 
 SOURCES = ("lora_bfloat16", "lora_float32", "merge")  # of csrc/cuda; they contain the planted bugs
 
@@ -119,8 +119,8 @@ MUTATIONS = [
         "merge_leaves_missing_rows_undefined",
         merge(5, 300, 3),
         "merge.cuh",
-        "lora_B_tile[r * kTileRows + row] = inside",
-        "if (inside || !BUG) lora_B_tile[r * kTileRows + row] = inside",
+        "lora_B_tile[r * kPitchB + row] = inside",
+        "if (inside || !BUG) lora_B_tile[r * kPitchB + row] = inside",
         UNINITIALISED,
         "merge_kernel",
         "row_B[i] = lora_B_tile[",
@@ -246,8 +246,10 @@ MUTATIONS = [
 @functools.cache
 def library() -> Library:
     """Builds the kernels with all bugs planted, none of them active."""
-    edits = FEW_BLOCKS + tuple(mutation.edit for mutation in MUTATIONS)
-    return edited_kernels("planted", edits, SOURCES, (SIMT / "mutants" / "planted.cpp",))
+    edits = tuple(mutation.edit for mutation in MUTATIONS)
+    mutants = edited_kernels("planted", edits, SOURCES, (SIMT / "mutants" / "planted.cpp",))
+    mutants.multiprocessors = FEW_MULTIPROCESSORS
+    return mutants
 
 
 @contextlib.contextmanager

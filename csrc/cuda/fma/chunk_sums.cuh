@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kSumThreads) rank_sums_kernel(const __grid_con
 }
 
 template <class A>
-void launch_rank_sums(const RankSumsParams<A>& p, cudaStream_t stream) {
+void launch_rank_sums(const RankSumsParams<A>& p, const GpuStream& stream) {
   const int64_t blocks = ceil_div(p.num_tokens * p.total_rank, kSumElements);
   launch(&rank_sums_kernel<A>, make_grid(blocks), kSumThreads, 0, stream, p);
 }
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kSumThreads) gradient_sums_kernel(const __grid
 }
 
 template <class A>
-void launch_gradient_sums(const GradientSumsParams& p, cudaStream_t stream) {
+void launch_gradient_sums(const GradientSumsParams& p, const GpuStream& stream) {
   int64_t largest = 0;
   for (int i = 0; i < p.num_gradients; ++i) largest = std::max(largest, p.gradients[i].rank * p.gradients[i].pitch);
   const dim3 grid = make_grid(ceil_div(largest, kSumElements), p.num_gradients);

@@ -30,10 +30,11 @@ inline int64_t divide_columns(ExpandParams& p, int64_t tile_cols) {
 }
 
 template <class T, int kParts, int kSteps>
-void launch_expand_short(ExpandParams p, cudaStream_t stream) {
+void launch_expand_short(ExpandParams p, const GpuStream& stream) {
   // Wide tiles reuse the small operand; shared memory limits them, so that two blocks fit on every GPU. With few tokens
-  // tiles are narrower, for about four blocks on each of an H100's 132 multiprocessors.
-  constexpr int64_t kMaxSharedBytes = 48 * 1024, kMaxTileCols = 512, kTargetBlocks = 512;
+  // tiles are narrower, for about four blocks on each multiprocessor.
+  constexpr int64_t kMaxSharedBytes = 48 * 1024, kMaxTileCols = 512;
+  const int64_t target_blocks = 4 * static_cast<int64_t>(stream.multiprocessors);
   p.row_warps = 1;
   while (p.row_warps < kExpandWarps && p.row_warps * kPieceRows < p.num_tokens) p.row_warps *= 2;
   const int64_t row_tiles = ceil_div(p.num_tokens, p.row_warps * kPieceRows);
@@ -42,7 +43,7 @@ void launch_expand_short(ExpandParams p, cudaStream_t stream) {
   for (int s = 0; s < p.num_siblings; ++s) rows = std::max(rows, kParts * padded_ranks(p.siblings[s].rank));
   int64_t tile_cols = std::min(kMaxTileCols, kMaxSharedBytes / (rows * 2) / kPackedFeatureStep * kPackedFeatureStep);
   int64_t col_tiles = divide_columns(p, tile_cols);
-  while (tile_cols > kPackedFeatureStep && row_tiles * col_tiles < kTargetBlocks) {
+  while (tile_cols > kPackedFeatureStep && row_tiles * col_tiles < target_blocks) {
     tile_cols = padded_features(tile_cols / 2);
     col_tiles = divide_columns(p, tile_cols);
   }
@@ -57,7 +58,7 @@ void launch_expand_short(ExpandParams p, cudaStream_t stream) {
 }
 
 template <class T, int kParts>
-void launch_expand_long(ExpandParams p, cudaStream_t stream) {
+void launch_expand_long(ExpandParams p, const GpuStream& stream) {
   const int64_t col_tiles = divide_columns(p, kLongCols);
   launch(&expand_long_kernel<T, kParts>, make_grid(ceil_div(p.num_tokens, kLongRows), col_tiles), kExpandThreads,
          expand_long_shared_bytes(kParts), stream, p);
@@ -66,7 +67,7 @@ void launch_expand_long(ExpandParams p, cudaStream_t stream) {
 // A future base product that takes the low-rank term as extra columns of K would plug in here: besides x and the weight
 // it has the same operands, and it replaces this launch and the base product that follows.
 template <class T, int kParts>
-void launch_expand(ExpandParams p, cudaStream_t stream) {
+void launch_expand(ExpandParams p, const GpuStream& stream) {
   int rank = 0;
   for (int s = 0; s < p.num_siblings; ++s) {
     const ExpandSibling& sibling = p.siblings[s];

@@ -86,8 +86,8 @@ inline void add_factors(const LoraShrinkBackwardParams& p, const ShrinkBackwardW
 // The pass over x: xa of all siblings, and the mask.
 template <class T, int kParts>
 void launch_passes(const LoraShrinkParams& p, const ShrinkWorkspace& plan, char* workspace, float* partial,
-                   cudaStream_t stream) {
-  const TokenPassSplit split = plan_xa_pass(p).ranks;
+                   const GpuStream& stream) {
+  const TokenPassSplit split = plan_xa_pass(p, stream.multiprocessors).ranks;
   const RankSums xa{.data = static_cast<float*>(p.xa),
                     .num_tokens = p.num_tokens,
                     .columns = p.total_rank,
@@ -103,7 +103,7 @@ void launch_passes(const LoraShrinkParams& p, const ShrinkWorkspace& plan, char*
 
 template <class T, int kParts>
 void launch_passes(const LoraExpandParams& p, const ExpandWorkspace& plan, char* workspace, float*,
-                   cudaStream_t stream) {
+                   const GpuStream& stream) {
   ExpandParams expand{.num_tokens = p.num_tokens,
                       .small_operand_stride = p.total_rank,
                       .small_operand = static_cast<const float*>(p.xa),
@@ -125,8 +125,8 @@ void launch_passes(const LoraExpandParams& p, const ExpandWorkspace& plan, char*
 // The passes over one sibling's grad_y: its columns of grad_xa and grad_lora_B, whichever are wanted.
 template <class T, int kParts>
 void launch_grad_y_passes(const LoraExpandBackwardParams& p, const LoraExpandBackwardSibling& sibling,
-                          const char* lora_B_image, float* partial, cudaStream_t stream) {
-  const TokenPassPlan plan = plan_grad_y_pass(p, sibling);
+                          const char* lora_B_image, float* partial, const GpuStream& stream) {
+  const TokenPassPlan plan = plan_grad_y_pass(p, sibling, stream.multiprocessors);
   const TokenMatrix<T> grad_y =
       token_matrix<T>(sibling.grad_y, p.num_tokens, sibling.out_features, sibling.grad_y_stride);
   const PackedFactor lora_B = packed_factor(lora_B_image, sibling.rank, sibling.out_features);
@@ -168,7 +168,7 @@ void launch_grad_y_passes(const LoraExpandBackwardParams& p, const LoraExpandBac
 
 template <class T, int kParts>
 void launch_passes(const LoraExpandBackwardParams& p, const ExpandBackwardWorkspace& plan, char* workspace,
-                   float* partial, cudaStream_t stream) {
+                   float* partial, const GpuStream& stream) {
   if (!p.wants_grad_xa && !p.wants_grad_lora_B) return;
   for (int s = 0; s < p.num_siblings; ++s) {
     launch_grad_y_passes<T, kParts>(p, p.siblings[s], workspace + plan.lora_B_offset[s], partial, stream);
@@ -177,8 +177,8 @@ void launch_passes(const LoraExpandBackwardParams& p, const ExpandBackwardWorksp
 
 // The pass over x: grad_lora_A of all siblings.
 template <class T, int kParts>
-void launch_grad_lora_A_pass(const LoraShrinkBackwardParams& p, float* partial, cudaStream_t stream) {
-  const TokenPassSplit split = plan_grad_lora_A_pass(p).features;
+void launch_grad_lora_A_pass(const LoraShrinkBackwardParams& p, float* partial, const GpuStream& stream) {
+  const TokenPassSplit split = plan_grad_lora_A_pass(p, stream.multiprocessors).features;
   const FeaturePartials gradient{partial, p.total_rank, partial_pitch(p.in_features)};
   FactorGradients grad_lora_A{
       .features = p.in_features, .dtype = p.factor_dtype, .transposed = false, .num_siblings = p.num_siblings};
@@ -198,7 +198,7 @@ void launch_grad_lora_A_pass(const LoraShrinkBackwardParams& p, float* partial, 
 
 template <class T, int kParts>
 void launch_passes(const LoraShrinkBackwardParams& p, const ShrinkBackwardWorkspace& plan, char* workspace,
-                   float* partial, cudaStream_t stream) {
+                   float* partial, const GpuStream& stream) {
   if (p.wants_grad_lora_A) launch_grad_lora_A_pass<T, kParts>(p, partial, stream);
   if (p.wants_grad_x) {
     // grad_x is one sum over the ranks of all siblings: to the expand they are one sibling.
@@ -221,8 +221,8 @@ void launch_passes(const LoraShrinkBackwardParams& p, const ShrinkBackwardWorksp
 
 // Packs the factors of one kernel and launches its passes.
 template <class T, int kParts, class Params>
-void launch_kernels(const Params& p, char* workspace, cudaStream_t stream) {
-  const auto [plan, partial_offset, total_bytes] = plan_workspace(p, kParts);
+void launch_kernels(const Params& p, char* workspace, const GpuStream& stream) {
+  const auto [plan, partial_offset, total_bytes] = plan_workspace(p, kParts, stream.multiprocessors);
   PackFactorsParams pack{.dtype = p.factor_dtype};
   add_factors(p, plan, workspace, pack);
   launch_pack_factors<kParts>(pack, stream);
@@ -230,8 +230,8 @@ void launch_kernels(const Params& p, char* workspace, cudaStream_t stream) {
 }
 
 template <class T, int kParts>
-void launch_kernels(const LoraForwardParams& p, char* workspace, cudaStream_t stream) {
-  const ForwardWorkspace plan = plan_workspace(p, kParts);
+void launch_kernels(const LoraForwardParams& p, char* workspace, const GpuStream& stream) {
+  const ForwardWorkspace plan = plan_workspace(p, kParts, stream.multiprocessors);
   float* partial = reinterpret_cast<float*>(workspace + plan.partial_offset);
   PackFactorsParams pack{.dtype = p.shrink.factor_dtype};
   add_factors(p.shrink, plan.shrink, workspace, pack);
@@ -242,8 +242,8 @@ void launch_kernels(const LoraForwardParams& p, char* workspace, cudaStream_t st
 }
 
 template <class T, int kParts>
-void launch_kernels(const LoraBackwardParams& p, char* workspace, cudaStream_t stream) {
-  const BackwardWorkspace plan = plan_workspace(p, kParts);
+void launch_kernels(const LoraBackwardParams& p, char* workspace, const GpuStream& stream) {
+  const BackwardWorkspace plan = plan_workspace(p, kParts, stream.multiprocessors);
   float* partial = reinterpret_cast<float*>(workspace + plan.partial_offset);
   LoraExpandBackwardParams expand = p.expand;
   LoraShrinkBackwardParams shrink = p.shrink;
@@ -259,21 +259,22 @@ void launch_kernels(const LoraBackwardParams& p, char* workspace, cudaStream_t s
 
 // A function for each number of parts, so that an instantiation file can name it.
 template <class T, int kParts>
-void launch_with_parts(const LoraParams& params, char* workspace, cudaStream_t stream) {
+void launch_with_parts(const LoraParams& params, char* workspace, const GpuStream& stream) {
   std::visit([&](const auto* p) { launch_kernels<T, kParts>(*p, workspace, stream); }, params);
 }
 
 }  // namespace mma
 
 template <class T>
-int64_t LoraLaunches<T>::workspace_bytes(const LoraParams& params) {
+int64_t LoraLaunches<T>::workspace_bytes(const LoraParams& params, const GpuStream& stream) {
   const auto [dtype, factor_dtype] = dtypes_of(params);
   const int parts = mma::low_rank_parts(dtype, factor_dtype);
-  return std::visit([&](const auto* p) { return mma::plan_workspace(*p, parts).total_bytes; }, params);
+  return std::visit([&](const auto* p) { return mma::plan_workspace(*p, parts, stream.multiprocessors).total_bytes; },
+                    params);
 }
 
 template <class T>
-void LoraLaunches<T>::launch(const LoraParams& params, void* workspace, cudaStream_t stream) {
+void LoraLaunches<T>::launch(const LoraParams& params, void* workspace, const GpuStream& stream) {
   mma::with_parts<T>(dtypes_of(params).factor_dtype, [&](auto parts) {
     mma::launch_with_parts<T, decltype(parts)::value>(params, static_cast<char*>(workspace), stream);
   });

@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kPartialThreads)
 }
 
 inline void launch_partial_sums(const PendingSums<RankSums>& rank_sums, const PendingSums<FactorGradients>& gradients,
-                                cudaStream_t stream) {
+                                const GpuStream& stream) {
   const int64_t rank_blocks = ceil_div(rank_sums.elements, kPartialElements);
   const int64_t gradient_blocks = ceil_div(gradients.elements, kPartialElements);
   launch(&partial_sums_kernel<RankSums, FactorGradients>, make_grid(rank_blocks + gradient_blocks), kPartialThreads, 0,

@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(ShrinkTraits<kParts, kRanks>::kThreads, 2)
 
 template <class T, int kParts, int kRanks, KeepBits kKeep>
 void launch_shrink_kernel(ShrinkParams<T> p, int64_t chunks, int64_t first_rank_tile, int64_t rank_tiles,
-                          cudaStream_t stream) {
+                          const GpuStream& stream) {
   using Traits = ShrinkTraits<kParts, kRanks>;
   constexpr uint32_t kShared = shared_bytes_of(Traits::kStages * Traits::kWarps * Traits::kWarpChunks * 16) +
                                shared_bytes_of(Traits::kStages * Traits::kFactorChunks * 16);
@@ -179,7 +179,7 @@ void launch_shrink_kernel(ShrinkParams<T> p, int64_t chunks, int64_t first_rank_
 }
 
 template <class T, int kParts>
-void launch_shrink(ShrinkParams<T> p, const TokenPassSplit& split, cudaStream_t stream) {
+void launch_shrink(ShrinkParams<T> p, const TokenPassSplit& split, const GpuStream& stream) {
   const int64_t ranks = p.factor.shape.ranks, rank_tiles = ceil_div(ranks, kRankTile);
   const bool dropout = p.mask.threshold > 0;
   p.features_per_range = split.features_per_range;

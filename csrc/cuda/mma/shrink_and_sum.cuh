@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kParts, kRanks>::kThreads, 
 }
 
 template <class T, int kParts, int kRanks>
-void launch_shrink_and_sum_kernel(const ShrinkAndSumParams<T>& p, int64_t chunks, cudaStream_t stream) {
+void launch_shrink_and_sum_kernel(const ShrinkAndSumParams<T>& p, int64_t chunks, const GpuStream& stream) {
   using Traits = ShrinkAndSumTraits<kParts, kRanks>;
   constexpr uint32_t kShared = shared_bytes_of(Traits::kStages * Traits::kWarps * Traits::kWarpChunks * 16) +
                                shared_bytes_of(2 * Traits::XaTiles::kChunks * 16) +
@@ -209,7 +209,7 @@ void launch_shrink_and_sum_kernel(const ShrinkAndSumParams<T>& p, int64_t chunks
 }
 
 template <class T, int kParts>
-void launch_shrink_and_sum(ShrinkAndSumParams<T> p, const TokenPassSplit& split, cudaStream_t stream) {
+void launch_shrink_and_sum(ShrinkAndSumParams<T> p, const TokenPassSplit& split, const GpuStream& stream) {
   p.tokens_per_chunk = split.tokens_per_chunk;
   p.ranges = static_cast<unsigned>(split.ranges);
   if (p.lora_B.shape.ranks <= kSmallRankTile) {
