@@ -1,9 +1,9 @@
 // The order of the launches for tensors of dtype T, on plain multiply-adds.
 #pragma once
 
+#include "../chunk_sums.cuh"
 #include "../lora_launches.h"
-#include "../rank_scales.cuh"
-#include "chunk_sums.cuh"
+#include "../rank_table.cuh"
 #include "expand.cuh"
 #include "pack_factors.cuh"
 #include "plan.h"

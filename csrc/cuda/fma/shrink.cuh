@@ -15,7 +15,7 @@
 #include "../../common/dropout.h"
 #include "../launch.cuh"
 #include "../packed_factor.h"
-#include "../rank_scales.cuh"
+#include "../rank_table.cuh"
 #include "../shared_memory.cuh"
 #include "plan.h"
 #include "vectors.cuh"

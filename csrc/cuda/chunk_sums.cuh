@@ -1,13 +1,13 @@
-// Adds the partial sums of several blocks in a fixed order, without atomics: the same bits on every run. shrink.cuh and
-// token_sum.cuh make the partial sums.
+// Adds the partial sums of several blocks in a fixed order, without atomics: the same bits on every run. The passes
+// over x and grad_y make the partial sums.
 #pragma once
 
-#include "../../common/params.h"
-#include "../elements.cuh"
-#include "../launch.cuh"
-#include "../rank_scales.cuh"
+#include "../common/params.h"
+#include "elements.cuh"
+#include "launch.cuh"
+#include "rank_table.cuh"
 
-namespace lora_ext::cuda::fma {
+namespace lora_ext::cuda {
 
 // A block sums kSumElements neighbouring elements; kSumGroups groups of threads share the chunks, so that no thread
 // walks through many chunks alone if there are few elements (decode).
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kSumThreads) rank_sums_kernel(const __grid_con
   const A sum = sum_chunks<A>(group_sums, static_cast<const A*>(p.partial) + index, count,
                               index < count ? p.ranges[sibling] : int64_t{0});
   if (threadIdx.x < kSumElements && index < count) {
-    static_cast<A*>(p.out)[index] = p.scales.scale[sibling] * sum;
+    static_cast<A*>(p.out)[index] = p.scales.value[sibling] * sum;
   }
 }
 
@@ -102,4 +102,4 @@ void launch_gradient_sums(const GradientSumsParams& p, const GpuStream& stream) 
   launch(&gradient_sums_kernel<A>, grid, kSumThreads, 0, stream, p);
 }
 
-}  // namespace lora_ext::cuda::fma
+}  // namespace lora_ext::cuda
