@@ -49,6 +49,7 @@ class Family:
 
 PASS = dict(async_copies=True, wide_loads=True, dynamic_shared=MAX_BLOCK_SHARED)  # over a tall matrix
 MMA = dict(tensor_cores=True, **PASS)
+EXPAND = dict(tensor_cores=True, wide_loads=True, wide_stores=True, dynamic_shared=48 * 1024)
 
 FAMILIES = [
     Family("dropout mask", r"^dropout_mask_kernel"),
@@ -58,22 +59,18 @@ FAMILIES = [
     Family("merge's plan", r"^merge_kernel<\w+, 0>", wide_loads=True),
     Family("merge", r"^merge_kernel<", wide_loads=True, wide_stores=True),
     Family("pack factors", r"^(fma|mma)::pack_factors_kernel"),
-    # 16-bit sums come from float32 partial sums, four at a time.
-    Family("sums on tensor cores' partial sums", r"^mma::partial_sums_kernel", wide_loads=True),
-    Family("sums", r"^fma::(rank_sums|gradient_sums)_kernel"),
+    Family("sums", r"^(rank_sums|gradient_sums)_kernel"),
     # One block on a multiprocessor, because both sums are in registers.
     Family("mma shrink and sum", r"^mma::shrink_and_sum_kernel", blocks_per_sm=1, **MMA),
     Family("mma shrink", r"^mma::shrink_kernel", **MMA),
     Family("mma sum over tokens", r"^mma::token_sum_kernel", **MMA),
-    # Template arguments: parts of the skinny operands, steps of 16 ranks.
+    # Template arguments: parts of the skinny operands, steps of 16 ranks. One part: the factor is read as it lies.
+    Family("mma expand, one part, small", r"^mma::expand_short_kernel<\w+, 1, 1[,>]", blocks_per_sm=3, **EXPAND),
+    Family("mma expand, one part", r"^mma::expand_short_kernel<\w+, 1,", **EXPAND),
     Family(
-        "mma expand, small",
-        r"^mma::expand_short_kernel<\w+, (1, \d+|\d+, 1)[,>]",
-        blocks_per_sm=3,
-        wide_stores=True,
-        **MMA | dict(dynamic_shared=48 * 1024),
+        "mma expand, small", r"^mma::expand_short_kernel<\w+, \d+, 1[,>]", blocks_per_sm=3, async_copies=True, **EXPAND
     ),
-    Family("mma expand", r"^mma::expand_short_kernel", wide_stores=True, **MMA | dict(dynamic_shared=48 * 1024)),
+    Family("mma expand", r"^mma::expand_short_kernel", async_copies=True, **EXPAND),
     Family("mma expand, long, one part", r"^mma::expand_long_kernel<\w+, 1[,>]", wide_stores=True, **MMA),
     Family("mma expand, long", r"^mma::expand_long_kernel", blocks_per_sm=1, wide_stores=True, **MMA),
     Family("fma shrink", r"^fma::shrink_kernel", **PASS),

@@ -13,17 +13,21 @@ namespace lora_ext::cuda {
 
 using torch::stable::accelerator::DeviceGuard;
 
-inline cudaStream_t current_stream(const Tensor& tensor) {
+inline GpuStream current_stream(const Tensor& tensor) {
+  const int device = tensor.get_device_index();
   void* stream = nullptr;
-  LORA_EXT_CALL_TORCH(aoti_torch_get_current_cuda_stream, tensor.get_device_index(), &stream);
-  return static_cast<cudaStream_t>(stream);
+  LORA_EXT_CALL_TORCH(aoti_torch_get_current_cuda_stream, device, &stream);
+  int multiprocessors = 0;  // the runtime caches it
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  return {.stream = static_cast<cudaStream_t>(stream), .multiprocessors = multiprocessors};
 }
 
 // Launches kernels on the current stream of a tensor's device. The workspace is freed when the binding returns, while
 // kernels may still use it: the caching allocator reuses it only for later work on the same stream.
 inline void launch(const LoraParams& params, const Tensor& like) {
-  const Tensor workspace = empty_bytes({workspace_bytes(params)}, like);
-  launch_lora(params, workspace.mutable_data_ptr(), current_stream(like));
+  const GpuStream stream = current_stream(like);
+  const Tensor workspace = empty_bytes({workspace_bytes(params, stream)}, like);
+  launch_lora(params, workspace.mutable_data_ptr(), stream);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -17,17 +17,17 @@ void with_launches(const LoraParams& params, F f) {
 
 }  // namespace
 
-int64_t workspace_bytes(const LoraParams& params) {
+int64_t workspace_bytes(const LoraParams& params, const GpuStream& stream) {
   int64_t bytes = 0;
-  with_launches(params, [&](auto launches) { bytes = launches.workspace_bytes(params); });
+  with_launches(params, [&](auto launches) { bytes = launches.workspace_bytes(params, stream); });
   return bytes;
 }
 
-void launch_lora(const LoraParams& params, void* workspace, cudaStream_t stream) {
+void launch_lora(const LoraParams& params, void* workspace, const GpuStream& stream) {
   with_launches(params, [&](auto launches) { launches.launch(params, workspace, stream); });
 }
 
-void launch_dropout_mask(const DropoutMaskParams& params, cudaStream_t stream) {
+void launch_dropout_mask(const DropoutMaskParams& params, const GpuStream& stream) {
   const int64_t num_bytes = params.num_tokens * params.row_bytes;
   launch(&dropout_mask_kernel, make_grid(ceil_div(num_bytes, kMaskThreads)), kMaskThreads, 0, stream, params);
 }

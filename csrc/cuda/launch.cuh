@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "gpu_stream.h"
+
 namespace lora_ext::cuda {
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -30,7 +32,7 @@ namespace lora_ext::cuda {
 
 // shared_bytes: dynamic shared memory, at most 99 KiB, which every architecture has.
 template <class Params>
-void launch(void (*kernel)(Params), dim3 grid, int threads, uint32_t shared_bytes, cudaStream_t stream,
+void launch(void (*kernel)(Params), dim3 grid, int threads, uint32_t shared_bytes, const GpuStream& stream,
             const Params& params) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;  // the result is empty
   if (shared_bytes > 48 * 1024) {  // more needs an opt-in per kernel and device; legal during graph capture
@@ -41,7 +43,7 @@ void launch(void (*kernel)(Params), dim3 grid, int threads, uint32_t shared_byte
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
+  config.stream = stream.stream;
   cudaLaunchKernelEx(&config, kernel, params);  // an error stays in cudaGetLastError()
 }
 

@@ -11,6 +11,7 @@
 #include <variant>
 
 #include "../common/params.h"
+#include "gpu_stream.h"
 
 namespace lora_ext::cuda {
 
@@ -27,9 +28,10 @@ using LoraParams =
     std::variant<const LoraShrinkParams*, const LoraExpandParams*, const LoraForwardParams*,
                  const LoraExpandBackwardParams*, const LoraShrinkBackwardParams*, const LoraBackwardParams*>;
 
-// Bytes of `workspace`, which must be aligned to 16 bytes. Depends on the shapes and the wanted results only.
-int64_t workspace_bytes(const LoraParams& params);
-void launch_lora(const LoraParams& params, void* workspace, cudaStream_t stream);
-void launch_dropout_mask(const DropoutMaskParams& params, cudaStream_t stream);
+// Bytes of `workspace`, which must be aligned to 16 bytes. Depends on the shapes, the wanted results and the number of
+// multiprocessors only.
+int64_t workspace_bytes(const LoraParams& params, const GpuStream& stream);
+void launch_lora(const LoraParams& params, void* workspace, const GpuStream& stream);
+void launch_dropout_mask(const DropoutMaskParams& params, const GpuStream& stream);
 
 }  // namespace lora_ext::cuda

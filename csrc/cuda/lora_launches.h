@@ -26,8 +26,8 @@ inline LoraDTypes dtypes_of(const LoraParams& params) {
 
 template <class T>
 struct LoraLaunches {
-  static int64_t workspace_bytes(const LoraParams& params);
-  static void launch(const LoraParams& params, void* workspace, cudaStream_t stream);
+  static int64_t workspace_bytes(const LoraParams& params, const GpuStream& stream);
+  static void launch(const LoraParams& params, void* workspace, const GpuStream& stream);
 };
 
 }  // namespace lora_ext::cuda

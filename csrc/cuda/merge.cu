@@ -4,7 +4,7 @@
 namespace lora_ext::cuda {
 
 void launch_merge(MergeMode mode, const MergeParams& params, const std::vector<MergeLayer>& layers,
-                  cudaStream_t stream) {
+                  const GpuStream& stream) {
   const int64_t total = static_cast<int64_t>(layers.size());
   for (int64_t begin = 0; begin < total; begin += kMaxMergeLayers) {
     const int64_t count = std::min<int64_t>(kMaxMergeLayers, total - begin);

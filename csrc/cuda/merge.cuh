@@ -33,6 +33,8 @@ struct MergeTraits {
   static constexpr int kWarpRows = sizeof(T) == 2 ? 4 : 2;  // a lane keeps their updates and elements in registers
   static constexpr int kTileRows = kWarps * kWarpRows;
   static constexpr int kRankTile = 16;
+  // Of lora_B's tile: 16 lanes write one row's ranks to different banks, and a warp's rows stay one aligned vector.
+  static constexpr int kPitchB = kTileRows + kWarpRows;
   static constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;  // per multiprocessor: 255 registers per thread, or 128
 };
 
@@ -191,8 +193,9 @@ __global__ void __launch_bounds__(MergeTraits<T>::kThreads, MergeTraits<T>::kBlo
   using A = Acc<T>;
   using Traits = MergeTraits<T>;
   constexpr int kWarpRows = Traits::kWarpRows, kTileRows = Traits::kTileRows, kRankTile = Traits::kRankTile;
+  constexpr int kPitchB = Traits::kPitchB;
   constexpr int kChunk = 16 / static_cast<int>(sizeof(A));
-  alignas(16) __shared__ A lora_B_tile[kRankTile * kTileRows];      // [rank][row]
+  alignas(16) __shared__ A lora_B_tile[kRankTile * kPitchB];        // [rank][row]
   alignas(16) __shared__ A lora_A_tile[kRankTile * kMergeSegment];  // [rank][shared_column]
 
   int index = 0;
@@ -227,7 +230,7 @@ __global__ void __launch_bounds__(MergeTraits<T>::kThreads, MergeTraits<T>::kBlo
       for (int element = thread; element < kTileRows * kRankTile; element += Traits::kThreads) {
         const int row = element / kRankTile, r = element % kRankTile;
         const bool inside = tile_row + row < out_features && r < ranks;
-        lora_B_tile[r * kTileRows + row] = inside ? lora_B[static_cast<int64_t>(tile_row + row) * rank + r0 + r] : A(0);
+        lora_B_tile[r * kPitchB + row] = inside ? lora_B[static_cast<int64_t>(tile_row + row) * rank + r0 + r] : A(0);
       }
       if (tile == 0 || rank > kRankTile) {
         const int to = shared_column<T>(thread);  // one column per thread
@@ -246,8 +249,7 @@ __global__ void __launch_bounds__(MergeTraits<T>::kThreads, MergeTraits<T>::kBlo
           load_16_bytes(lora_A_tile + r * kMergeSegment + (chunk * 32 + lane) * kChunk, &col_A[chunk * kChunk]);
         }
 #pragma unroll
-        for (int i = 0; i < kWarpRows; ++i)
-          row_B[i] = lora_B_tile[r * kTileRows + warp * kWarpRows + i];  // a broadcast
+        for (int i = 0; i < kWarpRows; ++i) row_B[i] = lora_B_tile[r * kPitchB + warp * kWarpRows + i];  // a broadcast
 #pragma unroll
         for (int i = 0; i < kWarpRows; ++i) {
 #pragma unroll
@@ -276,9 +278,9 @@ __global__ void __launch_bounds__(MergeTraits<T>::kThreads, MergeTraits<T>::kBlo
 }
 
 // Returns the number of tiles per block: many tiles read lora_A less often, few fill the GPU with small layers.
-inline int plan_tiles_per_block(int64_t num_tiles) {
-  constexpr int64_t kEnoughBlocks = 512;  // about four for each of a large GPU's multiprocessors, two at a time
-  return static_cast<int>(std::clamp<int64_t>(num_tiles / kEnoughBlocks, 1, 4));
+inline int plan_tiles_per_block(int64_t num_tiles, int64_t multiprocessors) {
+  constexpr int64_t kEnoughBlocks = 4;  // for each multiprocessor, two at a time
+  return static_cast<int>(std::clamp<int64_t>(num_tiles / (kEnoughBlocks * multiprocessors), 1, 4));
 }
 
 template <class T>
@@ -289,14 +291,14 @@ bool takes_16_bytes(const MergeLayer& layer) {
 
 template <class T>
 void launch_merge_of(MergeMode mode, const MergeParams& params, const MergeLayer* layers, int64_t num_layers,
-                     cudaStream_t stream) {
+                     const GpuStream& stream) {
   MergeLaunch p{};
   p.params = params;
   int64_t num_tiles = 0;
   for (int64_t i = 0; i < num_layers; ++i) {
     num_tiles += ceil_div(layers[i].out_features, MergeTraits<T>::kTileRows) * merge_segments(layers[i].in_features);
   }
-  p.tiles_per_block = plan_tiles_per_block(num_tiles);
+  p.tiles_per_block = plan_tiles_per_block(num_tiles, stream.multiprocessors);
   int64_t num_blocks = 0;
   for (int64_t i = 0; i < num_layers; ++i) {
     if (layers[i].out_features == 0 || layers[i].in_features == 0) continue;

@@ -28,8 +28,9 @@ namespace mma {
 
 // The shape of every part, padding included.
 struct PackedShape {
-  int64_t ranks, features;
+  int64_t ranks = 0, features = 0;
 
+  constexpr PackedShape() = default;
   __host__ __device__ constexpr PackedShape(int64_t rank, int64_t num_features)
       : ranks(padded_ranks(rank)), features(padded_features(num_features)) {}
 

@@ -67,16 +67,15 @@ def named(*kernels: str) -> list[str]:
 def test_kernels_are_assigned_to_stages():
     assert bench_kernels.is_ours(named("shrink_kernel")[0])
     assert not bench_kernels.is_ours("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64")
-    forward = named("pack_factors_kernel", "shrink_kernel", "partial_sums_kernel", "expand_short_kernel")
-    assert bench_kernels.forward_stages(forward) == ["pack", "shrink", "shrink", "expand"]
+    assert bench_kernels.forward_stages(named("shrink_kernel", "expand_short_kernel")) == ["shrink", "expand"]
+    packed = named("pack_factors_kernel", "shrink_kernel", "rank_sums_kernel", "expand_short_kernel")
+    assert bench_kernels.forward_stages(packed) == ["pack", "shrink", "shrink", "expand"]
 
-    fused = ["pack_factors_kernel", "shrink_and_sum_kernel", "partial_sums_kernel", "partial_sums_kernel"]
-    last = ["token_sum_kernel", "partial_sums_kernel", "expand_short_kernel"]
-    expected = ["pack", "grad_b", "grad_b", "grad_b", "grad_a", "grad_a", "grad_x"]
-    assert bench_kernels.backward_stages(named(*fused, *last)) == expected
-    split = ["pack_factors_kernel", "shrink_kernel", "partial_sums_kernel", "token_sum_kernel", "partial_sums_kernel"]
-    expected = ["pack", "grad_b", "grad_b", "grad_b", "grad_b", "grad_a", "grad_a", "grad_x"]
-    assert bench_kernels.backward_stages(named(*split, *last)) == expected
+    fused = named("shrink_and_sum_kernel", "expand_short_kernel", "token_sum_kernel", "gradient_sums_kernel")
+    assert bench_kernels.backward_stages(fused) == ["grad_b", "grad_x", "grad_a", "grad_a"]
+    split = ["pack_factors_kernel", "shrink_kernel", "token_sum_kernel", "rank_sums_kernel", "expand_short_kernel"]
+    expected = ["pack", "grad_b", "grad_b", "grad_b", "grad_x", "grad_a", "grad_a"]
+    assert bench_kernels.backward_stages(named(*split, "token_sum_kernel", "gradient_sums_kernel")) == expected
     assert bench_kernels.merge_stages("merge", named("merge_kernel", "merge_kernel")) == ["plan", "merge"]
 
 

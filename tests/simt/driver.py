@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import math
 import re
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from torch import Tensor
 from . import params
 from .build import CACHE, ROOT, SIMT, build_library
 
+FEW_MULTIPROCESSORS = 2
 STAND_IN = ("tests/simt/standin/", "tests/simt/runtime/")
 
 
@@ -55,8 +59,27 @@ class _CReport(ctypes.Structure):  # mirrors CReport of runtime/api.cpp
     ]
 
 
+@dataclass(frozen=True)
+class Launch:
+    kernel: str  # without namespaces and arguments, such as "shrink_kernel"
+    blocks: int
+    threads: int
+    shared_bytes: int
+
+
+class _CLaunch(ctypes.Structure):  # mirrors CLaunch of runtime/api.cpp
+    _fields_ = [
+        ("kernel", ctypes.c_char * 256),
+        ("grid", ctypes.c_uint32 * 3),
+        ("threads", ctypes.c_uint32),
+        ("shared_bytes", ctypes.c_uint32),
+    ]
+
+
 class Library:
     """A built library. All runs share its device memory, so every run begins with `reset`."""
+
+    multiprocessors = 132  # of the GPU for which the kernels plan: an H100
 
     def __init__(self, path: Path):
         self.path = path
@@ -90,6 +113,28 @@ class Library:
             text = text.replace(f"{ROOT}/", "")
             found.append(Report(c.kind.decode(), c.kernel.decode(), tuple(c.block), tuple(c.thread), *place, text))
         return found
+
+    def launches(self) -> list[Launch]:
+        """Returns the launches since `reset`, in order."""
+        found = []
+        for i in range(self.c.simt_num_launches()):
+            c = _CLaunch()
+            self.c.simt_get_launch(i, ctypes.byref(c))
+            kernel = re.search(r"(\w+_kernel)\b", c.kernel.decode())[1]
+            found.append(Launch(kernel, math.prod(c.grid), c.threads, c.shared_bytes))
+        return found
+
+    @contextlib.contextmanager
+    def recording(self, multiprocessors: int) -> Iterator[Library]:
+        """Records launches for a GPU of so many multiprocessors and does not execute them: for sizes of real layers."""
+        recorder = Library(self.path)
+        recorder.multiprocessors = multiprocessors
+        recorder.reset()
+        self.c.simt_only_record(1)
+        try:
+            yield recorder
+        finally:
+            self.c.simt_only_record(0)
 
     def check(self) -> None:
         """Raises SimtError if the runs since `reset` had reports."""
@@ -173,6 +218,17 @@ def kernel_library(name: str, instead: dict[str, Path], more: tuple[Path, ...] =
 def kernels() -> Library:
     """Returns the kernels of csrc/cuda, built on first use."""
     return kernel_library("kernels", {})
+
+
+@functools.cache
+def few_blocks() -> Library:
+    """Returns the kernels, planning for a GPU of few multiprocessors.
+
+    On a large GPU, a block has only one step at a test's sizes. With few blocks, loops and pipelines run several times.
+    """
+    library = Library(kernels().path)
+    library.multiprocessors = FEW_MULTIPROCESSORS
+    return library
 
 
 @functools.cache

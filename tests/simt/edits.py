@@ -1,4 +1,4 @@
-"""Compiles the kernels after textual edits: with a planted bug, or with another plan."""
+"""Compiles the kernels after textual edits, for planted bugs."""
 
 from __future__ import annotations
 
@@ -40,17 +40,3 @@ def edited_kernels(
         edited = [path for source in sources for path in (folder / "csrc/cuda").rglob(f"{source}.cu")]
         assert edited, f"{name}: csrc/cuda has no {sources}"
         return kernel_library(name, {path.name: path for path in edited}, others)
-
-
-# The plans split work over the blocks of a large GPU. At a test's sizes a block then has only one step. With plans for
-# a few blocks, loops and pipelines run several times.
-FEW_BLOCKS = (
-    Edit("csrc/cuda/mma/plan.h", "kBlocks = 128, kMoreBlocks = 256;", "kBlocks = 4, kMoreBlocks = 8;"),
-    Edit("csrc/cuda/mma/expand.cuh", "kTargetBlocks = 512;", "kTargetBlocks = 4;"),
-    Edit("csrc/cuda/fma/plan.h", "kTargetBlocks = 384;", "kTargetBlocks = 4;"),
-    Edit("csrc/cuda/merge.cuh", "kEnoughBlocks = 512;", "kEnoughBlocks = 2;"),
-)
-
-
-def few_blocks() -> Library:
-    return edited_kernels("few_blocks", FEW_BLOCKS)

@@ -8,9 +8,15 @@
 using namespace lora_ext;
 using namespace lora_ext::cuda;
 
-#define EXPORT_LAUNCH(Params)                                                             \
-  EXPORT int64_t workspace_bytes_##Params(const Params* p) { return workspace_bytes(p); } \
-  EXPORT void run_##Params(const Params* p, void* workspace) { launch_lora(p, workspace, nullptr); }
+static GpuStream stream_of(int multiprocessors) { return {.stream = nullptr, .multiprocessors = multiprocessors}; }
+
+#define EXPORT_LAUNCH(Params)                                                       \
+  EXPORT int64_t workspace_bytes_##Params(const Params* p, int multiprocessors) {   \
+    return workspace_bytes(p, stream_of(multiprocessors));                          \
+  }                                                                                 \
+  EXPORT void run_##Params(const Params* p, void* workspace, int multiprocessors) { \
+    launch_lora(p, workspace, stream_of(multiprocessors));                          \
+  }
 
 EXPORT_LAUNCH(LoraShrinkParams)
 EXPORT_LAUNCH(LoraExpandParams)
@@ -18,9 +24,12 @@ EXPORT_LAUNCH(LoraForwardParams)
 EXPORT_LAUNCH(LoraExpandBackwardParams)
 EXPORT_LAUNCH(LoraShrinkBackwardParams)
 EXPORT_LAUNCH(LoraBackwardParams)
-EXPORT void run_DropoutMaskParams(const DropoutMaskParams* p, void*) { launch_dropout_mask(*p, nullptr); }
+EXPORT void run_DropoutMaskParams(const DropoutMaskParams* p, void*, int multiprocessors) {
+  launch_dropout_mask(*p, stream_of(multiprocessors));
+}
 
 // mode: of MergeMode; layers [num_layers]
-EXPORT void run_merge(int mode, const MergeParams* p, const MergeLayer* layers, int64_t num_layers) {
-  launch_merge(static_cast<MergeMode>(mode), *p, {layers, layers + num_layers}, nullptr);
+EXPORT void run_merge(int mode, const MergeParams* p, const MergeLayer* layers, int64_t num_layers,
+                      int multiprocessors) {
+  launch_merge(static_cast<MergeMode>(mode), *p, {layers, layers + num_layers}, stream_of(multiprocessors));
 }

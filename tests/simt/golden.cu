@@ -142,7 +142,7 @@ __global__ void golden_atomics_kernel(const __grid_constant__ GoldenParams p) {
   atomicMax(wide, static_cast<unsigned long long>(value) << 20);
 }
 
-void run(void (*kernel)(GoldenParams), const GoldenParams& params, cudaStream_t stream, int blocks = 1,
+void run(void (*kernel)(GoldenParams), const GoldenParams& params, const GpuStream& stream, int blocks = 1,
          int threads = kWarp) {
   launch(kernel, make_grid(blocks), threads, shared_bytes_of(512), stream, params);
 }
@@ -154,7 +154,7 @@ void run(void (*kernel)(GoldenParams), const GoldenParams& params, cudaStream_t 
 extern "C" __attribute__((visibility("default"))) int golden(int primitive, const void* in, void* out, void* stream) {
   using namespace lora_ext::cuda;
   const GoldenParams params{static_cast<const uint32_t*>(in), static_cast<uint32_t*>(out)};
-  const auto on = static_cast<cudaStream_t>(stream);
+  const GpuStream on{.stream = static_cast<cudaStream_t>(stream), .multiprocessors = 1};
   switch (primitive) {
     case 0: run(&golden_ldmatrix_kernel<false>, params, on); break;
     case 1: run(&golden_ldmatrix_kernel<true>, params, on); break;

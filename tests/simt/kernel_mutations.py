@@ -17,8 +17,8 @@ from torch import Tensor
 
 from . import merge_ops, ops
 from .build import SIMT
-from .driver import Library
-from .edits import FEW_BLOCKS, Edit, edited_kernels
+from .driver import FEW_MULTIPROCESSORS, Library
+from .edits import Edit, edited_kernels
 
 SOURCES = ("lora_bfloat16", "lora_float32", "merge")  # of csrc/cuda; they contain the planted bugs
 
@@ -119,8 +119,8 @@ MUTATIONS = [
         "merge_leaves_missing_rows_undefined",
         merge(5, 300, 3),
         "merge.cuh",
-        "lora_B_tile[r * kTileRows + row] = inside",
-        "if (inside || !BUG) lora_B_tile[r * kTileRows + row] = inside",
+        "lora_B_tile[r * kPitchB + row] = inside",
+        "if (inside || !BUG) lora_B_tile[r * kPitchB + row] = inside",
         UNINITIALISED,
         "merge_kernel",
         "row_B[i] = lora_B_tile[",
@@ -157,6 +157,26 @@ MUTATIONS = [
         "ptx::cp_async_16(",
     ),
     KernelMutation(
+        "shrink_reads_lora_A_beyond_its_last_rank",
+        forward(BF16, 40, 840, 40, 8),
+        "mma/shrink.cuh",
+        "rank < p.factor.rank ? p.factor.row(rank)",
+        "rank < p.factor.rank || BUG ? p.factor.row(rank)",
+        OUT_OF_BOUNDS,
+        "shrink_kernel",
+        "ptx::cp_async_16(ptx::shared_address(to), from, width * 2)",
+    ),
+    KernelMutation(
+        "shrink_and_sum_reads_lora_B_beyond_its_last_feature",
+        backward(BF16, 40, 72, 136, 16, "xB"),
+        "mma/shrink_and_sum.cuh",
+        "r < rank && feature < features ? from[0]",
+        "r < rank && (feature < features || BUG) ? from[0]",
+        OUT_OF_BOUNDS,
+        "shrink_and_sum_kernel",
+        "from[0]",
+    ),
+    KernelMutation(
         "token_sum_lacks_its_barrier",
         backward(BF16, 400, 72, 40, 20, "A"),
         "mma/token_sum.cuh",
@@ -178,14 +198,54 @@ MUTATIONS = [
     ),
     # --- expand
     KernelMutation(
-        "expand_short_waits_after_the_barrier",
+        "expand_short_lacks_its_barrier",
         forward(BF16, 21, 72, 136, 8),
         "mma/expand_short.cuh",
-        "  ptx::cp_async_wait<0>();\n  __syncthreads();\n",
-        "  if (!BUG) ptx::cp_async_wait<0>();\n  __syncthreads();  if (BUG) ptx::cp_async_wait<0>();\n",
-        NOT_WAITED,
+        "  __syncthreads();\n  if (row0",
+        "  if (!BUG) __syncthreads();\n  if (row0",
+        RACE + UNINITIALISED,
         "expand_short_kernel",
         "ldmatrix_x4_transposed(b",
+    ),
+    KernelMutation(
+        "expand_adds_a_partial_sum_too_many",
+        forward(BF16, 21, 840, 136, 8),
+        "mma/expand_short.cuh",
+        "      for (int range = 0; range < max(first, second); ++range) {",
+        "      for (int range = BUG ? -1 : 0; range < max(first, second); ++range) {",
+        OUT_OF_BOUNDS + UNINITIALISED,
+        "expand_short_kernel",
+        "pair = *reinterpret_cast<const float2*>(at)",
+    ),
+    KernelMutation(
+        "sums_are_written_by_every_tile_of_columns",
+        forward(BF16, 21, 840, 600, 8),
+        "mma/expand_short.cuh",
+        "blockIdx.y == tiles.begin && warp < row_warps;",
+        "(blockIdx.y == tiles.begin || BUG) && warp < row_warps;",
+        ("race-global",),
+        "expand_short_kernel",
+        "pairs[step][i].",
+    ),
+    KernelMutation(
+        "lora_B_is_read_beyond_its_last_row",
+        forward(BF16, 21, 72, 140, 8),
+        "mma/factor_tile.cuh",
+        "col0 + col < sibling.cols ?",
+        "col0 + col < sibling.cols || BUG ?",
+        OUT_OF_BOUNDS,
+        "expand_short_kernel",
+        "return *reinterpret_cast<const uint4*>(from);",
+    ),
+    KernelMutation(
+        "lora_A_is_read_beyond_its_last_column",
+        backward(BF16, 21, 72, 40, 8, "x"),
+        "mma/factor_tile.cuh",
+        "from ? inside<kChunk>(col0 + chunk * kChunk, factor.features) : 0;",
+        "from ? (BUG ? kChunk : inside<kChunk>(col0 + chunk * kChunk, factor.features)) : 0;",
+        OUT_OF_BOUNDS,
+        "expand_short_kernel",
+        "return *reinterpret_cast<const uint4*>(from);",
     ),
     KernelMutation(
         "expand_long_fills_the_buffer_in_use",
@@ -233,7 +293,7 @@ MUTATIONS = [
     KernelMutation(
         "sums_of_groups_are_read_too_early",
         backward(F32, 200, 72, 40, 8, "A"),
-        "fma/chunk_sums.cuh",
+        "chunk_sums.cuh",
         "  group_sums[group][element] = sum;\n  __syncthreads();\n",
         "  group_sums[group][element] = sum;\n  if (!BUG) __syncthreads();\n",
         RACE + UNINITIALISED,
@@ -246,8 +306,10 @@ MUTATIONS = [
 @functools.cache
 def library() -> Library:
     """Builds the kernels with all bugs planted, none of them active."""
-    edits = FEW_BLOCKS + tuple(mutation.edit for mutation in MUTATIONS)
-    return edited_kernels("planted", edits, SOURCES, (SIMT / "mutants" / "planted.cpp",))
+    edits = tuple(mutation.edit for mutation in MUTATIONS)
+    mutants = edited_kernels("planted", edits, SOURCES, (SIMT / "mutants" / "planted.cpp",))
+    mutants.multiprocessors = FEW_MULTIPROCESSORS
+    return mutants
 
 
 @contextlib.contextmanager

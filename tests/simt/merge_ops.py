@@ -125,8 +125,8 @@ class _Run:
     def launch(self, mode: Mode) -> list[Tensor]:
         """Returns the weights after the launch."""
         run = self.library.c.run_merge
-        run.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-        run(mode, ctypes.byref(self.params), self.layers, len(self.layers))
+        run.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+        run(mode, ctypes.byref(self.params), self.layers, len(self.layers), self.library.multiprocessors)
         self.library.check()
         return [
             self.library.download_rows(layer.weight, weight, "weight") if weight.numel() else weight.clone()

@@ -61,8 +61,9 @@ def run(p: ctypes.Structure, library: Library) -> None:
     workspace_bytes = getattr(library.c, f"workspace_bytes_{name}", None) if name != "DropoutMaskParams" else None
     if workspace_bytes:
         workspace_bytes.restype = ctypes.c_int64
-        workspace = library.allocate(workspace_bytes(pointer), "workspace", WORKSPACE_ALIGNMENT)
-    getattr(library.c, f"run_{name}")(pointer, ctypes.c_void_p(workspace))
+        num_bytes = workspace_bytes(pointer, library.multiprocessors)
+        workspace = library.allocate(num_bytes, "workspace", WORKSPACE_ALIGNMENT)
+    getattr(library.c, f"run_{name}")(pointer, ctypes.c_void_p(workspace), library.multiprocessors)
     library.check()
 
 

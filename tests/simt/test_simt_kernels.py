@@ -16,8 +16,7 @@ from torch import Tensor
 
 from lora_ext import reference
 from simt import ops
-from simt.driver import Library, kernels
-from simt.edits import few_blocks
+from simt.driver import Library, few_blocks, kernels
 
 pytestmark = [pytest.mark.cpu_only("emulates the CUDA kernels on the CPU"), pytest.mark.full]
 

@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(ExpandTraits<T>::kThreads, 2) expand_kernel(co
 }
 
 template <class T>
-void launch_expand(ExpandParams p, cudaStream_t stream) {
+void launch_expand(ExpandParams p, const GpuStream& stream) {
   int64_t tiles = 0;
   for (int i = 0; i < p.num_updates; ++i) {
     ExpandParams::Update& update = p.updates[i];

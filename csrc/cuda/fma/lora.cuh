@@ -1,9 +1,9 @@
 // The order of the launches for tensors of dtype T, on plain multiply-adds.
 #pragma once
 
+#include "../chunk_sums.cuh"
 #include "../lora_launches.h"
-#include "../rank_scales.cuh"
-#include "chunk_sums.cuh"
+#include "../rank_table.cuh"
 #include "expand.cuh"
 #include "pack_factors.cuh"
 #include "plan.h"
@@ -60,7 +60,7 @@ void add_factors(const Params& p, const Plan& plan, char* workspace, PackFactors
 
 // The pass over x: xa and the mask.
 template <class T>
-void launch_passes(const LoraShrinkParams& p, const ShrinkPlan& plan, char* workspace, cudaStream_t stream) {
+void launch_passes(const LoraShrinkParams& p, const ShrinkPlan& plan, char* workspace, const GpuStream& stream) {
   using A = Acc<T>;
   const bool direct = plan.ranges.count == 1;
   const RankScales<A> scales = rank_scales<A>(p.siblings, p.num_siblings);
@@ -92,7 +92,7 @@ void launch_passes(const LoraShrinkParams& p, const ShrinkPlan& plan, char* work
 
 // The pass over y of all siblings.
 template <class T>
-void launch_passes(const LoraExpandParams& p, const ExpandPlan& plan, char* workspace, cudaStream_t stream) {
+void launch_passes(const LoraExpandParams& p, const ExpandPlan& plan, char* workspace, const GpuStream& stream) {
   ExpandParams expand{.num_updates = p.num_siblings, .rows = p.num_tokens, .small_operand_stride = p.total_rank};
   for (int s = 0; s < p.num_siblings; ++s) {
     const LoraExpandSibling& sibling = p.siblings[s];
@@ -111,7 +111,7 @@ void launch_passes(const LoraExpandParams& p, const ExpandPlan& plan, char* work
 // The passes over grad_y: grad_xa and the partial sums of grad_lora_B, whichever are wanted.
 template <class T>
 void launch_grad_y_passes(const LoraExpandBackwardParams& p, const ExpandBackwardPlan& plan, char* workspace,
-                          cudaStream_t stream) {
+                          const GpuStream& stream) {
   using A = Acc<T>;
   // If every sibling has one range, the passes write grad_xa, scaled; otherwise rank_sums scales it.
   const bool direct = plan.max_ranges <= 1;
@@ -167,7 +167,7 @@ void launch_grad_y_passes(const LoraExpandBackwardParams& p, const ExpandBackwar
 // The pass over x: the partial sums of grad_lora_A.
 template <class T>
 void launch_grad_lora_A_pass(const LoraShrinkBackwardParams& p, const ShrinkBackwardPlan& plan, char* workspace,
-                             cudaStream_t stream) {
+                             const GpuStream& stream) {
   launch_token_sum<T>({.num_tokens = p.num_tokens,
                        .features = p.in_features,
                        .rank = p.total_rank,
@@ -185,7 +185,7 @@ void launch_grad_lora_A_pass(const LoraShrinkBackwardParams& p, const ShrinkBack
 
 template <class T>
 void launch_grad_x_pass(const LoraShrinkBackwardParams& p, const ShrinkBackwardPlan& plan, char* workspace,
-                        cudaStream_t stream) {
+                        const GpuStream& stream) {
   launch_expand<T>({.updates = {{.small_operand = p.grad_xa,
                                  .factor = workspace + plan.lora_A_offset,
                                  .base = p.base,
@@ -238,14 +238,14 @@ inline void add_gradients(const LoraExpandBackwardParams& p, const ExpandBackwar
 }
 
 template <class T>
-void launch_passes(const LoraForwardParams& p, const ForwardPlan& plan, char* workspace, cudaStream_t stream) {
+void launch_passes(const LoraForwardParams& p, const ForwardPlan& plan, char* workspace, const GpuStream& stream) {
   launch_passes<T>(p.shrink, plan.shrink, workspace, stream);
   launch_passes<T>(p.expand, plan.expand, workspace, stream);
 }
 
 template <class T>
 void launch_passes(const LoraExpandBackwardParams& p, const ExpandBackwardPlan& plan, char* workspace,
-                   cudaStream_t stream) {
+                   const GpuStream& stream) {
   launch_grad_y_passes<T>(p, plan, workspace, stream);
   GradientSumsParams sums{.dtype = p.factor_dtype};
   add_gradients(p, plan, workspace, sums);
@@ -254,7 +254,7 @@ void launch_passes(const LoraExpandBackwardParams& p, const ExpandBackwardPlan& 
 
 template <class T>
 void launch_passes(const LoraShrinkBackwardParams& p, const ShrinkBackwardPlan& plan, char* workspace,
-                   cudaStream_t stream) {
+                   const GpuStream& stream) {
   if (p.wants_grad_lora_A) launch_grad_lora_A_pass<T>(p, plan, workspace, stream);
   GradientSumsParams sums{.dtype = p.factor_dtype};
   add_gradients<Acc<T>>(p, plan, workspace, sums);
@@ -263,7 +263,7 @@ void launch_passes(const LoraShrinkBackwardParams& p, const ShrinkBackwardPlan& 
 }
 
 template <class T>
-void launch_passes(const LoraBackwardParams& p, const BackwardPlan& plan, char* workspace, cudaStream_t stream) {
+void launch_passes(const LoraBackwardParams& p, const BackwardPlan& plan, char* workspace, const GpuStream& stream) {
   LoraExpandBackwardParams expand = p.expand;
   LoraShrinkBackwardParams shrink = p.shrink;
   if (expand.wants_grad_xa) expand.grad_xa = workspace + plan.grad_xa_offset;
@@ -281,17 +281,17 @@ void launch_passes(const LoraBackwardParams& p, const BackwardPlan& plan, char* 
 }  // namespace fma
 
 template <class T>
-int64_t LoraLaunches<T>::workspace_bytes(const LoraParams& params) {
-  return std::visit([](const auto* p) { return fma::workspace_bytes(*p); }, params);
+int64_t LoraLaunches<T>::workspace_bytes(const LoraParams& params, const GpuStream& stream) {
+  return std::visit([&](const auto* p) { return fma::workspace_bytes(*p, stream.multiprocessors); }, params);
 }
 
 template <class T>
-void LoraLaunches<T>::launch(const LoraParams& params, void* workspace_block, cudaStream_t stream) {
+void LoraLaunches<T>::launch(const LoraParams& params, void* workspace_block, const GpuStream& stream) {
   char* workspace = static_cast<char*>(workspace_block);
   fma::PackFactorsParams pack{.dtype = dtypes_of(params).factor_dtype};
   const auto launch_kernels = [&](const auto* p) {
     WorkspaceCarver carver;
-    const auto plan = fma::plan_workspace(*p, carver);
+    const auto plan = fma::plan_workspace(*p, carver, stream.multiprocessors);
     fma::add_factors(*p, plan, workspace, pack);
     fma::launch_pack_factors<Acc<T>>(pack, stream);
     fma::launch_passes<T>(*p, plan, workspace, stream);

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kPackThreads) pack_factors_kernel(const __grid
 }
 
 template <class A>
-void launch_pack_factors(const PackFactorsParams& p, cudaStream_t stream) {
+void launch_pack_factors(const PackFactorsParams& p, const GpuStream& stream) {
   int64_t most_tiles = 0;
   for (int i = 0; i < p.num_factors; ++i) {
     const auto& factor = p.factors[i];

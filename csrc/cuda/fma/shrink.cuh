@@ -15,7 +15,7 @@
 #include "../../common/dropout.h"
 #include "../launch.cuh"
 #include "../packed_factor.h"
-#include "../rank_scales.cuh"
+#include "../rank_table.cuh"
 #include "../shared_memory.cuh"
 #include "plan.h"
 #include "vectors.cuh"
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(ShrinkTraits<T, kRankBucket>::kThreads, 2)
 }
 
 template <class T, int kRankBucket>
-void launch_shrink_bucket(const ShrinkParams<Acc<T>>& p, cudaStream_t stream) {
+void launch_shrink_bucket(const ShrinkParams<Acc<T>>& p, const GpuStream& stream) {
   using Traits = ShrinkTraits<T, kRankBucket>;
   const dim3 grid =
       make_grid(ceil_div(p.num_tokens, Traits::kBlockM), p.ranges.count, ceil_div(p.rank, Traits::kBlockR));
@@ -249,7 +249,7 @@ void launch_shrink_bucket(const ShrinkParams<Acc<T>>& p, cudaStream_t stream) {
 }
 
 template <class T>
-void launch_shrink(const ShrinkParams<Acc<T>>& p, cudaStream_t stream) {
+void launch_shrink(const ShrinkParams<Acc<T>>& p, const GpuStream& stream) {
   switch (rank_bucket(p.rank)) {
     case 16: return launch_shrink_bucket<T, 16>(p, stream);
     case 32: return launch_shrink_bucket<T, 32>(p, stream);

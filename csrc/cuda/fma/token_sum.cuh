@@ -293,14 +293,14 @@ __global__ void __launch_bounds__(TokenSumTraits<T, kRankBucket, kProducts>::kTh
 }
 
 template <class T, int kRankBucket, bool kProducts>
-void launch_token_sum_bucket(const TokenSumParams& p, cudaStream_t stream) {
+void launch_token_sum_bucket(const TokenSumParams& p, const GpuStream& stream) {
   using Traits = TokenSumTraits<T, kRankBucket, kProducts>;
   const dim3 grid = make_grid(p.chunks.count, ceil_div(p.features, Traits::kBlockN), ceil_div(p.rank, Traits::kBlockR));
   launch(&token_sum_kernel<T, kRankBucket, kProducts>, grid, Traits::kThreads, Traits::kSharedBytes, stream, p);
 }
 
 template <class T>
-void launch_token_sum(const TokenSumParams& p, cudaStream_t stream) {
+void launch_token_sum(const TokenSumParams& p, const GpuStream& stream) {
   const int bucket = rank_bucket(p.rank);
   if (p.with_products) {
     return bucket == 16 ? launch_token_sum_bucket<T, 16, true>(p, stream)

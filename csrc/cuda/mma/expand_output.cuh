@@ -6,6 +6,7 @@
 #include "../elements.cuh"
 #include "../launch.cuh"
 #include "parts.cuh"
+#include "stacked_factor.cuh"
 
 namespace lora_ext::cuda::mma {
 
@@ -13,10 +14,12 @@ namespace lora_ext::cuda::mma {
 //
 // The columns of the output are cut into tiles, sibling after sibling; blockIdx.y counts through all tiles.
 struct ExpandSibling {
-  const __nv_bfloat16* factor;  // packed (packed_factor.h), columns interleaved (pack_factors.cuh)
-  const void* bias = nullptr;   // [cols], T; null: none
-  const void* base;             // [num_tokens, cols], with out's stride, T; null: zero; may be out
-  void* out;                    // [num_tokens, cols], T
+  // Packed (packed_factor.h), columns interleaved (pack_factors.cuh). The short kernel of one part reads lora_B [cols,
+  // rank] here, or ExpandParams::lora_A.
+  const __nv_bfloat16* factor = nullptr;
+  const void* bias = nullptr;  // [cols], T; null: none
+  const void* base;            // [num_tokens, cols], with out's stride, T; null: zero; may be out
+  void* out;                   // [num_tokens, cols], T
   int64_t cols, out_stride;
   int64_t rank_begin = 0;  // the sibling has the columns [rank_begin, rank_begin + rank) of the small operand
   int rank;
@@ -29,14 +32,21 @@ struct ExpandTiles {
   int cols;       // columns of a tile, a multiple of kPackedFeatureStep
   bool pairs;     // the small operand can be read in aligned pairs
   bool eights;    // out, base and bias can be read and written in aligned groups of eight
+  bool chunks;    // every row of lora_B is aligned to 16 bytes
 };
 
 struct ExpandParams {
   int64_t num_tokens, small_operand_stride, mask_row_bytes = 0;
-  const float* small_operand;     // xa or grad_xa [num_tokens, small_operand_stride]
+  const float* small_operand;     // xa or grad_xa [num_tokens, small_operand_stride], or partial sums of it
   const uint8_t* mask = nullptr;  // [num_tokens, mask_row_bytes]; null: everything is kept
   int num_siblings;
   ExpandSibling siblings[kMaxSiblings] = {};
+  bool reads_lora_A = false;  // for the short kernel of one part: grad_x reads lora_A, y reads lora_B
+  StackedFactor lora_A = {};
+  // The short kernel adds partial sums: [largest of ranges, num_tokens, small_operand_stride].
+  bool adds_partials = false, writes_sums = false;
+  RankTable<int> ranges = {};  // of every column of the small operand
+  float* sums = nullptr;       // [num_tokens, small_operand_stride], where there is a later reader
   // Set by launch_expand; the first two for the short kernel:
   uint32_t factor_tile_elements;  // of the largest tile of a factor in shared memory
   int row_warps;                  // warps of a block that have different rows; the others share out the columns

@@ -1,40 +1,83 @@
 // expand for ranks up to 64: writing the output takes most of the time.
 //
 // A block copies the factor's part for a few hundred columns into shared memory once. A warp loads the small operand of
-// its 16 rows into registers once, split into parts. After that warps are independent: each makes piece after piece of
-// output, without a barrier, and the loads and stores of many pieces overlap.
+// its 16 rows into registers once, adds its partial sums, and splits it into parts. After that warps are independent:
+// each makes piece after piece of output, without a barrier, and the loads and stores of many pieces overlap.
 #pragma once
 
 #include "../packed_factor.h"
 #include "../ptx.cuh"
 #include "../shared_memory.cuh"
 #include "expand_output.cuh"
+#include "factor_tile.cuh"
 
 namespace lora_ext::cuda::mma {
 
-constexpr int kShortRank = 64;
 static_assert(kPackedFeatureStep % kPieceCols == 0, "a packed factor is whole pieces of output");
 static_assert(kPackedRankStep == 16, "the short kernel knows the rows of a factor of one step");
 
-// Copies the factor's rows into shared memory, [parts * padded ranks][tile columns]. 16-byte groups of a row are
-// exchanged within 128 bytes so that eight rows at one column, which ldmatrix reads, lie in different banks.
-template <int kParts>
-__device__ __forceinline__ void load_factor_tile(uint32_t shared, const ExpandSibling& sibling, PackedShape shape,
-                                                 int64_t col0, int cols) {
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const int groups = cols / 8, rows = kParts * static_cast<int>(shape.ranks);
-  for (int row = warp; row < rows; row += kExpandWarps) {
-    const __nv_bfloat16* from = sibling.factor + row * shape.features + col0;
-    for (int group = lane; group < groups; group += 32) {
-      ptx::cp_async_16(shared + (row * groups + (group ^ (row % 8))) * 16, from + group * 8, 16);
+// A lane's part of the small operand: ranks 16 * step + 8 * (i / 2) + 2 * (lane % 4) and the next, of rows row0 + lane
+// / 4
+// + 8 * (i % 2). This is the mma fragment of 16 rows and 16 ranks.
+template <int kSteps>
+using RankPairs = float2[kSteps][4];
+
+// Adds partial sums, several at a time, in their order. Siblings may have different numbers of them.
+template <int kSteps>
+__device__ __forceinline__ void add_partial_pairs(const ExpandParams& p, const ExpandSibling& sibling, bool aligned,
+                                                  int64_t row0, int lane, RankPairs<kSteps>& pairs) {
+  const int64_t range_stride = p.num_tokens * p.small_operand_stride;
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = step * 16 + half * 8 + lane % 4 * 2;
+      const int first = r < sibling.rank ? p.ranges.of(sibling.rank_begin + r) : 0;
+      const int second = r + 1 < sibling.rank ? p.ranges.of(sibling.rank_begin + r + 1) : 0;
+      const int64_t row = row0 + lane / 4;
+      const float* from = p.small_operand + row * p.small_operand_stride + sibling.rank_begin + r;
+#pragma unroll 4
+      for (int range = 0; range < max(first, second); ++range) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if (row + 8 * i >= p.num_tokens) continue;
+          const float* at = from + 8 * i * p.small_operand_stride;
+          float2 pair = make_float2(0.0f, 0.0f);
+          if (aligned && range < min(first, second)) {
+            pair = *reinterpret_cast<const float2*>(at);
+          } else {
+            if (range < first) pair.x = at[0];
+            if (range < second) pair.y = at[1];
+          }
+          pairs[step][2 * half + i].x += pair.x;
+          pairs[step][2 * half + i].y += pair.y;
+        }
+        from += range_stride;
+      }
     }
   }
-  ptx::cp_async_commit();
+}
+
+template <int kSteps>
+__device__ __forceinline__ void write_pairs(const ExpandParams& p, const ExpandSibling& sibling, int64_t row0, int lane,
+                                            const RankPairs<kSteps>& pairs) {
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t row = row0 + lane / 4 + i % 2 * 8;
+      const int r = step * 16 + i / 2 * 8 + lane % 4 * 2;
+      if (row >= p.num_tokens) continue;
+      float* to = p.sums + row * p.small_operand_stride + sibling.rank_begin + r;
+      if (r < sibling.rank) to[0] = pairs[step][i].x;
+      if (r + 1 < sibling.rank) to[1] = pairs[step][i].y;
+    }
+  }
 }
 
 // kSteps: steps of 16 ranks, at most.
 template <class T, int kParts, int kSteps>
-__global__ void __launch_bounds__(kExpandThreads, kParts == 1 || kSteps == 1 ? 3 : 2)
+__global__ void __launch_bounds__(kExpandThreads, kSteps == 1 ? 3 : 2)
     expand_short_kernel(const __grid_constant__ ExpandParams p) {
   const int s = find_sibling(p);
   const ExpandSibling& sibling = p.siblings[s];
@@ -48,21 +91,33 @@ __global__ void __launch_bounds__(kExpandThreads, kParts == 1 || kSteps == 1 ? 3
   const int padded_cols = static_cast<int>(min(static_cast<int64_t>(tiles.cols), shape.features - col0));
 
   SharedMemory memory;
-  const uint32_t factor = ptx::shared_address(memory.take<__nv_bfloat16>(p.factor_tile_elements, "factor"));
-  load_factor_tile<kParts>(factor, sibling, shape, col0, padded_cols);
+  __nv_bfloat16* factor_tile = memory.take<__nv_bfloat16>(p.factor_tile_elements, "factor");
+  if constexpr (kParts > 1) {
+    copy_packed_tile<kParts>(factor_tile, sibling, shape, col0, padded_cols);
+  } else if (p.reads_lora_A) {
+    load_lora_A_tile(factor_tile, p.lora_A, rank_rows, col0, padded_cols);
+  } else {
+    load_lora_B_tile(factor_tile, sibling, tiles.chunks, rank_rows, col0, padded_cols);
+  }
+  const uint32_t factor = ptx::shared_address(factor_tile);
 
-  // The mma fragment of 16 rows and 16 ranks: registers 0 and 1 are rows g and g + 8, 2 and 3 the same 8 ranks later.
   // All loads come before the first split, so that they overlap.
-  float2 pairs[kSteps][4];
+  RankPairs<kSteps> pairs = {};
+  if (p.adds_partials) {
+    add_partial_pairs<kSteps>(p, sibling, tiles.pairs, row0, lane, pairs);
+    const bool first_of_rows = blockIdx.y == tiles.begin && warp < row_warps;
+    if (p.writes_sums && first_of_rows) write_pairs<kSteps>(p, sibling, row0, lane, pairs);
+  } else {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int64_t row = row0 + lane / 4 + i % 2 * 8;
-    const int r = lane % 4 * 2 + i / 2 * 8;
-    const float* from = p.small_operand + row * p.small_operand_stride + sibling.rank_begin + r;
-    const int count = row < p.num_tokens ? sibling.rank - r : 0;
+    for (int i = 0; i < 4; ++i) {
+      const int64_t row = row0 + lane / 4 + i % 2 * 8;
+      const int r = lane % 4 * 2 + i / 2 * 8;
+      const float* from = p.small_operand + row * p.small_operand_stride + sibling.rank_begin + r;
+      const int count = row < p.num_tokens ? sibling.rank - r : 0;
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      pairs[step][i] = load_rank_pair(from + step * 16, count - step * 16, tiles.pairs);
+      for (int step = 0; step < kSteps; ++step) {
+        pairs[step][i] = load_rank_pair(from + step * 16, count - step * 16, tiles.pairs);
+      }
     }
   }
   const int column_warps = kExpandWarps / row_warps;
@@ -82,7 +137,7 @@ __global__ void __launch_bounds__(kExpandThreads, kParts == 1 || kSteps == 1 ? 3
       for (int j = 0; j < kParts; ++j) small_operand[step][j][i] = part[j];
     }
   }
-  ptx::cp_async_wait<0>();
+  if constexpr (kParts > 1) ptx::cp_async_wait<0>();
   __syncthreads();
   if (row0 >= p.num_tokens) return;
 

@@ -1,7 +1,11 @@
 // The order of the launches for 16-bit x, on tensor cores.
 //
-//   forward:   pack the factors, shrink of all siblings, expand of all siblings
-//   backward:  pack the factors, a pass over each grad_y, a pass over x, expand of grad_x for all siblings
+//   forward:   shrink of all siblings, expand of all siblings
+//   backward:  a pass over each grad_y, expand of grad_x for all siblings, a pass over x, sums of the factors'
+//   gradients
+//
+// The expand kernels add the partial sums of xa and grad_xa, or a launch before them does (expand.cuh). Factors of
+// several parts, and those of large ranks, are packed first (plan.h), in one launch.
 #pragma once
 
 #include <type_traits>
@@ -57,60 +61,80 @@ void add_lora_B(const Sibling& sibling, void* image, bool interleaved, PackFacto
                  .interleaved = interleaved});
 }
 
-inline void add_factors(const LoraShrinkParams& p, const ShrinkWorkspace& plan, char* workspace,
+// Params: LoraShrinkParams, Workspace: ShrinkWorkspace, and so on. Adds the factors that kernels read packed.
+inline void add_factors(const LoraShrinkParams& p, const ShrinkWorkspace& plan, int parts, char* workspace,
                         PackFactorsParams& pack) {
-  add_stacked_lora_A(p, workspace + plan.lora_A_offset, /*interleaved=*/false, pack);
+  if (packs_lora_A(p, parts)) {
+    add_stacked_lora_A(p, workspace + plan.lora_A_offset, /*interleaved=*/false, pack);
+  }
 }
 
-inline void add_factors(const LoraExpandParams& p, const ExpandWorkspace& plan, char* workspace,
+inline void add_factors(const LoraExpandParams& p, const ExpandWorkspace& plan, int parts, char* workspace,
                         PackFactorsParams& pack) {
-  for (int s = 0; s < p.num_siblings; ++s) {
+  for (int s = 0; packs_lora_B(p, parts) && s < p.num_siblings; ++s) {
     add_lora_B(p.siblings[s], workspace + plan.lora_B_offset[s], /*interleaved=*/true, pack);
   }
 }
 
-inline void add_factors(const LoraExpandBackwardParams& p, const ExpandBackwardWorkspace& plan, char* workspace,
-                        PackFactorsParams& pack) {
-  for (int s = 0; p.wants_grad_xa && s < p.num_siblings; ++s) {
-    add_lora_B(p.siblings[s], workspace + plan.lora_B_offset[s], /*interleaved=*/false, pack);
+inline void add_factors(const LoraExpandBackwardParams& p, const ExpandBackwardWorkspace& plan, int parts,
+                        char* workspace, PackFactorsParams& pack) {
+  for (int s = 0; s < p.num_siblings; ++s) {
+    if (packs_lora_B(p, p.siblings[s], parts)) {
+      add_lora_B(p.siblings[s], workspace + plan.lora_B_offset[s], /*interleaved=*/false, pack);
+    }
   }
 }
 
-inline void add_factors(const LoraShrinkBackwardParams& p, const ShrinkBackwardWorkspace& plan, char* workspace,
-                        PackFactorsParams& pack) {
-  if (p.wants_grad_x) add_stacked_lora_A(p, workspace + plan.lora_A_offset, /*interleaved=*/true, pack);
+inline void add_factors(const LoraShrinkBackwardParams& p, const ShrinkBackwardWorkspace& plan, int parts,
+                        char* workspace, PackFactorsParams& pack) {
+  if (packs_lora_A(p, parts)) add_stacked_lora_A(p, workspace + plan.lora_A_offset, /*interleaved=*/true, pack);
 }
 
-// The passes of one kernel; its factors are packed. partial: the place for partial sums.
+// Both factors of a forward or a backward.
+template <class Params, class Workspace>
+  requires requires(Params p) { p.shrink, p.expand; }
+void add_factors(const Params& p, const Workspace& plan, int parts, char* workspace, PackFactorsParams& pack) {
+  add_factors(p.shrink, plan.shrink, parts, workspace, pack);
+  add_factors(p.expand, plan.expand, parts, workspace, pack);
+}
+
+// The passes; their factors are packed where they must be.
 
 // The pass over x: xa of all siblings, and the mask.
 template <class T, int kParts>
-void launch_passes(const LoraShrinkParams& p, const ShrinkWorkspace& plan, char* workspace, float* partial,
-                   cudaStream_t stream) {
-  const TokenPassSplit split = plan_xa_pass(p).ranks;
-  const RankSums xa{.data = static_cast<float*>(p.xa),
-                    .num_tokens = p.num_tokens,
-                    .columns = p.total_rank,
-                    .stride = p.total_rank,
-                    .scales = rank_scales<float>(p.siblings, p.num_siblings)};
+LowRankSums launch_xa_pass(const LoraShrinkParams& p, const ShrinkWorkspace& plan, char* workspace,
+                           const GpuStream& stream) {
+  const TokenPassSplit split = plan_xa_pass(p, stream.multiprocessors).ranks;
+  const LowRankSums xa{.sums = static_cast<float*>(p.xa),
+                       .partial = reinterpret_cast<float*>(workspace + plan.xa.partial_offset),
+                       .num_tokens = p.num_tokens,
+                       .columns = p.total_rank,
+                       .pending = plan.xa.pending,
+                       .ranges = same_for_all_ranks(static_cast<int>(split.ranges))};
+  ShrinkFactor<kParts> lora_A;
+  if constexpr (kParts == 1) {
+    lora_A = stacked_lora_A(p);
+  } else {
+    lora_A = packed_factor(workspace + plan.lora_A_offset, p.total_rank, p.in_features);
+  }
   launch_shrink<T, kParts>({.x = token_matrix<T>(p.x, p.num_tokens, p.in_features, p.x_stride),
-                            .factor = packed_factor(workspace + plan.lora_A_offset, p.total_rank, p.in_features),
+                            .factor = lora_A,
                             .mask = {p.mask, p.seed, mask_row_bytes(p.in_features), p.threshold},
-                            .out = rank_sums_of_pass(xa, partial, split.ranges)},
+                            .out = xa.of_pass(0, p.total_rank, rank_scales<float>(p.siblings, p.num_siblings))},
                            split, stream);
-  launch_partial_sums(pending_sums(xa, partial, split.ranges), {}, stream);
+  return xa;
 }
 
+// The pass over y of all siblings.
 template <class T, int kParts>
-void launch_passes(const LoraExpandParams& p, const ExpandWorkspace& plan, char* workspace, float*,
-                   cudaStream_t stream) {
-  ExpandParams expand{.num_tokens = p.num_tokens,
-                      .small_operand_stride = p.total_rank,
-                      .small_operand = static_cast<const float*>(p.xa),
-                      .num_siblings = p.num_siblings};
+void launch_y_pass(const LoraExpandParams& p, const LowRankSums& xa, const ExpandWorkspace& plan, char* workspace,
+                   const GpuStream& stream) {
+  const bool packed = packs_lora_B(p, kParts);
+  ExpandParams expand{.num_siblings = p.num_siblings, .writes_sums = true};
   for (int s = 0; s < p.num_siblings; ++s) {
     const LoraExpandSibling& sibling = p.siblings[s];
-    expand.siblings[s] = {.factor = reinterpret_cast<const __nv_bfloat16*>(workspace + plan.lora_B_offset[s]),
+    const void* factor = packed ? workspace + plan.lora_B_offset[s] : sibling.lora_B;
+    expand.siblings[s] = {.factor = static_cast<const __nv_bfloat16*>(factor),
                           .bias = sibling.bias,
                           .base = sibling.base,
                           .out = sibling.y,
@@ -119,161 +143,236 @@ void launch_passes(const LoraExpandParams& p, const ExpandWorkspace& plan, char*
                           .rank_begin = sibling.rank_begin,
                           .rank = static_cast<int>(sibling.rank)};
   }
-  launch_expand<T, kParts>(expand, stream);
+  launch_expand<T, kParts>(expand, xa, stream);
 }
 
-// The passes over one sibling's grad_y: its columns of grad_xa and grad_lora_B, whichever are wanted.
+// The pass over one sibling's grad_y: its columns of grad_xa and the partial sums of grad_lora_B, whichever are wanted.
+// One read makes both, unless there are many ranks.
 template <class T, int kParts>
-void launch_grad_y_passes(const LoraExpandBackwardParams& p, const LoraExpandBackwardSibling& sibling,
-                          const char* lora_B_image, float* partial, cudaStream_t stream) {
-  const TokenPassPlan plan = plan_grad_y_pass(p, sibling);
+void launch_grad_y_pass(const LoraExpandBackwardParams& p, int s, const LowRankSums& grad_xa,
+                        const ExpandBackwardWorkspace& plan, char* workspace, const GpuStream& stream) {
+  const LoraExpandBackwardSibling& sibling = p.siblings[s];
+  const TokenPassPlan pass = plan_grad_y_pass(p, sibling, stream.multiprocessors);
   const TokenMatrix<T> grad_y =
       token_matrix<T>(sibling.grad_y, p.num_tokens, sibling.out_features, sibling.grad_y_stride);
-  const PackedFactor lora_B = packed_factor(lora_B_image, sibling.rank, sibling.out_features);
+  const char* lora_B_image = workspace + plan.lora_B_offset[s];
   SmallOperand xa{nullptr, p.num_tokens, sibling.rank, p.total_rank};
   if (p.wants_grad_lora_B) xa.data = static_cast<const float*>(p.xa) + sibling.rank_begin;
-
-  // The rank sums' partials come first in the workspace, the feature sums' follow.
-  float* feature_partial = partial + plan.rank_partial_bytes / static_cast<int64_t>(sizeof(float));
-  RankSums grad_xa{.num_tokens = p.num_tokens,
-                   .columns = sibling.rank,
-                   .stride = p.total_rank,
-                   .scales = single_scale<float>(sibling.scale)};
-  if (p.wants_grad_xa) grad_xa.data = static_cast<float*>(p.grad_xa) + sibling.rank_begin;
-  const RankSums pass_grad_xa = rank_sums_of_pass(grad_xa, partial, plan.ranks.ranges);
-  const FeaturePartials gradient{feature_partial, sibling.rank, partial_pitch(sibling.out_features)};
-  const FactorGradients grad_lora_B{.features = sibling.out_features,
-                                    .dtype = p.factor_dtype,
-                                    .transposed = true,
-                                    .num_siblings = 1,
-                                    .siblings = {{0, sibling.rank, sibling.grad_lora_B}}};
-  if (plan.fused) {
+  const RankSums out = grad_xa.of_pass(sibling.rank_begin, sibling.rank, single_scale<float>(sibling.scale));
+  const FeaturePartials gradient{reinterpret_cast<float*>(workspace + plan.grad_lora_B_offset[s]), sibling.rank,
+                                 partial_pitch(sibling.out_features)};
+  if (pass.fused) {
+    ShrinkAndSumFactor<kParts> lora_B;
+    if constexpr (kParts == 1) {
+      lora_B = {.data = static_cast<const __nv_bfloat16*>(sibling.lora_B),
+                .shape = PackedShape(sibling.rank, sibling.out_features),
+                .rank = sibling.rank,
+                .features = sibling.out_features};
+    } else {
+      lora_B = packed_factor(lora_B_image, sibling.rank, sibling.out_features);
+    }
     launch_shrink_and_sum<T, kParts>(
-        {.grad_y = grad_y, .lora_B = lora_B, .xa = xa, .grad_xa = pass_grad_xa, .gradient = gradient}, plan.features,
-        stream);
-  } else {
-    if (p.wants_grad_xa) {
-      launch_shrink<T, kParts>({.x = grad_y, .factor = lora_B, .out = pass_grad_xa}, plan.ranks, stream);
-    }
-    if (p.wants_grad_lora_B) {
-      launch_token_sum<T, kParts>({.x = grad_y, .small_operand = xa, .out = gradient}, plan.features, stream);
-    }
+        {.grad_y = grad_y, .lora_B = lora_B, .xa = xa, .grad_xa = out, .gradient = gradient}, pass.features, stream);
+    return;
   }
-  PendingSums<RankSums> pending_grad_xa{};
-  PendingSums<FactorGradients> pending_grad_lora_B{};
-  if (p.wants_grad_xa) pending_grad_xa = pending_sums(grad_xa, partial, plan.ranks.ranges);
-  if (p.wants_grad_lora_B) pending_grad_lora_B = pending_sums(grad_lora_B, gradient, plan.features.chunks);
-  launch_partial_sums(pending_grad_xa, pending_grad_lora_B, stream);
+  if (p.wants_grad_xa) {
+    ShrinkFactor<kParts> lora_B;
+    if constexpr (kParts == 1) {
+      lora_B = stacked_image(lora_B_image, sibling.rank, sibling.out_features);
+    } else {
+      lora_B = packed_factor(lora_B_image, sibling.rank, sibling.out_features);
+    }
+    launch_shrink<T, kParts>({.x = grad_y, .factor = lora_B, .out = out}, pass.ranks, stream);
+  }
+  if (p.wants_grad_lora_B) {
+    launch_token_sum<T, kParts>({.x = grad_y, .small_operand = xa, .out = gradient}, pass.features, stream);
+  }
+}
+
+template <class T, int kParts>
+LowRankSums launch_grad_y_passes(const LoraExpandBackwardParams& p, float* sums, const ExpandBackwardWorkspace& plan,
+                                 char* workspace, const GpuStream& stream) {
+  const LowRankSums grad_xa{.sums = sums,
+                            .partial = reinterpret_cast<float*>(workspace + plan.grad_xa.partial_offset),
+                            .num_tokens = p.num_tokens,
+                            .columns = p.total_rank,
+                            .pending = plan.grad_xa.pending,
+                            .ranges = rank_table<int>(p.siblings, p.num_siblings, [&](int s) {
+                              return plan_grad_y_pass(p, p.siblings[s], stream.multiprocessors).ranks.ranges;
+                            })};
+  for (int s = 0; (p.wants_grad_xa || p.wants_grad_lora_B) && s < p.num_siblings; ++s) {
+    launch_grad_y_pass<T, kParts>(p, s, grad_xa, plan, workspace, stream);
+  }
+  return grad_xa;
+}
+
+// The pass over x: the partial sums of grad_lora_A of all siblings. grad_xa [num_tokens, total_rank].
+template <class T, int kParts>
+void launch_grad_lora_A_pass(const LoraShrinkBackwardParams& p, const float* grad_xa,
+                             const ShrinkBackwardWorkspace& plan, char* workspace, const GpuStream& stream) {
+  launch_token_sum<T, kParts>({.x = token_matrix<T>(p.x, p.num_tokens, p.in_features, p.x_stride),
+                               .small_operand = {grad_xa, p.num_tokens, p.total_rank, p.total_rank},
+                               .mask = p.has_dropout ? p.mask : nullptr,
+                               .mask_row_bytes = mask_row_bytes(p.in_features),
+                               .out = {reinterpret_cast<float*>(workspace + plan.grad_lora_A_offset), p.total_rank,
+                                       partial_pitch(p.in_features)}},
+                              plan_grad_lora_A_pass(p, stream.multiprocessors).features, stream);
+}
+
+// grad_x is one sum over the ranks of all siblings: to the expand they are one sibling.
+template <class T, int kParts>
+void launch_grad_x_pass(const LoraShrinkBackwardParams& p, const LowRankSums& grad_xa,
+                        const ShrinkBackwardWorkspace& plan, char* workspace, const GpuStream& stream) {
+  const char* image = packs_lora_A(p, kParts) ? workspace + plan.lora_A_offset : nullptr;
+  ExpandParams expand{.mask_row_bytes = mask_row_bytes(p.in_features),
+                      .mask = p.has_dropout ? p.mask : nullptr,
+                      .num_siblings = 1,
+                      .siblings = {{.factor = reinterpret_cast<const __nv_bfloat16*>(image),
+                                    .base = p.base,
+                                    .out = p.grad_x,
+                                    .cols = p.in_features,
+                                    .out_stride = p.in_features,
+                                    .rank = static_cast<int>(p.total_rank)}},
+                      .writes_sums = p.wants_grad_lora_A};
+  if constexpr (kParts == 1) {
+    expand.reads_lora_A = true;
+    expand.lora_A = stacked_lora_A(p);
+  }
+  launch_expand<T, kParts>(expand, grad_xa, stream);
+}
+
+// All gradients of factors, from their partial sums, in one launch.
+inline void add_gradients(const LoraExpandBackwardParams& p, const ExpandBackwardWorkspace& plan, char* workspace,
+                          int64_t multiprocessors, GradientSumsParams& sums) {
+  for (int s = 0; p.wants_grad_lora_B && s < p.num_siblings; ++s) {
+    const LoraExpandBackwardSibling& sibling = p.siblings[s];
+    const int64_t pitch = partial_pitch(sibling.out_features);
+    sums.gradients[sums.num_gradients++] = {.partial = workspace + plan.grad_lora_B_offset[s],
+                                            .grad = sibling.grad_lora_B,
+                                            .chunks = plan_grad_y_pass(p, sibling, multiprocessors).features.chunks,
+                                            .chunk_stride = sibling.rank * pitch,
+                                            .rank = sibling.rank,
+                                            .features = sibling.out_features,
+                                            .pitch = pitch,
+                                            .transposed = true};
+  }
+}
+
+inline void add_gradients(const LoraShrinkBackwardParams& p, const ShrinkBackwardWorkspace& plan, char* workspace,
+                          int64_t multiprocessors, GradientSumsParams& sums) {
+  if (!p.wants_grad_lora_A) return;
+  const float* partial = reinterpret_cast<const float*>(workspace + plan.grad_lora_A_offset);
+  const int64_t pitch = partial_pitch(p.in_features);
+  for (int s = 0; s < p.num_siblings; ++s) {
+    const LoraShrinkBackwardSibling& sibling = p.siblings[s];
+    sums.gradients[sums.num_gradients++] = {.partial = partial + sibling.rank_begin * pitch,
+                                            .grad = sibling.grad_lora_A,
+                                            .chunks = plan_grad_lora_A_pass(p, multiprocessors).features.chunks,
+                                            .chunk_stride = p.total_rank * pitch,
+                                            .rank = sibling.rank,
+                                            .features = p.in_features,
+                                            .pitch = pitch,
+                                            .transposed = false};
+  }
+}
+
+template <class T, int kParts>
+void launch_passes(const LoraShrinkParams& p, const ShrinkWorkspace& plan, char* workspace, const GpuStream& stream) {
+  launch_xa_pass<T, kParts>(p, plan, workspace, stream).add_partials(stream);
+}
+
+template <class T, int kParts>
+void launch_passes(const LoraExpandParams& p, const ExpandWorkspace& plan, char* workspace, const GpuStream& stream) {
+  const LowRankSums xa{.sums = static_cast<float*>(const_cast<void*>(p.xa)),
+                       .partial = nullptr,
+                       .num_tokens = p.num_tokens,
+                       .columns = p.total_rank,
+                       .pending = false,
+                       .ranges = same_for_all_ranks(1)};
+  launch_y_pass<T, kParts>(p, xa, plan, workspace, stream);
+}
+
+template <class T, int kParts>
+void launch_passes(const LoraForwardParams& p, const ForwardWorkspace& plan, char* workspace, const GpuStream& stream) {
+  const LowRankSums xa = launch_xa_pass<T, kParts>(p.shrink, plan.shrink, workspace, stream);
+  launch_y_pass<T, kParts>(p.expand, xa, plan.expand, workspace, stream);
 }
 
 template <class T, int kParts>
 void launch_passes(const LoraExpandBackwardParams& p, const ExpandBackwardWorkspace& plan, char* workspace,
-                   float* partial, cudaStream_t stream) {
-  if (!p.wants_grad_xa && !p.wants_grad_lora_B) return;
-  for (int s = 0; s < p.num_siblings; ++s) {
-    launch_grad_y_passes<T, kParts>(p, p.siblings[s], workspace + plan.lora_B_offset[s], partial, stream);
-  }
-}
-
-// The pass over x: grad_lora_A of all siblings.
-template <class T, int kParts>
-void launch_grad_lora_A_pass(const LoraShrinkBackwardParams& p, float* partial, cudaStream_t stream) {
-  const TokenPassSplit split = plan_grad_lora_A_pass(p).features;
-  const FeaturePartials gradient{partial, p.total_rank, partial_pitch(p.in_features)};
-  FactorGradients grad_lora_A{
-      .features = p.in_features, .dtype = p.factor_dtype, .transposed = false, .num_siblings = p.num_siblings};
-  for (int s = 0; s < p.num_siblings; ++s) {
-    const LoraShrinkBackwardSibling& sibling = p.siblings[s];
-    grad_lora_A.siblings[s] = {sibling.rank_begin, sibling.rank, sibling.grad_lora_A};
-  }
-  launch_token_sum<T, kParts>(
-      {.x = token_matrix<T>(p.x, p.num_tokens, p.in_features, p.x_stride),
-       .small_operand = {static_cast<const float*>(p.grad_xa), p.num_tokens, p.total_rank, p.total_rank},
-       .mask = p.has_dropout ? p.mask : nullptr,
-       .mask_row_bytes = mask_row_bytes(p.in_features),
-       .out = gradient},
-      split, stream);
-  launch_partial_sums({}, pending_sums(grad_lora_A, gradient, split.chunks), stream);
+                   const GpuStream& stream) {
+  launch_grad_y_passes<T, kParts>(p, static_cast<float*>(p.grad_xa), plan, workspace, stream).add_partials(stream);
+  GradientSumsParams sums{.dtype = p.factor_dtype};
+  add_gradients(p, plan, workspace, stream.multiprocessors, sums);
+  launch_gradient_sums<float>(sums, stream);
 }
 
 template <class T, int kParts>
 void launch_passes(const LoraShrinkBackwardParams& p, const ShrinkBackwardWorkspace& plan, char* workspace,
-                   float* partial, cudaStream_t stream) {
-  if (p.wants_grad_lora_A) launch_grad_lora_A_pass<T, kParts>(p, partial, stream);
-  if (p.wants_grad_x) {
-    // grad_x is one sum over the ranks of all siblings: to the expand they are one sibling.
-    launch_expand<T, kParts>(
-        {.num_tokens = p.num_tokens,
-         .small_operand_stride = p.total_rank,
-         .mask_row_bytes = mask_row_bytes(p.in_features),
-         .small_operand = static_cast<const float*>(p.grad_xa),
-         .mask = p.has_dropout ? p.mask : nullptr,
-         .num_siblings = 1,
-         .siblings = {{.factor = reinterpret_cast<const __nv_bfloat16*>(workspace + plan.lora_A_offset),
-                       .base = p.base,
-                       .out = p.grad_x,
-                       .cols = p.in_features,
-                       .out_stride = p.in_features,
-                       .rank = static_cast<int>(p.total_rank)}}},
-        stream);
+                   const GpuStream& stream) {
+  const LowRankSums grad_xa{.sums = static_cast<float*>(const_cast<void*>(p.grad_xa)),
+                            .partial = nullptr,
+                            .num_tokens = p.num_tokens,
+                            .columns = p.total_rank,
+                            .pending = false,
+                            .ranges = same_for_all_ranks(1)};
+  if (p.wants_grad_x) launch_grad_x_pass<T, kParts>(p, grad_xa, plan, workspace, stream);
+  if (p.wants_grad_lora_A) launch_grad_lora_A_pass<T, kParts>(p, grad_xa.sums, plan, workspace, stream);
+  GradientSumsParams sums{.dtype = p.factor_dtype};
+  add_gradients(p, plan, workspace, stream.multiprocessors, sums);
+  launch_gradient_sums<float>(sums, stream);
+}
+
+template <class T, int kParts>
+void launch_passes(const LoraBackwardParams& p, const BackwardWorkspace& plan, char* workspace,
+                   const GpuStream& stream) {
+  float* sums = reinterpret_cast<float*>(workspace + plan.grad_xa_offset);
+  LowRankSums grad_xa = launch_grad_y_passes<T, kParts>(p.expand, sums, plan.expand, workspace, stream);
+  // grad_x comes before grad_lora_A, because its kernel adds the partial sums of grad_xa on the way.
+  if (p.shrink.wants_grad_x) {
+    launch_grad_x_pass<T, kParts>(p.shrink, grad_xa, plan.shrink, workspace, stream);
+  } else if (p.shrink.wants_grad_lora_A) {
+    grad_xa.add_partials(stream);
   }
+  if (p.shrink.wants_grad_lora_A) {
+    launch_grad_lora_A_pass<T, kParts>(p.shrink, sums, plan.shrink, workspace, stream);
+  }
+  GradientSumsParams gradients{.dtype = p.expand.factor_dtype};
+  add_gradients(p.shrink, plan.shrink, workspace, stream.multiprocessors, gradients);
+  add_gradients(p.expand, plan.expand, workspace, stream.multiprocessors, gradients);
+  launch_gradient_sums<float>(gradients, stream);
 }
 
-// Packs the factors of one kernel and launches its passes.
+// Packs the factors and launches the passes.
 template <class T, int kParts, class Params>
-void launch_kernels(const Params& p, char* workspace, cudaStream_t stream) {
-  const auto [plan, partial_offset, total_bytes] = plan_workspace(p, kParts);
-  PackFactorsParams pack{.dtype = p.factor_dtype};
-  add_factors(p, plan, workspace, pack);
+void launch_kernels(const Params& p, char* workspace, const GpuStream& stream) {
+  WorkspaceCarver carver;
+  const auto plan = plan_workspace(p, kParts, stream.multiprocessors, carver);
+  PackFactorsParams pack{.dtype = dtypes_of(&p).factor_dtype};
+  add_factors(p, plan, kParts, workspace, pack);
   launch_pack_factors<kParts>(pack, stream);
-  launch_passes<T, kParts>(p, plan, workspace, reinterpret_cast<float*>(workspace + partial_offset), stream);
-}
-
-template <class T, int kParts>
-void launch_kernels(const LoraForwardParams& p, char* workspace, cudaStream_t stream) {
-  const ForwardWorkspace plan = plan_workspace(p, kParts);
-  float* partial = reinterpret_cast<float*>(workspace + plan.partial_offset);
-  PackFactorsParams pack{.dtype = p.shrink.factor_dtype};
-  add_factors(p.shrink, plan.shrink, workspace, pack);
-  add_factors(p.expand, plan.expand, workspace, pack);
-  launch_pack_factors<kParts>(pack, stream);
-  launch_passes<T, kParts>(p.shrink, plan.shrink, workspace, partial, stream);
-  launch_passes<T, kParts>(p.expand, plan.expand, workspace, partial, stream);
-}
-
-template <class T, int kParts>
-void launch_kernels(const LoraBackwardParams& p, char* workspace, cudaStream_t stream) {
-  const BackwardWorkspace plan = plan_workspace(p, kParts);
-  float* partial = reinterpret_cast<float*>(workspace + plan.partial_offset);
-  LoraExpandBackwardParams expand = p.expand;
-  LoraShrinkBackwardParams shrink = p.shrink;
-  if (expand.wants_grad_xa) expand.grad_xa = workspace + plan.grad_xa_offset;
-  shrink.grad_xa = expand.grad_xa;
-  PackFactorsParams pack{.dtype = expand.factor_dtype};
-  add_factors(expand, plan.expand, workspace, pack);
-  add_factors(shrink, plan.shrink, workspace, pack);
-  launch_pack_factors<kParts>(pack, stream);
-  launch_passes<T, kParts>(expand, plan.expand, workspace, partial, stream);
-  launch_passes<T, kParts>(shrink, plan.shrink, workspace, partial, stream);
+  launch_passes<T, kParts>(p, plan, workspace, stream);
 }
 
 // A function for each number of parts, so that an instantiation file can name it.
 template <class T, int kParts>
-void launch_with_parts(const LoraParams& params, char* workspace, cudaStream_t stream) {
+void launch_with_parts(const LoraParams& params, char* workspace, const GpuStream& stream) {
   std::visit([&](const auto* p) { launch_kernels<T, kParts>(*p, workspace, stream); }, params);
 }
 
 }  // namespace mma
 
 template <class T>
-int64_t LoraLaunches<T>::workspace_bytes(const LoraParams& params) {
+int64_t LoraLaunches<T>::workspace_bytes(const LoraParams& params, const GpuStream& stream) {
   const auto [dtype, factor_dtype] = dtypes_of(params);
   const int parts = mma::low_rank_parts(dtype, factor_dtype);
-  return std::visit([&](const auto* p) { return mma::plan_workspace(*p, parts).total_bytes; }, params);
+  WorkspaceCarver carver;
+  std::visit([&](const auto* p) { mma::plan_workspace(*p, parts, stream.multiprocessors, carver); }, params);
+  return carver.total_bytes();
 }
 
 template <class T>
-void LoraLaunches<T>::launch(const LoraParams& params, void* workspace, cudaStream_t stream) {
+void LoraLaunches<T>::launch(const LoraParams& params, void* workspace, const GpuStream& stream) {
   mma::with_parts<T>(dtypes_of(params).factor_dtype, [&](auto parts) {
     mma::launch_with_parts<T, decltype(parts)::value>(params, static_cast<char*>(workspace), stream);
   });

@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kPackThreads) pack_factors_kernel(const __grid
 }
 
 template <int kParts>
-void launch_pack_factors(const PackFactorsParams& p, cudaStream_t stream) {
+void launch_pack_factors(const PackFactorsParams& p, const GpuStream& stream) {
   int64_t tiles = 0;
   for (int i = 0; i < p.num_jobs; ++i) tiles = std::max(tiles, p.jobs[i].tiles);
   launch(&pack_factors_kernel<kParts>, make_grid(tiles, p.num_jobs), kPackThreads, 0, stream, p);

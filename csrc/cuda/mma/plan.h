@@ -1,5 +1,5 @@
-// Decisions made on the host from the shapes alone: how the sums of a pass are split between blocks, and where things
-// lie in the workspace. Nothing here depends on the GPU, so results are the same bits on every run.
+// Decisions made on the host from the shapes and the number of multiprocessors alone: how the sums of a pass are split
+// between blocks, and where things lie in the workspace. Results are the same bits on every run on one kind of GPU.
 //
 // A pass is one read of a tall matrix, x or grad_y [num_tokens, features]:
 //
@@ -7,7 +7,7 @@
 //   token_sum       feature sums, over tokens   grad_lora_A = grad_xa^T @ (mask o x), or grad_lora_B
 //   shrink_and_sum  both sums                   grad_xa = scale * grad_y @ lora_B, grad_lora_B = grad_y^T @ xa
 //
-// A block has a range of features and a chunk of tokens. It writes a partial sum; a second launch adds the partial sums
+// A block has a range of features and a chunk of tokens. It writes a partial sum; a later kernel adds the partial sums
 // in order.
 #pragma once
 
@@ -35,13 +35,11 @@ struct TokenPassPlan {
   bool fused;                         // one read makes both sums
   TokenPassSplit ranks;               // of the rank sums' pass
   TokenPassSplit features;            // of the feature sums' pass; the same one when fused
-  int64_t rank_partial_bytes = 0;     // float32 [ranks.ranges][num_tokens][partial_pitch(rank)]; 0 for one range
   int64_t feature_partial_bytes = 0;  // float32 [features.chunks][rank][partial_pitch(features)]
-  int64_t partial_bytes() const { return rank_partial_bytes + feature_partial_bytes; }
 };
 
-// Rows of partial sums are read and written 16 bytes at a time.
-constexpr int64_t partial_pitch(int64_t columns) { return ceil_div(columns, 4) * 4; }
+// Partial sums over tokens are written in pairs.
+constexpr int64_t partial_pitch(int64_t features) { return ceil_div(features, 2) * 2; }
 
 constexpr int64_t kShrinkTokens = 128, kShrinkFeatures = 64;  // tile of shrink
 constexpr int64_t kSumTokens = 64, kSumFeatures = 128;        // tile of token_sum
@@ -50,31 +48,39 @@ constexpr int64_t kMaxFusedRank = 32;                         // both sums of mo
 constexpr int64_t kRankTile = 64;                             // ranks of one read of the matrix
 constexpr int64_t kSmallRankTile = 16;  // enough for most ranks in use; leaves room for more tiles of x
 
-// Blocks for a large GPU (an H100 has 132 multiprocessors): at least one on each; two, which overlap better, if their
-// partial sums stay small.
-constexpr int64_t kBlocks = 128, kMoreBlocks = 256;
+// Returns into how many pieces `blocks` blocks are cut each, so that they fill the multiprocessors: about one block on
+// each, or two, which overlap better, if partial sums of so many pieces are affordable. Nothing between: a second round
+// of blocks that is nearly empty takes as long as a full one.
+constexpr int64_t pieces_of_blocks(int64_t blocks, int64_t affordable, int64_t multiprocessors) {
+  const int64_t two = 2 * multiprocessors / blocks, one = multiprocessors / blocks;
+  if (affordable >= two) return two;
+  return 5 * one * blocks >= 4 * multiprocessors ? one : ceil_div(multiprocessors, blocks);
+}
 
 // Returns the steps in one piece when `count` steps are cut into at most `pieces` equal pieces.
 constexpr int64_t steps_per_piece(int64_t count, int64_t pieces) {
   return std::max<int64_t>(ceil_div(count, std::clamp<int64_t>(pieces, 1, std::max<int64_t>(count, 1))), 1);
 }
 
-inline TokenPassSplit plan_rank_sums(int64_t num_tokens, int64_t features, int64_t rank) {
+inline TokenPassSplit plan_rank_sums(int64_t num_tokens, int64_t features, int64_t rank, int64_t multiprocessors) {
   const int64_t chunks = ceil_div(num_tokens, kShrinkTokens);
   const int64_t blocks = std::max<int64_t>(chunks * ceil_div(rank, kRankTile), 1);
   // A range costs 8 * rank bytes a token; it may cost an eighth of its part of the matrix, 2 * features / ranges.
   const int64_t affordable = features / (32 * std::max<int64_t>(rank, 1));
-  const int64_t ranges = std::max(ceil_div(kBlocks, blocks), std::min(kMoreBlocks / blocks, affordable));
-  const int64_t steps = ceil_div(features, kShrinkFeatures), per_range = steps_per_piece(steps, ranges);
+  const int64_t ranges = pieces_of_blocks(blocks, affordable, multiprocessors);
+  // With few tokens a range still has enough steps for the pipeline: expand's blocks read all partial sums of a row.
+  constexpr int64_t kLeastSteps = 4;
+  const int64_t steps = ceil_div(features, kShrinkFeatures);
+  const int64_t per_range = steps_per_piece(steps, std::min(ranges, ceil_div(steps, kLeastSteps)));
   return {ceil_div(steps, per_range), per_range * kShrinkFeatures, chunks, kShrinkTokens};
 }
 
-inline TokenPassSplit plan_feature_sums(int64_t num_tokens, int64_t features, int64_t rank) {
+inline TokenPassSplit plan_feature_sums(int64_t num_tokens, int64_t features, int64_t rank, int64_t multiprocessors) {
   const int64_t ranges = ceil_div(features, kSumFeatures);
   const int64_t blocks = std::max<int64_t>(ranges * ceil_div(rank, kRankTile), 1);
   // A chunk costs 8 * rank bytes a feature; it may cost an eighth of its part of the matrix, 2 * num_tokens / chunks.
   const int64_t affordable = num_tokens / (32 * std::max<int64_t>(rank, 1));
-  const int64_t chunks = std::max(ceil_div(kBlocks, blocks), std::min(kMoreBlocks / blocks, affordable));
+  const int64_t chunks = pieces_of_blocks(blocks, affordable, multiprocessors);
   const int64_t steps = ceil_div(num_tokens, kSumTokens), per_chunk = steps_per_piece(steps, chunks);
   return {ranges, kSumFeatures, ceil_div(steps, per_chunk), per_chunk * kSumTokens};
 }
@@ -82,151 +88,182 @@ inline TokenPassSplit plan_feature_sums(int64_t num_tokens, int64_t features, in
 // Partial sums cost 8 * rank * (ranges * num_tokens + chunks * features) bytes, which is least when both terms are
 // equal. At 8192 x 4096, rank 16, they add about an eighth to the bytes that the pass reads, and are read again from
 // the second-level cache. Hence one block per multiprocessor.
-inline TokenPassSplit plan_fused_sums(int64_t num_tokens, int64_t features) {
+inline TokenPassSplit plan_fused_sums(int64_t num_tokens, int64_t features, int64_t multiprocessors) {
   const int64_t ranges = ceil_div(features, kFusedFeatures);
   const int64_t steps = ceil_div(num_tokens, kFusedTokens);
-  const int64_t per_chunk = steps_per_piece(steps, kBlocks / std::max<int64_t>(ranges, 1));
+  const int64_t per_chunk = steps_per_piece(steps, multiprocessors / std::max<int64_t>(ranges, 1));
   return {ranges, kFusedFeatures, ceil_div(steps, per_chunk), per_chunk * kFusedTokens};
 }
 
-inline TokenPassPlan plan_token_pass(int64_t num_tokens, int64_t features, int64_t rank, TokenPassSums sums) {
+inline bool is_fused(int64_t rank, TokenPassSums sums) { return sums.ranks && sums.features && rank <= kMaxFusedRank; }
+
+inline TokenPassPlan plan_token_pass(int64_t num_tokens, int64_t features, int64_t rank, TokenPassSums sums,
+                                     int64_t multiprocessors) {
   TokenPassPlan plan{};
-  plan.fused = sums.ranks && sums.features && rank <= kMaxFusedRank;
+  plan.fused = is_fused(rank, sums);
   if (plan.fused) {
-    plan.ranks = plan_fused_sums(num_tokens, features);
+    plan.ranks = plan_fused_sums(num_tokens, features, multiprocessors);
     plan.features = plan.ranks;
   } else {
-    if (sums.ranks) plan.ranks = plan_rank_sums(num_tokens, features, rank);
-    if (sums.features) plan.features = plan_feature_sums(num_tokens, features, rank);
+    if (sums.ranks) plan.ranks = plan_rank_sums(num_tokens, features, rank, multiprocessors);
+    if (sums.features) plan.features = plan_feature_sums(num_tokens, features, rank, multiprocessors);
   }
   constexpr int64_t kBytes = sizeof(float);
-  if (sums.ranks && plan.ranks.ranges > 1) {
-    plan.rank_partial_bytes = plan.ranks.ranges * num_tokens * partial_pitch(rank) * kBytes;
-  }
   if (sums.features) plan.feature_partial_bytes = plan.features.chunks * rank * partial_pitch(features) * kBytes;
   return plan;
 }
 
-inline TokenPassPlan plan_xa_pass(const LoraShrinkParams& p) {
-  return plan_token_pass(p.num_tokens, p.in_features, p.total_rank, {.ranks = true});
+inline TokenPassPlan plan_xa_pass(const LoraShrinkParams& p, int64_t multiprocessors) {
+  return plan_token_pass(p.num_tokens, p.in_features, p.total_rank, {.ranks = true}, multiprocessors);
 }
 
-inline TokenPassPlan plan_grad_y_pass(const LoraExpandBackwardParams& p, const LoraExpandBackwardSibling& sibling) {
+inline TokenPassPlan plan_grad_y_pass(const LoraExpandBackwardParams& p, const LoraExpandBackwardSibling& sibling,
+                                      int64_t multiprocessors) {
   return plan_token_pass(p.num_tokens, sibling.out_features, sibling.rank,
-                         {.ranks = p.wants_grad_xa, .features = p.wants_grad_lora_B});
+                         {.ranks = p.wants_grad_xa, .features = p.wants_grad_lora_B}, multiprocessors);
 }
 
-inline TokenPassPlan plan_grad_lora_A_pass(const LoraShrinkBackwardParams& p) {
-  return plan_token_pass(p.num_tokens, p.in_features, p.total_rank, {.features = p.wants_grad_lora_A});
+inline TokenPassPlan plan_grad_lora_A_pass(const LoraShrinkBackwardParams& p, int64_t multiprocessors) {
+  return plan_token_pass(p.num_tokens, p.in_features, p.total_rank, {.features = p.wants_grad_lora_A}, multiprocessors);
 }
 
-// Offsets are in bytes. The factors are packed. Passes follow each other, so that all passes of a call share one place
-// for partial sums.
-struct ShrinkWorkspace {
-  int64_t lora_A_offset;  // of all siblings: [total_rank, in_features]
+// --- which factors are packed ---
+//
+// Kernels of one part read bfloat16 factors as they lie, with two exceptions: expand's kernel of large ranks, and a
+// shrink of grad_y, which would read lora_B by columns.
+
+constexpr int64_t kShortRank = 64;  // of expand's kernel that reads factors as they lie
+
+template <class Params>
+int64_t largest_rank(const Params& p) {
+  int64_t rank = 0;
+  for (int s = 0; s < p.num_siblings; ++s) rank = std::max(rank, p.siblings[s].rank);
+  return rank;
+}
+
+inline bool packs_lora_A(const LoraShrinkParams&, int parts) { return parts > 1; }
+inline bool packs_lora_A(const LoraShrinkBackwardParams& p, int parts) {
+  return p.wants_grad_x && (parts > 1 || p.total_rank > kShortRank);
+}
+inline bool packs_lora_B(const LoraExpandParams& p, int parts) { return parts > 1 || largest_rank(p) > kShortRank; }
+inline bool packs_lora_B(const LoraExpandBackwardParams& p, const LoraExpandBackwardSibling& sibling, int parts) {
+  if (!p.wants_grad_xa) return false;
+  return parts > 1 || !is_fused(sibling.rank, {.ranks = true, .features = p.wants_grad_lora_B});
+}
+
+// --- the workspace ---
+//
+// Offsets are in bytes. Rank sums are pending, and have partial sums, unless all of them have one range.
+
+struct RankSumsWorkspace {
+  bool pending = false;
+  int64_t partial_offset = 0;  // float32 [largest of ranges, num_tokens, total_rank]
 };
 
-inline ShrinkWorkspace plan_factors(const LoraShrinkParams& p, int parts, WorkspaceCarver& carver) {
-  return {.lora_A_offset = carver.take(PackedShape(p.total_rank, p.in_features).bytes(parts))};
+// ranges_of(s): the number of ranges of sibling s.
+template <class F>
+RankSumsWorkspace plan_rank_partials(int64_t num_tokens, int64_t total_rank, int num_siblings, F ranges_of,
+                                     WorkspaceCarver& carver) {
+  RankSumsWorkspace plan{};
+  int64_t most = 0;
+  for (int s = 0; s < num_siblings; ++s) {
+    plan.pending = plan.pending || ranges_of(s) != 1;
+    most = std::max(most, ranges_of(s));
+  }
+  const int64_t bytes = most * num_tokens * total_rank * static_cast<int64_t>(sizeof(float));
+  plan.partial_offset = carver.take(plan.pending ? bytes : 0);
+  return plan;
 }
 
-inline int64_t partial_bytes(const LoraShrinkParams& p) { return plan_xa_pass(p).partial_bytes(); }
+struct ShrinkWorkspace {
+  int64_t lora_A_offset;  // packed, of all siblings: [total_rank, in_features]
+  RankSumsWorkspace xa;
+};
+
+inline ShrinkWorkspace plan_workspace(const LoraShrinkParams& p, int parts, int64_t multiprocessors,
+                                      WorkspaceCarver& carver) {
+  ShrinkWorkspace plan{};
+  const int64_t bytes = packs_lora_A(p, parts) ? PackedShape(p.total_rank, p.in_features).bytes(parts) : 0;
+  plan.lora_A_offset = carver.take(bytes);
+  const int64_t ranges = plan_xa_pass(p, multiprocessors).ranks.ranges;
+  plan.xa = plan_rank_partials(p.num_tokens, p.total_rank, p.num_siblings, [&](int) { return ranges; }, carver);
+  return plan;
+}
 
 struct ExpandWorkspace {
-  int64_t lora_B_offset[kMaxSiblings];  // transposed: [rank, out_features]
+  int64_t lora_B_offset[kMaxSiblings];  // packed and transposed: [rank, out_features]
 };
 
-inline ExpandWorkspace plan_factors(const LoraExpandParams& p, int parts, WorkspaceCarver& carver) {
+inline ExpandWorkspace plan_workspace(const LoraExpandParams& p, int parts, int64_t, WorkspaceCarver& carver) {
   ExpandWorkspace plan{};
-  for (int s = 0; s < p.num_siblings; ++s) {
+  for (int s = 0; packs_lora_B(p, parts) && s < p.num_siblings; ++s) {
     plan.lora_B_offset[s] = carver.take(PackedShape(p.siblings[s].rank, p.siblings[s].out_features).bytes(parts));
   }
   return plan;
 }
-
-inline int64_t partial_bytes(const LoraExpandParams&) { return 0; }
 
 struct ExpandBackwardWorkspace {
-  int64_t lora_B_offset[kMaxSiblings];  // transposed: [rank, out_features]; for grad_xa
+  int64_t lora_B_offset[kMaxSiblings];  // packed and transposed: [rank, out_features]; for grad_xa
+  RankSumsWorkspace grad_xa;
+  int64_t grad_lora_B_offset[kMaxSiblings];  // partial sums
 };
 
-inline ExpandBackwardWorkspace plan_factors(const LoraExpandBackwardParams& p, int parts, WorkspaceCarver& carver) {
+inline ExpandBackwardWorkspace plan_workspace(const LoraExpandBackwardParams& p, int parts, int64_t multiprocessors,
+                                              WorkspaceCarver& carver) {
   ExpandBackwardWorkspace plan{};
-  for (int s = 0; p.wants_grad_xa && s < p.num_siblings; ++s) {
-    plan.lora_B_offset[s] = carver.take(PackedShape(p.siblings[s].rank, p.siblings[s].out_features).bytes(parts));
+  for (int s = 0; s < p.num_siblings; ++s) {
+    const LoraExpandBackwardSibling& sibling = p.siblings[s];
+    if (packs_lora_B(p, sibling, parts)) {
+      plan.lora_B_offset[s] = carver.take(PackedShape(sibling.rank, sibling.out_features).bytes(parts));
+    }
+    plan.grad_lora_B_offset[s] = carver.take(plan_grad_y_pass(p, sibling, multiprocessors).feature_partial_bytes);
+  }
+  if (p.wants_grad_xa) {
+    plan.grad_xa = plan_rank_partials(
+        p.num_tokens, p.total_rank, p.num_siblings,
+        [&](int s) { return plan_grad_y_pass(p, p.siblings[s], multiprocessors).ranks.ranges; }, carver);
   }
   return plan;
-}
-
-inline int64_t partial_bytes(const LoraExpandBackwardParams& p) {
-  int64_t bytes = 0;
-  for (int s = 0; s < p.num_siblings; ++s) bytes = std::max(bytes, plan_grad_y_pass(p, p.siblings[s]).partial_bytes());
-  return bytes;
 }
 
 struct ShrinkBackwardWorkspace {
-  int64_t lora_A_offset;  // of all siblings: [total_rank, in_features]; for grad_x
+  int64_t lora_A_offset;       // packed, of all siblings: [total_rank, in_features]; for grad_x
+  int64_t grad_lora_A_offset;  // partial sums
 };
 
-inline ShrinkBackwardWorkspace plan_factors(const LoraShrinkBackwardParams& p, int parts, WorkspaceCarver& carver) {
-  const int64_t bytes = p.wants_grad_x ? PackedShape(p.total_rank, p.in_features).bytes(parts) : 0;
-  return {.lora_A_offset = carver.take(bytes)};
-}
-
-inline int64_t partial_bytes(const LoraShrinkBackwardParams& p) { return plan_grad_lora_A_pass(p).partial_bytes(); }
-
-// The workspace of one kernel. Factors: one of the structs above.
-template <class Factors>
-struct SingleWorkspace {
-  Factors factors;
-  int64_t partial_offset;
-  int64_t total_bytes;
-};
-
-template <class Params>
-auto plan_workspace(const Params& p, int parts) {
-  WorkspaceCarver carver;
-  auto factors = plan_factors(p, parts, carver);
-  const int64_t partial_offset = carver.take(partial_bytes(p));
-  return SingleWorkspace<decltype(factors)>{
-      .factors = factors, .partial_offset = partial_offset, .total_bytes = carver.total_bytes()};
+inline ShrinkBackwardWorkspace plan_workspace(const LoraShrinkBackwardParams& p, int parts, int64_t multiprocessors,
+                                              WorkspaceCarver& carver) {
+  const int64_t bytes = packs_lora_A(p, parts) ? PackedShape(p.total_rank, p.in_features).bytes(parts) : 0;
+  const int64_t lora_A_offset = carver.take(bytes);
+  return {.lora_A_offset = lora_A_offset,
+          .grad_lora_A_offset = carver.take(plan_grad_lora_A_pass(p, multiprocessors).feature_partial_bytes)};
 }
 
 struct ForwardWorkspace {
   ShrinkWorkspace shrink;
   ExpandWorkspace expand;
-  int64_t partial_offset;
-  int64_t total_bytes;
 };
 
-inline ForwardWorkspace plan_workspace(const LoraForwardParams& p, int parts) {
-  WorkspaceCarver carver;
-  const ShrinkWorkspace shrink = plan_factors(p.shrink, parts, carver);
-  const ExpandWorkspace expand = plan_factors(p.expand, parts, carver);
-  const int64_t partial_offset = carver.take(partial_bytes(p.shrink));
-  return {.shrink = shrink, .expand = expand, .partial_offset = partial_offset, .total_bytes = carver.total_bytes()};
+inline ForwardWorkspace plan_workspace(const LoraForwardParams& p, int parts, int64_t multiprocessors,
+                                       WorkspaceCarver& carver) {
+  const ShrinkWorkspace shrink = plan_workspace(p.shrink, parts, multiprocessors, carver);
+  return {.shrink = shrink, .expand = plan_workspace(p.expand, parts, multiprocessors, carver)};
 }
 
 struct BackwardWorkspace {
   ExpandBackwardWorkspace expand;
   ShrinkBackwardWorkspace shrink;
   int64_t grad_xa_offset;  // float32 [num_tokens, total_rank]
-  int64_t partial_offset;
-  int64_t total_bytes;
 };
 
-inline BackwardWorkspace plan_workspace(const LoraBackwardParams& p, int parts) {
-  WorkspaceCarver carver;
+inline BackwardWorkspace plan_workspace(const LoraBackwardParams& p, int parts, int64_t multiprocessors,
+                                        WorkspaceCarver& carver) {
   const int64_t grad_xa_elements = p.expand.wants_grad_xa ? p.expand.num_tokens * p.expand.total_rank : 0;
-  const ExpandBackwardWorkspace expand = plan_factors(p.expand, parts, carver);
-  const ShrinkBackwardWorkspace shrink = plan_factors(p.shrink, parts, carver);
-  const int64_t grad_xa_offset = carver.take(grad_xa_elements * static_cast<int64_t>(sizeof(float)));
-  const int64_t partial_offset = carver.take(std::max(partial_bytes(p.expand), partial_bytes(p.shrink)));
+  const ExpandBackwardWorkspace expand = plan_workspace(p.expand, parts, multiprocessors, carver);
+  const ShrinkBackwardWorkspace shrink = plan_workspace(p.shrink, parts, multiprocessors, carver);
   return {.expand = expand,
           .shrink = shrink,
-          .grad_xa_offset = grad_xa_offset,
-          .partial_offset = partial_offset,
-          .total_bytes = carver.total_bytes()};
+          .grad_xa_offset = carver.take(grad_xa_elements * static_cast<int64_t>(sizeof(float)))};
 }
 
 }  // namespace lora_ext::cuda::mma

@@ -1,4 +1,4 @@
-// shrink: a tall matrix times a packed factor. Draws the dropout mask in the same pass.
+// shrink: a tall matrix times a factor. Draws the dropout mask in the same pass.
 //
 //   out [num_tokens, rank] = scale * (mask o x) [num_tokens, features] @ factor [rank, features]^T
 //
@@ -12,16 +12,21 @@
 #include "fragments.cuh"
 #include "keep_bits.cuh"
 #include "partial_sums.cuh"
+#include "stacked_factor.cuh"
 
 namespace lora_ext::cuda::mma {
 
+// A factor of one part is read as it lies.
+template <int kParts>
+using ShrinkFactor = std::conditional_t<kParts == 1, StackedFactor, PackedFactor>;
+
 // launch_shrink sets the members after `out`.
-template <class T>
+template <class T, int kParts>
 struct ShrinkParams {
-  TokenMatrix<T> x;     // [num_tokens, features]
-  PackedFactor factor;  // [rank, features]
-  KeepMask mask = {};   // threshold 0: no dropout
-  RankSums out;         // the result, or partial sums of ranges of features
+  TokenMatrix<T> x;             // [num_tokens, features]
+  ShrinkFactor<kParts> factor;  // [rank, features]
+  KeepMask mask = {};           // threshold 0: no dropout
+  RankSums out;                 // the result, or partial sums of ranges of features
   int64_t features_per_range;
   unsigned ranges, rank_tiles, first_rank_tile;
 };
@@ -43,7 +48,7 @@ struct ShrinkTraits {
 
 template <class T, int kParts, int kRanks, KeepBits kKeep>
 __global__ void __launch_bounds__(ShrinkTraits<kParts, kRanks>::kThreads, 2)
-    shrink_kernel(const __grid_constant__ ShrinkParams<T> p) {
+    shrink_kernel(const __grid_constant__ ShrinkParams<T, kParts> p) {
   using Traits = ShrinkTraits<kParts, kRanks>;
   constexpr int kWarps = Traits::kWarps, kWarpTokens = Traits::kWarpTokens, kFeatures = Traits::kFeatures;
   constexpr int kThreads = Traits::kThreads, kRowChunks = Traits::kRowChunks, kStages = Traits::kStages;
@@ -66,6 +71,14 @@ __global__ void __launch_bounds__(ShrinkTraits<kParts, kRanks>::kThreads, 2)
   const int whole_steps = whole_rows ? static_cast<int>(min(p.features_per_range, p.x.columns - begin) / kFeatures) : 0;
   using Copy = TileCopy<kWarpTokens, kFeatures, 32>;
   const T* x_from = p.x.data + (token0 * p.x.stride + begin) + Copy::first_element(p.x.stride, lane);
+  const __nv_bfloat16* factor_rows[kFactorCopies];  // of a factor as it lies: the thread's rows
+  if constexpr (kParts == 1) {
+#pragma unroll
+    for (unsigned i = 0; i < kFactorCopies; ++i) {
+      const int64_t rank = rank0 + i * (kThreads / kRowChunks) + thread / kRowChunks;
+      factor_rows[i] = rank < p.factor.rank ? p.factor.row(rank) + thread % kRowChunks * kChunk : nullptr;
+    }
+  }
   auto copy = [&](int step) {
     if (step < steps) {
       const int stage = step % kStages;
@@ -84,10 +97,21 @@ __global__ void __launch_bounds__(ShrinkTraits<kParts, kRanks>::kThreads, 2)
         const unsigned tile_row = i * (kThreads / kRowChunks) + thread / kRowChunks;  // of all parts
         const unsigned part = tile_row / kRanks, row = tile_row % kRanks;
         if (part >= kParts || static_cast<int>(row) >= ranks) continue;
-        const __nv_bfloat16* from =
-            p.factor.data + column0 +
-            ((part * p.factor.shape.ranks + rank0 + row) * p.factor.shape.features + chunk * kChunk);
-        ptx::cp_async_16(ptx::shared_address(factor_tile + chunk_index<kRowChunks>(tile_row, chunk)), from, 16);
+        uint4* to = factor_tile + chunk_index<kRowChunks>(tile_row, chunk);
+        if constexpr (kParts == 1) {
+          const int width = factor_rows[i] ? inside<kChunk>(column0 + chunk * kChunk, p.factor.features) : 0;
+          if (p.factor.in_chunks) {
+            const __nv_bfloat16* from = width > 0 ? factor_rows[i] + column0 : p.factor.factors.value[0];
+            ptx::cp_async_16(ptx::shared_address(to), from, width * 2);
+          } else {
+            *to = gather_chunk(factor_rows[i] + column0, width);
+          }
+        } else {
+          const __nv_bfloat16* from =
+              p.factor.data + column0 +
+              ((part * p.factor.shape.ranks + rank0 + row) * p.factor.shape.features + chunk * kChunk);
+          ptx::cp_async_16(ptx::shared_address(to), from, 16);
+        }
       }
     }
     ptx::cp_async_commit();
@@ -167,8 +191,8 @@ __global__ void __launch_bounds__(ShrinkTraits<kParts, kRanks>::kThreads, 2)
 }
 
 template <class T, int kParts, int kRanks, KeepBits kKeep>
-void launch_shrink_kernel(ShrinkParams<T> p, int64_t chunks, int64_t first_rank_tile, int64_t rank_tiles,
-                          cudaStream_t stream) {
+void launch_shrink_kernel(ShrinkParams<T, kParts> p, int64_t chunks, int64_t first_rank_tile, int64_t rank_tiles,
+                          const GpuStream& stream) {
   using Traits = ShrinkTraits<kParts, kRanks>;
   constexpr uint32_t kShared = shared_bytes_of(Traits::kStages * Traits::kWarps * Traits::kWarpChunks * 16) +
                                shared_bytes_of(Traits::kStages * Traits::kFactorChunks * 16);
@@ -179,7 +203,7 @@ void launch_shrink_kernel(ShrinkParams<T> p, int64_t chunks, int64_t first_rank_
 }
 
 template <class T, int kParts>
-void launch_shrink(ShrinkParams<T> p, const TokenPassSplit& split, cudaStream_t stream) {
+void launch_shrink(ShrinkParams<T, kParts> p, const TokenPassSplit& split, const GpuStream& stream) {
   const int64_t ranks = p.factor.shape.ranks, rank_tiles = ceil_div(ranks, kRankTile);
   const bool dropout = p.mask.threshold > 0;
   p.features_per_range = split.features_per_range;

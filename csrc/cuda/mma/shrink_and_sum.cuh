@@ -16,11 +16,30 @@
 
 namespace lora_ext::cuda::mma {
 
+// lora_B as it lies in memory.
+struct PlainLoraB {
+  const __nv_bfloat16* data;  // [features, rank]
+  PackedShape shape;          // as if it were packed
+  int64_t rank, features;
+
+  // Two neighbouring features of a rank in one register. Outside the matrix there are zeros.
+  __device__ __forceinline__ uint32_t pair(int64_t r, int64_t feature) const {
+    const uint16_t* from = reinterpret_cast<const uint16_t*>(data) + (feature * rank + r);
+    const uint32_t first = r < rank && feature < features ? from[0] : 0u;
+    const uint32_t second = r < rank && feature + 1 < features ? from[rank] : 0u;
+    return first | second << 16;
+  }
+};
+
+// Packed factors are transposed: [rank, features].
+template <int kParts>
+using ShrinkAndSumFactor = std::conditional_t<kParts == 1, PlainLoraB, PackedFactor>;
+
 // launch_shrink_and_sum sets the members after `gradient`.
-template <class T>
+template <class T, int kParts>
 struct ShrinkAndSumParams {
-  TokenMatrix<T> grad_y;     // [num_tokens, features]
-  PackedFactor lora_B;       // transposed: [rank, features]
+  TokenMatrix<T> grad_y;  // [num_tokens, features]
+  ShrinkAndSumFactor<kParts> lora_B;
   SmallOperand xa;           // [num_tokens, rank]
   RankSums grad_xa;          // the result, or partial sums of ranges of features
   FeaturePartials gradient;  // of lora_B
@@ -46,7 +65,7 @@ struct ShrinkAndSumTraits {
 
 template <class T, int kParts, int kRanks>
 __global__ void __launch_bounds__(ShrinkAndSumTraits<kParts, kRanks>::kThreads, 1)
-    shrink_and_sum_kernel(const __grid_constant__ ShrinkAndSumParams<T> p) {
+    shrink_and_sum_kernel(const __grid_constant__ ShrinkAndSumParams<T, kParts> p) {
   using Traits = ShrinkAndSumTraits<kParts, kRanks>;
   using XaTiles = typename Traits::XaTiles;
   constexpr int kThreads = Traits::kThreads, kWarps = Traits::kWarps, kTokens = Traits::kTokens;
@@ -96,7 +115,7 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kParts, kRanks>::kThreads, 
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) sum += w < busy_warps ? warp_share[w * Traits::kShares * 4 + i] : 0.0f;
       const unsigned token = i / 16 % 8 + i % 4 / 2 * 8, rank = i / 128 * 8 + i / 4 % 4 * 2 + i % 2;
-      p.grad_xa.store(range, begin + step * kTokens + token, rank, p.grad_xa.scales.scale[0] * sum);
+      p.grad_xa.store(range, begin + step * kTokens + token, rank, p.grad_xa.scales.value[0] * sum);
     }
   };
 
@@ -113,12 +132,17 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kParts, kRanks>::kThreads, 
 #pragma unroll
         for (int n = 0; n < kRanks / 8; ++n) {
           const int64_t rank = n * 8 + lane / 4, feature = feature0 + 16 * k + lane % 4 * 2;
-          const PackedShape& shape = p.lora_B.shape;
-          const __nv_bfloat16* from = p.lora_B.data + (part * shape.ranks + rank) * shape.features + feature;
-          const bool inside = rank < shape.ranks;
           uint32_t* registers = lora_B[part][k][n / 2] + n % 2 * 2;
-          registers[0] = inside ? *reinterpret_cast<const uint32_t*>(from) : 0u;
-          registers[1] = inside ? *reinterpret_cast<const uint32_t*>(from + 8) : 0u;
+          if constexpr (kParts == 1) {
+            registers[0] = p.lora_B.pair(rank, feature);
+            registers[1] = p.lora_B.pair(rank, feature + 8);
+          } else {
+            const PackedShape& shape = p.lora_B.shape;
+            const __nv_bfloat16* from = p.lora_B.data + (part * shape.ranks + rank) * shape.features + feature;
+            const bool inside = rank < shape.ranks;
+            registers[0] = inside ? *reinterpret_cast<const uint32_t*>(from) : 0u;
+            registers[1] = inside ? *reinterpret_cast<const uint32_t*>(from + 8) : 0u;
+          }
         }
       }
     }
@@ -200,7 +224,7 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kParts, kRanks>::kThreads, 
 }
 
 template <class T, int kParts, int kRanks>
-void launch_shrink_and_sum_kernel(const ShrinkAndSumParams<T>& p, int64_t chunks, cudaStream_t stream) {
+void launch_shrink_and_sum_kernel(const ShrinkAndSumParams<T, kParts>& p, int64_t chunks, const GpuStream& stream) {
   using Traits = ShrinkAndSumTraits<kParts, kRanks>;
   constexpr uint32_t kShared = shared_bytes_of(Traits::kStages * Traits::kWarps * Traits::kWarpChunks * 16) +
                                shared_bytes_of(2 * Traits::XaTiles::kChunks * 16) +
@@ -209,7 +233,7 @@ void launch_shrink_and_sum_kernel(const ShrinkAndSumParams<T>& p, int64_t chunks
 }
 
 template <class T, int kParts>
-void launch_shrink_and_sum(ShrinkAndSumParams<T> p, const TokenPassSplit& split, cudaStream_t stream) {
+void launch_shrink_and_sum(ShrinkAndSumParams<T, kParts> p, const TokenPassSplit& split, const GpuStream& stream) {
   p.tokens_per_chunk = split.tokens_per_chunk;
   p.ranges = static_cast<unsigned>(split.ranges);
   if (p.lora_B.shape.ranks <= kSmallRankTile) {

@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(TokenSumTraits<kParts, kRanks>::kThreads, 2)
 }
 
 template <class T, int kParts, int kRanks>
-void launch_token_sum_kernel(const TokenSumParams<T>& p, int64_t chunks, cudaStream_t stream) {
+void launch_token_sum_kernel(const TokenSumParams<T>& p, int64_t chunks, const GpuStream& stream) {
   using Traits = TokenSumTraits<kParts, kRanks>;
   constexpr uint32_t kTiles =
       shared_bytes_of(Traits::kStages * Traits::kChunks * 16) + shared_bytes_of(2 * Traits::SmallTiles::kChunks * 16);
@@ -165,7 +165,7 @@ void launch_token_sum_kernel(const TokenSumParams<T>& p, int64_t chunks, cudaStr
 }
 
 template <class T, int kParts>
-void launch_token_sum(TokenSumParams<T> p, const TokenPassSplit& split, cudaStream_t stream) {
+void launch_token_sum(TokenSumParams<T> p, const TokenPassSplit& split, const GpuStream& stream) {
   p.tokens_per_chunk = split.tokens_per_chunk;
   p.ranges = static_cast<unsigned>(split.ranges);
   p.rank_tiles = static_cast<unsigned>(ceil_div(p.out.rank, kRankTile));

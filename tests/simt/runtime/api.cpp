@@ -1,9 +1,12 @@
 // The functions that Python calls.
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <string>
 
 #include "access.h"
 #include "global_memory.h"
+#include "module.h"
 #include "report.h"
 #include "scheduler.h"
 
@@ -16,9 +19,15 @@ struct CReport {
   uint64_t place;
 };
 
+struct CLaunch {
+  char kernel[256];
+  uint32_t grid[3], threads, shared_bytes;
+};
+
 EXPORT void simt_reset(uint64_t schedule_seed) {
   simt::global_memory().free_all();
   simt::reports().clear();
+  simt::launches().clear();
   simt::set_schedule(schedule_seed);
   simt::races_matter = true;
 }
@@ -46,4 +55,15 @@ EXPORT void simt_get_report(int index, CReport* out) {
   *out = {report.kind.c_str(), report.text.c_str(), report.kernel.c_str(), {}, {}, report.place};
   memcpy(out->block, report.block, sizeof out->block);
   memcpy(out->thread, report.thread, sizeof out->thread);
+}
+
+EXPORT void simt_only_record(int only) { simt::set_only_record(only != 0); }
+
+EXPORT int simt_num_launches() { return static_cast<int>(simt::launches().size()); }
+
+EXPORT void simt_get_launch(int index, CLaunch* out) {
+  const auto& [kernel, shape] = simt::launches()[index];
+  *out = {{}, {shape.grid_x, shape.grid_y, shape.grid_z}, static_cast<uint32_t>(shape.threads), shape.shared_bytes};
+  const std::string name = simt::this_module().function_at(kernel).demangled;
+  memcpy(out->kernel, name.c_str(), std::min(name.size(), sizeof out->kernel - 1));
 }

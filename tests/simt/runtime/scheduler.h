@@ -53,6 +53,16 @@ extern Thread* current_thread;        // null while host code runs
 const LaunchState* current_launch();  // null outside a launch
 Thread& thread_at(int index);
 
+// Launches since the last reset, in order.
+struct PastLaunch {
+  const void* kernel;
+  LaunchShape shape;
+};
+std::vector<PastLaunch>& launches();
+
+// Records launches and does not execute them: for sizes that would take too long.
+void set_only_record(bool only);
+
 // 0: warps and lanes in order. Any other number: blocks, warps and lanes shuffled, and some warps run ahead of others.
 void set_schedule(uint64_t seed);
 

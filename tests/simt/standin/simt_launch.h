@@ -20,7 +20,8 @@ struct SimtCall {
 };
 
 template <class Params>
-void launch(void (*kernel)(Params), dim3 grid, int threads, uint32_t shared_bytes, cudaStream_t, const Params& params) {
+void launch(void (*kernel)(Params), dim3 grid, int threads, uint32_t shared_bytes, const GpuStream&,
+            const Params& params) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   const SimtCall<Params> call{kernel, &params};
   simt::launch({reinterpret_cast<const void*>(kernel), &SimtCall<Params>::run, &call},

@@ -1,13 +1,13 @@
-// Adds the partial sums of several blocks in a fixed order, without atomics: the same bits on every run. shrink.cuh and
-// token_sum.cuh make the partial sums.
+// Adds the partial sums of several blocks in a fixed order, without atomics: the same bits on every run. The passes
+// over x and grad_y make the partial sums.
 #pragma once
 
-#include "../../common/params.h"
-#include "../elements.cuh"
-#include "../launch.cuh"
-#include "../rank_scales.cuh"
+#include "../common/params.h"
+#include "elements.cuh"
+#include "launch.cuh"
+#include "rank_table.cuh"
 
-namespace lora_ext::cuda::fma {
+namespace lora_ext::cuda {
 
 // A block sums kSumElements neighbouring elements; kSumGroups groups of threads share the chunks, so that no thread
 // walks through many chunks alone if there are few elements (decode).
@@ -55,12 +55,12 @@ __global__ void __launch_bounds__(kSumThreads) rank_sums_kernel(const __grid_con
   const A sum = sum_chunks<A>(group_sums, static_cast<const A*>(p.partial) + index, count,
                               index < count ? p.ranges[sibling] : int64_t{0});
   if (threadIdx.x < kSumElements && index < count) {
-    static_cast<A*>(p.out)[index] = p.scales.scale[sibling] * sum;
+    static_cast<A*>(p.out)[index] = p.scales.value[sibling] * sum;
   }
 }
 
 template <class A>
-void launch_rank_sums(const RankSumsParams<A>& p, cudaStream_t stream) {
+void launch_rank_sums(const RankSumsParams<A>& p, const GpuStream& stream) {
   const int64_t blocks = ceil_div(p.num_tokens * p.total_rank, kSumElements);
   launch(&rank_sums_kernel<A>, make_grid(blocks), kSumThreads, 0, stream, p);
 }
@@ -95,11 +95,11 @@ __global__ void __launch_bounds__(kSumThreads) gradient_sums_kernel(const __grid
 }
 
 template <class A>
-void launch_gradient_sums(const GradientSumsParams& p, cudaStream_t stream) {
+void launch_gradient_sums(const GradientSumsParams& p, const GpuStream& stream) {
   int64_t largest = 0;
   for (int i = 0; i < p.num_gradients; ++i) largest = std::max(largest, p.gradients[i].rank * p.gradients[i].pitch);
   const dim3 grid = make_grid(ceil_div(largest, kSumElements), p.num_gradients);
   launch(&gradient_sums_kernel<A>, grid, kSumThreads, 0, stream, p);
 }
 
-}  // namespace lora_ext::cuda::fma
+}  // namespace lora_ext::cuda

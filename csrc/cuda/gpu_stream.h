@@ -1,0 +1,15 @@
+// Where kernels run: a stream, and the facts about its GPU that plans and launches depend on.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+namespace lora_ext::cuda {
+
+struct GpuStream {
+  cudaStream_t stream;
+  // Of the GPU, or of its MIG slice. Plans cut the work into pieces for this many multiprocessors, and the order of
+  // sums follows the pieces: results are the same bits on every run on one kind of GPU.
+  int multiprocessors;
+};
+
+}  // namespace lora_ext::cuda
