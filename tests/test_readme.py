@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from transformers import AutoModelForSequenceClassification
 
 from lora_ext import LoraConfig, cli, inject
@@ -62,6 +63,12 @@ def test_python_of_the_readme(in_tmp_path):
         f"{under_peft}\nfrom lora_ext.integrations.peft import report\nlayers = report(model).layers",
         model=bare_model(),
     )
+
+
+def test_python_of_many_adapters_md():
+    (rows,) = python_blocks("docs/many-adapters.md")
+    names = run(rows, model=bare_model().eval(), ids=torch.ones(3, 4, dtype=torch.int64))
+    assert torch.equal(names["y"].logits, names["same"].logits)
 
 
 def test_python_of_adapters_md(in_tmp_path):

@@ -25,7 +25,7 @@ from lora_ext.injection.trainers import guard_against_trainers, remove_guard
 from lora_ext.model.adapter_set import Adapter, AdapterSet, adapter_set, attach_adapter_set, forget_adapter_set
 from lora_ext.model.adapter_state import forget_guard, guard_loading
 from lora_ext.model.bare_model import BareModel, adapter_layers, root_module
-from lora_ext.model.row_adapters import forget_forward_guard, guard_forward
+from lora_ext.model.row_adapters import forget_adapter_names, serve_adapter_names
 from lora_ext.model.saver import replace_save_pretrained, restore_save_pretrained, savers
 from lora_ext.nn import LoraLayer, LoraLinear
 from lora_ext.nn.input_groups import share_inputs as share_inputs_of
@@ -158,7 +158,7 @@ def apply_injection(model: nn.Module, adapter: Adapter) -> None:
         _switch_off_fast_path(root)
         prepare_quantized(root)
         guard_against_trainers(root)
-        guard_forward(root)
+        serve_adapter_names(root, adapter.into)
         guard_loading(root, adapter.into)
         for module in savers(root):
             guard_loading(module, adapter.into)
@@ -170,7 +170,7 @@ def forget_injection(model: nn.Module) -> None:
     release_quantized(model)
     for module in model.modules():
         forget_adapter_set(module)
-        forget_forward_guard(module)
+        forget_adapter_names(module)
         forget_guard(module)
         restore_save_pretrained(module)
         _restore_fast_path(module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from lora_ext.nn.layer import (
     layers_around,
 )
 from lora_ext.nn.linear import add_lora_biases, add_updates
+from lora_ext.nn.row_updates import RowUpdate, add_chosen
+from lora_ext.nn.rows import RowChoice, row_choice
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
@@ -67,6 +70,7 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
     """
 
     base_kinds = "nn.MultiheadAttention"
+    rows_choose = True
     adapted_along = ("out_proj",)
     weight_name = "in_proj_weight"
 
@@ -169,12 +173,22 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
         Raises:
             ValueError: shapes do not match, ``is_causal`` without a mask, or nested tensors while an adapter is in use.
         """
-        base, names = self.base_layer, self._applied()
+        base, choice = self.base_layer, row_choice(self.active)
+        names = self._applied(choice)
         out_proj = base.out_proj
         out_layers = layers_around(out_proj)
-        if not names and not any(isinstance(layer, LoraLayer) and layer._applied() for layer in out_layers):
+        if (
+            choice is None
+            and not names
+            and not any(isinstance(layer, LoraLayer) and layer._applied() for layer in out_layers)
+        ):
             return base(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         if not (runs_alone(base) and type(base).forward is nn.MultiheadAttention.forward):
+            if choice is not None:
+                raise ValueError(
+                    f"{type(self).__name__}: adapter_names: base_layer has hooks or a replaced forward, so it is "
+                    "called as a whole, with one adapter for all rows; remove them"
+                )
             arguments = query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             return self._call_base(names, *arguments)
         self._check_inputs(query, key, value, key_padding_mask, attn_mask)
@@ -182,8 +196,12 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
             raise ValueError(f"{type(self).__name__}: is_causal is a hint about attn_mask, which is None; pass it")
 
         is_batched = query.dim() == 3
-        project = self._project_packed if self.is_packed else self._project_separate
-        q, k, v = (self._split_heads(y) for y in project((query, key, value), names))
+        if choice is None:
+            project = self._project_packed if self.is_packed else self._project_separate
+            projections = project((query, key, value), names)
+        else:
+            projections = self._project_rows((query, key, value), choice)
+        q, k, v = (self._split_heads(y) for y in projections)
         k, v, num_extra = self._extend(k, v)
         is_causal = is_causal and key_padding_mask is None
         if is_causal and not need_weights:
@@ -200,6 +218,9 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
             weights = weights if is_batched else weights.squeeze(0)
         else:
             weights, y = None, F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
+        if choice is not None:  # out_proj takes rows first
+            y = out_proj(y.transpose(1, 2).flatten(-2))
+            return y if base.batch_first else y.transpose(0, 1), weights
         y = y.transpose(1, 2) if base.batch_first or not is_batched else y.permute(2, 0, 1, 3)
         y = y.flatten(-2)
         return out_proj(y if is_batched else y.squeeze(0)), weights
@@ -265,6 +286,38 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
                 for a in adapters[1:]:
                     y = functional.plus_lora_delta(y, x, a.lora_A, a.lora_B, a.scaling, self._dropout(a))
                 yield y
+
+    def _project_rows(self, inputs: tuple[Tensor, Tensor, Tensor], choice: RowChoice) -> Iterator[Tensor]:
+        """The projections if each row of the batch uses the adapter that ``choice`` gives it."""
+        base, E = self.base_layer, self.base_layer.embed_dim
+        if inputs[0].dim() != 3:
+            raise ValueError(f"{type(self).__name__}: adapter_names needs a batch, but query has no such dimension")
+        held = {name: self.adapters[name] for name in self._applied(choice)}
+        biases = (None, None, None) if self.bias is None else self.bias.chunk(3)
+        for begin, end in _runs(inputs):
+            given = inputs[begin]
+            x, times = choice.aligned(self, given if base.batch_first else given.transpose(0, 1))
+            seeds = functools.cache(lambda _, x=x: functional.draw_seed(x.device))
+            if self.is_packed:
+                rows = slice(begin * E, end * E)
+                bias = None if self.bias is None else self.bias[rows]
+                projections = [(base.in_proj_weight[rows], bias, held, rows)]
+            else:
+                projections = [
+                    (getattr(base, key), bias, {name: adapter[key] for name, adapter in held.items()}, slice(None))
+                    for key, bias in zip(_SEPARATE[begin:end], biases[begin:end], strict=True)
+                ]
+            for weight, bias, adapters, rows in projections:
+                updates = {name: self._row_update(adapter, rows) for name, adapter in adapters.items()}
+                y = F.linear(x, weight, bias).contiguous()
+                y = add_chosen(y, x.to(y.dtype), choice, updates, times, seeds)
+                for part in y.split(E, dim=-1):
+                    yield part if base.batch_first else part.transpose(0, 1)
+
+    def _row_update(self, adapter: LoraAdapter, rows: slice) -> RowUpdate:
+        """The update of some rows of the weight."""
+        bias = None if adapter.lora_bias is None else adapter.lora_bias[rows]
+        return RowUpdate(adapter.lora_A, adapter.lora_B[rows], adapter.scaling, self._dropout(adapter), bias)
 
     def _dropout(self, adapter: LoraAdapter) -> float:
         return adapter.lora_dropout if self.training else 0.0

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_ext.nn.adapter import LoraAdapter
+from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.base_layer import has_forward_of, own_copy, runs_alone, unwrapped, why_not_merge, why_weight_unusable
 from lora_ext.nn.expand import expand_onto_
 from lora_ext.nn.layer import LoraLayer, Matrix
+from lora_ext.nn.rows import RowChoice, add_by_rows, row_choice
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
@@ -34,6 +35,8 @@ class LoraConv(LoraLayer):
     """
 
     base_kinds = "an nn.Conv1d, nn.Conv2d or nn.Conv3d"
+
+    rows_choose = True
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
@@ -86,6 +89,8 @@ class LoraConv(LoraLayer):
         return self.convolution.out_channels
 
     def forward(self, x: Tensor) -> Tensor:
+        if (choice := row_choice(self.active)) is not None:
+            return self._forward_rows(choice, x)
         base = self.base_layer
         y = base(x)
         adapters = self._adapters_in_use()
@@ -95,6 +100,22 @@ class LoraConv(LoraLayer):
         for adapter in adapters:
             y = self._add(y, x, adapter)
         return y
+
+    def _forward_rows(self, choice: RowChoice, x: Tensor) -> Tensor:
+        """The forward if each row uses the adapter that ``choice`` gives it."""
+        size = self.convolution.kernel_size
+        if x.dim() != len(size) + 2:
+            raise ValueError(
+                f"{type(self).__name__}: adapter_names needs a batch, but the layer's input is {list(x.shape)}"
+            )
+        y = self.base_layer(x)
+        given, (x, times) = x, choice.aligned(self, x)
+        y = own_copy(self, y if x is given else y.expand(len(x), *y.shape[1:]))
+
+        def add(y: Tensor, x: Tensor, name: str) -> Tensor:
+            return self._add(y, x, at_hand(self.adapters[name]))
+
+        return add_by_rows(y, x.to(y.device), choice, self._applied(choice), times, add)
 
     def _add(self, y: Tensor, x: Tensor, adapter: LoraAdapter) -> Tensor:
         base = self.convolution

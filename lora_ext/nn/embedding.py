@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
-from lora_ext.nn.adapter import LoraAdapter
+from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.base_layer import has_forward_of, own_copy, runs_alone, unwrapped, why_not_merge, why_weight_unusable
 from lora_ext.nn.expand import expand_onto_
 from lora_ext.nn.layer import LoraLayer
+from lora_ext.nn.rows import RowChoice, add_by_rows, row_choice
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
@@ -56,6 +57,7 @@ class LoraEmbedding(LoraLayer):
     """
 
     base_kinds = "an nn.Embedding"
+    rows_choose = True
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
@@ -106,21 +108,35 @@ class LoraEmbedding(LoraLayer):
         return {f"{path}.lora_embedding_A": adapter.lora_A, f"{path}.lora_embedding_B": adapter.lora_B}
 
     def forward(self, ids: Tensor) -> Tensor:
+        if (choice := row_choice(self.active)) is not None:
+            return self._forward_rows(choice, ids)
         base = self.base_layer
         y = base(ids)
         adapters = self._adapters_in_use()
         if not adapters:
             return y
-        embedding = self.embedding
-        if not (runs_alone(base) and embedding is base):
+        if not (runs_alone(base) and self.embedding is base):
             y = own_copy(self, y)
             ids = ids.to(y.device)
         for adapter in adapters:
-            xa = F.embedding(
-                ids, adapter.lora_A.T, embedding.padding_idx, scale_grad_by_freq=embedding.scale_grad_by_freq
-            )
-            y = expand_onto_(y, scaled_rows(embedding, xa), adapter.lora_B, adapter.scaling)
+            y = self._add(y, ids, adapter)
         return y
+
+    def _add(self, y: Tensor, ids: Tensor, adapter: LoraAdapter) -> Tensor:
+        embedding = self.embedding
+        xa = F.embedding(ids, adapter.lora_A.T, embedding.padding_idx, scale_grad_by_freq=embedding.scale_grad_by_freq)
+        return expand_onto_(y, scaled_rows(embedding, xa), adapter.lora_B, adapter.scaling)
+
+    def _forward_rows(self, choice: RowChoice, ids: Tensor) -> Tensor:
+        """The forward if each row uses the adapter that ``choice`` gives it."""
+        y = self.base_layer(ids)
+        given, (ids, times) = ids, choice.aligned(self, ids)
+        y = own_copy(self, y if ids is given else y.expand(*ids.shape, y.shape[-1]))
+
+        def add(y: Tensor, ids: Tensor, name: str) -> Tensor:
+            return self._add(y, ids, at_hand(self.adapters[name]))
+
+        return add_by_rows(y, ids.to(y.device), choice, self._applied(choice), times, add)
 
     def extra_repr(self) -> str:
         return f"num_embeddings={self.in_features}, embedding_dim={self.out_features}, {self._state()}"

@@ -24,6 +24,7 @@ from lora_ext.quantized import QuantizedWeight
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
+    from lora_ext.nn.rows import RowChoice
 
 
 class ActiveAdapters:
@@ -33,9 +34,12 @@ class ActiveAdapters:
         names: in the order of activation.
         changes: how often a change of the layers has begun or ended; odd during a change.
         warned: the kinds of layers that a warning named (lora_ext/nn/outside_reads.py).
+        row_calls: how many calls whose rows choose adapters are running (lora_ext/nn/rows.py).
+        row_obstacles: ``changes`` and what a model's rows could not choose then (lora_ext/model/row_adapters.py).
     """
 
-    changes = 0
+    changes = row_calls = 0
+    row_obstacles: tuple[int, Any] | None = None
     _disabled: tuple[int, int, tuple[str, ...]] | None = None  # the thread, the depth, the names before
 
     @checked
@@ -107,6 +111,7 @@ class AdapterLayer(nn.Module):
     """
 
     place = 0
+    rows_choose: ClassVar[bool] = False  # whether the forward asks row_choice() (lora_ext/nn/rows.py)
 
     @checked
     def __init__(self, base_layer: nn.Module, active: ActiveAdapters | None = None) -> None:
@@ -341,8 +346,15 @@ class LoraLayer(AdapterLayer):
         """The adapters that the forward adds, with factors on the device that computes."""
         return [at_hand(self.adapters[name]) for name in self._applied()]
 
-    def _applied(self) -> tuple[str, ...]:
-        """The adapters that the forward adds to the base layer's output: those active and not merged."""
+    def _applied(self, choice: RowChoice | None = None) -> tuple[str, ...]:
+        """The adapters that the forward adds to the base layer's output: those active and not merged.
+
+        With a ``choice`` those that some row has chosen. RuntimeError: adapters were merged since the choice was made.
+        """
+        if choice is not None:
+            if self._merged is not None:
+                raise RuntimeError(f"{type(self).__name__}: {self._merged.names} were merged during a call by rows")
+            return tuple(name for name in choice.names if name in self.adapters)
         if self._merged is None:
             return self.active_adapters
         merged = self._merged.names

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_ext import functional
 from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.base_layer import is_conv1d, own_copy, plain_linear, why_not_merge
 from lora_ext.nn.layer import LoraLayer, Matrix
+from lora_ext.nn.row_updates import RowUpdate, add_chosen
+from lora_ext.nn.rows import RowChoice, row_choice
 from lora_ext.nn.shared_inputs import Operands, SharesInputs, shared_inputs
 from lora_ext.quantized import quantized_weight
 
@@ -40,6 +43,7 @@ class LoraLinear(SharesInputs, LoraLayer):
     """
 
     base_kinds = "an nn.Linear or Conv1D"
+    rows_choose = True
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
@@ -92,6 +96,8 @@ class LoraLinear(SharesInputs, LoraLayer):
         return factors
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if (choice := row_choice(self.active)) is not None:
+            return self._forward_rows(choice, x, *args, **kwargs)
         if not (args or kwargs or torch.compiler.is_compiling()) and (shared := shared_inputs(self)) is not None:
             operands = self.operands()
             if type(operands) is Operands:
@@ -116,6 +122,25 @@ class LoraLinear(SharesInputs, LoraLayer):
         for update in updates:
             y = functional.plus_lora_delta(y, x, *update)
         return y
+
+    def _forward_rows(self, choice: RowChoice, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The forward if each row uses the adapter that ``choice`` gives it."""
+        given = x
+        x, times = choice.aligned(self, x)
+        plain = None if args or kwargs else plain_linear(self.base_layer)
+        y = self.base_layer(given, *args, **kwargs) if plain is None else F.linear(given, *plain)
+        if plain is None or x is not given:
+            y = own_copy(self, y.expand(len(x), *y.shape[1:]) if x is not given else y)
+            x = x.to(y.device)
+        seeds = None if (shared := shared_inputs(self)) is None else shared.seeds(self, given)
+        updates = {name: self._row_update(name) for name in self._applied(choice)}
+        return add_chosen(y, x.to(y.dtype), choice, updates, times, seeds)
+
+    def _row_update(self, name: str) -> RowUpdate:
+        adapter = at_hand(self.adapters[name])
+        dropout_p = adapter.lora_dropout if self.training else 0.0
+        lora_B = self._full_lora_B(name, adapter.lora_B)
+        return RowUpdate(adapter.lora_A, lora_B, adapter.scaling, dropout_p, adapter.lora_bias)
 
     def operands(self) -> Operands | str:
         if self._merged is not None:

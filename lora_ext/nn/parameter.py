@@ -18,6 +18,7 @@ from lora_ext.nn.layer import (
     innermost,
     layers_around,
 )
+from lora_ext.nn.rows import RowChoice, row_choice
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
@@ -131,12 +132,19 @@ class LoraParameter(TransparentLayer, LoraLayer):
         return torch.stack([super(LoraParameter, self).delta_weight(name, key) for key in self.matrices()])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if (choice := row_choice(self.active)) is not None:
+            return self._forward_rows(choice, *args, **kwargs)
         names = self._applied()
         if not names:
             return self.base_layer(*args, **kwargs)
         check_not_offloaded(self, self.module, self.parameter_name)
         substitute = {self._path_from_base_layer(): self._updated([at_hand(self.adapters[name]) for name in names])}
         return torch.func.functional_call(self.base_layer, substitute, args, kwargs, tie_weights=False)
+
+    def _forward_rows(self, choice: RowChoice, *args: Any, **kwargs: Any) -> Any:
+        if self._applied(choice):
+            raise ValueError(f"{type(self).__name__}: adapter_names: all rows are computed with one adapter")
+        return self.base_layer(*args, **kwargs)
 
     def _updated(self, adapters: list[LoraAdapter]) -> Tensor:
         weight = self.base_weight

@@ -20,8 +20,10 @@ stays as it is while a graph exists that was made with it.
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -188,6 +190,19 @@ class SharedInputs:
             if y is not None:
                 return y
         return _alone(x, operands, current.seed(operands.dropout_p, x))
+
+    def seeds(self, layer: nn.Module, x: Tensor) -> Callable[[float], Tensor | None] | None:
+        """Returns the dropout seeds by probability for a ``layer`` that computes by itself; None: it draws them."""
+        state = call_state(x)
+        if state is None:
+            return None
+        current, key = _thread.round, id(layer)
+        if current is None or not current.continues(self, key, x, state):
+            if current is not None:
+                current.end(self, key)
+            current = _thread.round = _Round(self, x, state)
+        current.called.add(key)
+        return functools.partial(current.seed, x=x)
 
     def _group_to_compute(self, layer: nn.Module) -> Group | None:
         """The group to compute with ``layer``, or None if ``layer`` is to be computed alone."""

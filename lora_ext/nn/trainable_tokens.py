@@ -12,6 +12,7 @@ from lora_ext._ops.checks import accumulation_dtype
 from lora_ext.nn.base_layer import has_forward_of, own_copy, runs_alone, unwrapped, why_weight_unusable
 from lora_ext.nn.embedding import scaled_rows, why_embedding_unusable
 from lora_ext.nn.layer import TransparentLayer, freeze, innermost
+from lora_ext.nn.rows import RowChoice, add_by_rows, row_choice
 
 
 class TokenRows(nn.Module):
@@ -79,6 +80,7 @@ class TrainableTokens(TransparentLayer):
     """
 
     base_kinds = "an nn.Embedding or nn.Linear"
+    rows_choose = True
     place = -1  # PEFT puts it inside LoRA layers
 
     @staticmethod
@@ -128,6 +130,8 @@ class TrainableTokens(TransparentLayer):
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
+        if (choice := row_choice(self.active)) is not None:
+            return self._forward_rows(choice, x)
         rows_in_use = self.rows_in_use
         y = self.base_layer(x)
         if isinstance(self.inner_layer, nn.Embedding):
@@ -140,6 +144,19 @@ class TrainableTokens(TransparentLayer):
             for rows in rows_in_use:
                 y = self._projected(y, x, rows)
         return y
+
+    def _forward_rows(self, choice: RowChoice, x: Tensor) -> Tensor:
+        """The forward if each row uses the adapter that ``choice`` gives it."""
+        y = self.base_layer(x)
+        given, (x, times) = x, choice.aligned(self, x)
+        y = own_copy(self, y if x is given else y.expand(len(x), *y.shape[1:]))
+        replace = self._looked_up if isinstance(self.inner_layer, nn.Embedding) else self._projected
+
+        def add(y: Tensor, x: Tensor, name: str) -> Tensor:
+            rows = self.adapters[name]
+            return replace(y, x, rows.source if isinstance(rows, TiedRows) else rows)
+
+        return add_by_rows(y, x, choice, tuple(name for name in choice.names if name in self.adapters), times, add)
 
     def _looked_up(self, y: Tensor, ids: Tensor, rows: TokenRows) -> Tensor:
         base = self.inner_layer

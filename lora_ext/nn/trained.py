@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_ext.nn.layer import TransparentLayer
+from lora_ext.nn.rows import call_by_rows, row_choice
 
 
 class TrainedModule(TransparentLayer):
@@ -18,6 +19,8 @@ class TrainedModule(TransparentLayer):
         base_layer: the module; kept, frozen, and used if no active adapter has a copy.
         active: names of the adapters in use, shared with other layers.
     """
+
+    rows_choose = True
 
     def add_adapter(self, name: str, copy: nn.Module) -> None:
         """Adds ``copy`` under ``name`` and freezes the module itself. ValueError: the name is taken."""
@@ -35,6 +38,8 @@ class TrainedModule(TransparentLayer):
         return self._modules["base_layer"]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if (choice := row_choice(self.active)) is not None:
+            return call_by_rows(choice, self, self.adapters, self.base_layer, args, kwargs)
         return self.in_use(*args, **kwargs)
 
     def _base_state_dict(self, **kwargs: Any) -> dict[str, Any]:

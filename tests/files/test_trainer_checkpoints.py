@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from support.models import bert, llama, refused, token_ids
+from support.models import bert, llama, token_ids
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -178,17 +178,3 @@ def test_save_model_of_a_merged_model_gives_the_merged_model(tmp_path):
     trainer(model, tmp_path / "run").save_model(str(tmp_path / "merged"))
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert torch.equal(again(ids).logits, expected)
-
-
-def test_adapter_names_are_refused_in_forward_and_generate():
-    base = llama().eval()
-    ids = token_ids()
-    base(ids, adapter_names=["__base__", "default"])  # the model itself says nothing
-    model = injected(base, target_modules=["q_proj"], init_lora_weights=False).eval()
-    copied = copy.deepcopy(model)
-    for held in (model, copied, merge(copied)):
-        with refused(held, ValueError, "LlamaForCausalLM: adapter_names", "set_adapter(model, name)"):
-            held(ids, adapter_names=["__base__", "default"])
-        with refused(held, ValueError, "adapter_names"):
-            held.generate(ids, adapter_names=["__base__", "default"], max_new_tokens=2)
-    model(ids, adapter_names=None)

@@ -1,4 +1,4 @@
-"""``adapter_names``, one adapter for each row, is refused instead of swallowed by a model's ``**kwargs``."""
+"""Which models take ``adapter_names``: injected ones and their copies, instead of swallowing it in ``**kwargs``."""
 
 from __future__ import annotations
 
@@ -35,19 +35,28 @@ def injected(model: nn.Module) -> nn.Module:
 ROWS = {"adapter_names": ["default", "__base__"]}
 
 
-@pytest.mark.parametrize("how", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), torch.compile])
-def test_it_is_refused_by_the_model_and_its_copies(how):
+@pytest.mark.parametrize("how", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_the_model_and_its_copies_take_it(how):
     model, x = injected(Swallows()), torch.randn(2, 4)
     other = how(model)
-    with refused(model, ValueError, "Swallows: adapter_names asks for one adapter for each row", "set_adapter"):
-        other(x, **ROWS)
+    torch.testing.assert_close(other(x, **ROWS), torch.stack([model(x)[0], model.linear.base_layer(x)[1]]))
     assert torch.equal(other(x, adapter_names=None, anything=1), model(x))
+
+
+def test_a_compiled_model_refuses_it():
+    model, x = injected(Swallows()), torch.randn(2, 4)
+    compiled = torch.compile(model)
+    with refused(model, ValueError, "adapter_names: a compiled model", "compiled._orig_mod"):
+        compiled(x, **ROWS)
+    assert torch.equal(compiled(x, adapter_names=None, anything=1), model(x))
 
 
 def test_a_second_adapter_adds_no_second_hook():
     model = injected(Swallows())
     inject(model, LoraConfig(r=2, target_modules=["linear"]), "b")
-    assert len(model._forward_pre_hooks) == 1 and len(model._load_state_dict_pre_hooks) == 1
+    assert (
+        len(model._forward_pre_hooks) == len(model._forward_hooks) == 1 and len(model._load_state_dict_pre_hooks) == 1
+    )
 
 
 def test_it_breaks_no_graph():
@@ -58,7 +67,7 @@ def test_it_breaks_no_graph():
 
 
 @pytest.mark.parametrize("undo", [unload, merge_and_unload])
-def test_unloading_removes_the_check(undo):
+def test_unloading_removes_it(undo):
     model, x = undo(injected(Swallows())), torch.randn(2, 4)
     assert torch.equal(model(x, **ROWS), model(x))
 

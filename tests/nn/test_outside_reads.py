@@ -28,7 +28,7 @@ from transformers import (
 
 from lora_ext import LoraConfig, inject
 from lora_ext.adapters import disable_adapters, lora_modules, merge, merge_and_unload
-from lora_ext.model.row_adapters import refuse_adapter_names
+from lora_ext.model.row_adapters import end_choice, take_adapter_names
 
 ALIVE = {"r": 2, "lora_alpha": 4, "init_lora_weights": False}
 SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2}
@@ -36,11 +36,11 @@ EXPERTS = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_siz
 
 
 def hooks(model: nn.Module) -> list[Callable]:
-    """The hooks in ``model``, without the one that every injected model has."""
+    """The hooks in ``model``, without those that every injected model has."""
     found = [
         hook for m in model.modules() for held in (m._forward_hooks, m._forward_pre_hooks) for hook in held.values()
     ]
-    return [hook for hook in found if hook is not refuse_adapter_names]
+    return [hook for hook in found if hook not in (take_adapter_names, end_choice)]
 
 
 def mamba() -> nn.Module:
@@ -269,4 +269,4 @@ def test_reads_outside_of_a_forward():
     with no_warnings():
         for _ in range(3):
             assert model.read.weight.sum() + model.read.weight.norm()
-    assert not vars(model)["_forward_hooks"] and "_outside_reads" not in vars(model.read)
+    assert not hooks(model) and "_outside_reads" not in vars(model.read)

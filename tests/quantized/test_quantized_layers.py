@@ -22,7 +22,7 @@ from torchao.quantization import (
 from torchao.quantization.quant_primitives import MappingType
 from torchao.quantization.quantize_.workflows import Int4TilePackedTo4dTensor
 
-from lora_ext import LoraConfig, inject, load_adapter, save_adapter
+from lora_ext import LoraConfig, inject, load_adapter, save_adapter, set_adapter
 from lora_ext.adapters import disable_adapters, unload
 from lora_ext.nn import LoraLinear
 from lora_ext.quantized import quantized_weight
@@ -313,3 +313,16 @@ def test_bitsandbytes_on_the_cpu_rounds_widths_beside_its_block_size_badly():
     codes, state = bitsandbytes.functional.quantize_4bit(values, quant_type="nf4")
     error = (bitsandbytes.functional.dequantize_4bit(codes, state) - values).norm() / values.norm()
     assert error > 0.15
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_rows_choose_their_adapters(format):
+    model, x = net(format), torch.randn(4, 3, 64)
+    inject(model, CONFIG, "a")
+    inject(model, dataclasses.replace(CONFIG, r=2, lora_alpha=3), "b")
+    model.eval()
+    with torch.no_grad():
+        y = model(x, adapter_names=["b", "__base__", "a", "b"])
+        for i, name in enumerate(["b", "__base__", "a", "b"]):
+            set_adapter(model, [] if name == "__base__" else name)
+            assert_same([y[i]], [model(x)[i]])

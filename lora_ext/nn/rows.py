@@ -1,0 +1,324 @@
+"""Rows of a batch that choose their adapters: which one each row uses, for the layers of the model that is called.
+
+A choice belongs to a call and its thread: a context variable holds it, and the model does not change. So threads may
+run one model with different choices at the same time. Activation checkpointing runs a part of the forward again in the
+backward, when the call is long over; :func:`_follow_checkpoints` gives that part its choice.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lora_ext.nn.layer import ActiveAdapters, AdapterLayer
+
+BASE = "__base__"
+"""The name that stands for no adapter, as in PEFT."""
+
+_current: ContextVar[RowChoice | None] = ContextVar("lora_ext_row_choice", default=None)
+_count_lock = threading.Lock()
+
+
+class RowChoice:
+    """The adapters that the rows of a batch use.
+
+    Attributes:
+        active: the shared state of the layers that the choice is for.
+        names: the distinct names, without :data:`BASE`.
+        rows: for each row the position of its name in ``names``, or -1.
+        multiples: how many rows of a layer's input may belong to one name. A batch of ``n`` names has ``n`` rows; the
+            beams of a search make them ``n * beams``, and models that flatten their tokens ``n * length``.
+        slots: by name, the slots of a pool's storage; the other names are adapters of the layers.
+        has_gradients: whether gradients were enabled when the call began; reentrant checkpoints disable them in it.
+        outer: the choice of the call around this one, which may be of another model.
+        frames: the Python frames of the call, if it has no other end than them.
+    """
+
+    def __init__(self, active: ActiveAdapters, names: Sequence[str], slots: Mapping[str, int] | None = None) -> None:
+        self.active = active
+        numbers = {name: i for i, name in enumerate(dict.fromkeys(name for name in names if name != BASE))}
+        self.names = tuple(numbers)
+        self.rows = [numbers.get(name, -1) for name in names]
+        self.multiples = frozenset((1,))
+        self.slots = slots or {}
+        self.has_gradients = False
+        self.outer: RowChoice | None = None
+        self.frames: tuple[FrameType | None, ...] = ()
+        self._groups: dict[tuple, Tensor] = {}
+
+    def aligned(self, layer: AdapterLayer, x: Tensor) -> tuple[Tensor, int]:
+        """Returns ``x`` and how many consecutive rows of it belong to each name.
+
+        A single row, such as the position ids of all rows of the batch, is repeated for each name.
+
+        Raises:
+            ValueError: the first dimension of ``x`` does not fit the names.
+        """
+        n = len(self.rows)
+        rows = x.shape[0] if x.dim() else 0
+        is_last = x.dim() > 2 and x.shape[1] == n  # may be [length, batch, features]
+        if rows == n:
+            return x, 1
+        if rows == 1 and not is_last:
+            return x.expand(n, *x.shape[1:]), 1
+        times, rest = divmod(rows, n) if n else (0, rows)
+        if rest or times not in self.multiples:
+            raise ValueError(
+                f"{type(layer).__name__}: adapter_names has {n} names, but the layer's input has the shape "
+                f"{list(x.shape)}, whose rows do not belong to one name each; leave this module out of the adapters, "
+                "or call the model once for each adapter (set_adapter)"
+            )
+        return x, times
+
+    def groups(self, present: tuple[str, ...], times: int, device: torch.device, with_slots: bool = False) -> Tensor:
+        """Returns for each row of a layer's input the number of its group, int64 ``[rows]``; -1: no group.
+
+        Groups are the names in ``present``, then with ``with_slots`` the slots of the pool.
+        """
+        key = present, times, device, with_slots
+        groups = self._groups.get(key)
+        if groups is None:
+            numbers = {name: i for i, name in enumerate(present)}
+            if with_slots:
+                numbers |= {name: len(present) + slot for name, slot in self.slots.items()}
+            of_name = [numbers.get(name, -1) for name in self.names] + [-1]  # index -1: BASE
+            of_row = [of_name[i] for i in self.rows for _ in range(times)]
+            groups = self._groups[key] = torch.tensor(of_row, dtype=torch.int64, device=device)
+        return groups
+
+
+def row_choice(active: ActiveAdapters) -> RowChoice | None:
+    """The choice that is in force for layers that share ``active``, or None."""
+    if torch.compiler.is_compiling():
+        # Compiled code holds for all choices: it guards on whether some thread's rows choose, and then asks.
+        if active.row_calls > 0:
+            _refuse_if_chosen(active)
+        return None
+    choice = chosen(active)
+    if choice is not None and choice.has_gradients:
+        _follow_checkpoints(choice)
+    return choice
+
+
+def chosen(active: ActiveAdapters) -> RowChoice | None:
+    """Like :func:`row_choice`, outside of layers."""
+    choice = _current.get()
+    while choice is not None and choice.active is not active:
+        choice = choice.outer
+    return choice
+
+
+# --- the time of a choice ---------------------------------------------------------------------------------------------
+
+
+def enter(choice: RowChoice) -> None:
+    """Begins a call with ``choice``, which :func:`leave` ends."""
+    with _count_lock:
+        choice.active.row_calls += 1
+    choice.outer = _current.get()
+    choice.has_gradients = torch.is_grad_enabled()
+    _current.set(choice)
+
+
+def leave(choice: RowChoice) -> None:
+    _current.set(choice.outer)
+    choice.frames = ()
+    with _count_lock:
+        choice.active.row_calls -= 1
+
+
+@contextmanager
+def choosing(choice: RowChoice) -> Iterator[None]:
+    """Puts ``choice`` in force within the context."""
+    enter(choice)
+    try:
+        yield
+    finally:
+        leave(choice)
+
+
+def drop_interrupted() -> None:
+    """Ends calls that Ctrl-C left without running their hooks: their frames are not on the stack."""
+    choice = _current.get()
+    while choice is not None and choice.frames and not _is_running(choice.frames):
+        leave(choice)
+        choice = choice.outer
+
+
+def _is_running(frames: tuple[FrameType | None, ...]) -> bool:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame in frames:
+            return True
+        frame = frame.f_back
+    return False
+
+
+# --- activation checkpointing -----------------------------------------------------------------------------------------
+
+
+class _Recompute:
+    """Runs a checkpointed function again with the choices of its first run, one for each model that is called in it."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self.choices: dict[ActiveAdapters, RowChoice] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for choice in self.choices.values():
+                stack.enter_context(choosing(_Again(choice)))
+            return self.function(*args, **kwargs)
+
+
+class _Again(RowChoice):
+    """The same choice, entered another time: in the backward, other calls may be around it."""
+
+    def __init__(self, choice: RowChoice) -> None:
+        vars(self).update(vars(choice), frames=())
+
+
+def _follow_checkpoints(choice: RowChoice) -> None:
+    """Makes the checkpointed functions that are running now run again with ``choice``.
+
+    They are found on the stack: a reentrant one is ``ctx.run_function``, another one belongs to an object that the
+    local generator of ``checkpoint`` holds.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code is not _RECOMPUTE:
+        if frame.f_globals is _CHECKPOINT and (held := _checkpointed(frame)) is not None:
+            function = getattr(*held)
+            if not isinstance(function, _Recompute):
+                function = _Recompute(function)
+                setattr(*held, function)
+            function.choices[choice.active] = choice
+        frame = frame.f_back
+
+
+def _checkpointed(frame: FrameType) -> tuple[Any, str] | None:
+    """The object and the attribute that hold the checkpointed function which ``frame`` runs, or None."""
+    name = frame.f_code.co_name
+    if name == "forward" and "run_function" in frame.f_locals:
+        return frame.f_locals["ctx"], "run_function"
+    if name == "checkpoint" and (generator := frame.f_locals.get("gen")) is not None:
+        held = generator.gi_frame.f_locals.get("new_frame")
+        return None if held is None else (held, "recompute_fn")
+    return None
+
+
+_CHECKPOINT = vars(torch.utils.checkpoint)
+_RECOMPUTE = _Recompute.__call__.__code__
+
+# --- compiled models --------------------------------------------------------------------------------------------------
+
+
+@torch.compiler.disable
+def _refuse_if_chosen(active: ActiveAdapters) -> None:
+    if chosen(active) is not None:
+        refuse_compiled()
+
+
+@torch.compiler.disable
+def refuse_compiled() -> NoReturn:
+    raise ValueError(
+        "adapter_names: a compiled model would be compiled again for every choice of adapters; call the model that is "
+        "not compiled (compiled._orig_mod), or generate(..., disable_compile=True)"
+    )
+
+
+def first_rows(values: Mapping[str, Any], main: str | None) -> tuple[str, Tensor] | None:
+    """The name and the value of the argument that says how many rows a batch has, or None."""
+    tensors = dict(_tensors(values))
+    for name in (main, "input_ids", "decoder_input_ids", "inputs_embeds", *tensors):
+        if name in tensors:
+            return name, tensors[name]
+    return None
+
+
+def _tensors(values: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            if value.dim():
+                yield name, value
+        elif isinstance(value, Mapping):
+            yield from _tensors(value)
+
+
+def token_multiples(values: Mapping[str, Any], rows: int, times: int) -> frozenset[int]:
+    """How many rows of a layer's input may belong to a name: one, ``times``, or all tokens of these.
+
+    Args:
+        values: the arguments of the model's forward.
+        rows: of its batch.
+        times: the rows of the batch that belong to one name.
+    """
+    lengths = {tensor.shape[1] for _, tensor in _tensors(values) if tensor.dim() > 1 and tensor.shape[0] == rows}
+    return frozenset((1, times, *(times * length for length in lengths)))
+
+
+def sliced(value: Any, index: Tensor, rows: int) -> Any:
+    """The chosen rows of ``value`` if it is a tensor with as many rows as the batch, otherwise ``value``."""
+    return value[index] if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows else value
+
+
+def add_by_rows(
+    y: Tensor,
+    x: Tensor,
+    choice: RowChoice,
+    present: tuple[str, ...],
+    times: int,
+    add: Callable[[Tensor, Tensor, str], Tensor],
+) -> Tensor:
+    """Replaces the rows of ``y`` that belong to an adapter by ``add(rows of y, rows of x, name)``, in place.
+
+    Args:
+        y, x: output and input of a layer, row by row.
+        present: the adapters that the layer has; rows of other names stay as they are.
+        times: consecutive rows for each name.
+    """
+    groups = choice.groups(present, times, y.device)
+    for i, name in enumerate(present):
+        rows = (groups == i).nonzero().squeeze(1)
+        y = y.index_copy_(0, rows, add(y[rows], x[rows], name))
+    return y
+
+
+def call_by_rows(
+    choice: RowChoice, layer: AdapterLayer, modules: Mapping[str, nn.Module], base: nn.Module, args: tuple, kwargs: dict
+) -> Tensor:
+    """Calls for each row the module of its adapter, or ``base``; every module once, with all its rows.
+
+    Raises:
+        ValueError: the first argument is no tensor with a row for each name, or a module returns something else.
+    """
+    if not args or not isinstance(args[0], Tensor):
+        raise ValueError(f"{type(layer).__name__}: adapter_names needs a tensor as the first argument of the layer")
+    x, times = choice.aligned(layer, args[0])
+    rows = x.shape[0]
+    present = tuple(name for name in choice.names if name in modules)
+    groups = choice.groups(present, times, x.device)
+    outputs, order = [], []
+    for i in range(-1, len(present)):
+        index = (groups == i).nonzero().squeeze(1)
+        if len(index):
+            module = base if i < 0 else modules[present[i]]
+            more = {name: sliced(value, index, rows) for name, value in kwargs.items()}
+            y = module(x[index], *(sliced(value, index, rows) for value in args[1:]), **more)
+            if not isinstance(y, Tensor) or not y.dim() or y.shape[0] != len(index):
+                raise ValueError(
+                    f"{type(layer).__name__}: adapter_names needs a module that returns a tensor with a row for each "
+                    f"row of its input, not a {type(y).__name__}"
+                )
+            outputs.append(y)
+            order.append(index)
+    return torch.cat(outputs)[torch.cat(order).argsort()]

@@ -1,0 +1,524 @@
+"""``adapter_names``: every row of a batch gets what a call with its adapter alone computes."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from peft import PeftModel
+from support.models import Net, bert, gpt2, llama, refused, shaken, token_ids
+from torch import Tensor, nn
+from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
+
+from lora_ext import LoraConfig, inject, merge, save_adapter, set_adapter, unmerge
+from lora_ext.adapters import choose_adapters, delete_adapter, disable_adapters, unload
+from lora_ext.nn.rows import _current
+
+NAMES = ["b", "__base__", "a", "b", "c"]
+RANKS = {"a": 2, "b": 5, "c": 3}
+
+
+def with_adapters(model: nn.Module, targets: list[str], same: bool = False, **options) -> nn.Module:
+    """Adds adapters a, b and c, of different ranks, scalings and targets; c lacks the last target unless ``same``."""
+    for name, r in RANKS.items():
+        mine = targets if same or name != "c" else targets[:-1] or targets
+        config = {"r": r, "lora_alpha": 2 * r + len(name), "target_modules": mine, "init_lora_weights": False}
+        inject(model, LoraConfig(**config | options), name)
+    return shaken(model).eval()
+
+
+def alone(model: nn.Module, name: str, call: Callable[[], Tensor]) -> Tensor:
+    set_adapter(model, [] if name == "__base__" else name)
+    return call()
+
+
+def assert_rows_equal(model: nn.Module, call: Callable[..., Tensor], names: list[str] = NAMES, **tolerance) -> None:
+    """Checks that each row of ``call`` equals the row of a call with its adapter alone; and that they differ."""
+    active = model._lora_adapters.active.names
+    y = call(adapter_names=names)
+    for name in dict.fromkeys(names):
+        rows = [i for i, chosen in enumerate(names) if chosen == name]
+        torch.testing.assert_close(y[rows], alone(model, name, call)[rows], **tolerance)
+        other = alone(model, "a" if name == "b" else "b", call)
+        assert not torch.allclose(y[rows], other[rows], atol=1e-5)
+    set_adapter(model, active)
+    assert _current.get() is None and model._lora_adapters.active.row_calls == 0
+
+
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv1d(3, 4, 3, padding=1, padding_mode="circular")
+        self.two = nn.Conv2d(1, 6, 2, stride=2)
+        self.grouped = nn.Conv2d(6, 2, 1, groups=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.grouped(self.two(self.one(x).tanh().unsqueeze(1)).tanh())
+
+
+class Positions(nn.Module):
+    """Looks up positions once for all rows, as GPT-2 does, and flattens its tokens, as OPT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.position, self.head = nn.Embedding(9, 6), nn.Embedding(9, 6, padding_idx=0), nn.Linear(6, 4)
+
+    def forward(self, ids: Tensor, **kwargs) -> Tensor:
+        x = self.token(ids) + self.position(torch.arange(ids.shape[1]).unsqueeze(0))
+        return self.head(x.flatten(0, 1)).view(*ids.shape, -1)
+
+
+class Attention(nn.Module):
+    def __init__(self, batch_first: bool, kdim: int | None, need_weights: bool) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=batch_first, kdim=kdim, vdim=kdim)
+        self.kdim, self.need_weights = kdim, need_weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        attention = self.attention
+        x = x if attention.batch_first else x.transpose(0, 1)
+        memory = x if self.kdim is None else x[..., : self.kdim]
+        y, weights = attention(x, memory, memory, need_weights=self.need_weights)
+        y = y if attention.batch_first else y.transpose(0, 1)
+        return y if weights is None else torch.cat([y, weights], dim=-1)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], list[str], Callable[[], Tensor]]] = {
+    "linear": (Net, ["up", "head"], lambda: torch.randn(5, 6)),
+    "convolution": (Convolutions, ["one", "two", "grouped"], lambda: torch.randn(5, 3, 8)),
+    "embedding": (Positions, ["token", "position", "head"], lambda: torch.randint(9, (5, 7))),
+    "attention": (lambda: Attention(True, None, False), ["attention"], lambda: torch.randn(5, 4, 8)),
+    "weights": (lambda: Attention(True, None, True), ["attention"], lambda: torch.randn(5, 4, 8)),
+    "length first": (lambda: Attention(False, None, False), ["attention"], lambda: torch.randn(5, 4, 8)),
+    "separate": (lambda: Attention(True, 5, False), ["attention"], lambda: torch.randn(5, 4, 8)),
+    "out_proj": (lambda: Attention(False, None, False), ["out_proj"], lambda: torch.randn(5, 4, 8)),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_bias": True}, {"use_rslora": True}], ids=str)
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_kind_of_layer(kind, options):
+    make, targets, inputs = MODELS[kind]
+    if kind == "embedding" and options.get("lora_bias"):
+        targets = targets[2:]
+    model, x = with_adapters(make(), targets, **options), inputs()
+    with torch.no_grad():
+        assert_rows_equal(model, lambda **names: model(x, **names))
+
+
+def test_packed_projections():
+    model, ids = with_adapters(gpt2(), ["c_attn", "c_proj"], enable_lora=None), token_ids(5)
+    inject(model, LoraConfig(r=2, target_modules=["c_attn"], enable_lora={"c_attn": [True, False, True]}), "d")
+    shaken(model)
+    with torch.no_grad():
+        assert_rows_equal(model, lambda **names: model(ids, **names).logits, ["b", "d", "a", "d", "__base__"])
+
+
+def test_modules_trained_in_full_and_token_rows():
+    model, ids = bert(), token_ids(5)
+    inject(model, LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"]), "a")
+    inject(model, LoraConfig(r=3, target_modules=["value"], trainable_token_indices={"word_embeddings": [3, 4]}), "b")
+    inject(model, LoraConfig(r=3, target_modules=["value"], modules_to_save=["classifier", "pooler"]), "c")
+    for name in "abc":
+        shaken(set_adapter(model, name))
+    ids[:, 2] = 3
+    model.eval()
+    with torch.no_grad():
+        assert_rows_equal(model, lambda **names: model(ids, **names).logits)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_output_heads(tied):
+    model, ids = llama(tied), token_ids(5)
+    options = {"ensure_weight_tying": True} if tied else {}
+    model = with_adapters(model, ["q_proj", "embed_tokens", "lm_head"], **options)
+    with torch.no_grad():
+        assert_rows_equal(model, lambda **names: model(ids, **names).logits)
+
+
+@pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16])
+def test_16_bit_models(factors):
+    model, ids = with_adapters(llama().to(torch.bfloat16), ["q_proj", "up_proj"]), token_ids(5)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(factors)
+    with torch.no_grad():
+        assert_rows_equal(model, lambda **names: model(ids, **names).logits, rtol=0.05, atol=0.02)
+
+
+def test_peft_computes_the_same(tmp_path):
+    model, ids = with_adapters(llama(), ["q_proj", "down_proj"]), token_ids(5)
+    theirs = unload(copy.deepcopy(model))
+    for name in RANKS:
+        save_adapter(model, tmp_path / name, name)
+    theirs = PeftModel.from_pretrained(theirs, tmp_path / "a", "a")
+    theirs.load_adapter(tmp_path / "b", "b")
+    theirs.load_adapter(tmp_path / "c", "c")
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, adapter_names=NAMES).logits, theirs(ids, adapter_names=NAMES).logits)
+        generate = {"adapter_names": NAMES, "max_new_tokens": 4, "num_beams": 2, "pad_token_id": 0}
+        assert torch.equal(model.generate(ids, **generate), theirs.generate(input_ids=ids, **generate))
+
+
+def test_layers_with_hooks_are_called():
+    model, x = with_adapters(Net(), ["up", "head"]), torch.randn(5, 6)
+    model.head.base_layer.register_forward_hook(lambda module, args, y: 2 * y)
+    with torch.no_grad():
+        assert_rows_equal(model, lambda **names: model(x, **names))
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_modes(mode):
+    model, x = with_adapters(Net(), ["up", "head"]), torch.randn(5, 6)
+    with mode():
+        assert_rows_equal(model, lambda **names: model(x, **names), rtol=0.05, atol=0.05)
+
+
+def test_which_adapters_are_active_has_no_influence():
+    model, x = with_adapters(Net(), ["up", "head"]), torch.randn(5, 6)
+    expected = model(x, adapter_names=NAMES)
+    for active in ([], ["a"], ["a", "b", "c"]):
+        assert torch.equal(set_adapter(model, active)(x, adapter_names=NAMES), expected)
+    with disable_adapters(model):  # as in PEFT
+        torch.testing.assert_close(model(x, adapter_names=NAMES), model(x))
+
+
+@pytest.mark.parametrize("other", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_have_it(other):
+    model, ids = with_adapters(llama(), ["q_proj", "v_proj"]), token_ids(5)
+    expected = model(ids, adapter_names=NAMES).logits
+    copied = other(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(copied(ids, adapter_names=NAMES).logits, expected)
+    assert copied.generate.model is copied
+    delete_adapter(copied, "b")
+    assert torch.isfinite(copied(ids, adapter_names=["a"] * 5).logits).all()
+    unload(copied)
+    assert "generate" not in vars(copied) and not copied._forward_hooks and not copied._forward_pre_hooks
+
+
+# --- generate ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("cache", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
+def test_generate_with_left_padding(beams, cache):
+    model = with_adapters(llama(), ["q_proj", "v_proj", "down_proj", "lm_head"])
+    ids, mask = token_ids(5), torch.ones(5, 7, dtype=torch.int64)
+    ids[1, :3], mask[1, :3] = 0, 0
+    ids[3, :1], mask[3, :1] = 0, 0
+    options = {"attention_mask": mask, "max_new_tokens": 4, "num_beams": beams, "do_sample": False, "pad_token_id": 0}
+    tokens = model.generate(ids, adapter_names=NAMES, **options, **cache)
+    for i, name in enumerate(NAMES):
+        assert torch.equal(tokens[i], alone(model, name, lambda: model.generate(ids, **options, **cache))[i])
+    assert _current.get() is None
+
+
+def test_generate_several_sequences():
+    model, ids = with_adapters(llama(), ["q_proj", "v_proj"]), token_ids(5)
+    options = {"max_new_tokens": 3, "num_return_sequences": 2, "do_sample": True, "pad_token_id": 0}
+    options |= {"output_logits": True, "return_dict_in_generate": True, "attention_mask": torch.ones_like(ids)}
+    first = model.generate(ids, adapter_names=NAMES, **options).logits[0].view(5, 2, -1)
+    for i, name in enumerate(NAMES):
+        expected = alone(model, name, lambda: model(ids).logits)[i, -1]
+        torch.testing.assert_close(first[i], torch.stack([expected, expected]))
+
+
+def test_generate_of_an_encoder_and_a_decoder():
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "vocab_size": 50}
+    model = with_adapters(T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)), ["q", "v", "wo"])
+    ids = token_ids(5)
+    options = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False}
+    tokens = model.generate(input_ids=ids, adapter_names=NAMES, **options)
+    for i, name in enumerate(NAMES):
+        expected = alone(model, name, lambda: model.generate(input_ids=ids, **options))[i]
+        assert torch.equal(tokens[i, : len(expected)], expected[: tokens.shape[1]])
+
+
+def test_code_that_cannot_pass_the_names():
+    model, x = with_adapters(Net(), ["up", "head"]), torch.randn(5, 6)
+    with torch.no_grad():
+        expected, of_a = model(x, adapter_names=NAMES), alone(model, "a", lambda: model(x))
+        with choose_adapters(model, NAMES):
+            assert torch.equal(model(x), expected)
+            twice = model(x.repeat_interleave(2, 0))
+            torch.testing.assert_close(twice, expected.repeat_interleave(2, 0))
+            torch.testing.assert_close(model(x, adapter_names=["a"] * 5), of_a)
+            with pytest.raises(ValueError, match="adapter_names has 5 names, but argument 1 has 4 rows"):
+                model(x[:4])
+            torch.testing.assert_close(model(x), expected)
+        assert torch.equal(model(x), of_a)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["plain", "reentrant", "not reentrant"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_training_equals_separate_runs(dropout, checkpointing):
+    # Layers without the adapter draw no seed, so masks are the same only if all adapters have the same layers.
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
+    model = with_adapters(llama(), targets, same=dropout > 0, lora_dropout=dropout)
+    ids, names = token_ids(5), ["b", "c", "a", "b", "__base__"]
+    model.train()
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        model.enable_input_require_grads()
+    set_adapter(model, ["a", "b", "c"])
+
+    def losses(**names) -> Tensor:
+        torch.manual_seed(7)
+        logits = model(ids, use_cache=False, **names).logits[:, :-1]
+        return nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").sum(1)
+
+    together = losses(adapter_names=names)
+    grads = gradients(model, together.sum())
+    seen = set()
+    for name in RANKS:
+        set_adapter(model, name)
+        rows = torch.tensor([name == chosen for chosen in names])
+        separate = losses()
+        torch.testing.assert_close(together[rows], separate[rows])
+        expected = gradients(model, separate[rows].sum())
+        for parameter, grad in expected.items():
+            torch.testing.assert_close(grads[parameter], grad, rtol=1e-4, atol=1e-6)
+        seen |= expected.keys()
+    assert grads.keys() == seen
+
+
+def test_two_batches_before_their_backwards():
+    model, ids = with_adapters(llama(), ["q_proj", "down_proj"]), token_ids(4)
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    set_adapter(model, ["a", "b", "c"])
+    batches = [["a", "b", "c", "a"], ["c", "c", "a", "__base__"]]
+    expected = [gradients(model, model(ids, labels=ids, adapter_names=names).loss) for names in batches]
+    losses = [model(ids, labels=ids, adapter_names=names).loss for names in batches]
+    for loss, grads in reversed(list(zip(losses, expected, strict=True))):
+        found = gradients(model, loss)
+        assert found.keys() == grads.keys()
+        for name, grad in grads.items():
+            torch.testing.assert_close(found[name], grad)
+
+
+def test_a_checkpoint_of_two_models():
+    one, two = (with_adapters(Net(), ["up", "head"]).train() for _ in range(2))
+    for model in (one, two):
+        set_adapter(model, ["a", "b", "c"])
+        model.norm = nn.Identity()
+    head, x = nn.Linear(3, 6), torch.randn(5, 6, requires_grad=True)
+
+    def both(x: Tensor) -> Tensor:
+        return two(head(one(x, adapter_names=NAMES)), adapter_names=NAMES[::-1]).square().sum()
+
+    both(x).backward()
+    expected = [
+        p.grad.clone() for p in (*one.parameters(), *two.parameters()) if p.requires_grad and p.grad is not None
+    ]
+    for reentrant in (True, False):
+        one.zero_grad(), two.zero_grad()
+        torch.utils.checkpoint.checkpoint(both, x, use_reentrant=reentrant).backward()
+        grads = [p.grad for p in (*one.parameters(), *two.parameters()) if p.requires_grad and p.grad is not None]
+        torch.testing.assert_close(grads, expected)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+BAD_NAMES = [
+    (["a", "b", "x", "y", "a"], KeyError, "Net: there is no adapter 'x'; the adapters are ['a', 'b', 'c']"),
+    (["a", "b"], ValueError, "Net: adapter_names has 2 names, but argument 1 has 5 rows; pass a name for each row"),
+    ([], ValueError, "Net: adapter_names is empty, want a name for each row"),
+    ("a", TypeError, "Net: adapter_names is of type str, want a list with a name per row"),
+    (["a", None, "a", "a", "a"], TypeError, "Net: adapter_names is of type list, want a list with a name per row"),
+    ({"a": 1}, TypeError, "Net: adapter_names is of type dict, want a list with a name per row"),
+]
+
+
+@pytest.mark.parametrize(("names", "error", "text"), BAD_NAMES)
+def test_bad_names(names, error, text):
+    model, x = with_adapters(Net(), ["up", "head"]), torch.randn(5, 6)
+    ran = []
+    model.blocks[0].register_forward_pre_hook(lambda *_: ran.append(1))
+    with refused(model, error, text):
+        model(x, adapter_names=names)
+    assert not ran
+    if "argument" not in text:
+        with pytest.raises(error, match="choose_adapters: "), choose_adapters(model, names):
+            pass
+
+
+def test_merged_adapters_are_refused():
+    model, x = with_adapters(Net(), ["up", "head"]), torch.randn(5, 6)
+    expected = model(x, adapter_names=NAMES)
+    merge(model, "a")
+    with refused(model, ValueError, "Net: adapter_names: 'a' is merged into 'blocks.0.up'", "unmerge(model)"):
+        model(x, adapter_names=NAMES)
+    unmerge(model)
+    assert torch.equal(model(x, adapter_names=NAMES), expected)
+
+
+def test_adapters_that_act_on_all_rows_are_refused():
+    model, x = with_adapters(Net(), ["up"]), torch.randn(5, 6)
+    inject(model, LoraConfig(r=1, target_parameters=["head.weight"]), "whole")
+    with refused(model, ValueError, "'whole' cannot be chosen by a row: 'head' is a LoraParameter", "set_adapter"):
+        model(x, adapter_names=["whole", "a", "a", "b", "a"])
+    assert_rows_equal(model, lambda **names: model(x, **names).detach())
+    inject(model, LoraConfig(r=1, target_modules=["up"], bias="lora_only"), "biased")
+    shaken(model)
+    with refused(model, ValueError, "the active adapter 'biased' has changed the model's biases for all rows"):
+        model(x, adapter_names=NAMES)
+    set_adapter(model, "a")
+    with refused(model, ValueError, "'biased' cannot be chosen by a row: it trains the model's biases", "lora_bias"):
+        model(x, adapter_names=["biased"] * 5)
+    assert_rows_equal(model, lambda **names: model(x, **names).detach())
+
+
+class RoutesTokens(nn.Module):
+    """Calls its layer with some of the tokens, as experts are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.expert(x.flatten(0, 1)[: 2 * len(x)])
+
+
+def test_rows_that_belong_to_no_name_are_refused():
+    model = with_adapters(RoutesTokens(), ["expert"])
+    with refused(model, ValueError, "LoraLinear: adapter_names has 5 names, but", "[10, 4]", "set_adapter"):
+        model(torch.randn(5, 3, 4), adapter_names=NAMES)
+    seq_first = with_adapters(nn.Sequential(nn.Linear(4, 4)), ["0"])
+    with choose_adapters(seq_first, NAMES), pytest.raises(ValueError, match=r"the shape \[10, 5, 4\]"):
+        seq_first[0](torch.randn(10, 5, 4))
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_compiled_models_refuse(fullgraph):
+    model, x = with_adapters(Net(), ["up", "head"]), torch.randn(5, 6)
+    expected, plain = model(x, adapter_names=NAMES), model(x)
+    compiled = torch.compile(model, backend="eager", fullgraph=fullgraph)
+    torch.testing.assert_close(compiled(x), plain)
+    with pytest.raises((ValueError, RuntimeError), match="adapter_names|refuse_compiled"):
+        compiled(x, adapter_names=NAMES)
+    assert torch.equal(model(x, adapter_names=NAMES), expected)
+    torch.testing.assert_close(compiled(x), plain)
+    torch._dynamo.reset()
+
+
+def test_a_compiled_part_refuses():
+    model, x = with_adapters(Net(), ["up", "head"]), torch.randn(5, 6)
+    plain = model(x)
+    model.blocks[1].compile(backend="eager")
+    torch.testing.assert_close(model(x), plain)
+    with pytest.raises(ValueError, match="adapter_names: a compiled model"):
+        model(x, adapter_names=NAMES)
+    assert _current.get() is None
+    torch.testing.assert_close(model(x), plain)
+    torch._dynamo.reset()
+
+
+# --- what remains after a call ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_ends_the_choice(error):
+    model, x = with_adapters(Net(), ["up", "head"]), torch.randn(5, 6)
+    plain = model(x)
+
+    def fail(*_):
+        raise error("in the middle")
+
+    for module in (model.norm, model):  # also a hook of the model itself
+        handle = module.register_forward_hook(fail)
+        with pytest.raises(error, match="in the middle"):
+            model(x, adapter_names=NAMES)
+        handle.remove()
+        assert torch.equal(model(x), plain)
+        assert _current.get() is None and model._lora_adapters.active.row_calls == 0
+
+
+def test_threads_with_different_names():
+    model, x = with_adapters(llama(), ["q_proj", "v_proj", "down_proj"]), token_ids(5)
+    set_adapter(model, "a")
+    choices = [["a"] * 5, ["b"] * 5, NAMES, NAMES[::-1], None, ["__base__", "a", "b", "c", "a"]]
+    with torch.no_grad():
+        expected = [model(x, adapter_names=names).logits for names in choices]
+
+    def run(i: int) -> bool:
+        with torch.no_grad():
+            return all(torch.equal(model(x, adapter_names=choices[i]).logits, expected[i]) for _ in range(15))
+
+    with ThreadPoolExecutor(len(choices)) as pool:
+        assert all(pool.map(run, range(len(choices))))
+    assert model._lora_adapters.active.row_calls == 0
+
+
+def test_a_model_inside_another():
+    inner, x = with_adapters(Net(), ["up", "head"]), torch.randn(5, 6)
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return inner(self.first(x), adapter_names=NAMES[::-1])
+
+    outer = with_adapters(Outer(), ["first"])
+    y = outer(x, adapter_names=NAMES)
+    torch.testing.assert_close(y, inner(outer.first.base_layer(x) + _update(outer, x), adapter_names=NAMES[::-1]))
+
+
+def _update(outer: nn.Module, x: Tensor) -> Tensor:
+    rows = []
+    for name, row in zip(NAMES, x, strict=True):
+        layer = outer.first
+        rows.append(row @ layer.delta_weight(name).T if name in layer.adapters else torch.zeros(6))
+    return torch.stack(rows)
+
+
+class Named(torch.utils.data.Dataset):
+    """Examples with the name of the adapter that they train."""
+
+    def __init__(self) -> None:
+        self.ids = token_ids(12)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> dict[str, object]:
+        return {"input_ids": self.ids[i], "labels": self.ids[i], "adapter_names": "abc"[i % 3]}
+
+
+def test_a_trainer_trains_several_adapters_at_once(tmp_path):
+    model, data = with_adapters(llama(), ["q_proj", "down_proj"], same=True), Named()
+    set_adapter(model, ["a", "b", "c"])
+    copied = copy.deepcopy(model)
+    options = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "max_grad_norm": 0.0}
+    arguments = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=6, max_steps=2, remove_unused_columns=False, **options
+    )
+
+    def collate(rows: list[dict]) -> dict[str, object]:
+        names = [row["adapter_names"] for row in rows]
+        tensors = {key: torch.stack([row[key] for row in rows]) for key in ("input_ids", "labels")}
+        return tensors | {"adapter_names": names}
+
+    Trainer(model, arguments, train_dataset=data, data_collator=collate).train()
+    before, after = (dict(m.named_parameters()) for m in (copied, model))
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in after if ".adapters." in name}
