@@ -19,6 +19,8 @@ from lora_ext.nn.layer import (
     layers_around,
 )
 from lora_ext.nn.rows import RowChoice, row_choice
+from lora_ext.nn.updated_calls import NotReadError, call_with_updates, check_choices, why_whole
+from lora_ext.nn.weight_views import StackedUpdates, Update
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
@@ -32,9 +34,12 @@ class LoraParameter(TransparentLayer, LoraLayer):
     ``[out_features, in_features]``. Each expert has its own factors of rank ``r``; as in PEFT, ``lora_A [r *
     num_experts, in_features]`` concatenates them and ``lora_B [out_features, r * num_experts]`` interleaves them.
 
-    A call with an active adapter allocates one tensor of the parameter's size, and its backward a gradient of that
-    size. A merged layer allocates neither: merge for inference. Only merging writes the parameter. Several parameters
-    of a module have nested layers. Code that reads the parameter without calling the module sees the frozen one.
+    The module gets a view of the parameter (:mod:`lora_ext.nn.weight_views`): products with it, or with the experts
+    that it chooses, apply the updates to the rows that chose each expert, so that no tensor of the parameter's size is
+    made. If the module does something else with the parameter, the call allocates one such tensor, and its backward a
+    gradient of that size; :attr:`why_whole` says why. A merged layer allocates neither. Only merging writes the
+    parameter. Several parameters of a module have nested layers. Code that reads the parameter without calling the
+    module sees the frozen one.
 
     Args:
         base_layer: the module, or the layer of another of its parameters; kept, not copied.
@@ -46,6 +51,8 @@ class LoraParameter(TransparentLayer, LoraLayer):
     """
 
     base_kinds = "a module with parameters"
+    _unread = ""  # why no call can use a view of the parameter
+    _why_whole: str | None = None  # why the last call used the whole updated parameter, or ""; None: no call yet
 
     @checked
     def __init__(
@@ -100,6 +107,10 @@ class LoraParameter(TransparentLayer, LoraLayer):
         return getattr(self.module, self.parameter_name)
 
     @property
+    def num_experts(self) -> int:
+        return _sizes(self.module, self.parameter_name)[0]
+
+    @property
     def bias(self) -> None:
         return None
 
@@ -137,8 +148,25 @@ class LoraParameter(TransparentLayer, LoraLayer):
         names = self._applied()
         if not names:
             return self.base_layer(*args, **kwargs)
-        check_not_offloaded(self, self.module, self.parameter_name)
-        substitute = {self._path_from_base_layer(): self._updated([at_hand(self.adapters[name]) for name in names])}
+        module, name = self.module, self.parameter_name
+        check_not_offloaded(self, module, name)
+        adapters = [at_hand(self.adapters[name]) for name in names]
+        if self.base_layer is module:  # and not twice for layers around one module
+            check_choices(self, module, self.num_experts, (*args, *kwargs.values()))
+        whole = self._unread or why_whole(module, name)
+        if not whole:
+            updates = [Update(*self._stacked_factors(adapter), adapter.scaling) for adapter in adapters]
+            try:
+                result, functions = call_with_updates(
+                    self.base_layer, module, name, updates, args, kwargs, self.stores_transposed
+                )
+            except NotReadError as error:
+                whole = self._unread = str(error)
+            else:
+                self._note("".join(f"{function} needs it" for function in functions[:1]))
+                return result
+        self._note(whole)
+        substitute = {self._path_from_base_layer(): self._updated(adapters)}
         return torch.func.functional_call(self.base_layer, substitute, args, kwargs, tie_weights=False)
 
     def _forward_rows(self, choice: RowChoice, *args: Any, **kwargs: Any) -> Any:
@@ -146,20 +174,28 @@ class LoraParameter(TransparentLayer, LoraLayer):
             raise ValueError(f"{type(self).__name__}: adapter_names: all rows are computed with one adapter")
         return self.base_layer(*args, **kwargs)
 
+    def _note(self, why_whole: str) -> None:
+        if not torch.compiler.is_compiling():  # an attribute that changes would be a guard that fails
+            self._why_whole = why_whole
+
     def _updated(self, adapters: list[LoraAdapter]) -> Tensor:
-        weight = self.base_weight
-        factors = [self._batched_factors(adapter) for adapter in adapters]
-        scaled = [lhs * adapter.scaling for (lhs, _), adapter in zip(factors, adapters, strict=True)]
-        lhs, rhs = torch.cat(scaled, dim=2).to(weight.dtype), torch.cat([rhs for _, rhs in factors], dim=1)
-        with torch.autocast(weight.device.type, enabled=False):  # the parameter keeps its dtype
-            updated = torch.baddbmm(weight.view(-1, *weight.shape[-2:]), lhs, rhs.to(weight.dtype))
-        return updated.view(weight.shape)
+        updates = [Update(*self._stacked_factors(adapter), adapter.scaling) for adapter in adapters]
+        return StackedUpdates(self.base_weight, self.stores_transposed, updates).updated()
+
+    def _stacked_factors(self, adapter: LoraAdapter) -> tuple[Tensor, Tensor]:
+        """``lora_A [num_experts, r, in_features]`` and ``lora_B [num_experts, out_features, r]``."""
+        A = adapter.lora_A.unflatten(0, (-1, adapter.r))
+        return A, adapter.lora_B.unflatten(1, (adapter.r, -1)).permute(2, 0, 1)
 
     def _batched_factors(self, adapter: LoraAdapter) -> tuple[Tensor, Tensor]:
         """``[num_experts, rows, r]`` and ``[num_experts, r, cols]``; their product is the update without scaling."""
-        A = adapter.lora_A.unflatten(0, (-1, adapter.r))
-        B = adapter.lora_B.unflatten(1, (adapter.r, -1)).permute(2, 0, 1)
+        A, B = self._stacked_factors(adapter)
         return (A.transpose(1, 2), B.transpose(1, 2)) if self.stores_transposed else (B, A)
+
+    @property
+    def why_whole(self) -> str | None:
+        """Why the last call made a tensor of the parameter's size, or "" if it made none; None: no call yet."""
+        return self._why_whole
 
     def _path_from_base_layer(self) -> str:
         return "base_layer." * len(layers_around(self.base_layer)) + self.parameter_name

@@ -1,0 +1,121 @@
+"""Calls a module with low-rank updates of one of its parameters."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext.nn.weight_views import StackedUpdates, Update, WeightView
+
+UNREAD = "the module does not read its parameter as an attribute"
+
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+if hasattr(os, "register_at_fork"):  # the child lacks the thread that holds a lock
+    os.register_at_fork(after_in_child=_locks.clear)
+
+
+def call_with_updates(
+    call: Callable[..., Any],
+    module: nn.Module,
+    name: str,
+    updates: list[Update],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    flipped: bool,
+) -> tuple[Any, list[str]]:
+    """Returns ``call(*args, **kwargs)``, in which the parameter ``name`` of ``module`` has ``updates``.
+
+    The parameter itself is not touched. Calls of one module wait for each other.
+
+    Args:
+        call: calls ``module``, perhaps through other layers.
+        flipped: the parameter is stored as ``[..., in_features, out_features]``.
+
+    Returns:
+        The result, and the names of the functions that needed the whole updated parameter.
+
+    Raises:
+        NotReadError: the call has not read the parameter as an attribute, and its result lacks the updates.
+    """
+    stacked = StackedUpdates(module._parameters[name], flipped, updates)
+    if torch.compiler.is_compiling():
+        return _call(call, module, name, stacked.view(), args, kwargs), stacked.whole
+    with _locks.setdefault(module, threading.RLock()):
+        result = _call(call, module, name, stacked.view(), args, kwargs)
+    if not stacked.is_read and any(isinstance(value, Tensor) and value.numel() for value in (*args, *kwargs.values())):
+        raise NotReadError(UNREAD)
+    return result, stacked.whole
+
+
+class NotReadError(Exception):
+    """A module does not read its parameter as an attribute."""
+
+
+def _call(
+    call: Callable[..., Any],
+    module: nn.Module,
+    name: str,
+    view: WeightView,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    state = module.__dict__
+    outer = state.get(name)  # of a call that this one is inside of
+    state[name] = view  # found before the parameter, which stays in its place
+    try:
+        return call(*args, **kwargs)
+    finally:
+        del state[name]
+        if outer is not None:
+            state[name] = outer
+
+
+def why_whole(module: nn.Module, name: str) -> str:
+    """Why a call of ``module`` gets the whole updated parameter instead of a view, or ""."""
+    if hasattr(type(module), name):
+        return f"{type(module).__name__} has an attribute of its own called {name}"
+    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+        return "torch.func or a trace needs to see PyTorch's functions"
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting():
+            return "exported programs have PyTorch's functions only"
+        if not is_experts_of_transformers(module):
+            return "in compiled graphs, only the experts of Transformers are computed by group"
+        if module._parameters[name].dtype == torch.bfloat16 and _implementation(module) == "grouped_mm":
+            return "TorchDynamo does not let torch._grouped_mm be overridden"
+    return ""
+
+
+def is_experts_of_transformers(module: nn.Module) -> bool:
+    """Whether Transformers' ``use_experts_implementation`` is about the class of ``module``."""
+    return hasattr(type(module), "_apply_gate") and "_is_expert_parallel" in vars(module)
+
+
+def _implementation(module: nn.Module) -> str | None:
+    return getattr(getattr(module, "config", None), "_experts_implementation", None)
+
+
+def check_choices(layer: nn.Module, module: nn.Module, num_experts: int, values: Sequence[Any]) -> None:
+    """Checks the numbers of experts among the arguments of Transformers' experts, on the CPU.
+
+    Transformers' grouped product leaves rows of no expert uninitialised, and its loop drops some.
+
+    Raises:
+        ValueError: there is no such expert.
+    """
+    if torch.compiler.is_compiling() or not is_experts_of_transformers(module) or module._is_expert_parallel:
+        return
+    for value in values:
+        if type(value) is Tensor and value.dtype in (torch.int64, torch.int32) and value.is_cpu and value.numel():
+            least, most = (int(extreme) for extreme in value.aminmax())
+            if least < 0 or most >= num_experts:
+                raise ValueError(
+                    f"{type(layer).__name__}: the router chose expert {least if least < 0 else most} of "
+                    f"{type(module).__name__}, which has the experts 0 to {num_experts - 1}"
+                )

@@ -1,0 +1,406 @@
+"""Stands in for a parameter while its module runs, so that products with it add low-rank updates to their results.
+
+A module may use a stack of experts ``[num_experts, rows, columns]`` in a loop, by a batched product, or by a grouped
+one. A :class:`WeightView` takes the parameter's place and follows what the module does with it: indexing and
+transposing give another view, and a product with a view is the product with the frozen values plus the updates, each applied to
+the rows that chose its expert. Every other function gets a tensor with the updated values.
+
+Views are no tensors; PyTorch's functions find their ``__torch_function__``. TorchDynamo traces them.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_ext import functional
+from lora_ext._ops import grouped
+
+
+class Update(NamedTuple):
+    """The updates of all experts: ``scaling * lora_B[e] @ lora_A[e]`` is that of ``[out_features, in_features]``.
+
+    A parameter ``[out_features, in_features]`` is one expert.
+    """
+
+    lora_A: Tensor  # [num_experts, r, in_features]
+    lora_B: Tensor  # [num_experts, out_features, r]
+    scaling: float
+
+
+class StackedUpdates:
+    """The updates of one parameter during one call of its module.
+
+    Attributes:
+        weight: the parameter, ``[num_experts, rows, columns]`` or ``[rows, columns]``.
+        flipped: it is stored as ``[..., in_features, out_features]``.
+        is_read: the module has used the parameter.
+        whole: the functions that needed the whole updated parameter.
+    """
+
+    def __init__(self, weight: Tensor, flipped: bool, updates: list[Update]) -> None:
+        self.weight = weight
+        self.flipped = flipped
+        # Adapters interleave the experts in lora_B; the kernels read rows.
+        self.updates = [Update(u.lora_A, u.lora_B.contiguous(), u.scaling) for u in updates]
+        self.is_read = False
+        self.whole: list[str] = []
+        self._of_experts: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] | None = None
+        self._updated: Tensor | None = None
+
+    def view(self) -> WeightView:
+        """The stand-in for the parameter."""
+        return WeightView(self, self.weight, 0 if self.weight.dim() == 2 else None, self.flipped)
+
+    @property
+    def num_experts(self) -> int:
+        return 1 if self.weight.dim() == 2 else self.weight.shape[0]
+
+    def of_expert(self, number: int) -> list[tuple[Tensor, Tensor, float]]:
+        """``(lora_A, lora_B, scaling)`` of one expert."""
+        if self._of_experts is None:  # unbind: a select for each expert would have a gradient of the stack's size
+            self._of_experts = [(u.lora_A.unbind(), u.lora_B.unbind()) for u in self.updates]
+        return [
+            (lora_As[number], lora_Bs[number], update.scaling)
+            for (lora_As, lora_Bs), update in zip(self._of_experts, self.updates, strict=True)
+        ]
+
+    def numbers(self) -> Tensor:
+        """The experts' numbers, int64 ``[num_experts]``."""
+        return torch.arange(self.num_experts, device=self.weight.device)
+
+    def updated(self) -> Tensor:
+        """The whole parameter with the updates, as it is stored; computed once."""
+        if self._updated is None:
+            lora_A = torch.cat([update.lora_A for update in self.updates], dim=1)
+            lora_B = torch.cat([update.lora_B * update.scaling for update in self.updates], dim=2)
+            self._updated = _add_product(self.weight, lora_A, lora_B, self.flipped)
+        return self._updated
+
+
+class WeightView:
+    """A parameter, or a part of it, with updates: see the module's docstring.
+
+    Attributes:
+        updates: the updates of the parameter in this call.
+        base: the frozen values of this view: ``[rows, columns]`` of one expert, or ``[..., rows, columns]``.
+        expert: the number of the expert, or the numbers of the experts, int64 with the leading dimensions of ``base``;
+            None: all of them, in order.
+        flipped: the view is ``[..., in_features, out_features]``.
+    """
+
+    def __init__(self, updates: StackedUpdates, base: Tensor, expert: int | Tensor | None, flipped: bool) -> None:
+        self.updates = updates
+        self.base = base
+        self.expert = expert
+        self.flipped = flipped
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _LINEAR:
+            return _linear(*args, **kwargs)
+        if func in _PRODUCTS and len(args) == 2 and not kwargs:
+            return _matmul(*args)
+        if func in _grouped_products():
+            return _grouped(func, *args, **kwargs)
+        return _with_tensors(func, args, kwargs)
+
+    # --- views -------------------------------------------------------------------------------------------------------
+
+    def __getitem__(self, index: Any) -> Any:
+        self.updates.is_read = True
+        if self.expert is not None:  # a part of a matrix
+            return self.tensor("indexing")[index]
+        if isinstance(index, tuple):
+            return self[index[0]][index[1:]] if index and _is_choice(index[0]) else self.tensor("indexing")[index]
+        if not _is_choice(index):
+            return self.tensor("indexing")[index]
+        if _is_number(index):
+            number = operator.index(index)
+            base = self.base[number]  # an IndexError for a number beyond the experts
+            return WeightView(self.updates, base, number % self.updates.num_experts, self.flipped)
+        return WeightView(self.updates, self.base[index], self.updates.numbers()[index], self.flipped)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self[i] for i in range(self.base.shape[0])])
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def unbind(self, dim: int = 0) -> tuple[Any, ...]:
+        return tuple(self) if dim == 0 and self.base.dim() == 3 else self.tensor("unbind").unbind(dim)
+
+    def index_select(self, dim: int, index: Tensor) -> Any:
+        return self[index] if dim == 0 and self.expert is None else self.tensor("index_select").index_select(dim, index)
+
+    def transpose(self, dim0: int, dim1: int) -> Any:
+        self.updates.is_read = True
+        dims = self.base.dim()
+        if {dim0 % dims, dim1 % dims} != {dims - 2, dims - 1}:
+            return self.tensor("transpose").transpose(dim0, dim1)
+        return WeightView(self.updates, self.base.transpose(dim0, dim1), self.expert, not self.flipped)
+
+    swapaxes = swapdims = transpose
+
+    def permute(self, *dims: Any) -> Any:
+        dims = tuple(dims[0]) if len(dims) == 1 and not isinstance(dims[0], int) else dims
+        n = self.base.dim()
+        order = [dim % n for dim in dims]
+        if order == [*range(n - 2), n - 1, n - 2]:
+            return self.transpose(-2, -1)
+        return self.tensor("permute").permute(*dims)
+
+    def t(self) -> Any:
+        return self.transpose(-2, -1) if self.base.dim() == 2 else self.tensor("t").t()
+
+    @property
+    def mT(self) -> Any:
+        return self.transpose(-2, -1)
+
+    @property
+    def T(self) -> Any:
+        return self.t()
+
+    def contiguous(self) -> WeightView:
+        return WeightView(self.updates, self.base.contiguous(), self.expert, self.flipped)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        base = self.base.to(*args, **kwargs)
+        return WeightView(self.updates, base, self.expert, self.flipped)
+
+    # --- tensors -----------------------------------------------------------------------------------------------------
+
+    def tensor(self, function: str) -> Tensor:
+        """The updated values, for ``function``."""
+        updates, base = self.updates, self.base
+        updates.is_read = True
+        if self.expert is None or base.dim() == updates.weight.dim() == 2:
+            updates.whole.append(function)
+            whole = updates.updated()
+            whole = whole if self.flipped == updates.flipped else whole.transpose(-2, -1)
+            return whole.to(base.dtype)
+        if isinstance(self.expert, int):
+            factors = updates.of_expert(self.expert)
+        else:
+            factors = [(u.lora_A[self.expert], u.lora_B[self.expert], u.scaling) for u in updates.updates]
+        lora_A = torch.cat([A for A, _, _ in factors], dim=-2)
+        lora_B = torch.cat([B * scaling for _, B, scaling in factors], dim=-1)
+        return _add_product(base, lora_A, lora_B, self.flipped)
+
+    # What a module may ask about a parameter without using its values.
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def ndim(self) -> int:
+        return self.base.dim()
+
+    def size(self, *args: Any) -> Any:
+        return self.base.size(*args)
+
+    def dim(self) -> int:
+        return self.base.dim()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("updates", "base", "expert", "flipped"):  # not a tensor's, or being copied
+            raise AttributeError(name)
+        if name in _FACTS:
+            return getattr(self.base, name)
+        return getattr(self.tensor(name), name)
+
+
+_FACTS = frozenset(
+    (
+        *(
+            "element_size",
+            "is_complex",
+            "is_contiguous",
+            "is_cpu",
+            "is_cuda",
+            "is_floating_point",
+            "is_leaf",
+            "is_meta",
+        ),
+        *("is_mps", "is_nested", "is_quantized", "is_sparse", "is_xpu", "itemsize", "layout", "names", "nbytes"),
+        *("ndimension", "nelement", "numel", "requires_grad", "stride"),
+    )
+)
+"""Attributes of a tensor that do not depend on its values."""
+
+_LINEAR = (F.linear,)
+_PRODUCTS = (
+    torch.matmul,
+    torch.mm,
+    torch.bmm,
+    Tensor.matmul,
+    Tensor.mm,
+    Tensor.bmm,
+    Tensor.__matmul__,
+)
+
+
+def _grouped_products() -> tuple[Any, ...]:
+    """PyTorch's grouped product, and what Transformers calls where PyTorch's cannot be compiled."""
+    products = (torch._grouped_mm,)
+    if "transformers.integrations.moe" in sys.modules:
+        fallback = torch.ops.transformers.grouped_mm_fallback
+        products = (*products, fallback, fallback.default)
+    return products
+
+
+def _is_number(index: Any) -> bool:
+    """Whether ``index`` is one number; a tensor in a traced graph has none."""
+    return isinstance(index, int) or (
+        isinstance(index, Tensor) and index.dim() == 0 and not torch.compiler.is_compiling()
+    )
+
+
+def _is_choice(index: Any) -> bool:
+    """Whether ``index`` chooses experts: along the first dimension alone, and not by a mask of several dimensions."""
+    if isinstance(index, Tensor):
+        return index.dtype in (torch.int64, torch.int32) or (index.dtype == torch.bool and index.dim() == 1)
+    return isinstance(index, (int, slice, list)) and not isinstance(index, bool)
+
+
+# --- products ---------------------------------------------------------------------------------------------------------
+
+
+def _linear(input: Any, weight: Any, bias: Any = None) -> Tensor:
+    """``F.linear`` with a view among its arguments."""
+    if not isinstance(weight, WeightView) or isinstance(input, WeightView) or isinstance(bias, WeightView):
+        return _with_tensors(F.linear, (input, weight, bias), {})
+    if isinstance(weight.expert, int):
+        return _one_expert(input, weight, bias)
+    return _with_tensors(F.linear, (input, weight, bias), {})
+
+
+def _one_expert(x: Tensor, view: WeightView, bias: Tensor | None = None) -> Tensor:
+    """``x @ view.T + bias`` for a view of one matrix."""
+    view.updates.is_read = True
+    factors = view.updates.of_expert(view.expert)
+    if view.flipped:  # the product is over out_features
+        factors = [(B.t(), A.t(), scaling) for A, B, scaling in factors]
+    (A, B, scaling), *others = factors
+    y = functional.lora_linear(x, view.base, bias, A, B, scaling)
+    for A, B, scaling in others:
+        y = functional.plus_lora_delta(y, x, A, B, scaling)
+    return y
+
+
+def _matmul(first: Any, second: Any) -> Tensor:
+    """``first @ second``, of which one is a view."""
+    if not isinstance(first, WeightView):
+        return _rows_by(first, second)
+    if isinstance(second, WeightView) or second.dim() < 2:
+        return _with_tensors(torch.matmul, (first, second), {})
+    # The result's rows must be rows of x, so that each has an expert.
+    return _rows_by(second.transpose(-2, -1), first.transpose(-2, -1)).transpose(-2, -1)
+
+
+def _rows_by(x: Tensor, view: WeightView) -> Tensor:
+    """``x @ view``."""
+    if isinstance(view.expert, int):
+        return _one_expert(x, view.transpose(-2, -1))
+    if x.dim() < 2:
+        return _with_tensors(torch.matmul, (x, view), {})
+    updates = view.updates
+    updates.is_read = True
+    y = torch.matmul(x, view.base).contiguous()
+    experts = (updates.numbers() if view.expert is None else view.expert).expand(y.shape[:-2])
+    x = x.expand(*y.shape[:-1], x.shape[-1])
+    for A, B, scaling in _over_rows(view):
+        if x.device.type in grouped.DEVICES:
+            functional.lora_grouped_(y, x, A, B, experts, _scalings(A, scaling))
+        else:
+            y = y + scaling * (x @ _mT(A[experts]).to(x.dtype)) @ _mT(B[experts]).to(x.dtype)
+    return y
+
+
+def _grouped(func: Any, input: Any, weight: Any, offs: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    """A grouped product: the rows of ``input`` before ``offs[e]`` that belong to no other expert belong to ``e``."""
+    is_plain = isinstance(weight, WeightView) and not isinstance(input, WeightView) and isinstance(offs, Tensor)
+    if not is_plain or weight.expert is not None or input.dim() != 2:
+        return _with_tensors(func, (input, weight), {"offs": offs, **kwargs})
+    updates = weight.updates
+    updates.is_read = True
+    y = func(input, weight.base, *args, offs=offs, **kwargs)
+    if input.device.type in grouped.DEVICES:
+        rows = torch.arange(input.shape[0], device=offs.device, dtype=offs.dtype)
+        experts = torch.searchsorted(offs, rows, right=True)
+        experts = torch.where(experts < updates.num_experts, experts, -1)
+        for A, B, scaling in _over_rows(weight):
+            functional.lora_grouped_(y, input, A, B, experts, _scalings(A, scaling))
+        return y
+    for A, B, scaling in _over_rows(weight):
+        xa = scaling * func(input, _mT(A).to(input.dtype), offs=offs)
+        y = y + func(xa, _mT(B).to(input.dtype), offs=offs)
+    return y
+
+
+def _over_rows(view: WeightView) -> list[Update]:
+    """The factors of ``x @ view``: those of a product over ``in_features``, or over ``out_features``."""
+    updates = view.updates.updates
+    return updates if view.flipped else [Update(_mT(u.lora_B), _mT(u.lora_A), u.scaling) for u in updates]
+
+
+def _mT(factor: Tensor) -> Tensor:
+    return factor.transpose(-2, -1)
+
+
+def _scalings(lora_A: Tensor, scaling: float) -> Tensor:
+    return torch.full((lora_A.shape[0],), scaling, dtype=torch.float64, device=lora_A.device)
+
+
+def _add_product(base: Tensor, lora_A: Tensor, lora_B: Tensor, flipped: bool) -> Tensor:
+    """``base [..., rows, columns]`` plus ``lora_B @ lora_A``, transposed if ``flipped``, in the dtype of ``base``."""
+    left, right = (lora_A.transpose(-2, -1), lora_B.transpose(-2, -1)) if flipped else (lora_B, lora_A)
+    left, right = left.to(base.dtype), right.to(base.dtype)
+    with torch.autocast(base.device.type, enabled=False):  # the parameter keeps its dtype
+        stack = base.reshape(-1, *base.shape[-2:])
+        sums = torch.baddbmm(stack, left.reshape(-1, *left.shape[-2:]), right.reshape(-1, *right.shape[-2:]))
+    return sums.view(base.shape)
+
+
+def _with_tensors(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Calls ``func`` with tensors in the place of views, also of those in lists."""
+    name = getattr(func, "__name__", str(func))
+
+    def tensors(value: Any) -> Any:
+        if isinstance(value, WeightView):
+            return value.tensor(name)
+        if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+            return type(value)([tensors(item) for item in value])
+        return value
+
+    return func(*[tensors(value) for value in args], **{key: tensors(value) for key, value in kwargs.items()})
+
+
+def _operator(name: str):
+    def run(self: WeightView, *args: Any) -> Any:
+        return WeightView.__torch_function__(getattr(Tensor, name), (), (self, *args), {})
+
+    run.__name__ = name
+    return run
+
+
+_ARITHMETIC = "add and eq floordiv ge gt le lt matmul mod mul ne or pow radd rmul rpow rsub rtruediv sub truediv"
+for _name in (*_ARITHMETIC.split(), "abs", "bool", "float", "int", "invert", "neg", "pos"):
+    setattr(WeightView, f"__{_name}__", _operator(f"__{_name}__"))
+WeightView.__hash__ = object.__hash__
