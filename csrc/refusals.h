@@ -48,14 +48,13 @@ inline constexpr Refusal kMaskTooLarge{"mask_too_large", kValueError,
                                        "sizes are too large: num_tokens={}, in_features={}"};
 
 inline constexpr Refusal kLength{"length", kValueError, "{} has {} entries, want {}"};
-inline constexpr Refusal kOtherLength{"other_length", kValueError, "{} has {} entries but weights has {}"};
+inline constexpr Refusal kLengthLike{"length_like", kValueError, "{} has {} entries but {} has {}"};
 
 // Groups.
 inline constexpr Refusal kEmptyList{"empty_list", kValueError, "{} is empty, want at least one"};
 inline constexpr Refusal kOtherDimensions{"other_dimensions", kValueError,
                                           "{} has shape {} but {} has {}: want a stack of each, or a matrix of each"};
 inline constexpr Refusal kSlots{"slots", kValueError, "{} has {} slots but {} has {}"};
-inline constexpr Refusal kLengthLike{"length_like", kValueError, "{} has {} entries but {} has {}"};
 inline constexpr Refusal kWantedDtype{"wanted_dtype", kTypeError, "{} has dtype {}, want {}"};
 inline constexpr Refusal kGroupOfRow{"group_of_row", kValueError,
                                      "group_of_row has shape {} but {} has {}: want its first dimensions"};
@@ -87,15 +86,50 @@ inline constexpr Refusal kSharedMemory{
     "shared_memory", kValueError, "{} shares memory with {}, which would change with it; pass a clone of one of them"};
 
 inline constexpr const Refusal* kAll[] = {
-    &kMissingTensor, &kDevice,           &kDimensions,   &kNoDimension,  &kShape,
-    &kOtherShape,    &kLeadingShape,     &kNumTokens,    &kFeatures,     &kRank,
-    &kNoRank,        &kNotContiguous,    &kDtype,        &kOtherDtype,   &kAccumulationDtype,
-    &kNotFinite,     &kNegative,         &kDropout,      &kEmptyList,    &kOtherDimensions,
-    &kSlots,         &kLengthLike,       &kWantedDtype,  &kGroupOfRow,   &kGroupNumbers,
-    &kGroup,         &kGroupRank,        &kGroupScaling, &kSeed,         &kNoSeed,
-    &kMaskTooLarge,  &kLength,           &kOtherLength,  &kNotSaved,     &kNoMask,
-    &kSavedXa,       &kContiguousMatrix, &kNoWeights,    &kMergeLengths, &kMergeDtypes,
-    &kColumnStride,  &kRowStride,        &kMergeSize,    &kInt16Vector,  &kSharedMemory,
+    &kMissingTensor,
+    &kDevice,
+    &kDimensions,
+    &kNoDimension,
+    &kShape,
+    &kOtherShape,
+    &kLeadingShape,
+    &kNumTokens,
+    &kFeatures,
+    &kRank,
+    &kNoRank,
+    &kNotContiguous,
+    &kDtype,
+    &kOtherDtype,
+    &kAccumulationDtype,
+    &kNotFinite,
+    &kNegative,
+    &kDropout,
+    &kEmptyList,
+    &kOtherDimensions,
+    &kSlots,
+    &kLengthLike,
+    &kWantedDtype,
+    &kGroupOfRow,
+    &kGroupNumbers,
+    &kGroup,
+    &kGroupRank,
+    &kGroupScaling,
+    &kSeed,
+    &kNoSeed,
+    &kMaskTooLarge,
+    &kLength,
+    &kNotSaved,
+    &kNoMask,
+    &kSavedXa,
+    &kContiguousMatrix,
+    &kNoWeights,
+    &kMergeLengths,
+    &kMergeDtypes,
+    &kColumnStride,
+    &kRowStride,
+    &kMergeSize,
+    &kInt16Vector,
+    &kSharedMemory,
 };
 
 }  // namespace lora_ext::refusals

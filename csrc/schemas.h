@@ -44,6 +44,20 @@ inline constexpr char kLoraDeltaBackward[] =
     "float scaling, float dropout_p, bool[3] output_mask) "
     "-> (Tensor? grad_x, Tensor? grad_lora_A, Tensor? grad_lora_B)";
 
+// lora_delta_ for 1 to 8 layers that read one x, out of place: ys[i] = bases[i] + scalings[i] * dropout(x) @
+// lora_As[i]^T
+// @ lora_Bs[i]^T, where bases[i] is what the base layer i returned. Out of place writes y once, where a copy of
+// bases[i] and an update of the copy write it twice.
+inline constexpr char kLoraDeltaSiblings[] =
+    "lora_delta_siblings(Tensor[] bases, Tensor x, Tensor[] lora_As, Tensor[] lora_Bs, float[] scalings, "
+    "float dropout_p=0.0, Tensor? seed=None) -> (Tensor[] ys, Tensor xa, Tensor mask)";
+
+// As lora_linear_siblings_backward, without base layers: the gradient of bases[i] is grad_ys[i] itself.
+inline constexpr char kLoraDeltaSiblingsBackward[] =
+    "lora_delta_siblings_backward(Tensor[] grad_ys, Tensor? x, Tensor[] lora_As, Tensor[] lora_Bs, Tensor? xa, "
+    "Tensor? mask, float[] scalings, float dropout_p, bool[3] output_mask) "
+    "-> (Tensor? grad_x, Tensor[] grad_lora_As, Tensor[] grad_lora_Bs)";
+
 // lora_delta_ with an adapter for each row: y[i] += scalings[g] * dropout(x)[i] @ A_g^T @ B_g^T for g =
 // group_of_row[i]; -1 adds nothing. Groups are the matrices of lora_As and lora_Bs, counted through both lists: an
 // entry is one matrix
@@ -114,11 +128,11 @@ inline constexpr char kLoraDropoutMask[] =
     "lora_dropout_mask(Tensor seed, SymInt num_tokens, SymInt in_features, float dropout_p) -> Tensor";
 
 inline constexpr const char* kAll[] = {
-    kLoraLinear,       kLoraLinearBackward, kLoraLinearSiblings, kLoraLinearSiblingsBackward,
-    kLoraDelta,        kLoraDeltaBackward,  kLoraGrouped,        kLoraGroupedBackward,
-    kLoraShrink,       kLoraExpand,         kLoraShrinkBackward, kLoraExpandBackward,
-    kLoraMerge,        kLoraUnmerge,        kLoraMergeRecord,    kLoraMergePlan,
-    kLoraMergePlanned, kLoraDropoutMask,
+    kLoraLinear,         kLoraLinearBackward,  kLoraLinearSiblings, kLoraLinearSiblingsBackward,
+    kLoraDelta,          kLoraDeltaBackward,   kLoraDeltaSiblings,  kLoraDeltaSiblingsBackward,
+    kLoraGrouped,        kLoraGroupedBackward, kLoraShrink,         kLoraExpand,
+    kLoraShrinkBackward, kLoraExpandBackward,  kLoraMerge,          kLoraUnmerge,
+    kLoraMergeRecord,    kLoraMergePlan,       kLoraMergePlanned,   kLoraDropoutMask,
 };
 
 }  // namespace lora_ext::schemas

@@ -53,5 +53,5 @@ class _PlainPyTorch(TorchFunctionMode):
 
 
 # The forwards: autograd differentiates what they compute.
-_NAMES = ("lora_linear", "lora_linear_siblings", "lora_delta_", "lora_shrink", "lora_expand")
+_NAMES = ("lora_linear", "lora_linear_siblings", "lora_delta_", "lora_delta_siblings", "lora_shrink", "lora_expand")
 _OPS = {op: name for name in _NAMES for op in (getattr(torch.ops.lora_ext, name), op_named(name))}

@@ -18,6 +18,7 @@ __all__ = [
     "bottleneck",
     "draw_seed",
     "lora_delta_",
+    "lora_delta_siblings",
     "lora_grouped_",
     "lora_linear",
     "lora_linear_siblings",
@@ -318,4 +319,56 @@ def lora_linear_siblings(
         arguments = {"x": x, "weights": weights, "biases": biases, "lora_As": lora_As, "lora_Bs": lora_Bs}
         arguments |= {"scalings": scalings, "dropout_p": dropout_p, "seed": seed}
         refusals.explain(error, lora_linear_siblings, arguments, checks.check_lora_linear_siblings, autocast=True)
+        raise
+
+
+def lora_delta_siblings(
+    bases: Sequence[Tensor],
+    x: Tensor,
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> list[Tensor]:
+    """Adds adapters to what base layers of any kind returned that read one ``x``, out of place.
+
+    ``ys[i] = bases[i] + scalings[i] * dropout(x) @ lora_As[i].T @ lora_Bs[i].T``
+
+    :func:`lora_linear_siblings` for base layers that are no plain matrix products: one call reads ``x`` once for all
+    layers, forward and backward, and all layers share one dropout mask, that of :func:`lora_delta_` for the same seed.
+
+    Args:
+        bases: for each of 1 to 8 layers ``[..., out_features]``, float64, float32, bfloat16 or float16, all of one
+            dtype; ``out_features`` may differ. Unchanged; their gradients pass through.
+        x: ``[..., in_features]``, the same leading dimensions, dtype and device as ``bases``; any strides. Under
+            autocast it is cast to the dtype that the base layers returned.
+        lora_As: for each layer ``[r, in_features]``, all of one of the four dtypes; ``r`` may differ.
+        lora_Bs: for each layer ``[out_features, r]``, dtype of ``lora_As``.
+        scalings: for each layer any finite number.
+        dropout_p: probability that an element of the adapters' input is zeroed, in [0, 1); quantised to 2**-16.
+        seed: int64 tensor of one element on ``x``'s device; names the dropout mask. Drawn from the default generator
+            when None.
+
+    Returns:
+        For each layer a new tensor like its base. The sum is taken in float32 (float64 for float64) and rounded once.
+
+    Raises:
+        ValueError, TypeError: naming the argument, the layer and both values.
+        torch.OutOfMemoryError: memory is short.
+    """
+    if torch.compiler.is_compiling():
+        seed = _drawn(x, dropout_p, seed)
+        op = torch.ops.lora_ext.lora_delta_siblings
+        return op(bases, _cast_to(bases[0], x), lora_As, lora_Bs, scalings, dropout_p, seed)[0]
+    try:
+        if dropout_p > 0.0 and seed is None:
+            seed = draw_seed(x.device)
+        if bases and x.dtype != bases[0].dtype:
+            x = _cast_to(bases[0], x)
+        return siblings.lora_delta_siblings(bases, x, lora_As, lora_Bs, scalings, dropout_p, seed)
+    except refusals.UNEXPLAINED as error:
+        arguments = {"bases": bases, "x": x, "lora_As": lora_As, "lora_Bs": lora_Bs, "scalings": scalings}
+        arguments |= {"dropout_p": dropout_p, "seed": seed}
+        refusals.explain(error, lora_delta_siblings, arguments, checks.check_lora_delta_siblings)
         raise

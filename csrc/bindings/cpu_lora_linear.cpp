@@ -1,5 +1,5 @@
-// lora_linear, lora_linear_siblings, lora_delta_, lora_shrink, lora_expand, their backwards and the dropout mask on the
-// CPU. csrc/schemas.h has the schemas.
+// lora_linear, lora_linear_siblings, lora_delta_, lora_delta_siblings, lora_shrink, lora_expand, their backwards and
+// the dropout mask on the CPU. csrc/schemas.h has the schemas.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 

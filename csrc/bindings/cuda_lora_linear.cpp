@@ -1,5 +1,5 @@
-// lora_linear, lora_linear_siblings, lora_delta_, lora_shrink, lora_expand, their backwards and the dropout mask on
-// CUDA. csrc/schemas.h has the schemas.
+// lora_linear, lora_linear_siblings, lora_delta_, lora_delta_siblings, lora_shrink, lora_expand, their backwards and
+// the dropout mask on CUDA. csrc/schemas.h has the schemas.
 //
 // The adapter's term is written first and the base product accumulates onto it: the adapter needs no extra pass over y
 // or grad_x.

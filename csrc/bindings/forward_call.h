@@ -43,9 +43,9 @@ inline void check_forward(const Names& names, const Tensor& x, std::span<const F
   check_dropout_and_seed(dropout_p, seed);
 }
 
-// base_output: the output of a single layer's base layer, to which the adapter's is added in place; null: new tensors.
+// in_place: the adapters are added to the tensors that the base layers returned. Else all results are new tensors.
 inline ForwardCall fill_forward(const Tensor& x, std::span<const ForwardLayer> layers, double dropout_p,
-                                const std::optional<Tensor>& seed, const Tensor* base_output = nullptr) {
+                                const std::optional<Tensor>& seed, bool in_place = false) {
   const DType dtype = dtype_of(x);
   const DType factor_dtype = dtype_of(layers[0].lora_A);
   const uint32_t threshold = dropout_threshold(dropout_p);
@@ -92,13 +92,13 @@ inline ForwardCall fill_forward(const Tensor& x, std::span<const ForwardLayer> l
                           .lora_A = call.kept.address(as_contiguous(layer.lora_A)),
                           .scale = layer.scaling * dropout_rescale(threshold)};
     const Tensor& y =
-        call.y.emplace_back(base_output ? *base_output : empty(sizes_with_last(x, out_features), dtype, x));
+        call.y.emplace_back(in_place ? *layer.base_output : empty(sizes_with_last(x, out_features), dtype, x));
     expand.siblings[i] = {.out_features = out_features,
                           .rank = rank,
                           .rank_begin = rank_begin,
                           .lora_B = call.kept.address(as_contiguous(layer.lora_B)),
                           .bias = layer.bias ? call.kept.address(as_contiguous(*layer.bias)) : nullptr,
-                          .base = base_output ? y.const_data_ptr() : nullptr,
+                          .base = layer.base_output ? call.kept.address(as_contiguous(*layer.base_output)) : nullptr,
                           .y = y.mutable_data_ptr()};
     rank_begin += rank;
   }

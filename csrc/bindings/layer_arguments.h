@@ -22,11 +22,12 @@ struct Names {
 };
 
 struct ForwardLayer {
-  const Tensor* weight;  // [out_features, in_features]; null: y holds the base layer's output already
+  const Tensor* weight;  // [out_features, in_features]; null: the base layer was called
   const Tensor* bias;    // [out_features]; null: none
   const Tensor& lora_A;  // [rank, in_features]
   const Tensor& lora_B;  // [out_features, rank]
   double scaling;
+  const Tensor* base_output = nullptr;  // [..., out_features], what a base layer returned that was called
 };
 
 struct BackwardLayer {
@@ -84,16 +85,17 @@ inline void check_leading_shape(const ArgumentName& name, const Tensor& tensor, 
   refuse<refusals::kLeadingShape>(name, sizes_text(tensor.sizes()), like_name, sizes_text(like.sizes()));
 }
 
-// An adapter next to a base layer of any kind: tensor, y or grad_y, is [..., out_features]. x, if it is given, is [...,
-// in_features] with the leading dimensions and the dtype of tensor.
+// An adapter next to a base layer of any kind: tensor, the argument `name`, is [..., out_features]. x, if it is given,
+// is
+// [..., in_features] with the leading dimensions and the dtype of tensor.
 inline void check_delta(const ArgumentName& name, const Tensor& tensor, const Tensor* x, const Tensor& lora_A,
                         const Tensor& lora_B, double scaling) {
-  const ArgumentName A_name{"lora_A"};
-  const ArgumentName B_name{"lora_B"};
+  const ArgumentName A_name{"lora_A", name.index};
+  const ArgumentName B_name{"lora_B", name.index};
   check_matrix(A_name, lora_A);
   check_matrix(B_name, lora_B);
   check_factor_pair(A_name, lora_A, B_name, lora_B);
-  check_scaling(scaling);
+  check_scaling(scaling, {"scaling", name.index});
   check_has_dimension(name, tensor, "out_features");
   check_dtype(name, tensor);
   check_num_features(name, tensor, B_name, lora_B.size(0), "out_features");
@@ -103,18 +105,29 @@ inline void check_delta(const ArgumentName& name, const Tensor& tensor, const Te
   check_same_dtype({"x"}, *x, name, tensor);
 }
 
+// The second and later layers of a list without weights agree with the first.
+inline void check_delta_like_first(const ArgumentName& name, const Tensor& tensor, const Tensor& first,
+                                   const Tensor& lora_A, const Tensor& first_A) {
+  const ArgumentName A_name{"lora_A", name.index};
+  const ArgumentName first_A_name{"lora_A", 0};
+  check_same_dtype(name, tensor, {name.singular, 0}, first);
+  check_same_dtype(A_name, lora_A, first_A_name, first_A);
+  if (lora_A.size(1) == first_A.size(1)) return;
+  refuse<refusals::kFeatures>(A_name, "in_features", lora_A.size(1), first_A_name, first_A.size(1));
+}
+
 struct ListLength {
   const char* name;
   size_t length;
 };
 
-// Checks the ops' lists: one entry per layer in each, and at most kMaxSiblings layers.
-inline void check_lengths(size_t num_layers, std::initializer_list<ListLength> lists) {
-  if (num_layers < 1 || num_layers > kMaxSiblings) {
-    refuse<refusals::kLength>("weights", num_layers, "1 to " + std::to_string(kMaxSiblings));
+// Checks the ops' lists: as many entries in each as in the first, and at most kMaxSiblings layers.
+inline void check_lengths(const ListLength& first, std::initializer_list<ListLength> others) {
+  if (first.length < 1 || first.length > kMaxSiblings) {
+    refuse<refusals::kLength>(first.name, first.length, "1 to " + std::to_string(kMaxSiblings));
   }
-  for (const auto& [name, length] : lists) {
-    if (length != num_layers) refuse<refusals::kOtherLength>(name, length, num_layers);
+  for (const auto& [name, length] : others) {
+    if (length != first.length) refuse<refusals::kLengthLike>(name, length, first.name, first.length);
   }
 }
 

@@ -201,21 +201,63 @@ def check_lora_linear(
 
 
 def check_delta(
-    op: str, name: str, tensor: Tensor, x: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+    op: str,
+    name: str,
+    tensor: Tensor,
+    x: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    index: int | None = None,
 ) -> None:
     """Checks an adapter without a base layer. ``tensor [..., out_features]`` is the result, or its gradient."""
-    for factor_name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
+    name, A_name, B_name, scaling_name = (argument_name(n, index) for n in (name, "lora_A", "lora_B", "scaling"))
+    for factor_name, factor in ((A_name, lora_A), (B_name, lora_B)):
         check_matrix(op, factor_name, factor)
-    check_factor_pair(op, lora_A, lora_B)
-    check_scaling(op, scaling)
+    check_factor_pair(op, lora_A, lora_B, index)
+    check_scaling(op, scaling, scaling_name)
     check_has_dimension(op, name, tensor, "out_features")
     check_floating(op, name, tensor)
-    check_num_features(op, name, tensor, "lora_B", lora_B.shape[0], "out_features")
+    check_num_features(op, name, tensor, B_name, lora_B.shape[0], "out_features")
     if x is None:
         return
     check_leading_shape(op, "x", x, name, tensor)
-    check_num_features(op, "x", x, "lora_A", lora_A.shape[1], "in_features")
+    check_num_features(op, "x", x, A_name, lora_A.shape[1], "in_features")
     check_same_dtype(op, "x", x, name, tensor)
+
+
+def check_deltas(
+    op: str,
+    name: str,
+    tensors: Sequence[Tensor],
+    x: Tensor | None,
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+) -> None:
+    """Checks the adapters of a list of layers without base layers, of which the later ones agree with the first."""
+    check_num_siblings(op, f"{name}s", tensors, lora_As=lora_As, lora_Bs=lora_Bs, scalings=scalings)
+    for i, (tensor, lora_A, lora_B, scaling) in enumerate(zip(tensors, lora_As, lora_Bs, scalings, strict=True)):
+        check_delta(op, name, tensor, x, lora_A, lora_B, scaling, i)
+        A_names = f"lora_As[{i}]", "lora_As[0]"
+        check_same_dtype(op, f"{name}s[{i}]", tensor, f"{name}s[0]", tensors[0])
+        check_same_dtype(op, A_names[0], lora_A, A_names[1], lora_As[0])
+        if lora_A.shape[1] != lora_As[0].shape[1]:
+            raise refusal(op, "features", A_names[0], "in_features", lora_A.shape[1], A_names[1], lora_As[0].shape[1])
+
+
+def check_lora_delta_siblings(
+    bases: Sequence[Tensor],
+    x: Tensor,
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    dropout_p: float,
+    seed: Tensor | None,
+) -> None:
+    op = "lora_delta_siblings"
+    check_deltas(op, "base", bases, x, lora_As, lora_Bs, scalings)
+    check_dropout_and_seed(op, dropout_p, seed)
 
 
 def check_lora_delta(
@@ -267,16 +309,16 @@ def check_bottleneck(
         check_bias(op, name, bias, size)
 
 
-def check_num_siblings(op: str, weights: Sequence[Tensor], **lists: Sequence) -> None:
-    """Checks that all lists are as long as ``weights``."""
-    for name, entries in {"weights": weights, **lists}.items():
+def check_num_siblings(op: str, first_name: str, first: Sequence[Tensor], **lists: Sequence) -> None:
+    """Checks that all lists are as long as ``first``."""
+    for name, entries in {first_name: first, **lists}.items():
         if not isinstance(entries, (list, tuple)):
             raise TypeError(f"{op}: {name} is a {type(entries).__name__}, want a list with one entry per layer")
-    if not 1 <= len(weights) <= MAX_SIBLINGS:
-        raise refusal(op, "length", "weights", len(weights), f"1 to {MAX_SIBLINGS}")
+    if not 1 <= len(first) <= MAX_SIBLINGS:
+        raise refusal(op, "length", first_name, len(first), f"1 to {MAX_SIBLINGS}")
     for name, entries in lists.items():
-        if len(entries) != len(weights):
-            raise refusal(op, "other_length", name, len(entries), len(weights))
+        if len(entries) != len(first):
+            raise refusal(op, "length_like", name, len(entries), first_name, len(first))
 
 
 def check_lora_linear_siblings(
@@ -290,7 +332,7 @@ def check_lora_linear_siblings(
     seed: Tensor | None,
 ) -> None:
     op = "lora_linear_siblings"
-    check_num_siblings(op, weights, biases=biases, lora_As=lora_As, lora_Bs=lora_Bs, scalings=scalings)
+    check_num_siblings(op, "weights", weights, biases=biases, lora_As=lora_As, lora_Bs=lora_Bs, scalings=scalings)
     for i, layer in enumerate(zip(weights, biases, lora_As, lora_Bs, scalings, strict=True)):
         _check_layer(op, x, *layer, index=i)
         check_same_dtype(op, f"lora_As[{i}]", lora_As[i], "lora_As[0]", lora_As[0])

@@ -17,6 +17,7 @@ from lora_ext._ops.checks import (
     check_bias,
     check_contiguous_matrix,
     check_delta,
+    check_deltas,
     check_dropout,
     check_factors,
     check_floating,
@@ -65,7 +66,7 @@ def check_lora_linear_siblings_backward(
     output_mask: Sequence[bool],
 ) -> None:
     op = "lora_linear_siblings_backward"
-    check_num_siblings(op, weights, grad_ys=grad_ys, lora_As=lora_As, lora_Bs=lora_Bs, scalings=scalings)
+    check_num_siblings(op, "weights", weights, grad_ys=grad_ys, lora_As=lora_As, lora_Bs=lora_Bs, scalings=scalings)
     layers = list(zip(grad_ys, weights, lora_As, lora_Bs, scalings, strict=True))
     _check_backward(op, layers, x, xa, mask, dropout_p, output_mask, takes_lists=True)
 
@@ -88,6 +89,32 @@ def check_lora_delta_backward(
     check_dropout(op, dropout_p)
     sizes = count_tokens(grad_y), lora_A.shape[1], lora_A.shape[0]
     check_saved(op, xa, mask, grad_y.dtype, sizes, dropout_p, output_mask, "rank")
+
+
+def check_lora_delta_siblings_backward(
+    grad_ys: Sequence[Tensor],
+    x: Tensor | None,
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    xa: Tensor | None,
+    mask: Tensor | None,
+    scalings: Sequence[float],
+    dropout_p: float,
+    output_mask: Sequence[bool],
+) -> None:
+    op = "lora_delta_siblings_backward"
+    check_num_siblings(op, "grad_ys", grad_ys, lora_As=lora_As, lora_Bs=lora_Bs, scalings=scalings)
+    check_output_mask(op, output_mask, 3)
+    check_is_there(op, "x", x, output_mask[1], "grad_lora_A")
+    check_deltas(op, "grad_y", grad_ys, None, lora_As, lora_Bs, scalings)
+    num_tokens = count_tokens(grad_ys[0])
+    for i, grad_y in enumerate(grad_ys):
+        _check_num_tokens(op, f"grad_ys[{i}]", grad_y, "grad_ys[0]", num_tokens)
+    if output_mask[1]:
+        check_delta(op, "grad_y", grad_ys[0], x, lora_As[0], lora_Bs[0], scalings[0], 0)
+    check_dropout(op, dropout_p)
+    sizes = num_tokens, lora_As[0].shape[1], sum(lora_A.shape[0] for lora_A in lora_As)
+    check_saved(op, xa, mask, grad_ys[0].dtype, sizes, dropout_p, output_mask, "total_rank")
 
 
 def _check_backward(

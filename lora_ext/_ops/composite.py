@@ -61,11 +61,8 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
 
 
 def lora_linear_siblings(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed):
-    mask = draw_mask(x, dropout_p, seed)
-    xas = [xa_of(x, A, mask, scaling, dropout_p) for A, scaling in zip(lora_As, scalings, strict=True)]
     ys = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-    ys = [(y + _update(y, xa, B)).to(x.dtype) for y, xa, B in zip(ys, xas, lora_Bs, strict=True)]
-    return ys, torch.cat(xas, dim=1).detach(), mask
+    return lora_delta_siblings(ys, x, lora_As, lora_Bs, scalings, dropout_p, seed)
 
 
 def lora_delta_(y, x, lora_A, lora_B, scaling, dropout_p, seed):
@@ -73,6 +70,13 @@ def lora_delta_(y, x, lora_A, lora_B, scaling, dropout_p, seed):
     xa = xa_of(x, lora_A, mask, scaling, dropout_p)
     y += _update(y, xa, lora_B)
     return xa.detach(), mask
+
+
+def lora_delta_siblings(bases, x, lora_As, lora_Bs, scalings, dropout_p, seed):
+    mask = draw_mask(x, dropout_p, seed)
+    xas = [xa_of(x, A, mask, scaling, dropout_p) for A, scaling in zip(lora_As, scalings, strict=True)]
+    ys = [(y + _update(y, xa, B)).to(y.dtype) for y, xa, B in zip(bases, xas, lora_Bs, strict=True)]
+    return ys, torch.cat(xas, dim=1).detach(), mask
 
 
 def lora_linear_backward(grad_y, x, weight, lora_A, lora_B, xa, mask, scaling, dropout_p, output_mask):
@@ -85,6 +89,11 @@ def lora_delta_backward(grad_y, x, lora_A, lora_B, xa, mask, scaling, dropout_p,
 
 
 def lora_linear_siblings_backward(grad_ys, x, weights, lora_As, lora_Bs, xa, mask, scalings, dropout_p, output_mask):
+    return _backward(grad_ys, x, weights, lora_As, lora_Bs, xa, mask, scalings, dropout_p, output_mask)
+
+
+def lora_delta_siblings_backward(grad_ys, x, lora_As, lora_Bs, xa, mask, scalings, dropout_p, output_mask):
+    weights = [None] * len(grad_ys)
     return _backward(grad_ys, x, weights, lora_As, lora_Bs, xa, mask, scalings, dropout_p, output_mask)
 
 

@@ -48,7 +48,7 @@ def explain(
     Raises:
         TypeError, ValueError: naming the argument.
         torch.OutOfMemoryError: with the bytes that were wanted.
-        RuntimeError: there are no kernels for the device.
+        RuntimeError: there are no kernels for the device, or autograd cannot keep an inference tensor.
     """
     name = function.__name__
     if (isinstance(error, (TypeError, ValueError)) and str(error).startswith(f"{name}: ")) or "vmap: " in str(error):
@@ -57,6 +57,7 @@ def explain(
     check_types(function, {n: v for n, v in arguments.items() if not (_is_tensor(v) and v.dim() == 0)})
     tensor_arguments.check_tensors(name, arguments)
     check_memory(error)
+    tensor_arguments.explain_inference(name, arguments, error)
     device = next(filter(_is_tensor, arguments.values())).device
     if not (autocast and torch.is_autocast_enabled(device.type)):
         check_values(**arguments)

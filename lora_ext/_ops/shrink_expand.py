@@ -20,6 +20,7 @@ from lora_ext._ops.registration import (
     register_composite,
     register_op,
 )
+from lora_ext._ops.tensor_arguments import explain_inference
 
 
 @register_op("lora_shrink", checks_backward.check_lora_shrink)
@@ -81,6 +82,7 @@ class _Expand(torch.autograd.Function):
 
 def _register_autograd(name: str, function: type[torch.autograd.Function], plain: Callable) -> None:
     op = op_named(name)
+    labels = [argument.name for argument in op._schema.arguments]
     plain = register_composite(name, plain)
 
     def kernel(*arguments):
@@ -88,7 +90,11 @@ def _register_autograd(name: str, function: type[torch.autograd.Function], plain
         if has_tangent(*arguments):
             return plain(*arguments)
         if any_requires_grad(*arguments):
-            return function.apply(*arguments)
+            try:
+                return function.apply(*arguments)
+            except RuntimeError as error:
+                explain_inference(name, dict(zip(labels, arguments, strict=True)), error)
+                raise
         with below_autograd():
             return op(*arguments)
 

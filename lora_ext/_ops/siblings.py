@@ -1,4 +1,6 @@
-"""Fake (meta), autograd and autocast registrations of lora_linear_siblings, for layers that read one x."""
+"""Fake (meta), autograd and autocast registrations of the ops for layers that read one x: lora_linear_siblings, and
+lora_delta_siblings, whose base layers were called.
+"""
 
 from __future__ import annotations
 
@@ -44,13 +46,30 @@ def _(grad_ys, x, weights, lora_As, lora_Bs, xa, mask, scalings, dropout_p, outp
     )
 
 
+@register_op("lora_delta_siblings", checks.check_lora_delta_siblings)
+def _(bases, x, lora_As, lora_Bs, scalings, dropout_p, seed):
+    ys = [base.new_empty(base.shape) for base in bases]
+    return ys, *fake_saved(x, sum(lora_A.shape[0] for lora_A in lora_As), dropout_p)
+
+
+@register_op("lora_delta_siblings_backward", checks_backward.check_lora_delta_siblings_backward)
+def _(grad_ys, x, lora_As, lora_Bs, xa, mask, scalings, dropout_p, output_mask):
+    want_x, want_A, want_B = output_mask
+    return (
+        grad_ys[0].new_empty((*grad_ys[0].shape[:-1], lora_As[0].shape[1])) if want_x else None,
+        fake_gradients(lora_As) if want_A else [],
+        fake_gradients(lora_Bs) if want_B else [],
+    )
+
+
 # --- autograd ---------------------------------------------------------------------------------------------------------
 
 
-class _LoraLinearSiblings(torch.autograd.Function):
+class _Siblings(torch.autograd.Function):
     """Autograd sees tensors only outside of lists: x, weights, biases, lora_As and lora_Bs come one after the other.
 
-    Returns only the ys; the other results of the op are appended to ``results``.
+    Without weights, the biases are the outputs of base layers. Returns only the ys; the other results of the op are
+    appended to ``results``.
     """
 
     @staticmethod
@@ -59,7 +78,10 @@ class _LoraLinearSiblings(torch.autograd.Function):
         n = len(scalings)
         weights, biases, lora_As, lora_Bs = (layers[i : i + n] for i in range(0, 4 * n, n))
         with below_autograd():
-            ys, xa, mask = _op(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)
+            if weights[0] is None:
+                ys, xa, mask = _delta_op(biases, x, lora_As, lora_Bs, scalings, dropout_p, seed)
+            else:
+                ys, xa, mask = _op(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)
         if results is not None:
             results += xa, mask
         ctx.set_materialize_grads(False)
@@ -82,6 +104,7 @@ class _LoraLinearSiblings(torch.autograd.Function):
         n = len(ctx.scalings)
         x, xa, mask, *layers = ctx.saved_tensors
         weights, lora_As, lora_Bs = (layers[i : i + n] for i in range(0, 3 * n, n))
+        has_weights = weights[0] is not None
         want_x, want_weights, want_biases, want_As, want_Bs = _split_wanted(ctx)
         grad_x = None
         grad_weights, grad_biases, grad_As, grad_Bs = ([None] * n for _ in range(4))
@@ -92,7 +115,14 @@ class _LoraLinearSiblings(torch.autograd.Function):
             want_A, want_B = any(want_As[i] for i in used), any(want_Bs[i] for i in used)
             if want_B and torch.is_grad_enabled():
                 xa = composite.xa_to_differentiate(
-                    "lora_linear_siblings", xa, x, want_x, lora_As, mask, ctx.scalings, ctx.dropout_p
+                    "lora_linear_siblings" if has_weights else "lora_delta_siblings",
+                    xa,
+                    x,
+                    want_x,
+                    lora_As,
+                    mask,
+                    ctx.scalings,
+                    ctx.dropout_p,
                 )
             if want_B and len(used) < n:
                 columns = xa.split([lora_A.shape[0] for lora_A in lora_As], dim=1)
@@ -102,10 +132,10 @@ class _LoraLinearSiblings(torch.autograd.Function):
                 return [entries[i] for i in used]
 
             grad_x, used_grad_As, used_grad_Bs = call_backward(
-                _backward_op,
+                _backward_op if has_weights else _delta_backward_op,
                 of_used(grad_ys),
                 x if want_A else None,
-                of_used(weights),
+                *([of_used(weights)] if has_weights else []),
                 of_used(lora_As),
                 of_used(lora_Bs),
                 xa if want_B else None,
@@ -122,7 +152,7 @@ class _LoraLinearSiblings(torch.autograd.Function):
             if grad_y is not None and want_weights[i]:
                 grad_weights[i] = weight_gradient(grad_y, x)
             if grad_y is not None and want_biases[i]:
-                grad_biases[i] = bias_gradient(grad_y)
+                grad_biases[i] = bias_gradient(grad_y) if has_weights else grad_y
         return grad_x, *grad_weights, *grad_biases, *grad_As, *grad_Bs, None, None, None, None
 
 
@@ -134,7 +164,8 @@ def _split_wanted(ctx) -> tuple[bool, tuple, tuple, tuple, tuple]:
 
 
 _op, _backward_op = op_named("lora_linear_siblings"), op_named("lora_linear_siblings_backward")
-_lean_apply = lean_apply(_LoraLinearSiblings, num_tensors=-4)
+_delta_op, _delta_backward_op = op_named("lora_delta_siblings"), op_named("lora_delta_siblings_backward")
+_lean_apply = lean_apply(_Siblings, num_tensors=-4)
 
 
 def lora_linear_siblings(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed) -> list[Tensor]:
@@ -156,7 +187,7 @@ def _lora_linear_siblings_autograd(x, weights, biases, lora_As, lora_Bs, scaling
     if any_requires_grad(x, *layers):
         _check_num(weights, biases, lora_As, lora_Bs, scalings)
         results: list = []
-        ys = _LoraLinearSiblings.apply(x, *layers, scalings, dropout_p, seed, results)
+        ys = _Siblings.apply(x, *layers, scalings, dropout_p, seed, results)
         return list(ys), *results
     with below_autograd():
         return _op(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)
@@ -165,10 +196,41 @@ def _lora_linear_siblings_autograd(x, weights, biases, lora_As, lora_Bs, scaling
 def _check_num(weights, biases, lora_As, lora_Bs, scalings) -> None:
     """Checks that every list has as many entries as there are layers, or they cannot be told apart."""
     lists = {"biases": biases, "lora_As": lora_As, "lora_Bs": lora_Bs, "scalings": scalings}
-    checks.check_num_siblings("lora_linear_siblings", weights, **lists)
+    checks.check_num_siblings("lora_linear_siblings", "weights", weights, **lists)
+
+
+def lora_delta_siblings(bases, x, lora_As, lora_Bs, scalings, dropout_p, seed) -> list[Tensor]:
+    """As :func:`lora_linear_siblings`, next to base layers that returned ``bases``."""
+    tensors = (*bases, *lora_As, *lora_Bs)
+    same_number = len(bases) == len(lora_As) == len(lora_Bs) == len(scalings)
+    if not (same_number and bases and is_usual_call(x, *tensors)):
+        return _delta_op(bases, x, lora_As, lora_Bs, scalings, dropout_p, seed)[0]
+    if any_requires_grad(*lora_As, x, *tensors):
+        return list(_lean_apply(x, *[None] * len(bases), *tensors, scalings, dropout_p, seed, None))
+    with below_autograd():
+        return _delta_op(bases, x, lora_As, lora_Bs, scalings, dropout_p, seed)[0]
+
+
+def _lora_delta_siblings_autograd(bases, x, lora_As, lora_Bs, scalings, dropout_p=0.0, seed=None):
+    tensors = (*bases, *lora_As, *lora_Bs)
+    if has_tangent(x, *tensors):
+        return _delta_composite(bases, x, lora_As, lora_Bs, scalings, dropout_p, seed)
+    if any_requires_grad(x, *tensors):
+        lists = {"lora_As": lora_As, "lora_Bs": lora_Bs, "scalings": scalings}
+        checks.check_num_siblings("lora_delta_siblings", "bases", bases, **lists)
+        results: list = []
+        ys = _Siblings.apply(x, *[None] * len(bases), *tensors, scalings, dropout_p, seed, results)
+        return list(ys), *results
+    with below_autograd():
+        return _delta_op(bases, x, lora_As, lora_Bs, scalings, dropout_p, seed)
 
 
 _composite = register_composite("lora_linear_siblings", composite.lora_linear_siblings, num_cast=3)
 LIBRARY.impl("lora_linear_siblings", _lora_linear_siblings_autograd, "Autograd")
 register_backward("lora_linear_siblings_backward", composite.lora_linear_siblings_backward)
 register_autocast("lora_linear_siblings", num_cast=3)
+
+_delta_composite = register_composite("lora_delta_siblings", composite.lora_delta_siblings)
+LIBRARY.impl("lora_delta_siblings", _lora_delta_siblings_autograd, "Autograd")
+register_backward("lora_delta_siblings_backward", composite.lora_delta_siblings_backward)
+register_autocast("lora_delta_siblings", num_cast=0)  # as lora_delta_

@@ -56,6 +56,20 @@ def check_memory_is_there(op: str, arguments: Mapping[str, object]) -> None:
             raise RuntimeError(f"{op}: {label} is {shape}, but its storage has been freed or made smaller")
 
 
+_NOT_SAVED = "Inference tensors cannot be saved for backward"  # PyTorch's words
+
+
+def explain_inference(op: str, arguments: Mapping[str, object], error: Exception) -> None:
+    """Raises RuntimeError with the names of the inference tensors, if ``error`` is that autograd cannot keep one."""
+    if str(error).startswith(_NOT_SAVED):
+        names = [label for label, tensor in tensors_of(arguments) if tensor.is_inference()]
+        are = "is an inference tensor" if len(names) == 1 else "are inference tensors"
+        raise RuntimeError(
+            f"{op}: {', '.join(names)} {are}, which autograd cannot keep for the backward; "
+            f"pass {', '.join(f'{name}.clone()' for name in names)}"
+        ) from None
+
+
 def _is_same(device: torch.device, other: torch.device) -> bool:
     """cpu:0 is the CPU."""
     return device == other or (device.type == other.type and device.type in ("cpu", "meta"))

@@ -15,7 +15,7 @@ from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
 from lora_ext.adapters.combine import check_combination, combine_factors
 from lora_ext.config import LoraConfig, exact_patterns
-from lora_ext.injection.inject import apply_injection, check_new_name
+from lora_ext.injection.inject import apply_injection, check_new_name, check_none_merged
 from lora_ext.matching.path_names import EndTable
 from lora_ext.model.adapter_set import Adapter, Part, check_names, find_adapter, find_adapters
 from lora_ext.model.bare_model import BareModel, root_module
@@ -62,9 +62,9 @@ def add_weighted_adapter(
         ``model``, the same object.
 
     Raises:
-        ValueError: the model is not injected, the name is taken, a setting is wrong, ranks differ but factors are
-            added, two adapters train the same module in full, one trains the model's biases, or this kind cannot
-            combine a layer's factors.
+        ValueError: the model is not injected, the name is taken, adapters are merged, a setting is wrong, ranks differ
+            but factors are added, two adapters train the same module in full, one trains the model's biases, or this
+            kind cannot combine a layer's factors.
         KeyError: there is no such adapter; the message lists them. Nothing is changed.
     """
     caller = "add_weighted_adapter"
@@ -72,6 +72,7 @@ def add_weighted_adapter(
     held.check_enabled(caller)
     check_names(caller, held.configs, adapters)
     check_new_name(caller, adapter_name, held)
+    check_none_merged(caller, root_module(model))
     settings = {
         "density": density,
         "majority_sign_method": majority_sign_method,

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,10 +29,12 @@ from lora_ext.files.hub import download_adapter
 from lora_ext.files.packed_projection import from_peft_form, to_peft_form
 from lora_ext.files.staged_files import staged_files, write_tensors
 from lora_ext.injection.inject import Injection, apply_injection, lora_modules
+from lora_ext.matching.path_patterns import PathMatcher
 from lora_ext.model.adapter_set import Adapter, Part, adapter_set, find_adapter
 from lora_ext.model.bare_model import BareModel, root_module
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.tied import TiedAdapter
+from lora_ext.nn.trained import TrainedModule
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -240,6 +243,7 @@ def file_content(model: nn.Module, adapter: Adapter) -> FileContent:
     values = adapter.config.to_dict() | {"inference_mode": True}  # as PEFT writes it
     if values["base_model_name_or_path"] is None:
         values["base_model_name_or_path"] = base_name(model)
+    values |= _names_of_tied(adapter, values)
     scales = adapter.file_scales()
     sharded = [key for key, tensor in adapter.tensors().items() if hasattr(tensor, "full_tensor")]
     if sharded:
@@ -259,6 +263,29 @@ def file_content(model: nn.Module, adapter: Adapter) -> FileContent:
     # Only the outer keys are sorted: the first matching pattern counts.
     text = json.dumps({key: values[key] for key in sorted(values)}, indent=2)
     return FileContent(text + "\n", tensors, {"format": "pt", **metadata})
+
+
+def _names_of_tied(adapter: Adapter, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the config's lists of modules, in which tied modules are named too.
+
+    PEFT ties modules to the input embedding only if one of them is named (``lm_head``, ``embed_tokens``). If only the
+    embedding is (``shared`` of T5, ``wte`` of GPT-2), it would ignore the tied modules' tensors.
+    """
+    if not adapter.config.ensure_weight_tying:
+        return {}
+    tied = {
+        "target_modules": [part.path for part in adapter.parts if isinstance(part.adapter, TiedAdapter)],
+        "modules_to_save": [part.path for part in adapter.parts if isinstance(part.layer, TrainedModule)],
+    }
+    named = {}
+    for key, paths in tied.items():
+        is_named = PathMatcher(key, values[key])
+        if missing := [path for path in paths if not is_named(path)]:
+            is_list = not isinstance(values[key], str)
+            named[key] = (
+                [*values[key], *missing] if is_list else "|".join([f"(?:{values[key]})", *map(re.escape, missing)])
+            )
+    return named
 
 
 def base_name(model: nn.Module) -> str | None:

@@ -203,6 +203,13 @@ def check_new_name(caller: str, name: str, adapters: AdapterSet | None) -> None:
         )
 
 
+def check_none_merged(caller: str, root: nn.Module) -> None:
+    """ValueError: adapters are merged into a layer, and a new adapter, which becomes active, would come on top."""
+    for path, layer in lora_modules(root):
+        if layer.is_merged:
+            raise ValueError(f"{caller}: adapters are merged into {path!r}; call unmerge(model) first")
+
+
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
@@ -224,14 +231,13 @@ def _check_state(root: nn.Module, adapters: AdapterSet | None, config: LoraConfi
     _check_no_peft_layers(root)
     if adapters is not None:
         adapters.check_enabled("inject")
-    for path, layer in lora_modules(root):
+    for path, _ in lora_modules(root):
         if adapters is None:
             raise ValueError(
                 f"inject: {type(root).__name__} has LoRA layers already ({path!r}), but was not injected as a whole; "
                 "call lora_ext.adapters.merge_and_unload(model) first, or inject into a fresh model"
             )
-        if layer.is_merged:
-            raise ValueError(f"inject: adapters are merged into {path!r}; call unmerge(model) first")
+    check_none_merged("inject", root)
     if adapters is not None and adapters.biases and config.bias != "none":
         (owner,) = adapters.biases
         raise ValueError(

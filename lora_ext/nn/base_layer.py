@@ -22,7 +22,7 @@ from torch.nn.modules.module import (
 )
 
 from lora_ext._ops.checks import FLOATING
-from lora_ext.quantized import why_unsupported
+from lora_ext.quantized import quantized_weight, why_unsupported
 
 _LINEAR_FORWARD = nn.Linear.forward  # PyTorch's: a library that replaces it in the class is noticed too
 _DENSE = (nn.Parameter, Tensor)
@@ -64,6 +64,24 @@ def plain_linear(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
             return None
         return weight, bias
     return (weight.T, bias) if is_conv1d(base) else None
+
+
+_QUANTIZED_FORWARDS: dict[
+    tuple[type, type], object
+] = {}  # by the classes of a layer and of its weight; None: not known
+
+
+def runs_quantized_product(base: nn.Module) -> bool:
+    """Whether a call of ``base`` multiplies by a quantised weight of a known format, adds the bias, and does no more.
+
+    Takes 1 us: the format depends on classes only, and is looked up once.
+    """
+    kind = type(base)
+    key = kind, type(base.__dict__["_parameters"].get("weight"))
+    if key not in _QUANTIZED_FORWARDS:
+        weight = quantized_weight(base)
+        _QUANTIZED_FORWARDS[key] = None if weight is None else weight.plain_forward.forward
+    return _QUANTIZED_FORWARDS[key] is kind.forward and runs_alone(base)
 
 
 def is_dense(tensor: object) -> bool:

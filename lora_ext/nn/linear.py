@@ -14,7 +14,7 @@ from lora_ext.nn.base_layer import is_conv1d, own_copy, plain_linear, why_not_me
 from lora_ext.nn.layer import LoraLayer, Matrix
 from lora_ext.nn.row_updates import RowUpdate, add_chosen
 from lora_ext.nn.rows import RowChoice, row_choice
-from lora_ext.nn.shared_inputs import Operands, SharesInputs, shared_inputs
+from lora_ext.nn.shared_inputs import Operands, SharesInputs, frozen_product, shared_inputs
 from lora_ext.quantized import quantized_weight
 
 if TYPE_CHECKING:
@@ -155,11 +155,12 @@ class LoraLinear(SharesInputs, LoraLayer):
             return "its factors are offloaded"
         if "lora_A" not in factors:
             return "its factors are tied to those of another layer"
-        plain = plain_linear(self._modules["base_layer"])
-        if plain is None or type(plain[0]) is not nn.Parameter:  # Conv1D's is transposed for the call
-            return "its base layer is no plain nn.Linear, or has hooks or a forward of its own"
+        base = frozen_product(self._modules["base_layer"])
+        if isinstance(base, str):
+            return base
         dropout_p = adapter.lora_dropout if self.training else 0.0
-        return Operands(*plain, factors["lora_A"], factors["lora_B"], adapter.lora_bias, adapter.scaling, dropout_p)
+        numbers = adapter.lora_bias, adapter.scaling, dropout_p
+        return Operands(*base[:2], factors["lora_A"], factors["lora_B"], *numbers, *base[2:])
 
     def _full_lora_B(self, name: str, lora_B: Tensor) -> Tensor:
         """``lora_B`` of the adapter ``name`` for the whole output: ``[out_features, rows of lora_A]``."""

@@ -1,9 +1,10 @@
 """Layers that are called with the same tensor (q/k/v, gate/up) are computed together, each in its own place.
 
-The first of them that is called computes all outputs in one op (:func:`lora_ext.functional.lora_linear_siblings`). Each
-other layer takes its output when it is called with the same tensor object, and only if it would compute the very same:
-the same weights and factors, none changed since, the same dropout, autograd and autocast. In all other cases it
-computes its own output. So a wrong guess costs time, but changes no result.
+The first of them that is called computes all outputs in one op (:func:`lora_ext.functional.lora_linear_siblings`). If
+the base layers are quantised, it calls each of them, and the op (:func:`lora_ext.functional.lora_delta_siblings`) adds
+the updates. Each other layer takes its output when it is called with the same tensor object, and only if it would
+compute the very same: the same weights and factors, none changed since, the same dropout, autograd and autocast. In all
+other cases it computes its own output. So a wrong guess costs time, but changes no result.
 
 Which layers form a group is a guess from the model's structure (:func:`lora_ext.nn.input_groups.share_inputs`) that
 calls correct: a layer that comes with another tensor leaves the group at once, a layer that does not come at all after
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 
 from lora_ext import functional
 from lora_ext._ops.registration import call_state
+from lora_ext.nn.base_layer import plain_linear, runs_quantized_product
 
 LARGEST = 8  # layers of lora_linear_siblings
 TOO_MANY_MISSES = 2  # a call that is interrupted leaves outputs behind once
@@ -40,7 +42,12 @@ NOT_CALLED = "is not called after the others"
 
 
 class Operands(NamedTuple):
-    """The tensors and numbers of a layer with one adapter, as the layer holds them: no tensor is made for a call."""
+    """The tensors and numbers of a layer with one adapter, as the layer holds them: no tensor is made for a call.
+
+    Attributes:
+        quantized: the base layer, if its weight is quantised: it computes its product itself.
+        is_training: whether that is in training mode; bitsandbytes' 8-bit layers compute something else then.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -49,12 +56,19 @@ class Operands(NamedTuple):
     lora_bias: Tensor | None
     scaling: float
     dropout_p: float
+    quantized: nn.Module | None = None
+    is_training: bool = False
 
     def full_bias(self) -> Tensor | None:
         if self.lora_bias is None:
             return self.bias
         scaled = (self.scaling * self.lora_bias).to(self.weight.dtype)
         return scaled if self.bias is None else self.bias + scaled
+
+    def base_output(self, x: Tensor) -> Tensor:
+        """What the quantised base layer returns, plus the adapter's bias."""
+        y = self.quantized(x)
+        return y if self.lora_bias is None else y + (self.scaling * self.lora_bias).to(y.dtype)
 
     def are(self, others: Operands) -> bool:
         """Whether these are the same objects and numbers."""
@@ -66,11 +80,13 @@ class Operands(NamedTuple):
             and self.lora_bias is others.lora_bias
             and self.scaling == others.scaling
             and self.dropout_p == others.dropout_p
+            and self.quantized is others.quantized
+            and self.is_training == others.is_training
         )
 
     def stamp(self) -> tuple[int | bool, ...]:
         """Changes with every in-place change of a tensor. RuntimeError: one of them does not count its changes."""
-        weight, bias, A, B, lora_bias, *_ = self
+        weight, bias, A, B, lora_bias = self[:5]
         stamp = weight._version, A._version, B._version, weight.requires_grad, A.requires_grad, B.requires_grad
         for tensor in (bias, lora_bias):
             if tensor is not None:
@@ -80,21 +96,39 @@ class Operands(NamedTuple):
     def why_apart(self, others: Operands) -> str:
         """Why one op cannot compute this layer along with a layer with ``others``, or ""."""
         mine, theirs = self.weight, others.weight
+        is_plain = self.quantized is None
         if (
             self.dropout_p == others.dropout_p
-            and mine.dtype is theirs.dtype
+            and is_plain == (others.quantized is None)
+            and (mine.dtype is theirs.dtype or not is_plain)
             and self.lora_A.dtype is others.lora_A.dtype
-            and mine.shape[-1:] == theirs.shape[-1:]
+            and self.lora_A.shape[1] == others.lora_A.shape[1]
             and mine.device == theirs.device
             and self.lora_A.device == others.lora_A.device
         ):
             return ""
         if self.dropout_p != others.dropout_p:
             return f"its dropout is {self.dropout_p:g}, that of the others {others.dropout_p:g}"
+        if is_plain != (others.quantized is None):
+            return f"its weight is {'not ' * is_plain}quantised, and those of the others are{' not' * (not is_plain)}"
         for name, a, b in (("weight", self.weight, others.weight), ("factors", self.lora_A, others.lora_A)):
             if a.dtype != b.dtype or a.device != b.device:
                 return f"its {name}: {a.dtype} on {a.device}, that of the others: {b.dtype} on {b.device}"
-        return f"its weight is {list(mine.shape)}, one of the others is {list(theirs.shape)}"
+        return f"its lora_A is {list(self.lora_A.shape)}, one of the others is {list(others.lora_A.shape)}"
+
+
+def frozen_product(base: nn.Module) -> tuple[Tensor, Tensor | None, nn.Module | None, bool] | str:
+    """The weight and the bias of :class:`Operands` for a base layer, the layer if it is quantised, and its mode.
+
+    Or why the base layer may do something else than multiply by its weight and add its bias.
+    """
+    plain = plain_linear(base)
+    if plain is not None and type(plain[0]) is nn.Parameter:  # Conv1D's is transposed for the call
+        return *plain, None, False
+    if plain is None and runs_quantized_product(base):
+        parameters = base._parameters
+        return parameters["weight"], parameters["bias"], base, base.training
+    return "its base layer is no plain or quantised nn.Linear, or has hooks or a forward of its own"
 
 
 class SharesInputs:
@@ -278,9 +312,9 @@ class _Round:
     def compute(self, group: Group, layer: nn.Module, x: Tensor, operands: Operands) -> Tensor | None:
         """Computes the group's outputs and returns that of ``layer``; None: there is no other layer to share with."""
         weight = operands.weight
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if operands.quantized is None and x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             return None
-        if x.shape[-1:] != weight.shape[-1:] or x.device != weight.device:
+        if x.shape[-1:] != operands.lora_A.shape[1:] or x.device != weight.device:
             return None
         keys, all_operands, stamps = [id(layer)], [operands], [None]
         for sibling in group.alive():
@@ -297,16 +331,7 @@ class _Round:
             all_operands.append(theirs)
         if len(keys) == 1:
             return None
-        y, *ys = functional.lora_linear_siblings(
-            x,
-            [their.weight for their in all_operands],
-            [their.full_bias() for their in all_operands],
-            [their.lora_A for their in all_operands],
-            [their.lora_B for their in all_operands],
-            [their.scaling for their in all_operands],
-            operands.dropout_p,
-            self.seed(operands.dropout_p, x),
-        )
+        y, *ys = _together(x, all_operands, self.seed(operands.dropout_p, x))
         self._group, self._computed = group, frozenset(keys)
         self._shared.now = ""
         self._outputs.update(zip(keys[1:], zip(all_operands[1:], stamps[1:], ys, strict=True), strict=True))
@@ -339,6 +364,27 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
+def _together(x: Tensor, layers: list[Operands], seed: Tensor | None) -> list[Tensor]:
+    factors = [their.lora_A for their in layers], [their.lora_B for their in layers]
+    numbers = [their.scaling for their in layers], layers[0].dropout_p, seed
+    if layers[0].quantized is None:
+        weights, biases = [their.weight for their in layers], [their.full_bias() for their in layers]
+        return functional.lora_linear_siblings(x, weights, biases, *factors, *numbers)
+    bases = [their.base_output(x) for their in layers]
+    if any(base.dtype != bases[0].dtype for base in bases):
+        return [_plus_update(base, x, their, seed) for base, their in zip(bases, layers, strict=True)]
+    return functional.lora_delta_siblings(bases, x.to(bases[0].dtype), *factors, *numbers)
+
+
 def _alone(x: Tensor, operands: Operands, seed: Tensor | None) -> Tensor:
-    weight, _, lora_A, lora_B, _, scaling, dropout_p = operands
+    if operands.quantized is not None:
+        return _plus_update(operands.base_output(x), x, operands, seed)
+    weight, _, lora_A, lora_B, _, scaling, dropout_p = operands[:7]
     return functional.lora_linear(x, weight, operands.full_bias(), lora_A, lora_B, scaling, dropout_p, seed)
+
+
+def _plus_update(base: Tensor, x: Tensor, operands: Operands, seed: Tensor | None) -> Tensor:
+    """Adds the update to a copy of what a base layer returned, which may keep it."""
+    update = operands.lora_A, operands.lora_B, operands.scaling, operands.dropout_p, seed
+    y = base.clone(memory_format=torch.contiguous_format)
+    return functional.plus_lora_delta(y, x.to(device=y.device, dtype=y.dtype), *update)

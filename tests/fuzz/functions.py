@@ -63,6 +63,15 @@ def lora_delta_(choices: Choices) -> Call:
 
 
 @maker
+def lora_delta_siblings(choices: Choices) -> Call:
+    def oracle(before, result, after):
+        ops.check_delta_siblings(_with_drawn_seed(before), result, after)
+
+    values = ops.delta_siblings_values(choices)
+    return Call(_function("lora_delta_siblings"), values, oracle, differentiated="result")
+
+
+@maker
 def lora_grouped_(choices: Choices) -> Call:
     def oracle(before, result, after):
         if result is not after["y"]:

@@ -227,6 +227,40 @@ def lora_delta_(choices: Choices) -> Call:
     return Call(op("lora_delta_"), delta_values(choices), oracle, changes=("y",), differentiated="[y]")
 
 
+def delta_siblings_values(choices: Choices) -> dict[str, Value]:
+    dtype, factors = choices.pick(DTYPES)
+    lead, size_in = tokens_shape(choices), choices.pick(SIZES)
+    layers = [(choices.pick(SIZES), choices.pick(RANKS)) for _ in range(choices.pick((2, 1, 3, 8)))]
+    values = {
+        "bases": ListValue([tensor(choices, (*lead, out), dtype) for out, _ in layers]),
+        "x": tensor(choices, (*lead, size_in), dtype),
+        "lora_As": ListValue([tensor(choices, (rank, size_in), factors) for _, rank in layers]),
+        "lora_Bs": ListValue([tensor(choices, (out, rank), factors) for out, rank in layers]),
+        "scalings": ListValue([literal(choices.pick((*SCALINGS, -1.0))) for _ in layers]),
+        **dropout(choices),
+    }
+    with_history(choices, values, ("bases", "x", "lora_As", "lora_Bs"))
+    return values
+
+
+def check_delta_siblings(before, ys, after) -> None:
+    def formula(bases, x, lora_As, lora_Bs, scalings, dropout_p, seed):
+        layers = zip(bases, lora_As, lora_Bs, scalings, strict=True)
+        return [base + reference.lora_delta(x, *layer, dropout_p, seed) for base, *layer in layers]
+
+    against_formula(formula, before, list(ys), after, before["x"].dtype)
+
+
+@maker
+def lora_delta_siblings(choices: Choices) -> Call:
+    def oracle(before, result, after):
+        ys, xa, mask = result
+        check_delta_siblings(before, ys, after)
+        check_saved(before, before["lora_As"], before["scalings"], xa, mask, "")
+
+    return Call(op("lora_delta_siblings"), delta_siblings_values(choices), oracle, differentiated="result[0]")
+
+
 @maker
 def lora_shrink(choices: Choices) -> Call:
     dtype, factors = choices.pick(DTYPES)

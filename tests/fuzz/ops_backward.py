@@ -130,6 +130,16 @@ def lora_linear_siblings_backward(choices: Choices) -> Call:
 
 
 @maker
+def lora_delta_siblings_backward(choices: Choices) -> Call:
+    values = _backward_values(choices, False, choices.pick((2, 1, 3, 8)))
+
+    def formula(**arguments):
+        return _backward_formula(weights=None, **arguments)
+
+    return Call(op("lora_delta_siblings_backward"), values, _backward_oracle(formula, "grad_ys"))
+
+
+@maker
 def lora_shrink_backward(choices: Choices) -> Call:
     dtype, factors = choices.pick(DTYPES)
     lead, size_in, rank = tokens_shape(choices), choices.pick(SIZES), choices.pick(RANKS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import warnings
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from support.merging import same_bits
 from support.models import gpt2, llama, refused, token_ids
 from torch import Tensor, nn
+from transformers import T5Config, T5ForConditionalGeneration
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
 from lora_ext.adapters import (
@@ -347,3 +349,44 @@ def test_files_of_tied_modules_to_save_in_both_directions(saved, tmp_path):
     torch.testing.assert_close(logits(theirs, ids), logits(ours, ids))
     theirs.save_pretrained(tmp_path / "theirs")
     torch.testing.assert_close(logits(load_adapter(base, tmp_path / "theirs"), ids), logits(ours, ids))
+
+
+def t5() -> nn.Module:
+    sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).double().eval()
+
+
+@pytest.mark.parametrize("targets", [["shared", "q"], r"shared|.*\.q"], ids=["list", "expression"])
+def test_peft_ties_what_is_tied_to_an_embedding_that_it_does_not_know(targets, tmp_path):
+    """PEFT ties nothing if only ``shared`` is named, so the file names the modules tied to it."""
+    base, ids = t5(), token_ids()
+
+    def outputs(model: nn.Module) -> Tensor:
+        return model(input_ids=ids, decoder_input_ids=ids).logits
+
+    ours = inject(copy.deepcopy(base), LoraConfig(**SETTINGS | {"target_modules": targets}))
+    save_adapter(ours, tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected|adapter key|ensure_weight_tying).*")
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    torch.testing.assert_close(outputs(theirs), outputs(ours))
+    again = load_adapter(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(outputs(again), outputs(ours))
+    save_adapter(again, tmp_path / "again")
+    first, second = ((path / "adapter_config.json").read_text() for path in (tmp_path, tmp_path / "again"))
+    assert first == second
+    torch.testing.assert_close(outputs(merge(ours)), outputs(theirs))
+
+
+def test_files_name_the_saved_modules_that_are_tied(tmp_path):
+    """PEFT 0.21 cannot run such a T5; without the names it would leave the trained weight out without a word."""
+    base, ids = t5(), token_ids()
+    settings = {"target_modules": ["q"], "modules_to_save": ["shared"]}
+    ours = inject(copy.deepcopy(base), LoraConfig(**SETTINGS | settings))
+    nn.init.normal_(ours.shared.in_use.weight)
+    save_adapter(ours, tmp_path)
+    names = json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"]
+    assert names == ["shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"]
+    again = load_adapter(copy.deepcopy(base), tmp_path)
+    actual, expected = (model(input_ids=ids, decoder_input_ids=ids).logits for model in (again, ours))
+    torch.testing.assert_close(actual, expected)

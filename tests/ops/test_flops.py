@@ -28,6 +28,8 @@ COUNTS = {
     "lora_linear_siblings_backward": BASE + 2 * A + 2 * B + SIBLING_BASE + 2 * SIBLING_A + 2 * SIBLING_B,
     "lora_delta_": A + B,
     "lora_delta_backward": 2 * A + 2 * B,
+    "lora_delta_siblings": A + B + SIBLING_A + SIBLING_B,
+    "lora_delta_siblings_backward": 2 * (A + B + SIBLING_A + SIBLING_B),
     "lora_grouped_": A + B,
     "lora_grouped_backward": 2 * A + 2 * B,
     "lora_shrink": A,

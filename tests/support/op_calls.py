@@ -41,6 +41,7 @@ def _layer_calls() -> dict[str, Callable[[], dict]]:
     dropout = {"dropout_p": 0.3, "seed": torch.tensor(0x1234_5678_9ABC_DEF0 >> 1)}
     gradients = {"grad_y": grad_ys[0], "grad_ys": grad_ys, "dropout_p": 0.3, "output_mask": (True, True, True)}
     base = torch.randn(2, 3, 20)
+    bases = [base, torch.randn(2, 3, 12)]
     grouped = {
         "x": x,
         "lora_As": [torch.randn(2, 4, 24)],
@@ -62,6 +63,8 @@ def _layer_calls() -> dict[str, Callable[[], dict]]:
         "lora_linear_siblings_backward": lambda: lists | saved(ops.lora_linear_siblings, lists),
         "lora_delta_": lambda: layer | dropout | {"y": base},
         "lora_delta_backward": lambda: layer | saved(ops.lora_linear, layer),
+        "lora_delta_siblings": lambda: lists | dropout | {"bases": bases},
+        "lora_delta_siblings_backward": lambda: lists | saved(ops.lora_linear_siblings, lists),
         "lora_grouped_": lambda: grouped | dropout | {"y": base},
         "lora_grouped_backward": lambda: (
             grouped

@@ -296,6 +296,7 @@ CALLS: list[Call] = [
             ({"svd_driver": "fast"}, TypeError, "svd_driver is 'fast' of type str, want 'gesvd', 'gesvdj'"),
             ({"majority_sign_method": "most"}, ValueError, "majority_sign_method is 'most', want \"total\" or"),
             (lambda _: {"model": disabled()}, RuntimeError, "the adapters are disabled"),
+            (lambda _: {"model": merged()}, ValueError, f"adapters are {FIRST}; call unmerge(model) first"),
         ],
     ),
     Call(

@@ -9,7 +9,7 @@ from lora_ext._ops.checks import FLOATING
 from lora_ext.functional import lora_delta_, lora_linear
 from lora_ext.integrations.peft.eligibility import Adapter, active_adapters, is_eligible_call
 from lora_ext.nn.base_layer import own_copy, plain_linear
-from lora_ext.nn.shared_inputs import Operands, SharesInputs, shared_inputs
+from lora_ext.nn.shared_inputs import Operands, SharesInputs, frozen_product, shared_inputs
 
 
 class LinearForward(SharesInputs):
@@ -25,20 +25,21 @@ class LinearForward(SharesInputs):
         if args or kwargs or isinstance(adapters, str) or not is_eligible_call(x):
             return super().forward(x, *args, **kwargs)
         plain = plain_linear(self.base_layer)
+        if plain is None:
+            if x.dtype not in FLOATING:
+                return super().forward(x)
+        elif x.dtype != plain[0].dtype and not torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        if not torch.compiler.is_compiling() and (shared := shared_inputs(self)) is not None:
+            operands = _operands(adapters, self.base_layer)
+            if not isinstance(operands, str):
+                return shared.output(self, x, operands)
         if plain is not None:
             weight, bias = plain
-            if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-                return super().forward(x)
-            if not torch.compiler.is_compiling() and (shared := shared_inputs(self)) is not None:
-                operands = _operands(adapters, plain)
-                if not isinstance(operands, str):
-                    return shared.output(self, x, operands)
             first, *others = adapters
             bias = _sum_of_biases(bias, adapters, weight.dtype)
             y = lora_linear(x, weight, bias, first.lora_A, first.lora_B, first.scaling, first.dropout_p)
         else:
-            if x.dtype not in FLOATING:
-                return super().forward(x)
             others, y = adapters, self.base_layer(x)
             bias = _sum_of_biases(None, adapters, y.dtype)
             y = own_copy(self, y) if bias is None else (y + bias).contiguous()
@@ -50,7 +51,7 @@ class LinearForward(SharesInputs):
 
     def operands(self) -> Operands | str:
         adapters = active_adapters(self)
-        return adapters if isinstance(adapters, str) else _operands(adapters, plain_linear(self.base_layer))
+        return adapters if isinstance(adapters, str) else _operands(adapters, self.base_layer)
 
     def forward_obstacle(self) -> str:
         """Returns why calls run PEFT's code, or ""."""
@@ -65,9 +66,10 @@ def _sum_of_biases(bias: Tensor | None, adapters: list[Adapter], dtype: torch.dt
     return bias
 
 
-def _operands(adapters: list[Adapter], plain: tuple[Tensor, Tensor | None] | None) -> Operands | str:
-    if plain is None or type(plain[0]) is not nn.Parameter:
-        return "its base layer is no plain nn.Linear, or has hooks or a forward of its own"
+def _operands(adapters: list[Adapter], base_layer: nn.Module) -> Operands | str:
+    base = frozen_product(base_layer)
+    if isinstance(base, str):
+        return base
     if len(adapters) != 1:
         return f"{len(adapters)} adapters are in use"
     (adapter,) = adapters
@@ -75,4 +77,5 @@ def _operands(adapters: list[Adapter], plain: tuple[Tensor, Tensor | None] | Non
         return "its adapter has a bias (lora_bias)"
     if type(adapter.lora_B) is not nn.Parameter:  # made for the call
         return "its adapter's scaling is negative, or a tensor"
-    return Operands(*plain, adapter.lora_A, adapter.lora_B, None, adapter.scaling, adapter.dropout_p)
+    numbers = None, adapter.scaling, adapter.dropout_p
+    return Operands(*base[:2], adapter.lora_A, adapter.lora_B, *numbers, *base[2:])

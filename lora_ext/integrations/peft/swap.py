@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from lora_ext._common.arguments import checked
-from lora_ext.integrations.peft.layers import Linear
+from lora_ext.integrations.peft.linear import LinearForward
 from lora_ext.integrations.peft.merging import has_exact_merges
 from lora_ext.nn.input_groups import share_inputs as share_inputs_of
 from lora_ext.nn.shared_inputs import set_shared_inputs
@@ -72,7 +72,7 @@ def accelerate(model: Model | None = None, *, share_inputs: bool = True) -> Mode
     for layer in layers:
         _accelerate_layer(layer)
     keep_stored(model)
-    share_inputs_of(model, share_inputs, (Linear,))
+    _share_inputs(model, share_inputs)
     return model
 
 
@@ -106,6 +106,11 @@ def restore(model: Model | None = None) -> Model | None:
             set_shared_inputs(layer, None)
     stop_keeping_stored(model)
     return model
+
+
+def _share_inputs(model: nn.Module, on: bool) -> None:
+    kinds = {type(layer) for _, layer in lora_layers(model)}
+    share_inputs_of(model, on, tuple(kind for kind in kinds if issubclass(kind, LinearForward)))
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
@@ -142,7 +147,7 @@ def _accelerate_new_layers(share_inputs: bool) -> None:
     @functools.wraps(_peft_inject)
     def inject_adapter(self: BaseTuner, model: nn.Module, *args, **kwargs) -> None:
         inject_adapter.__wrapped__(self, model, *args, **kwargs)
-        share_inputs_of(model, share_inputs, (Linear,))
+        _share_inputs(model, share_inputs)
 
     LoraLayer.__init__, BaseTuner.inject_adapter = init, inject_adapter
 

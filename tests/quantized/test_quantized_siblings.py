@@ -1,0 +1,228 @@
+"""Layers that read one tensor share its low-rank passes next to quantised base layers, each of which computes its own
+product.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+from support.layers import saved_bytes
+from support.quantized import QUANTIZE, quantized_copy, unchanged_bytes
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lora_ext import LoraConfig, functional, inject, merge, unmerge
+from lora_ext.adapters import input_groups
+from lora_ext.integrations.peft import accelerate, report
+from lora_ext.nn.shared_inputs import SharedInputs
+
+NAMES = ["q", "k", "v", "o"]
+FEW = ["nf4-double", "int8", "torchao-int8"]
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(64, 64), nn.Linear(64, 32), nn.Linear(64, 32, bias=False)
+        self.o = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = self.q(x) * torch.cat([self.k(x), self.v(x)], -1)
+        return self.o(torch.tanh(mixed))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Attention() for _ in range(2))
+
+    def forward(self, x: Tensor, run=lambda block, x: block(x)) -> Tensor:
+        for block in self.blocks:
+            x = run(block, x + 0)
+        return x
+
+
+def base(format: str, dtype: torch.dtype = torch.float32, skip: tuple[str, ...] = ()) -> nn.Module:
+    torch.manual_seed(0)
+    return quantized_copy(Net().to(dtype), format, skip)
+
+
+def net(format: str, dtype: torch.dtype = torch.float32, skip: tuple[str, ...] = (), **options) -> nn.Module:
+    config = {"r": 3, "target_modules": NAMES, "init_lora_weights": False, "lora_dropout": 0.3}
+    return inject(base(format, dtype, skip), LoraConfig(**config | options))
+
+
+def some_x(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(5, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[int]:
+    """The number of layers of each call that adds updates to the output of base layers."""
+    found = []
+
+    def siblings(bases, *rest):
+        found.append(len(bases))
+        return of_siblings(bases, *rest)
+
+    def single(*arguments):
+        found.append(1)
+        return of_single(*arguments)
+
+    of_siblings, of_single = functional.lora_delta_siblings, functional.plus_lora_delta
+    monkeypatch.setattr(functional, "lora_delta_siblings", siblings)
+    monkeypatch.setattr(functional, "plus_lora_delta", single)
+    return found
+
+
+@pytest.fixture
+def each_alone(monkeypatch):
+    """Makes every layer compute its own output from now on; dropout seeds stay common."""
+    return lambda: monkeypatch.setattr(SharedInputs, "_group_to_compute", lambda *_: None)
+
+
+def step(model: nn.Module, x: Tensor, run=lambda block, x: block(x)) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(0)
+    x = x.clone().requires_grad_()
+    y = model(x, run)
+    y.float().square().sum().backward()
+    return {"y": y.detach(), "x": x.grad} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype
+        error = (actual[name].float() - tensor.float()).norm()
+        assert error <= tolerance * tensor.float().norm(), (name, error, tensor.norm())
+
+
+def groups(model: nn.Module) -> dict[str, str]:
+    """The reasons of a report, by the last names of the paths."""
+    return {
+        "".join(path.rpartition(".")[2] for path in group.paths): group.reason
+        for group in input_groups(model)
+        if "blocks.0." in group.paths[0]
+    }
+
+
+@pytest.mark.parametrize("lora_bias", [False, True])
+@pytest.mark.parametrize("format", list(QUANTIZE))
+def test_results_are_those_of_separate_layers(format, lora_bias, calls, each_alone):
+    model, x = net(format, lora_bias=lora_bias), some_x()
+    with unchanged_bytes(model):
+        first, second = step(model, x), step(model, x)
+    assert calls == [4, 1] * 2 + [3, 1] * 2  # o is in the first guess
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert groups(model) == {"qkv": "", "o": "is called with another tensor"}
+    each_alone()
+    assert_same(first, step(model, x))  # with the masks of the layers by themselves
+    assert calls[8:] == [1] * 8
+    assert len(first) == 2 + 2 * 4 * (3 if lora_bias else 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("format", FEW)
+def test_half_precision_and_autocast(format, dtype, each_alone):
+    half, mixed = net(format, dtype), net(format)
+    tolerance = 4 * torch.finfo(dtype).eps
+
+    def both() -> list[dict[str, Tensor]]:
+        results = [step(half, some_x(dtype))]
+        with torch.autocast("cpu", torch.bfloat16):
+            return [*results, step(mixed, some_x())]
+
+    together = both()
+    each_alone()
+    for actual, expected in zip(together, both(), strict=True):
+        assert_same(actual, expected, max(tolerance, 4 * torch.finfo(torch.bfloat16).eps))
+
+
+@pytest.mark.parametrize("format", FEW)
+def test_autograd_keeps_one_mask_and_one_xa_for_a_group(format):
+    def activations(model: nn.Module) -> list[tuple[int, ...]]:
+        model(some_x())
+        kept = saved_bytes(lambda: model.blocks[0](some_x()))
+        return sorted(shape for shape, _ in kept if shape in ((5, 8), (5, 3), (5, 9)))
+
+    config = LoraConfig(r=3, target_modules=NAMES, lora_dropout=0.3)
+    assert activations(inject(base(format), config)) == [(5, 3), (5, 8), (5, 8), (5, 9)]
+    assert activations(inject(base(format), config, share_inputs=False)) == [(5, 3)] * 4 + [(5, 8)] * 4
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("format", FEW)
+def test_activation_checkpointing(format, reentrant):
+    model = net(format)
+    expected = step(copy.deepcopy(model), some_x())
+    for _ in range(3):
+        run = step(model, some_x(), lambda block, x: checkpoint(block, x, use_reentrant=reentrant))
+        assert_same(run, expected)
+    assert groups(model)["qkv"] == ""
+
+
+@pytest.mark.parametrize("format", FEW)
+def test_evaluation_merging_and_copies(format, calls):
+    model, x = net(format).eval(), some_x()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            expected = model(x)
+            torch.testing.assert_close(copy.deepcopy(model)(x), expected)
+    calls.clear()
+    model(x)
+    assert calls == [3, 1] * 2
+    with pytest.warns(UserWarning, match="merg") if "4" in format else torch.no_grad():
+        merge(model)
+    assert groups(model)["q"] == "now: adapters are merged"
+    unmerge(model)
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(torch.func.functional_call(model, {}, (x,)), expected)
+
+
+def test_what_falls_back(calls):
+    model, x, seen = net("nf4", skip=("v",)), some_x(), []
+    for block in model.blocks:
+        block.k.base_layer.register_forward_hook(lambda *_: seen.append(1))
+    model(x)
+    model(x)
+    assert len(seen) == 4  # the hooks see their layers' calls, and no others
+    found = groups(model)
+    assert "hooks" in found["k"]
+    assert found["v"] == "now: its weight is not quantised, and those of the others are"
+
+
+def test_a_change_between_the_calls_has_effect():
+    x = some_x()
+    for change in ("eval", "weight", "base_layer"):
+        model = net("int8", lora_dropout=0.0)
+        model(x)
+        block, one = model.blocks[0], x + 0
+        block.q(one)
+        if change == "eval":
+            block.k.base_layer.eval()
+        elif change == "weight":
+            block.k.base_layer.weight.mul_(0)
+        else:
+            block.k.base_layer = QUANTIZE["int8"](nn.Linear(64, 32))
+        assert torch.equal(block.k(one), block.k(x + 0)), change
+
+
+@pytest.mark.parametrize("format", list(QUANTIZE))
+def test_under_peft(format, calls, each_alone):
+    quantized = base(format).requires_grad_(False)
+    if not format.startswith("torchao"):
+        setattr(quantized, "is_loaded_in_8bit" if format == "int8" else "is_loaded_in_4bit", True)
+    options = {"r": 3, "target_modules": NAMES, "init_lora_weights": False}
+    theirs = peft.get_peft_model(quantized, peft.LoraConfig(**options)).train()
+    ours, x = accelerate(copy.deepcopy(theirs)), some_x()
+    expected = step(theirs, x)
+    for _ in range(2):
+        calls.clear()
+        assert_same(step(ours, x), expected, 1e-4)
+    assert calls == [3, 1] * 2
+    found = [group.paths for group in report(ours).groups if group.shared]
+    assert [len(paths) for paths in found] == [3, 3]
