@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import gc
 import json
 import os
 import shutil
@@ -137,7 +136,6 @@ def lacking(*args, **kwargs):
 
 
 results = {}
-gc.freeze()  # a fork copies the pages that the collector writes to
 for name in sys.argv[3:]:
     before, lacks = name.split(",")
     case = Case(before, lacks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import itertools
 import json
 import os
@@ -74,6 +75,7 @@ def attempt(action: Callable[[], Any], fault: Fault, *, as_owner_only: bool = Fa
     Args:
         as_owner_only: drop root's privilege to write against a file's mode.
     """
+    gc.freeze()  # the child's collections leave this process's objects alone, and so share their memory
     reading, writing = os.pipe()
     if (child := os.fork()) == 0:
         status = 1

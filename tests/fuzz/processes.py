@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -42,7 +43,7 @@ class Report:
 
 
 class Worker:
-    """One process, started when needed and again after it died. ``folder``: for its files."""
+    """One process, started when needed. It forks again after a case ended its child. ``folder``: for its files."""
 
     def __init__(
         self,
@@ -54,7 +55,9 @@ class Worker:
         self.area, self.folder = area, folder
         self.processor_seconds, self.clock_seconds = processor_seconds, clock_seconds
         self._process: subprocess.Popen[bytes] | None = None
+        self._child = 0  # process id of the child that runs the cases
         self._errors: Any = None
+        self._said_before = 0  # offset in _errors at which the child's words begin
         self._unread = b""
 
     def run(self, seed: int | str | None = None, choices: Sequence[int] | None = None) -> Report:
@@ -74,8 +77,8 @@ class Worker:
                 report.findings = [Finding(**entry) for entry in done["findings"]]
                 return report
             begun = done
-        report.kind = begun
-        report.findings = [self._ended(report)]
+        report.kind, code = begun
+        report.findings = [self._ended(report, code)]
         return report
 
     def stop(self) -> None:
@@ -111,49 +114,64 @@ class Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, env=environment
         )
         self._unread = b""
-        if not isinstance(self._reply(clock_seconds=600), dict):
-            raise RuntimeError(f"{' '.join(command)} does not start:\n{self._said()}")
+        self._child = self._process.pid  # it imports
+        self._wait_for_child()
 
-    def _reply(self, clock_seconds: float | None = None) -> dict[str, Any] | str:
-        """Returns the next reply, or "crash" or "hang"."""
+    def _wait_for_child(self) -> None:
+        ready = self._reply(clock_seconds=600)
+        if not isinstance(ready, dict):
+            raise RuntimeError(f"{self._process.args} does not start:\n{self._said()}")
+        self._child, self._said_before = ready["ready"], self._errors.seek(0, os.SEEK_END)
+
+    def _reply(self, clock_seconds: float | None = None) -> dict[str, Any] | tuple[str, int]:
+        """Returns the next reply, or "crash" or "hang" and the exit code of the child."""
         end = time.monotonic() + (clock_seconds or self.clock_seconds)
         budget = self._processor_seconds() + (clock_seconds or self.processor_seconds)
-        while b"\n" not in self._unread:
-            ready, _, _ = select.select([self._process.stdout], [], [], 0.5)
-            if ready:
-                data = os.read(self._process.stdout.fileno(), 1 << 16)
-                if not data:
-                    return "crash"
-                self._unread += data
-            elif time.monotonic() > end or self._processor_seconds() > budget:
-                self._process.send_signal(signal.SIGABRT)  # makes it print its stack
-                time.sleep(0.5)
-                return "hang"
-        line, self._unread = self._unread.split(b"\n", 1)
-        reply = json.loads(line)
-        if "error" in reply:
-            raise RuntimeError(f"the fuzzer itself has failed:\n{reply['error']}")
-        return reply
+        kind = "crash"
+        while True:
+            while b"\n" not in self._unread:
+                ready, _, _ = select.select([self._process.stdout], [], [], 0.5)
+                if ready:
+                    data = os.read(self._process.stdout.fileno(), 1 << 16)
+                    if not data:
+                        return kind, self._process.wait()
+                    self._unread += data
+                elif kind == "hang":
+                    self._signal(signal.SIGKILL)
+                elif time.monotonic() > end or self._processor_seconds() > budget:
+                    kind = "hang"
+                    self._signal(signal.SIGABRT)  # makes it print its stack
+            line, self._unread = self._unread.split(b"\n", 1)
+            reply = json.loads(line)
+            if "error" in reply:
+                raise RuntimeError(f"the fuzzer itself has failed:\n{reply['error']}")
+            if "ended" in reply:
+                return kind, reply["ended"]
+            if kind != "hang":  # otherwise it ended too late
+                return reply
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(self._child, number)
 
     def _processor_seconds(self) -> float:
         try:
-            with open(f"/proc/{self._process.pid}/stat") as file:
+            with open(f"/proc/{self._child}/stat") as file:
                 fields = file.read().rpartition(")")[2].split()
         except OSError:
             return 0.0
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
-    def _ended(self, report: Report) -> Finding:
-        process = self._process
-        if report.kind == "hang":
-            process.kill()
-        status = process.wait()
+    def _ended(self, report: Report, code: int) -> Finding:
         said = self._said()
-        self.stop()
+        if self._process.poll() is None:
+            self._wait_for_child()
+        else:
+            self.stop()
         if report.kind == "hang":
             how = f"no end after {self.processor_seconds:g} s of processor time or {self.clock_seconds:g} s"
         else:
-            how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
         sanitizer = re.search(r"ERROR: (\w+Sanitizer: [\w-]+)|(runtime error: .*)", said)
         frames = re.findall(r'File "[^"]*lora_ext/([^"]+)", line \d+ in (\w+)', said)
         place = sanitizer[0] if sanitizer else (":".join(frames[0]) if frames else "")
@@ -161,6 +179,6 @@ class Worker:
         return Finding(report.kind, report.function, signature, f"{how}\n{said[-1500:]}")
 
     def _said(self) -> str:
-        self._errors.seek(0, os.SEEK_END)
-        self._errors.seek(max(self._errors.tell() - 20000, 0))
+        end = self._errors.seek(0, os.SEEK_END)
+        self._errors.seek(max(end - 20000, self._said_before))
         return self._errors.read().decode(errors="replace")

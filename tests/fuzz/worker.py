@@ -3,14 +3,17 @@
     python -m fuzz.worker AREA
 
 A request is a line of JSON, {"seed": ...} or {"choices": [...]}. A line before the run describes the case; a line after
-it gives the outcome. Without the second line, the case has ended the process.
+it gives the outcome. The imports take seconds, so the process only forks, and a child runs the cases. A case that ends
+its child has {"ended": exit code} as its outcome, and the next child says {"ready": its process id}.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
+import select
 import sys
 import traceback
 import warnings
@@ -27,6 +30,12 @@ def _limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (used + _ADDRESS_SPACE, resource.RLIM_INFINITY))
 
 
+def _input_ended() -> bool:
+    poll = select.poll()
+    poll.register(sys.stdin, 0)
+    return any(events & select.POLLHUP for _, events in poll.poll(0))
+
+
 def main() -> None:
     area = sys.argv[1]
     out = os.fdopen(os.dup(1), "w", buffering=1)
@@ -37,14 +46,21 @@ def main() -> None:
     from .areas import make_case
     from .choices import Choices
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # a process that has started threads cannot fork
     make_case(area, Choices(0))  # imports the area's modules
 
     def say(**reply: Any) -> None:
         out.write(json.dumps(reply) + "\n")
 
+    gc.freeze()  # a child's collections leave these objects alone, and so share their memory
+    while child := os.fork():
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code == 0 or _input_ended():
+            sys.exit(code)
+        say(ended=code)
+    torch.set_num_threads(2)
     _limit_memory()
-    say(ready=True)
+    say(ready=os.getpid())
     for line in sys.stdin:
         request = json.loads(line)
         choices = Choices(request.get("seed", 0), request.get("choices"))

@@ -1,10 +1,12 @@
 """Reads hostile files in forked processes with limited memory and processor time.
 
-Arguments: a directory, the file of the results, and the kinds of attacks ("config", "weights", "method" or "kinds").
+Arguments: a directory, the file of the results, and the kinds of attacks ("config", "every expression", "weights",
+"method" or "kinds").
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -40,6 +42,7 @@ def model() -> torch.nn.Module:
 
 def limited(action: Callable[[], object]) -> dict:
     """Runs ``action`` in a forked process; returns "error", "message", "trace", "seconds" and "megabytes"."""
+    gc.freeze()  # the child's collections leave this process's objects alone, and so share their memory
     reading, writing = os.pipe()
     if (child := os.fork()) == 0:
         status = 1
@@ -88,8 +91,8 @@ def cases(attacked: str) -> Iterator[tuple[str, str | None, Callable[[], object]
     bare = model()
     save_file(factors(), tensors)
     config.write_text(json.dumps(SMALL))
-    if attacked == "config":
-        for name, (content, words) in configs().items():
+    if attacked in ("config", "every expression"):
+        for name, (content, words) in configs(attacked == "every expression").items():
             config.write_bytes(content if isinstance(content, bytes) else content.encode())
             yield name, words, lambda: load_adapter(bare, directory)
             if not name.startswith(("target_modules", "exclude_modules", "layers_pattern")):  # inspect matches no model

@@ -10,7 +10,11 @@ from support.processes import run_python
 pytestmark = [pytest.mark.cpu_only("is about files, which hold CPU tensors"), pytest.mark.full]
 
 
-@pytest.mark.parametrize("attacks", [["config"], ["weights", "method", "kinds"]], ids="-".join)
+@pytest.mark.parametrize(
+    "attacks",
+    [["config"], ["weights", "method", "kinds"], pytest.param(["every expression"], marks=pytest.mark.slow)],
+    ids="-".join,
+)
 def test_hostile_files_end_with_a_message(attacks, tmp_path):
     arguments = [tmp_path / "adapter", tmp_path / "results", *attacks]
     one_thread = {"OMP_NUM_THREADS": "1"}  # a process that has started threads cannot fork

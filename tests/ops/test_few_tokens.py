@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.layers import DTYPES, ISAS, assert_as_good_as_torch, random_layer, random_siblings, run_on_isa
+from support.layers import DTYPES, assert_as_good_as_torch, random_layer, random_siblings
 
 from lora_ext import functional
 
@@ -84,10 +84,3 @@ def test_reads_nothing_behind_the_tensors(dtype):
             x = torch.randn(num_tokens, in_features, dtype=dtype)
             A, B = torch.randn(3, in_features, dtype=dtype), torch.randn(24, 3, dtype=dtype)
             assert functional.lora_linear(x, weight, None, A, B, 1.0).isfinite().all()
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set(isa):
-    names = ("test_as_good_as_torch", "test_siblings", "test_reads_nothing_behind_the_tensors")
-    run_on_isa(isa, *(f"{__file__}::{name}" for name in names))

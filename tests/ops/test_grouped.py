@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.groups import Grouped, random_groups
-from support.layers import DTYPES, ISAS, assert_errors_as_plain, run_on_isa, saved_bytes
+from support.layers import DTYPES, assert_errors_as_plain, saved_bytes
 from torch import Tensor
 from torch.autograd import gradcheck
 
@@ -270,9 +270,3 @@ def test_xa_is_zero_beyond_the_rank():
 
 
 # --- every instruction set --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set(isa):
-    run_on_isa(isa, __file__, "-k", "values_and_gradients or bits or strides or padding")

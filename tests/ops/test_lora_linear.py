@@ -7,14 +7,12 @@ import pytest
 import torch
 from support.layers import (
     DTYPES,
-    ISAS,
     SHAPES,
     assert_as_good_as_torch,
     forward_backward,
     random_layer,
     random_layers,
     relative_error,
-    run_on_isa,
 )
 from support.processes import run_python
 from support.properties import given, settings, st
@@ -200,19 +198,3 @@ def test_recovers_from_running_out_of_memory():
     """
     result = run_python("-c", code)
     assert "refused:" in result.stdout and "recovered" in result.stdout, (result.returncode, result.stderr[-2000:])
-
-
-# --- instruction sets -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set(isa):
-    names = ("test_values_and_gradients", "test_mask_is_the_reference_mask")
-    run_on_isa(isa, *(f"{__file__}::{name}" for name in names))
-
-
-def test_unknown_instruction_set_fails_the_import():
-    result = run_python("-c", "import lora_ext", LORA_EXT_CPU_ISA="mmx")
-    assert result.returncode == 1
-    assert "ImportError: lora_ext: LORA_EXT_CPU_ISA is 'mmx', want one of" in result.stderr

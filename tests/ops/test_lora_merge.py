@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from support.layers import DTYPES, random_layer
 from support.merging import FLOATING, bits, hard_weight, merged, same_bits, update_factors
-from support.processes import run_python
 from support.properties import given, settings, st
 
-from lora_ext import functional, info, reference
+from lora_ext import functional, reference
 from lora_ext.merging.weights import merge_all_, pack_factors, unmerge_all_
 
 
@@ -236,41 +233,6 @@ def test_layers_of_several_dtypes():
     before = [weight.clone() for weight in weights]
     unmerge_all_("test", weights, merge_all_("test", weights, As, Bs))
     assert all(map(same_bits, weights, before))
-
-
-# --- the same bits everywhere -----------------------------------------------------------------------------------------
-
-DIGEST = """
-import hashlib, sys, torch
-sys.path.insert(0, {tests!r})
-from support.merging import FLOATING, hard_weight, same_bits, update_factors
-from lora_ext import functional
-digest = hashlib.sha256()
-torch.set_num_threads({threads})
-for dtype in FLOATING:
-    for size in (1e-5, 0.1, 50.0):
-        torch.manual_seed(3)
-        weight = hard_weight(187, 531, dtype)  # enough for three threads
-        before = weight.clone()
-        record = functional.lora_merge_(weight, *update_factors(weight, 7, size))
-        for tensor in (weight, record.words, record.corrections):
-            digest.update(tensor.view(torch.int16).numpy().tobytes())
-        functional.lora_unmerge_(weight, record)
-        assert same_bits(weight, before)
-print(digest.hexdigest())
-"""
-
-
-@pytest.mark.full
-def test_instruction_sets_and_threads_agree_to_the_bit():
-    digests = {}
-    for isa in info.gather()["cpu"]["isas_available"]:
-        for threads in (1, 2, 3):
-            script = DIGEST.format(tests=str(Path(__file__).parents[1]), threads=threads)
-            result = run_python("-c", script, LORA_EXT_CPU_ISA=isa)
-            assert result.returncode == 0, result.stderr
-            digests[isa, threads] = result.stdout
-    assert len(set(digests.values())) == 1, digests
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
-import pytest
 import torch
-from support.processes import run_python
 from torch import Tensor, nn
 
-from lora_ext import _load, functional, reference
+from lora_ext import functional, reference
 
 # dtypes of x and the factors: the usual pairs, and two unusual ones.
 DTYPES = [
@@ -129,11 +127,16 @@ def misaligned(matrix: Tensor) -> Tensor:
     return view.copy_(matrix)
 
 
+def number_of_layers(smallest: int) -> int:
+    """Returns how many random layers have a hundred elements in their smallest result; 1 if that is empty."""
+    return -(-100 // smallest) if smallest else 1
+
+
 def random_layers(shape, *args, **kwargs) -> list[Layer]:
-    """Makes enough layers of a shape for each result to have a few hundred elements in total."""
+    """Makes enough layers of a shape for each result to have a hundred elements in total."""
     num_tokens, in_features, out_features, rank = shape
-    smallest = min(max(num_tokens, 1) * min(in_features, out_features), rank * min(in_features, out_features))
-    return [random_layer(shape, *args, **kwargs) for _ in range(-(-300 // smallest))]
+    number = number_of_layers(min(num_tokens, rank) * min(in_features, out_features))
+    return [random_layer(shape, *args, **kwargs) for _ in range(number)]
 
 
 def saved_bytes(function: Callable[[], object]) -> list[tuple[tuple, int]]:
@@ -176,15 +179,3 @@ def random_siblings(shape, dtypes=(torch.float32, torch.float32), leading: tuple
         layer = random_layer((num_tokens, in_features, out_features, rank), dtypes, bias=i % 2 == 0, leading=leading)
         layers.append(replace(layer, scaling=0.75 + i / 2))
     return Siblings(layers[0].x, layers)
-
-
-ISAS = ["generic", "avx2", "avx512", "avx512_bf16", "amx"]
-
-
-def run_on_isa(isa: str, *pytest_arguments: str) -> None:
-    """Runs tests in a process with the CPU kernels of one instruction set; skips if the machine lacks it."""
-    if isa not in _load.available_cpu_isas():
-        pytest.skip(f"this machine does not run {isa}")
-    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    result = run_python("-m", "pytest", *options, *pytest_arguments, LORA_EXT_CPU_ISA=isa)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]

@@ -1,0 +1,80 @@
+"""The CPU kernels of every instruction set: the op tests run with each one, and merges have equal bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.processes import run_python
+
+from lora_ext import _load, info
+
+pytestmark = [pytest.mark.cpu_only("is about the CPU kernels"), pytest.mark.full]
+
+# The tests of the kernels' results. One process runs all of them, because imports take longer than most of them. The
+# values of siblings one by one are those of lora_linear.
+TESTS = {
+    "test_lora_linear": ["test_values_and_gradients", "test_mask_is_the_reference_mask"],
+    "test_lora_linear_siblings": ["test_equals_the_layers_one_by_one", "test_any_number_of_threads"],
+    "test_bottleneck": ["test_values_and_gradients"],
+    "test_few_tokens": ["test_as_good_as_torch", "test_siblings", "test_reads_nothing_behind_the_tensors"],
+    "test_grouped": [
+        "test_values_and_gradients",
+        "test_rows_have_the_bits_of_lora_delta",
+        "test_gradients_of_factors_of_few_rows_have_the_bits_of_lora_delta",
+        "test_the_same_bits_with_any_number_of_threads",
+        "test_padding_of_slots_is_not_read",
+        "test_tensors_of_any_strides",
+    ],
+}
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx"])
+def test_ops(isa):
+    if isa not in _load.available_cpu_isas():
+        pytest.skip(f"this machine does not run {isa}")
+    if isa == _load.cpu_isa():
+        pytest.skip(f"{isa} is in use: the tests themselves run with it")
+    tests = [f"{Path(__file__).parent / file}.py::{name}" for file, names in TESTS.items() for name in names]
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    result = run_python("-m", "pytest", *options, *tests, LORA_EXT_CPU_ISA=isa)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+
+
+DIGEST = """
+import hashlib, sys, torch
+sys.path.insert(0, {tests!r})
+from support.merging import FLOATING, hard_weight, same_bits, update_factors
+from lora_ext import functional
+for threads in (1, 2, 3):
+    digest = hashlib.sha256()
+    torch.set_num_threads(threads)
+    for dtype in FLOATING:
+        for size in (1e-5, 0.1, 50.0):
+            torch.manual_seed(3)
+            weight = hard_weight(187, 531, dtype)  # enough for three threads
+            before = weight.clone()
+            record = functional.lora_merge_(weight, *update_factors(weight, 7, size))
+            for tensor in (weight, record.words, record.corrections):
+                digest.update(tensor.view(torch.int16).numpy().tobytes())
+            functional.lora_unmerge_(weight, record)
+            assert same_bits(weight, before)
+    print(digest.hexdigest())
+"""
+
+
+def test_merges_agree_to_the_bit_with_any_number_of_threads():
+    script = DIGEST.format(tests=str(Path(__file__).parents[1]))
+    digests = {}
+    for isa in info.gather()["cpu"]["isas_available"]:
+        result = run_python("-c", script, LORA_EXT_CPU_ISA=isa)
+        assert result.returncode == 0, result.stderr
+        digests[isa] = result.stdout.split()
+        assert len(digests[isa]) == 3
+    assert len({digest for several in digests.values() for digest in several}) == 1, digests
+
+
+def test_an_unknown_one_fails_the_import():
+    result = run_python("-c", "import lora_ext", LORA_EXT_CPU_ISA="mmx")
+    assert result.returncode == 1
+    assert "ImportError: lora_ext: LORA_EXT_CPU_ISA is 'mmx', want one of" in result.stderr
