@@ -7,6 +7,9 @@ part that runs out of time is interrupted, prints what it found, and keeps what 
 of benchmarks/results/<card>/gpu_check.json as soon as it ends: run the rest later with --only or --continue. Prints the
 tables at the end, measured figures next to predicted ones, and keeps each part's output in build/gpu_check/.
 
+--dry runs what needs no GPU, for the arch of --arch: does it compile, are all tests collected where optional packages
+are missing, do the benchmarks run?
+
 Exit status 0: every part passed, except optional ones that cannot run here (compute-sanitizer, rivals), and sanitizers
 that found nothing in their time. 2: something has to be installed first; the command is printed.
 """
@@ -45,11 +48,12 @@ def say_what_is_missing(builds: bool) -> None:
         sys.exit(2)
 
 
-def gather_facts() -> dict[str, str]:
+def gather_facts(dry_arch: str = "") -> dict[str, str]:
+    """dry_arch: the architecture to compile for where no GPU is used."""
     import torch
 
-    if not torch.cuda.is_available():
-        sys.exit(f"gpu_check: torch {torch.__version__} finds no GPU")
+    if not dry_arch and not torch.cuda.is_available():
+        sys.exit(f"gpu_check: torch {torch.__version__} finds no GPU; --dry runs what needs none")
 
     def says(*command: str) -> str:
         try:
@@ -60,11 +64,11 @@ def gather_facts() -> dict[str, str]:
     commit = says("git", "rev-parse", "HEAD") or "unknown"
     changed = "+changes" if says("git", "status", "--porcelain", "--untracked-files=no") else ""
     return {
-        "card": torch.cuda.get_device_name(),
-        "arch": gpu_parts.arch_of(torch.cuda.get_device_capability()),
+        "card": "no GPU (--dry)" if dry_arch else torch.cuda.get_device_name(),
+        "arch": dry_arch or gpu_parts.arch_of(torch.cuda.get_device_capability()),
         "driver": says("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
         "torch": torch.__version__,
-        "cuda": torch.version.cuda,
+        "cuda": torch.version.cuda or "",
         "python": sys.version.split()[0],
         "commit": commit + changed,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -81,6 +85,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--library", type=Path, help="a wheel, or a folder with the two libraries, instead of building (needs no nvcc)"
     )
+    parser.add_argument("--dry", action="store_true", help="only what needs no GPU")
+    parser.add_argument("--arch", default="90a", help="architecture to compile for with --dry")
     parser.add_argument("--results", type=Path, help="folder of gpu_check.json; the card's in benchmarks/results")
     parser.add_argument("--golden", nargs=2, metavar=("CUDA_HOME", "ARCH"), help=argparse.SUPPRESS)
     parser.add_argument("--check-library", nargs="?", const=Path(), type=Path, help=argparse.SUPPRESS)
@@ -98,7 +104,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, stop)
     LOGS.mkdir(parents=True, exist_ok=True)
     if args.golden:
-        return gpu_toolkit.golden(Path(args.golden[0]), args.golden[1], LOGS / "golden.so")
+        return gpu_toolkit.golden(Path(args.golden[0]), args.golden[1], LOGS / "golden.so", args.dry)
     if args.check_library is not None:
         if args.check_library != Path():
             gpu_toolkit.install_library(args.check_library)
@@ -107,18 +113,23 @@ def main() -> int:
     if args.library:
         args.library = args.library.resolve()
     homes = gpu_toolkit.cuda_home_candidates()
-    can_build = args.library is None and any((home / "bin" / "nvcc").exists() for home in homes)
+    can_build = not args.dry and args.library is None and gpu_toolkit.first_home(homes) is not None
     say_what_is_missing(builds=can_build and (not args.only or "build" in args.only.split(",")))
-    facts = gather_facts()
-    home = gpu_toolkit.find_cuda_home(facts["cuda"], homes)
+    facts = gather_facts(args.arch if args.dry else "")
+    # Without a GPU, torch may be a build without CUDA: any toolkit compiles.
+    home = gpu_toolkit.find_cuda_home(facts["cuda"], homes) if facts["cuda"] else gpu_toolkit.first_home(homes)
     nvcc = re.search(r"V(\d+\.\d+\.\d+)", gpu_toolkit.nvcc_says(home)) if home else None
     facts["nvcc"] = nvcc[1] if nvcc else "none"
-    every = gpu_parts.list_parts(facts, home, len(os.sched_getaffinity(0)), args.library)
+    if args.dry:
+        every = gpu_parts.list_dry_parts(facts, home)
+    else:
+        every = gpu_parts.list_parts(facts, home, len(os.sched_getaffinity(0)), args.library)
     print(f"{facts['card']}: sm_{facts['arch']}, {home or 'no toolkit'}; first part: {every[0].name}", flush=True)
 
     from harness.machine_folder import machine_folder
 
-    path = (args.results or RESULTS / machine_folder(facts["card"])) / "gpu_check.json"
+    folder = LOGS / "dry" if args.dry else RESULTS / machine_folder(facts["card"])
+    path = (args.results or folder) / "gpu_check.json"
     parts = gpu_parts.chosen(every, args.only) if args.only else every
     if args.resume:
         parts = gpu_report.not_yet_passed(parts, gpu_report.read_result(path), facts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import sys
 from pathlib import Path
@@ -89,6 +90,28 @@ def list_parts(facts: dict[str, str], home: Path | None, cores: int, library: Pa
         sanitize("racecheck"),
         pytest("tests", 180, 40, "tests", "--ignore=tests/ops", "-m", "not large"),
         bench("layer", 30, 15, *on_gpu, "--rivals", name="rivals", optional=True),
+    ]
+
+
+def list_dry_parts(facts: dict[str, str], home: Path | None) -> list[Part]:
+    """What of the check runs without a GPU: compiling for the card, collecting the tests, the benchmarks on the CPU."""
+    python = sys.executable
+
+    def bench(script: str, *arguments: str, name: str = "", shapes: str = "") -> Part:
+        name = name or script
+        command = [python, f"benchmarks/bench_{script}.py", "--json", str(LOGS / f"{name}.json"), "--rounds", "2"]
+        command += [*(("--shapes", shapes) if shapes else ()), *arguments]
+        return Part(name, command, 200, 30, measures=f"{name}.json")
+
+    golden = [python, "scripts/gpu_check.py", "--golden", str(home), facts["arch"], "--dry"]
+    collect = [python, "-m", "pytest", "-p", "support.gpu_machine", "-p", "no:cacheprovider", "-q", "--collect-only"]
+    return [
+        Part("golden", golden, 200, 30, not_run="" if home else "no nvcc", optional=True),
+        Part("collect", collect, 300, 30, {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}),
+        bench("layer", "--no-compile", shapes="8x16x24"),
+        bench("siblings", shapes="8x16x24+8"),
+        bench("host"),
+        bench("layer", "--rivals", name="rivals", shapes="8x16x24"),
     ]
 
 

@@ -104,6 +104,10 @@ def format_report(result: dict, facts: dict[str, str], order: list[str]) -> str:
         lines += ["", bench_siblings.table(siblings)]
     if rivals:
         lines += ["", "Rivals, in a process of their own:", "", bench_layer.table(rivals)]
+    if host:
+        columns = ["host time of a call, us", *host[0]["microseconds"]]
+        cells = [[row["pass"], *(f"{us:.0f}" for us in row["microseconds"].values())] for row in host]
+        lines += ["", report.markdown(columns, cells)]
     card = predictions.card_named(facts["card"], rates)
     if card is None or not any((kernels, layer, siblings, host)):
         return "\n".join(lines)
@@ -115,7 +119,4 @@ def format_report(result: dict, facts: dict[str, str], order: list[str]) -> str:
         lines += ["", predictions.beside_ratios(layer or [], siblings or [], 16, card)]
     if host:
         lines += ["", predictions.beside_host(host)]
-        columns = ["host time of a call, us", *host[0]["microseconds"]]
-        cells = [[row["pass"], *(f"{us:.0f}" for us in row["microseconds"].values())] for row in host]
-        lines += ["", report.markdown(columns, cells)]
     return "\n".join(lines)

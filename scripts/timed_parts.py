@@ -161,7 +161,7 @@ def failed_tests(text: str) -> list[str]:
 def telling_line(text: str) -> str:
     """Returns the line that says how a part went: pytest's or the sanitizer's summary, else the last."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    summary = r"ERROR SUMMARY|RACECHECK SUMMARY|\d+ passed|\d+ failed|not finished"
+    summary = r"ERROR SUMMARY|RACECHECK SUMMARY|\d+ passed|\d+ failed|tests collected|not finished"
     summaries = [line for line in lines if re.search(summary, line)]
     return (summaries or lines or [""])[-1].strip("= ")
 

@@ -564,4 +564,28 @@ def test_without_a_gpu_it_says_so():
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     command = [ROOT / "scripts" / "gpu_check.sh", sys.executable]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 1 and "finds no GPU" in result.stderr
+    assert result.returncode == 1 and "finds no GPU" in result.stderr and "--dry" in result.stderr
+
+
+def test_a_dry_run_goes_from_the_options_to_the_result_file(tmp_path):
+    """Parts run one by one and add their entries; figures and tables are there."""
+    script = [sys.executable, ROOT / "scripts" / "gpu_check.py", "--dry", "--results", tmp_path, "--only"]
+    for names in ("host", "layer,rivals"):
+        result = subprocess.run([*script, names], capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
+    parts = json.loads((tmp_path / "gpu_check.json").read_text())["parts"]
+    assert {name: entry["status"] for name, entry in parts.items()} == dict.fromkeys(
+        ["host", "layer", "rivals"], PASSED
+    )
+    assert parts["host"]["measured"][0]["pass"] == "forward" and parts["layer"]["measured"]
+    for expected in (
+        "| golden | not run | 0 | not in this run, nor before |",
+        "| host | passed |",
+        "unsloth: not measured, unsloth is not installed",
+        "no rival can be measured",
+        "| host time of a call, us |",
+        "forward + backward, dropout 0.1, times the frozen layer's:",
+    ):
+        said = result.stdout + (ROOT / "build" / "gpu_check" / "rivals.log").read_text()
+        assert expected in said, f"{expected}\n{said}"
+    assert "predicted" not in result.stdout  # figures of a CPU
