@@ -69,6 +69,8 @@ def choose_cuda() -> tuple[Path | None, str, str]:
 HEADERS = sources("**/*.h", "**/*.cuh", "**/*.inc")
 CUDA_HOME, NVCC_VERSION, NO_CUDA_REASON = choose_cuda()
 ARCHS = re.split(r"[,; ]+", os.environ.get("LORA_EXT_CUDA_ARCHS") or CUDA_ARCHS)
+# PTX of the oldest one, which the driver compiles for cards that are newer than all of them. That of 90a fits no other.
+PTX_ARCH = str(min(map(int, filter(str.isdigit, ARCHS)), default=""))
 
 TORCH_FLAGS = [f"-isystem{path}" for path in cpp_extension.include_paths()]  # -isystem silences their warnings
 TORCH_FLAGS += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET[0] << 56 | TORCH_TARGET[1] << 48:#018x}"]
@@ -81,6 +83,7 @@ FACTS = {
     "torch_minimum": ".".join(map(str, TORCH_TARGET)),
     "cuda_version": NVCC_VERSION if CUDA_HOME else "",
     "cuda_archs": ",".join(ARCHS) if CUDA_HOME else "",
+    "cuda_ptx": PTX_ARCH if CUDA_HOME else "",
     "no_cuda_reason": NO_CUDA_REASON,
 }
 
@@ -96,6 +99,7 @@ extensions = [
 if CUDA_HOME:
     cpp_extension.CUDA_HOME = str(CUDA_HOME)  # torch's CPU build sets None
     gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+    gencode += [f"-gencode=arch=compute_{PTX_ARCH},code=compute_{PTX_ARCH}"] if PTX_ARCH else []
     cuda_extension = Extension(
         "lora_ext.liblora_ext_cuda",
         sources("bindings/cuda_*.cpp", "cuda/**/*.cu"),
@@ -142,7 +146,8 @@ class BuildExtension(cpp_extension.BuildExtension):
         if not CUDA_HOME:  # an older build's library must not outlive it
             for folder in (ROOT, Path(self.build_lib)):
                 (folder / "lora_ext/liblora_ext_cuda.so").unlink(missing_ok=True)
-        cuda = f"CUDA {NVCC_VERSION} for {','.join(ARCHS)}" if CUDA_HOME else f"without CUDA: {NO_CUDA_REASON}"
+        ptx = f" and PTX of {PTX_ARCH}" if PTX_ARCH else ""
+        cuda = f"CUDA {NVCC_VERSION} for {','.join(ARCHS)}{ptx}" if CUDA_HOME else f"without CUDA: {NO_CUDA_REASON}"
         print(f"lora_ext {VERSION}: built against torch {torch.__version__}, {cuda}")
 
 

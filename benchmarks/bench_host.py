@@ -1,11 +1,12 @@
 """What does one call of a layer cost the host: Python, autograd and the dispatcher, next to the frozen layer and PEFT?
 
-    python benchmarks/bench_host.py [--write]
+    python benchmarks/bench_host.py [--device cpu] [--write]
 
-One token and 64 features, where the arithmetic takes no time: microseconds of processor time (not elapsed time: other
-processes matter less) on one thread, in batches of 200 calls. The forward without autograd, and forward plus backward
-(to x and the adapter; the frozen layer's to x) with and without dropout. A ratio is that of the medians; the quartiles
-of the round-by-round ratios follow.
+One token and 64 features, where the arithmetic takes no time, in batches of 200 calls: microseconds of processor time
+(not elapsed time: other processes matter less) on one thread. On a GPU, elapsed time with its launches, because
+autograd launches from another thread; the kernels are shorter than that. The forward without autograd, and forward
+plus backward (to x and the adapter; the frozen layer's to x) with and without dropout. A ratio is that of the medians;
+the quartiles of the round-by-round ratios follow.
 """
 
 from __future__ import annotations
@@ -34,13 +35,26 @@ def processor_time(call: Callable[[], object]) -> float:
     return (time.thread_time_ns() - begin) / CALLS * 1e-9
 
 
+def elapsed_time(call: Callable[[], object]) -> float:
+    """Seconds of one call, without waiting for the GPU between calls."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(CALLS):
+        call()
+    seconds = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    return seconds / CALLS
+
+
 def main() -> None:
     parser = report.parser(__doc__, "host")
     parser.set_defaults(threads=1)
     args = parser.parse_args()
     run = Report(args, f"Host time of one call, {SHAPE}, r={args.rank}")
-    modules = contestants.on_same_weights(SHAPE, torch.float32, "cpu", args.rank, {*PASSES.values()}, LAYERS)
-    x, grad_y = torch.randn(1, 64, requires_grad=True), torch.randn(1, 64)
+    # bfloat16 is the usual dtype of a GPU, and has other kernels than float32.
+    options = {"dtype": torch.bfloat16 if run.on_cuda else torch.float32, "device": args.device}
+    modules = contestants.on_same_weights(SHAPE, *options.values(), args.rank, {*PASSES.values()}, LAYERS)
+    x, grad_y = torch.randn(1, 64, requires_grad=True, **options), torch.randn(1, 64, **options)
     contestants.check_agreement(modules[0.0], x, [grad_y])
     rows = []
     for what, dropout in run.cases(list(PASSES.items())):
@@ -50,10 +64,11 @@ def main() -> None:
             for name, m in modules[dropout].items()
         }
         with torch.set_grad_enabled(trains):
-            seconds = run.interleaved(calls, clock=processor_time)
+            seconds = run.interleaved(calls, clock=elapsed_time if run.on_cuda else processor_time)
         microseconds = {name: 1e6 * statistics.median(times) for name, times in seconds.items()}
         ratios = {name: ratio(times, seconds[FROZEN]) for name, times in seconds.items() if name != FROZEN}
         rows.append({"pass": what, "microseconds": microseconds, "ratio": ratios})
+        run.save(rows)
     names = list(modules[0.0])
     cells = (
         [row["pass"]]
@@ -61,7 +76,7 @@ def main() -> None:
         + [report.ratio_cell(row["ratio"]["lora_ext"])]
         for row in rows
     )
-    columns = ["microseconds of processor time", *names, "lora_ext, times frozen"]
+    columns = ["microseconds a call", *names, "lora_ext, times frozen"]
     run.finish(rows, report.markdown(columns, cells))
 
 

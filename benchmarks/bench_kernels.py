@@ -15,31 +15,21 @@ import json
 import re
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from harness import ceilings, report
 from harness.shapes import CUDA_SHAPES, Shape
+from harness.stages import Case, floor_seconds, stage_bytes, stage_flops
 from harness.timing import CudaClock
 from torch import Tensor, nn
 
 from lora_ext import functional
 from lora_ext.nn import LoraAdapter, LoraLinear
-
-
-@dataclass(frozen=True)
-class Case:
-    shape: Shape
-    rank: int = 16
-    dtype: torch.dtype = torch.bfloat16
-    dropout: float = 0.1
-
-    def __str__(self) -> str:
-        dropout = f", p={self.dropout}" if self.dropout else ""
-        return f"{self.shape}, r={self.rank}, {report.dtype_name(self.dtype)}{dropout}"
-
 
 MAIN = CUDA_SHAPES[0]
 # The most informative first, because a run that is short of time stops early.
@@ -53,51 +43,6 @@ CASES = [
     *(Case(Shape(tokens, 4096, 4096), dropout=0.0) for tokens in (1, 8, 64)),
     Case(Shape(2048, 1024, 1024), dtype=torch.float64),
 ]
-
-
-# --- the model: what a stage must read, write and multiply ------------------------------------------------------------
-
-
-def stage_bytes(case: Case) -> dict[str, int]:
-    """Bytes of each stage: its tall matrix once, the mask's bits, and the skinny operands (float32; factors' dtype).
-
-    pack is left out: it moves only the factors, which are small.
-    """
-    tokens, features, outputs = case.shape
-    wide = 8 if case.dtype == torch.float64 else 4
-    element = case.dtype.itemsize
-    mask = tokens * (-(-features // 64) * 8) if case.dropout else 0
-    x, y, skinny = tokens * features * element, tokens * outputs * element, tokens * case.rank * wide
-    A, B = case.rank * features * element, case.rank * outputs * element
-    return {
-        "shrink": x + mask + A + skinny,
-        "expand": y + B + skinny,
-        "grad_b": y + B + skinny + skinny + B,
-        "grad_a": x + mask + skinny + A,
-        "grad_x": x + mask + A + skinny,
-        "merge": 2 * features * outputs * element + A + B,
-        "unmerge": 2 * features * outputs * element + A + B,
-    }
-
-
-def stage_flops(case: Case) -> dict[str, int]:
-    tokens, features, outputs = case.shape
-    of_x, of_y = 2 * tokens * features * case.rank, 2 * tokens * outputs * case.rank
-    merge = 2 * features * outputs * case.rank
-    return {
-        "shrink": of_x,
-        "expand": of_y,
-        "grad_b": 2 * of_y,
-        "grad_a": of_x,
-        "grad_x": of_x,
-        "merge": merge,
-        "unmerge": merge,
-    }
-
-
-def floor_seconds(case: Case, stage: str, copy_rate: float, matrix_rate: float) -> float:
-    """Lower bound of the time: bytes at the copy's rate, or products at the matrix product's."""
-    return max(stage_bytes(case)[stage] / copy_rate, stage_flops(case)[stage] / matrix_rate)
 
 
 # --- from kernels to stages -------------------------------------------------------------------------------------------
@@ -180,19 +125,29 @@ def sums_by_stage(kernels: list[tuple[str, float]], stages: list[str]) -> dict[s
     return total
 
 
-def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
-    return {stage: statistics.median(seconds[stage] for seconds in rounds) for stage in rounds[0]}
+class Timed(NamedTuple):
+    """A stage of one call: the median of its time, and its launches."""
+
+    seconds: float
+    launches: int
+
+
+def medians(rounds: list[dict[str, float]], stages: list[str]) -> dict[str, Timed]:
+    """stages: of one call's kernels, in launch order."""
+    counts = Counter(stages)
+    return {stage: Timed(statistics.median(r[stage] for r in rounds), counts[stage]) for stage in rounds[0]}
 
 
 def stage_seconds(
     calls: list[Callable[[], object]], stages_of: Callable[[list[str]], list[str]], repeats: int
-) -> dict[str, float]:
-    """Median seconds of each stage over the repeats, which cycle through the calls and so through their inputs."""
+) -> dict[str, Timed]:
+    """Median time of each stage over the repeats, which cycle through the calls and so through their inputs."""
     for call in calls:
         call()
     torch.cuda.synchronize()
     rounds = profiled([calls[repeat % len(calls)] for repeat in range(repeats)])
-    return medians([sums_by_stage(kernels, stages_of([name for name, _ in kernels])) for kernels in rounds])
+    stages = stages_of([name for name, _ in rounds[0]])
+    return medians([sums_by_stage(kernels, stages) for kernels in rounds], stages)
 
 
 @dataclass
@@ -226,8 +181,8 @@ def count_of_sets(case: Case, cache_bytes: int) -> int:
     return min(max(-(-4 * cache_bytes // set_bytes), 2), 16)
 
 
-def measure(case: Case, repeats: int) -> dict[str, float]:
-    """Measures seconds by stage of a forward and a backward."""
+def measure(case: Case, repeats: int) -> dict[str, Timed]:
+    """Measures the stages of a forward and a backward."""
     cache_bytes = torch.cuda.get_device_properties().L2_cache_size
     sets = [make_inputs(case) for _ in range(count_of_sets(case, cache_bytes))]
     seed = torch.tensor(7, device="cuda")
@@ -244,8 +199,8 @@ def measure(case: Case, repeats: int) -> dict[str, float]:
     return seconds | stage_seconds(backward, backward_stages, repeats)
 
 
-def measure_merge(case: Case, repeats: int) -> dict[str, float]:
-    """Measures seconds by stage of a merge and an unmerge."""
+def measure_merge(case: Case, repeats: int) -> dict[str, Timed]:
+    """Measures the stages of a merge and an unmerge."""
     _, features, outputs = case.shape
     layers = []
     for _ in range(count_of_sets(case, torch.cuda.get_device_properties().L2_cache_size)):
@@ -254,21 +209,24 @@ def measure_merge(case: Case, repeats: int) -> dict[str, float]:
         nn.init.normal_(adapter.lora_B, std=0.02)
         layers.append(LoraLinear(base, adapter).eval())
     rounds: dict[str, list[dict[str, float]]] = {"merge": [], "unmerge": []}
+    stages: dict[str, list[str]] = {}
     for repeat in range(-1, max(repeats // len(layers), 2)):  # -1 warms up
         for stage, seen in rounds.items():
             for kernels in profiled([getattr(layer, stage) for layer in layers]):
                 if repeat >= 0:
-                    seen.append(sums_by_stage(kernels, merge_stages(stage, [name for name, _ in kernels])))
-    return medians(rounds["merge"]) | medians(rounds["unmerge"])
+                    stages[stage] = merge_stages(stage, [name for name, _ in kernels])
+                    seen.append(sums_by_stage(kernels, stages[stage]))
+    return {name: timed for stage, seen in rounds.items() for name, timed in medians(seen, stages[stage]).items()}
 
 
-def rows_of(case: Case, seconds: dict[str, float], rates: dict[str, float]) -> list[dict[str, object]]:
+def rows_of(case: Case, measured: dict[str, Timed], rates: dict[str, float]) -> list[dict[str, object]]:
     matrix_rate = rates[f"matrix_{report.dtype_name(case.dtype)}"]
     rows = []
-    for stage, time_s in seconds.items():
-        row: dict[str, object] = {"case": str(case), "stage": stage, "us": 1e6 * time_s}
+    for stage, (time_s, launches) in measured.items():
+        row: dict[str, object] = {"case": str(case), "stage": stage, "us": 1e6 * time_s, "launches": launches}
         if stage in stage_bytes(case):
-            rate = stage_bytes(case)[stage] / time_s
+            row |= {"bytes": stage_bytes(case)[stage], "flops": stage_flops(case)[stage]}
+            rate = row["bytes"] / time_s
             floor = floor_seconds(case, stage, rates["copy"], matrix_rate)
             row |= {"gb_s": rate / 1e9, "of_copy": rate / rates["copy"], "of_floor": floor / time_s}
         rows.append(row)

@@ -7,21 +7,23 @@ only if they agree on outputs and gradients (without dropout). Three tables: the
 plus backward (to x and the adapter) with and without dropout. A ratio compares the median with the frozen layer's (its
 backward goes to x); the quartiles of the round-by-round ratios follow.
 
+Rivals (--rivals: Unsloth, Axolotl, LoRAFusion) have tables of their own, without a bias and in bfloat16 only: they are
+imported only there, because importing them changes PEFT.
+
 torch.compile of the hand-written layer is a contestant at some shapes, because each takes seconds to compile. On a GPU
 the time is that between two CUDA events, after a flush of the second-level cache (timing.py).
 """
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 
 import torch
-from harness import contestants, report
+from harness import contestants, report, rivals
 from harness.contestants import COMPILED, FROZEN, training_step
 from harness.report import Report
 from harness.shapes import CPU_SHAPES, CUDA_SHAPES, Shape
+from torch import Tensor, nn
 
 FORWARD, TRAINING = "forward", "forward + backward"
 
@@ -29,17 +31,32 @@ FORWARD, TRAINING = "forward", "forward + backward"
 def measure(shape: Shape, dtype: torch.dtype, run: Report, with_compile: bool) -> list[dict[str, object]]:
     """Measures a shape; returns one row for each pass, in the order of the tables."""
     dropouts = sorted({0.0, run.args.dropout})
+    if run.args.rivals:
+        options = (shape, dtype, run.args.device, run.args.rank)
+        modules = rivals.on_same_weights(*options, dropouts, run.args.rivals)
+        return rows_of(shape, dtype, run, modules)
     if with_compile:
         contestants.forget_compiled()
     makes = contestants.LAYERS | ({COMPILED: contestants.make_compiled} if with_compile else {})
     modules = contestants.on_same_weights(shape, dtype, run.args.device, run.args.rank, dropouts, makes)
-    x = torch.randn(shape.num_tokens, shape.in_features, dtype=dtype, device=run.args.device).requires_grad_()
-    grad_y = torch.randn(shape.num_tokens, shape.out_features, dtype=dtype, device=run.args.device)
-    contestants.check_agreement(modules[0.0], x, [grad_y])
+    contestants.check_agreement(modules[0.0], *random_x_and_grad_y(shape, dtype, run))
+    return rows_of(shape, dtype, run, modules)
 
+
+def random_x_and_grad_y(shape: Shape, dtype: torch.dtype, run: Report) -> tuple[Tensor, list[Tensor]]:
+    x = torch.randn(shape.num_tokens, shape.in_features, dtype=dtype, device=run.args.device).requires_grad_()
+    return x, [torch.randn(shape.num_tokens, shape.out_features, dtype=dtype, device=run.args.device)]
+
+
+def rows_of(
+    shape: Shape, dtype: torch.dtype, run: Report, modules: dict[float, dict[str, nn.Module]]
+) -> list[dict[str, object]]:
+    """Measures the modules. modules: by dropout, then by contestant."""
+    dropouts = sorted(modules)
+    x, grad_ys = random_x_and_grad_y(shape, dtype, run)
     calls = {(FORWARD, 0.0): {name: lambda m=m: m(x) for name, m in modules[0.0].items()}}
     for p in reversed(dropouts):
-        calls[TRAINING, p] = {name: lambda m=m: training_step(m, x, [grad_y]) for name, m in modules[p].items()}
+        calls[TRAINING, p] = {name: lambda m=m: training_step(m, x, grad_ys) for name, m in modules[p].items()}
     rows = []
     for (what, dropout), by_contestant in calls.items():
         with torch.set_grad_enabled(what == TRAINING):
@@ -72,7 +89,11 @@ def main() -> None:
     report.add_shapes(parser)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file as soon as they are measured")
+    parser.add_argument(
+        "--rivals",
+        action="store_true",
+        help="measure the rivals that are installed (harness/rivals.py) in place of PEFT",
+    )
     args = parser.parse_args()
     run = Report(args, f"One layer against the frozen layer, r={args.rank}")
     cases = run.shape_cases(CPU_SHAPES)
@@ -84,12 +105,17 @@ def main() -> None:
         cases = [(dtype, CUDA_SHAPES[0]) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
         cases += [(torch.bfloat16, shape) for shape in CUDA_SHAPES[1:]]
         compiled = {CUDA_SHAPES[0]}
+    if args.rivals:
+        args.rivals = rivals.load_all()
+        cases = [(dtype, shape) for dtype, shape in cases if dtype == torch.bfloat16][: None if args.shapes else 3]
+        if not args.rivals:
+            print("no rival can be measured")
+            return
     rows: list[dict] = []
     for dtype, shape in run.cases(cases):
         rows += measure(shape, dtype, run, with_compile=shape in compiled and not args.no_compile)
         print(f"{shape}, {report.dtype_name(dtype)}: measured, {run.elapsed():.0f} s so far", flush=True)
-        if args.json:
-            args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        run.save(rows)
     run.finish(rows, table(rows))
 
 

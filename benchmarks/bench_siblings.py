@@ -1,9 +1,9 @@
 """What do LoRA layers that read one x (q/k/v) cost beyond their frozen bases, in one op and as separate layers?
 
-    python benchmarks/bench_siblings.py [--dropout 0.1] [--rank 16] [--rounds 60] [--device cpu] [--write]
+    python benchmarks/bench_siblings.py [--dropout 0.1] [--rank 16] [--shapes 8192x4096x4096+1024+1024] [--write]
 
-Three layers on the same x, forward plus backward to x and the adapters, with autograd and Python. Contestants are timed
-only if they agree on outputs and gradients (without dropout). A ratio compares the median with that of the three frozen
+Layers on the same x, forward plus backward to x and the adapters, with autograd and Python. Contestants are timed
+only if they agree on outputs and gradients (without dropout). A ratio compares the median with that of the frozen
 layers (forward plus backward to x); the quartiles of the round-by-round ratios follow. The last column is the op's cost
 beyond the frozen layers, divided by that of separate layers.
 """
@@ -17,12 +17,10 @@ import torch
 from harness import contestants, report
 from harness.contestants import ALPHA_OVER_R, FROZEN, training_step
 from harness.report import Report
-from harness.shapes import SIBLING_SHAPES, Shape
+from harness.shapes import LLAMA_SIBLINGS, SIBLING_SHAPES, SiblingShape
 from torch import Tensor, nn
 
 from lora_ext import functional
-
-NUM_LAYERS = 3
 
 
 class Separate(nn.Module):
@@ -64,15 +62,15 @@ CONTESTANTS: dict[str, Callable[..., nn.Module]] = {"siblings": Siblings} | {
 }
 
 
-def measure(dtype: torch.dtype, shape: Shape, run: Report) -> dict[str, object]:
-    num_tokens, in_features, out_features = shape
+def measure(dtype: torch.dtype, shape: SiblingShape, run: Report) -> dict[str, object]:
+    num_tokens, in_features, widths = shape
     args = run.args
     kwargs = {"dtype": dtype, "device": args.device}
     x = torch.randn(num_tokens, in_features, **kwargs).requires_grad_()
-    grad_ys = [torch.randn(num_tokens, out_features, **kwargs) for _ in range(NUM_LAYERS)]
-    bases = [nn.Linear(in_features, out_features, **kwargs).requires_grad_(False) for _ in range(NUM_LAYERS)]
-    As = [torch.randn(args.rank, in_features, **kwargs) / in_features**0.5 for _ in range(NUM_LAYERS)]
-    Bs = [torch.randn(out_features, args.rank, **kwargs) * 0.1 for _ in range(NUM_LAYERS)]
+    grad_ys = [torch.randn(num_tokens, width, **kwargs) for width in widths]
+    bases = [nn.Linear(in_features, width, **kwargs).requires_grad_(False) for width in widths]
+    As = [torch.randn(args.rank, in_features, **kwargs) / in_features**0.5 for _ in widths]
+    Bs = [torch.randn(width, args.rank, **kwargs) * 0.1 for width in widths]
 
     contestants.check_agreement({name: make(bases, As, Bs, 0.0) for name, make in CONTESTANTS.items()}, x, grad_ys)
     modules = {FROZEN: Separate(bases)} | {
@@ -82,7 +80,8 @@ def measure(dtype: torch.dtype, shape: Shape, run: Report) -> dict[str, object]:
     seconds = run.interleaved({name: lambda m=module: training_step(m, x, grad_ys) for name, module in modules.items()})
     median = {name: statistics.median(times) for name, times in seconds.items()}
     return {
-        "shape": list(shape),
+        "shape": [num_tokens, in_features, *widths],
+        "dropout": args.dropout,
         "dtype": report.dtype_name(dtype),
         **report.against(seconds, FROZEN),
         "overhead": (median["siblings"] - median[FROZEN]) / (median["separate"] - median[FROZEN]),
@@ -92,22 +91,29 @@ def measure(dtype: torch.dtype, shape: Shape, run: Report) -> dict[str, object]:
 def table(rows: list[dict]) -> str:
     names = report.names_in(rows)
     cells = (
-        [str(Shape(*row["shape"])), row["dtype"], report.milliseconds(row["frozen_ms"])]
+        [
+            str(SiblingShape(*row["shape"][:2], tuple(row["shape"][2:]))),
+            row["dtype"],
+            report.milliseconds(row["frozen_ms"]),
+        ]
         + report.ratio_cells(row, names)
         + [f"{row['overhead']:.2f}"]
         for row in rows
     )
-    return report.markdown(["tokens x in -> 3 x out", "dtype", "frozen, ms", *names, "overhead"], cells)
+    return report.markdown(["tokens x in -> out of each", "dtype", "frozen, ms", *names, "overhead"], cells)
 
 
 def main() -> None:
     parser = report.parser(__doc__, "siblings")
-    report.add_shapes(parser)
+    report.add_shapes(parser, SiblingShape.parse, "TOKENSxINxOUT+OUT+OUT")
     parser.add_argument("--dropout", type=float, default=0.1)
     args = parser.parse_args()
-    title = "Three layers on one x, forward + backward against the frozen layers"
+    title = "Layers on one x, forward + backward against the frozen layers"
     run = Report(args, f"{title}, r={args.rank}, dropout {args.dropout}")
-    rows = run.measure(run.shape_cases(SIBLING_SHAPES), lambda case: [measure(*case, run)], table)
+    cases = run.shape_cases(SIBLING_SHAPES)
+    if run.on_cuda and not args.shapes:
+        cases = [(torch.bfloat16, shape) for shape in LLAMA_SIBLINGS]
+    rows = run.measure(cases, lambda case: [measure(*case, run)], table)
     run.finish(rows, table(rows))
 
 

@@ -46,6 +46,7 @@ def gather() -> dict[str, object]:
             "reason": _load.cuda_unavailable_reason or None,
             "toolkit": built["cuda_version"] or None,
             "architectures": built["cuda_archs"].split(",") if built["cuda_archs"] else [],
+            "ptx": built["cuda_ptx"] or None,
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda_loaded else [],
         },
     }
@@ -57,9 +58,10 @@ def info(json: bool = False) -> str:
     if json:
         return json_module.dumps(facts, indent=2)
     cpu, cuda = facts["cpu"], facts["cuda"]
-    built = (
-        f"yes, for sm_{', sm_'.join(cuda['architectures'])} (CUDA {cuda['toolkit']})" if cuda["kernels_built"] else "no"
-    )
+    built = "no"
+    if cuda["kernels_built"]:
+        newer = f", and newer cards by PTX of compute_{cuda['ptx']}" if cuda["ptx"] else ""
+        built = f"yes, for sm_{', sm_'.join(cuda['architectures'])}{newer} (CUDA {cuda['toolkit']})"
     if cuda["kernels_loaded"]:
         in_use = (
             f"yes, on {', '.join(cuda['devices'])}"

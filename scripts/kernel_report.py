@@ -5,7 +5,8 @@
 
 Needs no GPU: cuobjdump and nvdisasm (of the CUDA toolkit, or pip's nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm)
 print the registers, the shared memory and the machine code of each kernel for each architecture. FAMILIES states the
-rules once per family of kernels; the kernels are those in the binary.
+rules once per family of kernels; the kernels are those in the binary. Every kernel also has PTX of the oldest
+architecture, which cards newer than the binary compile.
 
 Prints a table. Exit status 1: a rule is broken (listed); 2: the binary or the tools cannot be read.
 """
@@ -19,7 +20,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,6 +153,8 @@ _RESOURCES = re.compile(r"^  REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+) ")
 _CODE_OF = re.compile(r"^\s+Function : (\S+)$")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)")
 _NV_INFO_OF = re.compile(r"^\.nv\.info\.(\S+)$")
+_PTX_TARGET = re.compile(r"^\.target\s+sm_(\w+)")
+_PTX_ENTRY = re.compile(r"^(?:\.visible |\.weak )?\.entry (\w+)\(")
 _INTERESTING = {column: re.compile(pattern) for column, pattern in INSTRUCTIONS.items()}
 
 
@@ -195,6 +198,19 @@ def parse_max_threads(lines: Iterable[str]) -> dict[str, int]:
             x, y, z = (int(value, 16) for value in line.split()[1:4])
             threads[symbol], wanted = x * y * z, False
     return threads
+
+
+def parse_ptx(lines: Iterable[str]) -> dict[str, set[str]]:
+    """Parses ``cuobjdump --dump-ptx``; returns the kernels' symbols by architecture, such as ``{"80": {"_Z1f"}}``."""
+    symbols: dict[str, set[str]] = {}
+    arch = ""
+    for line in lines:
+        if match := _PTX_TARGET.match(line):
+            arch = match[1]
+            symbols.setdefault(arch, set())
+        elif match := _PTX_ENTRY.match(line):
+            symbols[arch].add(match[1])
+    return symbols
 
 
 def short_name(demangled: str) -> str:
@@ -254,6 +270,18 @@ def violations(kernel: Kernel) -> list[str]:
     return found
 
 
+def missing_ptx(kernels: list[Kernel], ptx: dict[str, set[str]]) -> list[str]:
+    """Describes the kernels without PTX of the oldest architecture, apart from those that fit one card only (90a)."""
+    archs = {kernel.arch.removeprefix("sm_") for kernel in kernels}
+    plain = [arch for arch in archs if arch.isdigit()]
+    if not plain:
+        return []
+    oldest = min(plain, key=int)
+    found = set().union(*(symbols for arch, symbols in ptx.items() if arch.isdigit() and int(arch) <= int(oldest)))
+    without = {kernel.name: None for kernel in kernels if kernel.symbol not in found}
+    return [f"{name} has no PTX of sm_{oldest} or older, so that newer cards cannot run it" for name in without]
+
+
 def report(kernels: list[Kernel]) -> tuple[str, list[str]]:
     """Returns the table (one row for architectures that agree) and the violations."""
     heads = ["kernel", "sm", "threads", "registers", "shared", "blocks/SM", "code", *INSTRUCTIONS]
@@ -290,14 +318,20 @@ def find_tools() -> Path | None:
     return next((f for f in folders if (f / "cuobjdump").exists() and (f / "nvdisasm").exists()), None)
 
 
-def read_kernels(library: Path, tools: Path, jobs: int, only_arch: str | None = None) -> list[Kernel]:
-    """Reads every kernel of the library for every architecture; equal kernels of several objects count once."""
+def cuobjdump_of(library: Path, tools: Path) -> Callable[..., list[str]]:
+    """Returns a function that runs cuobjdump with its options on the library, and returns the lines it prints."""
     # cuobjdump starts nvdisasm by its name.
     environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
 
     def cuobjdump(*options: str) -> list[str]:
         command = [tools / "cuobjdump", *options, library]
         return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.splitlines()
+
+    return cuobjdump
+
+
+def read_kernels(cuobjdump: Callable[..., list[str]], jobs: int, only_arch: str | None = None) -> list[Kernel]:
+    """Reads every kernel of a library for every architecture; equal kernels of several objects count once."""
 
     def of_arch(arch: str) -> list[Kernel]:
         threads = parse_max_threads(cuobjdump("--dump-elf", "--gpu-architecture", arch))
@@ -340,14 +374,18 @@ def main() -> int:
     if not args.library.exists():
         print(f"kernel_report: {args.library} does not exist; `make cuda` builds it")
         return 2
-    kernels = read_kernels(args.library, tools, args.jobs, args.arch)
+    cuobjdump = cuobjdump_of(args.library, tools)
+    kernels = read_kernels(cuobjdump, args.jobs, args.arch)
     if not kernels:
         print(f"kernel_report: {args.library} has no kernels for {args.arch or 'any architecture'}")
         return 2
     table, broken = report(kernels)
+    ptx = parse_ptx(cuobjdump("--dump-ptx"))
+    broken += missing_ptx(kernels, ptx)
     print(table)
     num_names, num_archs = len({kernel.name for kernel in kernels}), len({kernel.arch for kernel in kernels})
-    print(f"\n{num_names} kernels for {num_archs} architectures, {len(broken)} rules broken")
+    newer = f"PTX of {', '.join(f'sm_{arch}' for arch in ptx)}" if ptx else "no PTX"
+    print(f"\n{num_names} kernels for {num_archs} architectures, {newer}, {len(broken)} rules broken")
     for text in broken:
         print(f"  {text}")
     return 1 if broken else 0

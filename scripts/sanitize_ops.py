@@ -4,11 +4,15 @@
 
 Inputs are small, because the sanitizer slows a kernel down a hundred times; they cover odd sizes, several blocks of
 every kernel, every dtype, and ranks of one and several tiles. Results are compared with float64.
+
+--seconds starts no case after that time, in which the imports do not count: the exit status is then 75.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
+import time
 from collections.abc import Callable
 
 import torch
@@ -30,6 +34,7 @@ CASES = [  # (num_tokens, in_features, out_features, rank), dtypes of x and the 
     ((33, 97, 131, 70), FLOAT),
     ((70, 97, 131, 8), (torch.float64, torch.float64)),
 ]
+STOPPED_IN_TIME = 75  # timed_parts.py's
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 
 
@@ -79,10 +84,17 @@ def worst_error(shape: tuple[int, int, int, int], dtypes: tuple[torch.dtype, tor
     return torch.stack(errors).nan_to_num(nan=float("inf")).max().item()
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="for the cases, without the imports")
+    seconds = parser.parse_args(arguments).seconds
+    begin = time.monotonic()
     torch.manual_seed(0)
     wrong = 0
-    for shape, dtypes in CASES:
+    for number, (shape, dtypes) in enumerate(CASES):
+        if time.monotonic() - begin > seconds:
+            print(f"not finished: {number} of {len(CASES)} cases in {seconds:.0f} s, {wrong} wrong")
+            return 1 if wrong else STOPPED_IN_TIME
         error = worst_error(shape, dtypes)
         good = error < max(TOLERANCE[dtype] for dtype in dtypes)
         wrong += not good

@@ -36,6 +36,7 @@ def no_cuda_reason() -> str:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: takes long; left out by --quick (make test-quick)")
     config.addinivalue_line("markers", "slow: takes minutes; skipped without --slow (make test-full)")
+    config.addinivalue_line("markers", "large: wants gigabytes of memory; a GPU check runs these one at a time")
     config.addinivalue_line("markers", "cpu_only(reason): skipped under --device cuda")
     if config.getoption("--device") == "cuda":
         if reason := no_cuda_reason():

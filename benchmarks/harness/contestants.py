@@ -101,14 +101,21 @@ LAYERS: dict[str, Make] = {
 }
 
 
+def random_weights(
+    shape: Shape, dtype: torch.dtype, device: str, rank: int, bias: bool = True
+) -> tuple[nn.Linear, Tensor, Tensor]:
+    """Makes a frozen base layer, A and B."""
+    options = {"dtype": dtype, "device": device}
+    A = torch.randn(rank, shape.in_features, **options) * shape.in_features**-0.5
+    B = torch.randn(shape.out_features, rank, **options) * 0.1
+    return nn.Linear(shape.in_features, shape.out_features, bias, **options).requires_grad_(False), A, B
+
+
 def on_same_weights(
     shape: Shape, dtype: torch.dtype, device: str, rank: int, dropouts: Iterable[float], makes: dict[str, Make]
 ) -> dict[float, dict[str, nn.Module]]:
     """Returns, by dropout, the frozen layer and each contestant, all on the same random weight, A and B."""
-    options = {"dtype": dtype, "device": device}
-    A = torch.randn(rank, shape.in_features, **options) * shape.in_features**-0.5
-    B = torch.randn(shape.out_features, rank, **options) * 0.1
-    base = nn.Linear(shape.in_features, shape.out_features, **options).requires_grad_(False)
+    base, A, B = random_weights(shape, dtype, device, rank)
     return {p: {FROZEN: base} | {name: make(base, A, B, p) for name, make in makes.items()} for p in dropouts}
 
 

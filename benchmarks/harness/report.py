@@ -55,21 +55,24 @@ def parser(description: str, name: str) -> argparse.ArgumentParser:
         choices=list(machine_isa.LIMITS),
         help="restrict the whole process, contestants included, to this instruction set, and name the results by it",
     )
+    result.add_argument("--json", type=Path, help="also write the rows to this file as soon as they are measured")
     result.add_argument("--write", action="store_true", help=f"also write <results>/{name}_<device>.{{json,md}}")
     result.add_argument("--results", type=Path, help="folder of the result files; this machine's in benchmarks/results")
     return result
 
 
-def add_shapes(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--shapes``, which replaces the built-in shapes."""
+def add_shapes(
+    parser: argparse.ArgumentParser, parse: Callable[[str], object] = Shape.parse, form: str = "TOKENSxINxOUT"
+) -> None:
+    """Adds ``--shapes``, which replaces the built-in shapes. form: for the help."""
 
-    def shapes(text: str) -> list[Shape]:
+    def shapes(text: str) -> list:
         try:
-            return [Shape.parse(part) for part in text.split(",")]
+            return [parse(part) for part in text.split(",")]
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
 
-    parser.add_argument("--shapes", type=shapes, help="TOKENSxINxOUT, separated by commas")
+    parser.add_argument("--shapes", type=shapes, help=f"{form}, separated by commas")
 
 
 def check_device(device: str) -> None:
@@ -138,6 +141,11 @@ class Report:
         shapes = self.args.shapes or list(shapes)
         return [(dtype, shape) for dtype in (torch.float32, torch.bfloat16) for shape in shapes]
 
+    def save(self, rows: list[dict]) -> None:
+        """Writes the rows that are there so far to the file of ``--json``."""
+        if self.args.json:
+            self.args.json.write_text(json.dumps(rows, indent=1) + "\n")
+
     def measure(
         self, cases: Sequence[Case], rows_of: Callable[[Case], list[dict]], table: Callable[[list[dict]], str]
     ) -> list[dict]:
@@ -145,6 +153,7 @@ class Report:
         rows: list[dict] = []
         for case in self.cases(cases):
             rows += (measured := rows_of(case))
+            self.save(rows)
             print("\n".join(table(measured).splitlines()[-len(measured) :]), flush=True)
         return rows
 

@@ -26,6 +26,33 @@ class Shape(NamedTuple):
         return cls(*map(int, numbers))
 
 
+class SiblingShape(NamedTuple):
+    """Layers that read one x."""
+
+    num_tokens: int
+    in_features: int
+    out_features: tuple[int, ...]
+
+    def __str__(self) -> str:
+        widths = self.out_features
+        outputs = f"{len(widths)} x {widths[0]}" if len(set(widths)) == 1 else ", ".join(map(str, widths))
+        return f"{self.num_tokens} x {self.in_features} -> {outputs}"
+
+    @classmethod
+    def parse(cls, text: str) -> SiblingShape:
+        """Parses ``TOKENSxINxOUT+OUT``, for example 8192x4096x4096+1024+1024; one OUT stands for three layers.
+
+        Raises:
+            ValueError: the text has another form; the message quotes it.
+        """
+        first, *others = text.split("+")
+        shape = Shape.parse(first)
+        if not all(width.isdecimal() and int(width) for width in others):
+            raise ValueError(f"shape {text!r} is not TOKENSxINxOUT+OUT in positive integers")
+        widths = [shape.out_features, *map(int, others)]
+        return cls(*shape[:2], tuple(widths if others else widths * 3))
+
+
 # MiniLM's and BERT's widths at fine-tuning batches, then decoder-sized layers.
 CPU_SHAPES = [
     Shape(1536, 384, 384),
@@ -55,8 +82,14 @@ CUDA_SHAPES = [
 DECODE_TOKENS = [1, 2, 4, 8, 16, 32, 64]
 DECODE_WIDTHS = [(4096, 4096), (4096, 14336)]
 
-# Attention's q, k and v: each of three layers.
+# Attention's q, k and v.
 SIBLING_SHAPES = [
-    Shape(512, 768, 768),
-    Shape(1024, 2048, 2048),
+    SiblingShape(512, 768, (768,) * 3),
+    SiblingShape(1024, 2048, (2048,) * 3),
+]
+
+# Llama-3-8B's q, k and v, and gate and up.
+LLAMA_SIBLINGS = [
+    SiblingShape(8192, 4096, (4096, 1024, 1024)),
+    SiblingShape(4096, 4096, (14336, 14336)),
 ]

@@ -103,6 +103,33 @@ ELF = """
 	Value:	0x0
 """
 
+# Shortened output of cuobjdump --dump-ptx for two objects.
+PTX = """
+Fatbin elf code:
+================
+arch = sm_90a
+
+Fatbin ptx code:
+================
+arch = sm_80
+compressed
+
+.version 9.0
+.target sm_80
+.address_size 64
+
+.visible .entry _Z1f6Params(
+	.param .align 8 .b8 _Z1f6Params_param_0[24]
+)
+.func helper(
+.entry _Z1h6Params(
+
+Fatbin ptx code:
+================
+.target sm_90a, debug
+.weak .entry _Z1g6Params(
+"""
+
 
 def test_reads_resources_and_instructions():
     f, g, f80 = kernel_report.parse_code(CODE.splitlines())
@@ -116,6 +143,10 @@ def test_reads_resources_and_instructions():
 
 def test_reads_launch_bounds():
     assert kernel_report.parse_max_threads(ELF.splitlines()) == {"_Z1f6Params": 256}
+
+
+def test_reads_ptx():
+    assert kernel_report.parse_ptx(PTX.splitlines()) == {"80": {"_Z1f6Params", "_Z1h6Params"}, "90a": {"_Z1g6Params"}}
 
 
 @pytest.mark.parametrize(
@@ -222,6 +253,28 @@ def test_blocks_per_multiprocessor(arch, registers, threads, shared, blocks):
     assert kernel.blocks_per_sm(0) == blocks
 
 
+@pytest.mark.parametrize(
+    "archs, ptx, without",
+    [
+        (["sm_80", "sm_90a"], {"80": {"_Z4tile"}}, False),
+        (["sm_80", "sm_90a"], {}, True),
+        (["sm_80", "sm_90a"], {"80": {"_Z5other"}}, True),
+        (["sm_80", "sm_90a"], {"90a": {"_Z4tile"}}, True),  # fits no other card
+        (["sm_80", "sm_120"], {"120": {"_Z4tile"}}, True),  # not for cards between them
+        (["sm_120"], {"80": {"_Z4tile"}}, False),  # only one of the library's architectures is read
+        (["sm_90a"], {}, False),  # built for one card
+    ],
+    ids=str,
+)
+def test_newer_cards_need_ptx_of_every_kernel(good, archs, ptx, without):
+    kernels = [kernel_report.Kernel(**{**vars(good), "arch": arch}) for arch in archs]
+    found = kernel_report.missing_ptx(kernels, ptx)
+    oldest = min(archs, key=len)
+    assert found == (
+        [f"tile_kernel<__half> has no PTX of {oldest} or older, so that newer cards cannot run it"] if without else []
+    )
+
+
 def test_architectures_that_agree_share_a_row(good):
     twin = kernel_report.Kernel(**{**vars(good), "arch": "sm_100"})
     table, _ = kernel_report.report([good, twin])
@@ -242,7 +295,8 @@ def test_the_kernels_that_were_built():
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-3000:]
     for kernel in ("dropout_mask_kernel", "mma::shrink_kernel", "mma::expand_short_kernel", "fma::token_sum_kernel"):
         assert kernel in result.stdout
-    assert "for 1 architectures, 0 rules broken" in result.stdout
+    ptx = f"PTX of sm_{_load.build_info()['cuda_ptx']}" if _load.build_info()["cuda_ptx"] else "no PTX"
+    assert f"for 1 architectures, {ptx}, 0 rules broken" in result.stdout
 
 
 def test_says_what_is_missing(tmp_path):

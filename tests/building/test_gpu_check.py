@@ -1,112 +1,45 @@
-"""Tests scripts/gpu_check.py and bench_kernels.py as far as they need no GPU."""
+"""Tests scripts/gpu_check.py and its parts as far as they need no GPU."""
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import textwrap
+import time
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS.parent / "scripts")]
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
 
-import bench_kernels  # noqa: E402
 import gpu_check  # noqa: E402
-from bench_kernels import Case  # noqa: E402
-from gpu_check import FAILED, NOT_RUN, PASSED, TIMED_OUT, Outcome, Part  # noqa: E402
-from harness import timing  # noqa: E402
-from harness.shapes import Shape  # noqa: E402
+import gpu_parts  # noqa: E402
+import gpu_report  # noqa: E402
+import gpu_toolkit  # noqa: E402
+import timed_parts  # noqa: E402
+from harness.machine_folder import machine_folder  # noqa: E402
+from timed_parts import FAILED, INTERRUPTED, NOT_FINISHED, NOT_RUN, PASSED, TIMED_OUT, Outcome, Part  # noqa: E402
 
-pytestmark = [pytest.mark.cpu_only("tests a script's arithmetic"), pytest.mark.full]
+pytestmark = [pytest.mark.cpu_only("tests a script"), pytest.mark.full]
 
-MIB = 2**20
-
-
-# --- the byte model ---------------------------------------------------------------------------------------------------
-
-
-def test_bytes_of_the_main_shape():
-    """Checks 8192 x 4096 -> 4096 in bfloat16: 64 MiB for x, y and their gradients; 4 MiB of mask; the rest is small."""
-    case = Case(Shape(8192, 4096, 4096), rank=16)
-    skinny = 8192 * 16 * 4 + 16 * 4096 * 2
-    assert bench_kernels.stage_bytes(case) == {
-        "shrink": 68 * MIB + skinny,
-        "expand": 64 * MIB + skinny,
-        "grad_b": 64 * MIB + 2 * skinny,
-        "grad_a": 68 * MIB + skinny,
-        "grad_x": 68 * MIB + skinny,
-        "merge": 2 * 32 * MIB + 2 * 16 * 4096 * 2,
-        "unmerge": 2 * 32 * MIB + 2 * 16 * 4096 * 2,
-    }
+FACTS = {"card": "NVIDIA H100 80GB HBM3", "arch": "90a", "driver": "580.1", "torch": "2.11.0+cu130", "cuda": "13.0"}
+FACTS |= {"python": "3.12.3", "commit": "0123456789abcdef", "date": "2026-11-25T10:00:00+00:00", "nvcc": "13.0.48"}
 
 
-def test_bytes_follow_the_case():
-    def of(stage, **changes):
-        return bench_kernels.stage_bytes(Case(**({"shape": Shape(64, 100, 200), "rank": 4} | changes)))[stage]
-
-    assert of("shrink") - of("shrink", dropout=0.0) == 64 * 16  # rows of the mask are whole 64-bit words
-    assert of("expand") == of("expand", dropout=0.0)
-    assert of("expand", dtype=torch.float32) - of("expand") == 2 * (64 * 200 + 4 * 200)
-    assert of("expand", dtype=torch.float64) == 8 * (64 * 200 + 4 * 200 + 64 * 4)  # sums in float64, too
-    assert of("grad_a", shape=Shape(64, 100, 999)) == of("grad_a")
+@pytest.fixture(autouse=True)
+def logs(tmp_path, monkeypatch):
+    for module in (timed_parts, gpu_report, gpu_parts):
+        monkeypatch.setattr(module, "LOGS", tmp_path / "logs")
+    (tmp_path / "logs").mkdir()
+    return tmp_path / "logs"
 
 
-def test_floor_is_the_longer_of_bytes_and_products():
-    case = Case(Shape(8192, 4096, 4096), rank=16)
-    by_bytes = bench_kernels.stage_bytes(case)["expand"] / 3e12
-    assert bench_kernels.floor_seconds(case, "expand", 3e12, 8e14) == by_bytes
-    assert bench_kernels.floor_seconds(case, "expand", 3e12, 1e12) == 2 * 8192 * 4096 * 16 / 1e12
-    assert bench_kernels.stage_flops(case)["grad_b"] == 2 * bench_kernels.stage_flops(case)["expand"]
-
-
-def named(*kernels: str) -> list[str]:
-    return [f"void lora_ext::cuda::mma::{kernel}<__nv_bfloat16, 1>(lora_ext::cuda::Params)" for kernel in kernels]
-
-
-def test_kernels_are_assigned_to_stages():
-    assert bench_kernels.is_ours(named("shrink_kernel")[0])
-    assert not bench_kernels.is_ours("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64")
-    assert bench_kernels.forward_stages(named("shrink_kernel", "expand_short_kernel")) == ["shrink", "expand"]
-    packed = named("pack_factors_kernel", "shrink_kernel", "rank_sums_kernel", "expand_short_kernel")
-    assert bench_kernels.forward_stages(packed) == ["pack", "shrink", "shrink", "expand"]
-
-    fused = named("shrink_and_sum_kernel", "expand_short_kernel", "token_sum_kernel", "gradient_sums_kernel")
-    assert bench_kernels.backward_stages(fused) == ["grad_b", "grad_x", "grad_a", "grad_a"]
-    split = ["pack_factors_kernel", "shrink_kernel", "token_sum_kernel", "rank_sums_kernel", "expand_short_kernel"]
-    expected = ["pack", "grad_b", "grad_b", "grad_b", "grad_x", "grad_a", "grad_a"]
-    assert bench_kernels.backward_stages(named(*split, "token_sum_kernel", "gradient_sums_kernel")) == expected
-    assert bench_kernels.merge_stages("merge", named("merge_kernel", "merge_kernel")) == ["plan", "merge"]
-
-
-def test_inputs_rotate_beyond_the_cache():
-    large, small = Case(Shape(8192, 4096, 4096)), Case(Shape(64, 384, 384))
-    assert bench_kernels.count_of_sets(large, 50 * MIB) == 2
-    assert bench_kernels.count_of_sets(small, 50 * MIB) == 16
-    set_bytes = (64 * 768 + 384 * 384) * 2
-    assert bench_kernels.count_of_sets(small, set_bytes) == 4
-
-
-def test_rows_and_table():
-    case = Case(Shape(8192, 4096, 4096), dropout=0.0)
-    expand = bench_kernels.stage_bytes(case)["expand"]
-    ceilings = {"copy": 3e12, "matrix_bfloat16": 8e14}
-    rows = bench_kernels.rows_of(case, {"pack": 2e-6, "expand": 2 * expand / 3e12}, ceilings)
-    assert rows[0] == {"case": str(case), "stage": "pack", "us": pytest.approx(2)}
-    assert rows[1]["of_copy"] == rows[1]["of_floor"] == pytest.approx(0.5)
-    lines = bench_kernels.table(rows).splitlines()
-    assert lines[3].startswith("| 8192 x 4096 -> 4096, r=16, bfloat16 | expand | ")
-    assert lines[3].endswith("| 1500 | 50% | 50% |") and lines[2].endswith("| pack | 2.0 |  |  |  |")
-
-
-def test_a_profile_is_split_into_its_calls():
-    assert bench_kernels.split_evenly(list("abcdef"), 3) == [["a", "b"], ["c", "d"], ["e", "f"]]
-    for kernels in ("abcde", ""):
-        with pytest.raises(SystemExit, match=f"saw {len(kernels)} kernels of lora_ext in 3 equal calls"):
-            bench_kernels.split_evenly(list(kernels), 3)
-
-
-# --- the parts and their time -----------------------------------------------------------------------------------------
+# --- toolkits, packages, libraries ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -114,7 +47,7 @@ def test_a_profile_is_split_into_its_calls():
     [((8, 0), "80"), ((8, 6), "86"), ((8, 9), "89"), ((9, 0), "90a"), ((10, 0), "100"), ((12, 0), "120")],
 )
 def test_architecture_of_the_card(capability, arch):
-    assert gpu_check.arch_of(capability) == arch
+    assert gpu_parts.arch_of(capability) == arch
 
 
 def toolkit(folder: Path, version: str) -> Path:
@@ -128,11 +61,118 @@ def toolkit(folder: Path, version: str) -> Path:
 def test_the_toolkit_is_that_of_torch(tmp_path):
     old, other, same = (toolkit(tmp_path / v, v) for v in ("12.9", "13.2", "13.0"))
     missing = tmp_path / "missing"
-    find = gpu_check.find_cuda_home
+    find = gpu_toolkit.find_cuda_home
     assert find("13.0", [missing, old, other, same]) == same
     assert find("13.1", [missing, old, other, same]) == other  # the first of the same major version
     assert find("13.0", [missing, old]) is None
     assert find("1.0", [old]) is None
+
+
+def test_a_toolkit_from_pip_links_from_its_lib_folder(tmp_path):
+    home = toolkit(tmp_path / "nvidia" / "cu13", "13.0")
+    (home / "lib").mkdir()
+    command = gpu_toolkit.golden_command(home, "90a", tmp_path / "golden.so")
+    assert f"-L{home}/lib" in command and f"-L{home}/lib64" not in command
+    (home / "lib64").mkdir()
+    command = gpu_toolkit.golden_command(home, "90a", tmp_path / "golden.so")
+    assert command.index(f"-L{home}/lib64") < command.index(f"-L{home}/lib")
+
+
+def test_golden_links_with_a_toolkit_that_has_only_lib(tmp_path):
+    """nvcc looks for the runtime in lib64 by itself; a toolkit from pip has lib only."""
+    homes = [home for home in gpu_toolkit.cuda_home_candidates() if (home / "bin" / "nvcc").exists()]
+    if not homes:
+        pytest.skip("no nvcc")
+    pip = tmp_path / "cu13"
+    pip.mkdir()
+    for entry in homes[0].iterdir():
+        if entry.name not in ("lib64", "targets", "bin"):
+            (pip / entry.name).symlink_to(entry)
+    (pip / "bin").mkdir()  # nvcc finds its toolkit from where it lies
+    for program in (homes[0] / "bin").iterdir():
+        if program.is_file():
+            shutil.copy(program, pip / "bin")
+        else:
+            (pip / "bin" / program.name).symlink_to(program)
+    target = tmp_path / "golden.so"
+    result = subprocess.run(gpu_toolkit.golden_command(pip, "80", target), capture_output=True, text=True)
+    assert result.returncode == 0 and target.exists(), result.stderr[-2000:]
+
+
+def test_missing_packages_are_said_before_anything_else(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_toolkit.importlib.util, "find_spec", lambda name: None if name == "regex" else object())
+    monkeypatch.setattr(gpu_toolkit, "find_program", lambda name: None if name == "ninja" else "/bin/x")
+    with pytest.raises(SystemExit) as caught:
+        gpu_check.say_what_is_missing(builds=True)
+    said = capsys.readouterr().err
+    assert caught.value.code == 2
+    command = f"{sys.executable} -m pip install 'regex>=2025.10.22' 'ninja>=1.11'"
+    assert said == f"gpu_check: regex and ninja are missing: {command}\n"
+    with pytest.raises(SystemExit):
+        gpu_check.say_what_is_missing(builds=False)  # ninja is needed to build only
+    assert "regex is missing" in (said := capsys.readouterr().err) and "ninja" not in said
+    monkeypatch.setattr(gpu_toolkit.importlib.util, "find_spec", lambda name: object())
+    gpu_check.say_what_is_missing(builds=False)
+    monkeypatch.setattr(gpu_toolkit, "find_program", lambda name: None)
+    with pytest.raises(SystemExit):
+        gpu_check.say_what_is_missing(builds=True)
+    assert "no C++ compiler (c++): install g++ 11 or newer" in capsys.readouterr().err
+
+
+def test_what_is_looked_for_is_what_the_package_requires():
+    project = (ROOT / "pyproject.toml").read_text()
+    for requirement in (gpu_toolkit.TO_RUN | gpu_toolkit.TO_BUILD | gpu_toolkit.TO_TEST).values():
+        assert f'"{requirement}"' in project, requirement
+
+
+@pytest.mark.parametrize(
+    "archs, ptx, capability, runs",
+    [
+        ("80,90a", "80", (9, 0), True),
+        ("90a", "", (9, 0), True),
+        ("90a", "", (10, 0), False),  # fits one card only
+        ("80", "", (8, 9), True),
+        ("86", "", (8, 0), False),
+        ("80", "", (9, 0), False),
+        ("80", "80", (9, 0), True),  # the driver compiles the PTX
+        ("120", "120", (10, 0), False),
+        ("", "", (8, 0), False),
+    ],
+)
+def test_cards_that_a_library_runs_on(archs, ptx, capability, runs):
+    assert gpu_toolkit.runs_on(archs, ptx, capability) == runs
+
+
+def test_a_library_comes_from_a_wheel_or_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_toolkit, "PACKAGE", tmp_path / "package")
+    (tmp_path / "package").mkdir()
+    names = gpu_toolkit.LIBRARIES
+
+    def installed() -> list[str]:
+        return [(tmp_path / "package" / name).read_text() for name in names]
+
+    with zipfile.ZipFile(wheel := tmp_path / "lora_ext-0.1.0-py3-none-linux_x86_64.whl", "w") as archive:
+        for name in names:
+            archive.writestr(f"lora_ext/{name}", f"wheel {name}")
+    gpu_toolkit.install_library(wheel)
+    assert installed() == [f"wheel {name}" for name in names]
+    folder = tmp_path / "folder"
+    for where in (folder / "lora_ext", folder):
+        where.mkdir(exist_ok=True, parents=True)
+        for name in names:
+            (where / name).write_text(f"{where.name} {name}")
+        gpu_toolkit.install_library(folder)
+        assert installed() == [f"lora_ext {name}" for name in names]
+    shutil.rmtree(folder / "lora_ext")
+    gpu_toolkit.install_library(folder / names[1])
+    assert installed() == [f"folder {name}" for name in names]
+    (folder / names[0]).unlink()
+    with pytest.raises(SystemExit, match=r"no liblora_ext.so; want a wheel, or a folder with both"):
+        gpu_toolkit.install_library(folder)
+    assert installed() == [f"folder {name}" for name in names]
+
+
+# --- the parts and their time -----------------------------------------------------------------------------------------
 
 
 def part(name: str, limit: float = 100, least: float = 20, **more) -> Part:
@@ -141,9 +181,9 @@ def part(name: str, limit: float = 100, least: float = 20, **more) -> Part:
 
 def test_time_is_kept_for_later_parts():
     later = [part("b"), part("c", least=30)]
-    assert gpu_check.seconds_for(part("a"), later, 400) == 100
-    assert gpu_check.seconds_for(part("a"), later, 110) == 60
-    assert gpu_check.seconds_for(part("a"), later, 40) == 0
+    assert timed_parts.seconds_for(part("a"), later, 400) == 100
+    assert timed_parts.seconds_for(part("a"), later, 110) == 60
+    assert timed_parts.seconds_for(part("a"), later, 40) == 0
 
 
 def test_a_part_that_fails_leaves_the_later_ones_their_time(capsys):
@@ -151,23 +191,37 @@ def test_a_part_that_fails_leaves_the_later_ones_their_time(capsys):
     allotted = {}
 
     def fake_run(one: Part, limit: float) -> Outcome:
+        if one.not_run:
+            return Outcome(one.name, NOT_RUN, 0, "", one.not_run)
         allotted[one.name] = limit
         now[0] += limit  # uses all its time
-        return Outcome(one.name, TIMED_OUT if one.name == "a" else PASSED, limit, "", "")
+        return Outcome(one.name, TIMED_OUT if one.name == "a" else PASSED, limit, "", "", failures=["test_one[x]"])
 
     parts = [part("a", 90), part("b", 90), part("c", 90), part("d", needs=("a",)), part("e", not_run="no tool")]
-    outcomes = gpu_check.run_all(parts, 150, clock=lambda: now[0], run_part=fake_run)
-    assert allotted == {"a": 90, "b": 20, "c": 20, "e": 20}
-    assert [o.status for o in outcomes] == [TIMED_OUT, PASSED, PASSED, FAILED, PASSED]
-    assert outcomes[3].detail == "a did not pass" and "a did not pass" in capsys.readouterr().out
+    parts += [part("f", needs=("e",)), part("g", needs=("f",)), part("h", needs=("earlier",))]
+    done: list[str] = []
+    outcomes = timed_parts.run_all(
+        parts,
+        210,
+        done=lambda outcome: done.append(outcome.name),
+        ready=lambda name: f"there is no {name}",
+        clock=lambda: now[0],
+        run_part=fake_run,
+    )
+    assert allotted == {"a": 90, "b": 20, "c": 20}
+    assert [o.status for o in outcomes] == [TIMED_OUT, PASSED, PASSED] + [NOT_RUN] * 5
+    reasons = ["a did not pass", "no tool", "e was not run", "f was not run", "there is no earlier"]
+    assert [o.detail for o in outcomes[3:]] == reasons
+    assert done == [p.name for p in parts]
+    said = capsys.readouterr().out
+    assert "a did not pass" in said and "failed: test_one[x]" in said
 
 
-def test_parts_are_processes_with_limits(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_check, "LOGS", tmp_path)
+def run(code: str, limit: float = 60, **more) -> Outcome:
+    return timed_parts.run(Part("p", [sys.executable, "-c", textwrap.dedent(code)], limit, 0, **more), limit)
 
-    def run(code: str, limit: float = 60) -> Outcome:
-        return gpu_check.run(Part("p", [sys.executable, "-c", code], limit, 0), limit)
 
+def test_parts_are_processes_with_limits():
     good = run("print('===== 3 passed, 1 skipped in 2 s ====='); print('done')")
     assert (good.status, good.detail) == (PASSED, "3 passed, 1 skipped in 2 s")
     bad = run("print('WRONG'); raise SystemExit(99)")
@@ -176,76 +230,362 @@ def test_parts_are_processes_with_limits(tmp_path, monkeypatch):
     slow = run("import subprocess; subprocess.run(['sleep', '600'])", 6)
     assert slow.status == TIMED_OUT and slow.seconds < 30
     assert run("", 3).detail == "no time left"
-    hidden = run("print('Error: Device not supported'); raise SystemExit(1)")
+    assert timed_parts.run(part("q", not_run="no tool"), 60).detail == "no tool"
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Waits shortly after each signal."""
+    quick = ((signal.SIGINT, 1.5), (signal.SIGTERM, 1.5), (signal.SIGKILL, 30.0))
+    monkeypatch.setattr(timed_parts, "PATIENCE", quick)
+    monkeypatch.setattr(timed_parts.interrupt, "__defaults__", (quick,))
+
+
+IGNORES = """
+    import signal, time
+    for number in (signal.{}):
+        signal.signal(number, signal.SIG_IGN)
+    print("started", flush=True)
+    while True:
+        try:
+            time.sleep(600)
+        except KeyboardInterrupt:
+            print("asked to stop, 2 passed", flush=True)
+            raise SystemExit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    "ignored, said",
+    [("SIGUSR1,", "asked to stop, 2 passed"), ("SIGINT,", "started"), ("SIGINT, signal.SIGTERM", "started")],
+)
+def test_a_process_is_asked_before_it_is_killed(impatient, ignored, said):
+    outcome = run(IGNORES.format(ignored), 8)
+    assert (outcome.status, outcome.detail) == (TIMED_OUT, said) and outcome.seconds < 30
+
+
+def test_what_was_measured_before_the_limit_is_kept(impatient, logs, tmp_path):
+    """The figures that a part wrote are in the result file, though it was interrupted."""
+    code = f"import pathlib, time; pathlib.Path({str(logs)!r}, 'm.json').write_text('[1, 2]'); time.sleep(600)"
+    (logs / "m.json").write_text("[0]")  # of an earlier run
+    outcome = run(code, 8, measures="m.json")
+    assert outcome.status == TIMED_OUT
+    gpu_report.add_outcome(tmp_path / "r.json", FACTS, outcome, "m.json")
+    assert gpu_report.measured(gpu_report.read_result(tmp_path / "r.json"), "p") == [1, 2]
+    outcome = run("raise SystemExit(1)", 60, measures="m.json")  # measured nothing
+    gpu_report.add_outcome(tmp_path / "r.json", FACTS, outcome, "m.json")
+    assert gpu_report.measured(gpu_report.read_result(tmp_path / "r.json"), "p") is None
+
+
+@pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["one process", "xdist"])
+def test_pytest_says_what_failed_when_it_is_interrupted(tmp_path, workers):
+    (tmp_path / "test_slow.py").write_text(
+        "import time, pytest\n"
+        "@pytest.mark.parametrize('shape', [(1, 2), (3, 4)], ids=str)\n"
+        "def test_bad(shape): assert shape == 'x'\n"
+        "def test_good(): pass\n"
+        "def test_hangs(): time.sleep(600)\n"
+        "def test_hangs_too(): time.sleep(600)\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", str(tmp_path / "test_slow.py"), *workers]
+    command += ["--rootdir", str(tmp_path)]
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen(command, stdout=output, env=environment, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while log.read_text().count("FAILED") < 2 or "PASSED" not in log.read_text():
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        before = log.read_text()
+        timed_parts.interrupt(process)
+    expected = ["test_bad[(1, 2)]", "test_bad[(3, 4)]"]
+    for text in (before, log.read_text()):  # before: as if it had been killed
+        assert sorted({test.rpartition("::")[2] for test in timed_parts.failed_tests(text)}) == expected
+    assert timed_parts.telling_line(log.read_text()).startswith("2 failed, 1 passed")
+    assert process.returncode == 2  # by SIGINT
+
+
+def test_failures_are_read_from_a_log_that_was_cut():
+    log = """
+tests/ops/test_a.py::test_one[(1, 2)-bfloat16] FAILED            [ 12%]
+tests/ops/test_a.py::test_two PASSED                             [ 13%]
+[gw3] [ 14%] FAILED tests/ops/test_b.py::test_three[a b]
+[gw1] [ 15%] PASSED tests/ops/test_b.py::test_four
+ERROR tests/nn/test_c.py - ImportError: no module
+FAILED tests/ops/test_a.py::test_one[(1, 2)-bfloat16] - AssertionError: 1 - 2
+"""
+    expected = ["tests/ops/test_a.py::test_one[(1, 2)-bfloat16]", "tests/ops/test_b.py::test_three[a b]"]
+    assert sorted(timed_parts.failed_tests(log)) == ["tests/nn/test_c.py", *expected]
+
+
+def test_ctrl_c_ends_the_part_and_what_was_found_is_written(impatient, tmp_path):
+    """Also in a background job of a shell, where Ctrl-C is ignored by default."""
+    code = f"""
+        import signal, sys
+        sys.path.insert(0, {str(ROOT / "scripts")!r})
+        import gpu_check, timed_parts
+        from pathlib import Path
+        timed_parts.LOGS = Path({str(tmp_path)!r})
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, gpu_check.stop)
+        sleep = [sys.executable, "-c", "import time; print('3 passed', flush=True); time.sleep(600)"]
+        parts = [timed_parts.Part(name, sleep, 600, 0) for name in ("first", "second")]
+        outcomes = timed_parts.run_all(parts, 1200, lambda o: print("done", o.name, o.status, flush=True))
+        print("exit", timed_parts.exit_status(parts, outcomes), flush=True)
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code)],
+            stdout=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        )
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "first.log").exists() or "passed" not in (tmp_path / "first.log").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=90)
+        assert f"done first {INTERRUPTED}" in said and "second" not in said and "exit 1" in said, said
+        (tmp_path / "first.log").unlink()
+
+
+# --- sanitizers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, code, status",
+    [
+        ("9 cases, 0 wrong\n========= ERROR SUMMARY: 0 errors", 0, PASSED),
+        ("not finished: 5 of 9 cases in 40 s, 0 wrong\n========= ERROR SUMMARY: 0 errors", 75, NOT_FINISHED),
+        ("", None, NOT_FINISHED),  # torch was still being imported
+        ("========= Invalid __global__ read of size 4 bytes", None, FAILED),
+        ("========= Error: Race reported between Write access at f and Read access at g", 75, FAILED),
+        ("========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)", 99, FAILED),
+        ("(1, 2) bfloat16: error 3e-1, WRONG", None, FAILED),
+        ("Error: Device not supported", 1, NOT_RUN),
+        ("Traceback", 1, FAILED),
+    ],
+)
+def test_a_sanitizer_without_time_is_not_finished(text, code, status):
+    assert timed_parts.status_of(part("memcheck", sanitizer=True), code, text) == status
+
+
+def test_a_sanitizer_that_does_not_run_here():
+    hidden = run("print('Error: Device not supported'); raise SystemExit(1)", sanitizer=True)
     assert (hidden.status, hidden.detail) == (NOT_RUN, "compute-sanitizer does not support this machine")
-    assert gpu_check.run(part("q", not_run="no tool"), 60).detail == "no tool"
+
+
+def test_sanitized_ops_have_a_budget_beside_the_imports(monkeypatch, capsys):
+    import sanitize_ops
+
+    assert sanitize_ops.STOPPED_IN_TIME == timed_parts.STOPPED_IN_TIME
+    now = iter(range(0, 1000, 30))
+    monkeypatch.setattr(sanitize_ops.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(sanitize_ops, "worst_error", lambda shape, dtypes: 0.0)
+    assert sanitize_ops.main(["--seconds", "40"]) == timed_parts.STOPPED_IN_TIME
+    assert "not finished: 1 of 9 cases in 40 s, 0 wrong" in capsys.readouterr().out
+    monkeypatch.setattr(sanitize_ops, "worst_error", lambda shape, dtypes: 1.0)
+    assert sanitize_ops.main(["--seconds", "40"]) == 1
+    monkeypatch.setattr(sanitize_ops, "worst_error", lambda shape, dtypes: 0.0)
+    assert sanitize_ops.main([]) == 0 and "9 cases, 0 wrong" in capsys.readouterr().out
 
 
 def test_exit_status():
-    def status(*pairs):
-        return gpu_check.exit_status([Outcome(name, status, 0, "", "") for name, status in pairs])
+    def status(*outcomes: tuple[str, str, bool]) -> int:
+        parts = [part(name) for name, _, _ in outcomes]
+        return timed_parts.exit_status(
+            parts, [Outcome(name, status, 0, "", "", optional=optional) for name, status, optional in outcomes]
+        )
 
-    assert status(("build", PASSED), ("memcheck", NOT_RUN)) == 0
-    for bad in (("tests", FAILED), ("layer", TIMED_OUT), ("tests", NOT_RUN), ("racecheck", FAILED)):
-        assert status(("build", PASSED), bad) == 1
+    assert status(("build", PASSED, False), ("memcheck", NOT_RUN, True), ("racecheck", NOT_FINISHED, True)) == 0
+    for bad in ((FAILED, False), (TIMED_OUT, False), (NOT_RUN, False), (FAILED, True), (INTERRUPTED, False)):
+        assert status(("build", PASSED, False), ("x", *bad)) == 1
+    assert timed_parts.exit_status([part("a"), part("b")], [Outcome("a", PASSED, 1, "", "")]) == 1  # stopped after a
 
 
-FACTS = {"card": "NVIDIA H100 80GB HBM3", "arch": "90a", "driver": "580.1", "torch": "2.11.0+cu130", "cuda": "13.0"}
-FACTS |= {"python": "3.12.3", "commit": "0123456789abcdef", "date": "2026-11-25T10:00:00+00:00", "nvcc": "13.0.48"}
+# --- the list of parts ------------------------------------------------------------------------------------------------
 
 
 def test_all_parts_fit():
-    parts = gpu_check.list_parts(FACTS, Path("/usr/local/cuda"), 16)
+    parts = gpu_parts.list_parts(FACTS, Path("/usr/local/cuda"), 16)
     names = [part.name for part in parts]
-    assert names == ["build", "golden", "small", "tests", "memcheck", "racecheck", "kernels", "layer"]
-    assert sum(part.least_s for part in parts) < 300 < 465 < 480
+    assert names[:5] == ["build", "golden", "small", "ops", "large"]  # the tests of the ops come first
+    assert names[5:] == ["kernels", "layer", "siblings", "host", "memcheck", "racecheck", "tests", "rivals"]
+    assert sum(part.least_s for part in parts) < 400 < 465 < 480
     assert parts[0].environment["LORA_EXT_CUDA_ARCHS"] == "90a"
-    assert all(part.not_run == "" for part in parts if part.name in ("tests", "kernels", "layer"))
-    commands = [gpu_check.shown(part.command) for part in parts]
-    assert commands[0] == "python setup.py build_ext --inplace"
-    assert commands[-2] == "python benchmarks/bench_kernels.py --json build/gpu_check/kernels.json --seconds 45"
-    assert not any(str(BENCHMARKS.parent) in command for command in commands)
-    without = gpu_check.list_parts(FACTS, None, 2)
-    assert without[0].not_run == "no CUDA toolkit for torch's CUDA 13.0: set CUDA_HOME"
+    by_name = {part.name: part for part in parts}
+    commands = {name: timed_parts.shown(part.command) for name, part in by_name.items()}
+    assert commands["build"] == "python setup.py build_ext --inplace"
+    assert commands["kernels"].startswith("python benchmarks/bench_kernels.py --json ")
+    assert commands["kernels"].endswith("kernels.json --seconds 45")
+    assert "tests/ops -m not large" in commands["ops"] and "--ignore=tests/ops" in commands["tests"]
+    assert "-m large" in commands["large"] and " -n " not in commands["large"]  # one at a time
+    assert "tests/ops/test_cuda.py" in commands["large"]
+    assert not any(str(ROOT) in command for command in commands.values())
+    for name in ("memcheck", "racecheck"):
+        limit = by_name[name].limit_s
+        assert f"--seconds {gpu_parts.SANITIZER_S}" in commands[name] and limit > gpu_parts.SANITIZER_S + 30
 
 
-def test_report_and_json():
-    kernel = {"case": "a case", "stage": "expand", "us": 25.0, "gb_s": 2700.0, "of_copy": 0.9, "of_floor": 0.91}
-    kernels = {"ceilings": {"copy": 3e12, "matrix_bfloat16": 7.9e14}, "rows": [kernel]}
+def test_without_nvcc(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_parts, "PACKAGE", tmp_path)
+    parts = gpu_parts.list_parts(FACTS, None, 2)
+    assert parts[0].not_run.startswith("no CUDA toolkit for torch's CUDA 13.0: set CUDA_HOME, or give a wheel by")
+    outcomes = timed_parts.run_all(parts, 400, run_part=lambda p, s: timed_parts.run(p, s) if p.not_run else 1 / 0)
+    assert {o.status for o in outcomes} == {NOT_RUN}
+    assert [o.detail for o in outcomes if o.name in ("ops", "layer")] == ["build was not run"] * 2
+    assert timed_parts.exit_status(parts, outcomes) == 1
+
+    with_library = gpu_parts.list_parts(FACTS, None, 2, tmp_path / "x.whl")
+    assert timed_parts.shown(with_library[0].command).endswith(f"gpu_check.py --check-library {tmp_path / 'x.whl'}")
+    assert with_library[1].not_run == "no nvcc, which compiles tests/simt/golden.cu" and with_library[1].optional
+    assert {part.needs for part in with_library[2:]} == {("library",)}
+    # A library in the package was built before, or came by --library.
+    for name in gpu_toolkit.LIBRARIES:
+        (tmp_path / name).touch()
+    assert gpu_parts.list_parts(FACTS, None, 2)[0].command[-1] == "--check-library"
+    assert gpu_parts.list_parts(FACTS, Path("/usr/local/cuda"), 2)[0].name == "build"
+
+
+def test_parts_can_be_chosen():
+    parts = [part("a"), part("b"), part("c")]
+    assert [p.name for p in gpu_parts.chosen(parts, "c,a")] == ["a", "c"]
+    with pytest.raises(SystemExit, match=r"gpu_check: no part x; there are a, b, c"):
+        gpu_parts.chosen(parts, "a,x")
+
+
+def test_tests_that_want_gigabytes_are_marked():
+    assert {"tests/ops/test_cuda.py", "tests/ops/test_few_tokens.py"} <= set(gpu_parts.large_files())
+    for path in (ROOT / "tests" / "ops").glob("test_*.py"):
+        before = None
+        for line in path.read_text().splitlines():
+            if line.startswith("def test_"):
+                before = line
+            if "needs_memory(" in line and not line.startswith("def "):
+                assert f"@pytest.mark.large\n{before}" in path.read_text(), before
+
+
+# --- the result file --------------------------------------------------------------------------------------------------
+
+
+def test_each_part_writes_its_entry_at_once(tmp_path, logs):
+    path = tmp_path / "results" / "gpu_check.json"
+    (logs / "layer.json").write_text("[3]")
+    gpu_report.add_outcome(path, FACTS, Outcome("layer", PASSED, 9.0, "python", "good"), "layer.json")
+    later = FACTS | {"commit": "f" * 40, "date": "2026-11-26T10:00:00+00:00"}
+    gpu_report.add_outcome(path, later, Outcome("ops", FAILED, 5.0, "pytest", "1 failed", ["tests/a.py::test_b"]))
+    result = json.loads(path.read_text())
+    assert result["card"] == FACTS["card"] and list(result["parts"]) == ["layer", "ops"]
+    assert (
+        result["parts"]["layer"]["measured"] == [3] and result["parts"]["layer"]["facts"]["commit"] == FACTS["commit"]
+    )
+    assert result["parts"]["ops"]["failures"] == ["tests/a.py::test_b"]
+    # A part that did not start replaces no figures.
+    for outcome in (Outcome("layer", NOT_RUN, 0.0, "", "build was not run"), Outcome("layer", TIMED_OUT, 0.0, "", "")):
+        gpu_report.add_outcome(path, later, outcome, "layer.json")
+    assert gpu_report.read_result(path)["parts"]["layer"]["measured"] == [3]
+    text = gpu_report.format_report(
+        gpu_report.read_result(path)
+        | {"parts": {**result["parts"], "layer": result["parts"]["layer"] | {"measured": None}}},
+        later,
+        ["build", "ops", "layer"],
+    )
+    assert "| build | not run | 0 | not in this run, nor before |" in text
+    assert f"| layer | passed | 9 | (commit {FACTS['commit'][:12]}) good |" in text
+    assert "| ops | failed | 5 | 1 failed |\n| | | | failed: tests/a.py::test_b |" in text
+
+
+def test_a_broken_result_file_is_begun_again(tmp_path):
+    (path := tmp_path / "gpu_check.json").write_text('{"parts": {"a"')
+    gpu_report.add_outcome(path, FACTS, Outcome("ops", PASSED, 5.0, "pytest", ""))
+    assert list(gpu_report.read_result(path)["parts"]) == ["ops"]
+
+
+def test_a_run_is_continued(tmp_path):
+    path = tmp_path / "gpu_check.json"
+    for name, status in (("build", PASSED), ("ops", FAILED), ("large", TIMED_OUT), ("layer", PASSED)):
+        facts = FACTS | ({"torch": "2.12.0"} if name == "layer" else {})
+        gpu_report.add_outcome(path, facts, Outcome(name, status, 5.0, "", ""))
+    parts = [part(name) for name in ("build", "ops", "large", "layer", "host")]
+    result = gpu_report.read_result(path)
+    assert [p.name for p in gpu_report.not_yet_passed(parts, result, FACTS)] == ["ops", "large", "layer", "host"]
+    changed = FACTS | {"commit": FACTS["commit"] + "+changes"}
+    assert gpu_report.not_yet_passed(parts, result, changed) == parts
+
+
+def test_report_and_json(tmp_path, logs):
+    case = "8192 x 4096 -> 4096, r=16, bfloat16, p=0.1"
+    kernel = {"case": case, "stage": "expand", "us": 25.0, "gb_s": 2700.0, "of_copy": 0.9, "of_floor": 0.91}
+    kernel |= {"bytes": 67764224, "flops": 1073741824, "launches": 1}
     row = {"pass": "forward + backward", "dropout": 0.1, "shape": [8192, 4096, 4096], "dtype": "bfloat16"}
     row |= {"rounds": 60, "frozen_ms": 0.7}
-    layer = [row | {"ratio": {"lora_ext": [1.1, 1.09, 1.12]}}]
-    outcomes = [
-        Outcome("build", PASSED, 61.2, "python setup.py", "built"),
-        Outcome("tests", FAILED, 9, "pytest", "1 failed"),
-    ]
-    result = json.loads(json.dumps(gpu_check.collect(FACTS, outcomes, kernels, layer)))
-    assert result["parts"][1]["command"] == "pytest" and result["kernels"] == [kernel] and result["layer"] == layer
-    text = gpu_check.format_report(result)
-    for expected in ("NVIDIA H100 80GB HBM3", "| tests | failed | 9 | 1 failed |", "copy 3000 GB/s", "bfloat16 790"):
-        assert expected in text
-    assert "| a case | expand | 25.0 | 2700 | 90% | 91% |" in text
-    assert "forward + backward, dropout 0.1" in text and "1.10 (1.09-1.12)" in text
-    # A run without measurements still reports.
-    empty = gpu_check.collect(FACTS, outcomes, None, None)
-    assert "| build | passed | 61 | built |" in gpu_check.format_report(empty)
-    assert gpu_check.machine_folder(FACTS["card"]) == "nvidia_h100_80gb_hbm3"
+    siblings = row | {"shape": [8192, 4096, 4096, 1024, 1024], "ratio": {"siblings": [1.3, 1.2, 1.4]}, "overhead": 0.5}
+    figures = {
+        "kernels": {"ceilings": {"copy": 3e12, "matrix_bfloat16": 7.9e14}, "rows": [kernel]},
+        "layer": [row | {"ratio": {"lora_ext": [1.1, 1.09, 1.12]}}],
+        "siblings": [siblings],
+        "host": [{"pass": "forward", "microseconds": {"frozen": 12.0, "lora_ext": 50.0, "peft": 60.0}, "ratio": {}}],
+        "rivals": [row | {"ratio": {"lora_ext": [1.1, 1.09, 1.12], "axolotl": [1.5, 1.4, 1.6]}}],
+    }
+    path = tmp_path / "gpu_check.json"
+    for name, measured in figures.items():
+        (logs / f"{name}.json").write_text(json.dumps(measured))
+        gpu_report.add_outcome(path, FACTS, Outcome(name, PASSED, 61.2, "python", "measured"), f"{name}.json")
+    text = gpu_report.format_report(gpu_report.read_result(path), FACTS, list(figures))
+    for expected in (
+        "NVIDIA H100 80GB HBM3, driver 580.1, torch 2.11.0+cu130, nvcc 13.0.48, commit 0123456789ab",
+        "copy 3000 GB/s; matrix products, TFLOP/s: bfloat16 790",
+        f"| {case} | expand | 25.0 | 2700 | 90% | 91% |",
+        "forward + backward, dropout 0.1",
+        "1.10 (1.09-1.12)",
+        "axolotl",
+        "Measured next to predicted (benchmarks/predictions.py, H100 at 3.00 TB/s, 790 TFLOP/s):",
+        f"| {case} | expand | 22.6 | 25.0 | 1.11 | 1 (1) |",
+        f"| forward + backward, {case} | 1.20-1.26 | 1.10 | faster than predicted |",
+        "| 1.30 | slower than predicted |",
+        "| forward | lora_ext | 38 | 50 | 1.32 |",
+        "| forward | 12 | 50 | 60 |",
+    ):
+        assert expected in text, f"{expected}\n\n{text}"
+    # Another card: the rates that were measured in the run; none: no predictions.
+    other = FACTS | {"card": "NVIDIA L40S"}
+    text = gpu_report.format_report(gpu_report.read_result(path), other, list(figures))
+    assert "NVIDIA L40S at 3.00 TB/s, 790 TFLOP/s" in text
+    empty = gpu_report.format_report({"parts": {}}, other, ["build"])
+    assert "predicted" not in empty and "| build | not run |" in empty
+    assert machine_folder(FACTS["card"]) == "nvidia_h100_80gb_hbm3"
 
 
 def test_without_a_gpu_it_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    script = BENCHMARKS.parent / "scripts" / "gpu_check.sh"
-    result = subprocess.run([script, sys.executable], capture_output=True, text=True)
-    assert result.returncode == 1 and "finds no GPU" in result.stderr
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    command = [ROOT / "scripts" / "gpu_check.sh", sys.executable]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 1 and "finds no GPU" in result.stderr and "--dry" in result.stderr
 
 
-# --- timing -----------------------------------------------------------------------------------------------------------
-
-
-def test_contestants_are_timed_by_the_clock_they_are_given():
-    calls = []
-    clock = lambda call: call() or 2.0  # noqa: E731
-    seconds = timing.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 4, clock=clock)
-    assert seconds == {"a": [2.0] * 4, "b": [2.0] * 4}
-    assert calls.count("a") == calls.count("b") == 4 + 3  # warm-up rounds are not counted
+def test_a_dry_run_goes_from_the_options_to_the_result_file(tmp_path):
+    """Parts run one by one and add their entries; figures and tables are there."""
+    script = [sys.executable, ROOT / "scripts" / "gpu_check.py", "--dry", "--results", tmp_path, "--only"]
+    for names in ("host", "layer,rivals"):
+        result = subprocess.run([*script, names], capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
+    parts = json.loads((tmp_path / "gpu_check.json").read_text())["parts"]
+    assert {name: entry["status"] for name, entry in parts.items()} == dict.fromkeys(
+        ["host", "layer", "rivals"], PASSED
+    )
+    assert parts["host"]["measured"][0]["pass"] == "forward" and parts["layer"]["measured"]
+    for expected in (
+        "| golden | not run | 0 | not in this run, nor before |",
+        "| host | passed |",
+        "unsloth: not measured, unsloth is not installed",
+        "no rival can be measured",
+        "| host time of a call, us |",
+        "forward + backward, dropout 0.1, times the frozen layer's:",
+    ):
+        said = result.stdout + (ROOT / "build" / "gpu_check" / "rivals.log").read_text()
+        assert expected in said, f"{expected}\n{said}"
+    assert "predicted" not in result.stdout  # figures of a CPU

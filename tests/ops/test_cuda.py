@@ -246,6 +246,7 @@ def extra_bytes(function) -> int:
     return torch.cuda.max_memory_allocated() - before - kept
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("dtypes", [BF16, (torch.float32,) * 2], ids=str)
 def test_no_temporary_as_large_as_x_or_y(dtypes):
     layer, seed = random_layer((8192, 4096, 4096, 16), dtypes), seed_tensor()
@@ -278,6 +279,7 @@ def needs_memory(gigabytes: float) -> None:
         pytest.skip(f"needs {gigabytes} GB of GPU memory, {free:.0f} are free")
 
 
+@pytest.mark.large
 def test_more_elements_than_32_bits_count():
     """x and its gradient have over 2**31 elements: the last rows equal those of a call on these rows only."""
     needs_memory(24)
@@ -302,6 +304,7 @@ def test_more_elements_than_32_bits_count():
     assert torch.equal(keep, halves >= reference.dropout_threshold(0.1))
 
 
+@pytest.mark.large
 def test_a_merge_beyond_32_bits():
     needs_memory(14)
     rows, columns = 2**16 + 5, 2**15 + 8
@@ -313,6 +316,7 @@ def test_a_merge_beyond_32_bits():
     torch.testing.assert_close(weight[-32:], expected)
 
 
+@pytest.mark.large
 def test_many_tokens_and_few_features():
     """A grid has at most 65535 blocks in y and z, so they must not grow with the tokens."""
     layer = random_layer((2**21 + 7, 24, 17, 3), (torch.float32, torch.float32))

@@ -63,6 +63,7 @@ def test_no_features_at_all(dtype):
         assert functional.lora_linear(x, weight, bias[:0], A, B[:0], 1.0).shape == (num_tokens, 0)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tokens_far_apart(dtype):
     """Strides as in a long batch: the third row begins beyond 2**31 bytes. Only rows that are read take memory."""

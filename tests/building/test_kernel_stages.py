@@ -1,0 +1,136 @@
+"""Tests bench_kernels.py, and the stages that it measures, as far as they need no GPU."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import bench_kernels  # noqa: E402
+from bench_kernels import Timed  # noqa: E402
+from harness import stages, timing  # noqa: E402
+from harness.shapes import Shape  # noqa: E402
+from harness.stages import Case  # noqa: E402
+
+pytestmark = [pytest.mark.cpu_only("tests a script's arithmetic"), pytest.mark.full]
+
+MIB = 2**20
+
+
+# --- the byte model ---------------------------------------------------------------------------------------------------
+
+
+def test_bytes_of_the_main_shape():
+    """Checks 8192 x 4096 -> 4096 in bfloat16: 64 MiB for x, y and their gradients; 4 MiB of mask; the rest is small."""
+    case = Case(Shape(8192, 4096, 4096), rank=16)
+    skinny = 8192 * 16 * 4 + 16 * 4096 * 2
+    assert stages.stage_bytes(case) == {
+        "shrink": 68 * MIB + skinny,
+        "expand": 64 * MIB + skinny,
+        "grad_b": 64 * MIB + 2 * skinny,
+        "grad_a": 68 * MIB + skinny,
+        "grad_x": 68 * MIB + skinny,
+        "merge": 2 * 32 * MIB + 2 * 16 * 4096 * 2,
+        "unmerge": 2 * 32 * MIB + 2 * 16 * 4096 * 2,
+    }
+
+
+def test_bytes_follow_the_case():
+    def of(stage, **changes):
+        return stages.stage_bytes(Case(**({"shape": Shape(64, 100, 200), "rank": 4} | changes)))[stage]
+
+    assert of("shrink") - of("shrink", dropout=0.0) == 64 * 16  # rows of the mask are whole 64-bit words
+    assert of("expand") == of("expand", dropout=0.0)
+    assert of("expand", dtype=torch.float32) - of("expand") == 2 * (64 * 200 + 4 * 200)
+    assert of("expand", dtype=torch.float64) == 8 * (64 * 200 + 4 * 200 + 64 * 4)  # sums in float64, too
+    assert of("grad_a", shape=Shape(64, 100, 999)) == of("grad_a")
+
+
+def test_floor_is_the_longer_of_bytes_and_products():
+    case = Case(Shape(8192, 4096, 4096), rank=16)
+    by_bytes = stages.stage_bytes(case)["expand"] / 3e12
+    assert stages.floor_seconds(case, "expand", 3e12, 8e14) == by_bytes
+    assert stages.floor_seconds(case, "expand", 3e12, 1e12) == 2 * 8192 * 4096 * 16 / 1e12
+    assert stages.stage_flops(case)["grad_b"] == 2 * stages.stage_flops(case)["expand"]
+
+
+def named(*kernels: str) -> list[str]:
+    return [f"void lora_ext::cuda::mma::{kernel}<__nv_bfloat16, 1>(lora_ext::cuda::Params)" for kernel in kernels]
+
+
+def test_kernels_are_assigned_to_stages():
+    assert bench_kernels.is_ours(named("shrink_kernel")[0])
+    assert not bench_kernels.is_ours("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64")
+    assert bench_kernels.forward_stages(named("shrink_kernel", "expand_short_kernel")) == ["shrink", "expand"]
+    packed = named("pack_factors_kernel", "shrink_kernel", "rank_sums_kernel", "expand_short_kernel")
+    assert bench_kernels.forward_stages(packed) == ["pack", "shrink", "shrink", "expand"]
+
+    fused = named("shrink_and_sum_kernel", "expand_short_kernel", "token_sum_kernel", "gradient_sums_kernel")
+    assert bench_kernels.backward_stages(fused) == ["grad_b", "grad_x", "grad_a", "grad_a"]
+    split = ["pack_factors_kernel", "shrink_kernel", "token_sum_kernel", "rank_sums_kernel", "expand_short_kernel"]
+    expected = ["pack", "grad_b", "grad_b", "grad_b", "grad_x", "grad_a", "grad_a"]
+    assert bench_kernels.backward_stages(named(*split, "token_sum_kernel", "gradient_sums_kernel")) == expected
+    assert bench_kernels.merge_stages("merge", named("merge_kernel", "merge_kernel")) == ["plan", "merge"]
+
+
+def test_stages_are_medians_with_their_launches():
+    rounds = [{"shrink": 3.0, "expand": 1.0}, {"shrink": 5.0, "expand": 9.0}, {"shrink": 4.0, "expand": 2.0}]
+    assert bench_kernels.medians(rounds, ["shrink", "shrink", "expand"]) == {
+        "shrink": Timed(4.0, 2),
+        "expand": Timed(2.0, 1),
+    }
+
+
+def test_the_table_of_launches_is_that_of_the_kernels():
+    """The launches of csrc/cuda/mma/lora.cuh at the main shape, without PyTorch's random number and product."""
+    counts = stages.FORWARD_LAUNCHES
+    forward = named("pack_factors_kernel", "shrink_kernel", "partial_sums_kernel", "expand_short_kernel")
+    assert Counter(bench_kernels.forward_stages(forward)) == {s: counts[s] for s in ("pack", "shrink", "expand")}
+    backward = named("pack_factors_kernel", "shrink_and_sum_kernel", "partial_sums_kernel", "token_sum_kernel")
+    backward += named("partial_sums_kernel", "expand_short_kernel")
+    found = Counter(bench_kernels.backward_stages(backward))
+    assert found == {stage: count for stage, count in stages.BACKWARD_LAUNCHES.items() if stage != "product"}
+
+
+def test_inputs_rotate_beyond_the_cache():
+    large, small = Case(Shape(8192, 4096, 4096)), Case(Shape(64, 384, 384))
+    assert bench_kernels.count_of_sets(large, 50 * MIB) == 2
+    assert bench_kernels.count_of_sets(small, 50 * MIB) == 16
+    set_bytes = (64 * 768 + 384 * 384) * 2
+    assert bench_kernels.count_of_sets(small, set_bytes) == 4
+
+
+def test_rows_and_table():
+    case = Case(Shape(8192, 4096, 4096), dropout=0.0)
+    expand = stages.stage_bytes(case)["expand"]
+    ceilings = {"copy": 3e12, "matrix_bfloat16": 8e14}
+    measured = {"pack": Timed(2e-6, 1), "expand": Timed(2 * expand / 3e12, 3)}
+    rows = bench_kernels.rows_of(case, measured, ceilings)
+    assert rows[0] == {"case": str(case), "stage": "pack", "us": pytest.approx(2), "launches": 1}
+    assert (rows[1]["bytes"], rows[1]["flops"], rows[1]["launches"]) == (expand, 2 * 8192 * 4096 * 16, 3)
+    assert rows[1]["of_copy"] == rows[1]["of_floor"] == pytest.approx(0.5)
+    lines = bench_kernels.table(rows).splitlines()
+    assert lines[3].startswith("| 8192 x 4096 -> 4096, r=16, bfloat16 | expand | ")
+    assert lines[3].endswith("| 1500 | 50% | 50% |") and lines[2].endswith("| pack | 2.0 |  |  |  |")
+
+
+def test_a_profile_is_split_into_its_calls():
+    assert bench_kernels.split_evenly(list("abcdef"), 3) == [["a", "b"], ["c", "d"], ["e", "f"]]
+    for kernels in ("abcde", ""):
+        with pytest.raises(SystemExit, match=f"saw {len(kernels)} kernels of lora_ext in 3 equal calls"):
+            bench_kernels.split_evenly(list(kernels), 3)
+
+
+# --- timing -----------------------------------------------------------------------------------------------------------
+
+
+def test_contestants_are_timed_by_the_clock_they_are_given():
+    calls = []
+    clock = lambda call: call() or 2.0  # noqa: E731
+    seconds = timing.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 4, clock=clock)
+    assert seconds == {"a": [2.0] * 4, "b": [2.0] * 4}
+    assert calls.count("a") == calls.count("b") == 4 + 3  # warm-up rounds are not counted
