@@ -53,7 +53,7 @@ def test_neighbours_in_a_mask_are_independent(dropout_p):
 
 
 def test_the_numbers_of_a_mask_are_uniform():
-    """Chi-squared over 256 values of the upper and of the lower byte of the numbers that decide: 255 degrees of freedom."""
+    """Chi-squared over the 256 values of a byte, for each byte of the words: 255 degrees of freedom."""
     block = torch.arange(64).expand(2000, 64)
     row = torch.arange(2000).unsqueeze(1).expand(2000, 64)
     words = reference.philox4x32((block, torch.zeros_like(block), row, torch.zeros_like(row)), seed=7)
