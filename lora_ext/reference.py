@@ -23,11 +23,11 @@ def _mul_hi_lo(multiplier: int, value: Tensor) -> tuple[Tensor, Tensor]:
     return high_product >> 16, ((high_product & 0xFFFF) << 16) | (low_product & 0xFFFF)
 
 
-def philox4x32_10(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 (Salmon et al., SC'11) on int64 tensors that hold 32-bit words."""
+def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-7 (Salmon et al., SC'11) on int64 tensors that hold 32-bit words."""
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _U32, (seed >> 32) & _U32
-    for _ in range(10):
+    for _ in range(7):
         hi0, lo0 = _mul_hi_lo(_M0, c0)
         hi1, lo1 = _mul_hi_lo(_M1, c2)
         c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
@@ -45,7 +45,7 @@ def dropout_keep(seed: int, num_tokens: int, in_features: int, dropout_p: float)
     num_blocks = (in_features + 7) // 8
     block = torch.arange(num_blocks).expand(num_tokens, num_blocks)
     row = torch.arange(num_tokens).unsqueeze(1).expand(num_tokens, num_blocks)
-    words = philox4x32_10((block, torch.zeros_like(block), row & _U32, row >> 32), seed)
+    words = philox4x32((block, torch.zeros_like(block), row & _U32, row >> 32), seed)
     halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
     return halves.flatten(1)[:, :in_features] >= dropout_threshold(dropout_p)
 

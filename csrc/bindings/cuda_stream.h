@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
+#include <mutex>
+
 #include "../cuda/launch.h"
 #include "checks.h"
 
@@ -13,13 +15,33 @@ namespace lora_ext::cuda {
 
 using torch::stable::accelerator::DeviceGuard;
 
+struct GpuFacts {
+  int multiprocessors;
+  bool overlaps_launches;
+};
+
+// Asks once for each device, which must be the current one.
+inline const GpuFacts& gpu_facts(int device) {
+  constexpr int kMaxDevices = 256;
+  static std::once_flag asked[kMaxDevices];
+  static GpuFacts facts[kMaxDevices];
+  STD_TORCH_CHECK(device >= 0 && device < kMaxDevices, "lora_ext supports ", kMaxDevices, " GPUs");
+  std::call_once(asked[device], [&] {
+    int multiprocessors = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+    facts[device] = {multiprocessors, launches_may_overlap()};
+  });
+  return facts[device];
+}
+
 inline GpuStream current_stream(const Tensor& tensor) {
   const int device = tensor.get_device_index();
   void* stream = nullptr;
   LORA_EXT_CALL_TORCH(aoti_torch_get_current_cuda_stream, device, &stream);
-  int multiprocessors = 0;  // the runtime caches it
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  return {.stream = static_cast<cudaStream_t>(stream), .multiprocessors = multiprocessors};
+  const auto& [multiprocessors, overlaps_launches] = gpu_facts(device);
+  return {.stream = static_cast<cudaStream_t>(stream),
+          .multiprocessors = multiprocessors,
+          .overlaps_launches = overlaps_launches};
 }
 
 // Launches kernels on the current stream of a tensor's device. The workspace is freed when the binding returns, while

@@ -5,6 +5,7 @@
 #include "../common/params.h"
 #include "elements.cuh"
 #include "launch.cuh"
+#include "ptx.cuh"
 #include "rank_table.cuh"
 
 namespace lora_ext::cuda {
@@ -48,6 +49,7 @@ struct RankSumsParams {
 
 template <class A>
 __global__ void __launch_bounds__(kSumThreads) rank_sums_kernel(const __grid_constant__ RankSumsParams<A> p) {
+  ptx::wait_for_earlier_launches();
   __shared__ GroupSums<A> group_sums;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kSumElements + threadIdx.x % kSumElements;
   const int64_t count = p.num_tokens * p.total_rank;
@@ -81,6 +83,7 @@ struct GradientSumsParams {
 // blockIdx.y is the gradient.
 template <class A>
 __global__ void __launch_bounds__(kSumThreads) gradient_sums_kernel(const __grid_constant__ GradientSumsParams p) {
+  ptx::wait_for_earlier_launches();
   __shared__ GroupSums<A> group_sums;
   const GradientSumsParams::Gradient& gradient = p.gradients[blockIdx.y];
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kSumElements + threadIdx.x % kSumElements;

@@ -5,6 +5,7 @@
 
 #include "../common/dropout.h"
 #include "launch.cuh"
+#include "ptx.cuh"
 #include "launch.h"
 
 namespace lora_ext::cuda {
@@ -13,6 +14,7 @@ constexpr int kMaskThreads = 256;
 
 // Every thread writes one byte, from one Philox call.
 __global__ void __launch_bounds__(kMaskThreads) dropout_mask_kernel(const __grid_constant__ DropoutMaskParams p) {
+  ptx::wait_for_earlier_launches();
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kMaskThreads + threadIdx.x;
   if (index >= p.num_tokens * p.row_bytes) return;
   const int64_t row = index / p.row_bytes;

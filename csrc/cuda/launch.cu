@@ -1,6 +1,9 @@
 // Picks the kernels compiled for a dtype known at run time.
 #include "launch.h"
 
+#include <cstdlib>
+#include <string_view>
+
 #include "dropout_mask.cuh"
 #include "elements.cuh"
 #include "lora_launches.h"
@@ -31,5 +34,15 @@ void launch_dropout_mask(const DropoutMaskParams& params, const GpuStream& strea
   const int64_t num_bytes = params.num_tokens * params.row_bytes;
   launch(&dropout_mask_kernel, make_grid(ceil_div(num_bytes, kMaskThreads)), kMaskThreads, 0, stream, params);
 }
+
+#if defined(__CUDACC__)  // tests/simt has no CUDA runtime to ask
+bool launches_may_overlap() {
+  const char* wanted = std::getenv("LORA_EXT_OVERLAP");
+  if (wanted && std::string_view(wanted) == "0") return false;
+  cudaFuncAttributes attributes{};  // all kernels are compiled for the same architectures
+  const auto kernel = reinterpret_cast<const void*>(&dropout_mask_kernel);
+  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+}
+#endif
 
 }  // namespace lora_ext::cuda

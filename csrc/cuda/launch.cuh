@@ -1,5 +1,10 @@
 // launch(kernel, grid, threads, shared_bytes, stream, params): the only way to start a kernel. A function, not <<<>>>,
 // so that a host compiler can read the same files; tests/simt then provides launch() and the CUDA builtins.
+//
+// Where the stream allows it, a kernel's blocks start while the launch before them ends (programmatic dependent
+// launch): the launch's latency overlaps. Hence every kernel calls ptx::wait_for_earlier_launches() before it touches
+// memory, in every thread. Nothing else orders it after the launches before it, not even those of the launch before the
+// last.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -44,6 +49,11 @@ void launch(void (*kernel)(Params), dim3 grid, int threads, uint32_t shared_byte
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream.stream;
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = stream.overlaps_launches ? 1 : 0;
   cudaLaunchKernelEx(&config, kernel, params);  // an error stays in cudaGetLastError()
 }
 

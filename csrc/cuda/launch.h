@@ -34,4 +34,8 @@ int64_t workspace_bytes(const LoraParams& params, const GpuStream& stream);
 void launch_lora(const LoraParams& params, void* workspace, const GpuStream& stream);
 void launch_dropout_mask(const DropoutMaskParams& params, const GpuStream& stream);
 
+// Whether launches may overlap on the current device: kernels that were compiled for an older architecture do not wait
+// for earlier launches. The environment variable LORA_EXT_OVERLAP=0 turns it off.
+bool launches_may_overlap();
+
 }  // namespace lora_ext::cuda

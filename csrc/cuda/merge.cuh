@@ -9,6 +9,7 @@
 
 #include "elements.cuh"
 #include "launch.cuh"
+#include "ptx.cuh"
 #include "merge.h"
 #include "merge_elements.cuh"
 
@@ -190,6 +191,7 @@ __device__ __forceinline__ void finish_row(const MergeParams& p, const MergeLaun
 template <class T, MergeMode kMode>
 __global__ void __launch_bounds__(MergeTraits<T>::kThreads, MergeTraits<T>::kBlocks)
     merge_kernel(const __grid_constant__ MergeLaunch p) {
+  ptx::wait_for_earlier_launches();
   using A = Acc<T>;
   using Traits = MergeTraits<T>;
   constexpr int kWarpRows = Traits::kWarpRows, kTileRows = Traits::kTileRows, kRankTile = Traits::kRankTile;

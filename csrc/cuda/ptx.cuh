@@ -84,5 +84,14 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t first, uint32_t secon
   return out;
 }
 
+// Waits until all earlier launches have ended and their writes are visible, then lets the next launch start, whose
+// blocks wait here in turn. Does nothing where launches do not overlap. (9.7.13.13)
+__device__ __forceinline__ void wait_for_earlier_launches() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 }  // namespace lora_ext::cuda::ptx
 #endif

@@ -299,7 +299,7 @@ def test_more_elements_than_32_bits_count():
     keep = reference.unpack_mask(mask[-tail:], in_features)
     block = torch.arange(in_features // 8).expand(tail, -1)
     row = torch.arange(num_tokens - tail, num_tokens).unsqueeze(1).expand_as(block)
-    words = reference.philox4x32_10((block, torch.zeros_like(block), row, torch.zeros_like(block)), SEED)
+    words = reference.philox4x32((block, torch.zeros_like(block), row, torch.zeros_like(block)), SEED)
     halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1).flatten(1)
     assert torch.equal(keep, halves >= reference.dropout_threshold(0.1))
 

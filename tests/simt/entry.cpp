@@ -8,7 +8,9 @@
 using namespace lora_ext;
 using namespace lora_ext::cuda;
 
-static GpuStream stream_of(int multiprocessors) { return {.stream = nullptr, .multiprocessors = multiprocessors}; }
+static GpuStream stream_of(int multiprocessors) {
+  return {.stream = nullptr, .multiprocessors = multiprocessors, .overlaps_launches = true};
+}
 
 #define EXPORT_LAUNCH(Params)                                                       \
   EXPORT int64_t workspace_bytes_##Params(const Params* p, int multiprocessors) {   \

@@ -135,6 +135,29 @@ MUTATIONS = [
         "merge_kernel",
         "weight[col]",
     ),
+    # --- earlier launches
+    KernelMutation(
+        "shrink_does_not_wait_for_earlier_launches",
+        forward(BF16, 40, 840, 40, 8),
+        "mma/shrink.cuh",
+        "  ptx::wait_for_earlier_launches();",
+        "  if (!BUG) ptx::wait_for_earlier_launches();",
+        ("earlier-launch-not-waited",),
+        "shrink_kernel",
+        "ptx::cp_async_16(",
+        "mma/tiles.cuh",
+    ),
+    KernelMutation(
+        "gradient_sums_end_without_waiting",
+        backward(BF16, 40, 72, 40, 8, "A"),
+        "chunk_sums.cuh",
+        "gradient_sums_kernel(const __grid_constant__ GradientSumsParams p) {\n  ptx::wait_for_earlier_launches();",
+        "gradient_sums_kernel(const __grid_constant__ GradientSumsParams p) {\n"
+        "  if (!BUG || threadIdx.x < 128) ptx::wait_for_earlier_launches();",
+        ("earlier-launch-not-waited",),
+        "gradient_sums_kernel",
+        "gradient_sums_kernel(const",
+    ),
     # --- token passes
     KernelMutation(
         "shrink_does_not_wait",

@@ -30,6 +30,7 @@ class Mutation:
         return FOLDER / self.name / SOURCE.name
 
 
+EARLIER = "  ptx::wait_for_earlier_launches();\n"
 WAIT = "    ptx::cp_async_wait<kStages - 2>();\n"
 BARRIER = "    __syncthreads();  // all copies of this tile are complete, the slot to fill next is free\n"
 FETCH = "    fetch(tile + kStages - 1);\n"
@@ -42,6 +43,17 @@ ROW = "const int row = row0 + warp * 16 + lane / 2,"
 # name, old text, new text, kind of report, text of the reported line; block and thread
 MUTATIONS = [
     Mutation("original", "namespace MUTANT {\n", "namespace MUTANT {\n", "", ""),
+    # --- earlier launches
+    Mutation("no_wait_for_earlier_launches", EARLIER, "", "earlier-launch-not-waited", "cp_async_16("),
+    Mutation(
+        "some_threads_wait_for_earlier_launches",
+        EARLIER,
+        "  if (threadIdx.x < 40) ptx::wait_for_earlier_launches();\n",
+        "earlier-launch-not-waited",
+        "cp_async_16(",
+        0,
+        40,
+    ),
     # --- barriers
     Mutation("missing_barrier", BARRIER, "", "race-shared", "ldmatrix_x4(b", 0, 1),
     Mutation("barrier_before_wait", WAIT + BARRIER, BARRIER + WAIT, "async-copy-not-waited", "ldmatrix_x4(b", 0, 32),

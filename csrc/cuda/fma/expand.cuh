@@ -12,6 +12,7 @@
 #pragma once
 
 #include "../launch.cuh"
+#include "../ptx.cuh"
 #include "../packed_factor.h"
 #include "../shared_memory.cuh"
 #include "plan.h"
@@ -103,6 +104,7 @@ class ExpandLoader {
 // The grid: row tiles, and the updates' column tiles one after another.
 template <class T>
 __global__ void __launch_bounds__(ExpandTraits<T>::kThreads, 2) expand_kernel(const __grid_constant__ ExpandParams p) {
+  ptx::wait_for_earlier_launches();
   using Traits = ExpandTraits<T>;
   using A = Acc<T>;
   constexpr int kThreadM = Traits::kThreadM, kBlockR = Traits::kBlockR;

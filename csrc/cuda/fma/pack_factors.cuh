@@ -4,6 +4,7 @@
 
 #include "../elements.cuh"
 #include "../launch.cuh"
+#include "../ptx.cuh"
 #include "../packed_factor.h"
 #include "plan.h"
 
@@ -27,6 +28,7 @@ static_assert(kPackedFeatureStep % kPackTile == 0, "a packed row is whole tiles"
 // `packed`: a tile is transposed in shared memory, whose odd pitch avoids bank conflicts.
 template <class A>
 __global__ void __launch_bounds__(kPackThreads) pack_factors_kernel(const __grid_constant__ PackFactorsParams p) {
+  ptx::wait_for_earlier_launches();
   __shared__ A tile[kPackTile][kPackTile + 1];  // [rank, feature]
   const PackFactorsParams::Factor& factor = p.factors[blockIdx.y];
   const int64_t pitch = padded_features(factor.features), feature_tiles = pitch / kPackTile;

@@ -14,6 +14,7 @@
 
 #include "../../common/dropout.h"
 #include "../launch.cuh"
+#include "../ptx.cuh"
 #include "../packed_factor.h"
 #include "../rank_table.cuh"
 #include "../shared_memory.cuh"
@@ -137,6 +138,7 @@ __device__ __forceinline__ void draw_shrink_bits(const ShrinkParams<Acc<T>>& p, 
 template <class T, int kRankBucket, bool kDropout>
 __global__ void __launch_bounds__(ShrinkTraits<T, kRankBucket>::kThreads, 2)
     shrink_kernel(const __grid_constant__ ShrinkParams<Acc<T>> p) {
+  ptx::wait_for_earlier_launches();
   using Traits = ShrinkTraits<T, kRankBucket>;
   using A = Acc<T>;
   constexpr int kStages = Traits::kStages, kPitch = Traits::kPitch, kThreadM = Traits::kThreadM;

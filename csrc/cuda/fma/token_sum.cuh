@@ -17,6 +17,7 @@
 #pragma once
 
 #include "../launch.cuh"
+#include "../ptx.cuh"
 #include "../packed_factor.h"
 #include "../shared_memory.cuh"
 #include "plan.h"
@@ -159,6 +160,7 @@ __device__ __forceinline__ void write_products(const TokenSumParams& p, const A*
 template <class T, int kRankBucket, bool kProducts>
 __global__ void __launch_bounds__(TokenSumTraits<T, kRankBucket, kProducts>::kThreads, 2)
     token_sum_kernel(const __grid_constant__ TokenSumParams p) {
+  ptx::wait_for_earlier_launches();
   using Traits = TokenSumTraits<T, kRankBucket, kProducts>;
   using A = Acc<T>;
   constexpr int kStages = Traits::kStages, kVectors = Traits::kVectors, kThreadR = Traits::kThreadR;

@@ -191,6 +191,7 @@ class ExpandLong {
 template <class T, int kParts>
 __global__ void __launch_bounds__(kExpandThreads, kParts == 1 ? 2 : 1)
     expand_long_kernel(const __grid_constant__ ExpandParams p) {
+  ptx::wait_for_earlier_launches();
   ExpandLong<T, kParts>(p, find_sibling(p)).run();
 }
 

@@ -79,6 +79,7 @@ __device__ __forceinline__ void write_pairs(const ExpandParams& p, const ExpandS
 template <class T, int kParts, int kSteps>
 __global__ void __launch_bounds__(kExpandThreads, kSteps == 1 ? 3 : 2)
     expand_short_kernel(const __grid_constant__ ExpandParams p) {
+  ptx::wait_for_earlier_launches();
   const int s = find_sibling(p);
   const ExpandSibling& sibling = p.siblings[s];
   const ExpandTiles& tiles = p.tiles[s];

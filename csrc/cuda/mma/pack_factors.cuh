@@ -6,6 +6,7 @@
 
 #include "../elements.cuh"
 #include "../launch.cuh"
+#include "../ptx.cuh"
 #include "../packed_factor.h"
 #include "parts.cuh"
 
@@ -88,6 +89,7 @@ __device__ __forceinline__ void load_pack_tile(const PackSource& source, int64_t
 // blockIdx.y is the job, blockIdx.x its tile.
 template <int kParts>
 __global__ void __launch_bounds__(kPackThreads) pack_factors_kernel(const __grid_constant__ PackFactorsParams p) {
+  ptx::wait_for_earlier_launches();
   alignas(16) __shared__ float tile[kPackRows][kPackPitch];
   const PackJob& job = p.jobs[blockIdx.y];
   if (blockIdx.x >= job.tiles) return;  // jobs differ in size

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "../launch.cuh"
+#include "../ptx.cuh"
 #include "fragments.cuh"
 #include "keep_bits.cuh"
 #include "partial_sums.cuh"
@@ -49,6 +50,7 @@ struct ShrinkTraits {
 template <class T, int kParts, int kRanks, KeepBits kKeep>
 __global__ void __launch_bounds__(ShrinkTraits<kParts, kRanks>::kThreads, 2)
     shrink_kernel(const __grid_constant__ ShrinkParams<T, kParts> p) {
+  ptx::wait_for_earlier_launches();
   using Traits = ShrinkTraits<kParts, kRanks>;
   constexpr int kWarps = Traits::kWarps, kWarpTokens = Traits::kWarpTokens, kFeatures = Traits::kFeatures;
   constexpr int kThreads = Traits::kThreads, kRowChunks = Traits::kRowChunks, kStages = Traits::kStages;

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "../launch.cuh"
+#include "../ptx.cuh"
 #include "fragments.cuh"
 #include "partial_sums.cuh"
 #include "small_operand.cuh"
@@ -66,6 +67,7 @@ struct ShrinkAndSumTraits {
 template <class T, int kParts, int kRanks>
 __global__ void __launch_bounds__(ShrinkAndSumTraits<kParts, kRanks>::kThreads, 1)
     shrink_and_sum_kernel(const __grid_constant__ ShrinkAndSumParams<T, kParts> p) {
+  ptx::wait_for_earlier_launches();
   using Traits = ShrinkAndSumTraits<kParts, kRanks>;
   using XaTiles = typename Traits::XaTiles;
   constexpr int kThreads = Traits::kThreads, kWarps = Traits::kWarps, kTokens = Traits::kTokens;

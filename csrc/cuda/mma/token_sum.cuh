@@ -8,6 +8,7 @@
 #pragma once
 
 #include "../launch.cuh"
+#include "../ptx.cuh"
 #include "fragments.cuh"
 #include "keep_bits.cuh"
 #include "partial_sums.cuh"
@@ -44,6 +45,7 @@ struct TokenSumTraits {
 template <class T, int kParts, int kRanks, bool kMasked>
 __global__ void __launch_bounds__(TokenSumTraits<kParts, kRanks>::kThreads, 2)
     token_sum_kernel(const __grid_constant__ TokenSumParams<T> p) {
+  ptx::wait_for_earlier_launches();
   using Traits = TokenSumTraits<kParts, kRanks>;
   using SmallTiles = typename Traits::SmallTiles;
   constexpr int kTokens = Traits::kTokens, kFeatures = Traits::kFeatures, kStages = Traits::kStages;

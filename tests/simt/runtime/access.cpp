@@ -86,6 +86,11 @@ void access_memory(const void* pointer, size_t bytes, AccessKind kind, uint32_t 
                     Cell::kLive);
   }
   if (global_memory().contains(address)) {
+    if (current_launch()->overlaps && !thread_at(access.thread).waited_for_launches) {
+      fail_about(access.thread, "earlier-launch-not-waited", place,
+                 format("%s of %zu bytes at %s, which an earlier launch may still use", verb(kind), bytes,
+                        global_memory().describe(address).c_str()));
+    }
     if (Cell* cells = global_memory().cells_of(address, bytes)) {
       return check_in(global_memory(), "global", cells, address, bytes, access, current_launch()->launch_generation,
                       Cell::kLive | Cell::kInitialised);

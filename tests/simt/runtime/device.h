@@ -23,9 +23,13 @@ struct LaunchShape {
   unsigned grid_x, grid_y, grid_z;
   int threads;
   uint32_t shared_bytes;
+  bool overlaps;  // starts before earlier launches have ended (programmatic dependent launch)
 };
 
 void launch(const Launch& launch, const LaunchShape& shape);
+
+// Waits for earlier launches, in a launch that overlaps them.
+void wait_for_earlier_launches();
 
 // Barriers and votes.
 void sync_threads(Site site);

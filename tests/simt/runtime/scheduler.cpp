@@ -54,6 +54,11 @@ struct BlockBarrier {
 void thread_main() {
   running->launch->run(running->launch->closure);
   check_copies_were_waited_for(*current_thread);
+  // The launch after this one only waits for this one.
+  if (running->state.overlaps && !current_thread->waited_for_launches) {
+    const void* inside = static_cast<const char*>(running->launch->kernel) + 1;
+    fail("earlier-launch-not-waited", place_of(inside), "the thread exits before it waited");
+  }
   current_thread->state = Thread::State::kDone;
   ++running->done;
   current_thread->fiber.suspend();
@@ -122,6 +127,7 @@ void run_block(uint32_t block) {
     Thread& thread = *threads[i];
     thread.index = i;
     thread.state = Thread::State::kReady;
+    thread.waited_for_launches = false;
     thread.open_copies.clear();
     thread.copy_groups.clear();
     thread.fiber.prepare(&thread_main);
@@ -163,7 +169,7 @@ void launch(const Launch& launch, const LaunchShape& shape) {
   if (!reports().empty() || !within_limits(launch, shape)) return;
   launches().push_back({launch.kernel, shape});
   if (only_record) return;
-  Running run{{launch.kernel, {shape.grid_x, shape.grid_y, shape.grid_z}, shape.threads}, &launch};
+  Running run{{launch.kernel, {shape.grid_x, shape.grid_y, shape.grid_z}, shape.threads, shape.overlaps}, &launch};
   run.state.launch_generation = ++generations;
   running = &run;
   random_number.seed(schedule_seed);
@@ -194,6 +200,8 @@ void wait_in(const char* what, Site site, uint32_t place) {
 void let_others_go_first() {
   if (schedule_seed == 0 || random_number() % 2) current_thread->fiber.suspend();
 }
+
+void wait_for_earlier_launches() { current_thread->waited_for_launches = true; }
 
 void make_ready(int thread) { threads[thread]->state = Thread::State::kReady; }
 

@@ -29,6 +29,7 @@ struct Thread {
   const char* waits_in = "";
   Site wait_site{};
   uint32_t wait_place = 0;
+  bool waited_for_launches = false;
 
   std::vector<AsyncCopy> open_copies;              // issued since the last commit
   std::deque<std::vector<AsyncCopy>> copy_groups;  // committed, oldest first
@@ -38,6 +39,7 @@ struct LaunchState {
   const void* kernel;
   dim3 grid;
   int num_threads;
+  bool overlaps;
   uint32_t block = 0;  // linear
   // The number of this launch, and of this block over all launches. Shadow cells of another number are stale.
   uint32_t launch_generation = 0, block_generation = 0;

@@ -20,12 +20,12 @@ struct SimtCall {
 };
 
 template <class Params>
-void launch(void (*kernel)(Params), dim3 grid, int threads, uint32_t shared_bytes, const GpuStream&,
+void launch(void (*kernel)(Params), dim3 grid, int threads, uint32_t shared_bytes, const GpuStream& stream,
             const Params& params) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   const SimtCall<Params> call{kernel, &params};
   simt::launch({reinterpret_cast<const void*>(kernel), &SimtCall<Params>::run, &call},
-               {grid.x, grid.y, grid.z, threads, shared_bytes});
+               {grid.x, grid.y, grid.z, threads, shared_bytes, stream.overlaps_launches});
 }
 
 }  // namespace lora_ext::cuda
