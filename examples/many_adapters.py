@@ -2,10 +2,10 @@
 
     python examples/many_adapters.py [DIRECTORY]
 
-Each request has a prompt and a tenant, whose adapter is a directory of PEFT's files. The pool has fewer slots than there
-are tenants: adapters are read when a batch names them, and those of the next batch in the background. The same requests
-run with one adapter for all, and on the bare model, to compare. The model is a Llama made from its config and the
-adapters are random, so that this runs in seconds without a network.
+Each request has a prompt and a tenant, whose adapter is a directory of PEFT's files. The pool has fewer slots than
+there are tenants: adapters are read when a batch names them, and those of the next batch in the background. The same
+requests run with one adapter for all, and on the bare model, to compare. The model is a Llama made from its config and
+the adapters are random, so that this runs in seconds without a network.
 """
 
 import random
