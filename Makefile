@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CUDA_ARCHS := 80,86,89,90a,100,120
 CXX_FILES = $(shell git ls-files '*.cpp' '*.h' '*.inc' '*.cu' '*.cuh')
 
-.PHONY: help finetune finetune-lm test test-quick test-full asan ubsan tsan sanitize-quick fuzz peft-conformance adapterhub-conformance lint format build cuda wheel test-abi info bench clean
+.PHONY: help finetune finetune-lm test test-quick test-full asan ubsan tsan sanitize-quick fuzz soak peft-conformance adapterhub-conformance lint format build cuda wheel test-abi info bench clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -24,6 +24,7 @@ help:
 	@echo 'make ubsan      the same under UndefinedBehaviorSanitizer; make tsan: under ThreadSanitizer; all also try planted bugs'
 	@echo 'make sanitize-quick  a part of all three'
 	@echo 'make fuzz       malformed and extreme calls and files (SECONDS=60, AREAS="ops files", SEED=1): crashes, hangs, wrong results'
+	@echo 'make soak       eight threads use, load and evict a hundred adapters of a pool for ten minutes (SECONDS=600)'
 	@echo 'make peft-conformance  the LoRA tests of a peft source tree, without and with our layers (PEFT_SOURCE=path)'
 	@echo 'make adapterhub-conformance  compare bottleneck adapters with AdapterHub, which runs in a separate environment'
 	@echo 'make lint       ruff and clang-format, without building anything'
@@ -60,6 +61,9 @@ sanitize-quick: $(VENV)/.test $(VENV)/.built
 
 fuzz: $(VENV)/.test $(VENV)/.built
 	PYTHONPATH=tests $(BIN)/python -m fuzz $(AREAS) --seconds $(or $(SECONDS),60) $(addprefix --seed ,$(SEED))
+
+soak: $(VENV)/.test $(VENV)/.built
+	PYTHONPATH=tests $(BIN)/python -m soak --seconds $(or $(SECONDS),600)
 
 # Tests that pass with PEFT must pass with our layers in place of PEFT's.
 peft-conformance: $(VENV)/.conformance $(VENV)/.built

@@ -3,6 +3,7 @@
 # _load comes first: it registers torch.ops.lora_ext, or raises with the reason.
 from lora_ext import _load, _ops  # noqa: F401
 from lora_ext.adapters import merge, set_adapter, unmerge
+from lora_ext.adapters.pool import AdapterPool
 from lora_ext.config import LoraConfig
 from lora_ext.files import save_pretrained  # noqa: F401  what save_pretrained of an injected model does
 from lora_ext.files.save_load import load_adapter, save_adapter
@@ -10,4 +11,4 @@ from lora_ext.injection.inject import inject
 
 __version__ = _load.build_info()["version"]
 
-__all__ = ["LoraConfig", "inject", "load_adapter", "merge", "save_adapter", "set_adapter", "unmerge"]
+__all__ = ["AdapterPool", "LoraConfig", "inject", "load_adapter", "merge", "save_adapter", "set_adapter", "unmerge"]

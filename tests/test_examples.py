@@ -89,3 +89,11 @@ def test_every_example_is_tested():
     source = Path(__file__).read_text(encoding="utf-8")
     programs = [path.name for path in EXAMPLES.glob("*.py") if "def main(" in path.read_text(encoding="utf-8")]
     assert len(programs) >= 8 and all(f'"{name}"' in source for name in programs)
+
+
+@pytest.mark.full
+def test_many_adapters(tmp_path, capsys):
+    mixed, alone, stats = main_of("many_adapters.py")(tmp_path, number=32)
+    assert mixed == alone and len({tuple(tokens) for tokens in mixed}) == 4
+    assert stats.slots == 24 and stats.loads >= 16 and stats.in_use == 0
+    assert "tokens/s; one adapter:" in capsys.readouterr().out

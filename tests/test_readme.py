@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from lora_ext import LoraConfig, cli, inject
+from lora_ext import LoraConfig, cli, inject, save_adapter
 from lora_ext.adapters import adapter_names, lora_modules
 from lora_ext.methods import method_of
 from lora_ext.tasks.finetune import demo
@@ -65,10 +65,16 @@ def test_python_of_the_readme(in_tmp_path):
     )
 
 
-def test_python_of_many_adapters_md():
-    (rows,) = python_blocks("docs/many-adapters.md")
-    names = run(rows, model=bare_model().eval(), ids=torch.ones(3, 4, dtype=torch.int64))
+def test_python_of_many_adapters_md(in_tmp_path):
+    rows, pooled = python_blocks("docs/many-adapters.md")
+    ids = torch.ones(3, 4, dtype=torch.int64)
+    names = run(rows, model=bare_model().eval(), ids=ids)
     assert torch.equal(names["y"].logits, names["same"].logits)
+    for tenant, r in ((4, 4), (5, 8), (17, 16)):
+        save_adapter(inject(bare_model(), LoraConfig(r=r, target_modules=["query"])), f"adapters/tenant-{tenant}")
+    model = bare_model().eval()
+    stats = run(pooled.replace("2 * 2**30", "2**24") + "stats = pool.stats()", model=model, ids=ids)["stats"]
+    assert stats.slots == 0 and 2 <= stats.loads <= 3
 
 
 def test_python_of_adapters_md(in_tmp_path):
@@ -113,7 +119,10 @@ def test_python_of_export_md(in_tmp_path, capsys):
 
 
 def test_no_python_is_left_out():
-    run_here = {"README.md", *(f"docs/{name}.md" for name in ("adapters", "export", "methods", "peft", "quantized"))}
+    run_here = {
+        "README.md",
+        *(f"docs/{name}.md" for name in ("adapters", "export", "many-adapters", "methods", "peft", "quantized")),
+    }
     assert {name for name in DOCUMENTS if python_blocks(name)} == run_here
 
 

@@ -13,10 +13,10 @@ from torch import nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import changing, one_at_a_time
-from lora_ext.injection.inject import check_new_name, forget_injection, lora_modules, replace_modules
+from lora_ext.injection.inject import check_new_name, lora_modules, remove_empty_layers
 from lora_ext.merging.model import some
 from lora_ext.model.adapter_set import adapter_set, check_names, find_adapters
-from lora_ext.model.bare_model import adapter_layers, root_module
+from lora_ext.model.bare_model import adapter_layers
 from lora_ext.nn import ActiveAdapters, LoraLayer
 from lora_ext.quantized import quantized_weight
 
@@ -153,13 +153,7 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
         for _, layer in adapter_layers(model):
             if name in layer.adapters:
                 del layer.adapters[name]
-        empty = {layer: layer.base_layer for _, layer in adapter_layers(model) if not layer.is_needed}
-        while empty:  # layers may be nested
-            replace_modules(root_module(model), empty)
-            held = {layer for _, layer in adapter_layers(model)}
-            empty = {layer: base for layer, base in empty.items() if layer in held}
-        if not adapters.configs:
-            forget_injection(model)
+        remove_empty_layers(model, adapters)
     return model
 
 

@@ -61,8 +61,9 @@ def save_injected(
         RuntimeError: ``original`` did not ask for the state of ``module``.
     """
     call = _Call(f"{type(module).__name__}.save_pretrained", original, args, kwargs)
-    if not any(adapter_layers(module)):  # all were deleted
-        return call.run()
+    if not any(len(layer.adapters) for _, layer in adapter_layers(module)):  # all were deleted, or are in a pool
+        with base_keys():
+            return call.run()
     if call.get("distributed_checkpoint"):
         raise ValueError(
             f"{call.name}: distributed_checkpoint=True would write keys that from_pretrained cannot read; merge(model) "

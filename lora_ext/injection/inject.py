@@ -144,25 +144,47 @@ class Injection:
 
 def apply_injection(model: nn.Module, adapter: Adapter) -> None:
     """Attaches a prepared adapter and makes it active. Ctrl-C waits for the end."""
-    root = root_module(model)
     with changing(adapter.into.active):
-        replace_modules(root, {old: new for part in adapter.parts for old, new in part.replaced.items()})
-        if adapter_set(model) is None:
-            root.requires_grad_(False)
-            attach_adapter_set(model, adapter.into)
+        attach_layers(model, adapter)
         for part in adapter.parts:
             part.layer.add_adapter(adapter.name, part.adapter)
         adapter.into.add(adapter)
         adapter.into.switch((adapter.name,))
-        share_inputs_of(root, adapter.into.share_inputs, (LoraLinear,))
-        _switch_off_fast_path(root)
-        prepare_quantized(root)
-        guard_against_trainers(root)
-        serve_adapter_names(root, adapter.into)
-        guard_loading(root, adapter.into)
-        for module in savers(root):
-            guard_loading(module, adapter.into)
-            replace_save_pretrained(module, adapter.into)
+        serve_adapters(model, adapter.into)
+
+
+def attach_layers(model: nn.Module, adapter: Adapter) -> None:
+    """Puts the layers of a prepared adapter into the model, without the adapter."""
+    root = root_module(model)
+    replace_modules(root, {old: new for part in adapter.parts for old, new in part.replaced.items()})
+    if adapter_set(model) is None:
+        root.requires_grad_(False)
+        attach_adapter_set(model, adapter.into)
+
+
+def serve_adapters(model: nn.Module, adapters: AdapterSet) -> None:
+    """Sets what a model needs whose layers have changed: groups of layers, hooks, and methods in place of its own."""
+    root = root_module(model)
+    share_inputs_of(root, adapters.share_inputs, (LoraLinear,))
+    _switch_off_fast_path(root)
+    prepare_quantized(root)
+    guard_against_trainers(root)
+    serve_adapter_names(root, adapters)
+    guard_loading(root, adapters)
+    for module in savers(root):
+        guard_loading(module, adapters)
+        replace_save_pretrained(module, adapters)
+
+
+def remove_empty_layers(model: nn.Module, adapters: AdapterSet) -> None:
+    """Replaces layers without adapters by their base layers. A model without any is as it was before injection."""
+    empty = {layer: layer.base_layer for _, layer in adapter_layers(model) if not layer.is_needed}
+    while empty:  # layers may be nested
+        replace_modules(root_module(model), empty)
+        held = {layer for _, layer in adapter_layers(model)}
+        empty = {layer: base for layer, base in empty.items() if layer in held}
+    if not adapters.configs and adapters.pool is None:
+        forget_injection(model)
 
 
 def forget_injection(model: nn.Module) -> None:

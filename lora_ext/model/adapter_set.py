@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -117,9 +118,11 @@ class AdapterSet:
         biases: by adapter name; at most one adapter trains the model's biases.
         trained: by adapter name, the paths of the modules that it trains in full.
         share_inputs: whether layers that read one tensor are computed together.
+        pool: where rows find adapters that the layers lack, or None: a :class:`lora_ext.AdapterPool`.
     """
 
     share_inputs = True
+    pool: Any = None
 
     def __init__(self) -> None:
         self.configs: dict[str, LoraConfig] = {}

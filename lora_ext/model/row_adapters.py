@@ -64,7 +64,11 @@ def _choice(root: nn.Module, adapters: AdapterSet, names: object, caller: str) -
     if not names:
         raise ValueError(f"{caller}: adapter_names is empty, want a name for each row")
     used = dict.fromkeys(name for name in names if name != BASE)
-    check_names(caller, adapters.configs, used)
+    pooled = () if adapters.pool is None else tuple(name for name in used if name not in adapters.configs)
+    if pooled:
+        adapters.pool.check_known(pooled, caller, adapters.configs)
+    else:
+        check_names(caller, adapters.configs, used)
     obstacles = _obstacles(root, adapters)
     if obstacles.to_all:
         raise ValueError(f"{caller}: adapter_names: {obstacles.to_all}")
@@ -72,8 +76,15 @@ def _choice(root: nn.Module, adapters: AdapterSet, names: object, caller: str) -
         if name in obstacles.to_one:
             raise ValueError(f"{caller}: adapter_names: {name!r} cannot be chosen by a row: {obstacles.to_one[name]}")
     if adapters.active.is_disabled:
-        names = [BASE] * len(names)
-    return RowChoice(adapters.active, names)
+        return RowChoice(adapters.active, [BASE] * len(names))
+    if pooled and root.training and torch.is_grad_enabled():
+        raise ValueError(
+            f"{caller}: adapter_names: {pooled[0]!r} is in a pool, whose adapters do not train; call model.eval(), or "
+            "load_adapter(model, directory, trainable=True)"
+        )
+    choice = RowChoice(adapters.active, names)
+    choice.pool, choice.pool_names = adapters.pool, pooled
+    return choice
 
 
 class _Obstacles(NamedTuple):

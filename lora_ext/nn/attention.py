@@ -316,7 +316,7 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
 
     def _row_update(self, adapter: LoraAdapter, rows: slice) -> RowUpdate:
         """The update of some rows of the weight."""
-        bias = None if adapter.lora_bias is None else adapter.lora_bias[rows]
+        bias = None if adapter.lora_bias is None else adapter.scaling * adapter.lora_bias[rows]
         return RowUpdate(adapter.lora_A, adapter.lora_B[rows], adapter.scaling, self._dropout(adapter), bias)
 
     def _dropout(self, adapter: LoraAdapter) -> float:

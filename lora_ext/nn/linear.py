@@ -15,6 +15,7 @@ from lora_ext.nn.layer import LoraLayer, Matrix
 from lora_ext.nn.row_updates import RowUpdate, add_chosen
 from lora_ext.nn.rows import RowChoice, row_choice
 from lora_ext.nn.shared_inputs import Operands, SharesInputs, frozen_product, shared_inputs
+from lora_ext.nn.slots import LayerSlots
 from lora_ext.quantized import quantized_weight
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class LoraLinear(SharesInputs, LoraLayer):
 
     base_kinds = "an nn.Linear or Conv1D"
     rows_choose = True
+    slots: LayerSlots | None = None  # adapters of a pool
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
@@ -134,13 +136,21 @@ class LoraLinear(SharesInputs, LoraLayer):
             x = x.to(y.device)
         seeds = None if (shared := shared_inputs(self)) is None else shared.seeds(self, given)
         updates = {name: self._row_update(name) for name in self._applied(choice)}
-        return add_chosen(y, x.to(y.dtype), choice, updates, times, seeds)
+        y = add_chosen(y, x.to(y.dtype), choice, updates, times, seeds)
+        if choice.slots and self.slots is not None:
+            y = self.slots.add_chosen(y, x.to(y.dtype), choice, times)
+        return y
+
+    @property
+    def is_needed(self) -> bool:
+        return super().is_needed or self.slots is not None
 
     def _row_update(self, name: str) -> RowUpdate:
         adapter = at_hand(self.adapters[name])
         dropout_p = adapter.lora_dropout if self.training else 0.0
         lora_B = self._full_lora_B(name, adapter.lora_B)
-        return RowUpdate(adapter.lora_A, lora_B, adapter.scaling, dropout_p, adapter.lora_bias)
+        bias = None if adapter.lora_bias is None else adapter.scaling * adapter.lora_bias
+        return RowUpdate(adapter.lora_A, lora_B, adapter.scaling, dropout_p, bias)
 
     def operands(self) -> Operands | str:
         if self._merged is not None:

@@ -13,7 +13,10 @@ from lora_ext.nn.rows import RowChoice
 
 
 class RowUpdate(NamedTuple):
-    """An adapter's update of a linear layer, as :func:`lora_ext.functional.lora_delta_` takes it, and its bias."""
+    """An adapter's update of a linear layer: arguments of :func:`lora_ext.functional.lora_delta_`, and its bias.
+
+    The bias is scaled already.
+    """
 
     lora_A: Tensor
     lora_B: Tensor
@@ -65,7 +68,7 @@ def _add_one_by_one(
 
 
 def _add_biases(y: Tensor, choice: RowChoice, updates: Mapping[str, RowUpdate], times: int) -> Tensor:
-    biases = {name: (u.scaling * u.bias).to(y.dtype) for name, u in updates.items() if u.bias is not None}
+    biases = {name: update.bias.to(y.dtype) for name, update in updates.items() if update.bias is not None}
     if not biases:
         return y
     table = torch.stack([*biases.values(), torch.zeros_like(next(iter(biases.values())))])

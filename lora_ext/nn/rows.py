@@ -33,24 +33,27 @@ class RowChoice:
     """The adapters that the rows of a batch use.
 
     Attributes:
-        active: the shared state of the layers that the choice is for.
+        active: the shared state of the layers that the choice is for; None: the caller gives it to the layers.
         names: the distinct names, without :data:`BASE`.
         rows: for each row the position of its name in ``names``, or -1.
         multiples: how many rows of a layer's input may belong to one name. A batch of ``n`` names has ``n`` rows; the
             beams of a search make them ``n * beams``, and models that flatten their tokens ``n * length``.
-        slots: by name, the slots of a pool's storage; the other names are adapters of the layers.
+        pool: gives the names in ``pool_names`` slots for the time of the call; the others are adapters of the layers.
+        slots: by name.
         has_gradients: whether gradients were enabled when the call began; reentrant checkpoints disable them in it.
         outer: the choice of the call around this one, which may be of another model.
         frames: the Python frames of the call, if it has no other end than them.
     """
 
-    def __init__(self, active: ActiveAdapters, names: Sequence[str], slots: Mapping[str, int] | None = None) -> None:
+    def __init__(self, active: ActiveAdapters | None, names: Sequence[str]) -> None:
         self.active = active
         numbers = {name: i for i, name in enumerate(dict.fromkeys(name for name in names if name != BASE))}
         self.names = tuple(numbers)
         self.rows = [numbers.get(name, -1) for name in names]
         self.multiples = frozenset((1,))
-        self.slots = slots or {}
+        self.slots: Mapping[str, int] = {}
+        self.pool: Any = None
+        self.pool_names: tuple[str, ...] = ()
         self.has_gradients = False
         self.outer: RowChoice | None = None
         self.frames: tuple[FrameType | None, ...] = ()
@@ -80,21 +83,28 @@ class RowChoice:
             )
         return x, times
 
-    def groups(self, present: tuple[str, ...], times: int, device: torch.device, with_slots: bool = False) -> Tensor:
-        """Returns for each row of a layer's input the number of its group, int64 ``[rows]``; -1: no group.
-
-        Groups are the names in ``present``, then with ``with_slots`` the slots of the pool.
-        """
-        key = present, times, device, with_slots
+    def groups(self, present: tuple[str, ...], times: int, device: torch.device) -> Tensor:
+        """The position in ``present`` of the name of each row of a layer's input, int64 ``[rows]``; -1: none."""
+        key = present, times, device
         groups = self._groups.get(key)
         if groups is None:
             numbers = {name: i for i, name in enumerate(present)}
-            if with_slots:
-                numbers |= {name: len(present) + slot for name, slot in self.slots.items()}
-            of_name = [numbers.get(name, -1) for name in self.names] + [-1]  # index -1: BASE
-            of_row = [of_name[i] for i in self.rows for _ in range(times)]
-            groups = self._groups[key] = torch.tensor(of_row, dtype=torch.int64, device=device)
+            groups = self._groups[key] = self._of_rows(numbers, times, device)
         return groups
+
+    def slot_of_row(self, times: int, device: torch.device) -> Tensor:
+        """The slot of each row of a layer's input, int64 ``[rows]``; -1: none."""
+        key = None, times, device
+        slots = self._groups.get(key)
+        if slots is None:
+            slots = self._groups[key] = self._of_rows(self.slots, times, device)
+        return slots
+
+    def _of_rows(self, numbers: Mapping[str, int], times: int, device: torch.device) -> Tensor:
+        of_name = [numbers.get(name, -1) for name in self.names] + [-1]  # index -1: BASE
+        of_row = [of_name[i] for i in self.rows for _ in range(times)]
+        with torch.inference_mode(False):  # a later call may be recorded by autograd
+            return torch.tensor(of_row, dtype=torch.int64, device=device)
 
 
 def row_choice(active: ActiveAdapters) -> RowChoice | None:
@@ -122,7 +132,9 @@ def chosen(active: ActiveAdapters) -> RowChoice | None:
 
 
 def enter(choice: RowChoice) -> None:
-    """Begins a call with ``choice``, which :func:`leave` ends."""
+    """Begins a call with ``choice``, which :func:`leave` ends. Raises what the pool does that cannot serve it."""
+    if choice.pool_names:
+        choice.slots = choice.pool.acquire(choice.pool_names)
     with _count_lock:
         choice.active.row_calls += 1
     choice.outer = _current.get()
@@ -135,6 +147,8 @@ def leave(choice: RowChoice) -> None:
     choice.frames = ()
     with _count_lock:
         choice.active.row_calls -= 1
+    if choice.pool_names:
+        choice.pool.release(choice.pool_names)
 
 
 @contextmanager
@@ -185,7 +199,7 @@ class _Again(RowChoice):
     """The same choice, entered another time: in the backward, other calls may be around it."""
 
     def __init__(self, choice: RowChoice) -> None:
-        vars(self).update(vars(choice), frames=())
+        vars(self).update(vars(choice), frames=(), _groups={})
 
 
 def _follow_checkpoints(choice: RowChoice) -> None:

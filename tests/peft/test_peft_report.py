@@ -208,7 +208,7 @@ def test_a_long_report_names_the_first_layers_of_each_reason():
     text = str(report(adapted()))
     assert text.startswith("forward and backward: 0 of 6 LoRA layers on lora_ext's ops\n")
     assert text.count("q_proj (Linear)") == 4 and text.count("    and 2 more") == 2
-    assert "\nmerge and unmerge: 0 of 6 LoRA layers" in text and "Calls with adapter_names (mixed batches)" in text
+    assert "\nmerge and unmerge: 0 of 6 LoRA layers" in text and "with adapter_names" in text
 
 
 # --- base layers without a plain weight -------------------------------------------------------------------------------

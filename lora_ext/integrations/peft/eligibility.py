@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -55,14 +56,20 @@ def state_obstacle(layer: LoraLayer) -> str:
 
 def active_adapters(layer: LoraLayer) -> list[Adapter] | str:
     """Returns the active adapters of a linear layer, or why PEFT's forward runs instead."""
+    adapters = adapters_named(layer, layer.active_adapters)
+    return adapters if isinstance(adapters, str) else list(adapters.values()) or NONE_ACTIVE
+
+
+def adapters_named(layer: LoraLayer, names: Iterable[str]) -> dict[str, Adapter] | str:
+    """Returns those of the adapters ``names`` that a linear layer has, or why PEFT's forward runs instead."""
     if reason := state_obstacle(layer):
         return reason
     if not layer.cast_input_dtype_enabled:
         return NOT_CAST
     children = layer._modules
     lora_As, lora_Bs, dropouts = (children[name]._modules for name in ("lora_A", "lora_B", "lora_dropout"))
-    adapters = []
-    for name in layer.active_adapters:
+    adapters = {}
+    for name in names:
         if name not in lora_As:
             continue
         if variant := variant_of(layer, name):
@@ -89,8 +96,8 @@ def active_adapters(layer: LoraLayer) -> list[Adapter] | str:
             return f"the scaling of adapter {name!r} is {scaling}"
         elif scaling < 0.0:  # lora_linear refuses it
             B, scaling = -B, -scaling
-        adapters.append(Adapter(A, B, bias, scaling, dropout_p))
-    return adapters or NONE_ACTIVE
+        adapters[name] = Adapter(A, B, bias, scaling, dropout_p)
+    return adapters
 
 
 def variant_of(layer: LoraLayer, name: str) -> str:

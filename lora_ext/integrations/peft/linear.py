@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_ext._ops.checks import FLOATING
 from lora_ext.functional import lora_delta_, lora_linear
-from lora_ext.integrations.peft.eligibility import Adapter, active_adapters, is_eligible_call
+from lora_ext.integrations.peft.eligibility import Adapter, active_adapters, adapters_named, is_eligible_call
 from lora_ext.nn.base_layer import own_copy, plain_linear
+from lora_ext.nn.row_updates import RowUpdate, add_chosen
+from lora_ext.nn.rows import RowChoice
 from lora_ext.nn.shared_inputs import Operands, SharesInputs, frozen_product, shared_inputs
 
 
@@ -21,6 +26,8 @@ class LinearForward(SharesInputs):
     """
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if kwargs and (names := kwargs.get("adapter_names")) is not None:
+            return self._forward_rows(x, names, *args, **kwargs)
         adapters = active_adapters(self)
         if args or kwargs or isinstance(adapters, str) or not is_eligible_call(x):
             return super().forward(x, *args, **kwargs)
@@ -49,6 +56,21 @@ class LinearForward(SharesInputs):
             lora_delta_(y, x, adapter.lora_A, adapter.lora_B, adapter.scaling, adapter.dropout_p)
         return y
 
+    def _forward_rows(self, x: Tensor, names: list[str], *args, **kwargs) -> Tensor:
+        """PEFT's ``_mixed_batch_forward``: each row uses the adapter that ``names`` gives it."""
+        self._check_forward_args(x, adapter_names=names)
+        choice = _choice_of(tuple(names))
+        adapters = adapters_named(self, choice.names)
+        if args or len(kwargs) > 1 or isinstance(adapters, str) or not is_eligible_call(x) or x.dtype not in FLOATING:
+            return super().forward(x, *args, **kwargs)
+        plain = plain_linear(self.base_layer)
+        if plain is None or (x.dtype != plain[0].dtype and not torch.is_autocast_enabled(x.device.type)):
+            y = own_copy(self, self.base_layer(x))
+        else:
+            y = F.linear(x, *plain)
+        updates = {name: RowUpdate(A, B, scaling, p, bias) for name, (A, B, bias, scaling, p) in adapters.items()}
+        return add_chosen(y, x.to(y.dtype), choice, updates, 1)
+
     def operands(self) -> Operands | str:
         adapters = active_adapters(self)
         return adapters if isinstance(adapters, str) else _operands(adapters, self.base_layer)
@@ -57,6 +79,12 @@ class LinearForward(SharesInputs):
         """Returns why calls run PEFT's code, or ""."""
         adapters = active_adapters(self)
         return adapters if isinstance(adapters, str) else ""
+
+
+@functools.lru_cache(64)
+def _choice_of(names: tuple[str, ...]) -> RowChoice:
+    """The same for all layers of a call."""
+    return RowChoice(None, names)
 
 
 def _sum_of_biases(bias: Tensor | None, adapters: list[Adapter], dtype: torch.dtype) -> Tensor | None:

@@ -15,8 +15,8 @@ from lora_ext.integrations.peft.swap import accelerated_class, is_accelerated, l
 from lora_ext.nn.input_groups import InputGroups, input_groups
 
 _PER_CALL = (
-    "Calls with adapter_names (mixed batches) or other extra arguments, under torch.func, in forward-mode "
-    "differentiation and while a model is traced or exported run PEFT's code."
+    "Calls with extra arguments, under torch.func, in forward-mode differentiation and while a model is traced or "
+    "exported run PEFT's code, and so do embeddings and convolutions with adapter_names."
 )
 _NOT_ACCELERATED = "accelerate() was not called since PEFT made the layer"
 _REASONS = {

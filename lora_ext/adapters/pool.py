@@ -1,0 +1,382 @@
+"""Thousands of adapters on disk and many in memory, for batches whose rows name them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import threading
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from lora_ext._common.arguments import checked
+from lora_ext._common.changes import one_at_a_time
+from lora_ext.adapters.pool_files import LayerShape, Update, read_updates
+from lora_ext.adapters.pool_slots import SlotTable
+from lora_ext.config import LoraConfig
+from lora_ext.files.adapter_file import CONFIG_FILE, holds_adapter
+from lora_ext.injection.pool_layers import attach_pool, detach_pool, pool_layers
+from lora_ext.nn.rows import BASE
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolStats:
+    """What a pool holds now, and what it has done.
+
+    Attributes:
+        slots: how many adapters it can hold.
+        slot_bytes: bytes of one slot; ``slots * slot_bytes`` is the storage.
+        resident: adapters that have a slot.
+        pinned, in_use: those of them that are pinned; that running calls use.
+        host: adapters in the host cache, and ``host_bytes``, its size.
+        hits, misses: adapters that calls found in a slot, or not.
+        loads, load_seconds: adapters that were read, and the time of all threads together.
+        evictions: adapters that gave their slot to another one.
+        failures: adapters that could not be loaded.
+        waits: calls that waited for slots that other calls used.
+    """
+
+    slots: int
+    slot_bytes: int
+    resident: int
+    pinned: int
+    in_use: int
+    host: int
+    host_bytes: int
+    hits: int
+    misses: int
+    loads: int
+    load_seconds: float
+    evictions: int
+    failures: int
+    waits: int
+
+
+class AdapterPool:
+    """Adapters in slots of shared storage, read from PEFT directories when rows name them.
+
+    ``model(..., adapter_names=[...])`` and ``model.generate(..., adapter_names=[...])`` then take names of the pool.
+    An adapter is loaded when a call needs it, and has a slot at least until the call ends; the least recently used one
+    that no call uses makes room. Loading moves nothing that a running call uses. All methods may be called by several
+    threads at the same time.
+
+    A pool holds low-rank updates of linear layers (also quantised ones), for inference. Adapters of the model itself
+    (:func:`lora_ext.inject`, :func:`lora_ext.load_adapter`) stay, and come first where a name is both.
+
+    Args:
+        model: the model, bare or injected; on the device that computes. It is frozen as by :func:`lora_ext.inject`.
+        directory: adapters are its subdirectories, by name; None: only those of :meth:`add`.
+        target_modules: the layers that an adapter of the pool can adapt, as in :class:`~lora_ext.LoraConfig`.
+        r: the largest rank of an adapter. Each slot has this rank.
+        max_bytes: of the storage on the model's device. The memory is reserved at once; an operating system gives pages
+            of host memory as slots are filled.
+        dtype: of the factors; None: that of the layers, or float32 if that has 16 bits.
+        host_bytes: of a cache of read adapters in host memory, pinned if the model is on a GPU, which saves reading
+            them again; 0: none.
+        timeout: seconds that a call waits for slots which other calls use.
+
+    Raises:
+        ValueError, TypeError: as :func:`lora_ext.inject`; or the model has a pool already, ``max_bytes`` is less than a
+            slot, or targets are no linear layers. The model is then unchanged.
+    """
+
+    @checked
+    def __init__(
+        self,
+        model: nn.Module,
+        directory: str | os.PathLike[str] | None = None,
+        *,
+        target_modules: str | Iterable[str],
+        r: int,
+        max_bytes: int,
+        dtype: torch.dtype | None = None,
+        host_bytes: int = 0,
+        timeout: float = 60.0,
+    ) -> None:
+        self._directory = None if directory is None else Path(directory)
+        if self._directory is not None and not self._directory.is_dir():
+            raise ValueError(f"AdapterPool: directory is {os.fspath(directory)!r}, which is no directory")
+        config = LoraConfig(r=r, target_modules=target_modules)
+        layers = pool_layers(model, config)
+        shapes = {path: LayerShape(layer.in_features, layer.out_features) for path, layer in layers.found.items()}
+        dtypes = layers.dtypes if dtype is None else dict.fromkeys(shapes, dtype)
+        slot_bytes = sum(
+            r * (shape.in_features + shape.out_features) * dtypes[path].itemsize + 16 for path, shape in shapes.items()
+        )
+        slots = max_bytes // slot_bytes
+        if slots < 1:
+            raise ValueError(f"AdapterPool: max_bytes is {max_bytes}, but one slot of rank {r} takes {slot_bytes}")
+        self._shapes, self._r, self._timeout, self._slot_bytes = shapes, r, timeout, slot_bytes
+        self._table = SlotTable(slots, self._load)
+        self._added: dict[str, Path] = {}
+        self._lock = threading.Lock()  # of what follows
+        self._loads, self._load_seconds = 0, 0.0
+        self._host: OrderedDict[str, dict[str, Update]] = OrderedDict()
+        self._host_bytes, self._host_limit = 0, host_bytes
+        self._prefetcher: ThreadPoolExecutor | None = None
+        self._slots = attach_pool(model, layers, self, slots, r, dtypes)
+        self._model = weakref.ref(model)
+        self._pins_memory = any(held.lora_A.is_cuda for held in self._slots.values())
+
+    # --- names -------------------------------------------------------------------------------------------------------
+
+    @checked
+    def add(self, name: str, directory: str | os.PathLike[str]) -> None:
+        """Makes the adapter in ``directory`` known as ``name``. It is read when a call needs it.
+
+        Raises:
+            ValueError: the name is taken, empty or ``"__base__"``.
+            FileNotFoundError: there is no adapter in ``directory``.
+        """
+        path = Path(directory)
+        if not name or name == BASE:
+            raise ValueError(f"AdapterPool.add: name is {name!r}, want another one")
+        if not holds_adapter(path):
+            raise FileNotFoundError(f"AdapterPool.add: {path / CONFIG_FILE} is missing; want a directory of PEFT")
+        with self._lock:
+            if name in self._added:
+                raise ValueError(f"AdapterPool.add: {name!r} is known already; remove it first")
+            self._added[name] = path
+
+    @checked
+    def remove(self, name: str) -> None:
+        """Forgets a name of :meth:`add` and frees its slot. RuntimeError: it is in use. KeyError: it is not known."""
+        if name not in self._added:
+            raise KeyError(f"AdapterPool.remove: {name!r} was not added; the names are {_some(sorted(self._added))}")
+        self.evict(name)
+        with self._lock:
+            self._added.pop(name, None)
+
+    def names(self) -> list[str]:
+        """The known names: those of :meth:`add` and the subdirectories that hold an adapter; reads the directory."""
+        with self._lock:
+            names = set(self._added)
+        if self._directory is not None:
+            names |= {entry.name for entry in os.scandir(self._directory) if holds_adapter(Path(entry.path))}
+        return sorted(names)
+
+    def resident(self) -> list[str]:
+        """The names that have a slot, the least recently used first."""
+        with self._table.changed:
+            return list(self._table.entries)
+
+    def _path_of(self, name: str) -> Path | None:
+        with self._lock:
+            if name in self._added:
+                return self._added[name]
+        if self._directory is None or not _is_one_component(name):
+            return None
+        path = self._directory / name
+        return path if holds_adapter(path) else None
+
+    def check_known(self, names: Iterable[str], caller: str, own: Iterable[str] = ()) -> None:
+        """Checks that the pool can find the adapters. KeyError: names the known ones.
+
+        Args:
+            own: adapters of the model itself, for the message.
+        """
+        for name in names:
+            if self._path_of(name) is None:
+                known = [*own, *self.names()]
+                close = difflib.get_close_matches(name, known, 3)
+                meant = f" (close to {', '.join(map(repr, close))})" if close else ""
+                raise KeyError(f"{caller}: there is no adapter {name!r}{meant}; the adapters are {_some(known)}")
+
+    # --- slots -------------------------------------------------------------------------------------------------------
+
+    def acquire(self, names: Sequence[str]) -> dict[str, int]:
+        """The slots of ``names``, loaded, which they keep until :meth:`release`. For the model's calls."""
+        self.check_known(names, "AdapterPool")
+        return self._table.acquire(names, self._timeout)
+
+    def release(self, names: Sequence[str]) -> None:
+        self._table.release(names)
+
+    @checked
+    def pin(self, *names: str) -> None:
+        """Loads the adapters and keeps them until :meth:`unpin`, which needs one call for each of ``pin``.
+
+        Raises:
+            KeyError: a name is not known.
+            RuntimeError: other pinned adapters leave too few slots. Nothing is pinned then.
+            OSError, ValueError: an adapter cannot be read, or does not fit.
+        """
+        names = tuple(dict.fromkeys(names))
+        self.acquire(names)
+        self._table.pin(names, 1)
+
+    @checked
+    def unpin(self, *names: str) -> None:
+        """Undoes :meth:`pin`. KeyError: a name is not pinned; nothing is changed."""
+        names = tuple(dict.fromkeys(names))
+        with self._table.changed:
+            pinned = sorted(name for name, entry in self._table.entries.items() if entry.pins)
+            for name in names:
+                if name not in pinned:
+                    raise KeyError(f"AdapterPool.unpin: {name!r} is not pinned; the pinned adapters are {pinned}")
+            self._table.pin(names, -1)
+            self._table.release(names)
+
+    @checked
+    def evict(self, *names: str) -> None:
+        """Frees the slots and cached copies of adapters, so that the next use reads their files again.
+
+        RuntimeError: one is pinned or used by a running call; nothing is changed.
+        """
+        self._table.evict(names, "AdapterPool.evict")
+        with self._lock:
+            for name in names:
+                self._forget_host(name)
+
+    @checked
+    def prefetch(self, names: str | Iterable[str]) -> list[Future]:
+        """Loads adapters in the background, for calls to come. Ones that find no idle slot are left out.
+
+        Returns:
+            For each name a future: its result is whether the adapter is resident, its exception why it could not be
+            loaded. They may be ignored: a call that needs the adapter tries again.
+        """
+        names = [names] if isinstance(names, str) else list(names)
+        self.check_known(names, "AdapterPool.prefetch")
+        with self._lock:
+            if self._prefetcher is None:
+                self._prefetcher = ThreadPoolExecutor(2, thread_name_prefix="lora_ext-pool")
+            return [self._prefetcher.submit(self._prefetch, name) for name in names]
+
+    def _prefetch(self, name: str) -> bool:
+        try:
+            self._table.acquire((name,), None)
+        except RuntimeError:
+            return False
+        self._table.release((name,))
+        return True
+
+    def stats(self) -> PoolStats:
+        """What the pool holds and has done."""
+        table = self._table
+        with table.changed, self._lock:
+            entries = table.entries.values()
+            return PoolStats(
+                slots=table.slots,
+                slot_bytes=self._slot_bytes,
+                resident=sum(entry.ready.is_set() for entry in entries),
+                pinned=sum(entry.pins > 0 for entry in entries),
+                in_use=sum(entry.users > entry.pins for entry in entries),
+                host=len(self._host),
+                host_bytes=self._host_bytes,
+                hits=table.hits,
+                misses=table.misses,
+                loads=self._loads,
+                load_seconds=self._load_seconds,
+                evictions=table.evictions,
+                failures=table.failures,
+                waits=table.waits,
+            )
+
+    # --- loading -----------------------------------------------------------------------------------------------------
+
+    def _load(self, name: str, slot: int) -> None:
+        begin = time.perf_counter()
+        path = self._path_of(name)
+        if path is None:
+            raise KeyError(f"AdapterPool: there is no adapter {name!r} any more")
+        with self._lock:
+            updates = self._host.get(name)
+            if updates is not None:
+                self._host.move_to_end(name)
+        if updates is None:
+            updates = read_updates(path, self._shapes, self._r)
+            self._keep(name, updates)
+        with torch.inference_mode(False):
+            for layer, held in self._slots.items():
+                update = updates.get(layer)
+                if update is None:
+                    held.clear(slot)
+                else:
+                    held.write(slot, update.lora_A, update.lora_B, update.scaling)
+        with self._lock:
+            self._loads += 1
+            self._load_seconds += time.perf_counter() - begin
+
+    def _keep(self, name: str, updates: dict[str, Update]) -> None:
+        """Puts an adapter into the host cache, if it has room for it."""
+        size = sum(update.nbytes for update in updates.values())
+        if size > self._host_limit:
+            return
+
+        def held(tensor: torch.Tensor) -> torch.Tensor:  # not the mapped file
+            return tensor.pin_memory() if self._pins_memory else tensor.clone()
+
+        copies = {
+            layer: Update(held(update.lora_A), held(update.lora_B), update.scaling) for layer, update in updates.items()
+        }
+        with self._lock:
+            self._forget_host(name)
+            while self._host_bytes + size > self._host_limit:
+                self._forget_host(next(iter(self._host)))
+            self._host[name] = copies
+            self._host_bytes += size
+
+    def _forget_host(self, name: str) -> None:
+        updates = self._host.pop(name, None)
+        if updates is not None:
+            self._host_bytes -= sum(update.nbytes for update in updates.values())
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+
+    @one_at_a_time
+    def close(self) -> None:
+        """Takes the pool out of its model and frees the storage. Layers without other adapters become plain again.
+
+        RuntimeError: running calls use it.
+        """
+        with self._lock:
+            prefetcher, self._prefetcher = self._prefetcher, None
+        if prefetcher is not None:
+            prefetcher.shutdown(wait=True, cancel_futures=True)
+        with self._table.changed:
+            if any(entry.users > entry.pins for entry in self._table.entries.values()):
+                raise RuntimeError("AdapterPool.close: running calls use the pool; wait for their end")
+            self._table.slots = 0
+            model = self._model()
+            if model is not None:
+                detach_pool(model, self)
+            self._slots = {}
+
+    def __enter__(self) -> AdapterPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdapterPool:
+        return self  # a copied model uses the same storage
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an AdapterPool cannot be pickled; call close() first")
+
+    def __repr__(self) -> str:
+        stats = self.stats()
+        gib = stats.slots * stats.slot_bytes / 2**30
+        return f"AdapterPool({stats.resident} of {stats.slots} slots, r={self._r}, {gib:.2f} GiB)"
+
+
+def _is_one_component(name: str) -> bool:
+    """Whether ``name`` is a file name that leads nowhere else."""
+    separators = {os.sep, os.altsep} - {None}
+    return name not in ("", ".", "..", BASE) and not any(s in name for s in separators) and "\0" not in name
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first names, for a message."""
+    shown = ", ".join(map(repr, names[:8]))
+    more = len(names) - 8
+    return f"{shown} and {more} more" if more > 0 else f"[{shown}]"

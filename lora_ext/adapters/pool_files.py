@@ -1,0 +1,118 @@
+"""Reads adapters for a pool: PEFT's files whose adapters are low-rank updates of the pool's layers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lora_ext._common.printable import listed
+from lora_ext.config import LoraConfig
+from lora_ext.files.adapter_file import KEY_PREFIX, AdapterFile
+from lora_ext.files.save_load import config_of, with_positive_alphas
+
+_SUFFIXES = {".lora_A.weight": "lora_A", ".lora_B.weight": "lora_B"}
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerShape:
+    """A layer of the pool, by its path in the model."""
+
+    in_features: int
+    out_features: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """One layer's part of an adapter."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+
+    @property
+    def nbytes(self) -> int:
+        return self.lora_A.nbytes + self.lora_B.nbytes
+
+
+def read_updates(directory: Path, layers: Mapping[str, LayerShape], r: int) -> dict[str, Update]:
+    """Reads the adapter in ``directory``: its updates by layer path.
+
+    Args:
+        layers: the pool's layers.
+        r: the largest rank that the pool holds.
+
+    Raises:
+        FileNotFoundError, OSError: a file is missing or cannot be read.
+        ValueError: a file is corrupted, its config is not supported, or the adapter does not fit the pool: other
+            layers, shapes, a larger rank, or parts that are no low-rank updates. The message lists what.
+    """
+    given = AdapterFile.open(directory, caller="AdapterPool")
+    file = with_positive_alphas(given)
+    config = config_of(file, "AdapterPool")
+    problems = _parts_of_other_kinds(config)
+    keys: dict[str, dict[str, str]] = {}
+    for key in file.keys():  # noqa: SIM118  not a dict
+        suffix = next((suffix for suffix in _SUFFIXES if key.endswith(suffix)), None)
+        path = "" if suffix is None else key.removeprefix(KEY_PREFIX).removesuffix(suffix)
+        if path in layers:
+            keys.setdefault(path, {})[_SUFFIXES[suffix]] = key
+        else:
+            problems.append(f"unexpected key: {key}")
+    for path, factors in keys.items():
+        problems += _misfits(file, path, factors, layers[path], config.rank_for(path), r)
+    if not keys and not problems:
+        problems.append("it has no factors")
+    if problems:
+        base = file.config.get("base_model_name_or_path")
+        raise ValueError(
+            f"AdapterPool: {file.path} does not fit the pool of rank {r} (its base model is {base!r}); load it with "
+            f"load_adapter, or make a pool with its layers and rank:{listed(problems)}"
+        )
+    updates = {}
+    for path, factors in keys.items():
+        scaling = math.copysign(config.scaling_for(path), _alpha(given.config, config, path))
+        updates[path] = Update(file.tensor(factors["lora_A"]), file.tensor(factors["lora_B"]), scaling)
+    return updates
+
+
+def _alpha(values: Mapping[str, Any], config: LoraConfig, path: str) -> float:
+    """``lora_alpha`` at ``path`` with the sign that it has in the file."""
+    pattern = config.alpha_pattern_for(path)
+    return values.get("lora_alpha", 1) if pattern is None else values["alpha_pattern"][pattern]
+
+
+def _parts_of_other_kinds(config: LoraConfig) -> list[str]:
+    return [
+        f"{option}: a pool holds low-rank updates of linear layers only"
+        for option, unused in (
+            ("modules_to_save", None),
+            ("trainable_token_indices", None),
+            ("target_parameters", None),
+            ("bias", "none"),
+            ("lora_bias", False),
+        )
+        if getattr(config, option) not in (unused, (), [], {})
+    ]
+
+
+def _misfits(
+    file: AdapterFile, path: str, factors: Mapping[str, str], layer: LayerShape, rank: int, r: int
+) -> list[str]:
+    if missing := [name for name in ("lora_A", "lora_B") if name not in factors]:
+        return [f"missing key: {KEY_PREFIX}{path}.{missing[0]}.weight"]
+    if rank > r:
+        return [f"rank of {path}: {rank}, above the pool's {r}"]
+    wanted = {"lora_A": (rank, layer.in_features), "lora_B": (layer.out_features, rank)}
+    problems = []
+    for name, shape in wanted.items():
+        key = factors[name]
+        if file.shape(key) != shape:
+            problems.append(f"shape of {key}: {list(file.shape(key))} in the file, {list(shape)} in the pool")
+        if not file.dtype(key).is_floating_point:
+            problems.append(f"dtype of {key}: {file.dtype(key)}, want floating-point numbers")
+    return problems

@@ -1,0 +1,97 @@
+"""Gives the layers of a model the storage of an adapter pool, and takes it away again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_ext._common.changes import changing, one_at_a_time
+from lora_ext._common.printable import listed
+from lora_ext.config import LoraConfig
+from lora_ext.injection.inject import Injection, attach_layers, remove_empty_layers, serve_adapters
+from lora_ext.model.adapter_set import Adapter, adapter_set
+from lora_ext.model.bare_model import adapter_layers
+from lora_ext.nn import LoraLinear
+from lora_ext.nn.slots import LayerSlots
+
+_PLACEHOLDER = "pool"  # the name of an adapter that is built without memory, for its layers
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolLayers:
+    """The layers of a pool, made but not in the model yet."""
+
+    adapter: Adapter
+
+    @property
+    def found(self) -> dict[str, LoraLinear]:
+        """By path in the model without adapters."""
+        return {part.path: part.layer for part in self.adapter.parts}
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """By path, the dtype that a new adapter has there."""
+        return {part.path: part.adapter.lora_A.dtype for part in self.adapter.parts}
+
+
+@one_at_a_time
+def pool_layers(model: nn.Module, config: LoraConfig) -> PoolLayers:
+    """Finds the layers that ``config`` names, and makes those that the model lacks; the model is unchanged.
+
+    Raises:
+        ValueError, TypeError: as :func:`lora_ext.inject`; or a target is no linear layer, or the model has a pool.
+    """
+    adapters = adapter_set(model)
+    if adapters is not None and adapters.pool is not None:
+        raise ValueError("AdapterPool: the model has a pool already; close that first")
+    taken = () if adapters is None else adapters.configs
+    name = next(name for i in range(len(taken) + 1) if (name := f"{_PLACEHOLDER}{i}") not in taken)
+    adapter, _ = Injection(model, config, name).build_without_memory()
+    others = [f"{part.path} ({type(part.layer).__name__})" for part in adapter.parts if not _is_plain(part.layer)]
+    if others:
+        raise TypeError(
+            "AdapterPool: a pool holds adapters of linear layers; narrow target_modules, as these targets are others:"
+            f"{listed(others)}"
+        )
+    return PoolLayers(adapter)
+
+
+def _is_plain(layer: Any) -> bool:
+    return isinstance(layer, LoraLinear)
+
+
+@one_at_a_time
+def attach_pool(
+    model: nn.Module, layers: PoolLayers, pool: Any, slots: int, r: int, dtypes: Mapping[str, torch.dtype]
+) -> dict[str, LayerSlots]:
+    """Puts the layers into the model, with storage for the adapters of ``pool``. Returns the storage by path."""
+    held = {}
+    for path, layer in layers.found.items():
+        sizes = layer.in_features, layer.out_features
+        held[path] = LayerSlots(slots, r, *sizes, dtypes[path], layer.base_weight.device)
+    into = layers.adapter.into
+    with changing(into.active):
+        attach_layers(model, layers.adapter)
+        for path, layer in layers.found.items():
+            layer.slots = held[path]
+        into.pool = pool
+        serve_adapters(model, into)
+    return held
+
+
+@one_at_a_time
+def detach_pool(model: nn.Module, pool: Any) -> None:
+    """Undoes :func:`attach_pool`: layers without adapters are replaced by their base layers."""
+    adapters = adapter_set(model)
+    if adapters is None or adapters.pool is not pool:  # unloaded meanwhile
+        return
+    with changing(adapters.active):
+        adapters.pool = None
+        for _, layer in adapter_layers(model):
+            if isinstance(layer, LoraLinear):
+                layer.slots = None
+        remove_empty_layers(model, adapters)

@@ -1,0 +1,393 @@
+"""AdapterPool: rows get what their adapter alone computes, however the slots change; and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.models import Net, llama, refused, token_ids
+from torch import Tensor, nn
+
+from lora_ext import AdapterPool, LoraConfig, inject, load_adapter, save_adapter, set_adapter
+from lora_ext.adapters import adapter_names, delete_adapter, rename_adapter, unload
+from lora_ext.nn.rows import _current
+
+TARGETS = ["up", "head"]
+
+
+def write_adapters(model: nn.Module, root: Path, names: list[str], targets: list[str] = TARGETS, **options) -> None:
+    """Saves random adapters of ranks 1 to 4; every third one lacks the last target."""
+    for i, name in enumerate(names):
+        mine = targets[:-1] if i % 3 == 2 else targets
+        config = {"r": 1 + i % 4, "lora_alpha": 3 + i, "target_modules": mine, "init_lora_weights": False}
+        bare = inject(copy.deepcopy(model), LoraConfig(**config | options))
+        save_adapter(bare, root / name)
+
+
+def expected_rows(model: nn.Module, root: Path, names: list[str], x: Tensor) -> Tensor:
+    """The rows, each from a model with its adapter alone."""
+    rows = {}
+    for name in dict.fromkeys(names):
+        alone = copy.deepcopy(model)
+        rows[name] = (alone if name == "__base__" else load_adapter(alone, root / name)).eval()(x)
+    return torch.stack([rows[name][i] for i, name in enumerate(names)])
+
+
+NAMES = [f"n{i}" for i in range(8)]
+
+
+@pytest.fixture
+def base() -> nn.Module:
+    return Net().eval().requires_grad_(False)
+
+
+@pytest.fixture
+def root(base, tmp_path) -> Path:
+    write_adapters(base, tmp_path / "pool", NAMES)
+    return tmp_path / "pool"
+
+
+def slot_bytes(r: int = 4) -> int:
+    return 2 * (r * (6 + 10) * 4 + 16) + r * (6 + 3) * 4 + 16
+
+
+def pool_of(model: nn.Module, root: Path | None, slots: int = 3, **options) -> AdapterPool:
+    return AdapterPool(model, root, **{"target_modules": TARGETS, "r": 4, "max_bytes": slots * slot_bytes()} | options)
+
+
+def test_rows_are_those_of_the_adapter_alone(base, root):
+    x, batches = torch.randn(4, 6), [NAMES[:3] + ["__base__"], ["n3", "n0", "n4", "n3"], ["n7", "n6", "n7", "n5"]]
+    expected = [expected_rows(base, root, names, x) for names in batches]
+    model = copy.deepcopy(base)
+    pool = pool_of(model, root)
+    assert torch.equal(model(x), base(x)) and type(model.head).__name__ == "LoraLinear"
+    for _ in range(2):
+        for names, rows in zip(batches, expected, strict=True):
+            torch.testing.assert_close(model(x, adapter_names=names), rows)
+    stats = pool.stats()
+    assert (stats.slots, stats.slot_bytes, stats.resident, stats.in_use, stats.pinned) == (3, slot_bytes(), 3, 0, 0)
+    # n0, n1, n2; n3 and n4 evict n1 and n2; then n7, n6, n5 ... the second time as well
+    assert stats.loads == stats.misses == 2 * 8 and stats.evictions == 2 * 8 - 3 and stats.hits == 2
+    assert sorted(pool.resident()) == ["n5", "n6", "n7"] and pool.names() == NAMES
+    assert stats.load_seconds > 0 and repr(pool).startswith("AdapterPool(3 of 3 slots, r=4")
+
+
+def test_the_least_recently_used_makes_room(base, root):
+    model, x = copy.deepcopy(base), torch.randn(1, 6)
+    pool = pool_of(model, root)
+    for name in ("n0", "n1", "n2", "n0", "n3"):
+        model(x, adapter_names=[name])
+    assert pool.resident() == ["n2", "n0", "n3"]
+    pool.pin("n2")
+    for name in ("n4", "n5"):
+        model(x, adapter_names=[name])
+    assert pool.resident() == ["n2", "n4", "n5"] and pool.stats().pinned == 1
+    pool.unpin("n2")
+    model(x, adapter_names=["n6"])
+    assert "n2" not in pool.resident()
+
+
+def test_generate_and_adapters_of_the_model(tmp_path):
+    base, ids = llama().eval(), token_ids(4)
+    targets = ["q_proj", "v_proj", "down_proj"]
+    write_adapters(base, tmp_path, ["x", "y", "z"], targets, use_rslora=True)
+    names = ["y", "x", "own", "__base__"]
+    options = {"max_new_tokens": 4, "num_beams": 2, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    model = inject(copy.deepcopy(base), LoraConfig(r=2, target_modules=["o_proj", "q_proj"], init_lora_weights=False))
+    own = copy.deepcopy(model).eval().generate(ids, **options)
+    rename_adapter(model, "default", "own")
+    pool = AdapterPool(model.eval(), tmp_path, target_modules=targets, r=4, max_bytes=1 << 20)
+    tokens = model.generate(ids, adapter_names=names, **options)
+    for i, name in enumerate(names):
+        alone = copy.deepcopy(base)
+        if name in "xyz":
+            load_adapter(alone, tmp_path / name)
+        want = own if name == "own" else alone.eval().generate(ids, **options)
+        assert torch.equal(tokens[i], want[i]), name
+    assert pool.stats().in_use == 0 and pool.stats().loads == 2
+    delete_adapter(set_adapter(model, []), "own")  # the pool's layers stay
+    assert torch.equal(
+        model.generate(ids[:2], adapter_names=names[:2], **options | {"attention_mask": None}), tokens[:2]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_16_bit_models_and_factors(base, root, dtype):
+    model, x = copy.deepcopy(base).to(torch.bfloat16), torch.randn(4, 6, dtype=torch.bfloat16)
+    expected = expected_rows(model, root, NAMES[:4], x)
+    pool = pool_of(model, root, 6, dtype=dtype)
+    torch.testing.assert_close(model(x, adapter_names=NAMES[:4]), expected, rtol=0.05, atol=0.05)
+    assert pool.stats().slots == (6 if dtype is torch.float32 else 11)
+
+
+def test_prefetch_and_the_host_cache(base, root):
+    model, x = copy.deepcopy(base), torch.randn(1, 6)
+    pool = pool_of(model, root, host_bytes=1 << 16)
+    assert [future.result(30) for future in pool.prefetch(["n0", "n1", "n2"])] == [True] * 3
+    assert pool.prefetch("n1")[0].result(30)
+    expected = model(x, adapter_names=["n1"])
+    assert (pool.stats().loads, pool.stats().misses, pool.stats().host) == (3, 3, 3)
+    for name in ("n3", "n4", "n5"):
+        model(x, adapter_names=[name])
+    (root / "n1" / "adapter_model.safetensors").write_bytes(b"no longer needed")
+    assert torch.equal(model(x, adapter_names=["n1"]), expected)
+    assert 0 < pool.stats().host_bytes <= 1 << 16
+    pool.evict("n1")
+    with pytest.raises(ValueError, match="adapter_model.safetensors"):
+        model(x, adapter_names=["n1"])
+    pool.pin(*pool.resident())
+    pool.pin("n3")
+    assert pool.stats().pinned == 3 and pool.prefetch("n7")[0].result(30) is False
+    with pytest.raises(ValueError, match="adapter_model.safetensors"):
+        small_cache = pool_of(copy.deepcopy(base), root, host_bytes=10)
+        small_cache.prefetch("n1")[0].result(30)
+    assert small_cache.stats().host == 0 and small_cache.stats().failures == 1
+
+
+def test_names_that_are_added(base, root, tmp_path):
+    model, x = copy.deepcopy(base), torch.randn(2, 6)
+    pool = pool_of(model, None)
+    pool.add("tenant/7", root / "n3")
+    pool.add("n4", root / "n0")
+    assert pool.names() == ["n4", "tenant/7"]
+    expected = expected_rows(base, root, ["n3", "n0"], x)
+    torch.testing.assert_close(model(x, adapter_names=["tenant/7", "n4"]), expected)
+    with pytest.raises(ValueError, match="'n4' is known already"):
+        pool.add("n4", root / "n1")
+    with pytest.raises(ValueError, match="name is '__base__'"):
+        pool.add("__base__", root / "n1")
+    with pytest.raises(FileNotFoundError, match="adapter_config.json is missing"):
+        pool.add("new", tmp_path)
+    pool.remove("n4")
+    with pytest.raises(KeyError, match="there is no adapter 'n4'"):
+        model(x, adapter_names=["tenant/7", "n4"])
+    with pytest.raises(KeyError, match="'n4' was not added"):
+        pool.remove("n4")
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_names(base, root, tmp_path):
+    shutil.copytree(root / "n0", tmp_path / "outside")
+    model, x = copy.deepcopy(base), torch.randn(1, 6)
+    pool_of(model, root)
+    for name in ("n9", "../outside", str(tmp_path / "outside"), "", ".", "n0/", "n0\0"):
+        with refused(model, KeyError, "Net: there is no adapter ", "the adapters are ['n0', 'n1'"):
+            model(x, adapter_names=[name])
+    with pytest.raises(KeyError, match=r"\(close to 'n0'\); the adapters are \['n0', 'n1'"):
+        model(x, adapter_names=["n00"])
+
+
+def broken(root: Path, how: str) -> Path:
+    """A copy of n0 that does not fit the pool."""
+    path = root / "broken"
+    shutil.copytree(root / "n0", path)
+    weights, config = path / "adapter_model.safetensors", path / "adapter_config.json"
+    tensors, values = load_file(weights), json.loads(config.read_text())
+    key = "base_model.model.head.lora_A.weight"
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-9])
+        return path
+    if how == "no config":
+        config.write_text("{")
+    elif how == "rank":
+        tensors = {k: torch.cat([t] * 5, dim=0 if "lora_A" in k else 1) for k, t in tensors.items()}
+        values["r"] = 5
+    elif how == "another base":
+        tensors = {k.replace("head", "classifier"): t for k, t in tensors.items()}
+    elif how == "another size":
+        tensors[key] = tensors[key].repeat(1, 2)
+    elif how == "half":
+        del tensors[key]
+    elif how == "heads":
+        values["modules_to_save"] = ["head"]
+    elif how == "dora":
+        values["use_dora"] = True
+    elif how == "integers":
+        tensors[key] = tensors[key].to(torch.int64)
+    save_file({k: t.contiguous() for k, t in tensors.items()}, weights)
+    if how != "no config":
+        config.write_text(json.dumps(values))
+    return path
+
+
+BROKEN = {
+    "truncated": "adapter_model.safetensors",
+    "no config": "adapter_config.json",
+    "rank": "rank of head: 5, above the pool's 4",
+    "another base": "unexpected key: base_model.model.classifier.lora_A.weight",
+    "another size": "shape of base_model.model.head.lora_A.weight: [1, 12] in the file, [1, 6] in the pool",
+    "half": "missing key: base_model.model.head.lora_A.weight",
+    "heads": "modules_to_save: a pool holds low-rank updates of linear layers only",
+    "dora": "use_dora",
+    "integers": "dtype of base_model.model.head.lora_A.weight: torch.int64",
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_adapters_that_do_not_fit(base, root, how):
+    broken(root, how)
+    model, x = copy.deepcopy(base), torch.randn(3, 6)
+    pool = pool_of(model, root, 4)
+    expected = model(x, adapter_names=["n0", "n1", "n1"])
+    with refused(model, ValueError, "AdapterPool: ", BROKEN[how]):
+        model(x, adapter_names=["n0", "broken", "n2"])
+    assert _current.get() is None and pool.stats().in_use == 0 and pool.stats().failures == 1
+    assert sorted(pool.resident()) == ["n0", "n1", "n2"]  # those that fit were loaded
+    assert torch.equal(model(x, adapter_names=["n0", "n1", "n1"]), expected)
+    shutil.rmtree(root / "broken")
+    shutil.copytree(root / "n0", root / "broken")
+    assert torch.equal(model(x, adapter_names=["broken", "n1", "n1"]), expected)
+
+
+def test_a_pool_without_room(base, root):
+    model, x = copy.deepcopy(base), torch.randn(4, 6)
+    pool = pool_of(model, root, timeout=0.05)
+    with refused(model, RuntimeError, "4 adapters are wanted at once, but of the pool's 3 slots 0 are pinned"):
+        model(x, adapter_names=NAMES[:4])
+    pool.pin("n0", "n1")
+    with refused(model, RuntimeError, "2 adapters are wanted at once", "2 are pinned ('n0', 'n1'); unpin some"):
+        model(x, adapter_names=["n2", "n3", "n2", "n3"])
+    model(x, adapter_names=["n0", "n1", "n2", "n2"])
+    pool.pin("n2")
+    with pytest.raises(RuntimeError, match="3 are pinned"):
+        pool.pin("n3")
+    with pytest.raises(RuntimeError, match="'n0' is pinned"):
+        pool.evict("n3", "n0")
+    with pytest.raises(KeyError, match=r"'n3' is not pinned; the pinned adapters are \['n0', 'n1', 'n2'\]"):
+        pool.unpin("n0", "n3")
+    pool.unpin("n0", "n1", "n2")
+    slots = pool.acquire(["n0", "n1"])  # a call that does not end
+    with pytest.raises(RuntimeError, match="running calls use the slots that 'n3' need"):
+        model(x, adapter_names=["n2", "n3", "n2", "n3"])
+    with pytest.raises(RuntimeError, match="'n1' is used by a running call"):
+        pool.evict("n1")
+    with pytest.raises(RuntimeError, match="running calls use the pool"):
+        pool.close()
+    pool.release(list(slots))
+    assert pool.stats().in_use == 0
+    model(x, adapter_names=["n2", "n3", "n2", "n3"])
+
+
+def test_calls_wait_for_slots(base, root):
+    model, x = copy.deepcopy(base), torch.randn(2, 6)
+    pool = pool_of(model, root)
+    pool.acquire(["n0", "n1"])
+    threading.Timer(0.3, lambda: pool.release(["n0", "n1"])).start()
+    begin = time.monotonic()
+    model(x, adapter_names=["n2", "n3"])
+    assert time.monotonic() - begin > 0.2 and pool.stats().waits == 1
+
+
+BAD = [
+    ({"max_bytes": 100}, ValueError, "AdapterPool: max_bytes is 100, but one slot of rank 4 takes"),
+    ({"r": 0}, ValueError, "r is 0"),
+    ({"target_modules": ["nothing"]}, ValueError, "nothing"),
+    ({"target_modules": ["norm"]}, TypeError, "norm"),
+    ({"max_bytes": "1GB"}, TypeError, "AdapterPool: max_bytes is '1GB' of type str, want an integer"),
+    ({"directory": "nowhere"}, ValueError, "AdapterPool: directory is 'nowhere', which is no directory"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "text"), BAD)
+def test_bad_arguments(base, root, options, error, text):
+    with refused(base, error, text):
+        AdapterPool(base, **{"directory": root, "target_modules": TARGETS, "r": 4, "max_bytes": 1 << 20} | options)
+
+
+def test_other_layers_second_pools_and_training_are_refused(base, root):
+    other = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4))
+    with refused(other, TypeError, "a pool holds adapters of linear layers", "0 (LoraEmbedding)"):
+        AdapterPool(other, target_modules=["0", "1"], r=2, max_bytes=1 << 20)
+    model, x = copy.deepcopy(base), torch.randn(1, 6)
+    pool = pool_of(model, root)
+    with refused(model, ValueError, "AdapterPool: the model has a pool already; close that first"):
+        pool_of(model, root)
+    model.train()
+    with refused(model, ValueError, "'n0' is in a pool, whose adapters do not train; call model.eval()"):
+        model(x.repeat(2, 1), adapter_names=["n0", "n0"])
+    for fails in (pickle.dumps, lambda model: pickle.dumps(pool)):
+        with pytest.raises(TypeError, match="close()"):
+            fails(model)
+
+
+# --- the model around it ----------------------------------------------------------------------------------------------
+
+
+def test_closing_makes_the_model_plain_again(base, root):
+    model, x = copy.deepcopy(base), torch.randn(2, 6)
+    with pool_of(model, root) as pool:
+        pool.pin("n0")
+        model(x, adapter_names=["n0", "n1"])
+    assert type(model.head) is nn.Linear and not model._forward_pre_hooks and not adapter_names(model)
+    assert model.state_dict().keys() == base.state_dict().keys()
+    again = pool_of(model, root)
+    inject(model, LoraConfig(r=2, target_modules=["up"]), "own")
+    again.close()
+    assert adapter_names(model) == ["own"] and type(model.head) is nn.Linear
+    third = pool_of(model, root)
+    unload(model)
+    third.close()
+    assert torch.equal(model(x), base(x))
+
+
+def test_copies_share_the_storage(base, root):
+    model, x = copy.deepcopy(base), torch.randn(2, 6)
+    pool = pool_of(model, root)
+    expected = model(x, adapter_names=["n0", "n1"])
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(x, adapter_names=["n0", "n1"]), expected) and pool.stats().loads == 2
+
+
+def test_saving_a_model_with_a_pool(tmp_path):
+    base, ids = llama().eval(), token_ids(2)
+    write_adapters(base, tmp_path / "pool", ["a"], ["q_proj"])
+    model = copy.deepcopy(base)
+    AdapterPool(model, tmp_path / "pool", target_modules=["q_proj"], r=4, max_bytes=1 << 16)
+    model.save_pretrained(tmp_path / "saved")
+    again = type(base).from_pretrained(tmp_path / "saved").eval()
+    assert torch.equal(again(ids).logits, base(ids).logits)
+
+
+def test_modes(base, root):
+    x = torch.randn(3, 6)
+    expected = expected_rows(base, root, NAMES[:3], x)
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        model = copy.deepcopy(base)
+        pool_of(model, root)
+        with mode():
+            torch.testing.assert_close(model(x, adapter_names=NAMES[:3]), expected)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x, adapter_names=NAMES[:3]), expected)
+
+
+def test_threads_share_a_pool(base, root):
+    x = torch.randn(2, 6)
+    expected = {name: expected_rows(base, root, [name], x[:1])[0] for name in NAMES}
+    model = copy.deepcopy(base)
+    pool = pool_of(model, root, 4)
+
+    def run(seed: int) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        for _ in range(40):
+            pair = [NAMES[i] for i in torch.randint(8, (2,), generator=draw).tolist()]
+            if seed == 3:
+                pool.prefetch(pair)
+            with torch.no_grad():
+                rows = model(x[:1].repeat(2, 1), adapter_names=pair)
+            torch.testing.assert_close(rows, torch.stack([expected[name] for name in pair]))
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(run, range(4)))
+    stats = pool.stats()
+    assert stats.in_use == 0 and stats.failures == 0 and stats.evictions > 10

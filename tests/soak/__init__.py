@@ -1,0 +1,1 @@
+"""Many threads, many adapters, for a long time."""
