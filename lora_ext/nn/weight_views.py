@@ -2,8 +2,8 @@
 
 A module may use a stack of experts ``[num_experts, rows, columns]`` in a loop, by a batched product, or by a grouped
 one. A :class:`WeightView` takes the parameter's place and follows what the module does with it: indexing and
-transposing give another view, and a product with a view is the product with the frozen values plus the updates, each applied to
-the rows that chose its expert. Every other function gets a tensor with the updated values.
+transposing give another view, and a product with a view is the product with the frozen values plus the updates, each
+applied to the rows that chose its expert. Every other function gets a tensor with the updated values.
 
 Views are no tensors; PyTorch's functions find their ``__torch_function__``. TorchDynamo traces them.
 """
@@ -298,6 +298,8 @@ def _one_expert(x: Tensor, view: WeightView, bias: Tensor | None = None) -> Tens
     if view.flipped:  # the product is over out_features
         factors = [(B.t(), A.t(), scaling) for A, B, scaling in factors]
     (A, B, scaling), *others = factors
+    if scaling < 0.0:  # PEFT's may be
+        B, scaling = -B, -scaling
     y = functional.lora_linear(x, view.base, bias, A, B, scaling)
     for A, B, scaling in others:
         y = functional.plus_lora_delta(y, x, A, B, scaling)
