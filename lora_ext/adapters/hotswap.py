@@ -20,6 +20,7 @@ from lora_ext._common.printable import listed, shown
 from lora_ext.adapters.life_cycle import check_unmerged
 from lora_ext.config import LoraConfig, exact_patterns
 from lora_ext.files.adapter_file import KEY_PREFIX, AdapterFile
+from lora_ext.files.expert_layout import in_present_layout
 from lora_ext.files.packed_projection import from_peft_form
 from lora_ext.files.save_load import config_of
 from lora_ext.model.adapter_set import Adapter, Part, find_adapter
@@ -108,6 +109,7 @@ def hotswap_adapter(
     config = config_of(file, "hotswap_adapter")
     adapter = find_adapter(model, "hotswap_adapter", adapter_name)
     check_unmerged("hotswap_adapter", model, adapter.name)
+    file = in_present_layout(adapter, file, "hotswap_adapter")
     slots = _slots(adapter, config, file)
     with torch.no_grad(), changing(adapter.into.active):
         for slot in slots:

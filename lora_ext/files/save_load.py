@@ -25,6 +25,7 @@ from lora_ext._common.printable import listed, shown
 from lora_ext._common.warnings import warn_user
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, AdapterFile, TensorFile
+from lora_ext.files.expert_layout import in_present_layout, with_version
 from lora_ext.files.hub import download_adapter
 from lora_ext.files.packed_projection import from_peft_form, to_peft_form
 from lora_ext.files.staged_files import staged_files, write_tensors
@@ -139,6 +140,7 @@ def load_opened(model: nn.Module, file: AdapterFile, trainable: bool = False, ad
         injection = Injection(model, dataclasses.replace(config, inference_mode=not trainable), adapter_name)
         # Memory is allocated only after the file's shapes have been checked against the config's.
         adapter, give_memory = injection.build_without_memory()
+    file = in_present_layout(adapter, file, "load_adapter")
     unsaved = _unsaved_biases(adapter, file)
     _check_shapes(_targets(model, adapter, file, unsaved), file)
     if not replaces:
@@ -259,7 +261,7 @@ def file_content(model: nn.Module, adapter: Adapter) -> FileContent:
     }
     for key, scale in scales.items():
         tensors[f"{KEY_PREFIX}{key}"] *= scale
-    values, tensors, metadata = to_peft_form(adapter, values, tensors)
+    values, tensors, metadata = to_peft_form(adapter, with_version(adapter, values), tensors)
     # Only the outer keys are sorted: the first matching pattern counts.
     text = json.dumps({key: values[key] for key in sorted(values)}, indent=2)
     return FileContent(text + "\n", tensors, {"format": "pt", **metadata})
@@ -325,7 +327,10 @@ def _check_shapes(targets: Mapping[str, Tensor], file: AdapterFile) -> None:
     """Compares keys, shapes and dtypes of ``targets`` with the file's, without reading a tensor."""
     keys = [key for key in file.keys() if not key.endswith(_PEFT_DUPLICATES)]  # noqa: SIM118  not a dict
     problems = [f"missing key: {key}" for key in targets if key not in file]
-    problems += [f"unexpected key: {key}" for key in keys if key not in targets]
+    unexpected = [key for key in keys if key not in targets]
+    if problems and any(_OF_ONE_EXPERT.search(key) for key in unexpected):
+        problems.insert(0, "the layout of experts: one adapter for each expert, as in Transformers 4; PEFT converts it")
+    problems += [f"unexpected key: {key}" for key in unexpected]
     problems += misfits(targets, file)
     _raise_misfit(problems, file)
 
@@ -370,5 +375,6 @@ def _in_order_of(target: Tensor, values: Tensor) -> Tensor:
     return values.permute(sorted(range(values.dim()), key=lambda dim: -target.stride(dim))).flatten()
 
 
+_OF_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 # With bias="all" PEFT also writes the biases of modules_to_save under the names inside its wrappers.
 _PEFT_DUPLICATES = (".original_module.bias", ".modules_to_save.bias")

@@ -19,7 +19,7 @@ from lora_ext.nn.layer import (
     layers_around,
 )
 from lora_ext.nn.rows import RowChoice, row_choice
-from lora_ext.nn.updated_calls import NotReadError, call_with_updates, check_choices, why_whole
+from lora_ext.nn.updated_calls import NeedsWholeError, call_with_updates, why_whole
 from lora_ext.nn.weight_views import StackedUpdates, Update
 
 if TYPE_CHECKING:
@@ -51,8 +51,6 @@ class LoraParameter(TransparentLayer, LoraLayer):
     """
 
     base_kinds = "a module with parameters"
-    _unread = ""  # why no call can use a view of the parameter
-    _why_whole: str | None = None  # why the last call used the whole updated parameter, or ""; None: no call yet
 
     @checked
     def __init__(
@@ -107,10 +105,6 @@ class LoraParameter(TransparentLayer, LoraLayer):
         return getattr(self.module, self.parameter_name)
 
     @property
-    def num_experts(self) -> int:
-        return _sizes(self.module, self.parameter_name)[0]
-
-    @property
     def bias(self) -> None:
         return None
 
@@ -148,39 +142,23 @@ class LoraParameter(TransparentLayer, LoraLayer):
         names = self._applied()
         if not names:
             return self.base_layer(*args, **kwargs)
-        module, name = self.module, self.parameter_name
-        check_not_offloaded(self, module, name)
+        module = self.module
+        check_not_offloaded(self, module, self.parameter_name)
         adapters = [at_hand(self.adapters[name]) for name in names]
-        if self.base_layer is module:  # and not twice for layers around one module
-            check_choices(self, module, self.num_experts, (*args, *kwargs.values()))
-        whole = self._unread or why_whole(module, name)
-        if not whole:
-            updates = [Update(*self._stacked_factors(adapter), adapter.scaling) for adapter in adapters]
-            try:
-                result, functions = call_with_updates(
-                    self.base_layer, module, name, updates, args, kwargs, self.stores_transposed
-                )
-            except NotReadError as error:
-                whole = self._unread = str(error)
-            else:
-                self._note("".join(f"{function} needs it" for function in functions[:1]))
-                return result
-        self._note(whole)
-        substitute = {self._path_from_base_layer(): self._updated(adapters)}
-        return torch.func.functional_call(self.base_layer, substitute, args, kwargs, tie_weights=False)
+        updates = [Update(*self._stacked_factors(adapter), adapter.scaling) for adapter in adapters]
+        try:
+            return call_with_updates(
+                self.base_layer, module, self.parameter_name, updates, args, kwargs, self.stores_transposed
+            )
+        except NeedsWholeError:
+            updated = StackedUpdates(self.base_weight, self.stores_transposed, updates).updated()
+            substitute = {self._path_from_base_layer(): updated}
+            return torch.func.functional_call(self.base_layer, substitute, args, kwargs, tie_weights=False)
 
     def _forward_rows(self, choice: RowChoice, *args: Any, **kwargs: Any) -> Any:
         if self._applied(choice):
             raise ValueError(f"{type(self).__name__}: adapter_names: all rows are computed with one adapter")
         return self.base_layer(*args, **kwargs)
-
-    def _note(self, why_whole: str) -> None:
-        if not torch.compiler.is_compiling():  # an attribute that changes would be a guard that fails
-            self._why_whole = why_whole
-
-    def _updated(self, adapters: list[LoraAdapter]) -> Tensor:
-        updates = [Update(*self._stacked_factors(adapter), adapter.scaling) for adapter in adapters]
-        return StackedUpdates(self.base_weight, self.stores_transposed, updates).updated()
 
     def _stacked_factors(self, adapter: LoraAdapter) -> tuple[Tensor, Tensor]:
         """``lora_A [num_experts, r, in_features]`` and ``lora_B [num_experts, out_features, r]``."""
@@ -195,7 +173,7 @@ class LoraParameter(TransparentLayer, LoraLayer):
     @property
     def why_whole(self) -> str | None:
         """Why the last call made a tensor of the parameter's size, or "" if it made none; None: no call yet."""
-        return self._why_whole
+        return why_whole(self.module, self.parameter_name)
 
     def _path_from_base_layer(self) -> str:
         return "base_layer." * len(layers_around(self.base_layer)) + self.parameter_name

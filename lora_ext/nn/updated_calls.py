@@ -13,11 +13,14 @@ from torch import Tensor, nn
 
 from lora_ext.nn.weight_views import StackedUpdates, Update, WeightView
 
-UNREAD = "the module does not read its parameter as an attribute"
+_UNREAD = "its module does not read the parameter as an attribute"
 
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 if hasattr(os, "register_at_fork"):  # the child lacks the thread that holds a lock
     os.register_at_fork(after_in_child=_locks.clear)
+
+# By module and parameter: why the last call made a tensor of the parameter's size, or "".
+_last_reasons: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = weakref.WeakKeyDictionary()
 
 
 def call_with_updates(
@@ -28,7 +31,7 @@ def call_with_updates(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     flipped: bool,
-) -> tuple[Any, list[str]]:
+) -> Any:
     """Returns ``call(*args, **kwargs)``, in which the parameter ``name`` of ``module`` has ``updates``.
 
     The parameter itself is not touched. Calls of one module wait for each other.
@@ -37,24 +40,43 @@ def call_with_updates(
         call: calls ``module``, perhaps through other layers.
         flipped: the parameter is stored as ``[..., in_features, out_features]``.
 
-    Returns:
-        The result, and the names of the functions that needed the whole updated parameter.
-
     Raises:
-        NotReadError: the call has not read the parameter as an attribute, and its result lacks the updates.
+        NeedsWholeError: the call must be made with the whole updated parameter; see :func:`why_whole`.
+        ValueError: a router chose an expert that does not exist.
     """
-    stacked = StackedUpdates(module._parameters[name], flipped, updates)
+    weight = module._parameters[name]
+    if reason := _obstacle(module, name):
+        _note(module, name, reason)
+        raise NeedsWholeError(reason)
+    if weight.dim() == 3:
+        _check_choices(module, name, weight.shape[0], (*args, *kwargs.values()))
+    stacked = StackedUpdates(weight, flipped, updates)
     if torch.compiler.is_compiling():
-        return _call(call, module, name, stacked.view(), args, kwargs), stacked.whole
+        return _call(call, module, name, stacked.view(), args, kwargs)
     with _locks.setdefault(module, threading.RLock()):
         result = _call(call, module, name, stacked.view(), args, kwargs)
     if not stacked.is_read and any(isinstance(value, Tensor) and value.numel() for value in (*args, *kwargs.values())):
-        raise NotReadError(UNREAD)
-    return result, stacked.whole
+        _note(module, name, _UNREAD)
+        raise NeedsWholeError(_UNREAD)
+    _note(module, name, f"{stacked.whole[0]} needs it" if stacked.whole else "")
+    return result
 
 
-class NotReadError(Exception):
-    """A module does not read its parameter as an attribute."""
+class NeedsWholeError(Exception):
+    """A call must be made with the whole updated parameter."""
+
+
+def why_whole(module: nn.Module, name: str) -> str | None:
+    """Why the last call of ``module`` made a tensor of the size of its parameter ``name``; "" if none; None: no call.
+
+    Calls in compiled graphs are not noticed.
+    """
+    return _last_reasons.get(module, {}).get(name)
+
+
+def _note(module: nn.Module, name: str, reason: str) -> None:
+    if not torch.compiler.is_compiling():
+        _last_reasons.setdefault(module, {})[name] = reason
 
 
 def _call(
@@ -76,8 +98,10 @@ def _call(
             state[name] = outer
 
 
-def why_whole(module: nn.Module, name: str) -> str:
-    """Why a call of ``module`` gets the whole updated parameter instead of a view, or ""."""
+def _obstacle(module: nn.Module, name: str) -> str:
+    """Why a call of ``module`` cannot use a view of its parameter, or ""."""
+    if not torch.compiler.is_compiling() and why_whole(module, name) == _UNREAD:
+        return _UNREAD
     if hasattr(type(module), name):
         return f"{type(module).__name__} has an attribute of its own called {name}"
     if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
@@ -101,13 +125,10 @@ def _implementation(module: nn.Module) -> str | None:
     return getattr(getattr(module, "config", None), "_experts_implementation", None)
 
 
-def check_choices(layer: nn.Module, module: nn.Module, num_experts: int, values: Sequence[Any]) -> None:
+def _check_choices(module: nn.Module, name: str, num_experts: int, values: Sequence[Any]) -> None:
     """Checks the numbers of experts among the arguments of Transformers' experts, on the CPU.
 
     Transformers' grouped product leaves rows of no expert uninitialised, and its loop drops some.
-
-    Raises:
-        ValueError: there is no such expert.
     """
     if torch.compiler.is_compiling() or not is_experts_of_transformers(module) or module._is_expert_parallel:
         return
@@ -116,6 +137,6 @@ def check_choices(layer: nn.Module, module: nn.Module, num_experts: int, values:
             least, most = (int(extreme) for extreme in value.aminmax())
             if least < 0 or most >= num_experts:
                 raise ValueError(
-                    f"{type(layer).__name__}: the router chose expert {least if least < 0 else most} of "
-                    f"{type(module).__name__}, which has the experts 0 to {num_experts - 1}"
+                    f"{type(module).__name__}: the router chose expert {least if least < 0 else most}, but {name} has "
+                    f"the experts 0 to {num_experts - 1}"
                 )

@@ -298,6 +298,8 @@ def _one_expert(x: Tensor, view: WeightView, bias: Tensor | None = None) -> Tens
     if view.flipped:  # the product is over out_features
         factors = [(B.t(), A.t(), scaling) for A, B, scaling in factors]
     (A, B, scaling), *others = factors
+    if scaling < 0.0:  # PEFT's may be
+        B, scaling = -B, -scaling
     y = functional.lora_linear(x, view.base, bias, A, B, scaling)
     for A, B, scaling in others:
         y = functional.plus_lora_delta(y, x, A, B, scaling)

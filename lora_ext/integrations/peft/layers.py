@@ -7,6 +7,7 @@ from peft.tuners.lora import layer as peft_layers
 from lora_ext.integrations.peft.embedding import EmbeddingForward
 from lora_ext.integrations.peft.linear import LinearForward
 from lora_ext.integrations.peft.merging import ExactMerging
+from lora_ext.integrations.peft.parameter import ParameterForward
 
 
 class Linear(LinearForward, ExactMerging, peft_layers.Linear):
@@ -35,3 +36,7 @@ class Conv2d(_Conv, peft_layers.Conv2d):
 
 class Conv3d(_Conv, peft_layers.Conv3d):
     """Over ``nn.Conv3d``: merge and unmerge only."""
+
+
+class ParamWrapper(ParameterForward, peft_layers.ParamWrapper):
+    """Over a module with a parameter that ``target_parameters`` names: forward only."""

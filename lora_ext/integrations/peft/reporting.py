@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from lora_ext._common.arguments import checked
-from lora_ext.integrations.peft.merging import merge_obstacle
+from lora_ext.integrations.peft.merging import ExactMerging, merge_obstacle
 from lora_ext.integrations.peft.swap import accelerated_class, is_accelerated, lora_layers
 from lora_ext.nn.input_groups import InputGroups, input_groups
 
@@ -21,7 +21,6 @@ _PER_CALL = (
 _NOT_ACCELERATED = "accelerate() was not called since PEFT made the layer"
 _REASONS = {
     "MultiheadAttention": "PEFT's MultiheadAttention merges before and unmerges after each forward of the base layer",
-    "ParamWrapper": "PEFT parametrizes the base layer's parameter in each forward (target_parameters)",
 }
 
 
@@ -110,5 +109,7 @@ def _of_layer(path: str, layer: LoraLayer) -> LayerReport:
 
 
 def _merge(layer: LoraLayer) -> str:
+    if not isinstance(layer, ExactMerging):
+        return "PEFT adds the update to the base layer's parameter (target_parameters)"
     obstacles = (merge_obstacle(layer, name) for name in sorted({*layer.lora_A, *layer.lora_embedding_A}))
     return next(filter(None, obstacles), "")

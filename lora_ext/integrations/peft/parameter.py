@@ -1,0 +1,69 @@
+"""The forward of PEFT's layers around a parameter (target_parameters): no tensor of the parameter's size is made."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_ext._ops.checks import FLOATING
+from lora_ext.integrations.peft.eligibility import NONE_ACTIVE, is_eligible_call, state_obstacle
+from lora_ext.nn.base_layer import runs_alone
+from lora_ext.nn.updated_calls import NeedsWholeError, call_with_updates, why_whole
+from lora_ext.nn.weight_views import Update
+
+
+class ParameterForward:
+    """Overrides ``forward`` of a LoRA layer around a module, of which it adapts one parameter.
+
+    PEFT replaces the parameter by its sum with the update, in each forward.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        updates = _updates(self)
+        if isinstance(updates, str) or kwargs.get("adapter_names") is not None or not is_eligible_call(x):
+            return super().forward(x, *args, **kwargs)
+        try:
+            # As in PEFT, an adapted parameter with three dimensions and no swap is [experts, in, out].
+            flipped = self.get_param().dim() == 3 and not self._did_swap_in_out_features
+            return call_with_updates(
+                self.base_layer, self.get_base_layer(), self.parameter_name, updates, (x, *args), kwargs, flipped
+            )
+        except NeedsWholeError:
+            return super().forward(x, *args, **kwargs)
+
+    def forward_obstacle(self) -> str:
+        """Returns why calls run PEFT's code, or ""."""
+        updates = _updates(self)
+        if isinstance(updates, str):
+            return updates
+        reason = why_whole(self.get_base_layer(), self.parameter_name)
+        return f"now: {reason}" if reason else ""
+
+
+def _updates(layer: nn.Module) -> list[Update] | str:
+    """Returns the updates of the active adapters, or why PEFT's forward runs instead."""
+    if reason := state_obstacle(layer):
+        return reason
+    weight = layer.get_base_layer()._parameters.get(layer.parameter_name)
+    if type(weight) is not nn.Parameter or weight.dtype not in FLOATING:
+        return f"{layer.parameter_name} is no plain parameter in one of the ops' dtypes"
+    updates = []
+    for name in layer.active_adapters:
+        if name not in layer.lora_A:
+            continue
+        lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
+        if not (runs_alone(lora_A) and runs_alone(lora_B)):
+            return f"a factor of adapter {name!r} has hooks or a replaced forward"
+        A, B, scaling = lora_A.weight, lora_B.weight, layer.scaling[name]
+        if A.dtype != B.dtype or A.dtype not in FLOATING:
+            return f"lora_A and lora_B of adapter {name!r} are {A.dtype} and {B.dtype}"
+        A = A.unflatten(0, (layer.num_experts, -1))
+        B = B.unflatten(1, (-1, layer.num_experts)).permute(2, 0, 1)
+        if isinstance(scaling, Tensor):  # as PEFT's prepare_model_for_compiled_hotswap leaves it
+            B, scaling = B * scaling, 1.0
+        elif not math.isfinite(scaling):
+            return f"the scaling of adapter {name!r} is {scaling}"
+        updates.append(Update(A, B, scaling))
+    return updates or NONE_ACTIVE

@@ -1,0 +1,122 @@
+"""Adapters of stacked experts saved by PEFT before and after its change of layout, and layouts that are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.models import refused
+from torch import Tensor, nn
+
+from lora_ext import LoraConfig, inject, load_adapter, save_adapter
+from lora_ext.adapters import hotswap_adapter, lora_modules
+
+R, NUM_EXPERTS, SCALING = 2, 3, 1.5
+
+
+class Experts(nn.Module):
+    def __init__(self, transposed: bool, sizes: tuple[tuple[int, int], ...]) -> None:
+        super().__init__()
+        self.is_transposed = transposed
+        for name, (rows, columns) in zip(("up", "down"), sizes, strict=False):
+            self.register_parameter(name, nn.Parameter(torch.zeros(NUM_EXPERTS, rows, columns, dtype=torch.float64)))
+
+    def forward(self) -> list[Tensor]:
+        return [parameter * 1.0 for parameter in (self.up, getattr(self, "down", None)) if parameter is not None]
+
+
+def base(transposed: bool, *sizes: tuple[int, int]) -> nn.Module:
+    return nn.ModuleDict({"experts": Experts(transposed, sizes)})
+
+
+def saved(directory, model: nn.Module, version: str | None, is_exchanged: bool) -> dict[str, Tensor]:
+    """Writes an adapter as PEFT does; returns the updates by parameter.
+
+    ``is_exchanged``: the sizes ``[num_experts, in, out]`` are read off the parameter, as PEFT 0.17 to 0.18 do; the
+    formulas are those of PEFT's get_delta_weight.
+    """
+    tensors, updates = {}, {}
+    parameters = dict(model["experts"].named_parameters())
+    for level, (name, parameter) in enumerate(parameters.items()):
+        _, first, last = parameter.shape
+        sizes = (first, last) if is_exchanged else (last, first)
+        A = torch.randn(R * NUM_EXPERTS, sizes[0], dtype=torch.float64)
+        B = torch.randn(sizes[1], R * NUM_EXPERTS, dtype=torch.float64)
+        formula = "o r e, e r i -> e i o" if is_exchanged else "o r e, e r i -> e o i"
+        updates[name] = SCALING * torch.einsum(formula, B.reshape(len(B), R, -1), A.reshape(NUM_EXPERTS, R, -1))
+        path = "base_model.model.experts." + "base_layer." * (len(parameters) - 1 - level)
+        tensors |= {f"{path}lora_A.weight": A, f"{path}lora_B.weight": B}
+    config = LoraConfig(r=R, lora_alpha=3, target_modules=[], target_parameters=[f"experts.{n}" for n in parameters])
+    values = config.to_dict() | ({"peft_version": version} if version else {})
+    directory.mkdir()
+    (directory / "adapter_config.json").write_text(json.dumps(values))
+    save_file(tensors, directory / "adapter_model.safetensors")
+    return updates
+
+
+RECTANGULAR, SQUARE, BOTH = ((8, 5), (4, 8)), ((6, 6),), ((6, 6), (4, 8))
+# (version, the sizes are read as [experts, in, out]) for parameters [experts, out, in], then for [experts, in, out]
+VERSIONS = {
+    False: [(None, True), ("0.18.1", True), ("0.19.0", True), ("0.19.1", False), ("0.21.2", False), (None, False)],
+    True: [(None, True), ("0.18.1", True), ("0.19.0", False), ("0.19.1", True), ("0.21.2@main", True)],
+}
+
+
+@pytest.mark.parametrize("sizes", [RECTANGULAR, SQUARE, BOTH], ids=["rectangular", "square", "both"])
+@pytest.mark.parametrize(
+    ("transposed", "version", "is_exchanged"),
+    [(transposed, *case) for transposed, cases in VERSIONS.items() for case in cases],
+)
+def test_files_of_every_version_load(transposed, version, is_exchanged, sizes, tmp_path):
+    model = base(transposed, *sizes)
+    updates = saved(tmp_path / "file", model, version, is_exchanged)
+    if version is None and sizes is SQUARE:
+        with refused(
+            model, ValueError, "the experts are square", "set peft_version in adapter_config.json", "now None"
+        ):
+            load_adapter(model, tmp_path / "file")
+        return
+    load_adapter(model, tmp_path / "file")
+    for found, update in zip(model["experts"](), updates.values(), strict=True):
+        torch.testing.assert_close(found, update)
+    for _, layer in lora_modules(model):
+        torch.testing.assert_close(layer.delta_weight(), updates[layer.parameter_name])
+
+    save_adapter(model, tmp_path / "again")
+    config = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert config["peft_version"] == (version if version in ("0.21.2", "0.21.2@main") else "0.19.1")
+    again = load_adapter(base(transposed, *sizes), tmp_path / "again")
+    assert all(torch.equal(*pair) for pair in zip(again["experts"](), model["experts"](), strict=True))
+    other = inject(base(transposed, *sizes), LoraConfig.from_dict(config))
+    hotswap_adapter(other, tmp_path / "file")
+    assert all(torch.equal(*pair) for pair in zip(other["experts"](), model["experts"](), strict=True))
+
+
+def test_wrong_layouts_are_refused_by_name(tmp_path):
+    model = base(False, *RECTANGULAR)
+    saved(tmp_path / "file", model, "0.21.2", True)
+    text = r"experts.base_layer.lora_A.weight [6, 8] has the size of out_features, want [6, 5]; peft_version 0.21.2"
+    with refused(model, ValueError, "has another layout of experts", text, "stores its experts in another way"):
+        load_adapter(model, tmp_path / "file")
+    saved(tmp_path / "development", base(False, *SQUARE), "0.19.1.dev0", True)
+    model = base(False, *SQUARE)
+    with refused(model, ValueError, "the experts are square", "now '0.19.1.dev0'"):
+        load_adapter(model, tmp_path / "development")
+
+    model = base(False, *RECTANGULAR)
+    saved(tmp_path / "fewer", base(False, *RECTANGULAR), None, False)
+    model["experts"].up = nn.Parameter(torch.zeros(NUM_EXPERTS + 1, 8, 5, dtype=torch.float64))
+    with refused(
+        model, ValueError, "shape of base_model.model.experts.base_layer.lora_A.weight: [6, 5] in the file, [8, 5]"
+    ):
+        load_adapter(model, tmp_path / "fewer")
+
+    file = tmp_path / "fewer" / "adapter_model.safetensors"
+    tensors = {key.replace("experts.", "experts.0."): value for key, value in load_file(file).items()}
+    shutil.copytree(tmp_path / "fewer", tmp_path / "each")
+    save_file(tensors, tmp_path / "each" / "adapter_model.safetensors")
+    with refused(model, ValueError, "one adapter for each expert, as in Transformers 4; PEFT converts it"):
+        load_adapter(model, tmp_path / "each")

@@ -1,0 +1,92 @@
+"""PEFT's target_parameters on our kernels: stacked experts without a tensor of their size, equal to PEFT's own code."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.merging import same_bits
+from support.mixtures import IMPLEMENTATIONS, LargestTensor, mixture
+from support.models import token_ids
+from torch import nn
+
+from lora_ext.integrations.peft import accelerate, report, restore
+
+SETTINGS = {"r": 4, "lora_alpha": 3, "init_lora_weights": False, "target_modules": []}
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+def pair(base: nn.Module) -> tuple[peft.PeftModel, peft.PeftModel]:
+    """The same adapted model as PEFT runs it, and accelerated; with a second adapter that is not active."""
+    config = peft.LoraConfig(**SETTINGS, target_parameters=EXPERTS)
+    theirs = peft.get_peft_model(base, config)
+    theirs.add_adapter("other", peft.LoraConfig(**SETTINGS | {"lora_alpha": -2}, target_parameters=EXPERTS))
+    return theirs, accelerate(copy.deepcopy(theirs))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_losses_and_gradients(family, implementation, tmp_path):
+    theirs, ours = pair(mixture(family, implementation))
+    ids = token_ids()
+    for names in (["default"], ["default", "other"]):
+        gradients = []
+        for model in (ours, theirs):
+            model.base_model.set_adapter(names)
+            model.train().zero_grad()
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad} | {"": loss})
+        assert len(gradients[0]) == 8 * len(names) + 1
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+    assert all(layer.kind == "ParamWrapper" and layer.accelerated for layer in report(ours))
+    assert "target_parameters" in report(ours).layers[0].merge
+
+    for name, model in {"ours": ours, "theirs": theirs}.items():
+        model.save_pretrained(tmp_path / name)
+    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs")]
+    assert files[0].keys() == files[1].keys() and all(same_bits(files[0][key], files[1][key]) for key in files[0])
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_states_and_memory(implementation):
+    theirs, ours = pair(mixture("mixtral", implementation))
+    ids = token_ids()[:1, :2]
+    with torch.no_grad():
+        expected = theirs(input_ids=ids).logits
+        with LargestTensor() as largest:
+            torch.testing.assert_close(ours(input_ids=ids).logits, expected)
+        assert largest.numel < 4 * 16 * 24
+        with ours.disable_adapter(), theirs.disable_adapter():
+            assert same_bits(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
+            assert all("disabled" in layer.forward for layer in report(ours))
+        ours.merge_adapter()
+        torch.testing.assert_close(ours(input_ids=ids).logits, expected)
+        ours.unmerge_adapter()
+        restore(ours)
+        with LargestTensor() as largest:
+            torch.testing.assert_close(ours(input_ids=ids).logits, expected)
+        assert largest.numel >= 4 * 16 * 24
+        torch.testing.assert_close(ours.merge_and_unload()(input_ids=ids).logits, expected)
+
+
+def test_a_module_that_reads_its_parameter_otherwise_runs_pefts_code():
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 6, 5))
+
+        def forward(self, x):
+            return torch.einsum("nd,efd->nef", x, dict(self.named_parameters()).get("weight", self.weight))
+
+    base = nn.ModuleDict({"experts": Reads()})
+    theirs = peft.get_peft_model(base, peft.LoraConfig(**SETTINGS, target_parameters=["experts.weight"]))
+    ours = accelerate(copy.deepcopy(theirs))
+    x = torch.randn(4, 5)
+    theirs, ours_experts = theirs.base_model.model["experts"], ours.base_model.model["experts"]
+    for _ in range(2):
+        torch.testing.assert_close(ours_experts(x), theirs(x))
+    assert report(ours).layers[0].forward == "now: its module does not read the parameter as an attribute"
