@@ -117,6 +117,8 @@ class LoraLinear(SharesInputs, LoraLayer):
         if plain is not None:
             weight, bias = plain
             return add_updates(x, weight, add_lora_biases(bias, weight.dtype, adapters), updates)
+        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+            self._check_exportable()
         y = own_copy(self, self.base_layer(x, *args, **kwargs))
         if (bias := add_lora_biases(None, y.dtype, adapters)) is not None:
             y = y + bias  # not in place: samples of torch.func.vmap may share y
@@ -151,6 +153,14 @@ class LoraLinear(SharesInputs, LoraLayer):
         lora_B = self._full_lora_B(name, adapter.lora_B)
         bias = None if adapter.lora_bias is None else adapter.scaling * adapter.lora_bias
         return RowUpdate(adapter.lora_A, lora_B, adapter.scaling, dropout_p, bias)
+
+    def _check_exportable(self) -> None:
+        weight = quantized_weight(self.base_layer)
+        if weight is not None and weight.strict_export_only:
+            raise RuntimeError(
+                f"LoraLinear: torch.export without strict=True cannot trace {type(self.base_layer).__name__} of "
+                "bitsandbytes; call torch.export.export(..., strict=True)"
+            )
 
     def operands(self) -> Operands | str:
         if self._merged is not None:

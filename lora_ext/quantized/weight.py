@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ class QuantizedWeight(ABC):
     Args:
         module: the layer.
     """
+
+    strict_export_only: ClassVar[bool] = False  # torch.export traces a call of the layer only with strict=True
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

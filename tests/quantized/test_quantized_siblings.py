@@ -11,11 +11,11 @@ import pytest
 import torch
 from support.layers import saved_bytes
 from support.quantized import QUANTIZE, quantized_copy, unchanged_bytes
+from support.shared_inputs import groups, step
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_ext import LoraConfig, functional, inject, merge, unmerge
-from lora_ext.adapters import input_groups
 from lora_ext.integrations.peft import accelerate, report
 from lora_ext.nn.shared_inputs import SharedInputs
 
@@ -84,30 +84,12 @@ def each_alone(monkeypatch):
     return lambda: monkeypatch.setattr(SharedInputs, "_group_to_compute", lambda *_: None)
 
 
-def step(model: nn.Module, x: Tensor, run=lambda block, x: block(x)) -> dict[str, Tensor]:
-    model.zero_grad(set_to_none=True)
-    torch.manual_seed(0)
-    x = x.clone().requires_grad_()
-    y = model(x, run)
-    y.float().square().sum().backward()
-    return {"y": y.detach(), "x": x.grad} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         assert actual[name].dtype == tensor.dtype
         error = (actual[name].float() - tensor.float()).norm()
         assert error <= tolerance * tensor.float().norm(), (name, error, tensor.norm())
-
-
-def groups(model: nn.Module) -> dict[str, str]:
-    """The reasons of a report, by the last names of the paths."""
-    return {
-        "".join(path.rpartition(".")[2] for path in group.paths): group.reason
-        for group in input_groups(model)
-        if "blocks.0." in group.paths[0]
-    }
 
 
 @pytest.mark.parametrize("lora_bias", [False, True])

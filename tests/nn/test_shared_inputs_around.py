@@ -1,0 +1,239 @@
+"""Layers that read one tensor, and what is around them: memory, copies, threads, checkpointing, graphs."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import pickle
+import threading
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from support.shared_inputs import Net, assert_close, groups, net, some_x, step
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from lora_ext import LoraConfig, inject, set_adapter
+from lora_ext.nn import shared_inputs
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_kept_between_calls():
+    model = net(2)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            for _ in range(2):
+                x = some_x() + 0
+                y = model(x)
+            if grad:
+                y.sum().backward()
+        gone = weakref.ref(x), weakref.ref(y)
+        del x, y
+        assert [ref() for ref in gone] == [None, None]
+        assert not shared_inputs._thread.round._outputs
+
+
+@pytest.mark.parametrize("end", ["x dies", "backward", "another group", "the same group"])
+def test_outputs_that_nobody_takes_are_dropped(end):
+    model = net(2)
+    model(some_x())
+    block, other = model.blocks
+    x = some_x().requires_grad_(end == "backward") + 0
+    with torch.set_grad_enabled(end != "x dies"):
+        y = block.q(x)
+    round = shared_inputs._thread.round
+    assert len(round._outputs) == 2
+    if end == "another group":
+        other.q(some_x())
+    elif end == "the same group":
+        block.q(some_x())
+    elif end == "backward":
+        y.sum().backward()
+    del x
+    assert not round._outputs
+
+
+def test_models_are_freed_at_once():
+    gc.collect()
+    gc.disable()
+    try:
+        model = net()
+        step(model, some_x())
+        gone = [weakref.ref(module) for module in (model, model.blocks[0].q, model.blocks[0].k)]
+        gone.append(weakref.ref(model.blocks[0].q.adapters.default.lora_A))
+        del model
+        assert [ref() for ref in gone] == [None] * 4
+    finally:
+        gc.enable()
+
+
+def test_an_interrupted_call_changes_nothing(calls):
+    model, x = net(), some_x()
+    model(x)
+    model(x)
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_):
+        raise Stop
+
+    handle = model.blocks[0].k.register_forward_pre_hook(stop)
+    with pytest.raises(Stop):
+        model(x)
+    handle.remove()
+    expected = step(net(share_inputs=False), x)
+    calls.clear()
+    assert_close(step(model, x), expected)
+    assert calls == [3, 1]
+
+
+# --- copies, threads, checkpointing -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_share_among_themselves(duplicate, calls):
+    model, x = net(2), some_x()
+    expected = step(model, x)
+    twin = duplicate(model)
+    calls.clear()
+    assert_close(step(twin, x), expected)
+    step(twin, x)
+    assert calls[-4:] == [3, 1, 3, 1]
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(1)
+    assert_close(step(model, x), expected)
+    layer = duplicate(model.blocks[0].q)
+    torch.testing.assert_close(layer(x), model.blocks[0].q(x))
+
+
+def test_state_and_files_are_as_without_sharing():
+    shared, alone = net(), net(share_inputs=False)
+    shared(some_x())
+    assert list(shared.state_dict()) == list(alone.state_dict())
+    assert [name for name, _ in shared.named_modules()] == [name for name, _ in alone.named_modules()]
+    assert all(
+        torch.equal(a, b) for a, b in zip(shared.state_dict().values(), alone.state_dict().values(), strict=True)
+    )
+
+
+def test_threads_do_not_take_each_others_outputs():
+    model, errors = net(3).eval(), []
+    xs = [some_x() + i for i in range(4)]
+    with torch.no_grad():
+        expected = [model(x) for x in xs]
+        model(xs[0])
+
+    def run(i: int) -> None:
+        with torch.no_grad():
+            for _ in range(40):
+                if not torch.allclose(model(xs[i]), expected[i], atol=1e-5):
+                    errors.append(i)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert groups(model)["qkv"] == ""
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("forwards", [1, 2])
+def test_activation_checkpointing(reentrant, forwards, calls):
+    """The second forward draws the first one's masks and saves as many tensors, while groups are still being found."""
+
+    def loss(model: Net, run: Callable) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model.zero_grad(set_to_none=True)
+        x = some_x().requires_grad_()
+        total = sum(model(x * (i + 1), run).square().sum() for i in range(forwards))  # all before the first backward
+        total.backward()
+        grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+        return {"loss": total.detach(), "x": x.grad} | grads
+
+    def checkpointed(block: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint(block, x, use_reentrant=reentrant)
+
+    model = net(2, lora_dropout=0.3)
+    expected = loss(copy.deepcopy(model), lambda block, x: block(x))
+    for _ in range(3):
+        calls.clear()
+        assert_close(loss(model, checkpointed), expected)
+    assert calls == [3, 1] * (2 * 2 * forwards)
+    assert groups(model) == {"qkv": "", "o": "is called with another tensor"}
+
+
+def test_selective_checkpointing():
+    """Which replays the operations of the first forward by their order."""
+
+    def policy(_, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if op is torch.ops.aten.mul.Tensor else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def run(block: nn.Module, x: Tensor) -> Tensor:
+        contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+        return checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+
+    model, x = net(2, lora_dropout=0.3), some_x()
+    expected = step(net(2, lora_dropout=0.3), x)
+    for _ in range(3):
+        assert_close(step(model, x, run), expected)
+
+
+def test_checkpointing_with_a_hook_that_goes_between_the_forwards():
+    model, x = net(), some_x()
+    expected = step(net(), x)
+    handle = model.blocks[0].k.register_forward_pre_hook(lambda *_: handle.remove())
+    assert_close(step(model, x, lambda block, x: checkpoint(block, x, use_reentrant=False)), expected)
+
+
+# --- graphs -----------------------------------------------------------------------------------------------------------
+
+
+def test_compiled_graphs_are_whole_and_an_adapter_switch_compiles_as_often_as_without_sharing():
+    counts = []
+    for share_inputs in (True, False):
+        torch._dynamo.reset()
+        model, x = net(2, share_inputs), some_x()
+        inject(model, LoraConfig(target_modules=["q", "k", "v", "o"], init_lora_weights=False), "second")
+        eager = []
+        for name in ("default", "second"):
+            set_adapter(model, name)
+            eager += [step(model, x), step(model, x)]
+        graphs = []
+
+        def backend(graph, inputs, graphs=graphs):
+            graphs.append(graph)
+            return graph.forward
+
+        compiled = torch.compile(model, fullgraph=True, backend=backend)
+        for name, expected in (("default", eager[0]), ("second", eager[2]), ("default", eager[1])):
+            set_adapter(model, name)
+            for _ in range(2):
+                assert_close(step_of(compiled, model, x), expected)
+        counts.append(len(graphs))
+    assert counts[0] == counts[1]
+
+
+def step_of(compiled: Callable, model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    x = x.clone().requires_grad_()
+    y = compiled(x)
+    y.square().sum().backward()
+    grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {"y": y.detach(), "x": x.grad} | grads
+
+
+def test_exported_programs_compute_the_same():
+    model, x = net().eval(), some_x()
+    expected = model(x)
+    model(x)
+    for strict in (False, True):
+        program = torch.export.export(model, (x,), strict=strict)
+        torch.testing.assert_close(program.module()(x), expected)

@@ -1,0 +1,68 @@
+"""A small model whose layers read one tensor, what a step of it computes, and a report of its groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext import LoraConfig, inject
+from lora_ext.adapters import input_groups
+
+WIDTH = 8
+
+
+class Attention(nn.Module):
+    """Like an attention: o has as many in_features as q, k and v, and reads another tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        memory = x if memory is None else memory
+        return self.o(torch.softmax(self.q(x) * self.k(memory), -1) + self.v(memory))
+
+
+class Net(nn.Module):
+    def __init__(self, layers: int = 1) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Attention() for _ in range(layers))
+
+    def forward(self, x: Tensor, run: Callable = lambda block, x: block(x)) -> Tensor:
+        for block in self.blocks:
+            x = run(block, x + 0)
+        return x
+
+
+def net(layers: int = 1, share_inputs: bool = True, **options) -> Net:
+    torch.manual_seed(0)
+    config = LoraConfig(**{"target_modules": ["q", "k", "v", "o"], "r": 2, "init_lora_weights": False} | options)
+    return inject(Net(layers), config, share_inputs=share_inputs)
+
+
+def some_x() -> Tensor:
+    return torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def step(model: nn.Module, x: Tensor, run: Callable = lambda block, x: block(x), seed: int = 0) -> dict[str, Tensor]:
+    """The output and all gradients of one step."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(seed)
+    x = x.clone().requires_grad_()
+    y = model(x, run)
+    y.square().sum().backward()
+    grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {"y": y.detach(), "x": x.grad} | grads
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def groups(model: nn.Module) -> dict[str, str]:
+    """The reasons of a report, by the last names of the paths."""
+    return {"".join(path[-1] for path in group.paths): group.reason for group in input_groups(model)}
