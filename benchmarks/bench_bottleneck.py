@@ -1,4 +1,4 @@
-"""What does a bottleneck adapter cost on LoRA's kernels, compared with two linear layers of PyTorch?
+"""Measures a bottleneck adapter on LoRA's kernels against two linear layers of PyTorch.
 
     python benchmarks/bench_bottleneck.py [--size 16] [--rounds 60] [--device cpu] [--write]
 

@@ -1,4 +1,4 @@
-"""How does the cost of an adapter grow with its rank, the tokens of a batch, and the width of the layer?
+"""Measures how the cost of an adapter grows with its rank, the tokens of a batch, and the width of the layer.
 
     python benchmarks/bench_curves.py [--rank 16] [--tokens 512] [--width 1024] [--of-rank 4,64] [--write]
 

@@ -1,4 +1,4 @@
-"""What does an unmerged adapter cost while a model decodes 1 to 64 tokens at a time, without autograd?
+"""Measures an unmerged adapter while a model decodes 1 to 64 tokens at a time, without autograd.
 
     python benchmarks/bench_decode.py [--tokens 1,8,64] [--widths 4096x4096] [--stack-mib 512] [--device cpu] [--write]
 

@@ -1,4 +1,4 @@
-"""What does fine-tuning a whole model cost: tokens a second, memory, the loss it reaches, the time to an accuracy?
+"""Measures the fine-tuning of whole models: tokens a second, memory, the loss reached, the time to an accuracy.
 
     python benchmarks/bench_finetune.py [--rank 8] [--dropout 0.1] [--accuracy 0.75] [--device cpu] [--write]
 

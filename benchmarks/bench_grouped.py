@@ -1,4 +1,4 @@
-"""What does it cost that the rows of a batch belong to different adapters?
+"""Measures a batch whose rows belong to different adapters.
 
     python benchmarks/bench_grouped.py [--shapes 32x4096x4096] [--adapters 32] [--rank 16] [--device cpu] [--write]
 

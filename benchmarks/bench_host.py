@@ -1,4 +1,4 @@
-"""What does one call of a layer cost the host: Python, autograd and the dispatcher, next to the frozen layer and PEFT?
+"""Measures the host time of one call of a layer (Python, autograd, dispatcher) against the frozen layer and PEFT.
 
     python benchmarks/bench_host.py [--device cpu] [--write]
 

@@ -1,4 +1,4 @@
-"""How long does it take to adapt a large model, to switch its adapters, and to import the package?
+"""Measures the time to adapt a large model, to switch its adapters, and to import the package.
 
     python benchmarks/bench_inject.py [--layers 80] [--rounds 15] [--imports 5] [--write]
 

@@ -1,4 +1,4 @@
-"""How close is every CUDA kernel to the card's memory and product rates? Needs a GPU.
+"""Measures how close every CUDA kernel is to the card's memory and product rates. Needs a GPU.
 
     python benchmarks/bench_kernels.py [--seconds 60] [--json kernels.json]
 

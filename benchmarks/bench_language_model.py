@@ -1,4 +1,4 @@
-"""What does fine-tuning a real decoder cost, and are its losses PEFT's?
+"""Measures the fine-tuning of a real decoder, and compares its losses with PEFT's.
 
     python benchmarks/bench_language_model.py [--model DIR_OR_GGUF] [--max-length 256] [--steps 10] [--write]
 

@@ -1,4 +1,4 @@
-"""What does a LoRA linear layer cost beyond its frozen base, in inference and in training, next to its peers?
+"""Measures a LoRA linear layer and its peers against their frozen base, in inference and in training.
 
     python benchmarks/bench_layer.py [--device cpu] [--dropout 0.1] [--rank 16] [--shapes 512x768x3072] [--write]
 

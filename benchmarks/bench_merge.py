@@ -1,4 +1,4 @@
-"""What does a merge cost that can be undone bit by bit, compared with addmm_ and PEFT, which cannot?
+"""Measures a merge that can be undone bit by bit against addmm_ and PEFT, which cannot.
 
     python benchmarks/bench_merge.py [--device cpu] [--rank 16] [--size 0.03] [--rounds 60] [--write]
 

@@ -1,4 +1,4 @@
-"""What do LoRA layers that read one x (q/k/v) cost beyond their frozen bases, in one op and as separate layers?
+"""Measures LoRA layers that read one x (q/k/v), in one op and as separate layers, against their frozen bases.
 
     python benchmarks/bench_siblings.py [--dropout 0.1] [--rank 16] [--shapes 8192x4096x4096+1024+1024] [--write]
 

@@ -1,4 +1,4 @@
-"""Where does the adapter's time go? Times the products of a LoRA layer without the base product and autograd.
+"""Times the products of a LoRA layer one by one, without the base product and autograd.
 
     python benchmarks/bench_stages.py [--rank 16] [--threads 1] [--shapes 1536x384x384] [--device cpu] [--write]
 

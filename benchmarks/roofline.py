@@ -1,4 +1,4 @@
-"""How close is the layer to the machine's memory and product rates?
+"""Measures how close the layer is to the machine's memory and product rates.
 
     python benchmarks/roofline.py [--shapes 512x768x768] [--memory-mib 1024] [--device cpu] [--write]
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from support.models import Net
-from support.refusals import CALLS, Call, call, state
+from support.public_calls import Call, call, state
+from support.refusals import CALLS
 
 import lora_ext
 from lora_ext import adapters, analysis, methods

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+
 from harness.timing import Clock
 
 WARMUP, REPEATS = 3, 10

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Callable, Iterable
 
 import torch
-from harness.shapes import Shape
 from torch import Tensor, nn
 
+from harness.shapes import Shape
 from lora_ext.nn import LoraAdapter, LoraLinear
 
 ALPHA_OVER_R = 2.0

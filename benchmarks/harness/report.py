@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+
+import lora_ext
 from harness import machine_isa
 from harness.machine_folder import machine_folder
 from harness.machine_load import MachineLoad
 from harness.shapes import Shape
 from harness.timing import Clock, CudaClock, interleaved, ratio, wall_clock
-
-import lora_ext
 from lora_ext import info
 
 RESULTS = Path(__file__).parents[1] / "results"

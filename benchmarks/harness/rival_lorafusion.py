@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import importlib
 
-from harness.contestants import ALPHA_OVER_R
 from torch import Tensor, nn
+
+from harness.contestants import ALPHA_OVER_R
 
 PACKAGE = "lorafusion"
 DROPS_NOTHING = 1e-9

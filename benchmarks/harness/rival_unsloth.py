@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import importlib
 
+from torch import Tensor, nn
+
 from harness.attention_output import AttentionOutput
 from harness.contestants import make_peft
-from torch import Tensor, nn
 
 PACKAGE = "unsloth"
 

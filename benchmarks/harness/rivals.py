@@ -13,10 +13,11 @@ from collections.abc import Iterable
 from types import ModuleType
 
 import torch
+from torch import Tensor, nn
+
 from harness import contestants
 from harness.contestants import FROZEN, LORA_EXT
 from harness.shapes import Shape
-from torch import Tensor, nn
 
 NAMES = ("unsloth", "axolotl", "lorafusion")
 

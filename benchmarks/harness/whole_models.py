@@ -7,10 +7,10 @@ import importlib.util
 import sys
 
 import torch
-from harness.contestants import ACCELERATED, ALPHA_OVER_R, FROZEN, LORA_EXT
 from torch import nn
 
 import lora_ext
+from harness.contestants import ACCELERATED, ALPHA_OVER_R, FROZEN, LORA_EXT
 from lora_ext.injection.inject import lora_modules
 
 HEAD_ONLY = "head only"  # no gradient passes through the frozen model: faster than any adapter can be

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import random
-import warnings
 from pathlib import Path
 
 import peft
@@ -219,10 +218,9 @@ def test_unsupported_configs_are_refused(directory: Path, values: dict, message:
         read_contents(AdapterFile.open(directory))
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 def test_conv1d_of_transformers(tmp_path: Path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = peft.get_peft_model(gpt2(), peft.LoraConfig(r=2, target_modules=["c_attn", "wte"]))
+    model = peft.get_peft_model(gpt2(), peft.LoraConfig(r=2, target_modules=["c_attn", "wte"]))
     model.save_pretrained(tmp_path)
     kinds = {update.path: update.kind for update in read_contents(AdapterFile.open(tmp_path)).updates}
     assert kinds == {"transformer.wte": "embedding", "transformer.h.0.attn.c_attn": "linear"}

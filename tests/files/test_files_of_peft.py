@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 from pathlib import Path
 
 import peft
@@ -31,11 +30,8 @@ def trained(model: nn.Module) -> nn.Module:
 
 def adapted(base: nn.Module, **settings) -> peft.PeftModel:
     """A copy of ``base``, adapted by PEFT and trained."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return trained(
-            peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, target_modules=TARGETS, **settings))
-        )
+    config = peft.LoraConfig(r=4, target_modules=TARGETS, **settings)
+    return trained(peft.get_peft_model(copy.deepcopy(base), config))
 
 
 def edit(directory: Path, **values) -> None:
@@ -56,6 +52,7 @@ IDS = torch.arange(7)[None]
 # --- initialisations --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:lora with eva initialization", "ignore:`eva_config` specified")
 def test_eva_loads_as_a_plain_adapter(tmp_path):
     base = llama().eval()
     theirs = adapted(
@@ -71,20 +68,19 @@ def test_eva_loads_as_a_plain_adapter(tmp_path):
     torch.testing.assert_close(logits(read, IDS), logits(theirs, IDS))
 
 
+@pytest.mark.filterwarnings("ignore:(PiSSA|OLoRA) changes the base weights")
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_converted_adapters_load_and_others_are_refused(init, tmp_path):
     base = llama().eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs = peft.get_peft_model(
-            copy.deepcopy(base), peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=init)
-        )
-        theirs.save_pretrained(tmp_path / "initial")
-        trained(theirs)
-        theirs.save_pretrained(tmp_path / "as_it_is")
-        expected = logits(theirs, IDS)
-        converted = tmp_path / "converted"
-        theirs.save_pretrained(converted, path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=init)
+    )
+    theirs.save_pretrained(tmp_path / "initial")
+    trained(theirs)
+    theirs.save_pretrained(tmp_path / "as_it_is")
+    expected = logits(theirs, IDS)
+    converted = tmp_path / "converted"
+    theirs.save_pretrained(converted, path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
     ours = load_adapter(copy.deepcopy(base), converted)
     torch.testing.assert_close(logits(ours, IDS), expected, rtol=1e-4, atol=1e-5)
 

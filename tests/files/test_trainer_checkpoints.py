@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from support.models import bert, llama, token_ids
+from support.spoil import Spoil
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -100,21 +101,10 @@ class BertWithNorm(BertForSequenceClassification):
         self.dropout = self.norm  # between the pooler and the classifier
 
 
-class _GetsWorse(TrainerCallback):
-    """Destroys the adapter after step 2, so that the best model is that of step 2."""
-
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        if state.global_step == 2:
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.requires_grad:
-                        parameter.add_(torch.randn_like(parameter), alpha=30)
-
-
 def test_the_best_model_is_loaded_at_the_end(tmp_path):
     model = injected(bert(), target_modules=["query"], task_type="SEQ_CLS")
     run = trainer(model, tmp_path / "run", eval_strategy="steps", eval_steps=1, load_best_model_at_end=True)
-    run.add_callback(_GetsWorse())
+    run.add_callback(Spoil())
     kept = {}
     run.add_callback(type("Keep", (TrainerCallback,), {"on_step_end": _keep(kept)})())
     run.train()

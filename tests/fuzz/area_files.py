@@ -241,7 +241,7 @@ class _FileCase:
             shutil.rmtree(self.work, ignore_errors=True)
 
     def _run(self) -> Outcome:
-        from support import refusals
+        from support.public_calls import state
 
         reader, files = self.reader, self.work / "files"
         function = reader.function
@@ -250,7 +250,7 @@ class _FileCase:
         exec(self.setup, space)
         space["model_adapters"] = space["adapter_names"]
         model = space.get("model")
-        before, listed = (refusals.state(model) if model is not None else None), _listing(self.work)
+        before, listed = (state(model) if model is not None else None), _listing(self.work)
         found: list[Finding] = []
         begin, begin_bytes = time.process_time(), _reset_peak()
         try:
@@ -283,7 +283,7 @@ class _FileCase:
         return Outcome("compared", tuple(found))
 
     def _judge_refusal(self, error: Exception, model: Any, before: Any, listed: dict[str, Any]) -> list[Finding]:
-        from support import refusals
+        from support.public_calls import state
 
         function = self.reader.function
         if type(error).__name__ == "TaskError":
@@ -294,7 +294,7 @@ class _FileCase:
         found = [judge_exception(function, sorted(names), error, with_files=True)]
         if not self.changed:
             found.append(finding("refused", function, f"valid files: {type(error).__name__}: {error}"))
-        if model is not None and (after := refusals.state(model)) != before:
+        if model is not None and (after := state(model)) != before:
             what = ", ".join(key for key in before if after.get(key) != before[key])
             found.append(finding("changed after a refusal", function, f"the model's {what} after {error}", what))
         now = _listing(self.work)

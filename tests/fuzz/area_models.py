@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from support import refusals
+from support.public_calls import state
 from torch import Tensor, nn
 
 from lora_ext.adapters import lora_modules
@@ -101,6 +102,7 @@ def _any_function(choices: Choices) -> Case:
     setup = f"""import numpy, tempfile, torch
 from pathlib import Path
 from torch import nn
+from support.public_calls import *
 from support.refusals import *
 torch.manual_seed(0)
 directory = Path(tempfile.mkdtemp())
@@ -127,8 +129,8 @@ def _run_function(label: str, names: list[str], setup: str, body: str, changed: 
             return Outcome("void")
         arguments = space["arguments"]
         try:
-            before = {name: refusals.state(value) for name, value in arguments.items()}
-            files = refusals.state(Path(directory))
+            before = {name: state(value) for name, value in arguments.items()}
+            files = state(Path(directory))
         except Exception:  # an argument whose state is unknown
             before = files = None
         try:
@@ -137,13 +139,13 @@ def _run_function(label: str, names: list[str], setup: str, body: str, changed: 
             trouble = judge_exception(label, names, error, with_files=True)
             found = [trouble] if trouble else []
             if before is not None:
-                after = {name: refusals.state(value) for name, value in arguments.items()}
+                after = {name: state(value) for name, value in arguments.items()}
                 found += [
                     finding("changed after a refusal", label, f"{name} after {error}", name)
                     for name in before
                     if after[name] != before[name]
                 ]
-                if refusals.state(Path(directory)) != files:
+                if state(Path(directory)) != files:
                     found.append(finding("changed after a refusal", label, f"files after {error}", "files"))
             return Outcome("refused", tuple(found))
     return Outcome("accepted" if changed else "compared")
@@ -310,7 +312,7 @@ def _run_life(life: Life) -> Outcome:
         pristine = copy.deepcopy(space["model"])
         for step in life.steps:
             model = space["model"]
-            before, files = refusals.state(model), refusals.state(Path(directory))
+            before, files = state(model), state(Path(directory))
             output = _output(model, space["x"])
             names = [step.function, "adapter", "LoRA", "Lora", "layer", "merge", "model", "config"]
             try:
@@ -319,10 +321,10 @@ def _run_life(life: Life) -> Outcome:
                 refused += 1
                 trouble = judge_exception(step.function, names, error, with_files=True)
                 found += [trouble] if trouble else []
-                if (after := refusals.state(model)) != before:
+                if (after := state(model)) != before:
                     what = ", ".join(key for key in before if after.get(key) != before[key])
                     found.append(finding("changed after a refusal", step.function, f"{what} after {error}", what))
-                if refusals.state(Path(directory)) != files:
+                if state(Path(directory)) != files:
                     found.append(finding("changed after a refusal", step.function, f"files after {error}", "files"))
                 continue
             if step.function == "merge_and_unload":

@@ -29,8 +29,7 @@ AREAS = {
     "result_files": "results of compare, sweep and finetune, with changes, as report reads them",
 }
 OF_FILES = [area for area in AREAS if area.endswith("_files") or area == "checkpoints"]
-# Number of cases of each area in `make test`, from the seeds 0, 1, 2 ...: on two quiet cores about a minute for calls
-# and one for files.
+# Number of cases of each area in `make test-full`, from the seeds 0, 1, 2 ...; `make test` runs the first half.
 FIXED_CASES = {
     "ops": 5000,
     "values": 2500,

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from support.header_mutations import nested
+
 from .choices import Choices
 
 # Replacements of a JSON value; some are HTML that a page must escape, or paths that lead elsewhere.
@@ -61,18 +63,11 @@ _BIG: tuple[Callable[[], Any], ...] = (
     lambda: list(range(20_000)),
     lambda: ["a" * 10 + str(i) for i in range(20_000)],
     lambda: {f"a{i}": i for i in range(20_000)},
-    lambda: _nested(100),
-    lambda: _nested(100_000),
-    lambda: {"k": _nested(2_000)},
+    lambda: nested(100),
+    lambda: nested(100_000),
+    lambda: {"k": nested(2_000)},
 )
 _MOST_BYTES = 1 << 21  # of a changed file
-
-
-def _nested(depth: int) -> Any:
-    value: Any = []
-    for _ in range(depth):
-        value = [value]
-    return value
 
 
 def mutate_file(choices: Choices, path: Path, others: list[Path]) -> None:

@@ -18,7 +18,7 @@ from support.merged_models import (
 )
 from support.merging import FLOATING, same_bits
 from support.models import llama
-from torch import nn
+from torch import Tensor, nn
 
 from lora_ext import LoraConfig, functional, inject, merge, unmerge
 from lora_ext.adapters import lora_modules, merge_and_unload
@@ -221,15 +221,22 @@ def test_weights_of_two_dtypes_in_the_same_memory():
         merge_all_("test", both, [A, A], [B, B])
 
 
+def blocks_of_columns(cuts: list[tuple[int, int]]) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    """Makes a matrix, blocks of its columns, and factors for them."""
+    whole = torch.randn(20, 650)
+    blocks = [whole[:, begin:end] for begin, end in cuts]
+    factors = [pack_factors(whole.dtype, [(torch.randn(2, b.shape[1]), torch.randn(20, 2), 0.5)]) for b in blocks]
+    return whole, blocks, [A for A, _ in factors], [B for _, B in factors]
+
+
 @pytest.mark.parametrize(
     "cuts", [[(0, 300), (300, 600)], [(0, 1), (1, 650)], [(0, 256), (300, 600), (260, 270)]], ids=str
 )
 def test_blocks_of_columns_of_one_matrix(cuts):
     """Blocks of a packed q, k, v projection: disjoint, though their address ranges overlap."""
-    whole = torch.randn(20, 650)
-    before, blocks = whole.clone(), [whole[:, begin:end] for begin, end in cuts]
-    factors = [pack_factors(whole.dtype, [(torch.randn(2, b.shape[1]), torch.randn(20, 2), 0.5)]) for b in blocks]
-    records = merge_all_("test", blocks, [A for A, _ in factors], [B for _, B in factors])
+    whole, blocks, As, Bs = blocks_of_columns(cuts)
+    before = whole.clone()
+    records = merge_all_("test", blocks, As, Bs)
     assert not same_bits(whole, before)
     unmerge_all_("test", blocks[::-1], records[::-1])
     assert same_bits(whole, before)
@@ -237,11 +244,10 @@ def test_blocks_of_columns_of_one_matrix(cuts):
 
 @pytest.mark.parametrize("cuts", [[(0, 300), (299, 600)], [(0, 256), (600, 610), (200, 300)]], ids=str)
 def test_blocks_of_columns_that_overlap(cuts):
-    whole = torch.randn(20, 650)
-    before, blocks = whole.clone(), [whole[:, begin:end] for begin, end in cuts]
-    factors = [pack_factors(whole.dtype, [(torch.randn(2, b.shape[1]), torch.randn(20, 2), 0.5)]) for b in blocks]
+    whole, blocks, As, Bs = blocks_of_columns(cuts)
+    before = whole.clone()
     with pytest.raises(ValueError, match="shares memory"):
-        merge_all_("test", blocks, [A for A, _ in factors], [B for _, B in factors])
+        merge_all_("test", blocks, As, Bs)
     assert same_bits(whole, before)
 
 

@@ -78,7 +78,7 @@ ODD_TENSORS = {
 }
 if hasattr(torch, "quantize_per_tensor"):  # deprecated in 2.13
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
         ODD_TENSORS["quantised"] = torch.quantize_per_tensor(torch.ones(6, 24), 0.1, 0, torch.qint8)
 
 

@@ -50,6 +50,7 @@ def run(source: Path, tests: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_conforming_layers(tmp_path):
     done = run(tmp_path, TESTS)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -62,6 +63,8 @@ def test_a_difference_fails_and_rounding_is_tried_again(tmp_path):
     first = "import zlib; FIRST = zlib.crc32(b'tests/test_custom_models.py::test_lora_at_a_float_s_mercy')\n"
     done = run(tmp_path, TESTS + ONLY_PEFT + first + ROUNDING)
     assert done.returncode == 1
+    assert "PEFT alone: 1 failed, 3 passed, 1 skipped\nwith lora_ext: 3 failed, 1 passed, 1 skipped\n" in done.stdout
+    assert "through lora_ext: 1 calls of lora_linear, 1 calls of merge_all_" in done.stdout
     assert "FAILS with lora_ext, passes without: tests/test_custom_models.py::test_lora_of_peft_itself" in done.stdout
     assert "not from the first: tests/test_custom_models.py::test_lora_at_a_float_s_mercy" in done.stdout
 

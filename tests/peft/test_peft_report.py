@@ -224,24 +224,21 @@ def test_hooks_on_the_base_layer_run_and_keep_their_results():
     assert len(seen) == 2 and torch.equal(*seen) and report(ours).layers[0].accelerated
 
 
-@pytest.mark.parametrize("threshold", [0.0, 6.0])
-def test_8_bit(threshold):
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("Linear8bitLt", {"has_fp16_weights": False, "threshold": 0.0}),
+        ("Linear8bitLt", {"has_fp16_weights": False, "threshold": 6.0}),
+        ("Linear4bit", {"compute_dtype": torch.float32, "quant_type": "nf4"}),
+        ("Linear4bit", {"compute_dtype": torch.float32, "quant_type": "fp4"}),
+    ],
+)
+def test_quantised_layers_of_bitsandbytes(kind, options):
     bnb = pytest.importorskip("bitsandbytes")
-    linear = bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False, threshold=threshold)
+    linear = getattr(bnb.nn, kind)(64, 32, **options)
     linear.load_state_dict(nn.Linear(64, 32).state_dict())
-    check_quantised(nn.Sequential(linear.to(torch.get_default_device())), "is_loaded_in_8bit", "Linear8bitLt")
-
-
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_4_bit(quant_type):
-    bnb = pytest.importorskip("bitsandbytes")
-    linear = bnb.nn.Linear4bit(64, 32, compute_dtype=torch.float32, quant_type=quant_type)
-    linear.load_state_dict(nn.Linear(64, 32).state_dict())
-    check_quantised(nn.Sequential(linear.to(torch.get_default_device())), "is_loaded_in_4bit", "Linear4bit")
-
-
-def check_quantised(model: nn.Module, flag: str, kind: str) -> None:
-    setattr(model, flag, True)
+    model = nn.Sequential(linear.to(torch.get_default_device()))
+    setattr(model, {"Linear8bitLt": "is_loaded_in_8bit", "Linear4bit": "is_loaded_in_4bit"}[kind], True)
     model.requires_grad_(False)
     theirs = peft.get_peft_model(model, config(target_modules=["0"], lora_bias=True))
     ours = accelerate(copy.deepcopy(theirs))

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.spoil import Spoil
 from support.trainers import TARGETS, dpo, logged, plain, sft, tiny_chat
 from support.ways import WAYS, adapted, save_random_adapter
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 # TRL and torchao, which it imports, warn a lot. TRL puts models on the GPU by itself.
 pytestmark = [pytest.mark.full, pytest.mark.filterwarnings("ignore"), pytest.mark.cpu_only("TRL chooses the device")]
@@ -47,17 +47,6 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(kind, way, start, tmp_path
     assert_same(trained(resumed.model), trained(whole.model))
     assert logged(resumed, "loss") == logged(whole, "loss")
     assert any(not torch.equal(value, before[name]) for name, value in trained(resumed.model).items())
-
-
-class Spoil(TrainerCallback):
-    """Spoils the adapter after step 2, so that an earlier one is the best."""
-
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        if state.global_step == 2:
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.requires_grad:
-                        parameter.add_(torch.randn_like(parameter), alpha=30)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -15,7 +15,7 @@ import torch
 import transformers
 from support.models import token_ids
 from support.optional import datasets, trl
-from tokenizers import Tokenizer, models, pre_tokenizers
+from support.tiny_trl import PREFERENCES, TARGETS, WORDS, decoder, save, settings, tokenizer
 from torch import Tensor, nn
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
@@ -25,56 +25,14 @@ from lora_ext.integrations.trl import for_trl
 # TRL and torchao, which it imports, warn a lot. TRL puts models on the GPU by itself.
 pytestmark = [pytest.mark.full, pytest.mark.filterwarnings("ignore"), pytest.mark.cpu_only("TRL chooses the device")]
 
-WORDS = ["<pad>", "<eos>", "<unk>", "the", "sky", "is", "blue", "red", "and", "grass", "green", "not", "nice"]
-TARGETS = ["q_proj", "v_proj", "down_proj"]
-PREFERENCES = [
-    {"prompt": "the sky is", "chosen": " blue and nice", "rejected": " not blue"},
-    {"prompt": "grass is", "chosen": " green", "rejected": " red and not nice"},
-]
-
-
-def tokenizer():
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
-
-
-def tiny(kind: str = "Llama", **settings) -> nn.Module:
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "max_position_embeddings": 64}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    tokens = {"vocab_size": len(WORDS), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
-    config = getattr(transformers, f"{kind}Config")(**sizes, **heads, **tokens, **settings)
-    return getattr(transformers, f"{kind}ForCausalLM")(config)
-
 
 @pytest.fixture(params=["Llama", "Qwen2"])
 def checkpoint(request, tmp_path) -> Path:
-    """A base model on disk, as TRL would load it again."""
-    tiny(request.param).save_pretrained(tmp_path / "base")
-    tokenizer().save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
+    return save(decoder(request.param), tmp_path / "base")
 
 
 def base_of(checkpoint: Path) -> nn.Module:
     return transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
-
-
-def settings(kind: str, directory: Path, **more):
-    common = {
-        "output_dir": str(directory),
-        "max_steps": 1,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 0.05,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-    }
-    return getattr(trl, f"{kind}Config")(**common | more)
 
 
 def sft(model: nn.Module, directory: Path) -> nn.Module:
@@ -154,7 +112,7 @@ def test_the_reference_equals_the_merged_model(checkpoint, tmp_path):
 
 
 def test_two_steps_of_dpo_are_those_with_peft(tmp_path):
-    base = tiny()
+    base = decoder()
     base.save_pretrained(tmp_path / "base")
     model = inject(copy.deepcopy(base), LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False))
     save_adapter(model, tmp_path / "adapter")
@@ -172,7 +130,7 @@ def test_two_steps_of_dpo_are_those_with_peft(tmp_path):
 
 @pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
 def test_the_first_kl_of_online_methods_is_zero(kind, tmp_path):
-    tiny().save_pretrained(tmp_path / "base")
+    decoder().save_pretrained(tmp_path / "base")
     model = injected(tmp_path / "base", tmp_path)
     before = models_in_memory()
     trainer = grpo(for_trl(model), tmp_path, kind, max_steps=2)
@@ -184,7 +142,7 @@ def test_the_first_kl_of_online_methods_is_zero(kind, tmp_path):
 
 
 def test_the_first_kto_rewards_are_zero(tmp_path):
-    tiny().save_pretrained(tmp_path / "base")
+    decoder().save_pretrained(tmp_path / "base")
     model = injected(tmp_path / "base", tmp_path)
     rows = [
         {"prompt": row["prompt"], "completion": row["chosen"], "label": i % 2 == 0} for i, row in enumerate(PREFERENCES)
@@ -202,7 +160,7 @@ def test_the_first_kto_rewards_are_zero(tmp_path):
 
 
 def test_checkpoints_hold_adapters_and_resume_with_their_reference(tmp_path):
-    base = tiny()
+    base = decoder()
     base.save_pretrained(tmp_path / "base")
     model = injected(tmp_path / "base", tmp_path)
     save_adapter(model, tmp_path / "start")
@@ -242,7 +200,7 @@ def test_rows_and_modules_trained_in_full_are_copied_too(tmp_path):
         rank_pattern={"v_proj": 4},
         init_lora_weights=False,
     )
-    tiny().save_pretrained(tmp_path / "base")
+    decoder().save_pretrained(tmp_path / "base")
     model = sft(inject(base_of(tmp_path / "base"), config), tmp_path)
     trainer = dpo(for_trl(model), tmp_path)
     trainer.train()
@@ -261,7 +219,7 @@ def test_a_plain_trainer_is_refused_with_the_line_that_does_it_right(checkpoint,
 
 
 def test_plain_trainers_that_need_no_reference_run(tmp_path):
-    tiny().save_pretrained(tmp_path / "base")
+    decoder().save_pretrained(tmp_path / "base")
     model = injected(tmp_path / "base", tmp_path)  # SFT is one
     grpo(model, tmp_path, beta=0.0).train()
     ours = base_of(tmp_path / "base")
@@ -274,7 +232,7 @@ def test_plain_trainers_that_need_no_reference_run(tmp_path):
 
 
 def test_an_adapted_head_is_refused_because_trl_reads_its_weight(tmp_path):
-    tiny().save_pretrained(tmp_path / "base")
+    decoder().save_pretrained(tmp_path / "base")
     config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
     with pytest.raises(RuntimeError, match=r"'lm_head'.*modules_to_save"):
         sft(inject(base_of(tmp_path / "base"), config), tmp_path)
@@ -283,7 +241,7 @@ def test_an_adapted_head_is_refused_because_trl_reads_its_weight(tmp_path):
 
 
 def test_the_guard_goes_with_the_last_adapter_and_survives_copies():
-    model = inject(tiny(), LoraConfig(r=2, target_modules=TARGETS))
+    model = inject(decoder(), LoraConfig(r=2, target_modules=TARGETS))
     model.add_model_tags(["mine"])
     twin = copy.deepcopy(model)
     assert vars(twin)["add_model_tags"].__self__ is twin
@@ -296,8 +254,8 @@ def test_the_guard_goes_with_the_last_adapter_and_survives_copies():
 
 def test_for_trl_refuses_models_that_it_cannot_serve():
     with pytest.raises(ValueError, match="for_trl: LlamaForCausalLM is not injected"):
-        for_trl(tiny())
-    model = inject(tiny(), LoraConfig(r=2, target_modules=TARGETS), "mine")
+        for_trl(decoder())
+    model = inject(decoder(), LoraConfig(r=2, target_modules=TARGETS), "mine")
     with pytest.raises(ValueError, match=r"'mine'.*'default'.*rename_adapter"):
         for_trl(model)
     rename_adapter(model, "mine", "default")
@@ -309,11 +267,11 @@ def test_for_trl_refuses_models_that_it_cannot_serve():
     with pytest.raises(NotImplementedError, match="vllm"):
         wrapped.merge_adapter()
     with pytest.raises(ValueError, match="PeftModel"):
-        for_trl(peft.get_peft_model(tiny(), peft.LoraConfig(target_modules=TARGETS)))
+        for_trl(peft.get_peft_model(decoder(), peft.LoraConfig(target_modules=TARGETS)))
 
 
 def test_the_wrapper_has_pefts_interface(tmp_path):
-    model = inject(tiny(), LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False))
+    model = inject(decoder(), LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False))
     wrapped, ids = for_trl(model), token_ids()
     expected = logits(model, ids)
     assert isinstance(wrapped, peft.PeftModel) and wrapped.get_base_model() is model

@@ -64,7 +64,8 @@ def peft_adapter(model: nn.Module, directory: Path, **settings: Any) -> peft.Pef
     """Adapts a copy of ``model`` with PEFT, so that its output changes, and saves the adapter."""
     settings = {"r": 2, "lora_alpha": 5, "init_lora_weights": False} | settings
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        for message in ("fan_in_fan_out is set to False", "Adapter 'default': ", "Setting `save_embedding_layers`"):
+            warnings.filterwarnings("ignore", message)
         adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**settings))
         shaken(adapted).save_pretrained(directory)
     return adapted
@@ -72,9 +73,7 @@ def peft_adapter(model: nn.Module, directory: Path, **settings: Any) -> peft.Pef
 
 def merged_by_peft(adapted: peft.PeftModel) -> dict[str, Tensor]:
     """Returns the model's state after PEFT merged the adapter."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return dict(copy.deepcopy(adapted).merge_and_unload().state_dict())
+    return dict(copy.deepcopy(adapted).merge_and_unload().state_dict())
 
 
 def tensors_of(directory: Path) -> dict[str, Tensor]:

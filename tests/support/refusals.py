@@ -5,73 +5,23 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from support.checkpoint_files import snapshot as files_of
-from support.models import Net, bert, snapshot
-from torch import Tensor, nn
+from support.models import Net, bert
+from support.public_calls import NAN, Call
+from support.refusals_analysis import ANALYSIS
+from support.refusals_layers import LAYERS
+from torch import nn
 
-from lora_ext import LoraConfig, adapters, analysis, inject, load_adapter, merge, methods, save_adapter, unmerge
-from lora_ext import nn as layers
-from lora_ext.adapters import adapter_status, merge_record_bytes
+from lora_ext import LoraConfig, adapters, inject, load_adapter, merge, methods, save_adapter, unmerge
 from lora_ext.integrations import peft as integration
 
-NAN = float("nan")
 BAD_NAMES = ("a.b", "keys", "")
 CONFIG = LoraConfig(r=2, target_modules=["up", "down"], init_lora_weights=False)
 BIASED = LoraConfig(r=2, target_modules=["up"], bias="all")
-
-
-@dataclass
-class Call:
-    """A public function.
-
-    Attributes:
-        function: the function.
-        arguments: makes all named arguments of a valid call, with files in a directory.
-        refused: changes of the arguments, the error, and words of its message, in which FUNCTION stands for its name.
-    """
-
-    function: Callable[..., Any]
-    arguments: Callable[[Path], dict[str, Any]]
-    refused: list[tuple[dict[str, Any] | Callable[[Path], dict[str, Any]], type[Exception], str]] = field(
-        default_factory=list
-    )
-
-
-def state(value: Any) -> Any:
-    """Records the state that a refusal must not change."""
-    if isinstance(value, nn.Module):
-        modules = snapshot(value)
-        return modules | {
-            "values": {path: state(tensor) for path, tensor in modules["values"].items()},
-            "adapters": [dataclasses.astuple(status) for status in adapter_status(value)],
-            "record": merge_record_bytes(value),
-        }
-    if isinstance(value, Tensor):
-        bits = None if value.is_meta else value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        return bits, tuple(value.shape), value._version, value.requires_grad
-    if isinstance(value, Path):
-        return files_of(value) if value.is_dir() else value.read_bytes() if value.is_file() else None
-    if isinstance(value, (list, tuple)):
-        return [state(entry) for entry in value]
-    return repr(value)
-
-
-def call(function: Any, arguments: dict[str, Any]) -> None:
-    result = function(**arguments)
-    if hasattr(result, "__next__"):
-        list(result)
-    elif hasattr(result, "__enter__"):
-        with result:
-            pass
 
 
 def injected() -> Net:
@@ -137,10 +87,6 @@ def tied() -> Net:
     model = Net()
     model.blocks[1].up.weight = model.blocks[0].up.weight
     return inject(model, LoraConfig(r=2, target_modules=["blocks.0.up"], init_lora_weights=False), "b")
-
-
-def factors() -> dict[str, Any]:
-    return {"lora_A": torch.randn(2, 6), "lora_B": torch.randn(4, 2), "scaling": 0.5}
 
 
 NOT_INJECTED = [({"model": Net()}, ValueError, "FUNCTION: Net is not injected; call lora_ext.inject on it")]
@@ -497,183 +443,7 @@ CALLS: list[Call] = [
         [(lambda _: {"model": merged_peft_model()}, RuntimeError, "adapters are merged into 2 layers")],
     ),
     Call(integration.report, lambda _: {"model": peft_model()}),
-    # --- layers -------------------------------------------------------------------------------------------------------
-    Call(
-        layers.LoraAdapter,
-        lambda _: {
-            "in_features": 6,
-            "out_features": 4,
-            "r": 2,
-            "lora_alpha": 4.0,
-            "lora_dropout": 0.1,
-            "use_rslora": False,
-            "init_lora_weights": True,
-            "lora_bias": False,
-            "shapes": None,
-            "dtype": torch.float32,
-            "device": "cpu",
-        },
-        [
-            ({"in_features": -6}, ValueError, "in_features is -6, want at least 0"),
-            ({"r": True}, TypeError, "r is True of type bool, want an integer"),
-        ],
-    ),
-    Call(
-        layers.EmbeddingAdapter,
-        lambda _: {"num_embeddings": 6, "embedding_dim": 4, "r": 2, "lora_alpha": 4.0},
-        [
-            ({"num_embeddings": -6}, ValueError, "num_embeddings is -6"),
-            ({"r": 0}, ValueError, "r is 0, want at least 1"),
-        ],
-    ),
-    Call(
-        layers.PackedAdapter,
-        lambda _: {"in_features": 6, "out_features": 6, "r": 2, "lora_alpha": 4.0, "enable_lora": [True, False, True]},
-        [
-            ({"enable_lora": [False]}, ValueError, "enable_lora is [False], want at least one True"),
-            ({"enable_lora": []}, ValueError, "enable_lora is [], want at least one True"),
-            ({"enable_lora": [True] * 4}, ValueError, "enable_lora has 4 parts, want a divisor of out_features=6"),
-            ({"lora_bias": True}, ValueError, "lora_bias is True"),
-            ({"r": 0}, ValueError, "r is 0, want at least 1"),
-        ],
-    ),
-    *(
-        Call(
-            kind,
-            lambda _, base=base: {
-                "base_layer": copy.deepcopy(base),
-                "adapter": None,
-                "adapter_name": "a",
-                "active": layers.ActiveAdapters(),
-            },
-            [({"base_layer": nn.ReLU()}, TypeError, f"base_layer is a ReLU, want {kind.base_kinds}")],
-        )
-        for kind, base in (
-            (layers.LoraLinear, nn.Linear(6, 4)),
-            (layers.LoraEmbedding, nn.Embedding(6, 4)),
-            (layers.LoraConv, nn.Conv1d(6, 4, 3)),
-            (layers.LoraMultiheadAttention, nn.MultiheadAttention(6, 2)),
-        )
-    ),
-    Call(
-        layers.LoraPackedLinear,
-        lambda _: {
-            "base_layer": nn.Linear(6, 6),
-            "num_parts": 3,
-            "adapter": None,
-            "adapter_name": "a",
-            "active": layers.ActiveAdapters(),
-        },
-        [
-            ({"num_parts": 4}, ValueError, "num_parts is 4, want a divisor of out_features=6"),
-            ({"num_parts": 0}, ValueError, "num_parts is 0"),
-        ],
-    ),
-    Call(
-        layers.LoraParameter,
-        lambda _: {
-            "base_layer": nn.Linear(6, 4),
-            "parameter_name": "weight",
-            "adapter": None,
-            "adapter_name": "a",
-            "active": layers.ActiveAdapters(),
-        },
-        [
-            ({"parameter_name": "x"}, TypeError, "LoraParameter: Linear"),
-            ({"parameter_name": "bias"}, TypeError, "bias"),
-        ],
-    ),
-    # --- analysis -----------------------------------------------------------------------------------------------------
-    Call(
-        analysis.factored_svd,
-        lambda _: factors(),
-        [
-            ({"lora_A": torch.randn(3, 6)}, ValueError, "factored_svd: lora_B has rank 2 but lora_A has 3"),
-            ({"lora_A": torch.randn(6)}, ValueError, "factored_svd: lora_A has shape [6], want 2 dimensions"),
-            ({"scaling": NAN}, ValueError, "factored_svd: scaling is nan, want a finite number"),
-            ({"lora_B": torch.full((4, 2), NAN)}, ValueError, "factored_svd: lora_A or lora_B is not finite"),
-        ],
-    ),
-    Call(
-        analysis.block_krylov_svd,
-        lambda _: {"weight": torch.randn(6, 4), "rank": 2, "seed": 0},
-        [
-            ({"weight": torch.randn(6)}, ValueError, "weight has shape [6], want 2 dimensions"),
-            ({"weight": torch.full((6, 4), NAN)}, ValueError, "weight [6, 4] is not finite"),
-            ({"rank": 5}, ValueError, "block_krylov_svd: rank is 5, want 1 to 4, the smaller side of [6, 4]"),
-        ],
-    ),
-    Call(
-        analysis.project,
-        lambda _: {"weight": torch.randn(6, 4), "U": torch.randn(6, 2), "V": torch.randn(4, 2)},
-        [
-            ({"U": torch.randn(4, 2)}, ValueError, "project: U [4, 2] and V [4, 2] do not fit the weight [6, 4]"),
-            ({"V": torch.randn(4)}, ValueError, "V has shape [4], want 2 dimensions"),
-        ],
-    ),
-    Call(
-        analysis.projection_table,
-        lambda _: {"weight": torch.randn(4, 6), "update": analysis.factored_svd(**factors()), "seed": 0, "own": None},
-        [
-            ({"weight": torch.randn(6, 4)}, ValueError, "update has shape [4, 6] but weight has [6, 4]"),
-            (
-                {"own": analysis.block_krylov_svd(torch.randn(4, 6), 1, seed=0)},
-                ValueError,
-                "own has 1 directions, want at least the 2 of update",
-            ),
-        ],
-    ),
-    Call(
-        analysis.expected_random_norm,
-        lambda _: {"weight_norm": 2.0, "out_features": 6, "in_features": 4, "r": 2},
-        [({"r": 5}, ValueError, "r is 5"), ({"in_features": 0}, ValueError, "in_features=0")],
-    ),
-    Call(analysis.leading_ranks, lambda _: {"count": 5}, [({"count": -1}, ValueError, "count is -1, want at least 0")]),
-    *(
-        Call(
-            function,
-            lambda _, more=more: {"singular_values": torch.tensor([2.0, 1.0]), **more},
-            [
-                ({"singular_values": torch.ones(2, 2)}, ValueError, "[2, 2], want a vector of real numbers"),
-                ({"singular_values": torch.tensor([1.0, 2.0])}, ValueError, "descending order; sort them first"),
-                ({"singular_values": torch.tensor([1.0, NAN])}, ValueError, "singular_values must be finite"),
-                *([({"energy": 1.5}, ValueError, "energy_rank: energy is 1.5, want 0 < energy <= 1")] if more else []),
-            ],
-        )
-        for function, more in (
-            (analysis.effective_rank, {}),
-            (analysis.stable_rank, {}),
-            (analysis.numerical_rank, {}),
-            (analysis.energy_rank, {"energy": 0.5}),
-        )
-    ),
-    Call(
-        analysis.singular_basis,
-        lambda _: {"matrix": torch.randn(2, 6)},
-        [
-            ({"matrix": torch.full((2, 6), NAN)}, ValueError, "matrix [2, 6] is not finite"),
-            ({"matrix": torch.zeros(2, 6, dtype=torch.int64)}, TypeError, "matrix has dtype int64, want one of"),
-        ],
-    ),
-    Call(
-        analysis.subspace_similarity,
-        lambda _: {"first": torch.eye(4)[:, :2], "second": torch.eye(4)[:, 1:]},
-        [({"second": torch.eye(5)}, ValueError, "subspace_similarity: second has 5 rows but first has 4")],
-    ),
-    *(
-        Call(
-            function,
-            lambda _: {"i_max": 2, "j_max": 3, "dim": 4},
-            [
-                ({"i_max": 5}, ValueError, "i_max is 5, want 0 to dim=4"),
-                ({"j_max": -1}, ValueError, "j_max is -1, want 0 to dim=4"),
-            ],
-        )
-        for function in (analysis.expected_random_similarity, analysis.random_similarity_std)
-    ),
-    Call(
-        analysis.orthonormal_columns,
-        lambda _: {"dim": 4, "count": 2, "generator": torch.Generator()},
-        [({"count": 5}, ValueError, "orthonormal_columns: count is 5, want 0 to dim=4")],
-    ),
+    # --- layers and measures, which need no model --------------------------------------------------------------------
+    *LAYERS,
+    *ANALYSIS,
 ]

@@ -198,7 +198,7 @@ def test_killed_after_any_checkpoint_and_resumed(
     expected = result_of(whole)
     steps = sorted(int(path.name.rpartition("-")[2]) for path in whole.glob("checkpoints/*"))
     assert steps == list(range(1, len(steps) + 1)) and len(steps) > 3
-    for step in {0, 2, steps[-1] - 1, steps[-1]}:
+    for step in {2, steps[-1]} if RESUMED[name] else {0, 2, steps[-1] - 1, steps[-1]}:
         out = tmp_path / str(step)
         shutil.copytree(whole, out, ignore=shutil.ignore_patterns("adapter", "model", "metrics.json", "*.jsonl"))
         if step == 0:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import functools
 import json
 import os
@@ -28,13 +27,12 @@ from transformers import BertModel
 from lora_ext._common import progress
 from lora_ext.cli import main
 from lora_ext.cli.training import options_of
-from lora_ext.tasks import TaskError, WriteError
+from lora_ext.tasks import TaskError
 from lora_ext.tasks.comparison import compare, many_runs
-from lora_ext.tasks.comparison.many_runs import Run, in_process
-from lora_ext.tasks.comparison.method_spec import MethodSpec, check_labels, without
-from lora_ext.tasks.comparison.spread import lines_of, over_seeds, summary, winner
+from lora_ext.tasks.comparison.many_runs import Run
+from lora_ext.tasks.comparison.method_spec import MethodSpec
 from lora_ext.tasks.finetune.run import finetune
-from lora_ext.tasks.finetune.settings import LEARNING_RATES, Settings
+from lora_ext.tasks.finetune.settings import Settings
 
 pytestmark = pytest.mark.full
 
@@ -63,10 +61,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def settings_for(spec: str, options: dict[str, Any], seed: int) -> Settings:
-    return MethodSpec.parse(spec).settings(options, seed)
 
 
 def runs_of(out: Path) -> dict[Path, dict[str, Any]]:
@@ -146,8 +140,9 @@ def test_interrupted_and_resumed_ends_like_uninterrupted(options: list[str], tmp
     command = [sys.executable, "-m", "lora_ext", "compare"]
     out = tmp_path / "interrupted"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    same_threads = environment(OMP_NUM_THREADS=str(torch.get_num_threads()))
     process = subprocess.Popen(
-        [*command, *longer, "--out", str(out)], env=environment(), start_new_session=True, **pipes
+        [*command, *longer, "--out", str(out)], env=same_threads, start_new_session=True, **pipes
     )
     log = out / "runs" / "lora" / "seed-0.log"
     while not log.is_file() or "finetune: " not in log.read_text():  # until training has begun
@@ -159,7 +154,7 @@ def test_interrupted_and_resumed_ends_like_uninterrupted(options: list[str], tmp
     assert f"to continue: lora-ext compare --resume --out {out}" in output
     assert not runs_of(out) and list(out.glob("runs/lora/seed-0/checkpoints/*"))
 
-    subprocess.run([*command, "--resume", "--out", str(out)], env=environment(), check=True, **pipes)
+    assert main(["compare", "--resume", "--out", str(out)]) == 0
     assert main(["compare", *longer, "--out", str(tmp_path / "whole")]) == 0
     resumed, whole = runs_of(out), runs_of(tmp_path / "whole")
     assert {path: run["after"] for path, run in resumed.items()} == {path: run["after"] for path, run in whole.items()}
@@ -185,36 +180,6 @@ def test_methods_that_do_not_suit_the_checkpoint_are_left_out(options: list[str]
     assert main(["compare", *arguments[:-1], str(tmp_path / "none"), "--methods", "bitfit", "head-only"]) == 2
     assert "--methods: none suits the model: bitfit: " in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
-
-
-def test_lines_join_rows_that_differ_in_one_size(options: list[str]):
-    def row(text: str, parameters: int) -> dict[str, Any]:
-        spec = MethodSpec.parse(text)
-        settings = spec.settings(asdict(Settings()) | {"learning_rate": None}, 0)
-        named = {"label": spec.label, "spec": text} if spec.is_named else {"label": text}
-        return named | {"settings": asdict(settings), "trained_parameters": parameters}
-
-    labels = ["lora:r=8", "lora:r=2", "lora:target-modules=q", "adapter-h", "adapter-p:bottleneck-size=8", "lora:r=4"]
-    labels += [
-        "adapter-p",
-        "prefix-layer",
-        "prefix-layer:prefix-length=2:infix-length=2",
-        "lora:r=4:learning-rate=1e-4",
-        "lora:r=6:target-modules=k:name=large",
-        "lora:r=5:target-modules=k:name=small",
-    ]
-    lines = lines_of([row(label, 10 * (len(labels) - at)) for at, label in enumerate(labels)])
-    assert {name: [point["label"] for point in points] for name, points in lines.items()} == {
-        "lora, r 4, 2, 8": ["lora:r=4", "lora:r=2", "lora:r=8"],
-        "lora:target-modules=q": ["lora:target-modules=q"],
-        "adapter-h": ["adapter-h"],
-        "adapter-p, bottleneck size 16, 8": ["adapter-p", "adapter-p:bottleneck-size=8"],
-        "prefix-layer": ["prefix-layer"],
-        "prefix-layer:prefix-length=2:infix-length=2": ["prefix-layer:prefix-length=2:infix-length=2"],
-        "lora:r=4:learning-rate=1e-4": ["lora:r=4:learning-rate=1e-4"],
-        "small, large, r 5, 6": ["small", "large"],
-    }
-    assert over_seeds([3]) == "seed 3" and over_seeds([0, 1]) == "mean and standard deviation over 2 seeds"
 
 
 @pytest.mark.parametrize(
@@ -244,20 +209,6 @@ def test_damaged_settings_are_named(tmp_path: Path, capsys, name: str, content: 
     assert error.startswith("lora-ext: error: --resume: ") and name in error and len(error.splitlines()) == 1
 
 
-@pytest.mark.parametrize("damage", ["[]", '{"settings": 3}', "{", "[" * 100_000, None])
-def test_a_run_whose_metrics_are_damaged_is_not_finished(compared: Path, tmp_path: Path, damage: str | None):
-    path, metrics = next(iter(runs_of(compared).items()))
-    label = next(label for label in METHODS if label.replace(":", "-") in str(path))
-    run = Run(label, Settings(**metrics["settings"]), metrics["data_sha256"])
-    directory = run.directory(tmp_path)
-    directory.mkdir(parents=True)
-    (directory / "metrics.json").write_text(json.dumps(metrics))
-    assert many_runs.finished(run, tmp_path) == metrics
-    text = json.dumps({**metrics, "after": {}}) if damage is None else damage
-    (directory / "metrics.json").write_text(text)
-    assert many_runs.finished(run, tmp_path) is None
-
-
 def test_sweep_tabulates_ranks_and_weights(options: list[str], tmp_path: Path):
     arguments = ["--ranks", "1,3", "--targets", "q;q,v,o", "--seeds", "0", "--budget", "600", "--out", str(tmp_path)]
     assert main(["sweep", *options, *arguments]) == 0
@@ -276,39 +227,6 @@ def test_sweep_tabulates_ranks_and_weights(options: list[str], tmp_path: Path):
         assert cell["accuracy"]["values"] == [metrics["after"]["accuracy"]]
     assert "| `q,v,o` | 384 |" in (tmp_path / "sweep.md").read_text()
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_winners_must_exceed_the_spread():
-    assert summary([0.5]) == {"values": [0.5], "mean": 0.5, "sd": None}
-    a, b = summary([0.80, 0.82, 0.84]), summary([0.70, 0.71, 0.72])  # sd 0.02 and 0.01
-    assert winner({"a": a, "b": b}) == "a"
-    assert winner({"a": a, "b": summary([0.78, 0.80, 0.82])}) is None  # 0.02 apart, within 0.028
-    assert winner({"a": a, "b": b, "c": summary([0.83, 0.84, 0.85])}) is None
-    assert winner({"a": a}) is None
-    assert winner({"a": summary([0.9]), "b": summary([0.1])}) is None
-
-
-def test_a_method_may_carry_options():
-    common = asdict(Settings()) | {"learning_rate": None, "r": 4}
-    settings = settings_for("adapter-drop:bottleneck-size=8:drop-layers=2:epochs=0.5", common, seed=3)
-    assert (settings.bottleneck_size, settings.drop_layers, settings.epochs, settings.seed) == (8, 2, 0.5, 3)
-    assert settings_for("full", common, 0).learning_rate == LEARNING_RATES["full"]
-    assert settings_for("full:learning-rate=1e-5", common, 0).learning_rate == 1e-5
-    assert settings_for("lora", common, 0).r == 4
-    for spec in ("lora:target-modules=(?:query|value):r=2", "lora:r=2:target-modules=(?:query|value)"):
-        assert settings_for(spec, common, 0).target_modules == "(?:query|value)"
-    assert settings_for("lora+bitfit", common, 0).learning_rate == 1e-3
-    for spec, message in [
-        ("lora:r", "'r' is no option=value"),
-        ("lora:rank=3", "'rank=3' is no option=value"),
-        ("lora:seed=3", "'seed=3' is no option=value"),
-        ("lora:precision=bfloat16", "precision is the same for all; give --precision"),
-        ("lora:r=two", "r is 'two', want a number"),
-        ("dora:r=3", "--method is 'dora', want one of full"),
-        ("dora", "--method is 'dora', want one of full"),
-    ]:
-        with pytest.raises(TaskError, match=message):
-            settings_for(spec, common, 0)
 
 
 NAMED = ["lora:r=2:target-modules=q,v:name=lora-qv", "lora:name=lora.q+2:r=1:target-modules=q", "bitfit"]
@@ -346,51 +264,6 @@ def test_names_stand_for_methods_everywhere(options: list[str], tmp_path: Path, 
     assert main([*again, "--without", "lora-qv", "bitfit"]) == 0
     assert [row["label"] for row in json.loads((out / "compare.json").read_text())["methods"]] == ["lora.q+2"]
     assert {path: path.stat().st_mtime_ns for path in out.rglob("metrics.json")} == before
-
-
-@pytest.mark.parametrize(
-    ("methods", "message"),
-    [
-        (["lora:name="], "'lora:name=': name is '', want at most 40 letters, digits"),
-        (["lora:name=-x"], "name is '-x', want at most 40 letters, digits and . _ + -, with a letter or digit first"),
-        (["lora:name=.."], "name is '..', want at most 40"),
-        (["lora:name=a/b"], "name is 'a/b', want at most 40"),
-        (["lora:name=a b"], "name is 'a b', want at most 40"),
-        (["lora:name=é"], "name is 'é', want at most 40"),
-        (["lora:name=a\x1b[1m"], r"name is 'a\x1b[1m', want at most 40"),
-        (["lora:name=a\n"], r"name is 'a\n', want at most 40"),
-        ([f"lora:name={'a' * 41}"], f"name is '{'a' * 41}', want at most 40"),
-        (["lora:name"], "'name' is no option=value of finetune"),
-        (["lora:name=a:b"], "'b' is no option=value of finetune"),
-        (["lora:name=Base"], "name is 'Base', which tables use for the model without a method"),
-        (["lora:name=bitfit"], "name is 'bitfit', which is another method"),
-        (["lora:name=lora+bitfit"], "name is 'lora+bitfit', which is another method"),
-        (["lora:r=2:name=a", "bitfit:name=a"], "'lora:r=2:name=a' and 'bitfit:name=a' have one name, 'a'"),
-        (["lora:r=2:name=a", "bitfit:name=A"], "'lora:r=2:name=a' and 'bitfit:name=A' have one name, 'A'"),
-        (["lora", "lora:r=2:name=lora"], "'lora' and 'lora:r=2:name=lora' have one name, 'lora'"),
-        (["lora:r=2:name=lora", "lora"], "'lora:r=2:name=lora' and 'lora' have one name, 'lora'"),
-        (["lora:r=2", "lora:r=2:name=a"], "'lora:r=2' and 'lora:r=2:name=a' are the same runs under two names"),
-        (["lora", "lora:r=8:name=a"], "'lora' and 'lora:r=8:name=a' are the same runs under two names"),
-    ],
-)
-def test_names_that_would_mix_methods_up_are_refused(methods: list[str], message: str):
-    options = asdict(Settings()) | {"learning_rate": None}
-    with pytest.raises(TaskError, match=re.escape(message)):
-        check_labels([(spec, spec.settings(options, 0)) for spec in map(MethodSpec.parse, methods)])
-
-
-def test_names_that_are_allowed():
-    options = asdict(Settings()) | {"learning_rate": None}
-    texts = ["lora", "lora:r=8", "lora:r=2:name=lora-qv", "full:name=A.b_c+d-1", f"bitfit:name={'a' * 40}"]
-    specs = [MethodSpec.parse(text) for text in texts]
-    check_labels([(spec, spec.settings(options, 0)) for spec in specs])
-    assert [spec.label for spec in specs] == [*texts[:2], "lora-qv", "A.b_c+d-1", "a" * 40]
-    assert MethodSpec.parse("lora:r=2:name=lora").label == "lora"  # allowed if no other method has this label
-    assert without(texts, ["lora-qv", texts[3]]) == [*texts[:2], texts[4]]
-    with pytest.raises(TaskError, match="--without lora-q: there are lora, lora:r=8, lora-qv"):
-        without(texts, ["lora-q"])
-    with pytest.raises(TaskError, match="--without lora leaves no method"):
-        without(["lora"], ["lora"])
 
 
 @pytest.mark.parametrize(
@@ -455,104 +328,24 @@ def test_costs_are_measured_again_on_another_machine_or_with_other_texts(tmp_pat
     assert compare._costs({"lora": Settings()}, "others", tmp_path) == {"base": 3}
 
 
-def dies(on_progress) -> None:
-    on_progress(0.5)
-    print("so far")
-    os._exit(3)
-
-
-def fails(on_progress) -> None:
-    raise RuntimeError("no luck")
-
-
-def fills_the_disk(on_progress) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def test_a_full_disk_in_a_process_or_its_log_raises_write_error(tmp_path: Path):
-    with pytest.raises(WriteError, match=r"log.txt cannot be written: No space left on device"):
-        in_process(fills_the_disk, log=tmp_path / "log.txt")
-    with pytest.raises(WriteError, match=r"/dev/nowhere/log.txt cannot be written: No such file or directory"):
-        in_process(fills_the_disk, log=Path("/dev/nowhere/log.txt"))
-
-
-def test_a_process_that_dies_is_reported_with_its_log(tmp_path: Path):
-    parts = []
-    with pytest.raises(TaskError, match=r"a run failed: .*; .*log.txt has the rest"):
-        in_process(dies, log=tmp_path / "log.txt", on_progress=parts.append)
-    assert parts == [0.5]
-    with pytest.raises(TaskError, match="a run failed: RuntimeError: no luck; .*log.txt has the rest"):
-        in_process(fails, log=tmp_path / "log.txt")
-    assert "Traceback" in (tmp_path / "log.txt").read_text()
-
-
-def counts_interrupts(settings: Settings, directory: Path, resume: bool, jobs: int, on_progress) -> None:
-    """Replaces a run; writes the number of SIGINT received up to one second after the first."""
-    got = []
-    signal.signal(signal.SIGINT, lambda *args: got.append(args))
+@pytest.mark.parametrize("damage", ["[]", '{"settings": 3}', "{", "[" * 100_000, None])
+def test_a_run_whose_metrics_are_damaged_is_not_finished(compared: Path, tmp_path: Path, damage: str | None):
+    path, metrics = next(iter(runs_of(compared).items()))
+    label = next(label for label in METHODS if label.replace(":", "-") in str(path))
+    run = Run(label, Settings(**metrics["settings"]), metrics["data_sha256"])
+    directory = run.directory(tmp_path)
     directory.mkdir(parents=True)
-    (directory / "started").touch()
-    while not got:
-        time.sleep(0.01)
-    time.sleep(1)
-    (directory / "count").write_text(str(len(got)))
-    raise KeyboardInterrupt
-
-
-INTERRUPTED = """
-import sys
-from pathlib import Path
-import test_compare
-from lora_ext.tasks.comparison import many_runs
-from lora_ext.tasks.comparison.many_runs import Run
-from lora_ext.tasks.finetune.settings import Settings
-
-if __name__ == "__main__":
-    many_runs._finetune = test_compare.counts_interrupts
-    runs = [Run("lora", Settings(seed=seed), "") for seed in range(3)]
-    many_runs.run_all(runs, Path(sys.argv[1]), "compare", jobs=int(sys.argv[2]))
-"""
-
-
-@pytest.mark.parametrize(
-    ("send", "jobs"),  # as a terminal does, and as a supervisor does
-    [
-        (os.killpg, 2),
-        (os.kill, 1),
-        pytest.param(os.killpg, 1, marks=pytest.mark.slow),
-        pytest.param(os.kill, 2, marks=pytest.mark.slow),
-    ],
-)
-def test_every_run_gets_one_interrupt_and_none_is_left_behind(tmp_path: Path, send, jobs: int):
-    (script := tmp_path / "script.py").write_text(INTERRUPTED)
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path), str(jobs)],
-        env=environment(),
-        start_new_session=True,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while len(list(tmp_path.glob("runs/lora/*/started"))) < jobs:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
-    send(process.pid, signal.SIGINT)
-    output = process.communicate(timeout=60)[1]
-    assert process.returncode == -signal.SIGINT and "KeyboardInterrupt" in output
-    counts = {path.parent.name: path.read_text() for path in tmp_path.glob("runs/lora/*/count")}
-    assert counts == {f"seed-{seed}": "1" for seed in range(jobs)}
-
-
-def test_labels_that_would_share_a_directory_are_refused(tmp_path: Path):
-    runs = [Run(label, Settings(), "") for label in ("r=1 q,v", "r=1 q;v")]
-    with pytest.raises(TaskError, match="would share a directory"):
-        many_runs.run_all(runs, tmp_path, "compare")
-    assert many_runs.finished(runs[0], tmp_path) is None
+    (directory / "metrics.json").write_text(json.dumps(metrics))
+    assert many_runs.finished(run, tmp_path) == metrics
+    text = json.dumps({**metrics, "after": {}}) if damage is None else damage
+    (directory / "metrics.json").write_text(text)
+    assert many_runs.finished(run, tmp_path) is None
 
 
 def test_a_failing_run_ends_the_others(options: list[str], compared: Path, tmp_path: Path):
     common = json.loads((compared / "compare-settings.json").read_text())["options"]
     specs = {"long": "lora:epochs=500", "bad": "lora:r=0"}
-    runs = [Run(label, settings_for(spec, common, 0), "") for label, spec in specs.items()]
+    runs = [Run(label, MethodSpec.parse(spec).settings(common, 0), "") for label, spec in specs.items()]
     with pytest.raises(TaskError, match="r is 0"):
         many_runs.run_all(runs, tmp_path, "compare", jobs=2)
     assert not runs_of(tmp_path)

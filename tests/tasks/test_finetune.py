@@ -194,7 +194,7 @@ def test_interrupted_and_resumed_ends_like_uninterrupted(tiny: Settings, tmp_pat
     out = tmp_path / "interrupted"
     process = subprocess.Popen(
         [*command, *settings, "--out", str(out)],
-        env=environment(),
+        env=environment(OMP_NUM_THREADS=str(torch.get_num_threads())),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -212,8 +212,8 @@ def test_interrupted_and_resumed_ends_like_uninterrupted(tiny: Settings, tmp_pat
     assert newest % 30 != 0, "want a checkpoint in the middle of an epoch, which has 30 steps"
 
     whole = tmp_path / "whole"
-    subprocess.run([*command, "--resume", "--out", str(out)], env=environment(), check=True)
-    subprocess.run([*command, *settings, "--out", str(whole)], env=environment(), check=True)
+    assert cli.main(["finetune", "--resume", "--out", str(out)]) == 0
+    assert cli.main(["finetune", *settings, "--out", str(whole)]) == 0
     assert_equal_weights(out, whole)
     resumed, uninterrupted = (json.loads((path / "metrics.json").read_text()) for path in (out, whole))
     assert resumed["majority"] == uninterrupted["majority"]

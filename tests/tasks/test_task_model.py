@@ -47,6 +47,10 @@ DECODERS = {
 }
 
 
+_METHODS = ["full", "lora", "adapter-h", "prefix-embed", "prefix-layer", "lora+prefix-layer"]
+CLASSIFIERS = [*(("llama", method) for method in _METHODS), ("gpt2", "lora"), ("gpt2", "prefix-layer")]
+
+
 def saved(directory: Path, make: Any, **tokenizer: Any) -> Path:
     tiny_classifier.save_tokenizer(directory, **tokenizer)
     torch.manual_seed(0)
@@ -62,8 +66,7 @@ def settings_for(model: Path, tmp_path: Path, rows: int = 300, **options: Any) -
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("method", ["full", "lora", "adapter-h", "prefix-embed", "prefix-layer", "lora+prefix-layer"])
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize(("family", "method"), CLASSIFIERS)
 def test_decoders_learn_though_their_tokenizers_have_no_padding(tmp_path: Path, family: str, method: str):
     model = saved(tmp_path / "model", DECODERS[family], pad_token=None, eos_token="[SEP]")
     rate = 5e-3 if method == "full" else 2e-2

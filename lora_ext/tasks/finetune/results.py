@@ -48,7 +48,8 @@ def plot_loss(path: Path, history: list[dict[str, float]], title: str) -> None:
     """Plots the training loss, and the validation loss if any, by epoch. ``history`` is the Trainer's log."""
     from matplotlib.figure import Figure  # here, because showing existing results does not need matplotlib
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4))  # a constrained layout draws everything twice
+    figure.subplots_adjust(left=0.1, right=0.97, bottom=0.13, top=0.91)
     axes = figure.subplots()
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o--")):
         points = [(entry["epoch"], float(entry[key])) for entry in history if key in entry]

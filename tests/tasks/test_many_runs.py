@@ -1,0 +1,116 @@
+"""Processes of compare and sweep: an interrupt reaches each once, and their failures are reported."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support.processes import environment
+
+from lora_ext.tasks import TaskError, WriteError
+from lora_ext.tasks.comparison import many_runs
+from lora_ext.tasks.comparison.many_runs import Run, in_process
+from lora_ext.tasks.finetune.settings import Settings
+
+pytestmark = pytest.mark.full
+
+
+def dies(on_progress) -> None:
+    on_progress(0.5)
+    print("so far")
+    os._exit(3)
+
+
+def fails(on_progress) -> None:
+    raise RuntimeError("no luck")
+
+
+def fills_the_disk(on_progress) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_in_a_process_or_its_log_raises_write_error(tmp_path: Path):
+    with pytest.raises(WriteError, match=r"log.txt cannot be written: No space left on device"):
+        in_process(fills_the_disk, log=tmp_path / "log.txt")
+    with pytest.raises(WriteError, match=r"/dev/nowhere/log.txt cannot be written: No such file or directory"):
+        in_process(fills_the_disk, log=Path("/dev/nowhere/log.txt"))
+
+
+def test_a_process_that_dies_is_reported_with_its_log(tmp_path: Path):
+    parts = []
+    with pytest.raises(TaskError, match=r"a run failed: .*; .*log.txt has the rest"):
+        in_process(dies, log=tmp_path / "log.txt", on_progress=parts.append)
+    assert parts == [0.5]
+    with pytest.raises(TaskError, match="a run failed: RuntimeError: no luck; .*log.txt has the rest"):
+        in_process(fails, log=tmp_path / "log.txt")
+    assert "Traceback" in (tmp_path / "log.txt").read_text()
+
+
+def counts_interrupts(settings: Settings, directory: Path, resume: bool, jobs: int, on_progress) -> None:
+    """Replaces a run; writes the number of SIGINT received up to one second after the first."""
+    got = []
+    signal.signal(signal.SIGINT, lambda *args: got.append(args))
+    directory.mkdir(parents=True)
+    (directory / "started").touch()
+    while not got:
+        time.sleep(0.01)
+    time.sleep(1)
+    (directory / "count").write_text(str(len(got)))
+    raise KeyboardInterrupt
+
+
+INTERRUPTED = """
+import multiprocessing, sys
+from pathlib import Path
+import test_many_runs
+from lora_ext.tasks.comparison import many_runs
+from lora_ext.tasks.comparison.many_runs import Run
+from lora_ext.tasks.finetune.settings import Settings
+
+if __name__ == "__main__":
+    many_runs._finetune = test_many_runs.counts_interrupts
+    many_runs._context = lambda: multiprocessing.get_context("forkserver")  # without the imports of a real run
+    runs = [Run("lora", Settings(seed=seed), "") for seed in range(3)]
+    many_runs.run_all(runs, Path(sys.argv[1]), "compare", jobs=int(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("send", "jobs"),  # as a terminal does, and as a supervisor does
+    [
+        (os.killpg, 2),
+        (os.kill, 1),
+        pytest.param(os.killpg, 1, marks=pytest.mark.slow),
+        pytest.param(os.kill, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_every_run_gets_one_interrupt_and_none_is_left_behind(tmp_path: Path, send, jobs: int):
+    (script := tmp_path / "script.py").write_text(INTERRUPTED)
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path), str(jobs)],
+        env=environment(),
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while len(list(tmp_path.glob("runs/lora/*/started"))) < jobs:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    send(process.pid, signal.SIGINT)
+    output = process.communicate(timeout=60)[1]
+    assert process.returncode == -signal.SIGINT and "KeyboardInterrupt" in output
+    counts = {path.parent.name: path.read_text() for path in tmp_path.glob("runs/lora/*/count")}
+    assert counts == {f"seed-{seed}": "1" for seed in range(jobs)}
+
+
+def test_labels_that_would_share_a_directory_are_refused(tmp_path: Path):
+    runs = [Run(label, Settings(), "") for label in ("r=1 q,v", "r=1 q;v")]
+    with pytest.raises(TaskError, match="would share a directory"):
+        many_runs.run_all(runs, tmp_path, "compare")
+    assert many_runs.finished(runs[0], tmp_path) is None
