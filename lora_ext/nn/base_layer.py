@@ -169,11 +169,17 @@ def why_not_merge(base: nn.Module, *kinds: type[nn.Module], methods: tuple[str, 
     if kind is None:
         kind = type(base)
         return f"base_layer is a {kind.__module__}.{kind.__name__}; merge or unload it first"
-    if base._forward_hooks or base._forward_pre_hooks:
+    hooks = (*base._forward_hooks.values(), *base._forward_pre_hooks.values())
+    if not all(_only_shards(hook) for hook in hooks):
         return "its hooks may change what it computes; remove them first"
     if not has_forward_of(base, kind, *methods) and not (kind is nn.Linear and _is_product(base)):
         return f"the forward of {type(base).__name__} is not {kind.__name__}'s, and may not be linear in the weight"
     return None
+
+
+def _only_shards(hook: object) -> bool:
+    """Whether a hook is FSDP2's, which gathers parameters for a call."""
+    return type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.fsdp.")
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import functional
+from lora_ext._common.sharded import is_fully_sharded
 from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.base_layer import is_conv1d, own_copy, plain_linear, why_not_merge
 from lora_ext.nn.layer import LoraLayer, Matrix
@@ -120,6 +121,8 @@ class LoraLinear(SharesInputs, LoraLayer):
     def operands(self) -> Operands | str:
         if self._merged is not None:
             return "adapters are merged"
+        if self.__dict__["_forward_pre_hooks"] and is_fully_sharded(self):
+            return "FSDP2 gathers its parameters for its calls only"
         adapters = self._modules["adapters"]._modules
         names = [name for name in self.active.names if name in adapters]
         if len(names) != 1:
@@ -130,6 +133,8 @@ class LoraLinear(SharesInputs, LoraLayer):
             return "its factors are offloaded"
         if "lora_A" not in factors:
             return "its factors are tied to those of another layer"
+        if adapter._forward_pre_hooks:
+            return "its factors are sharded apart from the layer"
         plain = plain_linear(self._modules["base_layer"])
         if plain is None or type(plain[0]) is not nn.Parameter:  # Conv1D's is transposed for the call
             return "its base layer is no plain nn.Linear, or has hooks or a forward of its own"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lora_ext._common.sharded import is_fully_sharded
 from lora_ext._ops.checks import FLOATING
 from lora_ext.functional import lora_delta_, lora_linear
 from lora_ext.integrations.peft.eligibility import Adapter, active_adapters, is_eligible_call
@@ -49,6 +50,8 @@ class LinearForward(SharesInputs):
         return y
 
     def operands(self) -> Operands | str:
+        if is_fully_sharded(self):
+            return "FSDP2 gathers its parameters for its calls only"
         adapters = active_adapters(self)
         return adapters if isinstance(adapters, str) else _operands(adapters, plain_linear(self.base_layer))
 
