@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import functional
-from lora_ext._common.sharded import is_fully_sharded
+from lora_ext._common.sharded import is_fully_sharded, is_sharded
 from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.base_layer import is_conv1d, own_copy, plain_linear, why_not_merge
 from lora_ext.nn.layer import LoraLayer, Matrix
 from lora_ext.nn.shared_inputs import Operands, SharesInputs, shared_inputs
+from lora_ext.nn.tensor_parallel import add_update, place, split_dim
 from lora_ext.quantized import quantized_weight
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ class LoraLinear(SharesInputs, LoraLayer):
     Further arguments of the forward go to the base layer. An update cannot be merged into such a base layer.
 
     A base layer with a quantised weight (:mod:`lora_ext.quantized`) is called in the same way; the gradient of its
-    input is the one that it computes. Merging dequantises, adds the update and quantises again.
+    input is the one that it computes. Merging dequantises, adds the update and quantises again. A base layer whose
+    weight is split over devices is called, too (:mod:`lora_ext.nn.tensor_parallel`).
 
     Args:
         base_layer: an ``nn.Linear``, or Transformers' ``Conv1D`` (GPT-2), whose weight is ``[in_features,
@@ -49,13 +51,18 @@ class LoraLinear(SharesInputs, LoraLayer):
     @classmethod
     def why_not(cls, module: nn.Module, config: LoraConfig) -> str | None:
         weight = quantized_weight(module)
+        if weight is None and cls is LoraLinear and split_dim(module) is not None:
+            return None
         return super().why_not(module, config) if weight is None else weight.why_not_adapt()
 
     @classmethod
     def new_adapter(
         cls, base_layer: nn.Module, config: LoraConfig, path: str, device: torch.device | None = None
     ) -> LoraAdapter:
-        return LoraAdapter.from_config(config, path, *linear_sizes(base_layer), base_layer.weight, device)
+        adapter = LoraAdapter.from_config(config, path, *linear_sizes(base_layer), base_layer.weight, device)
+        if split_dim(base_layer) is not None:
+            place(adapter, base_layer.weight)
+        return adapter
 
     def add_adapter(self, name: str, adapter: LoraAdapter) -> None:
         super().add_adapter(name, adapter)
@@ -111,6 +118,10 @@ class LoraLinear(SharesInputs, LoraLayer):
             weight, bias = plain
             return add_updates(x, weight, add_lora_biases(bias, weight.dtype, adapters), updates)
         y = own_copy(self, self.base_layer(x, *args, **kwargs))
+        if is_sharded(weight := self.base_layer._parameters.get("weight")):
+            for adapter in adapters:
+                y = add_update(self, y, x, weight, adapter, adapter.lora_dropout if self.training else 0.0)
+            return y
         if (bias := add_lora_biases(None, y.dtype, adapters)) is not None:
             y = y + bias  # not in place: samples of torch.func.vmap may share y
         x = x.to(device=y.device, dtype=y.dtype)
