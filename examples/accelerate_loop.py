@@ -12,6 +12,7 @@ import tempfile
 import peft
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from tiny_chat import COLOURS, answer, answers, model, question, tokenizer
 
 from lora_ext import LoraConfig, inject
@@ -50,6 +51,7 @@ def train(accelerator, lora, optimizer, loader, epochs):
 def main(way="inject"):
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     with tempfile.TemporaryDirectory() as directory:
+        directory = broadcast_object_list([directory])[0]  # all processes use that of the first
         parts = prepared(accelerator, way)
         train(accelerator, *parts, epochs=10)
         accelerator.save_state(directory)
@@ -60,9 +62,10 @@ def main(way="inject"):
         accelerator.load_state(directory)
         resumed = train(accelerator, *parts, epochs=30)
         accelerator.unwrap_model(parts[0]).save_pretrained(directory + "/adapter")  # the adapter alone
-    print(f"loss {whole[-1]:.4f}; resumed from epoch 10 {resumed[-1]:.4f}")
+        accelerator.wait_for_everyone()  # before the directory is removed
+    accelerator.print(f"loss {whole[-1]:.4f}; resumed from epoch 10 {resumed[-1]:.4f}")
     said = answers(accelerator.unwrap_model(parts[0]))
-    print(said)
+    accelerator.print(said)
     return said, whole, resumed
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from lora_ext._ops import checks, checks_grouped, composite, linear, refusals, siblings
 from lora_ext._ops.bottleneck import bottleneck
@@ -27,11 +27,21 @@ __all__ = [
 ]
 
 _INT64_MAX = torch.iinfo(torch.int64).max
+_GOLDEN_RATIO = 0x9E3779B97F4A7C15  # spreads consecutive ranks over all bits
 
 
-def draw_seed(device: torch.device) -> Tensor:
-    """A fresh dropout seed, int64 ``[]``, from PyTorch's default generator of ``device`` (``torch.manual_seed``)."""
-    return torch.randint(_INT64_MAX, (), dtype=torch.int64, device=device)
+def draw_seed(device: torch.device, rank: int | None = None) -> Tensor:
+    """A fresh dropout seed, int64 ``[]``, from PyTorch's default generator of ``device`` (``torch.manual_seed``).
+
+    In a process group the rank is mixed in: ranks seeded alike, as trainers do, still draw different masks. Rank 0
+    draws the masks of a single process. ``rank``: another number to mix in.
+    """
+    seed = torch.randint(_INT64_MAX, (), dtype=torch.int64, device=device)
+    if rank is None:
+        rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    if rank:
+        seed = seed.bitwise_xor(rank * _GOLDEN_RATIO % _INT64_MAX)
+    return seed
 
 
 def _drawn(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor | None:

@@ -18,7 +18,7 @@ from lora_ext.config import LoraConfig, exact_patterns
 from lora_ext.injection.inject import apply_injection, check_new_name, check_none_merged
 from lora_ext.matching.path_names import EndTable
 from lora_ext.model.adapter_set import Adapter, Part, check_names, find_adapter, find_adapters
-from lora_ext.model.bare_model import BareModel, root_module
+from lora_ext.model.bare_model import BareModel, check_not_parallel, check_not_sharded, root_module
 from lora_ext.nn import LoraAdapter, LoraLayer
 from lora_ext.nn.attention import SeparateProjections
 from lora_ext.nn.packed_linear import PackedAdapter
@@ -68,6 +68,8 @@ def add_weighted_adapter(
         KeyError: there is no such adapter; the message lists them. Nothing is changed.
     """
     caller = "add_weighted_adapter"
+    check_not_parallel(caller, model)
+    check_not_sharded(caller, model, "call add_weighted_adapter before you shard it")
     held = find_adapters(model, caller)
     held.check_enabled(caller)
     check_names(caller, held.configs, adapters)
@@ -148,16 +150,16 @@ def _combined(
     enabled = [getattr(adapter, "enable_lora", None) for adapter in adapters]
     if len(set(enabled)) > 1:
         raise ValueError(f"add_weighted_adapter: at {path!r}: enable_lora differs: {enabled}")
-    factors = [(adapter.lora_A.detach(), adapter.lora_B.detach(), adapter.scaling) for adapter in adapters]
+    factors = [(adapter.file_A.detach(), adapter.lora_B.detach(), adapter.scaling) for adapter in adapters]
     try:
-        lora_A, lora_B, scaling = combine_factors(
+        file_A, lora_B, scaling = combine_factors(
             kind, factors, weights, **settings, svd_driver=svd_driver, transposed=layer.stores_transposed
         )
     except ValueError as error:
         raise ValueError(f"add_weighted_adapter: at {path!r}: {error}") from error
     new = copy.deepcopy(adapters[0])
-    new.lora_A, new.lora_B = nn.Parameter(lora_A.contiguous()), nn.Parameter(lora_B.contiguous())
-    new.r = lora_A.shape[0] if new.has_plain_rank or adapters[0].has_plain_rank else adapters[0].r
+    new.set_factors(file_A, lora_B)
+    new.r = file_A.shape[0] if new.has_plain_rank or adapters[0].has_plain_rank else adapters[0].r
     new.lora_alpha, new.scaling = new.r, scaling
     biases = [
         weight * adapter.scaling * adapter.lora_bias.detach()

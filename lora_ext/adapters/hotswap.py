@@ -24,6 +24,7 @@ from lora_ext.files.expert_layout import in_present_layout
 from lora_ext.files.packed_projection import from_peft_form
 from lora_ext.files.save_load import config_of
 from lora_ext.model.adapter_set import Adapter, Part, find_adapter
+from lora_ext.model.bare_model import check_not_parallel, check_not_sharded
 from lora_ext.nn import LoraAdapter
 from lora_ext.nn.attention import SeparateProjections
 from lora_ext.nn.tied import TiedAdapter
@@ -53,6 +54,8 @@ def prepare_hotswap(model: ModelT, r: int, adapter_name: str | None = None) -> M
         KeyError: there is no such adapter.
         RuntimeError: it is merged. Nothing is changed.
     """
+    check_not_parallel("prepare_hotswap", model)
+    check_not_sharded("prepare_hotswap", model, "call prepare_hotswap before you shard it")
     adapter = find_adapter(model, "prepare_hotswap", adapter_name)
     check_unmerged("prepare_hotswap", model, adapter.name)
     if r < 1:
@@ -72,8 +75,8 @@ def prepare_hotswap(model: ModelT, r: int, adapter_name: str | None = None) -> M
             rank_pattern={},
             alpha_pattern=exact_patterns(alphas, alpha),
         )
-        for part, (lora_A, lora_B) in zip(low_rank, padded, strict=True):
-            part.adapter.lora_A, part.adapter.lora_B = lora_A, lora_B
+        for part, (file_A, lora_B) in zip(low_rank, padded, strict=True):
+            part.adapter.set_factors(file_A, lora_B, part.adapter.lora_A.requires_grad)
             part.adapter.r, part.adapter.lora_alpha = r, alphas[part.target]
     return model
 
@@ -104,6 +107,7 @@ def hotswap_adapter(
         KeyError: there is no such adapter.
         RuntimeError: it is merged. The model is then unchanged.
     """
+    check_not_sharded("hotswap_adapter", model, "load_adapter replaces an adapter's values")
     file = AdapterFile.open(directory, allow_pickle=allow_pickle, caller="hotswap_adapter")
     file = from_peft_form(file, "hotswap_adapter")
     config = config_of(file, "hotswap_adapter")
@@ -152,9 +156,9 @@ def _slots(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> list[_Slo
         for key, tensor in tensors.items():
             dim, factor = None, 1.0
             if updates:
-                update = next(u for u in updates if any(tensor is parameter for parameter in u.parameters()))
+                update = next(u for u in updates if any(_holds(tensor, p) for p in u.parameters()))
                 dim = _rank_dim(update, tensor)
-                if tensor is not update.lora_A:
+                if not _holds(tensor, update.lora_A):
                     factor = config.scaling_for(part.target) / update.scaling / part.file_scale_of(tensor)
             slots.append(_Slot(tensor, None if absent else key, dim, factor))
             if absent:
@@ -196,7 +200,12 @@ def _rank_dim(update: LoraAdapter, tensor: Tensor) -> int | None:
     """The rank dimension, which may be shorter in the file; None if there is none."""
     if not update.has_plain_rank:
         return None
-    return 0 if tensor is update.lora_A else 1 if tensor is update.lora_B else None
+    return 0 if _holds(tensor, update.lora_A) else 1 if _holds(tensor, update.lora_B) else None
+
+
+def _holds(tensor: Tensor, parameter: Tensor) -> bool:
+    """Whether ``tensor`` is the parameter, or its transpose (an embedding's)."""
+    return tensor is parameter or tensor._base is parameter
 
 
 def _fits(shape: tuple[int, ...], target: tuple[int, ...], rank_dim: int | None) -> bool:
@@ -206,7 +215,8 @@ def _fits(shape: tuple[int, ...], target: tuple[int, ...], rank_dim: int | None)
     return all(same) and shape[rank_dim] <= target[rank_dim]
 
 
-def _padded(part: Part, r: int) -> tuple[nn.Parameter, nn.Parameter]:
+def _padded(part: Part, r: int) -> tuple[Tensor, Tensor]:
+    """The factors with zeros for further ranks, in the form of files."""
     adapter = part.adapter
     if adapter.r > r:
         raise ValueError(
@@ -215,10 +225,10 @@ def _padded(part: Part, r: int) -> tuple[nn.Parameter, nn.Parameter]:
     if not adapter.has_plain_rank:
         raise ValueError(f"prepare_hotswap: the factors at {part.path!r} cannot be padded: {type(part.layer).__name__}")
     padded = []
-    for dim, factor in ((0, adapter.lora_A), (1, adapter.lora_B)):
+    for dim, factor in ((0, adapter.file_A), (1, adapter.lora_B)):
         shape = list(factor.shape)
         shape[dim] = r
         larger = factor.detach().new_zeros(shape)
         larger.narrow(dim, 0, adapter.r).copy_(factor.detach())
-        padded.append(nn.Parameter(larger, requires_grad=factor.requires_grad))
+        padded.append(larger)
     return padded[0], padded[1]

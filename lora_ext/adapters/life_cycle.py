@@ -16,7 +16,7 @@ from lora_ext._common.changes import changing, one_at_a_time
 from lora_ext.injection.inject import check_new_name, lora_modules, remove_empty_layers
 from lora_ext.merging.model import some
 from lora_ext.model.adapter_set import adapter_set, check_names, find_adapters
-from lora_ext.model.bare_model import adapter_layers
+from lora_ext.model.bare_model import adapter_layers, check_not_parallel
 from lora_ext.nn import ActiveAdapters, LoraLayer
 from lora_ext.quantized import quantized_weight
 
@@ -41,11 +41,12 @@ def set_adapter(model: ModelT, names: str | Iterable[str], trainable: bool | Non
         ``model``, the same object.
 
     Raises:
-        ValueError: the model is not injected, a name is given twice, or two of the adapters train the same module in
-            full (``modules_to_save``).
+        ValueError: the model is not injected or wrapped by ``DistributedDataParallel``; a name is given twice; or two
+            adapters train the same module in full (``modules_to_save``).
         KeyError: there is no adapter of that name; the message lists them.
         RuntimeError: within :func:`disable_adapters`. Nothing is changed.
     """
+    check_not_parallel("set_adapter", model)
     adapters = find_adapters(model, "set_adapter")
     adapters.check_enabled("set_adapter")
     names = (names,) if isinstance(names, str) else tuple(names)

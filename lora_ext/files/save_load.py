@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import changing, one_at_a_time
 from lora_ext._common.printable import listed, shown
+from lora_ext._common.sharded import first_rank_writes, is_sharded, local, part_like, prepare_shards, whole
 from lora_ext._common.warnings import warn_user
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, AdapterFile, TensorFile
@@ -50,6 +51,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     After an error the old one is intact. A killed process leaves a directory ``.lora_ext-saving``, which the files may
     be symbolic links into; the next save removes it.
 
+    All ranks of a sharded model (FSDP2) must call it: they gather the factors, and the first one writes. Of a model
+    that is not sharded, any ranks may save, also at once.
+
     Args:
         model: an injected model.
         directory: target directory.
@@ -59,11 +63,15 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         ValueError: the model is not injected; or ``adapter_name`` is None and not exactly one adapter is active.
         KeyError: there is no such adapter; the message lists the existing ones.
         OSError: the directory cannot be written; its content is unchanged.
+        RuntimeError: another rank could not write a sharded model.
     """
+    prepare_shards("save_adapter", model)
     adapter = find_adapter(model, "save_adapter", adapter_name)
     content = file_content(model, adapter)
-    with staged_files(Path(directory), ADAPTER_FILES, "save_adapter") as staging:
-        write_content(staging, content)
+    with first_rank_writes(sharded_tensors(adapter)) as writes:
+        if writes:
+            with staged_files(Path(directory), ADAPTER_FILES, "save_adapter") as staging:
+                write_content(staging, content)
 
 
 @checked
@@ -128,6 +136,7 @@ def load_opened(model: nn.Module, file: AdapterFile, trainable: bool = False, ad
     """Like :func:`load_adapter`, for a file from :func:`~lora_ext.files.packed_projection.from_peft_form`."""
     file_alphas, file = file.config, with_positive_alphas(file)
     config = config_of(file, "load_adapter")
+    prepare_shards("load_adapter", model)
     merged = [path for path, layer in lora_modules(model) if layer.is_merged]
     if merged:
         raise RuntimeError(f"load_adapter: an adapter is merged into {merged[0]!r}; call unmerge(model) first")
@@ -151,11 +160,22 @@ def load_opened(model: nn.Module, file: AdapterFile, trainable: bool = False, ad
     # Nothing below fails, and Ctrl-C waits: the adapter is filled before it is attached.
     with torch.no_grad(), changing(adapter.into.active):
         for key, target in targets.items():
-            target.copy_(file.tensor(key))
+            fill(target, file.tensor(key))
         for key, scale in _signed(adapter, config, file_alphas).file_scales().items():
             targets[f"{KEY_PREFIX}{key}"].div_(scale)
         if not replaces:
             apply_injection(model, adapter)
+
+
+def fill(target: Tensor, values: Tensor) -> None:
+    """Copies ``values`` into ``target``, or this rank's part of them."""
+    if is_sharded(target):
+        target, values = local(target), part_like(target, values)
+    target.copy_(values)
+
+
+def sharded_tensors(adapter: Adapter) -> list[Tensor]:
+    return [tensor for tensor in adapter.tensors().values() if is_sharded(tensor)]
 
 
 def with_positive_alphas(file: AdapterFile) -> AdapterFile:
@@ -241,22 +261,18 @@ class FileContent:
 
 
 def file_content(model: nn.Module, adapter: Adapter) -> FileContent:
-    """Returns an adapter's config and copies of its tensors on the CPU, in the form of PEFT's files."""
+    """Returns an adapter's config and copies of its tensors on the CPU, in the form of PEFT's files.
+
+    All ranks of a sharded model must call it.
+    """
     values = adapter.config.to_dict() | {"inference_mode": True}  # as PEFT writes it
     if values["base_model_name_or_path"] is None:
         values["base_model_name_or_path"] = base_name(model)
     values |= _names_of_tied(adapter, values)
     scales = adapter.file_scales()
-    sharded = [key for key, tensor in adapter.tensors().items() if hasattr(tensor, "full_tensor")]
-    if sharded:
-        raise ValueError(
-            f"{type(root_module(model)).__name__} is sharded ({shown(sharded[0])} is a DTensor); gather its state_dict "
-            "(torch.distributed.checkpoint.state_dict, full_state_dict=True) and pass it to save_pretrained(directory, "
-            "state_dict=...), or load it into a model that is not sharded and save that one"
-        )
     # Copies, because tied modules share memory and the tensors of a file must not.
     tensors = {
-        f"{KEY_PREFIX}{key}": tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        f"{KEY_PREFIX}{key}": whole(tensor).detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for key, tensor in adapter.tensors().items()
     }
     for key, scale in scales.items():
@@ -358,6 +374,8 @@ def _check_places(targets: Mapping[str, Tensor], file: AdapterFile) -> None:
             problems.append(f"device of {key}: the model is on the meta device; give it memory (to_empty) first")
             continue
         if not target.numel():
+            continue
+        if is_sharded(target):  # tied parameters are one DTensor, and its parts get the same values twice
             continue
         twin = filled.setdefault((target.device, target.data_ptr()), key)  # tied modules hold one tensor under two keys
         if twin != key and not torch.equal(*(_in_order_of(targets[k], file.tensor(k)) for k in (twin, key))):

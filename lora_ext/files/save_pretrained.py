@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.printable import shown
+from lora_ext._common.sharded import is_fully_sharded
 from lora_ext._common.warnings import warn_user
 from lora_ext.config import LoraConfig, exact_patterns
 from lora_ext.files.adapter_file import CONFIG_FILE, holds_adapter
@@ -78,6 +79,12 @@ def save_injected(
     if call.get("state_dict") == {}:  # Trainer's placeholder under DeepSpeed, which it removes
         return call.run()
     given = call.take("state_dict")
+    if given is None and any(is_fully_sharded(part) for part in module.modules()):
+        raise ValueError(
+            f"{call.name}: {type(module).__name__} is sharded (fully_shard); call lora_ext.save_adapter on all ranks, "
+            "or gather its state_dict (torch.distributed.checkpoint.state_dict, full_state_dict=True) and pass it to "
+            "save_pretrained(directory, state_dict=...)"
+        )
     with _with_values(call.name, module, given):
         if _is_merged(call.name, module):
             if holds_adapter(call.directory):

@@ -16,6 +16,7 @@ from torch import nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import changing, one_at_a_time
+from lora_ext._common.sharded import prepare_shards
 from lora_ext.config import LoraConfig, PeftConfig
 from lora_ext.injection.build import PartsBuilder, check_targets
 from lora_ext.injection.mixtures import warn_of_parts_left_out, with_experts
@@ -24,7 +25,7 @@ from lora_ext.injection.targets import find_targets, is_all_linear
 from lora_ext.injection.trainers import guard_against_trainers, remove_guard
 from lora_ext.model.adapter_set import Adapter, AdapterSet, adapter_set, attach_adapter_set, forget_adapter_set
 from lora_ext.model.adapter_state import forget_guard, guard_loading
-from lora_ext.model.bare_model import BareModel, adapter_layers, root_module
+from lora_ext.model.bare_model import BareModel, adapter_layers, check_not_parallel, root_module
 from lora_ext.model.row_adapters import forget_adapter_names, serve_adapter_names
 from lora_ext.model.saver import replace_save_pretrained, restore_save_pretrained, savers
 from lora_ext.nn import LoraLayer, LoraLinear
@@ -75,8 +76,8 @@ def inject(
     Raises:
         ValueError: nothing matches ``target_modules`` or ``modules_to_save`` (names close matches); the model has an
             adapter of that name, or PEFT's adapters; adapters are merged; a second adapter would train biases; a token
-            to train does not exist; values to train are offloaded; or a module is in ``target_modules`` of one adapter
-            and in ``target_parameters`` of another.
+            to train does not exist; values to train are offloaded; a module is in ``target_modules`` of one adapter
+            and in ``target_parameters`` of another; or ``DistributedDataParallel`` wraps the model.
         TypeError: targets of unsupported kinds (all are named).
         The model is then unchanged.
 
@@ -102,6 +103,8 @@ class Injection:
     """The targets of an injection into ``model``, found and checked; nothing is built. Errors are those of inject."""
 
     def __init__(self, model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
+        check_not_parallel("inject", model)
+        prepare_shards("inject", model)
         root, adapters = root_module(model), adapter_set(model)
         check_new_name("inject", adapter_name, adapters)
         _check_state(root, adapters, config)

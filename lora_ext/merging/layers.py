@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_ext._common.changes import changing
+from lora_ext._common.sharded import any_rank, is_sharded, local, part_like, whole
 from lora_ext._ops.checks import check_merge_layer
 from lora_ext.merging.quantized import (
     MergeError,
@@ -32,6 +33,7 @@ from lora_ext.merging.weights import (
     prepare_unmerge,
     remerge,
     run_unmerge,
+    unmerge_all_,
 )
 from lora_ext.quantized import QuantizedWeight
 
@@ -110,6 +112,7 @@ class _Merge:
     Attributes:
         holders: the layers that hold the matrix, with its key there; several if adapters are tied.
         views, labels: the matrix, and its name in messages. A view is a tensor, or a quantised weight.
+        sharded: the DTensors among the matrices; their views are this rank's parts.
         factors: the packed updates.
         ranks: by adapter name, sorted.
     """
@@ -117,11 +120,27 @@ class _Merge:
     holders: list[list[tuple[Mergeable, str]]] = dataclasses.field(default_factory=list)
     views: list[Tensor | QuantizedWeight] = dataclasses.field(default_factory=list)
     labels: list[str] = dataclasses.field(default_factory=list)
+    sharded: list[Tensor] = dataclasses.field(default_factory=list)
     factors: list[tuple[Tensor, Tensor]] = dataclasses.field(default_factory=list)
     ranks: list[dict[str, int]] = dataclasses.field(default_factory=list)
 
     def run(self, caller: str, record: bool = True) -> list[MergeRecord | QuantizedRecord | None]:
-        """Merges into all matrices or into none. Records of quantised ones are always made: they hold the errors."""
+        """Merges into all matrices, on all ranks, or into none.
+
+        Records of quantised matrices are always made: they hold the errors; those of sharded ones, because another rank
+        may fail.
+        """
+        try:
+            made = self._run_here(caller, record or bool(self.sharded))
+        except BaseException:
+            any_rank(self.sharded, True)
+            raise
+        if any_rank(self.sharded, False):
+            unmerge_all_(caller, self.views, made, self.labels)
+            raise ValueError(f"{caller}: another rank cannot merge into its part of the weights; its message says why")
+        return made
+
+    def _run_here(self, caller: str, record: bool) -> list[MergeRecord | QuantizedRecord | None]:
         records: dict[int, MergeRecord | QuantizedRecord | None] = {}
         quantized = [i for i, view in enumerate(self.views) if isinstance(view, QuantizedWeight)]
         dense = [i for i, view in enumerate(self.views) if not isinstance(view, QuantizedWeight)]
@@ -231,6 +250,8 @@ def _prepare_merge(caller: str, wanted: Mapping[Mergeable, Collection[str]], whe
             updates = updates_of(caller, layer, key, matrix, label, sorted(names))
             if not updates:
                 continue
+            if is_sharded(matrix.view):
+                merge.sharded.append(matrix.view)
             parameter = matrix.owner._parameters[matrix.name]
             same = (id(parameter), view.storage_offset(), *(update_identity(layer, key, name) for name in updates))
             if same in known:
@@ -251,11 +272,12 @@ def update_identity(layer: Mergeable, key: str, name: str) -> tuple:
     if layer._merged is not None and name in layer._merged.names:
         return name, id(layer._merged.matrices[key].record)
     A, B, scaling = layer.factors(name)[key]
+    A, B = local(A), local(B)
     return name, A.data_ptr(), A.stride(), B.data_ptr(), B.stride(), scaling
 
 
 def stored_matrices(caller: str, layer: Mergeable, where: str) -> Iterator[tuple[str, Matrix, Tensor, str]]:
-    """Yields ``(key, matrix, its view, its name in messages)`` for each matrix.
+    """Yields ``(key, matrix, its view, its name in messages)`` for each matrix; the view is this rank's part of it.
 
     Raises:
         RuntimeError: a matrix is computed on every access, so an update merged into it would be lost.
@@ -269,19 +291,27 @@ def stored_matrices(caller: str, layer: Mergeable, where: str) -> Iterator[tuple
                 f"{caller}: {label} is offloaded by accelerate, and a change would be lost; load the model without "
                 "offloading (device_map), or save the adapter and merge the checkpoint on disk (lora-ext merge)"
             )
-        yield key, matrix, matrix.view, label
+        yield key, matrix, local(matrix.view), label
 
 
 def updates_of(
     caller: str, layer: Mergeable, key: str, matrix: Matrix, label: str, names: list[str]
 ) -> dict[str, Factors]:
-    """The update of each adapter to one matrix: as it was merged, or its present value if it is not merged."""
-    updates, view = {}, matrix.view
+    """The update of each adapter to one matrix: as it was merged, or its present value if it is not merged.
+
+    The rows of a sharded matrix need their rows of ``lora_B`` and the whole ``lora_A``; its columns the reverse.
+    """
+    updates, view = {}, local(matrix.view)
     for name in names:
         if layer._merged is not None and name in layer._merged.names:
             if (merged := layer._merged.matrices.get(key)) is not None and name in merged.ranks:
                 updates[name] = merged.factors(name, view.device)
         elif (factors := layer.factors(name).get(key)) is not None:
+            if is_sharded(matrix.view):
+                A, B, scaling = factors
+                factors = part_like(matrix.view, A, [1]), part_like(matrix.view, B, [0]), scaling
+            else:
+                factors = whole(factors[0]), whole(factors[1]), factors[2]
             if matrix.quantized is None:
                 check_merge_layer(f"{caller}: {label}", view, *factors[:2])
             updates[name] = factors

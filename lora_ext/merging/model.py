@@ -14,6 +14,7 @@ from torch import nn
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import changing, one_at_a_time
 from lora_ext._common.printable import listed
+from lora_ext._common.sharded import prepare_shards
 from lora_ext._common.warnings import warn_user
 from lora_ext._ops.checks import FLOATING
 from lora_ext.injection.inject import forget_injection, lora_modules, replace_modules
@@ -22,7 +23,14 @@ from lora_ext.merging.dequantized import dequantized, forget_quantization
 from lora_ext.merging.layers import MergedMatrix, change_merged, merge_for_good, stored_matrices, update_identity
 from lora_ext.merging.quantized import MergeError
 from lora_ext.model.adapter_set import adapter_set
-from lora_ext.model.bare_model import BareModel, adapter_layers, parameter_paths, root_module
+from lora_ext.model.bare_model import (
+    BareModel,
+    adapter_layers,
+    check_not_parallel,
+    check_not_sharded,
+    parameter_paths,
+    root_module,
+)
 from lora_ext.nn import ActiveAdapters, AdapterLayer, LoraLayer
 from lora_ext.nn.trainable_tokens import TrainableTokens
 
@@ -280,6 +288,10 @@ def unload(model: ModelT) -> ModelT:
 
 
 def _check_can_unload(caller: str, model: nn.Module, merged: bool) -> None:
+    check_not_parallel(caller, model)
+    check_not_sharded(
+        caller, model, "merge(model) computes the same; for a plain checkpoint, save_adapter and lora-ext merge"
+    )
     if (adapters := adapter_set(model)) is not None:
         adapters.check_enabled(caller)
     for _, layer in adapter_layers(model) if merged else ():
@@ -318,6 +330,7 @@ def _all_lora_modules(caller: str, model: nn.Module) -> dict[str, LoraLayer]:
     layers = dict(lora_modules(root_module(model)))
     if not layers:
         raise ValueError(f"{caller}: {type(model).__name__} has no LoRA layer; call inject(model, config) first")
+    prepare_shards(caller, model)
     return layers
 
 

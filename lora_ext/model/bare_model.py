@@ -6,14 +6,42 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from lora_ext._common.sharded import is_fully_sharded
 from lora_ext.nn import AdapterLayer, LoraLayer
 from lora_ext.nn.layer import innermost, layers_around
 
+_DATA_PARALLEL = (DistributedDataParallel, DataParallel)
+
 
 def root_module(model: nn.Module) -> nn.Module:
-    """``model``, or the module that ``torch.compile`` wrapped: paths and files must not depend on compilation."""
-    return getattr(model, "_orig_mod", model)
+    """``model``, or the module inside ``torch.compile``'s and data-parallel wrappers: paths must not depend on them."""
+    while True:
+        if isinstance(model, _DATA_PARALLEL):
+            model = model.module
+        elif (inner := getattr(model, "_orig_mod", None)) is not None:
+            model = inner
+        else:
+            return model
+
+
+def check_not_parallel(caller: str, model: nn.Module) -> None:
+    """Checks that no wrapper keeps a list of the parameters that train now. ValueError: one does."""
+    while (inner := getattr(model, "_orig_mod", None)) is not None:
+        model = inner
+    if isinstance(model, _DATA_PARALLEL):
+        kind = type(model).__name__
+        raise ValueError(
+            f"{caller}: the model is wrapped by {kind}, which knows only the parameters that trained when it was made; "
+            f"call {caller} on model.module, and wrap that again"
+        )
+
+
+def check_not_sharded(caller: str, model: nn.Module, remedy: str) -> None:
+    """Checks that FSDP2 does not manage the parameters of ``model``. ValueError: it does."""
+    if any(is_fully_sharded(module) for module in model.modules()):
+        raise ValueError(f"{caller}: the model is sharded (fully_shard), which manages the parameters it had; {remedy}")
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:

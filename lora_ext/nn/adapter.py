@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
+from lora_ext._common.sharded import is_fully_sharded
 from lora_ext._ops.checks import accumulation_dtype
 
 if TYPE_CHECKING:
@@ -78,16 +79,30 @@ class LoraAdapter(nn.Module):
         self.lora_alpha = lora_alpha
         self.lora_dropout = float(lora_dropout)
         self.scaling = float(lora_alpha) / (math.sqrt(r) if use_rslora else r)
-        shape_A, shape_B = shapes or ((r, in_features), (out_features, r))
+        shape_A, shape_B = shapes or self.usual_shapes(in_features, out_features, r)
         self.lora_A = nn.Parameter(torch.empty(shape_A, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(shape_B, dtype=dtype, device=device))
         self.lora_bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if lora_bias else None
         self.reset_parameters(init_lora_weights)
 
+    @staticmethod
+    def usual_shapes(in_features: int, out_features: int, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        return (r, in_features), (out_features, r)
+
+    @property
+    def file_A(self) -> Tensor:
+        """``lora_A`` in the form of files: the rank is its first dimension."""
+        return self.lora_A
+
+    def set_factors(self, file_A: Tensor, lora_B: Tensor, requires_grad: bool = True) -> None:
+        """Makes new parameters; ``file_A`` is in the form of files."""
+        self.lora_A = nn.Parameter(file_A.contiguous(), requires_grad)
+        self.lora_B = nn.Parameter(lora_B.contiguous(), requires_grad)
+
     @property
     def has_plain_rank(self) -> bool:
-        """Whether the rank is a separate dimension: the first of ``lora_A``, the second of ``lora_B``."""
-        return self.lora_A.shape[0] == self.r == self.lora_B.shape[1]
+        """Whether the rank is a separate dimension: the first of ``file_A``, the second of ``lora_B``."""
+        return self.file_A.shape[0] == self.r == self.lora_B.shape[1]
 
     @classmethod
     def from_config(
@@ -160,8 +175,8 @@ class LoraAdapter(nn.Module):
         self.lora_B.copy_(torch.randn(half, self.lora_B.shape[0], device=device).T @ even / 10.0)
 
     def forward(self) -> FactorsAtHand:
-        """Returns the parameters: accelerate brings offloaded ones for the time of a call. See :func:`at_hand`."""
-        if self.training and torch.is_grad_enabled() and self.lora_A.requires_grad:
+        """Returns the parameters: accelerate and FSDP2 bring them for the time of a call. See :func:`at_hand`."""
+        if "forward" in self.__dict__ and self.training and torch.is_grad_enabled() and self.lora_A.requires_grad:
             raise RuntimeError(
                 f"{type(self).__name__}: the factors are offloaded, and would get no gradient; inject after you "
                 "dispatch or offload the model, which leaves them on the device that computes"
@@ -173,5 +188,16 @@ class LoraAdapter(nn.Module):
 
 
 def at_hand(adapter: nn.Module) -> LoraAdapter | FactorsAtHand:
-    """``adapter``, or its parameters brought by a call of it, if something replaced its forward to bring them."""
+    """``adapter``, or its parameters brought by a call of it: by a forward that replaced its own, or by FSDP2's hooks.
+
+    RuntimeError: FSDP2 takes them away after the call.
+    """
+    if adapter.__dict__["_forward_pre_hooks"] and is_fully_sharded(adapter):
+        factors = adapter()
+        if factors.lora_A.numel() and not factors.lora_A.untyped_storage().size():
+            raise RuntimeError(
+                f"{type(adapter).__name__}: FSDP2 frees the factors before the layer uses them; call fully_shard on "
+                "the adapter with reshard_after_forward=False, or on the layer that holds it"
+            )
+        return factors
     return adapter() if "forward" in adapter.__dict__ else adapter

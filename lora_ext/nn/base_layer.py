@@ -169,8 +169,10 @@ def has_forward_of(module: nn.Module, kind: type[nn.Module], *methods: str) -> b
         if getattr(type(module), method) is not getattr(kind, method):
             return False
         patched = vars(module).get(method)
-        if patched is not None and getattr(_below_accelerate(module, method), "__func__", None) is not getattr(
-            kind, method
+        if (
+            patched is not None
+            and not splits_tensors(patched)
+            and getattr(_below_accelerate(module, method), "__func__", None) is not getattr(kind, method)
         ):
             return False
     return True
@@ -187,11 +189,23 @@ def why_not_merge(base: nn.Module, *kinds: type[nn.Module], methods: tuple[str, 
     if kind is None:
         kind = type(base)
         return f"base_layer is a {kind.__module__}.{kind.__name__}; merge or unload it first"
-    if base._forward_hooks or base._forward_pre_hooks:
+    hooks = (*base._forward_hooks.values(), *base._forward_pre_hooks.values())
+    if not all(_gathers(hook) or splits_tensors(hook) for hook in hooks):
         return "its hooks may change what it computes; remove them first"
     if not has_forward_of(base, kind, *methods) and not (kind is nn.Linear and _is_product(base)):
         return f"the forward of {type(base).__name__} is not {kind.__name__}'s, and may not be linear in the weight"
     return None
+
+
+def _gathers(hook: object) -> bool:
+    """Whether a hook is FSDP2's, which gathers parameters for a call."""
+    return type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.fsdp.")
+
+
+def splits_tensors(function: object) -> bool:
+    """Whether a hook or forward is one of those with which tensor parallelism moves x and y between devices."""
+    module = getattr(function, "__module__", None) or ""
+    return module.startswith(("torch.distributed.tensor.", "transformers.distributed."))
 
 
 @torch.no_grad()

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 
 class EmbeddingAdapter(LoraAdapter):
-    """A low-rank update of an embedding's weight: ``(scaling * lora_B @ lora_A).T``.
+    """A low-rank update of an embedding's weight: ``scaling * lora_A @ lora_B.T``.
 
-    ``lora_A``, ``[r, num_embeddings]``, starts at zero (normal with ``init_lora_weights=False``); ``lora_B``,
-    ``[embedding_dim, r]``, normal.
+    ``lora_A``, ``[num_embeddings, r]``, starts at zero (normal with ``init_lora_weights=False``); ``lora_B``,
+    ``[embedding_dim, r]``, normal. Files hold ``lora_A`` transposed. Here a token's row is contiguous: lookups gather
+    rows and their gradients scatter them.
     """
 
     size_names = ("num_embeddings", "embedding_dim")
@@ -31,8 +32,17 @@ class EmbeddingAdapter(LoraAdapter):
     @checked
     def __init__(self, num_embeddings: int, embedding_dim: int, *args, **kwargs) -> None:
         super().__init__(num_embeddings, embedding_dim, *args, **kwargs)
-        # Store each token's column contiguously: lookups gather columns and their gradients scatter them.
-        self.lora_A.data = self.lora_A.data.T.contiguous().T
+
+    @staticmethod
+    def usual_shapes(num_embeddings: int, embedding_dim: int, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        return (num_embeddings, r), (embedding_dim, r)
+
+    @property
+    def file_A(self) -> Tensor:
+        return self.lora_A.T
+
+    def set_factors(self, file_A: Tensor, lora_B: Tensor, requires_grad: bool = True) -> None:
+        super().set_factors(file_A.T, lora_B, requires_grad)
 
     def reset_parameters(self, init_lora_weights: bool | str = True) -> None:
         if init_lora_weights:
@@ -43,12 +53,12 @@ class EmbeddingAdapter(LoraAdapter):
 
 
 class LoraEmbedding(LoraLayer):
-    """``base_layer(ids) + scaling * (lora_B @ lora_A[:, ids]).T`` with the base layer frozen.
+    """``base_layer(ids) + scaling * lora_A[ids] @ lora_B.T`` with the base layer frozen.
 
     If the base layer scales its rows by ``embed_scale`` (Gemma, BART), the update is scaled too. As in PEFT,
     ``lora_dropout`` has no effect on an embedding.
 
-    The backward needs the ids and ``[num_tokens, r]``. The gradient of ``lora_A`` is dense, ``[r, num_embeddings]``,
+    The backward needs the ids and ``[num_tokens, r]``. The gradient of ``lora_A`` is dense, ``[num_embeddings, r]``,
     however few the tokens, and even if the base layer has ``sparse=True``.
 
     Args:
@@ -102,10 +112,13 @@ class LoraEmbedding(LoraLayer):
 
     def factors(self, name: str) -> dict[str, tuple[Tensor, Tensor, float]]:
         adapter = self.adapters[name]
-        return {"weight": (adapter.lora_B.T, adapter.lora_A.T, adapter.scaling)}  # W += (B A).T
+        return {"weight": (adapter.lora_B.T, adapter.lora_A, adapter.scaling)}
+
+    def factor_shapes(self, adapter: LoraAdapter) -> dict[str, tuple[int, ...]]:
+        return {"lora_A": (self.in_features, adapter.r), "lora_B": (self.out_features, adapter.r)}
 
     def file_tensors(self, path: str, adapter: LoraAdapter) -> dict[str, Tensor]:
-        return {f"{path}.lora_embedding_A": adapter.lora_A, f"{path}.lora_embedding_B": adapter.lora_B}
+        return {f"{path}.lora_embedding_A": adapter.file_A, f"{path}.lora_embedding_B": adapter.lora_B}
 
     def forward(self, ids: Tensor) -> Tensor:
         if (choice := row_choice(self.active)) is not None:
@@ -124,7 +137,7 @@ class LoraEmbedding(LoraLayer):
 
     def _add(self, y: Tensor, ids: Tensor, adapter: LoraAdapter) -> Tensor:
         embedding = self.embedding
-        xa = F.embedding(ids, adapter.lora_A.T, embedding.padding_idx, scale_grad_by_freq=embedding.scale_grad_by_freq)
+        xa = F.embedding(ids, adapter.lora_A, embedding.padding_idx, scale_grad_by_freq=embedding.scale_grad_by_freq)
         return expand_onto_(y, scaled_rows(embedding, xa), adapter.lora_B, adapter.scaling)
 
     def _forward_rows(self, choice: RowChoice, ids: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_ext import functional
+from lora_ext._common.sharded import is_fully_sharded, is_sharded
 from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.base_layer import is_conv1d, own_copy, plain_linear, why_not_merge
 from lora_ext.nn.layer import LoraLayer, Matrix
@@ -16,6 +17,7 @@ from lora_ext.nn.row_updates import RowUpdate, add_chosen
 from lora_ext.nn.rows import RowChoice, row_choice
 from lora_ext.nn.shared_inputs import Operands, SharesInputs, frozen_product, shared_inputs
 from lora_ext.nn.slots import LayerSlots
+from lora_ext.nn.tensor_parallel import add_update, place, split_dim
 from lora_ext.quantized import quantized_weight
 
 if TYPE_CHECKING:
@@ -33,7 +35,8 @@ class LoraLinear(SharesInputs, LoraLayer):
     Further arguments of the forward go to the base layer. An update cannot be merged into such a base layer.
 
     A base layer with a quantised weight (:mod:`lora_ext.quantized`) is called in the same way; the gradient of its
-    input is the one that it computes. Merging dequantises, adds the update and quantises again.
+    input is the one that it computes. Merging dequantises, adds the update and quantises again. A base layer whose
+    weight is split over devices is called, too (:mod:`lora_ext.nn.tensor_parallel`).
 
     Args:
         base_layer: an ``nn.Linear``, or Transformers' ``Conv1D`` (GPT-2), whose weight is ``[in_features,
@@ -54,13 +57,18 @@ class LoraLinear(SharesInputs, LoraLayer):
     @classmethod
     def why_not(cls, module: nn.Module, config: LoraConfig) -> str | None:
         weight = quantized_weight(module)
+        if weight is None and cls is LoraLinear and split_dim(module) is not None:
+            return None
         return super().why_not(module, config) if weight is None else weight.why_not_adapt()
 
     @classmethod
     def new_adapter(
         cls, base_layer: nn.Module, config: LoraConfig, path: str, device: torch.device | None = None
     ) -> LoraAdapter:
-        return LoraAdapter.from_config(config, path, *linear_sizes(base_layer), base_layer.weight, device)
+        adapter = LoraAdapter.from_config(config, path, *linear_sizes(base_layer), base_layer.weight, device)
+        if split_dim(base_layer) is not None:
+            place(adapter, base_layer.weight)
+        return adapter
 
     def add_adapter(self, name: str, adapter: LoraAdapter) -> None:
         super().add_adapter(name, adapter)
@@ -120,6 +128,10 @@ class LoraLinear(SharesInputs, LoraLayer):
         if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
             self._check_exportable()
         y = own_copy(self, self.base_layer(x, *args, **kwargs))
+        if is_sharded(weight := self.base_layer._parameters.get("weight")):
+            for adapter in adapters:
+                y = add_update(self, y, x, weight, adapter, adapter.lora_dropout if self.training else 0.0)
+            return y
         if (bias := add_lora_biases(None, y.dtype, adapters)) is not None:
             y = y + bias  # not in place: samples of torch.func.vmap may share y
         x = x.to(device=y.device, dtype=y.dtype)
@@ -165,6 +177,8 @@ class LoraLinear(SharesInputs, LoraLayer):
     def operands(self) -> Operands | str:
         if self._merged is not None:
             return "adapters are merged"
+        if self.__dict__["_forward_pre_hooks"] and is_fully_sharded(self):
+            return "FSDP2 gathers its parameters for its calls only"
         adapters = self._modules["adapters"]._modules
         names = [name for name in self.active.names if name in adapters]
         if len(names) != 1:
@@ -175,6 +189,8 @@ class LoraLinear(SharesInputs, LoraLayer):
             return "its factors are offloaded"
         if "lora_A" not in factors:
             return "its factors are tied to those of another layer"
+        if adapter._forward_pre_hooks:
+            return "its factors are sharded apart from the layer"
         base = frozen_product(self._modules["base_layer"])
         if isinstance(base, str):
             return base

@@ -14,8 +14,8 @@ class TiedAdapter(nn.Module):
 
     Args:
         source: the embedding's adapter.
-        transposed: for an output projection, whose update is ``lora_B @ lora_A``; the embedding's is
-            ``(lora_B @ lora_A).T``.
+        transposed: for an output projection ``[num_embeddings, embedding_dim]``, whose factors are those of the
+            embedding's update with their names exchanged.
     """
 
     is_tied = True
@@ -32,7 +32,11 @@ class TiedAdapter(nn.Module):
 
     @property
     def lora_B(self) -> Tensor:
-        return self.source.lora_A.T if self.transposed else self.source.lora_B
+        return self.source.lora_A if self.transposed else self.source.lora_B
+
+    @property
+    def file_A(self) -> Tensor:
+        return self.lora_A if self.transposed else self.source.file_A
 
     @property
     def r(self) -> int:

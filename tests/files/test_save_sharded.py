@@ -11,7 +11,7 @@ from support.models import llama, token_ids
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from lora_ext import LoraConfig, inject, load_adapter, save_adapter
+from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter
 
 pytestmark = pytest.mark.cpu_only("one process with gloo")
 WHOLE = StateDictOptions(full_state_dict=True)
@@ -25,7 +25,7 @@ def one_process(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-def test_a_gathered_state_is_saved_and_a_sharded_model_is_refused(one_process, tmp_path):
+def test_a_gathered_state_is_saved(one_process, tmp_path):
     base, ids = llama().eval(), token_ids()
     model = inject(copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
     expected, state = model(ids).logits, {key: value.clone() for key, value in model.state_dict().items()}
@@ -40,9 +40,11 @@ def test_a_gathered_state_is_saved_and_a_sharded_model_is_refused(one_process, t
     again = load_adapter(copy.deepcopy(base), tmp_path / "adapter").eval()
     assert torch.equal(again(ids).logits, expected)
     assert torch.equal(model(ids).logits, expected)
-    for save in (model.save_pretrained, lambda directory: save_adapter(model, directory)):
-        with pytest.raises(ValueError, match="is sharded .*full_state_dict=True"):
-            save(tmp_path / "sharded")
+    with pytest.raises(ValueError, match="is sharded .*save_adapter .*full_state_dict=True"):
+        model.save_pretrained(tmp_path / "sharded")
+    save_adapter(model, tmp_path / "sharded")
+    for file in (tmp_path / "sharded").iterdir():
+        assert file.read_bytes() == (tmp_path / "adapter" / file.name).read_bytes()
 
 
 def test_a_model_wrapped_by_fsdp1_is_refused(one_process, tmp_path):
@@ -54,4 +56,8 @@ def test_a_model_wrapped_by_fsdp1_is_refused(one_process, tmp_path):
     assert set(wrapped.state_dict()) == keys
     with pytest.raises(ValueError, match="wrapped by FullyShardedDataParallel; use fully_shard"):
         model.save_pretrained(tmp_path / "adapter", state_dict=wrapped.state_dict())
+    functions = {"save_adapter": lambda model: save_adapter(model, tmp_path / "adapter"), "merge": merge}
+    for caller, function in functions.items():
+        with pytest.raises(ValueError, match=rf"^{caller}: parts .* FullyShardedDataParallel \(FSDP1\); use"):
+            function(wrapped)
     assert not (tmp_path / "adapter").exists()

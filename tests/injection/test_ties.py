@@ -95,7 +95,7 @@ def test_gradients_add_up_as_in_a_tied_weight():
     factors = [adapter.lora_A, adapter.lora_B]
     grad = torch.randn(*ids.shape, 50, dtype=torch.float64)
     ours = torch.autograd.grad(logits(model, ids), factors, grad)
-    weight = model.lm_head.weight + adapter.scaling * (adapter.lora_B @ adapter.lora_A).T
+    weight = model.lm_head.weight + adapter.scaling * adapter.lora_A @ adapter.lora_B.T
     plain = copy.deepcopy(model)
     plain.model.embed_tokens, plain.lm_head = plain.model.embed_tokens.base_layer, plain.lm_head.base_layer
     names = {"model.embed_tokens.weight": weight, "lm_head.weight": weight}

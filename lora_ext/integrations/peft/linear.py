@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_ext._common.sharded import is_fully_sharded
 from lora_ext._ops.checks import FLOATING
 from lora_ext.functional import lora_delta_, lora_linear
 from lora_ext.integrations.peft.eligibility import Adapter, active_adapters, adapters_named, is_eligible_call
@@ -72,6 +73,8 @@ class LinearForward(SharesInputs):
         return add_chosen(y, x.to(y.dtype), choice, updates, 1)
 
     def operands(self) -> Operands | str:
+        if is_fully_sharded(self):
+            return "FSDP2 gathers its parameters for its calls only"
         adapters = active_adapters(self)
         return adapters if isinstance(adapters, str) else _operands(adapters, self.base_layer)
 

@@ -1,0 +1,96 @@
+"""Sharded tensors (DTensor) and models (FSDP2): a rank's part, whole values, and decisions that all ranks share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether ``tensor`` is a DTensor; imports nothing."""
+    return hasattr(tensor, "full_tensor")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, in the same memory."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor on this rank. All ranks must call it: they exchange their parts."""
+    if not is_sharded(tensor):
+        return tensor
+    tensor = tensor.detach()
+    return tensor.to(tensor.device_mesh.device_type).full_tensor()  # offloaded parts are on the CPU
+
+
+def part_like(like: Tensor, values: Tensor, dims: Iterable[int] | None = None) -> Tensor:
+    """This rank's part of ``values``, split as the DTensor ``like`` is split along ``dims`` (None: all).
+
+    Args:
+        like: a DTensor.
+        values: whole, the same on all ranks, or a DTensor; as long as ``like`` along ``dims``.
+    """
+    from torch.distributed.tensor import DTensor, Replicate
+
+    dims, mesh = range(like.dim()) if dims is None else dims, like.device_mesh
+    wanted = tuple(p if getattr(p, "dim", None) in dims else Replicate() for p in like.placements)
+    if not (is_sharded(values) and values.device_mesh == mesh and values.placements == wanted):
+        replicated = [Replicate()] * mesh.ndim
+        values = DTensor.from_local(whole(values.detach()), mesh, replicated, run_check=False)
+        values = values.redistribute(placements=wanted)
+    return values.detach().to_local().to(local(like).device)
+
+
+def any_rank(sharded: Iterable[Tensor], flag: bool) -> bool:
+    """Whether ``flag`` is true on a rank that shares one of the DTensors ``sharded``. All these ranks must call it."""
+    for mesh in {id(tensor.device_mesh): tensor.device_mesh for tensor in sharded}.values():
+        seen = torch.tensor(int(flag), device=mesh.device_type)
+        for group in mesh.get_all_groups():
+            torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX, group)
+        flag = bool(seen)
+    return flag
+
+
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` (FSDP2) was called on ``module``."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def prepare_shards(caller: str, model: nn.Module) -> None:
+    """Frees the whole parameters that FSDP2 keeps after a forward: changes of them would be lost.
+
+    ValueError: FSDP1 wraps a part of the model.
+    """
+    for module in model.modules() if "torch.distributed.fsdp" in sys.modules else ():
+        if isinstance(module, sys.modules["torch.distributed.fsdp"].FullyShardedDataParallel):
+            raise ValueError(
+                f"{caller}: parts of the model are wrapped by FullyShardedDataParallel (FSDP1); use fully_shard "
+                "(FSDP2, fsdp_version=2 in accelerate)"
+            )
+        if is_fully_sharded(module):
+            module.reshard()
+
+
+@contextmanager
+def first_rank_writes(sharded: list[Tensor]) -> Iterator[bool]:
+    """Yields whether this rank writes the files of a sharded model: the first of the mesh; waits for all at the end.
+
+    RuntimeError: the writing rank failed. Without DTensors, every rank writes, and none waits.
+    """
+    if not sharded:
+        yield True
+        return
+    writes = all(index == 0 for index in sharded[0].device_mesh.get_coordinate() or (1,))
+    try:
+        yield writes
+    except BaseException:
+        any_rank(sharded[:1], True)
+        raise
+    if any_rank(sharded[:1], False):
+        raise RuntimeError("another rank could not write the files; its message says why")

@@ -1,0 +1,174 @@
+"""Adapters of a linear layer whose weight is split over devices (tensor parallelism).
+
+``parallelize_module`` or Transformers (``tp_plan``) made the weight a DTensor and wrapped the layer's forward, which
+moves the input and the output between layouts. The layer is called, and the update is added to this device's part of
+its output. One collective of ``[tokens, r]`` is needed:
+
+| weight | lora_A | lora_B | xa | collective |
+|---|---|---|---|---|
+| rows split (column-wise) | whole | rows split | whole; its gradient is a sum | all-reduce in the backward |
+| columns split (row-wise) | columns split | whole | a sum over devices | all-reduce in the forward |
+
+If tokens are split outside of such a pair of layers (sequence parallelism), the column-wise layer gathers xa and the
+row-wise one scatters its sum. The gradient of the whole factor is then a sum over devices, too, ``[r, features]``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import _functional_collectives as collectives
+from torch.nn import functional as F
+
+from lora_ext import functional
+from lora_ext._common.sharded import is_sharded, local
+from lora_ext._ops import composite
+from lora_ext.nn.adapter import FactorsAtHand, LoraAdapter
+from lora_ext.nn.base_layer import splits_tensors
+from lora_ext.nn.expand import expand_onto_
+
+ROWS, COLUMNS = 0, 1
+
+
+def split_dim(module: nn.Module) -> int | None:
+    """The dimension of a linear layer's weight that is split over devices, if its forward moves x and y accordingly."""
+    weight = module._parameters.get("weight")
+    if not is_sharded(weight) or not isinstance(module, nn.Linear) or weight.device_mesh.ndim != 1:
+        return None
+    if not any(map(splits_tensors, (vars(module).get("forward"), *module._forward_pre_hooks.values()))):
+        return None
+    (placement,) = weight.placements
+    return next((dim for dim in (ROWS, COLUMNS) if placement.is_shard(dim)), None)
+
+
+def place(adapter: LoraAdapter, weight: Tensor) -> None:
+    """Splits the factors of a new ``adapter`` as ``weight`` is split; the first device's values count."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh, (placement,) = weight.device_mesh, weight.placements
+    by_rows = placement.is_shard(ROWS)
+    placements = {
+        "lora_A": Replicate() if by_rows else Shard(1),
+        "lora_B": Shard(0) if by_rows else Replicate(),
+        "lora_bias": Shard(0) if by_rows else Replicate(),
+    }
+    for name, wanted in placements.items():
+        if (parameter := getattr(adapter, name)) is not None:
+            placed = distribute_tensor(parameter.detach(), mesh, [wanted])
+            setattr(adapter, name, nn.Parameter(placed, parameter.requires_grad))
+
+
+def add_update(
+    layer: nn.Module, y: Tensor, x: Tensor, weight: Tensor, adapter: LoraAdapter | FactorsAtHand, dropout_p: float
+) -> Tensor:
+    """Adds the update of ``adapter`` to ``y``, this device's part of the output, in place.
+
+    Args:
+        x: the input of the base layer, before its wrapper: whole for a column-wise layer, or split along its tokens.
+
+    ValueError: x and y are not this device's parts as in the table above.
+    """
+    if is_sharded(y):
+        raise ValueError(
+            f"{type(layer).__name__}: its base layer returned a DTensor; parallelize it with use_local_output=True"
+        )
+    by_rows = weight.placements[0].is_shard(ROWS)
+    group = weight.device_mesh.get_group()
+    A, B = local(adapter.lora_A), local(adapter.lora_B)
+    bias = None if adapter.lora_bias is None else local(adapter.lora_bias)
+    x, size, rank = local(x), group.size(), group.rank()
+    dim = _split_tokens(layer, x, y, size, by_rows, (A.shape[1], B.shape[0]))
+    if dim is not None and by_rows:  # every device has gradients of its own tokens only
+        A = _SumOfGradients.apply(A, group)
+    elif dim is not None:
+        B = _SumOfGradients.apply(B, group)
+        bias = None if bias is None else _SumOfGradients.apply(bias, group)
+    if dropout_p > 0.0:
+        # Devices that hold the same elements of x need the same mask; they draw alike if they are seeded alike.
+        first = torch.distributed.get_global_rank(group, 0)
+        same = by_rows and dim is None
+        seed = functional.draw_seed(x.device, first if same else first + (rank << 32))
+        x = composite.dropped(x, dropout_p, seed)
+    with torch.autocast(x.device.type, enabled=False):
+        xa = F.linear(x.to(A.dtype), A)
+    if by_rows:
+        xa = _SumOfGradients.apply(xa, group) if dim is None else _Gathered.apply(xa, dim, group)
+    else:
+        xa = _Sum.apply(xa, group) if dim is None else _Scattered.apply(xa, dim, group)
+    if bias is not None:
+        y = y + (adapter.scaling * bias).to(y.dtype)
+    return expand_onto_(y, xa, B, composite.scale(adapter.scaling, dropout_p))
+
+
+def _split_tokens(
+    layer: nn.Module, x: Tensor, y: Tensor, size: int, by_rows: bool, features: tuple[int, int]
+) -> int | None:
+    """The dimension along which the tokens outside of the layers are split, or None.
+
+    ``features``: this device's in- and output features.
+    """
+    few, all_ = (x.shape[:-1], y.shape[:-1]) if by_rows else (y.shape[:-1], x.shape[:-1])
+    if (x.shape[-1], y.shape[-1]) == features and len(few) == len(all_):
+        if few == all_:
+            return None
+        differ = [dim for dim in range(len(few)) if few[dim] != all_[dim]]
+        if len(differ) == 1 and size * few[differ[0]] == all_[differ[0]]:
+            return differ[0]
+    split = "rows" if by_rows else "columns"
+    raise ValueError(
+        f"{type(layer).__name__}: a weight whose {split} are split over {size} devices turned "
+        f"{list(x.shape)} into {list(y.shape)}; want {list(features)} features, and the same tokens, or tokens split "
+        "equally outside of the layer (SequenceParallel); leave other layers, such as heads that gather their output, "
+        "out of target_modules"
+    )
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over devices; its gradient is the same on all of them."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, group) -> Tensor:
+        return collectives.wait_tensor(collectives.all_reduce(tensor, "sum", group))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None
+
+
+class _SumOfGradients(torch.autograd.Function):
+    """A tensor that is the same on all devices; each has a part of its gradient."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, group) -> Tensor:
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return collectives.wait_tensor(collectives.all_reduce(grad.contiguous(), "sum", ctx.group)), None
+
+
+class _Gathered(torch.autograd.Function):
+    """The tokens of all devices; each has a part of their gradient."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, dim: int, group) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return collectives.wait_tensor(collectives.all_gather_tensor(tensor, dim, group))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return collectives.wait_tensor(collectives.reduce_scatter_tensor(grad, "sum", ctx.dim, ctx.group)), None, None
+
+
+class _Scattered(torch.autograd.Function):
+    """This device's tokens of the sum over devices."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, dim: int, group) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return collectives.wait_tensor(collectives.reduce_scatter_tensor(tensor, "sum", dim, group))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return collectives.wait_tensor(collectives.all_gather_tensor(grad.contiguous(), ctx.dim, ctx.group)), None, None

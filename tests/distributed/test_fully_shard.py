@@ -1,0 +1,344 @@
+"""FSDP2 around injected models equals one process: losses, gradients, merged bits, files, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from support.models import Net, llama, token_ids
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
+from lora_ext.adapters import (
+    add_weighted_adapter,
+    hotswap_adapter,
+    lora_modules,
+    merge_and_unload,
+    merge_record_bytes,
+    prepare_hotswap,
+    set_adapter,
+    unload,
+)
+
+pytestmark = pytest.mark.cpu_only("processes with gloo")
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "down_proj", "embed_tokens"]}
+
+
+def _adapted(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(1)
+    return inject(llama().to(dtype), LoraConfig(**LORA, init_lora_weights=False))
+
+
+def _shard(model: nn.Module, apart: str = "", **options: Any) -> None:
+    """Shards the blocks and the rest, the modules ``apart`` in units of their own."""
+    if apart == "whole":
+        options["ignored_params"] = set(_trained(model).values())
+    for _, layer in lora_modules(model):
+        if apart == "base":
+            fully_shard(layer.base_layer, **options)
+        elif apart == "layer":
+            fully_shard(layer, **options)
+        elif apart == "adapter":
+            fully_shard(layer.adapters["default"], **options | {"reshard_after_forward": False})
+    for block in model.model.layers:
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+
+
+def _loss(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(input_ids=ids, labels=ids).loss
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(_whole(ours[name]), tensor, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def _train(rank: int, apart: str, checkpointing: bool | None, options: dict[str, Any], dtype: torch.dtype) -> None:
+    alone, ranks = _adapted(dtype), torch.distributed.get_world_size()
+    model = copy.deepcopy(alone)
+    for one in (model, alone) if checkpointing is not None else ():
+        one.enable_input_require_grads()
+        one.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+    _shard(model, apart, **options)
+    computes = alone
+    if "mp_policy" in options:
+        computes = copy.deepcopy(alone)
+        for parameter in computes.parameters():  # not the buffers
+            parameter.data = parameter.data.bfloat16()
+    optimizers = [torch.optim.AdamW(_trained(one).values(), lr=1e-2) for one in (model, alone)]
+    for _ in range(2):
+        if computes is not alone:
+            computes.load_state_dict(alone.state_dict())
+        batches = token_ids(2 * ranks).unflatten(0, (ranks, 2))  # the same on all ranks
+        loss = _loss(model, batches[rank])
+        loss.backward()
+        if apart == "whole":
+            for parameter in _trained(model).values():
+                torch.distributed.all_reduce(parameter.grad)
+                parameter.grad /= ranks
+        shares: dict[Tensor, Tensor] = {}
+        for index, ids in enumerate(batches):
+            expected = _loss(computes, ids)
+            if index == rank:
+                torch.testing.assert_close(loss, expected)
+            expected.backward()
+            for parameter, computed in zip(_trained(alone).values(), _trained(computes).values(), strict=True):
+                shares[parameter] = shares.get(parameter, 0) + computed.grad.to(parameter.dtype) / ranks
+                computed.grad = None
+        for parameter, share in shares.items():
+            parameter.grad = share
+        _same(*({name: p.grad for name, p in _trained(one).items()} for one in (model, alone)))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    _same(_trained(model), _trained(alone))
+
+
+MIXED = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("apart", "checkpointing", "options", "dtype"),
+    [
+        ("", None, {}, torch.float32),
+        ("", None, {"reshard_after_forward": False}, torch.float32),
+        ("", None, {}, torch.bfloat16),  # float32 factors next to bfloat16 weights
+        ("", None, {"mp_policy": MIXED}, torch.float32),
+        ("", None, {"offload_policy": CPUOffloadPolicy(pin_memory=False)}, torch.float32),
+        ("", False, {}, torch.float32),
+        ("", True, {}, torch.float32),
+        ("base", None, {}, torch.float32),
+        ("base", False, {"reshard_after_forward": False}, torch.float32),
+        ("layer", None, {}, torch.float32),
+        ("layer", False, {}, torch.float32),
+        ("adapter", None, {}, torch.float32),
+        ("whole", None, {}, torch.float32),
+    ],
+    ids=str,
+)
+def test_losses_gradients_and_weights(ranks, apart, checkpointing, options, dtype):
+    ranks(2, _train, apart, checkpointing, options, dtype)
+
+
+def _adapters_that_reshard(rank: int) -> None:
+    model = _adapted()
+    for _, layer in lora_modules(model):
+        fully_shard(layer.adapters["default"], reshard_after_forward=True)
+    with pytest.raises(RuntimeError, match="reshard_after_forward=False"):
+        _loss(model, token_ids())
+
+
+def test_adapters_that_reshard_after_forward_are_refused(ranks):
+    ranks(1, _adapters_that_reshard)
+
+
+def _switched(rank: int) -> None:
+    model = _adapted()
+    inject(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), adapter_name="second")
+    alone = copy.deepcopy(model)
+    _shard(model)
+    for name in ("second", "default", ["default", "second"]):
+        for one in (model, alone):
+            set_adapter(one, name)
+            one.zero_grad()
+        ids = token_ids()
+        for one in (model, alone):
+            _loss(one, ids).backward()
+        _same(*({key: p.grad for key, p in _trained(one).items()} for one in (model, alone)))
+
+
+def test_switching_adapters(ranks):
+    ranks(2, _switched)
+
+
+def _merging(rank: int, directory: Path) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(2)
+        config = {"r": 2, "target_modules": ["up", "down", "head"], "lora_bias": False, "init_lora_weights": False}
+        model = inject(Net().to(dtype), LoraConfig(**config))
+        inject(model, LoraConfig(**config | {"target_modules": ["up"]}), adapter_name="second")
+        alone, x = copy.deepcopy(model).eval(), torch.randn(4, 6, dtype=dtype)
+        for block in model.blocks:
+            fully_shard(block)
+        fully_shard(model, reshard_after_forward=False)
+        model.eval()
+        before = {key: value.clone() for key, value in alone.state_dict().items()}
+        for names in ("default", "second"):
+            model(x)  # the root keeps its whole parameters
+            merge(model, names)
+            merge(alone, names)
+            _check_bits(model, alone.state_dict())
+            torch.testing.assert_close(model(x), alone(x))
+        total = torch.tensor(merge_record_bytes(model))
+        torch.distributed.all_reduce(total)
+        assert total >= merge_record_bytes(alone)
+        unmerge(model, "default")
+        unmerge(alone, "default")
+        _check_bits(model, alone.state_dict())
+        unmerge(model)
+        _check_bits(model, before)
+        if dtype is torch.float32:
+            _refused(model, before, rank, directory)
+
+
+def _check_bits(model: nn.Module, expected: dict[str, Tensor]) -> None:
+    state = model.state_dict()
+    assert state.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(_whole(state[key]), value), key
+
+
+def _refused(model: nn.Module, before: dict[str, Tensor], rank: int, directory: Path) -> None:
+    """A refusal on one rank changes nothing on any."""
+    with torch.no_grad():
+        weight = model.head.base_layer.weight.to_local()
+        kept = weight.clone()
+        if rank == 0:
+            weight[0, 0] = float("nan")
+    reason = "NaN or infinite" if rank == 0 else "another rank cannot merge"
+    with pytest.raises(ValueError, match=reason):
+        merge(model, "default")
+    with torch.no_grad():
+        weight.copy_(kept)
+    _check_bits(model, before)
+    for caller, call in {
+        "merge_and_unload": merge_and_unload,
+        "unload": unload,
+        "add_weighted_adapter": lambda model: add_weighted_adapter(model, ["default"], [1.0], "sum"),
+        "prepare_hotswap": lambda model: prepare_hotswap(model, 8),
+        "hotswap_adapter": lambda model: hotswap_adapter(model, directory),
+    }.items():
+        with pytest.raises(ValueError, match=rf"^{caller}: the model is sharded \(fully_shard\)"):
+            call(model)
+
+
+@pytest.mark.parametrize("number", [2, 4])  # the head has 3 rows: some of 4 ranks have none
+def test_merged_bits_shard_by_shard(ranks, number, tmp_path):
+    ranks(number, _merging, tmp_path)
+
+
+def _merging_apart(rank: int, apart: str) -> None:
+    model = _adapted().eval()
+    alone = copy.deepcopy(model)
+    before = alone.state_dict()
+    before = {key: value.clone() for key, value in before.items()}
+    if apart == "columns":
+        from torch.distributed.tensor import Shard
+
+        fully_shard(model, shard_placement_fn=lambda parameter: Shard(1) if parameter.dim() == 2 else None)
+    else:
+        _shard(model, apart)
+    merge(model)
+    merge(alone)
+    _check_bits(model, alone.state_dict())
+    unmerge(model)
+    _check_bits(model, before)
+
+
+@pytest.mark.parametrize("apart", ["base", "layer", "adapter", "whole", "columns"])
+def test_merged_bits_wrapped_apart(ranks, apart):
+    ranks(2, _merging_apart, apart)
+
+
+def _files(rank: int, directory: Path) -> None:
+    for way in ("", "whole"):
+        model = _adapted()
+        alone = copy.deepcopy(model)
+        _shard(model, way)
+        if rank == 0:
+            save_adapter(alone, directory / "alone")
+        save_adapter(model, directory / f"sharded{way}")
+        with torch.no_grad():
+            for parameter in _trained(model).values():
+                parameter.zero_()
+        torch.distributed.barrier()
+        load_adapter(model, directory / "alone")
+        _check_bits(model, alone.state_dict())
+        if way == "":
+            (directory / "file").touch()
+            with pytest.raises((OSError, RuntimeError), match="cannot write there|another rank could not write"):
+                save_adapter(model, directory / "file")
+            with pytest.raises(TypeError, match="inject before you shard"):
+                load_adapter(model, directory / "alone", adapter_name="new")
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_files(ranks, number, tmp_path):
+    ranks(number, _files, tmp_path)
+    alone = {file.name: file.read_bytes() for file in (tmp_path / "alone").iterdir()}
+    for way in ("", "whole"):
+        assert {file.name: file.read_bytes() for file in (tmp_path / f"sharded{way}").iterdir()} == alone
+
+
+def _trained_state(rank: int, directory: Path, full: bool) -> dict[str, Tensor]:
+    model, optimizer = _sharded_pair()
+    for _ in range(2):
+        _loss(model, token_ids()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = _state(model, optimizer, full)
+    if full:
+        if rank == 0:
+            torch.save(state, directory / "full.pt")
+    else:
+        dcp.save(state, checkpoint_id=directory / "sharded")
+    return _values(model, optimizer)
+
+
+def _sharded_pair() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = _adapted()
+    _shard(model)
+    return model, torch.optim.AdamW(_trained(model).values(), lr=1e-2)
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer, full: bool) -> dict[str, Any]:
+    options = StateDictOptions(full_state_dict=full, ignore_frozen_params=True)
+    return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=options), strict=True))
+
+
+def _values(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    values = {name: _whole(p).detach() for name, p in _trained(model).items()}
+    for name, parameter in _trained(model).items():
+        values |= {f"{name} {key}": _whole(value) for key, value in optimizer.state[parameter].items()}
+    return values
+
+
+def _loaded_state(rank: int, directory: Path, full: bool) -> dict[str, Tensor]:
+    model, optimizer = _sharded_pair()
+    options = StateDictOptions(full_state_dict=full, ignore_frozen_params=True, strict=False)
+    if full:
+        state = torch.load(directory / "full.pt", weights_only=False)
+    else:
+        state = _state(model, optimizer, full)
+        dcp.load(state, checkpoint_id=directory / "sharded")
+    set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options
+    )
+    return _values(model, optimizer)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["sharded", "full"])
+def test_checkpoints_of_two_ranks_load_on_one_three_and_four(ranks, tmp_path, full):
+    saved = ranks(2, _trained_state, tmp_path, full)[0]
+    assert any("exp_avg_sq" in key for key in saved)
+    for number in (1, 3, 4):
+        for loaded in ranks(number, _loaded_state, tmp_path, full):
+            assert loaded.keys() == saved.keys()
+            assert all(torch.equal(loaded[key], value) for key, value in saved.items())

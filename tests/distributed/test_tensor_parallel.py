@@ -1,0 +1,240 @@
+"""Adapters of layers that tensor parallelism splits equal those of one process, with one small collective each."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from support.models import Net
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
+
+pytestmark = pytest.mark.cpu_only("processes with gloo")
+
+LORA = {"r": 3, "lora_alpha": 6, "target_modules": ["up", "down"], "init_lora_weights": False}
+
+
+def _plan(sequence: bool = False) -> dict[str, Any]:
+    """The plan for blocks of ``x + down(tanh(up(x)))``; with ``sequence``, x is split along its tokens."""
+    outside = Shard(1) if sequence else Replicate()
+    return {
+        "blocks.*.up": ColwiseParallel(input_layouts=outside),
+        "blocks.*.down": RowwiseParallel(output_layouts=outside),
+    }
+
+
+def _adapted(mesh, sequence: bool = False, **options: Any) -> tuple[nn.Module, nn.Module]:
+    """A model that is split and then adapted, and one with the same adapter in one piece; only the blocks are run."""
+    torch.manual_seed(2)
+    base = Net().blocks
+    holder = nn.Module()
+    holder.blocks = base
+    alone = inject(copy.deepcopy(holder), LoraConfig(**LORA | options))
+    model = inject(parallelize_module(holder, mesh, _plan(sequence)), LoraConfig(**LORA | options))
+    state = alone.state_dict()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                mine = torch.distributed.tensor.distribute_tensor(state[name], mesh, parameter.placements)
+                parameter.copy_(mine)
+    return model, alone
+
+
+def _run(model: nn.Module, x: Tensor) -> Tensor:
+    for block in model.blocks:
+        x = block(x)
+    return x
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in gradients.items()}
+
+
+def _compare(rank: int, sequence: bool, options: dict[str, Any]) -> None:
+    ranks = torch.distributed.get_world_size()
+    mesh = init_device_mesh("cpu", (ranks,))
+    model, alone = _adapted(mesh, sequence, **options)
+    whole = torch.randn(2, 4 * ranks, 6)
+    x = whole.chunk(ranks, 1)[rank] if sequence else whole
+    xs = [tensor.clone().requires_grad_() for tensor in (x, whole)]
+    ys = [_run(one, tensor) for one, tensor in zip((model, alone), xs, strict=True)]
+    part = (lambda tensor: tensor.chunk(ranks, 1)[rank]) if sequence else (lambda tensor: tensor)
+    torch.testing.assert_close(ys[0], part(ys[1]))
+    for y in ys:
+        y.square().sum().backward()
+    torch.testing.assert_close(xs[0].grad, part(xs[1].grad))
+    theirs = _gradients(alone)
+    for name, gradient in _gradients(model).items():
+        torch.testing.assert_close(gradient, theirs[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_bias": True, "target_modules": ["up"]}], ids=["", "lora_bias"])
+@pytest.mark.parametrize("sequence", [False, True], ids=["whole", "sequence"])
+def test_outputs_and_gradients(ranks, sequence, options):
+    ranks(2, _compare, sequence, options)
+
+
+def _count(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    x, counts = torch.randn(2, 8, 6), {}
+    for sequence in (False, True):
+        mine = (x.chunk(2, 1)[rank] if sequence else x).clone()
+        torch.manual_seed(2)
+        holder = nn.Module()
+        holder.blocks = Net().blocks
+        bare = parallelize_module(holder, mesh, _plan(sequence)).requires_grad_(False)
+        model, _ = _adapted(mesh, sequence)
+        for name, one in (("bare", bare), ("adapted", model)):
+            with CommDebugMode() as collectives:
+                _run(one, mine.clone().requires_grad_()).sum().backward()
+            counts[name] = collectives.get_total_counts()
+        # Each of four layers: an all-reduce; of split tokens a gather, a scatter, and the sum of a factor's gradient.
+        assert counts["adapted"] - counts["bare"] == (12 if sequence else 4), (sequence, counts)
+
+
+def test_one_collective_for_each_layer(ranks):
+    ranks(2, _count)
+
+
+def _masks(rank: int) -> tuple[Tensor, Tensor]:
+    mesh = init_device_mesh("cpu", (2,))
+    model, _ = _adapted(mesh, lora_dropout=0.5)
+    x, ys = torch.randn(2, 8, 6), []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        ys.append(_run(model, x).detach())
+    return tuple(ys)
+
+
+def test_dropout_repeats_by_seed(ranks):
+    first, second = ranks(2, _masks)
+    for ours, theirs in zip(first, second, strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])
+
+
+def _files(rank: int, directory: Path) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    model, alone = _adapted(mesh)
+    before = {key: value.clone() for key, value in alone.state_dict().items()}
+    save_adapter(model, directory / "split")
+    if rank == 0:
+        save_adapter(alone, directory / "alone")
+    for function in (merge, unmerge):
+        for one in (model, alone):
+            function(one)
+        for key, value in alone.state_dict().items():
+            split = model.state_dict()[key]
+            assert torch.equal(split.full_tensor() if hasattr(split, "full_tensor") else split, value), key
+    assert all(torch.equal(alone.state_dict()[key], value) for key, value in before.items())
+    torch.distributed.barrier()
+    load_adapter(model, directory / "alone", adapter_name="again")
+    x = torch.randn(1, 3, 6)
+    torch.testing.assert_close(_run(model, x), _run(alone, x))
+
+
+def test_merged_bits_and_files(ranks, tmp_path):
+    ranks(2, _files, tmp_path)
+    alone = {file.name: file.read_bytes() for file in (tmp_path / "alone").iterdir()}
+    split = {file.name: file.read_bytes() for file in (tmp_path / "split").iterdir()}
+    assert split == alone
+
+
+def _two_dimensions(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    model, alone = _adapted(mesh["tensor"])
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh["data"])
+    batches = torch.randn(2, 2, 3, 6)
+    for _ in range(2):
+        _run(model, batches[rank // 2]).square().mean().backward()
+        _run(alone, batches.flatten(0, 1)).square().mean().backward()
+        theirs = _gradients(alone)
+        for name, gradient in _gradients(model).items():
+            torch.testing.assert_close(gradient, theirs[name], msg=lambda text, name=name: f"{name}: {text}")
+    before = {name: value.full_tensor() for name, value in model.state_dict().items() if hasattr(value, "full_tensor")}
+    merge(model.eval())
+    merge(alone.eval())
+    for key, value in alone.state_dict().items():
+        split = model.state_dict()[key]
+        assert torch.equal(split.full_tensor() if hasattr(split, "full_tensor") else split, value), key
+    unmerge(model)
+    state = model.state_dict()
+    assert all(torch.equal(state[name].full_tensor(), value) for name, value in before.items())
+
+
+def test_two_dimensions_with_fsdp2(ranks):
+    ranks(4, _two_dimensions)
+
+
+def _transformers(rank: int, directory: Path) -> None:
+    from transformers.distributed import DistributedConfig
+
+    config = {"r": 4, "target_modules": ["q_proj", "k_proj", "o_proj", "up_proj", "down_proj"]}
+    config |= {"init_lora_weights": False}
+    ids = torch.randint(48, (2, 7))
+    torch.manual_seed(3)
+    alone = inject(LlamaForCausalLM.from_pretrained(directory), LoraConfig(**config))
+    if rank == 0:
+        save_adapter(alone, directory / "adapter")
+    torch.distributed.barrier()
+    with mock.patch.dict(os.environ, {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}):
+        model = LlamaForCausalLM.from_pretrained(directory, distributed_config=DistributedConfig(tp_plan="auto"))
+    load_adapter(model, directory / "adapter", trainable=True)
+    losses = [one(input_ids=ids, labels=ids).loss for one in (model, alone)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    theirs = _gradients(alone)
+    for name, gradient in _gradients(model).items():
+        torch.testing.assert_close(gradient, theirs[name], msg=lambda text, name=name: f"{name}: {text}")
+    with torch.no_grad():
+        outputs = [one.eval()(input_ids=ids).logits for one in (model, alone)]
+        torch.testing.assert_close(*outputs)
+        torch.testing.assert_close(merge(model)(input_ids=ids).logits, outputs[1])
+
+
+def test_tp_plan_of_transformers(ranks, tmp_path):
+    config = LlamaConfig(
+        vocab_size=48,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    ranks(2, _transformers, tmp_path)
+
+
+def _refused(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    holder = nn.Module()
+    holder.blocks = Net().blocks
+    plan = {"blocks.*.up": ColwiseParallel(use_local_output=False), "blocks.*.down": RowwiseParallel()}
+    model = inject(parallelize_module(holder, mesh, plan), LoraConfig(**LORA))
+    with pytest.raises(ValueError, match="returned a DTensor; parallelize it with use_local_output=True"):
+        _run(model, torch.randn(2, 6))
+    packed = nn.Module()
+    packed.qkv = nn.Linear(6, 12)
+    parallelize_module(packed, mesh, {"qkv": ColwiseParallel()})
+    with pytest.raises(TypeError, match=r"its weight is sharded \(DTensor\)"):
+        inject(packed, LoraConfig(target_modules=["qkv"], enable_lora={"qkv": [True, False, True]}))
+
+
+def test_refused(ranks):
+    ranks(2, _refused)

@@ -1,0 +1,95 @@
+"""Processes with a gloo group, started once and used by many tests: starting them is what takes time."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+SECONDS = 400.0
+"""Time for one call. A collective that some rank does not reach raises after half of it."""
+
+
+class Ranks:
+    """Calls a function in several processes, each a rank of a new process group."""
+
+    def __init__(self) -> None:
+        self._workers: list[tuple[Any, Connection]] = []
+        self._directory = tempfile.TemporaryDirectory()
+        self._stores = itertools.count()
+
+    def __call__(self, number: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Returns what ``function(rank, *arguments)`` returned in each of ``number`` processes.
+
+        ``function`` must be importable. AssertionError: it raised in some rank; the message has the trace. The
+        processes are then replaced: some may wait for others.
+        """
+        while len(self._workers) < number:
+            self._start()
+        store = f"{self._directory.name}/{next(self._stores)}"
+        connections = [connection for _, connection in self._workers[:number]]
+        for rank, connection in enumerate(connections):
+            connection.send((rank, number, store, function, arguments))
+        results: dict[int, Any] = {}
+        while len(results) < number:
+            waiting = [connection for rank, connection in enumerate(connections) if rank not in results]
+            ready = wait(waiting, SECONDS)
+            failure = None if ready else f"no answer after {SECONDS:.0f} s"
+            for connection in ready:
+                rank = connections.index(connection)
+                try:
+                    results[rank], failure = connection.recv()
+                except EOFError:
+                    failure = "its process ended"
+                if failure is not None:
+                    break
+            if failure is not None:
+                self.stop()
+                raise AssertionError(f"rank {rank} of {number}: {failure}" if ready else failure)
+        return [results[rank] for rank in range(number)]
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")  # forked processes inherit OpenMP's threads, which hang
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        process.start()
+        theirs.close()
+        self._workers.append((process, ours))
+
+    def stop(self) -> None:
+        """Ends the processes; the next call starts new ones."""
+        for process, connection in self._workers:
+            connection.close()
+            process.kill()
+            process.join()
+        self._workers.clear()
+
+
+def _serve(connection: Connection) -> None:
+    torch.set_num_threads(1)
+    while True:
+        try:
+            rank, number, path, function, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            torch.manual_seed(0)
+            torch.distributed.init_process_group(
+                "gloo",
+                store=torch.distributed.FileStore(path, number),
+                rank=rank,
+                world_size=number,
+                timeout=timedelta(seconds=SECONDS / 2),
+            )
+            result = function(rank, *arguments)
+            torch.distributed.destroy_process_group()
+            connection.send((result, None))
+        except BaseException:
+            connection.send((None, traceback.format_exc()))
