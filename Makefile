@@ -3,6 +3,11 @@ PYTHON ?= python3
 VENV   ?= .venv
 OUT    ?= out/demo
 LM_OUT ?= out/demo-lm
+VI_OUT ?= out/vietnamese
+
+# UIT-VSFC, and a model's directory: PhoBERT's if you have it, and otherwise multilingual-e5-small from two packages.
+DATA  ?= ../shared/data/uit-vsfc
+MODEL ?= build/e5-small
 
 BIN     := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
@@ -10,13 +15,14 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CUDA_ARCHS := 80,86,89,90a,100,120
 CXX_FILES = $(shell git ls-files '*.cpp' '*.h' '*.inc' '*.cu' '*.cuh')
 
-.PHONY: help finetune finetune-lm test test-quick test-full asan ubsan tsan sanitize-quick fuzz soak peft-conformance adapterhub-conformance lint format build cuda wheel test-abi info bench clean
+.PHONY: help finetune finetune-lm finetune-vi test test-quick test-full asan ubsan tsan sanitize-quick fuzz soak peft-conformance adapterhub-conformance lint format build cuda wheel test-abi info bench clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help:
 	@echo 'make finetune   fine-tune a real model with LoRA on real reviews; the result lands in $(OUT) (ARGS=--resume to continue)'
 	@echo 'make finetune-lm  the same for a language model, SmolLM2-135M, on conversations: answers before and after, in $(LM_OUT)'
+	@echo 'make finetune-vi  sentiments of UIT-VSFC, student feedback in Vietnamese (DATA=directory; MODEL=directory of PhoBERT), in $(VI_OUT)'
 	@echo 'make test       the test suite; a part of it: PYTEST_ARGS=tests/nn, or PYTEST_ARGS="tests/nn -k conv"'
 	@echo 'make test-quick whether a change broke something, in two minutes on two cores (PYTEST_ARGS as above)'
 	@echo 'make test-full  also the tests that take minutes each'
@@ -42,6 +48,19 @@ finetune: $(VENV)/.demo $(VENV)/.built
 
 finetune-lm: $(VENV)/.finetune-lm $(VENV)/.built
 	$(BIN)/python -m lora_ext finetune --task causal-lm --packing --max-length 512 --batch-size 1 --max-new-tokens 32 --out $(LM_OUT) $(or $(ARGS),--overwrite)
+
+# The mean of the hidden states is what E5 was trained with; other models have poolers (VI_ARGS replaces the options).
+VI_ARGS ?= $(if $(findstring build/e5-small,$(MODEL)),--pooling mean --trim-vocabulary) --best-metric macro_f1
+finetune-vi: $(VENV)/.finetune $(VENV)/.built $(if $(findstring build/e5-small,$(MODEL)),build/e5-small/config.json)
+	$(BIN)/python scripts/lay_out_vsfc.py "$(DATA)" $(VI_OUT)/data
+	$(BIN)/python -m lora_ext finetune --model "$(MODEL)" --data $(VI_OUT)/data/train.csv \
+		--validation-file $(VI_OUT)/data/dev.csv --test-file $(VI_OUT)/data/test.csv \
+		$(VI_ARGS) --out $(VI_OUT)/run $(or $(ARGS),--overwrite)
+	$(BIN)/python -m lora_ext report $(VI_OUT)
+
+build/e5-small/config.json: scripts/convert_e5.py | $(VENV)/.finetune $(VENV)/.built
+	rm -rf build/e5-small
+	$(BIN)/python scripts/convert_e5.py build/e5-small
 
 # Waiting threads sleep instead of spinning, because the test processes share the cores.
 test: $(VENV)/.test $(VENV)/.built
@@ -140,7 +159,7 @@ $(VENV)/.conformance: $(VENV)/.test
 	@touch $@
 
 # An editable install with its extras; it compiles into build/, where later builds find the objects.
-$(VENV)/.demo $(VENV)/.finetune-lm $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: pyproject.toml | $(VENV)/.torch
+$(VENV)/.demo $(VENV)/.finetune $(VENV)/.finetune-lm $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: pyproject.toml | $(VENV)/.torch
 	@echo 'Installing lora_ext[$*] and compiling ...'
 	@$(BIN)/pip install --no-build-isolation --editable '.[$*]' >$(VENV)/install.log 2>&1 || { tail -n 80 $(VENV)/install.log; exit 1; }
 	@touch $@ $(VENV)/.built

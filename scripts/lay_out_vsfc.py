@@ -32,7 +32,10 @@ def read_split(directory: Path, split: str) -> list[tuple[str, str]]:
     elif texts.is_file() and sentiments.is_file():
         source, rows = sentiments, list(zip(*_equally_long(texts, sentiments), strict=True))
     else:
-        raise TaskError(f"{directory} has neither {split}.csv nor {split}/sents.txt with {split}/sentiments.txt")
+        raise TaskError(
+            f"{directory} has neither {split}.csv nor {split}/sents.txt with {split}/sentiments.txt; name "
+            "the directory of UIT-VSFC (make finetune-vi DATA=...)"
+        )
     known = {name: name for name in _LABELS} | {str(number): name for number, name in enumerate(_LABELS)}
     if unknown := sorted({label for _, label in rows} - known.keys()):
         raise TaskError(f"{source}: the sentiments [{shown(unknown)}] are none of {', '.join(known)}")

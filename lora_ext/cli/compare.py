@@ -10,7 +10,7 @@ from lora_ext.cli import config_file, training
 from lora_ext.cli.formatter import HelpFormatter
 from lora_ext.tasks.finetune.settings import COMPARE_FILE
 
-_WITHOUT = ("method", "seed")
+_WITHOUT = ("method", "seed", "trim_vocabulary")
 _METHODS = [
     "full",
     "head-only",

@@ -9,7 +9,7 @@ from lora_ext.cli import config_file, training
 from lora_ext.cli.formatter import HelpFormatter
 from lora_ext.tasks.finetune.settings import SWEEP_FILE
 
-_WITHOUT = ("method", "seed", "r", "target_modules")
+_WITHOUT = ("method", "seed", "r", "target_modules", "trim_vocabulary")
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:

@@ -35,6 +35,8 @@ def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) 
     add("--validation-split", type=float, metavar="FRACTION", help="part of --data to evaluate on after each epoch")
     add("--test-split", type=float, metavar="FRACTION", help="part of --data held out until the end")
     add("--method", metavar="NAME", help=f"{', '.join(METHODS)}, or several joined by +, as lora+prefix-embed")
+    pooling = "what the head reads: cls, the first token through the pooler, or mean, the mean over a text's tokens; "
+    add("--pooling", metavar="NAME", help=f"{pooling}default: as the model's config says, or else cls")
     add("--r", type=int, metavar="RANK", help="rank of the adapters")
     add("--lora-alpha", type=float, metavar="ALPHA", help="the update is scaled by ALPHA / RANK")
     add("--lora-dropout", type=float, metavar="P", help="dropout on the adapters' input")
@@ -56,6 +58,12 @@ def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) 
     add("--schedule", metavar="NAME", help="learning rate after the warmup: linear, to 0, or constant")
     average = "decay of a moving average of the trained weights, which is evaluated and saved; 0: none"
     add("--ema-decay", type=float, metavar="DECAY", help=average)
+    best = "keep the weights of the epoch with the best validation score"
+    add("--best-metric", metavar="NAME", help=f"{best}: {', '.join(Settings.BEST_METRICS)}; default: the last ones")
+    patience = "stop after so many evaluations without a better --best-metric"
+    add("--early-stopping", type=int, metavar="N", help=patience)
+    weights = "balanced: a class counts in the loss as much as any other, however few texts it has"
+    add("--class-weights", metavar="HOW", help=weights)
     add(
         "--precision", metavar="DTYPE", help="dtype of products: float32, or bfloat16 by autocast; weights stay float32"
     )
@@ -71,6 +79,8 @@ def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) 
         "KIND), reentrant, or no",
     )
     add("--quantize", metavar="FORMAT", help="quantise the frozen weights: nf4 (4 bits) or int8, by bitsandbytes")
+    trim = "keep the embedding rows that the data use only, and write that checkpoint to OUT/base"
+    add("--trim-vocabulary", action="store_true", help=trim)
     add("--max-length", type=int, metavar="TOKENS", help="longer texts are cut")
     add("--seed", type=int, help="seed of the new head, the adapters, the order of the texts and dropout")
     extra = "a field of transformers.TrainingArguments that no other option sets, such as weight_decay=0.01; repeatable"

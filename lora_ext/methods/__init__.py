@@ -6,14 +6,16 @@
 
 from lora_ext.methods.adapted import apply_method, method_of, prepare_method, remove_method
 from lora_ext.methods.architectures import ARCHITECTURES
-from lora_ext.methods.base import Method, head_parameter_count, head_parameters
+from lora_ext.methods.base import Method, head_parameter_count, head_parameters, pooling_of
 from lora_ext.methods.files import load_method, read_method, save_method
 from lora_ext.methods.inserted import Insertion
+from lora_ext.methods.pooling import POOLINGS, set_pooling
 from lora_ext.methods.registry import METHODS, new_method, option_names
 
 __all__ = [
     "ARCHITECTURES",
     "METHODS",
+    "POOLINGS",
     "Insertion",
     "Method",
     "apply_method",
@@ -23,8 +25,10 @@ __all__ = [
     "method_of",
     "new_method",
     "option_names",
+    "pooling_of",
     "prepare_method",
     "read_method",
     "remove_method",
     "save_method",
+    "set_pooling",
 ]

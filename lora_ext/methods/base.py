@@ -76,13 +76,20 @@ def task_type(model: nn.Module) -> str | None:
     return next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
 
 
+def pooling_of(model: nn.Module) -> str | None:
+    """Returns what :func:`lora_ext.methods.set_pooling` chose; None if it was not called."""
+    return getattr(root_module(model), POOLING, None)
+
+
 def head_paths(bare: BareModel) -> list[str]:
     """Returns the paths of new heads, which every method trains in addition.
 
     These are PEFT's for ``task_type``, matched by the end of the name, so ``pre_classifier`` is one. Empty for language
-    models and base models, which are pretrained throughout.
+    models and base models, which are pretrained throughout. With the pooling "cls", the head includes BERT's pooler.
     """
     names = TASK_HEADS.get(task_type(bare.root), ())
+    if names and pooling_of(bare.root) == "cls":
+        names = (*names, ".pooler")
     found = [path for path in bare.modules if names and path.endswith(names)]
     return [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
 
@@ -99,6 +106,8 @@ def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def head_parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in head_parameters(model).values())
 
+
+POOLING = "_classifier_pooling"  # attribute of the root module
 
 _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",

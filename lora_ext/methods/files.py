@@ -38,9 +38,10 @@ from lora_ext.methods.adapted import (
     method_parameters,
     parameters_of,
 )
-from lora_ext.methods.base import Method
+from lora_ext.methods.base import Method, pooling_of
 from lora_ext.methods.combined import Combined
 from lora_ext.methods.lora import Lora
+from lora_ext.methods.pooling import POOLINGS, with_pooling
 from lora_ext.methods.registry import METHODS, new_method
 from lora_ext.model.adapter_set import adapter_set, find_adapter
 from lora_ext.model.bare_model import BareModel, root_module
@@ -73,6 +74,8 @@ def save_method(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         "methods": [{"name": part.name, "options": part.options()} for part in method.parts],
         "base_model_name_or_path": base_name(model),
     }
+    if (pooling := pooling_of(model)) is not None:
+        content["pooling"] = pooling
     adapter = None
     if adapter_set(model) is not None:
         # "default", not the active one: others may have been added.
@@ -91,6 +94,7 @@ def save_method(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 def load_method(model: ModelT, directory: str | os.PathLike[str], trainable: bool = False) -> ModelT:
     """Applies a method saved by :func:`save_method` to a bare ``model`` and loads the trained values.
 
+    A file that notes a pooling gives it to the model, too (:func:`lora_ext.methods.set_pooling`).
     In a model adapted by the same method, only the values are replaced, in place. Values are cast to the dtype of the
     parameters that they fill.
 
@@ -110,6 +114,11 @@ def load_method(model: ModelT, directory: str | os.PathLike[str], trainable: boo
         Also the errors of :func:`apply_method`. After an error the model is unchanged.
     """
     saved = _read(Path(directory))
+    with with_pooling(model, saved.pooling, "load_method"):
+        return _load(model, saved, trainable)
+
+
+def _load(model: ModelT, saved: _Saved, trainable: bool) -> ModelT:
     method = saved.method
     if (applied := method_of(model)) is not None:
         _check_same(applied, method, saved.directory)
@@ -155,12 +164,14 @@ class _Saved:
     Attributes:
         adapter: the low-rank adapter, if the method has one.
         tensors: the other tensors; None if there is no such file.
+        pooling: of the model that was trained, see :func:`lora_ext.methods.set_pooling`; None: its class's.
     """
 
     directory: Path
     method: Method
     adapter: AdapterFile | None
     tensors: TensorFile | None
+    pooling: str | None
 
     def check_size(self, model: nn.Module) -> None:
         """Raises ValueError if the options need more parameters than the file holds. Call it before allocating them."""
@@ -197,16 +208,17 @@ class _Saved:
 def _read(directory: Path) -> _Saved:
     files = [directory / name for name in (METHOD_FILE, TENSORS_FILE, *ADAPTER_FILES)]
 
-    def read(existing: set[Path]) -> tuple[list[tuple[str, dict]], AdapterFile | None, TensorFile | None]:
+    def read(existing: set[Path]) -> tuple[list[tuple[str, dict]], str | None, AdapterFile | None, TensorFile | None]:
         try:
             content = read_json_object(directory / METHOD_FILE, "", _LARGEST_METHOD)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise FileNotFoundError(f"there is no {directory / METHOD_FILE}; save_method writes it") from error
         parts = _parts(content, directory / METHOD_FILE)
         adapter = AdapterFile.of(directory, existing) if any(name == Lora.name for name, _ in parts) else None
-        return parts, adapter, TensorFile(files[1]) if files[1] in existing else None
+        pooling = _pooling(content, directory / METHOD_FILE)
+        return parts, pooling, adapter, TensorFile(files[1]) if files[1] in existing else None
 
-    parts, adapter, tensors = read_unchanged(files, read, "load_method")
+    parts, pooling, adapter, tensors = read_unchanged(files, read, "load_method")
     adapter = None if adapter is None else from_peft_form(adapter, "load_method")
     try:
         methods = [
@@ -216,7 +228,7 @@ def _read(directory: Path) -> _Saved:
         method = methods[0] if len(methods) == 1 else Combined(tuple(methods))
     except (TypeError, ValueError) as error:
         raise ValueError(f"load_method: {directory / METHOD_FILE} is not a method's file: {error}") from error
-    return _Saved(directory, method, adapter, tensors)
+    return _Saved(directory, method, adapter, tensors, pooling)
 
 
 def _parts(content: Mapping[str, Any], path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -234,6 +246,15 @@ def _parts(content: Mapping[str, Any], path: Path) -> list[tuple[str, dict[str, 
             )
         parts.append((name, options))
     return parts
+
+
+def _pooling(content: Mapping[str, Any], path: Path) -> str | None:
+    pooling = content.get("pooling")
+    if pooling is not None and pooling not in POOLINGS:
+        raise ValueError(
+            f"{path} is not a method's file: pooling is {shown(pooling)}, want one of {', '.join(POOLINGS)}"
+        )
+    return pooling
 
 
 def _adapter_config(file: AdapterFile) -> LoraConfig:

@@ -10,7 +10,8 @@ from torch import nn
 
 from lora_ext.config import LoraConfig
 from lora_ext.injection.targets import find_targets
-from lora_ext.methods.base import Method, task_type
+from lora_ext.methods.architectures import base_model, base_path
+from lora_ext.methods.base import Method, pooling_of, task_type
 from lora_ext.model.bare_model import BareModel, root_module
 from lora_ext.nn.linear import is_conv1d, is_linear, linear_sizes
 
@@ -21,15 +22,21 @@ class Lora(Method):
 
     Args:
         config: if its ``task_type`` is None, it becomes the model's, so that PEFT finds the head in the files.
+            With the pooling "cls", BERT's pooler is added to ``modules_to_save``.
     """
 
     config: LoraConfig
     name: ClassVar[str] = "lora"
 
     def lora_config(self, model: nn.Module) -> LoraConfig:
-        if self.config.task_type is not None:
-            return self.config
-        return dataclasses.replace(self.config, task_type=task_type(model))
+        config = self.config
+        saved = tuple(config.modules_to_save or ())
+        has_new_pooler = pooling_of(model) == "cls" and getattr(base_model(model), "pooler", None) is not None
+        if has_new_pooler and not any(f"{base_path(model)}.pooler{end}".endswith(saved) for end in ("", ".dense")):
+            config = dataclasses.replace(config, modules_to_save=(*saved, "pooler"))
+        if config.task_type is not None:
+            return config
+        return dataclasses.replace(config, task_type=task_type(model))
 
     def count(self, model: nn.Module) -> int:
         """Sums ``r * (in_features + out_features)`` over all targets; if square, ``2 * L_LoRA * d_model * r``.

@@ -33,7 +33,7 @@ def config(**options: Any) -> BertConfig:
     return BertConfig(
         vocab_size=len(VOCABULARY),
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=options.pop("num_hidden_layers", 2),
         num_attention_heads=2,
         intermediate_size=48,
         max_position_embeddings=LENGTH,

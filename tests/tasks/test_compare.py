@@ -164,16 +164,21 @@ def test_interrupted_and_resumed_ends_like_uninterrupted(options: list[str], tmp
 def test_methods_that_do_not_suit_the_checkpoint_are_left_out(options: list[str], tmp_path: Path, capsys):
     model = tmp_path / "model"
     tiny_classifier.save_tokenizer(model)
-    BertModel(tiny_classifier.config(), add_pooling_layer=False).save_pretrained(model)
+    BertModel(tiny_classifier.config(num_hidden_layers=1)).save_pretrained(model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
     arguments = [*options, "--model", str(model), "--seeds", "0", "--out", str(tmp_path / "out")]
-    methods = ["full:learning-rate=5e-3", "bitfit", "lora:modules-to-save=pooler"]
+    methods = ["full:learning-rate=5e-3", "bitfit", "lora:modules-to-save=encoder.layer.1"]
     assert main(["compare", *arguments, "--methods", *methods]) == 3
     assert "bitfit is left out: --method bitfit: " in (said := capsys.readouterr().out)
     result, text = (tmp_path / "out" / name for name in ("compare.json", "compare.md"))
     result = json.loads(result.read_text())
-    assert [row["label"] for row in result["methods"]] == ["full:learning-rate=5e-3", "lora:modules-to-save=pooler"]
+    assert [row["label"] for row in result["methods"]] == [
+        "full:learning-rate=5e-3",
+        "lora:modules-to-save=encoder.layer.1",
+    ]
     ((label, reason),) = [method.values() for method in result["left_out"]]
-    assert label == "bitfit" and "has no values for bert.pooler.dense" in reason
+    assert label == "bitfit" and "has no values for bert.encoder.layer.1." in reason
     assert "Left out, because they do not suit the checkpoint:\n\n- `bitfit`: " in text.read_text() and reason in said
     assert "bitfit" in result["command"]
     assert main(["compare", "--resume", "--out", str(tmp_path / "out")]) == 3

@@ -28,7 +28,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 from lora_ext import LoraConfig, cli, inject
 from lora_ext.methods import METHODS, load_method
 from lora_ext.tasks import TaskError, WriteError
-from lora_ext.tasks.finetune import demo, results
+from lora_ext.tasks.finetune import demo, scores
 from lora_ext.tasks.finetune import run_checkpoints as checkpoints
 from lora_ext.tasks.finetune.lora_targets import lora_targets
 from lora_ext.tasks.finetune.run import finetune
@@ -449,9 +449,9 @@ def test_overwrite_replaces_a_run_and_keeps_other_files(tiny: Settings, tmp_path
 
 def test_macro_f1_weighs_the_classes_that_occur_alike():
     predicted, expected = np.array([0, 0, 1, 2, 2]), np.array([0, 1, 1, 2, 2])
-    assert results.macro_f1(predicted, expected) == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
-    assert results.accuracy(predicted, expected) == pytest.approx(0.8)
-    assert results.macro_f1(np.array([0, 0]), np.array([0, 0])) == 1.0
+    assert scores.macro_f1(predicted, expected) == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
+    assert scores.accuracy(predicted, expected) == pytest.approx(0.8)
+    assert scores.macro_f1(np.array([0, 0]), np.array([0, 0])) == 1.0
 
 
 def test_the_real_model_on_real_reviews(tmp_path: Path):

@@ -228,7 +228,7 @@ def test_set_reaches_the_run(tiny: Settings, tmp_path: Path):
         ("save_strategy=epoch", "--set save_strategy: not possible, because a run writes, keeps and resumes"),
         ("save_total_limit=1", "--set save_total_limit: not possible, because a run writes"),
         ("logging_steps=1", "--set logging_steps: not possible, because a run decides itself when it evaluates"),
-        ("load_best_model_at_end=true", "--set load_best_model_at_end: not possible, because the last weights are"),
+        ("load_best_model_at_end=true", "--set load_best_model_at_end: use --best-metric"),
         ("bf16_full_eval=true", "--set bf16_full_eval: not possible, because an evaluation would round"),
         ("dataloader_drop_last=true", "--set dataloader_drop_last: not possible, because the scores need all texts"),
         ("fsdp=full_shard", "--set fsdp: not possible, because a run is one process"),

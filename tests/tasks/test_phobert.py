@@ -12,6 +12,8 @@ import torch
 from transformers import AutoTokenizer, RobertaConfig, RobertaForMaskedLM
 
 from lora_ext.cli import main
+from lora_ext.tasks.finetune.data import Example
+from lora_ext.tasks.finetune.task_data import segmentation_hint
 
 pytestmark = pytest.mark.full
 
@@ -84,3 +86,31 @@ def test_it_learns_from_its_files(model: Path, data: Path, tmp_path: Path, metho
     assert metrics["after"]["accuracy"] > 0.9
     if method == "lora":  # query and value of two layers at rank 8, and RoBERTa's head of two layers
         assert metrics["trainable_parameters"] == 4 * 8 * 64 + 32 * 32 + 32 + 2 * 32 + 2
+
+
+def test_texts_that_are_not_segmented_are_noticed(model: Path):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    plain, segmented = Example("sinh viên", "2", 2), Example("sinh_viên", "2", 3)
+    assert "segment the texts first" in segmentation_hint(tokenizer, [plain])
+    assert segmentation_hint(tokenizer, [plain, segmented]) is None
+    assert segmentation_hint(object(), [plain]) is None
+
+
+def test_the_command_of_finetune_vi_takes_it_unchanged(model: Path, data: Path, tmp_path: Path, capsys):
+    """Its tokenizer is written in Python, so that its vocabulary stays; its head has a pooler in it."""
+    rows = data.read_text(encoding="utf-8").splitlines()
+    for name, part in (("train", rows[1:200]), ("dev", rows[200:240]), ("test", rows[240:])):
+        lines = ["text,label", *(line.rpartition(",")[0] for line in part)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    files = ["--data", "train", "--validation-file", "dev", "--test-file", "test"]
+    files = [part if part.startswith("--") else str(tmp_path / f"{part}.csv") for part in files]
+    command = ["finetune", "--model", str(model), *files, "--best-metric", "macro_f1", "--epochs", "1"]
+    assert main([*command, "--max-length", "20", "--no-measure", "--out", str(tmp_path / "run")]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["best"]["metric"] == "macro_f1" and [one["label"] for one in metrics["after"]["classes"]] == [
+        "0",
+        "2",
+    ]
+    assert main([*command, "--max-length", "20", "--trim-vocabulary", "--out", str(tmp_path / "trimmed")]) == 2
+    assert "has a PhobertTokenizer, which is written in Python and has no tokenizer.json" in capsys.readouterr().err
+    assert not (tmp_path / "trimmed").exists()

@@ -107,6 +107,13 @@ CASES = {
         "gradient_checkpointing": "non-reentrant",
         "set": "weight_decay=0.1 lr_scheduler_type=cosine optim=adafactor neftune_noise_alpha=3",
     },
+    "best epoch, stopped early": {
+        "best_metric": "loss",
+        "early_stopping": 2,
+        "class_weights": "balanced",
+        "learning_rate": 0.3,
+        "epochs": 6,
+    },
     "adapters and prefixes": {"method": "adapter-p+prefix-layer", "epochs": 1.3},
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import socket
 import subprocess
 import threading
@@ -75,16 +76,16 @@ def test_decoders_learn_though_their_tokenizers_have_no_padding(tmp_path: Path, 
 
 
 def test_weights_that_the_checkpoint_has_not_are_trained_or_refused(tmp_path: Path):
-    """A masked language model's checkpoint has no pooler, but a classifier has one."""
-    model = saved(tmp_path / "model", lambda: BertForMaskedLM(tiny_classifier.config()))
-    message = (
-        r"has no values for bert\.pooler\.dense, .*--method lora --modules-to-save bert.pooler.dense, or --method full"
-    )
+    """The checkpoint has one layer, and its config says two. Masked language models have no pooler: test_pooling.py."""
+    model = saved(tmp_path / "model", lambda: BertForMaskedLM(tiny_classifier.config(num_hidden_layers=1)))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    message = r"has no values for bert\.encoder\.layer\.1\.attention\.output\.LayerNorm, .*, or --method full"
     for method in ("lora", "bitfit", "head-only"):
         with pytest.raises(TaskError, match=message):
             finetune(settings_for(model, tmp_path, method=method), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    for options in ({"modules_to_save": "bert.pooler.dense"}, {"method": "full"}):
+    for options in ({"modules_to_save": "encoder.layer.1"}, {"method": "full"}):
         out = tmp_path / options.get("method", "lora")
         finetune(settings_for(model, tmp_path, rows=60, epochs=1, **options), out)
 
@@ -106,10 +107,13 @@ def test_previous_classes_of_a_checkpoint_do_not_matter(tmp_path: Path, was: dic
     assert metrics["after"]["accuracy"] > 0.6
 
 
+SCORES = {"accuracy", "macro_f1", "weighted_f1", "classes", "confusion"}
+
+
 def test_the_logits_are_taken_from_a_models_outputs(tmp_path: Path):
     make = lambda: BertForSequenceClassification(tiny_classifier.config(output_hidden_states=True))  # noqa: E731
     settings = settings_for(saved(tmp_path / "model", make), tmp_path, rows=60, epochs=1)
-    assert set(finetune(settings, tmp_path / "out")["after"]) == {"accuracy", "macro_f1"}
+    assert set(finetune(settings, tmp_path / "out")["after"]) == SCORES
 
 
 def test_texts_that_are_longer_than_the_model_can_read(tmp_path: Path):

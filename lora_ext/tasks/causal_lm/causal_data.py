@@ -25,7 +25,7 @@ def load_conversations(settings: CausalSettings, say: Callable[[str], None]) -> 
     else:
         name, examples = settings.data, read_conversations(settings.data, settings.text_column)
     read = functools.partial(read_conversations, text_column=settings.text_column)
-    splits = split_sides(settings, name, examples, read, say, texts="prompts")
+    splits, _ = split_sides(settings, name, examples, read, say, texts="prompts")
     sizes = ", ".join(f"{len(split):,} for {side}" for side, split in splits._asdict().items())
     say(f"{name}: {sizes}")
     return splits

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, TrainerState, set_seed
 
 from lora_ext.adapters import merge_and_unload, trainable_parameter_counts
 from lora_ext.files import read_json_object
@@ -28,8 +28,9 @@ from lora_ext.tasks.finetune.data import DATA_FILE, Splits, fingerprint, save_fi
 from lora_ext.tasks.finetune.quantize import quantization_of
 from lora_ext.tasks.finetune.results import plot_loss
 from lora_ext.tasks.finetune.run_checkpoints import last_checkpoint, tidy
+from lora_ext.tasks.finetune.selection import best_of, check_has_validation
 from lora_ext.tasks.finetune.settings import SETTINGS_FILE
-from lora_ext.tasks.finetune.task_model import adapt, sharing
+from lora_ext.tasks.finetune.task_model import adapt, check_tokens, sharing
 from lora_ext.tasks.finetune.trained_files import save_trained
 from lora_ext.tasks.finetune.trainer import forward_of, train
 from lora_ext.tasks.finetune.training_arguments import check_training_arguments
@@ -79,9 +80,10 @@ def finetune(
     if resume and saved_fingerprint(out) not in (None, texts):
         raise TaskError(f"--resume: the texts are not those that the run in {out} was started with; start a new run")
     check_training_arguments(settings, len(splits.train))
+    check_has_validation(settings, len(splits.validation))
     if resume and checkpoint is None:
         say(f"{out} has no checkpoint yet: the run starts from the beginning")
-    _check_vocabulary(model, encoded, path)
+    check_tokens(model, (row for side in encoded.values() for row in side.rows), path)
     if settings.packing:
         check_packing(model)
     if torch.cuda.is_available():
@@ -136,7 +138,8 @@ def finetune(
         "total_parameters": total,
         "full_checkpoint_bytes": full_bytes,
         "before": before["scores"],
-        "validation": _last_validation(trainer.state.log_history),
+        "validation": _kept_validation(trainer.state),
+        **best_of(trainer, settings.best_metric),
         "after": after["scores"],
         "train_seconds": progress.seconds,
         "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else 0.0,
@@ -170,16 +173,6 @@ def _check_length(decoder: Decoder, settings: CausalSettings) -> None:
     most = decoder.most_tokens
     if most is not None and settings.max_length > most:
         raise TaskError(f"--max-length is {settings.max_length}, but {decoder.path} takes at most {most} tokens")
-
-
-def _check_vocabulary(model: PreTrainedModel, encoded: dict[str, Encoded], path: str) -> None:
-    known = model.get_input_embeddings().weight.shape[0]
-    largest = max(max(row["input_ids"]) for side in encoded.values() for row in side.rows)
-    if largest >= known:
-        raise TaskError(
-            f"--model {path}: its tokenizer gives the token {largest}, but the model has {known} tokens; the tokenizer "
-            "belongs to another model"
-        )
 
 
 def _encoded(
@@ -268,6 +261,8 @@ def _measure(
     return found | {"latency": {f"{name}_seconds": statistics.median(values) for name, values in seconds.items()}}
 
 
-def _last_validation(history: list[dict[str, float]]) -> dict[str, float] | None:
+def _kept_validation(state: TrainerState) -> dict[str, float] | None:
+    """Returns the scores of the weights that the run keeps."""
+    history = [entry for entry in state.log_history if entry["step"] == (state.best_global_step or entry["step"])]
     scores = [entry for entry in history if "eval_perplexity" in entry]
     return {key: scores[-1][f"eval_{key}"] for key in ("loss", "perplexity")} if scores else None

@@ -15,6 +15,8 @@ TASK = "causal-lm"
 METHODS = ("lora", "full", "bitfit", "adapter-h", "adapter-l", "adapter-p", "adapter-drop")
 """Methods for decoders. Prefixes change the positions of a text's tokens, and a decoder has no new head."""
 
+_OF_CLASSIFIERS = ("label_column", "pooling", "class_weights", "trim_vocabulary")
+
 LONG_TEXTS = ("refuse", "drop", "truncate")
 """What happens to texts of more than ``max_length`` tokens; truncate cuts their ends."""
 
@@ -37,6 +39,7 @@ class CausalSettings(Settings):
     answers: int = 100
     max_new_tokens: int = 64
 
+    BEST_METRICS: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
     INPUTS: ClassVar[tuple[str, ...]] = (*Settings.INPUTS, "chat_template_file")
 
     def __post_init__(self) -> None:
@@ -49,8 +52,9 @@ class CausalSettings(Settings):
             full = {"full"} & {*self.method.split("+")}
             object.__setattr__(self, "learning_rate", 5e-5 if full else 5e-4)
         super().__post_init__()
-        if self.label_column != Settings.label_column:
-            raise TaskError(f"--label-column goes with classification, not with --task {TASK}")
+        for name in _OF_CLASSIFIERS:
+            if getattr(self, name) != getattr(Settings, name):
+                raise TaskError(f"--{name.replace('_', '-')} goes with classification, not with --task {TASK}")
         if self.task != TASK:
             raise TaskError(f"--task is {self.task!r}, want {TASK}")
         if self.long_texts not in LONG_TEXTS:

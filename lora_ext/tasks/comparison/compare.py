@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 
@@ -183,6 +184,7 @@ def _row(spec: MethodSpec, metrics: Sequence[Mapping[str, Any]], costs: Mapping[
         "total_parameters": first["total_parameters"],
         "accuracy": summary([run["after"]["accuracy"] for run in metrics]),
         "macro_f1": summary([run["after"]["macro_f1"] for run in metrics]),
+        **_by_class([run["after"] for run in metrics]),
         "validation_accuracy": summary([run["validation"]["accuracy"] for run in metrics])
         if all(run["validation"] for run in metrics)
         else None,
@@ -192,6 +194,41 @@ def _row(spec: MethodSpec, metrics: Sequence[Mapping[str, Any]], costs: Mapping[
         "checkpoint_bytes": first.get("adapter_bytes", first["full_checkpoint_bytes"]),
         **costs[spec.label],
     }
+
+
+def _by_class(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the weighted F1, the lists over seeds of each class's scores, and the confusion matrices' sum.
+
+    Empty if a run of an earlier release lacks them.
+    """
+    if any("classes" not in one for one in scores):
+        return {}
+    kinds = ("precision", "recall", "f1")
+    return {
+        "weighted_f1": summary([one["weighted_f1"] for one in scores]),
+        "classes": [
+            {
+                "label": first["label"],
+                "support": first["support"],
+                **{kind: [one["classes"][index][kind] for one in scores] for kind in kinds},
+            }
+            for index, first in enumerate(scores[0]["classes"])
+        ],
+        "confusion": sum(np.array(one["confusion"]) for one in scores).tolist(),
+    }
+
+
+def _class_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the section of compare.md on classes, or "" if there is none or it would be too wide."""
+    if any("classes" not in row for row in rows) or len(rows[0]["classes"]) > 10:
+        return ""
+    heading = ["method", "weighted F1", *(f"{one['label']} ({one['support']:,})" for one in rows[0]["classes"])]
+    shown = [[row["label"], percent(row["weighted_f1"]), *_class_f1(row)] for row in rows]
+    return f"\nF1 of each class in percent, with its number of test texts:\n\n{table(heading, shown)}\n"
+
+
+def _class_f1(row: Mapping[str, Any]) -> list[str]:
+    return [percent(summary(one["f1"])) for one in row["classes"]]
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -240,7 +277,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 includes the head. "step" is one training step on a batch of median length. "forward / base" is a forward pass over the
 longest texts, relative to the base model's {base:.1f} ms. Both are medians of interleaved rounds, with quartiles for
 the step. Peak memory is measured in the separate process of each run.
-{shared}{names}{left_out}
+{shared}{names}{left_out}{_class_table(result["methods"])}
 {provenance.measured_on(result)}
 """
 

@@ -28,6 +28,9 @@ _OPTIONS = {
     "warmup_ratio": "--warmup",
     "bf16": "--precision bfloat16",
     "fp16": "--precision bfloat16",
+    "load_best_model_at_end": "--best-metric",
+    "metric_for_best_model": "--best-metric",
+    "greater_is_better": "--best-metric",
     "seed": "--seed",
     "data_seed": "--seed",
     "full_determinism": "--seed",
@@ -41,8 +44,6 @@ _MANAGED = {
     "a run decides itself when it evaluates and what it logs": "eval_strategy eval_steps eval_delay eval_on_start "
     "eval_do_concat_batches eval_use_gather_object logging_* log_* report_to run_name project trackio_* disable_tqdm "
     "include_num_input_tokens_seen skip_memory_metrics debug do_train do_eval do_predict",
-    "the last weights are kept, or their average with --ema-decay": "load_best_model_at_end metric_for_best_model "
-    "greater_is_better",
     "the scores need all texts, in order, with all logits": "prediction_loss_only batch_eval_metrics "
     "include_for_metrics dataloader_drop_last remove_unused_columns label_names train_sampling_strategy "
     "group_by_length length_column_name",

@@ -1,4 +1,4 @@
-"""The results of a run: scores, predictions, the plot of the loss, and the table on the console."""
+"""The results of a run: predictions, the plot of the loss, and the table on the console."""
 
 from __future__ import annotations
 
@@ -9,22 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from lora_ext.tasks.finetune.data import Example
+from lora_ext.tasks.finetune.data import Example, shown
+from lora_ext.tasks.finetune.scores import class_line
 from lora_ext.tasks.shared.whole_files import write_picture, write_whole
-
-
-def accuracy(predicted: np.ndarray, expected: np.ndarray) -> float:
-    """Fraction of equal class indices; both ``[num_examples]``."""
-    return float((predicted == expected).mean())
-
-
-def macro_f1(predicted: np.ndarray, expected: np.ndarray) -> float:
-    """Mean of ``2 tp / (2 tp + fp + fn)`` over the classes that occur; both ``[num_examples]``, class indices."""
-    scores = []
-    for label in np.union1d(predicted, expected):
-        hits = np.sum((predicted == label) & (expected == label))
-        scores.append(2 * hits / (np.sum(predicted == label) + np.sum(expected == label)))
-    return float(np.mean(scores))
 
 
 def write_predictions(
@@ -61,9 +48,17 @@ def plot_loss(path: Path, history: list[dict[str, float]], title: str) -> None:
     write_picture(path, figure)
 
 
+_MOST_CLASSES = 20  # on the console; metrics.json has all
+
+
 def table(metrics: Mapping[str, Any]) -> str:
     """Formats the figures of ``metrics.json`` for the console."""
-    return "\n".join(f"  {name:<20} {value}" for name, value in figures(metrics))
+    classes = metrics["after"].get("classes", [])
+    rows = figures(metrics)
+    rows += [(f"  {shown([one['label']])}", class_line(one)) for one in classes[:_MOST_CLASSES]]
+    if len(classes) > _MOST_CLASSES:
+        rows.append(("", f"and {len(classes) - _MOST_CLASSES:,} more classes"))
+    return "\n".join(f"  {name:<20} {value}" for name, value in rows)
 
 
 def figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -77,12 +72,19 @@ def figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
             "accuracy": f"; always {most['label']!r}: {most['accuracy']:.2%}",
             "macro_f1": f"; {most['macro_f1']:.3f}",
         }
+    if "weighted_f1" in after:
+        compared["weighted_f1"] = f"; {metrics['majority']['weighted_f1']:.3f}" if "majority" in metrics else ""
     at_once = metrics.get("runs_at_once", 1)
     shared = f"; up to {at_once} runs shared the machine" if at_once > 1 else ""
     rows = [
         ("parameters trained", f"{metrics['trainable_parameters']:,} of {metrics['total_parameters']:,} ({share:.2%})"),
         ("test accuracy", f"{after['accuracy']:.2%}{compared['accuracy']}"),
         ("test macro-F1", f"{after['macro_f1']:.3f}{compared['macro_f1']}"),
+        *(
+            [("test weighted F1", f"{after['weighted_f1']:.3f}{compared['weighted_f1']}")]
+            if "weighted_f1" in after
+            else []
+        ),
         ("training", f"{metrics['train_seconds']:.0f} s, {metrics['tokens_per_second']:,.0f} tokens/s{shared}"),
         ("peak memory", f"{metrics['peak_memory_bytes'] / 2**20:,.0f} MiB"),
     ]

@@ -11,21 +11,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import DataCollatorWithPadding, PreTrainedModel, set_seed
+from transformers import DataCollatorWithPadding, PreTrainedModel, TrainerState, set_seed
 
 from lora_ext.adapters import merge_and_unload, trainable_parameter_counts
-from lora_ext.methods import head_parameter_count, load_method
+from lora_ext.methods import head_parameter_count, head_parameters, load_method, pooling_of
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune import demo, results
 from lora_ext.tasks.finetune.data import DATA_FILE, fingerprint, save_fingerprint, saved_fingerprint
 from lora_ext.tasks.finetune.quantize import quantization_of
 from lora_ext.tasks.finetune.run_checkpoints import last_checkpoint, tidy
+from lora_ext.tasks.finetune.scores import scores, summary_scores
+from lora_ext.tasks.finetune.selection import balanced, best_of, check_has_validation
 from lora_ext.tasks.finetune.settings import INPUTS, SETTINGS_FILE, Settings, command_line
-from lora_ext.tasks.finetune.task_data import Encoded, encode, load_data
+from lora_ext.tasks.finetune.task_data import Encoded, encode, load_sides, segmentation_hint
 from lora_ext.tasks.finetune.task_model import (
     adapt,
     check_fits,
     check_room,
+    check_tokens,
     load_model,
     model_path_of,
     most_tokens,
@@ -34,11 +37,14 @@ from lora_ext.tasks.finetune.task_model import (
 from lora_ext.tasks.finetune.trained_files import save_trained
 from lora_ext.tasks.finetune.trainer import FinetuneTrainer, build_trainer, forward_of, predict, train
 from lora_ext.tasks.finetune.training_arguments import check_training_arguments
+from lora_ext.tasks.finetune.vocabulary import Trimmed, save_trimmed, trim
 from lora_ext.tasks.shared import measuring, provenance
 from lora_ext.tasks.shared.run_directory import check_out, prepare_out
 from lora_ext.tasks.shared.whole_files import write_json
 
+_BASE = "base"  # the checkpoint with a trimmed vocabulary
 _OUTPUTS = (
+    _BASE,
     "checkpoints",
     "adapter",
     "model",
@@ -85,38 +91,61 @@ def finetune(
     inputs = [getattr(settings, name) for name in INPUTS]
     check_out(out, resume, overwrite, marker=SETTINGS_FILE, what="a fine-tuning run", outputs=_OUTPUTS, inputs=inputs)
     checkpoint = last_checkpoint(out) if resume else None
-    splits = load_data(settings, say)
+    splits, duplicates = load_sides(settings, say)
     texts = fingerprint(splits)
     if resume and saved_fingerprint(out) not in (None, texts):
         raise TaskError(f"--resume: the texts are not those that the run in {out} was started with; start a new run")
     check_training_arguments(settings, len(splits.train))
+    check_has_validation(settings, len(splits.validation))
     if resume and checkpoint is None:
         say(f"{out} has no checkpoint yet: the run starts from the beginning")
     labels = splits.labels
     model_path = model_path_of(settings.model)
     say(f"loading {model_path} ...")
     set_seed(settings.seed)  # for the new head and the adapters
-    task_model = load_model(model_path, labels, settings.max_length, settings.dtype, quantization_of(settings))
+    quantization = quantization_of(settings)
+    task_model = load_model(
+        model_path, labels, settings.max_length, settings.dtype, quantization, pooling=settings.pooling
+    )
     check_fits(task_model, settings)
+    if pooling_of(task_model.model) == "cls":
+        say(f"{model_path} has no pooler: a new one is trained with the head (--pooling mean needs none)")
+    trimmed = None
+    if settings.trim_vocabulary:
+        everything = [example.text for split in splits for example in split]
+        trimmed = trim(model_path, task_model.tokenizer, task_model.model, everything)
+        say(trimmed.line())
+        new = {*head_parameters(task_model.model), *task_model.drawn}
+        model_path = str((out / _BASE).resolve())
+        task_model = task_model._replace(tokenizer=trimmed.tokenizer, path=model_path)
     tokenizer, model, most = task_model.tokenizer, task_model.model, most_tokens(task_model.model)
     bare = {"head_parameters": head_parameter_count(model), "full_checkpoint_bytes": measuring.tensor_bytes(model)}
+    trimmed_base = None if trimmed is None else sharing(model)
     base = sharing(model) if measure and settings.method != "full" else None
     adapt(model, settings, model_path)
     trainable, total = trainable_parameter_counts(model)
     say("tokenising ...")
     train_rows, validation_rows, test_rows = (encode(split, tokenizer, labels, settings.max_length) for split in splits)
-    check_room(model.modules(), most, [*train_rows.rows, *validation_rows.rows, *test_rows.rows])
+    rows = [*train_rows.rows, *validation_rows.rows, *test_rows.rows]
+    check_room(model.modules(), most, rows)
+    check_tokens(model, rows, model_path)
+    if (hint := segmentation_hint(tokenizer, splits.train)) is not None:
+        say(hint)
 
     def save(out: Path) -> None:
         settings.save(out, threads=torch.get_num_threads())
         save_fingerprint(out, texts)
         tidy(out / "checkpoints")
+        if trimmed_base is not None:
+            save_trimmed(out / _BASE, trimmed_base, tokenizer, without=new)
 
     prepare_out(out, _OUTPUTS, resume, save)
     trainer = build_trainer(
         model, settings, out, train_rows.rows, validation_rows.rows, DataCollatorWithPadding(tokenizer)
     )
 
+    if settings.class_weights is not None:
+        trainer.class_weights = balanced(train_rows.classes, len(labels))
     say(f"training {trainable:,} of {total:,} parameters on {len(train_rows.rows):,} texts ...")
     progress = train(trainer, checkpoint, on_progress)
     peak_memory = measuring.peak_memory_bytes(model.device)
@@ -129,13 +158,16 @@ def finetune(
         "settings": asdict(settings),
         "id2label": {str(index): label for index, label in enumerate(labels)},
         "examples": {name: len(split) for name, split in splits._asdict().items()},
+        "duplicates": duplicates,
+        **_about_vocabulary(trimmed),
         "data_sha256": texts,
         "trainable_parameters": trainable,
         "total_parameters": total,
         **bare,
         "majority": _majority(train_rows, test_rows, labels),
-        "validation": _last_validation(trainer.state.log_history),
-        "after": _score(logits, test_rows),
+        "validation": _kept_validation(trainer.state),
+        **best_of(trainer, settings.best_metric),
+        "after": scores(logits.argmax(-1), test_rows.classes, labels),
         "train_seconds": progress.seconds,
         "runs_at_once": runs_at_once,
         "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else 0.0,
@@ -154,6 +186,13 @@ def finetune(
     if settings.model is None or settings.data is None:
         say(demo.CREDIT)
     return metrics
+
+
+def _about_vocabulary(trimmed: Trimmed | None) -> dict[str, Any]:
+    if trimmed is None:
+        return {}
+    kept = {"tokens": len(trimmed.kept), "tokens_before": trimmed.before, "bytes_saved": trimmed.bytes_saved}
+    return {"trimmed_vocabulary": kept}
 
 
 _SECONDS = 5.0  # time spent on timing; at least three rounds
@@ -205,19 +244,13 @@ def _majority(train_rows: Encoded, test_rows: Encoded, labels: list[str]) -> dic
     predicted = np.full(len(test_rows.classes), most)
     return {
         "label": labels[most],
-        "accuracy": results.accuracy(predicted, test_rows.classes),
-        "macro_f1": results.macro_f1(predicted, test_rows.classes),
+        **summary_scores(predicted, test_rows.classes),
     }
 
 
-def _score(logits: np.ndarray, encoded: Encoded) -> dict[str, float]:
-    predicted = logits.argmax(-1)
-    return {
-        "accuracy": results.accuracy(predicted, encoded.classes),
-        "macro_f1": results.macro_f1(predicted, encoded.classes),
-    }
-
-
-def _last_validation(history: list[dict[str, float]]) -> dict[str, float] | None:
-    scores = [entry for entry in history if "eval_accuracy" in entry]
-    return {key: scores[-1][f"eval_{key}"] for key in ("loss", "accuracy", "macro_f1")} if scores else None
+def _kept_validation(state: TrainerState) -> dict[str, float] | None:
+    """Returns the scores of the weights that the run keeps."""
+    history = [entry for entry in state.log_history if entry["step"] == (state.best_global_step or entry["step"])]
+    entries = [entry for entry in history if "eval_accuracy" in entry]
+    keys = ("loss", "accuracy", "macro_f1", "weighted_f1")  # checkpoints of earlier releases lack the last
+    return {key: entries[-1][f"eval_{key}"] for key in keys if f"eval_{key}" in entries[-1]} if entries else None

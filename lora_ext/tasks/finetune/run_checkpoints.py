@@ -17,6 +17,9 @@ from lora_ext.tasks.shared.whole_files import discard, remove_leftovers, whole_d
 SECONDS = 120.0
 """Time between two checkpoints: the most work that a killed run loses, evaluations aside."""
 
+PROGRESS = "Progress"
+"""Key in the Trainer's state of what :class:`lora_ext.tasks.finetune.trainer.Progress` saves."""
+
 _SHARE = 10.0  # writing a checkpoint takes at most a tenth of the time between checkpoints
 _KEPT = 2
 _STATE = "trainer_state.json"
@@ -28,8 +31,15 @@ class Checkpoint(NamedTuple):
 
     @property
     def is_last(self) -> bool:
-        """Whether it belongs to the run's last step, so that no training remains."""
-        return self.state.global_step >= self.state.max_steps
+        """Whether no training remains: it belongs to the run's last step, or the run stopped early."""
+        stopped = self.state.stateful_callbacks.get(PROGRESS, {}).get("stopped", False)
+        return self.state.global_step >= self.state.max_steps or stopped
+
+    @property
+    def best(self) -> Path | None:
+        """The checkpoint of the best evaluation so far; None if the run does not look for one, or had none yet."""
+        step = self.state.best_global_step
+        return path_of(self.path.parent, step) if step else None
 
 
 class Clock:
@@ -51,7 +61,7 @@ class Clock:
 
 @contextmanager
 def new_checkpoint(directory: Path, step: int) -> Iterator[Path]:
-    """Yields a directory for a checkpoint's files, which appears whole or not at all; keeps the last two checkpoints.
+    """Yields a directory for a checkpoint's files, which appears whole or not at all; then calls :func:`tidy`.
 
     Args:
         directory: the directory of all checkpoints.
@@ -61,17 +71,36 @@ def new_checkpoint(directory: Path, step: int) -> Iterator[Path]:
     """
     with writing(directory):
         remove_leftovers(directory)
-    with whole_directory(directory / f"checkpoint-{step}") as fresh:
+    with whole_directory(path_of(directory, step)) as fresh:
         yield fresh
     tidy(directory)
 
 
 def tidy(directory: Path) -> None:
-    """Removes leftovers of killed processes and all checkpoints except the last two. WriteError: the disk refuses."""
+    """Removes leftovers of killed processes, and all checkpoints except the last two and what these call the best.
+
+    WriteError: the disk refuses.
+    """
     with writing(directory):
         remove_leftovers(directory)
-        for path in _in_order(directory)[:-_KEPT]:
-            discard(path)
+        paths = _in_order(directory)
+        best = {path_of(directory, step) for path in paths[-_KEPT:] if (step := _best_step(path)) is not None}
+        for path in paths[:-_KEPT]:
+            if path not in best:
+                discard(path)
+
+
+def path_of(directory: Path, step: int) -> Path:
+    return directory / f"checkpoint-{step}"
+
+
+def _best_step(path: Path) -> int | None:
+    """Returns the step of the best evaluation that a checkpoint knows; None if it knows none or is damaged."""
+    try:
+        step = json.loads((path / _STATE).read_text(encoding="utf-8")).get("best_global_step")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    return step if type(step) is int else None
 
 
 def last_checkpoint(out: Path) -> Checkpoint | None:
@@ -86,9 +115,11 @@ def last_checkpoint(out: Path) -> Checkpoint | None:
     try:
         state = TrainerState(**json.loads((paths[-1] / _STATE).read_text(encoding="utf-8")))
         step, last = state.global_step, state.max_steps
-        if not (isinstance(step, int) and isinstance(last, int) and isinstance(state.log_history, list)):
+        saved = (state.stateful_callbacks, state.stateful_callbacks.get(PROGRESS, {}))
+        is_whole = isinstance(step, int) and isinstance(last, int) and isinstance(state.log_history, list)
+        if not (is_whole and all(isinstance(one, dict) for one in saved)):
             raise ValueError(f"{_STATE} was not written by the Trainer")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(paths[-1], error) from error
     return Checkpoint(paths[-1], state)
 

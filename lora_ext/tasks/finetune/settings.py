@@ -14,6 +14,7 @@ from lora_ext.files import read_json_object
 from lora_ext.methods import METHODS, option_names
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune import extra_arguments
+from lora_ext.tasks.finetune.pooling import check_pooling
 from lora_ext.tasks.finetune.quantize import QUANTIZABLE, check_quantize
 from lora_ext.tasks.shared.whole_files import write_json
 
@@ -35,6 +36,9 @@ DTYPES = ("float32", "bfloat16")
 
 SCHEDULES = {"linear": "linear", "constant": "constant_with_warmup"}
 """Learning rate after the warm-up: falls to 0, or stays constant. Values are the names in transformers."""
+
+BEST_METRICS = ("loss", "accuracy", "macro_f1", "weighted_f1")
+"""Validation scores by which the best epoch's weights can be kept."""
 
 INPUTS = ("model", "data", "validation_file", "test_file")
 """Options that name an input: a file, a directory, the id of a model, or None."""
@@ -58,6 +62,7 @@ class Settings:
     validation_split: float = 0.1
     test_split: float = 0.1
     method: str = "lora"
+    pooling: str | None = None
     r: int = 8
     lora_alpha: float = 16.0
     lora_dropout: float = 0.1
@@ -75,15 +80,20 @@ class Settings:
     warmup: float = 0.1
     schedule: str = "linear"
     ema_decay: float = 0.0
+    best_metric: str | None = None
+    early_stopping: int | None = None
+    class_weights: str | None = None
     precision: str = "float32"
     dtype: str = "float32"
     gradient_checkpointing: str = "no"
     quantize: str | None = None
+    trim_vocabulary: bool = False
     max_length: int = 128
     seed: int = 0
     set: str = ""  # name=value of TrainingArguments, joined as in a shell; see extra_arguments.py
 
     INPUTS: ClassVar[tuple[str, ...]] = INPUTS
+    BEST_METRICS: ClassVar[tuple[str, ...]] = BEST_METRICS
 
     def __post_init__(self) -> None:
         names = self.method.split("+")
@@ -93,6 +103,7 @@ class Settings:
             rates = [LEARNING_RATES.get(name, 1e-3) for name in names]
             object.__setattr__(self, "learning_rate", min(rates))  # files and messages show the rate in use
         check_quantize(self.quantize, self.method)
+        check_pooling(self.pooling)
         for field in fields(self):
             if getattr(self, field.name) != field.default and not has_option(self.method, field.name):
                 raise TaskError(
@@ -111,6 +122,7 @@ class Settings:
             why = ": gradients in float16 underflow; bfloat16 has float32's range" if self.dtype == "float16" else ""
             raise TaskError(f"--dtype is {self.dtype!r}, want one of {', '.join(DTYPES)}{why}")
         extra_arguments.check_names(self.set)
+        self._check_selection()
         if not 0.0 <= self.ema_decay < 1.0:
             raise TaskError(
                 f"--ema-decay is {self.ema_decay}, want 0 <= decay < 1, such as 0.99; 0 turns the average off"
@@ -122,6 +134,23 @@ class Settings:
         for name in ("validation_file", "test_file"):
             if getattr(self, name) is not None and self.data is None:
                 raise TaskError(f"--{name.replace('_', '-')} goes with --data; the demo data is split by itself")
+
+    def _check_selection(self) -> None:
+        if self.best_metric not in (None, *self.BEST_METRICS):
+            raise TaskError(f"--best-metric is {self.best_metric!r}, want one of {', '.join(self.BEST_METRICS)}")
+        if self.early_stopping is not None and self.early_stopping < 1:
+            raise TaskError(
+                f"--early-stopping is {self.early_stopping}, want at least 1 evaluation without a better one"
+            )
+        if self.early_stopping is not None and self.best_metric is None:
+            raise TaskError("--early-stopping goes with --best-metric, which says what has to become better")
+        if self.trim_vocabulary and self.quantize is not None:
+            raise TaskError(
+                "--trim-vocabulary does not go with --quantize: it would write quantised weights; run once without "
+                "--quantize, then name the OUT/base of that run with --model"
+            )
+        if self.class_weights not in (None, "balanced"):
+            raise TaskError(f"--class-weights is {self.class_weights!r}, want balanced")
 
     def with_method(self, method: str) -> Settings:
         """Returns these settings for another method, with defaults for the options that it does not support."""
@@ -259,4 +288,7 @@ def option_list(options: Mapping[str, Any]) -> list[str]:
         defaults = asdict(Settings()) | {"learning_rate": None}
     changed = {name: value for name, value in options.items() if value is not None and value != defaults.get(name)}
     extra = [part for item in extra_arguments.items(changed.pop("set", "")) for part in ("--set", item)]
-    return [part for name, value in changed.items() for part in (f"--{name.replace('_', '-')}", str(value))] + extra
+    flags = [f"--{name.replace('_', '-')}" for name, value in changed.items() if value is True]
+    valued = {name: value for name, value in changed.items() if value is not True}
+    given = [part for name, value in valued.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    return given + flags + extra

@@ -17,7 +17,7 @@ def split_sides(
     read: Callable[[str], list[Any]],
     say: Callable[[str], None],
     texts: str = "texts",
-) -> Splits:
+) -> tuple[Splits, dict[str, int]]:
     """Splits ``examples``; ``--validation-file`` and ``--test-file`` take the place of a part.
 
     A text is on one side only: the test file keeps its texts, the validation file those that the test file lacks, and
@@ -28,13 +28,19 @@ def split_sides(
         read: reads the examples of a file.
         texts: the plural name of what is compared: texts, prompts.
 
+    Returns:
+        The sides; and the numbers of texts that were left out because two files have them: leakage in the files, by
+        ``"train in test"``, ``"validation in test"`` and ``"train in validation"``, for the files that were named.
+
     Raises:
         TaskError: a file is damaged, or a side has no texts.
     """
+    duplicates: dict[str, int] = {}
 
-    def without(examples: list[Any], name: str, others: list[Any], other_name: str) -> list[Any]:
+    def without(examples: list[Any], name: str, others: list[Any], other_name: str, sides: str) -> list[Any]:
         rest = without_texts_of(examples, others)
-        if dropped := len(examples) - len(rest):
+        duplicates[sides] = len(examples) - len(rest)
+        if dropped := duplicates[sides]:
             say(f"{name}: {dropped:,} {texts} are left out, because {other_name} has them, too")
         if not rest:
             raise TaskError(f"{name}: {other_name} has all its {texts}; want others")
@@ -43,12 +49,12 @@ def split_sides(
     test = validation = None
     if settings.test_file is not None:
         test = read(settings.test_file)
-        examples = without(examples, name, test, settings.test_file)
+        examples = without(examples, name, test, settings.test_file, "train in test")
     if settings.validation_file is not None:
         validation = read(settings.validation_file)
         if test is not None:
-            validation = without(validation, settings.validation_file, test, settings.test_file)
-        examples = without(examples, name, validation, settings.validation_file)
+            validation = without(validation, settings.validation_file, test, settings.test_file, "validation in test")
+        examples = without(examples, name, validation, settings.validation_file, "train in validation")
     validation_split = settings.validation_split if validation is None else 0.0
     splits = split_examples(examples, validation_split, settings.test_split if test is None else 0.0)
     splits = Splits(
@@ -58,4 +64,4 @@ def split_sides(
     )
     if not splits.test:
         raise TaskError(f"{name}: no text is left for testing; raise --test-split, or name a --test-file")
-    return splits
+    return splits, duplicates

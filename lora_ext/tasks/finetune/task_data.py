@@ -31,7 +31,12 @@ class Encoded(NamedTuple):
 
 
 def load_data(settings: Settings, say: Callable[[str], None]) -> Splits:
-    """Reads and splits the labelled texts.
+    """Returns the first result of :func:`load_sides`."""
+    return load_sides(settings, say)[0]
+
+
+def load_sides(settings: Settings, say: Callable[[str], None]) -> tuple[Splits, dict[str, int]]:
+    """Reads and splits the labelled texts. Returns what :func:`split_sides` returns.
 
     Raises:
         TaskError: a file is damaged, a side has no texts, or labels do not fit together.
@@ -40,7 +45,7 @@ def load_data(settings: Settings, say: Callable[[str], None]) -> Splits:
         name, examples = "the demo data", demo.examples(say)
     else:
         name, examples = settings.data, _read(settings.data, settings)
-    splits = split_sides(settings, name, examples, lambda path: _read(path, settings), say)
+    splits, duplicates = split_sides(settings, name, examples, lambda path: _read(path, settings), say)
     try:
         check_labels(splits.labels)
     except TaskError as error:
@@ -48,20 +53,33 @@ def load_data(settings: Settings, say: Callable[[str], None]) -> Splits:
     known = label_names(splits.train)
     if len(known) < 2:
         raise TaskError(f"{name}: every text for training has the label {known[0]!r}; a classifier needs at least two")
-    for side, examples in (("validation", splits.validation), ("test", splits.test)):
+    files = {"validation": settings.validation_file, "test": settings.test_file}
+    for side, file in files.items():
+        examples = getattr(splits, side)
         if unknown := sorted({example.label for example in examples} - set(known)):
+            line = min(example.line for example in examples if example.label in unknown)
             raise TaskError(
-                f"{name}: labels [{shown(unknown)}] occur in the {side} texts only; for training there are "
-                f"{shown(known)}. Every label, even a number, is a class that needs training texts; add some, or drop "
-                "these labels"
+                f"{file or name}: labels [{shown(unknown)}] occur in the {side} texts only, first in line {line}; for "
+                f"training there are {shown(known)}. Every label, even a number, is a class that needs training texts; "
+                "add some, or drop these labels"
             )
     sizes = ", ".join(f"{len(split):,} for {side}" for side, split in splits._asdict().items())
     say(f"{name}: {sizes}; labels {shown(known)}")
-    return splits
+    return splits, duplicates
 
 
 def _read(path: str, settings: Settings) -> list[Example]:
     return read_examples(path, settings.text_column, settings.label_column)
+
+
+def segmentation_hint(tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> str | None:
+    """Returns a line for users of PhoBERT whose texts are not segmented into words; None if there is nothing to say."""
+    if not type(tokenizer).__name__.startswith("Phobert") or any("_" in example.text for example in examples):
+        return None
+    return (
+        "the texts have no underscore: PhoBERT was trained on words whose syllables are joined, as in sinh_viên; "
+        "segment the texts first, for example with VnCoreNLP"
+    )
 
 
 def encode(examples: list[Example], tokenizer: PreTrainedTokenizerBase, labels: list[str], max_length: int) -> Encoded:

@@ -26,6 +26,7 @@ from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune import demo
 from lora_ext.tasks.finetune.data import Splits
 from lora_ext.tasks.finetune.lora_targets import lora_targets, split_names
+from lora_ext.tasks.finetune.pooling import choose_pooling
 from lora_ext.tasks.finetune.quantize import Quantization, quantization_of, tensors_of_8bit
 from lora_ext.tasks.finetune.settings import Settings
 from lora_ext.tasks.finetune.task_data import load_data
@@ -52,11 +53,17 @@ def load_task_model(settings: Settings) -> tuple[TaskModel, Splits]:
     """Loads the bare model and the texts that ``settings`` name. TaskError: one cannot be loaded."""
     splits = load_data(settings, say=lambda line: None)
     path, quantization = model_path_of(settings.model), quantization_of(settings)
-    return load_model(path, splits.labels, settings.max_length, settings.dtype, quantization), splits
+    model = load_model(path, splits.labels, settings.max_length, settings.dtype, quantization, settings.pooling)
+    return model, splits
 
 
 def load_model(
-    path: str, labels: list[str], max_length: int, dtype: str = "float32", quantization: Quantization | None = None
+    path: str,
+    labels: list[str],
+    max_length: int,
+    dtype: str = "float32",
+    quantization: Quantization | None = None,
+    pooling: str | None = None,
 ) -> TaskModel:
     """Loads a classifier of ``labels``, in ``dtype`` except the new head, which is float32.
 
@@ -90,12 +97,14 @@ def load_model(
     if tokenizer.pad_token is None:  # language models have none
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
+    choose_pooling(model, path, pooling, loaded["missing_keys"])
     head = head_parameters(model).keys()
     if wrong := sorted({name for name, *_ in loaded["mismatched_keys"]} - head):
         raise TaskError(f"--model {path}: {wrong[0]} has another shape than its config.json says")
     if dtype != "float32":
         _keep_head_in_float32(model)
-    return TaskModel(path, tokenizer, model, tuple(sorted(set(loaded["missing_keys"]) - head)))
+    drawn = {name for name, _ in model.named_parameters() if name in loaded["missing_keys"]} - head
+    return TaskModel(path, tokenizer, model, tuple(sorted(drawn)))
 
 
 def _keep_head_in_float32(model: PreTrainedModel) -> None:
@@ -185,6 +194,17 @@ def check_room(modules: Iterable[nn.Module], most: int | None, rows: list[dict[s
             )
     if most is not None and longest > most:
         raise TaskError(f"a text has {longest} tokens, but the model has {most} positions; want --max-length {most}")
+
+
+def check_tokens(model: PreTrainedModel, rows: Iterable[dict[str, Any]], path: str) -> None:
+    """Raises TaskError if a text has a token that the embedding of the bare ``model`` lacks."""
+    known = model.get_input_embeddings().weight.shape[0]
+    largest = max(max(row["input_ids"]) for row in rows)
+    if largest >= known:
+        raise TaskError(
+            f"--model {path}: its tokenizer gives the token {largest}, but the model has {known} tokens; the tokenizer "
+            "belongs to another model"
+        )
 
 
 def most_tokens(model: PreTrainedModel) -> int | None:

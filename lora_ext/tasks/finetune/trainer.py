@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState
+from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from lora_ext._common import progress as display
@@ -23,8 +23,8 @@ from lora_ext.methods import load_method, method_of, save_method
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune import busy_machine
 from lora_ext.tasks.finetune.moving_average import MovingAverage
-from lora_ext.tasks.finetune.results import accuracy, macro_f1
-from lora_ext.tasks.finetune.run_checkpoints import Checkpoint, Clock, damaged, new_checkpoint
+from lora_ext.tasks.finetune.run_checkpoints import PROGRESS, Checkpoint, Clock, damaged, new_checkpoint, path_of
+from lora_ext.tasks.finetune.scores import summary_scores
 from lora_ext.tasks.finetune.settings import Settings
 from lora_ext.tasks.finetune.training_arguments import training_arguments
 from lora_ext.tasks.shared.whole_files import writing
@@ -43,12 +43,16 @@ class FinetuneTrainer(Trainer):
         lora_plus_ratio: learning rate of ``lora_B`` divided by that of all other parameters (LoRA+, Hayou et al. 2024,
             arXiv 2402.12354).
         average: moving average of the weights, or None; it is evaluated during training and kept at the end.
+        class_weights: ``[num_labels]``, factors of the losses of each class's texts, or None.
+        early_stopping: decides when evaluations do not improve any more, or None.
         progress: time, tokens and losses so far.
         clock: decides when a checkpoint is due.
     """
 
     lora_plus_ratio = 1.0
     average: MovingAverage | None = None
+    class_weights: torch.Tensor | None = None
+    early_stopping: _EarlyStopping | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -81,10 +85,40 @@ class FinetuneTrainer(Trainer):
         loss, outputs, labels = super().prediction_step(*args, **kwargs)
         return loss, outputs[0] if isinstance(outputs, tuple) else outputs, labels
 
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Returns the loss; with class weights, the mean over the texts of each one's loss times its class's weight.
+
+        It is not divided by the batch's sum of weights, so that accumulated batches give the same step as one batch.
+        """
+        if self.class_weights is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs)
+        labels, logits = inputs["labels"], outputs["logits"].float()
+        smoothing = self.args.label_smoothing_factor
+        losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+        loss = (losses * self.class_weights.to(losses)[labels]).mean()
+        return (loss, outputs) if return_outputs else loss
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         self.progress.take(loss)
         return loss
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Returns whether to write a checkpoint: of a better evaluation, when one is due, or because training ends."""
+        is_best = super()._determine_best_metric(metrics, trial)
+        self.progress.stopped = self.early_stopping is not None and self.early_stopping.has_stopped
+        return is_best or self.control.should_save or self.progress.stopped
+
+    def _load_best_model(self) -> None:
+        self._load_weights(path_of(Path(self.args.output_dir), self.state.best_global_step))
+
+    def _load_weights(self, checkpoint: Path) -> None:
+        self._load_from_checkpoint(str(checkpoint))
+        with _explaining_damage(str(checkpoint)):
+            self._load_average(str(checkpoint))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Writes a checkpoint atomically."""
@@ -132,9 +166,8 @@ class FinetuneTrainer(Trainer):
 
     def take_over(self, checkpoint: Checkpoint) -> None:
         """Restores the state after the last step from its ``checkpoint``, without training."""
-        self._load_from_checkpoint(str(checkpoint.path))
-        with _explaining_damage(str(checkpoint.path)):
-            self._load_average(str(checkpoint.path))
+        has_best = self.args.load_best_model_at_end and checkpoint.best is not None
+        self._load_weights(checkpoint.best if has_best else checkpoint.path)
         self.state = checkpoint.state
         self.progress.go_on(self.state)
 
@@ -156,12 +189,13 @@ class Progress:
     Attributes:
         seconds: time spent in training steps, including those before a resumption.
         tokens: number of tokens in these steps, without padding.
+        stopped: whether the run ended before its last step, because the evaluations did not improve.
     """
 
-    KEY = "Progress"  # in the Trainer's state
+    KEY = PROGRESS
 
     def __init__(self) -> None:
-        self.seconds, self.tokens = 0.0, 0
+        self.seconds, self.tokens, self.stopped = 0.0, 0, False
         self._loss: torch.Tensor | float = 0.0
         self._steps = 0
 
@@ -182,13 +216,13 @@ class Progress:
         return mean
 
     def state(self) -> dict[str, float]:
-        return {"seconds": self.seconds, "loss": float(self._loss), "steps": self._steps}
+        return {"seconds": self.seconds, "loss": float(self._loss), "steps": self._steps, "stopped": self.stopped}
 
     def go_on(self, state: TrainerState) -> None:
         """Continues from what :meth:`state` put into a checkpoint."""
         saved = state.stateful_callbacks.get(self.KEY, {})
         self.seconds, self._loss = saved.get("seconds", 0.0), saved.get("loss", 0.0)
-        self._steps = saved.get("steps", 0)
+        self._steps, self.stopped = saved.get("steps", 0), saved.get("stopped", False)
         self.tokens = state.num_input_tokens_seen
 
 
@@ -231,6 +265,18 @@ class _Steps(TrainerCallback):
             if line is not None:
                 self._has_advised = True
                 tqdm.write(line)
+
+
+class _EarlyStopping(EarlyStoppingCallback):
+    """Transformers' callback, which takes its count from a checkpoint, and asks for no strategy of evaluations."""
+
+    @property
+    def has_stopped(self) -> bool:
+        return self.early_stopping_patience_counter >= self.early_stopping_patience
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        saved = state.stateful_callbacks.get(type(self).__name__) or {}
+        self.early_stopping_patience_counter = saved.get("attributes", {}).get("early_stopping_patience_counter", 0)
 
 
 class _Averaging(TrainerCallback):
@@ -331,10 +377,7 @@ def build_trainer(
             train_dataset=train,
             eval_dataset=validation or None,
             data_collator=collator,
-            compute_metrics=lambda output: {
-                "accuracy": accuracy(output.predictions.argmax(-1), output.label_ids),
-                "macro_f1": macro_f1(output.predictions.argmax(-1), output.label_ids),
-            },
+            compute_metrics=lambda output: summary_scores(output.predictions.argmax(-1), output.label_ids),
         )
     # The Trainer trusts a classifier that takes **kwargs to divide its loss by the number of texts in a step. Most take
     # them and return a batch's mean (BERT does in transformers 5.24), so that accumulated gradients would be too large.
@@ -343,6 +386,9 @@ def build_trainer(
     if settings.ema_decay:
         trainer.average = MovingAverage(model, settings.ema_decay)
         trainer.add_callback(_Averaging(trainer.average))
+    if settings.early_stopping is not None:
+        trainer.early_stopping = _EarlyStopping(settings.early_stopping)
+        trainer.add_callback(trainer.early_stopping)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Shown())
     trainer.add_callback(_Steps(trainer))

@@ -45,6 +45,10 @@ def training_arguments(settings: Settings, out: Path, texts: int) -> TrainingArg
         "report_to": [],
         "seed": settings.seed,
     }
+    if settings.best_metric is not None:  # the trainer writes a checkpoint of each evaluation that is the best so far
+        arguments |= {"load_best_model_at_end": True, "save_strategy": "best"}
+        arguments["metric_for_best_model"] = settings.best_metric
+        arguments["greater_is_better"] = settings.best_metric not in ("loss", "perplexity")
     try:
         return TrainingArguments(**{**arguments, **extra})
     except (ValueError, TypeError, ImportError) as error:

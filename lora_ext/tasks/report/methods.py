@@ -9,6 +9,7 @@ from typing import Any
 from lora_ext.tasks.comparison.spread import deviation_over, lines_of, named_rows, over_seeds, percent, winner
 from lora_ext.tasks.finetune.settings import has_option
 from lora_ext.tasks.report.charts import Bar, Chart, Point, Series, bar_chart, line_chart
+from lora_ext.tasks.report.classes import confusion_matrix, f1_by_method
 from lora_ext.tasks.report.pictures import Pictures, curves_of_runs
 from lora_ext.tasks.report.results import Result
 from lora_ext.tasks.report.tables import Table, cell, count, table
@@ -26,6 +27,8 @@ def show_methods(result: Result, pictures: Pictures) -> dict[str, Any]:
         "reading": _reading(content, best),
         "left_out": [f"{method['label']}: {method['reason']}" for method in content.get("left_out") or ()],
         "methods": _table(content, best),
+        "f1_of_classes": f1_by_method(rows),
+        "confusions": _confusions(content),
         "names": [f"{label}: {spec}" for label, spec in named_rows(rows).items()],
         "seeds": deviation_over(content["seeds"]),
         "test": content["examples"]["test"],
@@ -140,6 +143,18 @@ def _table(content: Mapping[str, Any], best: str | None) -> Table:
             ]
         )
     return table("Methods", heading, rows)
+
+
+def _confusions(content: Mapping[str, Any]) -> list[Table]:
+    """The confusion matrix of each method, summed over the seeds."""
+    found, seeds = [], content["seeds"]
+    seeds = f"seed {seeds[0]}" if len(seeds) == 1 else f"sum over {len(seeds)} seeds"
+    for row in content["methods"]:
+        if "confusion" in row:
+            labels = [one["label"] for one in row["classes"]]
+            caption = f"Confusion matrix of {row['label']}: {seeds}"
+            found.append(confusion_matrix(caption, labels, row["confusion"]))
+    return [matrix for matrix in found if matrix is not None]
 
 
 def _accuracy_chart(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> Chart:

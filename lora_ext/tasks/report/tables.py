@@ -15,15 +15,27 @@ _NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # 
 
 @dataclass(frozen=True)
 class Cell:
-    """``value``: the number that the cell is sorted by; None sorts last. ``best``: marked as the best."""
+    """A cell.
+
+    Attributes:
+        value: the number that the cell is sorted by; None sorts last.
+        best: marked as the best.
+        share: shades the cell, from 0 (the page's ground) to 1; None: no shade.
+    """
 
     shown: str
     value: float | None
     best: bool
+    share: float | None = None
 
     @property
     def sort_key(self) -> str | None:
         return None if self.value is None or not math.isfinite(self.value) else repr(self.value)
+
+    @property
+    def shade(self) -> str:
+        """The class of the cell's shade in page.css, one of six; "" for none."""
+        return "" if self.share is None else f"s{round(5 * min(max(self.share, 0.0), 1.0))}"
 
 
 @dataclass(frozen=True)
@@ -42,10 +54,10 @@ def table(caption: str, heading: Sequence[str], rows: Sequence[Sequence[Any]]) -
     return Table(caption, heading, cells, [any(row[i].value is not None for row in cells) for i in range(len(heading))])
 
 
-def cell(value: Any, shown: str | None = None, best: bool = False) -> Cell:
+def cell(value: Any, shown: str | None = None, best: bool = False, share: float | None = None) -> Cell:
     """A number, text, Markup or None, shown by :func:`figure_text` unless ``shown`` is given."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return Cell(figure_text(value) if shown is None else shown, value if is_number else None, best)
+    return Cell(figure_text(value) if shown is None else shown, value if is_number else None, best, share)
 
 
 def figure_text(value: Any) -> str:

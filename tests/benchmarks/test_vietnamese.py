@@ -1,0 +1,125 @@
+"""Tests benchmarks/vietnamese.py: which runs it makes, in which order, and its table; nothing is trained."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import vietnamese
+from vietnamese import MAIN, METHODS, VARIANTS, Bench, OutOfTime, Task
+
+from lora_ext.tasks.comparison.many_runs import Run, finished
+
+pytestmark = pytest.mark.cpu_only("trains nothing")
+
+BEST = {"full": 1e-4, "lora-qv": 1e-2, "lora-all": 1e-3}  # the validation scores' maxima; 1e-3 for the others
+
+
+def name_of(label: str) -> str:
+    return re.sub(r"-\d\.\de[+-]\d\d-[\d.]+$", "", label)
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> list[Task]:
+    options = {"data": "/data/train.csv", "test_file": "/data/test.csv", "validation_file": "/data/dev.csv"}
+    texts = {"train": 96, "validation": 20, "test": 30}
+    vsfc = Task("vsfc", options, (1, 3), tuple(METHODS), tmp_path / "vsfc", "sha", texts)
+    return [vsfc, Task("reviews", {}, (2,), tuple(MAIN), tmp_path / "reviews", "sha", texts)]
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replaces training: a run writes metrics whose score falls with the distance from the best rate."""
+    names: list[str] = []
+
+    def run_all(runs: list[Run], out: Path, what: str) -> dict[Run, dict[str, Any]]:
+        (run,) = runs
+        name = name_of(run.label)
+        names.append(f"{run.label}/{run.settings.seed}")
+        best = BEST.get(name.split("-default")[0], 1e-3)
+        off = abs(vietnamese.math.log10(run.settings.learning_rate / best))
+        scores = {"accuracy": 0.9 - 0.1 * off, "macro_f1": 0.7 - 0.1 * off, "weighted_f1": 0.9}
+        classes = [{"label": label, "f1": 0.5, "support": 15} for label in ("negative", "neutral")]
+        metrics = {
+            "settings": vars(run.settings),
+            "data_sha256": "sha",
+            "examples": {"test": 30},
+            "validation": scores,
+            "after": scores | {"classes": classes},
+            "trainable_parameters": 10,
+            "head_parameters": 2,
+            "total_parameters": 100,
+            "full_checkpoint_bytes": 1,
+            "train_seconds": 3.0,
+            "peak_memory_bytes": 2**30,
+        }
+        directory = run.directory(out)
+        directory.mkdir(parents=True)
+        (directory / "metrics.json").write_text(json.dumps(metrics))
+        assert finished(run, out) is not None
+        return {run: metrics}
+
+    monkeypatch.setattr(vietnamese, "run_all", run_all)
+    return names
+
+
+def test_rates_are_tuned_beyond_the_ends_of_the_grid(tasks: list[Task], made: list[str]):
+    bench = Bench(1)
+    assert bench.tuned_rate(tasks[0], "full") == 1e-4
+    assert made == ["full-3.2e-05-1/0", "full-1.0e-04-1/0", "full-3.2e-04-1/0"]
+    assert bench.tuned_rate(tasks[0], "lora-qv") == pytest.approx(1e-2, rel=0.05)
+    assert [name for name in made if name.startswith("lora-qv")][3:] == ["lora-qv-1.0e-02-1/0", "lora-qv-3.2e-02-1/0"]
+
+
+def test_everything_is_made_once_and_the_main_methods_first(tasks: list[Task], made: list[str]):
+    assert vietnamese.carry_out(tasks[:1], hours=1)
+    assert len(made) == len({*made})
+    names = [name_of(text.partition("/")[0]) for text in made]
+    others = next(number for number, name in enumerate(names) if name not in MAIN)
+    # three rates each and two more of lora-qv; both numbers of epochs from three seeds, one of which is known
+    assert others == 3 * 3 + 2 + 3 * (3 + 3) - 3
+    assert {*names} == {*METHODS, *VARIANTS, "lora-qv-default-rate"}
+    count = len(made)
+    assert vietnamese.carry_out(tasks[:1], hours=0)  # all are known
+    assert len(made) == count
+    assert not vietnamese.carry_out(tasks, hours=0)  # the other task is not
+
+
+def test_an_early_end_leaves_a_table(tasks: list[Task], made: list[str], monkeypatch: pytest.MonkeyPatch):
+    left = [20]
+
+    def metrics(self: Bench, task: Task, run: Run) -> dict[str, Any]:
+        if (known := finished(run, task.out)) is not None:
+            return known
+        if not left[0]:
+            raise OutOfTime
+        left[0] -= 1
+        return vietnamese.run_all([run], task.out, "")[run]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bench, "metrics", metrics)
+        assert not vietnamese.carry_out(tasks, hours=1)
+    assert len(made) == 20
+    rows, tuning = vietnamese.results_of(tasks[0])
+    assert [(row["name"], row["epochs"], len(row["seeds"])) for row in rows][:3] == [(name, 1, 3) for name in MAIN]
+    assert [one["method"] for one in tuning] == [*MAIN]
+    assert vietnamese.results_of(tasks[1]) == ([], [])
+    assert vietnamese.carry_out(tasks, hours=1)
+    complete, _ = vietnamese.results_of(tasks[0])
+    names = [row["name"] for row in complete]
+    assert {*names} >= {*METHODS, *VARIANTS, "lora-qv-default-rate"}
+    assert names.count("bitfit") == 2 and names.count("lora-qv-pooler") == 1
+    content = {"tasks": [], "complete": False, "command": ["python"], "date": "2026-11-28"}
+    content["machine"] = vietnamese.provenance.machine()
+    for task, found in zip(tasks, (complete, vietnamese.results_of(tasks[1])[0]), strict=True):
+        content["tasks"].append({"name": task.name, "texts": task.texts, "rows": found, "tuning": tuning})
+    text = vietnamese.markdown(content)
+    assert "| full (slides) |" in text and "F1 neutral, %" in text and "Not complete" in text
+    assert "/data/" not in json.dumps(content["tasks"])  # no path of the machine

@@ -1,0 +1,142 @@
+"""Tests the scores of classes: against scikit-learn, in metrics.json, in compare, and on the report's page."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn import metrics as sklearn
+from support import tiny_classifier
+from support.report_results import COMPARE, change_json, results_of_the_session
+
+from lora_ext.tasks import TaskError
+from lora_ext.tasks.comparison.compare import markdown
+from lora_ext.tasks.finetune import results
+from lora_ext.tasks.finetune.run import finetune
+from lora_ext.tasks.finetune.scores import scores, weighted_f1
+from lora_ext.tasks.finetune.settings import Settings
+from lora_ext.tasks.finetune.task_data import load_sides
+from lora_ext.tasks.report import write_report
+from lora_ext.tasks.report.classes import confusion_matrix
+
+pytestmark = [
+    pytest.mark.cpu_only("the Trainer chooses the device"),
+    pytest.mark.filterwarnings("ignore:.*ill-defined"),
+]
+
+
+@pytest.mark.parametrize("answered", [4, 2])  # with 2, two classes are never answered
+def test_scores_are_scikit_learns(answered: int):
+    rng = np.random.default_rng(answered)
+    expected, predicted = rng.integers(0, 4, 200), rng.integers(0, answered, 200)
+    found = scores(predicted, expected, labels := ["a", "b", "c", "d"])
+    assert found["confusion"] == sklearn.confusion_matrix(expected, predicted).tolist()
+    report = sklearn.classification_report(expected, predicted, output_dict=True, zero_division=0, target_names=labels)
+    assert found["accuracy"] == pytest.approx(report["accuracy"])
+    assert found["macro_f1"] == pytest.approx(report["macro avg"]["f1-score"])
+    assert found["weighted_f1"] == pytest.approx(report["weighted avg"]["f1-score"])
+    for one in found["classes"]:
+        theirs = report[one["label"]]
+        assert (one["precision"], one["recall"]) == pytest.approx((theirs["precision"], theirs["recall"]))
+        assert (one["f1"], one["support"]) == pytest.approx((theirs["f1-score"], theirs["support"]))
+
+
+def test_classes_without_texts_count_nothing():
+    assert weighted_f1(np.array([0, 0, 2]), np.array([0, 0, 0])) == pytest.approx(0.8)
+    found = scores(np.array([0, 1]), np.array([0, 1]), ["a", "b", "never"])
+    assert found["macro_f1"] == found["weighted_f1"] == 1.0
+    assert found["classes"][2] == {"label": "never", "precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
+
+
+# --- files of their own for the sides ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_classifier.save_model(tmp_path_factory.mktemp("model"))
+
+
+def files(directory: Path, test: list[tuple[str, str]], validation: list[tuple[str, str]]) -> Settings:
+    texts = dict(tiny_classifier.reviews(120, seed=1))
+    for text, _ in [*test[2:], *validation]:
+        texts.pop(text, None)
+    rows = {"train": list(texts.items()), "test": test, "validation": validation}
+    paths = {name: str(tiny_classifier.save_reviews(directory / f"{name}.csv", found)) for name, found in rows.items()}
+    return Settings(
+        data=paths["train"], test_file=paths["test"], validation_file=paths["validation"], max_length=32, epochs=0.2
+    )
+
+
+def test_a_label_without_training_texts_is_refused_with_its_file(tmp_path: Path):
+    rows = [*tiny_classifier.reviews(9, seed=2), ("the film is odd", "mixed")]
+    with pytest.raises(TaskError, match=r"validation\.csv: labels \[mixed\] occur in .* first in line 11; .* neg, pos"):
+        load_sides(files(tmp_path, tiny_classifier.reviews(9, seed=3), rows), lambda line: None)
+    with pytest.raises(TaskError, match=r"test\.csv: labels \[mixed\] occur in the test texts only, first in line 11"):
+        load_sides(files(tmp_path, rows, tiny_classifier.reviews(9, seed=3)), lambda line: None)
+
+
+@pytest.mark.full
+def test_leakage_is_counted_and_the_page_says_so(model: Path, tmp_path: Path):
+    test = [("the film is good", "pos"), ("The  FILM is bad", "neg"), *tiny_classifier.reviews(20, seed=4)]
+    validation = [("the film is good", "pos"), *tiny_classifier.reviews(10, seed=5)]
+    settings = files(tmp_path, test, validation)
+    with open(settings.data, "a", newline="") as file:
+        file.write("the film is bad,neg\nthe film is good,pos\n")
+    metrics = finetune(Settings(**{**vars(settings), "model": str(model)}), tmp_path / "run", say=(said := []).append)
+    assert metrics["duplicates"]["train in test"] == 2 and metrics["duplicates"]["validation in test"] >= 1
+    assert any("train.csv: 2 texts are left out, because" in line for line in said)
+    assert sum(sum(row) for row in metrics["after"]["confusion"]) == metrics["examples"]["test"] == 22
+    console = results.table(metrics)
+    assert "test weighted F1" in console and re.search(r"\n    neg +precision \d\.\d{3}, recall", console)
+    assert set(metrics["validation"]) == {"loss", "accuracy", "macro_f1", "weighted_f1"}
+    page = write_report(tmp_path / "run", say=lambda line: None).read_text()
+    assert "Leakage between the files" in page and "train in test: 2 texts" in page
+    assert "Confusion matrix of the test texts" in page and "Scores of each class" in page
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_of_a_comparison_has_the_classes(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path):
+    found = results_of_the_session(tmp_path_factory)
+    content = json.loads((found / COMPARE).read_text())
+    page = write_report(found, tmp_path / "report.html", say=lambda line: None).read_text()
+    for row in content["methods"]:
+        assert np.sum(row["confusion"]) == 2 * content["examples"]["test"]  # two seeds
+        assert f"Confusion matrix of {row['label']}: sum over 2 seeds" in page
+    assert "F1 of each class, %" in page
+    text = markdown(content)
+    assert "F1 of each class in percent" in text and "| method | weighted F1 | neg (" in text
+    for row in content["methods"]:  # as an earlier release left it
+        for name in ("classes", "confusion", "weighted_f1"):
+            del row[name]
+    assert "F1 of each class" not in markdown(content)
+
+
+def test_labels_are_escaped(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path):
+    found = results_of_the_session(tmp_path_factory)
+    hostile = "<img src=x onerror=alert(1)>"
+    (tmp_path / "single").mkdir()
+    (tmp_path / "single" / "metrics.json").write_bytes((found / "single" / "metrics.json").read_bytes())
+
+    def change(content: dict) -> None:
+        content["after"]["classes"][0]["label"] = hostile
+
+    change_json(tmp_path / "single" / "metrics.json", change)
+    page = write_report(tmp_path, say=lambda line: None).read_text()
+    assert hostile not in page and "&lt;img src=x onerror=alert(1)&gt;" in page
+
+
+def test_matrices_that_are_none_or_too_large():
+    assert confusion_matrix("x", [str(i) for i in range(31)], [[0] * 31] * 31) is None
+    with pytest.raises(ValueError, match="a confusion matrix of 1 rows for 2 classes"):
+        confusion_matrix("x", ["a", "b"], [[1, 2]])
+    marked = confusion_matrix("x", ["a", "b"], [[3, 1], [0, 0]])
+    assert [[one.shown for one in row] for row in marked.rows] == [
+        ["a", "3 (75%)", "1 (25%)"],
+        ["b", "0 (0%)", "0 (0%)"],
+    ]
+    assert [one.shade for one in marked.rows[0]] == ["", "s4", "s1"] and not any(one.best for one in marked.rows[0])
