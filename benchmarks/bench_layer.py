@@ -39,7 +39,12 @@ def measure(shape: Shape, dtype: torch.dtype, run: Report, with_compile: bool) -
         contestants.forget_compiled()
     makes = contestants.LAYERS | ({COMPILED: contestants.make_compiled} if with_compile else {})
     modules = contestants.on_same_weights(shape, dtype, run.args.device, run.args.rank, dropouts, makes)
-    contestants.check_agreement(modules[0.0], *random_x_and_grad_y(shape, dtype, run))
+    x, grad_ys = random_x_and_grad_y(shape, dtype, run)
+    if with_compile and (reason := contestants.why_not_compiled([m[COMPILED] for m in modules.values()], x, grad_ys)):
+        print(f"{COMPILED}: not measured at {shape}, {reason}", flush=True)
+        for by_contestant in modules.values():
+            del by_contestant[COMPILED]
+    contestants.check_agreement(modules[0.0], x, grad_ys)
     return rows_of(shape, dtype, run, modules)
 
 

@@ -80,6 +80,16 @@ def make_compiled(base: nn.Linear, A: Tensor, B: Tensor, dropout: float) -> nn.M
     return torch.compile(HandWritten(base, A, B, dropout), fullgraph=True, dynamic=False)
 
 
+def why_not_compiled(modules: Iterable[nn.Module], x: Tensor, grad_ys: list[Tensor]) -> str:
+    """Compiles forward and backward of the modules; returns why that fails on this machine, or ""."""
+    try:
+        for module in modules:
+            training_step(module, x, grad_ys)
+    except Exception as error:  # a missing compiler, Triton, ...: whatever PyTorch raises
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return ""
+
+
 def forget_compiled() -> None:
     """Resets Dynamo before the next shape: it counts compilations by source line and refuses the ninth of one line."""
     torch.compiler.reset()

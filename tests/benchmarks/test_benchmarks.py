@@ -91,6 +91,18 @@ def test_the_compiled_layer_is_one_graph_of_its_shape(run):
     assert all(list(row["ratio"]) == [*PEERS, contestants.COMPILED] for row in rows)
 
 
+def test_a_machine_that_cannot_compile_measures_the_others(run, monkeypatch, capsys):
+    class NotCompiled(contestants.HandWritten):
+        def forward(self, x):
+            raise RuntimeError("no working C compiler\nmore")
+
+    monkeypatch.setattr(contestants, "make_compiled", NotCompiled)
+    rows = run("bench_layer", "--shapes", "8x16x24", "--dropout", "0")["rows"]
+    assert all(list(row["ratio"]) == PEERS for row in rows)
+    expected = "compiled: not measured at 8 x 16 -> 24, RuntimeError: no working C compiler\n"
+    assert expected in capsys.readouterr().out
+
+
 def test_host(run, monkeypatch):
     monkeypatch.setattr(bench_host, "CALLS", 2)
     rows = run("bench_host", "--rank", "4")["rows"]

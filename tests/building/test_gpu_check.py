@@ -78,6 +78,7 @@ def test_a_toolkit_from_pip_links_from_its_lib_folder(tmp_path):
     assert command.index(f"-L{home}/lib64") < command.index(f"-L{home}/lib")
 
 
+@pytest.mark.slow
 def test_golden_links_with_a_toolkit_that_has_only_lib(tmp_path):
     """nvcc looks for the runtime in lib64 by itself; a toolkit from pip has lib only."""
     homes = [home for home in gpu_toolkit.cuda_home_candidates() if (home / "bin" / "nvcc").exists()]
@@ -567,25 +568,20 @@ def test_without_a_gpu_it_says_so():
     assert result.returncode == 1 and "finds no GPU" in result.stderr and "--dry" in result.stderr
 
 
-def test_a_dry_run_goes_from_the_options_to_the_result_file(tmp_path):
-    """Parts run one by one and add their entries; figures and tables are there."""
-    script = [sys.executable, ROOT / "scripts" / "gpu_check.py", "--dry", "--results", tmp_path, "--only"]
-    for names in ("host", "layer,rivals"):
-        result = subprocess.run([*script, names], capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
-    parts = json.loads((tmp_path / "gpu_check.json").read_text())["parts"]
-    assert {name: entry["status"] for name, entry in parts.items()} == dict.fromkeys(
-        ["host", "layer", "rivals"], PASSED
-    )
-    assert parts["host"]["measured"][0]["pass"] == "forward" and parts["layer"]["measured"]
-    for expected in (
-        "| golden | not run | 0 | not in this run, nor before |",
-        "| host | passed |",
-        "unsloth: not measured, unsloth is not installed",
-        "no rival can be measured",
-        "| host time of a call, us |",
-        "forward + backward, dropout 0.1, times the frozen layer's:",
-    ):
-        said = result.stdout + (ROOT / "build" / "gpu_check" / "rivals.log").read_text()
-        assert expected in said, f"{expected}\n{said}"
-    assert "predicted" not in result.stdout  # figures of a CPU
+def test_a_dry_run_goes_from_the_options_to_the_result_file(tmp_path, logs, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "LOGS", logs)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    arguments = ["--dry", "--results", str(tmp_path), "--seconds", "300", "--only", "rivals"]
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", *arguments])
+    try:
+        assert gpu_check.main() == 0, capsys.readouterr().out
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    entry = json.loads((tmp_path / "gpu_check.json").read_text())["parts"]["rivals"]
+    assert (entry["status"], entry["detail"]) == (PASSED, "no rival can be measured")
+    assert "unsloth: not measured, unsloth is not installed" in (logs / "rivals.log").read_text()
+    said = capsys.readouterr().out
+    for expected in ("| golden | not run | 0 | not in this run, nor before |", "| rivals | passed |"):
+        assert expected in said, said
+    assert "predicted" not in said  # nothing was measured on a GPU

@@ -30,7 +30,7 @@ dtypes_of = pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[
 @dtypes_of
 @pytest.mark.parametrize("num_tokens", NUM_TOKENS)
 def test_as_good_as_torch(num_tokens, dtypes, bias):
-    shapes = [((num_tokens, *size), leading) for size in SIZES for leading in ((), (1, num_tokens))]
+    shapes = [((num_tokens, *size), leading) for size, leading in zip(SIZES, ((), (1, num_tokens)), strict=True)]
     layers = [random_layer(shape, dtypes, bias, leading) for shape, leading in shapes]
     assert_as_good_as_torch(layers, 0.1 if bias else 0.0, torch.tensor(7))
 
@@ -60,7 +60,7 @@ def test_siblings(num_tokens, dtypes):
         ]
 
     every = []
-    for _ in range(3):
+    for _ in range(2):
         siblings = random_siblings(((num_tokens, 256), [(256, 16), (64, 16), (384, 5)]), dtypes)
         exact = results(plain, siblings.to(torch.float64))
         every.append((results(together, siblings), exact, results(plain, siblings)))
@@ -78,12 +78,11 @@ def assert_y_as_plain(y: Tensor, layer: Layer) -> None:
 def test_rows_of_any_stride(num_tokens, dtype):
     """One row has any row stride, and PyTorch calls it contiguous."""
     layer = random_layer((num_tokens, 256, 384, 16), (dtype, dtype))
-    expected = functional.lora_linear(*layer.args())
     wide = torch.full((2 * num_tokens, 1000), float("nan"), dtype=dtype)
     wide[::2, 8:264] = layer.x
     weight = layer.weight.T.contiguous().T  # column after column
     for x in (wide[::2, 8:264], layer.x.T.contiguous().T, layer.x.as_strided(layer.x.shape, (256, 1))):
-        assert torch.equal(functional.lora_linear(x, *layer.args()[1:]), expected)
+        assert_y_as_plain(functional.lora_linear(x, *layer.args()[1:]), layer)
         assert_y_as_plain(functional.lora_linear(x, weight, *layer.args()[2:]), layer)
 
 
