@@ -74,7 +74,7 @@ FAMILIES = [
     Family("mma expand", r"^mma::expand_short_kernel", async_copies=True, **EXPAND),
     Family("mma expand, long, one part", r"^mma::expand_long_kernel<\w+, 1[,>]", wide_stores=True, **MMA),
     Family("mma expand, long", r"^mma::expand_long_kernel", blocks_per_sm=1, wide_stores=True, **MMA),
-    # Loads fragments from memory as they are, without cp.async; the registers of 9 to 32 tokens leave room for one block.
+    # Loads fragments as they lie in memory, without cp.async; the registers of 9 to 32 tokens leave room for one block.
     Family("mma few tokens, 8", r"^mma::few_tokens_kernel<\w+, 1>", **FEW_TOKENS),
     Family("mma few tokens", r"^mma::few_tokens_kernel", blocks_per_sm=1, **FEW_TOKENS),
     Family("fma shrink", r"^fma::shrink_kernel", **PASS),
