@@ -3,6 +3,7 @@
 #include <string>
 
 #include "../build/facts.h"  // written by setup.py
+#include "common/few_tokens.h"
 #include "cpu/isa.h"
 #include "refusals.h"
 
@@ -19,6 +20,12 @@ LORA_EXT_FACT lora_ext_cpu_isa() {
 
 // The instruction sets that this machine can run, best first, separated by commas.
 LORA_EXT_FACT lora_ext_available_cpu_isas() { return lora_ext::cpu::available_isas(); }
+
+// Whether the CUDA kernel for few tokens takes a layer of 16-bit weights.
+extern "C" __attribute__((visibility("default"))) int lora_ext_streams_weight(int64_t num_tokens, int64_t in_features,
+                                                                              int64_t rank) {
+  return lora_ext::streams_weight(num_tokens, in_features, rank);
+}
 
 // The refusals of arguments: lines of "name\texception\ttext", in which {} stands for a part.
 LORA_EXT_FACT lora_ext_refusals() {

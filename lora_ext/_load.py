@@ -53,15 +53,19 @@ def _check_isa() -> None:
         )
 
 
-def _fact(name: str) -> str:
-    """Calls a function of csrc/facts.cpp. ImportError: the library was built from other sources."""
+def _function(name: str) -> ctypes._CFuncPtr:
+    """Returns a function of csrc/facts.cpp. ImportError: the library was built from other sources."""
     try:
-        function = getattr(ctypes.CDLL(str(LIBRARY)), f"lora_ext_{name}")
+        return getattr(ctypes.CDLL(str(LIBRARY)), f"lora_ext_{name}")
     except AttributeError:
         raise ImportError(
             f"lora_ext: {LIBRARY.name} in {_HERE} was built from other sources than this Python package: it has no "
             f"lora_ext_{name}. {_REBUILD}"
         ) from None
+
+
+def _fact(name: str) -> str:
+    function = _function(name)
     function.restype = ctypes.c_char_p
     return function().decode()
 
@@ -90,6 +94,11 @@ def cpu_isa() -> str:
 def available_cpu_isas() -> list[str]:
     """Returns the names of the instruction sets that this machine can run, best first."""
     return _fact("available_cpu_isas").split(",")
+
+
+def streams_weight(num_tokens: int, in_features: int, rank: int) -> bool:
+    """Returns whether the CUDA kernel for few tokens takes a layer of 16-bit weights (csrc/common/few_tokens.h)."""
+    return bool(_function("streams_weight")(*map(ctypes.c_int64, (num_tokens, in_features, rank))))
 
 
 def refusals() -> dict[str, tuple[str, str]]:

@@ -52,6 +52,14 @@ def gather() -> dict[str, object]:
     }
 
 
+def plan(num_tokens: int, in_features: int, out_features: int, rank: int = 16) -> str:
+    """Says which kernels the CUDA forward of a layer of bfloat16 takes, and in how many launches."""
+    shape = f"{num_tokens} x {in_features} -> {out_features}, rank {rank}, bfloat16, on CUDA"
+    if _load.streams_weight(num_tokens, in_features, rank):
+        return f"{shape}: our kernel reads the weight once, with the adapter in it (2 launches: shrink, few_tokens)"
+    return f"{shape}: our kernels make the adapter's term, the library's product adds to it"
+
+
 def info(json: bool = False) -> str:
     """Formats :func:`gather` as text, or as JSON."""
     facts = gather()

@@ -50,6 +50,7 @@ class Family:
 
 PASS = dict(async_copies=True, wide_loads=True, dynamic_shared=MAX_BLOCK_SHARED)  # over a tall matrix
 MMA = dict(tensor_cores=True, **PASS)
+FEW_TOKENS = dict(tensor_cores=True, wide_loads=True, dynamic_shared=60 * 1024)
 EXPAND = dict(tensor_cores=True, wide_loads=True, wide_stores=True, dynamic_shared=48 * 1024)
 
 FAMILIES = [
@@ -74,6 +75,9 @@ FAMILIES = [
     Family("mma expand", r"^mma::expand_short_kernel", async_copies=True, **EXPAND),
     Family("mma expand, long, one part", r"^mma::expand_long_kernel<\w+, 1[,>]", wide_stores=True, **MMA),
     Family("mma expand, long", r"^mma::expand_long_kernel", blocks_per_sm=1, wide_stores=True, **MMA),
+    # Loads fragments as they lie in memory, without cp.async; the registers of 9 to 32 tokens leave room for one block.
+    Family("mma few tokens, 8", r"^mma::few_tokens_kernel<\w+, 1>", **FEW_TOKENS),
+    Family("mma few tokens", r"^mma::few_tokens_kernel", blocks_per_sm=1, **FEW_TOKENS),
     Family("fma shrink", r"^fma::shrink_kernel", **PASS),
     Family("fma sum over tokens", r"^fma::token_sum_kernel", **PASS),
     Family("fma expand, float64", r"^fma::expand_kernel<double", **PASS),  # writes 8 bytes, whole lines a warp

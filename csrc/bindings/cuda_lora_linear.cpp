@@ -13,6 +13,18 @@
 namespace lora_ext::cuda {
 namespace {
 
+// The forward with its base layers. A weight whose columns are not neighbours is left out.
+LoraStreamedParams with_weights(const ForwardCall& call) {
+  LoraStreamedParams streamed{.forward = call.params};
+  for (size_t i = 0; i < call.layers.size(); ++i) {
+    const Tensor& weight = *call.layers[i].weight;
+    if (weight.stride(1) != 1) return {};
+    streamed.weights[i] = weight.const_data_ptr();
+    streamed.weight_strides[i] = weight.stride(0);
+  }
+  return streamed;
+}
+
 struct Cuda {
   struct Guard {
     DeviceGuard device;
@@ -27,6 +39,10 @@ struct Cuda {
   static void forward(ForwardCall& call) {
     const LoraForwardParams& p = call.params;
     if (p.shrink.num_tokens == 0) return;
+    if (call.has_base_layers()) {
+      const LoraStreamedParams streamed = with_weights(call);
+      if (streams_weights(streamed)) return launch(&streamed, call.x);
+    }
     launch(&p, call.x);
     for (size_t i = 0; call.has_base_layers() && i < call.layers.size(); ++i) {
       if (p.shrink.in_features == 0 || p.expand.siblings[i].out_features == 0) continue;

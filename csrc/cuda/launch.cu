@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <string_view>
 
+#include "../common/few_tokens.h"
 #include "dropout_mask.cuh"
 #include "elements.cuh"
 #include "lora_launches.h"
@@ -28,6 +29,21 @@ int64_t workspace_bytes(const LoraParams& params, const GpuStream& stream) {
 
 void launch_lora(const LoraParams& params, void* workspace, const GpuStream& stream) {
   with_launches(params, [&](auto launches) { launches.launch(params, workspace, stream); });
+}
+
+bool streams_weights(const LoraStreamedParams& params) {
+  const LoraShrinkParams& shrink = params.forward.shrink;
+  const auto aligned = [](const void* pointer, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && stride % kFewTokensStep == 0;
+  };
+  if (dtype_size(shrink.dtype) != 2 || !aligned(shrink.x, shrink.x_stride)) return false;
+  for (int s = 0; s < shrink.num_siblings; ++s) {
+    const LoraExpandSibling& sibling = params.forward.expand.siblings[s];
+    const bool suits = streams_weight(shrink.num_tokens, shrink.in_features, sibling.rank) &&
+                       sibling.out_features > 0 && sibling.base == nullptr;
+    if (!suits || !aligned(params.weights[s], params.weight_strides[s])) return false;
+  }
+  return true;
 }
 
 void launch_dropout_mask(const DropoutMaskParams& params, const GpuStream& stream) {

@@ -23,10 +23,20 @@ struct DropoutMaskParams {
   uint32_t threshold;
 };
 
+// A forward with its base layers, for few tokens: y is written once, by one read of the weights. y has no base.
+struct LoraStreamedParams {
+  LoraForwardParams forward;
+  const void* weights[kMaxSiblings] = {};  // of every sibling [out_features, in_features], dtype
+  int64_t weight_strides[kMaxSiblings] = {};
+};
+
+// Whether the kernel for few tokens takes a forward: shapes and alignments.
+bool streams_weights(const LoraStreamedParams& params);
+
 // The parameters of lora_linear's adapters, of one of their products, or of a backward.
-using LoraParams =
-    std::variant<const LoraShrinkParams*, const LoraExpandParams*, const LoraForwardParams*,
-                 const LoraExpandBackwardParams*, const LoraShrinkBackwardParams*, const LoraBackwardParams*>;
+using LoraParams = std::variant<const LoraShrinkParams*, const LoraExpandParams*, const LoraForwardParams*,
+                                const LoraExpandBackwardParams*, const LoraShrinkBackwardParams*,
+                                const LoraBackwardParams*, const LoraStreamedParams*>;
 
 // Bytes of `workspace`, which must be aligned to 16 bytes. Depends on the shapes, the wanted results and the number of
 // multiprocessors only.

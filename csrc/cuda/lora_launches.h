@@ -15,7 +15,9 @@ struct LoraDTypes {
 inline LoraDTypes dtypes_of(const LoraParams& params) {
   const auto of_kernel = [](const auto& p) { return LoraDTypes{p.dtype, p.factor_dtype}; };
   const auto of_any = [&](const auto* p) {
-    if constexpr (requires { p->shrink; }) {
+    if constexpr (requires { p->forward; }) {
+      return of_kernel(p->forward.shrink);
+    } else if constexpr (requires { p->shrink; }) {
       return of_kernel(p->shrink);  // expand has the same
     } else {
       return of_kernel(*p);

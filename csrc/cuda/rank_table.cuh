@@ -13,12 +13,12 @@ struct RankTable {
   int64_t rank_end[kMaxSiblings];  // ascending
   V value[kMaxSiblings];
 
-  __device__ __forceinline__ int sibling_of(int64_t rank) const {
+  __host__ __device__ __forceinline__ int sibling_of(int64_t rank) const {
     int sibling = 0;
     while (sibling + 1 < num_siblings && rank >= rank_end[sibling]) ++sibling;
     return sibling;
   }
-  __device__ __forceinline__ V of(int64_t rank) const { return value[sibling_of(rank)]; }
+  __host__ __device__ __forceinline__ V of(int64_t rank) const { return value[sibling_of(rank)]; }
 };
 
 // Siblings: an array of structs with rank and rank_begin. value_of(s): the value of sibling s.

@@ -106,8 +106,7 @@ void vectors_convert_like_scalars() {
 }
 
 void philox_gives_the_published_words() {
-  const Philox4x32 words =
-      philox4x32({0x243F6A88u, 0x85A308D3u, 0x13198A2Eu, 0x03707344u}, 0xA4093822u, 0x299F31D0u);
+  const Philox4x32 words = philox4x32({0x243F6A88u, 0x85A308D3u, 0x13198A2Eu, 0x03707344u}, 0xA4093822u, 0x299F31D0u);
   const uint32_t published[4] = {0x4DFCCABAu, 0x190A87F0u, 0xC47362BAu, 0xB6B5242Au};
   for (int i = 0; i < 4; ++i) CHECK(words.v[i] == published[i], "word %d", i);
 }

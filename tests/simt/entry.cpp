@@ -26,6 +26,8 @@ EXPORT_LAUNCH(LoraForwardParams)
 EXPORT_LAUNCH(LoraExpandBackwardParams)
 EXPORT_LAUNCH(LoraShrinkBackwardParams)
 EXPORT_LAUNCH(LoraBackwardParams)
+EXPORT_LAUNCH(LoraStreamedParams)
+EXPORT bool streams(const LoraStreamedParams* p) { return streams_weights(*p); }
 EXPORT void run_DropoutMaskParams(const DropoutMaskParams* p, void*, int multiprocessors) {
   launch_dropout_mask(*p, stream_of(multiprocessors));
 }

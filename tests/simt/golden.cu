@@ -40,13 +40,18 @@ __global__ void golden_ldmatrix_kernel(const __grid_constant__ GoldenParams p) {
 }
 
 // in: per lane a[4], b[2], c[4]. out: d[4] = a @ b + c.
-__global__ void golden_mma_bf16_kernel(const __grid_constant__ GoldenParams p) {
+template <bool kFloat16>
+__global__ void golden_mma_kernel(const __grid_constant__ GoldenParams p) {
   const int lane = static_cast<int>(threadIdx.x);
   const uint32_t* in = p.in + 10 * lane;
   const uint32_t a[4] = {in[0], in[1], in[2], in[3]};
   float d[4];
   for (int i = 0; i < 4; ++i) d[i] = __uint_as_float(in[6 + i]);
-  ptx::mma_bf16(d, a, in[4], in[5]);
+  if constexpr (kFloat16) {
+    ptx::mma_f16(d, a, in[4], in[5]);
+  } else {
+    ptx::mma_bf16(d, a, in[4], in[5]);
+  }
   for (int i = 0; i < 4; ++i) p.out[4 * lane + i] = __float_as_uint(d[i]);
 }
 
@@ -158,13 +163,14 @@ extern "C" __attribute__((visibility("default"))) int golden(int primitive, cons
   switch (primitive) {
     case 0: run(&golden_ldmatrix_kernel<false>, params, on); break;
     case 1: run(&golden_ldmatrix_kernel<true>, params, on); break;
-    case 2: run(&golden_mma_bf16_kernel, params, on); break;
+    case 2: run(&golden_mma_kernel<false>, params, on); break;
     case 3: run(&golden_cp_async_kernel, params, on); break;
     case 4: run(&golden_cp_async_small_kernel, params, on); break;
     case 5: run(&golden_store_kernel, params, on); break;
     case 6: run(&golden_warp_kernel, params, on); break;
     case 7: run(&golden_arithmetic_kernel, params, on); break;
     case 8: run(&golden_atomics_kernel, params, on, 2, 64); break;
+    case 9: run(&golden_mma_kernel<true>, params, on); break;
     default: return -1;
   }
 #if defined(__CUDACC__)

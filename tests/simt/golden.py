@@ -36,7 +36,7 @@ def ldmatrix(transposed: bool) -> tuple[Tensor, Tensor]:
     return words(pairs[:, 0] | pairs[:, 1] << 16), words(out)
 
 
-def mma_bf16() -> tuple[Tensor, Tensor]:
+def mma(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A product of small integers: exact in every order of summation."""
     generator = torch.Generator().manual_seed(2)
     a, b, c = (torch.randint(-9, 10, shape, generator=generator).float() for shape in ((16, 16), (16, 8), (16, 8)))
@@ -55,14 +55,15 @@ def mma_bf16() -> tuple[Tensor, Tensor]:
         offset = 32 * (t % 4) + t // 4 + 16 * v[0] + 8 * v[1]
         return matrix[offset % 16, offset // 16].item()
 
-    def bf16_pair(low: float, high: float) -> int:
-        return _float_bits(low) >> 16 | _float_bits(high) >> 16 << 16
+    def pair(low: float, high: float) -> int:
+        bits = torch.tensor([low, high], dtype=dtype).view(torch.int16).tolist()
+        return bits[0] & 0xFFFF | (bits[1] & 0xFFFF) << 16
 
     inputs, outputs = [], []
     for t in WARP:
         for v2, v1 in ((0, 0), (0, 1), (1, 0), (1, 1)):
-            inputs.append(bf16_pair(a_at(t, (0, v1, v2)), a_at(t, (1, v1, v2))))
-        inputs += [bf16_pair(b_at(t, (0, v1)), b_at(t, (1, v1))) for v1 in (0, 1)]
+            inputs.append(pair(a_at(t, (0, v1, v2)), a_at(t, (1, v1, v2))))
+        inputs += [pair(b_at(t, (0, v1)), b_at(t, (1, v1))) for v1 in (0, 1)]
         values = [(v0, v1) for v1 in (0, 1) for v0 in (0, 1)]
         inputs += [_float_bits(c_at(c, t, v)) for v in values]
         outputs += [_float_bits(c_at(d, t, v)) for v in values]
@@ -162,11 +163,12 @@ def _float_bits(value: float) -> int:
 PRIMITIVES = {
     "ldmatrix": lambda: ldmatrix(False),
     "ldmatrix transposed": lambda: ldmatrix(True),
-    "mma bf16": mma_bf16,
+    "mma bf16": lambda: mma(torch.bfloat16),
     "cp.async": cp_async,
     "cp.async of 4 and 8 bytes": cp_async_small,
     "store of 16 bytes": store,
     "shuffles and votes": warp,
     "bits and conversions": arithmetic,
     "atomics": atomics,
+    "mma f16": lambda: mma(torch.float16),
 }

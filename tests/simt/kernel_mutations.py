@@ -43,6 +43,8 @@ class KernelMutation:
         return Edit(f"csrc/cuda/{self.path}", self.old, self.new.replace("BUG", f'simt::planted("{self.name}")'))
 
 
+BF16, F32 = torch.bfloat16, torch.float32
+
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
@@ -58,6 +60,15 @@ def forward(dtype: torch.dtype, tokens: int, in_features: int, out_features: int
     def run(library: Library, schedule: int) -> None:
         x, sibling = _random(tokens, in_features, dtype=dtype), _sibling(dtype, in_features, out_features, rank)
         ops.lora_forward(x, [sibling], library=library, schedule=schedule)
+
+    return run
+
+
+def few_tokens(tokens: int, in_features: int, out_features: int, rank: int):
+    def run(library: Library, schedule: int) -> None:
+        x, sibling = _random(tokens, in_features, dtype=BF16), _sibling(BF16, in_features, out_features, rank)
+        weights = [_random(out_features, in_features, dtype=BF16)]
+        ops.lora_forward(x, [sibling], weights=weights, library=library, schedule=schedule)
 
     return run
 
@@ -89,7 +100,6 @@ def unmerge(library: Library, schedule: int) -> None:
     merge_ops.unmerge(*arguments, torch.tensor([cols]), [words], schedule, library)
 
 
-BF16, F32 = torch.bfloat16, torch.float32
 RACE, NOT_WAITED, UNINITIALISED = ("race-shared",), ("async-copy-not-waited",), ("uninitialised-read",)
 OUT_OF_BOUNDS = ("out-of-bounds-global",)
 
@@ -289,6 +299,47 @@ MUTATIONS = [
         OUT_OF_BOUNDS,
         "expand_short_kernel",
         "reinterpret_cast<uint4*>(to)",
+    ),
+    # --- few tokens
+    KernelMutation(
+        "few_tokens_adds_shares_too_early",
+        few_tokens(5, 600, 40, 8),
+        "mma/few_tokens.cuh",
+        "  __syncthreads();\n",
+        "  if (!BUG) __syncthreads();\n",
+        RACE + UNINITIALISED,
+        "few_tokens_kernel",
+        "_tile[",
+    ),
+    KernelMutation(
+        "few_tokens_reads_a_row_too_many",
+        few_tokens(5, 600, 40, 8),
+        "mma/few_tokens.cuh",
+        "has_columns && lane / 4 + i * 8 < rows);",
+        "has_columns && (lane / 4 + i * 8 < rows || BUG));",
+        OUT_OF_BOUNDS,
+        "few_tokens_kernel",
+        "reinterpret_cast<const uint4*>(from)",
+    ),
+    KernelMutation(
+        "few_tokens_reads_beyond_the_last_column",
+        few_tokens(5, 600, 40, 8),
+        "mma/few_tokens.cuh",
+        "column + lane % 4 * 8 < p.in_features;",
+        "column + lane % 4 * 8 < p.in_features || BUG;",
+        OUT_OF_BOUNDS,
+        "few_tokens_kernel",
+        "reinterpret_cast<const uint4*>(from)",
+    ),
+    KernelMutation(
+        "few_tokens_writes_xa_in_every_block",
+        few_tokens(5, 600, 40, 8),
+        "mma/few_tokens.cuh",
+        "p.adds_partials && blockIdx.x == sibling.first_block;",
+        "p.adds_partials && (blockIdx.x == sibling.first_block || BUG);",
+        ("race-global",),
+        "few_tokens_kernel",
+        "p.sums[at] = value",
     ),
     # --- float32
     KernelMutation(

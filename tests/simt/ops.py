@@ -93,12 +93,16 @@ def lora_forward(
     ys: list[Tensor] | None = None,
     schedule: int = 0,
     library: Library | None = None,
+    weights: list[Tensor] | None = None,
 ) -> Forward:
-    """Runs a forward. ys: the base layers' products, to which the results are added; None: y is not read."""
+    """Runs a forward. ys: the base layers' products, to which the results are added; None: y is not read.
+
+    weights: of the base layers, for the kernel for few tokens, which computes their products, too.
+    """
     library = library or kernels()
     library.reset(schedule)
-    p = params.LoraForwardParams()
-    shrink, expand = p.shrink, p.expand
+    p = params.LoraStreamedParams() if weights else params.LoraForwardParams()
+    shrink, expand = (p.forward.shrink, p.forward.expand) if weights else (p.shrink, p.expand)
     for part in (shrink, expand):
         _fill_common(part, x, siblings)
     shrink.in_features, shrink.x_stride, shrink.threshold = x.shape[1], x.stride(0), dropout_threshold(dropout_p)
@@ -118,6 +122,10 @@ def lora_forward(
         s.lora_B, s.bias = library.upload(sibling.lora_B, "lora_B"), library.upload(sibling.bias, "bias")
         s.y = library.upload(ys[i], "y") if ys else library.allocate(x.shape[0] * s.out_features * x.itemsize, "y")
         s.base = s.y if ys else None
+        if weights:
+            p.weights[i], p.weight_strides[i] = library.upload(weights[i], "weight"), weights[i].stride(0)
+    if weights:
+        assert library.c.streams(ctypes.byref(p)), "the kernel for few tokens does not take this"
     run(p, library)
     results = [library.download(s.y, (len(x), s.out_features), x.dtype, "y") for s in expand.siblings[: len(siblings)]]
     xa = library.download(shrink.xa, (shrink.num_tokens, shrink.total_rank), acc, "xa")

@@ -26,6 +26,23 @@ def test_info_as_text_and_json():
     assert json.loads(run_python("-m", "lora_ext", "info", "--json").stdout)["version"]
 
 
+@pytest.mark.parametrize(
+    ("plan", "ours"),
+    [("1,4096,4096", True), ("32,4096,1024,64", True), ("33,4096,4096", False), ("1,4096,9,65", False)],
+)
+def test_info_prints_the_way_of_a_shape(capsys, plan, ours):
+    assert cli.main(["info", "--plan", plan]) == 0
+    assert ("our kernel reads the weight once" in capsys.readouterr().out) == ours
+
+
+@pytest.mark.parametrize("plan", ["1,2", "1,2,x", "0,8,8", "1,2,3,4,5"])
+def test_info_refuses_another_plan(capsys, plan):
+    assert cli.main(["info", "--plan", plan]) == 2
+    assert (
+        capsys.readouterr().err == f"lora-ext: error: --plan is '{plan}', want M,K,N or M,K,N,RANK: positive numbers\n"
+    )
+
+
 @pytest.mark.full
 def test_help_and_info_do_not_import_transformers():
     code = "import sys; from lora_ext.cli import main; main(['info']); print('transformers' in sys.modules)"

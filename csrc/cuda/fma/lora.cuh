@@ -1,6 +1,8 @@
 // The order of the launches for tensors of dtype T, on plain multiply-adds.
 #pragma once
 
+#include <type_traits>
+
 #include "../chunk_sums.cuh"
 #include "../lora_launches.h"
 #include "../rank_table.cuh"
@@ -289,12 +291,14 @@ template <class T>
 void LoraLaunches<T>::launch(const LoraParams& params, void* workspace_block, const GpuStream& stream) {
   char* workspace = static_cast<char*>(workspace_block);
   fma::PackFactorsParams pack{.dtype = dtypes_of(params).factor_dtype};
-  const auto launch_kernels = [&](const auto* p) {
-    WorkspaceCarver carver;
-    const auto plan = fma::plan_workspace(*p, carver, stream.multiprocessors);
-    fma::add_factors(*p, plan, workspace, pack);
-    fma::launch_pack_factors<Acc<T>>(pack, stream);
-    fma::launch_passes<T>(*p, plan, workspace, stream);
+  const auto launch_kernels = [&]<class Params>(const Params* p) {
+    if constexpr (!std::is_same_v<Params, LoraStreamedParams>) {
+      WorkspaceCarver carver;
+      const auto plan = fma::plan_workspace(*p, carver, stream.multiprocessors);
+      fma::add_factors(*p, plan, workspace, pack);
+      fma::launch_pack_factors<Acc<T>>(pack, stream);
+      fma::launch_passes<T>(*p, plan, workspace, stream);
+    }
   };
   std::visit(launch_kernels, params);
 }

@@ -7,6 +7,7 @@
 
 #include "../../common/params.h"
 #include "../launch.cuh"
+#include "../launch.h"
 #include "../packed_factor.h"
 #include "../workspace.h"
 
@@ -165,6 +166,9 @@ inline ForwardPlan plan_workspace(const LoraForwardParams& p, WorkspaceCarver& c
   const ExpandPlan expand = plan_workspace(p.expand, carver, multiprocessors);
   return {.shrink = shrink, .expand = expand};
 }
+
+// streams_weights() takes no float32 or float64.
+inline ForwardPlan plan_workspace(const LoraStreamedParams&, WorkspaceCarver&, int64_t) { return {}; }
 
 struct BackwardPlan {
   ExpandBackwardPlan expand;

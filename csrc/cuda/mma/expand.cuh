@@ -36,12 +36,13 @@ inline int64_t divide_columns(ExpandParams& p, int64_t tile_cols) {
 inline bool adds_partials(const ExpandParams& p, const LowRankSums& sums, int64_t tile_cols) {
   constexpr int64_t kLaunchBytes = 16 << 20;  // read in about 4 us
   if (!sums.pending) return false;
-  int64_t most = 0, read = 0, written = 0;
-  for (int s = 0; s < sums.ranges.num_siblings; ++s) most = std::max<int64_t>(most, sums.ranges.value[s]);
+  int64_t read = 0, written = 0;
   for (int s = 0; s < p.num_siblings; ++s) {
     const ExpandSibling& sibling = p.siblings[s];
     if (sibling.cols == 0) return false;  // no block has its ranks
-    read += p.num_tokens * sibling.rank * 4 * most * ceil_div(sibling.cols, tile_cols);
+    int64_t partials = 0;                 // of a row
+    for (int r = 0; r < sibling.rank; ++r) partials += sums.ranges.of(sibling.rank_begin + r);
+    read += p.num_tokens * partials * 4 * ceil_div(sibling.cols, tile_cols);
     written += p.num_tokens * sibling.cols * 2;
   }
   return read <= std::max(written / 2, kLaunchBytes);
@@ -66,7 +67,7 @@ void launch_expand_short(ExpandParams p, LowRankSums sums, const GpuStream& stre
     col_tiles = divide_columns(p, tile_cols);
   }
 
-  p.adds_partials = adds_partials(p, sums, tile_cols);
+  p.adds_partials = kAddsPartials<kParts, kSteps> && adds_partials(p, sums, tile_cols);
   if (p.adds_partials) {
     p.small_operand = sums.partial;
     p.ranges = sums.ranges;

@@ -22,10 +22,15 @@ static_assert(kPackedRankStep == 16, "the short kernel knows the rows of a facto
 template <int kSteps>
 using RankPairs = float2[kSteps][4];
 
+// Whether the kernel can add partial sums: factors of several parts leave few registers for it.
+template <int kParts, int kSteps>
+constexpr bool kAddsPartials = kParts == 1 || (kParts == 2 && kSteps == 1);
+
 // Adds partial sums, several at a time, in their order. Siblings may have different numbers of them.
-template <int kSteps>
+template <int kParts, int kSteps>
 __device__ __forceinline__ void add_partial_pairs(const ExpandParams& p, const ExpandSibling& sibling, bool aligned,
                                                   int64_t row0, int lane, RankPairs<kSteps>& pairs) {
+  constexpr int kTogether = kParts == 1 ? 4 : 2;  // as registers allow
   const int64_t range_stride = p.num_tokens * p.small_operand_stride;
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
@@ -36,7 +41,7 @@ __device__ __forceinline__ void add_partial_pairs(const ExpandParams& p, const E
       const int second = r + 1 < sibling.rank ? p.ranges.of(sibling.rank_begin + r + 1) : 0;
       const int64_t row = row0 + lane / 4;
       const float* from = p.small_operand + row * p.small_operand_stride + sibling.rank_begin + r;
-#pragma unroll 4
+#pragma unroll kTogether
       for (int range = 0; range < max(first, second); ++range) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -104,8 +109,8 @@ __global__ void __launch_bounds__(kExpandThreads, kSteps == 1 ? 3 : 2)
 
   // All loads come before the first split, so that they overlap.
   RankPairs<kSteps> pairs = {};
-  if (p.adds_partials) {
-    add_partial_pairs<kSteps>(p, sibling, tiles.pairs, row0, lane, pairs);
+  if (kAddsPartials<kParts, kSteps> && p.adds_partials) {
+    add_partial_pairs<kParts, kSteps>(p, sibling, tiles.pairs, row0, lane, pairs);
     const bool first_of_rows = blockIdx.y == tiles.begin && warp < row_warps;
     if (p.writes_sums && first_of_rows) write_pairs<kSteps>(p, sibling, row0, lane, pairs);
   } else {

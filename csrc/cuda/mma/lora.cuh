@@ -1,7 +1,8 @@
 // The order of the launches for 16-bit x, on tensor cores.
 //
 //   forward:   shrink of all siblings, expand of all siblings
-//   backward:  a pass over each grad_y, expand of grad_x for all siblings, a pass over x, sums of the factors'
+//   few tokens: shrink, then the base layers with the adapters in one read of the weights
+//   backward:  a pass over all grad_y, expand of grad_x for all siblings, a pass over x, sums of the factors'
 //   gradients
 //
 // The expand kernels add the partial sums of xa and grad_xa, or a launch before them does (expand.cuh). Factors of
@@ -12,6 +13,7 @@
 
 #include "../lora_launches.h"
 #include "expand.cuh"
+#include "few_tokens.cuh"
 #include "pack_factors.cuh"
 #include "plan.h"
 #include "shrink.cuh"
@@ -90,6 +92,11 @@ inline void add_factors(const LoraShrinkBackwardParams& p, const ShrinkBackwardW
   if (packs_lora_A(p, parts)) add_stacked_lora_A(p, workspace + plan.lora_A_offset, /*interleaved=*/true, pack);
 }
 
+inline void add_factors(const LoraStreamedParams& p, const ShrinkWorkspace& plan, int parts, char* workspace,
+                        PackFactorsParams& pack) {
+  add_factors(p.forward.shrink, plan, parts, workspace, pack);
+}
+
 // Both factors of a forward or a backward.
 template <class Params, class Workspace>
   requires requires(Params p) { p.shrink, p.expand; }
@@ -147,10 +154,11 @@ void launch_y_pass(const LoraExpandParams& p, const LowRankSums& xa, const Expan
 }
 
 // The pass over one sibling's grad_y: its columns of grad_xa and the partial sums of grad_lora_B, whichever are wanted.
-// One read makes both, unless there are many ranks.
+// One read makes both, unless there are many ranks; such siblings are added to `fused`, for one launch.
 template <class T, int kParts>
 void launch_grad_y_pass(const LoraExpandBackwardParams& p, int s, const LowRankSums& grad_xa,
-                        const ExpandBackwardWorkspace& plan, char* workspace, const GpuStream& stream) {
+                        const ExpandBackwardWorkspace& plan, char* workspace, ShrinkAndSumParams<T, kParts>& fused,
+                        const GpuStream& stream) {
   const LoraExpandBackwardSibling& sibling = p.siblings[s];
   const TokenPassPlan pass = plan_grad_y_pass(p, sibling, stream.multiprocessors);
   const TokenMatrix<T> grad_y =
@@ -171,8 +179,14 @@ void launch_grad_y_pass(const LoraExpandBackwardParams& p, int s, const LowRankS
     } else {
       lora_B = packed_factor(lora_B_image, sibling.rank, sibling.out_features);
     }
-    launch_shrink_and_sum<T, kParts>(
-        {.grad_y = grad_y, .lora_B = lora_B, .xa = xa, .grad_xa = out, .gradient = gradient}, pass.features, stream);
+    fused.siblings[fused.num_siblings++] = {.grad_y = grad_y,
+                                            .lora_B = lora_B,
+                                            .xa = xa,
+                                            .grad_xa = out,
+                                            .gradient = gradient,
+                                            .tokens_per_chunk = pass.features.tokens_per_chunk,
+                                            .chunks = pass.features.chunks,
+                                            .ranges = static_cast<unsigned>(pass.features.ranges)};
     return;
   }
   if (p.wants_grad_xa) {
@@ -200,9 +214,11 @@ LowRankSums launch_grad_y_passes(const LoraExpandBackwardParams& p, float* sums,
                             .ranges = rank_table<int>(p.siblings, p.num_siblings, [&](int s) {
                               return plan_grad_y_pass(p, p.siblings[s], stream.multiprocessors).ranks.ranges;
                             })};
+  ShrinkAndSumParams<T, kParts> fused;
   for (int s = 0; (p.wants_grad_xa || p.wants_grad_lora_B) && s < p.num_siblings; ++s) {
-    launch_grad_y_pass<T, kParts>(p, s, grad_xa, plan, workspace, stream);
+    launch_grad_y_pass<T, kParts>(p, s, grad_xa, plan, workspace, fused, stream);
   }
+  if (fused.num_siblings > 0) launch_shrink_and_sum<T, kParts>(fused, stream);
   return grad_xa;
 }
 
@@ -296,6 +312,11 @@ template <class T, int kParts>
 void launch_passes(const LoraForwardParams& p, const ForwardWorkspace& plan, char* workspace, const GpuStream& stream) {
   const LowRankSums xa = launch_xa_pass<T, kParts>(p.shrink, plan.shrink, workspace, stream);
   launch_y_pass<T, kParts>(p.expand, xa, plan.expand, workspace, stream);
+}
+
+template <class T, int kParts>
+void launch_passes(const LoraStreamedParams& p, const ShrinkWorkspace& plan, char* workspace, const GpuStream& stream) {
+  launch_few_tokens<T>(p, launch_xa_pass<T, kParts>(p.forward.shrink, plan, workspace, stream), stream);
 }
 
 template <class T, int kParts>

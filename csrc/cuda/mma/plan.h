@@ -16,6 +16,7 @@
 
 #include "../../common/params.h"
 #include "../launch.cuh"
+#include "../launch.h"
 #include "../packed_factor.h"
 #include "../workspace.h"
 
@@ -87,22 +88,23 @@ inline TokenPassSplit plan_feature_sums(int64_t num_tokens, int64_t features, in
 
 // Partial sums cost 8 * rank * (ranges * num_tokens + chunks * features) bytes, which is least when both terms are
 // equal. At 8192 x 4096, rank 16, they add about an eighth to the bytes that the pass reads, and are read again from
-// the second-level cache. Hence one block per multiprocessor.
-inline TokenPassSplit plan_fused_sums(int64_t num_tokens, int64_t features, int64_t multiprocessors) {
+// the second-level cache. Hence one block per multiprocessor. Siblings share the launch: all_ranges counts theirs, too.
+inline TokenPassSplit plan_fused_sums(int64_t num_tokens, int64_t features, int64_t all_ranges,
+                                      int64_t multiprocessors) {
   const int64_t ranges = ceil_div(features, kFusedFeatures);
   const int64_t steps = ceil_div(num_tokens, kFusedTokens);
-  const int64_t per_chunk = steps_per_piece(steps, multiprocessors / std::max<int64_t>(ranges, 1));
+  const int64_t per_chunk = steps_per_piece(steps, multiprocessors / std::max<int64_t>(all_ranges, 1));
   return {ranges, kFusedFeatures, ceil_div(steps, per_chunk), per_chunk * kFusedTokens};
 }
 
 inline bool is_fused(int64_t rank, TokenPassSums sums) { return sums.ranks && sums.features && rank <= kMaxFusedRank; }
 
 inline TokenPassPlan plan_token_pass(int64_t num_tokens, int64_t features, int64_t rank, TokenPassSums sums,
-                                     int64_t multiprocessors) {
+                                     int64_t multiprocessors, int64_t all_ranges = 0) {
   TokenPassPlan plan{};
   plan.fused = is_fused(rank, sums);
   if (plan.fused) {
-    plan.ranks = plan_fused_sums(num_tokens, features, multiprocessors);
+    plan.ranks = plan_fused_sums(num_tokens, features, all_ranges, multiprocessors);
     plan.features = plan.ranks;
   } else {
     if (sums.ranks) plan.ranks = plan_rank_sums(num_tokens, features, rank, multiprocessors);
@@ -117,10 +119,18 @@ inline TokenPassPlan plan_xa_pass(const LoraShrinkParams& p, int64_t multiproces
   return plan_token_pass(p.num_tokens, p.in_features, p.total_rank, {.ranks = true}, multiprocessors);
 }
 
+inline TokenPassSums grad_y_sums(const LoraExpandBackwardParams& p) {
+  return {.ranks = p.wants_grad_xa, .features = p.wants_grad_lora_B};
+}
+
 inline TokenPassPlan plan_grad_y_pass(const LoraExpandBackwardParams& p, const LoraExpandBackwardSibling& sibling,
                                       int64_t multiprocessors) {
-  return plan_token_pass(p.num_tokens, sibling.out_features, sibling.rank,
-                         {.ranks = p.wants_grad_xa, .features = p.wants_grad_lora_B}, multiprocessors);
+  int64_t all_ranges = 0;
+  for (int s = 0; s < p.num_siblings; ++s) {
+    if (is_fused(p.siblings[s].rank, grad_y_sums(p)))
+      all_ranges += ceil_div(p.siblings[s].out_features, kFusedFeatures);
+  }
+  return plan_token_pass(p.num_tokens, sibling.out_features, sibling.rank, grad_y_sums(p), multiprocessors, all_ranges);
 }
 
 inline TokenPassPlan plan_grad_lora_A_pass(const LoraShrinkBackwardParams& p, int64_t multiprocessors) {
@@ -248,6 +258,12 @@ inline ForwardWorkspace plan_workspace(const LoraForwardParams& p, int parts, in
                                        WorkspaceCarver& carver) {
   const ShrinkWorkspace shrink = plan_workspace(p.shrink, parts, multiprocessors, carver);
   return {.shrink = shrink, .expand = plan_workspace(p.expand, parts, multiprocessors, carver)};
+}
+
+// The kernel for few tokens reads lora_B as it lies.
+inline ShrinkWorkspace plan_workspace(const LoraStreamedParams& p, int parts, int64_t multiprocessors,
+                                      WorkspaceCarver& carver) {
+  return plan_workspace(p.forward.shrink, parts, multiprocessors, carver);
 }
 
 struct BackwardWorkspace {

@@ -36,16 +36,19 @@ struct PlainLoraB {
 template <int kParts>
 using ShrinkAndSumFactor = std::conditional_t<kParts == 1, PlainLoraB, PackedFactor>;
 
-// launch_shrink_and_sum sets the members after `gradient`.
+// The grad_y of all siblings. launch_shrink_and_sum sets first_block.
 template <class T, int kParts>
 struct ShrinkAndSumParams {
-  TokenMatrix<T> grad_y;  // [num_tokens, features]
-  ShrinkAndSumFactor<kParts> lora_B;
-  SmallOperand xa;           // [num_tokens, rank]
-  RankSums grad_xa;          // the result, or partial sums of ranges of features
-  FeaturePartials gradient;  // of lora_B
-  int64_t tokens_per_chunk;
-  unsigned ranges;
+  struct Sibling {
+    TokenMatrix<T> grad_y;              // [num_tokens, features]
+    ShrinkAndSumFactor<kParts> lora_B;  // [rank, features]
+    SmallOperand xa;                    // [num_tokens, rank]
+    RankSums grad_xa;                   // the result, or partial sums of ranges of features
+    FeaturePartials gradient;           // of lora_B
+    int64_t tokens_per_chunk, chunks;
+    unsigned ranges, first_block = 0;
+  } siblings[kMaxSiblings] = {};
+  int num_siblings = 0;
 };
 
 template <int kParts, int kRanks>
@@ -66,8 +69,12 @@ struct ShrinkAndSumTraits {
 
 template <class T, int kParts, int kRanks>
 __global__ void __launch_bounds__(ShrinkAndSumTraits<kParts, kRanks>::kThreads, 1)
-    shrink_and_sum_kernel(const __grid_constant__ ShrinkAndSumParams<T, kParts> p) {
+    shrink_and_sum_kernel(const __grid_constant__ ShrinkAndSumParams<T, kParts> params) {
   ptx::wait_for_earlier_launches();
+  int s = params.num_siblings - 1;
+  while (blockIdx.x < params.siblings[s].first_block) --s;
+  const typename ShrinkAndSumParams<T, kParts>::Sibling& p = params.siblings[s];
+  const unsigned block = blockIdx.x - p.first_block;
   using Traits = ShrinkAndSumTraits<kParts, kRanks>;
   using XaTiles = typename Traits::XaTiles;
   constexpr int kThreads = Traits::kThreads, kWarps = Traits::kWarps, kTokens = Traits::kTokens;
@@ -80,7 +87,7 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kParts, kRanks>::kThreads, 
 
   const unsigned thread = threadIdx.x, lane = thread % 32;
   const int warp = static_cast<int>(thread / 32);
-  const int64_t range = blockIdx.x % p.ranges, chunk = blockIdx.x / p.ranges;
+  const int64_t range = block % p.ranges, chunk = block / p.ranges;
   const int64_t block_feature0 = range * Traits::kFeatures, feature0 = block_feature0 + warp * kWarpFeatures;
   const int64_t remaining_features = p.lora_B.shape.features - block_feature0;
   const int busy_warps = static_cast<int>(min(static_cast<int64_t>(kWarps), remaining_features / kWarpFeatures));
@@ -226,22 +233,26 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kParts, kRanks>::kThreads, 
 }
 
 template <class T, int kParts, int kRanks>
-void launch_shrink_and_sum_kernel(const ShrinkAndSumParams<T, kParts>& p, int64_t chunks, const GpuStream& stream) {
+void launch_shrink_and_sum_kernel(const ShrinkAndSumParams<T, kParts>& p, int64_t blocks, const GpuStream& stream) {
   using Traits = ShrinkAndSumTraits<kParts, kRanks>;
   constexpr uint32_t kShared = shared_bytes_of(Traits::kStages * Traits::kWarps * Traits::kWarpChunks * 16) +
                                shared_bytes_of(2 * Traits::XaTiles::kChunks * 16) +
                                shared_bytes_of(2 * Traits::kWarps * Traits::kShares * 16);
-  launch(&shrink_and_sum_kernel<T, kParts, kRanks>, make_grid(p.ranges * chunks), Traits::kThreads, kShared, stream, p);
+  launch(&shrink_and_sum_kernel<T, kParts, kRanks>, make_grid(blocks), Traits::kThreads, kShared, stream, p);
 }
 
 template <class T, int kParts>
-void launch_shrink_and_sum(ShrinkAndSumParams<T, kParts> p, const TokenPassSplit& split, const GpuStream& stream) {
-  p.tokens_per_chunk = split.tokens_per_chunk;
-  p.ranges = static_cast<unsigned>(split.ranges);
-  if (p.lora_B.shape.ranks <= kSmallRankTile) {
-    launch_shrink_and_sum_kernel<T, kParts, kSmallRankTile>(p, split.chunks, stream);
+void launch_shrink_and_sum(ShrinkAndSumParams<T, kParts> p, const GpuStream& stream) {
+  int64_t blocks = 0, ranks = 0;
+  for (int s = 0; s < p.num_siblings; ++s) {
+    p.siblings[s].first_block = grid_size(blocks);
+    blocks += p.siblings[s].ranges * p.siblings[s].chunks;
+    ranks = std::max(ranks, p.siblings[s].lora_B.shape.ranks);
+  }
+  if (ranks <= kSmallRankTile) {
+    launch_shrink_and_sum_kernel<T, kParts, kSmallRankTile>(p, blocks, stream);
   } else {
-    launch_shrink_and_sum_kernel<T, kParts, kMaxFusedRank>(p, split.chunks, stream);
+    launch_shrink_and_sum_kernel<T, kParts, kMaxFusedRank>(p, blocks, stream);
   }
 }
 

@@ -40,6 +40,11 @@ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0
   simt::mma_m16n8k16(d, a, b, simt::MmaType::kBFloat16, SIMT_SITE);
 }
 
+__forceinline__ void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SIMT_SITE_PARAMETERS) {
+  const uint32_t b[2] = {b0, b1};
+  simt::mma_m16n8k16(d, a, b, simt::MmaType::kFloat16, SIMT_SITE);
+}
+
 __forceinline__ void store_global_16(void* to, const uint32_t (&words)[4]) {
   *static_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
 }
