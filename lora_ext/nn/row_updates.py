@@ -11,6 +11,9 @@ from torch import Tensor
 from lora_ext import functional
 from lora_ext.nn.rows import RowChoice
 
+HAS_KERNELS = frozenset({"cpu"})
+"""The devices that ``lora_grouped_`` runs on."""
+
 
 class RowUpdate(NamedTuple):
     """An adapter's update of a linear layer: arguments of :func:`lora_ext.functional.lora_delta_`, and its bias.
@@ -48,7 +51,7 @@ def add_chosen(
     for (dropout_p, _), held in alike.items():
         groups = choice.groups(tuple(held), times, y.device)
         seed = seeds(dropout_p) if seeds is not None and dropout_p else None
-        if y.device.type == "cpu":
+        if y.device.type in HAS_KERNELS:
             lora_As, lora_Bs, scalings, *_ = zip(*held.values(), strict=True)
             y = functional.lora_grouped_(y, x, lora_As, lora_Bs, groups, scalings, None, dropout_p, seed)
         else:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from lora_ext import functional
+from lora_ext._ops.checks import FLOATING
+from lora_ext.nn import row_updates
 from lora_ext.nn.row_updates import RowUpdate, add_chosen
 from lora_ext.nn.rows import RowChoice
 
@@ -28,6 +30,8 @@ class LayerSlots:
     def __init__(
         self, slots: int, r: int, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device
     ) -> None:
+        if dtype not in FLOATING:
+            raise ValueError(f"AdapterPool: dtype is {dtype}, want one of {', '.join(map(str, FLOATING))}")
         with torch.inference_mode(False):
             self.lora_A = torch.empty(slots, r, in_features, dtype=dtype, device=device)
             self.lora_B = torch.empty(slots, out_features, r, dtype=dtype, device=device)
@@ -49,7 +53,7 @@ class LayerSlots:
 
     def add_chosen(self, y: Tensor, x: Tensor, choice: RowChoice, times: int) -> Tensor:
         """As :func:`lora_ext.nn.row_updates.add_chosen`, for the slots that the rows have chosen."""
-        if y.device.type != "cpu":
+        if y.device.type not in row_updates.HAS_KERNELS:
             updates = {name: self._update(slot) for name, slot in choice.slots.items()}
             return add_chosen(y, x, choice, updates, times)
         groups = choice.slot_of_row(times, y.device)

@@ -123,6 +123,14 @@ def test_grouped(run):
     assert all(list(row["ratio"]) == ["frozen", *bench_grouped.TRAINED] for row in trained) and len(trained) == 2
 
 
+def test_rows(run):
+    options = "--cases", "3x1,4x5", "--adapters", "3", "--hidden", "64", "--blocks", "1", "--rank", "4"
+    rows = run("bench_rows", *options)["rows"]
+    assert [row["case"] for row in rows] == 2 * [[3, 1], [4, 5]]
+    assert all(list(row["ratio"]) == ["frozen", "adapter_names", "pool", "peft", "peft accelerated"] for row in rows)
+    assert all(list(row["overhead"]) == ["adapter_names", "pool", "peft accelerated"] for row in rows)
+
+
 def test_disagreement_of_groups_is_refused(run, monkeypatch):
     class Wrong(bench_grouped.Grouped):
         def forward(self, x):

@@ -16,7 +16,7 @@ from support.refusals_analysis import ANALYSIS
 from support.refusals_layers import LAYERS
 from torch import nn
 
-from lora_ext import LoraConfig, adapters, inject, load_adapter, merge, methods, save_adapter, unmerge
+from lora_ext import AdapterPool, LoraConfig, adapters, inject, load_adapter, merge, methods, save_adapter, unmerge
 from lora_ext.integrations import peft as integration
 
 BAD_NAMES = ("a.b", "keys", "")
@@ -195,6 +195,38 @@ CALLS: list[Call] = [
             ({"names": [1]}, TypeError, "names is [1] of type list, want a string or a list of strings"),
             ({"names": ["a", "a"]}, ValueError, "names are ['a', 'a'], want each once"),
             (lambda _: {"model": disabled()}, RuntimeError, "the adapters are disabled; leave disable_adapters first"),
+        ],
+    ),
+    Call(
+        adapters.choose_adapters,
+        lambda _: {"model": injected(), "names": ["a", "__base__"]},
+        [
+            *NOT_INJECTED,
+            ({"names": ["a", "x"]}, KeyError, f"choose_adapters: there is {NO_ADAPTER}"),
+            ({"names": []}, ValueError, "choose_adapters: adapter_names is empty, want a name for each row"),
+            ({"names": "a"}, TypeError, "choose_adapters: names is 'a' of type str, want a list"),
+            (lambda _: {"model": merged()}, ValueError, f"'a' is {FIRST}, so every row gets it; call unmerge(model)"),
+        ],
+    ),
+    Call(
+        AdapterPool,
+        lambda path: {
+            "model": Net(),
+            "directory": saved(path).parent,
+            "target_modules": ["up", "down"],
+            "r": 2,
+            "max_bytes": 4096,
+            "dtype": None,
+            "host_bytes": 0,
+            "timeout": 1.0,
+        },
+        [
+            ({"r": 0}, ValueError, "r is 0"),
+            ({"target_modules": ["x"]}, ValueError, "x"),
+            ({"max_bytes": 1}, ValueError, "AdapterPool: max_bytes is 1, but one slot of rank 2 takes"),
+            ({"dtype": torch.int8}, ValueError, "AdapterPool: dtype is torch.int8, want one of torch.float64"),
+            ({"directory": "none"}, ValueError, "AdapterPool: directory is 'none', which is no directory"),
+            (lambda _: {"model": merged()}, ValueError, "adapters are merged into"),
         ],
     ),
     Call(adapters.adapter_names, lambda _: {"model": injected()}),
