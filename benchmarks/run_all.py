@@ -1,4 +1,4 @@
-"""Runs every benchmark of this folder, then draws the pictures, in about thirteen minutes; `make bench` calls it.
+"""Runs every benchmark of this folder, then draws the pictures, in about fourteen minutes; `make bench` calls it.
 
     python benchmarks/run_all.py [--device cpu] [--machine-isa avx2] [--only layer,decode] [--results DIR]
 
@@ -18,11 +18,12 @@ from pathlib import Path
 from harness import machine_isa, report
 
 HERE = Path(__file__).parent
-# No case starts after this number of seconds; with start-up times, all take about thirteen minutes on two cores.
+# No case starts after this number of seconds; with start-up times, all take about fourteen minutes on two cores.
 SCRIPTS = {
     "layer": ["bench_layer.py", "--seconds", "75"],
     "siblings": ["bench_siblings.py", "--seconds", "20"],
     "grouped": ["bench_grouped.py", "--seconds", "40"],
+    "experts": ["bench_experts.py", "--experts", "16", "--tokens", "256", "--rounds", "5", "--seconds", "30"],
     "bottleneck": ["bench_bottleneck.py", "--seconds", "25"],
     "decode": ["bench_decode.py", "--seconds", "75"],
     "merge": ["bench_merge.py", "--rounds", "20"],
