@@ -55,7 +55,7 @@ def make_experts(args, implementation: str, **options) -> nn.Module:
     return experts
 
 
-def make_peft(base: Block, rank: int, directory: str | None = None) -> nn.Module:
+def make_peft(base: Block, rank: int) -> nn.Module:
     import peft
 
     config = peft.LoraConfig(

@@ -24,6 +24,7 @@ SCRIPTS = {
     "siblings": ["bench_siblings.py", "--seconds", "20"],
     "grouped": ["bench_grouped.py", "--seconds", "40"],
     "rows": ["bench_rows.py", "--seconds", "40"],
+    "experts": ["bench_experts.py", "--experts", "16", "--tokens", "256", "--rounds", "5", "--seconds", "30"],
     "bottleneck": ["bench_bottleneck.py", "--seconds", "25"],
     "decode": ["bench_decode.py", "--seconds", "75"],
     "merge": ["bench_merge.py", "--rounds", "20"],

@@ -24,6 +24,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import bench_analyze  # noqa: E402
 import bench_bottleneck  # noqa: E402
+import bench_experts  # noqa: E402
 import bench_finetune  # noqa: E402
 import bench_grouped  # noqa: E402
 import bench_host  # noqa: E402
@@ -139,6 +140,31 @@ def test_disagreement_of_groups_is_refused(run, monkeypatch):
     monkeypatch.setitem(bench_grouped.CONTESTANTS, "wrong", lambda base, As, Bs, groups: Wrong(base, As, Bs, groups))
     with pytest.raises(SystemExit, match="wrong and stack disagree by .*: not timed"):
         run("bench_grouped", "--shapes", "6x16x24", "--only", "forward")
+
+
+TINY_EXPERTS = ["--experts=4", "--hidden=64", "--intermediate=128", "--tokens=8", "--top=2", "--rank=4", "--rounds=3"]
+
+
+def test_experts(run):
+    rows = run("bench_experts", *TINY_EXPERTS, "--implementation", "grouped_mm", "--implementation", "eager")["rows"]
+    assert [row["implementation"] for row in rows] == ["grouped_mm", "eager"]
+    for row in rows:
+        assert list(row["ratio"]) == ["frozen", "peft accelerated", "lora_ext"]
+        assert row["peak_bytes"]["peft"] > 4 * 64 * 128 * 4 and row["peak_ratio"]["lora_ext"] < 0.5
+
+
+def test_disagreement_of_experts_is_refused(run, monkeypatch):
+    make = bench_experts.make_contestants
+
+    def wrong(block, rank):
+        modules = make(block, rank)
+        with torch.no_grad():
+            bench_experts.trained(modules["lora_ext"])[0].add_(1.0)
+        return modules
+
+    monkeypatch.setattr(bench_experts, "make_contestants", wrong)
+    with pytest.raises(SystemExit, match="lora_ext and peft disagree by .*: not timed"):
+        run("bench_experts", *TINY_EXPERTS)
 
 
 def test_bottleneck(run):

@@ -15,6 +15,7 @@ from support.models import token_ids
 from torch import nn
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
+from lora_ext._ops import grouped
 from lora_ext.adapters import disable_adapters, lora_modules, merge_and_unload, set_adapter
 
 SETTINGS = {"r": 4, "lora_alpha": 3, "init_lora_weights": False, "target_modules": []}
@@ -22,6 +23,7 @@ EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 # PyTorch has no grouped product in float64. The others are compared in float64, to rounding.
 DTYPES = {"eager": torch.float64, "batched_mm": torch.float64, "grouped_mm": torch.float32}
+LIKE_OTHERS = ("qwen2", "deepseek_v2")
 TOLERANCES = {
     torch.float64: {"rtol": 1e-7, "atol": 1e-7},
     torch.float32: {"rtol": 1e-3, "atol": 1e-5},
@@ -48,7 +50,9 @@ def adapted(base: nn.Module, name: str = "default", **settings) -> nn.Module:
 # --- against PEFT -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.full] if name in LIKE_OTHERS else []) for name in FAMILIES]
+)
 def test_losses_gradients_merges_and_files_are_pefts(family, implementation, tmp_path):
     dtype = DTYPES[implementation]
     base, ids = mixture(family, implementation).to(dtype), token_ids()
@@ -236,14 +240,43 @@ def test_threads(implementation):
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-@pytest.mark.parametrize("how", ["batched_mm", "grouped_mm"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_devices_without_kernels(family, implementation, monkeypatch):
+    """What runs on a GPU, on the CPU: PyTorch's own products of the factors."""
+    model, ids = adapted(mixture(family, implementation)).train(), token_ids()
+    results = []
+    for devices in (grouped.DEVICES, frozenset()):
+        monkeypatch.setattr(grouped, "DEVICES", devices)
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        results.append([loss, *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
+    torch.testing.assert_close(*results)
+    assert {layer.why_whole for _, layer in lora_modules(model)} == {""}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("family", "how", "dtype"),
+    [
+        ("mixtral", "batched_mm", torch.float32),
+        ("mixtral", "grouped_mm", torch.float32),
+        ("gpt_oss", "batched_mm", torch.bfloat16),
+        ("gpt_oss", "grouped_mm", torch.float32),
+        ("gpt_oss", "grouped_mm", torch.bfloat16),  # with the whole updated parameter
+    ],
+)
 def test_compiled(family, how, dtype):
     torch._dynamo.reset()
     model = adapted(mixture(family, how).to(dtype)).train()
     experts, x = model.model.layers[0].mlp.experts, torch.randn(5, 16, dtype=dtype, requires_grad=True)
     choices, weights = torch.tensor([[0, 1], [2, 3], [1, 0], [3, 0], [1, 2]]), torch.rand(5, 2, dtype=dtype)
-    compiled = torch.compile(experts, backend="aot_eager", fullgraph=True)
+    code = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+        code.append(graph.code)
+        return torch._dynamo.backends.debugging.aot_eager(graph, inputs)
+
+    compiled = torch.compile(experts, backend=backend, fullgraph=True)
     results = []
     for call in (experts, compiled):
         experts.zero_grad()
@@ -252,3 +285,5 @@ def test_compiled(family, how, dtype):
         results.append([y.detach(), *gradients])
     tolerance = {"rtol": 0.1, "atol": 0.1} if dtype == torch.bfloat16 else TOLERANCES[torch.float32]
     torch.testing.assert_close(*results, **tolerance)
+    whole = how == "grouped_mm" and dtype == torch.bfloat16
+    assert ("baddbmm" in "".join(code)) == whole == ("lora_grouped_" not in "".join(code))
