@@ -79,6 +79,22 @@ def siblings(dropout_p: float) -> Case:
     return Case(*functions, (x, W, V, bias, *As, *Bs))
 
 
+def delta_siblings(dropout_p: float) -> Case:
+    group = random_siblings(((3, 5), ((4, 2), (3, 3))), DOUBLE)
+    x, _, _, As, Bs, scalings = group.args()
+    last = scalings, dropout_p, SEED
+
+    def plain(x, y, z, A, C, B, D):
+        layers = zip((y, z), (A, C), (B, D), scalings, strict=True)
+        return [base + reference.lora_delta(x, *layer, dropout_p, SEED) for base, *layer in layers]
+
+    return Case(
+        lambda x, y, z, A, C, B, D: functional.lora_delta_siblings([y, z], x, [A, C], [B, D], *last),
+        plain,
+        (x, *group.grad_ys(), *As, *Bs),
+    )
+
+
 def bottleneck(activation: str) -> Case:
     x, down, up = torch.randn(3, 5).double(), torch.randn(2, 5).double(), torch.randn(5, 2).double()
     arguments = x, down, torch.randn(2).double(), up, torch.randn(5).double()
@@ -96,6 +112,8 @@ MAKES = {
     "delta, dropout": lambda: delta(0.4),
     "siblings": lambda: siblings(0.0),
     "siblings, dropout": lambda: siblings(0.4),
+    "delta siblings": lambda: delta_siblings(0.0),
+    "delta siblings, dropout": lambda: delta_siblings(0.4),
     "bottleneck, relu": lambda: bottleneck("relu"),
     "bottleneck, gelu": lambda: bottleneck("gelu"),
     "bottleneck, silu": lambda: bottleneck("silu"),

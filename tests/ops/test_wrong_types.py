@@ -21,7 +21,8 @@ SEED = torch.tensor(7)
 
 def good_calls() -> dict[str, dict]:
     layer = random_layer((6, 24, 20, 4))
-    x, weights, biases, As, Bs, scalings = random_siblings(((6, 24), ((20, 4), (12, 3)))).args()
+    siblings = random_siblings(((6, 24), ((20, 4), (12, 3))))
+    x, weights, biases, As, Bs, scalings = siblings.args()
     factors = {"lora_A": layer.lora_A, "lora_B": layer.lora_B}
     dropout = {"dropout_p": 0.3, "seed": SEED}
     lists = {"weights": weights, "biases": biases, "lora_As": As, "lora_Bs": Bs, "scalings": scalings}
@@ -40,6 +41,12 @@ def good_calls() -> dict[str, dict]:
         "lora_delta_": {"y": layer.grad_y, "x": layer.x, **factors, "scaling": 0.5} | dropout,
         "lora_grouped_": {"y": layer.grad_y, "x": layer.x, **grouped} | dropout,
         "lora_linear_siblings": {"x": x} | lists | dropout,
+        "lora_delta_siblings": {
+            "bases": siblings.grad_ys(),
+            "x": x,
+            **{name: lists[name] for name in ("lora_As", "lora_Bs", "scalings")},
+            **dropout,
+        },
         "bottleneck": {"x": layer.x, **narrow, "up_bias": torch.randn(24), "activation": "relu", "residual": layer.x},
         "lora_merge_": {"weight": layer.weight, **factors, "scaling": 0.5, "record": True},
         "lora_unmerge_": {"weight": merged, "record": record},
