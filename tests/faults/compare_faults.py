@@ -1,4 +1,4 @@
-"""Runs compare with faults. Arguments: a directory, the kind of fault, the step between tried calls."""
+"""Runs compare with faults. Arguments: a directory, kinds of faults by commas, the step between calls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from faults.runs import skip_slow_steps, try_calls
 from lora_ext.tasks.comparison import compare, costs, many_runs
 from lora_ext.tasks.finetune.settings import Settings
 
-top, kind, step = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+top, kinds, step = Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3])
 out = top / "watched" / "out"
 options = {
     **asdict(Settings()),
@@ -40,4 +40,5 @@ def run(resume: bool) -> None:
     compare.compare(["head-only", "bitfit"], [0], options, out, resume=resume, say=lambda line: None)
 
 
-print(json.dumps(try_calls(run, out, kind, step, marker="compare-settings.json", left_alone=["compare.md"])))
+how = {"marker": "compare-settings.json", "left_alone": ["compare.md"]}
+print(json.dumps({kind: try_calls(run, out, kind, step, **how) for kind in kinds}))

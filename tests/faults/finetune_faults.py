@@ -1,4 +1,4 @@
-"""Runs finetune with faults. Arguments: a directory, the kind of fault, the step between tried calls, the method."""
+"""Runs finetune with faults. Arguments: a directory, kinds of faults by commas, the step between calls, the method."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from faults.tries import Fault, attempt
 from lora_ext.tasks.finetune import run_checkpoints as checkpoints
 from lora_ext.tasks.finetune.settings import Settings
 
-top, kind, step, method = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
+top, kinds, step, method = Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3]), sys.argv[4]
 out = top / "watched" / "out"
 settings = Settings(
     model=str(tiny_classifier.save_model(top / "model")),
@@ -61,4 +61,5 @@ written = {path.name: content_of(path) for path in (out / "checkpoints").iterdir
 assert len(written) == 3
 checkpoints._KEPT = 2
 shutil.rmtree(out)
-print(json.dumps(try_calls(run, out, kind, step, marker="settings.json", check=check_nothing_is_half)))
+how = {"marker": "settings.json", "check": check_nothing_is_half}
+print(json.dumps({kind: try_calls(run, out, kind, step, **how) for kind in kinds}))

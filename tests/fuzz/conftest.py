@@ -11,6 +11,6 @@ from fuzz.areas import FIXED_CASES
 
 @pytest.fixture
 def fixed_cases(request: pytest.FixtureRequest) -> Callable[[str], range]:
-    """Returns the seeds of an area: all with --slow, else the first half."""
-    share = 1 if request.config.getoption("--slow") else 2
-    return lambda area: range(FIXED_CASES[area] // share)
+    """Returns the seeds of an area, with --slow or without."""
+    slow = request.config.getoption("--slow")
+    return lambda area: range(FIXED_CASES[area][slow])

@@ -106,6 +106,7 @@ class Worker:
             "PYTHONFAULTHANDLER": "1",
             "FUZZ_FOLDER": self.folder,
             "OMP_WAIT_POLICY": "passive",
+            "OPENBLAS_NUM_THREADS": "1",  # a process that has started threads cannot fork under ThreadSanitizer
             "MALLOC_PERTURB_": str(POISON ^ 0xFF),  # the C library fills new memory with its complement
         }
         command = [sys.executable, "-m", "fuzz.worker", self.area]

@@ -82,6 +82,7 @@ def supported(name: str, family: str) -> bool:
 
 
 PAIRS = [(name, family) for name in NAMES for family in CONFIGS if supported(name, family)]
+QUICK = [pair if pair[1] in ("bert", "llama") else pytest.param(*pair, marks=pytest.mark.full) for pair in PAIRS]
 
 
 def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -105,7 +106,7 @@ def train_a_little(model: nn.Module) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize(("name", "family"), PAIRS)
+@pytest.mark.parametrize(("name", "family"), QUICK)
 def test_the_number_of_trained_parameters_equals_the_formula(name, family):
     model = model_of(family)
     predicted = method(name).count(model)
@@ -133,7 +134,7 @@ def test_training_changes_the_output_and_only_trained_parameters(name, family):
             assert torch.equal(tensor, frozen[path]), path
 
 
-@pytest.mark.parametrize(("name", "family"), PAIRS)
+@pytest.mark.parametrize(("name", "family"), QUICK)
 def test_files_restore_trained_values(name, family, tmp_path):
     model, ids = model_of(family), ids_with_padding()
     apply_method(model, method(name))

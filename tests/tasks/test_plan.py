@@ -323,7 +323,7 @@ def test_what_fits_can_be_pasted_into_finetune(bert_directory, optimizer, capsys
     whole = PlanSettings(settings, accumulation_steps=3, optimizer=optimizer)
     peak = plan(whole)["runs"]["lora"]["peak"]
     found = set()
-    for part in (0.95, 0.8, 0.4, 0.1):
+    for part in (0.95, 0.8, 0.4, 0.1) if optimizer == "adamw" else (0.4,):
         result = plan(dataclasses.replace(whole, gpu_memory=int(part * peak), reserve=0))
         for change in result["capacity"]["changes"]:
             options, setup = change["finetune_options"], change["setup"]
@@ -337,7 +337,7 @@ def test_what_fits_can_be_pasted_into_finetune(bert_directory, optimizer, capsys
         lines = [shlex.split(line) for line in results.notes(result) if line.strip().startswith("lora-ext finetune")]
         changes = [change["finetune_options"] for change in result["capacity"]["changes"]]
         assert [line[2:] for line in lines] == [options for options in changes if options is not None]
-    assert found >= {"gradient", "batches", "texts", "bfloat16"}
+    assert found >= ({"gradient", "batches", "texts", "bfloat16"} if optimizer == "adamw" else {"bfloat16"})
     fits = plan(dataclasses.replace(whole, gpu_memory=2 * peak, reserve=0))
     assert planned_by_finetune(fits["finetune_options"], bert_directory)["runs"]["lora"]["peak"] == peak
     assert results.notes(fits)[-1].startswith(
