@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from harness import report
+from harness import report, stages
 from harness.shapes import LLAMA_SIBLINGS, Shape, SiblingShape
-from harness.stages import ALLOCATIONS, BACKWARD_LAUNCHES, FORWARD_LAUNCHES, PER_LAYER, Case, stage_bytes, stage_flops
+from harness.stages import Case, stage_bytes, stage_flops
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
 MARKS = ("<!-- predictions: begin -->\n", "<!-- predictions: end -->\n")
@@ -99,25 +99,29 @@ def steps_of(layers: list[Case], training: bool) -> list[Step]:
     """
     first = layers[0]
     tokens, features, _ = first.shape
+    few = not first.dropout and tokens <= stages.FEW_TOKENS
+    forward = stages.FEW_TOKENS_LAUNCHES if few else stages.FORWARD_LAUNCHES
     together = replace(first, shape=Shape(tokens, features, 0), rank=first.rank * len(layers))
 
     def step(phase: str, name: str) -> Step:
-        counts = FORWARD_LAUNCHES if phase == "forward" else BACKWARD_LAUNCHES
-        launches = counts[name] * (len(layers) if name in PER_LAYER else 1)
+        launches = (forward if phase == "forward" else stages.BACKWARD_LAUNCHES)[name]
+        launches *= len(layers) if name in stages.PER_LAYER else 1
         if name == "product":
             return Step(phase, name, *products(layers, phase), launches)
         if name not in stage_bytes(first):
-            return Step(phase, name, 0, 0, launches, ALLOCATIONS[phase] if name == "pack" else 0)
+            return Step(phase, name, 0, 0, launches)
         cases = [together] if name in ("shrink", "grad_a", "grad_x") else layers
         moved, flops = (sum(count(case)[name] for case in cases) for count in (stage_bytes, stage_flops))
-        return Step(phase, name, moved, flops, launches)
+        allocations = stages.ALLOCATIONS[phase] if name in ("shrink", "grad_b") else 0
+        return Step(phase, name, moved, flops, launches, allocations)
 
-    steps = [step("forward", name) for name in FORWARD_LAUNCHES if first.dropout or name != "seed"]
+    steps = [step("forward", name) for name in forward if first.dropout or name != "seed"]
     element = first.dtype.itemsize
     y = sum(case.shape.num_tokens * case.shape.out_features * element for case in layers)
-    steps.append(Step("forward", "product reads y", y, hidden=True))
+    if "product" in forward:
+        steps.append(Step("forward", "product reads y", y, hidden=True))
     if training:
-        steps += [step("backward", name) for name in BACKWARD_LAUNCHES]
+        steps += [step("backward", name) for name in stages.BACKWARD_LAUNCHES]
         steps.append(Step("backward", "product reads grad_x", tokens * features * element * len(layers), hidden=True))
     return steps
 
@@ -209,7 +213,7 @@ def beside_stages(rows: Sequence[dict], card: Card) -> str:
     for row in rows:
         if not row.get("bytes"):
             continue
-        counts = FORWARD_LAUNCHES | BACKWARD_LAUNCHES
+        counts = stages.FEW_TOKENS_LAUNCHES | stages.FORWARD_LAUNCHES | stages.BACKWARD_LAUNCHES
         # The profiler's time of a kernel has no gaps.
         predicted = Step("", row["stage"], row["bytes"], row["flops"]).microseconds(card)
         launches = f"{row['launches']:g} ({counts.get(row['stage'], '-')})"

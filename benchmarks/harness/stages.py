@@ -18,6 +18,8 @@ from harness.shapes import Shape
 FORWARD_LAUNCHES = {"seed": 1, "pack": 1, "shrink": 2, "expand": 1, "product": 1}
 BACKWARD_LAUNCHES = {"pack": 1, "grad_b": 2, "grad_a": 2, "grad_x": 1, "product": 1}
 PER_LAYER = ("grad_b", "product")
+# The forward of at most FEW_TOKENS tokens without dropout, if one kernel has both the product and the adapter (0: none).
+FEW_TOKENS, FEW_TOKENS_LAUNCHES = 0, {"shrink": 1, "few_tokens": 1}
 ALLOCATIONS = {"forward": 4, "backward": 4}  # results and workspace of a call of one layer
 
 
@@ -50,6 +52,7 @@ def stage_bytes(case: Case) -> dict[str, int]:
     return {
         "shrink": x + mask + A + skinny,
         "expand": y + B + skinny,
+        "few_tokens": features * outputs * element + x + y + B + skinny,
         "grad_b": y + B + skinny + skinny + B,
         "grad_a": x + mask + skinny + A,
         "grad_x": x + mask + A + skinny,
@@ -65,6 +68,7 @@ def stage_flops(case: Case) -> dict[str, int]:
     return {
         "shrink": of_x,
         "expand": of_y,
+        "few_tokens": 2 * tokens * features * outputs + of_y,
         "grad_b": 2 * of_y,
         "grad_a": of_x,
         "grad_x": of_x,

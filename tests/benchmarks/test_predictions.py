@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import predictions  # noqa: E402
 from harness import stages  # noqa: E402
-from harness.shapes import SiblingShape  # noqa: E402
+from harness.shapes import Shape, SiblingShape  # noqa: E402
 from predictions import MAIN, Card, Step  # noqa: E402
 
 pytestmark = pytest.mark.cpu_only("is arithmetic")
@@ -36,7 +36,7 @@ def test_the_main_shape():
     steps = predictions.steps_of([MAIN], training=True)
     by_name = {(step.phase, step.name): step for step in steps}
     for name, count in stages.stage_bytes(MAIN).items():
-        if "merge" not in name:
+        if name not in ("merge", "unmerge", "few_tokens"):
             phase = "forward" if name in ("shrink", "expand") else "backward"
             assert by_name[phase, name].bytes == count
     assert by_name["forward", "product reads y"].bytes == by_name["backward", "product reads grad_x"].bytes == 2**26
@@ -73,6 +73,15 @@ def test_siblings_share_the_passes_over_x():
 def test_without_dropout_nothing_draws_a_seed_and_inference_has_no_backward():
     steps = predictions.steps_of([replace(MAIN, dropout=0.0)], training=False)
     assert "seed" not in [step.name for step in steps] and {step.phase for step in steps} == {"forward"}
+
+
+def test_few_tokens_may_have_launches_of_their_own(monkeypatch):
+    one, more = (replace(MAIN, shape=Shape(tokens, 4096, 4096), dropout=0.0) for tokens in (1, 65))
+    apart = predictions.ratio([one], H100, False)
+    monkeypatch.setattr(stages, "FEW_TOKENS", 64)
+    assert [step.name for step in predictions.steps_of([one], False)] == list(stages.FEW_TOKENS_LAUNCHES)
+    assert "product" in [step.name for step in predictions.steps_of([more], False)]
+    assert max(predictions.ratio([one], H100, False)) < min(apart)
 
 
 def test_launches_come_from_one_table(monkeypatch):

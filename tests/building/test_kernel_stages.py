@@ -31,6 +31,7 @@ def test_bytes_of_the_main_shape():
     assert stages.stage_bytes(case) == {
         "shrink": 68 * MIB + skinny,
         "expand": 64 * MIB + skinny,
+        "few_tokens": (64 + 64 + 32) * MIB + skinny,
         "grad_b": 64 * MIB + 2 * skinny,
         "grad_a": 68 * MIB + skinny,
         "grad_x": 68 * MIB + skinny,
