@@ -72,6 +72,7 @@ def stage_bytes(case: Case) -> dict[str, int]:
     return {
         "shrink": x + mask + A + skinny,
         "expand": y + B + skinny,
+        "few_tokens": features * outputs * element + x + y + B + skinny,
         "grad_b": y + B + skinny + skinny + B,
         "grad_a": x + mask + skinny + A,
         "grad_x": x + mask + A + skinny,
@@ -87,6 +88,7 @@ def stage_flops(case: Case) -> dict[str, int]:
     return {
         "shrink": of_x,
         "expand": of_y,
+        "few_tokens": 2 * tokens * features * outputs + of_y,
         "grad_b": 2 * of_y,
         "grad_a": of_x,
         "grad_x": of_x,
@@ -113,10 +115,8 @@ def _short(kernel: str) -> str:
 
 def forward_stages(kernels: list[str]) -> list[str]:
     """Returns the stage of each kernel of one lora_linear, in launch order."""
-    stages = []
-    for name in map(_short, kernels):
-        stages.append("pack" if name.startswith("pack") else "expand" if name.startswith("expand") else "shrink")
-    return stages
+    others = ("pack", "expand", "few_tokens")  # the rest is shrink, with its sums
+    return [next((stage for stage in others if name.startswith(stage)), "shrink") for name in map(_short, kernels)]
 
 
 def backward_stages(kernels: list[str]) -> list[str]:

@@ -33,6 +33,7 @@ def test_bytes_of_the_main_shape():
     assert bench_kernels.stage_bytes(case) == {
         "shrink": 68 * MIB + skinny,
         "expand": 64 * MIB + skinny,
+        "few_tokens": (64 + 64 + 32) * MIB + skinny,
         "grad_b": 64 * MIB + 2 * skinny,
         "grad_a": 68 * MIB + skinny,
         "grad_x": 68 * MIB + skinny,
@@ -68,6 +69,7 @@ def test_kernels_are_assigned_to_stages():
     assert bench_kernels.is_ours(named("shrink_kernel")[0])
     assert not bench_kernels.is_ours("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64")
     assert bench_kernels.forward_stages(named("shrink_kernel", "expand_short_kernel")) == ["shrink", "expand"]
+    assert bench_kernels.forward_stages(named("shrink_kernel", "few_tokens_kernel")) == ["shrink", "few_tokens"]
     packed = named("pack_factors_kernel", "shrink_kernel", "rank_sums_kernel", "expand_short_kernel")
     assert bench_kernels.forward_stages(packed) == ["pack", "shrink", "shrink", "expand"]
 
