@@ -58,10 +58,8 @@ def _short(kernel: str) -> str:
 
 def forward_stages(kernels: list[str]) -> list[str]:
     """Returns the stage of each kernel of one lora_linear, in launch order."""
-    stages = []
-    for name in map(_short, kernels):
-        stages.append("pack" if name.startswith("pack") else "expand" if name.startswith("expand") else "shrink")
-    return stages
+    others = ("pack", "expand", "few_tokens")  # the rest is shrink, with its sums
+    return [next((stage for stage in others if name.startswith(stage)), "shrink") for name in map(_short, kernels)]
 
 
 def backward_stages(kernels: list[str]) -> list[str]:

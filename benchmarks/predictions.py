@@ -99,7 +99,7 @@ def steps_of(layers: list[Case], training: bool) -> list[Step]:
     """
     first = layers[0]
     tokens, features, _ = first.shape
-    few = not first.dropout and tokens <= stages.FEW_TOKENS
+    few = tokens <= stages.FEW_TOKENS
     forward = stages.FEW_TOKENS_LAUNCHES if few else stages.FORWARD_LAUNCHES
     together = replace(first, shape=Shape(tokens, features, 0), rank=first.rank * len(layers))
 

@@ -12,14 +12,14 @@ import torch
 from harness import report
 from harness.shapes import Shape
 
-# Launches of one call, by stage: the only place where they are counted. A call of several layers (siblings) has these
-# once, except those in PER_LAYER, which it has for each layer. "seed" is PyTorch's random number, "product" the
-# library's product with the frozen weight.
-FORWARD_LAUNCHES = {"seed": 1, "pack": 1, "shrink": 2, "expand": 1, "product": 1}
-BACKWARD_LAUNCHES = {"pack": 1, "grad_b": 2, "grad_a": 2, "grad_x": 1, "product": 1}
-PER_LAYER = ("grad_b", "product")
-# The forward of at most FEW_TOKENS tokens without dropout, if one kernel has both the product and the adapter (0: none).
-FEW_TOKENS, FEW_TOKENS_LAUNCHES = 0, {"shrink": 1, "few_tokens": 1}
+# Launches of one call in bfloat16 with a rank up to 16, by stage: the only place where they are counted. A call of several
+# layers (siblings) has these once, except those in PER_LAYER, which it has for each layer. "seed" is PyTorch's random
+# number, "product" the library's product with the frozen weight. tests/simt/test_simt_plans.py counts the kernels.
+FORWARD_LAUNCHES = {"seed": 1, "shrink": 1, "expand": 1, "product": 1}
+BACKWARD_LAUNCHES = {"grad_b": 1, "grad_x": 1, "grad_a": 2, "product": 1}
+PER_LAYER = ("product",)
+# The forward of at most FEW_TOKENS tokens: one kernel has both the product and the adapter (csrc/common/few_tokens.h).
+FEW_TOKENS, FEW_TOKENS_LAUNCHES = 32, {"seed": 1, "shrink": 1, "few_tokens": 1}
 ALLOCATIONS = {"forward": 4, "backward": 4}  # results and workspace of a call of one layer
 
 

@@ -65,7 +65,7 @@ def test_siblings_share_the_passes_over_x():
         assert sum(moved(steps, name) for steps in alone) == moved(together, name)
     (additions,) = [s for s in predictions.frozen_steps(layers, True) if s.name == "autograd's additions"]
     assert additions.bytes == 2 * 3 * x and additions.launches == 2
-    assert [s.launches for s in together if s.name == "grad_b"] == [3 * stages.BACKWARD_LAUNCHES["grad_b"]]
+    assert [s.launches for s in together if s.name == "grad_b"] == [stages.BACKWARD_LAUNCHES["grad_b"]]
     for card in predictions.CARDS:
         assert max(predictions.ratio(layers, card, True)) < min(predictions.ratio([MAIN], card, True))
 
@@ -75,13 +75,13 @@ def test_without_dropout_nothing_draws_a_seed_and_inference_has_no_backward():
     assert "seed" not in [step.name for step in steps] and {step.phase for step in steps} == {"forward"}
 
 
-def test_few_tokens_may_have_launches_of_their_own(monkeypatch):
-    one, more = (replace(MAIN, shape=Shape(tokens, 4096, 4096), dropout=0.0) for tokens in (1, 65))
-    apart = predictions.ratio([one], H100, False)
-    monkeypatch.setattr(stages, "FEW_TOKENS", 64)
-    assert [step.name for step in predictions.steps_of([one], False)] == list(stages.FEW_TOKENS_LAUNCHES)
+def test_few_tokens_have_launches_of_their_own(monkeypatch):
+    one, more = (replace(MAIN, shape=Shape(tokens, 4096, 4096), dropout=0.0) for tokens in (1, 33))
+    together = predictions.ratio([one], H100, False)
+    assert [step.name for step in predictions.steps_of([one], False)] == ["shrink", "few_tokens"]
     assert "product" in [step.name for step in predictions.steps_of([more], False)]
-    assert max(predictions.ratio([one], H100, False)) < min(apart)
+    monkeypatch.setattr(stages, "FEW_TOKENS", 0)
+    assert max(together) < min(predictions.ratio([one], H100, False))
 
 
 def test_launches_come_from_one_table(monkeypatch):

@@ -67,6 +67,7 @@ def test_kernels_are_assigned_to_stages():
     assert bench_kernels.is_ours(named("shrink_kernel")[0])
     assert not bench_kernels.is_ours("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64")
     assert bench_kernels.forward_stages(named("shrink_kernel", "expand_short_kernel")) == ["shrink", "expand"]
+    assert bench_kernels.forward_stages(named("shrink_kernel", "few_tokens_kernel")) == ["shrink", "few_tokens"]
     packed = named("pack_factors_kernel", "shrink_kernel", "rank_sums_kernel", "expand_short_kernel")
     assert bench_kernels.forward_stages(packed) == ["pack", "shrink", "shrink", "expand"]
 
@@ -88,13 +89,18 @@ def test_stages_are_medians_with_their_launches():
 
 def test_the_table_of_launches_is_that_of_the_kernels():
     """The launches of csrc/cuda/mma/lora.cuh at the main shape, without PyTorch's random number and product."""
-    counts = stages.FORWARD_LAUNCHES
-    forward = named("pack_factors_kernel", "shrink_kernel", "partial_sums_kernel", "expand_short_kernel")
-    assert Counter(bench_kernels.forward_stages(forward)) == {s: counts[s] for s in ("pack", "shrink", "expand")}
-    backward = named("pack_factors_kernel", "shrink_and_sum_kernel", "partial_sums_kernel", "token_sum_kernel")
-    backward += named("partial_sums_kernel", "expand_short_kernel")
-    found = Counter(bench_kernels.backward_stages(backward))
-    assert found == {stage: count for stage, count in stages.BACKWARD_LAUNCHES.items() if stage != "product"}
+    library = ("seed", "product")
+    tables = [stages.FORWARD_LAUNCHES, stages.FEW_TOKENS_LAUNCHES, stages.BACKWARD_LAUNCHES]
+    found = [
+        bench_kernels.forward_stages(named("shrink_kernel", "expand_short_kernel")),
+        bench_kernels.forward_stages(named("shrink_kernel", "few_tokens_kernel")),
+        bench_kernels.backward_stages(
+            named("shrink_and_sum_kernel", "expand_short_kernel", "token_sum_kernel", "gradient_sums_kernel")
+        ),
+    ]
+    assert [dict(Counter(kernels)) for kernels in found] == [
+        {stage: count for stage, count in table.items() if stage not in library} for table in tables
+    ]
 
 
 def test_inputs_rotate_beyond_the_cache():

@@ -32,6 +32,15 @@ def test_the_blocks_of_a_pass_fit_the_multiprocessors(dtype, tokens, gpu):
         assert used > 0.8 or (rounds == 1 and launch.blocks > 0.8 * GPUS[gpu]), launch
 
 
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("sizes", [[(4096, 16), (1024, 16), (1024, 16)], [(14336, 16)] * 2], ids=["q/k/v", "gate/up"])
+def test_the_blocks_of_siblings_fit_the_multiprocessors(sizes, gpu):
+    """One block of the pass over grad_y runs on a multiprocessor."""
+    pass_ = planned.backward(8192, 4096, sizes, multiprocessors=GPUS[gpu])[0]
+    rounds = -(-pass_.blocks // GPUS[gpu])
+    assert pass_.kernel == "shrink_and_sum_kernel" and pass_.blocks / (rounds * GPUS[gpu]) > 0.75, pass_
+
+
 def test_one_gpu_has_one_plan():
     first, second = (planned.backward(300, 4096, [(4096, 16)]) for _ in range(2))
     assert first == second

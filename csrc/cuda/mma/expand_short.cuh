@@ -30,7 +30,7 @@ constexpr bool kAddsPartials = kParts == 1 || (kParts == 2 && kSteps == 1);
 template <int kParts, int kSteps>
 __device__ __forceinline__ void add_partial_pairs(const ExpandParams& p, const ExpandSibling& sibling, bool aligned,
                                                   int64_t row0, int lane, RankPairs<kSteps>& pairs) {
-  constexpr int kTogether = kParts == 1 ? 4 : 2;  // as registers allow
+  constexpr int kTogether = kSteps > 1 ? 1 : kParts == 1 ? 4 : 2;  // as registers allow
   const int64_t range_stride = p.num_tokens * p.small_operand_stride;
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {

@@ -91,9 +91,15 @@ inline TokenPassSplit plan_feature_sums(int64_t num_tokens, int64_t features, in
 // the second-level cache. Hence one block per multiprocessor. Siblings share the launch: all_ranges counts theirs, too.
 inline TokenPassSplit plan_fused_sums(int64_t num_tokens, int64_t features, int64_t all_ranges,
                                       int64_t multiprocessors) {
+  const int64_t blocks = std::max<int64_t>(all_ranges, 1), least = std::max<int64_t>(multiprocessors / blocks, 1);
+  // The time is the rounds of blocks times the tokens of a chunk. A few more chunks help where one round is half empty.
+  const auto rounds = [&](int64_t chunks) { return ceil_div(blocks * chunks, multiprocessors); };
+  int64_t chunks = least;
+  for (int64_t more = least + 1; more <= least + 2; ++more) {
+    if (rounds(more) * chunks < rounds(chunks) * more) chunks = more;
+  }
   const int64_t ranges = ceil_div(features, kFusedFeatures);
-  const int64_t steps = ceil_div(num_tokens, kFusedTokens);
-  const int64_t per_chunk = steps_per_piece(steps, multiprocessors / std::max<int64_t>(all_ranges, 1));
+  const int64_t steps = ceil_div(num_tokens, kFusedTokens), per_chunk = steps_per_piece(steps, chunks);
   return {ranges, kFusedFeatures, ceil_div(steps, per_chunk), per_chunk * kFusedTokens};
 }
 
