@@ -17,7 +17,7 @@ from harness.shapes import Shape
 FORWARD_LAUNCHES = {"seed": 1, "pack": 1, "shrink": 2, "expand": 1, "product": 1}
 BACKWARD_LAUNCHES = {"pack": 1, "grad_b": 2, "grad_a": 2, "grad_x": 1, "product": 1}
 PER_LAYER = ("grad_b", "product")
-# The forward of at most FEW_TOKENS tokens without dropout, if one kernel has both the product and the adapter (0: none).
+# The forward of at most FEW_TOKENS tokens without dropout, if one kernel has the product and the adapter (0: none).
 FEW_TOKENS, FEW_TOKENS_LAUNCHES = 0, {"shrink": 1, "few_tokens": 1}
 ALLOCATIONS = {"forward": 4, "backward": 4}  # results and workspace of a call of one layer
 
