@@ -89,6 +89,7 @@ class AdapterPool:
     """
 
     @checked
+    @one_at_a_time
     def __init__(
         self,
         model: nn.Module,

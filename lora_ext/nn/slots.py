@@ -54,7 +54,7 @@ class LayerSlots:
     def add_chosen(self, y: Tensor, x: Tensor, choice: RowChoice, times: int) -> Tensor:
         """As :func:`lora_ext.nn.row_updates.add_chosen`, for the slots that the rows have chosen."""
         if y.device.type not in row_updates.HAS_KERNELS:
-            updates = {name: self._update(slot) for name, slot in choice.slots.items()}
+            updates = {name: self._update(slot) for name, slot in choice.slots.items() if self.ranks[slot] > 0}
             return add_chosen(y, x, choice, updates, times)
         groups = choice.slot_of_row(times, y.device)
         return functional.lora_grouped_(y, x, self.lora_A, self.lora_B, groups, self.scalings, self.ranks)
