@@ -19,8 +19,8 @@ from lora_ext.nn.layer import (
     layers_around,
 )
 from lora_ext.nn.rows import RowChoice, row_choice
+from lora_ext.nn.stacked_updates import StackedUpdates, Update
 from lora_ext.nn.updated_calls import NeedsWholeError, call_with_updates, why_whole
-from lora_ext.nn.weight_views import StackedUpdates, Update
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig

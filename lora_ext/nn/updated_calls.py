@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ext.nn.weight_views import StackedUpdates, Update, WeightView
+from lora_ext.nn.stacked_updates import StackedUpdates, Update
+from lora_ext.nn.weight_views import WeightView
 
 _UNREAD = "its module does not read the parameter as an attribute"
 
@@ -52,9 +53,9 @@ def call_with_updates(
         _check_choices(module, name, weight.shape[0], (*args, *kwargs.values()))
     stacked = StackedUpdates(weight, flipped, updates)
     if torch.compiler.is_compiling():
-        return _call(call, module, name, stacked.view(), args, kwargs)
+        return _call(call, module, name, WeightView.of(stacked), args, kwargs)
     with _locks.setdefault(module, threading.RLock()):
-        result = _call(call, module, name, stacked.view(), args, kwargs)
+        result = _call(call, module, name, WeightView.of(stacked), args, kwargs)
     if not stacked.is_read and any(isinstance(value, Tensor) and value.numel() for value in (*args, *kwargs.values())):
         _note(module, name, _UNREAD)
         raise NeedsWholeError(_UNREAD)
@@ -93,7 +94,7 @@ def _call(
     try:
         return call(*args, **kwargs)
     finally:
-        del state[name]
+        state.pop(name, None)  # the module may have assigned to it
         if outer is not None:
             state[name] = outer
 

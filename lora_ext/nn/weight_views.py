@@ -13,7 +13,7 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,67 +21,7 @@ from torch.nn import functional as F
 
 from lora_ext import functional
 from lora_ext._ops import grouped
-
-
-class Update(NamedTuple):
-    """The updates of all experts: ``scaling * lora_B[e] @ lora_A[e]`` is that of ``[out_features, in_features]``.
-
-    A parameter ``[out_features, in_features]`` is one expert.
-    """
-
-    lora_A: Tensor  # [num_experts, r, in_features]
-    lora_B: Tensor  # [num_experts, out_features, r]
-    scaling: float
-
-
-class StackedUpdates:
-    """The updates of one parameter during one call of its module.
-
-    Attributes:
-        weight: the parameter, ``[num_experts, rows, columns]`` or ``[rows, columns]``.
-        flipped: it is stored as ``[..., in_features, out_features]``.
-        is_read: the module has used the parameter.
-        whole: the functions that needed the whole updated parameter.
-    """
-
-    def __init__(self, weight: Tensor, flipped: bool, updates: list[Update]) -> None:
-        self.weight = weight
-        self.flipped = flipped
-        # Adapters interleave the experts in lora_B; the kernels read rows.
-        self.updates = [Update(u.lora_A, u.lora_B.contiguous(), u.scaling) for u in updates]
-        self.is_read = False
-        self.whole: list[str] = []
-        self._of_experts: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] | None = None
-        self._updated: Tensor | None = None
-
-    def view(self) -> WeightView:
-        """The stand-in for the parameter."""
-        return WeightView(self, self.weight, 0 if self.weight.dim() == 2 else None, self.flipped)
-
-    @property
-    def num_experts(self) -> int:
-        return 1 if self.weight.dim() == 2 else self.weight.shape[0]
-
-    def of_expert(self, number: int) -> list[tuple[Tensor, Tensor, float]]:
-        """``(lora_A, lora_B, scaling)`` of one expert."""
-        if self._of_experts is None:  # unbind: a select for each expert would have a gradient of the stack's size
-            self._of_experts = [(u.lora_A.unbind(), u.lora_B.unbind()) for u in self.updates]
-        return [
-            (lora_As[number], lora_Bs[number], update.scaling)
-            for (lora_As, lora_Bs), update in zip(self._of_experts, self.updates, strict=True)
-        ]
-
-    def numbers(self) -> Tensor:
-        """The experts' numbers, int64 ``[num_experts]``."""
-        return torch.arange(self.num_experts, device=self.weight.device)
-
-    def updated(self) -> Tensor:
-        """The whole parameter with the updates, as it is stored; computed once."""
-        if self._updated is None:
-            lora_A = torch.cat([update.lora_A for update in self.updates], dim=1)
-            lora_B = torch.cat([update.lora_B * update.scaling for update in self.updates], dim=2)
-            self._updated = _add_product(self.weight, lora_A, lora_B, self.flipped)
-        return self._updated
+from lora_ext.nn.stacked_updates import StackedUpdates, Update, add_product
 
 
 class WeightView:
@@ -100,6 +40,11 @@ class WeightView:
         self.base = base
         self.expert = expert
         self.flipped = flipped
+
+    @classmethod
+    def of(cls, updates: StackedUpdates) -> WeightView:
+        """The stand-in for the whole parameter."""
+        return cls(updates, updates.weight, 0 if updates.weight.dim() == 2 else None, updates.flipped)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -192,7 +137,7 @@ class WeightView:
             factors = [(u.lora_A[self.expert], u.lora_B[self.expert], u.scaling) for u in updates.updates]
         lora_A = torch.cat([A for A, _, _ in factors], dim=-2)
         lora_B = torch.cat([B * scaling for _, B, scaling in factors], dim=-1)
-        return _add_product(base, lora_A, lora_B, self.flipped)
+        return add_product(base, lora_A, lora_B, self.flipped)
 
     # What a module may ask about a parameter without using its values.
 
@@ -327,11 +272,10 @@ def _rows_by(x: Tensor, view: WeightView) -> Tensor:
     y = torch.matmul(x, view.base).contiguous()
     experts = (updates.numbers() if view.expert is None else view.expert).expand(y.shape[:-2])
     x = x.expand(*y.shape[:-1], x.shape[-1])
-    for A, B, scaling in _over_rows(view):
-        if x.device.type in grouped.DEVICES:
-            functional.lora_grouped_(y, x, A, B, experts, _scalings(A, scaling))
-        else:
-            y = y + scaling * (x @ _mT(A[experts]).to(x.dtype)) @ _mT(B[experts]).to(x.dtype)
+    if x.device.type in grouped.DEVICES:
+        return _add_by_expert(y, x, view, experts)
+    for A, B, scaling in _over_rows(view, updates.updates):
+        y = y + scaling * (x @ _mT(A[experts]).to(x.dtype)) @ _mT(B[experts]).to(x.dtype)
     return y
 
 
@@ -346,38 +290,35 @@ def _grouped(func: Any, input: Any, weight: Any, offs: Tensor | None = None, *ar
     if input.device.type in grouped.DEVICES:
         rows = torch.arange(input.shape[0], device=offs.device, dtype=offs.dtype)
         experts = torch.searchsorted(offs, rows, right=True)
-        experts = torch.where(experts < updates.num_experts, experts, -1)
-        for A, B, scaling in _over_rows(weight):
-            functional.lora_grouped_(y, input, A, B, experts, _scalings(A, scaling))
-        return y
-    for A, B, scaling in _over_rows(weight):
+        return _add_by_expert(y, input, weight, torch.where(experts < updates.num_experts, experts, -1))
+    for A, B, scaling in _over_rows(weight, updates.in_rows()):
         xa = scaling * func(input, _mT(A).to(input.dtype), offs=offs)
         y = y + func(xa, _mT(B).to(input.dtype), offs=offs)
     return y
 
 
-def _over_rows(view: WeightView) -> list[Update]:
+def _add_by_expert(y: Tensor, x: Tensor, view: WeightView, experts: Tensor) -> Tensor:
+    """Adds to ``y = x @ view``, in place, the updates of the ``experts`` of its rows; -1 has none."""
+    updates = view.updates
+    if 2 * experts.numel() > updates.num_experts:
+        factors = updates.in_rows()
+    else:  # for few rows, copying the factors of all experts would take most of the time
+        chosen, numbers = experts.flatten(), torch.arange(experts.numel(), device=experts.device)
+        factors = [Update(u.lora_A[chosen], u.lora_B[chosen], u.scaling) for u in updates.updates]
+        experts = torch.where(chosen < 0, -1, numbers).view(experts.shape)
+    for A, B, scaling in _over_rows(view, factors):
+        scalings = torch.full((A.shape[0],), scaling, dtype=torch.float64, device=A.device)
+        functional.lora_grouped_(y, x, A, B, experts, scalings)
+    return y
+
+
+def _over_rows(view: WeightView, updates: list[Update]) -> list[Update]:
     """The factors of ``x @ view``: those of a product over ``in_features``, or over ``out_features``."""
-    updates = view.updates.updates
     return updates if view.flipped else [Update(_mT(u.lora_B), _mT(u.lora_A), u.scaling) for u in updates]
 
 
 def _mT(factor: Tensor) -> Tensor:
     return factor.transpose(-2, -1)
-
-
-def _scalings(lora_A: Tensor, scaling: float) -> Tensor:
-    return torch.full((lora_A.shape[0],), scaling, dtype=torch.float64, device=lora_A.device)
-
-
-def _add_product(base: Tensor, lora_A: Tensor, lora_B: Tensor, flipped: bool) -> Tensor:
-    """``base [..., rows, columns]`` plus ``lora_B @ lora_A``, transposed if ``flipped``, in the dtype of ``base``."""
-    left, right = (lora_A.transpose(-2, -1), lora_B.transpose(-2, -1)) if flipped else (lora_B, lora_A)
-    left, right = left.to(base.dtype), right.to(base.dtype)
-    with torch.autocast(base.device.type, enabled=False):  # the parameter keeps its dtype
-        stack = base.reshape(-1, *base.shape[-2:])
-        sums = torch.baddbmm(stack, left.reshape(-1, *left.shape[-2:]), right.reshape(-1, *right.shape[-2:]))
-    return sums.view(base.shape)
 
 
 def _with_tensors(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from lora_ext._ops.checks import FLOATING
 from lora_ext.integrations.peft.eligibility import NONE_ACTIVE, is_eligible_call, state_obstacle
 from lora_ext.nn.base_layer import runs_alone
+from lora_ext.nn.stacked_updates import Update
 from lora_ext.nn.updated_calls import NeedsWholeError, call_with_updates, why_whole
-from lora_ext.nn.weight_views import Update
 
 
 class ParameterForward:
