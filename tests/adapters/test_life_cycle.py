@@ -261,7 +261,7 @@ class Life:
         first, second = self.there(), self.draw.choice(list(self.deltas))
         if first == second:
             return
-        error = KeyError if first == "x" else ValueError if name in self.deltas else None
+        error = KeyError if first == "x" else ValueError if self.merged or name in self.deltas else None
 
         def change() -> None:
             add_weighted_adapter(self.model, [first, second], [weight, 1.0], name, "cat")

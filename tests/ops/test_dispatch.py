@@ -21,8 +21,8 @@ def adapted(in_features=24, out_features=20, r=4, dropout=0.0, dtype=torch.float
     return LoraLinear(base, LoraAdapter(in_features, out_features, r, 8, dropout, init_lora_weights=False))
 
 
-OF_X = ("x", "weight", "weights", "bias", "biases", "base", "y", "grad_y", "grad_ys")  # arguments of x's dtype
-FORWARDS = ("lora_linear", "lora_linear_siblings", "lora_shrink", "lora_expand")
+OF_X = ("x", "weight", "weights", "bias", "biases", "base", "bases", "y", "grad_y", "grad_ys")  # arguments of x's dtype
+FORWARDS = ("lora_linear", "lora_linear_siblings", "lora_delta_siblings", "lora_shrink", "lora_expand")
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
@@ -33,7 +33,7 @@ def test_opcheck(op, dtype, dropout_p):
     call = good_call(op)
     for name, i, tensor in list(tensors_of(call)):
         tensor = tensor.to(dtype) if name in OF_X else tensor
-        trained = op in FORWARDS and (name in ("x", "xa", "base") or "lora_" in name)
+        trained = op in FORWARDS and (name in ("x", "xa", "base", "bases") or "lora_" in name)
         call = with_entry(call, name, i, tensor.detach().requires_grad_(trained))
     if "dropout_p" in call:
         call |= {"dropout_p": dropout_p} | ({"mask": None} if "mask" in call and not dropout_p else {})
