@@ -26,7 +26,7 @@ FORWARDS = ("lora_linear", "lora_linear_siblings", "lora_delta_siblings", "lora_
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full)], ids=str)
 @pytest.mark.parametrize("op", [op for op in HAVE_KERNELS if "merge" not in op])
 def test_opcheck(op, dtype, dropout_p):
     """Factors are float32; a backward gets only what its wanted gradients read. test_merge_ops.py has the merges."""

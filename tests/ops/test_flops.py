@@ -96,6 +96,7 @@ def test_an_injected_model_counts_as_peft_s(checkpoints):
     assert counts[0] == counts[1] > 2 * base
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("first", ["import lora_ext", "import torch.utils.flop_counter"])
 def test_the_counter_is_imported_by_its_users_only(first):
     program = f"""

@@ -175,6 +175,7 @@ def test_concurrent_callers():
                     torch.testing.assert_close(result[name], wanted[name])
 
 
+@pytest.mark.full
 def test_recovers_from_running_out_of_memory():
     """A call that cannot allocate scratch memory fails; the next one works."""
     code = """if True:

@@ -75,6 +75,7 @@ def test_transforms_are_noticed():
     assert states == [False, False, False]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("context", ["torch.inference_mode()", "torch.autocast('cpu')"])
 def test_the_usual_state_is_not_the_one_of_the_import(context):
     program = f"""

@@ -360,6 +360,7 @@ def test_bad_setups(field, value):
         Setup(**{field: [1]})
 
 
+@pytest.mark.full
 def test_single_changes_are_as_small_as_possible(planner):
     capacity = planner.training(replace(SETUP, batch_size=5, accumulates=True)).peak
     assert capacity < planner.training(SETUP).peak

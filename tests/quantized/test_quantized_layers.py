@@ -202,6 +202,7 @@ def test_adapter_files(format, tmp_path):
     assert torch.equal(plain.up.adapters["default"].lora_A, model.up.adapters["default"].lora_A)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("format", ["nf4", "int8", "torchao-int8", "torchao-int4"])
 def test_compiled(format):
     torch._dynamo.reset()

@@ -52,6 +52,7 @@ def test_help_and_info_do_not_import_transformers():
     assert "--target-modules" in result.stdout
 
 
+@pytest.mark.full
 def test_missing_extra_is_named(tmp_path: Path):
     code = (
         "import sys; sys.modules['transformers'] = sys.modules['matplotlib'] = None; from lora_ext.cli import main; "
@@ -186,6 +187,7 @@ def test_a_resumed_run_computes_with_as_many_threads_as_before(tmp_path: Path, c
         torch.set_num_threads(before)
 
 
+@pytest.mark.full
 def test_a_failing_write_gives_one_line(tmp_path: Path):
     """Writing to the standard output fails with one line, too."""
     with open("/dev/full", "w") as full:

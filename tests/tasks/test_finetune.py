@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import shutil
 import signal
@@ -60,10 +61,10 @@ def run(tiny: Settings, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 
 
 @pytest.fixture(scope="module", autouse=True)
-def checkpoint_after_every_step() -> Iterator[None]:
+def checkpoint_after_every_fifth_step() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "SECONDS", 0.0)
-        patch.setattr(checkpoints, "_SHARE", 0.0)
+        steps = itertools.count(1)
+        patch.setattr(checkpoints.Clock, "is_due", lambda clock: next(steps) % 5 == 0)
         yield
 
 
@@ -212,7 +213,7 @@ def test_interrupted_and_resumed_ends_like_uninterrupted(tiny: Settings, tmp_pat
     assert newest % 30 != 0, "want a checkpoint in the middle of an epoch, which has 30 steps"
 
     whole = tmp_path / "whole"
-    monkeypatch.setattr(checkpoints, "SECONDS", 1e9)  # most of these runs' time would be checkpoints
+    monkeypatch.setattr(checkpoints.Clock, "is_due", lambda clock: False)  # only at the end
     assert cli.main(["finetune", "--resume", "--out", str(out)]) == 0
     assert cli.main(["finetune", *settings, "--out", str(whole)]) == 0
     assert_equal_weights(out, whole)
