@@ -70,7 +70,7 @@ def tidy(directory: Path) -> None:
     """Removes leftovers of killed processes and all checkpoints except the last two. WriteError: the disk refuses."""
     with writing(directory):
         remove_leftovers(directory)
-        for path in _in_order(directory)[:-_KEPT]:
+        for path in in_order(directory)[:-_KEPT]:
             discard(path)
 
 
@@ -80,7 +80,7 @@ def last_checkpoint(out: Path) -> Checkpoint | None:
     Raises:
         TaskError: its state cannot be read.
     """
-    paths = _in_order(out / "checkpoints")
+    paths = in_order(out / "checkpoints")
     if not paths:
         return None
     try:
@@ -101,6 +101,7 @@ def damaged(path: Path | str, error: BaseException) -> TaskError:
     return TaskError(f"--resume: {path} cannot be read ({reason}); delete it to continue from the one before")
 
 
-def _in_order(directory: Path) -> list[Path]:
+def in_order(directory: Path) -> list[Path]:
+    """Returns the checkpoints in ``directory``, the newest last."""
     numbered = [path for path in directory.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
     return sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]))
