@@ -26,6 +26,7 @@ from lora_ext.cli import (
     unmerge,
 )
 from lora_ext.tasks import TaskError
+from lora_ext.tasks.shared import team
 
 _EXIT_DISK, _EXIT_INTERRUPTED = 1, 130
 _STATUS = (
@@ -64,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv and argv[0] in commands.choices:
             argv[1:] = config_file.with_config(commands.choices[argv[0]], argv[1:])
         args = parser.parse_args(argv)
+        if (number := team.started()) > 1 and args.command != "finetune":
+            raise TaskError(f"{args.command} runs in one process, not in {number}; start it without torchrun")
         status = args.run(args, parse_again) or 0
         sys.stdout.flush()
         return status

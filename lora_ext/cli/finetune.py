@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
 from lora_ext.cli import config_file, training
 from lora_ext.cli.formatter import HelpFormatter
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.causal_lm.settings import LONG_TEXTS, TASK, CausalSettings, only_causal
 from lora_ext.tasks.finetune.settings import SETTINGS_FILE, Settings, saved_task, saved_threads
+from lora_ext.tasks.shared import team
 
 _CLASSIFICATION = "classification"
 
@@ -57,6 +59,9 @@ def _add_causal_options(group: argparse._ArgumentGroup) -> None:
 
 
 def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> None:
+    if team.was_restarted() and (args.out / SETTINGS_FILE).is_file():
+        parse_again = _resuming(parse_again)
+        args = parse_again()
     is_causal = args.task == TASK or (args.resume and saved_task(args.out) == TASK)
     kind = CausalSettings if is_causal else Settings
     if args.resume:
@@ -82,5 +87,19 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
     else:
         from lora_ext.tasks.finetune.run import finetune  # imports transformers, which takes seconds
 
-    with training.saying_how_to_resume("finetune", args.out, SETTINGS_FILE, args.resume):
-        finetune(settings, args.out, measure=args.measure, **training.mode(args))
+    with (
+        team.joined(args.out, args.resume) as out,
+        training.saying_how_to_resume("finetune", args.out, SETTINGS_FILE, args.resume),
+    ):
+        finetune(settings, out, measure=args.measure and team.is_first(), **training.mode(args))
+
+
+def _resuming(parse_again: Callable[..., argparse.Namespace]) -> Callable[..., argparse.Namespace]:
+    """Parses as if the command had --resume and not --overwrite."""
+
+    def parse(**defaults: Any) -> argparse.Namespace:
+        args = parse_again(**defaults)
+        args.resume, args.overwrite = True, False
+        return args
+
+    return parse

@@ -56,6 +56,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="SIZE",
         help="part of the GPU's memory that tensors cannot use",
     )
+    add("--devices", type=training.at_least_1, metavar="N", help="predict memory, traffic and time of a step on N GPUs")
+    groups = "GPUs that split each layer (tensor parallelism); the others shard weights (FSDP2)"
+    add("--tensor-parallel", type=training.at_least_1, default=1, metavar="M", help=groups)
     add("--disk", type=files.size, metavar="SIZE", help="size of a disk: says how many checkpoints fit")
     add("--out", type=Path, metavar="DIR", help="directory for plan.json, plan.md and plan.png")
     add("--overwrite", action="store_true", help="replace the plan in --out")
@@ -84,6 +87,8 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
         "reserve",
         "disk",
         "texts",
+        "devices",
+        "tensor_parallel",
     )
     options = {name: getattr(args, name) for name in names}
     options["accumulation_steps"] = finetune.accumulation_steps

@@ -37,7 +37,8 @@ def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) 
     add("--method", metavar="NAME", help=f"{', '.join(METHODS)}, or several joined by +, as lora+prefix-embed")
     pooling = "what the head reads: cls, the first token through the pooler, or mean, the mean over a text's tokens; "
     add("--pooling", metavar="NAME", help=f"{pooling}default: as the model's config says, or else cls")
-    add("--r", type=int, metavar="RANK", help="rank of the adapters")
+    # torchrun takes --r for an abbreviation of its own options.
+    add("--r", "--rank", type=int, metavar="RANK", help="rank of the adapters")
     add("--lora-alpha", type=float, metavar="ALPHA", help="the update is scaled by ALPHA / RANK")
     add("--lora-dropout", type=float, metavar="P", help="dropout on the adapters' input")
     ratio = "learning rate of lora_B over that of the rest (LoRA+, arXiv 2402.12354)"

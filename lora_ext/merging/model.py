@@ -289,9 +289,8 @@ def unload(model: ModelT) -> ModelT:
 
 def _check_can_unload(caller: str, model: nn.Module, merged: bool) -> None:
     check_not_parallel(caller, model)
-    check_not_sharded(
-        caller, model, "merge(model) computes the same; for a plain checkpoint, save_adapter and lora-ext merge"
-    )
+    remedy = "merge(model) computes the same; for a plain checkpoint, save_adapter and lora-ext merge"
+    check_not_sharded(caller, model, remedy, split=True)
     if (adapters := adapter_set(model)) is not None:
         adapters.check_enabled(caller)
     for _, layer in adapter_layers(model) if merged else ():

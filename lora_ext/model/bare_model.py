@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from lora_ext._common.sharded import is_fully_sharded
+from lora_ext._common.sharded import is_fully_sharded, is_sharded
 from lora_ext.nn import AdapterLayer, LoraLayer
 from lora_ext.nn.layer import innermost, layers_around
 
@@ -38,10 +38,18 @@ def check_not_parallel(caller: str, model: nn.Module) -> None:
         )
 
 
-def check_not_sharded(caller: str, model: nn.Module, remedy: str) -> None:
-    """Checks that FSDP2 does not manage the parameters of ``model``. ValueError: it does."""
+def check_not_sharded(caller: str, model: nn.Module, remedy: str, *, split: bool = False) -> None:
+    """Checks that FSDP2 does not manage the parameters of ``model``, and unless ``split``, that none is a DTensor.
+
+    ValueError: it does, or one is; ``remedy`` is for the first case.
+    """
     if any(is_fully_sharded(module) for module in model.modules()):
         raise ValueError(f"{caller}: the model is sharded (fully_shard), which manages the parameters it had; {remedy}")
+    if not split and any(is_sharded(parameter) for parameter in model.parameters()):
+        raise ValueError(
+            f"{caller}: layers of the model are split over devices (tensor parallelism); do it in one process, "
+            "save_adapter, and load_adapter here"
+        )
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:

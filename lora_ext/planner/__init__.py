@@ -7,6 +7,7 @@ The adapted model runs a step on the meta device while storages are counted as o
 from lora_ext.planner.fit import Change, changes_that_fit
 from lora_ext.planner.memory import Memory, Planner, Setup, Sizes, Source
 from lora_ext.planner.optimizers import OPTIMIZERS, Optimizer
+from lora_ext.planner.scaling import Costs, Hardware, costs, sizes_of
 from lora_ext.planner.step import Step, simulate_forward, simulate_step
 from lora_ext.planner.weights import WEIGHT_DTYPES, WeightDtype
 
@@ -14,6 +15,8 @@ __all__ = [
     "OPTIMIZERS",
     "WEIGHT_DTYPES",
     "Change",
+    "Costs",
+    "Hardware",
     "Memory",
     "Optimizer",
     "Planner",
@@ -23,6 +26,8 @@ __all__ = [
     "Step",
     "WeightDtype",
     "changes_that_fit",
+    "costs",
     "simulate_forward",
     "simulate_step",
+    "sizes_of",
 ]

@@ -162,22 +162,30 @@ class Planner:
             ValueError: weights should be quantised but none is frozen.
             RuntimeError: the model reads more of its input's values than single flags.
         """
+        return max(self.moments(setup), key=lambda memory: memory.gradients + memory.activations)
+
+    def moments(self, setup: Setup) -> list[Memory]:
+        """Returns the memory at the peak of each part of a step: of several devices, another part may be the largest.
+
+        Errors as :meth:`training`.
+        """
         model, dtype = self.model(setup.dtype), WEIGHT_DTYPES[setup.dtype]
         trained = trained_parameters(model)
         weights, all_gradients = weight_bytes(model, dtype), tensor_bytes(trained)
         step = self._step(setup, self._simulate_step)
-        moment = max(step.peaks, key=lambda part: step.peaks[part].total)
-        total, gradients = step.peaks[moment]
-        return Memory(
-            weights=weights.total,
-            optimizer_state=OPTIMIZERS[setup.optimizer].state_bytes(trained),
-            gradients=gradients,
-            activations=total - gradients + weights.unpacked,
-            moment=moment,
-            kept=step.activations,
-            all_gradients=all_gradients,
-            gathered=self._gathered(setup),
-        )
+        return [
+            Memory(
+                weights=weights.total,
+                optimizer_state=OPTIMIZERS[setup.optimizer].state_bytes(trained),
+                gradients=gradients,
+                activations=total - gradients + weights.unpacked,
+                moment=moment,
+                kept=step.activations,
+                all_gradients=all_gradients,
+                gathered=self._gathered(setup),
+            )
+            for moment, (total, gradients) in step.peaks.items()
+        ]
 
     def inference(self, setup: Setup) -> Memory:
         """Returns the memory of inference on the same batch. Errors as :meth:`training`."""

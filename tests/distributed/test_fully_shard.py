@@ -26,7 +26,7 @@ from lora_ext.adapters import (
     unload,
 )
 
-pytestmark = pytest.mark.cpu_only("processes with gloo")
+pytestmark = [pytest.mark.full, pytest.mark.cpu_only("processes with gloo")]
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "down_proj", "embed_tokens"]}
 

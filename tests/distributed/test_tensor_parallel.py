@@ -20,8 +20,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
+from lora_ext.adapters import add_weighted_adapter, lora_modules, merge_and_unload, prepare_hotswap
 
-pytestmark = pytest.mark.cpu_only("processes with gloo")
+pytestmark = [pytest.mark.full, pytest.mark.cpu_only("processes with gloo")]
 
 LORA = {"r": 3, "lora_alpha": 6, "target_modules": ["up", "down"], "init_lora_weights": False}
 
@@ -144,6 +145,8 @@ def _files(rank: int, directory: Path) -> None:
     load_adapter(model, directory / "alone", adapter_name="again")
     x = torch.randn(1, 3, 6)
     torch.testing.assert_close(_run(model, x), _run(alone, x))
+    assert merge_and_unload(model) is model and not any(lora_modules(model))
+    torch.testing.assert_close(_run(model, x), _run(alone, x))
 
 
 def test_merged_bits_and_files(ranks, tmp_path):
@@ -229,6 +232,12 @@ def _refused(rank: int) -> None:
     model = inject(parallelize_module(holder, mesh, plan), LoraConfig(**LORA))
     with pytest.raises(ValueError, match="returned a DTensor; parallelize it with use_local_output=True"):
         _run(model, torch.randn(2, 6))
+    for caller, call in {
+        "add_weighted_adapter": lambda model: add_weighted_adapter(model, ["default"], [1.0], "sum"),
+        "prepare_hotswap": lambda model: prepare_hotswap(model, 8),
+    }.items():
+        with pytest.raises(ValueError, match=rf"^{caller}: layers .* split over devices"):
+            call(model)
     packed = nn.Module()
     packed.qkv = nn.Linear(6, 12)
     parallelize_module(packed, mesh, {"qkv": ColwiseParallel()})

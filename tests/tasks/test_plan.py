@@ -160,6 +160,20 @@ def test_console_and_files(gpt2_directory, tmp_path, capsys):
     assert main(command("--out", str(out), "--overwrite", model=gpt2_directory)) == 0
 
 
+def test_several_devices(gpt2_directory, capsys):
+    options = ["--devices", "64", "--tensor-parallel", "4"]
+    assert main(command(*options, "--json", model=gpt2_directory)) == 0
+    runs = json.loads(capsys.readouterr().out)["devices"]["runs"]
+    assert set(runs) == {"full", "lora"}
+    lora = runs["lora"]
+    assert lora["adapter_reduced_bytes"] > 0 == runs["full"]["adapter_reduced_bytes"]
+    assert lora["scattered_bytes"] < runs["full"]["scattered_bytes"]
+    assert main(command(*options, model=gpt2_directory)) == 0
+    printed = capsys.readouterr().out
+    assert "predicted on 64 devices (16 x 4: sharded by FSDP2 over 16, layers split over 4; H100 SXM" in printed
+    assert f"lora: {results.readable(lora['memory'])} at the peak" in printed
+
+
 def test_json_is_printed(gpt2_directory, capsys):
     assert main(command("--json", "--task", "classification", model=f"{gpt2_directory}/config.json")) == 0
     printed = json.loads(capsys.readouterr().out)
@@ -219,6 +233,8 @@ def test_every_kind_of_method(tmp_path):
         (["--batch-size", "0"], ["--batch-size is 0"]),
         (["--accumulation-steps", "0"], ["--accumulation-steps is 0"]),
         (["--gpu-memory", "1GB"], ["--reserve takes all of --gpu-memory"]),
+        (["--tensor-parallel", "2"], ["--tensor-parallel goes with --devices"]),
+        (["--devices", "8", "--tensor-parallel", "3"], ["--tensor-parallel", "want a divisor of the 8 devices"]),
         (["--method", "full", "--dtype", "int8"], ["--method full", "frozen linear layers"]),
         (["--method", "head-only"], ["--method head-only", "no new head to train"]),
         (["--target-modules", "query"], ["--method lora", "matches no module"]),

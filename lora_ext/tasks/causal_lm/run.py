@@ -34,7 +34,7 @@ from lora_ext.tasks.finetune.task_model import adapt, check_tokens, sharing
 from lora_ext.tasks.finetune.trained_files import save_trained
 from lora_ext.tasks.finetune.trainer import forward_of, train
 from lora_ext.tasks.finetune.training_arguments import check_training_arguments
-from lora_ext.tasks.shared import measuring, provenance
+from lora_ext.tasks.shared import measuring, provenance, team
 from lora_ext.tasks.shared.run_directory import check_out, prepare_out
 from lora_ext.tasks.shared.whole_files import write_json
 
@@ -141,6 +141,7 @@ def finetune(
         "validation": _kept_validation(trainer.state),
         **best_of(trainer, settings.best_metric),
         "after": after["scores"],
+        "processes": team.processes(),
         "train_seconds": progress.seconds,
         "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else 0.0,
         "peak_memory_bytes": peak_memory,

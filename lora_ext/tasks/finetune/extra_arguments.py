@@ -49,8 +49,8 @@ _MANAGED = {
     "group_by_length length_column_name",
     "an evaluation would round the trained weights": "bf16_full_eval fp16_full_eval",
     "it would replace modules of the adapted model": "use_liger_kernel liger_kernel_config",
-    "a run is one process, on the GPU if there is one": "use_cpu no_cuda local_rank ddp_* fsdp* deepspeed "
-    "parallelism_config accelerator_config average_tokens_across_devices",
+    "a run is one process, or as many as torchrun starts, on GPUs if there are any": "use_cpu no_cuda "
+    "local_rank ddp_* fsdp* deepspeed parallelism_config accelerator_config average_tokens_across_devices",
 }
 
 

@@ -38,7 +38,7 @@ from lora_ext.tasks.finetune.trained_files import save_trained
 from lora_ext.tasks.finetune.trainer import FinetuneTrainer, build_trainer, forward_of, predict, train
 from lora_ext.tasks.finetune.training_arguments import check_training_arguments
 from lora_ext.tasks.finetune.vocabulary import Trimmed, save_trimmed, trim
-from lora_ext.tasks.shared import measuring, provenance
+from lora_ext.tasks.shared import measuring, provenance, team
 from lora_ext.tasks.shared.run_directory import check_out, prepare_out
 from lora_ext.tasks.shared.whole_files import write_json
 
@@ -168,6 +168,7 @@ def finetune(
         "validation": _kept_validation(trainer.state),
         **best_of(trainer, settings.best_metric),
         "after": scores(logits.argmax(-1), test_rows.classes, labels),
+        "processes": team.processes(),
         "train_seconds": progress.seconds,
         "runs_at_once": runs_at_once,
         "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else 0.0,

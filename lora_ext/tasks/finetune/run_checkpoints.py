@@ -83,7 +83,7 @@ def tidy(directory: Path) -> None:
     """
     with writing(directory):
         remove_leftovers(directory)
-        paths = _in_order(directory)
+        paths = in_order(directory)
         best = {path_of(directory, step) for path in paths[-_KEPT:] if (step := _best_step(path)) is not None}
         for path in paths[:-_KEPT]:
             if path not in best:
@@ -109,7 +109,7 @@ def last_checkpoint(out: Path) -> Checkpoint | None:
     Raises:
         TaskError: its state cannot be read.
     """
-    paths = _in_order(out / "checkpoints")
+    paths = in_order(out / "checkpoints")
     if not paths:
         return None
     try:
@@ -132,6 +132,7 @@ def damaged(path: Path | str, error: BaseException) -> TaskError:
     return TaskError(f"--resume: {path} cannot be read ({reason}); delete it to continue from the one before")
 
 
-def _in_order(directory: Path) -> list[Path]:
+def in_order(directory: Path) -> list[Path]:
+    """Returns the checkpoints in ``directory``, the newest last."""
     numbered = [path for path in directory.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
     return sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]))

@@ -27,6 +27,7 @@ from lora_ext.tasks.finetune.run_checkpoints import PROGRESS, Checkpoint, Clock,
 from lora_ext.tasks.finetune.scores import summary_scores
 from lora_ext.tasks.finetune.settings import Settings
 from lora_ext.tasks.finetune.training_arguments import training_arguments
+from lora_ext.tasks.shared import team
 from lora_ext.tasks.shared.whole_files import writing
 
 
@@ -46,6 +47,7 @@ class FinetuneTrainer(Trainer):
         class_weights: ``[num_labels]``, factors of the losses of each class's texts, or None.
         early_stopping: decides when evaluations do not improve any more, or None.
         progress: time, tokens and losses so far.
+        stop: listens to Ctrl-C during training, or None.
         clock: decides when a checkpoint is due.
     """
 
@@ -53,6 +55,7 @@ class FinetuneTrainer(Trainer):
     average: MovingAverage | None = None
     class_weights: torch.Tensor | None = None
     early_stopping: _EarlyStopping | None = None
+    stop: _StopOnInterrupt | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -72,9 +75,12 @@ class FinetuneTrainer(Trainer):
         return optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
-        """Groups texts by the step, so that accumulated batches have the texts of one batch of the step's size."""
+        """Groups texts by the step, so that accumulated batches have the texts of one batch of the step's size.
+
+        So have the batches of several processes: each takes a part of the step.
+        """
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps * team.processes()
         return _EpochSampler(size, [len(row["input_ids"]) for row in dataset], self.args.seed)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -152,7 +158,7 @@ class FinetuneTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.average is not None:
+        if self.average is not None and team.is_first():
             self.average.save(Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -197,11 +203,25 @@ class Progress:
     def __init__(self) -> None:
         self.seconds, self.tokens, self.stopped = 0.0, 0, False
         self._loss: torch.Tensor | float = 0.0
+        self._loss_here: torch.Tensor | float = 0.0  # of the present step, in this process
         self._steps = 0
 
     def take(self, loss: torch.Tensor) -> None:
         """Adds the loss of a batch, already divided by the number of batches in its step."""
-        self._loss = self._loss + loss.double()
+        self._loss_here = self._loss_here + loss.double()
+
+    def share(self, stop: bool, due: bool) -> tuple[bool, bool]:
+        """Averages the loss of a step over the processes.
+
+        Returns:
+            Whether some process wants to ``stop``, and whether a checkpoint is ``due`` by the first one's clock.
+        """
+        loss, self._loss_here = self._loss_here, 0.0
+        if team.processes() > 1:
+            loss, stop, due = team.sums([float(loss), stop, due and team.is_first()])
+            loss /= team.processes()
+        self._loss = self._loss + loss
+        return bool(stop), bool(due)
 
     def end_step(self, seconds: float, tokens: int) -> None:
         """Counts a step, and its time; ``tokens`` are those of all steps."""
@@ -246,19 +266,23 @@ class _Steps(TrainerCallback):
         self.trainer.clock = Clock()
 
     def on_step_begin(self, args, state, control, **kwargs):
-        torch.manual_seed(int(np.random.SeedSequence([args.seed, state.global_step]).generate_state(1, np.uint64)[0]))
+        seeds = [args.seed, state.global_step, *([args.process_index] if args.process_index else [])]
+        torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0]))
         self._start = time.perf_counter()
 
     def on_step_end(self, args, state, control, train_dataloader=None, lr_scheduler=None, **kwargs):
         trainer, step = self.trainer, state.global_step
         seconds = time.perf_counter() - self._start
+        stop, due = trainer.progress.share(trainer.stop is not None and trainer.stop.requested, trainer.clock.is_due())
+        if stop and trainer.stop is not None:
+            trainer.stop.requested = True  # of another process
         trainer.progress.end_step(seconds, state.num_input_tokens_seen)
         is_last = step >= state.max_steps
         if is_last or step % math.ceil(state.max_steps / 100) == 0:  # 100 points for a run of any length
             trainer.log({"loss": trainer.progress.mean_loss(), "learning_rate": lr_scheduler.get_last_lr()[0]})
         steps_of_epoch = -(-len(train_dataloader) // args.gradient_accumulation_steps)
         control.should_evaluate = trainer.eval_dataset is not None and (is_last or step % steps_of_epoch == 0)
-        control.should_save = is_last or trainer.clock.is_due()
+        control.should_save = is_last or due
         self._durations.append(seconds)
         if not self._has_advised and len(self._durations) == self._durations.maxlen:
             line = busy_machine.advice(torch.get_num_threads(), statistics.median(self._durations))
@@ -426,7 +450,7 @@ def train(
     if checkpoint is not None and checkpoint.is_last:
         trainer.take_over(checkpoint)
     else:
-        stop = _StopOnInterrupt()
+        trainer.stop = stop = _StopOnInterrupt()
         trainer.add_callback(stop)
         if on_progress is not None:
             trainer.add_callback(_Progress(on_progress))

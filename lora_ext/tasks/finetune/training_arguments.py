@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune import extra_arguments
 from lora_ext.tasks.finetune.settings import SCHEDULES, Settings
+from lora_ext.tasks.shared import team
 
 
 def training_arguments(settings: Settings, out: Path, texts: int) -> TrainingArguments:
@@ -27,8 +28,8 @@ def training_arguments(settings: Settings, out: Path, texts: int) -> TrainingArg
         steps = extra["max_steps"]
     arguments = {
         "output_dir": str(out / "checkpoints"),
-        "per_device_train_batch_size": settings.batch_size,
-        "per_device_eval_batch_size": settings.batch_size,
+        "per_device_train_batch_size": team.share_of(settings.batch_size, "--batch-size"),
+        "per_device_eval_batch_size": team.share_of(settings.batch_size, "--batch-size"),
         "gradient_accumulation_steps": settings.accumulation_steps,
         "num_train_epochs": settings.epochs,
         "learning_rate": settings.learning_rate,
@@ -56,7 +57,11 @@ def training_arguments(settings: Settings, out: Path, texts: int) -> TrainingArg
 
 
 def check_training_arguments(settings: Settings, texts: int) -> None:
-    """Raises TaskError for values of ``--set`` that a run would refuse: a name, a type, an optimizer, a schedule."""
+    """Raises TaskError for what a run would refuse: a batch that its processes cannot share, and values of ``--set``.
+
+    Of those the name, the type, the optimizer and the schedule are checked.
+    """
+    team.share_of(settings.batch_size, "--batch-size")
     if not settings.set:
         return
     arguments = training_arguments(settings, Path("unused"), texts)

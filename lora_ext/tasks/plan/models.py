@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GPT2Config,
+    LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -41,7 +43,26 @@ def gpt3_175b() -> PretrainedConfig:
     )
 
 
-BUILT_IN: dict[str, Callable[[], PretrainedConfig]] = {"gpt3-175b": gpt3_175b}
+def llama3(layers: int, hidden: int, inner: int, heads: int) -> PretrainedConfig:
+    """Llama 3 (arXiv 2407.21783, table 3) with the vocabulary of the published weights."""
+    return LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=131072,
+        architectures=["LlamaForCausalLM"],
+    )
+
+
+BUILT_IN: dict[str, Callable[[], PretrainedConfig]] = {
+    "gpt3-175b": gpt3_175b,
+    "llama3-8b": partial(llama3, 32, 4096, 14336, 32),
+    "llama3-70b": partial(llama3, 80, 8192, 28672, 64),
+    "llama3-405b": partial(llama3, 126, 16384, 53248, 128),
+}
 
 
 def read_config(model: str | None) -> PretrainedConfig:

@@ -83,7 +83,27 @@ def _count(number: int | None) -> str:
 
 def notes(plan: Mapping[str, Any]) -> list[str]:
     """Returns the warnings, which runs fit into the memory, and which changes would make the method fit."""
-    return [f"warning: {line}" for line in plan["warnings"]] + _fitting(plan)
+    return [f"warning: {line}" for line in plan["warnings"]] + _fitting(plan) + _devices(plan)
+
+
+def _devices(plan: Mapping[str, Any]) -> list[str]:
+    if plan.get("devices") is None:  # older files have none
+        return []
+    devices, split = plan["settings"]["devices"], plan["settings"]["tensor_parallel"]
+    shape = f"{devices // split} x {split}: sharded by FSDP2 over {devices // split}, layers split over {split}"
+    lines = [f"predicted on {devices} devices ({shape}; {plan['devices']['hardware']['name']}), each:"]
+    for name, run in plan["devices"]["runs"].items():
+        traffic = run["gathered_bytes"] + run["scattered_bytes"]
+        lines += [
+            f"  {name}: {readable(run['memory'])} at the peak",
+            f"  {name}: receives {readable(traffic)} for FSDP2, of which {readable(run['adapter_gathered_bytes'])} for "
+            f"trained parameters; {readable(run['reduced_bytes'])} for split layers, of which "
+            f"{readable(run['adapter_reduced_bytes'])} for adapters",
+            f"  {name}: a step takes {run['step_seconds']:.3g} s: arithmetic {run['compute_seconds']:.3g} s, meanwhile "
+            f"FSDP2 {run['sharding_seconds']:.3g} s, then split layers {run['reduce_seconds']:.3g} s; "
+            f"{run['tokens_per_second']:,.0f} tokens per second on all devices",
+        ]
+    return lines
 
 
 def _fitting(plan: Mapping[str, Any]) -> list[str]:

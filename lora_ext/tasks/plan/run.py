@@ -12,7 +12,17 @@ import transformers
 from transformers import PretrainedConfig
 
 from lora_ext._common.install_hint import install_hint
-from lora_ext.planner import WEIGHT_DTYPES, Change, Memory, Planner, Setup, changes_that_fit
+from lora_ext.planner import (
+    WEIGHT_DTYPES,
+    Change,
+    Hardware,
+    Memory,
+    Planner,
+    Setup,
+    changes_that_fit,
+    costs,
+    sizes_of,
+)
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune.settings import Settings
 from lora_ext.tasks.finetune.task_model import method_for, most_tokens
@@ -44,6 +54,8 @@ class PlanSettings:
         reserve: bytes of ``gpu_memory`` that tensors cannot use: context, library workspaces, fragmentation.
         disk: bytes for checkpoints; None: checkpoints are not counted.
         texts: number of training texts, each of ``max_length`` tokens; None: the adapter's size is not judged by them.
+        devices, tensor_parallel: devices that train together, and those of them that split each layer; None: one
+            device, no prediction for several.
     """
 
     finetune: Settings
@@ -59,6 +71,8 @@ class PlanSettings:
     reserve: int = 10**9
     disk: int | None = None
     texts: int | None = None
+    devices: int | None = None
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         if self.task is not None and self.task not in TASKS:
@@ -69,6 +83,8 @@ class PlanSettings:
             raise TaskError(f"--accumulation-steps is {self.accumulation_steps}, want at least 1")
         if self.texts is not None and self.texts < 1:
             raise TaskError(f"--texts is {self.texts}, want at least 1")
+        if self.tensor_parallel != 1 and self.devices is None:
+            raise TaskError("--tensor-parallel goes with --devices")
         if self.gpu_memory is not None and self.reserve >= self.gpu_memory:
             raise TaskError(f"--reserve takes all of --gpu-memory: {self.reserve:,} of {self.gpu_memory:,} bytes")
 
@@ -144,6 +160,7 @@ def _count(settings: PlanSettings, config: PretrainedConfig, setup: Setup) -> di
         runs = {name: _run(planners[name], run_setup) for name, run_setup in setups.items()}
         inference = frozen.inference(setup)
         capacity = _capacity(settings, planners[method], runs)
+        devices = _devices(settings, planners, setups, config)
     except (ValueError, TypeError) as error:
         raise TaskError(f"--method {method}: {error}") from error
     except AttributeError as error:  # transformers reads a missing field
@@ -164,6 +181,7 @@ def _count(settings: PlanSettings, config: PretrainedConfig, setup: Setup) -> di
         "parameters": frozen.sizes(setup.dtype).parameters,
         "runs": runs | {"inference": _memory(inference)},
         "capacity": capacity,
+        "devices": devices,
         "finetune_options": finetune_options(settings.finetune, setup, settings.texts_per_step),
         "warnings": _warnings(settings, planners[method], setup, config if task == "classification" else None),
         "disk": _disk(settings.disk, inference.weights, runs),
@@ -199,8 +217,29 @@ def _capacity(settings: PlanSettings, planner: Planner, runs: Mapping[str, Any])
     return {"usable": usable, "fits": fits, "changes": [_change(change, settings) for change in changes]}
 
 
+def _devices(
+    settings: PlanSettings, planners: Mapping[str, Planner], setups: Mapping[str, Setup], config: PretrainedConfig
+) -> dict[str, Any] | None:
+    """Predicts a step on several devices, for each run. TaskError: they cannot be split so."""
+    if settings.devices is None:
+        return None
+    predicted = {}
+    for name, planner in planners.items():
+        sizes = sizes_of(planner, setups[name], config.hidden_size, config.num_hidden_layers)
+        moments = planner.moments(setups[name])
+        try:
+            found = costs(moments, sizes, setups[name], settings.devices, settings.tensor_parallel)
+        except ValueError as error:
+            raise TaskError(f"--tensor-parallel: {error}") from error
+        predicted[name] = asdict(found) | {
+            "step_seconds": found.step_seconds,
+            "tokens_per_second": found.tokens_per_second,
+        }
+    return {"hardware": asdict(Hardware()), "runs": predicted}
+
+
 def _change(change: Change, settings: PlanSettings) -> dict[str, Any]:
-    options = None  # finetune is one process
+    options = None  # finetune does not shard
     if change.devices == 1:
         options = finetune_options(settings.finetune, change.setup, settings.texts_per_step)
     return {
