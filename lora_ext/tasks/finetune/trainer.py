@@ -244,6 +244,8 @@ class _Steps(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.progress.go_on(state)
         self.trainer.clock = Clock()
+        if state.best_global_step:  # the Trainer loads the best weights only if it knows a path, which may have moved
+            state.best_model_checkpoint = str(path_of(Path(args.output_dir), state.best_global_step))
 
     def on_step_begin(self, args, state, control, **kwargs):
         torch.manual_seed(int(np.random.SeedSequence([args.seed, state.global_step]).generate_state(1, np.uint64)[0]))
