@@ -264,6 +264,8 @@ class _Steps(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.progress.go_on(state)
         self.trainer.clock = Clock()
+        if state.best_global_step:  # the Trainer loads the best weights only if it knows a path, which may have moved
+            state.best_model_checkpoint = str(path_of(Path(args.output_dir), state.best_global_step))
 
     def on_step_begin(self, args, state, control, **kwargs):
         seeds = [args.seed, state.global_step, *([args.process_index] if args.process_index else [])]
