@@ -112,6 +112,8 @@ def _obstacle(module: nn.Module, name: str) -> str:
             return "exported programs have PyTorch's functions only"
         if not is_experts_of_transformers(module):
             return "in compiled graphs, only the experts of Transformers are computed by group"
+        if _implementation(module) not in ("batched_mm", "grouped_mm"):
+            return "the loop over experts breaks the graph"
         if module._parameters[name].dtype == torch.bfloat16 and _implementation(module) == "grouped_mm":
             return "TorchDynamo does not let torch._grouped_mm be overridden"
     return ""
