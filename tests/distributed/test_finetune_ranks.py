@@ -69,7 +69,8 @@ def _assert_equal(first: Path, second: Path, exact: bool) -> None:
     assert weights[0].keys() == weights[1].keys()
     for key, value in weights[0].items():
         assert torch.equal(weights[1][key], value) if exact else torch.allclose(weights[1][key], value, atol=1e-5), key
-    for key in ("after", "validation", "examples"):
+    assert metrics[0]["after"] == metrics[1]["after"]  # of 4 texts, so that no rounding shows
+    for key in ("validation", "examples"):
         assert metrics[0][key] == pytest.approx(metrics[1][key], rel=1e-5), key
     assert len(logs[0]) == len(logs[1]) == 10  # 8 steps and two evaluations
     for one, other in zip(*logs, strict=True):
@@ -91,6 +92,20 @@ def test_two_processes_equal_one(runs):
     files = [sorted(str(path.relative_to(out)) for path in out.rglob("*")) for out in (runs / "1", runs / "2")]
     assert [name.replace("rng_state_0", "rng_state") for name in files[1]] == files[0]
     assert _results(runs / "2")[1]["processes"] == 2
+
+
+@pytest.mark.parametrize("resumed", [False, True], ids=["", "resumed"])
+def test_all_processes_take_the_best_checkpoint(ranks, inputs, tmp_path, resumed):
+    """Only the first one's directory has it."""
+    best = ["--best-metric", "loss", "--early-stopping", "1", "--learning-rate", "1.0", "--epochs", "4"]
+    for number in (1, 2):
+        _run(ranks, number, tmp_path / str(number), inputs, *best)
+        if resumed:  # after the last step
+            (tmp_path / str(number) / "metrics.json").unlink()
+            _run(ranks, number, tmp_path / str(number), inputs, *best, "--resume")
+    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in "12"]
+    assert metrics[0]["after"] == metrics[1]["after"]
+    assert metrics[0]["best"]["step"] == metrics[1]["best"]["step"] < 16
 
 
 def _cut(runs: Path, out: Path, step: int = 3) -> None:

@@ -53,6 +53,12 @@ class MovingAverage:
         self._put(self._average)
         self._average = {}
 
+    def values(self) -> list[Tensor]:
+        """The average of each parameter, in one order; before the first step, its value."""
+        if not self._average:
+            self.update(1)
+        return [self._average[name] for name in self._trained]
+
     def save(self, directory: Path) -> None:
         if self._average:
             save_file({name: value.cpu().contiguous() for name, value in self._average.items()}, directory / self.FILE)

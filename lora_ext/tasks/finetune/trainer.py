@@ -122,9 +122,14 @@ class FinetuneTrainer(Trainer):
         self._load_weights(path_of(Path(self.args.output_dir), self.state.best_global_step))
 
     def _load_weights(self, checkpoint: Path) -> None:
-        self._load_from_checkpoint(str(checkpoint))
-        with _explaining_damage(str(checkpoint)):
-            self._load_average(str(checkpoint))
+        """Loads the trained weights and their average in the first process, whose directory has all checkpoints."""
+        if team.is_first():
+            self._load_from_checkpoint(str(checkpoint))
+            with _explaining_damage(str(checkpoint)):
+                self._load_average(str(checkpoint))
+        team.share(parameter for parameter in self.model.parameters() if parameter.requires_grad)
+        if self.average is not None:
+            team.share(self.average.values())
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Writes a checkpoint atomically."""

@@ -10,7 +10,7 @@ import io
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -56,6 +56,13 @@ def sums(values: Sequence[float]) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     distributed.all_reduce(tensor)
     return tensor.tolist()
+
+
+def share(tensors: Iterable[torch.Tensor]) -> None:
+    """Gives every process the values of the first one, in place. All of them must call it."""
+    if processes() > 1:
+        for tensor in tensors:
+            distributed.broadcast(tensor.detach(), src=0)
 
 
 @contextmanager
