@@ -76,6 +76,7 @@ def task_type(model: nn.Module) -> str | None:
     return next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
 
 
+@checked
 def pooling_of(model: nn.Module) -> str | None:
     """Returns what :func:`lora_ext.methods.set_pooling` chose; None if it was not called."""
     return getattr(root_module(model), POOLING, None)

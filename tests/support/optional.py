@@ -6,7 +6,11 @@ from types import ModuleType
 
 import pytest
 
-_MODULES = {"Image": "PIL.Image"}
+_MODULES = {
+    "Image": "PIL.Image",
+    "sklearn_metrics": "sklearn.metrics",
+    "sklearn_class_weight": "sklearn.utils.class_weight",
+}
 
 
 def __getattr__(name: str) -> ModuleType:

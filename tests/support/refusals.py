@@ -426,6 +426,20 @@ CALLS: list[Call] = [
             ({"model": Net()}, TypeError, NOT_SUPPORTED),
         ],
     ),
+    Call(
+        methods.set_pooling,
+        lambda _: {"model": bert(), "pooling": "mean"},
+        [
+            ({"pooling": "max"}, ValueError, "pooling is 'max', want one of cls, mean"),
+            ({"model": Net()}, TypeError, NOT_SUPPORTED),
+            (
+                lambda _: {"model": methods.set_pooling(bert(), "mean"), "pooling": "cls"},
+                ValueError,
+                "the model has the pooling 'mean' already; load it again",
+            ),
+        ],
+    ),
+    Call(methods.pooling_of, lambda _: {"model": bert()}),
     Call(methods.method_of, lambda _: {"model": adapted()}),
     Call(methods.head_parameters, lambda _: {"model": bert()}),
     Call(methods.head_parameter_count, lambda _: {"model": bert()}),

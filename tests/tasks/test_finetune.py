@@ -403,7 +403,10 @@ def test_texts_that_leave_no_room_for_special_tokens(tiny: Settings, tmp_path: P
 
 def test_labels_that_only_the_test_file_has(tiny: Settings, tmp_path: Path):
     test_file = tiny_classifier.save_reviews(tmp_path / "test.csv", [("the plot is fine", "positive")])
-    with pytest.raises(TaskError, match=r"labels \[positive\] occur in the test texts only; for training there are"):
+    with pytest.raises(
+        TaskError,
+        match=r"labels \[positive\] occur in the test texts only, first in line 2; for training there are neg, pos",
+    ):
         finetune(replace(tiny, test_file=str(test_file)), tmp_path / "out")
 
 

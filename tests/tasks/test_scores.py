@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sklearn import metrics as sklearn
 from support import tiny_classifier
+from support.optional import sklearn_metrics
 from support.report_results import COMPARE, change_json, results_of_the_session
 
 from lora_ext.tasks import TaskError
@@ -33,8 +33,10 @@ def test_scores_are_scikit_learns(answered: int):
     rng = np.random.default_rng(answered)
     expected, predicted = rng.integers(0, 4, 200), rng.integers(0, answered, 200)
     found = scores(predicted, expected, labels := ["a", "b", "c", "d"])
-    assert found["confusion"] == sklearn.confusion_matrix(expected, predicted).tolist()
-    report = sklearn.classification_report(expected, predicted, output_dict=True, zero_division=0, target_names=labels)
+    assert found["confusion"] == sklearn_metrics.confusion_matrix(expected, predicted).tolist()
+    report = sklearn_metrics.classification_report(
+        expected, predicted, output_dict=True, zero_division=0, target_names=labels
+    )
     assert found["accuracy"] == pytest.approx(report["accuracy"])
     assert found["macro_f1"] == pytest.approx(report["macro avg"]["f1-score"])
     assert found["weighted_f1"] == pytest.approx(report["weighted avg"]["f1-score"])

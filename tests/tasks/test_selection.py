@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from sklearn.utils.class_weight import compute_class_weight
 from support import tiny_classifier
+from support.optional import sklearn_class_weight
 from transformers import BertForSequenceClassification, Trainer
 
 from lora_ext.tasks import TaskError
@@ -101,7 +101,7 @@ def test_without_a_better_epoch_the_first_one_stays_among_the_checkpoints(settin
 
 def test_classes_weigh_the_same_whatever_their_size():
     classes = np.array([0] * 90 + [1] * 8 + [2] * 2)
-    theirs = compute_class_weight("balanced", classes=np.arange(3), y=classes)
+    theirs = sklearn_class_weight.compute_class_weight("balanced", classes=np.arange(3), y=classes)
     assert balanced(classes, 3).tolist() == pytest.approx(theirs.tolist())
     assert float(balanced(classes, 3)[torch.from_numpy(classes)].mean()) == pytest.approx(1.0)
 

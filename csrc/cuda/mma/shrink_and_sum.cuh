@@ -36,7 +36,11 @@ struct PlainLoraB {
 template <int kParts>
 using ShrinkAndSumFactor = std::conditional_t<kParts == 1, PlainLoraB, PackedFactor>;
 
-// The grad_y of all siblings. launch_shrink_and_sum sets first_block.
+// Three parts leave no registers for the choice of a sibling: each has a launch.
+template <int kParts>
+constexpr int kFusedSiblings = kParts == 3 ? 1 : kMaxSiblings;
+
+// The grad_y of siblings. launch_shrink_and_sum sets first_block.
 template <class T, int kParts>
 struct ShrinkAndSumParams {
   struct Sibling {
@@ -71,8 +75,11 @@ template <class T, int kParts, int kRanks>
 __global__ void __launch_bounds__(ShrinkAndSumTraits<kParts, kRanks>::kThreads, 1)
     shrink_and_sum_kernel(const __grid_constant__ ShrinkAndSumParams<T, kParts> params) {
   ptx::wait_for_earlier_launches();
-  int s = params.num_siblings - 1;
-  while (blockIdx.x < params.siblings[s].first_block) --s;
+  int s = 0;
+  if constexpr (kFusedSiblings<kParts> > 1) {
+    s = params.num_siblings - 1;
+    while (blockIdx.x < params.siblings[s].first_block) --s;
+  }
   const typename ShrinkAndSumParams<T, kParts>::Sibling& p = params.siblings[s];
   const unsigned block = blockIdx.x - p.first_block;
   using Traits = ShrinkAndSumTraits<kParts, kRanks>;
@@ -242,17 +249,21 @@ void launch_shrink_and_sum_kernel(const ShrinkAndSumParams<T, kParts>& p, int64_
 }
 
 template <class T, int kParts>
-void launch_shrink_and_sum(ShrinkAndSumParams<T, kParts> p, const GpuStream& stream) {
-  int64_t blocks = 0, ranks = 0;
-  for (int s = 0; s < p.num_siblings; ++s) {
-    p.siblings[s].first_block = grid_size(blocks);
-    blocks += p.siblings[s].ranges * p.siblings[s].chunks;
-    ranks = std::max(ranks, p.siblings[s].lora_B.shape.ranks);
-  }
-  if (ranks <= kSmallRankTile) {
-    launch_shrink_and_sum_kernel<T, kParts, kSmallRankTile>(p, blocks, stream);
-  } else {
-    launch_shrink_and_sum_kernel<T, kParts, kMaxFusedRank>(p, blocks, stream);
+void launch_shrink_and_sum(const ShrinkAndSumParams<T, kParts>& p, const GpuStream& stream) {
+  for (int first = 0; first < p.num_siblings; first += kFusedSiblings<kParts>) {
+    ShrinkAndSumParams<T, kParts> together;
+    int64_t blocks = 0, ranks = 0;
+    for (int s = first; s < std::min(p.num_siblings, first + kFusedSiblings<kParts>); ++s) {
+      auto& sibling = together.siblings[together.num_siblings++] = p.siblings[s];
+      sibling.first_block = grid_size(blocks);
+      blocks += sibling.ranges * sibling.chunks;
+      ranks = std::max(ranks, sibling.lora_B.shape.ranks);
+    }
+    if (ranks <= kSmallRankTile) {
+      launch_shrink_and_sum_kernel<T, kParts, kSmallRankTile>(together, blocks, stream);
+    } else {
+      launch_shrink_and_sum_kernel<T, kParts, kMaxFusedRank>(together, blocks, stream);
+    }
   }
 }
 
