@@ -152,16 +152,8 @@ def test_charts_take_colours_from_the_page_and_nothing_from_elsewhere():
 def test_templates_escape_all_but_markup():
     rows = [["x", "<i>"], [Markup("<code>{}</code>").format("<b>"), cell(1.5, "&", best=True)]]
     facts, figures = [("<dt>", '"')], table("<t>", ["a", "<h>"], rows)
-    text = render(
-        "finetune.html",
-        reading=[],
-        facts=facts,
-        figures=figures,
-        samples=None,
-        classes=None,
-        curve=None,
-        own_settings={},
-    )
+    absent = dict.fromkeys(["samples", "classes", "confusion", "curve"])
+    text = render("finetune.html", reading=[], facts=facts, figures=figures, own_settings={}, **absent)
     assert (
         '<td class="n">&lt;i&gt;</td>' in text
         and '<td class="n best" data-value="1.5"><strong>&amp;</strong></td>' in text
