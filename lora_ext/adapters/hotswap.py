@@ -159,7 +159,7 @@ def _slots(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> list[_Slo
                 update = next(u for u in updates if any(_holds(tensor, p) for p in u.parameters()))
                 dim = _rank_dim(update, tensor)
                 if not _holds(tensor, update.lora_A):
-                    factor = config.scaling_for(part.target) / update.scaling / part.file_scale_of(tensor)
+                    factor = config.scaling_for(part.target) / update.scaling / part.file_scale_of(key)
             slots.append(_Slot(tensor, None if absent else key, dim, factor))
             if absent:
                 continue

@@ -41,9 +41,9 @@ class Part:
     target: str = ""
     file_scale: float = 1.0
 
-    def file_scale_of(self, tensor: Tensor) -> float:
-        """The factor for a tensor of the adapter when it is saved; loading divides by it. An exact power of 2."""
-        return 1.0 if tensor is getattr(self.adapter, "lora_A", None) else self.file_scale
+    def file_scale_of(self, key: str) -> float:
+        """The factor for the tensor ``key`` when it is saved; loading divides by it. A power of 2, or its negative."""
+        return 1.0 if key.endswith((".lora_A.weight", ".lora_embedding_A")) else self.file_scale
 
 
 def located(parts: Iterable[Part]) -> tuple[Part, ...]:
@@ -95,10 +95,10 @@ class Adapter:
     def file_scales(self) -> dict[str, float]:
         """The factors of tensors that are scaled in files, by the keys of :meth:`tensors`."""
         return {
-            key: part.file_scale_of(tensor)
+            key: part.file_scale_of(key)
             for part in self.parts
             if part.file_scale != 1.0
-            for key, tensor in part.layer.file_tensors(part.file_path, part.adapter).items()
+            for key in part.layer.file_tensors(part.file_path, part.adapter)
         }
 
     def base_tensors(self) -> dict[str, Tensor]:

@@ -33,8 +33,17 @@ def translate_peft_keys(
         scaled = adapter.file_scales()  # in files only, where it makes up for a flaw in PEFT's forward
         for part in adapter.parts:
             for theirs, tensor in _peft_tensors(part, name).items():
-                if id(tensor) in keys and prefix + theirs in state_dict and not scaled:
-                    state_dict[prefix + keys[id(tensor)]] = state_dict.pop(prefix + theirs)
+                is_transposed = _is_transpose(tensor)
+                ours = keys.get(id(tensor._base if is_transposed else tensor))
+                if ours is not None and prefix + theirs in state_dict and not scaled:
+                    value = state_dict.pop(prefix + theirs)
+                    state_dict[prefix + ours] = value.mT if is_transposed else value
+
+
+def _is_transpose(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is the transpose of a whole parameter, as the ``lora_A`` of an embedding is in files."""
+    base = tensor._base
+    return base is not None and base.dim() == 2 and tensor.shape == base.mT.shape and tensor.stride() == base.mT.stride()
 
 
 def _peft_tensors(part: Part, name: str) -> dict[str, Tensor]:

@@ -128,7 +128,7 @@ class LoraLinear(SharesInputs, LoraLayer):
         if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
             self._check_exportable()
         y = own_copy(self, self.base_layer(x, *args, **kwargs))
-        if is_sharded(weight := self.base_layer._parameters.get("weight")):
+        if is_sharded(weight := self.base_layer._parameters.get("weight")) and not is_fully_sharded(self.base_layer):
             for adapter in adapters:
                 y = add_update(self, y, x, weight, adapter, adapter.lora_dropout if self.training else 0.0)
             return y

@@ -130,6 +130,15 @@ def test_a_negative_alpha_subtracts_as_in_peft(tmp_path):
     torch.testing.assert_close(logits(trainable, IDS), logits(theirs, IDS))
 
 
+def test_a_negative_alpha_of_an_embedding_subtracts_as_in_peft(tmp_path):
+    base = llama().eval()
+    config = peft.LoraConfig(r=4, lora_alpha=-6, target_modules=["embed_tokens", "q_proj"])
+    theirs = trained(peft.get_peft_model(copy.deepcopy(base), config))
+    theirs.save_pretrained(tmp_path)
+    ours = load_adapter(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(logits(ours, IDS), logits(theirs, IDS))
+
+
 REMARKS = {
     "note": "for the demo",
     "_comment": ["by hand"],

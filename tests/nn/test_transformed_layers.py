@@ -73,7 +73,11 @@ class Pair:
         return functional_call(self.ours, values, (x,))
 
     def _their_function(self, values: dict[str, Tensor], x: Tensor) -> Tensor:
-        return functional_call(self.theirs, {self.peft_names[name]: value for name, value in values.items()}, (x,))
+        theirs = {}
+        for name, value in values.items():
+            key = self.peft_names[name]
+            theirs[key] = value.mT if "lora_embedding_A" in key else value
+        return functional_call(self.theirs, theirs, (x,))
 
 
 def loss_of(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
