@@ -17,7 +17,7 @@ from lora_ext._ops.refusal_texts import refusal_of_op
 
 # The exceptions that wrong arguments cause. Others are not explained: torch.utils.checkpoint, for example, stops a
 # recomputation by an exception of its own.
-UNEXPLAINED = (RuntimeError, TypeError, ValueError, AttributeError, ArithmeticError)
+UNEXPLAINED = (RuntimeError, TypeError, ValueError, AttributeError, ArithmeticError, LookupError)
 OUT_OF_MEMORY = "out of memory. "  # csrc/bindings/errors.h
 
 

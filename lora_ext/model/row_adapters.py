@@ -28,7 +28,6 @@ from lora_ext.nn.rows import (
     enter,
     first_rows,
     leave,
-    refuse_compiled,
     token_multiples,
 )
 
@@ -128,6 +127,8 @@ def take_adapter_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     adapters = adapter_set(module)
     if torch.compiler.is_compiling():
         if kwargs.get(_ARGUMENT) is not None or adapters.active.row_calls > 0:
+            from lora_ext.nn.compiled_rows import refuse_compiled
+
             refuse_compiled()
         return (args, _without_names(kwargs)) if _ARGUMENT in kwargs else None
     drop_interrupted()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils.checkpoint
@@ -112,7 +112,9 @@ def row_choice(active: ActiveAdapters) -> RowChoice | None:
     if torch.compiler.is_compiling():
         # Compiled code holds for all choices: it guards on whether some thread's rows choose, and then asks.
         if active.row_calls > 0:
-            _refuse_if_chosen(active)
+            from lora_ext.nn.compiled_rows import refuse_if_chosen
+
+            refuse_if_chosen(active)
         return None
     choice = chosen(active)
     if choice is not None and choice.has_gradients:
@@ -233,21 +235,7 @@ def _checkpointed(frame: FrameType) -> tuple[Any, str] | None:
 _CHECKPOINT = vars(torch.utils.checkpoint)
 _RECOMPUTE = _Recompute.__call__.__code__
 
-# --- compiled models --------------------------------------------------------------------------------------------------
-
-
-@torch.compiler.disable
-def _refuse_if_chosen(active: ActiveAdapters) -> None:
-    if chosen(active) is not None:
-        refuse_compiled()
-
-
-@torch.compiler.disable
-def refuse_compiled() -> NoReturn:
-    raise ValueError(
-        "adapter_names: a compiled model would be compiled again for every choice of adapters; call the model that is "
-        "not compiled (compiled._orig_mod), or generate(..., disable_compile=True)"
-    )
+# --- tensors row by row -----------------------------------------------------------------------------------------------
 
 
 def first_rows(values: Mapping[str, Any], main: str | None) -> tuple[str, Tensor] | None:

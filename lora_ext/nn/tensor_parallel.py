@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import _functional_collectives as collectives
 from torch.nn import functional as F
 
 from lora_ext import functional
@@ -123,12 +122,18 @@ def _split_tokens(
     )
 
 
+def _collective(name: str, *args) -> Tensor:
+    """Runs a collective, by its name, and waits for it. Whoever made the DTensors has loaded the module."""
+    collectives = torch.distributed._functional_collectives
+    return collectives.wait_tensor(getattr(collectives, name)(*args))
+
+
 class _Sum(torch.autograd.Function):
     """The sum over devices; its gradient is the same on all of them."""
 
     @staticmethod
     def forward(ctx, tensor: Tensor, group) -> Tensor:
-        return collectives.wait_tensor(collectives.all_reduce(tensor, "sum", group))
+        return _collective("all_reduce", tensor, "sum", group)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -145,7 +150,7 @@ class _SumOfGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return collectives.wait_tensor(collectives.all_reduce(grad.contiguous(), "sum", ctx.group)), None
+        return _collective("all_reduce", grad.contiguous(), "sum", ctx.group), None
 
 
 class _Gathered(torch.autograd.Function):
@@ -154,11 +159,11 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor: Tensor, dim: int, group) -> Tensor:
         ctx.dim, ctx.group = dim, group
-        return collectives.wait_tensor(collectives.all_gather_tensor(tensor, dim, group))
+        return _collective("all_gather_tensor", tensor, dim, group)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return collectives.wait_tensor(collectives.reduce_scatter_tensor(grad, "sum", ctx.dim, ctx.group)), None, None
+        return _collective("reduce_scatter_tensor", grad, "sum", ctx.dim, ctx.group), None, None
 
 
 class _Scattered(torch.autograd.Function):
@@ -167,8 +172,8 @@ class _Scattered(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor: Tensor, dim: int, group) -> Tensor:
         ctx.dim, ctx.group = dim, group
-        return collectives.wait_tensor(collectives.reduce_scatter_tensor(tensor, "sum", dim, group))
+        return _collective("reduce_scatter_tensor", tensor, "sum", dim, group)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return collectives.wait_tensor(collectives.all_gather_tensor(grad.contiguous(), ctx.dim, ctx.group)), None, None
+        return _collective("all_gather_tensor", grad.contiguous(), ctx.dim, ctx.group), None, None

@@ -59,10 +59,13 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
     return first.dtype == second.dtype and torch.equal(*bits)
 
 
-def _has_subnormals(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.bfloat16 and bool(
-        ((tensor != 0) & (tensor.abs() < torch.finfo(torch.bfloat16).tiny)).any()
-    )
+def _has_subnormals(before: Mapping[str, Any], computed_in: torch.dtype) -> bool:
+    """Whether bfloat16 products take elements for zeros: those of bfloat16, and those of float32 rounded for them."""
+    factors = tensors_in([value for name, value in before.items() if name.startswith("lora_")])
+    rounds = computed_in == torch.bfloat16 and all(factor.dtype == torch.bfloat16 for factor in factors)
+    dtypes = (torch.bfloat16, torch.float32) if rounds else (torch.bfloat16,)
+    tensors = [tensor for tensor in tensors_in(list(before.values())) if tensor.dtype in dtypes]
+    return any(((t != 0) & (t.abs() < torch.finfo(t.dtype).tiny)).any() for t in tensors)
 
 
 def share_memory(values: Sequence[Any]) -> bool:
@@ -150,7 +153,7 @@ def against_formula(
     """
     if any(tensor.is_meta for tensor in [*tensors_in(list(before.values())), *results]):
         raise CannotTell
-    if any(map(_has_subnormals, tensors_in(list(before.values())))):
+    if _has_subnormals(before, computed_in):
         raise CannotTell  # the processor's instruction for pairs of bfloat16 treats them as zeros
     if any(tensor.dtype not in FLOATING for tensor in results):
         raise WrongResult(f"results have dtypes {[tensor.dtype for tensor in results]}")

@@ -244,7 +244,7 @@ def delta_siblings_values(choices: Choices) -> dict[str, Value]:
 
 
 def check_delta_siblings(before, ys, after) -> None:
-    def formula(bases, x, lora_As, lora_Bs, scalings, dropout_p, seed):
+    def formula(bases, x, lora_As, lora_Bs, scalings, dropout_p=0.0, seed=None):
         layers = zip(bases, lora_As, lora_Bs, scalings, strict=True)
         return [base + reference.lora_delta(x, *layer, dropout_p, seed) for base, *layer in layers]
 

@@ -36,6 +36,11 @@ def _output_mask(choices: Choices, count: int) -> ListValue:
     return ListValue([literal(not choices.chance(30)) for _ in range(count)])
 
 
+def optional(choices: Choices, value: Value, wanted: bool) -> Value:
+    """An argument that the op reads only if it is ``wanted``."""
+    return value if wanted or choices.chance(50) else Source("None")
+
+
 def _backward_values(choices: Choices, has_weight: bool, num_layers: int | None) -> dict[str, Value]:
     dtype, factors = choices.pick(DTYPES)
     lead, size_in = tokens_shape(choices), choices.pick(SIZES)
@@ -46,20 +51,17 @@ def _backward_values(choices: Choices, has_weight: bool, num_layers: int | None)
     wants = [entry.text == "True" for entry in output_mask.entries]
     has_mask = p > 0
 
-    def optional(value: Value, wanted: bool) -> Value:
-        return value if wanted or choices.chance(50) else Source("None")
-
     def listed(name: str, values: list[Value]) -> dict[str, Value]:
         return {name: values[0]} if num_layers is None else {f"{name}s": ListValue(values)}
 
     return {
         **listed("grad_y", [tensor(choices, (*lead, out), dtype) for out, _ in layers]),
-        "x": optional(tensor(choices, (*lead, size_in), dtype), wants[1]),
+        "x": optional(choices, tensor(choices, (*lead, size_in), dtype), wants[1]),
         **(listed("weight", [tensor(choices, (out, size_in), dtype) for out, _ in layers]) if has_weight else {}),
         **listed("lora_A", [tensor(choices, (rank, size_in), factors) for _, rank in layers]),
         **listed("lora_B", [tensor(choices, (out, rank), factors) for out, rank in layers]),
-        "xa": optional(tensor(choices, (tokens, total), acc_name(dtype)), wants[2]),
-        "mask": optional(mask_value(choices, tokens, size_in), False)
+        "xa": optional(choices, tensor(choices, (tokens, total), acc_name(dtype)), wants[2]),
+        "mask": optional(choices, mask_value(choices, tokens, size_in), False)
         if not has_mask
         else mask_value(choices, tokens, size_in),
         **listed("scaling", [literal(choices.pick(SCALINGS)) for _ in layers]),
@@ -172,7 +174,7 @@ def lora_expand_backward(choices: Choices) -> Call:
     wants_B = output_mask.entries[1].text == "True"
     values = {
         "grad_y": tensor(choices, (*lead, size_out), dtype),
-        "xa": tensor(choices, (*lead, rank), acc_name(dtype)) if wants_B or choices.chance(50) else Source("None"),
+        "xa": optional(choices, tensor(choices, (*lead, rank), acc_name(dtype)), wants_B),
         "lora_B": tensor(choices, (size_out, rank), factors),
         "output_mask": output_mask,
     }

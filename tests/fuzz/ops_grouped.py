@@ -8,7 +8,7 @@ from .calls import Call, CannotTell
 from .choices import Choices
 from .compare import against_formula, rescale, tensors_in
 from .ops import DTYPES, PROBABILITIES, SCALINGS, SIZES, acc_name, count, dropout, maker, op, tokens_shape, with_history
-from .ops_backward import mask_value
+from .ops_backward import mask_value, optional
 from .values import ListValue, Source, Value, literal, tensor
 
 _RANKS = (2, 1, 3, 4, 0, 8, 17, 33)
@@ -67,13 +67,15 @@ def lora_grouped_backward(choices: Choices) -> Call:
     lead, size_in, size_out = tokens_shape(choices), choices.pick(SIZES), choices.pick(SIZES)
     p = choices.pick(PROBABILITIES) if choices.chance(40) else 0.0
     groups = _groups(choices, lead, (size_in, size_out), factors)
-    wanted = [not choices.chance(30) for _ in range(1 + 2 * len(groups["lora_As"].entries))]
+    entries = len(groups["lora_As"].entries)
+    wanted = [not choices.chance(30) for _ in range(1 + 2 * entries)]
+    wants_A, wants_B = any(wanted[1 : 1 + entries]), any(wanted[1 + entries :])
     most = max(entry.shape[-2] for entry in groups["lora_As"].entries)
     values = {
         "grad_y": tensor(choices, (*lead, size_out), dtype),
-        "x": tensor(choices, (*lead, size_in), dtype),
+        "x": optional(choices, tensor(choices, (*lead, size_in), dtype), wants_A),
         **groups,
-        "xa": tensor(choices, (count(lead), most), acc_name(dtype)),
+        "xa": optional(choices, tensor(choices, (count(lead), most), acc_name(dtype)), wants_B),
         "mask": mask_value(choices, count(lead), size_in) if p > 0 else Source("None"),
         "dropout_p": literal(p),
         "output_mask": ListValue([literal(is_wanted) for is_wanted in wanted]),
@@ -92,13 +94,15 @@ def lora_grouped_backward(choices: Choices) -> Call:
 
 
 def _backward_formula(grad_y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, xa, mask, dropout_p, output_mask):
-    """Computes the requested gradients in float64, a group at a time."""
-    size_in = lora_As[0].shape[-1]
-    rows, x = (t.reshape(count(t.shape[:-1]), t.shape[-1]) for t in (grad_y, x))
-    has_mask = reference.dropout_threshold(dropout_p) > 0
-    keep = reference.unpack_mask(mask, size_in).double() if has_mask else x.new_ones(x.shape)
+    """Computes the requested gradients in float64, a group at a time. The op reads only what these need."""
+    size_in, entries = lora_As[0].shape[-1], len(lora_As)
+    want_x, want_A, want_B = output_mask[0], any(output_mask[1 : 1 + entries]), any(output_mask[1 + entries :])
+    rows = grad_y.reshape(count(grad_y.shape[:-1]), grad_y.shape[-1])
+    has_mask = reference.dropout_threshold(dropout_p) > 0 and (want_x or want_A)
+    keep = reference.unpack_mask(mask, size_in).double() if has_mask else rows.new_ones(len(rows), size_in)
+    dropped = keep * x.reshape(len(rows), size_in) if want_A else None
     group_of = group_of_row.reshape(-1).repeat_interleave(len(rows) // max(group_of_row.numel(), 1))
-    grad_x = x.new_zeros(len(rows), size_in)
+    grad_x = rows.new_zeros(len(rows), size_in)
     grad_As, grad_Bs = ([factor.new_zeros(factor.shape) for factor in factors] for factors in (lora_As, lora_Bs))
     group = 0
     for A, B, grad_A, grad_B in zip(lora_As, lora_Bs, grad_As, grad_Bs, strict=True):
@@ -108,8 +112,10 @@ def _backward_formula(grad_y, x, lora_As, lora_Bs, group_of_row, scalings, ranks
             chosen = group_of == group
             grad_xa = scalings[group] * rescale(dropout_p) * (rows[chosen] @ B_g[:, :rank])
             grad_x[chosen] = keep[chosen] * (grad_xa @ A_g[:rank])
-            grad_A_g[:rank] = grad_xa.T @ (keep[chosen] * x[chosen])
-            grad_B_g[:, :rank] = rows[chosen].T @ xa[chosen][:, :rank]
+            if want_A:
+                grad_A_g[:rank] = grad_xa.T @ dropped[chosen]
+            if want_B:
+                grad_B_g[:, :rank] = rows[chosen].T @ xa[chosen][:, :rank]
             group += 1
     gradients = [grad_x.reshape(*grad_y.shape[:-1], size_in), *grad_As, *grad_Bs]
     return [gradient for gradient, is_wanted in zip(gradients, output_mask, strict=True) if is_wanted]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from support.groups import random_groups
-from support.layers import random_layer, random_siblings
+from support.layers import assert_errors_as_plain, random_layer, random_siblings
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
@@ -194,18 +194,20 @@ def test_outputs_under_transforms_have_the_dtypes_of_the_ops():
 
 def test_autocast_under_transforms_casts_as_the_op():
     layer = random_layer((6, 24, 20, 4))
+
+    def grad_A(f, layer):
+        x, weight, bias, lora_A, lora_B, scaling = layer.args()
+        loss = grad(lambda A: f(x, weight, bias, A, lora_B, scaling, 0.3, SEED).to(lora_A.dtype).square().sum())
+        return {"grad_A": loss(lora_A)}
+
     with torch.autocast(layer.x.device.type, dtype=torch.bfloat16):
         expected = functional.lora_linear(*layer.args(), 0.3, SEED)
         (y,) = vmap(lambda x: functional.lora_linear(x, *layer.args()[1:], 0.3, SEED))(layer.x[None])
-        grads = [
-            grad(lambda A, f=f: f(*layer.args()[:3], A, *layer.args()[4:], 0.3, SEED).float().square().sum())(
-                layer.lora_A
-            )
-            for f in (functional.lora_linear, reference.lora_linear)
-        ]
-    assert y.dtype == expected.dtype == torch.bfloat16 and grads[0].dtype == torch.float32
+        ours, plain = (grad_A(f, layer) for f in (functional.lora_linear, reference.lora_linear))
+    assert y.dtype == expected.dtype == torch.bfloat16 and ours["grad_A"].dtype == torch.float32
     torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
-    torch.testing.assert_close(*grads, rtol=5e-2, atol=5e-1)
+    exact = grad_A(reference.lora_linear, layer.to(torch.float64))
+    assert_errors_as_plain([(ours, exact, plain)], torch.bfloat16, torch.float32)
 
 
 def test_refusals_name_the_argument_under_transforms():

@@ -68,6 +68,7 @@ NO_TENSORS = {
     "int": 3,
     "str": "a",
     "list": [1.0, 2.0],
+    "dict": {1: 2},
     "array": np.ones((6, 24), dtype=np.float32),
     "bytes": b"a",
     "class": Tensor,

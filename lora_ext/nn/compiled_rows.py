@@ -1,0 +1,29 @@
+"""Refuses rows that choose their adapters in compiled code.
+
+Only compiled code imports this: ``torch.compiler.disable`` imports ``torch._dynamo``, which takes seconds and 70 MB.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+
+from lora_ext.nn.rows import chosen
+
+if TYPE_CHECKING:
+    from lora_ext.nn.layer import ActiveAdapters
+
+
+@torch.compiler.disable
+def refuse_if_chosen(active: ActiveAdapters) -> None:
+    if chosen(active) is not None:
+        refuse_compiled()
+
+
+@torch.compiler.disable
+def refuse_compiled() -> NoReturn:
+    raise ValueError(
+        "adapter_names: a compiled model would be compiled again for every choice of adapters; call the model that is "
+        "not compiled (compiled._orig_mod), or generate(..., disable_compile=True)"
+    )
