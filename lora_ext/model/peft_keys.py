@@ -43,7 +43,9 @@ def translate_peft_keys(
 def _is_transpose(tensor: Tensor) -> bool:
     """Whether ``tensor`` is the transpose of a whole parameter, as the ``lora_A`` of an embedding is in files."""
     base = tensor._base
-    return base is not None and base.dim() == 2 and tensor.shape == base.mT.shape and tensor.stride() == base.mT.stride()
+    return (
+        base is not None and base.dim() == 2 and tensor.shape == base.mT.shape and tensor.stride() == base.mT.stride()
+    )
 
 
 def _peft_tensors(part: Part, name: str) -> dict[str, Tensor]:
