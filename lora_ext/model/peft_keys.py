@@ -27,7 +27,9 @@ def translate_peft_keys(
     module: nn.Module, adapters: AdapterSet, own: dict[str, Tensor], state_dict: dict[str, Any], prefix: str
 ) -> None:
     """Renames PEFT's keys in ``state_dict`` to those of ``module``, in place; ``own`` is the state of ``module``."""
-    keys = {id(tensor): key for key, tensor in reversed(own.items())}
+    keys: dict[int, list[str]] = {}  # of tied parameters all
+    for key, tensor in own.items():
+        keys.setdefault(id(tensor), []).append(prefix + key)
     for name in adapters.configs:
         adapter = adapter_in(module, adapters, name)
         scaled = adapter.file_scales()  # in files only, where it makes up for a flaw in PEFT's forward
@@ -37,15 +39,15 @@ def translate_peft_keys(
                 ours = keys.get(id(tensor._base if is_transposed else tensor))
                 if ours is not None and prefix + theirs in state_dict and not scaled:
                     value = state_dict.pop(prefix + theirs)
-                    state_dict[prefix + ours] = value.mT if is_transposed else value
+                    state_dict.update(dict.fromkeys(ours, value.mT if is_transposed else value))
 
 
 def _is_transpose(tensor: Tensor) -> bool:
     """Whether ``tensor`` is the transpose of a whole parameter, as the ``lora_A`` of an embedding is in files."""
     base = tensor._base
-    return (
-        base is not None and base.dim() == 2 and tensor.shape == base.mT.shape and tensor.stride() == base.mT.stride()
-    )
+    if base is None or base.dim() != 2:
+        return False
+    return (tensor.shape, tensor.stride()) == (base.mT.shape, base.mT.stride())
 
 
 def _peft_tensors(part: Part, name: str) -> dict[str, Tensor]:

@@ -139,6 +139,18 @@ def test_a_negative_alpha_of_an_embedding_subtracts_as_in_peft(tmp_path):
     torch.testing.assert_close(logits(ours, IDS), logits(theirs, IDS))
 
 
+@pytest.mark.parametrize("width", [8, 6])  # of keys and values; with 6, query, key and value have separate weights
+def test_a_negative_alpha_of_an_attention_subtracts(width, tmp_path):
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2, kdim=width, vdim=width)})
+    inject(model, LoraConfig(r=2, lora_alpha=4, target_modules=["attention"], init_lora_weights=False))
+    expected = {name: -p if "lora_B" in name else p.clone() for name, p in model.named_parameters()}
+    save_adapter(model, tmp_path)
+    edit(tmp_path, lora_alpha=-4)
+    load_adapter(model, tmp_path)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+
+
 REMARKS = {
     "note": "for the demo",
     "_comment": ["by hand"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import peft
 import pytest
@@ -16,6 +17,10 @@ CASES = {
     "head": (bert, {"target_modules": ["query"], "modules_to_save": ["classifier"]}),
     "bias": (gpt2, {"target_modules": ["c_attn"], "lora_bias": True, "fan_in_fan_out": True}),
     "embedding": (llama, {"target_modules": ["embed_tokens"]}),
+    "tied": (
+        functools.partial(llama, tied=True),
+        {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+    ),
     "tokens": (llama, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 1]}),
 }
 
