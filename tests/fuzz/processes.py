@@ -102,7 +102,8 @@ class Worker:
     def _start(self) -> None:
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, [_TESTS, os.environ.get("PYTHONPATH", "")])),
+            # The working directory has the library of a sanitizer.
+            "PYTHONPATH": os.pathsep.join(filter(None, [_TESTS, os.getcwd(), os.environ.get("PYTHONPATH", "")])),
             "PYTHONFAULTHANDLER": "1",
             "FUZZ_FOLDER": self.folder,
             "OMP_WAIT_POLICY": "passive",
@@ -111,9 +112,9 @@ class Worker:
         }
         command = [sys.executable, "-m", "fuzz.worker", self.area]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  open as long as the process
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, env=environment
-        )
+        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
+        # Cases write to relative paths, too.
+        self._process = subprocess.Popen(command, **streams, env=environment, cwd=self.folder)
         self._unread = b""
         self._child = self._process.pid  # it imports
         self._wait_for_child()
