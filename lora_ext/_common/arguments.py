@@ -103,10 +103,11 @@ def _test(hint: Any) -> Test:
         key, entry = map(_test, arguments)
         return lambda value: isinstance(value, kind) and all(key(k) and entry(v) for k, v in value.items())
     entry = _test(arguments[0])
-    # A string is not a list of strings, a 0-dimensional array not a list. One-pass iterables are not read.
+    # A string is not a list of strings, bytes are no list of numbers, and a 0-dimensional array is not a list.
+    # One-pass iterables are not read.
     return lambda value: (
         isinstance(value, kind)
-        and not isinstance(value, str)
+        and not isinstance(value, (str, bytes, bytearray))
         and getattr(value, "ndim", 1) > 0
         and (not isinstance(value, collections.abc.Sized) or all(map(entry, value)))
     )

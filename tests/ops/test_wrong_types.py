@@ -147,3 +147,9 @@ def test_subclasses_go_on_working():
     for name in ("x", "weight", "lora_A"):
         result = functional.lora_linear(**call | {name: call[name].as_subclass(Named)})
         assert isinstance(result, Named) and torch.equal(result.as_subclass(Tensor), expected)
+
+
+def test_bytes_are_no_list_of_numbers():
+    call = good_calls()["lora_grouped_"] | {"scalings": b"\x01"}
+    with pytest.raises(TypeError, match="lora_grouped_: scalings is of type bytes, want a torch.Tensor or a list"):
+        functional.lora_grouped_(**call)
