@@ -217,6 +217,13 @@ struct GroupedRun {
   }
 };
 
+// An empty matrix may have no address, which memset must not get.
+void zero_rows(void* matrix, int64_t begin, int64_t end, int64_t row_bytes) {
+  if (row_bytes > 0) {
+    std::memset(static_cast<char*>(matrix) + begin * row_bytes, 0, static_cast<size_t>((end - begin) * row_bytes));
+  }
+}
+
 // Calls f(begin, end) for runs of consecutive rows among those that no adapter changes.
 template <class F>
 void for_each_skipped_run(const SortedRows& sorted, const F& f) {
@@ -240,8 +247,7 @@ std::tuple<Tensor, Tensor> lora_grouped_(const Tensor& y, const Tensor& x, const
   const DType acc = accumulation_dtype(p.dtype);
   GroupedRun run(sorted, acc, {});
   for_each_skipped_run(sorted, [&](int64_t begin, int64_t end) {
-    const int64_t row_bytes = p.max_rank * dtype_size(acc);
-    std::memset(static_cast<char*>(p.xa) + begin * row_bytes, 0, static_cast<size_t>((end - begin) * row_bytes));
+    zero_rows(p.xa, begin, end, p.max_rank * dtype_size(acc));
     if (p.threshold > 0) {
       run.kernels.dropout_mask(static_cast<uint64_t>(*p.seed), p.threshold, p.in_features, begin, end, p.mask);
     }
@@ -300,10 +306,7 @@ std::tuple<std::optional<Tensor>, std::vector<Tensor>, std::vector<Tensor>> lora
     GroupedRun run(sorted, acc, sums);
     if (p.wants_grad_x) {
       const int64_t row_bytes = p.in_features * dtype_size(p.dtype);
-      for_each_skipped_run(sorted, [&](int64_t begin, int64_t end) {
-        std::memset(static_cast<char*>(p.grad_x) + begin * row_bytes, 0,
-                    static_cast<size_t>((end - begin) * row_bytes));
-      });
+      for_each_skipped_run(sorted, [&](int64_t begin, int64_t end) { zero_rows(p.grad_x, begin, end, row_bytes); });
     }
     run.for_each_item(sorted, [&](const Item& item, const GroupRows& rows, const GroupedScratch& scratch) {
       const LoraGroup& group = sorted.groups[item.group];
