@@ -1,4 +1,4 @@
-"""What do adapters of a mixture's experts (target_parameters) cost, in time and memory, here and in PEFT?
+"""Compares time and memory of adapters of a mixture's experts (target_parameters), here and in PEFT.
 
     python benchmarks/bench_experts.py [--experts 128] [--tokens 2048] [--implementation grouped_mm] [--dtype float32]
 

@@ -1,4 +1,4 @@
-"""What does a model cost whose rows name their adapters?
+"""Measures a model whose rows name their adapters, against one adapter, the bare model and PEFT.
 
     python benchmarks/bench_rows.py [--cases 32x1,32x32] [--adapters 32] [--hidden 1024] [--blocks 4] [--write]
 

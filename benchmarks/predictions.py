@@ -1,4 +1,4 @@
-"""What should layers with adapters cost on a GPU? Predicted from bytes, products and launches, not measured.
+"""Predicts what layers with adapters cost on a GPU, from bytes, products and launches; nothing is measured.
 
     python benchmarks/predictions.py [--write]      # prints the tables of docs/performance.md, or writes them
 

@@ -7,7 +7,7 @@ namespace lora_ext::cuda {
 
 struct GpuStream {
   cudaStream_t stream;
-  // Of the GPU, or of its MIG slice. Plans cut the work into pieces for this many multiprocessors, and the order of
+  // The GPU's, or its MIG slice's. Plans cut the work into pieces for this many multiprocessors, and the order of
   // sums follows the pieces: results are the same bits on every run on one kind of GPU.
   int multiprocessors;
   // Kernels may start before the launch before them has ended (launch.cuh). Only if they were compiled for sm_90 or

@@ -34,7 +34,7 @@ struct MergeTraits {
   static constexpr int kWarpRows = sizeof(T) == 2 ? 4 : 2;  // a lane keeps their updates and elements in registers
   static constexpr int kTileRows = kWarps * kWarpRows;
   static constexpr int kRankTile = 16;
-  // Of lora_B's tile: 16 lanes write one row's ranks to different banks, and a warp's rows stay one aligned vector.
+  // Pads lora_B's tile: 16 lanes write one row's ranks to different banks, and a warp's rows stay one aligned vector.
   static constexpr int kPitchB = kTileRows + kWarpRows;
   static constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;  // per multiprocessor: 255 registers per thread, or 128
 };

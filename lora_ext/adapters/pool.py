@@ -29,7 +29,7 @@ from lora_ext.nn.rows import BASE
 
 @dataclasses.dataclass(frozen=True)
 class PoolStats:
-    """What a pool holds now, and what it has done.
+    """The adapters that a pool holds, and counts of its work.
 
     Attributes:
         slots: how many adapters it can hold.
@@ -261,7 +261,7 @@ class AdapterPool:
         return True
 
     def stats(self) -> PoolStats:
-        """What the pool holds and has done."""
+        """Returns the adapters that the pool holds, and counts of its work."""
         table = self._table
         with table.changed, self._lock:
             entries = table.entries.values()

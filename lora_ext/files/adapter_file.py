@@ -171,6 +171,31 @@ class Tensors(Protocol):
     def __contains__(self, key: str) -> bool: ...
 
 
+class TensorsView:
+    """Shows the tensors of ``file``, some of them with another shape and other values, as :class:`Tensors`.
+
+    Subclasses define ``tensor``.
+    """
+
+    def __init__(self, file: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.path, self.metadata, self._file, self._shapes = file.path, file.metadata, file, shapes
+
+    def keys(self) -> list[str]:
+        return self._file.keys()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._file
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._shapes.get(key) or self._file.shape(key)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._file.dtype(key)
+
+    def release(self) -> None:
+        self._file.release()
+
+
 class ShardedTensors:
     """The tensors of several files with an index, as :class:`Tensors`.
 

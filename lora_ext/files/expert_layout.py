@@ -16,11 +16,10 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from lora_ext._common.printable import listed, shown
-from lora_ext.files.adapter_file import CONFIG_FILE, KEY_PREFIX, AdapterFile, Tensors
+from lora_ext.files.adapter_file import CONFIG_FILE, KEY_PREFIX, AdapterFile, Tensors, TensorsView
 from lora_ext.model.adapter_set import Adapter
 from lora_ext.nn.adapter import LoraAdapter
 from lora_ext.nn.parameter import LoraParameter
@@ -130,30 +129,19 @@ def _parsed(version: object) -> tuple[int, int, int, int] | None:
     return None if found is None else (*map(int, found.groups()[:3]), int(found[4] is None))
 
 
-class _Exchanged:
+class _Exchanged(TensorsView):
     """A view of ``file`` with the factors of some experts exchanged."""
 
     def __init__(self, file: Tensors, pairs: list[_Pair]) -> None:
-        self.path, self.metadata, self._file = file.path, file.metadata, file
-        self._shapes, self._sources = {}, {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        super().__init__(file, shapes)
+        self._sources = {}
         for pair in pairs:
-            self._shapes |= dict(zip((pair.key_A, pair.key_B), pair.shapes, strict=True))
+            shapes |= dict(zip((pair.key_A, pair.key_B), pair.shapes, strict=True))
             self._sources |= {
                 pair.key_A: (pair.key_B, pair.adapter.r, True),
                 pair.key_B: (pair.key_A, pair.adapter.r, False),
             }
-
-    def keys(self) -> list[str]:
-        return self._file.keys()
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._file
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return self._shapes.get(key) or self._file.shape(key)
-
-    def dtype(self, key: str) -> torch.dtype:
-        return self._file.dtype(key)
 
     def tensor(self, key: str) -> Tensor:
         if key not in self._sources:
@@ -163,6 +151,3 @@ class _Exchanged:
         if is_A:  # lora_A concatenates the experts' ranks, lora_B interleaves them
             return tensor.unflatten(1, (r, -1)).permute(2, 1, 0).flatten(0, 1)
         return tensor.unflatten(0, (-1, r)).permute(2, 1, 0).flatten(1)
-
-    def release(self) -> None:
-        self._file.release()

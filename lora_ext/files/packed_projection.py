@@ -13,13 +13,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lora_ext._common.printable import shown
 from lora_ext._ops.checks import FLOATING
 from lora_ext.config import exact_patterns
-from lora_ext.files.adapter_file import KEY_PREFIX, LARGEST_CONFIG, AdapterFile, Tensors
+from lora_ext.files.adapter_file import KEY_PREFIX, LARGEST_CONFIG, AdapterFile, Tensors, TensorsView
 from lora_ext.files.untrusted_json import parse_json_object
 from lora_ext.model.adapter_set import Adapter
 from lora_ext.nn import LoraLayer
@@ -87,16 +86,14 @@ def from_peft_form(file: AdapterFile, caller: str) -> AdapterFile:
         raise ValueError(f"{prefix} do not match it: {error}") from error
 
 
-class _Blocks:
+class _Blocks(TensorsView):
     """A view of ``file`` that shows block-diagonal tensors as their blocks."""
 
     def __init__(self, file: Tensors, blocks: Mapping[str, Any]) -> None:
         """Checks the blocks. ValueError: they do not match the tensors."""
-        self.path = file.path
-        self.metadata = file.metadata
-        self._file = file
+        shapes: dict[str, tuple[int, ...]] = {}
+        super().__init__(file, shapes)
         self._blocks = blocks
-        self._shapes = {}
         for key, enabled in blocks.items():
             if key not in file:
                 raise ValueError(f"the file has no tensor {shown(key)}")
@@ -109,30 +106,15 @@ class _Blocks:
             if len(shape) != 2 or 0 in shape or shape[0] % len(enabled) or shape[1] % num_enabled:
                 raise ValueError(f"{key} has shape {list(shape)}, which does not divide into blocks {shown(enabled)}")
             rows, cols = shape
-            self._shapes[key] = rows // len(enabled) * num_enabled, cols // num_enabled
+            shapes[key] = rows // len(enabled) * num_enabled, cols // num_enabled
             try:
                 gather_blocks(file.tensor(key), enabled)
             except ValueError as error:
                 raise ValueError(f"{key}: {error} {shown(enabled)}") from error
 
-    def keys(self) -> list[str]:
-        return self._file.keys()
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._file
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return self._shapes.get(key) or self._file.shape(key)
-
-    def dtype(self, key: str) -> torch.dtype:
-        return self._file.dtype(key)
-
     def tensor(self, key: str) -> Tensor:
         tensor = self._file.tensor(key)
         return gather_blocks(tensor, self._blocks[key]) if key in self._blocks else tensor
-
-    def release(self) -> None:
-        self._file.release()
 
 
 def _plain(value: Any) -> Any:

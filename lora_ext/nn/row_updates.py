@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from lora_ext import functional
+from lora_ext._ops import grouped
 from lora_ext.nn.rows import RowChoice
-
-HAS_KERNELS = frozenset({"cpu"})
-"""The devices that ``lora_grouped_`` runs on."""
 
 
 class RowUpdate(NamedTuple):
@@ -51,7 +49,7 @@ def add_chosen(
     for (dropout_p, _), held in alike.items():
         groups = choice.groups(tuple(held), times, y.device)
         seed = seeds(dropout_p) if seeds is not None and dropout_p else None
-        if y.device.type in HAS_KERNELS:
+        if y.device.type in grouped.DEVICES:
             lora_As, lora_Bs, scalings, *_ = zip(*held.values(), strict=True)
             y = functional.lora_grouped_(y, x, lora_As, lora_Bs, groups, scalings, None, dropout_p, seed)
         else:

@@ -66,7 +66,7 @@ class Operands(NamedTuple):
         return scaled if self.bias is None else self.bias + scaled
 
     def base_output(self, x: Tensor) -> Tensor:
-        """What the quantised base layer returns, plus the adapter's bias."""
+        """Returns the quantised base layer's output plus the adapter's bias."""
         y = self.quantized(x)
         return y if self.lora_bias is None else y + (self.scaling * self.lora_bias).to(y.dtype)
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lora_ext import functional
+from lora_ext._ops import grouped
 from lora_ext._ops.checks import FLOATING
-from lora_ext.nn import row_updates
 from lora_ext.nn.row_updates import RowUpdate, add_chosen
 from lora_ext.nn.rows import RowChoice
 
@@ -53,7 +53,7 @@ class LayerSlots:
 
     def add_chosen(self, y: Tensor, x: Tensor, choice: RowChoice, times: int) -> Tensor:
         """As :func:`lora_ext.nn.row_updates.add_chosen`, for the slots that the rows have chosen."""
-        if y.device.type not in row_updates.HAS_KERNELS:
+        if y.device.type not in grouped.DEVICES:
             updates = {name: self._update(slot) for name, slot in choice.slots.items() if self.ranks[slot] > 0}
             return add_chosen(y, x, choice, updates, times)
         groups = choice.slot_of_row(times, y.device)

@@ -18,8 +18,8 @@ from support.models import Net, llama, refused, token_ids
 from torch import Tensor, nn
 
 from lora_ext import AdapterPool, LoraConfig, inject, load_adapter, save_adapter, set_adapter
+from lora_ext._ops import grouped
 from lora_ext.adapters import adapter_names, delete_adapter, rename_adapter, unload
-from lora_ext.nn import row_updates
 from lora_ext.nn.rows import _current
 
 TARGETS = ["up", "head"]
@@ -364,7 +364,7 @@ def test_devices_without_the_op(base, root, monkeypatch):
     model, x = copy.deepcopy(base), torch.randn(4, 6)
     pool_of(model, root, 4)
     expected = model(x, adapter_names=NAMES[:4])
-    monkeypatch.setattr(row_updates, "HAS_KERNELS", frozenset())
+    monkeypatch.setattr(grouped, "DEVICES", frozenset())
     torch.testing.assert_close(model(x, adapter_names=NAMES[:4]), expected)
 
 
