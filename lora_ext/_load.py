@@ -107,15 +107,10 @@ def refusals() -> dict[str, tuple[str, str]]:
     return {name: (error, text) for name, error, text in lines}
 
 
-_CPU_ONLY = ("lora_grouped_",)  # ops without CUDA kernels, by their functions
-
-
 def check_kernels_exist(op: str, device: torch.device) -> None:
     """Raises RuntimeError, with the reason, if there are no kernels for tensors on ``device``."""
     if device.type == "cuda" and cuda_unavailable_reason:
         raise RuntimeError(f"{op}: tensors are on {device}, but there are no CUDA kernels: {cuda_unavailable_reason}")
-    if device.type == "cuda" and op in _CPU_ONLY:
-        raise RuntimeError(f"{op}: tensors are on {device}, but this op has kernels for cpu only")
     if device.type not in ("cpu", "cuda", "meta"):
         raise RuntimeError(f"{op}: tensors are on {device}, but there are kernels for cpu and cuda only")
 

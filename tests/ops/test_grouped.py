@@ -11,7 +11,7 @@ from torch.autograd import gradcheck
 
 from lora_ext import functional, reference
 
-pytestmark = pytest.mark.cpu_only("lora_grouped_ has no CUDA kernels yet")
+of_delta = pytest.mark.cpu_only("only the CPU's kernels sum as lora_delta_ does")
 
 SEED = torch.tensor(0x1234_5678_9ABC_DEF0 >> 1)
 DOUBLE = (torch.float64, torch.float64)
@@ -96,6 +96,7 @@ def test_gradcheck():
 # --- the bits of lora_delta_ ------------------------------------------------------------------------------------------
 
 
+@of_delta
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
 def test_rows_have_the_bits_of_lora_delta(dtypes, dropout_p):
@@ -115,6 +116,7 @@ def test_rows_have_the_bits_of_lora_delta(dtypes, dropout_p):
     assert torch.equal(found["y"][rows], case.y[rows]) and not found["grad_x"][rows].any()
 
 
+@of_delta
 @pytest.mark.parametrize("dtypes", DTYPES[:5], ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
 def test_gradients_of_factors_of_few_rows_have_the_bits_of_lora_delta(dtypes):
     case = random_groups(90, (130, 70), [8, 17, 3], dtypes, groups=torch.arange(90) % 3)
@@ -135,6 +137,7 @@ def test_the_mask_is_that_of_all_rows():
     assert torch.equal(*keep)
 
 
+@pytest.mark.cpu_only("about threads of the CPU's kernels")
 def test_the_same_bits_with_any_number_of_threads():
     case = random_groups(900, (70, 40), [5, (2, 3)], groups=torch.arange(900) // 450)
     found = []

@@ -1,5 +1,6 @@
-// Exports the kernels' launch functions (csrc/cuda/launch.h, merge.h) to Python. To add one: a line here and a function
-// in ops.py.
+// Exports the kernels' launch functions (csrc/cuda/launch.h, grouped.h, merge.h) to Python. To add one: a line here and
+// a function in ops.py.
+#include "../../csrc/cuda/grouped.h"
 #include "../../csrc/cuda/launch.h"
 #include "../../csrc/cuda/merge.h"
 
@@ -37,3 +38,17 @@ EXPORT void run_merge(int mode, const MergeParams* p, const MergeLayer* layers, 
                       int multiprocessors) {
   launch_merge(static_cast<MergeMode>(mode), *p, {layers, layers + num_layers}, stream_of(multiprocessors));
 }
+
+// entries [num_entries]
+#define EXPORT_GROUPED(Params)                                                                                         \
+  EXPORT int64_t workspace_bytes_##Params(const Params* p, const GroupedRows* rows, const GroupedEntry* entries,       \
+                                          int64_t num_entries, int multiprocessors) {                                  \
+    return grouped_workspace_bytes(*p, *rows, {entries, entries + num_entries}, stream_of(multiprocessors));           \
+  }                                                                                                                    \
+  EXPORT void run_##Params(const Params* p, const GroupedRows* rows, const GroupedEntry* entries, int64_t num_entries, \
+                           void* workspace, int multiprocessors) {                                                     \
+    launch_grouped(*p, *rows, {entries, entries + num_entries}, workspace, stream_of(multiprocessors));                \
+  }
+
+EXPORT_GROUPED(LoraGroupedForwardParams)
+EXPORT_GROUPED(LoraGroupedBackwardParams)

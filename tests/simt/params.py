@@ -12,7 +12,13 @@ from pathlib import Path
 
 from .build import ROOT
 
-HEADERS = ["csrc/common/dtype.h", "csrc/common/params.h", "csrc/common/merge_params.h", "csrc/cuda/launch.h"]
+HEADERS = [
+    "csrc/common/dtype.h",
+    "csrc/common/params.h",
+    "csrc/common/merge_params.h",
+    "csrc/cuda/launch.h",
+    "csrc/cuda/grouped.h",
+]
 NAMESPACES = ["lora_ext", "lora_ext::cuda"]
 
 SCALARS = {

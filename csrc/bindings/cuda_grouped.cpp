@@ -1,0 +1,110 @@
+// lora_grouped_ and its backward on CUDA. csrc/schemas.h has the schemas, csrc/cuda/grouped.h the kernels' interface.
+#include <tuple>
+
+#include <torch/csrc/stable/library.h>
+
+#include "../cuda/grouped.h"
+#include "cuda_stream.h"
+#include "grouped_call.h"
+#include "op.h"
+
+namespace lora_ext::cuda {
+namespace {
+
+// Which row has which group, with the tensors that hold it.
+struct Choice {
+  Tensor group_of_row, scalings;
+  std::optional<Tensor> ranks;
+  GroupedRows rows;
+
+  Choice(const Groups& groups, const Tensor& group_of, const Tensor& all_scalings,
+         const std::optional<Tensor>& all_ranks, int64_t num_tokens, double rescale)
+      : group_of_row(as_contiguous(group_of)), scalings(as_contiguous(all_scalings)) {
+    if (all_ranks) ranks = as_contiguous(*all_ranks);
+    if (num_tokens > kMostGroupedRows) fail("there are ", num_tokens, " rows, want at most ", kMostGroupedRows);
+    const int64_t num_entries = group_of_row.numel();
+    rows = {.num_tokens = num_tokens,
+            .num_groups = groups.num_groups,
+            .num_entries = num_entries,
+            .rows_per_entry = num_entries > 0 ? num_tokens / num_entries : 0,
+            .group_of_row = static_cast<const int64_t*>(group_of_row.const_data_ptr()),
+            .scalings = static_cast<const double*>(scalings.const_data_ptr()),
+            .ranks = ranks ? static_cast<const int64_t*>(ranks->const_data_ptr()) : nullptr,
+            .rescale = rescale,
+            .has_ranks = ranks.has_value()};
+  }
+};
+
+std::vector<GroupedEntry> list_entries(const Groups& groups) {
+  std::vector<GroupedEntry> entries;
+  entries.reserve(groups.entries.size());
+  const auto slot_stride = [](const Tensor& factor) { return factor.dim() == 3 ? factor.stride(0) : 0; };
+  for (const GroupEntry& entry : groups.entries) {
+    entries.push_back({.first_group = entry.first_group,
+                       .rank = entry.rank,
+                       .lora_A = entry.lora_A.const_data_ptr(),
+                       .lora_B = entry.lora_B.const_data_ptr(),
+                       .A_slot_stride = slot_stride(entry.lora_A),
+                       .B_slot_stride = slot_stride(entry.lora_B),
+                       .A_stride = entry.lora_A.stride(entry.lora_A.dim() - 2),
+                       .B_stride = entry.lora_B.stride(entry.lora_B.dim() - 2)});
+  }
+  return entries;
+}
+
+template <class Params>
+void run(const Params& params, const GroupedRows& rows, const std::vector<GroupedEntry>& entries, const Tensor& like) {
+  const GpuStream stream = current_stream(like);
+  const Tensor workspace = empty_bytes({grouped_workspace_bytes(params, rows, entries, stream)}, like);
+  launch_grouped(params, rows, entries, workspace.mutable_data_ptr(), stream);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+std::tuple<Tensor, Tensor> lora_grouped_(const Tensor& y, const Tensor& x, const std::vector<Tensor>& lora_As,
+                                         const std::vector<Tensor>& lora_Bs, const Tensor& group_of_row,
+                                         const Tensor& scalings, const std::optional<Tensor>& ranks, double dropout_p,
+                                         const std::optional<Tensor>& seed) {
+  const DeviceGuard guard(y.get_device_index());
+  GroupedForwardCall call =
+      prepare_grouped_forward(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, dropout_p, seed);
+  const Choice choice(call.groups, group_of_row, scalings, ranks, call.num_tokens,
+                      dropout_rescale(call.params.threshold));
+  if (call.num_tokens > 0) run(call.params, choice.rows, list_entries(call.groups), y);
+  return {std::move(call.xa), std::move(call.mask)};
+}
+
+std::tuple<std::optional<Tensor>, std::vector<Tensor>, std::vector<Tensor>> lora_grouped_backward(
+    const Tensor& grad_y, const std::optional<Tensor>& x, const std::vector<Tensor>& lora_As,
+    const std::vector<Tensor>& lora_Bs, const Tensor& group_of_row, const Tensor& scalings,
+    const std::optional<Tensor>& ranks, const std::optional<Tensor>& xa, const std::optional<Tensor>& mask,
+    double dropout_p, const std::vector<bool>& output_mask) {
+  const DeviceGuard guard(grad_y.get_device_index());
+  GroupedBackwardCall call = prepare_grouped_backward(grad_y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, xa,
+                                                      mask, dropout_p, output_mask);
+  if (call.num_tokens == 0) {
+    for (Tensor& grad : call.grad_lora_As) torch::stable::zero_(grad);
+    for (Tensor& grad : call.grad_lora_Bs) torch::stable::zero_(grad);
+  } else if (!call.has_nothing_to_write()) {
+    const Choice choice(call.groups, group_of_row, scalings, ranks, call.num_tokens,
+                        dropout_rescale(dropout_threshold(dropout_p)));
+    std::vector<GroupedEntry> entries = list_entries(call.groups);
+    for (size_t i = 0; i < entries.size(); ++i) {
+      const auto assign = [&](const std::vector<Tensor>& gradients, int place, void*& address, bool& is_wanted) {
+        is_wanted = place >= 0;
+        if (is_wanted) address = gradients[static_cast<size_t>(place)].mutable_data_ptr();
+      };
+      assign(call.grad_lora_As, call.A_index[i], entries[i].grad_lora_A, entries[i].wants_grad_A);
+      assign(call.grad_lora_Bs, call.B_index[i], entries[i].grad_lora_B, entries[i].wants_grad_B);
+    }
+    run(call.params, choice.rows, entries, grad_y);
+  }
+  return {std::move(call.grad_x), std::move(call.grad_lora_As), std::move(call.grad_lora_Bs)};
+}
+
+}  // namespace
+}  // namespace lora_ext::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(lora_ext, CUDA, m) {
+  lora_ext::register_op<lora_ext::schemas::kLoraGrouped, &lora_ext::cuda::lora_grouped_>(m);
+  lora_ext::register_op<lora_ext::schemas::kLoraGroupedBackward, &lora_ext::cuda::lora_grouped_backward>(m);
+}

@@ -1,0 +1,142 @@
+// expand of rows that choose their factors, on tensor cores: expand.cuh has the formula. As in mma/expand.cuh, the
+// small operand and the factor are sums of bfloat16 parts: one of bfloat16, two of float16.
+//
+// A block has a tile of rows of one group and 128 columns; a warp has 16 rows and 64 columns. The sums go through
+// shared memory, so that a row's neighbouring columns are written together.
+#pragma once
+
+#include "../launch.cuh"
+#include "../mma/expand_output.cuh"
+#include "../mma/fragments.cuh"
+#include "gathered_tile.cuh"
+#include "params.cuh"
+
+namespace lora_ext::cuda::grouped {
+
+// Adds the products of two operands in bfloat16 parts; `right` is for two products (mma/fragments.cuh).
+template <int kParts>
+__device__ __forceinline__ void multiply_parts(float (&sum)[2][4], const uint32_t (&left)[kParts][4],
+                                               const uint32_t (&right)[kParts][4]) {
+#pragma unroll
+  for (int i = kParts - 1; i >= 0; --i) {
+#pragma unroll
+    for (int j = kParts - 1 - i; j >= 0; --j) {
+      ptx::mma_bf16(sum[0], left[i], right[j][0], right[j][1]);
+      ptx::mma_bf16(sum[1], left[i], right[j][2], right[j][3]);
+    }
+  }
+}
+
+template <bool kBackward>
+struct ExpandMmaTraits {
+  static constexpr int kThreads = 256, kRows = static_cast<int>(kTileRows), kColumns = 128, kRanks = 16;
+  static constexpr int kFactorChunks = kRanks * kColumns / mma::kChunk, kPitch = kColumns + 4;
+  using FactorTile = std::conditional_t<kBackward, GatheredTile<kRanks, kColumns, kThreads>,  // lora_A [rank, columns]
+                                        GatheredTile<kColumns, kRanks, kThreads>>;            // lora_B [columns, rank]
+  static constexpr uint32_t kSharedBytes =
+      shared_bytes_of(2 * kFactorChunks * 16) + shared_bytes_of(kRows * kPitch * 4) + shared_bytes_of(kRows * 8);
+};
+
+template <class T, bool kBackward>
+__global__ void __launch_bounds__(ExpandMmaTraits<kBackward>::kThreads, 2)
+    grouped_expand_mma_kernel(const __grid_constant__ ExpandParams<float> p) {
+  ptx::wait_for_earlier_launches();
+  using Traits = ExpandMmaTraits<kBackward>;
+  constexpr int kParts = mma::kTokenParts<T>, kRanks = Traits::kRanks, kColumns = Traits::kColumns;
+  SharedMemory shared;
+  uint4* factor_tiles = shared.take<uint4>(2 * Traits::kFactorChunks, "factor_tiles");
+  float* update = shared.take<float>(Traits::kRows * Traits::kPitch, "update");  // [row][column]
+  int64_t* rows = shared.take<int64_t>(Traits::kRows, "rows");
+
+  const RowsOfTile tile = rows_of_tile(p.index, p.index.group_of_tile, blockIdx.x / p.column_tiles, kTileRows);
+  if (tile.count <= 0) return;
+  const Group<float> group = find_group<float>(p.table, tile.group, p.factor_dtype);
+  if (!kBackward && group.rank == 0 && group.added == 0.0f) return;
+  const int64_t column0 = blockIdx.x % p.column_tiles * kColumns;
+  const T* factor = static_cast<const T*>(kBackward ? group.lora_A : group.lora_B);
+  const int64_t factor_stride = kBackward ? group.A_stride : group.B_stride;
+  const bool factor_aligned = has_aligned_eights(factor, factor_stride);
+  const auto copy = [&](int64_t rank0, int stage) {
+    if (rank0 < group.rank) {
+      const int64_t row0 = kBackward ? rank0 : column0, row_end = kBackward ? group.rank : p.columns;
+      Traits::FactorTile::copy(factor_tiles + stage * Traits::kFactorChunks, factor, factor_aligned,
+                               kBackward ? column0 : rank0, kBackward ? p.columns : group.rank, [&](int row) {
+                                 return row0 + row < row_end ? (row0 + row) * factor_stride : int64_t{-1};
+                               });
+    }
+    ptx::cp_async_commit();
+  };
+  copy(0, 0);
+  load_rows(rows, p.index, tile);
+  __syncthreads();
+
+  const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32, row_group = warp % 4, half = warp / 4;
+  const int lane_row = static_cast<int>(row_group * 16 + lane / 4);
+  const bool has_rows = static_cast<int>(row_group) * 16 < tile.count;
+  const float* small_rows[2];  // of rows lane_row and lane_row + 8
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    small_rows[i] = lane_row + 8 * i < tile.count ? p.small + rows[lane_row + 8 * i] * p.max_rank : nullptr;
+  }
+  float sums[kColumns / 32][2][4] = {};  // [16 rows, 8 columns] each
+  int stage = 0;
+  for (int64_t rank0 = 0; rank0 < group.rank; rank0 += kRanks) {
+    uint32_t small[kParts][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t rank = rank0 + i / 2 * 8 + lane % 4 * 2;
+      const float* from = small_rows[i % 2];
+      const float first = from != nullptr && rank < group.rank ? from[rank] : 0.0f;
+      const float second = from != nullptr && rank + 1 < group.rank ? from[rank + 1] : 0.0f;
+      uint32_t part[kParts];
+      mma::split_pair(make_float2(first, second), part);
+#pragma unroll
+      for (int j = 0; j < kParts; ++j) small[j][i] = part[j];
+    }
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // this tile is complete, the other one is free
+    copy(rank0 + kRanks, stage ^ 1);
+    if (has_rows) {
+      const uint4* factor_tile = factor_tiles + stage * Traits::kFactorChunks;
+      constexpr int kColumnChunks = kColumns / mma::kChunk, kRankChunks = kRanks / mma::kChunk;
+      const uint32_t address = kBackward ? mma::left_address<kColumnChunks>(factor_tile, lane)
+                                         : mma::right_address<kRankChunks>(factor_tile, lane);
+#pragma unroll
+      for (unsigned n = 0; n < kColumns / 32; ++n) {
+        const unsigned column = half * (kColumns / 2) + n * 16;
+        uint32_t b[4], parts[kParts][4];
+        if constexpr (kBackward) {
+          ptx::ldmatrix_x4_transposed(b, mma::operand_at<kColumnChunks>(address, 0, column / mma::kChunk));
+        } else {
+          ptx::ldmatrix_x4(b, mma::operand_at<kRankChunks>(address, column, 0));
+        }
+        mma::split_fragment<T>(b, parts);
+        multiply_parts<kParts>(sums[n], small, parts);
+      }
+    }
+    stage ^= 1;
+  }
+  ptx::cp_async_wait<0>();
+
+#pragma unroll
+  for (int n = 0; n < kColumns / 16; ++n) {
+    const float (&sum)[4] = sums[n / 2][n % 2];
+    float* to = update + lane_row * Traits::kPitch + half * (kColumns / 2) + n * 8 + lane % 4 * 2;
+    *reinterpret_cast<float2*>(to) = make_float2(sum[0], sum[1]);
+    *reinterpret_cast<float2*>(to + 8 * Traits::kPitch) = make_float2(sum[2], sum[3]);
+  }
+  __syncthreads();
+  constexpr int kRowEights = kColumns / kEight;
+#pragma unroll 2
+  for (int i = static_cast<int>(threadIdx.x); i < tile.count * kRowEights; i += Traits::kThreads) {
+    const int row = i / kRowEights, column = i % kRowEights * kEight;
+    const int inside = eight_inside(column0 + column, p.columns);
+    if (inside == 0) continue;
+    Eight<float> result;
+#pragma unroll
+    for (int e = 0; e < kEight; ++e) result.v[e] = update[row * Traits::kPitch + column + e];
+    finish_eight<kBackward>(p, group, rows[row], column0 + column, inside, result);
+  }
+}
+
+}  // namespace lora_ext::cuda::grouped

@@ -1,0 +1,81 @@
+// From a group's number to its factors, rank and scaling, on the device.
+//
+// The first entries of the lists travel with a kernel's parameters: a pool's stacks, or some tens of adapters. Longer
+// lists are written to the workspace, by launches that carry their entries in the same way: a graph that captured them
+// holds no address of host memory.
+#pragma once
+
+#include "../grouped.h"
+#include "eights.cuh"
+
+namespace lora_ext::cuda::grouped {
+
+constexpr int kInlineEntries = 32;
+
+struct GroupTable {
+  GroupedEntry inline_entries[kInlineEntries];
+  const GroupedEntry* all_entries;  // [num_entries], if there are more than kInlineEntries
+  int num_entries;
+  GroupedRows rows;
+
+  __device__ __forceinline__ const GroupedEntry& entry_of(int64_t number) const {
+    const GroupedEntry* entries = num_entries > kInlineEntries ? all_entries : inline_entries;
+    int first = 0, count = num_entries;
+    while (count > 1) {
+      const int half = count / 2;
+      if (entries[first + half].first_group <= number) {
+        first += half;
+        count -= half;
+      } else {
+        count = half;
+      }
+    }
+    return entries[first];
+  }
+};
+
+// Two more numbers, so that all rows belong to a group: rows of -1, and rows of numbers that do not exist.
+constexpr int64_t kMoreGroups = 2;
+
+__device__ __forceinline__ int64_t group_number(const GroupedRows& rows, int64_t given) {
+  if (given >= 0 && given < rows.num_groups) return given;
+  return given == -1 ? rows.num_groups : rows.num_groups + 1;
+}
+
+template <class A>
+struct Group {
+  int64_t number, rank = 0, most_ranks = 0;  // most_ranks: of its matrices
+  const void* lora_A = nullptr;              // [rank, in_features]
+  const void* lora_B = nullptr;              // [out_features, rank]
+  int64_t A_stride = 0, B_stride = 0;
+  A scale = 0;
+  A added = 0;  // to every result: NaN for a number or a rank that does not exist
+};
+
+// number: of group_number.
+template <class A>
+__device__ __forceinline__ Group<A> find_group(const GroupTable& table, int64_t number, DType factor_dtype) {
+  const GroupedRows& rows = table.rows;
+  Group<A> group{.number = number};
+  const A nan = static_cast<A>(__uint_as_float(0x7FC00000u));
+  if (number >= rows.num_groups) {
+    if (number > rows.num_groups) group.added = nan;
+    return group;
+  }
+  const GroupedEntry& entry = table.entry_of(number);
+  const int64_t slot = number - entry.first_group, size = element_bytes(factor_dtype);
+  group.most_ranks = entry.rank;
+  group.rank = rows.has_ranks ? rows.ranks[number] : entry.rank;
+  if (group.rank < 0 || group.rank > entry.rank) {
+    group.rank = 0;
+    group.added = nan;
+  }
+  group.lora_A = static_cast<const char*>(entry.lora_A) + slot * entry.A_slot_stride * size;
+  group.lora_B = static_cast<const char*>(entry.lora_B) + slot * entry.B_slot_stride * size;
+  group.A_stride = entry.A_stride;
+  group.B_stride = entry.B_stride;
+  group.scale = static_cast<A>(rows.scalings[number] * rows.rescale);
+  return group;
+}
+
+}  // namespace lora_ext::cuda::grouped

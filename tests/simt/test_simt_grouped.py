@@ -1,0 +1,169 @@
+"""Tests the CUDA kernels of lora_grouped_: rows that choose their adapters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.groups import Grouped, random_groups
+from support.layers import DTYPES, assert_errors_as_plain
+from torch import Tensor
+
+from lora_ext import reference
+from simt import grouped_ops
+from simt.driver import few_blocks, kernels
+
+pytestmark = [pytest.mark.cpu_only("emulates the CUDA kernels on the CPU"), pytest.mark.full]
+
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+SEED = 0x1234_5678
+
+
+def plain(case: Grouped, dropout_p: float) -> dict[str, Tensor]:
+    n = len(case.lora_As)
+    x, *factors = (t.detach().clone().requires_grad_() for t in (case.x, *case.lora_As, *case.lora_Bs))
+    update = reference.lora_grouped(x, factors[:n], factors[n:], *case.choice(), dropout_p, torch.tensor(SEED))
+    y = (case.y.clone().requires_grad_() + update).to(case.y.dtype)
+    grad_x, *grads = torch.autograd.grad(y, (x, *factors), case.grad_y, materialize_grads=True)
+    found = {"y": y.detach(), "grad_x": grad_x, "grad_A": grads[:n], "grad_B": grads[n:]}
+    return {name: value if isinstance(value, Tensor) else flat(value) for name, value in found.items()}
+
+
+def flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def ours(case: Grouped, dropout_p: float, **options) -> dict[str, Tensor]:
+    forward = grouped_ops.forward(case, dropout_p, SEED, **options)
+    backward = grouped_ops.backward(case, forward.xa, forward.mask, dropout_p, **options)
+    factors = {"grad_A": flat(backward.grad_As), "grad_B": flat(backward.grad_Bs)}
+    return {"y": forward.y, "grad_x": backward.grad_x, **factors}
+
+
+def check(case: Grouped, dropout_p: float = 0.0, **options) -> None:
+    compared = ours(case, dropout_p, **options), plain(case.to(F64), dropout_p), plain(case, dropout_p)
+    assert_errors_as_plain([compared], case.x.dtype, case.lora_As[0].dtype)
+
+
+def all_of(group: int, num_tokens: int) -> Tensor:
+    return torch.full((num_tokens,), group)
+
+
+CASES = {
+    "one row": lambda dtypes: random_groups(1, (24, 20), [4], dtypes, groups=all_of(0, 1)),
+    "one row of none": lambda dtypes: random_groups(1, (24, 20), [4], dtypes, groups=all_of(-1, 1)),
+    "few rows": lambda dtypes: random_groups(13, (600, 300), [4, (3, 8), 17], dtypes, ranks=True),
+    "a prompt each": lambda dtypes: random_groups(
+        0, (64, 48), [3, 5], dtypes, leading=(3, 30), groups=torch.tensor([1, -1, 0])
+    ),
+    "matrices": lambda dtypes: random_groups(90, (63, 130), [1, 8, 17, 3], dtypes),
+    "stacks and matrices": lambda dtypes: random_groups(
+        80, (40, 24), [(3, 8), 5, (0, 2), (2, 16), 1], dtypes, ranks=True
+    ),
+    "no inputs": lambda dtypes: random_groups(9, (0, 20), [4, 3], dtypes),
+    "no outputs": lambda dtypes: random_groups(80, (24, 0), [4, 3], dtypes),
+    "a large rank": lambda dtypes: random_groups(70, (72, 57), [70, 2], dtypes),
+}
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients(name, dtypes, dropout_p):
+    check(CASES[name](dtypes), dropout_p)
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16)], ids=str)
+def test_chunks_of_a_large_group(dtypes):
+    """Group 0 has three chunks of rows, group 2 has two, group 1 has one."""
+    groups = torch.tensor([0] * 1100 + [1] * 20 + [2] * 600)[torch.randperm(1720)]
+    check(random_groups(1720, (24, 20), [5, 3, 2], dtypes, groups=groups))
+
+
+def test_more_entries_than_a_launch_carries():
+    check(random_groups(100, (24, 20), [2] * 40 + [(3, 4)] + [1] * 30, ranks=True))
+    check(random_groups(9, (24, 20), [2] * 70))
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F64, F64)], ids=str)
+@pytest.mark.parametrize("num_tokens", [9, 150])
+def test_ranges_of_features_and_several_steps(num_tokens, dtypes):
+    check(random_groups(num_tokens, (840, 600), [8, (2, 20)], dtypes), library=few_blocks())
+
+
+@pytest.mark.parametrize("num_tokens", [9, 100])
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, F32), (BF16, BF16)], ids=str)
+def test_views_with_any_strides(num_tokens, dtypes):
+    """Rows of x and grad_y with gaps, not aligned to 16 bytes; slots and rows of the factors with gaps."""
+    case = random_groups(num_tokens, (72, 48), [(2, 8)], dtypes)
+    wide_x, wide_y = (torch.randn(num_tokens, 90).to(dtypes[0]) for _ in range(2))
+    case.x, case.grad_y = wide_x[:, 1:73], wide_y[:, 3:51]
+    case.lora_As = [torch.randn(2, 8, 80).to(dtypes[1])[:, :, :72]]
+    case.lora_Bs = [torch.randn(2, 48, 12).to(dtypes[1])[:, :, :8]]
+    check(case)
+
+
+@pytest.mark.parametrize("num_tokens", [30, 150])
+def test_numbers_that_do_not_exist_give_nan_to_their_rows_only(num_tokens):
+    case = random_groups(num_tokens, (72, 48), [4, (2, 8)], ranks=True)
+    expected = ours(case, 0.0)
+    spoiled = {0: 3, 5: -2, 7: 1 << 40}
+    for row, group in spoiled.items():
+        case.group_of_row[row] = group
+    found = ours(case, 0.0)
+    rows = torch.tensor(list(spoiled))
+    others = torch.ones(num_tokens, dtype=torch.bool).index_fill_(0, rows, False)
+    for name in ("y", "grad_x"):
+        assert found[name][rows].isnan().all() and torch.equal(found[name][others], expected[name][others])
+    assert not found["grad_A"].isnan().any() and not found["grad_B"].isnan().any()
+
+
+@pytest.mark.parametrize("rank", [-1, 9, 1 << 40])
+@pytest.mark.parametrize("num_tokens", [30, 150])
+def test_ranks_that_do_not_exist_give_nan_to_their_rows_only(num_tokens, rank):
+    case = random_groups(num_tokens, (72, 48), [4, (2, 8)])
+    case.ranks = torch.tensor([4, rank, 8])
+    found = ours(case, 0.0)
+    bad = case.group_of_row == 1
+    for name in ("y", "grad_x"):
+        assert torch.equal(found[name].isnan().all(-1), bad) and torch.equal(found[name].isnan().any(-1), bad)
+    assert not found["grad_A"].isnan().any() and not found["grad_B"].isnan().any()
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16)], ids=str)
+@pytest.mark.parametrize("library", [kernels, few_blocks])
+@pytest.mark.parametrize("num_tokens", [20, 700])
+def test_same_bits_in_every_order_of_threads(num_tokens, library, dtypes):
+    case = random_groups(num_tokens, (140, 70), [8, (2, 3)], dtypes, groups=(torch.arange(num_tokens) % 7 == 0) * 2)
+    first = ours(case, 0.1, library=library())
+    for schedule in (1, 2):
+        again = ours(case, 0.1, library=library(), schedule=schedule)
+        assert all(torch.equal(first[name], value) for name, value in again.items())
+
+
+@pytest.mark.parametrize("wanted", ["x", "A", "B", "xB", "one A"])
+def test_only_what_is_wanted(wanted):
+    case = random_groups(90, (40, 24), [4, 3, (2, 5)])
+    forward = grouped_ops.forward(case)
+    all_of_them = grouped_ops.backward(case, forward.xa)
+    As = range(1, 2) if wanted == "one A" else range(3 if "A" in wanted else 0)
+    Bs = range(3 if "B" in wanted else 0)
+    found = grouped_ops.backward(case, forward.xa, want_x="x" in wanted, wanted_As=As, wanted_Bs=Bs)
+    assert found.grad_x is None or torch.equal(found.grad_x, all_of_them.grad_x)
+    for i, grad in zip(As, found.grad_As, strict=True):
+        assert torch.equal(grad, all_of_them.grad_As[i])
+    for i, grad in zip(Bs, found.grad_Bs, strict=True):
+        assert torch.equal(grad, all_of_them.grad_Bs[i])
+
+
+@pytest.mark.parametrize("num_tokens", [20, 90])
+def test_the_mask_is_that_of_all_rows(num_tokens):
+    case = random_groups(num_tokens, (70, 24), [4, 3])
+    expected = reference.dropout_keep(SEED, num_tokens, 70, 0.3)
+    assert torch.equal(reference.unpack_mask(grouped_ops.forward(case, 0.3, SEED).mask, 70), expected)
+
+
+def test_few_rows_take_one_launch_pair():
+    library = kernels()
+    for num_tokens, names in ((1, 2), (64, 2), (65, 3)):
+        grouped_ops.forward(random_groups(num_tokens, (24, 20), [4, (5, 3)]), library=library)
+        assert len(library.launches()) == names, [launch.kernel for launch in library.launches()]
