@@ -28,7 +28,13 @@ from torch import Tensor, nn
 from lora_ext import functional
 
 ONE = "one adapter"
-SHAPES = [Shape(1, 4096, 4096), Shape(8, 4096, 4096), Shape(32, 4096, 4096), Shape(32, 2048, 8192)]
+SHAPES = [
+    Shape(1, 4096, 4096),
+    Shape(8, 4096, 4096),
+    Shape(32, 4096, 4096),
+    Shape(64, 4096, 4096),
+    Shape(32, 2048, 8192),
+]
 TRAINED_SHAPES = [Shape(2048, 1024, 1024), Shape(2048, 2048, 2048)]
 TRAINED_ADAPTERS = 8
 

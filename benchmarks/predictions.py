@@ -44,6 +44,8 @@ HOST_CALL_US = {"forward": 14.0, "backward": 100.0}
 FROZEN_CALL_US = {"forward": 6.0, "backward": 21.0}
 
 MAIN = Case(Shape(8192, 4096, 4096))
+FEW_ROWS = 64  # csrc/cuda/grouped/few_rows.cuh
+ROWS_OVER_ADAPTERS = [(1, 1), (16, 1), (16, 16), (64, 8), (64, 64)]
 DECODING = [replace(MAIN, shape=Shape(tokens, 4096, 4096), dropout=0.0) for tokens in (1, 16, 64)]
 
 
@@ -126,6 +128,32 @@ def steps_of(layers: list[Case], training: bool) -> list[Step]:
     return steps
 
 
+def rows_steps(case: Case, adapters: int) -> list[Step]:
+    """The steps of a frozen layer whose rows choose among so many adapters (csrc/cuda/grouped), without autograd."""
+    tokens, features, out_features = case.shape
+    element, sums = case.dtype.itemsize, 4 * tokens * case.rank
+    factor, flops = adapters * case.rank * element, 2 * tokens * case.rank
+    few = tokens <= FEW_ROWS
+    index = [] if few else [Step("forward", "index", 0, launches=1)]
+    return [
+        *frozen_steps([case], False),
+        *index,
+        Step("forward", "shrink", factor * features + element * tokens * features + sums, flops * features, 1, 3),
+        Step(
+            "forward",
+            "expand",
+            factor * out_features + 2 * element * tokens * out_features + sums,
+            flops * out_features,
+            1,
+        ),
+    ]
+
+
+def rows_ratio(case: Case, adapters: int, card: Card) -> float:
+    """Predicts the time of :func:`rows_steps` as a multiple of the frozen layer's."""
+    return total(rows_steps(case, adapters), card, True) / total(frozen_steps([case], False), card, True)
+
+
 def total(steps: Iterable[Step], card: Card, hidden: bool) -> float:
     """Microseconds of the steps. hidden: count those that may run while something else does."""
     return sum(step.microseconds(card) for step in steps if hidden or not step.hidden)
@@ -183,6 +211,10 @@ def ratios_table() -> str:
     rows = []
     for name, layers, training in cases:
         rows.append([name, *(range_text(*ratio(layers, card, training)) for card in CARDS)])
+    for tokens, adapters in ROWS_OVER_ADAPTERS:
+        case = replace(MAIN, shape=Shape(tokens, 4096, 4096), dropout=0.0)
+        numbers = [f"{rows_ratio(case, adapters, card):.2f}" for card in CARDS]
+        rows.append([f"decoding over {adapters} adapter{'s' * (adapters > 1)}, {case}", *numbers])
     return report.markdown(["predicted, times the frozen layers", *(card.name for card in CARDS)], rows)
 
 
@@ -240,6 +272,20 @@ def beside_ratios(layer_rows: Sequence[dict], sibling_rows: Sequence[dict], rank
         title = f"{what}, {' and '.join(map(str, layers))}"
         cells.append([title, range_text(low, high), f"{measured:.2f}", verdict(low, high, measured)])
     return report.markdown(["times the frozen layers", "predicted", "measured", ""], cells)
+
+
+def beside_rows(rows: Sequence[dict], rank: int, card: Card) -> str:
+    """Formats the forwards of bench_grouped.py on a stack with predictions: times the frozen layer."""
+    cells = []
+    for row in rows:
+        if row["dtype"] not in ("bfloat16", "float16") or row["pass"] != "forward":
+            continue
+        case = Case(Shape(*row["shape"]), rank, getattr(torch, row["dtype"]), 0.0)
+        expected = rows_ratio(case, row["adapters"], card)
+        measured = row["ratio"]["stack"][0] / row["ratio"]["frozen"][0]
+        name = f"{row['adapters']} adapters, {case}"
+        cells.append([name, f"{expected:.2f}", f"{measured:.2f}", verdict(expected, expected, measured)])
+    return report.markdown(["times the frozen layer", "predicted", "measured", ""], cells)
 
 
 def verdict(low: float, high: float, measured: float) -> str:

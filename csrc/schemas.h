@@ -70,6 +70,8 @@ inline constexpr char kLoraDeltaSiblingsBackward[] =
 //   with 1 / (1 - p) round once, as in lora_delta_.
 // - group_of_row int64, with the first dimensions of x: [batch] for x [batch, sequence, in_features]. It is per row
 //   rather than offsets of segments because rows arrive unsorted, and torch.repeat_interleave makes it from offsets.
+// The CPU refuses values that do not exist, of chosen groups. On CUDA they are read on the device only: rows of such a
+// group or rank become NaN.
 // xa [num_tokens, largest rank of the matrices], zero beyond a row's rank. The mask is lora_delta_'s for all of x.
 inline constexpr char kLoraGrouped[] =
     "lora_grouped_(Tensor(a!) y, Tensor x, Tensor[] lora_As, Tensor[] lora_Bs, Tensor group_of_row, Tensor scalings, "

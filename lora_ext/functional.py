@@ -236,8 +236,9 @@ def lora_grouped_(
 
     Raises:
         ValueError, TypeError: naming the argument and both values. Of ``scalings`` and ``ranks``, only the values of
-            chosen groups are checked.
-        RuntimeError: as for :func:`lora_delta_`; or the device has no kernels.
+            chosen groups are checked. On CUDA no values are checked, since that would wait for the GPU: rows of a
+            group or rank that does not exist become NaN, in ``y`` and in the gradient of ``x``.
+        RuntimeError: as for :func:`lora_delta_`.
         torch.OutOfMemoryError: memory is short.
 
         ``y`` is unchanged after an error.

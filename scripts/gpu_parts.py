@@ -85,6 +85,7 @@ def list_parts(facts: dict[str, str], home: Path | None, cores: int, library: Pa
         bench("layer", 60, 40, *on_gpu),
         bench("siblings", 20, 15, *on_gpu),
         bench("host", 10, 10, *on_gpu),
+        bench("grouped", 25, 15, *on_gpu, "--adapters", "64"),
         # Without the caching allocator's pools, every tensor has its own bounds.
         sanitize("memcheck", PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
         sanitize("racecheck"),
@@ -111,6 +112,7 @@ def list_dry_parts(facts: dict[str, str], home: Path | None) -> list[Part]:
         bench("layer", "--no-compile", shapes="8x16x24"),
         bench("siblings", shapes="8x16x24+8"),
         bench("host"),
+        bench("grouped", "--only", "forward", shapes="4x16x24"),
         bench("layer", "--rivals", name="rivals", shapes="8x16x24"),
     ]
 

@@ -81,6 +81,7 @@ def parts_table(result: dict, facts: dict[str, str], order: list[str]) -> list[s
 
 def format_report(result: dict, facts: dict[str, str], order: list[str]) -> str:
     """Formats tables of the parts, of what was measured, and of measured next to predicted."""
+    import bench_grouped
     import bench_kernels
     import bench_layer
     import bench_siblings
@@ -91,7 +92,7 @@ def format_report(result: dict, facts: dict[str, str], order: list[str]) -> str:
     lines[0] += f", commit {facts['commit'][:12]}, {facts['date']}"
     lines += ["", *parts_table(result, facts, order)]
     kernels, layer = measured(result, "kernels"), measured(result, "layer")
-    siblings, host, rivals = (measured(result, name) for name in ("siblings", "host", "rivals"))
+    siblings, host, grouped, rivals = (measured(result, name) for name in ("siblings", "host", "grouped", "rivals"))
     rates = kernels["ceilings"] if kernels else None
     if rates:
         copy, *matrix = rates.items()
@@ -102,6 +103,8 @@ def format_report(result: dict, facts: dict[str, str], order: list[str]) -> str:
         lines += ["", bench_layer.table(layer)]
     if siblings:
         lines += ["", bench_siblings.table(siblings)]
+    if grouped:
+        lines += ["", bench_grouped.table(grouped)]
     if rivals:
         lines += ["", "Rivals, in a process of their own:", "", bench_layer.table(rivals)]
     if host:
@@ -109,7 +112,7 @@ def format_report(result: dict, facts: dict[str, str], order: list[str]) -> str:
         cells = [[row["pass"], *(f"{us:.0f}" for us in row["microseconds"].values())] for row in host]
         lines += ["", report.markdown(columns, cells)]
     card = predictions.card_named(facts["card"], rates)
-    if card is None or not any((kernels, layer, siblings, host)):
+    if card is None or not any((kernels, layer, siblings, host, grouped)):
         return "\n".join(lines)
     rates_of = f"{card.bytes_s / 1e12:.2f} TB/s, {card.flops_s / 1e12:.0f} TFLOP/s"
     lines += ["", f"Measured next to predicted (benchmarks/predictions.py, {card.name} at {rates_of}):"]
@@ -117,6 +120,8 @@ def format_report(result: dict, facts: dict[str, str], order: list[str]) -> str:
         lines += ["", predictions.beside_stages(kernels["rows"], card)]
     if layer or siblings:
         lines += ["", predictions.beside_ratios(layer or [], siblings or [], 16, card)]
+    if grouped:
+        lines += ["", predictions.beside_rows(grouped, 16, card)]
     if host:
         lines += ["", predictions.beside_host(host)]
     return "\n".join(lines)

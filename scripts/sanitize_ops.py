@@ -51,6 +51,18 @@ def bottleneck_results(function, tensors: list[Tensor], to: Callable[[Tensor], T
     return [y, *torch.autograd.grad(y, [*leaves, residual], residual.detach())]
 
 
+def grouped_results(function, y: Tensor, tensors: list[Tensor], group_of_row: Tensor, scalings: Tensor) -> list[Tensor]:
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    x, *factors = leaves
+    seed = torch.tensor(5, device=y.device)
+    y = function(y.clone(), x, factors[:2], factors[2:], group_of_row, scalings, None, 0.3, seed)
+    return [y, *torch.autograd.grad(y, leaves, y.detach())]
+
+
+def grouped_reference(y: Tensor, *arguments) -> Tensor:
+    return y + reference.lora_grouped(*arguments)
+
+
 def worst_error(shape: tuple[int, int, int, int], dtypes: tuple[torch.dtype, torch.dtype]) -> float:
     num_tokens, in_features, out_features, rank = shape
     sizes = [(num_tokens, in_features), (out_features, in_features), (out_features,)]
@@ -65,6 +77,13 @@ def worst_error(shape: tuple[int, int, int, int], dtypes: tuple[torch.dtype, tor
     ours.append(functional.lora_delta_(y, on_gpu[0], on_gpu[3], on_gpu[4], 0.75, 0.3, seed.cuda()))
     x, A, B = (tensors[i].double() for i in (0, 3, 4))
     exact.append(grad_y.double() + reference.lora_delta(x, A, B, 0.75, 0.3, seed))
+
+    rows = [tensors[0], tensors[3], tensors[3].flip(0)[1:], tensors[4], tensors[4].flip(0)[:, 1:]]
+    choice = torch.arange(num_tokens) % 3 - 1, torch.tensor([0.75, 1.5], dtype=torch.float64)
+    exact += grouped_results(grouped_reference, grad_y.double(), [t.double() for t in rows], *choice)
+    ours += grouped_results(
+        functional.lora_grouped_, grad_y.cuda(), [t.cuda() for t in rows], *map(Tensor.cuda, choice)
+    )
 
     narrow = (tensors[3], torch.randn(rank).to(dtypes[1]), tensors[4], tensors[2])
     exact += bottleneck_results(reference.bottleneck, [tensors[0], *narrow, grad_y], torch.Tensor.double)

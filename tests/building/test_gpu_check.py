@@ -178,7 +178,7 @@ def test_all_parts_fit():
     parts = gpu_parts.list_parts(FACTS, Path("/usr/local/cuda"), 16)
     names = [part.name for part in parts]
     assert names[:5] == ["build", "golden", "small", "ops", "large"]  # the tests of the ops come first
-    assert names[5:] == ["kernels", "layer", "siblings", "host", "memcheck", "racecheck", "tests", "rivals"]
+    assert names[5:] == ["kernels", "layer", "siblings", "host", "grouped", "memcheck", "racecheck", "tests", "rivals"]
     assert sum(part.least_s for part in parts) < 400 < 465 < 480
     assert parts[0].environment["LORA_EXT_CUDA_ARCHS"] == "90a"
     by_name = {part.name: part for part in parts}
@@ -292,11 +292,14 @@ def test_report_and_json(tmp_path, logs):
     row = {"pass": "forward + backward", "dropout": 0.1, "shape": [8192, 4096, 4096], "dtype": "bfloat16"}
     row |= {"rounds": 60, "frozen_ms": 0.7}
     siblings = row | {"shape": [8192, 4096, 4096, 1024, 1024], "ratio": {"siblings": [1.3, 1.2, 1.4]}, "overhead": 0.5}
+    rows = row | {"shape": [64, 4096, 4096], "adapters": 64, "pass": "forward", "one adapter_ms": 0.02}
+    rows |= {"ratio": {"frozen": [0.8, 0.8, 0.8], "stack": [1.6, 1.6, 1.6]}, "overhead": 0.1}
     figures = {
         "kernels": {"ceilings": {"copy": 3e12, "matrix_bfloat16": 7.9e14}, "rows": [kernel]},
         "layer": [row | {"ratio": {"lora_ext": [1.1, 1.09, 1.12]}}],
         "siblings": [siblings],
         "host": [{"pass": "forward", "microseconds": {"frozen": 12.0, "lora_ext": 50.0, "peft": 60.0}, "ratio": {}}],
+        "grouped": [rows],
         "rivals": [row | {"ratio": {"lora_ext": [1.1, 1.09, 1.12], "axolotl": [1.5, 1.4, 1.6]}}],
     }
     path = tmp_path / "gpu_check.json"
@@ -315,6 +318,7 @@ def test_report_and_json(tmp_path, logs):
         f"| {case} | expand | 22.6 | 25.0 | 1.11 | 1 (1) |",
         f"| forward + backward, {case} | 1.19-1.25 | 1.10 | faster than predicted |",
         "| 1.30 | slower than predicted |",
+        "| 64 adapters, 64 x 4096 -> 4096, r=16, bfloat16 | 1.75 | 2.00 | slower than predicted |",
         "| forward | lora_ext | 30 | 50 | 1.67 |",
         "| forward | 12 | 50 | 60 |",
     ):

@@ -13,14 +13,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from support.groups import random_groups
 from torch import Tensor
 
-from . import merge_ops, ops
+from . import grouped_ops, merge_ops, ops
 from .build import SIMT
 from .driver import FEW_MULTIPROCESSORS, Library
 from .edits import Edit, edited_kernels
 
-SOURCES = ("lora_bfloat16", "lora_float32", "merge")  # of csrc/cuda; they contain the planted bugs
+SOURCES = (
+    "lora_bfloat16",
+    "lora_float32",
+    "merge",
+    "grouped",
+    "grouped_mma",
+)  # of csrc/cuda; they contain the planted bugs
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,22 @@ def backward(dtype: torch.dtype, tokens: int, in_features: int, out_features: in
         sibling, xa = _sibling(dtype, in_features, out_features, rank), _random(tokens, rank)
         output_mask = tuple(name in wanted for name in "xAB")
         ops.lora_backward([grad_y], x, [sibling], xa, output_mask=output_mask, library=library, schedule=schedule)
+
+    return run
+
+
+def grouped(dtype: torch.dtype, groups: list[int], features: tuple[int, int], rank: int, is_backward: bool = False):
+    """Returns a run of lora_grouped_ or of its backward. groups: the number of rows of each group."""
+
+    def run(library: Library, schedule: int) -> None:
+        torch.manual_seed(1)
+        choice = torch.arange(len(groups)).repeat_interleave(torch.tensor(groups))
+        case = random_groups(len(choice), features, [rank] * len(groups), (dtype, dtype), groups=choice)
+        if is_backward:
+            xa = _random(len(choice), rank)
+            grouped_ops.backward(case, xa, library=library, schedule=schedule)
+        else:
+            grouped_ops.forward(case, library=library, schedule=schedule)
 
     return run
 
@@ -373,6 +396,110 @@ MUTATIONS = [
         RACE + UNINITIALISED,
         "gradient_sums_kernel",
         "sum += group_sums[other][element]",
+    ),
+    # --- rows that choose their factors
+    KernelMutation(
+        "index_adds_counts_too_early",
+        grouped(F32, [30, 50], (24, 20), 4),
+        "grouped/index_rows.cuh",
+        "  __syncthreads();\n",
+        "  if (!BUG) __syncthreads();\n",
+        RACE + UNINITIALISED,
+        "group_index_kernel",
+        "_of_warp[w]",
+    ),
+    KernelMutation(
+        "tiles_without_rows_have_no_group",
+        grouped(F32, [30, 50], (24, 20), 4),
+        "grouped/index_rows.cuh",
+        "/ tile_rows + group + 1;",
+        "/ tile_rows + group + (BUG ? 0 : 1);",
+        UNINITIALISED,
+        "grouped_shrink_kernel",
+        "group = group_of[tile];",
+        "grouped/group_index.cuh",
+    ),
+    KernelMutation(
+        "few_rows_read_xa_too_early",
+        grouped(F32, [3, 2], (24, 20), 4),
+        "grouped/few_rows.cuh",
+        "  __syncthreads();\n",
+        "  if (!BUG) __syncthreads();\n",
+        RACE + UNINITIALISED,
+        "few_rows_expand_kernel",
+        "sum += xa[rank + e]",
+    ),
+    KernelMutation(
+        "few_rows_read_beyond_the_last_feature",
+        grouped(F32, [1], (76, 20), 4),
+        "grouped/few_rows.cuh",
+        "eight_inside(column, end);",
+        "BUG ? kEight : eight_inside(column, end);",
+        OUT_OF_BOUNDS,
+        "few_rows_shrink_kernel",
+        "values.v[i] = i < inside",
+        "grouped/eights.cuh",
+    ),
+    KernelMutation(
+        "grouped_shrink_multiplies_too_early",
+        grouped(F32, [30, 50], (840, 20), 4),
+        "grouped/shrink.cuh",
+        "    __syncthreads();  // the stage is full",
+        "    if (!BUG) __syncthreads();  // the stage is full",
+        RACE + UNINITIALISED,
+        "grouped_shrink_kernel",
+        "return *reinterpret_cast<const Vector<A>*>",
+        "fma/vectors.cuh",
+    ),
+    KernelMutation(
+        "grouped_expand_forgets_the_last_rows",
+        grouped(F32, [30, 50], (24, 20), 4),
+        "grouped/expand.cuh",
+        "if (row0 + i >= tile.count) return;",
+        "if (row0 + i >= tile.count && !BUG) return;",
+        UNINITIALISED,
+        "grouped_expand_kernel",
+        "rows[row0 + i]",
+    ),
+    KernelMutation(
+        "chunks_of_two_groups_share_partial_sums",
+        grouped(F32, [600, 600], (24, 20), 4, is_backward=True),
+        "grouped/params.cuh",
+        "chunk.group_begin / (kChunkRows / 2) + chunk.number;",
+        "chunk.group_begin / (BUG ? kChunkRows : kChunkRows / 2) + chunk.number;",
+        ("race-global",),
+        "grouped_factor_sums_kernel",
+        "p.partial[(place",
+    ),
+    KernelMutation(
+        "grouped_shrink_mma_waits_for_one_copy_less",
+        grouped(BF16, [30, 50], (840, 20), 4),
+        "grouped/shrink_mma.cuh",
+        "    ptx::cp_async_wait<kStages - 2>();\n",
+        "    BUG ? ptx::cp_async_wait<kStages - 1>() : ptx::cp_async_wait<kStages - 2>();\n",
+        NOT_WAITED,
+        "grouped_shrink_mma_kernel",
+        "ptx::ldmatrix_x4(x, ",
+    ),
+    KernelMutation(
+        "grouped_expand_mma_fills_the_tile_in_use",
+        grouped(BF16, [30, 50], (24, 136), 40),
+        "grouped/expand_mma.cuh",
+        "copy(rank0 + kRanks, stage ^ 1);",
+        "copy(rank0 + kRanks, stage ^ (BUG ? 0 : 1));",
+        RACE + NOT_WAITED,
+        "grouped_expand_mma_kernel",
+        "ptx::ldmatrix_x4(b, ",
+    ),
+    KernelMutation(
+        "grouped_factor_sums_mma_reads_rows_too_early",
+        grouped(BF16, [30, 50], (24, 20), 4, is_backward=True),
+        "grouped/factor_sums_mma.cuh",
+        "  load_rows(rows, p.index, chunk);\n  __syncthreads();\n",
+        "  load_rows(rows, p.index, chunk);\n  if (!BUG) __syncthreads();\n",
+        RACE + UNINITIALISED,
+        "grouped_factor_sums_mma_kernel",
+        "rows[at] * p.",
     ),
 ]
 

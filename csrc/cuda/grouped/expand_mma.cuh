@@ -38,7 +38,7 @@ struct ExpandMmaTraits {
 };
 
 template <class T, bool kBackward>
-__global__ void __launch_bounds__(ExpandMmaTraits<kBackward>::kThreads, 2)
+__global__ void __launch_bounds__(ExpandMmaTraits<kBackward>::kThreads, mma::kTokenParts<T> == 1 ? 2 : 1)
     grouped_expand_mma_kernel(const __grid_constant__ ExpandParams<float> p) {
   ptx::wait_for_earlier_launches();
   using Traits = ExpandMmaTraits<kBackward>;

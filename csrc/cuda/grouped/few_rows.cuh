@@ -44,7 +44,8 @@ __device__ __forceinline__ Group<A> group_of_row(const FewRowsParams<A>& p, int6
 
 // The grid: rows, and ranges of features. A warp has the ranks warp and warp + 8 of every 16.
 template <class A>
-__global__ void __launch_bounds__(kFewRowsThreads) few_rows_shrink_kernel(const __grid_constant__ FewRowsParams<A> p) {
+__global__ void __launch_bounds__(kFewRowsThreads, sizeof(A) == 8 ? 2 : 4)
+    few_rows_shrink_kernel(const __grid_constant__ FewRowsParams<A> p) {
   ptx::wait_for_earlier_launches();
   const int64_t row = blockIdx.x / p.ranges, range = blockIdx.x % p.ranges;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
@@ -79,7 +80,8 @@ __global__ void __launch_bounds__(kFewRowsThreads) few_rows_shrink_kernel(const 
 
 // The grid: rows, and tiles of columns. A thread has a column.
 template <class A>
-__global__ void __launch_bounds__(kFewRowsThreads) few_rows_expand_kernel(const __grid_constant__ FewRowsParams<A> p) {
+__global__ void __launch_bounds__(kFewRowsThreads, sizeof(A) == 8 ? 2 : 4)
+    few_rows_expand_kernel(const __grid_constant__ FewRowsParams<A> p) {
   ptx::wait_for_earlier_launches();
   SharedMemory shared;
   A* xa = shared.take<A>(static_cast<uint32_t>(p.max_rank), "xa of a row");
