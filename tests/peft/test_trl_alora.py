@@ -6,7 +6,6 @@ import copy
 
 import peft
 import pytest
-import torch
 from support.optional import datasets, trl
 from support.tiny_trl import PREFERENCES, TARGETS, decoder, settings, tokenizer
 from torch import nn
