@@ -119,6 +119,13 @@ def token_indices(value: Any) -> tuple[int, ...] | FrozenDict | None:
     return indices(key, value)
 
 
+def invocation_tokens(value: Any) -> tuple[int, ...] | None:
+    # Empty: off, as in PEFT.
+    if isinstance(value, set | frozenset):
+        raise TypeError(f"LoraConfig: alora_invocation_tokens is the set {shown(value)}, want a list: order matters")
+    return None if value is None else _whole_numbers("alora_invocation_tokens", value, "token numbers") or None
+
+
 def enabled_parts(value: Any) -> FrozenDict | None:
     if value is None:
         return None

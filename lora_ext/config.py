@@ -17,6 +17,7 @@ from lora_ext._config_values import (
     check_number,
     check_rank,
     enabled_parts,
+    invocation_tokens,
     layer_numbers,
     names,
     pattern,
@@ -95,6 +96,9 @@ class LoraConfig:
         enable_lora: for packed projections (query, key and value in one weight): maps the module's name (matched as in
             ``target_modules``) to one bool per equal part, as in loralib; ``{"c_attn": (True, False, True)}`` adapts
             query and value. Parts that are off cost nothing. Not a PEFT key: :meth:`to_dict` leaves it out.
+        alora_invocation_tokens: the adapter acts from these tokens on, in each row from their last occurrence (aLoRA,
+            arXiv 2504.12397), so that the keys and values before them are the base model's. Linear layers of causal
+            language models only (``task_type="CAUSAL_LM"``).
         task_type: None or one of PEFT's, e.g. ``"SEQ_CLS"``, which adds the heads "classifier" and "score" to
             ``modules_to_save``.
         base_model_name_or_path: for the record; written to ``adapter_config.json``.
@@ -124,6 +128,7 @@ class LoraConfig:
     fan_in_fan_out: bool = False
     init_lora_weights: bool | str = True
     enable_lora: Mapping[str, tuple[bool, ...] | list[bool]] | None = None
+    alora_invocation_tokens: tuple[int, ...] | list[int] | None = None
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     inference_mode: bool = False
@@ -146,6 +151,7 @@ class LoraConfig:
         self._freeze_values()
         self._check_targets()
         self._check_initialisation()
+        self._check_invocation()
 
     def _check_types(self) -> None:
         """Checks the types of the fields that no later check covers."""
@@ -172,6 +178,7 @@ class LoraConfig:
         set_("alpha_pattern", pattern("alpha_pattern", self.alpha_pattern, check_alpha))
         set_("trainable_token_indices", token_indices(self.trainable_token_indices))
         set_("enable_lora", enabled_parts(self.enable_lora))
+        set_("alora_invocation_tokens", invocation_tokens(self.alora_invocation_tokens))
         set_("metadata", FrozenDict(self.metadata))
         set_("_ranks", PathPatterns("rank_pattern", self.rank_pattern))
         set_("_alphas", PathPatterns("alpha_pattern", self.alpha_pattern))
@@ -226,6 +233,22 @@ class LoraConfig:
                     raise ValueError(
                         f'LoraConfig: {key} is {rank}, but init_lora_weights="orthogonal" needs an even rank'
                     )
+
+    def _check_invocation(self) -> None:
+        if self.alora_invocation_tokens is None:
+            return
+        where = f"LoraConfig: alora_invocation_tokens is {shown(list(self.alora_invocation_tokens))}"
+        if self.task_type != "CAUSAL_LM":
+            raise ValueError(
+                f"{where}, but task_type is {shown(self.task_type)}; aLoRA is for causal language models: set "
+                'task_type="CAUSAL_LM"'
+            )
+        for key, off in (("bias", "none"), ("target_parameters", None)):
+            if getattr(self, key) not in (off, ()):
+                raise ValueError(
+                    f"{where}, but {key} is {shown(getattr(self, key))}, which would act before the invocation too; "
+                    f"leave {key} at its default"
+                )
 
     @property
     def task_heads(self) -> tuple[str, ...]:

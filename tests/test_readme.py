@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from support.models import llama
 from transformers import AutoModelForSequenceClassification
 
 from lora_ext import LoraConfig, cli, inject, save_adapter
@@ -66,10 +67,13 @@ def test_python_of_the_readme(in_tmp_path):
 
 
 def test_python_of_many_adapters_md(in_tmp_path):
-    rows, pooled = python_blocks("docs/many-adapters.md")
+    rows, invoked, pooled = python_blocks("docs/many-adapters.md")
     ids = torch.ones(3, 4, dtype=torch.int64)
     names = run(rows, model=bare_model().eval(), ids=ids)
     assert torch.equal(names["y"].logits, names["same"].logits)
+    inputs = {"input_ids": torch.tensor([[5, 2, 3, 4]]), "max_new_tokens": 2}
+    names = run(invoked.replace("[128006, 882]", "[2, 3]"), model=llama().eval(), inputs=inputs)
+    assert names["config"].alora_invocation_tokens == (2, 3)
     for tenant, r in ((4, 4), (5, 8), (17, 16)):
         save_adapter(inject(bare_model(), LoraConfig(r=r, target_modules=["query"])), f"adapters/tenant-{tenant}")
     model = bare_model().eval()

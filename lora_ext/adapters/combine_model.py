@@ -64,7 +64,7 @@ def add_weighted_adapter(
     Raises:
         ValueError: the model is not injected, the name is taken, adapters are merged, a setting is wrong, ranks differ
             but factors are added, two adapters train the same module in full, one trains the model's biases, or this
-            kind cannot combine a layer's factors.
+            kind cannot combine a layer's factors; or their ``alora_invocation_tokens`` differ.
         KeyError: there is no such adapter; the message lists them. Nothing is changed.
     """
     caller = "add_weighted_adapter"
@@ -85,6 +85,12 @@ def add_weighted_adapter(
     if biased := [name for name in adapters if name in held.biases]:
         raise ValueError(f"{caller}: {biased[0]!r} trains the model's own biases, which cannot be combined")
 
+    invocations = {name: held.configs[name].alora_invocation_tokens for name in adapters}
+    if len(set(invocations.values())) > 1:
+        raise ValueError(
+            f"{caller}: the adapters act from different tokens on (alora_invocation_tokens): {invocations}; combine "
+            "adapters with the same"
+        )
     if len(training := [name for name in adapters if held.configs[name].trainable_token_indices is not None]) > 1:
         raise ValueError(
             f"{caller}: {training} train rows of embeddings (trainable_token_indices); combine only one such adapter"

@@ -143,9 +143,10 @@ class _Slot:
 
 def _slots(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> list[_Slot]:
     slots, problems, expected = [], [], set()
-    theirs, ours = config.trainable_token_indices, adapter.config.trainable_token_indices
-    if theirs != ours:
-        problems.append(f"trainable_token_indices: {shown(theirs)} in the file, {shown(ours)} in the model")
+    for option in ("trainable_token_indices", "alora_invocation_tokens"):
+        theirs, ours = getattr(config, option), getattr(adapter.config, option)
+        if theirs != ours:
+            problems.append(f"{option}: {shown(theirs)} in the file, {shown(ours)} in the model")
     for part in adapter.parts:
         tensors = {f"{KEY_PREFIX}{key}": t for key, t in part.layer.file_tensors(part.file_path, part.adapter).items()}
         expected |= tensors.keys()

@@ -19,7 +19,7 @@ from torch import nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
-from lora_ext.adapters.pool_files import LayerShape, Update, read_updates
+from lora_ext.adapters.pool_files import LayerShape, PoolAdapter, read_adapter
 from lora_ext.adapters.pool_slots import SlotTable
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import CONFIG_FILE, holds_adapter
@@ -120,7 +120,8 @@ class AdapterPool:
         self._added: dict[str, Path] = {}
         self._lock = threading.Lock()  # of what follows
         self._loads, self._load_seconds = 0, 0.0
-        self._host: OrderedDict[str, dict[str, Update]] = OrderedDict()
+        self._invocations: dict[str, tuple[int, ...]] = {}
+        self._host: OrderedDict[str, PoolAdapter] = OrderedDict()
         self._host_bytes, self._host_limit = 0, host_bytes
         self._prefetcher: ThreadPoolExecutor | None = None
         self._slots = attach_pool(model, layers, self, slots, r, dtypes)
@@ -200,6 +201,11 @@ class AdapterPool:
 
     def release(self, names: Sequence[str]) -> None:
         self._table.release(names)
+
+    def invocations(self, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        """The tokens from which on those of ``names`` act that are aLoRA; the names must be acquired."""
+        with self._lock:
+            return {name: self._invocations[name] for name in names if name in self._invocations}
 
     @checked
     def pin(self, *names: str) -> None:
@@ -290,46 +296,47 @@ class AdapterPool:
         if path is None:
             raise KeyError(f"AdapterPool: there is no adapter {name!r} any more")
         with self._lock:
-            updates = self._host.get(name)
-            if updates is not None:
+            adapter = self._host.get(name)
+            if adapter is not None:
                 self._host.move_to_end(name)
-        if updates is None:
-            updates = read_updates(path, self._shapes, self._r)
-            self._keep(name, updates)
+        if adapter is None:
+            adapter = read_adapter(path, self._shapes, self._r)
+            self._keep(name, adapter)
         with torch.inference_mode(False):
             for layer, held in self._slots.items():
-                update = updates.get(layer)
+                update = adapter.updates.get(layer)
                 if update is None:
                     held.clear(slot)
                 else:
                     held.write(slot, update.lora_A, update.lora_B, update.scaling)
         with self._lock:
+            self._invocations.pop(name, None)
+            if adapter.invocation is not None:
+                self._invocations[name] = adapter.invocation
             self._loads += 1
             self._load_seconds += time.perf_counter() - begin
 
-    def _keep(self, name: str, updates: dict[str, Update]) -> None:
+    def _keep(self, name: str, adapter: PoolAdapter) -> None:
         """Puts an adapter into the host cache, if it has room for it."""
-        size = sum(update.nbytes for update in updates.values())
+        size = adapter.nbytes
         if size > self._host_limit:
             return
 
         def held(tensor: torch.Tensor) -> torch.Tensor:  # not the mapped file
             return tensor.pin_memory() if self._pins_memory else tensor.clone()
 
-        copies = {
-            layer: Update(held(update.lora_A), held(update.lora_B), update.scaling) for layer, update in updates.items()
-        }
+        copied = adapter.copied(held)
         with self._lock:
             self._forget_host(name)
             while self._host_bytes + size > self._host_limit:
                 self._forget_host(next(iter(self._host)))
-            self._host[name] = copies
+            self._host[name] = copied
             self._host_bytes += size
 
     def _forget_host(self, name: str) -> None:
-        updates = self._host.pop(name, None)
-        if updates is not None:
-            self._host_bytes -= sum(update.nbytes for update in updates.values())
+        adapter = self._host.pop(name, None)
+        if adapter is not None:
+            self._host_bytes -= adapter.nbytes
 
     # --- the end -----------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,30 @@ class Update:
         return self.lora_A.nbytes + self.lora_B.nbytes
 
 
-def read_updates(directory: Path, layers: Mapping[str, LayerShape], r: int) -> dict[str, Update]:
-    """Reads the adapter in ``directory``: its updates by layer path.
+@dataclasses.dataclass(frozen=True)
+class PoolAdapter:
+    """An adapter of the pool.
+
+    Attributes:
+        updates: by layer path.
+        invocation: the tokens from which on it acts (aLoRA), or None.
+    """
+
+    updates: Mapping[str, Update]
+    invocation: tuple[int, ...] | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(update.nbytes for update in self.updates.values())
+
+    def copied(self, copy: Callable[[Tensor], Tensor]) -> PoolAdapter:
+        """The same with tensors that ``copy`` returns."""
+        updates = {path: Update(copy(u.lora_A), copy(u.lora_B), u.scaling) for path, u in self.updates.items()}
+        return PoolAdapter(updates, self.invocation)
+
+
+def read_adapter(directory: Path, layers: Mapping[str, LayerShape], r: int) -> PoolAdapter:
+    """Reads the adapter in ``directory``.
 
     Args:
         layers: the pool's layers.
@@ -77,7 +99,7 @@ def read_updates(directory: Path, layers: Mapping[str, LayerShape], r: int) -> d
     for path, factors in keys.items():
         scaling = math.copysign(config.scaling_for(path), _alpha(given.config, config, path))
         updates[path] = Update(file.tensor(factors["lora_A"]), file.tensor(factors["lora_B"]), scaling)
-    return updates
+    return PoolAdapter(updates, config.alora_invocation_tokens)
 
 
 def _alpha(values: Mapping[str, Any], config: LoraConfig, path: str) -> float:

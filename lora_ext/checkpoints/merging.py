@@ -107,6 +107,12 @@ def merge(
     if not len(checkpoint):
         raise ValueError(f"{caller}: {base} holds no tensor")
     contents = [open_adapter(directory, allow_pickle=allow_pickle, caller=caller) for directory in adapters]
+    for held in contents:
+        if held.file.config.get("alora_invocation_tokens"):
+            raise ValueError(
+                f"{caller}: {held.file.directory} acts from its alora_invocation_tokens on (aLoRA), and a checkpoint's "
+                "weights act on all tokens; load it into the model (load_adapter), and run it unmerged"
+            )
     changes = find_changes(
         checkpoint, contents, fan_in_fan_out=fan_in_fan_out, untie=untie, multiplier=-1.0 if subtract else 1.0
     )

@@ -329,6 +329,7 @@ def _check_same_kind(adapter: Adapter, config: LoraConfig, directory: Path) -> N
         "rank_pattern",
         "alpha_pattern",
         "enable_lora",
+        "alora_invocation_tokens",
         "trainable_token_indices",
     ):
         in_model, in_file = getattr(adapter.config, key), getattr(config, key)

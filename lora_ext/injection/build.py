@@ -31,10 +31,11 @@ def check_targets(bare: BareModel, targets: Targets, config: LoraConfig) -> None
 
     Raises:
         TypeError: targets are of unsupported kinds; all are listed.
-        ValueError: a token does not exist; values to train are offloaded; or a module was adapted by ``target_modules``
-            and is now a target of ``target_parameters``, or the reverse.
+        ValueError: a token does not exist; the model cannot have an invocation (aLoRA); values to train are offloaded;
+            or a module was adapted by ``target_modules`` and is now a target of ``target_parameters``, or the reverse.
     """
     _check_kinds(bare, targets, config)
+    _check_invocation(bare, config)
     _check_trained(bare, targets)
     _check_tokens(bare, targets)
     _check_parameters(bare, targets)
@@ -77,6 +78,8 @@ def _check_kinds(bare: BareModel, targets: Targets, config: LoraConfig) -> None:
             problem = f"no LoRA layer adapts {type(module).__name__}" if kind is None else kind.why_not(module, config)
         if kind is None and config.enable_lora_for(setting) is not None:
             problem = f"enable_lora names it, but supports only {LoraPackedLinear.base_kinds}"
+        if problem is None and config.alora_invocation_tokens is not None:
+            problem = _why_not_invoked(bare, path, kind)
         if problem is None and (attention := _attention_around(bare, path)) is not None:
             problem = LoraMultiheadAttention.why_not(attention, config)
             if problem is None and attention is bare.root:
@@ -89,6 +92,32 @@ def _check_kinds(bare: BareModel, targets: Targets, config: LoraConfig) -> None:
         raise TypeError(
             f"inject: target_modules matches modules that cannot be adapted; supported are {kinds}. Narrow "
             f"target_modules, or add to exclude_modules:{listed(problems)}"
+        )
+
+
+def _why_not_invoked(bare: BareModel, path: str, kind: type[LoraLayer]) -> str | None:
+    """Why an adapter of this layer cannot act from its invocation tokens on, or None."""
+    if issubclass(kind, LoraLinear) and _attention_around(bare, path) is None:
+        return None
+    return "an adapter that acts from its invocation tokens on (alora_invocation_tokens) adapts linear layers only"
+
+
+def _check_invocation(bare: BareModel, config: LoraConfig) -> None:
+    """Refuses invocation tokens that the model cannot have, and models whose rows are more than one sequence."""
+    tokens = config.alora_invocation_tokens
+    if tokens is None:
+        return
+    if getattr(getattr(bare.root, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"inject: alora_invocation_tokens is set, but {type(bare.root).__name__} has an encoder and a decoder, "
+            "which read different tokens; aLoRA is for decoders alone"
+        )
+    weight = getattr(bare.embedding, "weight", None)
+    wrong = [] if weight is None else [token for token in tokens if token >= len(weight)]
+    if wrong:
+        raise ValueError(
+            f"inject: alora_invocation_tokens has {shown(wrong)}, but the model's input embedding has {len(weight)} "
+            "tokens; resize the embedding first (resize_token_embeddings)"
         )
 
 

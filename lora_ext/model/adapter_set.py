@@ -141,6 +141,8 @@ class AdapterSet:
     def add(self, adapter: Adapter) -> None:
         """Registers an adapter whose parts are attached."""
         self.configs[adapter.name] = adapter.config
+        if adapter.config.alora_invocation_tokens is not None:
+            self.active.invocations[adapter.name] = adapter.config.alora_invocation_tokens
         modules = (module for part in adapter.parts for module in part.adapter.modules())
         self._parameters[adapter.name] = [module._parameters for module in modules if module._parameters]
         self.trained[adapter.name] = frozenset(
@@ -155,11 +157,12 @@ class AdapterSet:
     def remove(self, name: str) -> None:
         del self.configs[name], self._parameters[name], self.trained[name]
         self.biases.pop(name, None)
+        self.active.invocations.pop(name, None)
         self._trainable.discard(name)
 
     def rename(self, old: str, new: str) -> None:
         """Renames an adapter; it keeps its place in the order."""
-        for held in (self.configs, self._parameters, self.trained, self.biases):
+        for held in (self.configs, self._parameters, self.trained, self.biases, self.active.invocations):
             entries = {new if name == old else name: value for name, value in held.items()}
             held.clear()
             held.update(entries)

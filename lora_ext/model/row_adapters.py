@@ -18,6 +18,7 @@ from torch import nn
 from lora_ext._common.arguments import checked
 from lora_ext.model.adapter_set import AdapterSet, adapter_set, check_names, find_adapters
 from lora_ext.model.bare_model import adapter_layers, root_module
+from lora_ext.model.invocations import OFFSETS, active_tokens, are_invoked, find_starts, past_tokens, position
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.rows import (
     BASE,
@@ -56,8 +57,12 @@ def choose_adapters(model: nn.Module, names: list[str] | tuple[str, ...]) -> Ite
         yield
 
 
-def _choice(root: nn.Module, adapters: AdapterSet, names: object, caller: str) -> RowChoice:
-    """The choice of ``names``, checked. Errors as in :func:`choose_adapters`, and TypeError for other values."""
+def _choice(root: nn.Module, adapters: AdapterSet, names: object, caller: str, what: str = _ARGUMENT) -> RowChoice:
+    """The choice of ``names``, checked. Errors as in :func:`choose_adapters`, and TypeError for other values.
+
+    Args:
+        what: what chooses, for messages.
+    """
     if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"{caller}: adapter_names is of type {type(names).__name__}, want a list with a name per row")
     if not names:
@@ -70,7 +75,7 @@ def _choice(root: nn.Module, adapters: AdapterSet, names: object, caller: str) -
         check_names(caller, adapters.configs, used)
     obstacles = _obstacles(root, adapters)
     if obstacles.to_all:
-        raise ValueError(f"{caller}: adapter_names: {obstacles.to_all}")
+        raise ValueError(f"{caller}: {what}: {obstacles.to_all}")
     for name in used:
         if name in obstacles.to_one:
             raise ValueError(f"{caller}: adapter_names: {name!r} cannot be chosen by a row: {obstacles.to_one[name]}")
@@ -125,35 +130,34 @@ def _obstacles(root: nn.Module, adapters: AdapterSet) -> _Obstacles:
 def take_adapter_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple | None:
     """A hook before the forward: takes ``adapter_names`` out of its arguments, and puts the choice in force."""
     adapters = adapter_set(module)
+    active, names = adapters.active, kwargs.get(_ARGUMENT)
+    rest = _without_names(kwargs)
     if torch.compiler.is_compiling():
-        if kwargs.get(_ARGUMENT) is not None or adapters.active.row_calls > 0:
+        if names is not None or active.row_calls > 0:
             from lora_ext.nn.compiled_rows import refuse_compiled
 
             refuse_compiled()
-        return (args, _without_names(kwargs)) if _ARGUMENT in kwargs else None
+        return (args, rest) if len(rest) < len(kwargs) else None
     drop_interrupted()
-    names = kwargs.get(_ARGUMENT)
-    if names is None:
-        if adapters.active.row_calls and (choice := chosen(adapters.active)) is not None:
-            _note_rows(module, choice, args, kwargs)
-        return (args, _without_names(kwargs)) if _ARGUMENT in kwargs else None
-    kwargs = _without_names(kwargs)
-    caller = type(module).__name__
-    choice = _choice(module, adapters, names, caller)
+    outer = chosen(active) if active.row_calls else None
+    if names is None and not (active.invoked if outer is None else _are_invoked(outer)):
+        if outer is not None:
+            outer.multiples = _multiples(type(module).__name__, module, outer, _values(args, rest))[1]
+        return (args, rest) if len(rest) < len(kwargs) else None
     values = _values(args, kwargs)
-    first = first_rows(values, getattr(module, "main_input_name", None))
-    if first is not None:
-        argument, tensor = first
-        if tensor.shape[0] != len(choice.rows):
-            raise ValueError(
-                f"{caller}: adapter_names has {len(choice.rows)} names, but {argument} has {tensor.shape[0]} rows; "
-                "pass a name for each row"
-            )
-        choice.multiples = token_multiples(values, tensor.shape[0], 1)
+    choice = _choice_of_call(module, adapters, values, outer, type(module).__name__)
+    if outer is not None and names is None:
+        choice.starts = outer.starts
+    times, choice.multiples = _multiples(type(module).__name__, module, choice, values)
     enter(choice)
+    try:
+        choose_tokens(choice, times, values, type(module).__name__)
+    except BaseException:
+        leave(choice)
+        raise
     frame = sys._getframe(1)
     choice.frames = frame, frame.f_back  # a hook after an error is called from the outer one
-    return args, kwargs
+    return args, rest
 
 
 def end_choice(module: nn.Module, *_: Any) -> None:
@@ -166,28 +170,89 @@ def end_choice(module: nn.Module, *_: Any) -> None:
         leave(choice)
 
 
-def _note_rows(module: nn.Module, choice: RowChoice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Notes how many rows of a batch belong to each name of a choice that was made outside of the call."""
-    values = _values(args, kwargs)
-    first = first_rows(values, getattr(module, "main_input_name", None))
+def _choice_of_call(
+    root: nn.Module, adapters: AdapterSet, values: Mapping[str, Any], outer: RowChoice | None, caller: str
+) -> RowChoice:
+    """The choice of a call: of its ``adapter_names``, of the call around it, or of the active adapter (aLoRA)."""
+    names = values.get(_ARGUMENT)
+    first = first_rows(values, getattr(root, "main_input_name", None))
+    if names is None and outer is not None:
+        choice = RowChoice(adapters.active, outer.names_of_rows)
+        choice.pool, choice.pool_names, choice.is_of_active = outer.pool, outer.pool_names, outer.is_of_active
+        return choice
+    if names is None:
+        active = adapters.active.names
+        if len(active) > 1:
+            raise ValueError(
+                f"{caller}: the active adapters are {list(active)}, of which {adapters.active.invoked[0]!r} acts from "
+                "its invocation tokens on (aLoRA), which works alone; activate it alone (set_adapter), or combine "
+                "adapters with the same tokens (add_weighted_adapter)"
+            )
+        if first is None:
+            raise ValueError(
+                f"{caller}: the active adapter {active[0]!r} acts from its invocation tokens on (aLoRA), but the call "
+                "has no input_ids"
+            )
+        choice = _choice(root, adapters, [active[0]] * first[1].shape[0], caller, f"the active adapter {active[0]!r}")
+        choice.is_of_active = True
+        return choice
+    choice = _choice(root, adapters, names, caller)
+    if first is not None and first[1].shape[0] != len(choice.rows):
+        raise ValueError(
+            f"{caller}: adapter_names has {len(choice.rows)} names, but {first[0]} has {first[1].shape[0]} rows; "
+            "pass a name for each row"
+        )
+    return choice
+
+
+def _multiples(
+    caller: str, root: nn.Module, choice: RowChoice, values: Mapping[str, Any]
+) -> tuple[int, frozenset[int]]:
+    """How many rows of the batch belong to each name, and how many of a layer's input may."""
+    first = first_rows(values, getattr(root, "main_input_name", None))
     if first is None:
-        return
+        return 1, choice.multiples
     argument, tensor = first
     times, rest = divmod(tensor.shape[0], len(choice.rows))
     if rest:
         raise ValueError(
-            f"{type(module).__name__}: adapter_names has {len(choice.rows)} names, but {argument} has "
-            f"{tensor.shape[0]} rows, which is no multiple of them"
+            f"{caller}: adapter_names has {len(choice.rows)} names, but {argument} has {tensor.shape[0]} rows, "
+            "which is no multiple of them"
         )
-    choice.multiples = token_multiples(values, tensor.shape[0], times)
+    return times, token_multiples(values, tensor.shape[0], times)
+
+
+def _invocations(choice: RowChoice) -> Mapping[str, tuple[int, ...]]:
+    """The invocation tokens of the chosen adapters that act from them on; a choice of a pool must be in force."""
+    known = choice.active.invocations
+    return known | choice.pool.invocations(choice.pool_names) if choice.pool_names else known
+
+
+def _are_invoked(choice: RowChoice) -> bool:
+    return are_invoked(choice.names, _invocations(choice))
+
+
+def choose_tokens(choice: RowChoice, times: int, values: Mapping[str, Any], caller: str) -> None:
+    """Notes on which tokens of a call the adapters of ``choice`` act, which is in force."""
+    if not _are_invoked(choice):
+        return
+    first = 0
+    if choice.starts is None:
+        names = [name for name in choice.names_of_rows for _ in range(times)]
+        starts, times = find_starts(values, names, _invocations(choice), caller), 1
+    else:  # a step of generate
+        starts, first = choice.starts, past_tokens(values, caller)
+    choice.tokens = active_tokens(starts, times, values, first, caller)
+    choice.invoked = frozenset(_invocations(choice)).intersection(choice.names)
+    choice.is_plain = choice.is_of_active and choice.tokens.are_all
 
 
 def _without_names(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in kwargs.items() if name != _ARGUMENT}
+    return {name: value for name, value in kwargs.items() if name not in (_ARGUMENT, OFFSETS)}
 
 
 def _values(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"argument {i}": value for i, value in enumerate(args, start=1)} | dict(kwargs)
+    return {position(i): value for i, value in enumerate(args, start=1)} | dict(kwargs)
 
 
 def serve_adapter_names(root: nn.Module, adapters: AdapterSet) -> None:
@@ -240,17 +305,14 @@ class GenerateByRows:
         return inspect.signature(self.original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        names = kwargs.pop(_ARGUMENT, None)
-        if names is None:
-            return self.original(*args, **kwargs)
+        active, names = self.adapters.active, kwargs.get(_ARGUMENT)
+        rest, outer = _without_names(kwargs), chosen(active) if active.row_calls else None
+        if names is None and not (active.invoked if outer is None else _are_invoked(outer)):
+            return self.original(*args, **rest)
         caller = f"{type(self.model).__name__}.{_METHOD}"
-        choice = _choice(self.model, self.adapters, names, caller)
         values = _values(args, kwargs)
-        first = first_rows(values, getattr(self.model, "main_input_name", None))
-        if first is not None and first[1].shape[0] != len(choice.rows):
-            raise ValueError(
-                f"{caller}: adapter_names has {len(choice.rows)} names, but {first[0]} has {first[1].shape[0]} rows; "
-                "pass a name for each row"
-            )
+        choice = _choice_of_call(self.model, self.adapters, values, outer, caller)
         with choosing(choice):
-            return self.original(*args, **kwargs)
+            if _are_invoked(choice):
+                choice.starts = find_starts(values, choice.names_of_rows, _invocations(choice), caller)
+            return self.original(*args, **rest)

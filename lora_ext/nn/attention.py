@@ -310,7 +310,7 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
             for weight, bias, adapters, rows in projections:
                 updates = {name: self._row_update(adapter, rows) for name, adapter in adapters.items()}
                 y = F.linear(x, weight, bias).contiguous()
-                y = add_chosen(y, x.to(y.dtype), choice, updates, times, seeds)
+                y = add_chosen(y, x.to(y.dtype), choice, updates, times, seeds, self)
                 for part in y.split(E, dim=-1):
                     yield part if base.batch_first else part.transpose(0, 1)
 

@@ -22,6 +22,15 @@ def refuse_if_chosen(active: ActiveAdapters) -> None:
 
 
 @torch.compiler.disable
+def refuse_invoked() -> NoReturn:
+    raise ValueError(
+        "an adapter acts from its invocation tokens on (aLoRA), which are elsewhere in every call; call the model that "
+        "is not compiled (compiled._orig_mod), or generate(..., disable_compile=True), or use another adapter "
+        "(set_adapter)"
+    )
+
+
+@torch.compiler.disable
 def refuse_compiled() -> NoReturn:
     raise ValueError(
         "adapter_names: a compiled model would be compiled again for every choice of adapters; call the model that is "

@@ -36,6 +36,7 @@ class ActiveAdapters:
         warned: the kinds of layers that a warning named (lora_ext/nn/outside_reads.py).
         row_calls: how many calls whose rows choose adapters are running (lora_ext/nn/rows.py).
         row_obstacles: ``changes`` and what a model's rows could not choose then (lora_ext/model/row_adapters.py).
+        invocations: by name, the tokens from which on an adapter acts (aLoRA); others have no entry.
     """
 
     changes = row_calls = 0
@@ -46,10 +47,26 @@ class ActiveAdapters:
     def __init__(self, names: Iterable[str] = ()) -> None:
         self.names: tuple[str, ...] = tuple(names)
         self.warned: set[tuple[str, str]] = set()
+        self.invocations: dict[str, tuple[int, ...]] = {}
 
     def __getstate__(self) -> dict[str, object]:
         # No change is under way in a copy, and no enable() would reach it.
-        return {"names": self.names, "warned": set()}
+        return {"names": self.names, "warned": set(), "invocations": dict(self.invocations)}
+
+    @property
+    def invoked(self) -> tuple[str, ...]:
+        """The adapters in use that act from their invocation tokens on."""
+        return tuple([name for name in self.names if name in self.invocations])
+
+    def why_not_merge(self, names: Iterable[str]) -> str | None:
+        """Why one of the adapters ``names`` cannot be in a weight, or None."""
+        for name in names:
+            if name in self.invocations:
+                return (
+                    f"adapter {name!r} acts from its invocation tokens on (aLoRA), and a weight acts on all tokens; "
+                    "run it unmerged"
+                )
+        return None
 
     @contextmanager
     def changing(self) -> Iterator[None]:
@@ -418,7 +435,7 @@ class LoraLayer(AdapterLayer):
             if name in self.merged_adapters:
                 raise RuntimeError(f"{caller}: adapter {name!r} is already merged")
             self._check_exists(name)
-        if (reason := self.why_not_merge()) is not None:
+        if (reason := self.active.why_not_merge(names) or self.why_not_merge()) is not None:
             raise ValueError(f"{caller}: the update cannot be merged: {reason}")
         self._check_not_tied(names, "merge")
         change_merged(caller, {self: {*self.merged_adapters, *names}}, {self: ""})

@@ -14,7 +14,7 @@ from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.base_layer import is_conv1d, own_copy, plain_linear, why_not_merge
 from lora_ext.nn.layer import LoraLayer, Matrix
 from lora_ext.nn.row_updates import RowUpdate, add_chosen
-from lora_ext.nn.rows import RowChoice, row_choice
+from lora_ext.nn.rows import RowChoice, check_invoked, row_choice
 from lora_ext.nn.shared_inputs import Operands, SharesInputs, frozen_product, shared_inputs
 from lora_ext.nn.slots import LayerSlots
 from lora_ext.nn.tensor_parallel import add_update, place, split_dim
@@ -108,6 +108,8 @@ class LoraLinear(SharesInputs, LoraLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if (choice := row_choice(self.active)) is not None:
             return self._forward_rows(choice, x, *args, **kwargs)
+        if self.active.invocations:
+            check_invoked(self)
         if not (args or kwargs or torch.compiler.is_compiling()) and (shared := shared_inputs(self)) is not None:
             operands = self.operands()
             if type(operands) is Operands:
@@ -150,9 +152,9 @@ class LoraLinear(SharesInputs, LoraLayer):
             x = x.to(y.device)
         seeds = None if (shared := shared_inputs(self)) is None else shared.seeds(self, given)
         updates = {name: self._row_update(name) for name in self._applied(choice)}
-        y = add_chosen(y, x.to(y.dtype), choice, updates, times, seeds)
+        y = add_chosen(y, x.to(y.dtype), choice, updates, times, seeds, self)
         if choice.slots and self.slots is not None:
-            y = self.slots.add_chosen(y, x.to(y.dtype), choice, times)
+            y = self.slots.add_chosen(y, x.to(y.dtype), choice, times, self)
         return y
 
     @property

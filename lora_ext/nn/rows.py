@@ -19,6 +19,8 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from lora_ext.nn.invocations import ActiveTokens
+
 if TYPE_CHECKING:
     from lora_ext.nn.layer import ActiveAdapters, AdapterLayer
 
@@ -43,6 +45,12 @@ class RowChoice:
         has_gradients: whether gradients were enabled when the call began; reentrant checkpoints disable them in it.
         outer: the choice of the call around this one, which may be of another model.
         frames: the Python frames of the call, if it has no other end than them.
+        starts: in ``generate``, for each row the position in the prompt from which on its adapter acts, or None if it
+            does not act: its invocation tokens are not there (aLoRA).
+        tokens: in a model's call, on which tokens the chosen adapters act; None: on all.
+        invoked: the names that act on ``tokens`` only.
+        is_of_active: whether all rows use the active adapter, because it acts on ``tokens`` only.
+        is_plain: whether the layers' usual forward computes the same.
     """
 
     def __init__(self, active: ActiveAdapters | None, names: Sequence[str]) -> None:
@@ -57,7 +65,16 @@ class RowChoice:
         self.has_gradients = False
         self.outer: RowChoice | None = None
         self.frames: tuple[FrameType | None, ...] = ()
+        self.starts: list[int | None] | None = None
+        self.tokens: ActiveTokens | None = None
+        self.invoked: frozenset[str] = frozenset()
+        self.is_of_active = self.is_plain = False
         self._groups: dict[tuple, Tensor] = {}
+
+    @property
+    def names_of_rows(self) -> list[str]:
+        """A name for each row."""
+        return [self.names[i] if i >= 0 else BASE for i in self.rows]
 
     def aligned(self, layer: AdapterLayer, x: Tensor) -> tuple[Tensor, int]:
         """Returns ``x`` and how many consecutive rows of it belong to each name.
@@ -92,13 +109,25 @@ class RowChoice:
             groups = self._groups[key] = self._of_rows(numbers, times, device)
         return groups
 
-    def slot_of_row(self, times: int, device: torch.device) -> Tensor:
-        """The slot of each row of a layer's input, int64 ``[rows]``; -1: none."""
-        key = None, times, device
+    def token_groups(self, present: tuple[str, ...], times: int, x: Tensor, layer: AdapterLayer | None) -> Tensor:
+        """Like :meth:`groups`, or int64 ``[rows, tokens]`` if adapters act on a part of the tokens.
+
+        Args:
+            x: the layer's input or output.
+            layer: the layer, for messages.
+        """
+        groups = self.groups(present, times, x.device)
+        is_whole = self.tokens is None or self.invoked.isdisjoint(present)
+        return groups if is_whole else self.tokens.groups(layer, groups, x)
+
+    def slots_of(self, x: Tensor, times: int, layer: AdapterLayer | None) -> Tensor:
+        """The slot of each row (or token) of a layer's input, as :meth:`token_groups`; -1: none."""
+        key = None, times, x.device
         slots = self._groups.get(key)
         if slots is None:
-            slots = self._groups[key] = self._of_rows(self.slots, times, device)
-        return slots
+            slots = self._groups[key] = self._of_rows(self.slots, times, x.device)
+        is_whole = self.tokens is None or self.invoked.isdisjoint(self.slots)
+        return slots if is_whole else self.tokens.groups(layer, slots, x)
 
     def _of_rows(self, numbers: Mapping[str, int], times: int, device: torch.device) -> Tensor:
         of_name = [numbers.get(name, -1) for name in self.names] + [-1]  # index -1: BASE
@@ -117,9 +146,33 @@ def row_choice(active: ActiveAdapters) -> RowChoice | None:
             refuse_if_chosen(active)
         return None
     choice = chosen(active)
-    if choice is not None and choice.has_gradients:
+    if choice is None:
+        return None
+    if choice.has_gradients:
         _follow_checkpoints(choice)
-    return choice
+    return None if choice.is_plain else choice
+
+
+def check_invoked(layer: AdapterLayer) -> None:
+    """Checks that a layer may use its active adapters on all tokens.
+
+    Raises:
+        RuntimeError: one acts from its invocation tokens on (aLoRA), and a module was called alone, so that no one has
+            looked for them.
+        ValueError: the same in compiled code.
+    """
+    names = [name for name in layer.active.invoked if name in layer.adapters]
+    if not names:
+        return
+    if torch.compiler.is_compiling():
+        from lora_ext.nn.compiled_rows import refuse_invoked
+
+        refuse_invoked()
+    if chosen(layer.active) is None:
+        raise RuntimeError(
+            f"{type(layer).__name__}: the adapter {names[0]!r} acts from its invocation tokens on (aLoRA), which only "
+            "a call of the injected model sees; call that, and not a module in it, or use another adapter (set_adapter)"
+        )
 
 
 def chosen(active: ActiveAdapters) -> RowChoice | None:
@@ -307,6 +360,9 @@ def call_by_rows(
         raise ValueError(f"{type(layer).__name__}: adapter_names needs a tensor as the first argument of the layer")
     x, times = choice.aligned(layer, args[0])
     rows = x.shape[0]
+    if len(set(choice.rows)) == 1 and x is args[0]:
+        module = modules[choice.names[0]] if choice.names and choice.names[0] in modules else base
+        return module(*args, **kwargs)
     present = tuple(name for name in choice.names if name in modules)
     groups = choice.groups(present, times, x.device)
     outputs, order = [], []

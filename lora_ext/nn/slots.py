@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from lora_ext._ops import grouped
 from lora_ext._ops.checks import FLOATING
 from lora_ext.nn.row_updates import RowUpdate, add_chosen
 from lora_ext.nn.rows import RowChoice
+
+if TYPE_CHECKING:
+    from lora_ext.nn.layer import AdapterLayer
 
 
 class LayerSlots:
@@ -51,12 +54,12 @@ class LayerSlots:
     def clear(self, slot: int) -> None:
         self.ranks[slot] = 0
 
-    def add_chosen(self, y: Tensor, x: Tensor, choice: RowChoice, times: int) -> Tensor:
+    def add_chosen(self, y: Tensor, x: Tensor, choice: RowChoice, times: int, layer: AdapterLayer) -> Tensor:
         """As :func:`lora_ext.nn.row_updates.add_chosen`, for the slots that the rows have chosen."""
         if y.device.type not in grouped.DEVICES:
             updates = {name: self._update(slot) for name, slot in choice.slots.items() if self.ranks[slot] > 0}
-            return add_chosen(y, x, choice, updates, times)
-        groups = choice.slot_of_row(times, y.device)
+            return add_chosen(y, x, choice, updates, times, None, layer)
+        groups = choice.slots_of(x, times, layer)
         return functional.lora_grouped_(y, x, self.lora_A, self.lora_B, groups, self.scalings, self.ranks)
 
     def _update(self, slot: int) -> RowUpdate:

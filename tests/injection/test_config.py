@@ -203,6 +203,7 @@ def test_bad_values_are_named(settings, error, text):
         {"target_modules": ["q"], "bias": "lora_only", "fan_in_fan_out": True, "init_lora_weights": "orthogonal"},
         {"target_modules": None, "target_parameters": ["experts.down"]},
         {"target_modules": [], "target_parameters": ["experts.down"], "base_model_name_or_path": "here"},
+        {"target_modules": ["q"], "alora_invocation_tokens": [5, 3], "task_type": "CAUSAL_LM"},
     ],
     ids=lambda settings: "-".join(settings),
 )
@@ -222,7 +223,7 @@ def test_a_peft_file_survives_reading_and_writing(settings, tmp_path):
 # The treatment of every key that a PEFT release from 0.3 to 0.21 writes. "refused": an error names the key once it has
 # this value. "kept": no effect on what an adapter computes; written back as it was read.
 KEYS = {
-    "alora_invocation_tokens": ("refused", [1, 2]),
+    "alora_invocation_tokens": ("field", [1, 2]),
     "alpha_pattern": ("field", {"q": 2}),
     "arrow_config": ("refused", {"top_k": 3}),
     "auto_mapping": ("kept", {"base_model_class": "Net", "parent_library": "models"}),
@@ -276,6 +277,8 @@ def test_every_key_of_the_installed_peft_is_decided():
 def test_every_key_of_peft_is_read_kept_or_refused(key):
     decision, value = KEYS[key]
     values = {"peft_type": "LORA", "target_modules": ["q"], key: value}
+    if key == "alora_invocation_tokens":
+        values["task_type"] = "CAUSAL_LM"
     if decision == "refused":
         with pytest.raises(ValueError) as caught:
             LoraConfig.from_dict(values)

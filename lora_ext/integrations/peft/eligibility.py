@@ -18,17 +18,22 @@ from lora_ext.nn.base_layer import runs_alone
 DISABLED = "now: the adapters are disabled, so only the base layer runs"
 MERGED = "now: adapters are merged, so only the base layer runs"
 NONE_ACTIVE = "now: the layer has none of the active adapters, so only the base layer runs"
+_INVOKED = "ALoraLinearVariant"
 NOT_CAST = "now: PEFT is told not to cast inputs (disable_input_dtype_casting)"
 
 
 class Adapter(NamedTuple):
-    """Arguments of the ops for an active adapter: ``lora_A [r, in]``, ``lora_B [out, r]``, scaled ``bias [out]``."""
+    """Arguments of the ops for an active adapter: ``lora_A [r, in]``, ``lora_B [out, r]``, scaled ``bias [out]``.
+
+    ``is_invoked``: it acts from its invocation tokens on (aLoRA).
+    """
 
     lora_A: Tensor
     lora_B: Tensor
     bias: Tensor | None
     scaling: float
     dropout_p: float
+    is_invoked: bool = False
 
 
 def is_eligible_call(x: object) -> bool:
@@ -72,7 +77,8 @@ def adapters_named(layer: LoraLayer, names: Iterable[str]) -> dict[str, Adapter]
     for name in names:
         if name not in lora_As:
             continue
-        if variant := variant_of(layer, name):
+        variant = variant_of(layer, name)
+        if variant not in ("", _INVOKED):
             return f"adapter {name!r} is a variant of LoRA ({variant})"
         lora_A, lora_B, dropout = lora_As[name], lora_Bs[name], dropouts[name]
         for role, module in (("lora_A", lora_A), ("lora_B", lora_B)):
@@ -96,7 +102,7 @@ def adapters_named(layer: LoraLayer, names: Iterable[str]) -> dict[str, Adapter]
             return f"the scaling of adapter {name!r} is {scaling}"
         elif scaling < 0.0:  # lora_linear refuses it
             B, scaling = -B, -scaling
-        adapters[name] = Adapter(A, B, bias, scaling, dropout_p)
+        adapters[name] = Adapter(A, B, bias, scaling, dropout_p, variant == _INVOKED)
     return adapters
 
 

@@ -13,6 +13,7 @@ from lora_ext._ops.checks import FLOATING
 from lora_ext.functional import lora_delta_, lora_linear
 from lora_ext.integrations.peft.eligibility import Adapter, active_adapters, adapters_named, is_eligible_call
 from lora_ext.nn.base_layer import own_copy, plain_linear
+from lora_ext.nn.invocations import ActiveTokens
 from lora_ext.nn.row_updates import RowUpdate, add_chosen
 from lora_ext.nn.rows import RowChoice
 from lora_ext.nn.shared_inputs import Operands, SharesInputs, frozen_product, shared_inputs
@@ -30,14 +31,20 @@ class LinearForward(SharesInputs):
         if kwargs and (names := kwargs.get("adapter_names")) is not None:
             return self._forward_rows(x, names, *args, **kwargs)
         adapters = active_adapters(self)
-        if args or kwargs or isinstance(adapters, str) or not is_eligible_call(x):
+        if args or kwargs.keys() - {_OFFSETS} or isinstance(adapters, str) or not is_eligible_call(x):
             return super().forward(x, *args, **kwargs)
+        if any(adapter.is_invoked for adapter in adapters):
+            offsets = kwargs.get(_OFFSETS)
+            if torch.compiler.is_compiling() or not _are_offsets(offsets, x):
+                return super().forward(x, **kwargs)
+            if _before(offsets, x).count(0) < len(x):  # not all tokens, as in decoding
+                return self._forward_invoked(x, adapters, offsets)
         plain = plain_linear(self.base_layer)
         if plain is None:
             if x.dtype not in FLOATING:
-                return super().forward(x)
+                return super().forward(x, **kwargs)
         elif x.dtype != plain[0].dtype and not torch.is_autocast_enabled(x.device.type):
-            return super().forward(x)
+            return super().forward(x, **kwargs)
         if not torch.compiler.is_compiling() and (shared := shared_inputs(self)) is not None:
             operands = _operands(adapters, self.base_layer)
             if not isinstance(operands, str):
@@ -60,17 +67,37 @@ class LinearForward(SharesInputs):
     def _forward_rows(self, x: Tensor, names: list[str], *args, **kwargs) -> Tensor:
         """PEFT's ``_mixed_batch_forward``: each row uses the adapter that ``names`` gives it."""
         self._check_forward_args(x, adapter_names=names)
-        choice = _choice_of(tuple(names))
+        choice, offsets = _choice_of(tuple(names)), kwargs.get(_OFFSETS)
         adapters = adapters_named(self, choice.names)
-        if args or len(kwargs) > 1 or isinstance(adapters, str) or not is_eligible_call(x) or x.dtype not in FLOATING:
+        others = kwargs.keys() - {"adapter_names", _OFFSETS}
+        if args or others or isinstance(adapters, str) or not is_eligible_call(x) or x.dtype not in FLOATING:
             return super().forward(x, *args, **kwargs)
+        invoked = frozenset(name for name, adapter in adapters.items() if adapter.is_invoked)
+        if invoked:
+            if not _are_offsets(offsets, x):
+                return super().forward(x, *args, **kwargs)
+            before = [n if name in invoked else 0 for n, name in zip(_before(offsets, x), names, strict=True)]
+            choice = _choice_of(tuple(names), invoked, tuple(before), x.shape[1])
+        y = self._base_output(x)
+        updates = {name: _update_of(adapter) for name, adapter in adapters.items()}
+        return add_chosen(y, x.to(y.dtype), choice, updates, 1, layer=self)
+
+    def _forward_invoked(self, x: Tensor, adapters: list[Adapter], offsets: list[int | None]) -> Tensor:
+        """The forward of active adapters of which one or more act on the last ``offsets`` tokens of each row only."""
+        names, before = ("active",) * len(x), tuple(_before(offsets, x))
+        y = self._base_output(x)
+        x = x.to(y.dtype)
+        for adapter in adapters:
+            acts = (frozenset(names), before, x.shape[1]) if adapter.is_invoked else ()
+            y = add_chosen(y, x, _choice_of(names, *acts), {"active": _update_of(adapter)}, 1, layer=self)
+        return y
+
+    def _base_output(self, x: Tensor) -> Tensor:
+        """The base layer's output, to be changed in place."""
         plain = plain_linear(self.base_layer)
         if plain is None or (x.dtype != plain[0].dtype and not torch.is_autocast_enabled(x.device.type)):
-            y = own_copy(self, self.base_layer(x))
-        else:
-            y = F.linear(x, *plain)
-        updates = {name: RowUpdate(A, B, scaling, p, bias) for name, (A, B, bias, scaling, p) in adapters.items()}
-        return add_chosen(y, x.to(y.dtype), choice, updates, 1)
+            return own_copy(self, self.base_layer(x))
+        return F.linear(x, *plain)
 
     def operands(self) -> Operands | str:
         if is_fully_sharded(self):
@@ -84,10 +111,38 @@ class LinearForward(SharesInputs):
         return adapters if isinstance(adapters, str) else ""
 
 
+_OFFSETS = "alora_offsets"
+
+
+def _are_offsets(offsets: object, x: Tensor) -> bool:
+    """Whether ``offsets`` are those of the rows of ``x [rows, tokens, in_features]``."""
+    return isinstance(offsets, list) and x.dim() == 3 and x.dtype in FLOATING and len(offsets) == len(x)
+
+
+def _before(offsets: list[int | None], x: Tensor) -> list[int]:
+    """For each row how many tokens come before those on which aLoRA acts."""
+    length = x.shape[1]
+    return [length - min(offset or 0, length) for offset in offsets]
+
+
 @functools.lru_cache(64)
-def _choice_of(names: tuple[str, ...]) -> RowChoice:
-    """The same for all layers of a call."""
-    return RowChoice(None, names)
+def _choice_of(
+    names: tuple[str, ...], invoked: frozenset[str] = frozenset(), before: tuple[int, ...] = (), length: int = 0
+) -> RowChoice:
+    """The same for all layers of a call.
+
+    Args:
+        invoked: the names that act from their invocation tokens on (aLoRA).
+        before, length: as in :class:`ActiveTokens`.
+    """
+    choice = RowChoice(None, names)
+    if invoked:
+        choice.tokens, choice.invoked = ActiveTokens(before, length), invoked
+    return choice
+
+
+def _update_of(adapter: Adapter) -> RowUpdate:
+    return RowUpdate(adapter.lora_A, adapter.lora_B, adapter.scaling, adapter.dropout_p, adapter.bias)
 
 
 def _sum_of_biases(bias: Tensor | None, adapters: list[Adapter], dtype: torch.dtype) -> Tensor | None:

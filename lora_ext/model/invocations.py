@@ -1,0 +1,146 @@
+"""Finds where the adapters of a batch begin to act (aLoRA): the last occurrence of their invocation tokens in each row.
+
+PEFT's rules: the adapter acts on the invocation tokens and on all tokens after them, padding too. In a row without them
+it does not act. ``generate`` looks at the prompt only. A caller may say the places itself, by PEFT's argument
+``alora_offsets``: for each row the number of last tokens on which the adapter acts, or None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_ext.nn.invocations import ActiveTokens
+from lora_ext.nn.rows import BASE
+
+OFFSETS = "alora_offsets"
+Invocations = Mapping[str, tuple[int, ...]]
+
+
+def find_starts(
+    values: Mapping[str, Any], names: Sequence[str], invocations: Invocations, caller: str
+) -> list[int | None]:
+    """For each row the position of its first active token; None: the adapter does not act. 0 for other adapters.
+
+    Args:
+        values: the arguments of the call, by name or by :func:`position`.
+        names: the adapter of each row.
+        invocations: by adapter name.
+
+    Raises:
+        ValueError: the tokens are not known, or ``alora_offsets`` does not fit.
+    """
+    ids, given = _token_ids(values), values.get(OFFSETS)
+    if given is not None:
+        return _starts_given(given, names, invocations, _length(values, ids, caller), caller)
+    first = next(name for name in names if name in invocations)
+    if ids is None:
+        raise ValueError(
+            f"{caller}: the adapter {first!r} acts from its invocation tokens on (aLoRA), but the call has no "
+            f"input_ids [rows, tokens]; pass them, or {OFFSETS}: for each row on how many last tokens it acts, or None"
+        )
+    _check_one_sequence_a_row(values, first, caller)
+    starts: list[int | None] = [0] * len(names)
+    for name in dict.fromkeys(names):
+        if name in invocations:
+            rows = [i for i, chosen in enumerate(names) if chosen == name]
+            for i, start in zip(rows, _last_occurrences(ids[rows], invocations[name]), strict=True):
+                starts[i] = start
+    return starts
+
+
+def active_tokens(
+    starts: Sequence[int | None], times: int, values: Mapping[str, Any], first: int, caller: str
+) -> ActiveTokens:
+    """The tokens of a call on which the adapters act.
+
+    Args:
+        starts: as :func:`find_starts` returns them.
+        times: consecutive rows of the batch for each start.
+        first: the position of the call's first token.
+    """
+    length = _length(values, _token_ids(values), caller)
+    before = [length if start is None else min(max(start - first, 0), length) for start in starts]
+    kept = values.get("logits_to_keep")
+    kept = min(kept, length) if isinstance(kept, int) else None
+    return ActiveTokens([n for n in before for _ in range(times)], length, kept)
+
+
+def past_tokens(values: Mapping[str, Any], caller: str) -> int:
+    """How many tokens of the sequence a step of ``generate`` has computed before: those in its cache."""
+    for value in values.values():
+        if callable(length := getattr(value, "get_seq_length", None)):
+            return int(length())
+    mask = values.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return max(mask.shape[1] - _length(values, _token_ids(values), caller), 0)
+    return 0
+
+
+def _last_occurrences(ids: Tensor, tokens: tuple[int, ...]) -> list[int | None]:
+    """For each row of ``ids [rows, length]``, where ``tokens`` occur for the last time."""
+    if ids.shape[1] < len(tokens):
+        return [None] * len(ids)
+    wanted = torch.tensor(tokens, device=ids.device)
+    is_here = (ids.unfold(1, len(tokens), 1) == wanted).all(-1)
+    places = torch.arange(1, is_here.shape[1] + 1, device=ids.device)
+    return [place - 1 if place else None for place in (is_here * places).amax(1).tolist()]
+
+
+def _starts_given(
+    given: Any, names: Sequence[str], invocations: Invocations, length: int, caller: str
+) -> list[int | None]:
+    offsets = given.tolist() if isinstance(given, Tensor) else given
+    if not isinstance(offsets, list | tuple) or len(offsets) != len(names):
+        raise ValueError(f"{caller}: {OFFSETS} is {offsets!r}, want a number or None for each of the {len(names)} rows")
+    for offset in offsets:
+        if offset is not None and (not isinstance(offset, int) or offset < 0):
+            raise ValueError(f"{caller}: {OFFSETS} has the entry {offset!r}, want a number of tokens, or None")
+    return [
+        (max(length - offset, 0) if offset else None) if name in invocations else 0
+        for name, offset in zip(names, offsets, strict=True)
+    ]
+
+
+def position(i: int) -> str:
+    """The name of the ``i``-th positional argument, from 1 on."""
+    return f"argument {i}"
+
+
+def _token_ids(values: Mapping[str, Any]) -> Tensor | None:
+    for name in ("input_ids", "inputs", position(1)):
+        ids = values.get(name)
+        if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point():
+            return ids
+    return None
+
+
+def _length(values: Mapping[str, Any], ids: Tensor | None, caller: str) -> int:
+    """The number of tokens in a row."""
+    embedded = values.get("inputs_embeds")
+    tokens = ids if ids is not None and ids.shape[1] else embedded
+    if not isinstance(tokens, Tensor):
+        raise ValueError(f"{caller}: aLoRA needs input_ids or inputs_embeds, which tell how many tokens a row has")
+    return tokens.shape[1]
+
+
+def _check_one_sequence_a_row(values: Mapping[str, Any], name: str, caller: str) -> None:
+    """Refuses rows that are packed of several sequences: only one of them would find its invocation."""
+    positions = values.get("position_ids")
+    is_packed = any(key.startswith("cu_seq") and value is not None for key, value in values.items())
+    if isinstance(positions, Tensor) and positions.dim() == 2 and values.get("attention_mask") is None:
+        is_packed = is_packed or bool((positions.diff() < 0).any())
+    if is_packed:
+        raise ValueError(
+            f"{caller}: the rows are packed of several sequences, but the adapter {name!r} acts from its invocation "
+            "tokens on (aLoRA), which are looked for once in a row; pass a sequence for each row (no packing, no "
+            "padding-free batches, no generate_batch)"
+        )
+
+
+def are_invoked(names: Sequence[str], invocations: Invocations) -> bool:
+    """Whether one of the adapters acts from its invocation tokens on."""
+    return bool(invocations) and any(name != BASE and name in invocations for name in names)
