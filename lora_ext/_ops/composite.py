@@ -7,6 +7,7 @@ returns its op's results. Sums are in the accumulation dtype, as in the op.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -37,6 +38,22 @@ def dropped(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
     """Zeroes what the seed's mask drops; without the factor, which is in :func:`scale`."""
     mask = draw_mask(x, dropout_p, seed)
     return x if mask.dim() < 2 else x * unpack_mask(mask, x.shape[-1]).reshape(x.shape)
+
+
+def dropped_part(
+    part: Tensor, dropout_p: float, seed: Tensor | None, whole: Sequence[int], begin: Sequence[int]
+) -> Tensor:
+    """:func:`dropped` of a tensor of shape ``whole``, for its part that has ``begin`` as its first index."""
+    if dropout_threshold(dropout_p) == 0:
+        return part
+    tokens, (features, first) = math.prod(whole[:-1]), (whole[-1], begin[-1])
+    mask = torch.ops.lora_ext.lora_dropout_mask.default(seed, tokens, features, dropout_p)
+    mask = mask.reshape(*whole[:-1], mask.shape[-1])  # a bit for each feature
+    for dim, start in enumerate(begin[:-1]):
+        mask = mask.narrow(dim, start, part.shape[dim])
+    end = first + part.shape[-1]
+    bits = unpack_mask(mask[..., first // 8 : -(-end // 8)].flatten(0, -2), end - first // 8 * 8)
+    return part * bits[:, first % 8 :].reshape(part.shape)
 
 
 def draw_mask(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:

@@ -83,11 +83,15 @@ def add_update(
         B = _SumOfGradients.apply(B, group)
         bias = None if bias is None else _SumOfGradients.apply(bias, group)
     if dropout_p > 0.0:
-        # Devices that hold the same elements of x need the same mask; they draw alike if they are seeded alike.
-        first = torch.distributed.get_global_rank(group, 0)
-        same = by_rows and dim is None
-        seed = functional.draw_seed(x.device, first if same else first + (rank << 32))
-        x = composite.dropped(x, dropout_p, seed)
+        # The devices draw alike if they are seeded alike: the mask of the whole input, of which each takes its part.
+        seed = functional.draw_seed(x.device, torch.distributed.get_global_rank(group, 0))
+        whole, begin = list(x.shape), [0] * x.dim()
+        if not by_rows:
+            whole[-1] = weight.shape[COLUMNS]
+            begin[-1] = min(rank * -(-whole[-1] // size), whole[-1])  # as torch.chunk splits
+        elif dim is not None:
+            whole[dim], begin[dim] = size * x.shape[dim], rank * x.shape[dim]
+        x = composite.dropped_part(x, dropout_p, seed, whole, begin)
     with torch.autocast(x.device.type, enabled=False):
         xa = F.linear(x.to(A.dtype), A)
     if by_rows:

@@ -110,6 +110,23 @@ def test_one_collective_for_each_layer(ranks):
     ranks(2, _count)
 
 
+def _dropout_of_one_process(rank: int, sequence: bool) -> None:
+    ranks = torch.distributed.get_world_size()
+    model, alone = _adapted(init_device_mesh("cpu", (ranks,)), sequence, lora_dropout=0.5)
+    whole = torch.randn(2, 4 * ranks, 6)
+    part = (lambda tensor: tensor.chunk(ranks, 1)[rank]) if sequence else (lambda tensor: tensor)
+    torch.manual_seed(3)
+    y = _run(model, part(whole))
+    torch.manual_seed(3)
+    with mock.patch("torch.distributed.get_rank", return_value=0):  # draws as one process does
+        torch.testing.assert_close(y, part(_run(alone, whole)))
+
+
+@pytest.mark.parametrize("sequence", [False, True], ids=["whole", "sequence"])
+def test_dropout_is_that_of_one_process(ranks, sequence):
+    ranks(2, _dropout_of_one_process, sequence)
+
+
 def _masks(rank: int) -> tuple[Tensor, Tensor]:
     mesh = init_device_mesh("cpu", (2,))
     model, _ = _adapted(mesh, lora_dropout=0.5)
