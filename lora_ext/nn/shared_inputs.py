@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import functional
-from lora_ext._ops.registration import call_state
+from lora_ext._ops.registration import autocast_device, call_state
 from lora_ext.nn.base_layer import plain_linear, runs_quantized_product
 
 LARGEST = 8  # layers of lora_linear_siblings
@@ -312,7 +312,7 @@ class _Round:
     def compute(self, group: Group, layer: nn.Module, x: Tensor, operands: Operands) -> Tensor | None:
         """Computes the group's outputs and returns that of ``layer``; None: there is no other layer to share with."""
         weight = operands.weight
-        if operands.quantized is None and x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if operands.quantized is None and x.dtype != weight.dtype and not torch.is_autocast_enabled(autocast_device(x)):
             return None
         if x.shape[-1:] != operands.lora_A.shape[1:] or x.device != weight.device:
             return None
