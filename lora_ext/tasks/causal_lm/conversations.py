@@ -60,7 +60,7 @@ class Example(NamedTuple):
         return [index for index, (role, _) in numbered if role == "assistant"]
 
     def messages(self, stop: int | None = None) -> list[dict[str, str]]:
-        """The turns before index ``stop`` as a chat template takes them."""
+        """Returns the turns before index ``stop`` as a chat template takes them."""
         return [{"role": role, "content": content} for role, content in self.turns[:stop]]
 
 

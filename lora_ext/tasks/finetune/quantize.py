@@ -55,7 +55,7 @@ class Quantization:
     trained: tuple[str, ...]
 
     def options(self, path: str, auto_class: Any, options: dict[str, Any], **config: Any) -> dict[str, Any]:
-        """The arguments of ``from_pretrained`` that quantise the model at ``path``.
+        """Returns the arguments of ``from_pretrained`` that quantise the model at ``path``.
 
         Args:
             auto_class: the class of Transformers that loads it.
@@ -80,7 +80,7 @@ class Quantization:
 
 
 def quantization_of(settings: Settings) -> Quantization | None:
-    """What ``settings`` ask for; None: nothing is quantised. TaskError: bitsandbytes is not installed."""
+    """Returns what ``settings`` ask for; None: nothing is quantised. TaskError: bitsandbytes is not installed."""
     if settings.quantize is None:
         return None
     if importlib.util.find_spec("bitsandbytes") is None:

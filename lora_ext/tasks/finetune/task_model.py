@@ -208,7 +208,7 @@ def check_tokens(model: PreTrainedModel, rows: Iterable[dict[str, Any]], path: s
 
 
 def most_tokens(model: PreTrainedModel) -> int | None:
-    """Maximum number of tokens in a text; None if the config does not say."""
+    """Returns the maximum number of tokens in a text; None if the config does not say."""
     architecture = ARCHITECTURES.get(model.config.model_type)
     if architecture is None or not architecture.position_table:
         most = getattr(model.config, "max_position_embeddings", None)
