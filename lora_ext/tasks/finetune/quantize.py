@@ -90,6 +90,19 @@ def quantization_of(settings: Settings) -> Quantization | None:
     return Quantization(settings.quantize, compute, trained)
 
 
+def avoid_packed_layout(model: nn.Module) -> None:
+    """Turns bitsandbytes' packed CPU layout off in 4-bit layers that it does not fit: their forward would fail.
+
+    On CPUs with AVX512-BF16 the first forward in evaluation packs a weight. Rows must then be whole blocks, and their
+    number a multiple of 32.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            block = module.weight.quant_state.blocksize
+            if module.in_features % block or module.out_features % 32:
+                module.support_avx512bf16_for_cpu = False
+
+
 def tensors_of_8bit(model: nn.Module) -> Iterator[Tensor]:
     """Yields the codes and scales that the 8-bit layers of ``model`` hold outside of their parameters.
 
