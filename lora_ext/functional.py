@@ -11,6 +11,7 @@ from lora_ext._ops import checks, checks_grouped, composite, linear, refusals, s
 from lora_ext._ops.bottleneck import bottleneck
 from lora_ext._ops.in_place import check_inference, count_change
 from lora_ext._ops.nested import by_values
+from lora_ext._ops.registration import autocast_device
 from lora_ext.merging.weights import MergeRecord, lora_merge_, lora_unmerge_
 
 __all__ = [
@@ -276,7 +277,7 @@ def _as_numbers(x: Tensor, scalings: Tensor | Sequence[float]) -> Tensor:
 
 def _cast_to(y: Tensor, x: Tensor) -> Tensor:
     """Under autocast, casts ``x`` to the dtype that the base layer returned."""
-    return x.to(y.dtype) if x.dtype != y.dtype and torch.is_autocast_enabled(x.device.type) else x
+    return x.to(y.dtype) if x.dtype != y.dtype and torch.is_autocast_enabled(autocast_device(x)) else x
 
 
 def lora_linear_siblings(

@@ -1,7 +1,7 @@
 """Measures how much a process grows that loads and trains the demo model, to compare with `lora-ext plan`.
 
-Run as a script, this file is that process: ``python benchmarks/harness/training_memory.py lora 16 128 8``. It starts
-counting after the imports and a tiny model's training, which set up the libraries.
+Run as a script, this file is that process: ``python benchmarks/harness/training_memory.py lora 16 128 8 float32``. It
+starts counting after the imports and a tiny model's training, which set up the libraries.
 """
 
 from __future__ import annotations
@@ -17,17 +17,26 @@ GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000", 
 STEPS = 2  # in the second, the optimizer's state exists from the start
 
 
-def growth(method: str, batch_size: int, seq_len: int, r: int = 8, threads: int = 1, gives_back: bool = True) -> int:
+def growth(
+    method: str,
+    batch_size: int,
+    seq_len: int,
+    r: int = 8,
+    threads: int = 1,
+    gives_back: bool = True,
+    precision: str = "float32",
+) -> int:
     """Bytes by which the resident memory of a new, training process grows.
 
     Args:
         r: LoRA's rank.
         gives_back: freed tensors leave the resident memory; otherwise the C library's allocator decides.
+        precision: ``"float32"``, or ``"bfloat16"`` for autocast.
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     environment |= GIVES_BACK if gives_back else {}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
-    command = [sys.executable, __file__, method, *map(str, (batch_size, seq_len, r))]
+    command = [sys.executable, __file__, method, *map(str, (batch_size, seq_len, r)), precision]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"training_memory {method} failed:\n{done.stderr}")
@@ -40,7 +49,7 @@ def _resident(key: str) -> int:
     return 1024 * int(lines[key].split()[0])
 
 
-def main(method: str, batch_size: int, seq_len: int, r: int) -> None:
+def main(method: str, batch_size: int, seq_len: int, r: int, precision: str) -> None:
     import torch
     import transformers
     from transformers import BertConfig, BertForSequenceClassification
@@ -56,7 +65,9 @@ def main(method: str, batch_size: int, seq_len: int, r: int) -> None:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
         for _ in range(STEPS):
             ids, labels = torch.randint(1000, (batch, length)), torch.randint(3, (batch,))
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss.backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+                loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 
@@ -70,4 +81,4 @@ def main(method: str, batch_size: int, seq_len: int, r: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:5]))
+    main(sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5])

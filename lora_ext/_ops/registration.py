@@ -25,6 +25,10 @@ checked_arguments: dict[str, Callable[..., dict[str, object]]] = {}
 """For each op of :func:`register_op`: checks the arguments of a call and returns all of them by name."""
 
 
+num_cast_arguments: dict[str, int] = {}
+"""For each op of :func:`register_autocast`: how many of its first arguments autocast casts."""
+
+
 def _dispatch_state() -> tuple[int, int]:
     return _included().raw_repr(), _excluded().raw_repr()
 
@@ -53,7 +57,15 @@ def _keys(*names: str) -> int:
     return keys.raw_repr()
 
 
-_AUTOCAST, _MODES = _keys("AutocastCPU", "AutocastCUDA"), _keys("Python", "PythonTLSSnapshot")
+# AutocastPrivateUse1 stands for autocast in lora_ext.planner.meta_autocast.
+_AUTOCAST = _keys("AutocastCPU", "AutocastCUDA", "AutocastPrivateUse1")
+_MODES = _keys("Python", "PythonTLSSnapshot", "AutocastPrivateUse1")
+
+
+def autocast_device(tensor: Tensor) -> str:
+    """Returns the device type whose autocast applies to ``tensor``; the CPU's to meta tensors, which have none."""
+    kind = tensor.device.type
+    return "cpu" if kind == "meta" else kind
 
 
 def call_state(x: Tensor) -> tuple | None:
@@ -70,7 +82,7 @@ def call_state(x: Tensor) -> tuple | None:
     if excluded != _USUAL_EXCLUDED:
         if excluded | _AUTOCAST != _USUAL_EXCLUDED | _AUTOCAST:
             return None
-        autocast = torch.get_autocast_dtype(x.device.type)
+        autocast = torch.get_autocast_dtype(autocast_device(x))
     return included, excluded, autocast, torch.is_grad_enabled(), x._version, x.requires_grad
 
 
@@ -312,5 +324,6 @@ def register_autocast(name: str, num_cast: int) -> None:
     autocast again.
     """
     op = op_named(name)
+    num_cast_arguments[name] = num_cast
     for device_type, dispatch_key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         LIBRARY.impl(name, _autocast_kernel(op, device_type, dispatch_key, num_cast), dispatch_key)

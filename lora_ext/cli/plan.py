@@ -17,7 +17,7 @@ from lora_ext.tasks.finetune.settings import Settings
 _ABBREVIATIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _TRAINING = ("model", "method", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save")
 _TRAINING += ("bottleneck_size", "drop_layers", "prefix_length", "infix_length", "batch_size")
-_TRAINING += ("accumulation_steps", "gradient_checkpointing")
+_TRAINING += ("accumulation_steps", "gradient_checkpointing", "precision")
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:

@@ -288,7 +288,7 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
                 yield y
 
     def _project_rows(self, inputs: tuple[Tensor, Tensor, Tensor], choice: RowChoice) -> Iterator[Tensor]:
-        """The projections if each row of the batch uses the adapter that ``choice`` gives it."""
+        """Returns the projections; each row of the batch uses the adapter that ``choice`` gives it."""
         base, E = self.base_layer, self.base_layer.embed_dim
         if inputs[0].dim() != 3:
             raise ValueError(f"{type(self).__name__}: adapter_names needs a batch, but query has no such dimension")
@@ -315,7 +315,7 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
                     yield part if base.batch_first else part.transpose(0, 1)
 
     def _row_update(self, adapter: LoraAdapter, rows: slice) -> RowUpdate:
-        """The update of some rows of the weight."""
+        """Returns the update of some rows of the weight."""
         bias = None if adapter.lora_bias is None else adapter.scaling * adapter.lora_bias[rows]
         return RowUpdate(adapter.lora_A, adapter.lora_B[rows], adapter.scaling, self._dropout(adapter), bias)
 
@@ -345,7 +345,7 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
     def _additive_mask(
         self, q: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, num_extra: int
     ) -> Tensor | None:
-        """The sum of both masks, ``[batch or 1, num_heads or 1, queries or 1, keys]``, or None."""
+        """Returns the sum of both masks, ``[batch or 1, num_heads or 1, queries or 1, keys]``, or None."""
         N, H, _, _ = q.shape
         masks = []
         if attn_mask is not None:

@@ -46,7 +46,7 @@ def runs_alone(module: nn.Module) -> bool:
 
 
 def plain_linear(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-    """The weight ``[out_features, in_features]`` and the bias of a base layer that is exactly their product, or None.
+    """Returns weight ``[out_features, in_features]`` and bias of a base layer that is exactly their product, or None.
 
     Takes 0.4 us. Parametrized, pruned and sharded weights are no entries of ``_parameters``, or not dense.
     """
@@ -91,7 +91,7 @@ def is_dense(tensor: object) -> bool:
 
 
 def unwrapped(layer: nn.Module, base: nn.Module, *kinds: type[nn.Module]) -> nn.Module:
-    """The module of one of ``kinds`` that ``base`` is, or holds as ``base_layer`` like PEFT's layers.
+    """Returns the module of one of ``kinds`` that ``base`` is, or holds as ``base_layer`` like PEFT's layers.
 
     It says what sizes and options ``layer`` has. TypeError: there is none.
     """
@@ -107,7 +107,7 @@ def unwrapped(layer: nn.Module, base: nn.Module, *kinds: type[nn.Module]) -> nn.
 
 
 def own_copy(layer: nn.Module, y: Any) -> Tensor:
-    """A contiguous copy of what the base layer of ``layer`` returned, for in-place updates.
+    """Returns a contiguous copy of the base layer's output, for in-place updates.
 
     The base layer, a hook or the caller may hold ``y``; and it may be a view, a leaf, or expanded.
     """
@@ -129,7 +129,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def why_weight_unusable(module: nn.Module, name: str = "weight", *, at_hand: bool = False) -> str | None:
-    """Why no update of the parameter ``name`` of ``module`` can be computed, or None.
+    """Returns why no update of the parameter ``name`` of ``module`` can be computed, or None.
 
     ``at_hand``: the layer reads its values, so that they must not be offloaded.
     """
@@ -179,7 +179,7 @@ def has_forward_of(module: nn.Module, kind: type[nn.Module], *methods: str) -> b
 
 
 def why_not_merge(base: nn.Module, *kinds: type[nn.Module], methods: tuple[str, ...] = ()) -> str | None:
-    """Why merging into the weight of ``base`` could compute something else than adding to its output, or None.
+    """Returns why merging into ``base``'s weight could differ from adding to its output, or None.
 
     ``kinds``: the classes whose forward is linear in the weight.
     """
@@ -269,7 +269,7 @@ def check_not_offloaded(layer: nn.Module, module: nn.Module, name: str) -> None:
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """The device to which accelerate brings the parameters of ``module`` for a call; None: they stay where they are."""
+    """Returns the device to which accelerate moves ``module``'s parameters for a call; None: they stay in place."""
     if any(is_offloaded(module, name) for name in module._parameters):
         for hook in _accelerate_hooks(module):
             device = getattr(hook, "execution_device", None)

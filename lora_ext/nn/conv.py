@@ -102,7 +102,7 @@ class LoraConv(LoraLayer):
         return y
 
     def _forward_rows(self, choice: RowChoice, x: Tensor) -> Tensor:
-        """The forward if each row uses the adapter that ``choice`` gives it."""
+        """Computes the forward; each row uses the adapter that ``choice`` gives it."""
         size = self.convolution.kernel_size
         if x.dim() != len(size) + 2:
             raise ValueError(
@@ -159,7 +159,7 @@ class LoraConv(LoraLayer):
         return {"weight": weight, **self._bias_factors(adapter)}
 
     def delta_weight(self, name: str | None = None) -> Tensor:
-        """The update of adapter ``name`` (default: the active one) in the shape of the weight; allocates it."""
+        """Returns the update of adapter ``name`` (default: the active one) in the shape of the weight; allocates it."""
         order = self._order()
         shape = [self.base_weight.shape[dim] for dim in order]
         return super().delta_weight(name).view(shape).permute([order.index(dim) for dim in range(len(order))])

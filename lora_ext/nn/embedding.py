@@ -141,7 +141,7 @@ class LoraEmbedding(LoraLayer):
         return expand_onto_(y, scaled_rows(embedding, xa), adapter.lora_B, adapter.scaling)
 
     def _forward_rows(self, choice: RowChoice, ids: Tensor) -> Tensor:
-        """The forward if each row uses the adapter that ``choice`` gives it."""
+        """Computes the forward; each row uses the adapter that ``choice`` gives it."""
         y = self.base_layer(ids)
         given, (ids, times) = ids, choice.aligned(self, ids)
         y = own_copy(self, y if ids is given else y.expand(*ids.shape, y.shape[-1]))
@@ -156,7 +156,7 @@ class LoraEmbedding(LoraLayer):
 
 
 def why_embedding_unusable(module: nn.Embedding) -> str | None:
-    """Why rows of ``module`` cannot be updated while it computes the frozen ones, or None."""
+    """Returns why rows of ``module`` cannot be updated while it computes the frozen ones, or None."""
     if module.max_norm is not None:
         return "it has max_norm, which changes the frozen weight in every forward"
     if not has_forward_of(module, type(module) if hasattr(module, "embed_scale") else nn.Embedding):

@@ -161,11 +161,11 @@ class AdapterLayer(nn.Module):
         self.active.names = names
 
     def target_name(self, path: str) -> str:
-        """The name by which a config refers to this layer; ``path`` is the base layer's path."""
+        """Returns the name by which a config refers to this layer; ``path`` is the base layer's path."""
         return path
 
     def file_tensors(self, path: str, adapter: nn.Module) -> dict[str, Tensor]:
-        """The live tensors of ``adapter`` (attached or not) that a file holds, by PEFT's keys."""
+        """Returns the live tensors of ``adapter`` (attached or not) that go into a file, by PEFT's keys."""
         raise NotImplementedError
 
     def file_tensors_of_base(self, path: str, adapter: nn.Module) -> dict[str, Tensor]:
@@ -173,7 +173,7 @@ class AdapterLayer(nn.Module):
         return {f"{path}.base_layer.{name}": tensor for name, tensor in self.base_layer.state_dict().items()}
 
     def unloaded(self, merged: bool) -> nn.Module:
-        """The module that replaces this layer on unloading; ``merged``: with the active adapter's values for good."""
+        """Returns the module that replaces this layer on unloading; ``merged``: it keeps active adapters' values."""
         return self.base_layer
 
     def unload_and_optionally_merge_module(self, **how: Any) -> AdapterLayer:
@@ -187,7 +187,7 @@ class AdapterLayer(nn.Module):
         return self._base_state_dict(**dict(zip(("destination", "prefix", "keep_vars"), args, strict=False)), **kwargs)
 
     def _base_state_dict(self, **kwargs: Any) -> dict[str, Any]:
-        """The state that a plain model has in this layer's place to compute the same."""
+        """Returns the state that a plain model has in this layer's place to compute the same."""
         return self.base_layer.state_dict(**kwargs)
 
     @property
@@ -291,7 +291,7 @@ class LoraLayer(AdapterLayer):
 
     @classmethod
     def why_not(cls, module: nn.Module, config: LoraConfig) -> str | None:
-        """Why a module of this kind cannot be adapted as ``config`` asks, or None."""
+        """Returns why a module of this kind cannot be adapted as ``config`` asks, or None."""
         return why_weight_unusable(module, cls.weight_name)
 
     @classmethod
@@ -302,22 +302,22 @@ class LoraLayer(AdapterLayer):
         raise NotImplementedError
 
     def factor_shapes(self, adapter: LoraAdapter) -> dict[str, tuple[int, ...]]:
-        """The shapes that the parameters of ``adapter`` must have here."""
+        """Returns the shapes that the parameters of ``adapter`` must have here."""
         return {"lora_A": (adapter.r, self.in_features), "lora_B": (self.out_features, adapter.r)}
 
     def matrices(self) -> dict[str, Matrix]:
-        """The matrices that adapters update, by key."""
+        """Returns the matrices that adapters update, by key."""
         matrices = {"weight": Matrix(self.base_layer, "weight", self.base_weight)}
         if self.bias is not None:
             matrices["bias"] = Matrix(self.base_layer, "bias", self.bias.view(1, -1))
         return matrices
 
     def why_not_merge(self) -> str | None:
-        """Why an update merged into the base weight could compute something else than the forward, or None."""
+        """Returns why an update merged into the base weight could differ from the forward, or None."""
         return why_bypassed(self)
 
     def factors(self, name: str) -> dict[str, tuple[Tensor, Tensor, float]]:
-        """The updates of adapter ``name`` by matrix key: ``lora_A [r, cols]``, ``lora_B [rows, r]``, scaling."""
+        """Returns adapter ``name``'s updates by matrix key: ``lora_A [r, cols]``, ``lora_B [rows, r]``, scaling."""
         adapter = self.adapters[name]
         return {"weight": (adapter.lora_A, adapter.lora_B, adapter.scaling), **self._bias_factors(adapter)}
 
@@ -360,11 +360,11 @@ class LoraLayer(AdapterLayer):
         freeze(self.base_layer)
 
     def _adapters_in_use(self) -> list[LoraAdapter]:
-        """The adapters that the forward adds, with factors on the device that computes."""
+        """Returns the adapters that the forward adds, with factors on the device that computes."""
         return [at_hand(self.adapters[name]) for name in self._applied()]
 
     def _applied(self, choice: RowChoice | None = None) -> tuple[str, ...]:
-        """The adapters that the forward adds to the base layer's output: those active and not merged.
+        """Returns the adapters that the forward adds to the base layer's output: those active and not merged.
 
         With a ``choice`` those that some row has chosen. RuntimeError: adapters were merged since the choice was made.
         """
@@ -479,7 +479,7 @@ class LoraLayer(AdapterLayer):
         self._merged = None
 
     def merged_into(self) -> dict[str, Tensor]:
-        """The parameters that adapters are merged into, by their names in this layer's ``state_dict``."""
+        """Returns the parameters that adapters are merged into, by their names in this layer's ``state_dict``."""
         wanted = {(id(matrix.owner), matrix.name) for matrix in self.matrices().values()}
         return {
             f"base_layer.{path}{'.' if path else ''}{name}": parameter
@@ -499,7 +499,7 @@ class LoraLayer(AdapterLayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _bias_factors(self, adapter: LoraAdapter) -> Mapping[str, tuple[Tensor, Tensor, float]]:
-        """The update of the bias, merged as a matrix of one row by an update of rank 1; empty without ``lora_bias``."""
+        """Returns the bias update, merged as a one-row matrix by an update of rank 1; empty without ``lora_bias``."""
         if adapter.lora_bias is None:
             return {}
         if self.bias is None:
@@ -538,7 +538,7 @@ def freeze(module: nn.Module) -> None:
 
 
 def layers_around(module: nn.Module) -> list[AdapterLayer]:
-    """The adapter layers around the innermost module of ``module``, the outermost first."""
+    """Returns the adapter layers around the innermost module of ``module``, the outermost first."""
     layers = []
     while isinstance(module, AdapterLayer):
         layers.append(module)

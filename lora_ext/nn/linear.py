@@ -142,7 +142,7 @@ class LoraLinear(SharesInputs, LoraLayer):
         return y
 
     def _forward_rows(self, choice: RowChoice, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The forward if each row uses the adapter that ``choice`` gives it."""
+        """Computes the forward; each row uses the adapter that ``choice`` gives it."""
         given = x
         x, times = choice.aligned(self, x)
         plain = None if args or kwargs else plain_linear(self.base_layer)

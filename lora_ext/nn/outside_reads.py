@@ -51,7 +51,7 @@ def note_read(layer: LoraLayer) -> None:
 
 
 def why_bypassed(layer: LoraLayer) -> str | None:
-    """Why an adapter of ``layer`` has no effect, or None if that is not known."""
+    """Returns why an adapter of ``layer`` has no effect, or None if that is not known."""
     known = layer.__dict__.get("_outside_reads")
     return known if isinstance(known, str) else None
 
@@ -130,7 +130,7 @@ def _report(layer: LoraLayer, reader: nn.Module, root: nn.Module) -> str:
 
 
 def _calls_around(frame: FrameType | None) -> Iterator[nn.Module]:
-    """The modules that are being called, the innermost first."""
+    """Returns the modules that are being called, the innermost first."""
     while frame is not None:
         if frame.f_code is _CALL:
             yield frame.f_locals["self"]

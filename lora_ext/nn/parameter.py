@@ -75,7 +75,7 @@ class LoraParameter(TransparentLayer, LoraLayer):
 
     @classmethod
     def why_not_parameter(cls, module: nn.Module, name: str) -> str | None:
-        """Why the parameter ``name`` of ``module`` cannot be adapted, or None."""
+        """Returns why the parameter ``name`` of ``module`` cannot be adapted, or None."""
         if (reason := why_weight_unusable(module, name, at_hand=True)) is not None:
             return reason
         dims = module._parameters[name].dim()

@@ -101,7 +101,7 @@ class RowChoice:
         return x, times
 
     def groups(self, present: tuple[str, ...], times: int, device: torch.device) -> Tensor:
-        """The position in ``present`` of the name of each row of a layer's input, int64 ``[rows]``; -1: none."""
+        """Returns, for each row of a layer's input, its name's position in ``present``, int64 ``[rows]``; -1: none."""
         key = present, times, device
         groups = self._groups.get(key)
         if groups is None:
@@ -110,7 +110,7 @@ class RowChoice:
         return groups
 
     def token_groups(self, present: tuple[str, ...], times: int, x: Tensor, layer: AdapterLayer | None) -> Tensor:
-        """Like :meth:`groups`, or int64 ``[rows, tokens]`` if adapters act on a part of the tokens.
+        """Returns :meth:`groups`, or int64 ``[rows, tokens]`` if adapters act on a part of the tokens.
 
         Args:
             x: the layer's input or output.
@@ -121,7 +121,7 @@ class RowChoice:
         return groups if is_whole else self.tokens.groups(layer, groups, x)
 
     def slots_of(self, x: Tensor, times: int, layer: AdapterLayer | None) -> Tensor:
-        """The slot of each row (or token) of a layer's input, as :meth:`token_groups`; -1: none."""
+        """Returns the slot of each row (or token) of a layer's input, as :meth:`token_groups`; -1: none."""
         key = None, times, x.device
         slots = self._groups.get(key)
         if slots is None:
@@ -137,7 +137,7 @@ class RowChoice:
 
 
 def row_choice(active: ActiveAdapters) -> RowChoice | None:
-    """The choice that is in force for layers that share ``active``, or None."""
+    """Returns the choice that is in force for layers that share ``active``, or None."""
     if torch.compiler.is_compiling():
         # Compiled code holds for all choices: it guards on whether some thread's rows choose, and then asks.
         if active.row_calls > 0:
@@ -275,7 +275,7 @@ def _follow_checkpoints(choice: RowChoice) -> None:
 
 
 def _checkpointed(frame: FrameType) -> tuple[Any, str] | None:
-    """The object and the attribute that hold the checkpointed function which ``frame`` runs, or None."""
+    """Returns the object and the attribute that hold the checkpointed function which ``frame`` runs, or None."""
     name = frame.f_code.co_name
     if name == "forward" and "run_function" in frame.f_locals:
         return frame.f_locals["ctx"], "run_function"
@@ -292,7 +292,7 @@ _RECOMPUTE = _Recompute.__call__.__code__
 
 
 def first_rows(values: Mapping[str, Any], main: str | None) -> tuple[str, Tensor] | None:
-    """The name and the value of the argument that says how many rows a batch has, or None."""
+    """Returns the name and the value of the argument that says how many rows a batch has, or None."""
     tensors = dict(_tensors(values))
     for name in (main, "input_ids", "decoder_input_ids", "inputs_embeds", *tensors):
         if name in tensors:
@@ -310,7 +310,7 @@ def _tensors(values: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def token_multiples(values: Mapping[str, Any], rows: int, times: int) -> frozenset[int]:
-    """How many rows of a layer's input may belong to a name: one, ``times``, or all tokens of these.
+    """Returns how many rows of a layer's input may belong to one name: 1, ``times``, or all their tokens.
 
     Args:
         values: the arguments of the model's forward.
@@ -322,7 +322,7 @@ def token_multiples(values: Mapping[str, Any], rows: int, times: int) -> frozens
 
 
 def sliced(value: Any, index: Tensor, rows: int) -> Any:
-    """The chosen rows of ``value`` if it is a tensor with as many rows as the batch, otherwise ``value``."""
+    """Returns the chosen rows of ``value`` if it is a tensor with as many rows as the batch, otherwise ``value``."""
     return value[index] if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows else value
 
 

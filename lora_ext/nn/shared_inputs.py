@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import functional
-from lora_ext._ops.registration import call_state
+from lora_ext._ops.registration import autocast_device, call_state
 from lora_ext.nn.base_layer import plain_linear, runs_quantized_product
 
 LARGEST = 8  # layers of lora_linear_siblings
@@ -94,7 +94,7 @@ class Operands(NamedTuple):
         return stamp
 
     def why_apart(self, others: Operands) -> str:
-        """Why one op cannot compute this layer along with a layer with ``others``, or ""."""
+        """Returns why one op cannot compute this layer along with a layer with ``others``, or ""."""
         mine, theirs = self.weight, others.weight
         is_plain = self.quantized is None
         if (
@@ -118,7 +118,7 @@ class Operands(NamedTuple):
 
 
 def frozen_product(base: nn.Module) -> tuple[Tensor, Tensor | None, nn.Module | None, bool] | str:
-    """The weight and the bias of :class:`Operands` for a base layer, the layer if it is quantised, and its mode.
+    """Returns weight and bias of :class:`Operands` for a base layer, the layer if it is quantised, and its mode.
 
     Or why the base layer may do something else than multiply by its weight and add its bias.
     """
@@ -145,7 +145,7 @@ class SharesInputs:
 
 
 def shared_inputs(layer: nn.Module) -> SharedInputs | None:
-    """The layers with which ``layer`` may share inputs."""
+    """Returns the layers with which ``layer`` may share inputs."""
     return layer.__dict__.get("_shared_inputs")
 
 
@@ -173,7 +173,7 @@ class Group:
         return [layer for ref in self.layers.values() if (layer := ref()) is not None]
 
     def count_miss(self, missing: frozenset[int]) -> int:
-        """How often in a row the same layers (none: nothing was missing) did not take their outputs."""
+        """Returns how often in a row the same layers (none: nothing was missing) did not take their outputs."""
         before, times = self._missing
         times = times + 1 if missing and missing == before else int(bool(missing))
         self._missing = missing, times
@@ -204,7 +204,7 @@ class SharedInputs:
         self.groups[id(layer)] = group
 
     def output(self, layer: nn.Module, x: Tensor, operands: Operands) -> Tensor:
-        """The output of ``layer``, which has ``operands``, for ``x``."""
+        """Returns the output of ``layer``, which has ``operands``, for ``x``."""
         state = call_state(x)
         if state is None:
             self.now = "the last call was under a transform, a mode or inference mode, or its input is no plain tensor"
@@ -239,7 +239,7 @@ class SharedInputs:
         return functools.partial(current.seed, x=x)
 
     def _group_to_compute(self, layer: nn.Module) -> Group | None:
-        """The group to compute with ``layer``, or None if ``layer`` is to be computed alone."""
+        """Returns the group to compute with ``layer``, or None if ``layer`` is to be computed alone."""
         self._forget_graphs()
         if self._leaving is not None:
             if not self._graphs:
@@ -312,7 +312,7 @@ class _Round:
     def compute(self, group: Group, layer: nn.Module, x: Tensor, operands: Operands) -> Tensor | None:
         """Computes the group's outputs and returns that of ``layer``; None: there is no other layer to share with."""
         weight = operands.weight
-        if operands.quantized is None and x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if operands.quantized is None and x.dtype != weight.dtype and not torch.is_autocast_enabled(autocast_device(x)):
             return None
         if x.shape[-1:] != operands.lora_A.shape[1:] or x.device != weight.device:
             return None
@@ -338,7 +338,7 @@ class _Round:
         return y
 
     def take(self, key: int, operands: Operands) -> Tensor | None:
-        """The output of the layer ``key``, if it was computed of ``operands`` as they are."""
+        """Returns the output of the layer ``key``, if it was computed from ``operands`` as they are now."""
         found = self._outputs.pop(key, None)
         if found is None:
             return None

@@ -63,7 +63,7 @@ class LayerSlots:
         return functional.lora_grouped_(y, x, self.lora_A, self.lora_B, groups, self.scalings, self.ranks)
 
     def _update(self, slot: int) -> RowUpdate:
-        """The adapter in ``slot``."""
+        """Returns the adapter in ``slot``."""
         rank = int(self.ranks[slot])
         lora_A, lora_B = self.lora_A[slot, :rank], self.lora_B[slot, :, :rank]
         return RowUpdate(lora_A, lora_B, float(self.scalings[slot]), 0.0)

@@ -44,7 +44,7 @@ class StackedUpdates:
         return 1 if self.weight.dim() == 2 else self.weight.shape[0]
 
     def in_rows(self) -> list[Update]:
-        """The updates with contiguous factors: adapters interleave the experts in ``lora_B``."""
+        """Returns the updates with contiguous factors: adapters interleave the experts in ``lora_B``."""
         if self._in_rows is None:
             self._in_rows = [Update(u.lora_A.contiguous(), u.lora_B.contiguous(), u.scaling) for u in self.updates]
         return self._in_rows
@@ -62,11 +62,11 @@ class StackedUpdates:
         ]
 
     def numbers(self) -> Tensor:
-        """The experts' numbers, int64 ``[num_experts]``."""
+        """Returns the experts' numbers, int64 ``[num_experts]``."""
         return torch.arange(self.num_experts, device=self.weight.device)
 
     def updated(self) -> Tensor:
-        """The whole parameter with the updates, as it is stored; computed once."""
+        """Returns the whole parameter with the updates, as it is stored; computed once."""
         if self._updated is None:
             lora_A = torch.cat([update.lora_A for update in self.updates], dim=1)
             lora_B = torch.cat([update.lora_B * update.scaling for update in self.updates], dim=2)

@@ -30,7 +30,7 @@ ROWS, COLUMNS = 0, 1
 
 
 def split_dim(module: nn.Module) -> int | None:
-    """The dimension of a linear layer's weight that is split over devices, if its forward moves x and y accordingly."""
+    """Returns the split dimension of a linear layer's weight, if its forward moves x and y accordingly."""
     weight = module._parameters.get("weight")
     if not is_sharded(weight) or not isinstance(module, nn.Linear) or weight.device_mesh.ndim != 1:
         return None
@@ -106,7 +106,7 @@ def add_update(
 def _split_tokens(
     layer: nn.Module, x: Tensor, y: Tensor, size: int, by_rows: bool, features: tuple[int, int]
 ) -> int | None:
-    """The dimension along which the tokens outside of the layers are split, or None.
+    """Returns the dimension along which the tokens outside of the layers are split, or None.
 
     ``features``: this device's in- and output features.
     """

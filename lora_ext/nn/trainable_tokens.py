@@ -45,7 +45,7 @@ class TokenRows(nn.Module):
         self.register_buffer("order", order, persistent=False)
 
     def find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The row number of each id, and whether it has a row: two tensors in the shape of ``ids``."""
+        """Returns the row number of each id, and whether it has a row: two tensors in the shape of ``ids``."""
         place = torch.searchsorted(self.in_order, ids.to(self.in_order.dtype)).clamp_(max=len(self.tokens) - 1)
         return self.order[place], self.in_order[place] == ids
 
@@ -85,7 +85,7 @@ class TrainableTokens(TransparentLayer):
 
     @staticmethod
     def why_not(module: nn.Module) -> str | None:
-        """Why rows of ``module`` cannot be trained, or None."""
+        """Returns why rows of ``module`` cannot be trained, or None."""
         if isinstance(module, nn.Embedding):
             if module.scale_grad_by_freq:
                 return "it has scale_grad_by_freq, which also counts tokens that are not trained"
@@ -146,7 +146,7 @@ class TrainableTokens(TransparentLayer):
         return y
 
     def _forward_rows(self, choice: RowChoice, x: Tensor) -> Tensor:
-        """The forward if each row uses the adapter that ``choice`` gives it."""
+        """Computes the forward; each row uses the adapter that ``choice`` gives it."""
         y = self.base_layer(x)
         given, (x, times) = x, choice.aligned(self, x)
         y = own_copy(self, y if x is given else y.expand(len(x), *y.shape[1:]))

@@ -68,7 +68,7 @@ class NeedsWholeError(Exception):
 
 
 def why_whole(module: nn.Module, name: str) -> str | None:
-    """Why the last call of ``module`` made a tensor of the size of its parameter ``name``; "" if none; None: no call.
+    """Returns why the last call of ``module`` made a tensor of its parameter ``name``'s size; "": none; None: no call.
 
     Calls in compiled graphs are not noticed.
     """
@@ -100,7 +100,7 @@ def _call(
 
 
 def _obstacle(module: nn.Module, name: str) -> str:
-    """Why a call of ``module`` cannot use a view of its parameter, or ""."""
+    """Returns why a call of ``module`` cannot use a view of its parameter, or ""."""
     if not torch.compiler.is_compiling() and why_whole(module, name) == _UNREAD:
         return _UNREAD
     if hasattr(type(module), name):

@@ -43,7 +43,7 @@ class WeightView:
 
     @classmethod
     def of(cls, updates: StackedUpdates) -> WeightView:
-        """The stand-in for the whole parameter."""
+        """Returns the stand-in for the whole parameter."""
         return cls(updates, updates.weight, 0 if updates.weight.dim() == 2 else None, updates.flipped)
 
     @classmethod
@@ -123,7 +123,7 @@ class WeightView:
     # --- tensors -----------------------------------------------------------------------------------------------------
 
     def tensor(self, function: str) -> Tensor:
-        """The updated values, for ``function``."""
+        """Returns the updated values, for ``function``."""
         updates, base = self.updates, self.base
         updates.is_read = True
         if self.expert is None or base.dim() == updates.weight.dim() == 2:
@@ -280,7 +280,7 @@ def _rows_by(x: Tensor, view: WeightView) -> Tensor:
 
 
 def _grouped(func: Any, input: Any, weight: Any, offs: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-    """A grouped product: the rows of ``input`` before ``offs[e]`` that belong to no other expert belong to ``e``."""
+    """Computes a grouped product; rows of ``input`` from ``offs[e - 1]`` to ``offs[e]`` belong to expert ``e``."""
     is_plain = isinstance(weight, WeightView) and not isinstance(input, WeightView) and isinstance(offs, Tensor)
     if not is_plain or weight.expert is not None or input.dim() != 2:
         return _with_tensors(func, (input, weight), {"offs": offs, **kwargs})
@@ -313,7 +313,7 @@ def _add_by_expert(y: Tensor, x: Tensor, view: WeightView, experts: Tensor) -> T
 
 
 def _over_rows(view: WeightView, updates: list[Update]) -> list[Update]:
-    """The factors of ``x @ view``: those of a product over ``in_features``, or over ``out_features``."""
+    """Returns the factors of ``x @ view``: those of a product over ``in_features``, or over ``out_features``."""
     return updates if view.flipped else [Update(_mT(u.lora_B), _mT(u.lora_A), u.scaling) for u in updates]
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 _FLASH_MOST_FEATURES = 256  # per head, in PyTorch's FlashAttention kernels for CUDA
 
@@ -24,6 +27,8 @@ def device_kernels(device: str) -> Iterator[None]:
 
     Two functions of ``torch.nn.functional`` are replaced. A ``TorchFunctionMode`` would not work: it is off during
     ``backward``, which computes checkpointed layers again.
+
+    Under ``torch.autocast("cpu")`` attention casts its arguments (:mod:`lora_ext.planner.meta_autocast`).
 
     ValueError: ``device`` is neither ``"cuda"`` nor ``"cpu"``.
     """
@@ -43,10 +48,28 @@ def device_kernels(device: str) -> Iterator[None]:
 _plain_attention = F.scaled_dot_product_attention
 
 
+def _autocast(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Casts the arguments of an attention as autocast does, whose operators do not include the fused kernels."""
+
+    @functools.wraps(attention)
+    def cast_attention(*arguments: Any, **named: Any) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            cast = lambda value: value.to(torch.get_autocast_dtype("cpu")) if _is_float(value) else value  # noqa: E731
+            arguments, named = tree_map(cast, (arguments, named))
+        return attention(*arguments, **named)
+
+    return cast_attention
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+
+
 def _fused_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     return torch.native_dropout(input, p, training)[0] if training and p > 0 else input
 
 
+@_autocast
 def _cuda_attention(
     query: Tensor,
     key: Tensor,
@@ -68,6 +91,7 @@ def _cuda_attention(
     return _plain_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
+@_autocast
 def _cpu_attention(
     query: Tensor,
     key: Tensor,

@@ -15,6 +15,9 @@ from lora_ext.planner.optimizers import OPTIMIZERS
 from lora_ext.planner.step import FORWARD, Step, simulate_forward, simulate_step, trained_parameters
 from lora_ext.planner.weights import WEIGHT_DTYPES, tensor_bytes, weight_bytes
 
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+"""Dtypes of autocast; ``"float32"`` means none."""
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -26,6 +29,7 @@ class Setup:
         optimizer: one of :data:`OPTIMIZERS`.
         gradient_checkpointing: whether layers keep only their inputs and are computed again in the backward.
         accumulates: whether a step sums the gradients of several batches, so that gradients exist from the start.
+        precision: one of :data:`PRECISIONS`; with ``"bfloat16"`` the forward runs under autocast.
     """
 
     batch_size: int = 16
@@ -34,6 +38,7 @@ class Setup:
     optimizer: str = "adamw"
     gradient_checkpointing: bool = False
     accumulates: bool = False
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "seq_len"):
@@ -42,7 +47,11 @@ class Setup:
                 raise TypeError(f"{name} is {size!r}, want an integer")
             if size < 1:
                 raise ValueError(f"{name} is {size}, want at least 1")
-        for name, known in (("dtype", WEIGHT_DTYPES), ("optimizer", OPTIMIZERS)):
+        for name, known in (
+            ("dtype", WEIGHT_DTYPES),
+            ("optimizer", OPTIMIZERS),
+            ("precision", PRECISIONS),
+        ):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in known:
                 raise ValueError(f"{name} is {value!r}, want one of {', '.join(known)}")
@@ -224,12 +233,16 @@ class Planner:
             layer_list(model, num_layers or self.source.num_layers),
             self.device,
             setup.accumulates,
+            PRECISIONS[setup.precision],
         )
 
     def _simulate_forward(self, setup: Setup, num_layers: int | None) -> Step:
         model = self.source.model(WEIGHT_DTYPES[setup.dtype].compute, num_layers).eval()
         return simulate_forward(
-            model, lambda built: self.source.outputs(built, setup.batch_size, setup.seq_len), self.device
+            model,
+            lambda built: self.source.outputs(built, setup.batch_size, setup.seq_len),
+            self.device,
+            PRECISIONS[setup.precision],
         )
 
     def _gathered(self, setup: Setup) -> int:

@@ -164,7 +164,7 @@ def costs(
 
     gathers = 2 * others / tensor_parallel
     scattered = sizes.trained_bytes * others / tensor_parallel
-    element = 2 if WEIGHT_DTYPES[setup.dtype].compute.itemsize == 2 else 4
+    element = 2 if setup.precision == "bfloat16" else WEIGHT_DTYPES[setup.dtype].compute.itemsize
     reduced = ring * (4 + 2 * again) * sizes.layers * tokens * sizes.hidden * element
     adapter_reduced = ring * tokens * sizes.ranks * 4
 

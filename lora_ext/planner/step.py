@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.planner.device_kernels import device_kernels
+from lora_ext.planner.meta_autocast import meta_autocast
 from lora_ext.planner.tracker import Peak, StorageTracker
 
 FORWARD, BACKWARD, HEAD_BACKWARD = "forward", "backward", "backward of the head"
@@ -36,6 +38,7 @@ def simulate_step(
     layers: Sequence[nn.Module] = (),
     device: str = "cuda",
     accumulates: bool = False,
+    autocast: torch.dtype | None = None,
 ) -> Step:
     """Runs the model's code forward and backward, and counts storages as they are created and freed.
 
@@ -48,13 +51,14 @@ def simulate_step(
         layers: modules, first to last, whose backwards are separate parts of the step.
         device: device whose kernels are assumed, ``"cuda"`` or ``"cpu"``; see :func:`device_kernels`.
         accumulates: whether gradients of an earlier batch exist and are added to.
+        autocast: dtype of autocast around ``loss_of``; None: no autocast.
 
     Raises:
         ValueError: ``device`` is another one.
         RuntimeError: the model reads more of its input's values than single flags.
     """
     trained = trained_parameters(model)
-    _find_shared_inputs(model, loss_of, device)
+    _find_shared_inputs(model, loss_of, device, autocast)
     tracker = StorageTracker([*model.parameters(), *model.buffers()])
     hooks = [parameter.register_post_accumulate_grad_hook(tracker.has_gradient) for parameter in trained]
     hooks += [
@@ -62,14 +66,15 @@ def simulate_step(
         for number, layer in enumerate(layers)
     ]
     try:
-        with tracker, device_kernels(device):
+        with tracker, device_kernels(device), _autocast_of(device, autocast) as forward_autocast:
             if accumulates:
                 for parameter in trained:
                     parameter.grad = parameter.new_empty(parameter.shape)
                     tracker.has_gradient(parameter)
             held_before = tracker.live
             tracker.begin(FORWARD)
-            loss = loss_of(model)
+            with forward_autocast():
+                loss = loss_of(model)
             activations = tracker.live - held_before - loss.nbytes
             tracker.begin(HEAD_BACKWARD if layers else BACKWARD)
             loss.backward()
@@ -83,21 +88,40 @@ def simulate_step(
 
 
 @torch.no_grad()
-def simulate_forward(model: nn.Module, run: Callable[[nn.Module], Tensor], device: str = "cuda") -> Step:
+def simulate_forward(
+    model: nn.Module,
+    run: Callable[[nn.Module], Tensor],
+    device: str = "cuda",
+    autocast: torch.dtype | None = None,
+) -> Step:
     """Like :func:`simulate_step`, for inference: runs the forward only and keeps nothing for a backward."""
-    _find_shared_inputs(model, run, device)
+    _find_shared_inputs(model, run, device, autocast)
     tracker = StorageTracker([*model.parameters(), *model.buffers()])
-    with tracker, device_kernels(device):
+    with tracker, device_kernels(device), _autocast_of(device, autocast) as forward_autocast:
         tracker.begin(FORWARD)
-        run(model)
+        with forward_autocast():
+            run(model)
     return Step(0, {FORWARD: tracker.peaks[FORWARD]})
 
 
 @torch.no_grad()
-def _find_shared_inputs(model: nn.Module, run: Callable[[nn.Module], Tensor], device: str) -> None:
+def _find_shared_inputs(
+    model: nn.Module, run: Callable[[nn.Module], Tensor], device: str, autocast: torch.dtype | None
+) -> None:
     """Runs a forward, which settles which layers are computed together (:mod:`lora_ext.nn.shared_inputs`)."""
-    with StorageTracker([*model.parameters(), *model.buffers()]), device_kernels(device):
+    tracker = StorageTracker([*model.parameters(), *model.buffers()])
+    with tracker, device_kernels(device), _autocast_of(device, autocast) as forward_autocast, forward_autocast():
         run(model)
+
+
+@contextmanager
+def _autocast_of(device: str, dtype: torch.dtype | None) -> Iterator[Callable[[], AbstractContextManager]]:
+    """Yields what makes the context of a forward: autocast to ``dtype`` as on ``device``, or nothing."""
+    if dtype is None:
+        yield nullcontext
+        return
+    with meta_autocast(device):
+        yield lambda: torch.autocast("cpu", dtype)
 
 
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:

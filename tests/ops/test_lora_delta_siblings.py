@@ -70,6 +70,24 @@ def test_gradients():
     assert torch.autograd.gradgradcheck(function, tensors)
 
 
+@pytest.mark.parametrize("num_tokens", [3, 70])
+@pytest.mark.parametrize("scaling", [0.0, 1.0])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
+def test_an_overflow_stays_in_its_layer_and_is_nan_at_scaling_zero(dtypes, scaling, num_tokens):
+    """As in the layers one by one and in plain PyTorch: zero times infinity."""
+    bases, x, As, Bs, scalings = arguments(random_siblings(((num_tokens, 97), ((131, 8), (64, 3), (5, 17))), dtypes))
+    As[1] = torch.full_like(As[1], torch.finfo(As[1].dtype).max)
+    x[1] = 8.0
+    call = bases, x, As, Bs, [scalings[0], scaling, scalings[2]]
+    ys, expected = functional.lora_delta_siblings(*call), one_by_one(*call)
+    for y, want in zip(ys, expected, strict=True):
+        torch.testing.assert_close(y, want, rtol=0, atol=0, equal_nan=True)
+    sums = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if scaling == 0.0 and 97 * 8.0 * torch.finfo(As[1].dtype).max > torch.finfo(sums).max:
+        assert ys[1][1].isnan().all()
+    assert ys[0].isfinite().all() and ys[2].isfinite().all()
+
+
 def test_bases_stay_as_they_are_and_need_not_be_contiguous():
     bases, x, As, Bs, scalings = arguments(random_siblings(((7, 24), ((20, 4), (12, 3)))))
     views = [base.T.contiguous().T for base in bases]

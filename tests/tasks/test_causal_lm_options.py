@@ -57,6 +57,13 @@ def test_adapters_of_a_quantised_decoder_learn_and_load(settings: CausalSettings
     assert adapter.keys() == load_file(tmp_path / "plain" / "adapter" / "adapter_model.safetensors").keys()
 
 
+def test_a_quantised_decoder_has_any_width(settings: CausalSettings, tmp_path: Path):
+    """bitsandbytes' packed layout for CPUs with AVX512-BF16 takes rows of whole blocks, and 32 rows at a time."""
+    tiny_decoder.save(tmp_path / "narrow", tiny_decoder.llama(num_hidden_layers=1, head_dim=8))
+    narrow = replace(settings, model=str(tmp_path / "narrow"), quantize="nf4", epochs=0.2, answers=1, max_new_tokens=2)
+    assert finetune(narrow, tmp_path / "out", say=silent)["after"]["perplexity"] > 1
+
+
 def test_texts_are_on_one_side(settings: CausalSettings, tmp_path: Path):
     said: list[str] = []
     metrics = finetune(settings, tmp_path / "out", say=said.append)
@@ -88,6 +95,11 @@ def test_sixteen_bits_and_fields_of_the_trainer(
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["settings"]["dtype"] == "bfloat16" and metrics["settings"]["set"] == "weight_decay=0.1"
     assert metrics["after"]["perplexity"] < metrics["before"]["perplexity"]
+
+
+def test_a_field_of_the_trainer_is_checked_before_the_model_is_loaded(settings: CausalSettings, tmp_path: Path):
+    with pytest.raises(TaskError, match="--set weigth_decay: .*no such field; close matches: 'weight_decay'"):
+        finetune(replace(settings, model="/no/model", set="weigth_decay=0.1"), tmp_path / "out", say=silent)
 
 
 def test_a_gguf_file_is_not_quantised_again(settings: CausalSettings, tmp_path: Path):

@@ -98,6 +98,12 @@ def test_one_format_in_a_file(tmp_path: Path):
         read(tmp_path, {"messages": [USER, ASSISTANT]}, {"text": "a"})
 
 
+def test_a_refusal_names_the_text_column(tmp_path: Path):
+    (tmp_path / "data.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(TaskError, match=r'line 1: has text; want .*, or \{"body": \.\.\.\}; --text-column'):
+        read_conversations(tmp_path / "data.jsonl", "body")
+
+
 def test_other_files_are_refused(tmp_path: Path):
     with pytest.raises(TaskError, match="holds no examples"):
         read(tmp_path, "")

@@ -110,11 +110,12 @@ def test_the_formula_counts_the_parts_of_packed_projections(parts):
 
 @pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's count of resident memory")
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_the_demo_takes_the_memory_that_is_planned(method):
+@pytest.mark.parametrize(("method", "precision"), [("full", "float32"), ("lora", "float32"), ("lora", "bfloat16")])
+def test_the_demo_takes_the_memory_that_is_planned(method, precision):
     """The plan is within 15 % of the growth of a process that trains it and returns freed memory."""
-    predicted = plan(PlanSettings(Settings(method=method), device="cpu"))["runs"][method]["peak"]
-    assert predicted == pytest.approx(training_memory.growth(method, 16, 128), rel=0.15)
+    settings = Settings(method=method, precision=precision)
+    predicted = plan(PlanSettings(settings, device="cpu"))["runs"][method]["peak"]
+    assert predicted == pytest.approx(training_memory.growth(method, 16, 128, precision=precision), rel=0.15)
 
 
 def test_the_demo_equals_the_model_that_finetune_trains():
@@ -179,6 +180,21 @@ def test_json_is_printed(gpt2_directory, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert printed["task"] == "classification" and printed["capacity"] is None
     assert set(printed["runs"]) == {"full", "lora", "inference"}
+
+
+def test_autocast_is_planned(gpt2_directory, capsys):
+    """On the CPU too; in the title and in the options of finetune."""
+    kept = {}
+    for precision in ("float32", "bfloat16"):
+        assert main(command("--json", "--precision", precision, model=gpt2_directory)) == 0
+        result = json.loads(capsys.readouterr().out)
+        kept[precision] = result["runs"]["lora"]["kept"]
+    assert kept["bfloat16"] != kept["float32"]
+    assert "4 x 32 tokens, cuda, bfloat16 by autocast" in results.title(result)
+    at = result["finetune_options"].index("--precision")
+    assert result["finetune_options"][at + 1] == "bfloat16"
+    assert main(command("--precision", "fp8", model=gpt2_directory)) == 2
+    assert "--precision is 'fp8', want one of float32, bfloat16" in capsys.readouterr().err
 
 
 @pytest.mark.full

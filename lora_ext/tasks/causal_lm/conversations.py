@@ -15,7 +15,7 @@ ROLES = ("system", "user", "assistant")
 
 _FORMATS = (
     '{"messages": [{"role": ..., "content": ...}, ...]}, {"prompt": ..., "completion": ...} with strings or lists of '
-    'messages, or {"text": ...}'
+    'messages, or {"%s": ...}'
 )
 _PLAIN = ("text", "prompt", "completion")  # the roles of strings, which no chat template formats
 
@@ -60,7 +60,7 @@ class Example(NamedTuple):
         return [index for index, (role, _) in numbered if role == "assistant"]
 
     def messages(self, stop: int | None = None) -> list[dict[str, str]]:
-        """The turns before index ``stop`` as a chat template takes them."""
+        """Returns the turns before index ``stop`` as a chat template takes them."""
         return [{"role": role, "content": content} for role, content in self.turns[:stop]]
 
 
@@ -75,7 +75,9 @@ def read_conversations(path: str | Path, text_column: str = "text") -> list[Exam
     """
     path = Path(path)
     if path.suffix.lower() != ".jsonl":
-        raise TaskError(f"{path}: the suffix is {path.suffix!r}, want .jsonl with one object a line: {_FORMATS}")
+        raise TaskError(
+            f"{path}: the suffix is {path.suffix!r}, want .jsonl with one object a line: {_FORMATS % text_column}"
+        )
     examples, first = [], None
     with text_lines(path) as lines:
         for line, row in json_lines(path, lines):
@@ -98,7 +100,7 @@ def _form(where: str, row: Mapping[str, Any], text_column: str) -> str:
         raise TaskError(f"{where}: holds {shown(found)}; keep one of them")
     if not found:
         keys = shown(row) or "no keys"
-        raise TaskError(f"{where}: has {keys}; want {_FORMATS} (--text-column names another key than 'text')")
+        raise TaskError(f"{where}: has {keys}; want {_FORMATS % text_column}; --text-column names another key of texts")
     if row.get("tools"):
         raise TaskError(f"{where}: holds tools, which are not supported; remove the key 'tools'")
     return found[0]

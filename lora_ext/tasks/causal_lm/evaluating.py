@@ -146,6 +146,6 @@ def answer_scores(answers: Sequence[str], expected: Sequence[str]) -> dict[str, 
 
 
 def answered(split: Sequence[Example], encoded: Encoded, count: int) -> list[Example]:
-    """The first ``count`` examples of a split, in its order, without those that were left out for their lengths."""
+    """Returns the first ``count`` examples of a split, in its order, except those left out for their lengths."""
     kept = {example.line for example in encoded.examples}
     return [example for example in split if example.line in kept][:count]

@@ -101,6 +101,6 @@ def reading(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def _short(text: str, length: int = 200) -> str:
-    """One line that a terminal shows as it is: an untrained model writes control characters, too."""
+    """Formats a text as one printable line: an untrained model writes control characters, too."""
     text = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
     return text if len(text) <= length else f"{text[:length]}..."

@@ -65,6 +65,13 @@ def finetune(
     check_out(out, resume, overwrite, marker=SETTINGS_FILE, what="a fine-tuning run", outputs=_OUTPUTS, inputs=inputs)
     checkpoint = last_checkpoint(out) if resume else None
     splits = load_conversations(settings, say)
+    texts = fingerprint(splits)
+    if resume and saved_fingerprint(out) not in (None, texts):
+        raise TaskError(f"--resume: the texts are not those that the run in {out} was started with; start a new run")
+    check_training_arguments(settings, len(splits.train))
+    check_has_validation(settings, len(splits.validation))
+    if resume and checkpoint is None:
+        say(f"{out} has no checkpoint yet: the run starts from the beginning")
     path = model_path_of(settings.model, say)
     say(f"loading {path} ...")
     set_seed(settings.seed)
@@ -76,13 +83,6 @@ def finetune(
     renderer = Renderer(tokenizer, path)
     say("tokenising ...")
     encoded = _encoded(splits, renderer, settings, say)
-    texts = fingerprint(splits)
-    if resume and saved_fingerprint(out) not in (None, texts):
-        raise TaskError(f"--resume: the texts are not those that the run in {out} was started with; start a new run")
-    check_training_arguments(settings, len(splits.train))
-    check_has_validation(settings, len(splits.validation))
-    if resume and checkpoint is None:
-        say(f"{out} has no checkpoint yet: the run starts from the beginning")
     check_tokens(model, (row for side in encoded.values() for row in side.rows), path)
     if settings.packing:
         check_packing(model)

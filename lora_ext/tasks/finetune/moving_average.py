@@ -54,7 +54,7 @@ class MovingAverage:
         self._average = {}
 
     def values(self) -> list[Tensor]:
-        """The average of each parameter, in one order; before the first step, its value."""
+        """Returns the average of each parameter, in one order; before the first step, its value."""
         if not self._average:
             self.update(1)
         return [self._average[name] for name in self._trained]

@@ -55,7 +55,7 @@ class Quantization:
     trained: tuple[str, ...]
 
     def options(self, path: str, auto_class: Any, options: dict[str, Any], **config: Any) -> dict[str, Any]:
-        """The arguments of ``from_pretrained`` that quantise the model at ``path``.
+        """Returns the arguments of ``from_pretrained`` that quantise the model at ``path``.
 
         Args:
             auto_class: the class of Transformers that loads it.
@@ -80,7 +80,7 @@ class Quantization:
 
 
 def quantization_of(settings: Settings) -> Quantization | None:
-    """What ``settings`` ask for; None: nothing is quantised. TaskError: bitsandbytes is not installed."""
+    """Returns what ``settings`` ask for; None: nothing is quantised. TaskError: bitsandbytes is not installed."""
     if settings.quantize is None:
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -88,6 +88,19 @@ def quantization_of(settings: Settings) -> Quantization | None:
     trained = tuple(name.strip() for name in (settings.modules_to_save or "").split(",") if name.strip())
     compute = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
     return Quantization(settings.quantize, compute, trained)
+
+
+def avoid_packed_layout(model: nn.Module) -> None:
+    """Turns bitsandbytes' packed CPU layout off in 4-bit layers that it does not fit: their forward would fail.
+
+    On CPUs with AVX512-BF16 the first forward in evaluation packs a weight. Rows must then be whole blocks, and their
+    number a multiple of 32.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            block = module.weight.quant_state.blocksize
+            if module.in_features % block or module.out_features % 32:
+                module.support_avx512bf16_for_cpu = False
 
 
 def tensors_of_8bit(model: nn.Module) -> Iterator[Tensor]:

@@ -9,18 +9,18 @@ import numpy as np
 
 
 def accuracy(predicted: np.ndarray, expected: np.ndarray) -> float:
-    """Fraction of equal class indices; both ``[num_examples]``."""
+    """Returns the fraction of equal class indices; both ``[num_examples]``."""
     return float((predicted == expected).mean())
 
 
 def macro_f1(predicted: np.ndarray, expected: np.ndarray) -> float:
-    """Mean F1 of the classes that occur; both ``[num_examples]``, class indices."""
+    """Returns the mean F1 of the classes that occur; both ``[num_examples]``, class indices."""
     found = np.union1d(predicted, expected)
     return float(np.mean(_per_class(confusion(predicted, expected, int(found.max()) + 1))["f1"][found]))
 
 
 def weighted_f1(predicted: np.ndarray, expected: np.ndarray) -> float:
-    """Mean F1 over the texts' classes, so that a class counts as often as it is expected; both ``[num_examples]``."""
+    """Returns the mean F1, each class weighted by its number of texts; both ``[num_examples]``."""
     per_class = _per_class(confusion(predicted, expected, int(np.union1d(predicted, expected).max()) + 1))
     return float(np.average(per_class["f1"], weights=per_class["support"]))
 

@@ -27,7 +27,12 @@ from lora_ext.tasks.finetune import demo
 from lora_ext.tasks.finetune.data import Splits
 from lora_ext.tasks.finetune.lora_targets import lora_targets, split_names
 from lora_ext.tasks.finetune.pooling import choose_pooling
-from lora_ext.tasks.finetune.quantize import Quantization, quantization_of, tensors_of_8bit
+from lora_ext.tasks.finetune.quantize import (
+    Quantization,
+    avoid_packed_layout,
+    quantization_of,
+    tensors_of_8bit,
+)
 from lora_ext.tasks.finetune.settings import Settings
 from lora_ext.tasks.finetune.task_data import load_data
 from lora_ext.tasks.shared.hub import loading_options, why_not_loaded
@@ -97,6 +102,7 @@ def load_model(
     if tokenizer.pad_token is None:  # language models have none
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
+    avoid_packed_layout(model)
     choose_pooling(model, path, pooling, loaded["missing_keys"])
     head = head_parameters(model).keys()
     if wrong := sorted({name for name, *_ in loaded["mismatched_keys"]} - head):
@@ -208,7 +214,7 @@ def check_tokens(model: PreTrainedModel, rows: Iterable[dict[str, Any]], path: s
 
 
 def most_tokens(model: PreTrainedModel) -> int | None:
-    """Maximum number of tokens in a text; None if the config does not say."""
+    """Returns the maximum number of tokens in a text; None if the config does not say."""
     architecture = ARCHITECTURES.get(model.config.model_type)
     if architecture is None or not architecture.position_table:
         most = getattr(model.config, "max_position_embeddings", None)

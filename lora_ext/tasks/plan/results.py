@@ -34,6 +34,8 @@ def title(plan: Mapping[str, Any]) -> str:
     """Describes the model and the run in one line."""
     settings, run = plan["settings"], plan["settings"]["finetune"]
     extras = [settings["optimizer"], f"{run['batch_size']} x {run['max_length']} tokens", settings["device"]]
+    if run["precision"] != "float32":
+        extras.append(f"{run['precision']} by autocast")
     if settings["gradient_checkpointing"]:
         extras.append("gradient checkpointing")
     if settings["accumulation_steps"] > 1:

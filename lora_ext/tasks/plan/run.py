@@ -43,7 +43,7 @@ class PlanSettings:
     """Settings of a plan.
 
     Attributes:
-        finetune: the model, the method and its options, the batch; ``max_length`` is the tokens per text.
+        finetune: the model, the method and its options, batch and precision; ``max_length`` is the tokens per text.
         task: one of ``TASKS``; None: from the config.
         num_labels: a classifier's number of labels; None: from the config, or 2.
         attention: transformers' name of the attention implementation; None: its default.
@@ -103,6 +103,7 @@ class PlanSettings:
                 self.optimizer,
                 self.gradient_checkpointing,
                 self.accumulation_steps > 1,
+                self.finetune.precision,
             )
         except ValueError as error:
             raise TaskError(f"plan: {error}") from error

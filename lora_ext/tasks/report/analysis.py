@@ -20,7 +20,7 @@ _PARTS = {"delta": "|UᵀWV| of dW", "weight": "|UᵀWV| of W", "random": "|Uᵀ
 
 
 def show_analysis(result: Result, pictures: Pictures) -> dict[str, Any]:
-    """The section's content."""
+    """Returns the section's content."""
     content = result.content
     pairs = content["summary"]["similarity"]
     layers = _layer_rows(content)
@@ -119,7 +119,7 @@ def _kinds(content: Mapping[str, Any]) -> Table:
 
 
 def _by_rank(content: Mapping[str, Any]) -> list[Table]:
-    """The paper's table 7 for the layer that each adapter changed most."""
+    """Returns the paper's table 7 for the layer that each adapter changed most."""
     layers = {layer["name"]: layer for layer in content["layers"]}
     tables = []
     for number, adapter in enumerate(content["summary"]["adapters"]):

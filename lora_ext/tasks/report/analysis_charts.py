@@ -17,7 +17,7 @@ __all__ = ["change_name", "draw_changes", "draw_similarity", "draw_spectra"]
 
 
 def change_name(content: Mapping[str, Any]) -> str:
-    """The formula that measures a layer's change."""
+    """Returns the formula that measures a layer's change."""
     return "|dW|" if content["base"] is None else "|dW| / |W|"
 
 
@@ -58,7 +58,7 @@ def _chosen_layers(content: Mapping[str, Any], of: tuple[int, int]) -> list[tupl
 
 
 def draw_spectra(content: Mapping[str, Any]) -> list[Chart]:
-    """A chart for each adapter, with a line for each kind of layer."""
+    """Returns a chart for each adapter, with a line for each kind of layer."""
     charts = []
     for number, _ in enumerate(content["adapters"]):
         kinds: dict[str, list[list[float]]] = {}
@@ -83,7 +83,7 @@ def draw_spectra(content: Mapping[str, Any]) -> list[Chart]:
 
 
 def draw_changes(content: Mapping[str, Any]) -> list[Chart]:
-    """A chart for each adapter: the change of every kind of layer, block by block."""
+    """Returns a chart for each adapter: the change of every kind of layer, block by block."""
     charts = []
     for number, _ in enumerate(content["adapters"]):
         sizes = changes(content["layers"], number)

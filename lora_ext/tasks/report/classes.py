@@ -14,7 +14,7 @@ _MOST = 30  # classes in a matrix or a row of methods; a wider table helps no on
 
 
 def class_scores(scores: Mapping[str, Any]) -> Table | None:
-    """Every class in a row; None for results of earlier releases, which lack them."""
+    """Returns a table with a row for each class; None for results of earlier releases, which lack them."""
     if "classes" not in scores:
         return None
     names = ("precision", "recall", "f1")
@@ -40,7 +40,7 @@ def confusion_matrix(caption: str, labels: Sequence[str], counts: Sequence[Seque
 
 
 def f1_by_method(rows: Sequence[Mapping[str, Any]]) -> Table | None:
-    """The F1 of each class by method, over the seeds; None if a method lacks them or there are too many classes."""
+    """Returns each class's F1 by method, over the seeds; None if a method lacks it or there are too many classes."""
     if any(row.get("classes") is None for row in rows) or len(rows[0]["classes"]) > _MOST:
         return None
     shown = []

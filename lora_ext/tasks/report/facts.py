@@ -9,7 +9,7 @@ __all__ = ["data_of", "model_of"]
 
 
 def model_of(content: Mapping[str, Any]) -> str | None:
-    """The model's name; None where the result names none, as ``analyze`` without a base."""
+    """Returns the model's name; None where the result names none, as ``analyze`` without a base."""
     if "adapters" in content:
         return content["base"]
     settings = _settings(content)
@@ -19,7 +19,7 @@ def model_of(content: Mapping[str, Any]) -> str | None:
 
 
 def data_of(content: Mapping[str, Any]) -> str | None:
-    """The data's name and sizes; None where no data were used."""
+    """Returns the data's name and sizes; None where no data were used."""
     if "examples" not in content:
         return None
     sizes = ", ".join(f"{number:,} for {part}" for part, number in content["examples"].items())
@@ -34,5 +34,5 @@ def _demo(content: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _settings(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The settings of the run, or those that all runs share."""
+    """Returns the settings of the run, or those that all runs share."""
     return content.get("options") or content.get("settings")

@@ -18,7 +18,7 @@ _Memories = Mapping[str, Mapping[str, Any]]
 
 
 def show_memory(result: Result, pictures: Pictures) -> dict[str, Any]:
-    """The section's content: the runs, and the changed runs that would fit."""
+    """Returns the section's content: the runs, and the changed runs that would fit."""
     content = result.content
     runs, changed = content["runs"], dict(_changed(content))
     usable = (content["capacity"] or {}).get("usable")

@@ -18,7 +18,7 @@ __all__ = ["not_behind", "own_settings", "show_methods"]
 
 
 def show_methods(result: Result, pictures: Pictures) -> dict[str, Any]:
-    """The section's content."""
+    """Returns the section's content."""
     content = result.content
     rows = content["methods"]
     best = winner({row["label"]: row["accuracy"] for row in rows})
@@ -50,7 +50,7 @@ def show_methods(result: Result, pictures: Pictures) -> dict[str, Any]:
 
 
 def not_behind(summaries: Mapping[Any, Mapping[str, Any]]) -> list[Any]:
-    """The keys whose mean is at most the spread ``sqrt(sd ** 2 + sd_best ** 2)`` behind the best one's.
+    """Returns the keys whose mean is at most the spread ``sqrt(sd ** 2 + sd_best ** 2)`` behind the best one's.
 
     Empty where there is no spread, as with single seeds.
     """
@@ -146,7 +146,7 @@ def _table(content: Mapping[str, Any], best: str | None) -> Table:
 
 
 def _confusions(content: Mapping[str, Any]) -> list[Table]:
-    """The confusion matrix of each method, summed over the seeds."""
+    """Returns the confusion matrix of each method, summed over the seeds."""
     found, seeds = [], content["seeds"]
     seeds = f"seed {seeds[0]}" if len(seeds) == 1 else f"sum over {len(seeds)} seeds"
     for row in content["methods"]:
@@ -255,5 +255,5 @@ def _times(content: Mapping[str, Any]) -> Table:
 
 
 def own_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that the method uses."""
+    """Returns the settings that the method uses."""
     return {name: value for name, value in settings.items() if has_option(settings["method"], name)}

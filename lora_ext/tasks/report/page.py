@@ -63,7 +63,7 @@ def page(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Sectio
 
 
 def _digest(text: str) -> str:
-    """The source expression that allows an inline script or style (CSP level 3)."""
+    """Returns the source expression that allows an inline script or style (CSP level 3)."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 

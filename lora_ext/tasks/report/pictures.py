@@ -38,7 +38,7 @@ class Pictures:
 
 
 def curves_of_runs(result: Result, pictures: Pictures) -> dict[str, Any]:
-    """The losses in the first run of every group in ``runs/``: name and data URI; ``left_out`` have no room."""
+    """Returns the losses in the first run of every group in ``runs/``: name and data URI; ``left_out`` have no room."""
     found, left_out = [], 0
     for group in sorted(group for group in (result.directory / "runs").glob("*") if group.is_dir()):
         curves = sorted(group.glob(f"seed-*/{CURVE}"), key=_seed)

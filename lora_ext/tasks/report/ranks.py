@@ -20,7 +20,7 @@ _Cells = Mapping[tuple[int, str], Mapping[str, Any]]
 
 
 def show_ranks(result: Result, pictures: Pictures) -> dict[str, Any]:
-    """The section's content."""
+    """Returns the section's content."""
     content = result.content
     cells = {(setting["r"], setting["target_modules"]): setting for setting in content["cells"]}
     runs = _runs(content)

@@ -37,7 +37,7 @@ class Result:
 
 
 def find_results(directory: Path) -> list[Result]:
-    """The results in ``directory`` and below, in the order of the page: by command, then by path.
+    """Returns the results in ``directory`` and below, in the order of the page: by command, then by path.
 
     The runs of a finished comparison or sweep belong to it and are not in the list.
 

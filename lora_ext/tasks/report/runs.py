@@ -18,7 +18,7 @@ __all__ = ["show_run"]
 
 
 def show_run(result: Result, pictures: Pictures) -> dict[str, Any]:
-    """The section's content."""
+    """Returns the section's content."""
     content = result.content
     settings = content["settings"]
     is_causal = content.get("task") == CAUSAL

@@ -99,7 +99,7 @@ def _copy(
 
 
 def _attributes(mark: ElementTree.Element, shapes: dict[str, str]) -> dict[str, str]:
-    """Place and look of a mark; a ``<use>`` gets the shape that it uses."""
+    """Returns the place and look of a mark; a ``<use>`` gets the shape that it uses."""
     found = {name: mark.get(name) for name in _PLACES if name in mark.attrib}
     link = mark.get(_LINK, "")
     if link.startswith("#"):

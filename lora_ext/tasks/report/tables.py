@@ -55,13 +55,13 @@ def table(caption: str, heading: Sequence[str], rows: Sequence[Sequence[Any]]) -
 
 
 def cell(value: Any, shown: str | None = None, best: bool = False, share: float | None = None) -> Cell:
-    """A number, text, Markup or None, shown by :func:`figure_text` unless ``shown`` is given."""
+    """Makes a cell of a number, text, Markup or None, shown by :func:`figure_text` unless ``shown`` is given."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return Cell(figure_text(value) if shown is None else shown, value if is_number else None, best, share)
 
 
 def figure_text(value: Any) -> str:
-    """A number to four digits, an integer with separators, nothing for None; other values as text."""
+    """Formats a number with four digits, an integer with separators, None as nothing, other values as text."""
     if value is None or isinstance(value, str):
         return value or ""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -16,7 +16,7 @@ Key = TypeVar("Key")
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory of this process: on a GPU by PyTorch's count, otherwise resident in RAM."""
+    """Returns the peak memory of this process: on a GPU by PyTorch's count, otherwise resident in RAM."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
