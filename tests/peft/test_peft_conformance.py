@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.processes import run_python
 
 pytestmark = pytest.mark.full
 
@@ -43,11 +44,39 @@ def test_lora_at_a_float_s_mercy():
 """
 
 
-def run(source: Path, tests: str) -> subprocess.CompletedProcess:
+# The script with runs that fork instead of starting a Python each: importing PEFT takes six seconds.
+FORKED = f"""
+import os, sys
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import lora_ext.integrations.peft, peft_conformance, pytest
+
+class Forked:
+    def __init__(self, command, cwd, env, stdout, stderr):
+        self.child = os.fork()
+        if self.child == 0:
+            os.chdir(cwd)
+            os.environ.update(env)
+            os.dup2(stdout.fileno(), 1)
+            os.dup2(1, 2)
+            os._exit(pytest.main(command[3:]))
+
+    def wait(self):
+        self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1])
+
+peft_conformance.subprocess.Popen = Forked
+sys.exit(peft_conformance.main())
+"""
+
+
+def save(source: Path, tests: str) -> list[str]:
+    """Writes a source tree; returns the script's arguments."""
     (source / "tests").mkdir()
     (source / "tests" / "test_custom_models.py").write_text(tests)
-    command = [sys.executable, str(SCRIPT), str(source), "--other-seeds", "1"]
-    return subprocess.run(command, capture_output=True, text=True)
+    return [str(source), "--other-seeds", "1"]
+
+
+def run(source: Path, tests: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(SCRIPT), *save(source, tests)], capture_output=True, text=True)
 
 
 @pytest.mark.slow
@@ -61,7 +90,7 @@ def test_conforming_layers(tmp_path):
 
 def test_a_difference_fails_and_rounding_is_tried_again(tmp_path):
     first = "import zlib; FIRST = zlib.crc32(b'tests/test_custom_models.py::test_lora_at_a_float_s_mercy')\n"
-    done = run(tmp_path, TESTS + ONLY_PEFT + first + ROUNDING)
+    done = run_python("-c", FORKED, *save(tmp_path, TESTS + ONLY_PEFT + first + ROUNDING), OMP_NUM_THREADS="1")
     assert done.returncode == 1
     assert "PEFT alone: 1 failed, 3 passed, 1 skipped\nwith lora_ext: 3 failed, 1 passed, 1 skipped\n" in done.stdout
     assert "through lora_ext: 1 calls of lora_linear, 1 calls of merge_all_" in done.stdout
