@@ -58,6 +58,7 @@ class RowChoice:
         self.outer: RowChoice | None = None
         self.frames: tuple[FrameType | None, ...] = ()
         self._groups: dict[tuple, Tensor] = {}
+        self._scalings: dict[tuple, Tensor] = {}
 
     def aligned(self, layer: AdapterLayer, x: Tensor) -> tuple[Tensor, int]:
         """Returns ``x`` and how many consecutive rows of it belong to each name.
@@ -99,6 +100,14 @@ class RowChoice:
         if slots is None:
             slots = self._groups[key] = self._of_rows(self.slots, times, device)
         return slots
+
+    def scalings(self, values: tuple[float, ...], device: torch.device) -> Tensor:
+        """``values`` as float64 on ``device``, kept for the next layer: a copy to a GPU waits for it."""
+        found = self._scalings.get((values, device))
+        if found is None:
+            with torch.inference_mode(False):
+                found = self._scalings[values, device] = torch.tensor(values, dtype=torch.float64, device=device)
+        return found
 
     def _of_rows(self, numbers: Mapping[str, int], times: int, device: torch.device) -> Tensor:
         of_name = [numbers.get(name, -1) for name in self.names] + [-1]  # index -1: BASE
