@@ -15,6 +15,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// Tells the compiler that a pointer is to global memory, where it cannot know: the pointer itself was loaded.
+template <class T>
+__device__ __forceinline__ T* in_global_memory(T* pointer) {
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
+}
+
 // Copies 16 bytes from global to shared memory, both aligned to 16 bytes, without registers or the first-level cache.
 // The first `bytes` (0 to 16) are read, the others become zero. Visible to this thread after a wait, to other threads
 // after a barrier that follows the wait. (9.7.9.25.3.1)

@@ -55,7 +55,8 @@ def add_chosen(
         groups = choice.token_groups(tuple(held), times, x, layer)
         seed = seeds(dropout_p) if seeds is not None and dropout_p else None
         if y.device.type in grouped.DEVICES:
-            lora_As, lora_Bs, scalings, *_ = zip(*held.values(), strict=True)
+            lora_As, lora_Bs, values, *_ = zip(*held.values(), strict=True)
+            scalings = choice.scalings(values, y.device)
             y = functional.lora_grouped_(y, x, lora_As, lora_Bs, groups, scalings, None, dropout_p, seed)
         else:
             y = _add_one_by_one(y, x, groups, tuple(held.values()), seed)

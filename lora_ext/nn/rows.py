@@ -70,6 +70,7 @@ class RowChoice:
         self.invoked: frozenset[str] = frozenset()
         self.is_of_active = self.is_plain = False
         self._groups: dict[tuple, Tensor] = {}
+        self._scalings: dict[tuple, Tensor] = {}
 
     @property
     def names_of_rows(self) -> list[str]:
@@ -128,6 +129,14 @@ class RowChoice:
             slots = self._groups[key] = self._of_rows(self.slots, times, x.device)
         is_whole = self.tokens is None or self.invoked.isdisjoint(self.slots)
         return slots if is_whole else self.tokens.groups(layer, slots, x)
+
+    def scalings(self, values: tuple[float, ...], device: torch.device) -> Tensor:
+        """``values`` as float64 on ``device``, kept for the next layer: a copy to a GPU waits for it."""
+        found = self._scalings.get((values, device))
+        if found is None:
+            with torch.inference_mode(False):
+                found = self._scalings[values, device] = torch.tensor(values, dtype=torch.float64, device=device)
+        return found
 
     def _of_rows(self, numbers: Mapping[str, int], times: int, device: torch.device) -> Tensor:
         of_name = [numbers.get(name, -1) for name in self.names] + [-1]  # index -1: BASE

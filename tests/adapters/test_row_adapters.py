@@ -536,3 +536,13 @@ def test_devices_without_the_op_add_one_adapter_after_the_other(dropout, monkeyp
         torch.testing.assert_close(grad, grads[name])
     model.train()
     assert model(x, adapter_names=NAMES).isfinite().all()
+
+
+def test_layers_share_what_is_copied_to_their_device(monkeypatch):
+    """On a GPU, a copy from the host waits for it: a call of the model makes one of the choice and one of scalings."""
+    model, x = with_adapters(Net(), ["up", "head"], same=True), torch.randn(5, 6)
+    model(x, adapter_names=NAMES)
+    made, tensor = [], torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *args, **options: made.append(args) or tensor(*args, **options))
+    model(x, adapter_names=NAMES)
+    assert len(made) == 2

@@ -49,15 +49,16 @@ __device__ __forceinline__ Eight<A> load_eight(const void* matrix, int64_t at, i
   const bool whole = aligned && inside == kEight;
   Eight<A> values;
   switch (dtype) {
-    case DType::kFloat64: return load_plain<double, A>(static_cast<const double*>(matrix) + at, inside);
+    case DType::kFloat64:
+      return load_plain<double, A>(ptx::in_global_memory(static_cast<const double*>(matrix) + at), inside);
     case DType::kFloat32: {
-      const float* from = static_cast<const float*>(matrix) + at;
+      const float* from = ptx::in_global_memory(static_cast<const float*>(matrix) + at);
       if (!whole) return load_plain<float, A>(from, inside);
       const float4 first = reinterpret_cast<const float4*>(from)[0], second = reinterpret_cast<const float4*>(from)[1];
       return {{A(first.x), A(first.y), A(first.z), A(first.w), A(second.x), A(second.y), A(second.z), A(second.w)}};
     }
     case DType::kBFloat16: {
-      const __nv_bfloat16* from = static_cast<const __nv_bfloat16*>(matrix) + at;
+      const __nv_bfloat16* from = ptx::in_global_memory(static_cast<const __nv_bfloat16*>(matrix) + at);
       if (!whole) return load_plain<__nv_bfloat16, A>(from, inside);
       const uint4 loaded = *reinterpret_cast<const uint4*>(from);
       const uint32_t pairs[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
@@ -66,7 +67,7 @@ __device__ __forceinline__ Eight<A> load_eight(const void* matrix, int64_t at, i
       return values;
     }
     default: {
-      const __half* from = static_cast<const __half*>(matrix) + at;
+      const __half* from = ptx::in_global_memory(static_cast<const __half*>(matrix) + at);
       if (!whole) return load_plain<__half, A>(from, inside);
       const uint4 loaded = *reinterpret_cast<const uint4*>(from);
       const uint32_t pairs[4] = {loaded.x, loaded.y, loaded.z, loaded.w};

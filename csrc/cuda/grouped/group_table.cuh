@@ -34,6 +34,8 @@ struct GroupTable {
   }
 };
 
+static_assert(sizeof(GroupTable) <= 3 * 1024, "the parameters of a kernel fit in 4 KiB, which every driver takes");
+
 // Two more numbers, so that all rows belong to a group: rows of -1, and rows of numbers that do not exist.
 constexpr int64_t kMoreGroups = 2;
 

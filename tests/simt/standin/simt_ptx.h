@@ -9,6 +9,11 @@ namespace lora_ext::cuda::ptx {
 
 __forceinline__ uint32_t shared_address(const void* pointer) { return simt::shared_address(pointer); }
 
+template <class T>
+__forceinline__ T* in_global_memory(T* pointer) {
+  return pointer;
+}
+
 __forceinline__ void wait_for_earlier_launches() { simt::wait_for_earlier_launches(); }
 
 __forceinline__ void cp_async_16(uint32_t to, const void* from, uint32_t bytes) {
