@@ -486,6 +486,10 @@ def test_combinations():
         ({"alora_offsets": [1, -2]}, "alora_offsets has the entry -2"),
         ({"alora_offsets": [1, "a"]}, "alora_offsets has the entry 'a'"),
         ({"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)}, "packed of several sequences"),
+        (
+            {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]] * 2), "attention_mask": torch.ones(2, 6).long()},
+            "packed of several sequences",
+        ),
         ({"cu_seq_lens_q": torch.tensor([0, 3, 6])}, "packed of several sequences"),
     ],
     ids=str,
@@ -496,7 +500,8 @@ def test_bad_calls(arguments, text):
     with refused(model, ValueError, text):
         model(**inputs, **arguments)
     assert _current.get() is None and model._lora_adapters.active.row_calls == 0
-    assert model(ids).logits.isfinite().all()
+    mask, positions = torch.tensor([[0, 0, 1, 1, 1, 1]] * 2), torch.tensor([[1, 1, 0, 1, 2, 3]] * 2)
+    assert model(ids, attention_mask=mask, position_ids=positions).logits.isfinite().all()
 
 
 def test_calls_that_nothing_can_serve():
