@@ -521,6 +521,25 @@ def test_calls_that_nothing_can_serve():
         model(ids, attention_mask=mask)
 
 
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_ends_the_choice(error):
+    model, (ids, _) = adapted(), prompts()
+    options = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
+    expected, tokens = model(ids).logits, model.generate(ids[:2], **options)
+
+    def fail(*_):
+        raise error("in the middle")
+
+    handle = model.lm_head.register_forward_hook(fail)
+    for call in (model, model.generate):
+        with pytest.raises(error, match="in the middle"):
+            call(ids)
+    handle.remove()
+    assert torch.equal(model.generate(ids[:2], **options), tokens)
+    assert torch.equal(model(ids).logits, expected)
+    assert _current.get() is None and model._lora_adapters.active.row_calls == 0
+
+
 def test_a_layer_that_gets_other_tokens():
     class Halves(nn.Module):
         def __init__(self) -> None:
