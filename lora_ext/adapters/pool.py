@@ -19,11 +19,12 @@ from torch import nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
-from lora_ext.adapters.pool_files import LayerShape, PoolAdapter, read_adapter
+from lora_ext.adapters.pool_files import LayerShape, PoolAdapter, PoolShape, read_adapter
 from lora_ext.adapters.pool_slots import SlotTable
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import CONFIG_FILE, holds_adapter
 from lora_ext.injection.pool_layers import attach_pool, detach_pool, pool_layers
+from lora_ext.nn.module_slots import module_tensors
 from lora_ext.nn.rows import BASE
 
 
@@ -68,13 +69,16 @@ class AdapterPool:
     that no call uses makes room. Loading moves nothing that a running call uses. All methods may be called by several
     threads at the same time.
 
-    A pool holds low-rank updates of linear layers (also quantised ones), for inference. Adapters of the model itself
-    (:func:`lora_ext.inject`, :func:`lora_ext.load_adapter`) stay, and come first where a name is both.
+    A pool holds low-rank updates of linear layers (also quantised ones) and modules that adapters train in full
+    (classification heads), for inference. Adapters of the model itself (:func:`lora_ext.inject`,
+    :func:`lora_ext.load_adapter`) stay, and come first where a name is both.
 
     Args:
         model: the model, bare or injected; on the device that computes. It is frozen as by :func:`lora_ext.inject`.
         directory: adapters are its subdirectories, by name; None: only those of :meth:`add`.
         target_modules: the layers that an adapter of the pool can adapt, as in :class:`~lora_ext.LoraConfig`.
+        modules_to_save: the modules that an adapter of the pool can train in full, as in
+            :class:`~lora_ext.LoraConfig`. A row whose adapter has none of its own gets the model's.
         r: the largest rank of an adapter. Each slot has this rank.
         max_bytes: of the storage on the model's device. The memory is reserved at once; an operating system gives pages
             of host memory as slots are filled.
@@ -96,6 +100,7 @@ class AdapterPool:
         directory: str | os.PathLike[str] | None = None,
         *,
         target_modules: str | Iterable[str],
+        modules_to_save: Iterable[str] | None = None,
         r: int,
         max_bytes: int,
         dtype: torch.dtype | None = None,
@@ -105,17 +110,19 @@ class AdapterPool:
         self._directory = None if directory is None else Path(directory)
         if self._directory is not None and not self._directory.is_dir():
             raise ValueError(f"AdapterPool: directory is {os.fspath(directory)!r}, which is no directory")
-        config = LoraConfig(r=r, target_modules=target_modules)
+        config = LoraConfig(r=r, target_modules=target_modules, modules_to_save=modules_to_save)
         layers = pool_layers(model, config)
         shapes = {path: LayerShape(layer.in_features, layer.out_features) for path, layer in layers.found.items()}
         dtypes = layers.dtypes if dtype is None else dict.fromkeys(shapes, dtype)
         slot_bytes = sum(
             r * (shape.in_features + shape.out_features) * dtypes[path].itemsize + 16 for path, shape in shapes.items()
         )
+        modules = {path: module_tensors(layer.base_layer) for path, layer in layers.trained.items()}
+        slot_bytes += sum(tensor.nbytes for tensors in modules.values() for tensor in tensors.values())
         slots = max_bytes // slot_bytes
         if slots < 1:
             raise ValueError(f"AdapterPool: max_bytes is {max_bytes}, but one slot of rank {r} takes {slot_bytes}")
-        self._shapes, self._r, self._timeout, self._slot_bytes = shapes, r, timeout, slot_bytes
+        self._shape, self._timeout, self._slot_bytes = PoolShape(shapes, r, modules), timeout, slot_bytes
         self._table = SlotTable(slots, self._load)
         self._added: dict[str, Path] = {}
         self._lock = threading.Lock()  # of what follows
@@ -124,7 +131,7 @@ class AdapterPool:
         self._host: OrderedDict[str, PoolAdapter] = OrderedDict()
         self._host_bytes, self._host_limit = 0, host_bytes
         self._prefetcher: ThreadPoolExecutor | None = None
-        self._slots = attach_pool(model, layers, self, slots, r, dtypes)
+        self._slots, self._modules = attach_pool(model, layers, self, slots, r, dtypes)
         self._model = weakref.ref(model)
         self._pins_memory = any(held.lora_A.is_cuda for held in self._slots.values())
 
@@ -300,7 +307,7 @@ class AdapterPool:
             if adapter is not None:
                 self._host.move_to_end(name)
         if adapter is None:
-            adapter = read_adapter(path, self._shapes, self._r)
+            adapter = read_adapter(path, self._shape)
             self._keep(name, adapter)
         with torch.inference_mode(False):
             for layer, held in self._slots.items():
@@ -309,6 +316,11 @@ class AdapterPool:
                     held.clear(slot)
                 else:
                     held.write(slot, update.lora_A, update.lora_B, update.scaling)
+            for path, modules in self._modules.items():
+                if path in adapter.modules:
+                    modules.write(slot, adapter.modules[path])
+                else:
+                    modules.clear(slot)
         with self._lock:
             self._invocations.pop(name, None)
             if adapter.invocation is not None:
@@ -357,7 +369,7 @@ class AdapterPool:
             model = self._model()
             if model is not None:
                 detach_pool(model, self)
-            self._slots = {}
+            self._slots, self._modules = {}, {}
 
     def __enter__(self) -> AdapterPool:
         return self
@@ -374,7 +386,7 @@ class AdapterPool:
     def __repr__(self) -> str:
         stats = self.stats()
         gib = stats.slots * stats.slot_bytes / 2**30
-        return f"AdapterPool({stats.resident} of {stats.slots} slots, r={self._r}, {gib:.2f} GiB)"
+        return f"AdapterPool({stats.resident} of {stats.slots} slots, r={self._shape.r}, {gib:.2f} GiB)"
 
 
 def _is_one_component(name: str) -> bool:

@@ -27,6 +27,21 @@ class LayerShape:
 
 
 @dataclasses.dataclass(frozen=True)
+class PoolShape:
+    """What a pool holds of an adapter.
+
+    Attributes:
+        layers: layers with low-rank updates, by path.
+        r: the largest rank.
+        modules: modules that adapters train in full, by path: their tensors by name, for shapes and dtypes.
+    """
+
+    layers: Mapping[str, LayerShape]
+    r: int
+    modules: Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Update:
     """One layer's part of an adapter."""
 
@@ -45,28 +60,28 @@ class PoolAdapter:
 
     Attributes:
         updates: by layer path.
+        modules: modules trained in full, by path: their tensors by name.
         invocation: the tokens from which on it acts (aLoRA), or None.
     """
 
     updates: Mapping[str, Update]
+    modules: Mapping[str, Mapping[str, Tensor]]
     invocation: tuple[int, ...] | None
 
     @property
     def nbytes(self) -> int:
-        return sum(update.nbytes for update in self.updates.values())
+        modules = sum(tensor.nbytes for tensors in self.modules.values() for tensor in tensors.values())
+        return modules + sum(update.nbytes for update in self.updates.values())
 
     def copied(self, copy: Callable[[Tensor], Tensor]) -> PoolAdapter:
         """The same with tensors that ``copy`` returns."""
         updates = {path: Update(copy(u.lora_A), copy(u.lora_B), u.scaling) for path, u in self.updates.items()}
-        return PoolAdapter(updates, self.invocation)
+        modules = {path: {name: copy(t) for name, t in tensors.items()} for path, tensors in self.modules.items()}
+        return PoolAdapter(updates, modules, self.invocation)
 
 
-def read_adapter(directory: Path, layers: Mapping[str, LayerShape], r: int) -> PoolAdapter:
+def read_adapter(directory: Path, shape: PoolShape) -> PoolAdapter:
     """Reads the adapter in ``directory``.
-
-    Args:
-        layers: the pool's layers.
-        r: the largest rank that the pool holds.
 
     Raises:
         FileNotFoundError, OSError: a file is missing or cannot be read.
@@ -76,18 +91,24 @@ def read_adapter(directory: Path, layers: Mapping[str, LayerShape], r: int) -> P
     given = AdapterFile.open(directory, caller="AdapterPool")
     file = with_positive_alphas(given)
     config = config_of(file, "AdapterPool")
+    layers, r = shape.layers, shape.r
+    modules = {path: names for path, names in shape.modules.items() if _is_in(file, path, names)}
+    of_modules = {f"{KEY_PREFIX}{path}.{name}" for path, names in modules.items() for name in names}
     problems = _parts_of_other_kinds(config)
+    if absent := [name for name in config.trained_modules if _is_absent(file, name, shape)]:
+        problems.append(f"modules_to_save: the pool has no {absent}; make it with modules_to_save={absent}")
     keys: dict[str, dict[str, str]] = {}
     for key in file.keys():  # noqa: SIM118  not a dict
         suffix = next((suffix for suffix in _SUFFIXES if key.endswith(suffix)), None)
         path = "" if suffix is None else key.removeprefix(KEY_PREFIX).removesuffix(suffix)
         if path in layers:
             keys.setdefault(path, {})[_SUFFIXES[suffix]] = key
-        else:
+        elif key not in of_modules:
             problems.append(f"unexpected key: {key}")
     for path, factors in keys.items():
         problems += _misfits(file, path, factors, layers[path], config.rank_for(path), r)
-    if not keys and not problems:
+    problems += _misfits_of_modules(file, modules)
+    if not keys and not modules and not problems:
         problems.append("it has no factors")
     if problems:
         base = file.config.get("base_model_name_or_path")
@@ -99,7 +120,10 @@ def read_adapter(directory: Path, layers: Mapping[str, LayerShape], r: int) -> P
     for path, factors in keys.items():
         scaling = math.copysign(config.scaling_for(path), _alpha(given.config, config, path))
         updates[path] = Update(file.tensor(factors["lora_A"]), file.tensor(factors["lora_B"]), scaling)
-    return PoolAdapter(updates, config.alora_invocation_tokens)
+    tensors = {
+        path: {name: file.tensor(f"{KEY_PREFIX}{path}.{name}") for name in names} for path, names in modules.items()
+    }
+    return PoolAdapter(updates, tensors, config.alora_invocation_tokens)
 
 
 def _alpha(values: Mapping[str, Any], config: LoraConfig, path: str) -> float:
@@ -108,11 +132,39 @@ def _alpha(values: Mapping[str, Any], config: LoraConfig, path: str) -> float:
     return values.get("lora_alpha", 1) if pattern is None else values["alpha_pattern"][pattern]
 
 
+def _is_in(file: AdapterFile, path: str, names: Mapping[str, Tensor]) -> bool:
+    """Whether the file has a tensor of the module at ``path``."""
+    return any(f"{KEY_PREFIX}{path}.{name}" in file for name in names)
+
+
+def _misfits_of_modules(file: AdapterFile, modules: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
+    problems = []
+    for path, names in modules.items():
+        for name, tensor in names.items():
+            key = f"{KEY_PREFIX}{path}.{name}"
+            if key not in file:
+                problems.append(f"missing key: {key}")
+            elif problem := _misfit(file, key, tuple(tensor.shape)):
+                problems.append(problem)
+            elif file.dtype(key).is_floating_point != tensor.is_floating_point() or file.dtype(key).is_complex:
+                problems.append(f"dtype of {key}: {file.dtype(key)} in the file, {tensor.dtype} in the pool")
+    return problems
+
+
+def _is_absent(file: AdapterFile, name: str, shape: PoolShape) -> bool:
+    """Whether the file has a module trained in full, by its name in the config, that the pool has not."""
+
+    def is_named(path: str) -> bool:
+        return f".{path}".endswith(f".{name}")
+
+    paths = {key.removeprefix(KEY_PREFIX).rpartition(".")[0] for key in file.keys()}  # noqa: SIM118  not a dict
+    return any(map(is_named, paths)) and not any(map(is_named, shape.modules))
+
+
 def _parts_of_other_kinds(config: LoraConfig) -> list[str]:
     return [
-        f"{option}: a pool holds low-rank updates of linear layers only"
+        f"{option}: a pool holds low-rank updates of linear layers, and modules trained in full"
         for option, unused in (
-            ("modules_to_save", None),
             ("trainable_token_indices", None),
             ("target_parameters", None),
             ("bias", "none"),
@@ -120,6 +172,11 @@ def _parts_of_other_kinds(config: LoraConfig) -> list[str]:
         )
         if getattr(config, option) not in (unused, (), [], {})
     ]
+
+
+def _misfit(file: AdapterFile, key: str, shape: tuple[int, ...]) -> str | None:
+    found = file.shape(key)
+    return None if found == shape else f"shape of {key}: {list(found)} in the file, {list(shape)} in the pool"
 
 
 def _misfits(
@@ -133,8 +190,8 @@ def _misfits(
     problems = []
     for name, shape in wanted.items():
         key = factors[name]
-        if file.shape(key) != shape:
-            problems.append(f"shape of {key}: {list(file.shape(key))} in the file, {list(shape)} in the pool")
+        if problem := _misfit(file, key, shape):
+            problems.append(problem)
         if not file.dtype(key).is_floating_point:
             problems.append(f"dtype of {key}: {file.dtype(key)}, want floating-point numbers")
     return problems

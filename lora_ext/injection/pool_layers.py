@@ -16,7 +16,9 @@ from lora_ext.injection.inject import Injection, attach_layers, remove_empty_lay
 from lora_ext.model.adapter_set import Adapter, adapter_set
 from lora_ext.model.bare_model import adapter_layers
 from lora_ext.nn import LoraLinear
+from lora_ext.nn.module_slots import ModuleSlots
 from lora_ext.nn.slots import LayerSlots
+from lora_ext.nn.trained import TrainedModule
 
 _PLACEHOLDER = "pool"  # the name of an adapter that is built without memory, for its layers
 
@@ -29,13 +31,18 @@ class PoolLayers:
 
     @property
     def found(self) -> dict[str, LoraLinear]:
-        """By path in the model without adapters."""
-        return {part.path: part.layer for part in self.adapter.parts}
+        """Layers with low-rank updates, by path in the model without adapters."""
+        return {part.path: part.layer for part in self.adapter.parts if isinstance(part.layer, LoraLinear)}
+
+    @property
+    def trained(self) -> dict[str, TrainedModule]:
+        """Layers around modules that adapters train in full, by path."""
+        return {part.path: part.layer for part in self.adapter.parts if isinstance(part.layer, TrainedModule)}
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
-        """By path, the dtype that a new adapter has there."""
-        return {part.path: part.adapter.lora_A.dtype for part in self.adapter.parts}
+        """By path, the dtype that a new low-rank adapter has there."""
+        return {part.path: part.adapter.lora_A.dtype for part in self.adapter.parts if part.path in self.found}
 
 
 @one_at_a_time
@@ -51,7 +58,11 @@ def pool_layers(model: nn.Module, config: LoraConfig) -> PoolLayers:
     taken = () if adapters is None else adapters.configs
     name = next(name for i in range(len(taken) + 1) if (name := f"{_PLACEHOLDER}{i}") not in taken)
     adapter, _ = Injection(model, config, name).build_without_memory()
-    others = [f"{part.path} ({type(part.layer).__name__})" for part in adapter.parts if not _is_plain(part.layer)]
+    others = [
+        f"{part.path} ({type(part.layer).__name__})"
+        for part in adapter.parts
+        if not isinstance(part.layer, LoraLinear | TrainedModule)
+    ]
     if others:
         raise TypeError(
             "AdapterPool: a pool holds adapters of linear layers; narrow target_modules, as these targets are others:"
@@ -60,27 +71,30 @@ def pool_layers(model: nn.Module, config: LoraConfig) -> PoolLayers:
     return PoolLayers(adapter)
 
 
-def _is_plain(layer: Any) -> bool:
-    return isinstance(layer, LoraLinear)
-
-
 @one_at_a_time
 def attach_pool(
     model: nn.Module, layers: PoolLayers, pool: Any, slots: int, r: int, dtypes: Mapping[str, torch.dtype]
-) -> dict[str, LayerSlots]:
-    """Puts the layers into the model, with storage for the adapters of ``pool``. Returns the storage by path."""
+) -> tuple[dict[str, LayerSlots], dict[str, ModuleSlots]]:
+    """Puts the layers into the model, with storage for the adapters of ``pool``.
+
+    Returns:
+        The storage of low-rank updates and that of modules trained in full, by path.
+    """
     held = {}
     for path, layer in layers.found.items():
         sizes = layer.in_features, layer.out_features
         held[path] = LayerSlots(slots, r, *sizes, dtypes[path], layer.base_weight.device)
+    modules = {path: ModuleSlots(layer.base_layer, slots) for path, layer in layers.trained.items()}
     into = layers.adapter.into
     with changing(into.active):
         attach_layers(model, layers.adapter)
         for path, layer in layers.found.items():
             layer.slots = held[path]
+        for path, layer in layers.trained.items():
+            layer.slots = modules[path]
         into.pool = pool
         serve_adapters(model, into)
-    return held
+    return held, modules
 
 
 @one_at_a_time
@@ -92,6 +106,6 @@ def detach_pool(model: nn.Module, pool: Any) -> None:
     with changing(adapters.active):
         adapters.pool = None
         for _, layer in adapter_layers(model):
-            if isinstance(layer, LoraLinear):
+            if isinstance(layer, LoraLinear | TrainedModule):
                 layer.slots = None
         remove_empty_layers(model, adapters)

@@ -131,8 +131,12 @@ def _check_one_sequence_a_row(values: Mapping[str, Any], name: str, caller: str)
     """Refuses rows that are packed of several sequences: only one of them would find its invocation."""
     positions = values.get("position_ids")
     is_packed = any(key.startswith("cu_seq") and value is not None for key, value in values.items())
-    if isinstance(positions, Tensor) and positions.dim() == 2 and values.get("attention_mask") is None:
-        is_packed = is_packed or bool((positions.diff() < 0).any())
+    if isinstance(positions, Tensor) and positions.dim() == 2 and not is_packed:
+        begins = positions.diff() < 0
+        mask = values.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape == positions.shape:
+            begins &= mask[:, :-1] != 0  # after padding, the only sequence begins
+        is_packed = bool(begins.any())
     if is_packed:
         raise ValueError(
             f"{caller}: the rows are packed of several sequences, but the adapter {name!r} acts from its invocation "

@@ -305,6 +305,7 @@ class GenerateByRows:
         return inspect.signature(self.original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        drop_interrupted()
         active, names = self.adapters.active, kwargs.get(_ARGUMENT)
         rest, outer = _without_names(kwargs), chosen(active) if active.row_calls else None
         if names is None and not (active.invoked if outer is None else _are_invoked(outer)):

@@ -207,12 +207,18 @@ def enter(choice: RowChoice) -> None:
 
 
 def leave(choice: RowChoice) -> None:
+    """Ends a call, and those within it that Ctrl-C left without running their hooks."""
+    ended, inner = [choice], _current.get()
+    while inner is not None and inner is not choice:
+        ended.append(inner)
+        inner = inner.outer
     _current.set(choice.outer)
-    choice.frames = ()
-    with _count_lock:
-        choice.active.row_calls -= 1
-    if choice.pool_names:
-        choice.pool.release(choice.pool_names)
+    for call in ended if inner is choice else ended[:1]:
+        call.frames = ()
+        with _count_lock:
+            call.active.row_calls -= 1
+        if call.pool_names:
+            call.pool.release(call.pool_names)
 
 
 @contextmanager

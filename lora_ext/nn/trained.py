@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_ext.nn.layer import TransparentLayer
-from lora_ext.nn.rows import call_by_rows, row_choice
+from lora_ext.nn.module_slots import ModuleSlots
+from lora_ext.nn.rows import RowChoice, call_by_rows, row_choice
 
 
 class TrainedModule(TransparentLayer):
@@ -21,6 +22,7 @@ class TrainedModule(TransparentLayer):
     """
 
     rows_choose = True
+    slots: ModuleSlots | None = None  # modules of a pool
 
     def add_adapter(self, name: str, copy: nn.Module) -> None:
         """Adds ``copy`` under ``name`` and freezes the module itself. ValueError: the name is taken."""
@@ -39,8 +41,20 @@ class TrainedModule(TransparentLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if (choice := row_choice(self.active)) is not None:
-            return call_by_rows(choice, self, self.adapters, self.base_layer, args, kwargs)
+            return call_by_rows(choice, self, self._modules_of(choice), self.base_layer, args, kwargs)
         return self.in_use(*args, **kwargs)
+
+    def _modules_of(self, choice: RowChoice) -> dict[str, nn.Module]:
+        """The modules of the chosen adapters that have one, by name."""
+        modules = {name: self.adapters[name] for name in choice.names if name in self.adapters}
+        for name, slot in choice.slots.items() if self.slots is not None else ():
+            if (module := self.slots.module(slot, self.training)) is not None:
+                modules[name] = module
+        return modules
+
+    @property
+    def is_needed(self) -> bool:
+        return super().is_needed or self.slots is not None
 
     def _base_state_dict(self, **kwargs: Any) -> dict[str, Any]:
         return self.in_use.state_dict(**kwargs)

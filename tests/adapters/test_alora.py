@@ -486,6 +486,10 @@ def test_combinations():
         ({"alora_offsets": [1, -2]}, "alora_offsets has the entry -2"),
         ({"alora_offsets": [1, "a"]}, "alora_offsets has the entry 'a'"),
         ({"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)}, "packed of several sequences"),
+        (
+            {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]] * 2), "attention_mask": torch.ones(2, 6).long()},
+            "packed of several sequences",
+        ),
         ({"cu_seq_lens_q": torch.tensor([0, 3, 6])}, "packed of several sequences"),
     ],
     ids=str,
@@ -496,7 +500,8 @@ def test_bad_calls(arguments, text):
     with refused(model, ValueError, text):
         model(**inputs, **arguments)
     assert _current.get() is None and model._lora_adapters.active.row_calls == 0
-    assert model(ids).logits.isfinite().all()
+    mask, positions = torch.tensor([[0, 0, 1, 1, 1, 1]] * 2), torch.tensor([[1, 1, 0, 1, 2, 3]] * 2)
+    assert model(ids, attention_mask=mask, position_ids=positions).logits.isfinite().all()
 
 
 def test_calls_that_nothing_can_serve():
@@ -514,6 +519,25 @@ def test_calls_that_nothing_can_serve():
     merge(model, "plain")
     with refused(model, ValueError, "'plain' is merged into", "call unmerge(model) first"):
         model(ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_ends_the_choice(error):
+    model, (ids, _) = adapted(), prompts()
+    options = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
+    expected, tokens = model(ids).logits, model.generate(ids[:2], **options)
+
+    def fail(*_):
+        raise error("in the middle")
+
+    handle = model.lm_head.register_forward_hook(fail)
+    for call in (model, model.generate):
+        with pytest.raises(error, match="in the middle"):
+            call(ids)
+    handle.remove()
+    assert torch.equal(model.generate(ids[:2], **options), tokens)
+    assert torch.equal(model(ids).logits, expected)
+    assert _current.get() is None and model._lora_adapters.active.row_calls == 0
 
 
 def test_a_layer_that_gets_other_tokens():

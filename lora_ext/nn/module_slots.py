@@ -1,0 +1,70 @@
+"""Storage for modules of a pool that adapters train in full, such as classification heads: one in each slot."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+
+class ModuleSlots:
+    """The parameters and buffers of many copies of a module. Memory is allocated once and never moves.
+
+    A slot is written while no call uses it. Copies of the layer share the storage, as the pool fills it for all of
+    them.
+
+    Attributes:
+        stacks: by name in the module's ``state_dict``, its tensor for every slot: ``[slots, ...]``.
+    """
+
+    def __init__(self, module: nn.Module, slots: int) -> None:
+        self._module = module
+        self._tensors = module_tensors(module)
+        self._copies: dict[int, nn.Module] = {}
+        self._filled: set[int] = set()
+        with torch.inference_mode(False):
+            self.stacks = {
+                name: torch.empty(slots, *tensor.shape, dtype=tensor.dtype, device=tensor.device)
+                for name, tensor in self._tensors.items()
+            }
+
+    @torch.no_grad()
+    def write(self, slot: int, tensors: Mapping[str, Tensor]) -> None:
+        """Fills a slot with the tensors of a module's ``state_dict``, of any dtype and device."""
+        for name, stack in self.stacks.items():
+            stack[slot].copy_(tensors[name])
+        if slot not in self._copies:
+            self._copies[slot] = self._copy(slot)
+        self._filled.add(slot)
+
+    def _copy(self, slot: int) -> nn.Module:
+        """The module with the slot's tensors in place of its own."""
+        views: dict[int, Any] = {}
+        for name, tensor in self._tensors.items():
+            view = self.stacks[name][slot]
+            views[id(tensor)] = nn.Parameter(view, False) if isinstance(tensor, nn.Parameter) else view
+        return copy.deepcopy(self._module, views)
+
+    def clear(self, slot: int) -> None:
+        self._filled.discard(slot)
+
+    def module(self, slot: int, training: bool) -> nn.Module | None:
+        """The module in a slot, in training mode or not; None: the adapter there has none."""
+        if slot not in self._filled:
+            return None
+        module = self._copies[slot]
+        return module if module.training == training else module.train(training)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModuleSlots:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a model whose layers serve an AdapterPool cannot be pickled; call pool.close() first")
+
+
+def module_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers that an adapter file has of ``module``, by their names in it."""
+    return {name: value for name, value in module.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
