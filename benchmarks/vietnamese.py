@@ -37,7 +37,8 @@ import torch
 from lora_ext.methods import head_parameters
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.comparison.costs import measure_costs
-from lora_ext.tasks.comparison.many_runs import Run, finished, in_process, run_all
+from lora_ext.tasks.comparison.many_runs import Run, finished, run_all
+from lora_ext.tasks.comparison.processes import in_process
 from lora_ext.tasks.comparison.spread import percent, summary
 from lora_ext.tasks.finetune.data import fingerprint
 from lora_ext.tasks.finetune.settings import LEARNING_RATES, PRECISIONS, Settings

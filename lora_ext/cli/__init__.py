@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stderr
 from typing import Any
 
 from lora_ext.cli import (
@@ -59,19 +61,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def parse_again(**defaults: Any) -> argparse.Namespace:
         commands.choices[argv[0]].set_defaults(**defaults)
-        return parser.parse_args(argv)
+        return parse()
+
+    def parse() -> argparse.Namespace:
+        with redirect_stderr(io.StringIO()) if team.is_silent() else nullcontext():
+            return parser.parse_args(argv)
 
     try:
         if argv and argv[0] in commands.choices:
             argv[1:] = config_file.with_config(commands.choices[argv[0]], argv[1:])
-        args = parser.parse_args(argv)
+        args = parse()
         if (number := team.started()) > 1 and args.command != "finetune":
             raise TaskError(f"{args.command} runs in one process, not in {number}; start it without torchrun")
         status = args.run(args, parse_again) or 0
         sys.stdout.flush()
         return status
     except TaskError as error:
-        print(f"lora-ext: error: {error}", file=sys.stderr)
+        if not team.is_repeated(error):
+            print(f"lora-ext: error: {error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         print("lora-ext: interrupted", file=sys.stderr)

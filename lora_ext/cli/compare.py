@@ -10,7 +10,7 @@ from lora_ext.cli import config_file, training
 from lora_ext.cli.formatter import HelpFormatter
 from lora_ext.tasks.finetune.settings import COMPARE_FILE
 
-_WITHOUT = ("method", "seed", "trim_vocabulary")
+_WITHOUT = ("method", "seed")
 _METHODS = [
     "full",
     "head-only",
@@ -46,7 +46,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--seeds", type=training.integers, default=[0, 1, 2], metavar="0,1,2", help="seeds to train each method from")
     config_file.add_config(parser)
     training.add_options(parser, _WITHOUT)
-    training.add_jobs(parser)
+    training.add_launch(parser)
     training.add_threads(parser)
     training.add_out(parser, "compare.json, compare.md, compare.png, and every run in runs/")
     parser.set_defaults(run=run)
@@ -60,11 +60,12 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
         args = training.with_saved(args, parse_again, COMPARE_FILE, {"methods": str, "seeds": int})
     training.check_installed("compare")
     training.use_threads(args.threads)
+    launch = training.launch_of(args)
     from lora_ext.tasks.comparison.compare import compare
     from lora_ext.tasks.comparison.method_spec import without
 
     options: dict[str, Any] = training.options_of(args, _WITHOUT)
-    with training.saying_how_to_resume("compare", args.out, COMPARE_FILE, args.resume, args.jobs):
+    with training.saying_how_to_resume("compare", args.out, COMPARE_FILE, args.resume, launch):
         methods = without(args.methods, args.without)
-        result = compare(methods, args.seeds, options, args.out, jobs=args.jobs, **training.mode(args))
+        result = compare(methods, args.seeds, options, args.out, launch=launch, **training.mode(args))
     return _EXIT_LEFT_OUT if result["left_out"] else 0

@@ -66,9 +66,9 @@ def _as_arguments(path: Path, option: str, action: argparse.Action, value: Any) 
         if not isinstance(value, bool):
             raise TaskError(f"--config {path}: {option} is {value!r}, want true or false")
         return [name] if value else []
-    if option == "set":
+    if option in ("set", "launcher-set"):
         if not isinstance(value, dict):
-            raise TaskError(f"--config {path}: set is {value!r}, want names and values below it")
+            raise TaskError(f"--config {path}: {option} is {value!r}, want names and values below it")
         return [part for key, one in value.items() for part in (name, f"{key}={_text(one)}")]
     if action.nargs == "+":
         values = [_text(one) for one in (value if isinstance(value, list) else [value])]

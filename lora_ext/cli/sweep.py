@@ -9,7 +9,7 @@ from lora_ext.cli import config_file, training
 from lora_ext.cli.formatter import HelpFormatter
 from lora_ext.tasks.finetune.settings import SWEEP_FILE
 
-_WITHOUT = ("method", "seed", "r", "target_modules", "trim_vocabulary")
+_WITHOUT = ("method", "seed", "r", "target_modules")
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -33,7 +33,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--seeds", type=training.integers, default=[0, 1, 2], metavar="0,1,2", help="seeds to train each cell from")
     config_file.add_config(parser)
     training.add_options(parser, _WITHOUT)
-    training.add_jobs(parser)
+    training.add_launch(parser)
     training.add_threads(parser)
     training.add_out(parser, "sweep.json, sweep.md, sweep.png, and every run in runs/")
     parser.set_defaults(run=run)
@@ -44,9 +44,10 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
         args = training.with_saved(args, parse_again, SWEEP_FILE, {"ranks": int, "targets": str, "seeds": int})
     training.check_installed("sweep")
     training.use_threads(args.threads)
+    launch = training.launch_of(args)
     from lora_ext.tasks.comparison.sweep import sweep
 
-    with training.saying_how_to_resume("sweep", args.out, SWEEP_FILE, args.resume, args.jobs):
+    with training.saying_how_to_resume("sweep", args.out, SWEEP_FILE, args.resume, launch):
         sweep(
             args.ranks,
             args.targets,
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
             training.options_of(args, _WITHOUT),
             args.out,
             budget=args.budget,
-            jobs=args.jobs,
+            launch=launch,
             **training.mode(args),
         )
 

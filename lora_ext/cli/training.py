@@ -15,6 +15,7 @@ from typing import Any
 from lora_ext._common.install_hint import install_hint
 from lora_ext.methods import METHODS
 from lora_ext.tasks import TaskError, WriteError
+from lora_ext.tasks.comparison.launch import LAUNCHERS, Launch
 from lora_ext.tasks.finetune import extra_arguments
 from lora_ext.tasks.finetune.settings import Settings, load_request
 
@@ -120,10 +121,24 @@ def mode(args: argparse.Namespace) -> dict[str, bool]:
     return {"resume": args.resume, "overwrite": args.overwrite}
 
 
-def add_jobs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--jobs", type=at_least_1, default=1, metavar="N", help="number of runs at once, which share the threads"
-    )
+def add_launch(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say where runs go; :func:`launch_of` reads them."""
+    add = parser.add_argument_group("where the runs go").add_argument
+    jobs = "number of runs at once. On this machine they share --threads, and each takes a CUDA device (default: 1); "
+    add("--jobs", type=at_least_1, metavar="N", help=f"{jobs}as jobs each has --threads (default: all runs)")
+    launcher = "local: processes of this machine; submitit: jobs of Slurm, with --out in a directory that all machines "
+    add("--launcher", choices=LAUNCHERS, default=LAUNCHERS[0], help=f"{launcher}see")
+    add("--partition", metavar="NAME", help="Slurm's partition, with --launcher submitit")
+    add("--gpus-per-run", type=int, metavar="N", help="0 or 1 GPU for each run, with --launcher submitit")
+    limit = "a job that takes longer continues in another one, at most three times; with --launcher submitit"
+    add("--time-limit", type=at_least_1, metavar="MINUTES", help=f"{limit} (default: a day)")
+    more = "another parameter of submitit's AutoExecutor, such as mem_gb=32 or slurm_account=nlp; repeatable"
+    add("--launcher-set", action="append", default=[], metavar="NAME=VALUE", help=more)
+
+
+def launch_of(args: argparse.Namespace) -> Launch:
+    names = ("launcher", "jobs", "partition", "gpus_per_run", "time_limit")
+    return Launch(**{name: getattr(args, name) for name in names}, more=tuple(args.launcher_set))
 
 
 def at_least_1(text: str) -> int:
@@ -181,7 +196,9 @@ def with_saved(
 
 
 @contextmanager
-def saying_how_to_resume(command: str, out: Path, marker: str, resume: bool, jobs: int = 1) -> Iterator[None]:
+def saying_how_to_resume(
+    command: str, out: Path, marker: str, resume: bool, launch: Launch | None = None
+) -> Iterator[None]:
     """After Ctrl-C or on a full disk, says how to resume, if a run has begun, which writes ``marker`` into ``out``."""
     path = out / marker
     before = path.stat().st_mtime_ns if path.is_file() else None
@@ -189,9 +206,9 @@ def saying_how_to_resume(command: str, out: Path, marker: str, resume: bool, job
         yield
     except (KeyboardInterrupt, WriteError) as error:
         if resume or (path.is_file() and path.stat().st_mtime_ns != before):
-            more = f" --jobs {jobs}" if jobs != 1 else ""
             when = "to continue" if isinstance(error, KeyboardInterrupt) else "to continue when it can be written"
-            how = f"{when}: lora-ext {command} --resume --out {shlex.quote(str(out))}{more}"
+            again = ["lora-ext", command, "--resume", "--out", str(out), *(launch.arguments() if launch else [])]
+            how = f"{when}: {shlex.join(again)}"
             if isinstance(error, WriteError):
                 raise WriteError(f"{error}; {how}") from error
             print(f"\n{how}", file=sys.stderr)

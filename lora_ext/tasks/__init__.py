@@ -6,9 +6,11 @@ class TaskError(Exception):
 
     Attributes:
         exit_status: exit status of the command.
+        is_alone: whether this process of several found it, and the first one did not.
     """
 
     exit_status = 2
+    is_alone = False
 
 
 class WriteError(TaskError):

@@ -197,13 +197,15 @@ def test_functions_on_the_wrapper(ranks, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("way", ["inject", "peft"])
 @pytest.mark.parametrize(
-    ("launcher", "way"),
+    "launcher",
     [
-        (["torch.distributed.run", "--nproc-per-node", "2", "--master-port"], "inject"),
+        ["torch.distributed.run", "--nproc-per-node", "2", "--master-port"],
         # For --cpu, accelerate starts processes by MPI only.
-        (["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port"], "peft"),
+        ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port"],
     ],
+    ids=["torchrun", "accelerate"],
 )
 def test_launchers(launcher, way):
     """The example trains in two processes, and a resumed run gets the weights of a run in one piece."""

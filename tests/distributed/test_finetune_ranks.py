@@ -19,7 +19,11 @@ from support.processes import run_python
 from torch import Tensor
 
 from lora_ext.cli import main
+from lora_ext.tasks import WriteError
+from lora_ext.tasks.causal_lm import evaluating
+from lora_ext.tasks.causal_lm import run as causal_run
 from lora_ext.tasks.finetune import run_checkpoints
+from lora_ext.tasks.shared import team
 
 pytestmark = [pytest.mark.full, pytest.mark.cpu_only("processes with gloo")]
 
@@ -49,7 +53,10 @@ def _finetune(rank: int, arguments: list[str], variables: dict[str, str]) -> tup
         mock.patch.multiple(run_checkpoints, SECONDS=0.0, _SHARE=0.0, _KEPT=100),
         redirect_stderr(io.StringIO()) as messages,
     ):
-        return main(["finetune", *arguments, "--threads", "1"]), messages.getvalue()
+        try:
+            return main(["finetune", *arguments, "--threads", "1"]), messages.getvalue()
+        except SystemExit as error:  # raised by argparse
+            return error.code, messages.getvalue()
 
 
 def _run(ranks, number: int, out: Path, inputs: list[str], *more: str, **variables: str) -> None:
@@ -133,6 +140,20 @@ def test_a_restart_by_torchrun_resumes(ranks, runs, inputs, tmp_path):
     _assert_equal(runs / "2", tmp_path / "out", exact=True)
 
 
+def _counted(rank: int, arguments: list[str]) -> list[int]:
+    """Runs the command; returns the numbers of batches with which this process has measured the test texts."""
+    counts, perplexity = [], causal_run.perplexity
+
+    def counted(forward, batches, *rest, **more):
+        counts.append(len(batches))
+        return perplexity(forward, batches, *rest, **more)
+
+    with mock.patch.object(causal_run, "perplexity", counted), mock.patch.object(evaluating, "_AT_ONCE", 1):
+        status, messages = _finetune(rank, arguments, {})
+    assert status == 0, messages
+    return counts
+
+
 def test_a_language_model_counts_its_tokens_on_all_processes(ranks, tmp_path):
     """Texts differ in length, so the mean of the processes' means would be another loss."""
     tiny_decoder.save(tmp_path / "llama")
@@ -140,17 +161,21 @@ def test_a_language_model_counts_its_tokens_on_all_processes(ranks, tmp_path):
     options = ["--task", "causal-lm", "--model", str(tmp_path / "llama"), "--data", str(data), "--max-length", "128"]
     options += ["--validation-split", "0.2", "--batch-size", "4", "--epochs", "1", "--rank", "2", "--lora-dropout", "0"]
     options += ["--learning-rate", "0.02", "--answers", "2", "--max-new-tokens", "4", "--no-measure"]
+    batches = {}
     for number in (1, 2):
         out = ["--out", str(tmp_path / str(number))]
-        for status, messages in ranks(number, _finetune, [*options, *out], {}):
-            assert status == 0, messages
+        batches[number] = ranks(number, _counted, [*options, *out])
+    assert batches[1] == [[1, 1]] and batches[2] == [[1, 1], [0, 0]]  # the test texts, before and after training
     weights, metrics, logs = zip(*(_results(tmp_path / name) for name in "12"), strict=True)
     for key, value in weights[0].items():
         torch.testing.assert_close(weights[1][key], value, rtol=1e-3, atol=1e-5, msg=key)
     for one, other in zip(*logs, strict=True):
         for key in {"loss", "eval_loss"} & one.keys():
             assert one[key] == pytest.approx(other[key], rel=1e-4), (one["step"], key)
-    assert metrics[0]["after"]["loss"] == pytest.approx(metrics[1]["after"]["loss"], rel=1e-4)
+    for when in ("before", "after"):
+        for key, value in metrics[0][when].items():
+            assert metrics[1][when][key] == pytest.approx(value, rel=1e-4), (when, key)
+    assert metrics[1]["samples"] == metrics[0]["samples"] and len(metrics[0]["samples"]) == 2
 
 
 KILLED = """
@@ -197,9 +222,53 @@ def _refused(rank: int, arguments: list[str]) -> tuple[int, str]:
 
 
 def test_what_processes_cannot_share_is_refused(ranks, inputs, tmp_path):
-    for status, messages in ranks(3, _finetune, ["--out", str(tmp_path / "out"), *inputs, *OPTIONS], {}):
-        assert status == 2
-        assert "--batch-size is 4, which 3 processes cannot share equally; choose a multiple" in messages
+    results = ranks(3, _finetune, ["--out", str(tmp_path / "out"), *inputs, *OPTIONS], {})
+    assert [status for status, _ in results] == [2, 2, 2]
+    assert "--batch-size is 4, which 3 processes cannot share equally; choose a multiple" in results[0][1]
+    assert [messages for _, messages in results[1:]] == ["", ""]  # said once
     assert not (tmp_path / "out").exists()
     ((status, messages),) = ranks(1, _refused, ["info"])
     assert status == 2 and "info runs in one process, not in 3; start it without torchrun" in messages
+
+
+@pytest.mark.parametrize(
+    ("option", "message"), [("--epochs=many", "argument --epochs: invalid"), ("--epochs=-1", "--epochs is -1.0, want")]
+)
+def test_mistakes_in_options_are_said_once(ranks, tmp_path, option, message):
+    (first, said), (second, silent) = ranks(2, _finetune, ["--out", str(tmp_path / "out"), option], {})
+    assert first == second == 2
+    assert message in said and silent == ""
+
+
+def _ends(rank: int, out: Path, first: str | None) -> tuple[str, bool] | None:
+    """The second process ends with a mistake, and the first one with ``first``."""
+    text = first if rank == 0 else "TMPDIR is full"
+    number = {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost"}
+    with mock.patch.dict(os.environ, number):
+        try:
+            with team.joined(out, resume=False):
+                if text is not None:
+                    raise WriteError(text)
+        except WriteError as error:
+            return str(error), team.is_repeated(error)
+    return None
+
+
+def test_a_mistake_of_one_process_is_said_by_it(ranks, tmp_path):
+    assert ranks(2, _ends, tmp_path, None) == [None, ("process 1: TMPDIR is full", False)]
+    first, second = ranks(2, _ends, tmp_path, "--out is full")
+    assert first == ("--out is full", False) and second == ("process 1: TMPDIR is full", False)
+    first, second = ranks(2, _ends, tmp_path, "TMPDIR is full")
+    assert first == ("TMPDIR is full", False) and second == ("TMPDIR is full", True)
+
+
+def _parts(rank: int, number: int) -> list[int]:
+    part = team.part_of(range(number))
+    assert team.gathered(part) == [*range(number)]
+    return part
+
+
+@pytest.mark.parametrize("number", [0, 1, 5])
+def test_parts_are_put_together_in_order(ranks, number):
+    parts = ranks(2, _parts, number)
+    assert parts == [[*range(number)][rank::2] for rank in range(2)]

@@ -11,7 +11,7 @@ from typing import Any
 from support import tiny_classifier
 
 from faults.runs import skip_slow_steps, try_calls
-from lora_ext.tasks.comparison import compare, costs, many_runs
+from lora_ext.tasks.comparison import compare, costs, pools
 from lora_ext.tasks.finetune.settings import Settings
 
 top, kinds, step = Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3])
@@ -26,12 +26,12 @@ options = {
 }
 
 
-def here(function: Any, *args: Any, log: Path, threads: Any = None, ending: Any = None, **more: Any) -> Any:
+def here(function: Any, *args: Any, log: Path, threads: Any, device: Any, ending: Any = None, **more: Any) -> Any:
     """Replaces ``in_process``, because a new process would not be watched."""
     return function(*args, **more)
 
 
-many_runs.in_process = compare.in_process = here
+pools.in_process = here
 costs._ROUNDS = 2
 skip_slow_steps()
 

@@ -12,7 +12,7 @@ import pytest
 from support import tiny_classifier
 
 from lora_ext.tasks.analyze import run as analyze
-from lora_ext.tasks.comparison import compare, many_runs, sweep
+from lora_ext.tasks.comparison import compare, pools, sweep
 from lora_ext.tasks.finetune.run import finetune
 from lora_ext.tasks.finetune.settings import Settings
 from lora_ext.tasks.plan import run as plan
@@ -35,8 +35,7 @@ def _save_results(folder: Path) -> Path:
     options = {"model": str(model), "data": str(data), "max_length": 32, "epochs": 1.0, "test_split": 0.3}
     out = folder / "results"
     with pytest.MonkeyPatch.context() as patch:
-        for module in (many_runs, compare):
-            patch.setattr(module, "in_process", _here)  # processes take longer than the rest
+        patch.setattr(pools, "in_process", _here)  # processes take longer than the rest
         patch.setattr(analyze.results, "draw", lambda analysis, out: [])
         compare.compare(METHODS, [0, 1], options, out / "compare", say=_silent)
         sweep.sweep([1, 2], ["q", "q,v"], [0, 1], options, out / "sweep", budget=256, say=_silent)
@@ -56,7 +55,7 @@ def change_json(path: Path, change: Callable[[Any], object]) -> None:
 
 
 def _here(
-    function: Callable[..., Any], *args: Any, log: Path, threads: int | None = None, ending: object = None, **more: Any
+    function: Callable[..., Any], *args: Any, log: Path, threads: int, device: None, ending: object = None, **more: Any
 ) -> Any:
     return function(*args, **more)
 

@@ -28,9 +28,11 @@ from lora_ext._common import progress
 from lora_ext.cli import main
 from lora_ext.cli.training import options_of
 from lora_ext.tasks import TaskError
-from lora_ext.tasks.comparison import compare, many_runs
+from lora_ext.tasks.comparison import compare, many_runs, pools
+from lora_ext.tasks.comparison.launch import Launch
 from lora_ext.tasks.comparison.many_runs import Run
 from lora_ext.tasks.comparison.method_spec import MethodSpec
+from lora_ext.tasks.comparison.pools import LocalPool
 from lora_ext.tasks.finetune.run import finetune
 from lora_ext.tasks.finetune.settings import Settings
 
@@ -324,13 +326,13 @@ def test_a_local_model_is_found_from_another_directory(options: list[str], tmp_p
 
 
 def test_costs_are_measured_again_on_another_machine_or_with_other_texts(tmp_path: Path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(compare, "in_process", lambda *args, **kwargs: calls.append(args) or {"base": len(calls)})
-    costs = [compare._costs({"lora": Settings()}, "texts", tmp_path) for _ in range(2)]
-    assert costs == [{"base": 1}] * 2 and len(calls) == 1
-    assert compare._costs({"lora": Settings()}, "others", tmp_path) == {"base": 2}
+    calls, pool, there = [], LocalPool(), {"processor": "there"}
+    monkeypatch.setattr(pools, "in_process", lambda *args, **how: (calls.append(args) or {"base": len(calls)}, there))
+    costs = [compare._costs({"lora": Settings()}, "texts", tmp_path, pool) for _ in range(2)]
+    assert costs == [({"base": 1}, there)] * 2 and len(calls) == 1
+    assert compare._costs({"lora": Settings()}, "others", tmp_path, pool)[0] == {"base": 2}
     monkeypatch.setattr(compare.provenance, "machine", lambda: {"processor": "another"})
-    assert compare._costs({"lora": Settings()}, "others", tmp_path) == {"base": 3}
+    assert compare._costs({"lora": Settings()}, "others", tmp_path, pool)[0] == {"base": 3}
 
 
 @pytest.mark.parametrize("damage", ["[]", '{"settings": 3}', "{", "[" * 100_000, None])
@@ -347,10 +349,12 @@ def test_a_run_whose_metrics_are_damaged_is_not_finished(compared: Path, tmp_pat
     assert many_runs.finished(run, tmp_path) is None
 
 
-def test_a_failing_run_ends_the_others(options: list[str], compared: Path, tmp_path: Path):
-    common = json.loads((compared / "compare-settings.json").read_text())["options"]
-    specs = {"long": "lora:epochs=500", "bad": "lora:r=0"}
-    runs = [Run(label, MethodSpec.parse(spec).settings(common, 0), "") for label, spec in specs.items()]
-    with pytest.raises(TaskError, match="r is 0"):
-        many_runs.run_all(runs, tmp_path, "compare", jobs=2)
-    assert not runs_of(tmp_path)
+def test_a_failing_run_is_named_and_the_others_go_on(options: list[str], compared: Path, tmp_path: Path, capsys):
+    settings = json.loads((compared / "compare-settings.json").read_text())["options"]
+    texts = next(iter(runs_of(compared).values()))["data_sha256"]
+    specs = {"bad": "lora:r=0", "good": "head-only", "worse": "lora:r=-1"}
+    runs = [Run(label, MethodSpec.parse(spec).settings(settings, 0), texts) for label, spec in specs.items()]
+    with pytest.raises(TaskError, match="2 of 3 runs failed; --resume repeats them: bad, seed 0: .*; worse, seed 0: "):
+        many_runs.run_all(runs, tmp_path, "compare", Launch(jobs=2))
+    assert "bad, seed 0 failed: --method lora: LoraConfig: r is 0" in capsys.readouterr().err
+    assert [path.parent.name for path in runs_of(tmp_path)] == ["good"]

@@ -15,7 +15,8 @@ from support.processes import environment
 
 from lora_ext.tasks import TaskError, WriteError
 from lora_ext.tasks.comparison import many_runs
-from lora_ext.tasks.comparison.many_runs import Run, in_process
+from lora_ext.tasks.comparison.many_runs import Run
+from lora_ext.tasks.comparison.processes import in_process
 from lora_ext.tasks.finetune.settings import Settings
 
 pytestmark = pytest.mark.full
@@ -52,7 +53,7 @@ def test_a_process_that_dies_is_reported_with_its_log(tmp_path: Path):
     assert "Traceback" in (tmp_path / "log.txt").read_text()
 
 
-def counts_interrupts(settings: Settings, directory: Path, resume: bool, jobs: int, on_progress) -> None:
+def counts_interrupts(run: Run, directory: Path, runs_here: int, on_progress) -> None:
     """Replaces a run; writes the number of SIGINT received up to one second after the first."""
     got = []
     signal.signal(signal.SIGINT, lambda *args: got.append(args))
@@ -65,20 +66,37 @@ def counts_interrupts(settings: Settings, directory: Path, resume: bool, jobs: i
     raise KeyboardInterrupt
 
 
+def goes_on(run: Run, directory: Path, runs_here: int, on_progress) -> None:
+    """Replaces a run that does not end by itself."""
+    directory.mkdir(parents=True)
+    (directory / "started").write_text(str(os.getpid()))
+    while True:
+        on_progress(0.5)
+        time.sleep(0.05)
+
+
 INTERRUPTED = """
 import multiprocessing, sys
 from pathlib import Path
 import test_many_runs
-from lora_ext.tasks.comparison import many_runs
+from lora_ext.tasks.comparison import many_runs, processes
+from lora_ext.tasks.comparison.launch import Launch
 from lora_ext.tasks.comparison.many_runs import Run
 from lora_ext.tasks.finetune.settings import Settings
 
 if __name__ == "__main__":
-    many_runs._finetune = test_many_runs.counts_interrupts
-    many_runs._context = lambda: multiprocessing.get_context("forkserver")  # without the imports of a real run
+    many_runs._finetune = getattr(test_many_runs, sys.argv[3])
+    processes._context = lambda: multiprocessing.get_context("forkserver")  # without the imports of a real run
     runs = [Run("lora", Settings(seed=seed), "") for seed in range(3)]
-    many_runs.run_all(runs, Path(sys.argv[1]), "compare", jobs=int(sys.argv[2]))
+    many_runs.run_all(runs, Path(sys.argv[1]), "compare", Launch(jobs=int(sys.argv[2])))
 """
+
+
+def until_begun(process: subprocess.Popen, out: Path, jobs: int) -> list[Path]:
+    while len(begun := list(out.glob("runs/lora/*/started"))) < jobs:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    return begun
 
 
 @pytest.mark.parametrize(
@@ -93,20 +111,37 @@ if __name__ == "__main__":
 def test_every_run_gets_one_interrupt_and_none_is_left_behind(tmp_path: Path, send, jobs: int):
     (script := tmp_path / "script.py").write_text(INTERRUPTED)
     process = subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path), str(jobs)],
+        [sys.executable, str(script), str(tmp_path), str(jobs), "counts_interrupts"],
         env=environment(),
         start_new_session=True,
         stderr=subprocess.PIPE,
         text=True,
     )
-    while len(list(tmp_path.glob("runs/lora/*/started"))) < jobs:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
+    until_begun(process, tmp_path, jobs)
     send(process.pid, signal.SIGINT)
     output = process.communicate(timeout=60)[1]
     assert process.returncode == -signal.SIGINT and "KeyboardInterrupt" in output
     counts = {path.parent.name: path.read_text() for path in tmp_path.glob("runs/lora/*/count")}
     assert counts == {f"seed-{seed}": "1" for seed in range(jobs)}
+
+
+def test_runs_end_after_their_command_was_killed(tmp_path: Path):
+    (script := tmp_path / "script.py").write_text(INTERRUPTED)
+    command = [sys.executable, str(script), str(tmp_path), "2", "goes_on"]
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+    begun = until_begun(process, tmp_path, 2)
+    process.kill()
+    process.wait()
+    for path in begun:
+        while path.read_text() and is_alive(int(path.read_text())):
+            time.sleep(0.05)
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_labels_that_would_share_a_directory_are_refused(tmp_path: Path):

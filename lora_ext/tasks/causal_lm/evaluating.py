@@ -14,6 +14,7 @@ from lora_ext.tasks.causal_lm.conversations import Example
 from lora_ext.tasks.causal_lm.packing import Collator
 from lora_ext.tasks.causal_lm.rendering import IGNORED, Encoded, Renderer
 from lora_ext.tasks.causal_lm.settings import CausalSettings
+from lora_ext.tasks.shared import team
 
 __all__ = ["ROUGE", "answer_scores", "answered", "batches_of", "generated", "perplexity"]
 
@@ -48,12 +49,14 @@ def perplexity(
     collator: Collator,
     device: torch.device,
     after_batch: Callable[[], None] = lambda: None,
+    is_part: bool = False,
 ) -> dict[str, float]:
     """Returns ``loss``, ``perplexity = exp(loss)`` and ``tokens``: the mean over all tokens that labels count.
 
     Args:
         forward: calls the model in the run's precision.
         batches: rows without packing.
+        is_part: ``batches`` are this process's, and the mean is over those of all processes, which call this function.
     """
     total, tokens = 0.0, 0
     for rows in batches:
@@ -65,8 +68,10 @@ def perplexity(
         total += float(losses.double().sum())
         tokens += int(counted.sum())
         after_batch()
+    if is_part:
+        total, tokens = team.sums([total, tokens])
     loss = total / tokens
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": tokens}
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": int(tokens)}
 
 
 @torch.inference_mode()
@@ -79,7 +84,8 @@ def generated(
 ) -> list[dict[str, Any]]:
     """Returns the answers to the examples' prompts by greedy decoding in the weights' dtype, in their order.
 
-    A plain text is continued after at most 32 tokens. Prompt and answer together have at most ``most_tokens``.
+    The processes of a run share the prompts, in groups that do not depend on their number. A plain text is continued
+    after at most 32 tokens. Prompt and answer together have at most ``most_tokens``.
 
     Returns:
         One ``{"answer": text, "prompt": text, "cut": bool}`` per example; ``cut``: the model did not end the answer.
@@ -95,13 +101,13 @@ def generated(
     for example in examples[:1]:
         ends |= renderer.stops(example)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    found: list[dict[str, Any]] = [{} for _ in prompts]
+    groups = [order[at : at + _AT_ONCE] for at in range(0, len(order), _AT_ONCE)]
+    found: dict[int, dict[str, Any]] = {}
     was_training, cache = model.training, model.config.use_cache
     model.eval()
     model.config.use_cache = True
     try:
-        for at in range(0, len(order), _AT_ONCE):
-            indices = order[at : at + _AT_ONCE]
+        for indices in team.part_of(groups):
             longest = max(len(prompts[index]) for index in indices)
             padded = [[tokenizer.pad_token_id] * (longest - len(prompts[i])) + prompts[i] for i in indices]
             mask = [[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in indices]
@@ -127,7 +133,8 @@ def generated(
     finally:
         model.train(was_training)
         model.config.use_cache = cache
-    return found
+    everything = {index: answer for part in team.gathered([found]) for index, answer in part.items()}
+    return [everything[index] for index in range(len(prompts))]
 
 
 def answer_scores(answers: Sequence[str], expected: Sequence[str]) -> dict[str, float]:

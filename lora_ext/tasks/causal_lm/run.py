@@ -219,7 +219,7 @@ def _evaluate(
     """Returns ``{"scores": {...}, "answers": [...]}`` of the test texts."""
     model.eval()
     forward = forward_of(model, settings)
-    scores = perplexity(forward, batches_of(test.rows, settings), collator, device)
+    scores = perplexity(forward, team.part_of(batches_of(test.rows, settings)), collator, device, is_part=True)
     answers = generated(model, chosen, renderer, settings.max_new_tokens, most_tokens) if chosen else []
     if answers and chosen[0].answer is not None:
         scores |= answer_scores([one["answer"] for one in answers], [example.answer for example in chosen])

@@ -15,6 +15,7 @@ from lora_ext.tasks.causal_lm.evaluating import batches_of, perplexity
 from lora_ext.tasks.causal_lm.packing import Collator
 from lora_ext.tasks.causal_lm.settings import CausalSettings
 from lora_ext.tasks.finetune.trainer import FinetuneTrainer, build_trainer, forward_of
+from lora_ext.tasks.shared import team
 
 __all__ = ["CausalTrainer", "build_causal_trainer", "divides_by_items"]
 
@@ -31,14 +32,14 @@ class CausalTrainer(FinetuneTrainer):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluates rows that are not packed: ``eval_loss``, ``eval_perplexity``."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        batches = batches_of(rows, self.settings)
+        batches = team.part_of(batches_of(rows, self.settings))
         was_training = self.model.training
         self.model.eval()
         self.callback_handler.eval_dataloader = batches
         step = lambda: self.callback_handler.on_prediction_step(self.args, self.state, self.control)  # noqa: E731
         with self.average.in_place() if self.average is not None else nullcontext():
             forward = forward_of(self.model, self.settings)
-            scores = perplexity(forward, batches, self.data_collator, self.model.device, step)
+            scores = perplexity(forward, batches, self.data_collator, self.model.device, step, is_part=True)
         self.model.train(was_training)
         metrics = {f"eval_{name}": scores[name] for name in ("loss", "perplexity")}
         self.log(metrics)

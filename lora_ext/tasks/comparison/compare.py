@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from lora_ext.files import read_json_object
 from lora_ext.methods import Insertion, prepare_method
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.comparison.costs import measure_costs
-from lora_ext.tasks.comparison.many_runs import Run, in_process, run_all
+from lora_ext.tasks.comparison.launch import Launch
+from lora_ext.tasks.comparison.many_runs import Run, run_all
 from lora_ext.tasks.comparison.method_spec import MethodSpec, check_labels
+from lora_ext.tasks.comparison.pools import Pool, pool_of
 from lora_ext.tasks.comparison.spread import (
     deviation_over,
     lines_of,
@@ -28,6 +30,7 @@ from lora_ext.tasks.comparison.spread import (
     summary,
     winner,
 )
+from lora_ext.tasks.comparison.trimmed_base import OUTPUTS, TrimmedBase, of_base, trimmed_base
 from lora_ext.tasks.finetune.data import fingerprint
 from lora_ext.tasks.finetune.settings import COMPARE_FILE, INPUTS, Settings, command_line
 from lora_ext.tasks.finetune.task_data import encode
@@ -46,7 +49,8 @@ from lora_ext.tasks.shared.markdown import table
 from lora_ext.tasks.shared.run_directory import check_out, leave_results, prepare_out
 from lora_ext.tasks.shared.whole_files import write_json, write_picture
 
-_OUTPUTS = ("compare.json", "compare.md", "compare.png", "costs.json", "costs.log", "runs", COMPARE_FILE)
+_OUTPUTS = ("compare.json", "compare.md", "compare.png", "costs.json", "costs.log", "runs", "jobs", *OUTPUTS)
+_OUTPUTS += (COMPARE_FILE,)  # removed last: it marks the other files as a comparison's
 
 
 def compare(
@@ -55,7 +59,7 @@ def compare(
     options: Mapping[str, Any],
     out: Path,
     *,
-    jobs: int = 1,
+    launch: Launch | None = None,
     resume: bool = False,
     overwrite: bool = False,
     say: Callable[[str], None] = print,
@@ -69,7 +73,8 @@ def compare(
         seeds: every method is trained with every seed.
         options: fields of :class:`~lora_ext.tasks.finetune.settings.Settings` for all runs; a learning rate of None
             selects the default of each method.
-        jobs: number of runs at the same time; with several, the runs share the machine while they are timed.
+        launch: where the runs and the measurements go; None for one after the other on this machine. Runs at the same
+            time on one machine share it while they are timed.
 
     Returns:
         The content of compare.json.
@@ -82,22 +87,29 @@ def compare(
     check_out(out, resume, overwrite, marker=COMPARE_FILE, what="a comparison", outputs=_OUTPUTS, inputs=inputs)
     specs = [MethodSpec.parse(text) for text in dict.fromkeys(methods)]
     check_labels([(spec, spec.settings(options, seeds[0])) for spec in specs])
+    launch = launch or Launch()
+    launch.check(out)
     settings = {spec.label: spec.settings(options, seeds[0]) for spec in specs}
     request = {"methods": [spec.text for spec in specs], "seeds": list(dict.fromkeys(seeds)), "options": dict(options)}
     request["threads"] = torch.get_num_threads()
-    texts, left_out = _check(settings)
+    texts, left_out, base = _check(settings)
     for label, reason in left_out.items():
         say(f"{label} is left out: {reason}")
         del settings[label]
     specs = [spec for spec in specs if spec.label in settings]
-    runs = [Run(spec.label, spec.settings(options, seed), texts) for spec in specs for seed in dict.fromkeys(seeds)]
+    pairs = [(spec, of_base(spec.settings(options, seed), out)) for spec in specs for seed in dict.fromkeys(seeds)]
+    runs = [Run(spec.label, run_settings, texts) for spec, run_settings in pairs]
     prepare_out(out, _OUTPUTS, resume, lambda out: write_json(out / COMPARE_FILE, request))
+    if base is not None:
+        base.save(out, next(iter(settings.values())), texts, say)
+        settings = {label: of_base(one, out) for label, one in settings.items()}
 
-    metrics = run_all(runs, out, "compare", jobs)
-    costs = _costs(settings, texts, out)
+    metrics = run_all(runs, out, "compare", launch)
+    costs, machine = _costs(settings, texts, out, pool_of(launch, out, 1))
     result = {
-        **provenance.made_by(_command(request, out, jobs)),
-        "machine": provenance.machine(),
+        **provenance.made_by(_command(request, out, launch)),
+        "machine": machine,
+        "machines": _machines(metrics.values()),
         **request,
         "left_out": [{"label": label, "reason": reason} for label, reason in left_out.items()],
         "methods": [_row(spec, [metrics[run] for run in runs if run.label == spec.label], costs) for spec in specs],
@@ -110,8 +122,10 @@ def compare(
     return result
 
 
-def _check(settings: Mapping[str, Settings]) -> tuple[str, dict[str, str]]:
+def _check(settings: Mapping[str, Settings]) -> tuple[str, dict[str, str], TrimmedBase | None]:
     """Returns the fingerprint of the texts, and ``{label: reason}`` for methods that cannot suit the checkpoint.
+
+    The third result is the checkpoint with a trimmed vocabulary, if one is wanted.
 
     Raises:
         TaskError: the texts or the options of a method are wrong, or no method suits the checkpoint.
@@ -141,7 +155,8 @@ def _check(settings: Mapping[str, Settings]) -> tuple[str, dict[str, str]]:
             raise TaskError(f"--methods {label}: {error}") from error
     if len(unsuited) == len(settings):
         raise TaskError("--methods: none suits the model: " + "; ".join(f"{k}: {v}" for k, v in unsuited.items()))
-    return fingerprint(splits), unsuited
+    base = trimmed_base(task_model, splits) if first.trim_vocabulary else None
+    return fingerprint(splits), unsuited, base
 
 
 def _insertions(task_model: TaskModel, settings: Settings) -> list[Insertion]:
@@ -149,27 +164,46 @@ def _insertions(task_model: TaskModel, settings: Settings) -> list[Insertion]:
     return prepare_method(task_model.model, method_for(task_model.model, settings, task_model.path))[0]
 
 
-def _command(request: Mapping[str, Any], out: Path, jobs: int) -> list[str]:
+def _machines(metrics: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Returns the kinds of machines that the runs were made on."""
+    known = [run["machine"] for run in metrics if "machine" in run]
+    return sorted({f"{one.get('processor')}, {one.get('gpu') or 'no GPU'}" for one in known})
+
+
+def _command(request: Mapping[str, Any], out: Path, launch: Launch) -> list[str]:
     """Returns the command that repeats the whole comparison, including methods added by ``--resume``."""
     first = ["--methods", *request["methods"], "--seeds", ",".join(map(str, request["seeds"]))]
-    return command_line("compare", request["options"], out, *first, jobs=jobs)
+    return command_line("compare", request["options"], out, *first, *launch.arguments())
 
 
-def _costs(settings: Mapping[str, Settings], texts: str, out: Path) -> dict[str, Any]:
-    """Measures the costs, or reads costs.json if it is for the same settings, machine and texts."""
+def _costs(
+    settings: Mapping[str, Settings], texts: str, out: Path, pool: Pool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Measures the costs, or reads costs.json if it is for the same settings, machine and texts.
+
+    Returns:
+        The costs, and the machine that they were measured on.
+    """
     wanted = {"settings": {label: asdict(one) for label, one in settings.items()}, "machine": provenance.machine()}
     wanted["data_sha256"] = texts
     path = out / "costs.json"
     try:
         if {**(known := read_json_object(path, "", 10_000_000)), **wanted} == known:
-            return known["costs"]
+            return known["costs"], known.get("measured_on", known["machine"])
     except (OSError, ValueError, KeyError):
         pass  # the file does not exist yet, or is damaged
     bar_format = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
     with progress("compare: a step and a forward of each", 1.0, unit="", bar_format=bar_format) as shown:
-        costs = in_process(measure_costs, dict(settings), log=out / "costs.log", on_progress=shown.set)
-    write_json(path, {**wanted, "costs": costs})
-    return costs
+        how = {"log": out / "costs.log", "threads": torch.get_num_threads(), "on_progress": shown.set}
+        costs, machine = pool.call(_measure_costs, dict(settings), **how)
+    write_json(path, {**wanted, "measured_on": machine, "costs": costs})
+    return costs, machine
+
+
+def _measure_costs(
+    settings: Mapping[str, Settings], on_progress: Callable[[float], None]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    return measure_costs(settings, on_progress), provenance.machine()
 
 
 def _row(spec: MethodSpec, metrics: Sequence[Mapping[str, Any]], costs: Mapping[str, Any]) -> dict[str, Any]:
@@ -264,6 +298,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         names = "\n" + "".join(f"- `{label}`: `{spec}`\n" for label, spec in named.items())
     if at_once > 1:
         shared = f"\\* Seconds of runs that shared the machine, up to {at_once} at once; steps were timed separately.\n"
+    if len(machines := result.get("machines", ())) > 1:
+        shared += f"The runs were made on several kinds of machines, and their seconds differ: {'; '.join(machines)}.\n"
     if result["left_out"]:
         reasons = "\n".join(f"- `{method['label']}`: {method['reason']}" for method in result["left_out"])
         left_out = f"\nLeft out, because they do not suit the checkpoint:\n\n{reasons}\n"

@@ -19,11 +19,11 @@ __all__ = ["MethodSpec", "check_labels", "without"]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,39}")
 _NAME_RULE = "want at most 40 letters, digits and . _ + -, with a letter or digit first"
 _RESERVED = "base"  # the model without a method, in tables
-_VARIED = ("method", "seed", "trim_vocabulary")  # compare sets these itself, or has them not
+_VARIED = ("method", "seed")  # compare sets these itself
 # Options that must be the same for all runs.
 _SHARED = ("model", "data", "validation_file", "test_file", "text_column", "label_column")
 _SHARED += ("validation_split", "test_split")  # otherwise accuracies would come from different texts
-_SHARED += ("pooling",)  # otherwise costs would come from different models
+_SHARED += ("pooling", "trim_vocabulary")  # otherwise costs would come from different models
 _SHARED += ("precision", "dtype")  # otherwise times would come from different arithmetic
 
 

@@ -11,9 +11,11 @@ from matplotlib.figure import Figure
 
 from lora_ext import LoraConfig
 from lora_ext.tasks import TaskError
+from lora_ext.tasks.comparison.launch import Launch
 from lora_ext.tasks.comparison.many_runs import Run, run_all
 from lora_ext.tasks.comparison.method_spec import MethodSpec
 from lora_ext.tasks.comparison.spread import deviation_over, over_seeds, percent, summary, winner
+from lora_ext.tasks.comparison.trimmed_base import OUTPUTS, TrimmedBase, of_base, trimmed_base
 from lora_ext.tasks.finetune.data import fingerprint
 from lora_ext.tasks.finetune.settings import INPUTS, SWEEP_FILE, command_line
 from lora_ext.tasks.finetune.task_model import check_checkpointing, check_fits, load_task_model, method_for
@@ -24,7 +26,7 @@ from lora_ext.tasks.shared.run_directory import check_out, leave_results, prepar
 from lora_ext.tasks.shared.whole_files import write_json, write_picture
 
 _LORA = MethodSpec.parse("lora")
-_OUTPUTS = ("sweep.json", "sweep.md", "sweep.png", "runs", SWEEP_FILE)
+_OUTPUTS = ("sweep.json", "sweep.md", "sweep.png", "runs", "jobs", *OUTPUTS, SWEEP_FILE)
 
 
 def sweep(
@@ -35,7 +37,7 @@ def sweep(
     out: Path,
     *,
     budget: int | None = None,
-    jobs: int = 1,
+    launch: Launch | None = None,
     resume: bool = False,
     overwrite: bool = False,
     say: Callable[[str], None] = print,
@@ -52,7 +54,7 @@ def sweep(
         out: directory for sweep.json, .md and .png.
         budget: number of parameters in the second table, where each set gets the highest rank within the budget. None
             selects the parameters of the first set at rank 8, or of the widest set at rank 1 if that is more.
-        jobs: number of runs at the same time.
+        launch: where the runs go; None for one after the other on this machine.
 
     Returns:
         The content of sweep.json.
@@ -70,7 +72,9 @@ def sweep(
             LoraConfig(r=rank, target_modules="all-linear")
         except (TypeError, ValueError) as error:
             raise TaskError(f"--ranks: {error}") from error
-    per_rank, texts = _parameters_per_rank(targets, options)
+    launch = launch or Launch()
+    launch.check(out)
+    per_rank, texts, base = _parameters_per_rank(targets, options)
     widest = max(targets, key=lambda target: per_rank[target])
     budget = max(8 * per_rank[targets[0]], per_rank[widest]) if budget is None else budget
     if budget < per_rank[widest]:
@@ -86,11 +90,13 @@ def sweep(
 
     def run_of(rank: int, target: str, seed: int) -> Run:
         cell_options = {**options, "r": rank, "target_modules": target}
-        return Run(f"r={rank} {target}", _LORA.settings(cell_options, seed), texts)
+        return Run(f"r={rank} {target}", of_base(_LORA.settings(cell_options, seed), out), texts)
 
     runs = {(rank, target): [run_of(rank, target, seed) for seed in seeds] for rank, target in cells}
     prepare_out(out, _OUTPUTS, resume, lambda out: write_json(out / SWEEP_FILE, request))
-    metrics = run_all([run for cell_runs in runs.values() for run in cell_runs], out, "sweep", jobs)
+    if base is not None:
+        base.save(out, _LORA.settings(options, seed=0), texts, say)
+    metrics = run_all([run for cell_runs in runs.values() for run in cell_runs], out, "sweep", launch)
 
     results = {
         cell: {
@@ -103,7 +109,7 @@ def sweep(
         for cell, cell_runs in runs.items()
     }
     result = {
-        **provenance.made_by(_command(request, out, jobs)),
+        **provenance.made_by(_command(request, out, launch)),
         "machine": provenance.machine(),
         **request,
         "cells": list(results.values()),
@@ -119,10 +125,13 @@ def sweep(
     return result
 
 
-def _parameters_per_rank(targets: Sequence[str], options: Mapping[str, Any]) -> tuple[dict[str, int], str]:
+def _parameters_per_rank(
+    targets: Sequence[str], options: Mapping[str, Any]
+) -> tuple[dict[str, int], str, TrimmedBase | None]:
     """Returns the parameters of each set of weights at rank 1, and the fingerprint of the texts.
 
-    This finds every mistake in the sets and in the data before the first run.
+    The third result is the checkpoint with a trimmed vocabulary, if one is wanted. This finds every mistake in the sets
+    and in the data before the first run.
     """
     first = _LORA.settings(options, seed=0)
     task_model, splits = load_task_model(first)
@@ -136,16 +145,16 @@ def _parameters_per_rank(targets: Sequence[str], options: Mapping[str, Any]) -> 
             counts[target] = method_for(task_model.model, rank_1, task_model.path).count(task_model.model)
         except (TypeError, ValueError) as error:
             raise TaskError(f"--targets {target}: {error}") from error
-    return counts, fingerprint(splits)
+    return counts, fingerprint(splits), trimmed_base(task_model, splits) if first.trim_vocabulary else None
 
 
-def _command(request: Mapping[str, Any], out: Path, jobs: int) -> list[str]:
+def _command(request: Mapping[str, Any], out: Path, launch: Launch) -> list[str]:
     """Returns the command that repeats the whole sweep, including ranks and sets added by ``--resume``."""
     lists = {"--ranks": ",", "--targets": ";", "--seeds": ","}
     first = [part for name, by in lists.items() for part in (name, by.join(map(str, request[name.removeprefix("--")])))]
     first += ["--budget", str(request["budget"])]
     options = {name: value for name, value in request["options"].items() if name != "method"}
-    return command_line("sweep", options, out, *first, jobs=jobs)
+    return command_line("sweep", options, out, *first, *launch.arguments())
 
 
 def markdown(result: Mapping[str, Any]) -> str:

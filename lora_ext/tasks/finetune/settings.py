@@ -274,10 +274,9 @@ def has_option(method: str, option: str) -> bool:
     return option not in OWNERS or not set(OWNERS[option]).isdisjoint(method.split("+"))
 
 
-def command_line(command: str, options: Mapping[str, Any], out: Path, *first: str, jobs: int = 1) -> list[str]:
+def command_line(command: str, options: Mapping[str, Any], out: Path, *first: str) -> list[str]:
     """Returns the command that repeats a run: ``first``, then the ``options`` that differ from the defaults."""
-    several = ["--jobs", str(jobs)] if jobs != 1 else []
-    return ["lora-ext", command, *first, *several, *option_list(options), "--out", str(out)]
+    return ["lora-ext", command, *first, *option_list(options), "--out", str(out)]
 
 
 def option_list(options: Mapping[str, Any]) -> list[str]:

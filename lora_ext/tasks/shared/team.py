@@ -11,13 +11,19 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
 
 from lora_ext.tasks import TaskError
+
+Item = TypeVar("Item")
+
+_REFUSED, _SECONDS = "refused", timedelta(seconds=2)
 
 
 def started() -> int:
@@ -52,10 +58,26 @@ def share_of(number: int, name: str) -> int:
 
 def sums(values: Sequence[float]) -> list[float]:
     """Returns the sum over all processes of each value. All of them must call it."""
+    if processes() == 1:
+        return list(values)
     device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     distributed.all_reduce(tensor)
     return tensor.tolist()
+
+
+def part_of(items: Sequence[Item]) -> list[Item]:
+    """Returns this process's part of ``items``: as many as the others', and as long if they are sorted by length."""
+    return list(items[distributed.get_rank() :: processes()] if processes() > 1 else items)
+
+
+def gathered(part: list[Item]) -> list[Item]:
+    """Returns the items of all processes in their order before :func:`part_of`. All of them must call it."""
+    if processes() == 1:
+        return part
+    parts: list[Any] = [None] * processes()
+    distributed.all_gather_object(parts, part)
+    return [one[at] for at in range(len(parts[0])) for one in parts if at < len(one)]
 
 
 def share(tensors: Iterable[torch.Tensor]) -> None:
@@ -83,9 +105,16 @@ def joined(out: Path, resume: bool) -> Iterator[Path]:
         store, rank, size = next(distributed.rendezvous("env://"))
         store = distributed.PrefixStore(f"lora_ext/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         distributed.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    store = _get_default_store()
     if is_first():
         distributed.barrier()  # before anything in `out` changes
-        yield out
+        try:
+            yield out
+        except TaskError as error:
+            store.set(_REFUSED, str(error))
+            raise
     else:
         with tempfile.TemporaryDirectory(prefix="lora_ext-") as directory:
             copy = Path(directory, "out")
@@ -96,9 +125,31 @@ def joined(out: Path, resume: bool) -> Iterator[Path]:
                 try:
                     yield copy
                 except TaskError as error:
-                    raise type(error)(f"process {distributed.get_rank()}: {error}") from error
+                    if _first_says(store, str(error)):
+                        raise
+                    alone = type(error)(f"process {distributed.get_rank()}: {error}")
+                    alone.is_alone = True
+                    raise alone from error
     if meet:
         distributed.destroy_process_group()
+
+
+def _first_says(store: distributed.Store, text: str) -> bool:
+    """Whether the first process ends for the same reason."""
+    with suppress(RuntimeError):  # it does not end, or its store has ended with it
+        store.wait([_REFUSED], _SECONDS)
+        return store.get(_REFUSED).decode() == text
+    return False
+
+
+def is_repeated(error: TaskError) -> bool:
+    """Whether the first process of this machine says the same, as about a mistake in the options."""
+    return is_silent() and not error.is_alone
+
+
+def is_silent() -> bool:
+    """Whether another process of this machine reports mistakes in the options."""
+    return started() > 1 and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def _copy_run(out: Path, copy: Path) -> None:

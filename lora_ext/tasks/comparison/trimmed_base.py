@@ -1,0 +1,60 @@
+"""``--trim-vocabulary`` of compare and sweep: one checkpoint with a trimmed vocabulary, which all runs take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import PreTrainedModel
+
+from lora_ext.files import read_json_object
+from lora_ext.methods import head_parameters
+from lora_ext.tasks.finetune.data import Splits
+from lora_ext.tasks.finetune.settings import Settings
+from lora_ext.tasks.finetune.task_model import TaskModel
+from lora_ext.tasks.finetune.vocabulary import Trimmed, save_trimmed, trim
+from lora_ext.tasks.shared.whole_files import write_json
+
+__all__ = ["OUTPUTS", "TrimmedBase", "of_base", "trimmed_base"]
+
+_BASE, _RECORD = "base", "base.json"
+OUTPUTS = (_BASE, _RECORD)
+
+_ABOUT = ("model", "pooling", "dtype")  # settings that the checkpoint depends on
+
+
+class TrimmedBase(NamedTuple):
+    """A checkpoint that is not written yet."""
+
+    trimmed: Trimmed
+    model: PreTrainedModel
+    without: frozenset[str]  # parameters that are in no file: of the new head, or missing before
+
+    def save(self, out: Path, settings: Settings, texts: str, say: Callable[[str], None]) -> None:
+        """Writes it to ``out``, unless it is there, of the same model and ``texts``. WriteError: the disk refuses."""
+        wanted = {"data_sha256": texts, **{name: asdict(settings)[name] for name in _ABOUT}}
+        try:
+            if read_json_object(out / _RECORD, "", 1_000_000) == wanted and (out / _BASE).is_dir():
+                return
+        except (OSError, ValueError):
+            pass  # not written yet, or damaged
+        say(self.trimmed.line())
+        save_trimmed(out / _BASE, self.model, self.trimmed.tokenizer, self.without)
+        write_json(out / _RECORD, wanted)
+
+
+def trimmed_base(task_model: TaskModel, splits: Splits) -> TrimmedBase:
+    """Trims the model, in place. TaskError: it or its tokenizer cannot be trimmed."""
+    texts = [example.text for split in splits for example in split]
+    trimmed = trim(task_model.path, task_model.tokenizer, task_model.model, texts)
+    without = {*head_parameters(task_model.model), *task_model.drawn}
+    return TrimmedBase(trimmed, task_model.model, frozenset(without))
+
+
+def of_base(settings: Settings, out: Path) -> Settings:
+    """Returns the settings of a run: those of the trimmed checkpoint in ``out`` if ``settings`` want one."""
+    if not settings.trim_vocabulary:
+        return settings
+    return replace(settings, model=str((out / _BASE).resolve()), trim_vocabulary=False)
