@@ -9,7 +9,7 @@ using namespace lora_ext;
 using namespace lora_ext::cuda;
 
 static GpuStream stream_of(int multiprocessors) {
-  return {.stream = nullptr, .multiprocessors = multiprocessors, .overlaps_launches = true};
+  return {.stream = nullptr, .device = 0, .multiprocessors = multiprocessors, .overlaps_launches = true};
 }
 
 #define EXPORT_LAUNCH(Params)                                                       \
