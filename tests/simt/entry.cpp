@@ -37,3 +37,7 @@ EXPORT void run_merge(int mode, const MergeParams* p, const MergeLayer* layers, 
                       int multiprocessors) {
   launch_merge(static_cast<MergeMode>(mode), *p, {layers, layers + num_layers}, stream_of(multiprocessors));
 }
+EXPORT void run_gather_records(const MergeParams* p, const MergeLayer* layers, int64_t num_layers,
+                               int multiprocessors) {
+  launch_gather_records(*p, {layers, layers + num_layers}, stream_of(multiprocessors));
+}
