@@ -111,19 +111,17 @@ inline constexpr char kLoraUnmerge[] =
     "lora_unmerge_(Tensor(a!)[] weights, Tensor[] lora_As, Tensor[] lora_Bs, Tensor[] words, "
     "Tensor[] corrections) -> ()";
 
-// On the CPU, a merge with a record in one pass. non_finite int64 [layers] counts results that are NaN or infinite. If
-// there are any, the weights stay as they were, the layers after it are not counted, and there is no record.
+// A merge with a record. non_finite int64 [layers] counts results that are NaN or infinite. If there are any, the
+// weights stay as they were, and there is no record; on the CPU the layers after the first such layer are not counted.
+// Takes one pass: on CUDA, with scratch memory as large as the weights; without it, two. On CUDA it waits for the GPU:
+// the host allocates the record.
 inline constexpr char kLoraMergeRecord[] =
     "lora_merge_record_(Tensor(a!)[] weights, Tensor[] lora_As, Tensor[] lora_Bs) "
     "-> (Tensor non_finite, Tensor[] words, Tensor[] corrections)";
 
-// On CUDA, a merge with a record in two ops, since the length of the record must be known first. The plan changes
-// nothing: it counts all layers' results that are NaN or infinite, and returns the words of all layers, concatenated.
-inline constexpr char kLoraMergePlan[] =
-    "lora_merge_plan(Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs) -> (Tensor non_finite, Tensor words)";
-inline constexpr char kLoraMergePlanned[] =
-    "lora_merge_planned_(Tensor(a!)[] weights, Tensor[] lora_As, Tensor[] lora_Bs, Tensor[] words, "
-    "Tensor(b!)[] corrections) -> ()";
+// On CUDA: int64 [layers], the number of each layer's results that would be NaN or infinite. Changes nothing.
+inline constexpr char kLoraMergeCheck[] =
+    "lora_merge_check(Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs) -> Tensor";
 
 // The dropout mask of lora_linear for this seed, as bits: uint8 [num_tokens, ceil(in_features / 64) * 8].
 inline constexpr char kLoraDropoutMask[] =
@@ -134,7 +132,7 @@ inline constexpr const char* kAll[] = {
     kLoraDelta,          kLoraDeltaBackward,   kLoraDeltaSiblings,  kLoraDeltaSiblingsBackward,
     kLoraGrouped,        kLoraGroupedBackward, kLoraShrink,         kLoraExpand,
     kLoraShrinkBackward, kLoraExpandBackward,  kLoraMerge,          kLoraUnmerge,
-    kLoraMergeRecord,    kLoraMergePlan,       kLoraMergePlanned,   kLoraDropoutMask,
+    kLoraMergeRecord,    kLoraMergeCheck,      kLoraDropoutMask,
 };
 
 }  // namespace lora_ext::schemas

@@ -13,7 +13,7 @@ import torch
 from support.models import llama
 from transformers import AutoModelForSequenceClassification
 
-from lora_ext import LoraConfig, cli, inject, save_adapter
+from lora_ext import LoraConfig, cli, functional, inject, save_adapter
 from lora_ext.adapters import adapter_names, lora_modules
 from lora_ext.methods import method_of
 from lora_ext.tasks.finetune import demo
@@ -122,10 +122,21 @@ def test_python_of_export_md(in_tmp_path, capsys):
     assert "liblora_ext.so" in capsys.readouterr().out
 
 
+def test_python_of_performance_md():
+    (block,) = python_blocks("docs/performance.md")
+    x, weight, bias, A, B = (torch.randn(shape) for shape in ((4, 24), (20, 24), (20,), (3, 24), (20, 3)))
+    found = run(block, torch=torch, x=x, weight=weight, bias=bias, lora_A=A, lora_B=B)
+    for name, scaling in (("y", 0.5), ("other", 0.25)):
+        torch.testing.assert_close(found[name], functional.lora_linear(x, weight, bias, A, B, scaling))
+
+
 def test_no_python_is_left_out():
     run_here = {
         "README.md",
-        *(f"docs/{name}.md" for name in ("adapters", "export", "many-adapters", "methods", "peft", "quantized")),
+        *(
+            f"docs/{name}.md"
+            for name in ("adapters", "export", "many-adapters", "methods", "peft", "performance", "quantized")
+        ),
     }
     assert {name for name in DOCUMENTS if python_blocks(name)} == run_here
 

@@ -40,6 +40,7 @@ inline GpuStream current_stream(const Tensor& tensor) {
   LORA_EXT_CALL_TORCH(aoti_torch_get_current_cuda_stream, device, &stream);
   const auto& [multiprocessors, overlaps_launches] = gpu_facts(device);
   return {.stream = static_cast<cudaStream_t>(stream),
+          .device = device,
           .multiprocessors = multiprocessors,
           .overlaps_launches = overlaps_launches};
 }

@@ -7,6 +7,7 @@ namespace lora_ext::cuda {
 
 struct GpuStream {
   cudaStream_t stream;
+  int device;
   // The GPU's, or its MIG slice's. Plans cut the work into pieces for this many multiprocessors, and the order of
   // sums follows the pieces: results are the same bits on every run on one kind of GPU.
   int multiprocessors;

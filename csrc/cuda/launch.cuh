@@ -32,6 +32,7 @@ inline dim3 make_grid(int64_t x, int64_t y = 1, int64_t z = 1) { return {grid_si
 #if !defined(__CUDACC__)
 #include "simt_launch.h"
 #else
+#include "shared_memory_limits.h"
 
 namespace lora_ext::cuda {
 
@@ -40,9 +41,12 @@ template <class Params>
 void launch(void (*kernel)(Params), dim3 grid, int threads, uint32_t shared_bytes, const GpuStream& stream,
             const Params& params) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;  // the result is empty
-  if (shared_bytes > 48 * 1024) {  // more needs an opt-in per kernel and device; legal during graph capture
-    cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         static_cast<int>(shared_bytes));
+  if (shared_bytes > 48 * 1024) {
+    const auto address = reinterpret_cast<const void*>(kernel);
+    shared_memory_limits().allow(address, stream.device, shared_bytes, [&] {  // legal during graph capture
+      return cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(shared_bytes)) == cudaSuccess;
+    });
   }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;

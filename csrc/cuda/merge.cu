@@ -1,17 +1,34 @@
 #include "elements.cuh"
+#include "gather_records.cuh"
 #include "merge.cuh"
 
 namespace lora_ext::cuda {
 
-void launch_merge(MergeMode mode, const MergeParams& params, const std::vector<MergeLayer>& layers,
-                  const GpuStream& stream) {
+namespace {
+
+// Calls f(first layer, number of layers) for as many layers as a launch takes.
+template <class F>
+void for_launches(const std::vector<MergeLayer>& layers, F f) {
   const int64_t total = static_cast<int64_t>(layers.size());
   for (int64_t begin = 0; begin < total; begin += kMaxMergeLayers) {
-    const int64_t count = std::min<int64_t>(kMaxMergeLayers, total - begin);
-    with_type_of(params.dtype, [&](auto type) {
-      launch_merge_of<typename decltype(type)::type>(mode, params, layers.data() + begin, count, stream);
-    });
+    f(layers.data() + begin, std::min<int64_t>(kMaxMergeLayers, total - begin));
   }
+}
+
+}  // namespace
+
+void launch_merge(MergeMode mode, const MergeParams& params, const std::vector<MergeLayer>& layers,
+                  const GpuStream& stream) {
+  for_launches(layers, [&](const MergeLayer* first, int64_t count) {
+    with_type_of(params.dtype, [&](auto type) {
+      launch_merge_of<typename decltype(type)::type>(mode, params, first, count, stream);
+    });
+  });
+}
+
+void launch_gather_records(const MergeParams& params, const std::vector<MergeLayer>& layers, const GpuStream& stream) {
+  for_launches(layers,
+               [&](const MergeLayer* first, int64_t count) { launch_gather_records_of(params, first, count, stream); });
 }
 
 }  // namespace lora_ext::cuda

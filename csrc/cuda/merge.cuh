@@ -3,30 +3,15 @@
 //
 // Every weight is read once and written once, 16 bytes at a time. A block owns one segment of columns and a few tiles
 // of rows; a warp owns a few rows of each tile, a lane eight columns of them. A lane accumulates their updates in
-// registers, rank by rank in order, from factors in shared memory. The weight's loads are issued first and overlap with
-// that.
+// registers, rank by rank in order, from factors in shared memory. Meanwhile the weight's next tile is loaded.
 #pragma once
 
 #include "elements.cuh"
-#include "launch.cuh"
 #include "ptx.cuh"
-#include "merge.h"
 #include "merge_elements.cuh"
+#include "merge_launch.cuh"
 
 namespace lora_ext::cuda {
-
-constexpr int kMaxMergeLayers = 32;  // in one launch: as many as fit in 4 KB of kernel parameters
-
-struct MergeLaunch {
-  struct Layer : MergeLayer {
-    unsigned first_block;
-    bool aligned;  // 16-byte accesses are aligned
-  };
-  MergeParams params;
-  int num_layers, tiles_per_block;
-  Layer layers[kMaxMergeLayers];
-};
-static_assert(sizeof(MergeLaunch) <= 4096, "a kernel takes 4 KB of parameters before CUDA 12.1 and on older GPUs");
 
 template <class T>
 struct MergeTraits {
@@ -38,6 +23,13 @@ struct MergeTraits {
   static constexpr int kPitchB = kTileRows + kWarpRows;
   static constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;  // per multiprocessor: 255 registers per thread, or 128
 };
+
+// Rows of the next tile that a warp loads in advance. None where its registers are full: another block is on the
+// multiprocessor, too.
+template <class T, MergeMode kMode>
+constexpr int kRowsAhead =
+    sizeof(T) == 2 && (kMode == MergeMode::kMergeRecord || kMode == MergeMode::kMergeSlots) ? 0
+                                                                                            : MergeTraits<T>::kWarpRows;
 
 // Returns the place of a column in a row of lora_A's tile: in the order in which lanes read it, 16 bytes each, chunk by
 // chunk.
@@ -58,6 +50,10 @@ __device__ __forceinline__ int exclusive_sum(int value, int lane, int* total) {
   }
   *total = __shfl_sync(0xFFFFFFFFu, sum, 31);
   return sum - value;
+}
+
+__device__ __forceinline__ void add_count(int64_t* total, int count) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(total), static_cast<unsigned long long>(count));
 }
 
 // Counts a lane's elements of one row's segment [cols]. Low half: words of the sparse record, at most 5 per element.
@@ -118,14 +114,30 @@ __device__ __forceinline__ void write_record(uint16_t* record, int words, const 
   }
 }
 
+// A row's segment: its number in the layer, and where its slot begins, in 16-bit words.
+struct SegmentPlace {
+  int64_t segment, slot;
+};
+
+// A segment's record, in its slot or among the layer's corrections.
+struct SegmentRecord {
+  uint16_t* begin;
+  int words;
+};
+template <bool kMayBeInSlot>
+__device__ __forceinline__ SegmentRecord segment_record(const MergeParams& p, const MergeLaunch::Layer& layer,
+                                                        const SegmentPlace& place) {
+  if (kMayBeInSlot && layer.slots != nullptr) return {layer.slots + place.slot, layer.words[place.segment]};
+  const RecordRange range = record_range(p, layer, place.segment);
+  return {layer.corrections + range.begin, static_cast<int>(range.end - range.begin)};
+}
+
 // Turns candidates in memory into the original weight, if the record of the row's segment is sparse.
 template <class T>
-__device__ __forceinline__ void apply_record(const MergeParams& p, const MergeLaunch::Layer& layer, int64_t segment,
-                                             T* weight, int cols, int lane) {
+__device__ __forceinline__ void apply_record(const MergeParams& p, const MergeLaunch::Layer& layer,
+                                             const SegmentPlace& place, T* weight, int cols, int lane) {
   constexpr int kElementWords = sizeof(T) / 2, kOutlierWords = 1 + kElementWords;
-  const RecordRange range = record_range(p, layer, segment);
-  const int words = static_cast<int>(range.end - range.begin);
-  const uint16_t* record = layer.corrections + range.begin;
+  const auto [record, words] = segment_record<true>(p, layer, place);
   if (words == cols * kElementWords) return;
   int first_outlier = words;
   for (int begin = 0; begin < first_outlier; begin += 32) {
@@ -145,11 +157,11 @@ __device__ __forceinline__ void apply_record(const MergeParams& p, const MergeLa
 }
 
 // Counts, merges or unmerges one row's segment with its updates. weight [cols]: the row's place in memory, original:
-// its elements.
+// its elements. Returns the words that it counted for the segment's record.
 template <class T, MergeMode kMode>
-__device__ __forceinline__ void finish_row(const MergeParams& p, const MergeLaunch::Layer& layer, int64_t segment,
-                                           T* weight, int cols, const LaneElements<T>& original,
-                                           const Acc<T> (&update)[8], int lane) {
+__device__ __forceinline__ int finish_row(const MergeParams& p, const MergeLaunch::Layer& layer,
+                                          const SegmentPlace& place, T* weight, int cols,
+                                          const LaneElements<T>& original, const Acc<T> (&update)[8], int lane) {
   constexpr int kElementWords = sizeof(T) / 2;
   LaneElements<T> result;
 #pragma unroll
@@ -158,34 +170,39 @@ __device__ __forceinline__ void finish_row(const MergeParams& p, const MergeLaun
     result.set(i, word_of<T>(element, kMode == MergeMode::kUnmerge ? -update[i] : update[i]));
   }
 
-  if constexpr (kMode == MergeMode::kPlan) {
+  if constexpr (kMode == MergeMode::kMerge) {
+    result.store(weight, cols, layer.aligned, lane);
+    return 0;
+  }
+  uint16_t* record = nullptr;
+  int words = 0;
+  if constexpr (kMode == MergeMode::kPlan || kMode == MergeMode::kMergeSlots) {
     int counts = count_lane(original, result, update, cols, lane);
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) counts += __shfl_xor_sync(0xFFFFFFFFu, counts, step);
+    words = static_cast<int>(record_words(counts & 0xFFFF, cols, kElementWords));
+    // Restored from the original elements: an operation on two NaNs may return the bits of either.
+    if (kMode == MergeMode::kMergeSlots && counts >> 16) words = cols * kElementWords;
     if (lane == 0) {
-      const int64_t words = record_words(counts & 0xFFFF, cols, kElementWords);
-      p.words[layer.first_segment + segment] = static_cast<int16_t>(words);
-      if (counts >> 16) {
-        atomicAdd(reinterpret_cast<unsigned long long*>(layer.non_finite),
-                  static_cast<unsigned long long>(counts >> 16));
-      }
+      if (layer.words != nullptr) layer.words[place.segment] = static_cast<int16_t>(words);
+      if (counts >> 16) add_count(layer.non_finite, counts >> 16);
     }
-  } else if constexpr (kMode == MergeMode::kMerge) {
-    result.store(weight, cols, layer.aligned, lane);
+    if constexpr (kMode == MergeMode::kPlan) return words;
+    record = layer.slots + place.slot;
   } else {
-    const RecordRange range = record_range(p, layer, segment);
-    const int words = static_cast<int>(range.end - range.begin);
-    uint16_t* record = layer.corrections + range.begin;
-    const bool is_whole = words == cols * kElementWords;
-    if constexpr (kMode == MergeMode::kUnmerge) {
-      if (is_whole) result.load_from_words(record, cols, lane);
-    } else if (is_whole) {
-      original.store_as_words(record, cols, lane);
-    } else if (words > 0) {
-      write_record(record, words, original, result, update, lane);
-    }
-    result.store(weight, cols, layer.aligned, lane);
+    const SegmentRecord known = segment_record<kMode == MergeMode::kUnmerge>(p, layer, place);
+    record = known.begin, words = known.words;
   }
+  const bool is_whole = words == cols * kElementWords;
+  if constexpr (kMode == MergeMode::kUnmerge) {
+    if (is_whole) result.load_from_words(record, cols, lane);
+  } else if (is_whole) {
+    original.store_as_words(record, cols, lane);
+  } else if (words > 0) {
+    write_record(record, words, original, result, update, lane);
+  }
+  result.store(weight, cols, layer.aligned, lane);
+  return words;
 }
 
 template <class T, MergeMode kMode>
@@ -200,9 +217,7 @@ __global__ void __launch_bounds__(MergeTraits<T>::kThreads, MergeTraits<T>::kBlo
   alignas(16) __shared__ A lora_B_tile[kRankTile * kPitchB];        // [rank][row]
   alignas(16) __shared__ A lora_A_tile[kRankTile * kMergeSegment];  // [rank][shared_column]
 
-  int index = 0;
-  while (index + 1 < p.num_layers && blockIdx.x >= p.layers[index + 1].first_block) ++index;
-  const MergeLaunch::Layer& layer = p.layers[index];
+  const MergeLaunch::Layer& layer = p.layers[layer_of_block(p)];
   // 32 bits suffice for one matrix's rows and columns, and save registers.
   const int out_features = static_cast<int>(layer.out_features), rank = static_cast<int>(layer.rank);
   const int block = static_cast<int>(blockIdx.x - layer.first_block);
@@ -213,16 +228,34 @@ __global__ void __launch_bounds__(MergeTraits<T>::kThreads, MergeTraits<T>::kBlo
   const A* lora_A = static_cast<const A*>(layer.lora_A) + col0;
   const A* lora_B = static_cast<const A*>(layer.lora_B);
 
+  constexpr int kAhead = kRowsAhead<T, kMode>;
+  LaneElements<T> original[kWarpRows], next[kAhead > 0 ? kAhead : 1];
+  auto load_row = [&](int row, LaneElements<T>& elements) {
+    const T* weight = static_cast<const T*>(layer.weight) + row * layer.weight_stride + col0;
+    if (row < out_features) elements.load(weight, cols, layer.aligned, lane);
+  };
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) load_row(first_tile * kTileRows + warp * kWarpRows + i, next[i]);
+  auto place_of = [&](int row) {
+    return SegmentPlace{static_cast<int64_t>(row) * segments + block % segments,
+                        (row * layer.in_features + col0) * static_cast<int64_t>(sizeof(T) / 2)};
+  };
+
   for (int tile = 0; tile < p.tiles_per_block; ++tile) {
     const int tile_row = (first_tile + tile) * kTileRows, warp_row = tile_row + warp * kWarpRows;
     if (tile_row >= out_features) break;
     T* weight = static_cast<T*>(layer.weight) + warp_row * layer.weight_stride + col0;  // [kWarpRows, cols]
-    LaneElements<T> original[kWarpRows];
 #pragma unroll
     for (int i = 0; i < kWarpRows; ++i) {
-      if (warp_row + i < out_features) {
-        original[i].load(weight + i * layer.weight_stride, cols, layer.aligned, lane);
+      if (i < kAhead) {
+        original[i] = next[i];
+      } else {
+        load_row(warp_row + i, original[i]);
       }
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (tile + 1 < p.tiles_per_block) load_row(warp_row + kTileRows + i, next[i]);
     }
 
     A update[kWarpRows][8] = {};
@@ -260,20 +293,25 @@ __global__ void __launch_bounds__(MergeTraits<T>::kThreads, MergeTraits<T>::kBlo
       }
     }
 
+    int words = 0;  // of the records of this warp's segments
+    SegmentPlace place = place_of(warp_row);
+    T* row = weight;
 #pragma unroll
-    for (int i = 0; i < kWarpRows; ++i) {
+    for (int i = 0; i < kWarpRows; ++i, row += layer.weight_stride) {
       if (warp_row + i < out_features) {
-        const int64_t segment = static_cast<int64_t>(warp_row + i) * segments + block % segments;
-        finish_row<T, kMode>(p.params, layer, segment, weight + i * layer.weight_stride, cols, original[i], update[i],
-                             lane);
+        words += finish_row<T, kMode>(p.params, layer, place, row, cols, original[i], update[i], lane);
+        place.segment += segments;  // step by step: four places at once would not fit in registers
+        place.slot += layer.in_features * static_cast<int64_t>(sizeof(T) / 2);
       }
+    }
+    if constexpr (kMode == MergeMode::kPlan || kMode == MergeMode::kMergeSlots) {
+      if (lane == 0 && words > 0 && layer.num_words != nullptr) add_count(layer.num_words, words);
     }
     if constexpr (kMode == MergeMode::kUnmerge) {
       __syncwarp();  // the candidates are visible to all lanes
 #pragma unroll 1
       for (int i = 0; i < min(kWarpRows, out_features - warp_row); ++i) {
-        const int64_t segment = static_cast<int64_t>(warp_row + i) * segments + block % segments;
-        apply_record(p.params, layer, segment, weight + i * layer.weight_stride, cols, lane);
+        apply_record(p.params, layer, place_of(warp_row + i), weight + i * layer.weight_stride, cols, lane);
       }
     }
   }
@@ -311,6 +349,7 @@ void launch_merge_of(MergeMode mode, const MergeParams& params, const MergeLayer
   const auto kernel = mode == MergeMode::kPlan          ? &merge_kernel<T, MergeMode::kPlan>
                       : mode == MergeMode::kMerge       ? &merge_kernel<T, MergeMode::kMerge>
                       : mode == MergeMode::kMergeRecord ? &merge_kernel<T, MergeMode::kMergeRecord>
+                      : mode == MergeMode::kMergeSlots  ? &merge_kernel<T, MergeMode::kMergeSlots>
                                                         : &merge_kernel<T, MergeMode::kUnmerge>;
   launch(kernel, make_grid(num_blocks), MergeTraits<T>::kThreads, 0, stream, p);
 }

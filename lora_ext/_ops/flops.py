@@ -77,8 +77,7 @@ _FORMULAS = {
     "lora_dropout_mask": lambda *_, **__: 0,
     "lora_merge_": _merge,
     "lora_merge_record_": _merge,
-    "lora_merge_plan": _merge,
-    "lora_merge_planned_": _merge,
+    "lora_merge_check": _merge,
     "lora_unmerge_": _merge,
 }
 

@@ -17,13 +17,9 @@ def _check_merge_of(op: str):
     return check
 
 
-@register_op("lora_merge_plan", _check_merge_of("lora_merge_plan"))
+@register_op("lora_merge_check", _check_merge_of("lora_merge_check"))
 def _(weights, lora_As, lora_Bs):
-    num_segments = sum(weight.shape[0] * checks.merge_segments(weight.shape[1]) for weight in weights)
-    return (
-        weights[0].new_empty((len(weights),), dtype=torch.int64),
-        weights[0].new_empty((num_segments,), dtype=torch.int16),
-    )
+    return weights[0].new_empty((len(weights),), dtype=torch.int64)
 
 
 @register_op("lora_merge_record_", _check_merge_of("lora_merge_record_"))
@@ -36,16 +32,16 @@ def _(weights, lora_As, lora_Bs):
     )
 
 
-for _name in ("lora_merge_", "lora_merge_planned_", "lora_unmerge_"):
+for _name in ("lora_merge_", "lora_unmerge_"):
     register_op(_name, _check_merge_of(_name))(lambda **arguments: None)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
 
 
-def _lora_merge_plan_autograd(weights, lora_As, lora_Bs):
+def _lora_merge_check_autograd(weights, lora_As, lora_Bs):
     with below_autograd():  # it returns counts
-        return op_named("lora_merge_plan")(weights, lora_As, lora_Bs)
+        return op_named("lora_merge_check")(weights, lora_As, lora_Bs)
 
 
 def refuse_weight_that_requires_grad(op: str, *weights: torch.Tensor) -> None:
@@ -69,6 +65,6 @@ def _register_change_of_weights(name: str) -> None:
     LIBRARY.impl(name, autograd_kernel, "Autograd")
 
 
-LIBRARY.impl("lora_merge_plan", _lora_merge_plan_autograd, "Autograd")
-for _name in ("lora_merge_", "lora_merge_record_", "lora_merge_planned_", "lora_unmerge_"):
+LIBRARY.impl("lora_merge_check", _lora_merge_check_autograd, "Autograd")
+for _name in ("lora_merge_", "lora_merge_record_", "lora_unmerge_"):
     _register_change_of_weights(_name)

@@ -5,8 +5,12 @@ float64 weights), added in that dtype, and the sum rounded to the weight's. Roun
 wherever ``round(merged - d)`` is not ``W``, it holds the difference in units in the last place.
 csrc/common/merge_params.h defines every bit, the same on all devices; csrc/common/merge_record.h the record's layout.
 
-On the CPU a merge takes one pass, which restores the weights if a result is NaN or infinite. On CUDA it takes two: the
-first changes nothing, and finds such results and the record's length. One op call takes a list of weights.
+A merge takes one pass, which restores the weights from the record if a result is NaN or infinite. On CUDA a record
+needs scratch memory as large as the weight until its length is known; where that does not fit, a first pass finds the
+length and such results. One op call takes a list of weights.
+
+On CUDA a merge with a record waits for the GPU once. A merge without one never does, and a CUDA graph can capture it:
+then nobody sees whether a result is finite, unless the caller asks for a check, which reads the weights once more.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,6 +34,9 @@ from lora_ext._ops.merge import refuse_weight_that_requires_grad
 from lora_ext._ops.tensor_arguments import check_tensors
 
 __all__ = ["MergeRecord", "lora_merge_", "lora_unmerge_", "merge_all_", "pack_factors", "unmerge_all_"]
+
+# Scratch memory of a merge with a record on CUDA. Each part of this size waits for the GPU once: at 3 TB/s, 0.8 ms.
+SCRATCH_BYTES = 1 << 30
 
 
 class Unmerge(NamedTuple):
@@ -111,15 +118,20 @@ def lora_merge_(
         lora_B: ``[out_features, r]``, dtype of ``lora_A``.
         scaling: any finite number.
         record: keep the bits that rounding loses; without them the merge cannot be undone. The CPU makes a record in
-            any case, to restore the weight if a result is not finite: False saves memory afterwards, but no time.
+            any case, to restore the weight if a result is not finite: False saves memory afterwards, but no time. On
+            CUDA, False is one launch that the host does not wait for, and a CUDA graph can capture it; as in
+            ``weight.addmm_``, results that are not finite are then written. To have them refused, merge with a record
+            and drop it.
 
     Returns:
         The record, or None without one. In addition to the copied factors it takes 0.03 to 0.25 bytes per float32
         element for updates of 0.5 % to 10 % of the weight's size (standard deviations), and never more than the weight.
 
     Raises:
-        ValueError: a result would be NaN or infinite; or an argument is wrong, which the message names.
+        ValueError: a result would be NaN or infinite (on CUDA only with a record); or an argument is wrong, which the
+            message names.
         TypeError: a wrong dtype.
+        RuntimeError: a CUDA graph is being captured, and a record is wanted.
         The weight is then unchanged to the bit; also after Ctrl-C, except on CUDA without a record.
     """
     op = "lora_merge_"
@@ -128,7 +140,7 @@ def lora_merge_(
     refuse_weight_that_requires_grad(op, weight)
     # float(): PyTorch cannot multiply by an integer of more than 63 bits.
     A, B = pack_factors(weight.dtype, [(lora_A, lora_B, float(scaling))])
-    return merge_all_(op, [weight], [A], [B], record=record)[0]
+    return merge_all_(op, [weight], [A], [B], record=record, check=record)[0]
 
 
 @checked
@@ -176,35 +188,46 @@ def merge_all_(
     lora_B: Sequence[Tensor],
     labels: Sequence[str] | None = None,
     record: bool = True,
+    check: bool = True,
 ) -> list[MergeRecord | None]:
     """Merges factors of :func:`pack_factors` into all of their weights, or into none.
 
     The weights are restored if a result is not finite, a launch fails or Ctrl-C is pressed; merges without a record on
     CUDA are not interrupted. ``labels`` name the weights in messages. Errors are those of :func:`lora_merge_`;
     ValueError also if two weights share memory.
+
+    Args:
+        check: refuse results that are not finite also on CUDA without a record, which waits for the GPU. Everywhere
+            else they are always refused.
     """
     if not weights:
         return []
     labels = ["weight"] * len(weights) if labels is None else labels
-    groups = _groups(caller, weights, labels)
-    launches = []
-    for (device, _), members in groups.items():
-        merge = _Merge(*([tensors[i] for i in members] for tensors in (weights, lora_A, lora_B)))
-        refuse = functools.partial(_refuse_non_finite, caller, merge, [labels[i] for i in members])
-        launches.append(_on_cpu(merge, refuse) if device.type == "cpu" else _on_cuda(merge, refuse, record))
+    parts, launches = [], []
+    for (device, _), group in _groups(caller, weights, labels).items():
+        on_cpu = device.type == "cpu"
+        if not on_cpu and (record or check):
+            _refuse_capture(caller)
+        for members in _parts_with_scratch(weights, group) if record and not on_cpu else [group]:
+            merge = _Merge(*([tensors[i] for i in members] for tensors in (weights, lora_A, lora_B)))
+            refuse = functools.partial(_refuse_non_finite, caller, merge, [labels[i] for i in members])
+            if not on_cpu and not record and check:
+                refuse(_run(torch.ops.lora_ext.lora_merge_check.default, *merge))
+            parts.append(members)
+            launches.append(_with_record(merge, refuse) if record or on_cpu else _without_record(merge))
     done = _all_or_none(launches, undo=run_unmerge)
     records: list[MergeRecord | None] = [None] * len(weights)
     if not record:
         return records
-    for members, unmerge in zip(groups.values(), done, strict=True):
+    for members, unmerge in zip(parts, done, strict=True):
         for i, words, corrections in zip(members, unmerge.words, unmerge.corrections, strict=True):
             kept = (words, corrections) if corrections.numel() else (None, None)
             records[i] = MergeRecord(lora_A[i], lora_B[i], weights[i].dtype, *kept)
     return records
 
 
-def _on_cpu(merge: _Merge, refuse: Callable[[Tensor], None]) -> Callable[[], Unmerge]:
-    """Returns a function that merges in one pass and returns the arguments to unmerge."""
+def _with_record(merge: _Merge, refuse: Callable[[Tensor], None]) -> Callable[[], Unmerge]:
+    """Returns a function that merges with a record and returns the arguments to unmerge."""
 
     def launch() -> Unmerge:
         non_finite, words, corrections = _run(torch.ops.lora_ext.lora_merge_record_.default, *merge)
@@ -215,26 +238,29 @@ def _on_cpu(merge: _Merge, refuse: Callable[[Tensor], None]) -> Callable[[], Unm
     return launch
 
 
-def _on_cuda(merge: _Merge, refuse: Callable[[Tensor], None], record: bool) -> Callable[[], Unmerge | None]:
-    """Checks the results and allocates all memory; returns a function that merges.
+def _without_record(merge: _Merge) -> Callable[[], None]:
+    """Returns a function that merges on CUDA and waits for nothing."""
+    return functools.partial(_run, torch.ops.lora_ext.lora_merge_.default, *merge)
 
-    That function returns the arguments to unmerge, or None without a record.
-    """
-    non_finite, all_words = _run(torch.ops.lora_ext.lora_merge_plan.default, *merge)
-    refuse(non_finite)
-    if not record:
-        return lambda: _run(torch.ops.lora_ext.lora_merge_.default, *merge)
-    shapes = [(weight.shape[0], checks.merge_segments(weight.shape[1])) for weight in merge.weights]
-    parts = all_words.split([rows * segments for rows, segments in shapes])
-    totals = [int(total) for total in torch.stack([part.sum() for part in parts]).tolist()]
-    words = [part.view(shape).clone() for part, shape in zip(parts, shapes, strict=True)]
-    corrections = [all_words.new_empty(total) for total in totals]
 
-    def launch() -> Unmerge:
-        _run(torch.ops.lora_ext.lora_merge_planned_.default, *merge, words, corrections)
-        return Unmerge(*merge, words, corrections)
+def _parts_with_scratch(weights: Sequence[Tensor], group: Sequence[int]) -> Iterator[list[int]]:
+    """Cuts a group of weights into parts of at most ``SCRATCH_BYTES``; a larger weight is a part by itself."""
+    part, total = [], 0
+    for i in group:
+        if part and total + weights[i].nbytes > SCRATCH_BYTES:
+            yield part
+            part, total = [], 0
+        part.append(i)
+        total += weights[i].nbytes
+    yield part
 
-    return launch
+
+def _refuse_capture(caller: str) -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{caller}: this merge waits for the GPU, which a CUDA graph cannot capture; merge before the capture, or "
+            "capture lora_ext.functional.lora_merge_(..., record=False)"
+        )
 
 
 @torch.no_grad()

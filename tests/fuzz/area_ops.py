@@ -11,7 +11,7 @@ from .ops import OPS
 from .outcomes import run_call
 
 # These have no CPU kernels, so few calls are enough to see that they refuse.
-_SELDOM = ("lora_merge_plan", "lora_merge_planned_")
+_SELDOM = ("lora_merge_check",)
 _MAKERS = [OPS[name] for name in sorted(OPS) for _ in range(1 if name in _SELDOM else 6)]
 _MAKERS += [FUNCTIONS[name] for name in sorted(FUNCTIONS) for _ in range(1 if name == "draw_seed" else 6)]
 

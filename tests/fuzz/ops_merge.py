@@ -134,11 +134,5 @@ def lora_unmerge_(choices: Choices) -> Call:
 
 
 @maker
-def lora_merge_plan(choices: Choices) -> Call:
-    return Call(op("lora_merge_plan"), _merge_values(choices))  # has no CPU kernel
-
-
-@maker
-def lora_merge_planned_(choices: Choices) -> Call:
-    values = _merge_values(choices) | {"words": ListValue([]), "corrections": ListValue([])}
-    return Call(op("lora_merge_planned_"), values, changes=("weights",))
+def lora_merge_check(choices: Choices) -> Call:
+    return Call(op("lora_merge_check"), _merge_values(choices))  # has no CPU kernel

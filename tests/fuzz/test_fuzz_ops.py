@@ -11,7 +11,7 @@ from fuzz.areas import FIXED_CASES
 pytestmark = [pytest.mark.cpu_only("starts processes"), pytest.mark.full]
 
 PARTS = 2
-CUDA_ONLY = {"lora_merge_plan", "lora_merge_planned_"}
+CUDA_ONLY = {"lora_merge_check"}
 
 
 @pytest.mark.skipif("ops" not in FIXED_CASES, reason="tests/fuzz/areas.py leaves the ops out")

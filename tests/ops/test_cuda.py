@@ -19,6 +19,7 @@ from support.layers import (
 from torch import Tensor
 
 from lora_ext import functional, reference
+from lora_ext.merging import weights
 
 SEED = 0x0123_4567_89AB_CDEF
 BF16 = (torch.bfloat16, torch.bfloat16)
@@ -39,11 +40,6 @@ def step(layer: Layer, dropout_p: float = 0.1, seed: Tensor | None = None) -> li
     leaves = [t.detach().requires_grad_() for t in (layer.x, layer.lora_A, layer.lora_B)]
     y = functional.lora_linear(leaves[0], layer.weight, layer.bias, *leaves[1:], layer.scaling, dropout_p, seed)
     return [y.detach(), *torch.autograd.grad(y, leaves, layer.grad_y)]
-
-
-def merge_without_record(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> None:
-    """Launches only the merge, without reading from the GPU whether the result is finite or how long the record is."""
-    torch.ops.lora_ext.lora_merge_([weight], [A.float()], [B.float() * scaling], None, [])
 
 
 # Shapes that fill several blocks of every kernel and cover the rank buckets; more in test_lora_linear.
@@ -198,7 +194,7 @@ def test_merge_in_a_graph():
 
     def merge() -> list[Tensor]:
         layer.weight.copy_(pristine)
-        merge_without_record(layer.weight, layer.lora_A, layer.lora_B, 0.5)
+        functional.lora_merge_(layer.weight, layer.lora_A, layer.lora_B, 0.5, record=False)
         return [layer.weight]
 
     graph, (weight,) = captured(merge)
@@ -208,6 +204,63 @@ def test_merge_in_a_graph():
     assert torch.equal(merge()[0], result)
 
 
+@pytest.mark.skipif(
+    not torch._C._dispatch_has_kernel_for_dispatch_key("lora_ext::lora_grouped_", "CUDA"),
+    reason="lora_grouped_ has no CUDA kernels",
+)
+def test_a_captured_graph_reads_the_scalings_of_lora_grouped():
+    layer = random_layer((12, 64, 40, 8), BF16)
+    x = layer.x
+    rows, scalings = torch.zeros(x.shape[0], dtype=torch.int64), torch.tensor([0.5], dtype=torch.float64)
+
+    def forward() -> list[Tensor]:
+        y = torch.nn.functional.linear(x, layer.weight, layer.bias)
+        return [functional.lora_grouped_(y, x, [layer.lora_A], [layer.lora_B], rows, scalings)]
+
+    with torch.no_grad():
+        graph, (y,) = captured(forward)
+        for scaling in (0.5, -0.25):
+            scalings.fill_(scaling)
+            graph.replay()
+            assert torch.equal(y, forward()[0])
+
+
+def test_a_merge_that_waits_is_not_captured():
+    layer = random_layer((1, 64, 40, 8), BF16)
+    pristine = layer.weight.clone()
+    with pytest.raises(RuntimeError, match="lora_merge_: this merge waits for the GPU, which a CUDA graph cannot"):
+        captured(
+            lambda: [
+                functional.lora_unmerge_(
+                    layer.weight, functional.lora_merge_(layer.weight, layer.lora_A, layer.lora_B, 0.5)
+                )
+            ]
+        )
+    assert torch.equal(layer.weight, pristine)
+
+
+@pytest.mark.parametrize("scratch", [weights.SCRATCH_BYTES, 1], ids=["together", "one by one"])
+def test_one_pass_and_two_make_the_same_record(monkeypatch, scratch):
+    """Without room for the slots, the op takes two passes."""
+    monkeypatch.setattr(weights, "SCRATCH_BYTES", scratch)
+    layers = [random_layer((1, k, n, 8), BF16) for k, n in ((300, 70), (4096, 4096), (17, 3))]
+    factors = [weights.pack_factors(layer.weight.dtype, [(layer.lora_A, layer.lora_B, 0.5)]) for layer in layers]
+    arguments = [layer.weight for layer in layers], [A for A, _ in factors], [B for _, B in factors]
+    before = [weight.clone() for weight in arguments[0]]
+    records = weights.merge_all_("test", *arguments)
+    weights.unmerge_all_("test", arguments[0], records)
+    assert all(map(torch.equal, arguments[0], before))
+    torch.cuda.empty_cache()
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 30 * 2**20) / total)
+    try:  # room for the record of the 32 MiB weight, but not for its slots
+        again = weights.merge_all_("test", *arguments)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    for one, two in zip(records, again, strict=True):
+        assert torch.equal(one.words, two.words) and torch.equal(one.corrections, two.corrections)
+
+
 def test_never_waits_for_the_gpu():
     layer, seed = random_layer((300, 256, 384, 16), BF16), seed_tensor()
     step(layer, 0.1, seed)
@@ -215,7 +268,7 @@ def test_never_waits_for_the_gpu():
     try:
         step(layer, 0.1, seed)
         step(layer, 0.1)  # the seed drawn on the device
-        merge_without_record(layer.weight, layer.lora_A, layer.lora_B, 0.5)
+        functional.lora_merge_(layer.weight, layer.lora_A, layer.lora_B, 0.5, record=False)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -258,8 +311,10 @@ def test_no_temporary_as_large_as_x_or_y(dtypes):
         backward = torch.ops.lora_ext.lora_linear_backward
         used = extra_bytes(lambda: backward(layer.grad_y, layer.x, *factors, xa, mask, 0.75, 0.1, (True, True, True)))
         assert used < layer.x.nbytes / 4
-        used = extra_bytes(lambda: functional.lora_merge_(layer.weight, layer.lora_A, layer.lora_B, 0.5))
-        assert used < layer.weight.nbytes / 4
+        factors = layer.lora_A, layer.lora_B, 0.5
+        assert extra_bytes(lambda: functional.lora_merge_(layer.weight, *factors, record=False)) < layer.x.nbytes / 4
+        # Slots for the record, until its length is known.
+        assert extra_bytes(lambda: functional.lora_merge_(layer.weight, *factors)) < 1.25 * layer.weight.nbytes
 
 
 def test_calls_leave_nothing_behind():

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from support.layers import random_layer
-from support.merging import MERGE_OP, same_bits
+from support.merging import same_bits
 from support.op_calls import good_call, op_named, tensors_of
 from torch import Tensor
 
@@ -166,7 +166,7 @@ def test_saved_tensors_are_found_to_have_changed_in_every_mode(requires_grad):
 
 # --- merging ----------------------------------------------------------------------------------------------------------
 
-MERGES = ("lora_merge_", "lora_unmerge_", MERGE_OP)
+MERGES = ("lora_merge_", "lora_unmerge_", "lora_merge_record_")
 
 
 def merge_call(op: str, make: Callable[[], Tensor]) -> dict:

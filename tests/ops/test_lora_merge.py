@@ -268,8 +268,23 @@ def test_what_is_not_finite_is_refused_and_changes_nothing(change, reason, recor
     count = {"factor": 9, "row": 300}.get(change.split()[0], 1)
     before, version = weight.clone(), weight._version
     with pytest.raises(ValueError, match=f"would make {count} of 2700 elements of weight NaN or infinite: {reason}"):
-        functional.lora_merge_(weight, A, B, 1.0, record=record)
+        A, B = pack_factors(weight.dtype, [(A, B, 1.0)])
+        merge_all_("test", [weight], [A], [B], record=record)
     assert same_bits(weight, before) and weight._version == version
+
+
+def test_without_a_record_only_the_cpu_refuses_what_is_not_finite():
+    """On CUDA nothing waits for the GPU to tell."""
+    weight = torch.full((2, 3), 65504.0, dtype=torch.float16)
+    arguments = torch.tensor([[16.0, 0.0, 0.0]]), torch.ones(2, 1), 1.0
+    if weight.is_cuda:
+        functional.lora_merge_(weight, *arguments, record=False)
+    else:
+        with pytest.raises(ValueError, match="would make 2 of 6"):
+            functional.lora_merge_(weight, *arguments, record=False)
+    assert weight.isinf().sum() == (2 if weight.is_cuda else 0)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        functional.lora_merge_(weight, *arguments)
 
 
 def test_the_largest_finite_results_are_not_refused():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.merging import MERGE_OP, hard_weight, same_bits, update_factors
+from support.merging import hard_weight, same_bits, update_factors
 
 from lora_ext import functional
 from lora_ext.merging.weights import merge_all_, pack_factors
@@ -19,14 +19,6 @@ def op_arguments(dtype: torch.dtype = torch.float32):
     return arguments, [record.words for record in records], [record.corrections for record in records]
 
 
-def no_corrections(weight: torch.Tensor) -> tuple[list[torch.Tensor], ...]:
-    """Returns the arguments of MERGE_OP after the factors."""
-    if MERGE_OP == "lora_merge_record_":
-        return ()
-    segments = -(-weight.shape[1] // 256)
-    return [torch.zeros(weight.shape[0], segments, dtype=torch.int16)], [torch.empty(0, dtype=torch.int16)]
-
-
 OPCHECKS = ["test_schema", "test_autograd_registration", "test_faketensor"]
 
 
@@ -35,12 +27,10 @@ def test_opcheck(dtype):
     arguments, words, corrections = op_arguments(dtype)
     ops = torch.ops.lora_ext
     torch.library.opcheck(ops.lora_merge_.default, arguments)
-    if MERGE_OP == "lora_merge_record_":
-        # Not compiled: functionalisation does not support ops that change a list and return lists.
-        torch.library.opcheck(ops.lora_merge_record_.default, arguments, test_utils=OPCHECKS)
-    else:
-        torch.library.opcheck(ops.lora_merge_plan.default, arguments)
-        torch.library.opcheck(ops.lora_merge_planned_.default, (*arguments, words, corrections))
+    # Not compiled: functionalisation does not support ops that change a list and return lists.
+    torch.library.opcheck(ops.lora_merge_record_.default, arguments, test_utils=OPCHECKS)
+    if arguments[0][0].is_cuda:
+        torch.library.opcheck(ops.lora_merge_check.default, arguments)
     ops.lora_merge_(*arguments)
     torch.library.opcheck(ops.lora_unmerge_.default, (*arguments, words, corrections))
 
@@ -55,10 +45,9 @@ def test_ops_refuse_bad_records():
         "there are 2 weights, but 0 words and 2 corrections": ([], corrections),
         r"corrections\[0\] must be an int16 vector": (words, [c.int() for c in corrections]),
     }
-    for op in {"lora_unmerge_", MERGE_OP} - {"lora_merge_record_"}:
-        for text, record in bad.items():
-            with pytest.raises(RuntimeError, match=text):
-                getattr(torch.ops.lora_ext, op)(*arguments, *record)
+    for text, record in bad.items():
+        with pytest.raises(RuntimeError, match=text):
+            torch.ops.lora_ext.lora_unmerge_(*arguments, *record)
     assert all(map(same_bits, arguments[0], before))
 
 
@@ -107,13 +96,12 @@ SHARING = {
 @pytest.mark.parametrize("case", SHARING)
 def test_weights_and_factors_that_share_memory_are_refused(case):
     """An update would be read while another is written, or counted twice."""
-    for op in {"lora_merge_", "lora_unmerge_", MERGE_OP}:
+    for op, record in {"lora_merge_": (), "lora_unmerge_": ([], []), "lora_merge_record_": ()}.items():
         lists = SHARING[case](torch.randn(4, 20))
         weights = lists["weights"]
         As, Bs = lists.get("lora_As", [None] * len(weights)), lists.get("lora_Bs", [None] * len(weights))
         As = [torch.randn(2, w.shape[1]) if A is None else A for A, w in zip(As, weights, strict=True)]
         Bs = [torch.randn(w.shape[0], 2) if B is None else B for B, w in zip(Bs, weights, strict=True)]
-        record = {"lora_merge_record_": (), "lora_merge_": ()}.get(op, ([], []))
         before = [tensor.clone() for tensor in (*weights, *As, *Bs)]
         with pytest.raises(RuntimeError, match=rf"{op}: weights\[\d\] (shares memory with|has row stride \d+ but)"):
             getattr(torch.ops.lora_ext, op)(weights, As, Bs, *record)
@@ -160,7 +148,7 @@ def test_more_rows_or_columns_than_the_kernels_count():
 def test_saved_weight_is_detected_as_changed():
     """Stable-ABI kernels do not tell autograd about mutation; the ops' autograd kernels do."""
     weight, A, B = torch.randn(4, 5), torch.randn(2, 5), torch.randn(4, 2)
-    for op, record in {"lora_merge_": (), "lora_unmerge_": ([], []), MERGE_OP: no_corrections(weight)}.items():
+    for op, record in {"lora_merge_": (), "lora_unmerge_": ([], []), "lora_merge_record_": ()}.items():
         x = torch.randn(3, 5, requires_grad=True)
         y = x @ weight.T
         getattr(torch.ops.lora_ext, op)([weight], [A], [B], *record)
@@ -175,7 +163,7 @@ def test_weight_that_requires_grad_is_refused():
     for merge in (
         lambda: functional.lora_merge_(weight, A, B, 1.0),
         lambda: torch.ops.lora_ext.lora_merge_([weight], [A], [B]),
-        lambda: getattr(torch.ops.lora_ext, MERGE_OP)([weight], [A], [B], *no_corrections(weight)),
+        lambda: torch.ops.lora_ext.lora_merge_record_([weight], [A], [B]),
     ):
         with pytest.raises(RuntimeError, match=r"weight requires grad.*requires_grad_\(False\)"):
             merge()

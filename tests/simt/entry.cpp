@@ -10,7 +10,7 @@ using namespace lora_ext;
 using namespace lora_ext::cuda;
 
 static GpuStream stream_of(int multiprocessors) {
-  return {.stream = nullptr, .multiprocessors = multiprocessors, .overlaps_launches = true};
+  return {.stream = nullptr, .device = 0, .multiprocessors = multiprocessors, .overlaps_launches = true};
 }
 
 #define EXPORT_LAUNCH(Params)                                                       \
@@ -37,6 +37,10 @@ EXPORT void run_DropoutMaskParams(const DropoutMaskParams* p, void*, int multipr
 EXPORT void run_merge(int mode, const MergeParams* p, const MergeLayer* layers, int64_t num_layers,
                       int multiprocessors) {
   launch_merge(static_cast<MergeMode>(mode), *p, {layers, layers + num_layers}, stream_of(multiprocessors));
+}
+EXPORT void run_gather_records(const MergeParams* p, const MergeLayer* layers, int64_t num_layers,
+                               int multiprocessors) {
+  launch_gather_records(*p, {layers, layers + num_layers}, stream_of(multiprocessors));
 }
 
 // entries [num_entries]

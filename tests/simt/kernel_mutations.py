@@ -115,6 +115,13 @@ def merge(rows: int, cols: int, rank: int):
     return run
 
 
+def merge_slots(rows: int, cols: int, rank: int):
+    def run(library: Library, schedule: int) -> None:
+        merge_ops.merge_slots([_random(rows, cols)], [_random(rank, cols)], [_random(rows, rank)], schedule, library)
+
+    return run
+
+
 def unmerge(library: Library, schedule: int) -> None:
     """Unmerges a row in which every element has a correction; some are outliers."""
     cols = 256
@@ -157,6 +164,47 @@ MUTATIONS = [
         UNINITIALISED,
         "merge_kernel",
         "row_B[i] = lora_B_tile[",
+    ),
+    KernelMutation(
+        "merge_loads_a_tile_too_many",
+        merge(70, 300, 3),
+        "merge.cuh",
+        "if (row < out_features) elements.load(",
+        "if (row < out_features || BUG) elements.load(",
+        OUT_OF_BOUNDS,
+        "merge_kernel",
+        "",
+        "merge_elements.cuh",
+    ),
+    KernelMutation(
+        "slots_of_a_row_overlap",
+        merge_slots(5, 600, 3),
+        "merge.cuh",
+        "record = layer.slots + place.slot;",
+        "record = layer.slots + place.slot / (BUG ? 16 : 1);",
+        ("race-global",),
+        "merge_kernel",
+        "record",
+    ),
+    KernelMutation(
+        "records_are_gathered_from_the_next_slot",
+        merge_slots(5, 600, 3),
+        "gather_records.cuh",
+        "from[i] = layer.slots + slot_begin(layer, first + i, kElementWords);",
+        "from[i] = layer.slots + slot_begin(layer, first + i + (BUG ? 1 : 0), kElementWords);",
+        UNINITIALISED + OUT_OF_BOUNDS,
+        "gather_records_kernel",
+        "layer.corrections[",
+    ),
+    KernelMutation(
+        "records_are_gathered_a_word_too_far",
+        merge_slots(5, 600, 3),
+        "gather_records.cuh",
+        "for (int at = lane; at < words; at += 32)",
+        "for (int at = lane; at < words + (BUG ? 1 : 0); at += 32)",
+        UNINITIALISED + OUT_OF_BOUNDS + ("race-global",),
+        "gather_records_kernel",
+        "layer.corrections[",
     ),
     KernelMutation(
         "unmerge_corrects_before_others_have_written",

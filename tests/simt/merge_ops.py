@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ SEGMENT = 256  # columns; csrc/common/merge_record.h
 
 
 class Mode(IntEnum):  # csrc/common/merge_params.h
-    PLAN, MERGE, MERGE_RECORD, UNMERGE = range(4)
+    PLAN, MERGE, MERGE_RECORD, MERGE_SLOTS, UNMERGE = range(5)
 
 
 def num_segments(weight: Tensor) -> int:
@@ -32,16 +33,58 @@ def plan(
 ) -> tuple[Tensor, Tensor]:
     """Returns the number of non-finite results [layers], and the words of every segment's record [segments]."""
     run = _Run(weights, As, Bs, schedule, library)
-    segments = sum(map(num_segments, weights))
-    run.params.words = run.library.allocate(segments * 2, "words")
-    counts = run.library.upload(torch.zeros(len(weights), dtype=torch.int64), "non_finite")
-    for i, layer in enumerate(run.layers):
-        layer.non_finite = counts + 8 * i
+    run.count_words()
     weights_after = run.launch(Mode.PLAN)
     for weight, after in zip(weights, weights_after, strict=True):
         assert torch.equal(_bytes(weight), _bytes(after)), "the plan wrote to a weight"
-    words = run.library.download(run.params.words, (segments,), torch.int16, "words")
-    return run.library.download(counts, (len(weights),), torch.int64, "non_finite"), words
+    return run.counts()
+
+
+def check(
+    weights: list[Tensor], As: list[Tensor], Bs: list[Tensor], schedule: int = 0, library: Library | None = None
+) -> Tensor:
+    """Returns the number of non-finite results [layers], as ``lora_merge_check`` does: without words."""
+    run = _Run(weights, As, Bs, schedule, library)
+    non_finite = run.library.upload(torch.zeros(len(weights), dtype=torch.int64), "non_finite")
+    for i, layer in enumerate(run.layers):
+        layer.non_finite = non_finite + 8 * i
+    run.launch(Mode.PLAN)
+    return run.library.download(non_finite, (len(weights),), torch.int64, "non_finite")
+
+
+def merge_slots(
+    weights: list[Tensor], As: list[Tensor], Bs: list[Tensor], schedule: int = 0, library: Library | None = None
+) -> SlotMerge:
+    """Merges in one pass, as ``lora_merge_record_`` does where slots fit: gathers the records, or restores the weights
+    if a result is not finite."""
+    run = _Run(weights, As, Bs, schedule, library)
+    run.count_words()
+    for layer, weight in zip(run.layers, weights, strict=True):
+        layer.slots = run.library.allocate(weight.numel() * weight.element_size(), "slots", alignment=2)
+    merged = run.launch(Mode.MERGE_SLOTS)
+    non_finite, words = run.counts()
+    if non_finite.any():
+        return SlotMerge(non_finite, words, merged, run.launch(Mode.UNMERGE), [])
+    run.set_record(words.cumsum(0), run.num_words().tolist(), garbage=False)
+    run.gather()
+    return SlotMerge(non_finite, words, merged, None, run.corrections())
+
+
+class SlotMerge(NamedTuple):
+    """Results of :func:`merge_slots`.
+
+    Attributes:
+        non_finite, words: as those of :func:`plan`.
+        merged: the weights after the first launch.
+        restored: the weights after they were restored from the slots, if a result is not finite.
+        corrections: the layers' records, otherwise.
+    """
+
+    non_finite: Tensor
+    words: Tensor
+    merged: list[Tensor]
+    restored: list[Tensor] | None
+    corrections: list[Tensor]
 
 
 def merge(
@@ -66,11 +109,7 @@ def merge_record(
     """
     run = _Run(weights, As, Bs, schedule, library)
     run.set_record(ends, corrections, garbage)
-    merged = run.launch(Mode.MERGE_RECORD)
-    return merged, [
-        run.library.download(layer.corrections, (layer.num_corrections,), torch.int16, "corrections")
-        for layer in run.layers
-    ]
+    return run.launch(Mode.MERGE_RECORD), run.corrections()
 
 
 def unmerge(
@@ -121,6 +160,40 @@ class _Run:
             else:
                 layer.num_corrections = record.numel()
                 layer.corrections = self.library.upload(record, "corrections")
+
+    def count_words(self) -> None:
+        """Lets the next launch count words and results that are not finite."""
+        self.totals = self.library.upload(torch.zeros(2 * len(self.layers), dtype=torch.int64), "counts")
+        self.words = self.library.allocate(2 * sum(map(num_segments, self.weights)), "words")
+        for i, layer in enumerate(self.layers):
+            layer.non_finite = self.totals + 8 * i
+            layer.num_words = self.totals + 8 * (len(self.layers) + i)
+            layer.words = self.words and self.words + 2 * layer.first_segment
+
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """Returns the number of non-finite results [layers], and the words [segments]; their sums were counted, too."""
+        words = self.library.download(self.words, (sum(map(num_segments, self.weights)),), torch.int16, "words")
+        parts = words.split([num_segments(weight) for weight in self.weights])
+        assert self.num_words().tolist() == [int(part.sum()) for part in parts]
+        return self._totals()[: len(self.layers)], words
+
+    def num_words(self) -> Tensor:
+        return self._totals()[len(self.layers) :]
+
+    def _totals(self) -> Tensor:
+        return self.library.download(self.totals, (2 * len(self.layers),), torch.int64, "counts")
+
+    def corrections(self) -> list[Tensor]:
+        return [
+            self.library.download(layer.corrections, (layer.num_corrections,), torch.int16, "corrections")
+            for layer in self.layers
+        ]
+
+    def gather(self) -> None:
+        run = self.library.c.run_gather_records
+        run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+        run(ctypes.byref(self.params), self.layers, len(self.layers), self.library.multiprocessors)
+        self.library.check()
 
     def launch(self, mode: Mode) -> list[Tensor]:
         """Returns the weights after the launch."""

@@ -29,8 +29,8 @@ def random_layer(rows: int, cols: int, rank: int, dtype: torch.dtype, size: floa
 
 
 def whole_cycle(layers: list[tuple[Tensor, ...]], schedule: int = 0, library: Library | None = None) -> list[Tensor]:
-    """Plans, merges without and with a record, and unmerges. Every step equals the CPU op to the bit; the last step
-    restores the first bits.
+    """Plans, merges without a record, with one in two passes and in one, and unmerges. Every step equals the CPU op to
+    the bit; the last step restores the first bits.
 
     Returns the merged weights.
     """
@@ -47,6 +47,11 @@ def whole_cycle(layers: list[tuple[Tensor, ...]], schedule: int = 0, library: Li
     assert all(map(same_bits, results, on_cpu))
     assert all(map(same_bits, merge_ops.merge(weights, As, Bs, **options), on_cpu))
     assert all(map(torch.equal, corrections, cpu_corrections))
+
+    one_pass = merge_ops.merge_slots(weights, As, Bs, **options)
+    assert torch.equal(one_pass.words, words) and not one_pass.non_finite.any()
+    assert all(map(same_bits, one_pass.merged, on_cpu))
+    assert all(map(torch.equal, one_pass.corrections, cpu_corrections))
 
     # The weights with their strides in memory.
     places = [weight.clone() if weight.is_contiguous() else in_place_of(weight) for weight in weights]
@@ -213,12 +218,17 @@ def test_non_finite_results_are_counted(dtype, schedule):
     layers[2][2][4, 0] = float("inf")  # a row
     limit = torch.finfo(dtype).max
     layers[3][0][5, 6], layers[3][1][:, 6], layers[3][2][5] = limit, limit / 8, 4.0  # overflows
+    layers[1][0][:, 256] = torch.full((9,), -1, dtype=bits(layers[1][0]).dtype).view(dtype)  # another NaN
     weights, As, Bs = map(list, zip(*layers, strict=True))
     non_finite, words = merge_ops.plan(weights, As, Bs, schedule)
     assert non_finite.tolist() == [3, 9, 300, 1, 0]
-    on_cpu = [torch.ops.lora_ext.lora_merge_record_([weight], [A], [B]) for weight, A, B in layers]
+    on_cpu = [torch.ops.lora_ext.lora_merge_record_([weight.clone()], [A], [B]) for weight, A, B in layers]
     assert [int(counts) for counts, _, _ in on_cpu] == non_finite.tolist()
     assert torch.equal(words[-18:], on_cpu[-1][1][0].flatten())  # of the finite results
+    assert torch.equal(merge_ops.check(weights, As, Bs, schedule), non_finite)
+    one_pass = merge_ops.merge_slots(weights, As, Bs, schedule)
+    assert torch.equal(one_pass.non_finite, non_finite) and torch.equal(one_pass.words[-18:], words[-18:])
+    assert not any(map(same_bits, one_pass.merged, weights)) and all(map(same_bits, one_pass.restored, weights))
 
 
 GARBAGE = {

@@ -11,8 +11,6 @@ from torch import Tensor
 from lora_ext.merging.weights import pack_factors
 
 FLOATING = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# The op that merges with a record; on CUDA the second of two.
-MERGE_OP = "lora_merge_record_" if torch.get_default_device().type == "cpu" else "lora_merge_planned_"
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

@@ -16,7 +16,7 @@ OPS = sorted(
     name.removeprefix("lora_ext::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("lora_ext::")
 )
 HERE = torch.get_default_device()
-# A merge with a record is one op on the CPU and two on CUDA.
+# lora_merge_check has kernels on CUDA only.
 HAVE_KERNELS = [
     name for name in OPS if torch._C._dispatch_has_kernel_for_dispatch_key(f"lora_ext::{name}", HERE.type.upper())
 ]
@@ -89,15 +89,10 @@ def _merge_calls() -> dict[str, Callable[[], dict]]:
         records = merge_all_("test", merged, lists["lora_As"], lists["lora_Bs"])
         return {"words": [record.words for record in records], "corrections": [r.corrections for r in records]}
 
-    def planned() -> dict:
-        record = recorded()
-        return record | {"corrections": [torch.empty_like(tensor) for tensor in record["corrections"]]}
-
     return {
         "lora_merge_": lambda: lists,
         "lora_merge_record_": lambda: lists,
-        "lora_merge_plan": lambda: lists,
-        "lora_merge_planned_": lambda: lists | planned(),
+        "lora_merge_check": lambda: lists,
         "lora_unmerge_": lambda: lists | recorded(),
     }
 

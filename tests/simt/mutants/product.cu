@@ -110,6 +110,6 @@ extern "C" __attribute__((visibility("default"))) void MUTANT_NAME(run_, MUTANT)
                                                                                  int rows, int cols, int stride) {
   using namespace MUTANT;
   const ProductParams params{x, w, out, positives, rows, cols, stride};
-  const GpuStream on{.stream = nullptr, .multiprocessors = 1, .overlaps_launches = true};
+  const GpuStream on{.stream = nullptr, .device = 0, .multiprocessors = 1, .overlaps_launches = true};
   launch(&product_kernel, make_grid(ceil_div(rows, kBlockM)), kThreads, kSharedBytes, on, params);
 }
