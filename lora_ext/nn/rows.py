@@ -123,7 +123,7 @@ def row_choice(active: ActiveAdapters) -> RowChoice | None:
 
 
 def chosen(active: ActiveAdapters) -> RowChoice | None:
-    """Like :func:`row_choice`, outside of layers."""
+    """Returns the choice as :func:`row_choice` does, for callers that are no layers."""
     choice = _current.get()
     while choice is not None and choice.active is not active:
         choice = choice.outer

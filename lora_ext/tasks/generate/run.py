@@ -22,7 +22,7 @@ _LARGEST_TEMPLATE = 1_000_000  # bytes
 
 @dataclass(frozen=True)
 class GenerateSettings:
-    """What to generate with.
+    """Settings of ``lora-ext generate``.
 
     Attributes:
         model: a directory, a hub id, or a GGUF file.
