@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from lora_ext.planner import Planner, Setup, simulate_step
+from lora_ext.planner.layers import SAMPLES, extrapolated, layer_list
 from lora_ext.planner.meta_autocast import meta_autocast
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -170,6 +171,22 @@ def test_a_step_keeps_and_allocates_as_a_real_one(family, method, dtype, checkpo
         assert abs(step.activations - held) <= 2 * batch["input_ids"].nbytes  # autograd also keeps indices
     least, largest = peaks(lambda: loss().backward())
     assert 0.998 * least <= most(step) <= 1.002 * largest
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("family", "method", "checkpointing"), [("llama", "lora", False), ("bert", "full", True)])
+def test_a_deep_model_is_extrapolated_exactly(family, method, checkpointing):
+    source, count = source_of(family, method, layers=6), 6
+
+    def step(number: int):
+        model, batch = source.model(torch.float32, number, checkpointing), inputs(source, "meta")
+        layers = layer_list(model, number)
+        return simulate_step(model, lambda model: model(**batch).loss, layers, autocast=torch.bfloat16)
+
+    predicted, whole = extrapolated({number: step(number) for number in SAMPLES}, count), step(count)
+    assert predicted.activations == whole.activations
+    assert predicted.peaks.items() <= whole.peaks.items()
+    assert most(predicted) == most(whole)
 
 
 def test_the_planner_passes_the_precision_on():
