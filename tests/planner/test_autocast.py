@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import accumulate
 from pathlib import Path
@@ -102,6 +103,18 @@ def test_nothing_is_left_behind():
         assert (x @ x.T).dtype == torch.float32
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
     assert torch.clear_autocast_cache is clear
+
+
+def test_threads_take_turns():
+    x = torch.empty(3, 4, device="meta")
+
+    def dtypes_of(device: str) -> tuple[torch.dtype, torch.dtype]:
+        with meta_autocast(device), torch.autocast("cpu", torch.bfloat16):
+            return x.pow(2).dtype, (x @ x.T).exp().dtype
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(dtypes_of, ["cpu", "cuda"] * 8))
+    assert found == [(torch.float32, torch.bfloat16), (torch.float32, torch.float32)] * 8
 
 
 @pytest.mark.parametrize("cached", [True, False])
