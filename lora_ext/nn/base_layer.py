@@ -1,4 +1,4 @@
-"""What a layer may assume about its base layer, and when it has to call it.
+"""Decides what a layer may assume about its base layer, and when it has to call it.
 
 A layer computes a product in place of its base layer only if a call of the base layer would compute exactly that
 product and nothing else would see the call: :func:`runs_alone` and :func:`plain_linear`. In all other cases it calls
@@ -203,7 +203,7 @@ def _gathers(hook: object) -> bool:
 
 
 def splits_tensors(function: object) -> bool:
-    """Whether a hook or forward is one of those with which tensor parallelism moves x and y between devices."""
+    """Whether a hook or forward only moves x and y between devices, for tensor parallelism."""
     module = getattr(function, "__module__", None) or ""
     return module.startswith(("torch.distributed.tensor.", "transformers.distributed."))
 
@@ -224,7 +224,7 @@ def _is_product(base: nn.Linear) -> bool:
         for parameter in twin.parameters():
             parameter.normal_(generator=numbers)
         y = twin(x)
-    except Exception:  # whatever it raises, it is not nn.Linear's forward
+    except Exception:  # any error: it is not nn.Linear's forward
         return False
     want = F.linear(x, twin.weight, twin.bias)
     if not isinstance(y, Tensor) or y.shape != want.shape or y.dtype != want.dtype:
@@ -247,7 +247,7 @@ def returns_a_tensor(module: nn.Module) -> bool:
     x = torch.empty(1, module.in_features, dtype=module.weight.dtype, device="meta")
     try:
         return isinstance(torch.func.functional_call(module, empty, (x,)), Tensor)
-    except Exception:  # whatever it raises, nothing is known
+    except Exception:  # any error: nothing is known
         return True
 
 

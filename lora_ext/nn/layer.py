@@ -70,7 +70,7 @@ class ActiveAdapters:
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Marks the block in which layers change. Blocks may be nested."""
+        """Marks a block that changes layers. Blocks may be nested."""
         outermost = not self.changes % 2
         self.changes += outermost
         try:
@@ -161,7 +161,7 @@ class AdapterLayer(nn.Module):
         self.active.names = names
 
     def target_name(self, path: str) -> str:
-        """Returns the name by which a config refers to this layer; ``path`` is the base layer's path."""
+        """Returns the name that a config uses for this layer; ``path`` is the base layer's path."""
         return path
 
     def file_tensors(self, path: str, adapter: nn.Module) -> dict[str, Tensor]:
@@ -181,7 +181,7 @@ class AdapterLayer(nn.Module):
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As ``nn.Module.state_dict``; within :func:`~lora_ext.nn.state_form.base_keys`, the base layer's keys."""
+        """Returns the state, with the base layer's keys within :func:`~lora_ext.nn.state_form.base_keys`."""
         if not uses_base_keys():
             return super().state_dict(*args, **kwargs)
         return self._base_state_dict(**dict(zip(("destination", "prefix", "keep_vars"), args, strict=False)), **kwargs)

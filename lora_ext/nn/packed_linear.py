@@ -149,7 +149,7 @@ class LoraPackedLinear(LoraLinear):
         return {**factors, **self._bias_factors(adapter)}
 
     def delta_weight(self, name: str | None = None, key: str | None = None) -> Tensor:
-        """Like :meth:`LoraLayer.delta_weight`; without ``key``, returns the update of all parts."""
+        """Returns the update; without ``key``, that of all parts. See :meth:`LoraLayer.delta_weight`."""
         if key is not None:
             return super().delta_weight(name, key)
         factors, parts = self.factors(name := self._existing(name)), []

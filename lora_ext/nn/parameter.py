@@ -131,7 +131,7 @@ class LoraParameter(TransparentLayer, LoraLayer):
         }
 
     def delta_weight(self, name: str | None = None, key: str | None = None) -> Tensor:
-        """Like :meth:`LoraLayer.delta_weight`; without ``key``, returns the update of all experts."""
+        """Returns the update; without ``key``, that of all experts. See :meth:`LoraLayer.delta_weight`."""
         if key is not None or self.base_weight.dim() == 2:
             return super().delta_weight(name, key or "weight")
         return torch.stack([super(LoraParameter, self).delta_weight(name, key) for key in self.matrices()])

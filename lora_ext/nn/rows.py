@@ -185,7 +185,7 @@ def check_invoked(layer: AdapterLayer) -> None:
 
 
 def chosen(active: ActiveAdapters) -> RowChoice | None:
-    """Like :func:`row_choice`, outside of layers."""
+    """Returns the choice as :func:`row_choice` does, for callers that are no layers."""
     choice = _current.get()
     while choice is not None and choice.active is not active:
         choice = choice.outer

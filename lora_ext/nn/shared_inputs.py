@@ -1,15 +1,15 @@
 """Layers that are called with the same tensor (q/k/v, gate/up) are computed together, each in its own place.
 
-The first of them that is called computes all outputs in one op (:func:`lora_ext.functional.lora_linear_siblings`). If
-the base layers are quantised, it calls each of them, and the op (:func:`lora_ext.functional.lora_delta_siblings`) adds
-the updates. Each other layer takes its output when it is called with the same tensor object, and only if it would
-compute the very same: the same weights and factors, none changed since, the same dropout, autograd and autocast. In all
-other cases it computes its own output. So a wrong guess costs time, but changes no result.
+The first layer called computes all outputs in one op (:func:`lora_ext.functional.lora_linear_siblings`). If the base
+layers are quantised, it calls each of them, and :func:`lora_ext.functional.lora_delta_siblings` adds the updates. Every
+other layer takes its output when it is called with the same tensor object, and only if it would compute exactly that:
+the same weights and factors, unchanged since, the same dropout, autograd and autocast. Otherwise it computes its own
+output. So a wrong guess costs time, but changes no result.
 
-Which layers form a group is a guess from the model's structure (:func:`lora_ext.nn.input_groups.share_inputs`) that
-calls correct: a layer that comes with another tensor leaves the group at once, a layer that does not come at all after
-the second time. Correcting changes no number either, and so a resumed run has the bits of an uninterrupted one: layers
-that read one tensor use one dropout seed, whether they are computed together or not.
+The groups are guessed from the model's structure (:func:`lora_ext.nn.input_groups.share_inputs`), and calls correct
+them: a layer that comes with another tensor leaves its group at once, a layer that does not come at all leaves after
+the second time. A correction changes no number, so a resumed run has the bits of an uninterrupted one: layers that read
+one tensor use one dropout seed, whether they are computed together or not.
 
 Every thread has one :class:`_Round`: one tensor, and the outputs computed of it that no layer has taken yet. They are
 dropped with the tensor, and when a layer begins the next round. Layers and tensors are referred to weakly: a group
@@ -145,7 +145,7 @@ class SharesInputs:
 
 
 def shared_inputs(layer: nn.Module) -> SharedInputs | None:
-    """Returns the layers with which ``layer`` may share inputs."""
+    """Returns what groups ``layer`` with layers that may read the same tensor; None: it shares no input."""
     return layer.__dict__.get("_shared_inputs")
 
 

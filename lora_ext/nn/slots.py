@@ -55,7 +55,7 @@ class LayerSlots:
         self.ranks[slot] = 0
 
     def add_chosen(self, y: Tensor, x: Tensor, choice: RowChoice, times: int, layer: AdapterLayer) -> Tensor:
-        """As :func:`lora_ext.nn.row_updates.add_chosen`, for the slots that the rows have chosen."""
+        """Adds the updates of the slots that the rows have chosen: :func:`lora_ext.nn.row_updates.add_chosen`."""
         if y.device.type not in grouped.DEVICES:
             updates = {name: self._update(slot) for name, slot in choice.slots.items() if self.ranks[slot] > 0}
             return add_chosen(y, x, choice, updates, times, None, layer)

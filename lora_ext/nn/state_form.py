@@ -15,7 +15,7 @@ _thread = threading.local()
 
 @contextmanager
 def base_keys() -> Iterator[None]:
-    """In this thread, ``state_dict`` of an adapted model has the keys of its base model, and no adapter's.
+    """Gives ``state_dict`` of adapted models the base model's keys and no adapter's, in this thread.
 
     The values are those that the model computes with, except for updates that are not merged.
     """
@@ -25,14 +25,14 @@ def base_keys() -> Iterator[None]:
 
 @contextmanager
 def no_state(reason: str) -> Iterator[None]:
-    """In this thread, ``state_dict`` of an adapter layer raises a ValueError with ``reason``."""
+    """Makes ``state_dict`` of adapter layers raise a ValueError with ``reason``, in this thread."""
     with _set(False, reason):
         yield
 
 
 @contextmanager
 def own_keys() -> Iterator[None]:
-    """In this thread, ``state_dict`` has its usual form, also within the contexts above."""
+    """Gives ``state_dict`` its usual form in this thread, even within the contexts above."""
     with _set(False, None):
         yield
 

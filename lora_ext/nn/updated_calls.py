@@ -33,7 +33,7 @@ def call_with_updates(
     kwargs: Mapping[str, Any],
     flipped: bool,
 ) -> Any:
-    """Returns ``call(*args, **kwargs)``, in which the parameter ``name`` of ``module`` has ``updates``.
+    """Returns ``call(*args, **kwargs)``; meanwhile the parameter ``name`` of ``module`` has ``updates``.
 
     The parameter itself is not touched. Calls of one module wait for each other.
 

@@ -252,7 +252,7 @@ def _one_expert(x: Tensor, view: WeightView, bias: Tensor | None = None) -> Tens
 
 
 def _matmul(first: Any, second: Any) -> Tensor:
-    """``first @ second``, of which one is a view."""
+    """Computes ``first @ second``; one of them is a view."""
     if not isinstance(first, WeightView):
         return _rows_by(first, second)
     if isinstance(second, WeightView) or second.dim() < 2:

@@ -5,7 +5,7 @@ The adapted model runs a step on the meta device while storages are counted as o
 """
 
 from lora_ext.planner.fit import Change, changes_that_fit
-from lora_ext.planner.memory import Memory, Planner, Setup, Sizes, Source
+from lora_ext.planner.memory import PRECISIONS, Memory, Planner, Setup, Sizes, Source
 from lora_ext.planner.optimizers import OPTIMIZERS, Optimizer
 from lora_ext.planner.scaling import Costs, Hardware, costs, sizes_of
 from lora_ext.planner.step import Step, simulate_forward, simulate_step
@@ -13,6 +13,7 @@ from lora_ext.planner.weights import WEIGHT_DTYPES, WeightDtype
 
 __all__ = [
     "OPTIMIZERS",
+    "PRECISIONS",
     "WEIGHT_DTYPES",
     "Change",
     "Costs",

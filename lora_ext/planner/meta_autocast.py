@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -32,6 +33,9 @@ _WIDEST = re.compile(
 _RETURNS_FLOAT32 = re.compile("cumprod|cumsum|log_softmax|prod|softmax|sum")  # on CUDA, by their argument dtype
 
 
+_one_thread = threading.RLock()  # kernels are registered for the whole process
+
+
 @contextmanager
 def meta_autocast(device: str) -> Iterator[None]:
     """Gives meta tensors the autocast of ``device``, ``"cuda"`` or ``"cpu"``, inside a ``with`` block.
@@ -41,7 +45,8 @@ def meta_autocast(device: str) -> Iterator[None]:
     ``torch.autocast`` ends; other casts are kept only by autograd.
 
     PyTorch's autocast ignores meta tensors. The operators get kernels for a dispatch key that no tensor here has, and
-    that this thread includes. ``torch.clear_autocast_cache``, which ``torch.autocast`` calls, is replaced.
+    that this thread includes; other threads wait for the end of the block. ``torch.clear_autocast_cache``, which
+    ``torch.autocast`` calls, is replaced.
     """
     copies: dict[int, tuple[Tensor, Tensor]] = {}  # by id(parameter): the parameter, which keeps the id, and its copy
     clear = torch.clear_autocast_cache
@@ -50,7 +55,7 @@ def meta_autocast(device: str) -> Iterator[None]:
         copies.clear()
         clear()
 
-    with ExitStack() as stack:
+    with _one_thread, ExitStack() as stack:
         libraries = {
             name: stack.enter_context(torch.library._scoped_library(name, "IMPL")) for name in ("_", "aten", "lora_ext")
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import accumulate
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from lora_ext.planner import Planner, Setup, simulate_step
+from lora_ext.planner.layers import SAMPLES, extrapolated, layer_list
 from lora_ext.planner.meta_autocast import meta_autocast
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -103,6 +105,18 @@ def test_nothing_is_left_behind():
     assert torch.clear_autocast_cache is clear
 
 
+def test_threads_take_turns():
+    x = torch.empty(3, 4, device="meta")
+
+    def dtypes_of(device: str) -> tuple[torch.dtype, torch.dtype]:
+        with meta_autocast(device), torch.autocast("cpu", torch.bfloat16):
+            return x.pow(2).dtype, (x @ x.T).exp().dtype
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(dtypes_of, ["cpu", "cuda"] * 8))
+    assert found == [(torch.float32, torch.bfloat16), (torch.float32, torch.float32)] * 8
+
+
 @pytest.mark.parametrize("cached", [True, False])
 def test_a_trained_weight_is_copied_once_and_a_frozen_one_for_each_use(cached):
     trained, frozen = (nn.Parameter(torch.empty(5, 4, device="meta"), requires_grad=on) for on in (True, False))
@@ -170,6 +184,22 @@ def test_a_step_keeps_and_allocates_as_a_real_one(family, method, dtype, checkpo
         assert abs(step.activations - held) <= 2 * batch["input_ids"].nbytes  # autograd also keeps indices
     least, largest = peaks(lambda: loss().backward())
     assert 0.998 * least <= most(step) <= 1.002 * largest
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("family", "method", "checkpointing"), [("llama", "lora", False), ("bert", "full", True)])
+def test_a_deep_model_is_extrapolated_exactly(family, method, checkpointing):
+    source, count = source_of(family, method, layers=6), 6
+
+    def step(number: int):
+        model, batch = source.model(torch.float32, number, checkpointing), inputs(source, "meta")
+        layers = layer_list(model, number)
+        return simulate_step(model, lambda model: model(**batch).loss, layers, autocast=torch.bfloat16)
+
+    predicted, whole = extrapolated({number: step(number) for number in SAMPLES}, count), step(count)
+    assert predicted.activations == whole.activations
+    assert predicted.peaks.items() <= whole.peaks.items()
+    assert most(predicted) == most(whole)
 
 
 def test_the_planner_passes_the_precision_on():

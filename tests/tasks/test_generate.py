@@ -253,6 +253,11 @@ def test_refusals(directory: Path, capsys, monkeypatch, options: list[str], mess
         ),
         ("x.jsonl", b'{"messages": []}', "line 1: has no messages"),
         ("x.jsonl", b'{"messages": [{"role": "user"}]}', 'message 1 is {"role": "user"}, want texts for role and cont'),
+        (
+            "x.jsonl",
+            b'{"messages": [{"role": "users", "content": "a"}]}',
+            'line 1: message 1 has the role "users", want one of system, developer, user, assistant, tool',
+        ),
         ("x.jsonl", b'{"messages": [{"role": "assistant", "content": "a"}]}', "the last message is the assistant's"),
         ("x.jsonl", b'{"prompt": " "}', "x.jsonl, line 1: is empty"),
     ],

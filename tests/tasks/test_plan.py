@@ -398,7 +398,7 @@ def test_warnings(bert_directory, gpt2_directory, capsys):
     assert plan(PlanSettings(language, texts=adapter // 32))["warnings"] == []
     (warning,) = plan(PlanSettings(language, texts=adapter // 32 + 1))["warnings"]
     assert f"the adapter has {adapter:,} parameters for {32 * (adapter // 32 + 1):,} tokens" in warning
-    assert warning.endswith("as many parameters need --r 3, or --target-modules all-linear")
+    assert warning.endswith("as many parameters need --r 3, or a smaller rank with --target-modules all-linear")
     assert plan(PlanSettings(language.with_method("full"), texts=10**9))["warnings"] == []
 
     assert plan(PlanSettings(language, accumulation_steps=4))["warnings"] == []

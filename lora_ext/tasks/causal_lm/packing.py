@@ -1,4 +1,4 @@
-"""Puts several texts into one row, and makes batches in which no text sees another."""
+"""Puts several texts into one row, and makes batches where no text sees another."""
 
 from __future__ import annotations
 

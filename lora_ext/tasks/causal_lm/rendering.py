@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError, UndefinedError
+from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
 from transformers import PreTrainedTokenizerBase
 
 from lora_ext.files import open_regular
@@ -38,7 +38,10 @@ class Encoded(NamedTuple):
 
 
 def use_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """Gives the tokenizer the chat template in the file ``path``. TaskError: it cannot be read."""
+    """Gives the tokenizer the chat template in the file ``path``.
+
+    TaskError: it cannot be read, or is no Jinja template.
+    """
     try:
         with open_regular(Path(path)) as file:
             content = file.read(_LARGEST_TEMPLATE + 1)
@@ -51,6 +54,12 @@ def use_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
         raise TaskError(f"--chat-template-file {path}: not UTF-8 ({error.reason})") from error
     except ValueError as error:
         raise TaskError(f"--chat-template-file: {error}") from error
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise TaskError(f"--chat-template-file {path}, line {error.lineno}: {error.message}") from error
+    except Exception:  # the line that the template refuses will say more
+        pass
 
 
 class Renderer:

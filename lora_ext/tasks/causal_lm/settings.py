@@ -18,7 +18,7 @@ METHODS = ("lora", "full", "bitfit", "adapter-h", "adapter-l", "adapter-p", "ada
 _OF_CLASSIFIERS = ("label_column", "pooling", "class_weights", "trim_vocabulary")
 
 LONG_TEXTS = ("refuse", "drop", "truncate")
-"""What happens to texts of more than ``max_length`` tokens; truncate cuts their ends."""
+"""Treatments of texts of more than ``max_length`` tokens; truncate cuts their ends."""
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ SCHEDULES = {"linear": "linear", "constant": "constant_with_warmup"}
 """Learning rate after the warm-up: falls to 0, or stays constant. Values are the names in transformers."""
 
 BEST_METRICS = ("loss", "accuracy", "macro_f1", "weighted_f1")
-"""Validation scores by which the best epoch's weights can be kept."""
+"""Validation scores that can choose the best epoch's weights."""
 
 INPUTS = ("model", "data", "validation_file", "test_file")
 """Options that name an input: a file, a directory, the id of a model, or None."""

@@ -15,7 +15,7 @@ from lora_ext.tasks.shared import team
 
 
 def training_arguments(settings: Settings, out: Path, texts: int) -> TrainingArguments:
-    """Returns the arguments of a run in ``out`` on so many ``texts``; ``settings.set`` wins over what is set here.
+    """Returns the arguments of a run in ``out`` on ``texts`` texts; values of ``settings.set`` win.
 
     Raises:
         TaskError: transformers refuses a value of ``--set``.

@@ -1,7 +1,7 @@
 """``--trim-vocabulary``: a tokenizer and an embedding with the tokens that some texts use, and few more.
 
 The embedding of a multilingual model is most of the model: of multilingual-e5-small's 118 million parameters, 96
-million, for 250,037 tokens, of which a task in one language uses a few thousand.
+million, for 250,037 tokens; a task in one language uses a few thousand of them.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from lora_ext.tasks import TaskError
 
 _MOST_BYTES = 50_000_000
 _LAST_TOKENS = 8  # among the last tokens of a chat is the one that ends an answer
+_ROLES = ("system", "developer", "user", "assistant", "tool")  # those of chat templates
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,11 @@ def _object(where: str, line: str) -> Prompt:
         if not all(isinstance(fields.get(key), str) and fields[key] for key in ("role", "content")):
             raise TaskError(
                 f"{where}: message {number} is {json.dumps(message)[:100]}, want texts for role and content"
+            )
+        if fields["role"] not in _ROLES:
+            raise TaskError(
+                f"{where}: message {number} has the role {json.dumps(fields['role'])[:100]}, want one of "
+                f"{', '.join(_ROLES)}"
             )
     if found[-1]["role"] == "assistant":
         raise TaskError(f"{where}: the last message is the assistant's, so there is nothing to answer; leave it out")

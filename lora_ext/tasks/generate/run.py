@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,16 +12,15 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.causal_lm.decoder import Decoder, load_decoder
+from lora_ext.tasks.causal_lm.rendering import use_template
 from lora_ext.tasks.generate.chosen_adapters import BASE, load_adapters, named_adapters, using
 from lora_ext.tasks.generate.prompts import Prompt, as_chat, end_tokens, token_ids
 from lora_ext.tasks.shared import provenance
 
-_LARGEST_TEMPLATE = 1_000_000  # bytes
-
 
 @dataclass(frozen=True)
 class GenerateSettings:
-    """What to generate with.
+    """Settings of ``lora-ext generate``.
 
     Attributes:
         model: a directory, a hub id, or a GGUF file.
@@ -108,7 +106,7 @@ def generate(
     decoder = load_decoder(settings.model, getattr(torch, settings.dtype))
     model, tokenizer = decoder.model, decoder.tokenizer
     if settings.chat_template_file is not None:
-        tokenizer.chat_template = _template(settings.chat_template_file)
+        use_template(tokenizer, settings.chat_template_file)
     if settings.chat or settings.system is not None:
         prompts = [as_chat(prompt, settings.system) for prompt in prompts]
     encoded = [_checked_ids(prompt, decoder) for prompt in prompts]
@@ -139,18 +137,6 @@ def generate(
 
 def _content(prompt: Prompt) -> str | list[dict[str, str]]:
     return prompt.text if prompt.messages is None else list(prompt.messages)
-
-
-def _template(path: str) -> str:
-    try:
-        content = Path(path).read_bytes()
-        if len(content) > _LARGEST_TEMPLATE:
-            raise TaskError(f"--chat-template-file {path}: larger than {_LARGEST_TEMPLATE:,} bytes")
-        return content.decode("utf-8-sig")
-    except OSError as error:
-        raise TaskError(f"--chat-template-file {path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise TaskError(f"--chat-template-file {path}: not UTF-8 ({error.reason})") from error
 
 
 def _checked_ids(prompt: Prompt, decoder: Decoder) -> list[int]:

@@ -1,4 +1,4 @@
-"""What a plan says beyond its figures: the options of finetune for a change, and warnings for LoRA.
+"""Translates a plan into options of finetune, and warns where LoRA may fall behind full fine-tuning.
 
 The warnings follow "LoRA Without Regret" (J. Schulman and Thinking Machines Lab 2025, doi 10.64434/tml.20250929).
 """
@@ -90,9 +90,10 @@ def warnings(
     if adapter_parameters < bits:
         what = f"{texts * seq_len:,} tokens" if num_labels is None else f"{texts:,} labels ({bits:,.0f} bits)"
         rank = math.ceil(settings.r * bits / adapter_parameters)
+        all_linear = settings.target_modules == "all-linear"
         found.append(
             f"the adapter has {adapter_parameters:,} parameters for {what}: where the data hold more than the adapter, "
             f"LoRA learns less than full fine-tuning; as many parameters need --r {rank}"
-            + ("" if settings.target_modules == "all-linear" else ", or --target-modules all-linear")
+            + ("" if all_linear else ", or a smaller rank with --target-modules all-linear")
         )
     return found

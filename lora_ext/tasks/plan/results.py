@@ -98,9 +98,9 @@ def _devices(plan: Mapping[str, Any]) -> list[str]:
         traffic = run["gathered_bytes"] + run["scattered_bytes"]
         lines += [
             f"  {name}: {readable(run['memory'])} at the peak",
-            f"  {name}: receives {readable(traffic)} for FSDP2, of which {readable(run['adapter_gathered_bytes'])} for "
-            f"trained parameters; {readable(run['reduced_bytes'])} for split layers, of which "
-            f"{readable(run['adapter_reduced_bytes'])} for adapters",
+            f"  {name}: receives {readable(traffic)} for FSDP2 ({readable(run['adapter_gathered_bytes'])} for "
+            f"trained parameters), {readable(run['reduced_bytes'])} for split layers "
+            f"({readable(run['adapter_reduced_bytes'])} for adapters)",
             f"  {name}: a step takes {run['step_seconds']:.3g} s: arithmetic {run['compute_seconds']:.3g} s, meanwhile "
             f"FSDP2 {run['sharding_seconds']:.3g} s, then split layers {run['reduce_seconds']:.3g} s; "
             f"{run['tokens_per_second']:,.0f} tokens per second on all devices",

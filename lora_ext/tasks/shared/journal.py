@@ -1,4 +1,4 @@
-"""A journal of results, one JSON line each, from which an interrupted run resumes."""
+"""A journal of results, one JSON line each; an interrupted run resumes from it."""
 
 from __future__ import annotations
 
