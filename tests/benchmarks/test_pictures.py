@@ -4,11 +4,13 @@ import json
 import sys
 from pathlib import Path
 
+from support.optional import Image, matplotlib  # noqa: F401
+
+# isort: split
 import plots
 import pytest
 import run_all
 from support import small_benchmarks
-from support.optional import Image, matplotlib  # noqa: F401
 
 pytestmark = [pytest.mark.cpu_only("runs the scripts on the CPU"), pytest.mark.full]
 
