@@ -1,19 +1,16 @@
 """Tests benchmarks/predictions.py: its arithmetic, docs/performance.md, and that docs call predictions predicted."""
 
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import predictions
 import pytest
+from harness import stages
+from harness.shapes import Shape, SiblingShape
+from predictions import MAIN, Card, Step
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import predictions  # noqa: E402
-from harness import stages  # noqa: E402
-from harness.shapes import Shape, SiblingShape  # noqa: E402
-from predictions import MAIN, Card, Step  # noqa: E402
 
 pytestmark = pytest.mark.cpu_only("is arithmetic")
 

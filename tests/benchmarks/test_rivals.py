@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("peft")
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import bench_layer
 from harness import rivals

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors import deserialize
 from safetensors.torch import load_file, save_file
-from support.checkpoint_files import assert_same_bits, peft_adapter, save_checkpoint, snapshot, tensors_of
+from support.checkpoint_files import INDEX, assert_same_bits, peft_adapter, save_checkpoint, snapshot, tensors_of
 from torch import nn
 
 from lora_ext import cli
@@ -28,7 +28,6 @@ from lora_ext.files.safetensors_format import encode_header
 
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
 
-INDEX = "model.safetensors.index.json"
 SHARD = "model-00001-of-00002.safetensors"
 COMMANDS = {
     "merge": ["merge", "--base", "{bad}", "--adapter", "{adapter}", "--out", "{out}"],

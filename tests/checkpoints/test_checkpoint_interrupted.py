@@ -18,11 +18,15 @@ from lora_ext.checkpoints import merge, staging
 pytestmark = [pytest.mark.cpu_only("is about files, which hold CPU tensors"), pytest.mark.full]
 
 
+def make_files(folder: Path) -> tuple[Path, Path]:
+    model = nn.ModuleDict({name: nn.Linear(9, 7) for name in "abc"})
+    peft_adapter(model, folder / "adapter", target_modules=["a", "c"])
+    return save_checkpoint(model.state_dict(), folder / "base", shards=3), folder / "adapter"
+
+
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[Path, Path]:
-    model = nn.ModuleDict({name: nn.Linear(9, 7) for name in "abc"})
-    peft_adapter(model, tmp_path / "adapter", target_modules=["a", "c"])
-    return save_checkpoint(model.state_dict(), tmp_path / "base", shards=3), tmp_path / "adapter"
+    return make_files(tmp_path)
 
 
 # The call, and the number of files that an earlier run may have completed.
@@ -44,34 +48,45 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "mode", "kinds"), FAULTS)
-def test_each_call_that_changes_files_meets_each_fault(files, tmp_path, name, mode, kinds):
-    base, adapter = files
-    command, arguments, options, most_kept = COMMANDS[name]
-    if command != "merge":
-        merge(base, [adapter], tmp_path / "merged")
-        merge(base, [adapter], tmp_path / "recorded", record=True)
-    out = tmp_path / "outputs" / "out"
-    out.parent.mkdir()
-    if mode == "overwrite":
-        save_checkpoint({"x": torch.ones(3)}, out, shards=1)
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory) -> list[dict]:
+    """The outcomes of FAULTS, by kind; one process runs them all, because imports take longer."""
+    calls = []
+    for name, mode, kinds in FAULTS:
+        folder = tmp_path_factory.mktemp("call")
+        base, adapter = make_files(folder)
+        command, arguments, options, _ = COMMANDS[name]
+        if command != "merge":
+            merge(base, [adapter], folder / "merged")
+            merge(base, [adapter], folder / "recorded", record=True)
+        out = folder / "outputs" / "out"
+        out.parent.mkdir()
+        if mode == "overwrite":
+            save_checkpoint({"x": torch.ones(3)}, out, shards=1)
+        call = {"command": command, "arguments": absolute(folder, arguments), "kinds": kinds}
+        call["options"] = {key: absolute(folder, value) for key, value in options.items()}
+        calls.append(call | {"out": str(out), "overwrite": mode == "overwrite"})
+    file = tmp_path_factory.mktemp("calls") / "calls.json"
+    file.write_text(json.dumps(calls))
+    return run_script("offline_commands", file)
 
-    def absolute(value):
-        if isinstance(value, list):
-            return [absolute(one) for one in value]
-        return str(tmp_path / value) if isinstance(value, str) and (tmp_path / value).exists() else value
 
-    call = {"command": command, "arguments": absolute(arguments)}
-    call["options"] = {key: absolute(value) for key, value in options.items()}
-    (tmp_path / "call.json").write_text(json.dumps(call))
-    outcomes = run_script("offline_commands", tmp_path / "call.json", out, mode, *kinds)
-    assert tuple(outcomes) == kinds
-    for kind in [kind for kind in KINDS if kind in outcomes]:
-        outcome = outcomes[kind]
-        assert outcome["calls"] >= 10
+def absolute(folder: Path, value):
+    if isinstance(value, list):
+        return [absolute(folder, one) for one in value]
+    return str(folder / value) if isinstance(value, str) and (folder / value).exists() else value
+
+
+@pytest.mark.parametrize("number", range(len(FAULTS)), ids=[f"{name}, {mode}" for name, mode, _ in FAULTS])
+def test_each_call_that_changes_files_meets_each_fault(outcomes, number):
+    name, _, kinds = FAULTS[number]
+    found, most_kept = outcomes[number], COMMANDS[name][3]
+    assert tuple(found) == kinds
+    for kind in [kind for kind in KINDS if kind in found]:
+        assert found[kind]["calls"] >= 10
         if kind != "read-only":
-            assert set(outcome["kept"]) == set(range(most_kept + 1)), kind  # complete files were not made again
-    assert outcomes["kill"]["left"] > 0
+            assert set(found[kind]["kept"]) == set(range(most_kept + 1)), kind  # complete files were not made again
+    assert found["kill"]["left"] > 0
 
 
 def stop(files, out: Path, monkeypatch, after: int, killed: bool = False, **options) -> None:

@@ -1,36 +1,33 @@
+"""merge of checkpoints: values against PEFT, and bits."""
+
 from __future__ import annotations
 
 import copy
 import json
-import shutil
-import warnings
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoint_files import (
     EVERY_LAYER,
+    INDEX,
     EveryLayer,
     assert_same_bits,
     merged_by_peft,
     peft_adapter,
+    refused,
     save_checkpoint,
-    snapshot,
     tensors_of,
 )
 from support.models import bert, gpt2, llama
-from support.processes import run_python
 from torch import Tensor, nn
 
 import lora_ext
-from lora_ext import cli, load_adapter
+from lora_ext import load_adapter
 from lora_ext.checkpoints import merge
 from lora_ext.checkpoints import merged_rows as merging
 
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
-
-INDEX = "model.safetensors.index.json"
 
 
 def assert_close_to(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -40,6 +37,7 @@ def assert_close_to(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> N
 
 
 # --- against PEFT -----------------------------------------------------------------------------------------------------
+
 
 FAMILIES = [
     (bert, {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
@@ -133,6 +131,32 @@ def test_grouped_convolutions(tmp_path):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_prefixes_of_the_base_may_differ(tmp_path):
+    whole = bert()
+    for name, model, adapted in (("longer", whole.bert, whole), ("shorter", whole, whole.bert)):
+        model.save_pretrained(tmp_path / name / "base", max_shard_size="8KB")
+        merged = merged_by_peft(peft_adapter(adapted, tmp_path / name / "adapter", target_modules=["query"]))
+        merge(tmp_path / name / "base", [tmp_path / name / "adapter"], tmp_path / name / "out")
+        expected = {key.removeprefix("bert."): tensor for key, tensor in merged.items()}
+        actual = {key.removeprefix("bert."): t for key, t in tensors_of(tmp_path / name / "out").items()}
+        shared = actual.keys() & expected.keys()
+        assert len(shared) == len(whole.bert.state_dict())
+        assert_close_to({key: actual[key] for key in shared}, {key: expected[key] for key in shared})
+        assert not torch.equal(
+            actual["encoder.layer.0.attention.self.query.weight"],
+            whole.bert.encoder.layer[0].attention.self.query.weight,
+        )
+
+
+def test_a_new_head_is_added(tmp_path):
+    model = bert()
+    tensors = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith("classifier")}
+    save_checkpoint(tensors, tmp_path / "base")
+    adapted = peft_adapter(model, tmp_path / "adapter", target_modules=["query"], task_type="SEQ_CLS")
+    assert merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", verify=True).added == 2
+    assert_close_to(tensors_of(tmp_path / "out"), merged_by_peft(adapted))
+
+
 # --- to the bit -------------------------------------------------------------------------------------------------------
 
 
@@ -214,150 +238,6 @@ def test_conversion_to_another_dtype(tmp_path):
         assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in converted.values())
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def llama_files(tmp_path: Path) -> tuple[Path, Path]:
-    """A sharded checkpoint and an adapter for it."""
-    model = llama()
-    model.save_pretrained(tmp_path / "base", max_shard_size="8KB")
-    peft_adapter(model, tmp_path / "adapter", target_modules=["q_proj", "up_proj"])
-    return tmp_path / "base", tmp_path / "adapter"
-
-
-def test_other_files_are_copied_and_other_weights_are_not(llama_files, tmp_path):
-    base, adapter = llama_files
-    for name in ("tokenizer.json", "1_Pooling/config.json", "modeling_own.py"):
-        (base / name).parent.mkdir(exist_ok=True)
-        (base / name).write_text(name)
-    for name in ("pytorch_model.bin", "model.gguf", ".cache/x"):
-        (base / name).parent.mkdir(exist_ok=True)
-        (base / name).write_text(name)
-    report = merge(base, [adapter], tmp_path / "out")
-    assert report.skipped == ["model.gguf", "pytorch_model.bin"]
-    assert {name: (tmp_path / "out" / name).read_text() for name in ("tokenizer.json", "1_Pooling/config.json")} == {
-        "tokenizer.json": "tokenizer.json",
-        "1_Pooling/config.json": "1_Pooling/config.json",
-    }
-    assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
-    assert not list((tmp_path / "out").rglob("*.bin")) + list((tmp_path / "out").rglob("x"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "out"]
-    names = json.loads((base / INDEX).read_text())["weight_map"]
-    assert json.loads((tmp_path / "out" / INDEX).read_text())["weight_map"] == names
-
-
-def test_shards_of_another_size(llama_files, tmp_path):
-    base, adapter = llama_files
-    merge(base, [adapter], tmp_path / "same")
-    report = merge(base, [adapter], tmp_path / "small", shard_bytes=4000, verify=True)
-    assert report.files > 3
-    for file in (tmp_path / "small").glob("*.safetensors"):
-        tensors = load_file(file)
-        assert sum(tensor.nbytes for tensor in tensors.values()) <= 4000 or len(tensors) == 1
-    merge(base, [adapter], tmp_path / "one", shard_bytes=10**9)
-    assert [file.name for file in (tmp_path / "one").glob("*.safetensors*")] == ["model.safetensors"]
-    for out in ("small", "one"):
-        assert_same_bits(tensors_of(tmp_path / out), tensors_of(tmp_path / "same"))
-        llama().from_pretrained(tmp_path / out)
-
-
-def test_a_single_file_stays_one(tmp_path):
-    model = bert()
-    model.save_pretrained(tmp_path / "base")
-    peft_adapter(model, tmp_path / "adapter", target_modules=["query"])
-    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
-    merge(tmp_path / "base" / "model.safetensors", [tmp_path / "adapter"], tmp_path / "lone")
-    assert [path.name for path in (tmp_path / "lone").iterdir()] == ["model.safetensors"]
-    assert_same_bits(tensors_of(tmp_path / "lone"), tensors_of(tmp_path / "out"))
-
-
-# --- names ------------------------------------------------------------------------------------------------------------
-
-
-def test_prefixes_of_the_base_may_differ(tmp_path):
-    whole = bert()
-    for name, model, adapted in (("longer", whole.bert, whole), ("shorter", whole, whole.bert)):
-        model.save_pretrained(tmp_path / name / "base", max_shard_size="8KB")
-        merged = merged_by_peft(peft_adapter(adapted, tmp_path / name / "adapter", target_modules=["query"]))
-        merge(tmp_path / name / "base", [tmp_path / name / "adapter"], tmp_path / name / "out")
-        expected = {key.removeprefix("bert."): tensor for key, tensor in merged.items()}
-        actual = {key.removeprefix("bert."): t for key, t in tensors_of(tmp_path / name / "out").items()}
-        shared = actual.keys() & expected.keys()
-        assert len(shared) == len(whole.bert.state_dict())
-        assert_close_to({key: actual[key] for key in shared}, {key: expected[key] for key in shared})
-        assert not torch.equal(
-            actual["encoder.layer.0.attention.self.query.weight"],
-            whole.bert.encoder.layer[0].attention.self.query.weight,
-        )
-
-
-def test_a_new_head_is_added(tmp_path):
-    model = bert()
-    tensors = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith("classifier")}
-    save_checkpoint(tensors, tmp_path / "base")
-    adapted = peft_adapter(model, tmp_path / "adapter", target_modules=["query"], task_type="SEQ_CLS")
-    assert merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", verify=True).added == 2
-    assert_close_to(tensors_of(tmp_path / "out"), merged_by_peft(adapted))
-
-
-def refused(base: Path, adapters: list[Path], out: Path, *fragments: str, error=ValueError, **options) -> None:
-    """Checks that merge raises ``error`` with every fragment in its text, and changes nothing on disk."""
-    before = snapshot(out.parent)
-    with pytest.raises(error) as caught:
-        merge(base, adapters, out, **options)
-    for fragment in fragments:
-        assert fragment in str(caught.value), str(caught.value)
-    assert snapshot(out.parent) == before
-    assert not [path for path in out.parent.iterdir() if path.name.startswith(f".{out.name}")]
-
-
-def test_tensors_that_do_not_fit_are_listed(llama_files, tmp_path):
-    _, adapter = llama_files
-    bert().save_pretrained(tmp_path / "bert")
-    paths = [f"model.layers.{i}.{part}.weight" for i in (0, 1) for part in ("self_attn.q_proj", "mlp.up_proj")]
-    refused(tmp_path / "bert", [adapter], tmp_path / "out", *(f"not in the base: {path}" for path in paths))
-
-    wider = llama()
-    wider.model.layers[1].mlp.up_proj = nn.Linear(16, 25, bias=False)
-    save_checkpoint(wider.state_dict(), tmp_path / "wider")
-    refused(tmp_path / "wider", [adapter], tmp_path / "out", "shape of model.layers.1.mlp.up_proj.weight: [25, 16]")
-
-    quantised = {key: t.to(torch.int8) if "q_proj" in key else t for key, t in llama().state_dict().items()}
-    save_checkpoint(quantised, tmp_path / "int8")
-    refused(tmp_path / "int8", [adapter], tmp_path / "out", "dtype of model.layers.0.self_attn.q_proj.weight: I8")
-
-
-def test_names_with_several_places_are_refused(tmp_path):
-    model = nn.ModuleDict({"lin": nn.Linear(4, 4)})
-    peft_adapter(model, tmp_path / "adapter", target_modules=["lin"])
-    weights = {f"{name}.lin.{part}": torch.ones(4, 4) for name in ("left", "right") for part in ("weight",)}
-    save_checkpoint(weights, tmp_path / "base", shards=1)
-    refused(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", "lin.weight may be any of left.lin.weight, ri")
-
-
-def test_adapters_that_replace_the_same_are_refused(tmp_path):
-    model = bert()
-    model.save_pretrained(tmp_path / "base")
-    for name in "xy":
-        peft_adapter(model, tmp_path / name, target_modules=["query"], task_type="SEQ_CLS")
-    refused(tmp_path / "base", [tmp_path / "x", tmp_path / "y"], tmp_path / "out", "classifier.weight: replaced by two")
-
-
-def test_values_that_are_not_finite_are_refused(llama_files, tmp_path):
-    base, adapter = llama_files
-    path = adapter / "adapter_model.safetensors"
-    tensors = load_file(path)
-    key = next(key for key in tensors if "layers.1.self_attn.q_proj.lora_A" in key)
-    tensors[key][0, 0] = float("nan")
-    save_file(tensors, path)
-    refused(base, [adapter], tmp_path / "out", "layers.1.self_attn.q_proj.weight", "the adapter has NaN")
-    tensors[key][0, 0] = 1e30
-    save_file(tensors, path)
-    refused(base, [adapter], tmp_path / "out", "that torch.float16 cannot hold", dtype=torch.float16)
-
-
 # --- ties -------------------------------------------------------------------------------------------------------------
 
 
@@ -368,14 +248,10 @@ def test_tied_weights_are_refused_or_untied(target, tmp_path):
     untied = llama()
     untied.load_state_dict(model.state_dict())
     adapted = peft_adapter(untied, tmp_path / "adapter", target_modules=["q_proj", target])
-    refused(
-        tmp_path / "base",
-        [tmp_path / "adapter"],
-        tmp_path / "out",
-        "model.embed_tokens.weight and lm_head.weight are tied",
-        "untie",
-    )
-    report = merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", untie=True, verify=True)
+    paths = tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out"
+    with refused(paths[2], ValueError, "model.embed_tokens.weight and lm_head.weight are tied", "untie"):
+        merge(*paths)
+    report = merge(*paths, untie=True, verify=True)
     assert report.added == 1
     merged = type(model).from_pretrained(tmp_path / "out")
     assert merged.config.tie_word_embeddings is False
@@ -399,145 +275,3 @@ def test_an_adapter_of_both_tied_weights_keeps_them_tied(settings, tmp_path):
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
     x = torch.arange(10)[None]
     torch.testing.assert_close(merged(x).logits, adapted(x).logits, rtol=1e-4, atol=1e-4)
-
-
-# --- bad input --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "a/../../b.safetensors", "", 3, "..\\x"])
-def test_an_index_must_not_lead_out_of_its_directory(llama_files, tmp_path, name):
-    base, adapter = llama_files
-    index = json.loads((base / INDEX).read_text())
-    index["weight_map"]["model.norm.weight"] = name
-    (base / INDEX).write_text(json.dumps(index))
-    shutil.copy(next(base.glob("*.safetensors")), tmp_path / "other.safetensors")
-    refused(base, [adapter], tmp_path / "out", f"names the file {name!r}, want a name")
-
-
-def test_an_index_that_lies(llama_files, tmp_path):
-    base, adapter = llama_files
-    index = json.loads((base / INDEX).read_text())
-    names = sorted(set(index["weight_map"].values()))
-    moved = next(key for key, name in index["weight_map"].items() if name == names[0])
-    wrong = index | {"weight_map": index["weight_map"] | {moved: names[1], "extra": names[0]}}
-    (base / INDEX).write_text(json.dumps(wrong))
-    refused(base, [adapter], tmp_path / "out", f"not in {names[1]}: {moved}", f"not in {names[0]}: extra")
-    (base / INDEX).write_text("[]")
-    refused(base, [adapter], tmp_path / "out", f"{INDEX} holds a list, want an object")
-    (base / INDEX).write_text(json.dumps(index))
-    (base / names[0]).rename(tmp_path / "elsewhere")
-    refused(base, [adapter], tmp_path / "out", f"missing:\n  {names[0]}", error=FileNotFoundError)
-
-
-def test_missing_and_corrupted_checkpoints(llama_files, tmp_path):
-    base, adapter = llama_files
-    refused(tmp_path / "none", [adapter], tmp_path / "out", "none is missing", error=FileNotFoundError)
-    refused(adapter, [adapter], tmp_path / "out", "has no model.safetensors", error=FileNotFoundError)
-    refused(base, [base], tmp_path / "out", "adapter_config.json is missing", error=FileNotFoundError)
-    refused(base, [], tmp_path / "out", "no adapter is given")
-    shard = sorted(base.glob("*.safetensors"))[1]
-    content = shard.read_bytes()
-    changed = content.replace(b'"shape":[16', b'"shape":[17', 1)
-    assert changed != content
-    for wrong in (content[:-4], content[:20], b"", changed, b"\xff" * 100):
-        shard.write_bytes(wrong)
-        refused(base, [adapter], tmp_path / "out", f"{shard} is corrupted")
-
-
-def test_out_must_be_new_and_apart(llama_files, tmp_path):
-    base, adapter = llama_files
-    for out in (base, adapter, tmp_path):
-        refused(base, [adapter], out, "choose another directory", error=(ValueError, FileExistsError))
-        refused(base, [adapter], out, "choose another directory", overwrite=True)
-    merge(base, [adapter], tmp_path / "out")
-    refused(base, [adapter], tmp_path / "out", "out exists", error=FileExistsError)
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "text").write_text("dear")
-    for overwrite, text in ((False, "notes exists"), (True, "holds no safetensors file: it is not overwritten")):
-        refused(base, [adapter], tmp_path / "notes", text, error=FileExistsError, overwrite=overwrite)
-    (tmp_path / "file").write_text("dear")
-    refused(base, [adapter], tmp_path / "file", "is no directory", error=FileExistsError, overwrite=True)
-
-    (tmp_path / "out" / "old").write_text("old")
-    merge(base, [adapter], tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "old").exists()
-    (tmp_path / "empty").mkdir()
-    merge(base, [adapter], tmp_path / "empty")
-    assert snapshot(tmp_path / "empty") == snapshot(tmp_path / "out")
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-
-
-def test_a_full_disk_is_met_before_anything_is_written(llama_files, tmp_path, monkeypatch):
-    base, adapter = llama_files
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=20_000))
-    with pytest.raises(OSError, match=r"takes 0\.00 GB more, but its disk has 0\.00 GB free"):
-        merge(base, [adapter], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-# --- memory -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.full
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads VmHWM")
-def test_resident_memory_does_not_grow_with_the_checkpoint(tmp_path):
-    """A merge takes at most 1.5 times the largest tensor and 75 MB more than importing torch; bench_offline_merge.py
-    measures a checkpoint of 2.2 GB."""
-    weights = {f"layers.{i}.weight": torch.randn(2048, 4096).to(torch.bfloat16) for i in range(23)}
-    weights["embed.weight"] = torch.randn(8192, 4096).to(torch.bfloat16)
-    save_checkpoint(weights, tmp_path / "base", shards=6)
-    total, largest = sum(t.nbytes for t in weights.values()), max(t.nbytes for t in weights.values())
-    factors = {}
-    for key, (rows, cols) in ((key, tensor.shape) for key, tensor in weights.items()):
-        path = f"base_model.model.{key.removesuffix('.weight')}"
-        if key.startswith("embed"):
-            factors[f"{path}.lora_embedding_A"] = torch.randn(4, rows) * 0.01
-            factors[f"{path}.lora_embedding_B"] = torch.randn(cols, 4)
-        else:
-            factors[f"{path}.lora_A.weight"] = torch.randn(4, cols) * 0.01
-            factors[f"{path}.lora_B.weight"] = torch.randn(rows, 4)
-    (tmp_path / "adapter").mkdir()
-    save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": "all-linear"}
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    script = """
-import sys
-import torch
-
-def resident():
-    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
-
-imported = resident()
-from lora_ext.checkpoints import merge
-report = merge(sys.argv[1], [sys.argv[2]], sys.argv[3], record=True, verify=True)
-assert report.merged == 24
-print(resident() - imported)
-"""
-    done = run_python("-c", script, *(tmp_path / name for name in ("base", "adapter", "out")))
-    assert done.returncode == 0, done.stderr
-    bound = 1.5 * largest + 75e6
-    assert total > bound, "or a process that holds all of it would pass"
-    assert 1024 * int(done.stdout) < bound
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
-def test_command(llama_files, tmp_path, capsys):
-    base, adapter = llama_files
-    arguments = ["merge", "--base", str(base), "--adapter", str(adapter), "--out", str(tmp_path / "out")]
-    assert cli.main([*arguments, "--verify", "--shard-size", "6KB"]) == 0
-    output = capsys.readouterr().out
-    assert f"{tmp_path / 'out'}: 4 tensors merged, 0 replaced, 17 copied" in output
-    assert output.strip().endswith("verified")
-    assert cli.main(arguments) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("lora-ext: error: ")
-    assert "out exists" in error
-    assert cli.main([*arguments, "--overwrite", "--dtype", "bfloat16", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["merged"] == 4
-    with pytest.raises(SystemExit) as caught, warnings.catch_warnings():
-        cli.main([*arguments, "--shard-size", "many"])
-    assert caught.value.code == 2
-    assert "'many', want a size such as 5GB or 500MB" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from support.checkpoint_files import (
     EveryLayer,
     assert_same_bits,
     peft_adapter,
+    refused,
     save_checkpoint,
     snapshot,
     tensors_of,
@@ -25,14 +26,9 @@ from lora_ext.checkpoints import merged_rows as merging
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
 
 
-def refused(merged: Path, out: Path, error: type[Exception], *fragments: str, **options) -> None:
-    """Checks that unmerge raises ``error`` with every fragment in its text, and changes nothing on disk."""
-    before = snapshot(out.parent)
-    with pytest.raises(error) as caught:
+def refuses(merged: Path, out: Path, error: type[Exception], *fragments: str, **options) -> None:
+    with refused(out, error, *fragments):
         unmerge(merged, out, **options)
-    for fragment in fragments:
-        assert fragment in str(caught.value), str(caught.value)
-    assert snapshot(out.parent) == before
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -101,11 +97,11 @@ def test_without_a_record_the_update_is_subtracted(files):
 
 
 def test_merges_that_cannot_be_undone_are_refused(files):
-    refused(files / "plain", files / "out", ValueError, "plain has no merge_record", "give the adapters")
-    refused(files / "recorded", files / "out", ValueError, "has a record of its merge", adapters=[files / "adapter"])
+    refuses(files / "plain", files / "out", ValueError, "plain has no merge_record", "give the adapters")
+    refuses(files / "recorded", files / "out", ValueError, "has a record of its merge", adapters=[files / "adapter"])
     model = nn.ModuleDict({"a": nn.Linear(300, 20), "b": nn.Linear(9, 7)})
     peft_adapter(model, files / "full", target_modules=["a"], modules_to_save=["b"])
-    refused(files / "plain", files / "out", ValueError, "only a record has", "b.weight", adapters=[files / "full"])
+    refuses(files / "plain", files / "out", ValueError, "only a record has", "b.weight", adapters=[files / "full"])
     for options in ({"dtype": torch.bfloat16}, {"untie": True}):
         with pytest.raises(ValueError, match="record goes without dtype and untie"):
             merge(files / "base", [files / "adapter"], files / "out", record=True, **options)
@@ -116,7 +112,7 @@ def test_a_checkpoint_that_was_changed_since_is_refused(files):
     tensors = load_file(file)
     tensors["a.weight"][3, 5] += 1
     save_file(tensors, file)
-    refused(files / "recorded", files / "out", ValueError, "a.weight was changed since it was merged")
+    refuses(files / "recorded", files / "out", ValueError, "a.weight was changed since it was merged")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff" * 50])
@@ -124,12 +120,12 @@ def test_a_record_that_is_not_whole_is_refused(files, content):
     path = files / "recorded" / "merge_record" / "model-00001-of-00002.safetensors"
     path.unlink()
     if content is None:
-        refused(files / "recorded", files / "out", FileNotFoundError, str(path))
+        refuses(files / "recorded", files / "out", FileNotFoundError, str(path))
         return
     path.write_bytes(content)
-    refused(files / "recorded", files / "out", ValueError, f"{path} is corrupted")
+    refuses(files / "recorded", files / "out", ValueError, f"{path} is corrupted")
     save_file({"x": torch.ones(1)}, path)
-    refused(files / "recorded", files / "out", ValueError, f"{path} was changed since the merge wrote it")
+    refuses(files / "recorded", files / "out", ValueError, f"{path} was changed since the merge wrote it")
 
 
 def test_the_record_is_small(tmp_path):

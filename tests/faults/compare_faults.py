@@ -18,8 +18,7 @@ top, kinds, step = Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3])
 out = top / "watched" / "out"
 options = {
     **asdict(Settings()),
-    "model": str(tiny_classifier.save_model(top / "model")),
-    "data": str(tiny_classifier.save_reviews(top / "reviews.csv", tiny_classifier.reviews(40))),
+    **tiny_classifier.save(top, 40),
     "epochs": 1.0,
     "max_length": 32,
     "learning_rate": None,

@@ -19,8 +19,7 @@ from lora_ext.tasks.finetune.settings import Settings
 top, kinds, step, method = Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3]), sys.argv[4]
 out = top / "watched" / "out"
 settings = Settings(
-    model=str(tiny_classifier.save_model(top / "model")),
-    data=str(tiny_classifier.save_reviews(top / "reviews.csv", tiny_classifier.reviews(40))),
+    **tiny_classifier.save(top, 40),
     epochs=1.5,
     batch_size=16,
     max_length=32,

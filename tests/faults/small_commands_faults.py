@@ -33,12 +33,10 @@ def draw(analysis: dict[str, Any], out: Path) -> list[str]:
 
 
 analyze.results.draw = draw
-model = tiny_classifier.save_model(top / "model")
-data = tiny_classifier.save_reviews(top / "reviews.csv", tiny_classifier.reviews(40))
-settings = Settings(model=str(model), data=str(data), epochs=1.0, max_length=32, target_modules="query")
+settings = Settings(**tiny_classifier.save(top, 40), epochs=1.0, max_length=32, target_modules="query")
 tuned = top / "tuned"
 assert attempt(lambda: finetune(settings, tuned, measure=False, say=print), Fault(tuned)).ended == "returned"
-planned = PlanSettings(Settings(model=str(model), max_length=32), num_labels=5)
+planned = PlanSettings(Settings(model=settings.model, max_length=32), num_labels=5)
 counted = plan.plan(planned)
 plan._count = lambda *arguments: counted  # it is slow and changes no file
 analysed = analyze.AnalysisSettings((str(tuned / "adapter"),), use_base=False)

@@ -204,8 +204,7 @@ def results(directory: Path) -> None:
         (directory / name).parent.mkdir()
         shutil.copy(_RESULTS / name, directory / name)
     with tempfile.TemporaryDirectory() as work:
-        model = tiny_classifier.save_model(Path(work) / "model")
-        reviews = tiny_classifier.save_reviews(Path(work) / "reviews.csv", tiny_classifier.reviews(40))
-        finetune(Settings(model=str(model), data=str(reviews), method="lora", r=2, max_length=32), Path(work) / "run")
+        settings = Settings(**tiny_classifier.save(Path(work), 40), method="lora", r=2, max_length=32)
+        finetune(settings, Path(work) / "run")
         (directory / "run").mkdir()
         shutil.copy(Path(work) / "run" / "metrics.json", directory / "run")

@@ -14,6 +14,7 @@ from support.optional import matplotlib  # noqa: F401
 
 import lora_ext
 from fuzz import area_ops, area_planted, area_values, campaign, functions, ops
+from fuzz.__main__ import main as fuzz_command
 from fuzz.campaign import Campaign
 from fuzz.choices import Choices, smaller
 from fuzz.values import FLOATING, KINDS, LAYOUTS, OVERLAPS, TensorValue
@@ -79,7 +80,7 @@ def planted() -> Campaign:
             (s for s in itertools.count() if Choices(s).pick(area_planted.NAMES) == name), times(name)
         )
     ]
-    return campaign.run("planted", seeds, processor_seconds=2, clock_seconds=6, costly_tries=3)
+    return campaign.run("planted", seeds, processes=1, processor_seconds=2, clock_seconds=6, costly_tries=3)
 
 
 @pytest.mark.parametrize("kind", area_planted.OPS)
@@ -103,16 +104,16 @@ def test_a_planted_reader_is_found(planted, kind):
     assert kind in found, planted.table()
 
 
-def test_the_printed_program_fails_in_the_same_way(planted):
+def test_the_printed_program_fails_in_the_same_way(planted, monkeypatch, capsys):
     found = next(entry for entry in planted.found.values() if entry.finding.function.endswith(".crashes"))
     assert "signal SIGSEGV" in found.text() and f"seed {found.first.seed}" in found.text()
     environment = {"PYTHONPATH": f"{TESTS}:{Path(lora_ext.__file__).parent.parent}"}
     result = subprocess.run([sys.executable, "-c", found.smallest.source], env=environment, capture_output=True)
     assert result.returncode == -11
     choices = ",".join(map(str, found.smallest.choices)) or "0"
-    command = [sys.executable, "-m", "fuzz", "planted", "--replay", choices]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 1 and "FOUND crash: torch.ops.lora_ext_planted.crashes: signal SIGSEGV" in result.stdout
+    monkeypatch.setattr(sys, "argv", ["fuzz", "planted", "--replay", choices])
+    assert fuzz_command() == 1
+    assert "FOUND crash: torch.ops.lora_ext_planted.crashes: signal SIGSEGV" in capsys.readouterr().out
 
 
 def test_all_are_counted(planted):

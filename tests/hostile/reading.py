@@ -40,32 +40,49 @@ def model() -> torch.nn.Module:
     return BertForSequenceClassification(BertConfig(hidden_size=WIDTH, intermediate_size=2 * WIDTH))
 
 
-def limited(action: Callable[[], object]) -> dict:
-    """Runs ``action`` in a forked process; returns "error", "message", "trace", "seconds" and "megabytes"."""
+Case = tuple[str, str | None, Callable[[], object]]
+"""A name, words of the error ("": no error; None: any or none), and the action."""
+
+
+def limited(cases: list[Case]) -> Iterator[list]:
+    """Runs the cases one after the other in a forked process, which is replaced when it ends early.
+
+    Yields:
+        a case's name, its words and a report: "error", "message", "trace", "seconds" and "megabytes".
+    """
     gc.freeze()  # the child's collections leave this process's objects alone, and so share their memory
-    reading, writing = os.pipe()
-    if (child := os.fork()) == 0:
-        status = 1
-        try:
-            resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-            begin, before = time.process_time(), _peak(reset=True)
-            report = {"error": "", "message": "", "trace": ""}
+    while cases:
+        reading, writing = os.pipe()
+        if (child := os.fork()) == 0:
+            status = 1
             try:
-                action()
-            except BaseException as error:
-                lines = traceback.format_exception(error, limit=-3)
-                report = {"error": type(error).__name__, "message": str(error), "trace": "".join(lines)[-2000:]}
-            report |= {"seconds": time.process_time() - begin, "megabytes": _peak() - before}
-            with os.fdopen(writing, "wb") as pipe:
-                pipe.write(json.dumps(report).encode())
-            status = 0
-        finally:
-            os._exit(status)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        report = pipe.read()
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return json.loads(report) if status == 0 else {"error": f"ended with {status}", "message": "", "trace": ""}
+                with os.fdopen(writing, "w") as pipe:
+                    for _, _, action in cases:
+                        print(json.dumps(_run(action)), file=pipe, flush=True)
+                status = 0
+            finally:
+                os._exit(status)
+        os.close(writing)
+        with os.fdopen(reading) as pipe:
+            reports = [json.loads(line) for line in pipe]
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status:
+            reports.append({"error": f"ended with {status}", "message": "", "trace": ""})
+        yield from ([name, words, report] for (name, words, _), report in zip(cases, reports, strict=False))
+        cases = cases[len(reports) :]
+
+
+def _run(action: Callable[[], object]) -> dict:
+    begin, before = time.process_time(), _peak(reset=True)
+    limit = int(begin) + SECONDS + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+    report = {"error": "", "message": "", "trace": ""}
+    try:
+        action()
+    except BaseException as error:
+        lines = traceback.format_exception(error, limit=-3)
+        report = {"error": type(error).__name__, "message": str(error), "trace": "".join(lines)[-2000:]}
+    return report | {"seconds": time.process_time() - begin, "megabytes": _peak() - before}
 
 
 def _peak(reset: bool = False) -> float:
@@ -83,8 +100,8 @@ def factors() -> dict[str, torch.Tensor]:
     return tensors | {f"{name}B.weight": torch.zeros(WIDTH, 2) for name in names}
 
 
-def cases(attacked: str) -> Iterator[tuple[str, str | None, Callable[[], object]]]:
-    """Yields an attack's name, words of the error ("": no error; None: any or none), and the action."""
+def attacks_of(attacked: str) -> Iterator[list[Case]]:
+    """Yields the cases of an attack, which change different objects."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
     config, tensors = directory / "adapter_config.json", directory / "adapter_model.safetensors"
@@ -94,29 +111,32 @@ def cases(attacked: str) -> Iterator[tuple[str, str | None, Callable[[], object]
     if attacked in ("config", "every expression"):
         for name, (content, words) in configs(attacked == "every expression").items():
             config.write_bytes(content if isinstance(content, bytes) else content.encode())
-            yield name, words, lambda: load_adapter(bare, directory)
+            cases = [(name, words, lambda: load_adapter(bare, directory))]
             if not name.startswith(("target_modules", "exclude_modules", "layers_pattern")):  # inspect matches no model
-                yield f"inspect: {name}", None, lambda: inspect(directory)
+                cases.append((f"inspect: {name}", None, lambda: inspect(directory)))
+            yield cases
     elif attacked == "weights":
         adapted, base = inject(model(), LoraConfig.from_dict(SMALL)), directory.parent / "base"
         base.mkdir(exist_ok=True)
         save_file(bare.state_dict(), base / "model.safetensors")
         for name, (content, words) in weights().items():
             tensors.write_bytes(content)
-            yield name, words, lambda: load_adapter(bare, directory)
-            yield f"hotswap: {name}", None, lambda: hotswap_adapter(adapted, directory)
-            yield f"merge: {name}", None, lambda: merge(base, [directory], base.parent / "out", overwrite=True)
-            yield f"inspect: {name}", None, lambda: inspect(directory)
+            yield [
+                (name, words, lambda: load_adapter(bare, directory)),
+                (f"hotswap: {name}", None, lambda: hotswap_adapter(adapted, directory)),
+                (f"merge: {name}", None, lambda: merge(base, [directory], base.parent / "out", overwrite=True)),
+                (f"inspect: {name}", None, lambda: inspect(directory)),
+            ]
     elif attacked == "method":
         config.unlink()
         for name, (content, words) in methods().items():
             (directory / "method.json").write_text(content)
-            yield name, words, lambda: load_method(bare, directory)
+            yield [(name, words, lambda: load_method(bare, directory))]
     else:
         yield from _kinds(bare)
 
 
-def _kinds(bare: torch.nn.Module) -> Iterator[tuple[str, str | None, Callable[[], object]]]:
+def _kinds(bare: torch.nn.Module) -> Iterator[list[Case]]:
     """Yields attacks that replace files by directories, pipes, devices and links."""
     (directory / "method.json").write_text(json.dumps({"methods": [{"name": "bitfit", "options": {}}]}))
     save_file({"a": torch.zeros(1)}, directory / "method.safetensors")
@@ -139,10 +159,10 @@ def _kinds(bare: torch.nn.Module) -> Iterator[tuple[str, str | None, Callable[[]
             make(path)
             for reader in functions:
                 read = (lambda r=reader: r(directory)) if reader is inspect else (lambda r=reader: r(bare, directory))
-                yield f"{reader.__name__}: {name} is a {kind}", words, read
+                yield [(f"{reader.__name__}: {name} is a {kind}", words, read)]
             os.rmdir(path) if kind == "directory" else path.unlink()
         (directory / "kept").rename(path)
 
 
-results = [[name, words, limited(action)] for attacked in attacks for name, words, action in cases(attacked)]
+results = [result for attacked in attacks for cases in attacks_of(attacked) for result in limited(cases)]
 Path(sys.argv[2]).write_text(json.dumps(results))

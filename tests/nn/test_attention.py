@@ -1,94 +1,25 @@
-"""LoraMultiheadAttention against nn.MultiheadAttention with merged weights, and against PEFT."""
+"""LoraMultiheadAttention against nn.MultiheadAttention with merged weights."""
 
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 
-import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from support.attention import E, H, L, N, S, Wrapper, adapted, assert_same, inputs, merged_copy
 from support.merging import same_bits
 from support.models import refused
 from torch import Tensor, nn
 
-from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
+from lora_ext import merge, unmerge
 from lora_ext.adapters import (
-    adapter_status,
-    add_weighted_adapter,
-    delete_adapter,
     disable_adapters,
     lora_modules,
     merge_and_unload,
     set_adapter,
     unload,
 )
-from lora_ext.adapters.hotswap import hotswap_adapter
-from lora_ext.nn import LoraLinear, LoraMultiheadAttention
-
-E, H, N, L, S = 12, 3, 2, 5, 4
-ALIVE = {"r": 2, "lora_alpha": 3, "init_lora_weights": False}
-
-
-class Wrapper(nn.Module):
-    """A model whose ``attention`` is an ``nn.MultiheadAttention``."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(E, H, **{"dtype": torch.float64} | settings)
-        with torch.no_grad():
-            for name, parameter in self.attention.named_parameters():
-                if "bias" in name:  # initially zero
-                    parameter.normal_()
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        return self.attention(*args, **kwargs)
-
-
-def adapted(base: nn.Module, targets: list[str] | str = ("attention",), name: str = "default", **settings) -> nn.Module:
-    return inject(base, LoraConfig(**{"target_modules": targets} | ALIVE | settings), name)
-
-
-def merged_copy(model: Wrapper) -> Wrapper:
-    """The plain model with the active adapters' updates added to its weights."""
-    plain = copy.deepcopy(model)
-    for _, layer in lora_modules(plain):
-        for name in layer.active_adapters:
-            for key, (A, B, scaling) in layer.factors(name).items():
-                layer.matrices()[key].view.add_((scaling * B @ A).detach())
-    return unload(plain)
-
-
-def inputs(kind: str, batch_first: bool, batched: bool, kdim: int = E, vdim: int = E) -> tuple[Tensor, ...]:
-    def tensor(length: int, features: int) -> Tensor:
-        shape = (length, features) if not batched else (N, length, features) if batch_first else (length, N, features)
-        return torch.randn(shape, dtype=torch.float64, requires_grad=True)
-
-    query = tensor(L, E)
-    if kind == "self":
-        return query, query, query
-    key = tensor(S, kdim)
-    return query, key, key if kind == "memory" else tensor(S, vdim)
-
-
-def assert_same(ours: nn.Module, plain: nn.Module, tensors: tuple[Tensor, ...], **kwargs: Any) -> None:
-    """Outputs, attention weights and the gradients of the inputs."""
-    results = []
-    for model in (ours, plain):
-        torch.manual_seed(3)
-        y, weights = model(*tensors, **kwargs)
-        torch.manual_seed(4)
-        loss = (y * torch.randn(y.shape)).sum()
-        loss = loss if weights is None else loss + (weights * torch.randn(weights.shape)).sum()
-        leaves = list(dict.fromkeys(tensors))
-        results.append((y, weights, torch.autograd.grad(loss, leaves)))
-    for ours, plain in zip(*results, strict=True):
-        torch.testing.assert_close(ours, plain)
-
-
-# --- the same function ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
@@ -283,196 +214,6 @@ def test_deepcopy_and_unload():
     unload(model)
     assert model.attention is base and type(base.out_proj).__name__ == "NonDynamicallyQuantizableLinear"
     assert any(lora_modules(before))
-
-
-# --- the modules that inject adapts -----------------------------------------------------------------------------------
-
-
-def encoder(**settings: Any) -> nn.TransformerEncoder:
-    layer = nn.TransformerEncoderLayer(E, 2, 16, dropout=0.0, batch_first=True, dtype=torch.float64, **settings)
-    return nn.TransformerEncoder(layer, 2)
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("targets", [["self_attn"], ["out_proj"], "all-linear"])
-def test_encoder_layers_call_the_adapted_attention(targets, training):
-    base = encoder().train(training)
-    x, padding = torch.randn(N, L, E, dtype=torch.float64), torch.zeros(N, L, dtype=torch.bool)
-    model = adapted(copy.deepcopy(base), targets)
-    kinds = {path: type(layer) for path, layer in lora_modules(model) if "self_attn" in path}
-    wanted = {"layers.0.self_attn": LoraMultiheadAttention, "layers.0.self_attn.base_layer.out_proj": LoraLinear}
-    assert {path: kind for path, kind in kinds.items() if path.startswith("layers.0")} == wanted
-    held = {status.layer for status in adapter_status(model) if status.layer.startswith("layers.0.self")}
-    assert held == wanted.keys() - ({"layers.0.self_attn"} if targets != ["self_attn"] else set())
-    with torch.no_grad():
-        exact = merged_copy(model)(x)
-        assert (exact - base(x)).abs().max() > 1e-2
-        torch.testing.assert_close(model(x), exact)
-        torch.testing.assert_close(model(x, src_key_padding_mask=padding), exact)
-        merge(model.eval())
-        torch.testing.assert_close(model(x), exact)
-
-
-def test_decoder_layers():
-    layer = nn.TransformerDecoderLayer(E, 2, 16, dropout=0.0, batch_first=True, dtype=torch.float64)
-    model = adapted(layer, ["self_attn", "multihead_attn"])
-    x, memory = (torch.randn(N, length, E, dtype=torch.float64) for length in (L, S))
-    mask = nn.Transformer.generate_square_subsequent_mask(L, dtype=torch.float64)
-    kwargs = {"tgt_mask": mask, "tgt_is_causal": True}
-    torch.testing.assert_close(model(x, memory, **kwargs), merged_copy(model)(x, memory, **kwargs))
-
-
-def test_the_attention_stays_wrapped_until_its_last_adapter_goes():
-    model = adapted(Wrapper(), name="a")
-    adapted(model, ["out_proj"], name="b")
-    delete_adapter(model, "a")
-    assert isinstance(model.attention, LoraMultiheadAttention) and not model.attention.adapters
-    x = inputs("self", False, True)
-    assert_same(model, merged_copy(model), x)
-    adapted(model, name="c")
-    delete_adapter(model, "b")
-    set_adapter(model, [])
-    delete_adapter(model, "c")
-    assert type(model.attention) is nn.MultiheadAttention and type(model.attention.out_proj) is not LoraLinear
-
-
-def test_adding_an_adapter_leaves_the_others_trainable():
-    model = adapted(Wrapper(), name="a")
-    adapted(model, name="b")
-    set_adapter(model, ["a", "b"])
-    flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    assert all(flag == ("adapters" in name) for name, flag in flags.items())
-
-
-def test_an_out_proj_trained_in_full_is_not_adapted():
-    model = adapted(Wrapper(), modules_to_save=["out_proj"])
-    assert [path for path, _ in lora_modules(model)] == ["attention"]
-    x = inputs("self", False, True)
-    with torch.no_grad():
-        model.attention.out_proj.adapters.default.bias.add_(1.0)
-    assert (model(*x)[0] - merged_copy(model)(*x)[0]).abs().max() > 0.5  # merged_copy has the original out_proj
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("targets", [["self_attn"], ["self_attn", "linear1"]])
-def test_files_both_ways_with_peft(targets, tmp_path):
-    base = encoder().eval()
-    x = torch.randn(N, L, E, dtype=torch.float64)
-    ours = adapted(copy.deepcopy(base), targets, rank_pattern={"layers.1.self_attn": 4})
-    save_adapter(ours, tmp_path / "ours")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*(missing|unexpected|adapter|key).*")
-        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").train()
-    torch.testing.assert_close(theirs(x), ours(x))  # though PEFT adds the update of out_proj twice
-
-    theirs.save_pretrained(tmp_path / "theirs")
-    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs")]
-    assert files[0].keys() == files[1].keys()
-    assert "base_model.model.layers.0.self_attn.base_layer.out_proj.lora_A.weight" in files[0]
-    again = load_adapter(copy.deepcopy(base), tmp_path / "theirs")
-    torch.testing.assert_close(again(x), ours(x))
-    other = adapted(copy.deepcopy(base), targets, rank_pattern={"layers.1.self_attn": 4})
-    torch.testing.assert_close(hotswap_adapter(other, tmp_path / "theirs")(x), ours(x))
-    assert torch.equal(
-        again.layers[0].self_attn.base_layer.out_proj.adapters.default.lora_B,
-        ours.layers[0].self_attn.base_layer.out_proj.adapters.default.lora_B,
-    )
-
-
-@pytest.mark.parametrize("targets", [["out_proj"], "all-linear"])
-def test_files_of_out_proj_alone_have_pefts_keys(targets, tmp_path):
-    """PEFT never calls such an adapter, but saves it under these keys."""
-    base = encoder().eval()
-    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=targets, **ALIVE))
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours = load_adapter(copy.deepcopy(base), tmp_path / "theirs")
-    save_adapter(ours, tmp_path / "ours")
-    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs")]
-    torch.testing.assert_close(*files, rtol=0, atol=0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*(missing|unexpected|adapter|key).*")
-        peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
-
-
-@pytest.mark.parametrize("targets", [["self_attn"], ["linear1"]])
-@pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_trained_biases_are_pefts(bias, targets, tmp_path):
-    base, x = encoder().train(), torch.randn(N, L, E, dtype=torch.float64)
-    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=targets, bias=bias, **ALIVE))
-    ours = adapted(copy.deepcopy(base), targets, bias=bias)
-    trained = [
-        {n.rpartition("layers.")[2].replace("base_layer.", "") for n, p in model.named_parameters() if p.requires_grad}
-        for model in (ours, theirs)
-    ]
-    biases = [{name for name in names if "bias" in name} for names in trained]
-    assert biases[0] == biases[1] != set()  # without in_proj_bias, which has another name
-    theirs.save_pretrained(tmp_path / "theirs")
-    again = load_adapter(copy.deepcopy(base), tmp_path / "theirs", trainable=True)
-    again(x).sum().backward()
-    with torch.no_grad():
-        for name, parameter in again.named_parameters():
-            if parameter.requires_grad and "bias" in name:
-                assert parameter.grad.abs().max() > 0, name
-                parameter.sub_(parameter.grad)
-    save_adapter(again, tmp_path / "ours")
-    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs")]
-    assert files[0].keys() == files[1].keys()
-    with disable_adapters(again):
-        torch.testing.assert_close(again(x), base(x))
-
-
-@pytest.mark.parametrize("settings", [{}, {"kdim": 7, "vdim": 5}])
-def test_files_do_not_depend_on_other_adapters(settings, tmp_path):
-    base = Wrapper(**settings)
-    model = adapted(copy.deepcopy(base), name="first")
-    adapted(model, ["out_proj"], name="second")
-    tensors = inputs("all" if settings else "self", False, True, *(settings.values() or (E, E)))
-    for name in ("first", "second"):
-        set_adapter(model, name)
-        save_adapter(model, tmp_path / name, name)
-        torch.testing.assert_close(load_adapter(copy.deepcopy(base), tmp_path / name)(*tensors), model(*tensors))
-    assert set(load_file(tmp_path / "second" / "adapter_model.safetensors")) == {
-        f"base_model.model.attention.out_proj.lora_{factor}.weight" for factor in "AB"
-    }
-    if settings:
-        keys = load_file(tmp_path / "first" / "adapter_model.safetensors").keys()
-        assert "base_model.model.attention.k_proj_weight.lora_B.weight" in keys and len(keys) == 8
-    # Load into a model that has the other adapter, and replace an adapter of the same name.
-    other = load_adapter(load_adapter(copy.deepcopy(base), tmp_path / "second", adapter_name="b"), tmp_path / "first")
-    set_adapter(model, "first")
-    torch.testing.assert_close(other(*tensors), model(*tensors))
-    load_adapter(other, tmp_path / "first")
-    torch.testing.assert_close(other(*tensors), model(*tensors))
-
-
-@pytest.mark.parametrize("kind", ["linear", "cat", "ties"])
-@pytest.mark.parametrize("settings", [{}, {"kdim": 7, "vdim": 5}])
-def test_weighted_combination(settings, kind, tmp_path):
-    base = Wrapper(**settings)
-    model = adapted(adapted(copy.deepcopy(base), name="a", lora_bias=True), name="b", lora_bias=True)
-    extra = {"density": 0.5} if kind == "ties" else {}
-    add_weighted_adapter(model, ["a", "b"], [0.5, 2.0], "c", kind, **extra)
-    tensors = inputs("all" if settings else "self", False, True, *(settings.values() or (E, E)))
-    assert_same(model, merged_copy(model), tensors)
-    save_adapter(model, tmp_path, "c")
-    torch.testing.assert_close(load_adapter(base, tmp_path)(*tensors), model(*tensors))
-
-
-def test_a_combination_whose_ranks_a_config_cannot_express():
-    model = adapted(adapted(Wrapper(), name="a"), ["out_proj"], "b")
-    with refused(model, ValueError, "'attention.out_proj' would have rank 4, but a layer adapted along with it rank 2"):
-        add_weighted_adapter(model, ["a", "b"], [1.0, 1.0], "c", "cat")
-
-
-def test_hot_swap_scales_out_proj_like_its_attention(tmp_path):
-    base, x = encoder().eval(), torch.randn(N, L, E, dtype=torch.float64)
-    swapped_in = adapted(copy.deepcopy(base), ["self_attn"], alpha_pattern={"layers.1.self_attn": 9})
-    save_adapter(swapped_in, tmp_path)
-    model = adapted(copy.deepcopy(base), ["self_attn"])
-    hotswap_adapter(model, tmp_path)
-    torch.testing.assert_close(model(x), swapped_in(x))
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

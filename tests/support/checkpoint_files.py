@@ -5,16 +5,20 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import peft
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.merging import bits
 from support.models import shaken
 from torch import Tensor, nn
 
+INDEX = "model.safetensors.index.json"
 EVERY_LAYER = {
     "target_modules": ["attn", "conv1d", "conv2d", "conv3d", "lin", "square", "embed"],
     "target_parameters": ["experts.gate_up", "experts.down", "single.weight"],
@@ -56,7 +60,7 @@ def save_checkpoint(tensors: dict[str, Tensor], directory: Path, shards: int = 3
         weight_map |= dict.fromkeys(shard, name)
     size = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / INDEX).write_text(json.dumps(index))
     return directory
 
 
@@ -87,6 +91,18 @@ def tensors_of(directory: Path) -> dict[str, Tensor]:
 def snapshot(directory: Path) -> dict[str, bytes]:
     """Reads every file below ``directory``."""
     return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+
+
+@contextmanager
+def refused(out: Path, error: type[Exception] | tuple[type[Exception], ...], *fragments: str) -> Iterator[None]:
+    """Checks that the body raises ``error`` with every fragment in its text, and changes nothing next to ``out``."""
+    before = snapshot(out.parent)
+    with pytest.raises(error) as caught:
+        yield
+    for fragment in fragments:
+        assert fragment in str(caught.value), str(caught.value)
+    assert snapshot(out.parent) == before
+    assert not list(out.parent.glob(f".{out.name}*"))
 
 
 def integers(tensor: Tensor) -> Tensor:

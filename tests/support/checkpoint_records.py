@@ -7,12 +7,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from support.checkpoint_files import assert_same_bits, peft_adapter, save_checkpoint, snapshot, tensors_of
+from support.checkpoint_files import INDEX, assert_same_bits, peft_adapter, save_checkpoint, snapshot, tensors_of
 from torch import nn
 
 from lora_ext.checkpoints import merge, record_format, unmerge
-
-INDEX = "model.safetensors.index.json"
 
 
 def make_files(folder: Path) -> Path:

@@ -59,6 +59,12 @@ def reviews(count: int, seed: int = 0) -> list[tuple[str, str]]:
     return rows
 
 
+def save(directory: Path, count: int = 300) -> dict[str, str]:
+    """Saves a model and ``count`` reviews; returns their options."""
+    data = save_reviews(directory / "reviews.csv", reviews(count))
+    return {"model": str(save_model(directory / "model")), "data": str(data)}
+
+
 def save_reviews(path: Path, rows: list[tuple[str, str]]) -> Path:
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([("text", "label"), *rows])

@@ -44,10 +44,8 @@ METHODS = ["full:learning-rate=5e-3", "lora:r=2", "lora+adapter-p"]
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     directory = tmp_path_factory.mktemp("tiny")
-    model = tiny_classifier.save_model(directory / "model")
-    data = tiny_classifier.save_reviews(directory / "reviews.csv", tiny_classifier.reviews(120))
-    options = ["--model", str(model), "--data", str(data), "--max-length", "32", "--epochs", "1"]
-    return [*options, "--test-split", "0.3", "--batch-size", "8"]
+    options = (part for name, value in tiny_classifier.save(directory, 120).items() for part in (f"--{name}", value))
+    return [*options, "--max-length", "32", "--epochs", "1", "--test-split", "0.3", "--batch-size", "8"]
 
 
 @pytest.fixture(scope="module")

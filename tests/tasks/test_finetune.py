@@ -16,42 +16,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
 from support import tiny_classifier
-from support.models import bert, gpt2, llama
 from support.processes import environment
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from lora_ext import LoraConfig, cli, inject
+from lora_ext import cli
 from lora_ext.methods import METHODS, load_method
-from lora_ext.tasks import TaskError, WriteError
-from lora_ext.tasks.finetune import demo, scores
+from lora_ext.tasks import TaskError
+from lora_ext.tasks.finetune import demo
 from lora_ext.tasks.finetune import run_checkpoints as checkpoints
-from lora_ext.tasks.finetune.lora_targets import lora_targets
 from lora_ext.tasks.finetune.run import finetune
 from lora_ext.tasks.finetune.settings import Settings, command_line
 
 pytestmark = [pytest.mark.cpu_only("the Trainer chooses the device"), pytest.mark.full]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    directory = tmp_path_factory.mktemp("tiny")
-    return Settings(
-        model=str(tiny_classifier.save_model(directory / "model")),
-        data=str(tiny_classifier.save_reviews(directory / "reviews.csv", tiny_classifier.reviews(300))),
-        target_modules="query,value",
-        r=4,
-        lora_alpha=8,
-        epochs=6,
-        batch_size=16,
-        learning_rate=2e-2,
-        max_length=32,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -360,105 +341,6 @@ def test_all_linear_and_regular_expressions_select_layers(tiny: Settings, tmp_pa
     assert list(counts.values()) == [2 * layer + 4 * 64 + head, 2 * (4 * 64) + head]  # the first includes the pooler
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"target_modules": "qeury,value_proj"}, "close matches: 'query'"),
-        ({"r": 0}, "LoraConfig: r is 0"),
-        ({"lora_dropout": 1.0}, "LoraConfig: lora_dropout is 1.0"),
-        ({"max_length": 64}, "--max-length is 64, but .* takes at most 32 tokens"),
-        ({"text_column": "body"}, "no column 'body' but text, label"),
-        ({"test_split": 0.0}, "no text is left for testing; raise --test-split, or name a --test-file"),
-        ({"model": "/nowhere/model"}, "--model /nowhere/model cannot be loaded"),
-    ],
-)
-def test_mistakes_are_found_before_anything_is_written(
-    tiny: Settings, tmp_path: Path, changes: dict[str, Any], message: str
-):
-    with pytest.raises(TaskError, match=message):
-        finetune(replace(tiny, **changes), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([("a film", "pos"), ("a plot", "pos")] * 10, "has the label 'pos'; a classifier needs at least two"),
-        ([], "holds no examples"),
-    ],
-)
-def test_data_that_cannot_train_a_classifier(tiny: Settings, tmp_path: Path, rows: list[tuple[str, str]], message: str):
-    data = tiny_classifier.save_reviews(tmp_path / "data.csv", [(f"{text} {i}", y) for i, (text, y) in enumerate(rows)])
-    with pytest.raises(TaskError, match=message):
-        finetune(replace(tiny, data=str(data)), tmp_path / "out")
-
-
-def test_texts_that_leave_no_room_for_special_tokens(tiny: Settings, tmp_path: Path):
-    settings = replace(tiny.with_method("prefix-embed"), prefix_length=26, infix_length=1)
-    message = r"a text has \d+ tokens, but the model has 32 positions .* takes 27 of them; want --max-length 5, or"
-    with pytest.raises(TaskError, match=message):
-        finetune(settings, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_labels_that_only_the_test_file_has(tiny: Settings, tmp_path: Path):
-    test_file = tiny_classifier.save_reviews(tmp_path / "test.csv", [("the plot is fine", "positive")])
-    with pytest.raises(
-        TaskError,
-        match=r"labels \[positive\] occur in the test texts only, first in line 2; for training there are neg, pos",
-    ):
-        finetune(replace(tiny, test_file=str(test_file)), tmp_path / "out")
-
-
-def test_the_output_directory_is_guarded(tiny: Settings, run: tuple[Path, dict[str, Any]], tmp_path: Path):
-    with pytest.raises(TaskError, match="holds a run already; --resume continues it, --overwrite replaces it"):
-        finetune(tiny, run[0])
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(
-        TaskError, match="holds files that do not belong to a fine-tuning run; choose another directory"
-    ):
-        finetune(tiny, tmp_path, overwrite=True)
-    with pytest.raises(TaskError, match="file is not a directory"):
-        finetune(tiny, tmp_path / "file")
-    with pytest.raises(WriteError, match=r"file/out cannot be written: Not a directory"):
-        finetune(tiny, tmp_path / "file" / "out")
-    with pytest.raises(TaskError, match="holds no run to continue: there is no settings.json"):
-        finetune(tiny, tmp_path / "new", resume=True)
-    with pytest.raises(TaskError, match="give one of them"):
-        finetune(tiny, tmp_path, resume=True, overwrite=True)
-    assert (tmp_path / "file").read_text() == "mine"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
-
-
-def test_resuming_with_other_texts_is_refused(tiny: Settings, tmp_path: Path):
-    rows = tiny_classifier.reviews(60)
-    data = tiny_classifier.save_reviews(tmp_path / "reviews.csv", rows)
-    settings = replace(tiny, data=str(data), epochs=1)
-    out = tmp_path / "out"
-    metrics = finetune(settings, out)
-    tiny_classifier.save_reviews(data, [*rows[:-1], ("the plot is fine", "neg")])
-    with pytest.raises(TaskError, match=r"--resume: the texts are not those that the run in .*out was started with"):
-        finetune(settings, out, resume=True)
-    tiny_classifier.save_reviews(data, rows[::-1])  # the same ones
-    assert finetune(settings, out, resume=True)["after"] == metrics["after"]
-
-
-def test_overwrite_replaces_a_run_and_keeps_other_files(tiny: Settings, tmp_path: Path):
-    finetune(replace(tiny.with_method("full"), epochs=1), tmp_path)
-    (tmp_path / "notes.txt").write_text("mine")
-    finetune(replace(tiny, epochs=1), tmp_path, overwrite=True)
-    assert (tmp_path / "adapter").is_dir()
-    assert not (tmp_path / "model").exists()
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-
-
-def test_macro_f1_weighs_the_classes_that_occur_alike():
-    predicted, expected = np.array([0, 0, 1, 2, 2]), np.array([0, 1, 1, 2, 2])
-    assert scores.macro_f1(predicted, expected) == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
-    assert scores.accuracy(predicted, expected) == pytest.approx(0.8)
-    assert scores.macro_f1(np.array([0, 0]), np.array([0, 0])) == 1.0
-
-
 def test_the_real_model_on_real_reviews(tmp_path: Path):
     rows = [(e.text, e.label) for e in demo.examples() if e.label != "neutral"][:200]
     data = tiny_classifier.save_reviews(tmp_path / "reviews.csv", rows)
@@ -471,20 +353,3 @@ def test_the_real_model_on_real_reviews(tmp_path: Path):
     losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
     assert losses[-1] < losses[0]
     assert_peft_predicts_the_same(tmp_path / "out", num_labels=2)
-
-
-@pytest.mark.parametrize(("family", "text", "modules", "enable_lora"), [
-    ("bert", "q,v", ["query", "value"], None),
-    ("bert", "q, o", ["query", "attention.output.dense"], None),
-    ("llama", "q,k,v,o", ["q_proj", "k_proj", "v_proj", "o_proj"], None),
-    ("gpt2", "q,v", ["c_attn"], {"c_attn": (True, False, True)}),
-    ("gpt2", "o", ["attn.c_proj"], None),
-    ("gpt2", "c_attn,c_fc", ["c_attn", "c_fc"], None),
-    ("llama", "all-linear", "all-linear", None),
-    ("llama", r".*\.(q|k)_proj", r".*\.(q|k)_proj", None),
-])  # fmt: skip
-def test_the_papers_names_of_weights(family, text, modules, enable_lora):
-    model = {"bert": bert, "llama": llama, "gpt2": gpt2}[family]()
-    targets = lora_targets(model, text)
-    assert targets == {"target_modules": modules} | ({"enable_lora": enable_lora} if enable_lora else {})
-    inject(model, LoraConfig(r=2, **targets))

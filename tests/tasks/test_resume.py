@@ -28,10 +28,8 @@ pytestmark = pytest.mark.full
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """Settings of runs with three steps an epoch and dropout in the model and the adapter."""
-    directory = tmp_path_factory.mktemp("tiny")
     return Settings(
-        model=str(tiny_classifier.save_model(directory / "model")),
-        data=str(tiny_classifier.save_reviews(directory / "reviews.csv", tiny_classifier.reviews(60))),
+        **tiny_classifier.save(tmp_path_factory.mktemp("tiny"), 60),
         target_modules="query,value",
         r=4,
         lora_dropout=0.2,

@@ -16,7 +16,7 @@ from lora_ext.tasks import TaskError
 from lora_ext.tasks.comparison.compare import markdown
 from lora_ext.tasks.finetune import results
 from lora_ext.tasks.finetune.run import finetune
-from lora_ext.tasks.finetune.scores import scores, weighted_f1
+from lora_ext.tasks.finetune.scores import accuracy, macro_f1, scores, weighted_f1
 from lora_ext.tasks.finetune.settings import Settings
 from lora_ext.tasks.finetune.task_data import load_sides
 from lora_ext.tasks.report import write_report
@@ -26,6 +26,13 @@ pytestmark = [
     pytest.mark.cpu_only("the Trainer chooses the device"),
     pytest.mark.filterwarnings("ignore:.*ill-defined"),
 ]
+
+
+def test_macro_f1_weighs_the_classes_that_occur_alike():
+    predicted, expected = np.array([0, 0, 1, 2, 2]), np.array([0, 1, 1, 2, 2])
+    assert macro_f1(predicted, expected) == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
+    assert accuracy(predicted, expected) == pytest.approx(0.8)
+    assert macro_f1(np.array([0, 0]), np.array([0, 0])) == 1.0
 
 
 @pytest.mark.parametrize("answered", [4, 2])  # with 2, two classes are never answered

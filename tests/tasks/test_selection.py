@@ -29,10 +29,8 @@ pytestmark = pytest.mark.cpu_only("the Trainer chooses the device")
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """Settings of runs whose validation loss falls, and rises again: the learning rate is far too high."""
-    directory = tmp_path_factory.mktemp("tiny")
     return Settings(
-        model=str(tiny_classifier.save_model(directory / "model")),
-        data=str(tiny_classifier.save_reviews(directory / "reviews.csv", tiny_classifier.reviews(60))),
+        **tiny_classifier.save(tmp_path_factory.mktemp("tiny"), 60),
         epochs=5,
         learning_rate=0.3,
         schedule="constant",

@@ -1,0 +1,130 @@
+"""What the benchmarks share: time, options, facts about the machine, folders of results."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from harness import machine_isa, machine_load, own_process, report, timing
+from harness.machine_folder import machine_folder
+from harness.shapes import Shape
+from support import small_benchmarks
+
+from lora_ext import _load
+
+pytestmark = [pytest.mark.cpu_only("runs the scripts on the CPU"), pytest.mark.full]
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def test_cases_share_the_time(monkeypatch, capsys):
+    args = report.parser("A question?", "name").parse_args(["--seconds", "90"])
+    now = [0.0]
+    monkeypatch.setattr(report.time, "perf_counter", lambda: now[0])
+    run = report.Report(args, "title")
+    shares = []
+    for spent in run.cases([5.0, 60.0, 30.0, 1.0]):
+        shares.append(run.case_s)
+        now[0] += spent
+    assert shares == [20.0, 20.0, 12.5]  # at most 20 of 22.5 and 28.3; half of 25
+    assert "out of time: 1 cases are not measured" in capsys.readouterr().out
+
+
+def test_slow_calls_warm_up_once_and_stop_early(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def clock(call):
+        now[0] += 10.0
+        return 10.0
+
+    seconds = timing.interleaved({"a": None}, rounds=60, budget_s=20.0, clock=clock)
+    assert seconds == {"a": [10.0] * 5} and now[0] == 60.0
+
+
+def test_processes_take_turns_and_a_row_has_the_median_and_the_maximum(capsys):
+    asked = []
+
+    def measure_one(name):
+        asked.append(name)
+        return {"seconds": float(len(asked)), "resident_bytes": 100 - len(asked), "torch_bytes": 10 * len(asked)}
+
+    row, _ = own_process.measure_all(["a", "b"], 3, measure_one)
+    assert asked == ["a", "b"] * 3
+    assert row == {"name": "a", "rounds": 3, "seconds": 3.0, "resident_bytes": 99, "beyond_torch_bytes": 89}
+
+
+def test_options_are_checked(capsys):
+    parser = report.parser("A question?", "name")
+    report.add_shapes(parser)
+    for options, message in (
+        (["--rounds", "1"], "'1', want an integer of at least 2"),
+        (["--shapes", "1x2"], "'1x2' is not TOKENSxINxOUT"),
+        (["--shapes", "0x2x3"], "'0x2x3' is not TOKENSxINxOUT"),
+        (["--machine-isa", "mmx"], "'mmx'"),
+    ):
+        with pytest.raises(SystemExit):
+            parser.parse_args(options)
+        assert message in capsys.readouterr().err
+    assert parser.parse_args(["--shapes", "1x2x3,4x5x6"]).shapes == [Shape(1, 2, 3), Shape(4, 5, 6)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("script", ["bench_layer", "roofline", "run_all"])
+def test_without_a_gpu_cuda_is_refused(script, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [script, "--device", "cuda"])
+    with pytest.raises(SystemExit, match="--device cuda: torch .* finds no GPU here"):
+        importlib.import_module(script).main()
+
+
+@pytest.mark.skipif("avx2" not in _load.available_cpu_isas(), reason="no AVX2 here")
+def test_an_instruction_set_binds_the_whole_process(tmp_path):
+    command = [sys.executable, BENCHMARKS / "roofline.py", *small_benchmarks.ROOFLINE, "--rounds", "2", "--write"]
+    subprocess.run([*command, "--machine-isa", "avx2", "--results", tmp_path], check=True, capture_output=True)
+    result = json.loads((tmp_path / "roofline_cpu_avx2.json").read_text())
+    assert result["info"]["cpu"]["isa"] == "avx2"
+    assert result["info"]["torch_cpu"] == {"onednn_limit": "AVX2", "mkl_limit": "AVX2", "aten": "AVX2", "amx": False}
+    assert "limited to AVX2, without AMX" in result["heading"]
+
+
+def test_amx_is_used_unless_forbidden(monkeypatch):
+    for limit, permitted in (("AVX512_CORE_BF16", False), ("AVX2", False), ("AVX512_CORE_AMX", True), ("ALL", True)):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+        facts = machine_isa.facts()
+        assert facts["onednn_limit"] == limit and (permitted or not facts["amx"])
+
+
+def test_the_load_of_others_excludes_this_process(monkeypatch):
+    # all time, busy time, this process's time: others used 10 of 40 s
+    readings = iter([(100.0, 50.0, 3.0), (140.0, 65.0, 8.0)])
+    monkeypatch.setattr(machine_load.MachineLoad, "_seconds", staticmethod(lambda: next(readings)))
+    assert machine_load.MachineLoad().of_others() == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    "model, folder",
+    [
+        ("AMD EPYC", "amd_epyc"),
+        ("AMD EPYC 9B45 96-Core Processor", "amd_epyc_9b45"),
+        ("Intel(R) Xeon(R) Processor", "intel_xeon"),
+        ("Intel(R) Core(TM) i7-8700 CPU @ 3.20GHz", "intel_core_i7_8700"),
+        ("NVIDIA H100 80GB HBM3", "nvidia_h100_80gb_hbm3"),
+    ],
+)
+def test_a_machine_has_a_folder(model, folder, monkeypatch):
+    assert machine_folder(model) == folder
+    monkeypatch.setattr(report.info, "cpu_model", lambda: model)
+    assert report.results_folder("cpu") == BENCHMARKS / "results" / folder
+
+
+def test_results_go_to_the_folder_of_the_machine(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report.info, "cpu_model", lambda: "AMD EPYC 9B45 96-Core Processor")
+    run = report.Report(report.parser("A question?", "name").parse_args(["--write"]), "title")
+    run.finish([], "table")
+    folder = tmp_path / "amd_epyc_9b45"
+    assert sorted(path.name for path in folder.iterdir()) == ["name_cpu.json", "name_cpu.md"]
+    assert json.loads((folder / "name_cpu.json").read_text())["cpu"] == "AMD EPYC 9B45 96-Core Processor"
