@@ -45,7 +45,8 @@ def test_a_full_disk_in_a_process_or_its_log_raises_write_error(tmp_path: Path):
 
 def test_a_process_that_dies_is_reported_with_its_log(tmp_path: Path):
     parts = []
-    with pytest.raises(TaskError, match=r"a run failed: .*; .*log.txt has the rest"):
+    how = "its process ended with exit code 3, after: so far"
+    with pytest.raises(TaskError, match=rf"a run failed: {how}; .*log.txt has the rest"):
         in_process(dies, log=tmp_path / "log.txt", on_progress=parts.append)
     assert parts == [0.5]
     with pytest.raises(TaskError, match="a run failed: RuntimeError: no luck; .*log.txt has the rest"):

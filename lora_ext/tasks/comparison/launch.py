@@ -52,8 +52,11 @@ class Launch:
     more: tuple[str, ...] = ()
 
     def at_once(self, number: int) -> int:
-        """Returns how many of so many runs are started together."""
-        return min(number, self.jobs or (1 if self.launcher == "local" else number)) or 1
+        """Returns how many of so many runs are started together.
+
+        On this machine that does not depend on ``number``: neither do the threads of a run, nor its bits.
+        """
+        return self.jobs or 1 if self.launcher == "local" else min(number, self.jobs or number)
 
     def on_this_machine(self, number: int) -> int:
         """Returns how many of so many runs share this machine."""
