@@ -1,16 +1,15 @@
 from __future__ import annotations
 
+import ast
 import csv
 import json
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from support import tiny_classifier
-from support.processes import environment
+from support.processes import run_python
 
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune import data
@@ -158,40 +157,29 @@ def test_labels_that_look_alike_are_refused(labels: tuple[str, str]):
     check_labels(["1", "10", "-1", "one", "One", "0x1", "1.0"])
 
 
-HASHED = """
-import hashlib, json, pathlib, sys
-import torch
-from lora_ext.tasks.finetune.run import finetune
-from lora_ext.tasks.finetune.settings import Settings
-model, data, out = sys.argv[1:]
-torch.set_num_threads(1)
-settings = Settings(model=model, data=data, epochs=1, max_length=32, target_modules="value,query,dense", r=2,
-                    modules_to_save="pooler,intermediate")
-metrics = finetune(settings, pathlib.Path(out), measure=False, say=lambda line: None)
-adapter = sorted(pathlib.Path(out, "adapter").iterdir())
-print(json.dumps([metrics["id2label"], metrics["data_sha256"], metrics["after"],
-                  [hashlib.sha256(file.read_bytes()).hexdigest() for file in adapter]]))
-"""
-
-
 @pytest.mark.full
 def test_nothing_depends_on_how_strings_are_hashed(tmp_path: Path):
-    model = tiny_classifier.save_model(tmp_path / "model")
+    """Compares a run in this process with one in a process that iterates over sets of these strings in other orders."""
+    from support import hashed_run  # imports the Trainer, for seconds
+
     rows = tiny_classifier.reviews(60)
     rows = [(text, {"pos": "10", "neg": "2"}[label] if i % 5 else "-3") for i, (text, label) in enumerate(rows)]
+    model = tiny_classifier.save_model(tmp_path / "model")
     arguments = [str(model), str(tiny_classifier.save_reviews(tmp_path / "reviews.csv", rows))]
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", HASHED, *arguments, str(tmp_path / seed)],
-            env=environment(PYTHONHASHSEED=seed),
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for seed in ("0", "1", "2")
-    ]
-    results = [run.communicate()[0].splitlines()[-1] for run in runs]
-    assert json.loads(results[0])[0] == {"0": "-3", "1": "2", "2": "10"}
-    assert len(set(results)) == 1
+    strings = [hashed_run.TARGETS, hashed_run.SAVED, ["10", "2", "-3"]]
+    code = f"print([list(set(part)) for part in {strings}])"
+    ours = [list(set(part)) for part in strings]
+    for seed in map(str, range(100)):
+        theirs = ast.literal_eval(run_python("-S", "-c", code, PYTHONHASHSEED=seed).stdout)
+        if all(a != b for a, b in zip(ours, theirs, strict=True)):
+            break
+    else:
+        pytest.fail("no seed orders all sets differently")
+    other = run_python("-m", "support.hashed_run", *arguments, tmp_path / "other", PYTHONHASHSEED=seed)
+    assert other.returncode == 0, other.stderr
+    results = json.loads(json.dumps(hashed_run.run(*arguments, str(tmp_path / "here"))))
+    assert results[0] == {"0": "-3", "1": "2", "2": "10"}
+    assert json.loads(other.stdout.splitlines()[-1]) == results
 
 
 def test_split_is_disjoint_by_text_and_fixed():
