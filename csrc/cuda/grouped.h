@@ -37,7 +37,8 @@ struct GroupedRows {
 // The largest number of rows that the index takes.
 constexpr int64_t kMostGroupedRows = 2147483647;
 
-// Bytes of `workspace`, which must be aligned to 16 bytes. Depends on shapes and wanted results only.
+// Bytes of `workspace`, which must be aligned to 16 bytes. Depends on shapes, the wanted results and the number of
+// multiprocessors only.
 int64_t grouped_workspace_bytes(const LoraGroupedForwardParams& params, const GroupedRows& rows,
                                 std::span<const GroupedEntry> entries, const GpuStream& stream);
 int64_t grouped_workspace_bytes(const LoraGroupedBackwardParams& params, const GroupedRows& rows,

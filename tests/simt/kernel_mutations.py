@@ -549,6 +549,26 @@ MUTATIONS = [
         "grouped_factor_sums_mma_kernel",
         "rows[at] * p.",
     ),
+    KernelMutation(
+        "grouped_factor_sums_mma_waits_for_one_copy_less",
+        grouped(BF16, [120], (24, 20), 4, is_backward=True),
+        "grouped/factor_sums_mma.cuh",
+        "    ptx::cp_async_wait<kStages - 2>();\n",
+        "    BUG ? ptx::cp_async_wait<kStages - 1>() : ptx::cp_async_wait<kStages - 2>();\n",
+        NOT_WAITED,
+        "grouped_factor_sums_mma_kernel",
+        "ptx::ldmatrix_x4_transposed(x, ",
+    ),
+    KernelMutation(
+        "entries_are_written_beyond_the_last",
+        grouped(F32, [1] * 33, (24, 20), 4),
+        "grouped/write_table.cuh",
+        "if (i < p.count)",
+        "if (i < p.count || BUG)",
+        OUT_OF_BOUNDS,
+        "write_entries_kernel",
+        "p.to[i] = p.entries[i]",
+    ),
 ]
 
 

@@ -65,18 +65,23 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
 @pytest.mark.parametrize("name", CASES)
-def test_values_and_gradients(name, dtypes, dropout_p):
-    check(CASES[name](dtypes), dropout_p)
+def test_values_and_gradients(name, dtypes):
+    check(CASES[name](dtypes))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
+@pytest.mark.parametrize("name", ["few rows", "a prompt each", "matrices"])
+def test_dropout(name, dtypes):
+    check(CASES[name](dtypes), 0.3)
 
 
 @pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16)], ids=str)
 def test_chunks_of_a_large_group(dtypes):
-    """Group 0 has three chunks of rows, group 2 has two, group 1 has one."""
-    groups = torch.tensor([0] * 1100 + [1] * 20 + [2] * 600)[torch.randperm(1720)]
-    check(random_groups(1720, (24, 20), [5, 3, 2], dtypes, groups=groups))
+    """Groups 0 and 2 have two chunks of rows, group 1 has one."""
+    groups = torch.tensor([0] * 520 + [1] * 20 + [2] * 520)[torch.randperm(1060)]
+    check(random_groups(1060, (24, 20), [5, 3, 2], dtypes, groups=groups))
 
 
 def test_more_entries_than_a_launch_carries():
@@ -85,7 +90,7 @@ def test_more_entries_than_a_launch_carries():
 
 
 @pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F64, F64)], ids=str)
-@pytest.mark.parametrize("num_tokens", [9, 150])
+@pytest.mark.parametrize("num_tokens", [9, 80])
 def test_ranges_of_features_and_several_steps(num_tokens, dtypes):
     check(random_groups(num_tokens, (840, 600), [8, (2, 20)], dtypes), library=few_blocks())
 
@@ -131,9 +136,9 @@ def test_ranks_that_do_not_exist_give_nan_to_their_rows_only(num_tokens, rank):
 
 @pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16)], ids=str)
 @pytest.mark.parametrize("library", [kernels, few_blocks])
-@pytest.mark.parametrize("num_tokens", [20, 700])
+@pytest.mark.parametrize("num_tokens", [20, 530])
 def test_same_bits_in_every_order_of_threads(num_tokens, library, dtypes):
-    case = random_groups(num_tokens, (140, 70), [8, (2, 3)], dtypes, groups=(torch.arange(num_tokens) % 7 == 0) * 2)
+    case = random_groups(num_tokens, (140, 70), [8, (2, 3)], dtypes, groups=(torch.arange(num_tokens) > 514) * 2)
     first = ours(case, 0.1, library=library())
     for schedule in (1, 2):
         again = ours(case, 0.1, library=library(), schedule=schedule)
