@@ -7,6 +7,8 @@ is tried, which varies the file and the kind of call; ``make test-full`` tries t
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from faults import run_script
@@ -16,11 +18,27 @@ pytestmark = pytest.mark.full
 KINDS = ["kill", "disk full", "read-only"]
 
 
+SCRIPTS = {
+    "finetune_faults": [",".join(KINDS), "31", "lora"],
+    "compare_faults": [",".join(KINDS), "31"],
+    "small_commands_faults": [],
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, dict]:
+    """The results of each script."""
+    folders = [str(tmp_path_factory.mktemp(name)) for name in SCRIPTS]
+    calls = [json.dumps([name, folder, *more]) for (name, more), folder in zip(SCRIPTS.items(), folders, strict=True)]
+    return dict(zip(SCRIPTS, run_script("forked", *calls), strict=True))
+
+
 @pytest.mark.parametrize("script", ["finetune_faults", "compare_faults"])
-def test_some_calls(tmp_path, script):
-    for kind, results in run_script(script, tmp_path, ",".join(KINDS), "31", "lora").items():
-        assert results["calls"] > 50 and results["tries"] >= (1 if kind == "disk full" else results["calls"] // 32)
-        assert kind == "kill" or len(results["kinds"]) > 1
+def test_some_calls(results, script):
+    assert "failed" not in results[script], results[script]["failed"]
+    for kind, found in results[script].items():
+        assert found["calls"] > 50 and found["tries"] >= (1 if kind == "disk full" else found["calls"] // 32)
+        assert kind == "kill" or len(found["kinds"]) > 1
 
 
 @pytest.mark.slow
@@ -36,7 +54,8 @@ def test_every_call_of_compare(tmp_path, kind):
     assert run_script("compare_faults", tmp_path, kind, "1")[kind]["tries"] > 40
 
 
-def test_every_call_of_plan_analyze_and_report(tmp_path):
-    results = run_script("small_commands_faults", tmp_path)
-    assert results["run_report"]["kill"] >= 3 < results["run_plan"]["kill"] < results["run_analyze"]["kill"]
-    assert all(calls["kill"] >= calls["read-only"] >= calls["disk full"] > 0 for calls in results.values())
+def test_every_call_of_plan_analyze_and_report(results):
+    found = results["small_commands_faults"]
+    assert "failed" not in found, found["failed"]
+    assert found["run_report"]["kill"] >= 3 < found["run_plan"]["kill"] < found["run_analyze"]["kill"]
+    assert all(calls["kill"] >= calls["read-only"] >= calls["disk full"] > 0 for calls in found.values())
