@@ -136,6 +136,7 @@ def test_first_derivatives_of_every_mode(case):
     )
 
 
+@pytest.mark.full
 def test_second_derivatives_of_every_mode(case):
     assert gradgradcheck(case.ours, case.leaves(), check_fwd_over_rev=True, check_batched_grad=True)
 

@@ -28,6 +28,7 @@ def net(format: str) -> nn.Module:
     return inject(quantized_copy(Attention(), format), config)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("format", list(QUANTIZE))
 @torch.no_grad()

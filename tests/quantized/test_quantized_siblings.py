@@ -11,13 +11,12 @@ import pytest
 import torch
 from support.layers import saved_bytes
 from support.quantized import QUANTIZE, quantized_copy, unchanged_bytes
-from support.shared_inputs import groups, step
+from support.shared_inputs import compute_alone, counted_calls, groups, step
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_ext import LoraConfig, functional, inject, merge, unmerge
+from lora_ext import LoraConfig, inject, merge, unmerge
 from lora_ext.integrations.peft import accelerate, report
-from lora_ext.nn.shared_inputs import SharedInputs
 
 NAMES = ["q", "k", "v", "o"]
 FEW = ["nf4-double", "int8", "torchao-int8"]
@@ -63,26 +62,12 @@ def some_x(dtype: torch.dtype = torch.float32) -> Tensor:
 @pytest.fixture
 def calls(monkeypatch) -> list[int]:
     """The number of layers of each call that adds updates to the output of base layers."""
-    found = []
-
-    def siblings(bases, *rest):
-        found.append(len(bases))
-        return of_siblings(bases, *rest)
-
-    def single(*arguments):
-        found.append(1)
-        return of_single(*arguments)
-
-    of_siblings, of_single = functional.lora_delta_siblings, functional.plus_lora_delta
-    monkeypatch.setattr(functional, "lora_delta_siblings", siblings)
-    monkeypatch.setattr(functional, "plus_lora_delta", single)
-    return found
+    return counted_calls(monkeypatch, "lora_delta_siblings", "plus_lora_delta")
 
 
 @pytest.fixture
 def each_alone(monkeypatch):
-    """Makes every layer compute its own output from now on; dropout seeds stay common."""
-    return lambda: monkeypatch.setattr(SharedInputs, "_group_to_compute", lambda *_: None)
+    return lambda: compute_alone(monkeypatch)
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:

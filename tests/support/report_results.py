@@ -12,7 +12,7 @@ import pytest
 from support import tiny_classifier
 
 from lora_ext.tasks.analyze import run as analyze
-from lora_ext.tasks.comparison import compare, pools, sweep
+from lora_ext.tasks.comparison import compare, costs, pools, sweep
 from lora_ext.tasks.finetune.run import finetune
 from lora_ext.tasks.finetune.settings import Settings
 from lora_ext.tasks.plan import run as plan
@@ -30,20 +30,20 @@ def results_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @functools.cache
 def _save_results(folder: Path) -> Path:
     folder.mkdir()
-    model = tiny_classifier.save_model(folder / "model")
-    data = tiny_classifier.save_reviews(folder / "reviews.csv", tiny_classifier.reviews(60))
-    options = {"model": str(model), "data": str(data), "max_length": 32, "epochs": 1.0, "test_split": 0.3}
+    inputs = tiny_classifier.save(folder, 60)
+    options = {**inputs, "max_length": 32, "epochs": 1.0, "test_split": 0.3}
     out = folder / "results"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pools, "in_process", _here)  # processes take longer than the rest
+        patch.setattr(costs, "_ROUNDS", 3)
         patch.setattr(analyze.results, "draw", lambda analysis, out: [])
         compare.compare(METHODS, [0, 1], options, out / "compare", say=_silent)
         sweep.sweep([1, 2], ["q", "q,v"], [0, 1], options, out / "sweep", budget=256, say=_silent)
         runs = out / "compare" / "runs" / "lora-r=3"
         adapters = tuple(str(runs / f"seed-{seed}" / "adapter") for seed in (0, 1))
-        analyze.analyze(analyze.AnalysisSettings(adapters, base=str(model)), out / "analysis", say=_silent)
+        analyze.analyze(analyze.AnalysisSettings(adapters, base=inputs["model"]), out / "analysis", say=_silent)
     finetune(Settings.load(runs / "seed-0"), out / "single", say=_silent)
-    planned = Settings(model=str(model), method="lora", r=2, max_length=32)
+    planned = Settings(model=inputs["model"], method="lora", r=2, max_length=32)
     plan.plan(plan.PlanSettings(planned, gpu_memory=700_000, reserve=100_000, texts=10**6), out / PLAN.parent)
     return out
 

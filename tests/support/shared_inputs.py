@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_ext import LoraConfig, inject
+from lora_ext import LoraConfig, functional, inject
 from lora_ext.adapters import input_groups
+from lora_ext.nn.shared_inputs import SharedInputs
 
 WIDTH = 8
 
@@ -66,3 +69,26 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
 def groups(model: nn.Module) -> dict[str, str]:
     """The reasons of a report, by the last names of the paths."""
     return {"".join(path[-1] for path in group.paths): group.reason for group in input_groups(model)}
+
+
+def counted_calls(monkeypatch: pytest.MonkeyPatch, siblings: str, single: str) -> list[int]:
+    """Returns a list that grows by the number of layers of each call of two functions of ``functional``."""
+    found: list[int] = []
+
+    def counted(name: str, layers: Callable[..., int]) -> None:
+        function = getattr(functional, name)
+
+        def call(*arguments: Any) -> Any:
+            found.append(layers(*arguments))
+            return function(*arguments)
+
+        monkeypatch.setattr(functional, name, call)
+
+    counted(siblings, lambda *arguments: len(next(part for part in arguments if isinstance(part, (list, tuple)))))
+    counted(single, lambda *arguments: 1)
+    return found
+
+
+def compute_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes every layer compute its own output from now on; dropout seeds stay common."""
+    monkeypatch.setattr(SharedInputs, "_group_to_compute", lambda *_: None)

@@ -349,7 +349,7 @@ def planned_by_finetune(options: list[str], model: str) -> dict:
     )
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=pytest.mark.full), "adafactor"])
 def test_what_fits_can_be_pasted_into_finetune(bert_directory, optimizer, capsys):
     settings = Settings(model=bert_directory, r=2, target_modules="query,value", batch_size=12, max_length=64)
     whole = PlanSettings(settings, accumulation_steps=3, optimizer=optimizer)
