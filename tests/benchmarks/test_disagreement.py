@@ -38,7 +38,7 @@ def test_disagreement_is_refused(script, wrong, run, monkeypatch, tmp_path):
     sizes = (
         ("--shapes", "8x16x24", "--no-compile")
         if script == "bench_layer"
-        else ("--widths", "16x24", "--stack-mib", "1")
+        else ("--tokens", "1", "--widths", "64x128", "--stack-mib", "1")
     )
     monkeypatch.setattr(report.Report, "interleaved", lambda *_, **__: pytest.fail("it was timed"))
     with pytest.raises(SystemExit, match="wrong and lora_ext disagree by .*: not timed"):

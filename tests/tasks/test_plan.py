@@ -325,11 +325,15 @@ def test_text_takes_no_matplotlib_and_a_picture_says_that_it_does(gpt2_directory
 # --- options of finetune, and warnings --------------------------------------------------------------------------------
 
 
+def save_bert(directory: Path, layers: int) -> str:
+    options = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96, "max_position_embeddings": 64}
+    BertConfig(vocab_size=50, num_hidden_layers=layers, **options).save_pretrained(directory)
+    return str(directory)
+
+
 @pytest.fixture
 def bert_directory(tmp_path) -> str:
-    options = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96, "max_position_embeddings": 64}
-    BertConfig(vocab_size=50, num_hidden_layers=4, **options).save_pretrained(tmp_path / "bert")
-    return str(tmp_path / "bert")
+    return save_bert(tmp_path / "bert", 4)
 
 
 def planned_by_finetune(options: list[str], model: str) -> dict:
@@ -350,8 +354,9 @@ def planned_by_finetune(options: list[str], model: str) -> dict:
 
 
 @pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=pytest.mark.full), "adafactor"])
-def test_what_fits_can_be_pasted_into_finetune(bert_directory, optimizer, capsys):
-    settings = Settings(model=bert_directory, r=2, target_modules="query,value", batch_size=12, max_length=64)
+def test_what_fits_can_be_pasted_into_finetune(tmp_path, optimizer):
+    model = save_bert(tmp_path / "bert", 2)
+    settings = Settings(model=model, r=2, target_modules="query,value", batch_size=12, max_length=64)
     whole = PlanSettings(settings, accumulation_steps=3, optimizer=optimizer)
     peak = plan(whole)["runs"]["lora"]["peak"]
     found = set()
@@ -362,7 +367,7 @@ def test_what_fits_can_be_pasted_into_finetune(bert_directory, optimizer, capsys
             if change["devices"] > 1 or setup["dtype"] in ("int8", "nf4"):
                 assert options is None or "--quantize" in options
                 continue
-            assert planned_by_finetune(options, bert_directory)["runs"]["lora"]["peak"] == change["peak"]
+            assert planned_by_finetune(options, model)["runs"]["lora"]["peak"] == change["peak"]
             assert int(options[1]) * int(options[3]) >= 36  # texts in an optimizer step
             found.add(change["what"][0].split()[0])
         assert results.notes(result)[-1].strip()
@@ -372,7 +377,7 @@ def test_what_fits_can_be_pasted_into_finetune(bert_directory, optimizer, capsys
     wanted = {"gradient", "batches", "texts", "bfloat16"} if optimizer == "adamw" else {"batches", "texts"}
     assert found >= wanted, found
     fits = plan(dataclasses.replace(whole, gpu_memory=2 * peak, reserve=0))
-    assert planned_by_finetune(fits["finetune_options"], bert_directory)["runs"]["lora"]["peak"] == peak
+    assert planned_by_finetune(fits["finetune_options"], model)["runs"]["lora"]["peak"] == peak
     assert results.notes(fits)[-1].startswith(
         "lora-ext finetune --batch-size 12 --accumulation-steps 3 --max-length 64 "
     )
