@@ -21,16 +21,6 @@ from lora_ext._ops.registration import (
     register_op,
 )
 
-DEVICES = frozenset(
-    ["meta"]
-    + [
-        key.lower()
-        for key in ("CPU", "CUDA")
-        if torch._C._dispatch_has_kernel_for_dispatch_key("lora_ext::lora_grouped_", key)
-    ]
-)
-"""The types of devices whose tensors lora_grouped_ takes."""
-
 # --- fake kernels: shapes and dtypes only -----------------------------------------------------------------------------
 
 

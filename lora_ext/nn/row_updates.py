@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lora_ext import functional
-from lora_ext._ops import grouped
 from lora_ext.nn.rows import RowChoice
 
 if TYPE_CHECKING:
@@ -54,26 +53,10 @@ def add_chosen(
     for (dropout_p, _), held in alike.items():
         groups = choice.token_groups(tuple(held), times, x, layer)
         seed = seeds(dropout_p) if seeds is not None and dropout_p else None
-        if y.device.type in grouped.DEVICES:
-            lora_As, lora_Bs, values, *_ = zip(*held.values(), strict=True)
-            scalings = choice.scalings(values, y.device)
-            y = functional.lora_grouped_(y, x, lora_As, lora_Bs, groups, scalings, None, dropout_p, seed)
-        else:
-            y = _add_one_by_one(y, x, groups, tuple(held.values()), seed)
+        lora_As, lora_Bs, values, *_ = zip(*held.values(), strict=True)
+        scalings = choice.scalings(values, y.device)
+        y = functional.lora_grouped_(y, x, lora_As, lora_Bs, groups, scalings, None, dropout_p, seed)
     return _add_biases(y, choice, updates, times, layer)
-
-
-def _add_one_by_one(
-    y: Tensor, x: Tensor, groups: Tensor, updates: tuple[RowUpdate, ...], seed: Tensor | None
-) -> Tensor:
-    """Adds one update after the other, where ``lora_grouped_`` has no kernels."""
-    flat_y, flat_x = (y, x) if groups.dim() == 1 else (y.flatten(0, 1), x.flatten(0, 1))
-    groups = groups.flatten()
-    for i, (lora_A, lora_B, scaling, dropout_p, _) in enumerate(updates):
-        rows = (groups == i).nonzero().squeeze(1)
-        part = functional.lora_delta_(flat_y[rows], flat_x[rows], lora_A, lora_B, scaling, dropout_p, seed)
-        flat_y = flat_y.index_copy_(0, rows, part)
-    return flat_y.view(y.shape)
 
 
 def _add_biases(

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_ext import functional
-from lora_ext._ops import grouped
 from lora_ext._ops.checks import FLOATING
-from lora_ext.nn.row_updates import RowUpdate, add_chosen
 from lora_ext.nn.rows import RowChoice
 
 if TYPE_CHECKING:
@@ -55,18 +53,9 @@ class LayerSlots:
         self.ranks[slot] = 0
 
     def add_chosen(self, y: Tensor, x: Tensor, choice: RowChoice, times: int, layer: AdapterLayer) -> Tensor:
-        """Adds the updates of the slots that the rows have chosen: :func:`lora_ext.nn.row_updates.add_chosen`."""
-        if y.device.type not in grouped.DEVICES:
-            updates = {name: self._update(slot) for name, slot in choice.slots.items() if self.ranks[slot] > 0}
-            return add_chosen(y, x, choice, updates, times, None, layer)
+        """Adds the updates of the slots that the rows have chosen to ``y``, in place."""
         groups = choice.slots_of(x, times, layer)
         return functional.lora_grouped_(y, x, self.lora_A, self.lora_B, groups, self.scalings, self.ranks)
-
-    def _update(self, slot: int) -> RowUpdate:
-        """Returns the adapter in ``slot``."""
-        rank = int(self.ranks[slot])
-        lora_A, lora_B = self.lora_A[slot, :rank], self.lora_B[slot, :, :rank]
-        return RowUpdate(lora_A, lora_B, float(self.scalings[slot]), 0.0)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerSlots:
         return self

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_ext import functional
-from lora_ext._ops import grouped
 from lora_ext.nn.stacked_updates import StackedUpdates, Update, add_product
 
 
@@ -272,11 +271,7 @@ def _rows_by(x: Tensor, view: WeightView) -> Tensor:
     y = torch.matmul(x, view.base).contiguous()
     experts = (updates.numbers() if view.expert is None else view.expert).expand(y.shape[:-2])
     x = x.expand(*y.shape[:-1], x.shape[-1])
-    if x.device.type in grouped.DEVICES:
-        return _add_by_expert(y, x, view, experts)
-    for A, B, scaling in _over_rows(view, updates.updates):
-        y = y + scaling * (x @ _mT(A[experts]).to(x.dtype)) @ _mT(B[experts]).to(x.dtype)
-    return y
+    return _add_by_expert(y, x, view, experts)
 
 
 def _grouped(func: Any, input: Any, weight: Any, offs: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
@@ -287,14 +282,9 @@ def _grouped(func: Any, input: Any, weight: Any, offs: Tensor | None = None, *ar
     updates = weight.updates
     updates.is_read = True
     y = func(input, weight.base, *args, offs=offs, **kwargs)
-    if input.device.type in grouped.DEVICES:
-        rows = torch.arange(input.shape[0], device=offs.device, dtype=offs.dtype)
-        experts = torch.searchsorted(offs, rows, right=True)
-        return _add_by_expert(y, input, weight, torch.where(experts < updates.num_experts, experts, -1))
-    for A, B, scaling in _over_rows(weight, updates.in_rows()):
-        xa = scaling * func(input, _mT(A).to(input.dtype), offs=offs)
-        y = y + func(xa, _mT(B).to(input.dtype), offs=offs)
-    return y
+    rows = torch.arange(input.shape[0], device=offs.device, dtype=offs.dtype)
+    experts = torch.searchsorted(offs, rows, right=True)
+    return _add_by_expert(y, input, weight, torch.where(experts < updates.num_experts, experts, -1))
 
 
 def _add_by_expert(y: Tensor, x: Tensor, view: WeightView, experts: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
 
 from lora_ext import AdapterPool, LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter
-from lora_ext._ops import grouped
 from lora_ext.adapters import (
     add_weighted_adapter,
     choose_adapters,
@@ -347,17 +346,6 @@ def test_modules_trained_in_full_act_on_all_tokens_as_in_peft(tmp_path):
         torch.testing.assert_close(
             model(ids, attention_mask=mask).logits, theirs(input_ids=ids, attention_mask=mask).logits
         )
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_devices_without_the_op(dropout, monkeypatch):
-    model, (ids, mask) = with_three(lora_dropout=dropout, lora_bias=False), mixed_prompts()
-    model.train(dropout > 0)
-    expected = model(ids, attention_mask=mask, adapter_names=NAMES).logits
-    monkeypatch.setattr(grouped, "DEVICES", frozenset())
-    found = model(ids, attention_mask=mask, adapter_names=NAMES).logits
-    assert dropout or torch.allclose(found, expected, atol=1e-5)
-    assert found.isfinite().all()
 
 
 def test_a_pool_serves_them(tmp_path):

@@ -18,7 +18,6 @@ from support.models import Net, llama, refused, token_ids
 from torch import Tensor, nn
 
 from lora_ext import AdapterPool, LoraConfig, inject, load_adapter, save_adapter, set_adapter
-from lora_ext._ops import grouped
 from lora_ext.adapters import adapter_names, delete_adapter, rename_adapter, unload
 from lora_ext.nn.rows import _current
 
@@ -359,14 +358,6 @@ def test_saving_a_model_with_a_pool(tmp_path):
     model.save_pretrained(tmp_path / "saved")
     again = type(base).from_pretrained(tmp_path / "saved").eval()
     assert torch.equal(again(ids).logits, base(ids).logits)
-
-
-def test_devices_without_the_op(base, root, monkeypatch):
-    model, x = copy.deepcopy(base), torch.randn(4, 6)
-    pool_of(model, root, 4)
-    expected = model(x, adapter_names=NAMES[:4])
-    monkeypatch.setattr(grouped, "DEVICES", frozenset())
-    torch.testing.assert_close(model(x, adapter_names=NAMES[:4]), expected)
 
 
 def test_modes(base, root):

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
 
 from lora_ext import LoraConfig, inject, merge, save_adapter, set_adapter, unmerge
-from lora_ext._ops import grouped
 from lora_ext.adapters import choose_adapters, delete_adapter, disable_adapters, unload
 from lora_ext.nn.rows import _current
 
@@ -523,19 +522,6 @@ def test_a_trainer_trains_several_adapters_at_once(tmp_path):
     before, after = (dict(m.named_parameters()) for m in (copied, model))
     changed = {name for name in after if not torch.equal(before[name], after[name])}
     assert changed == {name for name in after if ".adapters." in name}
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_devices_without_the_op_add_one_adapter_after_the_other(dropout, monkeypatch):
-    model, x = with_adapters(Net(), ["up", "head"], lora_dropout=dropout), torch.randn(5, 6)
-    expected = model(x, adapter_names=NAMES)
-    grads = gradients(model, expected.square().sum())
-    monkeypatch.setattr(grouped, "DEVICES", frozenset())
-    torch.testing.assert_close(model(x, adapter_names=NAMES), expected)
-    for name, grad in gradients(model, model(x, adapter_names=NAMES).square().sum()).items():
-        torch.testing.assert_close(grad, grads[name])
-    model.train()
-    assert model(x, adapter_names=NAMES).isfinite().all()
 
 
 def test_layers_share_what_is_copied_to_their_device(monkeypatch):

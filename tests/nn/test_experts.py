@@ -15,7 +15,6 @@ from support.models import token_ids
 from torch import nn
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
-from lora_ext._ops import grouped
 from lora_ext.adapters import disable_adapters, lora_modules, merge_and_unload, set_adapter
 
 SETTINGS = {"r": 4, "lora_alpha": 3, "init_lora_weights": False, "target_modules": []}
@@ -236,21 +235,6 @@ def test_threads(implementation):
     for thread in threads:
         thread.join()
     assert not failures
-
-
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_devices_without_kernels(family, implementation, monkeypatch):
-    """What runs on a GPU, on the CPU: PyTorch's own products of the factors."""
-    model, ids = adapted(mixture(family, implementation)).train(), token_ids()
-    results = []
-    for devices in (grouped.DEVICES, frozenset()):
-        monkeypatch.setattr(grouped, "DEVICES", devices)
-        model.zero_grad()
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        results.append([loss, *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
-    torch.testing.assert_close(*results)
-    assert {layer.why_whole for _, layer in lora_modules(model)} == {""}
 
 
 @pytest.mark.full
