@@ -22,7 +22,7 @@ import torch
 from lora_ext._common.interrupts import uninterrupted
 
 if TYPE_CHECKING:
-    from lora_ext.nn.layer import ActiveAdapters
+    from lora_ext.nn.active import ActiveAdapters
 
 P = ParamSpec("P")
 R = TypeVar("R")

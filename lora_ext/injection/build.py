@@ -17,9 +17,9 @@ from lora_ext.model.adapter_set import AdapterSet, Part, located
 from lora_ext.model.bare_model import BareModel, file_path
 from lora_ext.model.trained_biases import TrainedBiases
 from lora_ext.nn import LORA_LAYERS, AdapterLayer, LoraLayer, LoraLinear, LoraPackedLinear, LoraParameter
+from lora_ext.nn.adapter_layer import innermost
 from lora_ext.nn.attention import LoraMultiheadAttention
 from lora_ext.nn.base_layer import brings_submodules, execution_device, is_offloaded
-from lora_ext.nn.layer import innermost
 from lora_ext.nn.tied import TiedAdapter
 from lora_ext.nn.trainable_tokens import TiedRows, TokenRows, TrainableTokens
 from lora_ext.nn.trained import TrainedModule

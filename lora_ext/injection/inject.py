@@ -29,8 +29,8 @@ from lora_ext.model.bare_model import BareModel, adapter_layers, check_not_paral
 from lora_ext.model.row_adapters import forget_adapter_names, serve_adapter_names
 from lora_ext.model.saver import replace_save_pretrained, restore_save_pretrained, savers
 from lora_ext.nn import LoraLayer, LoraLinear
+from lora_ext.nn.adapter_layer import check_adapter_name
 from lora_ext.nn.input_groups import share_inputs as share_inputs_of
-from lora_ext.nn.layer import check_adapter_name
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 

@@ -13,7 +13,7 @@ from lora_ext.merging.quantized import copied, updated
 from lora_ext.merging.weights import pack_factors
 from lora_ext.model.bare_model import BareModel
 from lora_ext.nn import LoraLayer
-from lora_ext.nn.layer import innermost
+from lora_ext.nn.adapter_layer import innermost
 from lora_ext.quantized import QuantizedWeight, quantized_weight, why_unsupported
 
 _FLAGS = ("is_loaded_in_4bit", "is_loaded_in_8bit")

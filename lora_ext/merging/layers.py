@@ -38,7 +38,8 @@ from lora_ext.merging.weights import (
 from lora_ext.quantized import QuantizedWeight
 
 if TYPE_CHECKING:
-    from lora_ext.nn.layer import ActiveAdapters, Matrix
+    from lora_ext.nn.active import ActiveAdapters
+    from lora_ext.nn.layer import Matrix
 
 Factors = tuple[Tensor, Tensor, float]  # lora_A [r, cols], lora_B [rows, r], scaling
 

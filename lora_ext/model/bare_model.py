@@ -10,7 +10,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lora_ext._common.sharded import is_fully_sharded, is_sharded
 from lora_ext.nn import AdapterLayer, LoraLayer
-from lora_ext.nn.layer import innermost, layers_around
+from lora_ext.nn.adapter_layer import innermost, layers_around
 
 _DATA_PARALLEL = (DistributedDataParallel, DataParallel)
 

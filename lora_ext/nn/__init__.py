@@ -1,10 +1,12 @@
 """Modules that hold a frozen base layer and its adapters."""
 
+from lora_ext.nn.active import ActiveAdapters
 from lora_ext.nn.adapter import LoraAdapter
+from lora_ext.nn.adapter_layer import AdapterLayer
 from lora_ext.nn.attention import LoraMultiheadAttention
 from lora_ext.nn.conv import LoraConv
 from lora_ext.nn.embedding import EmbeddingAdapter, LoraEmbedding
-from lora_ext.nn.layer import ActiveAdapters, AdapterLayer, LoraLayer
+from lora_ext.nn.layer import LoraLayer
 from lora_ext.nn.linear import LoraLinear
 from lora_ext.nn.packed_linear import LoraPackedLinear, PackedAdapter
 from lora_ext.nn.parameter import LoraParameter

@@ -12,7 +12,7 @@ import torch
 from lora_ext.nn.rows import chosen
 
 if TYPE_CHECKING:
-    from lora_ext.nn.layer import ActiveAdapters
+    from lora_ext.nn.active import ActiveAdapters
 
 
 @torch.compiler.disable

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from lora_ext.nn.layer import AdapterLayer
+    from lora_ext.nn.adapter_layer import AdapterLayer
 
 
 class ActiveTokens:

@@ -26,7 +26,8 @@ from torch import nn
 from lora_ext._common.warnings import warn_user
 
 if TYPE_CHECKING:
-    from lora_ext.nn.layer import AdapterLayer, LoraLayer
+    from lora_ext.nn.adapter_layer import AdapterLayer
+    from lora_ext.nn.layer import LoraLayer
 
 _CALL = nn.Module._call_impl.__code__
 _RUNS = True  # what is known of a layer that runs where its weight is read

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
+from lora_ext.nn.active import ActiveAdapters
 from lora_ext.nn.adapter import LoraAdapter
-from lora_ext.nn.layer import ActiveAdapters, Matrix
+from lora_ext.nn.layer import Matrix
 from lora_ext.nn.linear import LoraLinear, linear_sizes
 from lora_ext.quantized import quantized_weight
 

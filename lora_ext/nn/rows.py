@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from lora_ext.nn.invocations import ActiveTokens
 
 if TYPE_CHECKING:
-    from lora_ext.nn.layer import ActiveAdapters, AdapterLayer
+    from lora_ext.nn.active import ActiveAdapters
+    from lora_ext.nn.adapter_layer import AdapterLayer
 
 BASE = "__base__"
 """The name that stands for no adapter, as in PEFT."""

@@ -12,7 +12,7 @@ from lora_ext._ops.checks import FLOATING
 from lora_ext.nn.rows import RowChoice
 
 if TYPE_CHECKING:
-    from lora_ext.nn.layer import AdapterLayer
+    from lora_ext.nn.adapter_layer import AdapterLayer
 
 
 class LayerSlots:

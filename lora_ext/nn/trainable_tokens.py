@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_ext._ops.checks import accumulation_dtype
+from lora_ext.nn.adapter_layer import TransparentLayer, freeze, innermost
 from lora_ext.nn.base_layer import has_forward_of, own_copy, runs_alone, unwrapped, why_weight_unusable
 from lora_ext.nn.embedding import scaled_rows, why_embedding_unusable
-from lora_ext.nn.layer import TransparentLayer, freeze, innermost
 from lora_ext.nn.rows import RowChoice, add_by_rows, row_choice
 
 

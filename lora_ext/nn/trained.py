@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_ext.nn.layer import TransparentLayer
+from lora_ext.nn.adapter_layer import TransparentLayer
 from lora_ext.nn.module_slots import ModuleSlots
 from lora_ext.nn.rows import RowChoice, call_by_rows, row_choice
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_ext import LoraConfig, inject, save_adapter
 from lora_ext.adapters import disable_adapters, merge, unmerge
 from lora_ext.nn import AdapterLayer
-from lora_ext.nn.layer import innermost
+from lora_ext.nn.adapter_layer import innermost
 
 ALIVE = {"r": 2, "lora_alpha": 4, "init_lora_weights": False}
 MODELS = {"llama": (llama, ["q_proj", "down_proj"]), "gpt2": (gpt2, ["c_attn", "c_fc"])}

@@ -1,0 +1,84 @@
+"""The names of the adapters that a model's layers use."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lora_ext._common.arguments import checked
+
+
+class ActiveAdapters:
+    """The names of the adapters in use. All layers of a model share one object, so switching is one assignment.
+
+    Attributes:
+        names: in the order of activation.
+        changes: how often a change of the layers has begun or ended; odd during a change.
+        warned: the kinds of layers that a warning named (lora_ext/nn/outside_reads.py).
+        row_calls: how many calls whose rows choose adapters are running (lora_ext/nn/rows.py).
+        row_obstacles: ``changes`` and what a model's rows could not choose then (lora_ext/model/row_adapters.py).
+        invocations: by name, the tokens from which on an adapter acts (aLoRA); others have no entry.
+    """
+
+    changes = row_calls = 0
+    row_obstacles: tuple[int, Any] | None = None
+    _disabled: tuple[int, int, tuple[str, ...]] | None = None  # the thread, the depth, the names before
+
+    @checked
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self.names: tuple[str, ...] = tuple(names)
+        self.warned: set[tuple[str, str]] = set()
+        self.invocations: dict[str, tuple[int, ...]] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        # No change is under way in a copy, and no enable() would reach it.
+        return {"names": self.names, "warned": set(), "invocations": dict(self.invocations)}
+
+    @property
+    def invoked(self) -> tuple[str, ...]:
+        """The adapters in use that act from their invocation tokens on."""
+        return tuple([name for name in self.names if name in self.invocations])
+
+    def why_not_merge(self, names: Iterable[str]) -> str | None:
+        """Why one of the adapters ``names`` cannot be in a weight, or None."""
+        for name in names:
+            if name in self.invocations:
+                return (
+                    f"adapter {name!r} acts from its invocation tokens on (aLoRA), and a weight acts on all tokens; "
+                    "run it unmerged"
+                )
+        return None
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Marks a block that changes layers. Blocks may be nested."""
+        outermost = not self.changes % 2
+        self.changes += outermost
+        try:
+            yield
+        finally:
+            self.changes += outermost
+
+    @property
+    def is_disabled(self) -> bool:
+        """Whether no adapter is used until :meth:`enable` is called."""
+        return self._disabled is not None
+
+    @property
+    def is_disabled_elsewhere(self) -> bool:
+        """Whether another thread called :meth:`disable`."""
+        return self._disabled is not None and self._disabled[0] != threading.get_ident()
+
+    def disable(self) -> None:
+        """Uses no adapter. Every call needs its own :meth:`enable`; the last of those restores the names."""
+        thread, depth, names = self._disabled or (threading.get_ident(), 0, self.names)
+        self._disabled, self.names = (thread, depth + 1, names), ()
+
+    def enable(self) -> None:
+        thread, depth, names = self._disabled
+        if depth > 1:
+            self._disabled = thread, depth - 1, names
+        else:
+            self._disabled, self.names = None, names

@@ -1,0 +1,162 @@
+"""The base classes of layers with adapters by name, whatever an adapter computes."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from lora_ext._common.arguments import checked
+from lora_ext.nn.active import ActiveAdapters
+from lora_ext.nn.state_form import uses_base_keys
+
+
+class AdapterLayer(nn.Module):
+    """A base layer and its adapters.
+
+    Attributes:
+        base_layer: the layer that this one replaces; kept, not copied.
+        adapters: ``nn.ModuleDict`` by adapter name.
+        active: names of the adapters in use, shared by the layers of a model; this layer may lack some of them.
+        place: orders the layers around one module, innermost first, as in PEFT's files.
+    """
+
+    place = 0
+    rows_choose: ClassVar[bool] = False  # whether the forward asks row_choice() (lora_ext/nn/rows.py)
+
+    @checked
+    def __init__(self, base_layer: nn.Module, active: ActiveAdapters | None = None) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapters = nn.ModuleDict()
+        self.active = ActiveAdapters() if active is None else active
+        self.training = self.adapters.training = base_layer.training  # train() would change the base layer's modules
+
+    # Every forward reads these three; nn.Module's own attribute lookup takes four times as long.
+
+    @property
+    def base_layer(self) -> nn.Module:
+        return self._modules["base_layer"]
+
+    @property
+    def adapters(self) -> nn.ModuleDict:
+        return self._modules["adapters"]
+
+    @property
+    def active_adapters(self) -> tuple[str, ...]:
+        """Names of the adapters in use that this layer has, in the order of activation."""
+        adapters = self._modules["adapters"]._modules
+        return tuple([name for name in self.active.names if name in adapters])
+
+    def set_active(self, *names: str) -> None:
+        """Uses exactly these adapters, here and in all layers that share :attr:`active`."""
+        for name in names:
+            self._check_exists(name)
+        self.active.names = names
+
+    def target_name(self, path: str) -> str:
+        """Returns the name that a config uses for this layer; ``path`` is the base layer's path."""
+        return path
+
+    def file_tensors(self, path: str, adapter: nn.Module) -> dict[str, Tensor]:
+        """Returns the live tensors of ``adapter`` (attached or not) that go into a file, by PEFT's keys."""
+        raise NotImplementedError
+
+    def file_tensors_of_base(self, path: str, adapter: nn.Module) -> dict[str, Tensor]:
+        """Frozen and tied tensors that a file may hold next to the adapter's, by PEFT's keys."""
+        return {f"{path}.base_layer.{name}": tensor for name, tensor in self.base_layer.state_dict().items()}
+
+    def unloaded(self, merged: bool) -> nn.Module:
+        """Returns the module that replaces this layer on unloading; ``merged``: it keeps active adapters' values."""
+        return self.base_layer
+
+    def unload_and_optionally_merge_module(self, **how: Any) -> AdapterLayer:
+        """Stays in place: PEFT's ``merge_and_unload`` and ``unload`` call this on all modules with a base layer."""
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Returns the state, with the base layer's keys within :func:`~lora_ext.nn.state_form.base_keys`."""
+        if not uses_base_keys():
+            return super().state_dict(*args, **kwargs)
+        return self._base_state_dict(**dict(zip(("destination", "prefix", "keep_vars"), args, strict=False)), **kwargs)
+
+    def _base_state_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """Returns the state that a plain model has in this layer's place to compute the same."""
+        return self.base_layer.state_dict(**kwargs)
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether some adapter can make this layer compute something else than its base layer."""
+        return len(self.adapters) > 0
+
+    def _existing(self, name: str | None) -> str:
+        """``name``, or the active adapter's name if None. KeyError: no such adapter. ValueError: several are active."""
+        if name is None:
+            if len(self.active_adapters) > 1:
+                raise ValueError(f"{type(self).__name__}: name one of the active adapters {self.active_adapters}")
+            name = next(iter(self.active_adapters), None)
+        self._check_exists(name)
+        return name
+
+    def _check_exists(self, name: str | None) -> None:
+        if name not in self.adapters:
+            raise KeyError(f"{type(self).__name__}: no adapter {name!r}; the adapters are {sorted(self.adapters)}")
+
+    def _check_is_new(self, name: str) -> None:
+        check_adapter_name(type(self).__name__, name)
+        if name in self.adapters:
+            raise ValueError(
+                f"{type(self).__name__}: adapter {name!r} exists; the adapters are {sorted(self.adapters)}"
+            )
+
+
+class TransparentLayer(AdapterLayer):
+    """An adapter layer that takes missing attributes from the module in use: for modules that other code inspects.
+
+    Not for every layer: it slows down each access to a submodule.
+    """
+
+    @property
+    def in_use(self) -> nn.Module:
+        """The module that provides missing attributes."""
+        return self._modules["base_layer"]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "active" not in vars(self):  # not initialised yet, e.g. while unpickling
+                raise
+            return getattr(self.in_use, name)
+
+
+def check_adapter_name(caller: str, name: str) -> None:
+    """Checks that ``name`` is a valid adapter name. ValueError: it is not."""
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+        raise ValueError(f"{caller}: adapter_name is {name!r}, want a name without dots, such as 'default'")
+
+
+def freeze(module: nn.Module) -> None:
+    """Freezes the parameters of ``module``, except those of adapters inside it."""
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            parameter.requires_grad_(False)
+    for name, child in module._modules.items():
+        if child is not None and not (name == "adapters" and isinstance(module, AdapterLayer)):
+            freeze(child)
+
+
+def layers_around(module: nn.Module) -> list[AdapterLayer]:
+    """Returns the adapter layers around the innermost module of ``module``, the outermost first."""
+    layers = []
+    while isinstance(module, AdapterLayer):
+        layers.append(module)
+        module = module.base_layer
+    return layers
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """``module`` without the adapter layers around it."""
+    while isinstance(module, AdapterLayer):
+        module = module.base_layer
+    return module
