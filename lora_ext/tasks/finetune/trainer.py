@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import collections
-import math
-import signal
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -14,18 +9,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
-from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState
+from transformers import ProgressCallback, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from lora_ext._common import progress as display
 from lora_ext.methods import load_method, method_of, save_method
 from lora_ext.tasks import TaskError
-from lora_ext.tasks.finetune import busy_machine
 from lora_ext.tasks.finetune.moving_average import MovingAverage
-from lora_ext.tasks.finetune.run_checkpoints import PROGRESS, Checkpoint, Clock, damaged, new_checkpoint, path_of
+from lora_ext.tasks.finetune.run_checkpoints import Checkpoint, Clock, damaged, new_checkpoint, path_of
+from lora_ext.tasks.finetune.run_progress import Progress
 from lora_ext.tasks.finetune.scores import summary_scores
 from lora_ext.tasks.finetune.settings import Settings
+from lora_ext.tasks.finetune.trainer_callbacks import (
+    Averaging,
+    EarlyStopping,
+    ReportedProgress,
+    ShownProgress,
+    Steps,
+    StopOnInterrupt,
+)
 from lora_ext.tasks.finetune.training_arguments import training_arguments
 from lora_ext.tasks.shared import team
 from lora_ext.tasks.shared.whole_files import writing
@@ -54,8 +55,8 @@ class FinetuneTrainer(Trainer):
     lora_plus_ratio = 1.0
     average: MovingAverage | None = None
     class_weights: torch.Tensor | None = None
-    early_stopping: _EarlyStopping | None = None
-    stop: _StopOnInterrupt | None = None
+    early_stopping: EarlyStopping | None = None
+    stop: StopOnInterrupt | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -194,130 +195,6 @@ def _explaining_damage(checkpoint: str | None) -> Iterator[None]:
         raise damaged(checkpoint, error) from error
 
 
-class Progress:
-    """Progress of a run that its weights do not show: time, tokens, and losses that are not logged yet.
-
-    Attributes:
-        seconds: time spent in training steps, including those before a resumption.
-        tokens: number of tokens in these steps, without padding.
-        stopped: whether the run ended before its last step, because the evaluations did not improve.
-    """
-
-    KEY = PROGRESS
-
-    def __init__(self) -> None:
-        self.seconds, self.tokens, self.stopped = 0.0, 0, False
-        self._loss: torch.Tensor | float = 0.0
-        self._loss_here: torch.Tensor | float = 0.0  # of the present step, in this process
-        self._steps = 0
-
-    def take(self, loss: torch.Tensor) -> None:
-        """Adds the loss of a batch, already divided by the number of batches in its step."""
-        self._loss_here = self._loss_here + loss.double()
-
-    def share(self, stop: bool, due: bool) -> tuple[bool, bool]:
-        """Averages the loss of a step over the processes.
-
-        Returns:
-            Whether some process wants to ``stop``, and whether a checkpoint is ``due`` by the first one's clock.
-        """
-        loss, self._loss_here = self._loss_here, 0.0
-        if team.processes() > 1:
-            loss, stop, due = team.sums([float(loss), stop, due and team.is_first()])
-            loss /= team.processes()
-        self._loss = self._loss + loss
-        return bool(stop), bool(due)
-
-    def end_step(self, seconds: float, tokens: int) -> None:
-        """Counts a step, and its time; ``tokens`` are those of all steps."""
-        self._steps += 1
-        self.seconds += seconds
-        self.tokens = tokens
-
-    def mean_loss(self) -> float:
-        """Returns the mean loss of the steps since the last call."""
-        mean = float(self._loss) / self._steps
-        self._loss, self._steps = 0.0, 0
-        return mean
-
-    def state(self) -> dict[str, float]:
-        return {"seconds": self.seconds, "loss": float(self._loss), "steps": self._steps, "stopped": self.stopped}
-
-    def go_on(self, state: TrainerState) -> None:
-        """Continues from what :meth:`state` put into a checkpoint."""
-        saved = state.stateful_callbacks.get(self.KEY, {})
-        self.seconds, self._loss = saved.get("seconds", 0.0), saved.get("loss", 0.0)
-        self._steps, self.stopped = saved.get("steps", 0), saved.get("stopped", False)
-        self.tokens = state.num_input_tokens_seen
-
-
-class _Steps(TrainerCallback):
-    """Seeds every step, and decides when to log, evaluate and save.
-
-    - Random numbers depend only on the seed and the number of the step. Random numbers drawn by an evaluation or a
-      resumption change nothing.
-    - After a step, in this order: the loss is logged (100 times per run), the model is evaluated (at the end of an
-      epoch), a checkpoint is written (when one is due, after the last step and after Ctrl-C). The checkpoint therefore
-      contains the results of its step.
-    """
-
-    def __init__(self, trainer: FinetuneTrainer) -> None:
-        self.trainer = trainer
-        self._durations: collections.deque[float] = collections.deque(maxlen=5)
-        self._has_advised = False
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.progress.go_on(state)
-        self.trainer.clock = Clock()
-        if state.best_global_step:  # the Trainer loads the best weights only if it knows a path, which may have moved
-            state.best_model_checkpoint = str(path_of(Path(args.output_dir), state.best_global_step))
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        seeds = [args.seed, state.global_step, *([args.process_index] if args.process_index else [])]
-        torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0]))
-        self._start = time.perf_counter()
-
-    def on_step_end(self, args, state, control, train_dataloader=None, lr_scheduler=None, **kwargs):
-        trainer, step = self.trainer, state.global_step
-        seconds = time.perf_counter() - self._start
-        stop, due = trainer.progress.share(trainer.stop is not None and trainer.stop.requested, trainer.clock.is_due())
-        if stop and trainer.stop is not None:
-            trainer.stop.requested = True  # of another process
-        trainer.progress.end_step(seconds, state.num_input_tokens_seen)
-        is_last = step >= state.max_steps
-        if is_last or step % math.ceil(state.max_steps / 100) == 0:  # 100 points for a run of any length
-            trainer.log({"loss": trainer.progress.mean_loss(), "learning_rate": lr_scheduler.get_last_lr()[0]})
-        steps_of_epoch = -(-len(train_dataloader) // args.gradient_accumulation_steps)
-        control.should_evaluate = trainer.eval_dataset is not None and (is_last or step % steps_of_epoch == 0)
-        control.should_save = is_last or due
-        self._durations.append(seconds)
-        if not self._has_advised and len(self._durations) == self._durations.maxlen:
-            line = busy_machine.advice(torch.get_num_threads(), statistics.median(self._durations))
-            if line is not None:
-                self._has_advised = True
-                tqdm.write(line)
-
-
-class _EarlyStopping(EarlyStoppingCallback):
-    """Transformers' callback, which takes its count from a checkpoint, and asks for no strategy of evaluations."""
-
-    @property
-    def has_stopped(self) -> bool:
-        return self.early_stopping_patience_counter >= self.early_stopping_patience
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        saved = state.stateful_callbacks.get(type(self).__name__) or {}
-        self.early_stopping_patience_counter = saved.get("attributes", {}).get("early_stopping_patience_counter", 0)
-
-
-class _Averaging(TrainerCallback):
-    def __init__(self, average: MovingAverage) -> None:
-        self.average = average
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.average.update(state.global_step)
-
-
 class _EpochSampler(LengthGroupedSampler):
     """Groups rows of similar length, in an order that depends only on the seed and the epoch."""
 
@@ -328,69 +205,6 @@ class _EpochSampler(LengthGroupedSampler):
 
     def set_epoch(self, epoch: int) -> None:  # accelerate's data loader calls it
         self.generator = torch.Generator().manual_seed(self.seed + epoch)
-
-
-class _Shown(TrainerCallback):
-    """Shows the progress of training, with the current loss, and of evaluations.
-
-    It replaces the Trainer's callback, which also draws bars into a log file: one line for every step.
-    """
-
-    def __init__(self) -> None:
-        self._training: display.Progress | None = None
-        self._evaluation: display.Progress | None = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        steps = {"unit": "steps", "done": state.global_step, "dynamic_ncols": True}
-        self._training = display.progress("finetune", state.max_steps, **steps)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self._training.set(state.global_step)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self._training is not None and "loss" in (logs or {}):
-            self._training.note(f"epoch {state.epoch:.2f}, loss {float(logs['loss']):.3f}")
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self._training.close()
-        self._training = None
-
-    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-        if self._evaluation is None:  # first=10: a short evaluation after an epoch prints no line
-            options = {"unit": "batches", "first": 10.0, "leave": self._training is None, "dynamic_ncols": True}
-            self._evaluation = display.progress("evaluate", len(eval_dataloader), **options)
-        self._evaluation.advance(1)
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        if self._evaluation is not None:
-            self._evaluation.close()
-            self._evaluation = None
-
-    on_predict = on_evaluate
-
-
-class _StopOnInterrupt(TrainerCallback):
-    """Stops the run on Ctrl-C: the first after the current step, with a checkpoint; the second immediately."""
-
-    requested = False
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        def handler(signum: int, frame: Any) -> None:
-            if self.requested:
-                raise KeyboardInterrupt
-            self.requested = True
-            print("\nstopping after this step; press Ctrl-C again to stop at once", flush=True)
-
-        previous = signal.signal(signal.SIGINT, handler)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.requested:
-            control.should_save = control.should_training_stop = True
 
 
 def build_trainer(
@@ -416,13 +230,13 @@ def build_trainer(
     trainer.lora_plus_ratio = settings.lora_plus_ratio
     if settings.ema_decay:
         trainer.average = MovingAverage(model, settings.ema_decay)
-        trainer.add_callback(_Averaging(trainer.average))
+        trainer.add_callback(Averaging(trainer.average))
     if settings.early_stopping is not None:
-        trainer.early_stopping = _EarlyStopping(settings.early_stopping)
+        trainer.early_stopping = EarlyStopping(settings.early_stopping)
         trainer.add_callback(trainer.early_stopping)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(_Shown())
-    trainer.add_callback(_Steps(trainer))
+    trainer.add_callback(ShownProgress())
+    trainer.add_callback(Steps(trainer))
     return trainer
 
 
@@ -437,14 +251,6 @@ def forward_of(model: torch.nn.Module, settings: Settings) -> Callable[..., Any]
     return forward
 
 
-class _Progress(TrainerCallback):
-    def __init__(self, on_progress: Callable[[float], None]) -> None:
-        self.on_progress = on_progress
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.on_progress(state.global_step / max(state.max_steps, 1))
-
-
 def train(
     trainer: FinetuneTrainer, checkpoint: Checkpoint | None, on_progress: Callable[[float], None] | None = None
 ) -> Progress:
@@ -457,10 +263,10 @@ def train(
     if checkpoint is not None and checkpoint.is_last:
         trainer.take_over(checkpoint)
     else:
-        trainer.stop = stop = _StopOnInterrupt()
+        trainer.stop = stop = StopOnInterrupt()
         trainer.add_callback(stop)
         if on_progress is not None:
-            trainer.add_callback(_Progress(on_progress))
+            trainer.add_callback(ReportedProgress(on_progress))
         with stop.listening():
             trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         if stop.requested:
