@@ -5,88 +5,40 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import peft
 import pytest
 import torch
-from support.models import VOCABULARY, bert, gpt2, llama, refused, shaken
+from support.alora import (
+    MODELS,
+    NAMES,
+    OTHERS,
+    STARTS,
+    TOKENS,
+    adapted,
+    assert_same,
+    config,
+    generated,
+    gradients,
+    mixed_prompts,
+    prompts,
+    theirs_of,
+    with_three,
+)
+from support.models import VOCABULARY, refused, shaken
 from torch import Tensor, nn
-from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
-from lora_ext import AdapterPool, LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter
+from lora_ext import AdapterPool, LoraConfig, inject, load_adapter, save_adapter, set_adapter
 from lora_ext.adapters import (
-    add_weighted_adapter,
     choose_adapters,
     delete_adapter,
     disable_adapters,
     hotswap_adapter,
-    merge_and_unload,
     rename_adapter,
     unload,
 )
-from lora_ext.checkpoints import merge as merge_checkpoint
 from lora_ext.nn.rows import _current
-
-TOKENS = [7, 8]
-OTHERS = [9, 7, 9]
-TARGETS = {"llama": ["q_proj", "k_proj", "v_proj", "down_proj", "lm_head"], "gpt2": ["c_attn", "c_proj"]}
-MODELS: dict[str, Callable[[], nn.Module]] = {"llama": llama, "gpt2": gpt2}
-
-
-def config(name: str = "llama", **options) -> LoraConfig:
-    always = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS[name], "init_lora_weights": False}
-    always |= {"alora_invocation_tokens": TOKENS, "task_type": "CAUSAL_LM", "fan_in_fan_out": name == "gpt2"}
-    return LoraConfig(**always | options)
-
-
-def prompts(length: int = 9) -> tuple[Tensor, Tensor]:
-    """Five rows and their mask: invocations early, late, twice, none, and at the very end; two rows are padded left."""
-    ids, mask = torch.randint(10, VOCABULARY, (5, length)), torch.ones(5, length, dtype=torch.int64)
-    for row, places in enumerate(([2], [4], [1, 5], [], [length - 2])):
-        for place in places:
-            ids[row, place : place + 2] = torch.tensor(TOKENS)
-    ids[1, :3] = ids[3, :2] = mask[1, :3] = mask[3, :2] = 0
-    return ids, mask
-
-
-STARTS = [2, 4, 5, None, 7]
-
-
-def theirs_of(model: nn.Module, directory: Path, *names: str) -> peft.PeftModel:
-    """The same model with PEFT's adapters, read from our files."""
-    base = unload(copy.deepcopy(model))
-    for name in names:
-        save_adapter(model, directory / name, name)
-    theirs = peft.PeftModel.from_pretrained(base, directory / names[0], names[0], is_trainable=True)
-    for name in names[1:]:
-        theirs.load_adapter(directory / name, name)
-    return theirs.eval()
-
-
-def adapted(name: str = "llama", **options) -> nn.Module:
-    return inject(MODELS[name](), config(name, **options)).eval()
-
-
-def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    """The gradients of the factors, by path and factor."""
-    model.zero_grad(set_to_none=True)
-    loss.backward()
-    found = {}
-    for path, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            path = path.replace("base_model.model.", "").replace("adapters.default.", "").replace(".default.weight", "")
-            found[path.replace(".default.bias", ".bias").replace("lora_bias", "lora_B.bias")] = parameter.grad
-    return found
-
-
-def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys() and len(expected) > 3
-    for name, tensor in expected.items():
-        torch.testing.assert_close(actual[name], tensor, rtol=1e-4, atol=2e-6, msg=name)
-
 
 # --- numbers of PEFT --------------------------------------------------------------------------------------------------
 
@@ -175,14 +127,6 @@ def test_offsets_that_the_caller_gives(tmp_path):
 # --- generate ---------------------------------------------------------------------------------------------------------
 
 
-def generated(model: nn.Module, ids: Tensor, mask: Tensor, **options) -> tuple[Tensor, Tensor]:
-    """The tokens and the logits of each step."""
-    always = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    always |= {"output_logits": True, "return_dict_in_generate": True}
-    result = model.generate(input_ids=ids, **always | options)
-    return result.sequences, torch.stack(result.logits)
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_generate_equals_peft(name, tmp_path):
     model, (ids, mask) = adapted(name), prompts()
@@ -245,24 +189,6 @@ def test_tokens_that_the_model_generates_invoke_nothing(tmp_path):
 
 
 # --- several adapters -------------------------------------------------------------------------------------------------
-
-NAMES = ["alora", "other", "plain", "__base__", "alora"]
-
-
-def with_three(**options) -> nn.Module:
-    """An adapter for all tokens and two with different invocations."""
-    model = inject(llama(), config(**options), "alora")
-    inject(model, config(r=3, target_modules=["q_proj", "up_proj"], alora_invocation_tokens=OTHERS, **options), "other")
-    everywhere = {"target_modules": ["v_proj", "embed_tokens"], "alora_invocation_tokens": None, "task_type": None}
-    inject(model, config(r=2, **everywhere | options), "plain")
-    return shaken(model).eval()
-
-
-def mixed_prompts() -> tuple[Tensor, Tensor]:
-    ids, mask = prompts()
-    ids[1, 4:7] = torch.tensor(OTHERS)
-    ids[2, 1:3], ids[2, 5:7] = 11, 12
-    return ids, mask
 
 
 def test_rows_choose_among_adapters_as_in_peft(tmp_path):
@@ -398,180 +324,6 @@ def test_loading_into_an_adapter_with_other_tokens(tmp_path):
     assert hotswap_adapter(model, tmp_path) is model
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "text"),
-    [
-        ({"task_type": None}, ValueError, 'set task_type="CAUSAL_LM"'),
-        ({"task_type": "SEQ_CLS"}, ValueError, 'set task_type="CAUSAL_LM"'),
-        ({"bias": "all"}, ValueError, "bias is 'all', which would act before the invocation too"),
-        ({"target_parameters": ["w"]}, ValueError, "target_parameters"),
-        ({"alora_invocation_tokens": [-1]}, ValueError, "entry -1, want token numbers, at least 0"),
-        ({"alora_invocation_tokens": ["a"]}, TypeError, "entry 'a', want token numbers"),
-        ({"alora_invocation_tokens": "ab"}, TypeError, "want a list of token numbers"),
-        ({"alora_invocation_tokens": {1, 2}}, TypeError, "order matters"),
-    ],
-    ids=str,
-)
-def test_bad_configs(options, error, text):
-    with pytest.raises(error, match="alora_invocation_tokens|aLoRA") as caught:
-        config(**options)
-    assert text in str(caught.value)
-
-
-def test_no_tokens_are_off():
-    assert config(alora_invocation_tokens=[]).alora_invocation_tokens is None
-
-
-def test_bad_models():
-    model = llama()
-    with refused(model, TypeError, "embed_tokens", "adapts linear layers only"):
-        inject(model, config(target_modules=["q_proj", "embed_tokens"]))
-    with refused(model, ValueError, "[99], but the model's input embedding has 50"):
-        inject(model, config(alora_invocation_tokens=[7, 99]))
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 50}
-    model = T5ForConditionalGeneration(T5Config(**sizes))
-    with refused(model, ValueError, "an encoder and a decoder"):
-        inject(model, config(target_modules=["q"]))
-    attention = nn.Sequential(nn.MultiheadAttention(8, 2))
-    with refused(attention, TypeError, "adapts linear layers only"):
-        inject(attention, config(target_modules=["out_proj"]))
-
-
-def test_merging_is_refused(tmp_path):
-    model = adapted()
-    for call in (merge, merge_and_unload, lambda m: m.lm_head.merge()):
-        with refused(model, ValueError, "'default' acts from its invocation tokens on (aLoRA)", "run it unmerged"):
-            call(model)
-    save_adapter(model, tmp_path / "adapter")
-    unload(model).save_pretrained(tmp_path / "base")
-    with pytest.raises(ValueError, match="acts from its alora_invocation_tokens on"):
-        merge_checkpoint(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
-
-
-def test_combinations():
-    model, (ids, mask) = with_three(), mixed_prompts()
-    with refused(model, ValueError, "different tokens", "alora_invocation_tokens"):
-        add_weighted_adapter(model, ["alora", "plain"], [1, 1], "both", "cat")
-    inject(model, config(r=2), "again")
-    add_weighted_adapter(model, ["alora", "again"], [1.0, -1.0], "both", "cat")
-    with torch.no_grad():
-        both = model(ids, attention_mask=mask).logits
-        set_adapter(model, [])
-        plain = model(ids, attention_mask=mask).logits
-    torch.testing.assert_close(both[0, :2], plain[0, :2])
-    assert not torch.allclose(both[0, 2:], plain[0, 2:], atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        ({"inputs_embeds": torch.zeros(2, 3, 16)}, "no input_ids [rows, tokens]; pass them, or alora_offsets"),
-        ({"alora_offsets": [1]}, "alora_offsets is [1], want a number or None for each of the 2 rows"),
-        ({"alora_offsets": [1, -2]}, "alora_offsets has the entry -2"),
-        ({"alora_offsets": [1, "a"]}, "alora_offsets has the entry 'a'"),
-        ({"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)}, "packed of several sequences"),
-        (
-            {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]] * 2), "attention_mask": torch.ones(2, 6).long()},
-            "packed of several sequences",
-        ),
-        ({"cu_seq_lens_q": torch.tensor([0, 3, 6])}, "packed of several sequences"),
-    ],
-    ids=str,
-)
-def test_bad_calls(arguments, text):
-    model, ids = adapted(), torch.randint(10, VOCABULARY, (2, 6))
-    inputs = {} if "inputs_embeds" in arguments else {"input_ids": ids}
-    with refused(model, ValueError, text):
-        model(**inputs, **arguments)
-    assert _current.get() is None and model._lora_adapters.active.row_calls == 0
-    mask, positions = torch.tensor([[0, 0, 1, 1, 1, 1]] * 2), torch.tensor([[1, 1, 0, 1, 2, 3]] * 2)
-    assert model(ids, attention_mask=mask, position_ids=positions).logits.isfinite().all()
-
-
-def test_calls_that_nothing_can_serve():
-    model, (ids, mask) = with_three(), mixed_prompts()
-    set_adapter(model, ["alora", "plain"])
-    with refused(model, ValueError, "['alora', 'plain']", "activate it alone (set_adapter)"):
-        model(ids)
-    with refused(model, ValueError, "['alora', 'plain']"):
-        model.generate(ids)
-    set_adapter(model, "alora")
-    with refused(model, RuntimeError, "'alora' acts from its invocation tokens on (aLoRA)", "call that"):
-        model.model(ids)
-    with refused(model, ValueError, "no input_ids"):
-        model.generate(inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=2)
-    merge(model, "plain")
-    with refused(model, ValueError, "'plain' is merged into", "call unmerge(model) first"):
-        model(ids, attention_mask=mask)
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_an_error_ends_the_choice(error):
-    model, (ids, _) = adapted(), prompts()
-    options = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
-    expected, tokens = model(ids).logits, model.generate(ids[:2], **options)
-
-    def fail(*_):
-        raise error("in the middle")
-
-    handle = model.lm_head.register_forward_hook(fail)
-    for call in (model, model.generate):
-        with pytest.raises(error, match="in the middle"):
-            call(ids)
-    handle.remove()
-    assert torch.equal(model.generate(ids[:2], **options), tokens)
-    assert torch.equal(model(ids).logits, expected)
-    assert _current.get() is None and model._lora_adapters.active.row_calls == 0
-
-
-def test_a_layer_that_gets_other_tokens():
-    class Halves(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed, self.one = nn.Embedding(VOCABULARY, 6), nn.Linear(6, 6)
-
-        def forward(self, input_ids: Tensor, halve: bool = True) -> Tensor:
-            x = self.embed(input_ids)
-            return self.one(x[:, ::2] if halve else x.flatten(0, 1))
-
-    model, (ids, _) = inject(Halves(), config(target_modules=["one"])), prompts()
-    with refused(model, ValueError, "the shape [5, 5, 6], which is no [5, 9, features]", "target_modules"):
-        model(ids)
-    torch.testing.assert_close(
-        model(ids, halve=False),
-        model.one.base_layer(model.embed(ids)).flatten(0, 1)
-        + (
-            torch.stack([(torch.arange(9) >= (9 if s is None else s)) for s in STARTS]).flatten().unsqueeze(1)
-            * (model.embed(ids).flatten(0, 1) @ model.one.delta_weight().T)
-        ),
-    )
-
-
-@pytest.mark.parametrize("fullgraph", [False, True])
-def test_compiled_models_refuse(fullgraph):
-    model, (ids, _) = with_three(), mixed_prompts()
-    set_adapter(model, "plain")
-    plain = model(ids, use_cache=False).logits
-    compiled = torch.compile(model, backend="eager", fullgraph=fullgraph)
-    torch.testing.assert_close(compiled(ids, use_cache=False).logits, plain)
-    set_adapter(model, "alora")
-    with pytest.raises((ValueError, RuntimeError), match="aLoRA|refuse_invoked"):
-        compiled(ids, use_cache=False)
-    set_adapter(model, "plain")
-    torch.testing.assert_close(compiled(ids, use_cache=False).logits, plain)
-    torch._dynamo.reset()
-
-
-def test_exported_models_refuse():
-    model, (ids, _) = adapted(), prompts()
-    with pytest.raises(Exception, match="aLoRA|refuse_invoked"):
-        torch.export.export(model, (ids,), {"use_cache": False})
-
-
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -608,8 +360,3 @@ def test_a_trainer_gets_pefts_losses_and_resumes(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-2"))
     for (name, parameter), (_, expected) in zip(fresh.named_parameters(), model.named_parameters(), strict=True):
         torch.testing.assert_close(parameter, expected, msg=name)
-
-
-def test_encoders_need_another_config():
-    with pytest.raises(ValueError, match="causal language models"):
-        inject(bert(), config(target_modules=["query"], task_type="SEQ_CLS"))
