@@ -88,6 +88,7 @@ def _serve(connection: Connection) -> None:
                 world_size=number,
                 timeout=timedelta(seconds=SECONDS / 2),
             )
+            torch.distributed.barrier()  # a rank that ends at once would close what others are still connecting to
             result = function(rank, *arguments)
             torch.distributed.destroy_process_group()
             connection.send((result, None))
